@@ -1,0 +1,94 @@
+# Everything from a fresh machine: `make demo` and `make test` first create .venv and install into it.
+# Needed before: Python 3.11 with pip, make, a C++ compiler.
+#
+#   make test PYTHON=/path/to/python    uses that interpreter as it is and installs nothing
+#   make test VENV=/path/to/venv        puts the virtual environment elsewhere
+
+SHELL := /bin/bash
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help install demo test test-unit lint format lock clean
+
+VENV ?= .venv
+EXTRAS := ms,pt,dev
+WORKERS ?= 2
+PYTEST_ARGS ?=
+
+# Only a PYTHON given on make's own command line counts: the variable is too common in environments.
+ifeq ($(origin PYTHON),command line)
+RUN := $(PYTHON)
+READY :=
+else
+RUN := $(VENV)/bin/python
+READY := $(VENV)/.installed
+endif
+
+help:
+	@echo "make demo       train in both frameworks, compare, resume across, generate (about 6 minutes on 2 cores)"
+	@echo "make test       lint and all tests (under 15 minutes on 2 cores)"
+	@echo "make test-unit  the fast tests (under a minute)"
+	@echo "make lint       ruff and mypy"
+	@echo "make format     let ruff rewrite the files"
+	@echo "make install    only create $(VENV) and install into it"
+	@echo "make lock       write requirements.lock anew from pyproject.toml"
+	@echo "make clean      remove $(VENV) and caches"
+
+install: $(READY)
+
+demo: $(READY)
+	$(RUN) -m core.cli demo
+
+# loadfile keeps the tests of a file in one process, so that what a file launches is launched once.
+test: lint
+	$(RUN) -m tests.size_report
+	$(RUN) -m pytest tests -n $(WORKERS) --dist loadfile --durations=15 $(PYTEST_ARGS)
+
+test-unit: $(READY)
+	$(RUN) -m pytest tests/unit -n $(WORKERS) --dist loadfile --durations=5 $(PYTEST_ARGS)
+
+lint: $(READY)
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+	$(RUN) -m mypy
+
+format: $(READY)
+	$(RUN) -m ruff check --fix .
+	$(RUN) -m ruff format .
+
+# An interrupted installation leaves .installing behind, and the environment is then made anew: pip cannot tell a
+# half-unpacked package from a whole one. Only a folder that is a virtual environment is ever removed.
+$(VENV)/.installed: pyproject.toml requirements.lock
+	@set -euo pipefail; \
+	remove() { if [ -f "$(VENV)/pyvenv.cfg" ] || [ -f "$(VENV)/.installing" ]; then rm -rf "$(VENV)"; fi; }; \
+	whole() { [ ! -e "$(VENV)/.installing" ] && "$(VENV)/bin/python" -c 'import sys, pip; sys.exit(sys.version_info[:2] != (3, 11))'; }; \
+	rm -f "$(VENV)/.installed"; \
+	if ! whole 2>/dev/null; then \
+	    remove; \
+	    for python in python3.11 python3 python ""; do \
+	        if [ -n "$$python" ] && "$$python" -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' 2>/dev/null; then break; fi; \
+	    done; \
+	    if [ -z "$$python" ]; then echo "make: Python 3.11 was not found as python3.11, python3 or python; install it and its venv module" >&2; exit 2; fi; \
+	    echo "creating $(VENV) with $$python"; \
+	    mkdir -p "$(VENV)"; touch "$(VENV)/.installing"; \
+	    "$$python" -m venv "$(VENV)" 2>/dev/null \
+	        || { "$$python" -m venv --without-pip "$(VENV)" && "$$python" -m pip --python "$(VENV)/bin/python" install -q pip; } \
+	        || { echo "make: $$python can make no virtual environment; install its venv module (Debian: python3.11-venv) or pip" >&2; exit 2; }; \
+	fi; \
+	touch "$(VENV)/.installing"; \
+	echo "installing into $(VENV) (MindSpore and PyTorch are large; minutes on a slow line)"; \
+	"$(VENV)/bin/python" -m pip install -q --disable-pip-version-check -c requirements.lock -e '.[$(EXTRAS)]'; \
+	rm -f "$(VENV)/.installing"; \
+	touch "$@"
+
+lock:
+	@set -euo pipefail; \
+	scratch=$$(mktemp -d); trap 'rm -rf "$$scratch"' EXIT; \
+	python3.11 -m venv "$$scratch/venv"; \
+	"$$scratch/venv/bin/python" -m pip install -q --disable-pip-version-check '.[$(EXTRAS),serve]'; \
+	"$$scratch/venv/bin/python" -m pip freeze --all | python3.11 -m tests.lock pyproject.toml > "$$scratch/lock"; \
+	cp "$$scratch/lock" requirements.lock; wc -l requirements.lock
+
+clean:
+	@if [ -f "$(VENV)/pyvenv.cfg" ] || [ -f "$(VENV)/.installing" ]; then rm -rf "$(VENV)"; fi
+	rm -rf build .pytest_cache .ruff_cache .mypy_cache .hypothesis ./*.egg-info
+	find . -name __pycache__ -not -path "./$(VENV)/*" -prune -exec rm -rf {} +

@@ -1,0 +1,161 @@
+"""`tele`: one command with verbs. Each verb is a module of core/commands, imported only when it is asked for."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import importlib
+import os
+import sys
+import tomllib
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NoReturn
+
+from core.errors import UserError
+
+DISTRIBUTION = "telechat-twins"
+
+GROUPS: dict[str, dict[str, tuple[str, str]]] = {
+    "Start here": {
+        "doctor": ("core.commands.doctor", "check this machine: versions, compiler, devices; says what to install"),
+        "demo": ("core.commands.demo", "all of it, small: train in both frameworks, compare, resume, generate"),
+    },
+    "Data": {
+        "tokenize": ("core.commands.tokenize", "text to token ids and back; train a small tokenizer"),
+        "data": ("core.commands.data", "text and dialogue files to packed training folders"),
+    },
+    "Train": {
+        "train": ("core.commands.train", "train or resume a model with MindSpore (ms) or PyTorch (pt)"),
+        "plan": ("core.commands.plan", "estimate parameters, memory and arithmetic of a model, without making it"),
+        "bench": ("core.commands.bench", "measure tokens/s and step time of both frameworks, paired"),
+    },
+    "Use": {
+        "generate": ("core.commands.generate", "continue a prompt"),
+        "chat": ("core.commands.chat", "talk to a model in the terminal"),
+        "forward": ("core.commands.forward", "logits, loss and gradients of given inputs, to a file"),
+    },
+    "Check and exchange": {
+        "parity": ("core.commands.parity", "run both frameworks and report every difference; exit 1 on a broken bound"),
+        "convert": ("core.commands.convert", "released Hugging Face checkpoints to and from the canonical form"),
+    },
+}
+VERBS: dict[str, tuple[str, str]] = {verb: entry for group in GROUPS.values() for verb, entry in group.items()}
+
+EXAMPLES = """\
+Examples:
+  tele doctor
+  tele train --backend ms --config configs/train/telechat2-tiny.yaml --out runs/first
+  tele train --backend pt --config configs/train/telechat2-tiny.yaml --resume runs/first --set train.steps=400
+  tele generate --backend pt --checkpoint runs/first --prompt "Once upon a time"
+  tele VERB --help
+
+Exit codes: 0 success; 2 a mistake in what was asked (one line says how to mend it); 1 anything else.
+The command can also be called as `python -m core.cli`."""
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse with one-line errors, a suggestion for a misspelt option, and no abbreviations."""
+
+    def __init__(self, **settings: object) -> None:
+        super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **settings)  # type: ignore[arg-type]
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; see `{self.prog} --help`")
+
+    def parse_args(self, args=None, namespace=None):  # type: ignore[no-untyped-def, override]
+        if self._subparsers is None:
+            # Before argparse asks for a required option that is there, but misspelt.
+            before_values = args[: args.index("--")] if "--" in args else args
+            unknown = [a for a in before_values if a.startswith("--") and a.partition("=")[0] not in self._known()]
+            if unknown:
+                self._unknown(unknown[0])
+        parsed, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            self._unknown(unknown[0])
+        return parsed
+
+    def _known(self) -> list[str]:
+        return list(self._option_string_actions)
+
+    def _unknown(self, argument: str) -> NoReturn:
+        near = difflib.get_close_matches(argument.partition("=")[0], self._known(), n=1)
+        self.error(f"unknown argument '{argument}'" + (f", did you mean '{near[0]}'?" if near else ""))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one verb. Returns its exit code; a UserError becomes one line on stderr and 2, Ctrl-C 130, a defect 1."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    try:
+        return _run(words)
+    except UserError as error:
+        print(f"tele: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:
+        # The reader of our output (`| head`) has left. Give the interpreter's last flush somewhere to go.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except ModuleNotFoundError as error:
+        if error.name not in ("mindspore", "torch"):
+            traceback.print_exc()
+            return 1
+        print(f"tele: {error.name} is not installed here; `tele doctor` says how to install it", file=sys.stderr)
+        return 2
+    except Exception:
+        traceback.print_exc()
+        return 1
+
+
+def version() -> str:
+    """The version as pyproject.toml gives it: read there in a checkout, else from the installed package."""
+    source = Path(__file__).resolve().parent.parent / "pyproject.toml"
+    if source.is_file():
+        return tomllib.loads(source.read_text(encoding="utf-8"))["project"]["version"]
+    from importlib.metadata import version as installed
+
+    return installed(DISTRIBUTION)
+
+
+def _run(words: list[str]) -> int:
+    if not words or words[0] in ("-h", "--help", "help"):
+        if len(words) > 1 and words[0] == "help":
+            return _run([words[1], "--help"])
+        print(overview())
+        return 0
+    if words[0] in ("-V", "--version"):
+        print(f"tele {version()}")
+        return 0
+    verb, *rest = words
+    if verb not in VERBS:
+        near = difflib.get_close_matches(verb, VERBS, n=1, cutoff=0.5)
+        hint = f"did you mean 'tele {near[0]}'?" if near else f"there are: {', '.join(VERBS)}"
+        raise UserError(f"no command '{verb}'; {hint}")
+    module, summary = VERBS[verb]
+    command = importlib.import_module(module)
+    parser = Parser(prog=f"tele {verb}", description=command.__doc__ or summary)
+    command.add_arguments(parser)
+    try:
+        options = parser.parse_args(rest)
+    except SystemExit as stop:  # --help
+        return int(stop.code or 0)
+    return command.run(options)
+
+
+def overview() -> str:
+    """What `tele --help` prints."""
+    lines = [
+        "usage: tele VERB [options]",
+        "",
+        "TeleChat2 in MindSpore and in PyTorch: one set of configs, data and checkpoints, held equal by tests.",
+    ]
+    for title, verbs in GROUPS.items():
+        lines += ["", f"{title}:"]
+        lines += [f"  {verb:<10}{summary}" for verb, (_, summary) in verbs.items()]
+    return "\n".join([*lines, "", EXAMPLES])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,216 @@
+"""The configuration of a model and of a training run: schema, presets, validation.
+
+Both backends read exactly these objects, so a field has one meaning. Shape letters used across the project:
+B batch, S sequence, H heads, K kv heads, D head dim, E hidden, F ffn, V vocab, L layers.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from core.errors import UserError
+from core.schema import from_mapping, load_yaml, option, set_dotted
+
+CONFIGS = Path(__file__).resolve().parent.parent / "configs"
+
+PRECISIONS = ("fp32", "bf16", "amp", "fp16", "fp64")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """One decoder. The released key is given in brackets where the name differs (facts: TeleChat2 config.json)."""
+
+    family: str = option("telechat2", help="which published family the shape belongs to", choices=("telechat2",))
+    vocab_size: int = option(help="V, rows of the embedding and of the head", min=1)
+    hidden_size: int = option(help="E, width of the residual stream", min=1)
+    ffn_hidden_size: int = option(help="F, width of the gated feed-forward", min=1)
+    num_layers: int = option(help="L, decoder blocks [n_layer]", min=1)
+    num_heads: int = option(help="H, query heads [n_head]", min=1)
+    num_kv_heads: int = option(help="K, key/value heads; divides num_heads [num_key_value_heads]", min=1)
+    norm_eps: float = option(help="epsilon in the norm's root [layer_norm_epsilon]; 115B 1e-8, 3B/7B 1e-5", above=0.0)
+    rope_theta: float = option(10000.0, help="rotary base before NTK scaling", above=0.0)
+    training_seqlen: int = option(help="length beyond which attention scaling acts", min=1)
+    base_seqlen: int = option(help="length beyond which the rotary base grows", min=1)
+    max_seqlen: int = option(help="length the model was trained to handle [seq_length]", min=1)
+    init_std: float = option(0.02, help="standard deviation of initial matrices [initializer_range]", above=0.0)
+    table_dtype: str = option(
+        "float32", help="rotary table precision; float16 reproduces the released code", choices=("float32", "float16")
+    )
+    bos_token_id: int = option(1, help="<_start>", min=0)
+    eos_token_id: int = option(2, help="<_end>", min=0)
+    pad_token_id: int = option(3, help="<_pad>", min=0)
+
+    def __post_init__(self) -> None:
+        if self.hidden_size % self.num_heads:
+            raise UserError(
+                f"model.num_heads: {self.num_heads} does not divide hidden_size {self.hidden_size}; "
+                f"nearest that does: {_nearest_divisor(self.hidden_size, self.num_heads)}"
+            )
+        if self.num_heads % self.num_kv_heads:
+            raise UserError(
+                f"model.num_kv_heads: {self.num_kv_heads} does not divide num_heads {self.num_heads}; "
+                f"nearest that does: {_nearest_divisor(self.num_heads, self.num_kv_heads)}"
+            )
+        if self.head_dim % 2:
+            raise UserError(
+                f"model.num_heads: head size {self.head_dim} (= {self.hidden_size} / {self.num_heads}) is odd; "
+                "rotary positions need an even head size"
+            )
+        for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+            if getattr(self, name) >= self.vocab_size:
+                raise UserError(f"model.{name}: {getattr(self, name)} is outside the vocabulary of {self.vocab_size}")
+
+    @property
+    def head_dim(self) -> int:
+        return self.hidden_size // self.num_heads
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataSourceConfig:
+    path: str = option(help="folder written by `tele data`")
+    weight: float = option(1.0, help="share of samples drawn from this source", above=0.0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    sources: list[DataSourceConfig] = option(help="packed folders to blend, each {path, weight}")
+    seq_len: int = option(help="S, tokens a sample", min=2)
+    isolate_documents: bool = option(False, help="reset positions and block attention between packed documents")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    steps: int = option(help="optimizer steps in the whole run", min=1)
+    global_batch: int = option(help="sequences an optimizer step", min=1)
+    micro_batch: int = option(help="sequences a forward pass; divides global_batch", min=1)
+    precision: str = option(
+        "fp32", help="fp32 | bf16 (O2) | amp (O1) | fp16 (dynamic loss scale) | fp64 (reference)", choices=PRECISIONS
+    )
+    recompute: str = option(
+        "none", help="activations computed again in the backward", choices=("none", "selective", "full")
+    )
+    seed: int = option(1234, help="initial weights and data order", min=0)
+
+    def __post_init__(self) -> None:
+        if self.global_batch % self.micro_batch:
+            raise UserError(
+                f"train.micro_batch: {self.micro_batch} does not divide global_batch {self.global_batch}; "
+                f"nearest that does: {_nearest_divisor(self.global_batch, self.micro_batch)}"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimConfig:
+    lr: float = option(help="peak learning rate", above=0.0)
+    min_lr: float = option(0.0, help="learning rate at the end of the cosine", min=0.0)
+    warmup_steps: int = option(0, help="linear warm-up: step s < warmup uses lr*(s+1)/warmup", min=0)
+    beta1: float = option(0.9, help="AdamW", min=0.0, max=0.999999)
+    beta2: float = option(0.95, help="AdamW", min=0.0, max=0.9999999)
+    eps: float = option(1e-8, help="AdamW", above=0.0)
+    weight_decay: float = option(0.1, help="decoupled, on matrices only", min=0.0)
+    clip_grad: float = option(1.0, help="global gradient norm limit; 0 switches clipping off", min=0.0)
+
+    def __post_init__(self) -> None:
+        if self.min_lr > self.lr:
+            raise UserError(f"optim.min_lr: {self.min_lr} is above the peak optim.lr {self.lr}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointConfig:
+    every: int = option(0, help="save every N steps; 0 saves only at the end", min=0)
+    keep_last: int = option(2, help="checkpoints kept", min=1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class HealthConfig:
+    spike_factor: float = option(10.0, help="a gradient norm this many times the running median is a spike", above=1.0)
+    spike_policy: str = option("warn", help="what to do on a spike", choices=("stop", "skip", "warn"))
+    window: int = option(50, help="steps in the running median", min=2)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """Everything `tele train` needs, as read from one YAML file."""
+
+    model: ModelConfig = option(help="a preset's name, or a mapping with `preset` and overrides, or a full mapping")
+    data: DataConfig = option(help="what to train on")
+    train: TrainConfig = option(help="how long and in which precision")
+    optim: OptimConfig = option(help="AdamW and its schedule")
+    checkpoint: CheckpointConfig = option(CheckpointConfig(), help="saving")
+    health: HealthConfig = option(HealthConfig(), help="what to do when training goes wrong")
+
+    def __post_init__(self) -> None:
+        if self.data.seq_len > self.model.max_seqlen:
+            raise UserError(
+                f"data.seq_len: {self.data.seq_len} is above the model's max_seqlen {self.model.max_seqlen}; "
+                "train at most at that length, or raise model.max_seqlen"
+            )
+        if self.optim.warmup_steps >= self.train.steps:
+            raise UserError(
+                f"optim.warmup_steps: {self.optim.warmup_steps} leaves no step after warm-up of train.steps "
+                f"{self.train.steps}"
+            )
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+
+def preset_names() -> list[str]:
+    return sorted(p.stem for p in (CONFIGS / "models").glob("*.yaml"))
+
+
+def load_model_config(spec: str | dict[str, Any], where: str = "model") -> ModelConfig:
+    """A model from a preset's name, from ``{preset: name, ...overrides}``, or from a full mapping."""
+    if isinstance(spec, str):
+        spec = {"preset": spec}
+    if not isinstance(spec, dict):
+        raise UserError(f"{where}: expected a preset's name or a mapping, found {spec!r}")
+    values = dict(spec)
+    if "preset" in values:
+        name = values.pop("preset")
+        path = CONFIGS / "models" / f"{name}.yaml"
+        if not isinstance(name, str) or not path.is_file():
+            near = difflib.get_close_matches(str(name), preset_names(), n=1)
+            hint = f"did you mean '{near[0]}'?" if near else f"there are: {', '.join(preset_names())}"
+            raise UserError(f"{where}.preset: no model preset '{name}'; {hint}")
+        values = {**load_yaml(path), **values}
+    return from_mapping(ModelConfig, values, where)
+
+
+def load_run_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> RunConfig:
+    """Read a run's YAML, apply ``--set`` overrides, validate. Relative data paths count from the file's folder."""
+    tree = load_yaml(path)
+    if not isinstance(tree, dict):
+        raise UserError(f"{path}: expected a mapping with model, data, train and optim")
+    if isinstance(tree.get("model"), str):
+        tree["model"] = {"preset": tree["model"]}
+    _anchor_paths(tree, Path(path).resolve().parent)
+    for assignment in overrides:
+        set_dotted(tree, assignment)
+    return run_config_from_dict(tree)
+
+
+def run_config_from_dict(tree: dict[str, Any]) -> RunConfig:
+    """Validate a run's mapping; ``model`` may name a preset."""
+    values = dict(tree)
+    if "model" in values:
+        values["model"] = load_model_config(values["model"]).to_dict()
+    return from_mapping(RunConfig, values, "")
+
+
+def _anchor_paths(tree: dict[str, Any], folder: Path) -> None:
+    data = tree.get("data")
+    for source in data.get("sources") or [] if isinstance(data, dict) else []:
+        if isinstance(source, dict) and isinstance(source.get("path"), str):
+            source["path"] = str(folder / source["path"])
+
+
+def _nearest_divisor(whole: int, wanted: int) -> int:
+    return min((d for d in range(1, whole + 1) if whole % d == 0), key=lambda d: (abs(d - wanted), d))

@@ -1,0 +1,65 @@
+"""Rotary position tables with TeleChat2's length scaling, in numpy, one source for both backends.
+
+Past the trained length two things change, in training and in inference alike (released modeling_telechat.py,
+RotaryEmbedding): the rotary base grows in steps (NTK-aware), and cos and sin are multiplied by an attention scale, so
+that attention logits grow by its square.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+from core.config import ModelConfig
+
+
+def ntk_alpha(seq_len: int, training_seqlen: int, base_seqlen: int) -> float:
+    """max(2^ceil(log2(S / base_seqlen) + 1) - 1, 1) with S = max(seq_len, training_seqlen)."""
+    table_len = max(seq_len, training_seqlen)
+    return max(2.0 ** math.ceil(math.log2(table_len / base_seqlen) + 1.0) - 1.0, 1.0)
+
+
+def scaled_base(config: ModelConfig, seq_len: int) -> float:
+    """theta * alpha^(D / (D - 2)): the base whose slowest channel is interpolated alpha times."""
+    alpha = ntk_alpha(seq_len, config.training_seqlen, config.base_seqlen)
+    dim = config.head_dim
+    return config.rope_theta * alpha ** (dim / (dim - 2)) if dim > 2 else config.rope_theta
+
+
+def attention_scale(config: ModelConfig, seq_len: int) -> float:
+    """The released ``mscale``: 0.1 * ln(S / training_seqlen) + 1 beyond the trained length, else 1."""
+    ratio = max(seq_len, config.training_seqlen) / config.training_seqlen
+    return 0.1 * math.log(ratio) + 1.0 if ratio > 1.0 else 1.0
+
+
+def scales_with_length(config: ModelConfig, seq_len: int) -> bool:
+    """Whether a sequence of this length uses other tables than a short one does."""
+    return scaled_base(config, seq_len) != scaled_base(config, 1) or attention_scale(config, seq_len) != 1.0
+
+
+def rope_tables(
+    config: ModelConfig, positions: np.ndarray, seq_len: int, dtype: type = np.float32
+) -> tuple[np.ndarray, np.ndarray]:
+    """cos, sin of shape ``positions.shape + (D // 2,)`` for half rotation, attention scale included.
+
+    ``seq_len`` is the length that decides the scaling (the whole row, cached tokens included), not the number of
+    positions asked for. Frequencies and angles are float32 as released; ``dtype=np.float64`` computes all of it in
+    float64 for reference runs. ``config.table_dtype == "float16"`` reproduces the release's rounding:
+    cos to float16, then times the scale, rounded to float16 again.
+    """
+    exponent = np.arange(0, config.head_dim, 2).astype(dtype) / dtype(config.head_dim)
+    # Powers and cosines are taken in float64 and rounded once: the same bits on every processor, while the rounding
+    # steps (power, reciprocal, angle) stay where the released float32 code has them.
+    period = (scaled_base(config, seq_len) ** exponent.astype(np.float64)).astype(dtype)
+    frequency = dtype(1) / period  # [D/2]
+    angle = (np.asarray(positions).astype(dtype)[..., None] * frequency).astype(np.float64)
+    scale = attention_scale(config, seq_len)
+    return _scaled(np.cos(angle).astype(dtype), scale, config), _scaled(np.sin(angle).astype(dtype), scale, config)
+
+
+def _scaled(table: np.ndarray, scale: float, config: ModelConfig) -> np.ndarray:
+    if config.table_dtype == "float16":
+        rounded = table.astype(np.float16).astype(np.float32)
+        return (rounded * np.float32(scale)).astype(np.float16).astype(table.dtype)
+    return table * table.dtype.type(scale)

@@ -1,0 +1,168 @@
+"""Frozen dataclasses from plain mappings, with errors that name the field.
+
+A configuration is a tree of dataclasses whose fields carry their legal values in ``field(metadata=...)``:
+``min``/``max`` (inclusive), ``above`` (exclusive lower bound), ``choices``. Nothing is coerced except int -> float:
+a quoted number is a typing mistake that the user should see.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import re
+import types
+import typing
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+
+from core.errors import UserError
+
+T = TypeVar("T")
+
+
+def option(default: Any = dataclasses.MISSING, *, help: str, **limits: Any) -> Any:
+    """A dataclass field with its help text and limits (``min``, ``max``, ``above``, ``choices``)."""
+    metadata = {"help": help, **limits}
+    if default is not dataclasses.MISSING and isinstance(default, (list, dict)):
+        return dataclasses.field(default_factory=lambda: type(default)(default), metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+def from_mapping(cls: type[T], data: Any, where: str) -> T:
+    """Build ``cls`` from ``data``; ``where`` is the dotted path used in messages.
+
+    Raises UserError on an unknown key (suggesting the nearest legal one), a missing key, a wrong type, or a value
+    outside its range.
+    """
+    if not isinstance(data, Mapping):
+        raise UserError(f"{where}: expected a mapping of options, found {_show(data)}")
+    fields = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    for key in data:
+        if key not in fields:
+            near = difflib.get_close_matches(str(key), fields, n=1, cutoff=0.5)
+            hint = f"did you mean '{near[0]}'?" if near else f"legal keys: {', '.join(sorted(fields))}"
+            raise UserError(f"{where}: unknown key '{key}'; {hint}")
+    hints = typing.get_type_hints(cls)
+    values: dict[str, Any] = {}
+    for name, f in fields.items():
+        path = f"{where}.{name}" if where else name
+        if name in data:
+            values[name] = _check(hints[name], data[name], path, f.metadata)
+        elif f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING:
+            raise UserError(f"{path}: missing; {f.metadata.get('help', 'it has no default')}")
+    return cls(**values)
+
+
+def load_yaml(path: str | Path) -> Any:
+    """Read one YAML document with the safe loader; UserError names the file and line of a syntax mistake."""
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read ({error})") from None
+    try:
+        return yaml.load(text, Loader=_Loader)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f":{mark.line + 1}" if mark else ""
+        raise UserError(f"{path}{line}: not valid YAML ({getattr(error, 'problem', error)})") from None
+
+
+def parse_value(text: str) -> Any:
+    """The value of ``--set key=value``, read by YAML's rules."""
+    return yaml.load(text, Loader=_Loader)
+
+
+def set_dotted(tree: dict[str, Any], assignment: str) -> None:
+    """Apply ``a.b.c=value`` to a tree of mappings in place."""
+    key, sign, text = assignment.partition("=")
+    if not sign or not key:
+        raise UserError(f"--set {assignment}: expected key=value, e.g. --set train.steps=100")
+    *parents, leaf = key.split(".")
+    node = tree
+    for part in parents:
+        node = node.setdefault(part, {})
+        if not isinstance(node, dict):
+            raise UserError(f"--set {assignment}: '{part}' is a value, not a group of options")
+    node[leaf] = parse_value(text)
+
+
+class _Loader(yaml.SafeLoader):
+    """SafeLoader that reads ``1e-5`` as a number (YAML 1.1 wants ``1.0e-5``) and refuses a key given twice."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        seen = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if key in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"key '{key}' appears twice", key_node.start_mark)
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+_Loader.yaml_implicit_resolvers = {k: list(v) for k, v in yaml.SafeLoader.yaml_implicit_resolvers.items()}
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$"),
+    list("-+0123456789"),
+)
+
+
+def _check(kind: Any, value: Any, path: str, limits: Mapping[str, Any]) -> Any:
+    origin = typing.get_origin(kind)
+    if origin in (typing.Union, types.UnionType):
+        members = [m for m in typing.get_args(kind) if m is not type(None)]
+        if value is None:
+            if len(members) < len(typing.get_args(kind)):
+                return None
+            raise UserError(f"{path}: may not be empty")
+        fitting = [m for m in members if _plain(m) is not None and _is(value, _plain(m))]
+        return _check(fitting[0] if fitting else members[0], value, path, limits)
+    if dataclasses.is_dataclass(kind):
+        return from_mapping(typing.cast(type, kind), value, path)
+    if origin in (list, tuple):
+        if not isinstance(value, (list, tuple)):
+            raise UserError(f"{path}: expected a list, found {_show(value)}")
+        inner = typing.get_args(kind)[0]
+        items = [_check(inner, v, f"{path}[{i}]", limits) for i, v in enumerate(value)]
+        return tuple(items) if origin is tuple else items
+    if kind is float and _is(value, int):
+        value = float(value)
+    if not _is(value, kind):
+        raise UserError(f"{path}: expected {_name(kind)}, found {_show(value)}")
+    if "choices" in limits and value not in limits["choices"]:
+        near = difflib.get_close_matches(str(value), [str(c) for c in limits["choices"]], n=1)
+        hint = f" (did you mean '{near[0]}'?)" if near else ""
+        raise UserError(f"{path}: {value!r} is not one of {', '.join(map(str, limits['choices']))}{hint}")
+    if isinstance(value, float) and value != value:
+        raise UserError(f"{path}: nan is not a number to work with")
+    for word, bad in (("min", lambda b: value < b), ("max", lambda b: value > b), ("above", lambda b: value <= b)):
+        if word in limits and bad(limits[word]):
+            says = {"min": "at least", "max": "at most", "above": "above"}[word]
+            raise UserError(f"{path}: must be {says} {limits[word]}, found {value}")
+    return value
+
+
+def _plain(kind: Any) -> Any:
+    origin = typing.get_origin(kind)
+    if dataclasses.is_dataclass(kind):
+        return Mapping
+    return origin or kind
+
+
+def _is(value: Any, kind: Any) -> bool:
+    if kind in (int, float) and isinstance(value, bool):
+        return False
+    return isinstance(value, kind)
+
+
+def _name(kind: Any) -> str:
+    return {int: "a whole number", float: "a number", str: "text", bool: "true or false"}.get(kind, str(kind))
+
+
+def _show(value: Any) -> str:
+    return f"{type(value).__name__} {value!r}" if value is not None else "nothing"

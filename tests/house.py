@@ -1,0 +1,285 @@
+"""The rules of the house that a program can check, each as a function from a source tree to a list of complaints.
+
+Kept apart from test_house.py so that every rule can be run on a tree with a planted violation.
+"""
+
+from __future__ import annotations
+
+import ast
+import os
+import re
+import subprocess
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGES = ("core", "convert", "kernels", "telechat_ms", "pt_reference")
+TWINS = ("telechat_ms", "pt_reference")
+FRAMEWORKS = ("mindspore", "mindformers", "torch", "torch_npu")
+
+# Arrows of the design: what each package may import of ours and of the frameworks. Tests may import everything.
+MAY_IMPORT: dict[str, tuple[str, ...]] = {
+    "core": ("core",),
+    "convert": ("core", "convert"),
+    "kernels": ("core", "kernels", "mindspore", "torch", "torch_npu"),
+    "telechat_ms": ("core", "convert", "kernels", "telechat_ms", "mindspore"),
+    "pt_reference": ("core", "convert", "kernels", "pt_reference", "torch", "torch_npu"),
+}
+# Narrower or wider than their package, by file or folder.
+EXCEPTIONS: dict[str, tuple[str, ...]] = {
+    "core/commands": ("core", "convert"),  # inside functions only: `tele --help` stays instant
+    "kernels/reference.py": ("core", "kernels"),  # the judge is numpy
+    "kernels/mindspore.py": ("core", "kernels", "mindspore"),
+    "kernels/pytorch.py": ("core", "kernels", "torch", "torch_npu"),
+}
+LAZY_ONLY = {"core/commands": ("convert",)}
+# The only places that load modules by a computed name: the command table, the door to the backends, a rank's scheduler.
+DYNAMIC_IMPORTS = ("core/cli.py", "core/backends.py", "core/worker.py", "tests/")
+
+# Files and names that one twin has and the other has no use for, with the reason.
+TWIN_EXCEPTIONS: dict[str, str] = {
+    "telechat_ms/model.py:empty_parameter": "short in PyTorch: nn.Parameter(torch.empty(...)) in place",
+    "telechat_ms/ops.py:attention_blocks": "a PyTorch mask is made on a named device, MindSpore has one per process",
+    "telechat_ms/optim.py:AdamW.accumulate": "MindSpore returns gradients, PyTorch leaves them in .grad",
+}
+
+# The model of this project is one file; a parallel strategy is one file; the rest is bounded by 700.
+BUDGETS = {"model.py": 400, "parallelize.py": 300}
+PARALLEL = re.compile(r"(tensor_parallel|ring_attention|ulysses|pipeline|data_parallel|mesh)\.py$")
+MOST_LINES = 700
+
+UNTRACKED = ("build", "dist", "runs", "logs", "demo")
+
+MACHINE_PATH = re.compile(r"(?<![\w.$}])/(?:root|home|work|opt|tmp|Users|mnt|data\d*)/[\w.]")
+
+
+@dataclass(frozen=True)
+class Import:
+    """``name`` as written, e.g. ``core.data.blend``; ``lazy`` when inside a function."""
+
+    name: str
+    line: int
+    lazy: bool
+
+    @property
+    def top(self) -> str:
+        return self.name.partition(".")[0]
+
+
+def tracked_files(root: Path) -> list[Path]:
+    """Files that are or could be committed, as git sees them; in a tree without git, all but hidden folders."""
+    if (root / ".git").exists():
+        listing = subprocess.run(
+            ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
+            cwd=root,
+            capture_output=True,
+            check=True,
+        )
+        files = [root / name for name in listing.stdout.decode().split("\0") if name]
+        return sorted(f for f in files if f.is_file())
+    found = []
+    for folder, names, files in os.walk(root):
+        names[:] = [n for n in names if n == ".ci" or not n.startswith((".", "__")) and n not in UNTRACKED]
+        names[:] = [n for n in names if not n.endswith(".egg-info")]
+        found += [Path(folder) / file for file in files]
+    return sorted(found)
+
+
+def python_files(root: Path, packages: tuple[str, ...] = PACKAGES) -> list[Path]:
+    return sorted(p for package in packages for p in (root / package).rglob("*.py") if "build" not in p.parts)
+
+
+def imports_of(path: Path) -> list[Import]:
+    found: list[Import] = []
+
+    def visit(node: ast.AST, lazy: bool) -> None:
+        for child in ast.iter_child_nodes(node):
+            if isinstance(child, ast.Import):
+                found.extend(Import(alias.name, child.lineno, lazy) for alias in child.names)
+            elif isinstance(child, ast.ImportFrom):
+                base = child.module or ""
+                found.append(Import("." * child.level + base, child.lineno, lazy))
+                if not child.level:
+                    found.extend(Import(f"{base}.{alias.name}", child.lineno, lazy) for alias in child.names)
+            visit(child, lazy or isinstance(child, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)))
+
+    visit(_tree(path), False)
+    return found
+
+
+def wrong_imports(root: Path) -> list[str]:
+    """Imports against the arrows, relative imports, and modules loaded by a computed name outside the doors."""
+    complaints = []
+    for path in python_files(root):
+        where = path.relative_to(root).as_posix()
+        rule = next((k for k in EXCEPTIONS if where.startswith(k)), None)
+        allowed = EXCEPTIONS[rule] if rule else MAY_IMPORT[where.partition("/")[0]]
+        lazy_only = next((names for k, names in LAZY_ONLY.items() if where.startswith(k)), ())
+        watched = {*PACKAGES, *FRAMEWORKS, "tests"}
+        for found in imports_of(path):
+            if found.name.startswith("."):
+                complaints.append(f"{where}:{found.line}: relative import; write the full name")
+            elif found.top in watched and found.top not in allowed:
+                complaints.append(f"{where}:{found.line}: imports {found.name}, may import only {', '.join(allowed)}")
+            elif found.top in lazy_only and not found.lazy:
+                complaints.append(f"{where}:{found.line}: imports {found.name} at the top; do it inside the function")
+            for twin, other in (("telechat_ms", "kernels.pytorch"), ("pt_reference", "kernels.mindspore")):
+                if where.startswith(twin) and found.name.startswith(other):
+                    complaints.append(f"{where}:{found.line}: imports the other framework's {found.name}")
+        if not where.startswith(DYNAMIC_IMPORTS):
+            for call, name in _calls(path):
+                if name.rpartition(".")[2] in ("import_module", "__import__"):
+                    complaints.append(f"{where}:{call.lineno}: loads a module by name; core.backends.load is the door")
+    return complaints
+
+
+def twin_differences(root: Path) -> list[str]:
+    """Files and public top-level names that one backend has and the other lacks."""
+    complaints = []
+    files = {twin: {p.relative_to(root / twin).as_posix() for p in python_files(root, (twin,))} for twin in TWINS}
+    for here, there in (TWINS, TWINS[::-1]):
+        for name in sorted(files[here] - files[there]):
+            if f"{here}/{name}" not in TWIN_EXCEPTIONS:
+                complaints.append(f"{here}/{name}: {there} has no such file")
+        for name in sorted(files[here] & files[there]):
+            for public in sorted(_public(root / here / name) - _public(root / there / name)):
+                if f"{here}/{name}:{public}" not in TWIN_EXCEPTIONS:
+                    complaints.append(f"{here}/{name}: '{public}' has no twin in {there}/{name}")
+    return complaints
+
+
+def stale_exceptions(root: Path) -> list[str]:
+    """Entries of TWIN_EXCEPTIONS whose file or name is not there any more."""
+    complaints = []
+    for exception in TWIN_EXCEPTIONS:
+        file, _, name = exception.partition(":")
+        path = root / file
+        if not path.exists() or (name and name not in _public(path) | _signatures(path).keys()):
+            complaints.append(f"{exception}: listed as an exception, but it does not exist")
+    return complaints
+
+
+def twin_signatures(root: Path) -> list[str]:
+    """Public functions and methods of twins whose parameter names differ."""
+    complaints = []
+    here, there = TWINS
+    for path in python_files(root, (here,)):
+        other = root / there / path.relative_to(root / here)
+        if not other.exists():
+            continue
+        ours, theirs = _signatures(path), _signatures(other)
+        for name in sorted(ours.keys() & theirs.keys()):
+            if ours[name] != theirs[name] and f"{path.relative_to(root).as_posix()}:{name}" not in TWIN_EXCEPTIONS:
+                where = f"{here}|{there}/{path.relative_to(root / here).as_posix()}"
+                complaints.append(f"{where}: {name}({', '.join(ours[name])}) against ({', '.join(theirs[name])})")
+    return complaints
+
+
+BANNED_MODULES = ("pickle", "cPickle", "cloudpickle", "dill", "shelve", "marshal", "joblib")
+BANNED_CALLS = {
+    "torch.save": "pickles; write safetensors through core.checkpoint",
+    "torch.load": "unpickles; read safetensors through core.checkpoint",
+    "yaml.load": "may build any object; core.schema.load_yaml is the safe loader",
+    "yaml.unsafe_load": "builds any object; use core.schema.load_yaml",
+    "yaml.full_load": "builds many objects; use core.schema.load_yaml",
+    "yaml.load_all": "may build any object; use core.schema.load_yaml",
+    "os.system": "no shell; use subprocess with a list",
+    "eval": "runs text as code",
+    "exec": "runs text as code",
+}
+
+
+def unsafe_calls(root: Path) -> list[str]:
+    """Pickle in any form, YAML by an unsafe loader, numpy files that may hold objects, text run as code."""
+    complaints = []
+    for path in python_files(root, (*PACKAGES, "tests")):
+        where = path.relative_to(root).as_posix()
+        for found in imports_of(path):
+            if found.top in BANNED_MODULES:
+                complaints.append(f"{where}:{found.line}: imports {found.name}; nothing here is pickled")
+        for call, name in _calls(path):
+            if name in BANNED_CALLS and not (name == "yaml.load" and where == "core/schema.py"):
+                complaints.append(f"{where}:{call.lineno}: {name} {BANNED_CALLS[name]}")
+            keywords = {k.arg: k.value for k in call.keywords}
+            pickles = keywords.get("allow_pickle")
+            safe = isinstance(pickles, ast.Constant) and pickles.value is False
+            if (name in ("np.load", "numpy.load") or pickles is not None) and not safe:
+                complaints.append(f"{where}:{call.lineno}: {name} needs allow_pickle=False")
+            shell = keywords.get("shell")
+            if shell is not None and not (isinstance(shell, ast.Constant) and shell.value is False):
+                complaints.append(f"{where}:{call.lineno}: {name} with shell=True; give a list")
+    return complaints
+
+
+def machine_paths(root: Path) -> list[str]:
+    """Text files with an absolute path of one machine in them."""
+    complaints = []
+    for path in tracked_files(root):
+        try:
+            text = path.read_text(encoding="utf-8")
+        except UnicodeDecodeError:
+            continue
+        for number, line in enumerate(text.splitlines(), 1):
+            found = MACHINE_PATH.search(line)
+            if found:
+                complaints.append(f"{path.relative_to(root).as_posix()}:{number}: path of one machine, {found[0]}...")
+    return complaints
+
+
+def sizes(root: Path) -> list[tuple[str, int, int]]:
+    """(file, lines, budget) of every source file, largest share of its budget first."""
+    rows = []
+    for path in tracked_files(root):
+        if path.suffix not in (".py", ".cc", ".h"):
+            continue
+        where = path.relative_to(root).as_posix()
+        budget = MOST_LINES
+        if where.startswith(TWINS):
+            budget = 300 if PARALLEL.search(path.name) else BUDGETS.get(path.name, MOST_LINES)
+        rows.append((where, len(path.read_bytes().splitlines()), budget))
+    return sorted(rows, key=lambda row: (-row[1] / row[2], row[0]))
+
+
+def too_long(root: Path) -> list[str]:
+    return [f"{where}: {lines} lines, at most {MOST_LINES}" for where, lines, _ in sizes(root) if lines > MOST_LINES]
+
+
+def _tree(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"), filename=str(path))
+
+
+def _calls(path: Path) -> Iterator[tuple[ast.Call, str]]:
+    """Each call with its dotted name, "" where it has none."""
+    for node in ast.walk(_tree(path)):
+        if isinstance(node, ast.Call):
+            parts: list[str] = []
+            target: ast.expr = node.func
+            while isinstance(target, ast.Attribute):
+                parts.append(target.attr)
+                target = target.value
+            if isinstance(target, ast.Name):
+                yield node, ".".join([target.id, *reversed(parts)])
+            else:
+                yield node, ""
+
+
+def _public(path: Path) -> set[str]:
+    kinds = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
+    return {n.name for n in _tree(path).body if isinstance(n, kinds) and not n.name.startswith("_")}
+
+
+def _signatures(path: Path) -> dict[str, list[str]]:
+    found: dict[str, list[str]] = {}
+
+    def add(prefix: str, node: ast.AST) -> None:
+        if isinstance(node, ast.FunctionDef) and (not node.name.startswith("_") or node.name == "__init__"):
+            arguments = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
+            found[prefix + node.name] = [a.arg for a in arguments]
+
+    for node in _tree(path).body:
+        add("", node)
+        if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
+            for member in node.body:
+                add(f"{node.name}.", member)
+    return found

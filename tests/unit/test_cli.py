@@ -1,0 +1,142 @@
+"""The `tele` command: its help, its mistakes and its exit codes."""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+import types
+
+import pytest
+
+from core import cli
+from core.errors import UserError
+from tests.house import ROOT
+
+
+def test_help_lists_every_verb_with_its_line(capsys: pytest.CaptureFixture[str]) -> None:
+    for words in ([], ["--help"], ["-h"], ["help"]):
+        assert cli.main(words) == 0
+        text = capsys.readouterr().out
+        for verb, (_, summary) in cli.VERBS.items():
+            assert f"  {verb:<10}{summary}" in text
+    assert max(map(len, text.splitlines())) <= 120
+
+
+def test_each_verb_has_its_module() -> None:
+    for verb, (module, _) in cli.VERBS.items():
+        assert module == f"core.commands.{verb}"
+        assert (ROOT / f"{module.replace('.', '/')}.py").is_file(), f"{verb} is offered but does not exist"
+
+
+@pytest.mark.parametrize("verb", cli.VERBS)
+def test_verb_help(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main([verb, "--help"]) == 0
+    text = capsys.readouterr().out
+    assert text.startswith(f"usage: tele {verb} ")
+    assert cli.main(["help", verb]) == 0
+    assert capsys.readouterr().out == text
+
+
+def test_help_is_instant_because_nothing_heavy_is_imported() -> None:
+    code = "import sys; from core import cli; cli.main(['--help']); print(*sys.modules, file=sys.stderr)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    loaded = set(done.stderr.split())
+    assert not loaded & {"numpy", "yaml", "torch", "mindspore", "matplotlib", "safetensors", "psutil"}
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["--version"]) == 0
+    assert capsys.readouterr().out == f"tele {cli.version()}\n"
+
+
+def test_misspelt_verb_is_mended(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["trian", "--config", "x"]) == 2
+    assert capsys.readouterr() == ("", "tele: no command 'trian'; did you mean 'tele train'?\n")
+    assert cli.main(["zzzzzz"]) == 2
+    assert "there are: doctor, demo" in capsys.readouterr().err
+
+
+@pytest.fixture
+def verb(monkeypatch: pytest.MonkeyPatch) -> types.ModuleType:
+    """A command `tele try` whose ``run`` each test sets."""
+    module = types.ModuleType("core.commands.try_it")
+    module.__doc__ = "Try it."
+
+    def add_arguments(parser: argparse.ArgumentParser) -> None:
+        parser.add_argument("--backend", required=True, choices=("ms", "pt"))
+        parser.add_argument("--count", type=int, default=1)
+
+    module.add_arguments = add_arguments  # type: ignore[attr-defined]
+    module.run = lambda args: args.count  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    monkeypatch.setitem(cli.VERBS, "try", (module.__name__, "try it"))
+    return module
+
+
+def test_the_verb_gets_its_options_and_gives_the_exit_code(verb: types.ModuleType) -> None:
+    assert cli.main(["try", "--backend", "ms", "--count", "7"]) == 7
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        ([], "the following arguments are required: --backend"),
+        (["--bakend", "ms"], "unknown argument '--bakend', did you mean '--backend'?"),
+        (["--backend", "ms", "--cont=3"], "unknown argument '--cont=3', did you mean '--count'?"),
+        (["--backend", "ms", "more"], "unknown argument 'more'"),
+        (["--backend", "tf"], "invalid choice: 'tf'"),
+        (["--backend", "ms", "--count", "x"], "invalid int value: 'x'"),
+        (["--back", "ms"], "unknown argument '--back'"),
+    ],
+)
+def test_wrong_options_are_one_line(
+    words: list[str], says: str, verb: types.ModuleType, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["try", *words]) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and says in err
+    assert err.startswith("tele: ") and err.count("\n") == 1 and "`tele try --help`" in err
+
+
+def raises(error: BaseException) -> object:
+    def run(args: argparse.Namespace) -> int:
+        raise error
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "says"),
+    [
+        (UserError("data.path: no such folder; write one"), 2, "tele: data.path: no such folder; write one\n"),
+        (KeyboardInterrupt(), 130, ""),
+        (ModuleNotFoundError("no", name="mindspore"), 2, "tele: mindspore is not installed here; `tele doctor` says"),
+    ],
+)
+def test_exit_codes(
+    error: BaseException, code: int, says: str, verb: types.ModuleType, capsys: pytest.CaptureFixture[str]
+) -> None:
+    verb.run = raises(error)  # type: ignore[attr-defined]
+    assert cli.main(["try", "--backend", "ms"]) == code
+    err = capsys.readouterr().err
+    assert err.startswith(says) and "Traceback" not in err
+
+
+@pytest.mark.parametrize("error", [ValueError("ours"), ModuleNotFoundError("ours", name="core.gone")])
+def test_a_defect_shows_its_traceback(
+    error: Exception, verb: types.ModuleType, capsys: pytest.CaptureFixture[str]
+) -> None:
+    verb.run = raises(error)  # type: ignore[attr-defined]
+    assert cli.main(["try", "--backend", "ms"]) == 1
+    assert "Traceback (most recent call last)" in capsys.readouterr().err
+
+
+def test_a_reader_that_leaves_early_is_no_error() -> None:
+    quiet = "import sys; from core import cli; cli.overview = lambda: 'x' * 1_000_000; sys.exit(cli.main([]))"
+    tele = subprocess.Popen([sys.executable, "-c", quiet], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert tele.stdout is not None and tele.stderr is not None
+    tele.stdout.read(10)
+    tele.stdout.close()
+    assert tele.stderr.read() == b""
+    assert tele.wait() == 1

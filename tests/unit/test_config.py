@@ -1,0 +1,109 @@
+"""Configuration: presets match the published models; every mistake is named with its way out."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from core.config import load_model_config, load_run_config, preset_names, run_config_from_dict
+from core.errors import UserError
+from core.params import count_parameters, parameter_table
+from core.schema import load_yaml
+
+# Published parameter counts; the 115B's equals the total_size of its released index (float32) divided by 4.
+PUBLISHED = {
+    "telechat2-3b": 3_070_528_512,
+    "telechat2-7b": 7_617_351_680,
+    "telechat2-35b": 35_435_059_200,
+    "telechat2-115b": 113_282_916_352,
+}
+
+RUN: dict[str, Any] = {
+    "model": "telechat2-tiny",
+    "data": {"sources": [{"path": "packed"}], "seq_len": 64},
+    "train": {"steps": 10, "global_batch": 4, "micro_batch": 2},
+    "optim": {"lr": 1e-3},
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_preset_has_the_published_parameter_count(name: str) -> None:
+    assert count_parameters(load_model_config(name)) == PUBLISHED[name]
+
+
+def test_every_preset_loads() -> None:
+    assert {"telechat2-tiny", "telechat2-mini", *PUBLISHED} <= set(preset_names())
+    for name in preset_names():
+        assert len(parameter_table(load_model_config(name))) > 0
+
+
+def test_run_config_fills_in_defaults() -> None:
+    config = run_config_from_dict(RUN)
+    assert config.model.hidden_size == 128
+    assert config.data.sources[0].weight == 1.0
+    assert config.health.spike_policy == "warn"
+    assert run_config_from_dict(config.to_dict()) == config
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"modle": "x"}, "unknown key 'modle'; did you mean 'model'"),
+        ({"model": "telechat2-tinny"}, "did you mean 'telechat2-tiny'"),
+        ({"model": {"preset": "telechat2-tiny", "num_heads": 5}}, "num_heads: 5 does not divide hidden_size 128"),
+        ({"model": {"preset": "telechat2-tiny", "num_kv_heads": 3}}, "num_kv_heads: 3 does not divide num_heads 4"),
+        ({"model": {"preset": "telechat2-tiny", "hidden_size": 100, "num_heads": 4}}, "head size 25"),
+        ({"model": {"preset": "telechat2-tiny", "norm_eps": "1e-5x"}}, "norm_eps: expected a number, found str"),
+        ({"model": {"preset": "telechat2-tiny", "vocab_size": 2}}, "eos_token_id: 2 is outside the vocabulary of 2"),
+        ({"model": {"preset": "telechat2-tiny", "table_dtype": "float61"}}, "did you mean 'float16'"),
+        ({"model": {"preset": "telechat2-tiny", "num_layers": True}}, "num_layers: expected a whole number"),
+        ({"data": {"sources": [{"path": "p"}], "seq_len": 257}}, "seq_len: 257 is above the model's max_seqlen 256"),
+        ({"data": {"sources": [{"path": "p", "weight": 0}], "seq_len": 64}}, "weight: must be above 0"),
+        ({"data": {"sources": "p", "seq_len": 64}}, "sources: expected a list"),
+        ({"train": {"steps": 0, "global_batch": 4, "micro_batch": 2}}, "steps: must be at least 1"),
+        ({"train": {"steps": 5, "global_batch": 4, "micro_batch": 3}}, "micro_batch: 3 does not divide global_batch 4"),
+        ({"train": {"global_batch": 4, "micro_batch": 2}}, "train.steps: missing"),
+        (
+            {"train": {"steps": 5, "global_batch": 4, "micro_batch": 2, "precision": "bf61"}},
+            "precision: 'bf61' is not one of fp32, bf16, amp, fp16, fp64 (did you mean 'bf16'?)",
+        ),
+        ({"optim": {"lr": 1e-3, "min_lr": 1e-2}}, "min_lr: 0.01 is above the peak"),
+        ({"optim": {"lr": 1e-3, "warmup_steps": 10}}, "warmup_steps: 10 leaves no step"),
+        ({"optim": {"lr": float("nan")}}, "nan is not a number"),
+        ({"optim": None}, "optim"),
+    ],
+)
+def test_mistake_is_named(change: dict[str, Any], says: str) -> None:
+    with pytest.raises(UserError) as error:
+        run_config_from_dict({**RUN, **change})
+    assert says in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_yaml_mistakes_name_file_and_line(tmp_path: Path) -> None:
+    for text, says in (("a: [1,\nb: 2", ":2"), ("a: 1\na: 2\n", "'a' appears twice"), ("!!python/object:os.x {}", "")):
+        (tmp_path / "x.yaml").write_text(text)
+        with pytest.raises(UserError, match="x.yaml") as error:
+            load_yaml(tmp_path / "x.yaml")
+        assert says in str(error.value)
+    with pytest.raises(UserError, match="no such file"):
+        load_yaml(tmp_path / "none.yaml")
+
+
+def test_exponent_without_a_point_is_a_number(tmp_path: Path) -> None:
+    (tmp_path / "x.yaml").write_text("a: 1e-5\nb: 3e8\nc: -2E+3\nd: 1e-5x\n")
+    assert load_yaml(tmp_path / "x.yaml") == {"a": 1e-5, "b": 3e8, "c": -2000.0, "d": "1e-5x"}
+
+
+def test_set_overrides_and_relative_paths(tmp_path: Path) -> None:
+    import yaml
+
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(RUN))
+    config = load_run_config(tmp_path / "run.yaml", ["train.steps=3", "optim.lr=2e-4", "model.num_layers=2"])
+    assert (config.train.steps, config.optim.lr, config.model.num_layers) == (3, 2e-4, 2)
+    assert config.data.sources[0].path == str(tmp_path / "packed")
+    for wrong in ("train.steps", "train.stepz=3", "train.steps.x=1"):
+        with pytest.raises(UserError):
+            load_run_config(tmp_path / "run.yaml", [wrong])

@@ -1,0 +1,74 @@
+"""`tele doctor` against environments that are right, wrong and half empty."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections.abc import Callable
+
+import pytest
+
+from core import cli
+from core.commands import doctor
+
+PINS = {"numpy": "1.26.4", "mindspore": "2.9.0", "torch": "2.13.0", "safetensors": "0.8.0"}
+
+
+def having(**versions: str) -> Callable[[str], str | None]:
+    table = {**PINS, **versions}
+    return lambda name: table.get(name) or None
+
+
+def test_the_right_versions_pass() -> None:
+    report = doctor.examine(having(torch="2.13.0+cpu", numpy="1.26.3"), PINS, (3, 11, 9))
+    assert report["mistakes"] == [] and report["mend"] is None and report["missing_backends"] == {}
+
+
+@pytest.mark.parametrize(
+    ("versions", "mistake", "mend"),
+    [
+        ({"numpy": "2.1.0"}, "numpy 2.1.0, 1.26.4 is needed", "'numpy==1.26.4'"),
+        ({"numpy": ""}, "numpy is not installed, 1.26.4 is needed", "'numpy==1.26.4'"),
+        ({"mindspore": "2.8.0"}, "mindspore 2.8.0, 2.9.0 is needed", "'mindspore==2.9.0'"),
+        ({"torch": "2.12.1+cu126"}, "torch 2.12.1+cu126, 2.13.0 is needed", "'torch==2.13.0'"),
+    ],
+)
+def test_a_wrong_version_is_named_with_its_mend(versions: dict[str, str], mistake: str, mend: str) -> None:
+    report = doctor.examine(having(**versions), PINS, (3, 11, 9))
+    assert report["mistakes"] == [mistake]
+    assert report["mend"] == f"{sys.executable} -m pip install {mend}"
+
+
+def test_wrong_python() -> None:
+    assert doctor.examine(having(), PINS, (3, 12, 1))["mistakes"] == ["Python 3.12.1 runs, 3.11 is needed"]
+
+
+def test_one_missing_backend_is_reported_but_no_mistake() -> None:
+    report = doctor.examine(having(mindspore=""), PINS, (3, 11, 9))
+    assert report["mistakes"] == []
+    assert list(report["missing_backends"]) == ["mindspore"] and "mindspore==2.9.0" in doctor._text(report)
+
+
+def test_no_backend_at_all_is_a_mistake() -> None:
+    report = doctor.examine(having(mindspore="", torch=""), PINS, (3, 11, 9))
+    assert report["mistakes"] == ["neither mindspore nor torch is installed"]
+    assert "'mindspore==2.9.0' 'torch==2.13.0'" in report["mend"]
+
+
+def test_exit_codes_and_the_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    pins = doctor.pinned_versions()
+    monkeypatch.setattr(doctor.examine, "__defaults__", (lambda name: pins.get(name), None, (3, 11, 9)))
+    assert cli.main(["doctor"]) == 0
+    out, err = capsys.readouterr()
+    assert re.search(r"numpy +1\.26\.4  ok", out) and err == ""
+    monkeypatch.setattr(doctor.examine, "__defaults__", (having(numpy="2.0.2"), None, (3, 11, 9)))
+    assert cli.main(["doctor", "--json"]) == 2
+    out, err = capsys.readouterr()
+    assert json.loads(out)["packages"]["numpy"] == {"installed": "2.0.2", "wanted": pins["numpy"]}
+    assert err.startswith("tele: numpy 2.0.2, 1.26.4 is needed. Run: ") and err.count("\n") == 1
+
+
+def test_the_pins_come_from_the_project() -> None:
+    pins = doctor.pinned_versions()
+    assert pins["numpy"].startswith("1.26.") and {"mindspore", "torch", "ml-dtypes", "mindformers"} <= pins.keys()

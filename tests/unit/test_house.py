@@ -1,0 +1,134 @@
+"""The house rules hold here, and each rule goes red on a tree with a planted violation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests import house
+from tests.size_report import report
+
+RULES: list[Callable[[Path], list[str]]] = [
+    house.wrong_imports,
+    house.twin_differences,
+    house.twin_signatures,
+    house.stale_exceptions,
+    house.unsafe_calls,
+    house.machine_paths,
+    house.too_long,
+]
+
+
+@pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.__name__)
+def test_the_tree_keeps_the_rule(rule: Callable[[Path], list[str]]) -> None:
+    complaints = rule(house.ROOT)
+    assert not complaints, "\n" + "\n".join(complaints)
+
+
+CLEAN = {
+    "core/config.py": "import yaml\n",
+    "core/commands/convert.py": "def run(args):\n    from convert import hf\n    return hf\n",
+    "convert/hf.py": "from core.config import x\n",
+    "kernels/reference.py": "import numpy as np\ndef f(p):\n    return np.load(p, allow_pickle=False)\n",
+    "kernels/pytorch.py": "import torch\n",
+    "telechat_ms/model.py": "import mindspore\nclass Model:\n    def run(self, a): ...\ndef build(config): ...\n",
+    "telechat_ms/autograd.py": "def private(): ...\n",
+    "pt_reference/model.py": "import torch\nclass Model:\n    def run(self, a): ...\ndef build(config): ...\n",
+    "tests/unit/test_x.py": "import torch, mindspore\n",
+    "docs/a.md": "see https://example.org/home/page and ../shared/x and /usr/bin/env and $HOME/opt/x\n",
+}
+
+
+def plant(root: Path, changes: dict[str, str]) -> Path:
+    for name, text in {**CLEAN, **changes}.items():
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    return root
+
+
+@pytest.mark.parametrize("rule", [r for r in RULES if r is not house.stale_exceptions], ids=lambda rule: rule.__name__)
+def test_a_clean_tree_passes(rule: Callable[[Path], list[str]], tmp_path: Path) -> None:
+    assert rule(plant(tmp_path, {})) == []
+
+
+IMPORTS = house.wrong_imports
+UNSAFE = house.unsafe_calls
+
+
+@pytest.mark.parametrize(
+    ("rule", "file", "text", "says"),
+    [
+        (IMPORTS, "core/x.py", "import torch\n", "core/x.py:1: imports torch"),
+        (IMPORTS, "core/x.py", "def f():\n    import mindspore.mint\n", "imports mindspore.mint"),
+        (IMPORTS, "core/x.py", "from convert import hf\n", "imports convert"),
+        (IMPORTS, "core/x.py", "import kernels.reference\n", "imports kernels"),
+        (IMPORTS, "core/x.py", "from telechat_ms import model\n", "imports telechat_ms"),
+        (IMPORTS, "core/commands/x.py", "from convert import hf\n", "at the top"),
+        (IMPORTS, "core/commands/x.py", "def run():\n    import pt_reference.model\n", "imports pt_reference"),
+        (IMPORTS, "core/commands/x.py", "import importlib\nimportlib.import_module('torch')\n", "is the door"),
+        (IMPORTS, "convert/x.py", "import torch\n", "imports torch"),
+        (IMPORTS, "convert/x.py", "import kernels\n", "imports kernels"),
+        (IMPORTS, "kernels/x.py", "from convert import hf\n", "imports convert"),
+        (IMPORTS, "kernels/reference.py", "import torch\n", "imports torch"),
+        (IMPORTS, "kernels/mindspore.py", "import torch\n", "imports torch"),
+        (IMPORTS, "telechat_ms/model.py", "import torch.nn\n", "imports torch.nn"),
+        (IMPORTS, "telechat_ms/model.py", "from kernels import pytorch\n", "other framework's kernels.pytorch"),
+        (IMPORTS, "telechat_ms/model.py", "def f():\n    from pt_reference.model import g\n", "imports pt_reference"),
+        (IMPORTS, "pt_reference/model.py", "import mindspore\n", "imports mindspore"),
+        (IMPORTS, "pt_reference/model.py", "import telechat_ms\n", "imports telechat_ms"),
+        (IMPORTS, "pt_reference/model.py", "from . import ops\n", "relative import"),
+        (IMPORTS, "core/x.py", "from tests import house\n", "imports tests"),
+        (
+            house.twin_differences,
+            "telechat_ms/extra.py",
+            "x = 1\n",
+            "telechat_ms/extra.py: pt_reference has no such file",
+        ),
+        (house.twin_differences, "pt_reference/extra.py", "x = 1\n", "telechat_ms has no such file"),
+        (house.twin_differences, "pt_reference/model.py", "class Model: ...\n", "'build' has no twin"),
+        (house.twin_differences, "telechat_ms/model.py", "def build(): ...\n", "'Model' has no twin"),
+        (
+            house.twin_signatures,
+            "pt_reference/model.py",
+            "class Model:\n    def run(self, b): ...\ndef build(config): ...\n",
+            "Model.run(self, a) against (self, b)",
+        ),
+        (UNSAFE, "core/x.py", "import pickle\n", "nothing here is pickled"),
+        (UNSAFE, "pt_reference/x.py", "import torch\ntorch.save(1, 'f')\n", "torch.save pickles"),
+        (UNSAFE, "tests/x.py", "import torch\ntorch.load('f', weights_only=True)\n", "torch.load unpickles"),
+        (UNSAFE, "core/x.py", "import yaml\nyaml.load('', Loader=yaml.Loader)\n", "yaml.load may build"),
+        (UNSAFE, "core/x.py", "import yaml\nyaml.unsafe_load('')\n", "yaml.unsafe_load"),
+        (UNSAFE, "core/x.py", "import numpy as np\nnp.load('f')\n", "needs allow_pickle=False"),
+        (UNSAFE, "core/x.py", "import numpy as np\nnp.load('f', allow_pickle=True)\n", "needs allow_pickle=False"),
+        (UNSAFE, "core/x.py", "eval('1')\n", "eval runs text as code"),
+        (UNSAFE, "core/x.py", "import subprocess\nsubprocess.run('ls', shell=True)\n", "shell=True"),
+        (house.too_long, "core/x.py", "x = 1\n" * 701, "core/x.py: 701 lines"),
+    ],
+)
+def test_a_planted_violation_is_found(rule: Callable, file: str, text: str, says: str, tmp_path: Path) -> None:
+    complaints = rule(plant(tmp_path, {file: text}))
+    assert any(says in c for c in complaints), complaints
+
+
+@pytest.mark.parametrize("folder", ["root", "home", "work", "opt", "tmp", "Users"])
+def test_a_machine_path_is_found(folder: str, tmp_path: Path) -> None:
+    complaints = house.machine_paths(plant(tmp_path, {"docs/b.md": f"first\nread `/{folder}/some.file`\n"}))
+    assert len(complaints) == 1 and complaints[0].startswith("docs/b.md:2")
+
+
+def test_an_exception_that_is_not_needed_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    exceptions = {"telechat_ms/autograd.py": "", "telechat_ms/model.py:build": "", "telechat_ms/model.py:gone": ""}
+    monkeypatch.setattr(house, "TWIN_EXCEPTIONS", exceptions)
+    complaints = house.stale_exceptions(plant(tmp_path, {}))
+    assert [c.partition(": ")[0] for c in complaints] == ["telechat_ms/model.py:gone"]
+
+
+def test_size_report_marks_what_is_over_budget(tmp_path: Path) -> None:
+    root = plant(tmp_path, {"telechat_ms/model.py": "x = 1\n" * 401, "telechat_ms/ulysses.py": "x = 1\n" * 300})
+    text = report(house.sizes(root))
+    marked = [line.split()[0] for line in text.splitlines() if line.endswith("OVER")]
+    assert marked == ["telechat_ms/model.py"]
+    assert "1 over budget" in text

@@ -1,0 +1,58 @@
+"""`tele plan`: sums that can be done by hand."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from core import cli
+from core.commands.plan import estimate
+from core.config import load_model_config
+from core.params import count_parameters
+
+TINY = load_model_config("telechat2-tiny")
+
+
+def test_parameters_and_states_by_hand() -> None:
+    plan = estimate(TINY, 64, precision="fp32")
+    total = count_parameters(TINY)
+    classes = plan["parameters"]
+    assert classes["total"] == total == sum(v for k, v in classes.items() if k != "total")
+    assert classes["embedding"] == TINY.vocab_size * TINY.hidden_size
+    memory = plan["memory_bytes"]
+    assert (memory["masters"], memory["gradients"], memory["optimizer"]) == (4 * total, 4 * total, 8 * total)
+    assert memory["compute_copy"] == 0
+    assert estimate(TINY, 64, precision="bf16")["memory_bytes"]["compute_copy"] == 2 * total
+
+
+def test_activations_by_hand() -> None:
+    # E 128, F 320, H 4, K 2, D 32, L 4, V 2048: a layer keeps 4*128 + 2*128 + 2*64 + 4*320 + 4*64 = 2432 values
+    memory = estimate(TINY, 64, micro_batch=2, precision="fp32")["memory_bytes"]
+    assert memory["activations"] == 2 * 64 * (4 * 4 * 2432 + 3 * 4 * 2048)
+
+
+def test_recompute_and_fused_attention_only_lower_the_activations() -> None:
+    sizes = [
+        estimate(TINY, 256, recompute=r, fused_attention=f)["memory_bytes"]["activations"]
+        for r, f in (("none", False), ("selective", False), ("none", True), ("full", True))
+    ]
+    assert sizes == sorted(sizes, reverse=True) and len(set(sizes)) == 4
+
+
+def test_arithmetic_by_hand() -> None:
+    flops = estimate(TINY, 64)["flops_per_token"]
+    layer = 128 * 128 * 2 + 2 * 64 * 128 + 3 * 128 * 320  # q and o, k and v, the three of the feed-forward
+    assert flops["matrices"] == 6 * (4 * layer + 2048 * 128)
+    assert flops["attention"] == 6 * 4 * 128 * 64
+
+
+def test_command(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["plan", "--model", "telechat2-115b", "--json"]) == 0
+    plan = json.loads(capsys.readouterr().out)
+    assert plan["estimate"] is True and plan["parameters"]["total"] > 100e9
+    assert cli.main(["plan", "--model", "telechat2-7b"]) == 0
+    assert "telechat2-7b: estimate" in capsys.readouterr().out
+    assert cli.main(["plan", "--model", "telechat2-7c"]) == 2
+    assert "did you mean" in capsys.readouterr().err
+    assert cli.main(["plan", "--model", "telechat2-7b", "--seq-len", "-1"]) == 2

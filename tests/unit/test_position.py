@@ -1,0 +1,63 @@
+"""Rotary tables against the released numbers, and the scaling rule against the released table."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from core.config import load_model_config
+from core.position import attention_scale, ntk_alpha, rope_tables, scaled_base, scales_with_length
+from tests.frameworks import GOLDENS, golden_arrays, golden_config
+
+
+def test_scaling_equals_the_released_functions() -> None:
+    """120 and more lengths, exact powers of two included, for four pairs of training and base length."""
+    preset = load_model_config("telechat2-115b")
+    for table in json.loads((GOLDENS / "telechat2_ntk/ntk_table.json").read_text())["tables"]:
+        config = replace(preset, training_seqlen=table["training_seqlen"], base_seqlen=table["base_seqlen"])
+        for row in table["rows"]:
+            S = row["seq_len"]
+            assert ntk_alpha(S, config.training_seqlen, config.base_seqlen) == row["alpha"], row
+            assert scaled_base(config, S) == pytest.approx(row["base"], rel=1e-12), row
+            assert attention_scale(config, S) == pytest.approx(row["mscale"], rel=1e-12), row
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        "telechat2_gqa",
+        "telechat2_mha",
+        "telechat2_ntk/base_eq_training_step1",
+        "telechat2_ntk/base_half_training_step2",
+    ],
+)
+@pytest.mark.parametrize(("variant", "dtype"), [("fp32table", "float32"), ("released", "float16")])
+def test_tables_equal_the_released_ones(case: str, variant: str, dtype: str) -> None:
+    """float16 tables exactly; float32 tables within two units in the last place: the release's cosine is float32."""
+    config = replace(golden_config(f"{case}/config.json"), table_dtype=dtype)
+    io = golden_arrays(f"{case}/io.safetensors")
+    S = io["input_ids"].shape[1]
+    for ours, name in zip(rope_tables(config, np.arange(S), S), ("cos", "sin"), strict=True):
+        theirs = io[f"{variant}.{name}"]
+        both_halves = np.concatenate((ours, ours), -1)
+        if dtype == "float16":
+            np.testing.assert_array_equal(both_halves, theirs)
+        else:
+            np.testing.assert_allclose(both_halves, theirs, rtol=0, atol=2 * 2.0**-23)
+
+
+def test_scaling_starts_beyond_the_trained_length() -> None:
+    config = load_model_config("telechat2-tiny")
+    assert not scales_with_length(config, config.training_seqlen)
+    assert scales_with_length(config, config.training_seqlen + 1)
+
+
+def test_float64_tables_are_float64_throughout() -> None:
+    config = load_model_config("telechat2-tiny")
+    cos, _ = rope_tables(config, np.array([100]), 100, np.float64)
+    exact = np.cos(100.0 * 10000.0 ** (-np.arange(0, 32, 2) / 32))
+    assert cos.dtype == np.float64
+    np.testing.assert_allclose(cos[0], exact, rtol=0, atol=1e-13)
