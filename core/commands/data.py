@@ -1,0 +1,111 @@
+"""`tele data`: texts or dialogues to a packed folder that `tele train` maps into memory."""
+
+from __future__ import annotations
+
+import argparse
+import os
+
+from core.data.control import CONTROL_CHOICES, START
+from core.data.prepare import pack_dialogues, pack_text
+from core.data.sft import MINDFORMERS_SEED, VARIANTS
+from core.data.tokenizer import load_tokenizer
+from core.errors import UserError
+
+EPILOG = """\
+examples:
+  tele data corpus/ 'more/*.jsonl' --tokenizer tokenizer.model --out data/pretrain
+  tele data dialogues.jsonl --tokenizer tokenizer.model --out data/sft --sft plain --seq-len 4096
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.epilog = EPILOG
+    parser.add_argument(
+        "inputs", nargs="+", metavar="INPUT", help="files, folders or quoted patterns; .jsonl goes by row"
+    )
+    parser.add_argument("--out", required=True, help="the packed folder to make")
+    parser.add_argument("--tokenizer", required=True, help="tokenizer.model, or the folder that holds it")
+    parser.add_argument(
+        "--control", choices=CONTROL_CHOICES, help="control token table (default: chat; mindformers for that variant)"
+    )
+    parser.add_argument("--force", action="store_true", help="replace an existing packed folder")
+    parser.add_argument("--quiet", action="store_true", help="no progress bar")
+    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1, help="tokenizing threads for texts")
+    text = parser.add_argument_group("texts")
+    text.add_argument("--bos", action="store_true", help="begin documents with <_start>; they always end with <_end>")
+    text.add_argument("--text-key", default="text", metavar="NAME", help="the field of a row that holds the text")
+    sft = parser.add_argument_group("dialogues")
+    sft.add_argument("--sft", choices=VARIANTS, help="pack dialogues with this loss mask and packing")
+    sft.add_argument("--seq-len", type=int, metavar="S", help="tokens a training sequence (needed with --sft)")
+    sft.add_argument("--no-template", action="store_true", help="deepspeed: build multi-turn rows without template")
+    sft.add_argument("--in-order", action="store_true", help="mindformers: keep the order of the rows")
+    sft.add_argument(
+        "--shuffle-seed", type=int, metavar="N", help=f"mindformers: seed of the shuffle (released: {MINDFORMERS_SEED})"
+    )
+    sft.add_argument("--no-start", action="store_true", help="mindformers: no <_start> in front of the packs")
+
+
+def run(args: argparse.Namespace) -> int:
+    _check(args)
+    control = args.control or ("mindformers" if args.sft == "mindformers" else "chat")
+    # Packed ids feed an embedding, so a control token beyond the vocabulary must not be made here.
+    tokenizer = load_tokenizer(args.tokenizer, control, in_vocabulary=True)
+    if args.sft is None:
+        meta = pack_text(
+            args.inputs,
+            args.out,
+            tokenizer,
+            add_bos=args.bos,
+            text_key=args.text_key,
+            threads=args.threads,
+            force=args.force,
+            quiet=args.quiet,
+        )
+        print(f"{args.out}: {meta['documents']} documents, {meta['tokens']} tokens, vocabulary {meta['vocab_size']}")
+        return 0
+    seed = None if args.in_order else MINDFORMERS_SEED if args.shuffle_seed is None else args.shuffle_seed
+    meta = pack_dialogues(
+        args.inputs,
+        args.out,
+        tokenizer,
+        seq_len=args.seq_len,
+        variant=args.sft,
+        template=not args.no_template,
+        shuffle_seed=seed,
+        start_token="" if args.no_start else START,
+        force=args.force,
+        quiet=args.quiet,
+    )
+    print(
+        f"{args.out}: {meta['rows']} rows in {meta['sequences']} sequences, {meta['tokens']} tokens, "
+        f"{meta['targets']} targets, vocabulary {meta['vocab_size']}"
+    )
+    if meta["rows_lost"]:
+        print(f"lost: {meta['rows_lost']} of {meta['rows']} rows, as the released {args.sft} packing does; plain: none")
+    if meta["rows_cut"]:
+        print(f"cut: {meta['rows_cut']} rows are longer than {args.seq_len} tokens and continue in further sequences")
+    if meta["tokens_truncated"]:
+        print(f"truncated: {meta['tokens_truncated']} tokens beyond {args.seq_len}, as the released collator cuts them")
+    return 0
+
+
+def _check(args: argparse.Namespace) -> None:
+    if args.threads < 1:
+        raise UserError(f"--threads: must be at least 1, found {args.threads}")
+    if args.sft is not None and args.seq_len is None:
+        raise UserError(f"--seq-len: missing; --sft {args.sft} packs rows into sequences of that many tokens")
+    if args.sft is not None and args.seq_len < 2:
+        raise UserError(f"--seq-len: must be at least 2, found {args.seq_len}")
+    belongs = {
+        "--no-template": (args.no_template, ("deepspeed",)),
+        "--in-order": (args.in_order, ("mindformers",)),
+        "--shuffle-seed": (args.shuffle_seed is not None, ("mindformers",)),
+        "--no-start": (args.no_start, ("mindformers",)),
+        "--seq-len": (args.seq_len is not None, VARIANTS),
+        "--bos": (args.bos, (None,)),
+    }
+    for name, (given, variants) in belongs.items():
+        if given and args.sft not in variants:
+            wants = "texts, without --sft" if variants == (None,) else f"--sft {' or '.join(map(str, variants))}"
+            raise UserError(f"{name}: only with {wants}")

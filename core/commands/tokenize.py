@@ -1,0 +1,126 @@
+"""`tele tokenize`: train a tokenizer, and look at ids and text."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from pathlib import Path
+
+from core.data.chat_template import encode_chat
+from core.data.control import CONTROL_CHOICES
+from core.data.prepare import read_texts
+from core.data.tokenizer import check_vocabulary, load_tokenizer
+from core.data.tokenizer_training import train_tokenizer
+from core.errors import UserError
+
+EPILOG = """\
+examples:
+  tele tokenize train corpus/ --vocab-size 4096 --out tokenizer.model
+  tele tokenize encode --tokenizer tokenizer.model "hello world"
+  tele tokenize encode --tokenizer tokenizer.model --allow-control --ids "<_user>hi<_bot>"
+  tele tokenize decode --tokenizer tokenizer.model 4 96343 5
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.epilog = EPILOG
+    actions = parser.add_subparsers(dest="action", required=True, metavar="train|encode|decode|info")
+    train = actions.add_parser("train", help="train a SentencePiece BPE with TeleChat2's control tokens")
+    train.add_argument("inputs", nargs="+", metavar="INPUT", help="files, folders or quoted patterns")
+    train.add_argument("--out", required=True, help="the tokenizer.model to write")
+    train.add_argument("--vocab-size", type=int, required=True, help="pieces, control tokens and bytes included")
+    train.add_argument("--max-bytes", type=int, default=1 << 28, help="text to train on at most; it is kept in memory")
+    train.add_argument("--threads", type=int, default=1)
+    train.add_argument("--force", action="store_true", help="replace an existing file")
+    encode = _with_tokenizer(actions.add_parser("encode", help="text to ids (from stdin when TEXT is absent)"))
+    encode.add_argument("text", nargs="*", metavar="TEXT")
+    encode.add_argument("--ids", action="store_true", help="print only the ids, one line")
+    encode.add_argument("--bos", action="store_true", help="begin with <_start>")
+    encode.add_argument("--allow-control", action="store_true", help="control tokens written in the text count")
+    encode.add_argument("--chat", action="store_true", help="TEXT is a JSON list of messages to put in the chat layout")
+    decode = _with_tokenizer(actions.add_parser("decode", help="ids to text (from stdin when absent)"))
+    decode.add_argument("ids", nargs="*", metavar="ID")
+    decode.add_argument("--skip-special", action="store_true", help="leave control tokens out")
+    info = _with_tokenizer(actions.add_parser("info", help="size, control tokens, hash; checks against a model preset"))
+    info.add_argument("--model", help="a model preset whose vocabulary must fit")
+
+
+def run(args: argparse.Namespace) -> int:
+    return {"train": _train, "encode": _encode, "decode": _decode, "info": _info}[args.action](args)
+
+
+def _with_tokenizer(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    parser.add_argument("--tokenizer", required=True, help="tokenizer.model, or the folder that holds it")
+    parser.add_argument("--control", default="chat", choices=CONTROL_CHOICES, help="control token table")
+    return parser
+
+
+def _train(args: argparse.Namespace) -> int:
+    out = Path(args.out)
+    if out.is_dir():
+        raise UserError(f"{out}: is a folder; --out names the file to write, e.g. {out / 'tokenizer.model'}")
+    if out.exists() and not args.force:
+        raise UserError(f"{out}: exists already; choose another --out, or replace it with --force")
+    begun = time.monotonic()
+    tokenizer = train_tokenizer(read_texts(args.inputs, args.max_bytes), out, args.vocab_size, threads=args.threads)
+    print(f"{out}: {tokenizer.vocab_size} pieces in {time.monotonic() - begun:.1f} s, SHA-256 {tokenizer.sha256[:16]}")
+    return 0
+
+
+def _encode(args: argparse.Namespace) -> int:
+    tokenizer = load_tokenizer(args.tokenizer, args.control)
+    text = " ".join(args.text) if args.text else sys.stdin.read()
+    if args.chat:
+        ids = encode_chat(tokenizer, _messages(text), allow_control=args.allow_control)
+        if args.bos:
+            ids = [tokenizer.bos_token_id, *ids]
+    else:
+        ids = tokenizer.encode(text, add_bos=args.bos, allow_control=args.allow_control)
+    if args.ids:
+        print(*ids)
+        return 0
+    for i in ids:
+        print(f"{i:>8}  {tokenizer.piece(i)!r}")
+    print(f"{len(ids)} tokens, {len(text)} characters")
+    return 0
+
+
+def _decode(args: argparse.Namespace) -> int:
+    tokenizer = load_tokenizer(args.tokenizer, args.control)
+    words = args.ids or sys.stdin.read().replace(",", " ").split()
+    try:
+        ids = [int(word) for word in words]
+    except ValueError:
+        bad = next(word for word in words if not word.lstrip("-").isdigit())
+        raise UserError(f"'{bad}': not a token id; ids are whole numbers") from None
+    print(tokenizer.decode(ids, skip_special=args.skip_special))
+    return 0
+
+
+def _info(args: argparse.Namespace) -> int:
+    tokenizer = load_tokenizer(args.tokenizer, args.control)
+    print(f"file      {tokenizer.path}\nSHA-256   {tokenizer.sha256}\npieces    {tokenizer.vocab_size}")
+    print(f"control   {_names(tokenizer.control)}\nmatched   {_names(tokenizer.matched)} (if control is allowed)")
+    if args.model:
+        from core.config import load_model_config
+
+        check_vocabulary(tokenizer, load_model_config(args.model))
+        print(f"fits      {args.model}")
+    return 0
+
+
+def _names(table: dict[str, int]) -> str:
+    return " ".join(f"{name}={i}" for name, i in table.items()) or "none"
+
+
+def _messages(text: str) -> list[dict]:
+    try:
+        messages = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise UserError(f"--chat: TEXT is not valid JSON ({error.msg} at column {error.colno})") from None
+    if not isinstance(messages, list):
+        raise UserError(f"--chat: expected a JSON list of messages, found {type(messages).__name__}")
+    return messages

@@ -1,0 +1,193 @@
+"""The global order of samples: several packed folders, drawn by weight, each shuffled anew in every pass.
+
+Sample i is a pure function of (sources, seed, i). So a run resumes by remembering how many samples it consumed, and
+every backend, layout and process sees the same order.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import heapq
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+
+import numpy as np
+
+from core.batch import Batch
+from core.config import DataConfig
+from core.data.packed import PackedDataset
+from core.data.permute import Permutation
+from core.errors import UserError
+
+# Weights repeat exactly after this many samples at most; finer ones are rounded to it.
+MAX_PERIOD = 1 << 16
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a sample comes from: which source, which pass over it, which of its samples."""
+
+    source: int
+    epoch: int
+    index: int
+
+
+class Schedule:
+    """Which source serves which sample: in any first n samples, source k has served within one of n * weight_k.
+
+    ``weights`` are the exact shares (fractions of 1) in force.
+    """
+
+    def __init__(self, weights: Sequence[float]):
+        self.weights, shares = _shares(weights)
+        self.period = sum(shares)
+        self._shares = shares
+        self._source, self._rank = _period(shares)
+
+    def __call__(self, sample: int) -> tuple[int, int]:
+        """Sample number -> (source, how many samples that source served before)."""
+        cycle, place = divmod(sample, self.period)
+        source = int(self._source[place])
+        return source, cycle * self._shares[source] + int(self._rank[place])
+
+
+class Blend:
+    """Made by ``open_blend``. ``sources``, ``weights`` (fractions) and ``num_samples`` (a pass of each) describe it."""
+
+    def __init__(self, sources: Sequence[PackedDataset], data: DataConfig, seed: int, pad_token_id: int):
+        self.sources = list(sources)
+        self.seq_len, self.isolate, self.seed = data.seq_len, data.isolate_documents, seed
+        self._pad = pad_token_id
+        self._given = [source.weight for source in data.sources]
+        self._schedule = Schedule(self._given)
+        self.weights = self._schedule.weights
+        self.num_samples = [source.num_samples(data.seq_len) for source in self.sources]
+        self._permutations: dict[int, tuple[int, Permutation]] = {}
+
+    def locate(self, sample: int) -> Place:
+        """Where sample number ``sample`` (from 0, without end) of the global order comes from."""
+        if sample < 0:
+            raise ValueError(f"sample numbers start at 0, found {sample}")
+        source, served = self._schedule(sample)
+        epoch, place = divmod(served, self.num_samples[source])
+        cached = self._permutations.get(source)
+        if cached is None or cached[0] != epoch:
+            cached = (epoch, Permutation(self.num_samples[source], self.seed, source, epoch))
+            self._permutations[source] = cached
+        return Place(source, epoch, cached[1](place))
+
+    def batch(self, first_sample: int, count: int) -> Batch:
+        """Samples first_sample .. first_sample+count-1 as a Batch of int32 [count, seq_len] arrays.
+
+        ``doc_ids`` is None unless documents are isolated.
+        """
+        rows = []
+        for number in range(first_sample, first_sample + count):
+            place = self.locate(number)
+            rows.append(self.sources[place.source].sample(place.index, self.seq_len, self._pad, self.isolate))
+        input_ids, targets, positions, doc_ids = (np.stack(column) for column in zip(*rows, strict=True))
+        return Batch(input_ids, targets, positions, doc_ids if self.isolate else None)
+
+    def digest(self) -> str:
+        """Identifies what decides the order and the samples, except the seed: contents, weights, cutting."""
+        facts = {
+            "sources": [source.digest() for source in self.sources],
+            "weights": [str(weight) for weight in self.weights],
+            "seq_len": self.seq_len,
+            "isolate_documents": self.isolate,
+        }
+        return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+
+    def summary(self) -> str:
+        """One line a source: share, samples and tokens a pass."""
+        lines = []
+        for source, weight, samples in zip(self.sources, self.weights, self.num_samples, strict=True):
+            lines.append(f"{source.path}: {float(weight):.4g} of samples, {samples} samples a pass ({source.kind})")
+        return "\n".join(lines)
+
+    def tokenizer_path(self) -> Path:
+        """The tokenizer stored with the first source."""
+        return self.sources[0].path / "tokenizer.model"
+
+
+def open_blend(data: DataConfig, seed: int, vocab_size: int, pad_token_id: int) -> Blend:
+    """Open the sources of a run. UserError, before anything is trained, on whatever would go wrong later:
+
+    no sources, a missing or damaged folder, a tokenizer whose size is not the model's vocabulary, token ids out of
+    range, sources made by different tokenizers, a ``seq_len`` shorter than stored sequences.
+    """
+    if not data.sources:
+        raise UserError("data.sources: empty; name at least one folder written by `tele data`")
+    if not 0 <= pad_token_id < vocab_size:
+        raise UserError(f"model.pad_token_id: {pad_token_id} is outside the vocabulary of {vocab_size}")
+    opened: list[PackedDataset] = []
+    for n, given in enumerate(data.sources):
+        source = PackedDataset(given.path)
+        if source.vocab_size != vocab_size:
+            raise UserError(
+                f"data.sources[{n}]: {given.path} was made by a tokenizer of {source.vocab_size} pieces but "
+                f"model.vocab_size is {vocab_size}; pack with the model's tokenizer, or set model.vocab_size"
+            )
+        if source.meta["largest_id"] >= vocab_size:
+            raise UserError(
+                f"data.sources[{n}]: {given.path} holds token id {source.meta['largest_id']}, outside the vocabulary "
+                f"of {vocab_size}; pack the data again"
+            )
+        if opened and source.meta["tokenizer"]["sha256"] != opened[0].meta["tokenizer"]["sha256"]:
+            raise UserError(
+                f"data.sources[{n}]: {given.path} was made by another tokenizer than {opened[0].path}; "
+                "pack all sources with one tokenizer"
+            )
+        source.check_seq_len(data.seq_len)
+        opened.append(source)
+    return Blend(opened, data, seed, pad_token_id)
+
+
+def _shares(weights: Sequence[float]) -> tuple[list[Fraction], list[int]]:
+    """Weights -> (exact shares of 1, whole samples of each in one period)."""
+    # The decimal the user wrote, not the binary number nearest to it: 0.7 / 0.3 then repeats after 10 samples.
+    given = [Fraction(repr(float(weight))) for weight in weights]
+    total = sum(given)
+    exact = [weight / total for weight in given]
+    period = math.lcm(*(share.denominator for share in exact))
+    if period > MAX_PERIOD:
+        period = MAX_PERIOD
+        counts = [max(1, math.floor(share * period)) for share in exact]
+        by_rest = sorted(range(len(counts)), key=lambda k: (exact[k] * period - counts[k], -k), reverse=True)
+        for step in range(abs(period - sum(counts))):
+            if sum(counts) < period:
+                counts[by_rest[step % len(counts)]] += 1
+            else:
+                counts[counts.index(max(counts))] -= 1
+    else:
+        counts = [int(share * period) for share in exact]
+    return [Fraction(count, period) for count in counts], counts
+
+
+def _period(shares: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+    """One period of the order -> (source [period], how often that source came before [period]).
+
+    The j-th turn of a source with share w is due in the window [floor(j/w), ceil((j+1)/w)); serving, among the turns
+    whose window has opened, the one that closes first meets every window (proportionate-fair scheduling), and a served
+    window keeps the count within one of n * w.
+    """
+    period = sum(shares)
+    source = np.zeros(period, np.int32)
+    rank = np.zeros(period, np.int64)
+    waiting = [(0, k) for k in range(len(shares))]
+    heapq.heapify(waiting)
+    ready: list[tuple[int, int]] = []
+    turn = [0] * len(shares)
+    for n in range(period):
+        while waiting and waiting[0][0] <= n:
+            k = heapq.heappop(waiting)[1]
+            heapq.heappush(ready, (-(-(turn[k] + 1) * period // shares[k]), k))
+        k = heapq.heappop(ready)[1]
+        source[n], rank[n] = k, turn[k]
+        turn[k] += 1
+        heapq.heappush(waiting, (turn[k] * period // shares[k], k))
+    return source, rank

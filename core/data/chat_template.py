@@ -1,0 +1,189 @@
+"""TeleChat2's chat layout, written in Python: rendering executes no template that came with a checkpoint.
+
+    <_system>SYSTEM\\n<_user>QUESTION<_bot>ANSWER<_end>\\n<_user>...<_bot>
+
+A message is {"role", "content"} with role system, user, assistant or bot (may carry "tool_calls"), or tool. As in the
+released template a system message counts only where it comes first and is passed over elsewhere.
+
+``render`` gives the released text; ``encode_chat`` gives ids in which only the layout's own control tokens are control
+tokens, whatever strings the contents hold.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from core.data.control import (
+    BOT,
+    END,
+    SYSTEM,
+    TOOL_CALL,
+    TOOL_CALL_END,
+    TOOL_RESPONSE,
+    TOOL_RESPONSE_END,
+    USER,
+)
+from core.data.tokenizer import Allow, Tokenizer
+from core.errors import UserError
+
+DEFAULT_SYSTEM = (
+    "你是中国电信星辰语义大模型，英文名是TeleChat，你是由中电信人工智能科技有限公司和"
+    "中国电信人工智能研究院（TeleAI）研发的人工智能助手。"
+)
+ROLES = ("system", "user", "assistant", "bot", "tool")
+
+
+@dataclass(frozen=True)
+class Part:
+    """A stretch of the rendered text. ``control``: one control token. ``answer``: what the model is to learn to say."""
+
+    text: str
+    control: bool = False
+    answer: bool = False
+
+
+def render(
+    messages: Sequence[Mapping[str, Any]],
+    tools: Sequence[Any] | None = None,
+    add_generation_prompt: bool = True,
+) -> str:
+    """The chat as text, character for character as the released template renders it."""
+    return "".join(part.text for part in chat_parts(messages, tools, add_generation_prompt))
+
+
+def encode_chat(
+    tokenizer: Tokenizer,
+    messages: Sequence[Mapping[str, Any]],
+    tools: Sequence[Any] | None = None,
+    add_generation_prompt: bool = True,
+    allow_control: Allow = False,
+) -> list[int]:
+    """The chat as ids.
+
+    Contents stay ordinary text: "<_end>" in a question is five letters and brackets. ``allow_control=True`` tokenises
+    the rendered text as the released pipeline does, so that control tokens written in contents count; a collection of
+    names lets only those through.
+    """
+    if allow_control is True:
+        return tokenizer.encode(render(messages, tools, add_generation_prompt), allow_control=True)
+    return encode_parts(tokenizer, chat_parts(messages, tools, add_generation_prompt), allow_control)[0]
+
+
+def encode_parts(
+    tokenizer: Tokenizer, parts: Sequence[Part], allow_control: Allow = False
+) -> tuple[list[int], list[int]]:
+    """Parts -> (ids, mask); mask is 1 on tokens of parts marked ``answer``.
+
+    Neighbouring text is encoded together, as the tokenizer sees it between two control tokens.
+    """
+    ids: list[int] = []
+    mask: list[int] = []
+    text = ""
+    answer = False
+
+    def close() -> None:
+        nonlocal text
+        if text:
+            new = tokenizer.encode(text, allow_control=allow_control)
+            ids.extend(new)
+            mask.extend([int(answer)] * len(new))
+            text = ""
+
+    for part in parts:
+        if part.control:
+            close()
+            ids.append(tokenizer.control_id(part.text))
+            mask.append(int(part.answer))
+        else:
+            if text and part.answer != answer:
+                close()
+            answer = part.answer
+            text += part.text
+    close()
+    return ids, mask
+
+
+def chat_parts(
+    messages: Sequence[Mapping[str, Any]],
+    tools: Sequence[Any] | None = None,
+    add_generation_prompt: bool = True,
+) -> list[Part]:
+    """The chat as parts. UserError names the message whose role or content is not usable."""
+    if not messages:
+        raise UserError("messages: empty; a chat needs at least one message")
+    for n, message in enumerate(messages):
+        _check(message, n)
+    parts = _system_parts(messages[0], tools)
+    for n, message in enumerate(messages):
+        role = message["role"]
+        if role == "user":
+            parts += [Part(USER, control=True), Part(message["content"])]
+        elif role in ("assistant", "bot"):
+            parts += _assistant_parts(message)
+        elif role == "tool":
+            parts += _tool_parts(message, follows_tool=n > 0 and messages[n - 1]["role"] == "tool")
+    if add_generation_prompt:
+        parts.append(Part(BOT, control=True))
+    return [part for part in parts if part.text]
+
+
+def _system_parts(first: Mapping[str, Any], tools: Sequence[Any] | None) -> list[Part]:
+    system = first["content"] if first["role"] == "system" else DEFAULT_SYSTEM
+    parts = [Part(SYSTEM, control=True), Part(system)]
+    if not tools:
+        return [*parts, Part("\n")]
+    listed = "".join(_json(tool) + "\n" for tool in tools)
+    parts.append(
+        Part(
+            "\n\n# 可用工具\n你可以调用<tools></tools>标签中包含的一个或多个工具来辅助你回答问题,以下是可用工具详情：\n"
+            f"<tools>\n{listed}</tools>\n\n# 调用方法\n你需要遵循工具的要求，使用json格式返回工具名称及参数，并用"
+        )
+    )
+    parts += [Part(TOOL_CALL, control=True), Part(TOOL_CALL_END, control=True)]
+    parts.append(Part("包含。下方是一个调用模板：\n"))
+    parts.append(Part(TOOL_CALL, control=True))
+    parts.append(Part('\n{"name": <function-name>, "arguments": <args-json-object>}\n'))
+    return [*parts, Part(TOOL_CALL_END, control=True), Part("\n\n")]
+
+
+def _assistant_parts(message: Mapping[str, Any]) -> list[Part]:
+    parts = [Part(BOT, control=True), Part(message.get("content") or "", answer=True)]
+    for n, call in enumerate(message.get("tool_calls") or ()):
+        call = call.get("function", call)
+        body = f'\n{{"name": "{call["name"]}", "arguments": {_json(call["arguments"])}}}\n'
+        parts += [Part("\n" if n else "", answer=True), Part(TOOL_CALL, control=True, answer=True)]
+        parts += [Part(body, answer=True), Part(TOOL_CALL_END, control=True, answer=True)]
+    return [*parts, Part(END, control=True, answer=True), Part("\n")]
+
+
+def _tool_parts(message: Mapping[str, Any], follows_tool: bool) -> list[Part]:
+    # Consecutive results share one <_user>.
+    parts = [Part("\n")] if follows_tool else [Part(USER, control=True)]
+    parts += [Part(TOOL_RESPONSE, control=True), Part(f"\n{message['content']}\n")]
+    return [*parts, Part(TOOL_RESPONSE_END, control=True)]
+
+
+def _check(message: Any, n: int) -> None:
+    if not isinstance(message, Mapping):
+        raise UserError(f"messages[{n}]: expected an object with role and content, found {type(message).__name__}")
+    role = message.get("role")
+    if role not in ROLES:
+        raise UserError(f"messages[{n}].role: {role!r} is not one of {', '.join(ROLES)}")
+    content = message.get("content")
+    silent = role in ("assistant", "bot") and content is None
+    if not isinstance(content, str) and not silent:
+        raise UserError(f"messages[{n}].content: expected text, found {type(content).__name__}")
+    calls = message.get("tool_calls") or ()
+    if not isinstance(calls, Sequence) or isinstance(calls, str):
+        raise UserError(f"messages[{n}].tool_calls: expected a list, found {type(calls).__name__}")
+    for k, call in enumerate(calls):
+        inner = call.get("function", call) if isinstance(call, Mapping) else None
+        if not isinstance(inner, Mapping) or not isinstance(inner.get("name"), str) or "arguments" not in inner:
+            raise UserError(f"messages[{n}].tool_calls[{k}]: expected an object with name and arguments")
+
+
+def _json(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False)

@@ -1,0 +1,51 @@
+"""Real text that every machine with Python has: the language's documentation and library, and our own Chinese page."""
+
+from __future__ import annotations
+
+import json
+import pydoc_data.topics
+import sysconfig
+from collections.abc import Iterable
+from pathlib import Path
+
+from core.atomic import write_text
+from core.errors import UserError
+
+ROOT = Path(__file__).resolve().parents[2]
+CHINESE_PAGES = ("README.zh.md",)
+CODE_BYTES = 600_000
+
+
+def write_demo_text(folder: Path) -> dict[str, Path]:
+    """Write english.jsonl, code.jsonl and chinese.jsonl, rows {"text"}, under ``folder``; name -> file."""
+    documents = {"english": _topics(), "code": _standard_library(), "chinese": _chinese()}
+    files = {}
+    for name, texts in documents.items():
+        files[name] = folder / f"{name}.jsonl"
+        write_text(files[name], "".join(json.dumps({"text": t}, ensure_ascii=False) + "\n" for t in texts))
+    return files
+
+
+def _topics() -> Iterable[str]:
+    """The language reference as `help()` shows it, one document a topic."""
+    return [text for _, text in sorted(pydoc_data.topics.topics.items())]
+
+
+def _standard_library() -> Iterable[str]:
+    """The first modules by name, up to CODE_BYTES."""
+    total = 0
+    for path in sorted(Path(sysconfig.get_path("stdlib")).glob("*.py")):
+        text = path.read_text(encoding="utf-8", errors="ignore")
+        total += len(text)
+        if total > CODE_BYTES:
+            return
+        yield text
+
+
+def _chinese() -> Iterable[str]:
+    """Our own pages in Chinese, one document a section."""
+    for name in CHINESE_PAGES:
+        path = ROOT / name
+        if not path.is_file():
+            raise UserError(f"{path}: missing; run the demo from a checkout, or give it text with --data")
+        yield from (part.strip() for part in path.read_text(encoding="utf-8").split("\n## ") if part.strip())

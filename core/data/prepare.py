@@ -1,0 +1,187 @@
+"""From the user's files to a packed folder: what ``tele data`` does. Memory does not grow with the corpus."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from core.data.control import START
+from core.data.packed import PackedWriter
+from core.data.rows import (
+    Block,
+    DialogueFile,
+    OnBytes,
+    find_inputs,
+    is_rows,
+    parse_dialogue,
+    read_documents,
+    read_rows,
+    total_bytes,
+)
+from core.data.sft import (
+    MINDFORMERS_SEED,
+    VARIANTS,
+    Counts,
+    TrainingSequence,
+    deepspeed_mask,
+    deepspeed_sequences,
+    mindformers_packs,
+    plain_sequences,
+)
+from core.data.tokenizer import Tokenizer
+from core.errors import UserError
+
+# Enough for SentencePiece's threads to share; small beside everything else in memory.
+_BATCH_CHARACTERS = 1 << 22
+
+
+def pack_text(
+    inputs: Sequence[str | Path],
+    out: str | Path,
+    tokenizer: Tokenizer,
+    *,
+    add_bos: bool = False,
+    text_key: str = "text",
+    threads: int = 1,
+    force: bool = False,
+    quiet: bool = False,
+) -> dict[str, Any]:
+    """Texts -> packed folder ``out`` of kind "text"; returns its meta.
+
+    A jsonl row is a document, so is any other file. Each document ends with <_end> (and begins with <_start> on
+    ``add_bos``), as in the released pre-training pipeline; control tokens in text are never matched. Empty documents
+    are skipped.
+    """
+    files = find_inputs(inputs)
+    bos, eos = [tokenizer.control_id(START)] if add_bos else [], [tokenizer.eos_token_id]
+    with PackedWriter(out, tokenizer, "text", force) as writer, _bar("tokenizing", total_bytes(files), quiet) as bar:
+        blocks = (b for file in files for b in read_documents(file, bar.update, text_key) if b.text or not b.first)
+        for batch in _batches(blocks):
+            texts = [b.text if b.first else tokenizer.continuation_text(b.text) for b in batch]
+            for block, ids in zip(batch, tokenizer.encode_batch(texts, threads), strict=True):
+                if block.first:
+                    writer.start_document()
+                    writer.add_tokens(bos)
+                writer.add_tokens(ids if block.first else tokenizer.continuation_of(ids), block.where)
+                if block.last:
+                    writer.add_tokens(eos)
+        return writer.finish({"inputs": len(files), "add_bos": add_bos})
+
+
+def pack_dialogues(
+    inputs: Sequence[str | Path],
+    out: str | Path,
+    tokenizer: Tokenizer,
+    *,
+    seq_len: int,
+    variant: str = "plain",
+    template: bool = True,
+    shuffle_seed: int | None = MINDFORMERS_SEED,
+    start_token: str = START,
+    force: bool = False,
+    quiet: bool = False,
+) -> dict[str, Any]:
+    """Dialogues -> packed folder ``out`` of kind "sft" with loss masks; returns its meta.
+
+    ``variant`` is one of core.data.sft.VARIANTS; ``template`` applies to "deepspeed", ``shuffle_seed`` and
+    ``start_token`` to "mindformers". DeepSpeed sequences are stored cut to ``seq_len``, as the released collator cuts
+    them. Load the tokenizer with ``in_vocabulary=True``: an id outside the vocabulary is refused here.
+    """
+    if variant not in VARIANTS:
+        raise UserError(f"sft: '{variant}' is not one of {', '.join(VARIANTS)}")
+    if seq_len < 2:
+        raise UserError(f"seq_len: must be at least 2, found {seq_len}")
+    files = find_inputs(inputs)
+    for file in files:
+        if not is_rows(file):
+            raise UserError(f"{file}: dialogues are read from .jsonl files; pack texts without --sft")
+    counts = Counts()
+    # The DeepSpeed pipeline groups by system text, so it reads every row once to see it and once to use it.
+    passes = 2 if variant == "deepspeed" else 1
+    with (
+        PackedWriter(out, tokenizer, "sft", force) as writer,
+        _bar("packing", passes * total_bytes(files), quiet) as bar,
+    ):
+        if variant == "plain":
+            rows = (parse_dialogue(row, where) for file in files for where, row in read_rows(file, bar.update))
+            sequences = plain_sequences(rows, tokenizer, seq_len, counts)
+        elif variant == "deepspeed":
+            indexed = DialogueFile(files, bar.update)
+            sequences = _deepspeed(indexed, tokenizer, seq_len, template, counts)
+        else:
+            indexed = DialogueFile(files, bar.update)
+            sequences = mindformers_packs(indexed, tokenizer, seq_len, shuffle_seed, start_token, counts)
+        for number, sequence in enumerate(sequences):
+            writer.add_sequence(sequence.ids, sequence.loss_mask, sequence.starts, f"sequence {number}")
+        return writer.finish(
+            {
+                "inputs": len(files),
+                "variant": variant,
+                "max_length": seq_len,
+                "rows": counts.rows,
+                "rows_lost": counts.lost,
+                "rows_cut": counts.cut,
+                "tokens_truncated": counts.truncated_tokens,
+            }
+        )
+
+
+def read_texts(
+    inputs: Sequence[str | Path], max_bytes: int | None = None, on_bytes: OnBytes | None = None
+) -> Iterator[str]:
+    """The texts of files for training a tokenizer (dialogue rows give their contents), up to about ``max_bytes``."""
+    left = max_bytes if max_bytes is not None else sys.maxsize
+    for file in find_inputs(inputs):
+        for text in _texts_of(file, on_bytes):
+            if left <= 0:
+                return
+            left -= len(text.encode("utf-8"))
+            yield text
+
+
+def _texts_of(file: Path, on_bytes: OnBytes | None) -> Iterator[str]:
+    if not is_rows(file):
+        yield from (block.text for block in read_documents(file, on_bytes))
+        return
+    for where, row in read_rows(file, on_bytes):
+        if isinstance(row.get("text"), str):
+            yield row["text"]
+        else:
+            dialogue = parse_dialogue(row, where)
+            yield from ([dialogue.system] if dialogue.system else [])
+            yield from (m["content"] for m in dialogue.messages if m.get("content"))
+
+
+def _deepspeed(
+    rows: DialogueFile, tokenizer: Tokenizer, seq_len: int, template: bool, counts: Counts
+) -> Iterator[TrainingSequence]:
+    for number, ids in enumerate(deepspeed_sequences(rows, tokenizer, seq_len, template, counts)):
+        mask = deepspeed_mask(ids, tokenizer, f"sequence {number}")
+        counts.truncated_tokens += max(0, len(ids) - seq_len)
+        yield TrainingSequence(np.asarray(ids[:seq_len], np.int32), mask[:seq_len])
+
+
+def _batches(blocks: Iterator[Block]) -> Iterator[list[Block]]:
+    batch: list[Block] = []
+    size = 0
+    for block in blocks:
+        batch.append(block)
+        size += len(block.text)
+        if size >= _BATCH_CHARACTERS or len(batch) >= 4096:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+def _bar(what: str, total: int, quiet: bool) -> Any:
+    """A progress bar over input bytes with rate and time left; rarely refreshed where nobody watches."""
+    interval = 0.2 if sys.stderr.isatty() else 10.0
+    return tqdm(
+        total=total, desc=what, unit="B", unit_scale=True, unit_divisor=1024, disable=quiet, mininterval=interval
+    )

@@ -1,0 +1,269 @@
+"""The tokenizer: SentencePiece below, a table of control tokens above.
+
+Text of a user never becomes a control token unless the caller asks (``allow_control``): SentencePiece does not match
+its control pieces in text, and the table is consulted only on request.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Collection, Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import sentencepiece
+
+from core.data.control import (
+    ALIASES,
+    CONTROL_CHOICES,
+    END,
+    PAD,
+    START,
+    TABLES,
+    TELECHAT2_NAMES,
+    TOOL_TOKENS,
+    ControlTable,
+    ControlToken,
+    Splitter,
+)
+from core.errors import UserError
+
+if TYPE_CHECKING:
+    from core.config import ModelConfig
+
+Allow = bool | Collection[str]
+
+
+class Tokenizer:
+    """Made by ``load_tokenizer``.
+
+    ``vocab_size``: pieces in the file. ``control``: name -> id of TeleChat2's control tokens, all inside the vocabulary
+    (empty with control "none"). ``matched``: name -> id of what ``allow_control=True`` recognises in text. ``path``,
+    ``sha256`` and ``model_bytes`` identify the file.
+    """
+
+    def __init__(self, model_bytes: bytes, path: Path, variant: str, in_vocabulary: bool = False):
+        self.path = path
+        self.model_bytes = model_bytes
+        self.sha256 = hashlib.sha256(model_bytes).hexdigest()
+        self.variant = variant
+        try:
+            self._pieces = sentencepiece.SentencePieceProcessor(model_proto=model_bytes)
+            self.vocab_size: int = self._pieces.get_piece_size()
+        except RuntimeError:
+            self.vocab_size = 0
+        if not self.vocab_size:
+            raise UserError(f"{path}: not a SentencePiece model; give the release's tokenizer.model")
+        self.control: dict[str, int] = {} if variant == "none" else self._control_ids()
+        table = ControlTable()
+        if variant != "none":
+            table = TABLES[variant](self.control, self._piece_id, self.vocab_size)
+        if in_vocabulary:
+            table = table.inside(self.vocab_size, {name: self.control[name] for name in TOOL_TOKENS if self.control})
+        self._table = table
+        self._splitter = Splitter(table.tokens)
+        self._special = {t.id: t.text for t in table.tokens}
+        self._continues: bool | None = None
+
+    @property
+    def matched(self) -> dict[str, int]:
+        return {t.text: t.id for t in self._table.tokens}
+
+    @property
+    def bos_token_id(self) -> int:
+        return self.control_id(START)
+
+    @property
+    def eos_token_id(self) -> int:
+        return self.control_id(END)
+
+    @property
+    def pad_token_id(self) -> int:
+        return self.control_id(PAD)
+
+    def control_id(self, name: str) -> int:
+        """The id of a control token; UserError when this tokenizer has none of that name."""
+        if name not in self.control:
+            raise UserError(f"{self.path}: no control token {name} with control '{self.variant}'; load with 'chat'")
+        return self.control[name]
+
+    def encode(self, text: str, add_bos: bool = False, allow_control: Allow = False) -> list[int]:
+        """Text -> ids. ``allow_control`` True matches the table's control tokens, a collection only those names.
+
+        Equal to the released tokenizers with ``allow_control=True``, ids one past the vocabulary included (``<unk>``
+        with "chat", tool tokens with "mindformers"); load with ``in_vocabulary=True`` where such ids may not occur.
+        """
+        ids = [self.control_id(START)] if add_bos else []
+        if not allow_control:
+            return ids + self._plain(text)
+        names = None if allow_control is True else allow_control
+        for segment in self._splitter.split(text, names):
+            if isinstance(segment, ControlToken):
+                ids.append(segment.id)
+            else:
+                ids += self._plain(segment)
+        return ids
+
+    def encode_batch(self, texts: Sequence[str], threads: int = 1) -> list[list[int]]:
+        """Ordinary text only, many at once, in SentencePiece's own threads."""
+        for text in texts:
+            _encodable(text)
+        return self._pieces.encode(list(texts), num_threads=threads) if texts else []
+
+    def encode_continuation(self, text: str) -> list[int]:
+        """Ids of ``text`` as they are inside a longer text, right behind a newline: no dummy space in front.
+
+        Exact when the newline is a piece of its own that merges with nothing, as in every TeleChat2 tokenizer;
+        otherwise ``text`` is encoded as if it stood alone.
+        """
+        return self.continuation_of(self.encode_batch([self.continuation_text(text)])[0])
+
+    def continuation_text(self, text: str) -> str:
+        """What to hand to ``encode_batch`` for a continuation."""
+        return "\n" + text if self._newline_is_atomic() else text
+
+    def continuation_of(self, ids: list[int]) -> list[int]:
+        """Strip what ``continuation_text`` added."""
+        return ids[len(self._plain("\n")) :] if self._newline_is_atomic() else ids
+
+    def decode(self, ids: Iterable[int], skip_special: bool = False) -> str:
+        """Ids -> text, spaces around control tokens as the released class writes them.
+
+        UserError on an id that is neither a piece nor in the table.
+        """
+        kept = [int(i) for i in ids]
+        for i in kept:
+            if not 0 <= i < self.vocab_size and i not in self._special:
+                raise UserError(f"token id {i} is outside the tokenizer's {self.vocab_size} pieces ({self.path})")
+        if skip_special:
+            kept = [i for i in kept if i not in self._special]
+        chunks: list[str] = []
+        run: list[int] = []
+        for i in kept:
+            if i in self._table.spaced_ids:
+                chunks += [text for text in (self._joined(run),) if text]
+                chunks.append(self._special[i])
+                run = []
+            else:
+                run.append(i)
+        if run or not chunks:
+            chunks.append(self._joined(run))
+        return " ".join(chunks)
+
+    def piece(self, index: int) -> str:
+        """How the vocabulary writes one id; "?" outside it."""
+        if index in self._special:
+            return self._special[index]
+        return self._pieces.id_to_piece(index) if 0 <= index < self.vocab_size else "?"
+
+    def stream(self, skip_special: bool = True) -> StreamDecoder:
+        """A decoder for ids that arrive one by one."""
+        return StreamDecoder(self, skip_special)
+
+    def _joined(self, ids: list[int]) -> str:
+        out, segment, after_special = "", [], False
+        for n, i in enumerate(ids):
+            if i not in self._special:
+                segment.append(i)
+                after_special = False
+                continue
+            if self._table.space_before and n and not after_special:
+                out += " "
+            out += self._pieces.decode(segment) + self._special[i]
+            segment, after_special = [], True
+        return out + self._pieces.decode(segment)
+
+    def _plain(self, text: str) -> list[int]:
+        _encodable(text)
+        return self._pieces.encode(text)
+
+    def _piece_id(self, name: str) -> int | None:
+        index = self._pieces.piece_to_id(name)
+        return index if self._pieces.id_to_piece(index) == name else None
+
+    def _control_ids(self) -> dict[str, int]:
+        found = {}
+        for name in TELECHAT2_NAMES:
+            index = self._piece_id(name)
+            if index is None and name in ALIASES:
+                index = self._piece_id(ALIASES[name])
+            # A piece that SentencePiece itself matches in text would let a user's text become a control token.
+            if index is None or not self._pieces.is_control(index):
+                raise UserError(
+                    f"{self.path}: has no control piece {name}, so it is not a TeleChat2 tokenizer; "
+                    "use control 'none' to read it as bare SentencePiece"
+                )
+            found[name] = index
+        return found
+
+    def _newline_is_atomic(self) -> bool:
+        if self._continues is None:
+            holders = [i for i in range(self.vocab_size) if "\n" in self._pieces.id_to_piece(i)]
+            self._continues = [self._pieces.id_to_piece(i) for i in holders] == ["\n"]
+        return self._continues
+
+
+class StreamDecoder:
+    """Text of ids that arrive one by one; an unfinished character is held back."""
+
+    def __init__(self, tokenizer: Tokenizer, skip_special: bool = True):
+        self._tokenizer, self._skip = tokenizer, skip_special
+        self._ids: list[int] = []
+        self._context = 0  # decoding starts here, so that the first new piece keeps its leading space
+        self._shown = 0
+
+    def push(self, index: int) -> str:
+        """The text that this id completes; empty while a character's bytes are still coming."""
+        self._ids.append(int(index))
+        return self._new(final=False)
+
+    def flush(self) -> str:
+        """What was held back, at the end of generation."""
+        return self._new(final=True)
+
+    def _new(self, final: bool) -> str:
+        before = self._tokenizer.decode(self._ids[self._context : self._shown], self._skip)
+        now = self._tokenizer.decode(self._ids[self._context :], self._skip)
+        if len(now) <= len(before) or (now.endswith("\ufffd") and not final):
+            return ""
+        self._context, self._shown = self._shown, len(self._ids)
+        return now[len(before) :]
+
+
+def load_tokenizer(path: str | Path, control: str = "chat", in_vocabulary: bool = False) -> Tokenizer:
+    """Open a ``tokenizer.model`` (or the folder that holds one).
+
+    ``control`` chooses what is matched in text on request: "chat" (table of the 3B and 7B releases), "released_115b",
+    "mindformers", or "none" (bare SentencePiece). ``in_vocabulary`` drops ids beyond the file's pieces from the table:
+    such a token is matched as its in-vocabulary namesake where there is one, and is ordinary text otherwise.
+    UserError when the file is missing, is no SentencePiece model, or lacks TeleChat2's control pieces.
+    """
+    if control not in CONTROL_CHOICES:
+        raise UserError(f"control: '{control}' is not one of {', '.join(CONTROL_CHOICES)}")
+    file = Path(path)
+    if file.is_dir():
+        file = file / "tokenizer.model"
+    try:
+        model_bytes = file.read_bytes()
+    except FileNotFoundError:
+        raise UserError(f"{file}: no such tokenizer; give a tokenizer.model or the folder that holds it") from None
+    except OSError as error:
+        raise UserError(f"{file}: cannot be read ({error.strerror})") from None
+    return Tokenizer(model_bytes, file, control, in_vocabulary)
+
+
+def check_vocabulary(tokenizer: Tokenizer, config: ModelConfig) -> None:
+    """UserError unless the tokenizer has exactly one piece per row of the model's embedding."""
+    if tokenizer.vocab_size != config.vocab_size:
+        raise UserError(
+            f"{tokenizer.path}: the tokenizer has {tokenizer.vocab_size} pieces but model.vocab_size is "
+            f"{config.vocab_size}; use the model's own tokenizer, or set model.vocab_size={tokenizer.vocab_size}"
+        )
+
+
+def _encodable(text: str) -> None:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        bad = text[error.start]
+        raise UserError(f"text has an unpaired surrogate U+{ord(bad):04X} at character {error.start}") from None

@@ -1,0 +1,112 @@
+"""Train a SentencePiece BPE with TeleChat2's control tokens at TeleChat2's ids, for small models and demonstrations."""
+
+from __future__ import annotations
+
+import io
+import os
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import sentencepiece
+
+from core.data.control import BOT, END, PAD, START, SYSTEM, USER
+from core.data.tokenizer import Tokenizer, load_tokenizer
+from core.errors import UserError
+
+# Ids 4-17 behind <_unk> <_start> <_end> <_pad>, then from 18 the released order: digits, "_" 28, newline 29, tab 30.
+CONTROL_PIECES = (USER, BOT, SYSTEM, "<_observation>", "<_sep>", *(f"<_control{n}>" for n in range(1, 10)))
+LITERAL_PIECES = (*"0123456789", "_", "\n", "\t", "__", "___", "____")
+SMALLEST = 4 + len(CONTROL_PIECES) + len(LITERAL_PIECES) + 256
+
+_BLOCK = 4096
+
+
+def train_tokenizer(
+    texts: Iterable[str], path: str | Path, vocab_size: int, *, threads: int = 1, character_coverage: float = 0.9995
+) -> Tokenizer:
+    """Train on ``texts`` and write the model file ``path``; returns it loaded. The same texts give the same bytes.
+
+    SentencePiece keeps its training text in memory: give a sample of a large corpus, not all of it. UserError when
+    ``vocab_size`` is too small for the fixed pieces and the characters found, or larger than the text can fill, or
+    when there is no text.
+    """
+    if vocab_size <= SMALLEST:
+        raise UserError(f"vocab_size: must be above {SMALLEST} (control tokens, digits and bytes), found {vocab_size}")
+    blocks = _blocks(texts)
+    first = next(blocks, None)
+    if first is None:
+        raise UserError("tokenizer training: there is no text to train on")
+
+    stopped: list[BaseException] = []
+
+    def sentences() -> Iterator[str]:
+        yield first
+        try:
+            yield from blocks
+        except BaseException as error:
+            # SentencePiece would turn it into an error of its own: a malformed row, and Ctrl-C as well.
+            stopped.append(error)
+            raise
+
+    model = io.BytesIO()
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=sentences(),
+            model_writer=model,
+            model_type="bpe",
+            vocab_size=vocab_size,
+            unk_id=0,
+            unk_piece="<_unk>",
+            bos_id=1,
+            bos_piece=START,
+            eos_id=2,
+            eos_piece=END,
+            pad_id=3,
+            pad_piece=PAD,
+            control_symbols=list(CONTROL_PIECES),
+            user_defined_symbols=list(LITERAL_PIECES),
+            byte_fallback=True,
+            split_digits=True,
+            allow_whitespace_only_pieces=True,
+            normalization_rule_name="identity",
+            add_dummy_prefix=True,
+            remove_extra_whitespaces=False,
+            character_coverage=character_coverage,
+            max_sentence_length=16 * _BLOCK,
+            input_sentence_size=0,
+            shuffle_input_sentence=False,
+            num_threads=threads,
+            minloglevel=2,
+        )
+    except (RuntimeError, OSError, UnicodeEncodeError) as error:
+        if stopped:
+            raise stopped[0] from None
+        reason = str(error).splitlines()[0].rpartition("] ")[2]
+        raise UserError(f"vocab_size: {vocab_size} does not suit this text; SentencePiece says: {reason}") from None
+    target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
+    try:
+        partial.write_bytes(model.getvalue())
+        os.replace(partial, target)
+    finally:
+        partial.unlink(missing_ok=True)
+    return load_tokenizer(target)
+
+
+def _blocks(texts: Iterable[str]) -> Iterator[str]:
+    """Pieces of at most _BLOCK characters, cut behind a newline where there is one.
+
+    Blocks and not lines: each training sentence gets a dummy space in front, which a line inside a text does not have.
+    """
+    for text in texts:
+        start = 0
+        while start < len(text):
+            stop = min(start + _BLOCK, len(text))
+            if stop < len(text):
+                newline = text.rfind("\n", start, stop)
+                stop = newline + 1 if newline > start else stop
+            block = text[start:stop]
+            start = stop
+            if block.strip():
+                yield block
