@@ -1,0 +1,308 @@
+"""Reading and writing a model folder as released on Hugging Face: config.json and safetensors, in one file or many.
+
+Tensors are read one at a time, when asked for; nothing here ever holds a model in memory, and nothing is unpickled.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from convert.hf_config import dump_config, read_config, write_config
+from convert.names import HF_PREFIX, bind, released_table
+from core.atomic import new_folder
+from core.checkpoint import check_shapes
+from core.config import ModelConfig
+from core.errors import UserError
+from core.safetensors_io import DTYPES, SafetensorsFile, SafetensorsWriter, header_room, load_json
+
+DTYPE_NAMES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+INDEX = "model.safetensors.index.json"
+MAX_SHARD_BYTES = 5 * 10**9  # what transformers writes by default
+
+# Small files that belong to a release and travel with the weights; the code files are what auto_map points to.
+_ASSETS = (
+    "config.json",
+    INDEX,
+    "generation_config.json",
+    "tokenizer.model",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "configuration_*.py",
+    "modeling_*.py",
+    "tokenization_*.py",
+    "generation_utils.py",
+)
+
+
+class HfFolder:
+    """A released folder, opened: everything is checked against its config.json before a tensor is read.
+
+    ``config``, ``released`` (the mapping of config.json), ``notes`` (assumptions made), ``bindings`` (released name ->
+    logical names), ``prefix``, ``files`` (file name -> SafetensorsFile).
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        """UserError names the file and what is wrong: missing config or shard, damage, names or shapes that differ."""
+        self.path = Path(path)
+        self.released = load_json(self.path / "config.json", "a model's config")
+        self.config, self.notes = read_config(self.released, str(self.path / "config.json"))
+        self.indexed, self.files, self._home = _open_shards(self.path)
+        self.prefix = HF_PREFIX if any(name.startswith(HF_PREFIX) for name in self._home) else ""
+        self.bindings = bind(self.config, prefix=self.prefix)
+        shapes = {name: self.files[file].tensors[name].shape for name, file in self._home.items()}
+        check_shapes(released_table(self.bindings, self.config), shapes, str(self.path))
+        for name in self._home:
+            if self.code(name) not in DTYPE_NAMES:
+                raise UserError(
+                    f"{self.path / self._home[name]}: tensor '{name}' is {self.code(name)}; "
+                    f"expected one of {', '.join(DTYPE_NAMES)}"
+                )
+
+    def code(self, name: str) -> str:
+        """Safetensors name of a released tensor's dtype."""
+        return self.files[self._home[name]].tensors[name].code
+
+    def read(self, name: str) -> np.ndarray:
+        """A released tensor in its stored dtype."""
+        return self.files[self._home[name]].read(name)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(info.nbytes for file in self.files.values() for info in file.tensors.values())
+
+    @property
+    def dtype(self) -> str:
+        """float32, bfloat16...; "mixed" if the tensors differ."""
+        codes = {self.code(name) for name in self._home}
+        return DTYPE_NAMES[codes.pop()] if len(codes) == 1 else "mixed"
+
+    @property
+    def assets(self) -> list[Path]:
+        """The small files that belong to the release."""
+        return sorted(path for pattern in _ASSETS for path in self.path.glob(pattern) if path.is_file())
+
+    def source_record(self) -> dict[str, Any]:
+        """What a canonical checkpoint keeps under "hf", so that writing the release back gives the same files."""
+        return {
+            "config": self.released,
+            "prefix": self.prefix,
+            "dtype": self.dtype,
+            "indexed": self.indexed,
+            "shards": [
+                {"file": name, "metadata": file.metadata, "tensors": list(file.tensors)}
+                for name, file in self.files.items()
+            ],
+        }
+
+    def logical(self) -> Iterator[tuple[str, np.ndarray]]:
+        """(logical name, tensor) of the whole model in forward order; each released tensor is read once."""
+        for name, binding in self.bindings.items():
+            yield from binding.split(self.read(name), self.config).items()
+
+
+@dataclass(frozen=True)
+class Shard:
+    """A file to write: its tensors (released name -> dtype code, shape) in file order."""
+
+    file: str
+    tensors: dict[str, tuple[str, tuple[int, ...]]]
+    metadata: dict[str, str]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(tensor_bytes(*spec) for spec in self.tensors.values())
+
+
+def tensor_bytes(code: str, shape: Sequence[int]) -> int:
+    """Bytes of a tensor of this dtype code and shape."""
+    return math.prod(shape) * DTYPES[code].itemsize
+
+
+def plan_shards(tensors: Mapping[str, tuple[str, tuple[int, ...]]], max_bytes: int = MAX_SHARD_BYTES) -> list[Shard]:
+    """Cut the tensors, in order, into files of at most ``max_bytes`` (a larger tensor gets a file of its own)."""
+    groups: list[dict[str, tuple[str, tuple[int, ...]]]] = [{}]
+    filled = 0
+    for name, spec in tensors.items():
+        count = tensor_bytes(*spec)
+        if groups[-1] and filled + count > max_bytes:
+            groups.append({})
+            filled = 0
+        groups[-1][name] = spec
+        filled += count
+    metadata = {"format": "pt"}  # transformers refuses a file that does not say this
+    if len(groups) == 1:
+        return [Shard("model.safetensors", groups[0], metadata)]
+    total = len(groups)
+    return [Shard(f"model-{i:05d}-of-{total:05d}.safetensors", g, metadata) for i, g in enumerate(groups, 1)]
+
+
+def recorded_shards(
+    record: Mapping[str, Any], tensors: Mapping[str, tuple[str, tuple[int, ...]]]
+) -> list[Shard] | None:
+    """The files of the release a checkpoint came from, or None if its tensors are no longer those of the release."""
+    shards = []
+    for shard in record["shards"]:
+        held = {name: tensors[name] for name in shard["tensors"] if name in tensors}
+        shards.append(Shard(_plain(shard["file"], "model.json"), held, shard["metadata"]))
+    if sum(len(shard.tensors) for shard in shards) != len(tensors):
+        return None
+    return shards if record["indexed"] else [Shard("model.safetensors", shards[0].tensors, shards[0].metadata)]
+
+
+def write_folder(
+    path: Path,
+    config: ModelConfig,
+    read: Callable[[str], np.ndarray],
+    shards: Sequence[Shard],
+    *,
+    record: Mapping[str, Any] | None,
+    assets: Mapping[str, Path],
+    complete: bool,
+) -> None:
+    """Write a release atomically: shards, index, config.json, and the small files.
+
+    ``read`` gives a released tensor by name, in the dtype planned. ``record`` is the checkpoint's "hf" entry, if any.
+    ``assets`` (name -> file) are copied; the original config.json and index among them only where they still hold.
+    ``complete`` adds the small files that are lacking (generation settings, description of the tokenizer).
+    """
+    originals = dict(assets)
+    codes = {code for shard in shards for code, _ in shard.tensors.values()}
+    dtype = DTYPE_NAMES[codes.pop()] if len(codes) == 1 else "mixed"
+    total = sum(shard.nbytes for shard in shards)
+    with new_folder(path, lambda: total) as building:
+        for shard in shards:
+            room = header_room(shard.tensors, shard.metadata)
+            with SafetensorsWriter(building / shard.file, room, shard.metadata) as writer:
+                for name in shard.tensors:
+                    writer.add(name, read(name))
+        same = record is not None and record["dtype"] == dtype
+        released = write_config(
+            config, record["config"] if record else None, None if same or dtype == "mixed" else dtype
+        )
+        _write_json(building / "config.json", released, originals.pop("config.json", None), dump_config)
+        original_index = originals.pop(INDEX, None)
+        if len(shards) > 1 or shards[0].file != "model.safetensors":
+            weight_map = {name: shard.file for shard in shards for name in shard.tensors}
+            index: dict[str, Any] = {"metadata": {"total_size": total}, "weight_map": weight_map}
+            if same and original_index is not None:
+                known = load_json(original_index, "a checkpoint index")
+                # Nothing has changed, so neither does what else the index says.
+                index = known if known.get("weight_map") == weight_map else index
+            _write_json(building / INDEX, index, original_index, _dump_index)
+        for name, asset in originals.items():
+            shutil.copyfile(asset, building / name)
+        if complete:
+            _write_missing(building, config)
+
+
+def _open_shards(folder: Path) -> tuple[bool, dict[str, SafetensorsFile], dict[str, str]]:
+    """(whether there is an index, file name -> open file, tensor -> file name)."""
+    # weights.safetensors is the name of the golden model folders.
+    for single in ("model.safetensors", "weights.safetensors"):
+        if (folder / single).is_file() and not (folder / INDEX).is_file():
+            file = SafetensorsFile(folder / single)
+            return False, {single: file}, dict.fromkeys(file.tensors, single)
+    if not (folder / INDEX).is_file():
+        pickled = [p.name for s in ("*.bin", "*.pt", "*.pth", "*.ckpt") for p in sorted(folder.glob(s))]
+        if pickled:
+            raise UserError(
+                f"{folder / pickled[0]}: pickled weights are not read (they can run code); convert them to safetensors "
+                "with the tools of whoever released them"
+            )
+        raise UserError(f"{folder}: holds neither model.safetensors nor {INDEX}")
+    where = folder / INDEX
+    weight_map = load_json(where, "a checkpoint index").get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(f, str) for f in weight_map.values()):
+        raise UserError(f"{where}: damaged, weight_map must say which file holds each tensor")
+    files = {}
+    for name in sorted(set(weight_map.values())):
+        if not (folder / _plain(name, str(where))).is_file():
+            raise UserError(f"{folder / name}: missing; {where.name} says it holds part of the model")
+        files[name] = SafetensorsFile(folder / name)
+    for tensor, name in weight_map.items():
+        if tensor not in files[name].tensors:
+            raise UserError(f"{folder / name}: lacks tensor '{tensor}', which {where.name} says it holds")
+    for name, file in files.items():
+        for tensor in file.tensors:
+            if weight_map.get(tensor) != name:
+                raise UserError(f"{folder / name}: holds tensor '{tensor}', which {where.name} does not place there")
+    return True, files, weight_map
+
+
+def _plain(name: str, where: str) -> str:
+    """A file name without a path. Only the name is judged: files of a hub cache are links that rightly lead away."""
+    if name in ("", ".", "..") or any(mark in name for mark in "/\\\0"):
+        raise UserError(f"{where}: file {name!r} points outside the folder; only plain file names are read")
+    return name
+
+
+def _write_json(path: Path, value: Any, original: Path | None, dump: Callable[[Any], str]) -> None:
+    """Write JSON; where the original file says the same, its very bytes."""
+    if original is not None and load_json(original, "JSON") == value:
+        shutil.copyfile(original, path)
+    else:
+        path.write_text(dump(value), encoding="utf-8")
+
+
+def _dump_index(index: dict[str, Any]) -> str:
+    return json.dumps(index, indent=2, sort_keys=True) + "\n"
+
+
+def _write_missing(folder: Path, config: ModelConfig) -> None:
+    """For a model trained here: generation settings, and a tokenizer description that transformers and vLLM load."""
+    ids = {key: getattr(config, key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    if not (folder / "generation_config.json").exists():
+        (folder / "generation_config.json").write_text(dump_config({**ids, "do_sample": False}), encoding="utf-8")
+    tokenizer = folder / "tokenizer.model"
+    if tokenizer.exists() and not (folder / "tokenizer_config.json").exists():
+        described = dump_config(describe_tokenizer(tokenizer, config))
+        (folder / "tokenizer_config.json").write_text(described, encoding="utf-8")
+
+
+def describe_tokenizer(path: Path, config: ModelConfig) -> dict[str, Any]:
+    """tokenizer_config.json for a SentencePiece tokenizer.
+
+    LlamaTokenizer is transformers' plain SentencePiece tokenizer; TeleChat's own class needs code files that are not
+    shipped. Its slow form gives the released ids, control tokens in text included; its fast form does not.
+    UserError if the file is no tokenizer or has more pieces than the model's vocabulary.
+    """
+    import sentencepiece
+
+    try:
+        pieces = sentencepiece.SentencePieceProcessor(model_file=str(path))
+    except (OSError, RuntimeError):
+        raise UserError(
+            f"{path.name}: is no SentencePiece model; give the tokenizer.model of the training run"
+        ) from None
+    if pieces.get_piece_size() > config.vocab_size:
+        raise UserError(
+            f"{path.name}: has {pieces.get_piece_size()} pieces, the model's vocab_size is {config.vocab_size}; "
+            "give the tokenizer the model was trained with"
+        )
+    flags = {"lstrip": False, "normalized": False, "rstrip": False, "single_word": False, "special": True}
+    special = [i for i in range(pieces.get_piece_size()) if pieces.is_control(i) or pieces.is_unknown(i)]
+    tokens = ("bos_token", "eos_token", "pad_token")
+    return {
+        "tokenizer_class": "LlamaTokenizer",
+        "use_fast": False,
+        "legacy": True,
+        "add_bos_token": False,
+        "add_eos_token": False,
+        "clean_up_tokenization_spaces": False,
+        "added_tokens_decoder": {str(i): {"content": pieces.id_to_piece(i), **flags} for i in special},
+        **{token: pieces.id_to_piece(getattr(config, f"{token}_id")) for token in tokens},
+        "unk_token": pieces.id_to_piece(pieces.unk_id()),
+        "model_max_length": config.max_seqlen,
+    }

@@ -1,0 +1,131 @@
+"""One way to read a model's weights, whatever folder they come in: a release or a canonical checkpoint."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from convert.hf import HfFolder
+from core.atomic import show_bytes
+from core.checkpoint import Checkpoint, check_shapes, open_checkpoint
+from core.config import ModelConfig
+from core.errors import UserError
+from core.params import count_parameters, parameter_table
+from core.schema import from_mapping
+
+
+def open_model(path: str | Path, verify: bool = True) -> ModelSource:
+    """Open a released folder, a canonical step folder, or a run folder (its latest checkpoint).
+
+    ``verify`` hashes every file of a canonical checkpoint; a release carries no hashes, its headers and sizes are
+    always checked. UserError says what is wrong with the folder.
+    """
+    path = Path(path)
+    if (path / "config.json").is_file():
+        return HfSource(HfFolder(path))
+    if not path.is_dir():
+        raise UserError(f"{path}: no such folder; expected a released model or a checkpoint")
+    if not (path / "manifest.json").is_file() and not (path / "latest").is_file():
+        raise UserError(
+            f"{path}: no model found; a released folder has config.json, a checkpoint manifest.json, a run latest"
+        )
+    return CanonicalSource(open_checkpoint(path, verify))
+
+
+class ModelSource(ABC):
+    """Weights under logical names, read when asked for.
+
+    ``config``; ``path``; ``tokenizer_path`` (a tokenizer.model, or None).
+    """
+
+    config: ModelConfig
+    path: Path
+    tokenizer_path: Path | None
+
+    def names(self) -> list[str]:
+        """Logical names in forward order."""
+        return list(parameter_table(self.config))
+
+    @abstractmethod
+    def tensor(self, name: str) -> np.ndarray:
+        """The tensor of a logical name, in its stored dtype; UserError for a name the model has not."""
+
+    @abstractmethod
+    def export(self, tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Tensors by logical name (gradients, say) -> the names and packing of this source.
+
+        Tensors that are packed together must be given together (KeyError).
+        """
+
+    @abstractmethod
+    def describe(self) -> str:
+        """One line for people."""
+
+    def _summary(self, kind: str, detail: str) -> str:
+        return (
+            f"{kind} {self.path}: {self.config.family}, {self.config.num_layers} layers, hidden "
+            f"{self.config.hidden_size}, {count_parameters(self.config):,} parameters, {detail}"
+        )
+
+
+class HfSource(ModelSource):
+    """A released folder."""
+
+    def __init__(self, folder: HfFolder) -> None:
+        self.folder = folder
+        self.path = folder.path
+        self.config = folder.config
+        tokenizer = folder.path / "tokenizer.model"
+        self.tokenizer_path = tokenizer if tokenizer.is_file() else None
+        self._released = {name: b for b in folder.bindings.values() for name in b.logical}
+
+    def tensor(self, name: str) -> np.ndarray:
+        if name not in self._released:
+            raise UserError(f"{self.path}: the model has no tensor '{name}'")
+        binding = self._released[name]
+        return binding.split(self.folder.read(binding.released), self.config)[name]
+
+    def export(self, tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        wanted = dict.fromkeys(self._released[name].released for name in tensors)
+        return {name: self.folder.bindings[name].join(tensors, self.config) for name in wanted}
+
+    def describe(self) -> str:
+        files = len(self.folder.files)
+        detail = f"{self.folder.dtype}, {files} file{'s' * (files > 1)}, {show_bytes(self.folder.nbytes)}"
+        return "; ".join([self._summary("release", detail), *self.folder.notes])
+
+
+class CanonicalSource(ModelSource):
+    """A canonical checkpoint."""
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self.checkpoint = checkpoint
+        self.path = checkpoint.path
+        self.config = checkpoint_config(checkpoint)
+        shapes = {name: checkpoint.shape("weights", name) for name in checkpoint.names("weights")}
+        check_shapes(parameter_table(self.config), shapes, str(self.path))
+        self.tokenizer_path = next((p for p in checkpoint.assets if p.name == "tokenizer.model"), None)
+
+    def tensor(self, name: str) -> np.ndarray:
+        return self.checkpoint.read("weights", name)
+
+    def export(self, tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        return dict(tensors)
+
+    def describe(self) -> str:
+        dtypes = sorted({self.checkpoint.dtype("weights", name).name for name in self.names()})
+        detail = f"{'/'.join(dtypes)}, step {self.checkpoint.step}, {show_bytes(self.checkpoint.nbytes)}"
+        return self._summary("checkpoint", detail)
+
+
+def checkpoint_config(checkpoint: Checkpoint) -> ModelConfig:
+    """The ModelConfig that a checkpoint's model.json holds; UserError names the file and the field."""
+    where = checkpoint.path / "model.json"
+    values: Any = checkpoint.model.get("config")
+    if not isinstance(values, dict):
+        raise UserError(f"{where}: holds no config")
+    return from_mapping(ModelConfig, values, f"{where}: config")
