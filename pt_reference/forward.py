@@ -1,0 +1,50 @@
+"""One forward pass, with gradients when asked for: logits, loss, d loss / d weight by name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from core.batch import Batch
+from core.config import ModelConfig
+from pt_reference import ops
+from pt_reference.model import Decoder, named_weights, to_numpy
+
+
+def batch_logits(model: Decoder, batch: Batch) -> Tensor:
+    """Logits [B, S, V] of a batch; the row's length S decides the rotary scaling."""
+    device = model.embed.weight.device
+    S = batch.input_ids.shape[1]
+    blocks = ops.attention_blocks(S, S, batch.doc_ids, device)
+    return model(torch.from_numpy(batch.input_ids).to(device).long(), model.rope(batch.positions, S), blocks)
+
+
+def batch_loss(logits: Tensor, batch: Batch, num_targets: int) -> Tensor:
+    """Sum of the batch's token losses divided by the number of targets in the *global* batch."""
+    return ops.cross_entropy(logits, torch.from_numpy(batch.targets).to(logits.device)) / num_targets
+
+
+def run(
+    config: ModelConfig,
+    get: Callable[[str], np.ndarray],
+    batch: Batch,
+    precision: str = "fp32",
+    grads: bool = False,
+) -> dict[str, Any]:
+    """``logits`` [B, S, V] float32 (fp64: float64), ``loss`` if the batch has targets, ``grads`` by logical name."""
+    model = Decoder(config, precision)
+    model.load_weights(get)
+    with torch.set_grad_enabled(grads):
+        logits = batch_logits(model, batch)
+        result: dict[str, Any] = {"logits": to_numpy(logits)}
+        if batch.num_targets:
+            loss = batch_loss(logits, batch, batch.num_targets)
+            result["loss"] = loss.item()
+            if grads:
+                loss.backward()
+                result["grads"] = {name: to_numpy(p.grad) for name, p in named_weights(model).items()}
+    return result

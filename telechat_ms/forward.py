@@ -1,0 +1,56 @@
+"""One forward pass, with gradients when asked for: logits, loss, d loss / d weight by name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import mindspore as ms
+import numpy as np
+from mindspore import Tensor
+
+from core.batch import Batch
+from core.config import ModelConfig
+from telechat_ms import ops
+from telechat_ms.model import Decoder, named_weights, to_numpy
+
+
+def batch_logits(model: Decoder, batch: Batch) -> Tensor:
+    """Logits [B, S, V] of a batch; the row's length S decides the rotary scaling."""
+    S = batch.input_ids.shape[1]
+    blocks = ops.attention_blocks(S, S, batch.doc_ids)
+    return model(Tensor(batch.input_ids), model.rope(batch.positions, S), blocks)
+
+
+def batch_loss(logits: Tensor, batch: Batch, num_targets: int) -> Tensor:
+    """Sum of the batch's token losses divided by the number of targets in the *global* batch."""
+    return ops.cross_entropy(logits, Tensor(batch.targets)) * Tensor(1.0 / num_targets, logits.dtype)
+
+
+def run(
+    config: ModelConfig,
+    get: Callable[[str], np.ndarray],
+    batch: Batch,
+    precision: str = "fp32",
+    grads: bool = False,
+) -> dict[str, Any]:
+    """``logits`` [B, S, V] float32 (fp64: float64), ``loss`` if the batch has targets, ``grads`` by logical name."""
+    model = Decoder(config, precision)
+    model.load_weights(get)
+    if not batch.num_targets:
+        return {"logits": to_numpy(batch_logits(model, batch))}
+
+    def loss_and_logits() -> tuple[Tensor, Tensor]:
+        logits = batch_logits(model, batch)
+        return batch_loss(logits, batch, batch.num_targets), logits
+
+    if not grads:
+        loss, logits = loss_and_logits()
+        return {"logits": to_numpy(logits), "loss": float(loss.asnumpy())}
+    weights = named_weights(model)
+    (loss, logits), gradients = ms.value_and_grad(loss_and_logits, None, list(weights.values()), has_aux=True)()
+    return {
+        "logits": to_numpy(logits),
+        "loss": float(loss.asnumpy()),
+        "grads": {name: to_numpy(g) for name, g in zip(weights, gradients, strict=True)},
+    }

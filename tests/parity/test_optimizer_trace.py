@@ -1,0 +1,95 @@
+"""Eight AdamW steps of the original implementation, step by step: loss, gradient norm, learning rate, final weights.
+
+Limits are those the golden was stored with, taken from its float32 run against its float64 run.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import numpy as np
+import pytest
+
+from core.backends import load
+from core.batch import Batch, shift_labels
+from core.config import run_config_from_dict
+from core.parity import relative_frobenius
+from core.recipe import clip_factor, learning_rate
+from tests.frameworks import BACKENDS, GOLDENS, golden_arrays, golden_source
+
+FOLDER = "optimizer_trace/telechat2_gqa"
+
+
+def run_trace(backend: str, table_dtype: str = "float32", **optim: Any) -> dict[str, Any]:
+    """Train on the golden's batches with the production Trainer, schedule and clipping."""
+    meta = json.loads((GOLDENS / FOLDER / "meta.json").read_text())["optimizer"]
+    batches = golden_arrays(f"{FOLDER}/io.safetensors")["batches"].astype(np.int32)
+    source = golden_source("telechat2_gqa/weights.safetensors", "telechat2_gqa/config.json")
+    steps, micro_batch, seq_len = batches.shape
+    config = run_config_from_dict(
+        {
+            "model": {**source.config.to_dict(), "table_dtype": table_dtype},
+            "data": {"sources": [], "seq_len": seq_len},
+            "train": {"steps": steps, "global_batch": micro_batch, "micro_batch": micro_batch},
+            "optim": {
+                "lr": meta["peak"],
+                "min_lr": meta["floor"],
+                "warmup_steps": 2,
+                "beta1": meta["betas"][0],
+                "beta2": meta["betas"][1],
+                "eps": meta["eps"],
+                "weight_decay": meta["weight_decay"],
+                "clip_grad": 1.0,
+                **optim,
+            },
+        }
+    )
+    trainer = load(backend, "train").Trainer(config)
+    trainer.optimizer.load_masters(source.tensor)
+    rows: dict[str, list[float]] = {"loss": [], "grad_norm": [], "lr": []}
+    positions = np.broadcast_to(np.arange(seq_len, dtype=np.int32), (micro_batch, seq_len))
+    for step, ids in enumerate(batches):
+        batch = Batch(ids, shift_labels(ids), positions)
+        lr = learning_rate(config.optim, steps, step)
+        rows["loss"].append(trainer.micro_step(batch, batch.num_targets, 1.0))
+        rows["grad_norm"].append(trainer.grad_norm(1.0))
+        rows["lr"].append(lr)
+        trainer.update(lr, clip_factor(rows["grad_norm"][-1], config.optim.clip_grad))
+    assert trainer.step == steps
+    return {**rows, "weights": source.export(dict(trainer.weights()))}
+
+
+def check_trace(got: dict[str, Any], variant: str = "fp32table") -> None:
+    """Against the float64 trace (float32 tables) or the released float32 one; final weights are stored as float32."""
+    io = golden_arrays(f"{FOLDER}/io.safetensors")
+    tolerance = json.loads((GOLDENS / FOLDER / "meta.json").read_text())["tolerance"]
+    truth = "fp64" if variant == "fp32table" else variant
+    np.testing.assert_allclose(got["lr"], io["lr"], rtol=tolerance["lr_rel"])
+    np.testing.assert_allclose(got["loss"], io[f"{truth}.loss"], rtol=0, atol=tolerance["loss_abs"])
+    np.testing.assert_allclose(got["grad_norm"], io[f"{truth}.grad_norm"], rtol=tolerance["grad_norm_rel"])
+    if variant == "fp32table":
+        final = golden_arrays(f"{FOLDER}/final_weights.safetensors")
+        assert set(got["weights"]) == set(final)
+        for name, weight in got["weights"].items():
+            error = np.abs(weight - final[name])
+            assert error.max() <= tolerance["final_weight_abs_max"], name
+            assert error.mean() <= tolerance["final_weight_mean_abs_per_tensor"], name
+            assert relative_frobenius(weight, final[name]) <= 1e-4, name
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_optimizer_trace(backend: str) -> None:
+    check_trace(run_trace(backend))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_optimizer_trace_with_released_tables(backend: str) -> None:
+    check_trace(run_trace(backend, "float16"), "released")
+
+
+@pytest.mark.parametrize("fault", [{"weight_decay": 0.0}, {"clip_grad": 0.0}, {"beta2": 0.999}, {"warmup_steps": 1}])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_wrong_recipe_is_caught(backend: str, fault: dict[str, float]) -> None:
+    with pytest.raises(AssertionError):
+        check_trace(run_trace(backend, **fault))
