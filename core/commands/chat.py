@@ -1,0 +1,181 @@
+"""``tele chat``: a conversation in the terminal, or over a pipe."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING
+
+from core.commands.generate import add_model_arguments, add_sampling_arguments, load_model, sampling_from
+from core.data.chat_template import DEFAULT_SYSTEM
+from core.errors import UserError
+
+if TYPE_CHECKING:
+    from core.generation import Chat
+
+HELP = """\
+/system [TEXT]  set the system prompt and forget the turns; without TEXT show it
+/reset          forget the turns
+/save FILE      append the conversation to FILE, one JSON line as `tele data` reads it
+/help           this list
+/exit           leave (also Ctrl-D); Ctrl-C stops an answer"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of ``tele chat``."""
+    add_model_arguments(parser)
+    parser.add_argument("--system", metavar="TEXT", help="system prompt (default: the template's own)")
+    parser.add_argument(
+        "--max-new-tokens", type=int, metavar="N", help="tokens of an answer (a quarter of max_seqlen, at most 1024)"
+    )
+    add_sampling_arguments(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Talk until /exit or the end of the input. Answers go to stdout, everything else to stderr."""
+    from core.generation import Chat, default_answer_length
+
+    sampling = sampling_from(args)
+    model = load_model(args, "chat")
+    if args.max_new_tokens is None:
+        args.max_new_tokens = default_answer_length(model.config)
+    session = model.session(max_len=model.config.max_seqlen)
+    chat = Chat(
+        session,
+        model.tokenizer,
+        system=args.system,
+        sampling=sampling,
+        max_new_tokens=args.max_new_tokens,
+        add_bos=args.add_bos,
+    )
+    terminal = sys.stdin.isatty()
+    if terminal:
+        print("/help lists the commands, /exit leaves", file=sys.stderr)
+    return repl(chat, terminal_lines() if terminal else piped_lines())
+
+
+def repl(chat: Chat, lines: Iterator[str]) -> int:
+    """Answer each line, obey each /command; a mistake is one line on stderr and the conversation goes on."""
+    for line in lines:
+        text = line.strip()
+        if not text:
+            continue
+        try:
+            if text.startswith("/"):
+                if _command(chat, text):
+                    return 0
+            else:
+                _answer(chat, text)
+        except UserError as error:
+            print(f"error: {error}", file=sys.stderr)
+    return 0
+
+
+def terminal_lines() -> Iterator[str]:
+    """Lines typed at a prompt. Ctrl-C drops the line begun; Ctrl-D ends."""
+    with contextlib.suppress(ImportError):
+        import readline  # noqa: F401  (its import gives input() line editing and history)
+    while True:
+        try:
+            yield input("> ")
+        except EOFError:
+            print(file=sys.stderr)
+            return
+        except KeyboardInterrupt:
+            print("\n/exit leaves", file=sys.stderr)
+
+
+def piped_lines() -> Iterator[str]:
+    """Lines of stdin, each as it arrives; UserError on a line that is not UTF-8."""
+    for number, raw in enumerate(iter(sys.stdin.buffer.readline, b""), 1):
+        try:
+            yield raw.decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise UserError(f"stdin:{number}: not UTF-8 text (byte {error.start})") from None
+
+
+def _answer(chat: Chat, question: str) -> None:
+    with _interrupt_calls(chat.stop):
+        for piece in chat.ask(question, stream=True):
+            print(piece, end="", flush=True)
+    print(flush=True)
+    if chat.finish_reason == "length":
+        print(f"(answer ended at --max-new-tokens {chat.max_new_tokens})", file=sys.stderr)
+    elif chat.finish_reason == "interrupted":
+        print("(answer stopped)", file=sys.stderr)
+
+
+@contextlib.contextmanager
+def _interrupt_calls(stop: Callable[[], None]) -> Iterator[None]:
+    """Within, the first Ctrl-C calls ``stop``, so that no framework call is torn in the middle; a second one raises
+    KeyboardInterrupt as usual."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # only the main thread may set handlers
+        return
+
+    def handler(number: int, frame: FrameType | None) -> None:
+        signal.signal(signal.SIGINT, before)
+        stop()
+
+    before = signal.signal(signal.SIGINT, handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _command(chat: Chat, text: str) -> bool:
+    """Obey one /command; True when it ends the conversation."""
+    word, _, rest = text.partition(" ")
+    rest = rest.strip()
+    if word in ("/exit", "/quit"):
+        return True
+    if word == "/help":
+        print(HELP, file=sys.stderr)
+    elif word == "/reset":
+        chat.reset()
+        print("(the turns are forgotten)", file=sys.stderr)
+    elif word == "/system":
+        if rest:
+            chat.system = rest
+            chat.reset()
+            print("(new system prompt; the turns are forgotten)", file=sys.stderr)
+        else:
+            print(_system(chat), file=sys.stderr)
+    elif word == "/save":
+        save(chat, rest)
+        print(f"(saved to {rest})", file=sys.stderr)
+    else:
+        raise UserError(f"{word}: no such command; /help lists them")
+    return False
+
+
+def save(chat: Chat, name: str) -> None:
+    """Append the conversation to a jsonl file as a row of the released dialogue format, ready for ``tele data``.
+
+    UserError without a file name, without a turn, or when the file cannot be written.
+    """
+    if not name:
+        raise UserError("/save: give a file, e.g. /save talk.jsonl")
+    if not chat.history:
+        raise UserError("/save: there is nothing to save yet")
+    roles = {"user": "user", "assistant": "bot"}
+    dialog = [{"role": roles[turn["role"]], "content": turn["content"]} for turn in chat.history]
+    # Released rows carry the line end that the template puts after the system text.
+    row = {"system": _system(chat) + "\n", "dialog": dialog, "multiturn": len(dialog) > 2}
+    try:
+        with Path(name).expanduser().open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+    except OSError as error:
+        raise UserError(f"/save {name}: cannot be written ({error.strerror})") from None
+
+
+def _system(chat: Chat) -> str:
+    return DEFAULT_SYSTEM if chat.system is None else chat.system

@@ -1,0 +1,175 @@
+"""``tele forward``: one forward pass, and its gradients, from arrays in a file to arrays in a file."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import os
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from core import backends
+from core.batch import IGNORE, Batch, shift_labels
+from core.commands.generate import with_table_dtype
+from core.config import PRECISIONS, ModelConfig
+from core.errors import UserError
+from core.safetensors_io import SafetensorsFile
+
+NAMES = ("input_ids", "labels", "loss_mask")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of ``tele forward``."""
+    parser.add_argument(
+        "--backend", required=True, choices=sorted(backends.BACKENDS), help="ms: MindSpore, pt: PyTorch"
+    )
+    parser.add_argument("--checkpoint", required=True, metavar="DIR", help="released HF folder or canonical checkpoint")
+    parser.add_argument(
+        "--inputs",
+        required=True,
+        metavar="F",
+        help="safetensors: input_ids [B,S]; labels [B,S] (same positions, -100 ignored); loss_mask [B,S] of 0 and 1",
+    )
+    parser.add_argument("--out", required=True, metavar="G", help="safetensors: logits, loss, grad.<name>")
+    parser.add_argument(
+        "--grads", action="store_true", help="also d loss / d weight, in the checkpoint's names and packing"
+    )
+    parser.add_argument("--precision", default="fp32", choices=PRECISIONS, help="arithmetic (fp32)")
+    parser.add_argument("--table-dtype", choices=("float32", "float16"), help="rotary tables; float16 as released")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Read, compute, write; the output file appears whole or not at all."""
+    from convert.source import open_model
+    from core.generation import note_length
+
+    out = check_output(args.out, args.inputs)
+    arrays = read_inputs(args.inputs)
+    backend = backends.load(args.backend, "forward")
+    source = open_model(args.checkpoint)
+    config = with_table_dtype(source.config, args.table_dtype)
+    batch = make_batch(arrays, config, args.inputs)
+    has_loss = "labels" in arrays
+    if args.grads and not has_loss:
+        raise UserError(f"--grads: gradients are of the loss, and {args.inputs} has no labels; add them")
+    note_length(config, batch.input_ids.shape[1])
+    result = backend.run(config, source.tensor, batch, args.precision, args.grads)
+
+    tensors = {"logits": np.asarray(result["logits"], np.float32)}
+    if has_loss:
+        tensors["loss"] = np.asarray(result["loss"], np.float64)
+    if args.grads:
+        tensors |= {f"grad.{name}": value for name, value in source.export(result["grads"]).items()}
+    write_atomically(out, tensors)
+    B, S = batch.input_ids.shape
+    loss = f", loss {float(tensors['loss']):.6f} over {batch.num_targets} targets" if has_loss else ""
+    print(f"{args.out}: logits [{B}, {S}, {config.vocab_size}]{loss}", file=sys.stderr)
+    return 0
+
+
+def read_inputs(path: str) -> dict[str, np.ndarray]:
+    """The arrays of NAMES that the file has; others are named on stderr and left out.
+
+    UserError when the file is missing, torn or no safetensors file, or a name looks like a misspelt one.
+    """
+    file = SafetensorsFile(path)
+    found = list(file.tensors)
+    arrays = {name: file.read(name) for name in NAMES if name in found}
+    others = sorted(set(found) - set(NAMES))
+    for name in others:
+        near = difflib.get_close_matches(name, [n for n in NAMES if n not in arrays], n=1, cutoff=0.8)
+        if near:
+            raise UserError(f"--inputs {path}: it has '{name}'; did you mean '{near[0]}'?")
+    if "input_ids" not in arrays:
+        raise UserError(f"--inputs {path}: no input_ids in it; found: {', '.join(others) or 'nothing'}")
+    if others:
+        print(f"note: {path}: not used: {', '.join(others)}", file=sys.stderr)
+    return arrays
+
+
+def make_batch(arrays: dict[str, np.ndarray], config: ModelConfig, path: str) -> Batch:
+    """Checked inputs as a Batch, labels shifted; without labels every target is IGNORE.
+
+    UserError (naming array, value and place) on a wrong type or shape, an id outside the vocabulary, a mask that is not
+    0/1, a mask without labels, or labels that leave nothing to learn from.
+    """
+    ids = arrays["input_ids"]
+    if ids.ndim != 2 or 0 in ids.shape:
+        raise UserError(f"{path}: input_ids must have shape [B, S] with B, S >= 1, found {list(ids.shape)}")
+    for name in ("input_ids", "labels"):
+        if name in arrays and arrays[name].dtype not in (np.int32, np.int64):
+            raise UserError(f"{path}: {name} must be int32 or int64, found {arrays[name].dtype}")
+    for name in ("labels", "loss_mask"):
+        if name in arrays and arrays[name].shape != ids.shape:
+            raise UserError(
+                f"{path}: {name} has shape {list(arrays[name].shape)}, input_ids {list(ids.shape)}; they must be equal"
+            )
+    outside = (ids < 0) | (ids >= config.vocab_size)
+    _refuse(path, "input_ids", ids, outside, f"outside the vocabulary of {config.vocab_size}")
+    positions = np.broadcast_to(np.arange(ids.shape[1], dtype=np.int32), ids.shape).copy()
+    targets = np.full(ids.shape, IGNORE, np.int32)
+    mask = arrays.get("loss_mask")
+    if mask is not None:
+        if "labels" not in arrays:
+            raise UserError(f"{path}: loss_mask without labels; add labels")
+        _refuse(path, "loss_mask", mask, (mask != 0) & (mask != 1), "neither 0 nor 1")
+    if "labels" in arrays:
+        labels = arrays["labels"]
+        outside = ((labels < 0) | (labels >= config.vocab_size)) & (labels != IGNORE)
+        _refuse(path, "labels", labels, outside, f"neither {IGNORE} nor inside the vocabulary of {config.vocab_size}")
+        targets = shift_labels(labels, mask)
+        if not (targets != IGNORE).any():
+            raise UserError(
+                f"{path}: no label is left to predict (the first of a row never counts: position t predicts "
+                f"labels[t+1]); give labels other than {IGNORE}, unmasked, in rows of 2 tokens or more"
+            )
+    return Batch(ids.astype(np.int32), targets.astype(np.int32), positions)
+
+
+def _refuse(path: str, name: str, array: np.ndarray, bad: np.ndarray, why: str) -> None:
+    if bad.any():
+        place = tuple(int(i) for i in np.argwhere(bad)[0])
+        raise UserError(f"{path}: {name}[{', '.join(map(str, place))}] is {array[place]}, {why}")
+
+
+def check_output(out: str, inputs: str) -> Path:
+    """The output path, once its folder is known to exist, so that a long run does not end at a closed door."""
+    path = Path(out)
+    if path.is_dir():
+        raise UserError(f"--out {out}: is a folder; give a file name")
+    if not path.parent.is_dir():
+        raise UserError(f"--out {out}: no folder {path.parent}; make it first")
+    if Path(inputs).exists() and path.exists() and path.samefile(inputs):
+        raise UserError(f"--out {out}: is the file of --inputs; give another")
+    return path
+
+
+def write_atomically(path: Path, tensors: dict[str, Any]) -> None:
+    """Write a safetensors file beside ``path``, sync it, rename it over. On UserError (full disk) the old one stays."""
+    from safetensors import SafetensorError
+    from safetensors.numpy import save_file
+
+    temporary: str | None = None
+    try:
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
+        os.close(handle)
+        # ascontiguousarray alone would turn a scalar into a vector.
+        whole = {name: np.ascontiguousarray(value).reshape(np.shape(value)) for name, value in tensors.items()}
+        save_file(whole, temporary)
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
+        # mkstemp makes private files; the result gets the rights any new file here would have.
+        umask = os.umask(0)
+        os.umask(umask)
+        os.chmod(temporary, 0o666 & ~umask)
+        os.replace(temporary, path)
+        temporary = None
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"--out {path}: cannot be written ({error})") from None
+    finally:
+        if temporary is not None and os.path.exists(temporary):
+            os.unlink(temporary)

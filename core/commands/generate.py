@@ -1,0 +1,233 @@
+"""``tele generate``: continue a prompt with either backend."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from core import backends
+from core.config import PRECISIONS, ModelConfig
+from core.data.control import CONTROL_CHOICES
+from core.errors import UserError
+from core.sampling import SamplingConfig, sampling_config
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of ``tele generate``."""
+    add_model_arguments(parser)
+    source = parser.add_mutually_exclusive_group()
+    source.add_argument("--prompt", metavar="TEXT", help="the text to continue (read from stdin when none is named)")
+    source.add_argument("--prompt-file", metavar="F", help="read it from a file (one line end at its end is dropped)")
+    source.add_argument("--ids", metavar="1,2,3", help="token ids instead of text; needs no tokenizer")
+    parser.add_argument("--max-new-tokens", type=int, default=128, metavar="N", help="tokens to make at most (128)")
+    parser.add_argument("--chat", action="store_true", help="wrap the prompt as a user's question in the chat template")
+    parser.add_argument(
+        "--allow-control", action="store_true", help="read control tokens, as <_user>, in the prompt's text"
+    )
+    parser.add_argument("--ignore-eos", action="store_true", help="go on past the end token")
+    add_sampling_arguments(parser)
+    parser.add_argument(
+        "--stream", action=argparse.BooleanOptionalAction, default=True, help="print the text as it is made (default)"
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON object: ids, text, margins, finish_reason")
+
+
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    """Which model, where it runs, how it is read; shared with ``tele chat``."""
+    parser.add_argument(
+        "--backend", required=True, choices=sorted(backends.BACKENDS), help="ms: MindSpore, pt: PyTorch"
+    )
+    parser.add_argument("--checkpoint", required=True, metavar="DIR", help="released HF folder or canonical checkpoint")
+    parser.add_argument("--tokenizer", metavar="PATH", help="tokenizer.model (default: the one beside the checkpoint)")
+    parser.add_argument("--control", default="chat", choices=CONTROL_CHOICES, help="which control tokens text may name")
+    parser.add_argument("--precision", default="fp32", choices=PRECISIONS, help="arithmetic (fp32)")
+    parser.add_argument(
+        "--rescale",
+        default="request",
+        choices=("request", "step"),
+        help="rotary base beyond the trained length: fixed per request, or recomputed each step as released",
+    )
+    parser.add_argument("--table-dtype", choices=("float32", "float16"), help="rotary tables; float16 as released")
+    parser.add_argument("--add-bos", action="store_true", help="begin with <_start>, as the 115B release's chat does")
+
+
+def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
+    """How tokens are chosen; greedy unless a temperature is given."""
+    parser.add_argument("--temperature", type=float, metavar="T", help="above 0 draws tokens (default 0: greedy)")
+    parser.add_argument("--top-k", type=int, metavar="K", help="draw from the K likeliest tokens")
+    parser.add_argument("--top-p", type=float, metavar="P", help="draw from the likeliest tokens holding this share")
+    parser.add_argument("--repetition-penalty", type=float, default=1.0, metavar="R", help="above 1: less repetition")
+    parser.add_argument("--seed", type=int, default=0, help="of the draws (0)")
+    parser.add_argument("--greedy", action="store_true", help="take the likeliest token (the default, said aloud)")
+
+
+def sampling_from(args: argparse.Namespace) -> SamplingConfig:
+    """The checked SamplingConfig of the options; UserError where they contradict each other."""
+    if args.greedy and args.temperature:
+        raise UserError(f"--greedy: contradicts --temperature {args.temperature}; give one of them")
+    drawing = {"top_k": args.top_k, "top_p": args.top_p}
+    given = {name: value for name, value in drawing.items() if value is not None}
+    if given and (args.greedy or args.temperature is None):
+        name = next(iter(given)).replace("_", "-")
+        raise UserError(f"--{name}: acts only on drawing; add --temperature, e.g. --temperature 0.7")
+    return sampling_config(
+        temperature=args.temperature or 0.0, repetition_penalty=args.repetition_penalty, seed=args.seed, **given
+    )
+
+
+@dataclasses.dataclass
+class Loaded:
+    """A checkpoint made ready: its configuration, its tokenizer if any, and how to open a session on it."""
+
+    args: argparse.Namespace
+    source: Any
+    config: ModelConfig
+    tokenizer: Any | None
+
+    def session(self, max_len: int | None = None) -> Any:
+        """The backend's Session with the weights in it; ``max_len`` sizes its cache."""
+        module = backends.load(self.args.backend, "generate")
+        return module.Session(self.config, self.source.tensor, self.args.precision, max_len, self.args.rescale)
+
+
+def load_model(args: argparse.Namespace, need_tokenizer: str | None) -> Loaded:
+    """Open the checkpoint and its tokenizer. ``need_tokenizer`` names the option that cannot do without one.
+
+    UserError on anything missing or unfitting, before weights are read.
+    """
+    from convert.source import open_model
+    from core.data.tokenizer import check_vocabulary, load_tokenizer
+
+    backends.load(args.backend, "generate")  # an absent framework is said first
+    source = open_model(args.checkpoint)
+    config = with_table_dtype(source.config, args.table_dtype)
+    path = args.tokenizer or source.tokenizer_path
+    if path is None and need_tokenizer:
+        raise UserError(
+            f"{args.checkpoint}: no tokenizer.model in it, and {need_tokenizer} needs one; give --tokenizer PATH, "
+            "or token ids to `tele generate --ids`"
+        )
+    tokenizer = None
+    # Without a need for text a tokenizer that merely lies there must not stand in the way.
+    if path is not None and (need_tokenizer or args.tokenizer):
+        tokenizer = load_tokenizer(path, control=args.control, in_vocabulary=True)
+        check_vocabulary(tokenizer, config)
+    return Loaded(args, source, config, tokenizer)
+
+
+def with_table_dtype(config: ModelConfig, table_dtype: str | None) -> ModelConfig:
+    """``config`` with another rotary table precision, or as it is for None."""
+    if table_dtype is None:
+        return config
+    return dataclasses.replace(config, table_dtype=table_dtype)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Generate, print text or JSON on stdout and a line of statistics on stderr."""
+    from core.generation import generate, text_stream, turn_stops
+
+    sampling = sampling_from(args)
+    if args.max_new_tokens < 1:
+        raise UserError(f"--max-new-tokens: must be at least 1, found {args.max_new_tokens}")
+    ids = None if args.ids is None else parse_ids(args.ids)
+    if ids is not None and (args.chat or args.allow_control):
+        raise UserError("--ids: are used as they are; --chat and --allow-control work on text")
+    text = _prompt_text(args) if ids is None else ""
+    model = load_model(args, None if ids is not None else "a text prompt")
+    if ids is None:
+        ids = _encode(model.tokenizer, text, args)
+    if args.add_bos:
+        ids = [model.config.bos_token_id, *ids]
+
+    stops: frozenset[int] = frozenset()
+    if not args.ignore_eos:
+        stops = turn_stops(model.tokenizer, model.config) if args.chat else frozenset({model.config.eos_token_id})
+    session = model.session(max_len=len(ids) + args.max_new_tokens)
+    # An answer starts a text of its own; a raw continuation goes on from the prompt's last word.
+    stream = None if model.tokenizer is None else text_stream(model.tokenizer, context=() if args.chat else ids)
+    show = args.stream and not args.json
+    pieces: list[str] = []
+
+    def tell(piece: str) -> None:
+        pieces.append(piece)
+        if show and piece:
+            print(piece, end="", flush=True)
+
+    def on_token(token: int) -> None:
+        if stream is not None:
+            tell(stream.push(token))
+
+    started = time.perf_counter()
+    result = generate(session, ids, sampling, args.max_new_tokens, stops, on_token)
+    seconds = time.perf_counter() - started
+    if stream is not None:
+        tell(stream.flush())
+
+    if args.json:
+        report = {
+            "backend": args.backend,
+            "precision": args.precision,
+            "prompt_ids": ids,
+            "ids": result.tokens,
+            "text": None if stream is None else "".join(pieces),
+            "finish_reason": result.finish_reason,
+            "stop_token": result.stop_token,
+            "top2_margins": result.top2_margins,
+        }
+        print(json.dumps(report, ensure_ascii=False))
+    elif stream is None:
+        print(",".join(map(str, result.tokens)))
+    else:
+        print("" if show else "".join(pieces))
+    made = len(result.top2_margins)
+    print(
+        f"{made} tokens in {seconds:.2f} s ({made / max(seconds, 1e-9):.1f} tokens/s), "
+        f"ended by {'a stop token' if result.finish_reason == 'stop' else 'the limit'}",
+        file=sys.stderr,
+    )
+    return 0
+
+
+def parse_ids(text: str) -> list[int]:
+    """``"1,2,3"`` -> [1, 2, 3]; UserError names the entry that is not a whole number."""
+    ids = []
+    for place, word in enumerate(text.split(",")):
+        try:
+            ids.append(int(word))
+        except ValueError:
+            raise UserError(f"--ids: entry {place} is {word!r}, not a token id; write them as 1,2,3") from None
+    return ids
+
+
+def _prompt_text(args: argparse.Namespace) -> str:
+    if args.prompt is not None:
+        return args.prompt
+    if args.prompt_file is not None:
+        try:
+            raw = Path(args.prompt_file).read_bytes()
+        except OSError as error:
+            raise UserError(f"--prompt-file {args.prompt_file}: cannot be read ({error.strerror})") from None
+        name = args.prompt_file
+    elif sys.stdin is None or sys.stdin.isatty():
+        raise UserError("prompt: none given; use --prompt TEXT, --prompt-file F, --ids 1,2,3, or pipe text in")
+    else:
+        raw, name = sys.stdin.buffer.read(), "stdin"
+    try:
+        return raw.decode("utf-8").removesuffix("\n")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{name}: not UTF-8 text (byte {error.start})") from None
+
+
+def _encode(tokenizer: Any, text: str, args: argparse.Namespace) -> list[int]:
+    if args.chat:
+        from core.data.chat_template import encode_chat
+
+        if not text.strip():
+            raise UserError("prompt: it is empty")
+        return encode_chat(tokenizer, [{"role": "user", "content": text}])
+    return tokenizer.encode(text, allow_control=args.allow_control)

@@ -1,0 +1,420 @@
+"""Generation and `tele forward` in both backends, against numbers of the original implementation.
+
+Tolerances. Relative Frobenius norm, float32 against the float64 run of the same formulas stored in the goldens: the
+original's own float32 logits lie 7e-7 away, its gradients up to 2e-6 of the largest entry. Ours get 2e-6 on logits and
+1e-5 on any gradient; the smallest planted fault of the goldens (norm epsilon) moves logits by 0.2 of their spread.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import io as io_module
+import json
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from convert.source import open_model
+from core import backends, cli
+from core.batch import IGNORE, Batch
+from core.commands.generate import with_table_dtype
+from core.data.chat_template import encode_chat
+from core.data.tokenizer import load_tokenizer
+from core.data.tokenizer_training import train_tokenizer
+from core.errors import UserError
+from core.generation import Chat, generate
+from core.parity import relative_frobenius
+from core.sampling import sampling_config
+
+GOLDENS = Path(__file__).resolve().parents[1] / "goldens"
+MODEL = GOLDENS / "telechat2_gqa"
+RUNS = json.loads((GOLDENS / "generation" / "generation.json").read_text())["runs"]
+TABLES = {"fp32table": "float32", "released": "float16"}
+
+LOGITS = 2e-6
+GRADIENT = 1e-5
+LOSS = 1e-6  # relative; a loss near 5 in float32 is known to 1e-7, summed over 72 tokens
+MARGIN = 5e-4  # goldens/generation/meta.json
+
+
+@pytest.fixture(scope="session", params=["ms", "pt"])
+def backend(request):
+    framework = pytest.importorskip({"ms": "mindspore", "pt": "torch"}[request.param])
+    if request.param == "ms":
+        # On a CPU the pipeline of asynchronous launches spins while it waits: ten times the time of the operators.
+        framework.runtime.launch_blocking()
+    return request.param
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory):
+    """The golden weights as a released folder."""
+    folder = tmp_path_factory.mktemp("telechat2_gqa")
+    shutil.copy(MODEL / "config.json", folder)
+    shutil.copy(MODEL / "weights.safetensors", folder / "model.safetensors")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def source(checkpoint):
+    return open_model(checkpoint)
+
+
+@pytest.fixture(scope="session")
+def io():
+    return load_file(MODEL / "io.safetensors")
+
+
+def tele(verb: str, *argv: object) -> int:
+    """Run a command in this process; a UserError comes out as such."""
+    module = importlib.import_module(f"core.commands.{verb}")
+    parser = argparse.ArgumentParser()
+    module.add_arguments(parser)
+    return module.run(parser.parse_args([str(a) for a in argv]))
+
+
+# Generation
+
+
+@pytest.fixture(scope="session")
+def sessions(backend, source):
+    """One session a table variant, reset by every use."""
+    module = backends.load(backend, "generate")
+    return {
+        variant: module.Session(with_table_dtype(source.config, dtype), source.tensor)
+        for variant, dtype in TABLES.items()
+    }
+
+
+@pytest.mark.parametrize("variant", TABLES)
+@pytest.mark.parametrize("run", RUNS, ids=lambda r: f"{len(r['prompt'])}ids-penalty{r['repetition_penalty']}")
+def test_greedy_tokens_and_margins(sessions, run, variant):
+    golden = run[variant]
+    sampling = sampling_config(repetition_penalty=run["repetition_penalty"])
+    result = generate(sessions[variant], run["prompt"], sampling, len(golden["tokens"]))
+    assert result.tokens == golden["tokens"]
+    np.testing.assert_allclose(result.top2_margins, golden["top2_margin"], rtol=0, atol=MARGIN)
+
+
+def test_the_margins_tell_the_variants_apart():
+    # Otherwise the tolerance above would let one table pass for the other.
+    pairs = [np.subtract(run["fp32table"]["top2_margin"], run["released"]["top2_margin"]) for run in RUNS]
+    assert np.abs(pairs).max() > 2 * MARGIN
+
+
+def batch_of(ids: list[int]) -> Batch:
+    row = np.asarray([ids], np.int32)
+    return Batch(row, np.full_like(row, IGNORE), np.arange(len(ids), dtype=np.int32)[None])
+
+
+# Lengths within the trained 64, and beyond it, where base and attention scale have grown (to 150: alpha 7).
+@pytest.mark.parametrize("total", [40, 150])
+def test_cached_steps_equal_one_pass_over_the_whole_prefix(backend, source, total):
+    ids = np.random.default_rng(total).integers(0, source.config.vocab_size, total).tolist()
+    forward = backends.load(backend, "forward").run
+    judge = forward(source.config, source.tensor, batch_of(ids), "fp64", False)["logits"][0]
+    whole = forward(source.config, source.tensor, batch_of(ids), "fp32", False)["logits"][0]
+    session = backends.load(backend, "generate").Session(source.config, source.tensor, "fp32", total)
+    session.reset(total_len=total)
+    rows, at = [], 0
+    for size in (17, *[1] * 8, 5, *[1] * (total - 30)):  # a prompt, steps, a second piece, steps
+        rows.append((at + size - 1, session.extend(ids[at : at + size])))
+        at += size
+    assert at == total == session.length
+    places = [place for place, _ in rows]
+    cached = np.stack([row for _, row in rows])
+    assert relative_frobenius(whole[places], judge[places]) < LOGITS
+    assert relative_frobenius(cached, judge[places]) < LOGITS
+    # Row by row as well: one wrong step may not hide among good ones.
+    assert max(relative_frobenius(row, judge[place]) for place, row in rows) < 4 * LOGITS
+    assert (cached.argmax(-1) == whole[places].argmax(-1)).all()
+
+
+def test_cached_generation_gives_the_tokens_of_uncached(backend, source):
+    forward = backends.load(backend, "forward").run
+    session = backends.load(backend, "generate").Session(source.config, source.tensor)
+    ids = list(RUNS[0]["prompt"])
+    made = generate(session, ids, sampling_config(), 12).tokens
+    for token in made:
+        assert (
+            int(forward(source.config, source.tensor, batch_of(ids), "fp32", False)["logits"][0, -1].argmax()) == token
+        )
+        ids.append(token)
+
+
+def test_rescale_step_follows_the_length_and_request_does_not(backend, source):
+    """`step` at length n uses the tables of length n for the new token; `request` those of the planned end."""
+    module = backends.load(backend, "generate")
+    ids = np.random.default_rng(1).integers(0, source.config.vocab_size, 70).tolist()
+    last = {}
+    for rescale in ("request", "step"):
+        session = module.Session(source.config, source.tensor, "fp32", 70, rescale)
+        session.reset(total_len=70)
+        inside = session.extend(ids[:60])
+        for token in ids[60:]:
+            logits = session.extend([token])
+        last[rescale] = inside, logits
+    short = backends.load(backend, "forward").run(source.config, source.tensor, batch_of(ids[:60]), "fp32", False)
+    long = backends.load(backend, "forward").run(source.config, source.tensor, batch_of(ids), "fp32", False)
+    # Within the trained length a step knows nothing of the planned one ...
+    assert relative_frobenius(last["step"][0], short["logits"][0, -1]) < LOGITS
+    assert relative_frobenius(last["request"][0], short["logits"][0, -1]) > 1e-2
+    # ... and at the end the request is the plain forward, while old keys under `step` keep their old rotation.
+    assert relative_frobenius(last["request"][1], long["logits"][0, -1]) < 4 * LOGITS
+    assert relative_frobenius(last["step"][1], long["logits"][0, -1]) > 1e-2
+
+
+def test_sampled_tokens_are_the_same_in_both_backends(source):
+    pytest.importorskip("mindspore")
+    pytest.importorskip("torch")
+    sampling = sampling_config(temperature=0.8, top_k=30, top_p=0.95, repetition_penalty=1.1, seed=11)
+    made = [
+        generate(backends.load(b, "generate").Session(source.config, source.tensor), [7, 8, 9], sampling, 40).tokens
+        for b in ("ms", "pt")
+    ]
+    # Logits differ by some 1e-6; a draw within that of a boundary would differ. This seed has none.
+    assert made[0] == made[1]
+    assert len(set(made[0])) > 10
+
+
+# tele generate, tele chat
+
+
+@pytest.fixture(scope="session")
+def talking(tmp_path_factory, source):
+    """The golden's shape with longer training, a tokenizer of its own and random ends: a released folder that talks."""
+    folder, size = tmp_path_factory.mktemp("talking"), 330
+    train_tokenizer(["a model answers \u6a21\u578b\u56de\u7b54 " * 50], folder / "tokenizer.model", size)
+    config = json.loads((MODEL / "config.json").read_text())
+    config.update(vocab_size=size, seq_length=256, training_seqlen=256, base_seqlen=256)
+    (folder / "config.json").write_text(json.dumps(config))
+    weights = load_file(MODEL / "weights.safetensors")
+    random = np.random.default_rng(0)
+    for name in ("transformer.word_embeddings.weight", "lm_head.weight"):
+        scale = weights[name].std()
+        weights[name] = (random.normal(size=(size, 48)) * scale).astype(np.float32)
+    save_file(weights, folder / "model.safetensors")
+    return folder
+
+
+def test_generate_command_gives_ids(backend, checkpoint, capsys):
+    run = RUNS[0]
+    ids = ",".join(map(str, run["prompt"]))
+    common = ("--backend", backend, "--checkpoint", checkpoint, "--ids", ids, "--max-new-tokens", 40, "--ignore-eos")
+    assert tele("generate", *common, "--json") == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["ids"] == run["fp32table"]["tokens"]
+    assert report["prompt_ids"] == run["prompt"]
+    assert (report["text"], report["finish_reason"], report["stop_token"]) == (None, "length", None)
+    np.testing.assert_allclose(report["top2_margins"], run["fp32table"]["top2_margin"], rtol=0, atol=MARGIN)
+    common = (*common[:-3], "--max-new-tokens", 10, "--ignore-eos")
+    assert tele("generate", *common) == 0
+    assert capsys.readouterr().out == ",".join(map(str, run["fp32table"]["tokens"][:10])) + "\n"
+    assert tele("generate", *common, "--json", "--table-dtype", "float16") == 0
+    report = json.loads(capsys.readouterr().out)
+    np.testing.assert_allclose(report["top2_margins"], run["released"]["top2_margin"][:10], rtol=0, atol=MARGIN)
+
+
+def test_generate_command_gives_text(backend, talking, capsys, tmp_path):
+    common = ("--backend", backend, "--checkpoint", talking, "--max-new-tokens", 12, "--ignore-eos")
+    (tmp_path / "prompt.txt").write_text("a model\n", encoding="utf-8")
+    assert tele("generate", *common, "--prompt", "a model", "--json") == 0
+    report = json.loads(capsys.readouterr().out)
+    tokenizer = load_tokenizer(talking)
+    assert report["prompt_ids"] == tokenizer.encode("a model")
+    whole = tokenizer.decode(report["prompt_ids"] + report["ids"], skip_special=True)
+    assert whole == "a model" + report["text"]
+    for extra in (("--stream",), ("--no-stream",), ("--greedy",)):
+        assert tele("generate", *common, "--prompt-file", tmp_path / "prompt.txt", *extra) == 0
+        told = capsys.readouterr()
+        assert told.out == report["text"] + "\n"
+        assert "12 tokens in" in told.err
+    assert tele("generate", *common, "--prompt", "a<_user>b", "--allow-control", "--add-bos", "--json") == 0
+    asked = json.loads(capsys.readouterr().out)["prompt_ids"]
+    assert asked == [1, *tokenizer.encode("a"), tokenizer.control["<_user>"], *tokenizer.encode("b")]
+    assert tele("generate", *common, "--prompt", "a<_user>b", "--chat", "--json") == 0
+    asked = json.loads(capsys.readouterr().out)["prompt_ids"]
+    assert asked == encode_chat(tokenizer, [{"role": "user", "content": "a<_user>b"}])
+    assert asked.count(tokenizer.control["<_user>"]) == 1
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (("--ids", "1,x"), "--ids: entry 1 is 'x', not a token id"),
+        (("--ids", "1,151"), "prompt: token id 151 at place 1 is outside the vocabulary of 151"),
+        (("--ids", "1", "--chat"), "--ids: are used as they are"),
+        (("--ids", "1", "--max-new-tokens", "0"), "--max-new-tokens: must be at least 1"),
+        (("--ids", "1", "--top-k", "5"), "--top-k: acts only on drawing; add --temperature"),
+        (("--ids", "1", "--temperature", "0.5", "--greedy"), "--greedy: contradicts --temperature 0.5"),
+        (("--ids", "1", "--temperature", "0.5", "--top-p", "2"), "sampling.top_p: must be at most 1.0"),
+        (("--prompt", "hello"), "no tokenizer.model in it, and a text prompt needs one"),
+        (("--prompt-file", "nowhere.txt"), "--prompt-file nowhere.txt: cannot be read"),
+    ],
+)
+def test_generate_command_refuses(checkpoint, argv, message):
+    pytest.importorskip("torch")
+    with pytest.raises(UserError, match=re.escape(message)):
+        tele("generate", "--backend", "pt", "--checkpoint", checkpoint, *argv)
+
+
+def test_a_tokenizer_of_another_size_is_refused(checkpoint, talking):
+    pytest.importorskip("torch")
+    with pytest.raises(UserError, match="330 pieces but model.vocab_size is 151"):
+        tele("generate", "--backend", "pt", "--checkpoint", checkpoint, "--tokenizer", talking, "--prompt", "a")
+
+
+def test_chat_command_over_a_pipe(backend, talking, tmp_path):
+    saved = tmp_path / "talk.jsonl"
+    script = f"a model\n/system answers\na\n\u6a21\u578b\n/save {saved}\n/nonsense\n/exit\nnever read\n"
+    argv = ["chat", "--backend", backend, "--checkpoint", str(talking), "--max-new-tokens", "6"]
+    root = Path(__file__).resolve().parents[2]
+    done = subprocess.run(
+        [sys.executable, "-m", "core.cli", *argv], input=script.encode(), capture_output=True, cwd=root, timeout=300
+    )
+    errors = done.stderr.decode()
+    assert done.returncode == 0, errors
+    assert "error: /nonsense: no such command" in errors
+    row = json.loads(saved.read_text(encoding="utf-8"))
+    assert row["system"] == "answers\n"
+    assert [turn["content"] for turn in row["dialog"]][::2] == ["a", "\u6a21\u578b"]
+    # The same conversation through the Python interface.
+    source = open_model(talking)
+    session = backends.load(backend, "generate").Session(source.config, source.tensor)
+    chat = Chat(session, load_tokenizer(talking, in_vocabulary=True), max_new_tokens=6)
+    answers = [chat.ask("a model")]
+    chat.system = "answers"
+    chat.reset()
+    answers += [chat.ask("a"), "".join(chat.ask("\u6a21\u578b", stream=True))]
+    assert done.stdout.decode() == "".join(answer + "\n" for answer in answers)
+    assert [turn["content"] for turn in row["dialog"]][1::2] == answers[1:]
+
+
+# tele forward
+
+LABELS = {"loss_mean": ("labels", None), "loss_ignore": ("labels_ignore", None), "loss_masked": ("labels", "loss_mask")}
+
+
+@pytest.mark.parametrize("integer", [np.int32, np.int64])
+@pytest.mark.parametrize("loss", LABELS)
+@pytest.mark.parametrize("variant", TABLES)
+def test_forward_command_equals_the_goldens(backend, checkpoint, io, tmp_path, variant, loss, integer):
+    labels, mask = LABELS[loss]
+    inputs = {"input_ids": io["input_ids"].astype(integer), "labels": io[labels].astype(integer)}
+    if mask:
+        inputs["loss_mask"] = io[mask]
+    save_file(inputs, tmp_path / "in.safetensors")
+    golden = {
+        ("fp32table", "loss_mean"): "grads_fp32table",
+        ("released", "loss_mean"): "grads_released",
+        ("fp32table", "loss_masked"): "grads_fp32table_masked_loss",
+    }.get((variant, loss))
+    options = ["--table-dtype", TABLES[variant], *(["--grads"] if golden else [])]
+    out = tmp_path / "out.safetensors"
+    place = ("--inputs", tmp_path / "in.safetensors", "--out", out)
+    assert tele("forward", "--backend", backend, "--checkpoint", checkpoint, *place, *options) == 0
+    made = load_file(out)
+    assert made["logits"].dtype == np.float32 and made["loss"].shape == ()
+    assert relative_frobenius(made["logits"], io[f"{variant}.logits"]) < LOGITS
+    assert abs(made["loss"] / io[f"{variant}.{loss}"] - 1) < LOSS
+    gradients = {name.removeprefix("grad."): value for name, value in made.items() if name.startswith("grad.")}
+    if golden is None:
+        assert not gradients
+        return
+    expected = load_file(MODEL / f"{golden}.safetensors")
+    assert gradients.keys() == expected.keys()
+    for name, value in expected.items():
+        assert gradients[name].dtype == np.float32
+        assert relative_frobenius(gradients[name], value) < GRADIENT, name
+
+
+def test_forward_command_without_labels(backend, checkpoint, io, tmp_path):
+    save_file({"input_ids": io["input_ids"]}, tmp_path / "in.safetensors")
+    place = ("--inputs", tmp_path / "in.safetensors", "--out", tmp_path / "out.safetensors")
+    assert tele("forward", "--backend", backend, "--checkpoint", checkpoint, *place) == 0
+    made = load_file(tmp_path / "out.safetensors")
+    assert list(made) == ["logits"]
+    assert relative_frobenius(made["logits"], io["fp32table.logits"]) < LOGITS
+    with pytest.raises(UserError, match="--grads: gradients are of the loss, and .* has no labels"):
+        tele("forward", "--backend", backend, "--checkpoint", checkpoint, *place, "--grads")
+
+
+def test_forward_command_goes_beyond_the_trained_length_and_says_so(backend, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("core.generation._noted", set())
+    case = GOLDENS / "telechat2_ntk" / "base_eq_training_step2"
+    shutil.copy(case / "config.json", tmp_path)
+    shutil.copy(case.parent / "weights.safetensors", tmp_path / "model.safetensors")
+    golden = load_file(case / "io.safetensors")
+    save_file({"input_ids": golden["input_ids"], "labels": golden["input_ids"]}, tmp_path / "in.safetensors")
+    place = ("--inputs", tmp_path / "in.safetensors", "--out", tmp_path / "out.safetensors")
+    for _ in range(2):
+        assert tele("forward", "--backend", backend, "--checkpoint", tmp_path, *place) == 0
+    assert relative_frobenius(load_file(tmp_path / "out.safetensors")["logits"], golden["fp32table.logits"]) < LOGITS
+    assert capsys.readouterr().err.count("beyond max_seqlen 64") == 1
+
+
+def test_a_planted_shift_of_the_labels_is_seen(backend, checkpoint, io, tmp_path):
+    """The comparison above can fail: labels moved by one give another loss and other gradients."""
+    save_file({"input_ids": io["input_ids"], "labels": np.roll(io["labels"], 1, axis=1)}, tmp_path / "in.safetensors")
+    out = tmp_path / "out.safetensors"
+    place = ("--inputs", tmp_path / "in.safetensors", "--out", out)
+    assert tele("forward", "--backend", backend, "--checkpoint", checkpoint, *place, "--grads") == 0
+    made, expected = load_file(out), load_file(MODEL / "grads_fp32table.safetensors")
+    assert abs(made["loss"] / io["fp32table.loss_mean"] - 1) > 1e-3
+    assert all(relative_frobenius(made[f"grad.{name}"], value) > 1e-2 for name, value in expected.items())
+
+
+# The documentation
+
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "generation.md"
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", PAGE.read_text(encoding="utf-8"), flags=re.DOTALL)
+
+
+@pytest.fixture
+def shown(talking, tmp_path, monkeypatch):
+    """A folder with everything that the page's commands name."""
+    pytest.importorskip("mindspore").runtime.launch_blocking()
+    pytest.importorskip("torch")
+    (tmp_path / "TeleChat2-7B").symlink_to(talking)
+    (tmp_path / "prompt.txt").write_text("a model\n", encoding="utf-8")
+    (tmp_path / "questions.txt").write_text("a\nb\n", encoding="utf-8")
+    ids = np.arange(12).reshape(2, 6)
+    save_file({"input_ids": ids, "labels": ids}, tmp_path / "in.safetensors")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_the_commands_of_the_page_run(shown, capfd, monkeypatch):
+    commands = [line for block in blocks("bash") for line in block.splitlines()]
+    assert len(commands) == 6
+    for line in commands:
+        feed, _, piped = line.rpartition(" | ")
+        words, _, name = piped.partition(" < ")
+        text = shlex.split(feed)[1] if feed else Path(name).read_text() if name else ""
+        monkeypatch.setattr(sys, "stdin", io_module.TextIOWrapper(io_module.BytesIO(text.encode())))
+        program, *argv = shlex.split(words)
+        assert program == "tele"
+        assert cli.main(argv) == 0, capfd.readouterr().err
+        assert capfd.readouterr().out or "--out" in argv
+    assert (shown / "out.safetensors").exists()
+
+
+def test_the_python_of_the_page_runs(shown):
+    (code,) = blocks("python")
+    (shown / "page.py").write_text(code, encoding="utf-8")
+    root = PAGE.parents[1]
+    command = [sys.executable, "-c", f"import sys, runpy; sys.path.insert(0, {str(root)!r}); runpy.run_path('page.py')"]
+    done = subprocess.run(command, capture_output=True, timeout=300)
+    assert done.returncode == 0, done.stderr.decode()
+    assert done.stdout.count(b"\n") >= 2

@@ -1,0 +1,213 @@
+"""core.sampling against independent implementations: formulas written out again, and torch the way HF writes them."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from core import sampling
+from core.errors import UserError
+from core.sampling import (
+    SamplingConfig,
+    check_finite,
+    keep_top_k,
+    keep_top_p,
+    penalise,
+    pick,
+    probabilities,
+    sampling_config,
+    top2_margin,
+    uniform,
+)
+
+# Both sides are float64 over the same few hundred values; the order of summation differs.
+CLOSE = 1e-12
+
+
+def logits_of(seed: int, size: int = 97) -> np.ndarray:
+    return (np.random.default_rng(seed).normal(size=size) * 3).astype(np.float32)
+
+
+def plain_probabilities(logits, seen, *, penalty, temperature, k, p) -> list[float]:
+    """The same rules by loops over Python floats: the judge."""
+    scores = [float(x) for x in logits]
+    for token in set(seen):
+        scores[token] = scores[token] * penalty if scores[token] < 0 else scores[token] / penalty
+    scores = [x / temperature for x in scores]
+    if k:
+        floor = sorted(scores, reverse=True)[min(k, len(scores)) - 1]
+        scores = [x if x >= floor else -math.inf for x in scores]
+    top = max(scores)
+    weights = [math.exp(x - top) for x in scores]
+    total = math.fsum(weights)
+    order = sorted(range(len(scores)), key=lambda i: scores[i])
+    below, kept = 0.0, set()
+    for i in order:
+        below += weights[i] / total
+        if p >= 1 or below > 1 - p:
+            kept.add(i)
+    kept.add(order[-1])
+    total = math.fsum(weights[i] for i in kept)
+    return [weights[i] / total if i in kept else 0.0 for i in range(len(scores))]
+
+
+@pytest.mark.parametrize("k", [0, 1, 5, 96, 97, 500])
+@pytest.mark.parametrize("p", [0.05, 0.5, 0.9, 1.0])
+@pytest.mark.parametrize(("penalty", "temperature"), [(1.0, 1.0), (1.3, 0.3), (0.8, 2.5)])
+def test_distribution_matches_loops(k, p, penalty, temperature):
+    logits = logits_of(k + int(100 * p))
+    seen_ids = [3, 3, 3, 40, 96]
+    seen = np.zeros(97, bool)
+    seen[seen_ids] = True
+    config = sampling_config(temperature=temperature, top_k=k, top_p=p, repetition_penalty=penalty)
+    ours = probabilities(penalise(logits, seen, penalty), config)
+    expected = plain_probabilities(logits, seen_ids, penalty=penalty, temperature=temperature, k=k, p=p)
+    np.testing.assert_allclose(ours, expected, rtol=0, atol=CLOSE)
+    assert set(np.flatnonzero(ours)) == {i for i, share in enumerate(expected) if share}
+
+
+def test_distribution_matches_torch_as_hugging_face_writes_it():
+    torch = pytest.importorskip("torch")
+    for seed in range(20):
+        logits = logits_of(seed, 300)
+        prompt = np.random.default_rng(seed).integers(0, 300, 30)
+        scores = torch.from_numpy(logits).double()[None]
+        ids = torch.from_numpy(prompt)[None]
+        score = torch.gather(scores, 1, ids)  # RepetitionPenaltyLogitsProcessor
+        scores = scores.scatter(1, ids, torch.where(score < 0, score * 1.2, score / 1.2))
+        scores = scores / 0.7  # TemperatureLogitsWarper
+        scores = scores.masked_fill(scores < torch.topk(scores, 40)[0][..., -1, None], -math.inf)  # TopKLogitsWarper
+        ordered, indices = torch.sort(scores, descending=False)  # TopPLogitsWarper
+        remove = ordered.softmax(dim=-1).cumsum(dim=-1) <= (1 - 0.85)
+        remove[..., -1:] = 0
+        scores = scores.masked_fill(remove.scatter(1, indices, remove), -math.inf)
+        expected = torch.softmax(scores, dim=-1)[0].numpy()
+
+        seen = np.zeros(300, bool)
+        seen[prompt] = True
+        config = sampling_config(temperature=0.7, top_k=40, top_p=0.85, repetition_penalty=1.2)
+        ours = probabilities(penalise(logits, seen, 1.2), config)
+        np.testing.assert_allclose(ours, expected, rtol=0, atol=CLOSE)
+        assert (ours > 0).sum() == (expected > 0).sum()
+
+
+def test_penalty_counts_once_and_by_sign():
+    seen = np.array([True, True, True, False])
+    np.testing.assert_array_equal(penalise(np.float32([2, -2, 0, 2]), seen, 2.0), [1.0, -4.0, 0.0, 2.0])
+
+
+def test_top_k_keeps_ties():
+    kept = keep_top_k(np.array([1.0, 2.0, 2.0, 0.0]), 1)
+    np.testing.assert_array_equal(np.isfinite(kept), [False, True, True, False])
+
+
+def test_top_p_boundary_goes_as_written():
+    # Ascending shares .125 .125 .25 .5: exact in binary, so the comparison with 1 - p is exact too.
+    scores = np.log(np.array([0.5, 0.25, 0.125, 0.125]))
+    assert np.isfinite(keep_top_p(scores, 0.75 + 1e-9)).sum() == 3
+    assert np.isfinite(keep_top_p(scores, 0.75 - 1e-9)).sum() == 2
+    assert np.isfinite(keep_top_p(scores, 1e-9)).tolist() == [True, False, False, False]
+
+
+def test_the_likeliest_token_survives_any_top_p():
+    # 1 - 1e-20 is 1 in float64: every token would go.
+    assert np.isfinite(keep_top_p(np.array([0.0, 9.0, 1.0]), 1e-20)).tolist() == [False, True, False]
+
+
+@pytest.mark.parametrize(("u", "token"), [(0.0, 1), (0.5, 3), (1.0 - 2.0**-53, 3)])
+def test_a_draw_on_a_boundary_is_never_a_token_left_out(monkeypatch, u, token):
+    monkeypatch.setattr(sampling, "uniform", lambda seed, position: u)
+    scores = np.array([0.0, 9.0, 0.0, 9.0, 0.0])  # top-k 2 leaves shares 0, 1/2, 0, 1/2, 0
+    assert pick(scores, sampling_config(temperature=1.0, top_k=2), 0) == token
+
+
+def test_greedy_takes_the_first_maximum():
+    assert pick(np.array([0.0, 3.0, 3.0]), SamplingConfig(), 0) == 1
+
+
+def test_tiny_temperature_is_greedy_and_does_not_overflow():
+    config = sampling_config(temperature=1e-300)
+    np.testing.assert_array_equal(probabilities(np.array([-5.0, 80.0, 7.0]), config), [0, 1, 0])
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 2**64 - 1), st.integers(0, 2**20))
+def test_draw_is_the_inverse_of_the_cumulative_distribution(seed, position):
+    scores = logits_of(position % 7).astype(np.float64)
+    config = sampling_config(temperature=1.0, top_k=9, seed=seed)
+    shares = probabilities(scores, config)
+    u, token = uniform(seed, position), 0
+    assert 0.0 <= u < 1.0
+    below = shares[0]
+    while below <= u:
+        token += 1
+        below += shares[token]
+    assert pick(scores, config, position) == token
+    assert shares[token] > 0
+
+
+def test_draws_follow_the_distribution():
+    scores = np.log(np.array([0.1, 0.2, 0.0001, 0.3, 0.3999]))
+    config = sampling_config(temperature=1.0, seed=5)
+    count = 4000
+    drawn = np.bincount([pick(scores, config, i) for i in range(count)], minlength=5) / count
+    # Standard deviation of a share is at most sqrt(.25/4000) = 0.008; four of them.
+    np.testing.assert_allclose(drawn, np.exp(scores), atol=0.032)
+
+
+def philox4x64(key: int, counter: int) -> int:
+    """First word of Philox4x64-10 (Salmon et al. 2011), in plain integers."""
+    mask = 2**64 - 1
+    c = [(counter >> (64 * i)) & mask for i in range(4)]
+    k = [key & mask, key >> 64]
+    for _ in range(10):
+        first, second = 0xD2E7470EE14C6C93 * c[0], 0xCA5A826395121157 * c[2]
+        c = [(second >> 64) ^ c[1] ^ k[0], second & mask, (first >> 64) ^ c[3] ^ k[1], first & mask]
+        k = [(k[0] + 0x9E3779B97F4A7C15) & mask, (k[1] + 0xBB67AE8584CAA73B) & mask]
+    return c[0]
+
+
+@pytest.mark.parametrize(("seed", "position"), [(0, 0), (7, 3), (2**64 - 1, 12345), (1, 2**40)])
+def test_random_numbers_are_philox(seed, position):
+    # numpy steps the counter before the first block.
+    assert uniform(seed, position) == (philox4x64(seed, position + 1) >> 11) * 2.0**-53
+
+
+def test_random_numbers_do_not_repeat_over_seeds_and_positions():
+    values = {uniform(seed, position) for seed in range(30) for position in range(30)}
+    assert len(values) == 900
+
+
+def test_margin():
+    assert top2_margin(np.array([1.0, 4.0, 2.5])) == 1.5
+    assert top2_margin(np.array([4.0, 4.0])) == 0.0
+    assert top2_margin(np.array([4.0])) == math.inf
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"temperature": -0.1}, "sampling.temperature: must be at least 0.0"),
+        ({"top_p": 0.0}, "sampling.top_p: must be above 0.0"),
+        ({"top_p": 1.5}, "sampling.top_p: must be at most 1.0"),
+        ({"top_k": -1}, "sampling.top_k: must be at least 0"),
+        ({"top_k": 2.5}, "sampling.top_k: expected a whole number"),
+        ({"repetition_penalty": 0.0}, "sampling.repetition_penalty: must be above 0.0"),
+        ({"seed": -1}, "sampling.seed: must be at least 0"),
+        ({"temprature": 1.0}, "did you mean 'temperature'?"),
+        ({"temperature": math.inf}, "temperature"),
+    ],
+)
+def test_bad_options_are_refused(values, message):
+    with pytest.raises(UserError, match=message.replace("?", r"\?")):
+        sampling_config(**values)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_logits_that_are_not_finite_are_refused(bad):
+    with pytest.raises(UserError, match="1 of 3 are not finite at position 8"):
+        check_finite(np.array([0.0, bad, 1.0]), 8)
