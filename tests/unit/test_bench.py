@@ -1,0 +1,105 @@
+"""tele bench: the arithmetic of a paired measurement, its table, and the two workers' turns."""
+
+import argparse
+import json
+
+import pytest
+
+from core.bench_worker import bench_config, random_batch, timed_steps
+from core.commands import bench
+from core.errors import UserError
+
+OPTIONS = {"model": "telechat2-tiny", "seq_len": 32, "micro_batch": 2, "micro_batches": 3, "precision": "fp32"}
+
+
+def arguments(*argv):
+    parser = argparse.ArgumentParser()
+    bench.add_arguments(parser)
+    return parser.parse_args(["step", *argv])
+
+
+class Recorder:
+    """A Trainer that notes what it is asked."""
+
+    def __init__(self):
+        self.calls = []
+
+    def micro_step(self, batch, num_targets, loss_scale):
+        self.calls.append(("micro", batch.input_ids.shape, num_targets))
+        return 0.5
+
+    def grad_norm(self, loss_scale):
+        self.calls.append(("norm",))
+        return 4.0
+
+    def update(self, lr, grad_scale):
+        self.calls.append(("update", round(grad_scale, 3)))
+
+
+class TwoWorkers:
+    """Stands for the worker processes: the first takes twice as long, both slow down from round to round."""
+
+    turns: list[tuple[str, int]] = []
+
+    def __init__(self, name, options):
+        self.name, self.implementation = name, {"backend": f"{name} 1.0", "device": "CPU"}
+        self.done = 0
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        pass
+
+    def steps(self, count):
+        TwoWorkers.turns.append((self.name, count))
+        self.done += 1
+        return {"seconds": [(0.2 if self.name == "ms" else 0.1) * self.done] * count, "loss": 7.6}
+
+
+def test_a_step_is_a_whole_optimizer_step():
+    trainer, config = Recorder(), bench_config(OPTIONS)
+    seconds, loss = timed_steps(trainer, config, 0, 2)
+    assert len(seconds) == 2 and loss == 1.5
+    assert trainer.calls[:5] == [("micro", (2, 32), 192)] * 3 + [("norm",), ("update", 0.25)]
+
+
+def test_both_backends_get_the_same_tokens():
+    config = bench_config(OPTIONS)
+    first, again, other = random_batch(config, 3), random_batch(config, 3), random_batch(config, 4)
+    assert (first.input_ids == again.input_ids).all() and (first.input_ids != other.input_ids).any()
+    assert (first.input_ids[:, 1:] == first.targets[:, :-1]).all() and first.num_targets == 6 * 32
+
+
+def test_turns_ratio_and_table(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(bench, "_Worker", TwoWorkers)
+    TwoWorkers.turns = []
+    out = tmp_path / "a" / "bench.json"
+    assert bench.run(arguments("--steps", "12", "--block", "5", "--seq-len", "32", "--out", str(out))) == 0
+    # A block to warm up, then rounds in alternating order, 12 steps of each in all.
+    expected = [("ms", 5), ("pt", 5), ("ms", 5), ("pt", 5), ("pt", 5), ("ms", 5), ("ms", 2), ("pt", 2)]
+    assert TwoWorkers.turns == expected
+    result = json.loads(out.read_text())
+    # Both slow down together, which the pairing takes out.
+    assert result["ratio"] == {"median": 2.0, "low": 2.0, "high": 2.0}
+    shown = capsys.readouterr().out
+    assert "| ms 1.0 | CPU | 600.0 ms | 400.0 to 800.0 ms | 213 |" in shown
+    assert "MindSpore takes 2.00 times PyTorch's step time" in shown
+
+
+def test_spread():
+    assert bench.spread([3.0]) == {"median": 3.0, "low": 3.0, "high": 3.0}
+    assert bench.spread(list(range(1, 21))) == {"median": 10.5, "low": 3, "high": 18}
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--steps", "0"], "--steps: must be at least 1"),
+        (["--model", "telechat2-tyni"], "did you mean 'telechat2-tiny'"),
+        (["--seq-len", "100000"], "max_seqlen"),
+    ],
+)
+def test_mistakes_are_told_before_anything_starts(argv, message):
+    with pytest.raises(UserError, match=message):
+        bench.run(arguments(*argv))
