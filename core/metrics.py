@@ -1,0 +1,156 @@
+"""The record of a run: metrics.jsonl, the loss plot, and the arithmetic of model FLOPs utilisation."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from core.config import ModelConfig
+from core.errors import UserError
+from core.params import parameter_table
+
+Row = dict[str, Any]
+
+
+class MetricsLog:
+    """metrics.jsonl: one JSON object a line, one line a step, steps 1, 2, 3 ... even over interruptions.
+
+    ``keep_until``: rows of later steps are dropped at opening, because a run resumed from the checkpoint of that step
+    makes them again; the file then reads as one uninterrupted run.
+    """
+
+    def __init__(self, path: str | Path, keep_until: int = 0) -> None:
+        self.path = Path(path)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        kept = [row for row in read_metrics(self.path) if row["step"] <= keep_until] if self.path.exists() else []
+        beside = self.path.with_name(self.path.name + ".new")
+        with open(beside, "wb") as file:
+            file.write(b"".join(_line(row) for row in kept))
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(beside, self.path)
+        self._fd = os.open(self.path, os.O_WRONLY | os.O_APPEND)
+
+    def append(self, row: Row) -> None:
+        """Write one row. A whole line in one write to an append-only descriptor: a reader never sees half of it."""
+        line = _line(row)
+        written = os.write(self._fd, line)
+        while written < len(line):  # a full disk or a signal may cut a write short; the rest raises or follows
+            written += os.write(self._fd, line[written:])
+
+    def close(self) -> None:
+        os.close(self._fd)
+
+    def __enter__(self) -> MetricsLog:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def _line(row: Row) -> bytes:
+    # JSON has no nan: a number that does not exist (the loss of a step without targets) is null.
+    clean = {k: None if isinstance(v, float) and v - v != 0.0 else v for k, v in row.items()}
+    return json.dumps(clean, allow_nan=False, separators=(", ", ": ")).encode() + b"\n"
+
+
+def read_metrics(path: str | Path) -> list[Row]:
+    """All rows of a metrics.jsonl (or of the one in a run's folder), in order.
+
+    A last line without its newline is what a killed process leaves, and is dropped; any other bad line is a UserError
+    naming file and line.
+    """
+    path = Path(path)
+    if path.is_dir():
+        path = path / "metrics.jsonl"
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file; a training run writes it") from None
+    rows = []
+    for number, line in enumerate(text.split("\n")[:-1], 1):
+        try:
+            row = json.loads(line)
+            row["step"] = int(row["step"])
+        except (ValueError, KeyError, TypeError):
+            raise UserError(f"{path}:{number}: not a row of metrics; remove the line") from None
+        rows.append(row)
+    return rows
+
+
+def last_step(path: str | Path) -> int:
+    """The last step recorded in a metrics.jsonl; 0 when there is no file or no row."""
+    rows = read_metrics(path) if Path(path).exists() else []
+    return rows[-1]["step"] if rows else 0
+
+
+def column(rows: Sequence[Row], key: str) -> list[float]:
+    """One column as floats, nan where a row has null or lacks the key."""
+    return [float("nan") if row.get(key) is None else float(row[key]) for row in rows]
+
+
+def plot_losses(runs: Mapping[str, Sequence[Row]], path: str | Path, title: str) -> Path:
+    """Draw loss, gradient norm and learning rate over steps for each labelled run into a PNG; returns its path.
+
+    Steps that made no update (skipped) are marked on the loss curve.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    panels = (
+        ("loss", "loss (nats per token)"),
+        ("grad_norm", "gradient norm\n(before clipping)"),
+        ("lr", "learning rate"),
+    )
+    figure, axes = pyplot.subplots(
+        3, 1, sharex=True, figsize=(9, 8), gridspec_kw={"height_ratios": [3, 1.6, 1]}, layout="constrained"
+    )
+    for index, (label, rows) in enumerate(runs.items()):
+        steps = [row["step"] for row in rows]
+        # Later curves are dashed, so that two that coincide are both seen.
+        style = {"color": f"C{index}", "linestyle": "-" if index == 0 else (0, (4, 3)), "linewidth": 1.6}
+        for axis, (key, _) in zip(axes, panels, strict=True):
+            axis.plot(steps, column(rows, key), label=label, **style)
+        skipped = [row for row in rows if row.get("skipped")]
+        if skipped:
+            axes[0].plot(
+                [row["step"] for row in skipped], column(skipped, "loss"), "x", color="C3", label=f"{label}: skipped"
+            )
+    for axis, (_, name) in zip(axes, panels, strict=True):
+        axis.set_ylabel(name)
+        axis.grid(alpha=0.3)
+    norms = [n for rows in runs.values() for n in column(rows, "grad_norm") if n > 0]
+    if norms and max(norms) > 50 * min(norms):
+        axes[1].set_yscale("log")
+    axes[2].ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
+    axes[0].legend()
+    axes[0].set_title(title)
+    axes[2].set_xlabel("step")
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
+    return path
+
+
+def flops_per_token(config: ModelConfig, seq_len: int, causal: bool = False) -> float:
+    """Floating-point operations of one training token: 6 * N_matmul + 12 * L * H*D * S.
+
+    N_matmul counts weights that multiply (the head does, the embedding is a look-up). A forward product costs 2 per
+    weight and the backward twice that. Attention: scores and their product with the values, 2 * 2*S*H*D a layer
+    forward, times 3; ``causal`` counts only the half below the diagonal. The default counts the full square, the
+    convention of published MFU figures, so that figures compare. Recomputation is not counted.
+    """
+    matmul = sum(spec.size for spec in parameter_table(config).values() if spec.kind in ("matrix", "head"))
+    attention = 12.0 * config.num_layers * config.num_heads * config.head_dim * seq_len
+    return 6.0 * matmul + (attention / 2 if causal else attention)
+
+
+def model_flops_utilisation(config: ModelConfig, seq_len: int, tokens_per_s: float, peak_flops: float) -> float:
+    """MFU as a fraction: achieved model FLOP/s over the device's ``peak_flops`` (its FLOP/s in the precision used)."""
+    return tokens_per_s * flops_per_token(config, seq_len) / peak_flops

@@ -1,0 +1,53 @@
+"""The training recipe as numbers: learning rate per step, gradient clipping, which parameters decay.
+
+The update itself (AdamW on fp32 masters) is an operator like any other: its definition is in ``kernels/reference.py``
+and each backend runs its own. What this file holds is everything about a step that is plain arithmetic on scalars,
+so that both backends use the very same doubles.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+from core.config import OptimConfig
+from core.params import ParamSpec
+
+# Keeps clip_factor finite for a zero norm; the value is part of the published recipe (torch.nn.utils.clip_grad_norm_).
+CLIP_EPS = 1e-6
+
+
+def learning_rate(optim: OptimConfig, train_steps: int, step: int) -> float:
+    """Learning rate of ``step`` (0-based) in a run of ``train_steps``: linear warm-up, then cosine to ``min_lr``.
+
+    Step s < warmup uses peak*(s+1)/warmup; after that floor + 0.5*(peak-floor)*(1 + cos(pi*(s-warmup)/(total-warmup))).
+    The schedule counts batches drawn, not updates made: a skipped step moves along it like any other, so the learning
+    rate of step s never depends on what went wrong before. Past the end it stays at the floor.
+    """
+    if step < optim.warmup_steps:
+        return optim.lr * (step + 1) / optim.warmup_steps
+    progress = min(1.0, (step - optim.warmup_steps) / (train_steps - optim.warmup_steps))
+    return optim.min_lr + 0.5 * (optim.lr - optim.min_lr) * (1.0 + math.cos(math.pi * progress))
+
+
+def clip_factor(norm: float, limit: float) -> float:
+    """What to multiply the gradients by so that their global norm stays within ``limit``; 0 switches clipping off."""
+    if limit == 0.0:
+        return 1.0
+    return min(1.0, limit / (norm + CLIP_EPS))
+
+
+def decays(name: str, spec: ParamSpec) -> bool:
+    """Whether decoupled weight decay acts on a parameter: on matrices, embedding and head included, nothing else.
+
+    ``name`` is not used by TeleChat2's recipe; it is an argument because a recipe may single out parameters by name.
+    """
+    return spec.decays
+
+
+def decay_groups(table: Mapping[str, ParamSpec]) -> dict[str, list[str]]:
+    """Names split into {"decay": [...], "no_decay": [...]}, each in the order of ``table``; every name is in one."""
+    groups: dict[str, list[str]] = {"decay": [], "no_decay": []}
+    for name, spec in table.items():
+        groups["decay" if decays(name, spec) else "no_decay"].append(name)
+    return groups
