@@ -38,7 +38,10 @@ install: $(READY)
 demo: $(READY)
 	$(RUN) -m core.cli demo
 
-# loadfile keeps the tests of a file in one process, so that what a file launches is launched once.
+# loadfile keeps the tests of a file in one process, so that what a file launches is launched once. One thread each:
+# with more, idle OpenMP threads of one worker spin on the core the other worker needs (measured: ten times slower).
+test test-unit: export OMP_NUM_THREADS := 1
+test test-unit: export OMP_WAIT_POLICY := PASSIVE
 test: lint
 	$(RUN) -m tests.size_report
 	$(RUN) -m pytest tests -n $(WORKERS) --dist loadfile --durations=15 $(PYTEST_ARGS)

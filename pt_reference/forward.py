@@ -17,10 +17,9 @@ from pt_reference.model import Decoder, named_weights, to_numpy
 
 def batch_logits(model: Decoder, batch: Batch) -> Tensor:
     """Logits [B, S, V] of a batch; the row's length S decides the rotary scaling."""
-    device = model.embed.weight.device
     S = batch.input_ids.shape[1]
-    blocks = ops.attention_blocks(S, S, batch.doc_ids, device)
-    return model(torch.from_numpy(batch.input_ids).to(device).long(), model.rope(batch.positions, S), blocks)
+    blocks = ops.attention_blocks(S, S, batch.doc_ids)
+    return model(torch.from_numpy(batch.input_ids).to(ops.device()).long(), model.rope(batch.positions, S), blocks)
 
 
 def batch_loss(logits: Tensor, batch: Batch, num_targets: int) -> Tensor:
@@ -36,7 +35,7 @@ def run(
     grads: bool = False,
 ) -> dict[str, Any]:
     """``logits`` [B, S, V] float32 (fp64: float64), ``loss`` if the batch has targets, ``grads`` by logical name."""
-    model = Decoder(config, precision)
+    model = Decoder(config, precision).to(ops.device())
     model.load_weights(get)
     with torch.set_grad_enabled(grads):
         logits = batch_logits(model, batch)

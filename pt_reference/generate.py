@@ -29,7 +29,7 @@ class Session:
         rescale: str = "request",
     ) -> None:
         self.config, self.rescale = config, rescale
-        self.model = Decoder(config, precision).eval()
+        self.model = Decoder(config, precision).to(ops.device()).eval()
         self.model.load_weights(get)
         self._capacity = max_len or config.max_seqlen
         self.reset()
@@ -50,8 +50,8 @@ class Session:
             raise ValueError(f"{end} tokens do not fit a cache of {self._capacity}; reset with a larger total_len")
         positions = np.arange(self.length, end)[None]
         rope = self.model.rope(positions, end if self.rescale == "step" else self._total_len)
-        input_ids = torch.tensor([list(ids)])
-        blocks = ops.attention_blocks(len(ids), end, None, input_ids.device)
+        input_ids = torch.tensor([list(ids)], device=ops.device())
+        blocks = ops.attention_blocks(len(ids), end, None)
         logits = self.model(input_ids, rope, blocks, self._caches)
         self.length = end
         return to_numpy(logits[0, -1])

@@ -72,7 +72,8 @@ class KeyValueCache:
 
     def __init__(self, batch: int, capacity: int, config: ModelConfig, dtype: torch.dtype) -> None:
         shape = (batch, capacity, config.num_kv_heads, config.head_dim)
-        self.k, self.v, self.length = torch.zeros(shape, dtype=dtype), torch.zeros(shape, dtype=dtype), 0
+        self.k, self.v = (torch.zeros(shape, dtype=dtype, device=ops.device()) for _ in "kv")
+        self.length = 0
 
     def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Store the new positions and return all keys and values so far."""
@@ -177,8 +178,7 @@ class Decoder(nn.Module):
         """Rotary tables for positions [B or 1, S] of a row of ``seq_len`` tokens: cos, sin [B or 1, S, 1, D/2]."""
         wide = np.float64 if self.dtypes.stat == torch.float64 else np.float32
         cos, sin = rope_tables(self.config, positions, seq_len, wide)
-        device = self.embed.weight.device
-        return tuple(torch.from_numpy(table[:, :, None]).to(device) for table in (cos, sin))
+        return tuple(torch.from_numpy(table[:, :, None]).to(ops.device()) for table in (cos, sin))
 
     def load_weights(self, get: Callable[[str], np.ndarray]) -> None:
         """Fill every parameter from ``get(name)``, one tensor at a time, cast to the weight dtype."""

@@ -11,6 +11,11 @@ from core.batch import IGNORE
 from core.visibility import Block, causal_blocks
 
 
+def device() -> torch.device:
+    """Where models of this process live: the GPU if there is one."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None, compute: torch.dtype) -> Tensor:
     """x [..., in] @ weight [out, in]^T + bias, operands and result in ``compute``, accumulated in float32 or wider."""
     return F.linear(x.to(compute), weight.to(compute), None if bias is None else bias.to(compute))
@@ -39,13 +44,13 @@ def swiglu(gate: Tensor, up: Tensor, stat: torch.dtype) -> Tensor:
     return (F.silu(gate.to(stat)) * up.to(stat)).to(gate.dtype)
 
 
-def attention_blocks(num_queries: int, num_keys: int, doc_ids: np.ndarray | None, device: torch.device) -> list[Block]:
+def attention_blocks(num_queries: int, num_keys: int, doc_ids: np.ndarray | None) -> list[Block]:
     """Visibility as blocks of queries, once a forward pass. One block without a mask stands for plain causal attention
     of a whole sequence, for which the fused kernel needs none."""
     if doc_ids is None and num_queries == num_keys:
         return [Block(0, num_queries, num_keys, None)]
     return [
-        block._replace(visible=None if block.visible is None else torch.from_numpy(block.visible).to(device)[:, None])
+        block._replace(visible=None if block.visible is None else torch.from_numpy(block.visible).to(device())[:, None])
         for block in causal_blocks(num_queries, num_keys, doc_ids)
     ]
 

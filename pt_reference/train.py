@@ -14,6 +14,7 @@ from core.config import RunConfig
 from core.init import init_tensor
 from core.loop import main
 from core.params import parameter_table
+from pt_reference import ops
 from pt_reference.forward import batch_logits, batch_loss
 from pt_reference.model import Decoder, named_weights
 from pt_reference.optim import AdamW
@@ -24,8 +25,7 @@ class Trainer:
 
     def __init__(self, config: RunConfig) -> None:
         self.config = config
-        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self.model = Decoder(config.model, config.train.precision, config.train.recompute).to(self.device).train()
+        self.model = Decoder(config.model, config.train.precision, config.train.recompute).to(ops.device()).train()
         self.optimizer = AdamW(
             named_weights(self.model), parameter_table(config.model), config.optim, self.model.dtypes.master
         )
@@ -65,7 +65,7 @@ class Trainer:
     def implementation(self) -> dict[str, str]:
         return {
             "backend": f"PyTorch {torch.__version__}",
-            "device": torch.cuda.get_device_name() if self.device.type == "cuda" else "cpu",
+            "device": torch.cuda.get_device_name() if ops.device().type == "cuda" else "cpu",
             "attention": "torch.nn.functional.scaled_dot_product_attention",
             "adamw": "torch.optim.AdamW(fused=True)",
         }

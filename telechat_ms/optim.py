@@ -15,6 +15,7 @@ from mindspore import Parameter, Tensor, ops
 
 from core.config import OptimConfig
 from core.params import ParamSpec
+from telechat_ms.ops import total
 
 
 class _Flat:
@@ -65,7 +66,7 @@ class AdamW:
 
     def grad_norm(self) -> float:
         """L2 norm over all accumulated gradients; the parts are summed in float64, each parameter once."""
-        squares = [ops.ReduceSum()(g * g) for group in self._groups for _, g in group.parts(group.gradient)]
+        squares = [total(g * g) for group in self._groups for _, g in group.parts(group.gradient)]
         return math.sqrt(sum(float(s.asnumpy()) for s in squares))
 
     def step(self, lr: float, grad_scale: float) -> None:

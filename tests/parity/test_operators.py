@@ -84,8 +84,7 @@ def attention_case(
         return out, list(reference.attention_backward(grad, q, k, v, visible, out, log_sum_exp))
 
     def call(ops: Any, t: Any, q: Any, k: Any, v: Any) -> Any:
-        extra = (q.device,) if ops.__name__.startswith("pt") else ()
-        return ops.attention(q, k, v, ops.attention_blocks(S, T, doc_ids, *extra))
+        return ops.attention(q, k, v, ops.attention_blocks(S, T, doc_ids))
 
     return Case(arrays, (B, S, H, D), call, define)
 
