@@ -61,7 +61,8 @@ class HfFolder:
         self.prefix = HF_PREFIX if any(name.startswith(HF_PREFIX) for name in self._home) else ""
         self.bindings = bind(self.config, prefix=self.prefix)
         shapes = {name: self.files[file].tensors[name].shape for name, file in self._home.items()}
-        check_shapes(released_table(self.bindings, self.config), shapes, str(self.path))
+        only = next(iter(self.files.values())).path if len(self.files) == 1 else self.path
+        check_shapes(released_table(self.bindings, self.config), shapes, str(only))
         for name in self._home:
             if self.code(name) not in DTYPE_NAMES:
                 raise UserError(

@@ -6,11 +6,13 @@ Two generations of released code use slightly different keys; each row of the ta
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass
 from typing import Any
 
 from core.config import ModelConfig
 from core.errors import UserError
+from core.schema import from_mapping
 
 _REQUIRED = object()
 
@@ -84,7 +86,7 @@ def read_config(released: dict[str, Any], where: str) -> tuple[ModelConfig, list
                 notes.append(f"{key.names[0]} is missing: {value} is taken, as the released code does")
         values[key.field] = value
     try:
-        return ModelConfig(**values), notes
+        return from_mapping(ModelConfig, values, "model"), notes
     except UserError as error:
         raise UserError(f"{where}: {error}") from None
 
@@ -145,6 +147,8 @@ def _take(released: dict[str, Any], key: _Key, where: str) -> Any:
         fits = type(value) is int or (key.kind is float and type(value) is float)
         if not fits:
             raise UserError(f"{where}: {name} should be a {'whole ' * (key.kind is int)}number, found {value!r}")
+        if not math.isfinite(value):
+            raise UserError(f"{where}: {name} is {value}, which is no number to work with")
         if value < 0 or (value == 0 and not name.endswith("_token_id")):
             raise UserError(f"{where}: {name} must be above 0, found {value}")
     # max_position_embeddings may exceed seq_length, which names the trained length; the first name counts.

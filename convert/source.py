@@ -62,6 +62,10 @@ class ModelSource(ABC):
         """
 
     @abstractmethod
+    def files(self) -> list[Path]:
+        """The files this model is made of: nothing else may be written over them."""
+
+    @abstractmethod
     def describe(self) -> str:
         """One line for people."""
 
@@ -93,6 +97,9 @@ class HfSource(ModelSource):
         wanted = dict.fromkeys(self._released[name].released for name in tensors)
         return {name: self.folder.bindings[name].join(tensors, self.config) for name in wanted}
 
+    def files(self) -> list[Path]:
+        return [*(file.path for file in self.folder.files.values()), *self.folder.assets]
+
     def describe(self) -> str:
         files = len(self.folder.files)
         detail = f"{self.folder.dtype}, {files} file{'s' * (files > 1)}, {show_bytes(self.folder.nbytes)}"
@@ -115,6 +122,9 @@ class CanonicalSource(ModelSource):
 
     def export(self, tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         return dict(tensors)
+
+    def files(self) -> list[Path]:
+        return self.checkpoint.files
 
     def describe(self) -> str:
         dtypes = sorted({self.checkpoint.dtype("weights", name).name for name in self.names()})

@@ -21,7 +21,8 @@ from core.errors import UserError
 _BUILDING, _REPLACED = ".tmp-tele-", ".old-tele-"
 
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-_NO_ENTRY = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR)
+# EEXIST: a file lies where the path has a folder.
+_NO_ENTRY = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG)
 
 # A folder left by another machine cannot be asked whether its writer still lives; after a day it is not.
 _FOREIGN_STALE_SECONDS = 24 * 3600
@@ -70,6 +71,20 @@ def write_text(path: Path, text: str) -> None:
         if message := _mended(error, path, lambda: len(text)):
             raise UserError(message) from None
         raise
+
+
+def writable_file(path: str | Path, option: str) -> None:
+    """Before long work: UserError, naming ``option``, unless a file can be written at ``path``. Makes its folder."""
+    path = Path(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        probe = path.with_name(f".{path.name}-{os.getpid()}")
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise UserError(f"{option} {path}: cannot be written ({error.strerror})") from None
+    if path.is_dir():
+        raise UserError(f"{option} {path}: is a folder; give a file")
 
 
 def remove_folder(path: Path) -> None:

@@ -286,6 +286,11 @@ class Checkpoint:
         return [self.path / name for name in self._sizes if name.startswith("assets/")]
 
     @property
+    def files(self) -> list[Path]:
+        """Every file of the checkpoint, the manifest included."""
+        return [self.path / "manifest.json", *(self.path / name for name in self._sizes)]
+
+    @property
     def nbytes(self) -> int:
         """Bytes of all files together."""
         return sum(size for size, _ in self._sizes.values())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import errno
 import importlib
 import os
 import sys
@@ -104,9 +105,27 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 1
         print(f"tele: {error.name} is not installed here; `tele doctor` says how to install it", file=sys.stderr)
         return 2
-    except Exception:
-        traceback.print_exc()
-        return 1
+    except Exception as error:
+        line = _place_refused(error)
+        if line is None:
+            traceback.print_exc()
+            return 1
+        print(f"tele: {line}", file=sys.stderr)
+        return 2
+
+
+def _place_refused(error: Exception) -> str | None:
+    """The line for a file or folder that the system refuses, or None for any other error.
+
+    A net under the commands' own checks, which know more and say more.
+    """
+    refused = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG}
+    full = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+    if not isinstance(error, OSError) or error.errno not in refused | full:
+        return None
+    what = error.filename if isinstance(error.filename, str) else "output"
+    way = "free some space" if error.errno in full else "change its permissions"
+    return f"{what}: {error.strerror}; {way} or choose another place"
 
 
 def version() -> str:

@@ -28,7 +28,7 @@ class ModelConfig:
     vocab_size: int = option(help="V, rows of the embedding and of the head", min=1)
     hidden_size: int = option(help="E, width of the residual stream", min=1)
     ffn_hidden_size: int = option(help="F, width of the gated feed-forward", min=1)
-    num_layers: int = option(help="L, decoder blocks [n_layer]", min=1)
+    num_layers: int = option(help="L, decoder blocks [n_layer]", min=1, max=10_000)
     num_heads: int = option(help="H, query heads [n_head]", min=1)
     num_kv_heads: int = option(help="K, key/value heads; divides num_heads [num_key_value_heads]", min=1)
     norm_eps: float = option(help="epsilon in the norm's root [layer_norm_epsilon]; 115B 1e-8, 3B/7B 1e-5", above=0.0)
@@ -176,7 +176,7 @@ def load_model_config(spec: str | dict[str, Any], where: str = "model") -> Model
     if "preset" in values:
         name = values.pop("preset")
         path = CONFIGS / "models" / f"{name}.yaml"
-        if not isinstance(name, str) or not path.is_file():
+        if name not in preset_names():
             near = difflib.get_close_matches(str(name), preset_names(), n=1)
             hint = f"did you mean '{near[0]}'?" if near else f"there are: {', '.join(preset_names())}"
             raise UserError(f"{where}.preset: no model preset '{name}'; {hint}")

@@ -27,12 +27,13 @@ import numpy as np
 
 from core.batch import Batch
 from core.checkpoint import Checkpoint, open_checkpoint, save_checkpoint
+from core.cli import Parser
 from core.config import RunConfig, load_run_config
 from core.data.blend import Blend, open_blend
 from core.errors import UserError
 from core.health import Health, TrainingStopped
 from core.loss_scale import DynamicLossScale
-from core.metrics import MetricsLog, Row, last_step, plot_losses, read_metrics
+from core.metrics import MetricsLog, Row, plot_losses, read_metrics, require_fresh
 from core.params import count_parameters
 from core.progress import Console
 from core.recipe import clip_factor, learning_rate
@@ -270,7 +271,9 @@ class _Run:
                 self.health.load(before)
                 if self.state.step and (self.saved is None or self.saved.name != _folder_name(self.state.step)):
                     self.save()
-            raise TrainingStopped(f"training stopped at step {step}: {verdict.reason}")
+            # The same batch comes again after a resume, so say how to get past it.
+            past = "; --set health.spike_policy=skip passes it" if math.isfinite(loss) and math.isfinite(norm) else ""
+            raise TrainingStopped(f"training stopped at step {step}: {verdict.reason}{past}")
         if verdict.action == "skip":
             self.stepper.discard()
             console.note(f"warning: step {step}: {verdict.reason}; skipped")
@@ -356,19 +359,10 @@ def _checkpoint_to_resume(out: Path, resume: str | None) -> Checkpoint | None:
     if resume is not None:
         checkpoint = open_checkpoint(resume)
         if checkpoint.path.resolve().parent != out.resolve():
-            _require_fresh(out)
+            require_fresh(out)
         return checkpoint
-    _require_fresh(out)
+    require_fresh(out)
     return None
-
-
-def _require_fresh(out: Path) -> None:
-    """UserError when ``out`` holds a run, which would be overwritten."""
-    done = last_step(out / "metrics.jsonl")
-    if done or (out / "latest").exists():
-        raise UserError(
-            f"--out {out}: already holds a run (step {done}); give another folder, or --resume auto to go on"
-        )
 
 
 def _require_same_model(checkpoint: Checkpoint, config: RunConfig) -> None:
@@ -423,7 +417,7 @@ def launched_world() -> tuple[int, int]:
 
 def parser() -> argparse.ArgumentParser:
     """The arguments of both backends' train.py."""
-    made = argparse.ArgumentParser(description="Train from one YAML config.")
+    made = Parser(prog="train.py", description="Train from one YAML config.")
     made.add_argument("--config", required=True, metavar="FILE", help="the run's YAML")
     made.add_argument(
         "--set",
@@ -446,9 +440,9 @@ def main(stepper_factory: Callable[[RunConfig], Stepper], argv: list[str] | None
     0 done; 2 a mistake of the user's (one line); 130 or 143 interrupted, with a checkpoint. Training that stopped
     itself leaves through SystemExit with its message, which Python prints before it exits with 1.
     """
-    args = parser().parse_args(argv)
 
     def run() -> int:
+        args = parser().parse_args(argv)
         world = launched_world()[1]
         if world > 1:
             raise UserError(f"--nproc: launched with {world} processes, but training runs in one; use --nproc 1")

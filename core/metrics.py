@@ -87,6 +87,15 @@ def last_step(path: str | Path) -> int:
     return rows[-1]["step"] if rows else 0
 
 
+def require_fresh(out: Path) -> None:
+    """UserError when the folder ``out`` holds a run, which a new one would overwrite."""
+    done = last_step(out / "metrics.jsonl")
+    if done or (out / "latest").exists():
+        raise UserError(
+            f"--out {out}: already holds a run (step {done}); give another folder, or --resume auto to go on"
+        )
+
+
 def column(rows: Sequence[Row], key: str) -> list[float]:
     """One column as floats, nan where a row has null or lacks the key."""
     return [float("nan") if row.get(key) is None else float(row[key]) for row in rows]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 import re
 import types
 import typing
@@ -38,13 +39,13 @@ def from_mapping(cls: type[T], data: Any, where: str) -> T:
     outside its range.
     """
     if not isinstance(data, Mapping):
-        raise UserError(f"{where}: expected a mapping of options, found {_show(data)}")
+        raise UserError(f"{where or 'config'}: expected a mapping of options, found {_show(data)}")
     fields = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
     for key in data:
         if key not in fields:
             near = difflib.get_close_matches(str(key), fields, n=1, cutoff=0.5)
             hint = f"did you mean '{near[0]}'?" if near else f"legal keys: {', '.join(sorted(fields))}"
-            raise UserError(f"{where}: unknown key '{key}'; {hint}")
+            raise UserError(f"{where or 'config'}: unknown key '{key}'; {hint}")
     hints = typing.get_type_hints(cls)
     values: dict[str, Any] = {}
     for name, f in fields.items():
@@ -64,17 +65,7 @@ def load_yaml(path: str | Path) -> Any:
         raise UserError(f"{path}: no such file") from None
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot be read ({error})") from None
-    try:
-        return yaml.load(text, Loader=_Loader)
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        line = f":{mark.line + 1}" if mark else ""
-        raise UserError(f"{path}{line}: not valid YAML ({getattr(error, 'problem', error)})") from None
-
-
-def parse_value(text: str) -> Any:
-    """The value of ``--set key=value``, read by YAML's rules."""
-    return yaml.load(text, Loader=_Loader)
+    return _parse(text, str(path), lines=True)
 
 
 def set_dotted(tree: dict[str, Any], assignment: str) -> None:
@@ -88,7 +79,25 @@ def set_dotted(tree: dict[str, Any], assignment: str) -> None:
         node = node.setdefault(part, {})
         if not isinstance(node, dict):
             raise UserError(f"--set {assignment}: '{part}' is a value, not a group of options")
-    node[leaf] = parse_value(text)
+    # The value is read by YAML's rules, so that --set and the file mean the same.
+    node[leaf] = _parse(text, f"--set {key}={text!r}" if not text.isprintable() else f"--set {assignment}")
+
+
+def _parse(text: str, where: str, lines: bool = False) -> Any:
+    """One YAML document; UserError on anything the loader stumbles over, with the line number if ``lines``."""
+    try:
+        return yaml.load(text, Loader=_Loader)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f":{mark.line + 1}" if lines and mark else ""
+        # A parser's error has a problem, the reader's (a character that may not stand in YAML) a reason.
+        reason = getattr(error, "problem", None) or getattr(error, "reason", None) or str(error).splitlines()[0]
+        raise UserError(f"{where}{line}: not valid YAML ({reason})") from None
+    except RecursionError:
+        raise UserError(f"{where}: not valid YAML (nested too deeply)") from None
+    except (ValueError, TypeError, OverflowError) as error:
+        # The loader's own conversions: a date with a 13th month, a tagged number that is none.
+        raise UserError(f"{where}: not valid YAML ({str(error).splitlines()[0]})") from None
 
 
 class _Loader(yaml.SafeLoader):
@@ -97,6 +106,8 @@ class _Loader(yaml.SafeLoader):
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
         seen = set()
         for key_node, _ in node.value:
+            if not isinstance(key_node, yaml.ScalarNode):
+                raise yaml.constructor.ConstructorError(None, None, "a key must be a word", key_node.start_mark)
             key = self.construct_object(key_node, deep=True)
             if key in seen:
                 raise yaml.constructor.ConstructorError(None, None, f"key '{key}' appears twice", key_node.start_mark)
@@ -138,8 +149,8 @@ def _check(kind: Any, value: Any, path: str, limits: Mapping[str, Any]) -> Any:
         near = difflib.get_close_matches(str(value), [str(c) for c in limits["choices"]], n=1)
         hint = f" (did you mean '{near[0]}'?)" if near else ""
         raise UserError(f"{path}: {value!r} is not one of {', '.join(map(str, limits['choices']))}{hint}")
-    if isinstance(value, float) and value != value:
-        raise UserError(f"{path}: nan is not a number to work with")
+    if isinstance(value, float) and not math.isfinite(value):
+        raise UserError(f"{path}: {value} is not a number to work with")
     for word, bad in (("min", lambda b: value < b), ("max", lambda b: value > b), ("above", lambda b: value <= b)):
         if word in limits and bad(limits[word]):
             says = {"min": "at least", "max": "at most", "above": "above"}[word]

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from core import backends
+from core.atomic import writable_file, write_text
 from core.bench_worker import bench_config
 from core.config import PRECISIONS, preset_names
 from core.errors import UserError
@@ -54,11 +55,12 @@ def run(args: argparse.Namespace) -> int:
             raise UserError(f"--{name.replace('_', '-')}: must be at least 1, found {getattr(args, name)}")
     options = {name: getattr(args, name) for name in ("model", "seq_len", "micro_batch", "micro_batches", "precision")}
     bench_config(options)  # a mistake is told here, once, and not by two workers
+    if args.out:
+        writable_file(args.out, "--out")
     result = measure(options, list(dict.fromkeys(args.backends)), args.steps, args.block)
     print(to_markdown(result))
     if args.out:
-        Path(args.out).parent.mkdir(parents=True, exist_ok=True)
-        Path(args.out).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        write_text(Path(args.out), json.dumps(result, indent=1) + "\n")
     return 0
 
 

@@ -28,8 +28,18 @@ HELP = """\
 /exit           leave (also Ctrl-D); Ctrl-C stops an answer"""
 
 
+EPILOG = f"""\
+examples:
+  tele chat --backend pt --checkpoint model
+  echo "What is RoPE?" | tele chat --backend ms --checkpoint model --system "Answer in one sentence."
+
+commands in a conversation:
+{HELP}"""
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of ``tele chat``."""
+    parser.epilog = EPILOG
     add_model_arguments(parser)
     parser.add_argument("--system", metavar="TEXT", help="system prompt (default: the template's own)")
     parser.add_argument(

@@ -22,6 +22,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "Tensors pass one at a time, so memory does not grow with the model. There and back gives the same files. "
         "DST appears when it is complete, or not at all."
     )
+    parser.epilog = (
+        "examples:\n"
+        "  tele convert --from hf --to canonical TeleChat2-7B checkpoints/7b\n"
+        "  tele convert --from canonical --to hf runs/first exported --dtype bfloat16"
+    )
     parser.add_argument("--from", dest="source_format", required=True, choices=FORMATS, help="what SRC is")
     parser.add_argument("--to", dest="target_format", required=True, choices=FORMATS, help="what DST becomes")
     parser.add_argument("source", metavar="SRC", type=Path, help="released folder, checkpoint, or run (its latest)")

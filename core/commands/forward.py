@@ -7,6 +7,7 @@ import difflib
 import os
 import sys
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +23,19 @@ from core.safetensors_io import SafetensorsFile
 NAMES = ("input_ids", "labels", "loss_mask")
 
 
+EPILOG = """\
+loss, with labels in F: position t predicts labels[t+1]; the mean over positions whose label is not -100 and, with
+loss_mask, whose loss_mask[t+1] is 1.
+
+examples:
+  tele forward --backend pt --checkpoint model --inputs batch.safetensors --out result.safetensors
+  tele forward --backend ms --checkpoint model --inputs batch.safetensors --out result.safetensors --grads
+"""
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of ``tele forward``."""
+    parser.epilog = EPILOG
     parser.add_argument(
         "--backend", required=True, choices=sorted(backends.BACKENDS), help="ms: MindSpore, pt: PyTorch"
     )
@@ -51,6 +63,7 @@ def run(args: argparse.Namespace) -> int:
     arrays = read_inputs(args.inputs)
     backend = backends.load(args.backend, "forward")
     source = open_model(args.checkpoint)
+    check_not_of_model(out, source.files())
     config = with_table_dtype(source.config, args.table_dtype)
     batch = make_batch(arrays, config, args.inputs)
     has_loss = "labels" in arrays
@@ -146,6 +159,12 @@ def check_output(out: str, inputs: str) -> Path:
     if Path(inputs).exists() and path.exists() and path.samefile(inputs):
         raise UserError(f"--out {out}: is the file of --inputs; give another")
     return path
+
+
+def check_not_of_model(out: Path, files: Iterable[Path]) -> None:
+    """UserError when the output would replace a file of the model it is computed from."""
+    if out.exists() and any(file.exists() and out.samefile(file) for file in files):
+        raise UserError(f"--out {out}: is a file of the checkpoint itself; give another")
 
 
 def write_atomically(path: Path, tensors: dict[str, Any]) -> None:

@@ -16,9 +16,17 @@ from core.data.control import CONTROL_CHOICES
 from core.errors import UserError
 from core.sampling import SamplingConfig, sampling_config
 
+EPILOG = """\
+examples:
+  tele generate --backend pt --checkpoint runs/first --prompt "Once upon a time"
+  tele generate --backend ms --checkpoint model --chat --prompt-file question.txt --temperature 0.7 --top-p 0.9
+  tele generate --backend pt --checkpoint model --ids 4,96343,5 --max-new-tokens 20 --json
+"""
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of ``tele generate``."""
+    parser.epilog = EPILOG
     add_model_arguments(parser)
     source = parser.add_mutually_exclusive_group()
     source.add_argument("--prompt", metavar="TEXT", help="the text to continue (read from stdin when none is named)")

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 from core import backends
+from core.atomic import writable_file
 from core.config import RunConfig, load_run_config, run_config_from_dict
 from core.data.blend import open_blend
 from core.errors import UserError
@@ -52,6 +53,7 @@ def run(args: argparse.Namespace) -> int:
     if args.steps < 0:
         raise UserError(f"--steps: must be at least 0, found {args.steps}")
     config = load_run_config(args.config, args.set)
+    writable_file(Path(args.out) / "report.md", "--out")
     report, runs = make_report(config, Path(args.out), args.steps, list(dict.fromkeys(args.backends)), args.weights)
     path = write_report(report, Path(args.out), runs)
     print(summary(report))

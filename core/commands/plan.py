@@ -42,7 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     config = load_model_config(args.model)
-    seq_len = args.seq_len or config.max_seqlen
+    seq_len = config.max_seqlen if args.seq_len is None else args.seq_len
     for name, value in (("--seq-len", seq_len), ("--micro-batch", args.micro_batch)):
         if value < 1:
             raise UserError(f"{name}: must be at least 1, found {value}")

@@ -91,13 +91,16 @@ def _encode(args: argparse.Namespace) -> int:
 def _decode(args: argparse.Namespace) -> int:
     tokenizer = load_tokenizer(args.tokenizer, args.control)
     words = args.ids or sys.stdin.read().replace(",", " ").split()
-    try:
-        ids = [int(word) for word in words]
-    except ValueError:
-        bad = next(word for word in words if not word.lstrip("-").isdigit())
-        raise UserError(f"'{bad}': not a token id; ids are whole numbers") from None
+    ids = [_id(word) for word in words]
     print(tokenizer.decode(ids, skip_special=args.skip_special))
     return 0
+
+
+def _id(word: str) -> int:
+    try:
+        return int(word)
+    except ValueError:
+        raise UserError(f"'{word[:40]}': not a token id; ids are whole numbers") from None
 
 
 def _info(args: argparse.Namespace) -> int:
@@ -121,6 +124,8 @@ def _messages(text: str) -> list[dict]:
         messages = json.loads(text)
     except json.JSONDecodeError as error:
         raise UserError(f"--chat: TEXT is not valid JSON ({error.msg} at column {error.colno})") from None
+    except (ValueError, RecursionError):
+        raise UserError("--chat: TEXT is not JSON that can be read (nested too deep, or a number too long)") from None
     if not isinstance(messages, list):
         raise UserError(f"--chat: expected a JSON list of messages, found {type(messages).__name__}")
     return messages

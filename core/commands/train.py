@@ -5,7 +5,7 @@ torchrun). Ctrl-C ends all processes. What the run writes, under --out: metrics.
 events, a plot of the loss, checkpoints (step-*, latest), and logs/ with each rank's output.
 
 The raw launchers work as well:
-  msrun --worker_num=1 --local_worker_num=1 telechat_ms/train.py --config F --out DIR
+  msrun --worker_num=1 --local_worker_num=1 --join=True --log_dir=LOGS telechat_ms/train.py --config F --out DIR
   torchrun --nproc-per-node=1 pt_reference/train.py --config F --out DIR
 """
 
@@ -45,6 +45,7 @@ def run(args: argparse.Namespace) -> int:
     out = Path(args.out or Path("runs") / f"{Path(args.config).stem}-{args.backend}")
     if out.exists() and not out.is_dir():
         raise UserError(f"--out: {out} is a file; give a folder")
+    _keep_earlier_run(out, args.resume)
     script_args = ["--config", args.config, "--out", str(out)]
     for assignment in args.set:
         script_args += ["--set", assignment]
@@ -54,3 +55,17 @@ def run(args: argparse.Namespace) -> int:
         return launch(args.backend, script_args, args.nproc, out / "logs")
     except OSError as error:
         raise UserError(f"--out: cannot write to {out} ({error.strerror})") from None
+
+
+def _keep_earlier_run(out: Path, resume: str | None) -> None:
+    """UserError when ``out`` holds a run that is not the one to go on with.
+
+    The loop refuses that as well, but the launch clears the earlier run's logs before the loop is reached.
+    """
+    from core.metrics import require_fresh
+
+    if resume is not None:
+        source = Path(resume).resolve()
+        if resume == "auto" or out.resolve() in (source, source.parent):
+            return
+    require_fresh(out)

@@ -235,7 +235,7 @@ class PackedDataset:
         Windows of text overlap by one token, so every token but the first is a target exactly once. Padding is on the
         right with IGNORE targets. ``isolate``: positions restart at each document, doc_ids number the documents from 0
         (padding has its own), and no target crosses into another document. Otherwise positions are 0..seq_len-1 and
-        doc_ids all 0.
+        doc_ids all 0. UserError when the files no longer hold what was packed.
         """
         if self.sequences is not None:
             begin, end = int(self.sequences[index]), int(self.sequences[index + 1])
@@ -244,6 +244,7 @@ class PackedDataset:
             end = len(self.tokens)
         end = min(end, begin + seq_len + 1)
         taken = self.tokens[begin:end].astype(np.int32)
+        self._check(taken, begin, end)
         inputs = taken[:seq_len]
         input_ids = np.full(seq_len, pad_token_id, np.int32)
         input_ids[: len(inputs)] = inputs
@@ -261,6 +262,22 @@ class PackedDataset:
         targets = np.full(seq_len, IGNORE, np.int32)
         targets[: len(taken) - 1] = np.where(counts[1:], taken[1:], IGNORE)
         return input_ids, targets, positions, doc_ids
+
+    def _check(self, taken: np.ndarray, begin: int, end: int) -> None:
+        """What a corpus altered in place would break far away, inside an embedding; hashing all of it takes too long
+        to be done before every run."""
+        if not 0 <= begin < end <= len(self.tokens):
+            raise UserError(
+                f"{self.path / 'sequences.bin'}: altered, a sequence goes from token {begin} to {end} of "
+                f"{len(self.tokens)}; make the folder again"
+            )
+        bad = (taken < 0) | (taken >= self.vocab_size)
+        if bad.any():
+            place = int(np.argmax(bad))
+            raise UserError(
+                f"{self.path / 'tokens.bin'}: altered, token id {taken[place]} at place {begin + place} is outside the "
+                f"vocabulary of {self.vocab_size}; make the folder again"
+            )
 
     def _starts(self, begin: int, end: int) -> np.ndarray:
         """Document starts strictly inside (begin, end)."""

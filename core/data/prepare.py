@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -179,9 +180,23 @@ def _batches(blocks: Iterator[Block]) -> Iterator[list[Block]]:
         yield batch
 
 
-def _bar(what: str, total: int, quiet: bool) -> Any:
-    """A progress bar over input bytes with rate and time left; rarely refreshed where nobody watches."""
-    interval = 0.2 if sys.stderr.isatty() else 10.0
-    return tqdm(
-        total=total, desc=what, unit="B", unit_scale=True, unit_divisor=1024, disable=quiet, mininterval=interval
-    )
+@contextlib.contextmanager
+def _bar(what: str, total: int, quiet: bool) -> Iterator[Any]:
+    """A progress bar over input bytes with rate and time left; rarely refreshed where nobody watches.
+
+    There it also waits before it first shows, so that in a log a mistake found at once is one line.
+    """
+    watched = sys.stderr.isatty()
+    interval = 0.2 if watched else 10.0
+    with tqdm(
+        total=total,
+        desc=what,
+        unit="B",
+        unit_scale=True,
+        unit_divisor=1024,
+        disable=quiet,
+        mininterval=interval,
+        delay=0.0 if watched else interval,
+    ) as bar:
+        yield bar
+        bar.delay = 0.0  # all went well: the last state is shown, however short the work was

@@ -86,8 +86,9 @@ def parse_row(line: bytes, where: str) -> dict[str, Any]:
         row = json.loads(line.decode("utf-8-sig").strip())
     except UnicodeDecodeError as error:
         raise UserError(f"{where}: not UTF-8 (byte {error.start}); convert the file") from None
-    except (json.JSONDecodeError, RecursionError) as error:
-        reason = getattr(error, "msg", "nested too deep")
+    except (ValueError, RecursionError) as error:
+        # Besides JSON's own errors: a number of thousands of digits, which Python refuses to read.
+        reason = getattr(error, "msg", "nested too deep" if isinstance(error, RecursionError) else "a number too long")
         column = getattr(error, "colno", 1)
         raise UserError(f"{where}: not valid JSON ({reason} at column {column}); expected one object a line") from None
     if not isinstance(row, dict):
@@ -316,8 +317,9 @@ def _json_list(value: Any, name: str, where: str) -> list[Any] | None:
     if isinstance(value, str) and value.strip():
         try:
             value = json.loads(value)
-        except json.JSONDecodeError as error:
-            raise UserError(f"{where}: '{name}' is text that is no JSON list ({error.msg})") from None
+        except (ValueError, RecursionError) as error:
+            reason = getattr(error, "msg", "nested too deep")
+            raise UserError(f"{where}: '{name}' is text that is no JSON list ({reason})") from None
     return _list(value, name, where) if value else None
 
 

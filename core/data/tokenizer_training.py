@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
 from collections.abc import Iterable, Iterator
@@ -81,17 +82,25 @@ def train_tokenizer(
     except (RuntimeError, OSError, UnicodeEncodeError) as error:
         if stopped:
             raise stopped[0] from None
-        reason = str(error).splitlines()[0].rpartition("] ")[2]
+        # SentencePiece goes on to name an option of its own command, which is none of ours.
+        reason = str(error).splitlines()[0].rpartition("] ")[2].partition(" or decrease character_coverage")[0]
         raise UserError(f"vocab_size: {vocab_size} does not suit this text; SentencePiece says: {reason}") from None
-    target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
+    _write(Path(path), model.getvalue())
+    return load_tokenizer(path)
+
+
+def _write(path: Path, data: bytes) -> None:
+    """The whole file or, with a UserError, no change."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
-        partial.write_bytes(model.getvalue())
-        os.replace(partial, target)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial.write_bytes(data)
+        os.replace(partial, path)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error.strerror}); choose another place") from None
     finally:
-        partial.unlink(missing_ok=True)
-    return load_tokenizer(target)
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
 
 
 def _blocks(texts: Iterable[str]) -> Iterator[str]:

@@ -2,10 +2,12 @@
 
 import argparse
 import json
+from pathlib import Path
 
 import pytest
 
 from core.bench_worker import bench_config, random_batch, timed_steps
+from core.cli import main
 from core.commands import bench
 from core.errors import UserError
 
@@ -103,3 +105,11 @@ def test_spread():
 def test_mistakes_are_told_before_anything_starts(argv, message):
     with pytest.raises(UserError, match=message):
         bench.run(arguments(*argv))
+
+
+def test_a_bad_out_is_found_before_measuring(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").write_text("")
+    for out, says in ((tmp_path / "file/x.json", "Not a directory"), (tmp_path, "is a folder")):
+        assert main(["bench", "step", "--out", str(out)]) == 2
+        error = capsys.readouterr().err
+        assert error.startswith("tele: --out") and says in error and error.count("\n") == 1

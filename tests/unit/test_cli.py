@@ -111,6 +111,9 @@ def raises(error: BaseException) -> object:
     [
         (UserError("data.path: no such folder; write one"), 2, "tele: data.path: no such folder; write one\n"),
         (KeyboardInterrupt(), 130, ""),
+        (OSError(30, "Read-only file system", "out/x"), 2, "tele: out/x: Read-only file system; change"),
+        (NotADirectoryError(20, "Not a directory", "file/x"), 2, "tele: file/x: Not a directory; change"),
+        (OSError(28, "No space left on device"), 2, "tele: output: No space left on device; free some space"),
         (ModuleNotFoundError("no", name="mindspore"), 2, "tele: mindspore is not installed here; `tele doctor` says"),
     ],
 )
@@ -123,7 +126,9 @@ def test_exit_codes(
     assert err.startswith(says) and "Traceback" not in err
 
 
-@pytest.mark.parametrize("error", [ValueError("ours"), ModuleNotFoundError("ours", name="core.gone")])
+@pytest.mark.parametrize(
+    "error", [ValueError("ours"), OSError(5, "Input/output error"), ModuleNotFoundError("ours", name="core.gone")]
+)
 def test_a_defect_shows_its_traceback(
     error: Exception, verb: types.ModuleType, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -84,3 +84,19 @@ def test_missing_data_stops_before_the_launch(
 def test_out_that_is_a_file(config: Path, launched: list[Any], capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["train", "--backend", "ms", "--config", str(config), "--out", str(config)]) == 2
     assert "is a file" in capsys.readouterr().err
+
+
+def test_an_earlier_run_keeps_its_logs(config: Path, launched: list[Any], capsys: pytest.CaptureFixture[str]) -> None:
+    out = config.parent / "out"
+    (out / "step-00000003").mkdir(parents=True)
+    (out / "metrics.jsonl").write_text('{"step": 3}\n')
+    other = config.parent / "other"
+    other.mkdir()
+    words = ["train", "--backend", "pt", "--config", str(config), "--out", str(out)]
+    for extra in ([], ["--resume", str(other)]):
+        assert cli.main([*words, *extra]) == 2
+        assert "already holds a run (step 3)" in capsys.readouterr().err
+    assert launched == []
+    for resume in ("auto", str(out), str(out / "step-00000003")):
+        assert cli.main([*words, "--resume", resume]) == 0
+    assert len(launched) == 3

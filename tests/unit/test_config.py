@@ -71,7 +71,13 @@ def test_run_config_fills_in_defaults() -> None:
         ),
         ({"optim": {"lr": 1e-3, "min_lr": 1e-2}}, "min_lr: 0.01 is above the peak"),
         ({"optim": {"lr": 1e-3, "warmup_steps": 10}}, "warmup_steps: 10 leaves no step"),
-        ({"optim": {"lr": float("nan")}}, "nan is not a number"),
+        ({"optim": {"lr": float("nan")}}, "optim.lr: nan is not a number"),
+        ({"optim": {"lr": 1e-3, "clip_grad": float("inf")}}, "optim.clip_grad: inf is not a number"),
+        ({"optim": {"lr": float("inf")}}, "optim.lr: inf is not a number"),
+        ({"data": {"sources": [{"path": "p", "weight": float("inf")}], "seq_len": 64}}, "weight: inf is not a number"),
+        ({"model": {"preset": "telechat2-tiny", "num_layers": 10**9}}, "num_layers: must be at most"),
+        ({"model": {"preset": "../train/telechat2-tiny"}}, "no model preset '../train/telechat2-tiny'"),
+        ({"trian": {}}, "config: unknown key 'trian'; did you mean 'train'?"),
         ({"optim": None}, "optim"),
     ],
 )
@@ -92,6 +98,24 @@ def test_yaml_mistakes_name_file_and_line(tmp_path: Path) -> None:
         load_yaml(tmp_path / "none.yaml")
 
 
+UNREADABLE = {
+    "a list as a key": "? [a]\n: 1\n",
+    "a mapping as a key": "? {a: 1}\n: 1\n",
+    "an impossible date": "model: 2020-13-45\n",
+    "a number that is none": "a: !!int abc\n",
+    "absurd nesting": "[" * 3000,
+    "a control character": "a: b\x00c",
+}
+
+
+@pytest.mark.parametrize("text", UNREADABLE.values(), ids=UNREADABLE.keys())
+def test_whatever_yaml_stumbles_over_is_one_line_that_names_the_file(tmp_path: Path, text: str) -> None:
+    (tmp_path / "x.yaml").write_text(text)
+    with pytest.raises(UserError, match="x.yaml") as error:
+        load_yaml(tmp_path / "x.yaml")
+    assert "\n" not in str(error.value)
+
+
 def test_exponent_without_a_point_is_a_number(tmp_path: Path) -> None:
     (tmp_path / "x.yaml").write_text("a: 1e-5\nb: 3e8\nc: -2E+3\nd: 1e-5x\n")
     assert load_yaml(tmp_path / "x.yaml") == {"a": 1e-5, "b": 3e8, "c": -2000.0, "d": "1e-5x"}
@@ -107,3 +131,8 @@ def test_set_overrides_and_relative_paths(tmp_path: Path) -> None:
     for wrong in ("train.steps", "train.stepz=3", "train.steps.x=1"):
         with pytest.raises(UserError):
             load_run_config(tmp_path / "run.yaml", [wrong])
+    # The value is read by YAML's rules, and may break them.
+    for wrong in ("train.steps=[1", "train.steps={a: b: c}", "train.steps=!!python/name:os.system", "train.steps=\x01"):
+        with pytest.raises(UserError, match="--set train.steps=") as error:
+            load_run_config(tmp_path / "run.yaml", [wrong])
+        assert "\n" not in str(error.value)

@@ -143,6 +143,10 @@ def test_mistakes_in_the_command(tmp_path, released):
         to_hf(tmp_path / "c", tmp_path / "x", "--tokenizer", tmp_path / "none")
     with pytest.raises(UserError, match="--tokenizer: goes with --to hf"):
         to_canonical(released, tmp_path / "x", "--tokenizer", tmp_path / "none")
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(UserError, match="file/x: cannot be written"):
+        to_canonical(released, tmp_path / "file" / "x")
+    assert (tmp_path / "file").read_text() == "mine"
     assert not (tmp_path / "x").exists()
 
 

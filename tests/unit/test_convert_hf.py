@@ -196,6 +196,8 @@ def test_sources_agree_and_describe_themselves(tmp_path):
     assert "3 layers, hidden 48, 70,416 parameters, float32, 2 files" in hf.describe()
     assert "float32, step 0" in canonical.describe()
     assert hf.tokenizer_path == source / "tokenizer.model"
+    for model in (hf, canonical):
+        assert set(model.files()) == {p for p in model.path.rglob("*") if p.is_file()}
     gradients = {name: hf.tensor(name) for name in hf.names()}
     assert canonical.export(gradients) == gradients
     assert set(hf.export(gradients)) == set(golden_weights())
@@ -273,6 +275,13 @@ def test_bad_folder_is_refused(tmp_path, case):
     with pytest.raises(UserError, match=message) as caught:
         open_model(folder)
     assert str(tmp_path) in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_an_altered_name_in_the_only_file_names_that_file(tmp_path):
+    file = release(tmp_path / "hf") / "model.safetensors"
+    file.write_bytes(file.read_bytes().replace(b'"lm_head.weight"', b'",m_head.weight"'))
+    with pytest.raises(UserError, match="hf/model.safetensors: .*missing 'lm_head.weight'; unexpected ',m_head"):
+        open_model(tmp_path / "hf")
 
 
 def test_pickled_weights_are_not_read(tmp_path):

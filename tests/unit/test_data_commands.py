@@ -9,6 +9,7 @@ import tracemalloc
 import numpy as np
 import pytest
 
+from core import cli
 from core.commands import data as data_command
 from core.commands import tokenize as tokenize_command
 from core.data import prepare, rows
@@ -163,6 +164,7 @@ def test_malformed_rows_are_named_by_file_and_line(tmp_path):
         ('{"text": "a\\ud800"}', "rows.jsonl:3: 'text' has an unpaired surrogate at character 1"),
         ('{"dialog": []}', "rows.jsonl:3: a dialogue, not a text; pack dialogues with --sft"),
         ("[" * 100000, "rows.jsonl:3: not valid JSON"),
+        ('{"text": "a", "n": ' + "9" * 5000 + "}", "rows.jsonl:3: not valid JSON (a number too long"),
     ]
     for line, says in cases:
         source = write_rows(tmp_path / "rows.jsonl", [{"text": "fine"}, "", line])
@@ -266,6 +268,14 @@ def test_progress_shows_rate_and_time_left(tmp_path, capsys):
     assert "tokenizing: 100%" in shown and "B/s" in shown
 
 
+def test_a_mistake_is_one_line_in_a_log(tmp_path, capsys):
+    source = write_rows(tmp_path / "rows.jsonl", [{"text": "fine"}, "{oops"])
+    words = ["data", str(source), "--out", str(tmp_path / "out"), "--tokenizer", str(tiny_tokenizer_path())]
+    assert cli.main(words) == 2
+    err = capsys.readouterr().err
+    assert err.startswith(f"tele: {source}:2: ") and err.count("\n") == 1
+
+
 # ---- tele tokenize
 
 
@@ -293,6 +303,12 @@ def test_train_encode_decode(tmp_path, capsys):
         call(tokenize_command, "info", "--tokenizer", out, "--model", "telechat2-3b")
     with pytest.raises(UserError, match="'x7': not a token id"):
         call(tokenize_command, "decode", "--tokenizer", out, "4", "x7")
+    for word in ("\u00b2", "--5", "9" * 5000):  # what int() refuses and isdigit() does not
+        with pytest.raises(UserError, match="not a token id"):
+            call(tokenize_command, "decode", "--tokenizer", out, "--", word)
+    for deep in ("[" * 100000, "[" + "9" * 5000 + "]"):
+        with pytest.raises(UserError, match="--chat"):
+            call(tokenize_command, "encode", "--tokenizer", out, "--chat", deep)
 
 
 def test_training_text_is_limited(tmp_path):

@@ -198,6 +198,31 @@ def test_existing_folders_are_not_overwritten(tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["d", "precious"]
 
 
+def test_files_altered_in_place_are_named_where_they_are_read(tmp_path):
+    # Same sizes as recorded, so that only the contents can tell.
+    folder = tmp_path / "d"
+    write_sft(folder, [([3, 4, 20, 5, 21, 2], [0, 0, 0, 0, 1, 1], (0,))] * 2, 5)
+
+    def alter(name, dtype, place, value):
+        array = np.memmap(folder / name, dtype, mode="r+")
+        before, array[place] = int(array[place]), value
+        array.flush()
+        return before
+
+    vocab_size = tiny_tokenizer().vocab_size
+    assert PackedDataset(folder).sample(1, 5, 3)[0].max() < vocab_size
+    before = alter("tokens.bin", "<u2", 8, vocab_size)
+    with pytest.raises(UserError, match=f"tokens.bin: altered, token id {vocab_size} at place 8 is outside"):
+        PackedDataset(folder).sample(1, 5, 3)
+    alter("tokens.bin", "<u2", 8, before)
+    for place, value in ((1, -3), (1, 1000), (2, 2)):
+        before = alter("sequences.bin", "<i8", place, value)
+        with pytest.raises(UserError, match="sequences.bin: altered"):
+            PackedDataset(folder).sample(1, 5, 3)
+        alter("sequences.bin", "<i8", place, before)
+    PackedDataset(folder).sample(1, 5, 3)
+
+
 def test_ids_outside_the_vocabulary_are_refused(tmp_path):
     says = "rows:3: token id 600 is outside the vocabulary of 600"
     with pytest.raises(UserError, match=says), PackedWriter(tmp_path / "d", tiny_tokenizer(), "text") as writer:

@@ -8,7 +8,7 @@ from safetensors.numpy import load_file, save_file
 
 from core.batch import IGNORE
 from core.commands import forward
-from core.commands.forward import check_output, make_batch, read_inputs, write_atomically
+from core.commands.forward import check_not_of_model, check_output, make_batch, read_inputs, write_atomically
 from core.config import load_model_config
 from core.errors import UserError
 
@@ -115,6 +115,18 @@ def test_output_places_are_checked_first(tmp_path):
     with pytest.raises(UserError, match="is the file of --inputs"):
         check_output(str(tmp_path / "." / "f.safetensors"), str(inputs))
     assert check_output(str(tmp_path / "g"), str(inputs)) == tmp_path / "g"
+
+
+def test_the_model_itself_is_never_the_output(tmp_path):
+    weights, other = tmp_path / "model.safetensors", tmp_path / "g.safetensors"
+    weights.write_bytes(b"w")
+    (tmp_path / "link").symlink_to(weights)
+    for out in (weights, tmp_path / "link"):
+        with pytest.raises(UserError, match="is a file of the checkpoint itself"):
+            check_not_of_model(out, [tmp_path / "config.json", weights])
+    for _ in range(2):  # an output of before, even beside the weights, may be written again
+        check_not_of_model(other, [weights])
+        other.write_bytes(b"g")
 
 
 def test_output_is_whole_or_not_there(tmp_path, monkeypatch):

@@ -56,3 +56,4 @@ def test_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["plan", "--model", "telechat2-7c"]) == 2
     assert "did you mean" in capsys.readouterr().err
     assert cli.main(["plan", "--model", "telechat2-7b", "--seq-len", "-1"]) == 2
+    assert cli.main(["plan", "--model", "telechat2-7b", "--seq-len", "0"]) == 2

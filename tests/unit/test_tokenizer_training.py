@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from core.data.tokenizer import load_tokenizer
@@ -48,6 +50,9 @@ def test_refusals_leave_no_file(tmp_path):
         train_tokenizer(["hi there"], out, 5000)
     with pytest.raises(UserError, match="no text"):
         train_tokenizer(["", "  \n"], out, 500)
+    with pytest.raises(UserError, match="smaller than required_chars") as caught:
+        train_tokenizer(["".join(map(chr, range(0x4E00, 0x4E00 + 300)))], out, SMALLEST + 1)
+    assert "--character_coverage" not in str(caught.value)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -61,3 +66,20 @@ def test_an_error_while_reading_is_not_swallowed(tmp_path, error):
         train_tokenizer(texts(), tmp_path / "tokenizer.model", 400)
     assert caught.value is error
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_place_that_cannot_be_written(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(UserError, match="file/tokenizer.model: cannot be written"):
+        train_tokenizer(SENTENCES, tmp_path / "file" / "tokenizer.model", 450)
+
+    def full(self, data):
+        self.touch()
+        raise OSError(28, "No space left on device")
+
+    (tmp_path / "old.model").write_bytes(b"old")
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(UserError, match="old.model: cannot be written .No space left"):
+        train_tokenizer(SENTENCES, tmp_path / "old.model", 450)
+    assert (tmp_path / "old.model").read_bytes() == b"old"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "old.model"]
