@@ -104,7 +104,7 @@ class AdamW:
     def _fresh_state(self, step_count: int) -> None:
         for master in self.masters.values():
             self._adamw.state[master] = {
-                "step": torch.tensor(float(step_count)),
+                "step": torch.tensor(float(step_count), device=master.device),  # where the fused kernel wants it
                 "exp_avg": torch.zeros_like(master),
                 "exp_avg_sq": torch.zeros_like(master),
             }

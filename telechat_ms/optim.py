@@ -37,7 +37,7 @@ class _Flat:
 
     def fill(self, vector: Parameter, get: Callable[[str], np.ndarray]) -> None:
         """Set a flat vector from one array a parameter."""
-        flat = np.empty(vector.shape, ms.dtype_to_nptype(self.dtype))
+        flat = np.empty(vector.shape, str(self.dtype).lower())
         start = 0
         for name, spec in self.specs.items():
             flat[start : start + spec.size] = get(name).reshape(-1)

@@ -19,6 +19,7 @@ CODE_BYTES = 600_000
 def write_demo_text(folder: Path) -> dict[str, Path]:
     """Write english.jsonl, code.jsonl and chinese.jsonl, rows {"text"}, under ``folder``; name -> file."""
     documents = {"english": _topics(), "code": _standard_library(), "chinese": _chinese()}
+    folder.mkdir(parents=True, exist_ok=True)
     files = {}
     for name, texts in documents.items():
         files[name] = folder / f"{name}.jsonl"

@@ -11,6 +11,8 @@ import signal
 import socket
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import pytest
@@ -48,8 +50,9 @@ def shorter(command: docs.Command) -> docs.Command:
     return command
 
 
-def run_launcher(command: docs.Command) -> int:
-    """msrun or torchrun as a user runs it in the environment; ended after two minutes with all it started."""
+@contextmanager
+def launched(command: docs.Command) -> Iterator[subprocess.Popen[bytes]]:
+    """msrun or torchrun as a user starts it in the environment; what is left of it at the end is ended."""
     beside = Path(sys.executable).parent
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -64,7 +67,7 @@ def run_launcher(command: docs.Command) -> int:
     }
     process = subprocess.Popen([beside / program, f"{option}={port}", *words], env=env, start_new_session=True)
     try:
-        return process.wait(120)
+        yield process
     finally:
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
@@ -72,12 +75,20 @@ def run_launcher(command: docs.Command) -> int:
 
 
 def test_the_commands_run(workspace: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+    """In the order of the page; the raw launchers, on which nothing builds, beside the commands that follow them."""
     monkeypatch.chdir(workspace)
     shown = docs.to_run("parity")
     assert {c.page for c in shown} == {"README.md"}, "a page whose lines build on one another needs a folder of its own"
-    for command in map(shorter, shown):
-        code = docs.run(command, monkeypatch) if command.words[0] == "tele" else run_launcher(command)
-        assert code == 0, f"{command.where}: {command.text}\n{capfd.readouterr()}"
+    with ExitStack() as stack:
+        beside = []
+        for command in map(shorter, shown):
+            if command.words[0] != "tele":
+                beside.append((command, stack.enter_context(launched(command))))
+                continue
+            code = docs.run(command, monkeypatch)
+            assert code == 0, f"{command.where}: {command.text}\n{capfd.readouterr()}"
+        for command, process in beside:
+            assert process.wait(120) == 0, f"{command.where}: {command.text}\n{capfd.readouterr()}"
     losses = {
         name: [row["loss"] for row in read_metrics(Path("runs") / name)]
         for name in ("first", "raw-ms", "raw-pt", "third")

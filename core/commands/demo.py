@@ -1,0 +1,209 @@
+"""``tele demo``: the whole way on real text, in both frameworks, judged at every turn."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from core import backends
+from core.atomic import remove_folder, writable_file, write_text
+from core.commands.parity import compare_batch, summary
+from core.config import RunConfig, load_model_config, run_config_from_dict
+from core.data.blend import open_blend
+from core.data.demo_text import write_demo_text
+from core.data.prepare import pack_dialogues, pack_text, read_texts
+from core.data.rows import detect_kind, find_inputs
+from core.data.tokenizer import Tokenizer, load_tokenizer
+from core.data.tokenizer_training import train_tokenizer
+from core.errors import UserError
+from core.generation import generate
+from core.launch import launch
+from core.metrics import Row, plot_losses, read_metrics
+from core.parity import Bound, compare_traces
+from core.parity_report import ParityReport, write_report
+from core.sampling import sampling_config
+
+SHARES = {"english": 0.5, "code": 0.4, "chinese": 0.1}
+TOKENIZER_BYTES = 2_000_000  # of text: SentencePiece holds it in memory
+ANSWER = 40
+NEAR_TIE = 1e-3  # of the two largest logits: below it rounding may choose
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of ``tele demo``."""
+    parser.description = (
+        "Train a tokenizer and telechat2-tiny on real text, with MindSpore under msrun and with PyTorch under\n"
+        "torchrun, from the same weights and in the same order; compare every gradient and every step; go on in\n"
+        "PyTorch from the MindSpore checkpoint; export to the released format; write the same continuation with both."
+    )
+    parser.add_argument("--data", nargs="+", metavar="PATH", help="your text or dialogue jsonl (default: Python's own)")
+    parser.add_argument("--tokenizer", metavar="FILE", help="a tokenizer.model, e.g. a released one (default: trained)")
+    parser.add_argument("--out", default="demo", metavar="DIR", help="where everything goes (demo)")
+    parser.add_argument("--steps", type=int, default=300, metavar="N", help="training steps of each backend (300)")
+    parser.add_argument("--seed", type=int, default=1234, help="initial weights and data order (1234)")
+
+
+def run(args: argparse.Namespace) -> int:
+    """0 when every comparison holds, 1 when one is broken."""
+    if args.steps < 10:
+        raise UserError(f"--steps: must be at least 10, found {args.steps}")
+    began, out = time.monotonic(), Path(args.out)
+    writable_file(out / "demo.json", "--out")
+    if out.exists() and not (out / "demo.json").is_file() and any(out.iterdir()):
+        raise UserError(f"--out {out}: holds something other than an earlier demo; give an empty or a new folder")
+    out.mkdir(parents=True, exist_ok=True)
+    write_text(out / "demo.json", json.dumps({"state": "running"}))
+
+    _title("1  text, tokenizer, packed data")
+    tokenizer, sources = prepare(args.data, args.tokenizer, out)
+    config = demo_config(tokenizer, sources, args.steps, args.seed)
+    blend = open_blend(config.data, args.seed, config.model.vocab_size, config.model.pad_token_id)
+    print(blend.summary())
+
+    _title("2  one batch: logits, loss and every gradient against float64")
+    batch_report = compare_batch(config, ["ms", "pt"])
+
+    _title(f"3  {args.steps} steps with MindSpore (msrun), then with PyTorch (torchrun)")
+    rows = {backends.TITLES[b]: train(b, config, out / b) for b in ("ms", "pt")}
+    trace = compare_traces(rows["MindSpore"], rows["PyTorch"])
+    if not all(bound.holds for bound in trace.bounds):
+        # Some texts make any float32 run drift from exact arithmetic; only a float64 run can say whether these do.
+        print("the two runs lie more than 1e-4 apart; asking a float64 run whether this training magnifies rounding")
+        exact = train("pt", replace(config, train=replace(config.train, precision="fp64")), out / "exact")
+        trace = compare_traces(rows["MindSpore"], rows["PyTorch"], exact)
+    facts = {
+        "model": f"telechat2-tiny, vocabulary {config.model.vocab_size}",
+        "data": ", ".join(f"{Path(s.path).name} {s.weight:g}" for s in config.data.sources),
+        "training": f"{args.steps} steps of {config.train.global_batch} x {config.data.seq_len} tokens, fp32",
+    }
+    report = ParityReport(facts, batch_report, trace)
+    page = write_report(report, out / "parity", rows)
+
+    _title("4  PyTorch goes on from the MindSpore checkpoint, and for comparison from its own")
+    more = replace(config, train=replace(config.train, steps=args.steps + args.steps // 6))
+    rows["PyTorch, from MindSpore's checkpoint"] = crossed = after(args.steps, train("pt", more, out / "crossed", "ms"))
+    handover = compare_traces(crossed, after(args.steps, train("pt", more, out / "resumed", "pt")))
+
+    _title("5  export to the released format, greedy continuation in both")
+    export(out / "ms", out / "hf")
+    apart = continuations(out / "hf", tokenizer, blend.batch(0, 1).input_ids[0, :16])
+
+    _title("result")
+    picture = plot_losses(rows, out / "loss.png", "telechat2-tiny, both backends")
+    print(summary(report))
+    extra = [
+        *(replace(bound, what=f"after the hand-over: {bound.what}") for bound in handover.bounds[1:]),
+        Bound("greedy tokens that differ", float(apart), 0.0, f"same weights; near-ties below {NEAR_TIE:g} aside"),
+    ]
+    for bound in extra:
+        print(f"  {'ok    ' if bound.holds else 'BROKEN'}  {bound.what}  {bound.value:.2e}  limit {bound.limit:.2e}")
+    broken = bool(report.broken) or not all(bound.holds for bound in extra)
+    minutes = (time.monotonic() - began) / 60
+    write_text(out / "demo.json", json.dumps({"state": "done", "broken": broken, "minutes": round(minutes, 2)}))
+    print(f"\nparity report  {page}\nloss curves    {picture}\nmodel          {out / 'hf'}   ({minutes:.1f} minutes)")
+    print(f"go on with     tele chat --backend pt --checkpoint {out / 'hf'}")
+    return 1 if broken else 0
+
+
+def prepare(
+    data: Sequence[str] | None, tokenizer_file: str | None, out: Path
+) -> tuple[Tokenizer, list[dict[str, Any]]]:
+    """Tokenizer and packed sources [{path, weight}], from the user's files or from Python's own texts."""
+    groups: dict[str, Sequence[Path]]
+    if data:
+        groups, shares = {"data": find_inputs(data)}, {"data": 1.0}
+    else:
+        groups, shares = {name: [file] for name, file in write_demo_text(out / "text").items()}, SHARES
+    if tokenizer_file is None:
+        texts = read_texts([file for files in groups.values() for file in files], TOKENIZER_BYTES)
+        vocab_size = load_model_config("telechat2-tiny").vocab_size
+        train_tokenizer(texts, out / "tokenizer.model", vocab_size)
+        tokenizer_file = str(out / "tokenizer.model")
+    tokenizer = load_tokenizer(tokenizer_file, in_vocabulary=True)
+    sources = []
+    for name, files in groups.items():
+        packed = out / "packed" / name
+        if detect_kind(files) == "dialogue":
+            pack_dialogues(files, packed, tokenizer, seq_len=128, force=True)
+        else:
+            pack_text(files, packed, tokenizer, force=True)
+        sources.append({"path": str(packed.resolve()), "weight": shares[name]})
+    return tokenizer, sources
+
+
+def demo_config(tokenizer: Tokenizer, sources: list[dict[str, Any]], steps: int, seed: int) -> RunConfig:
+    """telechat2-tiny with the tokenizer's vocabulary, 1,024 tokens a step."""
+    return run_config_from_dict(
+        {
+            "model": {"preset": "telechat2-tiny", "vocab_size": tokenizer.vocab_size},
+            "data": {"sources": sources, "seq_len": 128},
+            "train": {"steps": steps, "global_batch": 8, "micro_batch": 8, "seed": seed},
+            "optim": {"lr": 1e-3, "min_lr": 1e-4, "warmup_steps": steps // 10},
+            "checkpoint": {"every": 0},
+        }
+    )
+
+
+def train(backend: str, config: RunConfig, out: Path, resume: str | None = None) -> list[Row]:
+    """One training run as a user starts it; its metrics. ``resume`` names a run beside ``out``.
+
+    SystemExit with the run's code when it fails.
+    """
+    if out.exists():
+        remove_folder(out)  # an earlier demo's
+    out.mkdir(parents=True)
+    file = out / "run.yaml"
+    write_text(file, json.dumps(config.to_dict(), indent=1))  # JSON is YAML
+    arguments = ["--config", str(file), "--out", str(out)]
+    code = launch(backend, arguments + (["--resume", str(out.parent / resume)] if resume else []), 1, out / "logs")
+    if code:
+        raise SystemExit(code)
+    return read_metrics(out)
+
+
+def after(step: int, rows: list[Row]) -> list[Row]:
+    """The rows past ``step``."""
+    return [row for row in rows if row["step"] > step]
+
+
+def export(run_folder: Path, target: Path) -> None:
+    """The run's latest checkpoint as a released folder; a former demo's is replaced."""
+    from convert.copy import canonical_to_hf
+    from convert.source import CanonicalSource, open_model
+
+    if target.exists():
+        remove_folder(target)
+    source = open_model(run_folder)
+    assert isinstance(source, CanonicalSource)
+    canonical_to_hf(source, target)
+
+
+def continuations(model: Path, tokenizer: Tokenizer, prompt: np.ndarray) -> int:
+    """Print each backend's greedy continuation; how many tokens differ, 0 when the first difference is a near-tie."""
+    from convert.source import open_model
+
+    source, ids = open_model(model), [int(i) for i in prompt]
+    print(f"   prompt  {tokenizer.decode(ids)!r}")
+    made = []
+    for name in ("ms", "pt"):
+        session = backends.load(name, "generate").Session(source.config, source.tensor, max_len=len(ids) + ANSWER)
+        # A penalty, because a model this small would otherwise repeat one token.
+        made.append(generate(session, ids, sampling_config(repetition_penalty=1.2), ANSWER))
+        print(f"{backends.TITLES[name]:>10}  {tokenizer.decode(made[-1].tokens)!r}")
+    pairs = list(zip(made[0].tokens, made[1].tokens, strict=True))
+    differing = [i for i, (a, b) in enumerate(pairs) if a != b]
+    if differing and made[1].top2_margins[differing[0]] < NEAR_TIE:
+        print(f"   token {differing[0]} is a near-tie (margin {made[1].top2_margins[differing[0]]:.1e})")
+        return 0
+    return len(differing)
+
+
+def _title(text: str) -> None:
+    print(f"\n== {text}", flush=True)

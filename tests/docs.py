@@ -1,0 +1,343 @@
+"""The commands shown in the documentation: found, checked against the real parsers, and sorted by which test runs them.
+
+Kept apart from the tests, like tests/house.py, so that every rule can be run on a page with a planted mistake.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import difflib
+import importlib
+import io
+import re
+import shlex
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from core import cli, loop
+from core.config import RunConfig, load_model_config, load_run_config
+from core.errors import UserError
+from tests.house import ROOT
+
+PAGES = ("README.md", "README.zh.md", *sorted(f"docs/{p.name}" for p in (ROOT / "docs").glob("*.md")))
+TWINS = ("README.md", "README.zh.md")  # the same commands in both, so one of them is run
+OTHERS = ("CONTRIBUTING.md", "CHANGELOG.md")  # links are followed, commands checked, nothing is run
+
+PROGRAMS = ("tele", "make", "msrun", "torchrun", "source", "printf")
+SHELL = ("bash", "sh")
+
+# What no test runs as it stands, and why. Options, config keys and files of these are checked all the same.
+NOT_RUN = {
+    "make demo": "minutes; its parts are in tests/parity, and it is run by hand before a release",
+    "make test": "is what runs this",
+    "make test-unit": "is what runs this",
+    "make install": "installs; continuous integration begins with it",
+    "source .venv/bin/activate": "the shell's own; the tests run inside the environment",
+    "tele train --backend pt --config configs/train/telechat2-tiny.yaml --out runs/second "
+    "--set train.steps=100 optim.lr=1e-3": "the same launch as the resume below it",
+    "tele parity --config configs/train/telechat2-tiny.yaml --steps 50 --out parity": "three launches; "
+    "tests/parity/test_parity_command.py::test_one_batch_and_three_steps runs a shorter one",
+    "tele parity --config configs/train/telechat2-tiny.yaml --steps 0 --set train.precision=bf16": "run by "
+    "tests/parity/test_parity_command.py::test_one_batch_in_low_precision",
+    "tele bench step --model telechat2-mini --seq-len 256 --micro-batch 4 --out bench.json": "a minute; "
+    "tests/parity/test_parity_command.py::test_bench_with_real_workers runs a smaller model",
+    "msrun --worker_num=1 --local_worker_num=1 --join=True --log_dir=LOGS telechat_ms/train.py "
+    "--config F --out DIR": "F and DIR are the reader's; the README's line is run",
+    "torchrun --nproc-per-node=1 pt_reference/train.py --config F --out DIR": "F and DIR are the reader's; the "
+    "README's line is run",
+}
+# Pages whose commands another test runs, all of them.
+RUN_ELSEWHERE = {"docs/generation.md": "tests/parity/test_generation_parity.py::test_the_commands_of_the_page_run"}
+
+LIGHT = ("doctor", "plan", "tokenize", "data", "convert")  # verbs that need no framework
+TRAINED = "runs/"  # a light verb on something that was trained goes with the training
+
+# Options in the text that are other programs'.
+FOREIGN_OPTIONS = ("--tokenizer-mode", "--logdir")  # vLLM, TensorBoard
+FILE_ENDINGS = ("py", "safetensors", "json", "yaml", "md")  # model.safetensors is no config key
+
+
+@dataclass(frozen=True)
+class Command:
+    """One shown command: where, as written (without comment), the words of the program that counts, what it is fed."""
+
+    page: str
+    line: int
+    text: str
+    words: tuple[str, ...]
+    stdin_text: str = ""
+    stdin_file: str = ""
+
+    @property
+    def where(self) -> str:
+        return f"{self.page}:{self.line}"
+
+
+@dataclass(frozen=True)
+class Fence:
+    page: str
+    line: int  # of the first line inside
+    language: str
+    lines: tuple[str, ...]
+
+
+def fences(root: Path, page: str) -> list[Fence]:
+    """The fenced blocks of a page."""
+    found, inside = [], None
+    for number, line in enumerate((root / page).read_text(encoding="utf-8").splitlines(), 1):
+        if line.startswith("```"):
+            if inside is None:
+                inside = (number + 1, line[3:].strip(), [])
+            else:
+                found.append(Fence(page, inside[0], inside[1], tuple(inside[2])))
+                inside = None
+        elif inside is not None:
+            inside[2].append(line)
+    if inside is not None:
+        raise UserError(f"{page}:{inside[0]}: a fence is not closed")
+    return found
+
+
+def commands(root: Path, page: str) -> list[Command]:
+    """Commands of the page's shell blocks, and of unnamed blocks where a line begins with one of PROGRAMS."""
+    found = []
+    for fence in fences(root, page):
+        if fence.language not in (*SHELL, ""):
+            continue
+        begun = ""
+        for number, line in enumerate(fence.lines, fence.line):
+            begun += line.removesuffix("\\")
+            if line.endswith("\\"):
+                continue
+            command, begun = _command(page, number, begun), ""
+            if command and (fence.language in SHELL or command.words[0] in PROGRAMS):
+                found.append(command)
+    return found
+
+
+def _command(page: str, number: int, text: str) -> Command | None:
+    lexer = shlex.shlex(text, posix=True, punctuation_chars="|<>;&")
+    lexer.whitespace_split, lexer.commenters = True, "#"
+    try:
+        words = list(lexer)
+    except ValueError:  # an apostrophe in prose, not a command
+        return None
+    if not words:
+        return None
+    shown = " ".join(_uncommented(text).split())
+    fed = name = ""
+    if "|" in words:
+        cut = words.index("|")
+        fed, words = words[1], words[cut + 1 :]
+    if "<" in words:
+        cut = words.index("<")
+        name, words = words[cut + 1], words[:cut]
+    return Command(page, number, shown, tuple(words), fed, name)
+
+
+def _uncommented(text: str) -> str:
+    for mark in re.finditer(r"(?<!\S)#", text):
+        if text[: mark.start()].count("'") % 2 == 0 and text[: mark.start()].count('"') % 2 == 0:
+            return text[: mark.start()]
+    return text
+
+
+def mistakes(root: Path, page: str) -> list[str]:
+    """Complaints about a page: commands that would not be understood, config keys and options that do not exist."""
+    found = [f"{c.where}: {said}" for c in commands(root, page) if (said := mistake(c))]
+    return found + wrong_blocks(root, page) + wrong_words(root, page) + wrong_links(root, page)
+
+
+def mistake(command: Command) -> str | None:
+    """What is wrong with a command, or None. Nothing is run."""
+    program, *words = command.words
+    if program not in PROGRAMS:
+        return f"'{program}' is no program of this project; there are: {', '.join(PROGRAMS)}"
+    check = {"tele": _tele, "make": _make, "msrun": _raw, "torchrun": _raw}.get(program)
+    try:
+        if check:
+            check(words)
+    except UserError as error:
+        return str(error)
+    return None
+
+
+def _tele(words: list[str]) -> None:
+    if not words or words[0] not in cli.VERBS:
+        raise UserError(f"no command 'tele {' '.join(words[:1])}'")
+    options = parser(words[0]).parse_args(words[1:])
+    if hasattr(options, "set"):
+        _run_config(options.config, options.set)
+    if isinstance(getattr(options, "model", None), str):
+        load_model_config(options.model, "--model")
+
+
+def _run_config(config: str, overrides: list[str]) -> None:
+    if not config.isupper():  # F stands for a file of the reader's
+        load_run_config(ROOT / config, overrides)
+
+
+def _make(words: list[str]) -> None:
+    text = (ROOT / "Makefile").read_text(encoding="utf-8")
+    targets = re.search(r"^\.PHONY:(.*)$", text, flags=re.MULTILINE)
+    assert targets is not None
+    for word in words:
+        name, equals, _ = word.partition("=")
+        if equals and not re.search(rf"\b{re.escape(name)}\b", text):
+            raise UserError(f"make: the Makefile knows no variable {name}")
+        if not equals and word not in targets[1].split():
+            raise UserError(f"make: no target '{word}'; there are: {targets[1].strip()}")
+
+
+def _raw(words: list[str]) -> None:
+    script = next((i for i, word in enumerate(words) if word.endswith(".py")), None)
+    if script is None or not (ROOT / words[script]).is_file():
+        raise UserError("no script of ours is launched")
+    options = loop.parser().parse_args(words[script + 1 :])
+    _run_config(options.config, options.set)
+
+
+def parser(verb: str) -> cli.Parser:
+    """The parser that `tele VERB` uses."""
+    made = cli.Parser(prog=f"tele {verb}")
+    importlib.import_module(cli.VERBS[verb][0]).add_arguments(made)
+    return made
+
+
+def wrong_blocks(root: Path, page: str) -> list[str]:
+    """Python blocks that do not compile, YAML blocks whose sections have unknown keys or wrong values."""
+    import yaml
+
+    complaints = []
+    for fence in fences(root, page):
+        text = "\n".join(fence.lines)
+        if fence.language == "python":
+            try:
+                compile(text, page, "exec")
+            except SyntaxError as error:
+                complaints.append(f"{page}:{fence.line}: {error}")
+        elif fence.language == "yaml":
+            for section, values in yaml.safe_load(text).items():
+                said = _section(section, values)
+                if said:
+                    complaints.append(f"{page}:{fence.line}: {said}")
+    return complaints
+
+
+def _section(section: str, values: dict[str, Any]) -> str | None:
+    """What is wrong with one section of a run's YAML, judged inside a recipe that is right."""
+    from core.config import run_config_from_dict
+    from core.schema import load_yaml
+
+    tree = load_yaml(ROOT / "configs" / "train" / "telechat2-7b.yaml")
+    tree[section] = values
+    try:
+        run_config_from_dict(tree)
+    except UserError as error:
+        return str(error)
+    return None
+
+
+def wrong_words(root: Path, page: str) -> list[str]:
+    """`tele VERB`, `--option` and `section.key` inside backticks that name nothing."""
+    complaints = []
+    fenced = {n for f in fences(root, page) for n in range(f.line, f.line + len(f.lines))}
+    for number, line in enumerate((root / page).read_text(encoding="utf-8").splitlines(), 1):
+        for span in re.findall(r"`([^`]+)`", line) if number not in fenced else ():
+            for verb in re.findall(r"\btele ([a-z]+)", span):
+                if verb not in cli.VERBS:
+                    complaints.append(f"{page}:{number}: no command 'tele {verb}'")
+            for option in re.findall(r"(?<!\S)--[a-z][\w-]*", span):
+                if option not in all_options():
+                    near = difflib.get_close_matches(option, all_options(), n=1)
+                    complaints.append(f"{page}:{number}: no option {option}" + (f", nearest {near[0]}" if near else ""))
+            for key in re.findall(r"(?<![\w./])((?:model|data|train|optim|checkpoint|health)\.[a-z_0-9]+)", span):
+                if key not in all_keys() and key.partition(".")[2] not in FILE_ENDINGS:
+                    complaints.append(f"{page}:{number}: no config key {key}")
+    return complaints
+
+
+@cache
+def all_options() -> frozenset[str]:
+    """Every option of every verb and of the raw launchers' scripts."""
+
+    def walk(of: argparse.ArgumentParser) -> Iterator[str]:
+        for action in of._actions:
+            yield from action.option_strings
+            if isinstance(action, argparse._SubParsersAction):
+                for inner in action.choices.values():
+                    yield from walk(inner)
+
+    made = [*(parser(verb) for verb in cli.VERBS), loop.parser()]
+    return frozenset(["--help", "--version", *FOREIGN_OPTIONS, *(name for one in made for name in walk(one))])
+
+
+@cache
+def all_keys() -> frozenset[str]:
+    """Every ``section.key`` of a run's YAML."""
+    import typing
+
+    sections = typing.get_type_hints(RunConfig)
+    return frozenset(f"{s}.{f.name}" for s, kind in sections.items() for f in dataclasses.fields(kind))
+
+
+def wrong_links(root: Path, page: str) -> list[str]:
+    """Relative links to files that are not there, or to headings that their page has not."""
+    complaints = []
+    fenced = {n for f in fences(root, page) for n in range(f.line, f.line + len(f.lines))}
+    for number, line in enumerate((root / page).read_text(encoding="utf-8").splitlines(), 1):
+        for target in re.findall(r"\]\(([^)\s]+)\)", line) if number not in fenced else ():
+            if re.match(r"[a-z]+:", target):
+                continue
+            name, _, heading = target.partition("#")
+            file = (root / page).parent / name if name else root / page
+            if not file.exists():
+                complaints.append(f"{page}:{number}: link to {target}, which is not there")
+            elif heading and heading not in anchors(file):
+                complaints.append(f"{page}:{number}: link to {target}, a heading that is not there")
+    return complaints
+
+
+def anchors(file: Path) -> list[str]:
+    """Headings as links name them."""
+    headings = re.findall(r"^#+ (.*)$", file.read_text(encoding="utf-8"), flags=re.MULTILINE)
+    return [re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings]
+
+
+def run_by(command: Command) -> str:
+    """Who runs a command: "unit", "parity", or the reason why nobody does as it stands."""
+    if command.page in OTHERS or command.text in NOT_RUN:
+        return NOT_RUN.get(command.text, "")
+    if command.text in elsewhere():
+        return elsewhere()[command.text]
+    program, *words = command.words
+    light = program == "tele" and words[0] in LIGHT and not any(word.startswith(TRAINED) for word in words)
+    return "unit" if light else "parity"
+
+
+@cache
+def elsewhere() -> dict[str, str]:
+    """Commands of the pages in RUN_ELSEWHERE, and the test that runs them; the same line on another page is covered."""
+    return {c.text: test for page, test in RUN_ELSEWHERE.items() for c in commands(ROOT, page)}
+
+
+def to_run(who: str) -> list[Command]:
+    """The commands that ``who`` runs, page by page; a line that stands on two pages is run on the first."""
+    found: dict[str, Command] = {}
+    for page in PAGES:
+        for command in commands(ROOT, page):
+            if run_by(command) == who:
+                found.setdefault(command.text, command)
+    return list(found.values())
+
+
+def run(command: Command, monkeypatch: Any) -> int:
+    """Run a `tele` command in this process and the present folder; its exit code."""
+    fed = Path(command.stdin_file).read_text(encoding="utf-8") if command.stdin_file else command.stdin_text
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(fed.encode())))
+    return cli.main(list(command.words[1:]))

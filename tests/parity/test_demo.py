@@ -1,0 +1,75 @@
+"""The whole way in small: `tele demo` on someone's own dialogues, then what it left behind."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from convert.source import open_model
+from core.cli import main
+from core.data.demo_text import write_demo_text
+from core.metrics import read_metrics
+
+QUESTIONS = ("What is a rotary position?", "为什么要归一化？", "How is a key shared?", "什么是梯度？")
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Twelve steps on 240 rows of dialogue with their own small tokenizer."""
+    folder = tmp_path_factory.mktemp("demo")
+    rows = [
+        {
+            "system": "You answer briefly.",
+            "dialog": [
+                {"role": "user", "content": f"{QUESTIONS[i % 4]} ({i})"},
+                {"role": "bot", "content": f"Answer number {i}: it turns by {i * 7 % 97} steps. 第{i}步。"},
+            ],
+            "multiturn": False,
+            "tool": False,
+        }
+        for i in range(240)
+    ]
+    data = folder / "rows.jsonl"
+    data.write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows), encoding="utf-8")
+    sample, tokenizer = folder / "sample.txt", folder / "tokenizer.model"
+    sample.write_text(data.read_text(encoding="utf-8"), encoding="utf-8")
+    assert main(["tokenize", "train", str(sample), "--out", str(tokenizer), "--vocab-size", "400"]) == 0
+    words = ["--data", str(data), "--tokenizer", str(tokenizer), "--steps", "12", "--out", str(folder / "out")]
+    assert main(["demo", *words]) == 0
+    return folder / "out"
+
+
+def test_every_part_is_there(demo: Path) -> None:
+    result = json.loads((demo / "demo.json").read_text())
+    assert result["state"] == "done" and not result["broken"]
+    for name in ("parity/report.md", "parity/report.json", "loss.png", "hf/config.json", "hf/model.safetensors"):
+        assert (demo / name).stat().st_size > 0, name
+    assert len(read_metrics(demo / "ms")) == len(read_metrics(demo / "pt")) == 12
+
+
+def test_pytorch_went_on_where_mindspore_stopped(demo: Path) -> None:
+    rows = read_metrics(demo / "crossed")
+    assert [row["step"] for row in rows[-2:]] == [13, 14]
+
+
+def test_the_export_is_a_released_folder(demo: Path) -> None:
+    source = open_model(demo / "hf")
+    assert source.config.vocab_size == 400
+    assert source.tokenizer_path is not None
+
+
+def test_a_folder_of_something_else_is_left_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "thesis.txt").write_text("x")
+    assert main(["demo", "--out", str(tmp_path)]) == 2
+    assert "other than an earlier demo" in capsys.readouterr().err
+    assert (tmp_path / "thesis.txt").read_text() == "x"
+
+
+def test_python_brings_enough_text(tmp_path: Path) -> None:
+    files = write_demo_text(tmp_path / "text")
+    sizes = {name: file.stat().st_size for name, file in files.items()}
+    assert sizes["english"] > 300_000 and sizes["code"] > 300_000 and sizes["chinese"] > 5_000, sizes
+    rows = [json.loads(line) for line in files["chinese"].read_text(encoding="utf-8").splitlines()]
+    assert any("\u4e00" <= c <= "\u9fff" for row in rows for c in row["text"])
