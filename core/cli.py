@@ -66,6 +66,7 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message}; see `{self.prog} --help`")
 
     def parse_args(self, args=None, namespace=None):  # type: ignore[no-untyped-def, override]
+        args = sys.argv[1:] if args is None else list(args)
         if self._subparsers is None:
             # Before argparse asks for a required option that is there, but misspelt.
             before_values = args[: args.index("--")] if "--" in args else args

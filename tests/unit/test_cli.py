@@ -145,3 +145,10 @@ def test_a_reader_that_leaves_early_is_no_error() -> None:
     tele.stdout.close()
     assert tele.stderr.read() == b""
     assert tele.wait() == 1
+
+
+def test_a_script_parses_its_own_command_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    from core.loop import parser
+
+    monkeypatch.setattr("sys.argv", ["train.py", "--config", "run.yaml"])
+    assert parser().parse_args().config == "run.yaml"
