@@ -18,6 +18,7 @@ from core.commands.parity import compare_batch, summary
 from core.config import RunConfig, load_model_config, run_config_from_dict
 from core.data.blend import open_blend
 from core.data.demo_text import write_demo_text
+from core.data.packed import PackedDataset
 from core.data.prepare import pack_dialogues, pack_text, read_texts
 from core.data.rows import detect_kind, find_inputs
 from core.data.tokenizer import Tokenizer, load_tokenizer
@@ -93,7 +94,8 @@ def run(args: argparse.Namespace) -> int:
 
     _title("5  export to the released format, greedy continuation in both")
     export(out / "ms", out / "hf")
-    apart = continuations(out / "hf", tokenizer, blend.batch(0, 1).input_ids[0, :16])
+    opening, *_ = PackedDataset(config.data.sources[0].path).sample(0, config.data.seq_len, config.model.pad_token_id)
+    apart = continuations(out / "hf", tokenizer, opening[:16])
 
     _title("result")
     picture = plot_losses(rows, out / "loss.png", "telechat2-tiny, both backends")
