@@ -104,8 +104,10 @@ def run(args: argparse.Namespace) -> int:
         *(replace(bound, what=f"after the hand-over: {bound.what}") for bound in handover.bounds[1:]),
         Bound("greedy tokens that differ", float(apart), 0.0, f"same weights; near-ties below {NEAR_TIE:g} aside"),
     ]
+    width = max(len(bound.what) for bound in extra)
     for bound in extra:
-        print(f"  {'ok    ' if bound.holds else 'BROKEN'}  {bound.what}  {bound.value:.2e}  limit {bound.limit:.2e}")
+        mark = "ok    " if bound.holds else "BROKEN"
+        print(f"  {mark}  {bound.what:<{width}}  {bound.value:9.2e}  limit {bound.limit:.2e}")
     broken = bool(report.broken) or not all(bound.holds for bound in extra)
     minutes = (time.monotonic() - began) / 60
     write_text(out / "demo.json", json.dumps({"state": "done", "broken": broken, "minutes": round(minutes, 2)}))
