@@ -82,7 +82,9 @@ def writable_file(path: str | Path, option: str) -> None:
         probe.touch()
         probe.unlink()
     except OSError as error:
-        raise UserError(f"{option} {path}: cannot be written ({error.strerror})") from None
+        in_the_way = isinstance(error, (FileExistsError, NotADirectoryError))
+        reason = "a file lies where its folder should be" if in_the_way else error.strerror
+        raise UserError(f"{option} {path}: cannot be written ({reason})") from None
     if path.is_dir():
         raise UserError(f"{option} {path}: is a folder; give a file")
 

@@ -109,7 +109,7 @@ def test_mistakes_are_told_before_anything_starts(argv, message):
 
 def test_a_bad_out_is_found_before_measuring(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "file").write_text("")
-    for out, says in ((tmp_path / "file/x.json", "Not a directory"), (tmp_path, "is a folder")):
+    for out, says in ((tmp_path / "file/x.json", "a file lies where its folder should be"), (tmp_path, "is a folder")):
         assert main(["bench", "step", "--out", str(out)]) == 2
         error = capsys.readouterr().err
         assert error.startswith("tele: --out") and says in error and error.count("\n") == 1
