@@ -39,12 +39,13 @@ def open_model(path: str | Path, verify: bool = True) -> ModelSource:
 class ModelSource(ABC):
     """Weights under logical names, read when asked for.
 
-    ``config``; ``path``; ``tokenizer_path`` (a tokenizer.model, or None).
+    ``config``; ``path``; ``tokenizer_path`` (a tokenizer.model, or None); ``notes`` (what had to be assumed).
     """
 
     config: ModelConfig
     path: Path
     tokenizer_path: Path | None
+    notes: tuple[str, ...] = ()
 
     def names(self) -> list[str]:
         """Logical names in forward order."""
@@ -82,6 +83,7 @@ class HfSource(ModelSource):
     def __init__(self, folder: HfFolder) -> None:
         self.folder = folder
         self.path = folder.path
+        self.notes = tuple(folder.notes)
         self.config = folder.config
         tokenizer = folder.path / "tokenizer.model"
         self.tokenizer_path = tokenizer if tokenizer.is_file() else None
@@ -103,7 +105,7 @@ class HfSource(ModelSource):
     def describe(self) -> str:
         files = len(self.folder.files)
         detail = f"{self.folder.dtype}, {files} file{'s' * (files > 1)}, {show_bytes(self.folder.nbytes)}"
-        return "; ".join([self._summary("release", detail), *self.folder.notes])
+        return "; ".join([self._summary("release", detail), *self.notes])
 
 
 class CanonicalSource(ModelSource):

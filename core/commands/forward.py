@@ -63,6 +63,8 @@ def run(args: argparse.Namespace) -> int:
     arrays = read_inputs(args.inputs)
     backend = backends.load(args.backend, "forward")
     source = open_model(args.checkpoint)
+    for note in source.notes:
+        print(f"note: {note}", file=sys.stderr)
     check_not_of_model(out, source.files())
     config = with_table_dtype(source.config, args.table_dtype)
     batch = make_batch(arrays, config, args.inputs)

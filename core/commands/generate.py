@@ -113,6 +113,8 @@ def load_model(args: argparse.Namespace, need_tokenizer: str | None) -> Loaded:
 
     backends.load(args.backend, "generate")  # an absent framework is said first
     source = open_model(args.checkpoint)
+    for note in source.notes:
+        print(f"note: {note}", file=sys.stderr)
     config = with_table_dtype(source.config, args.table_dtype)
     path = args.tokenizer or source.tokenizer_path
     if path is None and need_tokenizer:

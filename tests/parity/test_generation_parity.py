@@ -418,3 +418,13 @@ def test_the_python_of_the_page_runs(shown):
     done = subprocess.run(command, capture_output=True, timeout=300)
     assert done.returncode == 0, done.stderr.decode()
     assert done.stdout.count(b"\n") >= 2
+
+
+def test_what_was_assumed_of_a_release_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    released = json.loads((GOLDENS / "telechat2_mha/config.json").read_text())
+    released["hidden_dropout"] = 0.1
+    (tmp_path / "config.json").write_text(json.dumps(released))
+    (tmp_path / "model.safetensors").symlink_to(GOLDENS / "telechat2_mha/weights.safetensors")
+    words = ["generate", "--backend", "pt", "--checkpoint", str(tmp_path), "--ids", "5,6,7", "--max-new-tokens", "1"]
+    assert cli.main(words) == 0
+    assert "note: hidden_dropout 0.1 is ignored" in capsys.readouterr().err
