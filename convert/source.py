@@ -10,11 +10,10 @@ from typing import Any
 import numpy as np
 
 from convert.hf import HfFolder
-from core.atomic import show_bytes
 from core.checkpoint import Checkpoint, check_shapes, open_checkpoint
 from core.config import ModelConfig
 from core.errors import UserError
-from core.params import count_parameters, parameter_table
+from core.params import parameter_table
 from core.schema import from_mapping
 
 
@@ -66,16 +65,6 @@ class ModelSource(ABC):
     def files(self) -> list[Path]:
         """The files this model is made of: nothing else may be written over them."""
 
-    @abstractmethod
-    def describe(self) -> str:
-        """One line for people."""
-
-    def _summary(self, kind: str, detail: str) -> str:
-        return (
-            f"{kind} {self.path}: {self.config.family}, {self.config.num_layers} layers, hidden "
-            f"{self.config.hidden_size}, {count_parameters(self.config):,} parameters, {detail}"
-        )
-
 
 class HfSource(ModelSource):
     """A released folder."""
@@ -102,11 +91,6 @@ class HfSource(ModelSource):
     def files(self) -> list[Path]:
         return [*(file.path for file in self.folder.files.values()), *self.folder.assets]
 
-    def describe(self) -> str:
-        files = len(self.folder.files)
-        detail = f"{self.folder.dtype}, {files} file{'s' * (files > 1)}, {show_bytes(self.folder.nbytes)}"
-        return "; ".join([self._summary("release", detail), *self.notes])
-
 
 class CanonicalSource(ModelSource):
     """A canonical checkpoint."""
@@ -127,11 +111,6 @@ class CanonicalSource(ModelSource):
 
     def files(self) -> list[Path]:
         return self.checkpoint.files
-
-    def describe(self) -> str:
-        dtypes = sorted({self.checkpoint.dtype("weights", name).name for name in self.names()})
-        detail = f"{'/'.join(dtypes)}, step {self.checkpoint.step}, {show_bytes(self.checkpoint.nbytes)}"
-        return self._summary("checkpoint", detail)
 
 
 def checkpoint_config(checkpoint: Checkpoint) -> ModelConfig:

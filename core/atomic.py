@@ -15,6 +15,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+import psutil
+
 from core.errors import UserError
 
 # Distinctive, because stale ones are cleaned up: folders of other programs must never match.
@@ -115,7 +117,7 @@ def clean_stale(parent: Path) -> None:
             continue
         with suppress(OSError):
             if host.endswith(f"-{socket.gethostname()}"):
-                stale = not _alive(int(pid))
+                stale = not psutil.pid_exists(int(pid))
             else:
                 stale = time.time() - building.stat().st_mtime > _FOREIGN_STALE_SECONDS
             if stale:
@@ -171,13 +173,3 @@ def show_bytes(count: int) -> str:
             break
         value /= 1000
     return f"{int(value)} B" if unit == "B" else f"{value:.1f} {unit}"
-
-
-def _alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True

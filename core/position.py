@@ -33,11 +33,6 @@ def attention_scale(config: ModelConfig, seq_len: int) -> float:
     return 0.1 * math.log(ratio) + 1.0 if ratio > 1.0 else 1.0
 
 
-def scales_with_length(config: ModelConfig, seq_len: int) -> bool:
-    """Whether a sequence of this length uses other tables than a short one does."""
-    return scaled_base(config, seq_len) != scaled_base(config, 1) or attention_scale(config, seq_len) != 1.0
-
-
 def rope_tables(
     config: ModelConfig, positions: np.ndarray, seq_len: int, dtype: type = np.float32
 ) -> tuple[np.ndarray, np.ndarray]:

@@ -8,10 +8,8 @@ so that both backends use the very same doubles.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 
 from core.config import OptimConfig
-from core.params import ParamSpec
 
 # Keeps clip_factor finite for a zero norm; the value is part of the published recipe (torch.nn.utils.clip_grad_norm_).
 CLIP_EPS = 1e-6
@@ -35,19 +33,3 @@ def clip_factor(norm: float, limit: float) -> float:
     if limit == 0.0:
         return 1.0
     return min(1.0, limit / (norm + CLIP_EPS))
-
-
-def decays(name: str, spec: ParamSpec) -> bool:
-    """Whether decoupled weight decay acts on a parameter: on matrices, embedding and head included, nothing else.
-
-    ``name`` is not used by TeleChat2's recipe; it is an argument because a recipe may single out parameters by name.
-    """
-    return spec.decays
-
-
-def decay_groups(table: Mapping[str, ParamSpec]) -> dict[str, list[str]]:
-    """Names split into {"decay": [...], "no_decay": [...]}, each in the order of ``table``; every name is in one."""
-    groups: dict[str, list[str]] = {"decay": [], "no_decay": []}
-    for name, spec in table.items():
-        groups["decay" if decays(name, spec) else "no_decay"].append(name)
-    return groups

@@ -12,7 +12,7 @@ import numpy as np
 
 from core.batch import IGNORE, Batch
 from core.config import RunConfig, run_config_from_dict
-from core.recipe import decays
+from kernels.reference import adamw
 
 SEQ_LEN, VOCAB = 16, 24
 
@@ -125,13 +125,10 @@ class NumpyStepper:
         self.step += 1
         for name, p in self.params.items():
             g = self.grads[name] * np.float32(grad_scale)
-            self.m[name] = (optim.beta1 * self.m[name] + (1 - optim.beta1) * g).astype(np.float32)
-            self.v[name] = (optim.beta2 * self.v[name] + (1 - optim.beta2) * g * g).astype(np.float32)
-            m = self.m[name] / (1 - optim.beta1**self.step)
-            v = self.v[name] / (1 - optim.beta2**self.step)
-            if decays(name, _Shaped(p)):
-                p *= np.float32(1 - lr * optim.weight_decay)
-            p -= (lr * m / (np.sqrt(v) + optim.eps)).astype(np.float32)
+            decay = optim.weight_decay if p.ndim == 2 else 0.0
+            p[...], self.m[name], self.v[name] = adamw(
+                p, g, self.m[name], self.v[name], self.step, lr, optim.beta1, optim.beta2, optim.eps, decay
+            )
         self.discard()
 
     def discard(self):
@@ -157,10 +154,3 @@ class NumpyStepper:
 
     def implementation(self):
         return {"backend": "numpy", "device": "CPU", "everything": "tests/numpy_stepper.py"}
-
-
-class _Shaped:
-    """What core.recipe.decays reads of a ParamSpec."""
-
-    def __init__(self, array: np.ndarray) -> None:
-        self.shape, self.decays = array.shape, array.ndim == 2

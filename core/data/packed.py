@@ -23,6 +23,7 @@ from types import TracebackType
 from typing import Any, BinaryIO
 
 import numpy as np
+import psutil
 
 from core.batch import IGNORE
 from core.data.tokenizer import Tokenizer
@@ -335,18 +336,8 @@ def _remove_abandoned(out: Path) -> None:
     """Leftovers of runs that were killed; those of a living process stay."""
     for folder in out.parent.glob(f".{out.name}.*.partial"):
         pid = folder.name.split(".")[-2]
-        if pid.isdigit() and int(pid) != os.getpid() and not _alive(int(pid)):
+        if pid.isdigit() and int(pid) != os.getpid() and not psutil.pid_exists(int(pid)):
             shutil.rmtree(folder, ignore_errors=True)
-
-
-def _alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
 
 
 def _read_meta(path: Path) -> dict[str, Any]:

@@ -186,15 +186,13 @@ def test_a_release_trained_further_keeps_its_config_and_files(tmp_path):
     assert maps[1]["metadata"]["total_size"] == 2 * maps[0]["metadata"]["total_size"]
 
 
-def test_sources_agree_and_describe_themselves(tmp_path):
+def test_sources_agree(tmp_path):
     source = release(tmp_path / "hf", shards=2)
     hf_to_canonical(HfFolder(source), tmp_path / "c")
     hf, canonical = open_model(source), open_model(tmp_path / "c")
     assert hf.names() == canonical.names() and hf.config == canonical.config
     for name in hf.names():
         assert hf.tensor(name).tobytes() == canonical.tensor(name).tobytes()
-    assert "3 layers, hidden 48, 70,416 parameters, float32, 2 files" in hf.describe()
-    assert "float32, step 0" in canonical.describe()
     assert hf.tokenizer_path == source / "tokenizer.model"
     for model in (hf, canonical):
         assert set(model.files()) == {p for p in model.path.rglob("*") if p.is_file()}

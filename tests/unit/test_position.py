@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from core.config import load_model_config
-from core.position import attention_scale, ntk_alpha, rope_tables, scaled_base, scales_with_length
+from core.position import attention_scale, ntk_alpha, rope_tables, scaled_base
 from tests.frameworks import GOLDENS, golden_arrays, golden_config
 
 
@@ -51,8 +51,9 @@ def test_tables_equal_the_released_ones(case: str, variant: str, dtype: str) -> 
 
 def test_scaling_starts_beyond_the_trained_length() -> None:
     config = load_model_config("telechat2-tiny")
-    assert not scales_with_length(config, config.training_seqlen)
-    assert scales_with_length(config, config.training_seqlen + 1)
+    trained = config.training_seqlen
+    assert scaled_base(config, trained) == config.rope_theta and attention_scale(config, trained) == 1.0
+    assert scaled_base(config, trained + 1) > config.rope_theta and attention_scale(config, trained + 1) > 1.0
 
 
 def test_float64_tables_are_float64_throughout() -> None:

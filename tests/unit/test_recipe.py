@@ -8,7 +8,7 @@ import pytest
 
 from core.config import CONFIGS, OptimConfig, load_model_config, load_run_config
 from core.params import parameter_table
-from core.recipe import clip_factor, decay_groups, decays, learning_rate
+from core.recipe import clip_factor, learning_rate
 
 OPTIM = OptimConfig(lr=0.006, min_lr=0.0006, warmup_steps=2)
 # The rates of the golden optimizer trace (tests/goldens, float64), 8 steps: copied so that this test needs no file.
@@ -51,11 +51,10 @@ def test_clip_factor(norm, limit, factor):
 
 def test_decay_on_matrices_only():
     table = parameter_table(load_model_config("telechat2-tiny"))
-    groups = decay_groups(table)
-    assert sorted(groups["decay"] + groups["no_decay"]) == sorted(table)
-    assert {"embed.weight", "head.weight", "layers.0.attn.k.weight"} <= set(groups["decay"])
-    assert {"norm.weight", "layers.3.attn.o.bias", "layers.0.ffn_norm.weight"} <= set(groups["no_decay"])
-    assert all(decays(name, table[name]) == (len(table[name].shape) == 2) for name in table)
+    decayed = {name for name, spec in table.items() if spec.decays}
+    assert {"embed.weight", "head.weight", "layers.0.attn.k.weight"} <= decayed
+    assert not {"norm.weight", "layers.3.attn.o.bias", "layers.0.ffn_norm.weight"} & decayed
+    assert decayed == {name for name, spec in table.items() if len(spec.shape) == 2}
 
 
 @pytest.mark.parametrize("path", sorted((CONFIGS / "train").glob("*.yaml")), ids=lambda p: p.stem)
