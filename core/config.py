@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from core.errors import UserError
+from core.layout import Layout
 from core.schema import from_mapping, load_yaml, option, set_dotted
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
@@ -37,6 +38,7 @@ class ModelConfig:
     base_seqlen: int = option(help="length beyond which the rotary base grows", min=1)
     max_seqlen: int = option(help="length the model was trained to handle [seq_length]", min=1)
     init_std: float = option(0.02, help="standard deviation of initial matrices [initializer_range]", above=0.0)
+    tied_embeddings: bool = option(False, help="the head is the embedding, used twice [tie_word_embeddings]")
     table_dtype: str = option(
         "float32", help="rotary table precision; float16 reproduces the released code", choices=("float32", "float16")
     )
@@ -89,7 +91,7 @@ class DataConfig:
 class TrainConfig:
     steps: int = option(help="optimizer steps in the whole run", min=1)
     global_batch: int = option(help="sequences an optimizer step", min=1)
-    micro_batch: int = option(help="sequences a forward pass; divides global_batch", min=1)
+    micro_batch: int = option(help="sequences a forward pass on one data-parallel rank; divides global_batch", min=1)
     precision: str = option(
         "fp32", help="fp32 | bf16 (O2) | amp (O1) | fp16 (dynamic loss scale) | fp64 (reference)", choices=PRECISIONS
     )
@@ -126,6 +128,7 @@ class OptimConfig:
 class CheckpointConfig:
     every: int = option(0, help="save every N steps; 0 saves only at the end", min=0)
     keep_last: int = option(2, help="checkpoints kept", min=1)
+    asynchronous: bool = option(False, help="write in the background while training goes on; costs one copy in memory")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,6 +146,7 @@ class RunConfig:
     data: DataConfig = option(help="what to train on")
     train: TrainConfig = option(help="how long and in which precision")
     optim: OptimConfig = option(help="AdamW and its schedule")
+    parallel: Layout = option(Layout(), help="how the work is split over processes; default: one process")
     checkpoint: CheckpointConfig = option(CheckpointConfig(), help="saving")
     health: HealthConfig = option(HealthConfig(), help="what to do when training goes wrong")
 

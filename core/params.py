@@ -49,7 +49,8 @@ def parameter_table(config: ModelConfig) -> dict[str, ParamSpec]:
         }
         table.update({f"layers.{i}.{name}": spec for name, spec in block.items()})
     table["norm.weight"] = ParamSpec((E,), "norm")
-    table["head.weight"] = ParamSpec((V, E), "head")
+    if not config.tied_embeddings:
+        table["head.weight"] = ParamSpec((V, E), "head")
     return table
 
 
