@@ -1,11 +1,13 @@
 """One rank as `tele` starts it: runs a script and leaves a status file that says how it ended.
 
-    python core/worker.py --status-dir D [--output-file FILE] [--terminal] script.py args...
+    python core/worker.py --status-dir D [--output-file FILE] [--terminal] [--no-scheduler] script.py args...
 
 The launchers (msrun, torchrun) report a failing rank late, in their own words, or not at all; a status file written
 by the rank itself is the same for both: `D/status_<rank>.json` with the keys rank, pid, state (running | done |
 failed), code, error (one line), user_error, traceback and time. A rank that dies without Python's help (a signal, no
-memory left) leaves `running` behind with a process id that no longer lives, which says it too.
+memory left) leaves `running` behind with a process id that no longer lives, which says it too. While the script runs,
+`D/heartbeat_<rank>.bin` says which collective the rank waits in (core.heartbeat), and SIGUSR1 makes the rank write its
+Python stack to `D/stack_<rank>.txt` and go on.
 """
 
 from __future__ import annotations
@@ -31,6 +33,10 @@ if __name__ == "__main__":
     sys.path[0] = str(ROOT)
 
 from core.errors import UserError  # noqa: E402
+from core.heartbeat import heartbeat_path, place_heartbeat  # noqa: E402
+
+SCHEDULER = "scheduler"  # in the place of a rank: msrun's scheduler keeps a status file too
+PART = 150.0  # seconds a rank that failed or was interrupted may wait for the others; above the launcher's own limits
 
 _supervised = False
 
@@ -55,7 +61,13 @@ def run_script(main: Callable[[], int | None]) -> int:
 
 
 def write_status(
-    log_dir: str | Path, rank: int, code: int | None, message: str = "", *, user_error: bool = False, trace: str = ""
+    log_dir: str | Path,
+    rank: int | str,
+    code: int | None,
+    message: str = "",
+    *,
+    user_error: bool = False,
+    trace: str = "",
 ) -> None:
     """Record how rank ``rank`` ended (``code`` None: it still runs). The file is replaced in one step."""
     state = "running" if code is None else "done" if code == 0 else "failed"
@@ -75,7 +87,7 @@ def write_status(
     os.replace(beside, path)
 
 
-def status_path(log_dir: str | Path, rank: int) -> Path:
+def status_path(log_dir: str | Path, rank: int | str) -> Path:
     return Path(log_dir) / f"status_{rank}.json"
 
 
@@ -84,7 +96,7 @@ def stack_path(log_dir: str | Path, rank: int) -> Path:
     return Path(log_dir) / f"stack_{rank}.txt"
 
 
-def read_status(log_dir: str | Path, rank: int) -> dict[str, Any] | None:
+def read_status(log_dir: str | Path, rank: int | str) -> dict[str, Any] | None:
     """The record of one rank, or None while it has not started."""
     try:
         return json.loads(status_path(log_dir, rank).read_text(encoding="utf-8"))
@@ -105,6 +117,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--status-dir", type=Path, required=True)
     parser.add_argument("--output-file", help="write output here, not to the inherited streams; {rank} is filled in")
     parser.add_argument("--terminal", action="store_true", help="rank 0's output is shown on a terminal")
+    parser.add_argument("--no-scheduler", action="store_true", help="as msrun's scheduler, leave: another node has it")
     parser.add_argument("script")
     parser.add_argument("args", nargs=argparse.REMAINDER)
     options = parser.parse_args(argv)
@@ -112,7 +125,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     # A job started in the background inherits "ignore SIGINT"; this rank must be able to hear its launcher.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     if os.environ.get("MS_ROLE") == "MS_SCHED":
-        return _serve_as_scheduler()
+        return 0 if options.no_scheduler else _serve_as_scheduler(options.status_dir)
     rank = int(os.environ.get("RANK_ID") or os.environ.get("RANK") or 0)
     if options.output_file:
         _redirect(options.output_file.format(rank=rank))
@@ -120,13 +133,34 @@ def main(argv: Sequence[str] | None = None) -> int:
         _pretend_terminal()
     _supervised = True
     # Told to end (by us or by torchrun), the rank first writes where it was, even from inside native code: that shows
-    # where it hung, and that it was a victim and not the cause.
-    faulthandler.register(signal.SIGTERM, open(stack_path(options.status_dir, rank), "w"), chain=True)  # noqa: SIM115
+    # where it hung, and that it was a victim and not the cause. A script may put its own handler in that one's place
+    # (training does, to save first), so the launcher asks by another signal.
+    stack = open(stack_path(options.status_dir, rank), "w")  # noqa: SIM115
+    faulthandler.register(signal.SIGTERM, stack, chain=True)
+    faulthandler.register(signal.SIGUSR1, stack)
+    place_heartbeat(heartbeat_path(options.status_dir, rank))
     write_status(options.status_dir, rank, None)
     sys.argv = [options.script, *options.args]
     code, outcome = _run(options.script)
     write_status(options.status_dir, rank, code, **outcome)
+    if code:
+        _wait_for_the_others(options.status_dir, rank)
     return code
+
+
+def _wait_for_the_others(status_dir: Path, rank: int) -> None:
+    """Stay until the other ranks here have ended too, or the launcher ends us.
+
+    msrun and torchrun kill all other ranks as soon as one exits with an error. After Ctrl-C that would cut off a rank
+    that is still saving; after a failure the launcher, which has read our status by then, ends the job in better order.
+    """
+    deadline = time.monotonic() + PART
+    while time.monotonic() < deadline:
+        others = [path for path in status_dir.glob("status_*.json") if path != status_path(status_dir, rank)]
+        states = [read_status(status_dir, path.stem.removeprefix("status_")) for path in others]
+        if not any(s is not None and s["rank"] != SCHEDULER and s["state"] == "running" for s in states):
+            return
+        time.sleep(0.05)
 
 
 def _run(script: str) -> tuple[int, dict[str, Any]]:
@@ -170,11 +204,17 @@ def _pretend_terminal() -> None:
         stream.isatty = lambda: True  # type: ignore[method-assign]
 
 
-def _serve_as_scheduler() -> int:
+def _serve_as_scheduler(status_dir: Path) -> int:
     """msrun runs the same command once more as the cluster's scheduler, which has no part in the training itself."""
     import importlib
 
-    importlib.import_module("mindspore.communication").init()  # returns when the workers have left
+    write_status(status_dir, SCHEDULER, None)
+    try:
+        importlib.import_module("mindspore.communication").init()  # returns when the workers have left
+    except Exception as error:
+        write_status(status_dir, SCHEDULER, 1, f"{type(error).__name__}: {error}".splitlines()[0])
+        raise
+    write_status(status_dir, SCHEDULER, 0)
     return 0
 
 

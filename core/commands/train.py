@@ -1,18 +1,37 @@
-"""Train or resume a model.
+"""Train or resume a model, in one process or in many.
 
 The config is checked before anything starts; then the backend's train.py runs under its own launcher (msrun or
-torchrun). Ctrl-C ends all processes. What the run writes, under --out: metrics.jsonl (a row per step), TensorBoard
-events, a plot of the loss, checkpoints (step-*, latest), and logs/ with each rank's output.
+torchrun). Ctrl-C ends all processes, after the step and a checkpoint; a second one ends them at once. What the run
+writes, under --out: metrics.jsonl (a row per step), TensorBoard events, a plot of the loss, checkpoints (step-*,
+latest), and logs/ with each rank's output (logs-nodeN/ on node N > 0).
 
-The raw launchers work as well:
-  msrun --worker_num=1 --local_worker_num=1 --join=True --log_dir=LOGS telechat_ms/train.py --config F --out DIR
-  torchrun --nproc-per-node=1 pt_reference/train.py --config F --out DIR
+Layouts (--layout, or `parallel:` in the config) say how many processes share the work and how: parts joined by dots.
+  tpN        tensor parallel: matrices and heads          dpN        data parallel: samples of the batch
+  ppN        pipeline: layers; vppN: N chunks a rank      cpN        context: every sequence, over a ring
+  ulyssesN   context by all-to-all over heads             ringN.ulyssesM  both, N x M processes
+  gpipe, nosp, nozero: the GPipe schedule; no sequence parallel; optimizer states whole on every rank
+Examples:
+  tele train --backend ms --config F --layout tp2.dp2
+      4 processes: every matrix in 2 halves, the batch in 2 shares
+  tele train --backend pt --config F --layout pp2.ring2.ulysses2.tp2
+      16 processes: 2 stages of layers, every sequence in 4 parts, every matrix in 2 halves
+
+Several machines: the same command on each, with its own --node-rank. HOST:PORT is node 0's; PORT and PORT + 1 are used.
+  tele train --backend ms --config F --layout tp8.dp2 --nnodes 2 --node-rank 0 --master 10.0.0.1:29500
+
+The raw launchers work as well, with the layout as --set:
+  msrun --worker_num=4 --local_worker_num=4 --join=True --log_dir=LOGS telechat_ms/train.py --config F --out DIR \\
+    --set parallel.tp=2 parallel.dp=2
+  torchrun --nproc-per-node=4 pt_reference/train.py --config F --out DIR --set parallel.tp=2 parallel.dp=2
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import math
 from pathlib import Path
+from typing import Any
 
 from core.errors import UserError
 
@@ -27,18 +46,48 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--resume", metavar="DIR|auto", help="go on from a checkpoint or run folder; auto: from --out if it has one"
     )
-    parser.add_argument("--nproc", type=int, default=1, metavar="N", help="processes (default 1)")
+    parser.add_argument(
+        "--layout", metavar="TEXT", help="e.g. tp2.pp2: in place of the config's `parallel:` (--set is applied after)"
+    )
+    parser.add_argument(
+        "--nproc", type=int, metavar="N", help="processes on this machine (default: as many as the layout needs)"
+    )
+    parser.add_argument(
+        "--nnodes", type=int, default=1, metavar="N", help="machines of --nproc processes each (default 1)"
+    )
+    parser.add_argument("--node-rank", type=int, default=0, metavar="N", help="which of them this is, from 0")
+    parser.add_argument("--master", metavar="HOST:PORT", help="node 0, as the others reach it")
+    parser.add_argument(
+        "--timeout",
+        type=float,
+        metavar="SECONDS",
+        help="end the job, and say who waits where, when a rank waits longer in one collective (default 540; 0: never)",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
     from core.config import load_run_config
     from core.data.blend import open_blend
-    from core.launch import launch
+    from core.launch import COLLECTIVE_TIMEOUT, launch
+    from core.launch_command import check_nodes
+    from core.layout import check_layout
 
-    config = load_run_config(args.config, args.set)
-    if args.nproc != 1:
-        raise UserError(f"--nproc: training runs in one process in this version, found {args.nproc}; use --nproc 1")
+    overrides = _layout_overrides(args.layout, args.config) + args.set
+    config = load_run_config(args.config, overrides)
+    nproc = _share(config.parallel, args.nnodes) if args.nproc is None else args.nproc
+    check_nodes(nproc, args.nnodes, args.node_rank, args.master)
+    timeout = COLLECTIVE_TIMEOUT if args.timeout is None else args.timeout
+    if not (math.isfinite(timeout) and timeout >= 0):
+        raise UserError(f"--timeout: must be 0 (never) or a number of seconds above it, found {timeout:g}")
     # A launcher takes seconds to start; what can be refused is refused before that.
+    check_layout(
+        config.parallel,
+        config.model,
+        world=nproc * args.nnodes,
+        global_batch=config.train.global_batch,
+        micro_batch=config.train.micro_batch,
+        seq_len=config.data.seq_len,
+    )
     open_blend(config.data, config.train.seed, config.model.vocab_size, config.model.pad_token_id)
     if args.resume not in (None, "auto") and not Path(args.resume).is_dir():
         raise UserError(f"--resume: no folder {args.resume}; give a checkpoint or a run's folder, or 'auto'")
@@ -47,14 +96,52 @@ def run(args: argparse.Namespace) -> int:
         raise UserError(f"--out: {out} is a file; give a folder")
     _keep_earlier_run(out, args.resume)
     script_args = ["--config", args.config, "--out", str(out)]
-    for assignment in args.set:
+    for assignment in overrides:
         script_args += ["--set", assignment]
     if args.resume:
         script_args += ["--resume", args.resume]
+    nodes = {"nnodes": args.nnodes, "node_rank": args.node_rank, "master": args.master}
     try:
-        return launch(args.backend, script_args, args.nproc, out / "logs")
+        return launch(args.backend, script_args, nproc, out / "logs", **nodes, collective_timeout=timeout)
     except OSError as error:
         raise UserError(f"--out: cannot write to {out} ({error.strerror})") from None
+
+
+def _layout_overrides(text: str | None, config: str) -> list[str]:
+    """``--set`` assignments that turn the config's ``parallel:`` into the layout ``text``.
+
+    Whatever the text leaves out goes back to its default, except ``bucket_mb``, of which a layout's text says nothing.
+    """
+    from core.layout import Layout, parse_layout
+    from core.schema import load_yaml
+
+    if text is None:
+        return []
+    wanted, default = parse_layout(text), Layout()
+    tree = load_yaml(config)
+    section = tree.get("parallel") if isinstance(tree, dict) else None
+    given = set(section) if isinstance(section, dict) else set()
+    assignments = []
+    for field in dataclasses.fields(Layout):
+        value = getattr(wanted, field.name)
+        if field.name != "bucket_mb" and (value != getattr(default, field.name) or field.name in given):
+            assignments.append(f"parallel.{field.name}={_yaml(value)}")
+    return assignments
+
+
+def _yaml(value: Any) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _share(layout: Any, nnodes: int) -> int:
+    """Processes of one of ``nnodes`` machines; UserError when they cannot hold equal shares of the layout."""
+    if nnodes < 1 or layout.world % nnodes == 0:
+        return layout.world // max(nnodes, 1)
+    fitting = max(n for n in range(1, nnodes) if layout.world % n == 0)
+    raise UserError(
+        f"--nnodes: {nnodes} machines cannot hold equal shares of the {layout.world} ranks of layout {layout.name}; "
+        f"nearest that can: {fitting}"
+    )
 
 
 def _keep_earlier_run(out: Path, resume: str | None) -> None:

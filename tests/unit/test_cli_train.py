@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import re
 from pathlib import Path
 from typing import Any
 
@@ -11,15 +13,17 @@ import yaml
 import core.data.blend
 import core.launch
 from core import cli
+from core.config import load_run_config
+from core.layout import parse_layout
 
 
 @pytest.fixture
 def launched(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
-    """What would have been launched."""
+    """What would have been launched: the positional arguments, then the named ones."""
     calls: list[tuple[Any, ...]] = []
 
-    def launch(*args: Any) -> int:
-        calls.append(args)
+    def launch(*args: Any, **named: Any) -> int:
+        calls.append((*args, named))
         return 0
 
     monkeypatch.setattr(core.launch, "launch", launch)
@@ -45,7 +49,8 @@ def test_everything_is_passed_on(config: Path, launched: list[Any], tmp_path: Pa
     assert cli.main([*words, "--set", "train.steps=20", "optim.lr=2e-3", "--set", "train.seed=7"]) == 0
     passed = ["--config", str(config), "--out", str(tmp_path / "out")]
     passed += ["--set", "train.steps=20", "--set", "optim.lr=2e-3", "--set", "train.seed=7", "--resume", "auto"]
-    assert launched == [("pt", passed, 1, tmp_path / "out" / "logs")]
+    alone = {"nnodes": 1, "node_rank": 0, "master": None, "collective_timeout": core.launch.COLLECTIVE_TIMEOUT}
+    assert launched == [("pt", passed, 1, tmp_path / "out" / "logs", alone)]
 
 
 def test_default_folder_is_named_after_config_and_backend(config: Path, launched: list[Any]) -> None:
@@ -58,7 +63,26 @@ def test_default_folder_is_named_after_config_and_backend(config: Path, launched
     [
         (["--set", "train.stesp=3"], "train: unknown key 'stesp'; did you mean 'steps'?"),
         (["--set", "train.global_batch=3"], "train.micro_batch: 2 does not divide global_batch 3"),
-        (["--nproc", "2"], "--nproc: training runs in one process in this version, found 2; use --nproc 1"),
+        (
+            ["--nproc", "2"],
+            "parallel: layout single has 1 ranks but 2 processes were started; start 1, or set parallel",
+        ),
+        (["--nproc", "0"], "--nproc: must be at least 1, found 0"),
+        (["--layout", "tp2", "--nproc", "4"], "layout tp2 has 2 ranks but 4 processes were started; start 2, or set"),
+        (["--layout", "tp2.qp2"], "layout 'tp2.qp2': unknown part 'qp2'"),
+        (["--layout", "tp3"], "parallel.tp: 3 does not divide model.num_heads 4; nearest tp that fits this model: 2"),
+        (["--layout", "dp4"], "train.global_batch: 4 is not a multiple of dp 4 x micro_batch 2 = 8"),
+        (["--set", "parallel.pp=40"], "parallel.pp: 40 stages are more than model.num_layers"),
+        (
+            ["--layout", "dp2", "--nnodes", "3"],
+            "--nnodes: 3 machines cannot hold equal shares of the 2 ranks of layout",
+        ),
+        (["--layout", "dp2", "--nnodes", "2"], "--master: needed with --nnodes 2; give HOST:PORT of node 0"),
+        (["--layout", "dp2", "--nnodes", "2", "--master", "h"], "--master: expected HOST:PORT with a port from"),
+        (["--node-rank", "1"], "--node-rank: must be from 0 to 0 with --nnodes 1, found 1"),
+        (["--nnodes", "0"], "--nnodes: must be at least 1, found 0"),
+        (["--timeout", "-1"], "--timeout: must be 0 (never) or a number of seconds above it, found -1"),
+        (["--timeout", "nan"], "--timeout: must be 0 (never)"),
         (["--resume", "nowhere"], "--resume: no folder nowhere"),
     ],
 )
@@ -100,3 +124,51 @@ def test_an_earlier_run_keeps_its_logs(config: Path, launched: list[Any], capsys
     for resume in ("auto", str(out), str(out / "step-00000003")):
         assert cli.main([*words, "--resume", resume]) == 0
     assert len(launched) == 3
+
+
+def sets(call: tuple[Any, ...]) -> list[str]:
+    """The assignments that train.py is started with."""
+    words = call[1]
+    return [words[i + 1] for i, word in enumerate(words) if word == "--set"]
+
+
+def test_a_layout_becomes_assignments_and_processes(config: Path, launched: list[Any]) -> None:
+    words = ["train", "--backend", "pt", "--config", str(config)]
+    assert cli.main([*words, "--layout", "tp2.pp2.gpipe.nozero", "--set", "train.steps=20"]) == 0
+    wanted = ["parallel.pp=2", "parallel.tp=2", "parallel.schedule=gpipe", "parallel.zero1=false", "train.steps=20"]
+    assert sets(launched[0]) == wanted, "the layout first, so that --set can refine it"
+    assert launched[0][2] == 4
+    assert load_run_config(config, sets(launched[0])).parallel == parse_layout("tp2.pp2.gpipe.nozero")
+    assert cli.main([*words, "--layout", "single"]) == 0
+    assert (sets(launched[1]), launched[1][2]) == ([], 1)
+
+
+def test_a_layout_takes_the_place_of_the_configs(config: Path, launched: list[Any]) -> None:
+    tree = yaml.safe_load(config.read_text())
+    tree["parallel"] = {"pp": 2, "stage_layers": [1, 1], "zero1": False, "bucket_mb": 5.0}
+    tree["model"] = {"preset": tree["model"], "num_layers": 2}
+    config.write_text(yaml.safe_dump(tree))
+    words = ["train", "--backend", "ms", "--config", str(config)]
+    assert cli.main(words) == 0
+    assert (sets(launched[0]), launched[0][2]) == ([], 2), "processes as the config's own layout needs"
+    assert cli.main([*words, "--layout", "dp2.tp2"]) == 0
+    assert launched[1][2] == 4
+    passed = load_run_config(config, sets(launched[1])).parallel
+    assert passed == dataclasses.replace(parse_layout("dp2.tp2"), bucket_mb=5.0), "a layout's text has no bucket size"
+
+
+def test_nodes_share_the_layout(config: Path, launched: list[Any], tmp_path: Path) -> None:
+    words = ["train", "--backend", "ms", "--config", str(config), "--out", str(tmp_path / "out"), "--layout", "dp2.tp2"]
+    nodes = ["--nnodes", "2", "--node-rank", "1", "--master", "10.0.0.1:29500", "--timeout", "30"]
+    assert cli.main([*words, *nodes]) == 0
+    named = {"nnodes": 2, "node_rank": 1, "master": "10.0.0.1:29500", "collective_timeout": 30.0}
+    assert launched[0][2:] == (2, tmp_path / "out" / "logs", named)
+    assert cli.main([*words, *nodes, "--nproc", "2"]) == 0
+
+
+def test_the_help_names_the_default_timeout(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["train", "--help"]) == 0
+    text = " ".join(capsys.readouterr().out.split())
+    assert f"(default {core.launch.COLLECTIVE_TIMEOUT:g}; 0: never)" in text
+    examples = [word for word in re.findall(r"--layout (\S+)", text) if not word.startswith("TEXT")]
+    assert [parse_layout(word).world for word in examples] == [4, 16, 16]

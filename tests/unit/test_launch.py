@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
+import socket
 import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from core import launch as launching
 from core.errors import UserError
+from core.launch_command import Plan, check_nodes, check_port, command, environment
+from core.nodes import parse_master
 from core.processes import Deaths
+from core.screen import Screen
 from core.worker import read_status, run_script, status_path, write_status
 from tests.house import ROOT
 
@@ -23,7 +29,7 @@ ERROR = b"[ERROR] ME(6411:1397,MainProcess):2026-11-21-18:03:11.149.000 [a.py:1]
 
 
 def shown(pieces: list[bytes], tmp_path: Path, capfdbinary: pytest.CaptureFixture[bytes]) -> bytes:
-    screen = launching._Screen(tmp_path / "none.log")
+    screen = Screen(tmp_path / "none.log")
     for piece in pieces:
         screen.show(piece)
     screen.show(b"", last=True)
@@ -38,14 +44,14 @@ def test_screen_drops_framework_chatter_only(tmp_path: Path, capfdbinary: pytest
 
 
 def test_screen_passes_carriage_returns_at_once(tmp_path: Path, capfdbinary: pytest.CaptureFixture[bytes]) -> None:
-    screen = launching._Screen(tmp_path / "none.log")
+    screen = Screen(tmp_path / "none.log")
     screen.show("\r 10%|█".encode())
     assert capfdbinary.readouterr().out == "\r 10%|█".encode()
 
 
 def test_screen_reads_only_what_is_new(tmp_path: Path) -> None:
     log = tmp_path / "worker_0.log"
-    screen = launching._Screen(log)
+    screen = Screen(log)
     assert screen.read() == b""
     log.write_bytes(b"one")
     assert screen.read() == b"one"
@@ -77,7 +83,8 @@ def test_the_first_to_fail_is_the_culprit(tmp_path: Path) -> None:
         status_path(tmp_path, rank).write_text(json.dumps(status(rank, "running", 0.0, pid=10 + rank)))
     running = status(1, "running", 0.0, pid=11)
     assert first(status(0, "failed", 5.0), running, deaths={11: 4.9}) == 1
-    assert first(status(0, "failed", 5.0), running, deaths={11: 5.1}) == 0
+    assert first(status(0, "failed", 5.0), running, deaths={11: 5.1}) == 1, "it is noticed late: connections go first"
+    assert first(status(0, "failed", 5.0), running, deaths={11: 5.5}) == 0
     # ... unless it wrote down that it was told to end
     both = (status(0, "running", 0.0, pid=10), running)
     assert first(*both, deaths={10: 4.0, 11: 4.5}) == 0
@@ -102,26 +109,115 @@ def test_death_is_noticed_though_the_parent_does_not_look() -> None:
     child.communicate()
 
 
+def planned(backend: str, folder: Path, nproc: int = 2, **nodes: Any) -> Plan:
+    return Plan(backend, folder / "s.py", ("--config", "c"), nproc, folder, **nodes)
+
+
 def test_commands_are_those_of_the_frameworks(tmp_path: Path) -> None:
-    ms = launching._command("ms", tmp_path / "s.py", ["--config", "c"], 2, tmp_path)
+    ms = command(planned("ms", tmp_path), 1234)
     assert ms[1:5] == ["-m", "mindspore.parallel.cluster.run", "--worker_num=2", "--local_worker_num=2"]
+    assert "--master_addr=127.0.0.1" in ms and "--master_port=1234" in ms and "--no-scheduler" not in ms
     assert f"--log_dir={tmp_path}" in ms and "--join=True" in ms
-    pt = launching._command("pt", tmp_path / "s.py", ["--config", "c"], 2, tmp_path)
-    assert pt[1:5] == ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    for command in (ms, pt):
-        assert command[-3:] == [str(tmp_path / "s.py"), "--config", "c"]
-        assert str(ROOT / "core" / "worker.py") in command
+    pt = command(planned("pt", tmp_path), 0)
+    assert pt[1:5] == ["-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone"]
+    for words in (ms, pt):
+        assert words[-3:] == [str(tmp_path / "s.py"), "--config", "c"]
+        assert str(ROOT / "core" / "worker.py") in words
 
 
-def test_environment_of_the_workers(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_commands_of_several_nodes(tmp_path: Path) -> None:
+    nodes = {"nnodes": 3, "host": "10.0.0.1", "port": 1234}
+    ms = [command(planned("ms", tmp_path, node_rank=node, **nodes), 1234) for node in range(3)]
+    for node, words in enumerate(ms):
+        ours = ["--worker_num=6", "--local_worker_num=2", "--master_addr=10.0.0.1", "--master_port=1234"]
+        assert words[3:8] == [*ours, f"--node_rank={node}"]
+        assert ("--no-scheduler" in words) == (node > 0), (
+            "node 0 has the only scheduler, also where both share a machine"
+        )
+        assert "--tail_worker_log=6" in words, "no rank has that number"
+    pt = command(planned("pt", tmp_path, node_rank=2, **nodes), 1234)
+    assert pt[3:8] == [
+        *("--nproc-per-node=2", "--nnodes=3", "--node-rank=2"),
+        *("--master-addr=10.0.0.1", "--master-port=1234"),
+    ]
+    assert list(planned("pt", tmp_path, node_rank=2, **nodes).ranks) == [4, 5]
+
+
+@pytest.mark.parametrize("backend", ["ms", "pt"])
+def test_the_frameworks_own_parsers_take_the_commands(
+    backend: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip({"ms": "mindspore", "pt": "torch"}[backend])
+    words = command(planned(backend, tmp_path, node_rank=1, nnodes=3, host="10.0.0.1", port=1234), 1234)
+    if backend == "ms":
+        from mindspore.parallel.cluster.run import get_args
+
+        monkeypatch.setattr(sys, "argv", words[2:])
+        parsed = get_args()
+        assert (parsed.worker_num, parsed.local_worker_num, parsed.node_rank) == (6, 2, 1)
+        assert (parsed.master_addr, parsed.master_port, parsed.task_script) == ("10.0.0.1", 1234, words[11])
+    else:
+        from torch.distributed.run import parse_args
+
+        parsed = parse_args(words[3:])
+        assert (parsed.nnodes, parsed.nproc_per_node, parsed.node_rank) == ("3", "2", 1)
+        assert (parsed.master_addr, parsed.master_port, parsed.rdzv_backend) == ("10.0.0.1", 1234, "static")
+        assert parsed.training_script == str(ROOT / "core" / "worker.py")
+
+
+@pytest.mark.parametrize(
+    ("nproc", "nnodes", "node_rank", "master", "says"),
+    [
+        (0, 1, 0, None, "--nproc: must be at least 1, found 0"),
+        (1, 0, 0, None, "--nnodes: must be at least 1, found 0"),
+        (1, 2, 2, "h:1", "--node-rank: must be from 0 to 1 with --nnodes 2, found 2"),
+        (1, 1, 1, None, "--node-rank: must be from 0 to 0 with --nnodes 1, found 1"),
+        (1, 2, 0, None, "--master: needed with --nnodes 2; give HOST:PORT of node 0"),
+        (1, 2, 0, "somewhere", "--master: expected HOST:PORT with a port from 1 to 65534, found 'somewhere'"),
+        (1, 2, 0, ":80", "--master: expected HOST:PORT"),
+        (1, 2, 0, "h:0", "--master: expected HOST:PORT"),
+        (1, 2, 0, "h:65535", "--master: expected HOST:PORT"),
+    ],
+)
+def test_mistakes_in_the_nodes(nproc: int, nnodes: int, node_rank: int, master: str | None, says: str) -> None:
+    with pytest.raises(UserError) as caught:
+        check_nodes(nproc, nnodes, node_rank, master)
+    assert str(caught.value).startswith(says)
+
+
+def test_the_place_of_node_0() -> None:
+    assert parse_master("10.0.0.1:29500") == ("10.0.0.1", 29500)
+    assert parse_master("[fe80::1]:1") == ("fe80::1", 1)
+    assert check_nodes(8, 1, 0, None) == ("127.0.0.1", 0)
+
+
+def test_a_port_in_use_is_named_on_node_0(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        plan = planned("pt", tmp_path, nnodes=2, port=port)
+        with pytest.raises(UserError, match=f"--master: port {port} is in use on this machine"):
+            check_port(plan)
+        check_port(dataclasses.replace(plan, node_rank=1))
+    check_port(plan)
+    with pytest.raises(UserError, match="--master: 192.0.2.1 is no address of this machine, which is node 0"):
+        check_port(dataclasses.replace(plan, backend="ms", host="192.0.2.1"))
+
+
+def test_environment_of_the_workers(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     for name in ("OMP_WAIT_POLICY", "OMP_NUM_THREADS"):
         monkeypatch.delenv(name, raising=False)
-    env = launching._environment("ms", 1)
+    monkeypatch.setenv("RANK", "5")
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(12)))
+    env = environment(planned("ms", tmp_path, 1))
     assert env["OMP_WAIT_POLICY"] == "PASSIVE" and "OMP_NUM_THREADS" not in env
     assert env["PATH"].split(os.pathsep)[0] == str(Path(sys.executable).parent)
-    assert int(launching._environment("pt", 2)["OMP_NUM_THREADS"]) >= 1
+    assert "RANK" not in env, "of a launcher around this one"
+    threads = [environment(planned("pt", tmp_path, nproc))["OMP_NUM_THREADS"] for nproc in (2, 5, 12, 16)]
+    assert threads == ["6", "2", "1", "1"]
     monkeypatch.setenv("OMP_WAIT_POLICY", "ACTIVE")
-    assert launching._environment("ms", 1)["OMP_WAIT_POLICY"] == "ACTIVE", "what the user has set stands"
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    env = environment(planned("ms", tmp_path, 2))
+    assert (env["OMP_WAIT_POLICY"], env["OMP_NUM_THREADS"]) == ("ACTIVE", "3"), "what the user has set stands"
 
 
 def test_a_missing_framework_is_the_users_to_mend(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -219,3 +315,20 @@ def test_status_file_round_trip(tmp_path: Path) -> None:
     record = read_status(tmp_path, 0)
     assert record is not None and (record["state"], record["error"], record["traceback"]) == ("failed", "x", "t")
     assert list(tmp_path.iterdir()) == [status_path(tmp_path, 0)]
+
+
+def test_the_top_of_a_stack_is_the_newest_dump_of_the_main_thread() -> None:
+    dump = (
+        "Thread 0x1 (most recent call first):\n"
+        '  File "/usr/lib/threading.py", line 5 in wait\n\n'
+        "Current thread 0x2 (most recent call first):\n"
+        '  File "/a/b/ops.py", line 7 in wait\n'
+        '  File "/a/b/model.py", line 30 in forward\n'
+        '  File "/a/b/loop.py", line 1 in step\n'
+        '  File "/a/b/train.py", line 2 in <module>\n'
+        '  File "<frozen runpy>", line 88 in _run_code\n'
+    )
+    assert launching._top(dump) == "ops.py:7 wait < model.py:30 forward < loop.py:1 step"
+    assert launching._top(dump + dump.replace("line 7", "line 8")).startswith("ops.py:8 wait <")
+    assert launching._top(dump, frames=9).endswith("train.py:2 <module>"), "what starts the script says nothing"
+    assert launching._top("") == ""
