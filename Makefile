@@ -7,7 +7,7 @@
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install demo test test-unit lint format lock clean
+.PHONY: help install demo test test-unit test-parallel-full lint format lock clean
 
 VENV ?= .venv
 EXTRAS := ms,pt,dev
@@ -25,8 +25,9 @@ endif
 
 help:
 	@echo "make demo       train in both frameworks, compare, resume across, generate (about 6 minutes on 2 cores)"
-	@echo "make test       lint and all tests (under 15 minutes on 2 cores)"
+	@echo "make test       lint and all tests but the full matrix of layouts (under 25 minutes on 2 cores)"
 	@echo "make test-unit  the fast tests (under a minute)"
+	@echo "make test-parallel-full  every parallel layout of up to 8 processes, in both frameworks"
 	@echo "make lint       ruff and mypy"
 	@echo "make format     let ruff rewrite the files"
 	@echo "make install    only create $(VENV) and install into it"
@@ -40,14 +41,18 @@ demo: $(READY)
 
 # loadfile keeps the tests of a file in one process, so that what a file launches is launched once. One thread each:
 # with more, idle OpenMP threads of one worker spin on the core the other worker needs (measured: ten times slower).
-test test-unit: export OMP_NUM_THREADS := 1
-test test-unit: export OMP_WAIT_POLICY := PASSIVE
+test test-unit test-parallel-full: export OMP_NUM_THREADS := 1
+test test-unit test-parallel-full: export OMP_WAIT_POLICY := PASSIVE
 test: lint
 	$(RUN) -m tests.size_report
-	$(RUN) -m pytest tests -n $(WORKERS) --dist loadfile --durations=15 $(PYTEST_ARGS)
+	$(RUN) -m pytest tests -m "not full" -n $(WORKERS) --dist loadfile --durations=15 $(PYTEST_ARGS)
 
 test-unit: $(READY)
 	$(RUN) -m pytest tests/unit -n $(WORKERS) --dist loadfile --durations=5 $(PYTEST_ARGS)
+
+# One launch at a time: eight processes already share the cores.
+test-parallel-full: $(READY)
+	$(RUN) -m pytest tests -m full --durations=0 $(PYTEST_ARGS)
 
 lint: $(READY)
 	$(RUN) -m ruff check .

@@ -2,15 +2,22 @@
 
     python -m core.bench_worker ms '{"model": "telechat2-tiny", ...}'
 
-Two such processes are kept alive side by side and work in turns, so that both meet the same machine in the same state.
+Such a process is kept alive beside others that are measured, and they work in turns, so that all meet the same machine
+in the same state. ``Worker`` is the side that gives the orders.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
+import signal
+import statistics
+import subprocess
 import sys
 import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,10 +25,17 @@ import numpy as np
 from core import backends
 from core.batch import Batch
 from core.config import RunConfig, run_config_from_dict
+from core.layout import parse_layout
+from core.worker import die_with_parent
+
+ROOT = Path(__file__).resolve().parent.parent
 
 
-def bench_config(options: dict[str, Any]) -> RunConfig:
-    """A training run on random tokens: ``model``, ``seq_len``, ``micro_batch``, ``micro_batches``, ``precision``."""
+def bench_config(options: Mapping[str, Any]) -> RunConfig:
+    """A training run on random tokens: ``model``, ``seq_len``, ``micro_batch``, ``micro_batches``, ``precision``.
+
+    ``layout``, a layout's text, says how it is split; without it, one process.
+    """
     return run_config_from_dict(
         {
             "model": {"preset": options["model"]},
@@ -33,12 +47,13 @@ def bench_config(options: dict[str, Any]) -> RunConfig:
                 "precision": options["precision"],
             },
             "optim": {"lr": 1e-4},
+            "parallel": dataclasses.asdict(parse_layout(options.get("layout", "single"))),
         }
     )
 
 
 def random_batch(config: RunConfig, step: int) -> Batch:
-    """The same tokens for every backend: a function of the step."""
+    """The same tokens for every backend and layout: a function of the step."""
     shape = (config.train.global_batch, config.data.seq_len)
     ids = np.random.default_rng(step).integers(0, config.model.vocab_size, (shape[0], shape[1] + 1), np.int32)
     positions = np.tile(np.arange(shape[1], dtype=np.int32), (shape[0], 1))
@@ -48,13 +63,12 @@ def random_batch(config: RunConfig, step: int) -> Batch:
 def timed_steps(trainer: Any, config: RunConfig, first: int, count: int) -> tuple[list[float], float]:
     """Seconds of each of ``count`` whole optimizer steps (forward, backward, norm, update), and the last loss."""
     seconds, loss = [], 0.0
+    start, rows = trainer.share(config.train.global_batch)
     for step in range(first, first + count):
         batch = random_batch(config, step)
+        mine = batch.rows(start, start + rows)
         started = time.perf_counter()
-        loss = sum(
-            trainer.micro_step(batch.rows(i, i + config.train.micro_batch), batch.num_targets, 1.0)
-            for i in range(0, config.train.global_batch, config.train.micro_batch)
-        )
+        loss = trainer.gradients(mine, batch.num_targets, 1.0)
         # The norm is a number on the host, so everything before it is done; the update may still run when its call
         # returns (an accelerator's queue), and is then paid by the next step's norm.
         norm = trainer.grad_norm(1.0)
@@ -63,8 +77,77 @@ def timed_steps(trainer: Any, config: RunConfig, first: int, count: int) -> tupl
     return seconds, loss
 
 
+def paired_ratios(first: Sequence[Sequence[float]], second: Sequence[Sequence[float]]) -> list[float]:
+    """Median step time of ``first`` over that of ``second``, round by round."""
+    return [statistics.median(a) / statistics.median(b) for a, b in zip(first, second, strict=True)]
+
+
+def spread(values: Sequence[float]) -> dict[str, float]:
+    """Median, and the range that holds the middle four fifths."""
+    ordered = sorted(values)
+    cut = len(ordered) // 10
+    return {"median": statistics.median(ordered), "low": ordered[cut], "high": ordered[-1 - cut]}
+
+
+class Worker:
+    """A process running this file; ended when the ``with`` block is left.
+
+    Between its turns it is stopped by SIGSTOP: idle thread pools of either framework spin, and on few cores they would
+    take the time of the one that is being measured.
+    """
+
+    def __init__(self, name: str, options: Mapping[str, Any], env: Mapping[str, str] | None = None) -> None:
+        """``env``: in place of this process's environment."""
+        self.name = name
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "core.bench_worker", name, json.dumps(options)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            cwd=ROOT,
+            # Sleeping instead of spinning OpenMP threads for both (MindSpore's side sets it anyway): with one foreign
+            # process on 2 cores, spinning made PyTorch's step tens of times slower. A value set by the user wins.
+            env={"OMP_WAIT_POLICY": "PASSIVE", **(os.environ if env is None else env)},
+        )
+        self.implementation: dict[str, str] = self._answer()["ready"]
+        self._process.send_signal(signal.SIGSTOP)
+
+    def __enter__(self) -> Worker:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        assert self._process.stdin is not None
+        self._process.send_signal(signal.SIGCONT)
+        self._process.stdin.close()
+        try:
+            self._process.wait(20)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+
+    def steps(self, count: int) -> dict[str, Any]:
+        """Make ``count`` steps now, while every other worker waits; {"seconds": [...], "loss": ...}."""
+        assert self._process.stdin is not None
+        self._process.send_signal(signal.SIGCONT)
+        self._process.stdin.write(json.dumps({"steps": count}) + "\n")
+        self._process.stdin.flush()
+        answer = self._answer()
+        self._process.send_signal(signal.SIGSTOP)
+        return answer
+
+    def _answer(self) -> dict[str, Any]:
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        if not line:
+            raise RuntimeError(
+                f"the {backends.TITLES[self.name]} worker ended with code {self._process.wait()}; its message is above"
+            )
+        return json.loads(line)
+
+
 def main(argv: list[str]) -> int:
     """Build the trainer, report ready, then serve {"steps": n} until stdin ends."""
+    die_with_parent()  # a stopped process would never see that its stdin has ended
     # Frameworks print on stdout when they please; keep the real one for answers.
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)

@@ -7,211 +7,54 @@ is described in docs/checkpoints.md.
 
 from __future__ import annotations
 
-import hashlib
-import itertools
-import json
-import logging
-import math
-import re
-import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from core.atomic import new_folder, remove_folder, standing, write_text
+from core.atomic import standing
+from core.checkpoint_save import ALONE, STEP_FOLDER, Ranks, Saver, begin_save, save_checkpoint, write_checkpoint
+from core.checkpoint_writer import (
+    FORMAT,
+    KINDS,
+    MAX_FILE_BYTES,
+    VERSION,
+    PieceWriter,
+    TensorPiece,
+    manifest_digest,
+    tiling_fault,
+    whole,
+    write_manifest,
+)
 from core.errors import UserError
 from core.params import ParamSpec
-from core.safetensors_io import (
-    DTYPES,
-    Index,
-    SafetensorsFile,
-    SafetensorsWriter,
-    box,
-    dtype_code,
-    file_sha256,
-    load_json,
-)
+from core.safetensors_io import DTYPES, Index, SafetensorsFile, box, file_sha256, load_json
 
-FORMAT = "tele-checkpoint"
-VERSION = 1
-KINDS = ("weights", "optimizer")
-MAX_FILE_BYTES = 4 << 30
-
-Tensors = Iterable[tuple[str, np.ndarray]]
-
-# Room for some hundreds of header entries, known before the tensors are; the data then starts on a 64 KiB boundary.
-_HEADER_ROOM = (64 << 10) - 8
-_STEP = re.compile(r"step-(\d{8,})")
-_log = logging.getLogger(__name__)
-
-
-def save_checkpoint(
-    root: str | Path,
-    step: int,
-    *,
-    model: dict[str, Any],
-    weights: Tensors,
-    optimizer: Tensors,
-    trainer: dict[str, Any] | None,
-    keep_last: int,
-    assets: Iterable[Path] = (),
-    max_file_bytes: int = MAX_FILE_BYTES,
-) -> Path:
-    """Write ``root/step-00000100`` so that it appears complete or not at all, then move ``root/latest`` to it.
-
-    ``weights`` and ``optimizer`` are taken one tensor at a time; each is on its way to disk before the next is asked
-    for. ``model`` and ``trainer`` are JSON values. ``assets`` are small files (tokenizer) kept with the checkpoint.
-    Saving a step again replaces it. Afterwards only the ``keep_last`` newest checkpoints stay, this one always.
-    Returns the new folder. UserError, with the space needed, when the disk is full: the checkpoints before are intact.
-    """
-    root = Path(root)
-    folder = root / f"step-{step:08d}"
-    write_checkpoint(
-        folder,
-        step,
-        model=model,
-        weights=weights,
-        optimizer=optimizer,
-        trainer=trainer,
-        assets=assets,
-        max_file_bytes=max_file_bytes,
-    )
-    write_text(root / "latest", folder.name + "\n")
-    _prune(root, folder, keep_last)
-    return folder
-
-
-def write_checkpoint(
-    folder: str | Path,
-    step: int,
-    *,
-    model: dict[str, Any],
-    weights: Tensors,
-    optimizer: Tensors = (),
-    trainer: dict[str, Any] | None = None,
-    assets: Iterable[Path] = (),
-    max_file_bytes: int = MAX_FILE_BYTES,
-) -> Path:
-    """Write one checkpoint folder atomically, without ``latest`` and pruning; arguments as in save_checkpoint."""
-    folder = Path(folder)
-    texts = {"model.json": _json(model)}
-    if trainer is not None:
-        texts["trainer.json"] = _json(trainer)
-    streams = {"weights": _Counted(weights), "optimizer": _Counted(optimizer)}
-
-    def needed() -> int:
-        # The disk is full and nothing will be saved; asking for the remaining tensors tells how much room it takes.
-        return sum(stream.drain() for stream in streams.values()) + sum(map(len, texts.values()))
-
-    with new_folder(folder, needed) as building, PieceWriter(building, step, max_file_bytes) as writer:
-        for kind, stream in streams.items():
-            for name, array in stream:
-                writer.add(kind, name, array)
-                del array  # or it would stay in memory while the next one is made
-        for name, text in texts.items():
-            (building / name).write_text(text, encoding="utf-8")
-        for asset in assets:
-            (building / "assets").mkdir(exist_ok=True)
-            shutil.copyfile(asset, building / "assets" / Path(asset).name)
-    return folder
-
-
-class PieceWriter:
-    """Writes pieces of tensors into a folder; on a clean exit, manifest.json over every file then in the folder.
-
-    The folder takes its final name by the caller's doing (core.atomic). A file is closed when ``max_file_bytes`` is
-    reached; a single larger tensor gets a file of its own.
-    """
-
-    def __init__(self, folder: Path, step: int, max_file_bytes: int = MAX_FILE_BYTES) -> None:
-        self.folder = folder
-        self.step = step
-        self.max_file_bytes = max_file_bytes
-        self._tensors: dict[str, dict[str, dict[str, Any]]] = {kind: {} for kind in KINDS}
-        self._file: SafetensorsWriter | None = None
-        self._kind = ""
-        self._counts = dict.fromkeys(KINDS, 0)
-        self._hashes: dict[str, str] = {}
-
-    def add(
-        self,
-        kind: str,
-        name: str,
-        array: np.ndarray,
-        *,
-        offset: tuple[int, ...] | None = None,
-        shape: tuple[int, ...] | None = None,
-    ) -> None:
-        """Write ``array``: the whole tensor, or the piece at ``offset`` of a tensor of global ``shape``.
-
-        ValueError if pieces of one tensor disagree in shape or dtype, or a whole tensor is given twice.
-        """
-        offset = offset if offset is not None else (0,) * array.ndim
-        shape = tuple(shape) if shape is not None else array.shape
-        code = dtype_code(array.dtype)
-        entry = self._tensors[kind].setdefault(name, {"shape": list(shape), "dtype": code, "pieces": []})
-        if entry["shape"] != list(shape) or entry["dtype"] != code:
-            raise ValueError(f"{kind} '{name}': piece of a {code} {shape} tensor, before it was {entry}")
-        if entry["pieces"] and array.shape == shape:
-            raise ValueError(f"{kind} '{name}' was given twice")
-        key = name if array.shape == shape else f"{name}@{'.'.join(map(str, offset))}"
-        file = self._open(kind, key, array)
-        file.add(key, array)
-        entry["pieces"].append(
-            {"file": file.path.name, "key": key, "offset": list(offset), "extent": list(array.shape)}
-        )
-
-    def __enter__(self) -> PieceWriter:
-        return self
-
-    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
-        self._close(kind, error, trace)
-        if kind is None:
-            self._write_manifest()
-
-    def _write_manifest(self) -> None:
-        paths = sorted(p.relative_to(self.folder).as_posix() for p in self.folder.rglob("*") if p.is_file())
-        manifest = {
-            "format": FORMAT,
-            "version": VERSION,
-            "step": self.step,
-            "files": {
-                path: {
-                    "size": (self.folder / path).stat().st_size,
-                    "sha256": self._hashes.get(path) or file_sha256(self.folder / path),
-                }
-                for path in paths
-            },
-            "tensors": self._tensors,
-        }
-        text = _lines({**manifest, "digest": _digest(manifest)}) + "\n"
-        (self.folder / "manifest.json").write_text(text, encoding="utf-8")
-
-    def _open(self, kind: str, key: str, array: np.ndarray) -> SafetensorsWriter:
-        file = self._file
-        if file and (
-            kind != self._kind
-            or not file.fits(key, array)
-            or (file.size > 8 + file.header_room and file.size + array.nbytes > self.max_file_bytes)
-        ):
-            self._close()
-        if self._file is None:
-            self._counts[kind] += 1
-            self._kind = kind
-            self._file = SafetensorsWriter(self.folder / f"{kind}-{self._counts[kind]:05d}.safetensors", _HEADER_ROOM)
-        return self._file
-
-    def _close(self, kind: Any = None, error: Any = None, trace: Any = None) -> None:
-        if self._file is None:
-            return
-        self._file.__exit__(kind, error, trace)
-        if kind is None:
-            # The header lies before the data but is known last, so the hash is taken now, from the file cache.
-            self._hashes[self._file.path.name] = file_sha256(self._file.path)
-        self._file = None
+# Everything about checkpoints is imported from here, wherever it is written.
+__all__ = [
+    "ALONE",
+    "FORMAT",
+    "KINDS",
+    "MAX_FILE_BYTES",
+    "VERSION",
+    "Checkpoint",
+    "Entry",
+    "Piece",
+    "PieceWriter",
+    "Ranks",
+    "Saver",
+    "TensorPiece",
+    "begin_save",
+    "check_shapes",
+    "manifest_digest",
+    "open_checkpoint",
+    "save_checkpoint",
+    "whole",
+    "write_checkpoint",
+    "write_manifest",
+]
 
 
 def open_checkpoint(path: str | Path, verify: bool = True) -> Checkpoint:
@@ -263,7 +106,7 @@ class Checkpoint:
                 f"{VERSION}, use the one that wrote it"
             )
         found = manifest.pop("digest", None)
-        if found != (expected := _digest(manifest)):
+        if found != (expected := manifest_digest(manifest)):
             raise UserError(f"{where}: altered: its digest says {found}, its content gives {expected}")
         try:
             self.step = int(manifest["step"])
@@ -274,6 +117,7 @@ class Checkpoint:
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise UserError(f"{where}: damaged, {type(error).__name__} {error}") from None
         self._files: dict[str, SafetensorsFile] = {}
+        self._found: dict[tuple[str, str], _Places] = {}
         self._check_files()
         self.model = load_json(self._inside("model.json"), "a model description")
         self.trainer: dict[str, Any] | None = None
@@ -314,14 +158,11 @@ class Checkpoint:
         are not what the manifest says.
         """
         entry = self._entry(kind, name)
-        self._check_tiling(kind, name, entry)
         starts, extents = box(entry.shape, index)
         out: np.ndarray | None = None
-        for piece in entry.pieces:
+        for piece in self._places(kind, name, entry).meeting(starts, extents):
             low = [max(s, o) for s, o in zip(starts, piece.offset, strict=True)]
             high = [min(s + n, o + m) for s, n, o, m in zip(starts, extents, piece.offset, piece.extent, strict=True)]
-            if any(a >= b for a, b in zip(low, high, strict=True)):
-                continue
             local = tuple(slice(a - o, b - o) for a, b, o in zip(low, high, piece.offset, strict=True))
             part = self._file(piece, entry).read(piece.key, local)
             if part.shape == extents:
@@ -331,12 +172,16 @@ class Checkpoint:
             out[tuple(slice(a - s, b - s) for a, b, s in zip(low, high, starts, strict=True))] = part
         return np.empty(extents, DTYPES[entry.code]) if out is None else out
 
-    def verify(self, on_bytes: Callable[[int], Any] | None = None) -> None:
+    def verify(self, on_bytes: Callable[[int], Any] | None = None, share: tuple[int, int] = (0, 1)) -> None:
         """Hash every file and check every header against the manifest; ``on_bytes`` hears of progress.
 
-        UserError names the file with the expected and the found hash.
+        ``share`` = (rank, ranks): only this rank's share of the files, about equal in bytes; the shares of all ranks
+        make up the whole. UserError names the file with the expected and the found hash.
         """
+        names = set(sorted(self._sizes, key=lambda name: (self._sizes[name][0], name))[share[0] :: share[1]])
         for name, (_, expected) in self._sizes.items():
+            if name not in names:
+                continue
             found = file_sha256(self._inside(name), on_bytes)
             if found != expected:
                 raise UserError(
@@ -345,9 +190,10 @@ class Checkpoint:
                 )
         for kind in KINDS:
             for name, entry in self._entries[kind].items():
-                self._check_tiling(kind, name, entry)
+                self._places(kind, name, entry)
                 for piece in entry.pieces:
-                    self._file(piece, entry)
+                    if piece.file in names:
+                        self._file(piece, entry)
 
     def _entry(self, kind: str, name: str) -> Entry:
         if name not in self._entries[kind]:
@@ -392,24 +238,35 @@ class Checkpoint:
             )
         return file
 
-    def _check_tiling(self, kind: str, name: str, entry: Entry) -> None:
-        """The pieces must cover the tensor, each element once."""
-        covered = sum(math.prod(piece.extent) for piece in entry.pieces)
-        outside = any(
-            o + n > size for p in entry.pieces for o, n, size in zip(p.offset, p.extent, entry.shape, strict=True)
-        )
-        overlap = any(
-            all(
-                a < d + e and d < a + b
-                for a, b, d, e in zip(one.offset, one.extent, two.offset, two.extent, strict=True)
-            )
-            for one, two in itertools.combinations(entry.pieces, 2)
-        )
-        if outside or overlap or covered != math.prod(entry.shape):
-            raise UserError(
-                f"{self.path / 'manifest.json'}: the {len(entry.pieces)} pieces of {kind} '{name}' cover {covered} "
-                f"of {math.prod(entry.shape)} elements{' and overlap' if overlap else ''}"
-            )
+    def _places(self, kind: str, name: str, entry: Entry) -> _Places:
+        """Where the pieces of a tensor lie, found to cover it, each element once."""
+        if (kind, name) not in self._found:
+            if fault := tiling_fault(entry.shape, [(piece.offset, piece.extent) for piece in entry.pieces]):
+                where = self.path / "manifest.json"
+                raise UserError(f"{where}: the {len(entry.pieces)} pieces of {kind} '{name}' {fault}")
+            self._found[kind, name] = _Places(entry.pieces)
+        return self._found[kind, name]
+
+
+class _Places:
+    """The pieces of one tensor in the order of their first axis, so that few are looked at for a box of it."""
+
+    def __init__(self, pieces: tuple[Piece, ...]) -> None:
+        self._pieces = sorted(pieces, key=lambda piece: piece.offset[:1])
+        self._low = np.array([piece.offset for piece in self._pieces], np.int64)
+        self._high = self._low + np.array([piece.extent for piece in self._pieces], np.int64)
+        # How far the pieces up to each one reach: it only grows, so it can be searched.
+        self._reach = np.maximum.accumulate(self._high[:, 0]) if self._low.size else self._low
+
+    def meeting(self, starts: tuple[int, ...], extents: tuple[int, ...]) -> list[Piece]:
+        """The pieces that share an element with the box at ``starts`` of size ``extents``."""
+        if not starts or not self._pieces:
+            return self._pieces
+        low, high = np.array(starts), np.array(starts) + extents
+        first = int(np.searchsorted(self._reach, low[0], "right"))
+        last = int(np.searchsorted(self._low[:, 0], high[0], "left"))
+        met = np.maximum(self._low[first:last], low) < np.minimum(self._high[first:last], high)
+        return [self._pieces[first + i] for i in np.nonzero(met.all(axis=1))[0]]
 
 
 def check_shapes(
@@ -434,25 +291,6 @@ def check_shapes(
             )
 
 
-class _Counted:
-    """A stream of tensors that knows the bytes that passed, so that a failed save can say what it would take."""
-
-    def __init__(self, tensors: Tensors) -> None:
-        self._tensors = iter(tensors)
-        self._bytes = 0
-
-    def __iter__(self) -> Iterator[tuple[str, np.ndarray]]:
-        for name, array in self._tensors:
-            self._bytes += array.nbytes
-            yield name, array
-            del array
-
-    def drain(self) -> int:
-        for _ in self:
-            pass
-        return self._bytes
-
-
 def _find(path: Path) -> Path:
     """The step folder meant by ``path``."""
     if not standing(path).is_dir():
@@ -464,22 +302,11 @@ def _find(path: Path) -> Path:
     if not pointer.is_file():
         raise UserError(f"{path}: holds neither manifest.json nor latest; give a checkpoint or a run that saved one")
     name = pointer.read_text(encoding="utf-8", errors="replace").strip()
-    if not _STEP.fullmatch(name):
+    if not STEP_FOLDER.fullmatch(name):
         raise UserError(f"{pointer}: damaged, {name[:80]!r} is no step folder; give the step folder itself")
     if not standing(path / name).is_dir():
         raise UserError(f"{pointer}: names '{name}', which is missing; give another step folder of {path}")
     return standing(path / name)
-
-
-def _prune(root: Path, newest: Path, keep_last: int) -> None:
-    """Keep ``newest`` and the ``keep_last`` - 1 saved last before it (by time: a run may go back to an older step)."""
-    others = [p for p in root.iterdir() if _STEP.fullmatch(p.name) and p != newest and (p / "manifest.json").is_file()]
-    others.sort(key=lambda p: ((p / "manifest.json").stat().st_mtime_ns, p.name), reverse=True)
-    for folder in others[max(keep_last - 1, 0) :]:
-        try:
-            remove_folder(folder)
-        except OSError as error:
-            _log.warning("%s: old checkpoint could not be removed (%s)", folder, error.strerror)
 
 
 def _entry(item: Mapping[str, Any]) -> Entry:
@@ -495,26 +322,9 @@ def _entry(item: Mapping[str, Any]) -> Entry:
 
 
 def _naturals(values: Any) -> tuple[int, ...]:
-    if not isinstance(values, list) or not all(type(value) is int and value >= 0 for value in values):
+    if not isinstance(values, list) or not all(type(value) is int and 0 <= value < 1 << 62 for value in values):
         raise ValueError(f"{values!r} is no list of sizes")
     return tuple(values)
-
-
-def _digest(manifest: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(manifest, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
-
-
-def _json(value: Any) -> str:
-    return json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
-
-
-def _lines(value: Any, depth: int = 3, indent: str = "") -> str:
-    """JSON with a line for each file and each tensor, so that the manifest can be read and searched."""
-    if depth == 0 or not isinstance(value, dict) or not value:
-        return json.dumps(value, ensure_ascii=False)
-    inner = indent + " "
-    items = (f"{inner}{json.dumps(str(k))}: {_lines(v, depth - 1, inner)}" for k, v in value.items())
-    return "{\n" + ",\n".join(items) + f"\n{indent}}}"
 
 
 def _first(names: list[str], limit: int = 4) -> str:

@@ -4,6 +4,9 @@ A backend's ``train.py`` supplies a ``Stepper`` and calls ``main(Trainer)``. The
 rate, judges gradients, and keeps the records (metrics.jsonl, TensorBoard, checkpoints), so that the two backends cannot
 drift apart in any of these. Its state (step, samples drawn, health window, loss scale) is small, plain numbers and in
 every checkpoint: a run that was interrupted and resumed equals one that was not, bit for bit.
+
+With many ranks each runs this loop, draws its own rows, and comes to every decision from numbers that are the same on
+all of them; what only one can know (a signal, a full disk) is agreed upon. Rank 0 alone prints and keeps the records.
 """
 
 from __future__ import annotations
@@ -12,6 +15,8 @@ import argparse
 import contextlib
 import dataclasses
 import errno
+import hashlib
+import json
 import math
 import os
 import signal
@@ -21,41 +26,65 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Any, Protocol
-
-import numpy as np
+from typing import Any, Protocol, TypeVar
 
 from core.batch import Batch
-from core.checkpoint import Checkpoint, open_checkpoint, save_checkpoint
+from core.checkpoint import Checkpoint, Ranks, Saver, TensorPiece, open_checkpoint
 from core.cli import Parser
-from core.config import RunConfig, load_run_config
+from core.config import RunConfig, load_model_config, load_run_config, run_config_from_dict
 from core.data.blend import Blend, open_blend
 from core.errors import UserError
 from core.health import Health, TrainingStopped
+from core.layout import check_layout
 from core.loss_scale import DynamicLossScale
 from core.metrics import MetricsLog, Row, plot_losses, read_metrics, require_fresh
 from core.params import count_parameters
 from core.progress import Console
 from core.recipe import clip_factor, learning_rate
+from core.schedule import bubble_formula
 from core.tensorboard import TensorBoard
 from core.worker import run_script
 
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+T = TypeVar("T")
 
 
 class Stepper(Protocol):
-    """What a backend does for the loop: a model, its gradients and its optimizer.
+    """What a backend does for the loop on one rank: its part of a model, of the gradients and of the optimizer.
 
-    Gradients accumulate over ``micro_step`` calls until ``update`` or ``discard``. Weights change in ``update`` and
-    ``load`` only. Names are logical parameter names; arrays cross the border as numpy.
+    Gradients accumulate over ``gradients`` calls until ``update`` or ``discard``. Weights change in ``update`` and
+    ``load`` only. Names are logical parameter names; arrays cross the border as numpy. With more ranks than one, all
+    call the same methods in the same order, and every number they get back is the same on all of them.
     """
 
-    def micro_step(self, batch: Batch, num_targets: int, loss_scale: float) -> float:
-        """Forward and backward of one micro-batch.
+    @property
+    def rank(self) -> int:
+        """This rank, from 0."""
+        ...
+
+    @property
+    def world(self) -> int:
+        """How many ranks train together; 1 alone."""
+        ...
+
+    def agree(self, values: list[float], op: str) -> list[float]:
+        """The "max", "sum" or "min" of each number over all ranks, exact in float64; alone, the values."""
+        ...
+
+    def share(self, global_batch: int) -> tuple[int, int]:
+        """(first, count) of the rows of a global batch that this rank must load; alone, all of them."""
+        ...
+
+    def count_targets(self, num_targets: int) -> int:
+        """Sum of the targets of the rows of each data-parallel rank: those of the global batch."""
+        ...
+
+    def gradients(self, batch: Batch, num_targets: int, loss_scale: float) -> float:
+        """Forward and backward of this rank's rows of a global batch, in micro-batches.
 
         Adds the gradient of ``loss_scale * sum(token losses) / num_targets`` to the fp32 accumulators and returns
-        sum(token losses) / num_targets, unscaled: the shares of a step's micro-batches add up to its loss.
-        ``num_targets`` counts the targets of the *global* batch.
+        sum(token losses) / num_targets over the *global* batch, unscaled. ``num_targets`` counts the targets of the
+        global batch.
         """
         ...
 
@@ -71,16 +100,17 @@ class Stepper(Protocol):
         """Zero the accumulated gradients without a step."""
         ...
 
-    def weights(self) -> Iterator[tuple[str, np.ndarray]]:
-        """(name, fp32 master) of every parameter."""
+    def weights(self) -> Iterator[TensorPiece]:
+        """The fp32 masters that this rank owns; every element of the model is owned by exactly one rank."""
         ...
 
-    def optimizer_state(self) -> Iterator[tuple[str, np.ndarray]]:
-        """("m.<name>", array) and ("v.<name>", array) of every parameter."""
+    def optimizer_state(self) -> Iterator[TensorPiece]:
+        """``m.<name>`` and ``v.<name>`` of what this rank owns."""
         ...
 
     def load(self, checkpoint: Checkpoint, optimizer: bool) -> None:
-        """Take weights, and with ``optimizer`` also m, v and ``step`` (trainer.json's ``optimizer_steps``)."""
+        """Take weights, and with ``optimizer`` also m, v and ``step`` (trainer.json's ``optimizer_steps``), reading
+        only what this rank holds."""
         ...
 
     @property
@@ -120,35 +150,43 @@ def train(
     """Train to ``config.train.steps`` and write everything under ``out``.
 
     ``resume``: None starts anew; "auto" continues from ``out``'s latest checkpoint if there is one; otherwise a
-    checkpoint or run folder, of either backend. Writes metrics.jsonl, tensorboard/, loss.png and step-*/ checkpoints.
-    Raises UserError before the model is built for what the user can mend, TrainingStopped when the numbers go wrong.
-    SIGINT or SIGTERM ends the run after the current step with a checkpoint; a second signal kills at once.
+    checkpoint or run folder, of either backend and any layout. Writes metrics.jsonl, tensorboard/, loss.png and step-*/
+    checkpoints. Raises UserError before the model is built for what the user can mend, TrainingStopped when the numbers
+    go wrong. SIGINT or SIGTERM, to any rank, ends the run after the current step with a checkpoint; a second signal
+    kills at once.
+
+    With more ranks than one, each calls this; ``out`` is one folder for all of them, and they raise or return alike.
     """
-    out = Path(out)
+    # Files only, and each rank finds the same in them: a refusal comes at once, before anything is built or joined.
+    folder = Path(out)
     try:
-        out.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"--out {out}: cannot be made ({error.strerror}); give another folder") from None
+        raise UserError(f"--out {folder}: cannot be made ({error.strerror}); give another folder") from None
     blend = open_blend(config.data, config.train.seed, config.model.vocab_size, config.model.pad_token_id)
-    checkpoint = _checkpoint_to_resume(out, resume)
+    checkpoint = _checkpoint_to_resume(folder, resume, verify=config.parallel.world == 1)
     if checkpoint is not None:
         _require_same_model(checkpoint, config)
     stepper = stepper_factory(config)
-    run = _Run(stepper, config, out, blend)
+    _require_same_on_all(stepper, {**config.to_dict(), "--out": str(out), "--resume": resume})
+    run = _Run(stepper, config, folder, blend)
     if checkpoint is not None:
-        run.load(checkpoint)
+        if config.parallel.world > 1:
+            share = (stepper.rank, stepper.world)
+            _together(stepper, lambda: checkpoint.verify(share=share))
+        _together(stepper, lambda: run.load(checkpoint))
     return run.go()
 
 
 class _Run:
-    """One training run in one process: the loop's state and its outputs."""
+    """One training run on one rank: the loop's state and its outputs."""
 
     def __init__(self, stepper: Stepper, config: RunConfig, out: Path, blend: Blend) -> None:
         self.stepper, self.config, self.out, self.blend = stepper, config, out, blend
         self.state = TrainState()
         self.health = Health(config.health)
         self.loss_scale = DynamicLossScale() if config.train.precision == "fp16" else None
-        self.saved: Path | None = None
+        self.saver = Saver()
         self.notes: list[str] = []
 
     def load(self, checkpoint: Checkpoint) -> None:
@@ -166,86 +204,111 @@ class _Run:
         if self.loss_scale is not None and trainer["loss_scale"] is not None:
             self.loss_scale = DynamicLossScale.from_dict(trainer["loss_scale"])
         self.notes.append(f"resumed from {checkpoint.path} (step {self.state.step}, written by {trainer['backend']})")
+        written, now = trainer.get("layout", "single"), self.config.parallel.name
+        if written != now:
+            self.notes.append(f"note: written at {written}, now {now}: goes on within rounding, not bit for bit")
         if trainer["data_digest"] != self.blend.digest():
             self.notes.append("warning: the data differs from what this checkpoint was trained on")
-        for line in _differences(trainer["config"], self.config.to_dict()):
-            self.notes.append(f"warning: changed since the checkpoint: {line}")
+        for line in _differences(_with_defaults(run_config_from_dict, trainer["config"]), self.config.to_dict()):
+            if written == now or not line.startswith("parallel."):
+                self.notes.append(f"warning: changed since the checkpoint: {line}")
         if checkpoint.path.resolve().parent == self.out.resolve():
-            self.saved = checkpoint.path
+            self.saver.last = checkpoint.path
 
     def go(self) -> TrainResult:
         """Run from the present state to the end, an interruption or a stop."""
-        total = self.config.train.steps
-        console = Console(total, self.state.step)
-        for line in (*_header(self.stepper, self.config, self.blend, self.state), *self.notes):
-            console.note(line)
-        metrics_path = self.out / "metrics.jsonl"
-        with _Signals() as signals, MetricsLog(metrics_path, self.state.step) as log:
-            board = TensorBoard(self.out / "tensorboard", self.state.step)
+        total, every = self.config.train.steps, self.config.checkpoint.every
+        first = self.stepper.rank == 0
+        lines = (*_header(self.stepper, self.config, self.blend, self.state), *self.notes) if first else ()
+        with _Signals(quiet=not first) as signals, contextlib.ExitStack() as ended:
+            records = _together(self.stepper, lambda: _Records(self.out, total, self.state.step, first, lines))
+            ended.callback(records.close)
             try:
-                while self.state.step < total and signals.caught is None:
-                    row = self.one_step(console)
-                    log.append(row)
-                    board.step(row)
-                    console.step(row)
-                    every = self.config.checkpoint.every
+                caught = self._agree(signals)
+                while self.state.step < total and caught is None:
+                    row = self.one_step(records)
+                    caught = self._agree(signals, self._recorded(records, row))
                     if every and self.state.step % every == 0:
-                        self.save()
-                if self.saved is None or self.saved.name != _folder_name(self.state.step):
-                    self.save()
+                        self.save(self.config.checkpoint.asynchronous)
+                        caught = self._agree(signals)
+                self._save_unless_saved()
+                caught = self._agree(signals)
             except TrainingStopped as stop:
+                with contextlib.suppress(UserError, OSError):  # why training stopped matters more
+                    self.saver.wait()
                 raise TrainingStopped(f"{stop}. {self._way_back()}") from None
-            except OSError as error:
-                if error.errno not in _NO_SPACE:
-                    raise
-                raise UserError(
-                    f"{self.out}: the disk is full ({error.strerror}) after step {self.state.step}; "
-                    f"free some space and go on with --resume auto. {self._way_back()}"
-                ) from None
-            finally:
-                board.close()
-                console.close()
-                self._plot(metrics_path)
-            assert self.saved is not None
-            if signals.caught is not None:
-                console.note(
-                    f"stopped by {signal.Signals(signals.caught).name} after step {self.state.step}; "
-                    f"saved {self.saved}. Go on with: --resume auto"
-                )
-            else:
-                console.note(f"finished {self.state.step} steps; checkpoint {self.saved}; plot {self.out / 'loss.png'}")
-            return TrainResult(self.state.step, self.saved, signals.caught)
+            except BaseException as error:
+                # All ranks raise a UserError, so all of them finish what they write. After anything else the others may
+                # be gone, and their parts of the checkpoint would never come.
+                if self.stepper.world == 1 or isinstance(error, UserError):
+                    with contextlib.suppress(Exception):
+                        self.saver.wait()
+                raise
+        saved = self.saver.last
+        assert saved is not None
+        if caught is not None:
+            records.note(
+                f"stopped by {signal.Signals(caught).name} after step {self.state.step}; "
+                f"saved {saved}. Go on with: --resume auto"
+            )
+        else:
+            records.note(f"finished {self.state.step} steps; checkpoint {saved}; plot {self.out / 'loss.png'}")
+        return TrainResult(self.state.step, saved, caught)
 
-    def one_step(self, console: Console) -> Row:
+    def _agree(self, signals: _Signals, problem: str | None = None) -> int | None:
+        """The signal that some rank has caught, if any. Raises on all ranks when one has a ``problem``, or when the
+        save in the background has failed on one."""
+        mine = [signals.caught or 0, problem is not None, self.saver.failed]
+        caught, stuck, failed = self.stepper.agree([float(number) for number in mine], "max")
+        if stuck:
+            _raise_together(self.stepper, problem)
+        if failed:
+            _together(self.stepper, self.saver.wait)
+        return int(caught) or None
+
+    def _recorded(self, records: _Records, row: Row) -> str | None:
+        """Record a step; the line for the user if the disk is full."""
+        try:
+            records.step(row)
+        except OSError as error:
+            if error.errno not in _NO_SPACE:
+                raise
+            with contextlib.suppress(UserError, OSError):
+                self.saver.wait()
+            return (
+                f"{self.out}: the disk is full ({error.strerror}) after step {self.state.step}; "
+                f"free some space and go on with --resume auto. {self._way_back()}"
+            )
+        return None
+
+    def one_step(self, records: _Records) -> Row:
         """Draw a global batch, train on it, advance; returns the step's row of metrics."""
         train, state = self.config.train, self.state
         started = time.perf_counter()
         lr = learning_rate(self.config.optim, train.steps, state.step)
-        batch = self.blend.batch(state.samples, train.global_batch)
+        first, count = self.stepper.share(train.global_batch)
+        batch = self.blend.batch(state.samples + first, count)
+        # One divisor for the whole global batch: with masked targets, a mean of micro-batch means is another number.
+        num_targets = self.stepper.count_targets(batch.num_targets)
         row: Row = {"step": state.step + 1, "loss": None, "grad_norm": None, "lr": lr}
         if self.loss_scale is not None:
             row["loss_scale"] = self.loss_scale.scale
-        if batch.num_targets:
-            skipped = self._accumulate_and_update(batch, lr, row, console)
+        if num_targets:
+            skipped = self._accumulate_and_update(batch, num_targets, lr, row, records)
         else:
             skipped = True
-            console.note(f"warning: step {state.step + 1}: no position of this batch counts in the loss; skipped")
+            records.note(f"warning: step {state.step + 1}: no position of this batch counts in the loss; skipped")
         seconds = time.perf_counter() - started
-        self.state = TrainState(
-            state.step + 1, state.samples + train.global_batch, state.tokens + int(batch.input_ids.size)
-        )
-        row |= {"tokens": self.state.tokens, "tokens_per_s": batch.input_ids.size / seconds, "step_ms": seconds * 1000}
+        tokens = train.global_batch * self.config.data.seq_len
+        self.state = TrainState(state.step + 1, state.samples + train.global_batch, state.tokens + tokens)
+        row |= {"tokens": self.state.tokens, "tokens_per_s": tokens / seconds, "step_ms": seconds * 1000}
         return row | ({"skipped": True} if skipped else {})
 
-    def _accumulate_and_update(self, batch: Batch, lr: float, row: Row, console: Console) -> bool:
-        """Gradients over the micro-batches, verdict, update. Fills loss and norm into ``row``; True if skipped."""
-        train, step = self.config.train, self.state.step + 1
+    def _accumulate_and_update(self, batch: Batch, num_targets: int, lr: float, row: Row, records: _Records) -> bool:
+        """Gradients, verdict, update. Fills loss and norm into ``row``; True if the step was skipped."""
+        step = self.state.step + 1
         scale = self.loss_scale.scale if self.loss_scale else 1.0
-        # One divisor for the whole global batch: with masked targets, a mean of micro-batch means is another number.
-        num_targets = batch.num_targets
-        loss = 0.0
-        for start in range(0, train.global_batch, train.micro_batch):
-            loss += self.stepper.micro_step(batch.rows(start, start + train.micro_batch), num_targets, scale)
+        loss = self.stepper.gradients(batch, num_targets, scale)
         norm = self.stepper.grad_norm(scale)
         row["loss"], row["grad_norm"] = loss, norm
 
@@ -256,7 +319,7 @@ class _Run:
                     f"training stopped at step {step}: fp16 gradients overflow even with loss scale {scale:g}; "
                     "use precision bf16 or a lower learning rate"
                 )
-            console.note(
+            records.note(
                 f"step {step}: fp16 gradients overflowed; skipped, loss scale {scale:g} -> {self.loss_scale.scale:g}"
             )
             return True
@@ -269,58 +332,101 @@ class _Run:
                 # A spike: the weights are still good, so keep the work up to here. After a non-finite loss they are
                 # suspect, and a checkpoint of them could push a good one out of keep_last.
                 self.health.load(before)
-                if self.state.step and (self.saved is None or self.saved.name != _folder_name(self.state.step)):
-                    self.save()
+                if self.state.step:
+                    self._save_unless_saved()
             # The same batch comes again after a resume, so say how to get past it.
             past = "; --set health.spike_policy=skip passes it" if math.isfinite(loss) and math.isfinite(norm) else ""
             raise TrainingStopped(f"training stopped at step {step}: {verdict.reason}{past}")
         if verdict.action == "skip":
             self.stepper.discard()
-            console.note(f"warning: step {step}: {verdict.reason}; skipped")
+            records.note(f"warning: step {step}: {verdict.reason}; skipped")
         else:
             if verdict.action == "warn":
-                console.note(f"warning: step {step}: {verdict.reason}")
+                records.note(f"warning: step {step}: {verdict.reason}")
             self.stepper.update(lr, clip_factor(norm, self.config.optim.clip_grad) / scale)
         if self.loss_scale is not None:
             self.loss_scale.good()
         return verdict.action == "skip"
 
-    def save(self) -> None:
-        """A checkpoint of the present state under ``out``."""
-        state = self.state
+    def save(self, asynchronous: bool) -> None:
+        """A checkpoint of the present state under ``out``; ``asynchronous``: written while training goes on."""
+        state, stepper = self.state, self.stepper
         trainer: dict[str, Any] = {
             **dataclasses.asdict(state),
-            "optimizer_steps": self.stepper.step,
+            "optimizer_steps": stepper.step,
             "data_digest": self.blend.digest(),
             "loss_scale": self.loss_scale.to_dict() if self.loss_scale else None,
             "health": self.health.to_dict(),
             # The only randomness is the initial weights and the data order, both functions of this seed and a counter.
             "seed": self.config.train.seed,
-            "backend": self.stepper.implementation().get("backend", "unknown"),
+            "backend": stepper.implementation().get("backend", "unknown"),
+            "layout": self.config.parallel.name,
             "config": self.config.to_dict(),
         }
-        self.saved = save_checkpoint(
+        self.saver.save(
             self.out,
             state.step,
+            asynchronous=asynchronous,
             model={"config": self.config.model.to_dict()},
-            weights=self.stepper.weights(),
-            optimizer=self.stepper.optimizer_state(),
+            weights=stepper.weights(),
+            optimizer=stepper.optimizer_state(),
             trainer=trainer,
             keep_last=self.config.checkpoint.keep_last,
             assets=[self.blend.tokenizer_path()],
+            ranks=Ranks(stepper.rank, stepper.world, lambda: _meet(stepper)),
         )
 
-    def _way_back(self) -> str:
-        if self.saved is None:
-            return "No checkpoint had been saved (set checkpoint.every)"
-        return f"The last checkpoint is intact: {self.saved}"
+    def _save_unless_saved(self) -> None:
+        self.saver.wait()
+        if self.saver.last is None or self.saver.last.name != f"step-{self.state.step:08d}":
+            self.save(asynchronous=False)
 
-    def _plot(self, metrics_path: Path) -> None:
-        rows = read_metrics(metrics_path)
+    def _way_back(self) -> str:
+        if self.saver.last is None:
+            return "No checkpoint had been saved (set checkpoint.every)"
+        return f"The last checkpoint is intact: {self.saver.last}"
+
+
+class _Records:
+    """What a run leaves besides checkpoints: lines on the console, metrics.jsonl, TensorBoard, the plot.
+
+    Only rank 0 (``active``) keeps them. ``lines`` are shown first.
+    """
+
+    def __init__(self, out: Path, total: int, done: int, active: bool, lines: tuple[str, ...]) -> None:
+        self._out, self._active = out, active
+        if not active:
+            return
+        self._console = Console(total, done)
+        for line in lines:
+            self.note(line)
+        self._log = MetricsLog(out / "metrics.jsonl", done)
+        self._board = TensorBoard(out / "tensorboard", done)
+
+    def note(self, text: str) -> None:
+        """A line that stays on the console."""
+        if self._active:
+            self._console.note(text)
+
+    def step(self, row: Row) -> None:
+        """Show and keep one step."""
+        if self._active:
+            self._log.append(row)
+            self._board.step(row)
+            self._console.step(row)
+
+    def close(self) -> None:
+        """End the files and draw the plot."""
+        if not self._active:
+            return
+        self._board.close()
+        self._console.close()
+        self._log.close()
+        rows = read_metrics(self._out)
         # A picture that does not fit on the disk must not hide why training ended.
         with contextlib.suppress(OSError):
             if rows:
-                plot_losses({self.out.name: rows}, self.out / "loss.png", f"Training: {self.out.name}")
+                plot_losses({self._out.name: rows}, self._out / "loss.png", f"Training: {self._out.name}")
 
 
 class _Signals:
@@ -328,6 +434,9 @@ class _Signals:
     effect: done by the kernel and not by Python, so that it also ends a step that hangs inside a framework."""
 
     caught: int | None = None
+
+    def __init__(self, quiet: bool = False) -> None:
+        self._quiet = quiet
 
     def __enter__(self) -> _Signals:
         # Python allows handlers in the main thread only; a run in another thread is its owner's to interrupt.
@@ -339,6 +448,8 @@ class _Signals:
         self.caught = number
         for s in self._previous:
             signal.signal(s, signal.SIG_DFL)
+        if self._quiet:
+            return
         # os.write, not print: a print could be interrupted inside another one, which Python forbids.
         os.write(
             2, f"\n{signal.Signals(number).name}: finishing this step and saving; once more to stop at once\n".encode()
@@ -349,15 +460,75 @@ class _Signals:
             signal.signal(s, handler)
 
 
-def _folder_name(step: int) -> str:
-    return f"step-{step:08d}"
+def _meet(stepper: Stepper) -> None:
+    stepper.agree([0.0], "max")
 
 
-def _checkpoint_to_resume(out: Path, resume: str | None) -> Checkpoint | None:
+def _together(stepper: Stepper, action: Callable[[], T]) -> T:
+    """``action`` on every rank. A UserError of one is raised on all of them, so that they end together, in one line."""
+    try:
+        result = action()
+    except UserError as error:
+        if stepper.world == 1:
+            raise
+        _raise_together(stepper, str(error))
+        raise
+    _raise_together(stepper, None)
+    return result
+
+
+def _raise_together(stepper: Stepper, problem: str | None) -> None:
+    """UserError on every rank when one has a ``problem``: that of the lowest rank, carried over as numbers."""
+    world = stepper.world
+    speaker = int(stepper.agree([float(world if problem is None else stepper.rank)], "min")[0])
+    if speaker == world:
+        return
+    text = (problem or "").encode() if stepper.rank == speaker else b""
+    (length,) = stepper.agree([float(len(text))], "max")
+    codes = stepper.agree([float(byte) for byte in text.ljust(int(length), b"\0")], "sum")
+    raise UserError(bytes(int(code) for code in codes).decode(errors="replace"))
+
+
+def _require_same_on_all(stepper: Stepper, facts: dict[str, Any]) -> None:
+    """UserError on every rank, naming the options and the ranks, unless all were started alike."""
+    leaves = dict(_leaves(facts))
+    whole = [float(len(leaves)), *_words(json.dumps(leaves))]
+    if stepper.agree(whole, "min") == stepper.agree(whole, "max"):
+        return
+    names: list[str] = []
+    if stepper.agree(whole[:1], "min") == stepper.agree(whole[:1], "max"):
+        each = [_words(f"{name}={value}")[0] for name, value in leaves.items()]
+        low, high = stepper.agree(each, "min"), stepper.agree(each, "max")
+        names = [name for name, a, b in zip(leaves, low, high, strict=True) if a != b]
+    reference = stepper.agree(whole if stepper.rank == 0 else [0.0] * len(whole), "sum")
+    mine = [float(rank == stepper.rank and whole != reference) for rank in range(stepper.world)]
+    others = [str(rank) for rank, differs in enumerate(stepper.agree(mine, "sum")) if differs]
+    what = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+    raise UserError(
+        f"{what or 'config'}: not the same on all ranks: {'rank' if len(others) == 1 else 'ranks'} {', '.join(others)} "
+        "differ from rank 0; start every rank with the same config and options"
+    )
+
+
+def _leaves(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
+    for key in sorted(tree):
+        if isinstance(tree[key], dict):
+            yield from _leaves(tree[key], f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", json.dumps(tree[key])
+
+
+def _words(text: str) -> list[float]:
+    """SHA-256 of ``text`` as numbers of 32 bits, which float64 carries exactly."""
+    digest = hashlib.sha256(text.encode()).digest()
+    return [float(int.from_bytes(digest[i : i + 4])) for i in range(0, len(digest), 4)]
+
+
+def _checkpoint_to_resume(out: Path, resume: str | None, verify: bool) -> Checkpoint | None:
     if resume == "auto":
-        return open_checkpoint(out) if (out / "latest").exists() else None
+        return open_checkpoint(out, verify) if (out / "latest").exists() else None
     if resume is not None:
-        checkpoint = open_checkpoint(resume)
+        checkpoint = open_checkpoint(resume, verify)
         if checkpoint.path.resolve().parent != out.resolve():
             require_fresh(out)
         return checkpoint
@@ -366,11 +537,20 @@ def _checkpoint_to_resume(out: Path, resume: str | None) -> Checkpoint | None:
 
 
 def _require_same_model(checkpoint: Checkpoint, config: RunConfig) -> None:
-    differing = _differences(checkpoint.model["config"], config.model.to_dict())
+    written = _with_defaults(load_model_config, checkpoint.model["config"])
+    differing = _differences(written, config.model.to_dict())
     if differing:
         raise UserError(
             f"model: not the model of {checkpoint.path}: {'; '.join(differing[:3])}; use the config it was trained with"
         )
+
+
+def _with_defaults(build: Callable[[dict[str, Any]], Any], tree: dict[str, Any]) -> dict[str, Any]:
+    """``tree`` with the options that came into being after it was written; unchanged if it is not understood."""
+    try:
+        return build(tree).to_dict()
+    except UserError:
+        return tree
 
 
 def _differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:
@@ -394,6 +574,7 @@ def _header(stepper: Stepper, config: RunConfig, blend: Blend, state: TrainState
     facts: dict[str, str] = {
         "backend": implementation.pop("backend", "unknown"),
         "device": implementation.pop("device", "unknown"),
+        **_split(config),
         "precision": train.precision,
         "parameters": f"{parameters:,}",
         **implementation,
@@ -404,6 +585,24 @@ def _header(stepper: Stepper, config: RunConfig, blend: Blend, state: TrainState
     width = max(map(len, facts))
     lines = [f"{name:<{width}}  {value}" for name, value in facts.items()]
     return lines + [f"{'':<{width}}  {line}" for line in blend.summary().splitlines()]
+
+
+def _split(config: RunConfig) -> dict[str, str]:
+    """How the ranks share the work; nothing to say for one."""
+    layout, train = config.parallel, config.train
+    if layout.world == 1:
+        return {}
+    micro_batches = train.global_batch // layout.dp // train.micro_batch
+    facts = {
+        "layout": f"{layout.name} ({layout.world} ranks: pp {layout.pp} x dp {layout.dp} x cp {layout.cp} x "
+        f"tp {layout.tp})",
+        "batch": f"{train.global_batch} sequences over {layout.dp} data-parallel ranks, each {micro_batches} "
+        f"micro-batches of {train.micro_batch}",
+    }
+    if layout.pp > 1:
+        idle = bubble_formula(layout.schedule, layout.pp, layout.virtual, micro_batches)
+        facts["bubble"] = f"{idle:.1%} of a step, by the formula of {layout.schedule} with equal stages"
+    return facts
 
 
 def launched_world() -> tuple[int, int]:
@@ -443,10 +642,15 @@ def main(stepper_factory: Callable[[RunConfig], Stepper], argv: list[str] | None
 
     def run() -> int:
         args = parser().parse_args(argv)
-        world = launched_world()[1]
-        if world > 1:
-            raise UserError(f"--nproc: launched with {world} processes, but training runs in one; use --nproc 1")
         config = load_run_config(args.config, args.set)
+        check_layout(
+            config.parallel,
+            config.model,
+            world=launched_world()[1],
+            global_batch=config.train.global_batch,
+            micro_batch=config.train.micro_batch,
+            seq_len=config.data.seq_len,
+        )
         out = args.out or Path("runs") / Path(args.config).stem
         try:
             result = train(stepper_factory, config, out, args.resume)

@@ -1,45 +1,55 @@
-"""AdamW with decoupled decay on fp32 masters; the arithmetic is PyTorch's own fused optimizer."""
+"""AdamW with decoupled decay on fp32 masters; the arithmetic is PyTorch's own fused optimizer.
+
+Weights, masters and states are flat vectors, one a bucket (core.sharding). A rank keeps masters and states of its part
+of each bucket only, and the ranks that share weights gather the updated parts.
+"""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from core.checkpoint import TensorPiece
 from core.config import OptimConfig
-from core.params import ParamSpec
+from core.sharding import Box, FlatPiece, Shard, flat_pieces
+from pt_reference.collectives import agree, all_gather
+from pt_reference.data_parallel import GradientBuckets, owned_range
+from pt_reference.mesh import Mesh
 from pt_reference.model import to_numpy, to_tensor
+
+Read = Callable[[str, Box], np.ndarray]
 
 
 class AdamW:
-    """Owns the masters, their gradients and m, v.
+    """Owns the masters, their gradients and m, v. The model's weights are views of vectors that ``step`` refreshes.
 
-    Where the model's weights already have the master dtype they *are* the masters; otherwise (bf16, fp16) the model
-    holds rounded copies that ``step`` refreshes.
+    Where the weights already have the master dtype the masters are views of the same vectors.
     """
 
     def __init__(
         self,
         weights: Mapping[str, nn.Parameter],
-        specs: Mapping[str, ParamSpec],
+        table: Mapping[str, Shard],
         config: OptimConfig,
         dtype: torch.dtype,
+        mesh: Mesh,
     ) -> None:
-        self.weights = dict(weights)
-        self.masters = {
-            name: w if w.dtype == dtype else nn.Parameter(w.detach().to(dtype)) for name, w in weights.items()
-        }
-        self.gradients: dict[str, Tensor] = {}
-        decayed = [name for name in weights if specs[name].decays]
-        plain = [name for name in weights if not specs[name].decays]
+        self.table, self.mesh = dict(table), mesh
+        self.gradients = GradientBuckets(weights, table, mesh, dtype)
+        self.parts: list[Tensor] = []  # gradients after ``reduce``
+        self._stale = False
+        self._flat = [self._flatten(weights, number) for number in range(len(self.gradients.buckets))]
+        self.masters = [self._master(number, dtype) for number in range(len(self._flat))]
         groups = [
-            {"params": [self.masters[n] for n in decayed], "weight_decay": config.weight_decay},
-            {"params": [self.masters[n] for n in plain], "weight_decay": 0.0},
+            {"params": [m], "weight_decay": config.weight_decay if bucket.decays else 0.0}
+            for m, bucket in zip(self.masters, self.gradients.buckets, strict=True)
         ]
         betas = (config.beta1, config.beta2)
-        self._adamw = torch.optim.AdamW([g for g in groups if g["params"]], betas=betas, eps=config.eps, fused=True)
+        self._adamw = torch.optim.AdamW(groups, betas=betas, eps=config.eps, fused=True)
         self._fresh_state(0)
 
     @property
@@ -47,70 +57,125 @@ class AdamW:
         """Updates made so far; Adam's bias correction depends on it."""
         return int(next(iter(self._adamw.state.values()))["step"].item())
 
-    def accumulate(self) -> None:
-        """Move the gradients of the last backward pass into the master-dtype accumulators."""
-        for name, weight in self.weights.items():
-            if weight.grad is None:
-                raise RuntimeError(f"{name} received no gradient")
-            grad = weight.grad.to(self.masters[name].dtype)
-            held = self.gradients.get(name)
-            self.gradients[name] = grad if held is None else held.add_(grad)
-            weight.grad = None
+    def reduce(self) -> None:
+        """Sum the accumulated gradients over ranks; what this rank keeps of them is in ``parts``."""
+        self.parts = self.gradients.finish()
 
     def grad_norm(self) -> float:
-        """L2 norm over all accumulated gradients; the parts are summed in float64, each parameter once."""
-        squares = [torch.linalg.vector_norm(g).double().square() for g in self.gradients.values()]
-        return torch.stack(squares).sum().sqrt().item()
+        """L2 norm over the gradients of all ranks; the parts are summed in float64, each parameter once."""
+        counted = self.gradients.parts > 1 or self.mesh.replicas.rank == 0
+        squares = [
+            torch.linalg.vector_norm(part, dtype=torch.float64).square()
+            for part, bucket in zip(self.parts, self.gradients.buckets, strict=True)
+            if bucket.owner and counted
+        ]
+        mine = torch.stack(squares).sum().item() if squares else 0.0
+        return math.sqrt(agree([mine], self.mesh.world, "sum")[0])
 
     def step(self, lr: float, grad_scale: float) -> None:
         """One update with gradients times ``grad_scale``; the accumulators are empty afterwards."""
         for group in self._adamw.param_groups:
             group["lr"] = lr
-        for name, master in self.masters.items():
-            master.grad = self.gradients[name].mul_(grad_scale)
+        for master, part in zip(self.masters, self.parts, strict=True):
+            master.grad = part.mul_(grad_scale)
         self._adamw.step()
-        for master in self.masters.values():
+        for master in self.masters:
             master.grad = None
         self.discard()
-        self._refresh()
+        self._stale = True
+        self.refresh()
 
     def discard(self) -> None:
-        self.gradients = {}
+        self.parts = []
+        self.gradients.discard()
 
-    def load_masters(self, get: Callable[[str], np.ndarray]) -> None:
-        """Masters from ``get(name)``, and from them the weights of the model."""
-        with torch.no_grad():
-            for name, master in self.masters.items():
-                master.copy_(to_tensor(get(name)))
-        self._refresh()
+    def load_masters(self, read: Read) -> None:
+        """Masters from ``read(name, box)``; the weights follow with ``refresh``, which every rank must call."""
+        self._stale = True
+        for number, master in enumerate(self.masters):
+            self._fill(master, number, read)
 
-    def load_state(self, get: Callable[[str], np.ndarray], step_count: int) -> None:
-        """m and v from ``get("m.<name>")`` and ``get("v.<name>")``."""
+    def load_state(self, read: Read, step_count: int) -> None:
+        """m and v from ``read("m.<name>", box)`` and ``read("v.<name>", box)``."""
         self._fresh_state(step_count)
-        for name, master in self.masters.items():
+        for number, master in enumerate(self.masters):
             state = self._adamw.state[master]
-            state["exp_avg"].copy_(to_tensor(get(f"m.{name}")))
-            state["exp_avg_sq"].copy_(to_tensor(get(f"v.{name}")))
+            self._fill(state["exp_avg"], number, lambda name, box: read(f"m.{name}", box))
+            self._fill(state["exp_avg_sq"], number, lambda name, box: read(f"v.{name}", box))
 
-    def export_masters(self) -> Iterator[tuple[str, np.ndarray]]:
-        for name, master in self.masters.items():
-            yield name, to_numpy(master)
+    def export_masters(self) -> Iterator[TensorPiece]:
+        yield from self._export(self.masters, "")
 
-    def export_state(self) -> Iterator[tuple[str, np.ndarray]]:
+    def export_state(self) -> Iterator[TensorPiece]:
         for letter, key in (("m", "exp_avg"), ("v", "exp_avg_sq")):
-            for name, master in self.masters.items():
-                yield f"{letter}.{name}", to_numpy(self._adamw.state[master][key])
+            yield from self._export([self._adamw.state[m][key] for m in self.masters], f"{letter}.")
+
+    def export_gradients(self) -> Iterator[TensorPiece]:
+        """The gradients after ``reduce``, under the parameters' names."""
+        yield from self._export(self.parts, "")
+
+    def _flatten(self, weights: Mapping[str, nn.Parameter], number: int) -> Tensor:
+        """Move a bucket's weights into one vector of their dtype."""
+        bucket = self.gradients.buckets[number]
+        first = weights[bucket.segments[0].name]
+        flat = torch.zeros(bucket.size, dtype=first.dtype, device=first.device)
+        for segment in bucket.segments:
+            weight = weights[segment.name]
+            weight.data = flat[segment.start : segment.start + segment.size].view(weight.shape)
+        return flat
+
+    def _master(self, number: int, dtype: torch.dtype) -> nn.Parameter:
+        bucket = self.gradients.buckets[number]
+        part = self._flat[number][owned_range(bucket, self.gradients.part, self.gradients.parts)]
+        return nn.Parameter(part.detach().to(dtype))
+
+    def _pieces(self, number: int) -> Iterator[FlatPiece]:
+        yield from flat_pieces(self.gradients.buckets[number], self.table, self.gradients.part, self.gradients.parts)
+
+    def _fill(self, vector: Tensor, number: int, read: Read) -> None:
+        with torch.no_grad():
+            vector.zero_()
+            for piece in self._pieces(number):
+                vector[piece.first : piece.last].copy_(to_tensor(read(piece.name, piece.box)).flatten())
+
+    def _export(self, vectors: list[Tensor], prefix: str) -> Iterator[TensorPiece]:
+        """The boxes that this rank, of all that hold them, writes; in the order of the model."""
+        if self.gradients.parts == 1 and self.mesh.replicas.rank:
+            return
+        owned = [
+            (vectors[number], piece)
+            for number, bucket in enumerate(self.gradients.buckets)
+            if bucket.owner
+            for piece in self._pieces(number)
+        ]
+        order = {name: i for i, name in enumerate(self.table)}
+        for vector, piece in sorted(owned, key=lambda item: (order[item[1].name], item[1].first)):
+            array = to_numpy(vector[piece.first : piece.last])
+            yield TensorPiece(
+                prefix + piece.name,
+                array.reshape([s.stop - s.start for s in piece.box]),
+                tuple(s.start for s in piece.box),
+                self.table[piece.name].whole,
+            )
 
     def _fresh_state(self, step_count: int) -> None:
-        for master in self.masters.values():
+        for master in self.masters:
             self._adamw.state[master] = {
                 "step": torch.tensor(float(step_count), device=master.device),  # where the fused kernel wants it
                 "exp_avg": torch.zeros_like(master),
                 "exp_avg_sq": torch.zeros_like(master),
             }
 
-    def _refresh(self) -> None:
+    def refresh(self) -> None:
+        """Weights from masters, where these changed: own part first, then those of the other ranks."""
+        if not self._stale:
+            return
+        self._stale = False
+        buckets = self.gradients
         with torch.no_grad():
-            for name, master in self.masters.items():
-                if master is not self.weights[name]:
-                    self.weights[name].copy_(master)
+            for flat, master, bucket in zip(self._flat, self.masters, buckets.buckets, strict=True):
+                mine = flat[owned_range(bucket, buckets.part, buckets.parts)]
+                if mine.data_ptr() != master.data_ptr():
+                    mine.copy_(master)
+                if buckets.parts > 1:
+                    flat.copy_(all_gather(mine, self.mesh.replicas, 0))

@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
+from typing import Any
 
-import numpy as np
 import torch
 
 from core.batch import Batch
-from core.checkpoint import Checkpoint
+from core.checkpoint import Checkpoint, TensorPiece
 from core.config import RunConfig
 from core.init import init_tensor
 from core.loop import main
-from core.params import parameter_table
+from core.sequence import split_batch
 from pt_reference import ops
-from pt_reference.forward import batch_logits, batch_loss
-from pt_reference.model import Decoder, named_weights
+from pt_reference.collectives import agree
+from pt_reference.model import named_weights
 from pt_reference.optim import AdamW
+from pt_reference.parallelize import open_mesh, parallelize
+from pt_reference.pipeline import Pipeline
 
 
 class Trainer:
@@ -25,17 +27,45 @@ class Trainer:
 
     def __init__(self, config: RunConfig) -> None:
         self.config = config
-        self.model = Decoder(config.model, config.train.precision, config.train.recompute).to(ops.device()).train()
-        self.optimizer = AdamW(
-            named_weights(self.model), parameter_table(config.model), config.optim, self.model.dtypes.master
-        )
-        self.optimizer.load_masters(lambda name: init_tensor(name, config.model, config.train.seed))
+        self.mesh = open_mesh(config.model, config.parallel)
+        self.stages, self.table = parallelize(config.model, self.mesh, config.train.precision, config.train.recompute)
+        self.pipeline = Pipeline(self.stages, self.mesh)
+        weights = {name: weight for stage in self.stages for name, weight in named_weights(stage).items()}
+        self.optimizer = AdamW(weights, self.table, config.optim, self.stages[0].dtypes.master, self.mesh)
+        self.optimizer.load_masters(lambda name, box: init_tensor(name, config.model, config.train.seed, box))
 
-    def micro_step(self, batch: Batch, num_targets: int, loss_scale: float) -> float:
-        loss = batch_loss(batch_logits(self.model, batch), batch, num_targets)
-        (loss * loss_scale).backward()
-        self.optimizer.accumulate()
-        return loss.item()
+    @property
+    def rank(self) -> int:
+        return self.mesh.rank
+
+    @property
+    def world(self) -> int:
+        return self.mesh.layout.world
+
+    def share(self, global_batch: int) -> tuple[int, int]:
+        count = global_batch // self.mesh.layout.dp
+        return self.mesh.coord.dp * count, count
+
+    def count_targets(self, num_targets: int) -> int:
+        return round(agree([num_targets], self.mesh.dp, "sum")[0])
+
+    def agree(self, values: list[float], op: str) -> list[float]:
+        return agree(values, self.mesh.world, op)
+
+    def gradients(self, batch: Batch, num_targets: int, loss_scale: float, **options: Any) -> float:
+        """core.loop.Stepper.gradients; ``options`` are those of Pipeline.run."""
+        self.optimizer.refresh()
+        size = self.config.train.micro_batch
+        pieces = [
+            split_batch(batch.rows(first, first + size), self.mesh.layout, self.mesh.coord.cp)
+            for first in range(0, len(batch.input_ids), size)
+        ]
+        self.optimizer.gradients.expect(len(pieces))
+        loss = self.pipeline.run(pieces, num_targets, loss_scale, **options)
+        if options.get("backward", True):
+            self.optimizer.reduce()
+        # Tensor ranks computed the same sum; the ranks before the head computed none.
+        return self.agree([loss if self.mesh.coord.tp == 0 else 0.0], "sum")[0]
 
     def grad_norm(self, loss_scale: float) -> float:
         return self.optimizer.grad_norm() / loss_scale
@@ -46,17 +76,17 @@ class Trainer:
     def discard(self) -> None:
         self.optimizer.discard()
 
-    def weights(self) -> Iterator[tuple[str, np.ndarray]]:
+    def weights(self) -> Iterator[TensorPiece]:
         return self.optimizer.export_masters()
 
-    def optimizer_state(self) -> Iterator[tuple[str, np.ndarray]]:
+    def optimizer_state(self) -> Iterator[TensorPiece]:
         return self.optimizer.export_state()
 
     def load(self, checkpoint: Checkpoint, optimizer: bool) -> None:
-        self.optimizer.load_masters(lambda name: checkpoint.read("weights", name))
+        self.optimizer.load_masters(lambda name, box: checkpoint.read("weights", name, box))
         if optimizer:
             steps = checkpoint.trainer["optimizer_steps"]
-            self.optimizer.load_state(lambda key: checkpoint.read("optimizer", key), steps)
+            self.optimizer.load_state(lambda key, box: checkpoint.read("optimizer", key, box), steps)
 
     @property
     def step(self) -> int:
@@ -66,7 +96,9 @@ class Trainer:
         return {
             "backend": f"PyTorch {torch.__version__}",
             "device": torch.cuda.get_device_name() if ops.device().type == "cuda" else "cpu",
-            "attention": "torch.nn.functional.scaled_dot_product_attention",
+            "attention": "torch.nn.functional.scaled_dot_product_attention"
+            if self.mesh.ring.size == 1
+            else "zigzag ring of matrix products",
             "adamw": "torch.optim.AdamW(fused=True)",
         }
 

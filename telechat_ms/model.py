@@ -1,4 +1,5 @@
-"""TeleChat2 in MindSpore. The file knows no ranks, no optimizer and no data.
+"""TeleChat2 in MindSpore. The file knows no ranks, no optimizer and no data:
+a module is as large as the shapes it is given, and a table of fewer parameters makes a smaller part of the model.
 
 What differs from Llama: biases on the attention output and on the ffn output only; rotary tables whose base and
 amplitude depend on the sequence length (core.position); the norm casts before it multiplies by its gain.
@@ -9,7 +10,8 @@ core.params; pt_reference/model.py is this file in PyTorch.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Protocol
 
 import mindspore as ms
 import numpy as np
@@ -20,7 +22,7 @@ from core.params import parameter_table
 from core.position import rope_tables
 from core.precision import PRECISION
 from core.visibility import Block
-from telechat_ms import ops
+from telechat_ms import autograd, ops
 
 
 class Dtypes:
@@ -33,34 +35,45 @@ class Dtypes:
         )
 
 
+Shapes = Mapping[str, tuple[int, ...]]  # parameter name -> shape
+
+
+class Shaped(Protocol):
+    """core.params.ParamSpec or core.sharding.Shard."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+
 class Linear(nn.Cell):
     """weight [out, in] and, where the released model has one, bias [out]."""
 
-    def __init__(self, num_in: int, num_out: int, dtypes: Dtypes, bias: bool = False) -> None:
+    def __init__(self, name: str, shapes: Shapes, dtypes: Dtypes) -> None:
         super().__init__()
         self.compute = dtypes.compute
-        self.weight = empty_parameter((num_out, num_in), dtypes.weight)
-        self.bias = empty_parameter((num_out,), dtypes.weight) if bias else None
+        self.weight = empty_parameter(shapes[f"{name}.weight"], dtypes.weight)
+        bias = shapes.get(f"{name}.bias")
+        self.bias = empty_parameter(bias, dtypes.weight) if bias is not None else None
 
     def construct(self, x: Tensor) -> Tensor:
         return ops.linear(x, self.weight, self.bias, self.compute)
 
 
 class Norm(nn.Cell):
-    def __init__(self, config: ModelConfig, dtypes: Dtypes) -> None:
+    def __init__(self, name: str, shapes: Shapes, eps: float, dtypes: Dtypes) -> None:
         super().__init__()
-        self.eps, self.dtypes = config.norm_eps, dtypes
-        self.weight = empty_parameter((config.hidden_size,), dtypes.weight)
+        self.eps, self.dtypes = eps, dtypes
+        self.weight = empty_parameter(shapes[f"{name}.weight"], dtypes.weight)
 
     def construct(self, x: Tensor) -> Tensor:
         return ops.rms_norm(x, self.weight, self.eps, self.dtypes.stat, self.dtypes.compute)
 
 
 class Embedding(nn.Cell):
-    def __init__(self, config: ModelConfig, dtypes: Dtypes) -> None:
+    def __init__(self, shape: tuple[int, ...], dtypes: Dtypes) -> None:
         super().__init__()
         self.residual = dtypes.residual
-        self.weight = empty_parameter((config.vocab_size, config.hidden_size), dtypes.weight)
+        self.weight = empty_parameter(shape, dtypes.weight)
 
     def construct(self, input_ids: Tensor) -> Tensor:
         return ops.embedding(self.weight, input_ids).astype(self.residual)
@@ -82,58 +95,53 @@ class KeyValueCache:
 
 
 class Attention(nn.Cell):
-    def __init__(self, config: ModelConfig, dtypes: Dtypes, recompute: str) -> None:
+    """``core`` is what q, k and v meet in; a layout may put one there that spans several processes."""
+
+    def __init__(self, shapes: Shapes, head_dim: int, dtypes: Dtypes, recompute: str) -> None:
         super().__init__()
-        self.num_heads, self.num_kv_heads, self.head_dim = config.num_heads, config.num_kv_heads, config.head_dim
+        self.head_dim, self.core = head_dim, ops.attention
         self.recompute_core = recompute == "selective"
-        E, HD, KD = config.hidden_size, self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
-        self.q = Linear(E, HD, dtypes)
-        self.k = Linear(E, KD, dtypes)
-        self.v = Linear(E, KD, dtypes)
-        self.o = Linear(HD, E, dtypes, bias=True)
+        self.q, self.k, self.v, self.o = (Linear(f"attn.{name}", shapes, dtypes) for name in "qkvo")
 
     def construct(
         self, x: Tensor, cos: Tensor, sin: Tensor, blocks: list[Block], cache: KeyValueCache | None
     ) -> Tensor:
         B, S, _ = x.shape
-        q = ops.rope(self.q(x).reshape(B, S, self.num_heads, self.head_dim), cos, sin)
-        k = ops.rope(self.k(x).reshape(B, S, self.num_kv_heads, self.head_dim), cos, sin)
-        v = self.v(x).reshape(B, S, self.num_kv_heads, self.head_dim)
+        q = ops.rope(self.q(x).reshape(B, S, -1, self.head_dim), cos, sin)
+        k = ops.rope(self.k(x).reshape(B, S, -1, self.head_dim), cos, sin)
+        v = self.v(x).reshape(B, S, -1, self.head_dim)
         if cache is not None:
             k, v = cache.append(k, v)
         if self.recompute_core and self.training:
-            out = ms.recompute(ops.attention, q, k, v, blocks, use_reentrant=False)
+            out = autograd.recompute(self.core, q, k, v, blocks)
         else:
-            out = ops.attention(q, k, v, blocks)
+            out = self.core(q, k, v, blocks)
         return self.o(out.reshape(B, S, -1))
 
 
 class FeedForward(nn.Cell):
-    def __init__(self, config: ModelConfig, dtypes: Dtypes, recompute: str) -> None:
+    def __init__(self, shapes: Shapes, dtypes: Dtypes, recompute: str) -> None:
         super().__init__()
         self.stat, self.recompute_core = dtypes.stat, recompute == "selective"
-        E, F = config.hidden_size, config.ffn_hidden_size
-        self.gate = Linear(E, F, dtypes)
-        self.up = Linear(E, F, dtypes)
-        self.down = Linear(F, E, dtypes, bias=True)
+        self.gate, self.up, self.down = (Linear(f"ffn.{name}", shapes, dtypes) for name in ("gate", "up", "down"))
 
     def construct(self, x: Tensor) -> Tensor:
         gate, up = self.gate(x), self.up(x)
         if self.recompute_core and self.training:
-            return self.down(ms.recompute(ops.swiglu, gate, up, self.stat, use_reentrant=False))
+            return self.down(autograd.recompute(ops.swiglu, gate, up, self.stat))
         return self.down(ops.swiglu(gate, up, self.stat))
 
 
 class DecoderBlock(nn.Cell):
     """Pre-norm: both branches read the norm and add to the stream."""
 
-    def __init__(self, config: ModelConfig, dtypes: Dtypes, recompute: str) -> None:
+    def __init__(self, config: ModelConfig, shapes: Shapes, dtypes: Dtypes, recompute: str) -> None:
         super().__init__()
         self.residual = dtypes.residual
-        self.attn_norm = Norm(config, dtypes)
-        self.attn = Attention(config, dtypes, recompute)
-        self.ffn_norm = Norm(config, dtypes)
-        self.ffn = FeedForward(config, dtypes, recompute)
+        self.attn_norm = Norm("attn_norm", shapes, config.norm_eps, dtypes)
+        self.attn = Attention(shapes, config.head_dim, dtypes, recompute)
+        self.ffn_norm = Norm("ffn_norm", shapes, config.norm_eps, dtypes)
+        self.ffn = FeedForward(shapes, dtypes, recompute)
 
     def construct(
         self, x: Tensor, cos: Tensor, sin: Tensor, blocks: list[Block], cache: KeyValueCache | None
@@ -146,35 +154,54 @@ class Decoder(nn.Cell):
     """Token ids to logits. Weights are uninitialised until ``load_weights``.
 
     ``recompute``: none; selective (attention core and activation are computed again in the backward); full (each
-    block keeps only its input).
+    block keeps only its input). ``table`` names the parameters to hold, with their shapes; the default is the whole
+    model. Without layer 0 the input is a hidden state, without the final norm the output is one.
     """
 
-    def __init__(self, config: ModelConfig, precision: str = "fp32", recompute: str = "none") -> None:
+    def __init__(
+        self,
+        config: ModelConfig,
+        precision: str = "fp32",
+        recompute: str = "none",
+        table: Mapping[str, Shaped] | None = None,
+    ) -> None:
         super().__init__()
         dtypes = Dtypes(precision)
         self.config, self.dtypes, self.recompute = config, dtypes, recompute
-        self.embed = Embedding(config, dtypes)
-        self.layers = nn.CellList([DecoderBlock(config, dtypes, recompute) for _ in range(config.num_layers)])
-        self.norm = Norm(config, dtypes)
-        self.head = Linear(config.hidden_size, config.vocab_size, dtypes)
+        shapes = {name: spec.shape for name, spec in (table or parameter_table(config)).items()}
+        self.names = list(shapes)
+        numbers = list(dict.fromkeys(name.split(".")[1] for name in shapes if name.startswith("layers.")))
+        self.first, self.last = "0" in numbers, "norm.weight" in shapes
+        self.embed = Embedding(shapes["embed.weight"], dtypes) if "embed.weight" in shapes else None
+        self.layers = nn.CellDict({i: DecoderBlock(config, _below(i, shapes), dtypes, recompute) for i in numbers})
+        self.norm = Norm("norm", shapes, config.norm_eps, dtypes) if self.last else None
+        self.head = Linear("head", shapes, dtypes) if "head.weight" in shapes else None
 
     def construct(
         self,
-        input_ids: Tensor,
+        x: Tensor,
         rope: tuple[Tensor, Tensor],
         blocks: list[Block],
         caches: list[KeyValueCache] | None = None,
     ) -> Tensor:
-        """input_ids [B, S], ``rope`` tables, ``ops.attention_blocks`` -> logits [B, S, V] in the ``stat`` dtype."""
+        """Ids [B, S], ``rope`` tables, ``ops.attention_blocks`` -> logits [B, S, V] in the ``stat`` dtype.
+
+        A part of the model takes a hidden state [B, S, E] instead of ids, or returns one.
+        """
         cos, sin = rope
-        x = self.embed(input_ids)  # [B, S, E]
-        for i, layer in enumerate(self.layers):
+        if self.first:
+            x = self.embed(x)  # [B, S, E]
+        for i, layer in enumerate(self.layers.values()):
             cache = caches[i] if caches is not None else None
             if self.recompute == "full" and self.training:
-                x = ms.recompute(layer, x, cos, sin, blocks, cache, use_reentrant=False)
+                x = autograd.recompute(layer, x, cos, sin, blocks, cache)
             else:
                 x = layer(x, cos, sin, blocks, cache)
-        return self.head(self.norm(x)).astype(self.dtypes.stat)
+        if not self.last:
+            return x
+        x = self.norm(x)
+        logits = self.head(x) if self.head is not None else ops.linear(x, self.embed.weight, None, self.dtypes.compute)
+        return logits.astype(self.dtypes.stat)
 
     def rope(self, positions: np.ndarray, seq_len: int) -> tuple[Tensor, Tensor]:
         """Rotary tables for positions [B or 1, S] of a row of ``seq_len`` tokens: cos, sin [B or 1, S, 1, D/2]."""
@@ -194,9 +221,9 @@ def empty_parameter(shape: tuple[int, ...], dtype: ms.Type) -> Parameter:
 
 
 def named_weights(model: Decoder) -> dict[str, Parameter]:
-    """Parameters by logical name, in the order of core.params.parameter_table."""
+    """Parameters by logical name, in the order of the table that the model was built from."""
     held = dict(model.parameters_and_names())
-    return {name: held[name] for name in parameter_table(model.config)}
+    return {name: held[name] for name in model.names}
 
 
 def to_tensor(array: np.ndarray) -> Tensor:
@@ -207,3 +234,9 @@ def to_tensor(array: np.ndarray) -> Tensor:
 def to_numpy(tensor: Tensor) -> np.ndarray:
     """MindSpore to numpy; bfloat16, which numpy lacks, becomes float32 (exact)."""
     return (tensor.astype(ms.float32) if tensor.dtype == ms.bfloat16 else tensor).asnumpy()
+
+
+def _below(number: str, shapes: Shapes) -> Shapes:
+    """The shapes of one decoder block, by their names inside the block."""
+    start = f"layers.{number}."
+    return {name.removeprefix(start): shape for name, shape in shapes.items() if name.startswith(start)}

@@ -6,6 +6,8 @@ are rounded to the compute dtype and multiplied in float32, and the result is ro
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
+
 import mindspore as ms
 import numpy as np
 from mindspore import Tensor, ops
@@ -14,6 +16,7 @@ from core.batch import IGNORE
 from core.visibility import Block, causal_blocks
 
 _HIDDEN = -1.0e30  # added to a score that must not be seen; finite, so a masked row cannot make a NaN
+_MOST_AT_ONCE, _ROW = 16384, 1024  # elements that the CPU sums in one thread; elements of a row of a longer sum
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None, compute: ms.Type) -> Tensor:
@@ -50,10 +53,12 @@ def swiglu(gate: Tensor, up: Tensor, stat: ms.Type) -> Tensor:
 
 def attention_blocks(num_queries: int, num_keys: int, doc_ids: np.ndarray | None) -> list[Block]:
     """Visibility as blocks of queries with additive float32 masks [B or 1, 1, 1, q, keys], once a forward pass."""
-    return [
-        block._replace(visible=None if block.visible is None else _additive(block.visible))
-        for block in causal_blocks(num_queries, num_keys, doc_ids)
-    ]
+    return masked_blocks(causal_blocks(num_queries, num_keys, doc_ids))
+
+
+def masked_blocks(blocks: Iterable[Block]) -> list[Block]:
+    """Blocks of core.visibility with additive float32 masks [B or 1, 1, 1, q, keys]."""
+    return [block._replace(visible=None if block.visible is None else hidden_keys(block.visible)) for block in blocks]
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, blocks: list[Block]) -> Tensor:
@@ -82,6 +87,60 @@ def attention(q: Tensor, k: Tensor, v: Tensor, blocks: list[Block]) -> Tensor:
     return ops.cast(ops.transpose(joined, (0, 2, 1, 3)), compute)
 
 
+def hidden_keys(visible: np.ndarray) -> Tensor:
+    """A mask bool [B or 1, S, T] in the form that attention_block takes, [B or 1, 1, 1, S, T]; made once a pass."""
+    return Tensor(np.where(visible, np.float32(0), np.float32(_HIDDEN))[:, None, None])
+
+
+def attention_block(q: Tensor, k: Tensor, v: Tensor, hidden: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Attention over one block of keys, so that blocks can be merged: out [B, H, S, D] and log-sum-exp [B, H, S, 1].
+
+    q [B, H, S, D], k and v [B, K, T, D] in the dtype that computes, float32 or wider; ``hidden`` from ``hidden_keys``,
+    or None when every query sees every key. A query that sees none of the keys gets a log-sum-exp of about -1e30, with
+    which its output weighs nothing.
+    """
+    weights, log_sum_exp = softmax_and_log_sum(_block_scores(q, k, hidden))
+    out = ops.BatchMatMul()(weights, v)  # [B, K, H/K * S, D]
+    return out.reshape(q.shape), log_sum_exp.reshape(*q.shape[:3], 1)
+
+
+def attention_block_backward(
+    q: Tensor, k: Tensor, v: Tensor, hidden: Tensor | None, log_sum_exp: Tensor, grad_out: Tensor, delta: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dq, dk, dv of one block, from the *final* log-sum-exp [B, H, S, 1] and ``delta`` = sum(out * grad_out) over D.
+
+    With P = exp(scores - log_sum_exp), the block's part of the whole softmax: dV = P^T dO, dS = P * (dO V^T - delta),
+    dQ = dS K / sqrt(D), dK = dS^T Q / sqrt(D) (FlashAttention, arXiv 2205.14135, appendix B). P is the block's own
+    softmax times one factor a row, which goes into dO and delta.
+    """
+    B, H, S, D = q.shape
+    rows = (B, k.shape[1], H // k.shape[1] * S, -1)
+    weights, block_lse = softmax_and_log_sum(_block_scores(q, k, hidden))
+    factor = accurate(ops.exp, block_lse - log_sum_exp.reshape(rows))
+    grad_out = grad_out.reshape(rows) * factor
+    dv = ops.BatchMatMul(transpose_a=True)(weights, grad_out)
+    grad_scores = weights * (ops.BatchMatMul(transpose_b=True)(grad_out, v) - delta.reshape(rows) * factor)
+    grad_scores = grad_scores * Tensor(D**-0.5, q.dtype)
+    dq = ops.BatchMatMul()(grad_scores, k).reshape(q.shape)
+    dk = ops.BatchMatMul(transpose_a=True)(grad_scores, q.reshape(rows))
+    return dq, dk, dv
+
+
+def merge_blocks(out: Tensor, log_sum_exp: Tensor, more: Tensor, more_lse: Tensor) -> tuple[Tensor, Tensor]:
+    """Attention over the union of two sets of keys from attention over each; [B, H, S, D] and [B, H, S, 1].
+
+    out - sigmoid(b - a) * (out - more) and a + log(1 + exp(b - a)) written so that they stay finite.
+    """
+    apart = more_lse - log_sum_exp
+    grown = ops.maximum(apart, ops.zeros_like(apart)) + accurate(lambda x: ops.log1p(ops.exp(-ops.abs(x))), apart)
+    return out - accurate(_sigmoid, apart) * (out - more), log_sum_exp + grown
+
+
+def _sigmoid(x: Tensor) -> Tensor:
+    small = ops.exp(-ops.abs(x))  # never overflows
+    return ops.select(x >= 0, ops.ones_like(x), small) / (1 + small)
+
+
 def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
     """Sum over positions of -log softmax(logits)[target], logits [B, S, V] in the loss dtype; IGNORE counts nothing."""
     flat = targets.reshape(-1, 1)
@@ -92,14 +151,20 @@ def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 def total(x: Tensor) -> Tensor:
-    """The sum of all elements, in the dtype of x.
+    """The sum of all elements, in the dtype of x; the same bits every time.
 
     MindSpore's CPU kernel adds one by one: over 4096 token losses its float32 sum is off by 1e-6. There the sum runs in
-    float64.
+    float64. Of many elements it also shares the work among threads as it comes, so that the last bits of two equal
+    sums differ; row by row it does not.
     """
     if ms.get_context("device_target") != "CPU":
         return ops.ReduceSum()(x)
-    return ops.cast(ops.ReduceSum()(ops.cast(x, ms.float64)), x.dtype)
+    flat = ops.cast(x, ms.float64).reshape(-1)
+    while flat.shape[0] > _MOST_AT_ONCE:
+        whole = flat.shape[0] // _ROW * _ROW
+        rows = ops.ReduceSum()(flat[:whole].reshape(-1, _ROW), 1)
+        flat = rows if whole == flat.shape[0] else ops.concat((rows, flat[whole:]))
+    return ops.cast(ops.ReduceSum()(flat), x.dtype)
 
 
 def _softmax(scores: Tensor) -> Tensor:
@@ -119,5 +184,29 @@ def _operand(x: Tensor, compute: ms.Type) -> Tensor:
     return x
 
 
-def _additive(visible: np.ndarray) -> Tensor:
-    return Tensor(np.where(visible, np.float32(0), np.float32(_HIDDEN))[:, None, None])
+def _block_scores(q: Tensor, k: Tensor, hidden: Tensor | None) -> Tensor:
+    """q k^T / sqrt(D) [B, K, H/K * S, T]; hidden keys at about -1e30."""
+    B, H, S, D = q.shape
+    K, T = k.shape[1:3]
+    scores = ops.BatchMatMul(transpose_b=True)(q.reshape(B, K, H // K * S, D), k) * Tensor(D**-0.5, q.dtype)
+    if hidden is None:
+        return scores
+    return (scores.reshape(B, K, H // K, S, T) + ops.cast(hidden, q.dtype)).reshape(scores.shape)
+
+
+def softmax_and_log_sum(scores: Tensor) -> tuple[Tensor, Tensor]:
+    """Softmax over the last axis and its log-sum-exp [..., 1].
+
+    The largest weight of a row is 1 / sum(exp(score - largest)), so the sum needs no exponential of its own: that of
+    the CPU kernel is a polynomial, off by up to 8e-6, while its softmax is accurate.
+    """
+    weights = ops.softmax(scores, -1)
+    largest = ops.ReduceMax(keep_dims=True)
+    return weights, largest(scores, -1) - accurate(ops.log, largest(weights, -1))
+
+
+def accurate(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """``function`` of a small tensor, in float64 on the CPU, whose float32 exp and log are only good to 1e-6."""
+    if ms.get_context("device_target") != "CPU":
+        return function(x)
+    return ops.cast(function(ops.cast(x, ms.float64)), x.dtype)

@@ -1,7 +1,8 @@
 """AdamW with decoupled decay on flat fp32 masters.
 
-All decayed parameters lie in one flat buffer and all others in a second, so that an update is a handful of operators
-whatever the number of layers.
+Masters and states are flat vectors, one a bucket (core.sharding), so that an update is a handful of operators whatever
+the number of layers. A rank keeps its part of each bucket only, and the ranks that share weights gather the updated
+parts.
 """
 
 from __future__ import annotations
@@ -13,61 +14,50 @@ import mindspore as ms
 import numpy as np
 from mindspore import Parameter, Tensor, ops
 
+from core.checkpoint import TensorPiece
 from core.config import OptimConfig
-from core.params import ParamSpec
+from core.sharding import Box, FlatPiece, Shard, flat_pieces
+from telechat_ms.collectives import agree, all_gather
+from telechat_ms.data_parallel import GradientBuckets
+from telechat_ms.mesh import Mesh
 from telechat_ms.ops import total
 
-
-class _Flat:
-    """One group of parameters as flat vectors: master, m, v, and the gradient while there is one."""
-
-    def __init__(self, specs: Mapping[str, ParamSpec], weight_decay: float, dtype: ms.Type) -> None:
-        self.specs, self.weight_decay, self.dtype = dict(specs), weight_decay, dtype
-        size = sum(spec.size for spec in specs.values())
-        zeros = ms.mint.zeros(size, dtype=dtype)
-        self.master, self.m, self.v = (Parameter(zeros.copy(), name=name) for name in ("master", "m", "v"))
-        self.gradient: Tensor | None = None
-
-    def parts(self, flat: Tensor) -> Iterator[tuple[str, Tensor]]:
-        """(name, tensor of the parameter's own shape) for each piece of a flat vector."""
-        for (name, spec), piece in zip(
-            self.specs.items(), ops.split(flat, [s.size for s in self.specs.values()]), strict=True
-        ):
-            yield name, piece.reshape(spec.shape)
-
-    def fill(self, vector: Parameter, get: Callable[[str], np.ndarray]) -> None:
-        """Set a flat vector from one array a parameter."""
-        flat = np.empty(vector.shape, str(self.dtype).lower())
-        start = 0
-        for name, spec in self.specs.items():
-            flat[start : start + spec.size] = get(name).reshape(-1)
-            start += spec.size
-        vector.set_data(Tensor(flat))
+Read = Callable[[str, Box], np.ndarray]
 
 
 class AdamW:
     """Owns the masters, their gradients and m, v. The model's weights are copies that ``step`` refreshes."""
 
     def __init__(
-        self, weights: Mapping[str, Parameter], specs: Mapping[str, ParamSpec], config: OptimConfig, dtype: ms.Type
+        self,
+        weights: Mapping[str, Parameter],
+        table: Mapping[str, Shard],
+        config: OptimConfig,
+        dtype: ms.Type,
+        mesh: Mesh,
     ) -> None:
-        self.weights, self.config, self.step_count = dict(weights), config, 0
-        decayed = {n: s for n, s in specs.items() if s.decays}
-        plain = {n: s for n, s in specs.items() if not s.decays}
-        self._order = {name: i for i, name in enumerate(self.weights)}
-        self._groups = [_Flat(decayed, config.weight_decay, dtype), _Flat(plain, 0.0, dtype)]
+        self.weights, self.table, self.config, self.mesh = dict(weights), dict(table), config, mesh
+        self.dtype, self.step_count = dtype, 0
+        self.gradients = GradientBuckets(weights, table, mesh, dtype)
+        self.parts: list[Tensor] = []  # gradients after ``reduce``
+        self._stale = False
+        self.masters, self.m, self.v = ([self._vector(number, kind) for number in self._numbers] for kind in "wmv")
         self._adam = ops.Adam()
 
-    def accumulate(self, gradients: tuple[Tensor, ...]) -> None:
-        """Add one backward pass's gradients, in the order of ``weights``, to the flat accumulators."""
-        for group in self._groups:
-            flat = ops.concat([ops.cast(gradients[self._order[n]], group.dtype).reshape(-1) for n in group.specs])
-            group.gradient = flat if group.gradient is None else group.gradient + flat
+    def reduce(self) -> None:
+        """Sum the accumulated gradients over ranks; what this rank keeps of them is in ``parts``."""
+        self.parts = self.gradients.finish()
 
     def grad_norm(self) -> float:
-        """L2 norm over all accumulated gradients; the parts are summed in float64, each parameter once."""
-        squares = [total(g * g) for group in self._groups for _, g in group.parts(group.gradient)]
-        return math.sqrt(sum(float(s.asnumpy()) for s in squares))
+        """L2 norm over the gradients of all ranks; the parts are summed in float64, each parameter once."""
+        counted = self.gradients.parts > 1 or self.mesh.replicas.rank == 0
+        squares = [
+            total(ops.square(ops.cast(part, ms.float64)))
+            for part, bucket in zip(self.parts, self.gradients.buckets, strict=True)
+            if bucket.owner and counted
+        ]
+        mine = sum(float(square.asnumpy()) for square in squares)
+        return math.sqrt(agree([mine], self.mesh.world, "sum")[0])
 
     def step(self, lr: float, grad_scale: float) -> None:
         """One update with gradients times ``grad_scale``; the accumulators are empty afterwards.
@@ -79,46 +69,95 @@ class AdamW:
         config = self.config
         beta1_power, beta2_power = config.beta1**self.step_count, config.beta2**self.step_count
         eps = config.eps * math.sqrt(1.0 - beta2_power)
-        for group in self._groups:
-            if group.weight_decay:
-                group.master.set_data(group.master * Tensor(1.0 - lr * group.weight_decay, group.dtype))
-            scalars = (beta1_power, beta2_power, lr, config.beta1, config.beta2, eps)
-            gradient = group.gradient * Tensor(grad_scale, group.dtype)
-            self._adam(group.master, group.m, group.v, *(Tensor(s, group.dtype) for s in scalars), gradient)
+        scalars = [Tensor(s, self.dtype) for s in (beta1_power, beta2_power, lr, config.beta1, config.beta2, eps)]
+        for number, bucket in enumerate(self.gradients.buckets):
+            master = self.masters[number]
+            if bucket.decays and config.weight_decay:
+                master.set_data(master * Tensor(1.0 - lr * config.weight_decay, self.dtype))
+            gradient = self.parts[number] * Tensor(grad_scale, self.dtype)
+            self._adam(master, self.m[number], self.v[number], *scalars, gradient)
         self.discard()
-        self._refresh()
+        self._stale = True
+        self.refresh()
 
     def discard(self) -> None:
-        for group in self._groups:
-            group.gradient = None
+        self.parts = []
+        self.gradients.discard()
 
-    def load_masters(self, get: Callable[[str], np.ndarray]) -> None:
-        """Masters from ``get(name)``, and from them the weights of the model."""
-        for group in self._groups:
-            group.fill(group.master, get)
-        self._refresh()
+    def load_masters(self, read: Read) -> None:
+        """Masters from ``read(name, box)``; the weights follow with ``refresh``, which every rank must call."""
+        self._stale = True
+        for number in self._numbers:
+            self._fill(self.masters[number], number, read)
 
-    def load_state(self, get: Callable[[str], np.ndarray], step_count: int) -> None:
-        """m and v from ``get("m.<name>")`` and ``get("v.<name>")``."""
+    def load_state(self, read: Read, step_count: int) -> None:
+        """m and v from ``read("m.<name>", box)`` and ``read("v.<name>", box)``."""
         self.step_count = step_count
-        for group in self._groups:
-            group.fill(group.m, lambda name: get(f"m.{name}"))
-            group.fill(group.v, lambda name: get(f"v.{name}"))
+        for number in self._numbers:
+            self._fill(self.m[number], number, lambda name, box: read(f"m.{name}", box))
+            self._fill(self.v[number], number, lambda name, box: read(f"v.{name}", box))
 
-    def export_masters(self) -> Iterator[tuple[str, np.ndarray]]:
-        yield from self._export([g.master for g in self._groups], "")
+    def export_masters(self) -> Iterator[TensorPiece]:
+        yield from self._export(self.masters, "")
 
-    def export_state(self) -> Iterator[tuple[str, np.ndarray]]:
-        yield from self._export([g.m for g in self._groups], "m.")
-        yield from self._export([g.v for g in self._groups], "v.")
+    def export_state(self) -> Iterator[TensorPiece]:
+        yield from self._export(self.m, "m.")
+        yield from self._export(self.v, "v.")
 
-    def _export(self, vectors: list[Parameter], prefix: str) -> Iterator[tuple[str, np.ndarray]]:
-        held = {n: t for group, flat in zip(self._groups, vectors, strict=True) for n, t in group.parts(flat)}
-        for name in self.weights:
-            yield prefix + name, held[name].asnumpy()
+    def export_gradients(self) -> Iterator[TensorPiece]:
+        """The gradients after ``reduce``, under the parameters' names."""
+        yield from self._export(self.parts, "")
 
-    def _refresh(self) -> None:
-        for group in self._groups:
-            for name, value in group.parts(group.master):
-                weight = self.weights[name]
-                weight.set_data(ops.cast(value, weight.dtype).contiguous())
+    @property
+    def _numbers(self) -> range:
+        return range(len(self.gradients.buckets))
+
+    def _vector(self, number: int, kind: str) -> Parameter:
+        size = self.gradients.buckets[number].size // self.gradients.parts
+        return Parameter(ms.mint.zeros(size, dtype=self.dtype), name=f"{kind}{number}")
+
+    def _pieces(self, number: int) -> Iterator[FlatPiece]:
+        yield from flat_pieces(self.gradients.buckets[number], self.table, self.gradients.part, self.gradients.parts)
+
+    def _fill(self, vector: Parameter, number: int, read: Read) -> None:
+        flat = np.zeros(vector.shape, str(self.dtype).lower())
+        for piece in self._pieces(number):
+            flat[piece.first : piece.last] = read(piece.name, piece.box).reshape(-1)
+        vector.set_data(Tensor(flat))
+
+    def _export(self, vectors: list[Parameter] | list[Tensor], prefix: str) -> Iterator[TensorPiece]:
+        """The boxes that this rank, of all that hold them, writes; in the order of the model."""
+        if self.gradients.parts == 1 and self.mesh.replicas.rank:
+            return
+        owned = [
+            (number, piece)
+            for number, bucket in enumerate(self.gradients.buckets)
+            if bucket.owner
+            for piece in self._pieces(number)
+        ]
+        order = {name: i for i, name in enumerate(self.table)}
+        for number, piece in sorted(owned, key=lambda item: (order[item[1].name], item[1].first)):
+            array = vectors[number][piece.first : piece.last].asnumpy()
+            yield TensorPiece(
+                prefix + piece.name,
+                array.reshape([s.stop - s.start for s in piece.box]),
+                tuple(s.start for s in piece.box),
+                self.table[piece.name].whole,
+            )
+
+    def refresh(self) -> None:
+        """Weights from masters, where these changed, rounded to their dtype before they travel."""
+        if not self._stale:
+            return
+        self._stale = False
+        for master, bucket in zip(self.masters, self.gradients.buckets, strict=True):
+            dtype = self.weights[bucket.segments[0].name].dtype
+            flat: Tensor = ops.cast(master, dtype)
+            if self.gradients.parts > 1:
+                flat = all_gather(flat, self.mesh.replicas, 0)
+            sizes = [segment.size for segment in bucket.segments]
+            rest = bucket.size - sum(sizes)
+            pieces = ops.split(flat, [*sizes, rest] if rest else sizes)
+            for segment, piece in zip(bucket.segments, pieces, strict=False):
+                weight = self.weights[segment.name]
+                weight.set_data(piece.reshape(weight.shape).contiguous())

@@ -4,22 +4,24 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import telechat_ms  # isort: skip  # noqa: F401  (prepares the process; must come before mindspore)
 import mindspore as ms
-import numpy as np
-from mindspore.communication import init
 
 from core.batch import Batch
-from core.checkpoint import Checkpoint
+from core.checkpoint import Checkpoint, TensorPiece
 from core.config import RunConfig
 from core.init import init_tensor
 from core.loop import main
-from core.params import parameter_table
-from telechat_ms.forward import batch_logits, batch_loss
-from telechat_ms.model import Decoder, named_weights
+from core.sequence import split_batch
+from telechat_ms.collectives import agree
+from telechat_ms.mesh import join
+from telechat_ms.model import named_weights
 from telechat_ms.optim import AdamW
+from telechat_ms.parallelize import open_mesh, parallelize
+from telechat_ms.pipeline import Pipeline
 
 
 class Trainer:
@@ -27,22 +29,48 @@ class Trainer:
 
     def __init__(self, config: RunConfig) -> None:
         self.config = config
-        self.model = Decoder(config.model, config.train.precision, config.train.recompute).set_train()
-        self.optimizer = AdamW(
-            named_weights(self.model), parameter_table(config.model), config.optim, self.model.dtypes.master
-        )
-        self.optimizer.load_masters(lambda name: init_tensor(name, config.model, config.train.seed))
-        weights = list(self.optimizer.weights.values())
-        self._gradients = ms.value_and_grad(self._scaled_loss, None, weights, has_aux=True)
+        self.mesh = open_mesh(config.model, config.parallel)
+        self.stages, self.table = parallelize(config.model, self.mesh, config.train.precision, config.train.recompute)
+        self.pipeline = Pipeline(self.stages, self.mesh, self._take)
+        weights = {name: weight for stage in self.stages for name, weight in named_weights(stage).items()}
+        self.optimizer = AdamW(weights, self.table, config.optim, self.stages[0].dtypes.master, self.mesh)
+        self.optimizer.load_masters(lambda name, box: init_tensor(name, config.model, config.train.seed, box))
 
-    def _scaled_loss(self, batch: Batch, num_targets: int, loss_scale: float) -> tuple[ms.Tensor, ms.Tensor]:
-        loss = batch_loss(batch_logits(self.model, batch), batch, num_targets)
-        return loss * loss_scale, loss
+    @property
+    def rank(self) -> int:
+        return self.mesh.rank
 
-    def micro_step(self, batch: Batch, num_targets: int, loss_scale: float) -> float:
-        (_, loss), gradients = self._gradients(batch, num_targets, loss_scale)
-        self.optimizer.accumulate(gradients)
-        return float(loss.asnumpy())
+    @property
+    def world(self) -> int:
+        return self.mesh.layout.world
+
+    def share(self, global_batch: int) -> tuple[int, int]:
+        count = global_batch // self.mesh.layout.dp
+        return self.mesh.coord.dp * count, count
+
+    def count_targets(self, num_targets: int) -> int:
+        return round(agree([num_targets], self.mesh.dp, "sum")[0])
+
+    def agree(self, values: list[float], op: str) -> list[float]:
+        return agree(values, self.mesh.world, op)
+
+    def gradients(self, batch: Batch, num_targets: int, loss_scale: float, **options: Any) -> float:
+        """core.loop.Stepper.gradients; ``options`` are those of Pipeline.run."""
+        self.optimizer.refresh()
+        size = self.config.train.micro_batch
+        pieces = [
+            split_batch(batch.rows(first, first + size), self.mesh.layout, self.mesh.coord.cp)
+            for first in range(0, len(batch.input_ids), size)
+        ]
+        self.optimizer.gradients.expect(len(pieces))
+        loss = self.pipeline.run(pieces, num_targets, loss_scale, **options)
+        if options.get("backward", True):
+            self.optimizer.reduce()
+        # Tensor ranks computed the same sum; the ranks before the head computed none.
+        return self.agree([loss if self.mesh.coord.tp == 0 else 0.0], "sum")[0]
+
+    def _take(self, names: Sequence[str], gradients: Sequence[ms.Tensor]) -> None:
+        self.optimizer.gradients.add(names, gradients)
 
     def grad_norm(self, loss_scale: float) -> float:
         return self.optimizer.grad_norm() / loss_scale
@@ -53,17 +81,17 @@ class Trainer:
     def discard(self) -> None:
         self.optimizer.discard()
 
-    def weights(self) -> Iterator[tuple[str, np.ndarray]]:
+    def weights(self) -> Iterator[TensorPiece]:
         return self.optimizer.export_masters()
 
-    def optimizer_state(self) -> Iterator[tuple[str, np.ndarray]]:
+    def optimizer_state(self) -> Iterator[TensorPiece]:
         return self.optimizer.export_state()
 
     def load(self, checkpoint: Checkpoint, optimizer: bool) -> None:
-        self.optimizer.load_masters(lambda name: checkpoint.read("weights", name))
+        self.optimizer.load_masters(lambda name, box: checkpoint.read("weights", name, box))
         if optimizer:
             steps = checkpoint.trainer["optimizer_steps"]
-            self.optimizer.load_state(lambda key: checkpoint.read("optimizer", key), steps)
+            self.optimizer.load_state(lambda key, box: checkpoint.read("optimizer", key, box), steps)
 
     @property
     def step(self) -> int:
@@ -73,17 +101,15 @@ class Trainer:
         return {
             "backend": f"MindSpore {ms.__version__}",
             "device": str(ms.get_context("device_target")),
-            "attention": "matrix products and softmax",
+            "attention": "matrix products and softmax"
+            if self.mesh.ring.size == 1
+            else "zigzag ring of matrix products and softmax",
             "adamw": "mindspore.ops.Adam on flat masters",
         }
 
 
-def _join_cluster() -> None:
-    """Meet the other processes of msrun. Its scheduler runs this file too and stays inside ``init`` until the end."""
-    if "MS_ROLE" in os.environ:
-        init()
-
-
 if __name__ == "__main__":
-    _join_cluster()
-    sys.exit(main(Trainer))
+    if os.environ.get("MS_ROLE") == "MS_SCHED":
+        join()  # msrun runs this file as its scheduler too, which stays in there until the workers have left
+    else:
+        sys.exit(main(Trainer))

@@ -1,16 +1,21 @@
 """A trainer small enough to read: bigram logits ``table[token]``, softmax cross-entropy, AdamW, all in numpy.
 
 It keeps every promise of core.loop.Stepper with real weights, real gradients and real optimizer state, so tests of the
-loop (resume, accumulation, skipping) compare true training and not a recording.
+loop (resume, accumulation, skipping) compare true training and not a recording. Several of them, each in a thread,
+train together: data parallel, each owning a flat share of every tensor.
 """
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from core.batch import IGNORE, Batch
+from core.checkpoint import TensorPiece
 from core.config import RunConfig, run_config_from_dict
 from kernels.reference import adamw
 
@@ -76,12 +81,73 @@ class MemoryBlend:
         return f"memory-{self.seed}-{self.masked}"
 
 
+class Cluster:
+    """``world`` ranks, each a thread of this process."""
+
+    OPS = {"sum": np.sum, "max": np.max, "min": np.min}
+
+    def __init__(self, world: int, timeout_s: float = 60.0) -> None:
+        self.world = world
+        self._barrier = threading.Barrier(world, timeout=timeout_s)
+        self._given: list[Any] = [None] * world
+
+    def agree(self, rank: int, values: list[float], op: str) -> list[float]:
+        """Every rank's numbers reduced; ValueError if the ranks do not bring equally many of the same operation."""
+        self._given[rank] = (op, list(values))
+        self._barrier.wait()
+        ops, rows = zip(*self._given, strict=True)
+        self._barrier.wait()
+        if len(set(ops)) > 1:
+            raise ValueError(f"ranks agree by different operations {ops}")
+        return self.OPS[op](np.array(rows, np.float64), axis=0).tolist()
+
+    def run(self, action: Callable[[int], Any], main: int = 0) -> list[Any]:
+        """``action(rank)`` on all ranks, on rank ``main`` in this thread (signals go there); results or exceptions."""
+        results: list[Any] = [None] * self.world
+
+        def one(rank: int) -> None:
+            try:
+                results[rank] = action(rank)
+            except BaseException as error:
+                results[rank] = error
+                if not isinstance(error, Exception):
+                    self._barrier.abort()  # as if the process was gone
+
+        threads = [threading.Thread(target=one, args=(rank,)) for rank in range(self.world) if rank != main]
+        for thread in threads:
+            thread.start()
+        one(main)
+        for thread in threads:
+            thread.join()
+        return results
+
+
+def flat_boxes(shape: tuple[int, ...], first: int, last: int) -> Iterator[tuple[slice, ...]]:
+    """The boxes that make up the elements first .. last - 1, in row-major order, of a vector or matrix."""
+    width = shape[1] if len(shape) == 2 else 1
+    begin, end = min(last, -(-first // width) * width), max(first, last // width * width)
+    for a, b in ((first, begin), (begin, end), (max(begin, end), last)):
+        if a < b and len(shape) == 1:
+            yield (slice(a, b),)
+        elif a < b:
+            rows = slice(a // width, max(a // width + 1, b // width))
+            yield rows, slice(a % width, a % width + min(b - a, width))
+
+
 class NumpyStepper:
     """core.loop.Stepper over one matrix and one bias. ``faults`` maps a step to what goes wrong there:
     a factor on its gradients ("nan" and "inf" are factors too)."""
 
-    def __init__(self, config: RunConfig, faults: dict[int, float] | None = None) -> None:
+    def __init__(
+        self,
+        config: RunConfig,
+        faults: dict[int, float] | None = None,
+        cluster: Cluster | None = None,
+        rank: int = 0,
+    ) -> None:
         self.config, self.faults = config, faults or {}
+        self.cluster, self.rank = cluster, rank
+        self.world = cluster.world if cluster else 1
         random = np.random.default_rng(config.train.seed)
         self.params = {
             "embed.weight": random.normal(0, 0.5, (VOCAB, VOCAB)).astype(np.float32),
@@ -94,7 +160,25 @@ class NumpyStepper:
         self.calls = 0  # global batches seen, skipped ones included; for faults
         self.scales: list[float] = []
 
-    def micro_step(self, batch, num_targets, loss_scale):
+    def agree(self, values, op):
+        return self.cluster.agree(self.rank, values, op) if self.cluster else list(values)
+
+    def share(self, global_batch):
+        count = global_batch // self.world
+        return self.rank * count, count
+
+    def count_targets(self, num_targets):
+        return int(self.agree([float(num_targets)], "sum")[0])
+
+    def gradients(self, batch, num_targets, loss_scale):
+        size = self.config.train.micro_batch
+        pieces = [batch.rows(start, start + size) for start in range(0, len(batch.input_ids), size)]
+        loss = sum(self._micro_batch(piece, num_targets, loss_scale) for piece in pieces)
+        for g in self.grads.values() if self.cluster else ():
+            g[...] = np.reshape(self.agree(g.ravel().tolist(), "sum"), g.shape)
+        return self.agree([loss], "sum")[0]
+
+    def _micro_batch(self, batch, num_targets, loss_scale):
         ids, targets = batch.input_ids.ravel(), batch.targets.ravel()
         counted = targets != IGNORE
         ids, targets = ids[counted], targets[counted]
@@ -135,13 +219,19 @@ class NumpyStepper:
         for g in self.grads.values():
             g[:] = 0
 
+    def _own(self, name, array):
+        size = array.size
+        for box in flat_boxes(array.shape, size * self.rank // self.world, size * (self.rank + 1) // self.world):
+            yield TensorPiece(name, array[box], tuple(s.start for s in box), array.shape)
+
     def weights(self):
-        yield from self.params.items()
+        for name, array in self.params.items():
+            yield from self._own(name, array)
 
     def optimizer_state(self):
         for name in self.params:
-            yield f"m.{name}", self.m[name]
-            yield f"v.{name}", self.v[name]
+            yield from self._own(f"m.{name}", self.m[name])
+            yield from self._own(f"v.{name}", self.v[name])
 
     def load(self, checkpoint, optimizer):
         for name in self.params:

@@ -46,18 +46,18 @@ def run_trace(backend: str, table_dtype: str = "float32", **optim: Any) -> dict[
         }
     )
     trainer = load(backend, "train").Trainer(config)
-    trainer.optimizer.load_masters(source.tensor)
+    trainer.optimizer.load_masters(lambda name, box: source.tensor(name)[box])
     rows: dict[str, list[float]] = {"loss": [], "grad_norm": [], "lr": []}
     positions = np.broadcast_to(np.arange(seq_len, dtype=np.int32), (micro_batch, seq_len))
     for step, ids in enumerate(batches):
         batch = Batch(ids, shift_labels(ids), positions)
         lr = learning_rate(config.optim, steps, step)
-        rows["loss"].append(trainer.micro_step(batch, batch.num_targets, 1.0))
+        rows["loss"].append(trainer.gradients(batch, batch.num_targets, 1.0))
         rows["grad_norm"].append(trainer.grad_norm(1.0))
         rows["lr"].append(lr)
         trainer.update(lr, clip_factor(rows["grad_norm"][-1], config.optim.clip_grad))
     assert trainer.step == steps
-    return {**rows, "weights": source.export(dict(trainer.weights()))}
+    return {**rows, "weights": source.export({piece.name: piece.array for piece in trainer.weights()})}
 
 
 def check_trace(got: dict[str, Any], variant: str = "fp32table") -> None:

@@ -119,9 +119,9 @@ def test_micro_batches_add_up(backend: str) -> None:
     whole = batch()
     whole = replace(whole, targets=np.where(np.arange(S)[None] < [[S], [20]], whole.targets, -100).astype(np.int32))
     losses, norms = [], []
-    for pieces in ([whole], [whole.rows(0, 1), whole.rows(1, 2)]):
-        trainer = _trainer(backend, "fp32", "none")
-        losses.append(sum(trainer.micro_step(p, whole.num_targets, 1.0) for p in pieces))
+    for size in (B, 1):
+        trainer = _trainer(backend, "fp32", "none", size)
+        losses.append(trainer.gradients(whole, whole.num_targets, 1.0))
         norms.append(trainer.grad_norm(1.0))
     assert losses[1] == pytest.approx(losses[0], rel=1e-6)
     assert norms[1] == pytest.approx(norms[0], rel=1e-5)
@@ -131,11 +131,11 @@ def test_micro_batches_add_up(backend: str) -> None:
 def test_loss_scale_cancels(backend: str) -> None:
     scaled, plain = _trainer(backend, "fp32", "none"), _trainer(backend, "fp32", "none")
     data = batch()
-    assert scaled.micro_step(data, data.num_targets, 1024.0) == plain.micro_step(data, data.num_targets, 1.0)
+    assert scaled.gradients(data, data.num_targets, 1024.0) == plain.gradients(data, data.num_targets, 1.0)
     assert scaled.grad_norm(1024.0) == pytest.approx(plain.grad_norm(1.0), rel=1e-6)
 
 
-def _trainer(backend: str, precision: str, recompute: str) -> Any:
+def _trainer(backend: str, precision: str, recompute: str, micro_batch: int = B) -> Any:
     config = run_config_from_dict(
         {
             "model": CONFIG.to_dict(),
@@ -143,7 +143,7 @@ def _trainer(backend: str, precision: str, recompute: str) -> Any:
             "train": {
                 "steps": 4,
                 "global_batch": B,
-                "micro_batch": B,
+                "micro_batch": micro_batch,
                 "precision": precision,
                 "recompute": recompute,
             },
@@ -151,12 +151,12 @@ def _trainer(backend: str, precision: str, recompute: str) -> Any:
         }
     )
     trainer = load(backend, "train").Trainer(config)
-    trainer.optimizer.load_masters(weights().__getitem__)
+    trainer.optimizer.load_masters(lambda name, box: weights()[name][box])
     return trainer
 
 
 def _one_step(backend: str, precision: str, recompute: str) -> tuple[float, dict[str, np.ndarray]]:
     trainer, data = _trainer(backend, precision, recompute), batch()
-    loss = trainer.micro_step(data, data.num_targets, 1.0)
+    loss = trainer.gradients(data, data.num_targets, 1.0)
     trainer.update(1e-2, 1.0)
-    return loss, {name: value.copy() for name, value in trainer.weights()}
+    return loss, {piece.name: piece.array.copy() for piece in trainer.weights()}

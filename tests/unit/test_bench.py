@@ -23,11 +23,14 @@ def arguments(*argv):
 class Recorder:
     """A Trainer that notes what it is asked."""
 
-    def __init__(self):
-        self.calls = []
+    def __init__(self, first=0, rows=6):
+        self.calls, self.part = [], (first, rows)
 
-    def micro_step(self, batch, num_targets, loss_scale):
-        self.calls.append(("micro", batch.input_ids.shape, num_targets))
+    def share(self, global_batch):
+        return self.part
+
+    def gradients(self, batch, num_targets, loss_scale):
+        self.calls.append(("gradients", batch.input_ids.shape, num_targets))
         return 0.5
 
     def grad_norm(self, loss_scale):
@@ -62,8 +65,14 @@ class TwoWorkers:
 def test_a_step_is_a_whole_optimizer_step():
     trainer, config = Recorder(), bench_config(OPTIONS)
     seconds, loss = timed_steps(trainer, config, 0, 2)
-    assert len(seconds) == 2 and loss == 1.5
-    assert trainer.calls[:5] == [("micro", (2, 32), 192)] * 3 + [("norm",), ("update", 0.25)]
+    assert len(seconds) == 2 and loss == 0.5
+    assert trainer.calls == [("gradients", (6, 32), 192), ("norm",), ("update", 0.25)] * 2
+
+
+def test_a_data_parallel_rank_gets_its_rows_and_the_targets_of_all():
+    trainer = Recorder(first=4, rows=2)
+    timed_steps(trainer, bench_config(OPTIONS), 0, 1)
+    assert trainer.calls[0] == ("gradients", (2, 32), 192)
 
 
 def test_both_backends_get_the_same_tokens():
@@ -74,7 +83,7 @@ def test_both_backends_get_the_same_tokens():
 
 
 def test_turns_ratio_and_table(monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(bench, "_Worker", TwoWorkers)
+    monkeypatch.setattr(bench, "Worker", TwoWorkers)
     TwoWorkers.turns = []
     out = tmp_path / "a" / "bench.json"
     assert bench.run(arguments("--steps", "12", "--block", "5", "--seq-len", "32", "--out", str(out))) == 0
@@ -100,6 +109,7 @@ def test_spread():
         (["--steps", "0"], "--steps: must be at least 1"),
         (["--model", "telechat2-tyni"], "did you mean 'telechat2-tiny'"),
         (["--seq-len", "100000"], "max_seqlen"),
+        (["--layouts", "tp2"], "--layouts: belongs to `tele bench parallel`"),
     ],
 )
 def test_mistakes_are_told_before_anything_starts(argv, message):

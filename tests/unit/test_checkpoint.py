@@ -15,7 +15,16 @@ import pytest
 import safetensors.numpy
 
 from core import safetensors_io
-from core.checkpoint import PieceWriter, check_shapes, open_checkpoint, save_checkpoint
+from core.checkpoint import (
+    PieceWriter,
+    TensorPiece,
+    check_shapes,
+    manifest_digest,
+    open_checkpoint,
+    save_checkpoint,
+    whole,
+    write_manifest,
+)
 from core.errors import UserError
 from core.params import ParamSpec
 
@@ -33,8 +42,9 @@ TRAINER = {"step": 7, "position": 123456789012345}
 
 def save(root, step=7, keep_last=2, weights=None, **more):
     weights = WEIGHTS if weights is None else weights
+    weights = weights.items() if isinstance(weights, dict) else weights
     return save_checkpoint(
-        root, step, model=MODEL, weights=weights.items(), optimizer=OPTIMIZER.items(), trainer=TRAINER,
+        root, step, model=MODEL, weights=weights, optimizer=OPTIMIZER.items(), trainer=TRAINER,
         keep_last=keep_last, **more,
     )  # fmt: skip
 
@@ -77,15 +87,17 @@ def test_more_tensors_than_one_header_holds(tmp_path):
     assert_equal(open_checkpoint(folder), "weights", many)
 
 
-def write_pieces(folder: Path, whole: np.ndarray) -> None:
+def write_pieces(folder: Path, tensor: np.ndarray) -> None:
     """A checkpoint whose one tensor lies in four pieces, two of them in another file."""
     folder.mkdir()
     (folder / "model.json").write_text("{}")
-    with PieceWriter(folder, 3, max_file_bytes=(64 << 10) + 2 * 4 * 7) as writer:
+    with PieceWriter(folder, max_file_bytes=(64 << 10) + 2 * 4 * 7) as writer:
         for rows in (slice(0, 2), slice(2, 8)):
             for columns in (slice(0, 3), slice(3, 7)):
-                writer.add("weights", "w", whole[rows, columns], offset=(rows.start, columns.start), shape=whole.shape)
-        writer.add("optimizer", "m.w", whole)
+                box = TensorPiece("w", tensor[rows, columns], (rows.start, columns.start), tensor.shape)
+                writer.add("weights", box)
+        writer.add("optimizer", whole("m.w", tensor))
+    write_manifest(folder, 3, [writer.part()])
 
 
 def test_a_tensor_in_pieces_reads_like_one_whole(tmp_path):
@@ -103,16 +115,25 @@ def test_a_tensor_in_pieces_reads_like_one_whole(tmp_path):
 
 
 def test_pieces_that_disagree_are_refused_when_written(tmp_path):
-    whole = np.zeros((4, 2), np.float32)
-    writer = PieceWriter(tmp_path, 1)
-    writer.add("weights", "w", whole[:2], offset=(0, 0), shape=(4, 2))
-    with pytest.raises(ValueError, match="before it was"):
-        writer.add("weights", "w", whole[2:], offset=(2, 0), shape=(5, 2))
-    with pytest.raises(ValueError, match="before it was"):
-        writer.add("weights", "w", whole[2:].astype(np.float16), offset=(2, 0), shape=(4, 2))
-    writer.add("weights", "x", whole)
+    rows = np.zeros((2, 2), np.float32)
+    writer = PieceWriter(tmp_path)
+    writer.add("weights", TensorPiece("w", rows, (0, 0), (4, 2)))
+    with pytest.raises(ValueError, match="before it was F32"):
+        writer.add("weights", TensorPiece("w", rows, (2, 0), (5, 2)))
+    with pytest.raises(ValueError, match="before it was F32"):
+        writer.add("weights", TensorPiece("w", rows.astype(np.float16), (2, 0), (4, 2)))
+    writer.add("weights", whole("x", rows))
     with pytest.raises(ValueError, match="given twice"):
-        writer.add("weights", "x", whole)
+        writer.add("weights", whole("x", rows))
+
+
+def test_pieces_that_leave_a_hole_are_refused_when_written(tmp_path):
+    rows = np.zeros((2, 2), np.float32)
+    for offset, fault in ((3, "cover 8 of 10 elements"), (1, "cover 8 of 10 elements and overlap")):
+        pieces = [TensorPiece("w", rows, (at, 0), (5, 2)) for at in (0, offset)]
+        with pytest.raises(ValueError, match=f"the 2 pieces of weights 'w' {fault}$"):
+            save(tmp_path, weights=pieces)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_slice_needs_no_other_byte_of_the_file(tmp_path):
@@ -368,13 +389,11 @@ def test_missing_files_are_named(tmp_path):
 
 def rewritten(tmp_path, change) -> Path:
     """A checkpoint with ``change`` applied to its manifest, digest made to fit: an attacker, not an accident."""
-    from core.checkpoint import _digest
-
     folder = save(tmp_path)
     manifest = json.loads((folder / "manifest.json").read_text())
     manifest.pop("digest")
     change(manifest)
-    (folder / "manifest.json").write_text(json.dumps({**manifest, "digest": _digest(manifest)}))
+    (folder / "manifest.json").write_text(json.dumps({**manifest, "digest": manifest_digest(manifest)}))
     return folder
 
 

@@ -7,16 +7,19 @@ import os
 import signal
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from core import loop
-from core.checkpoint import open_checkpoint
+from core import checkpoint_save, loop
+from core.checkpoint import manifest_digest, open_checkpoint
 from core.errors import UserError
 from core.health import TrainingStopped
 from core.metrics import read_metrics
+from core.safetensors_io import file_sha256
 from core.tensorboard import TAGS
 from tests.numpy_stepper import SEQ_LEN, MemoryBlend, NumpyStepper, run_config
 
@@ -250,8 +253,8 @@ def test_non_finite_gradients_stop_before_the_update(tmp_path, fault):
 
 def test_a_non_finite_loss_stops(tmp_path):
     class Diverges(NumpyStepper):
-        def micro_step(self, batch, num_targets, loss_scale):
-            loss = super().micro_step(batch, num_targets, loss_scale)
+        def gradients(self, batch, num_targets, loss_scale):
+            loss = super().gradients(batch, num_targets, loss_scale)
             return math.nan if self.calls == 2 else loss
 
     with pytest.raises(TrainingStopped, match=r"step 3: the loss is nan\. No checkpoint had been saved"):
@@ -405,7 +408,88 @@ def test_main_and_its_exit_codes(tmp_path, capsys, monkeypatch):
     assert loop.main(Interrupted, ["--config", config, "--out", str(tmp_path / "term")]) == 143
 
 
-def test_more_processes_than_one_are_refused(tmp_path, capsys, monkeypatch):
+def test_a_layout_for_other_processes_is_refused_before_anything_is_built(tmp_path, capsys, monkeypatch):
+    config, out = config_file(tmp_path), str(tmp_path / "out")
+
+    def never(config):
+        raise AssertionError("a stepper was asked for")
+
     monkeypatch.setenv("WORLD_SIZE", "2")
-    assert loop.main(NumpyStepper, ["--config", config_file(tmp_path), "--out", str(tmp_path / "out")]) == 2
-    assert "--nproc 1" in capsys.readouterr().err
+    assert loop.main(never, ["--config", config, "--out", out]) == 2
+    assert "1 ranks but 2 processes were started" in capsys.readouterr().err
+    assert loop.main(never, ["--config", config, "--out", out, "--set", "parallel.dp=2", "parallel.tp=2"]) == 2
+    assert "dp2.tp2 has 4 ranks but 2 processes were started" in capsys.readouterr().err
+    assert loop.main(never, ["--config", config, "--out", out, "--set", "parallel.cp=2", "train.micro_batch=3"]) == 2
+    assert "micro_batch" in capsys.readouterr().err
+    assert not Path(out).exists()
+
+
+def test_one_process_says_nothing_of_layouts(tmp_path, capsys):
+    loop.train(NumpyStepper, run_config(), tmp_path)
+    shown = capsys.readouterr().err
+    assert "layout" not in shown and "ranks" not in shown
+
+
+@pytest.mark.parametrize("interrupted", [False, True])
+def test_saving_in_the_background_changes_nothing(tmp_path, interrupted):
+    """The same records, the same checkpoints; killed and resumed as well."""
+    config = run_config(checkpoint__every=3, checkpoint__keep_last=9)
+    background = run_config(checkpoint__every=3, checkpoint__keep_last=9, checkpoint__asynchronous=True)
+    loop.train(NumpyStepper, config, tmp_path / "whole")
+    if interrupted:
+        with pytest.raises(Killed):
+            loop.train(killed_at(9), background, tmp_path / "parts")
+        assert open_checkpoint(tmp_path / "parts").step == 6
+    result = loop.train(NumpyStepper, background, tmp_path / "parts", "auto")
+    assert result.checkpoint == tmp_path / "parts" / "step-00000012"
+    assert_same_run(tmp_path / "whole", tmp_path / "parts")
+    for step in (3, 6, 9, 12):
+        left, right = (tensors(tmp_path / run / f"step-{step:08d}") for run in ("whole", "parts"))
+        assert all(left[key].tobytes() == right[key].tobytes() for key in left)
+
+
+def test_a_background_save_that_fails_ends_training_at_the_next_step(tmp_path, monkeypatch):
+    real = checkpoint_save.PieceWriter.add
+    failed = threading.Event()
+
+    def add(writer, kind, piece):
+        if "step-00000008" in str(writer.folder):
+            failed.set()
+            raise OSError(errno.ENOSPC, "No space left on device")
+        real(writer, kind, piece)
+
+    monkeypatch.setattr(checkpoint_save.PieceWriter, "add", add)
+
+    class Waits(NumpyStepper):
+        def update(self, lr, grad_scale):
+            if self.calls == 10:
+                assert failed.wait(20)
+                time.sleep(0.2)  # the thread has only to take its leave
+            super().update(lr, grad_scale)
+
+    config = run_config(train__steps=100, checkpoint__every=4, checkpoint__asynchronous=True)
+    with pytest.raises(UserError, match="step-00000008: the disk is full while saving"):
+        loop.train(Waits, config, tmp_path)
+    assert len(read_metrics(tmp_path)) <= 10
+    assert open_checkpoint(tmp_path).step == 4
+
+
+def test_options_that_came_later_are_no_change(tmp_path, capsys):
+    """A checkpoint from before an option existed resumes without a warning about it."""
+    loop.train(NumpyStepper, run_config(train__steps=4), tmp_path)
+    folder = tmp_path / "step-00000004"
+    trainer = json.loads((folder / "trainer.json").read_text())
+    model = json.loads((folder / "model.json").read_text())
+    del trainer["layout"], trainer["config"]["parallel"], trainer["config"]["checkpoint"]["asynchronous"]
+    del model["config"]["table_dtype"]
+    for name, tree in (("trainer", trainer), ("model", model)):
+        (folder / f"{name}.json").write_text(json.dumps(tree))
+    manifest = json.loads((folder / "manifest.json").read_text())
+    del manifest["digest"]
+    for name in ("trainer.json", "model.json"):
+        manifest["files"][name] = {"size": (folder / name).stat().st_size, "sha256": file_sha256(folder / name)}
+    (folder / "manifest.json").write_text(json.dumps({**manifest, "digest": manifest_digest(manifest)}))
+    capsys.readouterr()
+    loop.train(NumpyStepper, run_config(train__steps=5), tmp_path, "auto")
+    lines = [line for line in capsys.readouterr().err.splitlines() if "changed" in line or "note:" in line]
+    assert lines == ["warning: changed since the checkpoint: train.steps: 4 -> 5"]

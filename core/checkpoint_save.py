@@ -1,0 +1,532 @@
+"""Saving a canonical checkpoint: by one process or by all ranks of a job together, at once or in the background.
+
+Ranks that save together share a folder and, after one barrier, nothing else: they speak through files. Rank 0 makes the
+folder under a hidden name and leaves a notice of it; every rank writes its pieces and, last, publishes its part; rank 0
+gathers the parts, writes the manifest, renames the folder and removes the notice, by which the others know the outcome.
+So the same save runs in a background thread while the framework's collectives go on.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import logging
+import re
+import shutil
+import threading
+import time
+import uuid
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from core.atomic import new_folder, remove_folder, write_text
+from core.checkpoint_writer import MAX_FILE_BYTES, PieceWriter, TensorPiece, Tensors, whole, write_manifest
+from core.errors import UserError
+from core.safetensors_io import load_json
+
+STEP_FOLDER = re.compile(r"step-(\d{8,})")
+
+# A network file system may show another machine's new file this much later.
+_SIGHT_S = 60.0
+_log = logging.getLogger(__name__)
+
+
+class Ranks(NamedTuple):
+    """Which of ``size`` ranks this one is in a common save.
+
+    ``barrier`` returns when every rank has called it; it is called once a save, in the caller's thread. A save is given
+    up when a rank is not ready ``timeout_s`` after rank 0.
+    """
+
+    rank: int
+    size: int
+    barrier: Callable[[], None]
+    timeout_s: float = 1800.0
+
+
+ALONE = Ranks(0, 1, lambda: None)
+
+
+def save_checkpoint(
+    root: str | Path,
+    step: int,
+    *,
+    model: dict[str, Any],
+    weights: Tensors,
+    optimizer: Tensors,
+    trainer: dict[str, Any] | None,
+    keep_last: int,
+    assets: Iterable[Path] = (),
+    max_file_bytes: int = MAX_FILE_BYTES,
+    ranks: Ranks = ALONE,
+) -> Path:
+    """Write ``root/step-00000100`` so that it appears complete or not at all, then move ``root/latest`` to it.
+
+    ``weights`` and ``optimizer`` are whole tensors or pieces, taken one at a time; each is on its way to disk before
+    the next is asked for. ``model`` and ``trainer`` are JSON values. ``assets`` are small files (tokenizer) kept with
+    the checkpoint. Saving a step again replaces it. Afterwards only the ``keep_last`` newest checkpoints stay, this one
+    always.
+
+    With ``ranks`` every rank calls this with the same ``root`` and ``step`` and the pieces that it owns; of the rest,
+    rank 0's arguments count. The pieces of all ranks must make up each tensor, every element once (ValueError).
+
+    Returns the new folder, on every rank only when all of it is there. UserError on every rank, with the space needed,
+    when the disk of one is full: the checkpoints before are intact.
+    """
+    finish = begin_save(
+        root,
+        step,
+        model=model,
+        weights=weights,
+        optimizer=optimizer,
+        trainer=trainer,
+        keep_last=keep_last,
+        assets=assets,
+        max_file_bytes=max_file_bytes,
+        ranks=ranks,
+    )
+    return finish()
+
+
+def begin_save(
+    root: str | Path,
+    step: int,
+    *,
+    model: dict[str, Any],
+    weights: Tensors,
+    optimizer: Tensors,
+    trainer: dict[str, Any] | None,
+    keep_last: int,
+    assets: Iterable[Path] = (),
+    max_file_bytes: int = MAX_FILE_BYTES,
+    ranks: Ranks = ALONE,
+) -> Callable[[], Path]:
+    """save_checkpoint up to the barrier; the function returned does the rest, in any thread, and returns the folder."""
+    folder = Path(root) / f"step-{step:08d}"
+
+    def publish() -> None:
+        write_text(folder.parent / "latest", folder.name + "\n")
+        _prune(folder.parent, folder, keep_last)
+        notice = _Notice(folder).path
+        for left in notice.parent.glob(".saving-step-*.json"):
+            if left != notice:  # of a save that was given up or killed; our own goes last
+                left.unlink(missing_ok=True)
+
+    streams = {"weights": _Stream(weights), "optimizer": _Stream(optimizer)}
+    return _begin(_Job(folder, step, model, trainer, streams, tuple(assets), max_file_bytes, ranks, publish))
+
+
+def write_checkpoint(
+    folder: str | Path,
+    step: int,
+    *,
+    model: dict[str, Any],
+    weights: Tensors,
+    optimizer: Tensors = (),
+    trainer: dict[str, Any] | None = None,
+    assets: Iterable[Path] = (),
+    max_file_bytes: int = MAX_FILE_BYTES,
+    ranks: Ranks = ALONE,
+) -> Path:
+    """Write one checkpoint folder atomically, without ``latest`` and pruning; arguments as in save_checkpoint."""
+    streams = {"weights": _Stream(weights), "optimizer": _Stream(optimizer)}
+    job = _Job(Path(folder), step, model, trainer, streams, tuple(assets), max_file_bytes, ranks, lambda: None)
+    return _begin(job)()
+
+
+class Saver:
+    """Saves of one run, one after another; those asked to be asynchronous are written by a background thread.
+
+    ``last`` is the last checkpoint known to be complete.
+    """
+
+    def __init__(self) -> None:
+        self.last: Path | None = None
+        self._thread: threading.Thread | None = None
+        self._error: BaseException | None = None
+
+    @property
+    def failed(self) -> bool:
+        """Whether the save in the background is known to have failed; ``wait`` raises its error."""
+        return self._error is not None
+
+    def save(
+        self, root: str | Path, step: int, *, asynchronous: bool, weights: Tensors, optimizer: Tensors, **rest: Any
+    ) -> None:
+        """save_checkpoint, with its arguments. ``asynchronous``: all arrays are copied, then written in the background.
+
+        Waits for the save before, and raises its error. All ranks must agree about ``asynchronous``.
+        """
+        self.wait()
+        if asynchronous:
+            weights, optimizer = _copied(weights), _copied(optimizer)
+        finish = begin_save(root, step, weights=weights, optimizer=optimizer, **rest)
+        if not asynchronous:
+            self.last = finish()
+            return
+
+        def write() -> None:
+            try:
+                self.last = finish()
+            except BaseException as error:  # raised where the owner of this object waits
+                self._error = error
+
+        # A daemon: a rank that failed must be able to end, even when the others never finish their parts.
+        self._thread = threading.Thread(target=write, name=f"save-{step}", daemon=True)
+        self._thread.start()
+
+    def wait(self) -> None:
+        """Return when nothing is being written; raises the error of the background save once."""
+        if self._thread is not None:
+            self._thread.join()
+        self._thread = None
+        error, self._error = self._error, None
+        if error is not None:
+            raise error
+
+
+@dataclass(frozen=True)
+class _Job:
+    """One save: what to write where, with whom, and what rank 0 does when it stands."""
+
+    folder: Path
+    step: int
+    model: dict[str, Any]
+    trainer: dict[str, Any] | None
+    streams: dict[str, _Stream]
+    assets: tuple[Path, ...]
+    max_file_bytes: int
+    ranks: Ranks
+    publish: Callable[[], None]
+
+    def texts(self) -> dict[str, str]:
+        """The JSON files by name."""
+        texts = {"model.json": _json(self.model)}
+        if self.trainer is not None:
+            texts["trainer.json"] = _json(self.trainer)
+        return texts
+
+    def write_tensors(self, folder: Path, rank: int | None = None, watch: Callable[[], None] | None = None) -> Any:
+        """All pieces of this rank into ``folder``; their description. ``watch`` is called between them."""
+        with PieceWriter(folder, self.max_file_bytes, rank) as writer:
+            for kind, stream in self.streams.items():
+                for piece in stream:
+                    writer.add(kind, piece)
+                    del piece  # or it would stay in memory while the next one is made
+                    if watch is not None:
+                        watch()
+        return writer.part()
+
+    def complete(self, folder: Path, texts: Mapping[str, str], parts: Sequence[Any], save: str | None = None) -> None:
+        """Everything that is not a tensor."""
+        for name, text in texts.items():
+            (folder / name).write_text(text, encoding="utf-8")
+        for asset in self.assets:
+            (folder / "assets").mkdir(exist_ok=True)
+            shutil.copyfile(asset, folder / "assets" / Path(asset).name)
+        write_manifest(folder, self.step, parts, save)
+
+    def needed(self) -> int:
+        """Bytes of this rank's pieces. For when the disk is full and nothing will be saved: asks for all the rest."""
+        return sum(stream.drain() for stream in self.streams.values())
+
+
+def _begin(job: _Job) -> Callable[[], Path]:
+    """Do what needs the other ranks' presence; the function returned does the rest, in any thread."""
+    if job.ranks.size == 1:
+        return _begin_alone(job)
+    return _begin_first(job) if job.ranks.rank == 0 else _begin_other(job)
+
+
+def _begin_alone(job: _Job) -> Callable[[], Path]:
+    texts = job.texts()
+
+    def finish() -> Path:
+        with new_folder(job.folder, lambda: job.needed() + sum(map(len, texts.values()))) as building:
+            job.complete(building, texts, [job.write_tensors(building)])
+        job.publish()
+        return job.folder
+
+    return finish
+
+
+def _begin_first(job: _Job) -> Callable[[], Path]:
+    """Rank 0: makes the folder, gathers the parts, and tells the others how it ended."""
+    notice = _Notice(job.folder)
+    met = False
+    try:
+        with ExitStack() as entered:
+            texts = job.texts()
+            building = entered.enter_context(new_folder(job.folder))
+            notice.post(building)
+            met = True
+            job.ranks.barrier()
+            folder_to_be = entered.pop_all()
+    except BaseException as error:
+        notice.refuse(_told(error, job))
+        if not met:
+            job.ranks.barrier()
+        raise
+
+    def finish() -> Path:
+        try:
+            with folder_to_be:
+                _write_part(job, building, lambda: _raise_failure(building, job))
+                parts = _gathered(job, building)
+                job.complete(building, texts, parts, notice.id)
+            job.publish()
+        except BaseException as error:
+            told = _told(error, job)
+            notice.refuse(told)
+            if isinstance(error, OSError):
+                raise UserError(told) from None
+            raise
+        notice.withdraw()
+        return job.folder
+
+    return finish
+
+
+def _begin_other(job: _Job) -> Callable[[], Path]:
+    """Any other rank: writes its part, then waits for rank 0's word."""
+    job.ranks.barrier()
+
+    def finish() -> Path:
+        notice = _Notice(job.folder)
+        building = notice.follow()
+        try:
+            _write_part(job, building, notice.check)
+        except BaseException as error:
+            told = _told(error, job)
+            _mark_failed(building, job.ranks.rank, told)
+            if getattr(error, "errno", None) in (errno.ENOENT, errno.ESTALE) or not building.exists():
+                # Rank 0 gave up first and is taking the folder away: its word explains our error.
+                told = notice.outcome(_SIGHT_S) or told
+                shutil.rmtree(building, ignore_errors=True)  # should our part have come after that
+            if isinstance(error, OSError | UserError):
+                raise UserError(told) from None
+            raise
+        # Rank 0 says when it is lost; the limit is for one that died and a launcher that did not notice.
+        if refusal := notice.outcome(8 * job.ranks.timeout_s):
+            shutil.rmtree(building, ignore_errors=True)
+            raise UserError(refusal)
+        return job.folder
+
+    return finish
+
+
+def _part_name(rank: int) -> str:
+    return f"rank-{rank:05d}"
+
+
+def _write_part(job: _Job, building: Path, check: Callable[[], None]) -> None:
+    """This rank's pieces and their description, which appear beside those of the others in one step.
+
+    ``check`` raises when the save is lost already; it is called once a second.
+    """
+    last = time.monotonic()
+
+    def watch() -> None:
+        nonlocal last
+        if time.monotonic() - last >= 1:
+            check()
+            last = time.monotonic()
+
+    place = building / _part_name(job.ranks.rank)
+    try:
+        with new_folder(place, job.needed) as part:
+            described = job.write_tensors(part, job.ranks.rank, watch)
+            (part / "part.json").write_text(json.dumps(described), encoding="utf-8")
+    except UserError as error:
+        raise UserError(str(error).replace(f"{place}:", f"{job.folder}: rank {job.ranks.rank}:")) from None
+
+
+def _gathered(job: _Job, building: Path) -> list[dict[str, Any]]:
+    """The descriptions of all parts, in rank order, when they are there; their files move into ``building``."""
+    missing = list(range(job.ranks.size))
+    for _ in _polls(job.ranks.timeout_s):
+        _raise_failure(building, job)
+        missing = [rank for rank in missing if not (building / _part_name(rank)).is_dir()]
+        if not missing:
+            break
+    else:
+        raise UserError(
+            f"{job.folder}: rank {missing[0]} was not ready {job.ranks.timeout_s:g} s after rank 0 "
+            f"({len(missing)} of {job.ranks.size} ranks missing); nothing was replaced"
+        )
+    parts = []
+    for rank in range(job.ranks.size):
+        folder = building / _part_name(rank)
+        parts.append(load_json(folder / "part.json", "the description of a rank's part"))
+        (folder / "part.json").unlink()
+        for file in list(folder.iterdir()):
+            file.rename(building / file.name)
+        folder.rmdir()
+    return parts
+
+
+def _mark_failed(building: Path, rank: int, told: str) -> None:
+    """Let rank 0 know, even on a full disk, where a name may still be made though nothing can be written."""
+    marker = building / f"{_part_name(rank)}.failed"
+    with suppress(OSError, UserError):
+        write_text(marker, told)
+        return
+    with suppress(OSError):
+        marker.touch()
+
+
+def _raise_failure(building: Path, job: _Job) -> None:
+    for marker in sorted(building.glob("rank-*.failed")):
+        told = marker.read_text(encoding="utf-8", errors="replace")
+        raise UserError(told or f"{job.folder}: rank {int(marker.stem[5:])} could not save nor say why")
+
+
+def _told(error: BaseException, job: _Job) -> str:
+    """One line for the other ranks."""
+    if isinstance(error, UserError):
+        return str(error)
+    where = f"{job.folder}: rank {job.ranks.rank}"
+    if isinstance(error, OSError):
+        return f"{where}: cannot be written ({error.strerror or error}); nothing was replaced"
+    return f"{where} could not save ({type(error).__name__}: {str(error).partition(chr(10))[0]})"
+
+
+class _Notice:
+    """A small hidden file beside the checkpoint by which rank 0 tells the others where it is made and how it ended.
+
+    It holds ``id`` and ``building`` while the save goes on, ``id`` and ``failed`` when it is lost. It is gone when the
+    checkpoint stands.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder.absolute()
+        self.path = self.folder.parent / f".saving-{folder.name}.json"
+        self.id = ""
+
+    def post(self, building: Path) -> None:
+        self.id = uuid.uuid4().hex
+        write_text(self.path, json.dumps({"id": self.id, "building": building.name}))
+
+    def refuse(self, told: str) -> None:
+        try:
+            write_text(self.path, json.dumps({"id": self.id, "failed": told}))
+        except (OSError, UserError):
+            self.withdraw()
+
+    def withdraw(self) -> None:
+        with suppress(OSError):
+            self.path.unlink()
+
+    def read(self) -> dict[str, Any] | None:
+        try:
+            return json.loads(self.path.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return None
+
+    def follow(self) -> Path:
+        """Where rank 0 makes this checkpoint; UserError if it refused to, or if its notice is not seen here."""
+        for _ in _polls(_SIGHT_S):
+            found = self.read()
+            if found is not None:
+                break
+        else:
+            raise UserError(
+                f"{self.folder}: what rank 0 wrote beside it is not seen here; all ranks must write to one shared "
+                "file system"
+            )
+        if "failed" in found:
+            raise UserError(found["failed"])
+        self.id = found["id"]
+        return self.folder.parent / found["building"]
+
+    def check(self) -> None:
+        """UserError if rank 0 has given up."""
+        found = self.read()
+        if found is not None and found["id"] == self.id and "failed" in found:
+            raise UserError(found["failed"])
+
+    def outcome(self, timeout_s: float) -> str | None:
+        """None when the checkpoint stands, else the line that says why it does not."""
+        gone_since: float | None = None
+        for _ in _polls(timeout_s):
+            found = self.read()
+            if found is not None and found["id"] == self.id:
+                if "failed" in found:
+                    return found["failed"]
+                gone_since = None
+                continue
+            with suppress(OSError), open(self.folder / "manifest.json", encoding="utf-8") as file:
+                if f'"save": "{self.id}"' in file.read(1000):
+                    return None
+            # Not believed at once: a network file system may lag, or stumble while the file is replaced.
+            gone_since = gone_since or time.monotonic()
+            if time.monotonic() - gone_since > _SIGHT_S:
+                return f"{self.folder}: rank 0 gave it up"
+        return f"{self.folder}: rank 0 did not finish it within {timeout_s:g} s"
+
+
+def _polls(seconds: float) -> Iterator[None]:
+    """One turn at once, then more and more rarely until the time is over; one last turn then."""
+    end = time.monotonic() + seconds
+    pause = 0.01
+    while True:
+        over = time.monotonic() >= end
+        yield
+        if over:
+            return
+        time.sleep(min(pause, max(end - time.monotonic(), 0)))
+        pause = min(pause * 1.5, 0.5)
+
+
+class _Stream:
+    """A stream of pieces that knows the bytes that passed, so that a failed save can say what it would take."""
+
+    def __init__(self, tensors: Tensors) -> None:
+        self._tensors = iter(tensors)
+        self._bytes = 0
+
+    def __iter__(self) -> Iterator[TensorPiece]:
+        for item in self._tensors:
+            piece = item if isinstance(item, TensorPiece) else whole(*item)
+            del item
+            self._bytes += piece.array.nbytes
+            yield piece
+            del piece
+
+    def drain(self) -> int:
+        for _ in self:
+            pass
+        return self._bytes
+
+
+def _copied(tensors: Tensors) -> Iterator[TensorPiece]:
+    """The pieces with arrays of their own, all made now; each is let go when it has been taken."""
+    kept = deque(piece._replace(array=np.array(piece.array)) for piece in _Stream(tensors))
+
+    def taken() -> Iterator[TensorPiece]:
+        while kept:
+            yield kept.popleft()
+
+    return taken()
+
+
+def _prune(root: Path, newest: Path, keep_last: int) -> None:
+    """Keep ``newest`` and the ``keep_last`` - 1 saved last before it (by time: a run may go back to an older step)."""
+    folders = [p for p in root.iterdir() if STEP_FOLDER.fullmatch(p.name) and (p / "manifest.json").is_file()]
+    others = [p for p in folders if p != newest]
+    others.sort(key=lambda p: ((p / "manifest.json").stat().st_mtime_ns, p.name), reverse=True)
+    for folder in others[max(keep_last - 1, 0) :]:
+        try:
+            remove_folder(folder)
+        except OSError as error:
+            _log.warning("%s: old checkpoint could not be removed (%s)", folder, error.strerror)
+
+
+def _json(value: Any) -> str:
+    return json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n"

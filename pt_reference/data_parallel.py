@@ -1,0 +1,90 @@
+"""Gradients of one rank in flat buckets: accumulated over micro-batches, then summed over the ranks that share weights.
+
+A bucket's reduction starts when the last backward pass has delivered all its gradients, while that pass goes on with
+earlier layers. With ZeRO-1 (Rajbhandari et al., arXiv 1910.02054) each of the n ranks receives, and updates, 1/n of
+every bucket.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from core.sharding import Bucket, Shard, plan_buckets
+from pt_reference.collectives import Handle, all_reduce, start_all_reduce, start_reduce_scatter
+from pt_reference.mesh import Mesh
+
+BYTES = 4  # of a float32 gradient
+
+
+class GradientBuckets:
+    """The accumulators. ``buckets`` is the plan, ``part`` of ``parts`` what this rank keeps of each."""
+
+    def __init__(
+        self, weights: Mapping[str, nn.Parameter], table: Mapping[str, Shard], mesh: Mesh, dtype: torch.dtype
+    ) -> None:
+        layout, replicas = mesh.layout, mesh.replicas
+        self.mesh, self.dtype = mesh, dtype
+        self.parts, self.part = (replicas.size, replicas.rank) if layout.zero1 else (1, 0)
+        limit = int(layout.bucket_mb * 2**20 / BYTES) if replicas.size > 1 else None
+        self.buckets = plan_buckets(table, self.parts, limit)
+        device = next(iter(weights.values())).device
+        self._flat = [torch.zeros(bucket.size, dtype=dtype, device=device) for bucket in self.buckets]
+        self._pending: dict[int, Handle] = {}
+        self._passes = 0
+        self._seen: dict[str, int] = {}
+        for number, bucket in enumerate(self.buckets):
+            for segment in bucket.segments:
+                view = self._flat[number][segment.start : segment.start + segment.size]
+                weight = weights[segment.name]
+                weight.register_post_accumulate_grad_hook(self._hook(segment.name, number, view.view(weight.shape)))
+
+    def expect(self, passes: int) -> None:
+        """``passes`` backward passes will each add to every parameter; then come the sums over ranks."""
+        self._passes, self._seen = passes, {}
+
+    def finish(self) -> list[Tensor]:
+        """This rank's part of every bucket's total, once the backward passes are done."""
+        for number, bucket in enumerate(self.buckets):
+            late = [s.name for s in bucket.segments if self._seen.get(s.name, 0) != self._passes]
+            if late:
+                raise RuntimeError(f"{late[0]} received {self._seen.get(late[0], 0)} of {self._passes} gradients")
+            if number not in self._pending:
+                self._start(number)
+        return [self._pending.pop(number).wait() for number in range(len(self.buckets))]
+
+    def discard(self) -> None:
+        """Forget what was accumulated."""
+        for flat in self._flat:
+            flat.zero_()
+
+    def _hook(self, name: str, number: int, accumulator: Tensor):  # type: ignore[no-untyped-def]
+        bucket = self.buckets[number]
+
+        def take(weight: Tensor) -> None:
+            accumulator.add_(weight.grad)
+            weight.grad = None
+            self._seen[name] = self._seen.get(name, 0) + 1
+            # Sums over ranks of the model itself wait for the end: their ranks may be at different places now.
+            if not bucket.sum_over and all(self._seen.get(s.name) == self._passes for s in bucket.segments):
+                self._start(number)
+
+        return take
+
+    def _start(self, number: int) -> None:
+        flat = self._flat[number]
+        for axis in self.buckets[number].sum_over:
+            flat.copy_(all_reduce(flat, getattr(self.mesh, axis)))
+        replicas = self.mesh.replicas
+        scattered = self.parts > 1
+        self._pending[number] = (
+            start_reduce_scatter(flat, replicas, 0) if scattered else start_all_reduce(flat, replicas)
+        )
+
+
+def owned_range(bucket: Bucket, part: int, parts: int) -> slice:
+    """The elements of a bucket that rank ``part`` of ``parts`` keeps."""
+    size = bucket.size // parts
+    return slice(part * size, (part + 1) * size)

@@ -1,0 +1,43 @@
+"""From a layout to a model that spans its ranks: every step, in the order in which it is applied."""
+
+from __future__ import annotations
+
+from core.config import ModelConfig
+from core.heartbeat import open_heartbeat
+from core.layout import Layout, check_layout
+from core.sharding import Shard, chunk_table, is_tied_across, kv_copies
+from pt_reference import ops
+from pt_reference.context_parallel import apply_context_parallel
+from pt_reference.mesh import Mesh, join, make_mesh
+from pt_reference.model import Decoder
+from pt_reference.tensor_parallel import apply_tensor_parallel
+
+
+def open_mesh(config: ModelConfig, layout: Layout) -> Mesh:
+    """Meet the other processes and make the groups of ``layout``; UserError before any group if it cannot be."""
+    rank, world = join()
+    check_layout(layout, config, world=world)
+    return make_mesh(layout, rank, open_heartbeat(), is_tied_across(config, layout), kv_copies(config, layout))
+
+
+def parallelize(
+    config: ModelConfig, mesh: Mesh, precision: str = "fp32", recompute: str = "none"
+) -> tuple[list[Decoder], dict[str, Shard]]:
+    """The model chunks that this rank holds, communicating where the layout wants it, and their parameters' shards.
+
+    Data parallelism (pt_reference.data_parallel, inside the optimizer) and the pipeline's order of execution
+    (pt_reference.pipeline) surround what is made here.
+    """
+    table: dict[str, Shard] = {}
+    stages = []
+    for chunk in range(mesh.layout.virtual):
+        # 1. Only the layers of this stage, and of each matrix only this rank's part, are ever allocated.
+        here = chunk_table(config, mesh.layout, mesh.coord, chunk)
+        stage = Decoder(config, precision, recompute, here).to(ops.device()).train()
+        # 2. Tensor and sequence parallelism: communication around the split matrices.
+        apply_tensor_parallel(stage, mesh)
+        # 3. Context parallelism: attention over all positions of the sequence.
+        apply_context_parallel(stage, mesh)
+        stages.append(stage)
+        table |= here
+    return stages, table

@@ -1,0 +1,144 @@
+"""Runs one step's micro-batches through the model chunks of this rank, in the order that core.schedule gives.
+
+Several forward graphs are outstanding at once. Activations go to the next pipeline rank and gradients to the previous
+one over one-way links. A link delivers in the order of sending, which is also the order in which the receiver needs
+the messages (tests/unit/test_schedule.py holds that).
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from core.schedule import Action, actions, peak_live
+from core.sequence import LocalBatch
+from pt_reference import ops
+from pt_reference.collectives import Handle, recv, send
+from pt_reference.context_parallel import attention_plan
+from pt_reference.mesh import Link, Mesh
+from pt_reference.model import Decoder
+from pt_reference.tensor_parallel import cross_entropy
+
+Watch = Callable[[int, Tensor], None]
+
+
+class Pipeline:
+    """``stages``: the model chunks of this rank.
+
+    Of the last run: ``peak``, most graphs that were alive at once; ``waited``, seconds spent waiting for other stages.
+    """
+
+    def __init__(self, stages: Sequence[Decoder], mesh: Mesh) -> None:
+        self.stages, self.mesh, self.peak, self.waited = list(stages), mesh, 0, 0.0
+
+    def run(
+        self,
+        batches: Sequence[LocalBatch],
+        num_targets: int,
+        loss_scale: float = 1.0,
+        backward: bool = True,
+        watch: Watch | None = None,
+    ) -> float:
+        """Forward, and backward, of all micro-batches; gradients of loss_scale * loss go to the parameters' hooks.
+
+        Returns sum(token losses) / num_targets of what this rank computed: 0 on pipeline ranks without the head.
+        ``watch(micro, logits)`` sees the logits [B, s, V/tp] where they are made.
+        """
+        step = _Step(self.stages, self.mesh, batches, num_targets, loss_scale, watch)
+        layout = self.mesh.layout
+        self.peak = 0
+        with torch.set_grad_enabled(backward):
+            for action in actions(layout.schedule, layout.pp, layout.virtual, len(batches), self.mesh.coord.pp):
+                if action.kind == "F":
+                    step.forward(action)
+                elif backward:
+                    step.backward(action)
+                self.peak = max(self.peak, len(step.held))
+        step.end()
+        self.waited = step.waited
+        return float(sum(loss.item() for loss in step.losses))
+
+
+class _Step:
+    """The state of one run: graphs outstanding, messages on their way, losses."""
+
+    def __init__(
+        self,
+        stages: Sequence[Decoder],
+        mesh: Mesh,
+        batches: Sequence[LocalBatch],
+        num_targets: int,
+        loss_scale: float,
+        watch: Watch | None,
+    ) -> None:
+        self.stages, self.mesh, self.batches = stages, mesh, batches
+        self.num_targets, self.loss_scale, self.watch = num_targets, loss_scale, watch
+        self.plans = [attention_plan(batch.visibility, mesh) for batch in batches]
+        self.ropes = [stages[0].rope(batch.positions, batch.seq_len) for batch in batches]
+        self.held: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
+        self.sent: dict[tuple[int, int], Handle] = {}
+        self.sent_back: deque[Handle] = deque()
+        self.losses: list[Tensor] = []
+        self.waited = 0.0
+
+    def forward(self, action: Action) -> None:
+        micro, chunk = action.micro, action.chunk
+        stage, batch = self.stages[chunk], self.batches[micro]
+        if stage.first:
+            x = torch.from_numpy(batch.input_ids).to(ops.device()).long()
+        else:
+            x = self._receive(micro, self.mesh.forward_in).requires_grad_()
+        out = stage(x, self.ropes[micro], self.plans[micro])
+        if stage.last:
+            if self.watch is not None:
+                self.watch(micro, out)
+            targets = torch.from_numpy(batch.targets).to(out.device)
+            total = cross_entropy(out, targets, stage.config.vocab_size, self.mesh)
+            out = total / self.num_targets
+            self.losses.append(out.detach())
+        else:
+            self.sent[micro, chunk] = send(out, self.mesh.forward_out)
+        if torch.is_grad_enabled():
+            self.held[micro, chunk] = (x, out)
+
+    def backward(self, action: Action) -> None:
+        micro, chunk = action.micro, action.chunk
+        stage = self.stages[chunk]
+        x, out = self.held.pop((micro, chunk))
+        if stage.last:
+            (out * self.loss_scale).backward()
+        else:
+            out.backward(self._receive(micro, self.mesh.backward_in))
+        if not stage.first:
+            self._send_back(x.grad)
+        if not stage.last:
+            self.sent.pop((micro, chunk)).wait()  # its gradient is here, so it has arrived
+
+    def end(self) -> None:
+        """Wait until everything sent has arrived."""
+        for handle in (*self.sent.values(), *self.sent_back):
+            handle.wait()
+
+    def _send_back(self, grad: Tensor) -> None:
+        """Send a gradient on, and let go of one that has arrived.
+
+        The rank before holds at most its ``peak_live`` graphs; so after that many further ones it has used this one.
+        """
+        layout, before = self.mesh.layout, (self.mesh.coord.pp - 1) % self.mesh.layout.pp
+        self.sent_back.append(send(grad, self.mesh.backward_out))
+        if len(self.sent_back) > peak_live(layout.schedule, layout.pp, layout.virtual, len(self.batches), before):
+            self.sent_back.popleft().wait()
+
+    def _receive(self, micro: int, link: Link) -> Tensor:
+        """The stream [B, s, E], or its gradient; with sequence parallelism a rank's own positions only."""
+        layout, stage = self.mesh.layout, self.stages[0]
+        B, s = self.batches[micro].input_ids.shape
+        shape = (B, s // (layout.tp if layout.sequence_parallel else 1), stage.config.hidden_size)
+        started = time.perf_counter()
+        x = recv(shape, stage.dtypes.residual, link)
+        self.waited += time.perf_counter() - started
+        return x

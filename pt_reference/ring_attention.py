@@ -1,0 +1,98 @@
+"""Attention over a sequence that is spread over a ring of ranks, in zigzag order, forward and backward.
+
+Each rank keeps its queries; keys and values travel round the ring in one message while the block that came before is
+computed. Partial results are merged in float32 by their log-sum-exp. The backward sends keys and values round once more
+and behind them, one hop later, the float32 sums of their gradients, which arrive home after R hops (Liu et al.,
+arXiv 2310.01889; zigzag order as in the ring-flash-attention project). The probabilities of the backward come from the
+*final* log-sum-exp, so every block's part is exact.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from core.sequence import Visibility, mask_between, visible_part
+from pt_reference import ops
+from pt_reference.collectives import start_shift
+from pt_reference.mesh import Group
+
+
+def ring_masks(visibility: Visibility, group: Group) -> list[Tensor | None]:
+    """What is hidden from this rank's queries of the keys it meets at each of the R steps; made once a forward pass."""
+    masks = []
+    for step in range(group.size):
+        mask = mask_between(visibility, group.rank, (group.rank - step) % group.size)
+        if isinstance(mask, str):
+            mask = np.tri(visibility.length, dtype=bool)[None]
+        masks.append(None if mask is None else ops.hidden_keys(mask))
+    return masks
+
+
+def ring_attention(q: Tensor, k: Tensor, v: Tensor, masks: list[Tensor | None], group: Group) -> Tensor:
+    """q [B, S/R, H, D], k and v [B, S/R, K, D] of this rank's positions -> [B, S/R, H, D]."""
+    return RingAttention.apply(q, k, v, masks, group)
+
+
+class RingAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, masks: list[Tensor | None], group: Group) -> Tensor:
+        queries = _wide(q.transpose(1, 2))  # [B, H, S/R, D]
+        message = torch.stack((k.transpose(1, 2), v.transpose(1, 2)))  # [2, B, K, S/R, D], contiguous
+        out = log_sum_exp = None
+        for step in range(group.size):
+            coming = start_shift(message, group) if step < group.size - 1 else None
+            rows, keys = visible_part(group.rank, (group.rank - step) % group.size, q.shape[1])
+            block_k, block_v = _wide(message[:, :, :, keys])
+            part = ops.attention_block(queries[:, :, rows], block_k, block_v, masks[step])
+            if step == 0:
+                out, log_sum_exp = part
+            else:
+                merged = ops.merge_blocks(out[:, :, rows], log_sum_exp[:, :, rows], *part)
+                out[:, :, rows], log_sum_exp[:, :, rows] = merged
+            if coming is not None:
+                message = coming.wait()
+        ctx.save_for_backward(q, k, v, out, log_sum_exp)
+        ctx.masks, ctx.group = masks, group
+        return out.transpose(1, 2).to(q.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, out, log_sum_exp = ctx.saved_tensors
+        group, masks = ctx.group, ctx.masks
+        queries, grad_out = _wide(q.transpose(1, 2)), _wide(grad.transpose(1, 2))
+        delta = (out * grad_out).sum(-1, keepdim=True)
+        message = torch.stack((k.transpose(1, 2), v.transpose(1, 2)))
+        dq = torch.zeros_like(queries)
+        travelling = None
+        for step in range(group.size):
+            coming = start_shift(message, group) if step < group.size - 1 else None
+            rows, keys = visible_part(group.rank, (group.rank - step) % group.size, q.shape[1])
+            block_k, block_v = _wide(message[:, :, :, keys])
+            dq_part, dk_part, dv_part = ops.attention_block_backward(
+                queries[:, :, rows],
+                block_k,
+                block_v,
+                masks[step],
+                log_sum_exp[:, :, rows],
+                grad_out[:, :, rows],
+                delta[:, :, rows],
+            )
+            dq[:, :, rows] += dq_part
+            # The sums for these keys were last touched by the rank before; they come one hop behind the keys.
+            sums = torch.zeros_like(message, dtype=queries.dtype) if travelling is None else travelling.wait()
+            sums[0, :, :, keys] += dk_part
+            sums[1, :, :, keys] += dv_part
+            travelling = start_shift(sums, group)
+            if coming is not None:
+                message = coming.wait()
+        dk, dv = travelling.wait()
+        return *(d.transpose(1, 2).to(x.dtype) for d, x in ((dq, q), (dk, k), (dv, v))), None, None
+
+
+def _wide(x: Tensor) -> Tensor:
+    """Blocks are computed, and merged, in float32 or wider."""
+    return x if x.dtype in (torch.float32, torch.float64) else x.float()

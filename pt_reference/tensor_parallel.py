@@ -1,0 +1,125 @@
+"""Tensor and sequence parallelism: a layer's matrices split over ranks, the stream between layers split by position.
+
+Column-parallel matrices (q, k, v, gate, up, head) hold rows, row-parallel ones (o, down) columns. A norm is followed by
+the gathering of positions, a row-parallel product by the sum over ranks that scatters them again (Korthikanti et al.,
+arXiv 2205.05198). Without sequence parallelism both sides hold all positions and only sums remain (Shoeybi et al.,
+arXiv 1909.08053).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from core.batch import IGNORE
+from pt_reference import ops
+from pt_reference.collectives import all_reduce, copy_to, gather_sequence, reduce_from, scatter_sum
+from pt_reference.mesh import Mesh
+from pt_reference.model import Decoder, Embedding, Linear, Norm
+
+SEQUENCE = 1  # the axis of positions in [B, S, E]
+
+
+def apply_tensor_parallel(stage: Decoder, mesh: Mesh) -> None:
+    """Put the communicating layers in place of the plain ones of a stage that was built with local shapes."""
+    if mesh.tp.size == 1:
+        return
+    for block in stage.layers.values():
+        block.attn_norm, block.ffn_norm = (
+            NormBeforeColumns(block.attn_norm, mesh),
+            NormBeforeColumns(block.ffn_norm, mesh),
+        )
+        block.attn.o, block.ffn.down = RowParallel(block.attn.o, mesh), RowParallel(block.ffn.down, mesh)
+    if stage.first:
+        stage.embed = VocabParallelEmbedding(stage.embed, mesh)
+    if stage.last:
+        stage.norm = NormBeforeColumns(stage.norm, mesh)
+
+
+class NormBeforeColumns(Norm):
+    """A norm whose output goes into column-parallel matrices: afterwards every rank needs every position."""
+
+    def __init__(self, norm: Norm, mesh: Mesh) -> None:
+        torch.nn.Module.__init__(self)
+        self.eps, self.dtypes, self.weight = norm.eps, norm.dtypes, norm.weight
+        self.group, self.sequence_parallel = mesh.tp, mesh.layout.sequence_parallel
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = super().forward(x)
+        return gather_sequence(x, self.group, SEQUENCE) if self.sequence_parallel else copy_to(x, self.group)
+
+
+class RowParallel(Linear):
+    """A product whose inner dimension is split: partial results are summed, and only then the bias is added, once."""
+
+    def __init__(self, linear: Linear, mesh: Mesh) -> None:
+        torch.nn.Module.__init__(self)
+        self.compute, self.weight, self.bias = linear.compute, linear.weight, linear.bias
+        self.group, self.sequence_parallel = mesh.tp, mesh.layout.sequence_parallel
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = _sum_parts(ops.linear(x, self.weight, None, self.compute), self)
+        return x if self.bias is None else x + self.bias.to(self.compute)
+
+
+class VocabParallelEmbedding(Embedding):
+    """A lookup in this rank's rows of the table; the other ranks' tokens contribute zeros."""
+
+    def __init__(self, embedding: Embedding, mesh: Mesh) -> None:
+        torch.nn.Module.__init__(self)
+        self.residual, self.weight = embedding.residual, embedding.weight
+        self.group, self.sequence_parallel = mesh.tp, mesh.layout.sequence_parallel
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        rows = self.weight.shape[0]
+        local = input_ids - self.group.rank * rows
+        held = (local >= 0) & (local < rows)
+        x = ops.embedding(self.weight, local * held) * held[..., None].to(self.weight.dtype)
+        return _sum_parts(x, self).to(self.residual)
+
+
+def _sum_parts(x: Tensor, layer: RowParallel | VocabParallelEmbedding) -> Tensor:
+    if layer.sequence_parallel:
+        return scatter_sum(x, layer.group, SEQUENCE)
+    return reduce_from(x, layer.group)
+
+
+def cross_entropy(logits: Tensor, targets: Tensor, vocab_size: int, mesh: Mesh) -> Tensor:
+    """ops.cross_entropy of logits [B, S, V/tp] that are this rank's columns; every rank gets the whole sum.
+
+    Columns that stand for no token (the vocabulary was padded) get no probability and no gradient.
+    """
+    if mesh.tp.size == 1:
+        return ops.cross_entropy(logits, targets)
+    return VocabParallelCrossEntropy.apply(logits.flatten(0, -2), targets.flatten().long(), vocab_size, mesh.tp)
+
+
+class VocabParallelCrossEntropy(torch.autograd.Function):
+    """Sum of -log softmax(logits)[target] over positions whose target is not IGNORE."""
+
+    @staticmethod
+    def forward(ctx, logits, targets, vocab_size, group):  # type: ignore[no-untyped-def]
+        columns = logits.shape[-1]
+        first = group.rank * columns
+        real = max(0, min(columns, vocab_size - first))
+        if real < columns:
+            logits = logits.clone()
+            logits[:, real:] = -torch.inf
+        largest = all_reduce(logits.amax(-1), group, "max")
+        weights = torch.exp(logits - largest[:, None])
+        local = targets - first
+        counted = targets != IGNORE
+        held = counted & (local >= 0) & (local < columns)
+        picked = logits.gather(-1, (local * held)[:, None])[:, 0].masked_fill(~held, 0.0)
+        sums, picked = all_reduce(torch.stack((weights.sum(-1), picked)), group)
+        losses = (torch.log(sums) + largest - picked) * counted
+        ctx.save_for_backward(weights.div_(sums[:, None]), local, held, counted)
+        return losses.sum()
+
+    @staticmethod
+    def backward(ctx, grad):  # type: ignore[no-untyped-def]
+        probabilities, local, held, counted = ctx.saved_tensors
+        dlogits = probabilities * (counted * grad)[:, None]
+        rows = torch.arange(len(local), device=local.device)
+        dlogits[rows, local * held] -= held * grad
+        return dlogits, None, None, None

@@ -1,0 +1,152 @@
+"""Runs one step's micro-batches through the model chunks of this rank, in the order that core.schedule gives.
+
+Several forward graphs are outstanding at once. Activations go to the next pipeline rank and gradients to the previous
+one over one-way links. A link delivers in the order of sending, which is also the order in which the receiver needs
+the messages (tests/unit/test_schedule.py holds that).
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+
+from mindspore import Parameter, Tensor
+
+from core.schedule import Action, actions, peak_live
+from core.sequence import LocalBatch
+from telechat_ms.autograd import Recorded, record
+from telechat_ms.collectives import Handle, recv, send
+from telechat_ms.context_parallel import attention_plan
+from telechat_ms.mesh import Link, Mesh
+from telechat_ms.model import Decoder, named_weights
+from telechat_ms.tensor_parallel import cross_entropy
+
+Watch = Callable[[int, Tensor], None]
+Take = Callable[[Sequence[str], Sequence[Tensor]], None]
+
+
+class Pipeline:
+    """``stages``: the model chunks of this rank. ``take(names, gradients)`` receives what each backward pass gives.
+
+    Of the last run: ``peak``, most graphs that were alive at once; ``waited``, seconds spent waiting for other stages.
+    """
+
+    def __init__(self, stages: Sequence[Decoder], mesh: Mesh, take: Take) -> None:
+        self.stages, self.mesh, self.take, self.peak, self.waited = list(stages), mesh, take, 0, 0.0
+
+    def run(
+        self,
+        batches: Sequence[LocalBatch],
+        num_targets: int,
+        loss_scale: float = 1.0,
+        backward: bool = True,
+        watch: Watch | None = None,
+    ) -> float:
+        """Forward, and backward, of all micro-batches; gradients of loss_scale * loss go to ``take``.
+
+        Returns sum(token losses) / num_targets of what this rank computed: 0 on pipeline ranks without the head.
+        ``watch(micro, logits)`` sees the logits [B, s, V/tp] where they are made.
+        """
+        step = _Step(self.stages, self.mesh, batches, num_targets, loss_scale, watch, self.take if backward else None)
+        layout = self.mesh.layout
+        self.peak = 0
+        for action in actions(layout.schedule, layout.pp, layout.virtual, len(batches), self.mesh.coord.pp):
+            if action.kind == "F":
+                step.forward(action)
+            elif backward:
+                step.backward(action)
+            self.peak = max(self.peak, len(step.held))
+        step.end()
+        self.waited = step.waited
+        return float(sum(float(loss.asnumpy()) for loss in step.losses))
+
+
+class _Step:
+    """The state of one run: graphs outstanding, messages on their way, losses."""
+
+    def __init__(
+        self,
+        stages: Sequence[Decoder],
+        mesh: Mesh,
+        batches: Sequence[LocalBatch],
+        num_targets: int,
+        loss_scale: float,
+        watch: Watch | None,
+        take: Take | None,
+    ) -> None:
+        self.stages, self.mesh, self.batches = stages, mesh, batches
+        self.num_targets, self.loss_scale, self.watch, self.take = num_targets, loss_scale, watch, take
+        self.weights: list[dict[str, Parameter]] = [named_weights(stage) for stage in stages]
+        self.plans = [attention_plan(batch.visibility, mesh) for batch in batches]
+        self.ropes = [stages[0].rope(batch.positions, batch.seq_len) for batch in batches]
+        self.held: dict[tuple[int, int], Recorded] = {}
+        self.sent: dict[tuple[int, int], Handle] = {}
+        self.sent_back: deque[Handle] = deque()
+        self.losses: list[Tensor] = []
+        self.waited = 0.0
+
+    def forward(self, action: Action) -> None:
+        micro, chunk = action.micro, action.chunk
+        stage, batch = self.stages[chunk], self.batches[micro]
+        x = None
+        if not stage.first:
+            x = self._receive(micro, self.mesh.forward_in)
+
+        def run(x: Tensor | None) -> Tensor:
+            out = stage(Tensor(batch.input_ids) if x is None else x, self.ropes[micro], self.plans[micro])
+            if not stage.last:
+                return out
+            if self.watch is not None:
+                self.watch(micro, out)
+            total = cross_entropy(out, Tensor(batch.targets), stage.config.vocab_size, self.mesh)
+            return total * Tensor(1.0 / self.num_targets, total.dtype)
+
+        if self.take is None:
+            out = run(x)
+        else:
+            self.held[micro, chunk] = recorded = record(run, x, list(self.weights[chunk].values()))
+            out = recorded.output
+        if stage.last:
+            self.losses.append(out)
+        else:
+            self.sent[micro, chunk] = send(out, self.mesh.forward_out)
+
+    def backward(self, action: Action) -> None:
+        micro, chunk = action.micro, action.chunk
+        stage, recorded = self.stages[chunk], self.held.pop((micro, chunk))
+        if stage.last:
+            grad = Tensor(self.loss_scale, recorded.output.dtype)
+        else:
+            grad = self._receive(micro, self.mesh.backward_in)
+        dx, gradients = recorded.backward(grad)
+        if not stage.first:
+            self._send_back(dx)
+        if not stage.last:
+            self.sent.pop((micro, chunk)).wait()  # its gradient is here, so it has arrived
+        self.take(list(self.weights[chunk]), gradients)
+
+    def end(self) -> None:
+        """Wait until everything sent has arrived."""
+        for handle in (*self.sent.values(), *self.sent_back):
+            handle.wait()
+
+    def _send_back(self, grad: Tensor) -> None:
+        """Send a gradient on, and let go of one that has arrived.
+
+        The rank before holds at most its ``peak_live`` graphs; so after that many further ones it has used this one.
+        """
+        layout, before = self.mesh.layout, (self.mesh.coord.pp - 1) % self.mesh.layout.pp
+        self.sent_back.append(send(grad, self.mesh.backward_out))
+        if len(self.sent_back) > peak_live(layout.schedule, layout.pp, layout.virtual, len(self.batches), before):
+            self.sent_back.popleft().wait()
+
+    def _receive(self, micro: int, link: Link) -> Tensor:
+        """The stream [B, s, E], or its gradient; with sequence parallelism a rank's own positions only."""
+        layout, stage = self.mesh.layout, self.stages[0]
+        B, s = self.batches[micro].input_ids.shape
+        shape = (B, s // (layout.tp if layout.sequence_parallel else 1), stage.config.hidden_size)
+        started = time.perf_counter()
+        x = recv(shape, stage.dtypes.residual, link)
+        self.waited += time.perf_counter() - started
+        return x

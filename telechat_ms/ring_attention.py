@@ -1,0 +1,119 @@
+"""Attention over a sequence that is spread over a ring of ranks, in zigzag order, forward and backward.
+
+Each rank keeps its queries; keys and values travel round the ring in one message while the block that came before is
+computed. Partial results are merged in float32 by their log-sum-exp. The backward sends keys and values round once more
+and behind them, one hop later, the float32 sums of their gradients, which arrive home after R hops (Liu et al.,
+arXiv 2310.01889; zigzag order as in the ring-flash-attention project). The probabilities of the backward come from the
+*final* log-sum-exp, so every block's part is exact.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import mindspore as ms
+import numpy as np
+from mindspore import Tensor
+from mindspore import ops as mops
+
+from core.sequence import Visibility, mask_between, visible_part
+from telechat_ms import ops
+from telechat_ms.autograd import Function
+from telechat_ms.collectives import start_shift
+from telechat_ms.mesh import Group
+
+HEADS_FIRST = (0, 2, 1, 3)  # [B, S, H, D] <-> [B, H, S, D]
+
+
+def ring_masks(visibility: Visibility, group: Group) -> list[Tensor | None]:
+    """What is hidden from this rank's queries of the keys it meets at each of the R steps; made once a forward pass."""
+    masks = []
+    for step in range(group.size):
+        mask = mask_between(visibility, group.rank, (group.rank - step) % group.size)
+        if isinstance(mask, str):
+            mask = np.tri(visibility.length, dtype=bool)[None]
+        masks.append(None if mask is None else ops.hidden_keys(mask))
+    return masks
+
+
+def ring_attention(q: Tensor, k: Tensor, v: Tensor, masks: list[Tensor | None], group: Group) -> Tensor:
+    """q [B, S/R, H, D], k and v [B, S/R, K, D] of this rank's positions -> [B, S/R, H, D]."""
+    return RingAttention.apply(q, k, v, masks, group)
+
+
+class RingAttention(Function):
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, masks: list[Tensor | None], group: Group) -> Tensor:
+        queries = _wide(mops.transpose(q, HEADS_FIRST))  # [B, H, S/R, D]
+        message = _message(k, v)
+        out = log_sum_exp = None
+        for step in range(group.size):
+            coming = start_shift(message, group) if step < group.size - 1 else None
+            rows, keys = visible_part(group.rank, (group.rank - step) % group.size, q.shape[1])
+            block_k, block_v = _wide(message[0, :, :, keys]), _wide(message[1, :, :, keys])
+            part = ops.attention_block(queries[:, :, rows], block_k, block_v, masks[step])
+            if step == 0:
+                out, log_sum_exp = part
+            else:
+                merged = ops.merge_blocks(out[:, :, rows], log_sum_exp[:, :, rows], *part)
+                out, log_sum_exp = _replace(out, rows, merged[0]), _replace(log_sum_exp, rows, merged[1])
+            if coming is not None:
+                message = coming.wait()
+        ctx.save_for_backward(q, k, v, out, log_sum_exp)
+        ctx.masks, ctx.group = masks, group
+        return mops.cast(mops.transpose(out, HEADS_FIRST), q.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, out, log_sum_exp = ctx.saved_tensors
+        group, masks = ctx.group, ctx.masks
+        queries, grad_out = (_wide(mops.transpose(x, HEADS_FIRST)) for x in (q, grad))
+        delta = mops.ReduceSum(keep_dims=True)(out * grad_out, -1)
+        message = _message(k, v)
+        dq = mops.zeros_like(queries)
+        travelling = None
+        for step in range(group.size):
+            coming = start_shift(message, group) if step < group.size - 1 else None
+            rows, keys = visible_part(group.rank, (group.rank - step) % group.size, q.shape[1])
+            block_k, block_v = _wide(message[0, :, :, keys]), _wide(message[1, :, :, keys])
+            dq_part, dk_part, dv_part = ops.attention_block_backward(
+                queries[:, :, rows],
+                block_k,
+                block_v,
+                masks[step],
+                log_sum_exp[:, :, rows],
+                grad_out[:, :, rows],
+                delta[:, :, rows],
+            )
+            dq = _replace(dq, rows, dq[:, :, rows] + dq_part)
+            part = mops.stack((dk_part, dv_part))
+            if travelling is None:
+                sums = part
+            else:
+                # The sums for these keys were last touched by the rank before; they come one hop behind the keys.
+                sums = travelling.wait()
+                sums = _replace(sums, keys, sums[:, :, :, keys] + part, axis=3)
+            travelling = start_shift(sums, group)
+            if coming is not None:
+                message = coming.wait()
+        sums = travelling.wait()
+        gradients = ((dq, q), (sums[0], k), (sums[1], v))
+        return *(mops.cast(mops.transpose(d, HEADS_FIRST), x.dtype) for d, x in gradients), None, None
+
+
+def _message(k: Tensor, v: Tensor) -> Tensor:
+    """Keys and values as one contiguous tensor [2, B, K, S/R, D]."""
+    return mops.stack((mops.transpose(k, HEADS_FIRST), mops.transpose(v, HEADS_FIRST)))
+
+
+def _replace(x: Tensor, rows: slice, part: Tensor, axis: int = 2) -> Tensor:
+    """x with all, the first half or the second half of ``axis`` replaced: assignment to a slice would copy twice."""
+    if part.shape[axis] == x.shape[axis]:
+        return part
+    first, second = mops.split(x, x.shape[axis] // 2, axis)
+    return mops.concat((part, second) if rows.start == 0 else (first, part), axis)
+
+
+def _wide(x: Tensor) -> Tensor:
+    """Blocks are computed, and merged, in float32 or wider."""
+    return x if x.dtype in (ms.float32, ms.float64) else mops.cast(x, ms.float32)
