@@ -1,4 +1,13 @@
-"""``tele bench``: measurements. ``tele bench step`` times a training step of both backends, in turns."""
+"""Measurements: ``step`` times a training step of both frameworks, ``parallel`` a step of several layouts.
+
+step      MindSpore and PyTorch in turns, one process each.
+parallel  layouts (``tele train --help`` explains them) in turns, and in every round a single process with the same
+          batch. Also: bytes handed to collectives against the formula, the pipeline's bubble against theory, the
+          balance of the ring, and the optimizer states that a rank holds.
+Examples:
+  tele bench step --model telechat2-mini --seq-len 256
+  tele bench parallel --layouts tp2,pp2,dp2,dp2.nozero --backends pt --steps 10
+"""
 
 from __future__ import annotations
 
@@ -6,10 +15,9 @@ import argparse
 import json
 import os
 import platform
-import signal
-import statistics
-import subprocess
+import shutil
 import sys
+import tempfile
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -17,51 +25,72 @@ from typing import Any
 
 from core import backends
 from core.atomic import writable_file, write_text
-from core.bench_worker import bench_config
+from core.bench_worker import Worker, bench_config, paired_ratios, spread
 from core.config import PRECISIONS, preset_names
 from core.errors import UserError
 from core.metrics import flops_per_token
 from core.params import count_parameters
 
-ROOT = Path(__file__).resolve().parents[2]
+LAYOUTS = "single,tp2,pp2,ring2,ulysses2,dp2"
+# What differs between the two measurements where the user says nothing.
+DEFAULTS: dict[str, dict[str, Any]] = {
+    "step": {"micro_batch": 4, "micro_batches": 1, "steps": 30, "block": 5},
+    "parallel": {"micro_batch": 2, "micro_batches": 4, "steps": 10, "block": 2},
+}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of ``tele bench``."""
-    parser.add_argument("what", choices=("step",), help="step: a whole optimizer step, MindSpore and PyTorch in turns")
+    parser.add_argument("what", choices=("step", "parallel"), help="step: a whole optimizer step; parallel: layouts")
     parser.add_argument(
         "--model", default="telechat2-tiny", metavar="PRESET", help=f"one of {', '.join(preset_names())}"
     )
     parser.add_argument("--seq-len", type=int, default=128, metavar="S", help="tokens a sequence (128)")
-    parser.add_argument("--micro-batch", type=int, default=4, metavar="B", help="sequences a forward pass (4)")
+    parser.add_argument("--micro-batch", type=int, metavar="B", help="sequences a forward pass (step 4, parallel 2)")
     parser.add_argument(
-        "--micro-batches", type=int, default=1, metavar="M", help="forward passes an optimizer step (1)"
+        "--micro-batches",
+        type=int,
+        metavar="M",
+        help="forward passes an optimizer step of one process, shared by data-parallel ranks (step 1, parallel 4)",
     )
-    parser.add_argument("--steps", type=int, default=30, metavar="N", help="steps measured of each backend (30)")
+    parser.add_argument("--steps", type=int, metavar="N", help="steps measured of each (step 30, parallel 10)")
     parser.add_argument(
-        "--block", type=int, default=5, metavar="K", help="steps of one backend before the other's turn (5)"
+        "--block", type=int, metavar="K", help="steps of one before the next's turn (step 5, parallel 2)"
     )
     parser.add_argument("--precision", default="fp32", choices=PRECISIONS, help="arithmetic (fp32)")
     parser.add_argument(
         "--backends", nargs="+", choices=sorted(backends.BACKENDS), default=["ms", "pt"], help="who (ms pt)"
     )
+    parser.add_argument("--layouts", nargs="+", metavar="L", help=f"parallel: with commas or spaces ({LAYOUTS})")
     parser.add_argument("--out", metavar="FILE", help="also write everything measured as JSON")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Measure and print a Markdown table."""
+    """Measure and print Markdown; 1 when the messages counted are not those of the formula."""
+    for name, value in DEFAULTS[args.what].items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
     for name in ("seq_len", "micro_batch", "micro_batches", "steps", "block"):
         if getattr(args, name) < 1:
             raise UserError(f"--{name.replace('_', '-')}: must be at least 1, found {getattr(args, name)}")
     options = {name: getattr(args, name) for name in ("model", "seq_len", "micro_batch", "micro_batches", "precision")}
     bench_config(options)  # a mistake is told here, once, and not by two workers
+    names = list(dict.fromkeys(args.backends))
+    if args.what == "step" and args.layouts is not None:
+        raise UserError("--layouts: belongs to `tele bench parallel`; `tele bench step` measures one process")
+    layouts = checked_layouts(args.layouts or [LAYOUTS], options) if args.what == "parallel" else []
     if args.out:
         writable_file(args.out, "--out")
-    result = measure(options, list(dict.fromkeys(args.backends)), args.steps, args.block)
-    print(to_markdown(result))
+    if args.what == "parallel":
+        result = measure_layouts(options, layouts, names, args.steps, args.block)
+        text = layouts_to_markdown(result)
+    else:
+        result = measure(options, names, args.steps, args.block)
+        text = to_markdown(result)
+    print(text)
     if args.out:
         write_text(Path(args.out), json.dumps(result, indent=1) + "\n")
-    return 0
+    return 1 if any(row["traffic"]["differs"] for row in result.get("rows", ())) else 0
 
 
 def measure(options: dict[str, Any], names: list[str], steps: int, block: int) -> dict[str, Any]:
@@ -72,20 +101,14 @@ def measure(options: dict[str, Any], names: list[str], steps: int, block: int) -
     seconds: dict[str, list[list[float]]] = {name: [] for name in names}
     rounds = -(-steps // block)
     with ExitStack() as stack:
-        workers = {name: stack.enter_context(_Worker(name, options)) for name in names}
+        workers = {name: stack.enter_context(Worker(name, options)) for name in names}
         losses = {name: worker.steps(block)["loss"] for name, worker in workers.items()}
         for turn in range(rounds):
             for name in names if turn % 2 == 0 else reversed(names):
                 seconds[name].append(workers[name].steps(min(block, steps - turn * block))["seconds"])
         made = {name: worker.implementation for name, worker in workers.items()}
-    config = bench_config(options)
-    tokens = config.train.global_batch * config.data.seq_len
     return {
-        "options": options,
-        "machine": {"cores": os.cpu_count(), "processor": _processor()},
-        "parameters": count_parameters(config.model),
-        "tokens_per_step": tokens,
-        "flops_per_step": tokens * flops_per_token(config.model, config.data.seq_len),
+        **_facts(options),
         "backends": {
             name: {"implementation": made[name], "loss_after_warm_up": losses[name], "seconds": seconds[name]}
             for name in names
@@ -94,25 +117,11 @@ def measure(options: dict[str, Any], names: list[str], steps: int, block: int) -
     }
 
 
-def paired_ratios(first: Sequence[Sequence[float]], second: Sequence[Sequence[float]]) -> list[float]:
-    """Median step time of ``first`` over that of ``second``, round by round."""
-    return [statistics.median(a) / statistics.median(b) for a, b in zip(first, second, strict=True)]
-
-
-def spread(values: Sequence[float]) -> dict[str, float]:
-    """Median, and the range that holds the middle four fifths."""
-    ordered = sorted(values)
-    cut = len(ordered) // 10
-    return {"median": statistics.median(ordered), "low": ordered[cut], "high": ordered[-1 - cut]}
-
-
 def to_markdown(result: dict[str, Any]) -> str:
     """A table a backend a row, and the ratio."""
-    options, tokens = result["options"], result["tokens_per_step"]
+    tokens = result["tokens_per_step"]
     lines = [
-        f"`{options['model']}` ({result['parameters']:,} parameters), {options['precision']}, "
-        f"{options['micro_batches']} x {options['micro_batch']} x {options['seq_len']} tokens a step; "
-        f"{result['machine']['cores']} cores of {result['machine']['processor']}; backends in turns, both warm.",
+        f"{_task(result)}; {_machine(result)}; backends in turns, both warm.",
         "",
         "| backend | device | step, median | middle 80 % | tokens/s | model GFLOP/s |",
         "|---|---|---|---|---|---|",
@@ -141,59 +150,227 @@ def to_markdown(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-class _Worker:
-    """A core.bench_worker process; ended when the ``with`` block is left.
+def checked_layouts(words: Sequence[str], options: dict[str, Any]) -> list[str]:
+    """The layouts in ``words``, each once; UserError for one that cannot carry the benchmark."""
+    from core.layout import check_layout, parse_layout
 
-    Between its turns it is stopped by SIGSTOP: idle thread pools of either framework spin, and on few cores they would
-    take the time of the one that is being measured.
-    """
-
-    def __init__(self, name: str, options: dict[str, Any]) -> None:
-        self.name = name
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "core.bench_worker", name, json.dumps(options)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            cwd=ROOT,
-            # Sleeping instead of spinning OpenMP threads for both (MindSpore's side sets it anyway): with one foreign
-            # process on 2 cores, spinning made PyTorch's step tens of times slower. A value set by the user wins.
-            env={"OMP_WAIT_POLICY": "PASSIVE", **os.environ},
-        )
-        self.implementation: dict[str, str] = self._answer()["ready"]
-        self._process.send_signal(signal.SIGSTOP)
-
-    def __enter__(self) -> _Worker:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        assert self._process.stdin is not None
-        self._process.send_signal(signal.SIGCONT)
-        self._process.stdin.close()
-        try:
-            self._process.wait(20)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
-
-    def steps(self, count: int) -> dict[str, Any]:
-        """Make ``count`` steps now, while every other worker waits; {"seconds": [...], "loss": ...}."""
-        assert self._process.stdin is not None
-        self._process.send_signal(signal.SIGCONT)
-        self._process.stdin.write(json.dumps({"steps": count}) + "\n")
-        self._process.stdin.flush()
-        answer = self._answer()
-        self._process.send_signal(signal.SIGSTOP)
-        return answer
-
-    def _answer(self) -> dict[str, Any]:
-        assert self._process.stdout is not None
-        line = self._process.stdout.readline()
-        if not line:
-            raise RuntimeError(
-                f"the {backends.TITLES[self.name]} worker ended with code {self._process.wait()}; its message is above"
+    found: dict[str, str] = {}
+    for text in (part for word in words for part in word.split(",") if part):
+        layout = parse_layout(text)
+        config = bench_config(options)
+        if options["micro_batches"] % layout.dp:
+            raise UserError(
+                f"--layouts {text}: --micro-batches {options['micro_batches']} cannot be shared evenly by dp "
+                f"{layout.dp}; give --micro-batches {-(-options['micro_batches'] // layout.dp) * layout.dp}"
             )
-        return json.loads(line)
+        try:
+            check_layout(
+                layout,
+                config.model,
+                global_batch=config.train.global_batch,
+                micro_batch=config.train.micro_batch,
+                seq_len=config.data.seq_len,
+            )
+        except UserError as error:
+            raise UserError(f"--layouts {text}: {error}") from None
+        found.setdefault(layout.name, text)  # shown as it was asked for
+    if not found:
+        raise UserError(f"--layouts: no layout given; for instance {LAYOUTS}")
+    return list(found.values())
+
+
+def measure_layouts(
+    options: dict[str, Any], layouts: list[str], names: list[str], steps: int, block: int
+) -> dict[str, Any]:
+    """A launch for each backend and number of processes; in it the layouts of that number take turns."""
+    from core.bench_parallel import Record, summarise, worlds
+
+    rows, made = [], {}
+    groups = worlds(layouts)
+    for name in names:
+        for world, texts in groups.items():
+            title = f"{backends.TITLES[name]}, {world} process{'es' if world > 1 else ''}"
+            print(f"{title}: {', '.join(texts)}", file=sys.stderr, flush=True)
+            ranks = _launched(name, world, options, texts, steps, block)
+            single, made[name] = ranks[0]["single"], ranks[0]["implementation"]
+            for text in texts:
+                records = [Record(**rank["layouts"][text]) for rank in ranks]
+                row = summarise(options, text, records, single)
+                rows.append({"backend": name, "device": made[name]["device"], "single": single, **row})
+    order = {text: number for number, text in enumerate(layouts)}
+    rows.sort(key=lambda row: (names.index(row["backend"]), order[row["layout"]]))
+    facts = _facts(options)
+    facts["machine"]["threads"] = os.environ.get("OMP_NUM_THREADS")
+    return {**facts, "implementations": made, "rows": rows}
+
+
+def _launched(
+    name: str, world: int, options: dict[str, Any], layouts: list[str], steps: int, block: int
+) -> list[dict[str, Any]]:
+    """Run core/bench_parallel.py in ``world`` processes; what each rank wrote."""
+    from core import bench_parallel
+    from core.launch import launch
+
+    folder = Path(tempfile.mkdtemp(prefix="tele-bench-"))
+    plan = {
+        "options": options,
+        "layouts": layouts,
+        "steps": steps,
+        "block": block,
+        "threads": os.environ.get("OMP_NUM_THREADS"),
+    }
+    bench_parallel.plan_path(folder).write_text(json.dumps(plan), encoding="utf-8")
+    code = launch(name, [name, str(folder)], world, folder / "logs", script=bench_parallel.__file__)
+    if code:
+        # The launch has said why; its logs are in the folder, which stays.
+        raise SystemExit(code)
+    found = [json.loads(bench_parallel.rank_path(folder, rank).read_text(encoding="utf-8")) for rank in range(world)]
+    shutil.rmtree(folder)
+    return found
+
+
+def layouts_to_markdown(result: dict[str, Any]) -> str:
+    """The machine first, then times and bytes, then pipelines, rings, and what does not agree."""
+    rows, cores, threads = result["rows"], result["machine"]["cores"], result["machine"]["threads"]
+    largest = max(row["world"] for row in rows)
+    crowded = f"; {largest} processes have to take turns on {cores} cores" if largest > cores else ""
+    lines = [
+        f"{_task(result)}, the same in every layout; {_machine(result)}; up to {largest} processes.",
+        "",
+        f"**Times are a picture of this machine, not of a cluster**: all processes share its {cores} cores and its "
+        f"memory, through which their messages pass{crowded}. In every round a single process, with the machine to "
+        "itself meanwhile, trained on the same batches; `times single` is the ratio to it, round by round (median; "
+        "range of the middle 80 %). "
+        + (
+            f"Threads: {threads} a process (OMP_NUM_THREADS)."
+            if threads
+            else "Threads: all cores for the single process, an equal share of them for each of several."
+        ),
+        "",
+        "| backend | layout | processes | step, median | middle 80 % | times single | handed to collectives "
+        "| as the formula | on the wire | optimizer states |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    whole = 3 * (8 if result["options"]["precision"] == "fp64" else 4) * result["parameters"]
+    for row in rows:
+        times = spread([s for turn in row["seconds"] for s in turn])
+        ratio, held = spread(row["ratios"]), max(row["states"]["held"])
+        cells = [
+            backends.TITLES[row["backend"]],
+            row["layout"],
+            row["world"],
+            f"{times['median'] * 1e3:.1f} ms",
+            f"{times['low'] * 1e3:.1f} to {times['high'] * 1e3:.1f}",
+            f"{ratio['median']:.2f} ({ratio['low']:.2f} to {ratio['high']:.2f})",
+            _megabytes(max(row["traffic"]["counted"])),
+            "NO" if row["traffic"]["differs"] else "yes",
+            _megabytes(max(row["traffic"]["wire"])),
+            f"{_megabytes(held)} ({held / whole:.2f} of {_megabytes(whole)})",
+        ]
+        lines.append(f"| {' | '.join(map(str, cells))} |")
+    lines += [
+        "",
+        "Bytes a step and rank, of the rank with the most. `handed to collectives` was counted, and is compared call "
+        "for call and byte for byte with `core.traffic.expected_traffic` on every rank; `on the wire` is what ring "
+        "algorithms make of it. Optimizer states: masters, m and v. The losses after the warm-up are the single "
+        f"process's within {max(row['loss_difference'] for row in rows):.0e}.",
+        *_pipelines(rows),
+        *_rings(rows),
+        *_disagreements(rows),
+    ]
+    return "\n".join(lines)
+
+
+def _pipelines(rows: list[dict[str, Any]]) -> list[str]:
+    lines = []
+    for row in rows:
+        if row["pipeline"] is None:
+            continue
+        found, shares = row["pipeline"], spread(row["pipeline"]["measured"])
+        stages = ", ".join(
+            f"{f * 1e3:.1f} + {b * 1e3:.1f}" for f, b in zip(found["forward"], found["backward"], strict=True)
+        )
+        # An accelerator waits on its own queue, and the host, whose clock this is, does not.
+        seen = row["device"].lower() == "cpu"
+        cells = [
+            backends.TITLES[row["backend"]],
+            row["layout"],
+            f"{shares['median']:.3f} ({shares['low']:.3f} to {shares['high']:.3f})" if seen else "only on CPUs",
+            f"{found['formula']:.3f}",
+            f"{found['simulated']:.3f}" if seen else "-",
+            stages if seen else "-",
+            " ".join(map(str, found["peak"])),
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    if not lines:
+        return []
+    return [
+        "",
+        "| backend | pipeline | bubble, measured | equal stages | stages as measured | forward + backward, ms a stage "
+        "| graphs alive, by rank |",
+        "|---|---|---|---|---|---|---|",
+        *lines,
+        "",
+        "Bubble: share of the ranks' time, from each one's first action to the pipeline's last, in which they waited "
+        "for other stages. `equal stages` is `core.schedule.bubble_formula`; `stages as measured` is "
+        "`core.schedule.bubble` with the stage times beside it and messages that take no time.",
+    ]
+
+
+def _rings(rows: list[dict[str, Any]]) -> list[str]:
+    seen = {row["layout"]: row["ring"] for row in rows if row["ring"] is not None}
+    if not seen:
+        return []
+    return [
+        "",
+        "| ring | query-key pairs a row, by ring rank | heaviest rank over mean | the same without zigzag |",
+        "|---|---|---|---|",
+        *(
+            f"| {name} | {' '.join(f'{n:,.0f}' for n in ring['pairs'])} | {ring['heaviest']:.3f} "
+            f"| {ring['heaviest_in_order']:.3f} |"
+            for name, ring in seen.items()
+        ),
+    ]
+
+
+def _disagreements(rows: list[dict[str, Any]]) -> list[str]:
+    lines = []
+    for row in rows:
+        where = f"{backends.TITLES[row['backend']]} {row['layout']}"
+        lines += [f"- {where}: {line}" for line in row["traffic"]["differs"]]
+        if row["states"]["held"] != row["states"]["formula"]:
+            lines.append(
+                f"- {where}: optimizer states held {row['states']['held']}, formula {row['states']['formula']}"
+            )
+    return ["", "Counted and computed disagree:", "", *lines] if lines else []
+
+
+def _facts(options: dict[str, Any]) -> dict[str, Any]:
+    config = bench_config(options)
+    tokens = config.train.global_batch * config.data.seq_len
+    return {
+        "options": options,
+        "machine": {"cores": len(os.sched_getaffinity(0)), "processor": _processor()},
+        "parameters": count_parameters(config.model),
+        "tokens_per_step": tokens,
+        "flops_per_step": tokens * flops_per_token(config.model, config.data.seq_len),
+    }
+
+
+def _task(result: dict[str, Any]) -> str:
+    options = result["options"]
+    return (
+        f"`{options['model']}` ({result['parameters']:,} parameters), {options['precision']}, "
+        f"{options['micro_batches']} x {options['micro_batch']} x {options['seq_len']} tokens a step"
+    )
+
+
+def _machine(result: dict[str, Any]) -> str:
+    return f"{result['machine']['cores']} cores of {result['machine']['processor']}"
+
+
+def _megabytes(count: float) -> str:
+    return f"{count / 1e6:.2f} MB"
 
 
 def _processor() -> str:
