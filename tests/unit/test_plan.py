@@ -8,7 +8,8 @@ import pytest
 
 from core import cli
 from core.commands.plan import estimate
-from core.config import load_model_config
+from core.config import CONFIGS, load_model_config, load_run_config
+from core.layout import parse_layout
 from core.params import count_parameters
 
 TINY = load_model_config("telechat2-tiny")
@@ -47,12 +48,37 @@ def test_arithmetic_by_hand() -> None:
     assert flops["attention"] == 6 * 4 * 128 * 64
 
 
+def test_layout_divides_what_it_should() -> None:
+    single = estimate(TINY, 64, precision="bf16")["memory_bytes"]
+    shared = estimate(TINY, 64, precision="bf16", layout=parse_layout("dp4"))["memory_bytes"]
+    assert (shared["optimizer"], shared["masters"]) == (single["optimizer"] // 4, single["masters"] // 4)
+    assert (shared["gradients"], shared["compute_copy"]) == (single["gradients"], single["compute_copy"])
+    plan = estimate(TINY, 64, layout=parse_layout("tp2.pp2"), micro_batches=4)
+    held = [rank["parameters"] for rank in plan["ranks"]]
+    norms_and_biases = 4 * 4 * 128 + 128  # held by both tensor ranks
+    assert 2 * (sum(held) - norms_and_biases) + norms_and_biases == count_parameters(TINY)
+    assert [rank["graphs"] for rank in plan["ranks"]] == [2, 1]
+    assert plan["bubble"] == pytest.approx(1 / 5)
+
+
+def test_published_layout_fits_its_devices() -> None:
+    """115B on 512 devices of 64 GB: the recipe's own layout must fit, and one device must not."""
+    config = load_run_config(CONFIGS / "train" / "telechat2-115b.yaml")
+    plan = estimate(config.model, 8192, 6, "bf16", "full", layout=config.parallel, micro_batches=8)
+    assert plan["memory_bytes"]["total"] < 64e9
+    assert estimate(config.model, 8192)["memory_bytes"]["total"] > 1e12
+
+
 def test_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["plan", "--model", "telechat2-115b", "--json"]) == 0
     plan = json.loads(capsys.readouterr().out)
     assert plan["estimate"] is True and plan["parameters"]["total"] > 100e9
     assert cli.main(["plan", "--model", "telechat2-7b"]) == 0
     assert "telechat2-7b: estimate" in capsys.readouterr().out
+    assert cli.main(["plan", "--config", str(CONFIGS / "train" / "telechat2-115b.yaml")]) == 0
+    assert "by pipeline rank (bubble 46.7% of the step)" in capsys.readouterr().out
+    assert cli.main(["plan", "--model", "telechat2-7b", "--layout", "tp3"]) == 2
+    assert "nearest" in capsys.readouterr().err
     assert cli.main(["plan", "--model", "telechat2-7c"]) == 2
     assert "did you mean" in capsys.readouterr().err
     assert cli.main(["plan", "--model", "telechat2-7b", "--seq-len", "-1"]) == 2
