@@ -1,15 +1,17 @@
-"""The parity report: verdict first, then each bound with its source, the worst gradients, the traces and their plot."""
+"""The parity report: verdict first, then each bound with its source, the worst gradients, the traces and their plot,
+and a row for every layout."""
 
 from __future__ import annotations
 
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from core.backends import TITLES
+from core.layout_parity import LayoutReport, TensorError
 from core.metrics import Row, column
 from core.parity import STRICT_STEPS, BatchReport, Bound, Judged, TraceReport
 
@@ -23,9 +25,22 @@ class ParityReport:
     facts: dict[str, str]
     batch: BatchReport
     trace: TraceReport | None = None
+    layouts: list[LayoutReport] = field(default_factory=list)
 
     def bounds(self) -> list[Bound]:
+        return self.own_bounds() + self.layout_bounds()
+
+    def own_bounds(self) -> list[Bound]:
+        """Those of the backends themselves."""
         return self.batch.bounds() + (self.trace.bounds if self.trace else [])
+
+    def layout_bounds(self, worst_only: bool = False) -> list[Bound]:
+        """Those of every layout, or of each the one nearest to its limit."""
+        return [
+            replace(bound, what=f"{row.layout}, {TITLES[row.backend]}: {bound.what}")
+            for row in self.layouts
+            for bound in ([row.worst] if worst_only else row.bounds)
+        ]
 
     @property
     def broken(self) -> list[Bound]:
@@ -50,9 +65,9 @@ def to_markdown(report: ParityReport, plot: str | None = None) -> str:
         "| | quantity | measured | limit | where the limit comes from |",
         "|---|---|---|---|---|",
     ]
-    for bound in report.bounds():
-        mark = "ok" if bound.holds else "**BROKEN**"
-        lines.append(f"| {mark} | {bound.what} | {bound.value:.3g} | {bound.limit:.3g} | {bound.source} |")
+    lines += [_bound_line(bound) for bound in report.own_bounds()]
+    if report.layouts:
+        lines += ["", "## Layouts, against one device", "", *_layout_table(report.layouts)]
     lines += ["", "## One batch, against a float64 run", "", "Relative Frobenius errors.", ""]
     lines += _table(report.batch.quantities)
     lines += [f"- {problem}" for problem in report.batch.names]
@@ -64,6 +79,44 @@ def to_markdown(report: ParityReport, plot: str | None = None) -> str:
         if plot:
             lines += ["", f"![losses of both backends and their difference]({plot})"]
     return "\n".join(lines) + "\n"
+
+
+def _bound_line(bound: Bound) -> str:
+    mark = "ok" if bound.holds else "**BROKEN**"
+    return f"| {mark} | {bound.what} | {bound.value:.3g} | {bound.limit:.3g} | {bound.source} |"
+
+
+def _layout_table(rows: Sequence[LayoutReport]) -> list[str]:
+    """A row a layout and backend, and below it every broken bound and everything that was not judged."""
+    head = ["", "layout", "backend", "loss", "gradient norm", "worst gradient", "worst change of a weight"]
+    head += ["nearest to its limit", "of it", "bytes sent a step", "live graphs", "seconds"]
+    lines = [
+        "Relative distances: from one device of the same backend, and from float64. Live graphs: by pipeline rank.",
+        "",
+        _cells(head),
+        "|" + "---|" * len(head),
+    ]
+    for row in rows:
+        worst = row.worst
+        share = f"{worst.value / worst.limit:.0%}" if worst.limit else f"{worst.value:g}"
+        cells = ["ok" if not row.broken else "**BROKEN**", row.layout, TITLES[row.backend]]
+        cells += [f"{apart:.1e}, {error:.1e}" for apart, error in row.errors.values()]
+        cells += [_farthest(row.gradients), _farthest(row.weights), worst.what, share]
+        cells += [f"{row.sent}", " ".join(str(n) for n in row.live), f"{max(row.seconds):.1f}"]
+        lines.append(_cells(cells))
+    broken = [(row, bound) for row in rows for bound in row.broken]
+    if broken:
+        lines += ["", "| | quantity | measured | limit | where the limit comes from |", "|---|---|---|---|---|"]
+        lines += [_bound_line(replace(b, what=f"{row.layout}, {TITLES[row.backend]}: {b.what}")) for row, b in broken]
+    notes = [f"- {row.layout}, {TITLES[row.backend]}: {note}" for row in rows for note in row.notes]
+    return lines + ([""] + notes if notes else [])
+
+
+def _farthest(tensors: Sequence[TensorError]) -> str:
+    if not tensors:
+        return "-"
+    apart, error = (max(tensors, key=lambda t: (math.isnan(getattr(t, k)), getattr(t, k))) for k in ("apart", "error"))
+    return f"{apart.apart:.1e}, {error.error:.1e} (`{error.name}`)"
 
 
 def _table(rows: Sequence[Judged]) -> list[str]:
@@ -111,6 +164,7 @@ def to_json(report: ParityReport) -> dict[str, Any]:
         "facts": report.facts,
         "bounds": [{**asdict(bound), "holds": bound.holds} for bound in report.bounds()],
         "batch": asdict(report.batch),
+        "layouts": [asdict(row) for row in report.layouts],
     }
     if report.trace is not None:
         data["trace"] = {"steps": report.trace.steps, "loss": report.trace.loss, "grad_norm": report.trace.grad_norm}
@@ -120,7 +174,7 @@ def to_json(report: ParityReport) -> dict[str, Any]:
 def _finite(value: Any) -> Any:
     if isinstance(value, dict):
         return {k: _finite(v) for k, v in value.items()}
-    if isinstance(value, list):
+    if isinstance(value, (list, tuple)):
         return [_finite(v) for v in value]
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 

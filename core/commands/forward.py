@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import math
 import os
+import shutil
 import sys
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +21,11 @@ from core.batch import IGNORE, Batch, shift_labels
 from core.commands.generate import with_table_dtype
 from core.config import PRECISIONS, ModelConfig
 from core.errors import UserError
+from core.launch import COLLECTIVE_TIMEOUT
+from core.layout import Layout, check_layout, parse_layout
+from core.layout_worker import Task, collect, launch_tasks, write_batch
 from core.safetensors_io import SafetensorsFile
+from core.sharding import Box
 
 NAMES = ("input_ids", "labels", "loss_mask")
 
@@ -30,6 +37,8 @@ loss_mask, whose loss_mask[t+1] is 1.
 examples:
   tele forward --backend pt --checkpoint model --inputs batch.safetensors --out result.safetensors
   tele forward --backend ms --checkpoint model --inputs batch.safetensors --out result.safetensors --grads
+  tele forward --backend ms --checkpoint model --inputs batch.safetensors --out result.safetensors --layout tp2.pp2
+      by 4 processes, each with its part of the model; the same result within rounding (layouts: `tele train --help`)
 """
 
 
@@ -52,6 +61,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--precision", default="fp32", choices=PRECISIONS, help="arithmetic (fp32)")
     parser.add_argument("--table-dtype", choices=("float32", "float16"), help="rotary tables; float16 as released")
+    parser.add_argument("--layout", metavar="TEXT", help="share the work over processes, e.g. tp2.ring2")
+    parser.add_argument("--nproc", type=int, metavar="N", help="processes (default: as many as the layout needs)")
+    parser.add_argument(
+        "--timeout",
+        type=float,
+        metavar="SECONDS",
+        help=f"with a layout: longest wait of one rank for the others (default {COLLECTIVE_TIMEOUT:.0f}; 0: any)",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -60,8 +77,9 @@ def run(args: argparse.Namespace) -> int:
     from core.generation import note_length
 
     out = check_output(args.out, args.inputs)
+    layout = read_layout(args.layout, args.nproc, args.timeout)
     arrays = read_inputs(args.inputs)
-    backend = backends.load(args.backend, "forward")
+    backend = backends.load(args.backend, "forward") if layout.world == 1 else None
     source = open_model(args.checkpoint)
     for note in source.notes:
         print(f"note: {note}", file=sys.stderr)
@@ -72,7 +90,13 @@ def run(args: argparse.Namespace) -> int:
     if args.grads and not has_loss:
         raise UserError(f"--grads: gradients are of the loss, and {args.inputs} has no labels; add them")
     note_length(config, batch.input_ids.shape[1])
-    result = backend.run(config, source.tensor, batch, args.precision, args.grads)
+    if backend is not None:
+        result = backend.run(config, source.tensor, batch, args.precision, args.grads)
+    else:
+        check_layout(layout, config, seq_len=batch.input_ids.shape[1])
+        code, result = run_layout(args, config, batch, layout)
+        if code:
+            return code
 
     tensors = {"logits": np.asarray(result["logits"], np.float32)}
     if has_loss:
@@ -84,6 +108,68 @@ def run(args: argparse.Namespace) -> int:
     loss = f", loss {float(tensors['loss']):.6f} over {batch.num_targets} targets" if has_loss else ""
     print(f"{args.out}: logits [{B}, {S}, {config.vocab_size}]{loss}", file=sys.stderr)
     return 0
+
+
+def read_layout(text: str | None, nproc: int | None, timeout: float | None) -> Layout:
+    """The layout that the options ask for, a single process without any; UserError where they contradict each other."""
+    if nproc is not None and nproc < 1:
+        raise UserError(f"--nproc: must be at least 1, found {nproc}")
+    if text is None and nproc not in (None, 1):
+        raise UserError(f"--nproc: {nproc} processes need a layout to share the work; add e.g. --layout tp{nproc}")
+    layout = Layout() if text is None else parse_layout(text)
+    if nproc not in (None, layout.world):
+        raise UserError(
+            f"--nproc: {nproc} is not the {layout.world} processes of layout {layout.name}; leave --nproc out, or give "
+            f"--nproc {layout.world}"
+        )
+    if timeout is not None and not (math.isfinite(timeout) and timeout >= 0):
+        raise UserError(f"--timeout: must be 0 (any) or a number of seconds above it, found {timeout:g}")
+    return layout
+
+
+def run_layout(
+    args: argparse.Namespace, config: ModelConfig, batch: Batch, layout: Layout
+) -> tuple[int, dict[str, Any]]:
+    """``forward.run`` of a backend, by the processes of a layout: the launcher's exit code and, if 0, the result.
+
+    After a failure of a rank (code 1) the folder with its logs stays; stderr has named it.
+    """
+    folder = Path(tempfile.mkdtemp(prefix="tele-forward-"))
+    code = 0
+    try:
+        task = Task(
+            name="forward",
+            model=config,
+            layout=layout,
+            batch=write_batch(folder / "batch.safetensors", batch),
+            weights=str(Path(args.checkpoint).resolve()),
+            precision=args.precision,
+            logits=True,
+            gradients=args.grads,
+        )
+        code = launch_tasks(args.backend, [task], folder, collective_timeout=args.timeout)
+        if code:
+            return code, {}
+        found = collect(folder / "0", layout.world)
+        if found.problems:
+            raise RuntimeError(f"layout {layout.name}: {'; '.join(found.problems)}")
+        return 0, {"logits": found.logits, "loss": found.losses[0], "grads": found.gradients}
+    finally:
+        if code != 1:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def weight_reader(path: str) -> Callable[[str, Box], np.ndarray]:
+    """``read(name, box)`` of the weights of a model's folder, for a rank that needs parts; the folder was verified."""
+    from convert.source import CanonicalSource, open_model
+
+    source = open_model(path, verify=False)
+    if isinstance(source, CanonicalSource):
+        checkpoint = source.checkpoint
+        return lambda name, box: checkpoint.read("weights", name, box)
+    # A release packs tensors together; a rank asks for up to three boxes of one, one after another.
+    whole = lru_cache(maxsize=1)(source.tensor)
+    return lambda name, box: whole(name)[box]
 
 
 def read_inputs(path: str) -> dict[str, np.ndarray]:

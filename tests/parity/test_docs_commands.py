@@ -23,7 +23,8 @@ from tests.docs_workspace import add_checkout, add_packed, add_release, add_text
 from tests.house import ROOT
 
 SHORTER = ("--set", "train.steps=2", "optim.warmup_steps=0", "train.global_batch=2", "train.micro_batch=2")
-RESUMED = (*SHORTER, "train.steps=4")
+RESUMED = ("train.steps=4",)
+MANY = ("train.global_batch=4",)  # enough for two data-parallel ranks, or two micro-batches of a pipeline
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +46,11 @@ def shorter(command: docs.Command) -> docs.Command:
             command, words=(*command.words, "--max-new-tokens", "4"), stdin_text="hello\n/exit\n"
         )
     if "train" in command.words or command.words[0] != "tele":
-        more = RESUMED if "--resume" in command.words else SHORTER
+        more = (
+            *SHORTER,
+            *(RESUMED if "--resume" in command.words else ()),
+            *(MANY if "--layout" in command.words else ()),
+        )
         return dataclasses.replace(command, words=(*command.words, *more))
     return command
 

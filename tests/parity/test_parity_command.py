@@ -1,15 +1,20 @@
 """``tele parity`` and ``tele bench`` as a user runs them, on a small packed data set, with real launchers."""
 
 import argparse
+import dataclasses
 import json
 
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
-from core.commands import bench, parity
+from core.commands import bench, forward, parity
 from core.errors import UserError
+from core.parity import compare_tensors, relative_frobenius
 from core.parity_report import ParityReport
+from tests.frameworks import golden_arrays, golden_source
 from tests.packed import write_packed
+from tests.parity.test_goldens import GRADIENT, LOGITS, LOSS
 
 SEQ_LEN = 32
 
@@ -85,9 +90,71 @@ def test_a_fault_in_one_backend_is_exit_code_1(config, tmp_path, capsys, monkeyp
     assert (tmp_path / "report.md").read_text().splitlines()[2].startswith("**NOT EQUAL: ")
 
 
+def test_layouts_beside_one_batch(config, tmp_path, capsys):
+    """The page's command on fewer layouts: one launch a backend for the two of two ranks."""
+    words = ("--steps", 0, "--layouts", "tp2,pp2.vpp2", "--layout-steps", 1, "--out", tmp_path)
+    assert run(parity, "--config", config, *words) == 0
+    shown = capsys.readouterr().out
+    assert shown.count("2 layouts of 2 ranks") == 2 and "EQUAL: all " in shown
+    assert "ok      tp2, MindSpore: " in shown and "ok      pp2.vpp2, PyTorch: " in shown
+    data = json.loads((tmp_path / "report.json").read_text())
+    rows = {(row["layout"], row["backend"]): row for row in data["layouts"]}
+    assert set(rows) == {(layout, backend) for layout in ("tp2", "pp2.vpp2") for backend in ("ms", "pt")}
+    for row in rows.values():
+        assert {g["name"] for g in row["gradients"]} == {w["name"] for w in row["weights"]}
+        assert len(row["gradients"]) == 47 and row["sent"] > 0
+        assert all(g["apart"] <= 1e-5 and g["error"] <= 1e-5 for g in row["gradients"])
+        judged = {bound["what"] for bound in row["bounds"]}
+        assert {"messages unlike the formula", "ranks with more or fewer live graphs"} < judged
+    assert rows["pp2.vpp2", "pt"]["live"] == [5, 3]
+    table = (tmp_path / "report.md").read_text().split("## Layouts, against one device")[1].split("##")[0]
+    assert sum(line.startswith("| ok |") for line in table.splitlines()) == 4
+    assert not list((tmp_path / "layouts").rglob("weights-*.safetensors")), "only logs stay of the launches"
+
+
+def test_a_fault_in_a_layout_is_exit_code_1(config, tmp_path, capsys, monkeypatch):
+    """The ranks start from other weights than the one device: seed 1235 instead of 1234."""
+    real = parity.launch_tasks
+
+    def other_seed(backend, tasks, *args, **options):
+        return real(backend, [dataclasses.replace(task, seed=task.seed + 1) for task in tasks], *args, **options)
+
+    monkeypatch.setattr(parity, "launch_tasks", other_seed)
+    words = ("--steps", 0, "--layouts", "dp2", "--layout-steps", 0, "--backends", "pt", "--out", tmp_path)
+    assert run(parity, "--config", config, *words) == 1
+    assert "BROKEN  dp2, PyTorch: " in capsys.readouterr().out
+    assert "| **BROKEN** | dp2 | PyTorch |" in (tmp_path / "report.md").read_text()
+
+
+def test_forward_in_a_layout_gives_the_released_numbers(tmp_path, capsys):
+    """`tele forward --grads --layout` on a released folder; other layouts are tried in test_layouts.py."""
+    pytest.importorskip("torch")
+    source = golden_source("telechat2_gqa/weights.safetensors", "telechat2_gqa/config.json", str(tmp_path))
+    io = golden_arrays("telechat2_gqa/io.safetensors")
+    inputs, out = tmp_path / "inputs.safetensors", tmp_path / "out.safetensors"
+    save_file({name: io[name] for name in ("input_ids", "labels", "loss_mask")}, inputs)
+    words = ("--backend", "pt", "--checkpoint", source.path, "--inputs", inputs, "--out", out, "--grads")
+    assert run(forward, *words, "--nproc", 2, "--layout", "ring2", "--timeout", 120) == 0
+    found = load_file(out)
+    assert found["logits"].dtype == np.float32 and found["loss"].shape == ()
+    assert relative_frobenius(found.pop("logits"), io["fp64.logits"]) <= LOGITS
+    truth = float(io["fp64.loss_masked"])
+    assert abs(float(found.pop("loss")) - truth) <= LOSS * truth
+    gradients = golden_arrays("telechat2_gqa/grads_fp32table_masked_loss.safetensors")
+    compared = compare_tensors({name.removeprefix("grad."): g for name, g in found.items()}, gradients)
+    assert compared.same_names and compared.worst() <= GRADIENT
+    assert "loss" in capsys.readouterr().err
+
+
 def test_mistakes(config, tmp_path):
     with pytest.raises(UserError, match="--steps: must be at least 0"):
         run(parity, "--config", config, "--steps", -1, "--out", tmp_path)
+    with pytest.raises(UserError, match=r"--layouts tp3: parallel.tp: 3 does not divide model.num_heads 4"):
+        run(parity, "--config", config, "--layouts", "tp2,tp3", "--out", tmp_path)
+    with pytest.raises(UserError, match="--layouts: names none"):
+        run(parity, "--config", config, "--layouts", ",", "--out", tmp_path)
+    with pytest.raises(UserError, match="--layout-steps: must be from 0 to 100, found -1"):
+        run(parity, "--config", config, "--layouts", "tp2", "--layout-steps", -1, "--out", tmp_path)
     with pytest.raises(UserError, match="no such packed folder"):
         run(parity, "--config", config, "--set", "data.sources=[{path: nowhere}]", "--out", tmp_path)
 

@@ -2,17 +2,32 @@
 
 from __future__ import annotations
 
+import argparse
+
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
 from core.batch import IGNORE
+from core.checkpoint import whole, write_checkpoint
 from core.commands import forward
-from core.commands.forward import check_not_of_model, check_output, make_batch, read_inputs, write_atomically
+from core.commands.forward import (
+    check_not_of_model,
+    check_output,
+    make_batch,
+    read_inputs,
+    read_layout,
+    weight_reader,
+    write_atomically,
+)
 from core.config import load_model_config
 from core.errors import UserError
+from core.init import init_weights
+from core.layout import Layout
+from tests.frameworks import golden_source
 
 CONFIG = load_model_config({"preset": "telechat2-tiny", "vocab_size": 64})
+GOLDEN = ("telechat2_gqa/weights.safetensors", "telechat2_gqa/config.json")
 IDS = np.arange(10, dtype=np.int64).reshape(2, 5)
 
 
@@ -146,3 +161,58 @@ def test_output_is_whole_or_not_there(tmp_path, monkeypatch):
         write_atomically(path, {"loss": np.asarray(2.5)})
     assert path.read_bytes() == before
     assert [p.name for p in tmp_path.iterdir()] == ["g.safetensors"]
+
+
+@pytest.mark.parametrize(
+    ("layout", "nproc", "timeout", "message"),
+    [
+        (None, 2, None, r"--nproc: 2 processes need a layout.*--layout tp2"),
+        (None, 0, None, "--nproc: must be at least 1, found 0"),
+        ("tp2.pp2", 2, None, r"--nproc: 2 is not the 4 processes of layout pp2.tp2.*--nproc 4"),
+        ("tp2.qq2", None, None, "unknown part 'qq2'"),
+        ("tp2", 2, -1.0, "--timeout: must be 0"),
+        ("tp2", 2, float("nan"), "--timeout: must be 0"),
+    ],
+)
+def test_layouts_that_cannot_be_are_refused(layout, nproc, timeout, message):
+    with pytest.raises(UserError, match=message):
+        read_layout(layout, nproc, timeout)
+
+
+def test_a_layout_says_how_many_processes():
+    assert read_layout(None, None, None) == read_layout(None, 1, None) == read_layout("single", 1, None) == Layout()
+    assert read_layout("tp2.ring2", None, 0.0).world == read_layout("tp2.ring2", 4, 30.0).world == 4
+
+
+def test_a_model_that_the_layout_cannot_share_is_refused_before_anything_starts(tmp_path, monkeypatch):
+    """telechat2-tiny has 4 heads."""
+    write_checkpoint(
+        tmp_path / "model",
+        0,
+        model={"config": CONFIG.to_dict()},
+        weights=[whole(name, array) for name, array in init_weights(CONFIG, 0).items()],
+    )
+    save_file({"input_ids": IDS}, tmp_path / "f.safetensors")
+    monkeypatch.setattr(forward, "launch_tasks", lambda *_, **__: pytest.fail("processes were started"))
+    parser = argparse.ArgumentParser()
+    forward.add_arguments(parser)
+    words = ["--backend", "pt", "--checkpoint", tmp_path / "model", "--inputs", tmp_path / "f.safetensors"]
+    args = parser.parse_args([*map(str, words), "--out", str(tmp_path / "g"), "--layout", "tp3"])
+    with pytest.raises(UserError, match=r"parallel.tp: 3 does not divide model.num_heads 4; nearest tp .*: 2"):
+        forward.run(args)
+    assert not (tmp_path / "g").exists()
+
+
+def test_a_rank_reads_boxes(tmp_path):
+    weights = init_weights(CONFIG, 0)
+    write_checkpoint(
+        tmp_path / "model", 0, model={"config": CONFIG.to_dict()}, weights=[whole(n, w) for n, w in weights.items()]
+    )
+    (tmp_path / "hf").mkdir()
+    read = weight_reader(str(tmp_path / "model"))
+    box = (slice(3, 9), slice(5, 70))
+    np.testing.assert_array_equal(read("layers.1.ffn.up.weight", box), weights["layers.1.ffn.up.weight"][box])
+    source = golden_source(*GOLDEN, str(tmp_path / "hf"))
+    released = weight_reader(str(source.path))
+    for name in ("layers.1.attn.k.weight", "layers.1.attn.v.weight", "layers.1.attn.k.weight"):
+        np.testing.assert_array_equal(released(name, box[:1]), source.tensor(name)[3:9])

@@ -1,11 +1,18 @@
 """The comparison that judges the two backends: it must see each kind of difference, and say so first."""
 
+import dataclasses
 import json
 import math
 
 import numpy as np
 import pytest
 
+from core.batch import Batch
+from core.config import ModelConfig, OptimConfig
+from core.init import init_weights
+from core.layout import parse_layout
+from core.layout_parity import References, expected_of, judge_layout, smooth_optim
+from core.layout_worker import Outcome, Task, write_batch
 from core.parity import (
     UNIT_ROUNDOFF,
     Bound,
@@ -211,3 +218,132 @@ def test_one_backend_alone_is_judged_by_the_ceiling():
     report = judge_batch({"pt": a_run(3e-7)}, a_run(), "fp32", 4)
     assert broken(report) == [] and report.quantities[0].apart is None
     assert "PyTorch error" in to_markdown(ParityReport({}, report))
+
+
+# One layer, so that it is quick; rounding as a_run has it.
+MODEL = ModelConfig(
+    vocab_size=11, hidden_size=16, ffn_hidden_size=16, num_layers=2, num_heads=4, num_kv_heads=2, norm_eps=1e-5,
+    training_seqlen=64, base_seqlen=64, max_seqlen=64,
+)  # fmt: skip
+
+
+@pytest.fixture
+def layout_task(tmp_path):
+    ids = np.zeros((4, 8), np.int32)
+    batch = write_batch(tmp_path / "b.safetensors", Batch(ids, ids, ids))
+    return Task(name="pp2.tp2", model=MODEL, layout=parse_layout("pp2.tp2"), batch=batch, steps=2)
+
+
+def an_outcome(task, noise=0.0, seed=0):
+    """What ranks that round with ``noise`` leave of ``task``: gradients, weights after two updates, what they sent."""
+    initial = init_weights(MODEL, 0, "strong")
+    truth, random = np.random.default_rng(1), np.random.default_rng([7, seed])
+    gradients, weights = {}, {}
+    for name, weight in initial.items():
+        gradients[name] = truth.standard_normal(weight.shape) * (1 + noise * random.standard_normal(weight.shape))
+        moved = 1e-3 * truth.standard_normal(weight.shape) * (1 + noise * random.standard_normal(weight.shape))
+        weights[name] = weight + moved
+    loss, norm = 5.0 * (1 + noise), global_norm(gradients)
+    traffic, peaks = expected_of(task)
+    return Outcome([loss] * 2, [norm] * 2, None, gradients, weights, traffic, peaks, [0.1] * 4)
+
+
+def judged_layout(task, run, single=None):
+    exact = an_outcome(task)
+    task = dataclasses.replace(task, optim=smooth_optim(OptimConfig(lr=1e-3), exact))
+    single = single or an_outcome(task, 1e-7, seed=5)
+    return judge_layout("pt", task, run, References(single, exact, init_weights(MODEL, 0, "strong")))
+
+
+def broken_in(report):
+    return [bound.what for bound in report.broken]
+
+
+def test_a_layout_that_only_rounds_otherwise_holds_every_bound(layout_task):
+    report = judged_layout(layout_task, an_outcome(layout_task, 3e-7))
+    assert broken_in(report) == [] and len(report.bounds) == 11
+    assert report.live == [2, 1] and report.sent > 0 and report.notes == []
+    assert report.gradients[0].apart < 1e-5 and len(report.gradients) == len(report.weights) == 25
+
+
+@pytest.mark.parametrize(
+    ("what", "expected"),
+    [
+        ("loss", "loss against one device"),
+        ("norm", "gradient norm against float64"),
+        ("gradient", "gradient (layers.1.attn.v.weight) against one device"),
+        ("weight", "weight's change (layers.0.ffn.up.weight) against float64"),
+        ("nan", "gradient (norm.weight) against one device"),
+        ("name", "names, shapes or pieces that differ"),
+        ("shape", "names, shapes or pieces that differ"),
+        ("pieces", "names, shapes or pieces that differ"),
+        ("message", "messages unlike the formula"),
+        ("graph", "ranks with more or fewer live graphs"),
+    ],
+)
+def test_each_kind_of_difference_breaks_its_bound(layout_task, what, expected):
+    run = an_outcome(layout_task, 3e-7)
+    if what in ("loss", "norm"):
+        numbers = run.losses if what == "loss" else run.norms
+        numbers[0] *= 1 + 3e-6
+    elif what == "gradient":
+        run.gradients["layers.1.attn.v.weight"] *= 1 + 2e-5
+    elif what == "weight":
+        run.weights["layers.0.ffn.up.weight"] += 1e-5
+    elif what == "nan":
+        run.gradients["norm.weight"][3] = math.nan
+    elif what == "name":
+        run.gradients["layers.0.attn.q.bias"] = run.gradients.pop("layers.0.attn.q.weight")
+    elif what == "shape":
+        run.weights["norm.weight"] = run.weights["norm.weight"][:8]
+    elif what == "pieces":
+        run.problems.append("weights: the 2 pieces of 'norm.weight' cover 8 of 16 elements")
+    elif what == "message":
+        run.traffic[3]["all_reduce", "tp"][1] += 4
+    else:
+        run.peaks[1] += 1
+    report = judged_layout(layout_task, run)
+    assert expected in broken_in(report)
+    if what in ("loss", "gradient", "weight", "message", "graph"):
+        assert len({b.split(" against")[0] for b in broken_in(report)}) == 1, "and no other"
+    if what == "message":
+        assert "rank 3, all_reduce over tp: " in report.broken[0].source
+
+
+@pytest.mark.parametrize("precision", ["bf16", "amp", "fp16"])
+def test_a_low_precision_layout_is_judged_by_the_ratio_of_errors(layout_task, precision):
+    task = dataclasses.replace(layout_task, precision=precision)
+    u = UNIT_ROUNDOFF[precision]
+    single = an_outcome(task, 3 * u, seed=5)
+    assert broken_in(judged_layout(task, an_outcome(task, 3 * u, seed=6), single)) == []
+    far = broken_in(judged_layout(task, an_outcome(task, 6 * u, seed=6), single))
+    assert {"gradients, all as one", "gradients, median", "updates of weights, median"} <= set(far)
+    one = an_outcome(task, 3 * u, seed=6)
+    one.gradients["layers.0.attn_norm.weight"] *= 1 + 12 * u
+    assert broken_in(judged_layout(task, one, single)) == ["gradients, worst (layers.0.attn_norm.weight)"]
+
+
+def test_an_eps_that_makes_the_optimizer_smooth(layout_task):
+    exact = an_outcome(layout_task)
+    optim = smooth_optim(OptimConfig(lr=1e-3, clip_grad=0.0), exact)
+    assert optim.eps == pytest.approx(1.0, rel=0.05)  # of standard normal gradients
+    clipped = smooth_optim(OptimConfig(lr=1e-3, clip_grad=0.5), exact)
+    assert clipped.eps == pytest.approx(optim.eps * 0.5 / exact.norms[0], rel=1e-5)
+
+
+def test_layouts_in_the_report(layout_task, tmp_path):
+    good = judged_layout(layout_task, an_outcome(layout_task, 3e-7))
+    run = an_outcome(layout_task, 3e-7)
+    run.losses[0] = math.nan
+    run.traffic[0]["all_reduce", "tp"][0] += 1
+    bad = dataclasses.replace(judged_layout(layout_task, run), layout="dp4", notes=["messages of what are not counted"])
+    report = ParityReport({}, judged(a_run(3e-7)), None, [good, bad])
+    assert report.verdict.startswith("NOT EQUAL: 3 of 28 bounds broken: dp4, PyTorch: loss against one device")
+    text = to_markdown(report)
+    assert "| ok | pp2.tp2 | PyTorch | " in text and "| **BROKEN** | dp4 | PyTorch | " in text
+    assert "| **BROKEN** | dp4, PyTorch: messages unlike the formula | 1 | 0 | rank 0, all_reduce over tp" in text
+    assert "- dp4, PyTorch: messages of what are not counted" in text
+    write_report(report, tmp_path)
+    data = json.loads((tmp_path / "report.json").read_text())
+    assert [row["layout"] for row in data["layouts"]] == ["pp2.tp2", "dp4"]
+    assert len(data["layouts"][0]["gradients"]) == 25 and data["layouts"][1]["errors"]["loss"] == ["nan", "nan"]
