@@ -25,6 +25,11 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, compute: torch.dtype)
     return F.linear(x.to(compute), weight.to(compute), None if bias is None else bias.to(compute))
 
 
+def add_bias(x: Tensor, bias: Tensor, compute: torch.dtype) -> Tensor:
+    """x [..., E] + bias [E] rounded to ``compute``, in the dtype of x."""
+    return x + bias.to(compute).to(x.dtype)
+
+
 def embedding(table: Tensor, input_ids: Tensor) -> Tensor:
     """table [V, E], input_ids [B, S] -> [B, S, E]."""
     return F.embedding(input_ids, table)

@@ -59,7 +59,7 @@ class RowParallel(Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         x = _sum_parts(ops.linear(x, self.weight, None, self.compute), self)
-        return x if self.bias is None else x + self.bias.to(self.compute)
+        return x if self.bias is None else ops.add_bias(x, self.bias, self.compute)
 
 
 class VocabParallelEmbedding(Embedding):

@@ -16,6 +16,7 @@ from core.loop import main
 from core.sequence import split_batch
 from pt_reference import ops
 from pt_reference.collectives import agree
+from pt_reference.mesh import leave
 from pt_reference.model import named_weights
 from pt_reference.optim import AdamW
 from pt_reference.parallelize import open_mesh, parallelize
@@ -104,4 +105,6 @@ class Trainer:
 
 
 if __name__ == "__main__":
-    sys.exit(main(Trainer))
+    code = main(Trainer)
+    leave()  # after an error the connections stay open until the process ends, lest the others seem to fail first
+    sys.exit(code)

@@ -110,7 +110,7 @@ def start_reduce_scatter(x: Tensor, group: Group, axis: int) -> Handle:
     """``reduce_scatter`` without waiting; x may be changed only after ``wait``."""
     if group.size == 1:
         return Handle("reduce_scatter", group, (), x)
-    pieces = [_sent(piece, summed=True) for piece in _pieces("reduce_scatter", x, group, axis)]
+    pieces = [p.contiguous() for p in _pieces("reduce_scatter", _sent(x, summed=True), group, axis)]
     TRAFFIC.add("reduce_scatter", group.name, group.size * pieces[0].nbytes)
     if _composed():
         total = reduce(ops.add, _exchange("reduce_scatter", pieces, group))

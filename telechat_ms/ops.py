@@ -24,8 +24,14 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, compute: ms.Type) -> 
     flat = _operand(x, compute).reshape(-1, x.shape[-1])
     out = ops.MatMul(transpose_b=True)(flat, _operand(weight, compute))
     if bias is not None:
-        out = out + ops.cast(ops.cast(bias, compute), out.dtype)
+        out = add_bias(out, bias, compute)
     return ops.cast(out, compute).reshape(*x.shape[:-1], weight.shape[0])
+
+
+def add_bias(x: Tensor, bias: Tensor, compute: ms.Type) -> Tensor:
+    """x [..., E] + bias [E] rounded to ``compute``, in the dtype of x; summed in one the device can reduce."""
+    wide = _operand(x, x.dtype)
+    return ops.cast(wide + ops.cast(ops.cast(bias, compute), wide.dtype), x.dtype)
 
 
 def embedding(table: Tensor, input_ids: Tensor) -> Tensor:

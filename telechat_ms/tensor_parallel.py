@@ -61,7 +61,7 @@ class RowParallel(Linear):
 
     def construct(self, x: Tensor) -> Tensor:
         x = _sum_parts(ops.linear(x, self.weight, None, self.compute), self)
-        return x if self.bias is None else x + mops.cast(self.bias, self.compute)
+        return x if self.bias is None else ops.add_bias(x, self.bias, self.compute)
 
 
 class VocabParallelEmbedding(Embedding):

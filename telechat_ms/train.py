@@ -17,7 +17,7 @@ from core.init import init_tensor
 from core.loop import main
 from core.sequence import split_batch
 from telechat_ms.collectives import agree
-from telechat_ms.mesh import join
+from telechat_ms.mesh import join, leave
 from telechat_ms.model import named_weights
 from telechat_ms.optim import AdamW
 from telechat_ms.parallelize import open_mesh, parallelize
@@ -112,4 +112,6 @@ if __name__ == "__main__":
     if os.environ.get("MS_ROLE") == "MS_SCHED":
         join()  # msrun runs this file as its scheduler too, which stays in there until the workers have left
     else:
-        sys.exit(main(Trainer))
+        code = main(Trainer)
+        leave()  # after an error the connections stay open until the process ends, lest the others seem to fail first
+        sys.exit(code)

@@ -44,6 +44,27 @@ NOT_RUN = {
     "tests/parity/test_parity_command.py::test_one_batch_and_three_steps runs a shorter one",
     "tele parity --config configs/train/telechat2-tiny.yaml --steps 0 --set train.precision=bf16": "run by "
     "tests/parity/test_parity_command.py::test_one_batch_in_low_precision",
+    "tele parity --config configs/train/telechat2-tiny.yaml --steps 0 --layouts tp2,pp2,ring2,ulysses2,dp2 "
+    "--out parity-layouts": "minutes; tests/parity/test_layouts.py runs these layouts and more",
+    "tele bench parallel --model telechat2-tiny --layouts single,tp2,pp2 --steps 4": "a minute; "
+    "tests/unit/test_bench_parallel.py runs its parts",
+    "make test-parallel-full": "half an hour and more; run by hand",
+    "tele train --backend pt --config configs/train/telechat2-tiny.yaml --layout pp2 --out runs/pp2": "the same "
+    "launch as the README's with --layout; tests/multiproc/test_parallel_training.py runs more",
+    "tele bench parallel --backends pt --layouts tp2,pp2,dp2 --steps 4": "a quarter of a minute on an idle machine; "
+    "tests/unit/test_bench_parallel.py runs its parts",
+    "tele bench parallel --layouts single,tp2,pp2,pp2.vpp2,ring2,ulysses2,dp2,dp2.nozero,pp2.tp2 --steps 6": "minutes",
+    "tele train --backend ms --config F --layout tp8.dp2 --nnodes 2 --node-rank 0 --master 10.0.0.1:29500": "machines "
+    "of the reader's; tests/multiproc/test_nodes.py rehearses two nodes",
+    "tele train --backend ms --config F --layout tp8.dp2 --nnodes 2 --node-rank 1 --master 10.0.0.1:29500": "likewise",
+    "msrun --worker_num=4 --local_worker_num=4 --join=True --log_dir=LOGS telechat_ms/train.py --config F --out DIR "
+    "--set parallel.tp=2 parallel.dp=2": "F and DIR are the reader's",
+    "torchrun --nproc-per-node=4 pt_reference/train.py --config F --out DIR --set parallel.tp=2 "
+    "parallel.dp=2": "likewise",
+    "msrun --worker_num=16 --local_worker_num=8 --node_rank=1 --master_addr=10.0.0.1 --master_port=29500 --join=True "
+    "--log_dir=LOGS telechat_ms/train.py --config F --out DIR": "likewise",
+    "torchrun --nnodes=2 --nproc-per-node=8 --node-rank=1 --master-addr=10.0.0.1 --master-port=29500 "
+    "pt_reference/train.py --config F --out DIR": "likewise",
     "tele bench step --model telechat2-mini --seq-len 256 --micro-batch 4 --out bench.json": "a minute; "
     "tests/parity/test_parity_command.py::test_bench_with_real_workers runs a smaller model",
     "msrun --worker_num=1 --local_worker_num=1 --join=True --log_dir=LOGS telechat_ms/train.py "
@@ -256,7 +277,9 @@ def wrong_words(root: Path, page: str) -> list[str]:
                 if option not in all_options():
                     near = difflib.get_close_matches(option, all_options(), n=1)
                     complaints.append(f"{page}:{number}: no option {option}" + (f", nearest {near[0]}" if near else ""))
-            for key in re.findall(r"(?<![\w./])((?:model|data|train|optim|checkpoint|health)\.[a-z_0-9]+)", span):
+            for key in re.findall(
+                r"(?<![\w./])((?:model|data|train|optim|parallel|checkpoint|health)\.[a-z_0-9]+)", span
+            ):
                 if key not in all_keys() and key.partition(".")[2] not in FILE_ENDINGS:
                     complaints.append(f"{page}:{number}: no config key {key}")
     return complaints

@@ -5,11 +5,15 @@ One launch a backend does all the checks (collective_checks.py), which leave the
 
 from __future__ import annotations
 
+import importlib
 import json
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 
+from core.errors import UserError
 from core.launch import launch
 from tests.multiproc.collective_checks import CHECKS, WORLD
 
@@ -46,3 +50,62 @@ def test_a_missing_sum_is_seen(results: Results) -> None:
     """The check of copy_to's gradient, run once more without the sum over ranks: it must fail on every rank."""
     for rank in results[1]:
         assert "beyond its bound" in rank["planted_missing_sum"]
+
+
+PACKAGES = {"pt": "pt_reference", "ms": "telechat_ms"}
+
+
+@pytest.fixture(params=PACKAGES)
+def alone(request: pytest.FixtureRequest) -> tuple[Any, Any, Any]:
+    """(mesh, collectives, a tensor) of a backend in a process without a launcher."""
+    pytest.importorskip({"pt": "torch", "ms": "mindspore"}[request.param])
+    importlib.import_module(PACKAGES[request.param])
+    mesh, collectives = (importlib.import_module(f"{PACKAGES[request.param]}.{n}") for n in ("mesh", "collectives"))
+    x = np.ones((2, 4), np.float32)
+    framework = importlib.import_module({"pt": "torch", "ms": "mindspore"}[request.param])
+    return mesh, collectives, framework.from_numpy(x) if request.param == "pt" else framework.Tensor(x)
+
+
+def test_a_process_alone_makes_no_groups(alone: tuple[Any, Any, Any]) -> None:
+    """One rank: no communicator, every collective gives back its very argument, and nothing is counted as sent."""
+    from core.layout import Layout
+
+    mesh, c, x = alone
+    assert mesh.join() == (0, 1)
+    made = mesh.make_mesh(Layout(), 0, tied=True)
+    for axis in ("tp", "cp", "ring", "ulysses", "dp", "replicas", "world", "tied", "kv"):
+        group = getattr(made, axis)
+        assert (group.size, group.ranks, group.handle) == (1, (0,), None)
+    assert made.forward_in is made.forward_out is made.backward_in is made.backward_out is None
+    c.TRAFFIC.reset()
+    for result in (
+        c.all_reduce(x, made.tp),
+        c.all_gather(x, made.tp, 0),
+        c.reduce_scatter(x, made.tp, 1),
+        c.all_to_all(x, made.tp, 0, 1),
+        c.broadcast(x, made.tp, 0),
+        c.start_shift(x, made.tp).wait(),
+        c.start_all_reduce(x, made.tp).wait(),
+        c.start_reduce_scatter(x, made.tp, 0).wait(),
+        c.gather_sequence(x, made.tp, 1),
+        c.scatter_sum(x, made.tp, 1),
+        c.copy_to(x, made.tp),
+        c.reduce_from(x, made.tp),
+        c.swap_heads(x, made.tp, 0, 1),
+    ):
+        assert result is x
+    assert c.agree([1.5, -2.0], made.tp, "sum") == [1.5, -2.0]
+    c.barrier(made.tp)
+    assert dict(c.TRAFFIC) == {}
+
+
+def test_fewer_devices_than_processes_is_the_users_mistake(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch = pytest.importorskip("torch")
+    from pt_reference import mesh, ops
+
+    monkeypatch.setattr(ops, "device", lambda: torch.device("cuda"))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"):
+        monkeypatch.setenv(name, "2")
+    with pytest.raises(UserError, match="--nproc: 2 processes on this machine, which has 1 cuda devices"):
+        mesh.join()

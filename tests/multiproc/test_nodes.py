@@ -94,7 +94,7 @@ def test_two_nodes_meet_and_finish(backend: str, tmp_path: Path) -> None:
         assert code == 0, err
         rank = run.node
         assert f"rank {rank} of 2: sum 3.0\nrank {rank} at the end".encode() in out
-        assert run.left_over() == []
+    assert runs[0].left_over() == [] and runs[1].left_over() == []
     assert sorted(p.name for p in tmp_path.glob("*/worker_*.log")) == ["worker_0.log", "worker_1.log"]
     assert (tmp_path / "logs-node1" / "worker_1.log").exists()
     if backend == "ms":
@@ -155,7 +155,7 @@ def test_an_interrupt_reaches_both_nodes(tmp_path: Path) -> None:
         assert code == 130, err
         assert b"saved" in out
         assert ("tele: node 1 was interrupted; ending here too" in err) == (run.node == 0)
-        assert run.left_over() == []
+    assert runs[0].left_over() == [] and runs[1].left_over() == []
 
 
 def test_a_launcher_killed_outright_ends_the_other_node(tmp_path: Path) -> None:
