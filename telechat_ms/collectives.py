@@ -251,7 +251,7 @@ def _composed() -> bool:
 def _sent(x: Tensor, summed: bool = False, copy: bool = False) -> Tensor:
     """x as a contiguous tensor outside autograd, float32 or wider if ``summed``; with ``copy`` always a new one.
 
-    Contiguous above all: given strides, MindSpore's CPU collectives return without an error and without a result.
+    Contiguous above all: MindSpore's CPU all_reduce of a transposed tensor leaves it as it was, without an error.
     """
     sent = ops.stop_gradient(x).contiguous()
     if summed and x.dtype in (ms.bfloat16, ms.float16):

@@ -67,7 +67,10 @@ class ContextParallelAttention:
         if plan.method == "ring":
             out = ring_attention(q, k, v, plan.masks, self.mesh.ring)
         elif plan.method == "allgather":
-            keys = gather_sequence(mops.stack((k, v)), self.mesh.ring, SEQUENCE + 1)
+            # The message has the dtype of k; before and after it one that this device can stack and cut.
+            both = mops.stack((ops.operand(k, k.dtype), ops.operand(v, v.dtype)))
+            keys = gather_sequence(mops.cast(both, k.dtype), self.mesh.ring, SEQUENCE + 1)
+            keys = ops.operand(keys, k.dtype)
             keys = mops.concat([keys[:, :, first : first + size] for first, size in plan.order], SEQUENCE + 1)
             out = ops.attention(q, keys[0], keys[1], plan.blocks)
         else:

@@ -21,8 +21,8 @@ _MOST_AT_ONCE, _ROW = 16384, 1024  # elements that the CPU sums in one thread; e
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None, compute: ms.Type) -> Tensor:
     """x [..., in] @ weight [out, in]^T + bias, operands and result in ``compute``, accumulated in float32 or wider."""
-    flat = _operand(x, compute).reshape(-1, x.shape[-1])
-    out = ops.MatMul(transpose_b=True)(flat, _operand(weight, compute))
+    flat = operand(x, compute).reshape(-1, x.shape[-1])
+    out = ops.MatMul(transpose_b=True)(flat, operand(weight, compute))
     if bias is not None:
         out = add_bias(out, bias, compute)
     return ops.cast(out, compute).reshape(*x.shape[:-1], weight.shape[0])
@@ -30,20 +30,20 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, compute: ms.Type) -> 
 
 def add_bias(x: Tensor, bias: Tensor, compute: ms.Type) -> Tensor:
     """x [..., E] + bias [E] rounded to ``compute``, in the dtype of x; summed in one the device can reduce."""
-    wide = _operand(x, x.dtype)
+    wide = operand(x, x.dtype)
     return ops.cast(wide + ops.cast(ops.cast(bias, compute), wide.dtype), x.dtype)
 
 
 def embedding(table: Tensor, input_ids: Tensor) -> Tensor:
     """table [V, E], input_ids [B, S] -> [B, S, E]."""
-    return ops.cast(ops.gather(_operand(table, table.dtype), input_ids, 0), table.dtype)
+    return ops.cast(ops.gather(operand(table, table.dtype), input_ids, 0), table.dtype)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, stat: ms.Type, compute: ms.Type) -> Tensor:
     """x / sqrt(mean(x^2) + eps) in ``stat``, cast to ``compute``, then times weight [E]: the released order."""
     x = ops.cast(x, stat)
     x = x * ops.rsqrt(ops.ReduceMean(keep_dims=True)(x * x, -1) + Tensor(eps, stat))
-    return ops.cast(_operand(x, compute) * _operand(weight, compute), compute)
+    return ops.cast(operand(x, compute) * operand(weight, compute), compute)
 
 
 def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -77,7 +77,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, blocks: list[Block]) -> Tensor:
     K = k.shape[2]
     compute = q.dtype
     stat = compute if compute in (ms.float32, ms.float64) else ms.float32
-    q, k, v = (_operand(ops.transpose(t, (0, 2, 1, 3)), compute) for t in (q, k, v))
+    q, k, v = (operand(ops.transpose(t, (0, 2, 1, 3)), compute) for t in (q, k, v))
     out = []
     for first, last, keys, hidden in blocks:
         rows = last - first
@@ -87,7 +87,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, blocks: list[Block]) -> Tensor:
         scores = ops.cast(scores, stat) * Tensor(D**-0.5, stat)
         if hidden is not None:
             scores = (scores.reshape(B, K, H // K, rows, keys) + ops.cast(hidden, stat)).reshape(scores.shape)
-        weights = _operand(_softmax(scores), compute)
+        weights = operand(_softmax(scores), compute)
         out.append(ops.BatchMatMul()(weights, v_block).reshape(B, H, rows, D))
     joined = out[0] if len(out) == 1 else ops.concat(out, 2)
     return ops.cast(ops.transpose(joined, (0, 2, 1, 3)), compute)
@@ -182,7 +182,7 @@ def _softmax(scores: Tensor) -> Tensor:
     return ops.softmax(scores, -1) if scores.shape[-1] > 1 else ops.ones_like(scores)
 
 
-def _operand(x: Tensor, compute: ms.Type) -> Tensor:
+def operand(x: Tensor, compute: ms.Type) -> Tensor:
     """x rounded to ``compute``, in a dtype this device can multiply."""
     x = ops.cast(x, compute)
     if compute in (ms.bfloat16, ms.float16) and ms.get_context("device_target") == "CPU":

@@ -102,8 +102,9 @@ class RingAttention(Function):
 
 
 def _message(k: Tensor, v: Tensor) -> Tensor:
-    """Keys and values as one contiguous tensor [2, B, K, S/R, D]."""
-    return mops.stack((mops.transpose(k, HEADS_FIRST), mops.transpose(v, HEADS_FIRST)))
+    """Keys and values as one contiguous tensor [2, B, K, S/R, D]; the CPU cannot stack bfloat16, but concatenate it."""
+    k, v = (mops.transpose(x, HEADS_FIRST) for x in (k, v))
+    return mops.concat((k.reshape(1, *k.shape), v.reshape(1, *v.shape)))
 
 
 def _replace(x: Tensor, rows: slice, part: Tensor, axis: int = 2) -> Tensor:
