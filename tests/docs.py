@@ -48,7 +48,6 @@ NOT_RUN = {
     "--out parity-layouts": "minutes; tests/parity/test_layouts.py runs these layouts and more",
     "tele bench parallel --model telechat2-tiny --layouts single,tp2,pp2 --steps 4": "a minute; "
     "tests/unit/test_bench_parallel.py runs its parts",
-    "make test-parallel-full": "half an hour and more; run by hand",
     "tele train --backend pt --config configs/train/telechat2-tiny.yaml --layout pp2 --out runs/pp2": "the same "
     "launch as the README's with --layout; tests/multiproc/test_parallel_training.py runs more",
     "tele bench parallel --backends pt --layouts tp2,pp2,dp2 --steps 4": "a quarter of a minute on an idle machine; "

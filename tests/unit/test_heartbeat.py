@@ -121,7 +121,7 @@ def test_a_reader_never_sees_two_records_mixed(tmp_path: Path) -> None:
             assert (record.op, record.group) == ((f"op{number}" * 6)[:32], (f"group{number}" * 8)[:64])
             assert record.inside == (record.sequence % 2 == 1)
             seen.add(record.sequence)
-        assert len(seen) > 100
+        assert len(seen) > 10  # of some thousands on an idle machine
     finally:
         writer.kill()
         writer.join()
