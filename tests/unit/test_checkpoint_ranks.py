@@ -511,10 +511,11 @@ def test_a_notice_that_cannot_be_read_for_a_moment_is_no_outcome(tmp_path, monke
 
 
 def test_rank_0_that_vanishes_without_a_word(tmp_path, monkeypatch):
+    """Rank 1 ends with one line, whichever of the traces it happened to see before they were gone."""
     monkeypatch.setattr(checkpoint_save, "_SIGHT_S", 0.3)
     real = checkpoint_save._Notice.refuse
     monkeypatch.setattr(checkpoint_save._Notice, "refuse", lambda notice, told: (real(notice, told), notice.withdraw()))
     results = save(tmp_path, 2, weights=lambda rank: failing(0, 2, RuntimeError("lost")) if rank == 0 else None)
     assert isinstance(results[0], RuntimeError)
-    with pytest.raises(UserError, match="rank 0 gave it up|RuntimeError: lost|written .No such file"):
+    with pytest.raises(UserError, match="rank 0 gave it up|RuntimeError: lost|written .No such file|rank 0 did not finish it within"):
         raise results[1]
