@@ -138,6 +138,38 @@ class HealthConfig:
     window: int = option(50, help="steps in the running median", min=2)
 
 
+IMPLEMENTATIONS = ("auto", "composite", "cpp", "triton", "cann", "torch")
+
+
+def _kernel(what: str) -> str:
+    choice: str = option("auto", help=what, choices=IMPLEMENTATIONS)
+    return choice
+
+
+@dataclass(frozen=True, kw_only=True)
+class KernelsConfig:
+    """Which implementation serves an operator; "auto" takes the best of the device (kernels/dispatch.py).
+
+    composite: the framework's plain operators; cpp: kernels/cpu; triton: kernels/triton; cann: Ascend's own; torch:
+    PyTorch's own fused operators.
+    """
+
+    linear: str = _kernel("matrix products with their biases")
+    embedding: str = _kernel("token lookup and its gradient")
+    rms_norm: str = _kernel("norm over channels, alone or with the residual sum before it")
+    layer_norm: str = _kernel("norm with mean and bias")
+    rope: str = _kernel("rotation of queries and keys")
+    swiglu: str = _kernel("gated activation")
+    gelu: str = _kernel("tanh form of gelu")
+    attention: str = _kernel("attention, whole and in blocks of a ring")
+    merge_blocks: str = _kernel("union of two blocks of attention")
+    cross_entropy: str = _kernel("loss over the vocabulary or a part of it")
+    adamw: str = _kernel("optimizer update")
+
+
+KERNEL_OPERATORS = tuple(field.name for field in dataclasses.fields(KernelsConfig))
+
+
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
     """Everything `tele train` needs, as read from one YAML file."""
@@ -147,6 +179,9 @@ class RunConfig:
     train: TrainConfig = option(help="how long and in which precision")
     optim: OptimConfig = option(help="AdamW and its schedule")
     parallel: Layout = option(Layout(), help="how the work is split over processes; default: one process")
+    kernels: KernelsConfig = option(
+        KernelsConfig(), help="which implementation serves each operator; default: the best"
+    )
     checkpoint: CheckpointConfig = option(CheckpointConfig(), help="saving")
     health: HealthConfig = option(HealthConfig(), help="what to do when training goes wrong")
 

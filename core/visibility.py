@@ -1,15 +1,47 @@
-"""Which key positions a query position may see, as small additive or boolean blocks.
+"""Which key positions a query position may see.
 
-The full S x S mask is never made: queries come in blocks, and a block needs only the keys up to its last row, which
-also halves the work of causal attention.
+Causal attention inside documents lets every query see one run of keys, so two numbers a query say all of it
+(``KeyRanges``): what fused operators take. For composite ones there are blocks with small masks; the full S x S mask is
+never made: queries come in blocks, and a block needs only the keys up to its last row, which also halves the work.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 import numpy as np
+
+
+class KeyRanges(NamedTuple):
+    """Query i of row b sees keys [ranges[b, i, 0], ranges[b, i, 1]) of ``num_keys``; ranges int32 [B or 1, S, 2].
+
+    ``kind`` tells what an operator with modes of its own may use instead: "full" (every key), "causal" (the queries are
+    the last S of the keys), "documents" (causal inside documents), "ranges" (anything else).
+    """
+
+    ranges: np.ndarray
+    num_keys: int
+    kind: str
+
+
+def causal_ranges(num_queries: int, num_keys: int, doc_ids: np.ndarray | None = None) -> KeyRanges:
+    """Causal visibility of the last ``num_queries`` of ``num_keys`` positions, inside documents if these are given.
+
+    doc_ids [B, num_keys]: every document is one run of its id; ValueError when an id comes back after another.
+    """
+    last = np.arange(num_keys - num_queries, num_keys, dtype=np.int32)[None] + 1  # [1, S]
+    if doc_ids is None:
+        kind = "full" if num_queries == 1 else "causal"
+        return KeyRanges(np.stack((np.zeros_like(last), last), -1), num_keys, kind)
+    begins = np.ones(doc_ids.shape, bool)
+    begins[:, 1:] = doc_ids[:, 1:] != doc_ids[:, :-1]
+    for row, begin in zip(doc_ids, begins, strict=True):
+        if len(np.unique(row)) != np.count_nonzero(begin):
+            raise ValueError("doc_ids: the positions of a document must follow each other; an id comes back")
+    first = np.maximum.accumulate(np.where(begins, np.arange(num_keys, dtype=np.int32), 0), 1)
+    first = first[:, num_keys - num_queries :]
+    return KeyRanges(np.stack((first, np.broadcast_to(last, first.shape)), -1).astype(np.int32), num_keys, "documents")
 
 
 class Block(NamedTuple):
@@ -41,3 +73,24 @@ def causal_blocks(
         if doc_ids is not None:
             visible = visible & (doc_ids[:, rows][:, :, None] == doc_ids[:, None, :keys])
         yield Block(first, last, keys, visible)
+
+
+def block_ranges(blocks: Iterable[Block], num_queries: int, num_keys: int) -> KeyRanges:
+    """Blocks of queries as ranges; ValueError when a query sees keys with a gap between them."""
+    parts = list(blocks)
+    rows = max((1 if b.visible is None else len(b.visible) for b in parts), default=1)
+    ranges = np.zeros((rows, num_queries, 2), np.int32)
+    for block in parts:
+        part = (0, block.keys) if block.visible is None else mask_ranges(block.visible)
+        ranges[:, block.first : block.last] = part
+    return KeyRanges(ranges, num_keys, "ranges")
+
+
+def mask_ranges(visible: np.ndarray) -> np.ndarray:
+    """A mask bool [B, S, T] as ranges int32 [B, S, 2]; ValueError when a query sees keys with a gap between them."""
+    count = visible.sum(-1)
+    first = np.where(count > 0, visible.argmax(-1), 0)
+    last = np.where(count > 0, visible.shape[-1] - visible[..., ::-1].argmax(-1), 0)
+    if (last - first != count).any():
+        raise ValueError("visible: a query sees keys with a gap between them, which no range of keys can tell")
+    return np.stack((first, last), -1).astype(np.int32)

@@ -1,8 +1,8 @@
 """Every operator's definition in numpy, forward and backward, computed in the dtype of its inputs: the judge.
 
 Give float64 to judge, float32 to see what rounding alone costs. B batch, S queries, T keys, H heads, K kv heads,
-D head dim, E hidden, V vocab. A ``_backward`` takes the gradient of the output and the forward's inputs and returns the
-gradients of the inputs in the forward's order.
+D head dim, E hidden, V vocab, N rows. A ``_backward`` takes the gradient of the output and the forward's inputs and
+returns the gradients of the inputs in the forward's order.
 """
 
 from __future__ import annotations
@@ -13,20 +13,74 @@ from numpy import ndarray as Array
 from core.batch import IGNORE
 
 
-def rms_norm(x: Array, weight: Array, eps: float) -> Array:
-    """x * weight / sqrt(mean(x^2) + eps) over the last axis."""
-    return x / np.sqrt(np.mean(x * x, -1, keepdims=True) + eps) * weight
+def rms_norm(x: Array, weight: Array, eps: float, mask: Array | None = None) -> Array:
+    """x * weight / sqrt(mean(x^2) + eps) over the last axis.
 
-
-def rms_norm_backward(grad: Array, x: Array, weight: Array, eps: float) -> tuple[Array, Array]:
-    """With r = 1/sqrt(mean(x^2) + eps) and g = grad * weight:
-
-    dx = r * (g - x * r^2 * mean(g * x)), dw = sum(grad * x * r).
+    ``mask`` [E], in [0, 1], is how far each channel has grown: statistics are weighted with it, mean(x^2) becomes
+    sum(mask * x^2) / sum(mask), and the output is multiplied by it. With zeros and ones the norm is exactly that of the
+    channels that are there (masked structural growth, arXiv 2305.02869).
     """
-    r = 1.0 / np.sqrt(np.mean(x * x, -1, keepdims=True) + eps)
+    out = x / np.sqrt(_mean(x * x, mask) + eps) * weight
+    return out if mask is None else out * mask
+
+
+def rms_norm_backward(
+    grad: Array, x: Array, weight: Array, eps: float, mask: Array | None = None
+) -> tuple[Array, Array]:
+    """With r = 1/sqrt(mean(x^2) + eps), g = grad * weight * mask, and c = mask / sum(mask) (1/E without a mask):
+
+    dx = r * g - x * r^3 * c * sum(g * x), dw = sum(grad * mask * x * r).
+    """
+    r = 1.0 / np.sqrt(_mean(x * x, mask) + eps)
+    if mask is not None:
+        grad = grad * mask
     g = grad * weight
-    dx = r * (g - x * r * r * np.mean(g * x, -1, keepdims=True))
+    share = 1.0 / x.shape[-1] if mask is None else mask / mask.sum()
+    dx = r * g - x * r**3 * share * np.sum(g * x, -1, keepdims=True)
     return dx, (grad * x * r).reshape(-1, x.shape[-1]).sum(0)
+
+
+def add_rms_norm(
+    x: Array, residual: Array, weight: Array, eps: float, mask: Array | None = None
+) -> tuple[Array, Array]:
+    """The stream x + residual, and its rms_norm: (normed, stream)."""
+    stream = x + residual
+    return rms_norm(stream, weight, eps, mask), stream
+
+
+def add_rms_norm_backward(
+    grad: Array, grad_stream: Array, stream: Array, weight: Array, eps: float, mask: Array | None = None
+) -> tuple[Array, Array]:
+    """From the gradients of both outputs: (d stream, which is that of x and of residual; d weight)."""
+    dx, dw = rms_norm_backward(grad, stream, weight, eps, mask)
+    return dx + grad_stream, dw
+
+
+def layer_norm(x: Array, weight: Array, bias: Array, eps: float, mask: Array | None = None) -> Array:
+    """(x - mean) / sqrt(var + eps) * weight + bias over the last axis; ``mask`` as in rms_norm."""
+    mean = _mean(x, mask)
+    out = (x - mean) / np.sqrt(_mean((x - mean) ** 2, mask) + eps) * weight + bias
+    return out if mask is None else out * mask
+
+
+def layer_norm_backward(
+    grad: Array, x: Array, weight: Array, eps: float, mask: Array | None = None
+) -> tuple[Array, Array, Array]:
+    """With n = (x - mean) * r, r = 1/sqrt(var + eps), g = grad * weight * mask, c = mask / sum(mask) (or 1/E):
+
+    dx = r * (g - c * sum(g) - n * c * sum(g * n)), dw = sum(grad * mask * n), db = sum(grad * mask). With a mask the
+    mean of n over c is 0 as it is without one, so the same two projections are taken out.
+    """
+    mean = _mean(x, mask)
+    r = 1.0 / np.sqrt(_mean((x - mean) ** 2, mask) + eps)
+    n = (x - mean) * r
+    if mask is not None:
+        grad = grad * mask
+    g = grad * weight
+    share = 1.0 / x.shape[-1] if mask is None else mask / mask.sum()
+    dx = r * (g - share * np.sum(g, -1, keepdims=True) - n * share * np.sum(g * n, -1, keepdims=True))
+    rows = (-1, x.shape[-1])
+    return dx, (grad * n).reshape(rows).sum(0), grad.reshape(rows).sum(0)
 
 
 def rope(x: Array, cos: Array, sin: Array) -> Array:
@@ -40,6 +94,32 @@ def rope_backward(grad: Array, cos: Array, sin: Array) -> Array:
     return rope(grad, cos, -sin)
 
 
+def rope_qk(
+    q: Array, k: Array, cos: Array, sin: Array, scale_q: Array | None = None, scale_k: Array | None = None
+) -> tuple[Array, Array]:
+    """rope of q [B, S, H, D] and of k [B, S, K, D] by cos, sin [B or 1, S, 1, D/2].
+
+    ``scale_q``, ``scale_k`` [B or 1, S, 1, D/2] multiply both halves after the rotation (xPos, arXiv 2212.10554:
+    zeta^p and zeta^-p).
+    """
+    q, k = rope(q, cos, sin), rope(k, cos, sin)
+    if scale_q is not None:
+        q = q * np.concatenate((scale_q, scale_q), -1)
+    if scale_k is not None:
+        k = k * np.concatenate((scale_k, scale_k), -1)
+    return q, k
+
+
+def rope_qk_backward(
+    grad_q: Array, grad_k: Array, cos: Array, sin: Array, scale_q: Array | None = None, scale_k: Array | None = None
+) -> tuple[Array, Array]:
+    if scale_q is not None:
+        grad_q = grad_q * np.concatenate((scale_q, scale_q), -1)
+    if scale_k is not None:
+        grad_k = grad_k * np.concatenate((scale_k, scale_k), -1)
+    return rope_backward(grad_q, cos, sin), rope_backward(grad_k, cos, sin)
+
+
 def swiglu(gate: Array, up: Array) -> Array:
     """silu(gate) * up with silu(x) = x / (1 + e^-x)."""
     return gate * _sigmoid(gate) * up
@@ -48,6 +128,25 @@ def swiglu(gate: Array, up: Array) -> Array:
 def swiglu_backward(grad: Array, gate: Array, up: Array) -> tuple[Array, Array]:
     s = _sigmoid(gate)
     return grad * up * s * (1.0 + gate * (1.0 - s)), grad * gate * s
+
+
+_GELU_A, _GELU_B = 0.7978845608028654, 0.044715  # sqrt(2 / pi); Hendrycks and Gimpel, arXiv 1606.08415
+
+
+def gelu(x: Array) -> Array:
+    """The tanh form: x/2 * (1 + tanh(sqrt(2/pi) * (x + 0.044715 x^3)))."""
+    return 0.5 * x * (1.0 + np.tanh(_GELU_A * (x + _GELU_B * x**3)))
+
+
+def gelu_backward(grad: Array, x: Array) -> Array:
+    t = np.tanh(_GELU_A * (x + _GELU_B * x**3))
+    return grad * (0.5 * (1.0 + t) + 0.5 * x * (1.0 - t * t) * _GELU_A * (1.0 + 3.0 * _GELU_B * x * x))
+
+
+def visible_keys(key_range: Array, num_keys: int) -> Array:
+    """bool [B or 1, S, T] of a ``key_range`` [B or 1, S, 2]: query i sees keys [key_range[i, 0], key_range[i, 1])."""
+    keys = np.arange(num_keys)
+    return (keys >= key_range[..., :1]) & (keys < key_range[..., 1:])
 
 
 def attention(q: Array, k: Array, v: Array, visible: Array) -> tuple[Array, Array]:
@@ -82,23 +181,86 @@ def attention_backward(
     return dq, dk.reshape(B, T, K, H // K, D).sum(3), dv.reshape(B, T, K, H // K, D).sum(3)
 
 
-def cross_entropy(logits: Array, targets: Array) -> Array:
-    """Sum of -log softmax(logits)[target] over the positions whose target is not IGNORE; logits [N, V], targets [N]."""
-    top = logits.max(-1, keepdims=True)
-    log_sum_exp = top[:, 0] + np.log(np.exp(logits - top).sum(-1))
+def merge_blocks(out: Array, log_sum_exp: Array, more: Array, more_lse: Array) -> tuple[Array, Array]:
+    """Attention over the union of two sets of keys from attention over each; out [B, S, H, D], log_sum_exp [B, H, S].
+
+    Where neither set has a key, zeros and -inf.
+    """
+    joint = np.logaddexp(log_sum_exp, more_lse)
+    safe = np.where(np.isfinite(joint), joint, 0.0)
+    first, second = (np.exp(lse - safe).transpose(0, 2, 1)[..., None] for lse in (log_sum_exp, more_lse))
+    return out * first + more * second, joint
+
+
+def cross_entropy(logits: Array, targets: Array, z_loss: float = 0.0) -> Array:
+    """Sum of -log softmax(logits)[target] + z_loss * lse^2 over the positions whose target is not IGNORE.
+
+    logits [N, V], targets [N]; lse is the row's log-sum-exp (the z-loss of PaLM, arXiv 2204.02311, section 5).
+    """
+    log_sum_exp = log_sum(logits)
     counted = targets != IGNORE
     picked = np.take_along_axis(logits, np.where(counted, targets, 0)[:, None], -1)[:, 0]
-    return np.where(counted, log_sum_exp - picked, 0.0).sum()
+    return np.where(counted, log_sum_exp - picked + z_loss * log_sum_exp**2, 0.0).sum()
 
 
-def cross_entropy_backward(logits: Array, targets: Array) -> Array:
-    """softmax(logits) - onehot(target) on the counted rows."""
+def cross_entropy_backward(logits: Array, targets: Array, z_loss: float = 0.0) -> Array:
+    """softmax(logits) * (1 + 2 z_loss lse) - onehot(target) on the counted rows."""
+    return cross_entropy_shard_backward(logits, targets, 0, logits.shape[-1], log_sum(logits), z_loss)
+
+
+def log_sum(logits: Array) -> Array:
     top = logits.max(-1, keepdims=True)
-    probs = np.exp(logits - top)
-    probs /= probs.sum(-1, keepdims=True)
+    return top[:, 0] + np.log(np.exp(logits - top).sum(-1))
+
+
+def cross_entropy_shard(logits: Array, targets: Array, first: int, real: int) -> tuple[Array, Array]:
+    """What a rank that holds the columns [first, first + C) of the vocabulary contributes: (log_sum_exp, picked) [N].
+
+    logits [N, C], of which the columns from ``real`` on stand for no token. ``picked`` is the target's logit, 0 where
+    the target is another rank's or IGNORE. Without a real column log_sum_exp is -inf.
+    """
+    local = targets - first
+    held = (targets != IGNORE) & (local >= 0) & (local < real)
+    picked = np.take_along_axis(logits, np.where(held, local, 0)[:, None], -1)[:, 0]
+    own = log_sum(logits[:, :real]) if real else np.full(len(logits), -np.inf, logits.dtype)
+    return own, np.where(held, picked, 0.0)
+
+
+def cross_entropy_shard_backward(
+    logits: Array, targets: Array, first: int, real: int, log_sum_exp: Array, z_loss: float = 0.0
+) -> Array:
+    """d (sum of losses) / d logits [N, C] from the log_sum_exp [N] over all ranks; zero in columns without a token."""
+    local = targets - first
     counted = targets != IGNORE
-    probs[np.arange(len(targets)), np.where(counted, targets, 0)] -= 1.0
-    return np.where(counted[:, None], probs, 0.0)
+    held = counted & (local >= 0) & (local < real)
+    grad = np.zeros_like(logits)
+    grad[:, :real] = np.exp(logits[:, :real] - log_sum_exp[:, None]) * (1.0 + 2.0 * z_loss * log_sum_exp[:, None])
+    grad[np.flatnonzero(held), local[held]] -= 1.0
+    return np.where(counted[:, None], grad, 0.0)
+
+
+def embedding(table: Array, ids: Array) -> Array:
+    """table [V, E], ids [...] -> [..., E]."""
+    return table[ids]
+
+
+def embedding_backward(grad: Array, ids: Array, vocab_size: int) -> Array:
+    """grad [..., E] summed into rows [V, E] by id."""
+    table = np.zeros((vocab_size, grad.shape[-1]), grad.dtype)
+    np.add.at(table, ids.reshape(-1), grad.reshape(-1, grad.shape[-1]))
+    return table
+
+
+def linear(x: Array, weight: Array, bias: Array | None = None) -> Array:
+    """x [..., in] @ weight [out, in]^T + bias [out]."""
+    out = x @ weight.T
+    return out if bias is None else out + bias
+
+
+def linear_backward(grad: Array, x: Array, weight: Array) -> tuple[Array, Array, Array]:
+    """(dx, dweight, dbias)."""
+    rows = grad.reshape(-1, grad.shape[-1])
+    return grad @ weight, rows.T @ x.reshape(-1, x.shape[-1]), rows.sum(0)
 
 
 def adamw(
@@ -112,12 +274,23 @@ def adamw(
     beta2: float,
     eps: float,
     decay: float,
+    grad_scale: float = 1.0,
 ) -> tuple[Array, Array, Array]:
-    """Update number ``step`` (from 1): decoupled decay, then lr * m_hat / (sqrt(v_hat) + eps). Returns master, m, v."""
+    """Update number ``step`` (from 1) with grad * grad_scale: decoupled decay, then lr * m_hat / (sqrt(v_hat) + eps).
+
+    Returns master, m, v (Loshchilov and Hutter, arXiv 1711.05101).
+    """
+    grad = grad * grad_scale
     m = beta1 * m + (1.0 - beta1) * grad
     v = beta2 * v + (1.0 - beta2) * grad * grad
     update = (m / (1.0 - beta1**step)) / (np.sqrt(v / (1.0 - beta2**step)) + eps)
     return master * (1.0 - lr * decay) - lr * update, m, v
+
+
+def _mean(x: Array, mask: Array | None) -> Array:
+    if mask is None:
+        return np.mean(x, -1, keepdims=True)
+    return np.sum(mask * x, -1, keepdims=True) / mask.sum()
 
 
 def _scores(q: Array, k: Array, visible: Array) -> Array:
