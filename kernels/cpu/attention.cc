@@ -1,0 +1,374 @@
+// Attention in blocks, forward and backward, with memory linear in the lengths.
+//
+// Queries are lanes. A block holds up to 64 queries of one head side by side, transposed: Q^T [D, queries]. Scores come
+// out as S^T [keys, queries], so the largest score and the sum of a query run down a column, without sums across lanes,
+// and the output accumulates as O^T [D, queries]; keys and values are used as they lie in memory. Query i of row b sees
+// the keys [range[b, i, 0], range[b, i, 1]); blocks of keys that no query of a block sees are never touched.
+// (Online softmax: Milakov and Gimelshein, arXiv 1805.02867; blocks and backward: Dao et al., arXiv 2205.14135.)
+#include "gemm.h"
+#include "types.h"
+
+namespace {
+
+constexpr int64_t kQueries = 64, kKeys = 96;
+constexpr float kNone = -INFINITY;
+
+int64_t padded(int64_t n) { return (n + W - 1) / W * W; }
+
+// Rows [first, first + rows) of one head as floats with D padded to whole vectors: the tensor itself where it is that.
+struct Rows {
+  const float *data = nullptr;
+  int64_t stride = 0;
+
+  Rows() = default;
+  Rows(const View &x, int64_t b, int64_t h, int64_t first, int64_t rows, std::vector<float> &room) {
+    const int64_t D = x.shape[3], at = b * x.stride[0] + first * x.stride[1] + h * x.stride[2];
+    if (x.dtype == F32 && D % W == 0) {
+      data = x.as<float>() + at, stride = x.stride[1];
+      return;
+    }
+    stride = padded(D);
+    if (static_cast<int64_t>(room.size()) < rows * stride) room.resize(rows * stride);
+    data = room.data();
+    with_type(x.dtype, [&](auto *t) {
+      const auto *p = x.as<std::remove_pointer_t<decltype(t)>>() + at;
+      for (int64_t r = 0; r < rows; r++)
+        for (int64_t i = 0; i < D; i += W)
+          store(&room[r * stride + i], get(p + r * x.stride[1] + i, static_cast<int>(std::min<int64_t>(W, D - i))));
+    });
+  }
+};
+
+// The rows of a head of a contiguous output, as floats to add to: the output itself where it is float32 and whole
+// vectors wide, else room that ``write`` copies from.
+struct Sums {
+  float *data;
+  int64_t stride;
+
+  Sums(const View &out, int64_t b, int64_t h, std::vector<float> &room) : out_(out), b_(b), h_(h) {
+    const int64_t rows = out.shape[1], heads = out.shape[2], D = out.shape[3];
+    direct_ = out.dtype == F32 && D % W == 0;
+    if (direct_) {
+      data = out.as<float>() + (b * rows * heads + h) * D, stride = heads * D;
+      for (int64_t r = 0; r < rows; r++) std::memset(data + r * stride, 0, D * sizeof(float));
+    } else {
+      room.assign(rows * padded(D), 0.0f);
+      data = room.data(), stride = padded(D);
+    }
+  }
+  void write() const {
+    if (direct_) return;
+    const int64_t rows = out_.shape[1], heads = out_.shape[2], D = out_.shape[3];
+    with_type(out_.dtype, [&](auto *t) {
+      auto *p = out_.as<std::remove_pointer_t<decltype(t)>>() + (b_ * rows * heads + h_) * D;
+      for (int64_t r = 0; r < rows; r++)
+        for (int64_t i = 0; i < D; i += W)
+          put(p + r * heads * D + i, load(data + r * stride + i), static_cast<int>(std::min<int64_t>(W, D - i)));
+    });
+  }
+
+ private:
+  const View &out_;
+  int64_t b_, h_;
+  bool direct_;
+};
+
+// The queries of a block, side by side in the lanes: of one head, or, where a head has few, of all heads that share keys.
+struct Lanes {
+  int64_t n, padded;
+  int32_t head[kQueries], query[kQueries];
+};
+
+// x [B, S, H, D] times ``scale`` into out [D, lanes], lanes of no query zero.
+void transpose(const View &x, int64_t b, const Lanes &lanes, float scale, float *out) {
+  const int64_t D = x.shape[3];
+  with_type(x.dtype, [&](auto *t) {
+    using T = std::remove_pointer_t<decltype(t)>;
+    const T *p = x.as<T>() + b * x.stride[0];
+    float square[W * W];
+    for (int64_t first = 0; first < lanes.n; first += W) {
+      const int64_t some = std::min<int64_t>(W, lanes.n - first);
+      for (int64_t d = 0; d < D; d += W) {
+        const int n = static_cast<int>(std::min<int64_t>(W, D - d));
+        for (int64_t l = 0; l < W; l++) {
+          const int64_t lane = first + l;
+          if (l < some)
+            store(square + l * W, get(p + lanes.query[lane] * x.stride[1] + lanes.head[lane] * x.stride[2] + d, n) * scale);
+          else
+            store(square + l * W, splat(0.0f));
+        }
+        if (n == W) {
+          transpose_block(square, W, out + d * lanes.padded + first, lanes.padded);
+          continue;
+        }
+        for (int64_t i = 0; i < n; i++)
+          for (int64_t l = 0; l < W; l++) out[(d + i) * lanes.padded + first + l] = square[l * W + i];
+      }
+    }
+  });
+}
+
+// The key ranges of a block of queries, and what all and any of its queries see.
+struct Visible {
+  alignas(64) int32_t first[kQueries], last[kQueries];
+  int64_t any_first, any_last, all_first, all_last;
+
+  Visible(const View &ranges, int64_t b, const Lanes &lanes, int64_t keys) {
+    const int32_t *p = ranges.as<int32_t>() + (ranges.shape[0] == 1 ? 0 : b) * ranges.shape[1] * 2;
+    any_first = keys, any_last = 0, all_first = 0, all_last = keys;
+    for (int64_t q = 0; q < lanes.n; q++) {
+      first[q] = std::max<int32_t>(0, p[2 * lanes.query[q]]);
+      last[q] = std::max<int32_t>(first[q], std::min<int64_t>(keys, p[2 * lanes.query[q] + 1]));
+      all_first = std::max<int64_t>(all_first, first[q]), all_last = std::min<int64_t>(all_last, last[q]);
+      if (first[q] < last[q]) {
+        any_first = std::min<int64_t>(any_first, first[q]), any_last = std::max<int64_t>(any_last, last[q]);
+      }
+    }
+    for (int64_t q = lanes.n; q < lanes.padded; q++) first[q] = last[q] = 0;  // lanes of no query
+  }
+  bool whole(int64_t from, int64_t to) const { return all_first <= from && to <= all_last; }
+  bool none(int64_t from, int64_t to) const { return to <= any_first || any_last <= from; }
+};
+
+// Scores of hidden keys to ``value``: scores [keys, lanes] of the keys from ``from`` on.
+void hide(float *scores, int64_t keys, int64_t lanes, int64_t from, const Visible &visible, float value) {
+  for (int64_t j = 0; j < lanes; j += W) {
+    vi first, last;
+    std::memcpy(&first, visible.first + j, sizeof first);
+    std::memcpy(&last, visible.last + j, sizeof last);
+    for (int64_t t = 0; t < keys; t++) {
+      const vi key = splat_int(static_cast<int32_t>(from + t));
+      float *p = scores + t * lanes + j;
+      store(p, select((key >= first) & (key < last), load(p), splat(value)));
+    }
+  }
+}
+
+struct Shapes {
+  int64_t B, S, H, D, T, K, G, Dp;
+  Shapes(const View &q, const View &k)
+      : B(q.shape[0]), S(q.shape[1]), H(q.shape[2]), D(q.shape[3]), T(k.shape[1]), K(k.shape[2]), G(H / K),
+        Dp(padded(D)) {}
+};
+
+struct Room {
+  std::vector<float> k, v, q, grad, queries, grads, scores, d_scores, out, dk, dv;
+  Rows keys, values;
+  int64_t head = -1;  // whose keys and values they are
+};
+
+Lanes lanes_of_head(const Shapes &s, int64_t h, int64_t start) {
+  Lanes lanes;
+  lanes.n = std::min(kQueries, s.S - start), lanes.padded = padded(lanes.n);
+  for (int64_t l = 0; l < lanes.n; l++)
+    lanes.head[l] = static_cast<int32_t>(h), lanes.query[l] = static_cast<int32_t>(start + l);
+  return lanes;
+}
+
+// The pairs (head, query) from ``first`` on of the heads that share keys and values.
+Lanes lanes_of_group(const Shapes &s, int64_t kv, int64_t first) {
+  Lanes lanes;
+  lanes.n = std::min(kQueries, s.G * s.S - first), lanes.padded = padded(lanes.n);
+  for (int64_t l = 0; l < lanes.n; l++) {
+    lanes.head[l] = static_cast<int32_t>(kv * s.G + (first + l) / s.S);
+    lanes.query[l] = static_cast<int32_t>((first + l) % s.S);
+  }
+  return lanes;
+}
+
+// Output rows and log-sum-exps of one block of queries.
+template <typename O>
+void forward_block(const Shapes &s, const View *in, const View *out, int64_t b, const Lanes &block, float scale,
+                   Room &room) {
+  const Rows &k = room.keys, &v = room.values;
+  const int64_t lanes = block.padded;
+  room.queries.resize(s.Dp * kQueries), room.scores.resize(kKeys * kQueries), room.out.resize(s.Dp * kQueries);
+  float *queries = room.queries.data(), *scores = room.scores.data(), *sums = room.out.data();
+  transpose(in[0], b, block, scale, queries);
+  const Visible visible(in[3], b, block, s.T);
+  alignas(64) float top[kQueries], total[kQueries];
+  for (int64_t i = 0; i < lanes; i++) top[i] = kNone, total[i] = 0.0f;
+  std::memset(sums, 0, s.D * lanes * sizeof(float));
+  for (int64_t from = visible.any_first; from < visible.any_last; from += kKeys) {
+    const int64_t keys = std::min(kKeys, visible.any_last - from);
+    gemm(keys, lanes, s.D, k.data + from * k.stride, k.stride, 1, queries, lanes, scores, lanes, false);
+    if (!visible.whole(from, from + keys)) hide(scores, keys, lanes, from, visible, kNone);
+    for (int64_t j = 0; j < lanes; j += W) {
+      const vf before = load(top + j);
+      vf most = before;
+      for (int64_t t = 0; t < keys; t++) most = maximum(load(scores + t * lanes + j), most);
+      const vf level = select(most == kNone, splat(0.0f), most);  // nothing seen yet: e^-inf, not e^NaN
+      const vf shrink = exponential(before - level);
+      vf sum = load(total + j) * shrink;
+      for (int64_t t = 0; t < keys; t++) {
+        float *p = scores + t * lanes + j;
+        const vf e = exponential(load(p) - level);
+        store(p, e);
+        sum += e;
+      }
+      store(total + j, sum), store(top + j, most);
+      for (int64_t d = 0; d < s.D; d++) store(sums + d * lanes + j, load(sums + d * lanes + j) * shrink);
+    }
+    gemm(s.D, lanes, keys, v.data + from * v.stride, 1, v.stride, scores, lanes, sums, lanes, true);
+  }
+  for (int64_t i = 0; i < block.n; i++) {
+    const int64_t h = block.head[i], query = block.query[i];
+    out[1].as<float>()[(b * s.H + h) * s.S + query] = total[i] == 0.0f ? kNone : top[i] + std::log(total[i]);
+    const float inverse = total[i] == 0.0f ? 0.0f : 1.0f / total[i];
+    top[i] = inverse;
+  }
+  float square[W * W];
+  for (int64_t first = 0; first < block.n; first += W)
+    for (int64_t d = 0; d < s.D; d += W) {
+      const int n = static_cast<int>(std::min<int64_t>(W, s.D - d));
+      transpose_block(sums + d * lanes + first, lanes, square, W);  // beyond D: room that nobody reads
+      for (int64_t l = 0; l < std::min<int64_t>(W, block.n - first); l++) {
+        O *row = out[0].as<O>() + ((b * s.S + block.query[first + l]) * s.H + block.head[first + l]) * s.D;
+        put(row + d, load(square + l * W) * top[first + l], n);
+      }
+    }
+}
+
+// What the blocks of one head share in the backward: queries and gradients transposed, [S / 64][D, lanes].
+struct Head {
+  int64_t b, h;
+  const Rows &k, &v;
+  const float *queries, *grads, *lse, *delta;
+};
+
+// The part of the keys [from, to) in the gradients of one head, added to dq, dk and dv.
+void backward_block(const Shapes &s, const View *in, const Head &head, int64_t from, int64_t to, float scale,
+                    float *dq, int64_t ldq, const Sums &dk, const Sums &dv, Room &room) {
+  const int64_t keys = to - from;
+  const Rows &k = head.k, &v = head.v;
+  room.scores.resize(kKeys * kQueries), room.d_scores.resize(kKeys * kQueries);
+  float *weights = room.scores.data(), *d_scores = room.d_scores.data();
+  for (int64_t start = 0; start < s.S; start += kQueries) {
+    const Lanes block = lanes_of_head(s, head.h, start);
+    const int64_t n = block.n, lanes = block.padded;
+    const Visible visible(in[4], head.b, block, s.T);
+    if (visible.none(from, to)) continue;
+    const float *queries = head.queries + start * s.D, *grads = head.grads + start * s.D;
+    gemm(keys, lanes, s.D, k.data + from * k.stride, k.stride, 1, queries, lanes, weights, lanes, false);
+    gemm(keys, lanes, s.D, v.data + from * v.stride, v.stride, 1, grads, lanes, d_scores, lanes, false);
+    if (!visible.whole(from, to)) hide(weights, keys, lanes, from, visible, kNone);
+    for (int64_t j = 0; j < lanes; j += W) {
+      const int rest = static_cast<int>(std::min<int64_t>(W, n - j));
+      vf level = get(head.lse + start + j, rest);
+      level = select(level == kNone, splat(0.0f), level);
+      const vf mean = get(head.delta + start + j, rest);
+      for (int64_t t = 0; t < keys; t++) {
+        float *p = weights + t * lanes + j, *d = d_scores + t * lanes + j;
+        const vf w = exponential(load(p) - level);
+        store(p, w);
+        store(d, w * (load(d) - mean) * scale);
+      }
+    }
+    const Rows q(in[1], head.b, head.h, start, n, room.q), grad(in[0], head.b, head.h, start, n, room.grad);
+    gemm(keys, s.Dp, n, weights, lanes, 1, grad.data, grad.stride, dv.data + from * dv.stride, dv.stride, true);
+    gemm(keys, s.Dp, n, d_scores, lanes, 1, q.data, q.stride, dk.data + from * dk.stride, dk.stride, true);
+    gemm(n, s.Dp, keys, d_scores, 1, lanes, k.data + from * k.stride, k.stride, dq + start * ldq, ldq, true);
+  }
+}
+
+// Gradients of one kv head and of the query heads that share it. ``hands`` threads take its blocks of keys in turns,
+// all but the first with a dq of their own.
+void backward_head(const Shapes &s, const View *in, const View *out, int64_t b, int64_t kv, float scale, int64_t hands,
+                   Room *rooms) {
+  Room &room = rooms[0];
+  const Rows k(in[2], b, kv, 0, s.T, room.k), v(in[3], b, kv, 0, s.T, room.v);
+  const Sums dk(out[1], b, kv, room.dk), dv(out[2], b, kv, room.dv);
+  const int64_t lanes = (s.S + kQueries - 1) / kQueries * kQueries;
+  room.queries.resize(s.D * lanes), room.grads.resize(s.D * lanes);
+  for (int64_t g = 0; g < s.G; g++) {
+    const int64_t h = kv * s.G + g;
+    for (int64_t start = 0; start < s.S; start += kQueries) {
+      const Lanes block = lanes_of_head(s, h, start);
+      transpose(in[1], b, block, scale, &room.queries[start * s.D]);
+      transpose(in[0], b, block, 1.0f, &room.grads[start * s.D]);
+    }
+    const Head head{b, h, k, v, room.queries.data(), room.grads.data(), in[5].as<float>() + (b * s.H + h) * s.S,
+                    in[6].as<float>() + (b * s.H + h) * s.S};
+    const Sums dq(out[0], b, h, room.out);
+    std::vector<std::vector<float>> own(hands - 1);
+    parallel_items(hands, [&](int64_t hand, int) {
+      float *to = dq.data;
+      int64_t stride = dq.stride;
+      if (hand) own[hand - 1].assign(s.S * s.Dp, 0.0f), to = own[hand - 1].data(), stride = s.Dp;
+      for (int64_t from = hand * kKeys; from < s.T; from += hands * kKeys)
+        backward_block(s, in, head, from, std::min(s.T, from + kKeys), scale, to, stride, dk, dv, rooms[hand]);
+    });
+    for (const auto &part : own)
+      for (int64_t r = 0; r < s.S; r++)
+        for (int64_t i = 0; i < s.Dp; i += W)
+          store(dq.data + r * dq.stride + i, load(dq.data + r * dq.stride + i) + load(&part[r * s.Dp + i]));
+    dq.write();
+  }
+  dk.write(), dv.write();
+}
+
+}  // namespace
+
+// in: q [B, S, H, D], k, v [B, T, K, D] (D contiguous, other axes strided), ranges int32 [B or 1, S, 2];
+// out: out [B, S, H, D], log_sum_exp [B, H, S] float32; scalars: scale of the scores
+KERNEL(attention, 4, 2, 1) {
+  const Shapes s(in[0], in[1]);
+  const float scale = static_cast<float>(scalar[0]);
+  std::vector<Room> rooms(threads_for(s.B * s.H * s.S, 1));  // a kernel runs on at most that many threads
+  // Few queries, as when decoding: the heads that share keys go through them together, so that each key is read once.
+  const bool few = s.S < W;
+  const int64_t owners = few ? s.K : s.H, pairs = few ? s.G * s.S : s.S;
+  // The last blocks of a causal head see most keys, so they go first and the short ones fill the gaps at the end.
+  const int64_t blocks = (pairs + kQueries - 1) / kQueries;
+  parallel_items(s.B * owners * blocks, [&](int64_t item, int thread) {
+    const int64_t owner = item / blocks, b = owner / owners, h = owner % owners, kv = few ? h : h / s.G;
+    const int64_t start = (blocks - 1 - item % blocks) * kQueries;
+    Room &room = rooms[thread];
+    if (room.head != b * s.K + kv) {
+      room.head = b * s.K + kv;
+      room.keys = Rows(in[1], b, kv, 0, s.T, room.k), room.values = Rows(in[2], b, kv, 0, s.T, room.v);
+    }
+    const Lanes block = few ? lanes_of_group(s, kv, start) : lanes_of_head(s, h, start);
+    with_type(out[0].dtype, [&](auto *o) {
+      forward_block<std::remove_pointer_t<decltype(o)>>(s, in, out, b, block, scale, room);
+    });
+  });
+}
+
+// in: grad [B, S, H, D], q, k, v, ranges, log_sum_exp, delta [B, H, S] float32; out: dq, dk, dv; scalars: scale
+KERNEL(attention_backward, 7, 3, 1) {
+  const Shapes s(in[1], in[2]);
+  const float scale = static_cast<float>(scalar[0]);
+  const int64_t tasks = s.B * s.K, threads = threads_for(s.B * s.H * s.S, 1);
+  std::vector<Room> rooms(threads);
+  if (tasks >= threads) {
+    parallel_items(tasks, [&](int64_t item, int thread) {
+      backward_head(s, in, out, item / s.K, item % s.K, scale, 1, &rooms[thread]);
+    });
+  } else {
+    for (int64_t item = 0; item < tasks; item++)
+      backward_head(s, in, out, item / s.K, item % s.K, scale, threads, rooms.data());
+  }
+}
+
+// in: grad, out [B, S, H, D]; out: rowsum(grad * out) [B, H, S] float32
+KERNEL(attention_delta, 2, 1, 0) {
+  const int64_t S = in[0].shape[1], H = in[0].shape[2], D = in[0].shape[3];
+  with_types(in[0].dtype, in[1].dtype, [&](auto *tg, auto *to) {
+    using G = std::remove_pointer_t<decltype(tg)>;
+    using O = std::remove_pointer_t<decltype(to)>;
+    parallel(in[0].shape[0] * S, 64, [&](int64_t first, int64_t last, int) {
+      for (int64_t token = first; token < last; token++)
+        for (int64_t h = 0; h < H; h++) {
+          const G *g = in[0].as<G>() + token / S * in[0].stride[0] + token % S * in[0].stride[1] + h * in[0].stride[2];
+          const O *o = in[1].as<O>() + token / S * in[1].stride[0] + token % S * in[1].stride[1] + h * in[1].stride[2];
+          vf sum = splat(0.0f);
+          for (int64_t d = 0; d < D; d += W) {
+            const int n = static_cast<int>(std::min<int64_t>(W, D - d));
+            sum += get(g + d, n) * get(o + d, n);
+          }
+          out[0].as<float>()[(token / S * H + h) * S + token % S] = sum_lanes(sum);
+        }
+    });
+  });
+}

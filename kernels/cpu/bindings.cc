@@ -1,0 +1,101 @@
+// The kernels as MindSpore operators: one entry that runs any of them by number.
+#include <pybind11/stl.h>
+
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "kernel.h"
+#include "ms_extension/api.h"
+
+extern "C" {
+int tele_kernel(const char *name, int *inputs, int *outputs, int *scalars);
+void tele_run(int number, const View *in, const View *out, const double *scalars);
+void tele_set_threads(int threads);
+}
+
+namespace {
+
+constexpr std::pair<ms::TypeId, Dtype> kDtypes[] = {
+  {ms::TypeId::kNumberTypeFloat32, F32}, {ms::TypeId::kNumberTypeBFloat16, BF16},
+  {ms::TypeId::kNumberTypeFloat16, F16}, {ms::TypeId::kNumberTypeInt32, I32},
+  {ms::TypeId::kNumberTypeInt64, I64},   {ms::TypeId::kNumberTypeFloat64, F64},
+};
+
+View view_of(const ms::Tensor &tensor) {
+  View view{};
+  view.dtype = -1;
+  for (const auto &[type, code] : kDtypes)
+    if (tensor.data_type() == type) view.dtype = code;
+  if (view.dtype < 0) throw std::invalid_argument("a tensor of a dtype that no kernel takes");
+  const auto &shape = tensor.shape();
+  const auto stride = tensor.stride();
+  if (shape.size() > 6) throw std::invalid_argument("a tensor of more than 6 axes");
+  view.ndim = static_cast<int32_t>(shape.size());
+  for (size_t i = 0; i < shape.size(); i++) view.shape[i] = shape[i], view.stride[i] = stride[i];
+  view.data = tensor.GetDataPtr();
+  return view;
+}
+
+class Runner : public ms::pynative::PyboostRunner {
+ public:
+  Runner(int number, std::vector<double> scalars)
+      : PyboostRunner("tele_kernel"), number_(number), scalars_(std::move(scalars)) {}
+  void LaunchKernel() override {
+    std::vector<View> in, out;
+    for (const auto &tensor : inputs()) in.push_back(view_of(tensor));
+    for (const auto &tensor : outputs()) out.push_back(view_of(tensor));
+    tele_run(number_, in.data(), out.data(), scalars_.data());
+  }
+
+ private:
+  int number_;
+  std::vector<double> scalars_;
+};
+
+using Specs = std::vector<std::pair<int, std::vector<int64_t>>>;
+
+// The first ``strided`` inputs come as they lie in memory; the caller has made the others contiguous.
+std::vector<ms::Tensor> launch(int number, std::vector<ms::Tensor> inputs, const Specs &specs,
+                               const std::vector<double> &scalars, int strided) {
+  std::vector<ms::Tensor> outputs;
+  for (const auto &[code, shape] : specs) outputs.emplace_back(kDtypes[code].first, shape);
+  for (int i = 0; i < strided; i++) inputs[i].SetNeedContiguous(false);
+  std::make_shared<Runner>(number, scalars)->Run(inputs, outputs);
+  return outputs;
+}
+
+template <int N>
+pybind11::object call(int number, const std::vector<ms::Tensor> &inputs, const Specs &specs,
+                      const std::vector<double> &scalars, int strided) {
+  return ms::pynative::PyboostRunner::Call<N>(
+    [](int number, std::vector<ms::Tensor> inputs, Specs specs, std::vector<double> scalars, int strided) {
+      return launch(number, std::move(inputs), specs, scalars, strided);
+    },
+    number, inputs, specs, scalars, strided);
+}
+
+pybind11::object run(int number, const std::vector<ms::Tensor> &inputs, const Specs &specs,
+                     const std::vector<double> &scalars, int strided) {
+  switch (specs.size()) {
+    case 0: return call<0>(number, inputs, specs, scalars, strided);
+    case 1: return call<1>(number, inputs, specs, scalars, strided);
+    case 2: return call<2>(number, inputs, specs, scalars, strided);
+    case 3: return call<3>(number, inputs, specs, scalars, strided);
+    default: throw std::invalid_argument("a kernel has at most 3 outputs");
+  }
+}
+
+std::tuple<int, int, int, int> find(const std::string &name) {
+  int inputs = 0, outputs = 0, scalars = 0;
+  const int number = tele_kernel(name.c_str(), &inputs, &outputs, &scalars);
+  return {number, inputs, outputs, scalars};
+}
+
+}  // namespace
+
+PYBIND11_MODULE(MS_EXTENSION_NAME, m) {
+  m.def("run", &run, "outputs of a kernel by its number");
+  m.def("find", &find, "number (-1: none), inputs, outputs and scalars of a kernel");
+  m.def("set_threads", &tele_set_threads, "threads that a kernel may use; 0: as many as OpenMP gives");
+}

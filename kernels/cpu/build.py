@@ -1,0 +1,160 @@
+"""Compile the C++ operators once, and keep them by the hash of all that they come from.
+
+Two libraries: ``load_extension`` gives them as operators of MindSpore, with its own flags and loader
+(``ops.CustomOpBuilder``); ``load_plain`` gives the bare kernels for numpy arrays, which tests and ``make asan`` use.
+
+The compiler is called here and not through CustomOpBuilder.build, which needs ninja, rebuilds in every process, and
+guards its folder by a file that a killed build leaves behind.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import ctypes
+import fcntl
+import functools
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+FOLDER = Path(__file__).resolve().parent
+KERNELS = ("registry.cc", "norm.cc", "pointwise.cc", "loss.cc", "attention.cc", "matmul.cc", "linear.cc")
+NAME = "telechat_cpu_kernels"
+FLAGS = ("-O3", "-march=native", "-fopenmp", "-Wno-maybe-uninitialized")
+_KEPT = 4  # libraries of other sources or compilers that stay in the cache
+
+
+class BuildError(RuntimeError):
+    """No library; the message says in one line what is missing or what the compiler said."""
+
+
+def compiler() -> str | None:
+    """The C++ compiler that would be used."""
+    return next((path for name in ("g++", "c++", "clang++") if (path := shutil.which(name))), None)
+
+
+def cache_folder() -> Path:
+    """Where libraries are kept: the user's cache folder, or the temporary one where that cannot be written."""
+    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    for folder in (home / "telechat-twins", Path(tempfile.gettempdir()) / f"telechat-twins-{os.getuid()}"):
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError:
+            continue
+        if os.access(folder, os.W_OK):
+            return folder
+    raise BuildError(f"neither {home} nor {tempfile.gettempdir()} can be written, and a library must be kept somewhere")
+
+
+@functools.cache
+def load_extension() -> Any:
+    """The module whose ``run`` launches a kernel on MindSpore tensors. Raises BuildError."""
+    import mindspore
+    from mindspore import ops
+
+    builder = ops.CustomOpBuilder(NAME, [str(FOLDER / "bindings.cc")], backend="CPU")
+    path = build(
+        NAME,
+        ("bindings.cc", *KERNELS),
+        [*builder.get_cflags(), *FLAGS, f"-I{_python_include()}", *(f"-I{p}" for p in builder.get_include_paths())],
+        [*builder.get_ldflags(), "-fopenmp"],
+        f"mindspore {mindspore.__version__}",
+    )
+    return builder._import_module(str(path))
+
+
+@functools.cache
+def load_plain(*more: str) -> ctypes.CDLL:
+    """The kernels alone, for numpy arrays. Raises BuildError.
+
+    ``more`` flags: ``-fsanitize=address`` (whose library must be preloaded), or fewer instructions than the processor
+    has, as ``-mno-avx512f``.
+    """
+    flags = ["-std=c++17", "-fPIC", *FLAGS, *more]
+    library = ctypes.CDLL(str(build("telechat_kernels", KERNELS, flags, ["-shared", "-fopenmp", *more], "")))
+    library.tele_kernel.argtypes = [ctypes.c_char_p, *[ctypes.POINTER(ctypes.c_int)] * 3]
+    library.tele_run.argtypes = [ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p]
+    library.tele_run.restype = None
+    return library
+
+
+def build(name: str, sources: Sequence[str], cflags: Sequence[str], ldflags: Sequence[str], extra: str) -> Path:
+    """The path of the library ``name`` made of ``sources`` of this folder: from the cache, or compiled into it.
+
+    A process that finds another one compiling waits for it. The library appears under its name only when it is whole.
+    """
+    cxx = compiler()
+    if cxx is None:
+        raise BuildError("no C++ compiler was found (g++, c++ or clang++); install one, e.g. the package g++")
+    folder = cache_folder() / f"{name}-{_key(cxx, sources, cflags, ldflags, extra)}"
+    library = folder / f"{name}.so"
+    if library.exists():
+        os.utime(folder)
+        return library
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # the kernel lets go of it when the holder dies
+        if not library.exists():
+            print("building the C++ operators of the CPU, once (about half a minute)", file=sys.stderr, flush=True)
+            _compile(cxx, library, [FOLDER / source for source in sources], cflags, ldflags)
+            _forget_old(folder.parent, name)
+    return library
+
+
+def _compile(cxx: str, library: Path, sources: Sequence[Path], cflags: Sequence[str], ldflags: Sequence[str]) -> None:
+    with tempfile.TemporaryDirectory(dir=library.parent) as room:
+        objects = [Path(room) / f"{source.stem}.o" for source in sources]
+        commands = [[cxx, *cflags, "-c", str(s), "-o", str(o)] for s, o in zip(sources, objects, strict=True)]
+        with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+            list(pool.map(_call, commands))
+        whole = Path(room) / library.name
+        _call([cxx, *map(str, objects), *ldflags, "-o", str(whole)])
+        os.replace(whole, library)
+
+
+def _call(command: list[str]) -> None:
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        lines = done.stderr.strip().splitlines() or ["it said nothing"]
+        first = next((line for line in lines if "error" in line), lines[-1])
+        raise BuildError(f"{Path(command[0]).name} ended with code {done.returncode}: {first}")
+
+
+def _key(cxx: str, sources: Sequence[str], cflags: Sequence[str], ldflags: Sequence[str], extra: str) -> str:
+    """Of everything the library depends on: sources, flags, compiler, processor, versions."""
+    found = hashlib.sha256()
+    for path in sorted({*(FOLDER / source for source in sources), *FOLDER.glob("*.h")}):
+        found.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
+    version = subprocess.run([cxx, "--version"], capture_output=True, text=True).stdout
+    for text in (*cflags, *ldflags, extra, cxx, version, _processor(), sys.version):
+        found.update(text.encode() + b"\0")
+    return found.hexdigest()[:16]
+
+
+def _processor() -> str:
+    """What -march=native looks at: a home folder may be shared by machines of different kinds."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return "".join(dict.fromkeys(line for line in lines if line.startswith(("model name", "flags", "Features"))))
+
+
+def _python_include() -> str:
+    import sysconfig
+
+    return sysconfig.get_path("include")
+
+
+def _forget_old(cache: Path, name: str) -> None:
+    """Keep the libraries used last."""
+    folders = sorted(cache.glob(f"{name}-*"), key=lambda folder: folder.stat().st_mtime, reverse=True)
+    for folder in folders[_KEPT:]:
+        shutil.rmtree(folder, ignore_errors=True)

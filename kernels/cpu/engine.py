@@ -1,0 +1,135 @@
+"""Running a kernel: on MindSpore tensors through the extension, on numpy arrays through ctypes."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from kernels.cpu.build import load_extension, load_plain
+
+Spec = tuple[Any, tuple[int, ...]]  # dtype and shape of an output
+NAMES = ("float32", "bfloat16", "float16", "int32", "int64", "float64")  # in the order of kernel.h's Dtype
+AXES = 6
+
+
+class MindSporeEngine:
+    """Kernels as operators of MindSpore's PyNative mode."""
+
+    def __init__(self) -> None:
+        import mindspore as ms
+
+        self._module = load_extension()
+        self._codes = {getattr(ms, name): code for code, name in enumerate(NAMES)}
+        self.dtypes = {name: getattr(ms, name) for name in NAMES}
+        self._run, self._numbers = self._module.run, functools.cache(self._find)
+
+    def _find(self, name: str) -> int:
+        number, *_ = self._module.find(name)
+        if number < 0:
+            raise KeyError(f"no kernel is named {name!r}")
+        return number
+
+    def run(
+        self, name: str, inputs: Sequence[Any], outputs: Sequence[Spec], scalars: Sequence[float], free: int
+    ) -> Any:
+        """One tensor, or a tuple of them. The first ``free`` inputs may have strides; None where there is no output."""
+        specs = [(self._codes[dtype], list(shape)) for dtype, shape in outputs]
+        given = [x if i < free or x.is_contiguous() else x.contiguous() for i, x in enumerate(inputs)]
+        return self._run(self._numbers(name), given, specs, list(scalars), free)
+
+    def name_of(self, x: Any) -> str:
+        code = self._codes.get(x.dtype)
+        return str(x.dtype).lower() if code is None else NAMES[code]
+
+    def unit_stride(self, x: Any) -> Any:
+        """x, or a copy whose last axis is contiguous."""
+        return x if x.is_contiguous() or x.stride()[-1] == 1 else x.contiguous()
+
+    def set_threads(self, threads: int) -> None:
+        self._module.set_threads(threads)
+
+
+class View(ctypes.Structure):
+    """struct View of kernel.h."""
+
+    _fields_ = (
+        ("data", ctypes.c_void_p),
+        ("shape", ctypes.c_int64 * AXES),
+        ("stride", ctypes.c_int64 * AXES),
+        ("ndim", ctypes.c_int32),
+        ("dtype", ctypes.c_int32),
+    )
+
+
+class NumpyEngine:
+    """Kernels on numpy arrays: what tests and the address sanitizer run."""
+
+    def __init__(self, *flags: str) -> None:
+        """``flags`` of the compiler beyond the usual ones, as load_plain takes them."""
+        self._library = load_plain(*flags)
+        types = [np.dtype(ml_dtypes.bfloat16 if name == "bfloat16" else name) for name in NAMES]
+        self._codes = {dtype: code for code, dtype in enumerate(types)}
+        self.dtypes = dict(zip(NAMES, types, strict=True))
+
+    def run(
+        self, name: str, inputs: Sequence[Any], outputs: Sequence[Spec], scalars: Sequence[float], free: int
+    ) -> Any:
+        counts = [ctypes.c_int() for _ in range(3)]
+        number = self._library.tele_kernel(name.encode(), *map(ctypes.byref, counts))
+        if number < 0:
+            raise KeyError(f"no kernel is named {name!r}")
+        if [c.value for c in counts] != [len(inputs), len(outputs), len(scalars)]:
+            raise ValueError(f"{name}: {len(inputs)}, {len(outputs)}, {len(scalars)} arguments for {counts}")
+        given = [x if i < free else np.ascontiguousarray(x) for i, x in enumerate(inputs)]
+        made = [np.empty(shape, dtype) for dtype, shape in outputs]
+        self._library.tele_run(number, self._views(given), self._views(made), (ctypes.c_double * 16)(*scalars))
+        return None if not made else made[0] if len(made) == 1 else tuple(made)
+
+    def _views(self, arrays: Sequence[np.ndarray]) -> Any:
+        views = (View * max(1, len(arrays)))()
+        for view, x in zip(views, arrays, strict=False):
+            view.data, view.ndim, view.dtype = x.ctypes.data, x.ndim, self._codes[x.dtype]
+            view.shape[: x.ndim] = x.shape
+            view.stride[: x.ndim] = [s // x.itemsize for s in x.strides]
+        return views
+
+    def name_of(self, x: Any) -> str:
+        code = self._codes.get(x.dtype)
+        return str(x.dtype) if code is None else NAMES[code]
+
+    def unit_stride(self, x: np.ndarray) -> np.ndarray:
+        return x if x.strides[-1] == x.itemsize else np.ascontiguousarray(x)
+
+    def set_threads(self, threads: int) -> None:
+        self._library.tele_set_threads(threads)
+
+
+_engines: dict[str, Any] = {}
+_threads: list[int] = []  # the limit, for engines that are made later
+
+
+def engine_of(x: Any) -> MindSporeEngine | NumpyEngine:
+    """The engine for tensors like x; made on first use."""
+    kind = "numpy" if isinstance(x, np.ndarray) else "mindspore"
+    if kind not in _engines:
+        _engines[kind] = NumpyEngine() if kind == "numpy" else MindSporeEngine()
+        for threads in _threads:
+            _engines[kind].set_threads(threads)
+    return _engines[kind]
+
+
+def use_engine(kind: str, engine: MindSporeEngine | NumpyEngine) -> None:
+    """Serve tensors of ``kind`` ("numpy", "mindspore") by this engine: one of other flags."""
+    _engines[kind] = engine
+
+
+def limit_threads(threads: int) -> None:
+    """Let every kernel of this process use at most so many threads."""
+    _threads[:] = [threads]
+    for engine in _engines.values():
+        engine.set_threads(threads)

@@ -1,0 +1,157 @@
+// float32 matrix products in the manner of BLIS (Van Zee and van de Geijn, 2015): B is copied into panels that the
+// registers take in order, so that a transposed operand costs nothing more, and a bias is where the sums begin. A is
+// read as it lies, an element at a time, unless its rows are far apart in memory.
+#include "kernel.h"
+#include "vec.h"
+
+namespace {
+
+constexpr int kRows = W == 16 ? 12 : 6, kVectors = 2;  // of a tile of C in registers
+constexpr int kColumns = kVectors * W;
+constexpr int64_t kDepth = 192;         // of k at once: a panel of B of that depth stays in the first cache
+constexpr int64_t kBlock = 8 * kRows;   // rows of A that stay in the second
+
+// Buffers that keep their memory between calls: fresh pages cost as much as the copy.
+struct Buffer {
+  float *room(size_t size) {
+    if (held.size() < size + W) held.resize(size + W);
+    const auto at = reinterpret_cast<uintptr_t>(held.data());
+    return held.data() + (-at % (W * sizeof(float))) / sizeof(float);
+  }
+  std::vector<float> held;
+};
+thread_local Buffer packed_a, packed_b;
+
+struct Operand {
+  const float *data;
+  int64_t row, column;  // strides
+};
+
+// A rows [first, first + rows), k [from, from + depth) as panels [rows / kRows][depth][kRows], padded with zeros; for an
+// A whose columns are contiguous.
+void pack_a(const Operand &a, int64_t first, int64_t rows, int64_t from, int64_t depth, float *to) {
+  for (int64_t panel = 0; panel < rows; panel += kRows) {
+    const int64_t some = std::min<int64_t>(kRows, rows - panel);
+    const float *p = a.data + first + panel + from * a.column;
+    for (int64_t j = 0; j < depth; j++, to += kRows) {
+      if (some == kRows) {
+        std::memcpy(to, p + j * a.column, kRows * sizeof(float));
+        continue;
+      }
+      for (int i = 0; i < kRows; i++) to[i] = i < some ? p[j * a.column + i] : 0.0f;
+    }
+  }
+}
+
+// One strip of B, columns [first, first + kColumns), as [depth][kColumns] padded with zeros.
+void pack_b(const Operand &b, int64_t first, int64_t columns, int64_t from, int64_t depth, float *to) {
+  const float *p = b.data + from * b.row + first * b.column;
+  if (columns == kColumns && b.column == 1) {
+    for (int64_t j = 0; j < depth; j++) std::memcpy(to + j * kColumns, p + j * b.row, kColumns * sizeof(float));
+    return;
+  }
+  int64_t done = 0;
+  if (columns == kColumns && b.row == 1)
+    for (; done + W <= depth; done += W)
+      for (int64_t c = 0; c < kColumns; c += W)
+        transpose_block(p + c * b.column + done, b.column, to + done * kColumns + c, kColumns);
+  for (int64_t c = 0; c < kColumns; c++)
+    if (c < columns)
+      for (int64_t j = done; j < depth; j++) to[j * kColumns + c] = p[j * b.row + c * b.column];
+    else
+      for (int64_t j = done; j < depth; j++) to[j * kColumns + c] = 0.0f;
+}
+
+// C tile = begin + A rows * B panel, with ``begin`` the tile itself, a row for every row, or zero.
+template <int ROWS>
+inline void tile(int64_t depth, const float *a, int64_t a_row, int64_t a_column, const float *b, const float *begin,
+                 int64_t begin_row, float *c, int64_t ldc) {
+  vf sum[ROWS][kVectors];
+#pragma GCC unroll 12
+  for (int i = 0; i < ROWS; i++)
+#pragma GCC unroll 2
+    for (int j = 0; j < kVectors; j++) sum[i][j] = begin ? load(begin + i * begin_row + j * W) : splat(0.0f);
+  for (int64_t p = 0; p < depth; p++, a += a_column, b += kColumns) {
+    const vf first = load(b), second = load(b + W);
+#pragma GCC unroll 12
+    for (int i = 0; i < ROWS; i++) {
+      const vf factor = splat(a[i * a_row]);
+      sum[i][0] += factor * first, sum[i][1] += factor * second;
+    }
+  }
+#pragma GCC unroll 12
+  for (int i = 0; i < ROWS; i++)
+#pragma GCC unroll 2
+    for (int j = 0; j < kVectors; j++) store(c + i * ldc + j * W, sum[i][j]);
+}
+
+void product(int64_t m, int64_t n, int64_t k, const Operand &a, const Operand &b, const float *bias, float *c) {
+  const int64_t strips = (n + kColumns - 1) / kColumns;
+  float *panels = packed_b.room(strips * kColumns * k);
+  const int64_t depths = (k + kDepth - 1) / kDepth;
+  parallel(strips * depths, 4, [&](int64_t first, int64_t last, int) {
+    for (int64_t item = first; item < last; item++) {
+      const int64_t from = item / strips * kDepth, strip = item % strips, depth = std::min(kDepth, k - from);
+      pack_b(b, strip * kColumns, std::min<int64_t>(kColumns, n - strip * kColumns), from, depth,
+             panels + from * strips * kColumns + strip * depth * kColumns);
+    }
+  });
+  // Threads share the rows, or the columns where there are too few rows.
+  const int64_t row_panels = (m + kRows - 1) / kRows, threads = threads_for(row_panels * strips, 2);
+  const bool by_rows = row_panels >= 2 * threads || row_panels >= strips;
+  parallel(by_rows ? row_panels : strips, 1, [&](int64_t first, int64_t last, int) {
+    const int64_t row_first = by_rows ? first * kRows : 0, row_last = by_rows ? std::min(m, last * kRows) : m;
+    const int64_t strip_first = by_rows ? 0 : first, strip_last = by_rows ? strips : last;
+    const bool packs = a.row == 1 && a.column != 1;
+    float *block = packs ? packed_a.room(kBlock * kDepth) : nullptr;
+    alignas(64) float edge[kRows * kColumns], start[kColumns];
+    for (int64_t row = row_first; row < row_last; row += kBlock) {
+      const int64_t rows = std::min(kBlock, row_last - row);
+      for (int64_t from = 0; from < k; from += kDepth) {
+        const int64_t depth = std::min(kDepth, k - from);
+        if (packs) pack_a(a, row, rows, from, depth, block);
+        for (int64_t strip = strip_first; strip < strip_last; strip++) {
+          const float *panel = panels + from * strips * kColumns + strip * depth * kColumns;
+          const int64_t column = strip * kColumns, columns = std::min<int64_t>(kColumns, n - column);
+          for (int64_t i = 0; i < rows; i += kRows) {
+            const int64_t some = std::min<int64_t>(kRows, rows - i);
+            const float *at = packs ? block + i * depth : a.data + (row + i) * a.row + from * a.column;
+            const int64_t a_row = packs ? 1 : a.row, a_column = packs ? kRows : a.column;
+            float *to = c + (row + i) * n + column;
+            if (some == kRows && columns == kColumns) {
+              const float *begin = from ? to : bias ? bias + column : nullptr;
+              tile<kRows>(depth, at, a_row, a_column, panel, begin, from ? n : 0, to, n);
+              continue;
+            }
+            for (int64_t j = 0; j < kColumns; j++) start[j] = bias && !from && j < columns ? bias[column + j] : 0.0f;
+            if (some == kRows)
+              tile<kRows>(depth, at, a_row, a_column, panel, start, 0, edge, kColumns);
+            else
+              for (int64_t r = 0; r < some; r++)
+                tile<1>(depth, at + r * a_row, a_row, a_column, panel, start, 0, edge + r * kColumns, kColumns);
+            for (int64_t r = 0; r < some; r++)
+              for (int64_t j = 0; j < columns; j++)
+                to[r * n + j] = from ? to[r * n + j] + edge[r * kColumns + j] : edge[r * kColumns + j];
+          }
+        }
+      }
+    }
+  });
+}
+
+}  // namespace
+
+// in: a [m, k] or, with scalar[0], [k, m]; w [n, k] or, with scalar[1], [k, n]; bias [n]; all float32; out: a w^T + bias
+// [m, n]; scalars: turn a, turn w, has bias
+KERNEL(matmul, 3, 1, 3) {
+  const bool turn_a = scalar[0] != 0, turn_w = scalar[1] != 0;
+  const int64_t m = in[0].shape[turn_a ? 1 : 0], k = in[0].shape[turn_a ? 0 : 1], n = in[1].shape[turn_w ? 1 : 0];
+  const Operand a{in[0].as<float>(), turn_a ? 1 : k, turn_a ? m : 1};
+  const Operand b{in[1].as<float>(), turn_w ? n : 1, turn_w ? 1 : k};
+  const float *bias = scalar[2] ? in[2].as<float>() : nullptr;
+  if (k == 0) {
+    for (int64_t i = 0; i < m * n; i++) out[0].as<float>()[i] = bias ? bias[i % n] : 0.0f;
+    return;
+  }
+  product(m, n, k, a, b, bias, out[0].as<float>());
+}

@@ -1,0 +1,249 @@
+// Rotation of queries and keys, activations, biases, sums of squares: element by element.
+#include "types.h"
+
+namespace {
+
+constexpr int64_t kGrain = 8192;
+
+// The vectors of [0, size), each thread its whole vectors; body(i, n).
+template <typename Body>
+void over(int64_t size, const Body &body) {
+  const int64_t vectors = (size + W - 1) / W;
+  parallel(vectors, kGrain / W, [&](int64_t first, int64_t last, int) {
+    for (int64_t v = first; v < last; v++) {
+      const int64_t i = v * W;
+      body(i, static_cast<int>(std::min<int64_t>(W, size - i)));
+    }
+#if defined(__x86_64__)
+    _mm_sfence();
+#endif
+  });
+}
+
+vf silu_gate(vf x) { return inverse(1.0f + exponential(-x)); }
+
+constexpr float kGeluA = 0.7978845608028654f, kGeluB = 0.044715f;
+
+// (1 + tanh u) / 2 = 1 / (1 + e^-2u), without cancellation where tanh u is near -1; u of gelu at x.
+vf gelu_gate(vf x) { return inverse(1.0f + exponential(x * (-2.0f * kGeluA) * (1.0f + kGeluB * (x * x)))); }
+
+// Rotation of one tensor [B, S, heads, D], strided, into a contiguous one. table: cos, sin, maybe scale.
+template <typename T>
+void rotate(const View &x, const View &cos, const View &sin, const View *scale, float sign, const View &out) {
+  const int64_t S = x.shape[1], heads = x.shape[2], D = x.shape[3], half = D / 2;
+  const int64_t batch_stride = cos.shape[0] == 1 ? 0 : S * half;
+  const bool far = streams(out);
+  parallel(x.shape[0] * S, std::max<int64_t>(1, kGrain / std::max<int64_t>(1, heads * D)),
+           [&](int64_t first, int64_t last, int) {
+             for (int64_t token = first; token < last; token++) {
+               const int64_t b = token / S, s = token % S;
+               const float *c = cos.as<float>() + b * batch_stride + s * half;
+               const float *si = sin.as<float>() + b * batch_stride + s * half;
+               const float *sc = scale ? scale->as<float>() + b * batch_stride + s * half : nullptr;
+               for (int64_t h = 0; h < heads; h++) {
+                 const T *p = x.as<T>() + b * x.stride[0] + s * x.stride[1] + h * x.stride[2];
+                 T *o = out.as<T>() + (token * heads + h) * D;
+                 for (int64_t i = 0; i < half; i += W) {
+                   const int n = static_cast<int>(std::min<int64_t>(W, half - i));
+                   const vf a = get(p + i, n), b2 = get(p + half + i, n), cv = get(c + i, n), sv = get(si + i, n) * sign;
+                   vf y = a * cv - b2 * sv, z = b2 * cv + a * sv;
+                   if (sc) y = y * get(sc + i, n), z = z * get(sc + i, n);
+                   put(o + i, y, n, far);
+                   put(o + half + i, z, n, far);
+                 }
+               }
+             }
+             fence(far);
+           });
+}
+
+}  // namespace
+
+// in: q, k [B, S, heads, D] with contiguous D, cos, sin, scale_q, scale_k [B or 1, S, 1, D/2] float32;
+// out: q', k'; scalars: sign of the angle, has scale_q, has scale_k
+KERNEL(rope, 6, 2, 3) {
+  const float sign = static_cast<float>(scalar[0]);
+  for (int i = 0; i < 2; i++)
+    with_type(in[i].dtype, [&](auto *t) {
+      rotate<std::remove_pointer_t<decltype(t)>>(in[i], in[2], in[3], scalar[1 + i] ? &in[4 + i] : nullptr, sign, out[i]);
+    });
+}
+
+// in: gate, up; out: silu(gate) * up
+KERNEL(swiglu, 2, 1, 0) {
+  const bool far = streams(out[0]);
+  with_type(in[0].dtype, [&](auto *t) {
+    using T = std::remove_pointer_t<decltype(t)>;
+    over(in[0].size(), [&](int64_t i, int n) {
+      const vf g = get(in[0].as<T>() + i, n);
+      put(out[0].as<T>() + i, g * silu_gate(g) * get(in[1].as<T>() + i, n), n, far);
+    });
+  });
+}
+
+// in: grad, gate, up; out: dgate, dup
+KERNEL(swiglu_backward, 3, 2, 0) {
+  const bool far = streams(out[0]);
+  with_type(in[0].dtype, [&](auto *t) {
+    using T = std::remove_pointer_t<decltype(t)>;
+    over(in[0].size(), [&](int64_t i, int n) {
+      const vf d = get(in[0].as<T>() + i, n), g = get(in[1].as<T>() + i, n), u = get(in[2].as<T>() + i, n);
+      const vf s = silu_gate(g);
+      put(out[0].as<T>() + i, d * u * s * (1.0f + g * (1.0f - s)), n, far);
+      put(out[1].as<T>() + i, d * g * s, n, far);
+    });
+  });
+}
+
+// in: x; out: gelu(x), tanh form
+KERNEL(gelu, 1, 1, 0) {
+  const bool far = streams(out[0]);
+  with_type(in[0].dtype, [&](auto *t) {
+    using T = std::remove_pointer_t<decltype(t)>;
+    over(in[0].size(), [&](int64_t i, int n) {
+      const vf x = get(in[0].as<T>() + i, n);
+      put(out[0].as<T>() + i, x * gelu_gate(x), n, far);
+    });
+  });
+}
+
+// in: grad, x; out: dx
+KERNEL(gelu_backward, 2, 1, 0) {
+  const bool far = streams(out[0]);
+  with_type(in[0].dtype, [&](auto *t) {
+    using T = std::remove_pointer_t<decltype(t)>;
+    over(in[0].size(), [&](int64_t i, int n) {
+      const vf d = get(in[0].as<T>() + i, n), x = get(in[1].as<T>() + i, n), s = gelu_gate(x);
+      // d/dx of x s(2u): s + x s (1 - s) 2u'. Far out s (1 - s) is 0 before u' overflows.
+      const vf slope = (2.0f * kGeluA) * (1.0f + (3.0f * kGeluB) * (x * x));
+      put(out[0].as<T>() + i, d * (s + x * s * (1.0f - s) * slope), n, far);
+    });
+  });
+}
+
+// in: x [..., C], changed in place; bias [C]
+KERNEL(add_bias, 2, 0, 0) {
+  const int64_t columns = in[0].columns();
+  with_types(in[0].dtype, in[1].dtype, [&](auto *tx, auto *tb) {
+    using X = std::remove_pointer_t<decltype(tx)>;
+    using B = std::remove_pointer_t<decltype(tb)>;
+    parallel(in[0].rows(), std::max<int64_t>(1, kGrain / columns), [&](int64_t first, int64_t last, int) {
+      for (int64_t row = first; row < last; row++)
+        for (int64_t i = 0; i < columns; i += W) {
+          const int n = static_cast<int>(std::min<int64_t>(W, columns - i));
+          X *p = in[0].as<X>() + row * columns + i;
+          put(p, get(p, n) + get(in[1].as<B>() + i, n), n);
+        }
+    });
+  });
+}
+
+// in: x [..., C]; out: sums over the rows [C] float32, by blocks of so many rows, whatever the number of threads.
+KERNEL(column_sum, 1, 1, 0) {
+  constexpr int64_t kBlock = 128;
+  const int64_t columns = in[0].columns(), rows = in[0].rows(), stride = (columns + W - 1) / W * W;
+  const int64_t blocks = (rows + kBlock - 1) / kBlock;
+  std::vector<float> sums(std::max<int64_t>(1, blocks) * stride, 0.0f);
+  with_type(in[0].dtype, [&](auto *t) {
+    using T = std::remove_pointer_t<decltype(t)>;
+    parallel(blocks, std::max<int64_t>(1, kGrain / (kBlock * stride)), [&](int64_t a, int64_t b, int) {
+      for (int64_t block = a; block < b; block++) {
+        float *sum = &sums[block * stride];
+        for (int64_t row = block * kBlock; row < std::min(rows, (block + 1) * kBlock); row++)
+          for (int64_t i = 0; i < columns; i += W) {
+            const int n = static_cast<int>(std::min<int64_t>(W, columns - i));
+            store(sum + i, load(sum + i) + get(in[0].as<T>() + row * columns + i, n));
+          }
+      }
+    });
+  });
+  for (int64_t i = 0; i < columns; i++) {
+    double total = 0;
+    for (int64_t block = 0; block < blocks; block++) total += sums[block * stride + i];
+    out[0].as<float>()[i] = static_cast<float>(total);
+  }
+}
+
+// in: x; out: sum of squares [1] float64, in blocks of a fixed size, so that the bits do not depend on the threads
+KERNEL(square_sum, 1, 1, 0) {
+  constexpr int64_t kBlock = 4096;
+  const int64_t size = in[0].size(), blocks = (size + kBlock - 1) / kBlock;
+  std::vector<double> sums(blocks);
+  with_type(in[0].dtype, [&](auto *t) {
+    using T = std::remove_pointer_t<decltype(t)>;
+    parallel(blocks, 4, [&](int64_t a, int64_t b, int) {
+      for (int64_t block = a; block < b; block++) {
+        const int64_t first = block * kBlock, last = std::min(size, first + kBlock);
+        vd lanes = {}, more = {};
+        int64_t i = first;
+        for (; i + 2 * W <= last; i += 2 * W) {
+          const vd a = __builtin_convertvector(load(in[0].as<T>() + i), vd);
+          const vd b = __builtin_convertvector(load(in[0].as<T>() + i + W), vd);
+          lanes += a * a, more += b * b;
+        }
+        for (; i < last; i += W) {
+          const vf x = get(in[0].as<T>() + i, static_cast<int>(std::min<int64_t>(W, last - i)));
+          lanes += __builtin_convertvector(x, vd) * __builtin_convertvector(x, vd);
+        }
+        lanes += more;
+        double sum = 0;
+        for (int l = 0; l < W; l++) sum += lanes[l];
+        sums[block] = sum;
+      }
+    });
+  });
+  double total = 0;
+  for (double sum : sums) total += sum;
+  out[0].as<double>()[0] = total;
+}
+
+// in: into (float32, changed in place), x; scalars: first element of into, 1 to add and 0 to replace
+KERNEL(accumulate, 2, 0, 2) {
+  float *into = in[0].as<float>() + static_cast<int64_t>(scalar[0]);
+  const bool add = scalar[1] != 0;
+  const bool far = !add && streams(in[1]) && reinterpret_cast<uintptr_t>(into) % 64 == 0;
+  with_type(in[1].dtype, [&](auto *t) {
+    using T = std::remove_pointer_t<decltype(t)>;
+    const T *x = in[1].as<T>();
+    if (add)
+      over(in[1].size(), [&](int64_t i, int n) { put(into + i, get(into + i, n) + get(x + i, n), n); });
+    else
+      over(in[1].size(), [&](int64_t i, int n) { put(into + i, get(x + i, n), n, far); });
+  });
+}
+
+// in: out, more [B, S, H, D] float32, log_sum_exp, more_lse [B, H, S] float32; out: out, log_sum_exp of the union
+KERNEL(merge_blocks, 4, 2, 0) {
+  const int64_t B = in[0].shape[0], S = in[0].shape[1], H = in[0].shape[2], D = in[0].shape[3];
+  parallel(B * S, std::max<int64_t>(1, kGrain / std::max<int64_t>(1, H * D)), [&](int64_t first, int64_t last, int) {
+    for (int64_t token = first; token < last; token++)
+      for (int64_t h = 0; h < H; h++) {
+        const int64_t at = (token / S * H + h) * S + token % S, row = (token * H + h) * D;
+        const float a = in[2].as<float>()[at], b = in[3].as<float>()[at], top = std::max(a, b);
+        double joint = top, wa = 0, wb = 0;
+        if (std::isfinite(top)) {
+          const float smaller = std::exp(std::min(a, b) - top);
+          const double larger = 1.0 / (1.0 + smaller);
+          joint = double(top) + std::log1p(smaller);
+          wa = a >= b ? larger : smaller * larger, wb = a >= b ? smaller * larger : larger;
+        } else if (top != top) {
+          wa = wb = top;
+        }
+        out[1].as<float>()[at] = static_cast<float>(joint);
+        for (int64_t i = 0; i < D; i += W) {
+          const int n = static_cast<int>(std::min<int64_t>(W, D - i));
+          const vf x = get(in[0].as<float>() + row + i, n), y = get(in[1].as<float>() + row + i, n);
+          put(out[0].as<float>() + row + i, x * float(wa) + y * float(wb), n);
+        }
+      }
+  });
+}
+
+// in: cache [B, capacity, ...], changed in place, x [B, n, ...] of the same dtype; scalars: first position, bytes of an
+// element
+KERNEL(write_positions, 2, 0, 2) {
+  const int64_t rest = in[0].size() / (in[0].shape[0] * in[0].shape[1]) * int64_t(scalar[1]);
+  const int64_t capacity = in[0].shape[1], n = in[1].shape[1];
+  for (int64_t b = 0; b < in[0].shape[0]; b++)
+    std::memcpy(in[0].as<char>() + (b * capacity + int64_t(scalar[0])) * rest, in[1].as<char>() + b * n * rest, n * rest);
+}

@@ -1,0 +1,41 @@
+// The kernels by name, and the number of threads they use.
+#include "kernel.h"
+
+namespace {
+struct Entry {
+  const char *name;
+  int inputs, outputs, scalars;
+  Kernel kernel;
+};
+std::vector<Entry> &entries() {
+  static std::vector<Entry> all;  // made on first use: registrations of other files may come before this file's
+  return all;
+}
+int allowed_threads = 0;
+}  // namespace
+
+Registration::Registration(const char *name, int inputs, int outputs, int scalars, Kernel kernel) {
+  entries().push_back({name, inputs, outputs, scalars, kernel});
+}
+
+int threads_for(int64_t n, int64_t grain) {
+  const int64_t most = allowed_threads ? allowed_threads : omp_get_max_threads();
+  return static_cast<int>(std::max<int64_t>(1, std::min(most, n / std::max<int64_t>(1, grain))));
+}
+
+extern "C" {
+int tele_kernel(const char *name, int *inputs, int *outputs, int *scalars) {
+  for (size_t i = 0; i < entries().size(); i++) {
+    const Entry &entry = entries()[i];
+    if (std::strcmp(entry.name, name) == 0) {
+      *inputs = entry.inputs, *outputs = entry.outputs, *scalars = entry.scalars;
+      return static_cast<int>(i);
+    }
+  }
+  return -1;
+}
+void tele_run(int number, const View *in, const View *out, const double *scalars) {
+  entries()[number].kernel(in, out, scalars);
+}
+void tele_set_threads(int threads) { allowed_threads = threads; }
+}

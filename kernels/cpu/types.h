@@ -1,0 +1,80 @@
+// From a view's dtype to the C++ type, and loads and stores that know about tails, rounding and far memory.
+#pragma once
+
+#include <stdexcept>
+#include <type_traits>
+
+#include "kernel.h"
+#include "vec.h"
+
+// body(static_cast<T *>(nullptr)) with T the type of a floating-point dtype. Python refuses the other ones.
+template <typename Body>
+void with_type(int32_t dtype, const Body &body) {
+  switch (dtype) {
+    case BF16: return body(static_cast<bf16 *>(nullptr));
+    case F16: return body(static_cast<f16 *>(nullptr));
+    default: return body(static_cast<float *>(nullptr));
+  }
+}
+template <typename Body>
+void with_types(int32_t first, int32_t second, const Body &body) {
+  with_type(first, [&](auto *a) { with_type(second, [&](auto *b) { body(a, b); }); });
+}
+
+template <typename T>
+static inline vf get(const T *p, int n) {
+  return n == W ? load(p) : load_part(p, n);
+}
+
+static inline vf clear_after(vf x, int n) {
+  float lanes[W];
+  store(lanes, x);
+  for (int i = n; i < W; i++) lanes[i] = 0.0f;
+  return load(lanes);
+}
+
+template <typename T>
+static inline vf rounded(vf x) {
+  if constexpr (std::is_same_v<T, float>) return x;
+  T lanes[W];
+  store(lanes, x);
+  return load(lanes);
+}
+
+// An output larger than the caches is not read back from them: writing past them saves the read of every line before
+// it is overwritten.
+constexpr int64_t kFarBytes = 8 << 20;
+static inline bool streams(const View &view) {
+  const int64_t bytes = view.size() * (view.dtype == F32 ? 4 : view.dtype == F64 || view.dtype == I64 ? 8 : 2);
+  return bytes >= kFarBytes && reinterpret_cast<uintptr_t>(view.data) % 64 == 0;
+}
+
+template <typename T>
+static inline void put(T *p, vf x, int n, bool far = false) {
+  if (n < W) return store_part(p, x, n);
+#if defined(__AVX512F__)
+  if constexpr (std::is_same_v<T, float>) {
+    if (far && reinterpret_cast<uintptr_t>(p) % 64 == 0) return _mm512_stream_ps(p, (__m512)x);
+  } else {
+    if (far && reinterpret_cast<uintptr_t>(p) % 32 == 0) {
+      alignas(32) T lanes[W];
+      store(lanes, x);
+      return _mm256_stream_si256((__m256i *)p, _mm256_load_si256((const __m256i *)lanes));
+    }
+  }
+#elif defined(__AVX2__)
+  if constexpr (std::is_same_v<T, float>) {
+    if (far && reinterpret_cast<uintptr_t>(p) % 32 == 0) return _mm256_stream_ps(p, (__m256)x);
+  }
+#endif
+  store(p, x);
+}
+static inline void fence(bool far) {
+#if defined(__x86_64__)
+  if (far) _mm_sfence();
+#endif
+}
+
+static inline int64_t load_index(const View &view, int64_t i) {
+  return view.dtype == I64 ? view.as<int64_t>()[i] : view.as<int32_t>()[i];
+}

@@ -1,0 +1,216 @@
+// One vector of floats, as wide as the processor that the file is compiled for, and what is done with it.
+//
+// GCC's vector extensions: the compiler turns the operators into AVX-512, AVX2 or SSE instructions by -march. Tails are
+// loaded and stored through a small buffer, so no kernel reads or writes beyond its arrays.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#if defined(__AVX512F__)
+constexpr int W = 16;
+#elif defined(__AVX2__)
+constexpr int W = 8;
+#else
+constexpr int W = 4;
+#endif
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+typedef float vf __attribute__((vector_size(W * 4)));
+typedef int32_t vi __attribute__((vector_size(W * 4)));
+typedef uint32_t vu __attribute__((vector_size(W * 4)));
+typedef uint16_t vh __attribute__((vector_size(W * 2)));
+
+struct bf16 {
+  uint16_t bits;
+};
+struct f16 {
+  _Float16 value;
+};
+
+static inline vf splat(float x) { return vf{} + x; }
+static inline vi splat_int(int32_t x) { return vi{} + x; }
+static inline vf select(vi mask, vf a, vf b) { return (vf)((mask & (vi)a) | (~mask & (vi)b)); }
+static inline vf maximum(vf a, vf b) { return select(a > b, a, b); }
+static inline vf minimum(vf a, vf b) { return select(a < b, a, b); }
+static inline vf absolute(vf x) { return (vf)((vi)x & 0x7fffffff); }
+
+static inline vf load(const float *p) {
+  vf x;
+  std::memcpy(&x, p, sizeof x);
+  return x;
+}
+static inline void store(float *p, vf x) { std::memcpy(p, &x, sizeof x); }
+
+static inline vf load(const bf16 *p) {
+  vh x;
+  std::memcpy(&x, p, sizeof x);
+  return (vf)(__builtin_convertvector(x, vu) << 16);
+}
+// Rounds to nearest, ties to even; a NaN stays one.
+static inline vh round_bf16(vf x) {
+  vu bits = (vu)x;
+  vu rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+  vu quiet = (bits >> 16) | 0x40;
+  vi nan = x != x;
+  return __builtin_convertvector(((vu)nan & quiet) | (~(vu)nan & rounded), vh);
+}
+static inline void store(bf16 *p, vf x) {
+  vh h = round_bf16(x);
+  std::memcpy(p, &h, sizeof h);
+}
+
+static inline float scalar_load(const float *p) { return *p; }
+static inline float scalar_load(const bf16 *p) {
+  uint32_t bits = uint32_t(p->bits) << 16;
+  float x;
+  std::memcpy(&x, &bits, 4);
+  return x;
+}
+static inline float scalar_load(const f16 *p) { return float(p->value); }
+static inline void scalar_store(float *p, float x) { *p = x; }
+static inline void scalar_store(bf16 *p, float x) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, 4);
+  p->bits = x != x ? uint16_t((bits >> 16) | 0x40) : uint16_t((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+}
+static inline void scalar_store(f16 *p, float x) { p->value = _Float16(x); }
+
+#if defined(__AVX512F__)
+static inline vf load(const f16 *p) { return (vf)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)p)); }
+static inline void store(f16 *p, vf x) {
+  _mm256_storeu_si256((__m256i *)p, _mm512_cvtps_ph((__m512)x, _MM_FROUND_TO_NEAREST_INT));
+}
+#elif defined(__F16C__) && defined(__AVX2__)
+static inline vf load(const f16 *p) { return (vf)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)p)); }
+static inline void store(f16 *p, vf x) {
+  _mm_storeu_si128((__m128i *)p, _mm256_cvtps_ph((__m256)x, _MM_FROUND_TO_NEAREST_INT));
+}
+#else
+static inline vf load(const f16 *p) {
+  vf x;
+  for (int i = 0; i < W; i++) x[i] = scalar_load(p + i);
+  return x;
+}
+static inline void store(f16 *p, vf x) {
+  for (int i = 0; i < W; i++) scalar_store(p + i, x[i]);
+}
+#endif
+
+// The first n < W elements; the other lanes are 0.
+template <typename T>
+static inline vf load_part(const T *p, int n) {
+  T lanes[W];
+  std::memset(lanes, 0, sizeof lanes);
+  std::memcpy(lanes, p, n * sizeof(T));
+  return load(lanes);
+}
+template <typename T>
+static inline void store_part(T *p, vf x, int n) {
+  T lanes[W];
+  store(lanes, x);
+  std::memcpy(p, lanes, n * sizeof(T));
+}
+
+template <int S>
+static inline void exchange(vf &a, vf &b) {
+  vi first, second;
+#pragma GCC unroll 16
+  for (int l = 0; l < W; l++) first[l] = l & S ? l - S + W : l, second[l] = l & S ? l + W : l + S;
+  const vf top = __builtin_shuffle(a, b, first);
+  b = __builtin_shuffle(a, b, second);
+  a = top;
+}
+template <int S>
+static inline void exchange_all(vf *rows) {
+#pragma GCC unroll 16
+  for (int i = 0; i < W; i++)
+    if (!(i & S)) exchange<S>(rows[i], rows[i + S]);
+}
+
+// The W x W block at ``from``, whose rows are ``stride`` apart, transposed to ``to``: quarters change places, then
+// quarters of quarters.
+static inline void transpose_block(const float *from, int64_t stride, float *to, int64_t to_stride) {
+  vf rows[W];
+#pragma GCC unroll 16
+  for (int i = 0; i < W; i++) rows[i] = load(from + i * stride);
+  if constexpr (W > 8) exchange_all<8>(rows);
+  if constexpr (W > 4) exchange_all<4>(rows);
+  exchange_all<2>(rows);
+  exchange_all<1>(rows);
+#pragma GCC unroll 16
+  for (int i = 0; i < W; i++) store(to + i * to_stride, rows[i]);
+}
+
+static inline float sum_lanes(vf x) {
+  float lanes[W];
+  store(lanes, x);
+  for (int half = W / 2; half; half /= 2)
+    for (int i = 0; i < half; i++) lanes[i] += lanes[i + half];
+  return lanes[0];
+}
+static inline float max_lanes(vf x) {
+  float lanes[W];
+  store(lanes, x);
+  float most = lanes[0];
+  for (int i = 1; i < W; i++) most = lanes[i] > most ? lanes[i] : most;
+  return most;
+}
+
+// e^x within 1 unit in the last place, 0 far below, at most e^88.37 (finite), NaN of NaN. x = n ln 2 + r with
+// |r| <= ln(2)/2, and e^r = 1 + r + r^2 q(r), q of degree 4 with the least largest error, 3e-09 relative.
+static inline vf exponential(vf x) {
+  const vf shifter = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
+#if defined(__AVX512F__)
+  x = (vf)_mm512_max_ps(_mm512_set1_ps(-120.0f), (__m512)x);  // of a NaN the second operand comes back
+  x = (vf)_mm512_min_ps(_mm512_set1_ps(88.37f), (__m512)x);
+#else
+  const vi silent = x < splat(-87.33654f), nan = x != x;
+  const vf given = x;
+  x = minimum(maximum(x, splat(-87.33654f)), splat(88.37f));
+#endif
+  const vf t = x * 1.44269504088896341f + shifter;
+  const vf n = t - shifter;
+  vf r = x - n * 0.693359375f;  // ln 2 in two parts, the first exact in few bits
+  r = r + n * 2.12194440e-4f;
+  vf p = splat(1.381459879e-03f);
+  p = p * r + 8.368716575e-03f;
+  p = p * r + 4.166838899e-02f;
+  p = p * r + 1.666652113e-01f;
+  p = p * r + 4.999999404e-01f;
+  p = p * r + 1.0f;
+  p = p * r + 1.0f;
+#if defined(__AVX512F__)
+  return (vf)_mm512_scalef_ps((__m512)p, (__m512)n);  // p * 2^n, with gradual underflow
+#else
+  const vf out = (vf)((vi)p + ((vi)t << 23));  // the low bits of t are n, and go into the exponent
+  return select(nan, given, (vf)(~silent & (vi)out));
+#endif
+}
+
+// 1 / x within 1 unit in the last place, for 1 <= x < 2^127: an estimate of 14 bits and one step of Newton.
+static inline vf inverse(vf x) {
+#if defined(__AVX512F__)
+  const vf y = (vf)_mm512_rcp14_ps((__m512)x);
+  return y + y * (1.0f - x * y);
+#else
+  return 1.0f / x;
+#endif
+}
+
+typedef double vd __attribute__((vector_size(W * 8)));
+
+static inline vf square_root(vf x) {
+#if defined(__AVX512F__)
+  return (vf)_mm512_sqrt_ps((__m512)x);
+#elif defined(__AVX2__)
+  return (vf)_mm256_sqrt_ps((__m256)x);
+#else
+  vf y;
+  for (int i = 0; i < W; i++) y[i] = __builtin_sqrtf(x[i]);
+  return y;
+#endif
+}

@@ -1,0 +1,364 @@
+"""The C++ operators on numpy arrays against their float64 definitions: what the tests and ``make asan`` run.
+
+A check yields (what, error, limit). Errors are relative Frobenius norms. The limit is what float32 rounding costs the
+definition itself on the same inputs, times a factor for another order of summation, and never below a few units in the
+last place; in 16 bits it is the rounding of the output.
+"""
+
+# ruff: noqa: B023  (a definition is evaluated by ``judged`` before its loop goes on)
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from core.batch import IGNORE
+from core.parity import relative_frobenius
+from core.visibility import causal_ranges
+from kernels import reference
+from kernels.cpu import ops
+
+F32 = np.dtype(np.float32)
+HALF = {"bfloat16": np.dtype(ml_dtypes.bfloat16), "float16": np.dtype(np.float16)}
+UNIT = {F32: 2.0**-24, HALF["bfloat16"]: 2.0**-9, HALF["float16"]: 2.0**-12}
+FACTOR, UNITS = 8.0, 6.0
+Finding = tuple[str, float, float]
+# Channels: one, fewer than a vector, a vector, one more, primes, several vectors and a tail.
+WIDTHS = (1, 3, 16, 17, 131, 512, 1009)
+
+
+def judged(what: str, got: Any, define: Callable[[type], Any], dtype: np.dtype = F32) -> Finding:
+    """``define(float type)`` is the definition on inputs of that type."""
+    truth, plain = (np.asarray(define(kind)) for kind in (np.float64, np.float32))
+    assert np.isfinite(np.asarray(got, np.float64)).all() or not np.isfinite(truth).all(), f"{what}: not finite"
+    if not truth.any():
+        return what, float(np.linalg.norm(np.asarray(got, np.float64))), UNITS * UNIT[F32]
+    limit = max(FACTOR * relative_frobenius(plain, truth), UNITS * UNIT[dtype])
+    return what, relative_frobenius(np.asarray(got, np.float64), truth), limit
+
+
+def norms(rng: np.random.Generator, dtype: np.dtype = F32) -> Iterator[Finding]:
+    for width in WIDTHS:
+        for masked in (False, True):
+            x, residual, grad, grad_stream = (rng.normal(size=(3, 5, width)).astype(dtype) for _ in range(4))
+            weight, bias = (rng.uniform(0.5, 1.5, width).astype(dtype) for _ in range(2))
+            mask = rng.choice([0.0, 0.3, 1.0], width).astype(np.float32) if masked else None
+            if masked:
+                mask[0] = 1.0
+            name, eps = f"{width}{' masked' if masked else ''} {dtype}", 1e-5
+
+            def wide(kind: type, *arrays: np.ndarray | None) -> list[Any]:
+                return [None if a is None else a.astype(kind) for a in arrays]
+
+            def rms(
+                kind: type, which: int, x: Any = x, weight: Any = weight, grad: Any = grad, mask: Any = mask
+            ) -> Any:
+                x, weight, grad, mask = wide(kind, x, weight, grad, mask)
+                if which == 0:
+                    return reference.rms_norm(x, weight, kind(eps), mask)
+                return reference.rms_norm_backward(grad, x, weight, kind(eps), mask)[which - 1]
+
+            out, rstd = ops.rms_norm(x, weight, eps, dtype, mask)
+            dx, dweight = ops.rms_norm_backward(grad, x, weight, rstd, mask)
+            yield judged(f"rms_norm {name}", out, lambda kind: rms(kind, 0), dtype)
+            yield judged(f"rms_norm dx {name}", dx, lambda kind: rms(kind, 1), dtype)
+            yield judged(f"rms_norm dweight {name}", dweight, lambda kind: rms(kind, 2))
+
+            # The stream as it was rounded is what the norm and its backward are of.
+            out, stream, rstd = ops.add_rms_norm(x, residual, weight, eps, dtype, mask)
+            yield judged(f"stream {name}", stream, lambda kind: wide(kind, x)[0] + wide(kind, residual)[0], dtype)
+            yield judged(f"add_rms_norm {name}", out, lambda kind: rms(kind, 0, stream), dtype)
+            dx, dweight = ops.add_rms_norm_backward(grad, grad_stream, stream, weight, rstd, mask)
+            total = lambda kind: rms(kind, 1, stream) + wide(kind, grad_stream)[0]  # noqa: E731
+            yield judged(f"add_rms_norm dx {name}", dx, total, dtype)
+            yield judged(f"add_rms_norm dweight {name}", dweight, lambda kind: rms(kind, 2, stream))
+
+            if width == 1:
+                continue  # one channel minus its mean is all cancellation
+
+            def layer(kind: type, which: int) -> Any:
+                x_, weight_, bias_, grad_, mask_ = wide(kind, x, weight, bias, grad, mask)
+                if which == 0:
+                    return reference.layer_norm(x_, weight_, bias_, kind(eps), mask_)
+                return reference.layer_norm_backward(grad_, x_, weight_, kind(eps), mask_)[which - 1]
+
+            out, mean, rstd = ops.layer_norm(x, weight, bias, eps, dtype, mask)
+            yield judged(f"layer_norm {name}", out, lambda kind: layer(kind, 0), dtype)
+            for i, d in enumerate(ops.layer_norm_backward(grad, x, weight, mean, rstd, mask)):
+                yield judged(
+                    f"layer_norm d{i} {name}", d, lambda kind, i=i: layer(kind, i + 1), dtype if i == 0 else F32
+                )
+
+
+def pointwise(rng: np.random.Generator, dtype: np.dtype = F32) -> Iterator[Finding]:
+    for width in WIDTHS:
+        gate, up, grad = (s * rng.normal(size=(2, 3, width)) for s in (5.0, 1.0, 1.0))
+        gate.flat[:3] = (-1e4, 1e4, 0.0)
+        gate, up, grad = (a.astype(dtype) for a in (gate, up, grad))
+
+        def define(kind: type, which: int) -> Any:
+            g, u, d = (a.astype(kind) for a in (gate, up, grad))
+            return (reference.swiglu(g, u), *reference.swiglu_backward(d, g, u))[which]
+
+        for i, got in enumerate((ops.swiglu(gate, up), *ops.swiglu_backward(grad, gate, up))):
+            yield judged(f"swiglu {i} {width} {dtype}", got, lambda kind, i=i: define(kind, i), dtype)
+        x = np.clip(gate.astype(np.float64), -30, 30).astype(dtype)  # the definition's x^3 overflows float16 beyond
+        yield judged(f"gelu {width} {dtype}", ops.gelu(x), lambda kind: reference.gelu(x.astype(kind)), dtype)
+        backward = lambda kind: reference.gelu_backward(grad.astype(kind), x.astype(kind))  # noqa: E731
+        yield judged(f"gelu backward {width} {dtype}", ops.gelu_backward(grad, x), backward, dtype)
+        rows = rng.normal(size=(7, width)).astype(dtype)
+        yield judged(f"column_sum {width}", ops.column_sum(rows), lambda kind: rows.astype(kind).sum(0))
+        yield judged(
+            f"square_sum {width}",
+            ops.square_sum(rows),
+            lambda _: [(rows.astype(np.float64) ** 2).sum()],
+        )
+        biased = ops.add_bias(rows.copy(), up[0, 0])
+        yield judged(f"add_bias {width}", biased, lambda kind: rows.astype(kind) + up[0, 0].astype(kind), dtype)
+        into = np.ones(width + 5, np.float32)
+        ops.accumulate(into, rows[0], 2, True)
+        ops.accumulate(into, rows[1], 2, True)
+        expected = np.ones(width + 5)
+        expected[2 : 2 + width] += rows[:2].astype(np.float64).sum(0)
+        yield judged(f"accumulate {width}", into, lambda _: expected)
+
+
+def rotation(rng: np.random.Generator, dtype: np.dtype = F32) -> Iterator[Finding]:
+    for B, S, H, K, D in ((1, 1, 1, 1, 2), (2, 7, 4, 2, 6), (1, 13, 3, 1, 64), (2, 5, 2, 2, 128)):
+        for scaled in (False, True):
+            q, k = rng.normal(size=(B, H, S, D)).astype(dtype), rng.normal(size=(B, S, K + 1, D)).astype(dtype)
+            q, k = q.transpose(0, 2, 1, 3), k[:, :, 1:]  # as they come out of views: not contiguous
+            angle = rng.uniform(0, 6, (B if scaled else 1, S, 1, D // 2))
+            cos, sin = np.cos(angle).astype(np.float32), np.sin(angle).astype(np.float32)
+            scale = rng.uniform(0.5, 2, angle.shape).astype(np.float32) if scaled else None
+            other = None if scale is None else 1 / scale
+
+            def define(kind: type, which: int, back: bool = False) -> Any:
+                tables = [None if t is None else t.astype(kind) for t in (cos, sin, scale, other)]
+                run = reference.rope_qk_backward if back else reference.rope_qk
+                return run(q.astype(kind), k.astype(kind), *tables)[which]
+
+            name = f"{(B, S, H, K, D)} {dtype}"
+            for i, got in enumerate(ops.rope_qk(q, k, cos, sin, scale, other)):
+                yield judged(f"rope {i} {name}", got, lambda kind, i=i: define(kind, i), dtype)
+            for i, got in enumerate(ops.rope_qk_backward(q, k, cos, sin, scale, other)):
+                yield judged(f"rope back {i} {name}", got, lambda kind, i=i: define(kind, i, True), dtype)
+
+
+ATTENTION = (  # B, S, T, H, K, D
+    (1, 1, 1, 1, 1, 2),
+    (1, 1, 70, 4, 2, 64),
+    (2, 3, 9, 4, 1, 6),
+    (1, 8, 8, 2, 2, 16),
+    (2, 67, 67, 4, 2, 64),
+    (1, 130, 200, 2, 2, 40),
+    (1, 64, 64, 8, 2, 128),
+    (1, 199, 199, 3, 1, 17),
+)
+
+
+def attention(rng: np.random.Generator, dtype: np.dtype = F32, spread: float = 1.0) -> Iterator[Finding]:
+    for B, S, T, H, K, D in ATTENTION:
+        for kind_of in ("causal", "documents", "holes"):
+            shapes = (B, H, S, D), (B, T, K, D), (B, T, K + 1, D), (B, S, H, D)
+            q, k, v, grad = ((spread if i < 2 else 1.0) * rng.normal(size=s) for i, s in enumerate(shapes))
+            q, k, v, grad = (a.astype(dtype) for a in (q, k, v, grad))
+            q, v = q.transpose(0, 2, 1, 3), v[:, :, 1:]
+            docs = np.sort(rng.integers(0, 4, (B, T)), 1)
+            ranges = causal_ranges(S, T, None if kind_of == "causal" else docs).ranges
+            if kind_of == "holes":  # queries that see nothing, an empty range that begins late, and all keys
+                ranges = np.array(np.broadcast_to(ranges, (B, S, 2)))
+                ranges[:, ::3] = 0
+                ranges[:, 1::5] = T
+                ranges[:, 2::7] = (0, T)
+            visible = reference.visible_keys(ranges, T)
+
+            def define(kind: type, which: int) -> Any:
+                a = [x.astype(kind) for x in (q, k, v, grad)]
+                out, lse = reference.attention(*a[:3], visible)
+                if which < 2:
+                    return (out, np.where(np.isfinite(lse), lse, 0.0))[which]
+                return reference.attention_backward(a[3], *a[:3], visible, out, lse)[which - 2]
+
+            name = f"{(B, S, T, H, K, D)} {kind_of} {dtype}"
+            out, lse = ops.attention(q, k, v, ranges)
+            seen = visible.any(-1)[:, None]
+            assert (np.isfinite(lse) == np.broadcast_to(seen, lse.shape)).all(), f"{name}: -inf where keys are seen"
+            seen_rows = np.broadcast_to(seen, lse.shape)
+            yield judged(f"attention {name}", out, lambda kind: define(kind, 0), dtype)
+            yield judged(f"log_sum_exp {name}", np.where(seen, lse, 0.0), lambda kind: define(kind, 1))
+            for i, d in enumerate(ops.attention_backward(grad, q, k, v, ranges, out, lse)):
+                if spread == 1.0:
+                    yield judged(f"attention d{'qkv'[i]} {name}", d, lambda kind, i=i: define(kind, i + 2), dtype)
+                    continue
+                # A score of size s is known to u * s, and so is the logarithm of every probability. Softmax is nearly
+                # one-hot here: gradients are differences of large terms, so the terms are the measure.
+                error = np.linalg.norm(d - define(np.float64, i + 2)) / (np.linalg.norm(grad) * (1, 1, 1 / spread)[i])
+                yield (
+                    f"attention d{'qkv'[i]} {name}",
+                    float(error / spread),
+                    UNITS * UNIT[F32] * float(abs(lse[seen_rows]).max(initial=0.0)),
+                )
+
+
+def ring(rng: np.random.Generator) -> Iterator[Finding]:
+    """Two blocks of keys merged, and their backward from the final output and log-sum-exp."""
+    for B, S, T, H, K, D in ATTENTION[1:]:
+        q, k, v, grad = (
+            rng.normal(size=s).astype(np.float32) for s in ((B, S, H, D), (B, T, K, D), (B, T, K, D), (B, S, H, D))
+        )
+        cut = T // 2
+        whole = np.broadcast_to(np.array([0, T], np.int32), (1, S, 2))
+        whole = np.array(whole)
+        whole[:, 0] = 0  # one query that no block shows anything to
+        parts = [np.clip(whole - first, 0, last - first).astype(np.int32) for first, last in ((0, cut), (cut, T))]
+        first = ops.attention(q, k[:, :cut], v[:, :cut], parts[0], out_f32=True)
+        second = ops.attention(q, k[:, cut:], v[:, cut:], parts[1], out_f32=True)
+        out, lse = ops.merge_blocks(*first, *second)
+        delta = ops.attention_delta(grad, out)
+        pieces = [
+            ops.attention_backward(grad, q, k[:, s], v[:, s], r, out, lse, delta=delta, out_f32=True)
+            for s, r in zip((slice(0, cut), slice(cut, T)), parts, strict=True)
+        ]
+        visible = reference.visible_keys(whole, T)
+
+        def define(kind: type, which: int) -> Any:
+            a = [x.astype(kind) for x in (q, k, v, grad)]
+            out, lse = reference.attention(*a[:3], visible)
+            if which < 2:
+                return (out, np.where(np.isfinite(lse), lse, 0.0))[which]
+            return reference.attention_backward(a[3], *a[:3], visible, out, lse)[which - 2]
+
+        name = f"{(B, S, T, H, K, D)}"
+        yield judged(f"merged {name}", out, lambda kind: define(kind, 0))
+        yield judged(f"merged lse {name}", np.where(np.isfinite(lse), lse, 0.0), lambda kind: define(kind, 1))
+        gradients = pieces[0][0] + pieces[1][0], *(np.concatenate(d, 1) for d in list(zip(*pieces, strict=True))[1:])
+        for i, d in enumerate(gradients):
+            yield judged(f"ring d{'qkv'[i]} {name}", d, lambda kind, i=i: define(kind, i + 2))
+
+
+def loss(rng: np.random.Generator, dtype: np.dtype = F32) -> Iterator[Finding]:
+    for rows, columns, spread in ((1, 1, 1.0), (5, 7, 3.0), (13, 131, 3.0), (3, 5003, 1.0), (4, 37, 1e4)):
+        logits = (spread * rng.normal(size=(rows, columns))).astype(dtype)
+        first = 11
+        for real in {columns, columns // 2}:
+            targets = rng.integers(0, first + columns + 9, rows).astype(np.int32)
+            targets[0], targets[-1] = IGNORE, first
+            lse, picked = ops.cross_entropy_forward(logits, targets, first, real)
+            name = f"{rows}x{columns} {real} {dtype}"
+            if not real:
+                assert np.isneginf(lse).all(), f"{name}: a shard without a token has no probability"
+                continue
+            shard = lambda kind: reference.cross_entropy_shard(logits.astype(kind), targets, first, real)  # noqa: E731
+            yield judged(f"log_sum {name}", lse, lambda kind: shard(kind)[0])
+            yield judged(f"picked {name}", picked, lambda kind: shard(kind)[1])
+            z, factor = 1e-3, np.full(1, 0.25, np.float32)
+
+            def define(kind: type) -> Any:
+                given = logits.astype(kind), targets, first, real, lse.astype(kind), z
+                return 0.25 * reference.cross_entropy_shard_backward(*given)
+
+            apart = ops.cross_entropy_backward(logits, targets, first, real, lse, factor, z, in_place=False)
+            yield judged(f"dlogits {name}", apart, define, dtype)
+            over = logits.copy()
+            ops.cross_entropy_backward(over, targets, first, real, lse, factor, z)
+            np.testing.assert_array_equal(over, apart)
+
+
+def rows_and_updates(rng: np.random.Generator, dtype: np.dtype = F32) -> Iterator[Finding]:
+    for width in WIDTHS:
+        table, ids = rng.normal(size=(19, width)).astype(dtype), rng.integers(0, 19, (2, 9)).astype(np.int32)
+        np.testing.assert_array_equal(ops.embedding(table, ids), table[ids])
+        grad = rng.normal(size=(2, 9, width)).astype(dtype)
+        define = lambda kind: reference.embedding_backward(grad.astype(kind), ids, 19)  # noqa: E731
+        yield judged(f"embedding_backward {width}", ops.embedding_backward(grad, ids, 19), define)
+        master, m, v = (rng.normal(size=width + 8).astype(np.float32) for _ in range(3))
+        g, v = rng.normal(size=width + 3).astype(dtype), abs(v)
+        numbers = (3, 1e-2, 0.9, 0.95, 1e-8, 0.1, 0.5)
+        before = [a.copy() for a in (master, m, v)]
+        copy = np.zeros(width, dtype)
+        ops.adamw(master, g, m, v, *numbers, copy=copy, first=4, grad_first=2, count=width)
+        inside = slice(4, 4 + width)
+        for i, (name, got) in enumerate((("master", master), ("m", m), ("v", v))):
+
+            def updated(kind: type, i: int = i) -> Any:
+                parts = [a[inside].astype(kind) for a in before]
+                steps = (parts[0], g[2 : 2 + width].astype(kind), *parts[1:], *numbers)
+                expected = before[i].astype(kind)
+                expected[inside] = reference.adamw(*steps)[i]
+                return expected
+
+            yield judged(f"adamw {name} {width} {dtype}", got, updated)
+        np.testing.assert_array_equal(copy, master[inside].astype(dtype))
+
+
+def products(rng: np.random.Generator) -> Iterator[Finding]:
+    """In float32, and of bfloat16 operands, which are rounded before and summed in float32."""
+    for m, n, k in ((1, 1, 1), (3, 5, 7), (64, 32, 64), (67, 131, 33), (9, 64, 129), (200, 70, 500), (13, 300, 193)):
+        for dtype in (F32, HALF["bfloat16"]):
+            a, w = rng.normal(size=(m, k)).astype(dtype), rng.normal(size=(n, k)).astype(dtype)
+            bias = rng.normal(size=n).astype(np.float32)
+            for turn_a in (False, True):
+                for turn_w in (False, True):
+                    given = [np.ascontiguousarray(x.T) if turn else x for x, turn in ((a, turn_a), (w, turn_w))]
+                    name = f"product {(m, n, k)} {turn_a} {turn_w} {dtype}"
+                    plain = lambda kind: a.astype(kind) @ w.astype(kind).T  # noqa: E731
+                    if dtype == F32:
+                        yield judged(name, ops.matmul(*given, None, turn_a, turn_w), plain)
+                        added = lambda kind: plain(kind) + bias.astype(kind)  # noqa: E731
+                        yield judged(f"{name} bias", ops.matmul(*given, bias, turn_a, turn_w), added)
+                    else:
+                        yield judged(name, ops.matmul_bf16(*given, F32, turn_a, turn_w), plain)
+            if m <= ops.FEW and dtype == F32:
+                few = lambda kind: reference.linear(a.astype(kind), w.astype(kind), bias.astype(kind))  # noqa: E731
+                yield judged(f"few rows {(m, n, k)}", ops.linear_few_rows(a, w, bias), few)
+
+
+CHECKS: dict[str, Callable[[np.random.Generator], Iterator[Finding]]] = {
+    "norms": norms,
+    "pointwise": pointwise,
+    "rotation": rotation,
+    "attention": attention,
+    "attention, scores of 1e4": lambda rng: attention(rng, spread=30.0),
+    "ring": ring,
+    "loss": loss,
+    "rows and updates": rows_and_updates,
+    "products": products,
+    **{
+        f"{name} in {half}": lambda rng, check=check, half=half: check(rng, HALF[half])
+        for half in HALF
+        for name, check in (
+            ("norms", norms),
+            ("pointwise", pointwise),
+            ("rotation", rotation),
+            ("attention", attention),
+            ("loss", loss),
+            ("rows and updates", rows_and_updates),
+        )
+    },
+}
+
+
+def broken(name: str) -> list[Finding]:
+    """The findings of a check that are beyond their limit."""
+    return [finding for finding in CHECKS[name](np.random.default_rng(3)) if not finding[1] <= finding[2]]
+
+
+def main() -> int:
+    """Every check with the address sanitizer's build; 1 when a number is wrong (a bad access ends the process)."""
+    from kernels.cpu.engine import NumpyEngine, use_engine
+
+    use_engine("numpy", NumpyEngine("-fsanitize=address", "-fno-omit-frame-pointer", "-g"))
+    wrong = 0
+    for name in CHECKS:
+        found = broken(name)
+        wrong += len(found)
+        print(f"{name}: {found or 'ok'}", flush=True)
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
