@@ -1,4 +1,4 @@
-"""Gradients that MindSpore's public functions cannot give: the one place of private framework names.
+"""Gradients that MindSpore's public functions cannot give.
 
 ``Function`` is the class of operators with a gradient of their own. ``record`` keeps a forward pass for a later
 backward pass, several of them at once and in any order, as a pipeline of micro-batches needs; ``ms.vjp`` cannot keep
@@ -14,27 +14,11 @@ from typing import Any
 import mindspore as ms
 from mindspore import Parameter, Tensor, ops
 
-try:
-    from mindspore.common._grad_function import _Function as Function
-except ImportError:
+from kernels.mindspore_private import Function as Function
+from kernels.mindspore_private import executor as _executor
+from kernels.mindspore_private import run_backward as _run_backward
 
-    class Function:  # type: ignore[no-redef]
-        """Stands in where MindSpore has no such class; alone on one rank nothing needs it."""
-
-        @classmethod
-        def apply(cls, *_: Any) -> Tensor:
-            """Raises RuntimeError."""
-            raise RuntimeError(f"MindSpore {ms.__version__} has no custom gradients in PyNative mode; use 2.9.0")
-
-
-try:
-    from mindspore._c_expression import run_backward as _run_backward
-    from mindspore.graph.api import _pynative_executor as _executor
-
-    ENGINE = "recorded"
-except ImportError:
-    _run_backward = _executor = None
-    ENGINE = "recomputed"
+ENGINE = "recomputed" if _run_backward is None else "recorded"
 
 Run = Callable[[Tensor | None], Tensor]
 Gradients = tuple[Tensor | None, list[Tensor]]

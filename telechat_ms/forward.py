@@ -40,17 +40,20 @@ def run(
     if not batch.num_targets:
         return {"logits": to_numpy(batch_logits(model, batch))}
 
-    def loss_and_logits() -> tuple[Tensor, Tensor]:
+    seen: list[np.ndarray] = []
+
+    def loss_of_batch() -> Tensor:
         logits = batch_logits(model, batch)
-        return batch_loss(logits, batch, batch.num_targets), logits
+        seen.append(to_numpy(logits))  # the backward may write over them
+        return batch_loss(logits, batch, batch.num_targets)
 
     if not grads:
-        loss, logits = loss_and_logits()
-        return {"logits": to_numpy(logits), "loss": float(loss.asnumpy())}
+        loss = loss_of_batch()
+        return {"logits": seen[0], "loss": float(loss.asnumpy())}
     weights = named_weights(model)
-    (loss, logits), gradients = ms.value_and_grad(loss_and_logits, None, list(weights.values()), has_aux=True)()
+    loss, gradients = ms.value_and_grad(loss_of_batch, None, list(weights.values()))()
     return {
-        "logits": to_numpy(logits),
+        "logits": seen[0],
         "loss": float(loss.asnumpy()),
         "grads": {name: to_numpy(g) for name, g in zip(weights, gradients, strict=True)},
     }

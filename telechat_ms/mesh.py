@@ -20,6 +20,7 @@ from mindspore.mint.distributed import distributed
 
 from core.heartbeat import Heartbeat
 from core.layout import Coord, Layout
+from kernels.mindspore import limit_threads
 
 LONGEST_WAIT = 1800  # seconds; what PyTorch's gloo allows. MindSpore's CPU collectives give up after 30 by default.
 
@@ -140,7 +141,9 @@ def join(timeout_s: float | None = None) -> tuple[int, int]:
         if ms.get_context("device_target") == "CPU":
             # Idle kernel and dispatch threads call sched_yield without end, on cores that other ranks need: 4 ranks on
             # 2 cores took 5.3 s for a step of telechat2-tiny as it comes, and 2.8 s so.
-            ms.device_context.cpu.op_tuning.threads_num(max(1, (os.cpu_count() or 1) // get_group_size()))
+            threads = max(1, (os.cpu_count() or 1) // get_group_size())
+            ms.device_context.cpu.op_tuning.threads_num(threads)
+            limit_threads(threads)
             ms.runtime.dispatch_threads_num(1)
         # isend and irecv ask for this process's rank in a group whose name was bound when their module was imported,
         # before the CPU's world group had its own.

@@ -21,7 +21,6 @@ from core.config import ModelConfig
 from core.params import parameter_table
 from core.position import rope_tables
 from core.precision import PRECISION
-from core.visibility import Block
 from telechat_ms import autograd, ops
 
 
@@ -68,6 +67,10 @@ class Norm(nn.Cell):
     def construct(self, x: Tensor) -> Tensor:
         return ops.rms_norm(x, self.weight, self.eps, self.dtypes.stat, self.dtypes.compute)
 
+    def after_sum(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+        """The norm of residual + x, and that sum: (normed, stream)."""
+        return ops.add_rms_norm(x, residual, self.weight, self.eps, self.dtypes.stat, self.dtypes.compute)
+
 
 class Embedding(nn.Cell):
     def __init__(self, shape: tuple[int, ...], dtypes: Dtypes) -> None:
@@ -89,7 +92,8 @@ class KeyValueCache:
     def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Store the new positions and return all keys and values so far."""
         end = self.length + k.shape[1]
-        self.k[:, self.length : end], self.v[:, self.length : end] = k, v
+        ops.write_positions(self.k, k, self.length)
+        ops.write_positions(self.v, v, self.length)
         self.length = end
         return self.k[:, :end], self.v[:, :end]
 
@@ -104,11 +108,11 @@ class Attention(nn.Cell):
         self.q, self.k, self.v, self.o = (Linear(f"attn.{name}", shapes, dtypes) for name in "qkvo")
 
     def construct(
-        self, x: Tensor, cos: Tensor, sin: Tensor, blocks: list[Block], cache: KeyValueCache | None
+        self, x: Tensor, cos: Tensor, sin: Tensor, blocks: ops.Visible, cache: KeyValueCache | None
     ) -> Tensor:
         B, S, _ = x.shape
-        q = ops.rope(self.q(x).reshape(B, S, -1, self.head_dim), cos, sin)
-        k = ops.rope(self.k(x).reshape(B, S, -1, self.head_dim), cos, sin)
+        q, k = (project(x).reshape(B, S, -1, self.head_dim) for project in (self.q, self.k))
+        q, k = ops.rope_qk(q, k, cos, sin)
         v = self.v(x).reshape(B, S, -1, self.head_dim)
         if cache is not None:
             k, v = cache.append(k, v)
@@ -144,10 +148,11 @@ class DecoderBlock(nn.Cell):
         self.ffn = FeedForward(shapes, dtypes, recompute)
 
     def construct(
-        self, x: Tensor, cos: Tensor, sin: Tensor, blocks: list[Block], cache: KeyValueCache | None
+        self, x: Tensor, cos: Tensor, sin: Tensor, blocks: ops.Visible, cache: KeyValueCache | None
     ) -> Tensor:
-        x = x + self.attn(self.attn_norm(x), cos, sin, blocks, cache).astype(self.residual)
-        return x + self.ffn(self.ffn_norm(x)).astype(self.residual)
+        branch = self.attn(self.attn_norm(x), cos, sin, blocks, cache)
+        normed, x = self.ffn_norm.after_sum(branch, x)
+        return x + self.ffn(normed).astype(self.residual)
 
 
 class Decoder(nn.Cell):
@@ -181,7 +186,7 @@ class Decoder(nn.Cell):
         self,
         x: Tensor,
         rope: tuple[Tensor, Tensor],
-        blocks: list[Block],
+        blocks: ops.Visible,
         caches: list[KeyValueCache] | None = None,
     ) -> Tensor:
         """Ids [B, S], ``rope`` tables, ``ops.attention_blocks`` -> logits [B, S, V] in the ``stat`` dtype.
@@ -232,8 +237,8 @@ def to_tensor(array: np.ndarray) -> Tensor:
 
 
 def to_numpy(tensor: Tensor) -> np.ndarray:
-    """MindSpore to numpy; bfloat16, which numpy lacks, becomes float32 (exact)."""
-    return (tensor.astype(ms.float32) if tensor.dtype == ms.bfloat16 else tensor).asnumpy()
+    """MindSpore to numpy, a copy: a backward pass may write over logits. bfloat16 becomes float32 (exact)."""
+    return np.array((tensor.astype(ms.float32) if tensor.dtype == ms.bfloat16 else tensor).asnumpy())
 
 
 def _below(number: str, shapes: Shapes) -> Shapes:

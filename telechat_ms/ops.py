@@ -1,218 +1,235 @@
-"""The operators of the decoder in MindSpore. Shapes: B batch, S queries, T keys, H heads, K kv heads, D head dim.
+"""The operators of the decoder in MindSpore; kernels/mindspore.py knows what serves each of them.
 
-MindSpore's CPU device has no bfloat16 matrix product (and no float16 accumulation rule to rely on). There the operands
-are rounded to the compute dtype and multiplied in float32, and the result is rounded again: what a matrix unit does.
+Shapes: B batch, S queries, T keys, H heads, K kv heads, D head dim, E hidden.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 
 import mindspore as ms
 import numpy as np
 from mindspore import Tensor, ops
 
-from core.batch import IGNORE
-from core.visibility import Block, causal_blocks
+from core.visibility import Block, KeyRanges, block_ranges, causal_blocks, causal_ranges, mask_ranges
+from kernels import mindspore as kernels
+from kernels import mindspore_composite as composite
+from kernels.mindspore import (
+    Keys,
+    add_rms_norm,
+    cross_entropy,
+    described,
+    embedding,
+    linear,
+    rms_norm,
+    rope_qk,
+    swiglu,
+    write_positions,
+)
+from kernels.mindspore_composite import accurate, add_bias, operand, total
 
-_HIDDEN = -1.0e30  # added to a score that must not be seen; finite, so a masked row cannot make a NaN
-_MOST_AT_ONCE, _ROW = 16384, 1024  # elements that the CPU sums in one thread; elements of a row of a longer sum
+__all__ = [
+    "accurate",
+    "add_bias",
+    "add_rms_norm",
+    "attention",
+    "attention_block",
+    "attention_block_backward",
+    "attention_blocks",
+    "described",
+    "cross_entropy",
+    "embedding",
+    "hidden_keys",
+    "linear",
+    "masked_blocks",
+    "merge_blocks",
+    "operand",
+    "rms_norm",
+    "rope_qk",
+    "shard_gradient",
+    "shard_statistics",
+    "swiglu",
+    "total",
+    "write_positions",
+]
 
-
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None, compute: ms.Type) -> Tensor:
-    """x [..., in] @ weight [out, in]^T + bias, operands and result in ``compute``, accumulated in float32 or wider."""
-    flat = operand(x, compute).reshape(-1, x.shape[-1])
-    out = ops.MatMul(transpose_b=True)(flat, operand(weight, compute))
-    if bias is not None:
-        out = add_bias(out, bias, compute)
-    return ops.cast(out, compute).reshape(*x.shape[:-1], weight.shape[0])
-
-
-def add_bias(x: Tensor, bias: Tensor, compute: ms.Type) -> Tensor:
-    """x [..., E] + bias [E] rounded to ``compute``, in the dtype of x; summed in one the device can reduce."""
-    wide = operand(x, x.dtype)
-    return ops.cast(wide + ops.cast(ops.cast(bias, compute), wide.dtype), x.dtype)
-
-
-def embedding(table: Tensor, input_ids: Tensor) -> Tensor:
-    """table [V, E], input_ids [B, S] -> [B, S, E]."""
-    return ops.cast(ops.gather(operand(table, table.dtype), input_ids, 0), table.dtype)
-
-
-def rms_norm(x: Tensor, weight: Tensor, eps: float, stat: ms.Type, compute: ms.Type) -> Tensor:
-    """x / sqrt(mean(x^2) + eps) in ``stat``, cast to ``compute``, then times weight [E]: the released order."""
-    x = ops.cast(x, stat)
-    x = x * ops.rsqrt(ops.ReduceMean(keep_dims=True)(x * x, -1) + Tensor(eps, stat))
-    return ops.cast(operand(x, compute) * operand(weight, compute), compute)
-
-
-def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Half rotation of x [B, S, H, D] by cos, sin [B or 1, S, 1, D/2], computed in the tables' dtype."""
-    first, second = ops.split(ops.cast(x, cos.dtype), x.shape[-1] // 2, -1)
-    return ops.cast(ops.concat((first * cos - second * sin, second * cos + first * sin), -1), x.dtype)
-
-
-def swiglu(gate: Tensor, up: Tensor, stat: ms.Type) -> Tensor:
-    """silu(gate) * up in ``stat``, returned in the dtype of ``gate``."""
-    return ops.cast(ops.silu(ops.cast(gate, stat)) * ops.cast(up, stat), gate.dtype)
-
-
-def attention_blocks(num_queries: int, num_keys: int, doc_ids: np.ndarray | None) -> list[Block]:
-    """Visibility as blocks of queries with additive float32 masks [B or 1, 1, 1, q, keys], once a forward pass."""
-    return masked_blocks(causal_blocks(num_queries, num_keys, doc_ids))
+Visible = Keys | list[Block]  # what queries see, as the attention that serves wants it
+# What a block of keys shows: part by part, where the keys of each part are and what a query sees of them; or a mask.
+Parts = list[tuple[slice, Keys]] | Tensor
 
 
-def masked_blocks(blocks: Iterable[Block]) -> list[Block]:
-    """Blocks of core.visibility with additive float32 masks [B or 1, 1, 1, q, keys]."""
-    return [block._replace(visible=None if block.visible is None else hidden_keys(block.visible)) for block in blocks]
+def attention_blocks(num_queries: int, num_keys: int, doc_ids: np.ndarray | None) -> Visible:
+    """Causal visibility inside documents in the form that ``attention`` takes, once a forward pass."""
+    keys = kernels.keys_on_device(causal_ranges(num_queries, num_keys, doc_ids))
+    return _masked(causal_blocks(num_queries, num_keys, doc_ids)) if keys is None else keys
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, blocks: list[Block]) -> Tensor:
+def masked_blocks(blocks: Iterable[Block], num_queries: int, num_keys: int) -> Visible:
+    """Blocks of core.visibility that cover ``num_queries``, in the form that ``attention`` takes."""
+    parts = list(blocks)
+    keys = kernels.keys_on_device(block_ranges(parts, num_queries, num_keys))
+    return _masked(parts) if keys is None else keys
+
+
+def _masked(blocks: Iterable[Block]) -> list[Block]:
+    """With additive float32 masks [B or 1, 1, 1, q, keys]."""
+    return [
+        block._replace(visible=None if block.visible is None else composite.hidden_keys(block.visible))
+        for block in blocks
+    ]
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, visible: Visible) -> Tensor:
     """Softmax attention, scale 1/sqrt(D), softmax in float32 or wider.
 
-    q [B, S, H, D], k and v [B, T, K, D] -> [B, S, H, D]. Query heads j*H/K .. (j+1)*H/K - 1 share kv head j, so they
-    are stacked along the queries and the keys are never repeated.
+    q [B, S, H, D], k and v [B, T, K, D] -> [B, S, H, D]. Query heads j*H/K .. (j+1)*H/K - 1 share kv head j, whose keys
+    are never repeated.
     """
-    B, S, H, D = q.shape
-    K = k.shape[2]
-    compute = q.dtype
-    stat = compute if compute in (ms.float32, ms.float64) else ms.float32
-    q, k, v = (operand(ops.transpose(t, (0, 2, 1, 3)), compute) for t in (q, k, v))
-    out = []
-    for first, last, keys, hidden in blocks:
-        rows = last - first
-        q_block = q if rows == S else q[:, :, first:last]
-        k_block, v_block = (t if keys == t.shape[2] else t[:, :, :keys] for t in (k, v))
-        scores = ops.BatchMatMul(transpose_b=True)(q_block.reshape(B, K, H // K * rows, D), k_block)
-        scores = ops.cast(scores, stat) * Tensor(D**-0.5, stat)
-        if hidden is not None:
-            scores = (scores.reshape(B, K, H // K, rows, keys) + ops.cast(hidden, stat)).reshape(scores.shape)
-        weights = operand(_softmax(scores), compute)
-        out.append(ops.BatchMatMul()(weights, v_block).reshape(B, H, rows, D))
-    joined = out[0] if len(out) == 1 else ops.concat(out, 2)
-    return ops.cast(ops.transpose(joined, (0, 2, 1, 3)), compute)
+    if not isinstance(visible, Keys):
+        return composite.attention(q, k, v, visible)
+    if q.dtype == ms.float64:
+        return composite.attention(q, k, v, [Block(0, q.shape[1], k.shape[1], visible.as_mask())])
+    return kernels.attention(q, k, v, visible)
 
 
-def hidden_keys(visible: np.ndarray) -> Tensor:
-    """A mask bool [B or 1, S, T] in the form that attention_block takes, [B or 1, 1, 1, S, T]; made once a pass."""
-    return Tensor(np.where(visible, np.float32(0), np.float32(_HIDDEN))[:, None, None])
+def hidden_keys(visible: np.ndarray) -> Parts:
+    """A mask bool [B or 1, S, T] in the form that attention_block takes; made once a pass.
 
-
-def attention_block(q: Tensor, k: Tensor, v: Tensor, hidden: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Attention over one block of keys, so that blocks can be merged: out [B, H, S, D] and log-sum-exp [B, H, S, 1].
-
-    q [B, H, S, D], k and v [B, K, T, D] in the dtype that computes, float32 or wider; ``hidden`` from ``hidden_keys``,
-    or None when every query sees every key. A query that sees none of the keys gets a log-sum-exp of about -1e30, with
-    which its output weighs nothing.
+    Where a query's keys are not one run, as in a ring's own block when each document is zigzagged, they are one in each
+    half of the keys. ValueError for a mask that this does not hold for.
     """
-    weights, log_sum_exp = softmax_and_log_sum(_block_scores(q, k, hidden))
-    out = ops.BatchMatMul()(weights, v)  # [B, K, H/K * S, D]
-    return out.reshape(q.shape), log_sum_exp.reshape(*q.shape[:3], 1)
+    if kernels.serving("attention") is None:
+        return composite.hidden_keys(visible)
+    num_keys = visible.shape[-1]
+    try:
+        parts = [(slice(0, num_keys), mask_ranges(visible))]
+    except ValueError:
+        halves = slice(0, num_keys // 2), slice(num_keys // 2, num_keys)
+        parts = [(half, mask_ranges(visible[..., half])) for half in halves]
+    return [(keys, _placed(ranges, keys.stop - keys.start)) for keys, ranges in parts]
+
+
+def attention_block(q: Tensor, k: Tensor, v: Tensor, hidden: Parts | None) -> tuple[Tensor, Tensor]:
+    """Attention over one block of keys, so that blocks can be merged: out [B, H, S, D] and log-sum-exp [B, H, S, 1],
+    both in float32 or wider.
+
+    q [B, H, S, D], k and v [B, K, T, D]; ``hidden`` from ``hidden_keys``, or None when every query sees every key. A
+    query that sees none of the keys gets zeros and -inf (composite: about -1e30), with which its output weighs nothing.
+    """
+    parts = _parts(q, k, hidden)
+    if parts is None or isinstance(parts, Tensor):
+        return composite.attention_block(*map(_wide, (q, k, v)), parts)
+    out = log_sum_exp = None
+    for rows, keys in parts:
+        turned = (_turned(x) for x in (q, k[:, :, rows], v[:, :, rows]))
+        more, more_lse = keys.module.attention(*turned, keys.device, out_f32=True)
+        more, more_lse = _turned(more), more_lse.reshape(*more_lse.shape, 1)
+        if out is None:
+            out, log_sum_exp = more, more_lse
+        else:
+            out, log_sum_exp = merge_blocks(out, log_sum_exp, more, more_lse)
+    return out, log_sum_exp
 
 
 def attention_block_backward(
-    q: Tensor, k: Tensor, v: Tensor, hidden: Tensor | None, log_sum_exp: Tensor, grad_out: Tensor, delta: Tensor
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    hidden: Parts | None,
+    log_sum_exp: Tensor,
+    grad_out: Tensor,
+    delta: Tensor,
+    out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dq, dk, dv of one block, from the *final* log-sum-exp [B, H, S, 1] and ``delta`` = sum(out * grad_out) over D.
 
     With P = exp(scores - log_sum_exp), the block's part of the whole softmax: dV = P^T dO, dS = P * (dO V^T - delta),
-    dQ = dS K / sqrt(D), dK = dS^T Q / sqrt(D) (FlashAttention, arXiv 2205.14135, appendix B). P is the block's own
-    softmax times one factor a row, which goes into dO and delta.
+    dQ = dS K / sqrt(D), dK = dS^T Q / sqrt(D) (FlashAttention, arXiv 2205.14135, appendix B). ``out``, the final
+    output [B, H, S, D], is for an operator that computes delta itself (CANN's).
     """
-    B, H, S, D = q.shape
-    rows = (B, k.shape[1], H // k.shape[1] * S, -1)
-    weights, block_lse = softmax_and_log_sum(_block_scores(q, k, hidden))
-    factor = accurate(ops.exp, block_lse - log_sum_exp.reshape(rows))
-    grad_out = grad_out.reshape(rows) * factor
-    dv = ops.BatchMatMul(transpose_a=True)(weights, grad_out)
-    grad_scores = weights * (ops.BatchMatMul(transpose_b=True)(grad_out, v) - delta.reshape(rows) * factor)
-    grad_scores = grad_scores * Tensor(D**-0.5, q.dtype)
-    dq = ops.BatchMatMul()(grad_scores, k).reshape(q.shape)
-    dk = ops.BatchMatMul(transpose_a=True)(grad_scores, q.reshape(rows))
-    return dq, dk, dv
+    parts = _parts(q, k, hidden)
+    if parts is None or isinstance(parts, Tensor):
+        q, k, v, grad_out = map(_wide, (q, k, v, grad_out))
+        return composite.attention_block_backward(q, k, v, parts, log_sum_exp, grad_out, delta)
+    statistics, dq, pieces = q.shape[:3], None, []
+    for rows, keys in parts:
+        turned = (_turned(x) for x in (grad_out, q, k[:, :, rows], v[:, :, rows]))
+        final = None if out is None else ops.cast(_turned(out), q.dtype)
+        part, *d = keys.module.attention_backward(
+            *turned,
+            keys.device,
+            final,
+            log_sum_exp.reshape(statistics),
+            delta=delta.reshape(statistics),
+            out_f32=True,
+        )
+        dq = part if dq is None else dq + part
+        pieces.append(d)
+    dk, dv = (d[0] if len(d) == 1 else ops.concat(d, 1) for d in zip(*pieces, strict=True))
+    return _turned(dq), _turned(dk), _turned(dv)
 
 
 def merge_blocks(out: Tensor, log_sum_exp: Tensor, more: Tensor, more_lse: Tensor) -> tuple[Tensor, Tensor]:
-    """Attention over the union of two sets of keys from attention over each; [B, H, S, D] and [B, H, S, 1].
+    """Attention over the union of two sets of keys from attention over each; [B, H, S, D] and [B, H, S, 1]."""
+    module = kernels.serving("merge_blocks", out.dtype)
+    if module is None:
+        return composite.merge_blocks(out, log_sum_exp, more, more_lse)
+    rows = out.shape[:3]
+    merged, joint = module.merge_blocks(_turned(out), log_sum_exp.reshape(rows), _turned(more), more_lse.reshape(rows))
+    return _turned(merged), joint.reshape(*rows, 1)
 
-    out - sigmoid(b - a) * (out - more) and a + log(1 + exp(b - a)) written so that they stay finite.
+
+def shard_statistics(logits: Tensor, targets: Tensor, first: int, real: int) -> tuple[Tensor, Tensor]:
+    """log_sum_exp over the ``real`` columns of logits [N, C] and the target's logit where it is among them; [N] each.
+
+    The columns are [first, first + C) of the vocabulary.
     """
-    apart = more_lse - log_sum_exp
-    grown = ops.maximum(apart, ops.zeros_like(apart)) + accurate(lambda x: ops.log1p(ops.exp(-ops.abs(x))), apart)
-    return out - accurate(_sigmoid, apart) * (out - more), log_sum_exp + grown
+    module = kernels.serving("cross_entropy", logits.dtype)
+    serve = composite.cross_entropy_forward if module is None else module.cross_entropy_forward
+    return serve(logits, targets, first, real)
 
 
-def _sigmoid(x: Tensor) -> Tensor:
-    small = ops.exp(-ops.abs(x))  # never overflows
-    return ops.select(x >= 0, ops.ones_like(x), small) / (1 + small)
+def shard_gradient(
+    logits: Tensor, targets: Tensor, first: int, real: int, log_sum_exp: Tensor, factor: Tensor
+) -> Tensor:
+    """d (factor * sum of losses) / d logits [N, C], from the log_sum_exp [N] over all ranks.
 
-
-def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
-    """Sum over positions of -log softmax(logits)[target], logits [B, S, V] in the loss dtype; IGNORE counts nothing."""
-    flat = targets.reshape(-1, 1)
-    counted = flat != IGNORE
-    log_probs = ops.log_softmax(logits.reshape(-1, logits.shape[-1]), -1)
-    picked = ops.gather_d(log_probs, 1, ops.cast(flat * counted, ms.int32))
-    return -total(picked * ops.cast(counted, logits.dtype))
-
-
-def total(x: Tensor) -> Tensor:
-    """The sum of all elements, in the dtype of x; the same bits every time.
-
-    MindSpore's CPU kernel adds one by one: over 4096 token losses its float32 sum is off by 1e-6. There the sum runs in
-    float64. Of many elements it also shares the work among threads as it comes, so that the last bits of two equal
-    sums differ; row by row it does not.
+    A fused operator writes it over the logits.
     """
-    if ms.get_context("device_target") != "CPU":
-        return ops.ReduceSum()(x)
-    flat = ops.cast(x, ms.float64).reshape(-1)
-    while flat.shape[0] > _MOST_AT_ONCE:
-        whole = flat.shape[0] // _ROW * _ROW
-        rows = ops.ReduceSum()(flat[:whole].reshape(-1, _ROW), 1)
-        flat = rows if whole == flat.shape[0] else ops.concat((rows, flat[whole:]))
-    return ops.cast(ops.ReduceSum()(flat), x.dtype)
+    module = kernels.serving("cross_entropy", logits.dtype)
+    if module is None:
+        return composite.cross_entropy_backward(logits, targets, first, real, log_sum_exp, factor)
+    return module.cross_entropy_backward(logits, targets, first, real, log_sum_exp, factor.reshape(1))
 
 
-def _softmax(scores: Tensor) -> Tensor:
-    """Softmax over the last axis, which is never given to the operator with length 1.
-
-    On MindSpore's CPU device (2.9.0) the gradient of a softmax over an axis of length 1 leaves the kernel in a state
-    that makes every later softmax gradient of the process wrong by tens of percent, without an error.
-    """
-    return ops.softmax(scores, -1) if scores.shape[-1] > 1 else ops.ones_like(scores)
+def _turned(x: Tensor) -> Tensor:
+    """[B, H, S, D] <-> [B, S, H, D], a view."""
+    return ops.transpose(x, (0, 2, 1, 3))
 
 
-def operand(x: Tensor, compute: ms.Type) -> Tensor:
-    """x rounded to ``compute``, in a dtype this device can multiply."""
-    x = ops.cast(x, compute)
-    if compute in (ms.bfloat16, ms.float16) and ms.get_context("device_target") == "CPU":
-        return ops.cast(x, ms.float32)
-    return x
+def _wide(x: Tensor) -> Tensor:
+    """Blocks are computed, and merged, in float32 or wider."""
+    return x if x.dtype in (ms.float32, ms.float64) else ops.cast(x, ms.float32)
 
 
-def _block_scores(q: Tensor, k: Tensor, hidden: Tensor | None) -> Tensor:
-    """q k^T / sqrt(D) [B, K, H/K * S, T]; hidden keys at about -1e30."""
-    B, H, S, D = q.shape
-    K, T = k.shape[1:3]
-    scores = ops.BatchMatMul(transpose_b=True)(q.reshape(B, K, H // K * S, D), k) * Tensor(D**-0.5, q.dtype)
-    if hidden is None:
-        return scores
-    return (scores.reshape(B, K, H // K, S, T) + ops.cast(hidden, q.dtype)).reshape(scores.shape)
+def _placed(ranges: np.ndarray, num_keys: int) -> Keys:
+    """With the kind that lets an operator use a mode of its own."""
+    kind, S = "ranges", ranges.shape[1]
+    if not ranges[..., 0].any():
+        if (ranges[..., 1] == num_keys).all():
+            kind = "full"
+        elif num_keys >= S and (ranges[..., 1] == np.arange(num_keys - S, num_keys) + 1).all():
+            kind = "causal"
+    return kernels.keys_on_device(KeyRanges(ranges, num_keys, kind))
 
 
-def softmax_and_log_sum(scores: Tensor) -> tuple[Tensor, Tensor]:
-    """Softmax over the last axis and its log-sum-exp [..., 1].
-
-    The largest weight of a row is 1 / sum(exp(score - largest)), so the sum needs no exponential of its own: that of
-    the CPU kernel is a polynomial, off by up to 8e-6, while its softmax is accurate.
-    """
-    weights = ops.softmax(scores, -1)
-    largest = ops.ReduceMax(keep_dims=True)
-    return weights, largest(scores, -1) - accurate(ops.log, largest(weights, -1))
-
-
-def accurate(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """``function`` of a small tensor, in float64 on the CPU, whose float32 exp and log are only good to 1e-6."""
-    if ms.get_context("device_target") != "CPU":
-        return function(x)
-    return ops.cast(function(ops.cast(x, ms.float64)), x.dtype)
+def _parts(q: Tensor, k: Tensor, hidden: Parts | None) -> Parts | None:
+    """Parts where a fused operator serves, else the mask of a composite one, which serves float64 too."""
+    if isinstance(hidden, Tensor):
+        return hidden
+    if q.dtype == ms.float64:
+        return None if hidden is None else ops.concat([keys.as_mask() for _, keys in hidden], -1)
+    if hidden is not None or kernels.serving("attention") is None:
+        return hidden
+    S, T = q.shape[2], k.shape[2]
+    return [(slice(0, T), _placed(np.tile(np.array([0, T], np.int32), (1, S, 1)), T))]

@@ -17,6 +17,7 @@ from mindspore import Parameter, Tensor, ops
 from core.checkpoint import TensorPiece
 from core.config import OptimConfig
 from core.sharding import Box, FlatPiece, Shard, flat_pieces
+from kernels import mindspore as kernels
 from telechat_ms.collectives import agree, all_gather
 from telechat_ms.data_parallel import GradientBuckets
 from telechat_ms.mesh import Mesh
@@ -40,7 +41,7 @@ class AdamW:
         self.dtype, self.step_count = dtype, 0
         self.gradients = GradientBuckets(weights, table, mesh, dtype)
         self.parts: list[Tensor] = []  # gradients after ``reduce``
-        self._stale = False
+        self._stale: set[int] = set()  # buckets whose masters changed and whose weights did not yet
         self.masters, self.m, self.v = ([self._vector(number, kind) for number in self._numbers] for kind in "wmv")
         self._adam = ops.Adam()
 
@@ -52,33 +53,53 @@ class AdamW:
         """L2 norm over the gradients of all ranks; the parts are summed in float64, each parameter once."""
         counted = self.gradients.parts > 1 or self.mesh.replicas.rank == 0
         squares = [
-            total(ops.square(ops.cast(part, ms.float64)))
+            self._square_sum(part)
             for part, bucket in zip(self.parts, self.gradients.buckets, strict=True)
             if bucket.owner and counted
         ]
-        mine = sum(float(square.asnumpy()) for square in squares)
+        mine = sum(float(square.asnumpy().item()) for square in squares)
         return math.sqrt(agree([mine], self.mesh.world, "sum")[0])
 
-    def step(self, lr: float, grad_scale: float) -> None:
-        """One update with gradients times ``grad_scale``; the accumulators are empty afterwards.
+    def _square_sum(self, part: Tensor) -> Tensor:
+        adder = self.gradients.adder
+        return total(ops.square(ops.cast(part, ms.float64))) if adder is None else adder.square_sum(part)
 
-        ops.Adam computes lr * sqrt(1 - b2^t) / (1 - b1^t) * m / (sqrt(v) + eps). With eps * sqrt(1 - b2^t) in place of
-        eps that is the bias-corrected lr * m_hat / (sqrt(v_hat) + eps).
-        """
+    def step(self, lr: float, grad_scale: float) -> None:
+        """One update with gradients times ``grad_scale``; the accumulators are empty afterwards."""
         self.step_count += 1
-        config = self.config
+        config, fused = self.config, kernels.serving("adamw", self.dtype)
+        for number, bucket in enumerate(self.gradients.buckets):
+            decay = config.weight_decay if bucket.decays else 0.0
+            if fused is None:
+                self._step_composite(number, lr, decay, grad_scale)
+                continue
+            vectors = self.masters[number], self.parts[number], self.m[number], self.v[number]
+            numbers = self.step_count, lr, config.beta1, config.beta2, config.eps, decay, grad_scale
+            if self.gradients.adder is not None and self.gradients.parts == 1:
+                # The new weights are written where they belong while the masters are at hand.
+                for segment in bucket.segments:
+                    place = {"first": segment.start, "grad_first": segment.start, "count": segment.size}
+                    fused.adamw(*vectors, *numbers, copy=self.weights[segment.name], **place)
+            else:
+                fused.adamw(*vectors, *numbers)
+                self._stale.add(number)
+        self.discard()
+        self.refresh()
+
+    def _step_composite(self, number: int, lr: float, decay: float, grad_scale: float) -> None:
+        """ops.Adam computes lr * sqrt(1 - b2^t) / (1 - b1^t) * m / (sqrt(v) + eps).
+
+        With eps * sqrt(1 - b2^t) in place of eps that is the bias-corrected lr * m_hat / (sqrt(v_hat) + eps).
+        """
+        config, master = self.config, self.masters[number]
         beta1_power, beta2_power = config.beta1**self.step_count, config.beta2**self.step_count
         eps = config.eps * math.sqrt(1.0 - beta2_power)
         scalars = [Tensor(s, self.dtype) for s in (beta1_power, beta2_power, lr, config.beta1, config.beta2, eps)]
-        for number, bucket in enumerate(self.gradients.buckets):
-            master = self.masters[number]
-            if bucket.decays and config.weight_decay:
-                master.set_data(master * Tensor(1.0 - lr * config.weight_decay, self.dtype))
-            gradient = self.parts[number] * Tensor(grad_scale, self.dtype)
-            self._adam(master, self.m[number], self.v[number], *scalars, gradient)
-        self.discard()
-        self._stale = True
-        self.refresh()
+        if decay:
+            master.set_data(master * Tensor(1.0 - lr * decay, self.dtype))
+        gradient = self.parts[number] * Tensor(grad_scale, self.dtype)
+        self._adam(master, self.m[number], self.v[number], *scalars, gradient)
+        self._stale.add(number)
 
     def discard(self) -> None:
         self.parts = []
@@ -86,7 +107,7 @@ class AdamW:
 
     def load_masters(self, read: Read) -> None:
         """Masters from ``read(name, box)``; the weights follow with ``refresh``, which every rank must call."""
-        self._stale = True
+        self._stale = set(self._numbers)
         for number in self._numbers:
             self._fill(self.masters[number], number, read)
 
@@ -147,10 +168,8 @@ class AdamW:
 
     def refresh(self) -> None:
         """Weights from masters, where these changed, rounded to their dtype before they travel."""
-        if not self._stale:
-            return
-        self._stale = False
-        for master, bucket in zip(self.masters, self.gradients.buckets, strict=True):
+        for number in sorted(self._stale):
+            master, bucket = self.masters[number], self.gradients.buckets[number]
             dtype = self.weights[bucket.segments[0].name].dtype
             flat: Tensor = ops.cast(master, dtype)
             if self.gradients.parts > 1:
@@ -161,3 +180,4 @@ class AdamW:
             for segment, piece in zip(bucket.segments, pieces, strict=False):
                 weight = self.weights[segment.name]
                 weight.set_data(piece.reshape(weight.shape).contiguous())
+        self._stale.clear()

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import mindspore as ms
 import numpy as np
 from mindspore import Tensor
 from mindspore import ops as mops
@@ -25,7 +24,7 @@ from telechat_ms.mesh import Group
 HEADS_FIRST = (0, 2, 1, 3)  # [B, S, H, D] <-> [B, H, S, D]
 
 
-def ring_masks(visibility: Visibility, group: Group) -> list[Tensor | None]:
+def ring_masks(visibility: Visibility, group: Group) -> list[ops.Parts | None]:
     """What is hidden from this rank's queries of the keys it meets at each of the R steps; made once a forward pass."""
     masks = []
     for step in range(group.size):
@@ -36,21 +35,21 @@ def ring_masks(visibility: Visibility, group: Group) -> list[Tensor | None]:
     return masks
 
 
-def ring_attention(q: Tensor, k: Tensor, v: Tensor, masks: list[Tensor | None], group: Group) -> Tensor:
+def ring_attention(q: Tensor, k: Tensor, v: Tensor, masks: list[ops.Parts | None], group: Group) -> Tensor:
     """q [B, S/R, H, D], k and v [B, S/R, K, D] of this rank's positions -> [B, S/R, H, D]."""
     return RingAttention.apply(q, k, v, masks, group)
 
 
 class RingAttention(Function):
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, masks: list[Tensor | None], group: Group) -> Tensor:
-        queries = _wide(mops.transpose(q, HEADS_FIRST))  # [B, H, S/R, D]
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, masks: list[ops.Parts | None], group: Group) -> Tensor:
+        queries = mops.transpose(q, HEADS_FIRST)  # [B, H, S/R, D]
         message = _message(k, v)
         out = log_sum_exp = None
         for step in range(group.size):
             coming = start_shift(message, group) if step < group.size - 1 else None
             rows, keys = visible_part(group.rank, (group.rank - step) % group.size, q.shape[1])
-            block_k, block_v = _wide(message[0, :, :, keys]), _wide(message[1, :, :, keys])
+            block_k, block_v = message[0, :, :, keys], message[1, :, :, keys]
             part = ops.attention_block(queries[:, :, rows], block_k, block_v, masks[step])
             if step == 0:
                 out, log_sum_exp = part
@@ -67,15 +66,15 @@ class RingAttention(Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, out, log_sum_exp = ctx.saved_tensors
         group, masks = ctx.group, ctx.masks
-        queries, grad_out = (_wide(mops.transpose(x, HEADS_FIRST)) for x in (q, grad))
-        delta = mops.ReduceSum(keep_dims=True)(out * grad_out, -1)
+        queries, grad_out = (mops.transpose(x, HEADS_FIRST) for x in (q, grad))
+        delta = mops.ReduceSum(keep_dims=True)(out * mops.cast(grad_out, out.dtype), -1)  # float32 or wider, as out is
         message = _message(k, v)
-        dq = mops.zeros_like(queries)
+        dq = mops.zeros_like(out)
         travelling = None
         for step in range(group.size):
             coming = start_shift(message, group) if step < group.size - 1 else None
             rows, keys = visible_part(group.rank, (group.rank - step) % group.size, q.shape[1])
-            block_k, block_v = _wide(message[0, :, :, keys]), _wide(message[1, :, :, keys])
+            block_k, block_v = message[0, :, :, keys], message[1, :, :, keys]
             dq_part, dk_part, dv_part = ops.attention_block_backward(
                 queries[:, :, rows],
                 block_k,
@@ -84,6 +83,7 @@ class RingAttention(Function):
                 log_sum_exp[:, :, rows],
                 grad_out[:, :, rows],
                 delta[:, :, rows],
+                out[:, :, rows],
             )
             dq = _replace(dq, rows, dq[:, :, rows] + dq_part)
             part = mops.stack((dk_part, dv_part))
@@ -113,8 +113,3 @@ def _replace(x: Tensor, rows: slice, part: Tensor, axis: int = 2) -> Tensor:
         return part
     first, second = mops.split(x, x.shape[axis] // 2, axis)
     return mops.concat((part, second) if rows.start == 0 else (first, part), axis)
-
-
-def _wide(x: Tensor) -> Tensor:
-    """Blocks are computed, and merged, in float32 or wider."""
-    return x if x.dtype in (ms.float32, ms.float64) else mops.cast(x, ms.float32)

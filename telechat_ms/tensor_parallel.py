@@ -11,7 +11,6 @@ from __future__ import annotations
 from typing import Any
 
 import mindspore as ms
-import numpy as np
 from mindspore import Tensor, nn
 from mindspore import ops as mops
 
@@ -47,7 +46,13 @@ class NormBeforeColumns(Norm):
         self.group, self.sequence_parallel = mesh.tp, mesh.layout.sequence_parallel
 
     def construct(self, x: Tensor) -> Tensor:
-        x = super().construct(x)
+        return self._spread(super().construct(x))
+
+    def after_sum(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+        x, stream = super().after_sum(x, residual)
+        return self._spread(x), stream
+
+    def _spread(self, x: Tensor) -> Tensor:
         return gather_sequence(x, self.group, SEQUENCE) if self.sequence_parallel else copy_to(x, self.group)
 
 
@@ -94,13 +99,13 @@ def cross_entropy(logits: Tensor, targets: Tensor, vocab_size: int, mesh: Mesh) 
     if mesh.tp.size == 1:
         return ops.cross_entropy(logits, targets)
     flat = logits.reshape(-1, logits.shape[-1])
-    return VocabParallelCrossEntropy.apply(flat, targets.reshape(-1, 1), vocab_size, mesh.tp)
+    return VocabParallelCrossEntropy.apply(flat, targets.reshape(-1), vocab_size, mesh.tp)
 
 
 class VocabParallelCrossEntropy(Function):
     """Sum of -log softmax(logits)[target] over positions whose target is not IGNORE.
 
-    logits [N, V/tp], targets [N, 1].
+    logits [N, V/tp], targets [N].
     """
 
     @staticmethod
@@ -108,26 +113,15 @@ class VocabParallelCrossEntropy(Function):
         columns = logits.shape[-1]
         first = group.rank * columns
         real = max(0, min(columns, vocab_size - first))
-        if real < columns:
-            logits = logits + Tensor(np.where(np.arange(columns) < real, 0.0, -1e30)[None], logits.dtype)
-        counted = targets != IGNORE
-        local = targets - first
-        held = mops.logical_and(counted, mops.logical_and(local >= 0, local < columns))
-        index = mops.cast(local * held, ms.int32)
-        picked = mops.gather_d(logits, 1, index) * mops.cast(held, logits.dtype)
-        weights, own = ops.softmax_and_log_sum(logits)
+        own, picked = ops.shard_statistics(logits, targets, first, real)
         largest = all_reduce(own, group, "max")
         sums, picked = all_reduce(mops.stack((ops.accurate(mops.exp, own - largest), picked)), group)
         log_sum_exp = largest + ops.accurate(mops.log, sums)
-        counted = mops.cast(counted, logits.dtype)
-        factor = ops.accurate(mops.exp, own - log_sum_exp)  # this rank's share of all probability, a row
-        ctx.save_for_backward(weights, factor, index, mops.cast(held, logits.dtype), counted)
-        return ops.total((log_sum_exp - picked) * counted)
+        ctx.save_for_backward(logits, targets, log_sum_exp)
+        ctx.columns = first, real
+        return ops.total((log_sum_exp - picked) * mops.cast(targets != IGNORE, logits.dtype))
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        weights, factor, index, held, counted = ctx.saved_tensors
-        columns = weights.shape[-1]
-        target = mops.one_hot(index.reshape(-1), columns, Tensor(1.0, weights.dtype), Tensor(0.0, weights.dtype))
-        dlogits = weights * (factor * counted * grad) - target * (held * grad)
-        return dlogits, None, None, None
+        logits, targets, log_sum_exp = ctx.saved_tensors
+        return ops.shard_gradient(logits, targets, *ctx.columns, log_sum_exp, grad), None, None, None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import sys
 from collections.abc import Iterator, Sequence
@@ -16,6 +17,7 @@ from core.config import RunConfig
 from core.init import init_tensor
 from core.loop import main
 from core.sequence import split_batch
+from kernels import mindspore as kernels
 from telechat_ms.collectives import agree
 from telechat_ms.mesh import join, leave
 from telechat_ms.model import named_weights
@@ -29,6 +31,7 @@ class Trainer:
 
     def __init__(self, config: RunConfig) -> None:
         self.config = config
+        kernels.select(dataclasses.asdict(config.kernels))
         self.mesh = open_mesh(config.model, config.parallel)
         self.stages, self.table = parallelize(config.model, self.mesh, config.train.precision, config.train.recompute)
         self.pipeline = Pipeline(self.stages, self.mesh, self._take)
@@ -101,10 +104,7 @@ class Trainer:
         return {
             "backend": f"MindSpore {ms.__version__}",
             "device": str(ms.get_context("device_target")),
-            "attention": "matrix products and softmax"
-            if self.mesh.ring.size == 1
-            else "zigzag ring of matrix products and softmax",
-            "adamw": "mindspore.ops.Adam on flat masters",
+            "operators": "; ".join(kernels.described()),
         }
 
 

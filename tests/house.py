@@ -40,10 +40,6 @@ DYNAMIC_IMPORTS = ("core/cli.py", "core/backends.py", "core/worker.py", "tests/"
 # Files and names that one twin has and the other has no use for, with the reason.
 TWIN_EXCEPTIONS: dict[str, str] = {
     "pt_reference/ops.py:device": "MindSpore places tensors by itself, one device a process",
-    "telechat_ms/ops.py:total": "PyTorch's own sums are accurate",
-    "telechat_ms/ops.py:operand": "every device of PyTorch multiplies every dtype",
-    "telechat_ms/ops.py:accurate": "for the CPU kernels of MindSpore; PyTorch's are accurate",
-    "telechat_ms/ops.py:softmax_and_log_sum": "torch.logsumexp in PyTorch",
     "telechat_ms/autograd.py": "PyTorch's own autograd keeps several graphs and takes custom gradients",
     "telechat_ms/pipeline.py:Pipeline.__init__": "MindSpore returns gradients, PyTorch hands them to hooks",
 }

@@ -1,0 +1,233 @@
+"""Which implementation serves each operator of the MindSpore backend, and the operators themselves.
+
+On the CPU device C++ (kernels/cpu) serves, on Ascend CANN's own operators (kernels/ascend.py); where neither does, and
+in float64, MindSpore's plain operators do (kernels/mindspore_composite.py). ``select`` sets the process's choice before
+models are built. B batch, S queries, T keys, H heads, K kv heads, D head dim, E channels, V vocabulary, N rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import mindspore as ms
+from mindspore import Tensor, ops
+
+from core.config import KERNEL_OPERATORS
+from core.visibility import KeyRanges
+from kernels import mindspore_autograd as autograd
+from kernels import mindspore_composite as composite
+from kernels.dispatch import Candidate, Choice, choose, describe
+from kernels.mindspore_private import recording
+from kernels.reference import visible_keys
+from kernels.rehearsal import rehearsing
+
+_choices: dict[str, Choice] = {}
+_modules: dict[str, ModuleType | None] = {}
+
+
+def select(wanted: Mapping[str, str] | None = None, device: str | None = None) -> dict[str, Choice]:
+    """Choose for this process: ``wanted`` names implementations by operator ("auto" or nothing: the best).
+
+    ``device``: "CPU", "Ascend" or "GPU"; the one that MindSpore computes on if not given, and Ascend in its rehearsal
+    (kernels/rehearsal.py). Raises UserError when what is wanted cannot serve there.
+    """
+    device = device or ("Ascend" if rehearsing() else str(ms.get_context("device_target")))
+    found = choose(candidates(device), wanted or {}, device)
+    _choices.clear()
+    _choices.update(found)
+    _modules.clear()
+    _modules.update({name: _module(choice.implementation) for name, choice in found.items()})
+    return dict(found)
+
+
+def choices() -> dict[str, Choice]:
+    """The choice of this process; the best of the device when ``select`` was not called."""
+    return dict(_choices) if _choices else select()
+
+
+def described() -> list[str]:
+    """What serves the operators of this process, and why, a line each."""
+    return describe(choices())
+
+
+def candidates(device: str) -> dict[str, list[Candidate]]:
+    """What could serve each operator on a device, best first."""
+    table: dict[str, list[Candidate]] = {}
+    for name in KERNEL_OPERATORS:
+        plain = Candidate("composite")
+        if device == "CPU":
+            table[name] = [Candidate("cpp", _cpp_obstacle()), plain]
+        elif device == "Ascend":
+            from kernels.ascend import CANN_OPERATORS
+
+            table[name] = [Candidate("cann"), plain] if CANN_OPERATORS[name].serves else [plain]
+        else:
+            table[name] = [plain]
+    return table
+
+
+def _cpp_obstacle() -> str:
+    from kernels.cpu.build import BuildError, load_extension
+
+    try:
+        load_extension()
+    except BuildError as error:
+        return str(error)
+    return ""
+
+
+def _module(implementation: str) -> ModuleType | None:
+    if implementation == "cpp":
+        from kernels.cpu import ops as cpp
+
+        return cpp
+    if implementation == "cann":
+        from kernels import ascend
+
+        return ascend
+    return None
+
+
+def serving(operator: str, dtype: ms.Type = ms.float32) -> ModuleType | None:
+    """The module whose functions serve an operator on tensors of ``dtype``; None: composite."""
+    if dtype == ms.float64:
+        return None
+    if not _choices:
+        select()
+    return _modules[operator]
+
+
+def limit_threads(threads: int) -> None:
+    """Let the C++ operators of this process use so many threads; others leave it as it is."""
+    from kernels.cpu.engine import limit_threads as limit
+
+    limit(threads)
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None, compute: ms.Type) -> Tensor:
+    """x [..., in] @ weight [out, in]^T + bias, operands and result in ``compute``, accumulated in float32 or wider."""
+    cpp = serving("linear", compute)
+    if cpp is None or compute == ms.float16:
+        return composite.linear(x, weight, bias, compute)
+    flat = ops.cast(x, compute).reshape(-1, x.shape[-1])
+    if flat.shape[0] <= cpp.FEW and compute == weight.dtype == ms.float32 and not recording():
+        return cpp.linear_few_rows(flat, weight, bias).reshape(*x.shape[:-1], weight.shape[0])
+    return autograd.Linear.apply(flat, weight, bias, compute, cpp).reshape(*x.shape[:-1], weight.shape[0])
+
+
+def embedding(table: Tensor, input_ids: Tensor) -> Tensor:
+    """table [V, E], input_ids [B, S] -> [B, S, E]."""
+    module = serving("embedding", table.dtype)
+    if module is None:
+        return composite.embedding(table, input_ids)
+    return autograd.Embedding.apply(table, input_ids, module)
+
+
+def rms_norm(
+    x: Tensor, weight: Tensor, eps: float, stat: ms.Type, compute: ms.Type, mask: Tensor | None = None
+) -> Tensor:
+    """x / sqrt(mean(x^2) + eps) in ``stat``, cast to ``compute``, then times weight [E]: the released order.
+
+    ``mask`` [E] in float32 is how far each channel has grown (kernels.reference.rms_norm).
+    """
+    module = serving("rms_norm", stat)
+    if module is None:
+        return composite.rms_norm(x, weight, eps, stat, compute, mask)
+    return autograd.RmsNorm.apply(x, weight, eps, compute, mask, module)
+
+
+def add_rms_norm(
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor,
+    eps: float,
+    stat: ms.Type,
+    compute: ms.Type,
+    mask: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The stream residual + x, in the dtype of ``residual``, and its rms_norm: (normed, stream)."""
+    module = serving("rms_norm", stat)
+    if module is None:
+        stream = residual + ops.cast(x, residual.dtype)
+        return composite.rms_norm(stream, weight, eps, stat, compute, mask), stream
+    return autograd.AddRmsNorm.apply(x, residual, weight, eps, compute, mask, module)
+
+
+def layer_norm(
+    x: Tensor, weight: Tensor, bias: Tensor, eps: float, stat: ms.Type, compute: ms.Type, mask: Tensor | None = None
+) -> Tensor:
+    """(x - mean) / sqrt(var + eps) in ``stat``, cast to ``compute``, times weight plus bias [E]; ``mask`` as above."""
+    module = serving("layer_norm", stat)
+    if module is None:
+        return composite.layer_norm(x, weight, bias, eps, stat, compute, mask)
+    return autograd.LayerNorm.apply(x, weight, bias, eps, compute, mask, module)
+
+
+def rope_qk(
+    q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, scale_q: Tensor | None = None, scale_k: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Half rotation of q [B, S, H, D] and k [B, S, K, D] by cos, sin [B or 1, S, 1, D/2], in the tables' dtype.
+
+    ``scale_q``, ``scale_k``, shaped like the tables, multiply both halves afterwards (xPos).
+    """
+    module = serving("rope", cos.dtype)
+    if module is None:
+        return composite.rope(q, cos, sin, scale_q), composite.rope(k, cos, sin, scale_k)
+    return autograd.Rope.apply(q, k, cos, sin, scale_q, scale_k, module)
+
+
+def swiglu(gate: Tensor, up: Tensor, stat: ms.Type) -> Tensor:
+    """silu(gate) * up in ``stat``, returned in the dtype of ``gate``."""
+    module = serving("swiglu", stat)
+    return composite.swiglu(gate, up, stat) if module is None else autograd.Swiglu.apply(gate, up, module)
+
+
+def gelu(x: Tensor) -> Tensor:
+    """The tanh form."""
+    module = serving("gelu", x.dtype)
+    return composite.gelu(x) if module is None else autograd.Gelu.apply(x, module)
+
+
+class Keys(NamedTuple):
+    """What queries see: for the module that serves attention in its form, and as told."""
+
+    device: Any
+    module: ModuleType
+    told: KeyRanges
+
+    def as_mask(self) -> Tensor:
+        """For composite operators, which serve float64: additive, [B or 1, 1, 1, S, T]."""
+        return composite.hidden_keys(visible_keys(self.told.ranges, self.told.num_keys))
+
+
+def keys_on_device(key_ranges: KeyRanges) -> Keys | None:
+    """Made once a forward pass and used by every layer; None when attention is composite and wants masks."""
+    module = serving("attention")
+    return None if module is None else Keys(module.device_ranges(key_ranges), module, key_ranges)
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, keys: Keys) -> Tensor:
+    """Softmax attention, scale 1/sqrt(D): q [B, S, H, D], k and v [B, T, K, D] -> [B, S, H, D]."""
+    return autograd.Attention.apply(q, k, v, keys)
+
+
+def write_positions(cache: Tensor, x: Tensor, first: int) -> None:
+    """cache[:, first : first + n] = x [B, n, ...], in place."""
+    module = serving("attention", cache.dtype)
+    if hasattr(module, "write_positions"):
+        module.write_positions(cache, x, first)
+    else:
+        cache[:, first : first + x.shape[1]] = x
+
+
+def cross_entropy(logits: Tensor, targets: Tensor, z_loss: float = 0.0) -> Tensor:
+    """Sum over positions of -log softmax(logits)[target] + z_loss * log-sum-exp^2; IGNORE counts nothing.
+
+    logits [B, S, V] in the loss dtype. A fused operator overwrites them in the backward pass.
+    """
+    module = serving("cross_entropy", logits.dtype)
+    if module is None:
+        return composite.cross_entropy(logits, targets, z_loss)
+    return autograd.CrossEntropy.apply(logits.reshape(-1, logits.shape[-1]), targets.reshape(-1), z_loss, module)
