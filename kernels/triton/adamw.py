@@ -1,0 +1,108 @@
+"""AdamW over flat float32 masters, in place, with the copy in the compute dtype written in the same pass."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kernels.triton.launch import check, launch, tiles_for
+
+
+@triton.jit
+def update(
+    master_ptr,
+    grad_ptr,
+    m_ptr,
+    v_ptr,
+    copy_ptr,
+    scale_ptr,
+    count,
+    scale,
+    keep,
+    rate,
+    beta1,
+    rest1,
+    beta2,
+    rest2,
+    root,
+    eps,
+    SCALE_THERE: tl.constexpr,
+    COPY: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """keep = 1 - lr * decay, rate = lr / (1 - beta1^step), rest = 1 - beta, root = 1 / sqrt(1 - beta2^step)."""
+    if SCALE_THERE:
+        scale = scale * tl.load(scale_ptr).to(tl.float32)
+    for block in range(tl.program_id(0), tl.cdiv(count, BLOCK), tl.num_programs(0)):
+        at = tl.cast(block, tl.int64) * BLOCK + tl.arange(0, BLOCK)
+        there = at < count
+        grad = tl.load(grad_ptr + at, mask=there, other=0.0).to(tl.float32) * scale
+        m = beta1 * tl.load(m_ptr + at, mask=there, other=0.0) + rest1 * grad
+        v = beta2 * tl.load(v_ptr + at, mask=there, other=0.0) + rest2 * grad * grad
+        master = tl.load(master_ptr + at, mask=there, other=0.0) * keep - rate * m / (tl.sqrt(v) * root + eps)
+        tl.store(m_ptr + at, m, mask=there)
+        tl.store(v_ptr + at, v, mask=there)
+        tl.store(master_ptr + at, master, mask=there)
+        if COPY:
+            tl.store(copy_ptr + at, master.to(copy_ptr.dtype.element_ty), mask=there)
+
+
+def adamw(
+    master: Tensor,
+    grad: Tensor,
+    m: Tensor,
+    v: Tensor,
+    step: int,
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    decay: float,
+    grad_scale: Tensor | float = 1.0,
+    copy: Tensor | None = None,
+) -> None:
+    """kernels.reference.adamw in place: update number ``step`` (from 1) of master, m, v, float32 of one shape.
+
+    grad of that shape in any float dtype; grad_scale a number or a tensor of one element, so that a global norm need
+    not leave the device; ``copy`` of that
+    shape receives the new master in its own dtype. All contiguous. Bias
+    corrections are computed here in float64. Raises TypeError or ValueError naming the wrong argument.
+    """
+    check("master", master, dtypes=(torch.float32,))
+    check("grad", grad, master.shape, beside=master)
+    for name, x in (("m", m), ("v", v)):
+        check(name, x, master.shape, (torch.float32,), beside=master)
+    if copy is not None:
+        check("copy", copy, master.shape, beside=master)
+    for name, x in (("master", master), ("grad", grad), ("m", m), ("v", v), ("copy", copy)):
+        if x is not None and not x.is_contiguous():
+            raise ValueError(f"{name}: got strides {x.stride()}, needs a contiguous tensor")
+    if step < 1:
+        raise ValueError(f"step: got {step}, needs 1 for the first update")
+    if isinstance(grad_scale, Tensor):
+        check("grad_scale", grad_scale, beside=master)
+        if grad_scale.numel() != 1:
+            raise ValueError(f"grad_scale: got shape {tuple(grad_scale.shape)}, needs one element")
+    arguments = {
+        "master_ptr": master,
+        "grad_ptr": grad,
+        "m_ptr": m,
+        "v_ptr": v,
+        "copy_ptr": copy,
+        "scale_ptr": grad_scale if isinstance(grad_scale, Tensor) else None,
+        "count": master.numel(),
+        "scale": 1.0 if isinstance(grad_scale, Tensor) else float(grad_scale),
+        "keep": 1.0 - lr * decay,
+        "rate": lr / (1.0 - beta1**step),
+        "beta1": float(beta1),
+        "rest1": 1.0 - beta1,
+        "beta2": float(beta2),
+        "rest2": 1.0 - beta2,
+        "root": (1.0 - beta2**step) ** -0.5,
+        "eps": float(eps),
+    }
+    tiles = tiles_for("adamw", grad)
+    work = triton.cdiv(master.numel(), tiles.constants["BLOCK"])
+    launch(update, work, tiles, arguments, SCALE_THERE=isinstance(grad_scale, Tensor), COPY=copy is not None)

@@ -1,0 +1,150 @@
+"""Launching kernels on torch tensors: which target they are on, checks of arguments, and a record for lowering.
+
+Nothing here imports torch_npu: an Ascend's tensors say "npu" themselves. Ascend and the GPU were not run on device.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+from kernels.triton.blocks import INTERPRETER, Target, Tiles, choose
+
+FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+INTEGERS = (torch.int32, torch.int64)
+
+
+@triton.jit
+def _nothing():
+    pass
+
+
+INTERPRETED = not isinstance(_nothing, triton.JITFunction)
+
+
+class Launch(NamedTuple):
+    """One launch as recorded: ``work`` pieces of it, ``arguments`` by name, ``constants`` that are compiled in."""
+
+    kernel: Any
+    work: int
+    arguments: dict[str, Any]
+    constants: dict[str, Any]
+    tiles: Tiles
+
+
+class Recorder(NamedTuple):
+    target: Target
+    launches: list[Launch]
+
+
+_recorders: list[Recorder] = []
+
+
+@contextmanager
+def recording(target: Target) -> Iterator[list[Launch]]:
+    """Within it launches are written down for ``target`` instead of run; give the operators tensors on "meta"."""
+    recorder = Recorder(target, [])
+    _recorders.append(recorder)
+    try:
+        yield recorder.launches
+    finally:
+        _recorders.remove(recorder)
+
+
+def target_of(x: Tensor) -> Target:
+    """Where ``x`` is. RuntimeError on a device that no kernel here runs on."""
+    if _recorders:
+        return _recorders[-1].target
+    if x.device.type == "cpu" and INTERPRETED:
+        return INTERPRETER
+    if x.device.type in ("cuda", "npu"):
+        return _device_target(x.device.type, x.device.index or 0)
+    raise RuntimeError(
+        f"device: Triton kernels got tensors on {x.device} and need cuda or npu, "
+        "or the CPU with TRITON_INTERPRET=1 set before the first import of triton"
+    )
+
+
+@functools.cache
+def _device_target(kind: str, index: int) -> Target:
+    if kind == "cuda":
+        cores = torch.cuda.get_device_properties(index).multi_processor_count
+        return Target("gpu", cores, cores)
+    properties = triton.runtime.driver.active.utils.get_device_properties(index)
+    return Target("ascend", properties["num_vectorcore"], properties["num_aicore"])
+
+
+def tiles_for(operator: str, x: Tensor, **sizes: int) -> Tiles:
+    return choose(operator, x.element_size(), sizes, target_of(x))
+
+
+def launch(kernel: Any, work: int, tiles: Tiles, arguments: Mapping[str, Any], **constants: Any) -> None:
+    """Run ``kernel`` over ``work`` pieces, which programs take in turn. Without work nothing runs."""
+    if work == 0:
+        return
+    constants = {**tiles.constants, **constants}
+    if _recorders:
+        _recorders[-1].launches.append(Launch(kernel, work, dict(arguments), constants, tiles))
+        return
+    programs = min(work, tiles.most_programs) if tiles.most_programs else work
+    first = next(value for value in arguments.values() if isinstance(value, Tensor))
+    if first.device.type == "cuda":
+        here = torch.cuda.device(first.device)
+        options = {"num_warps": tiles.warps, "num_stages": tiles.stages}
+    else:
+        here, options = nullcontext(), {}
+    with here:
+        kernel[(programs,)](**arguments, **constants, **options)
+
+
+def programs_of(work: int, tiles: Tiles) -> int:
+    """How many programs ``launch`` starts."""
+    return min(work, tiles.most_programs) if tiles.most_programs else work
+
+
+def rows_of(x: Tensor) -> Tensor:
+    """x [..., E] as [N, E] with neighbouring channels side by side: a view where one exists, else a copy."""
+    flat = x.reshape(-1, x.shape[-1])
+    return flat if flat.stride(-1) == 1 or flat.shape[-1] == 1 else flat.contiguous()
+
+
+def heads_of(x: Tensor) -> Tensor:
+    """x [B, S, H, D] with neighbouring channels side by side: itself, or a copy."""
+    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+
+
+def check(
+    name: str,
+    value: Any,
+    shape: Sequence[int | None] | None = None,
+    dtypes: Sequence[torch.dtype] = FLOATS,
+    beside: Tensor | None = None,
+) -> None:
+    """A tensor of one of ``dtypes``, of ``shape`` (None: any length there), on the device of ``beside``.
+
+    Raises TypeError for what is no tensor or has another dtype, ValueError for a shape or device, naming ``name``.
+    """
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name}: got {type(value).__name__}, needs a torch tensor")
+    if value.dtype not in dtypes:
+        raise TypeError(f"{name}: got dtype {value.dtype}, needs {' or '.join(str(d) for d in dtypes)}")
+    if shape is not None:
+        fits = len(shape) == value.ndim and all(n is None or n == m for n, m in zip(shape, value.shape, strict=True))
+        if not fits:
+            needs = ", ".join("any" if n is None else str(n) for n in shape)
+            raise ValueError(f"{name}: got shape {tuple(value.shape)}, needs ({needs})")
+    if beside is not None and value.device != beside.device:
+        raise ValueError(f"{name}: got a tensor on {value.device}, needs one on {beside.device}")
+
+
+def check_last_axis(name: str, x: Any) -> None:
+    """A float tensor with at least one axis and at least one channel."""
+    check(name, x)
+    if x.ndim == 0 or x.shape[-1] == 0:
+        raise ValueError(f"{name}: got shape {tuple(x.shape)}, needs at least one channel on its last axis")

@@ -1,0 +1,233 @@
+"""Compile every shipped configuration without a device: `python -m kernels.triton.lower`.
+
+For Ascend910B3 down to linalg by triton-ascend (the last step, to machine code, needs CANN); with ``--gpu`` down to
+machine code for sm_90 by the triton that is installed. triton-ascend takes the name ``triton``, so it is installed into
+a folder of its own and put in front of the path of a child process. The outcome is kept there and holds as long as the
+sources and versions do.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+ROOT = Path(__file__).resolve().parents[2]
+ENVIRONMENT = ROOT / "build" / "triton-ascend"
+REQUIREMENTS = ("triton-ascend==3.2.0", "pybind11==3.0.1")
+ASCEND = "Ascend910B3"
+SHARED_MEMORY = 227 * 1024  # bytes a program may use on sm_90
+_LEFT_OVER = re.compile(r"\btt\.(?!tensor_kind|divisibility)\w+")
+
+
+class Row(NamedTuple):
+    """``memory``: counted bytes of the unified buffer on Ascend, shared memory on a GPU. ``why`` is empty when fine."""
+
+    kernel: str
+    dtypes: str
+    config: str
+    memory: int
+    why: str
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """0 when every configuration compiles, 1 when one does not, 2 when triton-ascend cannot be had."""
+    parser = argparse.ArgumentParser(prog="python -m kernels.triton.lower", description=__doc__.splitlines()[0])
+    parser.add_argument("--gpu", action="store_true", help="for sm_90, with the installed triton")
+    parser.add_argument("--only", default="", help="only kernels whose name contains this; nothing is kept")
+    parser.add_argument("--one-each", action="store_true", help="one configuration of every kernel; nothing is kept")
+    parser.add_argument("--inside", action="store_true", help=argparse.SUPPRESS)
+    options = parser.parse_args(arguments)
+    if options.inside:
+        json.dump(compile_all(False, options.only, options.one_each), sys.stdout)
+        return 0
+    start = time.perf_counter()
+    if options.gpu:
+        rows, kept = compile_all(True, options.only, options.one_each), False
+    else:
+        try:
+            install()
+        except subprocess.CalledProcessError as failure:
+            print(f"triton-ascend could not be installed:\n{failure.stderr}", file=sys.stderr)
+            return 2
+        rows, kept = lower_for_ascend(options.only, options.one_each)
+    print(table(rows, "shared memory" if options.gpu else "unified buffer"))
+    bad = sum(bool(row.why) for row in rows)
+    target = "sm_90" if options.gpu else ASCEND
+    spent = "as kept from before" if kept else f"{time.perf_counter() - start:.0f} s"
+    print(f"{len(rows) - bad} of {len(rows)} configurations compile for {target} ({spent}); not run on device")
+    return 1 if bad or not rows else 0
+
+
+def installed() -> bool:
+    """Whether the environment of this version is there, whole."""
+    marker = ENVIRONMENT / "requirements.txt"
+    return marker.exists() and marker.read_text().split() == list(REQUIREMENTS)
+
+
+def install() -> None:
+    """Make the environment unless it is there. Filled under another name and then renamed, so a broken installation
+    leaves nothing that looks whole, and of two at once one wins. CalledProcessError when pip fails."""
+    if installed():
+        return
+    ENVIRONMENT.parent.mkdir(parents=True, exist_ok=True)
+    scratch = Path(tempfile.mkdtemp(prefix="triton-ascend-", dir=ENVIRONMENT.parent))
+    try:
+        command = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--disable-pip-version-check"]
+        subprocess.run([*command, "--target", str(scratch), *REQUIREMENTS], check=True, capture_output=True, text=True)
+        (scratch / "requirements.txt").write_text("\n".join(REQUIREMENTS))
+        if not installed():
+            shutil.rmtree(ENVIRONMENT, ignore_errors=True)
+            try:
+                scratch.rename(ENVIRONMENT)
+            except OSError:
+                if not installed():
+                    raise
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def lower_for_ascend(only: str = "", one_each: bool = False) -> tuple[list[Row], bool]:
+    """The rows, and whether they were kept from before. Needs ``installed()``."""
+    whole = not only and not one_each
+    rows = kept_rows() if whole else None
+    if rows is not None:
+        return rows, True
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment |= {"PYTHONPATH": os.pathsep.join((str(ENVIRONMENT), str(ROOT))), "TORCH_DEVICE_BACKEND_AUTOLOAD": "0"}
+    command = [sys.executable, "-m", "kernels.triton.lower", "--inside", "--only", only]
+    command += ["--one-each"] if one_each else []
+    done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"lowering ended with {done.returncode}:\n{done.stderr[-4000:]}")
+    rows = [Row(*row) for row in json.loads(done.stdout)]
+    if whole:
+        fresh = ENVIRONMENT / f"lowered.{os.getpid()}"
+        fresh.write_text(json.dumps({"key": source_key(), "rows": rows}))
+        fresh.replace(ENVIRONMENT / "lowered.json")
+    return rows, False
+
+
+def kept_rows() -> list[Row] | None:
+    """What a run over these very sources found, or None."""
+    outcome = ENVIRONMENT / "lowered.json"
+    if not outcome.exists():
+        return None
+    kept = json.loads(outcome.read_text())
+    return [Row(*row) for row in kept["rows"]] if kept["key"] == source_key() else None
+
+
+def source_key() -> str:
+    """Changes with every source of this package and with the versions."""
+    digest = hashlib.sha256("\n".join(REQUIREMENTS).encode())
+    for path in sorted(Path(__file__).parent.glob("*.py")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+def compile_all(gpu: bool, only: str = "", one_each: bool = False) -> list[Row]:
+    """Compile in this process, with the triton that it imports."""
+    from kernels.triton import shipped
+    from kernels.triton.blocks import ASCEND_910B3, H200
+
+    compile_one: Callable[[Any, dict[str, str]], int] = to_machine_code if gpu else to_linalg
+    rows: list[Row] = []
+    for launch in shipped.launches(H200 if gpu else ASCEND_910B3):
+        name = launch.kernel.__name__
+        if only not in name or (one_each and any(row.kernel == name for row in rows)):
+            continue
+        config = " ".join(f"{key}={int(v) if isinstance(v, bool) else v}" for key, v in launch.constants.items())
+        memory, why = launch.tiles.buffer, ""
+        try:
+            memory = compile_one(launch, shipped.types(launch))
+        except Exception as failure:  # whatever a compiler raises becomes the row's reason
+            why = reason(failure)
+        rows.append(Row(name, shipped.dtypes_of(launch), config, memory, why))
+    return rows
+
+
+def to_linalg(launch: Any, types: dict[str, str]) -> int:
+    """Lower one launch by triton-ascend; the counted bytes of its tiles. Raises what the compiler raises, and
+    RuntimeError when an operation of Triton is left over."""
+    from triton._C.libtriton import ir
+    from triton.backends.ascend.compiler import AscendBackend
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    target = GPUTarget("npu", ASCEND, 0)
+    backend = AscendBackend(target)
+    options = backend.parse_options({})
+    absent = {name: None for name, kind in types.items() if kind == "none"}
+    signature = {name: kind for name, kind in types.items() if kind != "none"}
+    source = ASTSource(launch.kernel, signature=signature, constants={**launch.constants, **absent})
+    stages: dict[str, Callable] = {}
+    backend.add_stages(stages, options)
+    context = ir.context()
+    ir.load_dialects(context)
+    backend.load_dialects(context)
+    metadata = {**options.__dict__, "target": target, "hash": "none"}
+    module = source.make_ir(options, backend.get_codegen_implementation(), backend.get_module_map(), context)
+    linalg = stages["ttadapter"](stages["ttir"](module, metadata), metadata)
+    left = sorted(set(_LEFT_OVER.findall(linalg)))
+    if left or "func.func @" not in linalg:
+        raise RuntimeError(f"left over: {', '.join(left) or 'no function'}")
+    return launch.tiles.buffer
+
+
+def to_machine_code(launch: Any, types: dict[str, str]) -> int:
+    """Compile one launch for sm_90, which needs no GPU; its shared memory in bytes."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    signature, constants, aligned = {}, dict(launch.constants), {}
+    for place, name in enumerate(launch.kernel.arg_names):
+        value = launch.arguments.get(name)
+        if name in constants or value is None or (isinstance(value, int) and value == 1):
+            signature[name] = "constexpr"
+            constants.setdefault(name, value)
+            continue
+        signature[name] = types[name]
+        if types[name].startswith("*") or (isinstance(value, int) and value % 16 == 0):
+            aligned[(place,)] = [["tt.divisibility", 16]]
+    source = ASTSource(launch.kernel, signature, constants, aligned)
+    options = {"num_warps": launch.tiles.warps, "num_stages": launch.tiles.stages}
+    shared = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options).metadata.shared
+    if shared > SHARED_MEMORY:
+        raise RuntimeError(f"{shared} bytes of shared memory, {SHARED_MEMORY} there")
+    return shared
+
+
+def reason(failure: Exception) -> str:
+    """The first line that says something, of a compiler's message or of a failed tool's."""
+    text = failure.stderr if isinstance(failure, subprocess.CalledProcessError) else str(failure)
+    text = text.decode(errors="replace") if isinstance(text, bytes) else text or ""
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    telling = [line for line in lines if "error" in line.lower()] or lines or [type(failure).__name__]
+    return telling[0][:200]
+
+
+def table(rows: list[Row], memory: str) -> str:
+    """Rows as aligned text, most memory first within a kernel."""
+    heads = ("kernel", "dtypes", "config", memory, "ok")
+    cells = [heads]
+    for row in sorted(rows, key=lambda row: (row.kernel, -row.memory)):
+        cells.append((row.kernel, row.dtypes, row.config, f"{row.memory:,}", row.why or "ok"))
+    widths = [max(len(line[i]) for line in cells) for i in range(4)]
+    return "\n".join(
+        f"{a:{widths[0]}}  {b:{widths[1]}}  {c:{widths[2]}}  {d:>{widths[3]}}  {e}" for a, b, c, d, e in cells
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

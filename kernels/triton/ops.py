@@ -1,0 +1,46 @@
+"""The set of fused operators on torch tensors, plain functions without autograd (definitions: kernels.reference).
+
+On NVIDIA GPUs through triton, on Ascend through triton-ascend, on the CPU through Triton's interpreter for tests.
+"""
+
+from __future__ import annotations
+
+from kernels.triton.adamw import adamw
+from kernels.triton.attention import attention, merge_blocks
+from kernels.triton.attention_backward import attention_backward, attention_delta
+from kernels.triton.cross_entropy import cross_entropy_backward, cross_entropy_forward
+from kernels.triton.embedding import embedding, embedding_backward
+from kernels.triton.norm import (
+    add_rms_norm,
+    add_rms_norm_backward,
+    layer_norm,
+    layer_norm_backward,
+    rms_norm,
+    rms_norm_backward,
+)
+from kernels.triton.pointwise import gelu, gelu_backward, swiglu, swiglu_backward
+from kernels.triton.rope import rope_qk, rope_qk_backward
+
+__all__ = [
+    "adamw",
+    "add_rms_norm",
+    "add_rms_norm_backward",
+    "attention",
+    "attention_backward",
+    "attention_delta",
+    "cross_entropy_backward",
+    "cross_entropy_forward",
+    "embedding",
+    "embedding_backward",
+    "gelu",
+    "gelu_backward",
+    "layer_norm",
+    "layer_norm_backward",
+    "merge_blocks",
+    "rms_norm",
+    "rms_norm_backward",
+    "rope_qk",
+    "rope_qk_backward",
+    "swiglu",
+    "swiglu_backward",
+]
