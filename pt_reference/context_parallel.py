@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from core.sequence import Visibility, gather_order, query_blocks
-from core.visibility import Block
 from pt_reference import ops
 from pt_reference.collectives import gather_sequence
 from pt_reference.mesh import Mesh
@@ -28,12 +27,12 @@ class Plan:
     """
 
     method: str
-    masks: list[Tensor | None]
-    blocks: list[Block]
+    masks: list[ops.Parts | None]
+    blocks: ops.Visible
     order: list[tuple[int, int]]
 
 
-def attention_plan(visibility: Visibility, mesh: Mesh) -> Plan | list[Block]:
+def attention_plan(visibility: Visibility, mesh: Mesh) -> Plan | ops.Visible:
     """The masks of one batch, made once and used by every layer."""
     if visibility.method == "plain":
         docs = None if visibility.doc_ids is None else visibility.doc_ids[0]
@@ -42,7 +41,7 @@ def attention_plan(visibility: Visibility, mesh: Mesh) -> Plan | list[Block]:
         return blocks if mesh.cp.size == 1 else Plan("plain", [], blocks, [])
     if visibility.method == "ring":
         return Plan("ring", ring_masks(visibility, mesh.ring), [], [])
-    blocks = ops.masked_blocks(query_blocks(visibility, mesh.ring.rank))
+    blocks = ops.masked_blocks(query_blocks(visibility, mesh.ring.rank), visibility.length, visibility.index.size)
     return Plan("allgather", [], blocks, gather_order(visibility))
 
 

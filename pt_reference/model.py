@@ -22,7 +22,6 @@ from core.config import ModelConfig
 from core.params import parameter_table
 from core.position import rope_tables
 from core.precision import PRECISION
-from core.visibility import Block
 from pt_reference import ops
 
 
@@ -69,6 +68,10 @@ class Norm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return ops.rms_norm(x, self.weight, self.eps, self.dtypes.stat, self.dtypes.compute)
 
+    def after_sum(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+        """The norm of residual + x, and that sum: (normed, stream)."""
+        return ops.add_rms_norm(x, residual, self.weight, self.eps, self.dtypes.stat, self.dtypes.compute)
+
 
 class Embedding(nn.Module):
     def __init__(self, shape: tuple[int, ...], dtypes: Dtypes) -> None:
@@ -105,11 +108,10 @@ class Attention(nn.Module):
         self.recompute_core = recompute == "selective"
         self.q, self.k, self.v, self.o = (Linear(f"attn.{name}", shapes, dtypes) for name in "qkvo")
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, blocks: list[Block], cache: KeyValueCache | None) -> Tensor:
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, blocks: ops.Visible, cache: KeyValueCache | None) -> Tensor:
         B, S, _ = x.shape
-        q = ops.rope(self.q(x).view(B, S, -1, self.head_dim), cos, sin)
-        k = ops.rope(self.k(x).view(B, S, -1, self.head_dim), cos, sin)
-        v = self.v(x).view(B, S, -1, self.head_dim)
+        q, k, v = (linear(x).view(B, S, -1, self.head_dim) for linear in (self.q, self.k, self.v))
+        q, k = ops.rope_qk(q, k, cos, sin)
         if cache is not None:
             k, v = cache.append(k, v)
         if self.recompute_core and self.training:
@@ -143,9 +145,10 @@ class DecoderBlock(nn.Module):
         self.ffn_norm = Norm("ffn_norm", shapes, config.norm_eps, dtypes)
         self.ffn = FeedForward(shapes, dtypes, recompute)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, blocks: list[Block], cache: KeyValueCache | None) -> Tensor:
-        x = x + self.attn(self.attn_norm(x), cos, sin, blocks, cache).to(self.residual)
-        return x + self.ffn(self.ffn_norm(x)).to(self.residual)
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, blocks: ops.Visible, cache: KeyValueCache | None) -> Tensor:
+        branch = self.attn(self.attn_norm(x), cos, sin, blocks, cache)
+        normed, x = self.ffn_norm.after_sum(branch, x)
+        return x + self.ffn(normed).to(self.residual)
 
 
 class Decoder(nn.Module):
@@ -179,10 +182,10 @@ class Decoder(nn.Module):
         self,
         x: Tensor,
         rope: tuple[Tensor, Tensor],
-        blocks: list[Block],
+        blocks: ops.Visible,
         caches: list[KeyValueCache] | None = None,
     ) -> Tensor:
-        """Ids [B, S], ``rope`` tables, ``ops.attention_blocks`` -> logits [B, S, V] in the ``stat`` dtype.
+        """Ids [B, S], ``rope`` tables, ``ops.attention_blocks`` -> logits [B, S, V] in the ``compute`` dtype.
 
         A part of the model takes a hidden state [B, S, E] instead of ids, or returns one.
         """
@@ -199,7 +202,7 @@ class Decoder(nn.Module):
             return x
         x = self.norm(x)
         logits = self.head(x) if self.head is not None else ops.linear(x, self.embed.weight, None, self.dtypes.compute)
-        return logits.to(self.dtypes.stat)
+        return logits
 
     def rope(self, positions: np.ndarray, seq_len: int) -> tuple[Tensor, Tensor]:
         """Rotary tables for positions [B or 1, S] of a row of ``seq_len`` tokens: cos, sin [B or 1, S, 1, D/2]."""
@@ -233,9 +236,11 @@ def to_tensor(array: np.ndarray) -> Tensor:
 
 
 def to_numpy(tensor: Tensor) -> np.ndarray:
-    """torch to numpy; bfloat16, which numpy lacks, becomes float32 (exact)."""
-    tensor = tensor.detach().cpu()
-    return (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).numpy()
+    """torch to numpy; 16-bit floats become float32 (exact). What a backward pass may still write over is copied."""
+    held = tensor.detach().cpu()
+    if held.dtype in (torch.bfloat16, torch.float16):
+        return held.float().numpy()
+    return np.array(held) if tensor.grad_fn is not None and tensor.device.type == "cpu" else held.numpy()
 
 
 def _below(number: str, shapes: Shapes) -> Shapes:

@@ -1,4 +1,7 @@
-"""The operators of the decoder in PyTorch. Shapes: B batch, S queries, T keys, H heads, K kv heads, D head dim."""
+"""The operators of the decoder in PyTorch; kernels/pytorch.py knows what serves each of them.
+
+Shapes: B batch, S queries, T keys, H heads, K kv heads, D head dim.
+"""
 
 from __future__ import annotations
 
@@ -6,147 +9,193 @@ from collections.abc import Iterable
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from core.batch import IGNORE
-from core.visibility import Block, causal_blocks
+from core.visibility import Block, KeyRanges, block_ranges, causal_blocks, causal_ranges, mask_ranges
+from kernels import pytorch as kernels
+from kernels.pytorch import (
+    add_bias,
+    add_rms_norm,
+    cross_entropy,
+    described,
+    embedding,
+    linear,
+    rms_norm,
+    rope_qk,
+    swiglu,
+)
 
-_HIDDEN = -1.0e30  # the score of a key that must not be seen; finite, so a masked row cannot make a NaN
+__all__ = [
+    "add_bias",
+    "add_rms_norm",
+    "attention",
+    "attention_block",
+    "attention_block_backward",
+    "attention_blocks",
+    "described",
+    "cross_entropy",
+    "device",
+    "embedding",
+    "hidden_keys",
+    "linear",
+    "masked_blocks",
+    "merge_blocks",
+    "rms_norm",
+    "rope_qk",
+    "shard_gradient",
+    "shard_statistics",
+    "swiglu",
+]
+
+Visible = KeyRanges | list[Block]  # what queries see, as the attention that serves wants it
+# What a block of keys shows, part by part: where the keys of each part are, and the run of them that a query sees.
+Parts = list[tuple[slice, KeyRanges]]
 
 
 def device() -> torch.device:
-    """Where models of this process live: the GPU if there is one."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    """Where models of this process live: the accelerator if there is one."""
+    return torch.device(kernels.default_device())
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None, compute: torch.dtype) -> Tensor:
-    """x [..., in] @ weight [out, in]^T + bias, operands and result in ``compute``, accumulated in float32 or wider."""
-    return F.linear(x.to(compute), weight.to(compute), None if bias is None else bias.to(compute))
+def attention_blocks(num_queries: int, num_keys: int, doc_ids: np.ndarray | None) -> Visible:
+    """Causal visibility inside documents in the form that ``attention`` takes, once a forward pass.
 
-
-def add_bias(x: Tensor, bias: Tensor, compute: torch.dtype) -> Tensor:
-    """x [..., E] + bias [E] rounded to ``compute``, in the dtype of x."""
-    return x + bias.to(compute).to(x.dtype)
-
-
-def embedding(table: Tensor, input_ids: Tensor) -> Tensor:
-    """table [V, E], input_ids [B, S] -> [B, S, E]."""
-    return F.embedding(input_ids, table)
-
-
-def rms_norm(x: Tensor, weight: Tensor, eps: float, stat: torch.dtype, compute: torch.dtype) -> Tensor:
-    """x / sqrt(mean(x^2) + eps) in ``stat``, cast to ``compute``, then times weight [E]: the released order."""
-    x = x.to(stat)
-    x = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
-    return x.to(compute) * weight.to(compute)
-
-
-def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Half rotation of x [B, S, H, D] by cos, sin [B or 1, S, 1, D/2], computed in the tables' dtype."""
-    first, second = x.to(cos.dtype).chunk(2, -1)
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), -1).to(x.dtype)
-
-
-def swiglu(gate: Tensor, up: Tensor, stat: torch.dtype) -> Tensor:
-    """silu(gate) * up in ``stat``, returned in the dtype of ``gate``."""
-    return (F.silu(gate.to(stat)) * up.to(stat)).to(gate.dtype)
-
-
-def attention_blocks(num_queries: int, num_keys: int, doc_ids: np.ndarray | None) -> list[Block]:
-    """Visibility as blocks of queries, once a forward pass. One block without a mask stands for plain causal attention
-    of a whole sequence, for which the fused kernel needs none."""
+    Of blocks, one without a mask stands for plain causal attention of a whole sequence, for which PyTorch's own
+    operator needs none.
+    """
+    if not kernels.takes_blocks():
+        return kernels.place_ranges(causal_ranges(num_queries, num_keys, doc_ids), device())
     if doc_ids is None and num_queries == num_keys:
         return [Block(0, num_queries, num_keys, None)]
-    return masked_blocks(causal_blocks(num_queries, num_keys, doc_ids))
+    return masked_blocks(causal_blocks(num_queries, num_keys, doc_ids), num_queries, num_keys)
 
 
-def masked_blocks(blocks: Iterable[Block]) -> list[Block]:
-    """Blocks of core.visibility with their masks as tensors [B or 1, 1, q, keys]."""
+def masked_blocks(blocks: Iterable[Block], num_queries: int, num_keys: int) -> Visible:
+    """Blocks of core.visibility that cover ``num_queries``, in the form that ``attention`` takes."""
+    parts = list(blocks)
+    if not kernels.takes_blocks():
+        return kernels.place_ranges(block_ranges(parts, num_queries, num_keys), device())
     return [
         block._replace(visible=None if block.visible is None else torch.from_numpy(block.visible).to(device())[:, None])
-        for block in blocks
+        for block in parts
     ]
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, blocks: list[Block]) -> Tensor:
+def attention(q: Tensor, k: Tensor, v: Tensor, visible: Visible) -> Tensor:
     """Softmax attention, scale 1/sqrt(D), softmax in float32 or wider.
 
     q [B, S, H, D], k and v [B, T, K, D] -> [B, S, H, D]. Query heads j*H/K .. (j+1)*H/K - 1 share kv head j.
     """
-    q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-    out = []
-    for first, last, keys, visible in blocks:
-        whole_causal = visible is None and last - first == keys
-        out.append(
-            F.scaled_dot_product_attention(
-                q[:, :, first:last],
-                k[:, :, :keys],
-                v[:, :, :keys],
-                attn_mask=visible,
-                is_causal=whole_causal,
-                enable_gqa=q.shape[1] != k.shape[1],
-            )
-        )
-    return (out[0] if len(out) == 1 else torch.cat(out, 2)).transpose(1, 2)
+    return kernels.attention(q, k, v, visible)
 
 
-def attention_block(q: Tensor, k: Tensor, v: Tensor, hidden: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Attention over one block of keys, so that blocks can be merged: out [B, H, S, D] and log-sum-exp [B, H, S, 1].
+def attention_block(q: Tensor, k: Tensor, v: Tensor, hidden: Parts | None) -> tuple[Tensor, Tensor]:
+    """Attention over one block of keys, so that blocks can be merged: out [B, H, S, D] and log-sum-exp [B, H, S, 1],
+    both in float32 or wider.
 
-    q [B, H, S, D], k and v [B, K, T, D] in the dtype that computes, float32 or wider; ``hidden`` from ``hidden_keys``,
-    or None when every query sees every key. A query that sees none of the keys gets a log-sum-exp of about -1e30, with
-    which its output weighs nothing.
+    q [B, H, S, D], k and v [B, K, T, D]; ``hidden`` from ``hidden_keys``, or None when every query sees every key. A
+    query that sees none of the keys gets zeros and -inf, with which its output weighs nothing.
     """
-    scores = _block_scores(q, k, hidden)
-    log_sum_exp = torch.logsumexp(scores, -1, keepdim=True)
-    out = torch.matmul(torch.exp(scores - log_sum_exp), v)  # [B, K, H/K * S, D]
-    return out.reshape(q.shape), log_sum_exp.reshape(*q.shape[:3], 1)
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    out = log_sum_exp = None
+    for keys, ranges in _parts(q, k, hidden):
+        more, more_lse = kernels.attention_block(q, k[:, keys], v[:, keys], ranges)
+        if out is None:
+            out, log_sum_exp = more, more_lse
+        else:
+            out, log_sum_exp = kernels.merge_blocks(out, log_sum_exp, more, more_lse)
+    return out.transpose(1, 2), log_sum_exp[..., None]
 
 
 def attention_block_backward(
-    q: Tensor, k: Tensor, v: Tensor, hidden: Tensor | None, log_sum_exp: Tensor, grad_out: Tensor, delta: Tensor
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    hidden: Parts | None,
+    log_sum_exp: Tensor,
+    grad_out: Tensor,
+    delta: Tensor,
+    out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dq, dk, dv of one block, from the *final* log-sum-exp [B, H, S, 1] and ``delta`` = sum(out * grad_out) over D.
 
     With P = exp(scores - log_sum_exp), the block's part of the whole softmax: dV = P^T dO, dS = P * (dO V^T - delta),
-    dQ = dS K / sqrt(D), dK = dS^T Q / sqrt(D) (FlashAttention, arXiv 2205.14135, appendix B).
+    dQ = dS K / sqrt(D), dK = dS^T Q / sqrt(D) (FlashAttention, arXiv 2205.14135, appendix B). ``out``, the final
+    output [B, H, S, D], is for an operator that computes delta itself (CANN's).
     """
-    B, H, S, D = q.shape
-    rows = (B, k.shape[1], H // k.shape[1] * S, -1)
-    grad_out = grad_out.reshape(rows)
-    probabilities = torch.exp(_block_scores(q, k, hidden) - log_sum_exp.reshape(rows))
-    dv = torch.matmul(probabilities.transpose(-1, -2), grad_out)
-    grad_scores = probabilities * (torch.matmul(grad_out, v.transpose(-1, -2)) - delta.reshape(rows)) * D**-0.5
-    dq = torch.matmul(grad_scores, k).reshape(q.shape)
-    dk = torch.matmul(grad_scores.transpose(-1, -2), q.reshape(rows))
-    return dq, dk, dv
+    q, k, v, grad_out = (x.transpose(1, 2) for x in (q, k, v, grad_out))
+    out = None if out is None else out.transpose(1, 2)
+    sums: tuple[Tensor, ...] = ()
+    for keys, ranges in _parts(q, k, hidden):
+        found = kernels.attention_block_backward(
+            grad_out, q, k[:, keys], v[:, keys], ranges, out, log_sum_exp[..., 0], delta[..., 0]
+        )
+        if k.shape[1] != found[1].shape[1]:
+            whole = [torch.zeros(k.shape, dtype=d.dtype, device=d.device) for d in found[1:]]
+            for room, d in zip(whole, found[1:], strict=True):
+                room[:, keys] = d
+            found = (found[0], *whole)
+        sums = tuple(a + b for a, b in zip(sums, found, strict=True)) if sums else found
+    return tuple(d.transpose(1, 2) for d in sums)  # type: ignore[return-value]
 
 
 def merge_blocks(out: Tensor, log_sum_exp: Tensor, more: Tensor, more_lse: Tensor) -> tuple[Tensor, Tensor]:
-    """Attention over the union of two sets of keys from attention over each; [B, H, S, D] and [B, H, S, 1].
+    """Attention over the union of two sets of keys from attention over each; [B, H, S, D] and [B, H, S, 1]."""
+    merged, joint = kernels.merge_blocks(
+        out.transpose(1, 2), log_sum_exp[..., 0], more.transpose(1, 2), more_lse[..., 0]
+    )
+    return merged.transpose(1, 2), joint[..., None]
 
-    out - sigmoid(b - a) * (out - more) and a - logsigmoid(a - b) stay finite whatever the sizes of a and b.
+
+def hidden_keys(visible: np.ndarray) -> Parts:
+    """A mask bool [B or 1, S, T] in the form that attention_block takes; made once a pass.
+
+    Where a query's keys are not one run, as in a ring's own block when each document is zigzagged, they are one in each
+    half of the keys. ValueError for a mask that this does not hold for.
     """
-    apart = more_lse - log_sum_exp
-    return out - torch.sigmoid(apart) * (out - more), log_sum_exp - F.logsigmoid(-apart)
+    num_keys = visible.shape[-1]
+    try:
+        parts = [(slice(0, num_keys), mask_ranges(visible))]
+    except ValueError:
+        halves = slice(0, num_keys // 2), slice(num_keys // 2, num_keys)
+        parts = [(half, mask_ranges(visible[..., half])) for half in halves]
+    return [(keys, _placed(ranges, keys.stop - keys.start)) for keys, ranges in parts]
 
 
-def hidden_keys(visible: np.ndarray) -> Tensor:
-    """A mask bool [B or 1, S, T] in the form that attention_block takes, [B or 1, 1, 1, S, T]; made once a pass."""
-    return torch.from_numpy(~visible[:, None, None]).to(device())
+def shard_statistics(logits: Tensor, targets: Tensor, first: int, real: int) -> tuple[Tensor, Tensor]:
+    """log_sum_exp over the ``real`` columns of logits [N, C] and the target's logit where it is among them; [N] each.
+
+    The columns are [first, first + C) of the vocabulary.
+    """
+    return kernels.shard_statistics(logits, targets, first, real)
 
 
-def _block_scores(q: Tensor, k: Tensor, hidden: Tensor | None) -> Tensor:
-    """q k^T / sqrt(D) [B, K, H/K * S, T]; hidden keys at -1e30."""
-    B, H, S, D = q.shape
-    K, T = k.shape[1:3]
-    scores = torch.matmul(q.reshape(B, K, H // K * S, D), k.transpose(-1, -2)) * D**-0.5
-    if hidden is None:
-        return scores
-    return scores.view(B, K, H // K, S, T).masked_fill(hidden, _HIDDEN).view(scores.shape)
+def shard_gradient(
+    logits: Tensor, targets: Tensor, first: int, real: int, log_sum_exp: Tensor, factor: Tensor
+) -> Tensor:
+    """d (factor * sum of losses) / d logits [N, C], from the log_sum_exp [N] over all ranks.
+
+    A fused operator writes it over the logits.
+    """
+    return kernels.shard_gradient(logits, targets, first, real, log_sum_exp, factor)
 
 
-def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
-    """Sum over positions of -log softmax(logits)[target], logits [B, S, V] in the loss dtype; IGNORE counts nothing."""
-    return F.cross_entropy(logits.flatten(0, -2), targets.flatten().long(), ignore_index=IGNORE, reduction="sum")
+def _placed(ranges: np.ndarray, num_keys: int) -> KeyRanges:
+    """With the kind that lets an operator use a mode of its own."""
+    kind = "ranges"
+    if not ranges[..., 0].any():
+        S = ranges.shape[1]
+        if (ranges[..., 1] == num_keys).all():
+            kind = "full"
+        elif num_keys >= S and (ranges[..., 1] == np.arange(num_keys - S, num_keys) + 1).all():
+            kind = "causal"
+    return kernels.place_ranges(KeyRanges(ranges, num_keys, kind), device())
+
+
+def _parts(q: Tensor, k: Tensor, hidden: Parts | None) -> Parts:
+    """``hidden``, or every key for every query of q [B, S, H, D], k [B, T, K, D]."""
+    if hidden is not None:
+        return hidden
+    return [
+        (slice(0, k.shape[1]), _placed(np.tile(np.array([0, k.shape[1]], np.int32), (1, q.shape[1], 1)), k.shape[1]))
+    ]

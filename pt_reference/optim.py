@@ -1,4 +1,4 @@
-"""AdamW with decoupled decay on fp32 masters; the arithmetic is PyTorch's own fused optimizer.
+"""AdamW with decoupled decay on fp32 masters; kernels/pytorch.py knows what computes the update.
 
 Weights, masters and states are flat vectors, one a bucket (core.sharding). A rank keeps masters and states of its part
 of each bucket only, and the ranks that share weights gather the updated parts.
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from core.checkpoint import TensorPiece
 from core.config import OptimConfig
 from core.sharding import Box, FlatPiece, Shard, flat_pieces
+from kernels import pytorch as kernels
 from pt_reference.collectives import agree, all_gather
 from pt_reference.data_parallel import GradientBuckets, owned_range
 from pt_reference.mesh import Mesh
@@ -43,19 +44,14 @@ class AdamW:
         self.parts: list[Tensor] = []  # gradients after ``reduce``
         self._stale = False
         self._flat = [self._flatten(weights, number) for number in range(len(self.gradients.buckets))]
-        self.masters = [self._master(number, dtype) for number in range(len(self._flat))]
-        groups = [
-            {"params": [m], "weight_decay": config.weight_decay if bucket.decays else 0.0}
-            for m, bucket in zip(self.masters, self.gradients.buckets, strict=True)
-        ]
-        betas = (config.beta1, config.beta2)
-        self._adamw = torch.optim.AdamW(groups, betas=betas, eps=config.eps, fused=True)
-        self._fresh_state(0)
+        self.masters = [self._mine(number).to(dtype) for number in range(len(self._flat))]
+        self._config, self._steps = config, 0
+        self._m, self._v = ([torch.zeros_like(master) for master in self.masters] for _ in "mv")
 
     @property
     def step_count(self) -> int:
         """Updates made so far; Adam's bias correction depends on it."""
-        return int(next(iter(self._adamw.state.values()))["step"].item())
+        return self._steps
 
     def reduce(self) -> None:
         """Sum the accumulated gradients over ranks; what this rank keeps of them is in ``parts``."""
@@ -65,7 +61,7 @@ class AdamW:
         """L2 norm over the gradients of all ranks; the parts are summed in float64, each parameter once."""
         counted = self.gradients.parts > 1 or self.mesh.replicas.rank == 0
         squares = [
-            torch.linalg.vector_norm(part, dtype=torch.float64).square()
+            _sum_of_squares(part)
             for part, bucket in zip(self.parts, self.gradients.buckets, strict=True)
             if bucket.owner and counted
         ]
@@ -74,16 +70,26 @@ class AdamW:
 
     def step(self, lr: float, grad_scale: float) -> None:
         """One update with gradients times ``grad_scale``; the accumulators are empty afterwards."""
-        for group in self._adamw.param_groups:
-            group["lr"] = lr
-        for master, part in zip(self.masters, self.parts, strict=True):
-            master.grad = part.mul_(grad_scale)
-        self._adamw.step()
-        for master in self.masters:
-            master.grad = None
+        config, buckets = self._config, self.gradients
+        self._steps += 1
+        for number, (master, part, bucket) in enumerate(zip(self.masters, self.parts, buckets.buckets, strict=True)):
+            mine = self._mine(number)
+            kernels.adamw(
+                master,
+                part,
+                self._m[number],
+                self._v[number],
+                self._steps,
+                lr,
+                config.beta1,
+                config.beta2,
+                config.eps,
+                config.weight_decay if bucket.decays else 0.0,
+                grad_scale,
+                copy=None if mine.data_ptr() == master.data_ptr() else mine,
+            )
         self.discard()
-        self._stale = True
-        self.refresh()
+        self._gather()
 
     def discard(self) -> None:
         self.parts = []
@@ -97,18 +103,17 @@ class AdamW:
 
     def load_state(self, read: Read, step_count: int) -> None:
         """m and v from ``read("m.<name>", box)`` and ``read("v.<name>", box)``."""
-        self._fresh_state(step_count)
-        for number, master in enumerate(self.masters):
-            state = self._adamw.state[master]
-            self._fill(state["exp_avg"], number, lambda name, box: read(f"m.{name}", box))
-            self._fill(state["exp_avg_sq"], number, lambda name, box: read(f"v.{name}", box))
+        self._steps = step_count
+        for letter, vectors in (("m", self._m), ("v", self._v)):
+            for number, vector in enumerate(vectors):
+                self._fill(vector, number, lambda name, box, letter=letter: read(f"{letter}.{name}", box))
 
     def export_masters(self) -> Iterator[TensorPiece]:
         yield from self._export(self.masters, "")
 
     def export_state(self) -> Iterator[TensorPiece]:
-        for letter, key in (("m", "exp_avg"), ("v", "exp_avg_sq")):
-            yield from self._export([self._adamw.state[m][key] for m in self.masters], f"{letter}.")
+        for letter, vectors in (("m", self._m), ("v", self._v)):
+            yield from self._export(vectors, f"{letter}.")
 
     def export_gradients(self) -> Iterator[TensorPiece]:
         """The gradients after ``reduce``, under the parameters' names."""
@@ -124,19 +129,18 @@ class AdamW:
             weight.data = flat[segment.start : segment.start + segment.size].view(weight.shape)
         return flat
 
-    def _master(self, number: int, dtype: torch.dtype) -> nn.Parameter:
+    def _mine(self, number: int) -> Tensor:
+        """The part of a bucket's weights that this rank updates."""
         bucket = self.gradients.buckets[number]
-        part = self._flat[number][owned_range(bucket, self.gradients.part, self.gradients.parts)]
-        return nn.Parameter(part.detach().to(dtype))
+        return self._flat[number][owned_range(bucket, self.gradients.part, self.gradients.parts)]
 
     def _pieces(self, number: int) -> Iterator[FlatPiece]:
         yield from flat_pieces(self.gradients.buckets[number], self.table, self.gradients.part, self.gradients.parts)
 
     def _fill(self, vector: Tensor, number: int, read: Read) -> None:
-        with torch.no_grad():
-            vector.zero_()
-            for piece in self._pieces(number):
-                vector[piece.first : piece.last].copy_(to_tensor(read(piece.name, piece.box)).flatten())
+        vector.zero_()
+        for piece in self._pieces(number):
+            vector[piece.first : piece.last].copy_(to_tensor(read(piece.name, piece.box)).flatten())
 
     def _export(self, vectors: list[Tensor], prefix: str) -> Iterator[TensorPiece]:
         """The boxes that this rank, of all that hold them, writes; in the order of the model."""
@@ -158,24 +162,33 @@ class AdamW:
                 self.table[piece.name].whole,
             )
 
-    def _fresh_state(self, step_count: int) -> None:
-        for master in self.masters:
-            self._adamw.state[master] = {
-                "step": torch.tensor(float(step_count), device=master.device),  # where the fused kernel wants it
-                "exp_avg": torch.zeros_like(master),
-                "exp_avg_sq": torch.zeros_like(master),
-            }
-
     def refresh(self) -> None:
-        """Weights from masters, where these changed: own part first, then those of the other ranks."""
+        """Weights from masters, where these were loaded: own part first, then those of the other ranks."""
         if not self._stale:
             return
         self._stale = False
-        buckets = self.gradients
-        with torch.no_grad():
-            for flat, master, bucket in zip(self._flat, self.masters, buckets.buckets, strict=True):
-                mine = flat[owned_range(bucket, buckets.part, buckets.parts)]
-                if mine.data_ptr() != master.data_ptr():
-                    mine.copy_(master)
-                if buckets.parts > 1:
-                    flat.copy_(all_gather(mine, self.mesh.replicas, 0))
+        for number, master in enumerate(self.masters):
+            mine = self._mine(number)
+            if mine.data_ptr() != master.data_ptr():
+                mine.copy_(master)
+        self._gather()
+
+    def _gather(self) -> None:
+        """The other ranks' parts of the weights."""
+        if self.gradients.parts > 1:
+            for number, flat in enumerate(self._flat):
+                flat.copy_(all_gather(self._mine(number), self.mesh.replicas, 0))
+
+
+_ROW = 1024
+
+
+def _sum_of_squares(vector: Tensor) -> Tensor:
+    """Of a long vector, in float64 without a copy in it: each _ROW elements are summed as they are, which pairs them up
+    and costs a few units of float32 in the last place, of many that cancel; their sums are added in float64."""
+    if vector.dtype == torch.float64:
+        return torch.linalg.vector_norm(vector).square()
+    whole = vector.numel() // _ROW * _ROW
+    rows = torch.linalg.vector_norm(vector[:whole].view(-1, _ROW), dim=-1).double()
+    rest = torch.linalg.vector_norm(vector[whole:], dtype=torch.float64)
+    return rows.square().sum() + rest.square()

@@ -21,7 +21,7 @@ from pt_reference.collectives import start_shift
 from pt_reference.mesh import Group
 
 
-def ring_masks(visibility: Visibility, group: Group) -> list[Tensor | None]:
+def ring_masks(visibility: Visibility, group: Group) -> list[ops.Parts | None]:
     """What is hidden from this rank's queries of the keys it meets at each of the R steps; made once a forward pass."""
     masks = []
     for step in range(group.size):
@@ -32,21 +32,21 @@ def ring_masks(visibility: Visibility, group: Group) -> list[Tensor | None]:
     return masks
 
 
-def ring_attention(q: Tensor, k: Tensor, v: Tensor, masks: list[Tensor | None], group: Group) -> Tensor:
+def ring_attention(q: Tensor, k: Tensor, v: Tensor, masks: list[ops.Parts | None], group: Group) -> Tensor:
     """q [B, S/R, H, D], k and v [B, S/R, K, D] of this rank's positions -> [B, S/R, H, D]."""
     return RingAttention.apply(q, k, v, masks, group)
 
 
 class RingAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, masks: list[Tensor | None], group: Group) -> Tensor:
-        queries = _wide(q.transpose(1, 2))  # [B, H, S/R, D]
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, masks: list[ops.Parts | None], group: Group) -> Tensor:
+        queries = q.transpose(1, 2)  # [B, H, S/R, D]
         message = torch.stack((k.transpose(1, 2), v.transpose(1, 2)))  # [2, B, K, S/R, D], contiguous
         out = log_sum_exp = None
         for step in range(group.size):
             coming = start_shift(message, group) if step < group.size - 1 else None
             rows, keys = visible_part(group.rank, (group.rank - step) % group.size, q.shape[1])
-            block_k, block_v = _wide(message[:, :, :, keys])
+            block_k, block_v = message[:, :, :, keys]
             part = ops.attention_block(queries[:, :, rows], block_k, block_v, masks[step])
             if step == 0:
                 out, log_sum_exp = part
@@ -63,15 +63,15 @@ class RingAttention(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, out, log_sum_exp = ctx.saved_tensors
         group, masks = ctx.group, ctx.masks
-        queries, grad_out = _wide(q.transpose(1, 2)), _wide(grad.transpose(1, 2))
-        delta = (out * grad_out).sum(-1, keepdim=True)
+        queries, grad_out = q.transpose(1, 2), grad.transpose(1, 2)
+        delta = (out * grad_out).sum(-1, keepdim=True)  # float32 or wider, as out is
         message = torch.stack((k.transpose(1, 2), v.transpose(1, 2)))
-        dq = torch.zeros_like(queries)
+        dq = torch.zeros_like(queries, dtype=out.dtype)
         travelling = None
         for step in range(group.size):
             coming = start_shift(message, group) if step < group.size - 1 else None
             rows, keys = visible_part(group.rank, (group.rank - step) % group.size, q.shape[1])
-            block_k, block_v = _wide(message[:, :, :, keys])
+            block_k, block_v = message[:, :, :, keys]
             dq_part, dk_part, dv_part = ops.attention_block_backward(
                 queries[:, :, rows],
                 block_k,
@@ -80,10 +80,11 @@ class RingAttention(torch.autograd.Function):
                 log_sum_exp[:, :, rows],
                 grad_out[:, :, rows],
                 delta[:, :, rows],
+                out[:, :, rows],
             )
             dq[:, :, rows] += dq_part
             # The sums for these keys were last touched by the rank before; they come one hop behind the keys.
-            sums = torch.zeros_like(message, dtype=queries.dtype) if travelling is None else travelling.wait()
+            sums = torch.zeros_like(message, dtype=out.dtype) if travelling is None else travelling.wait()
             sums[0, :, :, keys] += dk_part
             sums[1, :, :, keys] += dv_part
             travelling = start_shift(sums, group)
@@ -91,8 +92,3 @@ class RingAttention(torch.autograd.Function):
                 message = coming.wait()
         dk, dv = travelling.wait()
         return *(d.transpose(1, 2).to(x.dtype) for d, x in ((dq, q), (dk, k), (dv, v))), None, None
-
-
-def _wide(x: Tensor) -> Tensor:
-    """Blocks are computed, and merged, in float32 or wider."""
-    return x if x.dtype in (torch.float32, torch.float64) else x.float()

@@ -45,7 +45,13 @@ class NormBeforeColumns(Norm):
         self.group, self.sequence_parallel = mesh.tp, mesh.layout.sequence_parallel
 
     def forward(self, x: Tensor) -> Tensor:
-        x = super().forward(x)
+        return self._spread(super().forward(x))
+
+    def after_sum(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+        x, stream = super().after_sum(x, residual)
+        return self._spread(x), stream
+
+    def _spread(self, x: Tensor) -> Tensor:
         return gather_sequence(x, self.group, SEQUENCE) if self.sequence_parallel else copy_to(x, self.group)
 
 
@@ -91,35 +97,29 @@ def cross_entropy(logits: Tensor, targets: Tensor, vocab_size: int, mesh: Mesh) 
     """
     if mesh.tp.size == 1:
         return ops.cross_entropy(logits, targets)
-    return VocabParallelCrossEntropy.apply(logits.flatten(0, -2), targets.flatten().long(), vocab_size, mesh.tp)
+    return VocabParallelCrossEntropy.apply(logits.flatten(0, -2), targets.flatten(), vocab_size, mesh.tp)
 
 
 class VocabParallelCrossEntropy(torch.autograd.Function):
-    """Sum of -log softmax(logits)[target] over positions whose target is not IGNORE."""
+    """Sum of -log softmax(logits)[target] over positions whose target is not IGNORE.
+
+    logits [N, V/tp], over which the gradient is written; targets [N].
+    """
 
     @staticmethod
     def forward(ctx, logits, targets, vocab_size, group):  # type: ignore[no-untyped-def]
         columns = logits.shape[-1]
         first = group.rank * columns
         real = max(0, min(columns, vocab_size - first))
-        if real < columns:
-            logits = logits.clone()
-            logits[:, real:] = -torch.inf
-        largest = all_reduce(logits.amax(-1), group, "max")
-        weights = torch.exp(logits - largest[:, None])
-        local = targets - first
-        counted = targets != IGNORE
-        held = counted & (local >= 0) & (local < columns)
-        picked = logits.gather(-1, (local * held)[:, None])[:, 0].masked_fill(~held, 0.0)
-        sums, picked = all_reduce(torch.stack((weights.sum(-1), picked)), group)
-        losses = (torch.log(sums) + largest - picked) * counted
-        ctx.save_for_backward(weights.div_(sums[:, None]), local, held, counted)
-        return losses.sum()
+        own, picked = ops.shard_statistics(logits, targets, first, real)
+        largest = all_reduce(own, group, "max")
+        sums, picked = all_reduce(torch.stack((torch.exp(own - largest), picked)), group)
+        log_sum_exp = largest + torch.log(sums)
+        ctx.save_for_backward(logits, targets, log_sum_exp)
+        ctx.columns = first, real
+        return ((log_sum_exp - picked) * (targets != IGNORE)).sum()
 
     @staticmethod
     def backward(ctx, grad):  # type: ignore[no-untyped-def]
-        probabilities, local, held, counted = ctx.saved_tensors
-        dlogits = probabilities * (counted * grad)[:, None]
-        rows = torch.arange(len(local), device=local.device)
-        dlogits[rows, local * held] -= held * grad
-        return dlogits, None, None, None
+        logits, targets, log_sum_exp = ctx.saved_tensors
+        return ops.shard_gradient(logits, targets, *ctx.columns, log_sum_exp, grad), None, None, None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from collections.abc import Iterator
 from typing import Any
@@ -14,6 +15,7 @@ from core.config import RunConfig
 from core.init import init_tensor
 from core.loop import main
 from core.sequence import split_batch
+from kernels import pytorch as kernels
 from pt_reference import ops
 from pt_reference.collectives import agree
 from pt_reference.mesh import leave
@@ -28,6 +30,7 @@ class Trainer:
 
     def __init__(self, config: RunConfig) -> None:
         self.config = config
+        kernels.select(dataclasses.asdict(config.kernels))
         self.mesh = open_mesh(config.model, config.parallel)
         self.stages, self.table = parallelize(config.model, self.mesh, config.train.precision, config.train.recompute)
         self.pipeline = Pipeline(self.stages, self.mesh)
@@ -97,10 +100,7 @@ class Trainer:
         return {
             "backend": f"PyTorch {torch.__version__}",
             "device": torch.cuda.get_device_name() if ops.device().type == "cuda" else "cpu",
-            "attention": "torch.nn.functional.scaled_dot_product_attention"
-            if self.mesh.ring.size == 1
-            else "zigzag ring of matrix products",
-            "adamw": "torch.optim.AdamW(fused=True)",
+            "operators": "; ".join(kernels.described()),
         }
 
 
