@@ -1,6 +1,7 @@
-"""One backend, warm and waiting, for ``tele bench``: reads orders on stdin, answers on stdout, one JSON object a line.
+"""One contestant, warm and waiting, for ``tele bench``: orders on stdin, answers on stdout, one JSON object a line.
 
     python -m core.bench_worker ms '{"model": "telechat2-tiny", ...}'
+    {"steps": 5}
 
 Such a process is kept alive beside others that are measured, and they work in turns, so that all meet the same machine
 in the same state. ``Worker`` is the side that gives the orders.
@@ -16,7 +17,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +26,15 @@ import numpy as np
 from core import backends
 from core.batch import Batch
 from core.config import RunConfig, run_config_from_dict
+from core.init import init_tensor
 from core.layout import parse_layout
 from core.worker import die_with_parent
 
 ROOT = Path(__file__).resolve().parent.parent
+EAGER = "eager"  # the released code's composition in PyTorch, kernels/bench_eager.py
+TITLES = {**backends.TITLES, EAGER: "the eager composition"}
+
+Handle = Callable[[dict[str, Any]], dict[str, Any]]
 
 
 def bench_config(options: Mapping[str, Any]) -> RunConfig:
@@ -77,6 +83,19 @@ def timed_steps(trainer: Any, config: RunConfig, first: int, count: int) -> tupl
     return seconds, loss
 
 
+def timed_tokens(session: Any, vocab_size: int, prompt: int, count: int) -> list[float]:
+    """Seconds of each of ``count`` steps of one token, after a prompt of ``prompt`` random ones."""
+    ids = np.random.default_rng(0).integers(0, vocab_size, prompt + count).tolist()
+    session.reset(prompt + count)
+    session.extend(ids[:prompt])
+    seconds = []
+    for token in ids[prompt:]:
+        started = time.perf_counter()
+        session.extend([token])  # logits on the host
+        seconds.append(time.perf_counter() - started)
+    return seconds
+
+
 def paired_ratios(first: Sequence[Sequence[float]], second: Sequence[Sequence[float]]) -> list[float]:
     """Median step time of ``first`` over that of ``second``, round by round."""
     return [statistics.median(a) / statistics.median(b) for a, b in zip(first, second, strict=True)]
@@ -96,11 +115,18 @@ class Worker:
     take the time of the one that is being measured.
     """
 
-    def __init__(self, name: str, options: Mapping[str, Any], env: Mapping[str, str] | None = None) -> None:
-        """``env``: in place of this process's environment."""
+    def __init__(
+        self,
+        name: str,
+        options: Mapping[str, Any],
+        env: Mapping[str, str] | None = None,
+        module: str | None = None,
+    ) -> None:
+        """``env``: in place of this process's environment; ``module``: what is run, by default the one that trains."""
         self.name = name
+        module = module or ("kernels.bench_eager" if name == EAGER else "core.bench_worker")
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "core.bench_worker", name, json.dumps(options)],
+            [sys.executable, "-m", module, name, json.dumps(options)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -126,10 +152,14 @@ class Worker:
             self._process.wait()
 
     def steps(self, count: int) -> dict[str, Any]:
-        """Make ``count`` steps now, while every other worker waits; {"seconds": [...], "loss": ...}."""
+        """Make ``count`` steps now; {"seconds": [...], "loss": ...}."""
+        return self.ask({"steps": count})
+
+    def ask(self, order: Mapping[str, Any]) -> dict[str, Any]:
+        """The answer to an order, given while every other worker waits."""
         assert self._process.stdin is not None
         self._process.send_signal(signal.SIGCONT)
-        self._process.stdin.write(json.dumps({"steps": count}) + "\n")
+        self._process.stdin.write(json.dumps(order) + "\n")
         self._process.stdin.flush()
         answer = self._answer()
         self._process.send_signal(signal.SIGSTOP)
@@ -140,27 +170,64 @@ class Worker:
         line = self._process.stdout.readline()
         if not line:
             raise RuntimeError(
-                f"the {backends.TITLES[self.name]} worker ended with code {self._process.wait()}; its message is above"
+                f"the worker of {TITLES[self.name]} ended with code {self._process.wait()}; its message is above"
             )
         return json.loads(line)
 
 
-def main(argv: list[str]) -> int:
-    """Build the trainer, report ready, then serve {"steps": n} until stdin ends."""
+def answer_orders(prepare: Callable[[], tuple[dict[str, Any], Handle]]) -> int:
+    """The worker's side: ``prepare`` says what is ready and what handles an order; then orders until stdin ends."""
     die_with_parent()  # a stopped process would never see that its stdin has ended
     # Frameworks print on stdout when they please; keep the real one for answers.
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
-    config = bench_config(json.loads(argv[1]))
-    trainer = backends.load(argv[0], "train").Trainer(config)
-    print(json.dumps({"ready": trainer.implementation()}), file=answers, flush=True)
-    done = 0
+    ready, handle = prepare()
+    print(json.dumps({"ready": ready}), file=answers, flush=True)
     for line in sys.stdin:
-        count = json.loads(line)["steps"]
-        seconds, loss = timed_steps(trainer, config, done, count)
-        done += count
-        print(json.dumps({"seconds": seconds, "loss": loss}), file=answers, flush=True)
+        print(json.dumps(handle(json.loads(line))), file=answers, flush=True)
     return 0
+
+
+def serve(argv: Sequence[str], build: Callable[[str, RunConfig], Any]) -> int:
+    """Train as ordered with the trainer that ``build(name, config)`` makes."""
+
+    def prepare() -> tuple[dict[str, Any], Handle]:
+        config = bench_config(json.loads(argv[1]))
+        trainer, done = build(argv[0], config), 0
+
+        def handle(order: dict[str, Any]) -> dict[str, Any]:
+            nonlocal done
+            seconds, loss = timed_steps(trainer, config, done, order["steps"])
+            done += order["steps"]
+            return {"seconds": seconds, "loss": loss}
+
+        return trainer.implementation(), handle
+
+    return answer_orders(prepare)
+
+
+def serve_tokens(argv: Sequence[str]) -> int:
+    """Decode as ordered: {"prompt": tokens before, "steps": tokens after}."""
+
+    def prepare() -> tuple[dict[str, Any], Handle]:
+        options = json.loads(argv[1])
+        model = bench_config(options).model
+        made = backends.load(argv[0], "generate").Session(
+            model, lambda name: init_tensor(name, model, 1234), options["precision"], options["seq_len"]
+        )
+
+        def handle(order: dict[str, Any]) -> dict[str, Any]:
+            return {"seconds": timed_tokens(made, model.vocab_size, order["prompt"], order["steps"])}
+
+        return {"backend": TITLES[argv[0]]}, handle
+
+    return answer_orders(prepare)
+
+
+def main(argv: list[str]) -> int:
+    if json.loads(argv[1]).get("what") == "decode":
+        return serve_tokens(argv)
+    return serve(argv, lambda name, config: backends.load(name, "train").Trainer(config))
 
 
 if __name__ == "__main__":

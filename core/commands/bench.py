@@ -1,11 +1,16 @@
-"""Measurements: ``step`` times a training step of both frameworks, ``parallel`` a step of several layouts.
+"""Measurements; contestants take turns in processes of their own, so that ratios hold on a shared machine.
 
-step      MindSpore and PyTorch in turns, one process each.
+step      a training step of MindSpore, of PyTorch and, with `--backends ms pt eager`, of the released composition.
+decode    tokens generated one by one with a cache.
+kernels   every operator, forward and backward, against what the machine allows: bytes moved against the measured copy
+          bandwidth, products against the measured rate of a matrix product.
 parallel  layouts (``tele train --help`` explains them) in turns, and in every round a single process with the same
           batch. Also: bytes handed to collectives against the formula, the pipeline's bubble against theory, the
           balance of the ring, and the optimizer states that a rank holds.
 Examples:
-  tele bench step --model telechat2-mini --seq-len 256
+  tele bench step --model telechat2-mini --seq-len 1024 --micro-batch 1 --backends ms pt eager
+  tele bench decode --model telechat2-mini
+  tele bench kernels --operators rms_norm swiglu --sizes mini
   tele bench parallel --layouts tp2,pp2,dp2,dp2.nozero --backends pt --steps 10
 """
 
@@ -14,34 +19,42 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import shutil
 import sys
 import tempfile
 from collections.abc import Sequence
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 from core import backends
 from core.atomic import writable_file, write_text
-from core.bench_worker import Worker, bench_config, paired_ratios, spread
+from core.bench_kernels import OPERATORS, SIZES, kernels_to_markdown, measure_kernels
+from core.bench_step import facts, machine, measure, measure_tokens, task, to_markdown, tokens_to_markdown
+from core.bench_worker import EAGER, bench_config, spread
 from core.config import PRECISIONS, preset_names
 from core.errors import UserError
-from core.metrics import flops_per_token
-from core.params import count_parameters
 
 LAYOUTS = "single,tp2,pp2,ring2,ulysses2,dp2"
-# What differs between the two measurements where the user says nothing.
+# What differs between the measurements where the user says nothing.
 DEFAULTS: dict[str, dict[str, Any]] = {
     "step": {"micro_batch": 4, "micro_batches": 1, "steps": 30, "block": 5},
+    "decode": {"micro_batch": 1, "micro_batches": 1, "steps": 200, "block": 20},
+    "kernels": {"micro_batch": 1, "micro_batches": 1, "steps": 15, "block": 5},
     "parallel": {"micro_batch": 2, "micro_batches": 4, "steps": 10, "block": 2},
+}
+# Options that only some measurements have.
+ONLY: dict[str, tuple[str, ...]] = {
+    "layouts": ("parallel",),
+    "prompt": ("decode",),
+    "operators": ("kernels",),
+    "sizes": ("kernels",),
+    "compile": ("kernels",),
 }
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of ``tele bench``."""
-    parser.add_argument("what", choices=("step", "parallel"), help="step: a whole optimizer step; parallel: layouts")
+    parser.add_argument("what", choices=tuple(DEFAULTS), help="what to measure, as above")
     parser.add_argument(
         "--model", default="telechat2-tiny", metavar="PRESET", help=f"one of {', '.join(preset_names())}"
     )
@@ -53,13 +66,37 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="M",
         help="forward passes an optimizer step of one process, shared by data-parallel ranks (step 1, parallel 4)",
     )
-    parser.add_argument("--steps", type=int, metavar="N", help="steps measured of each (step 30, parallel 10)")
     parser.add_argument(
-        "--block", type=int, metavar="K", help="steps of one before the next's turn (step 5, parallel 2)"
+        "--steps",
+        type=int,
+        metavar="N",
+        help="steps, tokens or calls measured of each (step 30, decode 200, kernels 15, parallel 10)",
     )
-    parser.add_argument("--precision", default="fp32", choices=PRECISIONS, help="arithmetic (fp32)")
     parser.add_argument(
-        "--backends", nargs="+", choices=sorted(backends.BACKENDS), default=["ms", "pt"], help="who (ms pt)"
+        "--block",
+        type=int,
+        metavar="K",
+        help="of these, how many before the next's turn (step 5, decode 20, kernels 5, parallel 2)",
+    )
+    parser.add_argument(
+        "--precision", default="fp32", choices=PRECISIONS, help="arithmetic; of kernels the dtype of tensors (fp32)"
+    )
+    parser.add_argument(
+        "--backends",
+        nargs="+",
+        choices=sorted((*backends.BACKENDS, EAGER)),
+        default=["ms", "pt"],
+        help=f"who (ms pt); {EAGER}: what the released PyTorch code composes, for step",
+    )
+    parser.add_argument("--prompt", type=int, metavar="P", help="decode: tokens before the measured ones (16)")
+    parser.add_argument(
+        "--operators", nargs="+", choices=sorted(OPERATORS), metavar="O", help="kernels: some of " + " ".join(OPERATORS)
+    )
+    parser.add_argument(
+        "--sizes", nargs="+", choices=sorted(SIZES), metavar="Z", help=f"kernels: {' '.join(SIZES)} (mini large)"
+    )
+    parser.add_argument(
+        "--compile", action="store_true", default=None, help="kernels: also torch.compile, which takes minutes to start"
     )
     parser.add_argument("--layouts", nargs="+", metavar="L", help=f"parallel: with commas or spaces ({LAYOUTS})")
     parser.add_argument("--out", metavar="FILE", help="also write everything measured as JSON")
@@ -67,87 +104,52 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Measure and print Markdown; 1 when the messages counted are not those of the formula."""
+    for name, owners in ONLY.items():
+        if getattr(args, name) is not None and args.what not in owners:
+            raise UserError(f"--{name}: belongs to `tele bench {owners[0]}`, not to `tele bench {args.what}`")
     for name, value in DEFAULTS[args.what].items():
         if getattr(args, name) is None:
             setattr(args, name, value)
-    for name in ("seq_len", "micro_batch", "micro_batches", "steps", "block"):
+    args.prompt = 16 if args.prompt is None else args.prompt
+    for name in ("seq_len", "micro_batch", "micro_batches", "steps", "block", "prompt"):
         if getattr(args, name) < 1:
             raise UserError(f"--{name.replace('_', '-')}: must be at least 1, found {getattr(args, name)}")
-    options = {name: getattr(args, name) for name in ("model", "seq_len", "micro_batch", "micro_batches", "precision")}
-    bench_config(options)  # a mistake is told here, once, and not by two workers
     names = list(dict.fromkeys(args.backends))
-    if args.what == "step" and args.layouts is not None:
-        raise UserError("--layouts: belongs to `tele bench parallel`; `tele bench step` measures one process")
+    if EAGER in names and args.what != "step":
+        raise UserError(f"--backends {EAGER}: belongs to `tele bench step`; give ms, pt or both")
+    if EAGER in names and args.precision != "fp32":
+        raise UserError(f"--precision {args.precision}: the {EAGER} composition computes in fp32 only")
+    if args.what == "decode":
+        args.seq_len = args.prompt + max(args.block, 1)
+    options = {name: getattr(args, name) for name in ("model", "seq_len", "micro_batch", "micro_batches", "precision")}
+    bench_config(options)  # a mistake is told here, once, and not by every worker
     layouts = checked_layouts(args.layouts or [LAYOUTS], options) if args.what == "parallel" else []
     if args.out:
         writable_file(args.out, "--out")
     if args.what == "parallel":
         result = measure_layouts(options, layouts, names, args.steps, args.block)
         text = layouts_to_markdown(result)
+    elif args.what == "decode":
+        result = measure_tokens(options, names, args.prompt, args.steps, args.block)
+        text = tokens_to_markdown(result)
+    elif args.what == "kernels":
+        result = measure_kernels(
+            names,
+            args.operators or list(OPERATORS),
+            args.sizes or ["mini", "large"],
+            args.precision,
+            args.steps,
+            args.block,
+            bool(args.compile),
+        )
+        text = kernels_to_markdown(result)
     else:
         result = measure(options, names, args.steps, args.block)
         text = to_markdown(result)
     print(text)
     if args.out:
         write_text(Path(args.out), json.dumps(result, indent=1) + "\n")
-    return 1 if any(row["traffic"]["differs"] for row in result.get("rows", ())) else 0
-
-
-def measure(options: dict[str, Any], names: list[str], steps: int, block: int) -> dict[str, Any]:
-    """Start a process per backend, then let them work in turns: one uncounted block each, then blocks until ``steps``.
-
-    The order within a round alternates, so that neither backend always follows the other.
-    """
-    seconds: dict[str, list[list[float]]] = {name: [] for name in names}
-    rounds = -(-steps // block)
-    with ExitStack() as stack:
-        workers = {name: stack.enter_context(Worker(name, options)) for name in names}
-        losses = {name: worker.steps(block)["loss"] for name, worker in workers.items()}
-        for turn in range(rounds):
-            for name in names if turn % 2 == 0 else reversed(names):
-                seconds[name].append(workers[name].steps(min(block, steps - turn * block))["seconds"])
-        made = {name: worker.implementation for name, worker in workers.items()}
-    return {
-        **_facts(options),
-        "backends": {
-            name: {"implementation": made[name], "loss_after_warm_up": losses[name], "seconds": seconds[name]}
-            for name in names
-        },
-        **({"ratio": spread(paired_ratios(seconds[names[0]], seconds[names[1]]))} if len(names) == 2 else {}),
-    }
-
-
-def to_markdown(result: dict[str, Any]) -> str:
-    """A table a backend a row, and the ratio."""
-    tokens = result["tokens_per_step"]
-    lines = [
-        f"{_task(result)}; {_machine(result)}; backends in turns, both warm.",
-        "",
-        "| backend | device | step, median | middle 80 % | tokens/s | model GFLOP/s |",
-        "|---|---|---|---|---|---|",
-    ]
-    for measured in result["backends"].values():
-        times = spread([s for block in measured["seconds"] for s in block])
-        median = times["median"]
-        made = measured["implementation"]
-        cells = [
-            made["backend"],
-            made["device"],
-            f"{median * 1e3:.1f} ms",
-            f"{times['low'] * 1e3:.1f} to {times['high'] * 1e3:.1f} ms",
-            f"{tokens / median:,.0f}",
-            f"{result['flops_per_step'] / median / 1e9:.1f}",
-        ]
-        lines.append(f"| {' | '.join(cells)} |")
-    if "ratio" in result:
-        first, second = (backends.TITLES[name] for name in result["backends"])
-        ratio = result["ratio"]
-        lines += [
-            "",
-            f"{first} takes {ratio['median']:.2f} times {second}'s step time "
-            f"(rounds: {ratio['low']:.2f} to {ratio['high']:.2f}).",
-        ]
-    return "\n".join(lines)
+    return 1 if any(row.get("traffic", {}).get("differs") for row in result.get("rows", ())) else 0
 
 
 def checked_layouts(words: Sequence[str], options: dict[str, Any]) -> list[str]:
@@ -199,9 +201,9 @@ def measure_layouts(
                 rows.append({"backend": name, "device": made[name]["device"], "single": single, **row})
     order = {text: number for number, text in enumerate(layouts)}
     rows.sort(key=lambda row: (names.index(row["backend"]), order[row["layout"]]))
-    facts = _facts(options)
-    facts["machine"]["threads"] = os.environ.get("OMP_NUM_THREADS")
-    return {**facts, "implementations": made, "rows": rows}
+    about = facts(options)
+    about["machine"]["threads"] = os.environ.get("OMP_NUM_THREADS")
+    return {**about, "implementations": made, "rows": rows}
 
 
 def _launched(
@@ -235,7 +237,7 @@ def layouts_to_markdown(result: dict[str, Any]) -> str:
     largest = max(row["world"] for row in rows)
     crowded = f"; {largest} processes have to take turns on {cores} cores" if largest > cores else ""
     lines = [
-        f"{_task(result)}, the same in every layout; {_machine(result)}; up to {largest} processes.",
+        f"{task(result)}, the same in every layout; {machine(result)}; up to {largest} processes.",
         "",
         f"**Times are a picture of this machine, not of a cluster**: all processes share its {cores} cores and its "
         f"memory, through which their messages pass{crowded}. In every round a single process, with the machine to "
@@ -345,40 +347,5 @@ def _disagreements(rows: list[dict[str, Any]]) -> list[str]:
     return ["", "Counted and computed disagree:", "", *lines] if lines else []
 
 
-def _facts(options: dict[str, Any]) -> dict[str, Any]:
-    config = bench_config(options)
-    tokens = config.train.global_batch * config.data.seq_len
-    return {
-        "options": options,
-        "machine": {"cores": len(os.sched_getaffinity(0)), "processor": _processor()},
-        "parameters": count_parameters(config.model),
-        "tokens_per_step": tokens,
-        "flops_per_step": tokens * flops_per_token(config.model, config.data.seq_len),
-    }
-
-
-def _task(result: dict[str, Any]) -> str:
-    options = result["options"]
-    return (
-        f"`{options['model']}` ({result['parameters']:,} parameters), {options['precision']}, "
-        f"{options['micro_batches']} x {options['micro_batch']} x {options['seq_len']} tokens a step"
-    )
-
-
-def _machine(result: dict[str, Any]) -> str:
-    return f"{result['machine']['cores']} cores of {result['machine']['processor']}"
-
-
 def _megabytes(count: float) -> str:
     return f"{count / 1e6:.2f} MB"
-
-
-def _processor() -> str:
-    """The processor's own name where the system tells it (Linux), else its architecture."""
-    try:
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from core.bench_worker import bench_config, random_batch, timed_steps
+from core import bench_step
+from core.bench_worker import bench_config, random_batch, timed_steps, timed_tokens
 from core.cli import main
 from core.commands import bench
 from core.errors import UserError
@@ -14,10 +15,10 @@ from core.errors import UserError
 OPTIONS = {"model": "telechat2-tiny", "seq_len": 32, "micro_batch": 2, "micro_batches": 3, "precision": "fp32"}
 
 
-def arguments(*argv):
+def arguments(*argv, what="step"):
     parser = argparse.ArgumentParser()
     bench.add_arguments(parser)
-    return parser.parse_args(["step", *argv])
+    return parser.parse_args([what, *argv])
 
 
 class Recorder:
@@ -59,7 +60,11 @@ class TwoWorkers:
     def steps(self, count):
         TwoWorkers.turns.append((self.name, count))
         self.done += 1
-        return {"seconds": [(0.2 if self.name == "ms" else 0.1) * self.done] * count, "loss": 7.6}
+        return {"seconds": [{"ms": 0.2, "pt": 0.1, "eager": 0.16}[self.name] * self.done] * count, "loss": 7.6}
+
+    def ask(self, order):
+        TwoWorkers.turns.append((self.name, order["prompt"]))
+        return self.steps(order["steps"])
 
 
 def test_a_step_is_a_whole_optimizer_step():
@@ -83,7 +88,7 @@ def test_both_backends_get_the_same_tokens():
 
 
 def test_turns_ratio_and_table(monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(bench, "Worker", TwoWorkers)
+    monkeypatch.setattr(bench_step, "Worker", TwoWorkers)
     TwoWorkers.turns = []
     out = tmp_path / "a" / "bench.json"
     assert bench.run(arguments("--steps", "12", "--block", "5", "--seq-len", "32", "--out", str(out))) == 0
@@ -92,10 +97,49 @@ def test_turns_ratio_and_table(monkeypatch, tmp_path, capsys):
     assert TwoWorkers.turns == expected
     result = json.loads(out.read_text())
     # Both slow down together, which the pairing takes out.
-    assert result["ratio"] == {"median": 2.0, "low": 2.0, "high": 2.0}
+    assert result["ratios"] == [{"of": "ms", "to": "pt", "median": 2.0, "low": 2.0, "high": 2.0}]
     shown = capsys.readouterr().out
     assert "| ms 1.0 | CPU | 600.0 ms | 400.0 to 800.0 ms | 213 |" in shown
     assert "MindSpore takes 2.00 times PyTorch's step time" in shown
+
+
+def test_three_contestants_have_three_ratios(monkeypatch, capsys):
+    monkeypatch.setattr(bench_step, "Worker", TwoWorkers)
+    TwoWorkers.turns = []
+    assert bench.run(arguments("--steps", "2", "--block", "1", "--backends", "ms", "pt", "eager")) == 0
+    order = [name for name, _ in TwoWorkers.turns]
+    assert order == ["ms", "pt", "eager", "ms", "pt", "eager", "eager", "pt", "ms"]
+    shown = capsys.readouterr().out
+    assert "PyTorch takes 0.62 times the eager composition's step time" in shown
+    assert "MindSpore takes 1.25 times the eager composition's step time" in shown
+
+
+def test_tokens_a_second(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(bench_step, "Worker", TwoWorkers)
+    TwoWorkers.turns = []
+    out = tmp_path / "decode.json"
+    assert bench.run(arguments("--steps", "4", "--block", "2", "--prompt", "3", "--out", str(out), what="decode")) == 0
+    assert TwoWorkers.turns[:4] == [("ms", 3), ("ms", 2), ("pt", 3), ("pt", 2)]
+    assert json.loads(out.read_text())["prompt"] == 3
+    shown = capsys.readouterr().out
+    assert "| PyTorch | 250.00 ms | 200.00 to 300.00 ms | 4.0 |" in shown
+    assert "MindSpore takes 2.00 times PyTorch's time a token" in shown
+
+
+def test_every_token_is_a_step_of_its_own():
+    class Session:
+        def __init__(self):
+            self.calls = []
+
+        def reset(self, total):
+            self.calls.append(("reset", total))
+
+        def extend(self, ids):
+            self.calls.append(("extend", len(ids)))
+
+    session = Session()
+    assert len(timed_tokens(session, 100, 5, 3)) == 3
+    assert session.calls == [("reset", 8), ("extend", 5), ("extend", 1), ("extend", 1), ("extend", 1)]
 
 
 def test_spread():
@@ -110,6 +154,9 @@ def test_spread():
         (["--model", "telechat2-tyni"], "did you mean 'telechat2-tiny'"),
         (["--seq-len", "100000"], "max_seqlen"),
         (["--layouts", "tp2"], "--layouts: belongs to `tele bench parallel`"),
+        (["--operators", "rope"], "--operators: belongs to `tele bench kernels`, not to `tele bench step`"),
+        (["--prompt", "3"], "--prompt: belongs to `tele bench decode`"),
+        (["--backends", "eager", "--precision", "bf16"], "--precision bf16: the eager composition"),
     ],
 )
 def test_mistakes_are_told_before_anything_starts(argv, message):

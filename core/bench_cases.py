@@ -1,0 +1,83 @@
+"""Sizes at which operators are measured, and the work that none can avoid: bytes moved, floating-point operations.
+
+Bytes count every input read once and every output written once, at the size of the tensors' dtype (4 for the float32
+statistics and optimizer states). What an implementation moves beyond that lowers its share of the limit.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+
+@dataclass(frozen=True)
+class Size:
+    """One row of ``tokens`` tokens in a model of these widths; ``parameters``: length of the optimizer's vectors."""
+
+    tokens: int
+    hidden: int
+    ffn: int
+    vocab: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    parameters: int
+
+
+SIZES = {
+    "tiny": Size(32, 64, 176, 512, 4, 2, 16, 10_000),
+    "mini": Size(1024, 512, 1408, 8192, 8, 2, 64, 31_000_000),
+    "large": Size(4096, 4096, 8192, 16384, 16, 4, 128, 64_000_000),
+    "gpu": Size(8192, 3072, 6144, 131072, 24, 24, 128, 400_000_000),
+    "gpu-gqa": Size(8192, 8192, 21824, 131072, 64, 8, 128, 400_000_000),
+}
+
+OPERATORS = (
+    "linear",
+    "embedding",
+    "rms_norm",
+    "add_rms_norm",
+    "layer_norm",
+    "rope",
+    "swiglu",
+    "gelu",
+    "attention",
+    "merge_blocks",
+    "cross_entropy",
+    "adamw",
+)
+
+
+class Work(NamedTuple):
+    bytes: float
+    flops: float
+
+
+def work(operator: str, size: Size, itemsize: int) -> dict[str, Work]:
+    """By direction: "forward" and, where the operator has a gradient, "backward" and "both" one after the other."""
+    N, E, V = size.tokens, size.hidden, size.vocab
+    stream, inner, columns = (N * width * itemsize for width in (E, size.ffn, V))
+    heads = N * (size.heads + size.kv_heads) * size.head_dim * itemsize
+    out = N * size.heads * size.head_dim
+    product = 2.0 * N * E * size.ffn
+    scores = 2.0 * 2.0 * N * N / 2 * size.heads * size.head_dim  # two products over the half below the diagonal
+    table: dict[str, tuple[tuple[float, float], tuple[float, float] | None]] = {
+        "linear": ((stream + inner + E * size.ffn * itemsize, product), (2 * (stream + inner), 2 * product)),
+        "embedding": ((2 * stream, 0.0), (stream + V * E * 4, 0.0)),
+        "rms_norm": ((2 * stream, 0.0), (3 * stream, 0.0)),
+        "add_rms_norm": ((4 * stream, 0.0), (4 * stream, 0.0)),
+        "layer_norm": ((2 * stream, 0.0), (3 * stream, 0.0)),
+        "rope": ((2 * heads, 0.0), (2 * heads, 0.0)),
+        "swiglu": ((3 * inner, 0.0), (5 * inner, 0.0)),
+        "gelu": ((2 * inner, 0.0), (3 * inner, 0.0)),
+        "attention": ((2 * heads, scores), (4 * heads, 2.5 * scores)),
+        "merge_blocks": ((3 * out * 4, 0.0), None),
+        "cross_entropy": ((columns, 0.0), (2 * columns, 0.0)),
+        "adamw": ((7 * 4 * size.parameters, 0.0), None),
+    }
+    forward, backward = table[operator]
+    found = {"forward": Work(*forward)}
+    if backward is not None:
+        found["backward"] = Work(*backward)
+        found["both"] = Work(forward[0] + backward[0], forward[1] + backward[1])
+    return found

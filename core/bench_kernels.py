@@ -1,0 +1,134 @@
+"""``tele bench kernels``: every operator in every implementation, against what the machine allows.
+
+A process for each framework (kernels/bench.py). Within a turn its implementations are called one after another, and
+beside them a plain copy, larger than any cache, and a plain matrix product of the same framework with the same threads.
+The limit of an operator is the longer of its bytes at the copy's bandwidth and its products at that product's rate.
+"""
+
+from __future__ import annotations
+
+import os
+import statistics
+from contextlib import ExitStack
+from typing import Any
+
+from core.bench_cases import OPERATORS, SIZES, Work, work
+from core.bench_step import processor
+from core.bench_worker import TITLES, Worker, paired_ratios, spread
+
+__all__ = ["OPERATORS", "SIZES", "kernels_to_markdown", "measure_kernels"]
+
+ITEMSIZE = {"fp32": 4, "fp64": 8, "bf16": 2, "fp16": 2, "amp": 4}
+BASE = "composite"  # what ratios are taken to
+
+
+def measure_kernels(
+    names: list[str], operators: list[str], sizes: list[str], precision: str, calls: int, block: int, compiled: bool
+) -> dict[str, Any]:
+    """``calls`` timed calls of each implementation, ``block`` a turn; rows as ``summarise`` makes them."""
+    rows: list[dict[str, Any]] = []
+    with ExitStack() as stack:
+        options = {"precision": precision, "compile": compiled}
+        workers = {name: stack.enter_context(Worker(name, options, module="kernels.bench")) for name in names}
+        made = {name: worker.implementation for name, worker in workers.items()}
+        for size in sizes:
+            for operator in operators:
+                turns: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
+                for number in range(-(-calls // block)):
+                    for name in names if number % 2 == 0 else reversed(names):
+                        order = {"operator": operator, "size": size, "calls": min(block, calls - number * block)}
+                        turns[name].append(workers[name].ask(order))
+                limits = work(operator, SIZES[size], ITEMSIZE[precision])
+                for name in names:
+                    rows += summarise(name, operator, size, limits, turns[name])
+    return {
+        "machine": {"cores": len(os.sched_getaffinity(0)), "processor": processor()},
+        "precision": precision,
+        "implementations": made,
+        "rows": rows,
+    }
+
+
+def summarise(
+    backend: str, operator: str, size: str, limits: dict[str, Work], turns: list[dict[str, Any]]
+) -> list[dict[str, Any]]:
+    """A row a direction and implementation. A turn: {"copy": [bytes/s], "matmul": [flop/s], "contestants": {name:
+    {"implementation": ..., "forward": [s], "backward": [s], "both": [s]}}}, the last two where it has them."""
+    copy = statistics.median(rate for turn in turns for rate in turn["copy"])
+    matmul = statistics.median(rate for turn in turns for rate in turn["matmul"])
+    rows = []
+    for direction, cost in limits.items():
+        limit = max(cost.bytes / copy, cost.flops / matmul)
+        seconds = {
+            name: [turn["contestants"][name][direction] for turn in turns]
+            for name, contestant in turns[0]["contestants"].items()
+            if contestant.get(direction)
+        }
+        for name, blocks in seconds.items():
+            found = spread([s for block in blocks for s in block])
+            row = {
+                "backend": backend,
+                "operator": operator,
+                "size": size,
+                "direction": direction,
+                "contestant": name,
+                "implementation": turns[0]["contestants"][name]["implementation"],
+                **found,
+                "bytes": cost.bytes,
+                "flops": cost.flops,
+                "copy_bytes_per_s": copy,
+                "matmul_flops_per_s": matmul,
+                "bound": "copy" if cost.bytes / copy >= cost.flops / matmul else "matmul",
+                "share": limit / found["median"],
+            }
+            if name != BASE and BASE in seconds:
+                row["times_composite"] = spread(paired_ratios(blocks, seconds[BASE]))
+            rows.append(row)
+    return rows
+
+
+def kernels_to_markdown(result: dict[str, Any]) -> str:
+    """One table a size, an implementation a row."""
+    machine = result["machine"]
+    lines = [
+        f"{result['precision']}; {machine['cores']} cores of {machine['processor']}. "
+        + "; ".join(
+            f"{TITLES[name]}: {made['version']} on {made['device']}, {made['threads']} threads"
+            for name, made in result["implementations"].items()
+        )
+        + ". Median of many calls, implementations in turns; `of the limit`: of the measured copy bandwidth or matrix "
+        "product, whichever binds; `times composite`: time over the composite form's, turn by turn.",
+    ]
+    for size in dict.fromkeys(row["size"] for row in result["rows"]):
+        rows = [row for row in result["rows"] if row["size"] == size]
+        lines += [
+            "",
+            f"Size `{size}`: {_shape(size)}.",
+            "",
+            "| operator | direction | backend | implementation | median | bound by | of the limit | times composite |",
+            "|---|---|---|---|---|---|---|---|",
+        ]
+        for row in rows:
+            ratio = row.get("times_composite")
+            cells = [
+                row["operator"],
+                row["direction"],
+                TITLES[row["backend"]],
+                row["implementation"],
+                f"{row['median'] * 1e3:.3f} ms",
+                f"{row['copy_bytes_per_s'] / 1e9:.1f} GB/s"
+                if row["bound"] == "copy"
+                else f"{row['matmul_flops_per_s'] / 1e9:,.0f} GFLOP/s",
+                f"{100 * row['share']:.0f} %",
+                "-" if ratio is None else f"{ratio['median']:.2f}",
+            ]
+            lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _shape(name: str) -> str:
+    size = SIZES[name]
+    return (
+        f"{size.tokens} tokens, hidden {size.hidden}, ffn {size.ffn}, vocabulary {size.vocab}, {size.heads} heads of "
+        f"{size.head_dim} with {size.kv_heads} kv heads, {size.parameters:,} parameters for adamw"
+    )

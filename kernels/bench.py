@@ -1,0 +1,133 @@
+"""The process of one framework for ``tele bench kernels``: times its implementations of an operator, in turns.
+
+python -m kernels.bench pt '{"precision": "fp32", "compile": false}'
+{"operator": "rms_norm", "size": "mini", "calls": 5}
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple, Protocol
+
+from core.bench_cases import SIZES, Size
+from core.bench_worker import Handle, answer_orders
+
+Call = Callable[[], Any]
+SHORT = 2e-3  # seconds: shorter calls are timed several at a time
+
+
+class Contestant(NamedTuple):
+    """``backward`` alone, or where a framework cannot take it apart ``both``: forward and backward in one call."""
+
+    implementation: str
+    forward: Call
+    backward: Call | None = None
+    both: Call | None = None
+
+
+class Bench(Protocol):
+    """One framework's side."""
+
+    def about(self) -> dict[str, Any]: ...
+
+    def contestants(self, operator: str, size: Size) -> dict[str, Contestant]: ...
+
+    def copy(self) -> tuple[Call, float]:
+        """A copy larger than any cache, and the bytes that it reads and writes."""
+
+    def matmul(self) -> tuple[Call, float]:
+        """A large matrix product and its floating-point operations."""
+
+    def seconds(self, call: Call, count: int) -> float:
+        """The time of ``count`` calls, until the device is done."""
+
+
+def host_seconds(call: Call, count: int, wait: Call = lambda: None) -> float:
+    """``count`` calls by the host's clock; ``wait`` returns when the device is done."""
+    wait()
+    started = time.perf_counter()
+    for _ in range(count):
+        call()
+    wait()
+    return time.perf_counter() - started
+
+
+class Timer:
+    """Calls that are warm, each with the number of calls that make one measurement long enough."""
+
+    def __init__(self, bench: Bench, calls: dict[tuple[str, str], Call]) -> None:
+        self.bench, self.calls = bench, calls
+        self.counts = {}
+        for key, call in calls.items():
+            bench.seconds(call, 2)
+            once = bench.seconds(call, 1)
+            self.counts[key] = max(1, min(100, round(SHORT / max(once, 1e-7))))
+
+    def turn(self, rounds: int) -> dict[tuple[str, str], list[float]]:
+        """``rounds`` times each call in order; seconds of one call."""
+        found: dict[tuple[str, str], list[float]] = {key: [] for key in self.calls}
+        for _ in range(rounds):
+            for key, call in self.calls.items():
+                found[key].append(self.bench.seconds(call, self.counts[key]) / self.counts[key])
+        return found
+
+
+def handle_orders(bench: Bench) -> Handle:
+    """Answers {"operator", "size", "calls"} as core.bench_kernels.summarise takes them."""
+    copy, moved = bench.copy()
+    matmul, flops = bench.matmul()
+    ready: dict[str, Any] = {}
+
+    def handle(order: dict[str, Any]) -> dict[str, Any]:
+        case = (order["operator"], order["size"])
+        if ready.get("case") != case:
+            ready.clear()  # lets go of the tensors before the next ones are made
+            people = bench.contestants(order["operator"], SIZES[order["size"]])
+            calls = {("", "copy"): copy, ("", "matmul"): matmul}
+            for name, person in people.items():
+                for what in ("forward", "backward", "both"):
+                    if getattr(person, what) is not None:
+                        calls[name, what] = getattr(person, what)
+            ready.update(case=case, people=people, timer=Timer(bench, calls))
+        found = ready["timer"].turn(order["calls"])
+        answer = {}
+        for name, person in ready["people"].items():
+            answer[name] = {"implementation": person.implementation, "forward": found[name, "forward"]}
+            if person.backward is not None:
+                pairs = zip(found[name, "forward"], found[name, "backward"], strict=True)
+                answer[name] |= {"backward": found[name, "backward"], "both": [a + b for a, b in pairs]}
+            if person.both is not None:
+                answer[name]["both"] = found[name, "both"]
+        return {
+            "copy": [moved / s for s in found["", "copy"]],
+            "matmul": [flops / s for s in found["", "matmul"]],
+            "contestants": answer,
+        }
+
+    return handle
+
+
+def open_bench(name: str, options: dict[str, Any]) -> Bench:
+    """The side of backend ``name``."""
+    if name == "pt":
+        from kernels.bench_torch import TorchBench
+
+        return TorchBench(options)
+    from kernels.bench_mindspore import MindSporeBench
+
+    return MindSporeBench(options)
+
+
+def main(argv: list[str]) -> int:
+    def prepare() -> tuple[dict[str, Any], Handle]:
+        bench = open_bench(argv[0], json.loads(argv[1]))
+        return bench.about(), handle_orders(bench)
+
+    return answer_orders(prepare)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(sys.argv[1:]))
