@@ -7,12 +7,13 @@
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install demo test test-unit test-parallel-full lint format lock clean
+.PHONY: help install demo test test-unit test-parallel-full ascend-lower gpu-check asan lint format lock clean
 
 VENV ?= .venv
 EXTRAS := ms,pt,dev
 WORKERS ?= 2
 PYTEST_ARGS ?=
+GPU_ARGS ?=
 
 # Only a PYTHON given on make's own command line counts: the variable is too common in environments.
 ifeq ($(origin PYTHON),command line)
@@ -28,6 +29,9 @@ help:
 	@echo "make test       lint and all tests but the full matrix of layouts (under 25 minutes on 2 cores)"
 	@echo "make test-unit  the fast tests (under a minute)"
 	@echo "make test-parallel-full  every parallel layout of up to 8 processes, in both frameworks"
+	@echo "make ascend-lower  compile every Triton kernel for Ascend910B3 as far as a machine without one can (1 minute)"
+	@echo "make gpu-check  tests and benchmarks of a machine with a GPU; leaves gpu-check.json"
+	@echo "make asan       the C++ operators under the address sanitizer (3 minutes)"
 	@echo "make lint       ruff and mypy"
 	@echo "make format     let ruff rewrite the files"
 	@echo "make install    only create $(VENV) and install into it"
@@ -53,6 +57,16 @@ test-unit: $(READY)
 # One launch at a time: eight processes already share the cores.
 test-parallel-full: $(READY)
 	$(RUN) -m pytest tests -m full --durations=0 $(PYTEST_ARGS)
+
+ascend-lower: $(READY)
+	$(RUN) -m kernels.triton.lower
+
+gpu-check: $(READY)
+	$(RUN) -m kernels.gpu_check --out gpu-check.json $(GPU_ARGS)
+
+# The sanitizer's library must be there before Python itself. Python never frees everything, so leaks are not looked for.
+asan: $(READY)
+	LD_PRELOAD=$$(g++ -print-file-name=libasan.so) ASAN_OPTIONS=detect_leaks=0 $(RUN) -m tests.cpu_kernel_checks
 
 lint: $(READY)
 	$(RUN) -m ruff check .

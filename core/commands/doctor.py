@@ -1,4 +1,7 @@
-"""Check this machine: versions against the pinned ones, compiler, processor, memory, devices, launchers.
+"""Check this machine: versions against the pinned ones, compiler, processor, memory, devices, launchers, operators.
+
+What serves each operator, and why, is asked of each installed framework in a process of its own; the C++ operators are
+compiled on the way if they never were.
 
 Exit 0 when at least one backend can run and nothing is wrong; 2 when a version is wrong or no backend is there, with
 the pip command that mends it. A backend that is not installed is only reported when the other one is.
@@ -13,12 +16,14 @@ import os
 import platform
 import re
 import shutil
+import subprocess
 import sys
 import tomllib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from core import backends
 from core.cli import DISTRIBUTION
 from core.errors import UserError
 
@@ -32,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    report = examine()
+    report = examine(ask=True)
     if args.json:
         print(json.dumps(report, indent=1))
     else:
@@ -66,8 +71,13 @@ def examine(
     installed: Callable[[str], str | None] = installed_version,
     pins: dict[str, str] | None = None,
     python: tuple[int, ...] = tuple(sys.version_info[:3]),
+    *,
+    ask: bool = False,
 ) -> dict[str, Any]:
-    """All findings as plain values. ``mistakes`` is empty when the environment can be used; ``mend`` is a command."""
+    """All findings as plain values. ``mistakes`` is empty when the environment can be used; ``mend`` is a command.
+
+    ``ask`` the frameworks what serves their operators, which imports them.
+    """
     pins = pinned_versions() if pins is None else pins
     packages = {}
     for name in ("numpy", *BACKENDS.values(), "safetensors", "ml-dtypes", "sentencepiece", *OPTIONAL):
@@ -91,6 +101,7 @@ def examine(
         "packages": packages,
         "compiler": next((path for name in ("c++", "g++", "clang++") if (path := shutil.which(name))), None),
         "launchers": {"ms": _beside("msrun"), "pt": _beside("torchrun")},
+        "operators": {name: _operators(name) for name in BACKENDS if packages[BACKENDS[name]]["installed"] and ask},
         "machine": _machine(),
         "mistakes": mistakes,
         "mend": _pip(install) if install else None,
@@ -114,6 +125,16 @@ def _pip(requirements: list[str]) -> str:
 def _beside(name: str) -> str | None:
     path = Path(sys.executable).parent / name
     return str(path) if path.exists() else shutil.which(name)
+
+
+def _operators(backend: str) -> list[str]:
+    """What serves the operators of a backend, from a process that imports its framework; or why that is not known."""
+    command = [sys.executable, "-m", "core.commands.doctor", backend]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).resolve().parents[2])
+    if done.returncode == 0:
+        return json.loads(done.stdout.splitlines()[-1])
+    last = (done.stderr.strip().splitlines() or ["it said nothing"])[-1]
+    return [f"not known: the framework ended with code {done.returncode}: {last}"]
 
 
 def _machine() -> dict[str, Any]:
@@ -162,6 +183,14 @@ def _text(report: dict[str, Any]) -> str:
     lines.append(f"processor     {machine['system']}, {machine['cores']} cores, bf16 instructions: {bf16}")
     lines.append(f"memory        {machine['memory_gib']} GiB")
     lines.append(f"devices       {machine['ascend_devices']} Ascend, {machine['nvidia_devices']} NVIDIA")
+    for backend, described in report["operators"].items():
+        for i, line in enumerate(described):
+            title = f"{backends.TITLES[backend]} ops" if i == 0 else ""
+            lines.append(f"{title:<13} {line}")
     for name, command in report["missing_backends"].items():
         lines.append(f"to add {name}: {command}")
     return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    print(json.dumps(backends.load(sys.argv[1], "ops").described()))

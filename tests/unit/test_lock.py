@@ -18,6 +18,9 @@ def test_every_pin_of_the_project_is_locked_at_that_version() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
     for requirement in [*project["dependencies"], *extras["ms"], *extras["pt"], *extras["dev"], *extras["serve"]]:
+        requirement, _, platform = requirement.partition(";")
+        if platform:
+            continue  # a lock for every machine leaves out what some of them lack
         name, version = requirement.split("==")
         assert locked.get(normal(name)) == version, (
             f"{requirement} is locked as {locked.get(normal(name))}; run make lock"
