@@ -7,7 +7,7 @@
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install demo test test-unit test-parallel-full ascend-lower gpu-check asan lint format lock clean
+.PHONY: help install demo test test-unit test-parallel-full operators ascend-lower gpu-check asan lint format lock clean
 
 VENV ?= .venv
 EXTRAS := ms,pt,dev
@@ -29,6 +29,7 @@ help:
 	@echo "make test       lint and all tests but the full matrix of layouts (under 25 minutes on 2 cores)"
 	@echo "make test-unit  the fast tests (under a minute)"
 	@echo "make test-parallel-full  every parallel layout of up to 8 processes, in both frameworks"
+	@echo "make operators  compile the C++ operators now and not on first use"
 	@echo "make ascend-lower  compile every Triton kernel for Ascend910B3 as far as a machine without one can (1 minute)"
 	@echo "make gpu-check  tests and benchmarks of a machine with a GPU; leaves gpu-check.json"
 	@echo "make asan       the C++ operators under the address sanitizer (3 minutes)"
@@ -47,16 +48,20 @@ demo: $(READY)
 # with more, idle OpenMP threads of one worker spin on the core the other worker needs (measured: ten times slower).
 test test-unit test-parallel-full: export OMP_NUM_THREADS := 1
 test test-unit test-parallel-full: export OMP_WAIT_POLICY := PASSIVE
-test: lint
+test: lint operators
 	$(RUN) -m tests.size_report
 	$(RUN) -m pytest tests -m "not full" -n $(WORKERS) --dist loadfile --durations=15 $(PYTEST_ARGS)
 
-test-unit: $(READY)
+test-unit: operators
 	$(RUN) -m pytest tests/unit -n $(WORKERS) --dist loadfile --durations=5 $(PYTEST_ARGS)
 
 # One launch at a time: eight processes already share the cores.
-test-parallel-full: $(READY)
+test-parallel-full: operators
 	$(RUN) -m pytest tests -m full --durations=0 $(PYTEST_ARGS)
+
+# Before tests that launch processes and give them a time: the first to need the operators would compile them.
+operators: $(READY)
+	-$(RUN) -m kernels.cpu.build
 
 ascend-lower: $(READY)
 	$(RUN) -m kernels.triton.lower

@@ -158,3 +158,17 @@ def _forget_old(cache: Path, name: str) -> None:
     folders = sorted(cache.glob(f"{name}-*"), key=lambda folder: folder.stat().st_mtime, reverse=True)
     for folder in folders[_KEPT:]:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def main() -> int:
+    """Compile what MindSpore needs, if it is not there; 1 with the reason when that cannot be (plain operators serve)."""
+    try:
+        load_extension()
+    except BuildError as error:
+        print(f"no C++ operators for MindSpore's CPU device: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -170,7 +170,7 @@ def test_bench_with_real_workers(config, capsys, tmp_path):
     out = tmp_path / "bench.json"
     assert run(bench, "step", "--steps", 2, "--block", 1, "--seq-len", 16, "--micro-batch", 1, "--out", out) == 0
     result = json.loads(out.read_text())
-    assert set(result["backends"]) == {"ms", "pt"} and result["ratio"]["median"] > 0
+    assert set(result["backends"]) == {"ms", "pt"} and result["ratios"][0]["median"] > 0
     losses = [measured["loss_after_warm_up"] for measured in result["backends"].values()]
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)  # both did the work; fp32 rounding is 1e-7
     assert "times PyTorch's step time" in capsys.readouterr().out
