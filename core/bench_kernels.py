@@ -7,10 +7,14 @@ The limit of an operator is the longer of its bytes at the copy's bandwidth and 
 
 from __future__ import annotations
 
+import itertools
 import os
 import statistics
+import sys
 from contextlib import ExitStack
 from typing import Any
+
+from tqdm import tqdm
 
 from core.bench_cases import OPERATORS, SIZES, Work, work
 from core.bench_step import processor
@@ -31,8 +35,10 @@ def measure_kernels(
         options = {"precision": precision, "compile": compiled}
         workers = {name: stack.enter_context(Worker(name, options, module="kernels.bench")) for name in names}
         made = {name: worker.implementation for name, worker in workers.items()}
-        for size in sizes:
-            for operator in operators:
+        # A bar on a terminal; in a log one line now and then.
+        with tqdm(total=len(sizes) * len(operators), unit="operator", mininterval=5, file=sys.stderr) as bar:
+            for size, operator in itertools.product(sizes, operators):
+                bar.set_postfix_str(f"{operator} {size}")
                 turns: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
                 for number in range(-(-calls // block)):
                     for name in names if number % 2 == 0 else reversed(names):
@@ -41,6 +47,7 @@ def measure_kernels(
                 limits = work(operator, SIZES[size], ITEMSIZE[precision])
                 for name in names:
                     rows += summarise(name, operator, size, limits, turns[name])
+                bar.update()
     return {
         "machine": {"cores": len(os.sched_getaffinity(0)), "processor": processor()},
         "precision": precision,
