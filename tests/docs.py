@@ -74,7 +74,7 @@ NOT_RUN = {
 # Pages whose commands another test runs, all of them.
 RUN_ELSEWHERE = {"docs/generation.md": "tests/parity/test_generation_parity.py::test_the_commands_of_the_page_run"}
 
-LIGHT = ("doctor", "plan", "tokenize", "data", "convert")  # verbs that need no framework
+LIGHT = ("doctor", "plan", "tokenize", "data", "convert", "mup")  # verbs that need no framework
 TRAINED = "runs/"  # a light verb on something that was trained goes with the training
 
 # Options in the text that are other programs'.

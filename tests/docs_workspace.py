@@ -15,6 +15,7 @@ from core.data.prepare import pack_text
 from core.data.tokenizer import load_tokenizer
 from core.data.tokenizer_training import train_tokenizer
 from core.init import init_weights
+from tests import docs
 from tests.data_support import VOCAB_SIZE, dialogue_row, tiny_tokenizer_path, write_rows
 from tests.house import ROOT
 
@@ -22,13 +23,20 @@ SOURCES = ("argparse.py", "ast.py", "inspect.py", "typing.py")  # enough text fo
 
 
 def add_text(folder: Path) -> None:
-    """corpus/, more/*.jsonl, dialogues.jsonl."""
+    """corpus/, more/*.jsonl, dialogues.jsonl, losses.csv."""
     (folder / "corpus").mkdir()
     for name in SOURCES:
         shutil.copy(Path(sysconfig.get_path("stdlib")) / name, folder / "corpus")
     (folder / "more").mkdir()
     write_rows(folder / "more" / "rows.jsonl", [{"text": f"row {n} of some text"} for n in range(20)])
     write_rows(folder / "dialogues.jsonl", [dialogue_row(n, turns=1 + n % 2) for n in range(900)])
+    (folder / "losses.csv").write_text(loss_table_of_the_page(), encoding="utf-8")
+
+
+def loss_table_of_the_page() -> str:
+    """The table that docs/mup.md shows as losses.csv."""
+    (fence,) = (f for f in docs.fences(ROOT, "docs/mup.md") if f.language == "csv")
+    return "\n".join(fence.lines) + "\n"
 
 
 def add_release(folder: Path) -> None:
