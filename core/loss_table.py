@@ -85,7 +85,8 @@ def _read_csv(path: Path) -> Columns:
     if len(lines) < 2:
         raise UserError(f"{path}: no rows; the first line names the columns, e.g. parameters,loss")
     try:
-        rows = list(csv.reader(line for _, line in lines))
+        # Line by line: a quote left open must not swallow the lines after it.
+        rows = [next(csv.reader([line])) for _, line in lines]
     except csv.Error as error:
         raise UserError(f"{path}: not valid CSV ({error})") from None
     header = [name.strip() for name in rows[0]]

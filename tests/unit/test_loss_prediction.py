@@ -220,6 +220,7 @@ FOUR = "1,4\n2,3.5\n4,3.2\n8,3.1\n"
         (HEAD + FOUR + "16,-1\n", "losses.csv:6: loss: expected a loss between"),
         (HEAD + FOUR + "1e30,3\n", "out of range"),
         (HEAD + FOUR + "8,3\n", "parameters 8 appears twice"),
+        (HEAD + FOUR + '"16,3\n32,3\n', "losses.csv:6: 1 values under 2 columns"),
         (HEAD + FOUR + "8\n", "losses.csv:6: 1 values under 2 columns"),
         (HEAD + "1,3\n2,3\n4,3\n8,3\n9,3\n", "losses.csv: the loss does not change with size"),
         ("parameters,los\n" + FOUR, "unknown column 'los'; legal: parameters, width, loss, step"),
@@ -256,6 +257,37 @@ def test_a_wrong_yaml_table_is_one_line(
     assert says in told([str(tmp_path / "losses.yaml")], capsys)
 
 
+@settings(max_examples=150, deadline=None)
+@given(text=st.text(alphabet='0123456789.,-e"#\n naif', max_size=60), ending=st.sampled_from(["csv", "yaml"]))
+def test_any_text_is_a_table_or_one_line(text: str, ending: str, tmp_path_factory: pytest.TempPathFactory) -> None:
+    path = tmp_path_factory.getbasetemp() / f"fuzzed.{ending}"
+    path.write_text((HEAD if ending == "csv" else "loss: [3]\nwidth: ") + text)
+    try:
+        table = read_loss_table(path)
+    except UserError as error:
+        assert "\n" not in str(error) and "fuzzed" in str(error)
+    else:
+        assert list(table.sizes) == sorted(set(table.sizes)) and len(table.losses) == len(table.sizes)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    points=st.lists(
+        st.tuples(st.floats(1e-9, 1e15), st.floats(1e-3, 1e5)), min_size=4, max_size=8, unique_by=lambda point: point[0]
+    )
+)
+def test_any_points_give_finite_numbers_or_one_line(points: list[tuple[float, float]]) -> None:
+    sizes, losses = zip(*points, strict=True)
+    try:
+        fit = fit_law(sizes, losses)
+    except UserError as error:
+        assert "check the table" in str(error)
+    else:
+        ahead = forecast(fit, 2 * max(sizes))
+        numbers = [fit.a, fit.b, fit.c, fit.a_sd, fit.b_sd, fit.c_sd, ahead.predicted, ahead.low, ahead.high]
+        assert np.isfinite(numbers).all() and ahead.low <= ahead.predicted <= ahead.high
+
+
 def test_wrong_options_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     table = str(TABLES / "mu-scaling-gpt2-20k.yaml")
     assert "--hold-out: must be at least 0" in told([table, "--hold-out=-1"], capsys)
@@ -283,6 +315,13 @@ def test_the_command_prints_what_the_page_shows_and_writes_it(
     assert [row["size"] for row in report["forecasts"]] == [194.24, 676.48, 1446.72]
     assert len(report["fitted"]) == 7 and all(row["inside"] for row in report["forecasts"])
     assert Path("forecast/prediction.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_the_page_states_the_published_figures(name: str) -> None:
+    (_, b, _), (_, b_sd, _), errors, poor = PUBLISHED[name]
+    cell = f"| {b:.3f} ({b_sd:.3f}){', poor fit' if poor else ''} | {', '.join(f'{100 * e:+.2f} %' for e in errors)} |"
+    assert cell in (ROOT / "docs" / "mup.md").read_text(encoding="utf-8")
 
 
 def test_a_row_without_a_loss_is_forecast(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
