@@ -26,6 +26,7 @@ LEVEL = 0.95
 STEEPEST, FLATTEST = -8.0, -1e-3  # the range of b; beyond the flat end the law is a logarithm, which has no floor
 _GRID = 200
 _SECTIONS = 60
+_LEAST_EFFECT = 1e-30  # of a change of b by one on the losses, as a share of their spread
 _SHRINK = (math.sqrt(5) - 1) / 2
 
 # b two standard deviations from zero: nearer, and the data do not tell a curve with a floor from one without.
@@ -100,7 +101,10 @@ def fit_law(sizes: Sequence[float], losses: Sequence[float]) -> Fit:
     slope, offset, residual = _line(b, u, loss)
     alpha, c = slope / b, offset - slope / b
     residual_sd = math.sqrt(float(residual @ residual) / (len(size) - PARAMETERS))
-    covariance = residual_sd**2 * _inverse_normal(_jacobian(alpha, b, u))
+    jacobian = _jacobian(alpha, b, u)
+    if np.abs(jacobian[:, 1]).max() < _LEAST_EFFECT * np.ptp(loss):
+        raise UserError("the points determine no curve (no exponent changes it); check the table")
+    covariance = residual_sd**2 * _inverse_normal(jacobian)
     # a = alpha * smallest**-b, so its variance mixes those of alpha and b.
     factor = smallest**-b
     to_a = factor * np.array([1.0, -alpha * math.log(smallest), 0.0])
@@ -225,7 +229,7 @@ def _jacobian(alpha: float, b: float, u: np.ndarray) -> np.ndarray:
 def _inverse_normal(jacobian: np.ndarray) -> np.ndarray:
     """(J^T J)^-1 by QR of J with its columns at unit length; UserError where J has not full rank."""
     lengths = np.linalg.norm(jacobian, axis=0)
-    triangle = np.linalg.qr(jacobian / np.where(lengths > 0, lengths, 1), mode="r")
+    triangle = np.linalg.qr(jacobian / lengths, mode="r")
     if np.abs(np.diag(triangle)).min() < 1e-14:
         raise UserError("the points determine no curve (its parameters cannot be told apart); check the table")
     inverse = np.linalg.inv(triangle) / lengths[:, None]

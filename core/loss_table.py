@@ -14,7 +14,7 @@ from core.schema import load_yaml
 SIZES = ("parameters", "width")  # the first that is there is the size of the law
 COLUMNS = (*SIZES, "loss", "step")
 NOTES = ("title", "source")  # of a YAML table
-SMALLEST, LARGEST = 1e-9, 1e15
+SMALLEST, LARGEST = 1e-9, 1e13  # a trillion, counted in ones, is inside
 
 
 @dataclass(frozen=True)
