@@ -11,7 +11,7 @@ import ml_dtypes
 import numpy as np
 
 from convert.hf import MAX_SHARD_BYTES, HfFolder, plan_shards, recorded_shards, write_folder
-from convert.names import HF_PREFIX, bind
+from convert.names import bind
 from convert.source import CanonicalSource
 from core.checkpoint import MAX_FILE_BYTES, write_checkpoint
 from core.errors import UserError
@@ -69,7 +69,7 @@ def canonical_to_hf(
     """
     checkpoint, config = source.checkpoint, source.config
     record = checkpoint.model.get("hf")
-    bindings = bind(config, prefix=record["prefix"] if record else HF_PREFIX)
+    bindings = bind(config, prefix=record["prefix"] if record else None)
     tensors = {
         name: (dtype_code(DTYPES[dtype] if dtype else checkpoint.dtype("weights", b.logical[0])), b.shape)
         for name, b in bindings.items()

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from convert.hf_config import dump_config, read_config, write_config
-from convert.names import HF_PREFIX, bind, released_table
+from convert.names import bind, hf_prefix, released_table
 from core.atomic import new_folder
 from core.checkpoint import check_shapes
 from core.config import ModelConfig
@@ -58,8 +58,11 @@ class HfFolder:
         self.released = load_json(self.path / "config.json", "a model's config")
         self.config, self.notes = read_config(self.released, str(self.path / "config.json"))
         self.indexed, self.files, self._home = _open_shards(self.path)
-        self.prefix = HF_PREFIX if any(name.startswith(HF_PREFIX) for name in self._home) else ""
+        prefix = hf_prefix(self.config)
+        self.prefix = prefix if any(name.startswith(prefix) for name in self._home) else ""
         self.bindings = bind(self.config, prefix=self.prefix)
+        # Constants of the released FLM code that it stores beside the weights.
+        self._home = {name: file for name, file in self._home.items() if not name.endswith(".attn.masked_bias")}
         shapes = {name: self.files[file].tensors[name].shape for name, file in self._home.items()}
         only = next(iter(self.files.values())).path if len(self.files) == 1 else self.path
         check_shapes(released_table(self.bindings, self.config), shapes, str(only))

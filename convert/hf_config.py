@@ -1,6 +1,6 @@
-"""config.json of a TeleChat2 release <-> ModelConfig.
+"""config.json of a release <-> ModelConfig: TeleChat2, Tele-FLM, and FLM (TeleChat-52B and FLM-101B).
 
-Two generations of released code use slightly different keys; each row of the table lists the names one field goes by.
+Generations of released code use slightly different keys; each row of a table lists the names one field goes by.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ _REQUIRED = object()
 class _Key:
     """A field of ModelConfig, the released names it goes by (the first is written), its type, and its default.
 
-    The default is a number, or the name of another field, or required. ``said`` defaults are reported as a note.
+    The default is a number, or the name of an earlier field, or required. ``said`` defaults are reported as a note.
+    A field without names is never stored.
     """
 
     field: str
@@ -29,6 +30,32 @@ class _Key:
     kind: type
     default: Any = _REQUIRED
     said: bool = False
+
+
+@dataclass(frozen=True)
+class _Switch:
+    """A field of ModelConfig that the release stores as a choice: the key, released value -> our value, its default.
+
+    The first released value that stands for ours is written.
+    """
+
+    field: str
+    name: str
+    values: tuple[tuple[Any, Any], ...]
+    default: Any = _REQUIRED
+
+
+@dataclass(frozen=True)
+class _Format:
+    """One family's config.json: keys, switches, what the family always does (``fixed``), what is refused, what a fresh
+    file says besides. ``mup``: logits are multiplied by output_mult / mup_scale_factor."""
+
+    keys: tuple[_Key, ...]
+    refused: dict[str, tuple[tuple[Any, ...], str]]
+    fresh: dict[str, Any]
+    switches: tuple[_Switch, ...] = ()
+    fixed: tuple[tuple[str, Any], ...] = ()
+    mup: bool = False
 
 
 _KEYS = (
@@ -56,74 +83,28 @@ _UNSUPPORTED: dict[str, tuple[tuple[Any, ...], str]] = {
     "embed_layernorm": ((False, None), "a norm after the embedding is not supported"),
     "tie_word_embeddings": ((False, None), "a head tied to the embedding is not supported; TeleChat2 stores both"),
     "apply_residual_connection_post_layernorm": ((False, None), "a residual taken after the norm is not supported"),
-    "model_type": (("telechat", "telechat2", None), "this converter reads TeleChat2"),
+    "model_type": (("telechat", "telechat2", None), "this converter reads TeleChat2, Tele-FLM and FLM"),
     "quantization_config": ((None,), "quantised weights are not supported; convert the unquantised release"),
 }
 
 
-def read_config(released: dict[str, Any], where: str) -> tuple[ModelConfig, list[str]]:
-    """ModelConfig from the mapping in config.json, and notes on what was assumed or ignored.
+_IDS = (
+    _Key("bos_token_id", ("bos_token_id",), int, 1),
+    _Key("eos_token_id", ("eos_token_id",), int, 2),
+    _Key("pad_token_id", ("pad_token_id",), int, 3),
+)
+# Nothing in these families follows the length of a row.
+_LENGTHS = (_Key("training_seqlen", (), int, "max_seqlen"), _Key("base_seqlen", (), int, "max_seqlen"))
+_QUANTISED = {"quantization_config": _UNSUPPORTED["quantization_config"]}
+_MUP = {"use_mup": ((True, None), "a model of this family without muP multipliers is not supported")}
 
-    ``where`` (the file's path) starts every UserError: a missing or contradictory key, a wrong type, a feature that
-    this decoder does not have.
-    """
-    for name, (harmless, reason) in _UNSUPPORTED.items():
-        if released.get(name) not in harmless:
-            raise UserError(f"{where}: {name} is {released[name]!r}; {reason}")
-    _check_rope_scaling(released.get("rope_scaling"), where)
-    notes = []
-    for name in ("hidden_dropout", "attention_dropout"):
-        if released.get(name):
-            notes.append(f"{name} {released[name]} is ignored: there is no dropout here")
-    values: dict[str, Any] = {}
-    for key in _KEYS:
-        value = _take(released, key, where)
-        if value is None:
-            if key.default is _REQUIRED:
-                raise UserError(f"{where}: {' or '.join(key.names)} is missing; it has no safe default, add it")
-            value = values[key.default] if isinstance(key.default, str) else key.default
-            if key.said:
-                notes.append(f"{key.names[0]} is missing: {value} is taken, as the released code does")
-        values[key.field] = value
-    try:
-        return from_mapping(ModelConfig, values, "model"), notes
-    except UserError as error:
-        raise UserError(f"{where}: {error}") from None
-
-
-def write_config(config: ModelConfig, original: dict[str, Any] | None, dtype: str | None) -> dict[str, Any]:
-    """The mapping for config.json.
-
-    With ``original`` (the mapping once read) every key is kept and only what no longer agrees with ``config`` is
-    changed; without, a config is made that vLLM and the released modelling code read. ``dtype`` (float32...) sets
-    ``torch_dtype``; None leaves it.
-    """
-    result = dict(original) if original is not None else _fresh(config)
-    if original is not None:
-        before, _ = read_config(original, "config.json")
-        for key in _KEYS:
-            value = getattr(config, key.field)
-            if value != getattr(before, key.field):
-                present = [name for name in key.names if name in original]
-                result.update(dict.fromkeys(present or key.names[:1], value))
-    if dtype is not None:
-        # transformers 4.56 renamed the key; a config that has only the new one keeps it.
-        result["dtype" if "dtype" in result and "torch_dtype" not in result else "torch_dtype"] = dtype
-    return result
-
-
-def dump_config(released: dict[str, Any]) -> str:
-    """The text of config.json."""
-    return json.dumps(released, indent=2, ensure_ascii=False) + "\n"
-
-
-def _fresh(config: ModelConfig) -> dict[str, Any]:
-    """No auto_map: it would name code files that are not in the folder. vLLM knows this architecture by itself."""
-    return {
+_TELECHAT2 = _Format(
+    keys=_KEYS,
+    refused=_UNSUPPORTED,
+    # No auto_map: it would name code files that are not in the folder. vLLM knows this architecture by itself.
+    fresh={
         "architectures": ["TeleChat2ForCausalLM"],
         "model_type": "telechat",
-        **{key.names[0]: getattr(config, key.field) for key in _KEYS},
-        "max_position_embeddings": config.max_seqlen,
         "unk_token_id": 0,
         "attention_dropout": 0.0,
         "hidden_dropout": 0.0,
@@ -137,7 +118,228 @@ def _fresh(config: ModelConfig) -> dict[str, Any]:
         "pretraining_tp": 1,
         "tie_word_embeddings": False,
         "use_cache": True,
+    },
+)
+
+_TELEFLM = _Format(
+    keys=(
+        _Key("vocab_size", ("vocab_size",), int),
+        _Key("hidden_size", ("hidden_size",), int),
+        _Key("ffn_hidden_size", ("intermediate_size",), int),
+        _Key("num_layers", ("num_hidden_layers",), int),
+        _Key("num_heads", ("num_attention_heads",), int),
+        _Key("num_kv_heads", ("num_key_value_heads",), int, "num_heads"),
+        _Key("norm_eps", ("rms_norm_eps",), float),
+        _Key("rope_theta", ("rope_theta",), float, 10000.0),
+        _Key("max_seqlen", ("max_position_embeddings",), int),
+        *_LENGTHS,
+        _Key("init_std", ("initializer_range",), float, 0.02),
+        _Key("input_mult", ("input_mult",), float),
+        *_IDS,
+    ),
+    fixed=(("biases", "none"), ("position", "rope")),
+    mup=True,
+    refused={
+        "attention_bias": ((False, None), "biases on Tele-FLM's attention are not supported"),
+        "hidden_act": (("silu", None), "Tele-FLM's ffn is gated by silu"),
+        "tie_word_embeddings": ((False, None), "a head tied to the embedding is not supported; Tele-FLM stores both"),
+        **_MUP,
+        **_QUANTISED,
+    },
+    fresh={
+        "architectures": ["TeleFLMForCausalLM"],
+        "model_type": "TeleFLM",
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "hidden_act": "silu",
+        "pretraining_tp": 1,
+        "rope_scaling": None,
+        "tie_word_embeddings": False,
+        "use_cache": True,
+        "use_mup": True,
+    },
+)
+
+_FLM = _Format(
+    keys=(
+        _Key("vocab_size", ("vocab_size",), int),
+        _Key("hidden_size", ("n_embd",), int),
+        _Key("ffn_hidden_size", ("n_inner",), int),
+        _Key("num_layers", ("n_layer",), int),
+        _Key("num_heads", ("n_head",), int),
+        _Key("num_kv_heads", (), int, "num_heads"),
+        _Key("norm_eps", ("layer_norm_epsilon",), float),
+        _Key("rope_theta", ("rotary_theta",), float, 10000.0),
+        _Key("xpos_scale_base", ("rotary_xpos_scale_base",), float, 512.0),
+        _Key("max_seqlen", ("n_positions",), int),
+        *_LENGTHS,
+        _Key("init_std", ("initializer_range",), float, 0.02),
+        _Key("input_mult", ("input_mult",), float),
+        *_IDS,
+    ),
+    # FLM-101B's config has neither of the first two keys; its code has LayerNorm and biases (GPT-2's).
+    switches=(
+        _Switch("norm", "use_RMSNorm", ((False, "layernorm"), (True, "rmsnorm")), False),
+        _Switch("biases", "add_bias_linear", ((True, "all"), (False, "none")), True),
+        _Switch("activation", "activation_function", (("gelu_fast", "gelu"), ("gelu_new", "gelu"), ("silu", "swiglu"))),
+        _Switch("position", "rotary_use_xpos", ((True, "xpos"), (False, "rope"))),
+        # What transformers takes where a config does not say.
+        _Switch("tied_embeddings", "tie_word_embeddings", ((True, True), (False, False)), True),
+    ),
+    mup=True,
+    refused={
+        "relative_encoding": (("rotary", None), "only rotary positions are supported"),
+        "scale_attn_weights": ((True, None), "attention without its scale is not supported"),
+        **_MUP,
+        **_QUANTISED,
+    },
+    fresh={
+        "architectures": ["FLM"],
+        "model_type": "flm",
+        "attn_pdrop": 0.0,
+        "embd_pdrop": 0.0,
+        "resid_pdrop": 0.0,
+        "relative_encoding": "rotary",
+        "reorder_and_upcast_attn": True,
+        "scale_attn_by_inverse_layer_idx": True,
+        "scale_attn_weights": True,
+        "use_cache": True,
+        "use_mup": True,
+    },
+)
+
+_FORMATS = {"telechat2": _TELECHAT2, "teleflm": _TELEFLM, "flm": _FLM}
+_OUTPUT = _Key("logit_mult", ("output_mult",), float)
+_WIDTHS = _Key("logit_mult", ("mup_scale_factor",), float)
+
+
+def family_of(released: dict[str, Any]) -> str:
+    """The family whose format a config.json has; TeleChat-52B calls itself telechat but is written as FLM."""
+    if released.get("model_type") == "TeleFLM":
+        return "teleflm"
+    return "flm" if released.get("model_type") == "flm" or "n_embd" in released else "telechat2"
+
+
+def read_config(released: dict[str, Any], where: str) -> tuple[ModelConfig, list[str]]:
+    """ModelConfig from the mapping in config.json, and notes on what was assumed or ignored.
+
+    ``where`` (the file's path) starts every UserError: a missing or contradictory key, a wrong type, a feature that
+    this decoder does not have.
+    """
+    family = family_of(released)
+    form = _FORMATS[family]
+    for name, (harmless, reason) in form.refused.items():
+        if released.get(name) not in harmless:
+            raise UserError(f"{where}: {name} is {released[name]!r}; {reason}")
+    _check_rope_scaling(released.get("rope_scaling"), where)
+    notes = []
+    for name in ("hidden_dropout", "attention_dropout", "attn_pdrop", "embd_pdrop", "resid_pdrop"):
+        if released.get(name):
+            notes.append(f"{name} {released[name]} is ignored: there is no dropout here")
+    values: dict[str, Any] = {"family": family, **dict(form.fixed)}
+    for key in form.keys:
+        value = _take(released, key, where)
+        if value is None:
+            if key.default is _REQUIRED:
+                raise UserError(f"{where}: {' or '.join(key.names)} is missing; it has no safe default, add it")
+            value = values[key.default] if isinstance(key.default, str) else key.default
+            if key.said:
+                notes.append(f"{key.names[0]} is missing: {value} is taken, as the released code does")
+        values[key.field] = value
+    for switch in form.switches:
+        values[switch.field] = _choose(released, switch, where)
+    if form.mup:
+        parts = [_take(released, key, where) for key in (_OUTPUT, _WIDTHS)]
+        if None in parts:
+            absent = (_OUTPUT, _WIDTHS)[parts.index(None)].names[0]
+            raise UserError(f"{where}: {absent} is missing; logits are multiplied by it, add it")
+        values["logit_mult"] = parts[0] / parts[1]
+    try:
+        return from_mapping(ModelConfig, values, "model"), notes
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from None
+
+
+def write_config(config: ModelConfig, original: dict[str, Any] | None, dtype: str | None) -> dict[str, Any]:
+    """The mapping for config.json.
+
+    With ``original`` (the mapping once read) every key is kept and only what no longer agrees with ``config`` is
+    changed; without, a config is made that vLLM and the released modelling code read. ``dtype`` (float32...) sets
+    ``torch_dtype``; None leaves it. UserError for a model that its family's format cannot describe.
+    """
+    form = _FORMATS[config.family]
+    result = dict(original) if original is not None else _fresh(config)
+    if original is not None:
+        before, _ = read_config(original, "config.json")
+        for key in form.keys:
+            value = getattr(config, key.field)
+            if value != getattr(before, key.field):
+                present = [name for name in key.names if name in original]
+                result.update(dict.fromkeys(present or key.names[:1], value))
+        for switch in form.switches:
+            if getattr(config, switch.field) != getattr(before, switch.field):
+                result[switch.name] = _released_choice(config, switch)
+        if form.mup and config.logit_mult != before.logit_mult:
+            result.update(output_mult=config.logit_mult, mup_scale_factor=1.0)
+    _check_described(config, result)
+    if dtype is not None:
+        # transformers 4.56 renamed the key; a config that has only the new one keeps it.
+        result["dtype" if "dtype" in result and "torch_dtype" not in result else "torch_dtype"] = dtype
+    return result
+
+
+def dump_config(released: dict[str, Any]) -> str:
+    """The text of config.json."""
+    return json.dumps(released, indent=2, ensure_ascii=False) + "\n"
+
+
+def _fresh(config: ModelConfig) -> dict[str, Any]:
+    form = _FORMATS[config.family]
+    result = {
+        **form.fresh,
+        **{key.names[0]: getattr(config, key.field) for key in form.keys if key.names},
+        **{switch.name: _released_choice(config, switch) for switch in form.switches},
     }
+    if form.mup:
+        result.update(output_mult=config.logit_mult, mup_scale_factor=1.0)
+    if config.family == "telechat2":
+        result["max_position_embeddings"] = config.max_seqlen
+    if config.family == "flm" and config.norm == "rmsnorm":  # TeleChat-52B
+        result.update(architectures=["TELECHAT"], model_type="telechat")
+    return result
+
+
+def _check_described(config: ModelConfig, released: dict[str, Any]) -> None:
+    """Refuse a config.json from which another arithmetic than the model's would be read."""
+    again, _ = read_config(released, "config.json")
+    names = ["norm", "activation", "biases", "position", "input_mult", "logit_mult", "tied_embeddings", "num_kv_heads"]
+    for name in names + ["xpos_scale_base"] * (config.position == "xpos"):
+        mine, theirs = getattr(config, name), getattr(again, name)
+        if mine != theirs:
+            raise UserError(
+                f"model.{name}: {mine} cannot be written in the released format of family {config.family}, which has "
+                f"{theirs}; keep such a model as a checkpoint"
+            )
+
+
+def _choose(released: dict[str, Any], switch: _Switch, where: str) -> Any:
+    """Our value for what a release chose."""
+    value = released.get(switch.name)
+    if value is None:
+        if switch.default is _REQUIRED:
+            raise UserError(f"{where}: {switch.name} is missing; it has no safe default, add it")
+        value = switch.default
+    for theirs, ours in switch.values:
+        if type(value) is type(theirs) and value == theirs:
+            return ours
+    legal = ", ".join(repr(theirs) for theirs, _ in switch.values)
+    raise UserError(f"{where}: {switch.name} is {value!r}; supported are {legal}")
+
+
+def _released_choice(config: ModelConfig, switch: _Switch) -> Any:
+    """What the release calls our value; any of its values where it has none (``_check_described`` then refuses)."""
+    mine = getattr(config, switch.field)
+    return next((theirs for theirs, ours in switch.values if ours == mine), switch.values[0][0])
 
 
 def _take(released: dict[str, Any], key: _Key, where: str) -> Any:

@@ -73,12 +73,32 @@ class Rule:
     transform: Transform
 
 
+class Conv1D:
+    """Matrices [out, in] <-> one [in, sum of outs], columns part after part; biases [out] <-> one [sum of outs].
+
+    The released FLM code computes y = x W + b (GPT-2's Conv1D). The parts are equally large, so a c_attn read as
+    [v | q | k], or a c_fc as [up | gate], would fit all the same.
+    """
+
+    def __init__(self, parts: int = 1) -> None:
+        self.parts = parts
+
+    def join(self, parts: Sequence[np.ndarray], config: ModelConfig) -> np.ndarray:
+        return np.ascontiguousarray(np.concatenate([part.T for part in parts], axis=-1))
+
+    def split(self, whole: np.ndarray, config: ModelConfig) -> list[np.ndarray]:
+        return [np.ascontiguousarray(part.T) for part in np.split(whole, self.parts, axis=-1)]
+
+    def joined_shape(self, shapes: Sequence[tuple[int, ...]]) -> tuple[int, ...]:
+        return (*shapes[0][1:], sum(shape[0] for shape in shapes))
+
+
 def rule(released: str, *logical: str, transform: Transform | None = None) -> Rule:
     """A line of a table; without a transform the one logical tensor is stored unchanged."""
     return Rule(released, logical, transform or Same())
 
 
-# The Hugging Face release. Some copies lack the leading "transformer." (names(..., prefix="")).
+# The Hugging Face release. Some copies lack the leading "transformer." (bind(..., prefix="")).
 TELECHAT2_HF = (
     rule("transformer.word_embeddings.weight", "embed.weight"),
     rule("transformer.h.{i}.input_layernorm.weight", "layers.{i}.attn_norm.weight"),
@@ -99,7 +119,67 @@ TELECHAT2_HF = (
     rule("transformer.ln_f.weight", "norm.weight"),
     rule("lm_head.weight", "head.weight"),
 )
-HF_PREFIX = "transformer."
+
+# Llama's names, without a bias anywhere.
+TELEFLM_HF = (
+    rule("model.embed_tokens.weight", "embed.weight"),
+    rule("model.layers.{i}.input_layernorm.weight", "layers.{i}.attn_norm.weight"),
+    *(rule(f"model.layers.{{i}}.self_attn.{x}_proj.weight", f"layers.{{i}}.attn.{x}.weight") for x in "qkvo"),
+    rule("model.layers.{i}.post_attention_layernorm.weight", "layers.{i}.ffn_norm.weight"),
+    *(rule(f"model.layers.{{i}}.mlp.{x}_proj.weight", f"layers.{{i}}.ffn.{x}.weight") for x in ("gate", "up", "down")),
+    rule("model.norm.weight", "norm.weight"),
+    rule("lm_head.weight", "head.weight"),
+)
+
+
+def flm_hf(config: ModelConfig) -> tuple[Rule, ...]:
+    """TeleChat-52B and FLM-101B: GPT-2's names, fused c_attn [q | k | v] and, with a gate, c_fc [gate | up].
+
+    UserError for a model that the format cannot hold.
+    """
+    if config.num_kv_heads != config.num_heads:
+        raise UserError(
+            f"model.num_kv_heads: {config.num_kv_heads} is not num_heads {config.num_heads}, which the released format "
+            "of family flm needs; keep such a model as a checkpoint"
+        )
+    inputs = ("gate", "up") if config.activation == "swiglu" else ("up",)
+    every = ("weight", "bias") if config.biases == "all" else ("weight",)
+    outputs = ("weight",) if config.biases == "none" else ("weight", "bias")
+    norms = ("weight", "bias") if config.norm == "layernorm" else ("weight",)
+
+    def packed(released: str, module: str, names: Sequence[str], kinds: Sequence[str]) -> list[Rule]:
+        return [
+            rule(
+                f"transformer.h.{{i}}.{released}.{kind}",
+                *(f"layers.{{i}}.{module}.{name}.{kind}" for name in names),
+                transform=Conv1D(len(names)),
+            )
+            for kind in kinds
+        ]
+
+    return (
+        rule("transformer.wte.weight", "embed.weight"),
+        *(rule(f"transformer.h.{{i}}.ln_1.{kind}", f"layers.{{i}}.attn_norm.{kind}") for kind in norms),
+        *packed("attn.c_attn", "attn", ("q", "k", "v"), every),
+        *packed("attn.c_proj", "attn", ("o",), outputs),
+        *(rule(f"transformer.h.{{i}}.ln_2.{kind}", f"layers.{{i}}.ffn_norm.{kind}") for kind in norms),
+        *packed("mlp.c_fc", "ffn", inputs, every),
+        *packed("mlp.c_proj", "ffn", ("down",), outputs),
+        *(rule(f"transformer.ln_f.{kind}", f"norm.{kind}") for kind in norms),
+        rule("lm_head.weight", "head.weight"),
+    )
+
+
+def hf_rules(config: ModelConfig) -> tuple[Rule, ...]:
+    """The table of the release that the model's family has."""
+    if config.family == "flm":
+        return flm_hf(config)
+    return TELEFLM_HF if config.family == "teleflm" else TELECHAT2_HF
+
+
+def hf_prefix(config: ModelConfig) -> str:
+    """What every name but the head's begins with in the release; some copies lack it."""
+    return "model." if config.family == "teleflm" else "transformer."
 
 
 @dataclass(frozen=True)
@@ -124,12 +204,18 @@ class Binding:
         return self.transform.join(parts, config)
 
 
-def bind(config: ModelConfig, rules: Sequence[Rule] = TELECHAT2_HF, prefix: str = HF_PREFIX) -> dict[str, Binding]:
-    """Released name -> binding for a whole model, in the model's forward order.
+def bind(config: ModelConfig, rules: Sequence[Rule] | None = None, prefix: str | None = None) -> dict[str, Binding]:
+    """Released name -> binding for a whole model, in the model's forward order; a tied head has no line.
 
-    ``prefix`` replaces the leading "transformer." of the table ("" for copies without it).
+    ``rules``: by default those of the model's family. ``prefix`` replaces ``hf_prefix`` ("" for copies without it).
+    UserError for a model that its family's format cannot hold.
     """
     table = parameter_table(config)
+    rules = hf_rules(config) if rules is None else rules
+    stem = hf_prefix(config)
+    prefix = stem if prefix is None else prefix
+    if config.tied_embeddings:
+        rules = [line for line in rules if line.logical != ("head.weight",)]
     bindings: dict[str, Binding] = {}
     blocks = [r for r in rules if "{i}" in r.released]
     first = rules.index(blocks[0])
@@ -138,8 +224,8 @@ def bind(config: ModelConfig, rules: Sequence[Rule] = TELECHAT2_HF, prefix: str 
     lines += [(r, "") for r in rules[first:] if "{i}" not in r.released]
     for line, layer in lines:
         name = line.released.replace("{i}", layer)
-        if name.startswith(HF_PREFIX):
-            name = prefix + name.removeprefix(HF_PREFIX)
+        if name.startswith(stem):
+            name = prefix + name.removeprefix(stem)
         logical = tuple(pattern.replace("{i}", layer) for pattern in line.logical)
         shape = line.transform.joined_shape([table[part].shape for part in logical])
         bindings[name] = Binding(name, logical, line.transform, shape)

@@ -25,15 +25,36 @@ PRECISIONS = ("fp32", "bf16", "amp", "fp16", "fp64")
 class ModelConfig:
     """One decoder. The released key is given in brackets where the name differs (facts: TeleChat2 config.json)."""
 
-    family: str = option("telechat2", help="which published family the shape belongs to", choices=("telechat2",))
+    family: str = option(
+        "telechat2",
+        help="whose released format and names the model has; flm: TeleChat-52B and FLM-101B",
+        choices=("telechat2", "teleflm", "flm"),
+    )
     vocab_size: int = option(help="V, rows of the embedding and of the head", min=1)
     hidden_size: int = option(help="E, width of the residual stream", min=1)
     ffn_hidden_size: int = option(help="F, width of the gated feed-forward", min=1)
     num_layers: int = option(help="L, decoder blocks [n_layer]", min=1, max=10_000)
     num_heads: int = option(help="H, query heads [n_head]", min=1)
     num_kv_heads: int = option(help="K, key/value heads; divides num_heads [num_key_value_heads]", min=1)
+    norm: str = option(
+        "rmsnorm", help="layernorm also takes the mean off and has a bias", choices=("rmsnorm", "layernorm")
+    )
     norm_eps: float = option(help="epsilon in the norm's root [layer_norm_epsilon]; 115B 1e-8, 3B/7B 1e-5", above=0.0)
+    activation: str = option("swiglu", help="gelu is the tanh form, without a gate", choices=("swiglu", "gelu"))
+    biases: str = option(
+        "outputs",
+        help="linears with a bias; outputs: attention output and ffn output",
+        choices=("none", "outputs", "all"),
+    )
+    position: str = option(
+        "ntk",
+        help="rotary; ntk: TeleChat2's length scaling; xpos: decay with distance",
+        choices=("ntk", "rope", "xpos"),
+    )
     rope_theta: float = option(10000.0, help="rotary base before NTK scaling", above=0.0)
+    xpos_scale_base: float = option(512.0, help="xpos: distance over which a channel decays by its rate", above=0.0)
+    input_mult: float = option(1.0, help="multiplies the embedding's output (muP)", above=0.0)
+    logit_mult: float = option(1.0, help="multiplies the logits [output_mult / mup_scale_factor] (muP)", above=0.0)
     training_seqlen: int = option(help="length beyond which attention scaling acts", min=1)
     base_seqlen: int = option(help="length beyond which the rotary base grows", min=1)
     max_seqlen: int = option(help="length the model was trained to handle [seq_length]", min=1)

@@ -29,29 +29,38 @@ class ParamSpec:
 
 
 def parameter_table(config: ModelConfig) -> dict[str, ParamSpec]:
-    """Logical name -> spec, in forward order. Biases only on attention output and ffn output (TeleChat2)."""
+    """Logical name -> spec, in forward order; which linears and norms have a bias and a gate, the config says."""
     E, F, V = config.hidden_size, config.ffn_hidden_size, config.vocab_size
     HD, KD = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+    inputs = {"gate": F, "up": F} if config.activation == "swiglu" else {"up": F}
+    block = {
+        **_norm("attn_norm", config),
+        **_linears("attn", {"q": HD, "k": KD, "v": KD}, E, config.biases == "all"),
+        **_linears("attn", {"o": E}, HD, config.biases != "none"),
+        **_norm("ffn_norm", config),
+        **_linears("ffn", inputs, E, config.biases == "all"),
+        **_linears("ffn", {"down": E}, F, config.biases != "none"),
+    }
     table = {"embed.weight": ParamSpec((V, E), "embedding")}
     for i in range(config.num_layers):
-        block = {
-            "attn_norm.weight": ParamSpec((E,), "norm"),
-            "attn.q.weight": ParamSpec((HD, E), "matrix"),
-            "attn.k.weight": ParamSpec((KD, E), "matrix"),
-            "attn.v.weight": ParamSpec((KD, E), "matrix"),
-            "attn.o.weight": ParamSpec((E, HD), "matrix"),
-            "attn.o.bias": ParamSpec((E,), "bias"),
-            "ffn_norm.weight": ParamSpec((E,), "norm"),
-            "ffn.gate.weight": ParamSpec((F, E), "matrix"),
-            "ffn.up.weight": ParamSpec((F, E), "matrix"),
-            "ffn.down.weight": ParamSpec((E, F), "matrix"),
-            "ffn.down.bias": ParamSpec((E,), "bias"),
-        }
         table.update({f"layers.{i}.{name}": spec for name, spec in block.items()})
-    table["norm.weight"] = ParamSpec((E,), "norm")
+    table.update(_norm("norm", config))
     if not config.tied_embeddings:
         table["head.weight"] = ParamSpec((V, E), "head")
     return table
+
+
+def _norm(name: str, config: ModelConfig) -> dict[str, ParamSpec]:
+    size = (config.hidden_size,)
+    bias = {f"{name}.bias": ParamSpec(size, "bias")} if config.norm == "layernorm" else {}
+    return {f"{name}.weight": ParamSpec(size, "norm"), **bias}
+
+
+def _linears(module: str, rows: dict[str, int], columns: int, bias: bool) -> dict[str, ParamSpec]:
+    """Matrices that read the same input: first their weights, then their biases."""
+    weights = {f"{module}.{name}.weight": ParamSpec((out, columns), "matrix") for name, out in rows.items()}
+    biases = {f"{module}.{name}.bias": ParamSpec((out,), "bias") for name, out in rows.items()} if bias else {}
+    return {**weights, **biases}
 
 
 def count_parameters(config: ModelConfig) -> int:

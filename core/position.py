@@ -1,8 +1,12 @@
-"""Rotary position tables with TeleChat2's length scaling, in numpy, one source for both backends.
+"""Rotary position tables in numpy, one source for both backends: plain, with TeleChat2's length scaling, and xPos.
 
-Past the trained length two things change, in training and in inference alike (released modeling_telechat.py,
+TeleChat2, past the trained length two things change, in training and in inference alike (released modeling_telechat.py,
 RotaryEmbedding): the rotary base grows in steps (NTK-aware), and cos and sin are multiplied by an attention scale, so
-that attention logits grow by its square.
+that attention logits grow by its square. Other models rotate plainly at any length.
+
+xPos (Sun et al., arXiv 2212.10554) lets a channel of the product of query m and key n decay as zeta^((m - n) / base).
+The released FLM code centres the exponents on the keys at hand, which cancels in the product; here their origin is
+fixed, so that keys in a cache or on another rank never have to be scaled again.
 """
 
 from __future__ import annotations
@@ -21,14 +25,18 @@ def ntk_alpha(seq_len: int, training_seqlen: int, base_seqlen: int) -> float:
 
 
 def scaled_base(config: ModelConfig, seq_len: int) -> float:
-    """theta * alpha^(D / (D - 2)): the base whose slowest channel is interpolated alpha times."""
+    """theta * alpha^(D / (D - 2)): the base whose slowest channel is interpolated alpha times; else than ntk, theta."""
+    if config.position != "ntk":
+        return config.rope_theta
     alpha = ntk_alpha(seq_len, config.training_seqlen, config.base_seqlen)
     dim = config.head_dim
     return config.rope_theta * alpha ** (dim / (dim - 2)) if dim > 2 else config.rope_theta
 
 
 def attention_scale(config: ModelConfig, seq_len: int) -> float:
-    """The released ``mscale``: 0.1 * ln(S / training_seqlen) + 1 beyond the trained length, else 1."""
+    """The released ``mscale``: 0.1 * ln(S / training_seqlen) + 1 beyond the trained length, else 1; ntk only."""
+    if config.position != "ntk":
+        return 1.0
     ratio = max(seq_len, config.training_seqlen) / config.training_seqlen
     return 0.1 * math.log(ratio) + 1.0 if ratio > 1.0 else 1.0
 
@@ -51,6 +59,22 @@ def rope_tables(
     angle = (np.asarray(positions).astype(dtype)[..., None] * frequency).astype(np.float64)
     scale = attention_scale(config, seq_len)
     return _scaled(np.cos(angle).astype(dtype), scale, config), _scaled(np.sin(angle).astype(dtype), scale, config)
+
+
+def xpos_scales(
+    config: ModelConfig, positions: np.ndarray, dtype: type = np.float32
+) -> tuple[np.ndarray, np.ndarray] | None:
+    """What xPos multiplies rotated queries and keys by: two tables like those of ``rope_tables``; None without xPos.
+
+    zeta_j^(+-p / xpos_scale_base) with zeta_j = (2j + 0.4 D) / (1.4 D) and p counted from the middle of ``max_seqlen``,
+    where the two ends of the range are equally far from 1 (at 2048 tokens 0.08 and 12).
+    """
+    if config.position != "xpos":
+        return None
+    dim = config.head_dim
+    zeta = (np.arange(0, dim, 2) + 0.4 * dim) / (1.4 * dim)
+    power = (np.asarray(positions)[..., None] - config.max_seqlen // 2) / config.xpos_scale_base
+    return (zeta**power).astype(dtype), (zeta**-power).astype(dtype)
 
 
 def _scaled(table: np.ndarray, scale: float, config: ModelConfig) -> np.ndarray:

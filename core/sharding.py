@@ -72,7 +72,7 @@ def _shard(name: str, spec: ParamSpec, config: ModelConfig, layout: Layout, coor
     tp, t = layout.tp, coord.tp
     module = name.split(".")[-2]
     tied = is_tied_across(config, layout) and name == "embed.weight"
-    if spec.kind in ("norm", "bias"):
+    if spec.kind == "norm" or (spec.kind == "bias" and module not in ("q", "k", "v", "gate", "up")):
         # With sequence parallelism every rank sees its own positions only; without, all compute the same gradient.
         sums: tuple[str, ...] = ("tp",) if tp > 1 and layout.sequence_parallel else ()
         return Shard(spec.shape, spec.shape, _box(spec.shape), spec.decays, sums, t == 0)
@@ -88,7 +88,7 @@ def _shard(name: str, spec: ParamSpec, config: ModelConfig, layout: Layout, coor
         first = t // copies * rows
         sums = ("kv",) if copies > 1 else ()
         box = _box(spec.shape, 0, first, first + rows)
-        return Shard((rows, spec.shape[1]), spec.shape, box, spec.decays, sums, t % copies == 0)
+        return Shard((rows, *spec.shape[1:]), spec.shape, box, spec.decays, sums, t % copies == 0)
     axis = 1 if module in ("o", "down") else 0
     size = spec.shape[axis] // tp
     shape = tuple(size if i == axis else n for i, n in enumerate(spec.shape))

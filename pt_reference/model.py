@@ -1,8 +1,12 @@
-"""TeleChat2 in PyTorch. The file knows no ranks, no optimizer and no data:
-a module is as large as the shapes it is given, and a table of fewer parameters makes a smaller part of the model.
+"""TeleChat2, Tele-FLM and FLM-101B in PyTorch: one decoder, its config says which.
 
-What differs from Llama: biases on the attention output and on the ffn output only; rotary tables whose base and
-amplitude depend on the sequence length (core.position); the norm casts before it multiplies by its gain.
+The file knows no ranks, no optimizer and no data: a module is as large as the shapes it is given, and a table of fewer
+parameters makes a smaller part of the model.
+
+What differs from Llama. TeleChat2: biases on the attention output and on the ffn output only; rotary tables whose base
+and amplitude depend on the sequence length (core.position); the norm casts before it multiplies by its gain. Tele-FLM:
+multipliers of embeddings and logits. FLM-101B: these, biases everywhere, LayerNorm, gelu, xPos. Which biases and which
+gate there are, the table of shapes says.
 
 B batch, S sequence, H heads, K kv heads, D head dim, E hidden, F ffn, V vocab. Parameter names are the logical names of
 core.params; telechat_ms/model.py is this file in MindSpore.
@@ -20,7 +24,7 @@ from torch.utils.checkpoint import checkpoint
 
 from core.config import ModelConfig
 from core.params import parameter_table
-from core.position import rope_tables
+from core.position import rope_tables, xpos_scales
 from core.precision import PRECISION
 from pt_reference import ops
 
@@ -36,6 +40,7 @@ class Dtypes:
 
 
 Shapes = Mapping[str, tuple[int, ...]]  # parameter name -> shape
+Rope = tuple[Tensor, ...]  # cos, sin and, with xPos, the scales of queries and keys: each [B or 1, S, 1, D/2]
 
 
 class Shaped(Protocol):
@@ -60,16 +65,25 @@ class Linear(nn.Module):
 
 
 class Norm(nn.Module):
+    """RMSNorm, or LayerNorm where the table has a bias."""
+
     def __init__(self, name: str, shapes: Shapes, eps: float, dtypes: Dtypes) -> None:
         super().__init__()
         self.eps, self.dtypes = eps, dtypes
         self.weight = empty_parameter(shapes[f"{name}.weight"], dtypes.weight)
+        bias = shapes.get(f"{name}.bias")
+        self.bias = empty_parameter(bias, dtypes.weight) if bias is not None else None
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.bias is not None:
+            return ops.layer_norm(x, self.weight, self.bias, self.eps, self.dtypes.stat, self.dtypes.compute)
         return ops.rms_norm(x, self.weight, self.eps, self.dtypes.stat, self.dtypes.compute)
 
     def after_sum(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
         """The norm of residual + x, and that sum: (normed, stream)."""
+        if self.bias is not None:
+            stream = residual + x.to(residual.dtype)
+            return Norm.forward(self, stream), stream
         return ops.add_rms_norm(x, residual, self.weight, self.eps, self.dtypes.stat, self.dtypes.compute)
 
 
@@ -108,10 +122,10 @@ class Attention(nn.Module):
         self.recompute_core = recompute == "selective"
         self.q, self.k, self.v, self.o = (Linear(f"attn.{name}", shapes, dtypes) for name in "qkvo")
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, blocks: ops.Visible, cache: KeyValueCache | None) -> Tensor:
+    def forward(self, x: Tensor, rope: Rope, blocks: ops.Visible, cache: KeyValueCache | None) -> Tensor:
         B, S, _ = x.shape
         q, k, v = (linear(x).view(B, S, -1, self.head_dim) for linear in (self.q, self.k, self.v))
-        q, k = ops.rope_qk(q, k, cos, sin)
+        q, k = ops.rope_qk(q, k, *rope)
         if cache is not None:
             k, v = cache.append(k, v)
         if self.recompute_core and self.training:
@@ -122,16 +136,22 @@ class Attention(nn.Module):
 
 
 class FeedForward(nn.Module):
+    """With a gate silu(gate) * up, without one gelu(up)."""
+
     def __init__(self, shapes: Shapes, dtypes: Dtypes, recompute: str) -> None:
         super().__init__()
         self.stat, self.recompute_core = dtypes.stat, recompute == "selective"
-        self.gate, self.up, self.down = (Linear(f"ffn.{name}", shapes, dtypes) for name in ("gate", "up", "down"))
+        self.gate = Linear("ffn.gate", shapes, dtypes) if "ffn.gate.weight" in shapes else None
+        self.up, self.down = (Linear(f"ffn.{name}", shapes, dtypes) for name in ("up", "down"))
 
     def forward(self, x: Tensor) -> Tensor:
-        gate, up = self.gate(x), self.up(x)
+        if self.gate is None:
+            core, inputs = ops.gelu, (self.up(x),)
+        else:
+            core, inputs = ops.swiglu, (self.gate(x), self.up(x), self.stat)
         if self.recompute_core and self.training:
-            return self.down(checkpoint(ops.swiglu, gate, up, self.stat, use_reentrant=False))
-        return self.down(ops.swiglu(gate, up, self.stat))
+            return self.down(checkpoint(core, *inputs, use_reentrant=False))
+        return self.down(core(*inputs))
 
 
 class DecoderBlock(nn.Module):
@@ -145,8 +165,8 @@ class DecoderBlock(nn.Module):
         self.ffn_norm = Norm("ffn_norm", shapes, config.norm_eps, dtypes)
         self.ffn = FeedForward(shapes, dtypes, recompute)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, blocks: ops.Visible, cache: KeyValueCache | None) -> Tensor:
-        branch = self.attn(self.attn_norm(x), cos, sin, blocks, cache)
+    def forward(self, x: Tensor, rope: Rope, blocks: ops.Visible, cache: KeyValueCache | None) -> Tensor:
+        branch = self.attn(self.attn_norm(x), rope, blocks, cache)
         normed, x = self.ffn_norm.after_sum(branch, x)
         return x + self.ffn(normed).to(self.residual)
 
@@ -181,7 +201,7 @@ class Decoder(nn.Module):
     def forward(
         self,
         x: Tensor,
-        rope: tuple[Tensor, Tensor],
+        rope: Rope,
         blocks: ops.Visible,
         caches: list[KeyValueCache] | None = None,
     ) -> Tensor:
@@ -189,26 +209,25 @@ class Decoder(nn.Module):
 
         A part of the model takes a hidden state [B, S, E] instead of ids, or returns one.
         """
-        cos, sin = rope
         if self.first:
-            x = self.embed(x)  # [B, S, E]
+            x = multiplied(self.embed(x), self.config.input_mult)  # [B, S, E]
         for i, layer in enumerate(self.layers.values()):
             cache = caches[i] if caches is not None else None
             if self.recompute == "full" and self.training:
-                x = checkpoint(layer, x, cos, sin, blocks, cache, use_reentrant=False)
+                x = checkpoint(layer, x, rope, blocks, cache, use_reentrant=False)
             else:
-                x = layer(x, cos, sin, blocks, cache)
+                x = layer(x, rope, blocks, cache)
         if not self.last:
             return x
         x = self.norm(x)
         logits = self.head(x) if self.head is not None else ops.linear(x, self.embed.weight, None, self.dtypes.compute)
-        return logits
+        return multiplied(logits, self.config.logit_mult)
 
-    def rope(self, positions: np.ndarray, seq_len: int) -> tuple[Tensor, Tensor]:
-        """Rotary tables for positions [B or 1, S] of a row of ``seq_len`` tokens: cos, sin [B or 1, S, 1, D/2]."""
+    def rope(self, positions: np.ndarray, seq_len: int) -> Rope:
+        """Rotary tables for positions [B or 1, S] of a row of ``seq_len`` tokens."""
         wide = np.float64 if self.dtypes.stat == torch.float64 else np.float32
-        cos, sin = rope_tables(self.config, positions, seq_len, wide)
-        return tuple(torch.from_numpy(table[:, :, None]).to(ops.device()) for table in (cos, sin))
+        tables = *rope_tables(self.config, positions, seq_len, wide), *(xpos_scales(self.config, positions, wide) or ())
+        return tuple(torch.from_numpy(table[:, :, None]).to(ops.device()) for table in tables)
 
     def load_weights(self, get: Callable[[str], np.ndarray]) -> None:
         """Fill every parameter from ``get(name)``, one tensor at a time, cast to the weight dtype."""
@@ -220,6 +239,11 @@ class Decoder(nn.Module):
 def empty_parameter(shape: tuple[int, ...], dtype: torch.dtype) -> nn.Parameter:
     """An uninitialised parameter; its name comes from its place in the model."""
     return nn.Parameter(torch.empty(shape, dtype=dtype))
+
+
+def multiplied(x: Tensor, factor: float) -> Tensor:
+    """x * factor in the dtype of x."""
+    return x if factor == 1.0 else x * factor
 
 
 def named_weights(model: Decoder) -> dict[str, nn.Parameter]:

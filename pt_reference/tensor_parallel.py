@@ -41,7 +41,7 @@ class NormBeforeColumns(Norm):
 
     def __init__(self, norm: Norm, mesh: Mesh) -> None:
         torch.nn.Module.__init__(self)
-        self.eps, self.dtypes, self.weight = norm.eps, norm.dtypes, norm.weight
+        self.eps, self.dtypes, self.weight, self.bias = norm.eps, norm.dtypes, norm.weight, norm.bias
         self.group, self.sequence_parallel = mesh.tp, mesh.layout.sequence_parallel
 
     def forward(self, x: Tensor) -> Tensor:

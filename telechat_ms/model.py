@@ -1,8 +1,12 @@
-"""TeleChat2 in MindSpore. The file knows no ranks, no optimizer and no data:
-a module is as large as the shapes it is given, and a table of fewer parameters makes a smaller part of the model.
+"""TeleChat2, Tele-FLM and FLM-101B in MindSpore: one decoder, its config says which.
 
-What differs from Llama: biases on the attention output and on the ffn output only; rotary tables whose base and
-amplitude depend on the sequence length (core.position); the norm casts before it multiplies by its gain.
+The file knows no ranks, no optimizer and no data: a module is as large as the shapes it is given, and a table of fewer
+parameters makes a smaller part of the model.
+
+What differs from Llama. TeleChat2: biases on the attention output and on the ffn output only; rotary tables whose base
+and amplitude depend on the sequence length (core.position); the norm casts before it multiplies by its gain. Tele-FLM:
+multipliers of embeddings and logits. FLM-101B: these, biases everywhere, LayerNorm, gelu, xPos. Which biases and which
+gate there are, the table of shapes says.
 
 B batch, S sequence, H heads, K kv heads, D head dim, E hidden, F ffn, V vocab. Parameter names are the logical names of
 core.params; pt_reference/model.py is this file in PyTorch.
@@ -19,7 +23,7 @@ from mindspore import Parameter, Tensor, nn
 
 from core.config import ModelConfig
 from core.params import parameter_table
-from core.position import rope_tables
+from core.position import rope_tables, xpos_scales
 from core.precision import PRECISION
 from telechat_ms import autograd, ops
 
@@ -35,6 +39,7 @@ class Dtypes:
 
 
 Shapes = Mapping[str, tuple[int, ...]]  # parameter name -> shape
+Rope = tuple[Tensor, ...]  # cos, sin and, with xPos, the scales of queries and keys: each [B or 1, S, 1, D/2]
 
 
 class Shaped(Protocol):
@@ -59,16 +64,25 @@ class Linear(nn.Cell):
 
 
 class Norm(nn.Cell):
+    """RMSNorm, or LayerNorm where the table has a bias."""
+
     def __init__(self, name: str, shapes: Shapes, eps: float, dtypes: Dtypes) -> None:
         super().__init__()
         self.eps, self.dtypes = eps, dtypes
         self.weight = empty_parameter(shapes[f"{name}.weight"], dtypes.weight)
+        bias = shapes.get(f"{name}.bias")
+        self.bias = empty_parameter(bias, dtypes.weight) if bias is not None else None
 
     def construct(self, x: Tensor) -> Tensor:
+        if self.bias is not None:
+            return ops.layer_norm(x, self.weight, self.bias, self.eps, self.dtypes.stat, self.dtypes.compute)
         return ops.rms_norm(x, self.weight, self.eps, self.dtypes.stat, self.dtypes.compute)
 
     def after_sum(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
         """The norm of residual + x, and that sum: (normed, stream)."""
+        if self.bias is not None:
+            stream = residual + x.astype(residual.dtype)
+            return Norm.construct(self, stream), stream
         return ops.add_rms_norm(x, residual, self.weight, self.eps, self.dtypes.stat, self.dtypes.compute)
 
 
@@ -107,12 +121,10 @@ class Attention(nn.Cell):
         self.recompute_core = recompute == "selective"
         self.q, self.k, self.v, self.o = (Linear(f"attn.{name}", shapes, dtypes) for name in "qkvo")
 
-    def construct(
-        self, x: Tensor, cos: Tensor, sin: Tensor, blocks: ops.Visible, cache: KeyValueCache | None
-    ) -> Tensor:
+    def construct(self, x: Tensor, rope: Rope, blocks: ops.Visible, cache: KeyValueCache | None) -> Tensor:
         B, S, _ = x.shape
         q, k = (project(x).reshape(B, S, -1, self.head_dim) for project in (self.q, self.k))
-        q, k = ops.rope_qk(q, k, cos, sin)
+        q, k = ops.rope_qk(q, k, *rope)
         v = self.v(x).reshape(B, S, -1, self.head_dim)
         if cache is not None:
             k, v = cache.append(k, v)
@@ -124,16 +136,22 @@ class Attention(nn.Cell):
 
 
 class FeedForward(nn.Cell):
+    """With a gate silu(gate) * up, without one gelu(up)."""
+
     def __init__(self, shapes: Shapes, dtypes: Dtypes, recompute: str) -> None:
         super().__init__()
         self.stat, self.recompute_core = dtypes.stat, recompute == "selective"
-        self.gate, self.up, self.down = (Linear(f"ffn.{name}", shapes, dtypes) for name in ("gate", "up", "down"))
+        self.gate = Linear("ffn.gate", shapes, dtypes) if "ffn.gate.weight" in shapes else None
+        self.up, self.down = (Linear(f"ffn.{name}", shapes, dtypes) for name in ("up", "down"))
 
     def construct(self, x: Tensor) -> Tensor:
-        gate, up = self.gate(x), self.up(x)
+        if self.gate is None:
+            core, inputs = ops.gelu, (self.up(x),)
+        else:
+            core, inputs = ops.swiglu, (self.gate(x), self.up(x), self.stat)
         if self.recompute_core and self.training:
-            return self.down(autograd.recompute(ops.swiglu, gate, up, self.stat))
-        return self.down(ops.swiglu(gate, up, self.stat))
+            return self.down(autograd.recompute(core, *inputs))
+        return self.down(core(*inputs))
 
 
 class DecoderBlock(nn.Cell):
@@ -147,10 +165,8 @@ class DecoderBlock(nn.Cell):
         self.ffn_norm = Norm("ffn_norm", shapes, config.norm_eps, dtypes)
         self.ffn = FeedForward(shapes, dtypes, recompute)
 
-    def construct(
-        self, x: Tensor, cos: Tensor, sin: Tensor, blocks: ops.Visible, cache: KeyValueCache | None
-    ) -> Tensor:
-        branch = self.attn(self.attn_norm(x), cos, sin, blocks, cache)
+    def construct(self, x: Tensor, rope: Rope, blocks: ops.Visible, cache: KeyValueCache | None) -> Tensor:
+        branch = self.attn(self.attn_norm(x), rope, blocks, cache)
         normed, x = self.ffn_norm.after_sum(branch, x)
         return x + self.ffn(normed).astype(self.residual)
 
@@ -185,7 +201,7 @@ class Decoder(nn.Cell):
     def construct(
         self,
         x: Tensor,
-        rope: tuple[Tensor, Tensor],
+        rope: Rope,
         blocks: ops.Visible,
         caches: list[KeyValueCache] | None = None,
     ) -> Tensor:
@@ -193,26 +209,25 @@ class Decoder(nn.Cell):
 
         A part of the model takes a hidden state [B, S, E] instead of ids, or returns one.
         """
-        cos, sin = rope
         if self.first:
-            x = self.embed(x)  # [B, S, E]
+            x = multiplied(self.embed(x), self.config.input_mult)  # [B, S, E]
         for i, layer in enumerate(self.layers.values()):
             cache = caches[i] if caches is not None else None
             if self.recompute == "full" and self.training:
-                x = autograd.recompute(layer, x, cos, sin, blocks, cache)
+                x = autograd.recompute(layer, x, rope, blocks, cache)
             else:
-                x = layer(x, cos, sin, blocks, cache)
+                x = layer(x, rope, blocks, cache)
         if not self.last:
             return x
         x = self.norm(x)
         logits = self.head(x) if self.head is not None else ops.linear(x, self.embed.weight, None, self.dtypes.compute)
-        return logits.astype(self.dtypes.stat)
+        return multiplied(logits.astype(self.dtypes.stat), self.config.logit_mult)
 
-    def rope(self, positions: np.ndarray, seq_len: int) -> tuple[Tensor, Tensor]:
-        """Rotary tables for positions [B or 1, S] of a row of ``seq_len`` tokens: cos, sin [B or 1, S, 1, D/2]."""
+    def rope(self, positions: np.ndarray, seq_len: int) -> Rope:
+        """Rotary tables for positions [B or 1, S] of a row of ``seq_len`` tokens."""
         wide = np.float64 if self.dtypes.stat == ms.float64 else np.float32
-        cos, sin = rope_tables(self.config, positions, seq_len, wide)
-        return Tensor(cos[:, :, None]), Tensor(sin[:, :, None])
+        tables = *rope_tables(self.config, positions, seq_len, wide), *(xpos_scales(self.config, positions, wide) or ())
+        return tuple(Tensor(table[:, :, None]) for table in tables)
 
     def load_weights(self, get: Callable[[str], np.ndarray]) -> None:
         """Fill every parameter from ``get(name)``, one tensor at a time, cast to the weight dtype."""
@@ -223,6 +238,11 @@ class Decoder(nn.Cell):
 def empty_parameter(shape: tuple[int, ...], dtype: ms.Type) -> Parameter:
     """An uninitialised parameter; its name comes from its place in the model."""
     return Parameter(ms.mint.empty(shape, dtype=dtype))
+
+
+def multiplied(x: Tensor, factor: float) -> Tensor:
+    """x * factor in the dtype of x."""
+    return x if factor == 1.0 else x * Tensor(factor, x.dtype)
 
 
 def named_weights(model: Decoder) -> dict[str, Parameter]:

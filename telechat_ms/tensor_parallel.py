@@ -42,7 +42,7 @@ class NormBeforeColumns(Norm):
 
     def __init__(self, norm: Norm, mesh: Mesh) -> None:
         nn.Cell.__init__(self)
-        self.eps, self.dtypes, self.weight = norm.eps, norm.dtypes, norm.weight
+        self.eps, self.dtypes, self.weight, self.bias = norm.eps, norm.dtypes, norm.weight, norm.bias
         self.group, self.sequence_parallel = mesh.tp, mesh.layout.sequence_parallel
 
     def construct(self, x: Tensor) -> Tensor:

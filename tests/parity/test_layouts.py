@@ -36,6 +36,10 @@ MODEL = ModelConfig(
     training_seqlen=256, base_seqlen=256, max_seqlen=256,
 )  # fmt: skip
 OPTIM = OptimConfig(lr=1e-3)
+# FLM-101B's LayerNorm, gelu, biases, xPos and multipliers, with kv heads that tensor ranks share.
+FLM = dict(
+    family="flm", norm="layernorm", activation="gelu", biases="all", position="xpos", input_mult=1.5, logit_mult=0.5
+)  # fmt: skip
 SEED = 7
 SCRIPT = Path(__file__).with_name("layout_faults.py")
 
@@ -46,12 +50,14 @@ tp2:tied pp2:tied pp2.vpp2:tied dp2:rows3 pp2:uneven pp2.gpipe:uneven
 ring2:zigzag ring2:gather ulysses2:zigzag ulysses2:gather
 tp2:full ring2:full pp2:full ring2:selective
 dp2:bf16 tp2:bf16 ring2:bf16 ulysses2:bf16 pp2:bf16 tp2:amp
+dp2:flm tp2:flm tp2.nosp:flm ring2:flm pp2:flm+tied tp2:flm+full ring2:flm+zigzag tp2:flm+bf16
 """
 WORLD4 = """
 dp2.tp2 dp2.ring2 dp2.ulysses2 dp2.pp2 dp2.pp2.vpp2
 tp2.ring2 tp2.ulysses2 tp2.pp2 tp2.pp2.vpp2
 ring2.ulysses2 ring2.pp2 ring2.pp2.vpp2 ulysses2.pp2 ulysses2.pp2.vpp2
 tp4 tp4.nosp:tied tp2.pp2.nosp:tied dp2.pp2.nozero:tied ring4:zigzag ring2.ulysses2:gather tp2.ring2:bf16 dp2.pp2:bf16
+tp4:flm tp2.pp2:flm+selective
 """
 FULL = """
 dp2.pp2.gpipe tp2.pp2.gpipe ring2.pp2.gpipe ulysses2.pp2.gpipe
@@ -74,7 +80,7 @@ tp2.ring2.pp2:bf16
 class Case:
     """``text`` says it all. Variants: tied embeddings; rows3 (3 rows, which dp 2 does not share evenly; else 4); uneven
     (stages of 3 and 1 layers); zigzag and gather (documents kept apart, of lengths that fit a zigzag or not); full and
-    selective recompute; a precision."""
+    selective recompute; flm (another family's operators); a precision."""
 
     text: str
 
@@ -99,7 +105,8 @@ class Case:
     def model(self) -> ModelConfig:
         """Two layers, or as many as there are stages; four where two stages are uneven."""
         layers = 4 if self.layout.stage_layers else max(2, self.layout.stages)
-        return replace(MODEL, num_layers=layers, tied_embeddings="tied" in self.words)
+        family = FLM if "flm" in self.words else {}
+        return replace(MODEL, num_layers=layers, tied_embeddings="tied" in self.words, **family)
 
     @property
     def reference(self) -> tuple[ModelConfig, str]:

@@ -18,6 +18,25 @@ PUBLISHED = {
     "telechat2-7b": 7_617_351_680,
     "telechat2-35b": 35_435_059_200,
     "telechat2-115b": 113_282_916_352,
+    # Counted from the released shapes; the 52Bs' files have these sizes.
+    "telechat-52b": 52_832_509_952,
+    "teleflm-52b": 52_824_121_344,
+    "teleflm-mup": 283_181_568,
+    "teleflm-1t": 1_083_813_908_480,
+    "flm-101b": 101_701_570_560,
+    # Unpublished shapes: this is what our reconstruction has.
+    "flm-51b": 50_051_807_232,
+    "flm-16b": 16_521_437_184,
+}
+# As the papers and model names give it, in millions, and how closely that can be taken.
+NAMED = {
+    "telechat-52b": (52_000, 0.02),
+    "teleflm-52b": (52_850, 0.001),
+    "teleflm-mup": (283, 0.001),
+    "teleflm-1t": (1_000_000, 0.1),
+    "flm-101b": (101_000, 0.01),
+    "flm-51b": (51_000, 0.02),
+    "flm-16b": (16_000, 0.04),
 }
 
 RUN: dict[str, Any] = {
@@ -31,6 +50,26 @@ RUN: dict[str, Any] = {
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_preset_has_the_published_parameter_count(name: str) -> None:
     assert count_parameters(load_model_config(name)) == PUBLISHED[name]
+
+
+@pytest.mark.parametrize("name", NAMED)
+def test_preset_is_as_large_as_its_name(name: str) -> None:
+    millions, within = NAMED[name]
+    assert abs(count_parameters(load_model_config(name)) / (millions * 1e6) - 1) <= within
+
+
+def test_multipliers_of_the_presets_are_the_released_quotients() -> None:
+    """output_mult and mup_scale_factor of the released configs: width / 256, for the 52B Tele-FLM width / 512."""
+    released = {
+        "telechat-52b": (1.0, 8192 / 256),
+        "teleflm-52b": (0.5, 8192 / 512),
+        "teleflm-1t": (2.0, 20480 / 256),
+        "flm-101b": (2.0, 10240 / 256),
+        "flm-51b": (2.0, 7168 / 256),
+        "flm-16b": (2.0, 4096 / 256),
+    }
+    for name, (output, scale) in released.items():
+        assert load_model_config(name).logit_mult == output / scale, name
 
 
 def test_every_preset_loads() -> None:
@@ -58,6 +97,9 @@ def test_run_config_fills_in_defaults() -> None:
         ({"model": {"preset": "telechat2-tiny", "norm_eps": "1e-5x"}}, "norm_eps: expected a number, found str"),
         ({"model": {"preset": "telechat2-tiny", "vocab_size": 2}}, "eos_token_id: 2 is outside the vocabulary of 2"),
         ({"model": {"preset": "telechat2-tiny", "table_dtype": "float61"}}, "did you mean 'float16'"),
+        ({"model": {"preset": "teleflm-tiny", "position": "xpoz"}}, "position: 'xpoz' is not one of ntk, rope, xpos"),
+        ({"model": {"preset": "teleflm-tiny", "logit_mult": 0}}, "logit_mult: must be above 0"),
+        ({"model": {"preset": "teleflm-tiny", "family": "teleflms"}}, "did you mean 'teleflm'"),
         ({"model": {"preset": "telechat2-tiny", "num_layers": True}}, "num_layers: expected a whole number"),
         ({"data": {"sources": [{"path": "p"}], "seq_len": 257}}, "seq_len: 257 is above the model's max_seqlen 256"),
         ({"data": {"sources": [{"path": "p", "weight": 0}], "seq_len": 64}}, "weight: must be above 0"),

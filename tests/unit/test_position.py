@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from core.config import load_model_config
-from core.position import attention_scale, ntk_alpha, rope_tables, scaled_base
+from core.position import attention_scale, ntk_alpha, rope_tables, scaled_base, xpos_scales
 from tests.frameworks import GOLDENS, golden_arrays, golden_config
 
 
@@ -62,3 +62,30 @@ def test_float64_tables_are_float64_throughout() -> None:
     exact = np.cos(100.0 * 10000.0 ** (-np.arange(0, 32, 2) / 32))
     assert cos.dtype == np.float64
     np.testing.assert_allclose(cos[0], exact, rtol=0, atol=1e-13)
+
+
+def test_only_ntk_follows_the_length() -> None:
+    config = replace(load_model_config("telechat2-tiny"), position="rope")
+    assert scaled_base(config, 4 * config.training_seqlen) == config.rope_theta
+    assert attention_scale(config, 4 * config.training_seqlen) == 1.0
+    assert xpos_scales(config, np.arange(3)) is None
+
+
+@pytest.mark.parametrize("length", [7, 96, 256])
+def test_xpos_products_equal_those_of_the_released_centring(length: int) -> None:
+    """The released ladder counts from -ceil(K / 2) of the K keys at hand; only differences of positions can matter."""
+    config = load_model_config("flm-tiny")
+    d = config.head_dim
+    zeta = (np.arange(0, d, 2) + 0.4 * d) / (1.4 * d)
+    ladder = np.arange((-length) // 2, (-length) // 2 + length)[:, None] / config.xpos_scale_base
+    scale_q, scale_k = xpos_scales(config, np.arange(length), np.float64)
+    released = (zeta**ladder)[:, None] * (zeta**-ladder)[None]
+    np.testing.assert_allclose(scale_q[:, None] * scale_k[None], released, rtol=1e-13)
+    # A position's scale is the same whatever comes after it: a cached key stays right.
+    np.testing.assert_array_equal(scale_k[:5], xpos_scales(config, np.arange(5), np.float64)[1])
+
+
+def test_xpos_scales_stay_within_float16_over_the_trained_length() -> None:
+    config = load_model_config("flm-101b")
+    for scale in xpos_scales(config, np.arange(config.max_seqlen)):
+        assert scale.min() > 0.05 and scale.max() < 20.0

@@ -11,6 +11,8 @@ from core.params import parameter_table
 from core.sharding import chunk_table, flat_pieces, kv_copies, plan_buckets
 
 MODEL = replace(load_model_config("telechat2-tiny"), num_layers=5, vocab_size=307)
+# Biases of split matrices, kv heads shared by tensor ranks.
+FLM = replace(load_model_config("flm-tiny"), num_layers=5, vocab_size=307, num_kv_heads=2)
 LAYOUTS = [
     "single",
     "tp2",
@@ -46,11 +48,12 @@ def pieces_of(model, layout, rank, limit=None):
             yield from flat_pieces(bucket, table, part, parts)
 
 
+@pytest.mark.parametrize("base", [MODEL, FLM], ids=lambda model: model.family)
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("limit", [None, 1000, 20_000])
 @pytest.mark.parametrize("text", LAYOUTS)
-def test_every_element_is_owned_once(text, limit, tied):
-    model, layout = replace(MODEL, tied_embeddings=tied), parse_layout(text)
+def test_every_element_is_owned_once(text, limit, tied, base):
+    model, layout = replace(base, tied_embeddings=tied), parse_layout(text)
     counts = {name: np.zeros(spec.shape, np.int64) for name, spec in parameter_table(model).items()}
     for rank in range(layout.world):
         for piece in pieces_of(model, layout, rank, limit):
@@ -125,3 +128,16 @@ def test_a_tied_embedding_is_on_both_ends_of_a_pipeline():
     assert first.sum_over == last.sum_over == ("tied",)
     assert (first.owner, last.owner) == (True, False)
     assert "embed.weight" not in tables(MODEL, parse_layout("pp2"), 1)
+
+
+def test_biases_lie_where_the_rows_of_their_matrices_lie():
+    layout = parse_layout("tp4")
+    for rank in range(4):
+        table = tables(FLM, layout, rank)
+        for name in ("attn.q", "attn.k", "attn.v", "ffn.up"):
+            weight, bias = (table[f"layers.0.{name}.{kind}"] for kind in ("weight", "bias"))
+            assert bias.index == weight.index[:1] and bias.shape == weight.shape[:1], name
+            assert (bias.owner, bias.sum_over) == (weight.owner, weight.sum_over), name
+        for name in ("attn.o", "ffn.down", "ffn_norm"):
+            bias = table[f"layers.0.{name}.bias"]
+            assert bias.shape == (FLM.hidden_size,) and bias.sum_over == ("tp",) and bias.owner == (rank == 0), name
