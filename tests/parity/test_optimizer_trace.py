@@ -18,14 +18,15 @@ from core.parity import relative_frobenius
 from core.recipe import clip_factor, learning_rate
 from tests.frameworks import BACKENDS, GOLDENS, golden_arrays, golden_source
 
-FOLDER = "optimizer_trace/telechat2_gqa"
+CASES = ("telechat2_gqa", "teleflm")
+GQA = "telechat2_gqa"
 
 
-def run_trace(backend: str, table_dtype: str = "float32", **optim: Any) -> dict[str, Any]:
+def run_trace(backend: str, case: str = GQA, table_dtype: str = "float32", **optim: Any) -> dict[str, Any]:
     """Train on the golden's batches with the production Trainer, schedule and clipping."""
-    meta = json.loads((GOLDENS / FOLDER / "meta.json").read_text())["optimizer"]
-    batches = golden_arrays(f"{FOLDER}/io.safetensors")["batches"].astype(np.int32)
-    source = golden_source("telechat2_gqa/weights.safetensors", "telechat2_gqa/config.json")
+    meta = json.loads((GOLDENS / "optimizer_trace" / case / "meta.json").read_text())["optimizer"]
+    batches = golden_arrays(f"optimizer_trace/{case}/io.safetensors")["batches"].astype(np.int32)
+    source = golden_source(f"{case}/weights.safetensors", f"{case}/config.json")
     steps, micro_batch, seq_len = batches.shape
     config = run_config_from_dict(
         {
@@ -60,16 +61,16 @@ def run_trace(backend: str, table_dtype: str = "float32", **optim: Any) -> dict[
     return {**rows, "weights": source.export({piece.name: piece.array for piece in trainer.weights()})}
 
 
-def check_trace(got: dict[str, Any], variant: str = "fp32table") -> None:
+def check_trace(got: dict[str, Any], case: str = GQA, variant: str = "fp32table") -> None:
     """Against the float64 trace (float32 tables) or the released float32 one; final weights are stored as float32."""
-    io = golden_arrays(f"{FOLDER}/io.safetensors")
-    tolerance = json.loads((GOLDENS / FOLDER / "meta.json").read_text())["tolerance"]
+    io = golden_arrays(f"optimizer_trace/{case}/io.safetensors")
+    tolerance = json.loads((GOLDENS / "optimizer_trace" / case / "meta.json").read_text())["tolerance"]
     truth = "fp64" if variant == "fp32table" else variant
     np.testing.assert_allclose(got["lr"], io["lr"], rtol=tolerance["lr_rel"])
     np.testing.assert_allclose(got["loss"], io[f"{truth}.loss"], rtol=0, atol=tolerance["loss_abs"])
     np.testing.assert_allclose(got["grad_norm"], io[f"{truth}.grad_norm"], rtol=tolerance["grad_norm_rel"])
     if variant == "fp32table":
-        final = golden_arrays(f"{FOLDER}/final_weights.safetensors")
+        final = golden_arrays(f"optimizer_trace/{case}/final_weights.safetensors")
         assert set(got["weights"]) == set(final)
         for name, weight in got["weights"].items():
             error = np.abs(weight - final[name])
@@ -78,14 +79,15 @@ def check_trace(got: dict[str, Any], variant: str = "fp32table") -> None:
             assert relative_frobenius(weight, final[name]) <= 1e-4, name
 
 
+@pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_optimizer_trace(backend: str) -> None:
-    check_trace(run_trace(backend))
+def test_optimizer_trace(backend: str, case: str) -> None:
+    check_trace(run_trace(backend, case), case)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_optimizer_trace_with_released_tables(backend: str) -> None:
-    check_trace(run_trace(backend, "float16"), "released")
+    check_trace(run_trace(backend, table_dtype="float16"), variant="released")
 
 
 @pytest.mark.parametrize("fault", [{"weight_decay": 0.0}, {"clip_grad": 0.0}, {"beta2": 0.999}, {"warmup_steps": 1}])
