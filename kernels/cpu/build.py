@@ -161,7 +161,7 @@ def _forget_old(cache: Path, name: str) -> None:
 
 
 def main() -> int:
-    """Compile what MindSpore needs, if it is not there; 1 with the reason when that cannot be (plain operators serve)."""
+    """Compile what MindSpore needs, if it is not there; 1 with the reason when that fails: plain operators serve."""
     try:
         load_extension()
     except BuildError as error:
