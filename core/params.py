@@ -23,6 +23,11 @@ class ParamSpec:
         return math.prod(self.shape)
 
     @property
+    def index(self) -> tuple[slice, ...]:
+        """The whole tensor, as core.sharding.Shard names its part."""
+        return tuple(slice(0, n) for n in self.shape)
+
+    @property
     def decays(self) -> bool:
         """Weight decay acts on everything with two dimensions, embedding and head included (released recipe)."""
         return len(self.shape) == 2
@@ -48,6 +53,15 @@ def parameter_table(config: ModelConfig) -> dict[str, ParamSpec]:
     if not config.tied_embeddings:
         table["head.weight"] = ParamSpec((V, E), "head")
     return table
+
+
+def parameter_axes(name: str) -> tuple[str, ...]:
+    """What each axis of a parameter counts: V vocabulary rows, E channels, H query heads * D, K kv heads * D, F ffn."""
+    *_, module, kind = name.split(".")
+    rows = {"embed": "V", "head": "V", "q": "H", "k": "K", "v": "K", "gate": "F", "up": "F"}.get(module, "E")
+    if kind == "bias" or module in ("norm", "attn_norm", "ffn_norm"):
+        return (rows,)
+    return rows, {"o": "H", "down": "F"}.get(module, "E")
 
 
 def _norm(name: str, config: ModelConfig) -> dict[str, ParamSpec]:
