@@ -1,0 +1,85 @@
+"""Growing a canonical checkpoint: streamed from any pieces, written beside the source, complete or not at all."""
+
+from __future__ import annotations
+
+import copy
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from convert.grow import grow_state, grow_weights
+from convert.grow_plan import Options, Plan, plan_growth
+from convert.source import checkpoint_config
+from core.checkpoint import MAX_FILE_BYTES, Checkpoint, TensorPiece, write_checkpoint
+from core.config import ModelConfig
+from core.growth import read_history
+from core.params import parameter_table
+from core.safetensors_io import DTYPES
+
+# A model that a run can name: its configuration, without the state of its masks, which the checkpoint holds.
+MODEL_FILE = "model.yaml"
+
+
+def plan_checkpoint(checkpoint: Checkpoint, target: ModelConfig, options: Options) -> Plan:
+    """plan_growth from a checkpoint's model, at the step it was saved at."""
+    trainer = checkpoint.trainer or {}
+    step, updates = int(trainer.get("step", 0)), int(trainer.get("optimizer_steps", 0))
+    return plan_growth(checkpoint_config(checkpoint), target, options, step, updates)
+
+
+def grow_checkpoint(
+    checkpoint: Checkpoint,
+    target: Path,
+    plan: Plan,
+    max_file_bytes: int = MAX_FILE_BYTES,
+    on_bytes: Callable[[int], Any] = lambda count: None,
+) -> None:
+    """Write the grown model of ``plan`` to ``target``: weights, and m and v where the checkpoint has them.
+
+    The step, the data position and all else of the training state stay; the growth joins the model's history, from
+    which the age of every entry follows. ``on_bytes`` hears of tensors as they are written.
+    """
+    where = str(checkpoint.path / "model.json")
+    history = [growth.to_dict() for growth in (*read_history(checkpoint.model, where), plan.growth)]
+    trainer = copy.deepcopy(checkpoint.trainer)
+    if trainer is not None:
+        trainer["config"]["model"] = plan.config.to_dict()
+    dtype = checkpoint.dtype("weights", "embed.weight")
+    weights = grow_weights(plan, lambda name, box: checkpoint.read("weights", name, box), dtype)
+    state = grow_state(plan, lambda name, box: checkpoint.read("optimizer", name, box))
+    with tempfile.TemporaryDirectory(prefix="tele-grow-") as folder:
+        described = Path(folder) / MODEL_FILE
+        described.write_text(model_yaml(plan.config), encoding="utf-8")
+        write_checkpoint(
+            target,
+            checkpoint.step,
+            model={"config": plan.config.to_dict(), "grown": history},
+            weights=_told(weights, on_bytes),
+            optimizer=_told(state, on_bytes) if checkpoint.names("optimizer") else (),
+            trainer=trainer,
+            assets=[*(asset for asset in checkpoint.assets if asset.name != MODEL_FILE), described],
+            max_file_bytes=max_file_bytes,
+        )
+
+
+def model_yaml(config: ModelConfig) -> str:
+    """What a run's ``model`` may name to have this model."""
+    values = {name: value for name, value in config.to_dict().items() if name != "growth" and value is not None}
+    return yaml.safe_dump(values, sort_keys=False)
+
+
+def grown_bytes(checkpoint: Checkpoint, plan: Plan) -> int:
+    """Bytes of all tensors of the grown checkpoint."""
+    parameters = sum(spec.size for spec in parameter_table(plan.config).values())
+    weights = parameters * checkpoint.dtype("weights", "embed.weight").itemsize
+    return weights + (2 * parameters * DTYPES["F32"].itemsize if checkpoint.names("optimizer") else 0)
+
+
+def _told(pieces: Iterable[TensorPiece], on_bytes: Callable[[int], Any]) -> Iterator[TensorPiece]:
+    for piece in pieces:
+        on_bytes(piece.array.nbytes)
+        yield piece
+        del piece  # or it would stay in memory while the next one is made
