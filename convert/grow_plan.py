@@ -17,7 +17,7 @@ DEPTHS = ("insert", "stack")
 MULTIPLIERS = ("keep", "fold")
 
 # What is taken from the target besides sizes: it has no part in the function of the model that grows.
-_TAKEN = ("init_std", "max_seqlen")
+_TAKEN = ("init_std", "matrix_init_std", "max_seqlen")
 # A target may say these otherwise than the model that grows; everything else makes it another model.
 _FREE = (*SIZES, *_TAKEN, "logit_mult", "input_mult", "vocab_tokens")
 # What only growth itself writes.
