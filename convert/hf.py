@@ -290,7 +290,7 @@ def describe_tokenizer(path: Path, config: ModelConfig) -> dict[str, Any]:
         raise UserError(
             f"{path.name}: is no SentencePiece model; give the tokenizer.model of the training run"
         ) from None
-    if pieces.get_piece_size() > config.vocab_size:
+    if pieces.get_piece_size() > config.num_tokens:
         raise UserError(
             f"{path.name}: has {pieces.get_piece_size()} pieces, the model's vocab_size is {config.vocab_size}; "
             "give the tokenizer the model was trained with"

@@ -155,6 +155,11 @@ class DataConfig:
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
     steps: int = option(help="optimizer steps in the whole run", min=1)
+    schedule_steps: int | None = option(
+        None,
+        help="steps that the learning rate's schedule spans, where more runs follow this one; default: steps",
+        min=1,
+    )
     global_batch: int = option(help="sequences an optimizer step", min=1)
     micro_batch: int = option(help="sequences a forward pass on one data-parallel rank; divides global_batch", min=1)
     precision: str = option(
@@ -181,6 +186,10 @@ class OptimConfig:
         None, help="peak for matrix-like weights (attention and ffn) under muP, same schedule; default: lr", above=0.0
     )
     warmup_steps: int = option(0, help="linear warm-up: step s < warmup uses lr*(s+1)/warmup", min=0)
+    rewarmup_steps: int = option(0, help="the same once more after the model has grown", min=0)
+    restart_lr: float | None = option(
+        None, help="after the model has grown, a new cosine from here; default: the old one goes on", above=0.0
+    )
     beta1: float = option(0.9, help="AdamW", min=0.0, max=0.999999)
     beta2: float = option(0.95, help="AdamW", min=0.0, max=0.9999999)
     eps: float = option(1e-8, help="AdamW", above=0.0)
@@ -193,6 +202,8 @@ class OptimConfig:
     def __post_init__(self) -> None:
         if self.min_lr > self.lr:
             raise UserError(f"optim.min_lr: {self.min_lr} is above the peak optim.lr {self.lr}")
+        if self.restart_lr is not None and self.min_lr > self.restart_lr:
+            raise UserError(f"optim.min_lr: {self.min_lr} is above optim.restart_lr {self.restart_lr}")
 
 
 @dataclass(frozen=True, kw_only=True)

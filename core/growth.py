@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +18,7 @@ from core.config import ModelConfig
 from core.growth_mask import head_map, kv_map
 from core.params import parameter_axes
 from core.schema import from_mapping, option
+from core.sharding import FlatPiece
 
 METHODS = ("masked", "zero")
 
@@ -138,6 +139,23 @@ def born(history: Sequence[Growth], name: str, box: tuple[slice, ...]) -> np.nda
     if not any(part.any() for part in at):
         return None
     return at[0] if len(at) == 1 else np.maximum(at[0][:, None], at[1][None])
+
+
+def birth_classes(
+    history: Sequence[Growth], pieces: Iterable[FlatPiece], size: int
+) -> tuple[np.ndarray, list[int]] | None:
+    """When the entries of a flat vector came to be, for vectors of which ``pieces`` say what their elements are.
+
+    Returns the class of each element, uint8 [size], and for each class the number of updates made before it; class 0
+    was there from the start. None when nothing is newer.
+    """
+    births = sorted({0, *(growth.optimizer_steps for growth in history)})
+    index = np.zeros(size, np.uint8)
+    for piece in pieces:
+        found = born(history, piece.name, piece.box)
+        if found is not None:
+            index[piece.first : piece.last] = np.searchsorted(births, found).reshape(-1)
+    return (index, births) if index.any() else None
 
 
 def _layer(name: str) -> int | None:

@@ -209,7 +209,7 @@ def _layout_task(base: Task, layout: Layout, rows: int) -> Task:
 
 
 def _blend(config: RunConfig) -> Blend:
-    return open_blend(config.data, config.train.seed, config.model.vocab_size, config.model.pad_token_id)
+    return open_blend(config.data, config.train.seed, config.model.num_tokens, config.model.pad_token_id)
 
 
 def compare_training(
