@@ -17,6 +17,7 @@ from core.checkpoint import MAX_FILE_BYTES, Checkpoint, TensorPiece, write_check
 from core.config import ModelConfig
 from core.growth import read_history
 from core.params import parameter_table
+from core.prefetch import ahead
 from core.safetensors_io import DTYPES
 
 # A model that a run can name: its configuration, without the state of its masks, which the checkpoint holds.
@@ -57,8 +58,8 @@ def grow_checkpoint(
             target,
             checkpoint.step,
             model={"config": plan.config.to_dict(), "grown": history},
-            weights=_told(weights, on_bytes),
-            optimizer=_told(state, on_bytes) if checkpoint.names("optimizer") else (),
+            weights=_told(ahead(weights), on_bytes),
+            optimizer=_told(ahead(state), on_bytes) if checkpoint.names("optimizer") else (),
             trainer=trainer,
             assets=[*(asset for asset in checkpoint.assets if asset.name != MODEL_FILE), described],
             max_file_bytes=max_file_bytes,

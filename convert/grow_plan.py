@@ -11,7 +11,7 @@ from typing import Any
 from core.config import ModelConfig
 from core.errors import UserError
 from core.growth import METHODS, SIZES, Growth, axis_maps, sizes_of
-from core.growth_mask import GrowthMask, describe
+from core.growth_mask import GrowthMask, describe, head_map
 
 DEPTHS = ("insert", "stack")
 MULTIPLIERS = ("keep", "fold")
@@ -22,7 +22,6 @@ _TAKEN = ("init_std", "matrix_init_std", "max_seqlen")
 _FREE = (*SIZES, *_TAKEN, "logit_mult", "input_mult", "vocab_tokens")
 # What only growth itself writes.
 _OWN = ("norm_divisor", "growth")
-_MASKED = ("hidden_size", "ffn_hidden_size", "num_heads", "num_kv_heads")
 
 
 @dataclass(frozen=True)
@@ -91,9 +90,9 @@ def plan_growth(
             f"head size {before.head_dim} -> {after.head_dim}: exact up to base_seqlen {source.base_seqlen}; beyond it "
             "the rotary base grows by a power that depends on the head size"
         )
-    if options.method == "masked" and (
-        new_layers or any(getattr(before, name) != getattr(after, name) for name in _MASKED)
-    ):
+    wider = before.hidden_size < after.hidden_size or before.ffn_hidden_size < after.ffn_hidden_size
+    fresh_heads = bool((head_map(before.heads, after.heads) < 0).any())
+    if options.method == "masked" and (wider or fresh_heads or new_layers):
         values["growth"] = GrowthMask(
             mask=0.0,
             start_step=step,

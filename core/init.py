@@ -15,7 +15,7 @@ import numpy as np
 from core.config import ModelConfig
 from core.params import MATRIX, ParamSpec, parameter_table
 
-_CHUNK = 1 << 20  # elements made at once: a table of any size costs a few tens of MB on top of itself
+_CHUNK = 1 << 16  # elements made at once: few enough for a processor's cache
 
 
 def init_tensor(
@@ -77,11 +77,13 @@ def _extent(shape: tuple[int, ...], index: tuple[slice, ...] | None) -> tuple[tu
 def _global_index(
     local: np.ndarray, shape: tuple[int, ...], whole: tuple[int, ...], starts: tuple[int, ...]
 ) -> np.ndarray:
-    """Flat index in the whole tensor of each flat index of the slice."""
-    if shape == whole:
-        return local
-    axes = np.unravel_index(local, shape)
-    return np.ravel_multi_index(tuple(a + s for a, s in zip(axes, starts, strict=True)), whole)
+    """Flat index in the whole tensor of each flat index of the slice; tensors have one or two axes."""
+    if len(shape) == 1:
+        return local + starts[0]
+    if shape[1] == whole[1]:
+        return local + starts[0] * whole[1]
+    row, column = np.divmod(local, shape[1])
+    return (row + starts[0]) * whole[1] + (column + starts[1])
 
 
 def _normal(key: np.uint64, counter: np.ndarray) -> np.ndarray:

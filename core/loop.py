@@ -45,7 +45,7 @@ from core.recipe import class_rate, clip_factor, learning_rate
 from core.schedule import bubble_formula
 from core.schema import from_mapping
 from core.tensorboard import TensorBoard
-from core.together import meet, require_same_on_all, together
+from core.together import meet, raise_together, require_same_on_all, together
 from core.worker import run_script
 
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
