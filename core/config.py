@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -333,6 +334,11 @@ def _beside(preset: str, folder: Path) -> str:
 
 def load_run_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> RunConfig:
     """Read a run's YAML, apply ``--set`` overrides, validate. Relative paths in it count from the file's folder."""
+    return run_config_from_dict(load_run_tree(path, overrides))
+
+
+def load_run_tree(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """What load_run_config validates: the file's mapping with paths made whole and overrides applied."""
     tree = load_yaml(path)
     if not isinstance(tree, dict):
         raise UserError(f"{path}: expected a mapping with model, data, train and optim")
@@ -344,7 +350,7 @@ def load_run_config(path: str | Path, overrides: list[str] | tuple[str, ...] = (
     _anchor_paths(tree, folder)
     for assignment in overrides:
         set_dotted(tree, assignment)
-    return run_config_from_dict(tree)
+    return tree
 
 
 def run_config_from_dict(tree: dict[str, Any]) -> RunConfig:

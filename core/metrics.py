@@ -101,10 +101,12 @@ def column(rows: Sequence[Row], key: str) -> list[float]:
     return [float("nan") if row.get(key) is None else float(row[key]) for row in rows]
 
 
-def plot_losses(runs: Mapping[str, Sequence[Row]], path: str | Path, title: str) -> Path:
+def plot_losses(
+    runs: Mapping[str, Sequence[Row]], path: str | Path, title: str, marks: Mapping[int, str] | None = None
+) -> Path:
     """Draw loss, gradient norm and learning rate over steps for each labelled run into a PNG; returns its path.
 
-    Steps that made no update (skipped) are marked on the loss curve.
+    Steps that made no update (skipped) are marked on the loss curve; ``marks`` are lines at steps, with what they say.
     """
     import matplotlib
 
@@ -133,6 +135,12 @@ def plot_losses(runs: Mapping[str, Sequence[Row]], path: str | Path, title: str)
             axes[0].plot(
                 [row["step"] for row in skipped], column(skipped, "loss"), "x", color="C3", label=f"{label}: skipped"
             )
+    for step, text in (marks or {}).items():
+        for axis in axes:
+            axis.axvline(step, color="0.5", linewidth=0.9, linestyle=":")
+        axes[0].text(
+            step, 0.98, f" {text}", transform=axes[0].get_xaxis_transform(), va="top", color="0.35", fontsize=9
+        )
     for axis, (_, name) in zip(axes, panels, strict=True):
         axis.set_ylabel(name)
         axis.grid(alpha=0.3)
@@ -153,12 +161,13 @@ def plot_losses(runs: Mapping[str, Sequence[Row]], path: str | Path, title: str)
 def flops_per_token(config: ModelConfig, seq_len: int, causal: bool = False) -> float:
     """Floating-point operations of one training token: 6 * N_matmul + 12 * L * H*D * S.
 
-    N_matmul counts weights that multiply (the head does, the embedding is a look-up). A forward product costs 2 per
-    weight and the backward twice that. Attention: scores and their product with the values, 2 * 2*S*H*D a layer
-    forward, times 3; ``causal`` counts only the half below the diagonal. The default counts the full square, the
+    N_matmul counts weights that multiply (the head does, tied or not; the embedding is a look-up). A forward product
+    costs 2 per weight and the backward twice that. Attention: scores and their product with the values, 2 * 2*S*H*D a
+    layer forward, times 3; ``causal`` counts only the half below the diagonal. The default counts the full square, the
     convention of published MFU figures, so that figures compare. Recomputation is not counted.
     """
-    matmul = sum(spec.size for spec in parameter_table(config).values() if spec.kind in ("matrix", "head"))
+    head = "embedding" if config.tied_embeddings else "head"
+    matmul = sum(spec.size for spec in parameter_table(config).values() if spec.kind in ("matrix", head))
     attention = 12.0 * config.num_layers * config.num_heads * config.head_dim * seq_len
     return 6.0 * matmul + (attention / 2 if causal else attention)
 

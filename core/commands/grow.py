@@ -85,6 +85,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     from convert.grow_files import grow_checkpoint, grown_bytes, plan_checkpoint
     from convert.grow_plan import Options, plan_growth
+    from convert.grow_schedule import parse_depth
 
     if args.anneal_steps < 1:
         raise UserError(f"--anneal-steps: must be at least 1, found {args.anneal_steps}")
@@ -93,7 +94,7 @@ def run(args: argparse.Namespace) -> int:
     options = Options(
         method=args.method,
         anneal_steps=args.anneal_steps,
-        depth=_depth(args.depth),
+        depth=parse_depth(args.depth),
         fresh_layers=args.fresh_layers,
         multipliers=args.multipliers,
         grow_head_dim=args.grow_head_dim,
@@ -172,15 +173,6 @@ def _target(args: argparse.Namespace, source: ModelConfig) -> ModelConfig:
     for assignment in args.set:
         set_dotted(tree, assignment)
     return load_model_config(tree, "target")
-
-
-def _depth(text: str) -> str | tuple[int, ...]:
-    if not text.lstrip("-")[:1].isdigit():
-        return text
-    try:
-        return tuple(int(word) for word in text.split(","))
-    except ValueError:
-        raise UserError(f"--depth: {text!r} is no list of blocks; write them as 0,0,1,2") from None
 
 
 def _refuse_release(source: str) -> None:
