@@ -55,8 +55,8 @@ class GrowConfig:
 
 @dataclass(frozen=True)
 class Stage:
-    """``end``: the step it trains to. ``config``: its run, with the model that growth makes of ``target``, which is asked
-    for, by ``plan`` (None for the first stage). ``tokens``: what it trains on."""
+    """Steps ``begin`` + 1 to ``end``, on ``tokens`` tokens. ``target`` is the model asked for, ``plan`` its growth
+    (None for the first stage), ``config`` the run with the model that this makes."""
 
     name: str
     begin: int
