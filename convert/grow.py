@@ -8,7 +8,7 @@ without them, what writes the new channels, what reads new heads and neurons, an
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -62,6 +62,15 @@ def grow_weights(plan: Plan, read: Read, dtype: np.dtype = FLOAT32) -> Iterator[
             _draw_new(plan, name, rule, rows, out)
             _place_old(rule, rows, old, out)
             yield rule.piece(name, rows, out)
+
+
+def grow_arrays(plan: Plan, weights: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """grow_weights of a model in memory."""
+    grown: dict[str, np.ndarray] = {}
+    for piece in grow_weights(plan, lambda name, box: weights[name][box]):
+        whole = grown.setdefault(piece.name, np.empty(piece.shape, piece.array.dtype))
+        whole[piece.offset[0] : piece.offset[0] + len(piece.array)] = piece.array
+    return grown
 
 
 def grow_state(plan: Plan, read: Read) -> Iterator[TensorPiece]:

@@ -1,4 +1,4 @@
-"""Growing models in memory, for tests: tiny members of each family, and which entries of a grown tensor are old."""
+"""Growing models in memory, for tests: tiny members of each family."""
 
 from __future__ import annotations
 
@@ -9,14 +9,12 @@ from typing import Any
 import numpy as np
 
 from convert.grow import grow_weights
-from convert.grow_plan import Options, Plan, plan_growth
+from convert.grow_plan import Options, plan_growth
 from core.backends import load
 from core.batch import Batch
 from core.checkpoint import TensorPiece
 from core.config import ModelConfig
-from core.growth import axis_maps
 from core.init import init_weights
-from core.params import parameter_axes, parameter_table
 
 TINY = ModelConfig(
     vocab_size=53, hidden_size=24, ffn_hidden_size=40, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=6,
@@ -67,47 +65,3 @@ def batch(config: ModelConfig, length: int = 13, seed: int = 0) -> Batch:
 def run(backend: str, config: ModelConfig, weights: Mapping[str, np.ndarray], precision: str, given: Batch) -> Any:
     """``tele forward``'s result with gradients."""
     return load(backend, "forward").run(config, lambda name: weights[name], given, precision, True)
-
-
-def old_entries(plan: Plan, name: str) -> tuple[str, tuple[np.ndarray, ...], tuple[np.ndarray, ...]] | None:
-    """The old parameter that ``name`` continues, and the indices of its entries in the grown and in the old tensor.
-
-    None for a new block's parameter.
-    """
-    growth = plan.growth
-    old_name = name
-    if name.startswith("layers."):
-        layer = int(name.split(".")[1])
-        if layer in growth.new_layers:
-            return None
-        old_name = f"layers.{growth.layers[layer]}.{name.split('.', 2)[2]}"
-    maps = [axis_maps(growth.before, growth.after)[axis] for axis in parameter_axes(name)]
-    return old_name, np.ix_(*[np.flatnonzero(m >= 0) for m in maps]), np.ix_(*[m[m >= 0] for m in maps])
-
-
-def gradients_of_old(plan: Plan, grown: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Gradients with respect to the old model's parameters, from those of the grown one.
-
-    A parameter that was multiplied by k has its gradient times k; one that was copied sums those of its copies.
-    """
-    total: dict[str, np.ndarray] = {}
-    for name, spec in parameter_table(plan.source).items():
-        total[name] = np.zeros(spec.shape)
-    for name, gradient in grown.items():
-        old = old_entries(plan, name)
-        if old is not None:
-            np.add.at(total[old[0]], old[2], gradient[old[1]].astype(np.float64) * plan.scale(name))
-    return total
-
-
-def gradients_of_new(plan: Plan, grown: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """The gradients of new entries, by parameter, flat; parameters without any are left out."""
-    found = {}
-    for name, gradient in grown.items():
-        new = np.ones(gradient.shape, bool)
-        old = old_entries(plan, name)
-        if old is not None:
-            new[old[1]] = False
-        if new.any():
-            found[name] = gradient[new]
-    return found

@@ -31,6 +31,8 @@ examples:
       both backends against each other: one batch, then 50 training steps
   tele parity --config F --steps 0 --layouts tp2,ring2,pp2,tp2.pp2
       also each of these layouts, in each backend, against one device (layouts: see `tele train --help`)
+  tele parity --config F --growth configs/growth/flm-replica.yaml --steps 20 --layouts tp2
+      before, at and after every growth of a schedule: the function kept, the backends equal
 """
 
 
@@ -43,6 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="override, e.g. train.precision=bf16"
     )
+    parser.add_argument("--growth", metavar="G", help="a growth schedule: compare around every growth of it")
     parser.add_argument(
         "--steps", type=int, default=50, metavar="N", help="training steps to compare; 0: one batch only (50)"
     )
@@ -72,6 +75,10 @@ def run(args: argparse.Namespace) -> int:
         raise UserError(f"--steps: must be at least 0, found {args.steps}")
     if not 0 <= args.layout_steps <= 100:
         raise UserError(f"--layout-steps: must be from 0 to 100, found {args.layout_steps}")
+    if args.growth is not None:
+        from core.commands import parity_growth
+
+        return parity_growth.run(args)
     config = load_run_config(args.config, args.set)
     layouts = read_layouts(args.layouts, config)
     writable_file(Path(args.out) / "report.md", "--out")
@@ -231,8 +238,10 @@ def compare_training(
     return report, runs | {f"{judge} ({backends.TITLES[EXACT]})": exact}
 
 
-def trace_rows(config: RunConfig, out: Path, backend: str, steps: int, label: str = "") -> list[Row]:
-    """Launch a training run of ``steps`` steps under ``out`` and return its metrics."""
+def trace_rows(
+    config: RunConfig, out: Path, backend: str, steps: int, label: str = "", resume: Path | None = None
+) -> list[Row]:
+    """Launch a run to step ``steps`` under ``out``, from the checkpoint ``resume`` if given; its rows of metrics."""
     folder = out / f"trace-{label or backend}"
     shutil.rmtree(folder, ignore_errors=True)  # a former comparison's, by its name
     folder.mkdir(parents=True)
@@ -246,7 +255,8 @@ def trace_rows(config: RunConfig, out: Path, backend: str, steps: int, label: st
     file = folder / "run.yaml"
     file.write_text(json.dumps(tree, indent=1), encoding="utf-8")  # JSON is YAML
     print(f"training {steps} steps with {backends.TITLES[backend]}, {tree['train']['precision']}", flush=True)
-    code = launch(backend, ["--config", str(file), "--out", str(folder)], config.parallel.world, folder / "logs")
+    options = ["--config", str(file), "--out", str(folder), *(["--resume", str(resume)] if resume else [])]
+    code = launch(backend, options, config.parallel.world, folder / "logs")
     if code:
         print(f"tele parity: training with {backends.TITLES[backend]} ended with code {code}", file=sys.stderr)
         raise SystemExit(code)

@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 import convert.grow
 import convert.grow_plan
 import core.growth
+from convert.grow_gradients import gradients_of_new, gradients_of_old, old_entries
 from core.backends import load
 from core.batch import Batch
 from core.config import ModelConfig
@@ -32,10 +33,7 @@ from tests.growing import (
     FAMILIES,
     TINY,
     batch,
-    gradients_of_new,
-    gradients_of_old,
     grow,
-    old_entries,
     run,
     strong,
 )

@@ -19,6 +19,7 @@ import pytest
 
 import convert.grow
 from convert.grow_files import grow_checkpoint, plan_checkpoint
+from convert.grow_gradients import old_entries
 from convert.grow_plan import Options
 from core.checkpoint import TensorPiece, open_checkpoint, write_checkpoint
 from core.cli import main
@@ -28,7 +29,7 @@ from core.growth import read_history
 from core.init import init_weights
 from core.params import parameter_table
 from core.prefetch import ahead
-from tests.growing import FAMILIES, TINY, old_entries, strong
+from tests.growing import FAMILIES, TINY, strong
 from tests.numpy_stepper import run_config
 
 TARGET = replace(TINY, hidden_size=40, ffn_hidden_size=57, num_heads=8, num_layers=3, vocab_size=60)
