@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from core.checkpoint import Checkpoint, check_shapes, open_checkpoint
 from core.config import ModelConfig
 from core.errors import UserError
 from core.params import parameter_table
+from core.safetensors_io import DTYPES
 from core.schema import from_mapping
 
 
@@ -38,17 +39,30 @@ def open_model(path: str | Path, verify: bool = True) -> ModelSource:
 class ModelSource(ABC):
     """Weights under logical names, read when asked for.
 
-    ``config``; ``path``; ``tokenizer_path`` (a tokenizer.model, or None); ``notes`` (what had to be assumed).
+    ``config``; ``path``; ``tokenizer_path`` (a tokenizer.model, or None); ``notes`` (what had to be assumed);
+    ``record`` (config and file layout of the release that the weights came from, or None); ``assets`` (small files that
+    belong to the model).
     """
 
     config: ModelConfig
     path: Path
     tokenizer_path: Path | None
     notes: tuple[str, ...] = ()
+    record: Mapping[str, Any] | None = None
+    assets: Sequence[Path] = ()
 
     def names(self) -> list[str]:
         """Logical names in forward order."""
         return list(parameter_table(self.config))
+
+    @abstractmethod
+    def dtype(self, name: str) -> np.dtype:
+        """The stored dtype of a logical name."""
+
+    def logical(self) -> Iterator[tuple[str, np.ndarray]]:
+        """(logical name, tensor) of the whole model in forward order."""
+        for name in self.names():
+            yield name, self.tensor(name)
 
     @abstractmethod
     def tensor(self, name: str) -> np.ndarray:
@@ -76,7 +90,15 @@ class HfSource(ModelSource):
         self.config = folder.config
         tokenizer = folder.path / "tokenizer.model"
         self.tokenizer_path = tokenizer if tokenizer.is_file() else None
+        self.record = folder.source_record()
+        self.assets = folder.assets
         self._released = {name: b for b in folder.bindings.values() for name in b.logical}
+
+    def dtype(self, name: str) -> np.dtype:
+        return DTYPES[self.folder.code(self._released[name].released)]
+
+    def logical(self) -> Iterator[tuple[str, np.ndarray]]:
+        return self.folder.logical()  # what is packed together is read once
 
     def tensor(self, name: str) -> np.ndarray:
         if name not in self._released:
@@ -101,7 +123,12 @@ class CanonicalSource(ModelSource):
         self.config = checkpoint_config(checkpoint)
         shapes = {name: checkpoint.shape("weights", name) for name in checkpoint.names("weights")}
         check_shapes(parameter_table(self.config), shapes, str(self.path))
+        self.record = checkpoint.model.get("hf")
+        self.assets = checkpoint.assets
         self.tokenizer_path = next((p for p in checkpoint.assets if p.name == "tokenizer.model"), None)
+
+    def dtype(self, name: str) -> np.dtype:
+        return self.checkpoint.dtype("weights", name)
 
     def tensor(self, name: str) -> np.ndarray:
         return self.checkpoint.read("weights", name)
