@@ -161,8 +161,8 @@ def token_name(pieces: Any, i: int) -> str:
 def _merges(pieces: Any, defined: set[int]) -> tuple[list[list[str]], list[int]]:
     """Pairs of pieces that make a piece, the likeliest piece first; and user-defined ones that no pair makes.
 
-    User-defined pieces are found before all others and joined with nothing else. The longest wins, so of those that are
-    made of others ("____" of "__") long ones come first, once there is something to make them of.
+    User-defined pieces are found before all others, and no other piece has one in it. The longest wins, so of those
+    that are made of others ("____" of "__") long ones come first, once there is something to make them of.
     """
     count = pieces.get_piece_size()
     ids = {pieces.id_to_piece(i): i for i in range(count) if not _is_special(pieces, i) and not pieces.is_byte(i)}
@@ -171,7 +171,6 @@ def _merges(pieces: Any, defined: set[int]) -> tuple[list[list[str]], list[int]]
     for piece, i in ids.items():
         pairs = [(piece[:k], piece[k:]) for k in range(1, len(piece))]
         pairs = [(left, right) for left, right in pairs if left in ids and right in ids]
-        pairs = [pair for pair in pairs if (i in defined) == any(ids[part] in defined for part in pair)]
         if i in defined:
             rank = (0.0, -count if len(piece) == 2 else -len(piece))
             unmade += [i] if len(piece) > 1 and not pairs else []

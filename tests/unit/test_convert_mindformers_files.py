@@ -199,6 +199,38 @@ def test_bad_yaml_is_refused(case: str, tmp_path: Path) -> None:
     assert str(caught.value).startswith(f"{tmp_path}/m.yaml: ") and "\n" not in str(caught.value)
 
 
+def test_defaults_of_the_yaml(tmp_path: Path) -> None:
+    section = {name: value for name, value in YAML.items() if name != "n_kv_heads"}
+    (tmp_path / "m.yaml").write_text(yaml.safe_dump({"model": {"model_config": section}}))
+    config, notes = read_model_file(tmp_path / "m.yaml")
+    assert (config.num_kv_heads, config.rope_theta, config.training_seqlen, config.pad_token_id) == (8, 10000.0, 64, 0)
+    assert notes and "grow beyond 64 tokens" in notes[0]
+
+
+def test_telechat_52b_needs_no_word_for_its_form_but_one_for_its_ranks(tmp_path: Path) -> None:
+    """The golden's multiplier of the embedding has no place in MindFormers; the released model's 1.0 has."""
+    case = GOLDENS / "telechat52b_like"
+    (tmp_path / "hf").mkdir()
+    shutil.copy(case / "weights.safetensors", tmp_path / "hf" / "model.safetensors")
+    shutil.copy(case / "config.json", tmp_path / "hf")
+    with pytest.raises(UserError, match="model.input_mult: 1.4 has no place"):
+        to_ms(tmp_path / "hf", tmp_path / "x")
+    released = {**json.loads((case / "config.json").read_text()), "input_mult": 1.0}
+    (tmp_path / "hf" / "config.json").write_text(json.dumps(released))
+    made = to_ms(tmp_path / "hf", tmp_path / "ms", "--mp", "2", "--whole")
+    assert "model.layers.0.attention.w_qkv.weight" in SafetensorsFile(made / "model.safetensors").tensors
+    assert files(back(made, tmp_path / "back")) == files(tmp_path / "hf")
+    (made / "model.json").unlink()
+    known = ("--config", made / "model_config.yaml")
+    with pytest.raises(UserError, match="ordered for a number of ranks that nothing in the file tells; give --mp as"):
+        back(made, tmp_path / "y", *known)
+    again, first = (
+        load_file(folder / "model.safetensors")
+        for folder in (back(made, tmp_path / "y", *known, "--mp", "2"), tmp_path / "hf")
+    )
+    assert {n: a.tobytes() for n, a in again.items()} == {n: a.tobytes() for n, a in first.items()}
+
+
 def test_other_files_are_no_model(tmp_path: Path) -> None:
     (tmp_path / "m.yaml").write_text("a: 1")
     with pytest.raises(UserError, match="has no section model.model_config"):
