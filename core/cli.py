@@ -41,7 +41,7 @@ GROUPS: dict[str, dict[str, tuple[str, str]]] = {
     },
     "Check and exchange": {
         "parity": ("core.commands.parity", "run both frameworks and report every difference; exit 1 on a broken bound"),
-        "convert": ("core.commands.convert", "released Hugging Face checkpoints to and from the canonical form"),
+        "convert": ("core.commands.convert", "checkpoints between Hugging Face, MindFormers and the canonical form"),
     },
 }
 VERBS: dict[str, tuple[str, str]] = {verb: entry for group in GROUPS.values() for verb, entry in group.items()}

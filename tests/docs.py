@@ -76,9 +76,10 @@ RUN_ELSEWHERE = {"docs/generation.md": "tests/parity/test_generation_parity.py::
 
 LIGHT = ("doctor", "plan", "tokenize", "data", "convert", "mup")  # verbs that need no framework
 TRAINED = "runs/"  # a light verb on something that was trained goes with the training
+MINDSPORES = ("--file-format", ".ckpt")  # a light verb on MindSpore's own files needs it
 
 # Options in the text that are other programs'.
-FOREIGN_OPTIONS = ("--tokenizer-mode", "--logdir")  # vLLM, TensorBoard
+FOREIGN_OPTIONS = ("--trust-remote-code", "--logdir")  # vLLM, TensorBoard
 FILE_ENDINGS = ("py", "safetensors", "json", "yaml", "md")  # model.safetensors is no config key
 
 
@@ -338,7 +339,8 @@ def run_by(command: Command) -> str:
     if command.text in elsewhere():
         return elsewhere()[command.text]
     program, *words = command.words
-    light = program == "tele" and words[0] in LIGHT and not any(word.startswith(TRAINED) for word in words)
+    heavy = any(word.startswith(TRAINED) or word.endswith(MINDSPORES) for word in words)
+    light = program == "tele" and words[0] in LIGHT and not heavy
     return "unit" if light else "parity"
 
 
