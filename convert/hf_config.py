@@ -10,7 +10,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from convert.places import require_place
+from convert.places import NTK_THETA_LENGTH, require_place
 from core.config import ModelConfig
 from core.errors import UserError
 from core.schema import from_mapping
@@ -183,7 +183,7 @@ _FLM = _Format(
         _Switch("norm", "use_RMSNorm", ((False, "layernorm"), (True, "rmsnorm")), False),
         _Switch("biases", "add_bias_linear", ((True, "all"), (False, "none")), True),
         _Switch("activation", "activation_function", (("gelu_fast", "gelu"), ("gelu_new", "gelu"), ("silu", "swiglu"))),
-        _Switch("position", "rotary_use_xpos", ((True, "xpos"), (False, "rope"))),
+        _Switch("position", "rotary_use_xpos", ((True, "xpos"), (False, "ntk-theta"))),
         # What transformers takes where a config does not say.
         _Switch("tied_embeddings", "tie_word_embeddings", ((True, True), (False, False)), True),
     ),
@@ -250,6 +250,8 @@ def read_config(released: dict[str, Any], where: str) -> tuple[ModelConfig, list
         values[key.field] = value
     for switch in form.switches:
         values[switch.field] = _choose(released, switch, where)
+    if values.get("position") == "ntk-theta":  # a number of the released code, whatever the config's lengths
+        values |= {"training_seqlen": NTK_THETA_LENGTH, "base_seqlen": NTK_THETA_LENGTH}
     if form.mup:
         parts = [take(released, key, where) for key in (_OUTPUT, _WIDTHS)]
         if None in parts:

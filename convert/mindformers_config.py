@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 
 from convert.hf_config import REQUIRED, Key, read_config, take
-from convert.places import require_place
+from convert.places import NTK_THETA_LENGTH, require_place
 from core.config import ModelConfig
 from core.errors import UserError
 from core.safetensors_io import load_json
@@ -39,7 +39,7 @@ _OUTPUT = Key("logit_mult", ("output_mult",), float)
 _WIDTHS = Key("logit_mult", ("mup_scale_factor",), float)
 _FIXED: dict[str, dict[str, Any]] = {
     "telechat2": {},
-    "flm": {"biases": "none", "position": "rope"},
+    "flm": {"biases": "none", "position": "ntk-theta"},
 }
 _REFUSED = {
     "qkv_has_bias": ((False, None), "biases of queries, keys and values are not supported"),
@@ -96,6 +96,7 @@ def read_model_section(section: dict[str, Any], where: str) -> tuple[ModelConfig
             "(base_seqlen, pretrain_seqlen or seq_length); the release's config.json says it for certain"
         )
     if family == "flm":
+        values |= {"training_seqlen": NTK_THETA_LENGTH, "base_seqlen": NTK_THETA_LENGTH}
         parts = [take(section, key, where) for key in (_OUTPUT, _WIDTHS)]
         if None in parts:
             raise UserError(f"{where}: output_mult or mup_scale_factor is missing; logits are multiplied by them")

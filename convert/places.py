@@ -22,6 +22,7 @@ ANYWHERE = (
     "bos_token_id", "eos_token_id", "pad_token_id", "table_dtype",
 )  # fmt: skip
 ANY = None
+NTK_THETA_LENGTH = 4096  # written into TeleChat-52B's code: beyond it the rotary base grows
 
 _TELECHAT2 = {
     "norm": ("rmsnorm",),
@@ -38,14 +39,14 @@ _FLM = {
     "norm": ANY,
     "activation": ANY,
     "biases": ("none", "all"),
-    "position": ("rope", "xpos"),
+    "position": ("ntk-theta", "xpos"),
     "xpos_scale_base": ANY,
     "input_mult": ANY,
     "logit_mult": ANY,
     "tied_embeddings": ANY,
 }
 # MindFormers' network of TeleChat-52B knows output_mult and mup_scale_factor, and no multiplier of the embedding.
-_TELECHAT_52B = {**_TELECHAT2, "biases": ("none",), "position": ("rope",), "logit_mult": ANY}
+_TELECHAT_52B = {**_TELECHAT2, "biases": ("none",), "position": ("ntk-theta",), "logit_mult": ANY}
 
 # (format, family) -> field -> the values it can hold. "hf" is the release; the others are MindFormers' forms.
 PLACES: dict[tuple[str, str], Mapping[str, tuple[Any, ...] | None]] = {
@@ -74,6 +75,9 @@ def why_not(config: ModelConfig, form: str) -> str | None:
         return f"model.family: {config.family} has no place in {TITLES[form]}, which is there for {families}"
     if config.growth is not None:
         return f"model.growth: the model is between two sizes ({describe(config)}), which has no place in {where}"
+    lengths = config.training_seqlen, config.base_seqlen
+    if config.position == "ntk-theta" and lengths != (NTK_THETA_LENGTH, NTK_THETA_LENGTH):
+        return f"model.base_seqlen: {lengths} has no place in {where}, whose code has {NTK_THETA_LENGTH}"
     # Queries, keys and values of this family are columns of one matrix, a third each.
     if config.family == "flm" and config.num_kv_heads != config.num_heads:
         return f"model.num_kv_heads: {config.num_kv_heads} has no place in {where}, which has {config.num_heads}"

@@ -53,8 +53,8 @@ class ModelConfig:
     )
     position: str = option(
         "ntk",
-        help="rotary; ntk: TeleChat2's length scaling; xpos: decay with distance",
-        choices=("ntk", "rope", "xpos"),
+        help="rotary; ntk, ntk-theta: length scaling of TeleChat2, of TeleChat-52B; xpos: decay with distance",
+        choices=("ntk", "ntk-theta", "rope", "xpos"),
     )
     rope_theta: float = option(10000.0, help="rotary base before NTK scaling", above=0.0)
     xpos_scale_base: float = option(512.0, help="xpos: distance over which a channel decays by its rate", above=0.0)

@@ -99,7 +99,10 @@ def test_run_config_fills_in_defaults() -> None:
         ({"model": {"preset": "telechat2-tiny", "norm_eps": "1e-5x"}}, "norm_eps: expected a number, found str"),
         ({"model": {"preset": "telechat2-tiny", "vocab_size": 2}}, "eos_token_id: 2 is outside the vocabulary of 2"),
         ({"model": {"preset": "telechat2-tiny", "table_dtype": "float61"}}, "did you mean 'float16'"),
-        ({"model": {"preset": "teleflm-tiny", "position": "xpoz"}}, "position: 'xpoz' is not one of ntk, rope, xpos"),
+        (
+            {"model": {"preset": "teleflm-tiny", "position": "xpoz"}},
+            "position: 'xpoz' is not one of ntk, ntk-theta, rope, xpos",
+        ),
         ({"model": {"preset": "teleflm-tiny", "logit_mult": 0}}, "logit_mult: must be above 0"),
         ({"model": {"preset": "teleflm-tiny", "family": "teleflms"}}, "did you mean 'teleflm'"),
         ({"model": {"preset": "telechat2-tiny", "num_layers": True}}, "num_layers: expected a whole number"),
