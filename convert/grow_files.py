@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import yaml
 from convert.grow import grow_state, grow_weights
 from convert.grow_plan import Options, Plan, plan_growth
 from convert.source import checkpoint_config
-from core.checkpoint import MAX_FILE_BYTES, Checkpoint, TensorPiece, write_checkpoint
+from core.checkpoint import Checkpoint, TensorPiece, open_checkpoint, write_checkpoint
 from core.config import ModelConfig
 from core.growth import read_history
 from core.params import parameter_table
@@ -22,6 +23,7 @@ from core.safetensors_io import DTYPES
 
 # A model that a run can name: its configuration, without the state of its masks, which the checkpoint holds.
 MODEL_FILE = "model.yaml"
+FILE_BYTES = 512 << 20  # a full file is synced and hashed while the next one fills
 
 
 def plan_checkpoint(checkpoint: Checkpoint, target: ModelConfig, options: Options) -> Plan:
@@ -35,13 +37,13 @@ def grow_checkpoint(
     checkpoint: Checkpoint,
     target: Path,
     plan: Plan,
-    max_file_bytes: int = MAX_FILE_BYTES,
     on_bytes: Callable[[int], Any] = lambda count: None,
 ) -> None:
     """Write the grown model of ``plan`` to ``target``: weights, and m and v where the checkpoint has them.
 
     The step, the data position and all else of the training state stay; the growth joins the model's history, from
-    which the age of every entry follows. ``on_bytes`` hears of tensors as they are written.
+    which the age of every entry follows. ``on_bytes`` hears of tensors as they are written. The source is verified
+    meanwhile; UserError, and no target, if a file of it is altered.
     """
     where = str(checkpoint.path / "model.json")
     history = [growth.to_dict() for growth in (*read_history(checkpoint.model, where), plan.growth)]
@@ -51,7 +53,9 @@ def grow_checkpoint(
     dtype = checkpoint.dtype("weights", "embed.weight")
     weights = grow_weights(plan, lambda name, box: checkpoint.read("weights", name, box), dtype)
     state = grow_state(plan, lambda name, box: checkpoint.read("optimizer", name, box))
-    with tempfile.TemporaryDirectory(prefix="tele-grow-") as folder:
+    with ThreadPoolExecutor(1, "verify") as beside, tempfile.TemporaryDirectory(prefix="tele-grow-") as folder:
+        # A second opening: a reader's file handles are not shared between threads.
+        verified = beside.submit(open_checkpoint, checkpoint.path)
         described = Path(folder) / MODEL_FILE
         described.write_text(model_yaml(plan.config), encoding="utf-8")
         write_checkpoint(
@@ -59,10 +63,10 @@ def grow_checkpoint(
             checkpoint.step,
             model={"config": plan.config.to_dict(), "grown": history},
             weights=_told(ahead(weights), on_bytes),
-            optimizer=_told(ahead(state), on_bytes) if checkpoint.names("optimizer") else (),
+            optimizer=_after(_told(ahead(state), on_bytes) if checkpoint.names("optimizer") else (), verified),
             trainer=trainer,
             assets=[*(asset for asset in checkpoint.assets if asset.name != MODEL_FILE), described],
-            max_file_bytes=max_file_bytes,
+            max_file_bytes=FILE_BYTES,
         )
 
 
@@ -77,6 +81,12 @@ def grown_bytes(checkpoint: Checkpoint, plan: Plan) -> int:
     parameters = sum(spec.size for spec in parameter_table(plan.config).values())
     weights = parameters * checkpoint.dtype("weights", "embed.weight").itemsize
     return weights + (2 * parameters * DTYPES["F32"].itemsize if checkpoint.names("optimizer") else 0)
+
+
+def _after(pieces: Iterable[TensorPiece], verified: Future[Checkpoint]) -> Iterator[TensorPiece]:
+    """The pieces, and then the verdict on what they came from, before what was written is let appear."""
+    yield from pieces
+    verified.result()
 
 
 def _told(pieces: Iterable[TensorPiece], on_bytes: Callable[[int], Any]) -> Iterator[TensorPiece]:

@@ -4,6 +4,7 @@ step      a training step of MindSpore, of PyTorch and, with `--backends ms pt e
 decode    tokens generated one by one with a cache.
 kernels   every operator, forward and backward, against what the machine allows: bytes moved against the measured copy
           bandwidth, products against the measured rate of a matrix product.
+grow      `tele grow` on a checkpoint of 2 GB against writing as many bytes to the disk of the working folder.
 parallel  layouts (``tele train --help`` explains them) in turns, and in every round a single process with the same
           batch. Also: bytes handed to collectives against the formula, the pipeline's bubble against theory, the
           balance of the ring, and the optimizer states that a rank holds.
@@ -11,6 +12,7 @@ Examples:
   tele bench step --model telechat2-mini --seq-len 1024 --micro-batch 1 --backends ms pt eager
   tele bench decode --model telechat2-mini
   tele bench kernels --operators rms_norm swiglu --sizes mini
+  tele bench grow
   tele bench parallel --layouts tp2,pp2,dp2,dp2.nozero --backends pt --steps 10
 """
 
@@ -28,6 +30,7 @@ from typing import Any
 
 from core import backends
 from core.atomic import writable_file, write_text
+from core.bench_grow import growth_to_markdown, measure_growth
 from core.bench_kernels import OPERATORS, SIZES, kernels_to_markdown, measure_kernels
 from core.bench_step import facts, machine, measure, measure_tokens, task, to_markdown, tokens_to_markdown
 from core.bench_worker import EAGER, bench_config, spread
@@ -41,6 +44,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "decode": {"micro_batch": 1, "micro_batches": 1, "steps": 200, "block": 20},
     "kernels": {"micro_batch": 1, "micro_batches": 1, "steps": 15, "block": 5},
     "parallel": {"micro_batch": 2, "micro_batches": 4, "steps": 10, "block": 2},
+    "grow": {"micro_batch": 1, "micro_batches": 1, "steps": 3, "block": 1},
 }
 # Options that only some measurements have.
 ONLY: dict[str, tuple[str, ...]] = {
@@ -70,7 +74,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--steps",
         type=int,
         metavar="N",
-        help="steps, tokens or calls measured of each (step 30, decode 200, kernels 15, parallel 10)",
+        help="steps, tokens, calls or rounds measured (step 30, decode 200, kernels 15, parallel 10, grow 3)",
     )
     parser.add_argument(
         "--block",
@@ -126,7 +130,10 @@ def run(args: argparse.Namespace) -> int:
     layouts = checked_layouts(args.layouts or [LAYOUTS], options) if args.what == "parallel" else []
     if args.out:
         writable_file(args.out, "--out")
-    if args.what == "parallel":
+    if args.what == "grow":
+        result = measure_growth(args.steps)
+        text = growth_to_markdown(result)
+    elif args.what == "parallel":
         result = measure_layouts(options, layouts, names, args.steps, args.block)
         text = layouts_to_markdown(result)
     elif args.what == "decode":

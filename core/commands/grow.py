@@ -119,8 +119,6 @@ def run(args: argparse.Namespace) -> int:
         return 0
     _check_target(checkpoint.path, args.target_folder)
     started = time.monotonic()
-    with _bar("verifying", checkpoint.nbytes) as bar:
-        checkpoint.verify(bar.update)
     with _bar("growing", total) as bar:
         grow_checkpoint(checkpoint, args.target_folder, plan, on_bytes=bar.update)
     seconds = time.monotonic() - started

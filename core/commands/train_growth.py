@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from convert.grow_schedule import Stage
 
 _WAIT_S = 2.0
+_SHOWN = 20  # steps that a loss in the report is the mean of: single batches scatter more than a growth changes
 
 
 def run(args: argparse.Namespace) -> int:
@@ -124,7 +125,7 @@ def _grow(stage: Stage, before: Path, grown: Path, node_rank: int) -> None:
             time.sleep(_WAIT_S)
         return
     assert stage.plan is not None
-    checkpoint = open_checkpoint(before)
+    checkpoint = open_checkpoint(before, verify=False)
     plan = plan_checkpoint(checkpoint, stage.target, stage.plan.options)
     print(f"\n== growing {checkpoint.path} into {grown}\n{describe(plan)}", flush=True)
     started = time.monotonic()
@@ -172,8 +173,8 @@ def summary(stages: Sequence[Stage], rows: Sequence[Sequence[Row]]) -> dict[str,
                 "flops": 6.0 * stage.parameters * stage.tokens,
                 "seconds": sum(row["step_ms"] for row in part) / 1000,
                 "step_ms": statistics.median(plain) if plain else None,
-                "first_loss": part[0]["loss"] if part else None,
-                "last_loss": part[-1]["loss"] if part else None,
+                "first_loss": _mean_loss(part[:_SHOWN]),
+                "last_loss": _mean_loss(part[-_SHOWN:]),
             }
         )
     arithmetic = cost(stages)
@@ -191,13 +192,18 @@ def summary(stages: Sequence[Stage], rows: Sequence[Sequence[Row]]) -> dict[str,
     }
 
 
+def _mean_loss(rows: Sequence[Row]) -> float | None:
+    losses = [row["loss"] for row in rows if row["loss"] is not None]
+    return statistics.fmean(losses) if losses else None
+
+
 def to_markdown(report: dict[str, Any], backend: str) -> str:
     """The report for people."""
     titles = {"ms": "MindSpore", "pt": "PyTorch"}
     lines = [
         f"# Growth with {titles[backend]}",
         "",
-        "| stage | parameters | layout | steps | tokens | FLOPs | seconds | first loss | last loss |",
+        f"| stage | parameters | layout | steps | tokens | FLOPs | seconds | loss, first {_SHOWN} | loss, last {_SHOWN} |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for stage in report["stages"]:
