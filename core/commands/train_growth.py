@@ -203,7 +203,7 @@ def to_markdown(report: dict[str, Any], backend: str) -> str:
     lines = [
         f"# Growth with {titles[backend]}",
         "",
-        f"| stage | parameters | layout | steps | tokens | FLOPs | seconds | loss, first {_SHOWN} | loss, last {_SHOWN} |",
+        f"| stage | parameters | layout | steps | tokens | FLOPs | seconds | loss: first {_SHOWN} | last {_SHOWN} |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for stage in report["stages"]:
