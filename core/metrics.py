@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 import os
+import statistics
+from collections import deque
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +16,8 @@ from core.errors import UserError
 from core.params import parameter_table
 
 Row = dict[str, Any]
+
+_SMOOTH_FROM = 250  # steps from which a plot shows a running mean
 
 
 class MetricsLog:
@@ -125,8 +130,13 @@ def plot_losses(
         steps = [row["step"] for row in rows]
         # Later curves are dashed, so that two that coincide are both seen.
         style = {"color": f"C{index}", "linestyle": "-" if index == 0 else (0, (4, 3)), "linewidth": 1.6}
+        # Of a long run single steps are a grey band; what they are around is a running mean.
+        smooth = len(rows) >= _SMOOTH_FROM
         for axis, (key, _) in zip(axes, panels, strict=True):
-            axis.plot(steps, column(rows, key), label=label, **style)
+            thin = {"alpha": 0.3, "linewidth": 0.8} if smooth and key != "lr" else {"label": label}
+            axis.plot(steps, column(rows, key), **style | thin)
+            if smooth and key != "lr":
+                axis.plot(steps, _running_mean(column(rows, key), len(rows) // 50), label=label, **style)
         if any("matrix_lr" in row for row in rows):
             axes[2].plot(steps, column(rows, "matrix_lr"), label="matrix-like", **style | {"linestyle": ":"})
             axes[2].legend()
@@ -156,6 +166,16 @@ def plot_losses(
     figure.savefig(path, dpi=120)
     pyplot.close(figure)
     return path
+
+
+def _running_mean(values: Sequence[float], width: int) -> list[float]:
+    """Of each value and up to ``width`` before it; nan counts for nothing."""
+    means, window = [], deque[float](maxlen=width)
+    for value in values:
+        if not math.isnan(value):
+            window.append(value)
+        means.append(statistics.fmean(window) if window else math.nan)
+    return means
 
 
 def flops_per_token(config: ModelConfig, seq_len: int, causal: bool = False) -> float:
