@@ -20,7 +20,14 @@ from core.layout import Layout, check_layout, parse_layout
 from core.layout_parity import EXACT, LayoutReport, References, judge_layout, one_device, smooth_optim
 from core.layout_worker import Task, collect, launch_tasks, write_batch
 from core.metrics import Row, read_metrics
-from core.parity import BatchReport, TraceReport, compare_low_precision_traces, compare_traces, judge_batch
+from core.parity import (
+    BatchReport,
+    TraceReport,
+    compare_low_precision_traces,
+    compare_traces,
+    judge_batch,
+    nudged_weights,
+)
 from core.parity_report import ParityReport, write_report
 
 LAYOUT_ROWS = 8  # samples that the layouts are compared on: enough for every rank of 8 to have one
@@ -160,8 +167,11 @@ def compare_batch(config: RunConfig, names: list[str], scheme: str = "strong") -
         name: backends.load(name, "forward").run(config.model, held.__getitem__, batch, config.train.precision, True)
         for name in names
     }
-    exact = backends.load(EXACT, "forward").run(config.model, held.__getitem__, batch, "fp64", True)
-    return judge_batch(runs, exact, config.train.precision, config.model.num_layers)
+    judge = backends.load(EXACT, "forward")
+    exact = judge.run(config.model, held.__getitem__, batch, "fp64", True)
+    nudged = nudged_weights(held, config.train.precision)
+    moved = judge.run(config.model, nudged.__getitem__, batch, "fp64", True)
+    return judge_batch(runs, exact, config.train.precision, config.model.num_layers, moved)
 
 
 def compare_layouts(

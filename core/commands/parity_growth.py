@@ -29,7 +29,7 @@ from core.errors import UserError
 from core.init import init_weights
 from core.layout import Layout
 from core.layout_parity import EXACT
-from core.parity import Bound, compare_traces, global_norm, judge_batch, relative_frobenius, tolerances
+from core.parity import Bound, compare_traces, global_norm, judge_batch, nudged_weights, relative_frobenius, tolerances
 
 if TYPE_CHECKING:
     from convert.grow_plan import Plan
@@ -110,16 +110,15 @@ def growth_sections(before: Stage, stage: Stage, names: list[str]) -> list[Secti
     title = f"{before.name} to {stage.name}"
     precision = before.config.train.precision
 
-    def results(config: ModelConfig, weights: Weights) -> tuple[dict[str, Any], Any]:
+    def results(config: ModelConfig, weights: Weights) -> tuple[dict[str, Any], Any, list[Bound]]:
         found = {name: _forward(name, config, weights, batch, precision) for name in names}
-        return found, _forward(EXACT, config, weights, batch, "fp64")
+        exact = _forward(EXACT, config, weights, batch, "fp64")
+        moved = _forward(EXACT, config, nudged_weights(weights, precision), batch, "fp64")
+        return found, exact, judge_batch(found, exact, precision, config.num_layers, moved).bounds()
 
-    first, first_exact = results(plan.source, small)
-    sections = [
-        Section(f"{title}: before", judge_batch(first, first_exact, precision, plan.source.num_layers).bounds())
-    ]
-    start, start_exact = results(plan.config, grown)
-    judged = judge_batch(start, start_exact, precision, plan.config.num_layers).bounds()
+    first, first_exact, judged = results(plan.source, small)
+    sections = [Section(f"{title}: before", judged)]
+    start, start_exact, judged = results(plan.config, grown)
     masked = plan.config.growth is not None
     kept = _kept("float64", plan, first_exact, start_exact, "fp64", masked)
     for name in names:
@@ -127,8 +126,7 @@ def growth_sections(before: Stage, stage: Stage, names: list[str]) -> list[Secti
     sections.append(Section(f"{title}: {'at c = 0' if masked else 'grown without masks'}", judged + kept))
     for c in (BETWEEN, 1.0) if masked else ():
         config = with_mask(plan.config, c)
-        found, exact = results(config, grown)
-        bounds = judge_batch(found, exact, precision, config.num_layers).bounds()
+        _, exact, bounds = results(config, grown)
         if c == 1.0:
             plain = _forward(EXACT, with_mask(plan.config, None), grown, batch, "fp64")
             apart = relative_frobenius(exact["logits"], plain["logits"])
@@ -147,7 +145,6 @@ def _kept(who: str, plan: Plan, small: Any, grown: Any, precision: str, masked: 
     """The grown model against the small one, in the same arithmetic; ``exact``: the small one's float64 results."""
     from convert.grow_gradients import gradients_of_new, gradients_of_old
 
-    tokens = plan.source.num_tokens
     old = gradients_of_old(plan, grown["grads"])
     if exact is None:
         limits, source = dict.fromkeys(("logits", "loss", "gradients"), EXACTLY), "float64: the same function"
@@ -166,7 +163,7 @@ def _kept(who: str, plan: Plan, small: Any, grown: Any, precision: str, masked: 
     bounds = [
         Bound(
             f"{who}: logits as before",
-            relative_frobenius(grown["logits"][..., :tokens], small["logits"][..., :tokens]),
+            relative_frobenius(grown["logits"], small["logits"]),
             limits["logits"],
             source,
         ),
@@ -186,7 +183,9 @@ def _apart(a: Weights, b: Weights) -> float:
 
 def _forward(name: str, config: ModelConfig, weights: Weights, batch: Batch, precision: str) -> Any:
     get: Callable[[str], np.ndarray] = weights.__getitem__
-    return backends.load(name, "forward").run(config, get, batch, precision, True)
+    found = backends.load(name, "forward").run(config, get, batch, precision, True)
+    # Rows that only pad have no logits worth comparing.
+    return {**found, "logits": found["logits"][..., : config.num_tokens]}
 
 
 def _batch(config: RunConfig) -> Batch:

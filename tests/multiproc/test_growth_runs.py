@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,10 @@ from core.cli import main
 from core.commands.parity_growth import growth_sections
 from core.errors import UserError
 from core.metrics import read_metrics
+from tests import docs
+from tests.docs_workspace import add_checkout, add_packed, add_text
 from tests.frameworks import BACKENDS
+from tests.house import ROOT
 from tests.packed import write_packed
 
 VOCAB, SEQ_LEN = 211, 32
@@ -219,3 +223,34 @@ def test_options_that_do_not_go_with_growth(
     (tmp_path / "out" / "kept.txt").write_text("mine")
     assert main(arguments("pt", files, tmp_path / "out")) == 2
     assert "already holds a run" in capsys.readouterr().err
+
+
+def test_the_commands_of_the_page_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """docs/growth.md in its order, with fewer steps and, of the schedules, their first and last stage."""
+    add_text(tmp_path)
+    add_packed(tmp_path, tmp_path / "corpus")
+    add_checkout(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    shorter = ["--set", "train.steps=2", "train.global_batch=2", "train.micro_batch=2", "optim.warmup_steps=0"]
+    first = ["train", "--backend", "pt", "--config", "configs/train/telechat2-tiny.yaml", "--out", "runs/first"]
+    assert main([*first, *shorter]) == 0
+    for path in Path("configs/growth").glob("*-replica.yaml"):
+        tree = yaml.safe_load(path.read_text())
+        tree["stages"] = [tree["stages"][0], tree["stages"][-1]]
+        for stage in tree["stages"]:
+            stage["steps"] = 2
+            stage.get("grow", {}).update(anneal_steps=1)
+            stage.setdefault("optim", {}).update(warmup_steps=0, rewarmup_steps=1)
+        path.write_text(yaml.safe_dump(tree))
+    for command in docs.commands(ROOT, "docs/growth.md"):
+        more: list[str] = []
+        if "train" in command.words:
+            more = [*shorter, *([] if "--growth" in command.words else ["train.steps=4", "optim.rewarmup_steps=1"])]
+        elif "parity" in command.words:
+            more = ["--set", "train.global_batch=2", "train.micro_batch=2", "--steps", "2"]
+        code = docs.run(replace(command, words=(*command.words, *more)), monkeypatch)
+        assert code == 0, f"{command.where}: {command.text}\n{capsys.readouterr()}"
+    assert read_metrics(Path("runs/large"))[0]["mask"] == 0.0
+    assert len(read_metrics(Path("runs/flm"))) == 4
