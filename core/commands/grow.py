@@ -6,8 +6,12 @@ import argparse
 import dataclasses
 import sys
 import time
+from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from core.atomic import show_bytes
 from core.config import ModelConfig, load_model_config
@@ -34,6 +38,7 @@ The target names the sizes: a preset, a YAML file with a model (or a run with on
 head size stays what it is; where hidden_size / num_heads is another number, give head_dim. Multipliers of embeddings
 and logits stay too, whatever the target says, unless --multipliers fold moves the change into the weights.
 """
+STATE_BYTES = 12  # float32 weights, m and v
 EXAMPLES = """\
 examples:
   tele grow runs/small runs/grown --target teleflm-tiny-3x --anneal-steps 200
@@ -86,6 +91,7 @@ def run(args: argparse.Namespace) -> int:
     from convert.grow_files import grow_checkpoint, grown_bytes, plan_checkpoint
     from convert.grow_plan import Options, plan_growth
     from convert.grow_schedule import parse_depth
+    from core.params import count_parameters
 
     if args.anneal_steps < 1:
         raise UserError(f"--anneal-steps: must be at least 1, found {args.anneal_steps}")
@@ -104,6 +110,8 @@ def run(args: argparse.Namespace) -> int:
         source = load_model_config(args.source, "SRC")
         plan = plan_growth(source, _target(args, source), options)
         print(describe(plan))
+        before, after = (STATE_BYTES * count_parameters(config) for config in (source, plan.config))
+        _print_cost(plan, lambda name, box: np.zeros([span.stop - span.start for span in box], "f4"), before, after)
         return 0
     from convert.source import checkpoint_config
     from core.checkpoint import open_checkpoint
@@ -114,8 +122,7 @@ def run(args: argparse.Namespace) -> int:
     total = grown_bytes(checkpoint, plan)
     print(describe(plan))
     if args.plan:
-        seconds = _estimate(checkpoint, plan, total)
-        print(f"writes {show_bytes(total)} from {show_bytes(checkpoint.nbytes)}, in about {seconds:.0f} s")
+        _print_cost(plan, lambda name, box: checkpoint.read("weights", name, box), checkpoint.nbytes, total)
         return 0
     _check_target(checkpoint.path, args.target_folder)
     started = time.monotonic()
@@ -189,21 +196,21 @@ def _check_target(source: Path, target: Path) -> None:
         raise UserError(f"{target}: exists and is not empty; choose another DST")
 
 
-def _estimate(checkpoint: Any, plan: Plan, total: int) -> float:
-    """Seconds that growing would take, from the rate of making one tensor and hashing it."""
+def _print_cost(plan: Plan, read: Callable[..., np.ndarray], before: int, after: int) -> None:
+    """Bytes, and seconds on this machine from the rate of making one second's worth of tensors and hashing it."""
     import hashlib
 
     from convert.grow import grow_weights
 
     started, count = time.perf_counter(), 0
-    for piece in grow_weights(plan, lambda name, box: checkpoint.read("weights", name, box)):
+    for piece in grow_weights(plan, read):
         hashlib.sha256(piece.array.data)
         count += piece.array.nbytes
         if time.perf_counter() - started > 1.0:
             break
-    rate = count / (time.perf_counter() - started)
     # Everything read is hashed once, everything written made and hashed once.
-    return (total + checkpoint.nbytes / 2) / rate
+    seconds = timedelta(seconds=round((after + before / 2) * (time.perf_counter() - started) / count))
+    print(f"writes {show_bytes(after)} from {show_bytes(before)}, in about {seconds} on this machine")
 
 
 def _bar(title: str, total: int) -> Any:

@@ -21,13 +21,14 @@ import convert.grow
 from convert.grow_files import grow_checkpoint, plan_checkpoint
 from convert.grow_gradients import old_entries
 from convert.grow_plan import Options
+from core.atomic import show_bytes
 from core.checkpoint import TensorPiece, open_checkpoint, write_checkpoint
 from core.cli import main
 from core.config import ModelConfig, load_model_config
 from core.errors import UserError
 from core.growth import read_history
 from core.init import init_weights
-from core.params import parameter_table
+from core.params import count_parameters, parameter_table
 from core.prefetch import ahead
 from tests.growing import FAMILIES, TINY, strong
 from tests.numpy_stepper import run_config
@@ -195,6 +196,10 @@ def test_what_the_command_prints(tmp_path: Path, capsys: pytest.CaptureFixture[s
     told = capsys.readouterr().out
     assert told.startswith(planned.partition("writes ")[0])
     assert f"train it with --set model={tmp_path / 'b'}/assets/model.yaml --resume {tmp_path / 'b'}" in told
+    assert main(["grow", "teleflm-tiny", "nowhere", "--set", "num_layers=8", "--plan"]) == 0
+    preset = load_model_config("teleflm-tiny")
+    before, after = (12 * count_parameters(model) for model in (preset, replace(preset, num_layers=8)))
+    assert f"writes {show_bytes(after)} from {show_bytes(before)}, in about 0:00:0" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
