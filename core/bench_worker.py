@@ -26,8 +26,11 @@ import numpy as np
 from core import backends
 from core.batch import Batch
 from core.config import RunConfig, run_config_from_dict
+from core.engine import Engine
 from core.init import init_tensor
 from core.layout import parse_layout
+from core.pages import pool_size
+from core.requests import Request
 from core.worker import die_with_parent
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -83,16 +86,21 @@ def timed_steps(trainer: Any, config: RunConfig, first: int, count: int) -> tupl
     return seconds, loss
 
 
-def timed_tokens(session: Any, vocab_size: int, prompt: int, count: int) -> list[float]:
-    """Seconds of each of ``count`` steps of one token, after a prompt of ``prompt`` random ones."""
-    ids = np.random.default_rng(0).integers(0, vocab_size, prompt + count).tolist()
-    session.reset(prompt + count)
-    session.extend(ids[:prompt])
+def timed_tokens(engine: Engine, rows: int, prompt: int, count: int) -> list[float]:
+    """Seconds of each of ``count`` steps in which ``rows`` sequences get a token each, after prompts of ``prompt``
+    random ones. The engine serves nobody else."""
+    random = np.random.default_rng(0)
+    for _ in range(rows):
+        ids = tuple(random.integers(0, engine.config.vocab_size, prompt).tolist())
+        engine.submit(Request(prompt_ids=ids, max_new_tokens=count + rows + 1))
+    while len(engine.step()) < rows:  # every prompt is through
+        pass
     seconds = []
-    for token in ids[prompt:]:
+    for _ in range(count):
         started = time.perf_counter()
-        session.extend([token])  # logits on the host
+        engine.step()
         seconds.append(time.perf_counter() - started)
+    engine.cancel_all()
     return seconds
 
 
@@ -212,12 +220,17 @@ def serve_tokens(argv: Sequence[str]) -> int:
     def prepare() -> tuple[dict[str, Any], Handle]:
         options = json.loads(argv[1])
         model = bench_config(options).model
-        made = backends.load(argv[0], "generate").Session(
-            model, lambda name: init_tensor(name, model, 1234), options["precision"], options["seq_len"]
+        rows = options["micro_batch"]
+        runner = backends.load(argv[0], "generate").Runner(
+            model,
+            lambda name: init_tensor(name, model, 1234),
+            rows * (pool_size(options["seq_len"] + rows + 1) - 1) + 1,
+            options["precision"],
         )
+        engine = Engine(runner, reuse=False)
 
         def handle(order: dict[str, Any]) -> dict[str, Any]:
-            return {"seconds": timed_tokens(made, model.vocab_size, order["prompt"], order["steps"])}
+            return {"seconds": timed_tokens(engine, rows, order["prompt"], order["steps"])}
 
         return {"backend": TITLES[argv[0]]}, handle
 

@@ -213,15 +213,6 @@ def attention(q: Tensor, k: Tensor, v: Tensor, keys: Keys) -> Tensor:
     return autograd.Attention.apply(q, k, v, keys)
 
 
-def write_positions(cache: Tensor, x: Tensor, first: int) -> None:
-    """cache[:, first : first + n] = x [B, n, ...], in place."""
-    module = serving("attention", cache.dtype)
-    if hasattr(module, "write_positions"):
-        module.write_positions(cache, x, first)
-    else:
-        cache[:, first : first + x.shape[1]] = x
-
-
 def cross_entropy(logits: Tensor, targets: Tensor, z_loss: float = 0.0) -> Tensor:
     """Sum over positions of -log softmax(logits)[target] + z_loss * log-sum-exp^2; IGNORE counts nothing.
 

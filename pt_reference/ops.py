@@ -11,8 +11,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from core.runner import Step
 from core.visibility import Block, KeyRanges, block_ranges, causal_blocks, causal_ranges, mask_ranges
 from kernels import pytorch as kernels
+from kernels import torch_paged
 from kernels.pytorch import (
     add_bias,
     add_rms_norm,
@@ -26,8 +28,10 @@ from kernels.pytorch import (
     rope_qk,
     swiglu,
 )
+from kernels.torch_paged import Pages, paged_attention, write_pages
 
 __all__ = [
+    "Pages",
     "add_bias",
     "add_rms_norm",
     "attention",
@@ -44,11 +48,15 @@ __all__ = [
     "linear",
     "masked_blocks",
     "merge_blocks",
+    "paged_attention",
+    "place_pages",
+    "positions",
     "rms_norm",
     "rope_qk",
     "shard_gradient",
     "shard_statistics",
     "swiglu",
+    "write_pages",
 ]
 
 Visible = KeyRanges | list[Block]  # what queries see, as the attention that serves wants it
@@ -72,6 +80,16 @@ def attention_blocks(num_queries: int, num_keys: int, doc_ids: np.ndarray | None
     if doc_ids is None and num_queries == num_keys:
         return [Block(0, num_queries, num_keys, None)]
     return masked_blocks(causal_blocks(num_queries, num_keys, doc_ids), num_queries, num_keys)
+
+
+def place_pages(step: Step, page_size: int, dtype: torch.dtype) -> Pages:
+    """Where keys and values, in ``dtype``, of one step of generation go and lie, as ``paged_attention`` takes it."""
+    return torch_paged.place(step, page_size, dtype, device())
+
+
+def positions(x: Tensor, wanted: Tensor) -> Tensor:
+    """x [1, S, E] -> the rows ``wanted`` int32 [W] of it, [1, W, E]."""
+    return x.index_select(1, wanted)
 
 
 def masked_blocks(blocks: Iterable[Block], num_queries: int, num_keys: int) -> Visible:

@@ -1,55 +1,43 @@
-"""Incremental decoding of one sequence with a key/value cache."""
+"""The engine's side of this backend: one pass of the model over the new tokens of several sequences."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
+import mindspore as ms
 import numpy as np
 from mindspore import Tensor
 
 from core.config import ModelConfig
+from core.pages import PAGE_SIZE
+from core.position import RotaryRows
+from core.runner import Step
 from telechat_ms import ops
-from telechat_ms.model import Decoder, KeyValueCache, to_numpy
+from telechat_ms.model import Decoder, to_numpy
+from telechat_ms.paged_attention import apply_paged_attention
 
 
-class Session:
-    """One growing sequence. The cache holds rotated keys, so the rotary base must not move under it.
-
-    ``rescale="request"`` fixes base and attention scale from the planned final length given to ``reset``;
-    ``rescale="step"`` takes them from the length at each step, while cached keys keep the old
-    ones, as in the released code.
-    """
+class Runner:
+    """core.runner.Runner on the device of this process."""
 
     def __init__(
         self,
         config: ModelConfig,
         get: Callable[[str], np.ndarray],
+        num_pages: int,
         precision: str = "fp32",
-        max_len: int | None = None,
-        rescale: str = "request",
+        page_size: int = PAGE_SIZE,
     ) -> None:
-        self.config, self.rescale = config, rescale
+        """Weights come from ``get(name)``, one at a time; ``num_pages`` as core.pages.PagePool counts them."""
+        self.config, self.num_pages, self.page_size = config, num_pages, page_size
         self.model = Decoder(config, precision).set_train(False)
         self.model.load_weights(get)
-        self._capacity = max_len or config.max_seqlen
-        self.reset()
+        apply_paged_attention(self.model, num_pages, page_size)
+        self._rows = RotaryRows(config, np.float64 if self.model.dtypes.stat == ms.float64 else np.float32)
 
-    def reset(self, total_len: int | None = None) -> None:
-        """Forget the sequence. ``total_len``: tokens that prompt and answer may reach together."""
-        self.length = 0
-        self._total_len = total_len or self._capacity
-        self._capacity = max(self._capacity, self._total_len)
-        compute = self.model.dtypes.compute
-        self._caches = [KeyValueCache(1, self._capacity, self.config, compute) for _ in range(self.config.num_layers)]
-
-    def extend(self, ids: Sequence[int]) -> np.ndarray:
-        """Append tokens; logits [V] float32 for the token after the last of them."""
-        end = self.length + len(ids)
-        if end > self._capacity:
-            raise ValueError(f"{end} tokens do not fit a cache of {self._capacity}; reset with a larger total_len")
-        positions = np.arange(self.length, end)[None]
-        rope = self.model.rope(positions, end if self.rescale == "step" else self._total_len)
-        blocks = ops.attention_blocks(len(ids), end, None)
-        logits = self.model(Tensor(np.array([list(ids)], np.int32)), rope, blocks, self._caches)
-        self.length = end
-        return to_numpy(logits[0, -1])
+    def run(self, step: Step) -> np.ndarray:
+        """Store keys and values of the new tokens; logits [W, V] float32 of the wanted ones."""
+        rope = tuple(Tensor(table[None, :, None]) for table in self._rows.rows(step.positions, step.scaling_lengths))
+        pages = ops.place_pages(step, self.page_size, self.model.dtypes.compute)
+        logits = self.model(Tensor(step.ids[None]), rope, pages, Tensor(step.wanted))
+        return to_numpy(logits[0])

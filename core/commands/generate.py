@@ -8,13 +8,17 @@ import json
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from core import backends
 from core.config import PRECISIONS, ModelConfig
 from core.data.control import CONTROL_CHOICES
 from core.errors import UserError
 from core.sampling import SamplingConfig, sampling_config
+
+if TYPE_CHECKING:
+    from core.engine import Engine
+    from core.requests import Event, Request
 
 EPILOG = """\
 examples:
@@ -90,17 +94,22 @@ def sampling_from(args: argparse.Namespace) -> SamplingConfig:
 
 @dataclasses.dataclass
 class Loaded:
-    """A checkpoint made ready: its configuration, its tokenizer if any, and how to open a session on it."""
+    """A checkpoint made ready: its configuration, its tokenizer if any, and how to open an engine on it."""
 
     args: argparse.Namespace
     source: Any
     config: ModelConfig
     tokenizer: Any | None
 
-    def session(self, max_len: int | None = None) -> Any:
-        """The backend's Session with the weights in it; ``max_len`` sizes its cache."""
+    def engine(self, max_len: int, samples: int = 1) -> Engine:
+        """An engine on the backend with the weights in it, whose cache holds ``samples`` sequences of ``max_len``."""
+        from core.engine import Engine
+        from core.pages import pool_size
+
         module = backends.load(self.args.backend, "generate")
-        return module.Session(self.config, self.source.tensor, self.args.precision, max_len, self.args.rescale)
+        pages = samples * (pool_size(max_len) - 1) + 1
+        runner = module.Runner(self.config, self.source.tensor, pages, self.args.precision)
+        return Engine(runner, self.tokenizer, rescale=self.args.rescale)
 
 
 def load_model(args: argparse.Namespace, need_tokenizer: str | None) -> Loaded:
@@ -139,7 +148,8 @@ def with_table_dtype(config: ModelConfig, table_dtype: str | None) -> ModelConfi
 
 def run(args: argparse.Namespace) -> int:
     """Generate, print text or JSON on stdout and a line of statistics on stderr."""
-    from core.generation import generate, text_stream, turn_stops
+    from core.generation import answer, turn_stops
+    from core.requests import Request, check_request
 
     sampling = sampling_from(args)
     if args.max_new_tokens < 1:
@@ -157,50 +167,57 @@ def run(args: argparse.Namespace) -> int:
     stops: frozenset[int] = frozenset()
     if not args.ignore_eos:
         stops = turn_stops(model.tokenizer, model.config) if args.chat else frozenset({model.config.eos_token_id})
-    session = model.session(max_len=len(ids) + args.max_new_tokens)
-    # An answer starts a text of its own; a raw continuation goes on from the prompt's last word.
-    stream = None if model.tokenizer is None else text_stream(model.tokenizer, context=() if args.chat else ids)
-    show = args.stream and not args.json
-    pieces: list[str] = []
-
-    def tell(piece: str) -> None:
-        pieces.append(piece)
-        if show and piece:
-            print(piece, end="", flush=True)
-
-    def on_token(token: int) -> None:
-        if stream is not None:
-            tell(stream.push(token))
-
+    has_text = model.tokenizer is not None
+    request = Request(
+        prompt_ids=tuple(ids),
+        max_new_tokens=args.max_new_tokens,
+        sampling=sampling,
+        stop_ids=stops,
+        margins=args.json,
+        # An answer starts a text of its own; a raw continuation goes on from the prompt's last word.
+        text=("answer" if args.chat else "continuation") if has_text else "none",
+    )
+    check_request(request, model.config.vocab_size, has_text)  # before weights are read
+    engine = model.engine(request.total)
+    show = args.stream and not args.json and has_text
     started = time.perf_counter()
-    result = generate(session, ids, sampling, args.max_new_tokens, stops, on_token)
+    made: list[Event] = []
+    for event in answer(engine, request):
+        made.append(event)
+        if show and event.text:
+            print(event.text, end="", flush=True)
     seconds = time.perf_counter() - started
-    if stream is not None:
-        tell(stream.flush())
+    _report(args, request, made, show)
+    print(
+        f"{len(made)} tokens in {seconds:.2f} s ({len(made) / max(seconds, 1e-9):.1f} tokens/s), "
+        f"ended by {'a stop token' if made[-1].finish_reason == 'stop' else 'the limit'}",
+        file=sys.stderr,
+    )
+    return 0
 
+
+def _report(args: argparse.Namespace, request: Request, made: list[Event], shown: bool) -> None:
+    """Everything that was made, on stdout, as far as it was not ``shown`` as it came."""
+    choices = [event.choice for event in made if event.choice is not None]
+    last = made[-1]
+    tokens = [choice.token for choice in choices[: len(choices) - isinstance(last.stop, int)]]
+    text = None if request.text == "none" else "".join(event.text for event in made)
     if args.json:
         report = {
             "backend": args.backend,
             "precision": args.precision,
-            "prompt_ids": ids,
-            "ids": result.tokens,
-            "text": None if stream is None else "".join(pieces),
-            "finish_reason": result.finish_reason,
-            "stop_token": result.stop_token,
-            "top2_margins": result.top2_margins,
+            "prompt_ids": list(request.prompt_ids),
+            "ids": tokens,
+            "text": text,
+            "finish_reason": last.finish_reason,
+            "stop_token": last.stop,
+            "top2_margins": [choice.margin for choice in choices],
         }
         print(json.dumps(report, ensure_ascii=False))
-    elif stream is None:
-        print(",".join(map(str, result.tokens)))
+    elif text is None:
+        print(",".join(map(str, tokens)))
     else:
-        print("" if show else "".join(pieces))
-    made = len(result.top2_margins)
-    print(
-        f"{made} tokens in {seconds:.2f} s ({made / max(seconds, 1e-9):.1f} tokens/s), "
-        f"ended by {'a stop token' if result.finish_reason == 'stop' else 'the limit'}",
-        file=sys.stderr,
-    )
-    return 0
+        print("" if shown else text)
 
 
 def parse_ids(text: str) -> list[int]:

@@ -343,16 +343,21 @@ def linear_few_rows(x: Any, weight: Any, bias: Any = None) -> Any:
     return e.run("linear_few_rows", (x, weight, _or(bias, weight)), outputs, (bias is not None,), 0)
 
 
-def write_positions(cache: Any, x: Any, first: int) -> None:
-    """cache[:, first : first + n] = x [B, n, ...] in place; the cache [B, capacity, ...] is contiguous."""
-    e = _floats(cache=cache, x=x)
-    if cache.dtype != x.dtype:
-        raise TypeError(f"x: {x.dtype}, needs the dtype of the cache, {cache.dtype}")
-    if tuple(x.shape[2:]) != tuple(cache.shape[2:]) or x.shape[0] != cache.shape[0]:
-        raise ValueError(f"x: shape {tuple(x.shape)} for a cache of {tuple(cache.shape)}")
-    if first < 0 or first + x.shape[1] > cache.shape[1]:
-        raise ValueError(f"first: positions {first} to {first + x.shape[1]} of {cache.shape[1]}")
-    e.run("write_positions", (cache, x), (), (first, 4 if e.name_of(x) == "float32" else 2), 0)
+def write_pages(pages: Any, x: Any, slots: Any) -> None:
+    """Rows x [N, ...] into pages [P, size, ...] in place: row i at slots[i] = page * size + place; slots int32 [N].
+
+    The slots must lie among the P * size, which is not checked.
+    """
+    e = _floats(pages=pages, x=x)
+    if pages.dtype != x.dtype:
+        raise TypeError(f"x: {x.dtype}, needs the dtype of the pages, {pages.dtype}")
+    if len(pages.shape) < 2 or tuple(x.shape[1:]) != tuple(pages.shape[2:]):
+        raise ValueError(f"x: shape {tuple(x.shape)} for pages of {tuple(pages.shape)}")
+    if e.unit_stride(pages) is not pages:
+        raise ValueError("pages: not contiguous, and to be written to")
+    _is("slots", slots, ("int32",), (x.shape[0],))
+    row = _size(x) // max(1, x.shape[0]) * (4 if e.name_of(x) == "float32" else 2)
+    e.run("write_pages", (pages, x, slots), (), (row,), 0)
 
 
 def adamw(

@@ -239,11 +239,11 @@ KERNEL(merge_blocks, 4, 2, 0) {
   });
 }
 
-// in: cache [B, capacity, ...], changed in place, x [B, n, ...] of the same dtype; scalars: first position, bytes of an
-// element
-KERNEL(write_positions, 2, 0, 2) {
-  const int64_t rest = in[0].size() / (in[0].shape[0] * in[0].shape[1]) * int64_t(scalar[1]);
-  const int64_t capacity = in[0].shape[1], n = in[1].shape[1];
-  for (int64_t b = 0; b < in[0].shape[0]; b++)
-    std::memcpy(in[0].as<char>() + (b * capacity + int64_t(scalar[0])) * rest, in[1].as<char>() + b * n * rest, n * rest);
+// in: pages [P, size, ...], changed in place, x [N, ...] of the same dtype, slots int32 [N], places among the P * size;
+// scalars: bytes of a row
+KERNEL(write_pages, 3, 0, 1) {
+  const int64_t row = int64_t(scalar[0]);
+  const int32_t *slots = in[2].as<int32_t>();
+  for (int64_t i = 0; i < in[1].shape[0]; i++)
+    std::memcpy(in[0].as<char>() + slots[i] * row, in[1].as<char>() + i * row, row);
 }

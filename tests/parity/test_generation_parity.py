@@ -29,10 +29,13 @@ from core.commands.generate import with_table_dtype
 from core.data.chat_template import encode_chat
 from core.data.tokenizer import load_tokenizer
 from core.data.tokenizer_training import train_tokenizer
+from core.engine import Engine
 from core.errors import UserError
 from core.generation import Chat, generate
+from core.pages import pool_size
 from core.parity import relative_frobenius
 from core.sampling import sampling_config
+from tests.engine_support import Feed
 
 GOLDENS = Path(__file__).resolve().parents[1] / "goldens"
 MODEL = GOLDENS / "telechat2_gqa"
@@ -84,22 +87,25 @@ def tele(verb: str, *argv: object) -> int:
 # Generation
 
 
+def runner_of(backend, config, get, tokens=128, precision="fp32"):
+    return backends.load(backend, "generate").Runner(config, get, pool_size(tokens), precision)
+
+
 @pytest.fixture(scope="session")
-def sessions(backend, source):
-    """One session a table variant, reset by every use."""
-    module = backends.load(backend, "generate")
+def engines(backend, source):
+    """One engine a table variant, with pages of earlier prompts in it."""
     return {
-        variant: module.Session(with_table_dtype(source.config, dtype), source.tensor)
+        variant: Engine(runner_of(backend, with_table_dtype(source.config, dtype), source.tensor))
         for variant, dtype in TABLES.items()
     }
 
 
 @pytest.mark.parametrize("variant", TABLES)
 @pytest.mark.parametrize("run", RUNS, ids=lambda r: f"{len(r['prompt'])}ids-penalty{r['repetition_penalty']}")
-def test_greedy_tokens_and_margins(sessions, run, variant):
+def test_greedy_tokens_and_margins(engines, run, variant):
     golden = run[variant]
     sampling = sampling_config(repetition_penalty=run["repetition_penalty"])
-    result = generate(sessions[variant], run["prompt"], sampling, len(golden["tokens"]))
+    result = generate(engines[variant], run["prompt"], sampling, len(golden["tokens"]))
     assert result.tokens == golden["tokens"]
     np.testing.assert_allclose(result.top2_margins, golden["top2_margin"], rtol=0, atol=MARGIN)
 
@@ -122,13 +128,12 @@ def test_cached_steps_equal_one_pass_over_the_whole_prefix(backend, source, tota
     forward = backends.load(backend, "forward").run
     judge = forward(source.config, source.tensor, batch_of(ids), "fp64", False)["logits"][0]
     whole = forward(source.config, source.tensor, batch_of(ids), "fp32", False)["logits"][0]
-    session = backends.load(backend, "generate").Session(source.config, source.tensor, "fp32", total)
-    session.reset(total_len=total)
+    fed = Feed(runner_of(backend, source.config, source.tensor, total), total)
     rows, at = [], 0
     for size in (17, *[1] * 8, 5, *[1] * (total - 30)):  # a prompt, steps, a second piece, steps
-        rows.append((at + size - 1, session.extend(ids[at : at + size])))
+        rows.append((at + size - 1, fed.extend(ids[at : at + size])))
         at += size
-    assert at == total == session.length
+    assert at == total == fed.length
     places = [place for place, _ in rows]
     cached = np.stack([row for _, row in rows])
     assert relative_frobenius(whole[places], judge[places]) < LOGITS
@@ -140,9 +145,8 @@ def test_cached_steps_equal_one_pass_over_the_whole_prefix(backend, source, tota
 
 def test_cached_generation_gives_the_tokens_of_uncached(backend, source):
     forward = backends.load(backend, "forward").run
-    session = backends.load(backend, "generate").Session(source.config, source.tensor)
     ids = list(RUNS[0]["prompt"])
-    made = generate(session, ids, sampling_config(), 12).tokens
+    made = generate(Engine(runner_of(backend, source.config, source.tensor)), ids, sampling_config(), 12).tokens
     for token in made:
         assert (
             int(forward(source.config, source.tensor, batch_of(ids), "fp32", False)["logits"][0, -1].argmax()) == token
@@ -152,15 +156,14 @@ def test_cached_generation_gives_the_tokens_of_uncached(backend, source):
 
 def test_rescale_step_follows_the_length_and_request_does_not(backend, source):
     """`step` at length n uses the tables of length n for the new token; `request` those of the planned end."""
-    module = backends.load(backend, "generate")
     ids = np.random.default_rng(1).integers(0, source.config.vocab_size, 70).tolist()
+    runner = runner_of(backend, source.config, source.tensor, 70)
     last = {}
-    for rescale in ("request", "step"):
-        session = module.Session(source.config, source.tensor, "fp32", 70, rescale)
-        session.reset(total_len=70)
-        inside = session.extend(ids[:60])
+    for rescale, length in (("request", 70), ("step", 60)):
+        fed = Feed(runner, length, by_step=rescale == "step")
+        inside = fed.extend(ids[:60])
         for token in ids[60:]:
-            logits = session.extend([token])
+            logits = fed.extend([token])
         last[rescale] = inside, logits
     short = backends.load(backend, "forward").run(source.config, source.tensor, batch_of(ids[:60]), "fp32", False)
     long = backends.load(backend, "forward").run(source.config, source.tensor, batch_of(ids), "fp32", False)
@@ -177,7 +180,7 @@ def test_sampled_tokens_are_the_same_in_both_backends(source):
     pytest.importorskip("torch")
     sampling = sampling_config(temperature=0.8, top_k=30, top_p=0.95, repetition_penalty=1.1, seed=11)
     made = [
-        generate(backends.load(b, "generate").Session(source.config, source.tensor), [7, 8, 9], sampling, 40).tokens
+        generate(Engine(runner_of(b, source.config, source.tensor)), [7, 8, 9], sampling, 40).tokens
         for b in ("ms", "pt")
     ]
     # Logits differ by some 1e-6; a draw within that of a boundary would differ. This seed has none.
@@ -288,8 +291,8 @@ def test_chat_command_over_a_pipe(backend, talking, tmp_path):
     assert [turn["content"] for turn in row["dialog"]][::2] == ["a", "\u6a21\u578b"]
     # The same conversation through the Python interface.
     source = open_model(talking)
-    session = backends.load(backend, "generate").Session(source.config, source.tensor)
-    chat = Chat(session, load_tokenizer(talking, in_vocabulary=True), max_new_tokens=6)
+    tokenizer = load_tokenizer(talking, in_vocabulary=True)
+    chat = Chat(Engine(runner_of(backend, source.config, source.tensor, 256), tokenizer), max_new_tokens=6)
     answers = [chat.ask("a model")]
     chat.system = "answers"
     chat.reset()

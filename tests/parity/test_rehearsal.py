@@ -19,6 +19,7 @@ from core.parity import compare_tensors, relative_frobenius
 from core.visibility import KeyRanges, causal_ranges
 from kernels import reference
 from kernels.dispatch import Candidate
+from tests.engine_support import Feed
 from tests.parity.test_optimizer_trace import check_trace, run_trace
 from tests.parity.test_twins import CONFIG, batch, weights
 
@@ -30,7 +31,7 @@ from kernels import ascend, ascend_attention, rehearsal  # noqa: E402
 from kernels import mindspore as dispatch  # noqa: E402
 from telechat_ms import forward  # noqa: E402
 from telechat_ms.autograd import Function  # noqa: E402
-from telechat_ms.generate import Session  # noqa: E402
+from telechat_ms.generate import Runner  # noqa: E402
 from telechat_ms.model import to_numpy  # noqa: E402
 
 SPACING = {"float32": 2.0**-23, "float16": 2.0**-10, "bfloat16": 2.0**-7}
@@ -451,8 +452,8 @@ def test_generation_on_ascends_code_path(on_cann: Any, precision: str) -> None:
     prompt, steps = [5, 9, 200, 31, 7], [11, 300, 2]
 
     def logits() -> np.ndarray:
-        session = Session(CONFIG, weights().__getitem__, precision, max_len=16)
-        return np.stack([session.extend(prompt), *(session.extend([token]) for token in steps)])
+        fed = Feed(Runner(CONFIG, weights().__getitem__, 3, precision), 16)
+        return np.stack([fed.extend(prompt), *(fed.extend([token]) for token in steps)])
 
     got = logits()
     attended = on_cann["FlashAttentionScore"] + on_cann["FusedInferAttentionScore"]

@@ -10,7 +10,9 @@ from core import bench_step
 from core.bench_worker import bench_config, random_batch, timed_steps, timed_tokens
 from core.cli import main
 from core.commands import bench
+from core.engine import Engine
 from core.errors import UserError
+from tests.engine_support import PlainRunner
 
 OPTIONS = {"model": "telechat2-tiny", "seq_len": 32, "micro_batch": 2, "micro_batches": 3, "precision": "fp32"}
 
@@ -127,19 +129,11 @@ def test_tokens_a_second(monkeypatch, capsys, tmp_path):
 
 
 def test_every_token_is_a_step_of_its_own():
-    class Session:
-        def __init__(self):
-            self.calls = []
-
-        def reset(self, total):
-            self.calls.append(("reset", total))
-
-        def extend(self, ids):
-            self.calls.append(("extend", len(ids)))
-
-    session = Session()
-    assert len(timed_tokens(session, 100, 5, 3)) == 3
-    assert session.calls == [("reset", 8), ("extend", 5), ("extend", 1), ("extend", 1), ("extend", 1)]
+    runner = PlainRunner()
+    engine = Engine(runner)
+    assert len(timed_tokens(engine, 2, 5, 3)) == 3
+    assert runner.sizes == [[5, 5], [1, 1], [1, 1], [1, 1]]
+    assert not engine.busy and engine.pool.available == runner.num_pages - 1
 
 
 def test_spread():
