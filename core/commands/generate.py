@@ -25,6 +25,7 @@ examples:
   tele generate --backend pt --checkpoint runs/first --prompt "Once upon a time"
   tele generate --backend ms --checkpoint model --chat --prompt-file question.txt --temperature 0.7 --top-p 0.9
   tele generate --backend pt --checkpoint model --ids 4,96343,5 --max-new-tokens 20 --json
+  tele generate --backend pt --checkpoint model --prompt "1. " --temperature 0.8 --samples 3 --stop "2."
 """
 
 
@@ -42,6 +43,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--allow-control", action="store_true", help="read control tokens, as <_user>, in the prompt's text"
     )
     parser.add_argument("--ignore-eos", action="store_true", help="go on past the end token")
+    parser.add_argument(
+        "--stop", action="append", default=[], metavar="TEXT", help="end before this text; may be given several times"
+    )
+    parser.add_argument(
+        "--samples", type=int, default=1, metavar="N", help="answers to draw (1); not streamed if several"
+    )
+    parser.add_argument(
+        "--logprobs", type=int, metavar="N", help="with --json: log-probabilities, and of the N likeliest"
+    )
     add_sampling_arguments(parser)
     parser.add_argument(
         "--stream", action=argparse.BooleanOptionalAction, default=True, help="print the text as it is made (default)"
@@ -74,6 +84,12 @@ def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--top-k", type=int, metavar="K", help="draw from the K likeliest tokens")
     parser.add_argument("--top-p", type=float, metavar="P", help="draw from the likeliest tokens holding this share")
     parser.add_argument("--repetition-penalty", type=float, default=1.0, metavar="R", help="above 1: less repetition")
+    parser.add_argument(
+        "--presence-penalty", type=float, default=0.0, metavar="R", help="taken off the logit of what was written"
+    )
+    parser.add_argument(
+        "--frequency-penalty", type=float, default=0.0, metavar="R", help="the same, for each time that it was"
+    )
     parser.add_argument("--seed", type=int, default=0, help="of the draws (0)")
     parser.add_argument("--greedy", action="store_true", help="take the likeliest token (the default, said aloud)")
 
@@ -88,7 +104,12 @@ def sampling_from(args: argparse.Namespace) -> SamplingConfig:
         name = next(iter(given)).replace("_", "-")
         raise UserError(f"--{name}: acts only on drawing; add --temperature, e.g. --temperature 0.7")
     return sampling_config(
-        temperature=args.temperature or 0.0, repetition_penalty=args.repetition_penalty, seed=args.seed, **given
+        temperature=args.temperature or 0.0,
+        repetition_penalty=args.repetition_penalty,
+        presence_penalty=args.presence_penalty,
+        frequency_penalty=args.frequency_penalty,
+        seed=args.seed,
+        **given,
     )
 
 
@@ -154,6 +175,10 @@ def run(args: argparse.Namespace) -> int:
     sampling = sampling_from(args)
     if args.max_new_tokens < 1:
         raise UserError(f"--max-new-tokens: must be at least 1, found {args.max_new_tokens}")
+    if args.samples > 1 and sampling.greedy:
+        raise UserError("--samples: greedy answers are all the same; add --temperature, e.g. --temperature 0.7")
+    if args.logprobs is not None and not args.json:
+        raise UserError("--logprobs: are told in the JSON; add --json")
     ids = None if args.ids is None else parse_ids(args.ids)
     if ids is not None and (args.chat or args.allow_control):
         raise UserError("--ids: are used as they are; --chat and --allow-control work on text")
@@ -172,35 +197,42 @@ def run(args: argparse.Namespace) -> int:
         prompt_ids=tuple(ids),
         max_new_tokens=args.max_new_tokens,
         sampling=sampling,
+        samples=args.samples,
         stop_ids=stops,
+        stop_texts=tuple(args.stop),
+        logprobs=args.logprobs,
         margins=args.json,
         # An answer starts a text of its own; a raw continuation goes on from the prompt's last word.
         text=("answer" if args.chat else "continuation") if has_text else "none",
     )
     check_request(request, model.config.vocab_size, has_text)  # before weights are read
-    engine = model.engine(request.total)
-    show = args.stream and not args.json and has_text
+    engine = model.engine(request.total, request.samples)
+    show = args.stream and not args.json and has_text and request.samples == 1
     started = time.perf_counter()
-    made: list[Event] = []
+    made: list[list[Event]] = [[] for _ in range(request.samples)]
     for event in answer(engine, request):
-        made.append(event)
+        made[event.sample].append(event)
         if show and event.text:
             print(event.text, end="", flush=True)
     seconds = time.perf_counter() - started
-    _report(args, request, made, show)
+    for sample in made:
+        _report(args, request, sample, show)
+    count = sum(map(len, made))
+    ends = {"stop": "a stop", "length": "the limit"}
     print(
-        f"{len(made)} tokens in {seconds:.2f} s ({len(made) / max(seconds, 1e-9):.1f} tokens/s), "
-        f"ended by {'a stop token' if made[-1].finish_reason == 'stop' else 'the limit'}",
+        f"{count} tokens in {seconds:.2f} s ({count / max(seconds, 1e-9):.1f} tokens/s), ended by "
+        + ", ".join(ends[str(sample[-1].finish_reason)] for sample in made),
         file=sys.stderr,
     )
     return 0
 
 
 def _report(args: argparse.Namespace, request: Request, made: list[Event], shown: bool) -> None:
-    """Everything that was made, on stdout, as far as it was not ``shown`` as it came."""
+    """One sample on stdout, as far as it was not ``shown`` as it came."""
     choices = [event.choice for event in made if event.choice is not None]
     last = made[-1]
-    tokens = [choice.token for choice in choices[: len(choices) - isinstance(last.stop, int)]]
+    by_token = isinstance(last.stop, int)
+    tokens = [choice.token for choice in choices[: len(choices) - by_token]]
     text = None if request.text == "none" else "".join(event.text for event in made)
     if args.json:
         report = {
@@ -210,9 +242,15 @@ def _report(args: argparse.Namespace, request: Request, made: list[Event], shown
             "ids": tokens,
             "text": text,
             "finish_reason": last.finish_reason,
-            "stop_token": last.stop,
+            "stop_token": last.stop if by_token else None,
+            "stop_text": None if by_token else last.stop,
             "top2_margins": [choice.margin for choice in choices],
         }
+        if request.samples > 1:
+            report["sample"] = last.sample
+        if request.logprobs is not None:
+            report["logprobs"] = [choice.logprob for choice in choices]
+            report["top_logprobs"] = [dict(choice.top) for choice in choices]
         print(json.dumps(report, ensure_ascii=False))
     elif text is None:
         print(",".join(map(str, tokens)))

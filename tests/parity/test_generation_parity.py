@@ -240,6 +240,21 @@ def test_generate_command_gives_text(backend, talking, capsys, tmp_path):
         told = capsys.readouterr()
         assert told.out == report["text"] + "\n"
         assert "12 tokens in" in told.err
+    for stop in (report["text"][5:8], "\n\n"):
+        assert tele("generate", *common, "--prompt", "a model", "--stop", "never this", "--stop", stop, "--json") == 0
+        ended = json.loads(capsys.readouterr().out)
+        found = stop in report["text"]
+        assert ended["text"] == report["text"].partition(stop)[0]
+        assert (ended["finish_reason"], ended["stop_text"]) == (("stop", stop) if found else ("length", None))
+    drawn = ("--prompt", "a model", "--temperature", 1.5, "--samples", 3, "--seed", 2)
+    assert tele("generate", *common, *drawn, "--json", "--logprobs", 2) == 0
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [row["sample"] for row in rows] == [0, 1, 2] and len({row["text"] for row in rows}) == 3
+    for row in rows:
+        assert len(row["logprobs"]) == 12 and all(len(top) == 2 for top in row["top_logprobs"])
+        assert all(max(top.values()) >= own for top, own in zip(row["top_logprobs"], row["logprobs"], strict=True))
+    assert tele("generate", *common, *drawn) == 0
+    assert capsys.readouterr().out == "".join(row["text"] + "\n" for row in rows)
     assert tele("generate", *common, "--prompt", "a<_user>b", "--allow-control", "--add-bos", "--json") == 0
     asked = json.loads(capsys.readouterr().out)["prompt_ids"]
     assert asked == [1, *tokenizer.encode("a"), tokenizer.control["<_user>"], *tokenizer.encode("b")]
@@ -259,6 +274,11 @@ def test_generate_command_gives_text(backend, talking, capsys, tmp_path):
         (("--ids", "1", "--top-k", "5"), "--top-k: acts only on drawing; add --temperature"),
         (("--ids", "1", "--temperature", "0.5", "--greedy"), "--greedy: contradicts --temperature 0.5"),
         (("--ids", "1", "--temperature", "0.5", "--top-p", "2"), "sampling.top_p: must be at most 1.0"),
+        (("--ids", "1", "--samples", "3"), "--samples: greedy answers are all the same; add --temperature"),
+        (("--ids", "1", "--logprobs", "3"), "--logprobs: are told in the JSON; add --json"),
+        (("--ids", "1", "--logprobs", "152", "--json"), "logprobs: must be 0 to 151"),
+        (("--ids", "1", "--stop", "x"), "stop: strings are found in text, and there is no tokenizer"),
+        (("--ids", "1", "--presence-penalty", "1e9"), "sampling.presence_penalty: must be at most 100"),
         (("--prompt", "hello"), "no tokenizer.model in it, and a text prompt needs one"),
         (("--prompt-file", "nowhere.txt"), "--prompt-file nowhere.txt: cannot be read"),
     ],
