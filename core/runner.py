@@ -34,6 +34,11 @@ class Step:
     tables: np.ndarray
     wanted: np.ndarray
 
+    @property
+    def wants_all(self) -> bool:
+        """Whether ``wanted`` is every token, in order, as when all sequences have one."""
+        return len(self.wanted) == len(self.ids)
+
     @cached_property
     def singles(self) -> int:
         """How many sequences, all at the beginning, have one token each."""

@@ -29,17 +29,29 @@ class Keys(NamedTuple):
 
 
 class Pages(NamedTuple):
-    """One step's places, made once and used by every layer. ``slots`` [N]: where new keys and values go."""
+    """One step's places, made once and used by every layer: for an operator that reads pages, the arrays of the step;
+    for the others ``runs`` of new tokens on one page (first and last token, page, place) and ``parts``."""
 
-    slots: Tensor
-    runs: list[tuple[int, int, int, int]]  # of consecutive slots on one page: first and last token, page, place
+    arrays: tuple[Tensor, ...]  # slots [N], starts [R + 1], lengths [R], tables [R, M]
+    singles: int
+    runs: list[tuple[int, int, int, int]]
     parts: list[Keys]
 
 
+def page_dtype(compute: ms.Type) -> ms.Type:
+    """What keys and values are kept in: the dtype that computes, but where this device cannot write to a part of such a
+    tensor, a wider one."""
+    stuck = compute == ms.bfloat16 and not hasattr(kernels.serving("attention", compute), "paged_attention")
+    return ms.float32 if stuck and ms.get_context("device_target") == "CPU" else compute
+
+
 def place(step: Step, page_size: int, dtype: ms.Type) -> Pages:
-    """What ``paged_attention`` and ``write_pages`` need of a step, whose keys and values are in ``dtype``."""
-    parts = []
+    """What ``paged_attention`` needs of a step, whose keys and values are in ``dtype``."""
     singles = step.singles
+    if hasattr(kernels.serving("attention", dtype), "paged_attention"):
+        arrays = (step.slots, step.starts, step.lengths, step.tables)
+        return Pages(tuple(map(Tensor, arrays)), singles, [], [])
+    parts = []
     if singles:
         lengths = step.lengths[:singles]
         slots = key_slots(step.tables[:singles], lengths, page_size)
@@ -48,23 +60,20 @@ def place(step: Step, page_size: int, dtype: ms.Type) -> Pages:
         first, last = int(step.starts[r]), int(step.starts[r + 1])
         slots = key_slots(step.tables[r : r + 1], step.lengths[r : r + 1], page_size)
         parts.append(Keys(first, last, Tensor(slots), _visible(causal_ranges(last - first, slots.shape[1]), dtype)))
-    return Pages(Tensor(step.slots), _runs(step.slots, page_size), parts)
+    return Pages((), singles, _runs(step.slots, page_size), parts)
 
 
-def write_pages(pages: Tensor, x: Tensor, places: Pages) -> None:
-    """x [N, K, D] into pages [P, size, K, D], in place."""
-    module: Any = kernels.serving("attention", pages.dtype)
-    if hasattr(module, "write_pages"):
-        module.write_pages(pages, x, places.slots)
-        return
+def paged_attention(q: Tensor, k: Tensor, v: Tensor, k_pages: Tensor, v_pages: Tensor, places: Pages) -> Tensor:
+    """k and v [1, N, K, D] are stored in pages [P, size, K, D], in place; then causal attention of the last tokens of
+    sequences, q [1, N, H, D] -> the same: kernels.reference.paged_attention."""
+    if places.arrays:
+        module: Any = kernels.serving("attention", q.dtype)
+        return module.paged_attention(q, k, v, k_pages, v_pages, *places.arrays, places.singles)
     for first, last, page, at in places.runs:
-        pages[page, at : at + last - first] = x[first:last]
-
-
-def paged_attention(q: Tensor, k_pages: Tensor, v_pages: Tensor, places: Pages) -> Tensor:
-    """Causal attention of the last tokens of sequences, q [N, H, D] -> [N, H, D]: kernels.reference.paged_attention."""
-    out = [_attention(q[part.first : part.last], k_pages, v_pages, part) for part in places.parts]
-    return out[0] if len(out) == 1 else ops.concat(out, 0)
+        k_pages[page, at : at + last - first] = ops.cast(k[0, first:last], k_pages.dtype)
+        v_pages[page, at : at + last - first] = ops.cast(v[0, first:last], v_pages.dtype)
+    out = [_attention(q[0, part.first : part.last], k_pages, v_pages, part) for part in places.parts]
+    return (out[0] if len(out) == 1 else ops.concat(out, 0))[None]
 
 
 def _attention(q: Tensor, k_pages: Tensor, v_pages: Tensor, keys: Keys) -> Tensor:
@@ -72,7 +81,7 @@ def _attention(q: Tensor, k_pages: Tensor, v_pages: Tensor, keys: Keys) -> Tenso
     R, T = keys.slots.shape
     K = k_pages.shape[2]
     k, v = (kernels.embedding(p.reshape(-1, K * D), keys.slots).reshape(R, T, K, D) for p in (k_pages, v_pages))
-    q = q.reshape(R, n // R, H, D)
+    q, k, v = q.reshape(R, n // R, H, D), ops.cast(k, q.dtype), ops.cast(v, q.dtype)
     serve = kernels.attention if isinstance(keys.visible, kernels.Keys) else composite.attention
     return serve(q, k, v, keys.visible).reshape(n, H, D)
 

@@ -10,10 +10,12 @@ import torch
 from core.config import ModelConfig
 from core.pages import PAGE_SIZE
 from core.position import RotaryRows
+from core.quantize import Int8Matrix
 from core.runner import Step
 from pt_reference import ops
 from pt_reference.model import Decoder, to_numpy
 from pt_reference.paged_attention import apply_paged_attention
+from pt_reference.weights import load_weights
 
 
 class Runner:
@@ -22,15 +24,16 @@ class Runner:
     def __init__(
         self,
         config: ModelConfig,
-        get: Callable[[str], np.ndarray],
+        get: Callable[[str], np.ndarray | Int8Matrix],
         num_pages: int,
         precision: str = "fp32",
         page_size: int = PAGE_SIZE,
     ) -> None:
-        """Weights come from ``get(name)``, one at a time; ``num_pages`` as core.pages.PagePool counts them."""
+        """Weights come from ``get(name)``, one at a time, as they are or in 8 bits (core.quantize); ``num_pages`` as
+        core.pages.PagePool counts them."""
         self.config, self.num_pages, self.page_size = config, num_pages, page_size
         self.model = Decoder(config, precision).to(ops.device()).eval()
-        self.model.load_weights(get)
+        load_weights(self.model, get)
         apply_paged_attention(self.model, num_pages, page_size)
         self._rows = RotaryRows(config, np.float64 if self.model.dtypes.stat == torch.float64 else np.float32)
 
@@ -42,6 +45,7 @@ class Runner:
             torch.from_numpy(table[None, :, None]).to(device)
             for table in self._rows.rows(step.positions, step.scaling_lengths)
         )
-        ids, wanted = (torch.from_numpy(array).to(device) for array in (step.ids[None], step.wanted))
+        ids = torch.from_numpy(step.ids[None]).to(device)
+        wanted = None if step.wants_all else torch.from_numpy(step.wanted).to(device)
         logits = self.model(ids, rope, ops.place_pages(step, self.page_size, self.model.dtypes.compute), wanted)
         return to_numpy(logits[0])

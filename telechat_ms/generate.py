@@ -11,10 +11,12 @@ from mindspore import Tensor
 from core.config import ModelConfig
 from core.pages import PAGE_SIZE
 from core.position import RotaryRows
+from core.quantize import Int8Matrix
 from core.runner import Step
 from telechat_ms import ops
 from telechat_ms.model import Decoder, to_numpy
 from telechat_ms.paged_attention import apply_paged_attention
+from telechat_ms.weights import load_weights
 
 
 class Runner:
@@ -23,15 +25,16 @@ class Runner:
     def __init__(
         self,
         config: ModelConfig,
-        get: Callable[[str], np.ndarray],
+        get: Callable[[str], np.ndarray | Int8Matrix],
         num_pages: int,
         precision: str = "fp32",
         page_size: int = PAGE_SIZE,
     ) -> None:
-        """Weights come from ``get(name)``, one at a time; ``num_pages`` as core.pages.PagePool counts them."""
+        """Weights come from ``get(name)``, one at a time, as they are or in 8 bits (core.quantize); ``num_pages`` as
+        core.pages.PagePool counts them."""
         self.config, self.num_pages, self.page_size = config, num_pages, page_size
         self.model = Decoder(config, precision).set_train(False)
-        self.model.load_weights(get)
+        load_weights(self.model, get)
         apply_paged_attention(self.model, num_pages, page_size)
         self._rows = RotaryRows(config, np.float64 if self.model.dtypes.stat == ms.float64 else np.float32)
 
@@ -39,5 +42,5 @@ class Runner:
         """Store keys and values of the new tokens; logits [W, V] float32 of the wanted ones."""
         rope = tuple(Tensor(table[None, :, None]) for table in self._rows.rows(step.positions, step.scaling_lengths))
         pages = ops.place_pages(step, self.page_size, self.model.dtypes.compute)
-        logits = self.model(Tensor(step.ids[None]), rope, pages, Tensor(step.wanted))
-        return to_numpy(logits[0])
+        wanted = None if step.wants_all else Tensor(step.wanted)
+        return to_numpy(self.model(Tensor(step.ids[None]), rope, pages, wanted))[0]

@@ -13,7 +13,7 @@ import numpy as np
 from kernels.cpu.build import load_extension, load_plain
 
 Spec = tuple[Any, tuple[int, ...]]  # dtype and shape of an output
-NAMES = ("float32", "bfloat16", "float16", "int32", "int64", "float64")  # in the order of kernel.h's Dtype
+NAMES = ("float32", "bfloat16", "float16", "int32", "int64", "float64", "int8")  # in the order of kernel.h's Dtype
 AXES = 6
 
 
@@ -38,9 +38,8 @@ class MindSporeEngine:
         self, name: str, inputs: Sequence[Any], outputs: Sequence[Spec], scalars: Sequence[float], free: int
     ) -> Any:
         """One tensor, or a tuple of them. The first ``free`` inputs may have strides; None where there is no output."""
-        specs = [(self._codes[dtype], list(shape)) for dtype, shape in outputs]
-        given = [x if i < free or x.is_contiguous() else x.contiguous() for i, x in enumerate(inputs)]
-        return self._run(self._numbers(name), given, specs, list(scalars), free)
+        codes = self._codes
+        return self._run(self._numbers(name), inputs, [(codes[t], shape) for t, shape in outputs], scalars, free)
 
     def name_of(self, x: Any) -> str:
         code = self._codes.get(x.dtype)
