@@ -57,6 +57,13 @@ class Runner(Protocol):
         """Store keys and values of the new tokens; logits [W, V] float32 of the wanted ones."""
 
 
+def sequence_groups(step: Step) -> list[tuple[int, int]]:
+    """Runs [first, last) of sequences whose attention can be taken together: those with a single token, if there are
+    any, and each of the others alone."""
+    singles = step.singles
+    return [*([(0, singles)] if singles else []), *((r, r + 1) for r in range(singles, len(step.lengths)))]
+
+
 def key_slots(tables: np.ndarray, lengths: np.ndarray, page_size: int) -> np.ndarray:
     """Where the keys of sequences lie, int32 [R, T] for the longest; places beyond a sequence's end are on the blank
     page, whose contents are zeros."""

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from core.runner import Step, key_slots
+from core.runner import Step, key_slots, sequence_groups
 from core.visibility import Block, KeyRanges, causal_ranges, single_ranges
 from kernels import pytorch as kernels
 
@@ -43,16 +43,16 @@ def page_dtype(compute: torch.dtype) -> torch.dtype:
 def place(step: Step, page_size: int, dtype: torch.dtype, device: torch.device) -> Pages:
     """What ``paged_attention`` needs of a step, whose keys and values are in ``dtype``."""
     parts = []
-    singles = step.singles
-    if singles:
-        lengths = step.lengths[:singles]
-        slots = key_slots(step.tables[:singles], lengths, page_size)
-        parts.append(Keys(0, singles, _tensor(slots, device), _single_visible(lengths, dtype, device)))
-    for r in range(singles, len(step.lengths)):
-        first, last = int(step.starts[r]), int(step.starts[r + 1])
-        slots = key_slots(step.tables[r : r + 1], step.lengths[r : r + 1], page_size)
-        visible = _visible(causal_ranges(last - first, slots.shape[1]), device)
-        parts.append(Keys(first, last, _tensor(slots, device), visible))
+    for first, last in sequence_groups(step):
+        lengths = step.lengths[first:last]
+        slots = key_slots(step.tables[first:last], lengths, page_size)
+        begin, end = int(step.starts[first]), int(step.starts[last])
+        visible: KeyRanges | list[Block] | Tensor
+        if end - begin == last - first:
+            visible = _single_visible(lengths, dtype, device)
+        else:
+            visible = _visible(causal_ranges(end - begin, slots.shape[1]), device)
+        parts.append(Keys(begin, end, _tensor(slots, device), visible))
     return Pages(_tensor(step.slots, device).long(), parts)
 
 
