@@ -13,14 +13,13 @@ import statistics
 from contextlib import ExitStack
 from typing import Any
 
-import numpy as np
-
 from core import backends
 from core.bench_step import facts, machine
 from core.bench_worker import Worker, bench_config, paired_ratios, spread
 from core.config import ModelConfig
 from core.params import parameter_table
 from core.precision import PRECISION
+from core.quantize import LINEAR
 
 HF = "hf"
 TITLES = {**backends.TITLES, HF: "Hugging Face generate"}
@@ -65,7 +64,11 @@ def measure_decode(
             {
                 "contestant": name,
                 "rows": count,
-                **summarise(blocks, least_bytes(config, options["precision"], count, prompt + block // 2), read),
+                **summarise(
+                    blocks,
+                    least_bytes(config, options["precision"], count, prompt + block // 2, _held(options, name)),
+                    read,
+                ),
                 "ratios": {
                     "hf": _ratio(turns, (HF, count), (name, count)) if HF in names and name != HF else None,
                     "one": _ratio(turns, (name, rows[0]), (name, count)) if count != rows[0] else None,
@@ -100,25 +103,31 @@ def summarise(turns: list[dict[str, Any]], least: int, read: float) -> dict[str,
     return found
 
 
-def least_bytes(config: ModelConfig, precision: str, rows: int, length: int) -> int:
-    """What a step must read: all matrices but the embedding, of which it reads a row for each of ``rows`` sequences,
+def _held(options: dict[str, Any], name: str) -> str:
+    return "none" if name == HF else options.get("quantize", "none")
+
+
+def least_bytes(config: ModelConfig, precision: str, rows: int, length: int, quantize: str = "none") -> int:
+    """What a step must read: all weights but the embedding, of which it reads a row for each of ``rows`` sequences,
     and the keys and values of ``length`` positions of each."""
     names = PRECISION[precision]
-    weights = sum(
-        int(np.prod(spec.shape))
-        for name, spec in parameter_table(config).items()
-        if name != "embed.weight" or config.tied_embeddings
-    )
+    weights = 0
+    for name, spec in parameter_table(config).items():
+        if quantize == "int8" and spec.kind in LINEAR:
+            weights += spec.size + 4 * spec.shape[0]
+        elif name != "embed.weight" or config.tied_embeddings:
+            weights += spec.size * _BYTES[names.weight]
     cache = 2 * config.num_layers * config.num_kv_heads * config.head_dim * length
-    return weights * _BYTES[names.weight] + rows * (cache * _BYTES[names.compute])
+    return weights + rows * cache * _BYTES[names.compute]
 
 
 def decode_to_markdown(result: dict[str, Any]) -> str:
     """A contestant and number of sequences a row."""
     options = result["options"]
+    weights = ", the backends' weights in int8" if options.get("quantize") == "int8" else ""
     lines = [
-        f"`{options['model']}` ({result['parameters']:,} parameters), {options['precision']}, greedy, after prompts of "
-        f"{result['prompt']} tokens; {machine(result)}; contestants in turns, all warm.",
+        f"`{options['model']}` ({result['parameters']:,} parameters), {options['precision']}{weights}, greedy, after "
+        f"prompts of {result['prompt']} tokens; {machine(result)}; contestants in turns, all warm.",
         "",
         "| contestant | sequences | a step, median | middle 80 % | tokens/s | times Hugging Face's | times one "
         "| of the reading limit | outside the model |",

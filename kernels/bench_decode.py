@@ -18,6 +18,7 @@ from core.bench_worker import Handle, answer_orders, bench_config
 from core.engine import Engine
 from core.init import init_tensor
 from core.pages import pool_size
+from core.quantize import quantizing
 from core.requests import Request
 from core.runner import Step
 from kernels.bench import Bench, open_bench
@@ -70,7 +71,10 @@ def main(argv: list[str]) -> int:
         model = bench_config(options).model
         pages = options["rows"] * (pool_size(options["length"] + options["rows"] + 1) - 1) + 1
         make = backends.load(name, "generate").Runner
-        runner = Timed(make(model, lambda tensor: init_tensor(tensor, model, 1234), pages, options["precision"]))
+        get: Any = lambda tensor: init_tensor(tensor, model, 1234)  # noqa: E731
+        if options["quantize"] == "int8":
+            get = quantizing(model, get)
+        runner = Timed(make(model, get, pages, options["precision"]))
         engine, bench = Engine(runner, reuse=False), open_bench(name, {**options, "compile": False})
 
         def handle(order: dict[str, Any]) -> dict[str, Any]:

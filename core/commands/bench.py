@@ -35,6 +35,7 @@ from core.bench_step import facts, machine, measure, task, to_markdown
 from core.bench_worker import EAGER, bench_config, spread
 from core.config import PRECISIONS, preset_names
 from core.errors import UserError
+from core.quantize import QUANTIZATIONS
 
 LAYOUTS = "single,tp2,pp2,ring2,ulysses2,dp2"
 # What differs between the measurements where the user says nothing.
@@ -49,6 +50,7 @@ ONLY: dict[str, tuple[str, ...]] = {
     "layouts": ("parallel",),
     "prompt": ("decode",),
     "rows": ("decode",),
+    "quantize": ("decode",),
     "operators": ("kernels",),
     "sizes": ("kernels",),
     "compile": ("kernels",),
@@ -94,6 +96,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--prompt", type=int, metavar="P", help="decode: tokens before the measured ones (16)")
     parser.add_argument("--rows", type=int, nargs="+", metavar="R", help="decode: sequences that share a step (1 8)")
     parser.add_argument(
+        "--quantize", choices=QUANTIZATIONS, metavar="Q", help="decode: weights of the backends in int8 (none)"
+    )
+    parser.add_argument(
         "--operators", nargs="+", choices=sorted(OPERATORS), metavar="O", help="kernels: some of " + " ".join(OPERATORS)
     )
     parser.add_argument(
@@ -137,6 +142,7 @@ def run(args: argparse.Namespace) -> int:
         result = measure_layouts(options, layouts, names, args.steps, args.block)
         text = layouts_to_markdown(result)
     elif args.what == "decode":
+        options["quantize"] = args.quantize or "none"
         result = measure_decode(options, names, args.rows, args.prompt, args.steps, args.block)
         text = decode_to_markdown(result)
     elif args.what == "kernels":

@@ -14,6 +14,7 @@ from core import backends
 from core.config import PRECISIONS, ModelConfig
 from core.data.control import CONTROL_CHOICES
 from core.errors import UserError
+from core.quantize import QUANTIZATIONS, quantizing
 from core.sampling import SamplingConfig, sampling_config
 
 if TYPE_CHECKING:
@@ -68,6 +69,12 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tokenizer", metavar="PATH", help="tokenizer.model (default: the one beside the checkpoint)")
     parser.add_argument("--control", default="chat", choices=CONTROL_CHOICES, help="which control tokens text may name")
     parser.add_argument("--precision", default="fp32", choices=PRECISIONS, help="arithmetic (fp32)")
+    parser.add_argument(
+        "--quantize",
+        default="none",
+        choices=QUANTIZATIONS,
+        help="keep the matrices of linear layers in 8 bits, a factor for each output",
+    )
     parser.add_argument(
         "--rescale",
         default="request",
@@ -129,7 +136,8 @@ class Loaded:
 
         module = backends.load(self.args.backend, "generate")
         pages = samples * (pool_size(max_len) - 1) + 1
-        runner = module.Runner(self.config, self.source.tensor, pages, self.args.precision)
+        get = quantizing(self.config, self.source.tensor) if self.args.quantize == "int8" else self.source.tensor
+        runner = module.Runner(self.config, get, pages, self.args.precision)
         return Engine(runner, self.tokenizer, rescale=self.args.rescale)
 
 

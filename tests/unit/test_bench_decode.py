@@ -87,6 +87,10 @@ def test_the_bytes_of_a_step():
     E, F, V, L, KD = 512, 1408, 8192, 8, 128
     block = 2 * E * E + 2 * E * KD + 3 * E * F + 2 * E + E + E  # q o, k v, ffn; two gains, two biases
     assert least_bytes(config, "fp32", 1, 0) == 4 * (L * block + E + V * E)
+    matrices = L * (2 * E * E + 2 * E * KD + 3 * E * F) + V * E
+    factors = L * (2 * E + 2 * KD + 2 * F + E) + V
+    rest = L * 4 * E + E
+    assert least_bytes(config, "fp32", 1, 0, "int8") == matrices + 4 * factors + 4 * rest
     assert least_bytes(config, "bf16", 8, 100) == 2 * (L * block + E + V * E) + 8 * 2 * L * KD * 100 * 2
 
 
