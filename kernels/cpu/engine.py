@@ -108,6 +108,35 @@ class NumpyEngine:
         self._library.tele_set_threads(threads)
 
 
+class Call:
+    """A kernel on memory that somebody else owns, by address: for tensors of a framework without an engine of its own.
+    What stays from call to call is given once; arrays are contiguous."""
+
+    def __init__(self, name: str, inputs: int, outputs: int, scalars: Sequence[float]) -> None:
+        """KeyError for a kernel that is not there, ValueError for one with other numbers of arguments."""
+        library = load_plain()
+        counts = [ctypes.c_int() for _ in range(3)]
+        self._number = library.tele_kernel(name.encode(), *map(ctypes.byref, counts))
+        if self._number < 0:
+            raise KeyError(f"no kernel is named {name!r}")
+        if [c.value for c in counts] != [inputs, outputs, len(scalars)]:
+            raise ValueError(f"{name}: {inputs}, {outputs}, {len(scalars)} arguments for {counts}")
+        self._run, self._scalars = library.tele_run, (ctypes.c_double * 16)(*scalars)
+        self.inputs, self.outputs = (View * max(1, inputs))(), (View * max(1, outputs))()
+
+    def run(self) -> None:
+        self._run(self._number, self.inputs, self.outputs, self._scalars)
+
+
+def describe_view(view: View, address: int, shape: Sequence[int], dtype: str) -> None:
+    """Let ``view`` be the contiguous array at ``address``; ``dtype`` is one of NAMES."""
+    view.data, view.ndim, view.dtype = address, len(shape), NAMES.index(dtype)
+    stride = 1
+    for axis in reversed(range(len(shape))):
+        view.shape[axis], view.stride[axis] = shape[axis], stride
+        stride *= shape[axis]
+
+
 _engines: dict[str, Any] = {}
 _threads: list[int] = []  # the limit, for engines that are made later
 
