@@ -26,13 +26,16 @@ import numpy as np
 from core import backends
 from core.batch import Batch
 from core.config import RunConfig, run_config_from_dict
-from core.init import init_tensor
 from core.layout import parse_layout
 from core.worker import die_with_parent
 
 ROOT = Path(__file__).resolve().parent.parent
 EAGER = "eager"  # the released code's composition in PyTorch, kernels/bench_eager.py
 TITLES = {**backends.TITLES, EAGER: "the eager composition"}
+
+# Sleeping instead of spinning OpenMP threads for both (MindSpore's side sets it anyway): with one foreign process on 2
+# cores, spinning made PyTorch's step tens of times slower. A value set by the user wins.
+QUIET = {"OMP_WAIT_POLICY": "PASSIVE"}
 
 Handle = Callable[[dict[str, Any]], dict[str, Any]]
 
@@ -83,19 +86,6 @@ def timed_steps(trainer: Any, config: RunConfig, first: int, count: int) -> tupl
     return seconds, loss
 
 
-def timed_tokens(session: Any, vocab_size: int, prompt: int, count: int) -> list[float]:
-    """Seconds of each of ``count`` steps of one token, after a prompt of ``prompt`` random ones."""
-    ids = np.random.default_rng(0).integers(0, vocab_size, prompt + count).tolist()
-    session.reset(prompt + count)
-    session.extend(ids[:prompt])
-    seconds = []
-    for token in ids[prompt:]:
-        started = time.perf_counter()
-        session.extend([token])  # logits on the host
-        seconds.append(time.perf_counter() - started)
-    return seconds
-
-
 def paired_ratios(first: Sequence[Sequence[float]], second: Sequence[Sequence[float]]) -> list[float]:
     """Median step time of ``first`` over that of ``second``, round by round."""
     return [statistics.median(a) / statistics.median(b) for a, b in zip(first, second, strict=True)]
@@ -131,9 +121,7 @@ class Worker:
             stdout=subprocess.PIPE,
             text=True,
             cwd=ROOT,
-            # Sleeping instead of spinning OpenMP threads for both (MindSpore's side sets it anyway): with one foreign
-            # process on 2 cores, spinning made PyTorch's step tens of times slower. A value set by the user wins.
-            env={"OMP_WAIT_POLICY": "PASSIVE", **(os.environ if env is None else env)},
+            env={**QUIET, **(os.environ if env is None else env)},
         )
         self.implementation: dict[str, str] = self._answer()["ready"]
         self._process.send_signal(signal.SIGSTOP)
@@ -206,27 +194,7 @@ def serve(argv: Sequence[str], build: Callable[[str, RunConfig], Any]) -> int:
     return answer_orders(prepare)
 
 
-def serve_tokens(argv: Sequence[str]) -> int:
-    """Decode as ordered: {"prompt": tokens before, "steps": tokens after}."""
-
-    def prepare() -> tuple[dict[str, Any], Handle]:
-        options = json.loads(argv[1])
-        model = bench_config(options).model
-        made = backends.load(argv[0], "generate").Session(
-            model, lambda name: init_tensor(name, model, 1234), options["precision"], options["seq_len"]
-        )
-
-        def handle(order: dict[str, Any]) -> dict[str, Any]:
-            return {"seconds": timed_tokens(made, model.vocab_size, order["prompt"], order["steps"])}
-
-        return {"backend": TITLES[argv[0]]}, handle
-
-    return answer_orders(prepare)
-
-
 def main(argv: list[str]) -> int:
-    if json.loads(argv[1]).get("what") == "decode":
-        return serve_tokens(argv)
     return serve(argv, lambda name, config: backends.load(name, "train").Trainer(config))
 
 

@@ -1,48 +1,27 @@
-"""Generation and chat over either backend's ``generate.Session``: the loop, the text stream, the conversation.
+"""Generation and chat on an engine: one request at a time, waited for; the conversation.
 
-The backend gives logits; everything that decides about them is here or in core.sampling, so both backends say the same.
+The backend gives logits; everything that decides about them is in core, so both backends say the same.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, Protocol
-
-import numpy as np
+from typing import Any
 
 from core.config import ModelConfig
 from core.data.chat_template import encode_chat
 from core.data.control import BOT, END, START, SYSTEM, USER
 from core.data.tokenizer import check_vocabulary
+from core.engine import Engine, stream
 from core.errors import UserError
-from core.sampling import SamplingConfig, check_finite, penalise, pick, top2_margin
+from core.requests import Event, Request
+from core.sampling import SamplingConfig
 
 # Besides the end of an answer: a model that opens the next turn by itself has finished its own.
 TURN_TOKENS = (END, USER, START, BOT, SYSTEM)
-
-REPLACEMENT = "\ufffd"  # what the decoder shows for bytes that are not (yet) a character
-CONTEXT = 16  # tokens of a prompt: more than a character's 4 bytes and a word before it
-
-
-class Session(Protocol):
-    """What a backend's ``generate.Session`` offers."""
-
-    config: ModelConfig
-
-    def reset(self, total_len: int | None = None) -> None:
-        """Forget the cache; ``total_len`` is the planned final length and fixes the rotary base of the request."""
-
-    def extend(self, ids: Sequence[int]) -> np.ndarray:
-        """Append tokens to the cache; float32 [V] logits of the last of them."""
-
-
-class Step(NamedTuple):
-    """One generated token and how far ahead of the second it was (penalised logits)."""
-
-    token: int
-    margin: float
 
 
 @dataclass
@@ -56,7 +35,7 @@ class GenerationResult:
 
 
 def generate(
-    session: Session,
+    engine: Engine,
     prompt_ids: Sequence[int],
     sampling: SamplingConfig,
     max_new_tokens: int,
@@ -65,59 +44,46 @@ def generate(
 ) -> GenerationResult:
     """Continue ``prompt_ids`` by up to ``max_new_tokens``, ending early at a token of ``stop_ids``.
 
-    ``on_token`` is called with every token as it is made, the stop token excepted. UserError: see ``steps``.
+    ``on_token`` is called with every token as it is made, the stop token excepted. UserError on what the engine refuses
+    and on logits that are not finite.
     """
-    stops = frozenset(stop_ids)
+    request = Request(
+        prompt_ids=tuple(prompt_ids),
+        max_new_tokens=max_new_tokens,
+        sampling=sampling,
+        stop_ids=frozenset(stop_ids),
+        margins=True,
+    )
     result = GenerationResult()
-    for step in steps(session, prompt_ids, sampling, max_new_tokens):
-        result.top2_margins.append(step.margin)
-        if step.token in stops:
-            result.stop_token, result.finish_reason = step.token, "stop"
+    for event in answer(engine, request):
+        assert event.choice is not None and event.choice.margin is not None
+        result.top2_margins.append(event.choice.margin)
+        if event.finish_reason == "stop":
+            result.stop_token, result.finish_reason = event.choice.token, "stop"
             break
-        result.tokens.append(step.token)
+        result.tokens.append(event.choice.token)
         if on_token is not None:
-            on_token(step.token)
+            on_token(event.choice.token)
     return result
 
 
-def steps(session: Session, prompt_ids: Sequence[int], sampling: SamplingConfig, max_new_tokens: int) -> Iterator[Step]:
-    """``max_new_tokens`` steps of generation, made as they are asked for.
+def answer(engine: Engine, request: Request) -> Generator[Event, None, None]:
+    """The events of one request on an engine that serves nobody else; the iterator left early cancels it.
 
-    The session is reset for a request of len(prompt) + max_new_tokens, so with ``rescale: request`` one rotary base
-    serves it whole. UserError at once on an empty prompt, an id outside the vocabulary, or max_new_tokens below 1; on
-    the way, on logits that are not finite.
+    A length beyond the trained one is said on stderr. UserError at once on what the engine refuses, and on the way when
+    the model fails.
     """
-    prompt = check_ids("prompt", prompt_ids, session.config.vocab_size)
-    if not prompt:
-        raise UserError("prompt: it has no tokens; give some text, or --add-bos to begin from <_start>")
-    if max_new_tokens < 1:
-        raise UserError(f"max_new_tokens: must be at least 1, found {max_new_tokens}")
-    note_length(session.config, len(prompt) + max_new_tokens)
-    return _steps(session, prompt, sampling, max_new_tokens)
+    events = stream(engine, request)
+    note_length(engine.config, request.total)
+    return _without_errors(events)
 
 
-def _steps(session: Session, prompt: list[int], sampling: SamplingConfig, max_new_tokens: int) -> Iterator[Step]:
-    session.reset(total_len=len(prompt) + max_new_tokens)
-    seen = np.zeros(session.config.vocab_size, bool)
-    seen[prompt] = True
-    fresh = prompt
-    for position in range(len(prompt), len(prompt) + max_new_tokens):
-        logits = session.extend(fresh)
-        check_finite(logits, position - 1)
-        scores = penalise(logits, seen, sampling.repetition_penalty)
-        token = pick(scores, sampling, position)
-        yield Step(token, top2_margin(scores))
-        seen[token] = True
-        fresh = [token]
-
-
-def check_ids(name: str, ids: Sequence[int], vocab_size: int) -> list[int]:
-    """``ids`` as plain ints; UserError names the first that is not a token of the vocabulary and its place."""
-    checked = [int(token) for token in ids]
-    for place, token in enumerate(checked):
-        if not 0 <= token < vocab_size:
-            raise UserError(f"{name}: token id {token} at place {place} is outside the vocabulary of {vocab_size}")
-    return checked
+def _without_errors(events: Generator[Event, None, None]) -> Generator[Event, None, None]:
+    with closing(events):
+        for event in events:
+            if event.error is not None:
+                raise UserError(event.error)
+            yield event
 
 
 _noted: set[tuple[int, int, int]] = set()
@@ -137,21 +103,6 @@ def note_length(config: ModelConfig, length: int) -> None:
     )
 
 
-def text_stream(tokenizer: Any, context: Sequence[int] = ()) -> Any:
-    """Tokens in (``push``), text out; all pieces with the last (``flush``) add up to the decoding of all the tokens.
-
-    A character of several byte tokens is held back until it is whole; control tokens give no text. With ``context``
-    (the prompt's ids, for a continuation of raw text) the first word keeps the space that divides it from the prompt.
-    """
-    context = list(context)[-CONTEXT:]
-    stream = tokenizer.stream(skip_special=True)
-    # A prompt that ends inside a character is no context: its half would come out with the continuation.
-    if context and not tokenizer.decode(context, skip_special=True).endswith(REPLACEMENT):
-        for token in context:
-            stream.push(token)
-    return stream
-
-
 class Chat:
     """A conversation: history, system prompt, and a prompt kept within the model's length.
 
@@ -162,8 +113,7 @@ class Chat:
 
     def __init__(
         self,
-        session: Session,
-        tokenizer: Any,
+        engine: Engine,
         *,
         system: str | None = None,
         sampling: SamplingConfig | None = None,
@@ -174,17 +124,17 @@ class Chat:
 
         UserError when the tokenizer does not fit the model or the budget is below 3 tokens.
         """
-        check_vocabulary(tokenizer, session.config)
-        self.session, self.tokenizer = session, tokenizer
+        check_vocabulary(engine.tokenizer, engine.config)
+        self.engine, self.tokenizer, self.config = engine, engine.tokenizer, engine.config
         self.system = system
         self.sampling = sampling or SamplingConfig()
-        self.max_new_tokens = default_answer_length(session.config) if max_new_tokens is None else max_new_tokens
+        self.max_new_tokens = default_answer_length(self.config) if max_new_tokens is None else max_new_tokens
         self.add_bos = add_bos
         self.history: list[dict[str, str]] = []
-        self.stop_ids = turn_stops(tokenizer, session.config)
+        self.stop_ids = turn_stops(self.tokenizer, self.config)
         self.finish_reason: str | None = None  # of the last answer: stop | length | interrupted
         self._stopped = False
-        limit = session.config.max_seqlen
+        limit = self.config.max_seqlen
         if self.max_new_tokens < 1:
             raise UserError(f"max_new_tokens: must be at least 1, found {self.max_new_tokens}")
         self.budget = limit - self.max_new_tokens - 1
@@ -204,8 +154,14 @@ class Chat:
             raise UserError("question: it is empty")
         prompt = self._prompt(question)
         self._stopped = False
-        made = steps(self.session, prompt, self.sampling, self.max_new_tokens)
-        pieces = self._answer(question, made)
+        request = Request(
+            prompt_ids=tuple(prompt),
+            max_new_tokens=self.max_new_tokens,
+            sampling=self.sampling,
+            stop_ids=self.stop_ids,
+            text="answer",
+        )
+        pieces = self._answer(question, answer(self.engine, request))
         return pieces if stream else "".join(pieces)
 
     def stop(self) -> None:
@@ -216,28 +172,20 @@ class Chat:
         """Forget the turns; the system prompt stays."""
         self.history.clear()
 
-    def _answer(self, question: str, made: Iterator[Step]) -> Iterator[str]:
-        text = text_stream(self.tokenizer)
+    def _answer(self, question: str, events: Generator[Event, None, None]) -> Iterator[str]:
         told: list[str] = []
         self.finish_reason = "interrupted"
         failed = False
         try:
-            for step in made:
-                if step.token in self.stop_ids:
-                    self.finish_reason = "stop"
-                    break
-                piece = text.push(step.token)
-                if piece:
-                    told.append(piece)
-                    yield piece
-                if self._stopped:
-                    break
-            else:
-                self.finish_reason = "length"
-            piece = text.flush()
-            if piece:
-                told.append(piece)
-                yield piece
+            with closing(events):
+                for event in events:
+                    if event.text:
+                        told.append(event.text)
+                        yield event.text
+                    if event.finish_reason is not None:
+                        self.finish_reason = event.finish_reason
+                    elif self._stopped:
+                        break
         except Exception:
             failed = True
             raise
@@ -250,7 +198,7 @@ class Chat:
     def _prompt(self, question: str) -> list[int]:
         """Ids of the conversation with as many of the newest turns as the budget holds."""
         system = [] if self.system is None else [{"role": "system", "content": self.system}]
-        first = [self.session.config.bos_token_id] if self.add_bos else []
+        first = [self.config.bos_token_id] if self.add_bos else []
         asked = {"role": "user", "content": question}
         turns = self.history
         while True:

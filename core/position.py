@@ -55,14 +55,20 @@ def rope_tables(
     float64 for reference runs. ``config.table_dtype == "float16"`` reproduces the release's rounding:
     cos to float16, then times the scale, rounded to float16 again.
     """
+    cos, sin = _circle(config, positions, scaled_base(config, seq_len), dtype)
+    scale = attention_scale(config, seq_len)
+    return _scaled(cos, scale, config), _scaled(sin, scale, config)
+
+
+def _circle(config: ModelConfig, positions: np.ndarray, base: float, dtype: type) -> tuple[np.ndarray, np.ndarray]:
+    """cos, sin of a rotary base, without attention scale."""
     exponent = np.arange(0, config.head_dim, 2).astype(dtype) / dtype(config.head_dim)
     # Powers and cosines are taken in float64 and rounded once: the same bits on every processor, while the rounding
     # steps (power, reciprocal, angle) stay where the released float32 code has them.
-    period = (scaled_base(config, seq_len) ** exponent.astype(np.float64)).astype(dtype)
+    period = (base ** exponent.astype(np.float64)).astype(dtype)
     frequency = dtype(1) / period  # [D/2]
     angle = (np.asarray(positions).astype(dtype)[..., None] * frequency).astype(np.float64)
-    scale = attention_scale(config, seq_len)
-    return _scaled(np.cos(angle).astype(dtype), scale, config), _scaled(np.sin(angle).astype(dtype), scale, config)
+    return np.cos(angle).astype(dtype), np.sin(angle).astype(dtype)
 
 
 def xpos_scales(
@@ -81,8 +87,59 @@ def xpos_scales(
     return (zeta**power).astype(dtype), (zeta**-power).astype(dtype)
 
 
-def _scaled(table: np.ndarray, scale: float, config: ModelConfig) -> np.ndarray:
+class RotaryRows:
+    """Rows of ``rope_tables`` and ``xpos_scales``, bit for bit, for tokens that each have a length of their own.
+
+    Cosines are kept by rotary base: there are few bases, the base grows in powers of two. The attention scale, which
+    differs from length to length, is multiplied on afterwards, as there.
+    """
+
+    def __init__(self, config: ModelConfig, dtype: type = np.float32) -> None:
+        self._config, self._dtype = config, dtype
+        self._scalings: dict[int, tuple[float, float]] = {}
+        self._circles: dict[float, tuple[np.ndarray, np.ndarray]] = {}
+        self._decays: tuple[np.ndarray, ...] = ()
+
+    def scaling(self, seq_len: int) -> tuple[float, float]:
+        """Rotary base and attention scale of a row of ``seq_len`` tokens."""
+        if seq_len not in self._scalings:
+            if len(self._scalings) >= _MOST_LENGTHS:
+                self._scalings.clear()
+            self._scalings[seq_len] = scaled_base(self._config, seq_len), attention_scale(self._config, seq_len)
+        return self._scalings[seq_len]
+
+    def rows(self, positions: np.ndarray, seq_lens: np.ndarray) -> tuple[np.ndarray, ...]:
+        """cos, sin and, with xPos, the scales of queries and keys: each [N, D/2] for positions and lengths [N]."""
+        room = -(-(int(positions.max()) + 1) // _ROWS) * _ROWS
+        distinct, which = np.unique(seq_lens, return_inverse=True)
+        bases, scales = np.array([self.scaling(int(length)) for length in distinct]).T
+        if (bases == bases[0]).all():
+            found = [table[positions] for table in self._circle(float(bases[0]), room)]
+        else:
+            found = [np.empty((len(positions), self._config.head_dim // 2), self._dtype) for _ in range(2)]
+            for base in np.unique(bases):
+                mine = np.flatnonzero(bases[which] == base)
+                for out, table in zip(found, self._circle(float(base), room), strict=True):
+                    out[mine] = table[positions[mine]]
+        tables = [_scaled(table, scales[which][:, None], self._config) for table in found]
+        if self._config.position != "xpos":
+            return tuple(tables)
+        if not self._decays or len(self._decays[0]) < room:
+            self._decays = xpos_scales(self._config, np.arange(room), self._dtype) or ()
+        return *tables, *(table[positions] for table in self._decays)
+
+    def _circle(self, base: float, room: int) -> tuple[np.ndarray, np.ndarray]:
+        if base not in self._circles or len(self._circles[base][0]) < room:
+            self._circles[base] = _circle(self._config, np.arange(room), base, self._dtype)
+        return self._circles[base]
+
+
+_ROWS = 1024  # positions by which kept tables grow
+_MOST_LENGTHS = 4096  # whose scaling is kept
+
+
+def _scaled(table: np.ndarray, scale: float | np.ndarray, config: ModelConfig) -> np.ndarray:
     if config.table_dtype == "float16":
         rounded = table.astype(np.float16).astype(np.float32)
         return (rounded * np.float32(scale)).astype(np.float16).astype(table.dtype)
-    return table * table.dtype.type(scale)
+    return table * np.asarray(scale, table.dtype)

@@ -1,18 +1,24 @@
 """From logits to the next token, in numpy, written once: both backends turn the same logits into the same token.
 
-The rules are those of Hugging Face's generation, in its order: repetition penalty, temperature, top-k, top-p, draw.
-Everything after the model is float64, so no decision hangs on a framework's softmax.
+The rules are those of Hugging Face's generation, in its order: penalties, temperature, top-k, top-p, draw. Everything
+after the model is float64, so no decision hangs on a framework's softmax. A vocabulary is large and a step short: no
+rule sorts it whole, and greedy choosing copies nothing.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from core.errors import UserError
 from core.schema import from_mapping, option
+
+GROUPS = 1024  # parts of a vocabulary whose largest members bound the k-th largest of all from below
+BLOCK = 128  # neighbours that are summed before a draw looks at each
+AHEAD = 64  # random numbers made at once
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,11 +31,21 @@ class SamplingConfig:
     repetition_penalty: float = option(
         1.0, help="above 1 makes every token already in the prompt or the output less likely", above=0.0, max=1e6
     )
+    presence_penalty: float = option(
+        0.0, help="taken off the logit of every token in the output", min=-100.0, max=100.0
+    )
+    frequency_penalty: float = option(
+        0.0, help="taken off a token's logit for each time that it is in the output", min=-100.0, max=100.0
+    )
     seed: int = option(0, help="start of the random draws", min=0, max=2**64 - 1)
 
     @property
     def greedy(self) -> bool:
         return self.temperature == 0.0
+
+    @property
+    def penalises(self) -> bool:
+        return self.repetition_penalty != 1.0 or self.presence_penalty != 0.0 or self.frequency_penalty != 0.0
 
 
 def sampling_config(**values: Any) -> SamplingConfig:
@@ -37,90 +53,241 @@ def sampling_config(**values: Any) -> SamplingConfig:
     return from_mapping(SamplingConfig, values, "sampling")
 
 
-def penalise(logits: np.ndarray, seen: np.ndarray, penalty: float) -> np.ndarray:
-    """Repetition penalty: logits [V], ``seen`` bool [V] -> float64 [V].
+class Choice(NamedTuple):
+    """A token, and where asked for: how far its score was ahead of the next one's, its log-probability under the model
+    (before penalties and temperature), and the likeliest tokens with theirs."""
 
-    A seen token's logit is divided by the penalty when positive and multiplied when negative, once, however often the
-    token occurred.
+    token: int
+    margin: float | None = None
+    logprob: float | None = None
+    top: tuple[tuple[int, float], ...] = ()
+
+
+class Sampler:
+    """The choices of one sequence: its rules, its random numbers, and the tokens that its penalties act on."""
+
+    def __init__(
+        self,
+        config: SamplingConfig,
+        prompt: Sequence[int],
+        sample: int = 0,
+        bias: Mapping[int, float] | None = None,
+        margins: bool = False,
+        logprobs: int | None = None,
+    ) -> None:
+        """``sample``: which of several answers to one prompt; ``bias`` is added to logits by token id; ``margins``:
+        tell them; ``logprobs``: tell the chosen token's and those of so many likeliest ones."""
+        self.config, self.margins, self.logprobs = config, margins, logprobs
+        self._draws = Draws(config.seed, sample)
+        self._history = History(prompt) if config.penalises else None
+        self._bias = None
+        if bias:
+            self._bias = np.fromiter(bias.keys(), np.int64), np.fromiter(bias.values(), np.float64)
+
+    def choose(self, logits: np.ndarray, position: int) -> Choice:
+        """The token for ``position`` (its place in the sequence, prompt included) out of logits [V].
+
+        UserError when they are not finite.
+        """
+        check_finite(logits, position - 1)
+        config, scores = self.config, logits
+        if self._history is not None or self._bias is not None:
+            scores = adjust(logits, config, self._history, self._bias)
+        token = int(np.argmax(scores)) if config.greedy else draw(scores, config, self._draws.at(position))
+        if self._history is not None:
+            self._history.add(token)
+        margin = top2_margin(scores) if self.margins else None
+        if self.logprobs is None:
+            return Choice(token, margin)
+        return Choice(token, margin, *log_probabilities(logits, token, self.logprobs))
+
+
+class History:
+    """The tokens of a sequence, each id once: ``ids`` [n] and how often it is in the output, ``made`` [n]."""
+
+    def __init__(self, prompt: Sequence[int]) -> None:
+        ids = list(dict.fromkeys(prompt))
+        self._place = {token: place for place, token in enumerate(ids)}
+        self._ids = np.array(ids, np.int64)
+        self._made = np.zeros(len(ids))
+
+    def add(self, token: int) -> None:
+        """``token`` has joined the output."""
+        place = self._place.setdefault(token, len(self._place))
+        if place == len(self._ids):
+            more = max(64, place)
+            self._ids = np.concatenate((self._ids, np.zeros(more, np.int64)))
+            self._made = np.concatenate((self._made, np.zeros(more)))
+        self._ids[place] = token
+        self._made[place] += 1.0
+
+    @property
+    def ids(self) -> np.ndarray:
+        return self._ids[: len(self._place)]
+
+    @property
+    def made(self) -> np.ndarray:
+        return self._made[: len(self._place)]
+
+
+def adjust(
+    logits: np.ndarray,
+    config: SamplingConfig,
+    history: History | None = None,
+    bias: tuple[np.ndarray, np.ndarray] | None = None,
+) -> np.ndarray:
+    """Scores float64 [V] out of logits [V]: penalties of the tokens in ``history``, then ``bias`` (ids, values).
+
+    Repetition: a logit is divided by the penalty when positive and multiplied when negative, once, however often the
+    token occurred in prompt or output. Frequency and presence, of the output alone: minus frequency for each
+    occurrence, and minus presence once.
     """
     scores = np.asarray(logits).astype(np.float64)
-    if penalty != 1.0:
-        scores = np.where(seen, np.where(scores < 0.0, scores * penalty, scores / penalty), scores)
+    if history is not None:
+        ids = history.ids
+        values = scores[ids]
+        if config.repetition_penalty != 1.0:
+            penalty = config.repetition_penalty
+            values = np.where(values < 0.0, values * penalty, values / penalty)
+        made = history.made
+        scores[ids] = values - config.frequency_penalty * made - config.presence_penalty * (made > 0.0)
+    if bias is not None:
+        scores[bias[0]] += bias[1]
     return scores
 
 
-def keep_top_k(scores: np.ndarray, k: int) -> np.ndarray:
-    """-inf below the k-th largest score; tokens tied with it stay. float64 [V] -> float64 [V]."""
-    if k <= 0 or k >= scores.size:
-        return scores
-    kth = np.partition(scores, scores.size - k)[scores.size - k]
-    return np.where(scores < kth, -np.inf, scores)
+def largest(scores: np.ndarray, k: int) -> np.ndarray:
+    """Ids, ascending, of the k largest scores [V] and of all that are tied with the k-th."""
+    size = scores.size
+    if k >= size:
+        return np.arange(size)
+    rows = size // GROUPS
+    if rows > 1 and k <= GROUPS:
+        # k groups have a member at or above the k-th largest of the groups' largest, so the k-th of all is not below.
+        tops = scores[: rows * GROUPS].reshape(rows, GROUPS).max(0)
+        ids = np.flatnonzero(scores >= np.partition(tops, GROUPS - k)[GROUPS - k])
+        if ids.size == k:
+            return ids
+        values = scores[ids]
+        return ids[values >= np.partition(values, ids.size - k)[ids.size - k]]
+    return np.flatnonzero(scores >= np.partition(scores, size - k)[size - k])
 
 
-def keep_top_p(scores: np.ndarray, p: float) -> np.ndarray:
-    """-inf for the tail whose cumulative share, counted from the least likely, is at most 1 - p. [V] -> [V].
+def kept(scores: np.ndarray, config: SamplingConfig) -> tuple[np.ndarray | None, np.ndarray]:
+    """What is drawn from, out of scores [V]: ids, ascending (None: all), and their weights, not normalised.
 
-    The likeliest token always stays. Among equal scores the higher id counts as likelier (a stable ascending sort).
+    Top-k keeps tokens tied with the k-th. Top-p drops the tail whose cumulative share, counted from the least likely,
+    is at most 1 - p; the likeliest always stays, and among equal scores the higher id counts as likelier.
     """
-    if p >= 1.0:
-        return scores
-    order = np.argsort(scores, kind="stable")
-    remove = np.cumsum(_softmax(scores[order])) <= 1.0 - p
-    remove[-1] = False
-    kept = scores.copy()
-    kept[order[remove]] = -np.inf
-    return kept
-
-
-def probabilities(scores: np.ndarray, config: SamplingConfig) -> np.ndarray:
-    """The distribution drawn from, float64 [V], out of penalised scores [V]; temperature must be above 0."""
+    ids = None
+    scores = np.asarray(scores)
+    if 0 < config.top_k < scores.size:
+        ids = largest(scores, config.top_k)
+        scores = scores[ids]
     # The largest score is moved to 0 first: the same distribution, and a tiny temperature cannot overflow it.
+    scores = scores.astype(np.float64)
     with np.errstate(over="ignore"):
-        scaled = (scores - scores.max()) / config.temperature
-    return _softmax(keep_top_p(keep_top_k(scaled, config.top_k), config.top_p))
+        scores = (scores - scores.max()) / config.temperature
+    weights = np.exp(scores)
+    if config.top_p >= 1.0:
+        return ids, weights
+    within = _nucleus(scores, weights, config.top_p)
+    return within if ids is None else ids[within], weights[within]
 
 
-def uniform(seed: int, position: int) -> float:
-    """The random number in [0, 1) that belongs to (seed, position), the same on every platform and in any order.
+def _nucleus(scores: np.ndarray, weights: np.ndarray, p: float) -> np.ndarray:
+    """Ids, ascending, that top-p keeps. The likeliest few hold the share nearly always, so only they are sorted."""
+    total = weights.sum()
+    for few in (GROUPS // 16, GROUPS, scores.size):
+        ids = largest(scores, few)
+        share = weights[ids] / total
+        inside = share.sum()
+        if inside >= p or few >= scores.size:
+            break
+    order = np.argsort(scores[ids], kind="stable")
+    below = 0.0 if ids.size == scores.size else 1.0 - inside
+    stays = below + np.cumsum(share[order]) > 1.0 - p
+    stays[-1] = True
+    return np.sort(ids[order[stays]])
 
-    Philox4x64-10 with the seed as key and the position as counter; the first 53 bits of the first word.
+
+def draw(scores: np.ndarray, config: SamplingConfig, u: float) -> int:
+    """The inverse of the cumulative distribution at ``u`` in [0, 1), out of scores [V]; temperature above 0."""
+    ids, weights = kept(scores, config)
+    place = _inverse(weights, u)
+    return place if ids is None else int(ids[place])
+
+
+def _inverse(weights: np.ndarray, u: float) -> int:
+    """The first place whose cumulative weight reaches beyond ``u`` of the whole; never one of weight 0."""
+    whole = weights.size // BLOCK * BLOCK
+    sums = np.concatenate((weights[:whole].reshape(-1, BLOCK).sum(1), weights[whole:].sum(keepdims=True)))
+    ends = np.cumsum(sums)
+    target = u * ends[-1]
+    block = min(int(np.searchsorted(ends, target, side="right")), int(np.searchsorted(ends, ends[-1])))
+    inside = np.cumsum(weights[block * BLOCK : (block + 1) * BLOCK])
+    target -= ends[block - 1] if block else 0.0
+    place = min(int(np.searchsorted(inside, target, side="right")), int(np.searchsorted(inside, inside[-1])))
+    return block * BLOCK + place
+
+
+def uniform(seed: int, position: int, sample: int = 0) -> float:
+    """The random number in [0, 1) that belongs to (seed, position, sample), the same on every platform, in any order.
+
+    Philox4x64-10 with the seed as key and (position, sample) as counter; the first 53 bits of the first word.
     """
-    word = np.random.Philox(key=seed, counter=[position, 0, 0, 0]).random_raw()
+    return _fraction(np.random.Philox(key=seed, counter=[position, sample, 0, 0]).random_raw())
+
+
+def _fraction(word: int) -> float:
     return (int(word) >> 11) * 2.0**-53
 
 
-def pick(scores: np.ndarray, config: SamplingConfig, position: int) -> int:
-    """The next token out of penalised scores [V]. ``position`` is its place in the whole sequence, prompt included.
+class Draws:
+    """``uniform`` of one seed and sample, cheap for positions that follow each other."""
 
-    Greedy takes the first maximum; otherwise the inverse of the cumulative distribution at ``uniform``.
-    """
-    if config.greedy:
-        return int(np.argmax(scores))
-    cumulative = np.cumsum(probabilities(scores, config))
-    target = uniform(config.seed, position) * cumulative[-1]
-    # The first token whose share reaches beyond the target: a token of share 0 can never be it.
-    token = int(np.searchsorted(cumulative, target, side="right"))
-    return min(token, int(np.searchsorted(cumulative, cumulative[-1], side="left")))
+    def __init__(self, seed: int, sample: int) -> None:
+        self._seed, self._sample = seed, sample
+        self._first = 0
+        self._words = np.empty(0, np.uint64)
+
+    def at(self, position: int) -> float:
+        place = position - self._first
+        if not 0 <= place < self._words.size:
+            made = np.random.Philox(key=self._seed, counter=[position, self._sample, 0, 0])
+            # A position is a block of four words, of which the first is taken.
+            self._first, place = position, 0
+            self._words = made.random_raw(4 * AHEAD)[::4]
+        return _fraction(self._words[place])
+
+
+def log_probabilities(logits: np.ndarray, token: int, top: int) -> tuple[float, tuple[tuple[int, float], ...]]:
+    """log softmax(logits)[token], and (id, log-probability) of the ``top`` likeliest, likeliest first, the lower id
+    first among equals; float64."""
+    wide = np.asarray(logits).astype(np.float64)
+    most = wide.max()
+    log_sum = float(most + np.log(np.exp(wide - most).sum()))
+    ids = largest(wide, top) if top else np.empty(0, np.int64)
+    order = np.lexsort((ids, -wide[ids]))[:top]
+    return float(wide[token]) - log_sum, tuple((int(i), float(wide[i]) - log_sum) for i in ids[order])
 
 
 def top2_margin(scores: np.ndarray) -> float:
     """Largest minus second largest score: how far a greedy choice was from being another one."""
     if scores.size < 2:
         return float("inf")
-    second, first = np.partition(scores, scores.size - 2)[-2:]
-    return float(first - second)
+    first = int(np.argmax(scores))
+    others = (part.max() for part in (scores[:first], scores[first + 1 :]) if part.size)
+    return float(scores[first]) - float(max(others))
 
 
 def check_finite(logits: np.ndarray, position: int) -> None:
     """UserError when the model gave NaN or infinity: choosing among them would look like an answer."""
+    # NaN is the smallest and the largest of an array that has one.
+    if np.isfinite(logits.min()) and np.isfinite(logits.max()):
+        return
     bad = int(np.count_nonzero(~np.isfinite(logits)))
-    if bad:
-        raise UserError(
-            f"logits: {bad} of {logits.size} are not finite at position {position}; the weights are damaged or the "
-            "precision overflows: verify the checkpoint, or try --precision fp32"
-        )
-
-
-def _softmax(scores: np.ndarray) -> np.ndarray:
-    exponent = np.exp(scores - scores.max())
-    return exponent / exponent.sum()
+    raise UserError(
+        f"logits: {bad} of {logits.size} are not finite at position {position}; the weights are damaged or the "
+        "precision overflows: verify the checkpoint, or try --precision fp32"
+    )

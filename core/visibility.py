@@ -44,6 +44,13 @@ def causal_ranges(num_queries: int, num_keys: int, doc_ids: np.ndarray | None = 
     return KeyRanges(np.stack((first, np.broadcast_to(last, first.shape)), -1).astype(np.int32), num_keys, "documents")
 
 
+def single_ranges(lengths: np.ndarray) -> KeyRanges:
+    """One query a row, each of which sees the first ``lengths`` [B] of as many keys as the longest row has."""
+    longest = int(lengths.max())
+    ranges = np.stack((np.zeros_like(lengths), lengths), -1)[:, None].astype(np.int32)
+    return KeyRanges(ranges, longest, "full" if (lengths == longest).all() else "ranges")
+
+
 class Block(NamedTuple):
     """Queries [first, last) against keys [0, keys). ``visible`` is bool [B or 1, last - first, keys], None when all
     keys are visible."""

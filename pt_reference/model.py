@@ -112,24 +112,9 @@ class Embedding(nn.Module):
         return ops.embedding(self.weight, input_ids).to(self.residual)
 
 
-class KeyValueCache:
-    """Rotated keys and values of one layer, [B, capacity, K, D], filled up to ``length``."""
-
-    def __init__(self, batch: int, capacity: int, config: ModelConfig, dtype: torch.dtype) -> None:
-        shape = (batch, capacity, config.num_kv_heads, config.head_dim)
-        self.k, self.v = (torch.zeros(shape, dtype=dtype, device=ops.device()) for _ in "kv")
-        self.length = 0
-
-    def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Store the new positions and return all keys and values so far."""
-        end = self.length + k.shape[1]
-        self.k[:, self.length : end], self.v[:, self.length : end] = k, v
-        self.length = end
-        return self.k[:, :end], self.v[:, :end]
-
-
 class Attention(nn.Module):
-    """``core`` is what q, k and v meet in; a layout may put one there that spans several processes."""
+    """``core`` is what q, k and v meet in; a layout may put one there that spans several processes, generation one that
+    keeps k and v."""
 
     def __init__(self, shapes: Shapes, head_dim: int, dtypes: Dtypes, recompute: str) -> None:
         super().__init__()
@@ -138,12 +123,10 @@ class Attention(nn.Module):
         self.mask: Tensor | None = None  # [H * D], over heads
         self.q, self.k, self.v, self.o = (Linear(f"attn.{name}", shapes, dtypes) for name in "qkvo")
 
-    def forward(self, x: Tensor, rope: Rope, blocks: ops.Visible, cache: KeyValueCache | None) -> Tensor:
+    def forward(self, x: Tensor, rope: Rope, blocks: ops.Visible) -> Tensor:
         B, S, _ = x.shape
-        q, k, v = (linear(x).view(B, S, -1, self.head_dim) for linear in (self.q, self.k, self.v))
+        q, k, v = (part.view(B, S, -1, self.head_dim) for part in ops.linears(x, self.q, self.k, self.v))
         q, k = ops.rope_qk(q, k, *rope)
-        if cache is not None:
-            k, v = cache.append(k, v)
         if self.recompute_core and self.training:
             out = checkpoint(self.core, q, k, v, blocks, use_reentrant=False)
         else:
@@ -165,7 +148,7 @@ class FeedForward(nn.Module):
         if self.gate is None:
             core, inputs = ops.gelu, (self.up(x),)
         else:
-            core, inputs = ops.swiglu, (self.gate(x), self.up(x), self.stat)
+            core, inputs = ops.swiglu, (*ops.linears(x, self.gate, self.up), self.stat)
         if self.recompute_core and self.training:
             return self.down(masked(checkpoint(core, *inputs, use_reentrant=False), self.mask))
         return self.down(masked(core(*inputs), self.mask))
@@ -183,10 +166,10 @@ class DecoderBlock(nn.Module):
         self.ffn_norm = Norm("ffn_norm", shapes, config, dtypes)
         self.ffn = FeedForward(shapes, dtypes, recompute)
 
-    def forward(self, x: Tensor, rope: Rope, blocks: ops.Visible, cache: KeyValueCache | None) -> Tensor:
-        branch = self.attn(self.attn_norm(x), rope, blocks, cache)
+    def forward(self, x: Tensor, rope: Rope, blocks: ops.Visible) -> Tensor:
+        branch = self.attn(self.attn_norm(x), rope, blocks)
         normed, stream = self.ffn_norm.after_sum(branch, x)
-        out = stream + self.ffn(normed).to(self.residual)
+        out = ops.add(stream, self.ffn(normed))
         return out if self.mask is None else multiplied(out, self.mask) + multiplied(x, 1.0 - self.mask)
 
 
@@ -231,22 +214,24 @@ class Decoder(nn.Module):
         x: Tensor,
         rope: Rope,
         blocks: ops.Visible,
-        caches: list[KeyValueCache] | None = None,
+        wanted: Tensor | None = None,
     ) -> Tensor:
         """Ids [B, S], ``rope`` tables, ``ops.attention_blocks`` -> logits [B, S, V] in the ``compute`` dtype.
 
-        A part of the model takes a hidden state [B, S, E] instead of ids, or returns one.
+        A part of the model takes a hidden state [B, S, E] instead of ids, or returns one. ``wanted`` int32 [W]: of the
+        positions 0 .. S-1 only these have their logits computed.
         """
         if self.first:
             x = multiplied(self.embed(x), self.config.input_mult)  # [B, S, E]
-        for i, layer in enumerate(self.layers.values()):
-            cache = caches[i] if caches is not None else None
+        for layer in self.layers.values():
             if self.recompute == "full" and self.training:
-                x = checkpoint(layer, x, rope, blocks, cache, use_reentrant=False)
+                x = checkpoint(layer, x, rope, blocks, use_reentrant=False)
             else:
-                x = layer(x, rope, blocks, cache)
+                x = layer(x, rope, blocks)
         if not self.last:
             return x
+        if wanted is not None:
+            x = ops.positions(x, wanted)
         x = self.norm(x)
         logits = self.head(x) if self.head is not None else ops.linear(x, self.embed.weight, None, self.dtypes.compute)
         logits = multiplied(logits, self.config.logit_mult)

@@ -6,14 +6,18 @@ Shapes: B batch, S queries, T keys, H heads, K kv heads, D head dim.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from core.runner import Step
 from core.visibility import Block, KeyRanges, block_ranges, causal_blocks, causal_ranges, mask_ranges
 from kernels import pytorch as kernels
+from kernels import torch_paged
 from kernels.pytorch import (
+    add,
     add_bias,
     add_rms_norm,
     cross_entropy,
@@ -26,8 +30,11 @@ from kernels.pytorch import (
     rope_qk,
     swiglu,
 )
+from kernels.torch_paged import Pages, page_dtype, paged_attention
 
 __all__ = [
+    "Pages",
+    "add",
     "add_bias",
     "add_rms_norm",
     "attention",
@@ -42,8 +49,13 @@ __all__ = [
     "hidden_keys",
     "layer_norm",
     "linear",
+    "linears",
     "masked_blocks",
     "merge_blocks",
+    "page_dtype",
+    "paged_attention",
+    "place_pages",
+    "positions",
     "rms_norm",
     "rope_qk",
     "shard_gradient",
@@ -72,6 +84,21 @@ def attention_blocks(num_queries: int, num_keys: int, doc_ids: np.ndarray | None
     if doc_ids is None and num_queries == num_keys:
         return [Block(0, num_queries, num_keys, None)]
     return masked_blocks(causal_blocks(num_queries, num_keys, doc_ids), num_queries, num_keys)
+
+
+def place_pages(step: Step, page_size: int, dtype: torch.dtype) -> Pages:
+    """Where keys and values, in ``dtype``, of one step of generation go and lie, as ``paged_attention`` takes it."""
+    return torch_paged.place(step, page_size, dtype, device())
+
+
+def linears(x: Tensor, *layers: Any) -> tuple[Tensor, ...]:
+    """What each of several linear layers makes of x."""
+    return tuple(layer(x) for layer in layers)
+
+
+def positions(x: Tensor, wanted: Tensor) -> Tensor:
+    """x [1, S, E] -> the rows ``wanted`` int32 [W] of it, [1, W, E]."""
+    return x.index_select(1, wanted)
 
 
 def masked_blocks(blocks: Iterable[Block], num_queries: int, num_keys: int) -> Visible:

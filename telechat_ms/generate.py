@@ -1,55 +1,63 @@
-"""Incremental decoding of one sequence with a key/value cache."""
+"""The engine's side of this backend: one pass of the model over the new tokens of several sequences."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
+import mindspore as ms
 import numpy as np
 from mindspore import Tensor
 
 from core.config import ModelConfig
+from core.pages import PAGE_SIZE
+from core.position import RotaryRows
+from core.quantize import Int8Matrix
+from core.runner import Step
 from telechat_ms import ops
-from telechat_ms.model import Decoder, KeyValueCache, to_numpy
+from telechat_ms.collectives import broadcast
+from telechat_ms.inference_parallel import spread
+from telechat_ms.mesh import Mesh
+from telechat_ms.model import Decoder, to_numpy
+from telechat_ms.paged_attention import apply_paged_attention
+from telechat_ms.parallelize import parallelize
+from telechat_ms.weights import load_weights
 
 
-class Session:
-    """One growing sequence. The cache holds rotated keys, so the rotary base must not move under it.
-
-    ``rescale="request"`` fixes base and attention scale from the planned final length given to ``reset``;
-    ``rescale="step"`` takes them from the length at each step, while cached keys keep the old
-    ones, as in the released code.
-    """
+class Runner:
+    """core.runner.Runner on the device of this process."""
 
     def __init__(
         self,
         config: ModelConfig,
-        get: Callable[[str], np.ndarray],
+        get: Callable[[str], np.ndarray | Int8Matrix],
+        num_pages: int,
         precision: str = "fp32",
-        max_len: int | None = None,
-        rescale: str = "request",
+        page_size: int = PAGE_SIZE,
+        mesh: Mesh | None = None,
     ) -> None:
-        self.config, self.rescale = config, rescale
-        self.model = Decoder(config, precision).set_train(False)
-        self.model.load_weights(get)
-        self._capacity = max_len or config.max_seqlen
-        self.reset()
+        """Weights come from ``get(name)``, one at a time, as they are or in 8 bits (core.quantize); ``num_pages`` as
+        core.pages.PagePool counts them. With ``mesh`` this rank holds its part of the model (core.sharding.chunk_table)
+        and all ranks make the same steps; ``get`` gives the part."""
+        self.config, self.num_pages, self.page_size = config, num_pages, page_size
+        self.mesh = mesh
+        if mesh is None:
+            self.model = Decoder(config, precision)
+        else:
+            (self.model,), _ = parallelize(config, mesh, precision)
+        self.model.set_train(False)
+        load_weights(self.model, get)
+        apply_paged_attention(self.model, num_pages, page_size)
+        self._rows = RotaryRows(config, np.float64 if self.model.dtypes.stat == ms.float64 else np.float32)
 
-    def reset(self, total_len: int | None = None) -> None:
-        """Forget the sequence. ``total_len``: tokens that prompt and answer may reach together."""
-        self.length = 0
-        self._total_len = total_len or self._capacity
-        self._capacity = max(self._capacity, self._total_len)
-        compute = self.model.dtypes.compute
-        self._caches = [KeyValueCache(1, self._capacity, self.config, compute) for _ in range(self.config.num_layers)]
+    def run(self, step: Step) -> np.ndarray:
+        """Store keys and values of the new tokens; logits [W, V] float32 of the wanted ones."""
+        rope = tuple(Tensor(table[None, :, None]) for table in self._rows.rows(step.positions, step.scaling_lengths))
+        pages = ops.place_pages(step, self.page_size, self.model.dtypes.compute)
+        wanted = None if step.wants_all else Tensor(step.wanted)
+        if self.mesh is None:
+            return to_numpy(self.model(Tensor(step.ids[None]), rope, pages, wanted))[0]
+        return to_numpy(spread(self.model, self.mesh, Tensor(step.ids[None]), rope, pages, wanted, len(step.wanted)))
 
-    def extend(self, ids: Sequence[int]) -> np.ndarray:
-        """Append tokens; logits [V] float32 for the token after the last of them."""
-        end = self.length + len(ids)
-        if end > self._capacity:
-            raise ValueError(f"{end} tokens do not fit a cache of {self._capacity}; reset with a larger total_len")
-        positions = np.arange(self.length, end)[None]
-        rope = self.model.rope(positions, end if self.rescale == "step" else self._total_len)
-        blocks = ops.attention_blocks(len(ids), end, None)
-        logits = self.model(Tensor(np.array([list(ids)], np.int32)), rope, blocks, self._caches)
-        self.length = end
-        return to_numpy(logits[0, -1])
+    def share(self, words: np.ndarray) -> np.ndarray:
+        """The int32 words of rank 0, on every rank."""
+        return words if self.mesh is None else broadcast(Tensor(words), self.mesh.world, 0).asnumpy()

@@ -111,24 +111,9 @@ class Embedding(nn.Cell):
         return ops.embedding(self.weight, input_ids).astype(self.residual)
 
 
-class KeyValueCache:
-    """Rotated keys and values of one layer, [B, capacity, K, D], filled up to ``length``."""
-
-    def __init__(self, batch: int, capacity: int, config: ModelConfig, dtype: ms.Type) -> None:
-        shape = (batch, capacity, config.num_kv_heads, config.head_dim)
-        self.k, self.v, self.length = ms.mint.zeros(shape, dtype=dtype), ms.mint.zeros(shape, dtype=dtype), 0
-
-    def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Store the new positions and return all keys and values so far."""
-        end = self.length + k.shape[1]
-        ops.write_positions(self.k, k, self.length)
-        ops.write_positions(self.v, v, self.length)
-        self.length = end
-        return self.k[:, :end], self.v[:, :end]
-
-
 class Attention(nn.Cell):
-    """``core`` is what q, k and v meet in; a layout may put one there that spans several processes."""
+    """``core`` is what q, k and v meet in; a layout may put one there that spans several processes, generation one that
+    keeps k and v."""
 
     def __init__(self, shapes: Shapes, head_dim: int, dtypes: Dtypes, recompute: str) -> None:
         super().__init__()
@@ -137,13 +122,10 @@ class Attention(nn.Cell):
         self.mask: Tensor | None = None  # [H * D], over heads
         self.q, self.k, self.v, self.o = (Linear(f"attn.{name}", shapes, dtypes) for name in "qkvo")
 
-    def construct(self, x: Tensor, rope: Rope, blocks: ops.Visible, cache: KeyValueCache | None) -> Tensor:
+    def construct(self, x: Tensor, rope: Rope, blocks: ops.Visible) -> Tensor:
         B, S, _ = x.shape
-        q, k = (project(x).reshape(B, S, -1, self.head_dim) for project in (self.q, self.k))
+        q, k, v = (part.reshape(B, S, -1, self.head_dim) for part in ops.linears(x, self.q, self.k, self.v))
         q, k = ops.rope_qk(q, k, *rope)
-        v = self.v(x).reshape(B, S, -1, self.head_dim)
-        if cache is not None:
-            k, v = cache.append(k, v)
         if self.recompute_core and self.training:
             out = autograd.recompute(self.core, q, k, v, blocks)
         else:
@@ -165,7 +147,7 @@ class FeedForward(nn.Cell):
         if self.gate is None:
             core, inputs = ops.gelu, (self.up(x),)
         else:
-            core, inputs = ops.swiglu, (self.gate(x), self.up(x), self.stat)
+            core, inputs = ops.swiglu, (*ops.linears(x, self.gate, self.up), self.stat)
         if self.recompute_core and self.training:
             return self.down(masked(autograd.recompute(core, *inputs), self.mask))
         return self.down(masked(core(*inputs), self.mask))
@@ -183,10 +165,10 @@ class DecoderBlock(nn.Cell):
         self.ffn_norm = Norm("ffn_norm", shapes, config, dtypes)
         self.ffn = FeedForward(shapes, dtypes, recompute)
 
-    def construct(self, x: Tensor, rope: Rope, blocks: ops.Visible, cache: KeyValueCache | None) -> Tensor:
-        branch = self.attn(self.attn_norm(x), rope, blocks, cache)
+    def construct(self, x: Tensor, rope: Rope, blocks: ops.Visible) -> Tensor:
+        branch = self.attn(self.attn_norm(x), rope, blocks)
         normed, stream = self.ffn_norm.after_sum(branch, x)
-        out = stream + self.ffn(normed).astype(self.residual)
+        out = ops.add(stream, self.ffn(normed))
         return out if self.mask is None else multiplied(out, self.mask) + multiplied(x, 1.0 - self.mask)
 
 
@@ -231,22 +213,24 @@ class Decoder(nn.Cell):
         x: Tensor,
         rope: Rope,
         blocks: ops.Visible,
-        caches: list[KeyValueCache] | None = None,
+        wanted: Tensor | None = None,
     ) -> Tensor:
         """Ids [B, S], ``rope`` tables, ``ops.attention_blocks`` -> logits [B, S, V] in the ``stat`` dtype.
 
-        A part of the model takes a hidden state [B, S, E] instead of ids, or returns one.
+        A part of the model takes a hidden state [B, S, E] instead of ids, or returns one. ``wanted`` int32 [W]: of the
+        positions 0 .. S-1 only these have their logits computed.
         """
         if self.first:
             x = multiplied(self.embed(x), self.config.input_mult)  # [B, S, E]
-        for i, layer in enumerate(self.layers.values()):
-            cache = caches[i] if caches is not None else None
+        for layer in self.layers.values():
             if self.recompute == "full" and self.training:
-                x = autograd.recompute(layer, x, rope, blocks, cache)
+                x = autograd.recompute(layer, x, rope, blocks)
             else:
-                x = layer(x, rope, blocks, cache)
+                x = layer(x, rope, blocks)
         if not self.last:
             return x
+        if wanted is not None:
+            x = ops.positions(x, wanted)
         x = self.norm(x)
         logits = self.head(x) if self.head is not None else ops.linear(x, self.embed.weight, None, self.dtypes.compute)
         logits = multiplied(logits.astype(self.dtypes.stat), self.config.logit_mult)

@@ -6,16 +6,20 @@ Shapes: B batch, S queries, T keys, H heads, K kv heads, D head dim, E hidden.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import mindspore as ms
 import numpy as np
 from mindspore import Tensor, ops
 
+from core.runner import Step
 from core.visibility import Block, KeyRanges, block_ranges, causal_blocks, causal_ranges, mask_ranges
 from kernels import mindspore as kernels
 from kernels import mindspore_composite as composite
+from kernels import mindspore_paged
 from kernels.mindspore import (
     Keys,
+    add,
     add_rms_norm,
     cross_entropy,
     described,
@@ -26,12 +30,14 @@ from kernels.mindspore import (
     rms_norm,
     rope_qk,
     swiglu,
-    write_positions,
 )
 from kernels.mindspore_composite import accurate, add_bias, operand, total
+from kernels.mindspore_paged import Pages, page_dtype, paged_attention
 
 __all__ = [
+    "Pages",
     "accurate",
+    "add",
     "add_bias",
     "add_rms_norm",
     "attention",
@@ -45,16 +51,20 @@ __all__ = [
     "hidden_keys",
     "layer_norm",
     "linear",
+    "linears",
     "masked_blocks",
     "merge_blocks",
     "operand",
+    "page_dtype",
+    "paged_attention",
+    "place_pages",
+    "positions",
     "rms_norm",
     "rope_qk",
     "shard_gradient",
     "shard_statistics",
     "swiglu",
     "total",
-    "write_positions",
 ]
 
 Visible = Keys | list[Block]  # what queries see, as the attention that serves wants it
@@ -66,6 +76,22 @@ def attention_blocks(num_queries: int, num_keys: int, doc_ids: np.ndarray | None
     """Causal visibility inside documents in the form that ``attention`` takes, once a forward pass."""
     keys = kernels.keys_on_device(causal_ranges(num_queries, num_keys, doc_ids))
     return _masked(causal_blocks(num_queries, num_keys, doc_ids)) if keys is None else keys
+
+
+def place_pages(step: Step, page_size: int, dtype: ms.Type) -> Pages:
+    """Where keys and values, in ``dtype``, of one step of generation go and lie, as ``paged_attention`` takes it."""
+    return mindspore_paged.place(step, page_size, dtype)
+
+
+def linears(x: Tensor, *layers: Any) -> tuple[Tensor, ...]:
+    """What each of several linear layers makes of x; of few rows in one call where an operator does that."""
+    found = kernels.few_rows(x, [(layer.weight, layer.bias) for layer in layers], layers[0].compute)
+    return tuple(layer(x) for layer in layers) if found is None else found
+
+
+def positions(x: Tensor, wanted: Tensor) -> Tensor:
+    """x [1, S, E] -> the rows ``wanted`` int32 [W] of it, [1, W, E]."""
+    return kernels.embedding(x[0], wanted)[None]
 
 
 def masked_blocks(blocks: Iterable[Block], num_queries: int, num_keys: int) -> Visible:

@@ -56,10 +56,8 @@ def run(args: argparse.Namespace) -> int:
     model = load_model(args, "chat")
     if args.max_new_tokens is None:
         args.max_new_tokens = default_answer_length(model.config)
-    session = model.session(max_len=model.config.max_seqlen)
     chat = Chat(
-        session,
-        model.tokenizer,
+        model.engine(model.config.max_seqlen),
         system=args.system,
         sampling=sampling,
         max_new_tokens=args.max_new_tokens,

@@ -23,10 +23,12 @@ from core.data.prepare import pack_dialogues, pack_text, read_texts
 from core.data.rows import detect_kind, find_inputs
 from core.data.tokenizer import Tokenizer, load_tokenizer
 from core.data.tokenizer_training import train_tokenizer
+from core.engine import Engine
 from core.errors import UserError
 from core.generation import generate
 from core.launch import launch
 from core.metrics import Row, plot_losses, read_metrics
+from core.pages import pool_size
 from core.parity import Bound, compare_traces
 from core.parity_report import ParityReport, write_report
 from core.sampling import sampling_config
@@ -197,9 +199,9 @@ def continuations(model: Path, tokenizer: Tokenizer, prompt: np.ndarray) -> int:
     print(f"   prompt  {tokenizer.decode(ids)!r}")
     made = []
     for name in ("ms", "pt"):
-        session = backends.load(name, "generate").Session(source.config, source.tensor, max_len=len(ids) + ANSWER)
+        runner = backends.load(name, "generate").Runner(source.config, source.tensor, pool_size(len(ids) + ANSWER))
         # A penalty, because a model this small would otherwise repeat one token.
-        made.append(generate(session, ids, sampling_config(repetition_penalty=1.2), ANSWER))
+        made.append(generate(Engine(runner), ids, sampling_config(repetition_penalty=1.2), ANSWER))
         print(f"{backends.TITLES[name]:>10}  {tokenizer.decode(made[-1].tokens)!r}")
     pairs = list(zip(made[0].tokens, made[1].tokens, strict=True))
     differing = [i for i, (a, b) in enumerate(pairs) if a != b]

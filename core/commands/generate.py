@@ -3,24 +3,38 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import json
+import shutil
 import sys
+import tempfile
+import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from core import backends
 from core.config import PRECISIONS, ModelConfig
 from core.data.control import CONTROL_CHOICES
 from core.errors import UserError
+from core.pages import pool_size
+from core.quantize import QUANTIZATIONS, quantizing
 from core.sampling import SamplingConfig, sampling_config
+
+if TYPE_CHECKING:
+    from core.engine import Engine
+    from core.layout import Layout
+    from core.requests import Event, Request
 
 EPILOG = """\
 examples:
   tele generate --backend pt --checkpoint runs/first --prompt "Once upon a time"
   tele generate --backend ms --checkpoint model --chat --prompt-file question.txt --temperature 0.7 --top-p 0.9
   tele generate --backend pt --checkpoint model --ids 4,96343,5 --max-new-tokens 20 --json
+  tele generate --backend pt --checkpoint model --prompt "1. " --temperature 0.8 --samples 3 --stop "2."
+  tele generate --backend ms --checkpoint model --prompt "Once upon a time" --layout tp2.pp2
 """
 
 
@@ -38,10 +52,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--allow-control", action="store_true", help="read control tokens, as <_user>, in the prompt's text"
     )
     parser.add_argument("--ignore-eos", action="store_true", help="go on past the end token")
+    parser.add_argument(
+        "--stop", action="append", default=[], metavar="TEXT", help="end before this text; may be given several times"
+    )
+    parser.add_argument(
+        "--samples", type=int, default=1, metavar="N", help="answers to draw (1); not streamed if several"
+    )
+    parser.add_argument(
+        "--logprobs", type=int, metavar="N", help="with --json: log-probabilities, and of the N likeliest"
+    )
     add_sampling_arguments(parser)
     parser.add_argument(
         "--stream", action=argparse.BooleanOptionalAction, default=True, help="print the text as it is made (default)"
     )
+    parser.add_argument("--layout", metavar="TEXT", help="share the model over processes, e.g. tp2 or tp2.pp2")
+    parser.add_argument("--nproc", type=int, metavar="N", help="processes (default: as many as the layout needs)")
     parser.add_argument("--json", action="store_true", help="print one JSON object: ids, text, margins, finish_reason")
 
 
@@ -54,6 +79,12 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tokenizer", metavar="PATH", help="tokenizer.model (default: the one beside the checkpoint)")
     parser.add_argument("--control", default="chat", choices=CONTROL_CHOICES, help="which control tokens text may name")
     parser.add_argument("--precision", default="fp32", choices=PRECISIONS, help="arithmetic (fp32)")
+    parser.add_argument(
+        "--quantize",
+        default="none",
+        choices=QUANTIZATIONS,
+        help="keep the matrices of linear layers in 8 bits, a factor for each output",
+    )
     parser.add_argument(
         "--rescale",
         default="request",
@@ -70,6 +101,12 @@ def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--top-k", type=int, metavar="K", help="draw from the K likeliest tokens")
     parser.add_argument("--top-p", type=float, metavar="P", help="draw from the likeliest tokens holding this share")
     parser.add_argument("--repetition-penalty", type=float, default=1.0, metavar="R", help="above 1: less repetition")
+    parser.add_argument(
+        "--presence-penalty", type=float, default=0.0, metavar="R", help="taken off the logit of what was written"
+    )
+    parser.add_argument(
+        "--frequency-penalty", type=float, default=0.0, metavar="R", help="the same, for each time that it was"
+    )
     parser.add_argument("--seed", type=int, default=0, help="of the draws (0)")
     parser.add_argument("--greedy", action="store_true", help="take the likeliest token (the default, said aloud)")
 
@@ -84,23 +121,37 @@ def sampling_from(args: argparse.Namespace) -> SamplingConfig:
         name = next(iter(given)).replace("_", "-")
         raise UserError(f"--{name}: acts only on drawing; add --temperature, e.g. --temperature 0.7")
     return sampling_config(
-        temperature=args.temperature or 0.0, repetition_penalty=args.repetition_penalty, seed=args.seed, **given
+        temperature=args.temperature or 0.0,
+        repetition_penalty=args.repetition_penalty,
+        presence_penalty=args.presence_penalty,
+        frequency_penalty=args.frequency_penalty,
+        seed=args.seed,
+        **given,
     )
 
 
 @dataclasses.dataclass
 class Loaded:
-    """A checkpoint made ready: its configuration, its tokenizer if any, and how to open a session on it."""
+    """A checkpoint made ready: its configuration, its tokenizer if any, and how to open an engine on it."""
 
     args: argparse.Namespace
     source: Any
     config: ModelConfig
     tokenizer: Any | None
 
-    def session(self, max_len: int | None = None) -> Any:
-        """The backend's Session with the weights in it; ``max_len`` sizes its cache."""
+    def engine(self, max_len: int, samples: int = 1) -> Engine:
+        """An engine on the backend with the weights in it, whose cache holds ``samples`` sequences of ``max_len``."""
+        from core.engine import Engine
+
         module = backends.load(self.args.backend, "generate")
-        return module.Session(self.config, self.source.tensor, self.args.precision, max_len, self.args.rescale)
+        get = quantizing(self.config, self.source.tensor) if self.args.quantize == "int8" else self.source.tensor
+        runner = module.Runner(self.config, get, self.pages(max_len, samples), self.args.precision)
+        return Engine(runner, self.tokenizer, rescale=self.args.rescale)
+
+    @staticmethod
+    def pages(max_len: int, samples: int = 1) -> int:
+        """Pages for ``samples`` sequences of ``max_len`` tokens."""
+        return samples * (pool_size(max_len) - 1) + 1
 
 
 def load_model(args: argparse.Namespace, need_tokenizer: str | None) -> Loaded:
@@ -139,16 +190,24 @@ def with_table_dtype(config: ModelConfig, table_dtype: str | None) -> ModelConfi
 
 def run(args: argparse.Namespace) -> int:
     """Generate, print text or JSON on stdout and a line of statistics on stderr."""
-    from core.generation import generate, text_stream, turn_stops
+    from core.generation import answer, turn_stops
+    from core.layout import check_layout
+    from core.requests import Request, check_request
 
     sampling = sampling_from(args)
     if args.max_new_tokens < 1:
         raise UserError(f"--max-new-tokens: must be at least 1, found {args.max_new_tokens}")
+    if args.samples > 1 and sampling.greedy:
+        raise UserError("--samples: greedy answers are all the same; add --temperature, e.g. --temperature 0.7")
+    if args.logprobs is not None and not args.json:
+        raise UserError("--logprobs: are told in the JSON; add --json")
+    layout = _layout(args)
     ids = None if args.ids is None else parse_ids(args.ids)
     if ids is not None and (args.chat or args.allow_control):
         raise UserError("--ids: are used as they are; --chat and --allow-control work on text")
     text = _prompt_text(args) if ids is None else ""
     model = load_model(args, None if ids is not None else "a text prompt")
+    check_layout(layout, model.config)
     if ids is None:
         ids = _encode(model.tokenizer, text, args)
     if args.add_bos:
@@ -157,50 +216,147 @@ def run(args: argparse.Namespace) -> int:
     stops: frozenset[int] = frozenset()
     if not args.ignore_eos:
         stops = turn_stops(model.tokenizer, model.config) if args.chat else frozenset({model.config.eos_token_id})
-    session = model.session(max_len=len(ids) + args.max_new_tokens)
-    # An answer starts a text of its own; a raw continuation goes on from the prompt's last word.
-    stream = None if model.tokenizer is None else text_stream(model.tokenizer, context=() if args.chat else ids)
-    show = args.stream and not args.json
-    pieces: list[str] = []
-
-    def tell(piece: str) -> None:
-        pieces.append(piece)
-        if show and piece:
-            print(piece, end="", flush=True)
-
-    def on_token(token: int) -> None:
-        if stream is not None:
-            tell(stream.push(token))
-
+    has_text = model.tokenizer is not None
+    request = Request(
+        prompt_ids=tuple(ids),
+        max_new_tokens=args.max_new_tokens,
+        sampling=sampling,
+        samples=args.samples,
+        stop_ids=stops,
+        stop_texts=tuple(args.stop),
+        logprobs=args.logprobs,
+        margins=args.json,
+        # An answer starts a text of its own; a raw continuation goes on from the prompt's last word.
+        text=("answer" if args.chat else "continuation") if has_text else "none",
+    )
+    check_request(request, model.config.vocab_size, has_text)  # before weights are read
+    show = args.stream and not args.json and has_text and request.samples == 1
     started = time.perf_counter()
-    result = generate(session, ids, sampling, args.max_new_tokens, stops, on_token)
+    made: list[list[Event]] = [[] for _ in range(request.samples)]
+    if layout.world == 1:
+        for event in answer(model.engine(request.total, request.samples), request):
+            made[event.sample].append(event)
+            if show and event.text:
+                print(event.text, end="", flush=True)
+    else:
+        code, events = _by_ranks(args, model, request, layout, show)
+        if code:
+            return code
+        for event in events:
+            made[event.sample].append(event)
     seconds = time.perf_counter() - started
-    if stream is not None:
-        tell(stream.flush())
+    for sample in made:
+        _report(args, request, sample, show)
+    count = sum(map(len, made))
+    ends = {"stop": "a stop", "length": "the limit"}
+    print(
+        f"{count} tokens in {seconds:.2f} s ({count / max(seconds, 1e-9):.1f} tokens/s), ended by "
+        + ", ".join(ends[str(sample[-1].finish_reason)] for sample in made),
+        file=sys.stderr,
+    )
+    return 0
 
+
+def _by_ranks(
+    args: argparse.Namespace, model: Loaded, request: Request, layout: Layout, show: bool
+) -> tuple[int, list[Event]]:
+    """The events of a request served by the processes of a layout, and the launcher's code; with ``show`` its text on
+    stdout as it is made. After a failure of a rank (code 1) the folder with its logs stays; stderr has named it."""
+    from core.generate_worker import SCRIPT, Job, read_events, write_job
+    from core.generation import note_length
+    from core.launch import launch
+
+    note_length(model.config, request.total)
+    folder = Path(tempfile.mkdtemp(prefix="tele-generate-"))
+    job = Job(
+        backend=args.backend,
+        checkpoint=str(Path(args.checkpoint).resolve()),
+        config=model.config,
+        layout=args.layout,
+        precision=args.precision,
+        quantize=args.quantize,
+        rescale=args.rescale,
+        pages=model.pages(request.total, request.samples),
+        request=request,
+        tokenizer=None if model.tokenizer is None else str(Path(model.tokenizer.path).resolve()),
+        control=args.control,
+    )
+    write_job(folder / "job.json", job)
+    code = 1
+    try:
+        with _shown(folder / "text", show):
+            code = launch(args.backend, [str(folder / "job.json")], layout.world, folder / "logs", script=SCRIPT)
+        return code, [] if code else read_events(folder / "samples.json")
+    finally:
+        if code != 1:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _shown(path: Path, show: bool) -> Iterator[None]:
+    """Within, what a file gets is written to stdout as it comes, and what the launcher shows goes to stderr."""
+    out, done = sys.stdout, threading.Event()
+
+    def copy() -> None:
+        with open(path, encoding="utf-8") as file:
+            while True:
+                last = done.wait(0.05)
+                out.write(file.read())
+                out.flush()
+                if last:
+                    return
+
+    path.touch()
+    thread = threading.Thread(target=copy, daemon=True)
+    if show:
+        thread.start()
+    try:
+        with contextlib.redirect_stdout(sys.stderr):
+            yield
+    finally:
+        done.set()
+        if show:
+            thread.join()
+
+
+def _report(args: argparse.Namespace, request: Request, made: list[Event], shown: bool) -> None:
+    """One sample on stdout, as far as it was not ``shown`` as it came."""
+    choices = [event.choice for event in made if event.choice is not None]
+    last = made[-1]
+    by_token = isinstance(last.stop, int)
+    tokens = [choice.token for choice in choices[: len(choices) - by_token]]
+    text = None if request.text == "none" else "".join(event.text for event in made)
     if args.json:
         report = {
             "backend": args.backend,
             "precision": args.precision,
-            "prompt_ids": ids,
-            "ids": result.tokens,
-            "text": None if stream is None else "".join(pieces),
-            "finish_reason": result.finish_reason,
-            "stop_token": result.stop_token,
-            "top2_margins": result.top2_margins,
+            "prompt_ids": list(request.prompt_ids),
+            "ids": tokens,
+            "text": text,
+            "finish_reason": last.finish_reason,
+            "stop_token": last.stop if by_token else None,
+            "stop_text": None if by_token else last.stop,
+            "top2_margins": [choice.margin for choice in choices],
         }
+        if request.samples > 1:
+            report["sample"] = last.sample
+        if request.logprobs is not None:
+            report["logprobs"] = [choice.logprob for choice in choices]
+            report["top_logprobs"] = [dict(choice.top) for choice in choices]
         print(json.dumps(report, ensure_ascii=False))
-    elif stream is None:
-        print(",".join(map(str, result.tokens)))
+    elif text is None:
+        print(",".join(map(str, tokens)))
     else:
-        print("" if show else "".join(pieces))
-    made = len(result.top2_margins)
-    print(
-        f"{made} tokens in {seconds:.2f} s ({made / max(seconds, 1e-9):.1f} tokens/s), "
-        f"ended by {'a stop token' if result.finish_reason == 'stop' else 'the limit'}",
-        file=sys.stderr,
-    )
-    return 0
+        print("" if shown else text)
+
+
+def _layout(args: argparse.Namespace) -> Layout:
+    """The layout that --layout and --nproc ask for, one process without any."""
+    from core.commands.forward import read_layout
+    from core.generate_worker import inference_layout
+
+    layout = read_layout(args.layout, args.nproc, None)
+    return layout if layout.world == 1 else inference_layout(args.layout)
 
 
 def parse_ids(text: str) -> list[int]:

@@ -121,6 +121,18 @@ KERNEL(gelu_backward, 2, 1, 0) {
   });
 }
 
+// in: x, y of one shape; out: x + y in the dtype of x
+KERNEL(add, 2, 1, 0) {
+  const bool far = streams(out[0]);
+  with_types(in[0].dtype, in[1].dtype, [&](auto *tx, auto *ty) {
+    using X = std::remove_pointer_t<decltype(tx)>;
+    using Y = std::remove_pointer_t<decltype(ty)>;
+    over(in[0].size(), [&](int64_t i, int n) {
+      put(out[0].as<X>() + i, get(in[0].as<X>() + i, n) + get(in[1].as<Y>() + i, n), n, far);
+    });
+  });
+}
+
 // in: x [..., C], changed in place; bias [C]
 KERNEL(add_bias, 2, 0, 0) {
   const int64_t columns = in[0].columns();
@@ -237,13 +249,4 @@ KERNEL(merge_blocks, 4, 2, 0) {
         }
       }
   });
-}
-
-// in: cache [B, capacity, ...], changed in place, x [B, n, ...] of the same dtype; scalars: first position, bytes of an
-// element
-KERNEL(write_positions, 2, 0, 2) {
-  const int64_t rest = in[0].size() / (in[0].shape[0] * in[0].shape[1]) * int64_t(scalar[1]);
-  const int64_t capacity = in[0].shape[1], n = in[1].shape[1];
-  for (int64_t b = 0; b < in[0].shape[0]; b++)
-    std::memcpy(in[0].as<char>() + (b * capacity + int64_t(scalar[0])) * rest, in[1].as<char>() + b * n * rest, n * rest);
 }

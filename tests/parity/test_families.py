@@ -20,7 +20,10 @@ from core.batch import IGNORE, Batch
 from core.config import ModelConfig
 from core.layout import parse_layout
 from core.layout_worker import Task, collect, launch_tasks, write_batch
+from core.pages import pool_size
 from core.parity import compare_tensors, relative_frobenius
+from core.position import RotaryRows
+from tests.engine_support import Feed
 from tests.frameworks import BACKENDS, golden_arrays, golden_batch, golden_source
 from tests.parity.test_goldens import GRADIENT, LOGITS, LOSS, check_forward, check_gradients
 
@@ -102,11 +105,11 @@ def batch_of(ids: list[int]) -> Batch:
 
 def cached_rows(backend: str, config: ModelConfig, source: Any, ids: list[int]) -> tuple[list[int], np.ndarray]:
     """Places and logits of a prompt, steps, a second piece, steps."""
-    session = load(backend, "generate").Session(config, source.tensor, "fp32", len(ids))
-    session.reset(total_len=len(ids))
+    runner = load(backend, "generate").Runner(config, source.tensor, pool_size(len(ids)))
+    fed = Feed(runner, len(ids))
     places, rows, at = [], [], 0
     for size in (17, *[1] * 8, 5, *[1] * (len(ids) - 30)):
-        rows.append(session.extend(ids[at : at + size]))
+        rows.append(fed.extend(ids[at : at + size]))
         at += size
         places.append(at - 1)
     return places, np.stack(rows)
@@ -129,13 +132,14 @@ def test_an_origin_that_moves_with_the_keys_spoils_the_cache(backend: str, monke
     config, source, _ = opened("flm101b_like")
     ids = np.random.default_rng(5).integers(0, config.vocab_size, 60).tolist()
     judge = load(backend, "forward").run(config, source.tensor, batch_of(ids), "fp64", False)["logits"][0]
-    fixed = core.position.xpos_scales
+    fixed = RotaryRows.rows
 
-    def centred(config: ModelConfig, positions: np.ndarray, dtype: type = np.float32) -> Any:
+    def centred(self: RotaryRows, positions: np.ndarray, seq_lens: np.ndarray) -> Any:
         last = int(np.max(positions)) + 1
-        return fixed(replace(config, max_seqlen=2 * (-(-last // 2))), positions, dtype)
+        cos, sin, *_ = fixed(self, positions, seq_lens)
+        return cos, sin, *core.position.xpos_scales(replace(config, max_seqlen=2 * (-(-last // 2))), positions)
 
-    monkeypatch.setattr(load(backend, "model"), "xpos_scales", centred)
+    monkeypatch.setattr(RotaryRows, "rows", centred)
     places, rows = cached_rows(backend, config, source, ids)
     assert relative_frobenius(rows, judge[places]) > 100 * LOGITS
 

@@ -29,10 +29,13 @@ from core.commands.generate import with_table_dtype
 from core.data.chat_template import encode_chat
 from core.data.tokenizer import load_tokenizer
 from core.data.tokenizer_training import train_tokenizer
+from core.engine import Engine
 from core.errors import UserError
 from core.generation import Chat, generate
+from core.pages import pool_size
 from core.parity import relative_frobenius
 from core.sampling import sampling_config
+from tests.engine_support import Feed
 
 GOLDENS = Path(__file__).resolve().parents[1] / "goldens"
 MODEL = GOLDENS / "telechat2_gqa"
@@ -84,22 +87,25 @@ def tele(verb: str, *argv: object) -> int:
 # Generation
 
 
+def runner_of(backend, config, get, tokens=128, precision="fp32"):
+    return backends.load(backend, "generate").Runner(config, get, pool_size(tokens), precision)
+
+
 @pytest.fixture(scope="session")
-def sessions(backend, source):
-    """One session a table variant, reset by every use."""
-    module = backends.load(backend, "generate")
+def engines(backend, source):
+    """One engine a table variant, with pages of earlier prompts in it."""
     return {
-        variant: module.Session(with_table_dtype(source.config, dtype), source.tensor)
+        variant: Engine(runner_of(backend, with_table_dtype(source.config, dtype), source.tensor))
         for variant, dtype in TABLES.items()
     }
 
 
 @pytest.mark.parametrize("variant", TABLES)
 @pytest.mark.parametrize("run", RUNS, ids=lambda r: f"{len(r['prompt'])}ids-penalty{r['repetition_penalty']}")
-def test_greedy_tokens_and_margins(sessions, run, variant):
+def test_greedy_tokens_and_margins(engines, run, variant):
     golden = run[variant]
     sampling = sampling_config(repetition_penalty=run["repetition_penalty"])
-    result = generate(sessions[variant], run["prompt"], sampling, len(golden["tokens"]))
+    result = generate(engines[variant], run["prompt"], sampling, len(golden["tokens"]))
     assert result.tokens == golden["tokens"]
     np.testing.assert_allclose(result.top2_margins, golden["top2_margin"], rtol=0, atol=MARGIN)
 
@@ -122,13 +128,12 @@ def test_cached_steps_equal_one_pass_over_the_whole_prefix(backend, source, tota
     forward = backends.load(backend, "forward").run
     judge = forward(source.config, source.tensor, batch_of(ids), "fp64", False)["logits"][0]
     whole = forward(source.config, source.tensor, batch_of(ids), "fp32", False)["logits"][0]
-    session = backends.load(backend, "generate").Session(source.config, source.tensor, "fp32", total)
-    session.reset(total_len=total)
+    fed = Feed(runner_of(backend, source.config, source.tensor, total), total)
     rows, at = [], 0
     for size in (17, *[1] * 8, 5, *[1] * (total - 30)):  # a prompt, steps, a second piece, steps
-        rows.append((at + size - 1, session.extend(ids[at : at + size])))
+        rows.append((at + size - 1, fed.extend(ids[at : at + size])))
         at += size
-    assert at == total == session.length
+    assert at == total == fed.length
     places = [place for place, _ in rows]
     cached = np.stack([row for _, row in rows])
     assert relative_frobenius(whole[places], judge[places]) < LOGITS
@@ -140,9 +145,8 @@ def test_cached_steps_equal_one_pass_over_the_whole_prefix(backend, source, tota
 
 def test_cached_generation_gives_the_tokens_of_uncached(backend, source):
     forward = backends.load(backend, "forward").run
-    session = backends.load(backend, "generate").Session(source.config, source.tensor)
     ids = list(RUNS[0]["prompt"])
-    made = generate(session, ids, sampling_config(), 12).tokens
+    made = generate(Engine(runner_of(backend, source.config, source.tensor)), ids, sampling_config(), 12).tokens
     for token in made:
         assert (
             int(forward(source.config, source.tensor, batch_of(ids), "fp32", False)["logits"][0, -1].argmax()) == token
@@ -152,15 +156,14 @@ def test_cached_generation_gives_the_tokens_of_uncached(backend, source):
 
 def test_rescale_step_follows_the_length_and_request_does_not(backend, source):
     """`step` at length n uses the tables of length n for the new token; `request` those of the planned end."""
-    module = backends.load(backend, "generate")
     ids = np.random.default_rng(1).integers(0, source.config.vocab_size, 70).tolist()
+    runner = runner_of(backend, source.config, source.tensor, 70)
     last = {}
-    for rescale in ("request", "step"):
-        session = module.Session(source.config, source.tensor, "fp32", 70, rescale)
-        session.reset(total_len=70)
-        inside = session.extend(ids[:60])
+    for rescale, length in (("request", 70), ("step", 60)):
+        fed = Feed(runner, length, by_step=rescale == "step")
+        inside = fed.extend(ids[:60])
         for token in ids[60:]:
-            logits = session.extend([token])
+            logits = fed.extend([token])
         last[rescale] = inside, logits
     short = backends.load(backend, "forward").run(source.config, source.tensor, batch_of(ids[:60]), "fp32", False)
     long = backends.load(backend, "forward").run(source.config, source.tensor, batch_of(ids), "fp32", False)
@@ -177,7 +180,7 @@ def test_sampled_tokens_are_the_same_in_both_backends(source):
     pytest.importorskip("torch")
     sampling = sampling_config(temperature=0.8, top_k=30, top_p=0.95, repetition_penalty=1.1, seed=11)
     made = [
-        generate(backends.load(b, "generate").Session(source.config, source.tensor), [7, 8, 9], sampling, 40).tokens
+        generate(Engine(runner_of(b, source.config, source.tensor)), [7, 8, 9], sampling, 40).tokens
         for b in ("ms", "pt")
     ]
     # Logits differ by some 1e-6; a draw within that of a boundary would differ. This seed has none.
@@ -218,6 +221,9 @@ def test_generate_command_gives_ids(backend, checkpoint, capsys):
     common = (*common[:-3], "--max-new-tokens", 10, "--ignore-eos")
     assert tele("generate", *common) == 0
     assert capsys.readouterr().out == ",".join(map(str, run["fp32table"]["tokens"][:10])) + "\n"
+    assert tele("generate", *common, "--json", "--quantize", "int8") == 0
+    margins = np.subtract(json.loads(capsys.readouterr().out)["top2_margins"], run["fp32table"]["top2_margin"][:10])
+    assert 10 * MARGIN < np.abs(margins[:1]).max() < 0.5
     assert tele("generate", *common, "--json", "--table-dtype", "float16") == 0
     report = json.loads(capsys.readouterr().out)
     np.testing.assert_allclose(report["top2_margins"], run["released"]["top2_margin"][:10], rtol=0, atol=MARGIN)
@@ -237,6 +243,21 @@ def test_generate_command_gives_text(backend, talking, capsys, tmp_path):
         told = capsys.readouterr()
         assert told.out == report["text"] + "\n"
         assert "12 tokens in" in told.err
+    for stop in (report["text"][5:8], "\n\n"):
+        assert tele("generate", *common, "--prompt", "a model", "--stop", "never this", "--stop", stop, "--json") == 0
+        ended = json.loads(capsys.readouterr().out)
+        found = stop in report["text"]
+        assert ended["text"] == report["text"].partition(stop)[0]
+        assert (ended["finish_reason"], ended["stop_text"]) == (("stop", stop) if found else ("length", None))
+    drawn = ("--prompt", "a model", "--temperature", 1.5, "--samples", 3, "--seed", 2)
+    assert tele("generate", *common, *drawn, "--json", "--logprobs", 2) == 0
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [row["sample"] for row in rows] == [0, 1, 2] and len({row["text"] for row in rows}) == 3
+    for row in rows:
+        assert len(row["logprobs"]) == 12 and all(len(top) == 2 for top in row["top_logprobs"])
+        assert all(max(top.values()) >= own for top, own in zip(row["top_logprobs"], row["logprobs"], strict=True))
+    assert tele("generate", *common, *drawn) == 0
+    assert capsys.readouterr().out == "".join(row["text"] + "\n" for row in rows)
     assert tele("generate", *common, "--prompt", "a<_user>b", "--allow-control", "--add-bos", "--json") == 0
     asked = json.loads(capsys.readouterr().out)["prompt_ids"]
     assert asked == [1, *tokenizer.encode("a"), tokenizer.control["<_user>"], *tokenizer.encode("b")]
@@ -256,6 +277,11 @@ def test_generate_command_gives_text(backend, talking, capsys, tmp_path):
         (("--ids", "1", "--top-k", "5"), "--top-k: acts only on drawing; add --temperature"),
         (("--ids", "1", "--temperature", "0.5", "--greedy"), "--greedy: contradicts --temperature 0.5"),
         (("--ids", "1", "--temperature", "0.5", "--top-p", "2"), "sampling.top_p: must be at most 1.0"),
+        (("--ids", "1", "--samples", "3"), "--samples: greedy answers are all the same; add --temperature"),
+        (("--ids", "1", "--logprobs", "3"), "--logprobs: are told in the JSON; add --json"),
+        (("--ids", "1", "--logprobs", "152", "--json"), "logprobs: must be 0 to 151"),
+        (("--ids", "1", "--stop", "x"), "stop: strings are found in text, and there is no tokenizer"),
+        (("--ids", "1", "--presence-penalty", "1e9"), "sampling.presence_penalty: must be at most 100"),
         (("--prompt", "hello"), "no tokenizer.model in it, and a text prompt needs one"),
         (("--prompt-file", "nowhere.txt"), "--prompt-file nowhere.txt: cannot be read"),
     ],
@@ -288,8 +314,8 @@ def test_chat_command_over_a_pipe(backend, talking, tmp_path):
     assert [turn["content"] for turn in row["dialog"]][::2] == ["a", "\u6a21\u578b"]
     # The same conversation through the Python interface.
     source = open_model(talking)
-    session = backends.load(backend, "generate").Session(source.config, source.tensor)
-    chat = Chat(session, load_tokenizer(talking, in_vocabulary=True), max_new_tokens=6)
+    tokenizer = load_tokenizer(talking, in_vocabulary=True)
+    chat = Chat(Engine(runner_of(backend, source.config, source.tensor, 256), tokenizer), max_new_tokens=6)
     answers = [chat.ask("a model")]
     chat.system = "answers"
     chat.reset()

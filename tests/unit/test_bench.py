@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from core import bench_step
-from core.bench_worker import bench_config, random_batch, timed_steps, timed_tokens
+from core.bench_worker import bench_config, random_batch, timed_steps
 from core.cli import main
 from core.commands import bench
 from core.errors import UserError
@@ -62,10 +62,6 @@ class TwoWorkers:
         self.done += 1
         return {"seconds": [{"ms": 0.2, "pt": 0.1, "eager": 0.16}[self.name] * self.done] * count, "loss": 7.6}
 
-    def ask(self, order):
-        TwoWorkers.turns.append((self.name, order["prompt"]))
-        return self.steps(order["steps"])
-
 
 def test_a_step_is_a_whole_optimizer_step():
     trainer, config = Recorder(), bench_config(OPTIONS)
@@ -114,34 +110,6 @@ def test_three_contestants_have_three_ratios(monkeypatch, capsys):
     assert "MindSpore takes 1.25 times the eager composition's step time" in shown
 
 
-def test_tokens_a_second(monkeypatch, capsys, tmp_path):
-    monkeypatch.setattr(bench_step, "Worker", TwoWorkers)
-    TwoWorkers.turns = []
-    out = tmp_path / "decode.json"
-    assert bench.run(arguments("--steps", "4", "--block", "2", "--prompt", "3", "--out", str(out), what="decode")) == 0
-    assert TwoWorkers.turns[:4] == [("ms", 3), ("ms", 2), ("pt", 3), ("pt", 2)]
-    assert json.loads(out.read_text())["prompt"] == 3
-    shown = capsys.readouterr().out
-    assert "| PyTorch | 250.00 ms | 200.00 to 300.00 ms | 4.0 |" in shown
-    assert "MindSpore takes 2.00 times PyTorch's time a token" in shown
-
-
-def test_every_token_is_a_step_of_its_own():
-    class Session:
-        def __init__(self):
-            self.calls = []
-
-        def reset(self, total):
-            self.calls.append(("reset", total))
-
-        def extend(self, ids):
-            self.calls.append(("extend", len(ids)))
-
-    session = Session()
-    assert len(timed_tokens(session, 100, 5, 3)) == 3
-    assert session.calls == [("reset", 8), ("extend", 5), ("extend", 1), ("extend", 1), ("extend", 1)]
-
-
 def test_spread():
     assert bench.spread([3.0]) == {"median": 3.0, "low": 3.0, "high": 3.0}
     assert bench.spread(list(range(1, 21))) == {"median": 10.5, "low": 3, "high": 18}
@@ -156,6 +124,7 @@ def test_spread():
         (["--layouts", "tp2"], "--layouts: belongs to `tele bench parallel`"),
         (["--operators", "rope"], "--operators: belongs to `tele bench kernels`, not to `tele bench step`"),
         (["--prompt", "3"], "--prompt: belongs to `tele bench decode`"),
+        (["--rows", "3"], "--rows: belongs to `tele bench decode`"),
         (["--backends", "eager", "--precision", "bf16"], "--precision bf16: the eager composition"),
     ],
 )

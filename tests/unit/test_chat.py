@@ -17,8 +17,10 @@ from core.commands.chat import piped_lines, repl
 from core.config import load_model_config
 from core.data.chat_template import DEFAULT_SYSTEM
 from core.data.tokenizer import StreamDecoder
+from core.engine import Engine
 from core.errors import UserError
 from core.generation import Chat
+from tests.engine_support import Speller
 
 SIZE = 400
 CONFIG = load_model_config({"preset": "telechat2-tiny", "vocab_size": SIZE, "max_seqlen": 100})
@@ -52,34 +54,22 @@ def fake_encode_chat(tokenizer, messages):
     return [*ids, BOT]
 
 
-class Speller:
-    """A session whose model says the given replies, one a request, each followed by its end token."""
-
-    def __init__(self, *replies, end=END, config=CONFIG):
-        self.config, self.end = config, end
-        self.replies = [[FIRST + b for b in text.encode()] for text in replies]
-        self.prompts, self.totals = [], []
-
-    def reset(self, total_len=None):
-        self.totals.append(total_len)
-        self.queue = None
-
-    def extend(self, ids):
-        if self.queue is None:
-            self.prompts.append(list(ids))
-            self.queue = [*self.replies.pop(0), *([self.end] if self.end is not None else [])]
-        logits = np.zeros(SIZE, np.float32)
-        logits[self.queue.pop(0)] = 9.0
-        return logits
-
-
 @pytest.fixture(autouse=True)
 def template(monkeypatch):
     monkeypatch.setattr(generation, "encode_chat", fake_encode_chat)
 
 
+def spelled(*replies, end=END, tokenizer=None) -> Engine:
+    """An engine whose model says the given replies, one a request, each followed by its end token."""
+    return Engine(Speller(CONFIG, *([FIRST + b for b in text.encode()] for text in replies), end=end), tokenizer)
+
+
 def chat_of(*replies, end=END, **options) -> Chat:
-    return Chat(Speller(*replies, end=end), CharTokenizer(), **options)
+    return Chat(spelled(*replies, end=end, tokenizer=CharTokenizer()), **options)
+
+
+def prompts_of(chat: Chat) -> list[list[int]]:
+    return chat.engine.runner.prompts
 
 
 def test_turns_join_the_prompt_of_the_next_question():
@@ -88,7 +78,7 @@ def test_turns_join_the_prompt_of_the_next_question():
     assert chat.ask("b") == "two"
     turns = [("system", "S"), ("user", "a"), ("assistant", "one"), ("user", "b")]
     expected = fake_encode_chat(CharTokenizer(), [{"role": r, "content": c} for r, c in turns])
-    assert chat.session.prompts[1] == expected
+    assert prompts_of(chat)[1] == expected
     assert [turn["content"] for turn in chat.history] == ["a", "one", "b", "two"]
     assert chat.finish_reason == "stop"
 
@@ -109,7 +99,7 @@ def test_every_turn_token_ends_an_answer(stop):
 def test_an_answer_ends_at_the_limit():
     chat = chat_of("abcdef", max_new_tokens=4)
     assert (chat.ask("q"), chat.finish_reason) == ("abcd", "length")
-    assert chat.session.totals == [3 + 4]
+    assert set(chat.engine.runner.lengths) == {-1, 3 + 4}  # one rotary scaling, that of the planned end
 
 
 def test_oldest_turns_leave_the_prompt_when_it_is_full():
@@ -122,7 +112,7 @@ def test_oldest_turns_leave_the_prompt_when_it_is_full():
         {"role": "assistant", "content": "y" * 20},
         {"role": "user", "content": "third"},
     ]
-    assert chat.session.prompts[2] == fake_encode_chat(CharTokenizer(), expected)
+    assert prompts_of(chat)[2] == fake_encode_chat(CharTokenizer(), expected)
     assert len(chat.history) == 6  # only the prompt is cut
 
 
@@ -132,14 +122,14 @@ def test_history_is_cut_at_the_budget_itself():
         chat = chat_of("r", "s", max_new_tokens=35)  # budget 64
         chat.ask("q")  # takes <_user> q <_bot> r <_end>: 5, and the question adds 2 marks
         chat.ask("a" * (size - 1))
-        assert chat.session.prompts[1].count(USER) == (turns + 1) // 2, size
+        assert prompts_of(chat)[1].count(USER) == (turns + 1) // 2, size
 
 
 def test_a_question_too_long_by_itself_is_refused_and_leaves_no_trace():
     chat = chat_of("r", max_new_tokens=35)
     with pytest.raises(UserError, match="question: with the system prompt it takes 65 tokens, and 64 fit"):
         chat.ask("a" * 63)
-    assert chat.history == [] and chat.session.prompts == []
+    assert chat.history == [] and prompts_of(chat) == []
     assert chat.ask("a" * 62) == "r"
 
 
@@ -158,7 +148,7 @@ def test_default_answer_length_leaves_room():
 def test_bos_comes_first_when_asked():
     chat = chat_of("r", add_bos=True)
     chat.ask("q")
-    assert chat.session.prompts[0][:2] == [CONFIG.bos_token_id, USER]
+    assert prompts_of(chat)[0][:2] == [CONFIG.bos_token_id, USER]
 
 
 def test_a_stopped_answer_keeps_what_was_said():
@@ -182,7 +172,7 @@ def test_a_reader_who_leaves_keeps_what_was_said():
 
 def test_a_failing_model_leaves_no_turn():
     chat = chat_of("hello")
-    chat.session.extend = lambda ids: np.full(SIZE, np.nan, np.float32)
+    chat.engine.runner.answer = lambda prefix, lengths: np.full(SIZE, np.nan, np.float32)
     with pytest.raises(UserError, match="not finite"):
         chat.ask("q")
     assert chat.history == []
@@ -192,7 +182,7 @@ def test_a_tokenizer_of_another_size_is_refused():
     tokenizer = CharTokenizer()
     tokenizer.vocab_size = 399
     with pytest.raises(UserError, match="399 pieces but model.vocab_size is 400"):
-        Chat(Speller(), tokenizer)
+        Chat(spelled(tokenizer=tokenizer))
 
 
 # The terminal loop
@@ -206,7 +196,7 @@ def test_a_conversation_over_a_pipe(capsys, tmp_path):
     told = capsys.readouterr()
     assert told.out == "one\ntwo\nthree\n"
     assert "Be brief" in told.err
-    prompts = chat.session.prompts
+    prompts = prompts_of(chat)
     assert prompts[1] == fake_encode_chat(
         CharTokenizer(), [{"role": "system", "content": "Be brief"}, {"role": "user", "content": "there"}]
     )
@@ -261,16 +251,16 @@ def test_help_lists_every_command(capsys):
 
 def test_ctrl_c_stops_the_answer_and_not_the_program(capsys):
     chat = chat_of("hello", "fine")
-    extend, count = chat.session.extend, 0
+    run, count = chat.engine.runner.run, 0
 
-    def interrupted(ids):
+    def interrupted(step):
         nonlocal count
         count += 1
         if count == 3:
             os.kill(os.getpid(), signal.SIGINT)
-        return extend(ids)
+        return run(step)
 
-    chat.session.extend = interrupted
+    chat.engine.runner.run = interrupted
     before = signal.getsignal(signal.SIGINT)
     assert repl(chat, iter(["hi", "still there?"])) == 0
     told = capsys.readouterr()
@@ -282,12 +272,12 @@ def test_ctrl_c_stops_the_answer_and_not_the_program(capsys):
 def test_a_second_ctrl_c_is_an_interrupt(capsys):
     chat = chat_of("hello")
 
-    def stuck(ids):
+    def stuck(step):
         os.kill(os.getpid(), signal.SIGINT)
         os.kill(os.getpid(), signal.SIGINT)
         raise AssertionError("the second interrupt was lost")
 
-    chat.session.extend = stuck
+    chat.engine.runner.run = stuck
     with pytest.raises(KeyboardInterrupt):
         repl(chat, iter(["hi"]))
     assert chat.history[-1] == {"role": "assistant", "content": ""}

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from core.config import load_model_config
-from core.position import attention_scale, ntk_alpha, rope_tables, scaled_base, xpos_scales
+from core.position import RotaryRows, attention_scale, ntk_alpha, rope_tables, scaled_base, xpos_scales
 from tests.frameworks import GOLDENS, golden_arrays, golden_config
 
 
@@ -100,3 +100,24 @@ def test_xpos_scales_stay_within_float16_over_the_trained_length() -> None:
     config = load_model_config("flm-101b")
     for scale in xpos_scales(config, np.arange(config.max_seqlen)):
         assert scale.min() > 0.05 and scale.max() < 20.0
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize(
+    "changes", [{}, {"table_dtype": "float16"}, {"position": "rope"}, {"position": "xpos", "max_seqlen": 2048}]
+)
+def test_rows_of_single_positions_are_those_of_whole_tables(changes, dtype):
+    config = load_model_config({"preset": "telechat2-tiny", **changes})
+    kept = RotaryRows(config, dtype)
+    rng = np.random.default_rng(0)
+    for count in (1, 40, 7):  # the kept tables grow meanwhile
+        positions = rng.integers(0, 300 * count, count)
+        lengths = rng.choice([10, 256, 257, 600, 1100, 5000], count)
+        rows = kept.rows(positions, lengths)
+        for at, (position, length) in enumerate(zip(positions, lengths, strict=True)):
+            place = np.array([position])
+            expected = *rope_tables(config, place, int(length), dtype), *(xpos_scales(config, place, dtype) or ())
+            assert len(rows) == len(expected) and rows[0].dtype == dtype
+            for got, table in zip(rows, expected, strict=True):
+                np.testing.assert_array_equal(got[at], table[0])
+    assert kept.scaling(600) == (scaled_base(config, 600), attention_scale(config, 600))

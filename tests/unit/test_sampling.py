@@ -9,16 +9,20 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from core import sampling
 from core.errors import UserError
 from core.sampling import (
+    AHEAD,
+    GROUPS,
+    Draws,
+    History,
+    Sampler,
     SamplingConfig,
+    adjust,
     check_finite,
-    keep_top_k,
-    keep_top_p,
-    penalise,
-    pick,
-    probabilities,
+    draw,
+    kept,
+    largest,
+    log_probabilities,
     sampling_config,
     top2_margin,
     uniform,
@@ -30,6 +34,25 @@ CLOSE = 1e-12
 
 def logits_of(seed: int, size: int = 97) -> np.ndarray:
     return (np.random.default_rng(seed).normal(size=size) * 3).astype(np.float32)
+
+
+def penalised(logits, config: SamplingConfig, prompt, output=(), bias=None) -> np.ndarray:
+    history = History(prompt)
+    for token in output:
+        history.add(token)
+    return adjust(logits, config, history, bias)
+
+
+def shares_of(scores: np.ndarray, config: SamplingConfig) -> np.ndarray:
+    """What is drawn from, as shares of the whole vocabulary."""
+    ids, weights = kept(scores, config)
+    shares = np.zeros(scores.size)
+    shares[slice(None) if ids is None else ids] = weights / weights.sum()
+    return shares
+
+
+def pick(scores: np.ndarray, config: SamplingConfig, position: int, sample: int = 0) -> int:
+    return draw(scores, config, uniform(config.seed, position, sample))
 
 
 def plain_probabilities(logits, seen, *, penalty, temperature, k, p) -> list[float]:
@@ -61,10 +84,8 @@ def plain_probabilities(logits, seen, *, penalty, temperature, k, p) -> list[flo
 def test_distribution_matches_loops(k, p, penalty, temperature):
     logits = logits_of(k + int(100 * p))
     seen_ids = [3, 3, 3, 40, 96]
-    seen = np.zeros(97, bool)
-    seen[seen_ids] = True
     config = sampling_config(temperature=temperature, top_k=k, top_p=p, repetition_penalty=penalty)
-    ours = probabilities(penalise(logits, seen, penalty), config)
+    ours = shares_of(penalised(logits, config, seen_ids[:2], seen_ids[2:]), config)
     expected = plain_probabilities(logits, seen_ids, penalty=penalty, temperature=temperature, k=k, p=p)
     np.testing.assert_allclose(ours, expected, rtol=0, atol=CLOSE)
     assert set(np.flatnonzero(ours)) == {i for i, share in enumerate(expected) if share}
@@ -87,51 +108,111 @@ def test_distribution_matches_torch_as_hugging_face_writes_it():
         scores = scores.masked_fill(remove.scatter(1, indices, remove), -math.inf)
         expected = torch.softmax(scores, dim=-1)[0].numpy()
 
-        seen = np.zeros(300, bool)
-        seen[prompt] = True
         config = sampling_config(temperature=0.7, top_k=40, top_p=0.85, repetition_penalty=1.2)
-        ours = probabilities(penalise(logits, seen, 1.2), config)
+        ours = shares_of(penalised(logits, config, prompt), config)
         np.testing.assert_allclose(ours, expected, rtol=0, atol=CLOSE)
         assert (ours > 0).sum() == (expected > 0).sum()
 
 
+# A vocabulary large enough for the ways that do not sort it, with a rest that is in no group.
+WIDE = 5 * GROUPS + 77
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    seed=st.integers(0, 1000),
+    k=st.sampled_from([0, 1, 2, 50, GROUPS, GROUPS + 1, WIDE - 1, WIDE + 5]),
+    p=st.sampled_from([1e-6, 0.3, 0.9, 0.999, 0.9999999, 1.0]),
+    temperature=st.sampled_from([0.2, 1.0, 30.0]),
+    ties=st.booleans(),
+)
+def test_large_vocabularies_are_drawn_from_as_if_sorted(seed, k, p, temperature, ties):
+    logits = logits_of(seed, WIDE)
+    if ties:
+        logits = np.round(logits)
+    config = sampling_config(temperature=temperature, top_k=k, top_p=p)
+    ours = shares_of(logits, config)
+    expected = plain_probabilities(logits, [], penalty=1.0, temperature=temperature, k=k, p=p)
+    np.testing.assert_allclose(ours, expected, rtol=0, atol=CLOSE)
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.integers(0, 1000), st.integers(1, WIDE + 3), st.booleans())
+def test_the_largest_are_those_of_a_sort(seed, k, ties):
+    scores = np.round(logits_of(seed, WIDE)) if ties else logits_of(seed, WIDE)
+    floor = np.sort(scores)[::-1][min(k, WIDE) - 1]
+    np.testing.assert_array_equal(largest(scores, k), np.flatnonzero(scores >= floor))
+
+
 def test_penalty_counts_once_and_by_sign():
-    seen = np.array([True, True, True, False])
-    np.testing.assert_array_equal(penalise(np.float32([2, -2, 0, 2]), seen, 2.0), [1.0, -4.0, 0.0, 2.0])
+    config = sampling_config(repetition_penalty=2.0)
+    np.testing.assert_array_equal(
+        penalised(np.float32([2, -2, 0, 2]), config, [0, 0, 1], [2, 2]), [1.0, -4.0, 0.0, 2.0]
+    )
+
+
+def test_presence_and_frequency_count_the_output_alone():
+    config = sampling_config(presence_penalty=0.5, frequency_penalty=0.25)
+    got = penalised(np.float32([1, 1, 1, 1]), config, [0, 0, 1], [1, 2, 2, 2])
+    np.testing.assert_array_equal(got, [1.0, 0.25, -0.25, 1.0])
+
+
+def test_bias_comes_after_the_penalties():
+    config = sampling_config(repetition_penalty=2.0)
+    bias = np.array([0, 3]), np.array([-100.0, 5.0])
+    np.testing.assert_array_equal(penalised(np.float32([2, 1, 0, 2]), config, [0], bias=bias), [-99.0, 1.0, 0.0, 7.0])
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.lists(st.integers(0, 96), max_size=300), st.lists(st.integers(0, 96), max_size=300))
+def test_a_history_is_the_count_of_its_tokens(prompt, output):
+    history = History(prompt)
+    for token in output:
+        history.add(token)
+    assert dict(zip(history.ids.tolist(), history.made.tolist(), strict=True)) == {
+        token: output.count(token) for token in {*prompt, *output}
+    }
 
 
 def test_top_k_keeps_ties():
-    kept = keep_top_k(np.array([1.0, 2.0, 2.0, 0.0]), 1)
-    np.testing.assert_array_equal(np.isfinite(kept), [False, True, True, False])
+    config = sampling_config(temperature=1.0, top_k=1)
+    assert np.flatnonzero(shares_of(np.array([1.0, 2.0, 2.0, 0.0]), config)).tolist() == [1, 2]
 
 
 def test_top_p_boundary_goes_as_written():
     # Ascending shares .125 .125 .25 .5: exact in binary, so the comparison with 1 - p is exact too.
     scores = np.log(np.array([0.5, 0.25, 0.125, 0.125]))
-    assert np.isfinite(keep_top_p(scores, 0.75 + 1e-9)).sum() == 3
-    assert np.isfinite(keep_top_p(scores, 0.75 - 1e-9)).sum() == 2
-    assert np.isfinite(keep_top_p(scores, 1e-9)).tolist() == [True, False, False, False]
+    for p, left in ((0.75 + 1e-9, 3), (0.75 - 1e-9, 2), (1e-9, 1)):
+        assert np.count_nonzero(shares_of(scores, sampling_config(temperature=1.0, top_p=p))) == left
 
 
 def test_the_likeliest_token_survives_any_top_p():
     # 1 - 1e-20 is 1 in float64: every token would go.
-    assert np.isfinite(keep_top_p(np.array([0.0, 9.0, 1.0]), 1e-20)).tolist() == [False, True, False]
+    config = sampling_config(temperature=1.0, top_p=1e-20)
+    assert shares_of(np.array([0.0, 9.0, 1.0]), config).tolist() == [0.0, 1.0, 0.0]
 
 
 @pytest.mark.parametrize(("u", "token"), [(0.0, 1), (0.5, 3), (1.0 - 2.0**-53, 3)])
-def test_a_draw_on_a_boundary_is_never_a_token_left_out(monkeypatch, u, token):
-    monkeypatch.setattr(sampling, "uniform", lambda seed, position: u)
+def test_a_draw_on_a_boundary_is_never_a_token_left_out(u, token):
     scores = np.array([0.0, 9.0, 0.0, 9.0, 0.0])  # top-k 2 leaves shares 0, 1/2, 0, 1/2, 0
-    assert pick(scores, sampling_config(temperature=1.0, top_k=2), 0) == token
+    assert draw(scores, sampling_config(temperature=1.0, top_k=2), u) == token
+
+
+@pytest.mark.parametrize("u", [0.0, 0.3, 1.0 - 2.0**-53])
+def test_a_share_of_zero_is_never_drawn(u):
+    # Tokens 0 to 299 and 700 on are too unlikely for a float64; the sums of whole blocks are zero at both ends.
+    scores = np.full(1000, -1e4)
+    scores[300:700] = 0.0
+    assert 300 <= draw(scores, sampling_config(temperature=1.0), u) < 700
 
 
 def test_greedy_takes_the_first_maximum():
-    assert pick(np.array([0.0, 3.0, 3.0]), SamplingConfig(), 0) == 1
+    assert Sampler(SamplingConfig(), []).choose(np.float32([0.0, 3.0, 3.0]), 0).token == 1
 
 
 def test_tiny_temperature_is_greedy_and_does_not_overflow():
     config = sampling_config(temperature=1e-300)
-    np.testing.assert_array_equal(probabilities(np.array([-5.0, 80.0, 7.0]), config), [0, 1, 0])
+    np.testing.assert_array_equal(shares_of(np.array([-5.0, 80.0, 7.0]), config), [0, 1, 0])
 
 
 @settings(max_examples=60, deadline=None)
@@ -139,7 +220,7 @@ def test_tiny_temperature_is_greedy_and_does_not_overflow():
 def test_draw_is_the_inverse_of_the_cumulative_distribution(seed, position):
     scores = logits_of(position % 7).astype(np.float64)
     config = sampling_config(temperature=1.0, top_k=9, seed=seed)
-    shares = probabilities(scores, config)
+    shares = shares_of(scores, config)
     u, token = uniform(seed, position), 0
     assert 0.0 <= u < 1.0
     below = shares[0]
@@ -174,12 +255,42 @@ def philox4x64(key: int, counter: int) -> int:
 @pytest.mark.parametrize(("seed", "position"), [(0, 0), (7, 3), (2**64 - 1, 12345), (1, 2**40)])
 def test_random_numbers_are_philox(seed, position):
     # numpy steps the counter before the first block.
-    assert uniform(seed, position) == (philox4x64(seed, position + 1) >> 11) * 2.0**-53
+    for sample in (0, 3):
+        expected = philox4x64(seed, position + 1 + (sample << 64))
+        assert uniform(seed, position, sample) == (expected >> 11) * 2.0**-53
 
 
-def test_random_numbers_do_not_repeat_over_seeds_and_positions():
-    values = {uniform(seed, position) for seed in range(30) for position in range(30)}
-    assert len(values) == 900
+def test_random_numbers_do_not_repeat_over_seeds_positions_and_samples():
+    values = {uniform(seed, position, sample) for seed in range(12) for position in range(12) for sample in range(12)}
+    assert len(values) == 12**3
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.integers(0, 3 * AHEAD), max_size=20), st.integers(0, 5))
+def test_numbers_made_ahead_are_those_made_one_by_one(positions, sample):
+    draws = Draws(9, sample)
+    assert [draws.at(position) for position in positions] == [uniform(9, position, sample) for position in positions]
+
+
+def test_log_probabilities_are_of_the_model_and_the_likeliest_come_first():
+    logits = np.float32([1.0, 3.0, 3.0, -2.0])
+    expected = logits.astype(np.float64) - np.log(np.exp(logits.astype(np.float64)).sum())
+    logprob, top = log_probabilities(logits, 3, 3)
+    assert logprob == pytest.approx(expected[3], abs=CLOSE)
+    assert [token for token, _ in top] == [1, 2, 0]
+    np.testing.assert_allclose([value for _, value in top], expected[[1, 2, 0]], atol=CLOSE)
+    # Penalties, bias and temperature choose the token; what is told is what the model thinks of it.
+    sampler = Sampler(sampling_config(temperature=0.5, repetition_penalty=3.0), [1], bias={3: 50.0}, logprobs=0)
+    choice = sampler.choose(logits, 5)
+    assert (choice.token, choice.top, choice.margin) == (3, (), None)
+    assert choice.logprob == pytest.approx(expected[3], abs=CLOSE)
+
+
+def test_a_sampler_penalises_what_it_chose():
+    sampler = Sampler(sampling_config(presence_penalty=2.0), [0])
+    logits = np.float32([3.0, 2.5, 2.0, 0.5])
+    assert [sampler.choose(logits, position).token for position in range(1, 5)] == [0, 1, 2, 0]
+    assert Sampler(SamplingConfig(), [0], bias={0: -1.0}, margins=True).choose(logits, 1)[:2] == (1, 0.5)
 
 
 def test_margin():
@@ -197,6 +308,8 @@ def test_margin():
         ({"top_k": -1}, "sampling.top_k: must be at least 0"),
         ({"top_k": 2.5}, "sampling.top_k: expected a whole number"),
         ({"repetition_penalty": 0.0}, "sampling.repetition_penalty: must be above 0.0"),
+        ({"presence_penalty": 101.0}, "sampling.presence_penalty: must be at most 100"),
+        ({"frequency_penalty": math.nan}, "sampling.frequency_penalty: nan is not a number"),
         ({"seed": -1}, "sampling.seed: must be at least 0"),
         ({"temprature": 1.0}, "did you mean 'temperature'?"),
         ({"temperature": math.inf}, "temperature"),

@@ -1,0 +1,64 @@
+"""From tokens as they are made to text as it may be shown: whole characters, nothing that a stop string takes back."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+REPLACEMENT = "\ufffd"  # what the decoder shows for bytes that are not (yet) a character
+CONTEXT = 16  # tokens of a prompt: more than a character's 4 bytes and a word before it
+
+
+def text_stream(tokenizer: Any, context: Sequence[int] = ()) -> Any:
+    """Tokens in (``push``), text out; all pieces with the last (``flush``) add up to the decoding of all the tokens.
+
+    A character of several byte tokens is held back until it is whole; control tokens give no text. With ``context``
+    (the prompt's ids, for a continuation of raw text) the first word keeps the space that divides it from the prompt.
+    """
+    context = list(context)[-CONTEXT:]
+    stream = tokenizer.stream(skip_special=True)
+    # A prompt that ends inside a character is no context: its half would come out with the continuation.
+    if context and not tokenizer.decode(context, skip_special=True).endswith(REPLACEMENT):
+        for token in context:
+            stream.push(token)
+    return stream
+
+
+class StopText:
+    """Pieces of text in, out what may be shown of them. ``found`` is the stop string that ended the text, if one did.
+
+    A text ends before the stop string that is complete first, however it is cut into pieces; of two that are complete
+    at once, before the longer one.
+    """
+
+    def __init__(self, stops: Sequence[str] = ()) -> None:
+        self._stops = tuple(stops)
+        self._held = ""
+        self.found: str | None = None
+
+    def push(self, piece: str) -> str:
+        """What this piece lets be shown; what could still become a stop string is held back."""
+        if not self._stops or self.found is not None:
+            return "" if self.found is not None else piece
+        text = self._held + piece
+        matches = [(at + len(stop), at, stop) for stop in self._stops if (at := text.find(stop)) >= 0]
+        if matches:
+            _, at, self.found = min(matches)
+            self._held = ""
+            return text[:at]
+        held = max(_overlap(text, stop) for stop in self._stops)
+        self._held = text[len(text) - held :]
+        return text[: len(text) - held]
+
+    def flush(self) -> str:
+        """What was held back, at the end of a text that no stop string ended."""
+        held, self._held = self._held, ""
+        return held
+
+
+def _overlap(text: str, stop: str) -> int:
+    """The length of the longest end of ``text`` with which ``stop`` begins, but not all of it."""
+    for size in range(min(len(stop) - 1, len(text)), 0, -1):
+        if text.endswith(stop[:size]):
+            return size
+    return 0
