@@ -58,7 +58,10 @@ class ModelConfig:
     training_seqlen: int = option(help="length beyond which attention scaling acts", min=1)
     base_seqlen: int = option(help="length beyond which the rotary base grows", min=1)
     max_seqlen: int = option(help="length the model was trained to handle [seq_length]", min=1)
-    init_std: float = option(0.02, help="standard deviation of initial matrices [initializer_range]", above=0.0)
+    init_std: float = option(0.02, help="standard deviation of initial weights [initializer_range]", above=0.0)
+    matrix_init_std: float | None = option(
+        None, help="that of matrix-like weights (attention and ffn) under muP; default: init_std", above=0.0
+    )
     tied_embeddings: bool = option(False, help="the head is the embedding, used twice [tie_word_embeddings]")
     table_dtype: str = option(
         "float32", help="rotary table precision; float16 reproduces the released code", choices=("float32", "float16")
@@ -133,11 +136,17 @@ class TrainConfig:
 class OptimConfig:
     lr: float = option(help="peak learning rate", above=0.0)
     min_lr: float = option(0.0, help="learning rate at the end of the cosine", min=0.0)
+    matrix_lr: float | None = option(
+        None, help="peak for matrix-like weights (attention and ffn) under muP, same schedule; default: lr", above=0.0
+    )
     warmup_steps: int = option(0, help="linear warm-up: step s < warmup uses lr*(s+1)/warmup", min=0)
     beta1: float = option(0.9, help="AdamW", min=0.0, max=0.999999)
     beta2: float = option(0.95, help="AdamW", min=0.0, max=0.9999999)
     eps: float = option(1e-8, help="AdamW", above=0.0)
     weight_decay: float = option(0.1, help="decoupled, on matrices only", min=0.0)
+    matrix_weight_decay: float | None = option(
+        None, help="that of matrix-like weights under muP; default: weight_decay", min=0.0
+    )
     clip_grad: float = option(1.0, help="global gradient norm limit; 0 switches clipping off", min=0.0)
 
     def __post_init__(self) -> None:

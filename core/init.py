@@ -13,7 +13,7 @@ import math
 import numpy as np
 
 from core.config import ModelConfig
-from core.params import ParamSpec, parameter_table
+from core.params import MATRIX, ParamSpec, parameter_table
 
 _CHUNK = 1 << 20  # elements made at once: a table of any size costs a few tens of MB on top of itself
 
@@ -23,7 +23,8 @@ def init_tensor(
 ) -> np.ndarray:
     """float32 initial value of a parameter, or of the slice ``index`` of it.
 
-    ``normal``: matrices N(0, init_std), gains 1, biases 0 (released initialisation). ``strong``: weights for tests,
+    ``normal``: N(0, matrix_init_std) for matrix-like parameters and N(0, init_std) for embedding and head, gains 1,
+    biases 0 (released initialisation; without matrix_init_std all have init_std). ``strong``: weights for tests,
     large and with random gains and biases, so that a missed bias or a wrong packing changes the logits visibly.
     Raises KeyError for a name that the model does not have.
     """
@@ -51,7 +52,9 @@ def init_weights(config: ModelConfig, seed: int, scheme: str = "normal") -> dict
 
 def _moments(spec: ParamSpec, config: ModelConfig, scheme: str) -> tuple[float, float]:
     if scheme == "normal":
-        return {"norm": (1.0, 0.0), "bias": (0.0, 0.0)}.get(spec.kind, (0.0, config.init_std))
+        own = config.matrix_init_std if spec.mup_class == MATRIX else None
+        std = config.init_std if own is None else own
+        return {"norm": (1.0, 0.0), "bias": (0.0, 0.0)}.get(spec.kind, (0.0, std))
     fan_in = spec.shape[-1]
     # The embedding stays small so that the norm's epsilon is visible; the head spreads the logits to about 3.
     strong = {"norm": (1.0, 0.23), "bias": (0.0, 0.3), "embedding": (0.0, 0.02), "head": (0.0, 3.0 / math.sqrt(fan_in))}

@@ -38,9 +38,9 @@ from core.health import Health, TrainingStopped
 from core.layout import check_layout
 from core.loss_scale import DynamicLossScale
 from core.metrics import MetricsLog, Row, plot_losses, read_metrics, require_fresh
-from core.params import count_parameters
+from core.params import MATRIX, count_parameters
 from core.progress import Console
-from core.recipe import clip_factor, learning_rate
+from core.recipe import class_rate, clip_factor, learning_rate
 from core.schedule import bubble_formula
 from core.tensorboard import TensorBoard
 from core.worker import run_script
@@ -93,7 +93,10 @@ class Stepper(Protocol):
         ...
 
     def update(self, lr: float, grad_scale: float) -> None:
-        """One AdamW step on the fp32 masters with gradients times ``grad_scale``; then gradients are zero again."""
+        """One AdamW step on the fp32 masters with gradients times ``grad_scale``; then gradients are zero again.
+
+        ``lr`` is that of vector-like parameters; core.recipe.class_rate has that of the others.
+        """
         ...
 
     def discard(self) -> None:
@@ -291,6 +294,8 @@ class _Run:
         # One divisor for the whole global batch: with masked targets, a mean of micro-batch means is another number.
         num_targets = self.stepper.count_targets(batch.num_targets)
         row: Row = {"step": state.step + 1, "loss": None, "grad_norm": None, "lr": lr}
+        if (own := class_rate(self.config.optim, lr, MATRIX)) != lr:
+            row["matrix_lr"] = own
         if self.loss_scale is not None:
             row["loss_scale"] = self.loss_scale.scale
         if num_targets:

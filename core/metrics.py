@@ -125,6 +125,9 @@ def plot_losses(runs: Mapping[str, Sequence[Row]], path: str | Path, title: str)
         style = {"color": f"C{index}", "linestyle": "-" if index == 0 else (0, (4, 3)), "linewidth": 1.6}
         for axis, (key, _) in zip(axes, panels, strict=True):
             axis.plot(steps, column(rows, key), label=label, **style)
+        if any("matrix_lr" in row for row in rows):
+            axes[2].plot(steps, column(rows, "matrix_lr"), label="matrix-like", **style | {"linestyle": ":"})
+            axes[2].legend()
         skipped = [row for row in rows if row.get("skipped")]
         if skipped:
             axes[0].plot(

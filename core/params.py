@@ -10,6 +10,10 @@ from dataclasses import dataclass
 
 from core.config import ModelConfig
 
+# muP's classes (Yang et al., arXiv 2203.03466, table 8). As the width grows both sides of a matrix-like parameter grow,
+# one side of the others.
+VECTOR, MATRIX, OUTPUT = "vector", "matrix", "output"
+
 
 @dataclass(frozen=True)
 class ParamSpec:
@@ -21,6 +25,11 @@ class ParamSpec:
     @property
     def size(self) -> int:
         return math.prod(self.shape)
+
+    @property
+    def mup_class(self) -> str:
+        """matrix (q, k, v, o, gate, up, down) | output (an untied head) | vector (all others, a tied table too)."""
+        return {"matrix": MATRIX, "head": OUTPUT}.get(self.kind, VECTOR)
 
     @property
     def decays(self) -> bool:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 
 from core.config import OptimConfig
+from core.params import MATRIX
 
 # Keeps clip_factor finite for a zero norm; the value is part of the published recipe (torch.nn.utils.clip_grad_norm_).
 CLIP_EPS = 1e-6
@@ -26,6 +27,31 @@ def learning_rate(optim: OptimConfig, train_steps: int, step: int) -> float:
         return optim.lr * (step + 1) / optim.warmup_steps
     progress = min(1.0, (step - optim.warmup_steps) / (train_steps - optim.warmup_steps))
     return optim.min_lr + 0.5 * (optim.lr - optim.min_lr) * (1.0 + math.cos(math.pi * progress))
+
+
+def tells_classes_apart(optim: OptimConfig) -> bool:
+    """Whether matrix-like parameters have numbers of their own."""
+    return optim.matrix_lr is not None or optim.matrix_weight_decay is not None
+
+
+def class_rate(optim: OptimConfig, lr: float, mup_class: str) -> float:
+    """Learning rate of a muP class (core.params) when that of the vector-like parameters is ``lr``.
+
+    Matrix-like ones follow the same schedule with their own peak, so their floor is to ``min_lr`` what ``matrix_lr`` is
+    to ``lr``. The output class has the vector-like rate: its share of muP is the logits' multiplier.
+    """
+    if mup_class != MATRIX or optim.matrix_lr is None or optim.matrix_lr == optim.lr:
+        return lr
+    return optim.matrix_lr * (lr / optim.lr)  # in this order the peak is matrix_lr exactly
+
+
+def class_decay(optim: OptimConfig, decays: bool, mup_class: str) -> float:
+    """Decoupled weight decay of parameters of one class that do or do not decay."""
+    if not decays:
+        return 0.0
+    if mup_class == MATRIX and optim.matrix_weight_decay is not None:
+        return optim.matrix_weight_decay
+    return optim.weight_decay
 
 
 def clip_factor(norm: float, limit: float) -> float:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from core.checkpoint import TensorPiece
 from core.config import OptimConfig
+from core.recipe import class_decay, class_rate, tells_classes_apart
 from core.sharding import Box, FlatPiece, Shard, flat_pieces
 from kernels import pytorch as kernels
 from pt_reference.collectives import agree, all_gather
@@ -40,7 +41,7 @@ class AdamW:
         mesh: Mesh,
     ) -> None:
         self.table, self.mesh = dict(table), mesh
-        self.gradients = GradientBuckets(weights, table, mesh, dtype)
+        self.gradients = GradientBuckets(weights, table, mesh, dtype, tells_classes_apart(config))
         self.parts: list[Tensor] = []  # gradients after ``reduce``
         self._stale = False
         self._flat = [self._flatten(weights, number) for number in range(len(self.gradients.buckets))]
@@ -69,7 +70,10 @@ class AdamW:
         return math.sqrt(agree([mine], self.mesh.world, "sum")[0])
 
     def step(self, lr: float, grad_scale: float) -> None:
-        """One update with gradients times ``grad_scale``; the accumulators are empty afterwards."""
+        """One update with gradients times ``grad_scale``; the accumulators are empty afterwards.
+
+        ``lr`` is that of the vector-like parameters; core.recipe has those of the other classes.
+        """
         config, buckets = self._config, self.gradients
         self._steps += 1
         for number, (master, part, bucket) in enumerate(zip(self.masters, self.parts, buckets.buckets, strict=True)):
@@ -80,11 +84,11 @@ class AdamW:
                 self._m[number],
                 self._v[number],
                 self._steps,
-                lr,
+                class_rate(config, lr, bucket.mup_class),
                 config.beta1,
                 config.beta2,
                 config.eps,
-                config.weight_decay if bucket.decays else 0.0,
+                class_decay(config, bucket.decays, bucket.mup_class),
                 grad_scale,
                 copy=None if mine.data_ptr() == master.data_ptr() else mine,
             )

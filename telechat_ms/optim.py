@@ -16,6 +16,7 @@ from mindspore import Parameter, Tensor, ops
 
 from core.checkpoint import TensorPiece
 from core.config import OptimConfig
+from core.recipe import class_decay, class_rate, tells_classes_apart
 from core.sharding import Box, FlatPiece, Shard, flat_pieces
 from kernels import mindspore as kernels
 from telechat_ms.collectives import agree, all_gather
@@ -39,7 +40,7 @@ class AdamW:
     ) -> None:
         self.weights, self.table, self.config, self.mesh = dict(weights), dict(table), config, mesh
         self.dtype, self.step_count = dtype, 0
-        self.gradients = GradientBuckets(weights, table, mesh, dtype)
+        self.gradients = GradientBuckets(weights, table, mesh, dtype, tells_classes_apart(config))
         self.parts: list[Tensor] = []  # gradients after ``reduce``
         self._stale: set[int] = set()  # buckets whose masters changed and whose weights did not yet
         self.masters, self.m, self.v = ([self._vector(number, kind) for number in self._numbers] for kind in "wmv")
@@ -65,16 +66,20 @@ class AdamW:
         return total(ops.square(ops.cast(part, ms.float64))) if adder is None else adder.square_sum(part)
 
     def step(self, lr: float, grad_scale: float) -> None:
-        """One update with gradients times ``grad_scale``; the accumulators are empty afterwards."""
+        """One update with gradients times ``grad_scale``; the accumulators are empty afterwards.
+
+        ``lr`` is that of the vector-like parameters; core.recipe has those of the other classes.
+        """
         self.step_count += 1
         config, fused = self.config, kernels.serving("adamw", self.dtype)
         for number, bucket in enumerate(self.gradients.buckets):
-            decay = config.weight_decay if bucket.decays else 0.0
+            rate = class_rate(config, lr, bucket.mup_class)
+            decay = class_decay(config, bucket.decays, bucket.mup_class)
             if fused is None:
-                self._step_composite(number, lr, decay, grad_scale)
+                self._step_composite(number, rate, decay, grad_scale)
                 continue
             vectors = self.masters[number], self.parts[number], self.m[number], self.v[number]
-            numbers = self.step_count, lr, config.beta1, config.beta2, config.eps, decay, grad_scale
+            numbers = self.step_count, rate, config.beta1, config.beta2, config.eps, decay, grad_scale
             if self.gradients.adder is not None and self.gradients.parts == 1:
                 # The new weights are written where they belong while the masters are at hand.
                 for segment in bucket.segments:

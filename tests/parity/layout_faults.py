@@ -207,6 +207,11 @@ def zero_shard_off_by_one(backend: str) -> Iterator[Change]:
     yield module, "start_reduce_scatter", faulty
 
 
+def matrix_rate_lost(backend: str) -> Iterator[Change]:
+    """Every class of parameters takes the rate of the vector-like ones."""
+    yield load(backend, "optim"), "class_rate", lambda optim, lr, mup_class: lr
+
+
 def chunk_order_swapped(backend: str) -> Iterator[Change]:
     """The last pipeline rank takes each micro-batch through all its chunks before the next micro-batch; the others send
     it all micro-batches of a group for one chunk first."""
@@ -238,6 +243,7 @@ FAULTS: dict[str, tuple[str, Callable[[str], Iterator[Change]], str]] = {
     "bias added tp times": ("tp2", bias_added_by_every_rank, "loss"),
     "micro-batch gradients overwritten": ("pp2", gradients_overwritten, r"gradient \("),
     "ZeRO shard off by one": ("dp2", zero_shard_off_by_one, r"gradient \("),
+    "rate of matrix-like parameters lost": ("dp2:mup", matrix_rate_lost, "weight's change"),
     "interleaved chunk order swapped": ("pp2.vpp2", chunk_order_swapped, "loss"),
 }
 

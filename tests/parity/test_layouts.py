@@ -36,6 +36,7 @@ MODEL = ModelConfig(
     training_seqlen=256, base_seqlen=256, max_seqlen=256,
 )  # fmt: skip
 OPTIM = OptimConfig(lr=1e-3)
+MUP = replace(OPTIM, matrix_lr=4e-3, matrix_weight_decay=0.4)
 # FLM-101B's LayerNorm, gelu, biases, xPos and multipliers, with kv heads that tensor ranks share.
 FLM = dict(
     family="flm", norm="layernorm", activation="gelu", biases="all", position="xpos", input_mult=1.5, logit_mult=0.5
@@ -51,6 +52,7 @@ ring2:zigzag ring2:gather ulysses2:zigzag ulysses2:gather
 tp2:full ring2:full pp2:full ring2:selective
 dp2:bf16 tp2:bf16 ring2:bf16 ulysses2:bf16 pp2:bf16 tp2:amp
 dp2:flm tp2:flm tp2.nosp:flm ring2:flm pp2:flm+tied tp2:flm+full ring2:flm+zigzag tp2:flm+bf16
+dp2:mup tp2:mup pp2:flm+tied+mup dp2:mup+bf16
 """
 WORLD4 = """
 dp2.tp2 dp2.ring2 dp2.ulysses2 dp2.pp2 dp2.pp2.vpp2
@@ -80,7 +82,8 @@ tp2.ring2.pp2:bf16
 class Case:
     """``text`` says it all. Variants: tied embeddings; rows3 (3 rows, which dp 2 does not share evenly; else 4); uneven
     (stages of 3 and 1 layers); zigzag and gather (documents kept apart, of lengths that fit a zigzag or not); full and
-    selective recompute; flm (another family's operators); a precision."""
+    selective recompute; flm (another family's operators); mup (matrix-like parameters have their own rate and decay); a
+    precision."""
 
     text: str
 
@@ -109,9 +112,13 @@ class Case:
         return replace(MODEL, num_layers=layers, tied_embeddings="tied" in self.words, **family)
 
     @property
-    def reference(self) -> tuple[ModelConfig, str]:
+    def optim(self) -> OptimConfig:
+        return MUP if "mup" in self.words else OPTIM
+
+    @property
+    def reference(self) -> tuple[ModelConfig, str, OptimConfig]:
         """Cases with the same one are held against the same float64 run."""
-        return self.model, self.batch
+        return self.model, self.batch, self.optim
 
     def task(self, optim: OptimConfig, batch: str) -> Task:
         layout = self.layout
@@ -219,10 +226,10 @@ class Launches:
         return References(self._single[key], exact, init_weights(case.model, SEED, "strong"))
 
     def exact(self, case: Case) -> tuple[Outcome, OptimConfig]:
-        task = case.task(OPTIM, self.batch(case.batch))
+        task = case.task(case.optim, self.batch(case.batch))
         key = (task.steps, *case.reference)
         if key not in self._exact:
-            optim = smooth_optim(OPTIM, one_device("pt", replace(task, steps=0), "fp64"))
+            optim = smooth_optim(case.optim, one_device("pt", replace(task, steps=0), "fp64"))
             self._exact[key] = one_device("pt", replace(task, optim=optim), "fp64"), optim
         return self._exact[key]
 
