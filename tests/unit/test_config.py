@@ -27,6 +27,7 @@ PUBLISHED = {
     # Unpublished shapes: this is what our reconstruction has.
     "flm-51b": 50_051_807_232,
     "flm-16b": 16_521_437_184,
+    "flm-mup": 88_871_424,
 }
 # As the papers and model names give it, in millions, and how closely that can be taken.
 NAMED = {
@@ -67,6 +68,7 @@ def test_multipliers_of_the_presets_are_the_released_quotients() -> None:
         "flm-101b": (2.0, 10240 / 256),
         "flm-51b": (2.0, 7168 / 256),
         "flm-16b": (2.0, 4096 / 256),
+        "flm-mup": (2.0, 256 / 256),
     }
     for name, (output, scale) in released.items():
         assert load_model_config(name).logit_mult == output / scale, name

@@ -68,7 +68,8 @@ def test_goldens_there_and_back(case: str) -> None:
     "preset", ["teleflm-52b", "teleflm-1t", "teleflm-tiny", "telechat-52b", "flm-101b", "flm-tiny"]
 )
 def test_presets_there_and_back(preset: str) -> None:
-    config = load_model_config(preset)
+    # No release says how the classes were initialised.
+    config = replace(load_model_config(preset), matrix_init_std=None)
     written = write_config(config, None, "bfloat16")
     assert read_config(json.loads(json.dumps(written)), "x") == (config, [])
 

@@ -109,3 +109,27 @@ def test_the_released_recipe_has_the_published_numbers():
         )
         assert config.optim == published
         assert config.data.seq_len == config.model.training_seqlen == 8192
+
+
+def test_the_52b_recipe_has_the_published_numbers():
+    """The table of Tele-FLM's model card and report; betas and eps are not in it."""
+    config = load_run_config(CONFIGS / "train" / "teleflm-52b.yaml")
+    model, optim, layout = config.model, config.optim, config.parallel
+    assert (optim.lr, optim.matrix_lr, optim.min_lr, optim.warmup_steps) == (1.5e-4, 1.5e-4, 1.5e-5, 2000)
+    assert (optim.weight_decay, optim.matrix_weight_decay, optim.clip_grad) == (0.0, None, 1.0)
+    assert (model.init_std, model.matrix_init_std) == (4e-3, 4.242e-3)
+    assert (model.input_mult, model.logit_mult, model.rope_theta) == (1.0, 3.125e-2, 10000.0)
+    tokens = config.train.global_batch * config.data.seq_len
+    assert tokens == 5_505_024 and round(config.train.steps * tokens / 1e12, 5) == 2.5
+    assert (layout.tp, layout.pp, layout.dp) == (4, 2, 112)
+
+
+def test_the_101b_recipe_has_the_published_numbers():
+    config = load_run_config(CONFIGS / "train" / "flm-101b.yaml")
+    optim, layout = config.optim, config.parallel
+    assert (optim.lr, optim.min_lr, optim.weight_decay, optim.clip_grad) == (2e-4, 6e-6, 0.1, 1.0)
+    assert (optim.beta1, optim.beta2) == (0.9, 0.95)
+    assert (layout.tp, layout.pp, layout.dp) == (4, 4, 12)
+    assert config.train.global_batch == 2160 and round(optim.warmup_steps * 2160, -4) == 230_000
+    # 26.54B tokens, as rounded as that number.
+    assert config.train.steps * 2160 * 2048 / 1e9 == pytest.approx(26.54, abs=0.005)
