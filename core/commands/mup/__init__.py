@@ -1,0 +1,36 @@
+"""What small widths say about large ones: muP (maximal update parametrisation) from search to forecast.
+
+transfer   hyper-parameters of a narrow model at another width, as a table and as a run's YAML
+check      whether activations keep their size over widths in training: red when a rule of muP is broken
+search     many small models over hyper-parameters and widths, one after another, resumable; tables and plots
+predict    the loss of a large width from those of small ones
+"""
+
+from __future__ import annotations
+
+import argparse
+
+from core.commands.mup import predict, transfer
+
+ACTIONS = {
+    "transfer": (transfer, "carry hyper-parameters over to another width"),
+    "predict": (predict, "fit a loss law to small models, forecast larger ones"),
+}
+EXAMPLES = """\
+examples:
+  tele mup transfer --config configs/train/teleflm-mup.yaml --width 256 8192
+  tele mup predict losses.csv --hold-out 3 --out forecast
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The actions of ``tele mup``, each with its own options."""
+    parser.epilog = EXAMPLES
+    actions = parser.add_subparsers(dest="action", required=True, metavar="{" + ",".join(ACTIONS) + "}")
+    for name, (module, summary) in ACTIONS.items():
+        module.add_arguments(actions.add_parser(name, help=summary))
+
+
+def run(args: argparse.Namespace) -> int:
+    """The chosen action's exit code."""
+    return ACTIONS[args.action][0].run(args)
