@@ -10,17 +10,19 @@ from __future__ import annotations
 
 import argparse
 
-from core.commands.mup import check, predict, transfer
+from core.commands.mup import check, predict, search, transfer
 
 ACTIONS = {
     "transfer": (transfer, "carry hyper-parameters over to another width"),
     "check": (check, "whether activations keep their size over widths; exit 1 when a rule of muP is broken"),
+    "search": (search, "train many small models over hyper-parameters and widths, resumable"),
     "predict": (predict, "fit a loss law to small models, forecast larger ones"),
 }
 EXAMPLES = """\
 examples:
   tele mup transfer --config configs/train/teleflm-mup.yaml --width 256 8192
   tele mup check --backend pt --config configs/train/teleflm-tiny.yaml --out check
+  tele mup search --backend pt configs/mup/teleflm-tiny.yaml --out runs/search
   tele mup predict losses.csv --hold-out 3 --out forecast
 """
 
