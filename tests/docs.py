@@ -72,7 +72,10 @@ NOT_RUN = {
     "README's line is run",
 }
 # Pages whose commands another test runs, all of them.
-RUN_ELSEWHERE = {"docs/generation.md": "tests/parity/test_generation_parity.py::test_the_commands_of_the_page_run"}
+RUN_ELSEWHERE = {
+    "docs/generation.md": "tests/parity/test_generation_parity.py::test_the_commands_of_the_page_run",
+    "docs/mup.md": "tests/parity/test_mup_commands.py::test_the_commands_of_the_page_run",
+}
 
 LIGHT = ("doctor", "plan", "tokenize", "data", "convert", "mup")  # verbs that need no framework
 TRAINED = "runs/"  # a light verb on something that was trained goes with the training
@@ -230,7 +233,8 @@ def parser(verb: str) -> cli.Parser:
 
 
 def wrong_blocks(root: Path, page: str) -> list[str]:
-    """Python blocks that do not compile, YAML blocks whose sections have unknown keys or wrong values."""
+    """Python blocks that do not compile, YAML blocks with unknown keys or wrong values: a search, or sections of a
+    run."""
     import yaml
 
     complaints = []
@@ -242,10 +246,9 @@ def wrong_blocks(root: Path, page: str) -> list[str]:
             except SyntaxError as error:
                 complaints.append(f"{page}:{fence.line}: {error}")
         elif fence.language == "yaml":
-            for section, values in yaml.safe_load(text).items():
-                said = _section(section, values)
-                if said:
-                    complaints.append(f"{page}:{fence.line}: {said}")
+            tree = yaml.safe_load(text)
+            found = [_search(tree)] if "config" in tree else [_section(*section) for section in tree.items()]
+            complaints += [f"{page}:{fence.line}: {said}" for said in found if said]
     return complaints
 
 
@@ -258,6 +261,18 @@ def _section(section: str, values: dict[str, Any]) -> str | None:
     tree[section] = values
     try:
         run_config_from_dict(tree)
+    except UserError as error:
+        return str(error)
+    return None
+
+
+def _search(tree: dict[str, Any]) -> str | None:
+    """What is wrong with the YAML of `tele mup search`, or None."""
+    from core.mup.search import SearchConfig
+    from core.schema import from_mapping
+
+    try:
+        from_mapping(SearchConfig, tree, "")
     except UserError as error:
         return str(error)
     return None

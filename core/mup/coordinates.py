@@ -21,7 +21,7 @@ from core.batch import Batch, shift_labels
 from core.config import RunConfig
 from core.layout import Layout
 from core.mup import transfer as rules
-from core.recipe import clip_factor
+from core.recipe import clip_factor, learning_rate
 
 GROUPS = ("embed", "attn", "ffn", "stream", "logits")
 MUP, STANDARD = "muP", "standard"
@@ -30,6 +30,8 @@ MUP, STANDARD = "muP", "standard"
 # stay within 0.06, from width 64 on and after 3 updates mostly within 0.25; with any one rule left out, or the logits'
 # taken half, some slope is beyond 0.44 (docs/mup.md).
 FLAT = 0.3
+# With a head of constant deviation muP's logits start like 1 / sqrt(width), and small first changes of them may be so.
+LOGITS_LOW = -0.8
 GROWING = 0.5
 
 
@@ -85,7 +87,7 @@ def token_batch(vocab_size: int, rows: int, seq_len: int, seed: int) -> Batch:
 def measure(
     backend: str, parametrisation: str, config: RunConfig, batch: Batch, steps: int, tell: Callable[[], None]
 ) -> Record:
-    """Train ``steps`` updates on ``batch`` at the peak learning rate, looking before each and after the last.
+    """Make the run's first ``steps`` updates, all on ``batch``, looking before each and after the last.
 
     ``tell`` is called after each look.
     """
@@ -105,7 +107,8 @@ def measure(
             changes[group].append(_mean(np.abs(seen[name] - start[name]) for name in names))
         if step < steps:
             norm = trainer.grad_norm(1.0)
-            trainer.update(config.optim.lr, clip_factor(norm, config.optim.clip_grad))
+            lr = learning_rate(config.optim, config.train.steps, step)
+            trainer.update(lr, clip_factor(norm, config.optim.clip_grad))
         tell()
     return Record(parametrisation, config.model.hidden_size, scales, changes, losses)
 
@@ -131,12 +134,10 @@ def judge(records: Sequence[Record]) -> list[Judged]:
     contrast = [record for record in records if record.parametrisation == STANDARD]
     last = len(mup[0].losses) - 1
     found = []
-    for group in GROUPS:
-        # With a head of constant deviation muP's logits start like 1 / sqrt(width) and vanish in the limit.
-        low = -math.inf if group == "logits" else -FLAT
-        found.append(Judged("muP, at the start", group, slope(mup, "scales", group, 0), low, FLAT))
-    for group in GROUPS:
-        found.append(Judged(f"muP, change after {last}", group, slope(mup, "changes", group, last), -FLAT, FLAT))
+    for what, kind, step in (("at the start", "scales", 0), (f"change after {last}", "changes", last)):
+        for group in GROUPS:
+            low = LOGITS_LOW if group == "logits" else -FLAT
+            found.append(Judged(f"muP, {what}", group, slope(mup, kind, group, step), low, FLAT))
     steepest = max(GROUPS, key=lambda group: slope(contrast, "changes", group, last))
     grown = slope(contrast, "changes", steepest, last)
     found.append(Judged(f"standard, change after {last}", steepest, grown, GROWING, math.inf))

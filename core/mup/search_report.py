@@ -283,6 +283,8 @@ def _plot_numbers(reports: Sequence[Report], names: Sequence[str], path: Path) -
         axis.set_xlabel(name)
         if min(best) > 0:
             axis.set_xscale("log")
+        axis.set_xticks(sorted(best), [f"{value:g}" for value in sorted(best)])
+        axis.set_xticks([], minor=True)
         axis.grid(alpha=0.3)
     axes[0][0].set_ylabel("loss")
     figure.savefig(path, dpi=110)

@@ -20,7 +20,10 @@ from tests.frameworks import BACKENDS
 
 NARROW = CONFIGS / "train" / "teleflm-tiny.yaml"
 WIDTHS, STEPS, ROWS, LENGTH = (64, 128, 256), 3, 2, 48
-SMALLER = ("model.num_layers=2", "model.vocab_size=512")
+# A short warm-up and a small vector-like rate: in three updates the matrices then do enough for a fault to show.
+SMALLER = (
+    "model.num_layers=2", "model.vocab_size=512", "optim.lr=3e-3", "optim.min_lr=3e-4", "optim.warmup_steps=2",
+)  # fmt: skip
 
 
 def records(backend: str, names: tuple[str, ...] = (MUP, STANDARD)) -> list[Record]:

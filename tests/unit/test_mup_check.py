@@ -56,6 +56,7 @@ BROKEN = {
     "muP, change after 2: stream": {"mup": {"stream": (0.0, -FLAT - 0.01)}},
     "muP, at the start: logits": {"mup": {"logits": (0.5, 0.0)}},
     "muP, change after 2: logits": {"mup": {"logits": (-0.5, 1.0)}},
+    "muP, at the start: logits -1": {"mup": {"logits": (-1.0, -0.5)}},
     "muP, change after 2: embed": {"mup": {"embed": (0.0, math.nan)}},
     "standard, change after 2": {"contrast": 0.4},
 }
@@ -64,7 +65,7 @@ BROKEN = {
 @pytest.mark.parametrize("what", BROKEN)
 def test_a_slope_out_of_its_range_is_named(what: str) -> None:
     made = records(**BROKEN[what])
-    broken = [f"{one.what}: {one.group}" for one in judge(made) if not one.holds]
+    broken = [f"{one.what}: {one.group} {one.slope:+.0f}" for one in judge(made) if not one.holds]
     assert len(broken) == 1 and broken[0].startswith(what)
     assert f"BROKEN  {what}" in describe("title", made, judge(made))
 

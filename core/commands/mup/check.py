@@ -18,6 +18,7 @@ from core.mup.coordinates import (
     FLAT,
     GROUPS,
     GROWING,
+    LOGITS_LOW,
     MUP,
     STANDARD,
     Judged,
@@ -34,15 +35,15 @@ FACTORS = (1, 2, 4, 8)
 ROWS, LONGEST = 4, 64
 
 DESCRIPTION = f"""\
-Train a few steps at several widths and see whether activations keep their size: the test that muP is complete.
+Make a run's first updates at several widths and see whether activations keep their size: the test that muP is complete.
 
 Looked at are the embedding's output, what attention and ffn add to the stream, the stream after each block, and the
 logits: the mean of |x|, and of |x - x at the start|, before each update and after the last, on a fixed batch of random
 tokens (no data is needed). Widths are the config's times 1, 2, 4 and 8 unless --widths says others; its numbers are
 carried over as `tele mup transfer` does, and for contrast used unchanged at every width (standard parametrisation).
 The slope of log size over log width must lie within {FLAT} of 0 under muP, at the start and in change after the last
-update (logits start smaller in wider models and only must not grow), and for the contrast some change must grow by
-more than {GROWING}: a check that cannot see growth proves nothing. Exit code 1 when one of these is broken.
+update (of the logits from {LOGITS_LOW}: they start smaller in wider models), and for the contrast some change must grow
+by more than {GROWING}: a check that cannot see growth proves nothing. Exit code 1 when one of these is broken.
 """
 EXAMPLES = """\
 examples:
@@ -130,7 +131,7 @@ def describe(title: str, records: Sequence[Record], judged: Sequence[Judged]) ->
 def _range(one: Judged) -> str:
     if one.high == float("inf"):
         return f"at least {one.low:g}"
-    return f"at most {one.high:g}" if one.low == -float("inf") else f"within {one.high:g} of 0"
+    return f"from {one.low:g} to {one.high:g}"
 
 
 def plot(title: str, records: Sequence[Record], path: Path) -> Path:
