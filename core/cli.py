@@ -31,7 +31,7 @@ GROUPS: dict[str, dict[str, tuple[str, str]]] = {
         "train": ("core.commands.train", "train or resume a model with MindSpore (ms) or PyTorch (pt)"),
         "grow": ("core.commands.grow", "a trained model made larger, optimizer included, computing the same"),
         "plan": ("core.commands.plan", "estimate parameters, memory and arithmetic of a model, without making it"),
-        "mup": ("core.commands.mup", "forecast the loss of a large width from small ones"),
+        "mup": ("core.commands.mup", "hyper-parameters and losses of large widths from those of small ones"),
         "bench": ("core.commands.bench", "measure tokens/s and step time of both frameworks, paired"),
     },
     "Use": {

@@ -14,7 +14,7 @@ import importlib.util
 import signal
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -57,6 +57,7 @@ def launch(
     node_rank: int = 0,
     master: str | None = None,
     collective_timeout: float = COLLECTIVE_TIMEOUT,
+    instead: Callable[[], None] | None = None,
 ) -> int:
     """Run ``script`` (default: the backend's train.py) in ``nproc`` processes and wait for the end.
 
@@ -64,6 +65,8 @@ def launch(
     inside one collective for ``collective_timeout`` seconds (0: no limit; stderr says who waits where); 2 when the
     failing rank met a UserError (its one line is on stderr); 130 after Ctrl-C or SIGTERM. When this function returns,
     no process it started is left.
+
+    ``instead`` is called many times a second in place of showing what rank 0 writes, which stays in its log.
 
     Several machines: each calls this with the same ``nnodes``, ``nproc`` and ``master`` ("host:port" of node 0, where
     port + 1 is used too) and its own ``node_rank``. They wait for one another, then hold nnodes * nproc ranks; when the
@@ -90,10 +93,10 @@ def launch(
             return 130
         with nodes:
             try:
-                return _run(plan, env, nodes, limits)
+                return _run(plan, env, nodes, limits, instead)
             except _PortTaken:
                 print("tele: the port chosen for msrun was taken meanwhile; starting once more", file=sys.stderr)
-                return _run(plan, env, nodes, limits, again=True)
+                return _run(plan, env, nodes, limits, instead, again=True)
 
 
 @dataclass(frozen=True)
@@ -123,7 +126,14 @@ class _Running:
         return [read_status(self.plan.folder, rank) for rank in self.plan.ranks]
 
 
-def _run(plan: Plan, env: dict[str, str], nodes: Nodes, limits: Limits, again: bool = False) -> int:
+def _run(
+    plan: Plan,
+    env: dict[str, str],
+    nodes: Nodes,
+    limits: Limits,
+    instead: Callable[[], None] | None,
+    again: bool = False,
+) -> int:
     folder = plan.folder
     for pattern in ("status_*", "worker_*.log", "stack_*.txt", "heartbeat_*.bin", "scheduler.log"):
         for old in folder.glob(pattern):
@@ -137,7 +147,7 @@ def _run(plan: Plan, env: dict[str, str], nodes: Nodes, limits: Limits, again: b
             signals_as_interrupt(),
             Job(command(plan, port), env, output) as job,
         ):
-            screen = Screen(folder / f"worker_{plan.ranks[0]}.log")
+            screen = Screen(folder / f"worker_{plan.ranks[0]}.log", instead)
             run = _Running(plan, nodes, job, screen, Waits(folder, plan.ranks))
             try:
                 return _watch(run, limits, again)

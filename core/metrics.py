@@ -18,6 +18,7 @@ from core.params import parameter_table
 Row = dict[str, Any]
 
 _SMOOTH_FROM = 250  # steps from which a plot shows a running mean
+LONGEST_ROW = 4096  # bytes: a row has a few hundred
 
 
 class MetricsLog:
@@ -90,6 +91,17 @@ def last_step(path: str | Path) -> int:
     """The last step recorded in a metrics.jsonl; 0 when there is no file or no row."""
     rows = read_metrics(path) if Path(path).exists() else []
     return rows[-1]["step"] if rows else 0
+
+
+def last_row(path: str | Path) -> Row | None:
+    """The last whole row of a metrics.jsonl that may be growing, without reading all of it; None when there is none."""
+    try:
+        with open(path, "rb") as file:
+            file.seek(max(0, file.seek(0, os.SEEK_END) - LONGEST_ROW))
+            lines = file.read().split(b"\n")[:-1]
+    except FileNotFoundError:
+        return None
+    return json.loads(lines[-1]) if lines else None
 
 
 def require_fresh(out: Path) -> None:

@@ -334,7 +334,8 @@ def compare_traces(a: Sequence[Row], b: Sequence[Row], exact: Sequence[Row] | No
         return TraceReport([], [], [], [Bound("steps that only one run has", float(odd or 1), 0.0, "one row per step")])
     loss = _relative_columns(a, b, "loss")
     norm = _relative_columns(a, b, "grad_norm")
-    schedule = max(abs(x["lr"] - y["lr"]) + abs(x["tokens"] - y["tokens"]) for x, y in zip(a, b, strict=True))
+    named = ("lr", "matrix_lr", "tokens")  # a row without a matrix_lr has none that differs from lr
+    schedule = max(sum(abs(x.get(n, 0.0) - y.get(n, 0.0)) for n in named) for x, y in zip(a, b, strict=True))
     strict = min(STRICT_STEPS, len(steps))
     bounds = [
         Bound("learning rate or tokens of any step", float(schedule), 0.0, "both come from core: the same doubles")

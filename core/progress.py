@@ -73,7 +73,7 @@ def format_row(row: Row, total: int, seconds_left: float) -> str:
         f"grad {_number(row['grad_norm'], '.3g')}",
         f"lr {row['lr']:.2e}",
         f"{row['tokens_per_s']:,.0f} tok/s",
-        f"eta {_clock(seconds_left)}",
+        f"eta {clock(seconds_left)}",
     ]
     return "  ".join(parts)
 
@@ -82,7 +82,8 @@ def _number(value: float | None, form: str) -> str:
     return "-" if value is None else format(value, form)
 
 
-def _clock(seconds: float) -> str:
+def clock(seconds: float) -> str:
+    """``1:02:03`` or ``2:03``."""
     whole = round(seconds)
     hours, minutes, rest = whole // 3600, whole // 60 % 60, whole % 60
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

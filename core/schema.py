@@ -65,7 +65,7 @@ def load_yaml(path: str | Path) -> Any:
         raise UserError(f"{path}: no such file") from None
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot be read ({error})") from None
-    return _parse(text, str(path), lines=True)
+    return parse_yaml(text, str(path), lines=True)
 
 
 def set_dotted(tree: dict[str, Any], assignment: str) -> None:
@@ -80,10 +80,10 @@ def set_dotted(tree: dict[str, Any], assignment: str) -> None:
         if not isinstance(node, dict):
             raise UserError(f"--set {assignment}: '{part}' is a value, not a group of options")
     # The value is read by YAML's rules, so that --set and the file mean the same.
-    node[leaf] = _parse(text, f"--set {key}={text!r}" if not text.isprintable() else f"--set {assignment}")
+    node[leaf] = parse_yaml(text, f"--set {key}={text!r}" if not text.isprintable() else f"--set {assignment}")
 
 
-def _parse(text: str, where: str, lines: bool = False) -> Any:
+def parse_yaml(text: str, where: str, lines: bool = False) -> Any:
     """One YAML document; UserError on anything the loader stumbles over, with the line number if ``lines``."""
     try:
         return yaml.load(text, Loader=_Loader)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 
@@ -21,10 +22,13 @@ _NOISE = re.compile(rb"\[(DEBUG|INFO|WARNING)\] [A-Z_]+\(\d+[,:]")
 
 
 class Screen:
-    """Rank 0's log on our terminal, byte for byte (carriage returns too), less MindSpore's warnings."""
+    """Rank 0's log on our terminal, byte for byte (carriage returns too), less MindSpore's warnings.
 
-    def __init__(self, log: Path) -> None:
-        self.log = log
+    ``instead`` is called in place of every showing, for a caller that has something better to show.
+    """
+
+    def __init__(self, log: Path, instead: Callable[[], None] | None = None) -> None:
+        self.log, self.instead = log, instead
         self.offset = 0
         self.held = b""
         self.shown = b""  # the last bytes shown, to know whether a traceback has been seen
@@ -41,6 +45,9 @@ class Screen:
 
     def show(self, news: bytes, last: bool = False) -> None:
         """Write what may be shown: a line that starts with "[" waits for its end, since it may be noise."""
+        if self.instead is not None:
+            self.instead()
+            return
         text, self.held = self.held + news, b""
         out = []
         for piece in re.split(rb"(?<=[\r\n])", text):

@@ -75,6 +75,7 @@ NOT_RUN = {
 RUN_ELSEWHERE = {
     "docs/generation.md": "tests/parity/test_generation_parity.py::test_the_commands_of_the_page_run",
     "docs/growth.md": "tests/multiproc/test_growth_runs.py::test_the_commands_of_the_page_run",
+    "docs/mup.md": "tests/parity/test_mup_commands.py::test_the_commands_of_the_page_run",
 }
 
 LIGHT = ("doctor", "plan", "tokenize", "data", "convert", "mup")  # verbs that need no framework
@@ -235,8 +236,9 @@ def parser(verb: str) -> cli.Parser:
 
 
 def wrong_blocks(root: Path, page: str) -> list[str]:
-    """Python blocks that do not compile, YAML blocks whose sections have unknown keys or wrong values."""
-    import yaml
+    """Python blocks that do not compile, YAML blocks with unknown keys or wrong values: a search, or sections of a
+    run."""
+    from core.schema import parse_yaml
 
     complaints = []
     for fence in fences(root, page):
@@ -247,10 +249,9 @@ def wrong_blocks(root: Path, page: str) -> list[str]:
             except SyntaxError as error:
                 complaints.append(f"{page}:{fence.line}: {error}")
         elif fence.language == "yaml":
-            for section, values in yaml.safe_load(text).items():
-                said = _section(section, values)
-                if said:
-                    complaints.append(f"{page}:{fence.line}: {said}")
+            tree = parse_yaml(text, page)
+            found = [_search(tree)] if "config" in tree else [_section(*section) for section in tree.items()]
+            complaints += [f"{page}:{fence.line}: {said}" for said in found if said]
     return complaints
 
 
@@ -263,6 +264,18 @@ def _section(section: str, values: dict[str, Any]) -> str | None:
     tree[section] = values
     try:
         run_config_from_dict(tree)
+    except UserError as error:
+        return str(error)
+    return None
+
+
+def _search(tree: dict[str, Any]) -> str | None:
+    """What is wrong with the YAML of `tele mup search`, or None."""
+    from core.mup.search import SearchConfig
+    from core.schema import from_mapping
+
+    try:
+        from_mapping(SearchConfig, tree, "")
     except UserError as error:
         return str(error)
     return None

@@ -26,7 +26,8 @@ def test_help_lists_every_verb_with_its_line(capsys: pytest.CaptureFixture[str])
 def test_each_verb_has_its_module() -> None:
     for verb, (module, _) in cli.VERBS.items():
         assert module == f"core.commands.{verb}"
-        assert (ROOT / f"{module.replace('.', '/')}.py").is_file(), f"{verb} is offered but does not exist"
+        files = [ROOT / f"{module.replace('.', '/')}{ending}" for ending in (".py", "/__init__.py")]
+        assert any(file.is_file() for file in files), f"{verb} is offered but does not exist"
 
 
 @pytest.mark.parametrize("verb", cli.VERBS)

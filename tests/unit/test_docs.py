@@ -44,6 +44,7 @@ PLANTED = [
     ("```bash\ncurl example.org\n```", "'curl' is no program of this project"),
     ("```python\ndef f(:\n```", "invalid syntax"),
     ("```yaml\ndata:\n  seq_len: 8\n  sourcs: []\n```", "did you mean 'sources'?"),
+    ("```yaml\nconfig: run.yaml\ngrid:\n  learning_rate: [1.0]\n```", "grid: unknown key 'learning_rate'"),
     ("See `tele serve`.", "no command 'tele serve'"),
     ("Give `--max-new-token`.", "no option --max-new-token, nearest --max-new-tokens"),
     ("Set `health.spike_polcy`.", "no config key health.spike_polcy"),

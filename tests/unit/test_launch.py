@@ -49,6 +49,14 @@ def test_screen_passes_carriage_returns_at_once(tmp_path: Path, capfdbinary: pyt
     assert capfdbinary.readouterr().out == "\r 10%|█".encode()
 
 
+def test_what_is_called_instead_of_showing(tmp_path: Path, capfdbinary: pytest.CaptureFixture[bytes]) -> None:
+    looks: list[int] = []
+    screen = Screen(tmp_path / "none.log", lambda: looks.append(1))
+    screen.show(b"step 1\n")
+    screen.show(b"", last=True)
+    assert (looks, capfdbinary.readouterr().out, screen.shown) == ([1, 1], b"", b"")
+
+
 def test_screen_reads_only_what_is_new(tmp_path: Path) -> None:
     log = tmp_path / "worker_0.log"
     screen = Screen(log)

@@ -12,7 +12,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from core import cli, loss_prediction
-from core.commands.mup import predict
+from core.commands.mup.predict import predict
 from core.errors import UserError
 from core.loss_prediction import fit_law, forecast, student_quantile, weaknesses
 from core.loss_table import LARGEST, SMALLEST, read_loss_table

@@ -8,9 +8,11 @@ import pytest
 from core.config import load_model_config
 from core.errors import UserError
 from core.metrics import (
+    LONGEST_ROW,
     MetricsLog,
     column,
     flops_per_token,
+    last_row,
     last_step,
     model_flops_utilisation,
     plot_losses,
@@ -51,6 +53,17 @@ def test_a_line_torn_by_a_kill_is_dropped(tmp_path):
     with MetricsLog(path, keep_until=1) as log:
         log.append(row(2))
     assert [r["step"] for r in read_metrics(path)] == [1, 2]
+
+
+def test_the_last_row_of_a_growing_file(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    assert last_row(path) is None
+    path.write_text("")
+    assert last_row(path) is None
+    lines = [json.dumps(row(step)) + "\n" for step in range(1, 200)]
+    path.write_text("".join(lines) + json.dumps(row(200))[:-7])
+    assert path.stat().st_size > 2 * LONGEST_ROW
+    assert last_row(path) == row(199)
 
 
 def test_a_bad_line_is_named(tmp_path):

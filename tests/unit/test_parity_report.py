@@ -165,6 +165,7 @@ def test_traces():
     assert trace_broken(rows(drift=2e-4), rows()) == ["loss, steps 1 to 50"]
     assert trace_broken(rows(grad_norm=(7, 1.2)), rows()) == ["gradient norm, steps 1 to 50"]
     assert trace_broken(rows(lr=(60, 1e-9)), rows()) == ["learning rate or tokens of any step"]
+    assert trace_broken(rows(matrix_lr=(60, 1e-4)), rows()) == ["learning rate or tokens of any step"]
     assert trace_broken(rows(tokens=(60, 1)), rows()) == ["learning rate or tokens of any step"]
     assert trace_broken(rows(59), rows()) == ["steps that only one run has"]
     assert trace_broken([], []) == ["steps that only one run has"]

@@ -1,4 +1,4 @@
-"""`tele mup`: what small widths say about large ones."""
+"""`tele mup predict`: the loss of a large width from those of small ones."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from core.errors import UserError
 from core.loss_prediction import LEAST_POINTS, LEVEL, Fit, Forecast, fit_law, forecast, weaknesses
 from core.loss_table import LossTable, read_loss_table
 
-PREDICT = """\
+DESCRIPTION = """\
 Fit L = a * C^b + c to the losses of small models and forecast those of larger ones.
 
 Train the same model at four or more widths: same depth, same data in the same order, same batch, hyper-parameters
@@ -40,25 +40,20 @@ examples:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.epilog = EXAMPLES
-    actions = parser.add_subparsers(dest="action", required=True, metavar="predict")
-    predict = actions.add_parser("predict", help="fit a loss law to small models, forecast larger ones")
-    predict.description, predict.epilog = PREDICT, EXAMPLES
-    predict.add_argument("table", metavar="TABLE", help=".csv or .yaml: sizes and losses at one step")
-    predict.add_argument(
+    """The options of ``tele mup predict``."""
+    parser.description, parser.epilog = DESCRIPTION, EXAMPLES
+    parser.add_argument("table", metavar="TABLE", help=".csv or .yaml: sizes and losses at one step")
+    parser.add_argument(
         "--hold-out",
         type=int,
         metavar="N",
         help="largest measured models to forecast, not fit (default: 1; 0 where the table has rows without a loss)",
     )
-    predict.add_argument("--out", metavar="DIR", type=Path, help="write prediction.json and prediction.png here")
+    parser.add_argument("--out", metavar="DIR", type=Path, help="write prediction.json and prediction.png here")
 
 
 def run(args: argparse.Namespace) -> int:
-    return {"predict": _predict}[args.action](args)
-
-
-def _predict(args: argparse.Namespace) -> int:
+    """Fit, forecast, print; write with ``--out``."""
     if args.out:
         for name in ("prediction.json", "prediction.png"):
             writable_file(args.out / name, "--out")

@@ -1,0 +1,173 @@
+"""The coordinate check of muP: do activations, and what training changes of them, keep their size as the width grows?
+
+A few steps are trained at several widths. Under muP every coordinate of embedding, attention, ffn, stream and logits
+moves by an amount that does not depend on the width; with one set of numbers for all widths (the standard
+parametrisation, run for contrast) it moves the more, the wider the model. Sizes are means of absolute values. Judged is
+the slope of their logarithm over that of the width: 0 is flat, 1/2 grows like a random sum, 1 like an aligned one.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from core import backends
+from core.batch import Batch, shift_labels
+from core.config import RunConfig
+from core.layout import Layout
+from core.mup import transfer as rules
+from core.recipe import clip_factor, learning_rate
+
+GROUPS = ("embed", "attn", "ffn", "stream", "logits")
+MUP, STANDARD = "muP", "standard"
+
+# Between what was measured with the rules and without one of them. The shipped narrow recipes at the default widths
+# stay within 0.06, from width 64 on and after 3 updates mostly within 0.25; with any one rule left out, or the logits'
+# taken half, some slope is beyond 0.44 (docs/mup.md).
+FLAT = 0.3
+# With a head of constant deviation muP's logits start like 1 / sqrt(width), and small first changes of them may be so.
+LOGITS_LOW = -0.8
+GROWING = 0.5
+
+
+@dataclass(frozen=True)
+class Record:
+    """One width in one parametrisation. ``scales`` and ``changes``, by group, one number for 0, 1 ... updates: the mean
+    of |x| and of |x - x at the start|, over the fixed batch and, where there are several, over layers."""
+
+    parametrisation: str
+    width: int
+    scales: dict[str, list[float]]
+    changes: dict[str, list[float]]
+    losses: list[float]
+
+
+@dataclass(frozen=True)
+class Judged:
+    """The slope of ``group``'s size over the width, and the range it must lie in."""
+
+    what: str
+    group: str
+    slope: float
+    low: float
+    high: float
+
+    @property
+    def holds(self) -> bool:
+        return self.low <= self.slope <= self.high  # nan is outside
+
+
+def configs(narrow: RunConfig, widths: Sequence[int], rows: int, seq_len: int) -> list[tuple[str, RunConfig]]:
+    """(parametrisation, run) for every width: by muP from ``narrow``, and with narrow's numbers as they are."""
+    train = dataclasses.replace(narrow.train, global_batch=rows, micro_batch=rows, precision="fp32", recompute="none")
+    data = dataclasses.replace(narrow.data, seq_len=seq_len)
+    base = dataclasses.replace(narrow, train=train, data=data, parallel=Layout())
+    made = []
+    for parametrisation in (MUP, STANDARD):
+        for width in widths:
+            model, optim = rules.at_width(narrow.model, width), narrow.optim
+            if parametrisation == MUP:
+                model, optim = rules.transfer(narrow.model, narrow.optim, model)
+            made.append((parametrisation, dataclasses.replace(base, model=model, optim=optim)))
+    return made
+
+
+def token_batch(vocab_size: int, rows: int, seq_len: int, seed: int) -> Batch:
+    """Random ids [rows, seq_len], as unequally frequent as words are: the k-th id has a share like 1 / k."""
+    shares = 1.0 / np.arange(1, vocab_size + 1)
+    ids = np.random.default_rng(seed).choice(vocab_size, (rows, seq_len), p=shares / shares.sum()).astype(np.int32)
+    return Batch(ids, shift_labels(ids), np.tile(np.arange(seq_len, dtype=np.int32), (rows, 1)))
+
+
+def measure(
+    backend: str, parametrisation: str, config: RunConfig, batch: Batch, steps: int, tell: Callable[[], None]
+) -> Record:
+    """Make the run's first ``steps`` updates, all on ``batch``, looking before each and after the last.
+
+    ``tell`` is called after each look.
+    """
+    trainer = backends.load(backend, "train").Trainer(config)
+    observed = backends.load(backend, "activations").observed
+    scales: dict[str, list[float]] = {group: [] for group in GROUPS}
+    changes: dict[str, list[float]] = {group: [] for group in GROUPS}
+    start: dict[str, np.ndarray] = {}
+    losses = []
+    for step in range(steps + 1):
+        with observed(trainer.stages[0]) as seen:
+            losses.append(trainer.gradients(batch, batch.num_targets, 1.0))
+        start = start or dict(seen)
+        for group in GROUPS:
+            names = [name for name in seen if group_of(name) == group]
+            scales[group].append(_mean(np.abs(seen[name]) for name in names))
+            changes[group].append(_mean(np.abs(seen[name] - start[name]) for name in names))
+        if step < steps:
+            norm = trainer.grad_norm(1.0)
+            lr = learning_rate(config.optim, config.train.steps, step)
+            trainer.update(lr, clip_factor(norm, config.optim.clip_grad))
+        tell()
+    return Record(parametrisation, config.model.hidden_size, scales, changes, losses)
+
+
+def group_of(name: str) -> str:
+    """The group of an activation as a backend's ``observed`` names it; ``layers.3`` is the stream after block 3."""
+    last = name.rpartition(".")[2]
+    return "stream" if last.isdigit() else last
+
+
+def slope(records: Sequence[Record], kind: str, group: str, step: int) -> float:
+    """d log(size) / d log(width) by least squares over ``records``; ``kind``: scales or changes."""
+    sizes = [getattr(record, kind)[group][step] for record in records]
+    if not all(math.isfinite(size) and size > 0 for size in sizes):
+        return math.nan
+    widths = [math.log(record.width) for record in records]
+    return float(np.polyfit(widths, np.log(sizes), 1)[0])
+
+
+def judge(records: Sequence[Record]) -> list[Judged]:
+    """What must hold: flat at the start and flat in change after the last update under muP, growth in the contrast."""
+    mup = [record for record in records if record.parametrisation == MUP]
+    contrast = [record for record in records if record.parametrisation == STANDARD]
+    last = len(mup[0].losses) - 1
+    found = []
+    for what, kind, step in (("at the start", "scales", 0), (f"change after {last}", "changes", last)):
+        for group in GROUPS:
+            low = LOGITS_LOW if group == "logits" else -FLAT
+            found.append(Judged(f"muP, {what}", group, slope(mup, kind, group, step), low, FLAT))
+    steepest = max(GROUPS, key=lambda group: slope(contrast, "changes", group, last))
+    grown = slope(contrast, "changes", steepest, last)
+    found.append(Judged(f"standard, change after {last}", steepest, grown, GROWING, math.inf))
+    return found
+
+
+def to_json(records: Sequence[Record], judged: Sequence[Judged], facts: dict[str, Any]) -> dict[str, Any]:
+    """What check.json holds."""
+    rows = [
+        {
+            "what": one.what,
+            "group": one.group,
+            "slope": _finite(one.slope),
+            "low": _finite(one.low),
+            "high": _finite(one.high),
+            "holds": one.holds,
+        }
+        for one in judged
+    ]
+    return {
+        **facts,
+        "holds": all(one.holds for one in judged),
+        "judged": rows,
+        "records": [dataclasses.asdict(record) for record in records],
+    }
+
+
+def _mean(parts: Any) -> float:
+    return float(np.mean([np.mean(part, dtype=np.float64) for part in parts]))
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None

@@ -1,0 +1,228 @@
+"""A search on small models: which runs it is made of, and what each left on disk.
+
+A trial is one combination of hyper-parameters at one width, a run like any other in a folder of its own. What has been
+decided about a trial is in its result.json, written in one step when it has ended; a trial without one is begun, or
+goes on from its last checkpoint. So a search that was killed at any moment is gone on with by starting it again.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from core.atomic import remove_folder, write_text
+from core.config import RunConfig, load_run_config
+from core.errors import UserError
+from core.launch import launch
+from core.metrics import flops_per_token
+from core.mup.transfer import at_width, transfer
+from core.schema import from_mapping, load_yaml, option
+from core.worker import read_status
+
+DONE, DIVERGED, FAILED = "done", "diverged", "failed"
+STOPPED = "training stopped at step"  # how core.loop begins when the numbers went wrong
+STEP_COST = 2e9  # operations in which a step's fixed costs are expressed: what a tiny model's step takes anyway
+
+
+@dataclass(frozen=True, kw_only=True)
+class Numbers:
+    """The seven searched hyper-parameters, at the config's width; without a value a number is the config's."""
+
+    lr: float | None = option(None, help="peak rate of vector-like parameters", above=0.0)
+    matrix_lr: float | None = option(None, help="peak rate of matrix-like parameters", above=0.0)
+    min_lr_ratio: float | None = option(None, help="rate at the end over the peak", min=0.0, max=1.0)
+    init_std: float | None = option(None, help="standard deviation of embedding and head", above=0.0)
+    matrix_init_std: float | None = option(None, help="standard deviation of matrix-like parameters", above=0.0)
+    input_mult: float | None = option(None, help="multiplier of the embedding's output", above=0.0)
+    logit_mult: float | None = option(None, help="multiplier of the logits", above=0.0)
+
+    @property
+    def label(self) -> str:
+        """What is said, as a folder's name: ``lr0.003-matrix_lr0.002``; "config" when nothing is."""
+        said = {name: value for name, value in vars(self).items() if value is not None}
+        return "-".join(f"{name}{value:.6g}" for name, value in said.items()) or "config"
+
+
+NAMES = tuple(field.name for field in dataclasses.fields(Numbers))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Grid:
+    """Values to combine, all with all; the fields are those of Numbers."""
+
+    lr: list[float] = option([], help="values of lr", above=0.0)
+    matrix_lr: list[float] = option([], help="values of matrix_lr", above=0.0)
+    min_lr_ratio: list[float] = option([], help="values of min_lr_ratio", min=0.0, max=1.0)
+    init_std: list[float] = option([], help="values of init_std", above=0.0)
+    matrix_init_std: list[float] = option([], help="values of matrix_init_std", above=0.0)
+    input_mult: list[float] = option([], help="values of input_mult", above=0.0)
+    logit_mult: list[float] = option([], help="values of logit_mult", above=0.0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SearchConfig:
+    """A search as its YAML describes it."""
+
+    config: str = option(help="the narrow model's run, a path from this file's folder")
+    set: list[str] = option([], help="overrides of it, as after --set: [train.steps=200]")
+    grid: Grid = option(Grid(), help="values to combine, all with all")
+    trials: list[Numbers] = option([], help="combinations one by one, besides the grid's")
+    widths: list[int] = option([], help="carry every combination over to each by muP; default: the config's", min=1)
+    window: int = option(20, help="steps over which losses are averaged", min=2)
+
+    def combinations(self) -> list[Numbers]:
+        """The grid's, then the trials', each once; one that says nothing where neither says anything."""
+        axes = {name: values for name, values in vars(self.grid).items() if values}
+        found = [Numbers(**dict(zip(axes, values, strict=True))) for values in itertools.product(*axes.values())]
+        return list(dict.fromkeys([*(found if axes else []), *self.trials] or [Numbers()]))
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One combination at one width: a run's whole config, in ``folder``."""
+
+    numbers: Numbers
+    width: int
+    config: RunConfig
+    folder: Path
+
+    @property
+    def name(self) -> str:
+        return f"w{self.width}-{self.numbers.label}"
+
+    @property
+    def work(self) -> float:
+        """Operations of the whole run, for telling how long the rest will take."""
+        train, seq_len = self.config.train, self.config.data.seq_len
+        step = flops_per_token(self.config.model, seq_len, causal=True) * train.global_batch * seq_len
+        return train.steps * (step + STEP_COST)
+
+
+@dataclass(frozen=True)
+class Result:
+    """How a trial ended. ``reason``: of what went wrong, one line."""
+
+    state: str
+    reason: str = ""
+
+
+def read_search(path: str | Path) -> SearchConfig:
+    """The search in a YAML file; UserError names the field of a mistake."""
+    tree = load_yaml(path)
+    try:
+        search = from_mapping(SearchConfig, tree, "")
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+    return dataclasses.replace(search, config=str(Path(path).resolve().parent / search.config))
+
+
+def plan(search: SearchConfig, out: Path) -> list[Trial]:
+    """All trials, narrow ones first. UserError for widths or numbers that no run can have."""
+    base = load_run_config(search.config, search.set)
+    narrow = base.model.hidden_size
+    made = []
+    for width in sorted(set(search.widths or [narrow])):
+        for numbers in search.combinations():
+            config = applied(base, numbers)
+            try:
+                shape = at_width(config.model, width)
+            except UserError as error:
+                raise UserError(f"widths: {error}") from None
+            model, optim = transfer(config.model, config.optim, shape)
+            name = f"w{width}-{numbers.label}"
+            made.append(Trial(numbers, width, dataclasses.replace(config, model=model, optim=optim), out / name))
+    if any(trial.config.train.steps < 2 * search.window for trial in made):
+        raise UserError(f"window: {search.window} is more than half of the {base.train.steps} steps of a trial")
+    return made
+
+
+def applied(config: RunConfig, numbers: Numbers) -> RunConfig:
+    """``config`` with the combination's numbers, at the config's own width."""
+    optim = config.optim
+    lr = optim.lr if numbers.lr is None else numbers.lr
+    ratio = optim.min_lr / optim.lr if numbers.min_lr_ratio is None else numbers.min_lr_ratio
+    rates: dict[str, Any] = {"lr": lr, "min_lr": min(lr, lr * ratio)}
+    if numbers.matrix_lr is not None:
+        rates["matrix_lr"] = numbers.matrix_lr
+    names = ("init_std", "matrix_init_std", "input_mult", "logit_mult")
+    model = {name: getattr(numbers, name) for name in names if getattr(numbers, name) is not None}
+    return dataclasses.replace(
+        config, optim=dataclasses.replace(optim, **rates), model=dataclasses.replace(config.model, **model)
+    )
+
+
+def prepare(trials: Sequence[Trial], backend: str) -> None:
+    """Make every trial's folder with its run.yaml. UserError when one holds another run than it should."""
+    for trial in trials:
+        wanted = {"backend": backend, **trial.config.to_dict()}
+        file = trial.folder / "trial.json"
+        if file.exists():
+            differing = _differences(json.loads(file.read_text(encoding="utf-8")), wanted)
+            if differing:
+                raise UserError(
+                    f"--out: {trial.folder} was made with other numbers ({'; '.join(differing[:3])}); "
+                    "give another folder, or remove that one"
+                )
+            continue
+        trial.folder.mkdir(parents=True, exist_ok=True)
+        write_text(trial.folder / "run.yaml", json.dumps(trial.config.to_dict(), indent=1) + "\n")  # JSON is YAML
+        write_text(file, json.dumps(wanted, indent=1) + "\n")
+
+
+def result_of(trial: Trial) -> Result | None:
+    """How the trial ended; None while it has not."""
+    try:
+        return Result(**json.loads((trial.folder / "result.json").read_text(encoding="utf-8")))
+    except FileNotFoundError:
+        return None
+
+
+def run_trial(backend: str, trial: Trial, look: Callable[[], None]) -> Result | None:
+    """Train the trial, from its last checkpoint if it has one, to its end; None when interrupted.
+
+    ``look`` is called many times a second meanwhile. The checkpoints are removed once the result is on disk: what is
+    searched for is in metrics.jsonl.
+    """
+    folder = trial.folder
+    words = ["--config", str(folder / "run.yaml"), "--out", str(folder), "--resume", "auto"]
+    code = launch(backend, words, trial.config.parallel.world, folder / "logs", instead=look)
+    if code == 130:
+        return None
+    result = Result(DONE)
+    if code:
+        errors = [status["error"] for rank in range(trial.config.parallel.world) if (status := _failed(folder, rank))]
+        stopped = next((line for line in errors if line.startswith(STOPPED)), None)
+        reason = stopped or (errors[0] if errors else f"the launch ended with code {code}")
+        result = Result(DIVERGED if stopped else FAILED, reason.splitlines()[0])
+    write_text(folder / "result.json", json.dumps(dataclasses.asdict(result)) + "\n")
+    if result.state != FAILED:
+        forget_checkpoints(folder)
+    return result
+
+
+def forget_checkpoints(folder: Path) -> None:
+    """Remove a run's checkpoints and the pointer to the last."""
+    (folder / "latest").unlink(missing_ok=True)
+    for checkpoint in folder.glob("step-*"):
+        remove_folder(checkpoint)
+
+
+def _failed(folder: Path, rank: int) -> dict[str, Any] | None:
+    status = read_status(folder / "logs", rank)
+    return status if status is not None and status["state"] == "failed" and status["error"] else None
+
+
+def _differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:
+    """``path: old -> new`` of every leaf of ``new`` that ``old`` has otherwise; options born since do not count."""
+    lines = []
+    for key, value in new.items():
+        if isinstance(value, dict) and isinstance(old.get(key), dict):
+            lines += _differences(old[key], value, f"{prefix}{key}.")
+        elif key in old and old[key] != value:
+            lines.append(f"{prefix}{key}: {old[key]} -> {value}")
+    return lines

@@ -1,0 +1,95 @@
+"""`tele mup search` with real launches: both backends find the same, and a killed search ends like a whole one."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from core import cli
+from core.config import CONFIGS
+from core.metrics import last_step, read_metrics
+from tests.house import ROOT
+from tests.packed import write_packed
+
+STEPS = 40
+
+
+@pytest.fixture(scope="module")
+def search(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two widths of the tiny Tele-FLM with one layer, 40 steps each."""
+    pytest.importorskip("mindspore")
+    pytest.importorskip("torch")
+    folder = tmp_path_factory.mktemp("search")
+    run = yaml.safe_load((CONFIGS / "train" / "teleflm-tiny.yaml").read_text())
+    data = write_packed(folder / "data", 256, 32)
+    run["model"] = {"preset": "teleflm-tiny", "num_layers": 1, "vocab_size": 256}
+    run["data"] = {"sources": [{"path": str(data)}], "seq_len": 32}
+    run["train"] |= {"steps": STEPS, "global_batch": 4}
+    run["checkpoint"] = {"every": 10}
+    (folder / "run.yaml").write_text(yaml.safe_dump(run))
+    (folder / "search.yaml").write_text(yaml.safe_dump({"config": "run.yaml", "widths": [32, 64], "window": 5}))
+    return folder / "search.yaml"
+
+
+@pytest.fixture(scope="module")
+def whole(search: Path) -> dict[str, Path]:
+    """A search that nothing interrupted, by backend."""
+    found = {}
+    for backend in ("ms", "pt"):
+        found[backend] = search.parent / backend
+        assert cli.main(["mup", "search", str(search), "--backend", backend, "--out", str(found[backend])]) == 0
+    return found
+
+
+def losses(out: Path) -> dict[str, list[float]]:
+    return {folder.name: [row["loss"] for row in read_metrics(folder)] for folder in sorted(out.glob("w*-config"))}
+
+
+def test_both_backends_find_the_same(whole: dict[str, Path]) -> None:
+    """Forty fp32 steps of the same run, under both launchers: 1e-4, the promise of `tele parity` (measured 2e-7)."""
+    ms, pt = losses(whole["ms"]), losses(whole["pt"])
+    assert list(ms) == list(pt) == ["w32-config", "w64-config"]
+    for name, values in pt.items():
+        assert len(values) == STEPS
+        assert ms[name] == pytest.approx(values, rel=1e-4), name
+    for out in whole.values():
+        report = json.loads((out / "results.json").read_text())
+        assert [trial["state"] for trial in report["trials"]] == ["done", "done"]
+        assert (
+            (out / "losses.csv")
+            .read_text()
+            .startswith("# config: mean loss of the last 5 steps\nwidth,parameters,loss")
+        )
+        assert (out / "widths.png").is_file() and not list(out.glob("*/step-*"))
+
+
+def test_a_killed_search_ends_like_a_whole_one(search: Path, whole: dict[str, Path]) -> None:
+    """SIGKILL to the search in its second trial, after a checkpoint; its ranks die with it."""
+    out = search.parent / "killed"
+    command = ["mup", "search", str(search), "--backend", "pt", "--out", str(out)]
+    process = subprocess.Popen([sys.executable, "-m", "core.cli", *command], cwd=ROOT)
+    second = out / "w64-config"
+    try:
+        deadline = time.monotonic() + 120
+        while not list(second.glob("step-*")):
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.02)
+    finally:
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    assert not (second / "result.json").exists() and (out / "w32-config" / "result.json").exists()
+    written = (out / "w32-config" / "metrics.jsonl").stat().st_mtime_ns
+    time.sleep(1.0)  # its ranks have been killed with it: nothing writes any more
+    stopped = last_step(second / "metrics.jsonl")
+    time.sleep(1.0)
+    assert last_step(second / "metrics.jsonl") == stopped < STEPS
+    assert cli.main(command) == 0
+    assert (out / "w32-config" / "metrics.jsonl").stat().st_mtime_ns == written
+    assert losses(out) == losses(whole["pt"]), "bit for bit"
