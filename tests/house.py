@@ -57,7 +57,7 @@ MACHINE_PATH = re.compile(r"(?<![\w.$}])/(?:root|home|work|opt|tmp|Users|mnt|dat
 
 @dataclass(frozen=True)
 class Import:
-    """``name`` as written, e.g. ``core.data.blend``; ``lazy`` when inside a function."""
+    """``name`` as written, e.g. ``core.data.blend``; ``lazy`` when inside a function or for the type checker only."""
 
     name: str
     line: int
@@ -91,6 +91,11 @@ def python_files(root: Path, packages: tuple[str, ...] = PACKAGES) -> list[Path]
     return sorted(p for package in packages for p in (root / package).rglob("*.py") if "build" not in p.parts)
 
 
+def _types(node: ast.AST) -> bool:
+    """``if TYPE_CHECKING:``, which no interpreter enters."""
+    return isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING"
+
+
 def imports_of(path: Path) -> list[Import]:
     found: list[Import] = []
 
@@ -103,7 +108,9 @@ def imports_of(path: Path) -> list[Import]:
                 found.append(Import("." * child.level + base, child.lineno, lazy))
                 if not child.level:
                     found.extend(Import(f"{base}.{alias.name}", child.lineno, lazy) for alias in child.names)
-            visit(child, lazy or isinstance(child, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)))
+            visit(
+                child, lazy or isinstance(child, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)) or _types(child)
+            )
 
     visit(_tree(path), False)
     return found

@@ -12,7 +12,9 @@ from convert.source import CanonicalSource, open_model
 from core.checkpoint import open_checkpoint, write_checkpoint
 from core.cli import main
 from core.config import ModelConfig
+from core.pages import pool_size
 from core.parity import relative_frobenius
+from tests.engine_support import Feed
 from tests.growing import FAMILIES, TINY, batch, grow, run, strong
 from tests.parity.test_goldens import GRADIENT, LOGITS
 
@@ -116,8 +118,7 @@ def test_a_checkpoint_of_a_grown_model_opens_everywhere(tmp_path: Path) -> None:
     ids = batch(half).input_ids[0]
     judge = run("pt", half, {n: source.tensor(n) for n in source.names()}, "fp64", batch(half))["logits"][0]
     for backend in ("ms", "pt"):
-        session = load(backend, "generate").Session(half, source.tensor, "fp32", len(ids))
-        session.reset(total_len=len(ids))
-        rows = [session.extend(ids[:6].tolist()), *(session.extend([int(token)]) for token in ids[6:])]
+        fed = Feed(load(backend, "generate").Runner(half, source.tensor, pool_size(len(ids))), len(ids))
+        rows = [fed.extend(ids[:6].tolist()), *(fed.extend([int(token)]) for token in ids[6:])]
         assert max(relative_frobenius(row, judge[5 + i]) for i, row in enumerate(rows)) <= 4 * LOGITS
     assert open_checkpoint(tmp_path / "grown").model["config"]["growth"]["mask"] == 0.0
