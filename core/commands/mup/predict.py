@@ -167,7 +167,7 @@ def plot(table: LossTable, fit: Fit, forecasts: list[Forecast], poor: list[str],
 
     matplotlib.use("Agg")
     import numpy as np
-    from matplotlib import pyplot
+    from matplotlib import pyplot, ticker
 
     sizes = np.geomspace(table.sizes[0] / 1.15, table.sizes[-1] * 1.15, 200)
     band = [forecast(fit, float(size)) for size in sizes]
@@ -189,6 +189,9 @@ def plot(table: LossTable, fit: Fit, forecasts: list[Forecast], poor: list[str],
     # A band that a poor fit throws wide must not flatten the points.
     axis.set_ylim(min(shown) - 2 * margin, max(shown) + 2 * margin)
     axis.set_xscale("log")
+    axis.xaxis.set_major_locator(ticker.LogLocator(subs=(1.0, 2.0, 5.0)))
+    axis.xaxis.set_major_formatter(ticker.FuncFormatter(lambda size, _: f"{size:g}"))
+    axis.xaxis.set_minor_formatter(ticker.NullFormatter())
     axis.set_xlabel(_measure(table))
     axis.set_ylabel("loss" + (f" at step {table.step}" if table.step is not None else ""))
     axis.set_title(table.title + (" (poor fit)" if poor else ""))
