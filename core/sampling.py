@@ -19,6 +19,8 @@ from core.schema import from_mapping, option
 GROUPS = 1024  # parts of a vocabulary whose largest members bound the k-th largest of all from below
 BLOCK = 128  # neighbours that are summed before a draw looks at each
 AHEAD = 64  # random numbers made at once
+BINS = 1024  # of scores, of which top-p sorts one
+DEPTH = 40.0  # what is e^-40 times as likely as the likeliest goes into the last bin
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -196,19 +198,28 @@ def kept(scores: np.ndarray, config: SamplingConfig) -> tuple[np.ndarray | None,
 
 
 def _nucleus(scores: np.ndarray, weights: np.ndarray, p: float) -> np.ndarray:
-    """Ids, ascending, that top-p keeps. The likeliest few hold the share nearly always, so only they are sorted."""
+    """Ids, ascending, that top-p keeps, of scores up to 0 and their exponentials.
+
+    Scores are dealt into bins of equal width; of the bin in which the share is reached, and only of it, the members are
+    sorted. Equal scores are in one bin.
+    """
     total = weights.sum()
-    for few in (GROUPS // 16, GROUPS, scores.size):
-        ids = largest(scores, few)
-        share = weights[ids] / total
-        inside = share.sum()
-        if inside >= p or few >= scores.size:
-            break
+    depth = min(-float(scores.min()), DEPTH)
+    bins = np.zeros(scores.size, np.int64)
+    if scores.size > BINS and depth > 0.0:
+        np.minimum(scores * (-(BINS - 1) / depth), BINS - 1, casting="unsafe", out=bins)
+    shares = np.bincount(bins, weights, BINS) / total
+    reached = np.cumsum(shares)
+    edge = min(int(np.searchsorted(reached, p)), BINS - 1)
+    ids = np.flatnonzero(bins == edge)
     order = np.argsort(scores[ids], kind="stable")
-    below = 0.0 if ids.size == scores.size else 1.0 - inside
-    stays = below + np.cumsum(share[order]) > 1.0 - p
-    stays[-1] = True
-    return np.sort(ids[order[stays]])
+    below = shares[edge + 1 :].sum()
+    stays = below + np.cumsum(weights[ids[order]] / total) > 1.0 - p
+    if edge == 0:
+        stays[-1] = True  # the likeliest
+    keep = bins < edge
+    keep[ids[order[stays]]] = True
+    return np.flatnonzero(keep)
 
 
 def draw(scores: np.ndarray, config: SamplingConfig, u: float) -> int:
