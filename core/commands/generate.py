@@ -17,7 +17,7 @@ from core.errors import UserError
 from core.sampling import SamplingConfig, sampling_config
 
 if TYPE_CHECKING:
-    from core.engine import Engine
+    from core.engine import Engine, Limits
     from core.requests import Event, Request
 
 EPILOG = """\
@@ -83,6 +83,9 @@ def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--temperature", type=float, metavar="T", help="above 0 draws tokens (default 0: greedy)")
     parser.add_argument("--top-k", type=int, metavar="K", help="draw from the K likeliest tokens")
     parser.add_argument("--top-p", type=float, metavar="P", help="draw from the likeliest tokens holding this share")
+    parser.add_argument(
+        "--min-p", type=float, metavar="P", help="draw from tokens at least this share as likely as the likeliest"
+    )
     parser.add_argument("--repetition-penalty", type=float, default=1.0, metavar="R", help="above 1: less repetition")
     parser.add_argument(
         "--presence-penalty", type=float, default=0.0, metavar="R", help="taken off the logit of what was written"
@@ -98,7 +101,7 @@ def sampling_from(args: argparse.Namespace) -> SamplingConfig:
     """The checked SamplingConfig of the options; UserError where they contradict each other."""
     if args.greedy and args.temperature:
         raise UserError(f"--greedy: contradicts --temperature {args.temperature}; give one of them")
-    drawing = {"top_k": args.top_k, "top_p": args.top_p}
+    drawing = {"top_k": args.top_k, "top_p": args.top_p, "min_p": args.min_p}
     given = {name: value for name, value in drawing.items() if value is not None}
     if given and (args.greedy or args.temperature is None):
         name = next(iter(given)).replace("_", "-")
@@ -124,13 +127,17 @@ class Loaded:
 
     def engine(self, max_len: int, samples: int = 1) -> Engine:
         """An engine on the backend with the weights in it, whose cache holds ``samples`` sequences of ``max_len``."""
-        from core.engine import Engine
         from core.pages import pool_size
 
+        return self.engine_with(samples * (pool_size(max_len) - 1) + 1)
+
+    def engine_with(self, pages: int, limits: Limits | None = None) -> Engine:
+        """An engine on the backend with the weights in it and a cache of so many pages."""
+        from core.engine import Engine
+
         module = backends.load(self.args.backend, "generate")
-        pages = samples * (pool_size(max_len) - 1) + 1
         runner = module.Runner(self.config, self.source.tensor, pages, self.args.precision)
-        return Engine(runner, self.tokenizer, rescale=self.args.rescale)
+        return Engine(runner, self.tokenizer, rescale=self.args.rescale, limits=limits)
 
 
 def load_model(args: argparse.Namespace, need_tokenizer: str | None) -> Loaded:
