@@ -10,7 +10,7 @@ SHELL := /bin/bash
 .PHONY: help install demo test test-unit test-parallel-full operators ascend-lower gpu-check asan lint format lock clean
 
 VENV ?= .venv
-EXTRAS := ms,pt,dev
+EXTRAS := ms,pt,serve,dev
 WORKERS ?= 2
 PYTEST_ARGS ?=
 GPU_ARGS ?=
@@ -111,7 +111,7 @@ lock:
 	@set -euo pipefail; \
 	scratch=$$(mktemp -d); trap 'rm -rf "$$scratch"' EXIT; \
 	python3.11 -m venv "$$scratch/venv"; \
-	"$$scratch/venv/bin/python" -m pip install -q --disable-pip-version-check '.[$(EXTRAS),serve]'; \
+	"$$scratch/venv/bin/python" -m pip install -q --disable-pip-version-check '.[$(EXTRAS)]'; \
 	"$$scratch/venv/bin/python" -m pip freeze --all | python3.11 -m tests.lock pyproject.toml > "$$scratch/lock"; \
 	cp "$$scratch/lock" requirements.lock; wc -l requirements.lock
 

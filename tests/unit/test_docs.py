@@ -29,7 +29,7 @@ PLANTED = [
     ("```bash\ntele tokenize trian corpus\n```", "invalid choice: 'trian'"),
     ("```bash\necho x | tele chat --backend pt --checkpont D\n```", "did you mean '--checkpoint'?"),
     ("```bash\ntele chat --backend pt \\\n  --checkpont D\n```", "did you mean '--checkpoint'?"),
-    ("```bash\ntele serve --port 80\n```", "no command 'tele serve'"),
+    ("```bash\ntele serv --port 80\n```", "no command 'tele serv'"),
     ("```bash\ntele plan --model telechat2-7\n```", "no model preset 'telechat2-7'"),
     (
         "```bash\ntele train --backend ms --config configs/train/telechat2-tiny.yaml --set train.stesp=3\n```",
@@ -44,7 +44,7 @@ PLANTED = [
     ("```bash\ncurl example.org\n```", "'curl' is no program of this project"),
     ("```python\ndef f(:\n```", "invalid syntax"),
     ("```yaml\ndata:\n  seq_len: 8\n  sourcs: []\n```", "did you mean 'sources'?"),
-    ("See `tele serve`.", "no command 'tele serve'"),
+    ("See `tele serv`.", "no command 'tele serv'"),
     ("Give `--max-new-token`.", "no option --max-new-token, nearest --max-new-tokens"),
     ("Set `health.spike_polcy`.", "no config key health.spike_polcy"),
     ("[there](gone.md)", "link to gone.md"),
