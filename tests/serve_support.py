@@ -45,13 +45,12 @@ class Replier(PlainRunner):
         super().__init__(CONFIG, num_pages=num_pages, page_size=16)
         self.reply, self.pause = reply, pause
         self.tokenizer = tiny_tokenizer(in_vocabulary=True)
-        self.failing: BaseException | None = None
+        self.failing: list[Exception] = []  # what the next steps raise
 
     def run(self, step: Any) -> np.ndarray:
         time.sleep(self.pause)
-        if self.failing is not None:
-            raised, self.failing = self.failing, None
-            raise raised
+        if self.failing:
+            raise self.failing.pop()
         return super().run(step)
 
     def answer(self, prefix: list[int], lengths: np.ndarray) -> np.ndarray:

@@ -26,6 +26,10 @@ CALL = '<tool_call>\n{"name": "get_weather", "arguments": {"city": "Paris"}}\n</
 def reply(question: str) -> str:
     if question == "weather?":
         return "Let me look.\n" + CALL + "\n" + CALL.replace("Paris", "\u5317\u4eac")
+    if question == "half a call?":
+        return CALL.removesuffix("</tool_call>")
+    if question == "half a mark?":
+        return "a < b <tool"
     if "tool_response" in question:
         return "It rains."
     return f"You said: {question}"
@@ -161,6 +165,13 @@ def test_tool_calls_are_told_while_streaming(client):
     assert words == "Let me look."
     assert calls == {0: ("get_weather", {"city": "Paris"}), 1: ("get_weather", {"city": "\u5317\u4eac"})}
     assert reasons[-1] == "tool_calls"
+
+
+def test_an_answer_that_ends_early_loses_nothing(client):
+    (choice,) = chat(client, "half a mark?", tools=TOOLS).choices
+    assert (choice.message.content, choice.finish_reason) == ("a < b <tool", "stop")
+    (choice,) = chat(client, "half a call?", tools=TOOLS).choices
+    assert (choice.message.tool_calls[0].function.name, choice.finish_reason) == ("get_weather", "tool_calls")
 
 
 def test_results_of_tools_go_back_to_the_model(client, server):
