@@ -15,7 +15,8 @@ from core.commands.generate import Loaded, add_model_arguments, load_model
 from core.errors import UserError
 
 if TYPE_CHECKING:
-    from core.engine import Engine
+    from core.config import ModelConfig
+    from core.engine import Engine, Limits
     from core.serve.job import Served
 
 EPILOG = """\
@@ -67,8 +68,10 @@ def run(args: argparse.Namespace) -> int:
     keys = read_keys(args)
     with open_socket(args.host, args.port) as opened:  # before the weights, which may take minutes
         model = load_model(args, "tele serve")
+        pages, engine_limits = cache_sizes(args, model.config)
         print(f"loading {args.checkpoint}", file=sys.stderr, flush=True)
-        engine = open_engine(args, model)
+        engine = model.engine_with(pages, engine_limits)
+        warm_up(engine)
         served = served_model(args, model, engine)
         service = Service(engine, args.max_queue)
         app = create_app(service, served, HttpLimits(body=args.max_body, seconds=args.max_seconds), keys)
@@ -118,12 +121,12 @@ def read_keys(args: argparse.Namespace) -> list[str]:
     return keys
 
 
-def open_engine(args: argparse.Namespace, model: Loaded) -> Engine:
-    """The engine with its cache. UserError when a limit does not fit the model or another limit."""
+def cache_sizes(args: argparse.Namespace, config: ModelConfig) -> tuple[int, Limits]:
+    """Pages of the cache, and the engine's limits. UserError when one does not fit the model or another one."""
     from core.engine import STEP_TOKENS, Limits
     from core.pages import pool_size
 
-    max_len = model.config.max_seqlen if args.max_len is None else args.max_len
+    max_len = config.max_seqlen if args.max_len is None else args.max_len
     if max_len < 2:
         raise UserError(f"--max-len: a prompt and its answer need 2 tokens at least, found {max_len}")
     cache = 4 * max_len if args.cache_tokens is None else args.cache_tokens
@@ -131,8 +134,19 @@ def open_engine(args: argparse.Namespace, model: Loaded) -> Engine:
         raise UserError(
             f"--cache-tokens: {cache} cannot hold one sequence of {max_len} tokens; give more, or a smaller --max-len"
         )
-    limits = Limits(max_len=max_len, step_tokens=max(STEP_TOKENS, 2 * args.max_running), most_running=args.max_running)
-    return model.engine_with(pool_size(cache), limits)
+    step_tokens = max(STEP_TOKENS, 2 * args.max_running)
+    return pool_size(cache), Limits(max_len=max_len, step_tokens=step_tokens, most_running=args.max_running)
+
+
+def warm_up(engine: Engine) -> None:
+    """Make two tokens, so that the first client does not wait for what is compiled or allocated on first use, and a
+    broken model is found now. UserError when its logits are not finite."""
+    from core.generation import generate
+    from core.sampling import SamplingConfig
+
+    start = engine.config.bos_token_id
+    prompt = [start] * min(4, engine.max_len - 1)
+    generate(engine, prompt, SamplingConfig(), min(2, engine.max_len - len(prompt)))
 
 
 def served_model(args: argparse.Namespace, model: Loaded, engine: Engine) -> Served:
