@@ -1,4 +1,4 @@
-"""``tele bench step`` and ``tele bench decode``: contestants in processes of their own that work in turns.
+"""``tele bench step``: contestants in processes of their own that work in turns.
 
 A round is one turn of each, in alternating order, so that a ratio is taken from turns that followed each other and met
 the same machine.
@@ -35,22 +35,6 @@ def measure(options: dict[str, Any], names: list[str], steps: int, block: int) -
         },
         "ratios": _ratios(names, seconds),
     }
-
-
-def measure_tokens(options: dict[str, Any], names: list[str], prompt: int, steps: int, block: int) -> dict[str, Any]:
-    """Tokens generated one by one for a single sequence with a cache, after ``prompt`` others."""
-    with ExitStack() as stack:
-        workers = {name: stack.enter_context(Worker(name, {**options, "what": "decode"})) for name in names}
-
-        def turn(name: str, count: int) -> list[float]:
-            return workers[name].ask({"prompt": prompt, "steps": count})["seconds"]
-
-        for name in names:
-            turn(name, block)
-        seconds = _rounds(names, steps, block, turn)
-        made = {name: worker.implementation for name, worker in workers.items()}
-    measured = {name: {"implementation": made[name], "seconds": seconds[name]} for name in names}
-    return {**facts(options), "prompt": prompt, "backends": measured, "ratios": _ratios(names, seconds)}
 
 
 def _rounds(names: list[str], steps: int, block: int, turn: Any) -> dict[str, Seconds]:
@@ -93,28 +77,6 @@ def to_markdown(result: dict[str, Any]) -> str:
         ]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join([*lines, *_told(result, "step time")])
-
-
-def tokens_to_markdown(result: dict[str, Any]) -> str:
-    """Decoding: a table with a contestant a row, and the ratios."""
-    options = result["options"]
-    lines = [
-        f"`{options['model']}` ({result['parameters']:,} parameters), {options['precision']}, one sequence, after a "
-        f"prompt of {result['prompt']} tokens; {machine(result)}; backends in turns, both warm.",
-        "",
-        "| backend | a token, median | middle 80 % | tokens/s |",
-        "|---|---|---|---|",
-    ]
-    for name, measured in result["backends"].items():
-        times = _all(measured["seconds"])
-        cells = [
-            TITLES[name],
-            f"{times['median'] * 1e3:.2f} ms",
-            f"{times['low'] * 1e3:.2f} to {times['high'] * 1e3:.2f} ms",
-            f"{1 / times['median']:.1f}",
-        ]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join([*lines, *_told(result, "time a token")])
 
 
 def _told(result: dict[str, Any], what: str) -> list[str]:

@@ -26,16 +26,16 @@ import numpy as np
 from core import backends
 from core.batch import Batch
 from core.config import RunConfig, run_config_from_dict
-from core.engine import Engine
-from core.init import init_tensor
 from core.layout import parse_layout
-from core.pages import pool_size
-from core.requests import Request
 from core.worker import die_with_parent
 
 ROOT = Path(__file__).resolve().parent.parent
 EAGER = "eager"  # the released code's composition in PyTorch, kernels/bench_eager.py
 TITLES = {**backends.TITLES, EAGER: "the eager composition"}
+
+# Sleeping instead of spinning OpenMP threads for both (MindSpore's side sets it anyway): with one foreign process on 2
+# cores, spinning made PyTorch's step tens of times slower. A value set by the user wins.
+QUIET = {"OMP_WAIT_POLICY": "PASSIVE"}
 
 Handle = Callable[[dict[str, Any]], dict[str, Any]]
 
@@ -86,24 +86,6 @@ def timed_steps(trainer: Any, config: RunConfig, first: int, count: int) -> tupl
     return seconds, loss
 
 
-def timed_tokens(engine: Engine, rows: int, prompt: int, count: int) -> list[float]:
-    """Seconds of each of ``count`` steps in which ``rows`` sequences get a token each, after prompts of ``prompt``
-    random ones. The engine serves nobody else."""
-    random = np.random.default_rng(0)
-    for _ in range(rows):
-        ids = tuple(random.integers(0, engine.config.vocab_size, prompt).tolist())
-        engine.submit(Request(prompt_ids=ids, max_new_tokens=count + rows + 1))
-    while len(engine.step()) < rows:  # every prompt is through
-        pass
-    seconds = []
-    for _ in range(count):
-        started = time.perf_counter()
-        engine.step()
-        seconds.append(time.perf_counter() - started)
-    engine.cancel_all()
-    return seconds
-
-
 def paired_ratios(first: Sequence[Sequence[float]], second: Sequence[Sequence[float]]) -> list[float]:
     """Median step time of ``first`` over that of ``second``, round by round."""
     return [statistics.median(a) / statistics.median(b) for a, b in zip(first, second, strict=True)]
@@ -139,9 +121,7 @@ class Worker:
             stdout=subprocess.PIPE,
             text=True,
             cwd=ROOT,
-            # Sleeping instead of spinning OpenMP threads for both (MindSpore's side sets it anyway): with one foreign
-            # process on 2 cores, spinning made PyTorch's step tens of times slower. A value set by the user wins.
-            env={"OMP_WAIT_POLICY": "PASSIVE", **(os.environ if env is None else env)},
+            env={**QUIET, **(os.environ if env is None else env)},
         )
         self.implementation: dict[str, str] = self._answer()["ready"]
         self._process.send_signal(signal.SIGSTOP)
@@ -214,32 +194,7 @@ def serve(argv: Sequence[str], build: Callable[[str, RunConfig], Any]) -> int:
     return answer_orders(prepare)
 
 
-def serve_tokens(argv: Sequence[str]) -> int:
-    """Decode as ordered: {"prompt": tokens before, "steps": tokens after}."""
-
-    def prepare() -> tuple[dict[str, Any], Handle]:
-        options = json.loads(argv[1])
-        model = bench_config(options).model
-        rows = options["micro_batch"]
-        runner = backends.load(argv[0], "generate").Runner(
-            model,
-            lambda name: init_tensor(name, model, 1234),
-            rows * (pool_size(options["seq_len"] + rows + 1) - 1) + 1,
-            options["precision"],
-        )
-        engine = Engine(runner, reuse=False)
-
-        def handle(order: dict[str, Any]) -> dict[str, Any]:
-            return {"seconds": timed_tokens(engine, rows, order["prompt"], order["steps"])}
-
-        return {"backend": TITLES[argv[0]]}, handle
-
-    return answer_orders(prepare)
-
-
 def main(argv: list[str]) -> int:
-    if json.loads(argv[1]).get("what") == "decode":
-        return serve_tokens(argv)
     return serve(argv, lambda name, config: backends.load(name, "train").Trainer(config))
 
 

@@ -34,6 +34,11 @@ class Step:
     tables: np.ndarray
     wanted: np.ndarray
 
+    @property
+    def wants_all(self) -> bool:
+        """Whether ``wanted`` is every token, in order, as when all sequences have one."""
+        return len(self.wanted) == len(self.ids)
+
     @cached_property
     def singles(self) -> int:
         """How many sequences, all at the beginning, have one token each."""
@@ -50,6 +55,13 @@ class Runner(Protocol):
 
     def run(self, step: Step) -> np.ndarray:
         """Store keys and values of the new tokens; logits [W, V] float32 of the wanted ones."""
+
+
+def sequence_groups(step: Step) -> list[tuple[int, int]]:
+    """Runs [first, last) of sequences whose attention can be taken together: those with a single token, if there are
+    any, and each of the others alone."""
+    singles = step.singles
+    return [*([(0, singles)] if singles else []), *((r, r + 1) for r in range(singles, len(step.lengths)))]
 
 
 def key_slots(tables: np.ndarray, lengths: np.ndarray, page_size: int) -> np.ndarray:

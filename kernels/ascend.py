@@ -20,6 +20,9 @@ from kernels.ascend_attention import (
     cached_attention,
     device_ranges,
     merge_blocks,
+    single_queries,
+    store_rows,
+    takes_pages,
 )
 
 __all__ = [
@@ -44,8 +47,11 @@ __all__ = [
     "rms_norm_backward",
     "rope_qk",
     "rope_qk_backward",
+    "single_queries",
+    "store_rows",
     "swiglu",
     "swiglu_backward",
+    "takes_pages",
 ]
 
 

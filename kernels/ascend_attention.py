@@ -185,6 +185,27 @@ def cached_attention(q: Tensor, k: Tensor, v: Tensor, length: int, scale: float 
     return _infer(q, k, v, length, scale, False)[0]
 
 
+def store_rows(pages: Tensor, x: Tensor, slots: Tensor) -> None:
+    """Rows x [N, K, D] into pages [P, size, K, D], in place: row i at slots[i] = page * size + place, int64 [N]."""
+    width = x.shape[1] * x.shape[2]
+    cann.index_copy(pages.view(-1, width), 0, slots, x.reshape(-1, width))
+
+
+def takes_pages(pages: Tensor) -> bool:
+    """Whether ``single_queries`` reads pages [P, size, K, D] where they lie: CANN's limits for block tables."""
+    _, size, K, D = pages.shape
+    return pages.dtype in HALVES and size % 16 == 0 and size <= 512 and K * D <= 65536 and pages.size < 2**31
+
+
+def single_queries(q: Tensor, k_pages: Tensor, v_pages: Tensor, lengths: list[int], tables: Tensor) -> Tensor:
+    """One query a row, q [R, 1, H, D], against the first lengths[r] keys in pages [P, size, K, D] by tables [R, M]."""
+    _, size, K, D = k_pages.shape
+    blocks = (pages.reshape(-1, size, K * D) for pages in (k_pages, v_pages))
+    return cann.fused_infer_attention(
+        q, *blocks, None, [1] * len(lengths), lengths, q.shape[2], D**-0.5, "BSND", K, 0, False, tables, size
+    )[0]
+
+
 @cache
 def triangle() -> Tensor:
     """The compressed causal mask, 4 MiB, made once a process."""

@@ -191,6 +191,8 @@ def fused_infer_attention(
     num_key_value_heads: int,
     sparse_mode: int,
     softmax_lse_flag: bool,
+    block_table: Operand | None = None,
+    block_size: int = 0,
 ) -> tuple[Operand, Operand]:
     """(attention_out, log-sum-exp [B, N, S, 1] or one zero). Keys beyond a row's actual length are not read."""
     same_dtype(query=query, key=key, value=value)
@@ -199,6 +201,9 @@ def fused_infer_attention(
     need(input_layout == "BSND", "input_layout", input_layout, "BSND, the layout that is used here")
     B, S, N, D = query.value.shape
     same_shape(key=key, value=value)
+    if block_table is not None:
+        need(S == 1, "query", query.value.shape, "one query a row with a block_table")
+        key, value = (_from_blocks(x, block_table, block_size, num_key_value_heads, D) for x in (key, value))
     need(num_heads == N, "num_heads", num_heads, f"{N}, the heads of the query")
     K = key.value.shape[2]
     need(num_key_value_heads == K, "num_key_value_heads", num_key_value_heads, f"{K}, the heads of the key")
@@ -230,6 +235,19 @@ def fused_infer_attention(
         weights, log_sum_exp[part.batch] = np.exp(scores - top) / total, top + np.log(total)
         out[part.batch] = np.einsum("bhst,bthd->bshd", weights, _spread(value.value[part.batch, part.keys], N))
     return Operand(out, query.dtype), Operand(log_sum_exp if softmax_lse_flag else np.zeros(1), "float32")
+
+
+def _from_blocks(blocks: Operand, table: Operand, size: int, heads: int, head_dim: int) -> Operand:
+    """The rows that blocks [P, size, heads * head_dim] hold by a table [B, M], [B, M * size, heads, head_dim]."""
+    need(size % 16 == 0 and 0 < size <= 512, "block_size", size, "a multiple of 16, 512 at most")
+    need(table.dtype == "int32" and table.value.ndim == 2, "block_table", table.dtype, "int32 [B, blocks of a row]")
+    width = heads * head_dim
+    need(blocks.value.shape[1:] == (size, width), "key", blocks.value.shape, f"[P, {size}, {width}]")
+    need(width <= 65536, "num_key_value_heads", heads, "times D 65536 at most in the layout of blocks")
+    need(blocks.value.size < 2**31, "key", blocks.value.shape, "fewer than 2^31 elements")
+    need(bool((table.value >= 0).all() and (table.value < len(blocks.value)).all()), "block_table", "a block", "inside")
+    rows = blocks.value[table.value].reshape(len(table.value), -1, heads, head_dim)
+    return Operand(rows, blocks.dtype)
 
 
 def _check(

@@ -184,8 +184,13 @@ def fused_infer_attention(
     num_key_value_heads: int,
     sparse_mode: int,
     softmax_lse_flag: bool,
+    block_table: Tensor | None = None,
+    block_size: int = 0,
 ) -> tuple[Tensor, Tensor]:
-    """(attention_out, log-sum-exp float32 [B, N, S, 1], or one zero where the flag does not ask for it)."""
+    """(attention_out, log-sum-exp float32 [B, N, S, 1], or one zero where the flag does not ask for it).
+
+    With ``block_table`` int32 [B, M], for one query a row: key and value are blocks [P, block_size, K * D].
+    """
     return ops.fused_infer_attention_score(
         query,
         key,
@@ -199,8 +204,16 @@ def fused_infer_attention(
         num_key_value_heads=num_key_value_heads,
         sparse_mode=sparse_mode,
         softmax_lse_flag=softmax_lse_flag,
+        block_table=block_table,
+        block_size=block_size,
         inner_precise=0,  # the precise form; rows without a key do not occur
     )
+
+
+@cann("InplaceIndexCopy")
+def index_copy(input: Tensor, dim: int, index: Tensor, tensor: Tensor) -> Tensor:
+    """The rows ``tensor`` to the places ``index`` of ``input``, in place."""
+    return input.index_copy_(dim, index, tensor)
 
 
 @cann("EmbeddingDenseBackward")

@@ -31,6 +31,7 @@ __all__ = [
     "fusion_attention_grad",
     "gelu",
     "gelu_grad",
+    "index_copy",
     "layer_norm",
     "layer_norm_grad",
     "ring_update",
@@ -50,6 +51,7 @@ NAMES = {
     "FlashAttentionScore": "fusion_attention",
     "FlashAttentionScoreGrad": "fusion_attention_grad",
     "FusedInferAttentionScore": "fused_infer_attention",
+    "InplaceIndexCopy": "index_copy",
     "GeluExt": "gelu",
     "GeluGradExt": "gelu_grad",
     "LayerNormExt": "layer_norm",
@@ -169,6 +171,23 @@ def rotary_grad(dy: Operand, cos: Operand, sin: Operand, mode: int) -> tuple[Ope
     dx = Operand(dy.value * cos.value - _turned(dy.value * sin.value), dy.dtype)
     nothing = Operand(np.full(cos.value.shape, np.nan), dy.dtype)
     return dx, nothing, nothing
+
+
+def index_copy(input: Operand, dim: int, index: Operand, tensor: Operand) -> tuple[Operand]:
+    """``input`` with the rows ``tensor`` at ``index``; what is left of two rows for one place is not known."""
+    same_dtype(input=input, tensor=tensor)
+    need(dim == 0 and index.value.ndim == 1, "index", index.value.shape, "one axis, along the first of input")
+    need(index.dtype == "int64", "index", index.dtype, "int64")
+    need(len(set(index.value.tolist())) == len(index.value), "index", "one place twice", "each place once")
+    need(
+        bool((index.value >= 0).all() and (index.value < len(input.value)).all()),
+        "index",
+        index.value.tolist(),
+        f"places from 0 to {len(input.value) - 1}",
+    )
+    out = input.value.copy()
+    out[index.value] = tensor.value
+    return (Operand(out, input.dtype),)
 
 
 def embedding_grad(grad: Operand, indices: Operand, num_weights: int) -> Operand:

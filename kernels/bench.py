@@ -38,6 +38,9 @@ class Bench(Protocol):
     def copy(self) -> tuple[Call, float]:
         """A copy larger than any cache, and the bytes that it reads and writes."""
 
+    def read(self) -> tuple[Call, float]:
+        """Reading an array larger than any cache, and its bytes."""
+
     def matmul(self) -> tuple[Call, float]:
         """A large matrix product and its floating-point operations."""
 

@@ -46,6 +46,13 @@ class MindSporeBench:
             return lambda: module.accumulate(target, source, 0, False), 2.0 * source.nbytes
         return lambda: mops.assign(target, source), 2.0 * source.nbytes
 
+    def read(self) -> tuple[Call, float]:
+        array = Tensor(np.ones(1 << 26, np.float32))
+        module = kernels.serving("adamw")
+        if module is not None and hasattr(module, "square_sum"):
+            return lambda: module.square_sum(array), float(array.nbytes)
+        return lambda: mops.ReduceSum()(array), float(array.nbytes)
+
     def matmul(self) -> tuple[Call, float]:
         n = 1536
         a, b = self._random(n, n), self._random(n, n)

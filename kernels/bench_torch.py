@@ -42,6 +42,10 @@ class TorchBench:
         target = torch.ones_like(source)
         return lambda: target.copy_(source), 2.0 * source.nbytes
 
+    def read(self) -> tuple[Call, float]:
+        array = torch.ones(1 << 26, device=self.device)
+        return lambda: array.sum(), float(array.nbytes)
+
     def matmul(self) -> tuple[Call, float]:
         n = 8192 if self.device.type == "cuda" else 1536
         a, b = self._random(n, n), self._random(n, n)

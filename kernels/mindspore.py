@@ -7,7 +7,7 @@ models are built. B batch, S queries, T keys, H heads, K kv heads, D head dim, E
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -19,6 +19,7 @@ from core.visibility import KeyRanges
 from kernels import mindspore_autograd as autograd
 from kernels import mindspore_composite as composite
 from kernels.dispatch import Candidate, Choice, choose, describe
+from kernels.int8 import Int8
 from kernels.mindspore_private import recording
 from kernels.reference import visible_keys
 from kernels.rehearsal import rehearsing
@@ -106,15 +107,38 @@ def limit_threads(threads: int) -> None:
     limit(threads)
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None, compute: ms.Type) -> Tensor:
+def linear(x: Tensor, weight: Tensor | Int8, bias: Tensor | None, compute: ms.Type) -> Tensor:
     """x [..., in] @ weight [out, in]^T + bias, operands and result in ``compute``, accumulated in float32 or wider."""
-    cpp = serving("linear", compute)
-    if cpp is None or compute == ms.float16:
+    few = few_rows(x, [(weight, bias)], compute)
+    if few is not None:
+        return few[0]
+    cpp: Any = serving("linear", compute)
+    if isinstance(weight, Int8):
+        weight = composite.dequantize(*weight, compute) if cpp is None else cpp.dequantize(*weight, compute)
+    if cpp is None:
         return composite.linear(x, weight, bias, compute)
     flat = ops.cast(x, compute).reshape(-1, x.shape[-1])
-    if flat.shape[0] <= cpp.FEW and compute == weight.dtype == ms.float32 and not recording():
-        return cpp.linear_few_rows(flat, weight, bias).reshape(*x.shape[:-1], weight.shape[0])
+    if compute == ms.float16:
+        return composite.linear(x, weight, bias, compute)
     return autograd.Linear.apply(flat, weight, bias, compute, cpp).reshape(*x.shape[:-1], weight.shape[0])
+
+
+def few_rows(
+    x: Tensor, matrices: Sequence[tuple[Tensor | Int8, Tensor | None]], compute: ms.Type
+) -> tuple[Tensor, ...] | None:
+    """``linear`` of one x with up to three (weight, bias), in one call, where an operator serves few rows without their
+    gradient; else None."""
+    cpp: Any = serving("linear", compute)
+    if cpp is None or x.dtype != compute or x.size > cpp.FEW * x.shape[-1] or recording():
+        return None
+    given = []
+    for weight, bias in matrices:
+        values, factors = weight if isinstance(weight, Int8) else (weight, None)
+        if factors is None and weight.dtype != compute:
+            return None
+        given.append((values, bias, factors))
+    found = cpp.several_linear_rows(x, given)
+    return found if len(given) > 1 else (found,)
 
 
 def embedding(table: Tensor, input_ids: Tensor) -> Tensor:
@@ -122,7 +146,7 @@ def embedding(table: Tensor, input_ids: Tensor) -> Tensor:
     module = serving("embedding", table.dtype)
     if module is None:
         return composite.embedding(table, input_ids)
-    return autograd.Embedding.apply(table, input_ids, module)
+    return autograd.Embedding.apply(table, input_ids, module) if recording() else module.embedding(table, input_ids)
 
 
 def rms_norm(
@@ -135,6 +159,8 @@ def rms_norm(
     module = serving("rms_norm", stat)
     if module is None:
         return composite.rms_norm(x, weight, eps, stat, compute, mask)
+    if not recording():
+        return module.rms_norm(x, weight, eps, compute, mask)[0]
     return autograd.RmsNorm.apply(x, weight, eps, compute, mask, module)
 
 
@@ -152,6 +178,8 @@ def add_rms_norm(
     if module is None:
         stream = residual + ops.cast(x, residual.dtype)
         return composite.rms_norm(stream, weight, eps, stat, compute, mask), stream
+    if not recording():
+        return module.add_rms_norm(x, residual, weight, eps, compute, mask)[:2]
     return autograd.AddRmsNorm.apply(x, residual, weight, eps, compute, mask, module)
 
 
@@ -162,6 +190,8 @@ def layer_norm(
     module = serving("layer_norm", stat)
     if module is None:
         return composite.layer_norm(x, weight, bias, eps, stat, compute, mask)
+    if not recording():
+        return module.layer_norm(x, weight, bias, eps, compute, mask)[0]
     return autograd.LayerNorm.apply(x, weight, bias, eps, compute, mask, module)
 
 
@@ -175,19 +205,33 @@ def rope_qk(
     module = serving("rope", cos.dtype)
     if module is None:
         return composite.rope(q, cos, sin, scale_q), composite.rope(k, cos, sin, scale_k)
+    if not recording():
+        return module.rope_qk(q, k, cos, sin, scale_q, scale_k)
     return autograd.Rope.apply(q, k, cos, sin, scale_q, scale_k, module)
 
 
 def swiglu(gate: Tensor, up: Tensor, stat: ms.Type) -> Tensor:
     """silu(gate) * up in ``stat``, returned in the dtype of ``gate``."""
     module = serving("swiglu", stat)
-    return composite.swiglu(gate, up, stat) if module is None else autograd.Swiglu.apply(gate, up, module)
+    if module is None:
+        return composite.swiglu(gate, up, stat)
+    return autograd.Swiglu.apply(gate, up, module) if recording() else module.swiglu(gate, up)
 
 
 def gelu(x: Tensor) -> Tensor:
     """The tanh form."""
     module = serving("gelu", x.dtype)
-    return composite.gelu(x) if module is None else autograd.Gelu.apply(x, module)
+    if module is None:
+        return composite.gelu(x)
+    return autograd.Gelu.apply(x, module) if recording() else module.gelu(x)
+
+
+def add(stream: Tensor, branch: Tensor) -> Tensor:
+    """stream + branch, in the dtype of ``stream``."""
+    module: Any = serving("rms_norm", stream.dtype)  # which adds a branch, too
+    if recording() or not hasattr(module, "add"):
+        return stream + ops.cast(branch, stream.dtype)
+    return module.add(stream, branch)
 
 
 class Keys(NamedTuple):

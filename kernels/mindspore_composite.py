@@ -30,6 +30,12 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, compute: ms.Type) -> 
     return ops.cast(out, compute).reshape(*x.shape[:-1], weight.shape[0])
 
 
+def dequantize(values: Tensor, factors: Tensor, dtype: ms.Type) -> Tensor:
+    """values int8 [out, in] times factors float32 [out], in ``dtype``."""
+    wide = dtype if dtype == ms.float64 else ms.float32
+    return ops.cast(ops.cast(values, wide) * ops.cast(factors, wide).reshape(-1, 1), dtype)
+
+
 def add_bias(x: Tensor, bias: Tensor, compute: ms.Type) -> Tensor:
     """x [..., E] + bias [E] rounded to ``compute``, in the dtype of x; summed in one the device can reduce."""
     wide = operand(x, x.dtype)

@@ -12,7 +12,7 @@ import mindspore as ms
 import numpy as np
 from mindspore import Tensor, ops
 
-from core.runner import Step, key_slots
+from core.runner import Step, key_slots, sequence_groups
 from core.visibility import Block, KeyRanges, causal_ranges, single_ranges
 from kernels import mindspore as kernels
 from kernels import mindspore_composite as composite
@@ -29,42 +29,70 @@ class Keys(NamedTuple):
 
 
 class Pages(NamedTuple):
-    """One step's places, made once and used by every layer. ``slots`` [N]: where new keys and values go."""
+    """One step's places, made once and used by every layer: for an operator that reads pages itself, the arrays of the
+    step, ``slots`` [N], ``starts`` [R + 1], ``lengths`` [R], ``tables`` [R, M], of which others take some; for the
+    others also ``runs`` of new tokens on one page (first and last token, page, place) and ``parts``."""
 
-    slots: Tensor
-    runs: list[tuple[int, int, int, int]]  # of consecutive slots on one page: first and last token, page, place
+    step: Step
+    arrays: tuple[Tensor, ...]
+    runs: list[tuple[int, int, int, int]]
     parts: list[Keys]
 
 
+def page_dtype(compute: ms.Type) -> ms.Type:
+    """What keys and values are kept in: the dtype that computes, but where this device cannot write to a part of such a
+    tensor, a wider one."""
+    module = kernels.serving("attention", compute)
+    stuck = compute == ms.bfloat16 and not hasattr(module, "paged_attention") and not hasattr(module, "store_rows")
+    return ms.float32 if stuck and ms.get_context("device_target") == "CPU" else compute
+
+
 def place(step: Step, page_size: int, dtype: ms.Type) -> Pages:
-    """What ``paged_attention`` and ``write_pages`` need of a step, whose keys and values are in ``dtype``."""
+    """What ``paged_attention`` needs of a step, whose keys and values are in ``dtype``."""
+    module = kernels.serving("attention", dtype)
+    if hasattr(module, "paged_attention"):
+        arrays = step.slots, step.starts, step.lengths, step.tables
+        return Pages(step, tuple(map(Tensor, arrays)), [], [])
+    arrays, runs = (), []
+    if hasattr(module, "store_rows"):
+        arrays = Tensor(step.slots.astype(np.int64)), Tensor(step.tables[: step.singles])
+    else:
+        runs = _runs(step.slots, page_size)
     parts = []
-    singles = step.singles
-    if singles:
-        lengths = step.lengths[:singles]
-        slots = key_slots(step.tables[:singles], lengths, page_size)
-        parts.append(Keys(0, singles, Tensor(slots), _visible(single_ranges(lengths), dtype)))
-    for r in range(singles, len(step.lengths)):
-        first, last = int(step.starts[r]), int(step.starts[r + 1])
-        slots = key_slots(step.tables[r : r + 1], step.lengths[r : r + 1], page_size)
-        parts.append(Keys(first, last, Tensor(slots), _visible(causal_ranges(last - first, slots.shape[1]), dtype)))
-    return Pages(Tensor(step.slots), _runs(step.slots, page_size), parts)
+    for first, last in sequence_groups(step):
+        lengths = step.lengths[first:last]
+        slots = key_slots(step.tables[first:last], lengths, page_size)
+        begin, end = int(step.starts[first]), int(step.starts[last])
+        # Single queries go together; a piece of a prompt goes alone.
+        ranges = single_ranges(lengths) if end - begin == last - first else causal_ranges(end - begin, slots.shape[1])
+        parts.append(Keys(begin, end, Tensor(slots), _visible(ranges, dtype)))
+    return Pages(step, arrays, runs, parts)
 
 
-def write_pages(pages: Tensor, x: Tensor, places: Pages) -> None:
-    """x [N, K, D] into pages [P, size, K, D], in place."""
-    module: Any = kernels.serving("attention", pages.dtype)
-    if hasattr(module, "write_pages"):
-        module.write_pages(pages, x, places.slots)
-        return
+def paged_attention(q: Tensor, k: Tensor, v: Tensor, k_pages: Tensor, v_pages: Tensor, places: Pages) -> Tensor:
+    """k and v [1, N, K, D] are stored in pages [P, size, K, D], in place; then causal attention of the last tokens of
+    sequences, q [1, N, H, D] -> the same: kernels.reference.paged_attention."""
+    module: Any = kernels.serving("attention", q.dtype)
+    step = places.step
+    if hasattr(module, "paged_attention"):
+        return module.paged_attention(q, k, v, k_pages, v_pages, *places.arrays, step.singles)
+    if hasattr(module, "store_rows"):
+        slots, tables = places.arrays
+        module.store_rows(k_pages, k[0], slots)
+        module.store_rows(v_pages, v[0], slots)
     for first, last, page, at in places.runs:
-        pages[page, at : at + last - first] = x[first:last]
-
-
-def paged_attention(q: Tensor, k_pages: Tensor, v_pages: Tensor, places: Pages) -> Tensor:
-    """Causal attention of the last tokens of sequences, q [N, H, D] -> [N, H, D]: kernels.reference.paged_attention."""
-    out = [_attention(q[part.first : part.last], k_pages, v_pages, part) for part in places.parts]
-    return out[0] if len(out) == 1 else ops.concat(out, 0)
+        k_pages[page, at : at + last - first] = ops.cast(k[0, first:last], k_pages.dtype)
+        v_pages[page, at : at + last - first] = ops.cast(v[0, first:last], v_pages.dtype)
+    out = []
+    for part in places.parts:
+        queries = q[0, part.first : part.last]
+        if part.last <= step.singles and hasattr(module, "takes_pages") and module.takes_pages(k_pages):
+            lengths = step.lengths[: step.singles].tolist()
+            queries = queries.reshape(-1, 1, *q.shape[2:])
+            out.append(module.single_queries(queries, k_pages, v_pages, lengths, tables).reshape(-1, *q.shape[2:]))
+        else:
+            out.append(_attention(queries, k_pages, v_pages, part))
+    return (out[0] if len(out) == 1 else ops.concat(out, 0))[None]
 
 
 def _attention(q: Tensor, k_pages: Tensor, v_pages: Tensor, keys: Keys) -> Tensor:
@@ -72,7 +100,7 @@ def _attention(q: Tensor, k_pages: Tensor, v_pages: Tensor, keys: Keys) -> Tenso
     R, T = keys.slots.shape
     K = k_pages.shape[2]
     k, v = (kernels.embedding(p.reshape(-1, K * D), keys.slots).reshape(R, T, K, D) for p in (k_pages, v_pages))
-    q = q.reshape(R, n // R, H, D)
+    q, k, v = q.reshape(R, n // R, H, D), ops.cast(k, q.dtype), ops.cast(v, q.dtype)
     serve = kernels.attention if isinstance(keys.visible, kernels.Keys) else composite.attention
     return serve(q, k, v, keys.visible).reshape(n, H, D)
 

@@ -24,7 +24,7 @@ from torch import Tensor
 from core.config import KERNEL_OPERATORS
 from core.errors import UserError
 from core.visibility import Block, KeyRanges
-from kernels import torch_autograd, torch_checks, torch_composite, torch_cpu, torch_native
+from kernels import torch_autograd, torch_checks, torch_composite, torch_cpu, torch_native, torch_weights
 from kernels.dispatch import Candidate, Choice, choose, describe
 
 DEVICES = {"cpu": "CPU", "cuda": "GPU", "npu": "NPU"}
@@ -108,13 +108,23 @@ def _judged(x: Tensor, stat: torch.dtype) -> Tensor:
     return x.to(stat) if stat == torch.float64 else x
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None, compute: torch.dtype) -> Tensor:
+def linear(x: Tensor, weight: torch_weights.Matrix, bias: Tensor | None, compute: torch.dtype) -> Tensor:
     """x [..., in] @ weight [out, in]^T + bias, operands and result in ``compute``, accumulated in float32 or wider."""
-    x, weight, bias = x.to(compute), weight.to(compute), None if bias is None else bias.to(compute)
+    x, bias = x.to(compute), None if bias is None else bias.to(compute)
+    if not isinstance(weight, Tensor):
+        return torch_weights.linear(x, weight, bias)
+    weight = weight.to(compute)
     torch_checks.linear(x, weight, bias)
     if serving("linear", x) is torch_cpu:
+        if not torch.is_grad_enabled():
+            return torch_cpu.linear(x, weight, bias)
         return torch_autograd.Linear.apply(torch_cpu, x, weight, bias)
     return torch_composite.linear(x, weight, bias)
+
+
+def add(stream: Tensor, branch: Tensor) -> Tensor:
+    """stream + branch, in the dtype of ``stream``."""
+    return stream + branch.to(stream.dtype)
 
 
 def add_bias(x: Tensor, bias: Tensor, compute: torch.dtype) -> Tensor:
@@ -126,7 +136,10 @@ def embedding(table: Tensor, input_ids: Tensor) -> Tensor:
     """table [V, E], input_ids [B, S] of int32 or int64 -> [B, S, E]."""
     torch_checks.embedding(table, input_ids)
     package = serving("embedding", table)
-    return torch_autograd.Embedding.apply(torch_composite if package is torch_native else package, table, input_ids)
+    package = torch_composite if package is torch_native else package
+    if not torch.is_grad_enabled():
+        return package.embedding(table, input_ids)
+    return torch_autograd.Embedding.apply(package, table, input_ids)
 
 
 def rms_norm(
@@ -142,6 +155,8 @@ def rms_norm(
         if mask is None:
             return torch_native.rms_norm(x, weight, eps, compute)
         raise UserError("kernels.rms_norm: torch has no growth mask; set triton or composite")
+    if not torch.is_grad_enabled():
+        return package.rms_norm(x, weight, eps, compute, mask)[0]
     return torch_autograd.RmsNorm.apply(package, x, weight, eps, compute, mask)
 
 
@@ -161,6 +176,8 @@ def add_rms_norm(
     if package is torch_native:
         stream = residual + x.to(residual.dtype)
         return rms_norm(stream, weight, eps, stat, compute, mask), stream
+    if not torch.is_grad_enabled():
+        return package.add_rms_norm(x, residual, weight, eps, compute, mask)[:2]
     return torch_autograd.AddRmsNorm.apply(package, x, residual, weight, eps, compute, mask)
 
 
@@ -181,6 +198,8 @@ def layer_norm(
         if mask is None:
             return torch_native.layer_norm(x, weight, bias, eps, compute)
         raise UserError("kernels.layer_norm: torch has no growth mask; set triton or composite")
+    if not torch.is_grad_enabled():
+        return package.layer_norm(x, weight, bias, eps, compute, mask)[0]
     return torch_autograd.LayerNorm.apply(package, x, weight, bias, eps, compute, mask)
 
 
@@ -192,7 +211,10 @@ def rope_qk(
     ``scale_q``, ``scale_k``, shaped like the tables, multiply both halves afterwards (xPos).
     """
     torch_checks.rope(q, k, cos, sin, scale_q, scale_k)
-    return torch_autograd.RopeQK.apply(serving("rope", q), q, k, cos, sin, scale_q, scale_k)
+    package = serving("rope", q)
+    if not torch.is_grad_enabled():
+        return package.rope_qk(q, k, cos, sin, scale_q, scale_k)
+    return torch_autograd.RopeQK.apply(package, q, k, cos, sin, scale_q, scale_k)
 
 
 def swiglu(gate: Tensor, up: Tensor, stat: torch.dtype) -> Tensor:
@@ -200,13 +222,18 @@ def swiglu(gate: Tensor, up: Tensor, stat: torch.dtype) -> Tensor:
     torch_checks.same_shape("up", up, "gate", gate)
     torch_checks.same_dtype("up", up, "gate", gate)
     wide_gate, wide_up = _judged(gate, stat), _judged(up, stat)
-    return torch_autograd.SwiGLU.apply(serving("swiglu", wide_gate), wide_gate, wide_up).to(gate.dtype)
+    package = serving("swiglu", wide_gate)
+    if not torch.is_grad_enabled():
+        return package.swiglu(wide_gate, wide_up).to(gate.dtype)
+    return torch_autograd.SwiGLU.apply(package, wide_gate, wide_up).to(gate.dtype)
 
 
 def gelu(x: Tensor) -> Tensor:
     """The tanh form."""
     package = serving("gelu", x)
-    return torch_native.gelu(x) if package is torch_native else torch_autograd.Gelu.apply(package, x)
+    if package is torch_native or not torch.is_grad_enabled():
+        return package.gelu(x)
+    return torch_autograd.Gelu.apply(package, x)
 
 
 def takes_blocks() -> bool:

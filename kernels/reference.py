@@ -192,24 +192,32 @@ def merge_blocks(out: Array, log_sum_exp: Array, more: Array, more_lse: Array) -
     return out * first + more * second, joint
 
 
-def write_pages(pages: Array, x: Array, slots: Array) -> None:
-    """Rows x [N, K, D] into pages [P, size, K, D], in place: row i at slots[i] = page * size + place in it."""
-    pages.reshape(-1, *x.shape[1:])[slots] = x
+def paged_attention(
+    q: Array,
+    k: Array,
+    v: Array,
+    k_pages: Array,
+    v_pages: Array,
+    slots: Array,
+    starts: Array,
+    lengths: Array,
+    tables: Array,
+) -> Array:
+    """Causal attention of the last tokens of sequences whose keys and values are kept in pages, q [1, N, H, D].
 
-
-def paged_attention(q: Array, k_pages: Array, v_pages: Array, starts: Array, lengths: Array, tables: Array) -> Array:
-    """Causal attention of the last tokens of sequences whose keys lie in pages: q [N, H, D] -> out [N, H, D].
-
-    Sequence r has the queries starts[r] .. starts[r + 1] - 1, which are the last of its lengths[r] positions; position
-    p is row p % size of page tables[r, p // size] of k_pages and v_pages [P, size, K, D].
+    k and v [1, N, K, D] are stored first, in place: row i at slots[i] = page * size + place in k_pages and v_pages
+    [P, size, K, D]. Sequence r has the queries starts[r] .. starts[r + 1] - 1, which are the last of its lengths[r]
+    positions; position p is row p % size of page tables[r, p // size].
     """
     out = np.empty_like(q)
     size = k_pages.shape[1]
+    for pages, x in ((k_pages, k), (v_pages, v)):
+        pages.reshape(-1, *x.shape[2:])[slots] = x[0]
     for first, last, length, table in zip(starts[:-1], starts[1:], lengths, tables, strict=True):
-        pages = table[: -(-length // size)]
-        k, v = (kept[pages].reshape(-1, *kept.shape[2:])[:length] for kept in (k_pages, v_pages))
+        used = table[: -(-length // size)]
+        keys, values = (pages[used].reshape(-1, *k.shape[2:])[:length] for pages in (k_pages, v_pages))
         visible = np.arange(length) <= np.arange(length - (last - first), length)[:, None]
-        out[first:last] = attention(q[None, first:last], k[None], v[None], visible[None])[0][0]
+        out[:, first:last] = attention(q[:, first:last], keys[None], values[None], visible[None])[0]
     return out
 
 

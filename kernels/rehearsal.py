@@ -28,7 +28,10 @@ from kernels.ascend_operands import Operand
 
 # How an operator that has no kernel for the CPU is refused, where the words are not those of all the others.
 REFUSALS = {"LayerNormExt": "Create kernelmod for op LayerNormExt failed"}
-IN_PLACE = {"AdamW": ("var", "m", "v")}  # the arguments that an operator overwrites, in the order of its results
+IN_PLACE = {
+    "AdamW": ("var", "m", "v"),
+    "InplaceIndexCopy": ("input",),
+}  # the arguments that an operator overwrites, in the order of its results
 _PATIENCE, _PAUSE = 60.0, 0.002  # seconds: until the reports must have ended, and between two looks
 
 _counts: Counter[str] | None = None

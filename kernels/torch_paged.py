@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from core.runner import Step, key_slots
+from core.runner import Step, key_slots, sequence_groups
 from core.visibility import Block, KeyRanges, causal_ranges, single_ranges
 from kernels import pytorch as kernels
 
@@ -35,31 +35,34 @@ class Pages(NamedTuple):
     parts: list[Keys]
 
 
+def page_dtype(compute: torch.dtype) -> torch.dtype:
+    """What keys and values are kept in: the dtype that computes."""
+    return compute
+
+
 def place(step: Step, page_size: int, dtype: torch.dtype, device: torch.device) -> Pages:
-    """What ``paged_attention`` and ``write_pages`` need of a step, whose keys and values are in ``dtype``."""
+    """What ``paged_attention`` needs of a step, whose keys and values are in ``dtype``."""
     parts = []
-    singles = step.singles
-    if singles:
-        lengths = step.lengths[:singles]
-        slots = key_slots(step.tables[:singles], lengths, page_size)
-        parts.append(Keys(0, singles, _tensor(slots, device), _single_visible(lengths, dtype, device)))
-    for r in range(singles, len(step.lengths)):
-        first, last = int(step.starts[r]), int(step.starts[r + 1])
-        slots = key_slots(step.tables[r : r + 1], step.lengths[r : r + 1], page_size)
-        visible = _visible(causal_ranges(last - first, slots.shape[1]), device)
-        parts.append(Keys(first, last, _tensor(slots, device), visible))
+    for first, last in sequence_groups(step):
+        lengths = step.lengths[first:last]
+        slots = key_slots(step.tables[first:last], lengths, page_size)
+        begin, end = int(step.starts[first]), int(step.starts[last])
+        visible: KeyRanges | list[Block] | Tensor
+        if end - begin == last - first:
+            visible = _single_visible(lengths, dtype, device)
+        else:
+            visible = _visible(causal_ranges(end - begin, slots.shape[1]), device)
+        parts.append(Keys(begin, end, _tensor(slots, device), visible))
     return Pages(_tensor(step.slots, device).long(), parts)
 
 
-def write_pages(pages: Tensor, x: Tensor, places: Pages) -> None:
-    """x [N, K, D] into pages [P, size, K, D], in place."""
-    pages.view(-1, *x.shape[1:]).index_copy_(0, places.slots, x)
-
-
-def paged_attention(q: Tensor, k_pages: Tensor, v_pages: Tensor, places: Pages) -> Tensor:
-    """Causal attention of the last tokens of sequences, q [N, H, D] -> [N, H, D]: kernels.reference.paged_attention."""
-    out = [_attention(q[part.first : part.last], k_pages, v_pages, part) for part in places.parts]
-    return out[0] if len(out) == 1 else torch.cat(out)
+def paged_attention(q: Tensor, k: Tensor, v: Tensor, k_pages: Tensor, v_pages: Tensor, places: Pages) -> Tensor:
+    """k and v [1, N, K, D] are stored in pages [P, size, K, D], in place; then causal attention of the last tokens of
+    sequences, q [1, N, H, D] -> the same: kernels.reference.paged_attention."""
+    for pages, x in ((k_pages, k), (v_pages, v)):
+        pages.view(-1, *x.shape[2:]).index_copy_(0, places.slots, x[0])
+    out = [_attention(q[0, part.first : part.last], k_pages, v_pages, part) for part in places.parts]
+    return (out[0] if len(out) == 1 else torch.cat(out))[None]
 
 
 def _attention(q: Tensor, k_pages: Tensor, v_pages: Tensor, keys: Keys) -> Tensor:

@@ -109,7 +109,7 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, rope: Rope, blocks: ops.Visible) -> Tensor:
         B, S, _ = x.shape
-        q, k, v = (linear(x).view(B, S, -1, self.head_dim) for linear in (self.q, self.k, self.v))
+        q, k, v = (part.view(B, S, -1, self.head_dim) for part in ops.linears(x, self.q, self.k, self.v))
         q, k = ops.rope_qk(q, k, *rope)
         if self.recompute_core and self.training:
             out = checkpoint(self.core, q, k, v, blocks, use_reentrant=False)
@@ -131,7 +131,7 @@ class FeedForward(nn.Module):
         if self.gate is None:
             core, inputs = ops.gelu, (self.up(x),)
         else:
-            core, inputs = ops.swiglu, (self.gate(x), self.up(x), self.stat)
+            core, inputs = ops.swiglu, (*ops.linears(x, self.gate, self.up), self.stat)
         if self.recompute_core and self.training:
             return self.down(checkpoint(core, *inputs, use_reentrant=False))
         return self.down(core(*inputs))
@@ -151,7 +151,7 @@ class DecoderBlock(nn.Module):
     def forward(self, x: Tensor, rope: Rope, blocks: ops.Visible) -> Tensor:
         branch = self.attn(self.attn_norm(x), rope, blocks)
         normed, x = self.ffn_norm.after_sum(branch, x)
-        return x + self.ffn(normed).to(self.residual)
+        return ops.add(x, self.ffn(normed))
 
 
 class Decoder(nn.Module):

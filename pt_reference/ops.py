@@ -6,6 +6,7 @@ Shapes: B batch, S queries, T keys, H heads, K kv heads, D head dim.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,6 +17,7 @@ from core.visibility import Block, KeyRanges, block_ranges, causal_blocks, causa
 from kernels import pytorch as kernels
 from kernels import torch_paged
 from kernels.pytorch import (
+    add,
     add_bias,
     add_rms_norm,
     cross_entropy,
@@ -28,10 +30,11 @@ from kernels.pytorch import (
     rope_qk,
     swiglu,
 )
-from kernels.torch_paged import Pages, paged_attention, write_pages
+from kernels.torch_paged import Pages, page_dtype, paged_attention
 
 __all__ = [
     "Pages",
+    "add",
     "add_bias",
     "add_rms_norm",
     "attention",
@@ -46,8 +49,10 @@ __all__ = [
     "hidden_keys",
     "layer_norm",
     "linear",
+    "linears",
     "masked_blocks",
     "merge_blocks",
+    "page_dtype",
     "paged_attention",
     "place_pages",
     "positions",
@@ -56,7 +61,6 @@ __all__ = [
     "shard_gradient",
     "shard_statistics",
     "swiglu",
-    "write_pages",
 ]
 
 Visible = KeyRanges | list[Block]  # what queries see, as the attention that serves wants it
@@ -85,6 +89,11 @@ def attention_blocks(num_queries: int, num_keys: int, doc_ids: np.ndarray | None
 def place_pages(step: Step, page_size: int, dtype: torch.dtype) -> Pages:
     """Where keys and values, in ``dtype``, of one step of generation go and lie, as ``paged_attention`` takes it."""
     return torch_paged.place(step, page_size, dtype, device())
+
+
+def linears(x: Tensor, *layers: Any) -> tuple[Tensor, ...]:
+    """What each of several linear layers makes of x."""
+    return tuple(layer(x) for layer in layers)
 
 
 def positions(x: Tensor, wanted: Tensor) -> Tensor:

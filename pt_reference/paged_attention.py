@@ -14,7 +14,7 @@ def apply_paged_attention(stage: Decoder, num_pages: int, page_size: int) -> Non
     for block in stage.layers.values():
         heads = block.attn.k.weight.shape[0] // block.attn.head_dim
         shape = (num_pages, page_size, heads, block.attn.head_dim)
-        block.attn.core = PagedAttention(shape, stage.dtypes.compute)
+        block.attn.core = PagedAttention(shape, ops.page_dtype(stage.dtypes.compute))
 
 
 class PagedAttention:
@@ -27,6 +27,4 @@ class PagedAttention:
         self.k, self.v = (torch.zeros(shape, dtype=dtype, device=ops.device()) for _ in "kv")
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, pages: ops.Pages) -> Tensor:
-        ops.write_pages(self.k, k[0], pages)
-        ops.write_pages(self.v, v[0], pages)
-        return ops.paged_attention(q[0], self.k, self.v, pages)[None]
+        return ops.paged_attention(q, k, v, self.k, self.v, pages)

@@ -108,9 +108,8 @@ class Attention(nn.Cell):
 
     def construct(self, x: Tensor, rope: Rope, blocks: ops.Visible) -> Tensor:
         B, S, _ = x.shape
-        q, k = (project(x).reshape(B, S, -1, self.head_dim) for project in (self.q, self.k))
+        q, k, v = (part.reshape(B, S, -1, self.head_dim) for part in ops.linears(x, self.q, self.k, self.v))
         q, k = ops.rope_qk(q, k, *rope)
-        v = self.v(x).reshape(B, S, -1, self.head_dim)
         if self.recompute_core and self.training:
             out = autograd.recompute(self.core, q, k, v, blocks)
         else:
@@ -131,7 +130,7 @@ class FeedForward(nn.Cell):
         if self.gate is None:
             core, inputs = ops.gelu, (self.up(x),)
         else:
-            core, inputs = ops.swiglu, (self.gate(x), self.up(x), self.stat)
+            core, inputs = ops.swiglu, (*ops.linears(x, self.gate, self.up), self.stat)
         if self.recompute_core and self.training:
             return self.down(autograd.recompute(core, *inputs))
         return self.down(core(*inputs))
@@ -151,7 +150,7 @@ class DecoderBlock(nn.Cell):
     def construct(self, x: Tensor, rope: Rope, blocks: ops.Visible) -> Tensor:
         branch = self.attn(self.attn_norm(x), rope, blocks)
         normed, x = self.ffn_norm.after_sum(branch, x)
-        return x + self.ffn(normed).astype(self.residual)
+        return ops.add(x, self.ffn(normed))
 
 
 class Decoder(nn.Cell):

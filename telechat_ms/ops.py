@@ -6,6 +6,7 @@ Shapes: B batch, S queries, T keys, H heads, K kv heads, D head dim, E hidden.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import mindspore as ms
 import numpy as np
@@ -18,6 +19,7 @@ from kernels import mindspore_composite as composite
 from kernels import mindspore_paged
 from kernels.mindspore import (
     Keys,
+    add,
     add_rms_norm,
     cross_entropy,
     described,
@@ -30,11 +32,12 @@ from kernels.mindspore import (
     swiglu,
 )
 from kernels.mindspore_composite import accurate, add_bias, operand, total
-from kernels.mindspore_paged import Pages, paged_attention, write_pages
+from kernels.mindspore_paged import Pages, page_dtype, paged_attention
 
 __all__ = [
     "Pages",
     "accurate",
+    "add",
     "add_bias",
     "add_rms_norm",
     "attention",
@@ -48,9 +51,11 @@ __all__ = [
     "hidden_keys",
     "layer_norm",
     "linear",
+    "linears",
     "masked_blocks",
     "merge_blocks",
     "operand",
+    "page_dtype",
     "paged_attention",
     "place_pages",
     "positions",
@@ -60,7 +65,6 @@ __all__ = [
     "shard_statistics",
     "swiglu",
     "total",
-    "write_pages",
 ]
 
 Visible = Keys | list[Block]  # what queries see, as the attention that serves wants it
@@ -77,6 +81,12 @@ def attention_blocks(num_queries: int, num_keys: int, doc_ids: np.ndarray | None
 def place_pages(step: Step, page_size: int, dtype: ms.Type) -> Pages:
     """Where keys and values, in ``dtype``, of one step of generation go and lie, as ``paged_attention`` takes it."""
     return mindspore_paged.place(step, page_size, dtype)
+
+
+def linears(x: Tensor, *layers: Any) -> tuple[Tensor, ...]:
+    """What each of several linear layers makes of x; of few rows in one call where an operator does that."""
+    found = kernels.few_rows(x, [(layer.weight, layer.bias) for layer in layers], layers[0].compute)
+    return tuple(layer(x) for layer in layers) if found is None else found
 
 
 def positions(x: Tensor, wanted: Tensor) -> Tensor:

@@ -118,6 +118,8 @@ def pointwise(rng: np.random.Generator, dtype: np.dtype = F32) -> Iterator[Findi
         )
         biased = ops.add_bias(rows.copy(), up[0, 0])
         yield judged(f"add_bias {width}", biased, lambda kind: rows.astype(kind) + up[0, 0].astype(kind), dtype)
+        summed = ops.add(rows, rows[::-1])
+        yield judged(f"add {width}", summed, lambda kind: rows.astype(kind) + rows[::-1].astype(kind), dtype)
         into = np.ones(width + 5, np.float32)
         ops.accumulate(into, rows[0], 2, True)
         ops.accumulate(into, rows[1], 2, True)
@@ -312,9 +314,85 @@ def products(rng: np.random.Generator) -> Iterator[Finding]:
                         yield judged(f"{name} bias", ops.matmul(*given, bias, turn_a, turn_w), added)
                     else:
                         yield judged(name, ops.matmul_bf16(*given, F32, turn_a, turn_w), plain)
-            if m <= ops.FEW and dtype == F32:
-                few = lambda kind: reference.linear(a.astype(kind), w.astype(kind), bias.astype(kind))  # noqa: E731
-                yield judged(f"few rows {(m, n, k)}", ops.linear_few_rows(a, w, bias), few)
+
+
+def few_rows(rng: np.random.Generator, dtype: np.dtype = F32) -> Iterator[Finding]:
+    """Products of few rows: the matrix in their dtype, and in int8 with a factor for each output."""
+    for m, n, k in ((1, 1, 1), (2, 3, 5), (3, 16, 16), (5, 33, 17), (8, 70, 131), (13, 100, 512), (32, 31, 200)):
+        x, w, bias = (rng.normal(size=s).astype(dtype) for s in ((m, k), (n, k), n))
+        w8, factors = rng.integers(-127, 128, (n, k)).astype(np.int8), rng.uniform(0.001, 0.1, n).astype(np.float32)
+        for b in (None, bias):
+            cases = {
+                "rows": (ops.linear_rows(x, w, b), lambda kind: w.astype(kind)),
+                "int8 rows": (
+                    ops.linear_rows(x, w8, b, factors),
+                    lambda kind: w8.astype(kind) * factors.astype(kind)[:, None],
+                ),
+            }
+            for name, (got, matrix) in cases.items():
+                define = lambda kind, matrix=matrix: reference.linear(  # noqa: E731
+                    x.astype(kind), matrix(kind), None if b is None else b.astype(kind)
+                )
+                yield judged(f"{name} {(m, n, k)} {dtype}", got, define, dtype)
+        got = ops.dequantize(w8, factors, dtype)
+        yield judged(f"dequantize {n}", got, lambda kind: w8.astype(kind) * factors.astype(kind)[:, None], dtype)
+        # A row's bits are its own.
+        whole = ops.linear_rows(x, w, bias)
+        alone = np.concatenate([ops.linear_rows(x[i : i + 1], w, bias) for i in range(m)])
+        np.testing.assert_array_equal(whole.view(np.uint8), alone.view(np.uint8))
+
+
+PAGED = (  # page size, H, K, D, and (new tokens, keys) of each sequence, single tokens first
+    (4, 1, 1, 2, ((1, 1),)),
+    (16, 4, 2, 64, ((1, 70), (1, 16), (1, 1), (33, 33), (5, 90))),
+    (16, 8, 2, 64, ((1, 1500), (1, 512), (1, 513), (70, 1100))),
+    (1, 4, 1, 6, ((1, 9), (3, 9))),
+    (3, 3, 1, 17, ((1, 40), (2, 2), (67, 199))),
+    (128, 16, 2, 128, ((1, 300), (130, 200))),
+)
+
+
+def pages(rng: np.random.Generator, dtype: np.dtype = F32) -> Iterator[Finding]:
+    """Attention over pages in a mixed order, of keys and values that the call itself completes."""
+    for size, H, K, D, sequences in PAGED:
+        N, M = sum(n for n, _ in sequences), max(-(-length // size) for _, length in sequences)
+        used = [-(-length // size) for _, length in sequences]
+        order = rng.permutation(np.arange(1, sum(used) + 3)).astype(np.int32)  # two pages are nobody's
+        tables = np.zeros((len(sequences), M), np.int32)
+        for row, count in enumerate(used):
+            tables[row, :count] = order[sum(used[:row]) : sum(used[: row + 1])]
+        starts = np.cumsum([0, *(n for n, _ in sequences)]).astype(np.int32)
+        lengths = np.array([length for _, length in sequences], np.int32)
+        places = np.concatenate([np.arange(length - n, length) for n, length in sequences])
+        owner = np.repeat(np.arange(len(sequences)), np.diff(starts))
+        slots = (tables[owner, places // size] * size + places % size).astype(np.int32)
+        q, k, v = (rng.normal(size=s).astype(dtype) for s in ((1, H, N, D), (1, N, K, D), (1, N, K + 1, D)))
+        q, v = q.transpose(0, 2, 1, 3), v[:, :, 1:]  # as they come out of views: not contiguous
+        kept = [rng.normal(size=(len(order) + 1, size, K, D)).astype(dtype) for _ in "kv"]
+        for room in kept:
+            room[0] = np.nan  # nobody reads the blank page here
+            room[order[-2:]] = np.nan
+        given = (slots, starts, lengths, tables)
+
+        def define(kind: type) -> Any:
+            return reference.paged_attention(*(x.astype(kind) for x in (q, k, v, *kept)), *given)
+
+        name = f"{(size, H, K, D)} {dtype}"
+        held = [room.copy() for room in kept]
+        singles = sum(n == 1 for n, _ in sequences)
+        got = ops.paged_attention(q, k, v, *held, *given, singles)
+        yield judged(f"paged {name}", got, define, dtype)
+        for room, before, new in zip(held, kept, (k, v), strict=True):
+            expected = before.copy()
+            expected.reshape(-1, K, D)[slots] = new[0]
+            np.testing.assert_array_equal(room.view(np.uint8), expected.view(np.uint8))
+        # A sequence's bits are its own, also when its last token comes alone.
+        for row, (n, _) in enumerate(sequences):
+            mine = slice(starts[row], starts[row + 1])
+            x = (a[:, mine] for a in (q, k, v))
+            alone = np.array([0, n], np.int32), lengths[row : row + 1], tables[row : row + 1]
+            again = ops.paged_attention(*x, *held, slots[mine], *alone, int(n == 1))
+            np.testing.assert_array_equal(again.view(np.uint8), got[:, mine].view(np.uint8))
 
 
 CHECKS: dict[str, Callable[[np.random.Generator], Iterator[Finding]]] = {
@@ -327,6 +405,8 @@ CHECKS: dict[str, Callable[[np.random.Generator], Iterator[Finding]]] = {
     "loss": loss,
     "rows and updates": rows_and_updates,
     "products": products,
+    "few rows": few_rows,
+    "pages": pages,
     **{
         f"{name} in {half}": lambda rng, check=check, half=half: check(rng, HALF[half])
         for half in HALF
@@ -337,6 +417,8 @@ CHECKS: dict[str, Callable[[np.random.Generator], Iterator[Finding]]] = {
             ("attention", attention),
             ("loss", loss),
             ("rows and updates", rows_and_updates),
+            ("few rows", few_rows),
+            ("pages", pages),
         )
     },
 }

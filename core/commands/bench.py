@@ -1,7 +1,8 @@
 """Measurements; contestants take turns in processes of their own, so that ratios hold on a shared machine.
 
 step      a training step of MindSpore, of PyTorch and, with `--backends ms pt eager`, of the released composition.
-decode    tokens generated one by one with a cache.
+decode    tokens generated one by one, for one sequence and for several at once; beside the engine, where transformers
+          is installed, Hugging Face's generate on a model of the same shapes.
 kernels   every operator, forward and backward, against what the machine allows: bytes moved against the measured copy
           bandwidth, products against the measured rate of a matrix product.
 parallel  layouts (``tele train --help`` explains them) in turns, and in every round a single process with the same
@@ -28,11 +29,13 @@ from typing import Any
 
 from core import backends
 from core.atomic import writable_file, write_text
+from core.bench_decode import decode_to_markdown, measure_decode
 from core.bench_kernels import OPERATORS, SIZES, kernels_to_markdown, measure_kernels
-from core.bench_step import facts, machine, measure, measure_tokens, task, to_markdown, tokens_to_markdown
+from core.bench_step import facts, machine, measure, task, to_markdown
 from core.bench_worker import EAGER, bench_config, spread
 from core.config import PRECISIONS, preset_names
 from core.errors import UserError
+from core.quantize import QUANTIZATIONS
 
 LAYOUTS = "single,tp2,pp2,ring2,ulysses2,dp2"
 # What differs between the measurements where the user says nothing.
@@ -46,6 +49,8 @@ DEFAULTS: dict[str, dict[str, Any]] = {
 ONLY: dict[str, tuple[str, ...]] = {
     "layouts": ("parallel",),
     "prompt": ("decode",),
+    "rows": ("decode",),
+    "quantize": ("decode",),
     "operators": ("kernels",),
     "sizes": ("kernels",),
     "compile": ("kernels",),
@@ -89,6 +94,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"who (ms pt); {EAGER}: what the released PyTorch code composes, for step",
     )
     parser.add_argument("--prompt", type=int, metavar="P", help="decode: tokens before the measured ones (16)")
+    parser.add_argument("--rows", type=int, nargs="+", metavar="R", help="decode: sequences that share a step (1 8)")
+    parser.add_argument(
+        "--quantize", choices=QUANTIZATIONS, metavar="Q", help="decode: weights of the backends in int8 (none)"
+    )
     parser.add_argument(
         "--operators", nargs="+", choices=sorted(OPERATORS), metavar="O", help="kernels: some of " + " ".join(OPERATORS)
     )
@@ -111,9 +120,12 @@ def run(args: argparse.Namespace) -> int:
         if getattr(args, name) is None:
             setattr(args, name, value)
     args.prompt = 16 if args.prompt is None else args.prompt
+    args.rows = list(dict.fromkeys(args.rows or [1, 8]))
     for name in ("seq_len", "micro_batch", "micro_batches", "steps", "block", "prompt"):
         if getattr(args, name) < 1:
             raise UserError(f"--{name.replace('_', '-')}: must be at least 1, found {getattr(args, name)}")
+    if min(args.rows) < 1:
+        raise UserError(f"--rows: must be at least 1, found {min(args.rows)}")
     names = list(dict.fromkeys(args.backends))
     if EAGER in names and args.what != "step":
         raise UserError(f"--backends {EAGER}: belongs to `tele bench step`; give ms, pt or both")
@@ -130,8 +142,9 @@ def run(args: argparse.Namespace) -> int:
         result = measure_layouts(options, layouts, names, args.steps, args.block)
         text = layouts_to_markdown(result)
     elif args.what == "decode":
-        result = measure_tokens(options, names, args.prompt, args.steps, args.block)
-        text = tokens_to_markdown(result)
+        options["quantize"] = args.quantize or "none"
+        result = measure_decode(options, names, args.rows, args.prompt, args.steps, args.block)
+        text = decode_to_markdown(result)
     elif args.what == "kernels":
         result = measure_kernels(
             names,

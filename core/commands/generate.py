@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import json
+import shutil
 import sys
+import tempfile
+import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,10 +19,13 @@ from core import backends
 from core.config import PRECISIONS, ModelConfig
 from core.data.control import CONTROL_CHOICES
 from core.errors import UserError
+from core.pages import pool_size
+from core.quantize import QUANTIZATIONS, quantizing
 from core.sampling import SamplingConfig, sampling_config
 
 if TYPE_CHECKING:
     from core.engine import Engine, Limits
+    from core.layout import Layout
     from core.requests import Event, Request
 
 EPILOG = """\
@@ -26,6 +34,7 @@ examples:
   tele generate --backend ms --checkpoint model --chat --prompt-file question.txt --temperature 0.7 --top-p 0.9
   tele generate --backend pt --checkpoint model --ids 4,96343,5 --max-new-tokens 20 --json
   tele generate --backend pt --checkpoint model --prompt "1. " --temperature 0.8 --samples 3 --stop "2."
+  tele generate --backend ms --checkpoint model --prompt "Once upon a time" --layout tp2.pp2
 """
 
 
@@ -56,6 +65,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--stream", action=argparse.BooleanOptionalAction, default=True, help="print the text as it is made (default)"
     )
+    parser.add_argument("--layout", metavar="TEXT", help="share the model over processes, e.g. tp2 or tp2.pp2")
+    parser.add_argument("--nproc", type=int, metavar="N", help="processes (default: as many as the layout needs)")
     parser.add_argument("--json", action="store_true", help="print one JSON object: ids, text, margins, finish_reason")
 
 
@@ -68,6 +79,12 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tokenizer", metavar="PATH", help="tokenizer.model (default: the one beside the checkpoint)")
     parser.add_argument("--control", default="chat", choices=CONTROL_CHOICES, help="which control tokens text may name")
     parser.add_argument("--precision", default="fp32", choices=PRECISIONS, help="arithmetic (fp32)")
+    parser.add_argument(
+        "--quantize",
+        default="none",
+        choices=QUANTIZATIONS,
+        help="keep the matrices of linear layers in 8 bits, a factor for each output",
+    )
     parser.add_argument(
         "--rescale",
         default="request",
@@ -127,17 +144,21 @@ class Loaded:
 
     def engine(self, max_len: int, samples: int = 1) -> Engine:
         """An engine on the backend with the weights in it, whose cache holds ``samples`` sequences of ``max_len``."""
-        from core.pages import pool_size
-
-        return self.engine_with(samples * (pool_size(max_len) - 1) + 1)
+        return self.engine_with(self.pages(max_len, samples))
 
     def engine_with(self, pages: int, limits: Limits | None = None) -> Engine:
         """An engine on the backend with the weights in it and a cache of so many pages."""
         from core.engine import Engine
 
         module = backends.load(self.args.backend, "generate")
-        runner = module.Runner(self.config, self.source.tensor, pages, self.args.precision)
+        get = quantizing(self.config, self.source.tensor) if self.args.quantize == "int8" else self.source.tensor
+        runner = module.Runner(self.config, get, pages, self.args.precision)
         return Engine(runner, self.tokenizer, rescale=self.args.rescale, limits=limits)
+
+    @staticmethod
+    def pages(max_len: int, samples: int = 1) -> int:
+        """Pages for ``samples`` sequences of ``max_len`` tokens."""
+        return samples * (pool_size(max_len) - 1) + 1
 
 
 def load_model(args: argparse.Namespace, need_tokenizer: str | None) -> Loaded:
@@ -177,6 +198,7 @@ def with_table_dtype(config: ModelConfig, table_dtype: str | None) -> ModelConfi
 def run(args: argparse.Namespace) -> int:
     """Generate, print text or JSON on stdout and a line of statistics on stderr."""
     from core.generation import answer, turn_stops
+    from core.layout import check_layout
     from core.requests import Request, check_request
 
     sampling = sampling_from(args)
@@ -186,11 +208,13 @@ def run(args: argparse.Namespace) -> int:
         raise UserError("--samples: greedy answers are all the same; add --temperature, e.g. --temperature 0.7")
     if args.logprobs is not None and not args.json:
         raise UserError("--logprobs: are told in the JSON; add --json")
+    layout = _layout(args)
     ids = None if args.ids is None else parse_ids(args.ids)
     if ids is not None and (args.chat or args.allow_control):
         raise UserError("--ids: are used as they are; --chat and --allow-control work on text")
     text = _prompt_text(args) if ids is None else ""
     model = load_model(args, None if ids is not None else "a text prompt")
+    check_layout(layout, model.config)
     if ids is None:
         ids = _encode(model.tokenizer, text, args)
     if args.add_bos:
@@ -213,14 +237,20 @@ def run(args: argparse.Namespace) -> int:
         text=("answer" if args.chat else "continuation") if has_text else "none",
     )
     check_request(request, model.config.vocab_size, has_text)  # before weights are read
-    engine = model.engine(request.total, request.samples)
     show = args.stream and not args.json and has_text and request.samples == 1
     started = time.perf_counter()
     made: list[list[Event]] = [[] for _ in range(request.samples)]
-    for event in answer(engine, request):
-        made[event.sample].append(event)
-        if show and event.text:
-            print(event.text, end="", flush=True)
+    if layout.world == 1:
+        for event in answer(model.engine(request.total, request.samples), request):
+            made[event.sample].append(event)
+            if show and event.text:
+                print(event.text, end="", flush=True)
+    else:
+        code, events = _by_ranks(args, model, request, layout, show)
+        if code:
+            return code
+        for event in events:
+            made[event.sample].append(event)
     seconds = time.perf_counter() - started
     for sample in made:
         _report(args, request, sample, show)
@@ -232,6 +262,68 @@ def run(args: argparse.Namespace) -> int:
         file=sys.stderr,
     )
     return 0
+
+
+def _by_ranks(
+    args: argparse.Namespace, model: Loaded, request: Request, layout: Layout, show: bool
+) -> tuple[int, list[Event]]:
+    """The events of a request served by the processes of a layout, and the launcher's code; with ``show`` its text on
+    stdout as it is made. After a failure of a rank (code 1) the folder with its logs stays; stderr has named it."""
+    from core.generate_worker import SCRIPT, Job, read_events, write_job
+    from core.generation import note_length
+    from core.launch import launch
+
+    note_length(model.config, request.total)
+    folder = Path(tempfile.mkdtemp(prefix="tele-generate-"))
+    job = Job(
+        backend=args.backend,
+        checkpoint=str(Path(args.checkpoint).resolve()),
+        config=model.config,
+        layout=args.layout,
+        precision=args.precision,
+        quantize=args.quantize,
+        rescale=args.rescale,
+        pages=model.pages(request.total, request.samples),
+        request=request,
+        tokenizer=None if model.tokenizer is None else str(Path(model.tokenizer.path).resolve()),
+        control=args.control,
+    )
+    write_job(folder / "job.json", job)
+    code = 1
+    try:
+        with _shown(folder / "text", show):
+            code = launch(args.backend, [str(folder / "job.json")], layout.world, folder / "logs", script=SCRIPT)
+        return code, [] if code else read_events(folder / "samples.json")
+    finally:
+        if code != 1:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _shown(path: Path, show: bool) -> Iterator[None]:
+    """Within, what a file gets is written to stdout as it comes, and what the launcher shows goes to stderr."""
+    out, done = sys.stdout, threading.Event()
+
+    def copy() -> None:
+        with open(path, encoding="utf-8") as file:
+            while True:
+                last = done.wait(0.05)
+                out.write(file.read())
+                out.flush()
+                if last:
+                    return
+
+    path.touch()
+    thread = threading.Thread(target=copy, daemon=True)
+    if show:
+        thread.start()
+    try:
+        with contextlib.redirect_stdout(sys.stderr):
+            yield
+    finally:
+        done.set()
+        if show:
+            thread.join()
 
 
 def _report(args: argparse.Namespace, request: Request, made: list[Event], shown: bool) -> None:
@@ -263,6 +355,15 @@ def _report(args: argparse.Namespace, request: Request, made: list[Event], shown
         print(",".join(map(str, tokens)))
     else:
         print("" if shown else text)
+
+
+def _layout(args: argparse.Namespace) -> Layout:
+    """The layout that --layout and --nproc ask for, one process without any."""
+    from core.commands.forward import read_layout
+    from core.generate_worker import inference_layout
+
+    layout = read_layout(args.layout, args.nproc, None)
+    return layout if layout.world == 1 else inference_layout(args.layout)
 
 
 def parse_ids(text: str) -> list[int]:

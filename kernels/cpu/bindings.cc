@@ -20,6 +20,7 @@ constexpr std::pair<ms::TypeId, Dtype> kDtypes[] = {
   {ms::TypeId::kNumberTypeFloat32, F32}, {ms::TypeId::kNumberTypeBFloat16, BF16},
   {ms::TypeId::kNumberTypeFloat16, F16}, {ms::TypeId::kNumberTypeInt32, I32},
   {ms::TypeId::kNumberTypeInt64, I64},   {ms::TypeId::kNumberTypeFloat64, F64},
+  {ms::TypeId::kNumberTypeInt8, I8},
 };
 
 View view_of(const ms::Tensor &tensor) {
@@ -55,12 +56,16 @@ class Runner : public ms::pynative::PyboostRunner {
 
 using Specs = std::vector<std::pair<int, std::vector<int64_t>>>;
 
-// The first ``strided`` inputs come as they lie in memory; the caller has made the others contiguous.
+// The first ``strided`` inputs come as they lie in memory; the others are made contiguous where they are not.
 std::vector<ms::Tensor> launch(int number, std::vector<ms::Tensor> inputs, const Specs &specs,
                                const std::vector<double> &scalars, int strided) {
   std::vector<ms::Tensor> outputs;
   for (const auto &[code, shape] : specs) outputs.emplace_back(kDtypes[code].first, shape);
-  for (int i = 0; i < strided; i++) inputs[i].SetNeedContiguous(false);
+  for (size_t i = 0; i < inputs.size(); i++)
+    if (static_cast<int>(i) < strided)
+      inputs[i].SetNeedContiguous(false);
+    else if (!inputs[i].is_contiguous())
+      inputs[i] = inputs[i].contiguous();
   std::make_shared<Runner>(number, scalars)->Run(inputs, outputs);
   return outputs;
 }
@@ -97,5 +102,5 @@ std::tuple<int, int, int, int> find(const std::string &name) {
 PYBIND11_MODULE(MS_EXTENSION_NAME, m) {
   m.def("run", &run, "outputs of a kernel by its number");
   m.def("find", &find, "number (-1: none), inputs, outputs and scalars of a kernel");
-  m.def("set_threads", &tele_set_threads, "threads that a kernel may use; 0: as many as OpenMP gives");
+  m.def("set_threads", &tele_set_threads, "threads that a kernel may use; 0: OMP_NUM_THREADS, or one a processor");
 }

@@ -25,9 +25,20 @@ from pathlib import Path
 from typing import Any
 
 FOLDER = Path(__file__).resolve().parent
-KERNELS = ("registry.cc", "norm.cc", "pointwise.cc", "loss.cc", "attention.cc", "matmul.cc", "linear.cc")
+KERNELS = (
+    "registry.cc",
+    "pool.cc",
+    "norm.cc",
+    "pointwise.cc",
+    "loss.cc",
+    "attention.cc",
+    "paged.cc",
+    "matmul.cc",
+    "linear.cc",
+    "rows.cc",
+)
 NAME = "telechat_cpu_kernels"
-FLAGS = ("-O3", "-march=native", "-fopenmp", "-Wno-maybe-uninitialized")
+FLAGS = ("-O3", "-march=native", "-pthread", "-Wno-maybe-uninitialized")
 _KEPT = 4  # libraries of other sources or compilers that stay in the cache
 
 
@@ -64,7 +75,7 @@ def load_extension() -> Any:
         NAME,
         ("bindings.cc", *KERNELS),
         [*builder.get_cflags(), *FLAGS, f"-I{_python_include()}", *(f"-I{p}" for p in builder.get_include_paths())],
-        [*builder.get_ldflags(), "-fopenmp"],
+        [*builder.get_ldflags(), "-pthread"],
         f"mindspore {mindspore.__version__}",
     )
     return builder._import_module(str(path))
@@ -78,7 +89,7 @@ def load_plain(*more: str) -> ctypes.CDLL:
     has, as ``-mno-avx512f``.
     """
     flags = ["-std=c++17", "-fPIC", *FLAGS, *more]
-    library = ctypes.CDLL(str(build("telechat_kernels", KERNELS, flags, ["-shared", "-fopenmp", *more], "")))
+    library = ctypes.CDLL(str(build("telechat_kernels", KERNELS, flags, ["-shared", "-pthread", *more], "")))
     library.tele_kernel.argtypes = [ctypes.c_char_p, *[ctypes.POINTER(ctypes.c_int)] * 3]
     library.tele_run.argtypes = [ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p]
     library.tele_run.restype = None

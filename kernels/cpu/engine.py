@@ -13,7 +13,7 @@ import numpy as np
 from kernels.cpu.build import load_extension, load_plain
 
 Spec = tuple[Any, tuple[int, ...]]  # dtype and shape of an output
-NAMES = ("float32", "bfloat16", "float16", "int32", "int64", "float64")  # in the order of kernel.h's Dtype
+NAMES = ("float32", "bfloat16", "float16", "int32", "int64", "float64", "int8")  # in the order of kernel.h's Dtype
 AXES = 6
 
 
@@ -38,9 +38,8 @@ class MindSporeEngine:
         self, name: str, inputs: Sequence[Any], outputs: Sequence[Spec], scalars: Sequence[float], free: int
     ) -> Any:
         """One tensor, or a tuple of them. The first ``free`` inputs may have strides; None where there is no output."""
-        specs = [(self._codes[dtype], list(shape)) for dtype, shape in outputs]
-        given = [x if i < free or x.is_contiguous() else x.contiguous() for i, x in enumerate(inputs)]
-        return self._run(self._numbers(name), given, specs, list(scalars), free)
+        codes = self._codes
+        return self._run(self._numbers(name), inputs, [(codes[t], shape) for t, shape in outputs], scalars, free)
 
     def name_of(self, x: Any) -> str:
         code = self._codes.get(x.dtype)
@@ -107,6 +106,35 @@ class NumpyEngine:
 
     def set_threads(self, threads: int) -> None:
         self._library.tele_set_threads(threads)
+
+
+class Call:
+    """A kernel on memory that somebody else owns, by address: for tensors of a framework without an engine of its own.
+    What stays from call to call is given once; arrays are contiguous."""
+
+    def __init__(self, name: str, inputs: int, outputs: int, scalars: Sequence[float]) -> None:
+        """KeyError for a kernel that is not there, ValueError for one with other numbers of arguments."""
+        library = load_plain()
+        counts = [ctypes.c_int() for _ in range(3)]
+        self._number = library.tele_kernel(name.encode(), *map(ctypes.byref, counts))
+        if self._number < 0:
+            raise KeyError(f"no kernel is named {name!r}")
+        if [c.value for c in counts] != [inputs, outputs, len(scalars)]:
+            raise ValueError(f"{name}: {inputs}, {outputs}, {len(scalars)} arguments for {counts}")
+        self._run, self._scalars = library.tele_run, (ctypes.c_double * 16)(*scalars)
+        self.inputs, self.outputs = (View * max(1, inputs))(), (View * max(1, outputs))()
+
+    def run(self) -> None:
+        self._run(self._number, self.inputs, self.outputs, self._scalars)
+
+
+def describe_view(view: View, address: int, shape: Sequence[int], dtype: str) -> None:
+    """Let ``view`` be the contiguous array at ``address``; ``dtype`` is one of NAMES."""
+    view.data, view.ndim, view.dtype = address, len(shape), NAMES.index(dtype)
+    stride = 1
+    for axis in reversed(range(len(shape))):
+        view.shape[axis], view.stride[axis] = shape[axis], stride
+        stride *= shape[axis]
 
 
 _engines: dict[str, Any] = {}

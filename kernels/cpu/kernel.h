@@ -4,15 +4,16 @@
 // arrays through ctypes. Arguments are checked in Python (kernels/cpu/ops.py); a kernel trusts its views.
 #pragma once
 
-#include <omp.h>
-
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <vector>
 
-enum Dtype : int32_t { F32 = 0, BF16 = 1, F16 = 2, I32 = 3, I64 = 4, F64 = 5 };
+#include "pool.h"
+
+enum Dtype : int32_t { F32 = 0, BF16 = 1, F16 = 2, I32 = 3, I64 = 4, F64 = 5, I8 = 6 };
 
 // A tensor of up to 6 axes; strides count elements.
 struct View {
@@ -49,7 +50,7 @@ struct Registration {
   static void kernel_##name([[maybe_unused]] const View *in, [[maybe_unused]] const View *out, \
                             [[maybe_unused]] const double *scalar)
 
-// body(first, last, thread) over [0, n) in one piece a thread, none smaller than ``grain``. The same pieces every time,
+// body(first, last, piece) over [0, n) in one piece a thread, none smaller than ``grain``. The same pieces every time,
 // so that sums over them come out with the same bits.
 int threads_for(int64_t n, int64_t grain);
 
@@ -60,15 +61,18 @@ void parallel(int64_t n, int64_t grain, const Body &body) {
     if (n > 0) body(int64_t{0}, n, 0);
     return;
   }
-#pragma omp parallel num_threads(threads)
-  {
-    const int64_t t = omp_get_thread_num(), of = omp_get_num_threads();
-    const int64_t first = n * t / of, last = n * (t + 1) / of;
-    if (first < last) body(first, last, static_cast<int>(t));
-  }
+  struct Context {
+    const Body &body;
+    int64_t n, of;
+  } context{body, n, threads};
+  run_pieces(threads, threads, [](void *given, int64_t t) {
+    const Context &c = *static_cast<Context *>(given);
+    const int64_t first = c.n * t / c.of, last = c.n * (t + 1) / c.of;
+    if (first < last) c.body(first, last, static_cast<int>(t));
+  }, &context);
 }
 
-// body(item, thread) for every item, handed out as threads come free.
+// body(item, hand) for every item, handed out as threads come free; no two threads have the same hand at a time.
 template <typename Body>
 void parallel_items(int64_t n, const Body &body) {
   const int threads = threads_for(n, 1);
@@ -76,9 +80,13 @@ void parallel_items(int64_t n, const Body &body) {
     for (int64_t i = 0; i < n; i++) body(i, 0);
     return;
   }
-#pragma omp parallel num_threads(threads)
-  {
-#pragma omp for schedule(dynamic, 1)
-    for (int64_t i = 0; i < n; i++) body(i, omp_get_thread_num());
-  }
+  struct Context {
+    const Body &body;
+    int64_t n;
+    std::atomic<int64_t> next;
+  } context{body, n, {0}};
+  run_pieces(threads, threads, [](void *given, int64_t t) {
+    Context &c = *static_cast<Context *>(given);
+    for (int64_t i; (i = c.next.fetch_add(1, std::memory_order_relaxed)) < c.n;) c.body(i, static_cast<int>(t));
+  }, &context);
 }

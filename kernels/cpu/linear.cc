@@ -1,5 +1,4 @@
-// Matrix products: of bfloat16 operands with float32 sums, by the processor's own instruction where it has one; and of a
-// few float32 rows, as when decoding, where reading the weight once is all that counts.
+// Matrix products of bfloat16 operands with float32 sums, by the processor's own instruction where it has one.
 #include "types.h"
 
 namespace {
@@ -108,43 +107,4 @@ KERNEL(matmul_bf16, 2, 1, 2) {
       }
     }
   });
-}
-
-namespace {
-
-template <int ROWS>
-void few_rows(const View *in, const View &out, const float *bias) {
-  const int64_t columns = in[0].shape[1], outputs = in[1].shape[0], whole = columns / W * W;
-  const float *x = in[0].as<float>();
-  parallel(outputs, std::max<int64_t>(1, 16384 / std::max<int64_t>(1, columns)), [&](int64_t first, int64_t last, int) {
-    for (int64_t o = first; o < last; o++) {
-      const float *w = in[1].as<float>() + o * columns;
-      vf sum[ROWS][2] = {};
-      int64_t i = 0;
-      for (; i + 2 * W <= whole; i += 2 * W)
-        for (int j = 0; j < 2; j++) {
-          const vf weight = load(w + i + j * W);
-          for (int r = 0; r < ROWS; r++) sum[r][j] += weight * load(x + r * columns + i + j * W);
-        }
-      for (; i < columns; i += W) {
-        const int n = static_cast<int>(std::min<int64_t>(W, columns - i));
-        for (int r = 0; r < ROWS; r++) sum[r][0] += get(w + i, n) * get(x + r * columns + i, n);
-      }
-      for (int r = 0; r < ROWS; r++)
-        out.as<float>()[r * outputs + o] = sum_lanes(sum[r][0] + sum[r][1]) + (bias ? bias[o] : 0.0f);
-    }
-  });
-}
-
-}  // namespace
-
-// in: x [n, k], w [m, k], bias [m], all float32, n of 1 to 4; out: [n, m]; scalars: has bias
-KERNEL(linear_few_rows, 3, 1, 1) {
-  const float *bias = scalar[0] ? in[2].as<float>() : nullptr;
-  switch (in[0].shape[0]) {
-    case 1: return few_rows<1>(in, out[0], bias);
-    case 2: return few_rows<2>(in, out[0], bias);
-    case 3: return few_rows<3>(in, out[0], bias);
-    default: return few_rows<4>(in, out[0], bias);
-  }
 }

@@ -267,6 +267,13 @@ def embedding_backward(grad: Any, ids: Any, vocab_size: int) -> Any:
     return e.run("embedding_backward", (grad, ids), ((e.dtypes["float32"], shape),), (), 0)
 
 
+def add(x: Any, y: Any) -> Any:
+    """x + y of one shape, in the dtype of x."""
+    e = _floats(x=x, y=y)
+    _same_shape(x=x, y=y)
+    return e.run("add", (x, y), ((x.dtype, x.shape),), (), 0)
+
+
 def add_bias(x: Any, bias: Any) -> Any:
     """x [..., E] with bias [E] added, in place; returns x."""
     e = _floats(x=x, bias=bias)
@@ -324,40 +331,89 @@ def _product(a: Any, w: Any, dtype: str, turn_a: bool, turn_w: bool) -> tuple[in
     return m, n
 
 
-FEW = 4  # rows of linear_few_rows
+FEW = 32  # rows up to which linear_rows is faster than a product that copies the matrix into panels first
 
 
-def linear_few_rows(x: Any, weight: Any, bias: Any = None) -> Any:
-    """x [n, k] of 1 to 4 rows @ weight [m, k]^T + bias [m], all float32: the weight is read once."""
-    e = _floats(x=x, weight=weight, bias=bias)
-    for name, tensor, axes in (("x", x, 2), ("weight", weight, 2), ("bias", bias, 1)):
-        if tensor is not None:
-            _is(name, tensor, ("float32",), None)
-            if len(tensor.shape) != axes:
-                raise ValueError(f"{name}: shape {tuple(tensor.shape)}, needs {axes} axes")
-    if not 1 <= x.shape[0] <= FEW or x.shape[1] != weight.shape[1]:
-        raise ValueError(f"x: shape {tuple(x.shape)}, needs 1 to {FEW} rows of {weight.shape[1]}")
-    if bias is not None and bias.shape[0] != weight.shape[0]:
-        raise ValueError(f"bias: {bias.shape[0]} elements for {weight.shape[0]} outputs")
-    outputs = ((x.dtype, (x.shape[0], weight.shape[0])),)
-    return e.run("linear_few_rows", (x, weight, _or(bias, weight)), outputs, (bias is not None,), 0)
+def linear_rows(x: Any, weight: Any, bias: Any = None, factors: Any = None) -> Any:
+    """x [..., k] @ weight [m, k]^T + bias [m] in the dtype of x, summed in float32, the matrix read once: for few rows.
 
-
-def write_pages(pages: Any, x: Any, slots: Any) -> None:
-    """Rows x [N, ...] into pages [P, size, ...] in place: row i at slots[i] = page * size + place; slots int32 [N].
-
-    The slots must lie among the P * size, which is not checked.
+    ``weight`` has the dtype of x, or is int8 with a float32 factor for each output in ``factors`` [m].
     """
-    e = _floats(pages=pages, x=x)
-    if pages.dtype != x.dtype:
-        raise TypeError(f"x: {x.dtype}, needs the dtype of the pages, {pages.dtype}")
-    if len(pages.shape) < 2 or tuple(x.shape[1:]) != tuple(pages.shape[2:]):
-        raise ValueError(f"x: shape {tuple(x.shape)} for pages of {tuple(pages.shape)}")
-    if e.unit_stride(pages) is not pages:
-        raise ValueError("pages: not contiguous, and to be written to")
-    _is("slots", slots, ("int32",), (x.shape[0],))
-    row = _size(x) // max(1, x.shape[0]) * (4 if e.name_of(x) == "float32" else 2)
-    e.run("write_pages", (pages, x, slots), (), (row,), 0)
+    return several_linear_rows(x, ((weight, bias, factors),))
+
+
+def several_linear_rows(x: Any, matrices: Sequence[tuple[Any, Any, Any]]) -> Any:
+    """linear_rows of one x with up to three (weight, bias, factors): a tuple, the result alone for one."""
+    e = _floats(x=x)
+    name, columns, leading = e.name_of(x), x.shape[-1], tuple(x.shape[:-1])
+    inputs, outputs, scalars = [x], [], []
+    for weight, bias, factors in matrices:
+        count = weight.shape[0]
+        _is("weight", weight, (name if factors is None else "int8",), (count, columns))
+        if factors is not None:
+            _is("factors", factors, ("float32",), (count,))
+        if bias is not None:
+            _is("bias", bias, FLOATING, (count,))
+        inputs += (weight, _or(factors, x), _or(bias, x))
+        outputs.append((x.dtype, (*leading, count)))
+        scalars += (factors is not None, bias is not None)
+    return e.run(_SEVERAL[len(matrices)], inputs, outputs, scalars, 0)
+
+
+_SEVERAL = {1: "linear_rows", 2: "linear_rows_2", 3: "linear_rows_3"}
+
+
+def dequantize(weight: Any, factors: Any, dtype: Any) -> Any:
+    """weight int8 [m, k] times factors float32 [m], in ``dtype``."""
+    e = engine_of(weight)
+    _is("weight", weight, ("int8",), None)
+    _is("factors", factors, ("float32",), tuple(weight.shape[:1]))
+    return e.run("dequantize", (weight, factors), ((dtype, tuple(weight.shape)),), (), 0)
+
+
+def paged_attention(
+    q: Any,
+    k: Any,
+    v: Any,
+    k_pages: Any,
+    v_pages: Any,
+    slots: Any,
+    starts: Any,
+    lengths: Any,
+    tables: Any,
+    singles: int,
+    scale: float | None = None,
+) -> Any:
+    """Stores k and v [1, N, K, D] in pages [P, size, K, D], in place; then kernels.reference.paged_attention of q
+    [1, N, H, D].
+
+    All of one dtype; slots [N], starts [R + 1], lengths [R], tables [R, M] int32; the first ``singles`` sequences have
+    one query each. Slots and tables must lead to pages that there are, and no starts beyond N, which is not checked.
+    """
+    e = _floats(q=q, k=k, v=v, k_pages=k_pages, v_pages=v_pages)
+    if len(q.shape) != 4 or q.shape[0] != 1 or len(k_pages.shape) != 4:
+        raise ValueError(f"q: shape {tuple(q.shape)}, needs [1, N, H, D], with pages [P, size, K, D]")
+    (_, N, H, D), (_, _, K, _) = q.shape, k_pages.shape
+    for name, x in (("k", k), ("v", v)):
+        if tuple(x.shape) != (1, N, K, D):
+            raise ValueError(f"{name}: shape {tuple(x.shape)}, needs {(1, N, K, D)}")
+    if K == 0 or H % K:
+        raise ValueError(f"k: {K} kv heads, which do not divide the {H} heads of q")
+    _same_shape(k_pages=k_pages, v_pages=v_pages)
+    for name, x in (("k", k), ("v", v), ("k_pages", k_pages), ("v_pages", v_pages)):
+        if x.dtype != q.dtype:
+            raise TypeError(f"{name}: {e.name_of(x)}, needs the dtype of q, {e.name_of(q)}")
+    for name, x in (("k_pages", k_pages), ("v_pages", v_pages)):
+        if e.unit_stride(x) is not x:
+            raise ValueError(f"{name}: not contiguous, and to be written to")
+    R = lengths.shape[0]
+    for name, x, shape in (("slots", slots, (N,)), ("starts", starts, (R + 1,)), ("lengths", lengths, (R,))):
+        _is(name, x, ("int32",), shape)
+    _is("tables", tables, ("int32",), (R, tables.shape[-1]))
+    if not 0 <= singles <= R:
+        raise ValueError(f"singles: {singles} of {R} sequences")
+    inputs = (*map(e.unit_stride, (q, k, v)), k_pages, v_pages, slots, starts, lengths, tables)
+    return e.run("paged_attention", inputs, ((q.dtype, q.shape),), (D**-0.5 if scale is None else scale, singles), 3)
 
 
 def adamw(

@@ -121,6 +121,18 @@ KERNEL(gelu_backward, 2, 1, 0) {
   });
 }
 
+// in: x, y of one shape; out: x + y in the dtype of x
+KERNEL(add, 2, 1, 0) {
+  const bool far = streams(out[0]);
+  with_types(in[0].dtype, in[1].dtype, [&](auto *tx, auto *ty) {
+    using X = std::remove_pointer_t<decltype(tx)>;
+    using Y = std::remove_pointer_t<decltype(ty)>;
+    over(in[0].size(), [&](int64_t i, int n) {
+      put(out[0].as<X>() + i, get(in[0].as<X>() + i, n) + get(in[1].as<Y>() + i, n), n, far);
+    });
+  });
+}
+
 // in: x [..., C], changed in place; bias [C]
 KERNEL(add_bias, 2, 0, 0) {
   const int64_t columns = in[0].columns();
@@ -237,13 +249,4 @@ KERNEL(merge_blocks, 4, 2, 0) {
         }
       }
   });
-}
-
-// in: pages [P, size, ...], changed in place, x [N, ...] of the same dtype, slots int32 [N], places among the P * size;
-// scalars: bytes of a row
-KERNEL(write_pages, 3, 0, 1) {
-  const int64_t row = int64_t(scalar[0]);
-  const int32_t *slots = in[2].as<int32_t>();
-  for (int64_t i = 0; i < in[1].shape[0]; i++)
-    std::memcpy(in[0].as<char>() + slots[i] * row, in[1].as<char>() + i * row, row);
 }

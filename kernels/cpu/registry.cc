@@ -1,4 +1,9 @@
 // The kernels by name, and the number of threads they use.
+#include <sched.h>
+
+#include <cstdlib>
+#include <thread>
+
 #include "kernel.h"
 
 namespace {
@@ -12,6 +17,18 @@ std::vector<Entry> &entries() {
   return all;
 }
 int allowed_threads = 0;
+
+// As other libraries of the process count them: OMP_NUM_THREADS, or the processors that it may use.
+int default_threads() {
+  const char *text = std::getenv("OMP_NUM_THREADS");
+  const int asked = text ? std::atoi(text) : 0;
+  if (asked > 0) return asked;
+#if defined(__linux__)
+  cpu_set_t set;
+  if (sched_getaffinity(0, sizeof set, &set) == 0) return CPU_COUNT(&set);
+#endif
+  return std::max(1u, std::thread::hardware_concurrency());
+}
 }  // namespace
 
 Registration::Registration(const char *name, int inputs, int outputs, int scalars, Kernel kernel) {
@@ -19,7 +36,8 @@ Registration::Registration(const char *name, int inputs, int outputs, int scalar
 }
 
 int threads_for(int64_t n, int64_t grain) {
-  const int64_t most = allowed_threads ? allowed_threads : omp_get_max_threads();
+  static const int usual = default_threads();
+  const int64_t most = allowed_threads ? allowed_threads : usual;
   return static_cast<int>(std::max<int64_t>(1, std::min(most, n / std::max<int64_t>(1, grain))));
 }
 

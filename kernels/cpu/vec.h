@@ -152,6 +152,23 @@ static inline float sum_lanes(vf x) {
     for (int i = 0; i < half; i++) lanes[i] += lanes[i + half];
   return lanes[0];
 }
+// Lane i of the result is the sum over the lanes of rows[i]; the rows are used up. Every sum is taken in the same order.
+static inline vf sums_of_rows(vf *rows) {
+#pragma GCC unroll 4
+  for (int half = W / 2; half; half /= 2)
+#pragma GCC unroll 8
+    for (int i = 0; i < half; i++) {
+      vf &a = rows[i], &b = rows[i + half];
+      switch (half) {
+        case 8: exchange<W / 2 == 8 ? 8 : 1>(a, b); break;
+        case 4: exchange<4 % W ? 4 % W : 1>(a, b); break;
+        case 2: exchange<2>(a, b); break;
+        default: exchange<1>(a, b);
+      }
+      a += b;
+    }
+  return rows[0];
+}
 static inline float max_lanes(vf x) {
   float lanes[W];
   store(lanes, x);

@@ -21,6 +21,7 @@ from core.pages import pool_size
 from core.parity import relative_frobenius
 from core.position import RotaryRows
 from core.requests import Request
+from core.runner import Step
 from core.sampling import SamplingConfig, sampling_config
 from tests.engine_support import Feed, feed, finish, tokens_of
 from tests.frameworks import BACKENDS, golden_source
@@ -138,26 +139,24 @@ def test_both_backends_choose_the_same_tokens() -> None:
         assert made[0] == made[1], case
 
 
-def first_table_for_all(monkeypatch: pytest.MonkeyPatch) -> None:
+def first_table_for_all(monkeypatch: pytest.MonkeyPatch, backend: str) -> None:
     real = RotaryRows.rows
     monkeypatch.setattr(RotaryRows, "rows", lambda self, at, lengths: real(self, at, np.full_like(lengths, lengths[0])))
 
 
-def a_key_too_many(monkeypatch: pytest.MonkeyPatch) -> None:
-    from core import runner
+def pages_of_another_sequence(monkeypatch: pytest.MonkeyPatch, backend: str) -> None:
+    ops = load(backend, "ops")
+    real = ops.place_pages
 
-    real = runner.key_slots
+    def faulty(step: Step, *more: Any) -> Any:
+        return real(replace(step, tables=np.roll(step.tables, 1, 0)), *more)
 
-    def faulty(tables: np.ndarray, lengths: np.ndarray, page_size: int) -> np.ndarray:
-        return np.roll(real(tables, lengths, page_size), 1, -1)
-
-    for name in ("kernels.mindspore_paged", "kernels.torch_paged"):
-        monkeypatch.setattr(f"{name}.key_slots", faulty)
+    monkeypatch.setattr(ops, "place_pages", faulty)
 
 
-FAULTS: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
+FAULTS: dict[str, Callable[[pytest.MonkeyPatch, str], None]] = {
     "one rotary scaling for a whole step": first_table_for_all,
-    "the blank page for a key": a_key_too_many,
+    "pages of another sequence": pages_of_another_sequence,
 }
 
 
@@ -167,7 +166,7 @@ def test_a_planted_fault_is_caught(backend: str, fault: str, monkeypatch: pytest
     source = golden_source("telechat2_gqa/weights.safetensors", "telechat2_gqa/config.json")
     config = replace(source.config, table_dtype="float32")
     all_ids = sequences(config, 40, 90, 150, 23)
-    FAULTS[fault](monkeypatch)
+    FAULTS[fault](monkeypatch, backend)
     worst = 0.0
     for ids, rows in zip(all_ids, mixed_rows(backend, config, source, all_ids), strict=True):
         judge = whole_logits(backend, config, source, ids, "fp64")

@@ -221,6 +221,9 @@ def test_generate_command_gives_ids(backend, checkpoint, capsys):
     common = (*common[:-3], "--max-new-tokens", 10, "--ignore-eos")
     assert tele("generate", *common) == 0
     assert capsys.readouterr().out == ",".join(map(str, run["fp32table"]["tokens"][:10])) + "\n"
+    assert tele("generate", *common, "--json", "--quantize", "int8") == 0
+    margins = np.subtract(json.loads(capsys.readouterr().out)["top2_margins"], run["fp32table"]["top2_margin"][:10])
+    assert 10 * MARGIN < np.abs(margins[:1]).max() < 0.5
     assert tele("generate", *common, "--json", "--table-dtype", "float16") == 0
     report = json.loads(capsys.readouterr().out)
     np.testing.assert_allclose(report["top2_margins"], run["released"]["top2_margin"][:10], rtol=0, atol=MARGIN)

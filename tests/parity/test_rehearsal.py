@@ -19,8 +19,10 @@ from core.parity import compare_tensors, relative_frobenius
 from core.visibility import KeyRanges, causal_ranges
 from kernels import reference
 from kernels.dispatch import Candidate
+from tests.cpu_kernel_checks import PAGED
 from tests.engine_support import Feed
 from tests.parity.test_optimizer_trace import check_trace, run_trace
+from tests.parity.test_paged_attention import error as page_error
 from tests.parity.test_twins import CONFIG, batch, weights
 
 ms = pytest.importorskip("mindspore")
@@ -457,11 +459,34 @@ def test_generation_on_ascends_code_path(on_cann: Any, precision: str) -> None:
 
     got = logits()
     attended = on_cann["FlashAttentionScore"] + on_cann["FusedInferAttentionScore"]
+    assert on_cann["InplaceIndexCopy"] == 2 * (1 + len(steps)) * CONFIG.num_layers
     assert attended == (1 + len(steps)) * CONFIG.num_layers
     assert precision == "fp32" or on_cann["FusedInferAttentionScore"] > 0
     dispatch.select({}, None)
     # Two paths of float16 round at different places: each is within a few roundings of the other.
     assert relative_frobenius(got, logits()) <= (2e-6 if precision == "fp32" else 4 * SPACING["float16"])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_pages_on_ascends_code_path(on_cann: Any, dtype: str) -> None:
+    """Single queries by CANN's block tables in 16 bits, pieces of prompts by gathered keys; stored in place."""
+    for case in (case for case in PAGED if case[0] % 16 == 0):
+        before = on_cann.copy()
+        found, limit = page_error("ms", case, dtype)
+        assert found <= limit
+        called = on_cann - before
+        singles = sum(n == 1 for n, _ in case[4])
+        assert called["InplaceIndexCopy"] == 2
+        served = called["FusedInferAttentionScore"] + called["FlashAttentionScore"]
+        assert served == (singles > 0) + len(case[4]) - singles
+        assert called["FusedInferAttentionScore"] == (dtype != "float32" and singles > 0)
+
+
+def test_pages_of_a_size_that_cann_refuses_are_gathered(on_cann: Any) -> None:
+    assert page_error("ms", PAGED[0], "float16")[0] <= page_error("ms", PAGED[0], "float16")[1]
+    with pytest.raises(ValueError, match="block_size: 4; needs a multiple of 16"):
+        queries, pages = tensor(np.zeros((1, 1, 2, 16)), "float16"), tensor(np.zeros((3, 4, 2, 16)), "float16")
+        ascend.single_queries(queries, pages, pages, [1], ms.Tensor(np.ones((1, 1), np.int32)))
 
 
 def test_an_optimizer_trace_on_ascends_code_path(on_cann: Any, monkeypatch: pytest.MonkeyPatch) -> None:

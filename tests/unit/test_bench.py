@@ -7,12 +7,10 @@ from pathlib import Path
 import pytest
 
 from core import bench_step
-from core.bench_worker import bench_config, random_batch, timed_steps, timed_tokens
+from core.bench_worker import bench_config, random_batch, timed_steps
 from core.cli import main
 from core.commands import bench
-from core.engine import Engine
 from core.errors import UserError
-from tests.engine_support import PlainRunner
 
 OPTIONS = {"model": "telechat2-tiny", "seq_len": 32, "micro_batch": 2, "micro_batches": 3, "precision": "fp32"}
 
@@ -64,10 +62,6 @@ class TwoWorkers:
         self.done += 1
         return {"seconds": [{"ms": 0.2, "pt": 0.1, "eager": 0.16}[self.name] * self.done] * count, "loss": 7.6}
 
-    def ask(self, order):
-        TwoWorkers.turns.append((self.name, order["prompt"]))
-        return self.steps(order["steps"])
-
 
 def test_a_step_is_a_whole_optimizer_step():
     trainer, config = Recorder(), bench_config(OPTIONS)
@@ -116,26 +110,6 @@ def test_three_contestants_have_three_ratios(monkeypatch, capsys):
     assert "MindSpore takes 1.25 times the eager composition's step time" in shown
 
 
-def test_tokens_a_second(monkeypatch, capsys, tmp_path):
-    monkeypatch.setattr(bench_step, "Worker", TwoWorkers)
-    TwoWorkers.turns = []
-    out = tmp_path / "decode.json"
-    assert bench.run(arguments("--steps", "4", "--block", "2", "--prompt", "3", "--out", str(out), what="decode")) == 0
-    assert TwoWorkers.turns[:4] == [("ms", 3), ("ms", 2), ("pt", 3), ("pt", 2)]
-    assert json.loads(out.read_text())["prompt"] == 3
-    shown = capsys.readouterr().out
-    assert "| PyTorch | 250.00 ms | 200.00 to 300.00 ms | 4.0 |" in shown
-    assert "MindSpore takes 2.00 times PyTorch's time a token" in shown
-
-
-def test_every_token_is_a_step_of_its_own():
-    runner = PlainRunner()
-    engine = Engine(runner)
-    assert len(timed_tokens(engine, 2, 5, 3)) == 3
-    assert runner.sizes == [[5, 5], [1, 1], [1, 1], [1, 1]]
-    assert not engine.busy and engine.pool.available == runner.num_pages - 1
-
-
 def test_spread():
     assert bench.spread([3.0]) == {"median": 3.0, "low": 3.0, "high": 3.0}
     assert bench.spread(list(range(1, 21))) == {"median": 10.5, "low": 3, "high": 18}
@@ -150,6 +124,7 @@ def test_spread():
         (["--layouts", "tp2"], "--layouts: belongs to `tele bench parallel`"),
         (["--operators", "rope"], "--operators: belongs to `tele bench kernels`, not to `tele bench step`"),
         (["--prompt", "3"], "--prompt: belongs to `tele bench decode`"),
+        (["--rows", "3"], "--rows: belongs to `tele bench decode`"),
         (["--backends", "eager", "--precision", "bf16"], "--precision bf16: the eager composition"),
     ],
 )

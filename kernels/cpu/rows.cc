@@ -1,0 +1,190 @@
+// Products of a few rows with a large matrix, as in decoding, where reading the matrix once is all that counts.
+//
+// The matrix may be kept in a smaller type than the rows: 16 bits, or 8-bit whole numbers with a factor for each output.
+// It is taken by strips of W outputs; within one, blocks of rows and outputs whose W sums stay in registers. Every sum
+// runs along its row in the same order, whatever is computed beside it: the bits of a row do not depend on the others.
+#include "types.h"
+
+namespace {
+
+constexpr int64_t kItem = 32768;  // elements of the matrix that a thread takes at once
+
+template <typename T>
+inline vf weights(const T *p) {
+  return load(p);
+}
+template <>
+inline vf weights(const int8_t *p) {
+#if defined(__AVX512F__)
+  return (vf)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)p)));
+#elif defined(__AVX2__)
+  return (vf)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)p)));
+#else
+  vf x;
+  for (int i = 0; i < W; i++) x[i] = p[i];
+  return x;
+#endif
+}
+template <typename T>
+inline vf weights(const T *p, int n) {
+  T lanes[W];
+  std::memset(lanes, 0, sizeof lanes);
+  std::memcpy(lanes, p, n * sizeof(T));
+  return weights(lanes);
+}
+
+// Lets x be loaded once: the compiler would rather load it again for every product that it goes into.
+inline void keep([[maybe_unused]] vf &x) {
+#if defined(__AVX512F__)
+  asm("" : "+v"(x));
+#elif defined(__AVX2__)
+  asm("" : "+x"(x));
+#endif
+}
+
+// Sums of ROWS rows of x [., columns] with W / ROWS rows of w: lane r * (W / ROWS) + o. The outputs are taken a few at a
+// time: their addresses have to stay in registers, too.
+template <int ROWS, typename T>
+inline vf block(const float *x, int64_t x_row, const T *w, int64_t columns, int64_t outputs) {
+  constexpr int kOutputs = W / ROWS, kAtOnce = std::min(kOutputs, 4);
+  const int64_t whole = columns / W * W;
+  vf sums[W];
+  for (int first = 0; first < kOutputs; first += kAtOnce) {
+    const T *rows[kAtOnce];
+    vf sum[ROWS][kAtOnce] = {};
+#pragma GCC unroll 8
+    for (int o = 0; o < kAtOnce; o++) rows[o] = w + std::min<int64_t>(first + o, outputs - 1) * columns;
+    for (int64_t i = 0; i < whole; i += W) {
+      vf value[ROWS];
+#pragma GCC unroll 8
+      for (int r = 0; r < ROWS; r++) value[r] = load(x + r * x_row + i);
+#pragma GCC unroll 8
+      for (int o = 0; o < kAtOnce; o++) {
+        vf factor = weights(rows[o] + i);
+        keep(factor);
+#pragma GCC unroll 8
+        for (int r = 0; r < ROWS; r++) sum[r][o] += value[r] * factor;
+      }
+    }
+    if (whole < columns) {
+      const int rest = static_cast<int>(columns - whole);
+#pragma GCC unroll 8
+      for (int o = 0; o < kAtOnce; o++) {
+        const vf factor = weights(rows[o] + whole, rest);
+#pragma GCC unroll 8
+        for (int r = 0; r < ROWS; r++) sum[r][o] += load(x + r * x_row + whole) * factor;
+      }
+    }
+#pragma GCC unroll 8
+    for (int r = 0; r < ROWS; r++)
+#pragma GCC unroll 8
+      for (int o = 0; o < kAtOnce; o++) sums[r * kOutputs + first + o] = sum[r][o];
+  }
+  return sums_of_rows(sums);
+}
+
+// One strip of outputs [first, first + some) for the rows [row, row + ROWS), into out [., W].
+template <int ROWS, typename T>
+inline void strip(const float *x, int64_t x_row, const T *w, int64_t columns, int64_t some, float *out) {
+  constexpr int kOutputs = W / ROWS;
+  for (int64_t o = 0; o < some; o += kOutputs) {
+    float lanes[W];
+    store(lanes, block<ROWS>(x, x_row, w + o * columns, columns, some - o));
+    for (int r = 0; r < ROWS; r++)
+      for (int j = 0; j < kOutputs; j++) out[r * W + o + j] = lanes[r * kOutputs + j];
+  }
+}
+
+template <typename T>
+void product(const float *x, int64_t rows, int64_t x_row, const View &w, const float *factor, const View *bias,
+             const View &out) {
+  const int64_t outputs = w.shape[0], columns = w.shape[1], strips = (outputs + W - 1) / W;
+  const int64_t at_once = std::max<int64_t>(1, kItem / (W * std::max<int64_t>(1, columns)));
+  parallel_items((strips + at_once - 1) / at_once, [&](int64_t item, int) {
+    std::vector<float> room(rows * W);
+    for (int64_t s = item * at_once; s < std::min(strips, (item + 1) * at_once); s++) {
+      const int64_t first = s * W, some = std::min<int64_t>(W, outputs - first);
+      const T *from = w.as<T>() + first * columns;
+      int64_t r = 0;
+      if constexpr (W == 16)
+        for (; r + 8 <= rows; r += 8) strip<8>(x + r * x_row, x_row, from, columns, some, &room[r * W]);
+      for (; r + 4 <= rows; r += 4) strip<4>(x + r * x_row, x_row, from, columns, some, &room[r * W]);
+      if (r + 2 <= rows) strip<2>(x + r * x_row, x_row, from, columns, some, &room[r * W]), r += 2;
+      if (r < rows) strip<1>(x + r * x_row, x_row, from, columns, some, &room[r * W]);
+      const int n = static_cast<int>(some);
+      const vf scale = factor ? get(factor + first, n) : splat(1.0f);
+      vf more = splat(0.0f);
+      if (bias) with_type(bias->dtype, [&](auto *t) { more = get(bias->as<std::remove_pointer_t<decltype(t)>>() + first, n); });
+      with_type(out.dtype, [&](auto *t) {
+        auto *to = out.as<std::remove_pointer_t<decltype(t)>>() + first;
+        for (int64_t i = 0; i < rows; i++) put(to + i * outputs, load(&room[i * W]) * scale + more, n);
+      });
+    }
+  });
+}
+
+}  // namespace
+
+namespace {
+
+// The rows as floats, a whole number of vectors wide: as they are, or a copy.
+struct FloatRows {
+  const float *data;
+  int64_t rows, stride;
+  std::vector<float> room;
+
+  explicit FloatRows(const View &x) : data(x.as<float>()), rows(x.rows()), stride((x.columns() + W - 1) / W * W) {
+    const int64_t columns = x.columns();
+    if (x.dtype == F32 && stride == columns) return;
+    room.assign(rows * stride, 0.0f);
+    with_type(x.dtype, [&](auto *t) {
+      const auto *p = x.as<std::remove_pointer_t<decltype(t)>>();
+      for (int64_t r = 0; r < rows; r++)
+        for (int64_t i = 0; i < columns; i += W)
+          store(&room[r * stride + i], get(p + r * columns + i, static_cast<int>(std::min<int64_t>(W, columns - i))));
+    });
+    data = room.data();
+  }
+};
+
+// given: a matrix, the factors of its outputs, its bias; has: factors, bias.
+void one_matrix(const FloatRows &x, const View *given, const double *has, const View &out) {
+  const float *factor = has[0] ? given[1].as<float>() : nullptr;
+  const View *bias = has[1] ? &given[2] : nullptr;
+  if (given[0].dtype == I8) return product<int8_t>(x.data, x.rows, x.stride, given[0], factor, bias, out);
+  with_type(given[0].dtype, [&](auto *t) {
+    product<std::remove_pointer_t<decltype(t)>>(x.data, x.rows, x.stride, given[0], factor, bias, out);
+  });
+}
+
+}  // namespace
+
+// in: x [..., k], and for each matrix: w [m, k] of x's dtype or int8, factors float32 [m] of int8 outputs, bias [m];
+// out: [..., m] in x's dtype; scalars, for each: has factors, has bias
+KERNEL(linear_rows, 4, 1, 2) { one_matrix(FloatRows(in[0]), in + 1, scalar, out[0]); }
+
+KERNEL(linear_rows_2, 7, 2, 4) {
+  const FloatRows x(in[0]);
+  for (int i = 0; i < 2; i++) one_matrix(x, in + 1 + 3 * i, scalar + 2 * i, out[i]);
+}
+
+KERNEL(linear_rows_3, 10, 3, 6) {
+  const FloatRows x(in[0]);
+  for (int i = 0; i < 3; i++) one_matrix(x, in + 1 + 3 * i, scalar + 2 * i, out[i]);
+}
+
+// in: w int8 [m, k], factors float32 [m]; out: their product [m, k]
+KERNEL(dequantize, 2, 1, 0) {
+  const int64_t rows = in[0].shape[0], columns = in[0].shape[1];
+  with_type(out[0].dtype, [&](auto *t) {
+    auto *to = out[0].as<std::remove_pointer_t<decltype(t)>>();
+    parallel(rows, std::max<int64_t>(1, kItem / std::max<int64_t>(1, columns)), [&](int64_t first, int64_t last, int) {
+      for (int64_t r = first; r < last; r++)
+        for (int64_t i = 0; i < columns; i += W) {
+          const int n = static_cast<int>(std::min<int64_t>(W, columns - i));
+          const int8_t *p = in[0].as<int8_t>() + r * columns + i;
+          put(to + r * columns + i, (n == W ? weights(p) : weights(p, n)) * in[1].as<float>()[r], n);
+        }
+    });
+  });
+}

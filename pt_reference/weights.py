@@ -1,0 +1,33 @@
+"""Weights in the form that generation multiplies with."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+
+from core.quantize import Int8Matrix
+from kernels.int8 import Int8
+from kernels.torch_weights import prepared
+from pt_reference import ops
+from pt_reference.model import Decoder, Linear, named_weights, to_tensor
+
+
+def load_weights(model: Decoder, get: Callable[[str], np.ndarray | Int8Matrix]) -> None:
+    """Fill every parameter from ``get(name)``, one tensor at a time. A matrix that comes in 8 bits takes its
+    parameter's place, and so does one in another form that is multiplied faster; no gradient goes through these."""
+    for name, parameter in named_weights(model).items():
+        found = get(name)
+        layer = model.get_submodule(name.rpartition(".")[0])
+        held: torch.Tensor | Int8 = parameter
+        if isinstance(found, Int8Matrix):
+            held = Int8(*(to_tensor(part).to(ops.device()) for part in found))
+        else:
+            with torch.no_grad():
+                parameter.copy_(to_tensor(found))
+        if isinstance(layer, Linear) and parameter.ndim == 2:
+            matrix = prepared(held, layer.compute)
+            if matrix is not parameter:
+                del layer.weight
+                layer.weight = matrix

@@ -1,0 +1,73 @@
+"""`tele generate --layout`: the processes of a layout give the tokens of one process, in both backends.
+
+A layout sums in another order, so logits differ by some 1e-6; the golden's margins are 5e-3 and more.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+GOLDENS = ROOT / "tests" / "goldens"
+RUN = json.loads((GOLDENS / "generation" / "generation.json").read_text())["runs"][0]
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("telechat2_gqa")
+    shutil.copy(GOLDENS / "telechat2_gqa" / "config.json", folder)
+    shutil.copy(GOLDENS / "telechat2_gqa" / "weights.safetensors", folder / "model.safetensors")
+    return folder
+
+
+def tele(*argv: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "core.cli", "generate", *map(str, argv)]
+    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=400)
+
+
+@pytest.mark.parametrize(
+    ("backend", "layout"), [("ms", "tp2"), ("ms", "pp2"), ("pt", "tp2"), ("pt", "pp2"), ("pt", "tp2.pp2")]
+)
+def test_tokens_are_those_of_one_process(checkpoint: Path, backend: str, layout: str) -> None:
+    pytest.importorskip({"ms": "mindspore", "pt": "torch"}[backend])
+    ids = ",".join(map(str, RUN["prompt"]))
+    common = ("--backend", backend, "--checkpoint", checkpoint, "--ids", ids, "--ignore-eos", "--json")
+    done = tele(*common, "--max-new-tokens", 30, "--layout", layout)
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout)
+    assert report["ids"] == RUN["fp32table"]["tokens"][:30]
+    assert max(abs(a - b) for a, b in zip(report["top2_margins"], RUN["fp32table"]["top2_margin"], strict=False)) < 5e-4
+
+
+def test_8_bits_are_the_same_in_a_layout(checkpoint: Path) -> None:
+    pytest.importorskip("torch")
+    drawn = ("--temperature", 0.9, "--samples", 2, "--seed", 5, "--max-new-tokens", 12, "--json")
+    common = ("--backend", "pt", "--checkpoint", checkpoint, "--ids", "5,6,7", "--quantize", "int8", "--ignore-eos")
+    alone, shared = tele(*common, *drawn), tele(*common, *drawn, "--nproc", 2, "--layout", "tp2")
+    assert shared.returncode == 0, shared.stderr
+    rows = [[json.loads(line) for line in done.stdout.splitlines()] for done in (alone, shared)]
+    assert [row["ids"] for row in rows[0]] == [row["ids"] for row in rows[1]] and len(rows[0]) == 2
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (("--layout", "dp2"), "tele: --layout: generation shares a model over tp and pp; leave dp 2 out of 'dp2'"),
+        (("--nproc", "2"), "tele: --nproc: 2 processes need a layout to share the work; add e.g. --layout tp2"),
+        (("--layout", "tp16"), "tele: parallel.tp: 16 does not divide"),
+    ],
+)
+def test_layouts_that_cannot_work_are_refused_in_one_line(
+    checkpoint: Path, argv: tuple[str, ...], message: str
+) -> None:
+    pytest.importorskip("torch")
+    done = tele("--backend", "pt", "--checkpoint", checkpoint, "--ids", "1", *argv)
+    assert done.returncode == 2 and done.stderr.startswith(message) and done.stderr.count("\n") == 1

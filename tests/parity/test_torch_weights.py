@@ -1,0 +1,68 @@
+"""The forms of a matrix that generation multiplies with in PyTorch, against float64: all that this machine can make."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from core.parity import relative_frobenius
+from core.quantize import quantize
+
+torch = pytest.importorskip("torch")
+
+from kernels import torch_weights  # noqa: E402
+from kernels.int8 import Int8  # noqa: E402
+
+# A few units in the last place of the sums' float32, and of the result's own type; twice that where a product in
+# bfloat16 is rounded before it meets its factors.
+LIMITS = {torch.float32: 8 * 2.0**-24, torch.float16: 2 * 2.0**-11, torch.bfloat16: 3 * 2.0**-8}
+
+
+def made(dtype: Any, whole: bool, outputs: int, columns: int) -> tuple[Any, np.ndarray]:
+    """A matrix of ``dtype`` or in 8 bits, and its float64 values."""
+    weight = np.random.default_rng(outputs).normal(size=(outputs, columns)).astype(np.float32)
+    if whole:
+        held = torch.from_numpy(weight).to(dtype)
+        return held, held.double().numpy()
+    values, factors = quantize(weight)
+    return Int8(torch.from_numpy(values), torch.from_numpy(factors)), values * factors.astype(np.float64)[:, None]
+
+
+@pytest.mark.parametrize("compiled", [True, False])
+@pytest.mark.parametrize("whole", [True, False])
+@pytest.mark.parametrize("dtype", LIMITS)
+def test_every_form_is_a_product(monkeypatch: pytest.MonkeyPatch, dtype: Any, whole: bool, compiled: bool) -> None:
+    monkeypatch.setattr(torch_weights, "_compiled", lambda: compiled)
+    for rows, outputs, columns in ((1, 1, 1), (1, 33, 17), (5, 64, 128), (32, 100, 96), (33, 70, 64), (200, 31, 48)):
+        weight, exact = made(dtype, whole, outputs, columns)
+        form = torch_weights.prepared(weight, dtype)
+        assert isinstance(form, torch_weights.FewRows) == compiled and tuple(form.shape) == (outputs, columns)
+        x = torch.randn(2, rows, columns).to(dtype)[1:]
+        for bias in (None, torch.randn(outputs).to(dtype)):
+            if isinstance(form, torch.Tensor):
+                got = torch.nn.functional.linear(x, form, bias)
+            else:
+                got = torch_weights.linear(x, form, bias)
+            truth = x.double().numpy() @ exact.T + (0.0 if bias is None else bias.double().numpy())
+            assert got.dtype == dtype and got.shape == (1, rows, outputs)
+            assert relative_frobenius(got.double().numpy(), truth) <= LIMITS[dtype]
+
+
+def test_what_has_no_better_form_stays_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    wide = torch.ones(3, 4, dtype=torch.float64)
+    assert torch_weights.prepared(wide, torch.float64) is wide
+    single = torch.ones(3, 4)
+    assert torch_weights.prepared(single, torch.bfloat16) is single  # weights in float32, products in bfloat16
+    monkeypatch.setattr(torch_weights, "_compiled", lambda: False)
+    half = single.half()
+    assert torch_weights.prepared(half, torch.float16) is half
+    assert isinstance(torch_weights.prepared(single, torch.float32), torch_weights.Packed)
+
+
+def test_rows_that_are_not_contiguous_are_read_right() -> None:
+    weight, exact = made(torch.float32, True, 20, 24)
+    form = torch_weights.prepared(weight, torch.float32)
+    x = torch.randn(24, 6).t()
+    assert relative_frobenius(torch_weights.linear(x, form, None).numpy(), x.numpy() @ exact.T) <= 1e-6
