@@ -11,6 +11,7 @@ import re
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -188,17 +189,26 @@ def until(holds: Callable[[], bool], seconds: float = 10.0) -> bool:
 
 @contextlib.contextmanager
 def process(*words: str) -> Iterator[tuple[subprocess.Popen[str], int]]:
-    """`tele serve` as a user starts it, on a free port; killed at the end if it still runs."""
+    """`tele serve` as a user starts it, on a free port: it and its port; killed at the end if it still runs.
+
+    AssertionError when it reported a defect of its own.
+    """
     command = [sys.executable, "-m", "core.cli", "serve", "--port", "0", *words]
     env = {**os.environ, "OMP_WAIT_POLICY": "PASSIVE", "PYTHONPATH": str(ROOT)}
-    started = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    try:
-        assert started.stdout is not None and started.stderr is not None
-        line = started.stdout.readline()
-        found = re.search(r"http://127\.0\.0\.1:(\d+)", line)
-        assert found, f"no ready line: {line!r}\n{started.stderr.read()}"
-        yield started, int(found[1])
-    finally:
-        if started.poll() is None:
-            started.kill()
-        started.communicate()
+    # A file and no pipe: one that nobody reads would stop the server when it is full.
+    with tempfile.TemporaryFile("w+") as log:
+        started = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=log, text=True)
+        try:
+            assert started.stdout is not None
+            line = started.stdout.readline()
+            found = re.search(r"http://127\.0\.0\.1:(\d+)", line)
+            log.seek(0)
+            assert found, f"no ready line: {line!r}\n{log.read()}"
+            yield started, int(found[1])
+        finally:
+            if started.poll() is None:
+                started.kill()
+            started.communicate()
+        log.seek(0)
+        said = log.read()
+        assert "Traceback" not in said, said

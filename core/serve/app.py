@@ -17,7 +17,7 @@ from starlette.requests import ClientDisconnect
 from core.serve.chat import read_chat
 from core.serve.completions import read_completion
 from core.serve.errors import ApiError, shown
-from core.serve.exchange import ClientGone, EventStream, Exchange, json_response, outcome_of
+from core.serve.exchange import ClientGone, EventStream, Exchange, Silence, json_response, outcome_of
 from core.serve.fields import json_object
 from core.serve.job import Job, Served
 from core.serve.service import Service
@@ -39,7 +39,7 @@ class HttpLimits:
 
 def create_app(service: Service, served: Served, limits: HttpLimits, keys: Sequence[str] = ()) -> FastAPI:
     """The application. With ``keys``, everything but the page and ``/health`` needs one as a bearer token."""
-    app = FastAPI(title="tele serve", docs_url=None, redoc_url=None, openapi_url=None)
+    app = FastAPI(title="tele serve", docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False)
     page = Path(__file__).with_name("page.html").read_text(encoding="utf-8")
 
     @app.exception_handler(ApiError)
@@ -53,7 +53,7 @@ def create_app(service: Service, served: Served, limits: HttpLimits, keys: Seque
 
     @app.exception_handler(ClientGone)
     async def nobody(_: Request, __: ClientGone) -> Response:
-        return Response(status_code=499)
+        return Silence()
 
     @app.exception_handler(Exception)
     async def defect(_: Request, __: Exception) -> Response:

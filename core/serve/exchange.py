@@ -157,6 +157,13 @@ class EventStream(Response):
             self._exchange.close()
 
 
+class Silence(Response):
+    """For nobody: the protocol's layer takes a response on a line that is closed for a defect."""
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        return
+
+
 async def unless_gone(receive: Receive, work: Coroutine[Any, Any, Result]) -> Result:
     """What ``work`` comes to; when the client leaves before, ``work`` is cancelled. ClientGone then."""
 

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import h11
 import uvicorn
 
 from core.errors import UserError
@@ -48,6 +49,13 @@ def address_of(opened: socket.socket) -> str:
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
+def is_defect(record: logging.LogRecord) -> bool:
+    """Whether uvicorn reports more than a client's broken HTTP: after its own 400 it takes the application's answer to
+    the same request for a defect."""
+    raised = record.exc_info[1] if record.exc_info else None
+    return not (isinstance(raised, h11.LocalProtocolError) and "state=MUST_CLOSE" in str(raised))
+
+
 class Server(uvicorn.Server):
     """uvicorn without its signals: it closes its door at the first one, and this server says 503 while it ends."""
 
@@ -81,7 +89,9 @@ async def serve_until(
     From then on new requests get 503, those that run have ``grace`` seconds, and who is not finished then is told so.
     The next signal ends the grace at once. Returns when no request, connection or thread is left.
     """
-    logging.getLogger("uvicorn.error").setLevel(logging.ERROR)  # a client's broken HTTP is answered and not logged
+    log = logging.getLogger("uvicorn.error")
+    log.setLevel(logging.ERROR)  # a client's broken HTTP is answered and not logged
+    log.addFilter(is_defect)
     config = uvicorn.Config(
         app,
         http="h11",
