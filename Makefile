@@ -7,13 +7,14 @@
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install demo test test-unit test-parallel-full soak operators ascend-lower gpu-check asan lint format lock clean
+.PHONY: help install demo test test-unit test-parallel-full soak operators ascend-lower gpu-check mindformers-check asan lint format lock clean
 
 VENV ?= .venv
 EXTRAS := ms,pt,serve,dev
 WORKERS ?= 2
 PYTEST_ARGS ?=
 GPU_ARGS ?=
+MINDFORMERS_VENV ?= build/mindformers
 
 # Only a PYTHON given on make's own command line counts: the variable is too common in environments.
 ifeq ($(origin PYTHON),command line)
@@ -33,6 +34,7 @@ help:
 	@echo "make operators  compile the C++ operators now and not on first use"
 	@echo "make ascend-lower  compile every Triton kernel for Ascend910B3 as far as a machine without one can (1 minute)"
 	@echo "make gpu-check  tests and benchmarks of a machine with a GPU; leaves gpu-check.json"
+	@echo "make mindformers-check  converted weights in MindFormers' own networks, in an environment of its own"
 	@echo "make asan       the C++ operators under the address sanitizer (3 minutes)"
 	@echo "make lint       ruff and mypy"
 	@echo "make format     let ruff rewrite the files"
@@ -73,6 +75,21 @@ ascend-lower: $(READY)
 
 gpu-check: $(READY)
 	$(RUN) -m kernels.gpu_check --out gpu-check.json $(GPU_ARGS)
+
+# Apart from the rest: MindFormers pins transformers and other packages that nothing here needs.
+mindformers-check: $(MINDFORMERS_VENV)/.installed
+	$(MINDFORMERS_VENV)/bin/python -m pytest tests/parity/test_mindformers_wheel.py -v $(PYTEST_ARGS)
+
+$(MINDFORMERS_VENV)/.installed: pyproject.toml requirements.lock | $(READY)
+	@if [ -e "$(MINDFORMERS_VENV)" ] && [ ! -f "$(MINDFORMERS_VENV)/pyvenv.cfg" ]; then \
+	    echo "make: MINDFORMERS_VENV $(MINDFORMERS_VENV) is no virtual environment; choose another folder" >&2; exit 2; \
+	fi
+	@echo "installing MindFormers into $(MINDFORMERS_VENV) (minutes on a slow line)"
+	rm -rf "$(MINDFORMERS_VENV)"
+	$(RUN) -m venv --without-pip "$(MINDFORMERS_VENV)"
+	$(RUN) -m pip --python "$(MINDFORMERS_VENV)/bin/python" install -q --disable-pip-version-check \
+	    -e '.[ms,mindformers]' $$(grep -E '^(pytest|hypothesis)==' requirements.lock)
+	touch "$@"
 
 # The sanitizer's library must be there before Python itself. Python never frees everything, so leaks are not looked for.
 asan: $(READY)

@@ -1,20 +1,31 @@
-"""A released folder to a canonical checkpoint and back, one tensor in memory at a time."""
+"""Any model, however it is stored, to a canonical checkpoint, a release or a MindFormers checkpoint.
+
+One tensor is in memory at a time, wherever the files allow it.
+"""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator
+import json
+import shutil
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import ml_dtypes
 import numpy as np
 
-from convert.hf import MAX_SHARD_BYTES, HfFolder, plan_shards, recorded_shards, write_folder
-from convert.names import bind
-from convert.source import CanonicalSource
+from convert.hf import MAX_SHARD_BYTES, HfFolder, plan_shards, recorded_shards, tensor_bytes, write_folder
+from convert.hf_config import dump_config, write_config
+from convert.mindformers import ASSETS, MODEL, check_mp
+from convert.mindformers_config import model_yaml
+from convert.mindformers_files import write_ranks, write_whole
+from convert.names import Binding, bind, mindformers_rules
+from convert.places import require_place
+from convert.source import CanonicalSource, HfSource, ModelSource, PlainSource
+from core.atomic import new_folder
 from core.checkpoint import MAX_FILE_BYTES, write_checkpoint
 from core.errors import UserError
+from core.params import parameter_table
 from core.safetensors_io import dtype_code
 
 DTYPES: dict[str, np.dtype[Any]] = {
@@ -26,36 +37,33 @@ DTYPES: dict[str, np.dtype[Any]] = {
 OnBytes = Callable[[int], Any]
 
 
-def hf_to_canonical(
-    folder: HfFolder,
+def to_canonical(
+    source: ModelSource,
     target: Path,
     dtype: str | None = None,
     max_file_bytes: int = MAX_FILE_BYTES,
     on_bytes: OnBytes = lambda count: None,
 ) -> None:
-    """Write ``target`` as a canonical checkpoint (step 0, no optimizer) of a release; ``dtype`` None keeps each dtype.
+    """Write ``target`` as a canonical checkpoint (step 0, no optimizer); ``dtype`` None keeps each dtype.
 
-    model.json keeps the original config and file layout, assets/ the small files, so that the way back is exact.
+    model.json keeps the original config and file layout of a release, assets/ its small files, so that the way back is
+    exact.
     """
 
     def stream() -> Iterator[tuple[str, np.ndarray]]:
-        for name, array in folder.logical():
+        for name, array in source.logical():
+            array = cast(array, dtype, name)
             on_bytes(array.nbytes)
-            yield name, cast(array, dtype, name)
+            yield name, array
             del array  # or it would stay in memory beside the next one
 
     write_checkpoint(
-        target,
-        0,
-        model={"config": folder.config.to_dict(), "hf": folder.source_record()},
-        weights=stream(),
-        assets=folder.assets,
-        max_file_bytes=max_file_bytes,
+        target, 0, model=_model(source), weights=stream(), assets=source.assets, max_file_bytes=max_file_bytes
     )
 
 
-def canonical_to_hf(
-    source: CanonicalSource,
+def to_hf(
+    source: ModelSource,
     target: Path,
     dtype: str | None = None,
     max_shard_bytes: int | None = None,
@@ -64,43 +72,111 @@ def canonical_to_hf(
 ) -> None:
     """Write ``target`` as a release.
 
-    Files are cut as in the release the checkpoint came from, unless ``max_shard_bytes`` is given. ``tokenizer`` (a
-    tokenizer.model) takes the place of the one the checkpoint carries.
+    Files are cut as in the release the model came from, unless ``max_shard_bytes`` is given. ``tokenizer`` (a
+    tokenizer.model) takes the place of the one the source carries. UserError for a model the format cannot hold.
     """
-    checkpoint, config = source.checkpoint, source.config
-    record = checkpoint.model.get("hf")
+    source = PlainSource(source)
+    config, record = source.config, source.record
+    require_place(config, "hf")
     bindings = bind(config, prefix=record["prefix"] if record else None)
-    tensors = {
-        name: (dtype_code(DTYPES[dtype] if dtype else checkpoint.dtype("weights", b.logical[0])), b.shape)
-        for name, b in bindings.items()
-    }
+    tensors = _specs(source, bindings, dtype)
     shards = recorded_shards(record, tensors) if record and max_shard_bytes is None else None
     shards = shards or plan_shards(tensors, max_shard_bytes or MAX_SHARD_BYTES)
+    # The way back of a release adds nothing to it.
+    complete = record is None or tokenizer is not None
+    assets = {asset.name: asset for asset in source.assets}
+    if tokenizer is not None:
+        described = ("tokenizer", "special_tokens_map", "added_tokens")
+        assets = {name: asset for name, asset in assets.items() if not name.startswith(described)}
+        assets["tokenizer.model"] = tokenizer
+    read = _reader(source, bindings, dtype, on_bytes)
+    write_folder(target, config, read, shards, record=record, assets=assets, complete=complete)
+
+
+def to_mindformers(
+    source: ModelSource,
+    target: Path,
+    form: str,
+    mp: int = 1,
+    *,
+    whole: bool = False,
+    file_format: str = "safetensors",
+    dtype: str | None = None,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+    on_bytes: OnBytes = lambda count: None,
+) -> None:
+    """Write ``target`` as a MindFormers checkpoint in a form of ``MINDFORMERS_FORMS``.
+
+    ``mp`` ranks get a file each, or with ``whole`` one checkpoint whose rows are in the order that an equal cut among
+    ``mp`` ranks wants. model.json says what is in it, so that it can be read back; the small files lie in assets/.
+    UserError for a model the form cannot hold, and for ranks that the model cannot be shared among.
+    """
+    source = PlainSource(source)
+    config = source.config
+    require_place(config, form)
+    check_mp(config, mp)
+    bindings = bind(config, mindformers_rules(config, form, mp))
+    specs = _specs(source, bindings, dtype)
+    read = _reader(source, bindings, dtype, on_bytes)
+    total = sum(tensor_bytes(*spec) for spec in specs.values())
+    with new_folder(target, lambda: total) as building:
+        if whole or mp == 1:
+            write_whole(building, specs, read, file_format, max_shard_bytes)
+        else:
+            write_ranks(building, bindings, specs, mp, read, file_format)
+        model = {**_model(source), "mindformers": {"form": form, "mp": mp, "whole": whole or mp == 1}}
+        (building / MODEL).write_text(json.dumps(model, indent=1) + "\n", encoding="utf-8")
+        if form == "mcore":
+            (building / "config.json").write_text(dump_config(write_config(config, None, dtype)), encoding="utf-8")
+        else:
+            (building / "model_config.yaml").write_text(model_yaml(config, form), encoding="utf-8")
+        if source.assets:
+            (building / ASSETS).mkdir()
+        for asset in source.assets:
+            shutil.copyfile(asset, building / ASSETS / asset.name)
+
+
+def hf_to_canonical(folder: HfFolder, target: Path, dtype: str | None = None, **more: Any) -> None:
+    """``to_canonical`` of an opened release."""
+    to_canonical(HfSource(folder), target, dtype, **more)
+
+
+def canonical_to_hf(source: CanonicalSource, target: Path, dtype: str | None = None, **more: Any) -> None:
+    """``to_hf`` of a canonical checkpoint."""
+    to_hf(source, target, dtype, **more)
+
+
+def _model(source: ModelSource) -> dict[str, Any]:
+    """What model.json says of a model: its config and, if it came from a release, that one's."""
+    return {"config": source.config.to_dict(), **({"hf": source.record} if source.record else {})}
+
+
+def _specs(
+    source: ModelSource, bindings: Mapping[str, Binding], dtype: str | None
+) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Name in the other format -> dtype code and shape."""
+    stored = {name: DTYPES[dtype] if dtype else source.dtype(b.logical[0]) for name, b in bindings.items()}
+    return {name: (dtype_code(stored[name]), binding.shape) for name, binding in bindings.items()}
+
+
+def _reader(
+    source: ModelSource, bindings: Mapping[str, Binding], dtype: str | None, on_bytes: OnBytes
+) -> Callable[[str], np.ndarray]:
+    """A function that gives a tensor under its name in the other format."""
 
     def read(name: str) -> np.ndarray:
         binding = bindings[name]
         parts = {part: cast(source.tensor(part), dtype, part) for part in binding.logical}
         on_bytes(sum(part.nbytes for part in parts.values()))
-        return binding.join(parts, config)
+        return binding.join(parts, source.config)
 
-    # The way back of a release adds nothing to it.
-    complete = record is None or tokenizer is not None
-    assets = {asset.name: asset for asset in checkpoint.assets}
-    if tokenizer is not None:
-        described = ("tokenizer", "special_tokens_map", "added_tokens")
-        assets = {name: asset for name, asset in assets.items() if not name.startswith(described)}
-        assets["tokenizer.model"] = tokenizer
-    write_folder(target, config, read, shards, record=record, assets=assets, complete=complete)
+    return read
 
 
-def weight_bytes(source: CanonicalSource, dtype: str | None = None) -> int:
-    """Bytes of all weights of a checkpoint, as stored or in ``dtype``."""
-    checkpoint = source.checkpoint
-    return sum(
-        math.prod(checkpoint.shape("weights", name))
-        * (DTYPES[dtype] if dtype else checkpoint.dtype("weights", name)).itemsize
-        for name in checkpoint.names("weights")
-    )
+def weight_bytes(source: ModelSource, dtype: str | None = None) -> int:
+    """Bytes of all weights of a model, as stored or in ``dtype``."""
+    table = parameter_table(source.config)
+    return sum(spec.size * (DTYPES[dtype] if dtype else source.dtype(name)).itemsize for name, spec in table.items())
 
 
 def cast(array: np.ndarray, dtype: str | None, name: str) -> np.ndarray:

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from convert.hf_config import dump_config, read_config, write_config
+from convert.hf_tokenizer import load_pieces, write_tokenizer_files
 from convert.names import bind, hf_prefix, released_table
 from core.atomic import new_folder
 from core.checkpoint import check_shapes
@@ -26,6 +27,9 @@ from core.safetensors_io import DTYPES, SafetensorsFile, SafetensorsWriter, head
 DTYPE_NAMES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 INDEX = "model.safetensors.index.json"
 MAX_SHARD_BYTES = 5 * 10**9  # what transformers writes by default
+
+# transformers and vLLM do not know these model types: they load the class that auto_map names, from a file beside it.
+_CODE = {"telechat2": "configuration_telechat2.Telechat2Config", "teleflm": "configuration_teleflm.TeleFLMConfig"}
 
 # Small files that belong to a release and travel with the weights; the code files are what auto_map points to.
 _ASSETS = (
@@ -182,6 +186,8 @@ def write_folder(
     ``complete`` adds the small files that are lacking (generation settings, description of the tokenizer).
     """
     originals = dict(assets)
+    if complete and "tokenizer.model" in assets:
+        load_pieces(assets["tokenizer.model"], config)  # a wrong one is not found out after hours of writing
     codes = {code for shard in shards for code, _ in shard.tensors.values()}
     dtype = DTYPE_NAMES[codes.pop()] if len(codes) == 1 else "mixed"
     total = sum(shard.nbytes for shard in shards)
@@ -195,6 +201,10 @@ def write_folder(
         released = write_config(
             config, record["config"] if record else None, None if same or dtype == "mixed" else dtype
         )
+        if record is None and config.family in _CODE:
+            released["auto_map"] = {"AutoConfig": _CODE[config.family]}
+            code = _CODE[config.family].partition(".")[0] + ".py"
+            shutil.copyfile(Path(__file__).parent / "released" / code, building / code)
         _write_json(building / "config.json", released, originals.pop("config.json", None), dump_config)
         original_index = originals.pop(INDEX, None)
         if len(shards) > 1 or shards[0].file != "model.safetensors":
@@ -265,48 +275,9 @@ def _dump_index(index: dict[str, Any]) -> str:
 
 
 def _write_missing(folder: Path, config: ModelConfig) -> None:
-    """For a model trained here: generation settings, and a tokenizer description that transformers and vLLM load."""
+    """For a model trained here: generation settings, and a description of the tokenizer for transformers and vLLM."""
     ids = {key: getattr(config, key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
     if not (folder / "generation_config.json").exists():
         (folder / "generation_config.json").write_text(dump_config({**ids, "do_sample": False}), encoding="utf-8")
-    tokenizer = folder / "tokenizer.model"
-    if tokenizer.exists() and not (folder / "tokenizer_config.json").exists():
-        described = dump_config(describe_tokenizer(tokenizer, config))
-        (folder / "tokenizer_config.json").write_text(described, encoding="utf-8")
-
-
-def describe_tokenizer(path: Path, config: ModelConfig) -> dict[str, Any]:
-    """tokenizer_config.json for a SentencePiece tokenizer.
-
-    LlamaTokenizer is transformers' plain SentencePiece tokenizer; TeleChat's own class needs code files that are not
-    shipped. Its slow form gives the released ids, control tokens in text included; its fast form does not.
-    UserError if the file is no tokenizer or has more pieces than the model's vocabulary.
-    """
-    import sentencepiece
-
-    try:
-        pieces = sentencepiece.SentencePieceProcessor(model_file=str(path))
-    except (OSError, RuntimeError):
-        raise UserError(
-            f"{path.name}: is no SentencePiece model; give the tokenizer.model of the training run"
-        ) from None
-    if pieces.get_piece_size() > config.vocab_size:
-        raise UserError(
-            f"{path.name}: has {pieces.get_piece_size()} pieces, the model's vocab_size is {config.vocab_size}; "
-            "give the tokenizer the model was trained with"
-        )
-    flags = {"lstrip": False, "normalized": False, "rstrip": False, "single_word": False, "special": True}
-    special = [i for i in range(pieces.get_piece_size()) if pieces.is_control(i) or pieces.is_unknown(i)]
-    tokens = ("bos_token", "eos_token", "pad_token")
-    return {
-        "tokenizer_class": "LlamaTokenizer",
-        "use_fast": False,
-        "legacy": True,
-        "add_bos_token": False,
-        "add_eos_token": False,
-        "clean_up_tokenization_spaces": False,
-        "added_tokens_decoder": {str(i): {"content": pieces.id_to_piece(i), **flags} for i in special},
-        **{token: pieces.id_to_piece(getattr(config, f"{token}_id")) for token in tokens},
-        "unk_token": pieces.id_to_piece(pieces.unk_id()),
-        "model_max_length": config.max_seqlen,
-    }
+    if (folder / "tokenizer.model").exists() and not (folder / "tokenizer_config.json").exists():
+        write_tokenizer_files(folder, config)

@@ -10,15 +10,16 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+from convert.places import NTK_THETA_LENGTH, require_place
 from core.config import ModelConfig
 from core.errors import UserError
 from core.schema import from_mapping
 
-_REQUIRED = object()
+REQUIRED = object()
 
 
 @dataclass(frozen=True)
-class _Key:
+class Key:
     """A field of ModelConfig, the released names it goes by (the first is written), its type, and its default.
 
     The default is a number, or the name of an earlier field, or required. ``said`` defaults are reported as a note.
@@ -28,7 +29,7 @@ class _Key:
     field: str
     names: tuple[str, ...]
     kind: type
-    default: Any = _REQUIRED
+    default: Any = REQUIRED
     said: bool = False
 
 
@@ -42,7 +43,7 @@ class _Switch:
     field: str
     name: str
     values: tuple[tuple[Any, Any], ...]
-    default: Any = _REQUIRED
+    default: Any = REQUIRED
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,7 @@ class _Format:
     """One family's config.json: keys, switches, what the family always does (``fixed``), what is refused, what a fresh
     file says besides. ``mup``: logits are multiplied by output_mult / mup_scale_factor."""
 
-    keys: tuple[_Key, ...]
+    keys: tuple[Key, ...]
     refused: dict[str, tuple[tuple[Any, ...], str]]
     fresh: dict[str, Any]
     switches: tuple[_Switch, ...] = ()
@@ -59,23 +60,23 @@ class _Format:
 
 
 _KEYS = (
-    _Key("vocab_size", ("vocab_size",), int),
-    _Key("hidden_size", ("hidden_size", "n_embed"), int),
-    _Key("ffn_hidden_size", ("ffn_hidden_size", "intermediate_size"), int),
-    _Key("num_layers", ("n_layer", "num_hidden_layers"), int),
-    _Key("num_heads", ("n_head", "num_attention_heads"), int),
-    _Key("num_kv_heads", ("num_key_value_heads",), int, "num_heads"),
+    Key("vocab_size", ("vocab_size",), int),
+    Key("hidden_size", ("hidden_size", "n_embed"), int),
+    Key("ffn_hidden_size", ("ffn_hidden_size", "intermediate_size"), int),
+    Key("num_layers", ("n_layer", "num_hidden_layers"), int),
+    Key("num_heads", ("n_head", "num_attention_heads"), int),
+    Key("num_kv_heads", ("num_key_value_heads",), int, "num_heads"),
     # 1e-8 in one published copy of the 115B, 1e-5 in others: a guess would be wrong half of the time.
-    _Key("norm_eps", ("layer_norm_epsilon", "rms_norm_eps"), float),
+    Key("norm_eps", ("layer_norm_epsilon", "rms_norm_eps"), float),
     # The 115B's own code knows no rope_theta and uses 10000; the 7B-32K config carries 1e6.
-    _Key("rope_theta", ("rope_theta",), float, 10000.0),
-    _Key("training_seqlen", ("training_seqlen",), int, 8192, said=True),
-    _Key("base_seqlen", ("base_seqlen",), int, 8192, said=True),
-    _Key("max_seqlen", ("seq_length", "max_position_embeddings"), int, "training_seqlen"),
-    _Key("init_std", ("initializer_range",), float, 0.02),
-    _Key("bos_token_id", ("bos_token_id",), int, 1),
-    _Key("eos_token_id", ("eos_token_id",), int, 2),
-    _Key("pad_token_id", ("pad_token_id",), int, 3),
+    Key("rope_theta", ("rope_theta",), float, 10000.0),
+    Key("training_seqlen", ("training_seqlen",), int, 8192, said=True),
+    Key("base_seqlen", ("base_seqlen",), int, 8192, said=True),
+    Key("max_seqlen", ("seq_length", "max_position_embeddings"), int, "training_seqlen"),
+    Key("init_std", ("initializer_range",), float, 0.02),
+    Key("bos_token_id", ("bos_token_id",), int, 1),
+    Key("eos_token_id", ("eos_token_id",), int, 2),
+    Key("pad_token_id", ("pad_token_id",), int, 3),
 )
 
 # Keys whose value would change the arithmetic to something this decoder does not do: key -> (harmless values, reason).
@@ -89,22 +90,22 @@ _UNSUPPORTED: dict[str, tuple[tuple[Any, ...], str]] = {
 
 
 _IDS = (
-    _Key("bos_token_id", ("bos_token_id",), int, 1),
-    _Key("eos_token_id", ("eos_token_id",), int, 2),
-    _Key("pad_token_id", ("pad_token_id",), int, 3),
+    Key("bos_token_id", ("bos_token_id",), int, 1),
+    Key("eos_token_id", ("eos_token_id",), int, 2),
+    Key("pad_token_id", ("pad_token_id",), int, 3),
 )
 # Nothing in these families follows the length of a row.
-_LENGTHS = (_Key("training_seqlen", (), int, "max_seqlen"), _Key("base_seqlen", (), int, "max_seqlen"))
+_LENGTHS = (Key("training_seqlen", (), int, "max_seqlen"), Key("base_seqlen", (), int, "max_seqlen"))
 _QUANTISED = {"quantization_config": _UNSUPPORTED["quantization_config"]}
 _MUP = {"use_mup": ((True, None), "a model of this family without muP multipliers is not supported")}
 
 _TELECHAT2 = _Format(
     keys=_KEYS,
     refused=_UNSUPPORTED,
-    # No auto_map: it would name code files that are not in the folder. vLLM knows this architecture by itself.
     fresh={
         "architectures": ["TeleChat2ForCausalLM"],
         "model_type": "telechat",
+        "hidden_act": "silu",
         "unk_token_id": 0,
         "attention_dropout": 0.0,
         "hidden_dropout": 0.0,
@@ -123,18 +124,18 @@ _TELECHAT2 = _Format(
 
 _TELEFLM = _Format(
     keys=(
-        _Key("vocab_size", ("vocab_size",), int),
-        _Key("hidden_size", ("hidden_size",), int),
-        _Key("ffn_hidden_size", ("intermediate_size",), int),
-        _Key("num_layers", ("num_hidden_layers",), int),
-        _Key("num_heads", ("num_attention_heads",), int),
-        _Key("num_kv_heads", ("num_key_value_heads",), int, "num_heads"),
-        _Key("norm_eps", ("rms_norm_eps",), float),
-        _Key("rope_theta", ("rope_theta",), float, 10000.0),
-        _Key("max_seqlen", ("max_position_embeddings",), int),
+        Key("vocab_size", ("vocab_size",), int),
+        Key("hidden_size", ("hidden_size",), int),
+        Key("ffn_hidden_size", ("intermediate_size",), int),
+        Key("num_layers", ("num_hidden_layers",), int),
+        Key("num_heads", ("num_attention_heads",), int),
+        Key("num_kv_heads", ("num_key_value_heads",), int, "num_heads"),
+        Key("norm_eps", ("rms_norm_eps",), float),
+        Key("rope_theta", ("rope_theta",), float, 10000.0),
+        Key("max_seqlen", ("max_position_embeddings",), int),
         *_LENGTHS,
-        _Key("init_std", ("initializer_range",), float, 0.02),
-        _Key("input_mult", ("input_mult",), float),
+        Key("init_std", ("initializer_range",), float, 0.02),
+        Key("input_mult", ("input_mult",), float),
         *_IDS,
     ),
     fixed=(("biases", "none"), ("position", "rope")),
@@ -162,19 +163,19 @@ _TELEFLM = _Format(
 
 _FLM = _Format(
     keys=(
-        _Key("vocab_size", ("vocab_size",), int),
-        _Key("hidden_size", ("n_embd",), int),
-        _Key("ffn_hidden_size", ("n_inner",), int),
-        _Key("num_layers", ("n_layer",), int),
-        _Key("num_heads", ("n_head",), int),
-        _Key("num_kv_heads", (), int, "num_heads"),
-        _Key("norm_eps", ("layer_norm_epsilon",), float),
-        _Key("rope_theta", ("rotary_theta",), float, 10000.0),
-        _Key("xpos_scale_base", ("rotary_xpos_scale_base",), float, 512.0),
-        _Key("max_seqlen", ("n_positions",), int),
+        Key("vocab_size", ("vocab_size",), int),
+        Key("hidden_size", ("n_embd",), int),
+        Key("ffn_hidden_size", ("n_inner",), int),
+        Key("num_layers", ("n_layer",), int),
+        Key("num_heads", ("n_head",), int),
+        Key("num_kv_heads", (), int, "num_heads"),
+        Key("norm_eps", ("layer_norm_epsilon",), float),
+        Key("rope_theta", ("rotary_theta",), float, 10000.0),
+        Key("xpos_scale_base", ("rotary_xpos_scale_base",), float, 512.0),
+        Key("max_seqlen", ("n_positions",), int),
         *_LENGTHS,
-        _Key("init_std", ("initializer_range",), float, 0.02),
-        _Key("input_mult", ("input_mult",), float),
+        Key("init_std", ("initializer_range",), float, 0.02),
+        Key("input_mult", ("input_mult",), float),
         *_IDS,
     ),
     # FLM-101B's config has neither of the first two keys; its code has LayerNorm and biases (GPT-2's).
@@ -182,7 +183,7 @@ _FLM = _Format(
         _Switch("norm", "use_RMSNorm", ((False, "layernorm"), (True, "rmsnorm")), False),
         _Switch("biases", "add_bias_linear", ((True, "all"), (False, "none")), True),
         _Switch("activation", "activation_function", (("gelu_fast", "gelu"), ("gelu_new", "gelu"), ("silu", "swiglu"))),
-        _Switch("position", "rotary_use_xpos", ((True, "xpos"), (False, "rope"))),
+        _Switch("position", "rotary_use_xpos", ((True, "xpos"), (False, "ntk-theta"))),
         # What transformers takes where a config does not say.
         _Switch("tied_embeddings", "tie_word_embeddings", ((True, True), (False, False)), True),
     ),
@@ -208,9 +209,10 @@ _FLM = _Format(
     },
 )
 
+_LLAMA = ("num_hidden_layers", "num_attention_heads", "intermediate_size", "rms_norm_eps")
 _FORMATS = {"telechat2": _TELECHAT2, "teleflm": _TELEFLM, "flm": _FLM}
-_OUTPUT = _Key("logit_mult", ("output_mult",), float)
-_WIDTHS = _Key("logit_mult", ("mup_scale_factor",), float)
+_OUTPUT = Key("logit_mult", ("output_mult",), float)
+_WIDTHS = Key("logit_mult", ("mup_scale_factor",), float)
 
 
 def family_of(released: dict[str, Any]) -> str:
@@ -238,9 +240,9 @@ def read_config(released: dict[str, Any], where: str) -> tuple[ModelConfig, list
             notes.append(f"{name} {released[name]} is ignored: there is no dropout here")
     values: dict[str, Any] = {"family": family, **dict(form.fixed)}
     for key in form.keys:
-        value = _take(released, key, where)
+        value = take(released, key, where)
         if value is None:
-            if key.default is _REQUIRED:
+            if key.default is REQUIRED:
                 raise UserError(f"{where}: {' or '.join(key.names)} is missing; it has no safe default, add it")
             value = values[key.default] if isinstance(key.default, str) else key.default
             if key.said:
@@ -248,8 +250,10 @@ def read_config(released: dict[str, Any], where: str) -> tuple[ModelConfig, list
         values[key.field] = value
     for switch in form.switches:
         values[switch.field] = _choose(released, switch, where)
+    if values.get("position") == "ntk-theta":  # a number of the released code, whatever the config's lengths
+        values |= {"training_seqlen": NTK_THETA_LENGTH, "base_seqlen": NTK_THETA_LENGTH}
     if form.mup:
-        parts = [_take(released, key, where) for key in (_OUTPUT, _WIDTHS)]
+        parts = [take(released, key, where) for key in (_OUTPUT, _WIDTHS)]
         if None in parts:
             absent = (_OUTPUT, _WIDTHS)[parts.index(None)].names[0]
             raise UserError(f"{where}: {absent} is missing; logits are multiplied by it, add it")
@@ -267,6 +271,7 @@ def write_config(config: ModelConfig, original: dict[str, Any] | None, dtype: st
     changed; without, a config is made that vLLM and the released modelling code read. ``dtype`` (float32...) sets
     ``torch_dtype``; None leaves it. UserError for a model that its family's format cannot describe.
     """
+    require_place(config, "hf")
     form = _FORMATS[config.family]
     result = dict(original) if original is not None else _fresh(config)
     if original is not None:
@@ -281,7 +286,6 @@ def write_config(config: ModelConfig, original: dict[str, Any] | None, dtype: st
                 result[switch.name] = _released_choice(config, switch)
         if form.mup and config.logit_mult != before.logit_mult:
             result.update(output_mult=config.logit_mult, mup_scale_factor=1.0)
-    _check_described(config, result)
     if dtype is not None:
         # transformers 4.56 renamed the key; a config that has only the new one keeps it.
         result["dtype" if "dtype" in result and "torch_dtype" not in result else "torch_dtype"] = dtype
@@ -304,29 +308,18 @@ def _fresh(config: ModelConfig) -> dict[str, Any]:
         result.update(output_mult=config.logit_mult, mup_scale_factor=1.0)
     if config.family == "telechat2":
         result["max_position_embeddings"] = config.max_seqlen
+        # Llama's names for the same, which the GGUF converter of the release reads and others fall back on.
+        result |= {name: getattr(config, key.field) for key in form.keys for name in key.names[1:] if name in _LLAMA}
     if config.family == "flm" and config.norm == "rmsnorm":  # TeleChat-52B
         result.update(architectures=["TELECHAT"], model_type="telechat")
     return result
-
-
-def _check_described(config: ModelConfig, released: dict[str, Any]) -> None:
-    """Refuse a config.json from which another arithmetic than the model's would be read."""
-    again, _ = read_config(released, "config.json")
-    names = ["norm", "activation", "biases", "position", "input_mult", "logit_mult", "tied_embeddings", "num_kv_heads"]
-    for name in names + ["xpos_scale_base"] * (config.position == "xpos"):
-        mine, theirs = getattr(config, name), getattr(again, name)
-        if mine != theirs:
-            raise UserError(
-                f"model.{name}: {mine} cannot be written in the released format of family {config.family}, which has "
-                f"{theirs}; keep such a model as a checkpoint"
-            )
 
 
 def _choose(released: dict[str, Any], switch: _Switch, where: str) -> Any:
     """Our value for what a release chose."""
     value = released.get(switch.name)
     if value is None:
-        if switch.default is _REQUIRED:
+        if switch.default is REQUIRED:
             raise UserError(f"{where}: {switch.name} is missing; it has no safe default, add it")
         value = switch.default
     for theirs, ours in switch.values:
@@ -337,12 +330,12 @@ def _choose(released: dict[str, Any], switch: _Switch, where: str) -> Any:
 
 
 def _released_choice(config: ModelConfig, switch: _Switch) -> Any:
-    """What the release calls our value; any of its values where it has none (``_check_described`` then refuses)."""
+    """What the release calls our value."""
     mine = getattr(config, switch.field)
-    return next((theirs for theirs, ours in switch.values if ours == mine), switch.values[0][0])
+    return next(theirs for theirs, ours in switch.values if ours == mine)
 
 
-def _take(released: dict[str, Any], key: _Key, where: str) -> Any:
+def take(released: dict[str, Any], key: Key, where: str) -> Any:
     """The value of a key under any of its names, None if absent or null."""
     given = {name: released[name] for name in key.names if released.get(name) is not None}
     for name, value in given.items():

@@ -2,6 +2,10 @@
 
 A rule ties one released tensor to the logical tensors packed in it. ``{i}`` stands for the layer number. A further
 format is a further table.
+
+MindFormers' tables say besides along which dimension its model-parallel (``mp``) ranks share a tensor. What a rank
+holds is always an equal part of the whole tensor: where ranks hold several projections fused, the rows of the whole
+tensor are in the order that makes it so (``RowsByRank``).
 """
 
 from __future__ import annotations
@@ -64,13 +68,41 @@ class InterleavedKeyValue:
         return (shapes[0][0] + shapes[1][0], *shapes[0][1:])
 
 
+class RowsByRank:
+    """Parts cut into ``ranks`` equal blocks of rows <-> one tensor: of each rank in turn, its block of every part.
+
+    ``shares``: how the rows of the parts are to one another. [q; k; v] is one rank's heads of each, so taken as one
+    rank's (or another number of ranks') the rows still fit, and heads of q, k and v mix.
+    """
+
+    def __init__(self, ranks: int, shares: tuple[int, ...]) -> None:
+        self.ranks = ranks
+        self.shares = shares
+
+    def join(self, parts: Sequence[np.ndarray], config: ModelConfig) -> np.ndarray:
+        blocks = [part.reshape(self.ranks, -1, *part.shape[1:]) for part in parts]
+        return np.concatenate(blocks, axis=1).reshape(-1, *parts[0].shape[1:])
+
+    def split(self, whole: np.ndarray, config: ModelConfig) -> list[np.ndarray]:
+        blocks = whole.reshape(self.ranks, -1, *whole.shape[1:])
+        cuts = np.cumsum(self.shares)[:-1] * blocks.shape[1] // sum(self.shares)
+        return [block.reshape(-1, *whole.shape[1:]) for block in np.split(blocks, cuts, axis=1)]
+
+    def joined_shape(self, shapes: Sequence[tuple[int, ...]]) -> tuple[int, ...]:
+        return (sum(shape[0] for shape in shapes), *shapes[0][1:])
+
+
 @dataclass(frozen=True)
 class Rule:
-    """One line of a table: the released name, the logical names packed in it, and how."""
+    """One line of a table: the released name, the logical names packed in it, and how.
+
+    ``axis``: the dimension of which each model-parallel rank holds its part; None where each holds the whole.
+    """
 
     released: str
     logical: tuple[str, ...]
     transform: Transform
+    axis: int | None = None
 
 
 class Conv1D:
@@ -93,9 +125,9 @@ class Conv1D:
         return (*shapes[0][1:], sum(shape[0] for shape in shapes))
 
 
-def rule(released: str, *logical: str, transform: Transform | None = None) -> Rule:
+def rule(released: str, *logical: str, transform: Transform | None = None, axis: int | None = None) -> Rule:
     """A line of a table; without a transform the one logical tensor is stored unchanged."""
-    return Rule(released, logical, transform or Same())
+    return Rule(released, logical, transform or Same(), axis)
 
 
 # The Hugging Face release. Some copies lack the leading "transformer." (bind(..., prefix="")).
@@ -133,15 +165,7 @@ TELEFLM_HF = (
 
 
 def flm_hf(config: ModelConfig) -> tuple[Rule, ...]:
-    """TeleChat-52B and FLM-101B: GPT-2's names, fused c_attn [q | k | v] and, with a gate, c_fc [gate | up].
-
-    UserError for a model that the format cannot hold.
-    """
-    if config.num_kv_heads != config.num_heads:
-        raise UserError(
-            f"model.num_kv_heads: {config.num_kv_heads} is not num_heads {config.num_heads}, which the released format "
-            "of family flm needs; keep such a model as a checkpoint"
-        )
+    """TeleChat-52B and FLM-101B: GPT-2's names, fused c_attn [q | k | v] and, with a gate, c_fc [gate | up]."""
     inputs = ("gate", "up") if config.activation == "swiglu" else ("up",)
     every = ("weight", "bias") if config.biases == "all" else ("weight",)
     outputs = ("weight",) if config.biases == "none" else ("weight", "bias")
@@ -170,6 +194,77 @@ def flm_hf(config: ModelConfig) -> tuple[Rule, ...]:
     )
 
 
+MINDFORMERS_FORMS = ("plain", "qkv_concat", "mcore")
+
+
+def mindformers_rules(config: ModelConfig, form: str, mp: int = 1) -> tuple[Rule, ...]:
+    """The table of MindFormers' checkpoints of TeleChat2 and TeleChat-52B.
+
+    ``form``: plain (research/telechat2, training and inference), qkv_concat (its inference with fused projections, and
+    all of research/telechat, where TeleChat-52B has no other), mcore (mindformers.models.telechat2). ``mp``: the ranks
+    for which the rows of fused projections are ordered.
+
+    Source: mindspore-lab/mindformers at fd4deeb research/telechat2/convert_weight.py and convert_reversed.py, and
+    research/telechat/convert_weight_torch_to_ms.py (TeleChat-52B, ``--mp``); the wheel mindformers 1.9.0
+    mindformers/models/telechat2/utils.py. MindFormers has no way back from qkv_concat; here it is the same table.
+    """
+    return TELECHAT2_MCORE if form == "mcore" else _mindformers(config, form == "qkv_concat", mp)
+
+
+def _mindformers(config: ModelConfig, fused: bool, mp: int) -> tuple[Rule, ...]:
+    at, to = "model.layers.{i}.", "layers.{i}."
+    H, K = config.num_heads, config.num_kv_heads
+    # TeleChat-52B's converter for one rank puts single heads after one another: [q_0; k_0; v_0; q_1; ...].
+    blocks = H if config.family == "flm" and mp == 1 else mp
+    q, k, v = (f"{to}attn.{part}.weight" for part in "qkv")
+    gate, up = f"{to}ffn.gate.weight", f"{to}ffn.up.weight"
+    inputs: tuple[Rule, ...]
+    if fused:
+        inputs = (
+            rule(f"{at}attention.w_qkv.weight", q, k, v, transform=RowsByRank(blocks, (H, K, K)), axis=0),
+            rule(f"{at}feed_forward.w_gate_hidden.weight", gate, up, transform=RowsByRank(mp, (1, 1)), axis=0),
+        )
+    else:
+        inputs = (
+            rule(f"{at}attention.wq.weight", q, axis=0),
+            rule(f"{at}attention.wk_v.weight", k, v, transform=InterleavedKeyValue(), axis=0),
+            rule(f"{at}feed_forward.w1.weight", gate, axis=0),
+            rule(f"{at}feed_forward.w3.weight", up, axis=0),
+        )
+    biases = (
+        rule(f"{at}attention.wo.bias", f"{to}attn.o.bias"),
+        rule(f"{at}feed_forward.w2.bias", f"{to}ffn.down.bias"),
+    )
+    return (
+        rule("model.tok_embeddings.embedding_weight", "embed.weight", axis=0),
+        rule(f"{at}attention_norm.weight", f"{to}attn_norm.weight"),
+        rule(f"{at}ffn_norm.weight", f"{to}ffn_norm.weight"),
+        *inputs,
+        rule(f"{at}attention.wo.weight", f"{to}attn.o.weight", axis=1),
+        rule(f"{at}feed_forward.w2.weight", f"{to}ffn.down.weight", axis=1),
+        *(biases if config.biases == "outputs" else ()),
+        rule("model.norm_out.weight", "norm.weight"),
+        rule("lm_head.weight", "head.weight", axis=0),
+    )
+
+
+# Keys, values, gate and up apart and whole: the network's loader fuses them and cuts them for its ranks.
+TELECHAT2_MCORE = (
+    rule("embedding.word_embeddings.weight", "embed.weight"),
+    rule("decoder.layers.{i}.input_layernorm.weight", "layers.{i}.attn_norm.weight"),
+    *(rule(f"decoder.layers.{{i}}.self_attention.linear_{x}.weight", f"layers.{{i}}.attn.{x}.weight") for x in "qkv"),
+    rule("decoder.layers.{i}.self_attention.linear_proj.weight", "layers.{i}.attn.o.weight"),
+    rule("decoder.layers.{i}.self_attention.linear_proj.bias", "layers.{i}.attn.o.bias"),
+    rule("decoder.layers.{i}.pre_mlp_layernorm.weight", "layers.{i}.ffn_norm.weight"),
+    rule("decoder.layers.{i}.mlp.gating.weight", "layers.{i}.ffn.gate.weight"),
+    rule("decoder.layers.{i}.mlp.hidden.weight", "layers.{i}.ffn.up.weight"),
+    rule("decoder.layers.{i}.mlp.linear_fc2.weight", "layers.{i}.ffn.down.weight"),
+    rule("decoder.layers.{i}.mlp.linear_fc2.bias", "layers.{i}.ffn.down.bias"),
+    rule("decoder.final_layernorm.weight", "norm.weight"),
+    rule("output_layer.weight", "head.weight"),
+)
+
+
 def hf_rules(config: ModelConfig) -> tuple[Rule, ...]:
     """The table of the release that the model's family has."""
     if config.family == "flm":
@@ -190,6 +285,7 @@ class Binding:
     logical: tuple[str, ...]
     transform: Transform
     shape: tuple[int, ...]
+    axis: int | None = None
 
     def split(self, whole: np.ndarray, config: ModelConfig) -> dict[str, np.ndarray]:
         """The released tensor -> {logical name: tensor}."""
@@ -207,8 +303,8 @@ class Binding:
 def bind(config: ModelConfig, rules: Sequence[Rule] | None = None, prefix: str | None = None) -> dict[str, Binding]:
     """Released name -> binding for a whole model, in the model's forward order; a tied head has no line.
 
-    ``rules``: by default those of the model's family. ``prefix`` replaces ``hf_prefix`` ("" for copies without it).
-    UserError for a model that its family's format cannot hold.
+    ``rules``: by default those of the release of the model's family. ``prefix`` replaces ``hf_prefix`` ("" for copies
+    without it). Whether the format can hold the model is ``convert.places``' to say.
     """
     table = parameter_table(config)
     rules = hf_rules(config) if rules is None else rules
@@ -228,7 +324,7 @@ def bind(config: ModelConfig, rules: Sequence[Rule] | None = None, prefix: str |
             name = prefix + name.removeprefix(stem)
         logical = tuple(pattern.replace("{i}", layer) for pattern in line.logical)
         shape = line.transform.joined_shape([table[part].shape for part in logical])
-        bindings[name] = Binding(name, logical, line.transform, shape)
+        bindings[name] = Binding(name, logical, line.transform, shape, line.axis)
     return bindings
 
 

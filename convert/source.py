@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ from core.checkpoint import Checkpoint, check_shapes, open_checkpoint
 from core.config import ModelConfig
 from core.errors import UserError
 from core.params import parameter_table
+from core.safetensors_io import DTYPES
 from core.schema import from_mapping
 
 
@@ -38,17 +41,30 @@ def open_model(path: str | Path, verify: bool = True) -> ModelSource:
 class ModelSource(ABC):
     """Weights under logical names, read when asked for.
 
-    ``config``; ``path``; ``tokenizer_path`` (a tokenizer.model, or None); ``notes`` (what had to be assumed).
+    ``config``; ``path``; ``tokenizer_path`` (a tokenizer.model, or None); ``notes`` (what had to be assumed);
+    ``record`` (config and file layout of the release that the weights came from, or None); ``assets`` (small files that
+    belong to the model).
     """
 
     config: ModelConfig
     path: Path
     tokenizer_path: Path | None
     notes: tuple[str, ...] = ()
+    record: Mapping[str, Any] | None = None
+    assets: Sequence[Path] = ()
 
     def names(self) -> list[str]:
         """Logical names in forward order."""
         return list(parameter_table(self.config))
+
+    @abstractmethod
+    def dtype(self, name: str) -> np.dtype:
+        """The stored dtype of a logical name."""
+
+    def logical(self) -> Iterator[tuple[str, np.ndarray]]:
+        """(logical name, tensor) of the whole model in forward order."""
+        for name in self.names():
+            yield name, self.tensor(name)
 
     @abstractmethod
     def tensor(self, name: str) -> np.ndarray:
@@ -76,7 +92,15 @@ class HfSource(ModelSource):
         self.config = folder.config
         tokenizer = folder.path / "tokenizer.model"
         self.tokenizer_path = tokenizer if tokenizer.is_file() else None
+        self.record = folder.source_record()
+        self.assets = folder.assets
         self._released = {name: b for b in folder.bindings.values() for name in b.logical}
+
+    def dtype(self, name: str) -> np.dtype:
+        return DTYPES[self.folder.code(self._released[name].released)]
+
+    def logical(self) -> Iterator[tuple[str, np.ndarray]]:
+        return self.folder.logical()  # what is packed together is read once
 
     def tensor(self, name: str) -> np.ndarray:
         if name not in self._released:
@@ -101,7 +125,12 @@ class CanonicalSource(ModelSource):
         self.config = checkpoint_config(checkpoint)
         shapes = {name: checkpoint.shape("weights", name) for name in checkpoint.names("weights")}
         check_shapes(parameter_table(self.config), shapes, str(self.path))
+        self.record = checkpoint.model.get("hf")
+        self.assets = checkpoint.assets
         self.tokenizer_path = next((p for p in checkpoint.assets if p.name == "tokenizer.model"), None)
+
+    def dtype(self, name: str) -> np.dtype:
+        return self.checkpoint.dtype("weights", name)
 
     def tensor(self, name: str) -> np.ndarray:
         return self.checkpoint.read("weights", name)
@@ -120,3 +149,47 @@ def checkpoint_config(checkpoint: Checkpoint) -> ModelConfig:
     if not isinstance(values, dict):
         raise UserError(f"{where}: holds no config")
     return from_mapping(ModelConfig, values, f"{where}: config")
+
+
+class PlainSource(ModelSource):
+    """A model that grew, as the plain model that computes the same, where there is one.
+
+    An RMSNorm that divides by norm_divisor is one over all channels with its gain times sqrt(norm_divisor / E) and its
+    epsilon times norm_divisor / E. Rows of the vocabulary that only pad are left away. The rest is as it was; what has
+    no plain form (a LayerNorm over some channels, masks between two sizes) stays in the config.
+    """
+
+    def __init__(self, source: ModelSource) -> None:
+        config = source.config
+        folded = config.norm == "rmsnorm" and config.norm_divisor is not None
+        self.source, self.path, self.tokenizer_path = source, source.path, source.tokenizer_path
+        self.notes, self.record, self.assets = source.notes, source.record, source.assets
+        self._gain = math.sqrt(config.norm_share) if folded else 1.0
+        self.config = replace(
+            config,
+            vocab_size=config.num_tokens,
+            vocab_tokens=None,
+            norm_eps=config.norm_eps * config.norm_share if folded else config.norm_eps,
+            norm_divisor=None if folded else config.norm_divisor,
+        )
+        if folded:
+            self.notes = (*self.notes, f"norm_divisor {config.norm_divisor:g} is folded into gains and epsilon")
+        if self.config.vocab_size < config.vocab_size:
+            self.notes = (*self.notes, f"{config.vocab_size - config.num_tokens} rows of padding are left away")
+
+    def dtype(self, name: str) -> np.dtype:
+        return self.source.dtype(name)
+
+    def tensor(self, name: str) -> np.ndarray:
+        array = self.source.tensor(name)
+        if name in ("embed.weight", "head.weight"):
+            return array[: self.config.vocab_size]
+        if self._gain != 1.0 and name.endswith("norm.weight"):
+            return (array.astype(np.float64) * self._gain).astype(array.dtype)
+        return array
+
+    def export(self, tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        return self.source.export(tensors)
+
+    def files(self) -> list[Path]:
+        return self.source.files()

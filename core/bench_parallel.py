@@ -26,6 +26,7 @@ from core.bench_worker import Worker, bench_config, paired_ratios, random_batch,
 from core.config import ModelConfig, RunConfig
 from core.launch_command import PLACES
 from core.layout import Layout, parse_layout
+from core.recipe import tells_classes_apart
 from core.schedule import bubble, bubble_formula
 from core.sequence import split_batch, visible_pairs
 from core.sharding import Shard, chunk_table, kv_copies, plan_buckets
@@ -225,6 +226,7 @@ def traffic_of(config: RunConfig, rank: int) -> Traffic:
         micro_batches=_micro_batches(config),
         rank=rank,
         precision=config.train.precision,
+        by_class=tells_classes_apart(config.optim),
     )
 
 
@@ -258,7 +260,8 @@ def states_of(config: RunConfig, rank: int) -> int:
     parts = layout.dp * layout.cp if layout.zero1 else 1
     # The same limit as the backends': it decides how much padding there is.
     limit = int(layout.bucket_mb * 2**20 / 4) if layout.dp * layout.cp > 1 else None
-    held = sum(bucket.size // parts for bucket in plan_buckets(table, parts, limit))
+    by_class = tells_classes_apart(config.optim)
+    held = sum(bucket.size // parts for bucket in plan_buckets(table, parts, limit, by_class))
     return 3 * Widths.of(config.train.precision).master * held
 
 

@@ -9,6 +9,7 @@ import hashlib
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -59,6 +60,9 @@ class PieceWriter:
         self._kind = ""
         self._counts = dict.fromkeys(KINDS, 0)
         self._files: dict[str, dict[str, Any]] = {}
+        # Full files are synced and hashed here, while the next one fills.
+        self._finisher = ThreadPoolExecutor(1, "finish-file")
+        self._finishing: list[Future[None]] = []
 
     def add(self, kind: str, piece: TensorPiece) -> None:
         """Write one piece. ValueError if it contradicts the pieces before, or a whole tensor is given twice."""
@@ -84,7 +88,13 @@ class PieceWriter:
         return self
 
     def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
-        self._close(kind, error, trace)
+        if kind is None:
+            self._close()
+        elif self._file is not None:
+            self._file.__exit__(kind, error, trace)
+        self._finisher.shutdown()  # waits
+        for finished in self._finishing if kind is None else ():
+            finished.result()
 
     def _open(self, kind: str, key: str, array: np.ndarray) -> SafetensorsWriter:
         file = self._file
@@ -101,15 +111,15 @@ class PieceWriter:
             self._file = SafetensorsWriter(path, _HEADER_ROOM)
         return self._file
 
-    def _close(self, kind: Any = None, error: Any = None, trace: Any = None) -> None:
-        if self._file is None:
-            return
-        self._file.__exit__(kind, error, trace)
-        if kind is None:
-            # The header lies before the data but is known last, so the hash is taken now, from the file cache.
-            path = self._file.path
-            self._files[path.name] = {"size": path.stat().st_size, "sha256": file_sha256(path)}
+    def _close(self) -> None:
+        if self._file is not None:
+            self._finishing.append(self._finisher.submit(self._finish, self._file))
         self._file = None
+
+    def _finish(self, file: SafetensorsWriter) -> None:
+        file.__exit__(None, None, None)
+        # The header lies before the data but is known last, so the hash is taken now, from the file cache.
+        self._files[file.path.name] = {"size": file.path.stat().st_size, "sha256": file_sha256(file.path)}
 
 
 def write_manifest(folder: Path, step: int, parts: Sequence[Mapping[str, Any]], save: str | None = None) -> None:

@@ -29,6 +29,7 @@ GROUPS: dict[str, dict[str, tuple[str, str]]] = {
     },
     "Train": {
         "train": ("core.commands.train", "train or resume a model with MindSpore (ms) or PyTorch (pt)"),
+        "grow": ("core.commands.grow", "a trained model made larger, optimizer included, computing the same"),
         "plan": ("core.commands.plan", "estimate parameters, memory and arithmetic of a model, without making it"),
         "mup": ("core.commands.mup", "forecast the loss of a large width from small ones"),
         "bench": ("core.commands.bench", "measure tokens/s and step time of both frameworks, paired"),
@@ -41,7 +42,7 @@ GROUPS: dict[str, dict[str, tuple[str, str]]] = {
     },
     "Check and exchange": {
         "parity": ("core.commands.parity", "run both frameworks and report every difference; exit 1 on a broken bound"),
-        "convert": ("core.commands.convert", "released Hugging Face checkpoints to and from the canonical form"),
+        "convert": ("core.commands.convert", "checkpoints between Hugging Face, MindFormers and the canonical form"),
     },
 }
 VERBS: dict[str, tuple[str, str]] = {verb: entry for group in GROUPS.values() for verb, entry in group.items()}

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from core.errors import UserError
+from core.growth_mask import GrowthMask, new_heads
 from core.layout import Layout
 from core.schema import from_mapping, load_yaml, option, set_dotted
 
@@ -36,6 +38,9 @@ class ModelConfig:
     num_layers: int = option(help="L, decoder blocks [n_layer]", min=1, max=10_000)
     num_heads: int = option(help="H, query heads [n_head]", min=1)
     num_kv_heads: int = option(help="K, key/value heads; divides num_heads [num_key_value_heads]", min=1)
+    head_dim: int = option(
+        0, help="D, channels of a head, even; 0: hidden_size / num_heads (models may grow in one of them alone)", min=0
+    )
     norm: str = option(
         "rmsnorm", help="layernorm also takes the mean off and has a bias", choices=("rmsnorm", "layernorm")
     )
@@ -48,8 +53,8 @@ class ModelConfig:
     )
     position: str = option(
         "ntk",
-        help="rotary; ntk: TeleChat2's length scaling; xpos: decay with distance",
-        choices=("ntk", "rope", "xpos"),
+        help="rotary; ntk, ntk-theta: length scaling of TeleChat2, of TeleChat-52B; xpos: decay with distance",
+        choices=("ntk", "ntk-theta", "rope", "xpos"),
     )
     rope_theta: float = option(10000.0, help="rotary base before NTK scaling", above=0.0)
     xpos_scale_base: float = option(512.0, help="xpos: distance over which a channel decays by its rate", above=0.0)
@@ -58,8 +63,21 @@ class ModelConfig:
     training_seqlen: int = option(help="length beyond which attention scaling acts", min=1)
     base_seqlen: int = option(help="length beyond which the rotary base grows", min=1)
     max_seqlen: int = option(help="length the model was trained to handle [seq_length]", min=1)
-    init_std: float = option(0.02, help="standard deviation of initial matrices [initializer_range]", above=0.0)
+    init_std: float = option(0.02, help="standard deviation of initial weights [initializer_range]", above=0.0)
+    matrix_init_std: float | None = option(
+        None, help="that of matrix-like weights (attention and ffn) under muP; default: init_std", above=0.0
+    )
     tied_embeddings: bool = option(False, help="the head is the embedding, used twice [tie_word_embeddings]")
+    vocab_tokens: int | None = option(
+        None, help="rows of the vocabulary that stand for tokens; later ones pad and are never predicted", min=1
+    )
+    norm_divisor: float | None = option(
+        None,
+        help="channels that norms count (a model that grew without masks does not count all): RMSNorm divides the sum "
+        "of squares by it, LayerNorm takes mean and variance of the first so many",
+        above=0.0,
+    )
+    growth: GrowthMask | None = option(None, help="masks of a model that is growing; written by `tele grow`")
     table_dtype: str = option(
         "float32", help="rotary table precision; float16 reproduces the released code", choices=("float32", "float16")
     )
@@ -68,11 +86,13 @@ class ModelConfig:
     pad_token_id: int = option(3, help="<_pad>", min=0)
 
     def __post_init__(self) -> None:
-        if self.hidden_size % self.num_heads:
-            raise UserError(
-                f"model.num_heads: {self.num_heads} does not divide hidden_size {self.hidden_size}; "
-                f"nearest that does: {_nearest_divisor(self.hidden_size, self.num_heads)}"
-            )
+        if not self.head_dim:
+            if self.hidden_size % self.num_heads:
+                raise UserError(
+                    f"model.num_heads: {self.num_heads} does not divide hidden_size {self.hidden_size}; "
+                    f"nearest that does: {_nearest_divisor(self.hidden_size, self.num_heads)}"
+                )
+            object.__setattr__(self, "head_dim", self.hidden_size // self.num_heads)
         if self.num_heads % self.num_kv_heads:
             raise UserError(
                 f"model.num_kv_heads: {self.num_kv_heads} does not divide num_heads {self.num_heads}; "
@@ -83,13 +103,38 @@ class ModelConfig:
                 f"model.num_heads: head size {self.head_dim} (= {self.hidden_size} / {self.num_heads}) is odd; "
                 "rotary positions need an even head size"
             )
+        if self.num_tokens > self.vocab_size:
+            raise UserError(f"model.vocab_tokens: {self.vocab_tokens} is above vocab_size {self.vocab_size}")
         for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
-            if getattr(self, name) >= self.vocab_size:
-                raise UserError(f"model.{name}: {getattr(self, name)} is outside the vocabulary of {self.vocab_size}")
+            if getattr(self, name) >= self.num_tokens:
+                raise UserError(f"model.{name}: {getattr(self, name)} is outside the vocabulary of {self.num_tokens}")
+        if self.growth is not None:
+            self._check_growth(self.growth)
+
+    def _check_growth(self, growth: GrowthMask) -> None:
+        for name in ("hidden_size", "ffn_hidden_size"):
+            before, now = getattr(growth, name), getattr(self, name)
+            if before > now:
+                raise UserError(f"model.growth.{name}: {before} is above the {now} of now")
+        for layer in growth.new_layers:
+            if layer >= self.num_layers:
+                raise UserError(f"model.growth.new_layers: there is no layer {layer} of {self.num_layers}")
+        new_heads(growth, self.num_heads, self.num_kv_heads)
 
     @property
-    def head_dim(self) -> int:
-        return self.hidden_size // self.num_heads
+    def num_tokens(self) -> int:
+        """Rows of the vocabulary that stand for tokens."""
+        return self.vocab_size if self.vocab_tokens is None else self.vocab_tokens
+
+    @property
+    def norm_share(self) -> float:
+        """norm_divisor / E of an RMSNorm: 1 but for models that grew without masks."""
+        return 1.0 if self.norm_divisor is None or self.norm == "layernorm" else self.norm_divisor / self.hidden_size
+
+    @property
+    def norm_channels(self) -> int | None:
+        """The first so many channels are what a LayerNorm takes its statistics over; None: all."""
+        return None if self.norm_divisor is None or self.norm == "rmsnorm" else int(self.norm_divisor)
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
@@ -111,6 +156,11 @@ class DataConfig:
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
     steps: int = option(help="optimizer steps in the whole run", min=1)
+    schedule_steps: int | None = option(
+        None,
+        help="steps that the learning rate's schedule spans, where more runs follow this one; default: steps",
+        min=1,
+    )
     global_batch: int = option(help="sequences an optimizer step", min=1)
     micro_batch: int = option(help="sequences a forward pass on one data-parallel rank; divides global_batch", min=1)
     precision: str = option(
@@ -133,16 +183,28 @@ class TrainConfig:
 class OptimConfig:
     lr: float = option(help="peak learning rate", above=0.0)
     min_lr: float = option(0.0, help="learning rate at the end of the cosine", min=0.0)
+    matrix_lr: float | None = option(
+        None, help="peak for matrix-like weights (attention and ffn) under muP, same schedule; default: lr", above=0.0
+    )
     warmup_steps: int = option(0, help="linear warm-up: step s < warmup uses lr*(s+1)/warmup", min=0)
+    rewarmup_steps: int = option(0, help="the same once more after the model has grown", min=0)
+    restart_lr: float | None = option(
+        None, help="after the model has grown, a new cosine from here; default: the old one goes on", above=0.0
+    )
     beta1: float = option(0.9, help="AdamW", min=0.0, max=0.999999)
     beta2: float = option(0.95, help="AdamW", min=0.0, max=0.9999999)
     eps: float = option(1e-8, help="AdamW", above=0.0)
     weight_decay: float = option(0.1, help="decoupled, on matrices only", min=0.0)
+    matrix_weight_decay: float | None = option(
+        None, help="that of matrix-like weights under muP; default: weight_decay", min=0.0
+    )
     clip_grad: float = option(1.0, help="global gradient norm limit; 0 switches clipping off", min=0.0)
 
     def __post_init__(self) -> None:
         if self.min_lr > self.lr:
             raise UserError(f"optim.min_lr: {self.min_lr} is above the peak optim.lr {self.lr}")
+        if self.restart_lr is not None and self.min_lr > self.restart_lr:
+            raise UserError(f"optim.min_lr: {self.min_lr} is above optim.restart_lr {self.restart_lr}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -227,34 +289,68 @@ def preset_names() -> list[str]:
 
 
 def load_model_config(spec: str | dict[str, Any], where: str = "model") -> ModelConfig:
-    """A model from a preset's name, from ``{preset: name, ...overrides}``, or from a full mapping."""
+    """A model from a preset's name, from ``{preset: name, ...overrides}``, or from a full mapping.
+
+    In place of a preset's name stands a YAML file's as well: a model's mapping, or a run whose ``model`` is taken.
+    """
     if isinstance(spec, str):
         spec = {"preset": spec}
     if not isinstance(spec, dict):
         raise UserError(f"{where}: expected a preset's name or a mapping, found {spec!r}")
     values = dict(spec)
     if "preset" in values:
-        name = values.pop("preset")
-        path = CONFIGS / "models" / f"{name}.yaml"
-        if name not in preset_names():
-            near = difflib.get_close_matches(str(name), preset_names(), n=1)
-            hint = f"did you mean '{near[0]}'?" if near else f"there are: {', '.join(preset_names())}"
-            raise UserError(f"{where}.preset: no model preset '{name}'; {hint}")
-        values = {**load_yaml(path), **values}
+        values = {**_preset(str(values.pop("preset")), where), **values}
     return from_mapping(ModelConfig, values, where)
 
 
+def _preset(name: str, where: str) -> dict[str, Any]:
+    """The mapping that a preset's name or a YAML file's stands for."""
+    if not _is_file(name):
+        if name not in preset_names():
+            near = difflib.get_close_matches(name, preset_names(), n=1)
+            hint = f"did you mean '{near[0]}'?" if near else f"there are: {', '.join(preset_names())}"
+            raise UserError(f"{where}.preset: no model preset '{name}'; {hint}")
+        values = load_yaml(CONFIGS / "models" / f"{name}.yaml")
+    else:
+        values = load_yaml(name)
+        if isinstance(values, dict) and "model" in values:
+            inner = values["model"]
+            values = {"preset": inner} if isinstance(inner, str) else inner
+        if isinstance(values, dict) and "preset" in values:
+            inherited = _preset(_beside(str(values["preset"]), Path(name).parent), where)
+            values = {**inherited, **{key: value for key, value in values.items() if key != "preset"}}
+    if not isinstance(values, dict):
+        raise UserError(f"{name}: expected a model's mapping, found {values!r}")
+    return values
+
+
+def _is_file(preset: str) -> bool:
+    return preset.endswith((".yaml", ".yml"))
+
+
+def _beside(preset: str, folder: Path) -> str:
+    return str(folder / preset) if _is_file(preset) else preset
+
+
 def load_run_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> RunConfig:
-    """Read a run's YAML, apply ``--set`` overrides, validate. Relative data paths count from the file's folder."""
+    """Read a run's YAML, apply ``--set`` overrides, validate. Relative paths in it count from the file's folder."""
+    return run_config_from_dict(load_run_tree(path, overrides))
+
+
+def load_run_tree(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """What load_run_config validates: the file's mapping with paths made whole and overrides applied."""
     tree = load_yaml(path)
     if not isinstance(tree, dict):
         raise UserError(f"{path}: expected a mapping with model, data, train and optim")
     if isinstance(tree.get("model"), str):
         tree["model"] = {"preset": tree["model"]}
-    _anchor_paths(tree, Path(path).resolve().parent)
+    folder = Path(path).resolve().parent
+    if isinstance(tree.get("model"), dict) and isinstance(tree["model"].get("preset"), str):
+        tree["model"]["preset"] = _beside(tree["model"]["preset"], folder)
+    _anchor_paths(tree, folder)
     for assignment in overrides:
         set_dotted(tree, assignment)
-    return run_config_from_dict(tree)
+    return tree
 
 
 def run_config_from_dict(tree: dict[str, Any]) -> RunConfig:

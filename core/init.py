@@ -3,6 +3,7 @@
 Element i of parameter ``name`` is a pure function of (seed, name, i), so any slice can be made without the whole and
 two ranks, or two frameworks, make the same numbers. The counter-based generator is splitmix64's output function
 (Steele, Lea and Flood, 2014) over consecutive counters; two 32-bit halves give one normal by Box and Muller in float64.
+The cosine is a polynomial of products and sums, which every processor rounds alike.
 """
 
 from __future__ import annotations
@@ -13,9 +14,9 @@ import math
 import numpy as np
 
 from core.config import ModelConfig
-from core.params import ParamSpec, parameter_table
+from core.params import MATRIX, ParamSpec, parameter_table
 
-_CHUNK = 1 << 20  # elements made at once: a table of any size costs a few tens of MB on top of itself
+_CHUNK = 1 << 15  # elements made at once: few enough for a processor's cache
 
 
 def init_tensor(
@@ -23,7 +24,8 @@ def init_tensor(
 ) -> np.ndarray:
     """float32 initial value of a parameter, or of the slice ``index`` of it.
 
-    ``normal``: matrices N(0, init_std), gains 1, biases 0 (released initialisation). ``strong``: weights for tests,
+    ``normal``: N(0, matrix_init_std) for matrix-like parameters and N(0, init_std) for embedding and head, gains 1,
+    biases 0 (released initialisation; without matrix_init_std all have init_std). ``strong``: weights for tests,
     large and with random gains and biases, so that a missed bias or a wrong packing changes the logits visibly.
     Raises KeyError for a name that the model does not have.
     """
@@ -51,7 +53,9 @@ def init_weights(config: ModelConfig, seed: int, scheme: str = "normal") -> dict
 
 def _moments(spec: ParamSpec, config: ModelConfig, scheme: str) -> tuple[float, float]:
     if scheme == "normal":
-        return {"norm": (1.0, 0.0), "bias": (0.0, 0.0)}.get(spec.kind, (0.0, config.init_std))
+        own = config.matrix_init_std if spec.mup_class == MATRIX else None
+        std = config.init_std if own is None else own
+        return {"norm": (1.0, 0.0), "bias": (0.0, 0.0)}.get(spec.kind, (0.0, std))
     fan_in = spec.shape[-1]
     # The embedding stays small so that the norm's epsilon is visible; the head spreads the logits to about 3.
     strong = {"norm": (1.0, 0.23), "bias": (0.0, 0.3), "embedding": (0.0, 0.02), "head": (0.0, 3.0 / math.sqrt(fan_in))}
@@ -74,20 +78,51 @@ def _extent(shape: tuple[int, ...], index: tuple[slice, ...] | None) -> tuple[tu
 def _global_index(
     local: np.ndarray, shape: tuple[int, ...], whole: tuple[int, ...], starts: tuple[int, ...]
 ) -> np.ndarray:
-    """Flat index in the whole tensor of each flat index of the slice."""
-    if shape == whole:
-        return local
-    axes = np.unravel_index(local, shape)
-    return np.ravel_multi_index(tuple(a + s for a, s in zip(axes, starts, strict=True)), whole)
+    """Flat index in the whole tensor of each flat index of the slice; tensors have one or two axes."""
+    if len(shape) == 1:
+        return local + starts[0]
+    if shape[1] == whole[1]:
+        return local + starts[0] * whole[1]
+    row, column = np.divmod(local, shape[1])
+    return (row + starts[0]) * whole[1] + (column + starts[1])
+
+
+# sin(2 pi y) / y in powers of y^2, to 3e-16 where |y| <= 1/4; the highest power first.
+_SINE = [(-1) ** k * (2.0 * math.pi) ** (2 * k + 1) / math.factorial(2 * k + 1) for k in range(9, -1, -1)]
 
 
 def _normal(key: np.uint64, counter: np.ndarray) -> np.ndarray:
+    """float64 of the shape of ``counter`` (int64, at least 0)."""
+    z = counter.astype(np.uint64)
+    shifted = np.empty_like(z)
     with np.errstate(over="ignore"):
-        z = key + (counter.astype(np.uint64) + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
-        z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-        z ^= z >> np.uint64(31)
+        z += np.uint64(1)
+        z *= np.uint64(0x9E3779B97F4A7C15)
+        z += key
+        for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB), (31, 1)):
+            np.right_shift(z, np.uint64(shift), out=shifted)
+            z ^= shifted
+            z *= np.uint64(factor)
     # (n + 0.5) / 2^32 lies strictly inside (0, 1), so the logarithm is finite.
-    high = ((z >> np.uint64(32)).astype(np.float64) + 0.5) * 2.0**-32
-    low = ((z & np.uint64(0xFFFFFFFF)).astype(np.float64) + 0.5) * 2.0**-32
-    return np.sqrt(-2.0 * np.log(high)) * np.cos(2.0 * np.pi * low)
+    np.right_shift(z, np.uint64(32), out=shifted)
+    high = shifted.astype(np.float64)
+    z &= np.uint64(0xFFFFFFFF)
+    low = z.astype(np.float64)
+    for half in (high, low):
+        half += 0.5
+        half *= 2.0**-32
+    np.log(high, out=high)
+    high *= -2.0
+    np.sqrt(high, out=high)
+    # cos(2 pi u) = -sin(2 pi y) with y = 1/4 - |u - 1/2|.
+    low -= 0.5
+    np.abs(low, out=low)
+    np.subtract(0.25, low, out=low)
+    square = low * low
+    cosine = np.full_like(square, _SINE[0])
+    for coefficient in _SINE[1:]:
+        cosine *= square
+        cosine += coefficient
+    cosine *= low
+    cosine *= high
+    return np.negative(cosine, out=cosine)

@@ -23,7 +23,7 @@ from core.init import init_weights
 from core.layout import Layout
 from core.layout_worker import Outcome, Task, pad_rows, read_batch, row_multiple, run_alone
 from core.parity import UNIT_ROUNDOFF, Bound, compare_tensors, global_norm, relative_frobenius, tolerances
-from core.recipe import clip_factor
+from core.recipe import clip_factor, tells_classes_apart
 from core.schedule import peak_live
 from core.sequence import split_batch
 from core.traffic import Traffic, expected_traffic
@@ -138,9 +138,12 @@ def expected_of(task: Task) -> tuple[list[Traffic] | str, list[int]]:
     if len(methods) > 1:
         return "messages are not counted: only some micro-batches have documents that fit a zigzag", peaks
     sizes = {"seq_len": batch.input_ids.shape[1], "micro_batch": task.micro_batch, "micro_batches": micro_batches}
+    by_class = tells_classes_apart(task.optim)
     method = methods.pop()
     traffic = [
-        expected_traffic(task.model, layout, rank=rank, precision=task.precision, method=method, **sizes)
+        expected_traffic(
+            task.model, layout, rank=rank, precision=task.precision, method=method, by_class=by_class, **sizes
+        )
         for rank in ranks
     ]
     return traffic, peaks

@@ -15,8 +15,6 @@ import argparse
 import contextlib
 import dataclasses
 import errno
-import hashlib
-import json
 import math
 import os
 import signal
@@ -34,15 +32,20 @@ from core.cli import Parser
 from core.config import RunConfig, load_model_config, load_run_config, run_config_from_dict
 from core.data.blend import Blend, open_blend
 from core.errors import UserError
+from core.growth import Growth, read_history
+from core.growth_mask import GrowthMask
+from core.growth_mask import describe as describe_growth
 from core.health import Health, TrainingStopped
 from core.layout import check_layout
 from core.loss_scale import DynamicLossScale
 from core.metrics import MetricsLog, Row, plot_losses, read_metrics, require_fresh
-from core.params import count_parameters
+from core.params import MATRIX, count_parameters
 from core.progress import Console
-from core.recipe import clip_factor, learning_rate
+from core.recipe import class_rate, clip_factor, learning_rate
 from core.schedule import bubble_formula
+from core.schema import from_mapping
 from core.tensorboard import TensorBoard
+from core.together import meet, raise_together, require_same_on_all, together
 from core.worker import run_script
 
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -88,12 +91,19 @@ class Stepper(Protocol):
         """
         ...
 
+    def set_mask(self, c: float | None) -> None:
+        """Of a growing model (``config.model.growth``): how far what is new counts from now on; None: all of it."""
+        ...
+
     def grad_norm(self, loss_scale: float) -> float:
         """Global L2 norm of the accumulated gradients divided by ``loss_scale``; not finite if any of them is not."""
         ...
 
     def update(self, lr: float, grad_scale: float) -> None:
-        """One AdamW step on the fp32 masters with gradients times ``grad_scale``; then gradients are zero again."""
+        """One AdamW step on the fp32 masters with gradients times ``grad_scale``; then gradients are zero again.
+
+        ``lr`` is that of vector-like parameters; core.recipe.class_rate has that of the others.
+        """
         ...
 
     def discard(self) -> None:
@@ -163,18 +173,19 @@ def train(
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"--out {folder}: cannot be made ({error.strerror}); give another folder") from None
-    blend = open_blend(config.data, config.train.seed, config.model.vocab_size, config.model.pad_token_id)
+    blend = open_blend(config.data, config.train.seed, config.model.num_tokens, config.model.pad_token_id)
     checkpoint = _checkpoint_to_resume(folder, resume, verify=config.parallel.world == 1)
     if checkpoint is not None:
+        config = _adopt_growth(checkpoint, config)
         _require_same_model(checkpoint, config)
     stepper = stepper_factory(config)
-    _require_same_on_all(stepper, {**config.to_dict(), "--out": str(out), "--resume": resume})
+    require_same_on_all(stepper, {**config.to_dict(), "--out": str(out), "--resume": resume})
     run = _Run(stepper, config, folder, blend)
     if checkpoint is not None:
         if config.parallel.world > 1:
             share = (stepper.rank, stepper.world)
-            _together(stepper, lambda: checkpoint.verify(share=share))
-        _together(stepper, lambda: run.load(checkpoint))
+            together(stepper, lambda: checkpoint.verify(share=share))
+        together(stepper, lambda: run.load(checkpoint))
     return run.go()
 
 
@@ -188,6 +199,8 @@ class _Run:
         self.loss_scale = DynamicLossScale() if config.train.precision == "fp16" else None
         self.saver = Saver()
         self.notes: list[str] = []
+        self.history: tuple[Growth, ...] = ()
+        self.growth = config.model.growth  # None once its masks have done their work
 
     def load(self, checkpoint: Checkpoint) -> None:
         """Continue where ``checkpoint`` was taken; notes for the log say what differs from the run that wrote it."""
@@ -201,6 +214,7 @@ class _Run:
             raise RuntimeError(f"stepper is at update {self.stepper.step}, checkpoint at {trainer['optimizer_steps']}")
         self.state = TrainState(trainer["step"], trainer["samples"], trainer["tokens"])
         self.health.load(trainer["health"])
+        self.history = read_history(checkpoint.model, str(checkpoint.path / "model.json"))
         if self.loss_scale is not None and trainer["loss_scale"] is not None:
             self.loss_scale = DynamicLossScale.from_dict(trainer["loss_scale"])
         self.notes.append(f"resumed from {checkpoint.path} (step {self.state.step}, written by {trainer['backend']})")
@@ -221,7 +235,7 @@ class _Run:
         first = self.stepper.rank == 0
         lines = (*_header(self.stepper, self.config, self.blend, self.state), *self.notes) if first else ()
         with _Signals(quiet=not first) as signals, contextlib.ExitStack() as ended:
-            records = _together(self.stepper, lambda: _Records(self.out, total, self.state.step, first, lines))
+            records = together(self.stepper, lambda: _Records(self.out, total, self.state.step, first, lines))
             ended.callback(records.close)
             try:
                 caught = self._agree(signals)
@@ -261,9 +275,9 @@ class _Run:
         mine = [signals.caught or 0, problem is not None, self.saver.failed]
         caught, stuck, failed = self.stepper.agree([float(number) for number in mine], "max")
         if stuck:
-            _raise_together(self.stepper, problem)
+            raise_together(self.stepper, problem)
         if failed:
-            _together(self.stepper, self.saver.wait)
+            together(self.stepper, self.saver.wait)
         return int(caught) or None
 
     def _recorded(self, records: _Records, row: Row) -> str | None:
@@ -285,12 +299,18 @@ class _Run:
         """Draw a global batch, train on it, advance; returns the step's row of metrics."""
         train, state = self.config.train, self.state
         started = time.perf_counter()
-        lr = learning_rate(self.config.optim, train.steps, state.step)
+        grown_at = self.history[-1].step if self.history else None
+        lr = learning_rate(self.config.optim, train.schedule_steps or train.steps, state.step, grown_at)
+        self._set_mask(records)
         first, count = self.stepper.share(train.global_batch)
         batch = self.blend.batch(state.samples + first, count)
         # One divisor for the whole global batch: with masked targets, a mean of micro-batch means is another number.
         num_targets = self.stepper.count_targets(batch.num_targets)
         row: Row = {"step": state.step + 1, "loss": None, "grad_norm": None, "lr": lr}
+        if self.growth is not None:
+            row["mask"] = self.growth.at_step(state.step)
+        if (own := class_rate(self.config.optim, lr, MATRIX)) != lr:
+            row["matrix_lr"] = own
         if self.loss_scale is not None:
             row["loss_scale"] = self.loss_scale.scale
         if num_targets:
@@ -303,6 +323,22 @@ class _Run:
         self.state = TrainState(state.step + 1, state.samples + train.global_batch, state.tokens + tokens)
         row |= {"tokens": self.state.tokens, "tokens_per_s": tokens / seconds, "step_ms": seconds * 1000}
         return row | ({"skipped": True} if skipped else {})
+
+    def _set_mask(self, records: _Records) -> None:
+        """Let the masks of a growing model rise with the steps, and go when they are 1."""
+        if self.growth is None:
+            return
+        c = self.growth.at_step(self.state.step)
+        self.stepper.set_mask(c)
+        if c is None:
+            self.growth = None
+            records.note(f"step {self.state.step + 1}: the masks are 1 and gone, the model has its full size")
+
+    def _model_config(self) -> dict[str, Any]:
+        """The model as it is for the next step, the state of its masks included."""
+        c = None if self.growth is None else self.growth.at_step(self.state.step)
+        growth = None if self.growth is None or c is None else dataclasses.replace(self.growth, mask=c)
+        return dataclasses.replace(self.config.model, growth=growth).to_dict()
 
     def _accumulate_and_update(self, batch: Batch, num_targets: int, lr: float, row: Row, records: _Records) -> bool:
         """Gradients, verdict, update. Fills loss and norm into ``row``; True if the step was skipped."""
@@ -361,19 +397,22 @@ class _Run:
             "seed": self.config.train.seed,
             "backend": stepper.implementation().get("backend", "unknown"),
             "layout": self.config.parallel.name,
-            "config": self.config.to_dict(),
+            "config": {**self.config.to_dict(), "model": self._model_config()},
         }
         self.saver.save(
             self.out,
             state.step,
             asynchronous=asynchronous,
-            model={"config": self.config.model.to_dict()},
+            model={
+                "config": self._model_config(),
+                **({"grown": [growth.to_dict() for growth in self.history]} if self.history else {}),
+            },
             weights=stepper.weights(),
             optimizer=stepper.optimizer_state(),
             trainer=trainer,
             keep_last=self.config.checkpoint.keep_last,
             assets=[self.blend.tokenizer_path()],
-            ranks=Ranks(stepper.rank, stepper.world, lambda: _meet(stepper)),
+            ranks=Ranks(stepper.rank, stepper.world, lambda: meet(stepper)),
         )
 
     def _save_unless_saved(self) -> None:
@@ -460,70 +499,6 @@ class _Signals:
             signal.signal(s, handler)
 
 
-def _meet(stepper: Stepper) -> None:
-    stepper.agree([0.0], "max")
-
-
-def _together(stepper: Stepper, action: Callable[[], T]) -> T:
-    """``action`` on every rank. A UserError of one is raised on all of them, so that they end together, in one line."""
-    try:
-        result = action()
-    except UserError as error:
-        if stepper.world == 1:
-            raise
-        _raise_together(stepper, str(error))
-        raise
-    _raise_together(stepper, None)
-    return result
-
-
-def _raise_together(stepper: Stepper, problem: str | None) -> None:
-    """UserError on every rank when one has a ``problem``: that of the lowest rank, carried over as numbers."""
-    world = stepper.world
-    speaker = int(stepper.agree([float(world if problem is None else stepper.rank)], "min")[0])
-    if speaker == world:
-        return
-    text = (problem or "").encode() if stepper.rank == speaker else b""
-    (length,) = stepper.agree([float(len(text))], "max")
-    codes = stepper.agree([float(byte) for byte in text.ljust(int(length), b"\0")], "sum")
-    raise UserError(bytes(int(code) for code in codes).decode(errors="replace"))
-
-
-def _require_same_on_all(stepper: Stepper, facts: dict[str, Any]) -> None:
-    """UserError on every rank, naming the options and the ranks, unless all were started alike."""
-    leaves = dict(_leaves(facts))
-    whole = [float(len(leaves)), *_words(json.dumps(leaves))]
-    if stepper.agree(whole, "min") == stepper.agree(whole, "max"):
-        return
-    names: list[str] = []
-    if stepper.agree(whole[:1], "min") == stepper.agree(whole[:1], "max"):
-        each = [_words(f"{name}={value}")[0] for name, value in leaves.items()]
-        low, high = stepper.agree(each, "min"), stepper.agree(each, "max")
-        names = [name for name, a, b in zip(leaves, low, high, strict=True) if a != b]
-    reference = stepper.agree(whole if stepper.rank == 0 else [0.0] * len(whole), "sum")
-    mine = [float(rank == stepper.rank and whole != reference) for rank in range(stepper.world)]
-    others = [str(rank) for rank, differs in enumerate(stepper.agree(mine, "sum")) if differs]
-    what = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-    raise UserError(
-        f"{what or 'config'}: not the same on all ranks: {'rank' if len(others) == 1 else 'ranks'} {', '.join(others)} "
-        "differ from rank 0; start every rank with the same config and options"
-    )
-
-
-def _leaves(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
-    for key in sorted(tree):
-        if isinstance(tree[key], dict):
-            yield from _leaves(tree[key], f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", json.dumps(tree[key])
-
-
-def _words(text: str) -> list[float]:
-    """SHA-256 of ``text`` as numbers of 32 bits, which float64 carries exactly."""
-    digest = hashlib.sha256(text.encode()).digest()
-    return [float(int.from_bytes(digest[i : i + 4])) for i in range(0, len(digest), 4)]
-
-
 def _checkpoint_to_resume(out: Path, resume: str | None, verify: bool) -> Checkpoint | None:
     if resume == "auto":
         return open_checkpoint(out, verify) if (out / "latest").exists() else None
@@ -534,6 +509,13 @@ def _checkpoint_to_resume(out: Path, resume: str | None, verify: bool) -> Checkp
         return checkpoint
     require_fresh(out)
     return None
+
+
+def _adopt_growth(checkpoint: Checkpoint, config: RunConfig) -> RunConfig:
+    """``config`` with the masks of the model that the checkpoint holds: they are state, not configuration."""
+    written = checkpoint.model["config"].get("growth")
+    growth = None if written is None else from_mapping(GrowthMask, written, f"{checkpoint.path / 'model.json'}: growth")
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, growth=growth))
 
 
 def _require_same_model(checkpoint: Checkpoint, config: RunConfig) -> None:
@@ -577,6 +559,7 @@ def _header(stepper: Stepper, config: RunConfig, blend: Blend, state: TrainState
         **_split(config),
         "precision": train.precision,
         "parameters": f"{parameters:,}",
+        **({"growing": describe_growth(config.model)} if config.model.growth is not None else {}),
         **implementation,
         "data": f"{sum(blend.num_samples):,} samples of {seq_len} tokens, digest {blend.digest()[:12]}",
         "plan": f"{left:,} of {train.steps:,} steps, each {train.global_batch} x {seq_len} tokens in micro-batches of "

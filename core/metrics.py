@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 import os
+import statistics
+from collections import deque
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +16,8 @@ from core.errors import UserError
 from core.params import parameter_table
 
 Row = dict[str, Any]
+
+_SMOOTH_FROM = 250  # steps from which a plot shows a running mean
 
 
 class MetricsLog:
@@ -101,10 +106,12 @@ def column(rows: Sequence[Row], key: str) -> list[float]:
     return [float("nan") if row.get(key) is None else float(row[key]) for row in rows]
 
 
-def plot_losses(runs: Mapping[str, Sequence[Row]], path: str | Path, title: str) -> Path:
+def plot_losses(
+    runs: Mapping[str, Sequence[Row]], path: str | Path, title: str, marks: Mapping[int, str] | None = None
+) -> Path:
     """Draw loss, gradient norm and learning rate over steps for each labelled run into a PNG; returns its path.
 
-    Steps that made no update (skipped) are marked on the loss curve.
+    Steps that made no update (skipped) are marked on the loss curve; ``marks`` are lines at steps, with what they say.
     """
     import matplotlib
 
@@ -123,13 +130,27 @@ def plot_losses(runs: Mapping[str, Sequence[Row]], path: str | Path, title: str)
         steps = [row["step"] for row in rows]
         # Later curves are dashed, so that two that coincide are both seen.
         style = {"color": f"C{index}", "linestyle": "-" if index == 0 else (0, (4, 3)), "linewidth": 1.6}
+        # Of a long run single steps are a grey band; what they are around is a running mean.
+        smooth = len(rows) >= _SMOOTH_FROM
         for axis, (key, _) in zip(axes, panels, strict=True):
-            axis.plot(steps, column(rows, key), label=label, **style)
+            thin = {"alpha": 0.3, "linewidth": 0.8} if smooth and key != "lr" else {"label": label}
+            axis.plot(steps, column(rows, key), **style | thin)
+            if smooth and key != "lr":
+                axis.plot(steps, _running_mean(column(rows, key), len(rows) // 50), label=label, **style)
+        if any("matrix_lr" in row for row in rows):
+            axes[2].plot(steps, column(rows, "matrix_lr"), label="matrix-like", **style | {"linestyle": ":"})
+            axes[2].legend()
         skipped = [row for row in rows if row.get("skipped")]
         if skipped:
             axes[0].plot(
                 [row["step"] for row in skipped], column(skipped, "loss"), "x", color="C3", label=f"{label}: skipped"
             )
+    for step, text in (marks or {}).items():
+        for axis in axes:
+            axis.axvline(step, color="0.5", linewidth=0.9, linestyle=":")
+        axes[0].text(
+            step, 0.98, f" {text}", transform=axes[0].get_xaxis_transform(), va="top", color="0.35", fontsize=9
+        )
     for axis, (_, name) in zip(axes, panels, strict=True):
         axis.set_ylabel(name)
         axis.grid(alpha=0.3)
@@ -147,15 +168,26 @@ def plot_losses(runs: Mapping[str, Sequence[Row]], path: str | Path, title: str)
     return path
 
 
+def _running_mean(values: Sequence[float], width: int) -> list[float]:
+    """Of each value and up to ``width`` before it; nan counts for nothing."""
+    means, window = [], deque[float](maxlen=width)
+    for value in values:
+        if not math.isnan(value):
+            window.append(value)
+        means.append(statistics.fmean(window) if window else math.nan)
+    return means
+
+
 def flops_per_token(config: ModelConfig, seq_len: int, causal: bool = False) -> float:
     """Floating-point operations of one training token: 6 * N_matmul + 12 * L * H*D * S.
 
-    N_matmul counts weights that multiply (the head does, the embedding is a look-up). A forward product costs 2 per
-    weight and the backward twice that. Attention: scores and their product with the values, 2 * 2*S*H*D a layer
-    forward, times 3; ``causal`` counts only the half below the diagonal. The default counts the full square, the
+    N_matmul counts weights that multiply (the head does, tied or not; the embedding is a look-up). A forward product
+    costs 2 per weight and the backward twice that. Attention: scores and their product with the values, 2 * 2*S*H*D a
+    layer forward, times 3; ``causal`` counts only the half below the diagonal. The default counts the full square, the
     convention of published MFU figures, so that figures compare. Recomputation is not counted.
     """
-    matmul = sum(spec.size for spec in parameter_table(config).values() if spec.kind in ("matrix", "head"))
+    head = "embedding" if config.tied_embeddings else "head"
+    matmul = sum(spec.size for spec in parameter_table(config).values() if spec.kind in ("matrix", head))
     attention = 12.0 * config.num_layers * config.num_heads * config.head_dim * seq_len
     return 6.0 * matmul + (attention / 2 if causal else attention)
 

@@ -10,6 +10,10 @@ from dataclasses import dataclass
 
 from core.config import ModelConfig
 
+# muP's classes (Yang et al., arXiv 2203.03466, table 8). As the width grows both sides of a matrix-like parameter grow,
+# one side of the others.
+VECTOR, MATRIX, OUTPUT = "vector", "matrix", "output"
+
 
 @dataclass(frozen=True)
 class ParamSpec:
@@ -21,6 +25,16 @@ class ParamSpec:
     @property
     def size(self) -> int:
         return math.prod(self.shape)
+
+    @property
+    def index(self) -> tuple[slice, ...]:
+        """The whole tensor, as core.sharding.Shard names its part."""
+        return tuple(slice(0, n) for n in self.shape)
+
+    @property
+    def mup_class(self) -> str:
+        """matrix (q, k, v, o, gate, up, down) | output (an untied head) | vector (all others, a tied table too)."""
+        return {"matrix": MATRIX, "head": OUTPUT}.get(self.kind, VECTOR)
 
     @property
     def decays(self) -> bool:
@@ -48,6 +62,15 @@ def parameter_table(config: ModelConfig) -> dict[str, ParamSpec]:
     if not config.tied_embeddings:
         table["head.weight"] = ParamSpec((V, E), "head")
     return table
+
+
+def parameter_axes(name: str) -> tuple[str, ...]:
+    """What each axis of a parameter counts: V vocabulary rows, E channels, H query heads * D, K kv heads * D, F ffn."""
+    *_, module, kind = name.split(".")
+    rows = {"embed": "V", "head": "V", "q": "H", "k": "K", "v": "K", "gate": "F", "up": "F"}.get(module, "E")
+    if kind == "bias" or module in ("norm", "attn_norm", "ffn_norm"):
+        return (rows,)
+    return rows, {"o": "H", "down": "F"}.get(module, "E")
 
 
 def _norm(name: str, config: ModelConfig) -> dict[str, ParamSpec]:

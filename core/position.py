@@ -1,8 +1,9 @@
-"""Rotary position tables in numpy, one source for both backends: plain, with TeleChat2's length scaling, and xPos.
+"""Rotary position tables in numpy, one source for both backends: plain, with length scaling, and xPos.
 
 TeleChat2, past the trained length two things change, in training and in inference alike (released modeling_telechat.py,
 RotaryEmbedding): the rotary base grows in steps (NTK-aware), and cos and sin are multiplied by an attention scale, so
-that attention logits grow by its square. Other models rotate plainly at any length.
+that attention logits grow by its square. In TeleChat-52B the base grows by the same steps without TeleChat2's exponent,
+and nothing else. Other models rotate plainly at any length.
 
 xPos (Sun et al., arXiv 2212.10554) lets a channel of the product of query m and key n decay as zeta^((m - n) / base).
 The released FLM code centres the exponents on the keys at hand, which cancels in the product; here their origin is
@@ -25,10 +26,13 @@ def ntk_alpha(seq_len: int, training_seqlen: int, base_seqlen: int) -> float:
 
 
 def scaled_base(config: ModelConfig, seq_len: int) -> float:
-    """theta * alpha^(D / (D - 2)): the base whose slowest channel is interpolated alpha times; else than ntk, theta."""
-    if config.position != "ntk":
+    """ntk: theta * alpha^(D / (D - 2)), the base whose slowest channel is interpolated alpha times; ntk-theta: theta *
+    alpha; else theta."""
+    if not config.position.startswith("ntk"):
         return config.rope_theta
     alpha = ntk_alpha(seq_len, config.training_seqlen, config.base_seqlen)
+    if config.position == "ntk-theta":
+        return config.rope_theta * alpha
     dim = config.head_dim
     return config.rope_theta * alpha ** (dim / (dim - 2)) if dim > 2 else config.rope_theta
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from core.config import ModelConfig
 from core.layout import Coord, Layout, stage_layers
-from core.params import ParamSpec, parameter_table
+from core.params import VECTOR, ParamSpec, parameter_table
 
 Box = tuple[slice, ...]
 
@@ -31,6 +31,7 @@ class Shard:
     whole: tuple[int, ...]
     index: Box
     decays: bool
+    mup_class: str
     sum_over: tuple[str, ...]
     owner: bool
 
@@ -70,17 +71,18 @@ def padded_rows(vocab_size: int, tp: int) -> int:
 
 def _shard(name: str, spec: ParamSpec, config: ModelConfig, layout: Layout, coord: Coord, copy: bool) -> Shard:
     tp, t = layout.tp, coord.tp
+    recipe = spec.decays, spec.mup_class
     module = name.split(".")[-2]
     tied = is_tied_across(config, layout) and name == "embed.weight"
     if spec.kind == "norm" or (spec.kind == "bias" and module not in ("q", "k", "v", "gate", "up")):
         # With sequence parallelism every rank sees its own positions only; without, all compute the same gradient.
         sums: tuple[str, ...] = ("tp",) if tp > 1 and layout.sequence_parallel else ()
-        return Shard(spec.shape, spec.shape, _box(spec.shape), spec.decays, sums, t == 0)
+        return Shard(spec.shape, spec.shape, _box(spec.shape), *recipe, sums, t == 0)
     if spec.kind in ("embedding", "head"):
         rows = padded_rows(spec.shape[0], tp)
         first, last = min(t * rows, spec.shape[0]), min((t + 1) * rows, spec.shape[0])
         box = _box(spec.shape, 0, first, last)
-        return Shard((rows, spec.shape[1]), spec.shape, box, spec.decays, ("tied",) if tied else (), not copy)
+        return Shard((rows, spec.shape[1]), spec.shape, box, *recipe, ("tied",) if tied else (), not copy)
     if module in ("k", "v"):
         copies = kv_copies(config, layout)
         parts = tp // copies
@@ -88,11 +90,11 @@ def _shard(name: str, spec: ParamSpec, config: ModelConfig, layout: Layout, coor
         first = t // copies * rows
         sums = ("kv",) if copies > 1 else ()
         box = _box(spec.shape, 0, first, first + rows)
-        return Shard((rows, *spec.shape[1:]), spec.shape, box, spec.decays, sums, t % copies == 0)
+        return Shard((rows, *spec.shape[1:]), spec.shape, box, *recipe, sums, t % copies == 0)
     axis = 1 if module in ("o", "down") else 0
     size = spec.shape[axis] // tp
     shape = tuple(size if i == axis else n for i, n in enumerate(spec.shape))
-    return Shard(shape, spec.shape, _box(spec.shape, axis, t * size, (t + 1) * size), spec.decays, (), True)
+    return Shard(shape, spec.shape, _box(spec.shape, axis, t * size, (t + 1) * size), *recipe, (), True)
 
 
 def _box(shape: tuple[int, ...], axis: int = -1, first: int = 0, last: int = 0) -> Box:
@@ -112,25 +114,30 @@ class Segment:
 class Bucket:
     """Parameters whose gradients travel together: one flat vector, padded so that it divides among its ranks.
 
-    All its parameters share ``decays``, ``sum_over`` and ``owner``.
+    All its parameters share ``decays``, ``mup_class``, ``sum_over`` and ``owner``.
     """
 
     segments: tuple[Segment, ...]
     size: int
     decays: bool
+    mup_class: str
     sum_over: tuple[str, ...]
     owner: bool
 
 
-def plan_buckets(table: Mapping[str, Shard], parts: int, max_elements: int | None = None) -> list[Bucket]:
+def plan_buckets(
+    table: Mapping[str, Shard], parts: int, max_elements: int | None = None, by_class: bool = False
+) -> list[Bucket]:
     """Group parameters into buckets of about ``max_elements``, each padded to a multiple of ``parts``.
 
     The order is that of the backward pass (last parameters first), so that early buckets are complete early.
+    ``by_class``: a bucket holds one muP class. Else classes share buckets, which count as vector-like: a recipe that
+    does not tell classes apart (core.recipe.tells_classes_apart) gives all of them the numbers of that one.
     """
     buckets: list[Bucket] = []
-    open_: dict[tuple[bool, tuple[str, ...], bool], list[tuple[str, int]]] = {}
+    open_: dict[tuple[bool, str, tuple[str, ...], bool], list[tuple[str, int]]] = {}
 
-    def close(key: tuple[bool, tuple[str, ...], bool]) -> None:
+    def close(key: tuple[bool, str, tuple[str, ...], bool]) -> None:
         start, segments = 0, []
         for name, size in open_.pop(key):
             segments.append(Segment(name, start, size))
@@ -138,7 +145,7 @@ def plan_buckets(table: Mapping[str, Shard], parts: int, max_elements: int | Non
         buckets.append(Bucket(tuple(segments), -(-start // parts) * parts, *key))
 
     for name, shard in reversed(list(table.items())):
-        key = (shard.decays, shard.sum_over, shard.owner)
+        key = (shard.decays, shard.mup_class if by_class else VECTOR, shard.sum_over, shard.owner)
         size = math.prod(shard.shape)
         held = open_.get(key, [])
         if max_elements is not None and held and sum(n for _, n in held) + size > max_elements:

@@ -21,7 +21,9 @@ TAGS = {
     "loss": "train/loss",
     "grad_norm": "train/grad_norm",
     "lr": "train/learning_rate",
+    "matrix_lr": "train/matrix_learning_rate",
     "loss_scale": "train/loss_scale",
+    "mask": "train/growth_mask",
     "tokens_per_s": "speed/tokens_per_s",
     "step_ms": "speed/step_ms",
 }

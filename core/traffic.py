@@ -133,13 +133,13 @@ def pipeline_bytes(layout: Layout, micro_batches: int, pipeline_rank: int, messa
     return total
 
 
-def gradient_bytes(layout: Layout, table: dict[str, Shard], widths: Widths) -> Traffic:
+def gradient_bytes(layout: Layout, table: dict[str, Shard], widths: Widths, by_class: bool = False) -> Traffic:
     """Sums of gradients and, with ZeRO-1, the gathering of updated weights, once a step, bucket by bucket."""
     replicas = layout.dp * layout.cp
     parts = replicas if layout.zero1 else 1
     limit = int(layout.bucket_mb * 2**20 / 4) if replicas > 1 else None
     total: Traffic = {}
-    for bucket in plan_buckets(table, parts, limit):
+    for bucket in plan_buckets(table, parts, limit, by_class):
         for axis in bucket.sum_over:
             _add(total, {("all_reduce", axis): [1, bucket.size * widths.master]})
         if replicas > 1 and layout.zero1:
@@ -160,11 +160,13 @@ def expected_traffic(
     rank: int,
     precision: str = "fp32",
     method: str = "ring",
+    by_class: bool = False,
 ) -> Traffic:
     """(operation, group) -> [calls, bytes] of ``rank`` in one optimizer step without recomputation.
 
     ``micro_batches`` of ``micro_batch`` samples of ``seq_len`` tokens a data-parallel rank; ``method`` of
-    core.sequence.Visibility, "ring" or "allgather", where the ring has more than one rank.
+    core.sequence.Visibility, "ring" or "allgather", where the ring has more than one rank. ``by_class``: as in
+    core.sharding.plan_buckets.
     """
     widths, coord = Widths.of(precision), layout.coord(rank)
     padded = seq_len + -seq_len % sequence_multiple(layout)
@@ -193,7 +195,7 @@ def expected_traffic(
         table |= here
     stream = positions // (layout.tp if layout.sequence_parallel else 1) * config.hidden_size
     _add(total, pipeline_bytes(layout, micro_batches, coord.pp, stream * widths.residual))
-    _add(total, gradient_bytes(layout, table, widths))
+    _add(total, gradient_bytes(layout, table, widths, by_class))
     return total
 
 

@@ -184,9 +184,22 @@ def add_rms_norm(
 
 
 def layer_norm(
-    x: Tensor, weight: Tensor, bias: Tensor, eps: float, stat: ms.Type, compute: ms.Type, mask: Tensor | None = None
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    stat: ms.Type,
+    compute: ms.Type,
+    mask: Tensor | None = None,
+    counted: int | None = None,
 ) -> Tensor:
-    """(x - mean) / sqrt(var + eps) in ``stat``, cast to ``compute``, times weight plus bias [E]; ``mask`` as above."""
+    """(x - mean) / sqrt(var + eps) in ``stat``, cast to ``compute``, times weight plus bias [E]; ``mask`` as above.
+
+    With ``counted``, mean and variance are those of the first so many channels (kernels.reference.layer_norm); no fused
+    operator has that, so plain ones serve.
+    """
+    if counted is not None:
+        return composite.layer_norm(x, weight, bias, eps, stat, compute, mask, counted)
     module = serving("layer_norm", stat)
     if module is None:
         return composite.layer_norm(x, weight, bias, eps, stat, compute, mask)

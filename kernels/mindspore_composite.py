@@ -60,12 +60,27 @@ def rms_norm(
 
 
 def layer_norm(
-    x: Tensor, weight: Tensor, bias: Tensor, eps: float, stat: ms.Type, compute: ms.Type, mask: Tensor | None = None
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    stat: ms.Type,
+    compute: ms.Type,
+    mask: Tensor | None = None,
+    counted: int | None = None,
 ) -> Tensor:
-    """(x - mean) / sqrt(var + eps) in ``stat``, cast to ``compute``, times weight [E] plus bias [E]; mask as above."""
+    """(x - mean) / sqrt(var + eps) in ``stat``, cast to ``compute``, times weight [E] plus bias [E]; mask as above.
+
+    ``counted``: mean and variance are those of the first so many channels, and the mask acts on the output alone.
+    """
     x = ops.cast(x, stat)
-    x = x - _mean(x, mask)
-    x = x * ops.rsqrt(_mean(x * x, mask) + Tensor(eps, stat))
+    if counted is None:
+        x = x - _mean(x, mask)
+        x = x * ops.rsqrt(_mean(x * x, mask) + Tensor(eps, stat))
+    else:
+        x = x - _mean(x[..., :counted], None)
+        few = x[..., :counted]
+        x = x * ops.rsqrt(_mean(few * few, None) + Tensor(eps, stat))
     return _affine(x, weight, bias, compute, mask)
 
 

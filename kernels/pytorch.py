@@ -189,10 +189,17 @@ def layer_norm(
     stat: torch.dtype,
     compute: torch.dtype,
     mask: Tensor | None = None,
+    counted: int | None = None,
 ) -> Tensor:
-    """(x - mean) / sqrt(var + eps) * weight + bias over the last axis of x in ``stat``, cast to ``compute``."""
+    """(x - mean) / sqrt(var + eps) * weight + bias over the last axis of x in ``stat``, cast to ``compute``.
+
+    With ``counted``, mean and variance are those of the first so many channels (kernels.reference.layer_norm); no fused
+    operator has that, so plain ones serve.
+    """
     torch_checks.norm(x, weight, mask)
     torch_checks.same_shape("bias", bias, "weight", weight)
+    if counted is not None:
+        return torch_composite.counted_layer_norm(x, weight, bias, eps, stat, compute, mask, counted)
     x, package = _judged(x, stat), serving("layer_norm", x)
     if package is torch_native:
         if mask is None:

@@ -56,28 +56,39 @@ def add_rms_norm_backward(
     return dx + grad_stream, dw
 
 
-def layer_norm(x: Array, weight: Array, bias: Array, eps: float, mask: Array | None = None) -> Array:
-    """(x - mean) / sqrt(var + eps) * weight + bias over the last axis; ``mask`` as in rms_norm."""
-    mean = _mean(x, mask)
-    out = (x - mean) / np.sqrt(_mean((x - mean) ** 2, mask) + eps) * weight + bias
+def layer_norm(
+    x: Array, weight: Array, bias: Array, eps: float, mask: Array | None = None, counted: int | None = None
+) -> Array:
+    """(x - mean) / sqrt(var + eps) * weight + bias over the last axis; ``mask`` as in rms_norm.
+
+    ``counted``: mean and variance are those of the first so many channels, and the mask acts on the output alone (a
+    model that grew without masks: a mean over all channels would not stay what it was).
+    """
+    few, weights = (x, mask) if counted is None else (x[..., :counted], None)
+    mean = _mean(few, weights)
+    out = (x - mean) / np.sqrt(_mean((few - mean) ** 2, weights) + eps) * weight + bias
     return out if mask is None else out * mask
 
 
 def layer_norm_backward(
-    grad: Array, x: Array, weight: Array, eps: float, mask: Array | None = None
+    grad: Array, x: Array, weight: Array, eps: float, mask: Array | None = None, counted: int | None = None
 ) -> tuple[Array, Array, Array]:
     """With n = (x - mean) * r, r = 1/sqrt(var + eps), g = grad * weight * mask, c = mask / sum(mask) (or 1/E):
 
     dx = r * (g - c * sum(g) - n * c * sum(g * n)), dw = sum(grad * mask * n), db = sum(grad * mask). With a mask the
-    mean of n over c is 0 as it is without one, so the same two projections are taken out.
+    mean of n over c is 0 as it is without one, so the same two projections are taken out. With ``counted`` C, c is 1/C
+    on the first C channels and 0 on the others.
     """
-    mean = _mean(x, mask)
-    r = 1.0 / np.sqrt(_mean((x - mean) ** 2, mask) + eps)
+    few, weights = (x, mask) if counted is None else (x[..., :counted], None)
+    mean = _mean(few, weights)
+    r = 1.0 / np.sqrt(_mean((few - mean) ** 2, weights) + eps)
     n = (x - mean) * r
     if mask is not None:
         grad = grad * mask
     g = grad * weight
-    share = 1.0 / x.shape[-1] if mask is None else mask / mask.sum()
+    share: Array | float = 1.0 / x.shape[-1] if mask is None else mask / mask.sum()
+    if counted is not None:
+        share = (np.arange(x.shape[-1]) < counted) / counted
     dx = r * (g - share * np.sum(g, -1, keepdims=True) - n * share * np.sum(g * n, -1, keepdims=True))
     rows = (-1, x.shape[-1])
     return dx, (grad * n).reshape(rows).sum(0), grad.reshape(rows).sum(0)

@@ -77,6 +77,24 @@ def layer_norm(
     return (out if mask is None else out * mask).to(out_dtype), mean.reshape(-1), rstd.reshape(-1)
 
 
+def counted_layer_norm(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    stat: torch.dtype,
+    out_dtype: torch.dtype,
+    mask: Tensor | None,
+    counted: int,
+) -> Tensor:
+    """The layer norm whose mean and variance are those of the first ``counted`` channels, differentiable by PyTorch."""
+    x = x.to(stat)
+    x = x - x[..., :counted].mean(-1, keepdim=True)
+    rstd = torch.rsqrt(x[..., :counted].square().mean(-1, keepdim=True) + eps)
+    out = x * rstd * weight.to(stat) + bias.to(stat)
+    return (out if mask is None else out * mask).to(out_dtype)
+
+
 def layer_norm_backward(
     grad: Tensor, x: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor, mask: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:

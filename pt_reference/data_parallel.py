@@ -20,16 +20,22 @@ BYTES = 4  # of a float32 gradient
 
 
 class GradientBuckets:
-    """The accumulators. ``buckets`` is the plan, ``part`` of ``parts`` what this rank keeps of each."""
+    """The accumulators. ``buckets`` is the plan, ``part`` of ``parts`` what this rank keeps of each; ``by_class`` as in
+    core.sharding.plan_buckets."""
 
     def __init__(
-        self, weights: Mapping[str, nn.Parameter], table: Mapping[str, Shard], mesh: Mesh, dtype: torch.dtype
+        self,
+        weights: Mapping[str, nn.Parameter],
+        table: Mapping[str, Shard],
+        mesh: Mesh,
+        dtype: torch.dtype,
+        by_class: bool = False,
     ) -> None:
         layout, replicas = mesh.layout, mesh.replicas
         self.mesh, self.dtype = mesh, dtype
         self.parts, self.part = (replicas.size, replicas.rank) if layout.zero1 else (1, 0)
         limit = int(layout.bucket_mb * 2**20 / BYTES) if replicas.size > 1 else None
-        self.buckets = plan_buckets(table, self.parts, limit)
+        self.buckets = plan_buckets(table, self.parts, limit, by_class)
         device = next(iter(weights.values())).device
         self._flat = [torch.zeros(bucket.size, dtype=dtype, device=device) for bucket in self.buckets]
         self._pending: dict[int, Handle] = {}

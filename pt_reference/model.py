@@ -6,7 +6,7 @@ parameters makes a smaller part of the model.
 What differs from Llama. TeleChat2: biases on the attention output and on the ffn output only; rotary tables whose base
 and amplitude depend on the sequence length (core.position); the norm casts before it multiplies by its gain. Tele-FLM:
 multipliers of embeddings and logits. FLM-101B: these, biases everywhere, LayerNorm, gelu, xPos. Which biases and which
-gate there are, the table of shapes says.
+gate there are, the table of shapes says. A model between two sizes has masks over what is new (core.growth_mask).
 
 B batch, S sequence, H heads, K kv heads, D head dim, E hidden, F ffn, V vocab. Parameter names are the logical names of
 core.params; telechat_ms/model.py is this file in MindSpore.
@@ -14,6 +14,7 @@ core.params; telechat_ms/model.py is this file in MindSpore.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Protocol
 
@@ -23,6 +24,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from core.config import ModelConfig
+from core.growth_mask import masks, padding_bias
 from core.params import parameter_table
 from core.position import rope_tables, xpos_scales
 from core.precision import PRECISION
@@ -44,10 +46,12 @@ Rope = tuple[Tensor, ...]  # cos, sin and, with xPos, the scales of queries and 
 
 
 class Shaped(Protocol):
-    """core.params.ParamSpec or core.sharding.Shard."""
+    """core.params.ParamSpec or core.sharding.Shard: what is held, and which box of the whole tensor it is."""
 
     @property
     def shape(self) -> tuple[int, ...]: ...
+    @property
+    def index(self) -> tuple[slice, ...]: ...
 
 
 class Linear(nn.Module):
@@ -65,26 +69,37 @@ class Linear(nn.Module):
 
 
 class Norm(nn.Module):
-    """RMSNorm, or LayerNorm where the table has a bias."""
+    """RMSNorm, or LayerNorm where the table has a bias. ``mask`` [E] is how far each channel has grown.
 
-    def __init__(self, name: str, shapes: Shapes, eps: float, dtypes: Dtypes) -> None:
+    An RMSNorm that divides the sum of squares by another number than E, share * E: x / sqrt(sum / (share * E) + eps) is
+    sqrt(share) * x / sqrt(sum / E + share * eps).
+    """
+
+    def __init__(self, name: str, shapes: Shapes, config: ModelConfig, dtypes: Dtypes) -> None:
         super().__init__()
-        self.eps, self.dtypes = eps, dtypes
+        self.share, self.counted, self.dtypes = config.norm_share, config.norm_channels, dtypes
+        self.eps = config.norm_eps * self.share
         self.weight = empty_parameter(shapes[f"{name}.weight"], dtypes.weight)
         bias = shapes.get(f"{name}.bias")
         self.bias = empty_parameter(bias, dtypes.weight) if bias is not None else None
+        self.mask: Tensor | None = None
 
     def forward(self, x: Tensor) -> Tensor:
+        gain, stat, compute = self._gain(), self.dtypes.stat, self.dtypes.compute
         if self.bias is not None:
-            return ops.layer_norm(x, self.weight, self.bias, self.eps, self.dtypes.stat, self.dtypes.compute)
-        return ops.rms_norm(x, self.weight, self.eps, self.dtypes.stat, self.dtypes.compute)
+            return ops.layer_norm(x, gain, self.bias, self.eps, stat, compute, self.mask, self.counted)
+        return ops.rms_norm(x, gain, self.eps, stat, compute, self.mask)
 
     def after_sum(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
         """The norm of residual + x, and that sum: (normed, stream)."""
         if self.bias is not None:
             stream = residual + x.to(residual.dtype)
             return Norm.forward(self, stream), stream
-        return ops.add_rms_norm(x, residual, self.weight, self.eps, self.dtypes.stat, self.dtypes.compute)
+        stat, compute = self.dtypes.stat, self.dtypes.compute
+        return ops.add_rms_norm(x, residual, self._gain(), self.eps, stat, compute, self.mask)
+
+    def _gain(self) -> Tensor:
+        return multiplied(self.weight, math.sqrt(self.share))
 
 
 class Embedding(nn.Module):
@@ -105,6 +120,7 @@ class Attention(nn.Module):
         super().__init__()
         self.head_dim, self.core = head_dim, ops.attention
         self.recompute_core = recompute == "selective"
+        self.mask: Tensor | None = None  # [H * D], over heads
         self.q, self.k, self.v, self.o = (Linear(f"attn.{name}", shapes, dtypes) for name in "qkvo")
 
     def forward(self, x: Tensor, rope: Rope, blocks: ops.Visible) -> Tensor:
@@ -115,7 +131,7 @@ class Attention(nn.Module):
             out = checkpoint(self.core, q, k, v, blocks, use_reentrant=False)
         else:
             out = self.core(q, k, v, blocks)
-        return self.o(out.reshape(B, S, -1))
+        return self.o(masked(out.reshape(B, S, -1), self.mask))
 
 
 class FeedForward(nn.Module):
@@ -124,6 +140,7 @@ class FeedForward(nn.Module):
     def __init__(self, shapes: Shapes, dtypes: Dtypes, recompute: str) -> None:
         super().__init__()
         self.stat, self.recompute_core = dtypes.stat, recompute == "selective"
+        self.mask: Tensor | None = None  # [F]
         self.gate = Linear("ffn.gate", shapes, dtypes) if "ffn.gate.weight" in shapes else None
         self.up, self.down = (Linear(f"ffn.{name}", shapes, dtypes) for name in ("up", "down"))
 
@@ -133,8 +150,8 @@ class FeedForward(nn.Module):
         else:
             core, inputs = ops.swiglu, (*ops.linears(x, self.gate, self.up), self.stat)
         if self.recompute_core and self.training:
-            return self.down(checkpoint(core, *inputs, use_reentrant=False))
-        return self.down(core(*inputs))
+            return self.down(masked(checkpoint(core, *inputs, use_reentrant=False), self.mask))
+        return self.down(masked(core(*inputs), self.mask))
 
 
 class DecoderBlock(nn.Module):
@@ -143,15 +160,17 @@ class DecoderBlock(nn.Module):
     def __init__(self, config: ModelConfig, shapes: Shapes, dtypes: Dtypes, recompute: str) -> None:
         super().__init__()
         self.residual = dtypes.residual
-        self.attn_norm = Norm("attn_norm", shapes, config.norm_eps, dtypes)
+        self.mask: float | None = None  # of a new block
+        self.attn_norm = Norm("attn_norm", shapes, config, dtypes)
         self.attn = Attention(shapes, config.head_dim, dtypes, recompute)
-        self.ffn_norm = Norm("ffn_norm", shapes, config.norm_eps, dtypes)
+        self.ffn_norm = Norm("ffn_norm", shapes, config, dtypes)
         self.ffn = FeedForward(shapes, dtypes, recompute)
 
     def forward(self, x: Tensor, rope: Rope, blocks: ops.Visible) -> Tensor:
         branch = self.attn(self.attn_norm(x), rope, blocks)
-        normed, x = self.ffn_norm.after_sum(branch, x)
-        return ops.add(x, self.ffn(normed))
+        normed, stream = self.ffn_norm.after_sum(branch, x)
+        out = ops.add(stream, self.ffn(normed))
+        return out if self.mask is None else multiplied(out, self.mask) + multiplied(x, 1.0 - self.mask)
 
 
 class Decoder(nn.Module):
@@ -172,14 +191,23 @@ class Decoder(nn.Module):
         super().__init__()
         dtypes = Dtypes(precision)
         self.config, self.dtypes, self.recompute = config, dtypes, recompute
-        shapes = {name: spec.shape for name, spec in (table or parameter_table(config)).items()}
+        table = table or parameter_table(config)
+        shapes = {name: spec.shape for name, spec in table.items()}
         self.names = list(shapes)
         numbers = list(dict.fromkeys(name.split(".")[1] for name in shapes if name.startswith("layers.")))
         self.first, self.last = "0" in numbers, "norm.weight" in shapes
         self.embed = Embedding(shapes["embed.weight"], dtypes) if "embed.weight" in shapes else None
         self.layers = nn.ModuleDict({i: DecoderBlock(config, _below(i, shapes), dtypes, recompute) for i in numbers})
-        self.norm = Norm("norm", shapes, config.norm_eps, dtypes) if self.last else None
+        self.norm = Norm("norm", shapes, config, dtypes) if self.last else None
         self.head = Linear("head", shapes, dtypes) if "head.weight" in shapes else None
+        self.padding = None
+        if self.last:
+            vocabulary = table["head.weight" if self.head is not None else "embed.weight"]
+            bias = padding_bias(config, vocabulary.index[0].start, vocabulary.shape[0])
+            self.padding = None if bias is None else to_tensor(bias).to(ops.device(), dtypes.stat)
+        block = f"layers.{numbers[0]}."
+        self.columns = table[block + "attn.o.weight"].index[1], table[block + "ffn.down.weight"].index[1]
+        self.set_mask(None if config.growth is None else config.growth.mask)
 
     def forward(
         self,
@@ -206,7 +234,22 @@ class Decoder(nn.Module):
             x = ops.positions(x, wanted)
         x = self.norm(x)
         logits = self.head(x) if self.head is not None else ops.linear(x, self.embed.weight, None, self.dtypes.compute)
-        return multiplied(logits, self.config.logit_mult)
+        logits = multiplied(logits, self.config.logit_mult)
+        return logits if self.padding is None else logits + self.padding.to(logits.dtype)
+
+    def set_mask(self, c: float | None) -> None:
+        """Of a model with ``config.growth``: how far what is new counts from now on; None: all of it, no masks."""
+        growth = self.config.growth
+        channels, heads, neurons = (
+            None if x is None else to_tensor(x).to(ops.device(), self.dtypes.stat)
+            for x in masks(self.config, c, self.columns)
+        )
+        for number, block in self.layers.items():
+            block.mask = c if growth is not None and int(number) in growth.new_layers else None
+            block.attn_norm.mask = block.ffn_norm.mask = channels
+            block.attn.mask, block.ffn.mask = heads, neurons
+        if self.norm is not None:
+            self.norm.mask = channels
 
     def rope(self, positions: np.ndarray, seq_len: int) -> Rope:
         """Rotary tables for positions [B or 1, S] of a row of ``seq_len`` tokens."""
@@ -224,6 +267,11 @@ class Decoder(nn.Module):
 def empty_parameter(shape: tuple[int, ...], dtype: torch.dtype) -> nn.Parameter:
     """An uninitialised parameter; its name comes from its place in the model."""
     return nn.Parameter(torch.empty(shape, dtype=dtype))
+
+
+def masked(x: Tensor, mask: Tensor | None) -> Tensor:
+    """x [..., n] times a growth mask [n] in the dtype of x."""
+    return x if mask is None else x * mask.to(x.dtype)
 
 
 def multiplied(x: Tensor, factor: float) -> Tensor:

@@ -7,7 +7,7 @@ of each bucket only, and the ranks that share weights gather the updated parts.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -15,6 +15,8 @@ from torch import Tensor, nn
 
 from core.checkpoint import TensorPiece
 from core.config import OptimConfig
+from core.growth import Growth, birth_classes
+from core.recipe import class_decay, class_rate, corrections, is_young, tells_classes_apart
 from core.sharding import Box, FlatPiece, Shard, flat_pieces
 from kernels import pytorch as kernels
 from pt_reference.collectives import agree, all_gather
@@ -40,13 +42,15 @@ class AdamW:
         mesh: Mesh,
     ) -> None:
         self.table, self.mesh = dict(table), mesh
-        self.gradients = GradientBuckets(weights, table, mesh, dtype)
+        self.gradients = GradientBuckets(weights, table, mesh, dtype, tells_classes_apart(config))
         self.parts: list[Tensor] = []  # gradients after ``reduce``
         self._stale = False
         self._flat = [self._flatten(weights, number) for number in range(len(self.gradients.buckets))]
         self.masters = [self._mine(number).to(dtype) for number in range(len(self._flat))]
         self._config, self._steps = config, 0
         self._m, self._v = ([torch.zeros_like(master) for master in self.masters] for _ in "mv")
+        # Buckets with entries that came to be by growth: the class of each, and after how many updates each class came.
+        self._young: dict[int, tuple[Tensor, list[int]]] = {}
 
     @property
     def step_count(self) -> int:
@@ -69,27 +73,56 @@ class AdamW:
         return math.sqrt(agree([mine], self.mesh.world, "sum")[0])
 
     def step(self, lr: float, grad_scale: float) -> None:
-        """One update with gradients times ``grad_scale``; the accumulators are empty afterwards."""
+        """One update with gradients times ``grad_scale``; the accumulators are empty afterwards.
+
+        ``lr`` is that of the vector-like parameters; core.recipe has those of the other classes.
+        """
         config, buckets = self._config, self.gradients
         self._steps += 1
         for number, (master, part, bucket) in enumerate(zip(self.masters, self.parts, buckets.buckets, strict=True)):
             mine = self._mine(number)
+            rate, young = class_rate(config, lr, bucket.mup_class), self._still_young(number)
+            same = mine.data_ptr() == master.data_ptr()
             kernels.adamw(
                 master,
                 part,
                 self._m[number],
                 self._v[number],
                 self._steps,
-                lr,
+                rate,
                 config.beta1,
                 config.beta2,
                 config.eps,
-                config.weight_decay if bucket.decays else 0.0,
+                class_decay(config, bucket.decays, bucket.mup_class),
                 grad_scale,
-                copy=None if mine.data_ptr() == master.data_ptr() else mine,
+                copy=None if same or young else mine,
             )
+            if young:
+                self._correct(number, rate)
+                if not same:
+                    mine.copy_(master)
         self.discard()
         self._gather()
+
+    def _still_young(self, number: int) -> bool:
+        """Whether a bucket has entries whose age shows in Adam's bias correction; forgets those that grew out of it."""
+        if number not in self._young:
+            return False
+        young = any(is_young(self._config, self._steps, born) for born in self._young[number][1])
+        if not young:
+            del self._young[number]
+        return young
+
+    def _correct(self, number: int, rate: float) -> None:
+        """Exchange the bias correction of young entries, after an update that took all for as old as the oldest."""
+        (index, births), eps = self._young[number], self._config.eps
+        master, m, root = self.masters[number], self._m[number], self._v[number].sqrt()
+        first, second = corrections(self._config, self._steps)
+        taken = m * first / (root * second + eps)
+        for number_of_class, born in enumerate(births[1:], 1):
+            first, second = corrections(self._config, self._steps, born)
+            extra = m * first / (root * second + eps) - taken
+            master.sub_(torch.where(index == number_of_class, extra, 0.0), alpha=rate)
 
     def discard(self) -> None:
         self.parts = []
@@ -101,9 +134,13 @@ class AdamW:
         for number, master in enumerate(self.masters):
             self._fill(master, number, read)
 
-    def load_state(self, read: Read, step_count: int) -> None:
-        """m and v from ``read("m.<name>", box)`` and ``read("v.<name>", box)``."""
+    def load_state(self, read: Read, step_count: int, history: Sequence[Growth] = ()) -> None:
+        """m and v from ``read("m.<name>", box)`` and ``read("v.<name>", box)``; ``history``: how the model grew."""
         self._steps = step_count
+        for number, vector in enumerate(self._m):
+            classes = birth_classes(history, self._pieces(number), vector.numel())
+            if classes is not None:
+                self._young[number] = to_tensor(classes[0]).to(vector.device), classes[1]
         for letter, vectors in (("m", self._m), ("v", self._v)):
             for number, vector in enumerate(vectors):
                 self._fill(vector, number, lambda name, box, letter=letter: read(f"{letter}.{name}", box))

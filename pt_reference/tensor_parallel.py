@@ -41,7 +41,8 @@ class NormBeforeColumns(Norm):
 
     def __init__(self, norm: Norm, mesh: Mesh) -> None:
         torch.nn.Module.__init__(self)
-        self.eps, self.dtypes, self.weight, self.bias = norm.eps, norm.dtypes, norm.weight, norm.bias
+        self.eps, self.share, self.counted, self.dtypes = norm.eps, norm.share, norm.counted, norm.dtypes
+        self.weight, self.bias, self.mask = norm.weight, norm.bias, norm.mask
         self.group, self.sequence_parallel = mesh.tp, mesh.layout.sequence_parallel
 
     def forward(self, x: Tensor) -> Tensor:

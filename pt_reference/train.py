@@ -12,6 +12,7 @@ import torch
 from core.batch import Batch
 from core.checkpoint import Checkpoint, TensorPiece
 from core.config import RunConfig
+from core.growth import read_history
 from core.init import init_tensor
 from core.loop import main
 from core.sequence import split_batch
@@ -71,6 +72,10 @@ class Trainer:
         # Tensor ranks computed the same sum; the ranks before the head computed none.
         return self.agree([loss if self.mesh.coord.tp == 0 else 0.0], "sum")[0]
 
+    def set_mask(self, c: float | None) -> None:
+        for stage in self.stages:
+            stage.set_mask(c)
+
     def grad_norm(self, loss_scale: float) -> float:
         return self.optimizer.grad_norm() / loss_scale
 
@@ -90,7 +95,8 @@ class Trainer:
         self.optimizer.load_masters(lambda name, box: checkpoint.read("weights", name, box))
         if optimizer:
             steps = checkpoint.trainer["optimizer_steps"]
-            self.optimizer.load_state(lambda key, box: checkpoint.read("optimizer", key, box), steps)
+            history = read_history(checkpoint.model, str(checkpoint.path / "model.json"))
+            self.optimizer.load_state(lambda key, box: checkpoint.read("optimizer", key, box), steps, history)
 
     @property
     def step(self) -> int:

@@ -21,16 +21,22 @@ BYTES = 4  # of a float32 gradient
 
 
 class GradientBuckets:
-    """The accumulators. ``buckets`` is the plan, ``part`` of ``parts`` what this rank keeps of each."""
+    """The accumulators. ``buckets`` is the plan, ``part`` of ``parts`` what this rank keeps of each; ``by_class`` as in
+    core.sharding.plan_buckets."""
 
     def __init__(
-        self, weights: Mapping[str, Parameter], table: Mapping[str, Shard], mesh: Mesh, dtype: ms.Type
+        self,
+        weights: Mapping[str, Parameter],
+        table: Mapping[str, Shard],
+        mesh: Mesh,
+        dtype: ms.Type,
+        by_class: bool = False,
     ) -> None:
         layout, replicas = mesh.layout, mesh.replicas
         self.weights, self.mesh, self.dtype = dict(weights), mesh, dtype
         self.parts, self.part = (replicas.size, replicas.rank) if layout.zero1 else (1, 0)
         limit = int(layout.bucket_mb * 2**20 / BYTES) if replicas.size > 1 else None
-        self.buckets = plan_buckets(table, self.parts, limit)
+        self.buckets = plan_buckets(table, self.parts, limit, by_class)
         # A fused operator adds into flat vectors that stay; without one, tensors are held until they are joined.
         self.adder = kernels.serving("adamw", dtype)
         if not hasattr(self.adder, "accumulate"):

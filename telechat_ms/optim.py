@@ -8,7 +8,7 @@ parts.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import mindspore as ms
 import numpy as np
@@ -16,6 +16,8 @@ from mindspore import Parameter, Tensor, ops
 
 from core.checkpoint import TensorPiece
 from core.config import OptimConfig
+from core.growth import Growth, birth_classes
+from core.recipe import class_decay, class_rate, corrections, is_young, tells_classes_apart
 from core.sharding import Box, FlatPiece, Shard, flat_pieces
 from kernels import mindspore as kernels
 from telechat_ms.collectives import agree, all_gather
@@ -39,11 +41,13 @@ class AdamW:
     ) -> None:
         self.weights, self.table, self.config, self.mesh = dict(weights), dict(table), config, mesh
         self.dtype, self.step_count = dtype, 0
-        self.gradients = GradientBuckets(weights, table, mesh, dtype)
+        self.gradients = GradientBuckets(weights, table, mesh, dtype, tells_classes_apart(config))
         self.parts: list[Tensor] = []  # gradients after ``reduce``
         self._stale: set[int] = set()  # buckets whose masters changed and whose weights did not yet
         self.masters, self.m, self.v = ([self._vector(number, kind) for number in self._numbers] for kind in "wmv")
         self._adam = ops.Adam()
+        # Buckets with entries that came to be by growth: the class of each, and after how many updates each class came.
+        self._young: dict[int, tuple[Tensor, list[int]]] = {}
 
     def reduce(self) -> None:
         """Sum the accumulated gradients over ranks; what this rank keeps of them is in ``parts``."""
@@ -65,17 +69,24 @@ class AdamW:
         return total(ops.square(ops.cast(part, ms.float64))) if adder is None else adder.square_sum(part)
 
     def step(self, lr: float, grad_scale: float) -> None:
-        """One update with gradients times ``grad_scale``; the accumulators are empty afterwards."""
+        """One update with gradients times ``grad_scale``; the accumulators are empty afterwards.
+
+        ``lr`` is that of the vector-like parameters; core.recipe has those of the other classes.
+        """
         self.step_count += 1
         config, fused = self.config, kernels.serving("adamw", self.dtype)
         for number, bucket in enumerate(self.gradients.buckets):
-            decay = config.weight_decay if bucket.decays else 0.0
+            rate = class_rate(config, lr, bucket.mup_class)
+            decay = class_decay(config, bucket.decays, bucket.mup_class)
+            young = self._still_young(number)
             if fused is None:
-                self._step_composite(number, lr, decay, grad_scale)
+                self._step_composite(number, rate, decay, grad_scale)
+                if young:
+                    self._correct(number, rate)
                 continue
             vectors = self.masters[number], self.parts[number], self.m[number], self.v[number]
-            numbers = self.step_count, lr, config.beta1, config.beta2, config.eps, decay, grad_scale
-            if self.gradients.adder is not None and self.gradients.parts == 1:
+            numbers = self.step_count, rate, config.beta1, config.beta2, config.eps, decay, grad_scale
+            if self.gradients.adder is not None and self.gradients.parts == 1 and not young:
                 # The new weights are written where they belong while the masters are at hand.
                 for segment in bucket.segments:
                     place = {"first": segment.start, "grad_first": segment.start, "count": segment.size}
@@ -83,6 +94,8 @@ class AdamW:
             else:
                 fused.adamw(*vectors, *numbers)
                 self._stale.add(number)
+                if young:
+                    self._correct(number, rate)
         self.discard()
         self.refresh()
 
@@ -101,6 +114,29 @@ class AdamW:
         self._adam(master, self.m[number], self.v[number], *scalars, gradient)
         self._stale.add(number)
 
+    def _still_young(self, number: int) -> bool:
+        """Whether a bucket has entries whose age shows in Adam's bias correction; forgets those that grew out of it."""
+        if number not in self._young:
+            return False
+        young = any(is_young(self.config, self.step_count, born) for born in self._young[number][1])
+        if not young:
+            del self._young[number]
+        return young
+
+    def _correct(self, number: int, rate: float) -> None:
+        """Exchange the bias correction of young entries, after an update that took all for as old as the oldest."""
+        index, births = self._young[number]
+        master, m, root = self.masters[number], self.m[number], ops.sqrt(self.v[number])
+
+        def update(born: int) -> Tensor:
+            first, second = (Tensor(number, self.dtype) for number in corrections(self.config, self.step_count, born))
+            return m * first / (root * second + Tensor(self.config.eps, self.dtype))
+
+        taken = update(0)
+        for number_of_class, born in enumerate(births[1:], 1):
+            own = ops.cast(index == number_of_class, self.dtype)
+            master.set_data(master - (update(born) - taken) * own * Tensor(rate, self.dtype))
+
     def discard(self) -> None:
         self.parts = []
         self.gradients.discard()
@@ -111,10 +147,13 @@ class AdamW:
         for number in self._numbers:
             self._fill(self.masters[number], number, read)
 
-    def load_state(self, read: Read, step_count: int) -> None:
-        """m and v from ``read("m.<name>", box)`` and ``read("v.<name>", box)``."""
+    def load_state(self, read: Read, step_count: int, history: Sequence[Growth] = ()) -> None:
+        """m and v from ``read("m.<name>", box)`` and ``read("v.<name>", box)``; ``history``: how the model grew."""
         self.step_count = step_count
         for number in self._numbers:
+            classes = birth_classes(history, self._pieces(number), self.m[number].size)
+            if classes is not None:
+                self._young[number] = Tensor(classes[0]), classes[1]
             self._fill(self.m[number], number, lambda name, box: read(f"m.{name}", box))
             self._fill(self.v[number], number, lambda name, box: read(f"v.{name}", box))
 

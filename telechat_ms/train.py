@@ -14,6 +14,7 @@ import mindspore as ms
 from core.batch import Batch
 from core.checkpoint import Checkpoint, TensorPiece
 from core.config import RunConfig
+from core.growth import read_history
 from core.init import init_tensor
 from core.loop import main
 from core.sequence import split_batch
@@ -75,6 +76,10 @@ class Trainer:
     def _take(self, names: Sequence[str], gradients: Sequence[ms.Tensor]) -> None:
         self.optimizer.gradients.add(names, gradients)
 
+    def set_mask(self, c: float | None) -> None:
+        for stage in self.stages:
+            stage.set_mask(c)
+
     def grad_norm(self, loss_scale: float) -> float:
         return self.optimizer.grad_norm() / loss_scale
 
@@ -94,7 +99,8 @@ class Trainer:
         self.optimizer.load_masters(lambda name, box: checkpoint.read("weights", name, box))
         if optimizer:
             steps = checkpoint.trainer["optimizer_steps"]
-            self.optimizer.load_state(lambda key, box: checkpoint.read("optimizer", key, box), steps)
+            history = read_history(checkpoint.model, str(checkpoint.path / "model.json"))
+            self.optimizer.load_state(lambda key, box: checkpoint.read("optimizer", key, box), steps, history)
 
     @property
     def step(self) -> int:

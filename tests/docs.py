@@ -72,13 +72,17 @@ NOT_RUN = {
     "README's line is run",
 }
 # Pages whose commands another test runs, all of them.
-RUN_ELSEWHERE = {"docs/generation.md": "tests/parity/test_generation_parity.py::test_the_commands_of_the_page_run"}
+RUN_ELSEWHERE = {
+    "docs/generation.md": "tests/parity/test_generation_parity.py::test_the_commands_of_the_page_run",
+    "docs/growth.md": "tests/multiproc/test_growth_runs.py::test_the_commands_of_the_page_run",
+}
 
 LIGHT = ("doctor", "plan", "tokenize", "data", "convert", "mup")  # verbs that need no framework
 TRAINED = "runs/"  # a light verb on something that was trained goes with the training
+MINDSPORES = ("--file-format", ".ckpt")  # a light verb on MindSpore's own files needs it
 
 # Options in the text that are other programs'.
-FOREIGN_OPTIONS = ("--tokenizer-mode", "--logdir")  # vLLM, TensorBoard
+FOREIGN_OPTIONS = ("--trust-remote-code", "--logdir")  # vLLM, TensorBoard
 FILE_ENDINGS = ("py", "safetensors", "json", "yaml", "md")  # model.safetensors is no config key
 
 
@@ -191,8 +195,9 @@ def _tele(words: list[str]) -> None:
     if not words or words[0] not in cli.VERBS:
         raise UserError(f"no command 'tele {' '.join(words[:1])}'")
     options = parser(words[0]).parse_args(words[1:])
-    if hasattr(options, "set"):
-        _run_config(options.config, options.set)
+    if hasattr(options, "set") and hasattr(options, "config"):
+        # A model's file that a command before has written is not here.
+        _run_config(options.config, [text for text in options.set if not text.startswith("model=")])
     if isinstance(getattr(options, "model", None), str):
         load_model_config(options.model, "--model")
 
@@ -338,7 +343,8 @@ def run_by(command: Command) -> str:
     if command.text in elsewhere():
         return elsewhere()[command.text]
     program, *words = command.words
-    light = program == "tele" and words[0] in LIGHT and not any(word.startswith(TRAINED) for word in words)
+    heavy = any(word.startswith(TRAINED) or word.endswith(MINDSPORES) for word in words)
+    light = program == "tele" and words[0] in LIGHT and not heavy
     return "unit" if light else "parity"
 
 

@@ -159,6 +159,7 @@ class NumpyStepper:
         self.step = 0
         self.calls = 0  # global batches seen, skipped ones included; for faults
         self.scales: list[float] = []
+        self.masks: list[float | None] = []
 
     def agree(self, values, op):
         return self.cluster.agree(self.rank, values, op) if self.cluster else list(values)
@@ -193,6 +194,9 @@ class NumpyStepper:
         np.add.at(self.grads["embed.weight"], ids, probabilities)
         self.grads["norm.weight"] += probabilities.sum(0)
         return float(loss)
+
+    def set_mask(self, c):
+        self.masks.append(c)
 
     def grad_norm(self, loss_scale):
         self.calls += 1

@@ -6,6 +6,7 @@ decode    tokens generated one by one, for one sequence and for several at once;
 serve     1, 8 and 32 clients of ``tele serve`` at once: tokens/s, time to the first text, cache held; likewise.
 kernels   every operator, forward and backward, against what the machine allows: bytes moved against the measured copy
           bandwidth, products against the measured rate of a matrix product.
+grow      `tele grow` on a checkpoint of 2 GB against writing as many bytes to the disk of the working folder.
 parallel  layouts (``tele train --help`` explains them) in turns, and in every round a single process with the same
           batch. Also: bytes handed to collectives against the formula, the pipeline's bubble against theory, the
           balance of the ring, and the optimizer states that a rank holds.
@@ -14,6 +15,7 @@ Examples:
   tele bench decode --model telechat2-mini
   tele bench serve --model telechat2-mini --backends ms pt --out serve.json
   tele bench kernels --operators rms_norm swiglu --sizes mini
+  tele bench grow
   tele bench parallel --layouts tp2,pp2,dp2,dp2.nozero --backends pt --steps 10
 """
 
@@ -32,6 +34,7 @@ from typing import Any
 from core import backends
 from core.atomic import writable_file, write_text
 from core.bench_decode import decode_to_markdown, measure_decode
+from core.bench_grow import growth_to_markdown, measure_growth
 from core.bench_kernels import OPERATORS, SIZES, kernels_to_markdown, measure_kernels
 from core.bench_serve import measure_serving, serving_to_markdown, write_model
 from core.bench_step import facts, machine, measure, task, to_markdown
@@ -49,6 +52,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "serve": {"micro_batch": 1, "micro_batches": 1, "steps": 1, "block": 1},
     "kernels": {"micro_batch": 1, "micro_batches": 1, "steps": 15, "block": 5},
     "parallel": {"micro_batch": 2, "micro_batches": 4, "steps": 10, "block": 2},
+    "grow": {"micro_batch": 1, "micro_batches": 1, "steps": 3, "block": 1},
 }
 # Options that only some measurements have.
 ONLY: dict[str, tuple[str, ...]] = {
@@ -83,7 +87,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--steps",
         type=int,
         metavar="N",
-        help="steps, tokens or calls measured of each (step 30, decode 200, kernels 15, parallel 10)",
+        help="steps, tokens, calls or rounds measured (step 30, decode 200, kernels 15, parallel 10, grow 3)",
     )
     parser.add_argument(
         "--block",
@@ -156,7 +160,10 @@ def run(args: argparse.Namespace) -> int:
     layouts = checked_layouts(args.layouts or [LAYOUTS], options) if args.what == "parallel" else []
     if args.out:
         writable_file(args.out, "--out")
-    if args.what == "parallel":
+    if args.what == "grow":
+        result = measure_growth(args.steps)
+        text = growth_to_markdown(result)
+    elif args.what == "parallel":
         result = measure_layouts(options, layouts, names, args.steps, args.block)
         text = layouts_to_markdown(result)
     elif args.what == "decode":

@@ -1,4 +1,4 @@
-"""``tele convert``: a released folder to a canonical checkpoint and back."""
+"""``tele convert``: a model between a Hugging Face release, a canonical checkpoint, and MindFormers' checkpoints."""
 
 from __future__ import annotations
 
@@ -7,29 +7,40 @@ import re
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 from core.atomic import show_bytes
 from core.errors import UserError
 
-FORMATS = ("hf", "canonical")
+FORMATS = ("hf", "canonical", "mindformers")
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of ``tele convert``."""
     parser.description = (
-        "Turn a model as released on Hugging Face (config.json and safetensors) into a canonical checkpoint, or back. "
-        "Tensors pass one at a time, so memory does not grow with the model. There and back gives the same files. "
-        "DST appears when it is complete, or not at all."
+        "Turn a model as released on Hugging Face (config.json and safetensors) into a canonical checkpoint or a "
+        "MindFormers checkpoint, or any of these into another. Tensors pass one at a time, so memory does not grow "
+        "with the model (a .ckpt file is in memory as a whole). There and back gives the same bits. DST appears when "
+        "it is complete, or not at all."
     )
     parser.epilog = (
         "examples:\n"
         "  tele convert --from hf --to canonical TeleChat2-7B checkpoints/7b\n"
-        "  tele convert --from canonical --to hf runs/first exported --dtype bfloat16"
+        "  tele convert --from canonical --to hf runs/first exported --dtype bfloat16\n"
+        "  tele convert --from hf --to mindformers TeleChat2-7B 7b-ms --file-format ckpt\n"
+        "  tele convert --from hf --to mindformers TeleChat2-115B 115b-mp8 --qkv-concat --mp 8\n"
+        "  tele convert --from mindformers --to canonical 115b-mp8 checkpoints/115b\n"
+        "  tele convert --from mindformers --to hf telechat_7b.ckpt TeleChat2-7B-new --model telechat2-7b"
     )
     parser.add_argument("--from", dest="source_format", required=True, choices=FORMATS, help="what SRC is")
     parser.add_argument("--to", dest="target_format", required=True, choices=FORMATS, help="what DST becomes")
-    parser.add_argument("source", metavar="SRC", type=Path, help="released folder, checkpoint, or run (its latest)")
+    parser.add_argument(
+        "source",
+        metavar="SRC",
+        type=Path,
+        help="released folder, checkpoint, run (its latest), or MindFormers file or folder",
+    )
     parser.add_argument("target", metavar="DST", type=Path, help="folder to make")
     parser.add_argument(
         "--dtype", choices=("float32", "float16", "bfloat16"), help="store weights in this dtype (default: as they are)"
@@ -42,46 +53,139 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--tokenizer", metavar="F", type=Path, help="tokenizer.model to put into a released folder")
     parser.add_argument("--force", action="store_true", help="replace the model in DST, if it holds one")
+    group = parser.add_argument_group(
+        "MindFormers",
+        "Its checkpoints say neither which model they are nor for how many ranks; those written here say both, in "
+        "model.json. The number of heads cannot be read from weights, so it comes from --model or --config.",
+    )
+    forms = group.add_mutually_exclusive_group()
+    forms.add_argument(
+        "--qkv-concat",
+        action="store_true",
+        help="DST: fused w_qkv and w_gate_hidden, as qkv_concat: True wants them (TeleChat-52B has no other form)",
+    )
+    forms.add_argument(
+        "--mcore",
+        action="store_true",
+        help="DST: the names of MindFormers' newer networks (mindformers.models.telechat2)",
+    )
+    group.add_argument(
+        "--mp",
+        metavar="N",
+        type=int,
+        help="DST: a file for each of N model-parallel ranks (rank_0/, rank_1/, ...). Without --to mindformers: the "
+        "ranks that a whole qkv_concat SRC is ordered for",
+    )
+    group.add_argument(
+        "--whole",
+        action="store_true",
+        help="DST: with --mp one checkpoint whose rows an equal cut gives to the N ranks",
+    )
+    group.add_argument("--src-mp", metavar="N", type=int, help="--mp of SRC, where both sides are MindFormers'")
+    group.add_argument(
+        "--file-format", choices=("safetensors", "ckpt"), help="DST: default safetensors; ckpt needs MindSpore"
+    )
+    group.add_argument("--model", metavar="PRESET", help="SRC: the model that the checkpoint belongs to")
+    group.add_argument(
+        "--config", metavar="F", type=Path, help="SRC: the same, from a release's config.json or MindFormers' .yaml"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
     """Convert; prints one line per fact on stdout, progress on stderr. UserError for anything the user can mend."""
-    from convert.copy import canonical_to_hf, hf_to_canonical, weight_bytes
-    from convert.hf import HfFolder
-    from convert.source import CanonicalSource, open_model
+    from convert.copy import to_canonical, to_hf, to_mindformers, weight_bytes
+    from convert.source import PlainSource
 
-    if args.source_format == args.target_format:
-        raise UserError(f"--to {args.target_format}: is what SRC is already; choose hf and canonical")
-    if args.tokenizer and args.target_format != "hf":
-        raise UserError("--tokenizer: goes with --to hf; a canonical checkpoint keeps the release's own")
-    if args.tokenizer and not args.tokenizer.is_file():
-        raise UserError(f"--tokenizer: {args.tokenizer}: no such file")
+    check_options(args)
     limit = parse_size(args.max_shard_size) if args.max_shard_size else None
     _check_target(args.source, args.target, args.force)
     started = time.monotonic()
-    if args.source_format == "hf":
-        folder = HfFolder(args.source)
-        for note in folder.notes:
-            print(f"note: {note}")
-        total = folder.nbytes
-        with _Progress("converting", total) as bar:
-            options = {"max_file_bytes": limit} if limit else {}
-            hf_to_canonical(folder, args.target, args.dtype, on_bytes=bar.update, **options)
-    else:
-        source = open_model(args.source, verify=False)
-        if not isinstance(source, CanonicalSource):
-            raise UserError(f"--from canonical: {args.source} is a released folder (it has config.json); use --from hf")
-        with _Progress("verifying", source.checkpoint.nbytes) as bar:
-            source.checkpoint.verify(bar.update)
-        total = weight_bytes(source, args.dtype)
-        with _Progress("converting", total) as bar:
-            canonical_to_hf(source, args.target, args.dtype, limit, args.tokenizer, bar.update)
-        if not (args.target / "tokenizer.model").exists():
-            print("note: the checkpoint carries no tokenizer; give --tokenizer to put one into the folder")
+    source = _open(args)
+    if args.target_format != "canonical":
+        source = PlainSource(source)
+    for note in source.notes:
+        print(f"note: {note}")
+    total = weight_bytes(source, args.dtype)
+    with _Progress("converting", total) as bar:
+        if args.target_format == "canonical":
+            files = {"max_file_bytes": limit} if limit else {}
+            to_canonical(source, args.target, args.dtype, on_bytes=bar.update, **files)
+        elif args.target_format == "hf":
+            to_hf(source, args.target, args.dtype, limit, args.tokenizer, bar.update)
+        else:
+            fused = args.qkv_concat or source.config.family == "flm"
+            to_mindformers(
+                source,
+                args.target,
+                "mcore" if args.mcore else "qkv_concat" if fused else "plain",
+                args.mp or 1,
+                whole=args.whole,
+                file_format=args.file_format or "safetensors",
+                dtype=args.dtype,
+                on_bytes=bar.update,
+                **({"max_shard_bytes": limit} if limit else {}),
+            )
+    if args.target_format == "hf" and not (args.target / "tokenizer.model").exists():
+        print("note: the checkpoint carries no tokenizer; give --tokenizer to put one into the folder")
     seconds = time.monotonic() - started
     rate = show_bytes(int(total / seconds))
     print(f"wrote {args.target}: {show_bytes(total)} of tensors in {seconds:.1f} s ({rate}/s)")
     return 0
+
+
+def check_options(args: argparse.Namespace) -> None:
+    """UserError for options that do not go together."""
+    to, fro = args.target_format, args.source_format
+    if fro == to and fro != "mindformers":
+        raise UserError(f"--to {to}: is what SRC is already; choose another of {', '.join(FORMATS)}")
+    if args.tokenizer and to != "hf":
+        raise UserError("--tokenizer: goes with --to hf; the others keep the release's own")
+    if args.tokenizer and not args.tokenizer.is_file():
+        raise UserError(f"--tokenizer: {args.tokenizer}: no such file")
+    written = {"--qkv-concat": args.qkv_concat, "--mcore": args.mcore, "--whole": args.whole}
+    for option, given in {**written, "--file-format": args.file_format}.items():
+        if given and to != "mindformers":
+            raise UserError(f"{option}: goes with --to mindformers")
+    for option, given in {"--model": args.model, "--config": args.config}.items():
+        if given and fro != "mindformers":
+            raise UserError(f"{option}: goes with --from mindformers; {fro} says itself which model it is")
+    if args.model and args.config:
+        raise UserError("--model, --config: both say which model SRC is; give one")
+    if args.src_mp is not None and not fro == to == "mindformers":
+        raise UserError("--src-mp: is for --from mindformers --to mindformers; --mp is the one there is")
+    if args.mp is not None and "mindformers" not in (fro, to):
+        raise UserError("--mp: goes with --from mindformers or --to mindformers")
+    for option, given in {"--mp": args.mp, "--src-mp": args.src_mp}.items():
+        if given is not None and given < 1:
+            raise UserError(f"{option} {given}: must be at least 1")
+    ranks = to == "mindformers" and args.mp is not None and args.mp > 1
+    if args.mcore and ranks:
+        raise UserError("--mp: the loader of --mcore cuts whole tensors for its ranks by itself; leave --mp away")
+    if args.whole and not ranks:
+        raise UserError("--whole: without --mp 2 or more DST is whole anyway; leave it away, or say for how many ranks")
+    if args.max_shard_size and to == "mindformers" and (args.file_format == "ckpt" or (ranks and not args.whole)):
+        raise UserError("--max-shard-size: a .ckpt and a rank's part are one file each; leave it away")
+
+
+def _open(args: argparse.Namespace) -> Any:
+    """SRC as a ModelSource, opened and checked; every file of a canonical checkpoint is hashed."""
+    from convert.hf import HfFolder
+    from convert.mindformers import Known, MindFormersSource
+    from convert.source import CanonicalSource, HfSource, open_model
+
+    if args.source_format == "hf":
+        return HfSource(HfFolder(args.source))
+    if args.source_format == "mindformers":
+        known = Known(args.source, args.model, args.config)
+        if args.target_format == "mindformers":
+            return MindFormersSource(args.source, known, args.src_mp, "--src-mp")
+        return MindFormersSource(args.source, known, args.mp)
+    source = open_model(args.source, verify=False)
+    if not isinstance(source, CanonicalSource):
+        raise UserError(f"--from canonical: {args.source} is a released folder (it has config.json); use --from hf")
+    with _Progress("verifying", source.checkpoint.nbytes) as bar:
+        source.checkpoint.verify(bar.update)
+    return source
 
 
 def parse_size(text: str) -> int:
@@ -103,9 +207,10 @@ def _check_target(source: Path, target: Path, force: bool) -> None:
         return
     if not force:
         raise UserError(f"{target}: exists and is not empty; choose another DST, or --force to replace the model in it")
-    described = any((target / name).is_file() for name in ("manifest.json", "config.json"))
-    weights = any(target.glob("*.safetensors"))
-    folders = [p.name for p in target.iterdir() if p.is_dir() and p.name != "assets"]
+    described = any((target / name).is_file() for name in ("manifest.json", "config.json", "model.json"))
+    weights = any(any(target.glob(f"{place}*.{kind}")) for place in ("", "rank_0/") for kind in ("safetensors", "ckpt"))
+    ours = re.compile(r"assets|rank_\d+")
+    folders = [p.name for p in target.iterdir() if p.is_dir() and not ours.fullmatch(p.name)]
     if folders or not described or not weights:
         found = f"it also holds '{folders[0]}'" if folders else "this folder holds none"
         raise UserError(f"{target}: --force replaces a model and nothing else, {found}; choose another DST")

@@ -67,7 +67,7 @@ def run(args: argparse.Namespace) -> int:
     _title("1  text, tokenizer, packed data")
     tokenizer, sources = prepare(args.data, args.tokenizer, out)
     config = demo_config(tokenizer, sources, args.steps, args.seed)
-    blend = open_blend(config.data, args.seed, config.model.vocab_size, config.model.pad_token_id)
+    blend = open_blend(config.data, args.seed, config.model.num_tokens, config.model.pad_token_id)
     print(blend.summary())
 
     _title("2  one batch: logits, loss and every gradient against float64")

@@ -20,7 +20,14 @@ from core.layout import Layout, check_layout, parse_layout
 from core.layout_parity import EXACT, LayoutReport, References, judge_layout, one_device, smooth_optim
 from core.layout_worker import Task, collect, launch_tasks, write_batch
 from core.metrics import Row, read_metrics
-from core.parity import BatchReport, TraceReport, compare_low_precision_traces, compare_traces, judge_batch
+from core.parity import (
+    BatchReport,
+    TraceReport,
+    compare_low_precision_traces,
+    compare_traces,
+    judge_batch,
+    nudged_weights,
+)
 from core.parity_report import ParityReport, write_report
 
 LAYOUT_ROWS = 8  # samples that the layouts are compared on: enough for every rank of 8 to have one
@@ -31,6 +38,8 @@ examples:
       both backends against each other: one batch, then 50 training steps
   tele parity --config F --steps 0 --layouts tp2,ring2,pp2,tp2.pp2
       also each of these layouts, in each backend, against one device (layouts: see `tele train --help`)
+  tele parity --config F --growth configs/growth/flm-replica.yaml --steps 20 --layouts tp2
+      before, at and after every growth of a schedule: the function kept, the backends equal
 """
 
 
@@ -43,6 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="override, e.g. train.precision=bf16"
     )
+    parser.add_argument("--growth", metavar="G", help="a growth schedule: compare around every growth of it")
     parser.add_argument(
         "--steps", type=int, default=50, metavar="N", help="training steps to compare; 0: one batch only (50)"
     )
@@ -72,6 +82,10 @@ def run(args: argparse.Namespace) -> int:
         raise UserError(f"--steps: must be at least 0, found {args.steps}")
     if not 0 <= args.layout_steps <= 100:
         raise UserError(f"--layout-steps: must be from 0 to 100, found {args.layout_steps}")
+    if args.growth is not None:
+        from core.commands import parity_growth
+
+        return parity_growth.run(args)
     config = load_run_config(args.config, args.set)
     layouts = read_layouts(args.layouts, config)
     writable_file(Path(args.out) / "report.md", "--out")
@@ -153,8 +167,11 @@ def compare_batch(config: RunConfig, names: list[str], scheme: str = "strong") -
         name: backends.load(name, "forward").run(config.model, held.__getitem__, batch, config.train.precision, True)
         for name in names
     }
-    exact = backends.load(EXACT, "forward").run(config.model, held.__getitem__, batch, "fp64", True)
-    return judge_batch(runs, exact, config.train.precision, config.model.num_layers)
+    judge = backends.load(EXACT, "forward")
+    exact = judge.run(config.model, held.__getitem__, batch, "fp64", True)
+    nudged = nudged_weights(held, config.train.precision)
+    moved = judge.run(config.model, nudged.__getitem__, batch, "fp64", True)
+    return judge_batch(runs, exact, config.train.precision, config.model.num_layers, moved)
 
 
 def compare_layouts(
@@ -209,7 +226,7 @@ def _layout_task(base: Task, layout: Layout, rows: int) -> Task:
 
 
 def _blend(config: RunConfig) -> Blend:
-    return open_blend(config.data, config.train.seed, config.model.vocab_size, config.model.pad_token_id)
+    return open_blend(config.data, config.train.seed, config.model.num_tokens, config.model.pad_token_id)
 
 
 def compare_training(
@@ -231,8 +248,10 @@ def compare_training(
     return report, runs | {f"{judge} ({backends.TITLES[EXACT]})": exact}
 
 
-def trace_rows(config: RunConfig, out: Path, backend: str, steps: int, label: str = "") -> list[Row]:
-    """Launch a training run of ``steps`` steps under ``out`` and return its metrics."""
+def trace_rows(
+    config: RunConfig, out: Path, backend: str, steps: int, label: str = "", resume: Path | None = None
+) -> list[Row]:
+    """Launch a run to step ``steps`` under ``out``, from the checkpoint ``resume`` if given; its rows of metrics."""
     folder = out / f"trace-{label or backend}"
     shutil.rmtree(folder, ignore_errors=True)  # a former comparison's, by its name
     folder.mkdir(parents=True)
@@ -246,7 +265,8 @@ def trace_rows(config: RunConfig, out: Path, backend: str, steps: int, label: st
     file = folder / "run.yaml"
     file.write_text(json.dumps(tree, indent=1), encoding="utf-8")  # JSON is YAML
     print(f"training {steps} steps with {backends.TITLES[backend]}, {tree['train']['precision']}", flush=True)
-    code = launch(backend, ["--config", str(file), "--out", str(folder)], config.parallel.world, folder / "logs")
+    options = ["--config", str(file), "--out", str(folder), *(["--resume", str(resume)] if resume else [])]
+    code = launch(backend, options, config.parallel.world, folder / "logs")
     if code:
         print(f"tele parity: training with {backends.TITLES[backend]} ended with code {code}", file=sys.stderr)
         raise SystemExit(code)

@@ -40,6 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--model", metavar="PRESET", help="a preset, e.g. telechat2-7b")
     what.add_argument("--config", metavar="F", help="a run's YAML: its model, layout, lengths and precision")
+    parser.add_argument("--growth", metavar="G", help="a growth schedule for that run: every stage, and what is saved")
     parser.add_argument("--layout", metavar="TEXT", help="e.g. tp8.pp8.dp8: what each pipeline rank holds")
     parser.add_argument("--seq-len", type=int, metavar="S", help="tokens a sample (default: the model's max_seqlen)")
     parser.add_argument("--micro-batch", type=int, metavar="B", help="samples a forward pass (default 1)")
@@ -57,6 +58,10 @@ def run(args: argparse.Namespace) -> int:
         value = getattr(args, name)
         if value is not None and value < 1:
             raise UserError(f"--{name.replace('_', '-')}: must be at least 1, found {value}")
+    if args.growth is not None:
+        from core.commands import plan_growth
+
+        return plan_growth.run(args)
     if args.config:
         run_config = load_run_config(args.config)
         config, layout, train = run_config.model, run_config.parallel, run_config.train

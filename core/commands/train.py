@@ -19,6 +19,9 @@ Examples:
 Several machines: the same command on each, with its own --node-rank. HOST:PORT is node 0's; PORT and PORT + 1 are used.
   tele train --backend ms --config F --layout tp8.dp2 --nnodes 2 --node-rank 0 --master 10.0.0.1:29500
 
+Growth: a schedule of stages, each a larger model at a layout of its own; between them the checkpoint is grown.
+  tele train --backend ms --config F --growth configs/growth/flm-replica.yaml --out runs/grown
+
 The raw launchers work as well, with the layout as --set:
   msrun --worker_num=4 --local_worker_num=4 --join=True --log_dir=LOGS telechat_ms/train.py --config F --out DIR \\
     --set parallel.tp=2 parallel.dp=2
@@ -47,6 +50,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--resume", metavar="DIR|auto", help="go on from a checkpoint or run folder; auto: from --out if it has one"
     )
     parser.add_argument(
+        "--growth", metavar="G", help="YAML of growth stages (configs/growth/); each has its own model and layout"
+    )
+    parser.add_argument(
         "--layout", metavar="TEXT", help="e.g. tp2.pp2: in place of the config's `parallel:` (--set is applied after)"
     )
     parser.add_argument(
@@ -72,6 +78,10 @@ def run(args: argparse.Namespace) -> int:
     from core.launch_command import check_nodes
     from core.layout import check_layout
 
+    if args.growth is not None:
+        from core.commands import train_growth
+
+        return train_growth.run(args)
     overrides = _layout_overrides(args.layout, args.config) + args.set
     config = load_run_config(args.config, overrides)
     nproc = _share(config.parallel, args.nnodes) if args.nproc is None else args.nproc
@@ -88,7 +98,7 @@ def run(args: argparse.Namespace) -> int:
         micro_batch=config.train.micro_batch,
         seq_len=config.data.seq_len,
     )
-    open_blend(config.data, config.train.seed, config.model.vocab_size, config.model.pad_token_id)
+    open_blend(config.data, config.train.seed, config.model.num_tokens, config.model.pad_token_id)
     if args.resume not in (None, "auto") and not Path(args.resume).is_dir():
         raise UserError(f"--resume: no folder {args.resume}; give a checkpoint or a run's folder, or 'auto'")
     out = Path(args.out or Path("runs") / f"{Path(args.config).stem}-{args.backend}")

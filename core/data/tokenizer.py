@@ -261,10 +261,10 @@ def load_tokenizer(path: str | Path, control: str = "chat", in_vocabulary: bool 
 
 def check_vocabulary(tokenizer: Tokenizer, config: ModelConfig) -> None:
     """UserError unless the tokenizer has exactly one piece per row of the model's embedding."""
-    if tokenizer.vocab_size != config.vocab_size:
+    if tokenizer.vocab_size != config.num_tokens:
         raise UserError(
             f"{tokenizer.path}: the tokenizer has {tokenizer.vocab_size} pieces but model.vocab_size is "
-            f"{config.vocab_size}; use the model's own tokenizer, or set model.vocab_size={tokenizer.vocab_size}"
+            f"{config.num_tokens}; use the model's own tokenizer, or set model.vocab_size={tokenizer.vocab_size}"
         )
 
 

@@ -207,6 +207,22 @@ def zero_shard_off_by_one(backend: str) -> Iterator[Change]:
     yield module, "start_reduce_scatter", faulty
 
 
+def matrix_rate_lost(backend: str) -> Iterator[Change]:
+    """Every class of parameters takes the rate of the vector-like ones."""
+    yield load(backend, "optim"), "class_rate", lambda optim, lr, mup_class: lr
+
+
+def mask_of_the_first_rank(backend: str) -> Iterator[Change]:
+    """Every tensor rank masks its heads and neurons as if they were those of the first."""
+    model = load(backend, "model")
+    real = model.masks
+
+    def faulty(config: Any, c: float | None, columns: tuple[slice, slice]) -> Any:
+        return real(config, c, tuple(slice(0, part.stop - part.start) for part in columns))
+
+    yield model, "masks", faulty
+
+
 def chunk_order_swapped(backend: str) -> Iterator[Change]:
     """The last pipeline rank takes each micro-batch through all its chunks before the next micro-batch; the others send
     it all micro-batches of a group for one chunk first."""
@@ -238,6 +254,8 @@ FAULTS: dict[str, tuple[str, Callable[[str], Iterator[Change]], str]] = {
     "bias added tp times": ("tp2", bias_added_by_every_rank, "loss"),
     "micro-batch gradients overwritten": ("pp2", gradients_overwritten, r"gradient \("),
     "ZeRO shard off by one": ("dp2", zero_shard_off_by_one, r"gradient \("),
+    "rate of matrix-like parameters lost": ("dp2:mup", matrix_rate_lost, "weight's change"),
+    "growth mask of the first rank": ("tp2:grown", mask_of_the_first_rank, "loss"),
     "interleaved chunk order swapped": ("pp2.vpp2", chunk_order_swapped, "loss"),
 }
 

@@ -21,6 +21,7 @@ import pytest
 
 from core.batch import Batch, shift_labels
 from core.config import ModelConfig, OptimConfig
+from core.growth_mask import GrowthMask
 from core.init import init_weights
 from core.layout import Layout, parse_layout
 from core.layout_parity import LayoutReport, References, judge_layout, one_device, smooth_optim
@@ -36,9 +37,17 @@ MODEL = ModelConfig(
     training_seqlen=256, base_seqlen=256, max_seqlen=256,
 )  # fmt: skip
 OPTIM = OptimConfig(lr=1e-3)
+MUP = replace(OPTIM, matrix_lr=4e-3, matrix_weight_decay=0.4)
 # FLM-101B's LayerNorm, gelu, biases, xPos and multipliers, with kv heads that tensor ranks share.
 FLM = dict(
     family="flm", norm="layernorm", activation="gelu", biases="all", position="xpos", input_mult=1.5, logit_mult=0.5
+)  # fmt: skip
+# Half-grown: new heads inside old groups, channels, neurons, a block, and rows of the vocabulary that pad.
+PADDED = dict(vocab_size=320, vocab_tokens=MODEL.vocab_size)
+GROWN = dict(
+    growth=GrowthMask(
+        mask=0.375, anneal_steps=8, hidden_size=48, ffn_hidden_size=64, num_heads=4, num_kv_heads=2, new_layers=(1,)
+    ),
 )  # fmt: skip
 SEED = 7
 SCRIPT = Path(__file__).with_name("layout_faults.py")
@@ -51,13 +60,16 @@ ring2:zigzag ring2:gather ulysses2:zigzag ulysses2:gather
 tp2:full ring2:full pp2:full ring2:selective
 dp2:bf16 tp2:bf16 ring2:bf16 ulysses2:bf16 pp2:bf16 tp2:amp
 dp2:flm tp2:flm tp2.nosp:flm ring2:flm pp2:flm+tied tp2:flm+full ring2:flm+zigzag tp2:flm+bf16
+dp2:mup tp2:mup pp2:flm+tied+mup dp2:mup+bf16
+dp2:grown tp2:grown tp2.nosp:grown+full ring2:grown ulysses2:grown pp2:grown tp2:grown+bf16
+tp2:flm+grown pp2:flm+tied+grown tp2:zero pp2:tied+zero tp2:flm+zero
 """
 WORLD4 = """
 dp2.tp2 dp2.ring2 dp2.ulysses2 dp2.pp2 dp2.pp2.vpp2
 tp2.ring2 tp2.ulysses2 tp2.pp2 tp2.pp2.vpp2
 ring2.ulysses2 ring2.pp2 ring2.pp2.vpp2 ulysses2.pp2 ulysses2.pp2.vpp2
 tp4 tp4.nosp:tied tp2.pp2.nosp:tied dp2.pp2.nozero:tied ring4:zigzag ring2.ulysses2:gather tp2.ring2:bf16 dp2.pp2:bf16
-tp4:flm tp2.pp2:flm+selective
+tp4:flm tp2.pp2:flm+selective tp4:grown tp2.pp2:flm+grown+selective tp4:tied+zero
 """
 FULL = """
 dp2.pp2.gpipe tp2.pp2.gpipe ring2.pp2.gpipe ulysses2.pp2.gpipe
@@ -72,7 +84,7 @@ dp2.ulysses2.pp2 dp2.ulysses2.pp2.vpp2 tp2.ring2.ulysses2 tp2.ring2.pp2 tp2.ring
 tp2.ulysses2.pp2.vpp2 ring2.ulysses2.pp2 ring2.ulysses2.pp2.vpp2 tp2.ring2.pp2.gpipe dp2.tp2.pp2.gpipe.nosp.nozero:tied
 dp8:rows3 tp8 ring8 ring8:zigzag ulysses8 pp8 ring4.ulysses2 ring2.ulysses4 tp4.pp2 tp4.ring2 tp4.ulysses2 dp4.tp2
 dp2.pp4 tp2.ring2.pp2.vpp2:tied dp2.ring2.ulysses2:gather tp2.ring2.pp2:zigzag+full dp2.tp2.ring2:bf16
-tp2.ring2.pp2:bf16
+tp2.ring2.pp2:bf16 tp2.ring2.pp2:grown dp2.tp2.pp2:flm+grown
 """
 
 
@@ -80,7 +92,9 @@ tp2.ring2.pp2:bf16
 class Case:
     """``text`` says it all. Variants: tied embeddings; rows3 (3 rows, which dp 2 does not share evenly; else 4); uneven
     (stages of 3 and 1 layers); zigzag and gather (documents kept apart, of lengths that fit a zigzag or not); full and
-    selective recompute; flm (another family's operators); a precision."""
+    selective recompute; flm (another family's operators); mup (matrix-like parameters have their own rate and decay);
+    grown (in the middle of growth by masks); zero (norms that count some channels only, as growth without masks leaves
+    them); a precision."""
 
     text: str
 
@@ -105,13 +119,20 @@ class Case:
     def model(self) -> ModelConfig:
         """Two layers, or as many as there are stages; four where two stages are uneven."""
         layers = 4 if self.layout.stage_layers else max(2, self.layout.stages)
-        family = FLM if "flm" in self.words else {}
-        return replace(MODEL, num_layers=layers, tied_embeddings="tied" in self.words, **family)
+        changes: dict[str, Any] = {"num_layers": layers, "tied_embeddings": "tied" in self.words}
+        changes |= FLM if "flm" in self.words else {}
+        changes |= {**PADDED, **GROWN} if "grown" in self.words else {}
+        changes |= {**PADDED, "norm_divisor": 48.0} if "zero" in self.words else {}
+        return replace(MODEL, **changes)
 
     @property
-    def reference(self) -> tuple[ModelConfig, str]:
+    def optim(self) -> OptimConfig:
+        return MUP if "mup" in self.words else OPTIM
+
+    @property
+    def reference(self) -> tuple[ModelConfig, str, OptimConfig]:
         """Cases with the same one are held against the same float64 run."""
-        return self.model, self.batch
+        return self.model, self.batch, self.optim
 
     def task(self, optim: OptimConfig, batch: str) -> Task:
         layout = self.layout
@@ -219,10 +240,10 @@ class Launches:
         return References(self._single[key], exact, init_weights(case.model, SEED, "strong"))
 
     def exact(self, case: Case) -> tuple[Outcome, OptimConfig]:
-        task = case.task(OPTIM, self.batch(case.batch))
+        task = case.task(case.optim, self.batch(case.batch))
         key = (task.steps, *case.reference)
         if key not in self._exact:
-            optim = smooth_optim(OPTIM, one_device("pt", replace(task, steps=0), "fp64"))
+            optim = smooth_optim(case.optim, one_device("pt", replace(task, steps=0), "fp64"))
             self._exact[key] = one_device("pt", replace(task, optim=optim), "fp64"), optim
         return self._exact[key]
 

@@ -10,6 +10,8 @@ float32 form is only good to that (telechat_ms/ops.py).
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -21,6 +23,9 @@ from kernels import reference
 from kernels.dispatch import Candidate
 from tests.cpu_kernel_checks import PAGED
 from tests.engine_support import Feed
+from tests.growing import FAMILIES, grow, strong
+from tests.growing import batch as batch_of
+from tests.parity.test_growth import target_of
 from tests.parity.test_optimizer_trace import check_trace, run_trace
 from tests.parity.test_paged_attention import error as page_error
 from tests.parity.test_twins import CONFIG, batch, weights
@@ -410,16 +415,24 @@ def test_swapped_halves_are_seen(calls: Any) -> None:
 # The whole model.
 
 
+@contextmanager
+def cann() -> Iterator[Any]:
+    """A rehearsal in which every operator that CANN has is served by it, and how often each was called."""
+    others = {name: "composite" for name, operator in ascend.CANN_OPERATORS.items() if not operator.serves}
+    try:
+        with rehearsal.rehearsal() as counts:
+            choices = dispatch.select(others, "Ascend")
+            served = {name: choice.implementation for name, choice in choices.items() if name not in others}
+            assert set(served.values()) == {"cann"}, served
+            yield counts
+    finally:
+        dispatch.select({}, None)
+
+
 @pytest.fixture
 def on_cann() -> Iterator[Any]:
-    """A rehearsal in which every operator that CANN has is served by it."""
-    others = {name: "composite" for name, operator in ascend.CANN_OPERATORS.items() if not operator.serves}
-    with rehearsal.rehearsal() as counts:
-        choices = dispatch.select(others, "Ascend")
-        served = {name: choice.implementation for name, choice in choices.items() if name not in others}
-        assert set(served.values()) == {"cann"}, served
+    with cann() as counts:
         yield counts
-    dispatch.select({}, None)
 
 
 @pytest.fixture(scope="module", params=["one document a row", "documents"])
@@ -446,6 +459,28 @@ def test_training_on_ascends_code_path(truth: tuple[bool, dict[str, Any]], on_ca
     assert on_cann["RmsNorm"] + on_cann["AddRmsNorm"] == on_cann["RmsNormGrad"] == 2 * layers + 1
     assert on_cann["RotaryPositionEmbedding"] + on_cann["RotaryPositionEmbeddingGrad"] == 4 * layers
     assert on_cann["EmbeddingDenseBackward"] == 1
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_growing_model_on_ascends_code_path(family: str) -> None:
+    """Half-way between two sizes, where every kind of mask counts, against the CPU's plain operators in float64."""
+    source = FAMILIES[family]
+    plan, grown = grow(source, target_of(source, "all"), strong(source))
+    assert plan.config.growth is not None
+    half = replace(plan.config, growth=replace(plan.config.growth, mask=0.5))
+    given = batch_of(half)
+    plain = [name for name, found in dispatch.candidates("CPU").items() if Candidate("composite") in found]
+    dispatch.select(dict.fromkeys(plain, "composite"), "CPU")
+    expected = forward.run(half, grown.__getitem__, given, "fp64", grads=True)
+    with cann() as counts:
+        got = forward.run(half, grown.__getitem__, given, "fp32", grads=True)
+    assert relative_frobenius(got["logits"], expected["logits"]) <= 2e-6
+    assert compare_tensors(got["grads"], expected["grads"]).worst() <= 1e-5
+    assert counts["FlashAttentionScore"] == counts["FlashAttentionScoreGrad"] == half.num_layers
+    # A mask weights the statistics of a norm, and CANN adds to the stream only before a norm that has none.
+    assert counts["AddRmsNorm"] == 0
+    norms = 2 * half.num_layers + 1
+    assert counts["RmsNorm"] == counts["RmsNormGrad"] == (norms if half.norm == "rmsnorm" else 0)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])

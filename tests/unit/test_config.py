@@ -27,6 +27,7 @@ PUBLISHED = {
     # Unpublished shapes: this is what our reconstruction has.
     "flm-51b": 50_051_807_232,
     "flm-16b": 16_521_437_184,
+    "flm-mup": 88_871_424,
 }
 # As the papers and model names give it, in millions, and how closely that can be taken.
 NAMED = {
@@ -67,6 +68,7 @@ def test_multipliers_of_the_presets_are_the_released_quotients() -> None:
         "flm-101b": (2.0, 10240 / 256),
         "flm-51b": (2.0, 7168 / 256),
         "flm-16b": (2.0, 4096 / 256),
+        "flm-mup": (2.0, 256 / 256),
     }
     for name, (output, scale) in released.items():
         assert load_model_config(name).logit_mult == output / scale, name
@@ -97,7 +99,10 @@ def test_run_config_fills_in_defaults() -> None:
         ({"model": {"preset": "telechat2-tiny", "norm_eps": "1e-5x"}}, "norm_eps: expected a number, found str"),
         ({"model": {"preset": "telechat2-tiny", "vocab_size": 2}}, "eos_token_id: 2 is outside the vocabulary of 2"),
         ({"model": {"preset": "telechat2-tiny", "table_dtype": "float61"}}, "did you mean 'float16'"),
-        ({"model": {"preset": "teleflm-tiny", "position": "xpoz"}}, "position: 'xpoz' is not one of ntk, rope, xpos"),
+        (
+            {"model": {"preset": "teleflm-tiny", "position": "xpoz"}},
+            "position: 'xpoz' is not one of ntk, ntk-theta, rope, xpos",
+        ),
         ({"model": {"preset": "teleflm-tiny", "logit_mult": 0}}, "logit_mult: must be above 0"),
         ({"model": {"preset": "teleflm-tiny", "family": "teleflms"}}, "did you mean 'teleflm'"),
         ({"model": {"preset": "telechat2-tiny", "num_layers": True}}, "num_layers: expected a whole number"),
@@ -112,6 +117,9 @@ def test_run_config_fills_in_defaults() -> None:
             "precision: 'bf61' is not one of fp32, bf16, amp, fp16, fp64 (did you mean 'bf16'?)",
         ),
         ({"optim": {"lr": 1e-3, "min_lr": 1e-2}}, "min_lr: 0.01 is above the peak"),
+        ({"optim": {"lr": 1e-3, "matrix_lr": 0}}, "matrix_lr: must be above 0"),
+        ({"optim": {"lr": 1e-3, "matrix_weight_decay": -1}}, "matrix_weight_decay: must be at least 0"),
+        ({"model": {"preset": "teleflm-tiny", "matrix_init_std": "0.1"}}, "matrix_init_std: expected a number"),
         ({"optim": {"lr": 1e-3, "warmup_steps": 10}}, "warmup_steps: 10 leaves no step"),
         ({"optim": {"lr": float("nan")}}, "optim.lr: nan is not a number"),
         ({"optim": {"lr": 1e-3, "clip_grad": float("inf")}}, "optim.clip_grad: inf is not a number"),

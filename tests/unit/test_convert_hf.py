@@ -14,7 +14,8 @@ import pytest
 import safetensors.numpy
 
 from convert.copy import canonical_to_hf, cast, hf_to_canonical
-from convert.hf import INDEX, HfFolder, describe_tokenizer, plan_shards
+from convert.hf import INDEX, HfFolder, plan_shards
+from convert.hf_tokenizer import load_pieces
 from convert.source import open_model
 from core.checkpoint import open_checkpoint, save_checkpoint, write_checkpoint
 from core.config import load_model_config
@@ -142,7 +143,8 @@ def test_a_model_trained_here_becomes_a_complete_release(tmp_path):
     assert source.tokenizer_path.read_bytes() == tokenizer.read_bytes()
     canonical_to_hf(source, tmp_path / "hf")
     assert sorted(files(tmp_path / "hf")) == [
-        "config.json", "generation_config.json", "model.safetensors", "tokenizer.model", "tokenizer_config.json",
+        "config.json", "configuration_telechat2.py", "generation_config.json", "model.safetensors", "tokenizer.model",
+        "tokenizer_config.json",
     ]  # fmt: skip
     with safetensors.safe_open(tmp_path / "hf" / "model.safetensors", "np") as file:
         assert file.metadata() == {"format": "pt"}
@@ -163,11 +165,11 @@ def test_a_tokenizer_that_does_not_fit_is_refused(tmp_path):
     source = open_model(tmp_path / "run")
     assert source.tokenizer_path is None
     (tmp_path / "text.model").write_text("no tokenizer")
-    with pytest.raises(UserError, match="tokenizer.model: is no SentencePiece model"):
+    with pytest.raises(UserError, match="text.model: is no SentencePiece model"):
         canonical_to_hf(source, tmp_path / "hf", tokenizer=tmp_path / "text.model")
     small = dataclasses.replace(source.config, vocab_size=50)
     with pytest.raises(UserError, match="has 60 pieces, the model's vocab_size is 50"):
-        describe_tokenizer(train_tokenizer(tmp_path / "t.model", 60), small)
+        load_pieces(train_tokenizer(tmp_path / "t.model", 60), small)
     assert not (tmp_path / "hf").exists()
 
 

@@ -19,8 +19,9 @@ PROGRAM = r"""
 import json, re, sys
 from pathlib import Path
 import numpy as np
-from convert.copy import canonical_to_hf, hf_to_canonical
+from convert.copy import canonical_to_hf, hf_to_canonical, to_canonical, to_mindformers
 from convert.hf import HfFolder
+from convert.mindformers import Known, MindFormersSource
 from convert.source import open_model
 from core.checkpoint import write_checkpoint
 from core.config import ModelConfig
@@ -43,7 +44,11 @@ canonical_to_hf(open_model(root / "made"), root / "hf", max_shard_bytes=60_000_0
 peaks.append(peak())
 hf_to_canonical(HfFolder(root / "hf"), root / "back")
 peaks.append(peak())
-source = open_model(root / "back")
+to_mindformers(open_model(root / "back"), root / "ms", "qkv_concat", 2)
+peaks.append(peak())
+to_canonical(MindFormersSource(root / "ms", Known(root / "ms")), root / "again")
+peaks.append(peak())
+source = open_model(root / "again")
 everything = [source.tensor(name) for name in source.names()]
 peaks.append(peak())
 print(json.dumps(peaks))

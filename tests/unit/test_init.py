@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 
 from core.config import load_model_config
 from core.init import init_tensor, init_weights
-from core.params import parameter_table
+from core.params import MATRIX, parameter_table
 
 CONFIG = load_model_config("telechat2-tiny")
 PINNED = [-0.0030766423, 0.0071278578, -0.037200201]
@@ -51,6 +52,16 @@ def test_moments_and_independence() -> None:
     a, b = weights["layers.0.attn.k.weight"].ravel(), weights["layers.1.attn.k.weight"].ravel()
     assert abs(np.corrcoef(a, b)[0, 1]) < 5 / a.size**0.5
     assert not np.array_equal(a, init_tensor("layers.0.attn.k.weight", CONFIG, 2).ravel())
+
+
+def test_matrix_like_weights_may_have_a_deviation_of_their_own() -> None:
+    """They are the same normal numbers at another scale; embedding and head keep theirs to the bit."""
+    own, plain = init_weights(replace(CONFIG, matrix_init_std=0.01), 1), init_weights(CONFIG, 1)
+    for name, spec in parameter_table(CONFIG).items():
+        if spec.mup_class == MATRIX:
+            np.testing.assert_allclose(own[name], plain[name] / 2, rtol=1e-6)
+        else:
+            np.testing.assert_array_equal(own[name], plain[name])
 
 
 def test_unknown_name_and_strides_are_refused() -> None:

@@ -345,20 +345,29 @@ print(json.dumps({tag: [(p.step, p.value) for p in events.Scalars(tag)] for tag 
 
 def test_tensorboard_reads_what_was_written(tmp_path):
     """In a process of its own: the reader imports protobuf, after which MindSpore could not be imported here."""
-    config = run_config(checkpoint__every=5, train__precision="fp16")
+    config = run_config(checkpoint__every=5, train__precision="fp16", optim__matrix_lr=0.1)
     with pytest.raises(Killed):
         loop.train(killed_at(8), config, tmp_path)
     loop.train(lambda c: NumpyStepper(c, {3: math.inf}), config, tmp_path, resume="auto")
     read = [sys.executable, "-c", READ_EVENTS, str(tmp_path / "tensorboard")]
     points = json.loads(subprocess.run(read, capture_output=True, text=True, check=True).stdout)
     rows = read_metrics(tmp_path)
-    assert set(points) == set(TAGS.values())
+    tags = {key: tag for key, tag in TAGS.items() if key != "mask"}  # of growing models alone
+    assert set(points) == set(tags.values())
     # Steps 6 and 7 were written twice, and TensorBoard shows the second writing only.
     assert [step for step, _ in points["train/loss"]] == list(range(1, 13))
-    for key, tag in TAGS.items():
+    for key, tag in tags.items():
         shown = {step: pytest.approx(value, rel=1e-6) for step, value in points[tag]}  # stored as float32
         assert shown == {row["step"]: row[key] for row in rows if row[key] is not None}
     assert rows[7]["grad_norm"] is None and len(points["train/grad_norm"]) == 11
+
+
+def test_the_matrix_rate_is_recorded_where_it_differs(tmp_path):
+    """Every step as many times the rate as its peak is; a peak equal to lr adds nothing to the row."""
+    for name, peak, ratio in (("apart", 0.2, 4.0), ("alike", 0.05, None)):
+        loop.train(NumpyStepper, run_config(optim__matrix_lr=peak), tmp_path / name)
+        rows = read_metrics(tmp_path / name)
+        assert [row.get("matrix_lr") for row in rows] == [ratio and pytest.approx(ratio * row["lr"]) for row in rows]
 
 
 def test_training_imports_no_protobuf(tmp_path):

@@ -25,6 +25,17 @@ def test_scaling_equals_the_released_functions() -> None:
             assert attention_scale(config, S) == pytest.approx(row["mscale"], rel=1e-12), row
 
 
+def test_the_52b_grows_its_base_by_a_rule_of_its_own() -> None:
+    """The released table: theta times alpha, no exponent, no amplitude."""
+    config = load_model_config("telechat-52b")
+    for row in json.loads((GOLDENS / "telechat52b_like/rotary_ntk.json").read_text())["rows"]:
+        S = row["seq_len"]
+        assert ntk_alpha(S, config.training_seqlen, config.base_seqlen) == row["alpha"], row
+        assert (scaled_base(config, S), attention_scale(config, S)) == (row["theta"], 1.0), row
+        frequency = rope_tables(config, np.array([1]), S, np.float64)[1][0, 1]  # sine of position 1, second pair
+        assert np.arcsin(frequency) == pytest.approx(row["theta"] ** (-2 / config.head_dim), rel=1e-12)
+
+
 @pytest.mark.parametrize(
     "case",
     [

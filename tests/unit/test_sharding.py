@@ -7,7 +7,7 @@ import pytest
 
 from core.config import load_model_config
 from core.layout import parse_layout
-from core.params import parameter_table
+from core.params import VECTOR, parameter_table
 from core.sharding import chunk_table, flat_pieces, kv_copies, plan_buckets
 
 MODEL = replace(load_model_config("telechat2-tiny"), num_layers=5, vocab_size=307)
@@ -86,6 +86,24 @@ def test_a_flat_part_holds_the_values_of_its_boxes(text):
                 for piece in flat_pieces(bucket, table, part, parts):
                     joined[part, piece.first : piece.last] = whole[piece.name][piece.box].reshape(-1)
             np.testing.assert_array_equal(joined.reshape(-1), local)
+
+
+@pytest.mark.parametrize("text", LAYOUTS)
+def test_classes_have_buckets_of_their_own_when_asked(text):
+    """And when not asked the plan is the one of a recipe without classes."""
+    layout = parse_layout(text)
+    specs = parameter_table(MODEL)
+    for rank in range(layout.world):
+        table = tables(MODEL, layout, rank)
+        parts = len(layout.ranks("replicas", rank))
+        apart, together = plan_buckets(table, parts, 30_000, by_class=True), plan_buckets(table, parts, 30_000)
+        for bucket in apart:
+            assert {specs[s.name].mup_class for s in bucket.segments} == {bucket.mup_class}
+        assert {bucket.mup_class for bucket in together} == {VECTOR}
+        for plan in (apart, together):
+            assert sorted(s.name for bucket in plan for s in bucket.segments) == sorted(table)
+        classless = {name: replace(shard, mup_class=VECTOR) for name, shard in table.items()}
+        assert plan_buckets(classless, parts, 30_000, by_class=True) == together
 
 
 def test_a_shifted_part_is_noticed():

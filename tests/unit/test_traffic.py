@@ -106,6 +106,8 @@ def test_gradients_of_replicas():
         ("all_gather", "replicas"): [2, padded // 5 * 2],
     }
     assert traffic("dp5.nozero") == {("all_reduce", "replicas"): [2, (matrices + vectors) * 4]}
+    apart = traffic("dp5.nozero", by_class=True)  # embedding and head, whose padding is none here, go in two more
+    assert apart == {("all_reduce", "replicas"): [4, (matrices + vectors) * 4]}
     layout = Layout(dp=5, zero1=False, bucket_mb=500 * 4 / 2**20)
     many = expected_traffic(MODEL, layout, seq_len=6, micro_batch=1, micro_batches=1, rank=0)
     calls, payload = many["all_reduce", "replicas"]

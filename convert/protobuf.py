@@ -1,0 +1,44 @@
+"""The fields of a protobuf message, without the protobuf package: MindSpore fails where that was imported before it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+_VARINT, _EIGHT, _BYTES, _FOUR = 0, 1, 2, 5  # wire types
+
+
+def fields(data: bytes) -> Iterator[tuple[int, int | bytes]]:
+    """(field number, value) in the order of the bytes: a whole number, or bytes of a string, message or float.
+
+    ValueError for bytes that are no message.
+    """
+    place = 0
+    while place < len(data):
+        key, place = _varint(data, place)
+        number, kind = key >> 3, key & 7
+        if kind == _VARINT:
+            value, place = _varint(data, place)
+            yield number, value
+            continue
+        sizes = {_EIGHT: 8, _FOUR: 4}
+        if kind == _BYTES:
+            size, place = _varint(data, place)
+        elif kind in sizes:
+            size = sizes[kind]
+        else:
+            raise ValueError(f"wire type {kind} at byte {place}")
+        if place + size > len(data):
+            raise ValueError(f"field {number} ends beyond the message")
+        yield number, data[place : place + size]
+        place += size
+
+
+def _varint(data: bytes, place: int) -> tuple[int, int]:
+    value = shift = 0
+    while place < len(data):
+        value |= (data[place] & 0x7F) << shift
+        place, more = place + 1, data[place] & 0x80
+        if not more:
+            return value, place
+        shift += 7
+    raise ValueError("a number ends beyond the message")

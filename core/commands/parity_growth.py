@@ -1,0 +1,245 @@
+"""``tele parity --growth``: both backends equal before, at and after every growth of a schedule, alone and in layouts.
+
+For each growth, on weights that show every mistake: the small model; the grown one at c = 0, against float64 and
+against the small one (logits, loss, old gradients the same, gradients of new entries zero); between the sizes; at
+c = 1, which must be the plain model. The layouts asked for take the model between the sizes. Then the small model is
+trained a few steps by the first backend, and what it grows to by all of them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from core import backends
+from core.atomic import writable_file, write_text
+from core.batch import Batch
+from core.commands.parity import compare_layouts, read_layouts, trace_rows
+from core.config import ModelConfig, RunConfig
+from core.data.blend import open_blend
+from core.errors import UserError
+from core.init import init_weights
+from core.layout import Layout
+from core.layout_parity import EXACT
+from core.parity import Bound, compare_traces, global_norm, judge_batch, nudged_weights, relative_frobenius, tolerances
+
+if TYPE_CHECKING:
+    from convert.grow_plan import Plan
+    from convert.grow_schedule import Stage
+
+BETWEEN = 0.4
+EXACTLY = 1e-12
+SMALL_STEPS = 10
+
+Weights = Mapping[str, np.ndarray]
+
+
+@dataclass(frozen=True)
+class Section:
+    """What was compared, and the bounds of it."""
+
+    title: str
+    bounds: list[Bound]
+
+
+def run(args: argparse.Namespace) -> int:
+    """Compare, write report.md and report.json, print every bound; 1 when one is broken."""
+    from convert.grow_schedule import load_schedule
+
+    stages = load_schedule(args.growth, args.config, args.set)
+    if len(stages) < 2:
+        raise UserError(f"--growth {args.growth}: has one stage; nothing grows")
+    out, names = Path(args.out), list(dict.fromkeys(args.backends))
+    writable_file(out / "report.md", "--out")
+    sections: list[Section] = []
+    for before, stage in zip(stages, stages[1:], strict=False):
+        layouts = read_layouts(args.layouts, stage.config)
+        sections += growth_sections(before, stage, names)
+        if layouts:
+            sections += layout_sections(stage, names, layouts, args.layout_steps, out)
+        if args.steps:
+            sections.append(training_section(before, stage, names, args.steps, out))
+    bounds = [bound for section in sections for bound in section.bounds]
+    broken = [bound for bound in bounds if not bound.holds]
+    verdict = f"EQUAL: all {len(bounds)} bounds hold" if not broken else f"NOT EQUAL: {len(broken)} bounds broken"
+    write_text(out / "report.md", to_markdown(verdict, sections))
+    write_text(out / "report.json", json.dumps([dataclasses.asdict(s) for s in sections], indent=1) + "\n")
+    print(verdict)
+    for section in sections:
+        print(f"{section.title}")
+        for bound in section.bounds:
+            mark = "ok    " if bound.holds else "BROKEN"
+            print(f"  {mark}  {bound.what:<58}{bound.value:9.2e}  limit {bound.limit:.2e}")
+    print(f"report: {out / 'report.md'}")
+    return 1 if broken else 0
+
+
+def to_markdown(verdict: str, sections: Sequence[Section]) -> str:
+    """The report for people."""
+    lines = ["# Parity under growth", "", f"**{verdict}**"]
+    for section in sections:
+        lines += ["", f"## {section.title}", "", "| | quantity | measured | limit | where the limit comes from |"]
+        lines.append("|---|---|---|---|---|")
+        for bound in section.bounds:
+            mark = "ok" if bound.holds else "**BROKEN**"
+            lines.append(f"| {mark} | {bound.what} | {bound.value:.3g} | {bound.limit:.3g} | {bound.source} |")
+    return "\n".join(lines) + "\n"
+
+
+def growth_sections(before: Stage, stage: Stage, names: list[str]) -> list[Section]:
+    """The function and its gradients, on one micro-batch."""
+    from convert.grow import grow_arrays
+    from convert.grow_plan import plan_growth
+
+    assert stage.plan is not None
+    seed = before.config.train.seed
+    plan = plan_growth(
+        before.config.model, stage.target, dataclasses.replace(stage.plan.options, scheme="strong"), 0, 0
+    )
+    small = init_weights(plan.source, seed, "strong")
+    grown = grow_arrays(plan, small)
+    batch = _batch(before.config)
+    title = f"{before.name} to {stage.name}"
+    precision = before.config.train.precision
+
+    def results(config: ModelConfig, weights: Weights) -> tuple[dict[str, Any], Any, list[Bound]]:
+        found = {name: _forward(name, config, weights, batch, precision) for name in names}
+        exact = _forward(EXACT, config, weights, batch, "fp64")
+        moved = _forward(EXACT, config, nudged_weights(weights, precision), batch, "fp64")
+        return found, exact, judge_batch(found, exact, precision, config.num_layers, moved).bounds()
+
+    first, first_exact, judged = results(plan.source, small)
+    sections = [Section(f"{title}: before", judged)]
+    start, start_exact, judged = results(plan.config, grown)
+    masked = plan.config.growth is not None
+    kept = _kept("float64", plan, first_exact, start_exact, "fp64", masked)
+    for name in names:
+        kept += _kept(backends.TITLES[name], plan, first[name], start[name], precision, masked, first_exact)
+    sections.append(Section(f"{title}: {'at c = 0' if masked else 'grown without masks'}", judged + kept))
+    for c in (BETWEEN, 1.0) if masked else ():
+        config = with_mask(plan.config, c)
+        _, exact, bounds = results(config, grown)
+        if c == 1.0:
+            plain = _forward(EXACT, with_mask(plan.config, None), grown, batch, "fp64")
+            apart = relative_frobenius(exact["logits"], plain["logits"])
+            bounds.append(Bound("logits, float64: masks at 1 against none", apart, EXACTLY, "masks of ones are none"))
+        sections.append(Section(f"{title}: at c = {c:g}", bounds))
+    return sections
+
+
+def with_mask(config: ModelConfig, c: float | None) -> ModelConfig:
+    """A growing model with its masks at ``c``; None: without them."""
+    growth = None if c is None or config.growth is None else dataclasses.replace(config.growth, mask=c)
+    return dataclasses.replace(config, growth=growth)
+
+
+def _kept(who: str, plan: Plan, small: Any, grown: Any, precision: str, masked: bool, exact: Any = None) -> list[Bound]:
+    """The grown model against the small one, in the same arithmetic; ``exact``: the small one's float64 results."""
+    from convert.grow_gradients import gradients_of_new, gradients_of_old
+
+    old = gradients_of_old(plan, grown["grads"])
+    if exact is None:
+        limits, source = dict.fromkeys(("logits", "loss", "gradients"), EXACTLY), "float64: the same function"
+    else:
+        # Sums over more terms, in another order: as far as the small model itself is from float64, or a few roundings.
+        rules = tolerances(precision, plan.source.num_layers)
+        own = {
+            "logits": relative_frobenius(small["logits"], exact["logits"]),
+            "loss": abs(small["loss"] / exact["loss"] - 1),
+            "gradients": _apart(small["grads"], exact["grads"]),
+        }
+        limits = {
+            key: min(rule.ceiling, rule.factor * max(rule.floor, own[key])) for key, rule in rules.items() if key in own
+        }
+        source = f"4 x the small model's own distance from float64, or as between backends ({precision})"
+    bounds = [
+        Bound(
+            f"{who}: logits as before",
+            relative_frobenius(grown["logits"], small["logits"]),
+            limits["logits"],
+            source,
+        ),
+        Bound(f"{who}: loss as before", abs(grown["loss"] / small["loss"] - 1), limits["loss"], source),
+        Bound(f"{who}: old gradients as before", _apart(old, small["grads"]), limits["gradients"], source),
+    ]
+    if masked:
+        largest = max((float(np.abs(g).max()) for g in gradients_of_new(plan, grown["grads"]).values()), default=0.0)
+        bounds.append(Bound(f"{who}: largest gradient of a new entry", largest, 0.0, "everything new is times c = 0"))
+    return bounds
+
+
+def _apart(a: Weights, b: Weights) -> float:
+    """Relative distance of all gradients as one vector."""
+    return global_norm({n: a[n].astype(np.float64) - b[n] for n in b}) / global_norm(b)
+
+
+def _forward(name: str, config: ModelConfig, weights: Weights, batch: Batch, precision: str) -> Any:
+    get: Callable[[str], np.ndarray] = weights.__getitem__
+    found = backends.load(name, "forward").run(config, get, batch, precision, True)
+    # Rows that only pad have no logits worth comparing.
+    return {**found, "logits": found["logits"][..., : config.num_tokens]}
+
+
+def _batch(config: RunConfig) -> Batch:
+    blend = open_blend(config.data, config.train.seed, config.model.num_tokens, config.model.pad_token_id)
+    batch = blend.batch(0, config.train.micro_batch)
+    if not batch.num_targets:
+        raise UserError("data: no position of the first micro-batch counts in the loss; use a larger train.micro_batch")
+    return batch
+
+
+def layout_sections(stage: Stage, names: list[str], layouts: list[Any], updates: int, out: Path) -> list[Section]:
+    """The model between the sizes in every layout of every backend, against one device of it."""
+    assert stage.plan is not None
+    model = with_mask(stage.plan.config, BETWEEN)
+    config = dataclasses.replace(stage.config, model=model)
+    reports = compare_layouts(config, out / stage.name, names, layouts, "strong", updates)
+    return [
+        Section(
+            f"{stage.name} between the sizes, {report.layout} with {backends.TITLES[report.backend]}", report.bounds
+        )
+        for report in reports
+    ]
+
+
+def training_section(before: Stage, stage: Stage, names: list[str], steps: int, out: Path) -> Section:
+    """The small model trained a few steps, grown, and trained on by each backend and in float64."""
+    from convert.grow_files import grow_checkpoint, plan_checkpoint
+    from core.checkpoint import open_checkpoint
+
+    assert stage.plan is not None
+    options = dataclasses.replace(
+        stage.plan.options, anneal_steps=max(1, min(stage.plan.options.anneal_steps, steps // 2))
+    )
+    folder = out / f"growth-{stage.name}"
+    shutil.rmtree(folder, ignore_errors=True)  # a former comparison's, by its name
+    small = dataclasses.replace(before.config, checkpoint=dataclasses.replace(before.config.checkpoint, every=0))
+    # One step more than is grown from, for its loss: the grown model's first must be the same.
+    longer = trace_rows(small, folder, names[0], SMALL_STEPS + 1, "longer")
+    trace_rows(small, folder, names[0], SMALL_STEPS, "small")
+    checkpoint = open_checkpoint(folder / "trace-small")
+    plan = plan_checkpoint(checkpoint, stage.target, options)
+    grow_checkpoint(checkpoint, folder / "grown", plan)
+    model = dataclasses.replace(plan.config, growth=None)
+    config = dataclasses.replace(stage.config, model=model)
+    total = SMALL_STEPS + steps
+    rows = {name: trace_rows(config, folder, name, total, resume=folder / "grown") for name in names}
+    judge = dataclasses.replace(config.train, precision="fp64")
+    exact_config = dataclasses.replace(config, train=judge, parallel=Layout())
+    exact = trace_rows(exact_config, folder, EXACT, total, "fp64", resume=folder / "grown")
+    first = [abs(run[0]["loss"] / longer[-1]["loss"] - 1) for run in rows.values()]
+    bounds = [
+        Bound("first loss after growth against the small model's", max(first), 1e-5, "the same function and batch")
+    ]
+    if len(names) == 2:
+        a, b = rows.values()
+        bounds += compare_traces(a, b, exact).bounds
+    return Section(f"{before.name} to {stage.name}: {steps} steps after growth", bounds)

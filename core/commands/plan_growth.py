@@ -1,0 +1,95 @@
+"""`tele plan --growth`: what every stage of a growth schedule holds and costs, without a weight being made."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from typing import TYPE_CHECKING, Any
+
+from core.commands.grow import describe
+from core.errors import UserError
+
+if TYPE_CHECKING:
+    from convert.grow_schedule import Stage
+
+# Of a grown checkpoint with its optimizer: fp32 masters, m and v.
+_BYTES = 12
+
+
+def run(args: argparse.Namespace) -> int:
+    from convert.grow_schedule import cost, load_schedule
+    from core.commands.plan import estimate
+    from core.layout import check_layout
+
+    if args.config is None:
+        raise UserError("--growth: give the run it belongs to with --config")
+    stages = load_schedule(args.growth, args.config)
+    told = []
+    for stage in stages:
+        config = stage.config
+        check_layout(config.parallel, config.model, global_batch=config.train.global_batch)
+        plan = estimate(
+            config.model,
+            config.data.seq_len,
+            config.train.micro_batch,
+            config.train.precision,
+            config.train.recompute,
+            layout=config.parallel,
+            micro_batches=max(1, config.train.global_batch // (config.parallel.dp * config.train.micro_batch)),
+        )
+        told.append(
+            {
+                "name": stage.name,
+                "parameters": stage.parameters,
+                "layout": config.parallel.name,
+                "devices": config.parallel.world,
+                "steps": [stage.begin, stage.end],
+                "tokens": stage.tokens,
+                "flops": 6.0 * stage.parameters * stage.tokens,
+                "device_bytes": sum(plan["memory_bytes"].values()),
+                "checkpoint_bytes": _BYTES * stage.parameters,
+            }
+        )
+    arithmetic = cost(stages)
+    report = {
+        "stages": told,
+        "flops": arithmetic.by_parameters,
+        "flops_from_scratch": arithmetic.scratch_by_parameters,
+        "flops_saved": arithmetic.saved,
+        "products_saved": 1.0 - arithmetic.by_products / arithmetic.scratch_by_products,
+    }
+    print(json.dumps(report, indent=1) if args.json else _text(report, stages))
+    return 0
+
+
+def _text(report: dict[str, Any], stages: list[Stage]) -> str:
+    titles = ("stage", "parameters", "layout", "devices", "steps", "tokens", "FLOPs", "a device", "checkpoint")
+    rows = [titles]
+    for stage in report["stages"]:
+        rows.append(
+            (
+                stage["name"],
+                f"{stage['parameters']:,}",
+                stage["layout"],
+                f"{stage['devices']}",
+                f"{stage['steps'][0] + 1:,} to {stage['steps'][1]:,}",
+                f"{stage['tokens'] / 1e9:,.2f} B",
+                f"{stage['flops']:.3g}",
+                f"{stage['device_bytes'] / 2**30:.1f} GiB",
+                f"{stage['checkpoint_bytes'] / 1e9:,.1f} GB",
+            )
+        )
+    widths = [max(len(row[i]) for row in rows) for i in range(len(titles))]
+    lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
+    lines += [
+        "",
+        f"FLOPs (6 x parameters x tokens): {report['flops']:.4g}; the last size on all tokens "
+        f"{report['flops_from_scratch']:.4g}: {report['flops_saved']:.1%} saved, "
+        f"{1 / (1 - report['flops_saved']):.2f} times less. Products alone, attention included: "
+        f"{report['products_saved']:.1%} saved.",
+        "Memory a device: the fullest rank, estimated as `tele plan --help` says. Checkpoint: masters, m and v.",
+    ]
+    for before, stage in zip(stages, stages[1:], strict=False):
+        assert stage.plan is not None
+        lines += ["", f"growth from {before.name} to {stage.name}, at step {stage.begin:,}", describe(stage.plan)]
+    return "\n".join(lines)

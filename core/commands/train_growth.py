@@ -1,0 +1,234 @@
+"""`tele train --growth`: the stages of a growth schedule one after another, growing between them.
+
+Under the run's folder stage N has a run folder of its own, ``N-name``, and the checkpoint it began from, ``N-grown``;
+beside them one metrics.jsonl and one loss.png of the whole run, and report.md and report.json, brought up to date after
+every stage. All of it follows from what is on disk, so a run that was stopped anywhere goes on with --resume auto.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from core.atomic import write_text
+from core.errors import UserError
+from core.metrics import Row, plot_losses, read_metrics
+
+if TYPE_CHECKING:
+    from convert.grow_schedule import Stage
+
+_WAIT_S = 2.0
+_SHOWN = 20  # steps that a loss in the report is the mean of: single batches scatter more than a growth changes
+
+
+def run(args: argparse.Namespace) -> int:
+    """All stages that are not done yet; the launcher's code of the first that fails or is interrupted."""
+    from convert.grow_schedule import load_schedule
+    from core.data.blend import open_blend
+    from core.layout import check_layout
+
+    if args.layout is not None or args.nproc is not None:
+        option = "--layout" if args.layout is not None else "--nproc"
+        raise UserError(f"{option}: every stage of {args.growth} has a layout of its own (`parallel:`)")
+    if args.resume not in (None, "auto"):
+        raise UserError("--resume: with --growth only 'auto', which goes on from --out")
+    stages = load_schedule(args.growth, args.config, args.set)
+    for stage in stages:
+        config = stage.config
+        check_layout(
+            config.parallel,
+            config.model,
+            global_batch=config.train.global_batch,
+            micro_batch=config.train.micro_batch,
+            seq_len=config.data.seq_len,
+        )
+        if config.parallel.world % args.nnodes:
+            raise UserError(
+                f"--nnodes: {args.nnodes} machines cannot hold equal shares of the {config.parallel.world} ranks of "
+                f"stage '{stage.name}'"
+            )
+    first = stages[0].config
+    open_blend(first.data, first.train.seed, first.model.num_tokens, first.model.pad_token_id)
+    out = Path(args.out or Path("runs") / f"{Path(args.growth).stem}-{args.backend}")
+    if args.resume is None and out.exists() and any(out.iterdir()):
+        raise UserError(f"--out {out}: already holds a run; give another folder, or --resume auto to go on")
+    for number in range(1, len(stages) + 1):
+        code = _train(stages, number, out, args)
+        if args.node_rank == 0:
+            _tell(stages[:number], out, args.backend, whole=number == len(stages))
+        if code:
+            return code
+    return 0
+
+
+def folders(out: Path, number: int, stage: Stage) -> tuple[Path, Path]:
+    """(run of the stage, checkpoint that it begins from)."""
+    return out / f"{number}-{stage.name}", out / f"{number}-grown"
+
+
+def _train(stages: Sequence[Stage], number: int, out: Path, args: argparse.Namespace) -> int:
+    """Stage ``number``, from wherever it is."""
+    from core.launch import COLLECTIVE_TIMEOUT, launch
+
+    stage = stages[number - 1]
+    run, grown = folders(out, number, stage)
+    if _reached(run) >= stage.end:
+        return 0
+    if stage.plan is not None and not (grown / "manifest.json").is_file():
+        _grow(stage, folders(out, number - 1, stages[number - 2])[0], grown, args.node_rank)
+    tree = stage.config.to_dict()
+    if stage.plan is not None:
+        tree["model"] = {"preset": str((grown / "assets" / "model.yaml").resolve())}
+    run.mkdir(parents=True, exist_ok=True)
+    write_text(run / "config.yaml", yaml.safe_dump(tree, sort_keys=False))
+    begun = (run / "latest").exists()
+    resume = ["--resume", "auto" if begun or stage.plan is None else str(grown)]
+    print(
+        f"\n== stage {number}, {stage.name}: steps {stage.begin + 1} to {stage.end}, {stage.config.parallel.name}",
+        flush=True,
+    )
+    return launch(
+        args.backend,
+        ["--config", str(run / "config.yaml"), "--out", str(run), *resume],
+        stage.config.parallel.world // args.nnodes,
+        run / "logs",
+        nnodes=args.nnodes,
+        node_rank=args.node_rank,
+        master=args.master,
+        collective_timeout=COLLECTIVE_TIMEOUT if args.timeout is None else args.timeout,
+    )
+
+
+def _reached(run: Path) -> int:
+    """The step of a run's latest checkpoint; 0 without one."""
+    if not (run / "latest").is_file():
+        return 0
+    return int((run / "latest").read_text(encoding="utf-8").strip().removeprefix("step-"))
+
+
+def _grow(stage: Stage, before: Path, grown: Path, node_rank: int) -> None:
+    """Make the checkpoint that a stage begins from; machines other than the first wait until it is there."""
+    from convert.grow_files import grow_checkpoint, grown_bytes, plan_checkpoint
+    from core.checkpoint import open_checkpoint
+    from core.commands.grow import describe
+
+    if node_rank:
+        print(f"waiting for node 0 to grow {before} into {grown}", flush=True)
+        while not (grown / "manifest.json").is_file():
+            time.sleep(_WAIT_S)
+        return
+    assert stage.plan is not None
+    checkpoint = open_checkpoint(before, verify=False)
+    plan = plan_checkpoint(checkpoint, stage.target, stage.plan.options)
+    print(f"\n== growing {checkpoint.path} into {grown}\n{describe(plan)}", flush=True)
+    started = time.monotonic()
+    grow_checkpoint(checkpoint, grown, plan)
+    print(f"{grown_bytes(checkpoint, plan) / 1e6:.1f} MB in {time.monotonic() - started:.1f} s", flush=True)
+
+
+def _tell(stages: Sequence[Stage], out: Path, backend: str, whole: bool) -> None:
+    """The records of the whole run so far."""
+    rows: list[list[Row]] = []
+    for number, stage in enumerate(stages, 1):
+        run, _ = folders(out, number, stage)
+        rows.append(read_metrics(run) if (run / "metrics.jsonl").exists() else [])
+    joined = [row for part in rows for row in part]
+    if not joined:
+        return
+    write_text(out / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in joined))
+    marks = {stage.begin: f"{stage.name}\n {stage.parameters / 1e6:.3g} M" for stage in stages}
+    plot_losses({out.name: joined}, out / "loss.png", f"Growth: {out.name}", marks)
+    report = summary(stages, rows)
+    write_text(out / "report.json", json.dumps(report, indent=1) + "\n")
+    write_text(out / "report.md", to_markdown(report, backend))
+    if whole:
+        print(f"\n{to_markdown(report, backend)}\nreport {out / 'report.md'}, plot {out / 'loss.png'}")
+
+
+def summary(stages: Sequence[Stage], rows: Sequence[Sequence[Row]]) -> dict[str, Any]:
+    """Stages as they were trained, and what the last size would have cost on all tokens.
+
+    Time is measured: the sum of the steps' times, and for the last size all tokens at the median pace of its own steps
+    without masks.
+    """
+    from convert.grow_schedule import cost
+
+    told = []
+    for stage, part in zip(stages, rows, strict=True):
+        plain = [row["step_ms"] for row in part if "mask" not in row] or [row["step_ms"] for row in part]
+        told.append(
+            {
+                "name": stage.name,
+                "parameters": stage.parameters,
+                "layout": stage.config.parallel.name,
+                "steps": [stage.begin, stage.end],
+                "tokens": stage.tokens,
+                "flops": 6.0 * stage.parameters * stage.tokens,
+                "seconds": sum(row["step_ms"] for row in part) / 1000,
+                "step_ms": statistics.median(plain) if plain else None,
+                "first_loss": _mean_loss(part[:_SHOWN]),
+                "last_loss": _mean_loss(part[-_SHOWN:]),
+            }
+        )
+    arithmetic = cost(stages)
+    last = stages[-1]
+    pace = told[-1]["step_ms"] / 1000 / (last.tokens / (last.end - last.begin)) if told[-1]["step_ms"] else None
+    tokens = sum(stage.tokens for stage in stages)
+    return {
+        "stages": told,
+        "flops": arithmetic.by_parameters,
+        "flops_from_scratch": arithmetic.scratch_by_parameters,
+        "flops_saved": arithmetic.saved,
+        "products_saved": 1.0 - arithmetic.by_products / arithmetic.scratch_by_products,
+        "seconds": sum(stage["seconds"] for stage in told),
+        "seconds_from_scratch": pace * tokens if pace else None,
+    }
+
+
+def _mean_loss(rows: Sequence[Row]) -> float | None:
+    losses = [row["loss"] for row in rows if row["loss"] is not None]
+    return statistics.fmean(losses) if losses else None
+
+
+def to_markdown(report: dict[str, Any], backend: str) -> str:
+    """The report for people."""
+    titles = {"ms": "MindSpore", "pt": "PyTorch"}
+    lines = [
+        f"# Growth with {titles[backend]}",
+        "",
+        f"| stage | parameters | layout | steps | tokens | FLOPs | seconds | loss: first {_SHOWN} | last {_SHOWN} |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for stage in report["stages"]:
+        losses = [f"{stage[k]:.4f}" if stage[k] is not None else "-" for k in ("first_loss", "last_loss")]
+        cells = [
+            stage["name"],
+            f"{stage['parameters']:,}",
+            stage["layout"],
+            f"{stage['steps'][0] + 1} to {stage['steps'][1]}",
+            f"{stage['tokens']:,}",
+            f"{stage['flops']:.3g}",
+            f"{stage['seconds']:.0f}",
+            *losses,
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    scratch = report["seconds_from_scratch"]
+    lines += [
+        "",
+        f"FLOPs by 6 x parameters x tokens, as the FLM-101B paper counts: {report['flops']:.4g} here, "
+        f"{report['flops_from_scratch']:.4g} for the last size on all tokens: {report['flops_saved']:.1%} saved. "
+        f"Of the products alone, attention included: {report['products_saved']:.1%}.",
+    ]
+    if scratch:
+        lines.append(
+            f"Time of steps: {report['seconds']:.0f} s here; the last size at its own pace on all tokens would take "
+            f"{scratch:.0f} s: {1 - report['seconds'] / scratch:.1%} saved."
+        )
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,162 @@
+"""What a growth step does to the axes of a model, and how old every entry of a parameter is.
+
+Everything here is arithmetic on sizes: which old entry each new one continues (-1: none), and in which growth it came
+to be. The tensors themselves are made by convert/grow.py; masks are in core/growth_mask.py.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from core.config import ModelConfig
+from core.growth_mask import head_map, kv_map
+from core.params import parameter_axes
+from core.schema import from_mapping, option
+from core.sharding import FlatPiece
+
+METHODS = ("masked", "zero")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sizes:
+    """The sizes that growth may change."""
+
+    vocab_size: int = option(help="V", min=1)
+    hidden_size: int = option(help="E", min=1)
+    ffn_hidden_size: int = option(help="F", min=1)
+    num_layers: int = option(help="L", min=1)
+    num_heads: int = option(help="H", min=1)
+    num_kv_heads: int = option(help="K", min=1)
+    head_dim: int = option(help="D", min=1)
+
+    @property
+    def heads(self) -> tuple[int, int]:
+        return self.num_heads, self.num_kv_heads
+
+
+SIZES = tuple(field.name for field in dataclasses.fields(Sizes))
+
+
+def sizes_of(config: ModelConfig) -> Sizes:
+    return Sizes(**{name: getattr(config, name) for name in SIZES})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Growth:
+    """One growth step, as model.json keeps it under "grown"; the steps of a model, oldest first, are its history."""
+
+    method: str = option(help="how the function was kept", choices=METHODS)
+    step: int = option(help="training step at which the model grew", min=0)
+    optimizer_steps: int = option(help="optimizer updates made before", min=0)
+    seed: int = option(help="of the new entries", min=0)
+    before: Sizes = option(help="sizes of the model that grew")
+    after: Sizes = option(help="sizes of the grown one")
+    layers: tuple[int, ...] = option(help="for each block the old block it continues or copies; -1: none", min=-1)
+    new_layers: tuple[int, ...] = option((), help="blocks that are new, copies included", min=0)
+
+    def source_layer(self, layer: int) -> int:
+        """The old block that block ``layer`` was made from; -1: from none."""
+        return self.layers[layer]
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+
+def read_history(model: Mapping[str, Any], where: str) -> tuple[Growth, ...]:
+    """The growth steps that a checkpoint's model.json tells of; UserError names what is wrong in it."""
+    return tuple(
+        from_mapping(Growth, values, f"{where}: grown[{number}]")
+        for number, values in enumerate(model.get("grown", []))
+    )
+
+
+@functools.lru_cache(maxsize=64)
+def axis_maps(before: Sizes, after: Sizes) -> dict[str, np.ndarray]:
+    """For each axis of core.params.parameter_axes, the old index that each new one continues; -1: none.
+
+    Old channels, neurons and vocabulary rows come first. Heads stay with their keys (core.growth_mask.head_map), and
+    inside a head that has become k times as wide, rotary pair i is now pair k * i, which turns at the same speed.
+    """
+    dims = _dim_map(before.head_dim, after.head_dim)
+    return {
+        "V": _first(before.vocab_size, after.vocab_size),
+        "E": _first(before.hidden_size, after.hidden_size),
+        "F": _first(before.ffn_hidden_size, after.ffn_hidden_size),
+        "H": _expand(head_map(before.heads, after.heads), dims, before.head_dim),
+        "K": _expand(kv_map(before.heads, after.heads), dims, before.head_dim),
+    }
+
+
+def _first(old: int, new: int) -> np.ndarray:
+    index = np.arange(new)
+    return np.where(index < old, index, -1)
+
+
+def _dim_map(old: int, new: int) -> np.ndarray:
+    """Half rotation pairs dimension j with j + D/2."""
+    dims = np.full((2, new // 2), -1)
+    dims[:, :: new // old] = np.arange(old).reshape(2, old // 2)
+    return dims.reshape(-1)
+
+
+def _expand(heads: np.ndarray, dims: np.ndarray, head_dim: int) -> np.ndarray:
+    """Rows of a projection from its heads and the dimensions in a head."""
+    known = (heads[:, None] >= 0) & (dims[None] >= 0)
+    return np.where(known, heads[:, None] * head_dim + dims[None], -1).reshape(-1)
+
+
+def born(history: Sequence[Growth], name: str, box: tuple[slice, ...]) -> np.ndarray | None:
+    """After how many optimizer updates each entry of a box of a parameter came to be: int64 of the box's shape.
+
+    None when all of the box was there from the start. An entry is as young as the youngest of its row, its column and
+    its block.
+    """
+    if not history:
+        return None
+    axes, layer = parameter_axes(name), _layer(name)
+    at = [np.zeros(s.stop - s.start, np.int64) for s in box]
+    index = [np.arange(s.start, s.stop) for s in box]
+    # Followed back from the newest growth; an index that has ended (-1) keeps the growth in which it began.
+    for growth in reversed(history):
+        maps = axis_maps(growth.before, growth.after)
+        if layer is not None and layer >= 0:
+            if layer in growth.new_layers:
+                at[0] = np.maximum(at[0], growth.optimizer_steps)
+                layer = -1
+            else:
+                layer = growth.source_layer(layer)
+        for i, axis in enumerate(axes):
+            alive = index[i] >= 0
+            older = np.where(alive, maps[axis][index[i]], -1)
+            at[i] = np.maximum(at[i], np.where(alive & (older < 0), growth.optimizer_steps, 0))
+            index[i] = older
+    if not any(part.any() for part in at):
+        return None
+    return at[0] if len(at) == 1 else np.maximum(at[0][:, None], at[1][None])
+
+
+def birth_classes(
+    history: Sequence[Growth], pieces: Iterable[FlatPiece], size: int
+) -> tuple[np.ndarray, list[int]] | None:
+    """When the entries of a flat vector came to be, for vectors of which ``pieces`` say what their elements are.
+
+    Returns the class of each element, uint8 [size], and for each class the number of updates made before it; class 0
+    was there from the start. None when nothing is newer.
+    """
+    births = sorted({0, *(growth.optimizer_steps for growth in history)})
+    index = np.zeros(size, np.uint8)
+    for piece in pieces:
+        found = born(history, piece.name, piece.box)
+        if found is not None:
+            index[piece.first : piece.last] = np.searchsorted(births, found).reshape(-1)
+    return (index, births) if index.any() else None
+
+
+def _layer(name: str) -> int | None:
+    return int(name.split(".")[1]) if name.startswith("layers.") else None
