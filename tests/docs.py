@@ -28,7 +28,7 @@ PAGES = ("README.md", "README.zh.md", *sorted(f"docs/{p.name}" for p in (ROOT / 
 TWINS = ("README.md", "README.zh.md")  # the same commands in both, so one of them is run
 OTHERS = ("CONTRIBUTING.md", "CHANGELOG.md")  # links are followed, commands checked, nothing is run
 
-PROGRAMS = ("tele", "make", "msrun", "torchrun", "source", "printf")
+PROGRAMS = ("tele", "make", "msrun", "torchrun", "source", "printf", "curl")
 SHELL = ("bash", "sh")
 
 # What no test runs as it stands, and why. Options, config keys and files of these are checked all the same.
@@ -74,6 +74,7 @@ NOT_RUN = {
 # Pages whose commands another test runs, all of them.
 RUN_ELSEWHERE = {
     "docs/generation.md": "tests/parity/test_generation_parity.py::test_the_commands_of_the_page_run",
+    "docs/serving.md": "tests/serve/test_serving_page.py::test_the_commands_of_the_page_run",
     "docs/growth.md": "tests/multiproc/test_growth_runs.py::test_the_commands_of_the_page_run",
 }
 

@@ -18,54 +18,21 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
+import pytest
 
-from core.config import load_model_config
-from core.data.control import TOOL_CALL, TOOL_CALL_END
 from core.engine import Engine, Limits
-from core.serve.app import HttpLimits, create_app
-from core.serve.job import Served
-from core.serve.server import address_of, open_socket, serve_until
-from core.serve.service import Service
-from tests.data_support import VOCAB_SIZE, tiny_tokenizer
-from tests.engine_support import PlainRunner
+from tests.data_support import tiny_tokenizer
+from tests.engine_support import CONTEXT, Replier
 from tests.house import ROOT
 
-CONTEXT = 2048  # the template with tools takes 550 tokens of this tokenizer
-CONFIG = load_model_config(
-    {"preset": "telechat2-tiny", "vocab_size": VOCAB_SIZE, "max_seqlen": CONTEXT, "training_seqlen": CONTEXT}
-)
+pytest.importorskip("fastapi", reason="fastapi and uvicorn are in the extra serve")
+
+from core.serve.app import HttpLimits, create_app  # noqa: E402
+from core.serve.job import Served  # noqa: E402
+from core.serve.server import address_of, open_socket, serve_until  # noqa: E402
+from core.serve.service import Service  # noqa: E402
+
 NAME = "tiny"
-
-
-class Replier(PlainRunner):
-    """Answers the last question of a chat with ``reply(question)``, token for token, and an end; anything that is no
-    chat with the fixed pseudo-random continuation of PlainRunner. Every step takes ``pause`` seconds."""
-
-    def __init__(self, reply: Callable[[str], str], pause: float = 0.0, num_pages: int = 513) -> None:
-        super().__init__(CONFIG, num_pages=num_pages, page_size=16)
-        self.reply, self.pause = reply, pause
-        self.tokenizer = tiny_tokenizer(in_vocabulary=True)
-        self.failing: list[Exception] = []  # what the next steps raise
-
-    def run(self, step: Any) -> np.ndarray:
-        time.sleep(self.pause)
-        if self.failing:
-            raise self.failing.pop()
-        return super().run(step)
-
-    def answer(self, prefix: list[int], lengths: np.ndarray) -> np.ndarray:
-        control = self.tokenizer.control
-        if control["<_bot>"] not in prefix:
-            return super().answer(prefix, lengths)
-        begin = len(prefix) - prefix[::-1].index(control["<_bot>"])
-        asked = prefix[: begin - 1]
-        question = asked[len(asked) - asked[::-1].index(control["<_user>"]) :]
-        text = self.reply(self.tokenizer.decode(question, skip_special=False))
-        said = [*self.tokenizer.encode(text, allow_control=(TOOL_CALL, TOOL_CALL_END)), control["<_end>"]]
-        logits = np.zeros(self.config.vocab_size, np.float32)
-        logits[said[len(prefix) - begin]] = 20.0
-        return logits
 
 
 @dataclass

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from core.chat import default_answer_length
 from core.config import ModelConfig
 from core.requests import MOST_BIAS, MOST_SAMPLES, Event, Request
 from core.sampling import SamplingConfig, sampling_config
@@ -160,7 +161,8 @@ def read_samples(fields: Fields) -> int:
 
 
 def room(served: Served, prompts: Sequence[Sequence[int]], asked: int | None, default: int | None, param: str) -> int:
-    """Tokens that each answer may have: ``asked``, or else ``default`` (None: all that is free) as far as it fits.
+    """Tokens that each answer may have: ``asked``, or else ``default`` as far as it fits (None: all that is free within
+    the trained length, since the planned end decides the rotary scaling; for a prompt beyond it as ``tele chat``).
 
     ApiError 400 in the words that clients of the OpenAI interface look for, when a prompt or what was asked for does
     not fit the context.
@@ -180,7 +182,8 @@ def room(served: Served, prompts: Sequence[Sequence[int]], asked: int | None, de
         )
     free = min(served.context - longest, served.most_new)
     if asked is None:
-        return free if default is None else min(default, free)
+        within = served.config.training_seqlen - longest
+        return min(free, default or (within if within > 0 else default_answer_length(served.config)))
     if longest + asked > served.context:
         raise ApiError(
             400,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import http.client
 import json
 import socket
@@ -9,10 +10,11 @@ import socket
 import numpy as np
 import pytest
 
-from core.serve import app as app_module
+from core.serve.errors import ApiError
 from core.serve.fields import Fields
 from tests.data_support import tiny_tokenizer
-from tests.serve_support import CONTEXT, NAME, Replier, Running, ask, chat_body, running
+from tests.engine_support import CONTEXT, Replier
+from tests.serve_support import NAME, Running, ask, chat_body, running
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 USER = {"role": "user", "content": "hello"}
@@ -190,6 +192,18 @@ def test_limits_of_the_server_are_its_own():
         assert answer.json["usage"]["completion_tokens"] == 6  # 16 by default
 
 
+def test_an_answer_of_no_stated_length_stays_within_the_trained_one():
+    runner = Replier(lambda question: "word " * 700)
+    runner.config = dataclasses.replace(runner.config, training_seqlen=300, base_seqlen=300, max_seqlen=CONTEXT)
+    with running(runner=runner) as server:
+        usage = ask(server.port, CHAT, chat_body()).json["usage"]
+        assert usage["total_tokens"] == 300, "its planned end would have scaled the rotary base"
+        # Beyond it anyway: a quarter of the context, as in tele chat.
+        usage = ask(server.port, CHAT, chat_body("long " * 300)).json["usage"]
+        assert usage["prompt_tokens"] > 300 and usage["completion_tokens"] == CONTEXT // 4
+        assert ask(server.port, CHAT, chat_body(max_tokens=500)).json["usage"]["completion_tokens"] == 500
+
+
 def test_nothing_harmless_is_refused(server):
     about = {"user": "u", "metadata": {"a": "b"}, "store": False, "service_tier": "auto", "nothing": None}
     empty = dict.fromkeys(("seed", "stop", "tools", "stream_options", "temperature", "n"))
@@ -230,7 +244,7 @@ def test_a_body_without_a_length_is_bounded_too(server):
 
 
 def test_a_body_that_does_not_come(server, monkeypatch):
-    monkeypatch.setattr(app_module, "BODY_SECONDS", 0.2)
+    monkeypatch.setattr("core.serve.app.BODY_SECONDS", 0.2)
     with socket.create_connection(("127.0.0.1", server.port), timeout=10) as line:
         line.sendall(
             f"POST {CHAT} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 9\r\n\r\n{{".encode()
@@ -309,6 +323,6 @@ def test_a_model_without_chat_tokens_completes_only():
 def test_the_reader_of_fields_names_what_it_was_not_asked_for():
     fields = Fields({"a": 1, "b": None}, "outer")
     assert fields.integer("c", 0, 1) is None
-    with pytest.raises(app_module.ApiError) as caught:
+    with pytest.raises(ApiError) as caught:
         fields.done()
     assert caught.value.param == "outer.a"

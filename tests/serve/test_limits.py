@@ -12,7 +12,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from tests.serve_support import CONTEXT, NAME, Reply, Running, ask, chat_body, running, until
+from tests.engine_support import CONTEXT
+from tests.serve_support import NAME, Reply, Running, ask, chat_body, running, until
 
 CHAT = "/v1/chat/completions"
 LONG = "a long answer, please " * 4

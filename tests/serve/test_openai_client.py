@@ -7,7 +7,8 @@ import json
 import pytest
 
 from tests.data_support import tiny_tokenizer
-from tests.serve_support import CONTEXT, NAME, Running, ask, chat_body, running
+from tests.engine_support import CONTEXT
+from tests.serve_support import NAME, Running, ask, chat_body, running
 
 openai = pytest.importorskip("openai", reason="the openai client is in the dev extra")
 

@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
-from core.serve import app
+from tests.engine_support import Replier
 from tests.frameworks import BACKENDS
 from tests.serve_soak import bad_request, fuzz, refused, server, soak, state
-from tests.serve_support import Replier, running
+from tests.serve_support import running
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -51,6 +51,6 @@ def test_an_answer_changed_by_company_is_found():
 def test_a_refusal_that_is_none_is_found(monkeypatch):
     with running() as made:
         assert fuzz(made.port, 40)["wrong"] == []
-        monkeypatch.setattr(app, "check_key", lambda *_: {}["a defect"])
+        monkeypatch.setattr("core.serve.app.check_key", lambda *_: {}["a defect"])
         said = [refused(made.port, *bad_request(random.Random(n))) for n in range(20)]
         assert any(line and "status 500" in line for line in said)

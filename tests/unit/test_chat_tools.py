@@ -17,7 +17,8 @@ from core.engine import Engine
 from core.errors import UserError
 from core.tool_calls import ToolCall
 from tests.data_support import VOCAB_SIZE, tiny_tokenizer, tiny_tokenizer_path
-from tests.serve_support import CONFIG, Replier
+from tests.engine_support import CHAT_CONFIG as CONFIG
+from tests.engine_support import Replier
 
 CALL = '<tool_call>\n{"name": "get_weather", "arguments": {"city": "Paris"}}\n</tool_call>'
 TOOL = {"type": "function", "function": {"name": "get_weather", "description": "tells the weather"}}

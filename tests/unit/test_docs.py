@@ -41,7 +41,7 @@ PLANTED = [
     ("```\nmsrun telechat_ms/trian.py --config F\n```", "no script of ours is launched"),
     ("```bash\nmake demos\n```", "no target 'demos'"),
     ("```bash\nmake test WORKRS=2\n```", "knows no variable WORKRS"),
-    ("```bash\ncurl example.org\n```", "'curl' is no program of this project"),
+    ("```bash\nwget example.org\n```", "'wget' is no program of this project"),
     ("```python\ndef f(:\n```", "invalid syntax"),
     ("```yaml\ndata:\n  seq_len: 8\n  sourcs: []\n```", "did you mean 'sources'?"),
     ("See `tele serv`.", "no command 'tele serv'"),
