@@ -7,10 +7,10 @@
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install demo test test-unit test-parallel-full operators ascend-lower gpu-check mindformers-check asan lint format lock clean
+.PHONY: help install demo test test-unit test-parallel-full soak operators ascend-lower gpu-check mindformers-check asan lint format lock clean
 
 VENV ?= .venv
-EXTRAS := ms,pt,dev
+EXTRAS := ms,pt,serve,dev
 WORKERS ?= 2
 PYTEST_ARGS ?=
 GPU_ARGS ?=
@@ -30,6 +30,7 @@ help:
 	@echo "make test       lint and all tests but the full matrix of layouts (under 25 minutes on 2 cores)"
 	@echo "make test-unit  the fast tests (under a minute)"
 	@echo "make test-parallel-full  every parallel layout of up to 8 processes, in both frameworks"
+	@echo "make soak       2,000 mixed requests and 5,000 wrong ones against the server (1 minute)"
 	@echo "make operators  compile the C++ operators now and not on first use"
 	@echo "make ascend-lower  compile every Triton kernel for Ascend910B3 as far as a machine without one can (1 minute)"
 	@echo "make gpu-check  tests and benchmarks of a machine with a GPU; leaves gpu-check.json"
@@ -60,6 +61,10 @@ test-unit: operators
 # One launch at a time: eight processes already share the cores.
 test-parallel-full: operators
 	$(RUN) -m pytest tests -m full --durations=0 $(PYTEST_ARGS)
+
+soak: operators
+	$(RUN) -m tests.serve_soak --backend pt
+	$(RUN) -m tests.serve_soak --backend ms
 
 # Before tests that launch processes and give them a time: the first to need the operators would compile them.
 operators: $(READY)
@@ -128,7 +133,7 @@ lock:
 	@set -euo pipefail; \
 	scratch=$$(mktemp -d); trap 'rm -rf "$$scratch"' EXIT; \
 	python3.11 -m venv "$$scratch/venv"; \
-	"$$scratch/venv/bin/python" -m pip install -q --disable-pip-version-check '.[$(EXTRAS),serve]'; \
+	"$$scratch/venv/bin/python" -m pip install -q --disable-pip-version-check '.[$(EXTRAS)]'; \
 	"$$scratch/venv/bin/python" -m pip freeze --all | python3.11 -m tests.lock pyproject.toml > "$$scratch/lock"; \
 	cp "$$scratch/lock" requirements.lock; wc -l requirements.lock
 

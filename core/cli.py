@@ -37,6 +37,7 @@ GROUPS: dict[str, dict[str, tuple[str, str]]] = {
     "Use": {
         "generate": ("core.commands.generate", "continue a prompt"),
         "chat": ("core.commands.chat", "talk to a model in the terminal"),
+        "serve": ("core.commands.serve", "a model over HTTP: the OpenAI interface, and a page to chat on"),
         "forward": ("core.commands.forward", "logits, loss and gradients of given inputs, to a file"),
     },
     "Check and exchange": {

@@ -88,11 +88,8 @@ class Engine:
         """Tokens that prompt and answer of a request may reach together."""
         return min(self.limits.max_len or self.pool.capacity, self.pool.capacity)
 
-    def submit(self, request: Request) -> int:
-        """Queue a request; its number, under which ``step`` tells of it.
-
-        UserError at once for a request that could never be served: what is wrong with it, or that it is too long.
-        """
+    def check(self, request: Request) -> None:
+        """UserError for a request that could never be served: what is wrong with it, or that it is too long."""
         check_request(request, self.config.vocab_size, self.tokenizer is not None)
         if request.total > self.max_len:
             what = "the context" if self.max_len < self.pool.capacity else "the cache"
@@ -105,6 +102,10 @@ class Engine:
                     else f"shorten the prompt to fewer than {self.max_len}"
                 )
             )
+
+    def submit(self, request: Request) -> int:
+        """Queue a request; its number, under which ``step`` tells of it. UserError at once, from ``check``."""
+        self.check(request)
         with self._news:
             number = self._numbers
             self._numbers += 1
@@ -220,14 +221,17 @@ class Engine:
 
 
 def stream(engine: Engine, request: Request) -> Generator[Event, None, None]:
-    """The events of one request, on an engine that nobody else steps. Left early, the request is cancelled.
+    """The events of one request, on an engine that nobody else steps. Left early, the request is cancelled; never
+    begun, it is never there.
 
-    UserError at once, from ``submit``.
+    UserError at once, from ``check``.
     """
-    return _events(engine, engine.submit(request), request.samples)
+    engine.check(request)
+    return _events(engine, request)
 
 
-def _events(engine: Engine, number: int, samples: int) -> Generator[Event, None, None]:
+def _events(engine: Engine, request: Request) -> Generator[Event, None, None]:
+    number, samples = engine.submit(request), request.samples
     try:
         while samples:
             for event in engine.step():

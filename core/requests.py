@@ -9,13 +9,14 @@ from typing import Any
 
 import numpy as np
 
+from core.data.control import TOOL_CALL, TOOL_CALL_END
 from core.errors import UserError
 from core.pages import page_name
 from core.sampling import Choice, Sampler, SamplingConfig
 from core.text_stream import StopText, text_stream
 
 RESCALES = ("request", "step")
-TEXTS = ("none", "answer", "continuation")
+TEXTS = ("none", "answer", "tools", "continuation")
 MOST_SAMPLES = 128
 MOST_BIAS = 100.0
 
@@ -27,8 +28,9 @@ class Request:
     ``samples``: how many answers. ``stop_ids`` end an answer and are no part of it; so do ``stop_texts``, wherever in
     the text they come together. ``logit_bias`` is added to logits by token id. ``logprobs``: tell each token's
     log-probability, and those of so many likeliest ones (None: neither). ``margins``: tell how far each token was ahead
-    of the next. ``text``: none; "answer", which begins a text of its own; "continuation", whose first word keeps the
-    space that divides it from the prompt.
+    of the next. ``text``: none; "answer", which begins a text of its own; "tools", an answer in which the control
+    tokens around tool calls are written out; "continuation", whose first word keeps the space that divides it from the
+    prompt.
     """
 
     prompt_ids: tuple[int, ...]
@@ -110,6 +112,11 @@ def check_ids(name: str, ids: Iterable[int], vocab_size: int) -> list[int]:
     return checked
 
 
+def call_marks(tokenizer: Any) -> dict[int, str]:
+    """The control tokens around a tool call, by id; none where the tokenizer has none."""
+    return {tokenizer.control[name]: name for name in (TOOL_CALL, TOOL_CALL_END) if name in tokenizer.control}
+
+
 class Sample:
     """One of the answers to a request, from its arrival to its end.
 
@@ -136,7 +143,8 @@ class Sample:
         self._stops = StopText(request.stop_texts)
         self._text = None
         if request.text != "none" or request.stop_texts:
-            self._text = text_stream(tokenizer, self.tokens if request.text == "continuation" else ())
+            context = self.tokens if request.text == "continuation" else ()
+            self._text = text_stream(tokenizer, context, call_marks(tokenizer) if request.text == "tools" else None)
 
     @property
     def missing(self) -> int:

@@ -1,8 +1,8 @@
 """From logits to the next token, in numpy, written once: both backends turn the same logits into the same token.
 
-The rules are those of Hugging Face's generation, in its order: penalties, temperature, top-k, top-p, draw. Everything
-after the model is float64, so no decision hangs on a framework's softmax. A vocabulary is large and a step short: no
-rule sorts it whole, and greedy choosing copies nothing.
+The rules are those of Hugging Face's generation, in its order: penalties, temperature, top-k, top-p, min-p, draw.
+Everything after the model is float64, so no decision hangs on a framework's softmax. A vocabulary is large and a step
+short: no rule sorts it whole, and greedy choosing copies nothing.
 """
 
 from __future__ import annotations
@@ -25,11 +25,14 @@ DEPTH = 40.0  # what is e^-40 times as likely as the likeliest goes into the las
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingConfig:
-    """How the next token is chosen. ``temperature`` 0 is greedy; top-k and top-p act on drawing only."""
+    """How the next token is chosen. ``temperature`` 0 is greedy; top-k, top-p and min-p act on drawing only."""
 
     temperature: float = option(0.0, help="0 takes the likeliest token; above 0 draws", min=0.0, max=1e6)
     top_k: int = option(0, help="draw only from the k likeliest tokens; 0 switches it off", min=0)
     top_p: float = option(1.0, help="draw only from the likeliest tokens that hold this share", above=0.0, max=1.0)
+    min_p: float = option(
+        0.0, help="draw only from tokens at least this share as likely as the likeliest", min=0.0, max=1.0
+    )
     repetition_penalty: float = option(
         1.0, help="above 1 makes every token already in the prompt or the output less likely", above=0.0, max=1e6
     )
@@ -179,7 +182,8 @@ def kept(scores: np.ndarray, config: SamplingConfig) -> tuple[np.ndarray | None,
     """What is drawn from, out of scores [V]: ids, ascending (None: all), and their weights, not normalised.
 
     Top-k keeps tokens tied with the k-th. Top-p drops the tail whose cumulative share, counted from the least likely,
-    is at most 1 - p; the likeliest always stays, and among equal scores the higher id counts as likelier.
+    is at most 1 - p; the likeliest always stays, and among equal scores the higher id counts as likelier. Min-p, after
+    it, drops tokens less than so much as likely as the likeliest.
     """
     ids = None
     scores = np.asarray(scores)
@@ -191,10 +195,13 @@ def kept(scores: np.ndarray, config: SamplingConfig) -> tuple[np.ndarray | None,
     with np.errstate(over="ignore"):
         scores = (scores - scores.max()) / config.temperature
     weights = np.exp(scores)
-    if config.top_p >= 1.0:
-        return ids, weights
-    within = _nucleus(scores, weights, config.top_p)
-    return within if ids is None else ids[within], weights[within]
+    if config.top_p < 1.0:
+        within = _nucleus(scores, weights, config.top_p)
+        ids, weights = within if ids is None else ids[within], weights[within]
+    if config.min_p > 0.0:
+        within = np.flatnonzero(weights >= config.min_p)  # the likeliest weighs 1
+        ids, weights = within if ids is None else ids[within], weights[within]
+    return ids, weights
 
 
 def _nucleus(scores: np.ndarray, weights: np.ndarray, p: float) -> np.ndarray:

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 REPLACEMENT = "\ufffd"  # what the decoder shows for bytes that are not (yet) a character
 CONTEXT = 16  # tokens of a prompt: more than a character's 4 bytes and a word before it
 
 
-def text_stream(tokenizer: Any, context: Sequence[int] = ()) -> Any:
+def text_stream(tokenizer: Any, context: Sequence[int] = (), shown: Mapping[int, str] | None = None) -> Any:
     """Tokens in (``push``), text out; all pieces with the last (``flush``) add up to the decoding of all the tokens.
 
-    A character of several byte tokens is held back until it is whole; control tokens give no text. With ``context``
-    (the prompt's ids, for a continuation of raw text) the first word keeps the space that divides it from the prompt.
+    A character of several byte tokens is held back until it is whole; control tokens give no text, but for those that
+    are ``shown`` under a name. With ``context`` (the prompt's ids, for a continuation of raw text) the first word keeps
+    the space that divides it from the prompt.
     """
+    if shown:
+        return ShownControl(tokenizer, shown)
     context = list(context)[-CONTEXT:]
     stream = tokenizer.stream(skip_special=True)
     # A prompt that ends inside a character is no context: its half would come out with the continuation.
@@ -22,6 +25,24 @@ def text_stream(tokenizer: Any, context: Sequence[int] = ()) -> Any:
         for token in context:
             stream.push(token)
     return stream
+
+
+class ShownControl:
+    """A text stream in which some control tokens are written out, exactly as named; between them the text is decoded
+    as a text of its own."""
+
+    def __init__(self, tokenizer: Any, shown: Mapping[int, str]) -> None:
+        self._tokenizer, self._shown = tokenizer, shown
+        self._stream = tokenizer.stream(skip_special=True)
+
+    def push(self, token: int) -> str:
+        if token not in self._shown:
+            return self._stream.push(token)
+        before, self._stream = self._stream.flush(), self._tokenizer.stream(skip_special=True)
+        return before + self._shown[token]
+
+    def flush(self) -> str:
+        return self._stream.flush()
 
 
 class StopText:

@@ -28,11 +28,13 @@ PAGES = ("README.md", "README.zh.md", *sorted(f"docs/{p.name}" for p in (ROOT / 
 TWINS = ("README.md", "README.zh.md")  # the same commands in both, so one of them is run
 OTHERS = ("CONTRIBUTING.md", "CHANGELOG.md")  # links are followed, commands checked, nothing is run
 
-PROGRAMS = ("tele", "make", "msrun", "torchrun", "source", "printf")
+PROGRAMS = ("tele", "make", "msrun", "torchrun", "source", "printf", "curl")
 SHELL = ("bash", "sh")
 
 # What no test runs as it stands, and why. Options, config keys and files of these are checked all the same.
 NOT_RUN = {
+    "tele serve --backend pt --checkpoint TeleChat2-7B": "serves until it is ended; "
+    "tests/serve/test_serving_page.py runs the same line of its own page",
     "make demo": "minutes; its parts are in tests/parity, and it is run by hand before a release",
     "make test": "is what runs this",
     "make test-unit": "is what runs this",
@@ -74,6 +76,7 @@ NOT_RUN = {
 # Pages whose commands another test runs, all of them.
 RUN_ELSEWHERE = {
     "docs/generation.md": "tests/parity/test_generation_parity.py::test_the_commands_of_the_page_run",
+    "docs/serving.md": "tests/serve/test_serving_page.py::test_the_commands_of_the_page_run",
     "docs/growth.md": "tests/multiproc/test_growth_runs.py::test_the_commands_of_the_page_run",
     "docs/mup.md": "tests/parity/test_mup_commands.py::test_the_commands_of_the_page_run",
 }

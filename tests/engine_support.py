@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 
 from core.config import ModelConfig, load_model_config
+from core.data.control import TOOL_CALL, TOOL_CALL_END
 from core.engine import Engine
 from core.requests import Event
 from core.runner import Step
+from tests.data_support import VOCAB_SIZE, tiny_tokenizer
 
 CONFIG = load_model_config({"preset": "telechat2-tiny", "vocab_size": 64})
+CONTEXT = 2048  # the template with tools takes 550 tokens of the tiny tokenizer
+CHAT_CONFIG = load_model_config(
+    {"preset": "telechat2-tiny", "vocab_size": VOCAB_SIZE, "max_seqlen": CONTEXT, "training_seqlen": CONTEXT}
+)
 
 
 def fake_logits(ids: Sequence[int], vocab_size: int) -> np.ndarray:
@@ -84,6 +91,36 @@ class Speller(PlainRunner):
         self._expected = [*prefix, token]
         logits = np.zeros(self.config.vocab_size, np.float32)
         logits[token] = 9.0
+        return logits
+
+
+class Replier(PlainRunner):
+    """Answers the last question of a chat with ``reply(question)``, token for token, and an end; anything that is no
+    chat with the fixed pseudo-random continuation of PlainRunner. Every step takes ``pause`` seconds."""
+
+    def __init__(self, reply: Callable[[str], str], pause: float = 0.0, num_pages: int = 513) -> None:
+        super().__init__(CHAT_CONFIG, num_pages=num_pages, page_size=16)
+        self.reply, self.pause = reply, pause
+        self.tokenizer = tiny_tokenizer(in_vocabulary=True)
+        self.failing: list[Exception] = []  # what the next steps raise
+
+    def run(self, step: Any) -> np.ndarray:
+        time.sleep(self.pause)
+        if self.failing:
+            raise self.failing.pop()
+        return super().run(step)
+
+    def answer(self, prefix: list[int], lengths: np.ndarray) -> np.ndarray:
+        control = self.tokenizer.control
+        if control["<_bot>"] not in prefix:
+            return super().answer(prefix, lengths)
+        begin = len(prefix) - prefix[::-1].index(control["<_bot>"])
+        asked = prefix[: begin - 1]
+        question = asked[len(asked) - asked[::-1].index(control["<_user>"]) :]
+        text = self.reply(self.tokenizer.decode(question, skip_special=False))
+        said = [*self.tokenizer.encode(text, allow_control=(TOOL_CALL, TOOL_CALL_END)), control["<_end>"]]
+        logits = np.zeros(self.config.vocab_size, np.float32)
+        logits[said[len(prefix) - begin]] = 20.0
         return logits
 
 

@@ -3,6 +3,7 @@
 step      a training step of MindSpore, of PyTorch and, with `--backends ms pt eager`, of the released composition.
 decode    tokens generated one by one, for one sequence and for several at once; beside the engine, where transformers
           is installed, Hugging Face's generate on a model of the same shapes.
+serve     1, 8 and 32 clients of ``tele serve`` at once: tokens/s, time to the first text, cache held; likewise.
 kernels   every operator, forward and backward, against what the machine allows: bytes moved against the measured copy
           bandwidth, products against the measured rate of a matrix product.
 grow      `tele grow` on a checkpoint of 2 GB against writing as many bytes to the disk of the working folder.
@@ -12,6 +13,7 @@ parallel  layouts (``tele train --help`` explains them) in turns, and in every r
 Examples:
   tele bench step --model telechat2-mini --seq-len 1024 --micro-batch 1 --backends ms pt eager
   tele bench decode --model telechat2-mini
+  tele bench serve --model telechat2-mini --backends ms pt --out serve.json
   tele bench kernels --operators rms_norm swiglu --sizes mini
   tele bench grow
   tele bench parallel --layouts tp2,pp2,dp2,dp2.nozero --backends pt --steps 10
@@ -34,10 +36,12 @@ from core.atomic import writable_file, write_text
 from core.bench_decode import decode_to_markdown, measure_decode
 from core.bench_grow import growth_to_markdown, measure_growth
 from core.bench_kernels import OPERATORS, SIZES, kernels_to_markdown, measure_kernels
+from core.bench_serve import measure_serving, serving_to_markdown, write_model
 from core.bench_step import facts, machine, measure, task, to_markdown
 from core.bench_worker import EAGER, bench_config, spread
 from core.config import PRECISIONS, preset_names
 from core.errors import UserError
+from core.params import count_parameters
 from core.quantize import QUANTIZATIONS
 
 LAYOUTS = "single,tp2,pp2,ring2,ulysses2,dp2"
@@ -45,6 +49,7 @@ LAYOUTS = "single,tp2,pp2,ring2,ulysses2,dp2"
 DEFAULTS: dict[str, dict[str, Any]] = {
     "step": {"micro_batch": 4, "micro_batches": 1, "steps": 30, "block": 5},
     "decode": {"micro_batch": 1, "micro_batches": 1, "steps": 200, "block": 20},
+    "serve": {"micro_batch": 1, "micro_batches": 1, "steps": 1, "block": 1},
     "kernels": {"micro_batch": 1, "micro_batches": 1, "steps": 15, "block": 5},
     "parallel": {"micro_batch": 2, "micro_batches": 4, "steps": 10, "block": 2},
     "grow": {"micro_batch": 1, "micro_batches": 1, "steps": 3, "block": 1},
@@ -52,9 +57,12 @@ DEFAULTS: dict[str, dict[str, Any]] = {
 # Options that only some measurements have.
 ONLY: dict[str, tuple[str, ...]] = {
     "layouts": ("parallel",),
-    "prompt": ("decode",),
+    "prompt": ("decode", "serve"),
     "rows": ("decode",),
-    "quantize": ("decode",),
+    "quantize": ("decode", "serve"),
+    "clients": ("serve",),
+    "new": ("serve",),
+    "checkpoint": ("serve",),
     "operators": ("kernels",),
     "sizes": ("kernels",),
     "compile": ("kernels",),
@@ -97,11 +105,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=["ms", "pt"],
         help=f"who (ms pt); {EAGER}: what the released PyTorch code composes, for step",
     )
-    parser.add_argument("--prompt", type=int, metavar="P", help="decode: tokens before the measured ones (16)")
+    parser.add_argument(
+        "--prompt", type=int, metavar="P", help="decode, serve: tokens before the measured ones (decode 16, serve 64)"
+    )
     parser.add_argument("--rows", type=int, nargs="+", metavar="R", help="decode: sequences that share a step (1 8)")
     parser.add_argument(
-        "--quantize", choices=QUANTIZATIONS, metavar="Q", help="decode: weights of the backends in int8 (none)"
+        "--quantize", choices=QUANTIZATIONS, metavar="Q", help="decode, serve: weights of the backends in int8 (none)"
     )
+    parser.add_argument("--clients", type=int, nargs="+", metavar="C", help="serve: how many ask at once (1 8 32)")
+    parser.add_argument("--new", type=int, metavar="N", help="serve: tokens of an answer (32)")
+    parser.add_argument("--checkpoint", metavar="DIR", help="serve: measure this model in place of a random --model")
     parser.add_argument(
         "--operators", nargs="+", choices=sorted(OPERATORS), metavar="O", help="kernels: some of " + " ".join(OPERATORS)
     )
@@ -123,13 +136,16 @@ def run(args: argparse.Namespace) -> int:
     for name, value in DEFAULTS[args.what].items():
         if getattr(args, name) is None:
             setattr(args, name, value)
-    args.prompt = 16 if args.prompt is None else args.prompt
+    args.prompt = {"serve": 64}.get(args.what, 16) if args.prompt is None else args.prompt
+    args.new = 32 if args.new is None else args.new
+    args.clients = list(dict.fromkeys(args.clients or [1, 8, 32]))
     args.rows = list(dict.fromkeys(args.rows or [1, 8]))
-    for name in ("seq_len", "micro_batch", "micro_batches", "steps", "block", "prompt"):
+    for name in ("seq_len", "micro_batch", "micro_batches", "steps", "block", "prompt", "new"):
         if getattr(args, name) < 1:
             raise UserError(f"--{name.replace('_', '-')}: must be at least 1, found {getattr(args, name)}")
-    if min(args.rows) < 1:
-        raise UserError(f"--rows: must be at least 1, found {min(args.rows)}")
+    for name in ("rows", "clients"):
+        if min(getattr(args, name)) < 1:
+            raise UserError(f"--{name}: must be at least 1, found {min(getattr(args, name))}")
     names = list(dict.fromkeys(args.backends))
     if EAGER in names and args.what != "step":
         raise UserError(f"--backends {EAGER}: belongs to `tele bench step`; give ms, pt or both")
@@ -137,6 +153,8 @@ def run(args: argparse.Namespace) -> int:
         raise UserError(f"--precision {args.precision}: the {EAGER} composition computes in fp32 only")
     if args.what == "decode":
         args.seq_len = args.prompt + max(args.block, 1)
+    elif args.what == "serve":
+        args.seq_len = args.prompt + args.new
     options = {name: getattr(args, name) for name in ("model", "seq_len", "micro_batch", "micro_batches", "precision")}
     bench_config(options)  # a mistake is told here, once, and not by every worker
     layouts = checked_layouts(args.layouts or [LAYOUTS], options) if args.what == "parallel" else []
@@ -152,6 +170,10 @@ def run(args: argparse.Namespace) -> int:
         options["quantize"] = args.quantize or "none"
         result = measure_decode(options, names, args.rows, args.prompt, args.steps, args.block)
         text = decode_to_markdown(result)
+    elif args.what == "serve":
+        options["quantize"] = args.quantize or "none"
+        result = served(args, options, names)
+        text = serving_to_markdown(result)
     elif args.what == "kernels":
         result = measure_kernels(
             names,
@@ -170,6 +192,19 @@ def run(args: argparse.Namespace) -> int:
     if args.out:
         write_text(Path(args.out), json.dumps(result, indent=1) + "\n")
     return 1 if any(row.get("traffic", {}).get("differs") for row in result.get("rows", ())) else 0
+
+
+def served(args: argparse.Namespace, options: dict[str, Any], names: list[str]) -> dict[str, Any]:
+    """``tele bench serve`` on a checkpoint, or on random weights of --model."""
+    from convert.source import open_model
+
+    with tempfile.TemporaryDirectory(prefix="tele-bench-") as folder:
+        checkpoint = Path(args.checkpoint or write_model(Path(folder), bench_config(options).model))
+        config = open_model(checkpoint).config
+        found = measure_serving(options, names, args.clients, args.prompt, args.new, checkpoint, config)
+    if args.checkpoint:
+        found["options"]["model"], found["parameters"] = checkpoint.name, count_parameters(config)
+    return found
 
 
 def checked_layouts(words: Sequence[str], options: dict[str, Any]) -> list[str]:

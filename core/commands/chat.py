@@ -8,20 +8,24 @@ import json
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from core.commands.generate import add_model_arguments, add_sampling_arguments, load_model, sampling_from
 from core.data.chat_template import DEFAULT_SYSTEM
 from core.errors import UserError
 
 if TYPE_CHECKING:
-    from core.generation import Chat
+    from core.chat import Chat
+    from core.tool_calls import Said
 
 HELP = """\
 /system [TEXT]  set the system prompt and forget the turns; without TEXT show it
+/tools [FILE]   offer the tools in FILE, a JSON list as the OpenAI interface has it, and forget the turns ("off": offer
+                none); without FILE show them
+/result TEXT    the result of a tool call that the model has made, one after the other
 /reset          forget the turns
 /save FILE      append the conversation to FILE, one JSON line as `tele data` reads it
 /help           this list
@@ -50,7 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Talk until /exit or the end of the input. Answers go to stdout, everything else to stderr."""
-    from core.generation import Chat, default_answer_length
+    from core.chat import Chat, default_answer_length
 
     sampling = sampling_from(args)
     model = load_model(args, "chat")
@@ -71,16 +75,18 @@ def run(args: argparse.Namespace) -> int:
 
 def repl(chat: Chat, lines: Iterator[str]) -> int:
     """Answer each line, obey each /command; a mistake is one line on stderr and the conversation goes on."""
+    results: list[str] = []  # of the tool calls in the last answer, so far
     for line in lines:
         text = line.strip()
         if not text:
             continue
         try:
             if text.startswith("/"):
-                if _command(chat, text):
+                if _command(chat, text, results):
                     return 0
             else:
-                _answer(chat, text)
+                results.clear()
+                _answer(chat, chat.ask(text, stream=True))
         except UserError as error:
             print(f"error: {error}", file=sys.stderr)
     return 0
@@ -109,15 +115,20 @@ def piped_lines() -> Iterator[str]:
             raise UserError(f"stdin:{number}: not UTF-8 text (byte {error.start})") from None
 
 
-def _answer(chat: Chat, question: str) -> None:
+def _answer(chat: Chat, pieces: Iterable[Said]) -> None:
     with _interrupt_calls(chat.stop):
-        for piece in chat.ask(question, stream=True):
-            print(piece, end="", flush=True)
+        for piece in pieces:
+            if isinstance(piece, str):
+                print(piece, end="", flush=True)
     print(flush=True)
     if chat.finish_reason == "length":
         print(f"(answer ended at --max-new-tokens {chat.max_new_tokens})", file=sys.stderr)
     elif chat.finish_reason == "interrupted":
         print("(answer stopped)", file=sys.stderr)
+    for number, call in enumerate(chat.calls, 1):
+        print(f"(tool call {number} of {len(chat.calls)}: {call.name} {call.arguments})", file=sys.stderr)
+    if chat.calls:
+        print("(/result TEXT gives its result)", file=sys.stderr)
 
 
 @contextlib.contextmanager
@@ -139,7 +150,7 @@ def _interrupt_calls(stop: Callable[[], None]) -> Iterator[None]:
         signal.signal(signal.SIGINT, before)
 
 
-def _command(chat: Chat, text: str) -> bool:
+def _command(chat: Chat, text: str, results: list[str]) -> bool:
     """Obey one /command; True when it ends the conversation."""
     word, _, rest = text.partition(" ")
     rest = rest.strip()
@@ -147,6 +158,10 @@ def _command(chat: Chat, text: str) -> bool:
         return True
     if word == "/help":
         print(HELP, file=sys.stderr)
+    elif word == "/tools":
+        _tools(chat, rest)
+    elif word == "/result":
+        _result(chat, rest, results)
     elif word == "/reset":
         chat.reset()
         print("(the turns are forgotten)", file=sys.stderr)
@@ -165,6 +180,48 @@ def _command(chat: Chat, text: str) -> bool:
     return False
 
 
+def _tools(chat: Chat, name: str) -> None:
+    if name:
+        chat.tools = None if name == "off" else read_tools(name)
+        chat.reset()
+        print(f"({len(chat.tools or ())} tools; the turns are forgotten)", file=sys.stderr)
+    elif chat.tools:
+        for tool in chat.tools:
+            print(json.dumps(tool, ensure_ascii=False), file=sys.stderr)
+    else:
+        print("(no tools; /tools FILE offers some)", file=sys.stderr)
+
+
+def _result(chat: Chat, text: str, results: list[str]) -> None:
+    if not chat.calls:
+        raise UserError("/result: the model has called no tool")
+    results.append(text)
+    if len(results) < len(chat.calls):
+        print(f"(and that of call {len(results) + 1}?)", file=sys.stderr)
+        return
+    told = results[:]
+    results.clear()
+    _answer(chat, chat.report(told, stream=True))
+
+
+def read_tools(name: str) -> list[dict[str, Any]]:
+    """The tools of a JSON file. UserError when it cannot be read or is no list of objects with a function's name."""
+    try:
+        tools = json.loads(Path(name).expanduser().read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"/tools {name}: cannot be read ({getattr(error, 'strerror', None) or error})") from None
+    if not isinstance(tools, list) or not tools:
+        raise UserError(f"/tools {name}: expected a JSON list of tools")
+    for place, tool in enumerate(tools):
+        function = tool.get("function") if isinstance(tool, dict) else None
+        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+            raise UserError(
+                f"/tools {name}: tool {place} is not of the form "
+                '{"type": "function", "function": {"name": ..., "description": ..., "parameters": {...}}}'
+            )
+    return tools
+
+
 def save(chat: Chat, name: str) -> None:
     """Append the conversation to a jsonl file as a row of the released dialogue format, ready for ``tele data``.
 
@@ -174,10 +231,12 @@ def save(chat: Chat, name: str) -> None:
         raise UserError("/save: give a file, e.g. /save talk.jsonl")
     if not chat.history:
         raise UserError("/save: there is nothing to save yet")
-    roles = {"user": "user", "assistant": "bot"}
-    dialog = [{"role": roles[turn["role"]], "content": turn["content"]} for turn in chat.history]
+    roles = {"user": "user", "assistant": "bot", "tool": "tool"}
+    dialog = [{**turn, "role": roles[turn["role"]]} for turn in chat.history]
     # Released rows carry the line end that the template puts after the system text.
     row = {"system": _system(chat) + "\n", "dialog": dialog, "multiturn": len(dialog) > 2}
+    if chat.tools:
+        row["tools"] = list(chat.tools)
     try:
         with Path(name).expanduser().open("a", encoding="utf-8") as file:
             file.write(json.dumps(row, ensure_ascii=False) + "\n")

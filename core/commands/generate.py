@@ -24,7 +24,7 @@ from core.quantize import QUANTIZATIONS, quantizing
 from core.sampling import SamplingConfig, sampling_config
 
 if TYPE_CHECKING:
-    from core.engine import Engine
+    from core.engine import Engine, Limits
     from core.layout import Layout
     from core.requests import Event, Request
 
@@ -100,6 +100,9 @@ def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--temperature", type=float, metavar="T", help="above 0 draws tokens (default 0: greedy)")
     parser.add_argument("--top-k", type=int, metavar="K", help="draw from the K likeliest tokens")
     parser.add_argument("--top-p", type=float, metavar="P", help="draw from the likeliest tokens holding this share")
+    parser.add_argument(
+        "--min-p", type=float, metavar="P", help="draw from tokens at least this share as likely as the likeliest"
+    )
     parser.add_argument("--repetition-penalty", type=float, default=1.0, metavar="R", help="above 1: less repetition")
     parser.add_argument(
         "--presence-penalty", type=float, default=0.0, metavar="R", help="taken off the logit of what was written"
@@ -115,7 +118,7 @@ def sampling_from(args: argparse.Namespace) -> SamplingConfig:
     """The checked SamplingConfig of the options; UserError where they contradict each other."""
     if args.greedy and args.temperature:
         raise UserError(f"--greedy: contradicts --temperature {args.temperature}; give one of them")
-    drawing = {"top_k": args.top_k, "top_p": args.top_p}
+    drawing = {"top_k": args.top_k, "top_p": args.top_p, "min_p": args.min_p}
     given = {name: value for name, value in drawing.items() if value is not None}
     if given and (args.greedy or args.temperature is None):
         name = next(iter(given)).replace("_", "-")
@@ -141,12 +144,16 @@ class Loaded:
 
     def engine(self, max_len: int, samples: int = 1) -> Engine:
         """An engine on the backend with the weights in it, whose cache holds ``samples`` sequences of ``max_len``."""
+        return self.engine_with(self.pages(max_len, samples))
+
+    def engine_with(self, pages: int, limits: Limits | None = None) -> Engine:
+        """An engine on the backend with the weights in it and a cache of so many pages."""
         from core.engine import Engine
 
         module = backends.load(self.args.backend, "generate")
         get = quantizing(self.config, self.source.tensor) if self.args.quantize == "int8" else self.source.tensor
-        runner = module.Runner(self.config, get, self.pages(max_len, samples), self.args.precision)
-        return Engine(runner, self.tokenizer, rescale=self.args.rescale)
+        runner = module.Runner(self.config, get, pages, self.args.precision)
+        return Engine(runner, self.tokenizer, rescale=self.args.rescale, limits=limits)
 
     @staticmethod
     def pages(max_len: int, samples: int = 1) -> int:

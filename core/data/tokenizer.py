@@ -156,6 +156,13 @@ class Tokenizer:
             return self._special[index]
         return self._pieces.id_to_piece(index) if 0 <= index < self.vocab_size else "?"
 
+    def token_bytes(self, index: int) -> bytes:
+        """What one token adds to a text; the name of a control token. Bytes, because a token may be part of a
+        character."""
+        if 0 <= index < self.vocab_size and self._pieces.is_byte(index):
+            return bytes([int(self._pieces.id_to_piece(index)[1:-1], 16)])
+        return self.piece(index).replace("\u2581", " ").encode()
+
     def stream(self, skip_special: bool = True) -> StreamDecoder:
         """A decoder for ids that arrive one by one."""
         return StreamDecoder(self, skip_special)

@@ -25,13 +25,14 @@ from safetensors.numpy import load_file, save_file
 from convert.source import open_model
 from core import backends, cli
 from core.batch import IGNORE, Batch
+from core.chat import Chat
 from core.commands.generate import with_table_dtype
 from core.data.chat_template import encode_chat
 from core.data.tokenizer import load_tokenizer
 from core.data.tokenizer_training import train_tokenizer
 from core.engine import Engine
 from core.errors import UserError
-from core.generation import Chat, generate
+from core.generation import generate
 from core.pages import pool_size
 from core.parity import relative_frobenius
 from core.sampling import sampling_config
@@ -396,6 +397,21 @@ def test_a_planted_shift_of_the_labels_is_seen(backend, checkpoint, io, tmp_path
     made, expected = load_file(out), load_file(MODEL / "grads_fp32table.safetensors")
     assert abs(made["loss"] / io["fp32table.loss_mean"] - 1) > 1e-3
     assert all(relative_frobenius(made[f"grad.{name}"], value) > 1e-2 for name, value in expected.items())
+
+
+def test_chat_from_python_says_the_same_on_both_backends(talking, capsys):
+    pytest.importorskip("mindspore").runtime.launch_blocking()
+    pytest.importorskip("torch")
+    told = {}
+    for backend in backends.BACKENDS:
+        model = backends.load(backend, "chat").open_chat(str(talking))
+        answer, history = model.chat("What is a model?", max_new_tokens=12)
+        streamed = list(model.chat("And a question?", history, stream=True, max_new_tokens=12, temperature=0.9, seed=3))
+        again, longer = model.chat("And a question?", history, max_new_tokens=12, temperature=0.9, seed=3)
+        assert "".join(delta for delta, _ in streamed) == again and streamed[-1][1] == longer
+        assert [message["role"] for message in longer] == ["user", "bot"] * 2
+        told[backend] = [answer, *(delta for delta, _ in streamed)]
+    assert told["ms"] == told["pt"] and len(told["ms"]) > 3
 
 
 # The documentation

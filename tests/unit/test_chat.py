@@ -11,7 +11,8 @@ import sys
 import numpy as np
 import pytest
 
-from core import generation
+from core import chat as chat_module
+from core.chat import Chat
 from core.commands import chat as command
 from core.commands.chat import piped_lines, repl
 from core.config import load_model_config
@@ -19,7 +20,6 @@ from core.data.chat_template import DEFAULT_SYSTEM
 from core.data.tokenizer import StreamDecoder
 from core.engine import Engine
 from core.errors import UserError
-from core.generation import Chat
 from tests.engine_support import Speller
 
 SIZE = 400
@@ -45,7 +45,7 @@ class CharTokenizer:
         return bytes(t - FIRST for t in ids if t >= FIRST).decode(errors="replace")
 
 
-def fake_encode_chat(tokenizer, messages):
+def fake_encode_chat(tokenizer, messages, tools=None):
     """The template's shape: system, then turns, then the opening of the answer."""
     ids, marks = [], {"system": SYSTEM, "user": USER, "assistant": BOT}
     for message in messages:
@@ -56,7 +56,7 @@ def fake_encode_chat(tokenizer, messages):
 
 @pytest.fixture(autouse=True)
 def template(monkeypatch):
-    monkeypatch.setattr(generation, "encode_chat", fake_encode_chat)
+    monkeypatch.setattr(chat_module, "encode_chat", fake_encode_chat)
 
 
 def spelled(*replies, end=END, tokenizer=None) -> Engine:

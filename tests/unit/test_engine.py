@@ -355,7 +355,7 @@ def test_one_request_that_fails_leaves_the_others_alone():
         (request(logprobs=65), "logprobs: must be 0 to 64"),
         (request(stop_texts=("",)), "stop: an empty string would end every answer"),
         (request(stop_texts=("x",)), "stop: strings are found in text, and there is no tokenizer"),
-        (request(text="prose"), "text: 'prose' is not one of none, answer, continuation"),
+        (request(text="prose"), "text: 'prose' is not one of none, answer, tools, continuation"),
         (request(logit_bias={64: 1.0}), "logit_bias: token id 64 at place 0 is outside the vocabulary"),
         (request(logit_bias={3: float("inf")}), "logit_bias: token 3 has inf; must be from -100 to 100"),
         (

@@ -91,7 +91,8 @@ def test_distribution_matches_loops(k, p, penalty, temperature):
     assert set(np.flatnonzero(ours)) == {i for i, share in enumerate(expected) if share}
 
 
-def test_distribution_matches_torch_as_hugging_face_writes_it():
+@pytest.mark.parametrize("min_p", [0.0, 0.05, 0.3])
+def test_distribution_matches_torch_as_hugging_face_writes_it(min_p):
     torch = pytest.importorskip("torch")
     for seed in range(20):
         logits = logits_of(seed, 300)
@@ -106,9 +107,12 @@ def test_distribution_matches_torch_as_hugging_face_writes_it():
         remove = ordered.softmax(dim=-1).cumsum(dim=-1) <= (1 - 0.85)
         remove[..., -1:] = 0
         scores = scores.masked_fill(remove.scatter(1, indices, remove), -math.inf)
+        if min_p:  # MinPLogitsWarper
+            probs = torch.softmax(scores, dim=-1)
+            scores = scores.masked_fill(probs < min_p * probs.amax(dim=-1, keepdim=True), -math.inf)
         expected = torch.softmax(scores, dim=-1)[0].numpy()
 
-        config = sampling_config(temperature=0.7, top_k=40, top_p=0.85, repetition_penalty=1.2)
+        config = sampling_config(temperature=0.7, top_k=40, top_p=0.85, min_p=min_p, repetition_penalty=1.2)
         ours = shares_of(penalised(logits, config, prompt), config)
         np.testing.assert_allclose(ours, expected, rtol=0, atol=CLOSE)
         assert (ours > 0).sum() == (expected > 0).sum()
@@ -305,6 +309,7 @@ def test_margin():
         ({"temperature": -0.1}, "sampling.temperature: must be at least 0.0"),
         ({"top_p": 0.0}, "sampling.top_p: must be above 0.0"),
         ({"top_p": 1.5}, "sampling.top_p: must be at most 1.0"),
+        ({"min_p": 1.5}, "sampling.min_p: must be at most 1.0"),
         ({"top_k": -1}, "sampling.top_k: must be at least 0"),
         ({"top_k": 2.5}, "sampling.top_k: expected a whole number"),
         ({"repetition_penalty": 0.0}, "sampling.repetition_penalty: must be above 0.0"),

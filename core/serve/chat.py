@@ -1,0 +1,293 @@
+"""``/v1/chat/completions``: a conversation in the model's chat template, with tools."""
+
+from __future__ import annotations
+
+import json
+import re
+import secrets
+from collections.abc import Mapping
+from typing import Any
+
+from core.data.chat_template import encode_chat
+from core.errors import UserError
+from core.generation import turn_stops
+from core.requests import Event, Request
+from core.sampling import Choice
+from core.serve.completions import token_text, unencodable
+from core.serve.errors import ApiError, shown
+from core.serve.fields import Fields
+from core.serve.job import (
+    MOST_LOGPROBS,
+    Job,
+    Served,
+    check_model,
+    read_bias,
+    read_ignored,
+    read_samples,
+    read_sampling,
+    read_stops,
+    read_stream,
+    room,
+)
+from core.tool_calls import ToolCall, ToolCallStream
+
+ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant", "tool": "tool"}
+TOOL_NAME = re.compile(r"[a-zA-Z0-9_-]{1,64}")
+NOT_HERE = "this server does not have it; leave it out"
+
+
+def read_chat(body: Mapping[str, Any], served: Served) -> Job:
+    """The job that a body asks for; ApiError says what is wrong with it. Encodes the chat, which may take a while."""
+    fields = Fields(body)
+    check_model(fields, served)
+    if not served.tokenizer.control:
+        raise ApiError(400, "this model's tokenizer has no chat tokens; use /v1/completions", code="no_chat_template")
+    stream, include_usage = read_stream(fields)
+    samples, asked = read_samples(fields), _asked_tokens(fields)
+    logprobs = _read_logprobs(fields)
+    sampling, stops = read_sampling(fields), read_stops(fields)
+    bias = read_bias(fields, served.config.vocab_size)
+    ignore_eos = fields.boolean("ignore_eos")
+    fields.absent(("audio", "function_call", "functions", "reasoning_effort", "verbosity"), NOT_HERE)
+    fields.absent(("web_search_options", "moderation"), NOT_HERE)
+    fields.absent(("modalities",), "this model writes text only", {"modalities": ["text"]})
+    _only_text(fields)
+    read_ignored(fields)
+    tools = read_tools(fields)
+    found = fields.list("messages")
+    fields.done()
+    messages = read_messages(fields, found)
+    try:
+        ids = encode_chat(served.tokenizer, messages, tools)
+    except UserError as error:
+        raise ApiError(400, str(error), "messages", "invalid_value") from None
+    if served.add_bos:
+        ids = [served.config.bos_token_id, *ids]
+    request = Request(
+        prompt_ids=tuple(ids),
+        max_new_tokens=room(served, [ids], asked, None, "messages"),
+        sampling=sampling,
+        samples=samples,
+        stop_ids=frozenset() if ignore_eos else turn_stops(served.tokenizer, served.config),
+        stop_texts=stops,
+        logit_bias=bias,
+        logprobs=logprobs,
+        text="tools" if tools else "answer",
+    )
+    return Job((request,), ChatWriter(served.tokenizer, bool(tools)), stream, include_usage)
+
+
+def _asked_tokens(fields: Fields) -> int | None:
+    older, newer = fields.integer("max_tokens", 1, None), fields.integer("max_completion_tokens", 1, None)
+    if older is not None and newer is not None:
+        fields.refuse("max_tokens", "is the old name of max_completion_tokens; give one of the two")
+    return older if newer is None else newer
+
+
+def _read_logprobs(fields: Fields) -> int | None:
+    wanted, top = fields.boolean("logprobs"), fields.integer("top_logprobs", 0, MOST_LOGPROBS)
+    if top is not None and not wanted:
+        fields.refuse("top_logprobs", "needs logprobs to be true")
+    return (top or 0) if wanted else None
+
+
+def _only_text(fields: Fields) -> None:
+    wanted = fields.object("response_format")
+    if wanted is not None and wanted.get("type") != "text":
+        fields.refuse(
+            "response_format", "answers are free text here; ask for the format in words", "unsupported_parameter"
+        )
+
+
+def read_tools(fields: Fields) -> list[dict[str, Any]] | None:
+    """The tools that the template is to tell the model of; None when it may not call any."""
+    tools, choice = fields.list("tools"), fields.any("tool_choice")
+    if fields.any("parallel_tool_calls") not in (None, True):
+        fields.refuse(
+            "parallel_tool_calls", "the number of calls cannot be bound here; take the first", "unsupported_parameter"
+        )
+    for place, tool in enumerate(tools or ()):
+        where = f"tools[{place}]"
+        function = tool.get("function") if isinstance(tool, dict) and tool.get("type") == "function" else None
+        if not isinstance(function, dict):
+            raise ApiError(
+                400, f"{where}: expected {{'type': 'function', 'function': {{...}}}}, found {shown(tool)}", where
+            )
+        name = function.get("name")
+        if not isinstance(name, str) or not TOOL_NAME.fullmatch(name):
+            raise ApiError(
+                400, f"{where}.function.name: expected 1 to 64 of a-z, A-Z, 0-9, _ and -, found {shown(name)}", where
+            )
+        for key, kind in (("description", str), ("parameters", dict)):
+            if not isinstance(function.get(key), (kind, type(None))):
+                raise ApiError(400, f"{where}.function.{key}: has the wrong type, {shown(function[key])}", where)
+        if wrong := unencodable(json.dumps(tool, ensure_ascii=False)):
+            raise ApiError(400, f"{where}: {wrong}", where)
+    if choice is None or (choice == "auto" and tools):
+        return tools or None
+    if choice == "none":
+        return None
+    if not tools:
+        fields.refuse("tool_choice", "is only allowed with tools")
+    fields.refuse(
+        "tool_choice",
+        "none and auto are served; a model cannot be made to call a tool here, so ask for it in words",
+        "unsupported_parameter",
+    )
+
+
+def read_messages(fields: Fields, found: list[Any] | None) -> list[dict[str, Any]]:
+    """Messages of the OpenAI interface as those of core.data.chat_template. Contents become text."""
+    if not found:
+        fields.refuse("messages", "a chat needs at least one message", "missing_required_parameter")
+    messages: list[dict[str, Any]] = []
+    for place, message in enumerate(found):
+        where = f"messages[{place}]"
+        if not isinstance(message, dict):
+            raise ApiError(400, f"{where}: expected an object, found {shown(message)}", where)
+        inner = Fields(message, where)
+        role = inner.text("role")
+        if role not in ROLES:
+            inner.refuse("role", f"{shown(role)} is not one of {', '.join(ROLES)}", "invalid_value")
+        if role in ("system", "developer") and place:
+            inner.refuse("role", "this model's template has a system message in the first place only", "invalid_value")
+        calls = inner.list("tool_calls")
+        if calls and role != "assistant":
+            inner.refuse("tool_calls", "belongs to messages of the assistant")
+        content = _content(inner, may_miss=role == "assistant")
+        if role == "tool" and not (messages and (messages[-1].get("tool_calls") or messages[-1]["role"] == "tool")):
+            inner.refuse("role", "a tool message must follow the assistant's message with tool_calls", "invalid_value")
+        for name in ("tool_call_id", "name", "refusal"):
+            inner.text(name)
+        inner.list("annotations")
+        inner.absent(("audio", "function_call"), NOT_HERE)
+        inner.done()
+        messages.append({"role": ROLES[role], "content": content})
+        if calls:
+            messages[-1]["tool_calls"] = [_call(f"{where}.tool_calls[{n}]", call) for n, call in enumerate(calls)]
+    if not any(message["role"] == "user" for message in messages):
+        fields.refuse("messages", "there is no message of the user to answer", "invalid_value")
+    return messages
+
+
+def _content(fields: Fields, may_miss: bool) -> str | None:
+    """Text, or the texts of a list of parts, one after another."""
+    content = fields.any("content")
+    if isinstance(content, list):
+        texts = []
+        for place, part in enumerate(content):
+            if not (isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str)):
+                kind = shown(part.get("type")) if isinstance(part, dict) else shown(part)
+                fields.refuse("content", f"part {place} is {kind}; this model reads parts of type 'text'")
+            texts.append(part["text"])
+        content = "".join(texts)
+    if content is None and may_miss:
+        return None
+    if not isinstance(content, str):
+        fields.refuse("content", f"expected a string or a list of text parts, found {shown(content)}", "invalid_type")
+    if wrong := unencodable(content):
+        fields.refuse("content", wrong, "invalid_value")
+    return content
+
+
+def _call(where: str, call: Any) -> dict[str, Any]:
+    """A tool call with its arguments as the object that the template wants; clients send them as text."""
+    function = call.get("function") if isinstance(call, dict) else None
+    if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+        raise ApiError(400, f"{where}: expected an object with a function and its name, found {shown(call)}", where)
+    try:
+        arguments = json.loads(function.get("arguments") or "{}")
+    except (TypeError, ValueError, RecursionError):
+        arguments = None
+    text = json.dumps(arguments, ensure_ascii=False)
+    if not isinstance(arguments, dict) or unencodable(function["name"] + text):
+        raise ApiError(400, f"{where}.function.arguments: expected the text of a JSON object", where)
+    return {"name": function["name"], "arguments": arguments}
+
+
+class ChatWriter:
+    """Writer of this endpoint."""
+
+    prefix, kind, chunk_kind = "chatcmpl-", "chat.completion", "chat.completion.chunk"
+
+    def __init__(self, tokenizer: Any, tools: bool) -> None:
+        self._tokenizer, self._tools = tokenizer, tools
+        self._answers: dict[int, _Answer] = {}
+
+    def opening(self, index: int) -> list[dict[str, Any]]:
+        return [_entry(index, {"role": "assistant", "content": ""})]
+
+    def push(self, index: int, event: Event) -> list[dict[str, Any]]:
+        answer = self._answers.setdefault(index, _Answer(self._tools))
+        logprobs: dict[str, Any] | None = None
+        # The token that ended the answer is no part of it.
+        if event.choice is not None and event.choice.logprob is not None and not isinstance(event.stop, int):
+            logprobs = {"content": [self._logprob(event.choice)], "refusal": None}
+            answer.logprobs.append(logprobs["content"][0])
+        entries = [_entry(index, delta) for delta in answer.take(event)]
+        if logprobs is not None:
+            entries = entries or [_entry(index, {})]
+            entries[0]["logprobs"] = logprobs
+        if answer.finish_reason is not None:
+            entries.append(_entry(index, {}, answer.finish_reason))
+        return entries
+
+    def whole(self) -> list[dict[str, Any]]:
+        choices = []
+        for index, answer in sorted(self._answers.items()):
+            text = "".join(answer.words)
+            message: dict[str, Any] = {"role": "assistant", "content": text, "refusal": None}
+            if answer.calls:
+                message |= {"content": text or None, "tool_calls": answer.calls}
+            logprobs = {"content": answer.logprobs, "refusal": None} if answer.logprobs else None
+            choices.append(
+                {"index": index, "message": message, "logprobs": logprobs, "finish_reason": answer.finish_reason}
+            )
+        return choices
+
+    def _logprob(self, choice: Choice) -> dict[str, Any]:
+        def told(token: int, logprob: float | None) -> dict[str, Any]:
+            raw = self._tokenizer.token_bytes(token)
+            return {"token": token_text(self._tokenizer, token), "logprob": logprob, "bytes": list(raw)}
+
+        return {**told(choice.token, choice.logprob), "top_logprobs": [told(*one) for one in choice.top]}
+
+
+class _Answer:
+    """One answer so far."""
+
+    def __init__(self, tools: bool) -> None:
+        self.words: list[str] = []
+        self.calls: list[dict[str, Any]] = []
+        self.logprobs: list[dict[str, Any]] = []
+        self.finish_reason: str | None = None
+        self._stream = ToolCallStream() if tools else None
+
+    def take(self, event: Event) -> list[dict[str, Any]]:
+        """The deltas of an event."""
+        said: list[str | ToolCall] = [event.text] if event.text else []
+        if self._stream is not None:
+            said = self._stream.push(event.text)
+            if event.finish_reason is not None:
+                said += self._stream.flush()
+        deltas: list[dict[str, Any]] = []
+        for part in said:
+            if isinstance(part, str):
+                self.words.append(part)
+                deltas.append({"content": part})
+                continue
+            call = {
+                "id": f"call_{secrets.token_hex(12)}",
+                "type": "function",
+                "function": {"name": part.name, "arguments": part.arguments},
+            }
+            deltas.append({"tool_calls": [{"index": len(self.calls), **call}]})
+            self.calls.append(call)
+        if event.finish_reason is not None:
+            calls = self.calls and event.finish_reason == "stop"
+            self.finish_reason = "tool_calls" if calls else event.finish_reason
+        return deltas
+
+
+def _entry(index: int, delta: dict[str, Any], finish_reason: str | None = None) -> dict[str, Any]:
+    return {"index": index, "delta": delta, "logprobs": None, "finish_reason": finish_reason}

@@ -1,0 +1,175 @@
+"""``/v1/completions``: raw text or token ids, continued."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from core.requests import Event, Request
+from core.sampling import Choice
+from core.serve.errors import shown
+from core.serve.fields import Fields
+from core.serve.job import (
+    MOST_LOGPROBS,
+    Job,
+    Served,
+    check_model,
+    read_bias,
+    read_ignored,
+    read_samples,
+    read_sampling,
+    read_stops,
+    read_stream,
+    room,
+)
+
+DEFAULT_NEW = 16  # as the OpenAI interface
+MOST_PROMPTS = 128
+
+
+def read_completion(body: Mapping[str, Any], served: Served) -> Job:
+    """The job that a body asks for; ApiError says what is wrong. Encodes the prompts, which may take a while."""
+    fields = Fields(body)
+    check_model(fields, served)
+    stream, include_usage = read_stream(fields)
+    samples, asked = read_samples(fields), fields.integer("max_tokens", 1, None)
+    logprobs = fields.integer("logprobs", 0, MOST_LOGPROBS)
+    sampling, stops = read_sampling(fields), read_stops(fields)
+    bias = read_bias(fields, served.config.vocab_size)
+    ignore_eos = fields.boolean("ignore_eos")
+    if fields.boolean("echo"):
+        fields.refuse("echo", "the prompt is not repeated here; put it in front yourself", "unsupported_parameter")
+    fields.absent(
+        ("best_of", "suffix"), "this server does not have it; leave it out", {"best_of": samples, "suffix": ""}
+    )
+    read_ignored(fields)
+    found = fields.any("prompt")
+    fields.done()
+    prompts = read_prompts(fields, found, served)
+    new = room(served, prompts, asked, DEFAULT_NEW, "prompt")
+    requests = tuple(
+        Request(
+            prompt_ids=tuple(ids),
+            max_new_tokens=new,
+            sampling=sampling,
+            samples=samples,
+            stop_ids=frozenset() if ignore_eos else frozenset({served.config.eos_token_id}),
+            stop_texts=stops,
+            logit_bias=bias,
+            logprobs=logprobs,
+            text="continuation",
+        )
+        for ids in prompts
+    )
+    return Job(requests, CompletionWriter(served.tokenizer), stream, include_usage)
+
+
+def read_prompts(fields: Fields, found: Any, served: Served) -> list[list[int]]:
+    """A string, a list of strings, token ids, or a list of lists of them. Strings are text: the name of a control
+    token in one stays the letters that it is written with."""
+    if found is None:
+        fields.refuse("prompt", "is missing", "missing_required_parameter")
+    several = found if isinstance(found, list) and found and not _is_id(found[0]) else [found]
+    if len(several) > MOST_PROMPTS:
+        fields.refuse("prompt", f"at most {MOST_PROMPTS} prompts at once, found {len(several)}", "invalid_value")
+    prompts = []
+    for place, prompt in enumerate(several):
+        where = f"prompt[{place}] " if several is found else ""
+        if isinstance(prompt, str):
+            if wrong := unencodable(prompt):
+                fields.refuse("prompt", where + wrong, "invalid_value")
+            ids = served.tokenizer.encode(prompt)
+            prompt = [served.config.bos_token_id, *ids] if served.add_bos else ids
+        elif not isinstance(prompt, list) or not all(map(_is_id, prompt)):
+            fields.refuse(
+                "prompt",
+                f"{where}expected a string, a list of strings, token ids, or lists of them, found {shown(prompt)}",
+                "invalid_type",
+            )
+        wrong = next((token for token in prompt if not 0 <= token < served.config.vocab_size), None)
+        if wrong is not None:
+            fields.refuse(
+                "prompt",
+                f"{where}token id {shown(wrong)} is outside the vocabulary of {served.config.vocab_size}",
+                "invalid_value",
+            )
+        if not prompt:
+            fields.refuse("prompt", f"{where}has no tokens", "invalid_value")
+        prompts.append(prompt)
+    return prompts
+
+
+def unencodable(text: str) -> str | None:
+    """What is wrong with a text that JSON can carry and UTF-8 cannot."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        return f"has half of a surrogate pair (U+{ord(text[error.start]):04X} at character {error.start})"
+    return None
+
+
+def _is_id(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+class CompletionWriter:
+    """Writer of this endpoint."""
+
+    prefix, kind, chunk_kind = "cmpl-", "text_completion", "text_completion"
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+        self._told: dict[int, list[dict[str, Any]]] = {}  # by answer
+        self._lengths: dict[int, int] = {}
+
+    def opening(self, index: int) -> list[dict[str, Any]]:
+        return []
+
+    def push(self, index: int, event: Event) -> list[dict[str, Any]]:
+        logprobs = None
+        # The token that ended the answer is no part of it.
+        if event.choice is not None and event.choice.logprob is not None and not isinstance(event.stop, int):
+            logprobs = self._logprobs(event.choice, self._lengths.get(index, 0))
+        self._lengths[index] = self._lengths.get(index, 0) + len(event.text)
+        if not (event.text or logprobs or event.finish_reason):
+            return []
+        entry = {"text": event.text, "index": index, "logprobs": logprobs, "finish_reason": event.finish_reason}
+        self._told.setdefault(index, []).append(entry)
+        return [entry]
+
+    def whole(self) -> list[dict[str, Any]]:
+        choices = []
+        for index, told in sorted(self._told.items()):
+            with_logprobs = [entry["logprobs"] for entry in told if entry["logprobs"]]
+            logprobs = None
+            if with_logprobs:
+                logprobs = {name: [value for one in with_logprobs for value in one[name]] for name in with_logprobs[0]}
+            choices.append(
+                {
+                    "text": "".join(entry["text"] for entry in told),
+                    "index": index,
+                    "logprobs": logprobs,
+                    "finish_reason": told[-1]["finish_reason"],
+                }
+            )
+        return choices
+
+    def _logprobs(self, choice: Choice, offset: int) -> dict[str, Any]:
+        tops: dict[str, float] = {}
+        for token, logprob in choice.top:
+            tops.setdefault(token_text(self._tokenizer, token), logprob)
+        return {
+            "tokens": [token_text(self._tokenizer, choice.token)],
+            "token_logprobs": [choice.logprob],
+            "top_logprobs": [tops],
+            "text_offset": [offset],
+        }
+
+
+def token_text(tokenizer: Any, token: int) -> str:
+    """A token as text; one that is part of a character as ``bytes:\\\\xe4``, as the OpenAI interface writes it."""
+    raw = tokenizer.token_bytes(token)
+    try:
+        return raw.decode("utf-8")
+    except UnicodeDecodeError:
+        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in raw)

@@ -1,0 +1,193 @@
+"""A request's way from the engine's events to its client: in one piece or as a stream, while the client stays."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import secrets
+import time
+from collections.abc import AsyncGenerator, Callable, Coroutine, Mapping
+from contextlib import aclosing, suppress
+from typing import Any, TypeVar
+
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from core.requests import Usage
+from core.serve.errors import ApiError
+from core.serve.job import Job, Served
+from core.serve.service import Ticket
+
+OUTCOMES = {401: "unauthorized", 429: "overloaded", 503: "shutting_down", 504: "timed_out"}
+SLOW = 1.0
+Result = TypeVar("Result")
+
+
+class ClientGone(Exception):
+    """Nobody is there to be answered any more."""
+
+
+class Exchange:
+    """One request that was admitted, until its answer is told or nobody wants it any more."""
+
+    def __init__(
+        self,
+        served: Served,
+        job: Job,
+        ticket: Ticket,
+        deadline: float,
+        seconds: float,
+        over: Callable[[str], None],
+    ) -> None:
+        self._job, self._ticket, self._seconds, self._over = job, ticket, seconds, over
+        self.deadline = deadline
+        self._usages: dict[int, Usage] = {}
+        self._outcome: str | None = "client_gone"  # until it is known to be another; None once it was counted
+        self._head = {
+            "id": job.writer.prefix + secrets.token_hex(12),
+            "created": int(time.time()),
+            "model": served.name,
+            "system_fingerprint": served.fingerprint,
+        }
+
+    async def whole(self, request: Request) -> Response:
+        """The answer in one piece; ApiError when it fails, ClientGone when the client leaves meanwhile."""
+        try:
+            await unless_gone(request.receive, self._collect())
+            self._outcome = "ok"
+        except ApiError as error:
+            self._outcome = outcome_of(error)
+            raise
+        finally:
+            self.close()
+        writer = self._job.writer
+        return json_response({"object": writer.kind, **self._head, "choices": writer.whole(), "usage": self._usage()})
+
+    async def _collect(self) -> None:
+        async with aclosing(self._entries()) as entries:
+            async for _ in entries:
+                pass
+
+    async def lines(self) -> AsyncGenerator[bytes, None]:
+        """The answer as server-sent events; an error on the way is the last of them. ``close`` has to follow."""
+        try:
+            async with aclosing(self._entries()) as entries:
+                opening = [e for index in range(self._answers) for e in self._job.writer.opening(index)]
+                yield b"".join(map(self._chunk, opening))
+                async for told in entries:
+                    if told:
+                        yield b"".join(map(self._chunk, told))
+            if self._job.include_usage:
+                yield self._chunk(None)
+            yield b"data: [DONE]\n\n"
+            self._outcome = "ok"
+        except ApiError as error:
+            self._outcome = outcome_of(error)
+            yield b"data: " + to_json(error.body()) + b"\n\n"
+
+    def close(self) -> None:
+        """Count the outcome; what still runs for the client stops. A second time does nothing."""
+        self._ticket.close()
+        if self._outcome is not None:
+            self._over(self._outcome)
+            self._outcome = None
+
+    @property
+    def _answers(self) -> int:
+        return len(self._job.requests) * self._job.samples
+
+    async def _entries(self) -> AsyncGenerator[list[dict[str, Any]], None]:
+        """What each step lets a stream say."""
+        try:
+            async with aclosing(self._ticket.batches(self.deadline)) as batches:
+                async for batch in batches:
+                    told = []
+                    for place, event in batch:
+                        index = place * self._job.samples + event.sample
+                        if event.usage is not None:
+                            self._usages[index] = event.usage
+                        told += self._job.writer.push(index, event)
+                    yield told
+        except TimeoutError:
+            raise ApiError(
+                504, f"the answer was not complete after {self._seconds:g} s, the limit of this server", code="timeout"
+            ) from None
+
+    def _chunk(self, entry: dict[str, Any] | None) -> bytes:
+        """One event of a stream; without an entry the one that tells the usage."""
+        chunk = {"object": self._job.writer.chunk_kind, **self._head, "choices": [] if entry is None else [entry]}
+        if self._job.include_usage:
+            chunk["usage"] = self._usage() if entry is None else None
+        return b"data: " + to_json(chunk) + b"\n\n"
+
+    def _usage(self) -> dict[str, Any]:
+        """A prompt counts once, however many answers it has."""
+        first = [usage for index, usage in self._usages.items() if index % self._job.samples == 0]
+        prompt = sum(usage.prompt for usage in first)
+        made = sum(usage.completion for usage in self._usages.values())
+        return {
+            "prompt_tokens": prompt,
+            "completion_tokens": made,
+            "total_tokens": prompt + made,
+            "prompt_tokens_details": {"cached_tokens": sum(usage.cached for usage in first)},
+        }
+
+
+class EventStream(Response):
+    """Sends an exchange as server-sent events, and ends it when the client is gone, or has not read by ``SLOW`` seconds
+    after the request's time is over."""
+
+    def __init__(self, exchange: Exchange) -> None:
+        super().__init__(
+            media_type="text/event-stream", headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+        )
+        self.raw_headers = [header for header in self.raw_headers if header[0] != b"content-length"]
+        self._exchange = exchange
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def stream() -> None:
+            await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+            async with aclosing(self._exchange.lines()) as lines:
+                async for line in lines:
+                    await send({"type": "http.response.body", "body": line, "more_body": True})
+            await send({"type": "http.response.body", "body": b""})
+
+        try:
+            with suppress(ClientGone, TimeoutError):  # there is nobody to tell
+                async with asyncio.timeout_at(self._exchange.deadline + SLOW):
+                    await unless_gone(receive, stream())
+        finally:
+            self._exchange.close()
+
+
+async def unless_gone(receive: Receive, work: Coroutine[Any, Any, Result]) -> Result:
+    """What ``work`` comes to; when the client leaves before, ``work`` is cancelled. ClientGone then."""
+
+    async def gone() -> None:
+        while (await receive())["type"] != "http.disconnect":
+            pass
+
+    working, leaving = asyncio.ensure_future(work), asyncio.ensure_future(gone())
+    try:
+        await asyncio.wait((working, leaving), return_when=asyncio.FIRST_COMPLETED)
+        if not working.done():
+            raise ClientGone
+        return working.result()
+    finally:
+        for task in (working, leaving):
+            task.cancel()
+        await asyncio.gather(working, leaving, return_exceptions=True)
+
+
+def outcome_of(error: ApiError) -> str:
+    return OUTCOMES.get(error.status, "refused" if error.status < 500 else "failed")
+
+
+def json_response(found: dict[str, Any], status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
+    return Response(to_json(found), status, headers, "application/json")
+
+
+def to_json(found: dict[str, Any]) -> bytes:
+    """Compact UTF-8. A lone surrogate, which a client's own words in a message may hold, stays an escape."""
+    return json.dumps(found, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "backslashreplace")

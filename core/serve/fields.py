@@ -1,0 +1,100 @@
+"""Reads the fields of a JSON object by name and type. A field of the wrong type or out of range is refused by name, and
+so is one that nobody asked for. null is the same as absent, as in the OpenAI interface."""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Iterable, Mapping
+from typing import Any, NoReturn
+
+from core.serve.errors import ApiError, shown
+
+
+def json_object(raw: bytes) -> dict[str, Any]:
+    """The object in a request's body; ApiError 400 says where it is not JSON."""
+
+    def constant(name: str) -> NoReturn:
+        raise ValueError(f"{name} is no JSON number")
+
+    try:
+        found = json.loads(raw.decode("utf-8"), parse_constant=constant)
+    except UnicodeDecodeError as error:
+        raise ApiError(400, f"body: not UTF-8 text (byte {error.start})") from None
+    except json.JSONDecodeError as error:
+        place = f"line {error.lineno}, column {error.colno}"
+        raise ApiError(400, f"body: not valid JSON: {error.msg} ({place})") from None
+    except (ValueError, RecursionError) as error:  # a constant, a number of thousands of digits, brackets without end
+        said = "it is nested too deeply" if isinstance(error, RecursionError) else str(error)
+        raise ApiError(400, f"body: not valid JSON: {said}") from None
+    if not isinstance(found, dict):
+        raise ApiError(400, f"body: expected a JSON object, found {shown(found)}")
+    return found
+
+
+class Fields:
+    """``where``: the object's own place, for messages. Each reader returns None for an absent field without a
+    default."""
+
+    def __init__(self, found: Mapping[str, Any], where: str = "") -> None:
+        self._found, self._where = found, where
+        self._known: set[str] = set()
+
+    def name(self, field: str) -> str:
+        return f"{self._where}.{field}" if self._where else field
+
+    def any(self, field: str) -> Any:
+        """The value as it is."""
+        self._known.add(field)
+        return self._found.get(field)
+
+    def refuse(self, field: str, says: str, code: str | None = None) -> NoReturn:
+        raise ApiError(400, f"{self.name(field)}: {says}", self.name(field), code)
+
+    def _typed(self, field: str, kinds: type | tuple[type, ...], what: str) -> Any:
+        value = self.any(field)
+        # True is an int to Python, and not to JSON.
+        if value is not None and (not isinstance(value, kinds) or (isinstance(value, bool) and kinds is not bool)):
+            self.refuse(field, f"expected {what}, found {shown(value)}", "invalid_type")
+        return value
+
+    def text(self, field: str) -> str | None:
+        return self._typed(field, str, "a string")
+
+    def boolean(self, field: str) -> bool:
+        return bool(self._typed(field, bool, "true or false"))
+
+    def object(self, field: str) -> dict[str, Any] | None:
+        return self._typed(field, dict, "an object")
+
+    def list(self, field: str) -> list[Any] | None:
+        return self._typed(field, list, "a list")
+
+    def integer(self, field: str, low: int, high: int | None) -> int | None:
+        return self._within(field, self._typed(field, int, "a whole number"), low, high)
+
+    def number(self, field: str, low: float, high: float) -> float | None:
+        value = self._within(field, self._typed(field, (int, float), "a number"), low, high)
+        return None if value is None else float(value)
+
+    def _within(self, field: str, value: Any, low: float, high: float | None) -> Any:
+        if value is not None and not (low <= value and (high is None or value <= high)):
+            wanted = f"at least {low}" if high is None else f"{low} to {high}"
+            self.refuse(field, f"must be {wanted}, found {shown(value)}", "invalid_value")
+        return value
+
+    def absent(self, fields: Iterable[str], why: str, harmless: Mapping[str, Any] | None = None) -> None:
+        """Refuse fields that would ask for something else than what is done; their ``harmless`` values pass."""
+        for field in fields:
+            value = self.any(field)
+            if value is not None and value != (harmless or {}).get(field):
+                self.refuse(field, why, "unsupported_parameter")
+
+    def done(self) -> None:
+        """Refuse what nobody read."""
+        for field, value in self._found.items():
+            if field not in self._known and value is not None:
+                near = difflib.get_close_matches(field, self._known, n=1)
+                hint = f", did you mean '{near[0]}'?" if near else ""
+                name = self.name(field) if len(field) <= 60 else self.name(field[:57] + "...")
+                raise ApiError(400, f"Unknown parameter: '{name}'{hint}", name, "unknown_parameter")

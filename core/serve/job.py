@@ -1,0 +1,203 @@
+"""What both endpoints read alike out of a request's body, and the job that comes of it."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from core.chat import default_answer_length
+from core.config import ModelConfig
+from core.requests import MOST_BIAS, MOST_SAMPLES, Event, Request
+from core.sampling import SamplingConfig, sampling_config
+from core.serve.errors import ApiError, shown
+from core.serve.fields import Fields
+
+MOST_STOPS = 16
+LONGEST_STOP = 1000  # characters; every token is compared with all beginnings of a stop string
+MOST_LOGPROBS = 20
+SEEDS = 2**63
+# Fields of the OpenAI interface that say nothing about the text of an answer, with their kinds.
+IGNORED: dict[str, type] = {
+    "user": str,
+    "safety_identifier": str,
+    "prompt_cache_key": str,
+    "prompt_cache_retention": str,
+    "prompt_cache_options": dict,
+    "service_tier": str,
+    "store": bool,
+    "metadata": dict,
+    "prediction": dict,
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Served:
+    """The model as its clients see it. ``context``: tokens of prompt and answer together; ``most_prompt`` and
+    ``most_new`` bound each of the two."""
+
+    name: str
+    config: ModelConfig
+    tokenizer: Any
+    context: int
+    most_prompt: int
+    most_new: int
+    created: int
+    fingerprint: str
+    add_bos: bool = False
+
+
+class Writer(Protocol):
+    """Puts the events of a job's answers into the words of its endpoint. An answer's ``index`` counts through all
+    answers of all prompts."""
+
+    prefix: str  # of the id
+    kind: str  # of object
+    chunk_kind: str
+
+    def opening(self, index: int) -> list[dict[str, Any]]:
+        """What a stream says of an answer before its first token: entries of ``choices``."""
+
+    def push(self, index: int, event: Event) -> list[dict[str, Any]]:
+        """What a stream says of an event."""
+
+    def whole(self) -> list[dict[str, Any]]:
+        """``choices`` of the answer that was not streamed, from all that was pushed."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """``requests``: one a prompt, all with the same number of samples."""
+
+    requests: tuple[Request, ...]
+    writer: Writer
+    stream: bool
+    include_usage: bool
+
+    @property
+    def samples(self) -> int:
+        return self.requests[0].samples
+
+
+def check_model(fields: Fields, served: Served) -> None:
+    """ApiError 404 for another model's name, as the OpenAI interface has it."""
+    name = fields.text("model")
+    if name is None:
+        fields.refuse("model", f"is missing; this server has '{served.name}'", "missing_required_parameter")
+    if name != served.name:
+        raise ApiError(
+            404, f"The model {shown(name)} does not exist; this server has '{served.name}'", "model", "model_not_found"
+        )
+
+
+def read_stream(fields: Fields) -> tuple[bool, bool]:
+    """(stream, stream_options.include_usage)."""
+    stream, options = fields.boolean("stream"), fields.object("stream_options")
+    if options is None:
+        return stream, False
+    if not stream:
+        fields.refuse("stream_options", "belongs to a stream; set stream to true, or leave it out")
+    inner = Fields(options, "stream_options")
+    include = inner.boolean("include_usage")
+    inner.boolean("include_obfuscation")  # pads a stream against eavesdroppers; of no use on a plain connection
+    inner.done()
+    return stream, include
+
+
+def read_sampling(fields: Fields) -> SamplingConfig:
+    """Temperature 1 unless the client says otherwise, and a seed of its own where it names none."""
+    seed, top_k = fields.integer("seed", -SEEDS, 2 * SEEDS - 1), fields.integer("top_k", -1, None)
+    given: dict[str, float | None] = {
+        "temperature": fields.number("temperature", 0.0, 2.0),
+        "top_p": fields.number("top_p", 0.0, 1.0),
+        "min_p": fields.number("min_p", 0.0, 1.0),
+        "repetition_penalty": fields.number("repetition_penalty", 0.01, 100.0),
+        "presence_penalty": fields.number("presence_penalty", -2.0, 2.0),
+        "frequency_penalty": fields.number("frequency_penalty", -2.0, 2.0),
+    }
+    values = {"temperature": 1.0, **{name: value for name, value in given.items() if value is not None}}
+    # 0 is allowed there and means the likeliest token alone, which any small share does as well.
+    values["top_p"] = max(values.get("top_p", 1.0), 1e-9)
+    return sampling_config(
+        **values, top_k=max(top_k or 0, 0), seed=secrets.randbits(63) if seed is None else seed % (2 * SEEDS)
+    )
+
+
+def read_ignored(fields: Fields) -> None:
+    """Check what does not matter here for its kind only."""
+    for name, kind in IGNORED.items():
+        {str: fields.text, bool: fields.boolean, dict: fields.object}[kind](name)
+
+
+def read_stops(fields: Fields) -> tuple[str, ...]:
+    """One string or several; an empty list is none."""
+    found = fields.any("stop")
+    if found is None:
+        return ()
+    stops = [found] if isinstance(found, str) else found
+    if not isinstance(stops, list) or not all(isinstance(stop, str) for stop in stops):
+        fields.refuse("stop", f"expected a string or a list of strings, found {shown(found)}", "invalid_type")
+    if len(stops) > MOST_STOPS or any(not 1 <= len(stop) <= LONGEST_STOP for stop in stops):
+        fields.refuse("stop", f"at most {MOST_STOPS} strings of 1 to {LONGEST_STOP} characters", "invalid_value")
+    return tuple(stops)
+
+
+def read_bias(fields: Fields, vocab_size: int) -> dict[int, float]:
+    """Token id (JSON writes it as a string) -> what is added to its logit."""
+    bias: dict[int, float] = {}
+    for key, value in (fields.object("logit_bias") or {}).items():
+        where = f"logit_bias[{shown(key)}]"
+        if not (key.isascii() and key.isdecimal() and len(key) < 12 and int(key) < vocab_size):
+            fields.refuse("logit_bias", f"{shown(key)} is no token id of this vocabulary of {vocab_size}")
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not -MOST_BIAS <= value <= MOST_BIAS:
+            fields.refuse("logit_bias", f"{where} must be a number from -100 to 100, found {shown(value)}")
+        bias[int(key)] = float(value)
+    return bias
+
+
+def read_samples(fields: Fields) -> int:
+    return fields.integer("n", 1, MOST_SAMPLES) or 1
+
+
+def room(served: Served, prompts: Sequence[Sequence[int]], asked: int | None, default: int | None, param: str) -> int:
+    """Tokens that each answer may have: ``asked``, or else ``default`` as far as it fits (None: all that is free within
+    the trained length, since the planned end decides the rotary scaling; for a prompt beyond it as ``tele chat``).
+
+    ApiError 400 in the words that clients of the OpenAI interface look for, when a prompt or what was asked for does
+    not fit the context.
+    """
+    longest = max(map(len, prompts))
+    if longest > min(served.most_prompt, served.context - 1):
+        limit = (
+            f"This model's maximum context length is {served.context} tokens"
+            if served.most_prompt >= served.context - 1
+            else f"This server takes prompts of at most {served.most_prompt} tokens"
+        )
+        raise ApiError(
+            400,
+            f"{limit}. However, your {param} resulted in {longest} tokens. Please reduce the length of the {param}.",
+            param,
+            "context_length_exceeded",
+        )
+    free = min(served.context - longest, served.most_new)
+    if asked is None:
+        within = served.config.training_seqlen - longest
+        return min(free, default or (within if within > 0 else default_answer_length(served.config)))
+    if longest + asked > served.context:
+        raise ApiError(
+            400,
+            f"This model's maximum context length is {served.context} tokens. However, you requested "
+            f"{longest + asked} tokens ({longest} in the {param}, {asked} in the completion). Please reduce the length "
+            f"of the {param} or completion.",
+            param,
+            "context_length_exceeded",
+        )
+    if asked > served.most_new:
+        raise ApiError(
+            400,
+            f"max_tokens is too large: {asked}. This server makes at most {served.most_new} tokens an answer.",
+            "max_tokens",
+            "invalid_value",
+        )
+    return asked

@@ -1,0 +1,302 @@
+"""The server, asked with OpenAI's own client, on a runner whose answers are known."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from tests.data_support import tiny_tokenizer
+from tests.engine_support import CONTEXT
+from tests.serve_support import NAME, Running, ask, chat_body, running
+
+openai = pytest.importorskip("openai", reason="the openai client is in the dev extra")
+
+TOOLS = [
+    {
+        "type": "function",
+        "function": {
+            "name": "get_weather",
+            "parameters": {"type": "object", "properties": {"city": {"type": "string"}}},
+        },
+    }
+]
+CALL = '<tool_call>\n{"name": "get_weather", "arguments": {"city": "Paris"}}\n</tool_call>'
+
+
+def reply(question: str) -> str:
+    if question == "weather?":
+        return "Let me look.\n" + CALL + "\n" + CALL.replace("Paris", "\u5317\u4eac")
+    if question == "half a call?":
+        return CALL.removesuffix("</tool_call>")
+    if question == "half a mark?":
+        return "a < b <tool"
+    if "tool_response" in question:
+        return "It rains."
+    return f"You said: {question}"
+
+
+@pytest.fixture(scope="module")
+def server():
+    with running(reply) as made:
+        yield made
+
+
+@pytest.fixture(scope="module")
+def client(server: Running):
+    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as made:
+        yield made
+
+
+def chat(client, question="hello", **options):
+    return client.chat.completions.create(
+        model=NAME, messages=[{"role": "user", "content": question}], **{"temperature": 0, **options}
+    )
+
+
+def test_models_are_listed(client):
+    (model,) = client.models.list().data
+    assert (model.id, model.object, model.max_model_len) == (NAME, "model", CONTEXT)
+    assert client.models.retrieve(NAME).id == NAME
+    with pytest.raises(openai.NotFoundError, match="does not exist"):
+        client.models.retrieve("gpt-4")
+
+
+def test_a_chat_answer(client):
+    answer = chat(client)
+    (choice,) = answer.choices
+    assert (choice.message.role, choice.message.content) == ("assistant", "You said: hello")
+    assert (choice.finish_reason, choice.index, choice.logprobs) == ("stop", 0, None)
+    assert answer.object == "chat.completion" and answer.id.startswith("chatcmpl-") and answer.model == NAME
+    tokens = len(tiny_tokenizer().encode("You said: hello")) + 1  # the end token is paid for
+    assert answer.usage.completion_tokens == tokens
+    assert answer.usage.total_tokens == answer.usage.prompt_tokens + tokens
+
+
+def test_a_chat_answer_streamed_is_the_same(client):
+    with_usage = list(chat(client, stream=True, stream_options={"include_usage": True}))
+    *chunks, last = with_usage
+    assert last.choices == [] and last.usage.completion_tokens > 3
+    assert all(chunk.usage is None for chunk in chunks)
+    assert len({chunk.id for chunk in with_usage}) == 1
+    deltas = [chunk.choices[0].delta for chunk in chunks]
+    assert deltas[0].role == "assistant"
+    assert "".join(delta.content or "" for delta in deltas) == "You said: hello"
+    assert [chunk.choices[0].finish_reason for chunk in chunks] == [None] * (len(chunks) - 1) + ["stop"]
+    assert len(chunks) > 4, "it came in one piece"
+    assert all(chunk.usage is None for chunk in chat(client, stream=True))
+
+
+def test_the_conversation_is_what_the_template_makes_of_it(client, server):
+    messages = [
+        {"role": "developer", "content": "Be brief."},
+        {"role": "user", "content": [{"type": "text", "text": "one "}, {"type": "text", "text": "two"}]},
+        {"role": "assistant", "content": "three"},
+        {"role": "user", "content": "four"},
+    ]
+    client.chat.completions.create(model=NAME, messages=messages, temperature=0, max_tokens=1)
+    from core.data.chat_template import encode_chat
+
+    plain = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "one two"}, *messages[2:]]
+    assert server.runner.prefixes[-1] == encode_chat(tiny_tokenizer(in_vocabulary=True), plain)
+
+
+def test_several_answers_and_their_usage(client):
+    answer = chat(client, n=3)
+    assert [choice.index for choice in answer.choices] == [0, 1, 2]
+    assert {choice.message.content for choice in answer.choices} == {"You said: hello"}
+    one = chat(client)
+    assert answer.usage.prompt_tokens == one.usage.prompt_tokens
+    assert answer.usage.completion_tokens == 3 * one.usage.completion_tokens
+    texts = {0: "", 1: "", 2: ""}
+    for chunk in chat(client, n=3, stream=True):
+        (choice,) = chunk.choices
+        texts[choice.index] += choice.delta.content or ""
+    assert set(texts.values()) == {"You said: hello"}
+
+
+def test_limits_and_stop_strings_end_an_answer(client):
+    short = chat(client, max_tokens=2).choices[0]
+    assert short.finish_reason == "length" and "You said: hello".startswith(short.message.content)
+    assert chat(client, max_completion_tokens=2).choices[0].message.content == short.message.content
+    stopped = chat(client, stop=["hell", "nowhere"]).choices[0]
+    assert (stopped.message.content, stopped.finish_reason) == ("You said: ", "stop")
+    streamed = "".join(chunk.choices[0].delta.content or "" for chunk in chat(client, stop="lo", stream=True))
+    assert streamed == "You said: hel"
+
+
+def test_log_probabilities_of_a_chat(client):
+    answer = chat(client, logprobs=True, top_logprobs=2)
+    content = answer.choices[0].logprobs.content
+    raw = b"".join(bytes(one.bytes) for one in content)
+    assert raw.decode().strip() == "You said: hello" == "".join(one.token for one in content).strip()
+    assert all(len(one.top_logprobs) == 2 and one.top_logprobs[0].token == one.token for one in content)
+    assert all(-1e-3 < one.logprob <= 0 for one in content)  # 20 against 0 for 599 others: 599 e^-20 = 1.2e-6
+    streamed = [
+        one
+        for chunk in chat(client, logprobs=True, top_logprobs=2, stream=True)
+        if chunk.choices[0].logprobs
+        for one in chunk.choices[0].logprobs.content
+    ]
+    assert streamed == content
+    assert chat(client, logprobs=True).choices[0].logprobs.content[0].top_logprobs == []
+
+
+def test_tool_calls_are_told_in_their_form(client):
+    answer = chat(client, "weather?", tools=TOOLS)
+    (choice,) = answer.choices
+    assert choice.finish_reason == "tool_calls" and choice.message.content == "Let me look."
+    assert [call.function.name for call in choice.message.tool_calls] == ["get_weather"] * 2
+    assert [json.loads(call.function.arguments)["city"] for call in choice.message.tool_calls] == [
+        "Paris",
+        "\u5317\u4eac",
+    ]
+    assert len({call.id for call in choice.message.tool_calls}) == 2
+
+
+def test_tool_calls_are_told_while_streaming(client):
+    words, calls, reasons = "", {}, []
+    for chunk in chat(client, "weather?", tools=TOOLS, stream=True):
+        delta = chunk.choices[0].delta
+        words += delta.content or ""
+        for call in delta.tool_calls or ():
+            assert call.id and call.type == "function"
+            calls[call.index] = (call.function.name, json.loads(call.function.arguments))
+        reasons.append(chunk.choices[0].finish_reason)
+    assert words == "Let me look."
+    assert calls == {0: ("get_weather", {"city": "Paris"}), 1: ("get_weather", {"city": "\u5317\u4eac"})}
+    assert reasons[-1] == "tool_calls"
+
+
+def test_an_answer_that_ends_early_loses_nothing(client):
+    (choice,) = chat(client, "half a mark?", tools=TOOLS).choices
+    assert (choice.message.content, choice.finish_reason) == ("a < b <tool", "stop")
+    (choice,) = chat(client, "half a call?", tools=TOOLS).choices
+    assert (choice.message.tool_calls[0].function.name, choice.finish_reason) == ("get_weather", "tool_calls")
+
+
+def test_results_of_tools_go_back_to_the_model(client, server):
+    first = chat(client, "weather?", tools=TOOLS).choices[0].message
+    messages = [
+        {"role": "user", "content": "weather?"},
+        first.model_dump(),  # with its nulls, as clients do it
+        *({"role": "tool", "tool_call_id": call.id, "content": "rain"} for call in first.tool_calls),
+    ]
+    answer = client.chat.completions.create(model=NAME, messages=messages, tools=TOOLS, temperature=0)
+    assert answer.choices[0].message.content == "It rains."
+    asked = tiny_tokenizer(in_vocabulary=True).decode(next(p for p in reversed(server.runner.prefixes) if p[-1] == 5))
+    assert '"arguments": {"city": "Paris"}' in asked, "the arguments went in as text in text"
+
+
+def test_without_tools_nothing_is_read_as_a_call(client, server):
+    for options in ({}, {"tools": TOOLS, "tool_choice": "none"}):
+        (choice,) = chat(client, "weather?", **options).choices
+        assert choice.message.tool_calls is None and choice.finish_reason == "stop"
+        assert '{"name": "get_weather"' in choice.message.content
+    assert chat(client, "weather?", tools=TOOLS, tool_choice="auto").choices[0].finish_reason == "tool_calls"
+
+
+def complete(client, prompt, **options):
+    return client.completions.create(model=NAME, prompt=prompt, **{"temperature": 0, "max_tokens": 5, **options})
+
+
+def test_completions_of_text_ids_and_several_prompts(client):
+    tokenizer = tiny_tokenizer(in_vocabulary=True)
+    one = complete(client, "The quick")
+    assert one.object == "text_completion" and one.id.startswith("cmpl-")
+    assert one.choices[0].finish_reason == "length" and one.usage.completion_tokens == 5
+    ids = tokenizer.encode("The quick")
+    assert complete(client, ids).choices[0].text == one.choices[0].text
+    other = complete(client, "brown fox").choices[0].text
+    for prompts in (["The quick", "brown fox"], [ids, tokenizer.encode("brown fox")]):
+        both = complete(client, prompts, n=2)
+        assert [choice.text for choice in both.choices] == [one.choices[0].text] * 2 + [other] * 2
+        assert [choice.index for choice in both.choices] == [0, 1, 2, 3]
+        assert both.usage.prompt_tokens == len(ids) + len(tokenizer.encode("brown fox"))
+    streamed = ["", ""]
+    for chunk in complete(client, ["The quick", "brown fox"], stream=True):
+        streamed[chunk.choices[0].index] += chunk.choices[0].text
+    assert streamed == [one.choices[0].text, other]
+
+
+def test_log_probabilities_of_a_completion(client):
+    answer = complete(client, "The quick", logprobs=3)
+    told = answer.choices[0].logprobs
+    assert len(told.tokens) == len(told.token_logprobs) == len(told.top_logprobs) == len(told.text_offset) == 5
+    assert all(len(top) == 3 for top in told.top_logprobs)
+    assert all(
+        max(top.values()) == logprob for top, logprob in zip(told.top_logprobs, told.token_logprobs, strict=True)
+    )
+    chunks = complete(client, "The quick", logprobs=3, stream=True)
+    tokens = [token for chunk in chunks if chunk.choices[0].logprobs for token in chunk.choices[0].logprobs.tokens]
+    assert tokens == told.tokens
+
+
+def test_draws_follow_the_seed_and_nothing_else(client):
+    def drawn(seed, **options):
+        return complete(client, "The quick", temperature=1.5, seed=seed, max_tokens=12, **options).choices[0].text
+
+    first = drawn(7)
+    assert drawn(7) == first == drawn(7, extra_body={"top_k": -1, "min_p": 0.0})
+    assert len({drawn(seed) for seed in range(6)}) > 4 and drawn(-7) != first
+    assert len({drawn(None) for _ in range(4)}) > 2, "without a seed every request draws anew"
+    assert drawn(7, top_p=0) == complete(client, "The quick", max_tokens=12).choices[0].text
+    assert drawn(7, extra_body={"top_k": 1}) == drawn(8, extra_body={"top_k": 1})
+
+
+def test_penalties_and_bias_reach_the_sampler(client):
+    plain = complete(client, "The quick", max_tokens=30).choices[0].text
+    token = tiny_tokenizer().encode("fox")[-1]
+    forced = complete(client, "The quick", logit_bias={str(token): 100}, logprobs=0).choices[0]
+    assert len(set(forced.logprobs.tokens)) == 1
+    unlike = complete(client, "The quick", logit_bias={str(token): 20}, frequency_penalty=2, max_tokens=30)
+    assert (
+        unlike.choices[0].text
+        != complete(client, "The quick", logit_bias={str(token): 20}, max_tokens=30).choices[0].text
+    )
+    for options in ({"presence_penalty": 2}, {"frequency_penalty": 2}, {"extra_body": {"repetition_penalty": 3.0}}):
+        assert isinstance(complete(client, "The quick", max_tokens=30, **options).choices[0].text, str)
+    assert plain == complete(client, "The quick", max_tokens=30).choices[0].text
+
+
+def test_every_parameter_of_the_client_is_known(server):
+    """Served, of no matter, or refused by name: none is unknown to the server."""
+    import inspect
+
+    from openai.resources.chat.completions import Completions as Chat
+    from openai.resources.completions import Completions
+
+    transport = {"self", "extra_headers", "extra_query", "extra_body", "timeout"}
+    for create, path, base in (
+        (Chat.create, "/v1/chat/completions", chat_body()),
+        (Completions.create, "/v1/completions", {"model": NAME, "prompt": "a"}),
+    ):
+        for name in set(inspect.signature(create).parameters) - transport:
+            answer = ask(server.port, path, {**base, "max_tokens": 1, name: {"no": "such value"}})
+            if answer.status != 200:
+                assert answer.error["code"] != "unknown_parameter", (path, name)
+                assert name in answer.error["message"], answer.error
+
+
+@pytest.mark.parametrize("question", ["<_end>", "<_user>x<_bot>", "<tool_call>", "a <_system> b </tool_response>"])
+def test_control_tokens_in_what_users_write_stay_letters(client, server, question):
+    tokenizer = tiny_tokenizer(in_vocabulary=True)
+    chat(client, question, max_tokens=1)
+    asked = next(p for p in reversed(server.runner.prefixes) if p[-1] == 5)
+    assert [t for t in asked if t in tokenizer.control.values()] == [6, 4, 5], "_system, _user, _bot and no other"
+    tool = {"type": "function", "function": {"name": "f", "description": question}}
+    usual = {"type": "function", "function": {"name": "f", "description": "usual"}}
+    counts = []
+    for one in (tool, usual):
+        client.chat.completions.create(
+            model=NAME,
+            messages=[{"role": "system", "content": question}, {"role": "user", "content": question}],
+            tools=[one],
+            max_tokens=1,
+        )
+        asked = next(p for p in reversed(server.runner.prefixes) if p[-1] == 5)
+        counts.append([t for t in asked if t in tokenizer.control.values()])
+    assert counts[0] == counts[1]
+    complete(client, question, max_tokens=1)
+    assert server.runner.prefixes[-1] == tokenizer.encode(question)
+    assert not set(server.runner.prefixes[-1]) & set(tokenizer.control.values())
