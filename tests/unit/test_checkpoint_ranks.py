@@ -440,8 +440,9 @@ def test_one_save_at_a_time(tmp_path, monkeypatch):
     assert second.is_alive() and names(tmp_path) != [] and not (tmp_path / "step-00000001").exists()
     gate.open.set()
     second.join(20)
-    assert saver.last == tmp_path / "step-00000001"
+    assert not second.is_alive() and (tmp_path / "step-00000001").exists()
     saver.wait()
+    assert saver.last == tmp_path / "step-00000002"
     assert names(tmp_path) == ["latest", "step-00000001", "step-00000002"]
 
 
