@@ -11,6 +11,8 @@ from core.metrics import Row, column
 from core.mup.search import DONE, Numbers
 from core.mup.search_report import Report, ordered, over_seeds, varied, whole_widths
 
+CROWDED = 5  # more ticks of one number have their labels turned, or those of neighbours run into each other
+
 
 def plot(reports: Sequence[Report], window: int, out: Path) -> list[Path]:
     """losses.png; hyperparameters.png where some were varied; widths.png where there are several. Curves are means over
@@ -80,7 +82,7 @@ def _plot_numbers(reports: Sequence[Report], names: Sequence[str], path: Path) -
         axis.set_xlabel(name)
         if min(best) > 0:
             axis.set_xscale("log")
-        axis.set_xticks(sorted(best), [f"{value:g}" for value in sorted(best)])
+        axis.set_xticks(sorted(best), [f"{value:g}" for value in sorted(best)], rotation=45 * (len(best) > CROWDED))
         axis.set_xticks([], minor=True)
         axis.grid(alpha=0.3)
     axes[0][0].set_ylabel("loss")
@@ -104,7 +106,8 @@ def _plot_widths(widths: dict[Numbers, list[Report]], window: int, path: Path) -
             style = {"color": pyplot.get_cmap("viridis")(index / len(whole)), "label": f"width {report.trial.width}"}
             upper.plot(steps, losses, **style)
             lower.plot(steps, losses - narrowest, **style)
-        upper.set_title(numbers.label, fontsize=9)
+        if len(widths) > 1:
+            upper.set_title(numbers.label, fontsize=9)
         upper.set_ylabel(f"loss (mean of {window} steps)")
         lower.set_ylabel("minus that of the narrowest")
         lower.set_xlabel("step")

@@ -70,8 +70,8 @@ class Wider:
     """Two widths of one combination, step against step in windows after warm-up.
 
     ``better``: the share of windows in which the wider had the lower mean loss; ``surely``: in which it was lower
-    beyond noise; ``worse``: last steps of windows in which it was higher beyond noise; ``noise``: the largest
-    difference that was taken for noise in any window.
+    beyond noise; ``worse``: last steps of windows in which it was higher beyond noise; ``last``: loss of the wider less
+    that of the narrower in the last window, ``noise``: what is taken for noise there. None without a window.
     """
 
     narrow: int
@@ -80,7 +80,8 @@ class Wider:
     better: float
     surely: float
     worse: list[int]
-    noise: float
+    last: float | None
+    noise: float | None
 
 
 def report_of(trial: Trial, window: int) -> Report:
@@ -190,7 +191,8 @@ def _neighbours(whole: Sequence[Report], window: int) -> list[Wider]:
                 better=float(np.mean(mean < 0)) if count else 0.0,
                 surely=float(np.mean(mean < -noise)) if count else 0.0,
                 worse=[first + (int(i) + 1) * window for i in np.flatnonzero(mean > noise)],
-                noise=float(max(noise, default=0.0)),
+                last=float(mean[-1]) if count else None,
+                noise=float(noise[-1]) if count else None,
             )
         )
     return pairs
@@ -235,8 +237,9 @@ def describe(reports: Sequence[Report], widths: dict[Numbers, list[Wider]], wind
             said = f"WORSE beyond it in the windows up to step {_listed(pair.worse)}"
             share = f"better in {pair.better:.0%} of {pair.windows} windows of {window} steps"
             ending = said if pair.worse else "never worse beyond it"
-            surely = f"beyond noise ({pair.noise:.3f}) in {pair.surely:.0%}"
-            lines.append(f"  {pair.narrow} -> {pair.wide}: {share}, {surely}; {ending}")
+            at_end = f"; at the end {pair.last:+.4f} (noise {pair.noise:.4f})" if pair.windows else ""
+            surely = f"beyond noise in {pair.surely:.0%}"
+            lines.append(f"  {pair.narrow} -> {pair.wide}: {share}, {surely}; {ending}{at_end}")
     if widths:
         between = f"between {len(seeds)} seeds, all widths together"
         lines.append(f"  noise: the scatter {between if several else f'inside a window; {ONE_SEED}'}")

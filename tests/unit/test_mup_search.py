@@ -380,9 +380,9 @@ def test_wider_is_better(folder: Path) -> None:
     ]
     text = describe(reports, judge_widths(reports, 4), 4)
     assert "wider is better (config): holds" in text
-    assert (
-        f"8 -> 16: better in 100% of 5 windows of 4 steps, beyond noise ({pairs[0].noise:.3f}) in 100%; never" in text
-    )
+    assert "8 -> 16: better in 100% of 5 windows of 4 steps, beyond noise in 100%; never worse beyond it; at" in text
+    assert f"; at the end {pairs[0].last:+.4f} (noise {pairs[0].noise:.4f})" in text
+    assert pairs[0].last == pytest.approx(-0.1, abs=0.01)
     assert text.endswith("noise: the scatter inside a window; one seed says nothing of the luck of initial weights")
 
 
@@ -394,6 +394,14 @@ def test_a_wider_model_that_falls_behind_is_seen(folder: Path) -> None:
     assert (pair.worse, pair.better) == ([20, 24], 0.6)
     assert "DOES NOT HOLD" in describe(reports, judge_widths(reports, 4), 4)
     assert plot(reports, 4, folder)[-1].name == "widths.png"
+
+
+def test_a_warm_up_that_leaves_no_window(folder: Path) -> None:
+    reports = made_up(folder, {8: falling(2.0), 16: falling(1.9)}, luck={8: [0.0, 0.1], 16: [0.1, 0.0]})
+    ((_, (pair,)),) = judge_widths(reports, 21).items()
+    assert (pair.windows, pair.worse, pair.last, pair.noise) == (0, [], None, None)
+    assert "of 0 windows" in describe(reports, judge_widths(reports, 21), 21)
+    json.dumps(to_json(reports, judge_widths(reports, 21), 21), allow_nan=False)
 
 
 def test_noise_is_not_taken_for_worse(folder: Path) -> None:
