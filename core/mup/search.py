@@ -1,8 +1,9 @@
 """A search on small models: which runs it is made of, and what each left on disk.
 
-A trial is one combination of hyper-parameters at one width, a run like any other in a folder of its own. What has been
-decided about a trial is in its result.json, written in one step when it has ended; a trial without one is begun, or
-goes on from its last checkpoint. So a search that was killed at any moment is gone on with by starting it again.
+A trial is one combination of hyper-parameters at one width from one seed, a run like any other in a folder of its own.
+What has been decided about a trial is in its result.json, written in one step when it has ended; a trial without one is
+begun, or goes on from its last checkpoint. So a search that was killed at any moment is gone on with by starting it
+again.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +28,7 @@ from core.worker import read_status
 
 DONE, DIVERGED, FAILED = "done", "diverged", "failed"
 STOPPED = "training stopped at step"  # how core.loop begins when the numbers went wrong
+SAME = 1e-12  # relative: numbers that differ by less differ by the order in which they were computed
 STEP_COST = 2e9  # operations in which a step's fixed costs are expressed: what a tiny model's step takes anyway
 
 
@@ -73,6 +76,7 @@ class SearchConfig:
     grid: Grid = option(Grid(), help="values to combine, all with all")
     trials: list[Numbers] = option([], help="combinations one by one, besides the grid's")
     widths: list[int] = option([], help="carry every combination over to each by muP; default: the config's", min=1)
+    seeds: list[int] = option([], help="every combination at each; default: the config's train.seed alone", min=0)
     window: int = option(20, help="steps over which losses are averaged", min=2)
 
     def combinations(self) -> list[Numbers]:
@@ -84,7 +88,7 @@ class SearchConfig:
 
 @dataclass(frozen=True)
 class Trial:
-    """One combination at one width: a run's whole config, in ``folder``."""
+    """One combination at one width from one seed: a run's whole config, in ``folder``."""
 
     numbers: Numbers
     width: int
@@ -93,7 +97,17 @@ class Trial:
 
     @property
     def name(self) -> str:
+        """The folder's: ``place``, then the seed where it is not the config's own."""
+        return self.folder.name
+
+    @property
+    def place(self) -> str:
+        """Width and combination, what the trials of all seeds have in common: ``w128-lr0.003``."""
         return f"w{self.width}-{self.numbers.label}"
+
+    @property
+    def seed(self) -> int:
+        return self.config.train.seed
 
     @property
     def work(self) -> float:
@@ -122,7 +136,11 @@ def read_search(path: str | Path) -> SearchConfig:
 
 
 def plan(search: SearchConfig, out: Path) -> list[Trial]:
-    """All trials, narrow ones first. UserError for widths or numbers that no run can have."""
+    """All trials, narrow ones first, the seeds of one combination in a row. UserError for widths or numbers that no run
+    can have.
+
+    Folders of the config's own seed do not name it, so a search that is given more seeds knows the trials it has.
+    """
     base = load_run_config(search.config, search.set)
     narrow = base.model.hidden_size
     made = []
@@ -134,8 +152,11 @@ def plan(search: SearchConfig, out: Path) -> list[Trial]:
             except UserError as error:
                 raise UserError(f"widths: {error}") from None
             model, optim = transfer(config.model, config.optim, shape)
-            name = f"w{width}-{numbers.label}"
-            made.append(Trial(numbers, width, dataclasses.replace(config, model=model, optim=optim), out / name))
+            for seed in dict.fromkeys(search.seeds or [base.train.seed]):
+                train = dataclasses.replace(config.train, seed=seed)
+                whole = dataclasses.replace(config, model=model, optim=optim, train=train)
+                name = f"w{width}-{numbers.label}" + (f"-seed{seed}" if seed != base.train.seed else "")
+                made.append(Trial(numbers, width, whole, out / name))
     if any(trial.config.train.steps < 2 * search.window for trial in made):
         raise UserError(f"window: {search.window} is more than half of the {base.train.steps} steps of a trial")
     return made
@@ -223,6 +244,12 @@ def _differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> 
     for key, value in new.items():
         if isinstance(value, dict) and isinstance(old.get(key), dict):
             lines += _differences(old[key], value, f"{prefix}{key}.")
-        elif key in old and old[key] != value:
+        elif key in old and not _same(old[key], value):
             lines.append(f"{prefix}{key}: {old[key]} -> {value}")
     return lines
+
+
+def _same(old: Any, new: Any) -> bool:
+    if isinstance(old, float) and isinstance(new, float):
+        return math.isclose(old, new, rel_tol=SAME)
+    return bool(old == new)

@@ -1,6 +1,7 @@
-"""What a search found: a row a trial, the trend of its gradient norm, whether wider was better; csv, json and plots.
+"""What a search found: losses, the trend of the gradient norm, whether wider was better; as text, csv and json.
 
-Everything is computed from the trials' metrics.jsonl, so that a report can be made anew at any time.
+Everything is computed from the trials' metrics.jsonl, so that a report can be made anew at any time. What is said of a
+combination at a width is said of the mean over its seeds, step by step; results.csv alone has a line a trial.
 """
 
 from __future__ import annotations
@@ -11,24 +12,29 @@ import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from core.loss_prediction import student_quantile
 from core.metrics import Row, column, read_metrics
-from core.mup.search import DONE, NAMES, Numbers, Trial, result_of
+from core.mup.search import DIVERGED, DONE, FAILED, NAMES, Numbers, Trial, result_of
 from core.mup.transfer import RULES, value_of
 from core.params import count_parameters
 
 QUARTERS = 4  # of the steps after warm-up, whose median gradient norms make the trend
 SURE = 3.0  # standard errors by which a wider model must be worse before it is called so
+SURE_LEVEL = math.erf(SURE / math.sqrt(2.0))  # the same where the errors are estimated from few seeds: Student's
+ONE_SEED = "one seed says nothing of the luck of initial weights"
 
 
 @dataclass(frozen=True)
 class Report:
-    """One trial. ``loss``: the mean of the last steps; ``trend``: gradient norm of the last quarter after warm-up over
-    the first's; ``rising``: every quarter above the one before, the sign that the Tele-FLM report warns of."""
+    """One trial, or the mean of one combination at one width over its seeds; ``parts`` are then the seeds' reports.
+
+    ``loss``: the mean of the last steps; ``trend``: gradient norm of the last quarter after warm-up over the first's;
+    ``rising``: every quarter above the one before, the sign that the Tele-FLM report warns of.
+    """
 
     trial: Trial
     state: str
@@ -40,6 +46,18 @@ class Report:
     rising: bool
     seconds: float
     rows: list[Row] = field(repr=False)
+    parts: tuple[Report, ...] = field(default=(), repr=False)
+
+    @property
+    def seeds(self) -> tuple[Report, ...]:
+        """The reports of its trials, one a seed."""
+        return self.parts or (self,)
+
+    @property
+    def scatter(self) -> float | None:
+        """Standard deviation of the loss between seeds."""
+        losses = [part.loss for part in self.parts if part.loss is not None]
+        return statistics.stdev(losses) if len(losses) > 1 else None
 
     @property
     def rose(self) -> bool:
@@ -49,14 +67,21 @@ class Report:
 
 @dataclass(frozen=True)
 class Wider:
-    """Two widths of one combination, step against step in windows after warm-up. ``better``: the share of windows in
-    which the wider had the lower mean loss; ``worse``: last steps of windows in which it was worse beyond noise."""
+    """Two widths of one combination, step against step in windows after warm-up.
+
+    ``better``: the share of windows in which the wider had the lower mean loss; ``surely``: in which it was lower
+    beyond noise; ``worse``: last steps of windows in which it was higher beyond noise; ``last``: loss of the wider less
+    that of the narrower in the last window, ``noise``: what is taken for noise there. None without a window.
+    """
 
     narrow: int
     wide: int
     windows: int
     better: float
+    surely: float
     worse: list[int]
+    last: float | None
+    noise: float | None
 
 
 def report_of(trial: Trial, window: int) -> Report:
@@ -64,29 +89,61 @@ def report_of(trial: Trial, window: int) -> Report:
     result = result_of(trial)
     file = trial.folder / "metrics.jsonl"
     rows = read_metrics(file) if file.exists() else []
+    seconds = sum(row["step_ms"] for row in rows) / 1000
+    state = result.state if result else ("begun" if rows else "waiting")
+    return _report(trial, state, result.reason if result else "", rows, seconds, window)
+
+
+def over_seeds(reports: Sequence[Report], window: int) -> list[Report]:
+    """One report of every combination at every width: its only trial's, or the mean over its seeds, step by step, as
+    far as all of them came. The state is that of the seed that fared worst."""
+    places: dict[tuple[int, Numbers], list[Report]] = {}
+    for report in reports:
+        places.setdefault((report.trial.width, report.trial.numbers), []).append(report)
+    return [parts[0] if len(parts) == 1 else _mean(parts, window) for parts in places.values()]
+
+
+def _mean(parts: Sequence[Report], window: int) -> Report:
+    rows = [
+        {"step": row["step"], **{key: float(np.mean(column([row, *others], key))) for key in ("loss", "grad_norm")}}
+        for row, *others in zip(*(part.rows for part in parts), strict=False)
+    ]
+    odd = [f"seed {part.trial.seed} {part.state} {part.reason}".rstrip() for part in parts if part.state != DONE]
+    worst = max(parts, key=lambda part: _rank(part.state))
+    seconds = sum(part.seconds for part in parts)
+    return _report(parts[0].trial, worst.state, "; ".join(odd), rows, seconds, window, tuple(parts))
+
+
+def _report(
+    trial: Trial, state: str, reason: str, rows: list[Row], seconds: float, window: int, parts: tuple[Report, ...] = ()
+) -> Report:
     losses = [loss for loss in column(rows, "loss") if math.isfinite(loss)]
     norms = [n for n in column(rows[trial.config.optim.warmup_steps :], "grad_norm") if math.isfinite(n)]
-    parts = np.array_split(np.array(norms), QUARTERS) if len(norms) >= 2 * QUARTERS else []
-    medians = [float(np.median(part)) for part in parts]
+    quarters = np.array_split(np.array(norms), QUARTERS) if len(norms) >= 2 * QUARTERS else []
+    medians = [float(np.median(quarter)) for quarter in quarters]
     usable = bool(medians) and min(medians) > 0
     return Report(
         trial=trial,
-        state=result.state if result else ("begun" if rows else "waiting"),
-        reason=result.reason if result else "",
+        state=state,
+        reason=reason,
         steps=rows[-1]["step"] if rows else 0,
         loss=statistics.fmean(losses[-window:]) if len(losses) >= window else None,
         start=losses[0] if losses else None,
         trend=medians[-1] / medians[0] if usable else None,
         rising=usable and all(a < b for a, b in zip(medians, medians[1:], strict=False)),
-        seconds=sum(row["step_ms"] for row in rows) / 1000,
+        seconds=seconds,
         rows=rows,
+        parts=parts,
     )
 
 
 def ordered(reports: Sequence[Report]) -> list[Report]:
     """Whole runs by loss, then those that ended early, then those that have not ended."""
-    rank = {DONE: 0, "diverged": 1, "failed": 2, "begun": 3}
-    return sorted(reports, key=lambda r: (rank.get(r.state, 4), math.inf if r.loss is None else r.loss))
+    return sorted(reports, key=lambda r: (_rank(r.state), math.inf if r.loss is None else r.loss))
+
+
+def _rank(state: str) -> int:
+    return {DONE: 0, DIVERGED: 1, FAILED: 2, "begun": 3}.get(state, 4)
 
 
 def varied(trials: Sequence[Trial]) -> list[str]:
@@ -94,58 +151,106 @@ def varied(trials: Sequence[Trial]) -> list[str]:
     return [name for name in NAMES if len({getattr(trial.numbers, name) for trial in trials}) > 1]
 
 
+def whole_widths(reports: Sequence[Report], window: int) -> dict[Numbers, list[Report]]:
+    """By growing width the means of every combination of which at least two widths are whole runs from every seed."""
+    found: dict[Numbers, list[Report]] = {}
+    for report in over_seeds(reports, window):
+        if report.state == DONE:
+            found.setdefault(report.trial.numbers, []).append(report)
+    return {numbers: sorted(whole, key=lambda r: r.trial.width) for numbers, whole in found.items() if len(whole) > 1}
+
+
 def judge_widths(reports: Sequence[Report], window: int) -> dict[Numbers, list[Wider]]:
     """Neighbouring widths of every combination of which at least two widths are whole runs.
 
-    Both saw the same batches, so their losses are compared in pairs: a window is worse when the mean of its differences
-    is above SURE standard errors. The errors count the drift inside a window as noise, which errs on the side of calm.
+    Widths of one seed saw the same batches, so their losses are compared in pairs, and the differences are averaged
+    over seeds: a window is worse when their mean is above SURE standard errors. From one seed the error is that of the
+    differences inside the window; it counts the drift there as noise, which errs on the side of calm, but knows nothing
+    of the luck of initial weights. From several seeds it is that of their scatter, which has both: see _luck.
     """
-    found: dict[Numbers, list[Wider]] = {}
-    for numbers in dict.fromkeys(report.trial.numbers for report in reports):
-        whole = [r for r in reports if r.trial.numbers == numbers and r.state == DONE]
-        whole.sort(key=lambda r: r.trial.width)
-        if len(whole) > 1:
-            found[numbers] = [_wider(a, b, window) for a, b in zip(whole, whole[1:], strict=False)]
-    return found
+    return {numbers: _neighbours(whole, window) for numbers, whole in whole_widths(reports, window).items()}
 
 
-def _wider(narrow: Report, wide: Report, window: int) -> Wider:
-    first = narrow.trial.config.optim.warmup_steps
-    apart = np.array(column(wide.rows, "loss")) - np.array(column(narrow.rows, "loss"))
-    ends = range(first + window, len(apart) + 1, window)
-    better, worse = 0, []
-    for end in ends:
-        part = apart[end - window : end]
-        mean, error = float(np.mean(part)), float(np.std(part, ddof=1) / math.sqrt(window))
-        better += mean < 0
-        if mean > SURE * error:
-            worse.append(end)
-    return Wider(narrow.trial.width, wide.trial.width, len(ends), better / max(1, len(ends)), worse)
+def _neighbours(whole: Sequence[Report], window: int) -> list[Wider]:
+    """Pairs of widths; all whole runs of one combination have the same steps and seeds."""
+    first = whole[0].trial.config.optim.warmup_steps
+    losses = np.array([[column(part.rows, "loss") for part in report.seeds] for report in whole])  # [width, seed, step]
+    count = (losses.shape[2] - first) // window
+    cut = losses[:, :, first : first + count * window].reshape(*losses.shape[:2], count, window)
+    luck = _luck(cut.mean(axis=3)) if cut.shape[1] > 1 else None
+    pairs = []
+    for place, (narrow, wide) in enumerate(zip(whole, whole[1:], strict=False)):
+        apart = cut[place + 1] - cut[place]
+        mean = apart.mean(axis=(0, 2))
+        noise = SURE * apart[0].std(axis=1, ddof=1) / math.sqrt(window) if luck is None else luck
+        pairs.append(
+            Wider(
+                narrow=narrow.trial.width,
+                wide=wide.trial.width,
+                windows=count,
+                better=float(np.mean(mean < 0)) if count else 0.0,
+                surely=float(np.mean(mean < -noise)) if count else 0.0,
+                worse=[first + (int(i) + 1) * window for i in np.flatnonzero(mean > noise)],
+                last=float(mean[-1]) if count else None,
+                noise=float(noise[-1]) if count else None,
+            )
+        )
+    return pairs
+
+
+def _luck(means: np.ndarray) -> np.ndarray:
+    """By window, the difference of two widths' means over seeds that is still noise. ``means``: [width, seed, window].
+
+    What is left of a loss without its width's mean and its seed's mean (the seed's batches, the same for all widths) is
+    luck: of initial weights, and of how a width takes these batches. Its deviation is taken to be one and the same for
+    all widths, since few seeds say little about a single one: an analysis of variance with seeds as blocks, whose
+    (widths - 1)(seeds - 1) degrees of freedom Student's quantile makes up for. Of two widths it is the paired t-test.
+    """
+    widths, seeds, _ = means.shape
+    left = means - means.mean(axis=0) - means.mean(axis=1, keepdims=True) + means.mean(axis=(0, 1))
+    freedom = (widths - 1) * (seeds - 1)
+    deviation = np.sqrt((left**2).sum(axis=(0, 1)) / freedom)
+    noise: np.ndarray = student_quantile(SURE_LEVEL, freedom) * deviation * math.sqrt(2.0 / seeds)
+    return noise
 
 
 def describe(reports: Sequence[Report], widths: dict[Numbers, list[Wider]], window: int) -> str:
     """The table for people, best first, and what is said of widths."""
-    names = varied([report.trial for report in reports])
-    titles = ["width", *names, "loss", "gradient norm", "minutes", ""]
-    rows = [titles, *(_cells(report, names) for report in ordered(reports))]
+    means = over_seeds(reports, window)
+    names = varied([report.trial for report in means])
+    seeds = list(dict.fromkeys(report.trial.seed for report in reports))
+    several = len(seeds) > 1
+    titles = ["width", *names, "loss", *["+-"] * several, "gradient norm", "minutes", ""]
+    rows = [titles, *(_cells(report, names, several) for report in ordered(means))]
     sizes = [max(len(row[i]) for row in rows) for i in range(len(titles))]
     lines = ["  ".join(cell.rjust(n) for cell, n in zip(row, sizes, strict=True)).rstrip() for row in rows]
     lines.append(
         f"loss: mean of the last {window} steps; gradient norm: last quarter after warm-up over the first, "
         "rising: every quarter above the one before"
     )
+    if several:
+        lines.append(f"all of the mean over seeds {_listed(seeds)}; +-: standard deviation of the loss between them")
     for numbers, pairs in widths.items():
         holds = not any(pair.worse for pair in pairs)
         lines += ["", f"wider is better ({numbers.label}): {'holds' if holds else 'DOES NOT HOLD'}"]
         for pair in pairs:
-            said = f"worse beyond noise in the windows up to step {', '.join(map(str, pair.worse))}"
+            said = f"WORSE beyond it in the windows up to step {_listed(pair.worse)}"
             share = f"better in {pair.better:.0%} of {pair.windows} windows of {window} steps"
-            ending = said if pair.worse else "never worse beyond noise"
-            lines.append(f"  {pair.narrow} -> {pair.wide}: {share}; {ending}")
+            ending = said if pair.worse else "never worse beyond it"
+            at_end = f"; at the end {pair.last:+.4f} (noise {pair.noise:.4f})" if pair.windows else ""
+            surely = f"beyond noise in {pair.surely:.0%}"
+            lines.append(f"  {pair.narrow} -> {pair.wide}: {share}, {surely}; {ending}{at_end}")
+    if widths:
+        between = f"between {len(seeds)} seeds, all widths together"
+        lines.append(f"  noise: the scatter {between if several else f'inside a window; {ONE_SEED}'}")
     return "\n".join(lines)
 
 
-def _cells(report: Report, names: Sequence[str]) -> list[str]:
+def _listed(values: Sequence[int]) -> str:
+    return ", ".join(map(str, values))
+
+
+def _cells(report: Report, names: Sequence[str], several: bool) -> list[str]:
     numbers = (getattr(report.trial.numbers, name) for name in names)
     loss = "-" if report.loss is None else f"{report.loss:.4f}"
     trend = "-" if report.trend is None else f"x {report.trend:.2f}" + (" rising" if report.rising else "")
@@ -154,7 +259,8 @@ def _cells(report: Report, names: Sequence[str]) -> list[str]:
         said = f"{said or 'ended'} above its start"
     said = f"{said}: {report.reason}" if report.reason else said
     shown = ("config's" if value is None else f"{value:.4g}" for value in numbers)
-    return [str(report.trial.width), *shown, loss, trend, f"{report.seconds / 60:.1f}", said]
+    scatter = ["-" if report.scatter is None else f"{report.scatter:.4f}"] * several
+    return [str(report.trial.width), *shown, loss, *scatter, trend, f"{report.seconds / 60:.1f}", said]
 
 
 def to_json(reports: Sequence[Report], widths: dict[Numbers, list[Wider]], window: int) -> dict[str, Any]:
@@ -162,6 +268,16 @@ def to_json(reports: Sequence[Report], widths: dict[Numbers, list[Wider]], windo
     return {
         "window": window,
         "trials": [_record(report) for report in ordered(reports)],
+        "means over seeds": [
+            {
+                "place": mean.trial.place,
+                "state": mean.state,
+                "seeds": [part.trial.seed for part in mean.seeds],
+                "loss": mean.loss,
+                "standard deviation": mean.scatter,
+            }
+            for mean in ordered(over_seeds(reports, window))
+        ],
         "wider is better": [
             {"numbers": numbers.label, **vars(pair), "holds": not pair.worse}
             for numbers, pairs in widths.items()
@@ -182,6 +298,7 @@ def _record(report: Report) -> dict[str, Any]:
         "parameters": count_parameters(model),
         **{name: getattr(trial.numbers, name) for name in NAMES},
         "at this width": {rule.option: value_of(rule, model, optim) for rule in RULES},
+        "seed": trial.seed,
         "steps": report.steps,
         "loss": report.loss,
         "first loss": report.start,
@@ -205,118 +322,14 @@ def loss_tables(reports: Sequence[Report], window: int) -> dict[str, str]:
     """losses.csv, as `tele mup predict` takes it, of a combination with at least two whole widths; losses-LABEL.csv
     where there are several such combinations."""
     made = {}
-    for numbers in judge_widths(reports, window):
-        whole = [r for r in reports if r.trial.numbers == numbers and r.state == DONE and r.loss is not None]
-        lines = [f"# {numbers.label}: mean loss of the last {window} steps", "width,parameters,loss,step"]
-        for report in sorted(whole, key=lambda r: r.trial.width):
+    for numbers, whole in whole_widths(reports, window).items():
+        seeds = [part.trial.seed for part in whole[0].seeds]
+        over = f", mean over seeds {_listed(seeds)}" if len(seeds) > 1 else ""
+        lines = [f"# {numbers.label}: mean loss of the last {window} steps{over}", "width,parameters,loss,step"]
+        for report in whole:
             millions = count_parameters(report.trial.config.model) / 1e6
             lines.append(f"{report.trial.width},{millions:.6g},{report.loss:.6f},{report.steps}")
         made[numbers.label] = "\n".join(lines) + "\n"
     if len(made) == 1:
         return {"losses.csv": next(iter(made.values()))}
     return {f"losses-{label}.csv": text for label, text in made.items()}
-
-
-def plot(reports: Sequence[Report], window: int, out: Path) -> list[Path]:
-    """losses.png; hyperparameters.png where some were varied; widths.png where there are several."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-
-    shown = [report for report in ordered(reports) if len(report.rows) >= window]
-    if not shown:
-        return []
-    made = [_plot_losses(shown, window, out / "losses.png")]
-    names = [*varied([report.trial for report in shown]), *["width"] * (len({r.trial.width for r in shown}) > 1)]
-    ended = [report for report in shown if report.state == DONE and report.loss is not None]
-    if names and ended:
-        made.append(_plot_numbers(ended, names, out / "hyperparameters.png"))
-    if any(judge_widths(shown, window).values()):
-        made.append(_plot_widths(shown, window, out / "widths.png"))
-    return made
-
-
-def _smooth(rows: Sequence[Row], window: int) -> tuple[list[int], np.ndarray]:
-    """Steps and the mean loss of the ``window`` steps up to each."""
-    sums = np.cumsum([0.0, *column(rows, "loss")])
-    return [row["step"] for row in rows[window - 1 :]], (sums[window:] - sums[:-window]) / window
-
-
-def _plot_losses(reports: Sequence[Report], window: int, path: Path) -> Path:
-    from matplotlib import pyplot
-
-    figure, (upper, lower) = pyplot.subplots(2, 1, sharex=True, figsize=(9, 8), layout="constrained")
-    for index, report in enumerate(reports):
-        style = {"color": pyplot.get_cmap("viridis")(index / len(reports)), "linewidth": 1.2}
-        steps, losses = _smooth(report.rows, window)
-        upper.plot(steps, losses, label=report.trial.name if index < 12 else None, **style)
-        lower.plot([row["step"] for row in report.rows], column(report.rows, "grad_norm"), **style)
-    upper.set_ylabel(f"loss (mean of {window} steps)")
-    lower.set_ylabel("gradient norm\n(before clipping)")
-    lower.set_yscale("log")
-    lower.set_xlabel("step")
-    upper.legend(fontsize=7, title="best first" if len(reports) > 1 else None)
-    for axis in (upper, lower):
-        axis.grid(alpha=0.3)
-    figure.savefig(path, dpi=110)
-    pyplot.close(figure)
-    return path
-
-
-def _plot_numbers(reports: Sequence[Report], names: Sequence[str], path: Path) -> Path:
-    """Loss over each varied number: a point a trial, a line through the best at each value."""
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(
-        1, len(names), sharey=True, figsize=(3.6 * len(names), 4), layout="constrained", squeeze=False
-    )
-    for axis, name in zip(axes[0], names, strict=True):
-        pairs = [
-            (float(value), report.loss)
-            for report in reports
-            if (value := report.trial.width if name == "width" else getattr(report.trial.numbers, name)) is not None
-            and report.loss is not None
-        ]
-        best = {value: min(loss for v, loss in pairs if v == value) for value, _ in pairs}
-        axis.plot([v for v, _ in pairs], [loss for _, loss in pairs], "o", alpha=0.6)
-        axis.plot(*zip(*sorted(best.items()), strict=True), "-", color="C0", alpha=0.6)
-        axis.set_xlabel(name)
-        if min(best) > 0:
-            axis.set_xscale("log")
-        axis.set_xticks(sorted(best), [f"{value:g}" for value in sorted(best)])
-        axis.set_xticks([], minor=True)
-        axis.grid(alpha=0.3)
-    axes[0][0].set_ylabel("loss")
-    figure.savefig(path, dpi=110)
-    pyplot.close(figure)
-    return path
-
-
-def _plot_widths(reports: Sequence[Report], window: int, path: Path) -> Path:
-    """Every width's loss, and how far it lies below that of the narrowest, of each combination."""
-    from matplotlib import pyplot
-
-    combinations = list(judge_widths(reports, window))
-    figure, axes = pyplot.subplots(
-        2, len(combinations), sharex=True, figsize=(6 * len(combinations), 7), layout="constrained", squeeze=False
-    )
-    for place, numbers in enumerate(combinations):
-        upper, lower = axes[0][place], axes[1][place]
-        whole = [r for r in reports if r.trial.numbers == numbers and r.state == DONE]
-        whole.sort(key=lambda r: r.trial.width)
-        narrowest = _smooth(whole[0].rows, window)[1]
-        for index, report in enumerate(whole):
-            steps, losses = _smooth(report.rows, window)
-            style = {"color": pyplot.get_cmap("viridis")(index / len(whole)), "label": f"width {report.trial.width}"}
-            upper.plot(steps, losses, **style)
-            lower.plot(steps, losses - narrowest, **style)
-        upper.set_title(numbers.label, fontsize=9)
-        upper.set_ylabel(f"loss (mean of {window} steps)")
-        lower.set_ylabel("minus that of the narrowest")
-        lower.set_xlabel("step")
-        upper.legend(fontsize=8)
-        for axis in (upper, lower):
-            axis.grid(alpha=0.3)
-    figure.savefig(path, dpi=110)
-    pyplot.close(figure)
-    return path

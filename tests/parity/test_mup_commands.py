@@ -28,7 +28,7 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     add_checkout(folder)
     for path in (folder / "configs" / "mup").glob("*.yaml"):
         tree = yaml.safe_load(path.read_text())
-        tree |= {"set": [*tree.get("set", []), *SHORT], "window": 3, "trials": []}
+        tree |= {"set": [*tree.get("set", []), *SHORT], "window": 3, "trials": [], "seeds": []}
         if "grid" in tree:
             tree["grid"] = {name: values[: TRIALS if name == "lr" else 1] for name, values in tree["grid"].items()}
         path.write_text(yaml.safe_dump(tree))

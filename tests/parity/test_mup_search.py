@@ -23,7 +23,7 @@ STEPS = 40
 
 @pytest.fixture(scope="module")
 def search(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two widths of the tiny Tele-FLM with one layer, 40 steps each."""
+    """Two widths of the tiny Tele-FLM with one layer, 40 steps each, from two seeds."""
     pytest.importorskip("mindspore")
     pytest.importorskip("torch")
     folder = tmp_path_factory.mktemp("search")
@@ -34,7 +34,9 @@ def search(tmp_path_factory: pytest.TempPathFactory) -> Path:
     run["train"] |= {"steps": STEPS, "global_batch": 4}
     run["checkpoint"] = {"every": 10}
     (folder / "run.yaml").write_text(yaml.safe_dump(run))
-    (folder / "search.yaml").write_text(yaml.safe_dump({"config": "run.yaml", "widths": [32, 64], "window": 5}))
+    (folder / "search.yaml").write_text(
+        yaml.safe_dump({"config": "run.yaml", "widths": [32, 64], "seeds": [1234, 7], "window": 5})
+    )
     return folder / "search.yaml"
 
 
@@ -49,29 +51,30 @@ def whole(search: Path) -> dict[str, Path]:
 
 
 def losses(out: Path) -> dict[str, list[float]]:
-    return {folder.name: [row["loss"] for row in read_metrics(folder)] for folder in sorted(out.glob("w*-config"))}
+    return {folder.name: [row["loss"] for row in read_metrics(folder)] for folder in sorted(out.glob("w*-config*"))}
 
 
 def test_both_backends_find_the_same(whole: dict[str, Path]) -> None:
     """Forty fp32 steps of the same run, under both launchers: 1e-4, the promise of `tele parity` (measured 2e-7)."""
     ms, pt = losses(whole["ms"]), losses(whole["pt"])
-    assert list(ms) == list(pt) == ["w32-config", "w64-config"]
+    assert list(ms) == list(pt) == ["w32-config", "w32-config-seed7", "w64-config", "w64-config-seed7"]
     for name, values in pt.items():
         assert len(values) == STEPS
         assert ms[name] == pytest.approx(values, rel=1e-4), name
     for out in whole.values():
         report = json.loads((out / "results.json").read_text())
-        assert [trial["state"] for trial in report["trials"]] == ["done", "done"]
+        assert [trial["state"] for trial in report["trials"]] == ["done"] * 4
+        assert [mean["seeds"] for mean in report["means over seeds"]] == [[1234, 7]] * 2
         assert (
             (out / "losses.csv")
             .read_text()
-            .startswith("# config: mean loss of the last 5 steps\nwidth,parameters,loss")
+            .startswith("# config: mean loss of the last 5 steps, mean over seeds 1234, 7\nwidth,parameters,loss")
         )
         assert (out / "widths.png").is_file() and not list(out.glob("*/step-*"))
 
 
 def test_a_killed_search_ends_like_a_whole_one(search: Path, whole: dict[str, Path]) -> None:
-    """SIGKILL to the search in its second trial, after a checkpoint; its ranks die with it."""
+    """SIGKILL to the search in its second width, after a checkpoint; its ranks die with it."""
     out = search.parent / "killed"
     command = ["mup", "search", str(search), "--backend", "pt", "--out", str(out)]
     process = subprocess.Popen([sys.executable, "-m", "core.cli", *command], cwd=ROOT)

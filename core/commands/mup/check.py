@@ -163,7 +163,7 @@ def plot(title: str, records: Sequence[Record], path: Path) -> Path:
             axes[row][column].set_ylim(low, high)
         axes[1][column].set_xlabel("width")
     axes[0][0].set_ylabel("mean |x - x at the start|")
-    axes[0][0].legend(fontsize=7)
+    figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside right center", fontsize=8)
     figure.suptitle(f"Coordinate check: {title}", fontsize=10)
     figure.savefig(path, dpi=110)
     pyplot.close(figure)

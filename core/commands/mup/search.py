@@ -16,7 +16,8 @@ from core.data.blend import open_blend
 from core.errors import UserError
 from core.metrics import last_row
 from core.mup.search import FAILED, Trial, forget_checkpoints, plan, prepare, read_search, result_of, run_trial
-from core.mup.search_report import describe, judge_widths, loss_tables, plot, report_of, results_csv, to_json
+from core.mup.search_plot import plot
+from core.mup.search_report import describe, judge_widths, loss_tables, report_of, results_csv, to_json
 from core.progress import clock
 
 SOON = 0.2  # of a trial: before it, starting the processes is most of what has been timed
@@ -34,16 +35,18 @@ SEARCH is a YAML file:
   trials:                              combinations one by one, besides the grid's
     - {lr: 2e-3, logit_mult: 1.0}
   widths: [64, 128, 256]               every combination at each, carried over by muP (default: the config's)
+  seeds: [1, 2, 3]                     every combination from each, judged by their mean (default: the config's)
   window: 20                           steps over which losses are averaged
 
-The numbers are lr, matrix_lr, min_lr_ratio, init_std, matrix_init_std, input_mult and logit_mult. All trials see the
-same data in the same order from the same seed. With several widths it is also said whether wider was better at every
-step, and losses.csv is written for `tele mup predict`.
+The numbers are lr, matrix_lr, min_lr_ratio, init_std, matrix_init_std, input_mult and logit_mult. All trials of a seed
+see the same data in the same order; the seed also draws the initial weights, whose luck can be larger than what the
+numbers make of the loss. With several widths it is also said whether wider was better all the way, and losses.csv is
+written for `tele mup predict`.
 
 Each trial is a run in a folder of its own under --out, and a search goes on where it was when it is started again:
 what has ended is kept, an interrupted trial resumes from its last checkpoint (checkpoint.every in the config), and one
-that failed for a reason other than its numbers is tried again. Trials may be added to the file; their numbers may not
-be changed. What diverges is recorded and the next trial begins. Under --out: results.csv, results.json, losses.png,
+that failed for a reason other than its numbers is tried again. Trials and seeds may be added to the file; numbers may
+not be changed. What diverges is recorded and the next trial begins. Under --out: results.csv, results.json, losses.png,
 hyperparameters.png, widths.png, losses.csv; checkpoints are removed when a trial has ended.
 """
 EXAMPLES = """\
