@@ -95,9 +95,22 @@ KERNEL(cross_entropy_backward_in_place, 4, 0, 3) { cross_entropy_gradient(in, in
 // in: table [V, E], ids [N]; out: rows [N, E]
 KERNEL(embedding, 2, 1, 0) {
   const int64_t columns = in[0].columns(), bytes = columns * (in[0].dtype == F32 ? 4 : 2);
+  const bool far = streams(out[0]) && bytes % 64 == 0;  // whole lines: rows are copied as they are, whatever the type
+  const auto of = [&](int64_t row) { return in[0].as<char>() + load_index(in[1], row) * bytes; };
   parallel(in[1].size(), std::max<int64_t>(1, 65536 / std::max<int64_t>(1, bytes)), [&](int64_t a, int64_t b, int) {
-    for (int64_t row = a; row < b; row++)
-      std::memcpy(out[0].as<char>() + row * bytes, in[0].as<char>() + load_index(in[1], row) * bytes, bytes);
+    for (int64_t row = a; row < b; row++) {
+      char *to = out[0].as<char>() + row * bytes;
+      if (!far) {
+        std::memcpy(to, of(row), bytes);
+        continue;
+      }
+      const char *from = of(row), *next = of(std::min(row + 1, b - 1));
+      for (int64_t i = 0; i < bytes; i += sizeof(vf)) {
+        put(reinterpret_cast<float *>(to + i), load(reinterpret_cast<const float *>(from + i)), W, true);
+        ahead(next + i, true);
+      }
+    }
+    fence(far);
   });
 }
 

@@ -31,8 +31,9 @@ struct Growth {
 
 // One row through ``body(i, n)``: vectors of n = W elements and, at the end, the rest.
 template <typename Body>
-inline void along(int64_t columns, const Body &body) {
+__attribute__((always_inline)) inline void along(int64_t columns, const Body &body) {
   int64_t i = 0;
+#pragma GCC unroll 2
   for (; i + W <= columns; i += W) body(i, W);
   if (i < columns) body(i, static_cast<int>(columns - i));
 }
@@ -67,7 +68,7 @@ void rms_forward(const View &x, const View *residual, const View &weight, const 
   const int64_t columns = x.columns();
   const std::vector<float> gain = floats(weight);
   const Growth growth(mask, columns);
-  const bool far = streams(out);
+  const bool far = streams(out), masked = !growth.mask.empty();
   parallel(x.rows(), row_grain(columns), [&](int64_t first, int64_t last, int) {
     for (int64_t row = first; row < last; row++) {
       const X *px = x.as<X>() + row * columns;
@@ -82,7 +83,7 @@ void rms_forward(const View &x, const View *residual, const View &weight, const 
           v = get(ps + i, n);  // as rounded: the norm is of what the next layer sees
         }
         v = v * v;
-        if (!growth.mask.empty()) v = v * load(&growth.mask[i]);
+        if (masked) v = v * load(&growth.mask[i]);
         const vf sum = squares + v;  // compensated in pairs of lanes would be exact; two sums halve the error
         squares = more, more = sum;
       });
@@ -91,8 +92,10 @@ void rms_forward(const View &x, const View *residual, const View &weight, const 
       along(columns, [&](int64_t i, int n) {
         vf v = (ps ? get(ps + i, n) : get(px + i, n)) * r;
         v = rounded<O>(v) * load(&gain[i]);  // the released order: the norm is rounded before the gain
-        if (!growth.mask.empty()) v = v * load(&growth.mask[i]);
+        if (masked) v = v * load(&growth.mask[i]);
         put(po + i, v, n, far);
+        ahead(px + columns + i, far);
+        if (pr) ahead(pr + columns + i, far);
       });
     }
     fence(far);
@@ -135,6 +138,8 @@ void rms_backward(const View &grad, const View *grad_stream, const View &x, cons
           d -= get(px + k * columns + i, n) * (mask_i * pull);
           if (ps) d += get(ps + i, n);
           put(dx.as<X>() + (row + k) * columns + i, d, n, far);
+          ahead(pg + (k + kTogether) * columns + i, far);
+          ahead(px + (k + kTogether) * columns + i, far);
         });
       }
     }
@@ -187,31 +192,34 @@ KERNEL(layer_norm, 4, 3, 2) {
   with_types(in[0].dtype, out[0].dtype, [&](auto *tx, auto *to) {
     using X = std::remove_pointer_t<decltype(tx)>;
     using O = std::remove_pointer_t<decltype(to)>;
-    const bool far = streams(out[0]);
+    const bool far = streams(out[0]), masked = !growth.mask.empty();
     parallel(in[0].rows(), row_grain(columns), [&](int64_t first, int64_t last, int) {
       for (int64_t row = first; row < last; row++) {
         const X *px = in[0].as<X>() + row * columns;
-        vf sum = splat(0.0f);
+        vf sum = splat(0.0f), more = splat(0.0f);  // in turns: no addition waits for the one before
         along(columns, [&](int64_t i, int n) {
           vf v = get(px + i, n);
-          if (!growth.mask.empty()) v = v * load(&growth.mask[i]);
-          sum += v;
+          if (masked) v = v * load(&growth.mask[i]);
+          const vf next = sum + v;
+          sum = more, more = next;
         });
-        const float mean = sum_lanes(sum) / growth.total;
-        vf squares = splat(0.0f);
+        const float mean = sum_lanes(sum + more) / growth.total;
+        vf squares = splat(0.0f), others = splat(0.0f);
         along(columns, [&](int64_t i, int n) {
           vf v = get(px + i, n) - mean;
           if (n < W) v = clear_after(v, n);
           v = v * v;
-          if (!growth.mask.empty()) v = v * load(&growth.mask[i]);
-          squares += v;
+          if (masked) v = v * load(&growth.mask[i]);
+          const vf next = squares + v;
+          squares = others, others = next;
         });
-        const float r = 1.0f / std::sqrt(sum_lanes(squares) / growth.total + eps);
+        const float r = 1.0f / std::sqrt(sum_lanes(squares + others) / growth.total + eps);
         out[1].as<float>()[row] = mean, out[2].as<float>()[row] = r;
         along(columns, [&](int64_t i, int n) {
           vf v = rounded<O>((get(px + i, n) - mean) * r) * load(&gain[i]) + load(&offset[i]);
-          if (!growth.mask.empty()) v = v * load(&growth.mask[i]);
+          if (masked) v = v * load(&growth.mask[i]);
           put(out[0].as<O>() + row * columns + i, v, n, far);
+          ahead(px + columns + i, far);
         });
       }
       fence(far);
@@ -254,6 +262,8 @@ KERNEL(layer_norm_backward, 6, 3, 1) {
             const vf c = growth.at(i), g = get(pg + k * columns + i, n) * load(&gain[i]) * c;
             const vf v = (get(px + k * columns + i, n) - mean[k]) * r[k];
             put(out[0].as<X>() + (row + k) * columns + i, (g - c * (level + v * tilt)) * r[k], n, far);
+            ahead(pg + (k + kTogether) * columns + i, far);
+            ahead(px + (k + kTogether) * columns + i, far);
           });
         }
       }

@@ -213,7 +213,7 @@ KERNEL(square_sum, 1, 1, 0) {
 KERNEL(accumulate, 2, 0, 2) {
   float *into = in[0].as<float>() + static_cast<int64_t>(scalar[0]);
   const bool add = scalar[1] != 0;
-  const bool far = !add && streams(in[1]) && reinterpret_cast<uintptr_t>(into) % 64 == 0;
+  const bool far = !add && streams(in[1]);
   with_type(in[1].dtype, [&](auto *t) {
     using T = std::remove_pointer_t<decltype(t)>;
     const T *x = in[1].as<T>();

@@ -46,29 +46,35 @@ static inline vf rounded(vf x) {
 constexpr int64_t kFarBytes = 8 << 20;
 static inline bool streams(const View &view) {
   const int64_t bytes = view.size() * (view.dtype == F32 ? 4 : view.dtype == F64 || view.dtype == I64 ? 8 : 2);
-  return bytes >= kFarBytes && reinterpret_cast<uintptr_t>(view.data) % 64 == 0;
+  return bytes >= kFarBytes && reinterpret_cast<uintptr_t>(view.data) % 16 == 0;
 }
 
 template <typename T>
 static inline void put(T *p, vf x, int n, bool far = false) {
   if (n < W) return store_part(p, x, n);
+#if defined(__x86_64__)
+  constexpr size_t kPieces = W * sizeof(T) / 16;
+  if (kPieces && far && reinterpret_cast<uintptr_t>(p) % 16 == 0) {
 #if defined(__AVX512F__)
-  if constexpr (std::is_same_v<T, float>) {
-    if (far && reinterpret_cast<uintptr_t>(p) % 64 == 0) return _mm512_stream_ps(p, (__m512)x);
-  } else {
-    if (far && reinterpret_cast<uintptr_t>(p) % 32 == 0) {
-      alignas(32) T lanes[W];
-      store(lanes, x);
-      return _mm256_stream_si256((__m256i *)p, _mm256_load_si256((const __m256i *)lanes));
-    }
-  }
-#elif defined(__AVX2__)
-  if constexpr (std::is_same_v<T, float>) {
-    if (far && reinterpret_cast<uintptr_t>(p) % 32 == 0) return _mm256_stream_ps(p, (__m256)x);
+    if constexpr (std::is_same_v<T, float>)
+      if (reinterpret_cast<uintptr_t>(p) % 64 == 0) return _mm512_stream_ps(p, (__m512)x);
+#endif
+    // MindSpore's memory begins 16 bytes behind a line; the processor joins the pieces of one.
+    __m128i pieces[std::max<size_t>(1, kPieces)];
+    store(reinterpret_cast<T *>(pieces), x);
+#pragma GCC unroll 4
+    for (size_t i = 0; i < kPieces; i++) _mm_stream_si128(reinterpret_cast<__m128i *>(p) + i, pieces[i]);
+    return;
   }
 #endif
   store(p, x);
 }
+// Memory that is read next, asked for while the present row is written: otherwise the two take turns.
+template <typename T>
+static inline void ahead(const T *p, bool far) {
+  if (far) __builtin_prefetch(p, 0, 2);
+}
+
 static inline void fence(bool far) {
 #if defined(__x86_64__)
   if (far) _mm_sfence();

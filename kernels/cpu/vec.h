@@ -146,6 +146,9 @@ static inline void transpose_block(const float *from, int64_t stride, float *to,
 }
 
 static inline float sum_lanes(vf x) {
+#if defined(__AVX512F__)
+  return _mm512_reduce_add_ps((__m512)x);  // in the order of the loop below
+#endif
   float lanes[W];
   store(lanes, x);
   for (int half = W / 2; half; half /= 2)
