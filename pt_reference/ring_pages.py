@@ -77,11 +77,7 @@ class RingPagedAttention:
             found[(ring.rank - hop) % ring.size] = meet(message, self.k, self.v, places.hops[hop])
             if coming is not None:
                 message = coming.wait()
-        home = all_to_all(torch.stack(found), ring, 0, 0)[:, None]  # [R, 1, H, n, D + 1]
-        out, log_sum_exp = home[0, ..., :-1], home[0, ..., -1:]
-        for other in home[1:]:
-            out, log_sum_exp = ops.merge_blocks(out, log_sum_exp, other[..., :-1], other[..., -1:])
-        return out.transpose(1, 2).to(q.dtype)
+        return merged(all_to_all(torch.stack(found), ring, 0, 0)).to(q.dtype)
 
 
 def meet(q: Tensor, k_pages: Tensor, v_pages: Tensor, meetings: list[Meeting]) -> Tensor:
@@ -99,3 +95,13 @@ def meet(q: Tensor, k_pages: Tensor, v_pages: Tensor, meetings: list[Meeting]) -
         part = torch.cat((out, log_sum_exp), -1)
         found[:, first:last] = part.transpose(0, 1).reshape(H, last - first, D + 1)
     return found
+
+
+def merged(found: Tensor) -> Tensor:
+    """What the same queries found on each of R ranks, [R, H, n, D + 1] from ``meet``, as attention over all of their
+    keys: [1, n, H, D]."""
+    out, log_sum_exp = found[:1, ..., :-1], found[:1, ..., -1:]
+    for rank in range(1, len(found)):
+        other = found[rank : rank + 1]
+        out, log_sum_exp = ops.merge_blocks(out, log_sum_exp, other[..., :-1], other[..., -1:])
+    return out.transpose(1, 2)

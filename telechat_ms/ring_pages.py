@@ -82,12 +82,7 @@ class RingPagedAttention:
             found[(ring.rank - hop) % ring.size] = meet(message, self.k, self.v, places.hops[hop])
             if coming is not None:
                 message = coming.wait()
-        home = all_to_all(mops.stack(found), ring, 0, 0)  # [R, H, n, D + 1]
-        out, log_sum_exp = home[:1, ..., :-1], home[:1, ..., -1:]
-        for rank in range(1, ring.size):
-            other = home[rank : rank + 1]
-            out, log_sum_exp = ops.merge_blocks(out, log_sum_exp, other[..., :-1], other[..., -1:])
-        return mops.cast(mops.transpose(out, HEADS_FIRST), q.dtype)
+        return mops.cast(merged(all_to_all(mops.stack(found), ring, 0, 0)), q.dtype)
 
 
 def meet(q: Tensor, k_pages: Tensor, v_pages: Tensor, meetings: list[Meeting]) -> Tensor:
@@ -110,6 +105,16 @@ def meet(q: Tensor, k_pages: Tensor, v_pages: Tensor, meetings: list[Meeting]) -
     found.append(_nothing(H, n - at, D, wide))
     found = [part for part in found if part is not None]
     return found[0] if len(found) == 1 else mops.concat(found, 1)
+
+
+def merged(found: Tensor) -> Tensor:
+    """What the same queries found on each of R ranks, [R, H, n, D + 1] from ``meet``, as attention over all of their
+    keys: [1, n, H, D]."""
+    out, log_sum_exp = found[:1, ..., :-1], found[:1, ..., -1:]
+    for rank in range(1, found.shape[0]):
+        other = found[rank : rank + 1]
+        out, log_sum_exp = ops.merge_blocks(out, log_sum_exp, other[..., :-1], other[..., -1:])
+    return mops.transpose(out, HEADS_FIRST)
 
 
 def _nothing(H: int, n: int, D: int, dtype: ms.Type) -> Tensor | None:
