@@ -135,8 +135,13 @@ def in_float64(env: Any) -> dict[str, Any]:
 
 @check
 def in_bfloat16(env: Any) -> dict[str, Any]:
-    """Apart by the rounding of bfloat16; drawn tokens may differ."""
-    return compared(env, [requests()[0]], 20, precision="bf16")
+    """How far a ring and one process are from float64, each, after every piece of a prompt."""
+    asked = [Request(prompt_ids=ids(150), max_new_tokens=1)]
+    (_, judge), (_, plain), (_, ring) = (
+        served(runner(env, 20, precision, alone), asked)
+        for precision, alone in (("fp64", True), ("bf16", True), ("bf16", False))
+    )
+    return {"plain": relative_frobenius(plain, judge), "ring": relative_frobenius(ring, judge), "rows": len(ring)}
 
 
 @check
