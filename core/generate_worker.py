@@ -51,12 +51,15 @@ class Job:
 def inference_layout(text: str) -> Layout:
     """A layout for generation: the residual stream of a few tokens is not shared out over tp.
 
-    UserError for one that shares what generation does not have: a batch, or places of a sequence.
+    UserError for one that shares a batch, which generation does not have, or what only training does.
     """
     layout = parse_layout(text)
-    for axis, size in (("dp", layout.dp), ("cp", layout.cp), ("virtual", layout.virtual)):
+    for axis, size in (("dp", layout.dp), ("ulysses", layout.ulysses), ("virtual", layout.virtual)):
         if size > 1:
-            raise UserError(f"--layout: generation shares a model over tp and pp; leave {axis} {size} out of '{text}'")
+            raise UserError(
+                f"--layout: generation shares a model over tp and pp and a context over ring; leave {axis} {size} "
+                f"out of '{text}'"
+            )
     return dataclasses.replace(layout, sequence_parallel=False)
 
 

@@ -28,14 +28,22 @@ class Keys(NamedTuple):
     visible: kernels.Keys | list[Block]
 
 
+class Rows(NamedTuple):
+    """Where new rows go: ``slots`` int64 [N] for an operator that stores them, for others ``runs`` of rows on one page
+    (first and last row, page, place)."""
+
+    slots: Tensor | None
+    runs: list[tuple[int, int, int, int]]
+
+
 class Pages(NamedTuple):
     """One step's places, made once and used by every layer: for an operator that reads pages itself, the arrays of the
-    step, ``slots`` [N], ``starts`` [R + 1], ``lengths`` [R], ``tables`` [R, M], of which others take some; for the
-    others also ``runs`` of new tokens on one page (first and last token, page, place) and ``parts``."""
+    step, ``slots`` [N], ``starts`` [R + 1], ``lengths`` [R], ``tables`` [R, M], of which others take the last; for the
+    others also ``rows`` and ``parts``."""
 
     step: Step
     arrays: tuple[Tensor, ...]
-    runs: list[tuple[int, int, int, int]]
+    rows: Rows | None
     parts: list[Keys]
 
 
@@ -52,12 +60,7 @@ def place(step: Step, page_size: int, dtype: ms.Type) -> Pages:
     module = kernels.serving("attention", dtype)
     if hasattr(module, "paged_attention"):
         arrays = step.slots, step.starts, step.lengths, step.tables
-        return Pages(step, tuple(map(Tensor, arrays)), [], [])
-    arrays, runs = (), []
-    if hasattr(module, "store_rows"):
-        arrays = Tensor(step.slots.astype(np.int64)), Tensor(step.tables[: step.singles])
-    else:
-        runs = _runs(step.slots, page_size)
+        return Pages(step, tuple(map(Tensor, arrays)), None, [])
     parts = []
     for first, last in sequence_groups(step):
         lengths = step.lengths[first:last]
@@ -66,7 +69,30 @@ def place(step: Step, page_size: int, dtype: ms.Type) -> Pages:
         # Single queries go together; a piece of a prompt goes alone.
         ranges = single_ranges(lengths) if end - begin == last - first else causal_ranges(end - begin, slots.shape[1])
         parts.append(Keys(begin, end, Tensor(slots), _visible(ranges, dtype)))
-    return Pages(step, arrays, runs, parts)
+    tables = (Tensor(step.tables[: step.singles]),) if hasattr(module, "takes_pages") else ()
+    return Pages(step, tables, place_rows(step.slots, page_size, dtype), parts)
+
+
+def place_rows(slots: np.ndarray, page_size: int, dtype: ms.Type) -> Rows:
+    """Slots int32 [N] in the form that ``store_rows`` takes for rows in ``dtype``."""
+    if hasattr(kernels.serving("attention", dtype), "store_rows"):
+        return Rows(Tensor(slots.astype(np.int64)), [])
+    return Rows(None, _runs(slots, page_size))
+
+
+def store_rows(pages: Tensor, x: Tensor, rows: Rows) -> None:
+    """x [N, K, D] into pages [P, size, K, D], in place."""
+    if rows.slots is not None:
+        module: Any = kernels.serving("attention", x.dtype)
+        module.store_rows(pages, x, rows.slots)
+    for first, last, page, at in rows.runs:
+        pages[page, at : at + last - first] = ops.cast(x[first:last], pages.dtype)
+
+
+def rows_at(pages: Tensor, slots: Tensor) -> Tensor:
+    """The rows of pages [P, size, K, D] at ``slots`` int32 [R, T]: [R, T, K, D]."""
+    _, _, K, D = pages.shape
+    return kernels.embedding(pages.reshape(-1, K * D), slots).reshape(*slots.shape, K, D)
 
 
 def paged_attention(q: Tensor, k: Tensor, v: Tensor, k_pages: Tensor, v_pages: Tensor, places: Pages) -> Tensor:
@@ -76,18 +102,13 @@ def paged_attention(q: Tensor, k: Tensor, v: Tensor, k_pages: Tensor, v_pages: T
     step = places.step
     if hasattr(module, "paged_attention"):
         return module.paged_attention(q, k, v, k_pages, v_pages, *places.arrays, step.singles)
-    if hasattr(module, "store_rows"):
-        slots, tables = places.arrays
-        module.store_rows(k_pages, k[0], slots)
-        module.store_rows(v_pages, v[0], slots)
-    for first, last, page, at in places.runs:
-        k_pages[page, at : at + last - first] = ops.cast(k[0, first:last], k_pages.dtype)
-        v_pages[page, at : at + last - first] = ops.cast(v[0, first:last], v_pages.dtype)
+    store_rows(k_pages, k[0], places.rows)
+    store_rows(v_pages, v[0], places.rows)
     out = []
     for part in places.parts:
         queries = q[0, part.first : part.last]
         if part.last <= step.singles and hasattr(module, "takes_pages") and module.takes_pages(k_pages):
-            lengths = step.lengths[: step.singles].tolist()
+            lengths, (tables,) = step.lengths[: step.singles].tolist(), places.arrays
             queries = queries.reshape(-1, 1, *q.shape[2:])
             out.append(module.single_queries(queries, k_pages, v_pages, lengths, tables).reshape(-1, *q.shape[2:]))
         else:
@@ -97,10 +118,9 @@ def paged_attention(q: Tensor, k: Tensor, v: Tensor, k_pages: Tensor, v_pages: T
 
 def _attention(q: Tensor, k_pages: Tensor, v_pages: Tensor, keys: Keys) -> Tensor:
     n, H, D = q.shape
-    R, T = keys.slots.shape
-    K = k_pages.shape[2]
-    k, v = (kernels.embedding(p.reshape(-1, K * D), keys.slots).reshape(R, T, K, D) for p in (k_pages, v_pages))
-    q, k, v = q.reshape(R, n // R, H, D), ops.cast(k, q.dtype), ops.cast(v, q.dtype)
+    R = keys.slots.shape[0]
+    k, v = (ops.cast(rows_at(pages, keys.slots), q.dtype) for pages in (k_pages, v_pages))
+    q = q.reshape(R, n // R, H, D)
     serve = kernels.attention if isinstance(keys.visible, kernels.Keys) else composite.attention
     return serve(q, k, v, keys.visible).reshape(n, H, D)
 
@@ -119,4 +139,5 @@ def _runs(slots: np.ndarray, page_size: int) -> list[tuple[int, int, int, int]]:
     return [
         (first, last, int(slots[first]) // page_size, int(slots[first]) % page_size)
         for first, last in zip(ends[:-1], ends[1:], strict=True)
+        if first < last
     ]

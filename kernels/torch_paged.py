@@ -53,24 +53,38 @@ def place(step: Step, page_size: int, dtype: torch.dtype, device: torch.device) 
         else:
             visible = _visible(causal_ranges(end - begin, slots.shape[1]), device)
         parts.append(Keys(begin, end, _tensor(slots, device), visible))
-    return Pages(_tensor(step.slots, device).long(), parts)
+    return Pages(place_rows(step.slots, device), parts)
+
+
+def place_rows(slots: np.ndarray, device: torch.device) -> Tensor:
+    """Slots int32 [N] in the form that ``store_rows`` takes."""
+    return _tensor(slots, device).long()
+
+
+def store_rows(pages: Tensor, x: Tensor, rows: Tensor) -> None:
+    """x [N, K, D] into pages [P, size, K, D], in place: row i at rows[i] = page * size + place."""
+    pages.view(-1, *x.shape[1:]).index_copy_(0, rows, x)
+
+
+def rows_at(pages: Tensor, slots: Tensor) -> Tensor:
+    """The rows of pages [P, size, K, D] at ``slots`` int32 [R, T]: [R, T, K, D]."""
+    _, _, K, D = pages.shape
+    return pages.view(-1, K * D).index_select(0, slots.view(-1)).view(*slots.shape, K, D)
 
 
 def paged_attention(q: Tensor, k: Tensor, v: Tensor, k_pages: Tensor, v_pages: Tensor, places: Pages) -> Tensor:
     """k and v [1, N, K, D] are stored in pages [P, size, K, D], in place; then causal attention of the last tokens of
     sequences, q [1, N, H, D] -> the same: kernels.reference.paged_attention."""
-    for pages, x in ((k_pages, k), (v_pages, v)):
-        pages.view(-1, *x.shape[2:]).index_copy_(0, places.slots, x[0])
+    store_rows(k_pages, k[0], places.slots)
+    store_rows(v_pages, v[0], places.slots)
     out = [_attention(q[0, part.first : part.last], k_pages, v_pages, part) for part in places.parts]
     return (out[0] if len(out) == 1 else torch.cat(out))[None]
 
 
 def _attention(q: Tensor, k_pages: Tensor, v_pages: Tensor, keys: Keys) -> Tensor:
     n, H, D = q.shape
-    R, T = keys.slots.shape
-    K = k_pages.shape[2]
-    flat = keys.slots.view(-1)
-    k, v = (pages.view(-1, K * D).index_select(0, flat).view(R, T, K, D) for pages in (k_pages, v_pages))
+    R, K = keys.slots.shape[0], k_pages.shape[2]
+    k, v = rows_at(k_pages, keys.slots), rows_at(v_pages, keys.slots)
     if isinstance(keys.visible, Tensor):
         # The query heads of a kv head are taken as queries of it, so that keys and values are not repeated.
         rows = q.view(R, K, H // K, D)

@@ -1,7 +1,8 @@
 """One step of generation through a model that is spread over ranks: stages one after another, logits gathered.
 
-Every rank comes here with the same step. Within a stage the matrices are split as in training, without sequence
-parallelism: a step of decoding has too few tokens to share them out.
+Every rank comes here with the same step, or on a ring with its share of one, as many tokens as the others have. Within
+a stage the matrices are split as in training, without sequence parallelism: a step of decoding has too few tokens to
+share them out.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from pt_reference import ops
 from pt_reference.collectives import all_gather, broadcast, recv, send
 from pt_reference.mesh import Mesh
 from pt_reference.model import Decoder, Rope
+from pt_reference.ring_pages import Places
 
 
 def spread(
@@ -20,11 +22,12 @@ def spread(
     mesh: Mesh,
     ids: Tensor,
     rope: Rope,
-    pages: ops.Pages,
+    pages: ops.Pages | Places,
     wanted: Tensor | None,
     num_wanted: int,
 ) -> Tensor:
-    """Logits [W, V] of the ``wanted`` tokens on every rank, from this rank's stage of the model; ids [1, N]."""
+    """Logits [R * W, V] of the ``wanted`` tokens of all R ranks of a ring, on every rank, from this rank's stage of the
+    model; ids [1, N]."""
     config, tokens = stage.config, ids.shape[1]
     x = ids
     if mesh.forward_in is not None:
@@ -33,9 +36,11 @@ def spread(
     sent = None if mesh.forward_out is None else send(out, mesh.forward_out)
     last = mesh.layout.pp - 1
     if mesh.coord.pp == last:
-        logits = all_gather(out[0], mesh.tp, 1)[:, : config.vocab_size]
+        logits = all_gather(all_gather(out[0], mesh.tp, 1)[:, : config.vocab_size], mesh.cp, 0)
     else:
-        logits = torch.zeros((num_wanted, config.vocab_size), dtype=stage.dtypes.compute, device=ids.device)
+        logits = torch.zeros(
+            (mesh.cp.size * num_wanted, config.vocab_size), dtype=stage.dtypes.compute, device=ids.device
+        )
     if sent is not None:
         sent.wait()
     # The stages' ranks are apart by all that a stage has; the first of the last stage tells everybody.

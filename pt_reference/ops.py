@@ -30,7 +30,7 @@ from kernels.pytorch import (
     rope_qk,
     swiglu,
 )
-from kernels.torch_paged import Pages, page_dtype, paged_attention
+from kernels.torch_paged import Pages, page_dtype, paged_attention, rows_at, store_rows
 
 __all__ = [
     "Pages",
@@ -47,6 +47,7 @@ __all__ = [
     "embedding",
     "gelu",
     "hidden_keys",
+    "key_ranges",
     "layer_norm",
     "linear",
     "linears",
@@ -55,11 +56,14 @@ __all__ = [
     "page_dtype",
     "paged_attention",
     "place_pages",
+    "place_rows",
     "positions",
     "rms_norm",
     "rope_qk",
+    "rows_at",
     "shard_gradient",
     "shard_statistics",
+    "store_rows",
     "swiglu",
 ]
 
@@ -89,6 +93,11 @@ def attention_blocks(num_queries: int, num_keys: int, doc_ids: np.ndarray | None
 def place_pages(step: Step, page_size: int, dtype: torch.dtype) -> Pages:
     """Where keys and values, in ``dtype``, of one step of generation go and lie, as ``paged_attention`` takes it."""
     return torch_paged.place(step, page_size, dtype, device())
+
+
+def place_rows(slots: np.ndarray, page_size: int, dtype: torch.dtype) -> Tensor:
+    """Slots int32 [N] = page * page_size + place, as ``store_rows`` takes them for rows in ``dtype``."""
+    return torch_paged.place_rows(slots, device())
 
 
 def linears(x: Tensor, *layers: Any) -> tuple[Tensor, ...]:
@@ -191,6 +200,11 @@ def hidden_keys(visible: np.ndarray) -> Parts:
         halves = slice(0, num_keys // 2), slice(num_keys // 2, num_keys)
         parts = [(half, mask_ranges(visible[..., half])) for half in halves]
     return [(keys, _placed(ranges, keys.stop - keys.start)) for keys, ranges in parts]
+
+
+def key_ranges(ranges: np.ndarray, num_keys: int) -> Parts:
+    """Runs of keys int32 [B, S, 2], as core.visibility.KeyRanges has them, in the form that attention_block takes."""
+    return [(slice(0, num_keys), _placed(ranges, num_keys))]
 
 
 def shard_statistics(logits: Tensor, targets: Tensor, first: int, real: int) -> tuple[Tensor, Tensor]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import mindspore as ms
 import numpy as np
@@ -12,6 +13,7 @@ from core.config import ModelConfig
 from core.pages import PAGE_SIZE
 from core.position import RotaryRows
 from core.quantize import Int8Matrix
+from core.ring_pages import Share, pages_of_rank, share_of
 from core.runner import Step
 from telechat_ms import ops
 from telechat_ms.collectives import broadcast
@@ -20,6 +22,7 @@ from telechat_ms.mesh import Mesh
 from telechat_ms.model import Decoder, to_numpy
 from telechat_ms.paged_attention import apply_paged_attention
 from telechat_ms.parallelize import parallelize
+from telechat_ms.ring_pages import apply_ring_pages, place_share
 from telechat_ms.weights import load_weights
 
 
@@ -37,7 +40,7 @@ class Runner:
     ) -> None:
         """Weights come from ``get(name)``, one at a time, as they are or in 8 bits (core.quantize); ``num_pages`` as
         core.pages.PagePool counts them. With ``mesh`` this rank holds its part of the model (core.sharding.chunk_table)
-        and all ranks make the same steps; ``get`` gives the part."""
+        and of the pages (core.ring_pages), and all ranks make the same steps; ``get`` gives its part of the weights."""
         self.config, self.num_pages, self.page_size = config, num_pages, page_size
         self.mesh = mesh
         if mesh is None:
@@ -46,17 +49,30 @@ class Runner:
             (self.model,), _ = parallelize(config, mesh, precision)
         self.model.set_train(False)
         load_weights(self.model, get)
-        apply_paged_attention(self.model, num_pages, page_size)
+        if mesh is None or mesh.cp.size == 1:
+            apply_paged_attention(self.model, num_pages, page_size)
+        else:
+            apply_ring_pages(self.model, pages_of_rank(num_pages, mesh.cp.size), page_size, mesh.cp)
         self._rows = RotaryRows(config, np.float64 if self.model.dtypes.stat == ms.float64 else np.float32)
 
     def run(self, step: Step) -> np.ndarray:
         """Store keys and values of the new tokens; logits [W, V] float32 of the wanted ones."""
-        rope = tuple(Tensor(table[None, :, None]) for table in self._rows.rows(step.positions, step.scaling_lengths))
-        pages = ops.place_pages(step, self.page_size, self.model.dtypes.compute)
-        wanted = None if step.wants_all else Tensor(step.wanted)
         if self.mesh is None:
-            return to_numpy(self.model(Tensor(step.ids[None]), rope, pages, wanted))[0]
-        return to_numpy(spread(self.model, self.mesh, Tensor(step.ids[None]), rope, pages, wanted, len(step.wanted)))
+            pages = ops.place_pages(step, self.page_size, self.model.dtypes.compute)
+            return to_numpy(self.model(*self._inputs(step, pages)))[0]
+        if self.mesh.cp.size == 1:
+            pages = ops.place_pages(step, self.page_size, self.model.dtypes.compute)
+            return to_numpy(spread(self.model, self.mesh, *self._inputs(step, pages), len(step.wanted)))
+        share = share_of(step, self.mesh.cp.size, self.mesh.cp.rank, self.page_size)
+        places = place_share(share, self.page_size, self.model.dtypes.compute)
+        logits = spread(self.model, self.mesh, *self._inputs(share, places), len(share.wanted))
+        return to_numpy(logits)[share.order]
+
+    def _inputs(self, step: Step | Share, places: Any) -> tuple[Any, ...]:
+        """Ids, rotary tables, ``places`` and what is wanted, as the model takes them."""
+        rope = tuple(Tensor(table[None, :, None]) for table in self._rows.rows(step.positions, step.scaling_lengths))
+        wanted = None if step.wants_all else Tensor(step.wanted)
+        return Tensor(step.ids[None]), rope, places, wanted
 
     def share(self, words: np.ndarray) -> np.ndarray:
         """The int32 words of rank 0, on every rank."""

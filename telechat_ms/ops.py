@@ -32,7 +32,8 @@ from kernels.mindspore import (
     swiglu,
 )
 from kernels.mindspore_composite import accurate, add_bias, operand, total
-from kernels.mindspore_paged import Pages, page_dtype, paged_attention
+from kernels.mindspore_paged import Pages, page_dtype, paged_attention, rows_at, store_rows
+from kernels.reference import visible_keys
 
 __all__ = [
     "Pages",
@@ -49,6 +50,7 @@ __all__ = [
     "embedding",
     "gelu",
     "hidden_keys",
+    "key_ranges",
     "layer_norm",
     "linear",
     "linears",
@@ -58,11 +60,14 @@ __all__ = [
     "page_dtype",
     "paged_attention",
     "place_pages",
+    "place_rows",
     "positions",
     "rms_norm",
     "rope_qk",
+    "rows_at",
     "shard_gradient",
     "shard_statistics",
+    "store_rows",
     "swiglu",
     "total",
 ]
@@ -81,6 +86,11 @@ def attention_blocks(num_queries: int, num_keys: int, doc_ids: np.ndarray | None
 def place_pages(step: Step, page_size: int, dtype: ms.Type) -> Pages:
     """Where keys and values, in ``dtype``, of one step of generation go and lie, as ``paged_attention`` takes it."""
     return mindspore_paged.place(step, page_size, dtype)
+
+
+def place_rows(slots: np.ndarray, page_size: int, dtype: ms.Type) -> mindspore_paged.Rows:
+    """Slots int32 [N] = page * page_size + place, as ``store_rows`` takes them for rows in ``dtype``."""
+    return mindspore_paged.place_rows(slots, page_size, dtype)
 
 
 def linears(x: Tensor, *layers: Any) -> tuple[Tensor, ...]:
@@ -137,6 +147,13 @@ def hidden_keys(visible: np.ndarray) -> Parts:
         halves = slice(0, num_keys // 2), slice(num_keys // 2, num_keys)
         parts = [(half, mask_ranges(visible[..., half])) for half in halves]
     return [(keys, _placed(ranges, keys.stop - keys.start)) for keys, ranges in parts]
+
+
+def key_ranges(ranges: np.ndarray, num_keys: int) -> Parts:
+    """Runs of keys int32 [B, S, 2], as core.visibility.KeyRanges has them, in the form that attention_block takes."""
+    if kernels.serving("attention") is None:
+        return composite.hidden_keys(visible_keys(ranges, num_keys))
+    return [(slice(0, num_keys), _placed(ranges, num_keys))]
 
 
 def attention_block(q: Tensor, k: Tensor, v: Tensor, hidden: Parts | None) -> tuple[Tensor, Tensor]:

@@ -386,6 +386,9 @@ def pages(rng: np.random.Generator, dtype: np.dtype = F32) -> Iterator[Finding]:
             expected = before.copy()
             expected.reshape(-1, K, D)[slots] = new[0]
             np.testing.assert_array_equal(room.view(np.uint8), expected.view(np.uint8))
+            alone = before.copy()
+            ops.store_rows(alone, new[0], slots.astype(np.int64))
+            np.testing.assert_array_equal(alone.view(np.uint8), expected.view(np.uint8))
         # A sequence's bits are its own, also when its last token comes alone.
         for row, (n, _) in enumerate(sequences):
             mine = slice(starts[row], starts[row + 1])

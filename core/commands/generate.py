@@ -35,6 +35,7 @@ examples:
   tele generate --backend pt --checkpoint model --ids 4,96343,5 --max-new-tokens 20 --json
   tele generate --backend pt --checkpoint model --prompt "1. " --temperature 0.8 --samples 3 --stop "2."
   tele generate --backend ms --checkpoint model --prompt "Once upon a time" --layout tp2.pp2
+  tele generate --backend pt --checkpoint model --prompt-file book.txt --layout ring2
 """
 
 
@@ -65,7 +66,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--stream", action=argparse.BooleanOptionalAction, default=True, help="print the text as it is made (default)"
     )
-    parser.add_argument("--layout", metavar="TEXT", help="share the model over processes, e.g. tp2 or tp2.pp2")
+    parser.add_argument(
+        "--layout",
+        metavar="TEXT",
+        help="share the model over processes (tp2, tp2.pp2), or a long prompt and its cache (ring2)",
+    )
     parser.add_argument("--nproc", type=int, metavar="N", help="processes (default: as many as the layout needs)")
     parser.add_argument("--json", action="store_true", help="print one JSON object: ids, text, margins, finish_reason")
 

@@ -165,14 +165,14 @@ void forward_block(const Shapes &s, const View *in, const View *out, int64_t b, 
       for (int64_t t = 0; t < keys; t++) most = maximum(load(scores + t * lanes + j), most);
       const vf level = select(most == kNone, splat(0.0f), most);  // nothing seen yet: e^-inf, not e^NaN
       const vf shrink = exponential(before - level);
-      vf sum = load(total + j) * shrink;
+      vf sum = splat(0.0f);  // of this block alone, as in gemm.h
       for (int64_t t = 0; t < keys; t++) {
         float *p = scores + t * lanes + j;
         const vf e = exponential(load(p) - level);
         store(p, e);
         sum += e;
       }
-      store(total + j, sum), store(top + j, most);
+      store(total + j, load(total + j) * shrink + sum), store(top + j, most);
       for (int64_t d = 0; d < s.D; d++) store(sums + d * lanes + j, load(sums + d * lanes + j) * shrink);
     }
     gemm(s.D, lanes, keys, v.data + from * v.stride, 1, v.stride, scores, lanes, sums, lanes, true);

@@ -1,7 +1,8 @@
 // Small matrix products for blocks that lie in the caches: C[m, n] (+)= A[m, k] B[k, n].
 //
 // A is read element by element, with any strides, and spread over the lanes; rows of B and C are contiguous and n is a
-// multiple of the vector width. Attention lays its blocks out so that nothing needs to be packed.
+// multiple of the vector width. Attention lays its blocks out so that nothing needs to be packed. What is added to C is
+// summed by itself first: in one running sum over thousands of keys, rounding grows with their number.
 #pragma once
 
 #include "vec.h"
@@ -15,7 +16,7 @@ static inline void tile(int64_t k, const float *a, int64_t a_row, int64_t a_col,
 #pragma GCC unroll 12
   for (int i = 0; i < ROWS; i++)
 #pragma GCC unroll 2
-    for (int j = 0; j < VECTORS; j++) sum[i][j] = add ? load(c + i * ldc + j * W) : splat(0.0f);
+    for (int j = 0; j < VECTORS; j++) sum[i][j] = splat(0.0f);
   for (int64_t p = 0; p < k; p++) {
     vf row[VECTORS];
 #pragma GCC unroll 2
@@ -30,7 +31,10 @@ static inline void tile(int64_t k, const float *a, int64_t a_row, int64_t a_col,
 #pragma GCC unroll 12
   for (int i = 0; i < ROWS; i++)
 #pragma GCC unroll 2
-    for (int j = 0; j < VECTORS; j++) store(c + i * ldc + j * W, sum[i][j]);
+    for (int j = 0; j < VECTORS; j++) {
+      float *p = c + i * ldc + j * W;
+      store(p, add ? load(p) + sum[i][j] : sum[i][j]);
+    }
 }
 
 template <int ROWS>

@@ -416,6 +416,20 @@ def paged_attention(
     return e.run("paged_attention", inputs, ((q.dtype, q.shape),), (D**-0.5 if scale is None else scale, singles), 3)
 
 
+def store_rows(pages: Any, x: Any, slots: Any) -> None:
+    """Rows x [N, K, D] into pages [P, size, K, D] of their dtype, in place: row i at slots[i] = page * size + place,
+    int64 [N], which must lead to pages that there are; that is not checked."""
+    e = _floats(x=x, pages=pages)
+    if len(pages.shape) != 4 or tuple(x.shape[1:]) != tuple(pages.shape[2:]):
+        raise ValueError(f"x: shape {tuple(x.shape)}, needs [N, K, D], with pages [P, size, K, D]")
+    if pages.dtype != x.dtype:
+        raise TypeError(f"pages: {e.name_of(pages)}, needs the dtype of x, {e.name_of(x)}")
+    if e.unit_stride(pages) is not pages:
+        raise ValueError("pages: not contiguous, and to be written to")
+    _is("slots", slots, ("int64",), (x.shape[0],))
+    e.run("store_rows", (e.unit_stride(x), pages, slots), (), (), 1)
+
+
 def adamw(
     master: Any,
     grad: Any,

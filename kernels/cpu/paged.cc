@@ -226,3 +226,16 @@ KERNEL(paged_attention, 9, 1, 2) {
   if (count) singles(a, out[0], count, scale);
   for (int64_t r = count; r < a.R; r++) piece(a, out[0], r, scale);
 }
+
+// in: x [N, K, D] (D contiguous, other axes strided), pages [P, size, K, D] of its dtype, int64 slots [N]: row i is
+// stored at place slots[i] % size of page slots[i] / size.
+KERNEL(store_rows, 3, 0, 0) {
+  const View &x = in[0];
+  const int64_t *slots = in[2].as<int64_t>(), K = x.shape[1], D = x.shape[2];
+  with_type(x.dtype, [&](auto *type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    for (int64_t i = 0; i < x.shape[0]; i++)
+      for (int64_t h = 0; h < K; h++)
+        std::memcpy(in[1].as<T>() + (slots[i] * K + h) * D, x.as<T>() + i * x.stride[0] + h * x.stride[1], D * sizeof(T));
+  });
+}

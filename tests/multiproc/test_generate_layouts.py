@@ -34,7 +34,11 @@ def tele(*argv: object) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.parametrize(
-    ("backend", "layout"), [("ms", "tp2"), ("ms", "pp2"), ("pt", "tp2"), ("pt", "pp2"), ("pt", "tp2.pp2")]
+    ("backend", "layout"),
+    [
+        *(("ms", layout) for layout in ("tp2", "pp2", "ring2.tp2")),
+        *(("pt", layout) for layout in ("tp2", "pp2", "tp2.pp2", "ring2.pp2")),
+    ],
 )
 def test_tokens_are_those_of_one_process(checkpoint: Path, backend: str, layout: str) -> None:
     pytest.importorskip({"ms": "mindspore", "pt": "torch"}[backend])
@@ -60,7 +64,10 @@ def test_8_bits_are_the_same_in_a_layout(checkpoint: Path) -> None:
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (("--layout", "dp2"), "tele: --layout: generation shares a model over tp and pp; leave dp 2 out of 'dp2'"),
+        (
+            ("--layout", "dp2"),
+            "tele: --layout: generation shares a model over tp and pp and a context over ring; leave dp 2 out of 'dp2'",
+        ),
         (("--nproc", "2"), "tele: --nproc: 2 processes need a layout to share the work; add e.g. --layout tp2"),
         (("--layout", "tp16"), "tele: parallel.tp: 16 does not divide"),
     ],

@@ -28,6 +28,7 @@ from tests.growing import batch as batch_of
 from tests.parity.test_growth import target_of
 from tests.parity.test_optimizer_trace import check_trace, run_trace
 from tests.parity.test_paged_attention import error as page_error
+from tests.parity.test_ring_pages import error as ring_error
 from tests.parity.test_twins import CONFIG, batch, weights
 
 ms = pytest.importorskip("mindspore")
@@ -515,6 +516,17 @@ def test_pages_on_ascends_code_path(on_cann: Any, dtype: str) -> None:
         served = called["FusedInferAttentionScore"] + called["FlashAttentionScore"]
         assert served == (singles > 0) + len(case[4]) - singles
         assert called["FusedInferAttentionScore"] == (dtype != "float32" and singles > 0)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_pages_of_a_ring_on_ascends_code_path(on_cann: Any, dtype: str) -> None:
+    """Every rank's keys by CANN's attention, merged by its own operator; a blank page stays blank."""
+    for case in (case for case in PAGED if case[0] % 16 == 0):
+        before = on_cann.copy()
+        found, limit = ring_error("ms", case, dtype)
+        assert found <= limit
+        called = on_cann - before
+        assert called["InplaceIndexCopy"] and called["FlashAttentionScore"] and called["RingAttentionUpdate"]
 
 
 def test_pages_of_a_size_that_cann_refuses_are_gathered(on_cann: Any) -> None:

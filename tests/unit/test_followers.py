@@ -132,12 +132,17 @@ def test_the_ranks_parts_make_up_the_weights(text, quantized):
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [("dp2", "leave dp 2 out of 'dp2'"), ("tp2.ring2", "leave cp 2 out"), ("pp2.vpp2", "leave virtual 2 out")],
+    [
+        ("dp2", "leave dp 2 out of 'dp2'"),
+        ("ring2.ulysses2", "leave ulysses 2 out"),
+        ("pp2.vpp2", "leave virtual 2 out"),
+    ],
 )
 def test_layouts_that_share_what_generation_lacks_are_refused(text, message):
     with pytest.raises(UserError, match=message):
         inference_layout(text)
     assert not inference_layout("tp2.pp2").sequence_parallel
+    assert inference_layout("cp4.tp2").ring == 4
 
 
 def test_a_job_and_its_events_survive_the_files(tmp_path):
