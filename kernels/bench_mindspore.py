@@ -19,6 +19,7 @@ from core.visibility import causal_blocks, causal_ranges
 from kernels import mindspore as kernels
 from kernels import mindspore_composite as composite
 from kernels.bench import Call, Contestant, host_seconds
+from kernels.cpu.engine import usual_threads
 from kernels.mindspore_private import executor
 
 DTYPES = {"fp32": ms.float32, "bf16": ms.bfloat16, "fp16": ms.float16}
@@ -33,11 +34,8 @@ class MindSporeBench:
         self.random = np.random.default_rng(0)
 
     def about(self) -> dict[str, Any]:
-        import os
-
-        threads = int(os.environ.get("OMP_NUM_THREADS", 0)) or len(os.sched_getaffinity(0))
         device = str(ms.get_context("device_target"))
-        return {"version": f"MindSpore {ms.__version__}", "device": device, "threads": threads}
+        return {"version": f"MindSpore {ms.__version__}", "device": device, "threads": usual_threads()}
 
     def copy(self) -> tuple[Call, float]:
         source, target = Tensor(np.zeros(1 << 25, np.float32)), Parameter(Tensor(np.ones(1 << 25, np.float32)))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,6 +18,15 @@ NAMES = ("float32", "bfloat16", "float16", "int32", "int64", "float64", "int8") 
 AXES = 6
 
 
+def usual_threads() -> int:
+    """As other libraries count them: OMP_NUM_THREADS, or the processors that this process may use.
+
+    MindSpore sets that variable to 1 when it is imported, which the C library sees and Python's copy does not.
+    """
+    asked = os.environ.get("OMP_NUM_THREADS", "")
+    return int(asked) if asked.isdecimal() and int(asked) else len(os.sched_getaffinity(0))
+
+
 class MindSporeEngine:
     """Kernels as operators of MindSpore's PyNative mode."""
 
@@ -27,6 +37,7 @@ class MindSporeEngine:
         self._codes = {getattr(ms, name): code for code, name in enumerate(NAMES)}
         self.dtypes = {name: getattr(ms, name) for name in NAMES}
         self._run, self._numbers = self._module.run, functools.cache(self._find)
+        self.set_threads(usual_threads())
 
     def _find(self, name: str) -> int:
         number, *_ = self._module.find(name)

@@ -50,22 +50,29 @@ struct Registration {
   static void kernel_##name([[maybe_unused]] const View *in, [[maybe_unused]] const View *out, \
                             [[maybe_unused]] const double *scalar)
 
-// body(first, last, piece) over [0, n) in one piece a thread, none smaller than ``grain``. The same pieces every time,
-// so that sums over them come out with the same bits.
+// How many threads are worth their start for n items, and how many pieces they share: a few for each, since one that
+// loses its processor to somebody else (a framework's thread that waits by looking) would hold up all that is its own.
 int threads_for(int64_t n, int64_t grain);
+constexpr int64_t kTurns = 8;
+inline int pieces_for(int64_t n, int64_t grain) {
+  const int threads = threads_for(n, grain);
+  return threads <= 1 ? 1 : static_cast<int>(std::min(threads * kTurns, n / std::max<int64_t>(1, grain)));
+}
 
+// body(first, last, piece) over [0, n), in pieces_for(n, grain) pieces, to whoever is free. The same pieces every time,
+// so that sums over them come out with the same bits.
 template <typename Body>
 void parallel(int64_t n, int64_t grain, const Body &body) {
-  const int threads = threads_for(n, grain);
-  if (threads <= 1) {
+  const int pieces = pieces_for(n, grain);
+  if (pieces <= 1) {
     if (n > 0) body(int64_t{0}, n, 0);
     return;
   }
   struct Context {
     const Body &body;
     int64_t n, of;
-  } context{body, n, threads};
-  run_pieces(threads, threads, [](void *given, int64_t t) {
+  } context{body, n, pieces};
+  run_pieces(pieces, threads_for(n, grain), [](void *given, int64_t t) {
     const Context &c = *static_cast<Context *>(given);
     const int64_t first = c.n * t / c.of, last = c.n * (t + 1) / c.of;
     if (first < last) c.body(first, last, static_cast<int>(t));

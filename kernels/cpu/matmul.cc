@@ -1,6 +1,6 @@
 // float32 matrix products in the manner of BLIS (Van Zee and van de Geijn, 2015): B is copied into panels that the
-// registers take in order, so that a transposed operand costs nothing more, and a bias is where the sums begin. A is
-// read as it lies, an element at a time, unless its rows are far apart in memory.
+// registers take in order, so that a transposed operand costs nothing more, and a bias is where the sums begin. So is A,
+// unless C is so narrow that the copy would not pay: rows a power of two apart would push each other out of the cache.
 #include "kernel.h"
 #include "vec.h"
 
@@ -8,8 +8,9 @@ namespace {
 
 constexpr int kRows = W == 16 ? 12 : 6, kVectors = 2;  // of a tile of C in registers
 constexpr int kColumns = kVectors * W;
+constexpr int64_t kWorthCopying = 8;    // strips of C that use a copy of A
 constexpr int64_t kDepth = 192;         // of k at once: a panel of B of that depth stays in the first cache
-constexpr int64_t kBlock = 8 * kRows;   // rows of A that stay in the second
+constexpr int64_t kBlock = 32 * kRows;  // rows of A that stay in the second
 
 // Buffers that keep their memory between calls: fresh pages cost as much as the copy.
 struct Buffer {
@@ -27,12 +28,17 @@ struct Operand {
   int64_t row, column;  // strides
 };
 
-// A rows [first, first + rows), k [from, from + depth) as panels [rows / kRows][depth][kRows], padded with zeros; for an
-// A whose columns are contiguous.
+// A rows [first, first + rows), k [from, from + depth) as panels [rows / kRows][depth][kRows], padded with zeros.
 void pack_a(const Operand &a, int64_t first, int64_t rows, int64_t from, int64_t depth, float *to) {
   for (int64_t panel = 0; panel < rows; panel += kRows) {
     const int64_t some = std::min<int64_t>(kRows, rows - panel);
-    const float *p = a.data + first + panel + from * a.column;
+    const float *p = a.data + (first + panel) * a.row + from * a.column;
+    if (a.row != 1) {
+      for (int i = 0; i < kRows; i++)
+        for (int64_t j = 0; j < depth; j++) to[j * kRows + i] = i < some ? p[i * a.row + j * a.column] : 0.0f;
+      to += depth * kRows;
+      continue;
+    }
     for (int64_t j = 0; j < depth; j++, to += kRows) {
       if (some == kRows) {
         std::memcpy(to, p + j * a.column, kRows * sizeof(float));
@@ -102,7 +108,7 @@ void product(int64_t m, int64_t n, int64_t k, const Operand &a, const Operand &b
   parallel(by_rows ? row_panels : strips, 1, [&](int64_t first, int64_t last, int) {
     const int64_t row_first = by_rows ? first * kRows : 0, row_last = by_rows ? std::min(m, last * kRows) : m;
     const int64_t strip_first = by_rows ? 0 : first, strip_last = by_rows ? strips : last;
-    const bool packs = a.row == 1 && a.column != 1;
+    const bool packs = (a.row == 1 && a.column != 1) || strip_last - strip_first >= kWorthCopying;
     float *block = packs ? packed_a.room(kBlock * kDepth) : nullptr;
     alignas(64) float edge[kRows * kColumns], start[kColumns];
     for (int64_t row = row_first; row < row_last; row += kBlock) {

@@ -38,16 +38,16 @@ __attribute__((always_inline)) inline void along(int64_t columns, const Body &bo
   if (i < columns) body(i, static_cast<int>(columns - i));
 }
 
-// Sums over rows, a buffer a thread, added up in the order of the threads.
+// Sums over rows, a buffer a piece, added up in the order of the pieces.
 class ColumnSums {
  public:
-  ColumnSums(int64_t columns, int threads)
-      : stride_((columns + W - 1) / W * W), sums_(stride_ * threads, 0.0f), threads_(threads) {}
-  float *of(int thread) { return &sums_[stride_ * thread]; }
+  ColumnSums(int64_t columns, int pieces)
+      : stride_((columns + W - 1) / W * W), sums_(stride_ * pieces, 0.0f), pieces_(pieces) {}
+  float *of(int piece) { return &sums_[stride_ * piece]; }
   void write(float *out, int64_t columns) const {
     for (int64_t i = 0; i < columns; i++) {
       float sum = 0;
-      for (int t = 0; t < threads_; t++) sum += sums_[stride_ * t + i];
+      for (int t = 0; t < pieces_; t++) sum += sums_[stride_ * t + i];
       out[i] = sum;
     }
   }
@@ -55,7 +55,7 @@ class ColumnSums {
  private:
   int64_t stride_;
   std::vector<float> sums_;
-  int threads_;
+  int pieces_;
 };
 
 constexpr int64_t kTogether = 4;  // rows of a backward that share the loads and stores of the sums over rows
@@ -108,11 +108,11 @@ void rms_backward(const View &grad, const View *grad_stream, const View &x, cons
   const int64_t columns = x.columns(), rows = x.rows();
   const std::vector<float> gain = floats(weight);
   const Growth growth(mask, columns);
-  const int threads = threads_for(rows, row_grain(columns));
-  ColumnSums sums(columns, threads);
+  const int pieces = pieces_for(rows, row_grain(columns));
+  ColumnSums sums(columns, pieces);
   const bool far = streams(dx);
-  parallel(rows, row_grain(columns), [&](int64_t first, int64_t last, int thread) {
-    float *dw = sums.of(thread);
+  parallel(rows, row_grain(columns), [&](int64_t first, int64_t last, int piece) {
+    float *dw = sums.of(piece);
     for (int64_t row = first; row < last; row += kTogether) {
       const int64_t some = std::min(kTogether, last - row);
       const G *pg = grad.as<G>() + row * columns;
@@ -232,14 +232,14 @@ KERNEL(layer_norm_backward, 6, 3, 1) {
   const int64_t columns = in[1].columns(), rows = in[1].rows();
   const std::vector<float> gain = floats(in[2]);
   const Growth growth(scalar[0] ? &in[5] : nullptr, columns);
-  const int threads = threads_for(rows, row_grain(columns));
-  ColumnSums dweight(columns, threads), dbias(columns, threads);
+  const int pieces = pieces_for(rows, row_grain(columns));
+  ColumnSums dweight(columns, pieces), dbias(columns, pieces);
   with_types(in[0].dtype, in[1].dtype, [&](auto *tg, auto *tx) {
     using G = std::remove_pointer_t<decltype(tg)>;
     using X = std::remove_pointer_t<decltype(tx)>;
     const bool far = streams(out[0]);
-    parallel(rows, row_grain(columns), [&](int64_t first, int64_t last, int thread) {
-      float *dw = dweight.of(thread), *db = dbias.of(thread);
+    parallel(rows, row_grain(columns), [&](int64_t first, int64_t last, int piece) {
+      float *dw = dweight.of(piece), *db = dbias.of(piece);
       for (int64_t row = first; row < last; row += kTogether) {
         const int64_t some = std::min(kTogether, last - row);
         const G *pg = in[0].as<G>() + row * columns;
