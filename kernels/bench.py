@@ -119,6 +119,7 @@ def open_bench(name: str, options: dict[str, Any]) -> Bench:
         from kernels.bench_torch import TorchBench
 
         return TorchBench(options)
+    from kernels import mindspore_settings  # noqa: F401  (first: as in a run)
     from kernels.bench_mindspore import MindSporeBench
 
     return MindSporeBench(options)
