@@ -280,8 +280,13 @@ def test_a_second_ctrl_c_is_an_interrupt(capsys):
         raise AssertionError("the second interrupt was lost")
 
     chat.engine.runner.run = stuck
-    with pytest.raises(KeyboardInterrupt):
-        repl(chat, iter(["hi"]))
+    # Tests that were started in the background inherit "ignore".
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            repl(chat, iter(["hi"]))
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert chat.history[-1] == {"role": "assistant", "content": ""}
 
 
