@@ -22,7 +22,7 @@ from core.params import parameter_axes, parameter_table
 
 Read = Callable[[str, tuple[slice, ...]], np.ndarray]  # a box of an old tensor, by its old name
 
-BAND_BYTES = 64 * 2**20
+BAND_BYTES = 8 * 2**20  # small enough to be in a cache when it is written, and for memory to be used again
 FLOAT32 = np.dtype(np.float32)
 
 
