@@ -227,6 +227,7 @@ KERNEL(accumulate, 2, 0, 2) {
 // in: out, more [B, S, H, D] float32, log_sum_exp, more_lse [B, H, S] float32; out: out, log_sum_exp of the union
 KERNEL(merge_blocks, 4, 2, 0) {
   const int64_t B = in[0].shape[0], S = in[0].shape[1], H = in[0].shape[2], D = in[0].shape[3];
+  const bool far = streams(out[0]);
   parallel(B * S, std::max<int64_t>(1, kGrain / std::max<int64_t>(1, H * D)), [&](int64_t first, int64_t last, int) {
     for (int64_t token = first; token < last; token++)
       for (int64_t h = 0; h < H; h++) {
@@ -245,8 +246,9 @@ KERNEL(merge_blocks, 4, 2, 0) {
         for (int64_t i = 0; i < D; i += W) {
           const int n = static_cast<int>(std::min<int64_t>(W, D - i));
           const vf x = get(in[0].as<float>() + row + i, n), y = get(in[1].as<float>() + row + i, n);
-          put(out[0].as<float>() + row + i, x * float(wa) + y * float(wb), n);
+          put(out[0].as<float>() + row + i, x * float(wa) + y * float(wb), n, far);
         }
       }
+    fence(far);
   });
 }
