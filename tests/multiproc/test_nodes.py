@@ -337,6 +337,7 @@ def test_a_node_may_be_given_by_name() -> None:
     node_0.start()
     other = meet(1, 2, "127.0.0.1", port, FACTS, 10.0, lambda text: None)
     node_0.join()
+    assert len(results) == 1
     other.done()
     results[0].done()
     soon(lambda: results[0].look() or results[0].finished)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import http.client
 import json
+import logging
 import re
 import socket
 import threading
@@ -12,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
+from core.serve.server import is_defect
 from tests.engine_support import CONTEXT
 from tests.serve_support import NAME, Reply, Running, ask, chat_body, running, until
 
@@ -224,3 +226,12 @@ def test_no_thread_is_left_of_a_server():
     with running() as server:
         ask(server.port, CHAT, chat_body())
     assert until(lambda: threading.active_count() == before, 5)
+
+
+def test_a_defect_of_the_server_is_reported():
+    """What clients do is left out of the log; anything else stays."""
+    stays = logging.LogRecord("uvicorn.error", logging.ERROR, "", 0, "Exception in ASGI application\n", (), None)
+    left_out = logging.LogRecord(
+        "uvicorn.error", logging.ERROR, "", 0, "ASGI callable returned without completing response.", (), None
+    )
+    assert is_defect(stays) and not is_defect(left_out)
