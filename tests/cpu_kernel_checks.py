@@ -93,6 +93,71 @@ def norms(rng: np.random.Generator, dtype: np.dtype = F32) -> Iterator[Finding]:
                 )
 
 
+def levels(rng: np.random.Generator) -> Iterator[Finding]:
+    """What the single passes of layer_norm and cross-entropy assume of a row, and do again where it does not hold."""
+    for name, first, rest in (("beginning far off", 1e3, 0.0), ("mean far from zero", 1e3, 1e3), ("one far off", 0, 0)):
+        x = rng.normal(size=(5, 700)) + rest
+        x[:, :16] += first - rest
+        x[:, 300] += 1e4 if name.startswith("one") else 0
+        x, ones = x.astype(np.float32), np.ones(700, np.float32)
+        normed = lambda kind: reference.layer_norm(x.astype(kind), ones.astype(kind), 0 * ones.astype(kind), kind(1e-5))  # noqa: E731
+        yield judged(f"layer_norm, {name}", ops.layer_norm(x, ones, 0 * ones, 1e-5, F32)[0], normed)
+    rising = np.linspace(-300, 300, 5000) + rng.normal(size=(3, 5000))
+    for name, logits in (("rising", rising), ("falling", rising[:, ::-1]), ("nothing at first", np.abs(rising) - 400)):
+        logits = logits.astype(np.float32)
+        if name == "nothing at first":
+            logits[:, :1100] = -np.inf
+        targets = np.full(3, 4000, np.int32)
+        shard = lambda kind: reference.cross_entropy_shard(logits.astype(kind), targets, 0, 5000)[0]  # noqa: E731
+        yield judged(f"log_sum, {name}", ops.cross_entropy_forward(logits, targets, 0, 5000)[0], shard)
+
+
+def far(rng: np.random.Generator, dtype: np.dtype = F32) -> Iterator[Finding]:
+    """Outputs larger than the caches are written past them, in vectors that begin a line: the same bits as in parts,
+    wherever the rows lie in memory."""
+    rows, width = 2100 * 4 // dtype.itemsize, 1009
+    x, y, z = (rng.normal(size=(rows, width)).astype(dtype) for _ in range(3))
+    for shift in (0, 1, 3):  # inputs that do not lie as the output does
+        room = np.zeros(x.size + shift, dtype)
+        room[shift:] = x.ravel()
+        x = room[shift:].reshape(x.shape)
+        weight, mask = rng.uniform(0.5, 1.5, width).astype(dtype), rng.choice([0.3, 1.0], width).astype(np.float32)
+        targets, factor = rng.integers(0, width, rows).astype(np.int32), np.full(1, 0.25, np.float32)
+        lse, table = np.full(rows, 8.0, np.float32), rng.normal(size=(50, width)).astype(dtype)
+        ones = np.ones(rows, np.float32)
+        calls: dict[str, Callable[[slice], Any]] = {
+            "rms_norm": lambda at: ops.rms_norm(x[at], weight, 1e-5, dtype, mask)[0],
+            "add_rms_norm": lambda at: np.stack(ops.add_rms_norm(x[at], y[at], weight, 1e-5, dtype)[:2], 1),
+            "rms_norm dx": lambda at: ops.rms_norm_backward(y[at], x[at], weight, ones[at])[0],
+            "layer_norm": lambda at: ops.layer_norm(x[at], weight, weight, 1e-5, dtype)[0],
+            "layer_norm dx": lambda at: ops.layer_norm_backward(y[at], x[at], weight, ones[at], ones[at])[0],
+            "swiglu": lambda at: ops.swiglu(x[at], y[at]),
+            "swiglu backward": lambda at: np.stack(ops.swiglu_backward(z[at], x[at], y[at]), 1),
+            "gelu": lambda at: ops.gelu(x[at]),
+            "gelu backward": lambda at: ops.gelu_backward(y[at], x[at]),
+            "add": lambda at: ops.add(x[at], y[at]),
+            "dlogits": lambda at: ops.cross_entropy_backward(
+                x[at], targets[at], 0, width - 20, lse[at], factor, 1e-3, in_place=False
+            ),
+            "embedding": lambda at: ops.embedding(table, targets[at] % 50),
+        }
+        for name, call in calls.items():
+            whole = call(slice(0, rows))
+            parts = np.concatenate([call(slice(i, i + 100)) for i in range(0, rows, 100)])
+            wrong = int((whole.view(np.uint8) != parts.view(np.uint8)).sum())
+            yield f"{name}: bytes of {dtype} that differ, inputs {shift} elements on", float(wrong), 0.0
+    ids = rng.integers(0, 2500, 400).astype(np.int32)
+    got = ops.embedding_backward(x[:400], ids, 2500)
+    expected = reference.embedding_backward(x[:400].astype(np.float64), ids, 2500)
+    yield "embedding_backward", relative_frobenius(got, expected), UNITS * UNIT[F32]
+    out, lse = (rng.normal(size=(2, 100, 107, 101)).astype(np.float32) for _ in "ab"), rng.normal(size=(4, 107, 100))
+    (a, b), (la, lb) = out, lse.astype(np.float32).reshape(2, 2, 107, 100)
+    merged, joint = ops.merge_blocks(a, la, b, lb)
+    weight = np.exp(la.astype(np.float64) - np.logaddexp(la, lb, dtype=np.float64)).transpose(0, 2, 1)[..., None]
+    yield "merged", relative_frobenius(merged, weight * a + (1 - weight) * b), UNITS * UNIT[F32]
+    yield "merged lse", relative_frobenius(joint, np.logaddexp(la, lb, dtype=np.float64)), UNITS * UNIT[F32]
+
+
 def pointwise(rng: np.random.Generator, dtype: np.dtype = F32) -> Iterator[Finding]:
     for width in WIDTHS:
         gate, up, grad = (s * rng.normal(size=(2, 3, width)) for s in (5.0, 1.0, 1.0))
@@ -400,6 +465,9 @@ def pages(rng: np.random.Generator, dtype: np.dtype = F32) -> Iterator[Finding]:
 
 CHECKS: dict[str, Callable[[np.random.Generator], Iterator[Finding]]] = {
     "norms": norms,
+    "levels": levels,
+    "far": far,
+    "far in bfloat16": lambda rng: far(rng, HALF["bfloat16"]),
     "pointwise": pointwise,
     "rotation": rotation,
     "attention": attention,

@@ -9,7 +9,7 @@ struct Sums {
   float *data;
   int64_t stride;
 
-  Sums(const View &out, int64_t b, int64_t h, std::vector<float> &room) : out_(out), b_(b), h_(h) {
+  Sums(const View &out, int64_t b, int64_t h, Floats &room) : out_(out), b_(b), h_(h) {
     const int64_t rows = out.shape[1], heads = out.shape[2], D = out.shape[3];
     direct_ = out.dtype == F32 && D % W == 0;
     if (direct_) {
@@ -37,34 +37,41 @@ struct Sums {
   bool direct_;
 };
 
-// What the blocks of one head share in the backward: queries and gradients transposed, [S / 64][D, lanes].
-struct Head {
-  int64_t b, h;
-  const Rows &k, &v;
-  const float *queries, *grads, *lse, *delta;
+constexpr int64_t kPart = 1024;  // queries whose rows, and their transposes, are held at a time; whole blocks
+
+// Queries [first, last) of one head in the backward; queries and grads: of q and grad transposed, [blocks][D, lanes].
+struct Part {
+  int64_t b, h, first, last;
+  Rows q, grad;
+  const float *queries, *grads;
 };
 
-// The part of the keys [from, to) in the gradients of one head, added to dq, dk and dv.
-void backward_block(const Shapes &s, const View *in, const Head &head, int64_t from, int64_t to, float scale,
-                    float *dq, int64_t ldq, const Sums &dk, const Sums &dv, Room &room) {
-  const int64_t keys = to - from;
-  const Rows &k = head.k, &v = head.v;
+// The part of the keys [from, to) in the gradients of some queries of a head, added to dq, dk and dv.
+void backward_block(const Shapes &s, const View *in, const Part &part, int64_t from, int64_t to, float scale, float *dq,
+                    int64_t ldq, const Sums &dk, const Sums &dv, Room &room) {
+  const int64_t keys = to - from, at = (part.b * s.H + part.h) * s.S;
+  const float *lse = in[5].as<float>() + at, *delta = in[6].as<float>() + at;
+  Rows k, v;
   room.scores.resize(kKeys * kQueries), room.d_scores.resize(kKeys * kQueries);
   float *weights = room.scores.data(), *d_scores = room.d_scores.data();
-  for (int64_t start = 0; start < s.S; start += kQueries) {
-    const Lanes block = lanes_of_head(s, head.h, start);
-    const int64_t n = block.n, lanes = block.padded;
-    const Visible visible(in[4], head.b, block, s.T);
+  for (int64_t start = part.first; start < part.last; start += kQueries) {
+    const Lanes block = lanes_of_head(s, part.h, start);
+    const int64_t n = block.n, lanes = block.padded, row = start - part.first;
+    const Visible visible(in[4], part.b, block, s.T);
     if (visible.none(from, to)) continue;
-    const float *queries = head.queries + start * s.D, *grads = head.grads + start * s.D;
-    gemm(keys, lanes, s.D, k.data + from * k.stride, k.stride, 1, queries, lanes, weights, lanes, false);
-    gemm(keys, lanes, s.D, v.data + from * v.stride, v.stride, 1, grads, lanes, d_scores, lanes, false);
+    if (!k.data) {
+      k = Rows(in[2], part.b, part.h / s.G, from, keys, room.k, true);
+      v = Rows(in[3], part.b, part.h / s.G, from, keys, room.v, true);
+    }
+    const float *queries = part.queries + row * s.D, *grads = part.grads + row * s.D;
+    gemm(keys, lanes, s.D, k.data, k.stride, 1, queries, lanes, weights, lanes, false);
+    gemm(keys, lanes, s.D, v.data, v.stride, 1, grads, lanes, d_scores, lanes, false);
     if (!visible.whole(from, to)) hide(weights, keys, lanes, from, visible, kNone);
     for (int64_t j = 0; j < lanes; j += W) {
       const int rest = static_cast<int>(std::min<int64_t>(W, n - j));
-      vf level = get(head.lse + start + j, rest);
+      vf level = get(lse + start + j, rest);
       level = select(level == kNone, splat(0.0f), level);
-      const vf mean = get(head.delta + start + j, rest);
+      const vf mean = get(delta + start + j, rest);
       for (int64_t t = 0; t < keys; t++) {
         float *p = weights + t * lanes + j, *d = d_scores + t * lanes + j;
         const vf w = exponential(load(p) - level);
@@ -72,10 +79,10 @@ void backward_block(const Shapes &s, const View *in, const Head &head, int64_t f
         store(d, w * (load(d) - mean) * scale);
       }
     }
-    const Rows q(in[1], head.b, head.h, start, n, room.q), grad(in[0], head.b, head.h, start, n, room.grad);
-    gemm(keys, s.Dp, n, weights, lanes, 1, grad.data, grad.stride, dv.data + from * dv.stride, dv.stride, true);
-    gemm(keys, s.Dp, n, d_scores, lanes, 1, q.data, q.stride, dk.data + from * dk.stride, dk.stride, true);
-    gemm(n, s.Dp, keys, d_scores, 1, lanes, k.data + from * k.stride, k.stride, dq + start * ldq, ldq, true);
+    const float *q = part.q.data + row * part.q.stride, *grad = part.grad.data + row * part.grad.stride;
+    gemm(keys, s.Dp, n, weights, lanes, 1, grad, part.grad.stride, dv.data + from * dv.stride, dv.stride, true);
+    gemm(keys, s.Dp, n, d_scores, lanes, 1, q, part.q.stride, dk.data + from * dk.stride, dk.stride, true);
+    gemm(n, s.Dp, keys, d_scores, 1, lanes, k.data, k.stride, dq + row * ldq, ldq, true);
   }
 }
 
@@ -84,32 +91,34 @@ void backward_block(const Shapes &s, const View *in, const Head &head, int64_t f
 void backward_head(const Shapes &s, const View *in, const View *out, int64_t b, int64_t kv, float scale, int64_t hands,
                    Room *rooms) {
   Room &room = rooms[0];
-  const Rows k(in[2], b, kv, 0, s.T, room.k), v(in[3], b, kv, 0, s.T, room.v);
   const Sums dk(out[1], b, kv, room.dk), dv(out[2], b, kv, room.dv);
-  const int64_t lanes = (s.S + kQueries - 1) / kQueries * kQueries;
-  room.queries.resize(s.D * lanes), room.grads.resize(s.D * lanes);
-  for (int64_t g = 0; g < s.G; g++) {
-    const int64_t h = kv * s.G + g;
-    for (int64_t start = 0; start < s.S; start += kQueries) {
-      const Lanes block = lanes_of_head(s, h, start);
-      transpose(in[1], b, block, scale, &room.queries[start * s.D]);
-      transpose(in[0], b, block, 1.0f, &room.grads[start * s.D]);
-    }
-    const Head head{b, h, k, v, room.queries.data(), room.grads.data(), in[5].as<float>() + (b * s.H + h) * s.S,
-                    in[6].as<float>() + (b * s.H + h) * s.S};
+  room.queries.resize(s.D * kPart), room.grads.resize(s.D * kPart);
+  std::vector<Floats> own(hands - 1);
+  for (int64_t h = kv * s.G; h < (kv + 1) * s.G; h++) {
     const Sums dq(out[0], b, h, room.out);
-    std::vector<std::vector<float>> own(hands - 1);
-    parallel_items(hands, [&](int64_t hand, int) {
-      float *to = dq.data;
-      int64_t stride = dq.stride;
-      if (hand) own[hand - 1].assign(s.S * s.Dp, 0.0f), to = own[hand - 1].data(), stride = s.Dp;
-      for (int64_t from = hand * kKeys; from < s.T; from += hands * kKeys)
-        backward_block(s, in, head, from, std::min(s.T, from + kKeys), scale, to, stride, dk, dv, rooms[hand]);
-    });
-    for (const auto &part : own)
-      for (int64_t r = 0; r < s.S; r++)
-        for (int64_t i = 0; i < s.Dp; i += W)
-          store(dq.data + r * dq.stride + i, load(dq.data + r * dq.stride + i) + load(&part[r * s.Dp + i]));
+    for (int64_t first = 0; first < s.S; first += kPart) {
+      const int64_t last = std::min(s.S, first + kPart), rows = last - first;
+      for (int64_t start = first; start < last; start += kQueries) {
+        const Lanes block = lanes_of_head(s, h, start);
+        transpose(in[1], b, block, scale, &room.queries[(start - first) * s.D]);
+        transpose(in[0], b, block, 1.0f, &room.grads[(start - first) * s.D]);
+      }
+      const Part part{b, h, first, last, Rows(in[1], b, h, first, rows, room.q, true),
+                      Rows(in[0], b, h, first, rows, room.grad, true), room.queries.data(), room.grads.data()};
+      parallel_items(hands, [&](int64_t hand, int) {
+        float *to = dq.data + first * dq.stride;
+        int64_t stride = dq.stride;
+        if (hand) own[hand - 1].assign(rows * s.Dp, 0.0f), to = own[hand - 1].data(), stride = s.Dp;
+        for (int64_t from = hand * kKeys; from < s.T; from += hands * kKeys)
+          backward_block(s, in, part, from, std::min(s.T, from + kKeys), scale, to, stride, dk, dv, rooms[hand]);
+      });
+      for (const auto &more : own)
+        for (int64_t r = 0; r < rows; r++)
+          for (int64_t i = 0; i < s.Dp; i += W) {
+            float *p = dq.data + (first + r) * dq.stride + i;
+            store(p, load(p) + load(&more[r * s.Dp + i]));
+          }
+    }
     dq.write();
   }
   dk.write(), dv.write();

@@ -16,14 +16,17 @@ constexpr float kNone = -INFINITY;
 inline int64_t padded(int64_t n) { return (n + W - 1) / W * W; }
 
 // Rows [first, first + rows) of one head as floats with D padded to whole vectors: the tensor itself where it is that.
+// ``together``: without other heads between them. A product that takes whole rows wants them so: those of a tensor begin
+// a power of two apart, each in a page of its own and all in the same few lines of the nearest cache.
 struct Rows {
   const float *data = nullptr;
   int64_t stride = 0;
 
   Rows() = default;
-  Rows(const View &x, int64_t b, int64_t h, int64_t first, int64_t rows, std::vector<float> &room) {
+  Rows(const View &x, int64_t b, int64_t h, int64_t first, int64_t rows, Floats &room,
+       bool together = false) {
     const int64_t D = x.shape[3], at = b * x.stride[0] + first * x.stride[1] + h * x.stride[2];
-    if (x.dtype == F32 && D % W == 0) {
+    if (x.dtype == F32 && D % W == 0 && (!together || x.stride[1] == D)) {
       data = x.as<float>() + at, stride = x.stride[1];
       return;
     }
@@ -118,7 +121,7 @@ struct Shapes {
 };
 
 struct Room {
-  std::vector<float> k, v, q, grad, queries, grads, scores, d_scores, out, dk, dv;
+  Floats k, v, q, grad, queries, grads, scores, d_scores, out, dk, dv;
   Rows keys, values;
   int64_t head = -1;  // whose keys and values they are
 };

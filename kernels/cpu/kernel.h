@@ -9,6 +9,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <new>
 #include <vector>
 
 #include "pool.h"
@@ -36,6 +37,17 @@ struct View {
     return static_cast<T *>(data);
   }
 };
+
+// Floats from the beginning of a line of the caches on: a load or store across two lines is two.
+template <typename T>
+struct OnLines {
+  using value_type = T;
+  T *allocate(size_t n) { return static_cast<T *>(::operator new(n * sizeof(T), std::align_val_t(64))); }
+  void deallocate(T *p, size_t) { ::operator delete(p, std::align_val_t(64)); }
+  bool operator==(const OnLines &) const { return true; }
+  bool operator!=(const OnLines &) const { return false; }
+};
+using Floats = std::vector<float, OnLines<float>>;
 
 using Kernel = void (*)(const View *in, const View *out, const double *scalars);
 

@@ -4,7 +4,19 @@
 namespace {
 constexpr int kIgnore = -100;
 constexpr int64_t kBlock = 1024;  // logits between two looks at the level
-constexpr float kNear = 20.0f;    // e^20 times a block's length is far from overflow
+constexpr float kFar = 5e8f;      // e^20: a block whose largest is at the level, or below it, stays far under this
+
+template <typename T>
+float largest(const T *p, int64_t n) {
+  vf most = splat(-INFINITY);
+  by_vectors(0, n, 0, [&](int64_t i, int some) {
+    if (some == W)
+      most = maximum(load(p + i), most);
+    else
+      for (int l = 0; l < some; l++) most = maximum(splat(scalar_load(p + i + l)), most);
+  });
+  return max_lanes(most);
+}
 
 template <typename T>
 void statistics(const View &logits, const View &targets, int64_t first, int64_t real, float *lse, float *picked) {
@@ -15,32 +27,27 @@ void statistics(const View &logits, const View &targets, int64_t first, int64_t 
       const int64_t target = load_index(targets, row) - first;
       const bool held = load_index(targets, row) != kIgnore && target >= 0 && target < real;
       picked[row] = held ? scalar_load(p + target) : 0.0f;
-      // The exponentials are taken relative to a level that need not be the largest logit, only near it: a block whose
-      // largest is far above raises it, and is gone through again.
+      // The exponentials are taken relative to a level that need not be the largest logit, only near it. A block whose
+      // sum says that some of it is far above raises the level, and is gone through again.
       float level = -INFINITY;
       double sum = 0;
       for (int64_t from = 0; from < real;) {
-        const int64_t to = std::min(real, from + kBlock), whole = from + (to - from) / W * W;
+        const int64_t to = std::min(real, from + kBlock);
+        if (level == -INFINITY) level = largest(p + from, to - from);
         const float base = level == -INFINITY ? 0.0f : level;
-        vf most = splat(-INFINITY), part = splat(0.0f);
-        for (int64_t i = from; i < whole; i += W) {
-          const vf x = load(p + i);
-          most = maximum(x, most), part += exponential(x - base);
-        }
-        if (whole < to) {
-          const int n = static_cast<int>(to - whole);
-          const vf x = load_part(p + whole, n);
-          part += clear_after(exponential(x - base), n);
-          for (int64_t i = whole; i < to; i++) most = maximum(splat(scalar_load(p + i)), most);
-        }
-        const float top = max_lanes(most);
-        if (top > level + kNear || (top != -INFINITY && level == -INFINITY)) {
-          sum = sum ? sum * std::exp(double(level) - top) : 0;
-          level = top;
+        vf part = splat(0.0f);
+        by_vectors(from, to, 0, [&](int64_t i, int n) {
+          vf term = exponential(get(p + i, n) - base);
+          if (n < W) term = clear_after(term, n);
+          part += term;
+        });
+        const float more = sum_lanes(part);
+        if (more > kFar) {
+          const float top = largest(p + from, to - from);
+          sum *= std::exp(double(level) - top), level = top;
           continue;  // now relative to its own largest
         }
-        sum += sum_lanes(part);
-        from = to;
+        sum += more, from = to;
       }
       lse[row] = real ? static_cast<float>(level + std::log(sum)) : -INFINITY;
     }
@@ -74,15 +81,11 @@ static void cross_entropy_gradient(const View *in, const View &target_view, cons
         const int64_t local = token - first;
         const bool held = token != kIgnore && local >= 0 && local < real;
         const float own = held ? std::exp(scalar_load(p + local) - lse) * scale - factor : 0.0f;
-        for (int64_t i = 0; i < columns; i += W) {
-          const int n = static_cast<int>(std::min<int64_t>(W, columns - i));
-          vf g = splat(0.0f);
-          if (i < real && scale != 0.0f) {
-            g = exponential(get(p + i, n) - lse) * scale;
-            if (i + n > real) g = clear_after(g, static_cast<int>(real - i));
-          }
-          put(o + i, g, n, far);
-        }
+        const int64_t some = scale != 0.0f ? real : 0;
+        by_vectors(0, some, to_line(o), [&](int64_t i, int n) {
+          put(o + i, exponential(get(p + i, n) - lse) * scale, n, far);
+        });
+        by_vectors(some, columns, to_line(o + some), [&](int64_t i, int n) { put(o + i, splat(0.0f), n, far); });
         if (far) fence(true);
         if (held) scalar_store(o + local, own);
       }
@@ -95,43 +98,54 @@ KERNEL(cross_entropy_backward_in_place, 4, 0, 3) { cross_entropy_gradient(in, in
 // in: table [V, E], ids [N]; out: rows [N, E]
 KERNEL(embedding, 2, 1, 0) {
   const int64_t columns = in[0].columns(), bytes = columns * (in[0].dtype == F32 ? 4 : 2);
-  const bool far = streams(out[0]) && bytes % 64 == 0;  // whole lines: rows are copied as they are, whatever the type
+  const bool far = streams(out[0]) && bytes % 4 == 0;  // as floats: rows are copied as they are, whatever the type
   const auto of = [&](int64_t row) { return in[0].as<char>() + load_index(in[1], row) * bytes; };
   parallel(in[1].size(), std::max<int64_t>(1, 65536 / std::max<int64_t>(1, bytes)), [&](int64_t a, int64_t b, int) {
     for (int64_t row = a; row < b; row++) {
-      char *to = out[0].as<char>() + row * bytes;
       if (!far) {
-        std::memcpy(to, of(row), bytes);
+        std::memcpy(out[0].as<char>() + row * bytes, of(row), bytes);
         continue;
       }
-      const char *from = of(row), *next = of(std::min(row + 1, b - 1));
-      for (int64_t i = 0; i < bytes; i += sizeof(vf)) {
-        put(reinterpret_cast<float *>(to + i), load(reinterpret_cast<const float *>(from + i)), W, true);
+      float *to = reinterpret_cast<float *>(out[0].as<char>() + row * bytes);
+      const auto *from = reinterpret_cast<const float *>(of(row));
+      const auto *next = reinterpret_cast<const float *>(of(std::min(row + 1, b - 1)));
+      by_vectors(0, bytes / 4, to_line(to), [&](int64_t i, int n) {
+        put(to + i, get(from + i, n), n, true);
         ahead(next + i, true);
-      }
+      });
     }
     fence(far);
   });
 }
 
-// in: grad [N, E], ids [N]; out: [V, E] float32. Each thread owns a run of the vocabulary and adds in the order of the
-// rows: the same bits whatever the number of threads.
+// in: grad [N, E], ids [N]; out: [V, E] float32, written once: the sums of the rows of each id, in the order of the
+// rows, whatever the number of threads, and zeros for the others.
 KERNEL(embedding_backward, 2, 1, 0) {
   const int64_t columns = in[0].columns(), rows = in[1].size(), vocab = out[0].shape[0];
+  // The rows of id v are order[start[v]] to order[start[v + 1]].
+  std::vector<int64_t> start(vocab + 1, 0), order(rows);
+  const auto held = [&](int64_t id) { return id >= 0 && id < vocab; };
+  for (int64_t row = 0; row < rows; row++)
+    if (const int64_t id = load_index(in[1], row); held(id)) start[id + 1]++;
+  for (int64_t id = 0; id < vocab; id++) start[id + 1] += start[id];
+  std::vector<int64_t> next(start.begin(), start.end() - 1);
+  for (int64_t row = 0; row < rows; row++)
+    if (const int64_t id = load_index(in[1], row); held(id)) order[next[id]++] = row;
+  const bool far = streams(out[0]);
   with_type(in[0].dtype, [&](auto *t) {
     using T = std::remove_pointer_t<decltype(t)>;
+    const T *grad = in[0].as<T>();
     parallel(vocab, std::max<int64_t>(1, 65536 / std::max<int64_t>(1, columns)), [&](int64_t a, int64_t b, int) {
-      float *table = out[0].as<float>();
-      std::memset(table + a * columns, 0, (b - a) * columns * sizeof(float));
-      for (int64_t row = 0; row < rows; row++) {
-        const int64_t id = load_index(in[1], row);
-        if (id < a || id >= b) continue;
-        for (int64_t i = 0; i < columns; i += W) {
-          const int n = static_cast<int>(std::min<int64_t>(W, columns - i));
-          float *p = table + id * columns + i;
-          put(p, get(p, n) + get(in[0].as<T>() + row * columns + i, n), n);
-        }
+      for (int64_t id = a; id < b; id++) {
+        float *to = out[0].as<float>() + id * columns;
+        const int64_t first = start[id], last = start[id + 1];
+        by_vectors(0, columns, to_line(to), [&](int64_t i, int n) {
+          vf sum = splat(0.0f);
+          for (int64_t k = first; k < last; k++) sum += get(grad + order[k] * columns + i, n);
+          put(to + i, sum, n, far);
+        });
       }
+      fence(far);
     });
   });
 }

@@ -19,7 +19,7 @@ struct Buffer {
     const auto at = reinterpret_cast<uintptr_t>(held.data());
     return held.data() + (-at % (W * sizeof(float))) / sizeof(float);
   }
-  std::vector<float> held;
+  Floats held;
 };
 thread_local Buffer packed_a, packed_b;
 

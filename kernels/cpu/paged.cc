@@ -52,7 +52,7 @@ inline void rows_of(const Paged &a, const View &pages, int64_t r, int64_t kv, in
 }
 
 struct Scratch {
-  std::vector<float> queries, scores, keys, zeros;
+  Floats queries, scores, keys, zeros;
 };
 
 // The run [from, to) of the keys of one sequence's single query, in the G heads that share kv: for each head its largest
@@ -116,7 +116,7 @@ void singles(const Paged &a, const View &out, int64_t count, float scale) {
   std::vector<int64_t> first(count + 1, 0);  // runs of the sequences before
   for (int64_t r = 0; r < count; r++) first[r + 1] = first[r] + (a.lengths[r] + kRun - 1) / kRun;
   const int64_t runs = first[count], width = a.G * (a.Dp + 2);
-  std::vector<float> parts(runs * a.K * width);
+  Floats parts(runs * a.K * width);
   std::vector<Scratch> scratch(threads_for(runs * a.K, 1));
   parallel_items(runs * a.K, [&](int64_t item, int hand) {
     const int64_t run = item / a.K, kv = item % a.K;
@@ -128,7 +128,7 @@ void singles(const Paged &a, const View &out, int64_t count, float scale) {
                                                      scratch[hand]);
     });
   });
-  std::vector<float> row(a.Dp);
+  Floats row(a.Dp);
   for (int64_t r = 0; r < count; r++)
     for (int64_t h = 0; h < a.H; h++) {
       const int64_t kv = h / a.G, g = h % a.G;
@@ -153,7 +153,7 @@ void singles(const Paged &a, const View &out, int64_t count, float scale) {
 }
 
 // All keys or values of one head of a sequence, as floats, one after another.
-Rows gathered(const Paged &a, const View &pages, int64_t r, int64_t kv, std::vector<float> &room) {
+Rows gathered(const Paged &a, const View &pages, int64_t r, int64_t kv, Floats &room) {
   const int64_t length = a.lengths[r];
   if (static_cast<int64_t>(room.size()) < length * a.Dp) room.resize(length * a.Dp);
   with_type(pages.dtype, [&](auto *type) {
@@ -179,7 +179,7 @@ void piece(const Paged &a, const View &out, int64_t r, float scale) {
   const int64_t S = a.queries(r), length = a.lengths[r];
   std::vector<int32_t> ends(2 * S);
   for (int64_t i = 0; i < S; i++) ends[2 * i] = 0, ends[2 * i + 1] = static_cast<int32_t>(length - S + i + 1);
-  std::vector<float> log_sum_exp(a.H * S);
+  Floats log_sum_exp(a.H * S);
   const View q = sequence_view(a.q, a.starts[r], S);
   View keys{}, ranges{}, outs[2] = {sequence_view(out, a.starts[r], S), View{}};
   keys.shape[0] = 1, keys.shape[1] = length, keys.shape[2] = a.K, keys.shape[3] = a.D, keys.dtype = a.k.dtype;

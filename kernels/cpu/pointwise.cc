@@ -5,27 +5,28 @@ namespace {
 
 constexpr int64_t kGrain = 8192;
 
-// The vectors of [0, size), each thread its whole vectors; body(i, n).
-template <typename Body>
-void over(int64_t size, const Body &body) {
-  const int64_t vectors = (size + W - 1) / W;
-  parallel(vectors, kGrain / W, [&](int64_t first, int64_t last, int) {
-    for (int64_t v = first; v < last; v++) {
-      const int64_t i = v * W;
-      body(i, static_cast<int>(std::min<int64_t>(W, size - i)));
-    }
+// The elements of an array like ``out``, in vectors that begin its lines; body(i, n).
+template <typename T, typename Body>
+void over(const T *out, int64_t size, const Body &body) {
+  const int64_t head = std::min(size, to_line(out)), vectors = std::max<int64_t>(1, (size - head + W - 1) / W);
+  parallel(size ? vectors : 0, kGrain / W, [&](int64_t first, int64_t last, int) {
+    const int64_t from = first ? head + first * W : 0;
+    by_vectors(from, std::min(size, head + last * W), first ? 0 : head, body);
 #if defined(__x86_64__)
     _mm_sfence();
 #endif
   });
 }
 
-vf silu_gate(vf x) { return inverse(1.0f + exponential(-x)); }
+vf silu_gate(vf x) { return gate(x * -kLog2E); }
 
 constexpr float kGeluA = 0.7978845608028654f, kGeluB = 0.044715f;
 
 // (1 + tanh u) / 2 = 1 / (1 + e^-2u), without cancellation where tanh u is near -1; u of gelu at x.
-vf gelu_gate(vf x) { return inverse(1.0f + exponential(x * (-2.0f * kGeluA) * (1.0f + kGeluB * (x * x)))); }
+vf gelu_gate(vf x) {
+  constexpr float scale = -2.0f * kGeluA * kLog2E;
+  return gate(x * (scale + (scale * kGeluB) * (x * x)));
+}
 
 // Rotation of one tensor [B, S, heads, D], strided, into a contiguous one. table: cos, sin, maybe scale.
 template <typename T>
@@ -74,7 +75,7 @@ KERNEL(swiglu, 2, 1, 0) {
   const bool far = streams(out[0]);
   with_type(in[0].dtype, [&](auto *t) {
     using T = std::remove_pointer_t<decltype(t)>;
-    over(in[0].size(), [&](int64_t i, int n) {
+    over(out[0].as<T>(), in[0].size(), [&](int64_t i, int n) {
       const vf g = get(in[0].as<T>() + i, n);
       put(out[0].as<T>() + i, g * silu_gate(g) * get(in[1].as<T>() + i, n), n, far);
     });
@@ -86,7 +87,7 @@ KERNEL(swiglu_backward, 3, 2, 0) {
   const bool far = streams(out[0]);
   with_type(in[0].dtype, [&](auto *t) {
     using T = std::remove_pointer_t<decltype(t)>;
-    over(in[0].size(), [&](int64_t i, int n) {
+    over(out[0].as<T>(), in[0].size(), [&](int64_t i, int n) {
       const vf d = get(in[0].as<T>() + i, n), g = get(in[1].as<T>() + i, n), u = get(in[2].as<T>() + i, n);
       const vf s = silu_gate(g);
       put(out[0].as<T>() + i, d * u * s * (1.0f + g * (1.0f - s)), n, far);
@@ -100,7 +101,7 @@ KERNEL(gelu, 1, 1, 0) {
   const bool far = streams(out[0]);
   with_type(in[0].dtype, [&](auto *t) {
     using T = std::remove_pointer_t<decltype(t)>;
-    over(in[0].size(), [&](int64_t i, int n) {
+    over(out[0].as<T>(), in[0].size(), [&](int64_t i, int n) {
       const vf x = get(in[0].as<T>() + i, n);
       put(out[0].as<T>() + i, x * gelu_gate(x), n, far);
     });
@@ -112,11 +113,11 @@ KERNEL(gelu_backward, 2, 1, 0) {
   const bool far = streams(out[0]);
   with_type(in[0].dtype, [&](auto *t) {
     using T = std::remove_pointer_t<decltype(t)>;
-    over(in[0].size(), [&](int64_t i, int n) {
+    over(out[0].as<T>(), in[0].size(), [&](int64_t i, int n) {
       const vf d = get(in[0].as<T>() + i, n), x = get(in[1].as<T>() + i, n), s = gelu_gate(x);
       // d/dx of x s(2u): s + x s (1 - s) 2u'. Far out s (1 - s) is 0 before u' overflows.
-      const vf slope = (2.0f * kGeluA) * (1.0f + (3.0f * kGeluB) * (x * x));
-      put(out[0].as<T>() + i, d * (s + x * s * (1.0f - s) * slope), n, far);
+      const vf ds = d * s, slope = (2.0f * kGeluA) + (6.0f * kGeluA * kGeluB) * (x * x);
+      put(out[0].as<T>() + i, ds + (ds - ds * s) * x * slope, n, far);
     });
   });
 }
@@ -127,7 +128,7 @@ KERNEL(add, 2, 1, 0) {
   with_types(in[0].dtype, in[1].dtype, [&](auto *tx, auto *ty) {
     using X = std::remove_pointer_t<decltype(tx)>;
     using Y = std::remove_pointer_t<decltype(ty)>;
-    over(in[0].size(), [&](int64_t i, int n) {
+    over(out[0].as<X>(), in[0].size(), [&](int64_t i, int n) {
       put(out[0].as<X>() + i, get(in[0].as<X>() + i, n) + get(in[1].as<Y>() + i, n), n, far);
     });
   });
@@ -155,7 +156,7 @@ KERNEL(column_sum, 1, 1, 0) {
   constexpr int64_t kBlock = 128;
   const int64_t columns = in[0].columns(), rows = in[0].rows(), stride = (columns + W - 1) / W * W;
   const int64_t blocks = (rows + kBlock - 1) / kBlock;
-  std::vector<float> sums(std::max<int64_t>(1, blocks) * stride, 0.0f);
+  Floats sums(std::max<int64_t>(1, blocks) * stride, 0.0f);
   with_type(in[0].dtype, [&](auto *t) {
     using T = std::remove_pointer_t<decltype(t)>;
     parallel(blocks, std::max<int64_t>(1, kGrain / (kBlock * stride)), [&](int64_t a, int64_t b, int) {
@@ -218,37 +219,68 @@ KERNEL(accumulate, 2, 0, 2) {
     using T = std::remove_pointer_t<decltype(t)>;
     const T *x = in[1].as<T>();
     if (add)
-      over(in[1].size(), [&](int64_t i, int n) { put(into + i, get(into + i, n) + get(x + i, n), n); });
+      over(into, in[1].size(), [&](int64_t i, int n) { put(into + i, get(into + i, n) + get(x + i, n), n); });
     else
-      over(in[1].size(), [&](int64_t i, int n) { put(into + i, get(x + i, n), n, far); });
+      over(into, in[1].size(), [&](int64_t i, int n) { put(into + i, get(x + i, n), n, far); });
   });
+}
+
+// log(1 + x) for 0 <= x <= 1, within 3 units in the last place: 2 artanh(z) = 2 z (1 + z^2/3 + z^4/5 + ...) with
+// z = x / (2 + x), the coefficients such that the largest error is least, 4e-09.
+static vf log_one_and(vf x) {
+  const vf z = x * inverse(2.0f + x), u = z * z;
+  return 2.0f * z + 2.0f * z * u * (0.333332081f + u * (0.200107636f + u * (0.140009027f + u * 0.140059934f)));
+}
+
+// What two blocks weigh in their union, by their log-sum-exps a and b; log_sum_exp of the union comes back. Nothing but
+// masked keys in both: -inf, and no weight for either.
+static vf union_of(vf a, vf b, vf &weight_a, vf &weight_b) {
+  const vf top = maximum(a, b), unknown = a + b, infinite = splat(INFINITY);
+  const vi finite = absolute(top) < infinite, nan = (a != a) | (b != b);
+  const vf smaller = exponential(minimum(a, b) - top), larger = inverse(1.0f + smaller), less = smaller * larger;
+  const vi first = a >= b;
+  weight_a = select(nan, unknown, (vf)((vi)select(first, larger, less) & finite));
+  weight_b = select(nan, unknown, (vf)((vi)select(first, less, larger) & finite));
+  return select(nan, unknown, select(finite, top + log_one_and(smaller), top));
 }
 
 // in: out, more [B, S, H, D] float32, log_sum_exp, more_lse [B, H, S] float32; out: out, log_sum_exp of the union
 KERNEL(merge_blocks, 4, 2, 0) {
   const int64_t B = in[0].shape[0], S = in[0].shape[1], H = in[0].shape[2], D = in[0].shape[3];
+  const int64_t groups = (S + W - 1) / W;  // of tokens, whose log-sum-exps lie beside each other
   const bool far = streams(out[0]);
-  parallel(B * S, std::max<int64_t>(1, kGrain / std::max<int64_t>(1, H * D)), [&](int64_t first, int64_t last, int) {
-    for (int64_t token = first; token < last; token++)
+  parallel(B * groups, std::max<int64_t>(1, kGrain / std::max<int64_t>(1, W * H * D)), [&](int64_t a, int64_t b, int) {
+    Floats weights(2 * H * W);
+    const vi lanes = lane_numbers();
+    for (int64_t group = a; group < b; group++) {
+      const int64_t batch = group / groups, from = group % groups * W;
+      const int some = static_cast<int>(std::min<int64_t>(W, S - from));
       for (int64_t h = 0; h < H; h++) {
-        const int64_t at = (token / S * H + h) * S + token % S, row = (token * H + h) * D;
-        const float a = in[2].as<float>()[at], b = in[3].as<float>()[at], top = std::max(a, b);
-        double joint = top, wa = 0, wb = 0;
-        if (std::isfinite(top)) {
-          const float smaller = std::exp(std::min(a, b) - top);
-          const double larger = 1.0 / (1.0 + smaller);
-          joint = double(top) + std::log1p(smaller);
-          wa = a >= b ? larger : smaller * larger, wb = a >= b ? smaller * larger : larger;
-        } else if (top != top) {
-          wa = wb = top;
-        }
-        out[1].as<float>()[at] = static_cast<float>(joint);
-        for (int64_t i = 0; i < D; i += W) {
-          const int n = static_cast<int>(std::min<int64_t>(W, D - i));
-          const vf x = get(in[0].as<float>() + row + i, n), y = get(in[1].as<float>() + row + i, n);
-          put(out[0].as<float>() + row + i, x * float(wa) + y * float(wb), n, far);
-        }
+        const int64_t at = (batch * H + h) * S + from;
+        vf one, other;
+        put(out[1].as<float>() + at,
+            union_of(get(in[2].as<float>() + at, some), get(in[3].as<float>() + at, some), one, other), some);
+        store(&weights[2 * h * W], one), store(&weights[(2 * h + 1) * W], other);
       }
+      for (int t = 0; t < some; t++) {
+        const int64_t token = (batch * S + from + t) * H * D;
+        const float *x = in[0].as<float>() + token, *y = in[1].as<float>() + token;
+        float *to = out[0].as<float>() + token;
+        // Vectors that fill a line of the output, wherever heads begin and end.
+        const auto weight = [&](int64_t h, int which) { return splat(weights[(2 * h + which) * W + t]); };
+        int64_t h = 0;
+        by_vectors(0, H * D, to_line(to), [&](int64_t i, int n) {
+          while (i >= (h + 1) * D) h++;
+          vf wa = weight(h, 0), wb = weight(h, 1);
+          for (int64_t next = h + 1; i + n > next * D; next++) {
+            const vi before = lanes < splat_int(static_cast<int32_t>(next * D - i));
+            wa = select(before, wa, weight(next, 0)), wb = select(before, wb, weight(next, 1));
+          }
+          put(to + i, get(x + i, n) * wa + get(y + i, n) * wb, n, far);
+          ahead(x + H * D + i, far), ahead(y + H * D + i, far);
+        });
+      }
+    }
     fence(far);
   });
 }

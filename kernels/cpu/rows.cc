@@ -101,7 +101,7 @@ void product(const float *x, int64_t rows, int64_t x_row, const View &w, const f
   const int64_t outputs = w.shape[0], columns = w.shape[1], strips = (outputs + W - 1) / W;
   const int64_t at_once = std::max<int64_t>(1, kItem / (W * std::max<int64_t>(1, columns)));
   parallel_items((strips + at_once - 1) / at_once, [&](int64_t item, int) {
-    std::vector<float> room(rows * W);
+    Floats room(rows * W);
     for (int64_t s = item * at_once; s < std::min(strips, (item + 1) * at_once); s++) {
       const int64_t first = s * W, some = std::min<int64_t>(W, outputs - first);
       const T *from = w.as<T>() + first * columns;
@@ -131,7 +131,7 @@ namespace {
 struct FloatRows {
   const float *data;
   int64_t rows, stride;
-  std::vector<float> room;
+  Floats room;
 
   explicit FloatRows(const View &x) : data(x.as<float>()), rows(x.rows()), stride((x.columns() + W - 1) / W * W) {
     const int64_t columns = x.columns();

@@ -69,6 +69,28 @@ static inline void put(T *p, vf x, int n, bool far = false) {
 #endif
   store(p, x);
 }
+// Elements from p to the next line of the caches: vectors from there on are written with one store each, and read so
+// where the inputs lie as the output does, as MindSpore's do. 0 where no element begins a line.
+template <typename T>
+static inline int64_t to_line(const T *p) {
+  const uintptr_t beyond = reinterpret_cast<uintptr_t>(p) % 64;
+  return beyond % sizeof(T) ? 0 : (64 - beyond) % 64 / sizeof(T);
+}
+
+// body(i, n) for the elements [first, last), n <= W at a time, whole vectors beginning ``head`` behind ``first``.
+template <typename Body>
+__attribute__((always_inline)) inline void by_vectors(int64_t first, int64_t last, int64_t head, const Body &body) {
+  int64_t i = first;
+  for (const int64_t to = std::min(last, first + head); i < to;) {
+    const int n = static_cast<int>(std::min<int64_t>(W, to - i));
+    body(i, n);
+    i += n;
+  }
+#pragma GCC unroll 2
+  for (; i + W <= last; i += W) body(i, W);
+  if (i < last) body(i, static_cast<int>(last - i));
+}
+
 // Memory that is read next, asked for while the present row is written: otherwise the two take turns.
 template <typename T>
 static inline void ahead(const T *p, bool far) {

@@ -33,9 +33,20 @@ struct f16 {
 
 static inline vf splat(float x) { return vf{} + x; }
 static inline vi splat_int(int32_t x) { return vi{} + x; }
+static inline vi lane_numbers() {
+  vi x;
+  for (int i = 0; i < W; i++) x[i] = i;
+  return x;
+}
 static inline vf select(vi mask, vf a, vf b) { return (vf)((mask & (vi)a) | (~mask & (vi)b)); }
+// Of a NaN, b.
+#if defined(__AVX512F__)
+static inline vf maximum(vf a, vf b) { return (vf)_mm512_max_ps((__m512)a, (__m512)b); }
+static inline vf minimum(vf a, vf b) { return (vf)_mm512_min_ps((__m512)a, (__m512)b); }
+#else
 static inline vf maximum(vf a, vf b) { return select(a > b, a, b); }
 static inline vf minimum(vf a, vf b) { return select(a < b, a, b); }
+#endif
 static inline vf absolute(vf x) { return (vf)((vi)x & 0x7fffffff); }
 
 static inline vf load(const float *p) {
@@ -114,6 +125,17 @@ static inline void store_part(T *p, vf x, int n) {
   store(lanes, x);
   std::memcpy(p, lanes, n * sizeof(T));
 }
+#if defined(__AVX512F__)
+static inline __mmask16 first_lanes(int n) { return static_cast<__mmask16>((1u << n) - 1); }
+template <>
+inline vf load_part(const float *p, int n) {
+  return (vf)_mm512_maskz_loadu_ps(first_lanes(n), p);
+}
+template <>
+inline void store_part(float *p, vf x, int n) {
+  _mm512_mask_storeu_ps(p, first_lanes(n), (__m512)x);
+}
+#endif
 
 template <int S>
 static inline void exchange(vf &a, vf &b) {
@@ -180,18 +202,43 @@ static inline float max_lanes(vf x) {
   return most;
 }
 
-// e^x within 1 unit in the last place, 0 far below, at most e^88.37 (finite), NaN of NaN. x = n ln 2 + r with
-// |r| <= ln(2)/2, and e^r = 1 + r + r^2 q(r), q of degree 4 with the least largest error, 3e-09 relative.
-static inline vf exponential(vf x) {
-  const vf shifter = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
 #if defined(__AVX512F__)
-  x = (vf)_mm512_max_ps(_mm512_set1_ps(-120.0f), (__m512)x);  // of a NaN the second operand comes back
-  x = (vf)_mm512_min_ps(_mm512_set1_ps(88.37f), (__m512)x);
+// 2^(j/32) for j = 0 to 31, as bits, less j << 18: adding k << 18, k = 32 n + j, gives the bits of 2^(k/32).
+alignas(64) static const int32_t kPowers[32] = {
+    0x3f800000, 0x3f7ecd87, 0x3f7daac3, 0x3f7c980f, 0x3f7b95c2, 0x3f7aa43a, 0x3f79c3d3, 0x3f78f4f0, 0x3f7837f0,
+    0x3f778d3a, 0x3f76f532, 0x3f767043, 0x3f75fed7, 0x3f75a15b, 0x3f75583f, 0x3f7523f6, 0x3f7504f3, 0x3f74fbaf,
+    0x3f7508a4, 0x3f752c4d, 0x3f75672a, 0x3f75b9be, 0x3f76248c, 0x3f76a81e, 0x3f7744fd, 0x3f77fbb8, 0x3f78ccdf,
+    0x3f79b907, 0x3f7ac0c7, 0x3f7be4ba, 0x3f7d257d, 0x3f7e83b3,
+};
+
+// 2^(k/32) (1 + q), and 0 where ``kept`` is not set. k is in the low bits of ``t``, a number to which kShifter was added.
+static inline vf power(vf t, vf q, __mmask16 kept = 0xffff) {
+  const __m512i low = _mm512_load_si512(kPowers), high = _mm512_load_si512(kPowers + W), k = (__m512i)t;
+  const __m512i bits = _mm512_add_epi32(_mm512_permutex2var_epi32(low, k, high), _mm512_slli_epi32(k, 18));
+  const __m512 scale = (__m512)bits;
+  return (vf)_mm512_maskz_fmadd_ps(kept, scale, (__m512)q, scale);
+}
+constexpr float kShifter = 393216.0f;  // 1.5 * 2^18: adding it rounds to 32nds, whose number is then in the low bits
+// e^r = 1 + r (kFirst + kSecond r), for |r| <= ln(2)/64, with the least largest error, 5e-08 relative.
+constexpr float kFirst = 1.00001466f, kSecond = 0.49999997f;
+constexpr float kLn2 = 0.693147182f;  // 1.9e-09 off, and n times that in e^x: a unit in the last place at |x| = 22
+#endif
+constexpr float kLog2E = 1.44269504088896341f;
+
+// e^x within 3 units in the last place, 5 beyond |x| = 22; 0 below -87.33654, at most e^88.37 (finite), NaN of NaN.
+static inline vf exponential(vf x) {
+#if defined(__AVX512F__)
+  const __mmask16 kept = _mm512_cmp_ps_mask((__m512)x, _mm512_set1_ps(-87.33654f), _CMP_NLT_UQ);
+  x = (vf)_mm512_min_ps(_mm512_set1_ps(88.37f), (__m512)x);  // of a NaN the second operand comes back
+  const vf t = x * kLog2E + kShifter, n = t - kShifter;
+  const vf r = x - n * kLn2;
+  return power(t, (r * kSecond + kFirst) * r, kept);
 #else
+  // x = n ln 2 + r with |r| <= ln(2)/2, and e^r = 1 + r + r^2 q(r), q of degree 4 with the least largest error, 3e-09.
+  const vf shifter = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
   const vi silent = x < splat(-87.33654f), nan = x != x;
   const vf given = x;
   x = minimum(maximum(x, splat(-87.33654f)), splat(88.37f));
-#endif
   const vf t = x * 1.44269504088896341f + shifter;
   const vf n = t - shifter;
   vf r = x - n * 0.693359375f;  // ln 2 in two parts, the first exact in few bits
@@ -203,9 +250,6 @@ static inline vf exponential(vf x) {
   p = p * r + 4.999999404e-01f;
   p = p * r + 1.0f;
   p = p * r + 1.0f;
-#if defined(__AVX512F__)
-  return (vf)_mm512_scalef_ps((__m512)p, (__m512)n);  // p * 2^n, with gradual underflow
-#else
   const vf out = (vf)((vi)p + ((vi)t << 23));  // the low bits of t are n, and go into the exponent
   return select(nan, given, (vf)(~silent & (vi)out));
 #endif
@@ -218,6 +262,17 @@ static inline vf inverse(vf x) {
   return y + y * (1.0f - x * y);
 #else
   return 1.0f / x;
+#endif
+}
+
+// 1 / (1 + 2^x). Beyond 126 on either side it is as at 126; of a NaN, something between 0 and 1.
+static inline vf gate(vf x) {
+#if defined(__AVX512DQ__)
+  x = (vf)_mm512_range_ps((__m512)x, _mm512_set1_ps(126.0f), 2);  // the smaller magnitude, with the sign of x
+  const vf t = x + kShifter, r = x - (t - kShifter);
+  return inverse(1.0f + power(t, (r * (kSecond * kLn2 * kLn2) + kFirst * kLn2) * r));
+#else
+  return inverse(1.0f + exponential(x * 0.693147182f));
 #endif
 }
 

@@ -199,6 +199,12 @@ def test_nan_is_not_hidden() -> None:
     assert np.isnan(ops.cross_entropy_forward(x, targets, 0, 70)[0]).tolist() == [True, False]
     assert np.isnan(ops.square_sum(x)[0])
     q = random(1, 20, 2, 16)
+    lse = random(1, 2, 20)
+    lse[0, 1, 7] = np.nan
+    for given in ((q, lse, q, -abs(random(1, 2, 20))), (q, -abs(random(1, 2, 20)), q, lse)):
+        merged, joint = ops.merge_blocks(*given)
+        assert np.isnan(joint).sum() == 1 and np.isnan(joint[0, 1, 7])
+        assert np.isnan(merged).sum() == 16 and np.isnan(merged[0, 7, 1]).all()
     v = q.copy()
     v[0, 0, 0, 0] = np.nan
     assert np.isnan(ops.attention(q, q, v, causal_ranges(20, 20).ranges)[0][0, :, 0, 0]).all()
