@@ -49,8 +49,13 @@ OPERATORS = (
 
 
 class Work(NamedTuple):
-    bytes: float
-    flops: float
+    read: float  # bytes
+    written: float  # bytes
+    flops: float = 0.0
+
+    @property
+    def bytes(self) -> float:
+        return self.read + self.written
 
 
 def work(operator: str, size: Size, itemsize: int) -> dict[str, Work]:
@@ -61,23 +66,25 @@ def work(operator: str, size: Size, itemsize: int) -> dict[str, Work]:
     out = N * size.heads * size.head_dim
     product = 2.0 * N * E * size.ffn
     scores = 2.0 * 2.0 * N * N / 2 * size.heads * size.head_dim  # two products over the half below the diagonal
-    table: dict[str, tuple[tuple[float, float], tuple[float, float] | None]] = {
-        "linear": ((stream + inner + E * size.ffn * itemsize, product), (2 * (stream + inner), 2 * product)),
-        "embedding": ((2 * stream, 0.0), (stream + V * E * 4, 0.0)),
-        "rms_norm": ((2 * stream, 0.0), (3 * stream, 0.0)),
-        "add_rms_norm": ((4 * stream, 0.0), (4 * stream, 0.0)),
-        "layer_norm": ((2 * stream, 0.0), (3 * stream, 0.0)),
-        "rope": ((2 * heads, 0.0), (2 * heads, 0.0)),
-        "swiglu": ((3 * inner, 0.0), (5 * inner, 0.0)),
-        "gelu": ((2 * inner, 0.0), (3 * inner, 0.0)),
-        "attention": ((2 * heads, scores), (4 * heads, 2.5 * scores)),
-        "merge_blocks": ((3 * out * 4, 0.0), None),
-        "cross_entropy": ((columns, 0.0), (2 * columns, 0.0)),
-        "adamw": ((7 * 4 * size.parameters, 0.0), None),
+    table: dict[str, tuple[Work, Work | None]] = {
+        "linear": (
+            Work(stream + E * size.ffn * itemsize, inner, product),
+            Work(2 * inner + stream, stream, 2 * product),
+        ),
+        "embedding": (Work(stream, stream), Work(stream, V * E * 4)),
+        "rms_norm": (Work(stream, stream), Work(2 * stream, stream)),
+        "add_rms_norm": (Work(2 * stream, 2 * stream), Work(3 * stream, stream)),
+        "layer_norm": (Work(stream, stream), Work(2 * stream, stream)),
+        "rope": (Work(heads, heads), Work(heads, heads)),
+        "swiglu": (Work(2 * inner, inner), Work(3 * inner, 2 * inner)),
+        "gelu": (Work(inner, inner), Work(2 * inner, inner)),
+        "attention": (Work(heads, heads, scores), Work(2 * heads, 2 * heads, 2.5 * scores)),
+        "merge_blocks": (Work(2 * out * 4, out * 4), None),
+        "cross_entropy": (Work(columns, 0), Work(columns, columns)),
+        "adamw": (Work(4 * 4 * size.parameters, 3 * 4 * size.parameters), None),
     }
     forward, backward = table[operator]
-    found = {"forward": Work(*forward)}
+    found = {"forward": forward}
     if backward is not None:
-        found["backward"] = Work(*backward)
-        found["both"] = Work(forward[0] + backward[0], forward[1] + backward[1])
+        found |= {"backward": backward, "both": Work(*map(sum, zip(forward, backward, strict=True)))}
     return found

@@ -1,8 +1,9 @@
 """``tele bench kernels``: every operator in every implementation, against what the machine allows.
 
 A process for each framework (kernels/bench.py). Within a turn its implementations are called one after another, and
-beside them a plain copy, larger than any cache, and a plain matrix product of the same framework with the same threads.
-The limit of an operator is the longer of its bytes at the copy's bandwidth and its products at that product's rate.
+beside them a plain copy and a plain reading, both larger than any cache, and a plain matrix product of the same
+framework with the same threads. The limit of an operator is the longest of its bytes at the copy's bandwidth, what it
+reads at the reading's, and its products at that product's rate.
 """
 
 from __future__ import annotations
@@ -59,13 +60,14 @@ def measure_kernels(
 def summarise(
     backend: str, operator: str, size: str, limits: dict[str, Work], turns: list[dict[str, Any]]
 ) -> list[dict[str, Any]]:
-    """A row a direction and implementation. A turn: {"copy": [bytes/s], "matmul": [flop/s], "contestants": {name:
-    {"implementation": ..., "forward": [s], "backward": [s], "both": [s]}}}, the last two where it has them."""
-    copy = statistics.median(rate for turn in turns for rate in turn["copy"])
-    matmul = statistics.median(rate for turn in turns for rate in turn["matmul"])
+    """A row a direction and implementation. A turn: {"copy": [bytes/s], "read": [bytes/s], "matmul": [flop/s],
+    "contestants": {name: {"implementation": ..., "forward": [s], "backward": [s], "both": [s]}}}, the last two where it
+    has them. A share is taken turn by turn: the machine's bandwidth is not the same from minute to minute."""
     rows = []
     for direction, cost in limits.items():
-        limit = max(cost.bytes / copy, cost.flops / matmul)
+        needs = {"copy": cost.bytes, "read": cost.read, "matmul": cost.flops}
+        times = [{what: need / statistics.median(turn[what]) for what, need in needs.items()} for turn in turns]
+        bound = max(needs, key=lambda what: statistics.median(turn[what] for turn in times))
         seconds = {
             name: [turn["contestants"][name][direction] for turn in turns]
             for name, contestant in turns[0]["contestants"].items()
@@ -73,6 +75,7 @@ def summarise(
         }
         for name, blocks in seconds.items():
             found = spread([s for block in blocks for s in block])
+            shares = [max(turn.values()) / statistics.median(block) for turn, block in zip(times, blocks, strict=True)]
             row = {
                 "backend": backend,
                 "operator": operator,
@@ -83,10 +86,9 @@ def summarise(
                 **found,
                 "bytes": cost.bytes,
                 "flops": cost.flops,
-                "copy_bytes_per_s": copy,
-                "matmul_flops_per_s": matmul,
-                "bound": "copy" if cost.bytes / copy >= cost.flops / matmul else "matmul",
-                "share": limit / found["median"],
+                **{f"{what}_per_s": statistics.median(rate for turn in turns for rate in turn[what]) for what in needs},
+                "bound": bound,
+                "share": statistics.median(shares),
             }
             if name != BASE and BASE in seconds:
                 row["times_composite"] = spread(paired_ratios(blocks, seconds[BASE]))
@@ -103,8 +105,9 @@ def kernels_to_markdown(result: dict[str, Any]) -> str:
             f"{TITLES[name]}: {made['version']} on {made['device']}, {made['threads']} threads"
             for name, made in result["implementations"].items()
         )
-        + ". Median of many calls, implementations in turns; `of the limit`: of the measured copy bandwidth or matrix "
-        "product, whichever binds; `times composite`: time over the composite form's, turn by turn.",
+        + ". Median of many calls, implementations in turns; `of the limit`: of the measured bandwidth of a copy or of "
+        "reading, or of the matrix product, whichever binds; `times composite`: time over the composite form's, turn "
+        "by turn.",
     ]
     for size in dict.fromkeys(row["size"] for row in result["rows"]):
         rows = [row for row in result["rows"] if row["size"] == size]
@@ -123,9 +126,9 @@ def kernels_to_markdown(result: dict[str, Any]) -> str:
                 TITLES[row["backend"]],
                 row["implementation"],
                 f"{row['median'] * 1e3:.3f} ms",
-                f"{row['copy_bytes_per_s'] / 1e9:.1f} GB/s"
-                if row["bound"] == "copy"
-                else f"{row['matmul_flops_per_s'] / 1e9:,.0f} GFLOP/s",
+                f"{row['matmul_per_s'] / 1e9:,.0f} GFLOP/s"
+                if row["bound"] == "matmul"
+                else f"{row['bound']} {row[row['bound'] + '_per_s'] / 1e9:.1f} GB/s",
                 f"{100 * row['share']:.0f} %",
                 "-" if ratio is None else f"{ratio['median']:.2f}",
             ]

@@ -16,7 +16,7 @@ from core.bench_cases import SIZES, Size
 from core.bench_worker import Handle, answer_orders
 
 Call = Callable[[], Any]
-SHORT = 2e-3  # seconds: shorter calls are timed several at a time
+SHORT = 1e-2  # seconds: shorter calls are timed several at a time
 
 
 class Contestant(NamedTuple):
@@ -58,30 +58,44 @@ def host_seconds(call: Call, count: int, wait: Call = lambda: None) -> float:
     return time.perf_counter() - started
 
 
+def rest(longest: float = 0.5) -> None:
+    """Until this process's threads sleep, or ``longest`` seconds: those of MindSpore's own operators go on looking for
+    work for a tenth of a second, and would take a processor from whoever is measured next."""
+    until = time.perf_counter() + longest
+    while time.perf_counter() < until:
+        used = time.process_time()
+        time.sleep(0.004)
+        if time.process_time() - used < 0.0005:
+            return
+
+
 class Timer:
     """Calls that are warm, each with the number of calls that make one measurement long enough."""
 
     def __init__(self, bench: Bench, calls: dict[tuple[str, str], Call]) -> None:
         self.bench, self.calls = bench, calls
-        self.counts = {}
+        self.counts, self.warmups = {}, {}
         for key, call in calls.items():
             bench.seconds(call, 2)
             once = bench.seconds(call, 1)
             self.counts[key] = max(1, min(100, round(SHORT / max(once, 1e-7))))
+            self.warmups[key] = self.counts[key] if once < 10 * SHORT else 0
 
     def turn(self, rounds: int) -> dict[tuple[str, str], list[float]]:
         """``rounds`` times each call in order; seconds of one call."""
         found: dict[tuple[str, str], list[float]] = {key: [] for key in self.calls}
         for _ in range(rounds):
             for key, call in self.calls.items():
+                rest()
+                if self.warmups[key]:  # as within a step: threads awake, processors up to speed
+                    self.bench.seconds(call, self.warmups[key])
                 found[key].append(self.bench.seconds(call, self.counts[key]) / self.counts[key])
         return found
 
 
 def handle_orders(bench: Bench) -> Handle:
     """Answers {"operator", "size", "calls"} as core.bench_kernels.summarise takes them."""
-    copy, moved = bench.copy()
-    matmul, flops = bench.matmul()
+    yardsticks = {"copy": bench.copy(), "read": bench.read(), "matmul": bench.matmul()}
     ready: dict[str, Any] = {}
 
     def handle(order: dict[str, Any]) -> dict[str, Any]:
@@ -89,7 +103,7 @@ def handle_orders(bench: Bench) -> Handle:
         if ready.get("case") != case:
             ready.clear()  # lets go of the tensors before the next ones are made
             people = bench.contestants(order["operator"], SIZES[order["size"]])
-            calls = {("", "copy"): copy, ("", "matmul"): matmul}
+            calls = {("", what): call for what, (call, _) in yardsticks.items()}
             for name, person in people.items():
                 for what in ("forward", "backward", "both"):
                     if getattr(person, what) is not None:
@@ -105,8 +119,7 @@ def handle_orders(bench: Bench) -> Handle:
             if person.both is not None:
                 answer[name]["both"] = found[name, "both"]
         return {
-            "copy": [moved / s for s in found["", "copy"]],
-            "matmul": [flops / s for s in found["", "matmul"]],
+            **{what: [work / s for s in found["", what]] for what, (_, work) in yardsticks.items()},
             "contestants": answer,
         }
 

@@ -22,14 +22,14 @@ SMALL = Size(tokens=4, hidden=8, ffn=16, vocab=32, heads=2, kv_heads=1, head_dim
 
 def test_bytes_and_products_counted_by_hand() -> None:
     assert work("rms_norm", SMALL, 2) == {
-        "forward": Work(2 * 4 * 8 * 2, 0),  # x in, out
-        "backward": Work(3 * 4 * 8 * 2, 0),  # x and grad in, dx out
-        "both": Work(5 * 4 * 8 * 2, 0),
+        "forward": Work(4 * 8 * 2, 4 * 8 * 2),  # x in, out
+        "backward": Work(2 * 4 * 8 * 2, 4 * 8 * 2),  # x and grad in, dx out
+        "both": Work(3 * 4 * 8 * 2, 2 * 4 * 8 * 2),
     }
-    assert work("swiglu", SMALL, 4)["backward"] == Work(5 * 4 * 16 * 4, 0)
-    assert work("cross_entropy", SMALL, 4)["backward"] == Work(2 * 4 * 32 * 4, 0)
-    assert work("adamw", SMALL, 2) == {"forward": Work(7 * 4 * 100, 0)}  # master, m, v in and out, the gradient in
-    assert work("linear", SMALL, 4)["forward"] == Work(4 * (4 * 8 + 4 * 16 + 8 * 16), 2 * 4 * 8 * 16)
+    assert work("swiglu", SMALL, 4)["backward"] == Work(3 * 4 * 16 * 4, 2 * 4 * 16 * 4)
+    assert work("cross_entropy", SMALL, 4)["backward"].bytes == 2 * 4 * 32 * 4
+    assert work("adamw", SMALL, 2)["forward"].bytes == 7 * 4 * 100  # master, m, v in and out, the gradient in
+    assert work("linear", SMALL, 4)["forward"] == Work(4 * (4 * 8 + 8 * 16), 4 * 4 * 16, 2 * 4 * 8 * 16)
     # Two products over half of a square of 4 positions, 2 heads of 4; half of that again for the five of the backward.
     assert work("attention", SMALL, 4)["forward"].flops == 2 * 2 * 4 * 4 / 2 * 2 * 4
     assert work("attention", SMALL, 4)["both"].flops == 3.5 * work("attention", SMALL, 4)["forward"].flops
@@ -40,9 +40,10 @@ def test_every_operator_that_can_be_chosen_is_measured() -> None:
     assert all(work(operator, size, 4) for operator in OPERATORS for size in SIZES.values())
 
 
-def turn(fused: float, composite: float, copy: float = 1e9) -> dict[str, Any]:
+def turn(fused: float, composite: float, slower: float = 1.0) -> dict[str, Any]:
     return {
-        "copy": [copy],
+        "copy": [1e9 / slower],
+        "read": [0.5e9 / slower],
         "matmul": [1e12],
         "contestants": {
             "run": {"implementation": "torch", "forward": [fused], "backward": [2 * fused], "both": [3 * fused]},
@@ -52,16 +53,17 @@ def turn(fused: float, composite: float, copy: float = 1e9) -> dict[str, Any]:
 
 
 def test_shares_and_paired_ratios() -> None:
-    limits = {"forward": Work(1e6, 1e6), "backward": Work(2e6, 0), "both": Work(3e6, 1e6)}
-    # The machine slows down from turn to turn; the ratios do not.
-    rows = summarise("pt", "rms_norm", "mini", limits, [turn(2e-3, 4e-3), turn(4e-3, 8e-3)])
+    limits = {"forward": Work(0.5e6, 0.5e6, 1e6), "backward": Work(1.5e6, 0.5e6), "both": Work(2e6, 1e6, 1e6)}
+    # The machine slows down from turn to turn; the ratios do not, nor do the shares.
+    rows = summarise("pt", "rms_norm", "mini", limits, [turn(2e-3, 4e-3), turn(4e-3, 8e-3, slower=2)])
     found = {(row["direction"], row["contestant"]): row for row in rows}
     assert found["forward", "run"]["times_composite"]["median"] == 0.5
-    assert found["forward", "run"]["share"] == pytest.approx(1e-3 / 3e-3)
+    assert found["forward", "run"]["share"] == pytest.approx(1e-3 / 2e-3)
     assert found["forward", "run"]["bound"] == "copy"
+    assert found["backward", "run"]["bound"] == "read" and found["backward", "run"]["share"] == pytest.approx(3 / 4)
     assert found["both", "run"]["times_composite"]["median"] == pytest.approx(0.375)
     assert ("backward", "composite") not in found and "times_composite" not in found["backward", "run"]
-    (row,) = summarise("pt", "x", "mini", {"forward": Work(1e3, 1e9)}, [turn(2e-3, 1e-3)])[:1]
+    (row,) = summarise("pt", "x", "mini", {"forward": Work(1e3, 0, 1e9)}, [turn(2e-3, 1e-3)])[:1]
     assert row["bound"] == "matmul" and row["share"] == pytest.approx(0.5)
 
 
@@ -100,7 +102,7 @@ def test_frameworks_take_turns_operator_by_operator(
     assert {row["backend"] for row in result["rows"]} == {"ms", "pt"}
     shown = capsys.readouterr().out
     assert shown.strip() == kernels_to_markdown(result)
-    assert "| rope | forward | PyTorch | torch | 1.000 ms | 1.0 GB/s | 262 % | 0.50 |" in shown
+    assert "| rope | forward | PyTorch | torch | 1.000 ms | copy 1.0 GB/s | 262 % | 0.50 |" in shown
     with pytest.raises(UserError, match="--backends eager: belongs to `tele bench step`"):
         bench.run(parser.parse_args([*words, "--backends", "eager"]))
 
@@ -124,6 +126,9 @@ class FakeBench:
     def copy(self) -> Any:
         return self.call("copy", 0.5), 1e9
 
+    def read(self) -> Any:
+        return self.call("read", 0.25), 1e9
+
     def matmul(self) -> Any:
         return self.call("matmul", 0.25), 1e9
 
@@ -145,7 +150,7 @@ def test_one_process_times_its_implementations_in_turns() -> None:
     handle(order)
     side.order.clear()
     answer = handle(order)  # warm by now
-    assert side.order == ["copy", "matmul", "forward", "backward", "plain", "whole"] * 2
+    assert side.order == ["copy", "read", "matmul", "forward", "backward", "plain", "whole"] * 2
     assert answer["copy"] == pytest.approx([2e9] * 2) and answer["matmul"] == pytest.approx([4e9] * 2)
     assert answer["contestants"]["run"]["both"] == pytest.approx([0.3] * 2)
     assert answer["contestants"]["composite"]["both"] == pytest.approx([0.9] * 2)
@@ -155,8 +160,10 @@ def test_one_process_times_its_implementations_in_turns() -> None:
 def test_short_calls_are_timed_several_at_a_time() -> None:
     side = FakeBench()
     timer = Timer(side, {("a", "forward"): side.call("a", 1e-4), ("b", "forward"): side.call("b", 1.0)})
-    assert timer.counts == {("a", "forward"): 20, ("b", "forward"): 1}
+    assert timer.counts == {("a", "forward"): 100, ("b", "forward"): 1}
+    side.order.clear()
     assert timer.turn(1)["a", "forward"] == pytest.approx([1e-4])
+    assert side.order == ["a"] * 200 + ["b"]  # the short one as often before, to warm up
 
 
 def test_without_a_device_the_gpu_check_says_so(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
