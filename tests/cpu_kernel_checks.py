@@ -100,7 +100,11 @@ def levels(rng: np.random.Generator) -> Iterator[Finding]:
         x[:, :16] += first - rest
         x[:, 300] += 1e4 if name.startswith("one") else 0
         x, ones = x.astype(np.float32), np.ones(700, np.float32)
-        normed = lambda kind: reference.layer_norm(x.astype(kind), ones.astype(kind), 0 * ones.astype(kind), kind(1e-5))  # noqa: E731
+
+        def normed(kind: type) -> Any:
+            weight = ones.astype(kind)
+            return reference.layer_norm(x.astype(kind), weight, 0 * weight, kind(1e-5))
+
         yield judged(f"layer_norm, {name}", ops.layer_norm(x, ones, 0 * ones, 1e-5, F32)[0], normed)
     rising = np.linspace(-300, 300, 5000) + rng.normal(size=(3, 5000))
     for name, logits in (("rising", rising), ("falling", rising[:, ::-1]), ("nothing at first", np.abs(rising) - 400)):

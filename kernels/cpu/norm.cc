@@ -285,23 +285,22 @@ KERNEL(layer_norm_backward, 6, 3, 1) {
             for (int k = 0; k < K; k++) {
               vf g = get(pg + k * columns + i, n);
               if constexpr (masked) g = g * load(&growth.mask[i]);
-              const vf v = (get(px + k * columns + i, n) - mean[k]) * r[k], pulled = g * weight_i;
-              sum += g * v, sum_bias += g;
-              plain[k] += pulled, tilted[k] += pulled * v;
+              const vf product = g * (get(px + k * columns + i, n) - mean[k]);
+              sum += product * r[k], sum_bias += g;
+              plain[k] += g * weight_i, tilted[k] += product * weight_i;
             }
             store(dw + i, sum), store(db + i, sum_bias);
           });
           for (int k = 0; k < K; k++) {
-            const float level = sum_lanes(plain[k]) / growth.total, tilt = sum_lanes(tilted[k]) / growth.total;
-            const float mk = mean[k][0], rk = r[k][0];
+            const float mk = mean[k][0], rk = r[k][0], level = sum_lanes(plain[k]) / growth.total * rk;
+            const float tilt = sum_lanes(tilted[k]) / growth.total * rk * rk * rk;
             X *po = out[0].as<X>() + (row + k) * columns;
             const G *pgk = pg + k * columns;
             const X *pxk = px + k * columns;
             along(columns, [&](int64_t i, int n) INLINED {
-              const vf v = (get(pxk + i, n) - mk) * rk;
-              vf d = get(pgk + i, n) * load(&gain[i]) - (level + v * tilt);
+              vf d = get(pgk + i, n) * load(&gain[i]) * rk - (level + (get(pxk + i, n) - mk) * tilt);
               if constexpr (masked) d = d * load(&growth.mask[i]);
-              put(po + i, d * rk, n, far);
+              put(po + i, d, n, far);
               ahead(pgk + K * columns + i, far);
               ahead(pxk + K * columns + i, far);
             }, to_line(po));
