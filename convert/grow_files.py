@@ -15,6 +15,7 @@ from convert.grow import grow_state, grow_weights
 from convert.grow_plan import Options, Plan, plan_growth
 from convert.source import checkpoint_config
 from core.checkpoint import Checkpoint, TensorPiece, open_checkpoint, write_checkpoint
+from core.checkpoint_writer import MAX_FILE_BYTES
 from core.config import ModelConfig
 from core.growth import read_history
 from core.params import parameter_table
@@ -23,7 +24,8 @@ from core.safetensors_io import DTYPES
 
 # A model that a run can name: its configuration, without the state of its masks, which the checkpoint holds.
 MODEL_FILE = "model.yaml"
-FILE_BYTES = 512 << 20  # a full file is synced and hashed while the next one fills
+# A full file is synced and hashed while the next one fills; the last one when all else is done, so it should be small.
+LEAST_FILE_BYTES, FILES = 128 << 20, 64
 
 
 def plan_checkpoint(checkpoint: Checkpoint, target: ModelConfig, options: Options) -> Plan:
@@ -66,7 +68,7 @@ def grow_checkpoint(
             optimizer=_after(_told(ahead(state), on_bytes) if checkpoint.names("optimizer") else (), verified),
             trainer=trainer,
             assets=[*(asset for asset in checkpoint.assets if asset.name != MODEL_FILE), described],
-            max_file_bytes=FILE_BYTES,
+            max_file_bytes=min(MAX_FILE_BYTES, max(LEAST_FILE_BYTES, grown_bytes(checkpoint, plan) // FILES)),
         )
 
 
