@@ -84,41 +84,39 @@ void rms_forward(const View &x, const View *residual, const View &weight, const 
   const int64_t columns = x.columns();
   const Floats gain = floats(weight);
   const Growth growth(mask, columns);
-  const bool far = streams(out);
-  with_mask(growth, [&](auto masked) {
-    parallel(x.rows(), row_grain(columns), [&](int64_t first, int64_t last, int) {
-      for (int64_t row = first; row < last; row++) {
-        const X *px = x.as<X>() + row * columns;
-        O *po = out.as<O>() + row * columns;
-        R *ps = stream ? stream->as<R>() + row * columns : nullptr;
-        const R *pr = residual ? residual->as<R>() + row * columns : nullptr;
-        // The sum as it is rounded for the stream: the norm is of what the next layer sees.
-        const auto value = [&](int64_t i, int n) {
-          const vf v = get(px + i, n);
-          return ps ? rounded<R>(v + get(pr + i, n)) : v;
-        };
-        vf squares = splat(0.0f), more = splat(0.0f);
-        along(columns, [&](int64_t i, int n) INLINED {
-          vf v = value(i, n);
-          v = v * v;
-          if constexpr (masked) v = v * load(&growth.mask[i]);
-          const vf sum = squares + v;  // compensated in pairs of lanes would be exact; two sums halve the error
-          squares = more, more = sum;
-        });
-        const float r = 1.0f / std::sqrt(sum_lanes(squares + more) / growth.total + static_cast<float>(eps));
-        rstd.as<float>()[row] = r;
-        along(columns, [&](int64_t i, int n) INLINED {
-          vf v = value(i, n);
-          if (ps) put(ps + i, v, n, far);
-          v = rounded<O>(v * r) * load(&gain[i]);  // the released order: the norm is rounded before the gain
-          if constexpr (masked) v = v * load(&growth.mask[i]);
-          put(po + i, v, n, far);
-          ahead(px + columns + i, far);
-          if (pr) ahead(pr + columns + i, far);
-        }, to_line(po));
-      }
-      fence(far);
-    });
+  const bool far = streams(out), masked = !growth.mask.empty();
+  parallel(x.rows(), row_grain(columns), [&](int64_t first, int64_t last, int) {
+    for (int64_t row = first; row < last; row++) {
+      const X *px = x.as<X>() + row * columns;
+      O *po = out.as<O>() + row * columns;
+      R *ps = stream ? stream->as<R>() + row * columns : nullptr;
+      const R *pr = residual ? residual->as<R>() + row * columns : nullptr;
+      // The sum as it is rounded for the stream: the norm is of what the next layer sees.
+      const auto value = [&](int64_t i, int n) {
+        const vf v = get(px + i, n);
+        return ps ? rounded<R>(v + get(pr + i, n)) : v;
+      };
+      vf squares = splat(0.0f), more = splat(0.0f);
+      along(columns, [&](int64_t i, int n) INLINED {
+        vf v = value(i, n);
+        v = v * v;
+        if (masked) v = v * load(&growth.mask[i]);
+        const vf sum = squares + v;  // compensated in pairs of lanes would be exact; two sums halve the error
+        squares = more, more = sum;
+      });
+      const float r = 1.0f / std::sqrt(sum_lanes(squares + more) / growth.total + static_cast<float>(eps));
+      rstd.as<float>()[row] = r;
+      along(columns, [&](int64_t i, int n) INLINED {
+        vf v = value(i, n);
+        if (ps) put(ps + i, v, n, far);
+        v = rounded<O>(v * r) * load(&gain[i]);  // the released order: the norm is rounded before the gain
+        if (masked) v = v * load(&growth.mask[i]);
+        put(po + i, v, n, far);
+        ahead(px + columns + i, far);
+        if (pr) ahead(pr + columns + i, far);
+      }, to_line(po));
+    }
+    fence(far);
   });
 }
 

@@ -80,15 +80,16 @@ static inline int64_t to_line(const T *p) {
 // body(i, n) for the elements [first, last), n <= W at a time, whole vectors beginning ``head`` behind ``first``.
 template <typename Body>
 __attribute__((always_inline)) inline void by_vectors(int64_t first, int64_t last, int64_t head, const Body &body) {
-  int64_t i = first;
-  for (const int64_t to = std::min(last, first + head); i < to;) {
-    const int n = static_cast<int>(std::min<int64_t>(W, to - i));
-    body(i, n);
-    i += n;
+  int64_t i = first, to = std::min(last, first + head);
+  for (bool whole = true;; whole = false, to = last) {
+    while (i < to) {
+      const int n = static_cast<int>(std::min<int64_t>(W, to - i));
+      body(i, n);
+      i += n;
+    }
+    if (!whole) return;
+    for (; i + W <= last; i += W) body(i, W);
   }
-#pragma GCC unroll 2
-  for (; i + W <= last; i += W) body(i, W);
-  if (i < last) body(i, static_cast<int>(last - i));
 }
 
 // Memory that is read next, asked for while the present row is written: otherwise the two take turns.
