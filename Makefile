@@ -35,7 +35,7 @@ help:
 	@echo "make ascend-lower  compile every Triton kernel for Ascend910B3 as far as a machine without one can (1 minute)"
 	@echo "make gpu-check  tests and benchmarks of a machine with a GPU; leaves gpu-check.json"
 	@echo "make mindformers-check  converted weights in MindFormers' own networks, in an environment of its own"
-	@echo "make asan       the C++ operators under the address sanitizer (7 minutes)"
+	@echo "make asan       the C++ operators under the address sanitizer (2 minutes)"
 	@echo "make lint       ruff and mypy"
 	@echo "make format     let ruff rewrite the files"
 	@echo "make install    only create $(VENV) and install into it"
