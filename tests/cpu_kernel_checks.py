@@ -508,7 +508,7 @@ def main() -> int:
     """Every check with the address sanitizer's build; 1 when a number is wrong (a bad access ends the process)."""
     from kernels.cpu.engine import NumpyEngine, use_engine
 
-    # With every optimisation the instrumented code takes a quarter of an hour to compile; its accesses are the same.
+    # With every optimisation the instrumented code takes many minutes to compile; its accesses are the same.
     use_engine("numpy", NumpyEngine("-fsanitize=address", "-fno-omit-frame-pointer", "-g1", "-O1"))
     wrong = 0
     for name in CHECKS:
