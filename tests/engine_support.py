@@ -112,7 +112,7 @@ class Replier(PlainRunner):
 
     def answer(self, prefix: list[int], lengths: np.ndarray) -> np.ndarray:
         control = self.tokenizer.control
-        if control["<_bot>"] not in prefix:
+        if prefix[0] != control["<_system>"] or control["<_bot>"] not in prefix:  # a draw may be any control token
             return super().answer(prefix, lengths)
         begin = len(prefix) - prefix[::-1].index(control["<_bot>"])
         asked = prefix[: begin - 1]
