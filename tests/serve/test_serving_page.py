@@ -48,7 +48,7 @@ def test_the_commands_of_the_page_run(workspace, capsys):
         models, chat, stream, health, metrics = (told(text, port) for text in asked)
         assert json.loads(models)["data"][0]["id"] == "TeleChat2-7B"
         assert json.loads(chat)["choices"][0]["message"]["role"] == "assistant"
-        assert stream.count("data: {") > 2 and stream.endswith("data: [DONE]\n\n")
+        assert "data: {" in stream and stream.endswith("data: [DONE]\n\n")
         assert json.loads(health) == {"status": "ok"} and "tele_running 0" in metrics
         run_python(port)
         # The example of `tele serve --help`.
