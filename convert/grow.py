@@ -8,6 +8,7 @@ without them, what writes the new channels, what reads new heads and neurons, an
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
@@ -15,6 +16,7 @@ import numpy as np
 
 from convert.grow_plan import Plan
 from core.checkpoint import TensorPiece
+from core.checkpoint_writer import PieceSpec
 from core.growth import axis_maps
 from core.growth_mask import head_map, kv_map
 from core.init import init_tensor
@@ -48,6 +50,15 @@ class _Rule:
     def piece(self, name: str, rows: slice, array: np.ndarray) -> TensorPiece:
         return TensorPiece(name, array, (rows.start, 0)[: len(self.shape)], self.shape)
 
+    def spec(self, name: str, rows: slice, dtype: np.dtype) -> PieceSpec:
+        extent = (rows.stop - rows.start, *self.shape[1:])
+        return PieceSpec(name, dtype, (rows.start, 0)[: len(self.shape)], extent, self.shape)
+
+    def old_entries(self, rows: slice) -> list[np.ndarray] | None:
+        """The old rows, and columns, that a band continues; None where it continues none."""
+        wanted = [part[part >= 0] for part in (self.index[0][rows], *self.index[1:])]
+        return wanted if self.source is not None and all(part.size for part in wanted) else None
+
 
 def grow_weights(plan: Plan, read: Read, dtype: np.dtype = FLOAT32) -> Iterator[TensorPiece]:
     """All parameters of the grown model in forward order, in bands of rows, each in the dtype that ``read`` gives;
@@ -62,6 +73,24 @@ def grow_weights(plan: Plan, read: Read, dtype: np.dtype = FLOAT32) -> Iterator[
             _draw_new(plan, name, rule, rows, out)
             _place_old(rule, rows, old, out)
             yield rule.piece(name, rows, out)
+
+
+def planned_weights(plan: Plan, dtype_of: Callable[[str], np.dtype], dtype: np.dtype) -> Iterator[PieceSpec]:
+    """What grow_weights will make; ``dtype_of``: of an old tensor, by its old name."""
+    for name in parameter_table(plan.config):
+        rule = _rule(plan, name)
+        for rows in rule.bands:
+            if rule.source is not None and rule.old_entries(rows) is not None:
+                dtype = dtype_of(rule.source)
+            yield rule.spec(name, rows, dtype)
+
+
+def planned_state(plan: Plan) -> Iterator[PieceSpec]:
+    """What grow_state will make."""
+    for letter, name in itertools.product("mv", parameter_table(plan.config)):
+        rule = _rule(plan, name)
+        for rows in rule.bands:
+            yield rule.spec(f"{letter}.{name}", rows, FLOAT32)
 
 
 def grow_arrays(plan: Plan, weights: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -128,11 +157,8 @@ def _inner(plan: Plan, axis: str) -> np.ndarray:
 
 def _old_band(rule: _Rule, rows: slice, read: Read, scale: float) -> np.ndarray | None:
     """The old entries of a band: [its old rows, old columns], scaled; None without any."""
-    if rule.source is None:
-        return None
-    wanted = [rule.index[0][rows], *rule.index[1:]]
-    wanted = [part[part >= 0] for part in wanted]
-    if any(not part.size for part in wanted):
+    wanted = rule.old_entries(rows)
+    if rule.source is None or wanted is None:
         return None
     box = tuple(slice(int(part.min()), int(part.max()) + 1) for part in wanted)
     array = read(rule.source, box)
@@ -161,7 +187,7 @@ def _draw_new(plan: Plan, name: str, rule: _Rule, rows: slice, out: np.ndarray) 
 
     def draw(*box: slice) -> None:
         whole = tuple(slice(s.start + shift, s.stop + shift) for s, shift in zip(box, (rows.start, 0), strict=False))
-        out[box] = init_tensor(name, plan.config, plan.options.seed, whole, plan.options.scheme)
+        init_tensor(name, plan.config, plan.options.seed, whole, plan.options.scheme, out[box])
 
     fresh_rows, old_rows = _runs((index[0] < 0) & ~zero[0]), _runs(index[0] >= 0)
     if len(index) == 1:

@@ -11,11 +11,11 @@ from typing import Any
 
 import yaml
 
-from convert.grow import grow_state, grow_weights
+from convert.grow import grow_state, grow_weights, planned_state, planned_weights
 from convert.grow_plan import Options, Plan, plan_growth
 from convert.source import checkpoint_config
 from core.checkpoint import Checkpoint, TensorPiece, open_checkpoint, write_checkpoint
-from core.checkpoint_writer import MAX_FILE_BYTES
+from core.checkpoint_writer import MAX_FILE_BYTES, Planned
 from core.config import ModelConfig
 from core.growth import read_history
 from core.params import parameter_table
@@ -53,10 +53,13 @@ def grow_checkpoint(
     if trainer is not None:
         trainer["config"]["model"] = plan.config.to_dict()
     dtype = checkpoint.dtype("weights", "embed.weight")
+    # Weights take the processor, m and v the disk: they are made beside each other, each from an opening of its own.
+    second = open_checkpoint(checkpoint.path, verify=False)
     weights = grow_weights(plan, lambda name, box: checkpoint.read("weights", name, box), dtype)
-    state = grow_state(plan, lambda name, box: checkpoint.read("optimizer", name, box))
+    state = grow_state(plan, lambda name, box: second.read("optimizer", name, box))
+    sizes = grown_bytes(checkpoint, plan)
+    specs = planned_weights(plan, lambda name: checkpoint.dtype("weights", name), dtype)
     with ThreadPoolExecutor(1, "verify") as beside, tempfile.TemporaryDirectory(prefix="tele-grow-") as folder:
-        # A second opening: a reader's file handles are not shared between threads.
         verified = beside.submit(open_checkpoint, checkpoint.path)
         described = Path(folder) / MODEL_FILE
         described.write_text(model_yaml(plan.config), encoding="utf-8")
@@ -68,7 +71,8 @@ def grow_checkpoint(
             optimizer=_after(_told(ahead(state), on_bytes) if checkpoint.names("optimizer") else (), verified),
             trainer=trainer,
             assets=[*(asset for asset in checkpoint.assets if asset.name != MODEL_FILE), described],
-            max_file_bytes=min(MAX_FILE_BYTES, max(LEAST_FILE_BYTES, grown_bytes(checkpoint, plan) // FILES)),
+            max_file_bytes=min(MAX_FILE_BYTES, max(LEAST_FILE_BYTES, sum(sizes) // FILES)),
+            planned={"weights": Planned(specs, sizes[0]), "optimizer": Planned(planned_state(plan), sizes[1])},
         )
 
 
@@ -78,11 +82,11 @@ def model_yaml(config: ModelConfig) -> str:
     return yaml.safe_dump(values, sort_keys=False)
 
 
-def grown_bytes(checkpoint: Checkpoint, plan: Plan) -> int:
-    """Bytes of all tensors of the grown checkpoint."""
+def grown_bytes(checkpoint: Checkpoint, plan: Plan) -> tuple[int, int]:
+    """Bytes of the grown checkpoint's weights, and of its m and v."""
     parameters = sum(spec.size for spec in parameter_table(plan.config).values())
     weights = parameters * checkpoint.dtype("weights", "embed.weight").itemsize
-    return weights + (2 * parameters * DTYPES["F32"].itemsize if checkpoint.names("optimizer") else 0)
+    return weights, 2 * parameters * DTYPES["F32"].itemsize if checkpoint.names("optimizer") else 0
 
 
 def _after(pieces: Iterable[TensorPiece], verified: Future[Checkpoint]) -> Iterator[TensorPiece]:

@@ -26,7 +26,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from core.atomic import new_folder, remove_folder, write_text
-from core.checkpoint_writer import MAX_FILE_BYTES, PieceWriter, TensorPiece, Tensors, whole, write_manifest
+from core.checkpoint_writer import MAX_FILE_BYTES, PieceWriter, Planned, TensorPiece, Tensors, whole, write_manifest
 from core.errors import UserError
 from core.safetensors_io import load_json
 
@@ -133,10 +133,17 @@ def write_checkpoint(
     assets: Iterable[Path] = (),
     max_file_bytes: int = MAX_FILE_BYTES,
     ranks: Ranks = ALONE,
+    planned: Mapping[str, Planned] | None = None,
 ) -> Path:
-    """Write one checkpoint folder atomically, without ``latest`` and pruning; arguments as in save_checkpoint."""
+    """Write one checkpoint folder atomically, without ``latest`` and pruning; arguments as in save_checkpoint.
+
+    ``planned``: the pieces of both kinds, where they are known before they are made. They are then written past the
+    file cache, and the kinds are taken in turns, so that they end together, and else one after the other.
+    """
     streams = {"weights": _Stream(weights), "optimizer": _Stream(optimizer)}
-    job = _Job(Path(folder), step, model, trainer, streams, tuple(assets), max_file_bytes, ranks, lambda: None)
+    for kind, plan in (planned or {}).items():
+        streams[kind].size = plan.nbytes
+    job = _Job(Path(folder), step, model, trainer, streams, tuple(assets), max_file_bytes, ranks, lambda: None, planned)
     return _begin(job)()
 
 
@@ -204,6 +211,7 @@ class _Job:
     max_file_bytes: int
     ranks: Ranks
     publish: Callable[[], None]
+    planned: Mapping[str, Planned] | None = None
 
     def texts(self) -> dict[str, str]:
         """The JSON files by name."""
@@ -214,13 +222,12 @@ class _Job:
 
     def write_tensors(self, folder: Path, rank: int | None = None, watch: Callable[[], None] | None = None) -> Any:
         """All pieces of this rank into ``folder``; their description. ``watch`` is called between them."""
-        with PieceWriter(folder, self.max_file_bytes, rank) as writer:
-            for kind, stream in self.streams.items():
-                for piece in stream:
-                    writer.add(kind, piece)
-                    del piece  # or it would stay in memory while the next one is made
-                    if watch is not None:
-                        watch()
+        with PieceWriter(folder, self.max_file_bytes, rank, self.planned) as writer:
+            for kind, piece in _in_turns(self.streams):
+                writer.add(kind, piece)
+                del piece  # or it would stay in memory while the next one is made
+                if watch is not None:
+                    watch()
         return writer.part()
 
     def complete(self, folder: Path, texts: Mapping[str, str], parts: Sequence[Any], save: str | None = None) -> None:
@@ -485,11 +492,22 @@ def _polls(seconds: float) -> Iterator[None]:
 
 
 class _Stream:
-    """A stream of pieces that knows the bytes that passed, so that a failed save can say what it would take."""
+    """A stream of pieces that knows the bytes that passed, so that a failed save can say what it would take.
+
+    ``size``: all bytes that will, where they are known and the stream takes turns with others.
+    """
 
     def __init__(self, tensors: Tensors) -> None:
         self._tensors = iter(tensors)
         self._bytes = 0
+        self.size: int | None = None
+
+    @property
+    def share(self) -> float:
+        """What of it has passed; 0 to its end where it takes no turns."""
+        if self.size is None:
+            return 0.0
+        return self._bytes / self.size if self.size else 1.0
 
     def __iter__(self) -> Iterator[TensorPiece]:
         for item in self._tensors:
@@ -503,6 +521,19 @@ class _Stream:
         for _ in self:
             pass
         return self._bytes
+
+
+def _in_turns(streams: Mapping[str, _Stream]) -> Iterator[tuple[str, TensorPiece]]:
+    """The pieces with their kinds: always of the stream of which least has passed, of the first among equals."""
+    left = {kind: iter(stream) for kind, stream in streams.items()}
+    while left:
+        kind = min(left, key=lambda kind: streams[kind].share)
+        piece = next(left[kind], None)
+        if piece is None:
+            del left[kind]
+        else:
+            yield kind, piece
+        del piece
 
 
 def _copied(tensors: Tensors) -> Iterator[TensorPiece]:

@@ -8,15 +8,16 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from core.direct_io import Spool
 from core.errors import UserError
-from core.safetensors_io import SafetensorsWriter, dtype_code, file_sha256
+from core.safetensors_io import SafetensorsWriter, StreamedSafetensors, dtype_code, file_sha256
 
 FORMAT = "tele-checkpoint"
 VERSION = 1
@@ -36,6 +37,27 @@ class TensorPiece(NamedTuple):
     shape: tuple[int, ...]
 
 
+class PieceSpec(NamedTuple):
+    """A piece that will come: TensorPiece, with dtype and shape in the place of the numbers."""
+
+    name: str
+    dtype: np.dtype
+    offset: tuple[int, ...]
+    extent: tuple[int, ...]
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.extent) * self.dtype.itemsize
+
+
+class Planned(NamedTuple):
+    """All pieces of one kind, in the order in which they will come, and their bytes together."""
+
+    pieces: Iterable[PieceSpec]
+    nbytes: int
+
+
 Tensors = Iterable[TensorPiece | tuple[str, np.ndarray]]
 
 
@@ -47,21 +69,29 @@ def whole(name: str, array: np.ndarray) -> TensorPiece:
 class PieceWriter:
     """Writes pieces of tensors into a folder; ``part`` describes them for ``write_manifest``.
 
-    A file is closed when ``max_file_bytes`` is reached; a single larger tensor gets a file of its own. File names carry
-    ``rank`` where one is given.
+    Each kind has files of its own. One is closed when ``max_file_bytes`` is reached; a single larger tensor gets a file
+    of its own. File names carry ``rank`` where one is given. Files of a kind in ``planned`` are written past the file
+    cache (core.direct_io); its pieces must come as they were planned.
     """
 
-    def __init__(self, folder: Path, max_file_bytes: int = MAX_FILE_BYTES, rank: int | None = None) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        max_file_bytes: int = MAX_FILE_BYTES,
+        rank: int | None = None,
+        planned: Mapping[str, Planned] | None = None,
+    ) -> None:
         self.folder = folder
         self.max_file_bytes = max_file_bytes
         self._stem = "" if rank is None else f"{rank:05d}-"
         self._tensors: dict[str, dict[str, dict[str, Any]]] = {kind: {} for kind in KINDS}
-        self._file: SafetensorsWriter | None = None
-        self._kind = ""
+        self._open: dict[str, SafetensorsWriter | StreamedSafetensors] = {}
+        self._planned = {kind: _planned_files(plan.pieces, max_file_bytes) for kind, plan in (planned or {}).items()}
+        self._spool = Spool() if planned else None
         self._counts = dict.fromkeys(KINDS, 0)
         self._files: dict[str, dict[str, Any]] = {}
-        # Full files are synced and hashed here, while the next one fills.
-        self._finisher = ThreadPoolExecutor(1, "finish-file")
+        # Full files are synced and hashed here, while the next one fills: one waits for the disk, another is hashed.
+        self._finisher = ThreadPoolExecutor(2, "finish-file")
         self._finishing: list[Future[None]] = []
 
     def add(self, kind: str, piece: TensorPiece) -> None:
@@ -73,8 +103,8 @@ class PieceWriter:
             raise ValueError(f"{kind} '{name}' was given twice")
         if array.size == 0 and 0 not in shape:
             return  # a rank without a share; its key would clash with that of the piece that starts there
-        key = name if array.shape == shape else f"{name}@{'.'.join(map(str, piece.offset))}"
-        file = self._open(kind, key, array)
+        key = _key(name, piece.offset, array.shape, shape)
+        file = self._file(kind, key, array)
         file.add(key, array)
         entry["pieces"].append(
             {"file": file.path.name, "key": key, "offset": list(piece.offset), "extent": list(array.shape)}
@@ -88,38 +118,65 @@ class PieceWriter:
         return self
 
     def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
-        if kind is None:
-            self._close()
-        elif self._file is not None:
-            self._file.__exit__(kind, error, trace)
+        for name, file in list(self._open.items()):
+            if kind is None:
+                self._close(name)
+            elif isinstance(file, StreamedSafetensors):
+                file.abandon()
+            else:
+                file.__exit__(kind, error, trace)
         self._finisher.shutdown()  # waits
+        if self._spool:
+            self._spool.__exit__()
         for finished in self._finishing if kind is None else ():
             finished.result()
 
-    def _open(self, kind: str, key: str, array: np.ndarray) -> SafetensorsWriter:
-        file = self._file
-        if file and (
-            kind != self._kind
-            or not file.fits(key, array)
-            or (file.size > 8 + file.header_room and file.size + array.nbytes > self.max_file_bytes)
-        ):
-            self._close()
-        if self._file is None:
+    def _file(self, kind: str, key: str, array: np.ndarray) -> SafetensorsWriter | StreamedSafetensors:
+        file = self._open.get(kind)
+        if file and (file.full if isinstance(file, StreamedSafetensors) else self._is_full(file, key, array)):
+            self._close(kind)
+        if kind not in self._open:
             self._counts[kind] += 1
-            self._kind = kind
             path = self.folder / f"{kind}-{self._stem}{self._counts[kind]:05d}.safetensors"
-            self._file = SafetensorsWriter(path, _HEADER_ROOM)
-        return self._file
+            if self._spool and kind in self._planned:
+                self._open[kind] = StreamedSafetensors(path, next(self._planned[kind], {}), self._spool)
+            else:
+                self._open[kind] = SafetensorsWriter(path, _HEADER_ROOM)
+        return self._open[kind]
 
-    def _close(self) -> None:
-        if self._file is not None:
-            self._finishing.append(self._finisher.submit(self._finish, self._file))
-        self._file = None
+    def _is_full(self, file: SafetensorsWriter, key: str, array: np.ndarray) -> bool:
+        some = file.size > 8 + file.header_room
+        return not file.fits(key, array) or (some and file.size + array.nbytes > self.max_file_bytes)
 
-    def _finish(self, file: SafetensorsWriter) -> None:
-        file.__exit__(None, None, None)
-        # The header lies before the data but is known last, so the hash is taken now, from the file cache.
-        self._files[file.path.name] = {"size": file.path.stat().st_size, "sha256": file_sha256(file.path)}
+    def _close(self, kind: str) -> None:
+        self._finishing.append(self._finisher.submit(self._finish, self._open.pop(kind)))
+
+    def _finish(self, file: SafetensorsWriter | StreamedSafetensors) -> None:
+        if isinstance(file, StreamedSafetensors):
+            size, digest = file.finish()
+        else:
+            file.__exit__(None, None, None)
+            # The header lies before the data but is known last, so the hash is taken now, from the file cache.
+            size, digest = file.path.stat().st_size, file_sha256(file.path)
+        self._files[file.path.name] = {"size": size, "sha256": digest}
+
+
+def _key(name: str, offset: Sequence[int], extent: Sequence[int], shape: Sequence[int]) -> str:
+    return name if tuple(extent) == tuple(shape) else f"{name}@{'.'.join(map(str, offset))}"
+
+
+def _planned_files(pieces: Iterable[PieceSpec], max_bytes: int) -> Iterator[dict[str, tuple[str, tuple[int, ...]]]]:
+    """What each file of one kind will hold: key -> dtype code, shape."""
+    file: dict[str, tuple[str, tuple[int, ...]]] = {}
+    size = 0
+    for piece in pieces:
+        if file and size + piece.nbytes > max_bytes:
+            yield file
+            file, size = {}, 0
+        file[_key(piece.name, piece.offset, piece.extent, piece.shape)] = dtype_code(piece.dtype), piece.extent
+        size += piece.nbytes
+    if file:
+        yield file
 
 
 def write_manifest(folder: Path, step: int, parts: Sequence[Mapping[str, Any]], save: str | None = None) -> None:

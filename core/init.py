@@ -9,6 +9,7 @@ The cosine is a polynomial of products and sums, which every processor rounds al
 from __future__ import annotations
 
 import hashlib
+import itertools
 import math
 
 import numpy as np
@@ -20,9 +21,14 @@ _CHUNK = 1 << 15  # elements made at once: few enough for a processor's cache
 
 
 def init_tensor(
-    name: str, config: ModelConfig, seed: int, index: tuple[slice, ...] | None = None, scheme: str = "normal"
+    name: str,
+    config: ModelConfig,
+    seed: int,
+    index: tuple[slice, ...] | None = None,
+    scheme: str = "normal",
+    out: np.ndarray | None = None,
 ) -> np.ndarray:
-    """float32 initial value of a parameter, or of the slice ``index`` of it.
+    """float32 initial value of a parameter, or of the slice ``index`` of it; written to ``out`` where it is given.
 
     ``normal``: N(0, matrix_init_std) for matrix-like parameters and N(0, init_std) for embedding and head, gains 1,
     biases 0 (released initialisation; without matrix_init_std all have init_std). ``strong``: weights for tests,
@@ -32,17 +38,24 @@ def init_tensor(
     spec = parameter_table(config)[name]
     mean, std = _moments(spec, config, scheme)
     starts, shape = _extent(spec.shape, index)
+    out = np.empty(shape, np.float32) if out is None else out
     if std == 0.0:
-        return np.full(shape, mean, np.float32)
-    out = np.empty(shape, np.float32)
-    flat = out.reshape(-1)
+        out[...] = mean
+        return out
     key = _key(seed, name)
-    for begin in range(0, flat.size, _CHUNK):
-        local = np.arange(begin, min(begin + _CHUNK, flat.size), dtype=np.int64)
-        counter = _global_index(local, shape, spec.shape, starts)
-        flat[begin : begin + local.size] = mean + std * _normal(key, counter)
-    if scheme == "strong" and spec.kind == "norm":
-        np.clip(out, 0.6, 1.4, out=out)
+    table, first_row = (out, starts[0]) if len(shape) == 2 else (out[None], 0)
+    rows, columns = table.shape
+    width = max(1, min(columns, _CHUNK))
+    for row, column in itertools.product(range(0, rows, height := max(1, _CHUNK // width)), range(0, columns, width)):
+        part = table[row : row + height, column : column + width]
+        down = np.arange(part.shape[0], dtype=np.uint64) + np.uint64(first_row + row)
+        across = np.arange(part.shape[1], dtype=np.uint64) + np.uint64(starts[-1] + column)
+        values = _normal(key, down[:, None] * np.uint64(spec.shape[-1]) + across)
+        values *= std
+        values += mean
+        if scheme == "strong" and spec.kind == "norm":
+            np.clip(values, 0.6, 1.4, out=values)
+        part[...] = values.astype(np.float32)  # rounded to it first, whatever ``out`` holds
     return out
 
 
@@ -75,26 +88,13 @@ def _extent(shape: tuple[int, ...], index: tuple[slice, ...] | None) -> tuple[tu
     return tuple(b[0] for b in bounds), tuple(max(b[1] - b[0], 0) for b in bounds)
 
 
-def _global_index(
-    local: np.ndarray, shape: tuple[int, ...], whole: tuple[int, ...], starts: tuple[int, ...]
-) -> np.ndarray:
-    """Flat index in the whole tensor of each flat index of the slice; tensors have one or two axes."""
-    if len(shape) == 1:
-        return local + starts[0]
-    if shape[1] == whole[1]:
-        return local + starts[0] * whole[1]
-    row, column = np.divmod(local, shape[1])
-    return (row + starts[0]) * whole[1] + (column + starts[1])
-
-
 # sin(2 pi y) / y in powers of y^2, to 3e-16 where |y| <= 1/4; the highest power first.
 _SINE = [(-1) ** k * (2.0 * math.pi) ** (2 * k + 1) / math.factorial(2 * k + 1) for k in range(9, -1, -1)]
 
 
 def _normal(key: np.uint64, counter: np.ndarray) -> np.ndarray:
-    """float64 of the shape of ``counter`` (int64, at least 0)."""
-    z = counter.astype(np.uint64)
-    shifted = np.empty_like(z)
+    """float64 of the shape of ``counter`` (uint64), which is used up."""
+    z, shifted = counter, np.empty_like(counter)
     with np.errstate(over="ignore"):
         z += np.uint64(1)
         z *= np.uint64(0x9E3779B97F4A7C15)
@@ -105,9 +105,9 @@ def _normal(key: np.uint64, counter: np.ndarray) -> np.ndarray:
             z *= np.uint64(factor)
     # (n + 0.5) / 2^32 lies strictly inside (0, 1), so the logarithm is finite.
     np.right_shift(z, np.uint64(32), out=shifted)
-    high = shifted.astype(np.float64)
+    high = shifted.view(np.int64).astype(np.float64)  # below 2^32, and signed numbers convert in half the time
     z &= np.uint64(0xFFFFFFFF)
-    low = z.astype(np.float64)
+    low = z.view(np.int64).astype(np.float64)
     for half in (high, low):
         half += 0.5
         half *= 2.0**-32

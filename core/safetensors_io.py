@@ -24,6 +24,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from core.direct_io import BLOCK, DirectFile, Spool
 from core.errors import UserError
 
 DTYPES: dict[str, np.dtype[Any]] = {
@@ -179,18 +180,66 @@ class SafetensorsWriter:
             data = data[self._file.write(data) :]
 
 
+class StreamedSafetensors:
+    """Writes a file whose tensors are known before they arrive, in this order: the header comes first, so the hash can
+    be taken on the way and the bytes need not lie in the kernel's cache.
+
+    ``specs``: name -> dtype code, shape. Tensors begin at a multiple of 4096 bytes. ``finish`` or ``abandon`` ends it.
+    """
+
+    def __init__(self, path: str | Path, specs: Mapping[str, tuple[str, tuple[int, ...]]], spool: Spool) -> None:
+        self.path = Path(path)
+        self._left = iter(specs.items())
+        self._next = next(self._left, None)
+        room = -(-(header_room(specs) + 8) // BLOCK) * BLOCK - 8
+        self._file = DirectFile(self.path, spool)
+        header = struct.pack("<Q", room) + _encode(_entries(specs)).ljust(room)
+        self._file.write(np.frombuffer(header, np.uint8))
+
+    @property
+    def full(self) -> bool:
+        """Whether every tensor has come."""
+        return self._next is None
+
+    def add(self, name: str, array: np.ndarray) -> None:
+        """Append a tensor. ValueError if it is not the next one."""
+        code = dtype_code(array.dtype)
+        if (name, (code, array.shape)) != self._next:
+            raise ValueError(f"{self.path}: '{name}', {code} {array.shape}, came where {self._next} was expected")
+        self._next = next(self._left, None)
+        array = np.ascontiguousarray(array, DTYPES[code])
+        self._file.write(array.reshape(-1).view(np.uint8))
+
+    def finish(self) -> tuple[int, str]:
+        """Size and SHA-256 of the file, which is on disk. ValueError if a tensor is missing."""
+        if self._next is not None:
+            self.abandon()
+            raise ValueError(f"{self.path}: {self._next} did not come")
+        return self._file.size, self._file.finish()
+
+    def abandon(self) -> None:
+        """Leave the file incomplete."""
+        self._file.abandon()
+
+
 def header_room(specs: Mapping[str, tuple[str, tuple[int, ...]]], metadata: Mapping[str, str] | None = None) -> int:
     """Exact header length of a file that will hold ``specs`` (name -> dtype code, shape) in this order.
 
     A multiple of 8, as the library pads it, so that the same tensors in the same order give the same bytes.
     """
+    return -(-len(_encode(_entries(specs, metadata))) // 8) * 8
+
+
+def _entries(
+    specs: Mapping[str, tuple[str, tuple[int, ...]]], metadata: Mapping[str, str] | None = None
+) -> dict[str, Any]:
     entries: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     begin = 0
     for name, (code, shape) in specs.items():
         end = begin + math.prod(shape) * DTYPES[code].itemsize
         entries[name] = {"dtype": code, "shape": list(shape), "data_offsets": [begin, end]}
         begin = end
-    return -(-len(_encode(entries)) // 8) * 8
+    return entries
 
 
 def file_sha256(path: Path, on_bytes: Callable[[int], Any] | None = None) -> str:

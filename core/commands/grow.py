@@ -119,7 +119,7 @@ def run(args: argparse.Namespace) -> int:
     _refuse_release(args.source)
     checkpoint = open_checkpoint(args.source, verify=False)
     plan = plan_checkpoint(checkpoint, _target(args, checkpoint_config(checkpoint)), options)
-    total = grown_bytes(checkpoint, plan)
+    total = sum(grown_bytes(checkpoint, plan))
     print(describe(plan))
     if args.plan:
         _print_cost(plan, lambda name, box: checkpoint.read("weights", name, box), checkpoint.nbytes, total)

@@ -130,7 +130,7 @@ def _grow(stage: Stage, before: Path, grown: Path, node_rank: int) -> None:
     print(f"\n== growing {checkpoint.path} into {grown}\n{describe(plan)}", flush=True)
     started = time.monotonic()
     grow_checkpoint(checkpoint, grown, plan)
-    print(f"{grown_bytes(checkpoint, plan) / 1e6:.1f} MB in {time.monotonic() - started:.1f} s", flush=True)
+    print(f"{sum(grown_bytes(checkpoint, plan)) / 1e6:.1f} MB in {time.monotonic() - started:.1f} s", flush=True)
 
 
 def _tell(stages: Sequence[Stage], out: Path, backend: str, whole: bool) -> None:
