@@ -103,6 +103,7 @@ void rms_forward(const View &x, const View *residual, const View &weight, const 
         if (masked) v = v * load(&growth.mask[i]);
         const vf sum = squares + v;  // compensated in pairs of lanes would be exact; two sums halve the error
         squares = more, more = sum;
+        if (pr) ahead(px + columns + i, far);
       });
       const float r = 1.0f / std::sqrt(sum_lanes(squares + more) / growth.total + static_cast<float>(eps));
       rstd.as<float>()[row] = r;
@@ -112,8 +113,8 @@ void rms_forward(const View &x, const View *residual, const View &weight, const 
         v = rounded<O>(v * r) * load(&gain[i]);  // the released order: the norm is rounded before the gain
         if (masked) v = v * load(&growth.mask[i]);
         put(po + i, v, n, far);
-        ahead(px + columns + i, far);
         if (pr) ahead(pr + columns + i, far);
+        else ahead(px + columns + i, far);
       }, to_line(po));
     }
     fence(far);
@@ -145,6 +146,7 @@ void rms_backward(const View &grad, const View *grad_stream, const View &x, cons
           for (int k = 0; k < K; k++) {
             const vf product = get(pg + k * columns + i, n) * get(px + k * columns + i, n);
             sum += product * r[k], along_x[k] += product * weight_i;
+            ahead(px + (K + k) * columns + i, far);
           }
           if constexpr (masked) sum = sum * load(&growth.mask[i]);
           store(dw + i, load(dw + i) + sum);
@@ -161,7 +163,6 @@ void rms_backward(const View &grad, const View *grad_stream, const View &x, cons
             if (ps) d += get(ps + i, n);
             put(po + i, d, n, far);
             ahead(pgk + K * columns + i, far);
-            ahead(pxk + K * columns + i, far);
             if (ps) ahead(ps + columns + i, far);
           }, to_line(po));
         }
@@ -286,6 +287,7 @@ KERNEL(layer_norm_backward, 6, 3, 1) {
               const vf product = g * (get(px + k * columns + i, n) - mean[k]);
               sum += product * r[k], sum_bias += g;
               plain[k] += g * weight_i, tilted[k] += product * weight_i;
+              ahead(px + (K + k) * columns + i, far);
             }
             store(dw + i, sum), store(db + i, sum_bias);
           });
@@ -300,7 +302,6 @@ KERNEL(layer_norm_backward, 6, 3, 1) {
               if constexpr (masked) d = d * load(&growth.mask[i]);
               put(po + i, d, n, far);
               ahead(pgk + K * columns + i, far);
-              ahead(pxk + K * columns + i, far);
             }, to_line(po));
           }
         });

@@ -92,7 +92,8 @@ __attribute__((always_inline)) inline void by_vectors(int64_t first, int64_t las
   }
 }
 
-// Memory that is read next, asked for while the present row is written: otherwise the two take turns.
+// Memory that is read next, asked for while the present row is computed with and written: otherwise memory and
+// processor take turns. Of two inputs one is asked for in each pass over the row.
 template <typename T>
 static inline void ahead(const T *p, bool far) {
   if (far) __builtin_prefetch(p, 0, 2);
