@@ -139,10 +139,12 @@ KERNEL(embedding_backward, 2, 1, 0) {
       for (int64_t id = a; id < b; id++) {
         float *to = out[0].as<float>() + id * columns;
         const int64_t first = start[id], last = start[id + 1];
+        const T *next = id + 1 < b && start[id + 2] > last ? grad + order[last] * columns : nullptr;
         by_vectors(0, columns, to_line(to), [&](int64_t i, int n) {
           vf sum = splat(0.0f);
           for (int64_t k = first; k < last; k++) sum += get(grad + order[k] * columns + i, n);
           put(to + i, sum, n, far);
+          if (next) ahead(next + i, far);
         });
       }
       fence(far);
