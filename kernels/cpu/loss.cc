@@ -136,16 +136,24 @@ KERNEL(embedding_backward, 2, 1, 0) {
     using T = std::remove_pointer_t<decltype(t)>;
     const T *grad = in[0].as<T>();
     parallel(vocab, std::max<int64_t>(1, 65536 / std::max<int64_t>(1, columns)), [&](int64_t a, int64_t b, int) {
-      for (int64_t id = a; id < b; id++) {
+      for (int64_t id = a; id < b;) {
         float *to = out[0].as<float>() + id * columns;
         const int64_t first = start[id], last = start[id + 1];
-        const T *next = id + 1 < b && start[id + 2] > last ? grad + order[last] * columns : nullptr;
+        const T *soon = last < start[b] ? grad + order[last] * columns : nullptr;
+        if (first == last) {
+          const int64_t from = id;  // as most ids of a large vocabulary
+          while (id < b && start[id + 1] == first) id++;
+          for (int64_t i = 0; soon && i < columns; i += 64 / sizeof(T)) ahead(soon + i, far);
+          clear(to, (id - from) * columns, far);
+          continue;
+        }
         by_vectors(0, columns, to_line(to), [&](int64_t i, int n) {
           vf sum = splat(0.0f);
           for (int64_t k = first; k < last; k++) sum += get(grad + order[k] * columns + i, n);
           put(to + i, sum, n, far);
-          if (next) ahead(next + i, far);
+          if (soon) ahead(soon + i, far);
         });
+        id++;
       }
       fence(far);
     });

@@ -99,6 +99,21 @@ static inline void ahead(const T *p, bool far) {
   if (far) __builtin_prefetch(p, 0, 2);
 }
 
+// Zeros. AMD's processors have an instruction for a line of them, which takes half the time of writing it past the
+// caches (measured: 55 to 77 GB/s and 27); a fence has to follow that, too.
+static inline void clear(float *p, int64_t count, bool far) {
+#if defined(__CLZERO__)
+  if (far) {
+    const int64_t head = std::min(count, to_line(p)), lines = (count - head) / 16;
+    std::memset(p, 0, head * sizeof(float));
+    for (int64_t i = 0; i < lines; i++) _mm_clzero(p + head + i * 16);
+    std::memset(p + head + lines * 16, 0, (count - head - lines * 16) * sizeof(float));
+    return;
+  }
+#endif
+  by_vectors(0, count, to_line(p), [&](int64_t i, int n) { put(p + i, splat(0.0f), n, far); });
+}
+
 static inline void fence(bool far) {
 #if defined(__x86_64__)
   if (far) _mm_sfence();

@@ -352,6 +352,28 @@ def test_targets_and_ids_beyond_the_vocabulary_touch_nothing() -> None:
     np.testing.assert_array_equal(table, reference.embedding_backward(ROWS[:1] + 1, np.array([0]), 4))
 
 
+@pytest.mark.parametrize("shift", [0, 1, 4, 15])
+@pytest.mark.parametrize("vocab_size", [3, 3000])
+def test_a_gradient_of_few_ids_is_zero_elsewhere_and_nothing_beside_it_is_touched(vocab_size: int, shift: int) -> None:
+    """Of 1,001 columns, so that rows begin anywhere in a line; the larger one is written past the caches."""
+    random, columns = np.random.default_rng(0), 1001
+    grad, ids = random.standard_normal((40, columns), np.float32), random.integers(0, vocab_size, 40).astype(np.int32)
+    ids[:2] = 0, vocab_size - 1
+    room = np.full(vocab_size * columns + 64, np.nan, np.float32)
+    first = 16 - room.ctypes.data % 64 // 4 + shift
+    call = engine.Call("embedding_backward", 2, 1, ())
+    for view, array, dtype in ((call.inputs[0], grad, "float32"), (call.inputs[1], ids, "int32")):
+        engine.describe_view(view, array.ctypes.data, array.shape, dtype)
+    engine.describe_view(call.outputs[0], room[first:].ctypes.data, (vocab_size, columns), "float32")
+    call.run()
+    end = first + vocab_size * columns
+    assert np.isnan(room[:first]).all() and np.isnan(room[end:]).all()
+    wanted = reference.embedding_backward(grad.astype(np.float64), ids, vocab_size)
+    found = room[first:end].reshape(vocab_size, columns)
+    assert relative_frobenius(found, wanted) <= 1e-6
+    assert not found[np.setdiff1d(np.arange(vocab_size), ids)].any()
+
+
 BUILD = """
 import sys
 from pathlib import Path
