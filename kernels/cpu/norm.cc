@@ -53,11 +53,11 @@ class ColumnSums {
       : stride_((columns + kLine - 1) / kLine * kLine), sums_(stride_ * pieces, 0.0f), pieces_(pieces) {}
   float *of(int piece) { return &sums_[stride_ * piece]; }
   void write(float *out, int64_t columns) const {
-    for (int64_t i = 0; i < columns; i++) {
-      float sum = 0;
-      for (int t = 0; t < pieces_; t++) sum += sums_[stride_ * t + i];
-      out[i] = sum;
-    }
+    along(columns, [&](int64_t i, int n) {
+      vf sum = splat(0.0f);
+      for (int t = 0; t < pieces_; t++) sum += load(&sums_[stride_ * t + i]);
+      put(out + i, sum, n);
+    });
   }
 
  private:
