@@ -23,6 +23,7 @@ import numpy as np
 BUFFER_BYTES = 8 << 20
 BUFFERS = 4  # of all files together: one fills for each of two files while two are on their way
 BLOCK = 4096  # what places, lengths and addresses must be multiples of
+_REFUSED = (errno.EINVAL, errno.EOPNOTSUPP)  # of file systems that write through the cache only
 
 
 class Spool:
@@ -78,7 +79,7 @@ class DirectFile:
         try:
             self._handle = os.open(path, flags | self._direct, 0o666)
         except OSError as error:
-            if not self._direct or error.errno != errno.EINVAL:
+            if not self._direct or error.errno not in _REFUSED:
                 raise
             self._direct = 0
             self._handle = os.open(path, flags, 0o666)
@@ -122,7 +123,7 @@ class DirectFile:
             try:
                 count = os.pwrite(self._handle, data, place)
             except OSError as error:
-                if not self._direct or error.errno != errno.EINVAL:
+                if not self._direct or error.errno not in _REFUSED:
                     raise
                 # Opened so, yet not written so; what comes after goes through the cache.
                 self._direct = 0
