@@ -55,7 +55,7 @@ class Spool:
         return self._writing.submit(self._store, file, buffer, count, place, self._hash(file, buffer[:count]))
 
     def _hash(self, file: DirectFile, data: np.ndarray) -> Future[None]:
-        return self._hashing.submit(file.digest.update, data)
+        return self._hashing.submit(file.digest.update, data.data)
 
     def _store(self, file: DirectFile, buffer: np.ndarray, count: int, place: int, hashed: Future[None]) -> None:
         try:
