@@ -7,12 +7,14 @@
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install demo test test-unit test-parallel-full soak operators ascend-lower gpu-check mindformers-check asan lint format lock clean
+.PHONY: help install demo test test-unit test-parallel-full soak operators campaigns campaign-kills campaign-corruption campaign-hostile \
+        campaign-equivalence ascend-lower gpu-check mindformers-check asan lint format lock clean
 
 VENV ?= .venv
 EXTRAS := ms,pt,serve,dev
 WORKERS ?= 2
 PYTEST_ARGS ?=
+CAMPAIGN_ARGS ?=
 GPU_ARGS ?=
 MINDFORMERS_VENV ?= build/mindformers
 
@@ -31,6 +33,7 @@ help:
 	@echo "make test-unit  the fast tests (under a minute)"
 	@echo "make test-parallel-full  every parallel layout of up to 8 processes, in both frameworks"
 	@echo "make soak       2,000 mixed requests and 5,000 wrong ones against the server (1 minute)"
+	@echo "make campaigns  kills, corruption, hostile inputs, random equivalence; CAMPAIGN_ARGS reach each (an evening)"
 	@echo "make operators  compile the C++ operators now and not on first use"
 	@echo "make ascend-lower  compile every Triton kernel for Ascend910B3 as far as a machine without one can (1 minute)"
 	@echo "make gpu-check  tests and benchmarks of a machine with a GPU; leaves gpu-check.json"
@@ -65,6 +68,21 @@ test-parallel-full: operators
 soak: operators
 	$(RUN) -m tests.serve_soak --backend pt
 	$(RUN) -m tests.serve_soak --backend ms
+
+campaigns: campaign-kills campaign-corruption campaign-hostile campaign-equivalence
+
+campaign-kills: operators
+	$(RUN) -m tests.campaigns.kills $(CAMPAIGN_ARGS)
+
+campaign-corruption: operators
+	$(RUN) -m tests.campaigns.corruption $(CAMPAIGN_ARGS)
+
+campaign-hostile: operators
+	$(RUN) -m tests.campaigns.hostile_files $(CAMPAIGN_ARGS)
+	$(RUN) -m tests.campaigns.hostile_requests $(CAMPAIGN_ARGS)
+
+campaign-equivalence: operators
+	$(RUN) -m tests.campaigns.equivalence $(CAMPAIGN_ARGS)
 
 # Before tests that launch processes and give them a time: the first to need the operators would compile them.
 operators: $(READY)
