@@ -203,6 +203,8 @@ def load_pieces(path: Path, config: ModelConfig) -> Any:
     import sentencepiece
 
     try:
+        if not path.stat().st_size:
+            raise RuntimeError  # the library takes an empty file for a model without pieces
         pieces = sentencepiece.SentencePieceProcessor(model_file=str(path))
     except (OSError, RuntimeError):
         raise UserError(

@@ -60,7 +60,7 @@ __all__ = [
 
 MAX_MANIFEST = 128 * MIB  # bytes; a piece takes 150, and 512 ranks save about 150,000 of them
 MAX_MANIFEST_VALUES = 4_000_000
-MAX_PIECES = 16_384  # of one tensor
+MAX_PIECES = 65_536  # of one tensor
 MAX_POINTER = 4_096  # bytes of ``latest``
 
 

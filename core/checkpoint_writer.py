@@ -222,26 +222,35 @@ def tiling_fault(shape: Sequence[int], boxes: Iterable[tuple[Sequence[int], Sequ
     overlap = _overlap([span for span in spans if all(a < b for a, b in zip(*span, strict=True))], len(shape))
     if not outside and not overlap and covered == math.prod(shape):
         return None
-    return f"cover {covered} of {math.prod(shape)} elements{' and overlap' if overlap else ''}"
+    return f"cover {covered} of {math.prod(shape)} elements{overlap}"
 
 
+_SIDE_BY_SIDE = 128
 _Span = tuple[tuple[int, ...], tuple[int, ...]]
 
 
-def _overlap(spans: list[_Span], dimensions: int) -> bool:
-    """Whether two boxes (low, high), none of them empty, share an element."""
+def _overlap(spans: list[_Span], dimensions: int) -> str:
+    """What is wrong if two boxes (low, high), none of them empty, share an element, or if that would take long to find
+    out: no layout cuts a tensor into boxes of which hundreds begin at one place."""
     if not dimensions:
-        return len(spans) > 1
+        return " and overlap" if len(spans) > 1 else ""
     # A sweep along the axis that is cut most often: few boxes then reach over the place where the next one begins.
     axis = max(range(dimensions), key=lambda i: len({low[i] for low, _ in spans}))
+    others = [i for i in range(dimensions) if i != axis]
     reaching: list[_Span] = []
+    left = 10_000 + _SIDE_BY_SIDE * len(spans)
     for low, high in sorted(spans, key=lambda span: span[0][axis]):
+        left -= len(reaching)
+        if left < 0:
+            return ", too many of them side by side"
         reaching = [span for span in reaching if span[1][axis] > low[axis]]
-        for other_low, other_high in reaching:
-            if all(a < d and c < b for a, b, c, d in zip(low, high, other_low, other_high, strict=True)):
-                return True
+        met = reaching
+        for i in others:
+            met = [(a, b) for a, b in met if a[i] < high[i] and low[i] < b[i]]
+        if met:
+            return " and overlap"
         reaching.append((low, high))
-    return False
+    return ""
 
 
 def _agreeing(entry: dict[str, Any], other: Mapping[str, Any], kind: str, name: str) -> dict[str, Any]:

@@ -26,6 +26,8 @@ CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 # and the places in a batch are int32.
 MAX_ROWS, MAX_WIDTH, MAX_HEADS, MAX_LAYERS, MAX_LENGTH = 1 << 22, 1 << 20, 1 << 16, 1_000, 2**31 - 1
 
+MAX_PRESETS = 8  # files that refer to one another
+
 PRECISIONS = ("fp32", "bf16", "amp", "fp16", "fp64")
 
 
@@ -312,8 +314,10 @@ def load_model_config(spec: str | dict[str, Any], where: str = "model") -> Model
     return from_mapping(ModelConfig, values, where)
 
 
-def _preset(name: str, where: str) -> dict[str, Any]:
-    """The mapping that a preset's name or a YAML file's stands for."""
+def _preset(name: str, where: str, depth: int = 0) -> dict[str, Any]:
+    """The mapping that a preset's name or a YAML file's stands for; ``depth`` files have referred to it."""
+    if depth > MAX_PRESETS:
+        raise UserError(f"{name}: is the last of {depth} files each of which is the next one's preset; do they circle?")
     if not _is_file(name):
         if name not in preset_names():
             near = nearest(name, preset_names())
@@ -326,7 +330,7 @@ def _preset(name: str, where: str) -> dict[str, Any]:
             inner = values["model"]
             values = {"preset": inner} if isinstance(inner, str) else inner
         if isinstance(values, dict) and "preset" in values:
-            inherited = _preset(_beside(str(values["preset"]), Path(name).parent), where)
+            inherited = _preset(_beside(str(values["preset"]), Path(name).parent), where, depth + 1)
             values = {**inherited, **{key: value for key, value in values.items() if key != "preset"}}
     if not isinstance(values, dict):
         raise UserError(f"{name}: expected a model's mapping, found {shown(values)}")

@@ -14,6 +14,7 @@ from core.nodes import bind, parse_master
 from core.worker import ROOT
 
 SCRIPTS = {"ms": ROOT / "telechat_ms" / "train.py", "pt": ROOT / "pt_reference" / "train.py"}
+MAX_PROCESSES = 256  # of one machine; none has as many devices
 FRAMEWORK = {"ms": "mindspore", "pt": "torch"}
 
 # Left by a launcher around this one (a cluster's own, say), these would tell a rank a wrong place.
@@ -52,6 +53,8 @@ def check_nodes(nproc: int, nnodes: int, node_rank: int, master: str | None) -> 
     for name, number in (("--nproc", nproc), ("--nnodes", nnodes)):
         if number < 1:
             raise UserError(f"{name}: must be at least 1, found {number}")
+    if nproc > MAX_PROCESSES:
+        raise UserError(f"--nproc: {nproc} processes on one machine are too many; at most {MAX_PROCESSES}")
     if not 0 <= node_rank < nnodes:
         raise UserError(f"--node-rank: must be from 0 to {nnodes - 1} with --nnodes {nnodes}, found {node_rank}")
     if nnodes == 1:

@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 import yaml
 
 from core.errors import UserError
-from core.foreign import read_text
+from core.foreign import MAX_DIGITS, read_text
 from core.near import nearest
 from core.shown import shown
 
@@ -103,8 +103,10 @@ def parse_yaml(text: str, where: str, lines: bool = False) -> Any:
     except (ValueError, TypeError, OverflowError) as error:
         # The loader's own conversions: a date with a 13th month, a tagged number that is none.
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        reason = "a whole number of thousands of digits" if "int_max_str_digits" in reason else reason
         raise UserError(f"{where}: not valid YAML ({reason})") from None
+
+
+_NUMBERS = ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float")
 
 
 class _Loader(yaml.SafeLoader):
@@ -128,6 +130,13 @@ class _Loader(yaml.SafeLoader):
             reason = f"more than {MAX_NODES} values once its aliases are written out"
             raise yaml.composer.ComposerError(None, None, reason, node.start_mark)
         return node
+
+    def construct_scalar(self, node: Any) -> str:
+        if node.tag in _NUMBERS and len(node.value) > MAX_DIGITS:
+            raise yaml.constructor.ConstructorError(
+                None, None, f"a number of {len(node.value)} characters", node.start_mark
+            )
+        return super().construct_scalar(node)
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
         seen = set()

@@ -52,7 +52,8 @@ class Tokenizer:
         self.variant = variant
         try:
             self._pieces = sentencepiece.SentencePieceProcessor(model_proto=model_bytes)
-            self.vocab_size: int = self._pieces.get_piece_size()
+            # Asked of a model that an empty file made, the library writes to stderr.
+            self.vocab_size: int = self._pieces.get_piece_size() if model_bytes else 0
         except RuntimeError:
             self.vocab_size = 0
         if not self.vocab_size:

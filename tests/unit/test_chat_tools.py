@@ -150,7 +150,7 @@ def test_tools_at_the_terminal(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("text", "says"),
     [
-        (None, "cannot be read (No such file or directory)"),
+        (None, "no such file"),
         ("{", "cannot be read (Expecting"),
         ("{}", "expected a JSON list of tools"),
         ("[]", "expected a JSON list of tools"),
