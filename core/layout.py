@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import TYPE_CHECKING, NamedTuple
 
 from core.errors import UserError
@@ -20,6 +21,7 @@ if TYPE_CHECKING:  # core.config holds a Layout, so it is the one that imports
 
 SCHEDULES = ("1f1b", "gpipe")
 MAX_RANKS = 1 << 20  # along an axis
+MAX_STAGES = 256  # of a pipeline
 AXES = ("tp", "cp", "ring", "ulysses", "dp", "replicas", "pp", "world", "model")
 
 
@@ -62,6 +64,10 @@ class Layout:
                 raise UserError(f"parallel.{name}: must be at most {MAX_RANKS}, found {getattr(self, name)}")
         if self.schedule not in SCHEDULES:
             raise UserError(f"parallel.schedule: {self.schedule!r} is not one of {', '.join(SCHEDULES)}")
+        if self.stages > MAX_STAGES:
+            raise UserError(
+                f"parallel.pp: pp {self.pp} x virtual {self.virtual} = {self.stages} stages; at most {MAX_STAGES}"
+            )
         if self.bucket_mb <= 0:
             raise UserError(f"parallel.bucket_mb: must be above 0, found {self.bucket_mb}")
         if self.cp % self.ulysses:
@@ -232,18 +238,15 @@ def stage_layers(layout: Layout, config: ModelConfig) -> list[list[int]]:
     Among those the evenest, and then the one with the lightest first stages, whose activations live longest. UserError
     when there are more stages than layers or the explicit numbers do not add up.
     """
-    from core.params import parameter_table
+    from core.params import block_table
 
     _check_stages(layout, config)
     counts: Sequence[int] = layout.stage_layers
     if not counts:
-        costs = [0] * config.num_layers
-        for name, spec in parameter_table(config).items():
-            if name.startswith("layers."):
-                costs[int(name.split(".")[1])] += spec.size
+        costs = [sum(spec.size for spec in block_table(config).values())] * config.num_layers
         # Whichever stage holds the last block also computes the head, tied to the embedding or not.
         costs[-1] += config.vocab_size * config.hidden_size
-        counts = _balance(costs, layout.stages)
+        counts = _balance(tuple(costs), layout.stages)
     first = [sum(counts[:i]) for i in range(len(counts))]
     return [list(range(start, start + count)) for start, count in zip(first, counts, strict=True)]
 
@@ -371,7 +374,8 @@ def _nearest_multiple(wanted: int, unit: int) -> int:
     return below if wanted - below <= below + unit - wanted else below + unit
 
 
-def _balance(costs: Sequence[int], stages: int) -> list[int]:
+@lru_cache(maxsize=16)
+def _balance(costs: tuple[int, ...], stages: int) -> tuple[int, ...]:
     """Cut ``costs`` into ``stages`` runs of at least one, exactly: smallest maximum, then smallest sum of squares,
     then the lexicographically first."""
     total = [0]
@@ -408,4 +412,4 @@ def _balance(costs: Sequence[int], stages: int) -> list[int]:
     for step in reversed(rounds):
         counts.append(step[first][1])
         first += step[first][1]
-    return counts
+    return tuple(counts)

@@ -6,6 +6,7 @@ Names do not depend on layout or backend. A matrix is stored [out, in]; keys and
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from core.config import ModelConfig
@@ -42,12 +43,28 @@ class ParamSpec:
         return len(self.shape) == 2
 
 
-def parameter_table(config: ModelConfig) -> dict[str, ParamSpec]:
-    """Logical name -> spec, in forward order; which linears and norms have a bias and a gate, the config says."""
-    E, F, V = config.hidden_size, config.ffn_hidden_size, config.vocab_size
+def parameter_table(config: ModelConfig, layers: Iterable[int] | None = None) -> dict[str, ParamSpec]:
+    """Logical name -> spec, in forward order; which linears and norms have a bias and a gate, the config says.
+
+    ``layers``: only these blocks, beside what belongs to no block; all by default.
+    """
+    E, V = config.hidden_size, config.vocab_size
+    block = block_table(config)
+    table = {"embed.weight": ParamSpec((V, E), "embedding")}
+    for i in range(config.num_layers) if layers is None else sorted(layers):
+        table.update({f"layers.{i}.{name}": spec for name, spec in block.items()})
+    table.update(_norm("norm", config))
+    if not config.tied_embeddings:
+        table["head.weight"] = ParamSpec((V, E), "head")
+    return table
+
+
+def block_table(config: ModelConfig) -> dict[str, ParamSpec]:
+    """The parameters of one block, by their names inside it: all blocks are alike."""
+    E, F = config.hidden_size, config.ffn_hidden_size
     HD, KD = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
     inputs = {"gate": F, "up": F} if config.activation == "swiglu" else {"up": F}
-    block = {
+    return {
         **_norm("attn_norm", config),
         **_linears("attn", {"q": HD, "k": KD, "v": KD}, E, config.biases == "all"),
         **_linears("attn", {"o": E}, HD, config.biases != "none"),
@@ -55,13 +72,6 @@ def parameter_table(config: ModelConfig) -> dict[str, ParamSpec]:
         **_linears("ffn", inputs, E, config.biases == "all"),
         **_linears("ffn", {"down": E}, F, config.biases != "none"),
     }
-    table = {"embed.weight": ParamSpec((V, E), "embedding")}
-    for i in range(config.num_layers):
-        table.update({f"layers.{i}.{name}": spec for name, spec in block.items()})
-    table.update(_norm("norm", config))
-    if not config.tied_embeddings:
-        table["head.weight"] = ParamSpec((V, E), "head")
-    return table
 
 
 def parameter_axes(name: str) -> tuple[str, ...]:

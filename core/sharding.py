@@ -39,12 +39,12 @@ class Shard:
 def chunk_table(config: ModelConfig, layout: Layout, coord: Coord, chunk: int = 0) -> dict[str, Shard]:
     """The parameters of model chunk ``chunk`` of pipeline rank ``coord.pp``, as tensor rank ``coord.tp`` holds them."""
     stage = chunk * layout.pp + coord.pp
-    layers = set(stage_layers(layout, config)[stage])
+    layers = stage_layers(layout, config)[stage]
     last = stage == layout.stages - 1
     table = {}
-    for name, spec in parameter_table(config).items():
+    for name, spec in parameter_table(config, layers).items():
         if name.startswith("layers."):
-            here = int(name.split(".")[1]) in layers
+            here = True
         elif name == "embed.weight":
             here = stage == 0 or (last and config.tied_embeddings)
         else:

@@ -59,7 +59,7 @@ class Bench:
             "stages": [{"name": "a", "steps": 2}, {"name": "b", "steps": 2, "model": {**RUN["model"], "num_layers": 4}}]
         }
         self.growth = yaml.safe_dump(stages)
-        self.search = yaml.safe_dump({"config": "../run.yaml", "grid": {"lr": [1e-3, 2e-3]}, "window": 2})
+        self.search = yaml.safe_dump({"config": str(folder / "run.yaml"), "grid": {"lr": [1e-3, 2e-3]}, "window": 2})
         self.table = "parameters: [1, 2, 4, 8, 16, 32]\nloss: [4, 3.8, 3.7, 3.6, 3.55, 3.5]\n"
         (folder / "run.yaml").write_text(self.run)
 
@@ -86,15 +86,16 @@ def quiet(*words: object) -> None:
 def release_config(bench: Bench, rng: random.Random, here: Path) -> Case:
     folder = inputs.copy_tree(bench.release, here / "model")
     config = json.loads((folder / "config.json").read_text())
-    if rng.random() < 0.5:
+    if rng.random() < 0.1:
+        what, data = "note", inputs.dumps({**config, "hidden_dropout": rng.choice(inputs.ESCAPES)})
+    elif rng.random() < 0.5:
         what, data = inputs.hostile_json(rng, config)
     else:
         what = rng.choice(["vocab_size", "hidden_size", "n_layer", "n_head", "num_key_value_heads", "ffn_hidden_size"])
         data = inputs.dumps({**config, what: rng.choice([bad for bad in inputs.BAD_SIZES if bad != config[what]])})
     (folder / "config.json").write_bytes(data)
-    return Case(
-        f"config.json, {what}", ("convert", "--from", "hf", "--to", "canonical", str(folder), str(here / "out"))
-    )
+    words = ("convert", "--from", "hf", "--to", "canonical", str(folder), str(here / "out"))
+    return Case(f"config.json, {what}", words, may_pass=what == "note")
 
 
 def release_weights(bench: Bench, rng: random.Random, here: Path) -> Case:
@@ -407,7 +408,7 @@ def options(bench: Bench, rng: random.Random, here: Path) -> Case:
         ("plan", "--model", "telechat2-tiny", "--layout", f"tp{number}"),
         ("plan", "--model", "m" * rng.randint(1, 1_000_000)),
         ("train", "--backend", "pt", *run, "--nproc", number),
-        ("train", "--backend", "pt", *run, "--timeout", number),
+        ("train", "--backend", "pt", *run, "--timeout", rng.choice(["nan", "inf", "-1", "1e999", "x"])),
         ("train", "--backend", "pt", *run, "--nnodes", number),
         ("convert", "--from", "canonical", "--to", "hf", "--max-shard-size", f"{number}", "a", str(here / "b")),
         ("tokenize", "decode", "--tokenizer", str(bench.tokenizer), number or "x"),

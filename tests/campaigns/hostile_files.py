@@ -4,7 +4,7 @@
 
 A trial makes one hostile input from a valid one (tests/campaigns/hostile_inputs.py) and runs the verb that reads it, in
 a process forked from this one, so that what is measured is the input's and not the interpreter's start. The processor
-time, the peak of memory above that of a verb that does nothing, the exit code and everything printed are judged.
+time, the peak of memory above what it began with, the exit code and everything printed are judged.
 """
 
 from __future__ import annotations
@@ -118,18 +118,19 @@ def campaign(trials: int, seed: int, say: Callable[[str], None]) -> list[Outcome
         folder = Path(name)
         (folder / "valid").mkdir()
         bench = Bench(folder / "valid")
-        idle = min(execute(["--version"], folder / "printed")[3] for _ in range(3))
         for trial in range(trials):
             here = folder / "trial"
             here.mkdir()
             case = bench.make(random.Random(f"{seed}/{trial}"), here)
+            # A forked process begins with what this one holds.
+            held = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize() / 2**20
             code, cpu_s, wall_s, peak = execute(case.words, folder / "printed")
             text = (folder / "printed").read_text(encoding="utf-8", errors="replace")
-            fault = judge(case, code, cpu_s, peak - idle, text)
+            fault = judge(case, code, cpu_s, peak - held, text)
             line = next((part for part in reversed(text.splitlines()) if part.startswith("tele: ")), text[-300:])
             words = " ".join(word if len(word) < 80 else f"{word[:77]}..." for word in case.words)
             outcomes.append(
-                Outcome(trial, case.name, words, code, cpu_s, wall_s, max(0.0, peak - idle), line[:400], fault)
+                Outcome(trial, case.name, words, code, cpu_s, wall_s, max(0.0, peak - held), line[:400], fault)
             )
             if fault:
                 say(f"trial {trial}: {case.name}: {fault}\n  {words!r}\n  {line[:300]}")

@@ -344,9 +344,9 @@ def hostile_manifest(rng: random.Random, folder: Path) -> str:
             piece["file"] = rng.choice(["nowhere.safetensors", "../outside.json", ESCAPES[1], "f" * 100_000])
         elif name == "boxes":  # of one tensor, half of them along each axis
             n = rng.randint(1_000, 8_000)
-            tensor["shape"] = [n, 2 * n]
+            boxes = manifest["tensors"]["optimizer"].setdefault("boxes", {**tensor, "shape": [n, 2 * n]})
             across = [{**piece, "offset": [i, 0], "extent": [1, n]} for i in range(n)]
-            tensor["pieces"] = across + [{**piece, "offset": [0, n + i], "extent": [n, 1]} for i in range(n)]
+            boxes["pieces"] = across + [{**piece, "offset": [0, n + i], "extent": [n, 1]} for i in range(n)]
 
     if name == "link":
         (folder / "link.json").symlink_to(outside)
