@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from core.atomic import remove_folder, write_text
-from core.config import RunConfig, load_run_config
+from core.config import RunConfig, load_model_config, load_run_config
 from core.errors import UserError
 from core.foreign import load_json
 from core.launch import launch
@@ -29,7 +29,7 @@ from core.worker import read_status
 
 DONE, DIVERGED, FAILED = "done", "diverged", "failed"
 STOPPED = "training stopped at step"  # how core.loop begins when the numbers went wrong
-MAX_TRIALS = 10_000
+MAX_TRIALS = 2_000
 SAME = 1e-12  # relative: numbers that differ by less differ by the order in which they were computed
 STEP_COST = 2e9  # operations in which a step's fixed costs are expressed: what a tiny model's step takes anyway
 
@@ -157,6 +157,7 @@ def plan(search: SearchConfig, out: Path) -> list[Trial]:
             except UserError as error:
                 raise UserError(f"widths: {error}") from None
             model, optim = transfer(config.model, config.optim, shape)
+            load_model_config(model.to_dict())  # numbers carried over may leave their range
             for seed in dict.fromkeys(search.seeds or [base.train.seed]):
                 train = dataclasses.replace(config.train, seed=seed)
                 whole = dataclasses.replace(config, model=model, optim=optim, train=train)

@@ -12,7 +12,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from core.config import ModelConfig, OptimConfig
+from core.config import ModelConfig, OptimConfig, load_model_config
 from core.errors import UserError
 
 DIGITS = 12  # of a transferred number: more than any search finds, fewer than a division leaves behind
@@ -100,9 +100,8 @@ def at_width(model: ModelConfig, width: int, ffn: int | None = None) -> ModelCon
                 f"width {width}: an ffn of {model.ffn_hidden_size} at {model.hidden_size} has no whole width there; "
                 f"say which with --ffn, or take a multiple of {step}, nearest: {_nearest(width, step)}"
             )
-    return dataclasses.replace(
-        model, hidden_size=width, ffn_hidden_size=ffn, num_heads=heads, num_kv_heads=heads // group
-    )
+    sizes = {"hidden_size": width, "ffn_hidden_size": ffn, "num_heads": heads, "num_kv_heads": heads // group}
+    return load_model_config({**model.to_dict(), **sizes}, f"width {width}")
 
 
 def warnings(model: ModelConfig, target: ModelConfig) -> list[str]:

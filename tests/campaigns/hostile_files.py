@@ -53,8 +53,12 @@ class Outcome:
 
 
 def execute(words: Sequence[str], printed: Path) -> tuple[int, float, float, float]:
-    """(exit code, processor seconds, seconds, peak megabytes) of a verb in a process of its own; 256 for a hang."""
+    """(exit code, processor seconds, seconds, megabytes) of a verb in a process of its own; 256 for a hang.
+
+    Megabytes are the peak of its memory above what it began with.
+    """
     started = time.monotonic()
+    told, tell = os.pipe()
     pid = os.fork()
     if pid == 0:
         code = 1
@@ -64,7 +68,8 @@ def execute(words: Sequence[str], printed: Path) -> tuple[int, float, float, flo
             os.dup2(nothing, 0)
             os.dup2(handle, 1)
             os.dup2(handle, 2)
-            mapped = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+            mapped, held = (int(n) * resource.getpagesize() for n in Path("/proc/self/statm").read_text().split()[:2])
+            os.write(tell, str(held // 1024).encode())
             resource.setrlimit(resource.RLIMIT_AS, (mapped + ADDRESS_SPACE,) * 2)
             sys.stdout, sys.stderr = (open(n, "w", encoding="utf-8", errors="backslashreplace") for n in (1, 2))  # noqa: SIM115
             code = cli.main(list(words))
@@ -84,8 +89,11 @@ def execute(words: Sequence[str], printed: Path) -> tuple[int, float, float, flo
             status = 256 << 8
             break
         time.sleep(0.002)
+    os.close(tell)
+    held = int(os.read(told, 100) or 0)
+    os.close(told)
     code = status >> 8 if status & 0x7F == 0 else -(status & 0x7F)
-    return code, usage.ru_utime + usage.ru_stime, time.monotonic() - started, usage.ru_maxrss / 1024
+    return code, usage.ru_utime + usage.ru_stime, time.monotonic() - started, (usage.ru_maxrss - held) / 1024
 
 
 def judge(case: Case, code: int, cpu_s: float, memory_mb: float, text: str) -> str:
@@ -122,16 +130,12 @@ def campaign(trials: int, seed: int, say: Callable[[str], None]) -> list[Outcome
             here = folder / "trial"
             here.mkdir()
             case = bench.make(random.Random(f"{seed}/{trial}"), here)
-            # A forked process begins with what this one holds.
-            held = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize() / 2**20
-            code, cpu_s, wall_s, peak = execute(case.words, folder / "printed")
+            code, cpu_s, wall_s, memory = execute(case.words, folder / "printed")
             text = (folder / "printed").read_text(encoding="utf-8", errors="replace")
-            fault = judge(case, code, cpu_s, peak - held, text)
+            fault = judge(case, code, cpu_s, memory, text)
             line = next((part for part in reversed(text.splitlines()) if part.startswith("tele: ")), text[-300:])
             words = " ".join(word if len(word) < 80 else f"{word[:77]}..." for word in case.words)
-            outcomes.append(
-                Outcome(trial, case.name, words, code, cpu_s, wall_s, max(0.0, peak - held), line[:400], fault)
-            )
+            outcomes.append(Outcome(trial, case.name, words, code, cpu_s, wall_s, memory, line[:400], fault))
             if fault:
                 say(f"trial {trial}: {case.name}: {fault}\n  {words!r}\n  {line[:300]}")
             elif trial % 100 == 99:
