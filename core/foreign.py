@@ -21,7 +21,7 @@ from core.shown import shown
 MIB = 1 << 20
 MAX_JSON = 32 * MIB  # bytes of a JSON text; the largest index of a released model has 10 MB
 MAX_VALUES = 1_000_000  # brackets, braces and commas of a JSON text; about one for each value in it
-MAX_LINE = 16 * MIB  # bytes of a line of JSON; a long book has 5 MB
+MAX_LINE = 4 * MIB  # bytes of a line of JSON: its text is tokenized as a whole, at up to 50 bytes of memory a byte
 MAX_LINE_VALUES = 200_000
 MAX_DIGITS = 40  # of a whole number; 2**128 has 39
 _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
@@ -111,8 +111,8 @@ def check_size(data: bytes, max_bytes: int, max_values: int) -> None:
     if len(data) > max_bytes:
         raise ValueError(f"{len(data)} bytes, above the limit of {max_bytes}")
     # One character beyond the basic plane makes the whole text take four bytes a character.
-    if len(data) > max_bytes // 4 and _wide(data):
-        raise ValueError(f"{len(data)} bytes with characters of four bytes, above the limit of {max_bytes // 4}")
+    if len(data) > MAX_JSON // 4 and _wide(data):
+        raise ValueError(f"{len(data)} bytes with characters of four bytes, above the limit of {MAX_JSON // 4}")
     if (values := sum(map(data.count, (b",", b"[", b"{")))) > max_values:
         raise ValueError(f"about {values} values, above the limit of {max_values}")
 

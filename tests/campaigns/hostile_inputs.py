@@ -219,7 +219,7 @@ def hostile_row(rng: random.Random, dialogue: bool) -> tuple[str, bytes]:
         valid = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
     deep = b'{"text": ' + rng.choice([b"[", b'{"a":']) * rng.randint(2_000, 100_000)
     attacks: dict[str, Callable[[], bytes]] = {
-        "line too long": lambda: b'{"text": "' + b"a" * rng.randint((16 << 20) + 1, 24 << 20) + b'"}',
+        "line too long": lambda: b'{"text": "' + b"a" * rng.randint(4 << 20, 24 << 20) + b'"}',
         "wide characters": lambda: b'{"text": "\xf0\x9f\x98\x80' + b"a" * rng.randint(5 << 20, 8 << 20) + b'"}',
         "many values": lambda: (
             b'{"text": [' + rng.choice([b"[],", b"{},", b"0,"]) * rng.randint(200_001, 2_000_000) + b"0]}"

@@ -113,7 +113,7 @@ def test_what_is_within_the_limits_is_read() -> None:
 def test_a_long_line_is_named(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_bytes(b"short\n" + b"x" * MAX_LINE + b"\n")
-    with open(path, "rb") as file, pytest.raises(UserError, match=r"rows\.jsonl:2: the line is longer than 16777216"):
+    with open(path, "rb") as file, pytest.raises(UserError, match=r"rows\.jsonl:2: the line is longer than 4194304"):
         list(lines(file, path))
     with open(path, "rb") as file:
         assert [len(line) for line in lines(file, path, MAX_LINE + 1)] == [6, MAX_LINE + 1]
