@@ -16,7 +16,7 @@ from typing import NoReturn
 
 from core.errors import UserError
 from core.near import nearest
-from core.shown import printable, shown
+from core.shown import controls_shown, printable, shown
 
 DISTRIBUTION = "telechat-twins"
 LARGEST = 1 << 63  # a whole number of an option is below this
@@ -112,17 +112,22 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
     except ModuleNotFoundError as error:
         if error.name not in ("mindspore", "torch"):
-            traceback.print_exc()
+            _defect()
             return 1
         print(f"tele: {error.name} is not installed here; `tele doctor` says how to install it", file=sys.stderr)
         return 2
     except Exception as error:
         line = _refused(error)
         if line is None:
-            traceback.print_exc()
+            _defect()
             return 1
         print(f"tele: {printable(line)}", file=sys.stderr)
         return 2
+
+
+def _defect() -> None:
+    """The traceback of a mistake of ours; foreign names in it stay text."""
+    print(controls_shown(traceback.format_exc()), end="", file=sys.stderr)
 
 
 def _refused(error: Exception) -> str | None:

@@ -11,7 +11,7 @@ from typing import Any
 from core.errors import UserError
 from core.foreign import MIB, read_text
 from core.schema import load_yaml
-from core.shown import shown
+from core.shown import printable, shown
 
 SIZES = ("parameters", "width")  # the first that is there is the size of the law
 COLUMNS = (*SIZES, "loss", "step")
@@ -112,7 +112,7 @@ def _read_yaml(path: Path) -> Columns:
         shown = ", ".join(f"{name} {length}" for name, length in lengths.items())
         raise UserError(f"{path}: the lists differ in length: {shown}")
     rows = max(lengths.values(), default=0)
-    return columns, [f": entry {n + 1}" for n in range(rows)], str(tree.get("title", ""))
+    return columns, [f": entry {n + 1}" for n in range(rows)], printable(str(tree.get("title", "")))
 
 
 def _known(names: list[Any], legal: tuple[str, ...], path: Path) -> None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import errno
 import ipaddress
 import json
+import math
 import socket
 import sys
 import time
@@ -19,6 +20,7 @@ from contextlib import suppress
 from typing import Any, NamedTuple
 
 from core.errors import UserError
+from core.shown import printable
 
 PATIENCE = 600.0  # seconds the nodes wait for one another at the start: machines of a cluster are not ready together
 LOOK = 0.1
@@ -252,7 +254,7 @@ def _admit(
     else:
         present[node] = line
         return
-    say(f"tele: sent a node away: {reason}")
+    say(printable(f"tele: sent a node away: {reason}"))
     line.send({"refused": reason})
     _close([line])
 
@@ -298,8 +300,8 @@ def _word(told: Any, node: int) -> Word:
     return Word(
         node=told["node"] if isinstance(told.get("node"), int) else node,
         code=code if code in (1, 2, 130) else 1,
-        why=str(told.get("why", "no reason given"))[:REASON],
-        when=when if isinstance(when, float) else time.time(),
+        why=printable(str(told.get("why", "no reason given"))[:REASON]),
+        when=when if isinstance(when, float) and math.isfinite(when) else time.time(),
         hang=told.get("hang") is True,
     )
 

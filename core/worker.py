@@ -34,6 +34,7 @@ if __name__ == "__main__":
 
 from core.errors import UserError  # noqa: E402
 from core.heartbeat import heartbeat_path, place_heartbeat  # noqa: E402
+from core.shown import controls_shown, printable  # noqa: E402
 
 SCHEDULER = "scheduler"  # in the place of a rank: msrun's scheduler keeps a status file too
 PART = 150.0  # seconds a rank that failed or was interrupted may wait for the others; above the launcher's own limits
@@ -178,8 +179,8 @@ def _run(script: str) -> tuple[int, dict[str, Any]]:
         return 130, {"message": "interrupted"}
     except BaseException as error:  # the rank ends here; whatever it was is reported, not swallowed
         trace = _own_traceback(error)
-        print(trace, end="", file=sys.stderr, flush=True)
-        return 1, {"message": f"{type(error).__name__}: {error}".splitlines()[0], "trace": trace}
+        print(controls_shown(trace), end="", file=sys.stderr, flush=True)
+        return 1, {"message": printable(f"{type(error).__name__}: {error}".splitlines()[0]), "trace": trace}
     return 0, {}
 
 

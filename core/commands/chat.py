@@ -191,7 +191,7 @@ def _tools(chat: Chat, name: str) -> None:
         print(f"({len(chat.tools or ())} tools; the turns are forgotten)", file=sys.stderr)
     elif chat.tools:
         for tool in chat.tools:
-            print(json.dumps(tool, ensure_ascii=False), file=sys.stderr)
+            print(printable(json.dumps(tool, ensure_ascii=False), longest=None), file=sys.stderr)
     else:
         print("(no tools; /tools FILE offers some)", file=sys.stderr)
 

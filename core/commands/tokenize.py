@@ -14,6 +14,7 @@ from core.data.prepare import read_texts
 from core.data.tokenizer import check_vocabulary, load_tokenizer
 from core.data.tokenizer_training import train_tokenizer
 from core.errors import UserError
+from core.shown import controls_shown
 
 EPILOG = """\
 examples:
@@ -92,7 +93,8 @@ def _decode(args: argparse.Namespace) -> int:
     tokenizer = load_tokenizer(args.tokenizer, args.control)
     words = args.ids or sys.stdin.read().replace(",", " ").split()
     ids = [_id(word) for word in words]
-    print(tokenizer.decode(ids, skip_special=args.skip_special))
+    text = tokenizer.decode(ids, skip_special=args.skip_special)
+    print(controls_shown(text) if sys.stdout.isatty() else text)
     return 0
 
 

@@ -18,11 +18,13 @@ from core.errors import UserError
 from core.foreign import MAX_JSON, MAX_LINE, MAX_VALUES, lines, load_json, parse_value, read_file, read_text
 from core.layout import Layout, parse_layout
 from core.near import nearest
+from core.nodes import _word
 from core.safetensors_io import MAX_HEADER, SafetensorsFile
 from core.schedule import actions, peak_live
 from core.schema import MAX_NODES, load_yaml, parse_yaml, set_dotted
 from core.shown import LONGEST, controls_shown, printable, shown
 from tests.campaigns.hostile_files import campaign, summary
+from tests.house import ROOT
 
 ESCAPES = {
     "\x1b[31mred": "\\x1b[31mred",
@@ -234,3 +236,42 @@ def test_a_sample_of_the_campaign() -> None:
     outcomes = campaign(40, seed=11, say=told.append)
     assert not [outcome for outcome in outcomes if outcome.fault], "\n".join(told)
     assert "| all | 40 |" in summary(outcomes)
+
+
+def test_a_defect_shows_names_as_text(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def run(words: list[str]) -> int:
+        raise RuntimeError("tensor \x1b[2Jx\x07")
+
+    monkeypatch.setattr(cli, "_run", run)
+    assert cli.main(["plan"]) == 1
+    told = capsys.readouterr().err
+    assert "RuntimeError: tensor \\x1b[2Jx\\x07" in told and "\n  File " in told
+
+
+def test_notes_of_foreign_names_are_shown_as_text(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    release = tmp_path / "release"
+    release.mkdir()
+    golden = ROOT / "tests" / "goldens" / "telechat2_gqa"
+    config = json.loads((golden / "config.json").read_text()) | {"hidden_dropout": "\x1b[31mred\n"}
+    (release / "config.json").write_text(json.dumps(config))
+    (release / "model.safetensors").symlink_to(golden / "weights.safetensors")
+    words = ["convert", "--from", "hf", "--to", "canonical", str(release), str(tmp_path / "out")]
+    assert cli.main(words) == 0
+    assert "note: hidden_dropout \\x1b[31mred\\n is ignored" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "change", [{"shape": [0] * 33}, {"shape": [2**62] * 4}, {"data_offsets": [-8, 0]}, {"dtype": "x" * 10**6}]
+)
+def test_a_tensor_that_cannot_be_is_refused_in_one_line(tmp_path: Path, change: dict) -> None:
+    path = tmp_path / "bad.safetensors"
+    header = json.dumps({"\x1b[2J": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8], **change}}).encode()
+    path.write_bytes(struct.pack("<Q", len(header)) + header + bytes(8))
+    with pytest.raises(UserError, match=r"tensor '\\x1b\[2J'") as caught:
+        SafetensorsFile(path)
+    assert str(caught.value).isprintable() and len(str(caught.value)) < LONGEST + 100
+
+
+def test_a_line_from_another_node_is_shown_as_text() -> None:
+    word = _word({"why": "lost\x1b[2J\nmore", "when": float("nan"), "code": 2}, 1)
+    assert word.why == "lost\\x1b[2J\\nmore" and word.when > 0
