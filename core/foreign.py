@@ -20,7 +20,7 @@ from core.shown import shown
 
 MIB = 1 << 20
 MAX_JSON = 32 * MIB  # bytes of a JSON text; the largest index of a released model has 10 MB
-MAX_VALUES = 1_000_000  # brackets, braces and commas of a JSON text; about one for each value in it
+MAX_VALUES = 600_000  # brackets, braces and commas of a JSON text; about one for each value in it
 MAX_LINE = 4 * MIB  # bytes of a line of JSON: its text is tokenized as a whole, at up to 50 bytes of memory a byte
 MAX_LINE_VALUES = 200_000
 MAX_DIGITS = 40  # of a whole number; 2**128 has 39
