@@ -83,7 +83,8 @@ class ModelConfig:
     )
     bos_token_id: int = option(1, help="<_start>", min=0)
     eos_token_id: int = option(2, help="<_end>", min=0)
-    pad_token_id: int = option(3, help="<_pad>", min=0)
+    pad_token_id: int | None = option(3, help="<_pad>; null: there is none", min=0)
+    end_token_ids: tuple[int, ...] = option((), help="further tokens that end generation, besides eos_token_id", min=0)
 
     def __post_init__(self) -> None:
         if not self.head_dim:
@@ -105,9 +106,11 @@ class ModelConfig:
             )
         if self.num_tokens > self.vocab_size:
             raise UserError(f"model.vocab_tokens: {self.vocab_tokens} is above vocab_size {self.vocab_size}")
-        for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
-            if getattr(self, name) >= self.num_tokens:
-                raise UserError(f"model.{name}: {getattr(self, name)} is outside the vocabulary of {self.num_tokens}")
+        ids = {name: (getattr(self, name),) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+        for name, found in {**ids, "end_token_ids": self.end_token_ids}.items():
+            for token in found:
+                if token is not None and token >= self.num_tokens:
+                    raise UserError(f"model.{name}: {token} is outside the vocabulary of {self.num_tokens}")
         if self.growth is not None:
             self._check_growth(self.growth)
 
@@ -125,6 +128,16 @@ class ModelConfig:
     def num_tokens(self) -> int:
         """Rows of the vocabulary that stand for tokens."""
         return self.vocab_size if self.vocab_tokens is None else self.vocab_tokens
+
+    @property
+    def stop_ids(self) -> frozenset[int]:
+        """Tokens that end generation."""
+        return frozenset((self.eos_token_id, *self.end_token_ids))
+
+    @property
+    def filler_id(self) -> int:
+        """What fills places that count for nothing: the padding token, or the end of text where there is none."""
+        return self.eos_token_id if self.pad_token_id is None else self.pad_token_id
 
     @property
     def norm_share(self) -> float:
