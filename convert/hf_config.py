@@ -38,8 +38,15 @@ class _Format:
     @property
     def names(self) -> list[str]:
         """Every key that is read."""
-        keys = [name for key in (*self.keys, *self.switches) for name in key.names]
-        return [*keys, *self.refused, *self.fresh, *_TOKENS, "output_mult", "mup_scale_factor"]
+        lists = [*(key.names for key in self.keys), *(switch.names for switch in self.switches)]
+        return [
+            *(name for names in lists for name in names),
+            *self.refused,
+            *self.fresh,
+            *_TOKENS,
+            "output_mult",
+            "mup_scale_factor",
+        ]
 
 
 _EPSILONS = ("layer_norm_epsilon", "rms_norm_eps", "layer_norm_eps", "layernorm_epsilon", "norm_eps")

@@ -16,7 +16,7 @@ import numpy as np
 from convert.hf import DTYPE_NAMES
 from convert.mindformers_config import read_model_file
 from convert.mindformers_files import Home, open_ranks, shared_axis, slice_shape
-from convert.names import bind, mindformers_rules, released_table
+from convert.names import bind, is_derived, mindformers_rules, released_table
 from convert.places import require_place
 from convert.source import ModelSource
 from core.checkpoint import check_shapes
@@ -172,8 +172,8 @@ def check_mp(config: ModelConfig, mp: int, option: str = "--mp") -> None:
 
 
 def _is_weight(name: str) -> bool:
-    """Not moments and counters of training (adam_m.*, epoch_num), nor caches of inference."""
-    return name.startswith(_WEIGHTS) and not name.endswith(_CACHES)
+    """Not moments and counters of training (adam_m.*, epoch_num), caches of inference, tables of the config."""
+    return name.startswith(_WEIGHTS) and not name.endswith(_CACHES) and not is_derived(name)
 
 
 def _form(ranks: list[Home], homes: list[Home], path: Path) -> str:

@@ -52,6 +52,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "canonical 4GiB)",
     )
     parser.add_argument("--tokenizer", metavar="F", type=Path, help="tokenizer.model to put into a released folder")
+    parser.add_argument(
+        "--sums", action="store_true", help="put SHA256SUMS into a released folder; it is checked wherever it is read"
+    )
     parser.add_argument("--force", action="store_true", help="replace the model in DST, if it holds one")
     group = parser.add_argument_group(
         "MindFormers",
@@ -111,7 +114,7 @@ def run(args: argparse.Namespace) -> int:
             files = {"max_file_bytes": limit} if limit else {}
             to_canonical(source, args.target, args.dtype, on_bytes=bar.update, **files)
         elif args.target_format == "hf":
-            to_hf(source, args.target, args.dtype, limit, args.tokenizer, bar.update)
+            to_hf(source, args.target, args.dtype, limit, args.tokenizer, bar.update, args.sums)
         else:
             fused = args.qkv_concat or source.config.family == "flm"
             to_mindformers(
@@ -140,6 +143,9 @@ def check_options(args: argparse.Namespace) -> None:
         raise UserError(f"--to {to}: is what SRC is already; choose another of {', '.join(FORMATS)}")
     if args.tokenizer and to != "hf":
         raise UserError("--tokenizer: goes with --to hf; the others keep the release's own")
+    if args.sums and to != "hf":
+        why = "a canonical checkpoint has hashes" if to == "canonical" else "MindFormers has no place for them"
+        raise UserError(f"--sums: goes with --to hf; {why}")
     if args.tokenizer and not args.tokenizer.is_file():
         raise UserError(f"--tokenizer: {args.tokenizer}: no such file")
     written = {"--qkv-concat": args.qkv_concat, "--mcore": args.mcore, "--whole": args.whole}
@@ -168,13 +174,15 @@ def check_options(args: argparse.Namespace) -> None:
 
 
 def _open(args: argparse.Namespace) -> Any:
-    """SRC as a ModelSource, opened and checked; every file of a canonical checkpoint is hashed."""
+    """SRC as a ModelSource, opened and checked; every file that has a recorded hash is hashed."""
     from convert.hf import HfFolder
     from convert.mindformers import Known, MindFormersSource
     from convert.source import CanonicalSource, HfSource, open_model
+    from convert.sums import sums_bytes
 
     if args.source_format == "hf":
-        return HfSource(HfFolder(args.source))
+        with _Progress("verifying", sums_bytes(args.source)) as bar:
+            return HfSource(HfFolder(args.source, on_bytes=bar.update))
     if args.source_format == "mindformers":
         known = Known(args.source, args.model, args.config)
         if args.target_format == "mindformers":

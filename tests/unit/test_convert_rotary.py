@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from typing import Any
 
 import pytest
 
 from convert.hf_config import read_config, write_config
+from core.config import ModelConfig
 from core.errors import UserError
 from tests.frameworks import GOLDENS
 
 
-def read(case: str = "teleflm", **changes: object):  # type: ignore[no-untyped-def]
+def read(case: str = "teleflm", **changes: Any) -> tuple[dict[str, Any], ModelConfig, list[str]]:
     """A golden config without its rotary base, with keys changed (... removes one)."""
     mapping = json.loads((GOLDENS / case / "config.json").read_text())
     mapping = {key: value for key, value in mapping.items() if key not in ("rope_theta", "rotary_theta")}
@@ -21,7 +23,7 @@ def read(case: str = "teleflm", **changes: object):  # type: ignore[no-untyped-d
 
 
 HALF = {"rope_type": "default", "rope_theta": 5e5}
-SAME = {
+SAME: dict[str, dict[str, Any]] = {
     "top": {"rope_theta": 500000},
     "transformers 5": {"rope_parameters": HALF},
     "without a type": {"rope_parameters": {"rope_theta": 5e5}},
@@ -57,7 +59,7 @@ def test_the_default_is_said(family: str, empty: dict) -> None:
     assert f"{name} is missing: 10000.0 is taken, as the released code does" in notes
 
 
-FOREIGN = {
+FOREIGN: dict[str, dict[str, Any]] = {
     "linear": {"rope_type": "linear", "factor": 4.0},
     "dynamic": {"rope_type": "dynamic", "factor": 2.0},
     "old name of the type": {"type": "linear", "factor": 4.0},
@@ -81,8 +83,8 @@ def test_a_foreign_scaling_is_refused_under_both_names(case: str, name: str, fam
     assert "\n" not in str(error.value)
 
 
-REFUSED = {
-    "two bases": ({"rope_theta": 1e4, "rope_parameters": HALF}, "rope_theta 1.* and rope_parameters.rope_theta 5.* contradict"),
+REFUSED: dict[str, tuple[dict[str, Any], str]] = {
+    "two bases": ({"rope_theta": 1e4, "rope_parameters": HALF}, "rope_theta 1.* and rope_parameters.* contradict"),
     "two sections": ({"rope_parameters": HALF, "rope_scaling": {"rope_theta": 1e6}}, "rope_parameters.* contradict"),
     "two names": ({"rope_theta": 1e4, "rotary_theta": 1e5}, "rope_theta .* and rotary_theta .* contradict"),
     "two types": ({"rope_scaling": {"type": "default", "rope_type": "linear"}}, "rope_type linear and .* contradict"),
