@@ -24,6 +24,7 @@ from core.quantize import quantizing
 from core.requests import Event, Request
 from core.sampling import SamplingConfig, sampling_config
 from core.tool_calls import Said, ToolCall, ToolCallStream
+from core.vocabulary import fit_vocabulary
 
 Message = dict[str, Any]
 
@@ -199,7 +200,9 @@ class ChatModel:
         if path is None:
             raise UserError("tokenizer: none lies beside the checkpoint; give the path of a tokenizer.model")
         self.tokenizer = load_tokenizer(path, control=control, in_vocabulary=True)
-        self.config = source.config
+        self.config, note = fit_vocabulary(source.config, self.tokenizer.vocab_size, own=tokenizer is None)
+        if note is not None:
+            print(f"note: {note}", file=sys.stderr)
         check_vocabulary(self.tokenizer, self.config)
         get = quantizing(self.config, source.tensor) if quantize == "int8" else source.tensor
         self.engine = Engine(

@@ -150,7 +150,8 @@ class ModelConfig:
         return None if self.norm_divisor is None or self.norm == "rmsnorm" else int(self.norm_divisor)
 
     def to_dict(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
+        """The mapping as JSON gives it back."""
+        return {**dataclasses.asdict(self), "end_token_ids": list(self.end_token_ids)}
 
 
 @dataclass(frozen=True, kw_only=True)

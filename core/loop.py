@@ -46,6 +46,7 @@ from core.schedule import bubble_formula
 from core.schema import from_mapping
 from core.tensorboard import TensorBoard
 from core.together import meet, raise_together, require_same_on_all, together
+from core.vocabulary import fit_run
 from core.worker import run_script
 
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -173,7 +174,8 @@ def train(
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"--out {folder}: cannot be made ({error.strerror}); give another folder") from None
-    blend = open_blend(config.data, config.train.seed, config.model.num_tokens, config.model.pad_token_id)
+    blend = open_blend(config.data, config.train.seed, config.model.num_tokens, config.model.filler_id)
+    config, padding = fit_run(config, blend.vocab_size)
     checkpoint = _checkpoint_to_resume(folder, resume, verify=config.parallel.world == 1)
     if checkpoint is not None:
         config = _adopt_growth(checkpoint, config)
@@ -181,6 +183,7 @@ def train(
     stepper = stepper_factory(config)
     require_same_on_all(stepper, {**config.to_dict(), "--out": str(out), "--resume": resume})
     run = _Run(stepper, config, folder, blend)
+    run.notes += padding
     if checkpoint is not None:
         if config.parallel.world > 1:
             share = (stepper.rank, stepper.world)
@@ -520,6 +523,9 @@ def _adopt_growth(checkpoint: Checkpoint, config: RunConfig) -> RunConfig:
 
 def _require_same_model(checkpoint: Checkpoint, config: RunConfig) -> None:
     written = _with_defaults(load_model_config, checkpoint.model["config"])
+    if written.get("vocab_tokens") is None:
+        # Rows that a checkpoint does not tell from tokens may turn out to be padding; the log then says so.
+        written = {**written, "vocab_tokens": config.model.vocab_tokens}
     differing = _differences(written, config.model.to_dict())
     if differing:
         raise UserError(

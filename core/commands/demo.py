@@ -67,7 +67,7 @@ def run(args: argparse.Namespace) -> int:
     _title("1  text, tokenizer, packed data")
     tokenizer, sources = prepare(args.data, args.tokenizer, out)
     config = demo_config(tokenizer, sources, args.steps, args.seed)
-    blend = open_blend(config.data, args.seed, config.model.num_tokens, config.model.pad_token_id)
+    blend = open_blend(config.data, args.seed, config.model.num_tokens, config.model.filler_id)
     print(blend.summary())
 
     _title("2  one batch: logits, loss and every gradient against float64")
@@ -96,7 +96,7 @@ def run(args: argparse.Namespace) -> int:
 
     _title("5  export to the released format, greedy continuation in both")
     export(out / "ms", out / "hf")
-    opening, *_ = PackedDataset(config.data.sources[0].path).sample(0, config.data.seq_len, config.model.pad_token_id)
+    opening, *_ = PackedDataset(config.data.sources[0].path).sample(0, config.data.seq_len, config.model.filler_id)
     apart = continuations(out / "hf", tokenizer, opening[:16])
 
     _title("result")

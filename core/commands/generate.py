@@ -180,6 +180,7 @@ def load_model(args: argparse.Namespace, need_tokenizer: str | None) -> Loaded:
         print(f"note: {note}", file=sys.stderr)
     config = with_table_dtype(source.config, args.table_dtype)
     path = args.tokenizer or source.tokenizer_path
+    config = _without_padding(config, path, own=args.tokenizer is None)
     if path is None and need_tokenizer:
         raise UserError(
             f"{args.checkpoint}: no tokenizer.model in it, and {need_tokenizer} needs one; give --tokenizer PATH, "
@@ -191,6 +192,23 @@ def load_model(args: argparse.Namespace, need_tokenizer: str | None) -> Loaded:
         tokenizer = load_tokenizer(path, control=args.control, in_vocabulary=True)
         check_vocabulary(tokenizer, config)
     return Loaded(args, source, config, tokenizer)
+
+
+def _without_padding(config: ModelConfig, path: str | Path | None, own: bool) -> ModelConfig:
+    """``config`` that knows which rows of its vocabulary are padding, by the tokenizer at ``path``; said on stderr."""
+    from core.data.tokenizer import load_tokenizer
+    from core.vocabulary import fit_vocabulary
+
+    if path is None:
+        return config
+    try:
+        pieces = load_tokenizer(path, control="none").vocab_size
+    except UserError:
+        return config  # refused where text is needed, and without text it must not stand in the way
+    config, note = fit_vocabulary(config, pieces, own)
+    if note is not None:
+        print(f"note: {note}", file=sys.stderr)
+    return config
 
 
 def with_table_dtype(config: ModelConfig, table_dtype: str | None) -> ModelConfig:
@@ -227,7 +245,7 @@ def run(args: argparse.Namespace) -> int:
 
     stops: frozenset[int] = frozenset()
     if not args.ignore_eos:
-        stops = turn_stops(model.tokenizer, model.config) if args.chat else frozenset({model.config.eos_token_id})
+        stops = turn_stops(model.tokenizer, model.config) if args.chat else model.config.stop_ids
     has_text = model.tokenizer is not None
     request = Request(
         prompt_ids=tuple(ids),
@@ -241,7 +259,7 @@ def run(args: argparse.Namespace) -> int:
         # An answer starts a text of its own; a raw continuation goes on from the prompt's last word.
         text=("answer" if args.chat else "continuation") if has_text else "none",
     )
-    check_request(request, model.config.vocab_size, has_text)  # before weights are read
+    check_request(request, model.config.num_tokens, has_text)  # before weights are read
     show = args.stream and not args.json and has_text and request.samples == 1
     started = time.perf_counter()
     made: list[list[Event]] = [[] for _ in range(request.samples)]

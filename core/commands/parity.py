@@ -226,7 +226,7 @@ def _layout_task(base: Task, layout: Layout, rows: int) -> Task:
 
 
 def _blend(config: RunConfig) -> Blend:
-    return open_blend(config.data, config.train.seed, config.model.num_tokens, config.model.pad_token_id)
+    return open_blend(config.data, config.train.seed, config.model.num_tokens, config.model.filler_id)
 
 
 def compare_training(

@@ -189,7 +189,7 @@ def _forward(name: str, config: ModelConfig, weights: Weights, batch: Batch, pre
 
 
 def _batch(config: RunConfig) -> Batch:
-    blend = open_blend(config.data, config.train.seed, config.model.num_tokens, config.model.pad_token_id)
+    blend = open_blend(config.data, config.train.seed, config.model.num_tokens, config.model.filler_id)
     batch = blend.batch(0, config.train.micro_batch)
     if not batch.num_targets:
         raise UserError("data: no position of the first micro-batch counts in the loss; use a larger train.micro_batch")

@@ -98,7 +98,7 @@ def run(args: argparse.Namespace) -> int:
         micro_batch=config.train.micro_batch,
         seq_len=config.data.seq_len,
     )
-    open_blend(config.data, config.train.seed, config.model.num_tokens, config.model.pad_token_id)
+    open_blend(config.data, config.train.seed, config.model.num_tokens, config.model.filler_id)
     if args.resume not in (None, "auto") and not Path(args.resume).is_dir():
         raise UserError(f"--resume: no folder {args.resume}; give a checkpoint or a run's folder, or 'auto'")
     out = Path(args.out or Path("runs") / f"{Path(args.config).stem}-{args.backend}")

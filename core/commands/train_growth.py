@@ -55,7 +55,7 @@ def run(args: argparse.Namespace) -> int:
                 f"stage '{stage.name}'"
             )
     first = stages[0].config
-    open_blend(first.data, first.train.seed, first.model.num_tokens, first.model.pad_token_id)
+    open_blend(first.data, first.train.seed, first.model.num_tokens, first.model.filler_id)
     out = Path(args.out or Path("runs") / f"{Path(args.growth).stem}-{args.backend}")
     if args.resume is None and out.exists() and any(out.iterdir()):
         raise UserError(f"--out {out}: already holds a run; give another folder, or --resume auto to go on")

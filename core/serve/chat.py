@@ -46,7 +46,7 @@ def read_chat(body: Mapping[str, Any], served: Served) -> Job:
     samples, asked = read_samples(fields), _asked_tokens(fields)
     logprobs = _read_logprobs(fields)
     sampling, stops = read_sampling(fields), read_stops(fields)
-    bias = read_bias(fields, served.config.vocab_size)
+    bias = read_bias(fields, served.config.num_tokens)
     ignore_eos = fields.boolean("ignore_eos")
     fields.absent(("audio", "function_call", "functions", "reasoning_effort", "verbosity"), NOT_HERE)
     fields.absent(("web_search_options", "moderation"), NOT_HERE)

@@ -35,7 +35,7 @@ def read_completion(body: Mapping[str, Any], served: Served) -> Job:
     samples, asked = read_samples(fields), fields.integer("max_tokens", 1, None)
     logprobs = fields.integer("logprobs", 0, MOST_LOGPROBS)
     sampling, stops = read_sampling(fields), read_stops(fields)
-    bias = read_bias(fields, served.config.vocab_size)
+    bias = read_bias(fields, served.config.num_tokens)
     ignore_eos = fields.boolean("ignore_eos")
     if fields.boolean("echo"):
         fields.refuse("echo", "the prompt is not repeated here; put it in front yourself", "unsupported_parameter")
@@ -53,7 +53,7 @@ def read_completion(body: Mapping[str, Any], served: Served) -> Job:
             max_new_tokens=new,
             sampling=sampling,
             samples=samples,
-            stop_ids=frozenset() if ignore_eos else frozenset({served.config.eos_token_id}),
+            stop_ids=frozenset() if ignore_eos else served.config.stop_ids,
             stop_texts=stops,
             logit_bias=bias,
             logprobs=logprobs,
@@ -86,11 +86,11 @@ def read_prompts(fields: Fields, found: Any, served: Served) -> list[list[int]]:
                 f"{where}expected a string, a list of strings, token ids, or lists of them, found {shown(prompt)}",
                 "invalid_type",
             )
-        wrong = next((token for token in prompt if not 0 <= token < served.config.vocab_size), None)
+        wrong = next((token for token in prompt if not 0 <= token < served.config.num_tokens), None)
         if wrong is not None:
             fields.refuse(
                 "prompt",
-                f"{where}token id {shown(wrong)} is outside the vocabulary of {served.config.vocab_size}",
+                f"{where}token id {shown(wrong)} is outside the vocabulary of {served.config.num_tokens}",
                 "invalid_value",
             )
         if not prompt:

@@ -165,11 +165,12 @@ def test_refusals(tmp_path):
         open_blend(config(), 1, VOCAB_SIZE, PAD)
     with pytest.raises(UserError, match="no such packed folder"):
         blend((tmp_path / "nowhere", 1.0))
-    with pytest.raises(UserError, match=f"{VOCAB_SIZE} pieces but model.vocab_size is 640"):
-        open_blend(config((path, 1.0)), 1, 640, PAD)
+    with pytest.raises(UserError, match=f"{VOCAB_SIZE} pieces but model.vocab_size is 1024"):
+        open_blend(config((path, 1.0)), 1, 1024, PAD)
     with pytest.raises(UserError, match="pad_token_id"):
         open_blend(config((path, 1.0)), 1, VOCAB_SIZE, VOCAB_SIZE)
     meta = path / "meta.json"
+    assert open_blend(config((path, 1.0)), 1, VOCAB_SIZE + 40, PAD).vocab_size == VOCAB_SIZE  # padding, perhaps
     meta.write_text(meta.read_text().replace('"largest_id": 119', '"largest_id": 600'))
     with pytest.raises(UserError, match="token id 600, outside the vocabulary"):
         blend((path, 1.0))

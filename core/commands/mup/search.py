@@ -73,7 +73,7 @@ def run(args: argparse.Namespace) -> int:
     except UserError as error:
         raise UserError(f"{args.search}: {error}") from None
     first = trials[0].config
-    open_blend(first.data, first.train.seed, first.model.vocab_size, first.model.pad_token_id)  # refused before any run
+    open_blend(first.data, first.train.seed, first.model.num_tokens, first.model.filler_id)  # refused before any run
     writable_file(args.out / "results.json", "--out")
     prepare(trials, args.backend)
     waiting = [t for t in trials if (result := result_of(t)) is None or result.state == FAILED]
