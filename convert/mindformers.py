@@ -71,9 +71,9 @@ class Known:
 
 def _agree(given: ModelConfig, own: ModelConfig, option: str, where: Path) -> None:
     for name, value in own.to_dict().items():
-        if getattr(given, name) != value:
+        if (theirs := given.to_dict()[name]) != value:
             raise UserError(
-                f"{option}: has {name} {getattr(given, name)}, but {where} says {value}; leave {option} away"
+                f"{option}: has {name} {theirs}, but {where} says {value}; leave {option} away"
             )
 
 

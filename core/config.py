@@ -295,7 +295,8 @@ class RunConfig:
             )
 
     def to_dict(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
+        """The mapping as JSON gives it back."""
+        return {**dataclasses.asdict(self), "model": self.model.to_dict()}
 
 
 def preset_names() -> list[str]:
