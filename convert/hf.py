@@ -182,6 +182,20 @@ def plan_shards(tensors: Mapping[str, tuple[str, tuple[int, ...]]], max_bytes: i
     return [Shard(f"model-{i:05d}-of-{total:05d}.safetensors", g, metadata) for i, g in enumerate(groups, 1)]
 
 
+def check_record(record: Any, where: str) -> None:
+    """UserError unless ``record`` is what ``HfFolder.source_record`` made and a JSON file kept."""
+    kinds = {"config": dict, "prefix": str, "dtype": str, "indexed": bool, "shards": list}
+    fits = isinstance(record, dict) and all(type(record.get(name)) is kind for name, kind in kinds.items())
+    shard = {"file": str, "metadata": dict, "tensors": list}
+    if not fits or not all(
+        isinstance(entry, dict)
+        and all(type(entry.get(name)) is kind for name, kind in shard.items())
+        and all(isinstance(text, str) for text in (*entry["metadata"].values(), *entry["tensors"]))
+        for entry in record["shards"]
+    ):
+        raise UserError(f"{where}: damaged, hf does not describe the release that the model came from; remove it")
+
+
 def recorded_shards(
     record: Mapping[str, Any], tensors: Mapping[str, tuple[str, tuple[int, ...]]]
 ) -> list[Shard] | None:

@@ -204,7 +204,8 @@ def load_pieces(path: Path, config: ModelConfig) -> Any:
 
     try:
         pieces = sentencepiece.SentencePieceProcessor(model_file=str(path))
-    except (OSError, RuntimeError):
+        pieces.id_to_piece(list(range(pieces.get_piece_size())))  # a damaged piece is found out here
+    except (OSError, RuntimeError, UnicodeDecodeError):
         raise UserError(
             f"{path.name}: is no SentencePiece model; give the tokenizer.model of the training run"
         ) from None

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from convert.hf import HfFolder
+from convert.hf import HfFolder, check_record
 from convert.sums import SUMS
 from core.checkpoint import Checkpoint, check_shapes, open_checkpoint
 from core.config import ModelConfig
@@ -128,6 +128,8 @@ class CanonicalSource(ModelSource):
         shapes = {name: checkpoint.shape("weights", name) for name in checkpoint.names("weights")}
         check_shapes(parameter_table(self.config), shapes, str(self.path))
         self.record = checkpoint.model.get("hf")
+        if self.record is not None:
+            check_record(self.record, str(self.path / "model.json"))
         self.assets = checkpoint.assets
         self.tokenizer_path = next((p for p in checkpoint.assets if p.name == "tokenizer.model"), None)
 

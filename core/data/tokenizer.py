@@ -49,8 +49,10 @@ class Tokenizer:
         self.variant = variant
         try:
             self._pieces = sentencepiece.SentencePieceProcessor(model_proto=model_bytes)
-            self.vocab_size: int = self._pieces.get_piece_size()
-        except RuntimeError:
+            # An empty file makes a processor without a model, which complains on stderr when it is asked.
+            self.vocab_size: int = self._pieces.get_piece_size() if model_bytes else 0
+            self._pieces.id_to_piece(list(range(self.vocab_size)))  # a damaged piece is found out here
+        except (RuntimeError, UnicodeDecodeError):
             self.vocab_size = 0
         if not self.vocab_size:
             raise UserError(f"{path}: not a SentencePiece model; give the release's tokenizer.model")

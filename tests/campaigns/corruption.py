@@ -33,6 +33,7 @@ from tests.campaigns.corrupting import corrupt
 from tests.campaigns.corruption_formats import FORMATS
 
 LIMIT_S = 30.0
+START_S = 300.0
 OUTCOMES = ("refused", "unchanged", "silent", "broken")
 
 
@@ -87,7 +88,9 @@ def prepare(name: str, work: Path) -> None:
 
 
 def _serve(name: str, work: str, seeds: Sequence[int], results: Connection) -> None:
-    """Trials in a process of their own, in the order of ``seeds``."""
+    """Trials in a process of their own, in the order of ``seeds``; first None, when everything is imported."""
+    FORMATS[name].read(Path(work) / "intact")
+    results.send(None)
     for seed in seeds:
         results.send(run_trial(name, Path(work), seed))
 
@@ -104,12 +107,12 @@ def run_format(name: str, trials: int, seed: int) -> Iterator[Trial]:
             process = context.Process(target=_serve, args=(name, folder, left, sender))
             process.start()
             sender.close()
-            starting = 120.0  # imports
             try:
-                while left and receiver.poll(LIMIT_S + starting):
+                receiver.poll(START_S)
+                receiver.recv()
+                while left and receiver.poll(LIMIT_S):
                     yield receiver.recv()
                     left.pop(0)
-                    starting = 0.0
                 fault = f"no end within {LIMIT_S:g} s"
             except EOFError:
                 process.join()

@@ -14,7 +14,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from convert.copy import hf_to_canonical, to_hf
-from convert.hf import HfFolder
+from convert.hf import HfFolder, check_record
 from convert.hf_shards import INDEX
 from convert.names import is_derived
 from convert.source import open_model
@@ -248,6 +248,20 @@ def _summed(factory: pytest.TempPathFactory) -> Path:
     if not _made:
         _made.append(summed(factory.mktemp("sums") / "hf"))
     return _made[0]
+
+
+def test_a_damaged_record_of_the_release_is_refused(tmp_path: Path) -> None:
+    record = HfFolder(release(tmp_path / "hf")).source_record()
+    check_record(json.loads(json.dumps(record)), "model.json")
+    shards = record["shards"]
+    for change in (
+        None, [], {**record, "prefix": None}, {**record, "indexed": 1}, {**record, "shards": [3]},
+        {**record, "shards": [{**shards[0], "tensors": [1]}]},
+        {**record, "shards": [{**shards[0], "metadata": {"a": 1}}]},
+        {key: value for key, value in record.items() if key != "config"},
+    ):  # fmt: skip
+        with pytest.raises(UserError, match="^model.json: damaged, hf does not describe"):
+            check_record(change, "model.json")
 
 
 def test_sums_go_with_releases_only(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
