@@ -89,7 +89,9 @@ def _overwrite(rng: random.Random, path: Path, folder: Path, other: Path) -> str
         return None
     start = rng.randrange(len(data))
     count = min(rng.choice((1, 8, 64, 1024)), len(data) - start)
-    data[start : start + count] = rng.randbytes(count)
+    before, data[start : start + count] = data[start : start + count], rng.randbytes(count)
+    if data[start : start + count] == before:
+        return None
     path.write_bytes(data)
     return f"bytes {start} to {start + count}"
 
