@@ -48,9 +48,10 @@ class Tokenizer:
         self.sha256 = hashlib.sha256(model_bytes).hexdigest()
         self.variant = variant
         try:
+            if not model_bytes:  # of which the library would make a processor without a model
+                raise RuntimeError("empty")
             self._pieces = sentencepiece.SentencePieceProcessor(model_proto=model_bytes)
-            # An empty file makes a processor without a model, which complains on stderr when it is asked.
-            self.vocab_size: int = self._pieces.get_piece_size() if model_bytes else 0
+            self.vocab_size: int = self._pieces.get_piece_size()
             self._pieces.id_to_piece(list(range(self.vocab_size)))  # a damaged piece is found out here
         except (RuntimeError, UnicodeDecodeError):
             self.vocab_size = 0
