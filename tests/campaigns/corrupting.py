@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 PAGE = 4096
-NUMBERS = (0, 1, -1, 2, 7, 1e-3, 0.5, 3.0, 1000, 10**6, True, None, "1", [], {}, float("inf"))
+NUMBERS: tuple[Any, ...] = (0, 1, -1, 2, 7, 1e-3, 0.5, 3.0, 1000, 10**6, True, None, "1", [], {}, float("inf"))
 
 
 @dataclass(frozen=True)
