@@ -221,7 +221,7 @@ def _check_sizes(source: MindFormersSource) -> None:
     held = {
         name: (shapes[b.released], b) for b in source.bindings.values() for name in b.logical if b.released in shapes
     }
-    layers = {int(match[1]) for name in shapes if (match := re.search(r"\.layers\.(\d+)\.", name))}
+    layers = {int(match[1]) for name in shapes if (match := re.search(r"\.layers\.([0-9]{1,9})\.", name))}
     found = {"num_layers": max(layers) + 1}
     if "embed.weight" in held:
         rows, found["hidden_size"] = held["embed.weight"][0]

@@ -60,13 +60,14 @@ def open_ranks(path: str | Path) -> list[Home]:
         raise UserError(f"{path}: no such file or folder; expected a MindFormers checkpoint")
     if path.is_file():
         return [_home([path])]
-    found = {int(match[1]): p for p in path.iterdir() if p.is_dir() and (match := re.fullmatch(r"rank_(\d+)", p.name))}
+    named = ((p, re.fullmatch(r"rank_([0-9]+)", p.name)) for p in path.iterdir() if p.is_dir())
+    found = {int(match[1]): p for p, match in named if match}
     if not found:
         return [_home(_weight_files(path))]
-    missing = [rank for rank in range(max(found) + 1) if rank not in found]
-    if missing:
+    if len(found) <= max(found):
+        missing = next(rank for rank in range(len(found) + 1) if rank not in found)
         raise UserError(
-            f"{path / f'rank_{missing[0]}'}: missing; the folders of all ranks are needed, rank_0 to rank_{max(found)}"
+            f"{path / f'rank_{missing}'}: missing; the folders of all ranks are needed, rank_0 to rank_{max(found)}"
         )
     return [_home(_weight_files(found[rank])) for rank in sorted(found)]
 

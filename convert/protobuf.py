@@ -35,10 +35,10 @@ def fields(data: bytes) -> Iterator[tuple[int, int | bytes]]:
 
 def _varint(data: bytes, place: int) -> tuple[int, int]:
     value = shift = 0
-    while place < len(data):
+    while place < len(data) and shift < 70:  # 64 bits, seven a byte
         value |= (data[place] & 0x7F) << shift
         place, more = place + 1, data[place] & 0x80
         if not more:
             return value, place
         shift += 7
-    raise ValueError("a number ends beyond the message")
+    raise ValueError("a number ends beyond the message, or is longer than ten bytes")

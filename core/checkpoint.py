@@ -29,8 +29,10 @@ from core.checkpoint_writer import (
     write_manifest,
 )
 from core.errors import UserError
+from core.foreign import MIB, load_json, read_text
 from core.params import ParamSpec
-from core.safetensors_io import DTYPES, Index, SafetensorsFile, box, file_sha256, load_json
+from core.safetensors_io import DTYPES, MAX_DIMENSIONS, Index, SafetensorsFile, box, file_sha256
+from core.shown import shown
 
 # Everything about checkpoints is imported from here, wherever it is written.
 __all__ = [
@@ -55,6 +57,11 @@ __all__ = [
     "write_checkpoint",
     "write_manifest",
 ]
+
+MAX_MANIFEST = 128 * MIB  # bytes; a piece takes 150, and 512 ranks save about 150,000 of them
+MAX_MANIFEST_VALUES = 4_000_000
+MAX_PIECES = 16_384  # of one tensor
+MAX_POINTER = 4_096  # bytes of ``latest``
 
 
 def open_checkpoint(path: str | Path, verify: bool = True) -> Checkpoint:
@@ -96,18 +103,18 @@ class Checkpoint:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        manifest = load_json(path / "manifest.json", "a checkpoint manifest")
+        manifest = load_json(path / "manifest.json", "a checkpoint manifest", MAX_MANIFEST, MAX_MANIFEST_VALUES)
         where = path / "manifest.json"
         if manifest.get("format") != FORMAT:
-            raise UserError(f"{where}: format {manifest.get('format')!r} is not {FORMAT!r}; give another folder")
+            raise UserError(f"{where}: format {shown(manifest.get('format'))} is not {FORMAT!r}; give another folder")
         if manifest.get("version") != VERSION:
             raise UserError(
-                f"{where}: format version {manifest.get('version')!r} is unknown; this program reads version "
+                f"{where}: format version {shown(manifest.get('version'))} is unknown; this program reads version "
                 f"{VERSION}, use the one that wrote it"
             )
         found = manifest.pop("digest", None)
         if found != (expected := manifest_digest(manifest)):
-            raise UserError(f"{where}: altered: its digest says {found}, its content gives {expected}")
+            raise UserError(f"{where}: altered: its digest says {shown(found)}, its content gives {expected}")
         try:
             self.step = int(manifest["step"])
             self._sizes = {name: (int(f["size"]), str(f["sha256"])) for name, f in manifest["files"].items()}
@@ -301,7 +308,7 @@ def _find(path: Path) -> Path:
     pointer = path / "latest"
     if not pointer.is_file():
         raise UserError(f"{path}: holds neither manifest.json nor latest; give a checkpoint or a run that saved one")
-    name = pointer.read_text(encoding="utf-8", errors="replace").strip()
+    name = read_text(pointer, MAX_POINTER).strip()
     if not STEP_FOLDER.fullmatch(name):
         raise UserError(f"{pointer}: damaged, {name[:80]!r} is no step folder; give the step folder itself")
     if not standing(path / name).is_dir():
@@ -312,10 +319,12 @@ def _find(path: Path) -> Path:
 def _entry(item: Mapping[str, Any]) -> Entry:
     shape, code = _naturals(item["shape"]), item["dtype"]
     if code not in DTYPES:
-        raise ValueError(f"unknown dtype {code!r}")
+        raise ValueError(f"unknown dtype {shown(code)}")
     pieces = tuple(
         Piece(str(p["file"]), str(p["key"]), _naturals(p["offset"]), _naturals(p["extent"])) for p in item["pieces"]
     )
+    if len(pieces) > MAX_PIECES or len(shape) > MAX_DIMENSIONS:
+        raise ValueError(f"a tensor of {len(shape)} dimensions in {len(pieces)} pieces")
     if any(len(p.offset) != len(shape) or len(p.extent) != len(shape) for p in pieces):
         raise ValueError(f"a piece of a {list(shape)} tensor has another number of dimensions")
     return Entry(shape, code, pieces)
@@ -323,7 +332,7 @@ def _entry(item: Mapping[str, Any]) -> Entry:
 
 def _naturals(values: Any) -> tuple[int, ...]:
     if not isinstance(values, list) or not all(type(value) is int and 0 <= value < 1 << 62 for value in values):
-        raise ValueError(f"{values!r} is no list of sizes")
+        raise ValueError(f"{shown(values)} is no list of sizes")
     return tuple(values)
 
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import difflib
 import errno
 import importlib
+import math
 import os
 import sys
 import tomllib
@@ -15,8 +15,11 @@ from pathlib import Path
 from typing import NoReturn
 
 from core.errors import UserError
+from core.near import nearest
+from core.shown import printable, shown
 
 DISTRIBUTION = "telechat-twins"
+LARGEST = 1 << 63  # a whole number of an option is below this
 
 GROUPS: dict[str, dict[str, tuple[str, str]]] = {
     "Start here": {
@@ -79,14 +82,18 @@ class Parser(argparse.ArgumentParser):
         parsed, unknown = self.parse_known_args(args, namespace)
         if unknown:
             self._unknown(unknown[0])
+        for name, value in vars(parsed).items():
+            for number in value if isinstance(value, (list, tuple)) else [value]:
+                if type(number) is int and abs(number) >= LARGEST or type(number) is float and math.isnan(number):
+                    self.error(f"argument --{name.replace('_', '-')}: {shown(number)} is out of range")
         return parsed
 
     def _known(self) -> list[str]:
         return list(self._option_string_actions)
 
     def _unknown(self, argument: str) -> NoReturn:
-        near = difflib.get_close_matches(argument.partition("=")[0], self._known(), n=1)
-        self.error(f"unknown argument '{argument}'" + (f", did you mean '{near[0]}'?" if near else ""))
+        near = nearest(argument.partition("=")[0], self._known())
+        self.error(f"unknown argument '{argument}'" + (f", did you mean '{near}'?" if near else ""))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -110,19 +117,21 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"tele: {error.name} is not installed here; `tele doctor` says how to install it", file=sys.stderr)
         return 2
     except Exception as error:
-        line = _place_refused(error)
+        line = _refused(error)
         if line is None:
             traceback.print_exc()
             return 1
-        print(f"tele: {line}", file=sys.stderr)
+        print(f"tele: {printable(line)}", file=sys.stderr)
         return 2
 
 
-def _place_refused(error: Exception) -> str | None:
-    """The line for a file or folder that the system refuses, or None for any other error.
+def _refused(error: Exception) -> str | None:
+    """The line for a file, a folder or memory that the system refuses, or None for any other error.
 
     A net under the commands' own checks, which know more and say more.
     """
+    if isinstance(error, MemoryError):
+        return f"out of memory ({str(error) or 'the system gives no more'}); ask for less, or use a larger machine"
     refused = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG}
     full = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
     if not isinstance(error, OSError) or error.errno not in refused | full:
@@ -153,8 +162,8 @@ def _run(words: list[str]) -> int:
         return 0
     verb, *rest = words
     if verb not in VERBS:
-        near = difflib.get_close_matches(verb, VERBS, n=1, cutoff=0.5)
-        hint = f"did you mean 'tele {near[0]}'?" if near else f"there are: {', '.join(VERBS)}"
+        near = nearest(verb, VERBS, cutoff=0.5)
+        hint = f"did you mean 'tele {near}'?" if near else f"there are: {', '.join(VERBS)}"
         raise UserError(f"no command '{verb}'; {hint}")
     module, summary = VERBS[verb]
     command = importlib.import_module(module)

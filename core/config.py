@@ -7,7 +7,7 @@ B batch, S sequence, H heads, K kv heads, D head dim, E hidden, F ffn, V vocab, 
 from __future__ import annotations
 
 import dataclasses
-import difflib
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,9 +16,15 @@ from typing import Any
 from core.errors import UserError
 from core.growth_mask import GrowthMask, new_heads
 from core.layout import Layout
+from core.near import nearest
 from core.schema import from_mapping, load_yaml, option, set_dotted
+from core.shown import shown
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
+
+# Far above every model there is, and low enough that planning with them takes neither long nor much memory. Positions
+# and the places in a batch are int32.
+MAX_ROWS, MAX_WIDTH, MAX_HEADS, MAX_LAYERS, MAX_LENGTH = 1 << 22, 1 << 20, 1 << 16, 1_000, 2**31 - 1
 
 PRECISIONS = ("fp32", "bf16", "amp", "fp16", "fp64")
 
@@ -32,14 +38,17 @@ class ModelConfig:
         help="whose released format and names the model has; flm: TeleChat-52B and FLM-101B",
         choices=("telechat2", "teleflm", "flm"),
     )
-    vocab_size: int = option(help="V, rows of the embedding and of the head", min=1)
-    hidden_size: int = option(help="E, width of the residual stream", min=1)
-    ffn_hidden_size: int = option(help="F, width of the gated feed-forward", min=1)
-    num_layers: int = option(help="L, decoder blocks [n_layer]", min=1, max=10_000)
-    num_heads: int = option(help="H, query heads [n_head]", min=1)
-    num_kv_heads: int = option(help="K, key/value heads; divides num_heads [num_key_value_heads]", min=1)
+    vocab_size: int = option(help="V, rows of the embedding and of the head", min=1, max=MAX_ROWS)
+    hidden_size: int = option(help="E, width of the residual stream", min=1, max=MAX_WIDTH)
+    ffn_hidden_size: int = option(help="F, width of the gated feed-forward", min=1, max=MAX_WIDTH)
+    num_layers: int = option(help="L, decoder blocks [n_layer]", min=1, max=MAX_LAYERS)
+    num_heads: int = option(help="H, query heads [n_head]", min=1, max=MAX_HEADS)
+    num_kv_heads: int = option(help="K, key/value heads; divides num_heads [num_key_value_heads]", min=1, max=MAX_HEADS)
     head_dim: int = option(
-        0, help="D, channels of a head, even; 0: hidden_size / num_heads (models may grow in one of them alone)", min=0
+        0,
+        help="D, channels of a head, even; 0: hidden_size / num_heads (models may grow in one of them alone)",
+        min=0,
+        max=MAX_WIDTH,
     )
     norm: str = option(
         "rmsnorm", help="layernorm also takes the mean off and has a bias", choices=("rmsnorm", "layernorm")
@@ -60,9 +69,9 @@ class ModelConfig:
     xpos_scale_base: float = option(512.0, help="xpos: distance over which a channel decays by its rate", above=0.0)
     input_mult: float = option(1.0, help="multiplies the embedding's output (muP)", above=0.0)
     logit_mult: float = option(1.0, help="multiplies the logits [output_mult / mup_scale_factor] (muP)", above=0.0)
-    training_seqlen: int = option(help="length beyond which attention scaling acts", min=1)
-    base_seqlen: int = option(help="length beyond which the rotary base grows", min=1)
-    max_seqlen: int = option(help="length the model was trained to handle [seq_length]", min=1)
+    training_seqlen: int = option(help="length beyond which attention scaling acts", min=1, max=MAX_LENGTH)
+    base_seqlen: int = option(help="length beyond which the rotary base grows", min=1, max=MAX_LENGTH)
+    max_seqlen: int = option(help="length the model was trained to handle [seq_length]", min=1, max=MAX_LENGTH)
     init_std: float = option(0.02, help="standard deviation of initial weights [initializer_range]", above=0.0)
     matrix_init_std: float | None = option(
         None, help="that of matrix-like weights (attention and ffn) under muP; default: init_std", above=0.0
@@ -149,7 +158,7 @@ class DataSourceConfig:
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
     sources: list[DataSourceConfig] = option(help="packed folders to blend, each {path, weight}")
-    seq_len: int = option(help="S, tokens a sample", min=2)
+    seq_len: int = option(help="S, tokens a sample", min=2, max=MAX_LENGTH)
     isolate_documents: bool = option(False, help="reset positions and block attention between packed documents")
 
 
@@ -161,7 +170,7 @@ class TrainConfig:
         help="steps that the learning rate's schedule spans, where more runs follow this one; default: steps",
         min=1,
     )
-    global_batch: int = option(help="sequences an optimizer step", min=1)
+    global_batch: int = option(help="sequences an optimizer step", min=1, max=MAX_LENGTH)
     micro_batch: int = option(help="sequences a forward pass on one data-parallel rank; divides global_batch", min=1)
     precision: str = option(
         "fp32", help="fp32 | bf16 (O2) | amp (O1) | fp16 (dynamic loss scale) | fp64 (reference)", choices=PRECISIONS
@@ -296,7 +305,7 @@ def load_model_config(spec: str | dict[str, Any], where: str = "model") -> Model
     if isinstance(spec, str):
         spec = {"preset": spec}
     if not isinstance(spec, dict):
-        raise UserError(f"{where}: expected a preset's name or a mapping, found {spec!r}")
+        raise UserError(f"{where}: expected a preset's name or a mapping, found {shown(spec)}")
     values = dict(spec)
     if "preset" in values:
         values = {**_preset(str(values.pop("preset")), where), **values}
@@ -307,8 +316,8 @@ def _preset(name: str, where: str) -> dict[str, Any]:
     """The mapping that a preset's name or a YAML file's stands for."""
     if not _is_file(name):
         if name not in preset_names():
-            near = difflib.get_close_matches(name, preset_names(), n=1)
-            hint = f"did you mean '{near[0]}'?" if near else f"there are: {', '.join(preset_names())}"
+            near = nearest(name, preset_names())
+            hint = f"did you mean '{near}'?" if near else f"there are: {', '.join(preset_names())}"
             raise UserError(f"{where}.preset: no model preset '{name}'; {hint}")
         values = load_yaml(CONFIGS / "models" / f"{name}.yaml")
     else:
@@ -320,7 +329,7 @@ def _preset(name: str, where: str) -> dict[str, Any]:
             inherited = _preset(_beside(str(values["preset"]), Path(name).parent), where)
             values = {**inherited, **{key: value for key, value in values.items() if key != "preset"}}
     if not isinstance(values, dict):
-        raise UserError(f"{name}: expected a model's mapping, found {values!r}")
+        raise UserError(f"{name}: expected a model's mapping, found {shown(values)}")
     return values
 
 
@@ -369,4 +378,6 @@ def _anchor_paths(tree: dict[str, Any], folder: Path) -> None:
 
 
 def _nearest_divisor(whole: int, wanted: int) -> int:
-    return min((d for d in range(1, whole + 1) if whole % d == 0), key=lambda d: (abs(d - wanted), d))
+    """The divisor of ``whole`` closest to ``wanted``, the smaller of two. Divisors come in pairs around the root."""
+    small = [d for d in range(1, math.isqrt(whole) + 1) if whole % d == 0]
+    return min((*small, *(whole // d for d in small)), key=lambda d: (abs(d - wanted), d))

@@ -6,19 +6,20 @@ ring x ulysses with ulysses fastest: ``c = r * ulysses + u``.
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
 from core.errors import UserError
+from core.near import nearest
 from core.schema import option
 
 if TYPE_CHECKING:  # core.config holds a Layout, so it is the one that imports
     from core.config import ModelConfig
 
 SCHEDULES = ("1f1b", "gpipe")
+MAX_RANKS = 1 << 20  # along an axis
 AXES = ("tp", "cp", "ring", "ulysses", "dp", "replicas", "pp", "world", "model")
 
 
@@ -57,6 +58,8 @@ class Layout:
         for name in ("pp", "dp", "cp", "tp", "ulysses", "virtual"):
             if getattr(self, name) < 1:
                 raise UserError(f"parallel.{name}: must be at least 1, found {getattr(self, name)}")
+            if getattr(self, name) > MAX_RANKS:
+                raise UserError(f"parallel.{name}: must be at most {MAX_RANKS}, found {getattr(self, name)}")
         if self.schedule not in SCHEDULES:
             raise UserError(f"parallel.schedule: {self.schedule!r} is not one of {', '.join(SCHEDULES)}")
         if self.bucket_mb <= 0:
@@ -160,12 +163,14 @@ def parse_layout(text: str) -> Layout:
     if parts == ["single"]:
         return Layout()
     for part in parts:
-        match = re.fullmatch(r"([a-z]+)(-?\d+)", part)
+        match = re.fullmatch(r"([a-z]+)(-?[0-9]+)", part)
         name = match[1] if match else part
         if not (name in _SIZED and match) and not (name in _WORDS and not match):
             raise UserError(f"{where}: unknown part '{part}'; {_hint(part, name, match[2] if match else '')}")
         if name in sizes or name in words:
             raise UserError(f"{where}: '{name}' appears twice; give it once")
+        if match and len(match[2]) > len(str(MAX_RANKS)):
+            raise UserError(f"{where}: '{part}' is out of range; at most {name}{MAX_RANKS}")
         if match and int(match[2]) < 1:
             raise UserError(f"{where}: '{part}' is below 1; leave it out or give at least {name}1")
         if match:
@@ -253,9 +258,8 @@ def _hint(part: str, name: str, size: str) -> str:
         return "'single' stands alone"
     if name in _SIZED:
         return f"did you mean '{name}2'?"
-    near = difflib.get_close_matches(name, [*_SIZED, *_WORDS, "single"], n=1, cutoff=0.5)
-    if near:
-        return f"did you mean '{near[0]}{(size or '2') if near[0] in _SIZED else ''}'?"
+    if near := nearest(name, [*_SIZED, *_WORDS, "single"], cutoff=0.5):
+        return f"did you mean '{near}{(size or '2') if near in _SIZED else ''}'?"
     return f"legal parts: {', '.join(f'{axis}N' for axis in _SIZED)}, {', '.join(_WORDS)}, single"
 
 
@@ -326,18 +330,21 @@ def _check_stages(layout: Layout, model: ModelConfig) -> None:
     if layout.stage_layers and sum(layout.stage_layers) != layers:
         raise UserError(
             f"parallel.stage_layers: {layout.stage_layers} add up to {sum(layout.stage_layers)}, model.num_layers is "
-            f"{layers}; nearest that fits: {_mended(layout.stage_layers, layers)}"
+            f"{layers}{_mended(layout.stage_layers, layers)}"
         )
 
 
-def _mended(counts: Sequence[int], total: int) -> list[int]:
-    """``counts`` brought to ``total`` one layer at a time: taken from the largest stage, given to the smallest."""
-    mended = list(counts)
-    while sum(mended) > total:
-        mended[mended.index(max(mended))] -= 1
-    while sum(mended) < total:
-        mended[mended.index(min(mended))] += 1
-    return mended
+def _mended(counts: Sequence[int], total: int) -> str:
+    """How to bring ``counts`` to ``total`` one layer at a time: taken from the largest stage, given to the smallest."""
+    mended, missing = list(counts), total - sum(counts)
+    if abs(missing) * len(counts) > 100_000:
+        return "; or give [] to balance"
+    for _ in range(abs(missing)):
+        if missing < 0:
+            mended[mended.index(max(mended))] -= 1
+        else:
+            mended[mended.index(min(mended))] += 1
+    return f"; nearest that fits: {mended}"
 
 
 def _check_batch(layout: Layout, global_batch: int, micro_batch: int) -> None:

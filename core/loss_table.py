@@ -9,11 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from core.errors import UserError
+from core.foreign import MIB, read_text
 from core.schema import load_yaml
+from core.shown import shown
 
 SIZES = ("parameters", "width")  # the first that is there is the size of the law
 COLUMNS = (*SIZES, "loss", "step")
 NOTES = ("title", "source")  # of a YAML table
+MAX_TABLE = MIB  # bytes
 SMALLEST, LARGEST = 1e-9, 1e13  # a trillion, counted in ones, is inside
 
 
@@ -75,12 +78,7 @@ Columns = tuple[dict[str, list[Any]], list[str], str]  # values by column, where
 
 
 def _read_csv(path: Path) -> Columns:
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read ({error})") from None
+    text = read_text(path, MAX_TABLE)
     lines = [(n, line) for n, line in enumerate(text.splitlines(), 1) if line.strip() and not line.startswith("#")]
     if len(lines) < 2:
         raise UserError(f"{path}: no rows; the first line names the columns, e.g. parameters,loss")
@@ -127,11 +125,11 @@ def _known(names: list[Any], legal: tuple[str, ...], path: Path) -> None:
 
 def _number(value: Any, where: str) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float, str)):
-        raise UserError(f"{where}: expected a number, found {value!r}")
+        raise UserError(f"{where}: expected a number, found {shown(value)}")
     try:
         number = float(value)
     except (ValueError, OverflowError):
-        raise UserError(f"{where}: expected a number, found {value!r}") from None
+        raise UserError(f"{where}: expected a number, found {shown(value)}") from None
     if not math.isfinite(number):
         raise UserError(f"{where}: {value} is no finite number; leave the row out, or its loss empty to forecast it")
     return number

@@ -13,6 +13,7 @@ from typing import Any
 
 from core.config import ModelConfig
 from core.errors import UserError
+from core.foreign import lines, open_regular, parse_json
 from core.params import parameter_table
 
 Row = dict[str, Any]
@@ -72,18 +73,17 @@ def read_metrics(path: str | Path) -> list[Row]:
     path = Path(path)
     if path.is_dir():
         path = path / "metrics.jsonl"
-    try:
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file; a training run writes it") from None
     rows = []
-    for number, line in enumerate(text.split("\n")[:-1], 1):
-        try:
-            row = json.loads(line)
-            row["step"] = int(row["step"])
-        except (ValueError, KeyError, TypeError):
-            raise UserError(f"{path}:{number}: not a row of metrics; remove the line") from None
-        rows.append(row)
+    with open_regular(path, "no such file; a training run writes it") as file:
+        for number, line in enumerate(lines(file, path, LONGEST_ROW), 1):
+            if not line.endswith(b"\n"):
+                break
+            try:
+                row = parse_json(line)
+                row["step"] = int(row["step"])
+            except (ValueError, KeyError, TypeError):
+                raise UserError(f"{path}:{number}: not a row of metrics; remove the line") from None
+            rows.append(row)
     return rows
 
 
@@ -98,10 +98,13 @@ def last_row(path: str | Path) -> Row | None:
     try:
         with open(path, "rb") as file:
             file.seek(max(0, file.seek(0, os.SEEK_END) - LONGEST_ROW))
-            lines = file.read().split(b"\n")[:-1]
+            found = file.read().split(b"\n")[:-1]
     except FileNotFoundError:
         return None
-    return json.loads(lines[-1]) if lines else None
+    try:
+        return parse_json(found[-1]) if found else None
+    except ValueError:
+        return None
 
 
 def require_fresh(out: Path) -> None:

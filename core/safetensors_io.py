@@ -26,6 +26,10 @@ import numpy as np
 
 from core.direct_io import BLOCK, DirectFile, Spool
 from core.errors import UserError
+from core.foreign import MAX_JSON, open_regular
+from core.foreign import load_json as load_json
+from core.foreign import parse_json as parse_json
+from core.shown import shown
 
 DTYPES: dict[str, np.dtype[Any]] = {
     "F64": np.dtype("<f8"),
@@ -44,7 +48,9 @@ DTYPES: dict[str, np.dtype[Any]] = {
 }
 _CODES = {dtype: code for code, dtype in DTYPES.items()}
 
-MAX_HEADER = 100_000_000  # the library's own limit
+MAX_HEADER = MAX_JSON  # of the library's own limit, 100 MB, a third: parsed, a header takes up to 28 times its size
+MAX_DIMENSIONS = 32  # what every numpy has room for
+MAX_SIZE = 1 << 63  # elements along an axis, and bytes of a file
 _CHUNK = 16 << 20
 
 Index = tuple[slice, ...]
@@ -82,14 +88,12 @@ class SafetensorsFile:
     def __init__(self, path: str | Path) -> None:
         """Read and check the header. UserError if the file is missing, truncated, or not what it claims to be."""
         self.path = Path(path)
-        try:
-            with open(self.path, "rb") as file:
+        with open_regular(self.path) as file:
+            try:
                 size = os.fstat(file.fileno()).st_size
                 self.tensors, self.metadata = _parse(file.read(8), file, size, self.path)
-        except FileNotFoundError:
-            raise UserError(f"{self.path}: no such file") from None
-        except OSError as error:
-            raise UserError(f"{self.path}: cannot be read ({error.strerror})") from None
+            except OSError as error:
+                raise UserError(f"{self.path}: cannot be read ({error.strerror})") from None
 
     def info(self, name: str) -> TensorInfo:
         """Shape, dtype and place of a tensor; UserError if the file has none of that name."""
@@ -269,29 +273,6 @@ def box(shape: tuple[int, ...], index: Index | None) -> tuple[tuple[int, ...], t
     return tuple(starts), tuple(extents)
 
 
-def load_json(path: Path, what: str) -> dict[str, Any]:
-    """A JSON object from a file; UserError names the file if it is missing, damaged, or has a key twice."""
-    try:
-        return parse_json(path.read_bytes())
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file; it should hold {what}") from None
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
-    except ValueError as error:
-        raise UserError(f"{path}: damaged, not {what} ({error})") from None
-
-
-def parse_json(data: bytes) -> dict[str, Any]:
-    """A JSON object, strictly: ValueError for anything else, a key given twice, or absurd nesting."""
-    try:
-        value = json.loads(data.decode("utf-8"), object_pairs_hook=_no_duplicates)
-    except RecursionError:
-        raise ValueError("nested too deeply") from None
-    if not isinstance(value, dict):
-        raise ValueError("expected a JSON object")
-    return value
-
-
 def _runs(info: TensorInfo, starts: tuple[int, ...], extents: tuple[int, ...]) -> Iterator[tuple[int, int, int]]:
     """(byte place in the box, byte position in the file, byte count) of each unbroken stretch, in order."""
     if math.prod(extents) == 0:
@@ -315,20 +296,16 @@ def _encode(entries: Mapping[str, Any]) -> bytes:
     return json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode("utf-8")
 
 
-def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    result = dict(pairs)
-    if len(result) != len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"key '{twice}' appears twice")
-    return result
-
-
 def _parse(prefix: bytes, file: Any, size: int, path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
     if len(prefix) < 8:
         raise UserError(f"{path}: truncated, {size} bytes are no safetensors file")
     (length,) = struct.unpack("<Q", prefix)
-    if length > MAX_HEADER or length > size - 8:
+    if MAX_HEADER < length <= size - 8:
+        raise UserError(
+            f"{path}: its header has {length} bytes, and headers of at most {MAX_HEADER} are read; write the tensors "
+            "into several files"
+        )
+    if length > size - 8:
         raise UserError(
             f"{path}: truncated or not a safetensors file: a header of {length} bytes is announced in {size} bytes"
         )
@@ -358,11 +335,11 @@ def _entry_info(name: str, entry: Any, base: int) -> TensorInfo:
         raise ValueError(f"tensor '{name}' must have exactly dtype, shape and data_offsets")
     code, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(code, str) or code not in DTYPES:
-        raise ValueError(f"tensor '{name}' has the unsupported dtype {code!r}; known: {', '.join(DTYPES)}")
-    if not _naturals(shape):
-        raise ValueError(f"tensor '{name}' has the impossible shape {shape!r}")
+        raise ValueError(f"tensor '{name}' has the unsupported dtype {shown(code)}; known: {', '.join(DTYPES)}")
+    if not _naturals(shape) or len(shape) > MAX_DIMENSIONS:
+        raise ValueError(f"tensor '{name}' has the impossible shape {shown(shape)}")
     if not _naturals(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
-        raise ValueError(f"tensor '{name}' has impossible data_offsets {offsets!r}")
+        raise ValueError(f"tensor '{name}' has impossible data_offsets {shown(offsets)}")
     wanted = math.prod(shape) * DTYPES[code].itemsize
     if offsets[1] - offsets[0] != wanted:
         raise ValueError(
@@ -372,4 +349,4 @@ def _entry_info(name: str, entry: Any, base: int) -> TensorInfo:
 
 
 def _naturals(values: Any) -> bool:
-    return isinstance(values, list) and all(type(value) is int and value >= 0 for value in values)
+    return isinstance(values, list) and all(type(value) is int and 0 <= value < MAX_SIZE for value in values)

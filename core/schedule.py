@@ -45,8 +45,7 @@ def actions(schedule: str, pp: int, virtual: int, micro_batches: int, rank: int)
     backwards = [Action("B", *_turn(k, pp, virtual, "B")) for k in range(total)]
     if schedule == "gpipe":
         return forwards + backwards
-    ahead = pp - rank - 1 if virtual == 1 else (pp - rank - 1) * 2 + (virtual - 1) * pp
-    ahead = min(ahead, total)
+    ahead = min(_ahead(pp, virtual, rank), total)
     plan = forwards[:ahead]
     for k in range(total - ahead):
         plan += [forwards[ahead + k], backwards[k]]
@@ -76,11 +75,9 @@ def peak_live(schedule: str, pp: int, virtual: int, micro_batches: int, rank: in
 
     GPipe micro_batches; 1F1B min(micro_batches, pp - rank); interleaved one more than its forwards ahead, at most all.
     """
-    live = peak = 0
-    for action in actions(schedule, pp, virtual, micro_batches, rank):
-        live += 1 if action.kind == "F" else -1
-        peak = max(peak, live)
-    return peak
+    _check(schedule, pp, virtual, micro_batches, rank)
+    total = micro_batches * virtual
+    return total if schedule == "gpipe" else min(_ahead(pp, virtual, rank) + 1, total)
 
 
 def simulate(
@@ -166,6 +163,11 @@ def bubble_formula(schedule: str, pp: int, virtual: int, micro_batches: int) -> 
     """
     _check(schedule, pp, virtual, micro_batches, 0)
     return (pp - 1) / (virtual * micro_batches + pp - 1)
+
+
+def _ahead(pp: int, virtual: int, rank: int) -> int:
+    """Forwards of 1F1B before its first backward, where there are as many."""
+    return pp - rank - 1 if virtual == 1 else (pp - rank - 1) * 2 + (virtual - 1) * pp
 
 
 def _turn(k: int, pp: int, virtual: int, kind: str) -> tuple[int, int]:

@@ -8,7 +8,6 @@ a quoted number is a typing mistake that the user should see.
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import math
 import re
 import types
@@ -20,6 +19,14 @@ from typing import Any, TypeVar
 import yaml
 
 from core.errors import UserError
+from core.foreign import read_text
+from core.near import nearest
+from core.shown import shown
+
+MAX_YAML = 1 << 17  # bytes; the largest config of a run has a few thousand, and the loader reads 100 KB a second
+MAX_NODES = 10_000  # values of a document, aliases written out
+MAX_DEPTH = 64
+LARGEST = 1 << 63  # a whole number below this fits every array, file and counter that a config can size
 
 T = TypeVar("T")
 
@@ -39,13 +46,13 @@ def from_mapping(cls: type[T], data: Any, where: str) -> T:
     outside its range.
     """
     if not isinstance(data, Mapping):
-        raise UserError(f"{where or 'config'}: expected a mapping of options, found {_show(data)}")
+        raise UserError(f"{where or 'config'}: expected a mapping of options, found {_found(data)}")
     fields = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
     for key in data:
         if key not in fields:
-            near = difflib.get_close_matches(str(key), fields, n=1, cutoff=0.5)
-            hint = f"did you mean '{near[0]}'?" if near else f"legal keys: {', '.join(sorted(fields))}"
-            raise UserError(f"{where or 'config'}: unknown key '{key}'; {hint}")
+            near = nearest(key, fields, cutoff=0.5)
+            hint = f"did you mean '{near}'?" if near else f"legal keys: {', '.join(sorted(fields))}"
+            raise UserError(f"{where or 'config'}: unknown key {shown(key)}; {hint}")
     hints = typing.get_type_hints(cls)
     values: dict[str, Any] = {}
     for name, f in fields.items():
@@ -58,13 +65,11 @@ def from_mapping(cls: type[T], data: Any, where: str) -> T:
 
 
 def load_yaml(path: str | Path) -> Any:
-    """Read one YAML document with the safe loader; UserError names the file and line of a syntax mistake."""
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read ({error})") from None
+    """Read one YAML document with the safe loader; UserError names the file and line of a syntax mistake.
+
+    Only regular files of at most MAX_YAML bytes are read.
+    """
+    text = read_text(path, MAX_YAML)
     return parse_yaml(text, str(path), lines=True)
 
 
@@ -97,15 +102,36 @@ def parse_yaml(text: str, where: str, lines: bool = False) -> Any:
         raise UserError(f"{where}: not valid YAML (nested too deeply)") from None
     except (ValueError, TypeError, OverflowError) as error:
         # The loader's own conversions: a date with a 13th month, a tagged number that is none.
-        raise UserError(f"{where}: not valid YAML ({str(error).splitlines()[0]})") from None
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        reason = "a whole number of thousands of digits" if "int_max_str_digits" in reason else reason
+        raise UserError(f"{where}: not valid YAML ({reason})") from None
 
 
 class _Loader(yaml.SafeLoader):
     """SafeLoader whose plain values mean the same in YAML 1.1 and 1.2, and that refuses a key given twice.
 
     Whole numbers are decimal, ``1e-5`` is a number, a date is text. What the two versions read differently (``010``,
-    ``0x1F``, ``1_000``, ``1:30``, ``yes``) is refused unless quoted.
+    ``0x1F``, ``1_000``, ``1:30``, ``yes``) is refused unless quoted. Refused as well are aliases that make a small
+    document a large or an endless one.
     """
+
+    _composed = _depth = 0
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        self._composed, self._depth = self._composed + 1, self._depth + 1
+        if self._composed > MAX_NODES or self._depth > MAX_DEPTH:
+            reason = f"more than {MAX_NODES} values" if self._depth <= MAX_DEPTH else "nested too deeply"
+            raise yaml.composer.ComposerError(None, None, reason, self.peek_event().start_mark)
+        node = super().compose_node(parent, index)
+        self._depth -= 1
+        return node
+
+    def get_single_node(self) -> yaml.Node | None:
+        node = super().get_single_node()
+        if node is not None and _written_out(node, {}) > MAX_NODES:
+            reason = f"more than {MAX_NODES} values once its aliases are written out"
+            raise yaml.composer.ComposerError(None, None, reason, node.start_mark)
+        return node
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
         seen = set()
@@ -136,8 +162,23 @@ class _Loader(yaml.SafeLoader):
             what = "is a truth value in some versions of YAML and text in others; write true or false, or quote it"
         else:
             what = "is read differently by versions of YAML; write a number in decimal, or quote it to mean text"
-        shown = node.value if len(node.value) <= 40 else f"{node.value[:40]}..."
-        raise yaml.constructor.ConstructorError(None, None, f"'{shown}' {what}", node.start_mark)
+        raise yaml.constructor.ConstructorError(None, None, f"{shown(node.value)} {what}", node.start_mark)
+
+
+def _written_out(node: yaml.Node, known: dict[int, int | None]) -> int:
+    """How many nodes a tree has once every alias is a copy; ComposerError for a node that contains itself."""
+    if id(node) not in known:
+        known[id(node)] = None
+        children: list[yaml.Node] = []
+        if isinstance(node, yaml.SequenceNode):
+            children = node.value
+        elif isinstance(node, yaml.MappingNode):
+            children = [child for pair in node.value for child in pair]
+        known[id(node)] = 1 + sum(_written_out(child, known) for child in children)
+    count = known[id(node)]
+    if count is None:
+        raise yaml.composer.ComposerError(None, None, "an alias to what contains it", node.start_mark)
+    return count
 
 
 _TAG = "tag:yaml.org,2002:"
@@ -185,18 +226,20 @@ def _check(kind: Any, value: Any, path: str, limits: Mapping[str, Any]) -> Any:
         return from_mapping(typing.cast(type, kind), value, path)
     if origin in (list, tuple):
         if not isinstance(value, (list, tuple)):
-            raise UserError(f"{path}: expected a list, found {_show(value)}")
+            raise UserError(f"{path}: expected a list, found {_found(value)}")
         inner = typing.get_args(kind)[0]
         items = [_check(inner, v, f"{path}[{i}]", limits) for i, v in enumerate(value)]
         return tuple(items) if origin is tuple else items
+    if type(value) is int and abs(value) >= LARGEST:
+        raise UserError(f"{path}: {shown(value)} is out of range; whole numbers are below 2**63")
     if kind is float and _is(value, int):
         value = float(value)
     if not _is(value, kind):
-        raise UserError(f"{path}: expected {_name(kind)}, found {_show(value)}")
+        raise UserError(f"{path}: expected {_name(kind)}, found {_found(value)}")
     if "choices" in limits and value not in limits["choices"]:
-        near = difflib.get_close_matches(str(value), [str(c) for c in limits["choices"]], n=1)
-        hint = f" (did you mean '{near[0]}'?)" if near else ""
-        raise UserError(f"{path}: {value!r} is not one of {', '.join(map(str, limits['choices']))}{hint}")
+        near = nearest(value, map(str, limits["choices"]))
+        hint = f" (did you mean '{near}'?)" if near else ""
+        raise UserError(f"{path}: {shown(value)} is not one of {', '.join(map(str, limits['choices']))}{hint}")
     if isinstance(value, float) and not math.isfinite(value):
         raise UserError(f"{path}: {value} is not a number to work with")
     for word, bad in (("min", lambda b: value < b), ("max", lambda b: value > b), ("above", lambda b: value <= b)):
@@ -223,5 +266,5 @@ def _name(kind: Any) -> str:
     return {int: "a whole number", float: "a number", str: "text", bool: "true or false"}.get(kind, str(kind))
 
 
-def _show(value: Any) -> str:
-    return f"{type(value).__name__} {value!r}" if value is not None else "nothing"
+def _found(value: Any) -> str:
+    return f"{type(value).__name__} {shown(value)}" if value is not None else "nothing"

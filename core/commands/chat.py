@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, Any
 from core.commands.generate import add_model_arguments, add_sampling_arguments, load_model, sampling_from
 from core.data.chat_template import DEFAULT_SYSTEM
 from core.errors import UserError
+from core.foreign import parse_value, read_file
+from core.shown import controls_shown, printable
 
 if TYPE_CHECKING:
     from core.chat import Chat
@@ -116,17 +118,19 @@ def piped_lines() -> Iterator[str]:
 
 
 def _answer(chat: Chat, pieces: Iterable[Said]) -> None:
+    terminal = sys.stdout.isatty()
     with _interrupt_calls(chat.stop):
         for piece in pieces:
             if isinstance(piece, str):
-                print(piece, end="", flush=True)
+                print(controls_shown(piece) if terminal else piece, end="", flush=True)
     print(flush=True)
     if chat.finish_reason == "length":
         print(f"(answer ended at --max-new-tokens {chat.max_new_tokens})", file=sys.stderr)
     elif chat.finish_reason == "interrupted":
         print("(answer stopped)", file=sys.stderr)
     for number, call in enumerate(chat.calls, 1):
-        print(f"(tool call {number} of {len(chat.calls)}: {call.name} {call.arguments})", file=sys.stderr)
+        said = printable(f"{call.name} {call.arguments}", longest=None)
+        print(f"(tool call {number} of {len(chat.calls)}: {said})", file=sys.stderr)
     if chat.calls:
         print("(/result TEXT gives its result)", file=sys.stderr)
 
@@ -207,9 +211,11 @@ def _result(chat: Chat, text: str, results: list[str]) -> None:
 def read_tools(name: str) -> list[dict[str, Any]]:
     """The tools of a JSON file. UserError when it cannot be read or is no list of objects with a function's name."""
     try:
-        tools = json.loads(Path(name).expanduser().read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"/tools {name}: cannot be read ({getattr(error, 'strerror', None) or error})") from None
+        tools = parse_value(read_file(Path(name).expanduser()))
+    except UserError as error:
+        raise UserError(f"/tools {error}") from None
+    except (ValueError, RuntimeError) as error:
+        raise UserError(f"/tools {name}: cannot be read ({error})") from None
     if not isinstance(tools, list) or not tools:
         raise UserError(f"/tools {name}: expected a JSON list of tools")
     for place, tool in enumerate(tools):

@@ -11,6 +11,7 @@ from typing import Any
 
 from core.atomic import show_bytes
 from core.errors import UserError
+from core.shown import printable
 
 FORMATS = ("hf", "canonical", "mindformers")
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
@@ -104,7 +105,7 @@ def run(args: argparse.Namespace) -> int:
     if args.target_format != "canonical":
         source = PlainSource(source)
     for note in source.notes:
-        print(f"note: {note}")
+        print(f"note: {printable(note)}")
     total = weight_bytes(source, args.dtype)
     with _Progress("converting", total) as bar:
         if args.target_format == "canonical":
@@ -190,7 +191,7 @@ def _open(args: argparse.Namespace) -> Any:
 
 def parse_size(text: str) -> int:
     """``5GB`` or ``1.5GiB`` or ``1000000`` in bytes; UserError otherwise."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", text.strip())
+    match = re.fullmatch(r"([0-9]{1,18}(?:\.[0-9]{1,18})?)\s*([A-Za-z]*)", text.strip())
     if not match or match[2].upper() not in _UNITS or float(match[1]) == 0:
         raise UserError(f"--max-shard-size: {text!r} is no size; write e.g. 5GB, 500MB or 4GiB")
     return max(1, int(float(match[1]) * _UNITS[match[2].upper()]))

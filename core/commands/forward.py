@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import difflib
 import math
 import os
 import shutil
@@ -24,10 +23,13 @@ from core.errors import UserError
 from core.launch import COLLECTIVE_TIMEOUT
 from core.layout import Layout, check_layout, parse_layout
 from core.layout_worker import Task, collect, launch_tasks, write_batch
+from core.near import nearest
 from core.safetensors_io import SafetensorsFile
 from core.sharding import Box
+from core.shown import printable
 
 NAMES = ("input_ids", "labels", "loss_mask")
+MAX_INPUT = 1 << 26  # bytes of one of them: 8 million ids, whose logits no machine holds
 
 
 EPILOG = """\
@@ -82,7 +84,7 @@ def run(args: argparse.Namespace) -> int:
     backend = backends.load(args.backend, "forward") if layout.world == 1 else None
     source = open_model(args.checkpoint)
     for note in source.notes:
-        print(f"note: {note}", file=sys.stderr)
+        print(f"note: {printable(note)}", file=sys.stderr)
     check_not_of_model(out, source.files())
     config = with_table_dtype(source.config, args.table_dtype)
     batch = make_batch(arrays, config, args.inputs)
@@ -179,16 +181,18 @@ def read_inputs(path: str) -> dict[str, np.ndarray]:
     """
     file = SafetensorsFile(path)
     found = list(file.tensors)
+    for name in set(NAMES) & set(found):
+        if file.info(name).nbytes > MAX_INPUT:
+            raise UserError(f"--inputs {path}: {name} has {file.info(name).nbytes} bytes; at most {MAX_INPUT} are read")
     arrays = {name: file.read(name) for name in NAMES if name in found}
     others = sorted(set(found) - set(NAMES))
-    for name in others:
-        near = difflib.get_close_matches(name, [n for n in NAMES if n not in arrays], n=1, cutoff=0.8)
-        if near:
-            raise UserError(f"--inputs {path}: it has '{name}'; did you mean '{near[0]}'?")
+    for name in others[:100]:
+        if near := nearest(name, [n for n in NAMES if n not in arrays], cutoff=0.8):
+            raise UserError(f"--inputs {path}: it has '{name}'; did you mean '{near}'?")
     if "input_ids" not in arrays:
-        raise UserError(f"--inputs {path}: no input_ids in it; found: {', '.join(others) or 'nothing'}")
+        raise UserError(f"--inputs {path}: no input_ids in it; found: {', '.join(others[:100]) or 'nothing'}")
     if others:
-        print(f"note: {path}: not used: {', '.join(others)}", file=sys.stderr)
+        print(printable(f"note: {path}: not used: {', '.join(others[:100])}"), file=sys.stderr)
     return arrays
 
 

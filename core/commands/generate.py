@@ -22,11 +22,14 @@ from core.errors import UserError
 from core.pages import pool_size
 from core.quantize import QUANTIZATIONS, quantizing
 from core.sampling import SamplingConfig, sampling_config
+from core.shown import controls_shown, printable
 
 if TYPE_CHECKING:
     from core.engine import Engine, Limits
     from core.layout import Layout
     from core.requests import Event, Request
+
+MAX_PROMPT = 1 << 22  # bytes; a million tokens
 
 EPILOG = """\
 examples:
@@ -177,7 +180,7 @@ def load_model(args: argparse.Namespace, need_tokenizer: str | None) -> Loaded:
     backends.load(args.backend, "generate")  # an absent framework is said first
     source = open_model(args.checkpoint)
     for note in source.notes:
-        print(f"note: {note}", file=sys.stderr)
+        print(f"note: {printable(note)}", file=sys.stderr)
     config = with_table_dtype(source.config, args.table_dtype)
     path = args.tokenizer or source.tokenizer_path
     if path is None and need_tokenizer:
@@ -242,6 +245,7 @@ def run(args: argparse.Namespace) -> int:
         text=("answer" if args.chat else "continuation") if has_text else "none",
     )
     check_request(request, model.config.vocab_size, has_text)  # before weights are read
+    terminal = sys.stdout.isatty()
     show = args.stream and not args.json and has_text and request.samples == 1
     started = time.perf_counter()
     made: list[list[Event]] = [[] for _ in range(request.samples)]
@@ -249,7 +253,7 @@ def run(args: argparse.Namespace) -> int:
         for event in answer(model.engine(request.total, request.samples), request):
             made[event.sample].append(event)
             if show and event.text:
-                print(event.text, end="", flush=True)
+                print(controls_shown(event.text) if terminal else event.text, end="", flush=True)
     else:
         code, events = _by_ranks(args, model, request, layout, show)
         if code:
@@ -308,12 +312,13 @@ def _by_ranks(
 def _shown(path: Path, show: bool) -> Iterator[None]:
     """Within, what a file gets is written to stdout as it comes, and what the launcher shows goes to stderr."""
     out, done = sys.stdout, threading.Event()
+    terminal = out.isatty()
 
     def copy() -> None:
         with open(path, encoding="utf-8") as file:
             while True:
                 last = done.wait(0.05)
-                out.write(file.read())
+                out.write(controls_shown(file.read()) if terminal else file.read())
                 out.flush()
                 if last:
                     return
@@ -359,7 +364,7 @@ def _report(args: argparse.Namespace, request: Request, made: list[Event], shown
     elif text is None:
         print(",".join(map(str, tokens)))
     else:
-        print("" if shown else text)
+        print("" if shown else controls_shown(text) if sys.stdout.isatty() else text)
 
 
 def _layout(args: argparse.Namespace) -> Layout:
@@ -387,14 +392,17 @@ def _prompt_text(args: argparse.Namespace) -> str:
         return args.prompt
     if args.prompt_file is not None:
         try:
-            raw = Path(args.prompt_file).read_bytes()
+            with open(args.prompt_file, "rb") as file:  # a pipe is as good as a file here
+                raw = file.read(MAX_PROMPT + 1)
         except OSError as error:
             raise UserError(f"--prompt-file {args.prompt_file}: cannot be read ({error.strerror})") from None
         name = args.prompt_file
     elif sys.stdin is None or sys.stdin.isatty():
         raise UserError("prompt: none given; use --prompt TEXT, --prompt-file F, --ids 1,2,3, or pipe text in")
     else:
-        raw, name = sys.stdin.buffer.read(), "stdin"
+        raw, name = sys.stdin.buffer.read(MAX_PROMPT + 1), "stdin"
+    if len(raw) > MAX_PROMPT:
+        raise UserError(f"{name}: has more than {MAX_PROMPT} bytes, longer than any prompt")
     try:
         return raw.decode("utf-8").removesuffix("\n")
     except UnicodeDecodeError as error:

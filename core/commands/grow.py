@@ -18,6 +18,7 @@ from core.config import ModelConfig, load_model_config
 from core.errors import UserError
 from core.growth import METHODS, SIZES
 from core.schema import set_dotted
+from core.shown import printable
 
 if TYPE_CHECKING:
     from convert.grow_plan import Plan
@@ -151,7 +152,7 @@ def describe(plan: Plan) -> str:
         lines.append(f"blocks          {_blocks(growth.layers, growth.new_layers)}")
     kind = f"masked, c from 0 to 1 in {plan.options.anneal_steps} steps" if growth.method == "masked" else "zero"
     lines.append(f"method          {kind}")
-    lines += [f"note: {note}" for note in plan.notes]
+    lines += [f"note: {printable(note)}" for note in plan.notes]
     return "\n".join(lines)
 
 

@@ -18,8 +18,11 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from core.atomic import write_text
+from core.checkpoint_save import STEP_FOLDER
 from core.errors import UserError
+from core.foreign import read_text
 from core.metrics import Row, plot_losses, read_metrics
+from core.shown import shown
 
 if TYPE_CHECKING:
     from convert.grow_schedule import Stage
@@ -110,7 +113,10 @@ def _reached(run: Path) -> int:
     """The step of a run's latest checkpoint; 0 without one."""
     if not (run / "latest").is_file():
         return 0
-    return int((run / "latest").read_text(encoding="utf-8").strip().removeprefix("step-"))
+    name = read_text(run / "latest", 4_096).strip()
+    if not STEP_FOLDER.fullmatch(name):
+        raise UserError(f"{run / 'latest'}: damaged, {shown(name)} is no step folder; remove the stage's folder")
+    return int(name.removeprefix("step-"))
 
 
 def _grow(stage: Stage, before: Path, grown: Path, node_rank: int) -> None:

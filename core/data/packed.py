@@ -28,6 +28,7 @@ import psutil
 from core.batch import IGNORE
 from core.data.tokenizer import Tokenizer
 from core.errors import UserError
+from core.foreign import load_json
 
 FORMAT, VERSION = "telechat-packed", 1
 KINDS = ("text", "sft")
@@ -316,8 +317,8 @@ class _HashedFile:
 def is_packed(path: str | Path) -> bool:
     """Whether a folder is a finished packed folder (of any version)."""
     try:
-        return json.loads((Path(path) / "meta.json").read_text(encoding="utf-8")).get("format") == FORMAT
-    except (OSError, ValueError, AttributeError):
+        return load_json(Path(path) / "meta.json", "a packed folder's meta").get("format") == FORMAT
+    except UserError:
         return False
 
 
@@ -344,13 +345,10 @@ def _read_meta(path: Path) -> dict[str, Any]:
     file = path / "meta.json"
     if not path.is_dir():
         raise UserError(f"{path}: no such packed folder; make one with `tele data`")
-    try:
-        meta = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path}: not a packed folder (no meta.json); make one with `tele data`") from None
-    except (OSError, ValueError) as error:
-        raise UserError(f"{file}: cannot be read ({error})") from None
-    if not isinstance(meta, dict) or meta.get("format") != FORMAT:
+    if not file.exists():
+        raise UserError(f"{path}: not a packed folder (no meta.json); make one with `tele data`")
+    meta = load_json(file, "a packed folder's meta")
+    if meta.get("format") != FORMAT:
         raise UserError(f"{file}: is not the meta.json of a packed folder; make one with `tele data`")
     if meta.get("version") != VERSION:
         raise UserError(f"{file}: format version {meta.get('version')}, this program reads {VERSION}; pack again")

@@ -16,6 +16,7 @@ from typing import Any, overload
 from core.data.chat_template import DEFAULT_SYSTEM
 from core.data.control import BOT, USER
 from core.errors import UserError
+from core.foreign import MAX_LINE, MAX_LINE_VALUES, check_size, lines
 
 TEXT_SUFFIXES = (".txt", ".text", ".md", ".rst", ".py")
 ROW_SUFFIXES = (".jsonl", ".ndjson")
@@ -73,7 +74,7 @@ def detect_kind(files: Sequence[Path]) -> str:
 def read_rows(path: Path, on_bytes: OnBytes | None = None) -> Iterator[tuple[str, dict[str, Any]]]:
     """("file:line", object) for every non-blank line of a jsonl file."""
     with _open(path) as file:
-        for number, line in enumerate(file, 1):
+        for number, line in enumerate(lines(file, path), 1):
             if on_bytes:
                 on_bytes(len(line))
             if line.strip():
@@ -82,6 +83,10 @@ def read_rows(path: Path, on_bytes: OnBytes | None = None) -> Iterator[tuple[str
 
 
 def parse_row(line: bytes, where: str) -> dict[str, Any]:
+    try:
+        check_size(line, MAX_LINE, MAX_LINE_VALUES)
+    except ValueError as error:
+        raise UserError(f"{where}: a row of {error}; split it into several rows") from None
     try:
         row = json.loads(line.decode("utf-8-sig").strip())
     except UnicodeDecodeError as error:
@@ -234,7 +239,7 @@ class DialogueFile(Sequence[Dialogue]):
                 raise UserError(f"{path}: dialogues are read from {' '.join(ROW_SUFFIXES)} files")
             offset = 0
             with _open(path) as file:
-                for number, line in enumerate(file, 1):
+                for number, line in enumerate(lines(file, path), 1):
                     if line.strip():
                         self._file.append(n)
                         self._offset.append(offset)

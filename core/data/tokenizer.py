@@ -27,9 +27,12 @@ from core.data.control import (
     Splitter,
 )
 from core.errors import UserError
+from core.foreign import MIB, read_file
 
 if TYPE_CHECKING:
     from core.config import ModelConfig
+
+MAX_MODEL = 64 * MIB  # bytes of a tokenizer.model; the released ones have 2 MB
 
 Allow = bool | Collection[str]
 
@@ -250,12 +253,8 @@ def load_tokenizer(path: str | Path, control: str = "chat", in_vocabulary: bool 
     file = Path(path)
     if file.is_dir():
         file = file / "tokenizer.model"
-    try:
-        model_bytes = file.read_bytes()
-    except FileNotFoundError:
-        raise UserError(f"{file}: no such tokenizer; give a tokenizer.model or the folder that holds it") from None
-    except OSError as error:
-        raise UserError(f"{file}: cannot be read ({error.strerror})") from None
+    missing = "no such tokenizer; give a tokenizer.model or the folder that holds it"
+    model_bytes = read_file(file, MAX_MODEL, missing)
     return Tokenizer(model_bytes, file, control, in_vocabulary)
 
 

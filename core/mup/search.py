@@ -20,6 +20,7 @@ from typing import Any
 from core.atomic import remove_folder, write_text
 from core.config import RunConfig, load_run_config
 from core.errors import UserError
+from core.foreign import load_json
 from core.launch import launch
 from core.metrics import flops_per_token
 from core.mup.transfer import at_width, transfer
@@ -28,6 +29,7 @@ from core.worker import read_status
 
 DONE, DIVERGED, FAILED = "done", "diverged", "failed"
 STOPPED = "training stopped at step"  # how core.loop begins when the numbers went wrong
+MAX_TRIALS = 10_000
 SAME = 1e-12  # relative: numbers that differ by less differ by the order in which they were computed
 STEP_COST = 2e9  # operations in which a step's fixed costs are expressed: what a tiny model's step takes anyway
 
@@ -82,6 +84,9 @@ class SearchConfig:
     def combinations(self) -> list[Numbers]:
         """The grid's, then the trials', each once; one that says nothing where neither says anything."""
         axes = {name: values for name, values in vars(self.grid).items() if values}
+        runs = math.prod([*map(len, axes.values()), max(1, len(self.widths)), max(1, len(self.seeds))])
+        if runs > MAX_TRIALS:
+            raise UserError(f"grid: {runs} runs with all widths and seeds; a search has at most {MAX_TRIALS}")
         found = [Numbers(**dict(zip(axes, values, strict=True))) for values in itertools.product(*axes.values())]
         return list(dict.fromkeys([*(found if axes else []), *self.trials] or [Numbers()]))
 
@@ -183,7 +188,7 @@ def prepare(trials: Sequence[Trial], backend: str) -> None:
         wanted = {"backend": backend, **trial.config.to_dict()}
         file = trial.folder / "trial.json"
         if file.exists():
-            differing = _differences(json.loads(file.read_text(encoding="utf-8")), wanted)
+            differing = _differences(load_json(file, "the description of a trial"), wanted)
             if differing:
                 raise UserError(
                     f"--out: {trial.folder} was made with other numbers ({'; '.join(differing[:3])}); "
@@ -197,10 +202,13 @@ def prepare(trials: Sequence[Trial], backend: str) -> None:
 
 def result_of(trial: Trial) -> Result | None:
     """How the trial ended; None while it has not."""
-    try:
-        return Result(**json.loads((trial.folder / "result.json").read_text(encoding="utf-8")))
-    except FileNotFoundError:
+    file = trial.folder / "result.json"
+    if not file.exists():
         return None
+    try:
+        return Result(**load_json(file, "the result of a trial"))
+    except TypeError:
+        raise UserError(f"{file}: damaged, not the result of a trial; remove it to run the trial again") from None
 
 
 def run_trial(backend: str, trial: Trial, look: Callable[[], None]) -> Result | None:

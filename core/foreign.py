@@ -1,0 +1,160 @@
+"""Files that anybody may have written: read only if they are files, and only as far as reading them stays cheap.
+
+Parsing JSON takes up to fifty bytes of memory for a byte of the file, so both the size and the number of values are
+judged before anything is parsed: a file within these limits is read in well under 200 MB.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, Any, BinaryIO
+
+from core.errors import UserError
+from core.shown import shown
+
+MIB = 1 << 20
+MAX_JSON = 32 * MIB  # bytes of a JSON text; the largest index of a released model has 10 MB
+MAX_VALUES = 1_000_000  # brackets, braces and commas of a JSON text; about one for each value in it
+MAX_LINE = 16 * MIB  # bytes of a line of JSON; a long book has 5 MB
+MAX_LINE_VALUES = 200_000
+MAX_DIGITS = 40  # of a whole number; 2**128 has 39
+_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
+
+
+def open_regular(path: str | Path, missing: str = "no such file") -> BinaryIO:
+    """Open a regular file for reading. UserError for everything else, a pipe or a device included (it may
+    never end, or wait for ever); ``missing`` is what is said of a file that is not there."""
+    try:
+        # A pipe that nobody writes to would hold an ordinary open for ever.
+        handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    except FileNotFoundError:
+        raise UserError(f"{path}: {missing}") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+    except ValueError:
+        raise UserError(f"{path}: is no file name; it holds a zero byte or a character without a code") from None
+    mode = os.fstat(handle).st_mode
+    if stat.S_ISREG(mode):
+        return open(handle, "rb")
+    os.close(handle)
+    kinds = {stat.S_IFDIR: "a folder", stat.S_IFIFO: "a pipe", stat.S_IFCHR: "a device", stat.S_IFBLK: "a device"}
+    raise UserError(f"{path}: cannot be read (it is {kinds.get(stat.S_IFMT(mode), 'a socket')}); expected a file")
+
+
+def read_file(path: str | Path, limit: int = MAX_JSON, missing: str = "no such file") -> bytes:
+    """The bytes of a regular file. UserError if it is missing, is none, cannot be read, or has more than ``limit``."""
+    with open_regular(path, missing) as file:
+        size = os.fstat(file.fileno()).st_size
+        try:
+            data = b"" if size > limit else file.read(limit + 1)
+        except OSError as error:
+            raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+    if (found := max(size, len(data))) > limit:
+        raise UserError(f"{path}: has {found} bytes, and at most {limit} are read; this is not such a file")
+    return data
+
+
+def read_text(path: str | Path, limit: int = MAX_JSON, missing: str = "no such file") -> str:
+    """The text of a UTF-8 file (a byte-order mark is dropped); UserError like ``read_file``, and for other bytes."""
+    try:
+        return read_file(path, limit, missing).decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: is not UTF-8 text (byte {error.start}); convert the file") from None
+
+
+def load_json(path: Path, what: str, max_bytes: int = MAX_JSON, max_values: int = MAX_VALUES) -> dict[str, Any]:
+    """A JSON object from a file; UserError names the file if it is missing, damaged, too large, or has a key twice."""
+    data = read_file(path, max_bytes, f"no such file; it should hold {what}")
+    try:
+        return parse_json(data, max_bytes, max_values)
+    except ValueError as error:
+        raise UserError(f"{path}: damaged, not {what} ({error})") from None
+
+
+def parse_json(data: bytes, max_bytes: int = MAX_JSON, max_values: int = MAX_VALUES) -> dict[str, Any]:
+    """A JSON object, strictly: ValueError for anything else and for what ``parse_value`` refuses."""
+    value = parse_value(data, max_bytes, max_values)
+    if not isinstance(value, dict):
+        raise ValueError("expected a JSON object")
+    return value
+
+
+def parse_value(data: bytes, max_bytes: int = MAX_JSON, max_values: int = MAX_VALUES) -> Any:
+    """Any JSON value, strictly. ValueError for a key given twice, absurd nesting, numbers that are none (NaN, 1e999) or
+    of more than MAX_DIGITS digits, unpaired surrogates (no file can hold them), and for a text above the limits."""
+    check_size(data, max_bytes, max_values)
+    try:
+        value = json.loads(
+            data.decode("utf-8"),
+            object_pairs_hook=_no_duplicates,
+            parse_constant=_no_constant,
+            parse_float=_float,
+            parse_int=_whole,
+        )
+        if _SURROGATE.search(data):
+            json.dumps(value, ensure_ascii=False).encode("utf-8")
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+    except UnicodeEncodeError:
+        raise ValueError("an unpaired surrogate escape") from None
+    return value
+
+
+def check_size(data: bytes, max_bytes: int, max_values: int) -> None:
+    """ValueError for a JSON text whose parsing would take too much memory, found without parsing it."""
+    if len(data) > max_bytes:
+        raise ValueError(f"{len(data)} bytes, above the limit of {max_bytes}")
+    # One character beyond the basic plane makes the whole text take four bytes a character.
+    if len(data) > max_bytes // 4 and _wide(data):
+        raise ValueError(f"{len(data)} bytes with characters of four bytes, above the limit of {max_bytes // 4}")
+    if (values := sum(map(data.count, (b",", b"[", b"{")))) > max_values:
+        raise ValueError(f"about {values} values, above the limit of {max_values}")
+
+
+def lines(file: IO[bytes], path: str | Path, limit: int = MAX_LINE) -> Iterator[bytes]:
+    """The lines of an opened file with their ends; UserError names the line that is longer than ``limit`` bytes."""
+    number = 0
+    while line := file.readline(limit + 1):
+        number += 1
+        if len(line) > limit:
+            raise UserError(f"{path}:{number}: the line is longer than {limit} bytes; split it into several rows")
+        yield line
+
+
+def _wide(data: bytes) -> bool:
+    """Whether a UTF-8 text has a character beyond the basic plane: only those begin with a byte above 0xEF."""
+    return not data.isascii() and data.translate(None, bytes(range(0xF0))) != b""
+
+
+def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    result = dict(pairs)
+    if len(result) != len(pairs):
+        seen: set[str] = set()
+        for name, _ in pairs:
+            if name in seen:
+                raise ValueError(f"key {shown(name)} appears twice")
+            seen.add(name)
+    return result
+
+
+def _no_constant(text: str) -> Any:
+    raise ValueError(f"{text} is no JSON number")
+
+
+def _float(text: str) -> float:
+    value = float(text)
+    if math.isinf(value):
+        raise ValueError(f"{shown(text)} is beyond the range of numbers")
+    return value
+
+
+def _whole(text: str) -> int:
+    if len(text) > MAX_DIGITS:
+        raise ValueError(f"a whole number of {len(text)} digits")
+    return int(text)
