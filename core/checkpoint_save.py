@@ -50,6 +50,13 @@ class Ranks(NamedTuple):
     timeout_s: float = 1800.0
 
 
+class Asset(NamedTuple):
+    """A small file that is kept with a checkpoint, by its contents: a file may be altered while training goes on."""
+
+    name: str
+    data: bytes
+
+
 ALONE = Ranks(0, 1, lambda: None)
 
 
@@ -62,7 +69,7 @@ def save_checkpoint(
     optimizer: Tensors,
     trainer: dict[str, Any] | None,
     keep_last: int,
-    assets: Iterable[Path] = (),
+    assets: Iterable[Path | Asset] = (),
     max_file_bytes: int = MAX_FILE_BYTES,
     ranks: Ranks = ALONE,
 ) -> Path:
@@ -103,7 +110,7 @@ def begin_save(
     optimizer: Tensors,
     trainer: dict[str, Any] | None,
     keep_last: int,
-    assets: Iterable[Path] = (),
+    assets: Iterable[Path | Asset] = (),
     max_file_bytes: int = MAX_FILE_BYTES,
     ranks: Ranks = ALONE,
 ) -> Callable[[], Path]:
@@ -130,7 +137,7 @@ def write_checkpoint(
     weights: Tensors,
     optimizer: Tensors = (),
     trainer: dict[str, Any] | None = None,
-    assets: Iterable[Path] = (),
+    assets: Iterable[Path | Asset] = (),
     max_file_bytes: int = MAX_FILE_BYTES,
     ranks: Ranks = ALONE,
     planned: Mapping[str, Planned] | None = None,
@@ -207,7 +214,7 @@ class _Job:
     model: dict[str, Any]
     trainer: dict[str, Any] | None
     streams: dict[str, _Stream]
-    assets: tuple[Path, ...]
+    assets: tuple[Path | Asset, ...]
     max_file_bytes: int
     ranks: Ranks
     publish: Callable[[], None]
@@ -236,7 +243,11 @@ class _Job:
             (folder / name).write_text(text, encoding="utf-8")
         for asset in self.assets:
             (folder / "assets").mkdir(exist_ok=True)
-            shutil.copyfile(asset, folder / "assets" / Path(asset).name)
+            place = folder / "assets" / asset.name
+            if isinstance(asset, Asset):
+                place.write_bytes(asset.data)
+            else:
+                shutil.copyfile(asset, place)
         write_manifest(folder, self.step, parts, save)
 
     def needed(self) -> int:

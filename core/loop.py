@@ -28,6 +28,7 @@ from typing import Any, Protocol, TypeVar
 
 from core.batch import Batch
 from core.checkpoint import Checkpoint, Ranks, Saver, TensorPiece, open_checkpoint
+from core.checkpoint_save import Asset
 from core.cli import Parser
 from core.config import RunConfig, load_model_config, load_run_config, run_config_from_dict
 from core.data.blend import Blend, open_blend
@@ -411,7 +412,7 @@ class _Run:
             optimizer=stepper.optimizer_state(),
             trainer=trainer,
             keep_last=self.config.checkpoint.keep_last,
-            assets=[self.blend.tokenizer_path()],
+            assets=[Asset("tokenizer.model", self.blend.tokenizer())],
             ranks=Ranks(stepper.rank, stepper.world, lambda: meet(stepper)),
         )
 

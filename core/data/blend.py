@@ -13,7 +13,6 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from pathlib import Path
 
 import numpy as np
 
@@ -107,11 +106,12 @@ class Blend:
         lines = []
         for source, weight, samples in zip(self.sources, self.weights, self.num_samples, strict=True):
             lines.append(f"{source.path}: {float(weight):.4g} of samples, {samples} samples a pass ({source.kind})")
+            lines += [f"note: {note}" for note in source.notes]
         return "\n".join(lines)
 
-    def tokenizer_path(self) -> Path:
-        """The tokenizer stored with the first source."""
-        return self.sources[0].path / "tokenizer.model"
+    def tokenizer(self) -> bytes:
+        """The tokenizer.model stored with the first source, as it was verified when the source was opened."""
+        return self.sources[0].tokenizer
 
 
 def open_blend(data: DataConfig, seed: int, vocab_size: int, pad_token_id: int) -> Blend:

@@ -15,7 +15,7 @@ from core.data.blend import MAX_PERIOD, Schedule, open_blend
 from core.data.packed import PackedWriter
 from core.data.permute import Permutation
 from core.errors import UserError
-from tests.data_support import VOCAB_SIZE, tiny_tokenizer
+from tests.data_support import VOCAB_SIZE, reseal, tiny_tokenizer
 
 PAD = 3
 PINNED = [1, 4, 7, 3, 8, 0, 9, 6, 5, 2]
@@ -169,7 +169,6 @@ def test_refusals(tmp_path):
         open_blend(config((path, 1.0)), 1, 640, PAD)
     with pytest.raises(UserError, match="pad_token_id"):
         open_blend(config((path, 1.0)), 1, VOCAB_SIZE, VOCAB_SIZE)
-    meta = path / "meta.json"
-    meta.write_text(meta.read_text().replace('"largest_id": 119', '"largest_id": 600'))
+    reseal(path, largest_id=600)
     with pytest.raises(UserError, match="token id 600, outside the vocabulary"):
         blend((path, 1.0))

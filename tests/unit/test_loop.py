@@ -73,7 +73,7 @@ def test_it_learns_and_records_every_step(tmp_path, capsys):
     assert (trainer["step"], trainer["samples"], trainer["tokens"]) == (30, 120, 120 * SEQ_LEN)
     assert trainer["optimizer_steps"] == 30 and trainer["seed"] == 7 and trainer["backend"] == "numpy"
     assert open_checkpoint(tmp_path).model["config"] == config.model.to_dict()
-    assert [asset.name for asset in open_checkpoint(tmp_path).assets] == ["numpy_stepper.py"]  # "the tokenizer"
+    assert [asset.name for asset in open_checkpoint(tmp_path).assets] == ["tokenizer.model"]
     shown = capsys.readouterr().err
     for fact in ("backend", "device", "precision", "parameters", "made in memory", "1,920 tokens to go"):
         assert fact in shown
