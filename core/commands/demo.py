@@ -20,7 +20,7 @@ from core.data.blend import open_blend
 from core.data.demo_text import write_demo_text
 from core.data.packed import PackedDataset
 from core.data.prepare import pack_dialogues, pack_text, read_texts
-from core.data.rows import detect_kind, find_inputs
+from core.data.rows import detect_kind, find_inputs, skipped_inputs
 from core.data.tokenizer import Tokenizer, load_tokenizer
 from core.data.tokenizer_training import train_tokenizer
 from core.engine import Engine
@@ -125,6 +125,8 @@ def prepare(
     groups: dict[str, Sequence[Path]]
     if data:
         groups, shares = {"data": find_inputs(data)}, {"data": 1.0}
+        for note in skipped_inputs(data):
+            print(f"note: {note}")
     else:
         groups, shares = {name: [file] for name, file in write_demo_text(out / "text").items()}, SHARES
     if tokenizer_file is None:

@@ -222,7 +222,7 @@ def test_these_rules_are_those_of_the_library(which: str) -> None:
     for one in (made, digits):
         library = tokenizers.Tokenizer.from_str(json.dumps(one))
         found = [encoding.ids for encoding in library.encode_batch(texts, add_special_tokens=False)]
-        assert found == [Library(one).encode(text) for text in texts]
+        assert found == list(map(Library(one).encode, texts))
 
 
 def test_a_tokenizer_that_cannot_be_said_so_goes_without(tmp_path: Path) -> None:
