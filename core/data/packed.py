@@ -231,6 +231,28 @@ class PackedDataset:
         facts = {name: f.get("sha256") for name, f in sorted(files) if name not in SUMS.values()}
         return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
+    def check_counts(self) -> None:
+        """Read everything and hold it against the counts of meta.json, for folders in which not all has a hash."""
+        step, largest, targets = 1 << 22, -1, 0
+        for begin in range(0, len(self.tokens), step):
+            largest = max(largest, int(self._taken(begin, min(begin + step, len(self.tokens))).max()))
+            if self.mask is not None:
+                part = self.mask[begin : begin + step]
+                if part.max() > 1:
+                    raise UserError(
+                        f"{self.path / 'mask.bin'}: altered, holds {int(part.max())}; make the folder again"
+                    )
+                targets += int(part.sum())
+        if self.mask is not None and self.sequences is not None:
+            targets -= int(self.mask[self.sequences[:-1]].sum())  # position 0 is predicted by nothing
+        found = {"largest_id": largest, **({"targets": targets} if self.mask is not None else {})}
+        for name, value in found.items():
+            if self.meta.get(name) != value:
+                raise UserError(
+                    f"{self.path}: altered, the files hold {name} {value}, meta.json {self.meta.get(name)}; "
+                    "make the folder again"
+                )
+
     def check_seq_len(self, seq_len: int) -> None:
         """UserError when samples of ``seq_len`` would cut stored sequences."""
         stored = self.meta.get("max_length", 0)
@@ -321,7 +343,9 @@ def verify(path: str | Path, on_bytes: OnBytes | None = None) -> None:
             wrong.append(str(error))
     if wrong:
         raise UserError("; ".join(wrong))
-    PackedDataset(folder)
+    data = PackedDataset(folder)
+    if data.notes:
+        data.check_counts()
 
 
 def bytes_to_verify(path: str | Path) -> int:
