@@ -47,7 +47,8 @@ class _Splitter:
         self.line = 1
 
     def items(self) -> Iterator[Item]:
-        self._more()
+        while len(self.held) < len(codecs.BOM_UTF8) and self._more():
+            pass
         if self.held.startswith(codecs.BOM_UTF8):
             self._drop(len(codecs.BOM_UTF8))
         opening = self._next_byte()
@@ -93,7 +94,7 @@ class _Splitter:
         while True:
             found = (_INSIDE if inside else _OUTSIDE).search(self.held, self.begin + scanned)
             if found is None:
-                scanned = len(self.held) - self.begin
+                scanned = max(scanned, len(self.held) - self.begin)
                 if not self._more():
                     raise self._wrong(f"item {number}: the file ends before it does")
                 continue
@@ -104,11 +105,14 @@ class _Splitter:
             elif byte == b'"':
                 inside = not inside
             elif depth == 0 and byte in closing:
+                if scanned - 1 > self.limit:
+                    break
                 return scanned - 1
             elif byte in b"[{":
                 depth += 1
             elif byte in b"]}":
                 depth -= 1
+        raise self._too_long()
 
     def _next_byte(self) -> bytes:
         """The next byte that is no space, to which ``begin`` moves; nothing at the end of the file."""
@@ -125,10 +129,13 @@ class _Splitter:
 
     def _more(self) -> bool:
         if len(self.held) - self.begin > self.limit:
-            raise self._wrong(f"a row of more than {self.limit} bytes; split it into several rows")
+            raise self._too_long()
         chunk = self.file.read(BLOCK_BYTES)
         self.held, self.begin = self.held[self.begin :] + chunk, 0
         return bool(chunk)
+
+    def _too_long(self) -> UserError:
+        return self._wrong(f"a row of more than {self.limit} bytes; split it into several rows")
 
     def _wrong(self, what: str) -> UserError:
         return UserError(f"{self.path}:{self.line}: {what}")
