@@ -108,6 +108,8 @@ def _decode(args: argparse.Namespace) -> int:
 
 def _id(word: str) -> int:
     try:
+        if not word.isascii() or "_" in word:  # int() reads other scripts' digits and separators
+            raise ValueError
         return int(word)
     except ValueError:
         raise UserError(f"'{word[:40]}': not a token id; ids are whole numbers") from None

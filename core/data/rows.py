@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from core.data.json_items import json_items
+from core.data.packed import is_packed
 from core.errors import UserError
 from core.foreign import MAX_LINE, MAX_LINE_VALUES, check_size, lines, parse_value
 from core.shown import printable
@@ -78,9 +79,10 @@ def skipped_inputs(paths: Sequence[str | Path]) -> list[str]:
 
 
 def _inside(folder: Path) -> tuple[list[Path], list[Path], int]:
-    """(files of known suffixes, other files and links to folders, number of hidden files) anywhere under a folder.
+    """(files of known suffixes, what else there is, number of hidden files) anywhere under a folder.
 
-    Hidden folders, whose names begin with a dot, are not searched and count as one file.
+    Not searched: links to folders and packed folders, which are among the second, and hidden folders, whose names begin
+    with a dot and which count as one file.
     """
 
     def refuse(error: OSError) -> None:
@@ -90,6 +92,10 @@ def _inside(folder: Path) -> tuple[list[Path], list[Path], int]:
     others: list[Path] = []
     hidden = 0
     for root, folders, names in os.walk(folder, onerror=refuse):
+        if "meta.json" in names and is_packed(root):
+            others.append(Path(root))
+            folders.clear()
+            continue
         hidden += sum(name.startswith(".") for name in folders + names)
         folders[:] = [name for name in folders if not name.startswith(".")]
         others += [link for link in (Path(root, name) for name in folders) if link.is_symlink()]

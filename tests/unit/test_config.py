@@ -170,10 +170,10 @@ def test_whatever_yaml_stumbles_over_is_one_line_that_names_the_file(tmp_path: P
 UNCLEAR = (
     "010 -010 007 08 00 0x1F 0X1f 0o10 0b11 1_000 1_0.5 1_0e3 1:30 -1:30 1:30.5 190:20:30 12:34:56 "
     "yes Yes no NO on On off OFF"
-).split()
+)
 
 
-@pytest.mark.parametrize("value", UNCLEAR)
+@pytest.mark.parametrize("value", UNCLEAR.split())
 def test_a_value_that_versions_of_yaml_read_differently_is_refused(tmp_path: Path, value: str) -> None:
     for tag, key in (("", "a"), ("", value), ("!!int ", "a"), ("!!float ", "a"), ("!!bool ", "a")):
         (tmp_path / "x.yaml").write_text(f"b: 1\n{key}: {tag}{value}\n")

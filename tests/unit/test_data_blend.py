@@ -172,3 +172,19 @@ def test_refusals(tmp_path):
     reseal(path, largest_id=600)
     with pytest.raises(UserError, match="token id 600, outside the vocabulary"):
         blend((path, 1.0))
+
+
+def test_the_tokenizer_of_a_run_is_the_one_that_was_verified(tmp_path):
+    """What goes into checkpoints is not what the file holds by then."""
+    path = packed(tmp_path / "a", 100)
+    opened = blend((path, 1.0))
+    damaged = bytearray(tiny_tokenizer().model_bytes)
+    damaged[100] ^= 1
+    (path / "tokenizer.model").write_bytes(damaged)
+    assert opened.tokenizer() == tiny_tokenizer().model_bytes
+    with pytest.raises(UserError, match="tokenizer.model: altered"):
+        blend((path, 1.0))
+    (path / "tokenizer.model").write_bytes(opened.tokenizer())
+    reseal(path, tokenizer={"sha256": "0" * 64, "control": "chat"})
+    with pytest.raises(UserError, match="hash of the tokenizer"):
+        blend((path, 1.0))

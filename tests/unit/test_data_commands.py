@@ -304,7 +304,7 @@ def test_train_encode_decode(tmp_path, capsys):
         call(tokenize_command, "info", "--tokenizer", out, "--model", "telechat2-3b")
     with pytest.raises(UserError, match="'x7': not a token id"):
         call(tokenize_command, "decode", "--tokenizer", out, "4", "x7")
-    for word in ("\u00b2", "--5", "9" * 5000):  # what int() refuses and isdigit() does not
+    for word in ("\u00b2", "--5", "9" * 5000, "1_0", "\u0663"):  # what int() refuses and isdigit() does not
         with pytest.raises(UserError, match="not a token id"):
             call(tokenize_command, "decode", "--tokenizer", out, "--", word)
     for deep in ("[" * 100000, "[" + "9" * 5000 + "]"):

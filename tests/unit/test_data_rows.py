@@ -315,6 +315,16 @@ def test_duplicate_keys_are_refused(tmp_path: Path) -> None:
         tele_data(source, "--out", tmp_path / "out")
 
 
+def test_packed_folders_among_the_inputs_are_not_rows(tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    write_rows(tmp_path / "in" / "rows.jsonl", [{"text": "fox"}])
+    tele_data(tmp_path / "in", "--out", tmp_path / "in" / "sub" / "packed")
+    assert [file.name for file in find_inputs([tmp_path / "in"])] == ["rows.jsonl"]
+    assert "1 of another kind (sub/packed)" in skipped_inputs([tmp_path / "in"])[0]
+    with pytest.raises(UserError, match="no folder or pattern with files in it"):
+        find_inputs([tmp_path / "in" / "sub" / "packed"])
+
+
 def test_skipped_files_and_fields_are_said(tmp_path: Path, capsys: Any) -> None:
     folder = tmp_path / "corpus"
     (folder / "sub" / ".git").mkdir(parents=True)
