@@ -98,7 +98,8 @@ class AdamW:
         """Whether a bucket has entries whose age shows in Adam's bias correction; forgets those that grew out of it."""
         if number not in self._young:
             return False
-        young = any(is_young(self.config, self.step_count, born) for born in self._young[number][1])
+        births, dtype = self._young[number][1], str(self.dtype).lower()
+        young = any(is_young(self.config, self.step_count, born, dtype) for born in births)
         if not young:
             del self._young[number]
         return young

@@ -98,7 +98,7 @@ def run(args: argparse.Namespace) -> int:
         if code:
             return code
 
-    tensors = {"logits": np.asarray(result["logits"], np.float32)}
+    tensors = {"logits": np.asarray(result["logits"], np.float64 if args.precision == "fp64" else np.float32)}
     if has_loss:
         tensors["loss"] = np.asarray(result["loss"], np.float64)
     if args.grads:

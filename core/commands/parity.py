@@ -234,11 +234,14 @@ def compare_training(
 ) -> tuple[TraceReport, dict[str, list[Row]]]:
     """Train ``steps`` steps in each backend, each in its own processes under its own launcher, and compare the metrics.
 
-    A run of higher precision (float64; fp32 for the 16-bit precisions), on one device, joins as the judge.
+    A run of higher precision (float64; fp32 for the 16-bit precisions), on one device, joins as the judge; fp64 has none.
     """
     runs = {backends.TITLES[name]: trace_rows(config, out, name, steps) for name in names}
     a, b = runs.values()
-    full = config.train.precision in ("fp32", "fp64")
+    precision = config.train.precision
+    if precision == "fp64":  # nothing judges it: PyTorch's run is the judge
+        return compare_traces(a, b, precision=precision), runs
+    full = precision == "fp32"
     judge = "fp64" if full else "fp32"
     exact_config = dataclasses.replace(
         config, train=dataclasses.replace(config.train, precision=judge), parallel=Layout()
