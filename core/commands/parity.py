@@ -234,7 +234,7 @@ def compare_training(
 ) -> tuple[TraceReport, dict[str, list[Row]]]:
     """Train ``steps`` steps in each backend, each in its own processes under its own launcher, and compare the metrics.
 
-    A run of higher precision (float64; fp32 for the 16-bit precisions), on one device, joins as the judge; fp64 has none.
+    A run of higher precision (float64; fp32 for the 16-bit precisions), on one device, joins as the judge; fp64 is one.
     """
     runs = {backends.TITLES[name]: trace_rows(config, out, name, steps) for name in names}
     a, b = runs.values()

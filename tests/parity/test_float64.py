@@ -1,12 +1,13 @@
-"""float64 as the judge of the other precisions: MindSpore's within 1e-12 of PyTorch's, and both of definitions in numpy.
+"""float64 as the judge of the other precisions: MindSpore within 1e-12 of PyTorch, and both of definitions in numpy.
 
-MindSpore has float64 kernels that are float32's, and rounds Python numbers to float32 (kernels/mindspore_composite.py):
-one of them anywhere in the model puts a result 1e-9 to 1e-6 off. Layouts are in test_layouts.py, the released code's
+Some of MindSpore's float64 kernels are float32's, and Python numbers become float32 (kernels/mindspore_composite.py).
+One of these anywhere in the model puts a result 1e-9 to 1e-6 off. Layouts are in test_layouts.py, the released code's
 numbers in test_goldens.py and test_families.py.
 """
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -16,11 +17,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
 from core import loop
 from core.backends import load
 from core.batch import IGNORE, Batch, shift_labels
 from core.checkpoint import open_checkpoint
+from core.commands import forward as forward_command
 from core.config import ModelConfig, RunConfig, run_config_from_dict
 from core.growth_mask import GrowthMask
 from core.init import init_weights
@@ -29,7 +32,7 @@ from core.parity import compare_tensors, compare_traces, relative_frobenius
 from core.recipe import clip_factor
 from kernels import reference
 from tests import numpy_decoder
-from tests.frameworks import BACKENDS, differentiate
+from tests.frameworks import BACKENDS, differentiate, golden_arrays, golden_source
 from tests.packed import write_packed
 from tests.parity import test_operators
 
@@ -317,6 +320,22 @@ def test_training_saving_and_resuming(tmp_path: Path) -> None:
     again, crossed = (dict(tensors(tmp_path / f"{backend}-resumed")) for backend in BACKENDS)
     assert [name for name in again if again[name].tobytes() != ends["ms"][name].tobytes()] == []
     assert compare_tensors(crossed, ends["pt"]).worst() <= LIMIT
+
+
+def test_the_forward_command(tmp_path: Path) -> None:
+    """Its file holds float64, as computed."""
+    source = golden_source("flm101b_like/weights.safetensors", "flm101b_like/config.json", str(tmp_path))
+    io, inputs, found = golden_arrays("flm101b_like/io.safetensors"), tmp_path / "inputs.safetensors", {}
+    save_file({name: io[name] for name in ("input_ids", "labels")}, inputs)
+    parser = argparse.ArgumentParser()
+    forward_command.add_arguments(parser)
+    for backend in BACKENDS:
+        out = str(tmp_path / f"{backend}.safetensors")
+        words = ["--backend", backend, "--checkpoint", str(source.path), "--inputs", str(inputs), "--out", out]
+        assert forward_command.run(parser.parse_args([*words, "--grads", "--precision", "fp64"])) == 0
+        found[backend] = load_file(out)
+    assert {array.dtype for arrays in found.values() for array in arrays.values()} == {np.dtype(np.float64)}
+    assert len(found["ms"]) > 10 and compare_tensors(found["ms"], found["pt"]).worst() <= NEAR
 
 
 def tensors(run: Path) -> Iterator[tuple[str, np.ndarray]]:

@@ -113,6 +113,12 @@ def test_one_side_much_worse_than_the_other_is_seen_below_the_ceiling():
     assert broken(judged(run, a_run(6e-7, seed=2))) == []
 
 
+def test_in_float64_one_of_the_two_is_the_judge():
+    """Its own distance of zero takes nothing from the other, and there are no floors of float32."""
+    assert broken(judged(a_run(1e-15), a_run(), "fp64")) == []
+    assert len(broken(judged(a_run(1e-12), a_run(), "fp64"))) > 3
+
+
 def test_both_wrong_alike_is_seen_by_the_ceiling():
     """A fault that both share leaves their ratio at one; the float64 run tells."""
     run = a_run(3e-7)
@@ -171,6 +177,9 @@ def test_traces():
     assert trace_broken([], []) == ["steps that only one run has"]
     assert trace_broken(rows(loss=(3, None)), rows()) == ["loss, steps 1 to 50"]
     assert trace_broken(rows(loss=(3, None)), rows(loss=(3, None))) == []
+    for drift, holds in ((1e-13, True), (1e-12, False)):
+        bounds = compare_traces(rows(drift=drift), rows(), precision="fp64").bounds
+        assert all(bound.holds for bound in bounds) is holds
     report = compare_traces(rows(loss=(55, 9.0)), rows())
     assert all(bound.holds for bound in report.bounds) and max(report.loss) > 0.5  # measured, not judged, after step 50
 
