@@ -57,7 +57,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--out", required=True, metavar="G", help="safetensors: logits, loss, grad.<name>")
     parser.add_argument(
-        "--grads", action="store_true", help="also d loss / d weight, in the checkpoint's names and packing"
+        "--grads",
+        action="store_true",
+        help="also d loss / d weight, in the checkpoint's names and packing (fp16: by a loss scale, without it)",
     )
     parser.add_argument("--precision", default="fp32", choices=PRECISIONS, help="arithmetic (fp32)")
     parser.add_argument("--table-dtype", choices=("float32", "float16"), help="rotary tables; float16 as released")
@@ -106,6 +108,9 @@ def run(args: argparse.Namespace) -> int:
     write_atomically(out, tensors)
     B, S = batch.input_ids.shape
     loss = f", loss {float(tensors['loss']):.6f} over {batch.num_targets} targets" if has_loss else ""
+    if args.grads and args.precision == "fp16":
+        exponent = round(math.log2(result["loss_scale"]))
+        loss += f", gradients computed with loss scale 2^{exponent} and divided by it"
     print(f"{args.out}: logits [{B}, {S}, {config.vocab_size}]{loss}", file=sys.stderr)
     return 0
 
@@ -153,7 +158,12 @@ def run_layout(
         found = collect(folder / "0", layout.world)
         if found.problems:
             raise RuntimeError(f"layout {layout.name}: {'; '.join(found.problems)}")
-        return 0, {"logits": found.logits, "loss": found.losses[0], "grads": found.gradients}
+        return 0, {
+            "logits": found.logits,
+            "loss": found.losses[0],
+            "grads": found.gradients,
+            "loss_scale": found.loss_scale,
+        }
     finally:
         if code != 1:
             shutil.rmtree(folder, ignore_errors=True)
