@@ -24,6 +24,7 @@ from core.quantize import quantizing
 from core.requests import Event, Request
 from core.sampling import SamplingConfig, sampling_config
 from core.tool_calls import Said, ToolCall, ToolCallStream
+from core.xpos_range import say_xpos_range
 
 Message = dict[str, Any]
 
@@ -201,6 +202,7 @@ class ChatModel:
         self.tokenizer = load_tokenizer(path, control=control, in_vocabulary=True)
         self.config = source.config
         check_vocabulary(self.tokenizer, self.config)
+        say_xpos_range(self.config, precision, self.config.max_seqlen)
         get = quantizing(self.config, source.tensor) if quantize == "int8" else source.tensor
         self.engine = Engine(
             make_runner(self.config, get, pool_size(self.config.max_seqlen), precision), self.tokenizer

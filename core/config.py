@@ -17,6 +17,7 @@ from core.errors import UserError
 from core.growth_mask import GrowthMask, new_heads
 from core.layout import Layout
 from core.schema import from_mapping, load_yaml, option, set_dotted
+from core.xpos_range import check_xpos_range
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 
@@ -274,6 +275,7 @@ class RunConfig:
                 f"data.seq_len: {self.data.seq_len} is above the model's max_seqlen {self.model.max_seqlen}; "
                 "train at most at that length, or raise model.max_seqlen"
             )
+        check_xpos_range(self.model, self.train.precision, self.data.seq_len)
         if self.optim.warmup_steps >= self.train.steps:
             raise UserError(
                 f"optim.warmup_steps: {self.optim.warmup_steps} leaves no step after warm-up of train.steps "

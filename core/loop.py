@@ -47,6 +47,7 @@ from core.schema import from_mapping
 from core.tensorboard import TensorBoard
 from core.together import meet, raise_together, require_same_on_all, together
 from core.worker import run_script
+from core.xpos_range import check_xpos_range
 
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 T = TypeVar("T")
@@ -198,7 +199,8 @@ class _Run:
         self.health = Health(config.health)
         self.loss_scale = DynamicLossScale() if config.train.precision == "fp16" else None
         self.saver = Saver()
-        self.notes: list[str] = []
+        warning = check_xpos_range(config.model, config.train.precision, config.data.seq_len)
+        self.notes: list[str] = [] if warning is None else [f"warning: {warning}"]
         self.history: tuple[Growth, ...] = ()
         self.growth = config.model.growth  # None once its masks have done their work
 

@@ -26,6 +26,7 @@ from core.layout import Layout, check_layout, parse_layout
 from core.layout_worker import Task, collect, launch_tasks, write_batch
 from core.safetensors_io import SafetensorsFile
 from core.sharding import Box
+from core.xpos_range import say_xpos_range
 
 NAMES = ("input_ids", "labels", "loss_mask")
 
@@ -92,6 +93,7 @@ def run(args: argparse.Namespace) -> int:
     if args.grads and not has_loss:
         raise UserError(f"--grads: gradients are of the loss, and {args.inputs} has no labels; add them")
     note_length(config, batch.input_ids.shape[1])
+    say_xpos_range(config, args.precision, batch.input_ids.shape[1])
     if backend is not None:
         result = backend.run(config, source.tensor, batch, args.precision, args.grads)
     else:

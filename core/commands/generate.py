@@ -22,6 +22,7 @@ from core.errors import UserError
 from core.pages import pool_size
 from core.quantize import QUANTIZATIONS, quantizing
 from core.sampling import SamplingConfig, sampling_config
+from core.xpos_range import check_xpos_range, say_xpos_range
 
 if TYPE_CHECKING:
     from core.engine import Engine, Limits
@@ -149,12 +150,15 @@ class Loaded:
 
     def engine(self, max_len: int, samples: int = 1) -> Engine:
         """An engine on the backend with the weights in it, whose cache holds ``samples`` sequences of ``max_len``."""
+        check_xpos_range(self.config, self.args.precision, max_len)
         return self.engine_with(self.pages(max_len, samples))
 
     def engine_with(self, pages: int, limits: Limits | None = None) -> Engine:
         """An engine on the backend with the weights in it and a cache of so many pages."""
         from core.engine import Engine
 
+        if limits is not None and limits.max_len is not None:
+            check_xpos_range(self.config, self.args.precision, limits.max_len)
         module = backends.load(self.args.backend, "generate")
         get = quantizing(self.config, self.source.tensor) if self.args.quantize == "int8" else self.source.tensor
         runner = module.Runner(self.config, get, pages, self.args.precision)
@@ -179,6 +183,7 @@ def load_model(args: argparse.Namespace, need_tokenizer: str | None) -> Loaded:
     for note in source.notes:
         print(f"note: {note}", file=sys.stderr)
     config = with_table_dtype(source.config, args.table_dtype)
+    say_xpos_range(config, args.precision, config.max_seqlen)
     path = args.tokenizer or source.tokenizer_path
     if path is None and need_tokenizer:
         raise UserError(
@@ -279,6 +284,7 @@ def _by_ranks(
     from core.launch import launch
 
     note_length(model.config, request.total)
+    check_xpos_range(model.config, args.precision, request.total)
     folder = Path(tempfile.mkdtemp(prefix="tele-generate-"))
     job = Job(
         backend=args.backend,
