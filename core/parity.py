@@ -103,7 +103,7 @@ class Bound:
 
 
 # fp32 errors were 3 to 6 times what one rounding of every weight does to the same quantity, in models of 3 to 5 blocks.
-_NUDGED = 12.0
+NUDGED = 12.0
 
 
 @dataclass(frozen=True)
@@ -122,7 +122,7 @@ class Tolerance:
     def limits(self, errors: Mapping[str, float], nudged: float = 0.0) -> dict[str, float]:
         """The limit of each backend, given every backend's error against float64; ``nudged``: how far a rounding of
         the weights moves the float64 run."""
-        ceiling = max(self.ceiling, _NUDGED * nudged)
+        ceiling = max(self.ceiling, NUDGED * nudged)
         limits = {}
         for name in errors:
             others = [e for other, e in errors.items() if other != name]
@@ -143,7 +143,7 @@ def tolerances(precision: str, num_layers: int) -> dict[str, Tolerance]:
     def rule(factor: float, floor: float, ceiling: float) -> Tolerance:
         source = (
             f"{factor:g} x the other backend's error against float64, at least {factor * floor:g} u, "
-            f"at most {ceiling:g} u sqrt(L/4) or {_NUDGED:g} x a rounding of the weights, u = {u:.3g} ({precision})"
+            f"at most {ceiling:g} u sqrt(L/4) or {NUDGED:g} x a rounding of the weights, u = {u:.3g} ({precision})"
         )
         return Tolerance(factor, floor * u, ceiling * u * depth, source)
 

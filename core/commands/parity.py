@@ -18,9 +18,10 @@ from core.init import init_weights
 from core.launch import launch
 from core.layout import Layout, check_layout, parse_layout
 from core.layout_parity import EXACT, LayoutReport, References, judge_layout, one_device, smooth_optim
-from core.layout_worker import Task, collect, launch_tasks, write_batch
+from core.layout_worker import Task, collect, launch_tasks, read_batch, write_batch
 from core.metrics import Row, read_metrics
 from core.parity import (
+    FULL,
     BatchReport,
     TraceReport,
     compare_low_precision_traces,
@@ -200,9 +201,14 @@ def compare_layouts(
     base = dataclasses.replace(base, steps=updates, optim=optim)
     exact = one_device(EXACT, base, "fp64")
     initial = init_weights(config.model, config.train.seed, scheme)
+    nudged = None
+    if base.precision in FULL:
+        weights = nudged_weights(initial, base.precision)
+        judge = backends.load(EXACT, "forward")
+        nudged = judge.run(config.model, weights.__getitem__, read_batch(base.batch), "fp64", True)["grads"]
     found: dict[tuple[str, str], LayoutReport] = {}
     for name in names:
-        references = References(one_device(name, base), exact, initial)
+        references = References(one_device(name, base), exact, initial, nudged)
         for world in sorted({layout.world for layout in layouts}):
             tasks = [_layout_task(base, layout, rows) for layout in layouts if layout.world == world]
             print(f"{len(tasks)} layouts of {world} ranks with {backends.TITLES[name]}", flush=True)

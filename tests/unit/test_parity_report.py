@@ -324,6 +324,24 @@ def test_a_low_precision_layout_is_judged_by_the_ratio_of_errors(layout_task, pr
     assert broken_in(judged_layout(task, one, single)) == ["gradients, worst (layers.0.attn_norm.weight)"]
 
 
+def test_a_layout_of_a_model_that_magnifies_rounding(layout_task):
+    """A gradient may be as far off as 12 roundings of the weights move it in float64, no further, and that one only."""
+    exact, initial = an_outcome(layout_task), init_weights(MODEL, 0, "strong")
+    task = dataclasses.replace(layout_task, optim=smooth_optim(OptimConfig(lr=1e-3), exact))
+    name = "layers.1.attn.q.weight"
+    nudged = exact.gradients | {name: exact.gradients[name] * (1 + 2e-6)}
+    references = References(an_outcome(task, 1e-7, seed=5), exact, initial, nudged)
+
+    def broken_by(changed, factor):
+        run = an_outcome(task, 3e-7)
+        run.gradients[changed] *= factor
+        return broken_in(judge_layout("pt", task, run, references))
+
+    assert broken_by(name, 1 + 1.9e-5) == []
+    assert any(name in what for what in broken_by(name, 1 + 2.7e-5))
+    assert broken_by("layers.1.attn.k.weight", 1 + 1.9e-5) != []
+
+
 def test_an_eps_that_makes_the_optimizer_smooth(layout_task):
     exact = an_outcome(layout_task)
     optim = smooth_optim(OptimConfig(lr=1e-3, clip_grad=0.0), exact)
