@@ -108,6 +108,10 @@ def run(args: argparse.Namespace) -> int:
     if args.grads:
         tensors |= {f"grad.{name}": value for name, value in source.export(result["grads"]).items()}
     write_atomically(out, tensors)
+    if has_loss and not math.isfinite(tensors["loss"]):
+        print(
+            f"warning: the loss is {float(tensors['loss'])}; --precision {args.precision} may overflow", file=sys.stderr
+        )
     B, S = batch.input_ids.shape
     loss = f", loss {float(tensors['loss']):.6f} over {batch.num_targets} targets" if has_loss else ""
     if args.grads and args.precision == "fp16":

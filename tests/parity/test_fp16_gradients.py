@@ -21,6 +21,7 @@ from core.batch import Batch, shift_labels
 from core.checkpoint import whole, write_checkpoint
 from core.commands import forward
 from core.config import OptimConfig, load_model_config
+from core.errors import UserError
 from core.init import init_weights
 from core.layout import Layout
 from core.layout_worker import Task, run_alone, write_batch
@@ -91,6 +92,21 @@ def test_a_layout_scales_likewise(backend: str, tmp_path) -> None:
     name = "layers.0.ffn_norm.weight"
     change = weights()[name].astype(np.float64) - outcome.weights[name]
     assert np.linalg.norm(change) < 2 * np.linalg.norm(exact()[name]) + 1e-6
+
+
+def test_a_loss_that_overflows_is_stated(model, tmp_path, capsys) -> None:
+    """Without gradients the result is written all the same; with them there is none."""
+    far = {name: array * np.float32(1e4 if "ffn" in name else 1) for name, array in weights().items()}
+    written = [whole(name, array) for name, array in far.items()]
+    write_checkpoint(tmp_path / "far", 0, model={"config": CONFIG.to_dict()}, weights=written)
+    parser = argparse.ArgumentParser()
+    forward.add_arguments(parser)
+    words = ["--backend", "pt", "--checkpoint", tmp_path / "far", "--inputs", model[1], "--out", tmp_path / "g"]
+    words = [*map(str, words), "--precision", "fp16"]
+    assert forward.run(parser.parse_args(words)) == 0
+    assert "warning: the loss is nan; --precision fp16 may overflow" in capsys.readouterr().err
+    with pytest.raises(UserError, match="precision fp16: the loss or its gradients are not finite at any loss scale"):
+        forward.run(parser.parse_args([*words, "--grads"]))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
