@@ -255,6 +255,19 @@ def _held(targets: Tensor, first: int, columns: int) -> tuple[Tensor, Tensor]:
     return held, ops.cast(local * held, ms.int32)
 
 
+def total_loss(losses: Tensor, targets: Tensor) -> Tensor:
+    """Sum of the token losses [N] whose target is not IGNORE, in their dtype. Nothing is recorded for a backward pass.
+
+    On the CPU the host adds them, in float64 as ``total`` does: there every operator of MindSpore 2.9.0 that takes a
+    plain number or a dtype beside its tensors (ops.cast, ReduceSum, MatMul, concat) keeps 512 bytes of its pool and 160
+    of malloc for it at each call, which a run of a million steps cannot afford. docs/reliability.md has the figures.
+    """
+    if ms.get_context("device_target") != "CPU":
+        return total(losses * ops.cast(targets != IGNORE, losses.dtype))
+    values = losses.asnumpy()
+    return Tensor((values * (targets.asnumpy() != IGNORE)).sum(dtype=np.float64).astype(values.dtype))
+
+
 def total(x: Tensor) -> Tensor:
     """The sum of all elements, in the dtype of x; the same bits every time.
 
