@@ -214,7 +214,7 @@ def _run_config(config: str, overrides: list[str]) -> None:
 
 def _make(words: list[str]) -> None:
     text = (ROOT / "Makefile").read_text(encoding="utf-8")
-    targets = re.search(r"^\.PHONY:(.*)$", text, flags=re.MULTILINE)
+    targets = re.search(r"^\.PHONY:(.*)$", text.replace("\\\n", " "), flags=re.MULTILINE)
     assert targets is not None
     for word in words:
         name, equals, _ = word.partition("=")
