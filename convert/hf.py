@@ -18,7 +18,7 @@ import numpy as np
 from convert.hf_config import dump_config, read_config, write_config
 from convert.hf_tokenizer import load_pieces, write_tokenizer_files
 from convert.names import bind, hf_prefix, released_table
-from core.atomic import new_folder
+from core.atomic import new_folder, standing
 from core.checkpoint import check_shapes
 from core.config import ModelConfig
 from core.errors import UserError
@@ -58,7 +58,7 @@ class HfFolder:
 
     def __init__(self, path: str | Path) -> None:
         """UserError names the file and what is wrong: missing config or shard, damage, names or shapes that differ."""
-        self.path = Path(path)
+        self.path = standing(Path(path))
         self.released = load_json(self.path / "config.json", "a model's config")
         self.config, self.notes = read_config(self.released, str(self.path / "config.json"))
         self.indexed, self.files, self._home = _open_shards(self.path)

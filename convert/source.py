@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from convert.hf import HfFolder
+from core.atomic import standing
 from core.checkpoint import Checkpoint, check_shapes, open_checkpoint
 from core.config import ModelConfig
 from core.errors import UserError
@@ -26,7 +27,7 @@ def open_model(path: str | Path, verify: bool = True) -> ModelSource:
     ``verify`` hashes every file of a canonical checkpoint; a release carries no hashes, its headers and sizes are
     always checked. UserError says what is wrong with the folder.
     """
-    path = Path(path)
+    path = standing(Path(path))
     if (path / "config.json").is_file():
         return HfSource(HfFolder(path))
     if not path.is_dir():

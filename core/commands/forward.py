@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from core import backends
+from core.atomic import new_file
 from core.batch import IGNORE, Batch, shift_labels
 from core.commands.generate import with_table_dtype
 from core.config import PRECISIONS, ModelConfig
@@ -260,23 +261,14 @@ def write_atomically(path: Path, tensors: dict[str, Any]) -> None:
     from safetensors import SafetensorError
     from safetensors.numpy import save_file
 
-    temporary: str | None = None
     try:
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
-        os.close(handle)
         # ascontiguousarray alone would turn a scalar into a vector.
         whole = {name: np.ascontiguousarray(value).reshape(np.shape(value)) for name, value in tensors.items()}
-        save_file(whole, temporary)
-        with open(temporary, "rb+") as file:
-            os.fsync(file.fileno())
-        # mkstemp makes private files; the result gets the rights any new file here would have.
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(temporary, 0o666 & ~umask)
-        os.replace(temporary, path)
-        temporary = None
+        with new_file(path) as beside:
+            save_file(whole, beside)
+            # The library makes private files; the result gets the rights any new file here would have.
+            umask = os.umask(0)
+            os.umask(umask)
+            os.chmod(beside, 0o666 & ~umask)
     except (OSError, SafetensorError) as error:
         raise UserError(f"--out {path}: cannot be written ({error})") from None
-    finally:
-        if temporary is not None and os.path.exists(temporary):
-            os.unlink(temporary)

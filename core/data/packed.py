@@ -23,8 +23,8 @@ from types import TracebackType
 from typing import Any, BinaryIO
 
 import numpy as np
-import psutil
 
+from core.atomic import clean_stale, mark_lives, publish, standing, start_building
 from core.batch import IGNORE
 from core.data.tokenizer import Tokenizer
 from core.errors import UserError
@@ -49,17 +49,18 @@ class PackedWriter:
         self.out = Path(out).absolute()
         self._tokenizer, self._kind = tokenizer, kind
         self._dtype = token_dtype(tokenizer.vocab_size)
-        self._replaces = _may_write(self.out, force)
-        self._partial = self.out.with_name(f".{self.out.name}.{os.getpid()}.partial")
+        if self.out.parent.is_dir():
+            with self._disk():
+                clean_stale(self.out.parent)
+                _remove_abandoned(self.out)
+        _may_write(self.out, force)
         self.tokens = self.documents = self.sequences = self.targets = 0
         self.largest_id = -1
         self._finished = False
         names = ["tokens.bin", "documents.bin"] + (["sequences.bin", "mask.bin"] if kind == "sft" else [])
         self._files: dict[str, _HashedFile] = {}
         with self._disk():
-            self.out.parent.mkdir(parents=True, exist_ok=True)
-            _remove_abandoned(self.out)
-            self._partial.mkdir()
+            self._partial = start_building(self.out)
         try:
             with self._disk():
                 for name in names:
@@ -144,23 +145,9 @@ class PackedWriter:
             }
             with open(self._partial / "meta.json", "w", encoding="utf-8") as file:
                 json.dump(meta, file, ensure_ascii=False, indent=1)
-                file.flush()
-                os.fsync(file.fileno())
-            self._publish()
-        return meta
-
-    def _publish(self) -> None:
-        old = self.out.with_name(f".{self.out.name}.{os.getpid()}.old")
-        if self._replaces:
-            os.rename(self.out, old)
-        os.rename(self._partial, self.out)
+            publish(self._partial, self.out)
         self._finished = True
-        folder = os.open(self.out.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
-        shutil.rmtree(old, ignore_errors=True)
+        return meta
 
     def _offset(self, name: str) -> None:
         self._write(name, np.asarray([self.tokens], "<i8"))
@@ -184,7 +171,7 @@ class PackedDataset:
     """
 
     def __init__(self, path: str | Path):
-        self.path = Path(path)
+        self.path = standing(Path(path))
         self.meta = _read_meta(self.path)
         self.kind: str = self.meta["kind"]
         self.vocab_size: int = self.meta["vocab_size"]
@@ -321,22 +308,26 @@ def is_packed(path: str | Path) -> bool:
         return False
 
 
-def _may_write(out: Path, force: bool) -> bool:
-    """False: nothing to replace. True: an older packed folder goes. UserError otherwise."""
+def _may_write(out: Path, force: bool) -> None:
+    """UserError unless there is nothing to replace, or an older packed folder that may go."""
     if not os.path.lexists(out) or (out.is_dir() and not any(out.iterdir())):
-        return False
+        return
     if not is_packed(out):
         raise UserError(f"{out}: exists and is not a packed folder; choose another --out")
     if not force:
         raise UserError(f"{out}: exists already; choose another --out, or replace it with --force")
-    return True
 
 
 def _remove_abandoned(out: Path) -> None:
-    """Leftovers of runs that were killed; those of a living process stay."""
-    for folder in out.parent.glob(f".{out.name}.*.partial"):
+    """What earlier versions, which had names of their own for it, left when they were killed; that of a living process
+    stays."""
+    for folder in [*out.parent.glob(f".{out.name}.*.partial"), *out.parent.glob(f".{out.name}.*.old")]:
         pid = folder.name.split(".")[-2]
-        if pid.isdigit() and int(pid) != os.getpid() and not psutil.pid_exists(int(pid)):
+        if not pid.isdigit() or mark_lives(pid):
+            continue
+        if folder.suffix == ".old" and not out.exists() and is_packed(folder):
+            folder.rename(out)  # killed between two renames: the data set itself
+        else:
             shutil.rmtree(folder, ignore_errors=True)
 
 
