@@ -9,8 +9,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-from core.atomic import show_bytes
+from core.atomic import show_bytes, standing
 from core.errors import UserError
+from core.run_lock import hold_place
 
 FORMATS = ("hf", "canonical", "mindformers")
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
@@ -93,12 +94,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Convert; prints one line per fact on stdout, progress on stderr. UserError for anything the user can mend."""
+    check_options(args)
+    limit = parse_size(args.max_shard_size) if args.max_shard_size else None
+    _check_target(args.source, args.target, args.force)  # before a folder is made for the lock
+    with hold_place(args.target):
+        _check_target(args.source, args.target, args.force)
+        return _convert(args, limit)
+
+
+def _convert(args: argparse.Namespace, limit: int | None) -> int:
     from convert.copy import to_canonical, to_hf, to_mindformers, weight_bytes
     from convert.source import PlainSource
 
-    check_options(args)
-    limit = parse_size(args.max_shard_size) if args.max_shard_size else None
-    _check_target(args.source, args.target, args.force)
     started = time.monotonic()
     source = _open(args)
     if args.target_format != "canonical":
@@ -175,6 +182,7 @@ def _open(args: argparse.Namespace) -> Any:
 
     if args.source_format == "hf":
         return HfSource(HfFolder(args.source))
+    args.source = standing(args.source)
     if args.source_format == "mindformers":
         known = Known(args.source, args.model, args.config)
         if args.target_format == "mindformers":

@@ -8,8 +8,9 @@ import os
 from core.data.control import CONTROL_CHOICES, START
 from core.data.prepare import pack_dialogues, pack_text
 from core.data.sft import MINDFORMERS_SEED, VARIANTS
-from core.data.tokenizer import load_tokenizer
+from core.data.tokenizer import Tokenizer, load_tokenizer
 from core.errors import UserError
+from core.run_lock import hold_place
 
 EPILOG = """\
 examples:
@@ -51,6 +52,11 @@ def run(args: argparse.Namespace) -> int:
     control = args.control or ("mindformers" if args.sft == "mindformers" else "chat")
     # Packed ids feed an embedding, so a control token beyond the vocabulary must not be made here.
     tokenizer = load_tokenizer(args.tokenizer, control, in_vocabulary=True)
+    with hold_place(args.out, f"--out {args.out}"):
+        return _pack(args, tokenizer)
+
+
+def _pack(args: argparse.Namespace, tokenizer: Tokenizer) -> int:
     if args.sft is None:
         meta = pack_text(
             args.inputs,

@@ -31,6 +31,7 @@ from core.metrics import Row, plot_losses, read_metrics
 from core.pages import pool_size
 from core.parity import Bound, compare_traces
 from core.parity_report import ParityReport, write_report
+from core.run_lock import NAME, hold_folder
 from core.sampling import sampling_config
 
 SHARES = {"english": 0.5, "code": 0.4, "chinese": 0.1}
@@ -59,9 +60,13 @@ def run(args: argparse.Namespace) -> int:
         raise UserError(f"--steps: must be at least 10, found {args.steps}")
     began, out = time.monotonic(), Path(args.out)
     writable_file(out / "demo.json", "--out")
-    if out.exists() and not (out / "demo.json").is_file() and any(out.iterdir()):
-        raise UserError(f"--out {out}: holds something other than an earlier demo; give an empty or a new folder")
-    out.mkdir(parents=True, exist_ok=True)
+    with hold_folder(out, f"--out {out}"):
+        if not (out / "demo.json").is_file() and any(entry.name != NAME for entry in out.iterdir()):
+            raise UserError(f"--out {out}: holds something other than an earlier demo; give an empty or a new folder")
+        return _run(args, out, began)
+
+
+def _run(args: argparse.Namespace, out: Path, began: float) -> int:
     write_text(out / "demo.json", json.dumps({"state": "running"}))
 
     _title("1  text, tokenizer, packed data")

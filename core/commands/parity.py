@@ -29,6 +29,7 @@ from core.parity import (
     nudged_weights,
 )
 from core.parity_report import ParityReport, write_report
+from core.run_lock import hold_folder
 
 LAYOUT_ROWS = 8  # samples that the layouts are compared on: enough for every rank of 8 to have one
 
@@ -90,8 +91,9 @@ def run(args: argparse.Namespace) -> int:
     layouts = read_layouts(args.layouts, config)
     writable_file(Path(args.out) / "report.md", "--out")
     names = list(dict.fromkeys(args.backends))
-    report, runs = make_report(config, Path(args.out), args.steps, names, args.weights, layouts, args.layout_steps)
-    path = write_report(report, Path(args.out), runs)
+    with hold_folder(args.out, f"--out {args.out}"):
+        report, runs = make_report(config, Path(args.out), args.steps, names, args.weights, layouts, args.layout_steps)
+        path = write_report(report, Path(args.out), runs)
     print(summary(report))
     print(f"report: {path}")
     return 1 if report.broken else 0

@@ -30,6 +30,7 @@ from core.init import init_weights
 from core.layout import Layout
 from core.layout_parity import EXACT
 from core.parity import Bound, compare_traces, global_norm, judge_batch, nudged_weights, relative_frobenius, tolerances
+from core.run_lock import hold_folder
 
 if TYPE_CHECKING:
     from convert.grow_plan import Plan
@@ -57,8 +58,14 @@ def run(args: argparse.Namespace) -> int:
     stages = load_schedule(args.growth, args.config, args.set)
     if len(stages) < 2:
         raise UserError(f"--growth {args.growth}: has one stage; nothing grows")
-    out, names = Path(args.out), list(dict.fromkeys(args.backends))
+    out = Path(args.out)
     writable_file(out / "report.md", "--out")
+    with hold_folder(out, f"--out {out}"):
+        return _compare(args, stages, out)
+
+
+def _compare(args: argparse.Namespace, stages: Sequence[Stage], out: Path) -> int:
+    names = list(dict.fromkeys(args.backends))
     sections: list[Section] = []
     for before, stage in zip(stages, stages[1:], strict=False):
         layouts = read_layouts(args.layouts, stage.config)

@@ -257,8 +257,18 @@ def test_a_non_finite_loss_stops(tmp_path):
             loss = super().gradients(batch, num_targets, loss_scale)
             return math.nan if self.calls == 2 else loss
 
-    with pytest.raises(TrainingStopped, match=r"step 3: the loss is nan\. No checkpoint had been saved"):
-        loop.train(Diverges, run_config(), tmp_path)
+    ways = (
+        (0, None, r"No checkpoint had been saved \(set checkpoint\.every\)"),
+        (5, None, r"No checkpoint had been saved: the first would have come after step 5 \(checkpoint\.every\)"),
+        (7, "from", r"No checkpoint had been saved since; the one this run went on from is intact: .*step-00000003"),
+        (1, None, r"The last checkpoint is intact: .*step-00000002"),
+    )
+    loop.train(NumpyStepper, run_config(train__steps=3), tmp_path / "from")
+    for number, (every, resume, says) in enumerate(ways):
+        start = tmp_path / resume if resume else None
+        with pytest.raises(TrainingStopped, match=rf"step {6 if resume else 3}: the loss is nan\. {says}$"):
+            config = run_config(checkpoint__every=every, train__schedule_steps=12)
+            loop.train(Diverges, config, tmp_path / str(number), str(start) if start else None)
 
 
 @pytest.mark.parametrize("policy", ["stop", "skip", "warn"])
