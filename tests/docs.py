@@ -38,6 +38,7 @@ NOT_RUN = {
     "make demo": "minutes; its parts are in tests/parity, and it is run by hand before a release",
     "make test": "is what runs this",
     "make test-unit": "is what runs this",
+    "make campaign-kills": "an evening; tests/multiproc/test_kills.py runs a sample of it",
     "make install": "installs; continuous integration begins with it",
     "source .venv/bin/activate": "the shell's own; the tests run inside the environment",
     "tele train --backend pt --config configs/train/telechat2-tiny.yaml --out runs/second "

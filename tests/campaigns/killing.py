@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import signal
 import subprocess
@@ -13,6 +14,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 import psutil
+
+from core.worker import die_with_parent
 
 ROOT = Path(__file__).resolve().parents[2]
 HOW = {"-9": signal.SIGKILL, "-15": signal.SIGTERM, "Ctrl-C": signal.SIGINT}
@@ -40,6 +43,7 @@ def start(words: list[str], log: Path) -> subprocess.Popen[bytes]:
             stdout=output,
             stderr=subprocess.STDOUT,
             start_new_session=True,
+            preexec_fn=functools.partial(die_with_parent, os.getpid()),
         )
 
 
