@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from core.data.tokenizer import StreamDecoder
+from core.data.detokenizer import StreamDecoder
 from core.text_stream import CONTEXT, StopText, text_stream
 
 
@@ -16,10 +16,16 @@ class PieceTokenizer:
 
     PIECES = ["<a>", "<b>", "\u2581", "\u2581w", "\u2581\u2581x", "y", "\u4f60", "\u597d", "\ufffd"]
     BYTES = len(PIECES)
-    path, vocab_size, control = "toy", BYTES + 256, {"<a>": 0, "<b>": 1}
+    path, vocab_size, control, anchor = "toy", BYTES + 256, {"<a>": 0, "<b>": 1}, 5
 
-    def stream(self, skip_special=True):
-        return StreamDecoder(self, skip_special)
+    def stream(self):
+        return StreamDecoder(self)
+
+    def is_silent(self, index):
+        return index < 2
+
+    def byte_of(self, index):
+        return index - self.BYTES if index >= self.BYTES else None
 
     def decode(self, ids, skip_special=False):
         raw = b""
