@@ -184,9 +184,9 @@ class Tokenizer:
     def anchor(self) -> int | None:
         """The first token that is a plain word or letter; None in a vocabulary without one."""
         for index in range(self.vocab_size):
-            if not (self.is_silent(index) or self._pieces.is_byte(index) or self._pieces.is_unknown(index)):
-                if self._pieces.id_to_piece(index).isalnum():
-                    return index
+            plain = not (self.is_silent(index) or self._pieces.is_byte(index) or self._pieces.is_unknown(index))
+            if plain and self._pieces.id_to_piece(index).isalnum():
+                return index
         return None
 
     @functools.cached_property
