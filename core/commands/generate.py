@@ -151,14 +151,14 @@ class Loaded:
         """An engine on the backend with the weights in it, whose cache holds ``samples`` sequences of ``max_len``."""
         return self.engine_with(self.pages(max_len, samples))
 
-    def engine_with(self, pages: int, limits: Limits | None = None) -> Engine:
-        """An engine on the backend with the weights in it and a cache of so many pages."""
+    def engine_with(self, pages: int, limits: Limits | None = None, reuse: bool = True) -> Engine:
+        """An engine on the backend with the weights in it and a cache of so many pages; ``reuse`` as Engine has it."""
         from core.engine import Engine
 
         module = backends.load(self.args.backend, "generate")
         get = quantizing(self.config, self.source.tensor) if self.args.quantize == "int8" else self.source.tensor
         runner = module.Runner(self.config, get, pages, self.args.precision)
-        return Engine(runner, self.tokenizer, rescale=self.args.rescale, limits=limits)
+        return Engine(runner, self.tokenizer, rescale=self.args.rescale, reuse=reuse, limits=limits)
 
     @staticmethod
     def pages(max_len: int, samples: int = 1) -> int:
