@@ -8,7 +8,7 @@ SHELL := /bin/bash
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .PHONY: help install demo test test-unit test-parallel-full soak operators campaigns campaign-kills campaign-corruption campaign-hostile \
-        campaign-equivalence ascend-lower gpu-check mindformers-check asan lint format lock clean
+        campaign-equivalence campaign-memory ascend-lower gpu-check mindformers-check asan lint format lock clean
 
 VENV ?= .venv
 EXTRAS := ms,pt,serve,dev
@@ -33,7 +33,7 @@ help:
 	@echo "make test-unit  the fast tests (under a minute)"
 	@echo "make test-parallel-full  every parallel layout of up to 8 processes, in both frameworks"
 	@echo "make soak       2,000 mixed requests and 5,000 wrong ones against the server (1 minute)"
-	@echo "make campaigns  kills, corruption, hostile inputs, random equivalence; CAMPAIGN_ARGS reach each (an evening)"
+	@echo "make campaigns  kills, corruption, hostile inputs, random equivalence, memory; CAMPAIGN_ARGS reach each (an evening)"
 	@echo "make operators  compile the C++ operators now and not on first use"
 	@echo "make ascend-lower  compile every Triton kernel for Ascend910B3 as far as a machine without one can (1 minute)"
 	@echo "make gpu-check  tests and benchmarks of a machine with a GPU; leaves gpu-check.json"
@@ -69,7 +69,7 @@ soak: operators
 	$(RUN) -m tests.serve_soak --backend pt
 	$(RUN) -m tests.serve_soak --backend ms
 
-campaigns: campaign-kills campaign-corruption campaign-hostile campaign-equivalence
+campaigns: campaign-kills campaign-corruption campaign-hostile campaign-equivalence campaign-memory
 
 campaign-kills: operators
 	$(RUN) -m tests.campaigns.kills $(CAMPAIGN_ARGS)
@@ -83,6 +83,9 @@ campaign-hostile: operators
 
 campaign-equivalence: operators
 	$(RUN) -m tests.campaigns.equivalence $(CAMPAIGN_ARGS)
+
+campaign-memory: operators
+	$(RUN) -m tests.campaigns.memory $(CAMPAIGN_ARGS)
 
 # Before tests that launch processes and give them a time: the first to need the operators would compile them.
 operators: $(READY)

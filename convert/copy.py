@@ -69,11 +69,13 @@ def to_hf(
     max_shard_bytes: int | None = None,
     tokenizer: Path | None = None,
     on_bytes: OnBytes = lambda count: None,
+    sums: bool = False,
 ) -> None:
     """Write ``target`` as a release.
 
     Files are cut as in the release the model came from, unless ``max_shard_bytes`` is given. ``tokenizer`` (a
-    tokenizer.model) takes the place of the one the source carries. UserError for a model the format cannot hold.
+    tokenizer.model) takes the place of the one the source carries. ``sums`` adds SHA256SUMS. UserError for a model the
+    format cannot hold.
     """
     source = PlainSource(source)
     config, record = source.config, source.record
@@ -90,7 +92,7 @@ def to_hf(
         assets = {name: asset for name, asset in assets.items() if not name.startswith(described)}
         assets["tokenizer.model"] = tokenizer
     read = _reader(source, bindings, dtype, on_bytes)
-    write_folder(target, config, read, shards, record=record, assets=assets, complete=complete)
+    write_folder(target, config, read, shards, record=record, assets=assets, complete=complete, sums=sums)
 
 
 def to_mindformers(

@@ -78,8 +78,9 @@ def grow_checkpoint(
 
 def model_yaml(config: ModelConfig) -> str:
     """What a run's ``model`` may name to have this model."""
-    values = {name: value for name, value in config.to_dict().items() if name != "growth" and value is not None}
-    return yaml.safe_dump(values, sort_keys=False)
+    # Null is what other fields are without an entry; here it means that there is no padding token.
+    kept = {name: value for name, value in config.to_dict().items() if value is not None or name == "pad_token_id"}
+    return yaml.safe_dump({name: value for name, value in kept.items() if name != "growth"}, sort_keys=False)
 
 
 def grown_bytes(checkpoint: Checkpoint, plan: Plan) -> tuple[int, int]:

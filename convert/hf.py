@@ -5,6 +5,7 @@ Tensors are read one at a time, when asked for; nothing here ever holds a model 
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import shutil
@@ -15,17 +16,20 @@ from typing import Any
 
 import numpy as np
 
-from convert.hf_config import dump_config, read_config, write_config
+from convert.config_keys import end_ids
+from convert.hf_config import dump_config, read_config, token_keys, write_config
+from convert.hf_shards import INDEX, open_shards, plain_name
 from convert.hf_tokenizer import load_pieces, write_tokenizer_files
 from convert.names import bind, hf_prefix, released_table
-from core.atomic import new_folder
+from convert.sums import check_sums, write_sums
+from core.atomic import new_folder, standing
 from core.checkpoint import check_shapes
 from core.config import ModelConfig
 from core.errors import UserError
-from core.safetensors_io import DTYPES, SafetensorsFile, SafetensorsWriter, header_room, load_json
+from core.safetensors_io import DTYPES, SafetensorsWriter, header_room, load_json
 
 DTYPE_NAMES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
-INDEX = "model.safetensors.index.json"
+GENERATION = "generation_config.json"
 MAX_SHARD_BYTES = 5 * 10**9  # what transformers writes by default
 
 # transformers and vLLM do not know these model types: they load the class that auto_map names, from a file beside it.
@@ -35,7 +39,7 @@ _CODE = {"telechat2": "configuration_telechat2.Telechat2Config", "teleflm": "con
 _ASSETS = (
     "config.json",
     INDEX,
-    "generation_config.json",
+    GENERATION,
     "tokenizer.model",
     "tokenizer.json",
     "tokenizer_config.json",
@@ -56,17 +60,25 @@ class HfFolder:
     logical names), ``prefix``, ``files`` (file name -> SafetensorsFile).
     """
 
-    def __init__(self, path: str | Path) -> None:
-        """UserError names the file and what is wrong: missing config or shard, damage, names or shapes that differ."""
-        self.path = Path(path)
+    def __init__(self, path: str | Path, verify: bool = True, on_bytes: Callable[[int], Any] | None = None) -> None:
+        """``verify``: hash the files, where the folder has SHA256SUMS; ``on_bytes`` hears of progress.
+
+        UserError names the file and what is wrong: missing config or shard, damage, names or shapes that differ.
+        """
+        self.path = standing(Path(path))
+        if verify:
+            check_sums(self.path, [*self.assets, *sorted(self.path.glob("*.safetensors"))], on_bytes)
         self.released = load_json(self.path / "config.json", "a model's config")
-        self.config, self.notes = read_config(self.released, str(self.path / "config.json"))
-        self.indexed, self.files, self._home = _open_shards(self.path)
+        config, notes = read_config(self.released, str(self.path / "config.json"))
+        ends, said = _generation_ends(self.path / GENERATION, config)
+        self.config = dataclasses.replace(config, end_token_ids=(*config.end_token_ids, *ends))
+        shards = open_shards(self.path)
+        self.notes = [*notes, *said, *shards.notes]
+        self.indexed, self.files, self._home, self._placed = shards.indexed, shards.files, shards.home, shards.tensors
         prefix = hf_prefix(self.config)
         self.prefix = prefix if any(name.startswith(prefix) for name in self._home) else ""
         self.bindings = bind(self.config, prefix=self.prefix)
-        # Constants of the released FLM code that it stores beside the weights.
-        self._home = {name: file for name, file in self._home.items() if not name.endswith(".attn.masked_bias")}
+        self._drop_tied_head()
         shapes = {name: self.files[file].tensors[name].shape for name, file in self._home.items()}
         only = next(iter(self.files.values())).path if len(self.files) == 1 else self.path
         check_shapes(released_table(self.bindings, self.config), shapes, str(only))
@@ -76,6 +88,19 @@ class HfFolder:
                     f"{self.path / self._home[name]}: tensor '{name}' is {self.code(name)}; "
                     f"expected one of {', '.join(DTYPE_NAMES)}"
                 )
+
+    def _drop_tied_head(self) -> None:
+        """Pass over a head that is stored although it is the embedding; UserError if it is another matrix."""
+        if not self.config.tied_embeddings or "lm_head.weight" not in self._home:
+            return
+        table = next(name for name, binding in self.bindings.items() if binding.logical == ("embed.weight",))
+        if table in self._home and self.read("lm_head.weight").tobytes() != self.read(table).tobytes():
+            raise UserError(
+                f"{self.path / 'config.json'}: tie_word_embeddings is true (its default where it is missing), but "
+                f"lm_head.weight is not {table}; set tie_word_embeddings to false"
+            )
+        del self._home["lm_head.weight"]
+        self.notes.append("lm_head.weight is not read: it is the embedding, as tie_word_embeddings says")
 
     def code(self, name: str) -> str:
         """Safetensors name of a released tensor's dtype."""
@@ -87,8 +112,8 @@ class HfFolder:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all tensors."""
-        return sum(info.nbytes for file in self.files.values() for info in file.tensors.values())
+        """Bytes of all tensors that are read."""
+        return sum(self.files[file].tensors[name].nbytes for name, file in self._home.items())
 
     @property
     def dtype(self) -> str:
@@ -109,8 +134,9 @@ class HfFolder:
             "dtype": self.dtype,
             "indexed": self.indexed,
             "shards": [
-                {"file": name, "metadata": file.metadata, "tensors": list(file.tensors)}
+                {"file": name, "metadata": file.metadata, "tensors": self._placed(name)}
                 for name, file in self.files.items()
+                if self._placed(name)
             ],
         }
 
@@ -156,6 +182,20 @@ def plan_shards(tensors: Mapping[str, tuple[str, tuple[int, ...]]], max_bytes: i
     return [Shard(f"model-{i:05d}-of-{total:05d}.safetensors", g, metadata) for i, g in enumerate(groups, 1)]
 
 
+def check_record(record: Any, where: str) -> None:
+    """UserError unless ``record`` is what ``HfFolder.source_record`` made and a JSON file kept."""
+    kinds = {"config": dict, "prefix": str, "dtype": str, "indexed": bool, "shards": list}
+    fits = isinstance(record, dict) and all(type(record.get(name)) is kind for name, kind in kinds.items())
+    shard = {"file": str, "metadata": dict, "tensors": list}
+    if not fits or not all(
+        isinstance(entry, dict)
+        and all(type(entry.get(name)) is kind for name, kind in shard.items())
+        and all(isinstance(text, str) for text in (*entry["metadata"].values(), *entry["tensors"]))
+        for entry in record["shards"]
+    ):
+        raise UserError(f"{where}: damaged, hf does not describe the release that the model came from; remove it")
+
+
 def recorded_shards(
     record: Mapping[str, Any], tensors: Mapping[str, tuple[str, tuple[int, ...]]]
 ) -> list[Shard] | None:
@@ -163,7 +203,7 @@ def recorded_shards(
     shards = []
     for shard in record["shards"]:
         held = {name: tensors[name] for name in shard["tensors"] if name in tensors}
-        shards.append(Shard(_plain(shard["file"], "model.json"), held, shard["metadata"]))
+        shards.append(Shard(plain_name(shard["file"], "model.json"), held, shard["metadata"]))
     if sum(len(shard.tensors) for shard in shards) != len(tensors):
         return None
     return shards if record["indexed"] else [Shard("model.safetensors", shards[0].tensors, shards[0].metadata)]
@@ -178,12 +218,14 @@ def write_folder(
     record: Mapping[str, Any] | None,
     assets: Mapping[str, Path],
     complete: bool,
+    sums: bool = False,
 ) -> None:
     """Write a release atomically: shards, index, config.json, and the small files.
 
     ``read`` gives a released tensor by name, in the dtype planned. ``record`` is the checkpoint's "hf" entry, if any.
     ``assets`` (name -> file) are copied; the original config.json and index among them only where they still hold.
-    ``complete`` adds the small files that are lacking (generation settings, description of the tokenizer).
+    ``complete`` adds the small files that are lacking (generation settings, description of the tokenizer), ``sums`` the
+    SHA-256 of every file.
     """
     originals = dict(assets)
     if complete and "tokenizer.model" in assets:
@@ -219,47 +261,24 @@ def write_folder(
             shutil.copyfile(asset, building / name)
         if complete:
             _write_missing(building, config)
+        if sums:
+            write_sums(building)
 
 
-def _open_shards(folder: Path) -> tuple[bool, dict[str, SafetensorsFile], dict[str, str]]:
-    """(whether there is an index, file name -> open file, tensor -> file name)."""
-    # weights.safetensors is the name of the golden model folders.
-    for single in ("model.safetensors", "weights.safetensors"):
-        if (folder / single).is_file() and not (folder / INDEX).is_file():
-            file = SafetensorsFile(folder / single)
-            return False, {single: file}, dict.fromkeys(file.tensors, single)
-    if not (folder / INDEX).is_file():
-        pickled = [p.name for s in ("*.bin", "*.pt", "*.pth", "*.ckpt") for p in sorted(folder.glob(s))]
-        if pickled:
-            raise UserError(
-                f"{folder / pickled[0]}: pickled weights are not read (they can run code); convert them to safetensors "
-                "with the tools of whoever released them"
-            )
-        raise UserError(f"{folder}: holds neither model.safetensors nor {INDEX}")
-    where = folder / INDEX
-    weight_map = load_json(where, "a checkpoint index").get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(f, str) for f in weight_map.values()):
-        raise UserError(f"{where}: damaged, weight_map must say which file holds each tensor")
-    files = {}
-    for name in sorted(set(weight_map.values())):
-        if not (folder / _plain(name, str(where))).is_file():
-            raise UserError(f"{folder / name}: missing; {where.name} says it holds part of the model")
-        files[name] = SafetensorsFile(folder / name)
-    for tensor, name in weight_map.items():
-        if tensor not in files[name].tensors:
-            raise UserError(f"{folder / name}: lacks tensor '{tensor}', which {where.name} says it holds")
-    for name, file in files.items():
-        for tensor in file.tensors:
-            if weight_map.get(tensor) != name:
-                raise UserError(f"{folder / name}: holds tensor '{tensor}', which {where.name} does not place there")
-    return True, files, weight_map
-
-
-def _plain(name: str, where: str) -> str:
-    """A file name without a path. Only the name is judged: files of a hub cache are links that rightly lead away."""
-    if name in ("", ".", "..") or any(mark in name for mark in "/\\\0"):
-        raise UserError(f"{where}: file {name!r} points outside the folder; only plain file names are read")
-    return name
+def _generation_ends(path: Path, config: ModelConfig) -> tuple[tuple[int, ...], list[str]]:
+    """Tokens that end generation by generation_config.json and not by config.json, and a note on them."""
+    if not path.is_file():
+        return (), []
+    found = load_json(path, "generation settings").get("eos_token_id")
+    if found is None:
+        return (), []
+    more = [token for token in end_ids(found, "eos_token_id", str(path)) if token not in config.stop_ids]
+    ends = tuple(token for token in more if token < config.num_tokens)
+    notes = [f"{GENERATION}: token {', '.join(map(str, ends))} ends generation as well"] if ends else []
+    if len(ends) < len(more):
+        outside = next(token for token in more if token not in ends)
+        notes.append(f"{GENERATION}: eos_token_id {outside} is outside the vocabulary and is never drawn")
+    return ends, notes
 
 
 def _write_json(path: Path, value: Any, original: Path | None, dump: Callable[[Any], str]) -> None:
@@ -276,8 +295,8 @@ def _dump_index(index: dict[str, Any]) -> str:
 
 def _write_missing(folder: Path, config: ModelConfig) -> None:
     """For a model trained here: generation settings, and a description of the tokenizer for transformers and vLLM."""
-    ids = {key: getattr(config, key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    if not (folder / "generation_config.json").exists():
-        (folder / "generation_config.json").write_text(dump_config({**ids, "do_sample": False}), encoding="utf-8")
+    if not (folder / GENERATION).exists():
+        text = dump_config({**token_keys(config), "do_sample": False})
+        (folder / GENERATION).write_text(text, encoding="utf-8")
     if (folder / "tokenizer.model").exists() and not (folder / "tokenizer_config.json").exists():
         write_tokenizer_files(folder, config)

@@ -6,102 +6,94 @@ Generations of released code use slightly different keys; each row of a table li
 from __future__ import annotations
 
 import json
-import math
 from dataclasses import dataclass
 from typing import Any
 
+from convert.config_keys import Key, Switch, choose, chosen, defaulted, read_keys, take, token_ids
+from convert.config_refused import GATED, Refused, check_refused, check_sizes, unknown_note
+from convert.config_rotary import read_theta, write_theta
 from convert.places import NTK_THETA_LENGTH, require_place
 from core.config import ModelConfig
 from core.errors import UserError
 from core.schema import from_mapping
 
-REQUIRED = object()
-
-
-@dataclass(frozen=True)
-class Key:
-    """A field of ModelConfig, the released names it goes by (the first is written), its type, and its default.
-
-    The default is a number, or the name of an earlier field, or required. ``said`` defaults are reported as a note.
-    A field without names is never stored.
-    """
-
-    field: str
-    names: tuple[str, ...]
-    kind: type
-    default: Any = REQUIRED
-    said: bool = False
-
-
-@dataclass(frozen=True)
-class _Switch:
-    """A field of ModelConfig that the release stores as a choice: the key, released value -> our value, its default.
-
-    The first released value that stands for ours is written.
-    """
-
-    field: str
-    name: str
-    values: tuple[tuple[Any, Any], ...]
-    default: Any = REQUIRED
+_DROPOUTS = ("hidden_dropout", "attention_dropout", "attn_pdrop", "embd_pdrop", "resid_pdrop")
+_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
 @dataclass(frozen=True)
 class _Format:
     """One family's config.json: keys, switches, what the family always does (``fixed``), what is refused, what a fresh
-    file says besides. ``mup``: logits are multiplied by output_mult / mup_scale_factor."""
+    file says besides. ``mup``: logits are multiplied by output_mult / mup_scale_factor. ``theta``: the written name of
+    the rotary base."""
 
     keys: tuple[Key, ...]
-    refused: dict[str, tuple[tuple[Any, ...], str]]
+    refused: Refused
     fresh: dict[str, Any]
-    switches: tuple[_Switch, ...] = ()
+    switches: tuple[Switch, ...] = ()
     fixed: tuple[tuple[str, Any], ...] = ()
     mup: bool = False
+    theta: str = "rope_theta"
+
+    @property
+    def names(self) -> list[str]:
+        """Every key that is read."""
+        lists = [*(key.names for key in self.keys), *(switch.names for switch in self.switches)]
+        return [
+            *(name for names in lists for name in names),
+            *self.refused,
+            *self.fresh,
+            *_TOKENS,
+            "output_mult",
+            "mup_scale_factor",
+        ]
 
 
+_EPSILONS = ("layer_norm_epsilon", "rms_norm_eps", "layer_norm_eps", "layernorm_epsilon", "norm_eps")
+_WIDTH_NAMES = ("hidden_size", "n_embed", "n_embd", "d_model")
+_FFN_NAMES = ("ffn_hidden_size", "intermediate_size", "n_inner")
+_LAYER_NAMES = ("n_layer", "num_hidden_layers", "num_layers")
+_HEAD_NAMES = ("n_head", "num_attention_heads", "num_heads")
+_KV_NAMES = ("num_key_value_heads", "num_kv_heads", "n_kv_heads")
+_LENGTH_NAMES = ("seq_length", "max_position_embeddings", "n_positions")
+
+
+def _first(name: str, names: tuple[str, ...]) -> tuple[str, ...]:
+    """``names`` with the one that a family writes in front."""
+    return (name, *(other for other in names if other != name))
+
+
+_INIT = Key("init_std", ("initializer_range",), float, 0.02, quiet=True)
 _KEYS = (
     Key("vocab_size", ("vocab_size",), int),
-    Key("hidden_size", ("hidden_size", "n_embed"), int),
-    Key("ffn_hidden_size", ("ffn_hidden_size", "intermediate_size"), int),
-    Key("num_layers", ("n_layer", "num_hidden_layers"), int),
-    Key("num_heads", ("n_head", "num_attention_heads"), int),
-    Key("num_kv_heads", ("num_key_value_heads",), int, "num_heads"),
+    Key("hidden_size", ("hidden_size", "n_embed", "d_model"), int),
+    Key("ffn_hidden_size", _FFN_NAMES, int),
+    Key("num_layers", _LAYER_NAMES, int),
+    Key("num_heads", _HEAD_NAMES, int),
+    Key("num_kv_heads", _KV_NAMES, int, "num_heads"),
     # 1e-8 in one published copy of the 115B, 1e-5 in others: a guess would be wrong half of the time.
-    Key("norm_eps", ("layer_norm_epsilon", "rms_norm_eps"), float),
-    # The 115B's own code knows no rope_theta and uses 10000; the 7B-32K config carries 1e6.
-    Key("rope_theta", ("rope_theta",), float, 10000.0),
-    Key("training_seqlen", ("training_seqlen",), int, 8192, said=True),
-    Key("base_seqlen", ("base_seqlen",), int, 8192, said=True),
-    Key("max_seqlen", ("seq_length", "max_position_embeddings"), int, "training_seqlen"),
-    Key("init_std", ("initializer_range",), float, 0.02),
-    Key("bos_token_id", ("bos_token_id",), int, 1),
-    Key("eos_token_id", ("eos_token_id",), int, 2),
-    Key("pad_token_id", ("pad_token_id",), int, 3),
+    Key("norm_eps", _EPSILONS, float),
+    Key("training_seqlen", ("training_seqlen",), int, 8192),
+    Key("base_seqlen", ("base_seqlen",), int, 8192),
+    Key("max_seqlen", _LENGTH_NAMES, int, "training_seqlen", quiet=True),
+    _INIT,
 )
 
-# Keys whose value would change the arithmetic to something this decoder does not do: key -> (harmless values, reason).
-_UNSUPPORTED: dict[str, tuple[tuple[Any, ...], str]] = {
-    "embed_layernorm": ((False, None), "a norm after the embedding is not supported"),
+_TELECHAT2_REFUSED: Refused = {
     "tie_word_embeddings": ((False, None), "a head tied to the embedding is not supported; TeleChat2 stores both"),
-    "apply_residual_connection_post_layernorm": ((False, None), "a residual taken after the norm is not supported"),
     "model_type": (("telechat", "telechat2", None), "this converter reads TeleChat2, Tele-FLM and FLM"),
-    "quantization_config": ((None,), "quantised weights are not supported; convert the unquantised release"),
+    "use_mup": ((False, None), "TeleChat2 has no muP multipliers"),
+    **dict.fromkeys(("input_mult", "output_mult", "mup_scale_factor"), ((1, None), "TeleChat2 has no muP multipliers")),
+    **GATED,
 }
 
-
-_IDS = (
-    Key("bos_token_id", ("bos_token_id",), int, 1),
-    Key("eos_token_id", ("eos_token_id",), int, 2),
-    Key("pad_token_id", ("pad_token_id",), int, 3),
-)
 # Nothing in these families follows the length of a row.
 _LENGTHS = (Key("training_seqlen", (), int, "max_seqlen"), Key("base_seqlen", (), int, "max_seqlen"))
-_QUANTISED = {"quantization_config": _UNSUPPORTED["quantization_config"]}
-_MUP = {"use_mup": ((True, None), "a model of this family without muP multipliers is not supported")}
+_MUP: Refused = {"use_mup": ((True, None), "a model of this family without muP multipliers is not supported")}
 
 _TELECHAT2 = _Format(
     keys=_KEYS,
-    refused=_UNSUPPORTED,
+    refused=_TELECHAT2_REFUSED,
     fresh={
         "architectures": ["TeleChat2ForCausalLM"],
         "model_type": "telechat",
@@ -125,27 +117,24 @@ _TELECHAT2 = _Format(
 _TELEFLM = _Format(
     keys=(
         Key("vocab_size", ("vocab_size",), int),
-        Key("hidden_size", ("hidden_size",), int),
-        Key("ffn_hidden_size", ("intermediate_size",), int),
-        Key("num_layers", ("num_hidden_layers",), int),
-        Key("num_heads", ("num_attention_heads",), int),
-        Key("num_kv_heads", ("num_key_value_heads",), int, "num_heads"),
-        Key("norm_eps", ("rms_norm_eps",), float),
-        Key("rope_theta", ("rope_theta",), float, 10000.0),
-        Key("max_seqlen", ("max_position_embeddings",), int),
+        Key("hidden_size", _WIDTH_NAMES, int),
+        Key("ffn_hidden_size", _first("intermediate_size", _FFN_NAMES), int),
+        Key("num_layers", _first("num_hidden_layers", _LAYER_NAMES), int),
+        Key("num_heads", _first("num_attention_heads", _HEAD_NAMES), int),
+        Key("num_kv_heads", _KV_NAMES, int, "num_heads"),
+        Key("norm_eps", _first("rms_norm_eps", _EPSILONS), float),
+        Key("max_seqlen", _first("max_position_embeddings", _LENGTH_NAMES), int),
         *_LENGTHS,
-        Key("init_std", ("initializer_range",), float, 0.02),
+        _INIT,
         Key("input_mult", ("input_mult",), float),
-        *_IDS,
     ),
     fixed=(("biases", "none"), ("position", "rope")),
     mup=True,
     refused={
-        "attention_bias": ((False, None), "biases on Tele-FLM's attention are not supported"),
-        "hidden_act": (("silu", None), "Tele-FLM's ffn is gated by silu"),
         "tie_word_embeddings": ((False, None), "a head tied to the embedding is not supported; Tele-FLM stores both"),
+        "mlp_bias": ((False, None), "biases on Tele-FLM's ffn are not supported"),
         **_MUP,
-        **_QUANTISED,
+        **GATED,
     },
     fresh={
         "architectures": ["TeleFLMForCausalLM"],
@@ -164,36 +153,40 @@ _TELEFLM = _Format(
 _FLM = _Format(
     keys=(
         Key("vocab_size", ("vocab_size",), int),
-        Key("hidden_size", ("n_embd",), int),
-        Key("ffn_hidden_size", ("n_inner",), int),
-        Key("num_layers", ("n_layer",), int),
-        Key("num_heads", ("n_head",), int),
+        Key("hidden_size", _first("n_embd", _WIDTH_NAMES), int),
+        Key("ffn_hidden_size", _first("n_inner", _FFN_NAMES), int),
+        Key("num_layers", _LAYER_NAMES, int),
+        Key("num_heads", _HEAD_NAMES, int),
         Key("num_kv_heads", (), int, "num_heads"),
-        Key("norm_eps", ("layer_norm_epsilon",), float),
-        Key("rope_theta", ("rotary_theta",), float, 10000.0),
+        Key("norm_eps", _EPSILONS, float),
         Key("xpos_scale_base", ("rotary_xpos_scale_base",), float, 512.0),
-        Key("max_seqlen", ("n_positions",), int),
+        Key("max_seqlen", _first("n_positions", _LENGTH_NAMES), int),
         *_LENGTHS,
-        Key("init_std", ("initializer_range",), float, 0.02),
+        _INIT,
         Key("input_mult", ("input_mult",), float),
-        *_IDS,
     ),
     # FLM-101B's config has neither of the first two keys; its code has LayerNorm and biases (GPT-2's).
     switches=(
-        _Switch("norm", "use_RMSNorm", ((False, "layernorm"), (True, "rmsnorm")), False),
-        _Switch("biases", "add_bias_linear", ((True, "all"), (False, "none")), True),
-        _Switch("activation", "activation_function", (("gelu_fast", "gelu"), ("gelu_new", "gelu"), ("silu", "swiglu"))),
-        _Switch("position", "rotary_use_xpos", ((True, "xpos"), (False, "ntk-theta"))),
+        Switch("norm", ("use_RMSNorm",), ((False, "layernorm"), (True, "rmsnorm")), False),
+        Switch("biases", ("add_bias_linear",), ((True, "all"), (False, "none")), True),
+        Switch(
+            "activation",
+            ("activation_function", "hidden_act"),
+            (
+                ("gelu_fast", "gelu"),
+                ("gelu_new", "gelu"),
+                ("gelu_pytorch_tanh", "gelu"),
+                ("silu", "swiglu"),
+                ("swish", "swiglu"),
+            ),
+        ),
+        Switch("position", ("rotary_use_xpos",), ((True, "xpos"), (False, "ntk-theta"))),
         # What transformers takes where a config does not say.
-        _Switch("tied_embeddings", "tie_word_embeddings", ((True, True), (False, False)), True),
+        Switch("tied_embeddings", ("tie_word_embeddings",), ((True, True), (False, False)), True),
     ),
     mup=True,
-    refused={
-        "relative_encoding": (("rotary", None), "only rotary positions are supported"),
-        "scale_attn_weights": ((True, None), "attention without its scale is not supported"),
-        **_MUP,
-        **_QUANTISED,
-    },
+    theta="rotary_theta",
+    refused={"relative_encoding": (("rotary", None), "only rotary positions are supported"), **_MUP},
     fresh={
         "architectures": ["FLM"],
         "model_type": "flm",
@@ -230,27 +223,30 @@ def read_config(released: dict[str, Any], where: str) -> tuple[ModelConfig, list
     """
     family = family_of(released)
     form = _FORMATS[family]
-    for name, (harmless, reason) in form.refused.items():
-        if released.get(name) not in harmless:
-            raise UserError(f"{where}: {name} is {released[name]!r}; {reason}")
-    _check_rope_scaling(released.get("rope_scaling"), where)
-    notes = []
-    for name in ("hidden_dropout", "attention_dropout", "attn_pdrop", "embd_pdrop", "resid_pdrop"):
-        if released.get(name):
-            notes.append(f"{name} {released[name]} is ignored: there is no dropout here")
-    values: dict[str, Any] = {"family": family, **dict(form.fixed)}
-    for key in form.keys:
-        value = take(released, key, where)
-        if value is None:
-            if key.default is REQUIRED:
-                raise UserError(f"{where}: {' or '.join(key.names)} is missing; it has no safe default, add it")
-            value = values[key.default] if isinstance(key.default, str) else key.default
-            if key.said:
-                notes.append(f"{key.names[0]} is missing: {value} is taken, as the released code does")
-        values[key.field] = value
+    check_refused(released, form.refused, where)
+    notes = [
+        f"{name} {released[name]} is ignored: there is no dropout here" for name in _DROPOUTS if released.get(name)
+    ]
+    found, said = read_keys(released, form.keys, where)
+    values: dict[str, Any] = {"family": family, **dict(form.fixed), **found}
+    notes += said
     for switch in form.switches:
-        values[switch.field] = _choose(released, switch, where)
-    if values.get("position") == "ntk-theta":  # a number of the released code, whatever the config's lengths
+        values[switch.field], said = choose(released, switch, where)
+        notes += said
+    position = values.get("position", "ntk")
+    theta = read_theta(released, position, where)
+    if theta is None:
+        # The 115B's own code knows no rope_theta and uses 10000; the 7B-32K config carries 1e6.
+        theta = 10000.0
+        notes.append(defaulted(form.theta, theta))
+    values["rope_theta"] = theta
+    tokens, said = token_ids(released, where, pad_default=3)
+    values |= tokens
+    notes += said
+    check_sizes(
+        released, values["hidden_size"], values["num_heads"], values["num_heads"] if family == "flm" else 0, where
+    )
+    if position == "ntk-theta":  # a number of the released code, whatever the config's lengths
         values |= {"training_seqlen": NTK_THETA_LENGTH, "base_seqlen": NTK_THETA_LENGTH}
     if form.mup:
         parts = [take(released, key, where) for key in (_OUTPUT, _WIDTHS)]
@@ -258,6 +254,7 @@ def read_config(released: dict[str, Any], where: str) -> tuple[ModelConfig, list
             absent = (_OUTPUT, _WIDTHS)[parts.index(None)].names[0]
             raise UserError(f"{where}: {absent} is missing; logits are multiplied by it, add it")
         values["logit_mult"] = parts[0] / parts[1]
+    notes += unknown_note(released, form.names)
     try:
         return from_mapping(ModelConfig, values, "model"), notes
     except UserError as error:
@@ -275,20 +272,11 @@ def write_config(config: ModelConfig, original: dict[str, Any] | None, dtype: st
     form = _FORMATS[config.family]
     result = dict(original) if original is not None else _fresh(config)
     if original is not None:
-        before, _ = read_config(original, "config.json")
-        for key in form.keys:
-            value = getattr(config, key.field)
-            if value != getattr(before, key.field):
-                present = [name for name in key.names if name in original]
-                result.update(dict.fromkeys(present or key.names[:1], value))
-        for switch in form.switches:
-            if getattr(config, switch.field) != getattr(before, switch.field):
-                result[switch.name] = _released_choice(config, switch)
-        if form.mup and config.logit_mult != before.logit_mult:
-            result.update(output_mult=config.logit_mult, mup_scale_factor=1.0)
+        _update(result, original, config, form)
     if dtype is not None:
         # transformers 4.56 renamed the key; a config that has only the new one keeps it.
-        result["dtype" if "dtype" in result and "torch_dtype" not in result else "torch_dtype"] = dtype
+        present = [name for name in ("torch_dtype", "dtype") if name in result]
+        result.update(dict.fromkeys(present or ["torch_dtype"], dtype))
     return result
 
 
@@ -297,12 +285,49 @@ def dump_config(released: dict[str, Any]) -> str:
     return json.dumps(released, indent=2, ensure_ascii=False) + "\n"
 
 
+def token_keys(config: ModelConfig) -> dict[str, Any]:
+    """bos, eos and pad as a config says them: eos is a list where several tokens end generation."""
+    ends = (config.eos_token_id, *config.end_token_ids)
+    return {
+        "bos_token_id": config.bos_token_id,
+        "eos_token_id": list(ends) if len(ends) > 1 else ends[0],
+        "pad_token_id": config.pad_token_id,
+    }
+
+
+def _update(result: dict[str, Any], original: dict[str, Any], config: ModelConfig, form: _Format) -> None:
+    """Change what no longer agrees with ``config``, under every name it has."""
+    before, _ = read_config(original, "config.json")
+    for key in form.keys:
+        value = getattr(config, key.field)
+        if value != getattr(before, key.field):
+            present = [name for name in key.names if original.get(name) is not None]
+            result.update(dict.fromkeys(present or key.names[:1], value))
+    for switch in form.switches:
+        if getattr(config, switch.field) != getattr(before, switch.field):
+            present = [name for name in switch.names if original.get(name) is not None]
+            result.update(dict.fromkeys(present or switch.names[:1], chosen(switch, getattr(config, switch.field))))
+    if config.rope_theta != before.rope_theta:
+        write_theta(result, config.rope_theta, form.theta)
+    # Which further tokens end generation is the release's word, in config.json or generation_config.json.
+    result.update({k: v for k, v in token_keys(config).items() if getattr(config, k) != getattr(before, k)})
+    for name in ("head_dim", "kv_channels"):
+        if original.get(name) is not None:
+            result[name] = config.head_dim
+    if config.family == "flm" and original.get("num_key_value_heads") is not None:
+        result["num_key_value_heads"] = config.num_heads
+    if form.mup and config.logit_mult != before.logit_mult:
+        result.update(output_mult=config.logit_mult, mup_scale_factor=1.0)
+
+
 def _fresh(config: ModelConfig) -> dict[str, Any]:
     form = _FORMATS[config.family]
     result = {
         **form.fresh,
         **{key.names[0]: getattr(config, key.field) for key in form.keys if key.names},
-        **{switch.name: _released_choice(config, switch) for switch in form.switches},
+        form.theta: config.rope_theta,
+        **token_keys(config),
+        **{switch.names[0]: chosen(switch, getattr(config, switch.field)) for switch in form.switches},
     }
     if form.mup:
         result.update(output_mult=config.logit_mult, mup_scale_factor=1.0)
@@ -313,51 +338,3 @@ def _fresh(config: ModelConfig) -> dict[str, Any]:
     if config.family == "flm" and config.norm == "rmsnorm":  # TeleChat-52B
         result.update(architectures=["TELECHAT"], model_type="telechat")
     return result
-
-
-def _choose(released: dict[str, Any], switch: _Switch, where: str) -> Any:
-    """Our value for what a release chose."""
-    value = released.get(switch.name)
-    if value is None:
-        if switch.default is REQUIRED:
-            raise UserError(f"{where}: {switch.name} is missing; it has no safe default, add it")
-        value = switch.default
-    for theirs, ours in switch.values:
-        if type(value) is type(theirs) and value == theirs:
-            return ours
-    legal = ", ".join(repr(theirs) for theirs, _ in switch.values)
-    raise UserError(f"{where}: {switch.name} is {value!r}; supported are {legal}")
-
-
-def _released_choice(config: ModelConfig, switch: _Switch) -> Any:
-    """What the release calls our value."""
-    mine = getattr(config, switch.field)
-    return next(theirs for theirs, ours in switch.values if ours == mine)
-
-
-def take(released: dict[str, Any], key: Key, where: str) -> Any:
-    """The value of a key under any of its names, None if absent or null."""
-    given = {name: released[name] for name in key.names if released.get(name) is not None}
-    for name, value in given.items():
-        fits = type(value) is int or (key.kind is float and type(value) is float)
-        if not fits:
-            raise UserError(f"{where}: {name} should be a {'whole ' * (key.kind is int)}number, found {value!r}")
-        if not math.isfinite(value):
-            raise UserError(f"{where}: {name} is {value}, which is no number to work with")
-        if value < 0 or (value == 0 and not name.endswith("_token_id")):
-            raise UserError(f"{where}: {name} must be above 0, found {value}")
-    # max_position_embeddings may exceed seq_length, which names the trained length; the first name counts.
-    if len(set(given.values())) > 1 and key.field != "max_seqlen":
-        raise UserError(f"{where}: {' and '.join(f'{n} {v}' for n, v in given.items())} contradict each other")
-    return key.kind(next(iter(given.values()))) if given else None
-
-
-def _check_rope_scaling(scaling: Any, where: str) -> None:
-    """The released NTK scaling follows the sequence lengths; a factor other than 1 asks for something else."""
-    if scaling is None:
-        return
-    if not isinstance(scaling, dict) or scaling.get("factor", 1.0) != 1.0:
-        raise UserError(
-            f"{where}: rope_scaling {scaling!r} is not supported; TeleChat2's NTK scaling follows training_seqlen and "
-            "base_seqlen, remove rope_scaling to use it"
-        )

@@ -7,6 +7,7 @@ so that no code need be run. Tokenizers that cannot be said so exactly go withou
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +22,8 @@ _CALLED = {piece: name for name, piece in ALIASES.items()}
 # Of sentencepiece_model.proto: ModelProto, SentencePiece, TrainerSpec, NormalizerSpec.
 _PIECES, _TRAINER, _NORMALIZER = 1, 2, 3
 _TYPE, _USER_DEFINED = 3, 4
-_MODEL_TYPE, _BPE, _SPACE_AS_SUFFIX, _SPLIT_DIGITS, _BYTE_FALLBACK = 3, 2, 24, 25, 35
-_NAME, _DUMMY_PREFIX, _EXTRA_SPACES = 1, 3, 4
+_MODEL_TYPE, _BPE, _SPACE_AS_SUFFIX, _BYTE_FALLBACK = 3, 2, 24, 35
+_NAME, _CHARACTER_MAP, _DUMMY_PREFIX, _EXTRA_SPACES, _ESCAPED_SPACES = 1, 2, 3, 4, 5
 _FLAGS = {"lstrip": False, "normalized": False, "rstrip": False, "single_word": False, "special": True}
 
 # The layout of core.data.chat_template, for those who render it from a template. {%- and -%} eat the lines' ends.
@@ -46,7 +47,8 @@ CHAT_TEMPLATE = """\
 {%- for call in message['tool_calls'] or () -%}
 {%- set call = call['function'] or call -%}
 {{- ('' if loop.first else '\\n') + '<tool_call>\\n{"name": "' + call['name'] + '", "arguments": ' -}}
-{{- (call['arguments'] | tojson) + '}\\n</tool_call>' -}}
+{%- set given = call['arguments'] -%}
+{{- (given if given is string else given | tojson) + '}\\n</tool_call>' -}}
 {%- endfor -%}
 {{- '<_end>\\n' -}}
 {%- elif message['role'] == 'tool' -%}
@@ -103,16 +105,22 @@ def tokenizer_json(pieces: Any) -> dict[str, Any] | None:
 
     There is one for byte-pair tokenizers that leave the text as it is but for the space in front (TeleChat2's, and
     those that ``tele tokenize train`` makes). Where it differs: a control token written in text becomes that token, and
-    text behind it, or behind a placeholder such as TeleChat2's <reserve1>, begins with a space mark once more.
+    the text behind it begins with a space mark once more; a text that is nothing but one placeholder, such as
+    TeleChat2's <reserve1>, has no space mark in front.
+
+    There is no pre-tokenizer: SentencePiece applies split_digits and its other splits to training text alone, where
+    they decide which pieces exist. A pre-tokenizer would split before numerals inside pieces, such as U+2460.
     """
     trained, normal, defined = _specs(pieces)
-    plain = normal.get(_NAME) == b"identity" and normal.get(_DUMMY_PREFIX, 1) and not normal.get(_EXTRA_SPACES, 1)
-    if trained.get(_MODEL_TYPE) != _BPE or not plain or trained.get(_SPACE_AS_SUFFIX):
+    if trained.get(_MODEL_TYPE) != _BPE or trained.get(_SPACE_AS_SUFFIX) or not _leaves_text(normal):
+        return None
+    if not _ranked_apart(pieces, defined):
         return None
     merges, unmade = _merges(pieces, defined)
     names = [token_name(pieces, i) for i in range(pieces.get_piece_size())]
     added = {i: _FLAGS for i in range(len(names)) if _is_special(pieces, i)}
-    added |= {i: {**_FLAGS, "special": False} for i in unmade}
+    # Matched in normalized text, so that the text behind a placeholder is not normalized (prefixed) again.
+    added |= {i: {**_FLAGS, "special": False, "normalized": True} for i in unmade}
     space = {"String": " "}
     return {
         "version": "1.0",
@@ -122,11 +130,11 @@ def tokenizer_json(pieces: Any) -> dict[str, Any] | None:
         "normalizer": {
             "type": "Sequence",
             "normalizers": [
-                {"type": "Prepend", "prepend": SPACE},
+                _prefix([names[i] for i in unmade]),
                 {"type": "Replace", "pattern": space, "content": SPACE},
             ],
         },
-        "pre_tokenizer": {"type": "Digits", "individual_digits": True} if trained.get(_SPLIT_DIGITS) else None,
+        "pre_tokenizer": None,
         "post_processor": None,
         "decoder": {
             "type": "Sequence",
@@ -150,6 +158,40 @@ def tokenizer_json(pieces: Any) -> dict[str, Any] | None:
             "merges": merges,
         },
     }
+
+
+def _prefix(placeholders: list[str]) -> dict[str, Any]:
+    """The normalizer that writes a space mark in front of a text.
+
+    The library normalizes the names of placeholders as well, and these must stay what they are to be found anywhere.
+    """
+    if not placeholders:
+        return {"type": "Prepend", "prepend": SPACE}
+    alone = f"\\A(?!(?:{'|'.join(map(re.escape, placeholders))})?\\z)"
+    return {"type": "Replace", "pattern": {"Regex": alone}, "content": SPACE}
+
+
+def _leaves_text(normal: dict[int, Any]) -> bool:
+    """Whether a NormalizerSpec only marks spaces and adds the one in front."""
+    marks = normal.get(_DUMMY_PREFIX, 1) and normal.get(_ESCAPED_SPACES, 1) and not normal.get(_EXTRA_SPACES, 1)
+    return bool(marks) and normal.get(_NAME) == b"identity" and not normal.get(_CHARACTER_MAP)
+
+
+def _ranked_apart(pieces: Any, defined: set[int]) -> bool:
+    """Whether scores order the merges: none is shared, and no piece is of a kind that merging alone does not explain.
+
+    SentencePiece merges the leftmost of pairs whose scores are equal; a table of merges has to put one pair first.
+    """
+    scores = set()
+    for i in range(pieces.get_piece_size()):
+        if pieces.is_unused(i):  # split into its parts again
+            return False
+        made = not _is_special(pieces, i) and not pieces.is_byte(i) and i not in defined
+        if made and len(pieces.id_to_piece(i)) > 1:
+            if pieces.get_score(i) in scores:
+                return False
+            scores.add(pieces.get_score(i))
+    return True
 
 
 def token_name(pieces: Any, i: int) -> str:
@@ -206,7 +248,8 @@ def load_pieces(path: Path, config: ModelConfig) -> Any:
         if not path.stat().st_size:
             raise RuntimeError  # the library takes an empty file for a model without pieces
         pieces = sentencepiece.SentencePieceProcessor(model_file=str(path))
-    except (OSError, RuntimeError):
+        pieces.id_to_piece(list(range(pieces.get_piece_size())))  # a damaged piece is found out here
+    except (OSError, RuntimeError, UnicodeDecodeError):
         raise UserError(
             f"{path.name}: is no SentencePiece model; give the tokenizer.model of the training run"
         ) from None

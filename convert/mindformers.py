@@ -13,10 +13,10 @@ from typing import Any
 
 import numpy as np
 
-from convert.hf import DTYPE_NAMES
+from convert.hf import DTYPE_NAMES, check_record
 from convert.mindformers_config import read_model_file
 from convert.mindformers_files import Home, open_ranks, shared_axis, slice_shape
-from convert.names import bind, mindformers_rules, released_table
+from convert.names import MINDFORMERS_FORMS, bind, is_derived, mindformers_rules, released_table
 from convert.places import require_place
 from convert.source import ModelSource
 from core.checkpoint import check_shapes
@@ -55,6 +55,9 @@ class Known:
         if beside is not None and beside.name == MODEL:
             model = load_json(beside, "a model's description")
             self.record, self.said = model.get("hf"), model.get("mindformers") or {}
+            _check_said(self.said, str(beside))
+            if self.record is not None:
+                check_record(self.record, str(beside))
             own = from_mapping(ModelConfig, model.get("config"), f"{beside}: config")
             if given is not None:
                 _agree(given, own, "--model" if preset is not None else "--config", beside)
@@ -69,12 +72,20 @@ class Known:
         self.config = given
 
 
+def _check_said(said: Any, where: str) -> None:
+    """UserError unless model.json says of form and ranks what this converter writes."""
+    kinds = {"form": str, "mp": int, "whole": bool}
+    if not isinstance(said, dict) or any(type(said.get(name)) is not kind for name, kind in kinds.items() if said):
+        raise UserError(f"{where}: damaged, mindformers must have form, mp and whole, found {said!r}")
+    if said and (said["form"] not in MINDFORMERS_FORMS or said["mp"] < 1):
+        forms = ", ".join(MINDFORMERS_FORMS)
+        raise UserError(f"{where}: damaged, mindformers is {said!r}; form is one of {forms}, mp at least 1")
+
+
 def _agree(given: ModelConfig, own: ModelConfig, option: str, where: Path) -> None:
     for name, value in own.to_dict().items():
-        if getattr(given, name) != value:
-            raise UserError(
-                f"{option}: has {name} {getattr(given, name)}, but {where} says {value}; leave {option} away"
-            )
+        if (theirs := given.to_dict()[name]) != value:
+            raise UserError(f"{option}: has {name} {theirs}, but {where} says {value}; leave {option} away")
 
 
 class MindFormersSource(ModelSource):
@@ -172,8 +183,8 @@ def check_mp(config: ModelConfig, mp: int, option: str = "--mp") -> None:
 
 
 def _is_weight(name: str) -> bool:
-    """Not moments and counters of training (adam_m.*, epoch_num), nor caches of inference."""
-    return name.startswith(_WEIGHTS) and not name.endswith(_CACHES)
+    """Not moments and counters of training (adam_m.*, epoch_num), caches of inference, tables of the config."""
+    return name.startswith(_WEIGHTS) and not name.endswith(_CACHES) and not is_derived(name)
 
 
 def _form(ranks: list[Home], homes: list[Home], path: Path) -> str:

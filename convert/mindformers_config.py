@@ -10,7 +10,9 @@ from typing import Any
 
 import yaml
 
-from convert.hf_config import REQUIRED, Key, read_config, take
+from convert.config_keys import Key, defaulted, read_keys, take, token_ids
+from convert.config_rotary import read_theta
+from convert.hf_config import read_config
 from convert.places import NTK_THETA_LENGTH, require_place
 from core.config import ModelConfig
 from core.errors import UserError
@@ -26,15 +28,12 @@ _KEYS = (
     Key("num_heads", ("num_heads",), int),
     Key("num_kv_heads", ("n_kv_heads",), int, "num_heads"),
     Key("norm_eps", ("rms_norm_eps",), float),
-    Key("rope_theta", ("theta",), float, 10000.0),
     Key("max_seqlen", ("seq_length", "max_position_embedding"), int),
-    Key("training_seqlen", ("pretrain_seqlen",), int, "max_seqlen"),
-    Key("base_seqlen", ("base_seqlen",), int, "training_seqlen"),
-    Key("init_std", ("sigma",), float, 0.0048),
-    Key("bos_token_id", ("bos_token_id",), int, 1),
-    Key("eos_token_id", ("eos_token_id",), int, 2),
-    Key("pad_token_id", ("pad_token_id",), int, 0),
+    Key("training_seqlen", ("pretrain_seqlen",), int, "max_seqlen", quiet=True),
+    Key("base_seqlen", ("base_seqlen",), int, "training_seqlen", quiet=True),
+    Key("init_std", ("sigma",), float, 0.0048, quiet=True),
 )
+_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 _OUTPUT = Key("logit_mult", ("output_mult",), float)
 _WIDTHS = Key("logit_mult", ("mup_scale_factor",), float)
 _FIXED: dict[str, dict[str, Any]] = {
@@ -79,21 +78,23 @@ def read_model_section(section: dict[str, Any], where: str) -> tuple[ModelConfig
     for name in ("wo_has_bias", "out_proj_has_bias"):
         if section.get(name) not in (biased, None):
             raise UserError(f"{where}: {name} is {section[name]!r}; a model of family {family} has it {biased}")
-    values: dict[str, Any] = {"family": family, **_FIXED[family]}
-    notes = []
-    for key in _KEYS:
-        value = take(section, key, where)
-        if value is None:
-            if key.default is REQUIRED:
-                raise UserError(f"{where}: {key.names[0]} is missing; it has no safe default, add it")
-            value = values[key.default] if isinstance(key.default, str) else key.default
-        values[key.field] = value
+    found, notes = read_keys(section, _KEYS, where)
+    values: dict[str, Any] = {"family": family, **_FIXED[family], **found}
+    theta = read_theta(section, values.get("position", "ntk"), where)
+    if theta is None:
+        theta = 10000.0
+        notes.append(defaulted("theta", theta))
+    values["rope_theta"] = theta
+    tokens, said = token_ids(section, where, pad_default=0)
+    values |= tokens
+    notes += said
     if family == "telechat2":
         # MindFormers' training scales nothing with the length, so its YAML need not say where that begins.
         base, trained = values["base_seqlen"], values["training_seqlen"]
-        notes.append(
+        notes.insert(
+            0,
             f"{where}: the rotary base is taken to grow beyond {base} tokens and attention beyond {trained} "
-            "(base_seqlen, pretrain_seqlen or seq_length); the release's config.json says it for certain"
+            "(base_seqlen, pretrain_seqlen or seq_length); the release's config.json says it for certain",
         )
     if family == "flm":
         values |= {"training_seqlen": NTK_THETA_LENGTH, "base_seqlen": NTK_THETA_LENGTH}
@@ -112,6 +113,8 @@ def model_yaml(config: ModelConfig, form: str) -> str:
     require_place(config, form)
     section: dict[str, Any] = {"type": "TelechatConfig"}
     section |= {key.names[0]: getattr(config, key.field) for key in _KEYS}
+    # The further tokens that end generation are in model.json beside it: MindFormers' config has one.
+    section |= {"theta": config.rope_theta, **{name: getattr(config, name) for name in _TOKENS}}
     if config.family == "flm":
         section |= {"net_name": "telechat_52b", "use_mup": True, "output_mult": config.logit_mult}
         section |= {"mup_scale_factor": 1.0, "wo_has_bias": False}

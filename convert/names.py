@@ -10,6 +10,7 @@ tensor are in the order that makes it so (``RowsByRank``).
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -332,3 +333,18 @@ def released_table(bindings: Mapping[str, Binding], config: ModelConfig) -> dict
     """Released name -> shape and kind, as check_shapes wants it."""
     kinds = parameter_table(config)
     return {name: ParamSpec(b.shape, kinds[b.logical[0]].kind) for name, b in bindings.items()}
+
+
+_DERIVED = re.compile(
+    r"(.+\.)?(original_inv_freq|inv_freq|masked_bias|causal_mask|casual_mask|position_ids|_extra_state\d*"
+    r"|(cos|sin)_cached|freqs_(cis|cos|sin)|rotary(_pos)?_emb\.(cos|sin|freqs|scale))"
+)
+_MASK = re.compile(r"(.+\.)?(attn|attention|self_attn|self_attention)\.bias")
+
+
+def is_derived(name: str, shape: Sequence[int] | None = None) -> bool:
+    """Whether a tensor is a buffer that modelling code computes from the config: rotary tables, causal masks, states of
+    an implementation. GPT-2's mask is called attn.bias; its ``shape`` [1, 1, S, S] tells it from a bias."""
+    if _MASK.fullmatch(name):
+        return shape is not None and len(shape) >= 2
+    return _DERIVED.fullmatch(name) is not None

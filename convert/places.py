@@ -19,7 +19,7 @@ from core.growth_mask import describe
 ANYWHERE = (
     "family", "vocab_size", "hidden_size", "ffn_hidden_size", "num_layers", "num_heads", "num_kv_heads", "norm_eps",
     "rope_theta", "training_seqlen", "base_seqlen", "max_seqlen", "init_std", "matrix_init_std",
-    "bos_token_id", "eos_token_id", "pad_token_id", "table_dtype",
+    "bos_token_id", "eos_token_id", "pad_token_id", "end_token_ids", "table_dtype",
 )  # fmt: skip
 ANY = None
 NTK_THETA_LENGTH = 4096  # written into TeleChat-52B's code: beyond it the rotary base grows

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import TypeVar
 
 _VARINT, _EIGHT, _BYTES, _FOUR = 0, 1, 2, 5  # wire types
 
 
-def fields(data: bytes) -> Iterator[tuple[int, int | bytes]]:
+Bytes = TypeVar("Bytes", bytes, memoryview)
+
+
+def fields(data: Bytes) -> Iterator[tuple[int, int | Bytes]]:
     """(field number, value) in the order of the bytes: a whole number, or bytes of a string, message or float.
 
-    ValueError for bytes that are no message.
+    Of a memoryview they are memoryviews, nothing is copied. ValueError for bytes that are not a message.
     """
     place = 0
     while place < len(data):
@@ -33,12 +37,21 @@ def fields(data: bytes) -> Iterator[tuple[int, int | bytes]]:
         place += size
 
 
-def _varint(data: bytes, place: int) -> tuple[int, int]:
+def varints(data: bytes | memoryview) -> list[int]:
+    """The whole numbers of a packed repeated field."""
+    numbers, place = [], 0
+    while place < len(data):
+        number, place = _varint(data, place)
+        numbers.append(number)
+    return numbers
+
+
+def _varint(data: bytes | memoryview, place: int) -> tuple[int, int]:
     value = shift = 0
-    while place < len(data) and shift < 70:  # 64 bits, seven a byte
+    while place < len(data) and shift < 70:  # ten bytes at most
         value |= (data[place] & 0x7F) << shift
         place, more = place + 1, data[place] & 0x80
         if not more:
             return value, place
         shift += 7
-    raise ValueError("a number ends beyond the message, or is longer than ten bytes")
+    raise ValueError("a number is too long or ends beyond the message")

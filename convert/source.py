@@ -11,7 +11,9 @@ from typing import Any
 
 import numpy as np
 
-from convert.hf import HfFolder
+from convert.hf import HfFolder, check_record
+from convert.sums import SUMS
+from core.atomic import standing
 from core.checkpoint import Checkpoint, check_shapes, open_checkpoint
 from core.config import ModelConfig
 from core.errors import UserError
@@ -23,12 +25,12 @@ from core.schema import from_mapping
 def open_model(path: str | Path, verify: bool = True) -> ModelSource:
     """Open a released folder, a canonical step folder, or a run folder (its latest checkpoint).
 
-    ``verify`` hashes every file of a canonical checkpoint; a release carries no hashes, its headers and sizes are
+    ``verify`` hashes every file of a canonical checkpoint, and of a release that has SHA256SUMS; headers and sizes are
     always checked. UserError says what is wrong with the folder.
     """
-    path = Path(path)
+    path = standing(Path(path))
     if (path / "config.json").is_file():
-        return HfSource(HfFolder(path))
+        return HfSource(HfFolder(path, verify))
     if not path.is_dir():
         raise UserError(f"{path}: no such folder; expected a released model or a checkpoint")
     if not (path / "manifest.json").is_file() and not (path / "latest").is_file():
@@ -113,7 +115,8 @@ class HfSource(ModelSource):
         return {name: self.folder.bindings[name].join(tensors, self.config) for name in wanted}
 
     def files(self) -> list[Path]:
-        return [*(file.path for file in self.folder.files.values()), *self.folder.assets]
+        sums = [self.path / SUMS] if (self.path / SUMS).is_file() else []
+        return [*(file.path for file in self.folder.files.values()), *self.folder.assets, *sums]
 
 
 class CanonicalSource(ModelSource):
@@ -126,6 +129,8 @@ class CanonicalSource(ModelSource):
         shapes = {name: checkpoint.shape("weights", name) for name in checkpoint.names("weights")}
         check_shapes(parameter_table(self.config), shapes, str(self.path))
         self.record = checkpoint.model.get("hf")
+        if self.record is not None:
+            check_record(self.record, str(self.path / "model.json"))
         self.assets = checkpoint.assets
         self.tokenizer_path = next((p for p in checkpoint.assets if p.name == "tokenizer.model"), None)
 

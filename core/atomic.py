@@ -1,16 +1,26 @@
 """Files and folders that appear complete or not at all.
 
-A folder is written beside its final place under a hidden name, synced to disk, then renamed. Nothing under a hidden
-name (leading dot) is ever read, so an interrupted write leaves no half-made result behind a readable name.
+A folder is written beside its final place under a hidden name, synced to disk, then moved there in one step. Nothing
+under a hidden name is ever read, so an interrupted write leaves no half-made result behind a readable name. Hidden
+names say what may be done with them:
+
+    .tmp-tele-NAME-HOST-PID.START   being written by that process; deleted once it is gone
+    .gone-tele-X                    being deleted; whoever finds it goes on with that
+    .old-tele-NAME                  replaced, on a file system that cannot exchange two names: a kill may have left the
+                                    only version there, so it is read, and brought back, where NAME is missing
 """
 
 from __future__ import annotations
 
+import ctypes
 import errno
+import glob
+import json
 import os
 import shutil
 import socket
 import time
+import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -20,14 +30,16 @@ import psutil
 from core.errors import UserError
 
 # Distinctive, because stale ones are cleaned up: folders of other programs must never match.
-_BUILDING, _REPLACED = ".tmp-tele-", ".old-tele-"
+_BUILDING, _REPLACED, _GONE = ".tmp-tele-", ".old-tele-", ".gone-tele-"
 
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 # EEXIST: a file lies where the path has a folder.
 _NO_ENTRY = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG)
 
-# A folder left by another machine cannot be asked whether its writer still lives; after a day it is not.
+# What another machine left cannot be asked whether its writer still lives; after a day it does not.
 _FOREIGN_STALE_SECONDS = 24 * 3600
+
+_EXCHANGE, _HERE = 2, -100  # RENAME_EXCHANGE and AT_FDCWD of Linux
 
 
 @contextmanager
@@ -38,38 +50,80 @@ def new_folder(path: Path, needed: Callable[[], int] | None = None) -> Iterator[
     bytes the whole folder takes if the disk turns out to be full. Raises UserError, naming the path, for a full disk
     or a place that cannot be written.
     """
-    path = Path(path).absolute()
-    building = path.parent / f"{_BUILDING}{path.name}-{socket.gethostname()}-{os.getpid()}"
+    path = Path(path)
+    building = None
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        clean_stale(path.parent)
-        shutil.rmtree(building, ignore_errors=True)
-        building.mkdir()
+        building = start_building(path)
         yield building
-        sync_tree(building)
-        _swap(building, path)
+        publish(building, path)
     except OSError as error:
-        shutil.rmtree(building, ignore_errors=True)
+        if building:
+            shutil.rmtree(building, ignore_errors=True)
         if message := _mended(error, path, needed):
             raise UserError(message) from None
         raise
     except BaseException:
-        shutil.rmtree(building, ignore_errors=True)
+        if building:
+            shutil.rmtree(building, ignore_errors=True)
+        raise
+
+
+def start_building(path: Path) -> Path:
+    """An empty hidden folder beside ``path`` (of a link: beside what it points to), for ``publish`` or shutil.rmtree.
+
+    Makes the folders above it and removes what dead writers left there. OSError where that is refused.
+    """
+    path = _placed(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    clean_stale(path.parent)
+    building = _hidden(path)
+    shutil.rmtree(building, ignore_errors=True)
+    building.mkdir()
+    return building
+
+
+def publish(building: Path, path: Path) -> None:
+    """Sync a folder from ``start_building`` to disk and give it its name; a former ``path`` is replaced and removed.
+
+    At every moment a reader that goes by ``standing`` finds the former folder or the new one, whole.
+    """
+    path = _placed(path)
+    sync_tree(building)
+    if not os.path.lexists(path):
+        building.rename(path)
+    elif _exchange(building, path):
+        _remove_all([_take_away(building)])
+    else:
+        _replace_in_two_steps(building, path)
+    sync(path.parent)
+
+
+@contextmanager
+def new_file(path: Path) -> Iterator[Path]:
+    """Yield a hidden path beside ``path`` to write a file to; on a clean exit it is synced and becomes ``path``, else
+    it is removed. What killed writers of the same file left is removed too. OSErrors are the caller's."""
+    beside = _hidden(path)
+    for left in path.parent.glob(f"{_BUILDING}{glob.escape(path.name)}-*"):
+        with suppress(OSError):
+            if left != beside and _is_stale(left):
+                left.unlink()
+    try:
+        yield beside
+        sync(beside)
+        os.replace(beside, path)
+        sync(path.parent)
+    except BaseException:
+        with suppress(OSError):
+            beside.unlink(missing_ok=True)
         raise
 
 
 def write_text(path: Path, text: str) -> None:
     """Replace the small file ``path`` in one atomic step, synced to disk; UserError if it cannot be written."""
-    beside = path.with_name(f".{path.name}-{os.getpid()}")
     try:
-        with open(beside, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(beside, path)
-        sync(path.parent)
+        with new_file(path) as beside:
+            beside.write_text(text, encoding="utf-8")
     except OSError as error:
-        beside.unlink(missing_ok=True)
         if message := _mended(error, path, lambda: len(text)):
             raise UserError(message) from None
         raise
@@ -80,7 +134,7 @@ def writable_file(path: str | Path, option: str) -> None:
     path = Path(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        probe = path.with_name(f".{path.name}-{os.getpid()}")
+        probe = _hidden(path)
         probe.touch()
         probe.unlink()
     except OSError as error:
@@ -92,36 +146,45 @@ def writable_file(path: str | Path, option: str) -> None:
 
 
 def remove_folder(path: Path) -> None:
-    """Delete a folder by hiding it first, so that a half-deleted one is never found under its name."""
-    hidden = path.with_name(f"{_REPLACED}{path.name}")
-    shutil.rmtree(hidden, ignore_errors=True)
-    path.rename(hidden)
-    shutil.rmtree(hidden)
+    """Delete a folder by hiding it first: a half-deleted one is never found under its name, nor brought back."""
+    shutil.rmtree(_take_away(path))
 
 
 def standing(path: Path) -> Path:
     """``path``, or the version it was about to replace when a crash fell between the two renames of a replacement."""
-    hidden = path.with_name(f"{_REPLACED}{path.name}")
-    return hidden if not path.exists() and hidden.is_dir() else path
+    hidden = path.with_name(f"{_REPLACED}{path.name}") if path.name else path
+    return hidden if not path.exists() and _is_whole(hidden) else path
 
 
 def clean_stale(parent: Path) -> None:
     """Remove what dead writers left in ``parent``; bring back a folder whose replacement never arrived."""
-    for old in parent.glob(f"{_REPLACED}*"):
-        kept = parent / old.name.removeprefix(_REPLACED)
+    doomed = []
+    for entry in sorted(parent.iterdir()):
         with suppress(OSError):
-            shutil.rmtree(old) if kept.exists() else old.rename(kept)
-    for building in parent.glob(f"{_BUILDING}*"):
-        host, _, pid = building.name.removeprefix(_BUILDING).rpartition("-")
-        if not pid.isdigit():
-            continue
-        with suppress(OSError):
-            if host.endswith(f"-{socket.gethostname()}"):
-                stale = not psutil.pid_exists(int(pid))
-            else:
-                stale = time.time() - building.stat().st_mtime > _FOREIGN_STALE_SECONDS
-            if stale:
-                shutil.rmtree(building)
+            if entry.name.startswith(_GONE):
+                doomed.append(entry)
+            elif entry.name.startswith(_REPLACED):
+                kept = parent / entry.name.removeprefix(_REPLACED)
+                if os.path.lexists(kept) or not _is_whole(entry):
+                    doomed.append(_take_away(entry))
+                else:
+                    entry.rename(kept)
+            elif entry.name.startswith(_BUILDING) and _is_stale(entry):
+                doomed.append(_take_away(entry))
+    _remove_all(doomed)
+
+
+def process_mark(pid: int | None = None) -> str:
+    """``PID.START`` of a living process (default: this one), which no later process with the same number shares: START
+    counts clock ticks from the machine's start, so it does not depend on a clock that may be set."""
+    pid = os.getpid() if pid is None else pid
+    return f"{pid}.{_start(pid)}"
+
+
+def mark_lives(mark: str) -> bool:
+    """Whether the process of a ``process_mark`` of this machine lives; of a bare number, whether any such process."""
+    number, _, start = mark.partition(".")
+    return number.isdigit() and psutil.pid_exists(int(number)) and (not start or start == _start(int(number)))
 
 
 def sync(path: Path) -> None:
@@ -140,14 +203,89 @@ def sync_tree(folder: Path) -> None:
     sync(folder)
 
 
-def _swap(new: Path, path: Path) -> None:
+def _placed(path: Path) -> Path:
+    """Where a folder is to be written: where a link points, so that the link stays and the bytes go to its disk."""
+    return path.resolve() if path.is_symlink() else path.absolute()
+
+
+def _hidden(path: Path) -> Path:
+    return path.with_name(f"{_BUILDING}{path.name}-{socket.gethostname()}-{process_mark()}")
+
+
+def _start(pid: int) -> str:
+    """When a process started, in clock ticks after the machine did; "" if it is gone or /proc is not there."""
+    try:
+        # The command's name, in brackets, may hold anything; the start is the 20th field after it.
+        return Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()[19]
+    except (OSError, IndexError):
+        return ""
+
+
+def _is_stale(building: Path) -> bool:
+    """Whether what is being written there has lost its writer."""
+    place, _, mark = building.name.removeprefix(_BUILDING).rpartition("-")
+    if not mark.partition(".")[0].isdigit():
+        return False
+    if place.endswith(f"-{socket.gethostname()}"):
+        return not mark_lives(mark)
+    return time.time() - building.stat().st_mtime > _FOREIGN_STALE_SECONDS
+
+
+def _exchange(a: Path, b: Path) -> bool:
+    """Swap two names in one step; False where the system or the file system cannot, and nothing has changed."""
+    try:
+        call = ctypes.CDLL(None, use_errno=True).renameat2
+    except (OSError, AttributeError):
+        return False
+    return call(_HERE, os.fsencode(a), _HERE, os.fsencode(b), _EXCHANGE) == 0
+
+
+def _replace_in_two_steps(new: Path, path: Path) -> None:
     old = path.with_name(f"{_REPLACED}{path.name}")
-    if path.exists():
-        shutil.rmtree(old, ignore_errors=True)
+    if os.path.lexists(old):
+        _remove_all([_take_away(old)])
+    for last in (False, False, True):
         path.rename(old)
-    new.rename(path)
-    sync(path.parent)
-    shutil.rmtree(old, ignore_errors=True)
+        try:
+            new.rename(path)
+            break
+        except OSError as error:
+            # A process that cleans up here may have taken the moment between for a crash, and brought the old one back.
+            if last or error.errno not in (errno.EEXIST, errno.ENOTEMPTY):
+                if not os.path.lexists(path):
+                    old.rename(path)
+                raise
+    _remove_all([_take_away(old)])
+
+
+def _take_away(path: Path) -> Path:
+    """Rename to a name that is only ever deleted; returns it."""
+    gone = path.with_name(f"{_GONE}{uuid.uuid4().hex}")
+    path.rename(gone)
+    return gone
+
+
+def _remove_all(paths: list[Path]) -> None:
+    """Delete; what cannot be stays hidden, and is tried again by the next writer."""
+    for path in paths:
+        with suppress(OSError):
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink()
+
+
+def _is_whole(folder: Path) -> bool:
+    """Whether a replaced folder has everything that its own description lists: earlier versions used that name for
+    folders they were deleting, too."""
+    described = [folder / name for name in ("manifest.json", "meta.json") if (folder / name).is_file()]
+    if not described:
+        return folder.is_dir() and not folder.name.startswith(f"{_REPLACED}step-")
+    try:
+        files = json.loads(described[0].read_text(encoding="utf-8"))["files"]
+        return all((folder / n).stat().st_size == f.get("size", f.get("bytes")) for n, f in files.items())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return False
 
 
 def _mended(error: OSError, path: Path, needed: Callable[[], int] | None) -> str | None:

@@ -8,8 +8,10 @@ share the machine with the server.
 
 from __future__ import annotations
 
+import functools
 import http.client
 import json
+import os
 import random
 import re
 import signal
@@ -61,7 +63,8 @@ class ServerProcess:
 
     def __init__(self, *words: str) -> None:
         command = [sys.executable, "-m", "core.cli", "serve", "--port", "0", *words]
-        self._process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, preexec_fn=die_with_parent)
+        with_us = functools.partial(die_with_parent, os.getpid())
+        self._process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, preexec_fn=with_us)
         assert self._process.stdout is not None
         found = re.search(r":(\d+)$", self._process.stdout.readline().strip())
         if found is None:

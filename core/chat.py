@@ -24,6 +24,8 @@ from core.quantize import quantizing
 from core.requests import Event, Request
 from core.sampling import SamplingConfig, sampling_config
 from core.tool_calls import Said, ToolCall, ToolCallStream
+from core.vocabulary import fit_vocabulary
+from core.xpos_range import say_xpos_range
 
 Message = dict[str, Any]
 
@@ -199,8 +201,11 @@ class ChatModel:
         if path is None:
             raise UserError("tokenizer: none lies beside the checkpoint; give the path of a tokenizer.model")
         self.tokenizer = load_tokenizer(path, control=control, in_vocabulary=True)
-        self.config = source.config
+        self.config, note = fit_vocabulary(source.config, self.tokenizer.vocab_size, own=tokenizer is None)
+        if note is not None:
+            print(f"note: {note}", file=sys.stderr)
         check_vocabulary(self.tokenizer, self.config)
+        say_xpos_range(self.config, precision, self.config.max_seqlen)
         get = quantizing(self.config, source.tensor) if quantize == "int8" else source.tensor
         self.engine = Engine(
             make_runner(self.config, get, pool_size(self.config.max_seqlen), precision), self.tokenizer

@@ -25,12 +25,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from core.atomic import new_folder, remove_folder, write_text
+from core.atomic import mark_lives, new_folder, remove_folder, write_text
 from core.checkpoint_writer import MAX_FILE_BYTES, PieceWriter, Planned, TensorPiece, Tensors, whole, write_manifest
 from core.errors import UserError
 from core.safetensors_io import load_json
 
 STEP_FOLDER = re.compile(r"step-(\d{8,})")
+_NUMBER = re.compile(r'^ "number": (\d{1,18}),$', re.MULTILINE)
+_LEFT = re.compile(r"\.saving-step-\d{8,}\.json|\.(latest|\.?saving-step-\d{8,}\.json)-\d+")
 
 # A network file system may show another machine's new file this much later.
 _SIGHT_S = 60.0
@@ -50,6 +52,13 @@ class Ranks(NamedTuple):
     timeout_s: float = 1800.0
 
 
+class Asset(NamedTuple):
+    """A small file that is kept with a checkpoint, by its contents: a file may be altered while training goes on."""
+
+    name: str
+    data: bytes
+
+
 ALONE = Ranks(0, 1, lambda: None)
 
 
@@ -62,7 +71,7 @@ def save_checkpoint(
     optimizer: Tensors,
     trainer: dict[str, Any] | None,
     keep_last: int,
-    assets: Iterable[Path] = (),
+    assets: Iterable[Path | Asset] = (),
     max_file_bytes: int = MAX_FILE_BYTES,
     ranks: Ranks = ALONE,
 ) -> Path:
@@ -103,7 +112,7 @@ def begin_save(
     optimizer: Tensors,
     trainer: dict[str, Any] | None,
     keep_last: int,
-    assets: Iterable[Path] = (),
+    assets: Iterable[Path | Asset] = (),
     max_file_bytes: int = MAX_FILE_BYTES,
     ranks: Ranks = ALONE,
 ) -> Callable[[], Path]:
@@ -113,13 +122,14 @@ def begin_save(
     def publish() -> None:
         write_text(folder.parent / "latest", folder.name + "\n")
         _prune(folder.parent, folder, keep_last)
-        notice = _Notice(folder).path
-        for left in notice.parent.glob(".saving-step-*.json"):
-            if left != notice:  # of a save that was given up or killed; our own goes last
-                left.unlink(missing_ok=True)
+        _forget_notices(folder)
+
+    def number() -> int:
+        return 1 + max(map(_save_number, _saved(folder.parent)), default=0)
 
     streams = {"weights": _Stream(weights), "optimizer": _Stream(optimizer)}
-    return _begin(_Job(folder, step, model, trainer, streams, tuple(assets), max_file_bytes, ranks, publish))
+    job = _Job(folder, step, model, trainer, streams, tuple(assets), max_file_bytes, ranks, publish, number=number)
+    return _begin(job)
 
 
 def write_checkpoint(
@@ -130,7 +140,7 @@ def write_checkpoint(
     weights: Tensors,
     optimizer: Tensors = (),
     trainer: dict[str, Any] | None = None,
-    assets: Iterable[Path] = (),
+    assets: Iterable[Path | Asset] = (),
     max_file_bytes: int = MAX_FILE_BYTES,
     ranks: Ranks = ALONE,
     planned: Mapping[str, Planned] | None = None,
@@ -207,11 +217,12 @@ class _Job:
     model: dict[str, Any]
     trainer: dict[str, Any] | None
     streams: dict[str, _Stream]
-    assets: tuple[Path, ...]
+    assets: tuple[Path | Asset, ...]
     max_file_bytes: int
     ranks: Ranks
     publish: Callable[[], None]
     planned: Mapping[str, Planned] | None = None
+    number: Callable[[], int | None] = lambda: None  # which save of its run this one is
 
     def texts(self) -> dict[str, str]:
         """The JSON files by name."""
@@ -236,8 +247,12 @@ class _Job:
             (folder / name).write_text(text, encoding="utf-8")
         for asset in self.assets:
             (folder / "assets").mkdir(exist_ok=True)
-            shutil.copyfile(asset, folder / "assets" / Path(asset).name)
-        write_manifest(folder, self.step, parts, save)
+            place = folder / "assets" / asset.name
+            if isinstance(asset, Asset):
+                place.write_bytes(asset.data)
+            else:
+                shutil.copyfile(asset, place)
+        write_manifest(folder, self.step, parts, save, self.number())
 
     def needed(self) -> int:
         """Bytes of this rank's pieces. For when the disk is full and nothing will be saved: asks for all the rest."""
@@ -547,16 +562,49 @@ def _copied(tensors: Tensors) -> Iterator[TensorPiece]:
     return taken()
 
 
+def _saved(root: Path) -> list[Path]:
+    """The step folders of a run."""
+    return [p for p in root.iterdir() if STEP_FOLDER.fullmatch(p.name) and (p / "manifest.json").is_file()]
+
+
+def _save_number(folder: Path) -> int:
+    """Which save of its run a checkpoint was; 0 where that was not counted yet, or its manifest cannot be read."""
+    try:
+        with open(folder / "manifest.json", encoding="utf-8") as file:
+            head = file.read(1000)
+            if found := _NUMBER.search(head):  # where write_manifest puts it; the rest may be megabytes
+                return int(found[1])
+            number = json.loads(head + file.read()).get("number", 0)
+        return number if type(number) is int else 0
+    except (OSError, ValueError, AttributeError):
+        return 0
+
+
 def _prune(root: Path, newest: Path, keep_last: int) -> None:
-    """Keep ``newest`` and the ``keep_last`` - 1 saved last before it (by time: a run may go back to an older step)."""
-    folders = [p for p in root.iterdir() if STEP_FOLDER.fullmatch(p.name) and (p / "manifest.json").is_file()]
-    others = [p for p in folders if p != newest]
-    others.sort(key=lambda p: ((p / "manifest.json").stat().st_mtime_ns, p.name), reverse=True)
+    """Keep ``newest`` and the ``keep_last`` - 1 saved last before it.
+
+    Not those of the highest steps, since a run may go back to an older one, nor by the time of their files, since
+    clocks are set and files copied: by their number. Those without one were saved before all others, in the order of
+    time.
+    """
+    others = [p for p in _saved(root) if p != newest]
+    others.sort(key=lambda p: (_save_number(p), (p / "manifest.json").stat().st_mtime_ns, p.name), reverse=True)
     for folder in others[max(keep_last - 1, 0) :]:
         try:
             remove_folder(folder)
         except OSError as error:
             _log.warning("%s: old checkpoint could not be removed (%s)", folder, error.strerror)
+
+
+def _forget_notices(folder: Path) -> None:
+    """Remove the notices of saves that were given up or killed (that of this save goes last), and what is left of files
+    that an earlier version of this program was writing when it was killed."""
+    own = _Notice(folder).path
+    for left in folder.parent.glob(".*"):
+        if left.name != own.name and _LEFT.fullmatch(left.name):
+            pid = left.name.rpartition("-")[2]
+            if left.suffix == ".json" or not mark_lives(pid):
+                left.unlink(missing_ok=True)
 
 
 def _json(value: Any) -> str:

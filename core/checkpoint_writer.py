@@ -179,10 +179,17 @@ def _planned_files(pieces: Iterable[PieceSpec], max_bytes: int) -> Iterator[dict
         yield file
 
 
-def write_manifest(folder: Path, step: int, parts: Sequence[Mapping[str, Any]], save: str | None = None) -> None:
+def write_manifest(
+    folder: Path,
+    step: int,
+    parts: Sequence[Mapping[str, Any]],
+    save: str | None = None,
+    number: int | None = None,
+) -> None:
     """manifest.json over the pieces in ``parts`` (PieceWriter.part of each rank) and every file now in ``folder``.
 
-    ``save`` identifies a save by many ranks. ValueError if pieces contradict each other or do not make up their tensor.
+    ``save`` identifies a save by many ranks; ``number`` counts the saves of a run. ValueError if pieces contradict
+    each other or do not make up their tensor.
     """
     tensors: dict[str, dict[str, dict[str, Any]]] = {kind: {} for kind in KINDS}
     known: dict[str, dict[str, Any]] = {}
@@ -204,7 +211,8 @@ def write_manifest(folder: Path, step: int, parts: Sequence[Mapping[str, Any]], 
         if files[path]["size"] != size:
             raise UserError(f"{folder / path}: {files[path]['size']} bytes were written, {size} are seen by rank 0")
     manifest = {"format": FORMAT, "version": VERSION, "step": step}
-    manifest |= ({"save": save} if save else {}) | {"files": files, "tensors": tensors}
+    manifest |= ({"save": save} if save else {}) | ({} if number is None else {"number": number})
+    manifest |= {"files": files, "tensors": tensors}
     text = _lines({**manifest, "digest": manifest_digest(manifest)}) + "\n"
     (folder / "manifest.json").write_text(text, encoding="utf-8")
 

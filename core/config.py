@@ -19,6 +19,7 @@ from core.layout import Layout
 from core.near import nearest
 from core.schema import from_mapping, load_yaml, option, set_dotted
 from core.shown import shown
+from core.xpos_range import check_xpos_range
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 
@@ -94,7 +95,8 @@ class ModelConfig:
     )
     bos_token_id: int = option(1, help="<_start>", min=0)
     eos_token_id: int = option(2, help="<_end>", min=0)
-    pad_token_id: int = option(3, help="<_pad>", min=0)
+    pad_token_id: int | None = option(3, help="<_pad>; null: there is none", min=0)
+    end_token_ids: tuple[int, ...] = option((), help="further tokens that end generation, besides eos_token_id", min=0)
 
     def __post_init__(self) -> None:
         if not self.head_dim:
@@ -116,9 +118,11 @@ class ModelConfig:
             )
         if self.num_tokens > self.vocab_size:
             raise UserError(f"model.vocab_tokens: {self.vocab_tokens} is above vocab_size {self.vocab_size}")
-        for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
-            if getattr(self, name) >= self.num_tokens:
-                raise UserError(f"model.{name}: {getattr(self, name)} is outside the vocabulary of {self.num_tokens}")
+        ids = {name: (getattr(self, name),) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+        for name, found in {**ids, "end_token_ids": self.end_token_ids}.items():
+            for token in found:
+                if token is not None and token >= self.num_tokens:
+                    raise UserError(f"model.{name}: {token} is outside the vocabulary of {self.num_tokens}")
         if self.growth is not None:
             self._check_growth(self.growth)
 
@@ -138,6 +142,16 @@ class ModelConfig:
         return self.vocab_size if self.vocab_tokens is None else self.vocab_tokens
 
     @property
+    def stop_ids(self) -> frozenset[int]:
+        """Tokens that end generation."""
+        return frozenset((self.eos_token_id, *self.end_token_ids))
+
+    @property
+    def filler_id(self) -> int:
+        """What fills places that count for nothing: the padding token, or the end of text where there is none."""
+        return self.eos_token_id if self.pad_token_id is None else self.pad_token_id
+
+    @property
     def norm_share(self) -> float:
         """norm_divisor / E of an RMSNorm: 1 but for models that grew without masks."""
         return 1.0 if self.norm_divisor is None or self.norm == "layernorm" else self.norm_divisor / self.hidden_size
@@ -148,7 +162,8 @@ class ModelConfig:
         return None if self.norm_divisor is None or self.norm == "rmsnorm" else int(self.norm_divisor)
 
     def to_dict(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
+        """The mapping as JSON gives it back."""
+        return {**dataclasses.asdict(self), "end_token_ids": list(self.end_token_ids)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -285,6 +300,7 @@ class RunConfig:
                 f"data.seq_len: {self.data.seq_len} is above the model's max_seqlen {self.model.max_seqlen}; "
                 "train at most at that length, or raise model.max_seqlen"
             )
+        check_xpos_range(self.model, self.train.precision, self.data.seq_len)
         if self.optim.warmup_steps >= self.train.steps:
             raise UserError(
                 f"optim.warmup_steps: {self.optim.warmup_steps} leaves no step after warm-up of train.steps "
@@ -292,7 +308,8 @@ class RunConfig:
             )
 
     def to_dict(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
+        """The mapping as JSON gives it back."""
+        return {**dataclasses.asdict(self), "model": self.model.to_dict()}
 
 
 def preset_names() -> list[str]:

@@ -90,7 +90,7 @@ class Engine:
 
     def check(self, request: Request) -> None:
         """UserError for a request that could never be served: what is wrong with it, or that it is too long."""
-        check_request(request, self.config.vocab_size, self.tokenizer is not None)
+        check_request(request, self.config.num_tokens, self.tokenizer is not None)
         if request.total > self.max_len:
             what = "the context" if self.max_len < self.pool.capacity else "the cache"
             raise UserError(
@@ -148,9 +148,10 @@ class Engine:
         for sample, count in plan:
             self.scheduler.computed(sample, count)
         ready = [sample for sample, _ in plan if not sample.missing]
+        tokens = self.config.num_tokens  # rows beyond pad the vocabulary: no bias or temperature may draw them
         for sample, row in zip(ready, logits[: len(ready)], strict=True):
             try:
-                event = sample.take_token(sample.sampler.choose(row, len(sample.tokens)))
+                event = sample.take_token(sample.sampler.choose(row[:tokens], len(sample.tokens)))
             except UserError as error:
                 self.scheduler.distrust(sample)
                 event = sample.end("error", str(error))

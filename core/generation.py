@@ -103,4 +103,4 @@ def note_length(config: ModelConfig, length: int) -> None:
 
 def turn_stops(tokenizer: Any, config: ModelConfig) -> frozenset[int]:
     """Ids that end an answer: the end of text and every control token that opens or closes a turn."""
-    return frozenset({config.eos_token_id, *(tokenizer.control[t] for t in TURN_TOKENS if t in tokenizer.control)})
+    return frozenset({*config.stop_ids, *(tokenizer.control[t] for t in TURN_TOKENS if t in tokenizer.control)})

@@ -27,7 +27,8 @@ from core.heartbeat import Waits
 from core.launch_command import FRAMEWORK, SCRIPTS, Plan, check_nodes, check_port, command, environment
 from core.nodes import PATIENCE, Nodes, Word, bind, meet
 from core.processes import Deaths, Job, lives, signals_as_interrupt
-from core.screen import Screen, tail
+from core.run_lock import hold_folder
+from core.screen import Screen, last_lines
 from core.worker import SCHEDULER, read_status, stack_path
 
 # Seconds a rank may be inside one collective. Below the 10 minutes after which NCCL's own watchdog ends a rank without
@@ -73,18 +74,20 @@ def launch(
     job ends on one, it ends on all with the same code. Logs of node n > 0 go to ``<log_dir>-node<n>``, so that the
     folder may be shared.
 
-    Raises UserError when the backend is not installed or the nodes do not fit together.
+    Two launches with the same folder of logs exclude one another (core.run_lock).
+
+    Raises UserError when the backend is not installed, the nodes do not fit together, or another launch is there.
     """
     if importlib.util.find_spec(FRAMEWORK[backend]) is None:
         raise UserError(f"backend {backend}: {FRAMEWORK[backend]} is not installed here; see `tele doctor`")
     host, port = check_nodes(nproc, nnodes, node_rank, master)
     folder = Path(f"{log_dir}-node{node_rank}" if node_rank else log_dir).resolve()
-    folder.mkdir(parents=True, exist_ok=True)
     path = Path(script or SCRIPTS[backend]).resolve()
     plan = Plan(backend, path, tuple(script_args), nproc, folder, nnodes, node_rank, host, port)
     env = environment(plan)
     limits = Limits(timeout, collective_timeout)
-    with signals_as_interrupt():
+    # Before anything there is touched: the logs of a run that goes on are its own.
+    with signals_as_interrupt(), hold_folder(folder):
         try:
             check_port(plan)
             facts = {"--nproc": nproc, "--backend": backend}
@@ -269,6 +272,7 @@ def _first_failure(statuses: list[dict[str, Any] | None], deaths: Deaths, folder
 def _report(run: _Running, failed: dict[str, Any], statuses: list[dict[str, Any] | None], news: bytes) -> int:
     folder, screen = run.plan.folder, run.screen
     rank, trace, here = failed["rank"], failed.get("traceback") or "", run.plan.ranks[0]
+    seen = rank == here and screen.instead is None  # all that it wrote has been shown
     if failed["user_error"]:
         why, code = failed["error"], 2
     elif failed["state"] == "running":
@@ -289,14 +293,18 @@ def _report(run: _Running, failed: dict[str, Any], statuses: list[dict[str, Any]
         return code
     _ask_where(run)
     if failed["state"] == "running":
-        if rank != here and (last := tail(folder / f"worker_{rank}.log")):
+        if not seen and (last := last_lines(folder / f"worker_{rank}.log")):
             print(last, file=sys.stderr)
         print(f"tele: {why}; logs: {folder}", file=sys.stderr)
         return code
-    if rank != here or not trace or trace.encode() not in screen.shown:
-        print(f"rank {rank} failed:\n{trace or tail(folder / f'worker_{rank}.log')}", file=sys.stderr)
+    if trace and not (seen and trace.encode() in screen.shown):
+        print(f"rank {rank} failed:\n{trace}", file=sys.stderr)
+    elif not trace and not seen and (last := last_lines(folder / f"worker_{rank}.log")):
+        # A script that ended itself has said why, in a line: the one below. What led to it stands in its log.
+        print(last, file=sys.stderr)
     for other in statuses:
-        if other is not None and other["state"] == "failed" and other["rank"] != rank:
+        # Ranks that stop together stop with the same words.
+        if other is not None and other["state"] == "failed" and other["error"] != failed["error"]:
             print(f"rank {other['rank']} failed after it: {other['error']}", file=sys.stderr)
     if word is not None and word.when >= failed["when"]:
         print(f"tele: node {word.node} failed after it: {word.why}", file=sys.stderr)
@@ -336,8 +344,8 @@ def _hang(run: _Running, rank: int, waited: float, limit: float) -> int:
 def _give_up(run: _Running, log: str | None, why: str) -> int:
     run.nodes.end(1, why)
     run.screen.show(run.screen.read(), last=True)
-    if log is not None:
-        print(tail(run.plan.folder / log), file=sys.stderr)
+    if log is not None and (last := last_lines(run.plan.folder / log, 40)):
+        print(last, file=sys.stderr)
     print(f"tele: {why}; logs: {run.plan.folder}", file=sys.stderr)
     return 1
 

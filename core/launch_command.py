@@ -66,7 +66,7 @@ def check_nodes(nproc: int, nnodes: int, node_rank: int, master: str | None) -> 
 
 def command(plan: Plan, port: int) -> list[str]:
     """The launcher's own command line. ``port`` 0: torchrun finds one."""
-    worker = [str(ROOT / "core" / "worker.py"), "--status-dir", str(plan.folder)]
+    worker = [str(ROOT / "core" / "worker.py"), "--status-dir", str(plan.folder), "--lifeline"]
     if sys.stdout.isatty():
         worker.append("--terminal")
     if plan.backend == "ms":
@@ -118,7 +118,10 @@ def check_port(plan: Plan) -> None:
         bind(plan.host, plan.port).close()
     except OSError as error:
         if error.errno == errno.EADDRINUSE:
-            raise UserError(f"--master: port {plan.port} is in use on this machine; give another one") from None
+            raise UserError(
+                f"--master: port {plan.port} is in use on this machine, by another node 0 (of this job or of another) "
+                "or by another program; give this machine its own --node-rank, or this job another port"
+            ) from None
         if error.errno == errno.EADDRNOTAVAIL and plan.backend == "ms":
             # msrun starts its scheduler only on the machine that has this address itself.
             raise UserError(f"--master: {plan.host} is no address of this machine, which is node 0; give one") from None

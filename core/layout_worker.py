@@ -29,6 +29,7 @@ from core.checkpoint_writer import tiling_fault
 from core.config import PRECISIONS, DataConfig, ModelConfig, OptimConfig, RunConfig, TrainConfig
 from core.init import init_tensor
 from core.layout import Layout
+from core.loss_scale import largest_magnitude, largest_scale
 from core.recipe import clip_factor
 from core.safetensors_io import SafetensorsFile
 from core.schema import from_mapping, option
@@ -67,9 +68,10 @@ class Task:
 class Outcome:
     """One task's results, put together.
 
-    ``losses`` and ``norms``: before each update, at least one (``norms`` only with gradients). Tensors by logical name,
-    whole. ``traffic`` of one forward, backward and update, ``peaks`` (most graphs alive at once) and ``seconds`` by
-    rank. ``problems``: what the ranks did not agree on, and tensors whose pieces do not make them up.
+    ``losses`` and ``norms``: before each update, at least one (``norms`` only with gradients). ``loss_scale``: what
+    fp16 gradients were computed with; all results are without it. Tensors by logical name, whole. ``traffic`` of one
+    forward, backward and update, ``peaks`` (most graphs alive at once) and ``seconds`` by rank. ``problems``: what the
+    ranks did not agree on, and tensors whose pieces do not make them up.
     """
 
     losses: list[float]
@@ -81,6 +83,7 @@ class Outcome:
     peaks: list[int] = field(default_factory=list)
     seconds: list[float] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
+    loss_scale: float = 1.0
 
 
 Around = Callable[[Task, str], AbstractContextManager[Any]]
@@ -150,7 +153,6 @@ def perform(backend: str, task: Task, folder: Path) -> None:
     targets = trainer.count_targets(mine.num_targets) or 1
     backward = task.gradients or task.steps > 0
     sent = backends.load(backend, "collectives").TRAFFIC
-    sent.reset()
     seen: list[TensorPiece] = []
 
     def watch(micro: int, logits: Any) -> None:
@@ -160,21 +162,28 @@ def perform(backend: str, task: Task, folder: Path) -> None:
         seen.extend(_logits_pieces(array, part, first + place, task, trainer.mesh.coord, (rows, seq_len)))
 
     options = {"watch": watch} if task.logits else {}
-    losses = [trainer.gradients(mine, targets, 1.0, backward=backward, **options)]
-    norms: list[float] = []
+    losses, norms = list[float](), list[float]()
+
+    def compute(scale: float) -> None:
+        """Gradients of scale * loss, in the place of those of another scale."""
+        trainer.discard()
+        sent.reset()
+        seen.clear()
+        losses[:] = [trainer.gradients(mine, targets, scale, backward=backward, **options)]
+
+    scale = _scaled(trainer, compute, backward and task.precision == "fp16")
     peak, traffic = trainer.pipeline.peak, _counted(sent)
     if task.logits:
         _leave(folder, "logits", trainer.rank, seen)
     if task.gradients:
-        _leave(folder, "gradients", trainer.rank, trainer.optimizer.export_gradients())
-    for step in range(max(task.steps, int(backward))):
+        _leave(folder, "gradients", trainer.rank, _divided(trainer.optimizer.export_gradients(), scale))
+    if backward and not task.steps:
+        norms = [trainer.grad_norm(scale)]
+    for step in range(task.steps):
         if step:
-            losses.append(trainer.gradients(mine, targets, 1.0))
-        norms.append(trainer.grad_norm(1.0))
-        if not task.steps:
-            trainer.discard()
-            break
-        trainer.update(task.optim.lr, clip_factor(norms[-1], task.optim.clip_grad))
+            losses.append(trainer.gradients(mine, targets, scale))
+        norms.append(trainer.grad_norm(scale))
+        trainer.update(task.optim.lr, clip_factor(norms[-1], task.optim.clip_grad) / scale)
         if step == 0:
             traffic = _counted(sent)
     if task.steps:
@@ -182,6 +191,7 @@ def perform(backend: str, task: Task, folder: Path) -> None:
     record = {
         "losses": losses,
         "norms": norms,
+        "loss_scale": scale,
         "peak": peak,
         "traffic": [[*key, *numbers] for key, numbers in traffic.items()],
         "seconds": time.perf_counter() - started,
@@ -200,6 +210,7 @@ def collect(folder: Path, world: int = 1) -> Outcome:
     return Outcome(
         losses=records[0]["losses"],
         norms=records[0]["norms"],
+        loss_scale=records[0]["loss_scale"],
         logits=tensors["logits"].get("logits"),
         gradients=tensors["gradients"],
         weights=tensors["weights"],
@@ -296,6 +307,26 @@ def _logits_pieces(
 
 def _with_index_of(local: LocalBatch, group: slice) -> LocalBatch:
     return local if len(local.index) == 1 else dataclasses.replace(local, index=local.index[group])
+
+
+def _scaled(trainer: Any, compute: Callable[[float], None], search: bool) -> float:
+    """Leave the gradients of a scaled loss in the trainer; returns the scale, 1 without a search for the largest."""
+
+    def attempt(scale: float) -> float:
+        compute(scale)
+        mine = largest_magnitude(piece.array for piece in trainer.optimizer.export_gradients())
+        return float(trainer.agree([mine], "max")[0])
+
+    if search:
+        return largest_scale(attempt)
+    compute(1.0)
+    return 1.0
+
+
+def _divided(pieces: Iterable[TensorPiece], scale: float) -> Iterator[TensorPiece]:
+    """Pieces divided by a power of two, in their own dtype."""
+    for piece in pieces:
+        yield piece if scale == 1.0 else piece._replace(array=piece.array / piece.array.dtype.type(scale))
 
 
 def _counted(sent: Traffic) -> Traffic:

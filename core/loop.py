@@ -28,6 +28,7 @@ from typing import Any, Protocol, TypeVar
 
 from core.batch import Batch
 from core.checkpoint import Checkpoint, Ranks, Saver, TensorPiece, open_checkpoint
+from core.checkpoint_save import Asset
 from core.cli import Parser
 from core.config import RunConfig, load_model_config, load_run_config, run_config_from_dict
 from core.data.blend import Blend, open_blend
@@ -42,11 +43,14 @@ from core.metrics import MetricsLog, Row, plot_losses, read_metrics, require_fre
 from core.params import MATRIX, count_parameters
 from core.progress import Console
 from core.recipe import class_rate, clip_factor, learning_rate
+from core.run_lock import DYING, hold_folder
 from core.schedule import bubble_formula
 from core.schema import from_mapping
 from core.tensorboard import TensorBoard
 from core.together import meet, raise_together, require_same_on_all, together
+from core.vocabulary import fit_run
 from core.worker import run_script
+from core.xpos_range import check_xpos_range
 
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 T = TypeVar("T")
@@ -166,27 +170,57 @@ def train(
     kills at once.
 
     With more ranks than one, each calls this; ``out`` is one folder for all of them, and they raise or return alike.
+    Rank 0 holds the folder's lock meanwhile: a second run there raises UserError.
     """
+    with contextlib.ExitStack() as held:
+        return _train(stepper_factory, config, Path(out), resume, held)
+
+
+def _train(
+    stepper_factory: Callable[[RunConfig], Stepper],
+    config: RunConfig,
+    folder: Path,
+    resume: str | None,
+    held: contextlib.ExitStack,
+) -> TrainResult:
     # Files only, and each rank finds the same in them: a refusal comes at once, before anything is built or joined.
-    folder = Path(out)
-    try:
+    with _refused(folder):
         folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--out {folder}: cannot be made ({error.strerror}); give another folder") from None
-    blend = open_blend(config.data, config.train.seed, config.model.num_tokens, config.model.pad_token_id)
+    if config.parallel.world == 1:
+        _hold(folder, held)
+    blend = open_blend(config.data, config.train.seed, config.model.num_tokens, config.model.filler_id)
+    config, padding = fit_run(config, blend.vocab_size)
     checkpoint = _checkpoint_to_resume(folder, resume, verify=config.parallel.world == 1)
     if checkpoint is not None:
         config = _adopt_growth(checkpoint, config)
         _require_same_model(checkpoint, config)
     stepper = stepper_factory(config)
-    require_same_on_all(stepper, {**config.to_dict(), "--out": str(out), "--resume": resume})
+    require_same_on_all(stepper, {**config.to_dict(), "--out": str(folder), "--resume": resume})
+    if config.parallel.world > 1:
+        # Not before the ranks have met: only then does each know which it is, however it was started.
+        together(stepper, lambda: _hold(folder, held) if stepper.rank == 0 else None)
     run = _Run(stepper, config, folder, blend)
+    run.notes += padding
     if checkpoint is not None:
         if config.parallel.world > 1:
             share = (stepper.rank, stepper.world)
             together(stepper, lambda: checkpoint.verify(share=share))
         together(stepper, lambda: run.load(checkpoint))
     return run.go()
+
+
+@contextlib.contextmanager
+def _refused(folder: Path) -> Iterator[None]:
+    """UserError in place of an OSError about the run's folder."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"--out {folder}: cannot be made ({error.strerror}); give another folder") from None
+
+
+def _hold(folder: Path, held: contextlib.ExitStack) -> None:
+    with _refused(folder):
+        held.enter_context(hold_folder(folder, f"--out {folder}", patience=DYING))
 
 
 class _Run:
@@ -198,7 +232,9 @@ class _Run:
         self.health = Health(config.health)
         self.loss_scale = DynamicLossScale() if config.train.precision == "fp16" else None
         self.saver = Saver()
-        self.notes: list[str] = []
+        self.origin: Path | None = None  # the checkpoint of another folder that this run went on from
+        warning = check_xpos_range(config.model, config.train.precision, config.data.seq_len)
+        self.notes: list[str] = [] if warning is None else [f"warning: {warning}"]
         self.history: tuple[Growth, ...] = ()
         self.growth = config.model.growth  # None once its masks have done their work
 
@@ -228,6 +264,8 @@ class _Run:
                 self.notes.append(f"warning: changed since the checkpoint: {line}")
         if checkpoint.path.resolve().parent == self.out.resolve():
             self.saver.last = checkpoint.path
+        else:
+            self.origin = checkpoint.path
 
     def go(self) -> TrainResult:
         """Run from the present state to the end, an interruption or a stop."""
@@ -411,7 +449,7 @@ class _Run:
             optimizer=stepper.optimizer_state(),
             trainer=trainer,
             keep_last=self.config.checkpoint.keep_last,
-            assets=[self.blend.tokenizer_path()],
+            assets=[Asset("tokenizer.model", self.blend.tokenizer())],
             ranks=Ranks(stepper.rank, stepper.world, lambda: meet(stepper)),
         )
 
@@ -421,9 +459,14 @@ class _Run:
             self.save(asynchronous=False)
 
     def _way_back(self) -> str:
-        if self.saver.last is None:
-            return "No checkpoint had been saved (set checkpoint.every)"
-        return f"The last checkpoint is intact: {self.saver.last}"
+        every = self.config.checkpoint.every
+        if self.saver.last is not None:
+            return f"The last checkpoint is intact: {self.saver.last}"
+        if self.origin is not None:
+            return f"No checkpoint had been saved since; the one this run went on from is intact: {self.origin}"
+        if every:
+            return f"No checkpoint had been saved: the first would have come after step {every} (checkpoint.every)"
+        return "No checkpoint had been saved (set checkpoint.every)"
 
 
 class _Records:
@@ -520,6 +563,9 @@ def _adopt_growth(checkpoint: Checkpoint, config: RunConfig) -> RunConfig:
 
 def _require_same_model(checkpoint: Checkpoint, config: RunConfig) -> None:
     written = _with_defaults(load_model_config, checkpoint.model["config"])
+    if written.get("vocab_tokens") is None:
+        # Rows that a checkpoint does not tell from tokens may turn out to be padding; the log then says so.
+        written = {**written, "vocab_tokens": config.model.vocab_tokens}
     differing = _differences(written, config.model.to_dict())
     if differing:
         raise UserError(

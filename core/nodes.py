@@ -173,7 +173,7 @@ def bind(host: str, port: int) -> socket.socket:
 def _gather(
     count: int, host: str, port: int, facts: dict[str, Any], deadline: float, say: Callable[[str], None]
 ) -> Nodes:
-    door = _door(host, port + 1)
+    door = _door(host, port + 1, facts)
     present: dict[int, _Line] = {}
     strangers: list[_Line] = []
     told = False
@@ -210,7 +210,7 @@ def _gather(
     return Nodes(0, dict(sorted(present.items())))
 
 
-def _door(host: str, port: int) -> socket.socket:
+def _door(host: str, port: int, facts: dict[str, Any]) -> socket.socket:
     """Where node 0 listens: at ``host`` if that is an address of this machine, else at all of its addresses (a machine
     may know its own name by another address than the others do, or stand behind a translated one)."""
     try:
@@ -225,10 +225,31 @@ def _door(host: str, port: int) -> socket.socket:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
         return bind("::" if family == socket.AF_INET6 else "0.0.0.0", port)
     except OSError as error:
+        if error.errno == errno.EADDRINUSE and _answers(host, port, facts):
+            raise UserError(
+                f"--master: another node 0, of this job or of another, waits at {host} port {port} already; give this "
+                "machine its own --node-rank, or this job another port"
+            ) from None
         raise UserError(
             f"--master: port {port}, the one after {port - 1}, is needed too and cannot be had ({error.strerror}); "
             "give another port"
         ) from None
+
+
+def _answers(host: str, port: int, facts: dict[str, Any], seconds: float = 2.0) -> bool:
+    """Whether the program at a port speaks as a node 0 that gathers its nodes: it sends a second node 0 away."""
+    try:
+        line = _Line(socket.create_connection((host, port), timeout=seconds))
+    except OSError:
+        return False
+    line.send({"hello": {"node": 0, "facts": facts}})
+    deadline = time.monotonic() + seconds
+    heard: list[dict[str, Any] | None] = []
+    while not heard and time.monotonic() < deadline:
+        time.sleep(LOOK / 2)
+        heard = line.read()
+    _close([line], 0.0)
+    return any(message is not None and "refused" in message for message in heard)
 
 
 def _admit(
@@ -249,6 +270,8 @@ def _admit(
     if differing:
         name = differing[0]
         reason = f"{name}: node {node} was started with {theirs.get(name)}, node 0 with {facts[name]}; start all alike"
+    elif node == 0:
+        reason = "--node-rank: node 0 is here already, and another was started; give each node its own number"
     elif node in present or not 1 <= node < count:
         reason = f"--node-rank: node {node} is there already; give each node its own number"
     else:

@@ -111,9 +111,15 @@ class PagePool:
         assert min(self._holders) >= 0 and self._holders[BLANK] == 0, "a page was given back too often"
 
 
+def first_name(salt: str) -> bytes:
+    """What stands before the first page of sequences that share pages only among those of the same ``salt``: empty
+    without one, else 32 bytes, which no page's name is."""
+    return hashlib.blake2b(salt.encode("utf-8", "surrogatepass"), digest_size=32).digest() if salt else b""
+
+
 def page_name(before: bytes, ids: Sequence[int], scaling: np.ndarray) -> bytes:
-    """What a full page's keys and values depend on: all pages before it (``before`` is the last one's name, empty for
-    the first), its token ids, and the rotary scaling of each, float64 [n, 2] (base and amplitude)."""
+    """What a full page's keys and values depend on: all pages before it (``before`` is the last one's name, or for the
+    first page ``first_name``), its token ids, and the rotary scaling of each, float64 [n, 2] (base and amplitude)."""
     digest = hashlib.blake2b(before, digest_size=16)
     digest.update(np.asarray(ids, np.int32).tobytes())
     digest.update(np.ascontiguousarray(scaling, np.float64).tobytes())

@@ -1,6 +1,7 @@
 """What each ``precision`` means, by dtype names that both frameworks know.
 
-Norm statistics, softmax, loss and rotary tables are in ``stat`` in every mode; masters and optimizer state are float32.
+Norm statistics, softmax, loss and rotary tables are in ``stat`` in every mode; masters and optimizer state are float32,
+in fp64 float64.
 """
 
 from __future__ import annotations

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import select
 import signal
@@ -39,16 +40,25 @@ class Job:
     """The launcher and every process below it, remembered so that a parent's death does not hide its children."""
 
     def __init__(self, command: list[str], env: dict[str, str], output: BinaryIO) -> None:
-        # A session of its own: the terminal's Ctrl-C reaches only this process, which then ends the ranks in order.
-        self.launcher = subprocess.Popen(
-            command,
-            env=env,
-            stdin=subprocess.DEVNULL,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-            preexec_fn=die_with_parent,
-        )
+        # msrun and torchrun hand their stdin on to the ranks, and nothing else: a pipe that ends when this process does
+        # (core.worker.die_with_launcher). Its other end is not inherited.
+        theirs, self._line = os.pipe()
+        try:
+            # A session of its own: the terminal's Ctrl-C reaches only this process, which then ends the ranks in order.
+            self.launcher = subprocess.Popen(
+                command,
+                env=env,
+                stdin=theirs,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+                preexec_fn=functools.partial(die_with_parent, os.getpid()),
+            )
+        except BaseException:
+            os.close(self._line)
+            raise
+        finally:
+            os.close(theirs)
         self.known = {self.launcher.pid: psutil.Process(self.launcher.pid)}
 
     def __enter__(self) -> Job:
@@ -83,6 +93,8 @@ class Job:
             while time.monotonic() < deadline and any(lives(p) for p in remaining):
                 self.launcher.poll()
                 time.sleep(LOOK)
+        # For a rank that its launcher started in its last moment, and nobody has seen.
+        os.close(self._line)
         self.launcher.wait()
 
 

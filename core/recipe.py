@@ -76,10 +76,12 @@ def corrections(optim: OptimConfig, updates: int, born: int = 0) -> tuple[float,
     return 1.0 / (1.0 - optim.beta1**age), (1.0 - optim.beta2**age) ** -0.5
 
 
-def is_young(optim: OptimConfig, updates: int, born: int) -> bool:
-    """Whether the corrections of entries born after update ``born`` differ in float32 from those of the oldest ones."""
+def is_young(optim: OptimConfig, updates: int, born: int, dtype: str = "float32") -> bool:
+    """Whether the corrections of entries born after update ``born`` differ in ``dtype``, that of the masters, from
+    those of the oldest ones."""
     pairs = zip(corrections(optim, updates, born), corrections(optim, updates), strict=True)
-    return any(np.float32(own) != np.float32(others) for own, others in pairs)
+    rounded = np.dtype(dtype).type
+    return any(rounded(own) != rounded(others) for own, others in pairs)
 
 
 def clip_factor(norm: float, limit: float) -> float:

@@ -11,7 +11,7 @@ import numpy as np
 
 from core.data.control import TOOL_CALL, TOOL_CALL_END
 from core.errors import UserError
-from core.pages import page_name
+from core.pages import first_name, page_name
 from core.sampling import Choice, Sampler, SamplingConfig
 from core.text_stream import StopText, text_stream
 
@@ -30,7 +30,7 @@ class Request:
     log-probability, and those of so many likeliest ones (None: neither). ``margins``: tell how far each token was ahead
     of the next. ``text``: none; "answer", which begins a text of its own; "tools", an answer in which the control
     tokens around tool calls are written out; "continuation", whose first word keeps the space that divides it from the
-    prompt.
+    prompt. ``cache_salt``: prompts use cached pages again only among those of one salt.
     """
 
     prompt_ids: tuple[int, ...]
@@ -43,6 +43,7 @@ class Request:
     logprobs: int | None = None
     margins: bool = False
     text: str = "none"
+    cache_salt: str = ""
 
     @property
     def total(self) -> int:
@@ -65,7 +66,8 @@ class Event:
     """What happened to one sample of one request.
 
     ``choice`` is a token that was made, None when the sample ended without one. ``text`` is what may be shown because
-    of it: a character of several tokens comes with its last, and what could become a stop string is held back. The last
+    of it: a character of several tokens comes with its last, and what could become a stop string is held back.
+    ``offset``: characters of decoded text in front of the token's own, whether they could be shown yet or not. The last
     event of a sample has ``usage`` and a ``finish_reason``: "stop" (``stop``: the token or the string, neither of which
     is in the text), "length", "cancelled" or "error" (``error`` says what).
     """
@@ -78,6 +80,7 @@ class Event:
     stop: int | str | None = None
     error: str | None = None
     usage: Usage | None = None
+    offset: int = 0
 
 
 def check_request(request: Request, vocab_size: int, has_tokenizer: bool) -> None:
@@ -177,7 +180,7 @@ class Sample:
             first = len(self._names) * self._page_size
             last = first + self._page_size
             scales = [scaling(int(length)) for length in self.scaling_lengths(first, last)]
-            before = self._names[-1] if self._names else b""
+            before = self._names[-1] if self._names else first_name(self.request.cache_salt)
             self._names.append(page_name(before, self.tokens[first:last], np.array(scales)))
         return self._names[page]
 
@@ -186,11 +189,12 @@ class Sample:
         self.tokens.append(choice.token)
         reason: str | None = None
         stop: int | str | None = None
-        text = ""
+        text, offset = "", 0
         if choice.token in self.request.stop_ids:
             reason, stop = "stop", choice.token
         elif self._text is not None:
             text = self._stops.push(self._text.push(choice.token))
+            offset = self._text.start
         if reason is None and self._stops.found is None and self.made == self.request.max_new_tokens:
             reason = "length"
         if reason is not None and self._text is not None:
@@ -200,8 +204,8 @@ class Sample:
         elif reason is not None:
             text += self._stops.flush()
         if reason is None:
-            return Event(self.number, self.index, choice, text)
-        return self._last(choice, text, reason, stop)
+            return Event(self.number, self.index, choice, text, offset=offset)
+        return self._last(choice, text, reason, stop, offset=offset)
 
     def end(self, reason: str, error: str | None = None) -> Event:
         """The event of a sample that ends without a further token; text that was held back is told."""
@@ -211,8 +215,14 @@ class Sample:
         return self._last(None, text, reason, None, error)
 
     def _last(
-        self, choice: Choice | None, text: str, reason: str, stop: int | str | None, error: str | None = None
+        self,
+        choice: Choice | None,
+        text: str,
+        reason: str,
+        stop: int | str | None,
+        error: str | None = None,
+        offset: int = 0,
     ) -> Event:
         self.finished = True
         usage = Usage(len(self.request.prompt_ids), self.made, self.cached or 0)
-        return Event(self.number, self.index, choice, text, reason, stop, error, usage)
+        return Event(self.number, self.index, choice, text, reason, stop, error, usage, offset)

@@ -110,8 +110,12 @@ _NUMBERS = ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float")
 
 
 class _Loader(yaml.SafeLoader):
-    """SafeLoader that reads ``1e-5`` as a number (YAML 1.1 wants ``1.0e-5``) and refuses a key given twice, and
-    aliases that make a small document a large or an endless one."""
+    """SafeLoader whose plain values mean the same in YAML 1.1 and 1.2, and that refuses a key given twice.
+
+    Whole numbers are decimal, ``1e-5`` is a number, a date is text. What the two versions read differently (``010``,
+    ``0x1F``, ``1_000``, ``1:30``, ``yes``) is refused unless quoted. Refused as well are aliases that make a small
+    document a large or an endless one.
+    """
 
     _composed = _depth = 0
 
@@ -149,6 +153,26 @@ class _Loader(yaml.SafeLoader):
             seen.add(key)
         return super().construct_mapping(node, deep)
 
+    def construct_number(self, node: yaml.ScalarNode) -> int | float:
+        """A decimal number, also where the tag was written out."""
+        integer = node.tag == _TAG + "int"
+        if not _DECIMAL.match(node.value) and (integer or not _FLOAT.match(node.value)):
+            return self.refuse_ambiguous(node)
+        return self.construct_yaml_int(node) if integer else self.construct_yaml_float(node)
+
+    def construct_truth(self, node: yaml.ScalarNode) -> bool:
+        """true or false, also where the tag was written out."""
+        if not _TRUTH.match(node.value):
+            return self.refuse_ambiguous(node)
+        return self.construct_yaml_bool(node)
+
+    def refuse_ambiguous(self, node: yaml.ScalarNode) -> Any:
+        if node.value.lower() in ("yes", "no", "on", "off"):
+            what = "is a truth value in some versions of YAML and text in others; write true or false, or quote it"
+        else:
+            what = "is read differently by versions of YAML; write a number in decimal, or quote it to mean text"
+        raise yaml.constructor.ConstructorError(None, None, f"{shown(node.value)} {what}", node.start_mark)
+
 
 def _written_out(node: yaml.Node, known: dict[int, int | None]) -> int:
     """How many nodes a tree has once every alias is a copy; ComposerError for a node that contains itself."""
@@ -166,12 +190,35 @@ def _written_out(node: yaml.Node, known: dict[int, int | None]) -> int:
     return count
 
 
-_Loader.yaml_implicit_resolvers = {k: list(v) for k, v in yaml.SafeLoader.yaml_implicit_resolvers.items()}
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$"),
-    list("-+0123456789"),
+_TAG = "tag:yaml.org,2002:"
+_AMBIGUOUS = "tag:core.schema,ambiguous"
+_DECIMAL = re.compile(r"^[-+]?(0|[1-9][0-9]*)$")
+_FLOAT = re.compile(
+    r"^[-+]?([0-9]+\.[0-9]*([eE][-+]?[0-9]+)?|\.[0-9]+([eE][-+]?[0-9]+)?|[0-9]+[eE][-+]?[0-9]+"
+    r"|\.inf|\.Inf|\.INF)$|^(\.nan|\.NaN|\.NAN)$"
 )
+_TRUTH = re.compile(r"^(true|True|TRUE|false|False|FALSE)$")
+# Octal, hexadecimal and binary, with digit separators or leading zeros, base 60, and YAML 1.1's other truth values.
+_UNCLEAR = re.compile(
+    r"^[-+]?(0[xXoObB][0-9a-fA-F_]+|0[0-9_]+|[0-9][0-9_]*(:[0-5]?[0-9])+(\.[0-9_]*)?"
+    r"|(?=[^_]*_)([0-9][0-9_]*(\.[0-9_]*)?|\.[0-9][0-9_]*)([eE][-+]?[0-9]+)?)$"
+    r"|^(yes|Yes|YES|no|No|NO|on|On|ON|off|Off|OFF)$"
+)
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if tag in (_TAG + "null", _TAG + "merge", _TAG + "value")]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver(_TAG + "int", _DECIMAL, list("-+0123456789"))
+_Loader.add_implicit_resolver(_TAG + "float", _FLOAT, list("-+.0123456789"))
+_Loader.add_implicit_resolver(_TAG + "bool", _TRUTH, list("tTfF"))
+_Loader.add_implicit_resolver(_AMBIGUOUS, _UNCLEAR, list("-+.0123456789yYnNoO"))
+for _kind, _constructor in (
+    (_TAG + "int", _Loader.construct_number),
+    (_TAG + "float", _Loader.construct_number),
+    (_TAG + "bool", _Loader.construct_truth),
+    (_AMBIGUOUS, _Loader.refuse_ambiguous),
+):
+    _Loader.add_constructor(_kind, _constructor)
 
 
 def _check(kind: Any, value: Any, path: str, limits: Mapping[str, Any]) -> Any:

@@ -8,13 +8,19 @@ from collections.abc import Callable
 from pathlib import Path
 
 
-def tail(path: Path, lines: int = 40) -> str:
-    """The last lines of a log, less MindSpore's warnings; "" when there is no such file."""
+def last_lines(path: Path, lines: int = 10) -> str:
+    """The end of a log, less MindSpore's warnings, under a heading that names the file; "" when there is nothing.
+
+    A progress bar writes its line anew hundreds of times, with carriage returns between: its last state counts.
+    """
     if not path.exists():
         return ""
-    text = path.read_bytes()[-50_000:]
-    kept = [line for line in text.splitlines() if not _NOISE.match(line)][-lines:]
-    return b"\n".join(kept).decode("utf-8", errors="replace")
+    text = path.read_bytes()[-50_000:].replace(b"\r\n", b"\n")
+    states = [line.rstrip(b"\r").rpartition(b"\r")[2] for line in text.split(b"\n")]
+    kept = [line for line in states if line.strip() and not _NOISE.match(line)][-lines:]
+    if not kept:
+        return ""
+    return f"the last lines of {path}:\n" + b"\n".join(kept).decode("utf-8", errors="replace")
 
 
 # MindSpore's own log lines, e.g. "[WARNING] ME(6411:1397,MainProcess):2026-...": kept in the files, not on the screen.

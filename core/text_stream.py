@@ -14,16 +14,17 @@ def text_stream(tokenizer: Any, context: Sequence[int] = (), shown: Mapping[int,
 
     A character of several byte tokens is held back until it is whole; control tokens give no text, but for those that
     are ``shown`` under a name. With ``context`` (the prompt's ids, for a continuation of raw text) the first word keeps
-    the space that divides it from the prompt.
+    the space that divides it from the prompt. ``length`` and ``start`` are those of StreamDecoder, without the context.
     """
     if shown:
         return ShownControl(tokenizer, shown)
     context = list(context)[-CONTEXT:]
-    stream = tokenizer.stream(skip_special=True)
+    stream = tokenizer.stream()
     # A prompt that ends inside a character is no context: its half would come out with the continuation.
     if context and not tokenizer.decode(context, skip_special=True).endswith(REPLACEMENT):
         for token in context:
             stream.push(token)
+        stream.restart_count()
     return stream
 
 
@@ -33,13 +34,23 @@ class ShownControl:
 
     def __init__(self, tokenizer: Any, shown: Mapping[int, str]) -> None:
         self._tokenizer, self._shown = tokenizer, shown
-        self._stream = tokenizer.stream(skip_special=True)
+        self._stream = tokenizer.stream()
+        self._before = 0  # characters in front of the stream's first
+        self.start = 0
+
+    @property
+    def length(self) -> int:
+        return self._before + self._stream.length
 
     def push(self, token: int) -> str:
         if token not in self._shown:
-            return self._stream.push(token)
-        before, self._stream = self._stream.flush(), self._tokenizer.stream(skip_special=True)
-        return before + self._shown[token]
+            text = self._stream.push(token)
+            self.start = self._before + self._stream.start
+            return text
+        text = self._stream.flush()
+        self.start = self.length
+        self._before, self._stream = self.start + len(self._shown[token]), self._tokenizer.stream()
+        return text + self._shown[token]
 
     def flush(self) -> str:
         return self._stream.flush()

@@ -4,15 +4,17 @@
     {"name": "get_weather", "arguments": {"city": "Paris"}}
     </tool_call>
 
-The marks may be control tokens that were written out or plain text: older tokenizers have no such tokens. A block that
-holds no call stays the text that it was.
+The marks may be control tokens that were written out or plain text: older tokenizers have no such tokens. Where a block
+ends is decided by its JSON: a closing mark inside one of its strings is part of the string. A block that holds no call
+stays the text that it was.
 """
 
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 from core.data.control import TOOL_CALL, TOOL_CALL_END
 
@@ -36,57 +38,66 @@ class ToolCallStream:
     """
 
     def __init__(self) -> None:
-        self._held = ""  # not told yet: the beginning of a mark, white space, or an open block with its mark
-        self._inside = False
+        self._white: list[str] = []  # not told yet: a call may follow
+        self._mark = ""  # the beginning of an opening mark, perhaps
+        self._block: _Block | None = None
         self._called = False  # the last thing told was a call
 
     def push(self, piece: str) -> list[Said]:
         """What this piece makes certain."""
-        self._held += piece
         said: list[Said] = []
-        while self._step(said):
-            pass
+        while piece:
+            piece = self._outside(piece, said) if self._block is None else self._inside(self._block, piece, said)
         return said
 
     def flush(self) -> list[Said]:
         """What is left at the end of the answer."""
         said: list[Said] = []
-        held, self._held = self._held, ""
-        if self._inside:
-            self._inside = False
-            self._tell_block(held, "", said)
-        elif held.strip() or not self._called:
+        while self._block is not None:
+            block, self._block = self._block, None
+            if block.call is not None:
+                said.append(block.call)
+                self._called = True
+                continue
+            # No JSON ended here: the first closing mark ends the block after all, and what follows it is read anew.
+            text, rest = _through_mark(block.text)
+            self._tell(text, said)
+            said += self.push(rest)
+        held = "".join(self._white) + self._mark
+        self._white, self._mark = [], ""
+        if held.strip() or not self._called:
             self._tell(held, said)
         return said
 
-    def _step(self, said: list[Said]) -> bool:
-        """One certain thing out of ``_held``; whether there may be another."""
-        if self._inside:
-            end = self._held.find(TOOL_CALL_END)
-            if end < 0:
-                return False
-            block, self._held = self._held[: end + len(TOOL_CALL_END)], self._held[end + len(TOOL_CALL_END) :]
-            self._inside = False
-            self._tell_block(block, TOOL_CALL_END, said)
-            return True
-        begin = self._held.find(TOOL_CALL)
+    def _outside(self, piece: str, said: list[Said]) -> str:
+        """Text up to the next block; returns what is left to read."""
+        text, self._mark = self._mark + piece, ""
+        begin = text.find(TOOL_CALL)
+        certain = begin if begin >= 0 else len(text) - _mark_begun(text)
+        words = text[:certain].rstrip()
+        if words:
+            self._tell("".join(self._white) + words, said)
+            self._white = []
         if begin >= 0:
-            self._tell(self._held[:begin].rstrip(), said)
-            self._held, self._inside = self._held[begin:], True
-            return True
-        certain = len(self._held) - _mark_begun(self._held)
-        certain = len(self._held[:certain].rstrip())
-        text, self._held = self._held[:certain], self._held[certain:]
-        self._tell(text, said)
-        return False
+            self._white = []
+            self._block = _Block()
+            return text[begin + len(TOOL_CALL) :]
+        if len(words) < certain:
+            self._white.append(text[len(words) : certain])
+        self._mark = text[certain:]
+        return ""
 
-    def _tell_block(self, block: str, closing: str, said: list[Said]) -> None:
-        call = _call_in(block[len(TOOL_CALL) : len(block) - len(closing)])
-        if call is None:
-            self._tell(block, said)
-            return
-        said.append(call)
-        self._called = True
+    def _inside(self, block: _Block, piece: str, said: list[Said]) -> str:
+        rest = block.push(piece)
+        if rest is None:
+            return ""
+        self._block = None
+        if block.call is not None:
+            said.append(block.call)
+            self._called = True
+        else:
+            self._tell(block.text, said)
+        return rest
 
     def _tell(self, text: str, said: list[Said]) -> None:
         if self._called:
@@ -94,6 +105,104 @@ class ToolCallStream:
         if text:
             said.append(text)
             self._called = False
+
+
+# What matters outside and inside a string of JSON. Outside, "<" and "\" are in no JSON; inside, control characters.
+_OUTSIDE, _INSIDE = re.compile(r'["{}<\\]'), re.compile(r'["\\\x00-\x1f]')
+
+
+class _Block:
+    """An open block, read once from left to right: where its JSON object ends, and behind that its closing mark.
+
+    ``call`` is set once the object is whole and a call.
+    """
+
+    def __init__(self) -> None:
+        self._parts = [TOOL_CALL]
+        self._depth = 0  # of braces; 0 before the object
+        self._in_string = self._escaped = False
+        self._after: str | None = None  # behind the object: what could become the closing mark
+        self._broken = False  # no JSON comes of it, so the first closing mark ends it
+        self._recent = ""  # of a broken block: what may be the beginning of its closing mark
+        self.call: ToolCall | None = None
+
+    @property
+    def text(self) -> str:
+        """The block so far, with its marks."""
+        if len(self._parts) > 1:
+            self._parts = ["".join(self._parts)]
+        return self._parts[0]
+
+    def push(self, piece: str) -> str | None:
+        """None while the block is open, else what of ``piece`` lies behind it."""
+        self._parts.append(piece)
+        if self._broken:
+            return self._first_mark(self._recent + piece)
+        at = self._scan(piece) if self._after is None else 0
+        if self._after is not None:
+            self._after = (self._after + piece[at:]).lstrip()
+            if self._after.startswith(TOOL_CALL_END):
+                rest = self._after[len(TOOL_CALL_END) :]
+                self._parts = [self.text[: len(self.text) - len(rest)]]
+                return rest
+            if not TOOL_CALL_END.startswith(self._after):  # more than the object: no JSON
+                self._after, self.call, self._broken = None, None, True
+        return self._first_mark(self.text) if self._broken else None
+
+    def _scan(self, piece: str) -> int:
+        """Follow the object through ``piece`` as far as it goes; the place behind what was read."""
+        at = 0
+        if not self._depth:
+            begin = len(piece) - len(piece.lstrip())
+            if begin == len(piece):
+                return begin
+            if piece[begin] != "{":
+                self._broken = True
+                return begin
+            self._depth, at = 1, begin + 1
+        while at < len(piece):
+            if self._escaped:
+                self._escaped = False
+                at += 1
+                continue
+            found = (_INSIDE if self._in_string else _OUTSIDE).search(piece, at)
+            if found is None:
+                return len(piece)
+            at = found.end()
+            sign = found[0]
+            if sign == '"':
+                self._in_string = not self._in_string
+            elif self._in_string and sign == "\\":
+                self._escaped = True
+            elif self._in_string or sign in "<\\":
+                self._broken = True
+                return at
+            else:
+                self._depth += 1 if sign == "{" else -1
+                if not self._depth:
+                    self._close(piece, at)
+                    return at
+        return at
+
+    def _close(self, piece: str, at: int) -> None:
+        """The object's braces are closed at ``at`` of the newest piece."""
+        whole = self.text
+        try:
+            found = _json(whole[len(TOOL_CALL) : len(whole) - len(piece) + at])
+        except (ValueError, RecursionError):
+            self._broken = True
+            return
+        self._after, self.call = "", _call_of(found)
+
+    def _first_mark(self, recent: str) -> str | None:
+        """What lies behind the first closing mark that ends in ``recent``, the newest text; None without one."""
+        end = recent.find(TOOL_CALL_END)
+        if end < 0:
+            self._recent = recent[-len(TOOL_CALL_END) + 1 :]
+            return None
+        rest = recent[end + len(TOOL_CALL_END) :]
+        self._parts = [self.text[: len(self.text) - len(rest)]]
+        return rest
 
 
 def parse_tool_calls(text: str) -> tuple[str, list[ToolCall]]:
@@ -112,19 +221,33 @@ def _mark_begun(text: str) -> int:
     return 0
 
 
-def _call_in(block: str) -> ToolCall | None:
-    try:
-        found: Any = json.loads(block)
-    except (ValueError, RecursionError):
-        return None
+def _through_mark(text: str) -> tuple[str, str]:
+    """``text`` up to its first closing mark, and the rest."""
+    before, mark, rest = text.partition(TOOL_CALL_END)
+    return before + mark, rest
+
+
+def _call_of(found: Any) -> ToolCall | None:
+    """The call that a block's JSON says; None when it says something else."""
     if not isinstance(found, dict) or not isinstance(found.get("name"), str):
         return None
     arguments = found.get("arguments", {})
-    if isinstance(arguments, str):  # JSON in JSON, as the answers of other servers carry it
-        try:
-            arguments = json.loads(arguments)
-        except (ValueError, RecursionError):
+    try:
+        if isinstance(arguments, str):  # JSON in JSON, as the answers of other servers carry it
+            arguments = _json(arguments)
+        if not isinstance(arguments, dict):
             return None
-    if not isinstance(arguments, dict):
+        text = json.dumps(arguments, ensure_ascii=False, allow_nan=False)
+        (found["name"] + text).encode("utf-8")  # half a surrogate pair can be escaped in JSON, and nowhere written
+    except (ValueError, RecursionError):
         return None
-    return ToolCall(found["name"], json.dumps(arguments, ensure_ascii=False))
+    return ToolCall(found["name"], text)
+
+
+def _json(text: str) -> Any:
+    """ValueError or RecursionError unless ``text`` is JSON; NaN and Infinity are not."""
+
+    def constant(name: str) -> NoReturn:
+        raise ValueError(f"{name} is not a JSON number")
+
+    return json.loads(text, parse_constant=constant)

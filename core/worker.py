@@ -1,6 +1,6 @@
 """One rank as `tele` starts it: runs a script and leaves a status file that says how it ended.
 
-    python core/worker.py --status-dir D [--output-file FILE] [--terminal] [--no-scheduler] script.py args...
+    python core/worker.py --status-dir D [options] script.py args...
 
 The launchers (msrun, torchrun) report a failing rank late, in their own words, or not at all; a status file written
 by the rank itself is the same for both: `D/status_<rank>.json` with the keys rank, pid, state (running | done |
@@ -19,8 +19,10 @@ import faulthandler
 import json
 import os
 import runpy
+import select
 import signal
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable, Sequence
@@ -105,10 +107,36 @@ def read_status(log_dir: str | Path, rank: int | str) -> dict[str, Any] | None:
         return None
 
 
-def die_with_parent() -> None:
-    """Ask Linux to kill this process when the one that started it dies, even by SIGKILL: no orphans."""
+def die_with_parent(parent: int | None = None) -> None:
+    """Ask Linux to kill this process when the one that started it dies, even by SIGKILL: no orphans.
+
+    ``parent``: its process id, where it is known; if that one has died before it could be asked, this one dies now.
+    """
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # 1 is PR_SET_PDEATHSIG
+    if parent is not None and os.getppid() != parent:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def die_with_launcher() -> None:
+    """Take stdin, a pipe whose other end `tele` alone holds, as the sign that it lives: die when the pipe ends.
+
+    Between `tele` and a rank stands msrun or torchrun. When both die before the rank has asked for its parent's death,
+    nothing else would tell it: who its parent was to be, it does not know. The end of a pipe stays to be seen.
+    """
+    line = os.dup(0)  # not inherited: what this rank starts need not know
+    with open(os.devnull) as nothing:
+        os.dup2(nothing.fileno(), 0)
+    die_with_parent()
+
+    def watch() -> None:
+        with contextlib.suppress(OSError):
+            os.read(line, 1)  # nothing is ever written: it returns at the end
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    if select.select([line], [], [], 0)[0]:
+        watch()
+    threading.Thread(target=watch, name="launcher", daemon=True).start()
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -118,11 +146,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--status-dir", type=Path, required=True)
     parser.add_argument("--output-file", help="write output here, not to the inherited streams; {rank} is filled in")
     parser.add_argument("--terminal", action="store_true", help="rank 0's output is shown on a terminal")
+    parser.add_argument("--lifeline", action="store_true", help="stdin is a pipe that ends with the launcher")
     parser.add_argument("--no-scheduler", action="store_true", help="as msrun's scheduler, leave: another node has it")
     parser.add_argument("script")
     parser.add_argument("args", nargs=argparse.REMAINDER)
     options = parser.parse_args(argv)
-    die_with_parent()
+    if options.lifeline:
+        die_with_launcher()
+    else:
+        die_with_parent()
     # A job started in the background inherits "ignore SIGINT"; this rank must be able to hear its launcher.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     if os.environ.get("MS_ROLE") == "MS_SCHED":

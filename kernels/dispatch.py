@@ -8,7 +8,7 @@ error, unless the run asked for the other one.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import NamedTuple
 
 from core.config import KERNEL_OPERATORS
@@ -63,9 +63,14 @@ def _choose(operator: str, candidates: Sequence[Candidate], wanted: str, device:
     raise UserError(f"kernels.{operator}: nothing can serve on {device}: {best.obstacle}")
 
 
-def describe(choices: Mapping[str, Choice]) -> list[str]:
-    """One line an implementation: "cpp: rms_norm, rope (the best on CPU)"."""
+def describe(choices: Mapping[str, Choice], without_float64: Collection[str] = ()) -> list[str]:
+    """One line an implementation: "cpp: rms_norm, rope (the best on CPU)".
+
+    ``without_float64``: of a model in float64, the implementations that have no such operators; "composite" serves.
+    """
     groups: dict[tuple[str, str], list[str]] = {}
-    for choice in choices.values():
-        groups.setdefault((choice.implementation, choice.reason), []).append(choice.operator)
+    for name, chosen, reason in choices.values():
+        if chosen in without_float64:
+            chosen, reason = "composite", f"{chosen} has no float64"
+        groups.setdefault((chosen, reason), []).append(name)
     return [f"{name}: {', '.join(operators)} ({reason})" for (name, reason), operators in groups.items()]

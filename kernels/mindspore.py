@@ -24,6 +24,8 @@ from kernels.mindspore_private import recording
 from kernels.reference import visible_keys
 from kernels.rehearsal import rehearsing
 
+_WITHOUT_FLOAT64 = ("cpp", "cann")
+
 _choices: dict[str, Choice] = {}
 _modules: dict[str, ModuleType | None] = {}
 
@@ -48,9 +50,9 @@ def choices() -> dict[str, Choice]:
     return dict(_choices) if _choices else select()
 
 
-def described() -> list[str]:
-    """What serves the operators of this process, and why, a line each."""
-    return describe(choices())
+def described(dtype: ms.Type = ms.float32) -> list[str]:
+    """What serves the operators of this process on tensors of ``dtype``, and why, a line each."""
+    return describe(choices(), _WITHOUT_FLOAT64 if dtype == ms.float64 else ())
 
 
 def candidates(device: str) -> dict[str, list[Candidate]]:

@@ -12,8 +12,7 @@ from typing import Any
 import mindspore as ms
 from mindspore import Tensor, ops
 
-from core.batch import IGNORE
-from kernels.mindspore_composite import total
+from kernels.mindspore_composite import total_loss
 from kernels.mindspore_private import Function
 
 Gradients = tuple[Tensor | None, ...]
@@ -195,7 +194,7 @@ class CrossEntropy(Function):
         losses = log_sum_exp - picked
         if z_loss:
             losses = losses + Tensor(z_loss, losses.dtype) * log_sum_exp * log_sum_exp
-        return total(losses * ops.cast(targets != IGNORE, losses.dtype))
+        return total_loss(losses, targets)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Gradients:

@@ -2,17 +2,23 @@
 
 They serve where no fused operator does, and in float64. B batch, S queries, T keys, H heads, K kv heads, D head dim.
 
+float64 judges the other precisions, so it must be float64 throughout. MindSpore (2.9.0) rounds a Python number that
+meets a tensor to float32, whatever the tensor's dtype: constants are tensors of that dtype here. Its CPU kernels of
+log_softmax are float32's in float64 too, and Adam and OneHot take no float64; exp, log, softmax, sigmoid, rsqrt, sums
+and matrix products are right to a few units in the last place (tests/parity/test_float64.py).
+
 MindSpore's CPU device has no bfloat16 matrix product (and no float16 accumulation rule to rely on). There the operands
 are rounded to the compute dtype and multiplied in float32, and the result is rounded again: what a matrix unit does.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import mindspore as ms
 import numpy as np
-from mindspore import Tensor, ops
+from mindspore import Parameter, Tensor, ops
 
 from core.batch import IGNORE
 from core.visibility import Block
@@ -119,7 +125,8 @@ def swiglu(gate: Tensor, up: Tensor, stat: ms.Type) -> Tensor:
 def gelu(x: Tensor) -> Tensor:
     """The tanh form, in float32 or wider: x / (1 + e^-2u) with u = sqrt(2/pi) * (x + 0.044715 x^3)."""
     wide = x if x.dtype == ms.float64 else ops.cast(x, ms.float32)
-    twice = wide * (2.0 * 0.7978845608028654) * (1.0 + 0.044715 * wide * wide)
+    slope, cubic = Tensor(2.0 * math.sqrt(2.0 / math.pi), wide.dtype), Tensor(0.044715, wide.dtype)
+    twice = wide * slope * (1 + cubic * wide * wide)
     return ops.cast(wide * ops.sigmoid(twice), x.dtype)
 
 
@@ -212,13 +219,21 @@ def cross_entropy(logits: Tensor, targets: Tensor, z_loss: float = 0.0) -> Tenso
     rows = logits.reshape(-1, logits.shape[-1])
     counted = flat != IGNORE
     index = ops.cast(flat * counted, ms.int32)
-    log_probs = ops.log_softmax(rows, -1)
-    picked = ops.gather_d(log_probs, 1, index)
+    if rows.dtype == ms.float64:
+        picked = ops.gather_d(rows, 1, index) - _log_sum_exp(rows)
+    else:
+        picked = ops.gather_d(ops.log_softmax(rows, -1), 1, index)
     losses = -picked
     if z_loss:
         log_sum_exp = ops.gather_d(rows, 1, index) - picked
         losses = losses + Tensor(z_loss, losses.dtype) * log_sum_exp * log_sum_exp
     return total(losses * ops.cast(counted, logits.dtype))
+
+
+def _log_sum_exp(rows: Tensor) -> Tensor:
+    """log(sum(exp(rows))) over the last axis, [..., 1]; for float64, in which exp and log are accurate."""
+    largest = ops.stop_gradient(ops.ReduceMax(keep_dims=True)(rows, -1))  # any shift has the same gradient
+    return largest + ops.log(ops.ReduceSum(keep_dims=True)(ops.exp(rows - largest), -1))
 
 
 def cross_entropy_forward(logits: Tensor, targets: Tensor, first: int, real: int) -> tuple[Tensor, Tensor]:
@@ -244,8 +259,8 @@ def cross_entropy_backward(
     counted = ops.cast(targets.reshape(-1, 1) != IGNORE, logits.dtype)
     weights, own = softmax_and_log_sum(logits)
     share = accurate(ops.exp, own - log_sum_exp.reshape(-1, 1))  # this shard's part of all probability, a row
-    target = ops.one_hot(index.reshape(-1), columns, Tensor(1.0, logits.dtype), Tensor(0.0, logits.dtype))
-    return weights * (share * counted * factor) - target * (held * factor)
+    target = ops.one_hot(index.reshape(-1), columns, Tensor(1.0, ms.float32), Tensor(0.0, ms.float32))
+    return weights * (share * counted * factor) - ops.cast(target, logits.dtype) * (held * factor)
 
 
 def _held(targets: Tensor, first: int, columns: int) -> tuple[Tensor, Tensor]:
@@ -253,6 +268,55 @@ def _held(targets: Tensor, first: int, columns: int) -> tuple[Tensor, Tensor]:
     local = targets.reshape(-1, 1) - first
     held = ops.logical_and(targets.reshape(-1, 1) != IGNORE, ops.logical_and(local >= 0, local < columns))
     return held, ops.cast(local * held, ms.int32)
+
+
+def adamw(
+    master: Parameter,
+    grad: Tensor,
+    m: Parameter,
+    v: Parameter,
+    step: int,
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    decay: float,
+    grad_scale: float = 1.0,
+) -> None:
+    """Update number ``step`` (from 1) of flat vectors in place, with grad * grad_scale.
+
+    ops.Adam computes lr * sqrt(1 - b2^t) / (1 - b1^t) * m / (sqrt(v) + eps). With eps * sqrt(1 - b2^t) in place of eps
+    that is the bias-corrected lr * m_hat / (sqrt(v_hat) + eps). It takes no float64, for which plain operators serve.
+    """
+    dtype = master.dtype
+
+    def number(value: float) -> Tensor:
+        return Tensor(value, dtype)
+
+    if decay:
+        master.set_data(master * number(1.0 - lr * decay))
+    grad = grad * number(grad_scale)
+    root = math.sqrt(1.0 - beta2**step)
+    if dtype != ms.float64:
+        scalars = [number(s) for s in (beta1**step, beta2**step, lr, beta1, beta2, eps * root)]
+        ops.Adam()(master, m, v, *scalars, grad)
+        return
+    m.set_data(m * number(beta1) + grad * number(1.0 - beta1))
+    v.set_data(v * number(beta2) + grad * grad * number(1.0 - beta2))
+    master.set_data(master - m * number(lr * root / (1.0 - beta1**step)) / (ops.sqrt(v) + number(eps * root)))
+
+
+def total_loss(losses: Tensor, targets: Tensor) -> Tensor:
+    """Sum of the token losses [N] whose target is not IGNORE, in their dtype. Nothing is recorded for a backward pass.
+
+    On the CPU the host adds them, in float64 as ``total`` does: there every operator of MindSpore 2.9.0 that takes a
+    plain number or a dtype beside its tensors (ops.cast, ReduceSum, MatMul, concat) keeps 512 bytes of its pool and 160
+    of malloc for it at each call, which a run of a million steps cannot afford. docs/reliability.md has the figures.
+    """
+    if ms.get_context("device_target") != "CPU":
+        return total(losses * ops.cast(targets != IGNORE, losses.dtype))
+    values = losses.asnumpy()
+    return Tensor((values * (targets.asnumpy() != IGNORE)).sum(dtype=np.float64).astype(values.dtype))
 
 
 def total(x: Tensor) -> Tensor:

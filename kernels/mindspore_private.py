@@ -6,13 +6,14 @@ engine under ``ms.grad``; they are None in a release that lacks them.
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import mindspore as ms
 from mindspore import Tensor
 
 try:
-    from mindspore.common._grad_function import _Function as Function
+    from mindspore.common._grad_function import _Function
 except ImportError:
 
     class Function:  # type: ignore[no-redef]
@@ -22,6 +23,31 @@ except ImportError:
         def apply(cls, *_: Any) -> Tensor:
             """Raises RuntimeError."""
             raise RuntimeError(f"MindSpore {ms.__version__} has no custom gradients in PyNative mode; use 2.9.0")
+
+else:
+
+    class Function(_Function):  # type: ignore[no-redef]
+        """An operator with a gradient of its own: static ``forward(ctx, *inputs)`` and ``backward(ctx, *grads)``.
+
+        MindSpore 2.9.0 and 2.10.0 never free the tuple ``ctx.needs_input_grad`` of a call: 40 + 8 n bytes for n inputs,
+        for ever. So every forward pass ends by putting the one empty tuple in its place, which frees it. Nothing here
+        reads it: a gradient that the engine does not want is dropped by the engine.
+        """
+
+        def __init_subclass__(cls, **options: Any) -> None:
+            super().__init_subclass__(**options)
+            forward = cls.__dict__.get("forward")
+            if forward is None:
+                return
+
+            @functools.wraps(forward.__func__)
+            def released(ctx: Any, *inputs: Any) -> Any:
+                try:
+                    return forward.__func__(ctx, *inputs)
+                finally:
+                    ctx.needs_input_grad = ()
+
+            cls.forward = staticmethod(released)  # type: ignore[method-assign]
 
 
 try:

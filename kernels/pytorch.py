@@ -32,6 +32,7 @@ DEVICES = {"cpu": "CPU", "cuda": "GPU", "npu": "NPU"}
 _NATIVE = ("rms_norm", "layer_norm", "gelu", "attention", "cross_entropy", "adamw")
 _CANN = ("rms_norm", "rope", "swiglu", "gelu", "attention", "merge_blocks", "adamw")
 _ALWAYS_TORCH = ("linear", "embedding")
+_WITHOUT_FLOAT64 = ("triton", "cann")
 
 _state: dict[str, dict[str, Choice]] = {}  # "choices", once made
 
@@ -54,9 +55,9 @@ def choices() -> dict[str, Choice]:
     return _state.get("choices") or select()
 
 
-def described() -> list[str]:
-    """What serves the operators of this process, and why, a line each."""
-    return describe(choices())
+def described(dtype: torch.dtype = torch.float32) -> list[str]:
+    """What serves the operators of this process on tensors of ``dtype``, and why, a line each."""
+    return describe(choices(), _WITHOUT_FLOAT64 if dtype == torch.float64 else ())
 
 
 def default_device() -> str:
@@ -88,7 +89,7 @@ def _candidates(operator: str, kind: str) -> list[Candidate]:
 def serving(operator: str, x: Tensor) -> ModuleType:
     """The module whose functions serve ``operator`` for tensors like ``x``; torch_native's are differentiable."""
     implementation = choices()[operator].implementation
-    if x.dtype == torch.float64 and implementation in ("triton", "cann"):
+    if x.dtype == torch.float64 and implementation in _WITHOUT_FLOAT64:
         return torch_composite
     if implementation == "triton":
         from kernels.triton import ops

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from core.batch import Batch
 from core.config import ModelConfig
+from core.loss_scale import gradients_of_batch
 from pt_reference import ops
 from pt_reference.model import Decoder, named_weights, to_numpy
 
@@ -34,16 +35,27 @@ def run(
     precision: str = "fp32",
     grads: bool = False,
 ) -> dict[str, Any]:
-    """``logits`` [B, S, V] float32 (fp64: float64), ``loss`` if the batch has targets, ``grads`` by logical name."""
+    """``logits`` [B, S, V] float32 (fp64: float64), ``loss`` if the batch has targets, ``grads`` by logical name.
+
+    fp16: gradients are those of the loss times ``loss_scale`` (core.loss_scale.largest_scale), divided by it in fp32.
+    """
     model = Decoder(config, precision).to(ops.device())
     model.load_weights(get)
-    with torch.set_grad_enabled(grads):
-        logits = batch_logits(model, batch)
-        result: dict[str, Any] = {"logits": to_numpy(logits)}
-        if batch.num_targets:
+    result: dict[str, Any] = {}
+
+    def compute(scale: float) -> dict[str, np.ndarray]:
+        """Gradients of scale * loss."""
+        model.zero_grad()
+        with torch.set_grad_enabled(grads):
+            logits = batch_logits(model, batch)
+            result["logits"] = to_numpy(logits)
+            if not batch.num_targets:
+                return {}
             loss = batch_loss(logits, batch, batch.num_targets)
             result["loss"] = loss.item()
-            if grads:
-                loss.backward()
-                result["grads"] = {name: to_numpy(p.grad) for name, p in named_weights(model).items()}
-    return result
+            if not grads:
+                return {}
+            (loss * scale).backward()
+        return {name: to_numpy(p.grad) for name, p in named_weights(model).items()}
+
+    return result | gradients_of_batch(compute, precision, grads and batch.num_targets > 0)

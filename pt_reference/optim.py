@@ -108,7 +108,8 @@ class AdamW:
         """Whether a bucket has entries whose age shows in Adam's bias correction; forgets those that grew out of it."""
         if number not in self._young:
             return False
-        young = any(is_young(self._config, self._steps, born) for born in self._young[number][1])
+        births, dtype = self._young[number][1], str(self.masters[number].dtype).removeprefix("torch.")
+        young = any(is_young(self._config, self._steps, born, dtype) for born in births)
         if not young:
             del self._young[number]
         return young

@@ -106,7 +106,7 @@ class Trainer:
         return {
             "backend": f"PyTorch {torch.__version__}",
             "device": torch.cuda.get_device_name() if ops.device().type == "cuda" else "cpu",
-            "operators": "; ".join(kernels.described()),
+            "operators": "; ".join(kernels.described(self.stages[0].dtypes.master)),
         }
 
 

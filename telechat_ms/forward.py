@@ -11,6 +11,7 @@ from mindspore import Tensor
 
 from core.batch import Batch
 from core.config import ModelConfig
+from core.loss_scale import gradients_of_batch
 from telechat_ms import ops
 from telechat_ms.model import Decoder, named_weights, to_numpy
 
@@ -34,26 +35,31 @@ def run(
     precision: str = "fp32",
     grads: bool = False,
 ) -> dict[str, Any]:
-    """``logits`` [B, S, V] float32 (fp64: float64), ``loss`` if the batch has targets, ``grads`` by logical name."""
+    """``logits`` [B, S, V] float32 (fp64: float64), ``loss`` if the batch has targets, ``grads`` by logical name.
+
+    fp16: gradients are those of the loss times ``loss_scale`` (core.loss_scale.largest_scale), divided by it in fp32.
+    """
     model = Decoder(config, precision)
     model.load_weights(get)
-    if not batch.num_targets:
-        return {"logits": to_numpy(batch_logits(model, batch))}
+    result: dict[str, Any] = {}
 
-    seen: list[np.ndarray] = []
+    def compute(scale: float) -> dict[str, np.ndarray]:
+        """Gradients of scale * loss."""
 
-    def loss_of_batch() -> Tensor:
-        logits = batch_logits(model, batch)
-        seen.append(to_numpy(logits))  # the backward may write over them
-        return batch_loss(logits, batch, batch.num_targets)
+        def loss_of_batch() -> Tensor:
+            logits = batch_logits(model, batch)
+            result["logits"] = to_numpy(logits)  # the backward may write over them
+            if not batch.num_targets:
+                return logits
+            loss = batch_loss(logits, batch, batch.num_targets)
+            result["loss"] = float(loss.asnumpy())
+            return loss * Tensor(scale, loss.dtype)
 
-    if not grads:
-        loss = loss_of_batch()
-        return {"logits": seen[0], "loss": float(loss.asnumpy())}
-    weights = named_weights(model)
-    loss, gradients = ms.value_and_grad(loss_of_batch, None, list(weights.values()))()
-    return {
-        "logits": seen[0],
-        "loss": float(loss.asnumpy()),
-        "grads": {name: to_numpy(g) for name, g in zip(weights, gradients, strict=True)},
-    }
+        if not (grads and batch.num_targets):
+            loss_of_batch()
+            return {}
+        weights = named_weights(model)
+        _, gradients = ms.value_and_grad(loss_of_batch, None, list(weights.values()))()
+        return {name: to_numpy(g) for name, g in zip(weights, gradients, strict=True)}
+
+    return result | gradients_of_batch(compute, precision, grads and batch.num_targets > 0)

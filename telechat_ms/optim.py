@@ -20,6 +20,7 @@ from core.growth import Growth, birth_classes
 from core.recipe import class_decay, class_rate, corrections, is_young, tells_classes_apart
 from core.sharding import Box, FlatPiece, Shard, flat_pieces
 from kernels import mindspore as kernels
+from kernels import mindspore_composite as composite
 from telechat_ms.collectives import agree, all_gather
 from telechat_ms.data_parallel import GradientBuckets
 from telechat_ms.mesh import Mesh
@@ -45,7 +46,6 @@ class AdamW:
         self.parts: list[Tensor] = []  # gradients after ``reduce``
         self._stale: set[int] = set()  # buckets whose masters changed and whose weights did not yet
         self.masters, self.m, self.v = ([self._vector(number, kind) for number in self._numbers] for kind in "wmv")
-        self._adam = ops.Adam()
         # Buckets with entries that came to be by growth: the class of each, and after how many updates each class came.
         self._young: dict[int, tuple[Tensor, list[int]]] = {}
 
@@ -79,46 +79,27 @@ class AdamW:
             rate = class_rate(config, lr, bucket.mup_class)
             decay = class_decay(config, bucket.decays, bucket.mup_class)
             young = self._still_young(number)
-            if fused is None:
-                self._step_composite(number, rate, decay, grad_scale)
-                if young:
-                    self._correct(number, rate)
-                continue
             vectors = self.masters[number], self.parts[number], self.m[number], self.v[number]
             numbers = self.step_count, rate, config.beta1, config.beta2, config.eps, decay, grad_scale
-            if self.gradients.adder is not None and self.gradients.parts == 1 and not young:
+            if fused is not None and self.gradients.adder is not None and self.gradients.parts == 1 and not young:
                 # The new weights are written where they belong while the masters are at hand.
                 for segment in bucket.segments:
                     place = {"first": segment.start, "grad_first": segment.start, "count": segment.size}
                     fused.adamw(*vectors, *numbers, copy=self.weights[segment.name], **place)
             else:
-                fused.adamw(*vectors, *numbers)
+                (fused or composite).adamw(*vectors, *numbers)
                 self._stale.add(number)
                 if young:
                     self._correct(number, rate)
         self.discard()
         self.refresh()
 
-    def _step_composite(self, number: int, lr: float, decay: float, grad_scale: float) -> None:
-        """ops.Adam computes lr * sqrt(1 - b2^t) / (1 - b1^t) * m / (sqrt(v) + eps).
-
-        With eps * sqrt(1 - b2^t) in place of eps that is the bias-corrected lr * m_hat / (sqrt(v_hat) + eps).
-        """
-        config, master = self.config, self.masters[number]
-        beta1_power, beta2_power = config.beta1**self.step_count, config.beta2**self.step_count
-        eps = config.eps * math.sqrt(1.0 - beta2_power)
-        scalars = [Tensor(s, self.dtype) for s in (beta1_power, beta2_power, lr, config.beta1, config.beta2, eps)]
-        if decay:
-            master.set_data(master * Tensor(1.0 - lr * decay, self.dtype))
-        gradient = self.parts[number] * Tensor(grad_scale, self.dtype)
-        self._adam(master, self.m[number], self.v[number], *scalars, gradient)
-        self._stale.add(number)
-
     def _still_young(self, number: int) -> bool:
         """Whether a bucket has entries whose age shows in Adam's bias correction; forgets those that grew out of it."""
         if number not in self._young:
             return False
-        young = any(is_young(self.config, self.step_count, born) for born in self._young[number][1])
+        births, dtype = self._young[number][1], str(self.dtype).lower()
+        young = any(is_young(self.config, self.step_count, born, dtype) for born in births)
         if not young:
             del self._young[number]
         return young

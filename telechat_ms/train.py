@@ -110,7 +110,7 @@ class Trainer:
         return {
             "backend": f"MindSpore {ms.__version__}",
             "device": str(ms.get_context("device_target")),
-            "operators": "; ".join(kernels.described()),
+            "operators": "; ".join(kernels.described(self.stages[0].dtypes.master)),
         }
 
 

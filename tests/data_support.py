@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from core.data.packed_files import sealed, unsealed
 from core.data.tokenizer import Tokenizer, load_tokenizer
 from core.data.tokenizer_training import train_tokenizer
 
@@ -36,6 +37,16 @@ def tiny_tokenizer_path() -> Path:
 @functools.cache
 def tiny_tokenizer(control: str = "chat", in_vocabulary: bool = False) -> Tokenizer:
     return load_tokenizer(tiny_tokenizer_path(), control, in_vocabulary)
+
+
+def reseal(folder: Path, **changes: Any) -> None:
+    """Change a packed folder's meta.json as its writer would have written it, own hash included; None removes."""
+    file = folder / "meta.json"
+    meta = {**json.loads(file.read_text(encoding="utf-8")), **changes}
+    meta = {name: value for name, value in meta.items() if value is not None}
+    if "meta_sha256" in meta:
+        meta["meta_sha256"] = unsealed()
+    file.write_text(sealed(json.dumps(meta, ensure_ascii=False, indent=1)), encoding="utf-8")
 
 
 def write_rows(path: Path, rows: Iterable[Any]) -> Path:

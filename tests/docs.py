@@ -38,6 +38,10 @@ NOT_RUN = {
     "make demo": "minutes; its parts are in tests/parity, and it is run by hand before a release",
     "make test": "is what runs this",
     "make test-unit": "is what runs this",
+    'make campaign-equivalence CAMPAIGN_ARGS="--trials 100 --seed 0 --out equivalence.json"': "ten minutes; "
+    "tests/parity/test_equivalence_campaign.py runs six of its cases",
+    "make campaign-memory": "a quarter of an hour; tests/unit/test_memory_campaign.py runs a short one",
+    "make campaign-kills": "an evening; tests/multiproc/test_kills.py runs a sample of it",
     "make install": "installs; continuous integration begins with it",
     "source .venv/bin/activate": "the shell's own; the tests run inside the environment",
     "tele train --backend pt --config configs/train/telechat2-tiny.yaml --out runs/second "
@@ -212,7 +216,7 @@ def _run_config(config: str, overrides: list[str]) -> None:
 
 
 def _make(words: list[str]) -> None:
-    text = (ROOT / "Makefile").read_text(encoding="utf-8")
+    text = (ROOT / "Makefile").read_text(encoding="utf-8").replace("\\\n", " ")  # a target's line may go on
     targets = re.search(r"^\.PHONY:(.*)$", text, flags=re.MULTILINE)
     assert targets is not None
     for word in words:

@@ -9,15 +9,20 @@ import numpy as np
 from core.config import ModelConfig
 
 
-def logits(config: ModelConfig, get: Callable[[str], np.ndarray], ids: np.ndarray) -> np.ndarray:
-    """TeleChat2's logits [B, S, V] in float64, written from the published formulas (S within the trained length)."""
+def logits(
+    config: ModelConfig, get: Callable[[str], np.ndarray], ids: np.ndarray, dtype: type = np.float64
+) -> np.ndarray:
+    """TeleChat2's logits [B, S, V] in float64, written from the published formulas (S within the trained length).
+
+    In complex128 the imaginary parts carry a derivative: every step is analytic.
+    """
     length, dim, heads, groups = ids.shape[1], config.head_dim, config.num_heads, config.num_kv_heads
     angle = np.arange(length)[:, None] * config.rope_theta ** (-np.arange(0, dim, 2) / dim)
     cos, sin = np.tile(np.cos(angle), 2), np.tile(np.sin(angle), 2)
     hidden_from = np.triu(np.full((length, length), -np.inf), 1)
 
     def weight(name):
-        return get(name).astype(np.float64)
+        return get(name).astype(dtype)
 
     def norm(x, name):
         return x / np.sqrt((x**2).mean(-1, keepdims=True) + config.norm_eps) * weight(name)

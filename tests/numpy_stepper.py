@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -57,6 +56,7 @@ class MemoryBlend:
     def __init__(self, seed: int, masked: bool = True, empty: tuple[int, ...] = ()) -> None:
         self.seed, self.masked, self.empty = seed, masked, empty
         self.num_samples = [1000]
+        self.vocab_size = VOCAB
 
     def batch(self, first_sample: int, count: int) -> Batch:
         ids = np.empty((count, SEQ_LEN), np.int32)
@@ -74,8 +74,8 @@ class MemoryBlend:
     def summary(self) -> str:
         return "made in memory"
 
-    def tokenizer_path(self) -> Path:
-        return Path(__file__)  # any file: it only travels with the checkpoint
+    def tokenizer(self) -> bytes:
+        return b"any bytes: they only travel with the checkpoint"
 
     def digest(self) -> str:
         return f"memory-{self.seed}-{self.masked}"

@@ -175,7 +175,7 @@ def refused(port: int, method: str, path: str, body: bytes, headers: dict[str, s
 
 def broken_http(port: int, rng: random.Random) -> str | None:
     """Bytes that are no HTTP request at all: 4xx, or a closed line."""
-    chat = b"POST " + CHAT.encode() + b" HTTP/1.1\r\nHost: x\r\n"
+    chat = b"POST " + CHAT.encode() + b" HTTP/1.1\r\nHost: localhost\r\n"
     lines = [
         b"GET\r\n\r\n",
         b"\x16\x03\x01\x02\x00",  # a browser that expects TLS

@@ -29,6 +29,7 @@ from tests.house import ROOT
 pytest.importorskip("fastapi", reason="fastapi and uvicorn are in the extra serve")
 
 from core.serve.app import HttpLimits, create_app  # noqa: E402
+from core.serve.hosts import Hosts  # noqa: E402
 from core.serve.job import Served  # noqa: E402
 from core.serve.server import address_of, open_socket, serve_until  # noqa: E402
 from core.serve.service import Service  # noqa: E402
@@ -68,6 +69,9 @@ def running(
     most_new: int = CONTEXT - 1,
     tokenizer: Any = None,
     narrow: bool = False,
+    hosts: Hosts | None = Hosts(),  # noqa: B008  (it is never changed)
+    connections: int = 64,
+    reuse: bool = True,
 ) -> Iterator[Running]:
     """Serve until the block is left; ``narrow``: on connections that hold little.
 
@@ -76,7 +80,7 @@ def running(
     runner = runner or Replier(reply, pause)
     tokenizer = tokenizer or tiny_tokenizer(in_vocabulary=True)
     limits = Limits(max_len=CONTEXT, most_running=most_running)
-    service = Service(Engine(runner, tokenizer, limits=limits), max_queue)
+    service = Service(Engine(runner, tokenizer, reuse=reuse, limits=limits), max_queue)
     served = Served(
         name=NAME,
         config=runner.config,
@@ -87,7 +91,7 @@ def running(
         created=1,
         fingerprint="fp_test",
     )
-    app = create_app(service, served, HttpLimits(body=body, seconds=seconds), keys)
+    app = create_app(service, served, HttpLimits(body=body, seconds=seconds), keys, hosts)
     up, state = threading.Event(), {}
     with open_socket("127.0.0.1", 0) as opened:
         if narrow:
@@ -95,7 +99,7 @@ def running(
 
         async def serve() -> None:
             state["loop"], state["signals"] = asyncio.get_running_loop(), asyncio.Queue()
-            await serve_until(state["signals"], app, service, opened, grace, up.set)
+            await serve_until(state["signals"], app, service, opened, grace, up.set, connections)
 
         thread = threading.Thread(target=lambda: asyncio.run(serve()), name="server")
         thread.start()

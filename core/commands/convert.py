@@ -9,8 +9,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-from core.atomic import show_bytes
+from core.atomic import show_bytes, standing
 from core.errors import UserError
+from core.run_lock import hold_place
 from core.shown import printable
 
 FORMATS = ("hf", "canonical", "mindformers")
@@ -53,6 +54,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "canonical 4GiB)",
     )
     parser.add_argument("--tokenizer", metavar="F", type=Path, help="tokenizer.model to put into a released folder")
+    parser.add_argument(
+        "--sums", action="store_true", help="put SHA256SUMS into a released folder; it is checked wherever it is read"
+    )
     parser.add_argument("--force", action="store_true", help="replace the model in DST, if it holds one")
     group = parser.add_argument_group(
         "MindFormers",
@@ -94,12 +98,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Convert; prints one line per fact on stdout, progress on stderr. UserError for anything the user can mend."""
+    check_options(args)
+    limit = parse_size(args.max_shard_size) if args.max_shard_size else None
+    _check_target(args.source, args.target, args.force)  # before a folder is made for the lock
+    with hold_place(args.target):
+        _check_target(args.source, args.target, args.force)
+        return _convert(args, limit)
+
+
+def _convert(args: argparse.Namespace, limit: int | None) -> int:
     from convert.copy import to_canonical, to_hf, to_mindformers, weight_bytes
     from convert.source import PlainSource
 
-    check_options(args)
-    limit = parse_size(args.max_shard_size) if args.max_shard_size else None
-    _check_target(args.source, args.target, args.force)
     started = time.monotonic()
     source = _open(args)
     if args.target_format != "canonical":
@@ -112,7 +122,7 @@ def run(args: argparse.Namespace) -> int:
             files = {"max_file_bytes": limit} if limit else {}
             to_canonical(source, args.target, args.dtype, on_bytes=bar.update, **files)
         elif args.target_format == "hf":
-            to_hf(source, args.target, args.dtype, limit, args.tokenizer, bar.update)
+            to_hf(source, args.target, args.dtype, limit, args.tokenizer, bar.update, args.sums)
         else:
             fused = args.qkv_concat or source.config.family == "flm"
             to_mindformers(
@@ -141,6 +151,9 @@ def check_options(args: argparse.Namespace) -> None:
         raise UserError(f"--to {to}: is what SRC is already; choose another of {', '.join(FORMATS)}")
     if args.tokenizer and to != "hf":
         raise UserError("--tokenizer: goes with --to hf; the others keep the release's own")
+    if args.sums and to != "hf":
+        why = "a canonical checkpoint has hashes" if to == "canonical" else "MindFormers has no place for them"
+        raise UserError(f"--sums: goes with --to hf; {why}")
     if args.tokenizer and not args.tokenizer.is_file():
         raise UserError(f"--tokenizer: {args.tokenizer}: no such file")
     written = {"--qkv-concat": args.qkv_concat, "--mcore": args.mcore, "--whole": args.whole}
@@ -169,13 +182,16 @@ def check_options(args: argparse.Namespace) -> None:
 
 
 def _open(args: argparse.Namespace) -> Any:
-    """SRC as a ModelSource, opened and checked; every file of a canonical checkpoint is hashed."""
+    """SRC as a ModelSource, opened and checked; every file that has a recorded hash is hashed."""
     from convert.hf import HfFolder
     from convert.mindformers import Known, MindFormersSource
     from convert.source import CanonicalSource, HfSource, open_model
+    from convert.sums import sums_bytes
 
     if args.source_format == "hf":
-        return HfSource(HfFolder(args.source))
+        with _Progress("verifying", sums_bytes(args.source)) as bar:
+            return HfSource(HfFolder(args.source, on_bytes=bar.update))
+    args.source = standing(args.source)
     if args.source_format == "mindformers":
         known = Known(args.source, args.model, args.config)
         if args.target_format == "mindformers":

@@ -4,17 +4,24 @@ from __future__ import annotations
 
 import argparse
 import os
+import sys
+from typing import Any
 
 from core.data.control import CONTROL_CHOICES, START
-from core.data.prepare import pack_dialogues, pack_text
+from core.data.packed import PackedDataset, bytes_to_verify, verify
+from core.data.prepare import pack_dialogues, pack_text, progress_bar
+from core.data.rows import skipped_inputs
 from core.data.sft import MINDFORMERS_SEED, VARIANTS
-from core.data.tokenizer import load_tokenizer
+from core.data.tokenizer import Tokenizer, load_tokenizer
 from core.errors import UserError
+from core.run_lock import hold_place
+from core.shown import printable
 
 EPILOG = """\
 examples:
   tele data corpus/ 'more/*.jsonl' --tokenizer tokenizer.model --out data/pretrain
   tele data dialogues.jsonl --tokenizer tokenizer.model --out data/sft --sft plain --seq-len 4096
+  tele data --verify data/pretrain data/sft
 """
 
 
@@ -22,10 +29,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.epilog = EPILOG
     parser.add_argument(
-        "inputs", nargs="+", metavar="INPUT", help="files, folders or quoted patterns; .jsonl goes by row"
+        "inputs", nargs="+", metavar="INPUT", help="files, folders or quoted patterns; .jsonl and .json by row"
     )
-    parser.add_argument("--out", required=True, help="the packed folder to make")
-    parser.add_argument("--tokenizer", required=True, help="tokenizer.model, or the folder that holds it")
+    parser.add_argument("--verify", action="store_true", help="hash every file of the packed folders INPUT; makes none")
+    parser.add_argument("--out", help="the packed folder to make")
+    parser.add_argument("--tokenizer", help="tokenizer.model, or the folder that holds it")
     parser.add_argument(
         "--control", choices=CONTROL_CHOICES, help="control token table (default: chat; mindformers for that variant)"
     )
@@ -38,6 +46,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     sft = parser.add_argument_group("dialogues")
     sft.add_argument("--sft", choices=VARIANTS, help="pack dialogues with this loss mask and packing")
     sft.add_argument("--seq-len", type=int, metavar="S", help="tokens a training sequence (needed with --sft)")
+    sft.add_argument(
+        "--ignore-key", action="append", default=[], metavar="NAME", help="leave this key of rows out (repeatable)"
+    )
     sft.add_argument("--no-template", action="store_true", help="deepspeed: build multi-turn rows without template")
     sft.add_argument("--in-order", action="store_true", help="mindformers: keep the order of the rows")
     sft.add_argument(
@@ -47,10 +58,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    if args.verify:
+        return _verify(args)
     _check(args)
+    for note in skipped_inputs(args.inputs):
+        print(f"note: {note}", file=sys.stderr)
     control = args.control or ("mindformers" if args.sft == "mindformers" else "chat")
     # Packed ids feed an embedding, so a control token beyond the vocabulary must not be made here.
     tokenizer = load_tokenizer(args.tokenizer, control, in_vocabulary=True)
+    with hold_place(args.out, f"--out {args.out}"):
+        return _pack(args, tokenizer)
+
+
+def _pack(args: argparse.Namespace, tokenizer: Tokenizer) -> int:
     if args.sft is None:
         meta = pack_text(
             args.inputs,
@@ -63,6 +83,9 @@ def run(args: argparse.Namespace) -> int:
             quiet=args.quiet,
         )
         print(f"{args.out}: {meta['documents']} documents, {meta['tokens']} tokens, vocabulary {meta['vocab_size']}")
+        if meta["fields_left_out"]:
+            names = printable(", ".join(meta["fields_left_out"]), 400)
+            print(f"left out: fields of rows other than '{args.text_key}': {names}")
         return 0
     seed = None if args.in_order else MINDFORMERS_SEED if args.shuffle_seed is None else args.shuffle_seed
     meta = pack_dialogues(
@@ -74,9 +97,15 @@ def run(args: argparse.Namespace) -> int:
         template=not args.no_template,
         shuffle_seed=seed,
         start_token="" if args.no_start else START,
+        ignore=args.ignore_key,
         force=args.force,
         quiet=args.quiet,
     )
+    _print_dialogues(args, meta)
+    return 0
+
+
+def _print_dialogues(args: argparse.Namespace, meta: dict[str, Any]) -> None:
     print(
         f"{args.out}: {meta['rows']} rows in {meta['sequences']} sequences, {meta['tokens']} tokens, "
         f"{meta['targets']} targets, vocabulary {meta['vocab_size']}"
@@ -87,10 +116,29 @@ def run(args: argparse.Namespace) -> int:
         print(f"cut: {meta['rows_cut']} rows are longer than {args.seq_len} tokens and continue in further sequences")
     if meta["tokens_truncated"]:
         print(f"truncated: {meta['tokens_truncated']} tokens beyond {args.seq_len}, as the released collator cuts them")
+    if meta["systems_left_out"]:
+        print(f"left out: the system text of {meta['systems_left_out']} rows, as the released {args.sft} packing does")
+
+
+def _verify(args: argparse.Namespace) -> int:
+    """Exit code 0 where every file is as it was written; UserError for the first folder that is not."""
+    if given := [name for name in ("out", "tokenizer", "sft", "control") if getattr(args, name) is not None]:
+        raise UserError(f"--{given[0]}: not with --verify, which only reads the packed folders that are named")
+    for folder in args.inputs:
+        size = bytes_to_verify(folder)
+        with progress_bar("verifying", size, args.quiet) as bar:
+            verify(folder, bar.update)
+        data = PackedDataset(folder)
+        for note in data.notes:
+            print(f"note: {note}", file=sys.stderr)
+        print(f"{folder}: verified, {len(data.meta['files'])} files, {size} bytes, {data.meta['tokens']} tokens")
     return 0
 
 
 def _check(args: argparse.Namespace) -> None:
+    for name in ("out", "tokenizer"):
+        if getattr(args, name) is None:
+            raise UserError(f"--{name}: missing; packing needs --tokenizer and --out (or --verify to check a folder)")
     if args.threads < 1:
         raise UserError(f"--threads: must be at least 1, found {args.threads}")
     if args.sft is not None and args.seq_len is None:
@@ -103,6 +151,7 @@ def _check(args: argparse.Namespace) -> None:
         "--shuffle-seed": (args.shuffle_seed is not None, ("mindformers",)),
         "--no-start": (args.no_start, ("mindformers",)),
         "--seq-len": (args.seq_len is not None, VARIANTS),
+        "--ignore-key": (bool(args.ignore_key), VARIANTS),
         "--bos": (args.bos, (None,)),
     }
     for name, (given, variants) in belongs.items():

@@ -20,7 +20,7 @@ from core.data.blend import open_blend
 from core.data.demo_text import write_demo_text
 from core.data.packed import PackedDataset
 from core.data.prepare import pack_dialogues, pack_text, read_texts
-from core.data.rows import detect_kind, find_inputs
+from core.data.rows import detect_kind, find_inputs, skipped_inputs
 from core.data.tokenizer import Tokenizer, load_tokenizer
 from core.data.tokenizer_training import train_tokenizer
 from core.engine import Engine
@@ -31,6 +31,7 @@ from core.metrics import Row, plot_losses, read_metrics
 from core.pages import pool_size
 from core.parity import Bound, compare_traces
 from core.parity_report import ParityReport, write_report
+from core.run_lock import NAME, hold_folder
 from core.sampling import sampling_config
 
 SHARES = {"english": 0.5, "code": 0.4, "chinese": 0.1}
@@ -59,15 +60,19 @@ def run(args: argparse.Namespace) -> int:
         raise UserError(f"--steps: must be at least 10, found {args.steps}")
     began, out = time.monotonic(), Path(args.out)
     writable_file(out / "demo.json", "--out")
-    if out.exists() and not (out / "demo.json").is_file() and any(out.iterdir()):
-        raise UserError(f"--out {out}: holds something other than an earlier demo; give an empty or a new folder")
-    out.mkdir(parents=True, exist_ok=True)
+    with hold_folder(out, f"--out {out}"):
+        if not (out / "demo.json").is_file() and any(entry.name != NAME for entry in out.iterdir()):
+            raise UserError(f"--out {out}: holds something other than an earlier demo; give an empty or a new folder")
+        return _run(args, out, began)
+
+
+def _run(args: argparse.Namespace, out: Path, began: float) -> int:
     write_text(out / "demo.json", json.dumps({"state": "running"}))
 
     _title("1  text, tokenizer, packed data")
     tokenizer, sources = prepare(args.data, args.tokenizer, out)
     config = demo_config(tokenizer, sources, args.steps, args.seed)
-    blend = open_blend(config.data, args.seed, config.model.num_tokens, config.model.pad_token_id)
+    blend = open_blend(config.data, args.seed, config.model.num_tokens, config.model.filler_id)
     print(blend.summary())
 
     _title("2  one batch: logits, loss and every gradient against float64")
@@ -96,7 +101,7 @@ def run(args: argparse.Namespace) -> int:
 
     _title("5  export to the released format, greedy continuation in both")
     export(out / "ms", out / "hf")
-    opening, *_ = PackedDataset(config.data.sources[0].path).sample(0, config.data.seq_len, config.model.pad_token_id)
+    opening, *_ = PackedDataset(config.data.sources[0].path).sample(0, config.data.seq_len, config.model.filler_id)
     apart = continuations(out / "hf", tokenizer, opening[:16])
 
     _title("result")
@@ -125,6 +130,8 @@ def prepare(
     groups: dict[str, Sequence[Path]]
     if data:
         groups, shares = {"data": find_inputs(data)}, {"data": 1.0}
+        for note in skipped_inputs(data):
+            print(f"note: {note}")
     else:
         groups, shares = {name: [file] for name, file in write_demo_text(out / "text").items()}, SHARES
     if tokenizer_file is None:

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from core import backends
+from core.atomic import new_file
 from core.batch import IGNORE, Batch, shift_labels
 from core.commands.generate import with_table_dtype
 from core.config import PRECISIONS, ModelConfig
@@ -27,6 +28,7 @@ from core.near import nearest
 from core.safetensors_io import SafetensorsFile
 from core.sharding import Box
 from core.shown import printable
+from core.xpos_range import say_xpos_range
 
 NAMES = ("input_ids", "labels", "loss_mask")
 MAX_INPUT = 1 << 26  # bytes of one of them: 8 million ids, whose logits no machine holds
@@ -59,7 +61,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--out", required=True, metavar="G", help="safetensors: logits, loss, grad.<name>")
     parser.add_argument(
-        "--grads", action="store_true", help="also d loss / d weight, in the checkpoint's names and packing"
+        "--grads",
+        action="store_true",
+        help="also d loss / d weight, in the checkpoint's names and packing (fp16: by a loss scale, without it)",
     )
     parser.add_argument("--precision", default="fp32", choices=PRECISIONS, help="arithmetic (fp32)")
     parser.add_argument("--table-dtype", choices=("float32", "float16"), help="rotary tables; float16 as released")
@@ -92,6 +96,7 @@ def run(args: argparse.Namespace) -> int:
     if args.grads and not has_loss:
         raise UserError(f"--grads: gradients are of the loss, and {args.inputs} has no labels; add them")
     note_length(config, batch.input_ids.shape[1])
+    say_xpos_range(config, args.precision, batch.input_ids.shape[1])
     if backend is not None:
         result = backend.run(config, source.tensor, batch, args.precision, args.grads)
     else:
@@ -100,14 +105,21 @@ def run(args: argparse.Namespace) -> int:
         if code:
             return code
 
-    tensors = {"logits": np.asarray(result["logits"], np.float32)}
+    tensors = {"logits": np.asarray(result["logits"], np.float64 if args.precision == "fp64" else np.float32)}
     if has_loss:
         tensors["loss"] = np.asarray(result["loss"], np.float64)
     if args.grads:
         tensors |= {f"grad.{name}": value for name, value in source.export(result["grads"]).items()}
     write_atomically(out, tensors)
+    if has_loss and not math.isfinite(tensors["loss"]):
+        print(
+            f"warning: the loss is {float(tensors['loss'])}; --precision {args.precision} may overflow", file=sys.stderr
+        )
     B, S = batch.input_ids.shape
     loss = f", loss {float(tensors['loss']):.6f} over {batch.num_targets} targets" if has_loss else ""
+    if args.grads and args.precision == "fp16":
+        exponent = round(math.log2(result["loss_scale"]))
+        loss += f", gradients computed with loss scale 2^{exponent} and divided by it"
     print(f"{args.out}: logits [{B}, {S}, {config.vocab_size}]{loss}", file=sys.stderr)
     return 0
 
@@ -155,7 +167,12 @@ def run_layout(
         found = collect(folder / "0", layout.world)
         if found.problems:
             raise RuntimeError(f"layout {layout.name}: {'; '.join(found.problems)}")
-        return 0, {"logits": found.logits, "loss": found.losses[0], "grads": found.gradients}
+        return 0, {
+            "logits": found.logits,
+            "loss": found.losses[0],
+            "grads": found.gradients,
+            "loss_scale": found.loss_scale,
+        }
     finally:
         if code != 1:
             shutil.rmtree(folder, ignore_errors=True)
@@ -264,23 +281,14 @@ def write_atomically(path: Path, tensors: dict[str, Any]) -> None:
     from safetensors import SafetensorError
     from safetensors.numpy import save_file
 
-    temporary: str | None = None
     try:
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
-        os.close(handle)
         # ascontiguousarray alone would turn a scalar into a vector.
         whole = {name: np.ascontiguousarray(value).reshape(np.shape(value)) for name, value in tensors.items()}
-        save_file(whole, temporary)
-        with open(temporary, "rb+") as file:
-            os.fsync(file.fileno())
-        # mkstemp makes private files; the result gets the rights any new file here would have.
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(temporary, 0o666 & ~umask)
-        os.replace(temporary, path)
-        temporary = None
+        with new_file(path) as beside:
+            save_file(whole, beside)
+            # The library makes private files; the result gets the rights any new file here would have.
+            umask = os.umask(0)
+            os.umask(umask)
+            os.chmod(beside, 0o666 & ~umask)
     except (OSError, SafetensorError) as error:
         raise UserError(f"--out {path}: cannot be written ({error})") from None
-    finally:
-        if temporary is not None and os.path.exists(temporary):
-            os.unlink(temporary)

@@ -23,6 +23,7 @@ from core.pages import pool_size
 from core.quantize import QUANTIZATIONS, quantizing
 from core.sampling import SamplingConfig, sampling_config
 from core.shown import controls_shown, printable
+from core.xpos_range import check_xpos_range, say_xpos_range
 
 if TYPE_CHECKING:
     from core.engine import Engine, Limits
@@ -152,16 +153,19 @@ class Loaded:
 
     def engine(self, max_len: int, samples: int = 1) -> Engine:
         """An engine on the backend with the weights in it, whose cache holds ``samples`` sequences of ``max_len``."""
+        check_xpos_range(self.config, self.args.precision, max_len)
         return self.engine_with(self.pages(max_len, samples))
 
-    def engine_with(self, pages: int, limits: Limits | None = None) -> Engine:
-        """An engine on the backend with the weights in it and a cache of so many pages."""
+    def engine_with(self, pages: int, limits: Limits | None = None, reuse: bool = True) -> Engine:
+        """An engine on the backend with the weights in it and a cache of so many pages; ``reuse`` as Engine has it."""
         from core.engine import Engine
 
+        if limits is not None and limits.max_len is not None:
+            check_xpos_range(self.config, self.args.precision, limits.max_len)
         module = backends.load(self.args.backend, "generate")
         get = quantizing(self.config, self.source.tensor) if self.args.quantize == "int8" else self.source.tensor
         runner = module.Runner(self.config, get, pages, self.args.precision)
-        return Engine(runner, self.tokenizer, rescale=self.args.rescale, limits=limits)
+        return Engine(runner, self.tokenizer, rescale=self.args.rescale, reuse=reuse, limits=limits)
 
     @staticmethod
     def pages(max_len: int, samples: int = 1) -> int:
@@ -182,7 +186,9 @@ def load_model(args: argparse.Namespace, need_tokenizer: str | None) -> Loaded:
     for note in source.notes:
         print(f"note: {printable(note)}", file=sys.stderr)
     config = with_table_dtype(source.config, args.table_dtype)
+    say_xpos_range(config, args.precision, config.max_seqlen)
     path = args.tokenizer or source.tokenizer_path
+    config = _without_padding(config, path, own=args.tokenizer is None)
     if path is None and need_tokenizer:
         raise UserError(
             f"{args.checkpoint}: no tokenizer.model in it, and {need_tokenizer} needs one; give --tokenizer PATH, "
@@ -194,6 +200,23 @@ def load_model(args: argparse.Namespace, need_tokenizer: str | None) -> Loaded:
         tokenizer = load_tokenizer(path, control=args.control, in_vocabulary=True)
         check_vocabulary(tokenizer, config)
     return Loaded(args, source, config, tokenizer)
+
+
+def _without_padding(config: ModelConfig, path: str | Path | None, own: bool) -> ModelConfig:
+    """``config`` that knows which rows of its vocabulary are padding, by the tokenizer at ``path``; said on stderr."""
+    from core.data.tokenizer import load_tokenizer
+    from core.vocabulary import fit_vocabulary
+
+    if path is None:
+        return config
+    try:
+        pieces = load_tokenizer(path, control="none").vocab_size
+    except UserError:
+        return config  # refused where text is needed, and without text it must not stand in the way
+    config, note = fit_vocabulary(config, pieces, own)
+    if note is not None:
+        print(f"note: {note}", file=sys.stderr)
+    return config
 
 
 def with_table_dtype(config: ModelConfig, table_dtype: str | None) -> ModelConfig:
@@ -230,7 +253,7 @@ def run(args: argparse.Namespace) -> int:
 
     stops: frozenset[int] = frozenset()
     if not args.ignore_eos:
-        stops = turn_stops(model.tokenizer, model.config) if args.chat else frozenset({model.config.eos_token_id})
+        stops = turn_stops(model.tokenizer, model.config) if args.chat else model.config.stop_ids
     has_text = model.tokenizer is not None
     request = Request(
         prompt_ids=tuple(ids),
@@ -244,7 +267,7 @@ def run(args: argparse.Namespace) -> int:
         # An answer starts a text of its own; a raw continuation goes on from the prompt's last word.
         text=("answer" if args.chat else "continuation") if has_text else "none",
     )
-    check_request(request, model.config.vocab_size, has_text)  # before weights are read
+    check_request(request, model.config.num_tokens, has_text)  # before weights are read
     terminal = sys.stdout.isatty()
     show = args.stream and not args.json and has_text and request.samples == 1
     started = time.perf_counter()
@@ -283,6 +306,7 @@ def _by_ranks(
     from core.launch import launch
 
     note_length(model.config, request.total)
+    check_xpos_range(model.config, args.precision, request.total)
     folder = Path(tempfile.mkdtemp(prefix="tele-generate-"))
     job = Job(
         backend=args.backend,

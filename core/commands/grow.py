@@ -17,6 +17,7 @@ from core.atomic import show_bytes
 from core.config import ModelConfig, load_model_config
 from core.errors import UserError
 from core.growth import METHODS, SIZES
+from core.run_lock import hold_place
 from core.schema import set_dotted
 from core.shown import printable
 
@@ -125,10 +126,11 @@ def run(args: argparse.Namespace) -> int:
     if args.plan:
         _print_cost(plan, lambda name, box: checkpoint.read("weights", name, box), checkpoint.nbytes, total)
         return 0
-    _check_target(checkpoint.path, args.target_folder)
     started = time.monotonic()
-    with _bar("growing", total) as bar:
-        grow_checkpoint(checkpoint, args.target_folder, plan, on_bytes=bar.update)
+    with hold_place(args.target_folder):
+        _check_target(checkpoint.path, args.target_folder)
+        with _bar("growing", total) as bar:
+            grow_checkpoint(checkpoint, args.target_folder, plan, on_bytes=bar.update)
     seconds = time.monotonic() - started
     rate = show_bytes(int((total + checkpoint.nbytes) / max(seconds, 1e-9)))
     print(f"wrote {args.target_folder}: {show_bytes(total)} of tensors in {seconds:.1f} s (read and written {rate}/s)")

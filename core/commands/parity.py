@@ -18,9 +18,10 @@ from core.init import init_weights
 from core.launch import launch
 from core.layout import Layout, check_layout, parse_layout
 from core.layout_parity import EXACT, LayoutReport, References, judge_layout, one_device, smooth_optim
-from core.layout_worker import Task, collect, launch_tasks, write_batch
+from core.layout_worker import Task, collect, launch_tasks, read_batch, write_batch
 from core.metrics import Row, read_metrics
 from core.parity import (
+    FULL,
     BatchReport,
     TraceReport,
     compare_low_precision_traces,
@@ -29,6 +30,7 @@ from core.parity import (
     nudged_weights,
 )
 from core.parity_report import ParityReport, write_report
+from core.run_lock import hold_folder
 
 LAYOUT_ROWS = 8  # samples that the layouts are compared on: enough for every rank of 8 to have one
 
@@ -90,8 +92,9 @@ def run(args: argparse.Namespace) -> int:
     layouts = read_layouts(args.layouts, config)
     writable_file(Path(args.out) / "report.md", "--out")
     names = list(dict.fromkeys(args.backends))
-    report, runs = make_report(config, Path(args.out), args.steps, names, args.weights, layouts, args.layout_steps)
-    path = write_report(report, Path(args.out), runs)
+    with hold_folder(args.out, f"--out {args.out}"):
+        report, runs = make_report(config, Path(args.out), args.steps, names, args.weights, layouts, args.layout_steps)
+        path = write_report(report, Path(args.out), runs)
     print(summary(report))
     print(f"report: {path}")
     return 1 if report.broken else 0
@@ -200,9 +203,14 @@ def compare_layouts(
     base = dataclasses.replace(base, steps=updates, optim=optim)
     exact = one_device(EXACT, base, "fp64")
     initial = init_weights(config.model, config.train.seed, scheme)
+    nudged = None
+    if base.precision in FULL:
+        weights = nudged_weights(initial, base.precision)
+        judge = backends.load(EXACT, "forward")
+        nudged = judge.run(config.model, weights.__getitem__, read_batch(base.batch), "fp64", True)["grads"]
     found: dict[tuple[str, str], LayoutReport] = {}
     for name in names:
-        references = References(one_device(name, base), exact, initial)
+        references = References(one_device(name, base), exact, initial, nudged)
         for world in sorted({layout.world for layout in layouts}):
             tasks = [_layout_task(base, layout, rows) for layout in layouts if layout.world == world]
             print(f"{len(tasks)} layouts of {world} ranks with {backends.TITLES[name]}", flush=True)
@@ -226,7 +234,7 @@ def _layout_task(base: Task, layout: Layout, rows: int) -> Task:
 
 
 def _blend(config: RunConfig) -> Blend:
-    return open_blend(config.data, config.train.seed, config.model.num_tokens, config.model.pad_token_id)
+    return open_blend(config.data, config.train.seed, config.model.num_tokens, config.model.filler_id)
 
 
 def compare_training(
@@ -234,11 +242,14 @@ def compare_training(
 ) -> tuple[TraceReport, dict[str, list[Row]]]:
     """Train ``steps`` steps in each backend, each in its own processes under its own launcher, and compare the metrics.
 
-    A run of higher precision (float64; fp32 for the 16-bit precisions), on one device, joins as the judge.
+    A run of higher precision (float64; fp32 for the 16-bit precisions), on one device, joins as the judge; fp64 is one.
     """
     runs = {backends.TITLES[name]: trace_rows(config, out, name, steps) for name in names}
     a, b = runs.values()
-    full = config.train.precision in ("fp32", "fp64")
+    precision = config.train.precision
+    if precision == "fp64":  # nothing judges it: PyTorch's run is the judge
+        return compare_traces(a, b, precision=precision), runs
+    full = precision == "fp32"
     judge = "fp64" if full else "fp32"
     exact_config = dataclasses.replace(
         config, train=dataclasses.replace(config.train, precision=judge), parallel=Layout()

@@ -30,6 +30,7 @@ from core.init import init_weights
 from core.layout import Layout
 from core.layout_parity import EXACT
 from core.parity import Bound, compare_traces, global_norm, judge_batch, nudged_weights, relative_frobenius, tolerances
+from core.run_lock import hold_folder
 
 if TYPE_CHECKING:
     from convert.grow_plan import Plan
@@ -57,8 +58,14 @@ def run(args: argparse.Namespace) -> int:
     stages = load_schedule(args.growth, args.config, args.set)
     if len(stages) < 2:
         raise UserError(f"--growth {args.growth}: has one stage; nothing grows")
-    out, names = Path(args.out), list(dict.fromkeys(args.backends))
+    out = Path(args.out)
     writable_file(out / "report.md", "--out")
+    with hold_folder(out, f"--out {out}"):
+        return _compare(args, stages, out)
+
+
+def _compare(args: argparse.Namespace, stages: Sequence[Stage], out: Path) -> int:
+    names = list(dict.fromkeys(args.backends))
     sections: list[Section] = []
     for before, stage in zip(stages, stages[1:], strict=False):
         layouts = read_layouts(args.layouts, stage.config)
@@ -189,7 +196,7 @@ def _forward(name: str, config: ModelConfig, weights: Weights, batch: Batch, pre
 
 
 def _batch(config: RunConfig) -> Batch:
-    blend = open_blend(config.data, config.train.seed, config.model.num_tokens, config.model.pad_token_id)
+    blend = open_blend(config.data, config.train.seed, config.model.num_tokens, config.model.filler_id)
     batch = blend.batch(0, config.train.micro_batch)
     if not batch.num_targets:
         raise UserError("data: no position of the first micro-batch counts in the loss; use a larger train.micro_batch")

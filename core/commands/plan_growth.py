@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 
 # Of a grown checkpoint with its optimizer: fp32 masters, m and v.
 _BYTES = 12
+# Options of `tele plan` that say of one size what a schedule says of each.
+_OF_THE_STAGES = ("layout", "seq_len", "micro_batch", "micro_batches", "precision", "recompute")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -23,6 +25,12 @@ def run(args: argparse.Namespace) -> int:
 
     if args.config is None:
         raise UserError("--growth: give the run it belongs to with --config")
+    for name in _OF_THE_STAGES:
+        if getattr(args, name) is not None:
+            raise UserError(
+                f"--{name.replace('_', '-')}: cannot be combined with --growth, whose stages have their own; change "
+                f"{args.config} or the stages of {args.growth}"
+            )
     stages = load_schedule(args.growth, args.config)
     told = []
     for stage in stages:
@@ -34,6 +42,7 @@ def run(args: argparse.Namespace) -> int:
             config.train.micro_batch,
             config.train.precision,
             config.train.recompute,
+            args.fused_attention,
             layout=config.parallel,
             micro_batches=max(1, config.train.global_batch // (config.parallel.dp * config.train.micro_batch)),
         )
@@ -46,7 +55,8 @@ def run(args: argparse.Namespace) -> int:
                 "steps": [stage.begin, stage.end],
                 "tokens": stage.tokens,
                 "flops": 6.0 * stage.parameters * stage.tokens,
-                "device_bytes": sum(plan["memory_bytes"].values()),
+                "device_bytes": plan["memory_bytes"]["total"],
+                "memory_bytes": {use: size for use, size in plan["memory_bytes"].items() if use != "total"},
                 "checkpoint_bytes": _BYTES * stage.parameters,
             }
         )

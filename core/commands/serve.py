@@ -29,6 +29,7 @@ examples:
 paths: /v1/chat/completions, /v1/completions, /v1/models, /health, /metrics, and / for a page to chat on.
 SIGTERM or Ctrl-C: new requests get 503, running ones have --grace seconds; a second one ends them at once."""
 
+SPARE_CONNECTIONS = 128  # for /health and the like, and for clients that have yet to ask
 MISSING = "tele serve: fastapi and uvicorn are not installed; run: pip install -e '.[serve]'"
 
 
@@ -42,12 +43,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     keys = parser.add_mutually_exclusive_group()
     keys.add_argument("--api-key", metavar="KEY", help="clients must send it; on a shared machine others may see it")
     keys.add_argument("--api-key-file", metavar="F", help="the same, from a file with a key a line")
+    parser.add_argument(
+        "--allowed-host",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="a name that clients may ask for beside this machine's own (may be given again; * allows any)",
+    )
+    parser.add_argument(
+        "--no-prompt-reuse", action="store_true", help="compute every prompt, though one before began alike"
+    )
     parser.add_argument("--max-len", type=int, metavar="N", help="tokens of prompt and answer (the model's max_seqlen)")
     parser.add_argument("--max-prompt-tokens", type=int, metavar="N", help="of these, the prompt's (all but one)")
     parser.add_argument("--max-new-tokens", type=int, metavar="N", help="of these, an answer's (all but one)")
     parser.add_argument("--cache-tokens", type=int, metavar="N", help="keys and values kept, in tokens (4 x --max-len)")
     parser.add_argument("--max-running", type=int, default=32, metavar="N", help="answers made at once (32)")
     parser.add_argument("--max-queue", type=int, default=128, metavar="N", help="answers that may wait (128)")
+    parser.add_argument(
+        "--max-connections", type=int, metavar="N", help="open at once (128 more than answers made and waiting)"
+    )
     parser.add_argument("--max-seconds", type=float, default=600.0, metavar="S", help="for a request, all told (600)")
     parser.add_argument("--max-body", type=int, default=4 << 20, metavar="BYTES", help="of a request's body (4 MiB)")
     parser.add_argument("--grace", type=float, default=30.0, metavar="S", help="to end running answers at the end (30)")
@@ -57,7 +71,8 @@ def run(args: argparse.Namespace) -> int:
     """Serve until a signal."""
     try:
         from core.serve.app import HttpLimits, create_app
-        from core.serve.server import address_of, open_socket, serve
+        from core.serve.hosts import allowed_hosts, is_local
+        from core.serve.server import address_of, allow_connections, open_socket, serve
         from core.serve.service import Service
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] not in ("fastapi", "starlette", "uvicorn"):
@@ -65,35 +80,48 @@ def run(args: argparse.Namespace) -> int:
         raise UserError(MISSING.removeprefix("tele serve: ")) from None
 
     check_options(args)
+    model_name(args)
     keys = read_keys(args)
+    connections = args.max_connections or SPARE_CONNECTIONS + args.max_running + args.max_queue
+    allow_connections(connections)
     with open_socket(args.host, args.port) as opened:  # before the weights, which may take minutes
+        listening = opened.getsockname()[0]
+        hosts = allowed_hosts(listening, args.host, args.allowed_host)
         model = load_model(args, "tele serve")
         pages, engine_limits = cache_sizes(args, model.config)
         print(f"loading {args.checkpoint}", file=sys.stderr, flush=True)
-        engine = model.engine_with(pages, engine_limits)
+        engine = model.engine_with(pages, engine_limits, reuse=not args.no_prompt_reuse)
         warm_up(engine)
         served = served_model(args, model, engine)
         service = Service(engine, args.max_queue)
-        app = create_app(service, served, HttpLimits(body=args.max_body, seconds=args.max_seconds), keys)
+        app = create_app(service, served, HttpLimits(body=args.max_body, seconds=args.max_seconds), keys, hosts)
         cache = engine.pool.capacity
         print(
             f"{served.name}: context {served.context} tokens, cache {cache} tokens "
             f"({cache * bytes_per_token(model) / 2**20:,.0f} MiB), {args.max_running} answers at once",
             file=sys.stderr,
         )
-        if not keys and not opened.getsockname()[0].startswith(("127.", "::1")):
+        if not keys and not is_local(listening):
             print("note: everybody who reaches this address can use it; --api-key-file asks for a key", file=sys.stderr)
 
         def ready() -> None:
             print(f"serving {served.name} at {address_of(opened)}", flush=True)
 
-        serve(app, service, opened, args.grace, ready)
+        serve(app, service, opened, args.grace, ready, connections)
     return 0
 
 
 def check_options(args: argparse.Namespace) -> None:
     """UserError on a number that makes no sense."""
-    for name in ("max_len", "max_prompt_tokens", "max_new_tokens", "cache_tokens", "max_running", "max_body"):
+    for name in (
+        "max_len",
+        "max_prompt_tokens",
+        "max_new_tokens",
+        "cache_tokens",
+        "max_running",
+        "max_body",
+        "max_connections",
+    ):
         value = getattr(args, name)
         if value is not None and value < 1:
             raise UserError(f"--{name.replace('_', '-')}: must be at least 1, found {value}")
@@ -158,7 +186,7 @@ def served_model(args: argparse.Namespace, model: Loaded, engine: Engine) -> Ser
     )
     context = engine.max_len
     return Served(
-        name=args.name or Path(args.checkpoint).resolve().name,
+        name=model_name(args),
         config=model.config,
         tokenizer=model.tokenizer,
         context=context,
@@ -168,6 +196,14 @@ def served_model(args: argparse.Namespace, model: Loaded, engine: Engine) -> Ser
         fingerprint="fp_" + hashlib.sha256(about.encode()).hexdigest()[:12],
         add_bos=args.add_bos,
     )
+
+
+def model_name(args: argparse.Namespace) -> str:
+    """The model's name to clients. UserError for one that cannot be printed."""
+    name = args.name or Path(args.checkpoint).resolve().name
+    if not name.isprintable() or not name.strip():
+        raise UserError(f"--name: expected a name of printable characters, found {name!r}; give another")
+    return name
 
 
 def bytes_per_token(model: Loaded) -> int:

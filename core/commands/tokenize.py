@@ -7,13 +7,17 @@ import json
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 from core.data.chat_template import encode_chat
 from core.data.control import CONTROL_CHOICES
+from core.data.dialogues import parse_dialogue
 from core.data.prepare import read_texts
+from core.data.rows import skipped_inputs
 from core.data.tokenizer import check_vocabulary, load_tokenizer
 from core.data.tokenizer_training import train_tokenizer
 from core.errors import UserError
+from core.foreign import parse_value
 from core.shown import controls_shown
 
 EPILOG = """\
@@ -35,6 +39,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     train.add_argument("--vocab-size", type=int, required=True, help="pieces, control tokens and bytes included")
     train.add_argument("--max-bytes", type=int, default=1 << 28, help="text to train on at most; it is kept in memory")
     train.add_argument("--threads", type=int, default=1)
+    train.add_argument(
+        "--ignore-key", action="append", default=[], metavar="NAME", help="leave this key of dialogue rows out"
+    )
     train.add_argument("--force", action="store_true", help="replace an existing file")
     encode = _with_tokenizer(actions.add_parser("encode", help="text to ids (from stdin when TEXT is absent)"))
     encode.add_argument("text", nargs="*", metavar="TEXT")
@@ -65,8 +72,11 @@ def _train(args: argparse.Namespace) -> int:
         raise UserError(f"{out}: is a folder; --out names the file to write, e.g. {out / 'tokenizer.model'}")
     if out.exists() and not args.force:
         raise UserError(f"{out}: exists already; choose another --out, or replace it with --force")
+    for note in skipped_inputs(args.inputs):
+        print(f"note: {note}", file=sys.stderr)
     begun = time.monotonic()
-    tokenizer = train_tokenizer(read_texts(args.inputs, args.max_bytes), out, args.vocab_size, threads=args.threads)
+    texts = read_texts(args.inputs, args.max_bytes, args.ignore_key)
+    tokenizer = train_tokenizer(texts, out, args.vocab_size, threads=args.threads)
     print(f"{out}: {tokenizer.vocab_size} pieces in {time.monotonic() - begun:.1f} s, SHA-256 {tokenizer.sha256[:16]}")
     return 0
 
@@ -100,6 +110,8 @@ def _decode(args: argparse.Namespace) -> int:
 
 def _id(word: str) -> int:
     try:
+        if not word.isascii() or "_" in word:  # int() reads other scripts' digits and separators
+            raise ValueError
         return int(word)
     except ValueError:
         raise UserError(f"'{word[:40]}': not a token id; ids are whole numbers") from None
@@ -121,13 +133,15 @@ def _names(table: dict[str, int]) -> str:
     return " ".join(f"{name}={i}" for name, i in table.items()) or "none"
 
 
-def _messages(text: str) -> list[dict]:
+def _messages(text: str) -> list[dict[str, Any]]:
     try:
-        messages = json.loads(text)
+        messages = parse_value(text.encode("utf-8", "surrogatepass"))
     except json.JSONDecodeError as error:
         raise UserError(f"--chat: TEXT is not valid JSON ({error.msg} at column {error.colno})") from None
-    except (ValueError, RecursionError):
-        raise UserError("--chat: TEXT is not JSON that can be read (nested too deep, or a number too long)") from None
+    except ValueError as error:
+        raise UserError(f"--chat: TEXT is not JSON that can be read ({error})") from None
     if not isinstance(messages, list):
         raise UserError(f"--chat: expected a JSON list of messages, found {type(messages).__name__}")
-    return messages
+    dialogue = parse_dialogue({"messages": messages}, "--chat")
+    first = [] if dialogue.system is None else [{"role": "system", "content": dialogue.system}]
+    return [*first, *dialogue.messages]

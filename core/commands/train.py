@@ -77,6 +77,7 @@ def run(args: argparse.Namespace) -> int:
     from core.launch import COLLECTIVE_TIMEOUT, launch
     from core.launch_command import check_nodes
     from core.layout import check_layout
+    from core.run_lock import DYING, require_free
 
     if args.growth is not None:
         from core.commands import train_growth
@@ -98,12 +99,16 @@ def run(args: argparse.Namespace) -> int:
         micro_batch=config.train.micro_batch,
         seq_len=config.data.seq_len,
     )
-    open_blend(config.data, config.train.seed, config.model.num_tokens, config.model.pad_token_id)
+    open_blend(config.data, config.train.seed, config.model.num_tokens, config.model.filler_id)
     if args.resume not in (None, "auto") and not Path(args.resume).is_dir():
         raise UserError(f"--resume: no folder {args.resume}; give a checkpoint or a run's folder, or 'auto'")
     out = Path(args.out or Path("runs") / f"{Path(args.config).stem}-{args.backend}")
     if out.exists() and not out.is_dir():
         raise UserError(f"--out: {out} is a file; give a folder")
+    what = f"--out {out}"
+    require_free(out / (f"logs-node{args.node_rank}" if args.node_rank else "logs"), what)
+    if not args.node_rank:
+        require_free(out, what, patience=DYING)  # rank 0's own, which a raw msrun or torchrun has, too
     _keep_earlier_run(out, args.resume)
     script_args = ["--config", args.config, "--out", str(out)]
     for assignment in overrides:

@@ -22,6 +22,7 @@ from core.checkpoint_save import STEP_FOLDER
 from core.errors import UserError
 from core.foreign import read_text
 from core.metrics import Row, plot_losses, read_metrics
+from core.run_lock import NAME, hold_folder, require_free
 from core.shown import shown
 
 if TYPE_CHECKING:
@@ -58,10 +59,18 @@ def run(args: argparse.Namespace) -> int:
                 f"stage '{stage.name}'"
             )
     first = stages[0].config
-    open_blend(first.data, first.train.seed, first.model.num_tokens, first.model.pad_token_id)
+    open_blend(first.data, first.train.seed, first.model.num_tokens, first.model.filler_id)
     out = Path(args.out or Path("runs") / f"{Path(args.growth).stem}-{args.backend}")
-    if args.resume is None and out.exists() and any(out.iterdir()):
-        raise UserError(f"--out {out}: already holds a run; give another folder, or --resume auto to go on")
+    what, name = f"--out {out}", f"{NAME}-node{args.node_rank}" if args.node_rank else NAME
+    require_free(out, what, name)
+    held = any(not entry.name.startswith(NAME) for entry in out.iterdir()) if out.is_dir() else out.exists()
+    if args.resume is None and held:
+        raise UserError(f"{what}: already holds a run; give another folder, or --resume auto to go on")
+    with hold_folder(out, what, name):
+        return _run(stages, out, args)
+
+
+def _run(stages: Sequence[Stage], out: Path, args: argparse.Namespace) -> int:
     for number in range(1, len(stages) + 1):
         code = _train(stages, number, out, args)
         if args.node_rank == 0:

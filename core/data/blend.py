@@ -13,7 +13,6 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from pathlib import Path
 
 import numpy as np
 
@@ -22,6 +21,7 @@ from core.config import DataConfig
 from core.data.packed import PackedDataset
 from core.data.permute import Permutation
 from core.errors import UserError
+from core.vocabulary import most_padding
 
 # Weights repeat exactly after this many samples at most; finer ones are rounded to it.
 MAX_PERIOD = 1 << 16
@@ -56,10 +56,12 @@ class Schedule:
 
 
 class Blend:
-    """Made by ``open_blend``. ``sources``, ``weights`` (fractions) and ``num_samples`` (a pass of each) describe it."""
+    """Made by ``open_blend``. ``vocab_size`` (the tokenizer's pieces), ``sources``, ``weights`` (fractions) and
+    ``num_samples`` (a pass of each) describe it."""
 
     def __init__(self, sources: Sequence[PackedDataset], data: DataConfig, seed: int, pad_token_id: int):
         self.sources = list(sources)
+        self.vocab_size = self.sources[0].vocab_size
         self.seq_len, self.isolate, self.seed = data.seq_len, data.isolate_documents, seed
         self._pad = pad_token_id
         self._given = [source.weight for source in data.sources]
@@ -107,11 +109,12 @@ class Blend:
         lines = []
         for source, weight, samples in zip(self.sources, self.weights, self.num_samples, strict=True):
             lines.append(f"{source.path}: {float(weight):.4g} of samples, {samples} samples a pass ({source.kind})")
+            lines += [f"note: {note}" for note in source.notes]
         return "\n".join(lines)
 
-    def tokenizer_path(self) -> Path:
-        """The tokenizer stored with the first source."""
-        return self.sources[0].path / "tokenizer.model"
+    def tokenizer(self) -> bytes:
+        """The tokenizer.model stored with the first source, as it was verified when the source was opened."""
+        return self.sources[0].tokenizer
 
 
 def open_blend(data: DataConfig, seed: int, vocab_size: int, pad_token_id: int) -> Blend:
@@ -127,15 +130,17 @@ def open_blend(data: DataConfig, seed: int, vocab_size: int, pad_token_id: int) 
     opened: list[PackedDataset] = []
     for n, given in enumerate(data.sources):
         source = PackedDataset(given.path)
-        if source.vocab_size != vocab_size:
+        # Fewer pieces than rows: the vocabulary may be padded (core.vocabulary), on which the caller decides.
+        if not 0 <= vocab_size - source.vocab_size <= most_padding(vocab_size, source.vocab_size, own=False):
             raise UserError(
                 f"data.sources[{n}]: {given.path} was made by a tokenizer of {source.vocab_size} pieces but "
-                f"model.vocab_size is {vocab_size}; pack with the model's tokenizer, or set model.vocab_size"
+                f"model.vocab_size is {vocab_size}; pack with the model's tokenizer, or set model.vocab_size "
+                "(model.vocab_tokens if the rows beyond only pad)"
             )
-        if source.meta["largest_id"] >= vocab_size:
+        if source.meta["largest_id"] >= source.vocab_size:
             raise UserError(
                 f"data.sources[{n}]: {given.path} holds token id {source.meta['largest_id']}, outside the vocabulary "
-                f"of {vocab_size}; pack the data again"
+                f"of {source.vocab_size}; pack the data again"
             )
         if opened and source.meta["tokenizer"]["sha256"] != opened[0].meta["tokenizer"]["sha256"]:
             raise UserError(

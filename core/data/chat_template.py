@@ -2,8 +2,9 @@
 
     <_system>SYSTEM\\n<_user>QUESTION<_bot>ANSWER<_end>\\n<_user>...<_bot>
 
-A message is {"role", "content"} with role system, user, assistant or bot (may carry "tool_calls"), or tool. As in the
-released template a system message counts only where it comes first and is passed over elsewhere.
+A message is {"role", "content"} with role system, user, assistant or bot (may carry "tool_calls", whose arguments are
+objects or the JSON text of one), or tool. As in the released template a system message counts only where it comes first
+and is passed over elsewhere; commands refuse it there.
 
 ``render`` gives the released text; ``encode_chat`` gives ids in which only the layout's own control tokens are control
 tokens, whatever strings the contents hold.
@@ -28,6 +29,7 @@ from core.data.control import (
 )
 from core.data.tokenizer import Allow, Tokenizer
 from core.errors import UserError
+from core.foreign import parse_value
 
 DEFAULT_SYSTEM = (
     "你是中国电信星辰语义大模型，英文名是TeleChat，你是由中电信人工智能科技有限公司和"
@@ -153,10 +155,26 @@ def _assistant_parts(message: Mapping[str, Any]) -> list[Part]:
     parts = [Part(BOT, control=True), Part(message.get("content") or "", answer=True)]
     for n, call in enumerate(message.get("tool_calls") or ()):
         call = call.get("function", call)
-        body = f'\n{{"name": "{call["name"]}", "arguments": {_json(call["arguments"])}}}\n'
+        try:
+            arguments = tool_arguments(call["arguments"])
+        except ValueError as error:
+            raise UserError(f"tool_calls[{n}].arguments: {error}") from None
+        body = f'\n{{"name": "{call["name"]}", "arguments": {_json(arguments)}}}\n'
         parts += [Part("\n" if n else "", answer=True), Part(TOOL_CALL, control=True, answer=True)]
         parts += [Part(body, answer=True), Part(TOOL_CALL_END, control=True, answer=True)]
     return [*parts, Part(END, control=True, answer=True), Part("\n")]
+
+
+def tool_arguments(value: Any) -> dict[str, Any]:
+    """A call's arguments as an object; the OpenAI interface has them as its JSON text. ValueError for anything else."""
+    if isinstance(value, str):
+        try:
+            value = parse_value(value.encode()) if value.strip() else {}
+        except ValueError as error:
+            raise ValueError(f"must be a JSON object or the text of one ({getattr(error, 'msg', error)})") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"must be a JSON object or the text of one, found {type(value).__name__}")
+    return value
 
 
 def _tool_parts(message: Mapping[str, Any], follows_tool: bool) -> list[Part]:

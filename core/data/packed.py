@@ -1,10 +1,11 @@
 """Packed token files: a folder of flat arrays that training maps into memory, and the view that cuts samples from it.
 
-    meta.json        format, version, kind, counts, tokenizer, size and SHA-256 of every file below
+    meta.json        format, version, kind, counts, tokenizer, size and SHA-256 of itself and every file below
     tokens.bin       uint16 (vocabulary up to 65536) or int32, little-endian, every token in a row
     documents.bin    int64 [documents + 1], where each document starts; the last entry is the number of tokens
     sequences.bin    int64 [sequences + 1], kind "sft" only: where each training sequence starts
     mask.bin         uint8 [tokens], kind "sft" only: 1 where the token counts as a target
+    tokens.sums      SHA-256 of each 64 KiB of tokens.bin; mask.sums: of mask.bin (core.data.packed_files)
     tokenizer.model  the tokenizer that made the ids
 
 The folder appears under its name only when it is complete.
@@ -20,23 +21,31 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
-import psutil
 
+from core.atomic import clean_stale, mark_lives, publish, standing, start_building
 from core.batch import IGNORE
+from core.data.packed_files import (
+    FORMAT,
+    SMALL,
+    SUMS,
+    VERSION,
+    Blocks,
+    HashedFile,
+    OnBytes,
+    check_hash,
+    check_offsets,
+    check_size,
+    read_meta,
+    sealed,
+    token_dtype,
+    unsealed,
+)
 from core.data.tokenizer import Tokenizer
 from core.errors import UserError
 from core.foreign import load_json
-
-FORMAT, VERSION = "telechat-packed", 1
-KINDS = ("text", "sft")
-
-
-def token_dtype(vocab_size: int) -> np.dtype:
-    """The narrowest stored type that holds every id."""
-    return np.dtype("<u2") if vocab_size <= 65536 else np.dtype("<i4")
 
 
 class PackedWriter:
@@ -50,21 +59,25 @@ class PackedWriter:
         self.out = Path(out).absolute()
         self._tokenizer, self._kind = tokenizer, kind
         self._dtype = token_dtype(tokenizer.vocab_size)
-        self._replaces = _may_write(self.out, force)
-        self._partial = self.out.with_name(f".{self.out.name}.{os.getpid()}.partial")
+        if self.out.parent.is_dir():
+            with self._disk():
+                clean_stale(self.out.parent)
+                _remove_abandoned(self.out)
+        _may_write(self.out, force)
         self.tokens = self.documents = self.sequences = self.targets = 0
         self.largest_id = -1
         self._finished = False
         names = ["tokens.bin", "documents.bin"] + (["sequences.bin", "mask.bin"] if kind == "sft" else [])
-        self._files: dict[str, _HashedFile] = {}
+        self._files: dict[str, HashedFile] = {}
         with self._disk():
-            self.out.parent.mkdir(parents=True, exist_ok=True)
-            _remove_abandoned(self.out)
-            self._partial.mkdir()
+            self._partial = start_building(self.out)
         try:
             with self._disk():
                 for name in names:
-                    self._files[name] = _HashedFile(self._partial / name)
+                    sums = SUMS.get(name)
+                    if sums is not None:
+                        self._files[sums] = HashedFile(self._partial / sums)
+                    self._files[name] = HashedFile(self._partial / name, self._files[sums] if sums else None)
         except BaseException:
             self.discard()
             raise
@@ -127,11 +140,14 @@ class PackedWriter:
                 self._offset(name)
         with self._disk():
             (self._partial / "tokenizer.model").write_bytes(self._tokenizer.model_bytes)
-            files = {name: file.close() for name, file in self._files.items()}
+            # Files before the sums of their blocks, the last of which is written when the file is closed.
+            ordered = sorted(self._files, key=lambda name: name in SUMS.values())
+            files = {name: self._files[name].close() for name in ordered}
             files["tokenizer.model"] = {"bytes": len(self._tokenizer.model_bytes), "sha256": self._tokenizer.sha256}
             meta = {
                 "format": FORMAT,
                 "version": VERSION,
+                "meta_sha256": unsealed(),
                 "kind": self._kind,
                 "vocab_size": self._tokenizer.vocab_size,
                 "dtype": self._dtype.name,
@@ -144,24 +160,12 @@ class PackedWriter:
                 "files": files,
             }
             with open(self._partial / "meta.json", "w", encoding="utf-8") as file:
-                json.dump(meta, file, ensure_ascii=False, indent=1)
+                file.write(sealed(json.dumps(meta, ensure_ascii=False, indent=1)))
                 file.flush()
                 os.fsync(file.fileno())
-            self._publish()
-        return meta
-
-    def _publish(self) -> None:
-        old = self.out.with_name(f".{self.out.name}.{os.getpid()}.old")
-        if self._replaces:
-            os.rename(self.out, old)
-        os.rename(self._partial, self.out)
+            publish(self._partial, self.out)
         self._finished = True
-        folder = os.open(self.out.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
-        shutil.rmtree(old, ignore_errors=True)
+        return meta
 
     def _offset(self, name: str) -> None:
         self._write(name, np.asarray([self.tokens], "<i8"))
@@ -179,40 +183,64 @@ class PackedWriter:
 
 
 class PackedDataset:
-    """A packed folder, opened for reading. ``meta`` is meta.json; nothing is loaded before it is used.
+    """A packed folder, opened for reading. ``meta`` is meta.json; tokens are not loaded before they are used.
 
-    UserError when the folder is missing, unfinished, of another format, or when a file has not its recorded size.
+    ``tokenizer``: the bytes of tokenizer.model. ``notes``: what could not be verified, for a reader.
+
+    UserError when the folder is missing, unfinished, of another format, or when a file is not what was written: the
+    files that say where things are and files up to SMALL bytes are hashed here, the rest where it is read.
     """
 
     def __init__(self, path: str | Path):
-        self.path = Path(path)
-        self.meta = _read_meta(self.path)
+        self.path = standing(Path(path))
+        self.meta = read_meta(self.path)
         self.kind: str = self.meta["kind"]
         self.vocab_size: int = self.meta["vocab_size"]
-        for name, facts in self.meta["files"].items():
-            file = self.path / name
-            size = file.stat().st_size if file.is_file() else None
-            if size != facts["bytes"]:
-                found = "missing" if size is None else f"{size} bytes"
-                raise UserError(f"{file}: expected {facts['bytes']} bytes, found {found}; make the folder again")
+        for name in self.meta["files"]:
+            check_size(self.path, self.meta, name)
+        large = [name for name in SUMS if name in self.meta["files"] and self.meta["files"][name]["bytes"] > SMALL]
+        for name in self.meta["files"].keys() - set(large):
+            check_hash(self.path, self.meta, name)
+        self.tokenizer = (self.path / "tokenizer.model").read_bytes()
         self.tokens = self._map("tokens.bin", np.dtype(self.meta["dtype"]).newbyteorder("<"))
         self.documents = self._map("documents.bin", np.dtype("<i8"))
         sft = self.kind == "sft"
         self.mask = self._map("mask.bin", np.dtype(np.uint8)) if sft else None
         self.sequences = self._map("sequences.bin", np.dtype("<i8")) if sft else None
-
-    def verify(self) -> None:
-        """Hash every file; UserError names the first that was altered."""
-        for name, facts in self.meta["files"].items():
-            with open(self.path / name, "rb") as file:
-                found = hashlib.file_digest(file, "sha256").hexdigest()
-            if found != facts["sha256"]:
-                raise UserError(f"{self.path / name}: altered (SHA-256 {found[:16]}, recorded {facts['sha256'][:16]})")
+        for name, offsets in (("documents.bin", self.documents), ("sequences.bin", self.sequences)):
+            if offsets is not None:
+                check_offsets(self.path / name, offsets, len(self.tokens), name.removesuffix("s.bin"))
+        sealed_meta = self.meta["version"] > 1
+        self._blocks = {name: Blocks(self.path / name, self.path / SUMS[name]) for name in large if sealed_meta}
+        self.notes = [] if sealed_meta else [_unverified(self.path, self.meta, large)]
 
     def digest(self) -> str:
-        """Identifies the contents: a hash of the recorded hashes."""
-        facts = {name: f["sha256"] for name, f in sorted(self.meta["files"].items())}
+        """Identifies the contents: a hash of the recorded hashes, to which the files are held when they are read."""
+        files = self.meta["files"].items()
+        facts = {name: f.get("sha256") for name, f in sorted(files) if name not in SUMS.values()}
         return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+
+    def check_counts(self) -> None:
+        """Read everything and hold it against the counts of meta.json, for folders in which not all has a hash."""
+        step, largest, targets = 1 << 22, -1, 0
+        for begin in range(0, len(self.tokens), step):
+            largest = max(largest, int(self._taken(begin, min(begin + step, len(self.tokens))).max()))
+            if self.mask is not None:
+                part = self.mask[begin : begin + step]
+                if part.max() > 1:
+                    raise UserError(
+                        f"{self.path / 'mask.bin'}: altered, holds {int(part.max())}; make the folder again"
+                    )
+                targets += int(part.sum())
+        if self.mask is not None and self.sequences is not None:
+            targets -= int(self.mask[self.sequences[:-1]].sum())  # position 0 is predicted by nothing
+        found = {"largest_id": largest, **({"targets": targets} if self.mask is not None else {})}
+        for name, value in found.items():
+            if self.meta.get(name) != value:
+                raise UserError(
+                    f"{self.path}: altered, the files hold {name} {value}, meta.json {self.meta.get(name)}; "
+                    "make the folder again"
+                )
 
     def check_seq_len(self, seq_len: int) -> None:
         """UserError when samples of ``seq_len`` would cut stored sequences."""
@@ -245,8 +273,7 @@ class PackedDataset:
             begin = index * seq_len
             end = len(self.tokens)
         end = min(end, begin + seq_len + 1)
-        taken = self.tokens[begin:end].astype(np.int32)
-        self._check(taken, begin, end)
+        taken = self._taken(begin, end)
         inputs = taken[:seq_len]
         input_ids = np.full(seq_len, pad_token_id, np.int32)
         input_ids[: len(inputs)] = inputs
@@ -265,14 +292,12 @@ class PackedDataset:
         targets[: len(taken) - 1] = np.where(counts[1:], taken[1:], IGNORE)
         return input_ids, targets, positions, doc_ids
 
-    def _check(self, taken: np.ndarray, begin: int, end: int) -> None:
-        """What a corpus altered in place would break far away, inside an embedding; hashing all of it takes too long
-        to be done before every run."""
-        if not 0 <= begin < end <= len(self.tokens):
-            raise UserError(
-                f"{self.path / 'sequences.bin'}: altered, a sequence goes from token {begin} to {end} of "
-                f"{len(self.tokens)}; make the folder again"
-            )
+    def _taken(self, begin: int, end: int) -> np.ndarray:
+        """Tokens ``begin`` to ``end`` as int32, in which nothing was altered that would break far away."""
+        for name, blocks in self._blocks.items():
+            item = self.tokens.itemsize if name == "tokens.bin" else 1
+            blocks.check(begin * item, end * item)
+        taken = self.tokens[begin:end].astype(np.int32)
         bad = (taken < 0) | (taken >= self.vocab_size)
         if bad.any():
             place = int(np.argmax(bad))
@@ -280,6 +305,7 @@ class PackedDataset:
                 f"{self.path / 'tokens.bin'}: altered, token id {taken[place]} at place {begin + place} is outside the "
                 f"vocabulary of {self.vocab_size}; make the folder again"
             )
+        return taken
 
     def _starts(self, begin: int, end: int) -> np.ndarray:
         """Document starts strictly inside (begin, end)."""
@@ -290,28 +316,30 @@ class PackedDataset:
         return np.memmap(self.path / name, dtype=dtype, mode="r")
 
 
-class _HashedFile:
-    """A file that hashes what is written to it."""
+def verify(path: str | Path, on_bytes: OnBytes | None = None) -> None:
+    """Hash every file of a packed folder, in full; UserError names each that is not what was written.
 
-    def __init__(self, path: Path):
-        self._file: BinaryIO = open(path, "wb", buffering=1 << 20)  # noqa: SIM115 (closed by close or abandon)
-        self._hash = hashlib.sha256()
-        self._bytes = 0
+    ``on_bytes`` receives the number of bytes of every block, ``bytes_to_verify`` of them in all.
+    """
+    folder = Path(path)
+    meta = read_meta(folder)
+    wrong = []
+    for name in meta["files"]:
+        try:
+            check_size(folder, meta, name)
+            check_hash(folder, meta, name, on_bytes)
+        except UserError as error:
+            wrong.append(str(error))
+    if wrong:
+        raise UserError("; ".join(wrong))
+    data = PackedDataset(folder)
+    if data.notes:
+        data.check_counts()
 
-    def write(self, data: bytes) -> None:
-        self._file.write(data)
-        self._hash.update(data)
-        self._bytes += len(data)
 
-    def close(self) -> dict[str, Any]:
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        self._file.close()
-        return {"bytes": self._bytes, "sha256": self._hash.hexdigest()}
-
-    def abandon(self) -> None:
-        with contextlib.suppress(OSError):
-            self._file.close()
+def bytes_to_verify(path: str | Path) -> int:
+    """How many bytes ``verify`` reads."""
+    return sum(facts["bytes"] for facts in read_meta(Path(path))["files"].values())
 
 
 def is_packed(path: str | Path) -> bool:
@@ -322,47 +350,35 @@ def is_packed(path: str | Path) -> bool:
         return False
 
 
-def _may_write(out: Path, force: bool) -> bool:
-    """False: nothing to replace. True: an older packed folder goes. UserError otherwise."""
+def _may_write(out: Path, force: bool) -> None:
+    """UserError unless there is nothing to replace, or an older packed folder that may go."""
     if not os.path.lexists(out) or (out.is_dir() and not any(out.iterdir())):
-        return False
+        return
     if not is_packed(out):
         raise UserError(f"{out}: exists and is not a packed folder; choose another --out")
     if not force:
         raise UserError(f"{out}: exists already; choose another --out, or replace it with --force")
-    return True
 
 
 def _remove_abandoned(out: Path) -> None:
-    """Leftovers of runs that were killed; those of a living process stay."""
-    for folder in out.parent.glob(f".{out.name}.*.partial"):
+    """What earlier versions, which had names of their own for it, left when they were killed; that of a living process
+    stays."""
+    for folder in [*out.parent.glob(f".{out.name}.*.partial"), *out.parent.glob(f".{out.name}.*.old")]:
         pid = folder.name.split(".")[-2]
-        if pid.isdigit() and int(pid) != os.getpid() and not psutil.pid_exists(int(pid)):
+        if not pid.isdigit() or mark_lives(pid):
+            continue
+        if folder.suffix == ".old" and not out.exists() and is_packed(folder):
+            folder.rename(out)  # killed between two renames: the data set itself
+        else:
             shutil.rmtree(folder, ignore_errors=True)
 
 
-def _read_meta(path: Path) -> dict[str, Any]:
-    file = path / "meta.json"
-    if not path.is_dir():
-        raise UserError(f"{path}: no such packed folder; make one with `tele data`")
-    if not file.exists():
-        raise UserError(f"{path}: not a packed folder (no meta.json); make one with `tele data`")
-    meta = load_json(file, "a packed folder's meta")
-    if meta.get("format") != FORMAT:
-        raise UserError(f"{file}: is not the meta.json of a packed folder; make one with `tele data`")
-    if meta.get("version") != VERSION:
-        raise UserError(f"{file}: format version {meta.get('version')}, this program reads {VERSION}; pack again")
-    needed = {"kind": str, "vocab_size": int, "dtype": str, "tokens": int, "largest_id": int, "files": dict}
-    for key, kind in needed.items():
-        if not isinstance(meta.get(key), kind):
-            raise UserError(f"{file}: field '{key}' is missing or damaged; make the folder again")
-    names = {"tokens.bin", "documents.bin"} | ({"mask.bin", "sequences.bin"} if meta["kind"] == "sft" else set())
-    plain = all(name == os.path.basename(name) for name in meta["files"])
-    if (
-        meta["kind"] not in KINDS
-        or meta["dtype"] not in ("uint16", "int32")
-        or not plain
-        or names - meta["files"].keys()
-    ):
-        raise UserError(f"{file}: inconsistent; make the folder again")
-    return meta
+def _unverified(path: Path, meta: dict[str, Any], large: list[str]) -> str:
+    """The note about a folder of version 1."""
+    missing = [name for name, facts in meta["files"].items() if "sha256" not in facts]
+    what = "its meta.json has no hash"
+    if missing:
+        what += f", nor have {', '.join(missing)}"
+    elif large:
+        what += f", and {', '.join(large)} can only be verified as a whole (tele data --verify)"
+    return f"{path}: packed by an earlier version: {what}; pack again to have all of it verified"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +12,13 @@ import numpy as np
 from tqdm import tqdm
 
 from core.data.control import START
+from core.data.dialogues import DialogueFile, parse_dialogue
 from core.data.packed import PackedWriter
 from core.data.rows import (
+    ROW_SUFFIXES,
     Block,
-    DialogueFile,
-    OnBytes,
     find_inputs,
     is_rows,
-    parse_dialogue,
     read_documents,
     read_rows,
     total_bytes,
@@ -39,6 +38,7 @@ from core.errors import UserError
 
 # Enough for SentencePiece's threads to share; small beside everything else in memory.
 _BATCH_CHARACTERS = 1 << 22
+_FIELDS = 100  # names of fields that are recorded as left out
 
 
 def pack_text(
@@ -54,14 +54,23 @@ def pack_text(
 ) -> dict[str, Any]:
     """Texts -> packed folder ``out`` of kind "text"; returns its meta.
 
-    A jsonl row is a document, so is any other file. Each document ends with <_end> (and begins with <_start> on
+    A JSON row is a document, so is any other file. Each document ends with <_end> (and begins with <_start> on
     ``add_bos``), as in the released pre-training pipeline; control tokens in text are never matched. Empty documents
-    are skipped.
+    are skipped. Names of fields of rows that are not ``text_key`` are in "fields_left_out" of the meta.
     """
     files = find_inputs(inputs)
+    others: set[str] = set()
     bos, eos = [tokenizer.control_id(START)] if add_bos else [], [tokenizer.eos_token_id]
-    with PackedWriter(out, tokenizer, "text", force) as writer, _bar("tokenizing", total_bytes(files), quiet) as bar:
-        blocks = (b for file in files for b in read_documents(file, bar.update, text_key) if b.text or not b.first)
+    with (
+        PackedWriter(out, tokenizer, "text", force) as writer,
+        progress_bar("tokenizing", total_bytes(files), quiet) as bar,
+    ):
+        blocks = (
+            block
+            for file in files
+            for block in read_documents(file, bar.update, text_key, others)
+            if block.text or not block.first
+        )
         for batch in _batches(blocks):
             texts = [b.text if b.first else tokenizer.continuation_text(b.text) for b in batch]
             for block, ids in zip(batch, tokenizer.encode_batch(texts, threads), strict=True):
@@ -71,7 +80,7 @@ def pack_text(
                 writer.add_tokens(ids if block.first else tokenizer.continuation_of(ids), block.where)
                 if block.last:
                     writer.add_tokens(eos)
-        return writer.finish({"inputs": len(files), "add_bos": add_bos})
+        return writer.finish({"inputs": len(files), "add_bos": add_bos, "fields_left_out": sorted(others)[:_FIELDS]})
 
 
 def pack_dialogues(
@@ -84,13 +93,15 @@ def pack_dialogues(
     template: bool = True,
     shuffle_seed: int | None = MINDFORMERS_SEED,
     start_token: str = START,
+    ignore: Collection[str] = (),
     force: bool = False,
     quiet: bool = False,
 ) -> dict[str, Any]:
     """Dialogues -> packed folder ``out`` of kind "sft" with loss masks; returns its meta.
 
     ``variant`` is one of core.data.sft.VARIANTS; ``template`` applies to "deepspeed", ``shuffle_seed`` and
-    ``start_token`` to "mindformers". DeepSpeed sequences are stored cut to ``seq_len``, as the released collator cuts
+    ``start_token`` to "mindformers". ``ignore`` names keys of rows to leave out; any other key that is not read is an
+    error. DeepSpeed sequences are stored cut to ``seq_len``, as the released collator cuts
     them. Load the tokenizer with ``in_vocabulary=True``: an id outside the vocabulary is refused here.
     """
     if variant not in VARIANTS:
@@ -100,22 +111,23 @@ def pack_dialogues(
     files = find_inputs(inputs)
     for file in files:
         if not is_rows(file):
-            raise UserError(f"{file}: dialogues are read from .jsonl files; pack texts without --sft")
+            kinds = " ".join(ROW_SUFFIXES)
+            raise UserError(f"{file}: dialogues are read from files of rows ({kinds}); pack texts without --sft")
     counts = Counts()
     # The DeepSpeed pipeline groups by system text, so it reads every row once to see it and once to use it.
     passes = 2 if variant == "deepspeed" else 1
     with (
         PackedWriter(out, tokenizer, "sft", force) as writer,
-        _bar("packing", passes * total_bytes(files), quiet) as bar,
+        progress_bar("packing", passes * total_bytes(files), quiet) as bar,
     ):
         if variant == "plain":
-            rows = (parse_dialogue(row, where) for file in files for where, row in read_rows(file, bar.update))
+            rows = (parse_dialogue(row, where, ignore) for file in files for where, row in read_rows(file, bar.update))
             sequences = plain_sequences(rows, tokenizer, seq_len, counts)
         elif variant == "deepspeed":
-            indexed = DialogueFile(files, bar.update)
+            indexed = DialogueFile(files, bar.update, ignore)
             sequences = _deepspeed(indexed, tokenizer, seq_len, template, counts)
         else:
-            indexed = DialogueFile(files, bar.update)
+            indexed = DialogueFile(files, bar.update, ignore)
             sequences = mindformers_packs(indexed, tokenizer, seq_len, shuffle_seed, start_token, counts)
         for number, sequence in enumerate(sequences):
             writer.add_sequence(sequence.ids, sequence.loss_mask, sequence.starts, f"sequence {number}")
@@ -128,32 +140,37 @@ def pack_dialogues(
                 "rows_lost": counts.lost,
                 "rows_cut": counts.cut,
                 "tokens_truncated": counts.truncated_tokens,
+                "systems_left_out": counts.systems_left_out,
+                "keys_ignored": sorted(ignore),
             }
         )
 
 
 def read_texts(
-    inputs: Sequence[str | Path], max_bytes: int | None = None, on_bytes: OnBytes | None = None
+    inputs: Sequence[str | Path], max_bytes: int | None = None, ignore: Collection[str] = ()
 ) -> Iterator[str]:
-    """The texts of files for training a tokenizer (dialogue rows give their contents), up to about ``max_bytes``."""
+    """The texts of files for training a tokenizer (dialogue rows give their contents), up to about ``max_bytes``.
+
+    ``ignore``: as in ``pack_dialogues``.
+    """
     left = max_bytes if max_bytes is not None else sys.maxsize
     for file in find_inputs(inputs):
-        for text in _texts_of(file, on_bytes):
+        for text in _texts_of(file, ignore):
             if left <= 0:
                 return
             left -= len(text.encode("utf-8"))
             yield text
 
 
-def _texts_of(file: Path, on_bytes: OnBytes | None) -> Iterator[str]:
+def _texts_of(file: Path, ignore: Collection[str]) -> Iterator[str]:
     if not is_rows(file):
-        yield from (block.text for block in read_documents(file, on_bytes))
+        yield from (block.text for block in read_documents(file))
         return
-    for where, row in read_rows(file, on_bytes):
+    for where, row in read_rows(file):
         if isinstance(row.get("text"), str):
             yield row["text"]
         else:
-            dialogue = parse_dialogue(row, where)
+            dialogue = parse_dialogue(row, where, ignore)
             yield from ([dialogue.system] if dialogue.system else [])
             yield from (m["content"] for m in dialogue.messages if m.get("content"))
 
@@ -181,7 +198,7 @@ def _batches(blocks: Iterator[Block]) -> Iterator[list[Block]]:
 
 
 @contextlib.contextmanager
-def _bar(what: str, total: int, quiet: bool) -> Iterator[Any]:
+def progress_bar(what: str, total: int, quiet: bool) -> Iterator[Any]:
     """A progress bar over input bytes with rate and time left; rarely refreshed where nobody watches.
 
     There it also waits before it first shows, so that in a log a mistake found at once is one line.

@@ -1,34 +1,47 @@
-"""Reading the user's files: which files, their lines, and dialogue rows in the three shapes found in the wild.
+"""Input files: which files a path names, their documents and their JSON rows.
 
-Nothing here keeps a file in memory; every mistake is reported as "file:line: ...".
+No file is kept in memory; every mistake is reported as "file:line: ...".
 """
 
 from __future__ import annotations
 
+import codecs
 import glob
 import json
-from array import array
+import os
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, overload
+from typing import Any, NamedTuple
 
-from core.data.chat_template import DEFAULT_SYSTEM
-from core.data.control import BOT, USER
+from core.data.json_items import json_items
+from core.data.packed import is_packed
 from core.errors import UserError
-from core.foreign import MAX_LINE, MAX_LINE_VALUES, check_size, lines
+from core.foreign import MAX_LINE, MAX_LINE_VALUES, check_size, lines, parse_value
+from core.shown import printable
 
 TEXT_SUFFIXES = (".txt", ".text", ".md", ".rst", ".py")
-ROW_SUFFIXES = (".jsonl", ".ndjson")
+JSON_SUFFIX = ".json"
+ROW_SUFFIXES = (".jsonl", ".ndjson", ".jsonlines", JSON_SUFFIX)
+_COMPRESSED = "is compressed; unpack it first"
+_TABLE = "is a table, not text or JSON rows; convert it to .jsonl"
+# Never text, whatever their bytes decode to.
+_UNREAD = {
+    **dict.fromkeys((".gz", ".bz2", ".xz", ".zst", ".lz4", ".zip", ".tar", ".tgz", ".7z", ".rar"), _COMPRESSED),
+    **dict.fromkeys((".csv", ".tsv", ".parquet", ".arrow", ".feather", ".xlsx", ".xls", ".sqlite", ".db"), _TABLE),
+}
+_ROW_KEYS = {"text", "dialog", "messages", "conversations", "instruction", "input", "output", "prompt", "query"}
+_NAMED = 10  # skipped files that are named; the rest are counted
 BLOCK_BYTES = 1 << 20
 
 OnBytes = Callable[[int], object]
 
 
 def find_inputs(paths: Sequence[str | Path]) -> list[Path]:
-    """Files, folders (searched through, text and jsonl files only) and globs -> sorted files without repetition.
+    """Files, folders (searched through, by suffix) and globs -> sorted files without repetition.
 
-    The order is that of ``paths``, and by name inside a folder or glob. UserError when one of them yields nothing.
+    The order is that of ``paths``, and by name inside a folder or glob. ``skipped_inputs`` lists what a folder holds
+    besides. UserError when one of ``paths`` yields nothing, names a compressed file or a table, or cannot be searched.
     """
     found: dict[Path, None] = {}
     for given in paths:
@@ -36,20 +49,65 @@ def find_inputs(paths: Sequence[str | Path]) -> list[Path]:
         if path.is_file():
             files = [path]
         elif path.is_dir():
-            inside = sorted(p for p in path.rglob("*") if p.suffix in TEXT_SUFFIXES + ROW_SUFFIXES and p.is_file())
-            files = [p for p in inside if not any(part.startswith(".") for part in p.relative_to(path).parts)]
+            files = _inside(path)[0]
         else:
             files = [Path(p) for p in sorted(glob.glob(str(given), recursive=True)) if Path(p).is_file()]
         if not files:
             kinds = " ".join(TEXT_SUFFIXES + ROW_SUFFIXES)
             raise UserError(f"{given}: no such file, and no folder or pattern with files in it (folders: {kinds})")
+        for file in files:
+            if reason := _UNREAD.get(file.suffix.lower()):
+                raise UserError(f"{file}: {reason}")
         found.update(dict.fromkeys(files))
     return list(found)
 
 
+def skipped_inputs(paths: Sequence[str | Path]) -> list[str]:
+    """A line for each folder of ``paths`` with files that ``find_inputs`` does not take: how many and which."""
+    notes = []
+    for path in map(Path, paths):
+        if not path.is_dir():
+            continue
+        taken, others, hidden = _inside(path)
+        names = ", ".join(str(file.relative_to(path)) for file in others[:_NAMED])
+        more = f" and {len(others) - _NAMED} more" if len(others) > _NAMED else ""
+        parts = [f"{len(others)} of another kind ({names}{more})"] * bool(others)
+        parts += [f"{hidden} hidden"] * bool(hidden)
+        if parts:
+            notes.append(f"skipped in {path}: {', '.join(parts)}; read: {len(taken)}")
+    return notes
+
+
+def _inside(folder: Path) -> tuple[list[Path], list[Path], int]:
+    """(files of known suffixes, what else there is, number of hidden files) anywhere under a folder.
+
+    Not searched: links to folders and packed folders, which are among the second, and hidden folders, whose names begin
+    with a dot and which count as one file.
+    """
+
+    def refuse(error: OSError) -> None:
+        raise UserError(f"{error.filename}: cannot be searched ({error.strerror})") from None
+
+    taken: list[Path] = []
+    others: list[Path] = []
+    hidden = 0
+    for root, folders, names in os.walk(folder, onerror=refuse):
+        if "meta.json" in names and is_packed(root):
+            others.append(Path(root))
+            folders.clear()
+            continue
+        hidden += sum(name.startswith(".") for name in folders + names)
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        others += [link for link in (Path(root, name) for name in folders) if link.is_symlink()]
+        for file in (Path(root, name) for name in names if not name.startswith(".")):
+            known = file.suffix.lower() in TEXT_SUFFIXES + ROW_SUFFIXES and file.is_file()
+            (taken if known else others).append(file)
+    return sorted(taken), sorted(others), hidden
+
+
 def is_rows(path: Path) -> bool:
-    """Whether a file holds one JSON object a line."""
-    return path.suffix in ROW_SUFFIXES
+    """Whether a file holds JSON objects: one a line, or a list of them."""
+    return path.suffix.lower() in ROW_SUFFIXES
 
 
 def total_bytes(files: Sequence[Path]) -> int:
@@ -57,7 +115,7 @@ def total_bytes(files: Sequence[Path]) -> int:
 
 
 def detect_kind(files: Sequence[Path]) -> str:
-    """ "text" or "dialogue", by the first row of every jsonl file; UserError when both are mixed."""
+    """ "text" or "dialogue", by the first row of every file of rows; UserError when both are mixed."""
     kinds: dict[str, Path] = {}
     for file in files:
         kind = "text"
@@ -71,31 +129,66 @@ def detect_kind(files: Sequence[Path]) -> str:
     return next(iter(kinds), "text")
 
 
-def read_rows(path: Path, on_bytes: OnBytes | None = None) -> Iterator[tuple[str, dict[str, Any]]]:
-    """("file:line", object) for every non-blank line of a jsonl file."""
-    with _open(path) as file:
+class RawRow(NamedTuple):
+    """A row's bytes, where they begin in the file, the line, and the place in a list (from 1; 0: a line of its own)."""
+
+    offset: int
+    line: int
+    item: int
+    data: bytes
+
+    def where(self, path: Path) -> str:
+        return row_place(path, self.line, self.item)
+
+
+def row_place(path: Path, line: int, item: int) -> str:
+    """How messages name a row."""
+    return f"{path}:{line}: item {item}" if item else f"{path}:{line}"
+
+
+def raw_rows(path: Path, on_bytes: OnBytes | None = None) -> Iterator[RawRow]:
+    """The rows of a file, unparsed: the non-blank lines of a jsonl file, or what a .json file holds.
+
+    A .json file is a list of objects, or objects one after another (one a line, or a single one over many lines).
+    """
+    with open_file(path) as file:
+        if path.suffix.lower() == JSON_SUFFIX:
+            for place in json_items(file, path):
+                if on_bytes:
+                    on_bytes(len(place.data))
+                yield RawRow(place.offset, place.line, place.item, place.data)
+            return
+        offset = 0
         for number, line in enumerate(lines(file, path), 1):
             if on_bytes:
                 on_bytes(len(line))
             if line.strip():
-                where = f"{path}:{number}"
-                yield where, parse_row(line, where)
+                yield RawRow(offset, number, 0, line)
+            offset += len(line)
 
 
-def parse_row(line: bytes, where: str) -> dict[str, Any]:
+def read_rows(path: Path, on_bytes: OnBytes | None = None) -> Iterator[tuple[str, dict[str, Any]]]:
+    """("file:line", object) for every row of a file."""
+    for row in raw_rows(path, on_bytes):
+        where = row.where(path)
+        yield where, parse_row(row.data, where)
+
+
+def parse_row(data: bytes, where: str) -> dict[str, Any]:
+    """A JSON object, strictly: no key twice, no number that is none, no unpaired surrogate. UserError otherwise."""
     try:
-        check_size(line, MAX_LINE, MAX_LINE_VALUES)
+        check_size(data, MAX_LINE, MAX_LINE_VALUES)
     except ValueError as error:
         raise UserError(f"{where}: a row of {error}; split it into several rows") from None
     try:
-        row = json.loads(line.decode("utf-8-sig").strip())
+        row = parse_value(data.removeprefix(codecs.BOM_UTF8).strip(), MAX_LINE, MAX_LINE_VALUES)
     except UnicodeDecodeError as error:
         raise UserError(f"{where}: not UTF-8 (byte {error.start}); convert the file") from None
-    except (ValueError, RecursionError) as error:
-        # Besides JSON's own errors: a number of thousands of digits, which Python refuses to read.
-        reason = getattr(error, "msg", "nested too deep" if isinstance(error, RecursionError) else "a number too long")
-        column = getattr(error, "colno", 1)
-        raise UserError(f"{where}: not valid JSON ({reason} at column {column}); expected one object a line") from None
+    except json.JSONDecodeError as error:
+        line = f"line {error.lineno} of the row, " if error.lineno > 1 else ""
+        raise UserError(f"{where}: not valid JSON ({error.msg} at {line}column {error.colno})") from None
+    except ValueError as error:
+        raise UserError(f"{where}: not valid JSON ({error})") from None
     if not isinstance(row, dict):
         raise UserError(f"{where}: expected a JSON object, found {type(row).__name__}")
     return row
@@ -111,24 +204,56 @@ class Block:
     last: bool = True
 
 
-def read_documents(path: Path, on_bytes: OnBytes | None = None, text_key: str = "text") -> Iterator[Block]:
-    """A jsonl file gives one document a row; any other file is one document, in blocks cut behind a newline."""
+def read_documents(
+    path: Path, on_bytes: OnBytes | None = None, text_key: str = "text", left_out: set[str] | None = None
+) -> Iterator[Block]:
+    """A document for each row, or the whole of any other file, in blocks cut behind a newline.
+
+    ``left_out`` receives the names of a row's other fields.
+    """
     if not is_rows(path):
+        _refuse_rows(path)
         yield from _text_blocks(path, on_bytes)
         return
     for where, row in read_rows(path, on_bytes):
         text = row.get(text_key)
         if isinstance(text, str):
-            yield Block(where, check_text(text, where, text_key))
-        elif {"dialog", "messages", "input"} & row.keys():
+            if left_out is not None and len(row) > 1:
+                left_out.update(key for key in row if key != text_key)
+            yield Block(where, text)
+        elif {"dialog", "messages", "input", "instruction"} & row.keys():
             raise UserError(f"{where}: a dialogue, not a text; pack dialogues with --sft")
         else:
-            raise UserError(f"{where}: expected text in field '{text_key}'; keys found: {', '.join(row) or 'none'}")
+            raise UserError(f"{where}: expected text in field '{text_key}'; keys found: {keys_found(row)}")
+
+
+def keys_found(row: dict[str, Any]) -> str:
+    """A row's keys for a message."""
+    return printable(", ".join(row), 200) or "none"
+
+
+def _refuse_rows(path: Path) -> None:
+    """UserError for a file of JSON rows under the name of a text."""
+    with open_file(path) as file:
+        first = next((line for line in iter(lambda: file.readline(MAX_LINE), b"") if line.strip()), b"")
+    first = first.removeprefix(codecs.BOM_UTF8).strip()
+    if not first.startswith((b"{", b"[{")):
+        return
+    try:
+        row = parse_value(first, MAX_LINE, MAX_LINE_VALUES)
+    except ValueError:
+        return
+    row = row[0] if isinstance(row, list) else row
+    if _ROW_KEYS & row.keys():
+        raise UserError(
+            f"{path}:1: holds JSON rows, and a file of this name is read as one text; name it .jsonl (a row a line) "
+            "or .json (a list)"
+        )
 
 
 def _text_blocks(path: Path, on_bytes: OnBytes | None) -> Iterator[Block]:
     line = 1
-    with _open(path) as file:
+    with open_file(path) as file:
         blocks = _byte_blocks(file, on_bytes)
         data = next(blocks, None)
         first = True
@@ -163,191 +288,8 @@ def _byte_blocks(file: Any, on_bytes: OnBytes | None) -> Iterator[bytes]:
         yield rest
 
 
-def check_text(text: str, where: str, name: str) -> str:
-    """The text itself; UserError when it cannot be written as UTF-8 (an unpaired surrogate escape)."""
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise UserError(f"{where}: '{name}' has an unpaired surrogate at character {error.start}; remove it") from None
-    return text
-
-
-@dataclass(frozen=True)
-class Dialogue:
-    """One conversation. ``system`` None: the row names none. ``tool``, ``multiturn``: the released flags.
-
-    ``pair``: the (input, output) texts where the row was written that way.
-    """
-
-    where: str
-    messages: list[dict[str, Any]]
-    system: str | None = None
-    tools: list[Any] | None = None
-    multiturn: bool = False
-    tool: bool = False
-    pair: tuple[str, str] | None = field(default=None)
-
-    @property
-    def released_system(self) -> str:
-        """The system text the released DeepSpeed pipeline trains with when none is given."""
-        return DEFAULT_SYSTEM + "\n" if self.system is None else self.system
-
-
-def parse_dialogue(row: dict[str, Any], where: str) -> Dialogue:
-    """A row {"system", "dialog": [...], "multiturn", "tool"}, {"messages": [...], "tools"} or {"input", "output"}."""
-    if "dialog" in row or "messages" in row:
-        key = "dialog" if "dialog" in row else "messages"
-        messages = [_message(m, f"{key}[{n}]", where) for n, m in enumerate(_list(row[key], key, where))]
-        system = _optional_text(row, "system", where)
-        if system is None and messages and messages[0]["role"] == "system":
-            system, messages = messages[0]["content"], messages[1:]
-        if not messages:
-            raise UserError(f"{where}: '{key}' is empty; a dialogue needs a user and a bot message")
-        tools = _json_list(row.get("tools"), "tools", where)
-        called = any(m.get("tool_calls") or m["role"] == "tool" for m in messages)
-        return Dialogue(
-            where,
-            messages,
-            system,
-            tools,
-            multiturn=_flag(row, "multiturn", len(messages) > 2, where),
-            tool=_flag(row, "tool", bool(tools) or called, where),
-        )
-    if "input" in row and "output" in row:
-        pair = (_text(row, "input", where), _text(row, "output", where))
-        messages = _turns(*pair)
-        return Dialogue(where, messages, _optional_text(row, "system", where), multiturn=len(messages) > 2, pair=pair)
-    if "text" in row:
-        raise UserError(f"{where}: a text, not a dialogue; pack texts without --sft")
-    raise UserError(
-        f"{where}: expected system/dialog, messages, or input/output; keys found: {', '.join(row) or 'none'}"
-    )
-
-
-class DialogueFile(Sequence[Dialogue]):
-    """The dialogues of several jsonl files, read from disk one at a time, in order or by number.
-
-    Holds three integers a row and no text. ``on_bytes`` is told the size of every line that is read.
-    """
-
-    def __init__(self, files: Sequence[Path], on_bytes: OnBytes | None = None):
-        self.on_bytes = on_bytes
-        self._files = list(files)
-        self._file, self._offset, self._line = array("i"), array("q"), array("q")
-        for n, path in enumerate(self._files):
-            if not is_rows(path):
-                raise UserError(f"{path}: dialogues are read from {' '.join(ROW_SUFFIXES)} files")
-            offset = 0
-            with _open(path) as file:
-                for number, line in enumerate(lines(file, path), 1):
-                    if line.strip():
-                        self._file.append(n)
-                        self._offset.append(offset)
-                        self._line.append(number)
-                    offset += len(line)
-        self._handle: tuple[int, Any] | None = None
-
-    def __len__(self) -> int:
-        return len(self._offset)
-
-    @overload
-    def __getitem__(self, index: int) -> Dialogue: ...
-    @overload
-    def __getitem__(self, index: slice) -> Sequence[Dialogue]: ...
-    def __getitem__(self, index: int | slice) -> Dialogue | Sequence[Dialogue]:
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
-        if not 0 <= index < len(self):
-            raise IndexError(index)
-        n = self._file[index]
-        if self._handle is None or self._handle[0] != n:
-            self.close()
-            self._handle = (n, _open(self._files[n]))
-        file = self._handle[1]
-        file.seek(self._offset[index])
-        line = file.readline()
-        if self.on_bytes:
-            self.on_bytes(len(line))
-        where = f"{self._files[n]}:{self._line[index]}"
-        return parse_dialogue(parse_row(line, where), where)
-
-    def close(self) -> None:
-        if self._handle is not None:
-            self._handle[1].close()
-            self._handle = None
-
-
-def _turns(question: str, answer: str) -> list[dict[str, Any]]:
-    """Messages of an input/output row; an input written as <_user>q<_bot>a...<_user>q is taken apart."""
-    plain = [{"role": "user", "content": question}, {"role": "bot", "content": answer}]
-    if not question.startswith(USER):
-        return plain
-    messages: list[dict[str, Any]] = []
-    turns = question.split(USER)[1:]
-    for n, turn in enumerate(turns):
-        asked, marker, said = turn.partition(BOT)
-        if bool(marker) != (n < len(turns) - 1) or BOT in said:
-            return plain
-        messages.append({"role": "user", "content": asked})
-        if marker:
-            messages.append({"role": "bot", "content": said})
-    return [*messages, {"role": "bot", "content": answer}]
-
-
-def _message(value: Any, name: str, where: str) -> dict[str, Any]:
-    if not isinstance(value, dict) or not isinstance(value.get("role"), str):
-        raise UserError(f"{where}: '{name}' must be an object with role and content")
-    if value["role"] not in ("system", "user", "assistant", "bot", "tool"):
-        raise UserError(f"{where}: '{name}.role' is {value['role']!r}; legal: system, user, assistant, bot, tool")
-    # Released files fill absent fields with null.
-    message = {k: v for k, v in value.items() if v is not None}
-    calls = _json_list(message.get("tool_calls"), f"{name}.tool_calls", where)
-    if calls:
-        message["tool_calls"] = calls
-    elif not isinstance(message.get("content"), str):
-        found = type(message.get("content")).__name__ if "content" in message else "nothing"
-        raise UserError(f"{where}: '{name}.content' must be text, found {found}")
-    check_text(str(message.get("content", "")), where, name)
-    return message
-
-
-def _list(value: Any, name: str, where: str) -> list[Any]:
-    if not isinstance(value, list):
-        raise UserError(f"{where}: '{name}' must be a list, found {type(value).__name__}")
-    return value
-
-
-def _json_list(value: Any, name: str, where: str) -> list[Any] | None:
-    """A list, or a string that holds one as JSON (as in the released tool files); None when absent or empty."""
-    if isinstance(value, str) and value.strip():
-        try:
-            value = json.loads(value)
-        except (ValueError, RecursionError) as error:
-            reason = getattr(error, "msg", "nested too deep")
-            raise UserError(f"{where}: '{name}' is text that is no JSON list ({reason})") from None
-    return _list(value, name, where) if value else None
-
-
-def _text(row: dict[str, Any], name: str, where: str) -> str:
-    if not isinstance(row[name], str):
-        raise UserError(f"{where}: '{name}' must be text, found {type(row[name]).__name__}")
-    return check_text(row[name], where, name)
-
-
-def _optional_text(row: dict[str, Any], name: str, where: str) -> str | None:
-    return None if row.get(name) is None else _text(row, name, where)
-
-
-def _flag(row: dict[str, Any], name: str, default: bool, where: str) -> bool:
-    value = row.get(name)
-    if value is None:
-        return default
-    if not isinstance(value, bool):
-        raise UserError(f"{where}: '{name}' must be true or false, found {value!r}")
-    return value
-
-
-def _open(path: Path) -> Any:
+def open_file(path: Path) -> Any:
+    """A file opened for reading bytes; UserError if it cannot be."""
     try:
         return path.open("rb")
     except OSError as error:

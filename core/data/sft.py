@@ -18,7 +18,7 @@ import numpy as np
 
 from core.data.chat_template import chat_parts, encode_parts, render
 from core.data.control import BOT, END, PAD, START, SYSTEM, TOOL_TOKENS, USER
-from core.data.rows import Dialogue
+from core.data.dialogues import Dialogue
 from core.data.tokenizer import Tokenizer
 from core.errors import UserError
 
@@ -40,12 +40,13 @@ class TrainingSequence:
 
 @dataclass
 class Counts:
-    """What happened to the rows; ``lost`` rows are in no sequence."""
+    """What happened to the rows; ``lost`` rows are in no sequence, ``systems_left_out`` without their system text."""
 
     rows: int = 0
     lost: int = 0
     cut: int = 0
     truncated_tokens: int = 0
+    systems_left_out: int = 0
 
 
 # ---------------------------------------------------------------------------------------------------------- plain
@@ -152,7 +153,7 @@ def _deepspeed_packs(
     for dialogue in rows:
         row: list[int] = []
         for message in dialogue.messages:
-            row += _deepspeed_message(message, tokenizer, newline)
+            row += _deepspeed_message(message, dialogue, tokenizer, newline)
         if len(pack) + len(row) > max_length:
             yield pack[: -len(newline)]
             pack = list(head)
@@ -163,6 +164,8 @@ def _deepspeed_packs(
 
 
 def _deepspeed_row(dialogue: Dialogue, tokenizer: Tokenizer, template: bool) -> list[int]:
+    if dialogue.tools:
+        raise UserError(f"{dialogue.where}: 'tools' has no place in the released deepspeed pipeline; use --sft plain")
     system = dialogue.released_system
     if template:
         try:
@@ -173,17 +176,20 @@ def _deepspeed_row(dialogue: Dialogue, tokenizer: Tokenizer, template: bool) -> 
     newline = _released(tokenizer, "\n")
     ids = [tokenizer.control_id(SYSTEM), *_released(tokenizer, system), *newline]
     for n, message in enumerate(dialogue.messages, 1):
-        ids += _deepspeed_message(message, tokenizer, newline if n < len(dialogue.messages) else [])
+        ids += _deepspeed_message(message, dialogue, tokenizer, newline if n < len(dialogue.messages) else [])
     return ids
 
 
-def _deepspeed_message(message: dict, tokenizer: Tokenizer, tail: list[int]) -> list[int]:
+def _deepspeed_message(message: dict, dialogue: Dialogue, tokenizer: Tokenizer, tail: list[int]) -> list[int]:
+    if message["role"] not in ("user", "bot", "assistant") or message.get("tool_calls"):
+        found = "tool calls" if message.get("tool_calls") else f"a {message['role']} message"
+        raise UserError(
+            f"{dialogue.where}: {found}, which the released deepspeed pipeline leaves out here; use --sft plain"
+        )
     if message["role"] == "user":
         return [tokenizer.control_id(USER), *_released(tokenizer, message["content"])]
-    if message["role"] in ("bot", "assistant"):
-        said = _released(tokenizer, message.get("content", ""))
-        return [tokenizer.control_id(BOT), *said, tokenizer.control_id(END), *tail]
-    return []
+    said = _released(tokenizer, message.get("content", ""))
+    return [tokenizer.control_id(BOT), *said, tokenizer.control_id(END), *tail]
 
 
 def deepspeed_mask(ids: Sequence[int] | np.ndarray, tokenizer: Tokenizer, where: str = "sequence") -> np.ndarray:
@@ -238,7 +244,13 @@ def deepspeed_collate(
 
 
 def mindformers_pair(dialogue: Dialogue) -> tuple[str, str]:
-    """A dialogue as the {input, output} texts of the MindFormers format; the system text is not part of it."""
+    """A dialogue as the {input, output} texts of the MindFormers format; the system text is not part of it.
+
+    UserError for tools and their calls, which are no part of it either, and for turns that do not alternate.
+    """
+    if dialogue.tools or any(message.get("tool_calls") for message in dialogue.messages):
+        what = "'tools'" if dialogue.tools else "tool calls"
+        raise UserError(f"{dialogue.where}: {what} have no place in the MindFormers format; use --sft plain")
     if dialogue.pair is not None:
         return dialogue.pair
     messages = dialogue.messages
@@ -278,7 +290,9 @@ def mindformers_packs(
     lines: list[str] = []
     filled = 0
     for n in order:
-        line = start_token + _mindformers_line(*mindformers_pair(dialogues[n]))
+        dialogue = dialogues[n]
+        counts.systems_left_out += bool(dialogue.system)
+        line = start_token + _mindformers_line(*mindformers_pair(dialogue))
         length = len(_mindformers_tokens(line, tokenizer, start_token)[0])
         if filled + length < size:
             lines.append(line)

@@ -6,6 +6,7 @@ its control pieces in text, and the table is consulted only on request.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
@@ -26,6 +27,7 @@ from core.data.control import (
     ControlToken,
     Splitter,
 )
+from core.data.detokenizer import StreamDecoder
 from core.errors import UserError
 from core.foreign import MIB, read_file
 
@@ -51,10 +53,12 @@ class Tokenizer:
         self.sha256 = hashlib.sha256(model_bytes).hexdigest()
         self.variant = variant
         try:
+            if not model_bytes:  # of which the library would make a processor without a model
+                raise RuntimeError("empty")
             self._pieces = sentencepiece.SentencePieceProcessor(model_proto=model_bytes)
-            # Asked of a model that an empty file made, the library writes to stderr.
-            self.vocab_size: int = self._pieces.get_piece_size() if model_bytes else 0
-        except RuntimeError:
+            self.vocab_size: int = self._pieces.get_piece_size()
+            self._pieces.id_to_piece(list(range(self.vocab_size)))  # a damaged piece is found out here
+        except (RuntimeError, UnicodeDecodeError):
             self.vocab_size = 0
         if not self.vocab_size:
             raise UserError(f"{path}: not a SentencePiece model; give the release's tokenizer.model")
@@ -140,7 +144,7 @@ class Tokenizer:
             if not 0 <= i < self.vocab_size and i not in self._special:
                 raise UserError(f"token id {i} is outside the tokenizer's {self.vocab_size} pieces ({self.path})")
         if skip_special:
-            kept = [i for i in kept if i not in self._special]
+            kept = [i for i in kept if not self.is_silent(i)]
         chunks: list[str] = []
         run: list[int] = []
         for i in kept:
@@ -163,13 +167,38 @@ class Tokenizer:
     def token_bytes(self, index: int) -> bytes:
         """What one token adds to a text; the name of a control token. Bytes, because a token may be part of a
         character."""
-        if 0 <= index < self.vocab_size and self._pieces.is_byte(index):
-            return bytes([int(self._pieces.id_to_piece(index)[1:-1], 16)])
+        byte = self.byte_of(index)
+        if byte is not None:
+            return bytes([byte])
         return self.piece(index).replace("\u2581", " ").encode()
 
-    def stream(self, skip_special: bool = True) -> StreamDecoder:
-        """A decoder for ids that arrive one by one."""
-        return StreamDecoder(self, skip_special)
+    def stream(self) -> StreamDecoder:
+        """A decoder for ids that arrive one by one, without the control tokens."""
+        return StreamDecoder(self)
+
+    def is_silent(self, index: int) -> bool:
+        """Whether a token writes no text: a control token."""
+        return index in self._special or (0 <= index < self.vocab_size and self._pieces.is_control(index))
+
+    def byte_of(self, index: int) -> int | None:
+        """The byte that a byte piece stands for; None for any other token."""
+        if 0 <= index < self.vocab_size and self._pieces.is_byte(index):
+            return int(self._pieces.id_to_piece(index)[1:-1], 16)
+        return None
+
+    @functools.cached_property
+    def anchor(self) -> int | None:
+        """The first token that is a plain word or letter; None in a vocabulary without one."""
+        for index in range(self.vocab_size):
+            plain = not (self.is_silent(index) or self._pieces.is_byte(index) or self._pieces.is_unknown(index))
+            if plain and self._pieces.id_to_piece(index).isalnum():
+                return index
+        return None
+
+    @functools.cached_property
+    def longest_piece(self) -> int:
+        """Characters of text that one token can stand for at most."""
+        return max(len(self._pieces.id_to_piece(index)) for index in range(self.vocab_size))
 
     def _joined(self, ids: list[int]) -> str:
         out, segment, after_special = "", [], False
@@ -212,33 +241,6 @@ class Tokenizer:
             holders = [i for i in range(self.vocab_size) if "\n" in self._pieces.id_to_piece(i)]
             self._continues = [self._pieces.id_to_piece(i) for i in holders] == ["\n"]
         return self._continues
-
-
-class StreamDecoder:
-    """Text of ids that arrive one by one; an unfinished character is held back."""
-
-    def __init__(self, tokenizer: Tokenizer, skip_special: bool = True):
-        self._tokenizer, self._skip = tokenizer, skip_special
-        self._ids: list[int] = []
-        self._context = 0  # decoding starts here, so that the first new piece keeps its leading space
-        self._shown = 0
-
-    def push(self, index: int) -> str:
-        """The text that this id completes; empty while a character's bytes are still coming."""
-        self._ids.append(int(index))
-        return self._new(final=False)
-
-    def flush(self) -> str:
-        """What was held back, at the end of generation."""
-        return self._new(final=True)
-
-    def _new(self, final: bool) -> str:
-        before = self._tokenizer.decode(self._ids[self._context : self._shown], self._skip)
-        now = self._tokenizer.decode(self._ids[self._context :], self._skip)
-        if len(now) <= len(before) or (now.endswith("\ufffd") and not final):
-            return ""
-        self._context, self._shown = self._shown, len(self._ids)
-        return now[len(before) :]
 
 
 def load_tokenizer(path: str | Path, control: str = "chat", in_vocabulary: bool = False) -> Tokenizer:

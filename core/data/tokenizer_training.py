@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import io
-import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import sentencepiece
 
+from core.atomic import new_file
 from core.data.control import BOT, END, PAD, START, SYSTEM, USER
 from core.data.tokenizer import Tokenizer, load_tokenizer
 from core.errors import UserError
@@ -91,16 +90,12 @@ def train_tokenizer(
 
 def _write(path: Path, data: bytes) -> None:
     """The whole file or, with a UserError, no change."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_bytes(data)
-        os.replace(partial, path)
+        with new_file(path) as partial:
+            partial.write_bytes(data)
     except OSError as error:
         raise UserError(f"{path}: cannot be written ({error.strerror}); choose another place") from None
-    finally:
-        with contextlib.suppress(OSError):
-            partial.unlink(missing_ok=True)
 
 
 def _blocks(texts: Iterable[str]) -> Iterator[str]:

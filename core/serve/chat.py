@@ -2,33 +2,37 @@
 
 from __future__ import annotations
 
-import json
+import contextlib
 import re
 import secrets
 from collections.abc import Mapping
 from typing import Any
 
-from core.data.chat_template import encode_chat
+from core.data.chat_template import chat_parts, encode_chat
 from core.errors import UserError
 from core.generation import turn_stops
 from core.requests import Event, Request
 from core.sampling import Choice
-from core.serve.completions import token_text, unencodable
+from core.serve import strict_json
+from core.serve.completions import token_text
 from core.serve.errors import ApiError, shown
 from core.serve.fields import Fields
 from core.serve.job import (
     MOST_LOGPROBS,
+    Draft,
     Job,
     Served,
     check_model,
     read_bias,
     read_ignored,
+    read_salt,
     read_samples,
     read_sampling,
     read_stops,
     read_stream,
     room,
 )
+from core.serve.length import check_length, too_long
 from core.tool_calls import ToolCall, ToolCallStream
 
 ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant", "tool": "tool"}
@@ -36,8 +40,8 @@ TOOL_NAME = re.compile(r"[a-zA-Z0-9_-]{1,64}")
 NOT_HERE = "this server does not have it; leave it out"
 
 
-def read_chat(body: Mapping[str, Any], served: Served) -> Job:
-    """The job that a body asks for; ApiError says what is wrong with it. Encodes the chat, which may take a while."""
+def read_chat(body: Mapping[str, Any], served: Served, tenant: str = "") -> Draft:
+    """What a body asks for on behalf of ``tenant``; ApiError says what is wrong with it."""
     fields = Fields(body)
     check_model(fields, served)
     if not served.tokenizer.control:
@@ -46,35 +50,50 @@ def read_chat(body: Mapping[str, Any], served: Served) -> Job:
     samples, asked = read_samples(fields), _asked_tokens(fields)
     logprobs = _read_logprobs(fields)
     sampling, stops = read_sampling(fields), read_stops(fields)
-    bias = read_bias(fields, served.config.vocab_size)
+    bias = read_bias(fields, served.config.num_tokens)
+    salt = read_salt(fields, tenant)
     ignore_eos = fields.boolean("ignore_eos")
     fields.absent(("audio", "function_call", "functions", "reasoning_effort", "verbosity"), NOT_HERE)
     fields.absent(("web_search_options", "moderation"), NOT_HERE)
     fields.absent(("modalities",), "this model writes text only", {"modalities": ["text"]})
     _only_text(fields)
     read_ignored(fields)
-    tools = read_tools(fields)
     found = fields.list("messages")
+    # Each of them takes a token at least.
+    for param, parts in (("messages", found), ("tools", fields.list("tools"))):
+        if parts and len(parts) >= served.context:
+            raise too_long(served, param, f"have {len(parts)} parts of a token or more")
+    tools = read_tools(fields)
     fields.done()
     messages = read_messages(fields, found)
+
+    def encode() -> Job:
+        ids = _encode(messages, tools, served)
+        request = Request(
+            prompt_ids=tuple(ids),
+            max_new_tokens=room(served, [ids], asked, None, "messages"),
+            sampling=sampling,
+            samples=samples,
+            stop_ids=frozenset() if ignore_eos else turn_stops(served.tokenizer, served.config),
+            stop_texts=stops,
+            logit_bias=bias,
+            logprobs=logprobs,
+            text="tools" if tools else "answer",
+            cache_salt=salt,
+        )
+        return Job((request,), ChatWriter(served.tokenizer, bool(tools)), stream, include_usage)
+
+    return Draft(samples, encode)
+
+
+def _encode(messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None, served: Served) -> list[int]:
+    """The prompt's ids; ApiError when it is certain to be too long, or the template cannot hold it."""
+    check_length(served, [part.text for part in chat_parts(messages, tools) if not part.control], "messages")
     try:
         ids = encode_chat(served.tokenizer, messages, tools)
     except UserError as error:
         raise ApiError(400, str(error), "messages", "invalid_value") from None
-    if served.add_bos:
-        ids = [served.config.bos_token_id, *ids]
-    request = Request(
-        prompt_ids=tuple(ids),
-        max_new_tokens=room(served, [ids], asked, None, "messages"),
-        sampling=sampling,
-        samples=samples,
-        stop_ids=frozenset() if ignore_eos else turn_stops(served.tokenizer, served.config),
-        stop_texts=stops,
-        logit_bias=bias,
-        logprobs=logprobs,
-        text="tools" if tools else "answer",
-    )
-    return Job((request,), ChatWriter(served.tokenizer, bool(tools)), stream, include_usage)
+    return [served.config.bos_token_id, *ids] if served.add_bos else ids
 
 
 def _asked_tokens(fields: Fields) -> int | None:
@@ -121,8 +140,6 @@ def read_tools(fields: Fields) -> list[dict[str, Any]] | None:
         for key, kind in (("description", str), ("parameters", dict)):
             if not isinstance(function.get(key), (kind, type(None))):
                 raise ApiError(400, f"{where}.function.{key}: has the wrong type, {shown(function[key])}", where)
-        if wrong := unencodable(json.dumps(tool, ensure_ascii=False)):
-            raise ApiError(400, f"{where}: {wrong}", where)
     if choice is None or (choice == "auto" and tools):
         return tools or None
     if choice == "none":
@@ -185,8 +202,6 @@ def _content(fields: Fields, may_miss: bool) -> str | None:
         return None
     if not isinstance(content, str):
         fields.refuse("content", f"expected a string or a list of text parts, found {shown(content)}", "invalid_type")
-    if wrong := unencodable(content):
-        fields.refuse("content", wrong, "invalid_value")
     return content
 
 
@@ -195,12 +210,11 @@ def _call(where: str, call: Any) -> dict[str, Any]:
     function = call.get("function") if isinstance(call, dict) else None
     if not isinstance(function, dict) or not isinstance(function.get("name"), str):
         raise ApiError(400, f"{where}: expected an object with a function and its name, found {shown(call)}", where)
-    try:
-        arguments = json.loads(function.get("arguments") or "{}")
-    except (TypeError, ValueError, RecursionError):
-        arguments = None
-    text = json.dumps(arguments, ensure_ascii=False)
-    if not isinstance(arguments, dict) or unencodable(function["name"] + text):
+    given, arguments = function.get("arguments") or "{}", None
+    if isinstance(given, str):
+        with contextlib.suppress(ValueError):
+            arguments = strict_json.parse(given.encode("utf-8"))
+    if not isinstance(arguments, dict):
         raise ApiError(400, f"{where}.function.arguments: expected the text of a JSON object", where)
     return {"name": function["name"], "arguments": arguments}
 

@@ -11,31 +11,35 @@ from core.serve.errors import shown
 from core.serve.fields import Fields
 from core.serve.job import (
     MOST_LOGPROBS,
+    Draft,
     Job,
     Served,
     check_model,
     read_bias,
     read_ignored,
+    read_salt,
     read_samples,
     read_sampling,
     read_stops,
     read_stream,
     room,
 )
+from core.serve.length import check_length
 
 DEFAULT_NEW = 16  # as the OpenAI interface
 MOST_PROMPTS = 128
 
 
-def read_completion(body: Mapping[str, Any], served: Served) -> Job:
-    """The job that a body asks for; ApiError says what is wrong. Encodes the prompts, which may take a while."""
+def read_completion(body: Mapping[str, Any], served: Served, tenant: str = "") -> Draft:
+    """What a body asks for on behalf of ``tenant``; ApiError says what is wrong with it."""
     fields = Fields(body)
     check_model(fields, served)
     stream, include_usage = read_stream(fields)
     samples, asked = read_samples(fields), fields.integer("max_tokens", 1, None)
     logprobs = fields.integer("logprobs", 0, MOST_LOGPROBS)
     sampling, stops = read_sampling(fields), read_stops(fields)
-    bias = read_bias(fields, served.config.vocab_size)
+    bias = read_bias(fields, served.config.num_tokens)
+    salt = read_salt(fields, tenant)
     ignore_eos = fields.boolean("ignore_eos")
     if fields.boolean("echo"):
         fields.refuse("echo", "the prompt is not repeated here; put it in front yourself", "unsupported_parameter")
@@ -46,25 +50,42 @@ def read_completion(body: Mapping[str, Any], served: Served) -> Job:
     found = fields.any("prompt")
     fields.done()
     prompts = read_prompts(fields, found, served)
-    new = room(served, prompts, asked, DEFAULT_NEW, "prompt")
-    requests = tuple(
-        Request(
-            prompt_ids=tuple(ids),
-            max_new_tokens=new,
-            sampling=sampling,
-            samples=samples,
-            stop_ids=frozenset() if ignore_eos else frozenset({served.config.eos_token_id}),
-            stop_texts=stops,
-            logit_bias=bias,
-            logprobs=logprobs,
-            text="continuation",
+
+    def encode() -> Job:
+        encoded = [_encode(prompt, served) for prompt in prompts]
+        new = room(served, encoded, asked, DEFAULT_NEW, "prompt")
+        requests = tuple(
+            Request(
+                prompt_ids=tuple(ids),
+                max_new_tokens=new,
+                sampling=sampling,
+                samples=samples,
+                stop_ids=frozenset() if ignore_eos else served.config.stop_ids,
+                stop_texts=stops,
+                logit_bias=bias,
+                logprobs=logprobs,
+                text="continuation",
+                cache_salt=salt,
+            )
+            for ids in encoded
         )
-        for ids in prompts
-    )
-    return Job(requests, CompletionWriter(served.tokenizer), stream, include_usage)
+        return Job(requests, CompletionWriter(served.tokenizer), stream, include_usage)
+
+    return Draft(len(prompts) * samples, encode)
 
 
-def read_prompts(fields: Fields, found: Any, served: Served) -> list[list[int]]:
+def _encode(prompt: str | list[int], served: Served) -> list[int]:
+    """The ids of one prompt; ApiError when it is too long, before the next one is looked at."""
+    if not isinstance(prompt, str):
+        return prompt
+    check_length(served, [prompt], "prompt")
+    ids = served.tokenizer.encode(prompt)
+    ids = [served.config.bos_token_id, *ids] if served.add_bos else ids
+    room(served, [ids], None, DEFAULT_NEW, "prompt")
+    return ids
+
+
+def read_prompts(fields: Fields, found: Any, served: Served) -> list[str | list[int]]:
     """A string, a list of strings, token ids, or a list of lists of them. Strings are text: the name of a control
     token in one stays the letters that it is written with."""
     if found is None:
@@ -72,40 +93,30 @@ def read_prompts(fields: Fields, found: Any, served: Served) -> list[list[int]]:
     several = found if isinstance(found, list) and found and not _is_id(found[0]) else [found]
     if len(several) > MOST_PROMPTS:
         fields.refuse("prompt", f"at most {MOST_PROMPTS} prompts at once, found {len(several)}", "invalid_value")
-    prompts = []
+    prompts: list[str | list[int]] = []
     for place, prompt in enumerate(several):
         where = f"prompt[{place}] " if several is found else ""
-        if isinstance(prompt, str):
-            if wrong := unencodable(prompt):
-                fields.refuse("prompt", where + wrong, "invalid_value")
-            ids = served.tokenizer.encode(prompt)
-            prompt = [served.config.bos_token_id, *ids] if served.add_bos else ids
-        elif not isinstance(prompt, list) or not all(map(_is_id, prompt)):
-            fields.refuse(
-                "prompt",
-                f"{where}expected a string, a list of strings, token ids, or lists of them, found {shown(prompt)}",
-                "invalid_type",
-            )
-        wrong = next((token for token in prompt if not 0 <= token < served.config.vocab_size), None)
-        if wrong is not None:
-            fields.refuse(
-                "prompt",
-                f"{where}token id {shown(wrong)} is outside the vocabulary of {served.config.vocab_size}",
-                "invalid_value",
-            )
-        if not prompt:
+        if not isinstance(prompt, str):
+            if isinstance(prompt, list):
+                room(served, [prompt], None, DEFAULT_NEW, "prompt")  # too many are not looked at one by one
+            _check_ids(fields, where, prompt, served.config.num_tokens)
+        if not (prompt or (isinstance(prompt, str) and served.add_bos)):
             fields.refuse("prompt", f"{where}has no tokens", "invalid_value")
         prompts.append(prompt)
     return prompts
 
 
-def unencodable(text: str) -> str | None:
-    """What is wrong with a text that JSON can carry and UTF-8 cannot."""
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError as error:
-        return f"has half of a surrogate pair (U+{ord(text[error.start]):04X} at character {error.start})"
-    return None
+def _check_ids(fields: Fields, where: str, prompt: Any, vocab_size: int) -> None:
+    if not isinstance(prompt, list) or not all(map(_is_id, prompt)):
+        fields.refuse(
+            "prompt",
+            f"{where}expected a string, a list of strings, token ids, or lists of them, found {shown(prompt)}",
+            "invalid_type",
+        )
+    wrong = next((token for token in prompt if not 0 <= token < vocab_size), None)
+    if wrong is not None:
+        says = f"{where}token id {shown(wrong)} is outside the vocabulary of {vocab_size}"
+        fields.refuse("prompt", says, "invalid_value")
 
 
 def _is_id(value: Any) -> bool:
@@ -120,7 +131,6 @@ class CompletionWriter:
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
         self._told: dict[int, list[dict[str, Any]]] = {}  # by answer
-        self._lengths: dict[int, int] = {}
 
     def opening(self, index: int) -> list[dict[str, Any]]:
         return []
@@ -129,8 +139,7 @@ class CompletionWriter:
         logprobs = None
         # The token that ended the answer is no part of it.
         if event.choice is not None and event.choice.logprob is not None and not isinstance(event.stop, int):
-            logprobs = self._logprobs(event.choice, self._lengths.get(index, 0))
-        self._lengths[index] = self._lengths.get(index, 0) + len(event.text)
+            logprobs = self._logprobs(event.choice, event.offset)
         if not (event.text or logprobs or event.finish_reason):
             return []
         entry = {"text": event.text, "index": index, "logprobs": logprobs, "finish_reason": event.finish_reason}
@@ -155,11 +164,15 @@ class CompletionWriter:
         return choices
 
     def _logprobs(self, choice: Choice, offset: int) -> dict[str, Any]:
-        tops: dict[str, float] = {}
+        """``top_logprobs`` holds the drawn token too, so up to one entry more than was asked for. Of tokens that are
+        written alike it holds the drawn one, else the likeliest."""
+        drawn = token_text(self._tokenizer, choice.token)
+        tops: dict[str, float | None] = {}
         for token, logprob in choice.top:
             tops.setdefault(token_text(self._tokenizer, token), logprob)
+        tops[drawn] = choice.logprob
         return {
-            "tokens": [token_text(self._tokenizer, choice.token)],
+            "tokens": [drawn],
             "token_logprobs": [choice.logprob],
             "top_logprobs": [tops],
             "text_offset": [offset],

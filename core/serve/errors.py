@@ -36,12 +36,16 @@ class ApiError(Exception):
 
 
 def shown(value: Any) -> str:
-    """A client's own value in a message back to it, in a few words."""
+    """A client's own value in a message back to it, in a few words and without control characters."""
     if isinstance(value, (dict, list)):
         return f"{'an object' if isinstance(value, dict) else 'a list'} of {len(value)}"
-    text = (
-        {True: "true", False: "false", None: "null"}[value]
-        if value is None or value is True or value is False
-        else repr(value)
-    )
-    return text if len(text) <= 60 else text[:57] + "..."
+    if value is None or value is True or value is False:
+        return {True: "true", False: "false", None: "null"}[value]
+    text = repr(value[:60] if isinstance(value, str) else value)
+    whole = len(text) <= 60 and not (isinstance(value, str) and len(value) > 60)
+    return text if whole else text[:57] + "..."
+
+
+def shown_name(name: str) -> str:
+    """The name of a client's field as ``shown``, without quotation marks."""
+    return shown(name)[1:-1] if len(name) <= 50 else shown(name[:50])[1:-1] + "..."

@@ -4,32 +4,12 @@ so is one that nobody asked for. null is the same as absent, as in the OpenAI in
 from __future__ import annotations
 
 import difflib
-import json
 from collections.abc import Iterable, Mapping
 from typing import Any, NoReturn
 
-from core.serve.errors import ApiError, shown
+from core.serve.errors import ApiError, shown, shown_name
 
-
-def json_object(raw: bytes) -> dict[str, Any]:
-    """The object in a request's body; ApiError 400 says where it is not JSON."""
-
-    def constant(name: str) -> NoReturn:
-        raise ValueError(f"{name} is no JSON number")
-
-    try:
-        found = json.loads(raw.decode("utf-8"), parse_constant=constant)
-    except UnicodeDecodeError as error:
-        raise ApiError(400, f"body: not UTF-8 text (byte {error.start})") from None
-    except json.JSONDecodeError as error:
-        place = f"line {error.lineno}, column {error.colno}"
-        raise ApiError(400, f"body: not valid JSON: {error.msg} ({place})") from None
-    except (ValueError, RecursionError) as error:  # a constant, a number of thousands of digits, brackets without end
-        said = "it is nested too deeply" if isinstance(error, RecursionError) else str(error)
-        raise ApiError(400, f"body: not valid JSON: {said}") from None
-    if not isinstance(found, dict):
-        raise ApiError(400, f"body: expected a JSON object, found {shown(found)}")
-    return found
+LONGEST_HINT = 40  # characters of a field's name that is compared with those that there are
 
 
 class Fields:
@@ -94,7 +74,8 @@ class Fields:
         """Refuse what nobody read."""
         for field, value in self._found.items():
             if field not in self._known and value is not None:
-                near = difflib.get_close_matches(field, self._known, n=1)
+                # Comparing takes time in the product of the lengths.
+                near = difflib.get_close_matches(field, self._known, n=1) if len(field) <= LONGEST_HINT else []
                 hint = f", did you mean '{near[0]}'?" if near else ""
-                name = self.name(field) if len(field) <= 60 else self.name(field[:57] + "...")
+                name = self.name(shown_name(field))
                 raise ApiError(400, f"Unknown parameter: '{name}'{hint}", name, "unknown_parameter")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -17,6 +17,8 @@ from core.serve.fields import Fields
 MOST_STOPS = 16
 LONGEST_STOP = 1000  # characters; every token is compared with all beginnings of a stop string
 MOST_LOGPROBS = 20
+MOST_BIASED = 1024  # entries of logit_bias
+LONGEST_SALT = 256
 SEEDS = 2**63
 # Fields of the OpenAI interface that say nothing about the text of an answer, with their kinds.
 IGNORED: dict[str, type] = {
@@ -46,6 +48,13 @@ class Served:
     created: int
     fingerprint: str
     add_bos: bool = False
+
+    @property
+    def prompt_limit(self) -> str:
+        """The bound on prompts, in the words that clients of the OpenAI interface look for."""
+        if self.most_prompt >= self.context - 1:
+            return f"This model's maximum context length is {self.context} tokens"
+        return f"This server takes prompts of at most {self.most_prompt} tokens"
 
 
 class Writer(Protocol):
@@ -78,6 +87,15 @@ class Job:
     @property
     def samples(self) -> int:
         return self.requests[0].samples
+
+
+@dataclass(frozen=True)
+class Draft:
+    """What a body asks for, checked but for the length of its prompts. ``answers``: how many are to be made. ``encode``
+    tokenizes the prompts, which may take a while; ApiError when one is too long."""
+
+    answers: int
+    encode: Callable[[], Job]
 
 
 def check_model(fields: Fields, served: Served) -> None:
@@ -143,10 +161,22 @@ def read_stops(fields: Fields) -> tuple[str, ...]:
     return tuple(stops)
 
 
+def read_salt(fields: Fields, tenant: str) -> str:
+    """What prompts must have in common to share cached pages: the client's key (``tenant``, empty where there are none)
+    and the field ``cache_salt``."""
+    salt = fields.text("cache_salt") or ""
+    if len(salt) > LONGEST_SALT:
+        fields.refuse("cache_salt", f"at most {LONGEST_SALT} characters, found {len(salt)}", "invalid_value")
+    return f"{tenant}/{salt}" if tenant or salt else ""
+
+
 def read_bias(fields: Fields, vocab_size: int) -> dict[int, float]:
     """Token id (JSON writes it as a string) -> what is added to its logit."""
     bias: dict[int, float] = {}
-    for key, value in (fields.object("logit_bias") or {}).items():
+    found = fields.object("logit_bias") or {}
+    if len(found) > MOST_BIASED:
+        fields.refuse("logit_bias", f"at most {MOST_BIASED} tokens, found {len(found)}", "invalid_value")
+    for key, value in found.items():
         where = f"logit_bias[{shown(key)}]"
         if not (key.isascii() and key.isdecimal() and len(key) < 12 and int(key) < vocab_size):
             fields.refuse("logit_bias", f"{shown(key)} is no token id of this vocabulary of {vocab_size}")
@@ -169,14 +199,10 @@ def room(served: Served, prompts: Sequence[Sequence[int]], asked: int | None, de
     """
     longest = max(map(len, prompts))
     if longest > min(served.most_prompt, served.context - 1):
-        limit = (
-            f"This model's maximum context length is {served.context} tokens"
-            if served.most_prompt >= served.context - 1
-            else f"This server takes prompts of at most {served.most_prompt} tokens"
-        )
         raise ApiError(
             400,
-            f"{limit}. However, your {param} resulted in {longest} tokens. Please reduce the length of the {param}.",
+            f"{served.prompt_limit}. However, your {param} resulted in {longest} tokens. "
+            f"Please reduce the length of the {param}.",
             param,
             "context_length_exceeded",
         )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import resource
 import signal
 import socket
 import sys
@@ -15,11 +16,14 @@ import h11
 import uvicorn
 
 from core.errors import UserError
+from core.serve.protocol import BoundedProtocol
 from core.serve.service import Service
 
+SPARE_FILES = 64  # that a process has open beside its connections
 ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 CLOSING_SECONDS = 5  # for connections to close once every answer has been told
 BACKLOG = 1024
+SWITCH_SECONDS = 0.0005
 
 
 def open_socket(host: str, port: int) -> socket.socket:
@@ -41,6 +45,20 @@ def open_socket(host: str, port: int) -> socket.socket:
             f"--host {host} --port {port}: {error.strerror}; choose another port, or 0 for any free one"
         ) from None
     return opened
+
+
+def allow_connections(most: int) -> None:
+    """Let the process hold so many connections. UserError when the system does not allow as many open files."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = most + SPARE_FILES
+    if soft == resource.RLIM_INFINITY or soft >= wanted:
+        return
+    if hard != resource.RLIM_INFINITY and hard < wanted:
+        raise UserError(
+            f"--max-connections: {most} connections need {wanted} open files, and the system allows {hard} "
+            f"(ulimit -Hn); give at most {hard - SPARE_FILES}, or raise the limit"
+        )
+    resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 def address_of(opened: socket.socket) -> str:
@@ -65,7 +83,9 @@ class Server(uvicorn.Server):
         yield
 
 
-def serve(app: Any, service: Service, opened: socket.socket, grace: float, ready: Callable[[], None]) -> None:
+def serve(
+    app: Any, service: Service, opened: socket.socket, grace: float, ready: Callable[[], None], most: int
+) -> None:
     """``serve_until`` the first of SIGTERM, Ctrl-C and the terminal's end; a second one ends the grace."""
 
     async def with_signals() -> None:
@@ -73,8 +93,10 @@ def serve(app: Any, service: Service, opened: socket.socket, grace: float, ready
         for number in ENDING:
             if signal.getsignal(number) is not signal.SIG_IGN:  # nohup, or a shell's background
                 asyncio.get_running_loop().add_signal_handler(number, signals.put_nowait, number)
-        await serve_until(signals, app, service, opened, grace, ready)
+        await serve_until(signals, app, service, opened, grace, ready, most)
 
+    # A thread that parses or tokenizes gives way to the event loop and the engine sooner than the 5 ms of Python.
+    sys.setswitchinterval(SWITCH_SECONDS)
     asyncio.run(with_signals())
 
 
@@ -85,8 +107,10 @@ async def serve_until(
     opened: socket.socket,
     grace: float,
     ready: Callable[[], None],
+    most: int = 256,
 ) -> None:
-    """Serve ``app`` until there is something in ``signals``; ``ready`` is called when requests are taken.
+    """Serve ``app`` until there is something in ``signals``; ``ready`` is called when requests are taken. ``most``:
+    connections at once.
 
     From then on new requests get 503, those that run have ``grace`` seconds, and who is not finished then is told so.
     The next signal ends the grace at once. Returns when no request, connection or thread is left.
@@ -96,7 +120,7 @@ async def serve_until(
     log.addFilter(is_defect)
     config = uvicorn.Config(
         app,
-        http="h11",
+        http=BoundedProtocol.with_most(most),
         ws="none",
         lifespan="off",
         log_config=None,

@@ -53,14 +53,11 @@ class Service:
     def open_answers(self) -> int:
         return sum(self._tickets.values())
 
-    def submit(self, requests: Sequence[Request]) -> Ticket:
-        """Queue the requests of one client.
-
-        ApiError: 400 for what the engine refuses, 429 when too many wait, 503 when the server is shutting down.
-        """
+    def admit(self, answers: int) -> None:
+        """ApiError for so many more answers: 400 when they are more than this server ever makes at once, 429 when too
+        many wait, 503 when the server is shutting down."""
         if self.draining:
             raise ApiError(503, "the server is shutting down", code="shutting_down", headers={"Retry-After": "10"})
-        answers = sum(request.samples for request in requests)
         if answers > self.most_open:
             raise ApiError(400, f"n: {answers} answers at once are more than this server takes, {self.most_open}", "n")
         if self.open_answers + answers > self.most_open:
@@ -71,6 +68,14 @@ class Service:
                 code="queue_full",
                 headers={"Retry-After": str(again)},
             )
+
+    def submit(self, requests: Sequence[Request]) -> Ticket:
+        """Queue the requests of one client.
+
+        ApiError: 400 for what the engine refuses, otherwise from ``admit``.
+        """
+        answers = sum(request.samples for request in requests)
+        self.admit(answers)
         ticket = Ticket(self, answers)
         try:
             for place, request in enumerate(requests):

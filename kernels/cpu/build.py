@@ -10,6 +10,7 @@ guards its folder by a file that a killed build leaves behind.
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
 import ctypes
 import fcntl
 import functools
@@ -20,9 +21,11 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
+
+from kernels.cpu.cache import cache_folder, distrust, make_private, say
 
 FOLDER = Path(__file__).resolve().parent
 KERNELS = (
@@ -49,19 +52,6 @@ class BuildError(RuntimeError):
 def compiler() -> str | None:
     """The C++ compiler that would be used."""
     return next((path for name in ("g++", "c++", "clang++") if (path := shutil.which(name))), None)
-
-
-def cache_folder() -> Path:
-    """Where libraries are kept: the user's cache folder, or the temporary one where that cannot be written."""
-    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    for folder in (home / "telechat-twins", Path(tempfile.gettempdir()) / f"telechat-twins-{os.getuid()}"):
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError:
-            continue
-        if os.access(folder, os.W_OK):
-            return folder
-    raise BuildError(f"neither {home} nor {tempfile.gettempdir()} can be written, and a library must be kept somewhere")
 
 
 @functools.cache
@@ -104,19 +94,35 @@ def build(name: str, sources: Sequence[str], cflags: Sequence[str], ldflags: Seq
     cxx = compiler()
     if cxx is None:
         raise BuildError("no C++ compiler was found (g++, c++ or clang++); install one, e.g. the package g++")
-    folder = cache_folder() / f"{name}-{_key(cxx, sources, cflags, ldflags, extra)}"
-    library = folder / f"{name}.so"
-    if library.exists():
-        os.utime(folder)
-        return library
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / "lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # the kernel lets go of it when the holder dies
-        if not library.exists():
-            print("building the C++ operators of the CPU, once (about half a minute)", file=sys.stderr, flush=True)
-            _compile(cxx, library, [FOLDER / source for source in sources], cflags, ldflags)
-            _forget_old(folder.parent, name)
+    try:
+        folder = cache_folder() / f"{name}-{_key(cxx, sources, cflags, ldflags, extra)}"
+        library = folder / f"{name}.so"
+        make_private(folder)
+        if library.exists() and not distrust(library, folder=False):
+            os.utime(folder)
+            return library
+        with _locked(folder / "lock"):
+            if why := distrust(library, folder=False):
+                say(f"{library} {why}; it is built anew")
+                library.unlink()
+            if not library.exists():
+                print("building the C++ operators of the CPU, once (about half a minute)", file=sys.stderr, flush=True)
+                _compile(cxx, library, [FOLDER / source for source in sources], cflags, ldflags)
+                _forget_old(folder.parent, name)
+    except OSError as error:
+        raise BuildError(f"no compiled library can be kept: {error}") from None
     return library
+
+
+@contextlib.contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Holds a lock that the kernel lets go of when the holder dies."""
+    lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(lock)
 
 
 def _compile(cxx: str, library: Path, sources: Sequence[Path], cflags: Sequence[str], ldflags: Sequence[str]) -> None:
@@ -127,6 +133,7 @@ def _compile(cxx: str, library: Path, sources: Sequence[Path], cflags: Sequence[
             list(pool.map(_call, commands))
         whole = Path(room) / library.name
         _call([cxx, *map(str, objects), *ldflags, "-o", str(whole)])
+        whole.chmod(0o700)  # whatever the umask: distrust() refuses what a group may write
         os.replace(whole, library)
 
 

@@ -283,6 +283,22 @@ def test_a_node_number_taken_twice() -> None:
     assert any(re.search(r"waits for node (1, )?2 at", text) for text in said), said
 
 
+def test_a_second_node_0_is_told_of_the_first() -> None:
+    """Of the same job or of another; the first goes on and is told, too."""
+    port, said, results = free_ports(), list[str](), list[Nodes]()
+    node_0 = threading.Thread(target=lambda: results.append(meet(0, 2, "127.0.0.1", port, FACTS, 10.0, said.append)))
+    node_0.start()
+    soon(lambda: _connects(port + 1))
+    for facts in (FACTS, {**FACTS, "--nproc": 7}):
+        with pytest.raises(UserError, match=f"--master: another node 0, .* waits at 127.0.0.1 port {port + 1} already"):
+            meet(0, 2, "127.0.0.1", port, facts, 5.0, lambda text: None)
+    other = meet(1, 2, "127.0.0.1", port, FACTS, 10.0, lambda text: None)
+    node_0.join()
+    assert len(results) == 1 and any("sent a node away" in text for text in said)
+    other.close()
+    results[0].close()
+
+
 def test_strangers_at_the_port_do_no_harm() -> None:
     port = free_ports()
     result: list[Nodes] = []

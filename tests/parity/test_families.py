@@ -53,9 +53,10 @@ def test_every_gradient(backend: str, case: str, loss: str, file: str) -> None:
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_float64_reproduces_the_formulas(case: str) -> None:
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_float64_reproduces_the_formulas(backend: str, case: str) -> None:
     config, source, io = opened(case)
-    result = load("pt", "forward").run(config, source.tensor, golden_batch(io, "loss_mean"), "fp64")
+    result = load(backend, "forward").run(config, source.tensor, golden_batch(io, "loss_mean"), "fp64")
     # 1e-12: the released gelu_fast writes sqrt(2 / pi) with ten digits, which is 4e-11 off.
     assert relative_frobenius(result["logits"], io["fp64.logits"]) <= 1e-12
     assert abs(result["loss"] - float(io["fp64.loss_mean"])) <= 1e-12

@@ -101,10 +101,11 @@ def test_longer_than_trained(backend: str, sub: str, variant: str) -> None:
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_float64_reproduces_the_formulas(case: str) -> None:
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_float64_reproduces_the_formulas(backend: str, case: str) -> None:
     """The reference precision that other tolerances are taken from."""
     config, source, io = open_case(case)
-    result = load("pt", "forward").run(config, source.tensor, golden_batch(io, "loss_mean"), "fp64")
+    result = load(backend, "forward").run(config, source.tensor, golden_batch(io, "loss_mean"), "fp64")
     assert relative_frobenius(result["logits"], io["fp64.logits"]) <= 1e-13
     assert abs(result["loss"] - float(io["fp64.loss_mean"])) <= 1e-13
 

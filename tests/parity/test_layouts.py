@@ -63,6 +63,8 @@ dp2:flm tp2:flm tp2.nosp:flm ring2:flm pp2:flm+tied tp2:flm+full ring2:flm+zigza
 dp2:mup tp2:mup pp2:flm+tied+mup dp2:mup+bf16
 dp2:grown tp2:grown tp2.nosp:grown+full ring2:grown ulysses2:grown pp2:grown tp2:grown+bf16
 tp2:flm+grown pp2:flm+tied+grown tp2:zero pp2:tied+zero tp2:flm+zero
+dp2:fp64 tp2:fp64 pp2:fp64 ring2:selective+fp64 ring2:zigzag+fp64 ulysses2:gather+fp64
+dp2.nozero:flm+fp64 tp2.nosp:flm+fp64 ring2:flm+fp64 tp2:grown+fp64 pp2:flm+tied+grown+fp64 tp2:flm+zero+fp64
 """
 WORLD4 = """
 dp2.tp2 dp2.ring2 dp2.ulysses2 dp2.pp2 dp2.pp2.vpp2
@@ -70,6 +72,7 @@ tp2.ring2 tp2.ulysses2 tp2.pp2 tp2.pp2.vpp2
 ring2.ulysses2 ring2.pp2 ring2.pp2.vpp2 ulysses2.pp2 ulysses2.pp2.vpp2
 tp4 tp4.nosp:tied tp2.pp2.nosp:tied dp2.pp2.nozero:tied ring4:zigzag ring2.ulysses2:gather tp2.ring2:bf16 dp2.pp2:bf16
 tp4:flm tp2.pp2:flm+selective tp4:grown tp2.pp2:flm+grown+selective tp4:tied+zero
+tp2.ring2:fp64 dp2.pp2.vpp2:fp64 tp4:flm+fp64 ring2.ulysses2:gather+fp64 tp2.pp2:flm+grown+selective+fp64
 """
 FULL = """
 dp2.pp2.gpipe tp2.pp2.gpipe ring2.pp2.gpipe ulysses2.pp2.gpipe
@@ -85,6 +88,7 @@ tp2.ulysses2.pp2.vpp2 ring2.ulysses2.pp2 ring2.ulysses2.pp2.vpp2 tp2.ring2.pp2.g
 dp8:rows3 tp8 ring8 ring8:zigzag ulysses8 pp8 ring4.ulysses2 ring2.ulysses4 tp4.pp2 tp4.ring2 tp4.ulysses2 dp4.tp2
 dp2.pp4 tp2.ring2.pp2.vpp2:tied dp2.ring2.ulysses2:gather tp2.ring2.pp2:zigzag+full dp2.tp2.ring2:bf16
 tp2.ring2.pp2:bf16 tp2.ring2.pp2:grown dp2.tp2.pp2:flm+grown
+dp2.tp2.ring2:fp64 dp2.tp2.pp2:flm+fp64 ring2.ulysses2.pp2:fp64 tp2.ring2.pp2:grown+fp64 tp8:flm+tied+fp64
 """
 
 
@@ -94,7 +98,7 @@ class Case:
     (stages of 3 and 1 layers); zigzag and gather (documents kept apart, of lengths that fit a zigzag or not); full and
     selective recompute; flm (another family's operators); mup (matrix-like parameters have their own rate and decay);
     grown (in the middle of growth by masks); zero (norms that count some channels only, as growth without masks leaves
-    them); a precision."""
+    them); a precision (fp64: every number within 1e-12 of PyTorch's float64 on one device)."""
 
     text: str
 
@@ -108,7 +112,7 @@ class Case:
 
     @property
     def precision(self) -> str:
-        return "".join(self.words & {"bf16", "amp"}) or "fp32"
+        return "".join(self.words & {"bf16", "amp", "fp64"}) or "fp32"
 
     @property
     def layout(self) -> Layout:
@@ -325,6 +329,10 @@ def check(launches: Launches, backend: str, case: Case, launched: dict[str, tupl
     if case.precision == "fp32":
         assert max(report.errors["loss"]) <= 1e-6
         assert max(max(g.apart, g.error) for g in report.gradients) <= 1e-5
+    if case.precision == "fp64":
+        scalars = [error for both in report.errors.values() for error in both]
+        tensors = [max(t.apart, t.error) for t in (*report.gradients, *report.weights)]
+        assert max(scalars + tensors) <= 1e-12
     judged = {b.what for b in report.bounds}
     assert "ranks with more or fewer live graphs" in judged
     assert ("messages unlike the formula" in judged) is not (case.words & {"full", "selective"} != set())

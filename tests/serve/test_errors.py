@@ -55,7 +55,7 @@ WRONG = [
     (CHAT, chat_body(temperature="hot"), 400, "temperature", "expected a number, found 'hot'"),
     (CHAT, chat_body(temperature=True), 400, "temperature", "expected a number, found true"),
     (CHAT, chat_body(temperature=2.5), 400, "temperature", "must be 0.0 to 2.0, found 2.5"),
-    (CHAT, b'{"model": "tiny", "temperature": 1e999, "messages": []}', 400, "temperature", "found inf"),
+    (CHAT, b'{"model": "tiny", "temperature": 1e999, "messages": []}', 400, None, "the number 1e999 is out of range"),
     (CHAT, chat_body(top_p=-0.1), 400, "top_p", "must be 0.0 to 1.0"),
     (CHAT, chat_body(min_p=1.1), 400, "min_p", "must be 0.0 to 1.0"),
     (CHAT, chat_body(top_k=1.5), 400, "top_k", "expected a whole number, found 1.5"),
@@ -102,7 +102,13 @@ WRONG = [
     (CHAT, chat_body(tools=["f"]), 400, "tools[0]", "expected {'type': 'function'"),
     (CHAT, chat_body(tools=[{"type": "function", "function": {"name": "a b"}}]), 400, "tools[0]", "function.name"),
     (CHAT, chat_body(tools=[{**TOOL, "function": {"name": "f", "parameters": 3}}]), 400, "tools[0]", "wrong type, 3"),
-    (CHAT, chat_body(tools=[{**TOOL, "function": {"name": "f", "description": "\ud800"}}]), 400, "tools[0]", "U+D800"),
+    (
+        CHAT,
+        chat_body(tools=[{**TOOL, "function": {"name": "f", "description": "\ud800"}}]),
+        400,
+        "tools[0].function.description",
+        "U+D800",
+    ),
     # prompts
     (COMPLETIONS, completion(prompt=3), 400, "prompt", "expected a string, a list of strings, token ids"),
     (COMPLETIONS, completion(prompt=[]), 400, "prompt", "has no tokens"),
@@ -113,7 +119,8 @@ WRONG = [
     (COMPLETIONS, completion(prompt=[1, True]), 400, "prompt", "expected a string"),
     (COMPLETIONS, completion(prompt=[600]), 400, "prompt", "token id 600 is outside the vocabulary of 600"),
     (COMPLETIONS, completion(prompt=[[5], [-1]]), 400, "prompt", "prompt[1] token id -1 is outside"),
-    (COMPLETIONS, completion(prompt=[10**400]), 400, "prompt", "is outside the vocabulary"),
+    (COMPLETIONS, completion(prompt=[10**400]), 400, None, "body: a number of 401 digits"),
+    (COMPLETIONS, completion(prompt=[10**30]), 400, "prompt", "is outside the vocabulary"),
     (COMPLETIONS, completion(prompt=["a"] * 129), 400, "prompt", "at most 128 prompts at once"),
     (COMPLETIONS, completion(prompt="half \ud83d"), 400, "prompt", "half of a surrogate pair (U+D83D at character 5)"),
     (COMPLETIONS, completion(prompt=[40] * CONTEXT), 400, "prompt", f"your prompt resulted in {CONTEXT} tokens"),
@@ -153,6 +160,13 @@ WRONG = [
         "messages[1].tool_calls[0]",
         "expected the text of a JSON object",
     ),
+    (
+        CHAT,
+        talk(USER, {**CALLS, "tool_calls": [{"function": {"name": "f", "arguments": '{"a": NaN}'}}]}),
+        400,
+        "messages[1].tool_calls[0]",
+        "expected the text of a JSON object",
+    ),
     (CHAT, talk({**USER, "content": "word " * 3000}), 400, "messages", "Please reduce the length of the messages."),
     # bodies
     (CHAT, b"", 400, None, "body: not valid JSON"),
@@ -161,7 +175,27 @@ WRONG = [
     (CHAT, b"\xff", 400, None, "body: not UTF-8 text (byte 0)"),
     (CHAT, b"[" * 60_000, 400, None, "nested too deeply"),
     (CHAT, b'{"seed": NaN}', 400, None, "NaN is no JSON number"),
-    (CHAT, b'{"seed": ' + b"9" * 5000 + b"}", 400, None, "body: not valid JSON: Exceeds the limit"),
+    (CHAT, b'{"seed": ' + b"9" * 5000 + b"}", 400, None, "body: a number of 5000 digits"),
+    (CHAT, b'{"max_tokens": ' + b"9" * 4300 + b"}", 400, None, "body: a number of 4300 digits"),
+    (CHAT, b'{"seed": 1, "seed": 2}', 400, None, "body: the key 'seed' is in one object more than once"),
+    (CHAT, b'{"metadata": {"a": 1, "b": [{"x\\u001b": 1, "x\\u001b": 1}]}}', 400, None, "the key 'x\\x1b' is in"),
+    (CHAT, b'{"x": ' * 65 + b"1" + b"}" * 65, 400, None, "nested too deeply"),
+    (CHAT, b'{"x": [' + b"{}," * 20_000 + b"1]}", 400, None, "body: more than 20000 strings, lists and objects"),
+    (CHAT, b'{"x": "' + b'\\"' * 30_000, 400, None, "not valid JSON: Unterminated string"),
+    (CHAT, b'{"x": 0.' + b"1" * 500 + b"}", 400, None, "a number of 500 digits"),
+    (CHAT, chat_body(user="\ud800"), 400, "user", "half of a surrogate pair (U+D800 at character 0)"),
+    (CHAT, chat_body(**{"a\x1b[2Jb\u202e\n": 1}), 400, "a\\x1b[2Jb\\u202e\\n", "Unknown parameter: 'a\\x1b[2Jb"),
+    (CHAT, chat_body(model="x\x1b]0;title\x07"), 404, "model", "The model 'x\\x1b]0;title\\x07' does not exist"),
+    (CHAT, chat_body(stop=["x"] * 9_000), 400, "stop", "at most 16 strings"),
+    (
+        CHAT,
+        chat_body(logit_bias={str(n): 1 for n in range(1025)}),
+        400,
+        "logit_bias",
+        "at most 1024 tokens, found 1025",
+    ),
+    (CHAT, chat_body(cache_salt="x" * 257), 400, "cache_salt", "at most 256 characters, found 257"),
+    (CHAT, chat_body(cache_salt=5), 400, "cache_salt", "expected a string, found 5"),
     (CHAT, b" " * 70_000, 413, None, "the body is larger than 65536 bytes"),
 ]
 
@@ -244,11 +278,10 @@ def test_a_body_without_a_length_is_bounded_too(server):
 
 
 def test_a_body_that_does_not_come(server, monkeypatch):
-    monkeypatch.setattr("core.serve.app.BODY_SECONDS", 0.2)
+    monkeypatch.setattr("core.serve.intake.BODY_SECONDS", 0.2)
     with socket.create_connection(("127.0.0.1", server.port), timeout=10) as line:
-        line.sendall(
-            f"POST {CHAT} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 9\r\n\r\n{{".encode()
-        )
+        kind = "Content-Type: application/json\r\nContent-Length: 9"
+        line.sendall(f"POST {CHAT} HTTP/1.1\r\nHost: localhost\r\n{kind}\r\n\r\n{{".encode())
         assert line.recv(1000).startswith(b"HTTP/1.1 408 ")
 
 

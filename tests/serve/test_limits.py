@@ -158,7 +158,7 @@ def test_who_does_not_end_in_time_is_told_so(second):
 
 
 def test_http_that_breaks_off_is_no_defect_of_the_server(caplog):
-    head = f"POST {CHAT} HTTP/1.1\r\nHost: x\r\n"
+    head = f"POST {CHAT} HTTP/1.1\r\nHost: localhost\r\n"
     json_head = head + "Content-Type: application/json\r\n"
     with running() as server:
         for text in (

@@ -27,6 +27,8 @@ CALL = '<tool_call>\n{"name": "get_weather", "arguments": {"city": "Paris"}}\n</
 def reply(question: str) -> str:
     if question == "weather?":
         return "Let me look.\n" + CALL + "\n" + CALL.replace("Paris", "\u5317\u4eac")
+    if question == "mark?":
+        return CALL.replace("Paris", "a </tool_call> b")
     if question == "half a call?":
         return CALL.removesuffix("</tool_call>")
     if question == "half a mark?":
@@ -301,3 +303,98 @@ def test_control_tokens_in_what_users_write_stay_letters(client, server, questio
     complete(client, question, max_tokens=1)
     assert server.runner.prefixes[-1] == tokenizer.encode(question)
     assert not set(server.runner.prefixes[-1]) & set(tokenizer.control.values())
+
+
+def words_of(tokenizer, ids) -> list[int]:
+    """Where each token's own text begins, found by decoding ever longer beginnings; bytes of one character share a
+    place."""
+    places, at = [], 0
+    for count in range(1, len(ids) + 1):
+        places.append(at)
+        text = tokenizer.decode(ids[:count], skip_special=True)
+        if not text.endswith("\ufffd"):
+            at = len(text)
+    return places
+
+
+@pytest.fixture(scope="module")
+def speller():
+    """A server that continues the prompt "say" with the ids in ``script``."""
+    from tests.engine_support import Replier
+
+    class Scripted(Replier):
+        script: list[int] = []
+
+        def answer(self, prefix, lengths):
+            logits = super().answer(prefix, lengths)
+            place = len(prefix) - len(self.tokenizer.encode("say"))
+            if 0 <= place < len(self.script):
+                logits[self.script[place]] += 50.0
+            return logits
+
+    with running(runner=Scripted(reply)) as made:
+        yield made
+
+
+def test_text_offsets_count_decoded_text(speller):
+    tokenizer = tiny_tokenizer(in_vocabulary=True)
+    ids = tokenizer.encode(" the fox \u4f60\u597d\U0001f600\u00e9 z, word12 letter3ing \u2603\u2603 end")
+    assert any(tokenizer.byte_of(token) is not None for token in ids)
+    ids.insert(3, tokenizer.control["<_bot>"])  # no text
+    speller.runner.script = ids
+    before = tokenizer.encode("say")
+    text = tokenizer.decode(before + ids, skip_special=True).removeprefix("say")
+    places = [max(0, place - 3) for place in words_of(tokenizer, before + ids)[len(before) :]]
+    base = {"model": NAME, "prompt": "say", "max_tokens": len(ids), "temperature": 0, "logprobs": 1}
+    # A stop string that begins all over the text and never comes holds text back.
+    for stop in (
+        [],
+        ["e" + "\u2604"],
+        [" the fox \u4f60\u597d\U0001f600\u00e9 z, word12 letter3ing \u2603\u2603 end."],
+    ):
+        whole = ask(speller.port, "/v1/completions", {**base, "stop": stop}).json["choices"][0]
+        assert whole["text"] == text and whole["logprobs"]["text_offset"] == places
+        for token, place in zip(whole["logprobs"]["tokens"], places, strict=True):
+            assert token.startswith("bytes:") or token == "<_bot>" or text[place:].startswith(token)
+        streamed = ask(speller.port, "/v1/completions", {**base, "stop": stop, "stream": True}).raw.decode()
+        chunks = [json.loads(line[6:])["choices"][0] for line in streamed.split("\n\n") if line.startswith("data: {")]
+        assert [place for chunk in chunks if chunk["logprobs"] for place in chunk["logprobs"]["text_offset"]] == places
+
+
+def test_text_offsets_pass_over_bytes_that_are_no_character(speller):
+    tokenizer = tiny_tokenizer(in_vocabulary=True)
+    by_value = {tokenizer.byte_of(token): token for token in range(tokenizer.vocab_size)}
+    fox = tokenizer.encode("fox")
+    lead, second = by_value[0xE4], by_value[0xBD]
+    speller.runner.script = ids = [lead, second, *fox, second, *fox, lead, lead, second, by_value[0xA0], *fox]
+    text = tokenizer.decode([*tokenizer.encode("say"), *ids]).removeprefix("say")
+    body = {"model": NAME, "prompt": "say", "max_tokens": len(ids), "temperature": 0, "logprobs": 0}
+    choice = ask(speller.port, "/v1/completions", body).json["choices"][0]
+    assert choice["text"] == text == "\ufffd\ufffd fox\ufffd fox\ufffd\u4f60 fox"
+    found = choice["logprobs"]
+    for token, place in zip(found["tokens"], found["text_offset"], strict=True):
+        assert token.startswith("bytes:") or text[place : place + len(token)] == token
+    assert found["text_offset"] == sorted(found["text_offset"])
+    assert found["text_offset"][-len(fox) - 3 : -len(fox)] == [text.index("\u4f60")] * 3
+
+
+def test_the_drawn_token_is_among_the_likeliest(client):
+    token = str(tiny_tokenizer().encode("fox")[-1])
+    for count in (0, 1, 3):
+        told = complete(client, "The quick", logprobs=count, logit_bias={token: 100}).choices[0].logprobs
+        for drawn, logprob, top in zip(told.tokens, told.token_logprobs, told.top_logprobs, strict=True):
+            assert top[drawn] == logprob and len(top) in (count, count + 1)
+        assert max(map(len, told.top_logprobs)) == count + 1, "the model itself would not have drawn it"
+
+
+def test_a_call_whose_arguments_hold_the_closing_mark(server):
+    body = chat_body("mark?", tools=TOOLS, temperature=0)
+    message = ask(server.port, "/v1/chat/completions", body).json["choices"][0]["message"]
+    assert message["content"] is None
+    (call,) = message["tool_calls"]
+    assert json.loads(call["function"]["arguments"]) == {"city": "a </tool_call> b"}
+    lines = ask(server.port, "/v1/chat/completions", {**body, "stream": True}).raw.decode().split("\n\n")
+    deltas = [json.loads(line[6:])["choices"][0]["delta"] for line in lines if line.startswith("data: {")]
+    (streamed,) = [call for delta in deltas for call in delta.get("tool_calls", [])]
+    assert streamed["function"] == call["function"]
+    assert "".join(delta.get("content") or "" for delta in deltas) == ""

@@ -18,7 +18,7 @@ from core.commands import chat as command
 from core.commands.chat import piped_lines, repl
 from core.config import load_model_config
 from core.data.chat_template import DEFAULT_SYSTEM
-from core.data.tokenizer import StreamDecoder
+from core.data.detokenizer import StreamDecoder
 from core.engine import Engine
 from core.errors import UserError
 from tests.engine_support import Speller
@@ -33,14 +33,20 @@ FIRST = 10
 class CharTokenizer:
     """One token a byte, after the control tokens."""
 
-    path, vocab_size, control = "toy", SIZE, {name: i for i, name in enumerate(NAMES)}
+    path, vocab_size, control, anchor = "toy", SIZE, {name: i for i, name in enumerate(NAMES)}, FIRST + ord("a")
 
     def encode(self, text, add_bos=False, allow_control=False):
         assert not allow_control
         return [FIRST + b for b in text.encode()]
 
-    def stream(self, skip_special=True):
-        return StreamDecoder(self, skip_special)
+    def stream(self):
+        return StreamDecoder(self)
+
+    def is_silent(self, index):
+        return index < FIRST
+
+    def byte_of(self, index):
+        return index - FIRST
 
     def decode(self, ids, skip_special=False):
         return bytes(t - FIRST for t in ids if t >= FIRST).decode(errors="replace")

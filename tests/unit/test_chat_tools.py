@@ -12,7 +12,7 @@ from core.chat import Chat, ChatModel
 from core.commands.chat import repl
 from core.config import load_model_config
 from core.data.chat_template import encode_chat
-from core.data.rows import parse_dialogue
+from core.data.dialogues import parse_dialogue
 from core.engine import Engine
 from core.errors import UserError
 from core.tool_calls import ToolCall

@@ -212,6 +212,70 @@ def test_crash_between_the_two_renames_of_a_replacement(tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["latest", "step-00000007", "step-00000008"]
 
 
+def number_of(folder):
+    return json.loads((folder / "manifest.json").read_text()).get("number")
+
+
+def without_number(folder):
+    """As checkpoints were before saves were counted."""
+    manifest = json.loads((folder / "manifest.json").read_text())
+    del manifest["number"], manifest["digest"]
+    (folder / "manifest.json").write_text(json.dumps({**manifest, "digest": manifest_digest(manifest)}))
+
+
+@pytest.mark.parametrize("clock", [-1, 0, 1])
+def test_pruning_goes_by_the_order_of_saves_and_not_by_a_clock(tmp_path, clock):
+    """A clock that was set back, one that stands, one that goes on; the run went back to step 2 on the way."""
+    for turn, step in enumerate((1, 9, 2, 3)):
+        folder = save(tmp_path, step, keep_last=3)
+        os.utime(folder / "manifest.json", (1e9 + clock * turn, 1e9 + clock * turn))
+    left = sorted(p.name for p in tmp_path.iterdir())
+    assert left == ["latest", "step-00000002", "step-00000003", "step-00000009"]
+    assert [number_of(tmp_path / name) for name in left[1:]] == [3, 4, 2]
+    save(tmp_path, 4, keep_last=3)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["latest", "step-00000002", "step-00000003", "step-00000004"]
+    save(tmp_path, 3, keep_last=2)  # again: now the newest but this one is step 4
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["latest", "step-00000003", "step-00000004"]
+    assert number_of(tmp_path / "step-00000003") == 6
+
+
+def test_checkpoints_from_before_saves_were_counted(tmp_path):
+    """They are older than any that was counted, and among themselves go by time."""
+    for turn, step in enumerate((7, 5, 6)):
+        folder = save(tmp_path, step, keep_last=9)
+        without_number(folder)
+        os.utime(folder / "manifest.json", (2e9 + turn, 2e9 + turn))
+    assert open_checkpoint(tmp_path).step == 6
+    save(tmp_path, 3, keep_last=3)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["latest", "step-00000003", "step-00000005", "step-00000006"]
+    assert number_of(tmp_path / "step-00000003") == 1
+    save(tmp_path, 4, keep_last=2)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["latest", "step-00000003", "step-00000004"]
+
+
+def test_a_manifest_in_another_hand_still_has_its_number(tmp_path):
+    folder = save(tmp_path, 1)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    (folder / "manifest.json").write_text(json.dumps(manifest, sort_keys=True))
+    assert number_of(save(tmp_path, 2)) == 2
+    (folder / "manifest.json").write_text("{")
+    assert number_of(save(tmp_path, 3)) == 3
+
+
+def test_leftovers_of_killed_saves_go_with_the_next(tmp_path):
+    gone = [".latest-999999999", "..saving-step-00000001.json-999999999", ".saving-step-00000001.json"]
+    host = socket.gethostname()
+    gone += [f".tmp-tele-latest-{host}-999999999.5", f".tmp-tele-.saving-step-00000001.json-{host}-999999999"]
+    kept = [f".latest-{os.getppid()}", f".tmp-tele-latest-{host}-{os.getppid()}", ".latest-copy", ".hidden"]
+    for name in gone + kept:
+        (tmp_path / name).touch()
+    for name in (".gone-tele-0123", ".gone-tele-x"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "weights-00001.safetensors").touch()
+    save(tmp_path)
+    assert sorted(p.name for p in tmp_path.iterdir()) == sorted([*kept, "latest", "step-00000007"])
+
+
 def test_failure_while_saving_leaves_the_previous_one(tmp_path):
     save(tmp_path, 1)
 

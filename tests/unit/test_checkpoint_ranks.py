@@ -101,7 +101,7 @@ def test_one_rank_writes_what_it_always_wrote(tmp_path):
     )  # fmt: skip
     assert names(tmp_path / "step-00000003") == ["manifest.json", "model.json", "weights-00001.safetensors"]
     manifest = json.loads((tmp_path / "step-00000003" / "manifest.json").read_text())
-    assert list(manifest) == ["format", "version", "step", "files", "tensors", "digest"]
+    assert list(manifest) == ["format", "version", "step", "number", "files", "tensors", "digest"]
 
 
 def test_ranks_may_own_nothing_or_everything(tmp_path):

@@ -10,7 +10,7 @@ import pytest
 from core.config import load_model_config, load_run_config, preset_names, run_config_from_dict
 from core.errors import UserError
 from core.params import count_parameters, parameter_table
-from core.schema import load_yaml
+from core.schema import load_yaml, set_dotted
 
 # Published parameter counts; the 115B's equals the total_size of its released index (float32) divided by 4.
 PUBLISHED = {
@@ -151,7 +151,7 @@ def test_yaml_mistakes_name_file_and_line(tmp_path: Path) -> None:
 UNREADABLE = {
     "a list as a key": "? [a]\n: 1\n",
     "a mapping as a key": "? {a: 1}\n: 1\n",
-    "an impossible date": "model: 2020-13-45\n",
+    "an impossible date": "model: !!timestamp 2020-13-45\n",
     "a number that is none": "a: !!int abc\n",
     "absurd nesting": "[" * 3000,
     "a control character": "a: b\x00c",
@@ -164,6 +164,36 @@ def test_whatever_yaml_stumbles_over_is_one_line_that_names_the_file(tmp_path: P
     with pytest.raises(UserError, match="x.yaml") as error:
         load_yaml(tmp_path / "x.yaml")
     assert "\n" not in str(error.value)
+
+
+# What YAML 1.1 (PyYAML's) and YAML 1.2 read differently, and what either would read as a number that is not decimal.
+UNCLEAR = (
+    "010 -010 007 08 00 0x1F 0X1f 0o10 0b11 1_000 1_0.5 1_0e3 1:30 -1:30 1:30.5 190:20:30 12:34:56 "
+    "yes Yes no NO on On off OFF"
+)
+
+
+@pytest.mark.parametrize("value", UNCLEAR.split())
+def test_a_value_that_versions_of_yaml_read_differently_is_refused(tmp_path: Path, value: str) -> None:
+    for tag, key in (("", "a"), ("", value), ("!!int ", "a"), ("!!float ", "a"), ("!!bool ", "a")):
+        (tmp_path / "x.yaml").write_text(f"b: 1\n{key}: {tag}{value}\n")
+        with pytest.raises(UserError, match=f"x.yaml:2: .*'{value}' is .* quote it"):
+            load_yaml(tmp_path / "x.yaml")
+    with pytest.raises(UserError, match=f"--set a.b=.*'{value}' is"):
+        set_dotted({}, f"a.b={value}")
+    (tmp_path / "x.yaml").write_text(f"a: '{value}'\nb: [\"{value}\"]\n")
+    assert load_yaml(tmp_path / "x.yaml") == {"a": value, "b": [value]}
+
+
+def test_decimal_numbers_and_text_are_what_they_look_like(tmp_path: Path) -> None:
+    want = {
+        **{"0": 0, "-0": 0, "+7": 7, "10": 10, "1.": 1.0, ".5": 0.5, "-.5e3": -500.0, "01.5": 1.5, "1.0e-05": 1e-5},
+        **{"true": True, "False": False, "TRUE": True, "~": None, "null": None, "y": "y", "n": "n", "noon": "noon"},
+        **{"2001-12-14": "2001-12-14", "10.0.0.1:80": "10.0.0.1:80", "1:90": "1:90", "a_1": "a_1", "0xyz": "0xyz"},
+    }
+    (tmp_path / "x.yaml").write_text("".join(f"- {text}\n" for text in want))
+    found = load_yaml(tmp_path / "x.yaml")
+    assert [(type(value), value) for value in found] == [(type(value), value) for value in want.values()]
 
 
 def test_exponent_without_a_point_is_a_number(tmp_path: Path) -> None:

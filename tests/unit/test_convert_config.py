@@ -31,7 +31,8 @@ def test_goldens_there_and_back(path):
     assert (config.training_seqlen, config.base_seqlen, config.max_seqlen) == (
         released["training_seqlen"], released["base_seqlen"], released["seq_length"],
     )  # fmt: skip
-    assert config.norm_eps == released["layer_norm_epsilon"] and config.rope_theta == 10000.0 and notes == []
+    assert config.norm_eps == released["layer_norm_epsilon"] and config.rope_theta == 10000.0
+    assert notes == ["rope_theta is missing: 10000.0 is taken, as the released code does"]
     assert write_config(config, released, None) == released
 
 
@@ -75,13 +76,15 @@ def test_the_7b_32k_config():
 def test_defaults():
     assert read(num_key_value_heads=None)[0].num_kv_heads == 8
     assert read(num_key_value_heads=...)[0].num_kv_heads == 8
-    assert read(pad_token_id=None)[0].pad_token_id == 3
+    assert read(pad_token_id=...)[0].pad_token_id == 3
     assert read(seq_length=...)[0].max_seqlen == 64
     assert read(seq_length=..., max_position_embeddings=100)[0].max_seqlen == 100
     config, notes = read(training_seqlen=..., base_seqlen=..., hidden_dropout=0.1)
     assert (config.training_seqlen, config.base_seqlen) == (8192, 8192)
     assert notes[0].startswith("hidden_dropout 0.1 is ignored")
-    assert [n.split(" is ")[0] for n in notes[1:]] == ["training_seqlen", "base_seqlen"]
+    assert [n.split(" is ")[0] for n in notes[1:]] == ["training_seqlen", "base_seqlen", "rope_theta"]
+    said = [n.split(" is ")[0] for n in read(num_key_value_heads=..., bos_token_id=..., eos_token_id=None)[1]]
+    assert said == ["num_key_value_heads", "rope_theta", "bos_token_id", "eos_token_id"]
 
 
 REFUSED = {
@@ -105,6 +108,26 @@ REFUSED = {
     "contradiction": ({"num_hidden_layers": 4}, "n_layer 3 and num_hidden_layers 4 contradict"),
     "heads": ({"n_head": 7}, "num_heads: 7 does not divide"),
     "kv heads": ({"num_key_value_heads": 3}, "num_kv_heads: 3 does not divide"),
+    "token ids": ({"eos_token_id": [2, 151]}, "end_token_ids: 151 is outside"),
+    "no end": ({"eos_token_id": []}, "eos_token_id is an empty list"),
+    "an end below 0": ({"eos_token_id": [2, -1]}, "eos_token_id must be 0 or more, found -1"),
+    "an end that is text": ({"eos_token_id": ["2"]}, "eos_token_id should be a whole number, found '2'"),
+    "pad -2": ({"pad_token_id": -2}, "pad_token_id must be 0 or more"),
+    "pad list": ({"pad_token_id": [3]}, r"pad_token_id should be a whole number, found \[3\]"),
+    "true as pad": ({"pad_token_id": True}, "pad_token_id should be a whole number"),
+    "huge": ({"norm_eps": 10**400}, "norm_eps is an integer of 1329 bits"),
+    "another gate": ({"hidden_act": "gelu"}, "hidden_act is 'gelu'; the ffn of this family is gated by silu"),
+    "multiplier": ({"output_mult": 0.5}, "output_mult is 0.5; TeleChat2 has no muP"),
+    "head size": ({"head_dim": 8}, "head_dim is 8, but hidden_size / heads is 6"),
+    "head size as text": ({"head_dim": "6"}, "head_dim is '6'"),
+    "window": ({"sliding_window": 4096}, "sliding_window is 4096"),
+    "layer types": ({"layer_types": ["full_attention", "sliding_attention", "full_attention"]}, "layer_types is"),
+    "capped": ({"attn_logit_softcapping": 30.0}, "attn_logit_softcapping is 30.0"),
+    "experts": ({"num_experts": 8}, "mixtures of experts are not supported"),
+    "qk norm": ({"use_qk_norm": True}, "norms of queries and keys"),
+    "two norms": ({"rms_norm_eps": 1e-6}, "layer_norm_epsilon 1e-05 and rms_norm_eps 1e-06 contradict"),
+    "two widths": ({"n_embed": 96}, "hidden_size 48 and n_embed 96 contradict"),
+    "two ffns": ({"intermediate_size": 81}, "ffn_hidden_size 80 and intermediate_size 81 contradict"),
     "token id": ({"eos_token_id": 151}, "eos_token_id: 151 is outside"),
 }
 
@@ -131,3 +154,22 @@ def test_only_what_changed_is_written_back():
     }  # fmt: skip
     assert read_config(written, "x")[0] == longer
     assert write_config(config, {**RELEASED, "dtype": "bfloat16"}, "float32")["dtype"] == "float32"
+
+
+def test_tokens_that_end_and_no_padding():
+    """A list of ends as newer releases have it, null and -1 for no padding; written back as they were."""
+    config, _ = read(eos_token_id=[2, 5, 2, 7], pad_token_id=-1)
+    assert (config.eos_token_id, config.end_token_ids, config.pad_token_id) == (2, (5, 7), None)
+    assert config.stop_ids == {2, 5, 7} and config.filler_id == 2
+    assert read(pad_token_id=None)[0].pad_token_id is None
+    original = {**RELEASED, "eos_token_id": [2, 5, 2, 7], "pad_token_id": -1}
+    assert write_config(config, original, None) == original
+    fresh = write_config(config, None, None)
+    assert (fresh["eos_token_id"], fresh["pad_token_id"]) == ([2, 5, 7], None)
+    assert read_config(json.loads(json.dumps(fresh)), "x") == (config, [])
+
+
+def test_keys_that_nothing_reads_are_named():
+    assert read(rope_theta=1e4, something="new", other=1)[1] == [
+        "keys that are not known here and change nothing: 'something', 'other'"
+    ]

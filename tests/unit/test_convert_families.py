@@ -46,7 +46,9 @@ def test_what_is_read() -> None:
         "flm", "layernorm", "gelu", "all", "xpos",
     )  # fmt: skip
     assert (flm.input_mult, flm.logit_mult, flm.xpos_scale_base, flm.tied_embeddings) == (1.3, 0.8, 512.0, False)
-    assert [note.split(" is ")[0] for note in notes] == ["attn_pdrop 0.1", "embd_pdrop 0.1", "resid_pdrop 0.1"]
+    assert [note.split(" is ")[0] for note in notes] == [
+        "attn_pdrop 0.1", "embd_pdrop 0.1", "resid_pdrop 0.1", "pad_token_id",
+    ]  # fmt: skip
 
 
 def test_keys_that_the_released_101b_lacks() -> None:

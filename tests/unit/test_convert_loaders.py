@@ -16,7 +16,7 @@ from safetensors.numpy import load_file
 
 from convert import protobuf
 from convert.copy import to_hf
-from convert.hf_tokenizer import CHAT_TEMPLATE, tokenizer_json
+from convert.hf_tokenizer import CHAT_TEMPLATE
 from convert.source import ModelSource, open_model
 from core.checkpoint import write_checkpoint
 from core.config import load_model_config
@@ -146,71 +146,6 @@ def test_the_tokenizer_is_described(exported: tuple[str, ModelSource, Path]) -> 
     assert described["model_max_length"] == source.config.max_seqlen
     said = json.loads((folder / "generation_config.json").read_text())
     assert (said["bos_token_id"], said["eos_token_id"], said["pad_token_id"]) == (1, 2, 3)
-
-
-def merged(text: str, made: dict[str, Any]) -> list[int]:
-    """What the tokenizers library does with a tokenizer.json of ours, for text without control tokens."""
-    vocab, model = made["model"]["vocab"], made["model"]
-    ranks = {(left, right): n for n, (left, right) in enumerate(model["merges"])}
-    ids: list[int] = []
-    for word in _words("▁" + text.replace(" ", "▁") if text else ""):
-        parts = list(word)
-        while True:
-            pairs = [(ranks[pair], i) for i, pair in enumerate(zip(parts, parts[1:], strict=False)) if pair in ranks]
-            if not pairs:
-                break
-            i = min(pairs)[1]
-            parts[i : i + 2] = ["".join(parts[i : i + 2])]
-        for part in parts:
-            ids += [vocab[part]] if part in vocab else [vocab[f"<0x{byte:02X}>"] for byte in part.encode()]
-    return ids
-
-
-def _words(text: str) -> list[str]:
-    """Digits apart, as the pre-tokenizer leaves them."""
-    words = [""]
-    for character in text:
-        if character.isdigit():
-            words += [character, ""]
-        else:
-            words[-1] += character
-    return [word for word in words if word]
-
-
-@pytest.mark.parametrize("which", ["trained here", "released"])
-def test_tokenizer_json_gives_the_same_ids(which: str) -> None:
-    import sentencepiece
-
-    path = shared_file("data/telechat2/tokenizer.model") if which == "released" else tiny_tokenizer_path()
-    pieces = sentencepiece.SentencePieceProcessor(model_file=str(path))
-    made = tokenizer_json(pieces)
-    assert made is not None
-    texts = [
-        "",
-        " ",
-        "a",
-        "Hello, world 12345!",
-        "def f(self):\n\treturn _x__y___z____w_____v______u_______",
-        "  two  spaces ",
-    ]
-    texts += [
-        "生抽与老抽的区别？",
-        "naïve café, ½ and ²",
-        "emoji 😈 and \u0000 zero",
-        Path(__file__).read_text()[:1500],
-    ]
-    for text in texts:
-        assert merged(text, made) == pieces.encode(text), text[:40]
-
-
-def test_a_tokenizer_that_cannot_be_said_so_goes_without(tmp_path: Path) -> None:
-    """SentencePiece's default changes the text (NFKC), which no table here says: only tokenizer.model is written."""
-    import sentencepiece
-
-    from tests.unit.test_convert_hf import train_tokenizer
-
-    pieces = sentencepiece.SentencePieceProcessor(model_file=str(train_tokenizer(tmp_path / "t.model", 60)))
-    assert tokenizer_json(pieces) is None
 
 
 def test_protobuf_is_read_to_its_end() -> None:

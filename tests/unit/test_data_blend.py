@@ -15,7 +15,7 @@ from core.data.blend import MAX_PERIOD, Schedule, open_blend
 from core.data.packed import PackedWriter
 from core.data.permute import Permutation
 from core.errors import UserError
-from tests.data_support import VOCAB_SIZE, tiny_tokenizer
+from tests.data_support import VOCAB_SIZE, reseal, tiny_tokenizer
 
 PAD = 3
 PINNED = [1, 4, 7, 3, 8, 0, 9, 6, 5, 2]
@@ -165,11 +165,27 @@ def test_refusals(tmp_path):
         open_blend(config(), 1, VOCAB_SIZE, PAD)
     with pytest.raises(UserError, match="no such packed folder"):
         blend((tmp_path / "nowhere", 1.0))
-    with pytest.raises(UserError, match=f"{VOCAB_SIZE} pieces but model.vocab_size is 640"):
-        open_blend(config((path, 1.0)), 1, 640, PAD)
+    with pytest.raises(UserError, match=f"{VOCAB_SIZE} pieces but model.vocab_size is 1024"):
+        open_blend(config((path, 1.0)), 1, 1024, PAD)
     with pytest.raises(UserError, match="pad_token_id"):
         open_blend(config((path, 1.0)), 1, VOCAB_SIZE, VOCAB_SIZE)
-    meta = path / "meta.json"
-    meta.write_text(meta.read_text().replace('"largest_id": 119', '"largest_id": 600'))
+    assert open_blend(config((path, 1.0)), 1, VOCAB_SIZE + 40, PAD).vocab_size == VOCAB_SIZE  # padding, perhaps
+    reseal(path, largest_id=600)
     with pytest.raises(UserError, match="token id 600, outside the vocabulary"):
+        blend((path, 1.0))
+
+
+def test_the_tokenizer_of_a_run_is_the_one_that_was_verified(tmp_path):
+    """What goes into checkpoints is not what the file holds by then."""
+    path = packed(tmp_path / "a", 100)
+    opened = blend((path, 1.0))
+    damaged = bytearray(tiny_tokenizer().model_bytes)
+    damaged[100] ^= 1
+    (path / "tokenizer.model").write_bytes(damaged)
+    assert opened.tokenizer() == tiny_tokenizer().model_bytes
+    with pytest.raises(UserError, match="tokenizer.model: altered"):
+        blend((path, 1.0))
+    (path / "tokenizer.model").write_bytes(opened.tokenizer())
+    reseal(path, tokenizer={"sha256": "0" * 64, "control": "chat"})
+    with pytest.raises(UserError, match="hash of the tokenizer"):
         blend((path, 1.0))

@@ -13,6 +13,7 @@ from core import cli
 from core.commands import data as data_command
 from core.commands import tokenize as tokenize_command
 from core.data import prepare, rows
+from core.data.dialogues import DialogueFile
 from core.data.packed import PackedDataset
 from core.data.prepare import pack_text, read_texts
 from core.data.rows import detect_kind, find_inputs, read_documents
@@ -107,7 +108,7 @@ def test_plain_dialogues(tmp_path, capsys):
     source = sft_rows(tmp_path)
     assert tele_data(source, "--out", tmp_path / "out", "--sft", "plain", "--seq-len", 128) == 0
     data = PackedDataset(tmp_path / "out")
-    encoded = [encode_dialogue(tiny_tokenizer(), d) for d in rows.DialogueFile([source])]
+    encoded = [encode_dialogue(tiny_tokenizer(), d) for d in DialogueFile([source])]
     assert data.tokens.tolist() == [i for ids, _ in encoded for i in ids]
     assert data.mask.tolist() == [m for _, mask in encoded for m in mask]
     assert np.diff(data.sequences).max() <= 128
@@ -161,10 +162,10 @@ def test_malformed_rows_are_named_by_file_and_line(tmp_path):
         ("[1, 2]", "rows.jsonl:3: expected a JSON object, found list"),
         ('{"txt": "a"}', "rows.jsonl:3: expected text in field 'text'; keys found: txt"),
         ('{"text": 5}', "rows.jsonl:3: expected text in field 'text'"),
-        ('{"text": "a\\ud800"}', "rows.jsonl:3: 'text' has an unpaired surrogate at character 1"),
+        ('{"text": "a\\ud800"}', "rows.jsonl:3: not valid JSON (an unpaired surrogate escape)"),
         ('{"dialog": []}', "rows.jsonl:3: a dialogue, not a text; pack dialogues with --sft"),
         ("[" * 100000, "rows.jsonl:3: not valid JSON"),
-        ('{"text": "a", "n": ' + "9" * 5000 + "}", "rows.jsonl:3: not valid JSON (a number too long"),
+        ('{"text": "a", "n": ' + "9" * 5000 + "}", "rows.jsonl:3: not valid JSON (a whole number of 5000 digits)"),
     ]
     for line, says in cases:
         source = write_rows(tmp_path / "rows.jsonl", [{"text": "fine"}, "", line])
@@ -187,7 +188,7 @@ def test_malformed_dialogues_are_named_by_file_and_line(tmp_path):
         ({"messages": [turn], "tools": "[1"}, "'tools' is text that is no JSON list"),
         ({"input": "a", "output": None}, "'output' must be text"),
         ({"text": "a"}, "a text, not a dialogue"),
-        ({"question": "a"}, "expected system/dialog, messages, or input/output"),
+        ({"question": "a"}, "expected system/dialog, messages, or instruction/input/output"),
     ]
     for variant in ("plain", "deepspeed", "mindformers"):
         for row, says in cases:
@@ -234,7 +235,7 @@ def test_empty_inputs(tmp_path):
         (["--sft", "mindformers", "--seq-len", "64", "--no-template"], "--no-template: only with --sft deepspeed"),
         (["--threads", "0"], "--threads: must be at least 1"),
         (["--control", "none"], "no control token <_end>"),
-        (["--sft", "plain", "--seq-len", "64"], "dialogues are read from .jsonl"),
+        (["--sft", "plain", "--seq-len", "64"], "dialogues are read from files of rows \\(.jsonl"),
     ],
 )
 def test_options_that_do_not_go_together(tmp_path, words, says):
@@ -303,7 +304,7 @@ def test_train_encode_decode(tmp_path, capsys):
         call(tokenize_command, "info", "--tokenizer", out, "--model", "telechat2-3b")
     with pytest.raises(UserError, match="'x7': not a token id"):
         call(tokenize_command, "decode", "--tokenizer", out, "4", "x7")
-    for word in ("\u00b2", "--5", "9" * 5000):  # what int() refuses and isdigit() does not
+    for word in ("\u00b2", "--5", "9" * 5000, "1_0", "\u0663"):  # what int() refuses and isdigit() does not
         with pytest.raises(UserError, match="not a token id"):
             call(tokenize_command, "decode", "--tokenizer", out, "--", word)
     for deep in ("[" * 100000, "[" + "9" * 5000 + "]"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 
@@ -11,9 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from core.batch import IGNORE
-from core.data.packed import PackedDataset, PackedWriter, token_dtype
+from core.data import packed
+from core.data.packed import PackedDataset, PackedWriter, token_dtype, verify
+from core.data.packed_files import BLOCK
 from core.errors import UserError
-from tests.data_support import tiny_tokenizer
+from tests.data_support import reseal, tiny_tokenizer
 
 PAD = 3
 
@@ -117,20 +120,22 @@ def test_meta_and_digest(tmp_path):
     assert data.meta["tokens"] == 5 and data.meta["documents"] == 2 and data.meta["largest_id"] == 22
     assert data.meta["tokenizer"]["sha256"] == tiny_tokenizer().sha256
     assert (tmp_path / "d" / "tokenizer.model").read_bytes() == tiny_tokenizer().model_bytes
-    data.verify()
+    verify(data.path)
 
 
-@pytest.mark.parametrize("name", ["tokens.bin", "documents.bin", "tokenizer.model"])
+@pytest.mark.parametrize("name", ["tokens.bin", "documents.bin", "tokenizer.model", "tokens.sums"])
 def test_damage_is_named(tmp_path, name):
-    data = write_text(tmp_path / "d", [[20, 21, 2]])
+    write_text(tmp_path / "d", [[20, 21, 2]])
     file = tmp_path / "d" / name
     content = file.read_bytes()
     file.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
-    with pytest.raises(UserError, match=f"{name}: altered"):
-        data.verify()
+    for check in (verify, PackedDataset):
+        with pytest.raises(UserError, match=f"{name}: altered"):
+            check(tmp_path / "d")
     file.write_bytes(content[:-1])
-    with pytest.raises(UserError, match=f"{name}: expected {len(content)} bytes, found {len(content) - 1}"):
-        PackedDataset(tmp_path / "d")
+    for check in (verify, PackedDataset):
+        with pytest.raises(UserError, match=f"{name}: expected {len(content)} bytes, found {len(content) - 1}"):
+            check(tmp_path / "d")
     file.unlink()
     with pytest.raises(UserError, match=f"{name}: expected .* found missing"):
         PackedDataset(tmp_path / "d")
@@ -140,18 +145,159 @@ def test_damage_is_named(tmp_path, name):
     ("change", "says"),
     [
         ({"version": 99}, "format version 99"),
+        ({"version": True}, "format version True"),
+        ({"version": 1}, "altered, version 1 has no hash"),
+        ({"meta_sha256": None}, "altered, its hash"),
         ({"format": "other"}, "is not the meta.json of a packed folder"),
         ({"vocab_size": "many"}, "'vocab_size' is missing or damaged"),
+        ({"vocab_size": 70000}, "dtype of the vocabulary"),
         ({"dtype": "object"}, "inconsistent"),
+        ({"documents": 2}, "size of documents.bin: 16 for 24"),
+        ({"largest_id": -1}, "'largest_id' is missing or damaged"),
+        ({"tokenizer": {"sha256": "0" * 64}}, "hash of the tokenizer"),
         ({"files": {"../../etc/passwd": {"bytes": 1, "sha256": ""}}}, "inconsistent"),
+        ({"files": {"tokens.bin": {"bytes": 6}}}, "hash of 'tokens.bin'"),
+        ({"files": {"tokens.bin": 6}}, "entry 'tokens.bin'"),
+        ({"files": []}, "'files' is missing or damaged"),
     ],
 )
 def test_a_foreign_meta_is_refused(tmp_path, change, says):
     write_text(tmp_path / "d", [[20, 21, 2]])
+    reseal(tmp_path / "d", **change)
+    for check in (verify, PackedDataset):
+        with pytest.raises(UserError, match=says):
+            check(tmp_path / "d")
+
+
+def test_a_meta_altered_in_place_is_named(tmp_path):
+    write_text(tmp_path / "d", [[20, 21, 2]])
     file = tmp_path / "d" / "meta.json"
-    file.write_text(json.dumps({**json.loads(file.read_text()), **change}))
-    with pytest.raises(UserError, match=says):
-        PackedDataset(tmp_path / "d")
+    text = file.read_text()
+    for old, new in (('"documents": 1', '"documents": 2'), ("\n", "\n "), ('"control"', '"kontrol"')):
+        file.write_text(text.replace(old, new, 1))
+        with pytest.raises(UserError, match="meta.json: altered, its hash is not the recorded one"):
+            PackedDataset(tmp_path / "d")
+
+
+@pytest.mark.parametrize(
+    ("starts", "says"),
+    [
+        ([0, 5, 3, 6, 9], "document 1 goes from token 5 to 3"),
+        ([0, 3, 3, 6, 9], "document 1 goes from token 3 to 3"),
+        ([1, 3, 5, 6, 9], "from 1 to 9 instead of from 0 to 9"),
+        ([0, 3, 5, 6, 10], "from 0 to 10 instead of from 0 to 9"),
+        ([0, 3, 5, -1, 9], "document 2 goes from token 5 to -1"),
+        ([0, 3, 5, 2**62, 9], "document 3 goes from token 4611686018427387904 to 9"),
+    ],
+)
+def test_documents_out_of_order_or_range_are_named(tmp_path, starts, says):
+    """Where nothing has a hash: a folder of an early version."""
+    write_text(tmp_path / "d", [[20, 21, 2], [30, 2], [2], [31, 32, 2]])
+    as_version_1(tmp_path / "d", hashes=False)
+    np.array(starts, "<i8").tofile(tmp_path / "d" / "documents.bin")
+    for check in (verify, PackedDataset):
+        with pytest.raises(UserError, match=f"documents.bin: altered, {says}"):
+            check(tmp_path / "d")
+
+
+def as_version_1(folder, hashes):
+    """Rewrite a packed folder as the first version wrote it; ``hashes``: with those of its files."""
+    meta = json.loads((folder / "meta.json").read_text())
+    files = {n: dict(f) for n, f in meta["files"].items() if not n.endswith(".sums")}
+    for facts in files.values() if not hashes else ():
+        del facts["sha256"]
+    tokenizer = dict(meta["tokenizer"])
+    if not hashes:
+        del tokenizer["sha256"]
+    for file in folder.glob("*.sums"):
+        file.unlink()
+    reseal(folder, version=1, meta_sha256=None, files=files, tokenizer=tokenizer)
+
+
+@pytest.mark.parametrize("hashes", [True, False])
+def test_data_of_the_first_version_opens_with_a_note(tmp_path, hashes):
+    new = write_text(tmp_path / "d", [[20, 21, 2], [30, 2]])
+    as_version_1(tmp_path / "d", hashes)
+    old = PackedDataset(tmp_path / "d")
+    [note] = old.notes
+    assert "packed by an earlier version: its meta.json has no hash" in note and "pack again" in note
+    assert ("nor have tokens.bin" in note) == (not hashes) and new.notes == []
+    assert rows(old, 3) == rows(new, 3)
+    verify(tmp_path / "d")
+    if hashes:
+        assert old.digest() == new.digest()  # a run resumes on the same data packed again
+        content = (tmp_path / "d" / "tokens.bin").read_bytes()
+        (tmp_path / "d" / "tokens.bin").write_bytes(content[:-2] + b"\x05\x00")
+        with pytest.raises(UserError, match="tokens.bin: altered"):
+            PackedDataset(tmp_path / "d")
+
+
+def test_a_large_file_is_verified_where_it_is_read(tmp_path, monkeypatch):
+    monkeypatch.setattr(packed, "SMALL", 1000)
+    count = 3 * BLOCK // 2 + 100  # tokens of two bytes: three blocks and a piece
+    ids = 20 + np.arange(count) % 500
+    data = write_text(tmp_path / "d", [[*ids[:-1], 2]])
+    assert len(data.tokens) == count and data.meta["files"]["tokens.sums"]["bytes"] == 4 * 32
+    seq_len = BLOCK // 4
+    assert [row[0][0] for row in rows(data, seq_len)] == [
+        int(ids[n * seq_len]) for n in range(data.num_samples(seq_len))
+    ]
+    with open(tmp_path / "d" / "tokens.bin", "r+b") as file:
+        file.seek(2 * BLOCK + 7)
+        byte = file.read(1)[0]
+        file.seek(-1, 1)
+        file.write(bytes([byte ^ 1]))  # another id inside the vocabulary
+    data = PackedDataset(tmp_path / "d")
+    for index in range(3):
+        data.sample(index, seq_len, PAD)
+    for index in (3, 4, 5):  # the first of them needs one token of the third block
+        with pytest.raises(UserError, match=f"tokens.bin: altered, bytes {2 * BLOCK} to {3 * BLOCK}"):
+            data.sample(index, seq_len, PAD)
+    with pytest.raises(UserError, match="tokens.bin: altered .SHA-256"):
+        verify(tmp_path / "d")
+
+
+def test_sums_are_those_of_the_blocks(tmp_path):
+    for count in (1, BLOCK // 2, BLOCK // 2 + 1, 5 * BLOCK // 2):
+        folder = tmp_path / str(count)
+        write_text(folder, [[20] * count + [2]])
+        content, sums = (folder / "tokens.bin").read_bytes(), (folder / "tokens.sums").read_bytes()
+        blocks = [content[n : n + BLOCK] for n in range(0, len(content), BLOCK)]
+        assert sums == b"".join(hashlib.sha256(block).digest() for block in blocks)
+
+
+def test_every_seeded_corruption_is_named(tmp_path):
+    """Flips, cuts, insertions and swaps of every file, as opened and as verified: none silent, none a traceback."""
+    write_text(tmp_path / "text", [[20 + n % 7, 30 + n, 2] for n in range(60)])
+    write_sft(tmp_path / "sft", [([3, 4, 20 + n, 5, 21, 2], [0, 0, 0, 0, 1, 1], (0, 3)) for n in range(60)], 6)
+    random = np.random.default_rng(7)
+    for folder in (tmp_path / "text", tmp_path / "sft"):
+        for file in sorted(folder.iterdir()):
+            content = file.read_bytes()
+            for _ in range(12):
+                file.write_bytes(corrupted(content, random))
+                for check in (verify, PackedDataset):
+                    with pytest.raises(UserError) as error:
+                        check(folder)
+                    assert file.name in str(error.value) or file.name == "meta.json"
+                file.write_bytes(content)
+        verify(folder)
+
+
+def corrupted(content, random):
+    """Other bytes than ``content``."""
+    place = int(random.integers(len(content)))
+    damaged = bytearray(content)
+    kind = random.integers(5)
+    if kind < 2:
+        damaged[place] ^= 1 << int(random.integers(8))
+    elif kind == 2:
+        del damaged[place:]
+    elif kind == 3:
+        damaged[place:place] = random.bytes(int(random.integers(1, 9)))
+    else:
+        damaged[place : place + 8] = random.bytes(len(damaged[place : place + 8]))
+    return bytes(damaged) if damaged != content else content + b"\x00"
 
 
 def test_not_a_folder(tmp_path):
@@ -198,29 +344,17 @@ def test_existing_folders_are_not_overwritten(tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["d", "precious"]
 
 
-def test_files_altered_in_place_are_named_where_they_are_read(tmp_path):
-    # Same sizes as recorded, so that only the contents can tell.
+def test_ids_without_a_hash_are_judged_where_they_are_read(tmp_path):
     folder = tmp_path / "d"
     write_sft(folder, [([3, 4, 20, 5, 21, 2], [0, 0, 0, 0, 1, 1], (0,))] * 2, 5)
-
-    def alter(name, dtype, place, value):
-        array = np.memmap(folder / name, dtype, mode="r+")
-        before, array[place] = int(array[place]), value
-        array.flush()
-        return before
-
+    as_version_1(folder, hashes=False)
     vocab_size = tiny_tokenizer().vocab_size
     assert PackedDataset(folder).sample(1, 5, 3)[0].max() < vocab_size
-    before = alter("tokens.bin", "<u2", 8, vocab_size)
+    array = np.memmap(folder / "tokens.bin", "<u2", mode="r+")
+    array[8] = vocab_size
+    array.flush()
     with pytest.raises(UserError, match=f"tokens.bin: altered, token id {vocab_size} at place 8 is outside"):
         PackedDataset(folder).sample(1, 5, 3)
-    alter("tokens.bin", "<u2", 8, before)
-    for place, value in ((1, -3), (1, 1000), (2, 2)):
-        before = alter("sequences.bin", "<i8", place, value)
-        with pytest.raises(UserError, match="sequences.bin: altered"):
-            PackedDataset(folder).sample(1, 5, 3)
-        alter("sequences.bin", "<i8", place, before)
-    PackedDataset(folder).sample(1, 5, 3)
 
 
 def test_ids_outside_the_vocabulary_are_refused(tmp_path):
@@ -232,12 +366,10 @@ def test_ids_outside_the_vocabulary_are_refused(tmp_path):
 
 
 def test_a_full_disk_is_the_users_to_mend(tmp_path, monkeypatch):
-    from core.data import packed
-
     def full(self, data):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(packed._HashedFile, "write", full)
+    monkeypatch.setattr(packed.HashedFile, "write", full)
     says = "cannot be written .No space left on device"
     with pytest.raises(UserError, match=says), PackedWriter(tmp_path / "d", tiny_tokenizer(), "text") as writer:
         writer.start_document()

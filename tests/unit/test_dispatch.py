@@ -18,6 +18,7 @@ def test_the_best_serves() -> None:
     found = choose({"rope": [FUSED, PLAIN], "gelu": [PLAIN]}, {}, "Ascend")
     assert found["rope"].implementation == "cann" and found["gelu"].implementation == "composite"
     assert describe(found) == ["cann: rope (the best on Ascend)", "composite: gelu (the best on Ascend)"]
+    assert describe(found, ("cann",))[0] == "composite: rope (cann has no float64)"
 
 
 def test_a_run_may_ask_for_another() -> None:

@@ -249,14 +249,21 @@ class Letters:
     """A tokenizer of one letter a token."""
 
     control: dict[str, int] = {}
+    anchor = 0
 
     def decode(self, ids, skip_special=False):
         return "".join(chr(ord("A") + i) for i in ids)
 
-    def stream(self, skip_special=True):
-        from core.data.tokenizer import StreamDecoder
+    def stream(self):
+        from core.data.detokenizer import StreamDecoder
 
-        return StreamDecoder(self, skip_special)
+        return StreamDecoder(self)
+
+    def is_silent(self, index):
+        return False
+
+    def byte_of(self, index):
+        return None
 
 
 def test_a_stop_string_ends_an_answer_and_is_never_shown():

@@ -156,7 +156,7 @@ def test_output_is_whole_or_not_there(tmp_path, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(forward.os, "fsync", full)
+    monkeypatch.setattr("core.atomic.os.fsync", full)
     with pytest.raises(UserError, match="cannot be written.*No space left"):
         write_atomically(path, {"loss": np.asarray(2.5)})
     assert path.read_bytes() == before

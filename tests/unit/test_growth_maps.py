@@ -236,4 +236,5 @@ def test_bias_corrections_by_age() -> None:
     optim = OptimConfig(lr=1.0, beta1=0.9, beta2=0.95)
     assert corrections(optim, 7, 5) == pytest.approx((1 / (1 - 0.9**2), (1 - 0.95**2) ** -0.5))
     assert is_young(optim, 1000, 990)
-    assert not is_young(optim, 2000, 1000)  # both corrections are 1 in float32
+    assert not is_young(optim, 1400, 1000)  # both corrections are 1 in float32
+    assert is_young(optim, 1400, 1000, "float64") and not is_young(optim, 2000, 1000, "float64")

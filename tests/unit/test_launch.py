@@ -10,14 +10,16 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from core import launch as launching
 from core.errors import UserError
+from core.heartbeat import Waits
 from core.launch_command import Plan, check_nodes, check_port, command, environment
-from core.nodes import parse_master
+from core.nodes import Nodes, parse_master
 from core.processes import Deaths
 from core.screen import Screen
 from core.worker import read_status, run_script, status_path, write_status
@@ -300,6 +302,91 @@ def test_worker_draws_bars_when_its_output_is_shown_on_a_terminal(tmp_path: Path
 def test_worker_that_vanishes_leaves_running_behind(tmp_path: Path) -> None:
     done, record = run_worker(tmp_path, "import os; os.kill(os.getpid(), 9)")
     assert done.returncode == -9 and record["state"] == "running"
+
+
+def lifeline(tmp_path: Path, text: str) -> tuple[subprocess.Popen[bytes], int]:
+    """A worker whose stdin is a pipe as of a launcher, and the launcher's end of it."""
+    script = tmp_path / "script.py"
+    script.write_text(text)
+    theirs, ours = os.pipe()
+    words = [sys.executable, str(ROOT / "core" / "worker.py"), "--lifeline", "--status-dir", str(tmp_path), str(script)]
+    process = subprocess.Popen(words, stdin=theirs, cwd=tmp_path, stdout=subprocess.PIPE)
+    os.close(theirs)
+    return process, ours
+
+
+def test_a_worker_ends_with_its_launcher_whatever_its_parent_does(tmp_path: Path) -> None:
+    """Its parent, this process, lives on: a launcher killed before the worker has run at all, and while it runs."""
+    process, launcher = lifeline(tmp_path, "open('ran', 'w')\nimport time\ntime.sleep(60)")
+    os.close(launcher)
+    assert process.wait(30) == -9
+    assert not (tmp_path / "ran").exists() and read_status(tmp_path, 0) is None
+    text = "import os, sys, time\nassert sys.stdin.read() == ''\nprint('runs', flush=True)\ntime.sleep(60)"
+    process, launcher = lifeline(tmp_path, text)
+    assert process.stdout is not None and process.stdout.readline() == b"runs\n"
+    os.close(launcher)
+    assert process.wait(30) == -9
+
+
+def test_a_worker_finishes_while_its_launcher_lives(tmp_path: Path) -> None:
+    process, launcher = lifeline(
+        tmp_path, "import subprocess, sys\nsubprocess.run([sys.executable, '-c', ''], check=True)"
+    )
+    assert process.wait(30) == 0
+    os.close(launcher)
+
+
+def test_who_missed_the_death_of_its_parent_dies_at_once() -> None:
+    code = "from core.worker import die_with_parent; import os; die_with_parent({}); print('lives')"
+    for parent, wanted in (("os.getppid()", b"lives\n"), ("999999999", b"")):
+        done = subprocess.run([sys.executable, "-c", code.format(parent)], cwd=ROOT, capture_output=True)
+        assert (done.stdout, done.returncode) == (wanted, 0 if wanted else -9)
+
+
+def reported(folder: Path, instead: Any = None, **failed: Any) -> int:
+    """launch's report on rank 1 of two, which has failed; rank 0 with it, in the same words."""
+    run = launching._Running(
+        planned("pt", folder),
+        Nodes(),
+        SimpleNamespace(alive=list),  # type: ignore[arg-type]
+        Screen(folder / "worker_0.log", instead),
+        Waits(folder, [0, 1]),
+    )
+    statuses = [status(0, "failed", 2.0), {**status(1, "failed", 1.0), **failed}]
+    return launching._report(run, {**statuses[failed.get("rank", 1)], "when": 1.0, **failed}, statuses, b"")
+
+
+def test_a_rank_without_a_traceback_is_not_told_by_its_whole_log(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    bar = "".join(f"\r{n}%" for n in range(1000))
+    for rank in (0, 1):
+        lines = [f"line {n} of rank {rank}" for n in range(100)]
+        (tmp_path / f"worker_{rank}.log").write_text("\n".join([*lines, bar, "training stopped: x"]) + "\n")
+    assert reported(tmp_path, error="training stopped: x") == 1
+    out, err = capfd.readouterr()
+    told = err.splitlines()
+    assert told[0] == f"the last lines of {tmp_path / 'worker_1.log'}:"
+    assert told[1:11] == [*(f"line {n} of rank 1" for n in range(92, 100)), "999%", "training stopped: x"]
+    assert told[11:] == ["rank 0 failed after it: x", f"tele: rank 1 failed: training stopped: x; logs: {tmp_path}"]
+    # Rank 0's own has been shown, all of it.
+    assert reported(tmp_path, rank=0, error="x") == 1
+    out, err = capfd.readouterr()
+    assert out.count("line 99 of rank 0") == 1 and err == f"tele: rank 0 failed: x; logs: {tmp_path}\n"
+    # Unless something else was shown in its place.
+    assert reported(tmp_path, lambda: None, rank=0, error="x") == 1
+    out, err = capfd.readouterr()
+    assert (out, err.splitlines()[0]) == ("", f"the last lines of {tmp_path / 'worker_0.log'}:")
+
+
+def test_a_traceback_is_shown_once_and_in_full(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    trace = "Traceback (most recent call last):\n" + "".join(f"  frame {n}\n" for n in range(50)) + "ValueError: x\n"
+    (tmp_path / "worker_1.log").write_text("line\n" + trace)
+    (tmp_path / "worker_0.log").write_text("line\n" + trace)
+    for rank in (0, 1):
+        assert reported(tmp_path, rank=rank, error="ValueError: x", traceback=trace) == 1
+        out, err = capfd.readouterr()
+        assert (out + err).count("frame 49") == 1
 
 
 def test_a_script_started_by_hand_speaks_for_itself(capsys: pytest.CaptureFixture[str]) -> None:

@@ -73,7 +73,7 @@ def test_it_learns_and_records_every_step(tmp_path, capsys):
     assert (trainer["step"], trainer["samples"], trainer["tokens"]) == (30, 120, 120 * SEQ_LEN)
     assert trainer["optimizer_steps"] == 30 and trainer["seed"] == 7 and trainer["backend"] == "numpy"
     assert open_checkpoint(tmp_path).model["config"] == config.model.to_dict()
-    assert [asset.name for asset in open_checkpoint(tmp_path).assets] == ["numpy_stepper.py"]  # "the tokenizer"
+    assert [asset.name for asset in open_checkpoint(tmp_path).assets] == ["tokenizer.model"]
     shown = capsys.readouterr().err
     for fact in ("backend", "device", "precision", "parameters", "made in memory", "1,920 tokens to go"):
         assert fact in shown
@@ -257,8 +257,18 @@ def test_a_non_finite_loss_stops(tmp_path):
             loss = super().gradients(batch, num_targets, loss_scale)
             return math.nan if self.calls == 2 else loss
 
-    with pytest.raises(TrainingStopped, match=r"step 3: the loss is nan\. No checkpoint had been saved"):
-        loop.train(Diverges, run_config(), tmp_path)
+    ways = (
+        (0, None, r"No checkpoint had been saved \(set checkpoint\.every\)"),
+        (5, None, r"No checkpoint had been saved: the first would have come after step 5 \(checkpoint\.every\)"),
+        (7, "from", r"No checkpoint had been saved since; the one this run went on from is intact: .*step-00000003"),
+        (1, None, r"The last checkpoint is intact: .*step-00000002"),
+    )
+    loop.train(NumpyStepper, run_config(train__steps=3), tmp_path / "from")
+    for number, (every, resume, says) in enumerate(ways):
+        start = tmp_path / resume if resume else None
+        with pytest.raises(TrainingStopped, match=rf"step {6 if resume else 3}: the loss is nan\. {says}$"):
+            config = run_config(checkpoint__every=every, train__schedule_steps=12)
+            loop.train(Diverges, config, tmp_path / str(number), str(start) if start else None)
 
 
 @pytest.mark.parametrize("policy", ["stop", "skip", "warn"])

@@ -1,11 +1,13 @@
 """The dynamic loss scale as a state machine."""
 
 import json
+import math
 
+import numpy as np
 import pytest
 
 from core.errors import UserError
-from core.loss_scale import DynamicLossScale
+from core.loss_scale import DynamicLossScale, largest_magnitude, largest_scale
 
 
 def test_halves_on_overflow_and_doubles_after_good_steps():
@@ -46,3 +48,39 @@ def test_state_survives_json():
     assert restored == scale
     with pytest.raises(UserError, match="loss_scale"):
         DynamicLossScale.from_dict({"scale": 1.0})
+
+
+@pytest.mark.parametrize(
+    ("largest_at_1", "overflow_above", "expected"),
+    [
+        (1.0, 65504.0, 15),  # 2^15 is the last power below 65504
+        (1e-6, 65504.0, 35),
+        (1e5, 65504.0, -1),
+        (1.0, 100.0, 6),  # something on the way overflows long before the gradients do
+        (3e-4, 3.0, 13),
+        (0.0, 65504.0, 40),  # all zero: any scale will do, and the search ends
+        (1e-30, 65504.0, 40),
+    ],
+)
+def test_the_search_finds_the_largest_scale(largest_at_1, overflow_above, expected):
+    tried = []
+
+    def attempt(scale):
+        tried.append(scale)
+        largest = scale * largest_at_1
+        return largest if largest <= overflow_above else math.inf
+
+    assert largest_scale(attempt) == 2.0**expected
+    assert tried[-1] == 2.0**expected and len(tried) <= 9
+
+
+def test_a_batch_without_finite_gradients_is_refused():
+    with pytest.raises(UserError, match=r"not finite at any loss scale down to 2\^-24; use precision bf16 or fp32"):
+        largest_scale(lambda scale: math.inf)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_what_is_not_finite_counts_as_infinite(bad):
+    arrays = [np.ones(3), np.array([[0.0, bad]]), np.zeros((0, 2))]
+    assert largest_magnitude(arrays) == math.inf
+    assert largest_magnitude([np.array([-3.0, 2.0]), np.zeros(0)]) == 3.0 and largest_magnitude([]) == 0.0

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from core.pages import BLANK, PagePool, page_name, pool_size
+from core.pages import BLANK, PagePool, first_name, page_name, pool_size
 
 
 def test_pages_are_counted_by_their_holders():
@@ -74,6 +74,13 @@ def test_a_name_tells_everything_apart():
     }
     assert len(names) == 5
     assert page_name(b"", [1, 2], scaling.copy()) in names
+
+
+def test_a_salt_tells_first_pages_apart():
+    scaling = np.array([[10000.0, 1.0]] * 2)
+    salts = ["", "a", "b", "a/", "\ud800"]
+    assert first_name("") == b"" and {len(first_name(salt)) for salt in salts[1:]} == {32}
+    assert len({page_name(first_name(salt), [1, 2], scaling) for salt in salts}) == len(salts)
 
 
 @settings(max_examples=200, deadline=None)

@@ -113,6 +113,12 @@ def test_one_side_much_worse_than_the_other_is_seen_below_the_ceiling():
     assert broken(judged(run, a_run(6e-7, seed=2))) == []
 
 
+def test_in_float64_one_of_the_two_is_the_judge():
+    """Its own distance of zero takes nothing from the other, and there are no floors of float32."""
+    assert broken(judged(a_run(1e-15), a_run(), "fp64")) == []
+    assert len(broken(judged(a_run(1e-12), a_run(), "fp64"))) > 3
+
+
 def test_both_wrong_alike_is_seen_by_the_ceiling():
     """A fault that both share leaves their ratio at one; the float64 run tells."""
     run = a_run(3e-7)
@@ -171,6 +177,9 @@ def test_traces():
     assert trace_broken([], []) == ["steps that only one run has"]
     assert trace_broken(rows(loss=(3, None)), rows()) == ["loss, steps 1 to 50"]
     assert trace_broken(rows(loss=(3, None)), rows(loss=(3, None))) == []
+    for drift, holds in ((1e-13, True), (1e-12, False)):
+        bounds = compare_traces(rows(drift=drift), rows(), precision="fp64").bounds
+        assert all(bound.holds for bound in bounds) is holds
     report = compare_traces(rows(loss=(55, 9.0)), rows())
     assert all(bound.holds for bound in report.bounds) and max(report.loss) > 0.5  # measured, not judged, after step 50
 
@@ -322,6 +331,24 @@ def test_a_low_precision_layout_is_judged_by_the_ratio_of_errors(layout_task, pr
     one = an_outcome(task, 3 * u, seed=6)
     one.gradients["layers.0.attn_norm.weight"] *= 1 + 12 * u
     assert broken_in(judged_layout(task, one, single)) == ["gradients, worst (layers.0.attn_norm.weight)"]
+
+
+def test_a_layout_of_a_model_that_magnifies_rounding(layout_task):
+    """A gradient may be as far off as 12 roundings of the weights move it in float64, no further, and that one only."""
+    exact, initial = an_outcome(layout_task), init_weights(MODEL, 0, "strong")
+    task = dataclasses.replace(layout_task, optim=smooth_optim(OptimConfig(lr=1e-3), exact))
+    name = "layers.1.attn.q.weight"
+    nudged = exact.gradients | {name: exact.gradients[name] * (1 + 2e-6)}
+    references = References(an_outcome(task, 1e-7, seed=5), exact, initial, nudged)
+
+    def broken_by(changed, factor):
+        run = an_outcome(task, 3e-7)
+        run.gradients[changed] *= factor
+        return broken_in(judge_layout("pt", task, run, references))
+
+    assert broken_by(name, 1 + 1.9e-5) == []
+    assert any(name in what for what in broken_by(name, 1 + 2.7e-5))
+    assert broken_by("layers.1.attn.k.weight", 1 + 1.9e-5) != []
 
 
 def test_an_eps_that_makes_the_optimizer_smooth(layout_task):

@@ -69,6 +69,48 @@ def test_published_layout_fits_its_devices() -> None:
     assert estimate(config.model, 8192)["memory_bytes"]["total"] > 1e12
 
 
+GROWTH = [
+    "plan", "--config", str(CONFIGS / "train" / "flm-101b.yaml"), "--growth", str(CONFIGS / "growth" / "flm-101b.yaml")
+]  # fmt: skip
+
+
+def test_a_stage_of_a_growth_costs_what_its_size_costs(capsys: pytest.CaptureFixture[str]) -> None:
+    """The total of a stage is the sum of its uses, each counted once, and that of `tele plan` for the same size."""
+    assert cli.main([*GROWTH, "--json"]) == 0
+    stages = json.loads(capsys.readouterr().out)["stages"]
+    assert [stage["name"] for stage in stages] == ["16b", "51b", "101b"]
+    for stage in stages:
+        assert stage["device_bytes"] == sum(stage["memory_bytes"].values())
+        assert set(stage["memory_bytes"]) == {"masters", "compute_copy", "gradients", "optimizer", "activations"}
+    last = load_run_config(CONFIGS / "train" / "flm-101b.yaml")
+    layout = last.parallel
+    alone = estimate(last.model, 2048, 1, "bf16", "selective", layout=layout, micro_batches=2160 // layout.dp)
+    assert stages[-1]["device_bytes"] == alone["memory_bytes"]["total"]
+    # By hand, 16B on tp2, bf16, dp96: masters, m and v 12 P / 96, the compute copy 2 P and gradients 4 P of P = half
+    # of the parameters (and the norms and biases, which both hold whole).
+    held, memory = stages[0]["parameters"] / 2, stages[0]["memory_bytes"]
+    states = memory["masters"] + memory["optimizer"] + memory["compute_copy"] + memory["gradients"]
+    assert states == pytest.approx(held * (12 / 96 + 2 + 4), rel=1e-3)
+
+
+def test_growth_honours_or_refuses_the_options_of_one_size(capsys: pytest.CaptureFixture[str]) -> None:
+    sizes = []
+    for more in ([], ["--fused-attention"]):
+        assert cli.main([*GROWTH, "--json", *more]) == 0
+        sizes.append([s["memory_bytes"]["activations"] for s in json.loads(capsys.readouterr().out)["stages"]])
+    assert all(fused < plain for plain, fused in zip(*sizes, strict=True))
+    for option, value in (("--layout", "tp2"), ("--seq-len", "64"), ("--precision", "fp32"), ("--micro-batches", "3")):
+        assert cli.main([*GROWTH, option, value]) == 2
+        assert f"{option}: cannot be combined with --growth" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("layout", ["single", "tp2.pp2", "dp4"])
+def test_every_total_is_the_sum_of_its_parts(layout: str) -> None:
+    plan = estimate(TINY, 64, layout=parse_layout(layout))
+    for group in ("parameters", "memory_bytes", "flops_per_token"):
+        assert plan[group]["total"] == sum(size for use, size in plan[group].items() if use != "total"), group
+
+
 def test_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["plan", "--model", "telechat2-115b", "--json"]) == 0
     plan = json.loads(capsys.readouterr().out)

@@ -221,6 +221,19 @@ def test_other_documents_are_gathered(ring, seq_len, lengths):
     assert needed == full_mask(visibility, 2).sum() / 2
 
 
+@pytest.mark.parametrize("ring", [2, 3, 4, 8])
+def test_a_document_that_divides_by_the_ring_alone_is_gathered(ring):
+    """A zigzag needs 2R chunks: a length of R tokens, or of 3R, has no halves for every rank."""
+    for lengths in ([ring, 3 * ring], [2 * ring, ring, ring], [3 * ring, 5 * ring]):
+        seq_len = sum(lengths)
+        assert seq_len % (2 * ring) == 0 and all(n % ring == 0 for n in lengths)
+        data = batch(seq_len, rows=1, lengths=[lengths])
+        check_split(data, Layout(cp=ring))
+        visibility = split_batch(data, Layout(cp=ring), 0).visibility
+        assert visibility.method == "allgather"
+        np.testing.assert_array_equal(gathered_mask(visibility, 1), full_mask(visibility, 1))
+
+
 def test_a_document_that_comes_back_is_not_zigzagged():
     """Equal ids see each other across what is between; the halves of a zigzag per document would not."""
     data = batch(48, rows=1, lengths=[[16, 16, 16]])

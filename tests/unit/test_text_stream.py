@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from core.data.tokenizer import StreamDecoder
+from core.data.detokenizer import StreamDecoder
 from core.text_stream import CONTEXT, StopText, text_stream
 
 
@@ -16,10 +16,16 @@ class PieceTokenizer:
 
     PIECES = ["<a>", "<b>", "\u2581", "\u2581w", "\u2581\u2581x", "y", "\u4f60", "\u597d", "\ufffd"]
     BYTES = len(PIECES)
-    path, vocab_size, control = "toy", BYTES + 256, {"<a>": 0, "<b>": 1}
+    path, vocab_size, control, anchor = "toy", BYTES + 256, {"<a>": 0, "<b>": 1}, 5
 
-    def stream(self, skip_special=True):
-        return StreamDecoder(self, skip_special)
+    def stream(self):
+        return StreamDecoder(self)
+
+    def is_silent(self, index):
+        return index < 2
+
+    def byte_of(self, index):
+        return index - self.BYTES if index >= self.BYTES else None
 
     def decode(self, ids, skip_special=False):
         raw = b""
@@ -89,6 +95,57 @@ def test_a_step_decodes_a_bounded_window():
 
     stream_text(Counting(), [3, 5] * 500)
     assert longest <= 4
+
+
+@pytest.mark.parametrize(
+    "run",
+    [
+        [0, 1],  # control tokens
+        [PieceTokenizer.BYTES + 0x80],  # bytes that are no character
+        [*CHINESE_BYTES, 8],
+        [2],  # spaces
+        CHINESE_BYTES[:2],
+    ],
+)
+def test_a_long_run_of_any_kind_is_decoded_in_small_windows(run):
+    """Whatever a run is made of: a window that grows with it would take quadratic time."""
+    sizes = []
+
+    class Counting(PieceTokenizer):
+        def decode(self, ids, skip_special=False):
+            sizes.append(len(ids))
+            return super().decode(ids, skip_special)
+
+    stream = text_stream(Counting())
+    ids = [*run * (600 // len(run)), 5]
+    text = "".join([*map(stream.push, ids), stream.flush()])
+    assert max(sizes) <= 6
+    assert len(text) == stream.length and (len(text) == 0 or text == PieceTokenizer().decode(ids))
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.one_of(st.integers(0, 8), st.sampled_from(CHINESE_BYTES)), max_size=30))
+def test_where_a_token_begins_is_never_before_the_one_in_front_of_it(ids):
+    stream, shown, starts = StreamDecoder(PieceTokenizer()), "", []
+    for token in ids:
+        shown += stream.push(token)
+        assert stream.length == len(shown)
+        starts.append(stream.start)
+    shown += stream.flush()
+    assert starts == sorted(starts) and all(start <= len(shown) for start in starts)
+    for token, start in zip(ids, starts, strict=True):
+        if 3 <= token <= 7:  # pieces of visible text; the first of a text loses its space
+            written = PieceTokenizer.PIECES[token].replace("\u2581", " ")
+            assert shown[start:].startswith(written) or (start == 0 and shown.startswith(written[1:]))
+
+
+def test_written_out_control_tokens_count():
+    stream = text_stream(PieceTokenizer(), shown={0: "<a>"})
+    starts = []
+    for token in (3, 0, 3, 5, 0):
+        stream.push(token)
+        starts.append(stream.start)
+    assert starts == [0, 1, 4, 5, 6] and stream.length == 9
 
 
 def through(stops, pieces):

@@ -172,6 +172,18 @@ def test_vocabulary_must_fit_the_model():
             check_vocabulary(tiny_tokenizer(), other)
 
 
+def test_a_damaged_piece_is_found_when_the_file_is_opened(tmp_path):
+    """A piece that is not UTF-8: SentencePiece opens such a file, and fails when the piece is met."""
+    data = tiny_tokenizer_path().read_bytes()
+    place = data.index("中国".encode()) if "中国".encode() in data else data.index("。".encode())
+    (tmp_path / "tokenizer.model").write_bytes(data[:place] + b"\xff" + data[place + 1 :])
+    with pytest.raises(UserError, match="tokenizer.model: not a SentencePiece model"):
+        load_tokenizer(tmp_path)
+    (tmp_path / "tokenizer.model").write_bytes(b"")
+    with pytest.raises(UserError, match="tokenizer.model: not a SentencePiece model"):
+        load_tokenizer(tmp_path)
+
+
 def test_bad_files_and_ids(tmp_path):
     with pytest.raises(UserError, match="no such tokenizer"):
         load_tokenizer(tmp_path / "nowhere.model")

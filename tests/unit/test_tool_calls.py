@@ -20,6 +20,24 @@ def block(inside: str) -> str:
     return f"{TOOL_CALL}{inside}{TOOL_CALL_END}"
 
 
+def written(name: str, **arguments: object) -> tuple[str, ToolCall]:
+    """A block as the chat template asks for it, and the call in it."""
+    body = json.dumps({"name": name, "arguments": arguments}, ensure_ascii=False)
+    return block(f"\n{body}\n"), ToolCall(name, json.dumps(arguments, ensure_ascii=False))
+
+
+# The closing mark where it is part of the JSON: in strings, keys, behind escapes, in JSON inside JSON.
+INSIDE = [
+    written("write", path="a.md", content=f"A call ends with {TOOL_CALL_END} in this layout."),
+    written("write", content=f'"quoted" {TOOL_CALL_END}" and a backslash \\'),
+    written("write", content="\\" + TOOL_CALL_END),
+    written("write", content=f'\\"{TOOL_CALL_END}{TOOL_CALL}'),
+    written("write", content=f"{block(WEATHER)}\n{block(WEATHER)}"),
+    written("write", **{f"key {TOOL_CALL_END}": [{"deep": [TOOL_CALL_END, "}", "{"]}]}),
+    written(f"name {TOOL_CALL_END}", content=f"\u4f60{TOOL_CALL_END}\U0001f600"),
+]
+
+
 @pytest.mark.parametrize(
     ("text", "words", "calls"),
     [
@@ -38,6 +56,31 @@ def block(inside: str) -> str:
         (block('{"name": "f", "arguments": {"a": "\u4f60\u597d"}}'), "", [ToolCall("f", '{"a": "\u4f60\u597d"}')]),
         (block("[" * 100_000), block("[" * 100_000), []),
         ("a < b <tool", "a < b <tool", []),
+        *((text, "", [call]) for text, call in INSIDE),
+        ("".join(text for text, _ in INSIDE) + " done", "done", [call for _, call in INSIDE]),
+        # Arguments as the text of JSON, with the mark in it.
+        (
+            block(json.dumps({"name": "f", "arguments": json.dumps({"a": TOOL_CALL_END})})),
+            "",
+            [ToolCall("f", json.dumps({"a": TOOL_CALL_END}))],
+        ),
+        # Ended without the closing mark, or within it.
+        (INSIDE[0][0].removesuffix(TOOL_CALL_END), "", [INSIDE[0][1]]),
+        (TOOL_CALL + WEATHER + "</tool", "", [PARIS]),
+        # JSON that is no call ends where it ends; what is not JSON ends with the first mark.
+        (block('{"nam": "' + TOOL_CALL_END + '"}') + " x", block('{"nam": "' + TOOL_CALL_END + '"}') + " x", []),
+        (block('{"name": "f" ' + TOOL_CALL) + block(WEATHER), block('{"name": "f" ' + TOOL_CALL), [PARIS]),
+        (block('{"name": "f}') + "\n" + block(WEATHER), block('{"name": "f}'), [PARIS]),
+        (block('{"name": "f"} more') + block(WEATHER), block('{"name": "f"} more'), [PARIS]),
+        (
+            TOOL_CALL + '{"a": "b' + TOOL_CALL_END + "and so on",
+            TOOL_CALL + '{"a": "b' + TOOL_CALL_END + "and so on",
+            [],
+        ),
+        # What JSON cannot carry to a client is no call.
+        (block('{"name": "f", "arguments": {"a": NaN}}'), block('{"name": "f", "arguments": {"a": NaN}}'), []),
+        (block('{"name": "f", "arguments": {"a": 1e999}}'), block('{"name": "f", "arguments": {"a": 1e999}}'), []),
+        (block('{"name": "\\ud800"}'), block('{"name": "\\ud800"}'), []),
     ],
 )
 def test_calls_of_a_whole_answer(text, words, calls):
@@ -46,6 +89,8 @@ def test_calls_of_a_whole_answer(text, words, calls):
 
 PARTS = st.sampled_from(
     [block(WEATHER), block('{"name": "clock"}'), block("{"), TOOL_CALL, TOOL_CALL_END, "<tool", "<", " ", "\n", "words"]
+    + [text for text, _ in INSIDE]
+    + ['{"name": "f", "arguments": {"a": "', '"', "\\", "}", '{"a": "', "{}", "}}", "</tool_"]
 )
 
 
@@ -62,6 +107,15 @@ def test_however_an_answer_is_cut_it_says_the_same(parts, sizes):
     assert (words, [part for part in said if isinstance(part, ToolCall)]) == parse_tool_calls(text)
     for part in said:
         assert isinstance(part, str) or isinstance(json.loads(part.arguments), dict)
+
+
+@pytest.mark.parametrize(("text", "call"), INSIDE)
+def test_a_mark_in_a_string_is_read_alike_at_every_cut(text, call):
+    for cut in range(len(text) + 1):
+        stream = ToolCallStream()
+        assert [*stream.push(text[:cut]), *stream.push(text[cut:]), *stream.flush()] == [call]
+    stream = ToolCallStream()
+    assert [said for letter in text for said in stream.push(letter)] == [call], "certain with its closing mark"
 
 
 def test_words_are_told_at_once_and_a_call_with_its_last_bracket():

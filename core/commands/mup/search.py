@@ -19,6 +19,7 @@ from core.mup.search import FAILED, Trial, forget_checkpoints, plan, prepare, re
 from core.mup.search_plot import plot
 from core.mup.search_report import describe, judge_widths, loss_tables, report_of, results_csv, to_json
 from core.progress import clock
+from core.run_lock import hold_folder
 
 SOON = 0.2  # of a trial: before it, starting the processes is most of what has been timed
 
@@ -73,25 +74,30 @@ def run(args: argparse.Namespace) -> int:
     except UserError as error:
         raise UserError(f"{args.search}: {error}") from None
     first = trials[0].config
-    open_blend(first.data, first.train.seed, first.model.vocab_size, first.model.pad_token_id)  # refused before any run
+    open_blend(first.data, first.train.seed, first.model.num_tokens, first.model.filler_id)  # refused before any run
     writable_file(args.out / "results.json", "--out")
-    prepare(trials, args.backend)
+    with hold_folder(args.out, f"--out {args.out}"):
+        return _search(trials, search.window, args.backend, args.out)
+
+
+def _search(trials: Sequence[Trial], window: int, backend: str, out: Path) -> int:
+    prepare(trials, backend)
     waiting = [t for t in trials if (result := result_of(t)) is None or result.state == FAILED]
     for trial in trials:
         if trial not in waiting:
             forget_checkpoints(trial.folder)  # of a search that was killed before it could
     before = len(trials) - len(waiting)
-    print(f"{len(trials)} trials with {backends.TITLES[args.backend]}, {before} of them ended before", flush=True)
+    print(f"{len(trials)} trials with {backends.TITLES[backend]}, {before} of them ended before", flush=True)
     progress = Progress(waiting)
     for trial in waiting:
         progress.begin(trial)
-        result = run_trial(args.backend, trial, progress.look)
+        result = run_trial(backend, trial, progress.look)
         if result is None:
             print(f"interrupted in {trial.name}; the same command goes on from there", file=sys.stderr)
             return 130
         progress.end(result.state if not result.reason else f"{result.state}: {result.reason}")
-        report(trials, search.window, args.out)
-    print(report(trials, search.window, args.out, plots=True))
+        report(trials, window, out)
+    print(report(trials, window, out, plots=True))
     return 0
 
 

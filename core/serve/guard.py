@@ -1,0 +1,52 @@
+"""What holds for every answer of the server, outside of all routes: who may be asked for, and headers for browsers."""
+
+from __future__ import annotations
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from core.serve.errors import ApiError, shown
+from core.serve.exchange import json_response
+from core.serve.hosts import Hosts
+
+# Of what is no page: nothing in it is to be run, framed or sent anywhere.
+NO_PAGE = "default-src 'none'; frame-ancestors 'none'; base-uri 'none'; form-action 'none'"
+HEADERS = {
+    "X-Content-Type-Options": "nosniff",
+    "X-Frame-Options": "DENY",
+    "Referrer-Policy": "no-referrer",
+    "Cross-Origin-Resource-Policy": "same-origin",
+    "Content-Security-Policy": NO_PAGE,
+}
+
+
+class Guard:
+    """``app`` behind the check of the Host header (``hosts`` None: any), every answer with ``HEADERS`` that it does not
+    set itself."""
+
+    def __init__(self, app: ASGIApp, hosts: Hosts | None) -> None:
+        self._app, self._hosts = app, hosts
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+
+        async def guarded(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                headers = MutableHeaders(scope=message)
+                for name, value in HEADERS.items():
+                    headers.setdefault(name, value)
+            await send(message)
+
+        host = Headers(scope=scope).get("host")
+        if self._hosts is None or self._hosts.allows(host):
+            await self._app(scope, receive, guarded)
+            return
+        error = ApiError(
+            421,
+            f"this server is not {shown(host)}: it listens on this machine only and is asked for by a name of this "
+            "machine, e.g. localhost; --allowed-host adds others",
+            code="unknown_host",
+        )
+        await json_response(error.body(), error.status)(scope, receive, guarded)

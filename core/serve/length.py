@@ -1,0 +1,54 @@
+"""How long a prompt may be, judged by its characters before its tokens are known.
+
+Tokenizing takes a second for a million characters, and a prompt that is refused for its length should cost nothing. A
+token stands for ``longest`` characters at most, so a text of more than ``tokens * longest`` is refused unread. Below
+that, growing beginnings of a long text are tokenized until one alone has twice the tokens that fit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from core.serve.errors import ApiError
+from core.serve.job import Served
+
+FIRST_LOOK = 4  # characters a token: what ordinary text has
+
+
+def check_length(served: Served, texts: Sequence[str], param: str) -> None:
+    """ApiError 400 when ``texts``, together one prompt, cannot fit or are found not to. Others may still be too long,
+    by less than a factor of two."""
+    tokens = min(served.most_prompt, served.context - 1)
+    characters = sum(map(len, texts))
+    if characters > most_characters(served):
+        raise too_long(served, param, f"resulted in {characters} characters")
+    size = FIRST_LOOK * tokens
+    while size < characters:
+        found = sum(len(served.tokenizer.encode(text)) for text in _beginning(texts, size))
+        if found > 2 * tokens:
+            raise too_long(served, param, f"resulted in more than {found} tokens")
+        size *= FIRST_LOOK
+
+
+def most_characters(served: Served) -> int:
+    """Characters of the longest prompt that could fit."""
+    return min(served.most_prompt, served.context - 1) * served.tokenizer.longest_piece
+
+
+def _beginning(texts: Sequence[str], size: int) -> Iterator[str]:
+    for text in texts:
+        if size <= 0:
+            return
+        yield text[:size]
+        size -= len(text)
+
+
+def too_long(served: Served, param: str, says: str) -> ApiError:
+    """The error for a prompt whose tokens nobody counted."""
+    return ApiError(
+        400,
+        f"{served.prompt_limit}, and no token has more than {served.tokenizer.longest_piece} characters. However, your "
+        f"{param} {says}. Please reduce the length of the {param}.",
+        param,
+        "context_length_exceeded",
+    )

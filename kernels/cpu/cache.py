@@ -1,0 +1,128 @@
+"""The folder where compiled operators are kept, and whether what lies there may be loaded.
+
+A library runs with the rights of whoever loads it, so nothing is loaded that another user could have put there or
+changed: the folder, the folder of a build and the library itself must belong to this user, be no link, and be writable
+by nobody else. What fails that is left alone, a private folder takes its place, and a note on stderr names both.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import stat
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+NAME = "telechat-twins"
+_STAND_INS = 10  # names tried before one that nobody can foresee
+_OTHERS = stat.S_IWGRP | stat.S_IWOTH
+_said: set[str] = set()
+
+
+def cache_folder() -> Path:
+    """A folder of this user's own: in the cache folder of the home, or in the temporary one where that is read-only.
+
+    OSError if neither can be written.
+    """
+    bases = [(base, NAME) for base in _homes()] + [(Path(tempfile.gettempdir()), f"{NAME}-{os.geteuid()}")]
+    for base, name in bases:
+        try:
+            for missing in reversed([above for above in (base, *base.parents) if not above.exists()]):
+                missing.mkdir(mode=0o700, exist_ok=True)  # parents=True would make those above by the umask
+            return _own_folder(base.resolve(), name)
+        except OSError:
+            continue
+    raise OSError(f"none of {', '.join(str(base) for base, _ in bases)} can be written, or others can write them too")
+
+
+def distrust(path: Path, folder: bool) -> str:
+    """Why ``path`` must not be loaded from, as a clause ("belongs to user 7"); empty if it may, or does not exist."""
+    try:
+        found = _status(path)
+    except FileNotFoundError:
+        return ""
+    if stat.S_ISLNK(found.st_mode):
+        return "is a symbolic link"
+    if not (stat.S_ISDIR if folder else stat.S_ISREG)(found.st_mode):
+        return f"is not a {'folder' if folder else 'plain file'}"
+    if found.st_uid != os.geteuid():
+        return f"belongs to user {found.st_uid}, not to user {os.geteuid()}"
+    if found.st_mode & _OTHERS:
+        return f"can be written by other users (mode {stat.S_IMODE(found.st_mode):o})"
+    return ""
+
+
+def make_private(folder: Path) -> None:
+    """Make ``folder`` with mode 0700 unless it is there; what is there and cannot be trusted is renamed first.
+
+    Its parent must be one that ``cache_folder`` gave. OSError if it cannot be trusted even then.
+    """
+    if why := distrust(folder, folder=True):
+        aside = folder.with_name(f"untrusted-{os.getpid()}-{folder.name}")
+        say(f"{folder} {why}; it was renamed to {aside.name} and is built anew")
+        with contextlib.suppress(FileNotFoundError):  # another process was faster
+            os.rename(folder, aside)
+    with contextlib.suppress(FileExistsError):
+        folder.mkdir(mode=0o700)
+    if why := distrust(folder, folder=True):
+        raise OSError(f"{folder} {why}")
+
+
+def say(note: str) -> None:
+    """A note on stderr, once in this process."""
+    if note not in _said:
+        _said.add(note)
+        print(f"note: compiled operators: {note}", file=sys.stderr, flush=True)
+
+
+def _homes() -> Iterator[Path]:
+    """The user's cache folder, where there is one. A relative XDG_CACHE_HOME does not count, as its definition says."""
+    given = os.environ.get("XDG_CACHE_HOME", "")
+    if os.path.isabs(given):
+        yield Path(given)
+        return
+    with contextlib.suppress(RuntimeError):  # no HOME, and nobody in the user database
+        yield Path.home() / ".cache"
+
+
+def _own_folder(base: Path, name: str) -> Path:
+    """``base``/``name``, or beside it the private folder that stands in for it. OSError if neither can be had."""
+    if why := _open_to_others(base):
+        say(f"{base} is not used: {why}")
+        raise PermissionError(why)
+    # Every process tries the same names in the same order, so that all agree on one and the first compiles for all.
+    reason = ""
+    for number in range(_STAND_INS):
+        folder = base / (f"{name}-{number}" if number else name)
+        with contextlib.suppress(FileExistsError):
+            folder.mkdir(mode=0o700)
+        if not (why := distrust(folder, folder=True)):
+            break
+        reason = reason or f"{folder} {why}, so nothing is loaded from it"
+    else:
+        folder = Path(tempfile.mkdtemp(prefix=f"{name}-", dir=base))
+    if not os.access(folder, os.W_OK):
+        raise PermissionError(f"{folder} cannot be written")
+    if reason:
+        say(f"{reason}; {folder} is used instead")
+    return folder
+
+
+def _open_to_others(folder: Path) -> str:
+    """Why other users could replace a folder made in ``folder`` (resolved), as a clause; empty if they cannot.
+
+    Anyone who may write a folder may rename what is in it, unless it is sticky, as temporary folders are. A group may
+    write: where every user has a group of their own, homes and what is above them are made so.
+    """
+    for above in (folder, *folder.parents):
+        found = _status(above)
+        if found.st_mode & stat.S_IWOTH and not found.st_mode & stat.S_ISVTX:
+            return f"all users can write {above} (mode {stat.S_IMODE(found.st_mode):o})"
+    owner = _status(folder).st_uid
+    return "" if owner in (os.geteuid(), 0) else f"it belongs to user {owner}"
+
+
+def _status(path: Path) -> os.stat_result:
+    return os.lstat(path)
