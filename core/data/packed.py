@@ -321,7 +321,7 @@ def verify(path: str | Path, on_bytes: OnBytes | None = None) -> None:
 
     ``on_bytes`` receives the number of bytes of every block, ``bytes_to_verify`` of them in all.
     """
-    folder = Path(path)
+    folder = standing(Path(path))
     meta = read_meta(folder)
     wrong = []
     for name in meta["files"]:
@@ -339,7 +339,7 @@ def verify(path: str | Path, on_bytes: OnBytes | None = None) -> None:
 
 def bytes_to_verify(path: str | Path) -> int:
     """How many bytes ``verify`` reads."""
-    return sum(facts["bytes"] for facts in read_meta(Path(path))["files"].values())
+    return sum(facts["bytes"] for facts in read_meta(standing(Path(path)))["files"].values())
 
 
 def is_packed(path: str | Path) -> bool:

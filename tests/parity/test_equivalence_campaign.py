@@ -23,13 +23,13 @@ SEED = 223
 
 @pytest.fixture(scope="module")
 def trials(tmp_path_factory: pytest.TempPathFactory) -> list[Trial]:
-    args = argparse.Namespace(trials=TRIALS, seed=SEED, backends=["ms", "pt"], fp64=["pt"], layouts=0)
+    args = argparse.Namespace(trials=TRIALS, seed=SEED, backends=["ms", "pt"], fp64=["ms", "pt"], layouts=0)
     return campaign(args, tmp_path_factory.mktemp("equivalence"))
 
 
 def test_both_backends_are_the_independent_decoder(trials: list[Trial]) -> None:
     assert [trial.problems for trial in trials] == [[]] * TRIALS
-    assert all(set(trial.shares) == {"ms fp32", "pt fp32", "pt fp64"} for trial in trials)
+    assert all(set(trial.shares) == {"ms fp32", "pt fp32", "ms fp64", "pt fp64"} for trial in trials)
     assert f"{TRIALS} cases, 0 with a broken bound" in summary(trials)
 
 

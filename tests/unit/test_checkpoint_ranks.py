@@ -183,12 +183,12 @@ def test_thousands_of_pieces_are_checked_and_read_quickly(tmp_path):
     width, parts = 1000, 20_000
     boxes = [b for i in range(parts) for b in flat_boxes((width * 50, width), i * 2503, (i + 1) * 2503)]
     whole = [([s.start for s in box], [s.stop - s.start for s in box]) for box in boxes]
-    started = time.perf_counter()
+    started = time.process_time()  # other processes of the machine do not count
     assert "and overlap" not in tiling_fault((width * 50, width), whole)
     assert "and overlap" in tiling_fault((width * 50, width), [*whole, ([40_000, 3], [1, 1])])
     transposed = [(offset[::-1], extent[::-1]) for offset, extent in whole]
     assert "and overlap" not in tiling_fault((width, width * 50), transposed)
-    assert time.perf_counter() - started < 10  # measured 0.5 s
+    assert time.process_time() - started < 30  # 0.5 s; all pairs would take many minutes
     rows = np.arange(6000, dtype=np.int32).reshape(3000, 2)
     pieces = [TensorPiece("w", rows[i : i + 1], (i, 0), rows.shape) for i in range(3000)]
     save_checkpoint(tmp_path, 1, model={}, weights=pieces, optimizer=(), trainer=None, keep_last=1)

@@ -13,7 +13,14 @@ from tests.campaigns import corruption
 from tests.campaigns.corrupting import KINDS, corrupt
 from tests.campaigns.corruption_formats import FORMATS, Format
 
-SAMPLE = {"canonical checkpoint": 60, "release with sums": 60, "release": 60, "MindFormers safetensors": 40}
+SAMPLE = {
+    "canonical checkpoint": 60,
+    "release with sums": 60,
+    "release": 60,
+    "MindFormers safetensors": 40,
+    "packed text": 30,
+    "packed dialogues": 30,
+}
 SEED = 100_000  # not a trial of the campaign itself
 
 
