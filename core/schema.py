@@ -239,7 +239,7 @@ def _check(kind: Any, value: Any, path: str, limits: Mapping[str, Any]) -> Any:
         inner = typing.get_args(kind)[0]
         items = [_check(inner, v, f"{path}[{i}]", limits) for i, v in enumerate(value)]
         return tuple(items) if origin is tuple else items
-    if type(value) is int and abs(value) >= LARGEST:
+    if type(value) is int and abs(value) >= max(LARGEST, limits.get("max", 0) + 1):  # a seed may have all 64 bits
         raise UserError(f"{path}: {shown(value)} is out of range; whole numbers are below 2**63")
     if kind is float and _is(value, int):
         value = float(value)
