@@ -302,7 +302,11 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--out", metavar="F", help="write report.json here")
     made.add_argument("--backends", nargs="+", default=["ms", "pt"], choices=sorted(backends.BACKENDS))
     made.add_argument(
-        "--fp64", nargs="*", default=["ms", "pt"], choices=sorted(backends.BACKENDS), help="backends to judge in fp64 as well"
+        "--fp64",
+        nargs="*",
+        default=["ms", "pt"],
+        choices=sorted(backends.BACKENDS),
+        help="backends to judge in fp64, too",
     )
     made.add_argument(
         "--layouts",

@@ -19,7 +19,7 @@ import numpy as np
 import psutil
 
 from core.checkpoint import open_checkpoint, save_checkpoint
-from core.data.packed import PackedDataset
+from core.data.packed import PackedDataset, verify
 from core.errors import UserError
 from tests.campaigns.killed_runs import latest, unreadable
 from tests.campaigns.killing import ROOT, Trial, finish, kill, leftovers, orphans, shows, start, wait_until
@@ -43,9 +43,8 @@ def data_trials(count: int, chance: random.Random, folder: Path) -> Iterator[Tri
         return ["data", str(texts[number]), *more]
 
     def state() -> Any:
-        found = PackedDataset(out)
-        found.verify()
-        return found.digest()
+        verify(out)
+        return PackedDataset(out).digest()
 
     yield from _replacements("data", count, chance, out, words, state)
 

@@ -102,7 +102,7 @@ def work(backend: str, part: str, precision: str, steps: int, every: int, folder
 
 def _repeat(part: str, stepper: Any, run: RunConfig, steps: int, weigh: Callable[[int], None]) -> None:
     """One piece of a step, ``steps`` times, on the same batch where it needs one."""
-    blend = loop.open_blend(run.data, run.train.seed, run.model.num_tokens, run.model.pad_token_id)
+    blend = loop.open_blend(run.data, run.train.seed, run.model.num_tokens, run.model.filler_id)
     batch = blend.batch(0, run.train.global_batch)
     stepper.gradients(batch, batch.num_targets, 1.0)
     for step in range(1, steps + 1):

@@ -24,7 +24,7 @@ from core.atomic import (
     standing,
     write_text,
 )
-from core.data.packed import PackedDataset, PackedWriter
+from core.data.packed import PackedDataset, PackedWriter, verify
 from tests.data_support import tiny_tokenizer
 
 
@@ -195,8 +195,8 @@ def test_a_data_set_is_never_lost(
         monkeypatch.setattr(atomic, "_exchange", lambda a, b: False)
     pack(tmp_path / "d", [20, 21, 2])
     killed_at(place, lambda: pack(tmp_path / "d", [30, 31, 2]), call)
+    verify(tmp_path / "d")
     found = PackedDataset(tmp_path / "d")
-    found.verify()
     assert found.tokens.tolist() == [left, left + 1, 2]
     pack(tmp_path / "d", [40, 41, 2])
     assert names(tmp_path) == ["d"] and PackedDataset(tmp_path / "d").tokens.tolist() == [40, 41, 2]
