@@ -24,7 +24,7 @@ from convert.mindformers import Known, MindFormersSource
 from convert.source import CanonicalSource, ModelSource, open_model
 from core.checkpoint import write_checkpoint
 from core.config import ModelConfig
-from core.data.packed import PackedDataset, PackedWriter
+from core.data.packed import PackedDataset, PackedWriter, verify
 from core.data.tokenizer import load_tokenizer
 from core.data.tokenizer_training import train_tokenizer
 from core.growth import read_history
@@ -41,11 +41,12 @@ CONFIG = ModelConfig(
 class Format:
     """``make(folder, seed)`` writes an intact folder, whose content follows from the seed; ``read(folder)`` reads all
     of it and returns its digest. ``hashed(folder, file)``: whether an intact folder has a hash of the file, so that no
-    damage to it may be silent."""
+    damage to it may be silent. ``inside``: the hash lies in the file itself, and another whole file has its own."""
 
     make: Callable[[Path, int], Any]
     read: Callable[[Path], str]
     hashed: Callable[[Path, str], bool] = lambda folder, file: False
+    inside: bool = False
 
 
 def digest(parts: Iterable[Any]) -> str:
@@ -148,9 +149,7 @@ def _packed(folder: Path, seed: int, kind: str) -> None:
 def _read_packed(folder: Path) -> str:
     dataset = PackedDataset(folder)
     dataset.check_seq_len(32)
-    verify: Callable[[], Any] | None = getattr(dataset, "verify", None)
-    if verify is not None:
-        verify()
+    verify(folder)
     samples = [array for n in range(dataset.num_samples(32)) for array in dataset.sample(n, 32, 3, isolate=True)]
     tokenizer = load_tokenizer(folder / "tokenizer.model")
     return digest([*samples, dataset.vocab_size, dataset.kind, tokenizer.model_bytes])
@@ -186,5 +185,5 @@ FORMATS: dict[str, Format] = {
     "packed dialogues": Format(partial(_packed, kind="sft"), _read_packed, _always),
     "tokenizer": Format(_tokenizer, _read_tokenizer),
     "MindFormers safetensors": Format(partial(_mindformers, file_format="safetensors", mp=1), _read_mindformers),
-    "MindFormers .ckpt": Format(partial(_mindformers, file_format="ckpt", mp=1), _read_mindformers, _has_crc),
+    "MindFormers .ckpt": Format(partial(_mindformers, file_format="ckpt", mp=1), _read_mindformers, _has_crc, True),
 }
