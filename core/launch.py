@@ -37,6 +37,7 @@ COLLECTIVE_TIMEOUT = 540.0
 
 POLL = 0.1  # seconds between two looks at logs, status files, heartbeats and processes
 LEAVE = 20.0  # seconds the rank processes may take to end after the script has finished (MindSpore's take about 3)
+LATE = 60.0  # seconds after the first rank's status in which msrun's scheduler must have written its own
 LINGER = 1.0  # seconds the launcher may take after that; msrun's scheduler takes more, with nothing left to do
 SAVE = 120.0  # seconds the ranks have, after Ctrl-C, to finish their step and save; a second Ctrl-C ends that wait
 LAST = 45.0  # seconds of these, if no rank answers at all, or for the others once one has left: they may wait for it
@@ -228,20 +229,27 @@ class _Scheduler:
     """msrun's scheduler on node 0: when it fails before the ranks have, they wait for it for many minutes."""
 
     def __init__(self, run: _Running) -> None:
-        # A single rank need not meet anyone, and then has no use for it.
-        self.run = run if run.plan.backend == "ms" and run.plan.world > 1 and not run.plan.node_rank else None
+        # A single rank waits for it as well, when it joins.
+        self.run = run if run.plan.backend == "ms" and not run.plan.node_rank else None
         self.since: float | None = None
 
     def failed(self) -> bool:
-        """It has been found failed or dead for a second, in which a failing rank would have been found first."""
-        status = read_status(self.run.plan.folder, SCHEDULER) if self.run else None
-        if self.run is None or status is None or status["state"] == "done":
+        """It has been found failed or dead for a second, in which a failing rank would have been found first; or it has
+        not begun long after the ranks have."""
+        if self.run is None:
             return False
-        self.run.deaths.watch(status["pid"])
-        if status["state"] == "running" and not self.run.deaths.when(status["pid"]):
-            return False
+        status, patience = read_status(self.run.plan.folder, SCHEDULER), 1.0
+        if status is None:  # it writes one before anything else, as a rank does
+            patience = LATE
+            if not any(self.run.statuses()):
+                return False
+        else:
+            self.run.deaths.watch(status["pid"])
+            if status["state"] == "done" or (status["state"] == "running" and not self.run.deaths.when(status["pid"])):
+                self.since = None
+                return False
         self.since = self.since or time.monotonic()
-        return time.monotonic() - self.since > 1.0
+        return time.monotonic() - self.since > patience
 
 
 def _first_failure(statuses: list[dict[str, Any] | None], deaths: Deaths, folder: Path) -> dict[str, Any] | None:

@@ -106,7 +106,7 @@ class RunTrials:
         kill([self.chance.choice(victims)] if who == "rank" and victims else victims, how)
         faults = []
         try:
-            # It gives ranks two minutes to save; a single rank of MindSpore does not miss its scheduler and goes on.
+            # It gives ranks two minutes to save.
             process.wait(LEAVE)
         except subprocess.TimeoutExpired:
             faults.append(f"orphan: the launcher did not end within {LEAVE} s")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import signal
@@ -198,6 +199,21 @@ def test_killed_rank_is_named(backend: str, tmp_path: Path) -> None:
     code, out, err = run.finish()
     assert code == 1
     assert "rank 1 is about to vanish" in err and "rank 1 was killed or crashed" in err
+    assert run.left_over() == []
+
+
+@pytest.mark.parametrize("nproc", [1, 2])
+def test_ranks_do_not_wait_for_a_scheduler_that_is_dead(nproc: int, tmp_path: Path) -> None:
+    """A single rank joins through it as well."""
+    pytest.importorskip("mindspore")
+    run = Launched(tmp_path, "ms", "wait", nproc=nproc)
+    run.wait_for_output("waiting")
+    status = tmp_path / "logs" / "status_scheduler.json"
+    while not status.exists():
+        time.sleep(0.05)
+    os.kill(json.loads(status.read_text())["pid"], signal.SIGKILL)
+    code, out, err = run.finish()
+    assert code == 1 and "msrun's scheduler, through which the ranks meet, has failed" in err, err
     assert run.left_over() == []
 
 
