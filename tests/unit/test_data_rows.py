@@ -366,13 +366,18 @@ def test_files_that_would_be_packed_as_something_else_are_refused(tmp_path: Path
         with pytest.raises(UserError) as error:
             tele_data(given, "--out", tmp_path / "out")
         assert says in str(error.value) and name in str(error.value)
-    (tmp_path / name).write_text('[{"messages": []}]')
-    with pytest.raises(UserError):
-        tele_data(tmp_path / name, "--out", tmp_path / "out")
+    lists = ('[{"messages": []}]', '[\n  {\n    "id": 1,\n    "text": "a"\n  }\n]', '[{"text": "a"},\n{"text": "b"}]')
+    for text in (*lists, '\n{\n  "instruction": "a",\n  "output": "b"\n}\n'):
+        (tmp_path / name).write_text(text)
+        with pytest.raises(UserError) as error:
+            tele_data(tmp_path / name, "--out", tmp_path / "out")
+        assert says in str(error.value)
 
 
 def test_text_that_begins_like_json_stays_text(tmp_path: Path) -> None:
-    for n, text in enumerate(('{"name": "x"}\nmore', "{not json}", "[1, 2]\n", "[{}]", "[{1}]")):
+    for n, text in enumerate(
+        ('{"name": "x"}\nmore', "{not json}", "[1, 2]\n", "[{}]", "[{1}]", '{"id": 1}\n"text": a')
+    ):
         (tmp_path / f"{n}.txt").write_text(text)
         assert "".join(block.text for block in read_documents(tmp_path / f"{n}.txt")) == text
 
