@@ -122,6 +122,20 @@ def test_ignored_keys_are_recorded(tmp_path: Path) -> None:
     assert PackedDataset(tmp_path / "out").meta["keys_ignored"] == ["id"]
 
 
+def test_what_the_dialogue_consists_of_cannot_be_left_out() -> None:
+    talk = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+    for row, key, place in (
+        ({"messages": talk, "system": "s"}, "system", "system"),
+        ({"messages": talk}, "content", r"messages\[0\].content"),
+        ({"instruction": "q", "output": "a", "history": [["p", "b"]]}, "history", "history"),
+    ):
+        with pytest.raises(UserError, match=rf"^rows:1: --ignore-key {key} would leave out '{place}', which is part"):
+            parse_dialogue(row, "rows:1", ignore=[key])
+    # Another shape's key is left out, and one that is empty, as is a key that only calls and results have.
+    extra: dict[str, Any] = {"messages": talk, "history": None, "instruction": "x", "name": "n"}
+    assert parse_dialogue(extra, "rows:1", ignore=["history", "instruction", "name"]).messages == talk
+
+
 @pytest.mark.parametrize("row", [{"system": "s", "messages": [{"role": "system", "content": "t"}, ASKED, SAID]}, {
     "messages": [ASKED, SAID, {"role": "system", "content": "rhyme"}, ASKED, SAID]
 }, {"dialog": [{"role": "system", "content": "s"}, {"role": "system", "content": "t"}, ASKED, SAID]}])  # fmt: skip
