@@ -6,11 +6,13 @@ note.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 from convert.config_rotary import SECTIONS, THETA_NAMES
 from core.errors import UserError
+from core.shown import shown
 
 Refused = dict[str, tuple[tuple[Any, ...], str]]
 
@@ -38,6 +40,13 @@ EVERYWHERE: Refused = {
             "a rotation of neighbouring channels is not supported; here the halves of a head rotate"),
     **_each("rope_local_base_freq local_rope_theta global_rope_theta swa_rope_theta", _NONE,
             "a rotary base that differs between layers is not supported"),
+    **_each("rope_ratio rotary_ratio rope_scaling_factor rope_factor", _ONE,
+            "a multiplied rotary base is not supported; write the product as rope_theta"),
+    **_each("use_dynamic_ntk use_logn_attn", _NO, "a scaling by the length of the text is not supported"),
+    **_each("rotary use_rope use_rotary use_rotary_emb use_rotary_embedding use_rotary_position_embeddings",
+            (True, None), "a model without rotary positions is not supported"),
+    **_each("position_embedding_type", ("rope", "rotary", None), "only rotary positions are supported"),
+    **_each("rope_type", ("default", None), "the model has no foreign scaling of its rotary base"),
     **_each("no_rope_layers no_rope_layer_interval", (None, [], 0), "layers without rotation are not supported"),
     **_each("alibi use_alibi", _NO, "only rotary positions are supported"),
     **_each("attention_chunk_size chunk_attention_size", _NONE, "attention within chunks is not supported"),
@@ -85,6 +94,7 @@ _HARMLESS_NAMES = """
     use_sliding_window sliding_window layer_types head_dim kv_channels num_key_value_heads original_vocab_size
 """
 _HARMLESS = frozenset(_HARMLESS_NAMES.split())
+_ROTARY = re.compile(r"(^|_)(rope|rotary|ntk|yarn|xpos)(_|$)", re.IGNORECASE)
 
 
 def check_refused(released: Mapping[str, Any], refused: Refused, where: str) -> None:
@@ -113,10 +123,20 @@ def check_sizes(released: Mapping[str, Any], hidden_size: int, num_heads: int, k
                 raise UserError(f"{where}: {name} is {found!r}, but {says} {size:g}, and the format has no other")
 
 
-def unknown_note(released: Mapping[str, Any], known: Iterable[str]) -> list[str]:
-    """A note that names the keys of which nothing here has heard; none without such keys."""
+def unknown_note(released: Mapping[str, Any], known: Iterable[str], where: str) -> list[str]:
+    """A note that names the keys of which nothing here has heard; none without such keys.
+
+    UserError for one that speaks of the rotation, since whatever it says would be another arithmetic; null, false and
+    what is empty say nothing.
+    """
     heard = {*known, *_HARMLESS, *EVERYWHERE, *THETA_NAMES, *SECTIONS}
     strange = [name for name in released if name not in heard]
+    for name in strange:
+        if _ROTARY.search(name) and released[name] not in (None, False, "", [], {}):
+            raise UserError(
+                f"{where}: {shown(name)} is {shown(released[name])}; no rotary key of this name is known here, write "
+                "the base as rope_theta, or remove the key if it changes nothing"
+            )
     if not strange:
         return []
     more = f" and {len(strange) - 8} more" if len(strange) > 8 else ""

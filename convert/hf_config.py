@@ -254,7 +254,7 @@ def read_config(released: dict[str, Any], where: str) -> tuple[ModelConfig, list
             absent = (_OUTPUT, _WIDTHS)[parts.index(None)].names[0]
             raise UserError(f"{where}: {absent} is missing; logits are multiplied by it, add it")
         values["logit_mult"] = parts[0] / parts[1]
-    notes += unknown_note(released, form.names)
+    notes += unknown_note(released, form.names, where)
     try:
         return from_mapping(ModelConfig, values, "model"), notes
     except UserError as error:

@@ -11,6 +11,7 @@ from typing import Any
 import yaml
 
 from convert.config_keys import Key, defaulted, read_keys, take, token_ids
+from convert.config_refused import check_refused
 from convert.config_rotary import read_theta
 from convert.hf_config import read_config
 from convert.places import NTK_THETA_LENGTH, require_place
@@ -48,6 +49,7 @@ _REFUSED = {
         ("None", "DYNAMIC_NTK", None),
         "only None and DYNAMIC_NTK are TeleChat2's; set theta to the base that the model was trained with",
     ),
+    "hidden_act": (("silu", "swiglu", None), "the ffn of these models is gated by silu"),
     "moe_config": ((None,), "mixtures of experts are not supported"),
 }
 
@@ -71,9 +73,7 @@ def read_model_file(path: Path) -> tuple[ModelConfig, list[str]]:
 def read_model_section(section: dict[str, Any], where: str) -> tuple[ModelConfig, list[str]]:
     """ModelConfig from ``model.model_config``; UserError starting with ``where`` for what this decoder does not do."""
     family = "flm" if section.get("use_mup") or section.get("net_name") == "telechat_52b" else "telechat2"
-    for name, (harmless, reason) in _REFUSED.items():
-        if section.get(name) not in harmless:
-            raise UserError(f"{where}: {name} is {section[name]!r}; {reason}")
+    check_refused(section, _REFUSED, where)
     biased = family == "telechat2"
     for name in ("wo_has_bias", "out_proj_has_bias"):
         if section.get(name) not in (biased, None):

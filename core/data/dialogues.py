@@ -24,6 +24,7 @@ _SHAPES = {
 _COMMON = {"system", "tools", "multiturn", "tool"}
 _MESSAGE = {"role", "content"}
 _OF_ROLE = {"assistant": {"tool_calls"}, "bot": {"tool_calls"}, "tool": {"tool_call_id", "name"}}
+_CONTENTS = {"role", "content", "tool_calls"}.union(_COMMON, *_SHAPES.values())
 _CALL, _FUNCTION = {"id", "type", "index"}, {"name", "arguments"}
 
 
@@ -90,7 +91,15 @@ def refuse_unread(
 ) -> None:
     """UserError for a key of ``value`` (called ``name``) that is none of ``known``; empty values say nothing."""
     for key, given in value.items():
-        if key in known or key in ignore or given is None or given in ("", [], {}):
+        if given is None or given in ("", [], {}) or (key in ignore and key not in known):
+            continue
+        if key in known:
+            # A name of a function or an id of a call is no reason to refuse what is left out of rows and messages.
+            if key in ignore and key in _CONTENTS:
+                raise UserError(
+                    f"{where}: --ignore-key {key} would leave out '{f'{name}.' * bool(name)}{key}', which is part of "
+                    "the dialogue; remove it from the rows, or leave the option out"
+                )
             continue
         place = f"'{name}.{printable(key, 80)}'" if name else f"'{printable(key, 80)}'"
         raise UserError(

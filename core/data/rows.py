@@ -9,6 +9,7 @@ import codecs
 import glob
 import json
 import os
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +32,9 @@ _UNREAD = {
     **dict.fromkeys((".csv", ".tsv", ".parquet", ".arrow", ".feather", ".xlsx", ".xls", ".sqlite", ".db"), _TABLE),
 }
 _ROW_KEYS = {"text", "dialog", "messages", "conversations", "instruction", "input", "output", "prompt", "query"}
+_HEAD = 4096  # bytes in which a spread-out list of rows shows itself
+_ROWS_BEGIN = re.compile(rb'\[?\s*\{\s*"')
+_ROW_KEY = re.compile(rb'[{,]\s*"(' + "|".join(sorted(_ROW_KEYS)).encode() + rb')"\s*:')
 _NAMED = 10  # skipped files that are named; the rest are counted
 BLOCK_BYTES = 1 << 20
 
@@ -233,18 +237,22 @@ def keys_found(row: dict[str, Any]) -> str:
 
 
 def _refuse_rows(path: Path) -> None:
-    """UserError for a file of JSON rows under the name of a text."""
+    """UserError for a file of JSON rows under the name of a text: a row or list on one line or spread over several."""
     with open_file(path) as file:
+        head = file.read(_HEAD).removeprefix(codecs.BOM_UTF8).lstrip()
+        file.seek(0)
         first = next((line for line in iter(lambda: file.readline(MAX_LINE), b"") if line.strip()), b"")
     first = first.removeprefix(codecs.BOM_UTF8).strip()
-    if not first.startswith((b"{", b"[{")):
-        return
-    try:
-        row = parse_value(first, MAX_LINE, MAX_LINE_VALUES)
-    except ValueError:
-        return
-    row = row[0] if isinstance(row, list) else row
-    if _ROW_KEYS & row.keys():
+    rows = _ROWS_BEGIN.match(head) is not None and _ROW_KEY.search(head) is not None
+    if not rows and first.startswith((b"{", b"[{")):
+        # The key may stand behind a long value.
+        try:
+            row = parse_value(first, MAX_LINE, MAX_LINE_VALUES)
+        except ValueError:
+            return
+        row = row[0] if isinstance(row, list) else row
+        rows = bool(_ROW_KEYS & row.keys())
+    if rows:
         raise UserError(
             f"{path}:1: holds JSON rows, and a file of this name is read as one text; name it .jsonl (a row a line) "
             "or .json (a list)"

@@ -95,6 +95,11 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "a list": ({"rope_parameters": [HALF]}, "rope_parameters should be a mapping"),
     "a number for a type": ({"rope_parameters": {"rope_type": 3}}, "rope_type should be text, found 3"),
     "part at the top": ({"partial_rotary_factor": 0.25}, "partial_rotary_factor is 0.25"),
+    "a ratio": ({"rope_ratio": 50}, "rope_ratio is 50; a multiplied rotary base is not supported"),
+    "a name not heard of": ({"rope_freq_base": 5e5}, "rope_freq_base' is 500000.0; no rotary key of this name"),
+    "no rotation": ({"use_rope": False}, "use_rope is False; a model without rotary positions"),
+    "another kind of position": ({"position_embedding_type": "alibi"}, "only rotary positions"),
+    "a dynamic base": ({"use_dynamic_ntk": True}, "use_dynamic_ntk is True; a scaling by the length"),
     "local base": ({"rope_local_base_freq": 1e4}, "a rotary base that differs between layers"),
 }  # fmt: skip
 
@@ -105,6 +110,12 @@ def test_refused(case: str) -> None:
     with pytest.raises(UserError, match=message) as error:
         read(**changes)
     assert str(error.value).startswith("m/config.json: ") and "\n" not in str(error.value)
+
+
+def test_rotary_keys_that_say_nothing_are_taken() -> None:
+    said = {"rope_ratio": 1, "use_rope": True, "position_embedding_type": "rope", "rope_type": "default"}
+    empty = {"rope_freq_base": None, "use_dynamic_ntk": False, "xpos_extra": {}}
+    assert read(rope_theta=5e5, **said, **empty)[1] == read(rope_theta=5e5)[1]
 
 
 def test_the_dynamic_type_of_the_32k_release_means_telechat2s_own_growth() -> None:

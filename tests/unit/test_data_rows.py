@@ -122,6 +122,20 @@ def test_ignored_keys_are_recorded(tmp_path: Path) -> None:
     assert PackedDataset(tmp_path / "out").meta["keys_ignored"] == ["id"]
 
 
+def test_what_the_dialogue_consists_of_cannot_be_left_out() -> None:
+    talk = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+    for row, key, place in (
+        ({"messages": talk, "system": "s"}, "system", "system"),
+        ({"messages": talk}, "content", r"messages\[0\].content"),
+        ({"instruction": "q", "output": "a", "history": [["p", "b"]]}, "history", "history"),
+    ):
+        with pytest.raises(UserError, match=rf"^rows:1: --ignore-key {key} would leave out '{place}', which is part"):
+            parse_dialogue(row, "rows:1", ignore=[key])
+    # Another shape's key is left out, and one that is empty, as is a key that only calls and results have.
+    extra: dict[str, Any] = {"messages": talk, "history": None, "instruction": "x", "name": "n"}
+    assert parse_dialogue(extra, "rows:1", ignore=["history", "instruction", "name"]).messages == talk
+
+
 @pytest.mark.parametrize("row", [{"system": "s", "messages": [{"role": "system", "content": "t"}, ASKED, SAID]}, {
     "messages": [ASKED, SAID, {"role": "system", "content": "rhyme"}, ASKED, SAID]
 }, {"dialog": [{"role": "system", "content": "s"}, {"role": "system", "content": "t"}, ASKED, SAID]}])  # fmt: skip
@@ -366,13 +380,18 @@ def test_files_that_would_be_packed_as_something_else_are_refused(tmp_path: Path
         with pytest.raises(UserError) as error:
             tele_data(given, "--out", tmp_path / "out")
         assert says in str(error.value) and name in str(error.value)
-    (tmp_path / name).write_text('[{"messages": []}]')
-    with pytest.raises(UserError):
-        tele_data(tmp_path / name, "--out", tmp_path / "out")
+    lists = ('[{"messages": []}]', '[\n  {\n    "id": 1,\n    "text": "a"\n  }\n]', '[{"text": "a"},\n{"text": "b"}]')
+    for text in (*lists, '\n{\n  "instruction": "a",\n  "output": "b"\n}\n'):
+        (tmp_path / name).write_text(text)
+        with pytest.raises(UserError) as error:
+            tele_data(tmp_path / name, "--out", tmp_path / "out")
+        assert says in str(error.value)
 
 
 def test_text_that_begins_like_json_stays_text(tmp_path: Path) -> None:
-    for n, text in enumerate(('{"name": "x"}\nmore', "{not json}", "[1, 2]\n", "[{}]", "[{1}]")):
+    for n, text in enumerate(
+        ('{"name": "x"}\nmore', "{not json}", "[1, 2]\n", "[{}]", "[{1}]", '{"id": 1}\n"text": a')
+    ):
         (tmp_path / f"{n}.txt").write_text(text)
         assert "".join(block.text for block in read_documents(tmp_path / f"{n}.txt")) == text
 
