@@ -187,7 +187,9 @@ def mark_lives(mark: str) -> bool:
     """Whether the process of a ``process_mark`` of this machine lives; of a bare number, whether any such process."""
     number, _, start = mark.partition(".")
     # Marks come from names of files, too: what no process can have for its number is none.
-    return bool(_PID.fullmatch(number)) and psutil.pid_exists(int(number)) and (not start or start == _start(int(number)))
+    return (
+        bool(_PID.fullmatch(number)) and psutil.pid_exists(int(number)) and (not start or start == _start(int(number)))
+    )
 
 
 def sync(path: Path) -> None:
