@@ -17,6 +17,7 @@ import errno
 import glob
 import json
 import os
+import re
 import shutil
 import socket
 import time
@@ -38,6 +39,7 @@ _NO_ENTRY = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST
 
 # What another machine left cannot be asked whether its writer still lives; after a day it does not.
 _FOREIGN_STALE_SECONDS = 24 * 3600
+_PID = re.compile("[0-9]{1,9}")
 
 _EXCHANGE, _HERE = 2, -100  # RENAME_EXCHANGE and AT_FDCWD of Linux
 
@@ -184,7 +186,10 @@ def process_mark(pid: int | None = None) -> str:
 def mark_lives(mark: str) -> bool:
     """Whether the process of a ``process_mark`` of this machine lives; of a bare number, whether any such process."""
     number, _, start = mark.partition(".")
-    return number.isdigit() and psutil.pid_exists(int(number)) and (not start or start == _start(int(number)))
+    # Marks come from names of files, too: what no process can have for its number is none.
+    return (
+        bool(_PID.fullmatch(number)) and psutil.pid_exists(int(number)) and (not start or start == _start(int(number)))
+    )
 
 
 def sync(path: Path) -> None:
@@ -224,7 +229,7 @@ def _start(pid: int) -> str:
 def _is_stale(building: Path) -> bool:
     """Whether what is being written there has lost its writer."""
     place, _, mark = building.name.removeprefix(_BUILDING).rpartition("-")
-    if not mark.partition(".")[0].isdigit():
+    if not _PID.fullmatch(mark.partition(".")[0]):
         return False
     if place.endswith(f"-{socket.gethostname()}"):
         return not mark_lives(mark)

@@ -12,6 +12,7 @@ import errno
 import ipaddress
 import json
 import math
+import re
 import socket
 import sys
 import time
@@ -20,7 +21,7 @@ from contextlib import suppress
 from typing import Any, NamedTuple
 
 from core.errors import UserError
-from core.shown import printable
+from core.shown import printable, shown
 
 PATIENCE = 600.0  # seconds the nodes wait for one another at the start: machines of a cluster are not ready together
 LOOK = 0.1
@@ -123,8 +124,9 @@ def parse_master(text: str) -> tuple[str, int]:
     """("host", port) of ``host:port`` or ``[v6]:port``; UserError otherwise. The port after it must exist too."""
     host, colon, number = text.rpartition(":")
     host = host.removeprefix("[").removesuffix("]")
-    if not colon or not host or not number.isascii() or not number.isdigit() or not 1 <= int(number) <= 65534:
-        raise UserError(f"--master: expected HOST:PORT with a port from 1 to 65534, found '{text}'")
+    # No more digits than a port has: int() raises ValueError beyond 4,300 of them.
+    if not colon or not host or not re.fullmatch("[0-9]{1,5}", number) or not 1 <= int(number) <= 65534:
+        raise UserError(f"--master: expected HOST:PORT with a port from 1 to 65534, found {shown(text)}")
     return host, int(number)
 
 

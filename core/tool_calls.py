@@ -28,6 +28,7 @@ class ToolCall:
 
 
 Said = str | ToolCall
+_SLICE = 4096  # characters of a piece that are read at once
 
 
 class ToolCallStream:
@@ -46,8 +47,11 @@ class ToolCallStream:
     def push(self, piece: str) -> list[Said]:
         """What this piece makes certain."""
         said: list[Said] = []
-        while piece:
-            piece = self._outside(piece, said) if self._block is None else self._inside(self._block, piece, said)
+        # Each block copies what is left of its piece, so that a long one costs the square of its length.
+        for first in range(0, len(piece), _SLICE):
+            part = piece[first : first + _SLICE]
+            while part:
+                part = self._outside(part, said) if self._block is None else self._inside(self._block, part, said)
         return said
 
     def flush(self) -> list[Said]:

@@ -29,6 +29,7 @@ examples:
 paths: /v1/chat/completions, /v1/completions, /v1/models, /health, /metrics, and / for a page to chat on.
 SIGTERM or Ctrl-C: new requests get 503, running ones have --grace seconds; a second one ends them at once."""
 
+MOST_KEYS = 1 << 20  # bytes of a file of keys
 SPARE_CONNECTIONS = 128  # for /health and the like, and for clients that have yet to ask
 MISSING = "tele serve: fastapi and uvicorn are not installed; run: pip install -e '.[serve]'"
 
@@ -139,9 +140,13 @@ def read_keys(args: argparse.Namespace) -> list[str]:
     elif args.api_key_file is not None:
         source = f"--api-key-file {args.api_key_file}"
         try:
-            keys = Path(args.api_key_file).read_text(encoding="utf-8").split()
+            with open(args.api_key_file, "rb") as file:  # a pipe is as good as a file here
+                raw = file.read(MOST_KEYS + 1)
+            keys = raw.decode("utf-8").split()
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"{source}: cannot be read ({getattr(error, 'strerror', 'not UTF-8 text')})") from None
+        if len(raw) > MOST_KEYS:
+            raise UserError(f"{source}: has more than {MOST_KEYS} bytes; expected a key a line")
     else:
         return []
     if not keys or not all(key.isascii() and key.isprintable() and " " not in key and key for key in keys):

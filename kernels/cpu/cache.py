@@ -116,12 +116,16 @@ def _open_to_others(folder: Path) -> str:
     Anyone who may write a folder may rename what is in it, unless it is sticky, as temporary folders are. A group may
     write: where every user has a group of their own, homes and what is above them are made so.
     """
+    # Whose folder holds another may rename that one. The owner of "/" owns the machine, or stands for its owner in a
+    # user namespace, where root has no number.
+    trusted = {os.geteuid(), 0, _status(Path("/")).st_uid}
     for above in (folder, *folder.parents):
         found = _status(above)
         if found.st_mode & stat.S_IWOTH and not found.st_mode & stat.S_ISVTX:
             return f"all users can write {above} (mode {stat.S_IMODE(found.st_mode):o})"
-    owner = _status(folder).st_uid
-    return "" if owner in (os.geteuid(), 0) else f"it belongs to user {owner}"
+        if found.st_uid not in trusted:
+            return f"{above} belongs to user {found.st_uid}"
+    return ""
 
 
 def _status(path: Path) -> os.stat_result:

@@ -155,6 +155,8 @@ def test_a_file_that_fails_leaves_the_old_one(tmp_path: Path) -> None:
 def test_a_process_is_not_taken_for_a_later_one_with_its_number(tmp_path: Path) -> None:
     assert mark_lives(process_mark()) and mark_lives(str(os.getpid()))
     number, _, start = process_mark().partition(".")
+    for none in ("9" * 30, "9" * 5000, "\u00b2", "-1", ""):  # as a foreign file's name may end
+        assert not mark_lives(none) and not mark_lives(f"{none}.5")
     assert not mark_lives(f"{number}.{int(start) - 1}") and not mark_lives("999999999.1") and not mark_lives("x")
     reused = tmp_path / f".tmp-tele-f-{socket.gethostname()}-{number}.{int(start) - 1}"
     reused.mkdir()

@@ -158,6 +158,18 @@ def test_a_cache_home_that_all_can_write_is_not_used(
     assert cache.cache_folder() == given / "deeper" / "telechat-twins"
 
 
+@pytest.mark.parametrize("whose", ["given", "given/deeper"])
+def test_a_cache_home_within_another_users_folder_is_not_used(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], whose: str
+) -> None:
+    """That user could rename what lies there, between our look and our loading."""
+    (tmp_path / "given" / "deeper").mkdir(parents=True)
+    owned_by_another(monkeypatch, tmp_path / whose)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "given" / "deeper"))
+    assert cache.cache_folder() == tmp_path / "tmp" / f"telechat-twins-{os.geteuid()}"
+    assert f"{tmp_path / whose} belongs to user 4711" in capsys.readouterr().err
+
+
 def test_without_a_home_the_temporary_folder_serves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def nobody() -> Path:
         raise RuntimeError("Could not determine home directory.")

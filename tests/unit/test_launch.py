@@ -198,6 +198,10 @@ def test_mistakes_in_the_nodes(nproc: int, nnodes: int, node_rank: int, master: 
 def test_the_place_of_node_0() -> None:
     assert parse_master("10.0.0.1:29500") == ("10.0.0.1", 29500)
     assert parse_master("[fe80::1]:1") == ("fe80::1", 1)
+    for port in ("0", "65535", "7" * 400, "7" * 5000, "\u00b2", "\u0661\u0662", "+1", ""):
+        with pytest.raises(UserError, match="--master: expected HOST:PORT with a port from 1 to 65534") as told:
+            parse_master(f"node:{port}")
+        assert len(str(told.value)) < 400
     assert check_nodes(8, 1, 0, None) == ("127.0.0.1", 0)
 
 
