@@ -8,7 +8,9 @@ by nobody else. What fails that is left alone, a private folder takes its place,
 from __future__ import annotations
 
 import contextlib
+import grp
 import os
+import pwd
 import stat
 import sys
 import tempfile
@@ -113,8 +115,8 @@ def _own_folder(base: Path, name: str) -> Path:
 def _open_to_others(folder: Path) -> str:
     """Why other users could replace a folder made in ``folder`` (resolved), as a clause; empty if they cannot.
 
-    Anyone who may write a folder may rename what is in it, unless it is sticky, as temporary folders are. A group may
-    write: where every user has a group of their own, homes and what is above them are made so.
+    Anyone who may write a folder may rename what is in it, unless it is sticky, as temporary folders are. The user's
+    private group may write: where every user has one, homes and what is in them are often made so.
     """
     # Whose folder holds another may rename that one. The owner of "/" owns the machine, or stands for its owner in a
     # user namespace, where root has no number.
@@ -123,9 +125,22 @@ def _open_to_others(folder: Path) -> str:
         found = _status(above)
         if found.st_mode & stat.S_IWOTH and not found.st_mode & stat.S_ISVTX:
             return f"all users can write {above} (mode {stat.S_IMODE(found.st_mode):o})"
+        if found.st_mode & stat.S_IWGRP and not found.st_mode & stat.S_ISVTX and not _private_group(found.st_gid):
+            return f"group {found.st_gid} can write {above} (mode {stat.S_IMODE(found.st_mode):o})"
         if found.st_uid not in trusted:
             return f"{above} belongs to user {found.st_uid}"
     return ""
+
+
+def _private_group(gid: int) -> bool:
+    """Whether a group is root's, or the one of this user alone: of the user's own name and without other members."""
+    if gid == 0:
+        return True
+    try:
+        group, user = grp.getgrgid(gid), pwd.getpwuid(os.geteuid())
+    except KeyError:
+        return False
+    return gid == user.pw_gid and group.gr_name == user.pw_name and set(group.gr_mem) <= {user.pw_name}
 
 
 def _status(path: Path) -> os.stat_result:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import grp
 import os
+import pwd
 import stat
 import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -156,6 +159,30 @@ def test_a_cache_home_that_all_can_write_is_not_used(
     assert f"all users can write {given} (mode 777)" in capsys.readouterr().err
     given.chmod(0o1777)
     assert cache.cache_folder() == given / "deeper" / "telechat-twins"
+
+
+def test_a_cache_home_that_a_shared_group_can_write_is_not_used(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = tmp_path / "given"
+    given.mkdir()
+    given.chmod(0o775)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(given))
+    with monkeypatch.context() as patch:
+        patch.setattr(cache, "_private_group", lambda gid: False)
+        assert cache.cache_folder() == tmp_path / "tmp" / f"telechat-twins-{os.geteuid()}"
+    assert f"group {given.stat().st_gid} can write {given} (mode 775)" in capsys.readouterr().err
+    monkeypatch.setattr(cache, "_private_group", lambda gid: True)
+    assert cache.cache_folder() == given / "telechat-twins"
+
+
+def test_a_private_group_has_the_users_name_and_nobody_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pwd, "getpwuid", lambda uid: SimpleNamespace(pw_gid=7, pw_name="ada"))
+    groups = {7: ("ada", []), 8: ("ada", []), 9: ("staff", [])}
+    monkeypatch.setattr(grp, "getgrgid", lambda gid: SimpleNamespace(gr_name=groups[gid][0], gr_mem=groups[gid][1]))
+    assert [cache._private_group(gid) for gid in (0, 7, 8, 9, 10)] == [True, True, False, False, False]
+    groups[7] = ("ada", ["ada", "bob"])
+    assert not cache._private_group(7)
 
 
 @pytest.mark.parametrize("whose", ["given", "given/deeper"])
