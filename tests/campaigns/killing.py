@@ -105,9 +105,19 @@ def orphans(mark: str, known: Iterable[psutil.Process]) -> list[str]:
 
 
 def wait_until(condition: Callable[[], bool], process: subprocess.Popen[bytes], seconds: float = 300) -> bool:
-    """Look at ``condition`` without pause until it holds; False when the process ends, or the time does, before."""
+    """Look at ``condition`` without pause until it holds; False when the process ends, or the time does, before.
+
+    A file that the process replaces or removes between two looks of one condition does not hold yet.
+    """
+
+    def holds() -> bool:
+        try:
+            return condition()
+        except FileNotFoundError:
+            return False
+
     deadline = time.monotonic() + seconds
-    while not condition():
+    while not holds():
         if process.poll() is not None or time.monotonic() > deadline:
             return False
         time.sleep(0.0005)
