@@ -97,7 +97,11 @@ def main(argv: list[str] | None = None) -> int:
             print(f"stopped after {args.minutes:g} minutes", flush=True)
             break
         queue = queues.pop(0)
-        trial = next(queue, None)
+        try:
+            trial = next(queue, None)
+        except KeyboardInterrupt:
+            print("interrupted", flush=True)
+            break
         if trial is None:
             continue
         queues.append(queue)
