@@ -54,4 +54,4 @@ def _varint(data: bytes | memoryview, place: int) -> tuple[int, int]:
         if not more:
             return value, place
         shift += 7
-    raise ValueError("a number is too long or ends beyond the message")
+    raise ValueError("a number ends beyond the message, or is longer than ten bytes")

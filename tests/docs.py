@@ -40,6 +40,8 @@ NOT_RUN = {
     "make test-unit": "is what runs this",
     'make campaign-equivalence CAMPAIGN_ARGS="--trials 100 --seed 0 --out equivalence.json"': "ten minutes; "
     "tests/parity/test_equivalence_campaign.py runs six of its cases",
+    "make campaign-corruption": "ten minutes; tests/unit/test_corruption_campaign.py runs a sample of it",
+    "make campaign-corruption CAMPAIGN_ARGS='--trials 100 --seed 5000'": "likewise",
     "make campaign-memory": "a quarter of an hour; tests/unit/test_memory_campaign.py runs a short one",
     "make campaign-kills": "an evening; tests/multiproc/test_kills.py runs a sample of it",
     "make install": "installs; continuous integration begins with it",

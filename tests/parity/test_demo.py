@@ -34,7 +34,8 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
     data = folder / "rows.jsonl"
     data.write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows), encoding="utf-8")
     sample, tokenizer = folder / "sample.txt", folder / "tokenizer.model"
-    sample.write_text(data.read_text(encoding="utf-8"), encoding="utf-8")
+    texts = [turn["content"] for row in rows for turn in row["dialog"]]
+    sample.write_text("".join(f"You answer briefly. {text}\n" for text in texts), encoding="utf-8")
     assert main(["tokenize", "train", str(sample), "--out", str(tokenizer), "--vocab-size", "400"]) == 0
     words = ["--data", str(data), "--tokenizer", str(tokenizer), "--steps", "12", "--out", str(folder / "out")]
     assert main(["demo", *words]) == 0

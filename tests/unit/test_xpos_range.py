@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -133,7 +134,8 @@ def test_generation_refuses_before_weights_are_read(checkpoints, monkeypatch, ca
     assert "xpos_scale_base 300" in capsys.readouterr().err
     with pytest.raises(UserError, match="fp16 holds 2"):
         model.engine(6000)  # longer than max_seqlen
-    monkeypatch.setattr("core.chat.load_tokenizer", lambda *_, **__: None)
+    pieces = SimpleNamespace(vocab_size=model.config.vocab_size)
+    monkeypatch.setattr("core.chat.load_tokenizer", lambda *_, **__: pieces)
     monkeypatch.setattr("core.chat.check_vocabulary", lambda *_: None)
     with pytest.raises(UserError, match=REFUSED):
         ChatModel(model.source.__class__(_checkpoint(checkpoints / "far")), pytest.fail, "t", "auto", "fp16", "none")
