@@ -8,6 +8,7 @@ Every client is a process of its own. Times depend on the machine, so nothing is
 from __future__ import annotations
 
 import argparse
+import contextlib
 import http.client
 import json
 import multiprocessing
@@ -22,7 +23,10 @@ from tests.docs_workspace import add_release
 from tests.serve_soak import CHAT, NAME
 from tests.serve_support import process
 
-SENDERS, ROUNDS = 6, 3
+SENDERS, ROUNDS = 6, 8
+BEFORE, IDLE, BUSY, OVER = range(4)  # phases
+IDLE_S = 5.0
+PAUSE = 0.02  # seconds between two questions of a bystander
 TEXT = "The quick brown fox. " * 186_000
 
 
@@ -50,6 +54,7 @@ def health(port: int) -> float:
 
 
 def send(port: int, together: Any, found: Any) -> None:
+    """ROUNDS bodies, each together with those of the other senders; the first when ``together`` lets all go."""
     body = json.dumps({"model": NAME, "messages": [{"role": "user", "content": TEXT}]}).encode()
     for _ in range(ROUNDS):
         together.wait()
@@ -61,38 +66,66 @@ def send(port: int, together: Any, found: Any) -> None:
         connection.close()
 
 
-def watch(ask: Callable[[int], float], port: int, ended: Any, found: Any) -> None:
-    seconds = []
-    while not ended.is_set():
-        seconds.append(ask(port))
+def watch(ask: Callable[[int], float], port: int, phase: Any, found: Any) -> None:
+    """Seconds of each answer, by the phase in which it was asked for; ends with the last phase."""
+    seconds: dict[int, list[float]] = {IDLE: [], BUSY: []}
+    while (now := phase.value) != OVER:
+        took = ask(port)
+        if now == phase.value and now in seconds:
+            seconds[now].append(took)
+        time.sleep(PAUSE)
     found.put(seconds)
+
+
+def measure(watched: int, target: int) -> tuple[dict[str, dict[int, list[float]]], list[float]]:
+    """(question -> phase -> seconds at the port ``watched``, seconds until a body sent to ``target`` is refused).
+
+    All processes are there before the first phase, so that the two differ by the bodies alone.
+    """
+    spawn = multiprocessing.get_context("spawn")
+    asks = {"first token": first_token, "/health": health}
+    together, phase, refused = spawn.Barrier(SENDERS + 1), spawn.Value("i", BEFORE), spawn.Queue()
+    queues = {name: spawn.Queue() for name in asks}
+    workers = [spawn.Process(target=watch, args=(asks[n], watched, phase, queues[n])) for n in asks]
+    workers += [spawn.Process(target=send, args=(target, together, refused)) for _ in range(SENDERS)]
+    for worker in workers:
+        worker.start()
+    while together.n_waiting < SENDERS:
+        time.sleep(0.1)
+    phase.value = IDLE
+    time.sleep(IDLE_S)
+    phase.value = BUSY
+    for _ in range(ROUNDS):
+        together.wait()
+    refusals = [refused.get() for _ in range(SENDERS * ROUNDS)]
+    phase.value = OVER
+    found = {name: queue.get() for name, queue in queues.items()}
+    for worker in workers:
+        worker.join()
+    return found, refusals
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--backend", default="pt", choices=("ms", "pt"))
+    parser.add_argument(
+        "--elsewhere",
+        action="store_true",
+        help="send the bodies to a second server: what the machine alone makes of them",
+    )
     args = parser.parse_args()
-    spawn = multiprocessing.get_context("spawn")
-    with tempfile.TemporaryDirectory(prefix="tele-large-") as folder:
+    with contextlib.ExitStack() as stack:
+        folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="tele-large-"))
         add_release(Path(folder))
         options = ("--backend", args.backend, "--checkpoint", f"{folder}/run", "--name", NAME)
-        with process(*options) as (_, port):
-            asks = {"first token": first_token, "/health": health}
-            idle = {name: [ask(port) for _ in range(30)] for name, ask in asks.items()}
-            together, ended, refused = spawn.Barrier(SENDERS), spawn.Event(), spawn.Queue()
-            queues = {name: spawn.Queue() for name in asks}
-            workers = [spawn.Process(target=watch, args=(asks[n], port, ended, queues[n])) for n in asks]
-            workers += [spawn.Process(target=send, args=(port, together, refused)) for _ in range(SENDERS)]
-            for worker in workers:
-                worker.start()
-            refusals = [refused.get() for _ in range(SENDERS * ROUNDS)]
-            ended.set()
-            busy = {name: queue.get() for name, queue in queues.items()}
-            for worker in workers:
-                worker.join()
-    for name in asks:
-        for when, seconds in (("idle", idle[name]), ("meanwhile", busy[name])):
-            print(f"{name} {when}: median {statistics.median(seconds):.3f} s, most {max(seconds):.3f} s")
+        watched = target = stack.enter_context(process(*options))[1]
+        if args.elsewhere:
+            target = stack.enter_context(process(*options))[1]
+        found, refusals = measure(watched, target)
+    for name, phases in found.items():
+        for when, seconds in (("idle", phases[IDLE]), ("meanwhile", phases[BUSY])):
+            median = statistics.median(seconds)
+            print(f"{name} {when}: {len(seconds)} answers, median {median:.3f} s, most {max(seconds):.3f} s")
     print(f"refused: median {statistics.median(refusals):.2f} s, most {max(refusals):.2f} s")
 
 
