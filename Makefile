@@ -95,7 +95,7 @@ ascend-lower: $(READY)
 	$(RUN) -m kernels.triton.lower
 
 gpu-check: $(READY)
-	$(RUN) -m kernels.gpu_check --out gpu-check.json $(GPU_ARGS)
+	$(RUN) -m kernels.bench.gpu_check --out gpu-check.json $(GPU_ARGS)
 
 # Apart from the rest: MindFormers pins transformers and other packages that nothing here needs.
 mindformers-check: $(MINDFORMERS_VENV)/.installed

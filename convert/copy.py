@@ -14,19 +14,19 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from convert.hf import MAX_SHARD_BYTES, HfFolder, plan_shards, recorded_shards, tensor_bytes, write_folder
-from convert.hf_config import dump_config, write_config
-from convert.mindformers import ASSETS, MODEL, check_mp
-from convert.mindformers_config import model_yaml
-from convert.mindformers_files import write_ranks, write_whole
+from convert.hf.config import dump_config, write_config
+from convert.hf.folder import MAX_SHARD_BYTES, HfFolder, plan_shards, recorded_shards, tensor_bytes, write_folder
+from convert.mindformers.config import model_yaml
+from convert.mindformers.files import write_ranks, write_whole
+from convert.mindformers.source import ASSETS, MODEL, check_mp
 from convert.names import Binding, bind, mindformers_rules
 from convert.places import require_place
 from convert.source import CanonicalSource, HfSource, ModelSource, PlainSource
-from core.atomic import new_folder
-from core.checkpoint import MAX_FILE_BYTES, write_checkpoint
+from core.checkpoint.read import MAX_FILE_BYTES, write_checkpoint
 from core.errors import UserError
-from core.params import parameter_table
-from core.safetensors_io import dtype_code
+from core.files.atomic import new_folder
+from core.files.safetensors import dtype_code
+from core.model.params import parameter_table
 
 DTYPES: dict[str, np.dtype[Any]] = {
     "float32": np.dtype("<f4"),

@@ -17,9 +17,9 @@ from typing import Protocol
 
 import numpy as np
 
-from core.config import ModelConfig
 from core.errors import UserError
-from core.params import ParamSpec, parameter_table
+from core.model.config import ModelConfig
+from core.model.params import ParamSpec, parameter_table
 
 
 class Transform(Protocol):

@@ -11,9 +11,9 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from core.config import ModelConfig
 from core.errors import UserError
-from core.growth_mask import describe
+from core.model.config import ModelConfig
+from core.model.masks import describe
 
 # Sizes and numbers that every format can say (its config or its reader's options), and a choice of the run.
 ANYWHERE = (

@@ -4,21 +4,23 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from convert.hf import HfFolder, check_record
-from convert.sums import SUMS
-from core.atomic import standing
-from core.checkpoint import Checkpoint, check_shapes, open_checkpoint
-from core.config import ModelConfig
+from convert.hf.folder import HfFolder, check_record
+from convert.hf.sums import SUMS
+from core.checkpoint.read import Checkpoint, check_shapes, open_checkpoint
 from core.errors import UserError
-from core.params import parameter_table
-from core.safetensors_io import DTYPES
+from core.files.atomic import standing
+from core.files.safetensors import DTYPES
+from core.model.config import ModelConfig
+from core.model.params import parameter_table
+from core.parallel.sharding import Box
 from core.schema import from_mapping
 
 
@@ -198,3 +200,16 @@ class PlainSource(ModelSource):
 
     def files(self) -> list[Path]:
         return self.source.files()
+
+
+def weight_reader(path: str) -> Callable[[str, Box], np.ndarray]:
+    """``read(name, box)`` of the weights of a model's folder, for a rank that needs parts; the folder was verified."""
+    from convert.source import CanonicalSource, open_model
+
+    source = open_model(path, verify=False)
+    if isinstance(source, CanonicalSource):
+        checkpoint = source.checkpoint
+        return lambda name, box: checkpoint.read("weights", name, box)
+    # A release packs tensors together; a rank asks for up to three boxes of one, one after another.
+    whole = lru_cache(maxsize=1)(source.tensor)
+    return lambda name, box: whole(name)[box]

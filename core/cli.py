@@ -11,10 +11,10 @@ import sys
 import tomllib
 import traceback
 from collections.abc import Sequence
-from pathlib import Path
 from typing import NoReturn
 
 from core.errors import UserError
+from core.files import ROOT
 from core.near import nearest
 from core.shown import controls_shown, printable, shown
 
@@ -148,7 +148,7 @@ def _refused(error: Exception) -> str | None:
 
 def version() -> str:
     """The version as pyproject.toml gives it: read there in a checkout, else from the installed package."""
-    source = Path(__file__).resolve().parent.parent / "pyproject.toml"
+    source = ROOT / "pyproject.toml"
     if source.is_file():
         return tomllib.loads(source.read_text(encoding="utf-8"))["project"]["version"]
     from importlib.metadata import version as installed

@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 import yaml
 
 from core.errors import UserError
-from core.foreign import MAX_DIGITS, read_text
+from core.files.foreign import MAX_DIGITS, read_text
 from core.near import nearest
 from core.shown import shown
 

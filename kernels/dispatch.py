@@ -1,9 +1,9 @@
 """Which implementation serves each operator, and why: one rule for both frameworks.
 
-A framework's table (kernels/mindspore.py, kernels/pytorch.py) lists for every operator what could serve it on the
-device at hand, best first, and what stands in the way of each. A run may ask for another by name (``kernels:`` of a run
-configuration). Nothing falls back in silence: on an accelerator an operator whose own implementation is missing is an
-error, unless the run asked for the other one.
+A framework's table (kernels/mindspore/ops.py, kernels/pytorch/ops.py) lists for every operator what could serve it on
+the device at hand, best first, and what stands in the way of each. A run may ask for another by name (``kernels:`` of
+a run configuration). Nothing falls back in silence: on an accelerator an operator whose own implementation is missing
+is an error, unless the run asked for the other one.
 """
 
 from __future__ import annotations

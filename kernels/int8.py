@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 
 class Int8(NamedTuple):
-    """values int8 [out, in] times factors float32 [out], one for each output (core.quantize)."""
+    """values int8 [out, in] times factors float32 [out], one for each output (core.model.quantize)."""
 
     values: Any
     factors: Any

@@ -9,7 +9,7 @@ for text, history in model.chat("And a question?", history, stream=True, tempera
 from __future__ import annotations
 
 from convert.source import open_model
-from core.chat import ChatModel
+from core.inference.chat import ChatModel
 from pt_reference.generate import Runner
 
 

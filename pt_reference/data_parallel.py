@@ -12,7 +12,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from core.sharding import Bucket, Shard, plan_buckets
+from core.parallel.sharding import Bucket, Shard, plan_buckets
 from pt_reference.collectives import Handle, all_reduce, start_all_reduce, start_reduce_scatter
 from pt_reference.mesh import Mesh
 
@@ -21,7 +21,7 @@ BYTES = 4  # of a float32 gradient
 
 class GradientBuckets:
     """The accumulators. ``buckets`` is the plan, ``part`` of ``parts`` what this rank keeps of each; ``by_class`` as in
-    core.sharding.plan_buckets."""
+    core.parallel.sharding.plan_buckets."""
 
     def __init__(
         self,

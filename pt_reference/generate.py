@@ -8,12 +8,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from core.config import ModelConfig
-from core.pages import PAGE_SIZE
-from core.position import RotaryRows
-from core.quantize import Int8Matrix
-from core.ring_pages import Share, pages_of_rank, share_of
-from core.runner import Step
+from core.inference.pages import PAGE_SIZE
+from core.inference.ring_pages import Share, pages_of_rank, share_of
+from core.inference.runner import Step
+from core.model.config import ModelConfig
+from core.model.position import RotaryRows
+from core.model.quantize import Int8Matrix
 from pt_reference import ops
 from pt_reference.collectives import broadcast
 from pt_reference.inference_parallel import spread
@@ -26,7 +26,7 @@ from pt_reference.weights import load_weights
 
 
 class Runner:
-    """core.runner.Runner on the device of this process."""
+    """core.inference.runner.Runner on the device of this process."""
 
     def __init__(
         self,
@@ -37,9 +37,10 @@ class Runner:
         page_size: int = PAGE_SIZE,
         mesh: Mesh | None = None,
     ) -> None:
-        """Weights come from ``get(name)``, one at a time, as they are or in 8 bits (core.quantize); ``num_pages`` as
-        core.pages.PagePool counts them. With ``mesh`` this rank holds its part of the model (core.sharding.chunk_table)
-        and of the pages (core.ring_pages), and all ranks make the same steps; ``get`` gives its part of the weights."""
+        """Weights come from ``get(name)``, one at a time, as they are or in 8 bits (core.model.quantize);
+        ``num_pages`` as core.inference.pages.PagePool counts them. With ``mesh`` this rank holds its part of the model
+        (core.parallel.sharding.chunk_table) and of the pages (core.inference.ring_pages), and all ranks make the same
+        steps; ``get`` gives its part of the weights."""
         self.config, self.num_pages, self.page_size = config, num_pages, page_size
         self.mesh = mesh
         if mesh is None:

@@ -14,8 +14,8 @@ import torch
 import torch.distributed as dist
 
 from core.errors import UserError
-from core.heartbeat import Heartbeat
-from core.layout import Coord, Layout
+from core.launch.heartbeat import Heartbeat
+from core.parallel.layout import Coord, Layout
 from pt_reference import ops
 
 _BACKENDS = {"cuda": "nccl", "npu": "hccl"}

@@ -4,12 +4,13 @@ The file knows no ranks, no optimizer and no data: a module is as large as the s
 parameters makes a smaller part of the model.
 
 What differs from Llama. TeleChat2: biases on the attention output and on the ffn output only; rotary tables whose base
-and amplitude depend on the sequence length (core.position); the norm casts before it multiplies by its gain. Tele-FLM:
+and amplitude depend on the sequence length (core.model.position); the norm casts before it multiplies by its gain.
+Tele-FLM:
 multipliers of embeddings and logits. FLM-101B: these, biases everywhere, LayerNorm, gelu, xPos. Which biases and which
-gate there are, the table of shapes says. A model between two sizes has masks over what is new (core.growth_mask).
+gate there are, the table of shapes says. A model between two sizes has masks over what is new (core.model.growth_mask).
 
 B batch, S sequence, H heads, K kv heads, D head dim, E hidden, F ffn, V vocab. Parameter names are the logical names of
-core.params; telechat_ms/model.py is this file in MindSpore.
+core.model.params; telechat_ms/model.py is this file in MindSpore.
 """
 
 from __future__ import annotations
@@ -23,16 +24,16 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from core.config import ModelConfig
-from core.growth_mask import masks, padding_bias
-from core.params import parameter_table
-from core.position import rope_tables, xpos_scales
-from core.precision import PRECISION
+from core.model.config import ModelConfig
+from core.model.masks import masks, padding_bias
+from core.model.params import parameter_table
+from core.model.position import rope_tables, xpos_scales
+from core.model.precision import PRECISION
 from pt_reference import ops
 
 
 class Dtypes:
-    """core.precision.Precision with PyTorch's dtypes."""
+    """core.model.precision.Precision with PyTorch's dtypes."""
 
     def __init__(self, precision: str) -> None:
         names = PRECISION[precision]
@@ -46,7 +47,8 @@ Rope = tuple[Tensor, ...]  # cos, sin and, with xPos, the scales of queries and 
 
 
 class Shaped(Protocol):
-    """core.params.ParamSpec or core.sharding.Shard: what is held, and which box of the whole tensor it is."""
+    """core.model.params.ParamSpec or core.parallel.sharding.Shard: what is held, and which box of the whole tensor it
+    is."""
 
     @property
     def shape(self) -> tuple[int, ...]: ...

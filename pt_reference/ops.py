@@ -1,4 +1,4 @@
-"""The operators of the decoder in PyTorch; kernels/pytorch.py knows what serves each of them.
+"""The operators of the decoder in PyTorch; kernels/pytorch/ops.py knows what serves each of them.
 
 Shapes: B batch, S queries, T keys, H heads, K kv heads, D head dim.
 """
@@ -12,11 +12,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from core.runner import Step
-from core.visibility import Block, KeyRanges, block_ranges, causal_blocks, causal_ranges, mask_ranges
-from kernels import pytorch as kernels
-from kernels import torch_paged
-from kernels.pytorch import (
+from core.inference.runner import Step
+from core.model.visibility import Block, KeyRanges, block_ranges, causal_blocks, causal_ranges, mask_ranges
+from kernels.pytorch import ops as kernels
+from kernels.pytorch import paged as torch_paged
+from kernels.pytorch.ops import (
     add,
     add_bias,
     add_rms_norm,
@@ -30,7 +30,7 @@ from kernels.pytorch import (
     rope_qk,
     swiglu,
 )
-from kernels.torch_paged import Pages, page_dtype, paged_attention, rows_at, store_rows
+from kernels.pytorch.paged import Pages, page_dtype, paged_attention, rows_at, store_rows
 
 __all__ = [
     "Pages",
@@ -111,7 +111,7 @@ def positions(x: Tensor, wanted: Tensor) -> Tensor:
 
 
 def masked_blocks(blocks: Iterable[Block], num_queries: int, num_keys: int) -> Visible:
-    """Blocks of core.visibility that cover ``num_queries``, in the form that ``attention`` takes."""
+    """Blocks of core.model.visibility that cover ``num_queries``, in the form that ``attention`` takes."""
     parts = list(blocks)
     if not kernels.takes_blocks():
         return kernels.place_ranges(block_ranges(parts, num_queries, num_keys), device())
@@ -203,7 +203,8 @@ def hidden_keys(visible: np.ndarray) -> Parts:
 
 
 def key_ranges(ranges: np.ndarray, num_keys: int) -> Parts:
-    """Runs of keys int32 [B, S, 2], as core.visibility.KeyRanges has them, in the form that attention_block takes."""
+    """Runs of keys int32 [B, S, 2], as core.model.visibility.KeyRanges has them, in the form that attention_block
+    takes."""
     return [(slice(0, num_keys), _placed(ranges, num_keys))]
 
 

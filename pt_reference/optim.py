@@ -1,7 +1,7 @@
-"""AdamW with decoupled decay on fp32 masters; kernels/pytorch.py knows what computes the update.
+"""AdamW with decoupled decay on fp32 masters; kernels/pytorch/ops.py knows what computes the update.
 
-Weights, masters and states are flat vectors, one a bucket (core.sharding). A rank keeps masters and states of its part
-of each bucket only, and the ranks that share weights gather the updated parts.
+Weights, masters and states are flat vectors, one a bucket (core.parallel.sharding). A rank keeps masters and states of
+its part of each bucket only, and the ranks that share weights gather the updated parts.
 """
 
 from __future__ import annotations
@@ -13,12 +13,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from core.checkpoint import TensorPiece
+from core.checkpoint.read import TensorPiece
 from core.config import OptimConfig
-from core.growth import Growth, birth_classes
-from core.recipe import class_decay, class_rate, corrections, is_young, tells_classes_apart
-from core.sharding import Box, FlatPiece, Shard, flat_pieces
-from kernels import pytorch as kernels
+from core.model.growth import Growth
+from core.parallel.sharding import Box, FlatPiece, Shard, flat_pieces
+from core.train.births import birth_classes
+from core.train.recipe import class_decay, class_rate, corrections, is_young, tells_classes_apart
+from kernels.pytorch import ops as kernels
 from pt_reference.collectives import agree, all_gather
 from pt_reference.data_parallel import GradientBuckets, owned_range
 from pt_reference.mesh import Mesh
@@ -75,7 +76,7 @@ class AdamW:
     def step(self, lr: float, grad_scale: float) -> None:
         """One update with gradients times ``grad_scale``; the accumulators are empty afterwards.
 
-        ``lr`` is that of the vector-like parameters; core.recipe has those of the other classes.
+        ``lr`` is that of the vector-like parameters; core.train.recipe has those of the other classes.
         """
         config, buckets = self._config, self.gradients
         self._steps += 1

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from core.config import ModelConfig
-from core.heartbeat import open_heartbeat
-from core.layout import Layout, check_layout
-from core.sharding import Shard, chunk_table, is_tied_across, kv_copies
+from core.launch.heartbeat import open_heartbeat
+from core.model.config import ModelConfig
+from core.parallel.layout import Layout, check_layout
+from core.parallel.sharding import Shard, chunk_table, is_tied_across, kv_copies
 from pt_reference import ops
 from pt_reference.context_parallel import apply_context_parallel
 from pt_reference.mesh import Mesh, join, make_mesh

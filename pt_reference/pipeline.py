@@ -1,4 +1,4 @@
-"""Runs one step's micro-batches through the model chunks of this rank, in the order that core.schedule gives.
+"""Runs one step's micro-batches through the model chunks of this rank, in the order that core.parallel.schedule gives.
 
 Several forward graphs are outstanding at once. Activations go to the next pipeline rank and gradients to the previous
 one over one-way links. A link delivers in the order of sending, which is also the order in which the receiver needs
@@ -14,8 +14,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from core.schedule import Action, actions, peak_live
-from core.sequence import LocalBatch
+from core.parallel.schedule import Action, actions, peak_live
+from core.parallel.sequence import LocalBatch
 from pt_reference import ops
 from pt_reference.collectives import Handle, recv, send
 from pt_reference.context_parallel import attention_plan

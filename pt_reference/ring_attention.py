@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from core.sequence import Visibility, mask_between, visible_part
+from core.parallel.sequence import Visibility, mask_between, visible_part
 from pt_reference import ops
 from pt_reference.collectives import start_shift
 from pt_reference.mesh import Group

@@ -1,8 +1,9 @@
 """Attention over pages that a ring of ranks shares out: each rank keeps its own, and the queries go round.
 
-Every rank computes its own tokens (core.ring_pages) and stores their keys and values in its own pages. A message with
-queries travels while those that came before meet the keys that lie here; what they found, and its log-sum-exp, goes
-back to where they came from in one exchange, and is merged there in float32 or wider, in the order of the ranks.
+Every rank computes its own tokens (core.inference.ring_pages) and stores their keys and values in its own pages. A
+message with queries travels while those that came before meet the keys that lie here; what they found, and its
+log-sum-exp, goes back to where they came from in one exchange, and is merged there in float32 or wider, in the order
+of the ranks.
 
 n tokens of a rank, H heads, K kv heads, D head dim.
 """
@@ -14,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from core.ring_pages import Part, Share
+from core.inference.ring_pages import Part, Share
 from pt_reference import ops
 from pt_reference.collectives import all_to_all, start_shift
 from pt_reference.mesh import Group
@@ -22,7 +23,8 @@ from pt_reference.model import Decoder
 
 
 class Meeting(NamedTuple):
-    """core.ring_pages.Part on the device: queries [first, last), the slots [B, T] of keys, and what each query sees."""
+    """core.inference.ring_pages.Part on the device: queries [first, last), the slots [B, T] of keys, and what each
+    query sees."""
 
     first: int
     last: int

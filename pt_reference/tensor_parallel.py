@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from core.batch import IGNORE
+from core.model.batch import IGNORE
 from pt_reference import ops
 from pt_reference.collectives import all_reduce, copy_to, gather_sequence, reduce_from, scatter_sum
 from pt_reference.mesh import Mesh

@@ -1,4 +1,4 @@
-"""Train with PyTorch: ``tele train --backend pt``, or torchrun on this file. The loop itself is core.loop."""
+"""Train with PyTorch: ``tele train --backend pt``, or torchrun on this file. The loop itself is core.train.loop."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from typing import Any
 
 import torch
 
-from core.batch import Batch
-from core.checkpoint import Checkpoint, TensorPiece
+from core.checkpoint.read import Checkpoint, TensorPiece
 from core.config import RunConfig
-from core.growth import read_history
-from core.init import init_tensor
-from core.loop import main
-from core.sequence import split_batch
-from kernels import pytorch as kernels
+from core.model.batch import Batch
+from core.model.growth import read_history
+from core.model.init import init_tensor
+from core.parallel.sequence import split_batch
+from core.train.loop import main
+from kernels.pytorch import ops as kernels
 from pt_reference import ops
 from pt_reference.collectives import agree
 from pt_reference.mesh import leave
@@ -27,7 +27,7 @@ from pt_reference.pipeline import Pipeline
 
 
 class Trainer:
-    """core.loop.Stepper in PyTorch."""
+    """core.train.stepper.Stepper in PyTorch."""
 
     def __init__(self, config: RunConfig) -> None:
         self.config = config
@@ -58,7 +58,7 @@ class Trainer:
         return agree(values, self.mesh.world, op)
 
     def gradients(self, batch: Batch, num_targets: int, loss_scale: float, **options: Any) -> float:
-        """core.loop.Stepper.gradients; ``options`` are those of Pipeline.run."""
+        """core.train.stepper.Stepper.gradients; ``options`` are those of Pipeline.run."""
         self.optimizer.refresh()
         size = self.config.train.micro_batch
         pieces = [

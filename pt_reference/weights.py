@@ -7,9 +7,9 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
-from core.quantize import Int8Matrix
+from core.model.quantize import Int8Matrix
 from kernels.int8 import Int8
-from kernels.torch_weights import prepared
+from kernels.pytorch.weights import prepared
 from pt_reference import ops
 from pt_reference.model import Decoder, Linear, named_weights, to_tensor
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from mindspore import Tensor
 from mindspore import ops as mops
 
-from core.sequence import Visibility, gather_order, query_blocks
+from core.parallel.sequence import Visibility, gather_order, query_blocks
 from telechat_ms import ops
 from telechat_ms.collectives import gather_sequence
 from telechat_ms.mesh import Mesh
@@ -22,7 +22,8 @@ SEQUENCE = 1  # the axis of positions in [B, S, H, D]
 class Plan:
     """How one batch's queries meet keys; stands where the single-process model has its list of blocks.
 
-    ``method`` as in core.sequence.Visibility; ``masks`` by ring step, ``blocks`` of queries against gathered keys,
+    ``method`` as in core.parallel.sequence.Visibility; ``masks`` by ring step, ``blocks`` of queries against gathered
+    keys,
     ``order`` the slices that sort gathered keys.
     """
 

@@ -12,8 +12,8 @@ from collections.abc import Mapping, Sequence
 import mindspore as ms
 from mindspore import Parameter, Tensor, ops
 
-from core.sharding import Bucket, Shard, plan_buckets
-from kernels import mindspore as kernels
+from core.parallel.sharding import Bucket, Shard, plan_buckets
+from kernels.mindspore import ops as kernels
 from telechat_ms.collectives import Handle, all_reduce, start_all_reduce, start_reduce_scatter
 from telechat_ms.mesh import Mesh
 
@@ -22,7 +22,7 @@ BYTES = 4  # of a float32 gradient
 
 class GradientBuckets:
     """The accumulators. ``buckets`` is the plan, ``part`` of ``parts`` what this rank keeps of each; ``by_class`` as in
-    core.sharding.plan_buckets."""
+    core.parallel.sharding.plan_buckets."""
 
     def __init__(
         self,

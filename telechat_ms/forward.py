@@ -9,9 +9,9 @@ import mindspore as ms
 import numpy as np
 from mindspore import Tensor
 
-from core.batch import Batch
-from core.config import ModelConfig
-from core.loss_scale import gradients_of_batch
+from core.model.batch import Batch
+from core.model.config import ModelConfig
+from core.train.loss_scale import gradients_of_batch
 from telechat_ms import ops
 from telechat_ms.model import Decoder, named_weights, to_numpy
 
@@ -37,7 +37,8 @@ def run(
 ) -> dict[str, Any]:
     """``logits`` [B, S, V] float32 (fp64: float64), ``loss`` if the batch has targets, ``grads`` by logical name.
 
-    fp16: gradients are those of the loss times ``loss_scale`` (core.loss_scale.largest_scale), divided by it in fp32.
+    fp16: gradients are those of the loss times ``loss_scale`` (core.train.loss_scale.largest_scale), divided by it in
+    fp32.
     """
     model = Decoder(config, precision)
     model.load_weights(get)

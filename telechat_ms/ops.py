@@ -1,4 +1,4 @@
-"""The operators of the decoder in MindSpore; kernels/mindspore.py knows what serves each of them.
+"""The operators of the decoder in MindSpore; kernels/mindspore/ops.py knows what serves each of them.
 
 Shapes: B batch, S queries, T keys, H heads, K kv heads, D head dim, E hidden.
 """
@@ -12,12 +12,13 @@ import mindspore as ms
 import numpy as np
 from mindspore import Tensor, ops
 
-from core.runner import Step
-from core.visibility import Block, KeyRanges, block_ranges, causal_blocks, causal_ranges, mask_ranges
-from kernels import mindspore as kernels
-from kernels import mindspore_composite as composite
-from kernels import mindspore_paged
-from kernels.mindspore import (
+from core.inference.runner import Step
+from core.model.visibility import Block, KeyRanges, block_ranges, causal_blocks, causal_ranges, mask_ranges
+from kernels.mindspore import composite as composite
+from kernels.mindspore import ops as kernels
+from kernels.mindspore import paged as mindspore_paged
+from kernels.mindspore.composite import accurate, add_bias, operand, total
+from kernels.mindspore.ops import (
     Keys,
     add,
     add_rms_norm,
@@ -31,8 +32,7 @@ from kernels.mindspore import (
     rope_qk,
     swiglu,
 )
-from kernels.mindspore_composite import accurate, add_bias, operand, total
-from kernels.mindspore_paged import Pages, page_dtype, paged_attention, rows_at, store_rows
+from kernels.mindspore.paged import Pages, page_dtype, paged_attention, rows_at, store_rows
 from kernels.reference import visible_keys
 
 __all__ = [
@@ -105,7 +105,7 @@ def positions(x: Tensor, wanted: Tensor) -> Tensor:
 
 
 def masked_blocks(blocks: Iterable[Block], num_queries: int, num_keys: int) -> Visible:
-    """Blocks of core.visibility that cover ``num_queries``, in the form that ``attention`` takes."""
+    """Blocks of core.model.visibility that cover ``num_queries``, in the form that ``attention`` takes."""
     parts = list(blocks)
     keys = kernels.keys_on_device(block_ranges(parts, num_queries, num_keys))
     return _masked(parts) if keys is None else keys
@@ -150,7 +150,8 @@ def hidden_keys(visible: np.ndarray) -> Parts:
 
 
 def key_ranges(ranges: np.ndarray, num_keys: int) -> Parts:
-    """Runs of keys int32 [B, S, 2], as core.visibility.KeyRanges has them, in the form that attention_block takes."""
+    """Runs of keys int32 [B, S, 2], as core.model.visibility.KeyRanges has them, in the form that attention_block
+    takes."""
     if kernels.serving("attention") is None:
         return composite.hidden_keys(visible_keys(ranges, num_keys))
     return [(slice(0, num_keys), _placed(ranges, num_keys))]

@@ -1,8 +1,8 @@
 """AdamW with decoupled decay on flat fp32 masters.
 
-Masters and states are flat vectors, one a bucket (core.sharding), so that an update is a handful of operators whatever
-the number of layers. A rank keeps its part of each bucket only, and the ranks that share weights gather the updated
-parts.
+Masters and states are flat vectors, one a bucket (core.parallel.sharding), so that an update is a handful of operators
+whatever the number of layers. A rank keeps its part of each bucket only, and the ranks that share weights gather the
+updated parts.
 """
 
 from __future__ import annotations
@@ -14,13 +14,14 @@ import mindspore as ms
 import numpy as np
 from mindspore import Parameter, Tensor, ops
 
-from core.checkpoint import TensorPiece
+from core.checkpoint.read import TensorPiece
 from core.config import OptimConfig
-from core.growth import Growth, birth_classes
-from core.recipe import class_decay, class_rate, corrections, is_young, tells_classes_apart
-from core.sharding import Box, FlatPiece, Shard, flat_pieces
-from kernels import mindspore as kernels
-from kernels import mindspore_composite as composite
+from core.model.growth import Growth
+from core.parallel.sharding import Box, FlatPiece, Shard, flat_pieces
+from core.train.births import birth_classes
+from core.train.recipe import class_decay, class_rate, corrections, is_young, tells_classes_apart
+from kernels.mindspore import composite as composite
+from kernels.mindspore import ops as kernels
 from telechat_ms.collectives import agree, all_gather
 from telechat_ms.data_parallel import GradientBuckets
 from telechat_ms.mesh import Mesh
@@ -71,7 +72,7 @@ class AdamW:
     def step(self, lr: float, grad_scale: float) -> None:
         """One update with gradients times ``grad_scale``; the accumulators are empty afterwards.
 
-        ``lr`` is that of the vector-like parameters; core.recipe has those of the other classes.
+        ``lr`` is that of the vector-like parameters; core.train.recipe has those of the other classes.
         """
         self.step_count += 1
         config, fused = self.config, kernels.serving("adamw", self.dtype)

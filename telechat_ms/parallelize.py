@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from core.config import ModelConfig
-from core.heartbeat import open_heartbeat
-from core.layout import Layout, check_layout
-from core.sharding import Shard, chunk_table, is_tied_across, kv_copies
+from core.launch.heartbeat import open_heartbeat
+from core.model.config import ModelConfig
+from core.parallel.layout import Layout, check_layout
+from core.parallel.sharding import Shard, chunk_table, is_tied_across, kv_copies
 from telechat_ms.context_parallel import apply_context_parallel
 from telechat_ms.mesh import Mesh, join, make_mesh
 from telechat_ms.model import Decoder

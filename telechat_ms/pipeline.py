@@ -1,4 +1,4 @@
-"""Runs one step's micro-batches through the model chunks of this rank, in the order that core.schedule gives.
+"""Runs one step's micro-batches through the model chunks of this rank, in the order that core.parallel.schedule gives.
 
 Several forward graphs are outstanding at once. Activations go to the next pipeline rank and gradients to the previous
 one over one-way links. A link delivers in the order of sending, which is also the order in which the receiver needs
@@ -13,8 +13,8 @@ from collections.abc import Callable, Sequence
 
 from mindspore import Parameter, Tensor
 
-from core.schedule import Action, actions, peak_live
-from core.sequence import LocalBatch
+from core.parallel.schedule import Action, actions, peak_live
+from core.parallel.sequence import LocalBatch
 from telechat_ms.autograd import Recorded, record
 from telechat_ms.collectives import Handle, recv, send
 from telechat_ms.context_parallel import attention_plan

@@ -15,7 +15,7 @@ import numpy as np
 from mindspore import Tensor
 from mindspore import ops as mops
 
-from core.sequence import Visibility, mask_between, visible_part
+from core.parallel.sequence import Visibility, mask_between, visible_part
 from telechat_ms import ops
 from telechat_ms.autograd import Function
 from telechat_ms.collectives import start_shift

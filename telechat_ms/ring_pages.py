@@ -1,8 +1,9 @@
 """Attention over pages that a ring of ranks shares out: each rank keeps its own, and the queries go round.
 
-Every rank computes its own tokens (core.ring_pages) and stores their keys and values in its own pages. A message with
-queries travels while those that came before meet the keys that lie here; what they found, and its log-sum-exp, goes
-back to where they came from in one exchange, and is merged there in float32 or wider, in the order of the ranks.
+Every rank computes its own tokens (core.inference.ring_pages) and stores their keys and values in its own pages. A
+message with queries travels while those that came before meet the keys that lie here; what they found, and its
+log-sum-exp, goes back to where they came from in one exchange, and is merged there in float32 or wider, in the order
+of the ranks.
 
 n tokens of a rank, H heads, K kv heads, D head dim.
 """
@@ -15,8 +16,8 @@ import mindspore as ms
 from mindspore import Tensor
 from mindspore import ops as mops
 
-from core.ring_pages import Part, Share
-from kernels.mindspore_paged import Rows
+from core.inference.ring_pages import Part, Share
+from kernels.mindspore.paged import Rows
 from telechat_ms import ops
 from telechat_ms.collectives import all_to_all, start_shift
 from telechat_ms.mesh import Group
@@ -27,7 +28,8 @@ HEADS_FIRST = (0, 2, 1, 3)  # [B, S, H, D] <-> [B, H, S, D]
 
 
 class Meeting(NamedTuple):
-    """core.ring_pages.Part on the device: queries [first, last), the slots [B, T] of keys, and what each query sees."""
+    """core.inference.ring_pages.Part on the device: queries [first, last), the slots [B, T] of keys, and what each
+    query sees."""
 
     first: int
     last: int

@@ -14,7 +14,7 @@ import mindspore as ms
 from mindspore import Tensor, nn
 from mindspore import ops as mops
 
-from core.batch import IGNORE
+from core.model.batch import IGNORE
 from telechat_ms import ops
 from telechat_ms.autograd import Function
 from telechat_ms.collectives import all_reduce, copy_to, gather_sequence, reduce_from, scatter_sum

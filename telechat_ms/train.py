@@ -1,4 +1,4 @@
-"""Train with MindSpore: ``tele train --backend ms``, or msrun on this file. The loop itself is core.loop."""
+"""Train with MindSpore: ``tele train --backend ms``, or msrun on this file. The loop itself is core.train.loop."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from typing import Any
 import telechat_ms  # isort: skip  # noqa: F401  (prepares the process; must come before mindspore)
 import mindspore as ms
 
-from core.batch import Batch
-from core.checkpoint import Checkpoint, TensorPiece
+from core.checkpoint.read import Checkpoint, TensorPiece
 from core.config import RunConfig
-from core.growth import read_history
-from core.init import init_tensor
-from core.loop import main
-from core.sequence import split_batch
-from kernels import mindspore as kernels
+from core.model.batch import Batch
+from core.model.growth import read_history
+from core.model.init import init_tensor
+from core.parallel.sequence import split_batch
+from core.train.loop import main
+from kernels.mindspore import ops as kernels
 from telechat_ms.collectives import agree
 from telechat_ms.mesh import join, leave
 from telechat_ms.model import named_weights
@@ -28,7 +28,7 @@ from telechat_ms.pipeline import Pipeline
 
 
 class Trainer:
-    """core.loop.Stepper in MindSpore."""
+    """core.train.stepper.Stepper in MindSpore."""
 
     def __init__(self, config: RunConfig) -> None:
         self.config = config
@@ -59,7 +59,7 @@ class Trainer:
         return agree(values, self.mesh.world, op)
 
     def gradients(self, batch: Batch, num_targets: int, loss_scale: float, **options: Any) -> float:
-        """core.loop.Stepper.gradients; ``options`` are those of Pipeline.run."""
+        """core.train.stepper.Stepper.gradients; ``options`` are those of Pipeline.run."""
         self.optimizer.refresh()
         size = self.config.train.micro_batch
         pieces = [

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from mindspore import nn
 
-from core.quantize import Int8Matrix
+from core.model.quantize import Int8Matrix
 from kernels.int8 import Int8
 from telechat_ms.model import Decoder, named_weights, to_tensor
 

@@ -15,9 +15,9 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from core.batch import IGNORE
-from core.parity import relative_frobenius
-from core.visibility import causal_ranges
+from core.model.batch import IGNORE
+from core.model.visibility import causal_ranges
+from core.parity.bounds import relative_frobenius
 from kernels import reference
 from kernels.cpu import ops
 

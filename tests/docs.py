@@ -19,9 +19,11 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from core import cli, loop
-from core.config import RunConfig, load_model_config, load_run_config
+from core import cli
+from core.config import RunConfig, load_run_config
 from core.errors import UserError
+from core.model.config import load_model_config
+from core.train import loop
 from tests.house import ROOT
 
 PAGES = ("README.md", "README.zh.md", *sorted(f"docs/{p.name}" for p in (ROOT / "docs").glob("*.md")))

@@ -7,14 +7,14 @@ import sysconfig
 from pathlib import Path
 
 from convert.copy import canonical_to_hf, hf_to_canonical
-from convert.hf import HfFolder
+from convert.hf.folder import HfFolder
 from convert.source import CanonicalSource, open_model
-from core.checkpoint import save_checkpoint
-from core.config import ModelConfig
+from core.checkpoint.read import save_checkpoint
 from core.data.prepare import pack_text
 from core.data.tokenizer import load_tokenizer
 from core.data.tokenizer_training import train_tokenizer
-from core.init import init_weights
+from core.model.config import ModelConfig
+from core.model.init import init_weights
 from tests import docs
 from tests.data_support import VOCAB_SIZE, dialogue_row, tiny_tokenizer_path, write_rows
 from tests.house import ROOT

@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import load_file
 
-from convert.hf_config import read_config
+from convert.hf.config import read_config
 from convert.source import ModelSource, open_model
-from core.batch import Batch, shift_labels
-from core.config import ModelConfig
+from core.model.batch import Batch, shift_labels
+from core.model.config import ModelConfig
 
 GOLDENS = Path(__file__).resolve().parent / "goldens"
 BACKENDS = ("ms", "pt")

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from core.config import ModelConfig
+from core.model.config import ModelConfig
 
 
 def logits(

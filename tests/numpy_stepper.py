@@ -1,8 +1,8 @@
 """A trainer small enough to read: bigram logits ``table[token]``, softmax cross-entropy, AdamW, all in numpy.
 
-It keeps every promise of core.loop.Stepper with real weights, real gradients and real optimizer state, so tests of the
-loop (resume, accumulation, skipping) compare true training and not a recording. Several of them, each in a thread,
-train together: data parallel, each owning a flat share of every tensor.
+It keeps every promise of core.train.stepper.Stepper with real weights, real gradients and real optimizer state, so
+tests of the loop (resume, accumulation, skipping) compare true training and not a recording. Several of them, each in
+a thread, train together: data parallel, each owning a flat share of every tensor.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from typing import Any
 
 import numpy as np
 
-from core.batch import IGNORE, Batch
-from core.checkpoint import TensorPiece
+from core.checkpoint.read import TensorPiece
 from core.config import RunConfig, run_config_from_dict
+from core.model.batch import IGNORE, Batch
 from kernels.reference import adamw
 
 SEQ_LEN, VOCAB = 16, 24
@@ -135,7 +135,7 @@ def flat_boxes(shape: tuple[int, ...], first: int, last: int) -> Iterator[tuple[
 
 
 class NumpyStepper:
-    """core.loop.Stepper over one matrix and one bias. ``faults`` maps a step to what goes wrong there:
+    """core.train.stepper.Stepper over one matrix and one bias. ``faults`` maps a step to what goes wrong there:
     a factor on its gradients ("nan" and "inf" are factors too)."""
 
     def __init__(

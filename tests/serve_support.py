@@ -21,7 +21,7 @@ from typing import Any
 
 import pytest
 
-from core.engine import Engine, Limits
+from core.inference.engine import Engine, Limits
 from tests.data_support import tiny_tokenizer
 from tests.engine_support import CONTEXT, Replier
 from tests.house import ROOT

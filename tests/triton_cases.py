@@ -12,9 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from core.batch import IGNORE
-from core.parity import relative_frobenius
-from core.visibility import KeyRanges, causal_ranges
+from core.model.batch import IGNORE
+from core.model.visibility import KeyRanges, causal_ranges
+from core.parity.bounds import relative_frobenius
 from kernels import reference
 
 EPS = 1e-5

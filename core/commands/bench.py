@@ -32,17 +32,18 @@ from pathlib import Path
 from typing import Any
 
 from core import backends
-from core.atomic import writable_file, write_text
-from core.bench_decode import decode_to_markdown, measure_decode
-from core.bench_grow import growth_to_markdown, measure_growth
-from core.bench_kernels import OPERATORS, SIZES, kernels_to_markdown, measure_kernels
-from core.bench_serve import measure_serving, serving_to_markdown, write_model
-from core.bench_step import facts, machine, measure, task, to_markdown
-from core.bench_worker import EAGER, bench_config, spread
-from core.config import PRECISIONS, preset_names
+from core.bench.decode import decode_to_markdown, measure_decode
+from core.bench.grow import growth_to_markdown, measure_growth
+from core.bench.kernels import OPERATORS, SIZES, kernels_to_markdown, measure_kernels
+from core.bench.report import layouts_to_markdown
+from core.bench.serve import measure_serving, serving_to_markdown, write_model
+from core.bench.step import facts, measure, to_markdown
+from core.bench.worker import EAGER, bench_config
 from core.errors import UserError
-from core.params import count_parameters
-from core.quantize import QUANTIZATIONS
+from core.files.atomic import writable_file, write_text
+from core.model.config import PRECISIONS, preset_names
+from core.model.params import count_parameters
+from core.model.quantize import QUANTIZATIONS
 
 LAYOUTS = "single,tp2,pp2,ring2,ulysses2,dp2"
 # What differs between the measurements where the user says nothing.
@@ -209,7 +210,7 @@ def served(args: argparse.Namespace, options: dict[str, Any], names: list[str]) 
 
 def checked_layouts(words: Sequence[str], options: dict[str, Any]) -> list[str]:
     """The layouts in ``words``, each once; UserError for one that cannot carry the benchmark."""
-    from core.layout import check_layout, parse_layout
+    from core.parallel.layout import check_layout, parse_layout
 
     found: dict[str, str] = {}
     for text in (part for word in words for part in word.split(",") if part):
@@ -240,7 +241,7 @@ def measure_layouts(
     options: dict[str, Any], layouts: list[str], names: list[str], steps: int, block: int
 ) -> dict[str, Any]:
     """A launch for each backend and number of processes; in it the layouts of that number take turns."""
-    from core.bench_parallel import Record, summarise, worlds
+    from core.bench.parallel import Record, summarise, worlds
 
     rows, made = [], {}
     groups = worlds(layouts)
@@ -264,9 +265,9 @@ def measure_layouts(
 def _launched(
     name: str, world: int, options: dict[str, Any], layouts: list[str], steps: int, block: int
 ) -> list[dict[str, Any]]:
-    """Run core/bench_parallel.py in ``world`` processes; what each rank wrote."""
-    from core import bench_parallel
-    from core.launch import launch
+    """Run core/bench/parallel.py in ``world`` processes; what each rank wrote."""
+    from core.bench import parallel as bench_parallel
+    from core.launch.launcher import launch
 
     folder = Path(tempfile.mkdtemp(prefix="tele-bench-"))
     plan = {
@@ -284,123 +285,3 @@ def _launched(
     found = [json.loads(bench_parallel.rank_path(folder, rank).read_text(encoding="utf-8")) for rank in range(world)]
     shutil.rmtree(folder)
     return found
-
-
-def layouts_to_markdown(result: dict[str, Any]) -> str:
-    """The machine first, then times and bytes, then pipelines, rings, and what does not agree."""
-    rows, cores, threads = result["rows"], result["machine"]["cores"], result["machine"]["threads"]
-    largest = max(row["world"] for row in rows)
-    crowded = f"; {largest} processes have to take turns on {cores} cores" if largest > cores else ""
-    lines = [
-        f"{task(result)}, the same in every layout; {machine(result)}; up to {largest} processes.",
-        "",
-        f"**Times are a picture of this machine, not of a cluster**: all processes share its {cores} cores and its "
-        f"memory, through which their messages pass{crowded}. In every round a single process, with the machine to "
-        "itself meanwhile, trained on the same batches; `times single` is the ratio to it, round by round (median; "
-        "range of the middle 80 %). "
-        + (
-            f"Threads: {threads} a process (OMP_NUM_THREADS)."
-            if threads
-            else "Threads: all cores for the single process, an equal share of them for each of several."
-        ),
-        "",
-        "| backend | layout | processes | step, median | middle 80 % | times single | handed to collectives "
-        "| as the formula | on the wire | optimizer states |",
-        "|---|---|---|---|---|---|---|---|---|---|",
-    ]
-    whole = 3 * (8 if result["options"]["precision"] == "fp64" else 4) * result["parameters"]
-    for row in rows:
-        times = spread([s for turn in row["seconds"] for s in turn])
-        ratio, held = spread(row["ratios"]), max(row["states"]["held"])
-        cells = [
-            backends.TITLES[row["backend"]],
-            row["layout"],
-            row["world"],
-            f"{times['median'] * 1e3:.1f} ms",
-            f"{times['low'] * 1e3:.1f} to {times['high'] * 1e3:.1f}",
-            f"{ratio['median']:.2f} ({ratio['low']:.2f} to {ratio['high']:.2f})",
-            _megabytes(max(row["traffic"]["counted"])),
-            "NO" if row["traffic"]["differs"] else "yes",
-            _megabytes(max(row["traffic"]["wire"])),
-            f"{_megabytes(held)} ({held / whole:.2f} of {_megabytes(whole)})",
-        ]
-        lines.append(f"| {' | '.join(map(str, cells))} |")
-    lines += [
-        "",
-        "Bytes a step and rank, of the rank with the most. `handed to collectives` was counted, and is compared call "
-        "for call and byte for byte with `core.traffic.expected_traffic` on every rank; `on the wire` is what ring "
-        "algorithms make of it. Optimizer states: masters, m and v. The losses after the warm-up are the single "
-        f"process's within {max(row['loss_difference'] for row in rows):.0e}.",
-        *_pipelines(rows),
-        *_rings(rows),
-        *_disagreements(rows),
-    ]
-    return "\n".join(lines)
-
-
-def _pipelines(rows: list[dict[str, Any]]) -> list[str]:
-    lines = []
-    for row in rows:
-        if row["pipeline"] is None:
-            continue
-        found, shares = row["pipeline"], spread(row["pipeline"]["measured"])
-        stages = ", ".join(
-            f"{f * 1e3:.1f} + {b * 1e3:.1f}" for f, b in zip(found["forward"], found["backward"], strict=True)
-        )
-        # An accelerator waits on its own queue, and the host, whose clock this is, does not.
-        seen = row["device"].lower() == "cpu"
-        cells = [
-            backends.TITLES[row["backend"]],
-            row["layout"],
-            f"{shares['median']:.3f} ({shares['low']:.3f} to {shares['high']:.3f})" if seen else "only on CPUs",
-            f"{found['formula']:.3f}",
-            f"{found['simulated']:.3f}" if seen else "-",
-            stages if seen else "-",
-            " ".join(map(str, found["peak"])),
-        ]
-        lines.append(f"| {' | '.join(cells)} |")
-    if not lines:
-        return []
-    return [
-        "",
-        "| backend | pipeline | bubble, measured | equal stages | stages as measured | forward + backward, ms a stage "
-        "| graphs alive, by rank |",
-        "|---|---|---|---|---|---|---|",
-        *lines,
-        "",
-        "Bubble: share of the ranks' time, from each one's first action to the pipeline's last, in which they waited "
-        "for other stages. `equal stages` is `core.schedule.bubble_formula`; `stages as measured` is "
-        "`core.schedule.bubble` with the stage times beside it and messages that take no time.",
-    ]
-
-
-def _rings(rows: list[dict[str, Any]]) -> list[str]:
-    seen = {row["layout"]: row["ring"] for row in rows if row["ring"] is not None}
-    if not seen:
-        return []
-    return [
-        "",
-        "| ring | query-key pairs a row, by ring rank | heaviest rank over mean | the same without zigzag |",
-        "|---|---|---|---|",
-        *(
-            f"| {name} | {' '.join(f'{n:,.0f}' for n in ring['pairs'])} | {ring['heaviest']:.3f} "
-            f"| {ring['heaviest_in_order']:.3f} |"
-            for name, ring in seen.items()
-        ),
-    ]
-
-
-def _disagreements(rows: list[dict[str, Any]]) -> list[str]:
-    lines = []
-    for row in rows:
-        where = f"{backends.TITLES[row['backend']]} {row['layout']}"
-        lines += [f"- {where}: {line}" for line in row["traffic"]["differs"]]
-        if row["states"]["held"] != row["states"]["formula"]:
-            lines.append(
-                f"- {where}: optimizer states held {row['states']['held']}, formula {row['states']['formula']}"
-            )
-    return ["", "Counted and computed disagree:", "", *lines] if lines else []
-
-
-def _megabytes(count: float) -> str:
-    return f"{count / 1e6:.2f} MB"

@@ -9,9 +9,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-from core.atomic import show_bytes, standing
 from core.errors import UserError
-from core.run_lock import hold_place
+from core.files.atomic import show_bytes, standing
+from core.launch.run_lock import hold_place
 from core.shown import printable
 
 FORMATS = ("hf", "canonical", "mindformers")
@@ -183,10 +183,10 @@ def check_options(args: argparse.Namespace) -> None:
 
 def _open(args: argparse.Namespace) -> Any:
     """SRC as a ModelSource, opened and checked; every file that has a recorded hash is hashed."""
-    from convert.hf import HfFolder
-    from convert.mindformers import Known, MindFormersSource
+    from convert.hf.folder import HfFolder
+    from convert.hf.sums import sums_bytes
+    from convert.mindformers.source import Known, MindFormersSource
     from convert.source import CanonicalSource, HfSource, open_model
-    from convert.sums import sums_bytes
 
     if args.source_format == "hf":
         with _Progress("verifying", sums_bytes(args.source)) as bar:

@@ -14,7 +14,7 @@ from core.data.rows import skipped_inputs
 from core.data.sft import MINDFORMERS_SEED, VARIANTS
 from core.data.tokenizer import Tokenizer, load_tokenizer
 from core.errors import UserError
-from core.run_lock import hold_place
+from core.launch.run_lock import hold_place
 from core.shown import printable
 
 EPILOG = """\

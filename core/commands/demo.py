@@ -13,9 +13,7 @@ from typing import Any
 import numpy as np
 
 from core import backends
-from core.atomic import remove_folder, writable_file, write_text
-from core.commands.parity import compare_batch, summary
-from core.config import RunConfig, load_model_config, run_config_from_dict
+from core.config import RunConfig, run_config_from_dict
 from core.data.blend import open_blend
 from core.data.demo_text import write_demo_text
 from core.data.packed import PackedDataset
@@ -23,16 +21,19 @@ from core.data.prepare import pack_dialogues, pack_text, read_texts
 from core.data.rows import detect_kind, find_inputs, skipped_inputs
 from core.data.tokenizer import Tokenizer, load_tokenizer
 from core.data.tokenizer_training import train_tokenizer
-from core.engine import Engine
 from core.errors import UserError
-from core.generation import generate
-from core.launch import launch
-from core.metrics import Row, plot_losses, read_metrics
-from core.pages import pool_size
-from core.parity import Bound, compare_traces
-from core.parity_report import ParityReport, write_report
-from core.run_lock import NAME, hold_folder
-from core.sampling import sampling_config
+from core.files.atomic import remove_folder, writable_file, write_text
+from core.inference.engine import Engine
+from core.inference.generation import generate
+from core.inference.pages import pool_size
+from core.inference.sampling import sampling_config
+from core.launch.launcher import launch
+from core.launch.run_lock import NAME, hold_folder
+from core.model.config import load_model_config
+from core.parity.bounds import Bound, compare_traces
+from core.parity.report import ParityReport, summary, write_report
+from core.parity.runs import compare_batch
+from core.train.metrics import Row, plot_losses, read_metrics
 
 SHARES = {"english": 0.5, "code": 0.4, "chinese": 0.1}
 TOKENIZER_BYTES = 2_000_000  # of text: SentencePiece holds it in memory

@@ -26,6 +26,7 @@ from typing import Any
 from core import backends
 from core.cli import DISTRIBUTION
 from core.errors import UserError
+from core.files import ROOT
 
 BACKENDS = {"ms": "mindspore", "pt": "torch"}
 OPTIONAL = ("mindformers", "torch-npu")
@@ -57,7 +58,7 @@ def installed_version(package: str) -> str | None:
 
 def pinned_versions() -> dict[str, str]:
     """Package -> the exact version asked for, from pyproject.toml in a checkout, else from the package's metadata."""
-    source = Path(__file__).resolve().parents[2] / "pyproject.toml"
+    source = ROOT / "pyproject.toml"
     if source.is_file():
         project = tomllib.loads(source.read_text(encoding="utf-8"))["project"]
         wanted = [*project["dependencies"], *(r for extra in project["optional-dependencies"].values() for r in extra)]
@@ -130,7 +131,7 @@ def _beside(name: str) -> str | None:
 def _operators(backend: str) -> list[str]:
     """What serves the operators of a backend, from a process that imports its framework; or why that is not known."""
     command = [sys.executable, "-m", "core.commands.doctor", backend]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).resolve().parents[2])
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     if done.returncode == 0:
         return json.loads(done.stdout.splitlines()[-1])
     last = (done.stderr.strip().splitlines() or ["it said nothing"])[-1]

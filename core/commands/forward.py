@@ -4,31 +4,27 @@ from __future__ import annotations
 
 import argparse
 import math
-import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable, Iterable
-from functools import lru_cache
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from core import backends
-from core.atomic import new_file
-from core.batch import IGNORE, Batch, shift_labels
-from core.commands.generate import with_table_dtype
-from core.config import PRECISIONS, ModelConfig
+from core.commands.options import read_layout
 from core.errors import UserError
-from core.launch import COLLECTIVE_TIMEOUT
-from core.layout import Layout, check_layout, parse_layout
-from core.layout_worker import Task, collect, launch_tasks, write_batch
+from core.files.safetensors import SafetensorsFile, write_atomically
+from core.launch.launcher import COLLECTIVE_TIMEOUT
+from core.model.batch import IGNORE, Batch, shift_labels
+from core.model.config import PRECISIONS, ModelConfig, with_table_dtype
+from core.model.xpos_range import say_xpos_range
 from core.near import nearest
-from core.safetensors_io import SafetensorsFile
-from core.sharding import Box
+from core.parallel.layout import Layout, check_layout
+from core.parity.worker import Task, collect, launch_tasks, write_batch
 from core.shown import printable
-from core.xpos_range import say_xpos_range
 
 NAMES = ("input_ids", "labels", "loss_mask")
 MAX_INPUT = 1 << 26  # bytes of one of them: 8 million ids, whose logits no machine holds
@@ -80,7 +76,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Read, compute, write; the output file appears whole or not at all."""
     from convert.source import open_model
-    from core.generation import note_length
+    from core.inference.generation import note_length
 
     out = check_output(args.out, args.inputs)
     layout = read_layout(args.layout, args.nproc, args.timeout)
@@ -124,23 +120,6 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def read_layout(text: str | None, nproc: int | None, timeout: float | None) -> Layout:
-    """The layout that the options ask for, a single process without any; UserError where they contradict each other."""
-    if nproc is not None and nproc < 1:
-        raise UserError(f"--nproc: must be at least 1, found {nproc}")
-    if text is None and nproc not in (None, 1):
-        raise UserError(f"--nproc: {nproc} processes need a layout to share the work; add e.g. --layout tp{nproc}")
-    layout = Layout() if text is None else parse_layout(text)
-    if nproc not in (None, layout.world):
-        raise UserError(
-            f"--nproc: {nproc} is not the {layout.world} processes of layout {layout.name}; leave --nproc out, or give "
-            f"--nproc {layout.world}"
-        )
-    if timeout is not None and not (math.isfinite(timeout) and timeout >= 0):
-        raise UserError(f"--timeout: must be 0 (any) or a number of seconds above it, found {timeout:g}")
-    return layout
-
-
 def run_layout(
     args: argparse.Namespace, config: ModelConfig, batch: Batch, layout: Layout
 ) -> tuple[int, dict[str, Any]]:
@@ -176,19 +155,6 @@ def run_layout(
     finally:
         if code != 1:
             shutil.rmtree(folder, ignore_errors=True)
-
-
-def weight_reader(path: str) -> Callable[[str, Box], np.ndarray]:
-    """``read(name, box)`` of the weights of a model's folder, for a rank that needs parts; the folder was verified."""
-    from convert.source import CanonicalSource, open_model
-
-    source = open_model(path, verify=False)
-    if isinstance(source, CanonicalSource):
-        checkpoint = source.checkpoint
-        return lambda name, box: checkpoint.read("weights", name, box)
-    # A release packs tensors together; a rank asks for up to three boxes of one, one after another.
-    whole = lru_cache(maxsize=1)(source.tensor)
-    return lambda name, box: whole(name)[box]
 
 
 def read_inputs(path: str) -> dict[str, np.ndarray]:
@@ -274,21 +240,3 @@ def check_not_of_model(out: Path, files: Iterable[Path]) -> None:
     """UserError when the output would replace a file of the model it is computed from."""
     if out.exists() and any(file.exists() and out.samefile(file) for file in files):
         raise UserError(f"--out {out}: is a file of the checkpoint itself; give another")
-
-
-def write_atomically(path: Path, tensors: dict[str, Any]) -> None:
-    """Write a safetensors file beside ``path``, sync it, rename it over. On UserError (full disk) the old one stays."""
-    from safetensors import SafetensorError
-    from safetensors.numpy import save_file
-
-    try:
-        # ascontiguousarray alone would turn a scalar into a vector.
-        whole = {name: np.ascontiguousarray(value).reshape(np.shape(value)) for name, value in tensors.items()}
-        with new_file(path) as beside:
-            save_file(whole, beside)
-            # The library makes private files; the result gets the rights any new file here would have.
-            umask = os.umask(0)
-            os.umask(umask)
-            os.chmod(beside, 0o666 & ~umask)
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"--out {path}: cannot be written ({error})") from None

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import dataclasses
 import json
 import shutil
 import sys
@@ -15,20 +14,15 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from core import backends
-from core.config import PRECISIONS, ModelConfig
-from core.data.control import CONTROL_CHOICES
+from core.commands.options import add_model_arguments, add_sampling_arguments, sampling_from
 from core.errors import UserError
-from core.pages import pool_size
-from core.quantize import QUANTIZATIONS, quantizing
-from core.sampling import SamplingConfig, sampling_config
-from core.shown import controls_shown, printable
-from core.xpos_range import check_xpos_range, say_xpos_range
+from core.inference.load import Loaded, load_model
+from core.model.xpos_range import check_xpos_range
+from core.shown import controls_shown
 
 if TYPE_CHECKING:
-    from core.engine import Engine, Limits
-    from core.layout import Layout
-    from core.requests import Event, Request
+    from core.inference.requests import Event, Request
+    from core.parallel.layout import Layout
 
 MAX_PROMPT = 1 << 22  # bytes; a million tokens
 
@@ -79,158 +73,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON object: ids, text, margins, finish_reason")
 
 
-def add_model_arguments(parser: argparse.ArgumentParser) -> None:
-    """Which model, where it runs, how it is read; shared with ``tele chat``."""
-    parser.add_argument(
-        "--backend", required=True, choices=sorted(backends.BACKENDS), help="ms: MindSpore, pt: PyTorch"
-    )
-    parser.add_argument("--checkpoint", required=True, metavar="DIR", help="released HF folder or canonical checkpoint")
-    parser.add_argument("--tokenizer", metavar="PATH", help="tokenizer.model (default: the one beside the checkpoint)")
-    parser.add_argument("--control", default="chat", choices=CONTROL_CHOICES, help="which control tokens text may name")
-    parser.add_argument("--precision", default="fp32", choices=PRECISIONS, help="arithmetic (fp32)")
-    parser.add_argument(
-        "--quantize",
-        default="none",
-        choices=QUANTIZATIONS,
-        help="keep the matrices of linear layers in 8 bits, a factor for each output",
-    )
-    parser.add_argument(
-        "--rescale",
-        default="request",
-        choices=("request", "step"),
-        help="rotary base beyond the trained length: fixed per request, or recomputed each step as released",
-    )
-    parser.add_argument("--table-dtype", choices=("float32", "float16"), help="rotary tables; float16 as released")
-    parser.add_argument("--add-bos", action="store_true", help="begin with <_start>, as the 115B release's chat does")
-
-
-def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
-    """How tokens are chosen; greedy unless a temperature is given."""
-    parser.add_argument("--temperature", type=float, metavar="T", help="above 0 draws tokens (default 0: greedy)")
-    parser.add_argument("--top-k", type=int, metavar="K", help="draw from the K likeliest tokens")
-    parser.add_argument("--top-p", type=float, metavar="P", help="draw from the likeliest tokens holding this share")
-    parser.add_argument(
-        "--min-p", type=float, metavar="P", help="draw from tokens at least this share as likely as the likeliest"
-    )
-    parser.add_argument("--repetition-penalty", type=float, default=1.0, metavar="R", help="above 1: less repetition")
-    parser.add_argument(
-        "--presence-penalty", type=float, default=0.0, metavar="R", help="taken off the logit of what was written"
-    )
-    parser.add_argument(
-        "--frequency-penalty", type=float, default=0.0, metavar="R", help="the same, for each time that it was"
-    )
-    parser.add_argument("--seed", type=int, default=0, help="of the draws (0)")
-    parser.add_argument("--greedy", action="store_true", help="take the likeliest token (the default, said aloud)")
-
-
-def sampling_from(args: argparse.Namespace) -> SamplingConfig:
-    """The checked SamplingConfig of the options; UserError where they contradict each other."""
-    if args.greedy and args.temperature:
-        raise UserError(f"--greedy: contradicts --temperature {args.temperature}; give one of them")
-    drawing = {"top_k": args.top_k, "top_p": args.top_p, "min_p": args.min_p}
-    given = {name: value for name, value in drawing.items() if value is not None}
-    if given and (args.greedy or args.temperature is None):
-        name = next(iter(given)).replace("_", "-")
-        raise UserError(f"--{name}: acts only on drawing; add --temperature, e.g. --temperature 0.7")
-    return sampling_config(
-        temperature=args.temperature or 0.0,
-        repetition_penalty=args.repetition_penalty,
-        presence_penalty=args.presence_penalty,
-        frequency_penalty=args.frequency_penalty,
-        seed=args.seed,
-        **given,
-    )
-
-
-@dataclasses.dataclass
-class Loaded:
-    """A checkpoint made ready: its configuration, its tokenizer if any, and how to open an engine on it."""
-
-    args: argparse.Namespace
-    source: Any
-    config: ModelConfig
-    tokenizer: Any | None
-
-    def engine(self, max_len: int, samples: int = 1) -> Engine:
-        """An engine on the backend with the weights in it, whose cache holds ``samples`` sequences of ``max_len``."""
-        check_xpos_range(self.config, self.args.precision, max_len)
-        return self.engine_with(self.pages(max_len, samples))
-
-    def engine_with(self, pages: int, limits: Limits | None = None, reuse: bool = True) -> Engine:
-        """An engine on the backend with the weights in it and a cache of so many pages; ``reuse`` as Engine has it."""
-        from core.engine import Engine
-
-        if limits is not None and limits.max_len is not None:
-            check_xpos_range(self.config, self.args.precision, limits.max_len)
-        module = backends.load(self.args.backend, "generate")
-        get = quantizing(self.config, self.source.tensor) if self.args.quantize == "int8" else self.source.tensor
-        runner = module.Runner(self.config, get, pages, self.args.precision)
-        return Engine(runner, self.tokenizer, rescale=self.args.rescale, reuse=reuse, limits=limits)
-
-    @staticmethod
-    def pages(max_len: int, samples: int = 1) -> int:
-        """Pages for ``samples`` sequences of ``max_len`` tokens."""
-        return samples * (pool_size(max_len) - 1) + 1
-
-
-def load_model(args: argparse.Namespace, need_tokenizer: str | None) -> Loaded:
-    """Open the checkpoint and its tokenizer. ``need_tokenizer`` names the option that cannot do without one.
-
-    UserError on anything missing or unfitting, before weights are read.
-    """
-    from convert.source import open_model
-    from core.data.tokenizer import check_vocabulary, load_tokenizer
-
-    backends.load(args.backend, "generate")  # an absent framework is said first
-    source = open_model(args.checkpoint)
-    for note in source.notes:
-        print(f"note: {printable(note)}", file=sys.stderr)
-    config = with_table_dtype(source.config, args.table_dtype)
-    say_xpos_range(config, args.precision, config.max_seqlen)
-    path = args.tokenizer or source.tokenizer_path
-    config = _without_padding(config, path, own=args.tokenizer is None)
-    if path is None and need_tokenizer:
-        raise UserError(
-            f"{args.checkpoint}: no tokenizer.model in it, and {need_tokenizer} needs one; give --tokenizer PATH, "
-            "or token ids to `tele generate --ids`"
-        )
-    tokenizer = None
-    # Without a need for text a tokenizer that merely lies there must not stand in the way.
-    if path is not None and (need_tokenizer or args.tokenizer):
-        tokenizer = load_tokenizer(path, control=args.control, in_vocabulary=True)
-        check_vocabulary(tokenizer, config)
-    return Loaded(args, source, config, tokenizer)
-
-
-def _without_padding(config: ModelConfig, path: str | Path | None, own: bool) -> ModelConfig:
-    """``config`` that knows which rows of its vocabulary are padding, by the tokenizer at ``path``; said on stderr."""
-    from core.data.tokenizer import load_tokenizer
-    from core.vocabulary import fit_vocabulary
-
-    if path is None:
-        return config
-    try:
-        pieces = load_tokenizer(path, control="none").vocab_size
-    except UserError:
-        return config  # refused where text is needed, and without text it must not stand in the way
-    config, note = fit_vocabulary(config, pieces, own)
-    if note is not None:
-        print(f"note: {note}", file=sys.stderr)
-    return config
-
-
-def with_table_dtype(config: ModelConfig, table_dtype: str | None) -> ModelConfig:
-    """``config`` with another rotary table precision, or as it is for None."""
-    if table_dtype is None:
-        return config
-    return dataclasses.replace(config, table_dtype=table_dtype)
-
-
 def run(args: argparse.Namespace) -> int:
     """Generate, print text or JSON on stdout and a line of statistics on stderr."""
-    from core.generation import answer, turn_stops
-    from core.layout import check_layout
-    from core.requests import Request, check_request
+    from core.inference.generation import answer, turn_stops
+    from core.inference.requests import Request, check_request
+    from core.parallel.layout import check_layout
 
     sampling = sampling_from(args)
     if args.max_new_tokens < 1:
@@ -301,9 +148,9 @@ def _by_ranks(
 ) -> tuple[int, list[Event]]:
     """The events of a request served by the processes of a layout, and the launcher's code; with ``show`` its text on
     stdout as it is made. After a failure of a rank (code 1) the folder with its logs stays; stderr has named it."""
-    from core.generate_worker import SCRIPT, Job, read_events, write_job
-    from core.generation import note_length
-    from core.launch import launch
+    from core.inference.generation import note_length
+    from core.inference.worker import SCRIPT, Job, read_events, write_job
+    from core.launch.launcher import launch
 
     note_length(model.config, request.total)
     check_xpos_range(model.config, args.precision, request.total)
@@ -393,8 +240,8 @@ def _report(args: argparse.Namespace, request: Request, made: list[Event], shown
 
 def _layout(args: argparse.Namespace) -> Layout:
     """The layout that --layout and --nproc ask for, one process without any."""
-    from core.commands.forward import read_layout
-    from core.generate_worker import inference_layout
+    from core.commands.options import read_layout
+    from core.inference.worker import inference_layout
 
     layout = read_layout(args.layout, args.nproc, None)
     return layout if layout.world == 1 else inference_layout(args.layout)

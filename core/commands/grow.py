@@ -13,16 +13,15 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from core.atomic import show_bytes
-from core.config import ModelConfig, load_model_config
 from core.errors import UserError
-from core.growth import METHODS, SIZES
-from core.run_lock import hold_place
+from core.files.atomic import show_bytes
+from core.launch.run_lock import hold_place
+from core.model.config import ModelConfig, load_model_config
+from core.model.growth import METHODS
 from core.schema import set_dotted
-from core.shown import printable
 
 if TYPE_CHECKING:
-    from convert.grow_plan import Plan
+    from convert.growth.plan import Plan
 
 DESCRIPTION = """\
 Make a larger model of a checkpoint, optimizer state included, that computes the same function; training goes on from it
@@ -90,10 +89,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from convert.grow_files import grow_checkpoint, grown_bytes, plan_checkpoint
-    from convert.grow_plan import Options, plan_growth
-    from convert.grow_schedule import parse_depth
-    from core.params import count_parameters
+    from convert.growth.files import grow_checkpoint, grown_bytes, plan_checkpoint
+    from convert.growth.plan import Options, plan_growth
+    from convert.growth.report import describe
+    from convert.growth.schedule import parse_depth
+    from core.model.params import count_parameters
 
     if args.anneal_steps < 1:
         raise UserError(f"--anneal-steps: must be at least 1, found {args.anneal_steps}")
@@ -116,7 +116,7 @@ def run(args: argparse.Namespace) -> int:
         _print_cost(plan, lambda name, box: np.zeros([span.stop - span.start for span in box], "f4"), before, after)
         return 0
     from convert.source import checkpoint_config
-    from core.checkpoint import open_checkpoint
+    from core.checkpoint.read import open_checkpoint
 
     _refuse_release(args.source)
     checkpoint = open_checkpoint(args.source, verify=False)
@@ -136,34 +136,6 @@ def run(args: argparse.Namespace) -> int:
     print(f"wrote {args.target_folder}: {show_bytes(total)} of tensors in {seconds:.1f} s (read and written {rate}/s)")
     print(f"train it with --set model={args.target_folder / 'assets' / 'model.yaml'} --resume {args.target_folder}")
     return 0
-
-
-def describe(plan: Plan) -> str:
-    """Sizes before and after, where new blocks come from, and what the user may not expect."""
-    from core.params import count_parameters
-
-    old, new = plan.source, plan.config
-    rows = [(name, getattr(old, name), getattr(new, name)) for name in SIZES]
-    before, after = count_parameters(old), count_parameters(new)
-    rows.append(("parameters", before, after))
-    width = max(len(f"{value:,}") for row in rows for value in row[1:])
-    lines = [f"{'':<16}{'before':>{width}}  {'after':>{width}}"]
-    lines += [f"{name:<16}{a:>{width},}  {b:>{width},}{'' if a == b else f'  x {b / a:.4g}'}" for name, a, b in rows]
-    growth = plan.growth
-    if growth.new_layers:
-        lines.append(f"blocks          {_blocks(growth.layers, growth.new_layers)}")
-    kind = f"masked, c from 0 to 1 in {plan.options.anneal_steps} steps" if growth.method == "masked" else "zero"
-    lines.append(f"method          {kind}")
-    lines += [f"note: {printable(note)}" for note in plan.notes]
-    return "\n".join(lines)
-
-
-def _blocks(layers: tuple[int, ...], new: tuple[int, ...]) -> str:
-    """``0 0+ 1 1+ 2 *``: old blocks by number, copies with a plus, fresh ones as a star."""
-    shown = [("*" if i < 0 else f"{i}+") if n in new else str(i) for n, i in enumerate(layers)]
-    if len(shown) > 24:
-        shown = [*shown[:12], "...", *shown[-11:]]
-    return " ".join(shown) + "  (+ copy, * fresh)"
 
 
 def _target(args: argparse.Namespace, source: ModelConfig) -> ModelConfig:
@@ -203,7 +175,7 @@ def _print_cost(plan: Plan, read: Callable[..., np.ndarray], before: int, after:
     """Bytes, and seconds on this machine from the rate of making one second's worth of tensors and hashing it."""
     import hashlib
 
-    from convert.grow import grow_weights
+    from convert.growth.weights import grow_weights
 
     started, count = time.perf_counter(), 0
     for piece in grow_weights(plan, read):

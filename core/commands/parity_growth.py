@@ -20,21 +20,30 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from core import backends
-from core.atomic import writable_file, write_text
-from core.batch import Batch
-from core.commands.parity import compare_layouts, read_layouts, trace_rows
-from core.config import ModelConfig, RunConfig
+from core.config import RunConfig
 from core.data.blend import open_blend
 from core.errors import UserError
-from core.init import init_weights
-from core.layout import Layout
-from core.layout_parity import EXACT
-from core.parity import Bound, compare_traces, global_norm, judge_batch, nudged_weights, relative_frobenius, tolerances
-from core.run_lock import hold_folder
+from core.files.atomic import writable_file, write_text
+from core.launch.run_lock import hold_folder
+from core.model.batch import Batch
+from core.model.config import ModelConfig
+from core.model.init import init_weights
+from core.parallel.layout import Layout
+from core.parity.bounds import (
+    Bound,
+    compare_traces,
+    global_norm,
+    judge_batch,
+    nudged_weights,
+    relative_frobenius,
+    tolerances,
+)
+from core.parity.layouts import EXACT
+from core.parity.runs import compare_layouts, read_layouts, trace_rows
 
 if TYPE_CHECKING:
-    from convert.grow_plan import Plan
-    from convert.grow_schedule import Stage
+    from convert.growth.plan import Plan
+    from convert.growth.schedule import Stage
 
 BETWEEN = 0.4
 EXACTLY = 1e-12
@@ -53,7 +62,7 @@ class Section:
 
 def run(args: argparse.Namespace) -> int:
     """Compare, write report.md and report.json, print every bound; 1 when one is broken."""
-    from convert.grow_schedule import load_schedule
+    from convert.growth.schedule import load_schedule
 
     stages = load_schedule(args.growth, args.config, args.set)
     if len(stages) < 2:
@@ -103,8 +112,8 @@ def to_markdown(verdict: str, sections: Sequence[Section]) -> str:
 
 def growth_sections(before: Stage, stage: Stage, names: list[str]) -> list[Section]:
     """The function and its gradients, on one micro-batch."""
-    from convert.grow import grow_arrays
-    from convert.grow_plan import plan_growth
+    from convert.growth.plan import plan_growth
+    from convert.growth.weights import grow_arrays
 
     assert stage.plan is not None
     seed = before.config.train.seed
@@ -150,7 +159,7 @@ def with_mask(config: ModelConfig, c: float | None) -> ModelConfig:
 
 def _kept(who: str, plan: Plan, small: Any, grown: Any, precision: str, masked: bool, exact: Any = None) -> list[Bound]:
     """The grown model against the small one, in the same arithmetic; ``exact``: the small one's float64 results."""
-    from convert.grow_gradients import gradients_of_new, gradients_of_old
+    from convert.growth.gradients import gradients_of_new, gradients_of_old
 
     old = gradients_of_old(plan, grown["grads"])
     if exact is None:
@@ -219,8 +228,8 @@ def layout_sections(stage: Stage, names: list[str], layouts: list[Any], updates:
 
 def training_section(before: Stage, stage: Stage, names: list[str], steps: int, out: Path) -> Section:
     """The small model trained a few steps, grown, and trained on by each backend and in float64."""
-    from convert.grow_files import grow_checkpoint, plan_checkpoint
-    from core.checkpoint import open_checkpoint
+    from convert.growth.files import grow_checkpoint, plan_checkpoint
+    from core.checkpoint.read import open_checkpoint
 
     assert stage.plan is not None
     options = dataclasses.replace(

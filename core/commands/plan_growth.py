@@ -6,11 +6,10 @@ import argparse
 import json
 from typing import TYPE_CHECKING, Any
 
-from core.commands.grow import describe
 from core.errors import UserError
 
 if TYPE_CHECKING:
-    from convert.grow_schedule import Stage
+    from convert.growth.schedule import Stage
 
 # Of a grown checkpoint with its optimizer: fp32 masters, m and v.
 _BYTES = 12
@@ -19,9 +18,9 @@ _OF_THE_STAGES = ("layout", "seq_len", "micro_batch", "micro_batches", "precisio
 
 
 def run(args: argparse.Namespace) -> int:
-    from convert.grow_schedule import cost, load_schedule
-    from core.commands.plan import estimate
-    from core.layout import check_layout
+    from convert.growth.schedule import cost, load_schedule
+    from core.parallel.layout import check_layout
+    from core.parallel.memory import estimate
 
     if args.config is None:
         raise UserError("--growth: give the run it belongs to with --config")
@@ -73,6 +72,8 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _text(report: dict[str, Any], stages: list[Stage]) -> str:
+    from convert.growth.report import describe
+
     titles = ("stage", "parameters", "layout", "devices", "steps", "tokens", "FLOPs", "a device", "checkpoint")
     rows = [titles]
     for stage in report["stages"]:

@@ -11,12 +11,13 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from core.commands.generate import Loaded, add_model_arguments, load_model
+from core.commands.options import add_model_arguments
 from core.errors import UserError
+from core.inference.load import Loaded, load_model
 
 if TYPE_CHECKING:
-    from core.config import ModelConfig
-    from core.engine import Engine, Limits
+    from core.inference.engine import Engine, Limits
+    from core.model.config import ModelConfig
     from core.serve.job import Served
 
 EPILOG = """\
@@ -156,8 +157,8 @@ def read_keys(args: argparse.Namespace) -> list[str]:
 
 def cache_sizes(args: argparse.Namespace, config: ModelConfig) -> tuple[int, Limits]:
     """Pages of the cache, and the engine's limits. UserError when one does not fit the model or another one."""
-    from core.engine import STEP_TOKENS, Limits
-    from core.pages import pool_size
+    from core.inference.engine import STEP_TOKENS, Limits
+    from core.inference.pages import pool_size
 
     max_len = config.max_seqlen if args.max_len is None else args.max_len
     if max_len < 2:
@@ -174,8 +175,8 @@ def cache_sizes(args: argparse.Namespace, config: ModelConfig) -> tuple[int, Lim
 def warm_up(engine: Engine) -> None:
     """Make two tokens, so that the first client does not wait for what is compiled or allocated on first use, and a
     broken model is found now. UserError when its logits are not finite."""
-    from core.generation import generate
-    from core.sampling import SamplingConfig
+    from core.inference.generation import generate
+    from core.inference.sampling import SamplingConfig
 
     start = engine.config.bos_token_id
     prompt = [start] * min(4, engine.max_len - 1)

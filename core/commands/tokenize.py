@@ -17,7 +17,7 @@ from core.data.rows import skipped_inputs
 from core.data.tokenizer import check_vocabulary, load_tokenizer
 from core.data.tokenizer_training import train_tokenizer
 from core.errors import UserError
-from core.foreign import parse_value
+from core.files.foreign import parse_value
 from core.shown import controls_shown
 
 EPILOG = """\
@@ -122,7 +122,7 @@ def _info(args: argparse.Namespace) -> int:
     print(f"file      {tokenizer.path}\nSHA-256   {tokenizer.sha256}\npieces    {tokenizer.vocab_size}")
     print(f"control   {_names(tokenizer.control)}\nmatched   {_names(tokenizer.matched)} (if control is allowed)")
     if args.model:
-        from core.config import load_model_config
+        from core.model.config import load_model_config
 
         check_vocabulary(tokenizer, load_model_config(args.model))
         print(f"fits      {args.model}")

@@ -74,10 +74,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     from core.config import load_run_config
     from core.data.blend import open_blend
-    from core.launch import COLLECTIVE_TIMEOUT, launch
-    from core.launch_command import check_nodes
-    from core.layout import check_layout
-    from core.run_lock import DYING, require_free
+    from core.launch.command import check_nodes
+    from core.launch.launcher import COLLECTIVE_TIMEOUT, launch
+    from core.launch.run_lock import DYING, require_free
+    from core.parallel.layout import check_layout
 
     if args.growth is not None:
         from core.commands import train_growth
@@ -127,7 +127,7 @@ def _layout_overrides(text: str | None, config: str) -> list[str]:
 
     Whatever the text leaves out goes back to its default, except ``bucket_mb``, of which a layout's text says nothing.
     """
-    from core.layout import Layout, parse_layout
+    from core.parallel.layout import Layout, parse_layout
     from core.schema import load_yaml
 
     if text is None:
@@ -164,7 +164,7 @@ def _keep_earlier_run(out: Path, resume: str | None) -> None:
 
     The loop refuses that as well, but the launch clears the earlier run's logs before the loop is reached.
     """
-    from core.metrics import require_fresh
+    from core.train.metrics import require_fresh
 
     if resume is not None:
         source = Path(resume).resolve()

@@ -16,12 +16,12 @@ from fractions import Fraction
 
 import numpy as np
 
-from core.batch import Batch
 from core.config import DataConfig
 from core.data.packed import PackedDataset
 from core.data.permute import Permutation
+from core.data.vocabulary import most_padding
 from core.errors import UserError
-from core.vocabulary import most_padding
+from core.model.batch import Batch
 
 # Weights repeat exactly after this many samples at most; finer ones are rounded to it.
 MAX_PERIOD = 1 << 16
@@ -130,7 +130,7 @@ def open_blend(data: DataConfig, seed: int, vocab_size: int, pad_token_id: int) 
     opened: list[PackedDataset] = []
     for n, given in enumerate(data.sources):
         source = PackedDataset(given.path)
-        # Fewer pieces than rows: the vocabulary may be padded (core.vocabulary), on which the caller decides.
+        # Fewer pieces than rows: the vocabulary may be padded (core.data.vocabulary), on which the caller decides.
         if not 0 <= vocab_size - source.vocab_size <= most_padding(vocab_size, source.vocab_size, own=False):
             raise UserError(
                 f"data.sources[{n}]: {given.path} was made by a tokenizer of {source.vocab_size} pieces but "

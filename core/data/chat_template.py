@@ -29,7 +29,7 @@ from core.data.control import (
 )
 from core.data.tokenizer import Allow, Tokenizer
 from core.errors import UserError
-from core.foreign import parse_value
+from core.files.foreign import parse_value
 
 DEFAULT_SYSTEM = (
     "你是中国电信星辰语义大模型，英文名是TeleChat，你是由中电信人工智能科技有限公司和"

@@ -8,10 +8,10 @@ import sysconfig
 from collections.abc import Iterable
 from pathlib import Path
 
-from core.atomic import write_text
 from core.errors import UserError
+from core.files import ROOT
+from core.files.atomic import write_text
 
-ROOT = Path(__file__).resolve().parents[2]
 CHINESE_PAGES = ("README.zh.md",)
 CODE_BYTES = 600_000
 

@@ -12,7 +12,7 @@ from core.data.chat_template import DEFAULT_SYSTEM, ROLES, tool_arguments
 from core.data.control import BOT, USER
 from core.data.rows import OnBytes, keys_found, open_file, parse_row, raw_rows, row_place
 from core.errors import UserError
-from core.foreign import parse_value
+from core.files.foreign import parse_value
 from core.shown import printable
 
 # The keys that are read: of a row, by the one that tells its shape; of a message; of a call.

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import IO, NamedTuple
 
 from core.errors import UserError
-from core.foreign import MAX_LINE
+from core.files.foreign import MAX_LINE
 
 BLOCK_BYTES = 1 << 20
 

@@ -25,8 +25,6 @@ from typing import Any
 
 import numpy as np
 
-from core.atomic import clean_stale, mark_lives, publish, standing, start_building
-from core.batch import IGNORE
 from core.data.packed_files import (
     FORMAT,
     SMALL,
@@ -45,7 +43,9 @@ from core.data.packed_files import (
 )
 from core.data.tokenizer import Tokenizer
 from core.errors import UserError
-from core.foreign import load_json
+from core.files.atomic import clean_stale, mark_lives, publish, standing, start_building
+from core.files.foreign import load_json
+from core.model.batch import IGNORE
 
 
 class PackedWriter:

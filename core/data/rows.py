@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 from core.data.json_items import json_items
 from core.data.packed import is_packed
 from core.errors import UserError
-from core.foreign import MAX_LINE, MAX_LINE_VALUES, check_size, lines, parse_value
+from core.files.foreign import MAX_LINE, MAX_LINE_VALUES, check_size, lines, parse_value
 from core.shown import printable
 
 TEXT_SUFFIXES = (".txt", ".text", ".md", ".rst", ".py")

@@ -29,10 +29,10 @@ from core.data.control import (
 )
 from core.data.detokenizer import StreamDecoder
 from core.errors import UserError
-from core.foreign import MIB, read_file
+from core.files.foreign import MIB, read_file
 
 if TYPE_CHECKING:
-    from core.config import ModelConfig
+    from core.model.config import ModelConfig
 
 MAX_MODEL = 64 * MIB  # bytes of a tokenizer.model; the released ones have 2 MB
 

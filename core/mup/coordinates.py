@@ -17,11 +17,11 @@ from typing import Any
 import numpy as np
 
 from core import backends
-from core.batch import Batch, shift_labels
 from core.config import RunConfig
-from core.layout import Layout
+from core.model.batch import Batch, shift_labels
 from core.mup import transfer as rules
-from core.recipe import clip_factor, learning_rate
+from core.parallel.layout import Layout
+from core.train.recipe import clip_factor, learning_rate
 
 GROUPS = ("embed", "attn", "ffn", "stream", "logits")
 MUP, STANDARD = "muP", "standard"

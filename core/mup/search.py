@@ -17,18 +17,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from core.atomic import remove_folder, write_text
-from core.config import RunConfig, load_model_config, load_run_config
+from core.config import RunConfig, load_run_config
 from core.errors import UserError
-from core.foreign import load_json
-from core.launch import launch
-from core.metrics import flops_per_token
+from core.files.atomic import remove_folder, write_text
+from core.files.foreign import load_json
+from core.launch.launcher import launch
+from core.launch.worker import read_status
+from core.model.config import load_model_config
+from core.model.flops import flops_per_token
 from core.mup.transfer import at_width, transfer
 from core.schema import from_mapping, load_yaml, option
-from core.worker import read_status
 
 DONE, DIVERGED, FAILED = "done", "diverged", "failed"
-STOPPED = "training stopped at step"  # how core.loop begins when the numbers went wrong
+STOPPED = "training stopped at step"  # how core.train.loop begins when the numbers went wrong
 MAX_TRIALS = 2_000
 SAME = 1e-12  # relative: numbers that differ by less differ by the order in which they were computed
 STEP_COST = 2e9  # operations in which a step's fixed costs are expressed: what a tiny model's step takes anyway

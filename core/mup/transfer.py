@@ -12,8 +12,9 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from core.config import ModelConfig, OptimConfig, load_model_config
+from core.config import OptimConfig
 from core.errors import UserError
+from core.model.config import ModelConfig, load_model_config
 
 DIGITS = 12  # of a transferred number: more than any search finds, fewer than a division leaves behind
 

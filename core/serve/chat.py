@@ -10,9 +10,10 @@ from typing import Any
 
 from core.data.chat_template import chat_parts, encode_chat
 from core.errors import UserError
-from core.generation import turn_stops
-from core.requests import Event, Request
-from core.sampling import Choice
+from core.inference.generation import turn_stops
+from core.inference.requests import Event, Request
+from core.inference.sampling import Choice
+from core.inference.tool_calls import ToolCall, ToolCallStream
 from core.serve import strict_json
 from core.serve.completions import token_text
 from core.serve.errors import ApiError, shown
@@ -33,7 +34,6 @@ from core.serve.job import (
     room,
 )
 from core.serve.length import check_length, too_long
-from core.tool_calls import ToolCall, ToolCallStream
 
 ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant", "tool": "tool"}
 TOOL_NAME = re.compile(r"[a-zA-Z0-9_-]{1,64}")

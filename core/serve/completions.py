@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from core.requests import Event, Request
-from core.sampling import Choice
+from core.inference.requests import Event, Request
+from core.inference.sampling import Choice
 from core.serve.errors import shown
 from core.serve.fields import Fields
 from core.serve.job import (

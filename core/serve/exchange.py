@@ -14,7 +14,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from core.requests import Usage
+from core.inference.requests import Usage
 from core.serve.errors import ApiError
 from core.serve.job import Job, Served
 from core.serve.service import Ticket

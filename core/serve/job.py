@@ -7,10 +7,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from core.chat import default_answer_length
-from core.config import ModelConfig
-from core.requests import MOST_BIAS, MOST_SAMPLES, Event, Request
-from core.sampling import SamplingConfig, sampling_config
+from core.inference.chat import default_answer_length
+from core.inference.requests import MOST_BIAS, MOST_SAMPLES, Event, Request
+from core.inference.sampling import SamplingConfig, sampling_config
+from core.model.config import ModelConfig
 from core.serve.errors import ApiError, shown
 from core.serve.fields import Fields
 

@@ -13,9 +13,9 @@ import time
 import traceback
 from collections.abc import AsyncGenerator, Sequence
 
-from core.engine import Engine
 from core.errors import UserError
-from core.requests import Event, Request
+from core.inference.engine import Engine
+from core.inference.requests import Event, Request
 from core.serve.errors import ApiError
 from core.serve.metrics import Metrics
 

@@ -1,8 +1,9 @@
 """The CPU operators with their arguments checked: the same functions for MindSpore tensors and for numpy arrays.
 
-No gradients are recorded here (kernels/mindspore.py does that); a ``_backward`` is a function like any other. Dtypes
-are the framework's own. Statistics and sums are float32 whatever the inputs are. Every function raises TypeError or
-ValueError that names the argument, what it is and what it must be; the kernels themselves trust their arguments.
+No gradients are recorded here (kernels/mindspore/ops.py does that); a ``_backward`` is a function like any other.
+Dtypes are the framework's own. Statistics and sums are float32 whatever the inputs are. Every function raises
+TypeError or ValueError that names the argument, what it is and what it must be; the kernels themselves trust their
+arguments.
 B batch, S queries, T keys, H heads, K kv heads, D head dim, E channels, V vocabulary, N rows.
 """
 
@@ -13,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from core.visibility import KeyRanges
+from core.model.visibility import KeyRanges
 from kernels.cpu.engine import engine_of
 
 FLOATING = ("float32", "bfloat16", "float16")
@@ -153,7 +154,7 @@ def device_ranges(key_ranges: KeyRanges) -> Any:
 def attention(
     q: Any, k: Any, v: Any, ranges: Any, scale: float | None = None, out_f32: bool = False
 ) -> tuple[Any, Any]:
-    """q [B, S, H, D], k and v [B, T, K, D], ranges int32 [B or 1, S, 2] (core.visibility.KeyRanges).
+    """q [B, S, H, D], k and v [B, T, K, D], ranges int32 [B or 1, S, 2] (core.model.visibility.KeyRanges).
 
     Returns out [B, S, H, D] in the dtype of q (float32 with ``out_f32``) and the log-sum-exp [B, H, S] float32; zeros
     and -inf for a query that sees no key. ``scale`` of the scores: 1/sqrt(D) if not given.

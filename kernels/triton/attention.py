@@ -21,7 +21,7 @@ _LOWEST = tl.constexpr(-1.0e30)  # below any score, and finite: a row that has s
 
 
 class KeyRanges(Protocol):
-    """core.visibility.KeyRanges with ``ranges`` as an int32 tensor [B or 1, S, 2] on the device."""
+    """core.model.visibility.KeyRanges with ``ranges`` as an int32 tensor [B or 1, S, 2] on the device."""
 
     @property
     def ranges(self) -> Tensor: ...
@@ -217,8 +217,9 @@ def attention(
 ) -> tuple[Tensor, Tensor]:
     """kernels.reference.attention: q [B, S, H, D], k and v [B, T, K, D] -> (out [B, S, H, D], log_sum_exp [B, H, S]).
 
-    Query heads j*H/K .. (j+1)*H/K - 1 share kv head j. ``key_ranges`` is core.visibility.KeyRanges with ``ranges`` an
-    int32 tensor [B or 1, S, 2] on the device. out in the dtype of q, or float32 with ``out_f32``; log_sum_exp float32.
+    Query heads j*H/K .. (j+1)*H/K - 1 share kv head j. ``key_ranges`` is core.model.visibility.KeyRanges with
+    ``ranges`` an int32 tensor [B or 1, S, 2] on the device. out in the dtype of q, or float32 with ``out_f32``;
+    log_sum_exp float32.
     A row without keys gives zeros and -inf. ``scale`` is D**-0.5 by default. The inputs may be views whose last axis
     is contiguous. Float32 inputs are multiplied in float32, not in a shorter form. Raises TypeError or ValueError
     naming the wrong argument.

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from core.batch import IGNORE
+from core.model.batch import IGNORE
 from kernels.triton.launch import INTEGERS, check, launch, tiles_for
 
 _IGNORE = tl.constexpr(IGNORE)

@@ -14,7 +14,7 @@ import mindspore as ms
 import torch
 from mindspore import Tensor, mint
 
-from core.visibility import KeyRanges
+from core.model.visibility import KeyRanges
 from kernels.triton import ops
 from kernels.triton.blocks import Target
 from kernels.triton.launch import Launch, programs_of, recording

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from core.visibility import KeyRanges
+from core.model.visibility import KeyRanges
 from kernels.triton import ops
 from kernels.triton.blocks import Target
 from kernels.triton.launch import Launch, recording

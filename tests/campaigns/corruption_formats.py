@@ -18,17 +18,17 @@ from typing import Any
 import numpy as np
 
 from convert.copy import to_hf, to_mindformers
-from convert.grow_files import grow_checkpoint, plan_checkpoint
-from convert.grow_plan import Options
-from convert.mindformers import Known, MindFormersSource
+from convert.growth.files import grow_checkpoint, plan_checkpoint
+from convert.growth.plan import Options
+from convert.mindformers.source import Known, MindFormersSource
 from convert.source import CanonicalSource, ModelSource, open_model
-from core.checkpoint import write_checkpoint
-from core.config import ModelConfig
+from core.checkpoint.read import write_checkpoint
 from core.data.packed import PackedDataset, PackedWriter, verify
 from core.data.tokenizer import load_tokenizer
 from core.data.tokenizer_training import train_tokenizer
-from core.growth import read_history
-from core.init import init_weights
+from core.model.config import ModelConfig
+from core.model.growth import read_history
+from core.model.init import init_weights
 from tests.data_support import SENTENCES, VOCAB_SIZE, tiny_tokenizer, tiny_tokenizer_path
 
 CONFIG = ModelConfig(

@@ -36,11 +36,11 @@ import numpy as np
 
 from convert.source import open_model
 from core import backends
-from core.batch import Batch
 from core.commands.forward import make_batch
 from core.errors import UserError
-from core.layout import Layout, check_layout, parse_layout
-from core.layout_worker import Task, collect, launch_tasks, write_batch
+from core.model.batch import Batch
+from core.parallel.layout import Layout, check_layout, parse_layout
+from core.parity.worker import Task, collect, launch_tasks, write_batch
 from tests.campaigns.equivalence_cases import Case, make_case
 from tests.campaigns.float64_decoder import FAULTS, Shape, Weights, read_release, shows
 from tests.campaigns.float64_run import run

@@ -32,7 +32,7 @@ from tests.campaigns.hostile_inputs import Case
 
 # What the verbs import, loaded once so that no trial pays for it.
 VERBS = ("convert", "data", "forward", "grow", "mup.predict", "mup.search", "plan", "plan_growth", "tokenize", "train")
-CONVERT = ("copy", "grow_files", "grow_schedule", "hf", "mindformers")
+CONVERT = ("copy", "growth.files", "growth.schedule", "hf.folder", "mindformers.source")
 CPU_S, MEMORY_MB, WALL_S = 2.0, 200.0, 60.0
 ADDRESS_SPACE = 4 << 30  # above what is mapped already: a runaway ends in MemoryError and not in the machine's
 

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import psutil
 
-from core.checkpoint import open_checkpoint, save_checkpoint
+from core.checkpoint.read import open_checkpoint, save_checkpoint
 from core.data.packed import PackedDataset, verify
 from core.errors import UserError
 from tests.campaigns.killed_runs import latest, unreadable

@@ -10,9 +10,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from core.checkpoint import open_checkpoint
+from core.checkpoint.read import open_checkpoint
 from core.errors import UserError
-from core.metrics import read_metrics
+from core.train.metrics import read_metrics
 from tests.campaigns.killing import Trial, family, finish, kill, leftovers, orphans, shows, start, wait_until
 from tests.packed import write_packed
 

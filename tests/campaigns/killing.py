@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import psutil
 
-from core.worker import die_with_parent
+from core.launch.worker import die_with_parent
 
 ROOT = Path(__file__).resolve().parents[2]
 HOW = {"-9": signal.SIGKILL, "-15": signal.SIGTERM, "Ctrl-C": signal.SIGINT}

@@ -23,9 +23,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, cast
 
-from core import loop
-from core.config import PRECISIONS, RunConfig, run_config_from_dict
-from core.worker import die_with_parent
+from core.config import RunConfig, run_config_from_dict
+from core.launch.worker import die_with_parent
+from core.model.config import PRECISIONS
+from core.train import loop
 from tests.packed import write_packed
 
 BACKENDS = ("ms", "pt")

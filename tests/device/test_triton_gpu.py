@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from core.visibility import KeyRanges
+from core.model.visibility import KeyRanges
 
 torch = pytest.importorskip("torch")
 if not torch.cuda.is_available():

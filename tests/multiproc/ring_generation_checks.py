@@ -25,17 +25,17 @@ from typing import Any
 import numpy as np
 
 from core.backends import load
-from core.batch import IGNORE, Batch
-from core.config import ModelConfig, load_model_config
-from core.engine import Engine, Limits
-from core.init import init_tensor
-from core.launch import launch
-from core.layout import parse_layout
-from core.pages import PAGE_SIZE, pool_size
-from core.parity import relative_frobenius
-from core.requests import Request
-from core.ring_pages import Part, Share, pages_of_rank
-from core.sampling import sampling_config
+from core.inference.engine import Engine, Limits
+from core.inference.pages import PAGE_SIZE, pool_size
+from core.inference.requests import Request
+from core.inference.ring_pages import Part, Share, pages_of_rank
+from core.inference.sampling import sampling_config
+from core.launch.launcher import launch
+from core.model.batch import IGNORE, Batch
+from core.model.config import ModelConfig, load_model_config
+from core.model.init import init_tensor
+from core.parallel.layout import parse_layout
+from core.parity.bounds import relative_frobenius
 from tests.engine_support import Feed, finish, tokens_of
 from tests.frameworks import golden_source
 

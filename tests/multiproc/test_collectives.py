@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from core.errors import UserError
-from core.launch import launch
+from core.launch.launcher import launch
 from tests.multiproc.collective_checks import CHECKS, WORLD
 
 SCRIPT = Path(__file__).with_name("collective_checks.py")
@@ -68,7 +68,7 @@ def alone(request: pytest.FixtureRequest) -> tuple[Any, Any, Any]:
 
 def test_a_process_alone_makes_no_groups(alone: tuple[Any, Any, Any]) -> None:
     """One rank: no communicator, every collective gives back its very argument, and nothing is counted as sent."""
-    from core.layout import Layout
+    from core.parallel.layout import Layout
 
     mesh, c, x = alone
     assert mesh.join() == (0, 1)

@@ -14,13 +14,13 @@ from typing import Any
 import pytest
 import yaml
 
-import convert.grow
-from convert.grow_schedule import cost, load_schedule
-from core.checkpoint import open_checkpoint
+import convert.growth.weights
+from convert.growth.schedule import cost, load_schedule
+from core.checkpoint.read import open_checkpoint
 from core.cli import main
 from core.commands.parity_growth import growth_sections
 from core.errors import UserError
-from core.metrics import read_metrics
+from core.train.metrics import read_metrics
 from tests import docs
 from tests.docs_workspace import add_checkout, add_packed, add_text
 from tests.frameworks import BACKENDS
@@ -148,17 +148,17 @@ def test_parity_sees_a_growth_gone_wrong(files: tuple[Path, Path], monkeypatch: 
         return [bound.what for section in sections for bound in section.bounds if not bound.holds]
 
     assert broken(0) == broken(1) == []
-    real = convert.grow._place_old
+    real = convert.growth.weights._place_old
 
     def lost(rule: Any, rows: slice, old: Any, out: Any) -> None:
         real(rule, rows, old, out)
         if rule.source == "layers.0.ffn.down.weight":
             out[:, 5] = 0.0
 
-    monkeypatch.setattr(convert.grow, "_place_old", lost)
+    monkeypatch.setattr(convert.growth.weights, "_place_old", lost)
     assert "float64: logits as before" in broken(0)
-    monkeypatch.setattr(convert.grow, "_place_old", real)
-    rule = convert.grow._rule
+    monkeypatch.setattr(convert.growth.weights, "_place_old", real)
+    rule = convert.growth.weights._rule
 
     def random_writers(plan: Any, name: str) -> Any:
         found = rule(plan, name)
@@ -166,7 +166,7 @@ def test_parity_sees_a_growth_gone_wrong(files: tuple[Path, Path], monkeypatch: 
             found.shape, found.source, found.index, tuple(part & False for part in found.zero)
         )  # fmt: skip
 
-    monkeypatch.setattr(convert.grow, "_rule", random_writers)
+    monkeypatch.setattr(convert.growth.weights, "_rule", random_writers)
     assert "float64: logits as before" in broken(1)
 
 

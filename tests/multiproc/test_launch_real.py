@@ -61,7 +61,7 @@ elif case == "deaf":
     time.sleep(600)
 elif case == "hangs":
     import signal
-    from core.heartbeat import open_heartbeat
+    from core.launch.heartbeat import open_heartbeat
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # training takes SIGTERM for itself, to save first
     heartbeat = open_heartbeat()
     for step in range(3):
@@ -91,7 +91,7 @@ elif case == "wait":
 class Launched:
     """`launch` run by another process, as `tele` runs it, with every process below it remembered.
 
-    ``before``: code that this process runs first, with ``core.launch`` imported as ``launching``.
+    ``before``: code that this process runs first, with ``core.launch.launcher`` imported as ``launching``.
     """
 
     def __init__(
@@ -108,7 +108,7 @@ class Launched:
         script.write_text(text)
         arguments = {"timeout": 120, "script": str(script), **arguments}
         positional = (backend, [case, "--flag", "a b"], nproc, str(folder / "logs"))
-        code = f"import sys\nimport core.launch as launching\n{before}\n"
+        code = f"import sys\nimport core.launch.launcher as launching\n{before}\n"
         code += f"sys.exit(launching.launch(*{positional!r}, **{arguments!r}))"
         pipe = subprocess.PIPE
         self.process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=pipe, stderr=pipe)

@@ -15,15 +15,15 @@ from typing import Any
 
 import pytest
 
-from core import nodes as nodes_module
 from core.errors import UserError
-from core.nodes import Nodes, Word, bind, meet
+from core.launch import nodes as nodes_module
+from core.launch.nodes import Nodes, Word, bind, meet
 from tests.multiproc.test_launch_real import SCRIPT, Launched
 
 # Joins the cluster the way each framework does, and adds up the ranks' numbers.
 JOINING = """
 import os, sys, time
-from core.heartbeat import open_heartbeat
+from core.launch.heartbeat import open_heartbeat
 heartbeat = open_heartbeat()
 if "MS_ROLE" in os.environ:
     import mindspore, numpy

@@ -1,8 +1,8 @@
 """Whole training runs over several processes, as a user starts them: other layouts, the other backend, killed ranks.
 
 A run of one process is the judge. Rounding differs between layouts, and 40 updates let it grow: the bound on a trace is
-that of two backends (core.parity.TRACE_LIMIT, 1e-4 relative, of which 2e-5 is used). At the same layout a resumed run
-must give the same bits.
+that of two backends (core.parity.bounds.TRACE_LIMIT, 1e-4 relative, of which 2e-5 is used). At the same layout a
+resumed run must give the same bits.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from pathlib import Path
 import psutil
 import pytest
 
-from core.checkpoint import open_checkpoint
-from core.metrics import read_metrics
-from core.parity import TRACE_LIMIT, compare_tensors, compare_traces
+from core.checkpoint.read import open_checkpoint
+from core.parity.bounds import TRACE_LIMIT, compare_tensors, compare_traces
+from core.train.metrics import read_metrics
 from tests.packed import write_packed
 
 ROOT = Path(__file__).resolve().parents[2]

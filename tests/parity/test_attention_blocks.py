@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from core.backends import load
-from core.parity import relative_frobenius
+from core.parity.bounds import relative_frobenius
 from kernels import reference
 from tests.frameworks import BACKENDS
 

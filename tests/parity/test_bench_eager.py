@@ -12,12 +12,12 @@ import numpy as np
 import pytest
 import torch
 
-from core.batch import Batch, shift_labels
-from core.bench_worker import bench_config, random_batch
-from core.config import load_model_config
-from core.init import init_weights
-from core.parity import relative_frobenius
-from kernels.bench_eager import EagerModel, EagerTrainer, released_tensor
+from core.bench.worker import bench_config, random_batch
+from core.model.batch import Batch, shift_labels
+from core.model.config import load_model_config
+from core.model.init import init_weights
+from core.parity.bounds import relative_frobenius
+from kernels.bench.eager import EagerModel, EagerTrainer, released_tensor
 from pt_reference import forward
 
 CONFIG = dataclasses.replace(load_model_config("telechat2-tiny"), num_layers=2, vocab_size=512)

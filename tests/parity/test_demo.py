@@ -10,7 +10,7 @@ import pytest
 from convert.source import open_model
 from core.cli import main
 from core.data.demo_text import write_demo_text
-from core.metrics import read_metrics
+from core.train.metrics import read_metrics
 
 QUESTIONS = ("What is a rotary position?", "为什么要归一化？", "How is a key shared?", "什么是梯度？")
 

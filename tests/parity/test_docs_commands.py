@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 
-from core.metrics import read_metrics
+from core.train.metrics import read_metrics
 from tests import docs
 from tests.docs_workspace import add_checkout, add_packed, add_release, add_text
 from tests.house import ROOT

@@ -14,15 +14,15 @@ import numpy as np
 import pytest
 
 from core.backends import load
-from core.batch import IGNORE, Batch
-from core.config import ModelConfig
-from core.engine import Engine, Limits
-from core.pages import pool_size
-from core.parity import relative_frobenius
-from core.position import RotaryRows
-from core.requests import Request
-from core.runner import Step
-from core.sampling import SamplingConfig, sampling_config
+from core.inference.engine import Engine, Limits
+from core.inference.pages import pool_size
+from core.inference.requests import Request
+from core.inference.runner import Step
+from core.inference.sampling import SamplingConfig, sampling_config
+from core.model.batch import IGNORE, Batch
+from core.model.config import ModelConfig
+from core.model.position import RotaryRows
+from core.parity.bounds import relative_frobenius
 from tests.engine_support import Feed, feed, finish, tokens_of
 from tests.frameworks import BACKENDS, golden_source
 

@@ -14,15 +14,15 @@ from typing import Any
 import numpy as np
 import pytest
 
-import core.position
+import core.model.position
 from core.backends import load
-from core.batch import IGNORE, Batch
-from core.config import ModelConfig
-from core.layout import parse_layout
-from core.layout_worker import Task, collect, launch_tasks, write_batch
-from core.pages import pool_size
-from core.parity import compare_tensors, relative_frobenius
-from core.position import RotaryRows
+from core.inference.pages import pool_size
+from core.model.batch import IGNORE, Batch
+from core.model.config import ModelConfig
+from core.model.position import RotaryRows
+from core.parallel.layout import parse_layout
+from core.parity.bounds import compare_tensors, relative_frobenius
+from core.parity.worker import Task, collect, launch_tasks, write_batch
 from tests.engine_support import Feed
 from tests.frameworks import BACKENDS, golden_arrays, golden_batch, golden_source
 from tests.parity.test_goldens import GRADIENT, LOGITS, LOSS, check_forward, check_gradients
@@ -138,7 +138,7 @@ def test_an_origin_that_moves_with_the_keys_spoils_the_cache(backend: str, monke
     def centred(self: RotaryRows, positions: np.ndarray, seq_lens: np.ndarray) -> Any:
         last = int(np.max(positions)) + 1
         cos, sin, *_ = fixed(self, positions, seq_lens)
-        return cos, sin, *core.position.xpos_scales(replace(config, max_seqlen=2 * (-(-last // 2))), positions)
+        return cos, sin, *core.model.position.xpos_scales(replace(config, max_seqlen=2 * (-(-last // 2))), positions)
 
     monkeypatch.setattr(RotaryRows, "rows", centred)
     places, rows = cached_rows(backend, config, source, ids)

@@ -1,6 +1,6 @@
 """float64 as the judge of the other precisions: MindSpore within 1e-12 of PyTorch, and both of definitions in numpy.
 
-Some of MindSpore's float64 kernels are float32's, and Python numbers become float32 (kernels/mindspore_composite.py).
+Some of MindSpore's float64 kernels are float32's, and Python numbers become float32 (kernels/mindspore/composite.py).
 One of these anywhere in the model puts a result 1e-9 to 1e-6 off. Layouts are in test_layouts.py, the released code's
 numbers in test_goldens.py and test_families.py.
 """
@@ -19,17 +19,18 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from core import loop
 from core.backends import load
-from core.batch import IGNORE, Batch, shift_labels
-from core.checkpoint import open_checkpoint
+from core.checkpoint.read import open_checkpoint
 from core.commands import forward as forward_command
-from core.config import ModelConfig, RunConfig, run_config_from_dict
-from core.growth_mask import GrowthMask
-from core.init import init_weights
-from core.metrics import read_metrics
-from core.parity import compare_tensors, compare_traces, relative_frobenius
-from core.recipe import clip_factor
+from core.config import RunConfig, run_config_from_dict
+from core.model.batch import IGNORE, Batch, shift_labels
+from core.model.config import ModelConfig
+from core.model.growth_mask import GrowthMask
+from core.model.init import init_weights
+from core.parity.bounds import compare_tensors, compare_traces, relative_frobenius
+from core.train import loop
+from core.train.metrics import read_metrics
+from core.train.recipe import clip_factor
 from kernels import reference
 from tests import numpy_decoder
 from tests.frameworks import BACKENDS, differentiate, golden_arrays, golden_source
@@ -249,7 +250,7 @@ def test_adamw_in_mindspore() -> None:
     """Of every step of a run's first seven; PyTorch's is in test_kernels_pytorch.py."""
     import mindspore as ms
 
-    from kernels import mindspore_composite
+    from kernels.mindspore import composite as mindspore_composite
 
     random, size = np.random.default_rng(3), 999
     held = [random.normal(size=size), np.zeros(size), np.zeros(size)]

@@ -15,17 +15,18 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from core import loss_scale
 from core.backends import load
-from core.batch import Batch, shift_labels
-from core.checkpoint import whole, write_checkpoint
+from core.checkpoint.read import whole, write_checkpoint
 from core.commands import forward
-from core.config import OptimConfig, load_model_config
+from core.config import OptimConfig
 from core.errors import UserError
-from core.init import init_weights
-from core.layout import Layout
-from core.layout_worker import Task, run_alone, write_batch
-from core.parity import compare_tensors, tolerances
+from core.model.batch import Batch, shift_labels
+from core.model.config import load_model_config
+from core.model.init import init_weights
+from core.parallel.layout import Layout
+from core.parity.bounds import compare_tensors, tolerances
+from core.parity.worker import Task, run_alone, write_batch
+from core.train import loss_scale
 from tests.frameworks import BACKENDS
 
 CONFIG = replace(load_model_config("telechat2-tiny"), num_layers=2, vocab_size=64)

@@ -24,18 +24,18 @@ from safetensors.numpy import load_file, save_file
 
 from convert.source import open_model
 from core import backends, cli
-from core.batch import IGNORE, Batch
-from core.chat import Chat
-from core.commands.generate import with_table_dtype
 from core.data.chat_template import encode_chat
 from core.data.tokenizer import load_tokenizer
 from core.data.tokenizer_training import train_tokenizer
-from core.engine import Engine
 from core.errors import UserError
-from core.generation import generate
-from core.pages import pool_size
-from core.parity import relative_frobenius
-from core.sampling import sampling_config
+from core.inference.chat import Chat
+from core.inference.engine import Engine
+from core.inference.generation import generate
+from core.inference.pages import pool_size
+from core.inference.sampling import sampling_config
+from core.model.batch import IGNORE, Batch
+from core.model.config import with_table_dtype
+from core.parity.bounds import relative_frobenius
 from tests.engine_support import Feed
 
 GOLDENS = Path(__file__).resolve().parents[1] / "goldens"
@@ -375,7 +375,7 @@ def test_forward_command_without_labels(backend, checkpoint, io, tmp_path):
 
 
 def test_forward_command_goes_beyond_the_trained_length_and_says_so(backend, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("core.generation._noted", set())
+    monkeypatch.setattr("core.inference.generation._noted", set())
     case = GOLDENS / "telechat2_ntk" / "base_eq_training_step2"
     shutil.copy(case / "config.json", tmp_path)
     shutil.copy(case.parent / "weights.safetensors", tmp_path / "model.safetensors")

@@ -17,17 +17,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import convert.grow
-import convert.grow_plan
-import core.growth
-from convert.grow_gradients import gradients_of_new, gradients_of_old, old_entries
+import convert.growth.plan
+import convert.growth.weights
+import core.model.growth
+from convert.growth.gradients import gradients_of_new, gradients_of_old, old_entries
 from core.backends import load
-from core.batch import Batch
-from core.config import ModelConfig
 from core.errors import UserError
-from core.growth import METHODS
-from core.growth_mask import kv_map
-from core.parity import relative_frobenius
+from core.model.batch import Batch
+from core.model.config import ModelConfig
+from core.model.growth import METHODS
+from core.model.growth_mask import kv_map
+from core.parity.bounds import relative_frobenius
 from tests.frameworks import BACKENDS
 from tests.growing import (
     FAMILIES,
@@ -239,7 +239,7 @@ def growths(draw: Any) -> tuple[ModelConfig, ModelConfig, dict[str, Any]]:
     )
     options = {
         "method": draw(st.sampled_from(METHODS)),
-        "depth": draw(st.sampled_from(convert.grow_plan.DEPTHS)),
+        "depth": draw(st.sampled_from(convert.growth.plan.DEPTHS)),
         "fresh_layers": draw(st.booleans()),
         "seed": draw(st.integers(0, 9)),
     }
@@ -322,12 +322,12 @@ def test_trap_heads_appended_to_groups(monkeypatch: pytest.MonkeyPatch) -> None:
         index = np.arange(new[0])
         return np.where(index < old[0], index, -1)
 
-    core.growth.axis_maps.cache_clear()
+    core.model.growth.axis_maps.cache_clear()
     with monkeypatch.context() as patch:
-        patch.setattr(core.growth, "head_map", appended)
+        patch.setattr(core.model.growth, "head_map", appended)
         plan, grown = grow(source, target, weights, method="zero")
         error = moved(source, plan.config, weights, grown, given)
-    core.growth.axis_maps.cache_clear()
+    core.model.growth.axis_maps.cache_clear()
     assert error > 0.1
 
 

@@ -9,11 +9,11 @@ import pytest
 
 from convert.copy import canonical_to_hf
 from convert.source import CanonicalSource, open_model
-from core.checkpoint import open_checkpoint, write_checkpoint
+from core.checkpoint.read import open_checkpoint, write_checkpoint
 from core.cli import main
-from core.config import ModelConfig
-from core.pages import pool_size
-from core.parity import relative_frobenius
+from core.inference.pages import pool_size
+from core.model.config import ModelConfig
+from core.parity.bounds import relative_frobenius
 from tests.engine_support import Feed
 from tests.growing import FAMILIES, TINY, batch, grow, run, strong
 from tests.parity.test_goldens import GRADIENT, LOGITS

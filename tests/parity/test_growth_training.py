@@ -14,18 +14,20 @@ import numpy as np
 import pytest
 from ml_dtypes import bfloat16
 
-from convert.grow_files import grow_checkpoint, plan_checkpoint
-from convert.grow_plan import Options
-from core import loop
+from convert.growth.files import grow_checkpoint, plan_checkpoint
+from convert.growth.plan import Options
 from core.backends import load
-from core.batch import Batch, shift_labels
-from core.checkpoint import open_checkpoint
-from core.config import RunConfig, load_model_config, run_config_from_dict
-from core.growth import METHODS, born
-from core.init import init_weights
-from core.metrics import read_metrics
-from core.params import parameter_table
-from core.parity import compare_traces, relative_frobenius
+from core.checkpoint.read import open_checkpoint
+from core.config import RunConfig, run_config_from_dict
+from core.model.batch import Batch, shift_labels
+from core.model.config import load_model_config
+from core.model.growth import METHODS
+from core.model.init import init_weights
+from core.model.params import parameter_table
+from core.parity.bounds import compare_traces, relative_frobenius
+from core.train import loop
+from core.train.births import born
+from core.train.metrics import read_metrics
 from kernels.reference import adamw
 from tests.frameworks import BACKENDS
 from tests.growing import strong

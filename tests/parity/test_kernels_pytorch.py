@@ -1,4 +1,4 @@
-"""The operators of kernels/pytorch.py in each implementation of the CPU against their float64 definitions.
+"""The operators of kernels/pytorch/ops.py in each implementation of the CPU against their float64 definitions.
 
 A float32 result may be off by six times what float32 costs the definition itself, and never less than a few units in
 the last place (as in test_operators.py); a bfloat16 one by a few of its own roundings, 2^-9 each.
@@ -14,12 +14,15 @@ import numpy as np
 import pytest
 import torch
 
-from core.batch import IGNORE
 from core.errors import UserError
-from core.parity import relative_frobenius
-from core.visibility import KeyRanges, causal_ranges
-from kernels import pytorch, reference, torch_composite, torch_cpu
+from core.model.batch import IGNORE
+from core.model.visibility import KeyRanges, causal_ranges
+from core.parity.bounds import relative_frobenius
+from kernels import reference
 from kernels.dispatch import describe
+from kernels.pytorch import composite as torch_composite
+from kernels.pytorch import cpu as torch_cpu
+from kernels.pytorch import ops as pytorch
 from pt_reference import ops
 from pt_reference.model import to_numpy
 

@@ -2,8 +2,8 @@
 sent and the graphs held, for every layout in both backends; and the released code's numbers under layouts.
 
 Starting processes takes longer than a layout on a tiny model, so each backend starts once for each number of processes
-and its ranks do all layouts, and all planted faults, one after another. The comparison is core.layout_parity's, which
-`tele parity --layouts` uses. Limits: core.layout_parity says where they come from; what is measured is in
+and its ranks do all layouts, and all planted faults, one after another. The comparison is core.parity.layouts's, which
+`tele parity --layouts` uses. Limits: core.parity.layouts says where they come from; what is measured is in
 docs/parity.md.
 """
 
@@ -19,14 +19,15 @@ from typing import Any
 import numpy as np
 import pytest
 
-from core.batch import Batch, shift_labels
-from core.config import ModelConfig, OptimConfig
-from core.growth_mask import GrowthMask
-from core.init import init_weights
-from core.layout import Layout, parse_layout
-from core.layout_parity import LayoutReport, References, judge_layout, one_device, smooth_optim
-from core.layout_worker import Outcome, Task, collect, launch_tasks, write_batch
-from core.parity import compare_tensors, relative_frobenius
+from core.config import OptimConfig
+from core.model.batch import Batch, shift_labels
+from core.model.config import ModelConfig
+from core.model.growth_mask import GrowthMask
+from core.model.init import init_weights
+from core.parallel.layout import Layout, parse_layout
+from core.parity.bounds import compare_tensors, relative_frobenius
+from core.parity.layouts import LayoutReport, References, judge_layout, one_device, smooth_optim
+from core.parity.worker import Outcome, Task, collect, launch_tasks, write_batch
 from tests.frameworks import BACKENDS, golden_arrays, golden_batch, golden_source
 from tests.parity.layout_faults import FAULTS
 from tests.parity.test_goldens import GRADIENT, LOGITS, LOSS
@@ -323,7 +324,7 @@ def test_layout_equals_one_device_in_full(launches: Launches, backend: str, case
 def check(launches: Launches, backend: str, case: Case, launched: dict[str, tuple[Task, Outcome]]) -> None:
     report = launches.report(backend, case, launched, case.text)
     assert broken(report) == []
-    # The numbers that are promised, and not only those that core.layout_parity chose to judge.
+    # The numbers that are promised, and not only those that core.parity.layouts chose to judge.
     outcome, single = launched[case.text][1], launches.references(backend, case).single
     assert sorted(outcome.gradients) == sorted(single.gradients)
     if case.precision == "fp32":

@@ -17,14 +17,14 @@ import numpy as np
 import pytest
 
 from core.backends import load
-from core.batch import IGNORE, Batch
-from core.config import ModelConfig, load_model_config
-from core.engine import Engine, Limits
-from core.generation import generate
-from core.init import init_tensor
-from core.pages import pool_size
-from core.parity import relative_frobenius
-from core.sampling import sampling_config
+from core.inference.engine import Engine, Limits
+from core.inference.generation import generate
+from core.inference.pages import pool_size
+from core.inference.sampling import sampling_config
+from core.model.batch import IGNORE, Batch
+from core.model.config import ModelConfig, load_model_config
+from core.model.init import init_tensor
+from core.parity.bounds import relative_frobenius
 from tests.engine_support import Feed
 from tests.frameworks import BACKENDS
 from tests.parity.test_goldens import LOGITS
@@ -101,10 +101,10 @@ import resource, sys
 import numpy as np
 from core import backends
 from core.config import load_model_config
-from core.engine import Engine, Limits
-from core.init import init_tensor
-from core.pages import pool_size
-from core.requests import Request
+from core.inference.engine import Engine, Limits
+from core.model.init import init_tensor
+from core.inference.pages import pool_size
+from core.inference.requests import Request
 
 config = load_model_config("telechat2-tiny")
 make = backends.load(sys.argv[1], "generate").Runner

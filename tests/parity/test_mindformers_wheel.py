@@ -21,7 +21,7 @@ from convert.copy import to_hf, to_mindformers
 from convert.source import ModelSource, open_model
 from core.data.chat_template import encode_chat
 from core.data.tokenizer import load_tokenizer
-from core.init import init_weights
+from core.model.init import init_weights
 from tests.frameworks import GOLDENS
 from tests.house import ROOT
 
@@ -162,8 +162,8 @@ def test_the_legacy_names_are_llamas(form: str, file_format: str, source: ModelS
 
 def test_transformers_reads_an_exported_folder(tmp_path: Path) -> None:
     """Its config class and tokenizer; ids are those of this project, text with digits and line ends included."""
-    from core.checkpoint import write_checkpoint
-    from core.config import load_model_config
+    from core.checkpoint.read import write_checkpoint
+    from core.model.config import load_model_config
     from tests.data_support import VOCAB_SIZE, tiny_tokenizer_path
 
     config = load_model_config({"preset": "telechat2-tiny", "vocab_size": VOCAB_SIZE})

@@ -13,7 +13,8 @@ import pytest
 
 from core import cli
 from core.backends import load
-from core.config import CONFIGS, load_run_config
+from core.config import load_run_config
+from core.model.config import CONFIGS
 from core.mup import transfer as rules
 from core.mup.coordinates import MUP, STANDARD, Record, configs, judge, measure, token_batch
 from tests.frameworks import BACKENDS

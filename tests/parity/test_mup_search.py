@@ -13,8 +13,8 @@ import pytest
 import yaml
 
 from core import cli
-from core.config import CONFIGS
-from core.metrics import last_step, read_metrics
+from core.model.config import CONFIGS
+from core.train.metrics import last_step, read_metrics
 from tests.house import ROOT
 from tests.packed import write_packed
 

@@ -14,10 +14,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from core.batch import IGNORE
 from core.config import KERNEL_OPERATORS
-from core.parity import relative_frobenius
-from core.visibility import causal_blocks
+from core.model.batch import IGNORE
+from core.model.visibility import causal_blocks
+from core.parity.bounds import relative_frobenius
 from kernels import reference
 from tests.frameworks import BACKENDS, differentiate
 
@@ -170,7 +170,7 @@ def judge(backend: str, case: Case, seed: int = 0, floor: float = FLOOR) -> list
 @pytest.fixture(params=MADE)
 def made(request: pytest.FixtureRequest) -> Iterator[str]:
     """Every operator by the best implementation of this machine, and by the frameworks' plain operators."""
-    tables = [importlib.import_module(f"kernels.{name}") for name in ("mindspore", "pytorch")]
+    tables = [importlib.import_module(f"kernels.{name}.ops") for name in ("mindspore", "pytorch")]
     if request.param == "composite":
         for table in tables:
             table.select({name: "composite" for name in KERNEL_OPERATORS})

@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 
 from core.backends import load
-from core.batch import Batch, shift_labels
 from core.config import run_config_from_dict
-from core.parity import relative_frobenius
-from core.recipe import clip_factor, learning_rate
+from core.model.batch import Batch, shift_labels
+from core.parity.bounds import relative_frobenius
+from core.train.recipe import clip_factor, learning_rate
 from tests.frameworks import BACKENDS, GOLDENS, golden_arrays, golden_source
 
 CASES = ("telechat2_gqa", "teleflm")

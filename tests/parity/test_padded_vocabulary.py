@@ -11,15 +11,15 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from convert.hf_config import dump_config, write_config
+from convert.hf.config import dump_config, write_config
 from convert.names import bind
 from convert.source import open_model
 from core import backends
-from core.chat import ChatModel
 from core.cli import main
 from core.commands import serve
-from core.config import load_model_config
-from core.init import init_weights
+from core.inference.chat import ChatModel
+from core.model.config import load_model_config
+from core.model.init import init_weights
 from tests.data_support import VOCAB_SIZE, tiny_tokenizer_path
 
 ROWS = VOCAB_SIZE + 64

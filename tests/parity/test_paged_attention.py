@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from core.parity import relative_frobenius
-from core.runner import Step
+from core.inference.runner import Step
+from core.parity.bounds import relative_frobenius
 from kernels import reference
 from tests.cpu_kernel_checks import FACTOR, PAGED, UNITS
 from tests.frameworks import BACKENDS
@@ -75,10 +75,10 @@ def choose() -> Any:
     def select(backend: str, implementation: str) -> None:
         if backend == "ms":
             pytest.importorskip("mindspore")
-            from kernels import mindspore as kernels
+            from kernels.mindspore import ops as kernels
         else:
             pytest.importorskip("torch")
-            from kernels import pytorch as kernels
+            from kernels.pytorch import ops as kernels
         kernels.select({"attention": implementation})
         chosen.append(kernels)
 

@@ -11,15 +11,15 @@ from typing import Any
 import numpy as np
 import pytest
 
-from core import loop
 from core.backends import load
-from core.batch import Batch, shift_labels
 from core.config import RunConfig, run_config_from_dict
-from core.init import init_weights
-from core.metrics import read_metrics
-from core.params import parameter_table
-from core.parity import compare_traces, relative_frobenius
-from core.recipe import clip_factor, learning_rate
+from core.model.batch import Batch, shift_labels
+from core.model.init import init_weights
+from core.model.params import parameter_table
+from core.parity.bounds import compare_traces, relative_frobenius
+from core.train import loop
+from core.train.metrics import read_metrics
+from core.train.recipe import clip_factor, learning_rate
 from kernels.reference import adamw
 from tests.frameworks import BACKENDS
 from tests.packed import write_packed
@@ -64,7 +64,7 @@ def worst_update(backend: str, model: str) -> dict[str, float]:
         gradients = {p.name: p.array.astype(np.float64) for p in trainer.optimizer.export_gradients()}
         lr = learning_rate(optim, STEPS, step)
         for name, spec in table.items():
-            # Written out, and not by core.recipe's functions, which are what is judged.
+            # Written out, and not by core.train.recipe's functions, which are what is judged.
             matrix = spec.kind == "matrix"
             rate = lr * 7 if matrix else lr
             decay = 0.0 if len(spec.shape) == 1 else 0.9 if matrix else 0.2

@@ -10,8 +10,9 @@ from safetensors.numpy import load_file, save_file
 
 from core.commands import bench, forward, parity
 from core.errors import UserError
-from core.parity import compare_tensors, relative_frobenius
-from core.parity_report import ParityReport
+from core.parity import runs
+from core.parity.bounds import compare_tensors, relative_frobenius
+from core.parity.report import ParityReport
 from tests.frameworks import golden_arrays, golden_source
 from tests.packed import write_packed
 from tests.parity.test_goldens import GRADIENT, LOGITS, LOSS
@@ -114,12 +115,12 @@ def test_layouts_beside_one_batch(config, tmp_path, capsys):
 
 def test_a_fault_in_a_layout_is_exit_code_1(config, tmp_path, capsys, monkeypatch):
     """The ranks start from other weights than the one device: seed 1235 instead of 1234."""
-    real = parity.launch_tasks
+    real = runs.launch_tasks
 
     def other_seed(backend, tasks, *args, **options):
         return real(backend, [dataclasses.replace(task, seed=task.seed + 1) for task in tasks], *args, **options)
 
-    monkeypatch.setattr(parity, "launch_tasks", other_seed)
+    monkeypatch.setattr(runs, "launch_tasks", other_seed)
     words = ("--steps", 0, "--layouts", "dp2", "--layout-steps", 0, "--backends", "pt", "--out", tmp_path)
     assert run(parity, "--config", config, *words) == 1
     assert "BROKEN  dp2, PyTorch: " in capsys.readouterr().out
@@ -160,7 +161,7 @@ def test_mistakes(config, tmp_path):
 
 
 def test_summary_is_one_line_a_bound():
-    from core.parity import BatchReport
+    from core.parity.bounds import BatchReport
 
     text = parity.summary(ParityReport({}, BatchReport([], [], ["ms lacks norm.weight"])))
     assert text.splitlines()[0].startswith("NOT EQUAL") and len(text.splitlines()) == 2 and "BROKEN" in text

@@ -15,11 +15,11 @@ import numpy as np
 import pytest
 
 from core.backends import load
-from core.engine import Engine
-from core.generation import generate
-from core.parity import relative_frobenius
-from core.quantize import Int8Matrix, quantizing
-from core.sampling import sampling_config
+from core.inference.engine import Engine
+from core.inference.generation import generate
+from core.inference.sampling import sampling_config
+from core.model.quantize import Int8Matrix, quantizing
+from core.parity.bounds import relative_frobenius
 from tests.engine_support import Feed
 from tests.frameworks import BACKENDS, golden_source
 from tests.parity.test_engine_parity import CASES, LOGITS, whole_logits
@@ -118,12 +118,12 @@ import sys, psutil
 import numpy as np
 from core import backends
 from core.config import load_model_config
-from core.params import count_parameters
-from core.quantize import quantizing
+from core.model.params import count_parameters
+from core.model.quantize import quantizing
 
 config = load_model_config({"preset": "telechat2-mini", "hidden_size": 1024, "ffn_hidden_size": 4096, "num_layers": 12})
 get = quantizing(config, lambda name: np.ones(shapes[name], np.float32))
-from core.params import parameter_table
+from core.model.params import parameter_table
 shapes = {name: spec.shape for name, spec in parameter_table(config).items()}
 make = backends.load(sys.argv[1], "generate").Runner
 small = load_model_config("telechat2-tiny")

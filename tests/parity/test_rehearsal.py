@@ -17,8 +17,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from core.parity import compare_tensors, relative_frobenius
-from core.visibility import KeyRanges, causal_ranges
+from core.model.visibility import KeyRanges, causal_ranges
+from core.parity.bounds import compare_tensors, relative_frobenius
 from kernels import reference
 from kernels.dispatch import Candidate
 from tests.cpu_kernel_checks import PAGED
@@ -35,8 +35,10 @@ ms = pytest.importorskip("mindspore")
 # On a CPU the pipeline of asynchronous launches spins while it waits; where it is on, the rehearsal copes with it.
 ms.runtime.launch_blocking()
 
-from kernels import ascend, ascend_attention, rehearsal  # noqa: E402
-from kernels import mindspore as dispatch  # noqa: E402
+from kernels.ascend import attention as ascend_attention  # noqa: E402
+from kernels.ascend import ops as ascend  # noqa: E402
+from kernels.ascend import rehearsal  # noqa: E402
+from kernels.mindspore import ops as dispatch  # noqa: E402
 from telechat_ms import forward  # noqa: E402
 from telechat_ms.autograd import Function  # noqa: E402
 from telechat_ms.generate import Runner  # noqa: E402

@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 
 from core.backends import load
-from core.parity import relative_frobenius
-from core.ring_pages import pages_of_rank, share_of
-from core.runner import Step
+from core.inference.ring_pages import pages_of_rank, share_of
+from core.inference.runner import Step
+from core.parity.bounds import relative_frobenius
 from kernels import reference
 from tests.cpu_kernel_checks import FACTOR, PAGED, UNITS
 from tests.frameworks import BACKENDS

@@ -10,12 +10,13 @@ import sys
 import numpy as np
 import pytest
 
-from core import backends, loop
-from core.batch import IGNORE, Batch
-from core.checkpoint import open_checkpoint
+from core import backends
+from core.checkpoint.read import open_checkpoint
 from core.config import run_config_from_dict
-from core.metrics import read_metrics
-from core.parity import STRICT_STEPS, TRACE_LIMIT, compare_tensors, compare_traces
+from core.model.batch import IGNORE, Batch
+from core.parity.bounds import STRICT_STEPS, TRACE_LIMIT, compare_tensors, compare_traces
+from core.train import loop
+from core.train.metrics import read_metrics
 from tests.packed import write_packed
 
 STEPS, SAVED, SEQ_LEN = 200, 190, 64

@@ -14,11 +14,12 @@ import numpy as np
 import pytest
 
 from core.backends import load
-from core.batch import Batch, shift_labels
-from core.config import load_model_config, run_config_from_dict
-from core.init import init_weights
-from core.params import parameter_table
-from core.parity import compare_tensors, relative_frobenius
+from core.config import run_config_from_dict
+from core.model.batch import Batch, shift_labels
+from core.model.config import load_model_config
+from core.model.init import init_weights
+from core.model.params import parameter_table
+from core.parity.bounds import compare_tensors, relative_frobenius
 from tests.frameworks import BACKENDS
 
 CONFIG = replace(load_model_config("telechat2-tiny"), num_layers=2, vocab_size=307)

@@ -1,7 +1,7 @@
 """The calls of torch_npu: bound to the recorded schemas, answered by the numpy definitions, compared in float64.
 
 torch_npu imports only where CANN is; here every operator is replaced by one that binds its arguments to the schema that
-the wheel declares (names, order, types) and answers with what kernels.ascend_definitions says, in the order and number
+the wheel declares (names, order, types) and answers with what kernels.ascend.definitions says, in the order and number
 of the schema's results. Limits as in tests/parity/test_rehearsal.py: two spacings of the dtype.
 """
 
@@ -18,15 +18,16 @@ import numpy as np
 import pytest
 
 from core.errors import UserError
-from core.parity import relative_frobenius
-from core.visibility import KeyRanges, causal_ranges
-from kernels import ascend_definitions as define
-from kernels import npu_signatures, reference
-from kernels.ascend_operands import Operand
+from core.model.visibility import KeyRanges, causal_ranges
+from core.parity.bounds import relative_frobenius
+from kernels import reference
+from kernels.ascend import definitions as define
+from kernels.ascend.operands import Operand
+from kernels.pytorch import npu_signatures
 
 torch = pytest.importorskip("torch")
 
-from kernels import torch_npu_ops as npu  # noqa: E402
+from kernels.pytorch import npu as npu  # noqa: E402
 
 SPACING = {"float32": 2.0**-23, "float16": 2.0**-10, "bfloat16": 2.0**-7}
 Given = dict[str, Any]

@@ -13,8 +13,9 @@ from typing import Any
 
 import pytest
 
-from core import atomic
-from core.atomic import (
+from core.data.packed import PackedDataset, PackedWriter, verify
+from core.files import atomic
+from core.files.atomic import (
     clean_stale,
     mark_lives,
     new_file,
@@ -24,7 +25,6 @@ from core.atomic import (
     standing,
     write_text,
 )
-from core.data.packed import PackedDataset, PackedWriter, verify
 from tests.data_support import tiny_tokenizer
 
 
@@ -226,7 +226,7 @@ def test_this_file_system_exchanges_names(tmp_path: Path) -> None:
 def test_the_process_mark_outlives_a_clock_that_is_set(tmp_path: Path) -> None:
     """It counts from the machine's start: the same for as long as the process lives, whoever reads it."""
     other = subprocess.run(
-        [sys.executable, "-c", f"from core.atomic import process_mark; print(process_mark({os.getpid()}))"],
+        [sys.executable, "-c", f"from core.files.atomic import process_mark; print(process_mark({os.getpid()}))"],
         capture_output=True,
         text=True,
         check=True,

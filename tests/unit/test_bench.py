@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from core import bench_step
-from core.bench_worker import bench_config, random_batch, timed_steps
+from core.bench import step as bench_step
+from core.bench.worker import bench_config, random_batch, spread, timed_steps
 from core.cli import main
 from core.commands import bench
 from core.errors import UserError
@@ -111,8 +111,8 @@ def test_three_contestants_have_three_ratios(monkeypatch, capsys):
 
 
 def test_spread():
-    assert bench.spread([3.0]) == {"median": 3.0, "low": 3.0, "high": 3.0}
-    assert bench.spread(list(range(1, 21))) == {"median": 10.5, "low": 3, "high": 18}
+    assert spread([3.0]) == {"median": 3.0, "low": 3.0, "high": 3.0}
+    assert spread(list(range(1, 21))) == {"median": 10.5, "low": 3, "high": 18}
 
 
 @pytest.mark.parametrize(

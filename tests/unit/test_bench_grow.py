@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from core import bench_grow
+from core.bench import grow as bench_grow
 from core.cli import main
 
 

@@ -10,14 +10,14 @@ from types import SimpleNamespace
 
 import pytest
 
-from core import bench_parallel
-from core.bench_parallel import Record, Trial, differences, idle_share, on_the_wire, stage_seconds, states_of, summarise
-from core.bench_worker import bench_config
+from core.bench import parallel as bench_parallel
+from core.bench.parallel import Record, Trial, differences, idle_share, on_the_wire, stage_seconds, states_of, summarise
+from core.bench.worker import bench_config
 from core.cli import main
 from core.commands import bench
 from core.errors import UserError
-from core.params import count_parameters
-from core.schedule import bubble, simulate
+from core.model.params import count_parameters
+from core.parallel.schedule import bubble, simulate
 
 OPTIONS = {"model": "telechat2-tiny", "seq_len": 32, "micro_batch": 1, "micro_batches": 4, "precision": "fp32"}
 SINGLE = {"seconds": [[0.1, 0.1], [0.2, 0.2]], "loss": 7.5}
@@ -428,13 +428,13 @@ def test_a_launch_reads_what_ranks_wrote_or_passes_its_code_on(monkeypatch, tmp_
 
     def launch(name, words, nproc, log_dir, script):
         plan = json.loads(bench_parallel.plan_path(folder).read_text())
-        assert (name, words, nproc) == ("pt", ["pt", str(folder)], 2) and script.endswith("core/bench_parallel.py")
+        assert (name, words, nproc) == ("pt", ["pt", str(folder)], 2) and script.endswith("core/bench/parallel.py")
         assert plan["layouts"] == ["tp2", "pp2"] and (plan["steps"], plan["block"]) == (3, 1)
         for rank in range(2):
             bench_parallel.rank_path(folder, rank).write_text(json.dumps({"rank": rank}))
         return code
 
-    monkeypatch.setattr("core.launch.launch", launch)
+    monkeypatch.setattr("core.launch.launcher.launch", launch)
     monkeypatch.setattr(bench.tempfile, "mkdtemp", lambda prefix: str(folder))
     if code:
         with pytest.raises(SystemExit) as stop:

@@ -8,12 +8,13 @@ import json
 import pytest
 
 from convert.source import open_model
-from core import bench_serve, cli
-from core.bench_serve import answer_times, cache_share, measure_serving, serving_to_markdown, summarise, write_model
+from core import cli
+from core.bench import serve as bench_serve
+from core.bench.serve import answer_times, cache_share, measure_serving, serving_to_markdown, summarise, write_model
 from core.commands import bench
-from core.config import load_model_config
 from core.data.tokenizer import load_tokenizer
 from core.errors import UserError
+from core.model.config import load_model_config
 from tests.serve_support import NAME, running
 
 OPTIONS = {

@@ -12,15 +12,15 @@ import time
 import numpy as np
 import pytest
 
-from core import chat as chat_module
-from core.chat import Chat
 from core.commands import chat as command
 from core.commands.chat import piped_lines, repl
-from core.config import load_model_config
 from core.data.chat_template import DEFAULT_SYSTEM
 from core.data.detokenizer import StreamDecoder
-from core.engine import Engine
 from core.errors import UserError
+from core.inference import chat as chat_module
+from core.inference.chat import Chat
+from core.inference.engine import Engine
+from core.model.config import load_model_config
 from tests.engine_support import Speller
 
 SIZE = 400

@@ -8,14 +8,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from core.chat import Chat, ChatModel
 from core.commands.chat import repl
-from core.config import load_model_config
 from core.data.chat_template import encode_chat
 from core.data.dialogues import parse_dialogue
-from core.engine import Engine
 from core.errors import UserError
-from core.tool_calls import ToolCall
+from core.inference.chat import Chat, ChatModel
+from core.inference.engine import Engine
+from core.inference.tool_calls import ToolCall
+from core.model.config import load_model_config
 from tests.data_support import VOCAB_SIZE, tiny_tokenizer, tiny_tokenizer_path
 from tests.engine_support import CHAT_CONFIG as CONFIG
 from tests.engine_support import Replier

@@ -14,8 +14,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from core import safetensors_io
-from core.checkpoint import (
+from core.checkpoint.read import (
     PieceWriter,
     TensorPiece,
     check_shapes,
@@ -26,7 +25,8 @@ from core.checkpoint import (
     write_manifest,
 )
 from core.errors import UserError
-from core.params import ParamSpec
+from core.files import safetensors as safetensors_io
+from core.model.params import ParamSpec
 
 RNG = np.random.default_rng(5)
 WEIGHTS = {
@@ -303,7 +303,7 @@ def test_killed_while_saving(tmp_path):
     """A killed process leaves the previous checkpoint, nothing under a readable name; the next save cleans up."""
     program = (
         "import sys, os, signal, numpy as np\n"
-        "from core.checkpoint import save_checkpoint\n"
+        "from core.checkpoint.read import save_checkpoint\n"
         "def tensors():\n"
         "    yield 'a', np.zeros(1000, np.float32)\n"
         "    os.kill(os.getpid(), signal.SIGKILL)\n"
@@ -334,7 +334,7 @@ def test_a_living_writers_folder_is_left_alone(tmp_path):
 
 FULL_DISK = """
 import resource, sys, numpy as np
-from core.checkpoint import open_checkpoint, save_checkpoint
+from core.checkpoint.read import open_checkpoint, save_checkpoint
 from core.errors import UserError
 root, how = sys.argv[1], sys.argv[2]
 def tensors(n, size):

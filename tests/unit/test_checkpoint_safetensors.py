@@ -12,9 +12,9 @@ import safetensors.numpy
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from core import safetensors_io
 from core.errors import UserError
-from core.safetensors_io import DTYPES, SafetensorsFile, SafetensorsWriter, header_room
+from core.files import safetensors as safetensors_io
+from core.files.safetensors import DTYPES, SafetensorsFile, SafetensorsWriter, header_room
 
 
 def sample(code: str, shape: tuple[int, ...], seed: int = 0) -> np.ndarray:

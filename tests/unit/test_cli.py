@@ -149,7 +149,7 @@ def test_a_reader_that_leaves_early_is_no_error() -> None:
 
 
 def test_a_script_parses_its_own_command_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    from core.loop import parser
+    from core.train.loop import parser
 
     monkeypatch.setattr("sys.argv", ["train.py", "--config", "run.yaml"])
     assert parser().parse_args().config == "run.yaml"

@@ -11,10 +11,10 @@ import pytest
 import yaml
 
 import core.data.blend
-import core.launch
+import core.launch.launcher
 from core import cli
 from core.config import load_run_config
-from core.layout import parse_layout
+from core.parallel.layout import parse_layout
 
 
 @pytest.fixture
@@ -26,7 +26,7 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
         calls.append((*args, named))
         return 0
 
-    monkeypatch.setattr(core.launch, "launch", launch)
+    monkeypatch.setattr(core.launch.launcher, "launch", launch)
     return calls
 
 
@@ -49,7 +49,7 @@ def test_everything_is_passed_on(config: Path, launched: list[Any], tmp_path: Pa
     assert cli.main([*words, "--set", "train.steps=20", "optim.lr=2e-3", "--set", "train.seed=7"]) == 0
     passed = ["--config", str(config), "--out", str(tmp_path / "out")]
     passed += ["--set", "train.steps=20", "--set", "optim.lr=2e-3", "--set", "train.seed=7", "--resume", "auto"]
-    alone = {"nnodes": 1, "node_rank": 0, "master": None, "collective_timeout": core.launch.COLLECTIVE_TIMEOUT}
+    alone = {"nnodes": 1, "node_rank": 0, "master": None, "collective_timeout": core.launch.launcher.COLLECTIVE_TIMEOUT}
     assert launched == [("pt", passed, 1, tmp_path / "out" / "logs", alone)]
 
 
@@ -169,6 +169,6 @@ def test_nodes_share_the_layout(config: Path, launched: list[Any], tmp_path: Pat
 def test_the_help_names_the_default_timeout(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["train", "--help"]) == 0
     text = " ".join(capsys.readouterr().out.split())
-    assert f"(default {core.launch.COLLECTIVE_TIMEOUT:g}; 0: never)" in text
+    assert f"(default {core.launch.launcher.COLLECTIVE_TIMEOUT:g}; 0: never)" in text
     examples = [word for word in re.findall(r"--layout (\S+)", text) if not word.startswith("TEXT")]
     assert [parse_layout(word).world for word in examples] == [4, 16, 16]

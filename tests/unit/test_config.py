@@ -7,9 +7,10 @@ from typing import Any
 
 import pytest
 
-from core.config import load_model_config, load_run_config, preset_names, run_config_from_dict
+from core.config import load_run_config, run_config_from_dict
 from core.errors import UserError
-from core.params import count_parameters, parameter_table
+from core.model.config import load_model_config, preset_names
+from core.model.params import count_parameters, parameter_table
 from core.schema import load_yaml, set_dotted
 
 # Published parameter counts; the 115B's equals the total_size of its released index (float32) divided by 4.

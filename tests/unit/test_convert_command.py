@@ -98,7 +98,7 @@ def test_failure_half_way_leaves_nothing_readable_and_the_old_model(tmp_path, re
     to_canonical(released, tmp_path / "c")
     to_hf(tmp_path / "c", tmp_path / "back")
     before = files(tmp_path)
-    from core.safetensors_io import SafetensorsWriter
+    from core.files.safetensors import SafetensorsWriter
 
     real, calls = SafetensorsWriter.add, []
 

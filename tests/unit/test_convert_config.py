@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from convert.hf_config import read_config, write_config
-from core.config import load_model_config
+from convert.hf.config import read_config, write_config
 from core.errors import UserError
+from core.model.config import load_model_config
 
 GOLDENS = Path(__file__).resolve().parents[1] / "goldens"
 RELEASED = json.loads((GOLDENS / "telechat2_gqa" / "config.json").read_text())

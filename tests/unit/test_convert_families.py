@@ -11,13 +11,13 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from convert.copy import canonical_to_hf, hf_to_canonical
-from convert.hf import HfFolder
-from convert.hf_config import read_config, write_config
+from convert.hf.config import read_config, write_config
+from convert.hf.folder import HfFolder
 from convert.names import Conv1D, bind
 from convert.source import CanonicalSource, open_model
-from core.config import ModelConfig, load_model_config
 from core.errors import UserError
-from core.params import parameter_table
+from core.model.config import ModelConfig, load_model_config
+from core.model.params import parameter_table
 from tests.frameworks import GOLDENS, golden_source
 
 CASES = ("teleflm", "telechat52b_like", "flm101b_like")

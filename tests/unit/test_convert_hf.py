@@ -14,14 +14,14 @@ import pytest
 import safetensors.numpy
 
 from convert.copy import canonical_to_hf, cast, hf_to_canonical
-from convert.hf import INDEX, HfFolder, plan_shards
-from convert.hf_tokenizer import load_pieces
+from convert.hf.folder import INDEX, HfFolder, plan_shards
+from convert.hf.tokenizer import load_pieces
 from convert.source import open_model
-from core.checkpoint import open_checkpoint, save_checkpoint, write_checkpoint
-from core.config import load_model_config
+from core.checkpoint.read import open_checkpoint, save_checkpoint, write_checkpoint
 from core.errors import UserError
-from core.params import parameter_table
-from core.safetensors_io import SafetensorsFile
+from core.files.safetensors import SafetensorsFile
+from core.model.config import load_model_config
+from core.model.params import parameter_table
 
 GOLDEN = Path(__file__).resolve().parents[1] / "goldens" / "telechat2_gqa"
 

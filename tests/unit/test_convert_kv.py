@@ -15,8 +15,8 @@ import pytest
 
 from convert.names import Binding, InterleavedKeyValue, bind
 from convert.source import open_model
-from core.config import ModelConfig
-from core.safetensors_io import SafetensorsFile
+from core.files.safetensors import SafetensorsFile
+from core.model.config import ModelConfig
 from tests.numpy_decoder import logits
 
 GOLDENS = Path(__file__).resolve().parents[1] / "goldens"

@@ -14,14 +14,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.numpy import load_file
 
-from convert import protobuf
 from convert.copy import to_hf
-from convert.hf_tokenizer import CHAT_TEMPLATE
+from convert.hf.tokenizer import CHAT_TEMPLATE
+from convert.mindformers import protobuf
 from convert.source import ModelSource, open_model
-from core.checkpoint import write_checkpoint
-from core.config import load_model_config
+from core.checkpoint.read import write_checkpoint
 from core.data.chat_template import render
-from core.init import init_weights
+from core.model.config import load_model_config
+from core.model.init import init_weights
 from tests.data_support import VOCAB_SIZE, tiny_tokenizer_path
 from tests.loaders import LOADERS, UNKNOWN_TYPES, attributes, llama_names, vllm_telechat2
 from tests.shared import shared_file

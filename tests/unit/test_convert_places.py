@@ -11,10 +11,10 @@ import pytest
 from convert.copy import to_hf, to_mindformers
 from convert.places import ANYWHERE, PLACES, TITLES, require_place, why_not
 from convert.source import open_model
-from core.checkpoint import write_checkpoint
-from core.config import ModelConfig, load_model_config, preset_names
+from core.checkpoint.read import write_checkpoint
 from core.errors import UserError
-from core.params import parameter_table
+from core.model.config import ModelConfig, load_model_config, preset_names
+from core.model.params import parameter_table
 
 
 @pytest.mark.parametrize("preset", preset_names())

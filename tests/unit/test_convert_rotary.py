@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from convert.hf_config import read_config, write_config
-from core.config import ModelConfig
+from convert.hf.config import read_config, write_config
 from core.errors import UserError
+from core.model.config import ModelConfig
 from tests.frameworks import GOLDENS
 
 

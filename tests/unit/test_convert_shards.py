@@ -14,15 +14,15 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from convert.copy import hf_to_canonical, to_hf
-from convert.hf import HfFolder, check_record
-from convert.hf_shards import INDEX
+from convert.hf.folder import HfFolder, check_record
+from convert.hf.shards import INDEX
+from convert.hf.sums import SUMS
 from convert.names import is_derived
 from convert.source import open_model
-from convert.sums import SUMS
 from core.cli import main
-from core.config import load_model_config
 from core.errors import UserError
-from core.params import parameter_table
+from core.model.config import load_model_config
+from core.model.params import parameter_table
 from tests.frameworks import GOLDENS
 from tests.unit.test_convert_hf import golden_weights, release
 
@@ -274,7 +274,7 @@ def test_the_config_of_a_model_that_ends_twice_goes_through_a_checkpoint(tmp_pat
     """end_token_ids and no padding token: in model.json, and in a fresh release."""
     import dataclasses
 
-    from core.checkpoint import write_checkpoint
+    from core.checkpoint.read import write_checkpoint
 
     config = dataclasses.replace(load_model_config("telechat2-tiny"), end_token_ids=(4, 5), pad_token_id=None)
     weights = [(name, np.zeros(spec.shape, np.float32)) for name, spec in parameter_table(config).items()]

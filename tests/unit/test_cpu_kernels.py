@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from core.parity import relative_frobenius
-from core.visibility import causal_ranges
+from core.model.visibility import causal_ranges
+from core.parity.bounds import relative_frobenius
 from kernels import reference
 from kernels.cpu import build, engine, ops
 from tests import cpu_kernel_checks as checks
@@ -251,7 +251,7 @@ def test_memory_of_attention_grows_with_the_length_only() -> None:
     code = """
 import resource
 import numpy as np
-from core.visibility import causal_ranges
+from core.model.visibility import causal_ranges
 from kernels.cpu import ops
 def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 q = np.ones((1, 4096, 2, 64), np.float32)

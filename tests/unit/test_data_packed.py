@@ -11,11 +11,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from core.batch import IGNORE
 from core.data import packed
 from core.data.packed import PackedDataset, PackedWriter, token_dtype, verify
 from core.data.packed_files import BLOCK
 from core.errors import UserError
+from core.model.batch import IGNORE
 from tests.data_support import reseal, tiny_tokenizer
 
 PAD = 3

@@ -13,13 +13,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from core import requests as requests_module
-from core.engine import Engine, Limits, stream
 from core.errors import UserError
-from core.pages import PagePool
-from core.requests import Request, Sample
-from core.sampling import Draws, SamplingConfig, sampling_config
-from core.scheduler import Scheduler
+from core.inference import requests as requests_module
+from core.inference.engine import Engine, Limits, stream
+from core.inference.pages import PagePool
+from core.inference.requests import Request, Sample
+from core.inference.sampling import Draws, SamplingConfig, sampling_config
+from core.inference.scheduler import Scheduler
 from tests.engine_support import CONFIG, PlainRunner, fake_logits, finish, tokens_of
 
 DRAWN = sampling_config(temperature=1.0, top_k=20, seed=3)

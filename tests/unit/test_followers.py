@@ -11,19 +11,19 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from core.config import load_model_config
-from core.engine import Engine, Limits
 from core.errors import UserError
-from core.followers import WORDS, Leader, decode, encode, follow, shard_reader
-from core.generate_worker import Job, inference_layout, read_events, read_job, write_events, write_job
-from core.init import init_tensor
-from core.layout import parse_layout
-from core.params import parameter_table
-from core.quantize import Int8Matrix, quantize
-from core.requests import Event, Request, Usage
-from core.runner import Step
-from core.sampling import Choice, sampling_config
-from core.sharding import chunk_table
+from core.inference.engine import Engine, Limits
+from core.inference.followers import WORDS, Leader, decode, encode, follow, shard_reader
+from core.inference.requests import Event, Request, Usage
+from core.inference.runner import Step
+from core.inference.sampling import Choice, sampling_config
+from core.inference.worker import Job, inference_layout, read_events, read_job, write_events, write_job
+from core.model.config import load_model_config
+from core.model.init import init_tensor
+from core.model.params import parameter_table
+from core.model.quantize import Int8Matrix, quantize
+from core.parallel.layout import parse_layout
+from core.parallel.sharding import chunk_table
 from tests.engine_support import PlainRunner, finish, tokens_of
 
 

@@ -10,17 +10,17 @@ from pathlib import Path
 
 import pytest
 
-from convert.protobuf import fields
+from convert.mindformers.protobuf import fields
 from core import cli
-from core.checkpoint_writer import tiling_fault
-from core.config import ModelConfig, load_model_config
+from core.checkpoint.pieces import tiling_fault
 from core.errors import UserError
-from core.foreign import MAX_JSON, MAX_LINE, MAX_VALUES, lines, load_json, parse_value, read_file, read_text
-from core.layout import Layout, parse_layout
+from core.files.foreign import MAX_JSON, MAX_LINE, MAX_VALUES, lines, load_json, parse_value, read_file, read_text
+from core.files.safetensors import MAX_HEADER, SafetensorsFile
+from core.launch.nodes import _word
+from core.model.config import ModelConfig, load_model_config
 from core.near import nearest
-from core.nodes import _word
-from core.safetensors_io import MAX_HEADER, SafetensorsFile
-from core.schedule import actions, peak_live
+from core.parallel.layout import Layout, parse_layout
+from core.parallel.schedule import actions, peak_live
 from core.schema import MAX_NODES, load_yaml, parse_yaml, set_dotted
 from core.shown import LONGEST, controls_shown, printable, shown
 from tests.campaigns.hostile_files import campaign, summary

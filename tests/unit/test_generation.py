@@ -5,11 +5,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from core import generation
-from core.engine import Engine
 from core.errors import UserError
-from core.generation import generate, note_length
-from core.sampling import SamplingConfig, sampling_config
+from core.inference import generation
+from core.inference.engine import Engine
+from core.inference.generation import generate, note_length
+from core.inference.sampling import SamplingConfig, sampling_config
 from tests.engine_support import CONFIG, PlainRunner, fake_logits
 
 

@@ -7,13 +7,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from core.chat import Chat
-from core.config import load_model_config
 from core.data.tokenizer import load_tokenizer
 from core.data.tokenizer_training import train_tokenizer
-from core.engine import Engine
-from core.generation import turn_stops
-from core.text_stream import text_stream
+from core.inference.chat import Chat
+from core.inference.engine import Engine
+from core.inference.generation import turn_stops
+from core.inference.text_stream import text_stream
+from core.model.config import load_model_config
 from tests.engine_support import Speller
 from tests.shared import shared_file
 

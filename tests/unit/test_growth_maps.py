@@ -10,13 +10,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from convert.grow_plan import Options, plan_growth
-from core.config import ModelConfig, OptimConfig, load_model_config
+from convert.growth.plan import Options, plan_growth
+from core.config import OptimConfig
 from core.errors import UserError
-from core.growth import Growth, Sizes, axis_maps, born, sizes_of
-from core.growth_mask import GrowthMask, head_map, kv_map
-from core.params import parameter_axes, parameter_table
-from core.recipe import corrections, is_young, learning_rate
+from core.model.config import ModelConfig, load_model_config
+from core.model.growth import Growth, Sizes, axis_maps, sizes_of
+from core.model.growth_mask import GrowthMask, head_map, kv_map
+from core.model.params import parameter_axes, parameter_table
+from core.train.births import born
+from core.train.recipe import corrections, is_young, learning_rate
 from tests.growing import FAMILIES, TINY
 
 

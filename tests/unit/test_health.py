@@ -6,7 +6,7 @@ import math
 import pytest
 
 from core.config import HealthConfig
-from core.health import Health
+from core.train.health import Health
 
 
 def feed(health, norms):

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from core import heartbeat as beating
-from core.heartbeat import (
+from core.launch import heartbeat as beating
+from core.launch.heartbeat import (
     SIZE,
     Heartbeat,
     Record,
@@ -153,8 +153,10 @@ def test_the_heartbeat_of_this_process(tmp_path: Path, monkeypatch: pytest.Monke
 
 def test_a_launched_script_has_one(tmp_path: Path) -> None:
     script = tmp_path / "script.py"
-    script.write_text("from core.heartbeat import open_heartbeat\nopen_heartbeat().enter('recv', 'pp', (1, 2))\n")
-    command = [sys.executable, str(ROOT / "core" / "worker.py"), "--status-dir", str(tmp_path), str(script)]
+    script.write_text(
+        "from core.launch.heartbeat import open_heartbeat\nopen_heartbeat().enter('recv', 'pp', (1, 2))\n"
+    )
+    command = [sys.executable, str(ROOT / "core" / "launch" / "worker.py"), "--status-dir", str(tmp_path), str(script)]
     subprocess.run(command, check=True, env={**os.environ, "RANK": "2"})
     record = read_heartbeat(heartbeat_path(tmp_path, 2))
     assert record is not None and (record.op, record.ranks, record.inside) == ("recv", (1, 2), True)

@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from convert.hf import plan_shards, tensor_bytes
-from convert.hf_config import read_config
+from convert.hf.config import read_config
+from convert.hf.folder import plan_shards, tensor_bytes
 from convert.names import bind, released_table
-from core.checkpoint import check_shapes
-from core.config import load_model_config
+from core.checkpoint.read import check_shapes
 from core.errors import UserError
-from core.params import count_parameters, parameter_table
+from core.model.config import load_model_config
+from core.model.params import count_parameters, parameter_table
 from tests.shared import shared_file
 
 GOLDEN = Path(__file__).resolve().parents[1] / "goldens" / "index"

@@ -15,16 +15,17 @@ from typing import Any
 
 import pytest
 
-from core import launch as launching
 from core.errors import UserError
-from core.heartbeat import Waits
-from core.launch_command import Plan, check_nodes, check_port, command, environment
-from core.nodes import Nodes, parse_master
-from core.processes import Deaths
-from core.screen import Screen
-from core.worker import read_status, run_script, status_path, write_status
+from core.launch import launcher as launching
+from core.launch.command import Plan, check_nodes, check_port, command, environment
+from core.launch.heartbeat import Waits
+from core.launch.nodes import Nodes, parse_master
+from core.launch.processes import Deaths
+from core.launch.screen import Screen
+from core.launch.worker import read_status, run_script, status_path, write_status
 from tests.house import ROOT
 
+WORKER = str(ROOT / "core" / "launch" / "worker.py")
 NOISE = b"[WARNING] ME(6411:1397,MainProcess):2026-11-21-18:03:11.149.000 [a.py:1] chatter\n"
 INFO = b"[INFO] DISTRIBUTED(6454,7f4cc27fc6c0,python):2026-11-21-18:03:16 [tcp.cc:313] Start] chatter\n"
 ERROR = b"[ERROR] ME(6411:1397,MainProcess):2026-11-21-18:03:11.149.000 [a.py:1] matters\n"
@@ -132,7 +133,7 @@ def test_commands_are_those_of_the_frameworks(tmp_path: Path) -> None:
     assert pt[1:5] == ["-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone"]
     for words in (ms, pt):
         assert words[-3:] == [str(tmp_path / "s.py"), "--config", "c"]
-        assert str(ROOT / "core" / "worker.py") in words
+        assert WORKER in words
 
 
 def test_commands_of_several_nodes(tmp_path: Path) -> None:
@@ -172,7 +173,7 @@ def test_the_frameworks_own_parsers_take_the_commands(
         parsed = parse_args(words[3:])
         assert (parsed.nnodes, parsed.nproc_per_node, parsed.node_rank) == ("3", "2", 1)
         assert (parsed.master_addr, parsed.master_port, parsed.rdzv_backend) == ("10.0.0.1", 1234, "static")
-        assert parsed.training_script == str(ROOT / "core" / "worker.py")
+        assert parsed.training_script == WORKER
 
 
 @pytest.mark.parametrize(
@@ -243,7 +244,14 @@ def test_a_missing_framework_is_the_users_to_mend(monkeypatch: pytest.MonkeyPatc
 def run_worker(tmp_path: Path, text: str, **env: str) -> tuple[subprocess.CompletedProcess[str], dict]:
     script = tmp_path / "script.py"
     script.write_text(text)
-    command = [sys.executable, str(ROOT / "core" / "worker.py"), "--status-dir", str(tmp_path), str(script), "--flag"]
+    command = [
+        sys.executable,
+        WORKER,
+        "--status-dir",
+        str(tmp_path),
+        str(script),
+        "--flag",
+    ]
     done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **env}, cwd=tmp_path)
     record = read_status(tmp_path, int(env.get("RANK", 0)))
     assert record is not None
@@ -265,7 +273,7 @@ def test_worker_records_success(tmp_path: Path) -> None:
         ("raise SystemExit('stopped: the loss is nan')", 1, "stopped: the loss is nan", False),
         ("raise KeyboardInterrupt", 130, "interrupted", False),
         (
-            "from core.errors import UserError\nfrom core.worker import run_script\n"
+            "from core.errors import UserError\nfrom core.launch.worker import run_script\n"
             "def main(): raise UserError('a: b')\nraise SystemExit(run_script(main))",
             2,
             "a: b",
@@ -293,7 +301,7 @@ def test_worker_draws_bars_when_its_output_is_shown_on_a_terminal(tmp_path: Path
     for rank, wanted in (("0", "True\n"), ("1", "False\n")):
         command = [
             sys.executable,
-            str(ROOT / "core" / "worker.py"),
+            WORKER,
             "--terminal",
             "--status-dir",
             str(tmp_path),
@@ -313,7 +321,14 @@ def lifeline(tmp_path: Path, text: str) -> tuple[subprocess.Popen[bytes], int]:
     script = tmp_path / "script.py"
     script.write_text(text)
     theirs, ours = os.pipe()
-    words = [sys.executable, str(ROOT / "core" / "worker.py"), "--lifeline", "--status-dir", str(tmp_path), str(script)]
+    words = [
+        sys.executable,
+        WORKER,
+        "--lifeline",
+        "--status-dir",
+        str(tmp_path),
+        str(script),
+    ]
     process = subprocess.Popen(words, stdin=theirs, cwd=tmp_path, stdout=subprocess.PIPE)
     os.close(theirs)
     return process, ours
@@ -341,7 +356,7 @@ def test_a_worker_finishes_while_its_launcher_lives(tmp_path: Path) -> None:
 
 
 def test_who_missed_the_death_of_its_parent_dies_at_once() -> None:
-    code = "from core.worker import die_with_parent; import os; die_with_parent({}); print('lives')"
+    code = "from core.launch.worker import die_with_parent; import os; die_with_parent({}); print('lives')"
     for parent, wanted in (("os.getppid()", b"lives\n"), ("999999999", b"")):
         done = subprocess.run([sys.executable, "-c", code.format(parent)], cwd=ROOT, capture_output=True)
         assert (done.stdout, done.returncode) == (wanted, 0 if wanted else -9)

@@ -8,10 +8,10 @@ import re
 
 import pytest
 
-from core.config import ModelConfig, load_model_config
 from core.errors import UserError
-from core.layout import AXES, Coord, Layout, check_layout, parse_layout, stage_layers
-from core.params import parameter_table
+from core.model.config import ModelConfig, load_model_config
+from core.model.params import parameter_table
+from core.parallel.layout import AXES, Coord, Layout, check_layout, parse_layout, stage_layers
 from core.schema import from_mapping
 
 LAYOUTS = [

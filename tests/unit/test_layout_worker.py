@@ -9,12 +9,13 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from core.batch import IGNORE, Batch
-from core.checkpoint import TensorPiece, whole
-from core.config import ModelConfig
-from core.layout import parse_layout
-from core.layout_parity import expected_of
-from core.layout_worker import (
+from core.checkpoint.read import TensorPiece, whole
+from core.model.batch import IGNORE, Batch
+from core.model.config import ModelConfig
+from core.parallel.layout import parse_layout
+from core.parallel.sequence import split_batch
+from core.parity.layouts import expected_of
+from core.parity.worker import (
     Task,
     _leave,
     _logits_pieces,
@@ -25,7 +26,6 @@ from core.layout_worker import (
     row_multiple,
     write_batch,
 )
-from core.sequence import split_batch
 
 MODEL = ModelConfig(
     vocab_size=11, hidden_size=16, ffn_hidden_size=16, num_layers=4, num_heads=4, num_kv_heads=2, norm_eps=1e-5,

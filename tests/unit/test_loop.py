@@ -14,13 +14,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from core import checkpoint_save, loop
-from core.checkpoint import manifest_digest, open_checkpoint
+from core.checkpoint import save as checkpoint_save
+from core.checkpoint.read import manifest_digest, open_checkpoint
 from core.errors import UserError
-from core.health import TrainingStopped
-from core.metrics import read_metrics
-from core.safetensors_io import file_sha256
-from core.tensorboard import TAGS
+from core.files.safetensors import file_sha256
+from core.train import loop, records
+from core.train.health import TrainingStopped
+from core.train.metrics import read_metrics
+from core.train.tensorboard import TAGS
 from tests.numpy_stepper import SEQ_LEN, MemoryBlend, NumpyStepper, run_config
 
 CLOCK = ("tokens_per_s", "step_ms")
@@ -30,7 +31,7 @@ CLOCK = ("tokens_per_s", "step_ms")
 def in_memory(monkeypatch):
     """Data from a random generator; no plotting (one test draws)."""
     monkeypatch.setattr(loop, "open_blend", lambda data, seed, vocab_size, pad_token_id: MemoryBlend(seed))
-    monkeypatch.setattr(loop, "plot_losses", lambda runs, path, title: path)
+    monkeypatch.setattr(records, "plot_losses", lambda runs, path, title: path)
 
 
 def numbers(out):
@@ -200,7 +201,7 @@ def test_a_place_that_cannot_be_written_is_told_before_training(tmp_path):
 
 
 def test_a_full_disk_leaves_the_last_checkpoint(tmp_path, monkeypatch):
-    class Full(loop.MetricsLog):
+    class Full(records.MetricsLog):
         def append(self, row):
             if row["step"] == 7:
                 raise OSError(errno.ENOSPC, "No space left on device")
@@ -208,7 +209,7 @@ def test_a_full_disk_leaves_the_last_checkpoint(tmp_path, monkeypatch):
 
     config = run_config(checkpoint__every=5)
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "MetricsLog", Full)
+        patch.setattr(records, "MetricsLog", Full)
         with pytest.raises(UserError, match="disk is full.*after step 7.*--resume auto.*step-00000005"):
             loop.train(NumpyStepper, config, tmp_path / "parts")
     loop.train(NumpyStepper, config, tmp_path / "parts", "auto")
@@ -381,8 +382,10 @@ def test_the_matrix_rate_is_recorded_where_it_differs(tmp_path):
 
 
 def test_training_imports_no_protobuf(tmp_path):
-    """MindSpore cannot be imported after it; see core/tensorboard.py."""
-    code = "import sys, core.loop, core.tensorboard; core.tensorboard.TensorBoard(sys.argv[1]).close();"
+    """MindSpore cannot be imported after it; see core/train/tensorboard.py."""
+    code = (
+        "import sys, core.train.loop, core.train.tensorboard; core.train.tensorboard.TensorBoard(sys.argv[1]).close();"
+    )
     code += "print('google.protobuf' in sys.modules)"
     command = [sys.executable, "-c", code, str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, cwd=Path(loop.__file__).parents[1])
@@ -390,9 +393,9 @@ def test_training_imports_no_protobuf(tmp_path):
 
 
 def test_the_plot_is_drawn(tmp_path, monkeypatch):
-    from core.metrics import plot_losses
+    from core.train.metrics import plot_losses
 
-    monkeypatch.setattr(loop, "plot_losses", plot_losses)
+    monkeypatch.setattr(records, "plot_losses", plot_losses)
     loop.train(NumpyStepper, run_config(), tmp_path)
     assert (tmp_path / "loss.png").read_bytes()[:4] == b"\x89PNG"
 

@@ -12,11 +12,12 @@ import threading
 import numpy as np
 import pytest
 
-from core import checkpoint_save, loop
-from core.checkpoint import open_checkpoint
+from core.checkpoint import save as checkpoint_save
+from core.checkpoint.read import open_checkpoint
 from core.errors import UserError
-from core.health import TrainingStopped
-from core.metrics import read_metrics
+from core.train import loop, records
+from core.train.health import TrainingStopped
+from core.train.metrics import read_metrics
 from tests.numpy_stepper import SEQ_LEN, Cluster, MemoryBlend, NumpyStepper, run_config
 from tests.unit.test_loop import Killed, assert_same_run, numbers, tensors
 
@@ -25,7 +26,7 @@ from tests.unit.test_loop import Killed, assert_same_run, numbers, tensors
 def in_memory(monkeypatch):
     """Data from a random generator; no plotting."""
     monkeypatch.setattr(loop, "open_blend", lambda data, seed, vocab_size, pad_token_id: MemoryBlend(seed))
-    monkeypatch.setattr(loop, "plot_losses", lambda runs, path, title: path)
+    monkeypatch.setattr(records, "plot_losses", lambda runs, path, title: path)
 
 
 def ranked(world, **changes):
@@ -223,7 +224,7 @@ def test_a_rank_that_cannot_load_ends_all(tmp_path):
 
 @pytest.mark.parametrize("asynchronous", [False, True])
 def test_a_full_disk_of_the_records_ends_all(tmp_path, monkeypatch, asynchronous):
-    class Full(loop.MetricsLog):
+    class Full(records.MetricsLog):
         def append(self, row):
             if row["step"] == 7:
                 raise OSError(errno.ENOSPC, "No space left on device")
@@ -231,7 +232,7 @@ def test_a_full_disk_of_the_records_ends_all(tmp_path, monkeypatch, asynchronous
 
     config = ranked(3, train__global_batch=6, checkpoint__every=6, checkpoint__asynchronous=asynchronous)
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "MetricsLog", Full)
+        patch.setattr(records, "MetricsLog", Full)
         line = line_of_all(train(config, tmp_path / "parts"))
     assert re.search("disk is full.*after step 7.*--resume auto.*step-00000006", line)
     train(config, tmp_path / "parts", "auto")
@@ -280,7 +281,7 @@ def test_a_batch_without_targets_is_skipped_by_all(tmp_path, monkeypatch, capsys
 
 def test_only_rank_0_draws(tmp_path, monkeypatch):
     drawn = []
-    monkeypatch.setattr(loop, "plot_losses", lambda runs, path, title: drawn.append(threading.current_thread()))
+    monkeypatch.setattr(records, "plot_losses", lambda runs, path, title: drawn.append(threading.current_thread()))
     train(ranked(2), tmp_path)
     assert drawn == [threading.main_thread()]
 

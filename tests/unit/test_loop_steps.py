@@ -8,10 +8,10 @@ import math
 import numpy as np
 import pytest
 
-from core import loop
-from core.checkpoint import open_checkpoint
-from core.growth import Growth, sizes_of
-from core.metrics import read_metrics
+from core.checkpoint.read import open_checkpoint
+from core.model.growth import Growth, sizes_of
+from core.train import loop, records
+from core.train.metrics import read_metrics
 from tests.numpy_stepper import SEQ_LEN, MemoryBlend, NumpyStepper, run_config
 
 
@@ -26,7 +26,7 @@ def drawn(monkeypatch):
             return super().batch(first_sample, count)
 
     monkeypatch.setattr(loop, "open_blend", lambda data, seed, vocab_size, pad_token_id: Blend(seed))
-    monkeypatch.setattr(loop, "plot_losses", lambda runs, path, title: path)
+    monkeypatch.setattr(records, "plot_losses", lambda runs, path, title: path)
     return seen
 
 

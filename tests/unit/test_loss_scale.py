@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from core.errors import UserError
-from core.loss_scale import DynamicLossScale, largest_magnitude, largest_scale
+from core.train.loss_scale import DynamicLossScale, largest_magnitude, largest_scale
 
 
 def test_halves_on_overflow_and_doubles_after_good_steps():

@@ -5,19 +5,10 @@ import math
 
 import pytest
 
-from core.config import load_model_config
 from core.errors import UserError
-from core.metrics import (
-    LONGEST_ROW,
-    MetricsLog,
-    column,
-    flops_per_token,
-    last_row,
-    last_step,
-    model_flops_utilisation,
-    plot_losses,
-    read_metrics,
-)
+from core.model.config import load_model_config
+from core.model.flops import flops_per_token, model_flops_utilisation
+from core.train.metrics import LONGEST_ROW, MetricsLog, column, last_row, last_step, plot_losses, read_metrics
 
 
 def row(step, **more):

@@ -14,9 +14,9 @@ import pytest
 from safetensors.numpy import save
 
 from convert.file_kind import kind_of
-from convert.mindspore_ckpt import CkptFile, save_ckpt
+from convert.mindformers.ckpt import CkptFile, save_ckpt
 from core.errors import UserError
-from core.safetensors_io import DTYPES
+from core.files.safetensors import DTYPES
 
 CRC = 17  # bytes behind the message
 

@@ -10,7 +10,8 @@ import pytest
 
 from core import cli
 from core.commands.mup.check import describe, plot
-from core.config import CONFIGS, load_run_config
+from core.config import load_run_config
+from core.model.config import CONFIGS
 from core.mup.coordinates import (
     FLAT,
     GROUPS,

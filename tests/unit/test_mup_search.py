@@ -16,14 +16,15 @@ import numpy as np
 import pytest
 import yaml
 
-from core import cli, loop
+from core import cli
 from core.commands.mup import search as command
-from core.config import CONFIGS, load_run_config
+from core.config import load_run_config
 from core.errors import UserError
-from core.loss_table import read_loss_table
-from core.metrics import MetricsLog, read_metrics
+from core.launch.worker import write_status
+from core.model.config import CONFIGS
 from core.mup import search as searching
 from core.mup import search_report
+from core.mup.loss_table import read_loss_table
 from core.mup.search import DIVERGED, DONE, FAILED, Numbers, applied, plan, prepare, read_search, result_of
 from core.mup.search_plot import plot
 from core.mup.search_report import (
@@ -37,7 +38,8 @@ from core.mup.search_report import (
     to_json,
     varied,
 )
-from core.worker import write_status
+from core.train import loop, records
+from core.train.metrics import MetricsLog, read_metrics
 from tests.numpy_stepper import SEQ_LEN, VOCAB, NumpyStepper
 from tests.packed import write_packed
 
@@ -102,7 +104,7 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> tuple[list[str], dict[str, Fact
         return code
 
     monkeypatch.setattr(searching, "launch", launch)
-    monkeypatch.setattr(loop, "plot_losses", lambda *_: None)  # drawing takes longer than training
+    monkeypatch.setattr(records, "plot_losses", lambda *_: None)  # drawing takes longer than training
     monkeypatch.setattr(command, "plot", lambda *_: [])
     return order, steppers
 

@@ -9,9 +9,10 @@ import pytest
 
 from core import cli
 from core.commands.mup.transfer import number, table
-from core.config import CONFIGS, load_model_config, load_run_config
+from core.config import load_run_config
 from core.errors import UserError
-from core.init import init_tensor
+from core.model.config import CONFIGS, load_model_config
+from core.model.init import init_tensor
 from core.mup import transfer as rules
 from core.mup.transfer import at_width, transfer, warnings
 

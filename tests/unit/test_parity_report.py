@@ -7,13 +7,12 @@ import math
 import numpy as np
 import pytest
 
-from core.batch import Batch
-from core.config import ModelConfig, OptimConfig
-from core.init import init_weights
-from core.layout import parse_layout
-from core.layout_parity import References, expected_of, judge_layout, smooth_optim
-from core.layout_worker import Outcome, Task, write_batch
-from core.parity import (
+from core.config import OptimConfig
+from core.model.batch import Batch
+from core.model.config import ModelConfig
+from core.model.init import init_weights
+from core.parallel.layout import parse_layout
+from core.parity.bounds import (
     UNIT_ROUNDOFF,
     Bound,
     compare_low_precision_traces,
@@ -24,7 +23,9 @@ from core.parity import (
     relative_frobenius,
     tolerances,
 )
-from core.parity_report import ParityReport, to_json, to_markdown, write_report
+from core.parity.layouts import References, expected_of, judge_layout, smooth_optim
+from core.parity.report import ParityReport, to_json, to_markdown, write_report
+from core.parity.worker import Outcome, Task, write_batch
 
 RNG = np.random.default_rng(5)
 

@@ -7,10 +7,11 @@ import json
 import pytest
 
 from core import cli
-from core.commands.plan import estimate
-from core.config import CONFIGS, load_model_config, load_run_config
-from core.layout import parse_layout
-from core.params import count_parameters
+from core.config import load_run_config
+from core.model.config import CONFIGS, load_model_config
+from core.model.params import count_parameters
+from core.parallel.layout import parse_layout
+from core.parallel.memory import estimate
 
 TINY = load_model_config("telechat2-tiny")
 

@@ -8,8 +8,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from core.config import load_model_config
-from core.position import RotaryRows, attention_scale, ntk_alpha, rope_tables, scaled_base, xpos_scales
+from core.model.config import load_model_config
+from core.model.position import RotaryRows, attention_scale, ntk_alpha, rope_tables, scaled_base, xpos_scales
 from tests.frameworks import GOLDENS, golden_arrays, golden_config
 
 

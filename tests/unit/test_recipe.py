@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from core.config import CONFIGS, OptimConfig, load_model_config, load_run_config
-from core.params import MATRIX, OUTPUT, VECTOR, parameter_table
-from core.recipe import class_decay, class_rate, clip_factor, learning_rate, tells_classes_apart
+from core.config import OptimConfig, load_run_config
+from core.model.config import CONFIGS, load_model_config
+from core.model.params import MATRIX, OUTPUT, VECTOR, parameter_table
+from core.train.recipe import class_decay, class_rate, clip_factor, learning_rate, tells_classes_apart
 
 OPTIM = OptimConfig(lr=0.006, min_lr=0.0006, warmup_steps=2)
 # The rates of the golden optimizer trace (tests/goldens, float64), 8 steps: copied so that this test needs no file.

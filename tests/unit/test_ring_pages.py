@@ -12,9 +12,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from core.pages import PagePool
-from core.ring_pages import Share, pages_of_rank, share_of
-from core.runner import Step
+from core.inference.pages import PagePool
+from core.inference.ring_pages import Share, pages_of_rank, share_of
+from core.inference.runner import Step
 from kernels import reference
 from tests.parity.test_paged_attention import step_of
 

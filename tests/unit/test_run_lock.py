@@ -20,11 +20,12 @@ import pytest
 import core.cli
 import core.commands.mup.search
 import core.data.blend
-from core import launch as launching
-from core import loop, run_lock
-from core.atomic import process_mark
 from core.errors import UserError
-from core.run_lock import hold_folder, hold_place, require_free
+from core.files.atomic import process_mark
+from core.launch import launcher as launching
+from core.launch import run_lock
+from core.launch.run_lock import hold_folder, hold_place, require_free
+from core.train import loop, records
 from tests.data_support import tiny_tokenizer_path
 from tests.growing import TINY
 from tests.house import ROOT
@@ -32,7 +33,7 @@ from tests.numpy_stepper import MemoryBlend, NumpyStepper, run_config
 
 HOLDER = """
 import sys, time
-from core.run_lock import hold_folder, hold_place
+from core.launch.run_lock import hold_folder, hold_place
 with (hold_place if sys.argv[2] == "place" else hold_folder)(sys.argv[1]):
     print("held", flush=True)
     time.sleep(600)
@@ -139,7 +140,7 @@ def test_a_second_training_is_refused_before_anything_is_touched(
     """By whatever means it was started: each rank 0 comes through here."""
     monkeypatch.setattr(loop, "DYING", 0.1)
     monkeypatch.setattr(loop, "open_blend", lambda data, seed, vocab_size, pad_token_id: MemoryBlend(seed))
-    monkeypatch.setattr(loop, "plot_losses", lambda runs, path, title: path)
+    monkeypatch.setattr(records, "plot_losses", lambda runs, path, title: path)
     with pytest.raises(UserError, match=f"^--out {held[0]}: {held[1]}"):
         loop.train(NumpyStepper, run_config(), held[0], "auto")
     assert [path.name for path in held[0].iterdir()] == [".lock"]

@@ -1,4 +1,5 @@
-"""core.sampling against independent implementations: formulas written out again, and torch the way HF writes them."""
+"""core.inference.sampling against independent implementations: formulas written out again, and torch the way HF writes
+them."""
 
 from __future__ import annotations
 
@@ -10,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from core.errors import UserError
-from core.sampling import (
+from core.inference.sampling import (
     AHEAD,
     GROUPS,
     Draws,

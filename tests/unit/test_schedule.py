@@ -7,8 +7,8 @@ from collections import deque
 
 import pytest
 
-from core import schedule
-from core.schedule import Action, actions, bubble, bubble_formula, incoming, peak_live, play, simulate
+from core.parallel import schedule
+from core.parallel.schedule import Action, actions, bubble, bubble_formula, incoming, peak_live, play, simulate
 
 
 def cases():

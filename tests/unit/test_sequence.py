@@ -7,10 +7,10 @@ import dataclasses
 import numpy as np
 import pytest
 
-from core import sequence
-from core.batch import IGNORE, Batch, shift_labels
-from core.layout import Layout, parse_layout
-from core.sequence import (
+from core.model.batch import IGNORE, Batch, shift_labels
+from core.parallel import sequence
+from core.parallel.layout import Layout, parse_layout
+from core.parallel.sequence import (
     Visibility,
     gather_order,
     mask_between,

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from core.data.detokenizer import StreamDecoder
-from core.text_stream import CONTEXT, StopText, text_stream
+from core.inference.text_stream import CONTEXT, StopText, text_stream
 
 
 class PieceTokenizer:

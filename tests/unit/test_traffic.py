@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from core.config import ModelConfig
-from core.layout import Layout, parse_layout
-from core.params import parameter_table
-from core.traffic import Widths, expected_traffic, gather_bytes, ring_bytes, ulysses_bytes, wire_bytes
+from core.model.config import ModelConfig
+from core.model.params import parameter_table
+from core.parallel.layout import Layout, parse_layout
+from core.parallel.traffic import Widths, expected_traffic, gather_bytes, ring_bytes, ulysses_bytes, wire_bytes
 
 # E 8, H 4, K 2, D 2, two layers.
 MODEL = ModelConfig(

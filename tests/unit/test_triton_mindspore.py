@@ -11,7 +11,7 @@ ms = pytest.importorskip("mindspore")
 pytest.importorskip("torch")
 pytest.importorskip("triton", reason="triton is not installed")
 
-from core.visibility import causal_ranges  # noqa: E402
+from core.model.visibility import causal_ranges  # noqa: E402
 from kernels.triton import mindspore_entry, ops  # noqa: E402
 from kernels.triton.blocks import ASCEND_910B3  # noqa: E402
 

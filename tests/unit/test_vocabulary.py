@@ -7,14 +7,14 @@ import dataclasses
 import numpy as np
 import pytest
 
-from core import loop
-from core.config import load_model_config
-from core.engine import Engine
+from core.data.vocabulary import fit_run, fit_vocabulary
 from core.errors import UserError
-from core.generation import turn_stops
-from core.requests import Request
-from core.sampling import sampling_config
-from core.vocabulary import fit_run, fit_vocabulary
+from core.inference.engine import Engine
+from core.inference.generation import turn_stops
+from core.inference.requests import Request
+from core.inference.sampling import sampling_config
+from core.model.config import load_model_config
+from core.train import loop
 from tests.data_support import tiny_tokenizer
 from tests.engine_support import CONFIG, PlainRunner, finish, tokens_of
 from tests.numpy_stepper import VOCAB, MemoryBlend, NumpyStepper, run_config

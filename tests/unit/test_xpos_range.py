@@ -10,14 +10,15 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from core.chat import ChatModel
-from core.checkpoint import whole, write_checkpoint
+from core.checkpoint.read import whole, write_checkpoint
 from core.commands import forward, generate
-from core.config import load_model_config, run_config_from_dict
+from core.config import run_config_from_dict
 from core.errors import UserError
-from core.init import init_weights
-from core.position import xpos_scales
-from core.xpos_range import check_xpos_range, xpos_reach
+from core.inference.chat import ChatModel
+from core.model.config import load_model_config
+from core.model.init import init_weights
+from core.model.position import xpos_scales
+from core.model.xpos_range import check_xpos_range, xpos_reach
 
 FLM = load_model_config({"preset": "flm-tiny", "vocab_size": 64})
 FAR = dataclasses.replace(FLM, max_seqlen=4096, xpos_scale_base=64.0)
@@ -135,13 +136,13 @@ def test_generation_refuses_before_weights_are_read(checkpoints, monkeypatch, ca
     with pytest.raises(UserError, match="fp16 holds 2"):
         model.engine(6000)  # longer than max_seqlen
     pieces = SimpleNamespace(vocab_size=model.config.vocab_size)
-    monkeypatch.setattr("core.chat.load_tokenizer", lambda *_, **__: pieces)
-    monkeypatch.setattr("core.chat.check_vocabulary", lambda *_: None)
+    monkeypatch.setattr("core.inference.chat.load_tokenizer", lambda *_, **__: pieces)
+    monkeypatch.setattr("core.inference.chat.check_vocabulary", lambda *_: None)
     with pytest.raises(UserError, match=REFUSED):
         ChatModel(model.source.__class__(_checkpoint(checkpoints / "far")), pytest.fail, "t", "auto", "fp16", "none")
 
 
 def _checkpoint(path):
-    from core.checkpoint import open_checkpoint
+    from core.checkpoint.read import open_checkpoint
 
     return open_checkpoint(path)

@@ -11,9 +11,9 @@ from pathlib import Path
 from tqdm import tqdm
 
 from core import backends
-from core.atomic import writable_file, write_text
 from core.config import load_run_config
 from core.errors import UserError
+from core.files.atomic import writable_file, write_text
 from core.mup.coordinates import (
     FLAT,
     GROUPS,

@@ -11,15 +11,15 @@ from pathlib import Path
 from typing import TextIO
 
 from core import backends
-from core.atomic import writable_file, write_text
 from core.data.blend import open_blend
 from core.errors import UserError
-from core.metrics import last_row
+from core.files.atomic import writable_file, write_text
+from core.launch.run_lock import hold_folder
 from core.mup.search import FAILED, Trial, forget_checkpoints, plan, prepare, read_search, result_of, run_trial
 from core.mup.search_plot import plot
 from core.mup.search_report import describe, judge_widths, loss_tables, report_of, results_csv, to_json
-from core.progress import clock
-from core.run_lock import hold_folder
+from core.train.metrics import last_row
+from core.train.progress import clock
 
 SOON = 0.2  # of a trial: before it, starting the processes is most of what has been timed
 
@@ -119,7 +119,7 @@ def report(trials: Sequence[Trial], window: int, out: Path, plots: bool = False)
 class Progress:
     """One line for all trials: where the present one is and how long the rest will take.
 
-    On a terminal the line is written over; elsewhere lines come at growing intervals, as core.progress does.
+    On a terminal the line is written over; elsewhere lines come at growing intervals, as core.train.progress does.
     """
 
     def __init__(self, trials: Sequence[Trial], stream: TextIO | None = None) -> None:

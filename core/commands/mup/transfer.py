@@ -10,9 +10,10 @@ from typing import Any
 
 import yaml
 
-from core.atomic import writable_file, write_text
-from core.config import ModelConfig, OptimConfig, RunConfig, load_model_config, load_run_config
+from core.config import OptimConfig, RunConfig, load_run_config
 from core.errors import UserError
+from core.files.atomic import writable_file, write_text
+from core.model.config import ModelConfig, load_model_config
 from core.mup.transfer import RULES, at_width, transfer, value_of, warnings
 
 DESCRIPTION = """\

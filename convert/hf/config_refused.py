@@ -1,0 +1,143 @@
+"""Keys of config.json that would change the arithmetic to something this decoder does not do, and keys that would not.
+
+A key with a value outside the harmless ones is refused by name; a key of which nothing here has heard is named in a
+note.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from convert.hf.config_rotary import SECTIONS, THETA_NAMES
+from core.errors import UserError
+from core.shown import shown
+
+Refused = dict[str, tuple[tuple[Any, ...], str]]
+
+_NO = (False, None)
+_ONE = (1, None)
+_NONE = (None,)
+
+
+def _each(names: str, harmless: tuple[Any, ...], reason: str) -> Refused:
+    return dict.fromkeys(names.split(), (harmless, reason))
+
+
+# Of every family: key -> (harmless values, reason).
+EVERYWHERE: Refused = {
+    **_each("quantization_config compression_config", _NONE,
+            "quantised weights are not supported; convert the unquantised release"),
+    **_each("embed_layernorm word_embeddings_layernorm", _NO, "a norm after the embedding is not supported"),
+    **_each("apply_residual_connection_post_layernorm", _NO, "a residual taken after the norm is not supported"),
+    **_each("parallel_attn use_parallel_residual parallel_residual", _NO,
+            "attention and ffn side by side are not supported"),
+    **_each("scale_attn_weights", (True, None), "attention without its scale is not supported"),
+    **_each("partial_rotary_factor rotary_pct rotary_percentage", _ONE,
+            "a rotation of part of a head's channels is not supported"),
+    **_each("rope_interleave rope_interleaved rotary_interleaved", _NO,
+            "a rotation of neighbouring channels is not supported; here the halves of a head rotate"),
+    **_each("rope_local_base_freq local_rope_theta global_rope_theta swa_rope_theta", _NONE,
+            "a rotary base that differs between layers is not supported"),
+    **_each("rope_ratio rotary_ratio rope_scaling_factor rope_factor", _ONE,
+            "a multiplied rotary base is not supported; write the product as rope_theta"),
+    **_each("use_dynamic_ntk use_logn_attn", _NO, "a scaling by the length of the text is not supported"),
+    **_each("rotary use_rope use_rotary use_rotary_emb use_rotary_embedding use_rotary_position_embeddings",
+            (True, None), "a model without rotary positions is not supported"),
+    **_each("position_embedding_type", ("rope", "rotary", None), "only rotary positions are supported"),
+    **_each("rope_type", ("default", None), "the model has no foreign scaling of its rotary base"),
+    **_each("no_rope_layers no_rope_layer_interval", (None, [], 0), "layers without rotation are not supported"),
+    **_each("alibi use_alibi", _NO, "only rotary positions are supported"),
+    **_each("attention_chunk_size chunk_attention_size", _NONE, "attention within chunks is not supported"),
+    **_each("attn_logit_softcapping final_logit_softcapping attn_logit_softcap final_logit_softcap", _NONE,
+            "capped logits are not supported"),
+    **_each("query_pre_attn_scalar attention_multiplier attention_scale", _NONE,
+            "attention is scaled by the root of the head size here"),
+    **_each("embedding_multiplier residual_multiplier logits_scaling logit_scale scale_emb scale_depth", _ONE,
+            "multipliers under this name are not supported"),
+    **_each("qk_norm use_qk_norm qk_layernorm qk_layer_norm", _NO, "norms of queries and keys are not supported"),
+    **_each("num_experts num_local_experts n_routed_experts moe_num_experts num_moe_experts", (None, 0),
+            "mixtures of experts are not supported"),
+    **_each("kv_lora_rank q_lora_rank", _NONE, "latent attention is not supported"),
+    **_each("pruned_heads", (None, {}), "pruned heads are not supported"),
+    **_each("is_encoder_decoder add_cross_attention", _NO, "only decoders are supported"),
+}  # fmt: skip
+
+GATED: Refused = {
+    **_each("hidden_act activation_function activation", ("silu", "swish", "swiglu", None),
+            "the ffn of this family is gated by silu"),
+    **_each("attention_bias qkv_bias add_qkv_bias use_qkv_bias qkv_has_bias", _NO,
+            "biases of queries, keys and values are not supported"),
+    **_each("rotary_use_xpos", _NO, "xPos is not supported in this family"),
+    **_each("scale_attn_by_inverse_layer_idx", _NO, "attention scaled by the layer's number is not supported"),
+    **_each("use_RMSNorm", (True, None), "the norms of this family are RMSNorm"),
+}  # fmt: skip
+
+# Names that say nothing of the arithmetic: bookkeeping, training, generation settings of old configs, switches of
+# implementations that compute the same.
+_HARMLESS_NAMES = """
+    architectures model_type auto_map torch_dtype dtype transformers_version _name_or_path name_or_path tokenizer_class
+    _attn_implementation _attn_implementation_autoset attn_implementation use_cache is_decoder return_dict
+    output_hidden_states output_attentions torchscript use_bfloat16 tf_legacy_loss chunk_size_feed_forward
+    finetuning_task id2label label2id num_labels problem_type task_specific_params prefix cross_attention_hidden_size
+    tie_encoder_decoder decoder_start_token_id unk_token_id sep_token_id cls_token_id mask_token_id
+    max_length min_length max_new_tokens do_sample early_stopping num_beams num_beam_groups diversity_penalty
+    temperature top_k top_p typical_p repetition_penalty length_penalty no_repeat_ngram_size
+    encoder_no_repeat_ngram_size bad_words_ids num_return_sequences output_scores return_dict_in_generate
+    forced_bos_token_id forced_eos_token_id remove_invalid_values exponential_decay_length_penalty suppress_tokens
+    begin_suppress_tokens summary_activation summary_first_dropout summary_proj_to_labels summary_type summary_use_proj
+    attention_softmax_in_fp32 bias_dropout_fusion masked_softmax_fusion skip_bias_add skip_bias_add_qkv slow_but_exact
+    flash_attn enable_flash_attn use_flash_attn use_flash_attention pretraining_tp offset_alibi logn mup_base_width
+    reorder_and_upcast_attn scale_attn_by_inverse_layer_idx hidden_dropout attention_dropout attn_pdrop embd_pdrop
+    resid_pdrop seed mlp_bias bias training_seqlen base_seqlen rotary_xpos_scale_base max_window_layers
+    use_sliding_window sliding_window layer_types head_dim kv_channels num_key_value_heads original_vocab_size
+"""
+_HARMLESS = frozenset(_HARMLESS_NAMES.split())
+_ROTARY = re.compile(r"(^|_)(rope|rotary|ntk|yarn|xpos)(_|$)", re.IGNORECASE)
+
+
+def check_refused(released: Mapping[str, Any], refused: Refused, where: str) -> None:
+    """UserError for the first key whose value would change the arithmetic."""
+    for name, (harmless, reason) in {**refused, **EVERYWHERE}.items():
+        if released.get(name) not in harmless:
+            raise UserError(f"{where}: {name} is {released[name]!r}; {reason}")
+    kinds = released.get("layer_types")
+    if kinds is not None and (not isinstance(kinds, list) or any(kind != "full_attention" for kind in kinds)):
+        raise UserError(f"{where}: layer_types is {kinds!r}; every layer attends to all that is before, remove the key")
+    # Qwen's configs carry a window that use_sliding_window switches off.
+    if released.get("sliding_window") not in (None, 0) and released.get("use_sliding_window") is not False:
+        raise UserError(f"{where}: sliding_window is {released['sliding_window']!r}; a window is not supported")
+
+
+def check_sizes(released: Mapping[str, Any], hidden_size: int, num_heads: int, kv_heads: int, where: str) -> None:
+    """UserError where a size that follows from the others here is given and is another one."""
+    wanted = {"head_dim kv_channels d_kv v_head_dim qk_head_dim rotary_dim": hidden_size / num_heads}
+    if kv_heads:
+        wanted["num_key_value_heads num_kv_heads n_kv_heads"] = kv_heads
+    for names, size in wanted.items():
+        for name in names.split():
+            found = released.get(name)
+            if found is not None and (isinstance(found, bool) or found != size):
+                says = "hidden_size / heads is" if size == hidden_size / num_heads else "this family has"
+                raise UserError(f"{where}: {name} is {found!r}, but {says} {size:g}, and the format has no other")
+
+
+def unknown_note(released: Mapping[str, Any], known: Iterable[str], where: str) -> list[str]:
+    """A note that names the keys of which nothing here has heard; none without such keys.
+
+    UserError for one that speaks of the rotation, since whatever it says would be another arithmetic; null, false and
+    what is empty say nothing.
+    """
+    heard = {*known, *_HARMLESS, *EVERYWHERE, *THETA_NAMES, *SECTIONS}
+    strange = [name for name in released if name not in heard]
+    for name in strange:
+        if _ROTARY.search(name) and released[name] not in (None, False, "", [], {}):
+            raise UserError(
+                f"{where}: {shown(name)} is {shown(released[name])}; no rotary key of this name is known here, write "
+                "the base as rope_theta, or remove the key if it changes nothing"
+            )
+    if not strange:
+        return []
+    more = f" and {len(strange) - 8} more" if len(strange) > 8 else ""
+    return [f"keys that are not known here and change nothing: {', '.join(map(repr, strange[:8]))}{more}"]

@@ -1,0 +1,106 @@
+"""The safetensors files of a released folder, and which tensor is read from which of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from convert.names import is_derived
+from core.errors import UserError
+from core.files.safetensors import SafetensorsFile, load_json
+
+INDEX = "model.safetensors.index.json"
+# weights.safetensors is the name of the golden model folders.
+_SINGLE = ("model.safetensors", "weights.safetensors")
+
+
+@dataclass
+class Shards:
+    """``indexed``: whether there is an index; ``files``: file name -> open file; ``home``: tensor -> file name, without
+    what is passed over; ``notes`` on that."""
+
+    indexed: bool
+    files: dict[str, SafetensorsFile]
+    home: dict[str, str]
+    notes: list[str] = field(default_factory=list)
+
+    def tensors(self, file: str) -> list[str]:
+        """The tensors that are read from a file, in its order."""
+        return [name for name in self.files[file].tensors if self.home.get(name) == file]
+
+
+def open_shards(folder: Path) -> Shards:
+    """Open the one file, or those that the index names.
+
+    The index decides where a tensor is read: a copy of it in another file is passed over. Buffers that released code
+    computes from the config are passed over as well. UserError for a missing file or tensor, and for a tensor that the
+    index does not know.
+    """
+    shards = _indexed(folder) if (folder / INDEX).is_file() else _single(folder)
+    derived = [name for name, file in shards.home.items() if is_derived(name, shards.files[file].tensors[name].shape)]
+    for name in derived:
+        del shards.home[name]
+    if derived:
+        shards.notes.append(f"buffers that follow from the config are not read: {_listed(derived)}")
+    others = sorted(path.name for path in folder.glob("*.safetensors") if path.name not in shards.files)
+    if others:
+        which = f"that {INDEX} does not name" if shards.indexed else f"beside {next(iter(shards.files))}"
+        shards.notes.append(f"files {which} are not read: {_listed(others)}")
+    return shards
+
+
+def plain_name(name: str, where: str) -> str:
+    """A file name without a path. Only the name is judged: files of a hub cache are links that rightly lead away."""
+    if name in ("", ".", "..") or any(mark in name for mark in "/\\\0"):
+        raise UserError(f"{where}: file {name!r} points outside the folder; only plain file names are read")
+    return name
+
+
+def _single(folder: Path) -> Shards:
+    for name in _SINGLE:
+        if (folder / name).is_file():
+            file = SafetensorsFile(folder / name)
+            return Shards(False, {name: file}, dict.fromkeys(file.tensors, name))
+    pickled = [p.name for s in ("*.bin", "*.pt", "*.pth", "*.ckpt") for p in sorted(folder.glob(s))]
+    if pickled:
+        raise UserError(
+            f"{folder / pickled[0]}: pickled weights are not read (they can run code); convert them to safetensors "
+            "with the tools of whoever released them"
+        )
+    raise UserError(f"{folder}: holds neither model.safetensors nor {INDEX}")
+
+
+def _indexed(folder: Path) -> Shards:
+    where = folder / INDEX
+    weight_map = load_json(where, "a checkpoint index").get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(f, str) for f in weight_map.values()):
+        raise UserError(f"{where}: damaged, weight_map must say which file holds each tensor")
+    files = {}
+    for name in sorted(set(weight_map.values())):
+        if not (folder / plain_name(name, str(where))).is_file():
+            raise UserError(f"{folder / name}: missing; {where.name} says it holds part of the model")
+        files[name] = SafetensorsFile(folder / name)
+    home = {}
+    for tensor, name in weight_map.items():
+        if tensor in files[name].tensors:
+            home[tensor] = name
+        elif not is_derived(tensor):
+            raise UserError(f"{folder / name}: lacks tensor '{tensor}', which {where.name} says it holds")
+    copies = []
+    for name, file in files.items():
+        for tensor, info in file.tensors.items():
+            if tensor not in home and is_derived(tensor, info.shape):
+                home[tensor] = name
+            elif tensor not in home:
+                raise UserError(f"{folder / name}: holds tensor '{tensor}', which {where.name} does not place there")
+            elif home[tensor] != name:
+                copies.append(f"{tensor} in {name}")
+    shards = Shards(True, files, home)
+    if copies:
+        shards.notes.append(f"copies of tensors that {where.name} places elsewhere are not read: {_listed(copies)}")
+    return shards
+
+
+def _listed(names: Sequence[str]) -> str:
+    return names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"

@@ -1,0 +1,261 @@
+"""The files with which transformers, vLLM and llama.cpp read a SentencePiece tokenizer and the chat layout.
+
+tokenizer.model is the truth; tokenizer.json says the same to the tokenizers library, which transformers and vLLM use,
+so that no code need be run. Tokenizers that cannot be said so exactly go without.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from convert.mindformers.protobuf import fields
+from core.data.chat_template import DEFAULT_SYSTEM
+from core.data.control import ALIASES, BOT, END, USER
+from core.errors import UserError
+from core.model.config import ModelConfig
+
+SPACE = "\N{LOWER ONE EIGHTH BLOCK}"  # what SentencePiece writes for a space
+_CALLED = {piece: name for name, piece in ALIASES.items()}
+# Of sentencepiece_model.proto: ModelProto, SentencePiece, TrainerSpec, NormalizerSpec.
+_PIECES, _TRAINER, _NORMALIZER = 1, 2, 3
+_TYPE, _USER_DEFINED = 3, 4
+_MODEL_TYPE, _BPE, _SPACE_AS_SUFFIX, _BYTE_FALLBACK = 3, 2, 24, 35
+_NAME, _CHARACTER_MAP, _DUMMY_PREFIX, _EXTRA_SPACES, _ESCAPED_SPACES = 1, 2, 3, 4, 5
+_FLAGS = {"lstrip": False, "normalized": False, "rstrip": False, "single_word": False, "special": True}
+
+# The layout of core.data.chat_template, for those who render it from a template. {%- and -%} eat the lines' ends.
+CHAT_TEMPLATE = """\
+{%- set told = messages[0]['role'] == 'system' -%}
+{{- '<_system>' + (messages[0]['content'] if told else SYSTEM) -}}
+{%- if tools -%}
+{{- '\\n\\n# 可用工具\\n你可以调用<tools></tools>标签中包含的一个或多个工具来辅助你回答问题,' -}}
+{{- '以下是可用工具详情：\\n<tools>\\n' -}}
+{%- for tool in tools -%}{{- tool | tojson -}}{{- '\\n' -}}{%- endfor -%}
+{{- '</tools>\\n\\n# 调用方法\\n你需要遵循工具的要求，使用json格式返回工具名称及参数，并用' -}}
+{{- '<tool_call></tool_call>包含。下方是一个调用模板：\\n<tool_call>\\n' -}}
+{{- '{"name": <function-name>, "arguments": <args-json-object>}\\n</tool_call>\\n' -}}
+{%- endif -%}
+{{- '\\n' -}}
+{%- for message in messages -%}
+{%- if message['role'] == 'user' -%}
+{{- '<_user>' + message['content'] -}}
+{%- elif message['role'] in ('assistant', 'bot') -%}
+{{- '<_bot>' + (message['content'] or '') -}}
+{%- for call in message['tool_calls'] or () -%}
+{%- set call = call['function'] or call -%}
+{{- ('' if loop.first else '\\n') + '<tool_call>\\n{"name": "' + call['name'] + '", "arguments": ' -}}
+{%- set given = call['arguments'] -%}
+{{- (given if given is string else given | tojson) + '}\\n</tool_call>' -}}
+{%- endfor -%}
+{{- '<_end>\\n' -}}
+{%- elif message['role'] == 'tool' -%}
+{{- '\\n' if not loop.first and loop.previtem['role'] == 'tool' else '<_user>' -}}
+{{- '<tool_response>\\n' + message['content'] + '\\n</tool_response>' -}}
+{%- endif -%}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{- '<_bot>' -}}{%- endif -%}
+""".replace("SYSTEM", json.dumps(DEFAULT_SYSTEM, ensure_ascii=False))
+
+
+def write_tokenizer_files(folder: Path, config: ModelConfig) -> None:
+    """For the tokenizer.model in ``folder``: tokenizer_config.json, and tokenizer.json where it can be said exactly.
+
+    UserError if the file is no tokenizer or has more pieces than the model's vocabulary.
+    """
+    pieces = load_pieces(folder / "tokenizer.model", config)
+    exact = tokenizer_json(pieces)
+    if exact is not None:
+        (folder / "tokenizer.json").write_text(json.dumps(exact, ensure_ascii=False) + "\n", encoding="utf-8")
+    described = describe_tokenizer(pieces, config, exact is not None)
+    text = json.dumps(described, indent=2, ensure_ascii=False) + "\n"
+    (folder / "tokenizer_config.json").write_text(text, encoding="utf-8")
+
+
+def describe_tokenizer(pieces: Any, config: ModelConfig, exact: bool) -> dict[str, Any]:
+    """tokenizer_config.json of a SentencePieceProcessor.
+
+    ``exact``: a tokenizer.json lies beside it. Else transformers' slow LlamaTokenizer, its plain SentencePiece
+    tokenizer up to 4.57, is named; a fast form made from tokenizer.model by transformers gives other ids.
+    """
+    special = {i: token_name(pieces, i) for i in range(pieces.get_piece_size()) if _is_special(pieces, i)}
+    how: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast"}
+    if not exact:
+        how = {"tokenizer_class": "LlamaTokenizer", "use_fast": False, "legacy": True}
+        how |= {"add_bos_token": False, "add_eos_token": False}
+    talks = {USER, BOT, END} <= set(special.values())
+    return {
+        **how,
+        "clean_up_tokenization_spaces": False,
+        "added_tokens_decoder": {str(i): {"content": name, **_FLAGS} for i, name in special.items()},
+        **{
+            token: pieces.id_to_piece(getattr(config, f"{token}_id"))
+            for token in ("bos_token", "eos_token", "pad_token")
+        },
+        "unk_token": pieces.id_to_piece(pieces.unk_id()),
+        "model_max_length": config.max_seqlen,
+        **({"chat_template": CHAT_TEMPLATE} if talks else {}),
+    }
+
+
+def tokenizer_json(pieces: Any) -> dict[str, Any] | None:
+    """The tokenizers library's form of a SentencePieceProcessor, giving the same ids; None if there is no such form.
+
+    There is one for byte-pair tokenizers that leave the text as it is but for the space in front (TeleChat2's, and
+    those that ``tele tokenize train`` makes). Where it differs: a control token written in text becomes that token, and
+    the text behind it begins with a space mark once more; a text that is nothing but one placeholder, such as
+    TeleChat2's <reserve1>, has no space mark in front.
+
+    There is no pre-tokenizer: SentencePiece applies split_digits and its other splits to training text alone, where
+    they decide which pieces exist. A pre-tokenizer would split before numerals inside pieces, such as U+2460.
+    """
+    trained, normal, defined = _specs(pieces)
+    if trained.get(_MODEL_TYPE) != _BPE or trained.get(_SPACE_AS_SUFFIX) or not _leaves_text(normal):
+        return None
+    if not _ranked_apart(pieces, defined):
+        return None
+    merges, unmade = _merges(pieces, defined)
+    names = [token_name(pieces, i) for i in range(pieces.get_piece_size())]
+    added = {i: _FLAGS for i in range(len(names)) if _is_special(pieces, i)}
+    # Matched in normalized text, so that the text behind a placeholder is not normalized (prefixed) again.
+    added |= {i: {**_FLAGS, "special": False, "normalized": True} for i in unmade}
+    space = {"String": " "}
+    return {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": [{"id": i, "content": names[i], **added[i]} for i in sorted(added)],
+        "normalizer": {
+            "type": "Sequence",
+            "normalizers": [
+                _prefix([names[i] for i in unmade]),
+                {"type": "Replace", "pattern": space, "content": SPACE},
+            ],
+        },
+        "pre_tokenizer": None,
+        "post_processor": None,
+        "decoder": {
+            "type": "Sequence",
+            "decoders": [
+                {"type": "Replace", "pattern": {"String": SPACE}, "content": " "},
+                {"type": "ByteFallback"},
+                {"type": "Fuse"},
+                {"type": "Strip", "content": " ", "start": 1, "stop": 0},
+            ],
+        },
+        "model": {
+            "type": "BPE",
+            "dropout": None,
+            "unk_token": names[pieces.unk_id()],
+            "continuing_subword_prefix": None,
+            "end_of_word_suffix": None,
+            "fuse_unk": True,
+            "byte_fallback": bool(trained.get(_BYTE_FALLBACK)),
+            "ignore_merges": False,
+            "vocab": {name: i for i, name in enumerate(names)},
+            "merges": merges,
+        },
+    }
+
+
+def _prefix(placeholders: list[str]) -> dict[str, Any]:
+    """The normalizer that writes a space mark in front of a text.
+
+    The library normalizes the names of placeholders as well, and these must stay what they are to be found anywhere.
+    """
+    if not placeholders:
+        return {"type": "Prepend", "prepend": SPACE}
+    alone = f"\\A(?!(?:{'|'.join(map(re.escape, placeholders))})?\\z)"
+    return {"type": "Replace", "pattern": {"Regex": alone}, "content": SPACE}
+
+
+def _leaves_text(normal: dict[int, Any]) -> bool:
+    """Whether a NormalizerSpec only marks spaces and adds the one in front."""
+    marks = normal.get(_DUMMY_PREFIX, 1) and normal.get(_ESCAPED_SPACES, 1) and not normal.get(_EXTRA_SPACES, 1)
+    return bool(marks) and normal.get(_NAME) == b"identity" and not normal.get(_CHARACTER_MAP)
+
+
+def _ranked_apart(pieces: Any, defined: set[int]) -> bool:
+    """Whether scores order the merges: none is shared, and no piece is of a kind that merging alone does not explain.
+
+    SentencePiece merges the leftmost of pairs whose scores are equal; a table of merges has to put one pair first.
+    """
+    scores = set()
+    for i in range(pieces.get_piece_size()):
+        if pieces.is_unused(i):  # split into its parts again
+            return False
+        made = not _is_special(pieces, i) and not pieces.is_byte(i) and i not in defined
+        if made and len(pieces.id_to_piece(i)) > 1:
+            if pieces.get_score(i) in scores:
+                return False
+            scores.add(pieces.get_score(i))
+    return True
+
+
+def token_name(pieces: Any, i: int) -> str:
+    """The text of a token. Tool tokens are called as in the later releases, also where the file has other names."""
+    piece: str = pieces.id_to_piece(i)
+    return _CALLED.get(piece, piece)
+
+
+def _merges(pieces: Any, defined: set[int]) -> tuple[list[list[str]], list[int]]:
+    """Pairs of pieces that make a piece, the likeliest piece first; and user-defined ones that no pair makes.
+
+    User-defined pieces are found before all others, and no other piece has one in it. The longest wins, so of those
+    that are made of others ("____" of "__") long ones come first, once there is something to make them of.
+    """
+    count = pieces.get_piece_size()
+    ids = {pieces.id_to_piece(i): i for i in range(count) if not _is_special(pieces, i) and not pieces.is_byte(i)}
+    ranked: list[tuple[tuple[float, ...], str, str]] = []
+    unmade = []
+    for piece, i in ids.items():
+        pairs = [(piece[:k], piece[k:]) for k in range(1, len(piece))]
+        pairs = [(left, right) for left, right in pairs if left in ids and right in ids]
+        if i in defined:
+            rank = (0.0, -count if len(piece) == 2 else -len(piece))
+            unmade += [i] if len(piece) > 1 and not pairs else []
+        else:
+            rank = (1.0, -pieces.get_score(i))
+        ranked += [((*rank, i, ids[left], ids[right]), left, right) for left, right in pairs]
+    return [[left, right] for _, left, right in sorted(ranked)], unmade
+
+
+def _specs(pieces: Any) -> tuple[dict[int, Any], dict[int, Any], set[int]]:
+    """TrainerSpec and NormalizerSpec by field number, and the ids of user-defined pieces."""
+    specs: dict[int, dict[int, Any]] = {_TRAINER: {}, _NORMALIZER: {}}
+    defined, i = set(), 0
+    for number, value in fields(pieces.serialized_model_proto()):
+        if number in specs and isinstance(value, bytes):
+            specs[number] = dict(fields(value))
+        elif number == _PIECES and isinstance(value, bytes):
+            if dict(fields(value)).get(_TYPE) == _USER_DEFINED:
+                defined.add(i)
+            i += 1
+    return specs[_TRAINER], specs[_NORMALIZER], defined
+
+
+def _is_special(pieces: Any, i: int) -> bool:
+    return bool(pieces.is_control(i) or pieces.is_unknown(i))
+
+
+def load_pieces(path: Path, config: ModelConfig) -> Any:
+    """A tokenizer.model as a SentencePieceProcessor; UserError if it is none or larger than the vocabulary."""
+    import sentencepiece
+
+    try:
+        if not path.stat().st_size:
+            raise RuntimeError  # the library takes an empty file for a model without pieces
+        pieces = sentencepiece.SentencePieceProcessor(model_file=str(path))
+        pieces.id_to_piece(list(range(pieces.get_piece_size())))  # a damaged piece is found out here
+    except (OSError, RuntimeError, UnicodeDecodeError):
+        raise UserError(
+            f"{path.name}: is no SentencePiece model; give the tokenizer.model of the training run"
+        ) from None
+    if pieces.get_piece_size() > config.num_tokens:
+        raise UserError(
+            f"{path.name}: has {pieces.get_piece_size()} pieces, the model's vocab_size is {config.num_tokens}; "
+            "give the tokenizer the model was trained with"
+        )
+    return pieces

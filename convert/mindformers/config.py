@@ -1,0 +1,124 @@
+"""MindFormers' ``model_config`` (a section of its YAML) <-> ModelConfig: TeleChat2 and TeleChat-52B.
+
+Its checkpoints say nothing of the model they belong to; the number of heads cannot be read from the weights.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from convert.hf.config import read_config
+from convert.hf.config_keys import Key, defaulted, read_keys, take, token_ids
+from convert.hf.config_refused import check_refused
+from convert.hf.config_rotary import read_theta
+from convert.places import NTK_THETA_LENGTH, require_place
+from core.errors import UserError
+from core.files.safetensors import load_json
+from core.model.config import ModelConfig
+from core.schema import from_mapping, load_yaml
+
+# Defaults are those of research/telechat2/telechat_config.py.
+_KEYS = (
+    Key("vocab_size", ("vocab_size",), int),
+    Key("hidden_size", ("hidden_size",), int),
+    Key("ffn_hidden_size", ("intermediate_size",), int),
+    Key("num_layers", ("num_layers",), int),
+    Key("num_heads", ("num_heads",), int),
+    Key("num_kv_heads", ("n_kv_heads",), int, "num_heads"),
+    Key("norm_eps", ("rms_norm_eps",), float),
+    Key("max_seqlen", ("seq_length", "max_position_embedding"), int),
+    Key("training_seqlen", ("pretrain_seqlen",), int, "max_seqlen", quiet=True),
+    Key("base_seqlen", ("base_seqlen",), int, "training_seqlen", quiet=True),
+    Key("init_std", ("sigma",), float, 0.0048, quiet=True),
+)
+_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
+_OUTPUT = Key("logit_mult", ("output_mult",), float)
+_WIDTHS = Key("logit_mult", ("mup_scale_factor",), float)
+_FIXED: dict[str, dict[str, Any]] = {
+    "telechat2": {},
+    "flm": {"biases": "none", "position": "ntk-theta"},
+}
+_REFUSED = {
+    "qkv_has_bias": ((False, None), "biases of queries, keys and values are not supported"),
+    "tie_word_embeddings": ((False, None), "a head tied to the embedding is not supported"),
+    "quant": (("", None), "quantised weights are not supported"),
+    "extend_method": (
+        ("None", "DYNAMIC_NTK", None),
+        "only None and DYNAMIC_NTK are TeleChat2's; set theta to the base that the model was trained with",
+    ),
+    "hidden_act": (("silu", "swiglu", None), "the ffn of these models is gated by silu"),
+    "moe_config": ((None,), "mixtures of experts are not supported"),
+}
+
+
+def read_model_file(path: Path) -> tuple[ModelConfig, list[str]]:
+    """A model from a release's config.json (.json) or MindFormers' YAML (.yaml), and notes on what was assumed."""
+    if path.suffix == ".json":
+        return read_config(load_json(path, "a model's config"), str(path))
+    if path.suffix not in (".yaml", ".yml"):
+        raise UserError(f"{path}: is neither a config.json nor a MindFormers .yaml")
+    tree = load_yaml(path)
+    model = tree.get("model") if isinstance(tree, dict) else None
+    section = model.get("model_config") if isinstance(model, dict) else None
+    if not isinstance(section, dict):
+        raise UserError(
+            f"{path}: has no section model.model_config; give the .yaml that MindFormers runs the model with"
+        )
+    return read_model_section(section, str(path))
+
+
+def read_model_section(section: dict[str, Any], where: str) -> tuple[ModelConfig, list[str]]:
+    """ModelConfig from ``model.model_config``; UserError starting with ``where`` for what this decoder does not do."""
+    family = "flm" if section.get("use_mup") or section.get("net_name") == "telechat_52b" else "telechat2"
+    check_refused(section, _REFUSED, where)
+    biased = family == "telechat2"
+    for name in ("wo_has_bias", "out_proj_has_bias"):
+        if section.get(name) not in (biased, None):
+            raise UserError(f"{where}: {name} is {section[name]!r}; a model of family {family} has it {biased}")
+    found, notes = read_keys(section, _KEYS, where)
+    values: dict[str, Any] = {"family": family, **_FIXED[family], **found}
+    theta = read_theta(section, values.get("position", "ntk"), where)
+    if theta is None:
+        theta = 10000.0
+        notes.append(defaulted("theta", theta))
+    values["rope_theta"] = theta
+    tokens, said = token_ids(section, where, pad_default=0)
+    values |= tokens
+    notes += said
+    if family == "telechat2":
+        # MindFormers' training scales nothing with the length, so its YAML need not say where that begins.
+        base, trained = values["base_seqlen"], values["training_seqlen"]
+        notes.insert(
+            0,
+            f"{where}: the rotary base is taken to grow beyond {base} tokens and attention beyond {trained} "
+            "(base_seqlen, pretrain_seqlen or seq_length); the release's config.json says it for certain",
+        )
+    if family == "flm":
+        values |= {"training_seqlen": NTK_THETA_LENGTH, "base_seqlen": NTK_THETA_LENGTH}
+        parts = [take(section, key, where) for key in (_OUTPUT, _WIDTHS)]
+        if None in parts:
+            raise UserError(f"{where}: output_mult or mup_scale_factor is missing; logits are multiplied by them")
+        values["logit_mult"] = parts[0] / parts[1]
+    try:
+        return from_mapping(ModelConfig, values, "model"), notes
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from None
+
+
+def model_yaml(config: ModelConfig, form: str) -> str:
+    """The text of a YAML with the ``model.model_config`` that goes with a checkpoint in a form (plain, qkv_concat)."""
+    require_place(config, form)
+    section: dict[str, Any] = {"type": "TelechatConfig"}
+    section |= {key.names[0]: getattr(config, key.field) for key in _KEYS}
+    # The further tokens that end generation are in model.json beside it: MindFormers' config has one.
+    section |= {"theta": config.rope_theta, **{name: getattr(config, name) for name in _TOKENS}}
+    if config.family == "flm":
+        section |= {"net_name": "telechat_52b", "use_mup": True, "output_mult": config.logit_mult}
+        section |= {"mup_scale_factor": 1.0, "wo_has_bias": False}
+    else:
+        section |= {"wo_has_bias": True, "out_proj_has_bias": True, "qkv_concat": form == "qkv_concat"}
+    said = "# What belongs under model.model_config in the YAML that MindFormers runs this checkpoint with.\n"
+    return said + yaml.safe_dump({"model": {"model_config": section}}, sort_keys=False)

@@ -1,0 +1,160 @@
+"""``tele bench decode``: tokens one by one, for a single sequence and for several that share every step.
+
+Contestants are the engine on each backend and, where the transformers library is installed, Hugging Face's ``generate``
+with its cache, on a model of the same shapes in PyTorch (kernels/bench/hf.py). They work in turns, as in ``tele bench
+step``. The limit of a step is the bytes that it cannot but read, every weight matrix once and the keys and values of
+each sequence, at the bandwidth that was measured in the same process beside it.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import statistics
+from contextlib import ExitStack
+from typing import Any
+
+from core import backends
+from core.bench.step import facts, machine
+from core.bench.worker import Worker, bench_config, paired_ratios, spread
+from core.model.config import ModelConfig
+from core.model.params import parameter_table
+from core.model.precision import PRECISION
+from core.model.quantize import LINEAR
+
+HF = "hf"
+TITLES = {**backends.TITLES, HF: "Hugging Face generate"}
+_MODULE, _HF_MODULE = "kernels.bench.decode", "kernels.bench.hf"
+_BYTES = {"float32": 4, "float64": 8, "bfloat16": 2, "float16": 2}
+
+Turns = dict[tuple[str, int], list[dict[str, Any]]]
+
+
+def contestants(names: list[str]) -> tuple[list[str], list[str]]:
+    """``names``, with Hugging Face's where it can be measured, and what is to be said of one that cannot."""
+    if importlib.util.find_spec("transformers") is not None:
+        return [*names, HF], []
+    return names, [f"{TITLES[HF]}: not measured (transformers is not installed here)."]
+
+
+def measure_decode(
+    options: dict[str, Any], names: list[str], rows: list[int], prompt: int, steps: int, block: int
+) -> dict[str, Any]:
+    """``steps`` steps for each contestant and number of sequences in ``rows``, ``block`` a turn, after prompts of
+    ``prompt`` tokens and one uncounted turn each."""
+    names, notes = contestants(names)
+    options = {**options, "rows": max(rows), "length": prompt + block}
+    turns: Turns = {(name, count): [] for name in names for count in rows}
+    with ExitStack() as stack:
+        modules = {name: _HF_MODULE if name == HF else _MODULE for name in names}
+        workers = {name: stack.enter_context(Worker(name, options, module=modules[name])) for name in names}
+        made = {name: worker.implementation for name, worker in workers.items()}
+        for number in range(-1, -(-steps // block)):
+            for name in names if number % 2 == 0 else reversed(names):
+                for count in rows:
+                    left = block if number < 0 else min(block, steps - number * block)
+                    answer = workers[name].ask({"rows": count, "prompt": prompt, "steps": left})
+                    if number >= 0:
+                        turns[name, count].append(answer)
+    config = bench_config(options).model
+    # The machine's, not a framework's: what the one that reads fastest got.
+    read = max(statistics.median(turn["read"] for turn in blocks) for blocks in turns.values())
+    table = []
+    for (name, count), blocks in turns.items():
+        table.append(
+            {
+                "contestant": name,
+                "rows": count,
+                **summarise(
+                    blocks,
+                    least_bytes(config, options["precision"], count, prompt + block // 2, _held(options, name)),
+                    read,
+                ),
+                "ratios": {
+                    "hf": _ratio(turns, (HF, count), (name, count)) if HF in names and name != HF else None,
+                    "one": _ratio(turns, (name, rows[0]), (name, count)) if count != rows[0] else None,
+                },
+            }
+        )
+    return {
+        **facts(options),
+        "prompt": prompt,
+        "notes": notes,
+        "implementations": made,
+        "read_bytes_per_s": read,
+        "rows": table,
+    }
+
+
+def _ratio(turns: Turns, first: tuple[str, int], second: tuple[str, int]) -> dict[str, float]:
+    """Tokens a second of ``second`` over those of ``first``, turn by turn."""
+    pairs = paired_ratios(*([turn["seconds"] for turn in turns[key]] for key in (first, second)))
+    return spread([ratio * second[1] / first[1] for ratio in pairs])
+
+
+def summarise(turns: list[dict[str, Any]], least: int, read: float) -> dict[str, Any]:
+    """Numbers of one contestant: a turn is {"seconds": [...] of steps, "engine": [...] of them outside the
+    model}; ``least`` bytes are read in a step, ``read`` could be in a second."""
+    seconds = [s for turn in turns for s in turn["seconds"]]
+    step = spread(seconds)
+    found = {**step, "bytes": least, "share": least / read / step["median"]}
+    if "engine" in turns[0]:
+        pairs = [(e, s) for turn in turns for e, s in zip(turn["engine"], turn["seconds"], strict=True)]
+        found["engine_share"] = statistics.median(e / s for e, s in pairs)
+    return found
+
+
+def _held(options: dict[str, Any], name: str) -> str:
+    return "none" if name == HF else options.get("quantize", "none")
+
+
+def least_bytes(config: ModelConfig, precision: str, rows: int, length: int, quantize: str = "none") -> int:
+    """What a step must read: all weights but the embedding, of which it reads a row for each of ``rows`` sequences,
+    and the keys and values of ``length`` positions of each."""
+    names = PRECISION[precision]
+    weights = 0
+    for name, spec in parameter_table(config).items():
+        if quantize == "int8" and spec.kind in LINEAR:
+            weights += spec.size + 4 * spec.shape[0]
+        elif name != "embed.weight" or config.tied_embeddings:
+            weights += spec.size * _BYTES[names.weight]
+    cache = 2 * config.num_layers * config.num_kv_heads * config.head_dim * length
+    return weights + rows * cache * _BYTES[names.compute]
+
+
+def decode_to_markdown(result: dict[str, Any]) -> str:
+    """A contestant and number of sequences a row."""
+    options = result["options"]
+    weights = ", the backends' weights in int8" if options.get("quantize") == "int8" else ""
+    lines = [
+        f"`{options['model']}` ({result['parameters']:,} parameters), {options['precision']}{weights}, greedy, after "
+        f"prompts of {result['prompt']} tokens; {machine(result)}; contestants in turns, all warm.",
+        "",
+        "| contestant | sequences | a step, median | middle 80 % | tokens/s | times Hugging Face's | times one "
+        "| of the reading limit | outside the model |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for row in result["rows"]:
+        hf, one = row["ratios"]["hf"], row["ratios"]["one"]
+        cells = [
+            TITLES[row["contestant"]],
+            row["rows"],
+            f"{row['median'] * 1e3:.2f} ms",
+            f"{row['low'] * 1e3:.2f} to {row['high'] * 1e3:.2f} ms",
+            f"{row['rows'] / row['median']:.1f}",
+            "-" if hf is None else f"{hf['median']:.2f} ({hf['low']:.2f} to {hf['high']:.2f})",
+            "-" if one is None else f"{one['median']:.2f}",
+            f"{100 * row['share']:.0f} %",
+            f"{100 * row['engine_share']:.1f} %" if "engine_share" in row else "-",
+        ]
+        lines.append(f"| {' | '.join(map(str, cells))} |")
+    return "\n".join(
+        [
+            *lines,
+            "",
+            "`times`: tokens a second over those of the other, or of one sequence, turn by turn (range of the middle "
+            "80 %). `of the reading limit`: the bytes of weights, keys and values that a step reads, at the bandwidth "
+            f"measured beside it ({result['read_bytes_per_s'] / 1e9:.1f} GB/s), over the step. `outside the model`: "
+            "scheduling, sampling and events.",
+            *result["notes"],
+        ]
+    )

@@ -1,0 +1,138 @@
+"""How fast a checkpoint grows, against the disk: `tele grow` and plain writing of as many bytes, in turns."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import re
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from core.checkpoint.read import write_checkpoint
+from core.config import DataConfig, OptimConfig, RunConfig, TrainConfig
+from core.model.config import ModelConfig, load_model_config
+from core.model.params import count_parameters, parameter_table
+
+# 2 GB with m and v, which grows to about twice as much.
+SOURCE: dict[str, Any] = {
+    "preset": "telechat2-mini",
+    "hidden_size": 1024,
+    "num_heads": 16,
+    "num_kv_heads": 4,
+    "ffn_hidden_size": 3072,
+    "num_layers": 13,
+    "vocab_size": 4096,
+}
+TARGET = ("hidden_size=1280", "num_heads=20", "num_kv_heads=5", "ffn_hidden_size=4096", "num_layers=16")
+BLOCK = 4 << 20
+_COMMAND = """\
+import sys
+from pathlib import Path
+from core.cli import main
+
+code = main(sys.argv[1:])
+print(Path("/proc/self/status").read_text())
+sys.exit(code)
+"""
+
+
+def measure_growth(rounds: int) -> dict[str, Any]:
+    """Seconds of ``tele grow`` in a process of its own, with its peak memory, and of writing the grown checkpoint's
+    bytes to the same disk and syncing them, in turns; medians and the ratio of each round."""
+    config = load_model_config(SOURCE)
+    with tempfile.TemporaryDirectory(prefix="tele-bench-grow-", dir=Path.cwd()) as folder:
+        source, target = Path(folder) / "source", Path(folder) / "target"
+        _write_source(source, config)
+        size, grow, plain, peaks = 0, [], [], []
+        # Each contestant comes after as many bytes were written and removed: the kernel has memory for its cache at
+        # hand, and in a virtual machine its host does. The first round would lack that.
+        _write(Path(folder) / "plain", 2 * 12 * count_parameters(config))
+        for _ in range(rounds):
+            seconds, peak = _grow(source, target)
+            size = sum(path.stat().st_size for path in target.rglob("*") if path.is_file())
+            subprocess.run(["rm", "-rf", str(target)], check=True)
+            grow.append(seconds)
+            peaks.append(peak)
+            plain.append(_write(Path(folder) / "plain", size))
+    ratios = [disk / seconds for disk, seconds in zip(plain, grow, strict=True)]
+    return {
+        "parameters": count_parameters(config),
+        "source_bytes": 12 * count_parameters(config),
+        "grown_bytes": size,
+        "rounds": rounds,
+        "grow_s": statistics.median(grow),
+        "disk_s": statistics.median(plain),
+        "share_of_disk": statistics.median(ratios),
+        "shares": ratios,
+        "peak_bytes": max(peaks),
+    }
+
+
+def growth_to_markdown(result: dict[str, Any]) -> str:
+    """The measurement for people."""
+    shares = ", ".join(f"{share:.0%}" for share in result["shares"])
+    return (
+        f"`tele grow`, {result['source_bytes'] / 1e9:.1f} GB to {result['grown_bytes'] / 1e9:.1f} GB "
+        f"({result['parameters']:,} parameters, m and v), {result['rounds']} rounds in turns:\n\n"
+        f"| | seconds | written |\n|---|---|---|\n"
+        f"| tele grow | {result['grow_s']:.1f} | {result['grown_bytes'] / result['grow_s'] / 1e6:.0f} MB/s |\n"
+        f"| writing as many bytes and syncing them | {result['disk_s']:.1f} | "
+        f"{result['grown_bytes'] / result['disk_s'] / 1e6:.0f} MB/s |\n\n"
+        f"Share of the disk's rate: {result['share_of_disk']:.0%} (rounds: {shares}); growing also reads, checks and "
+        f"hashes the source. Peak memory {result['peak_bytes'] / 2**20:.0f} MiB."
+    )
+
+
+def _write_source(folder: Path, config: ModelConfig) -> None:
+    random = np.random.default_rng(0)
+
+    def tensors(prefix: str) -> Iterator[tuple[str, np.ndarray]]:
+        for name, spec in parameter_table(config).items():
+            yield prefix + name, random.random(spec.shape, np.float32) - 0.5
+
+    run = RunConfig(
+        model=config,
+        data=DataConfig(sources=[], seq_len=2),
+        train=TrainConfig(steps=2, global_batch=1, micro_batch=1),
+        optim=OptimConfig(lr=1e-3),
+    )
+    write_checkpoint(
+        folder,
+        1,
+        model={"config": config.to_dict()},
+        weights=tensors(""),
+        optimizer=itertools.chain(tensors("m."), tensors("v.")),
+        trainer={"step": 1, "optimizer_steps": 1, "config": run.to_dict()},
+    )
+
+
+def _grow(source: Path, target: Path) -> tuple[float, int]:
+    """Seconds and peak bytes of the command, by its own account: what wait4 tells of a child that was forked begins
+    with its parent's peak."""
+    command = [sys.executable, "-c", _COMMAND, "grow", str(source), str(target), "--set", *TARGET]
+    started = time.perf_counter()
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    seconds = time.perf_counter() - started
+    (peak,) = re.findall(r"^VmHWM:\s*(\d+) kB$", done.stdout, re.MULTILINE)
+    return seconds, int(peak) * 1024
+
+
+def _write(path: Path, size: int) -> float:
+    """Seconds to write and sync ``size`` bytes that do not compress, and remove them."""
+    block = np.random.default_rng(1).bytes(BLOCK)
+    started = time.perf_counter()
+    with open(path, "wb", buffering=0) as file:
+        for _ in range(size // BLOCK):
+            file.write(block)
+        os.fsync(file.fileno())
+    seconds = time.perf_counter() - started
+    path.unlink()
+    return seconds

@@ -1,0 +1,360 @@
+"""``tele bench parallel``: what one rank measures of several layouts, and what all ranks' measurements say together.
+
+    core/bench/parallel.py BACKEND FOLDER       (a rank, under msrun or torchrun)
+
+A rank reads FOLDER/plan.json, builds its part of every layout, works through them in turns, and writes
+FOLDER/rank_<rank>.json. Rank 0 keeps a process of its own beside them, a single-process trainer that takes its turn in
+every round while the ranks wait: each layout is compared with it within the same minute.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import statistics
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from core import backends
+from core.bench.worker import Worker, bench_config, paired_ratios, random_batch, timed_steps
+from core.config import RunConfig
+from core.launch.command import PLACES
+from core.launch.worker import run_script
+from core.model.config import ModelConfig
+from core.parallel.layout import Layout, parse_layout
+from core.parallel.schedule import bubble, bubble_formula
+from core.parallel.sequence import split_batch, visible_pairs
+from core.parallel.sharding import Shard, chunk_table, kv_copies, plan_buckets
+from core.parallel.traffic import Traffic, Widths, expected_traffic, wire_bytes
+from core.train.recipe import tells_classes_apart
+
+HOST = ("agree", "barrier")  # a few numbers for the host; core.parallel.traffic leaves them out
+Span = tuple[float, float, float]  # start and end of a pipeline's run, seconds of it spent waiting for other stages
+
+
+def plan_path(folder: Path) -> Path:
+    return folder / "plan.json"
+
+
+def rank_path(folder: Path, rank: int) -> Path:
+    return folder / f"rank_{rank}.json"
+
+
+@dataclass
+class Record:
+    """What one rank saw of one layout. ``seconds`` of each step, a list a turn; ``spans`` of each step's pipeline run,
+    and ``forwards`` of runs without a backward; ``sent`` in one step: (operation, group, calls, bytes);
+    ``states``: bytes of masters, m and v; ``peak``: most graphs alive at once; ``loss`` after the warm-up."""
+
+    seconds: list[list[float]] = field(default_factory=list)
+    spans: list[Span] = field(default_factory=list)
+    forwards: list[Span] = field(default_factory=list)
+    sent: list[tuple[str, str, float, float]] = field(default_factory=list)
+    states: int = 0
+    peak: int = 0
+    loss: float = 0.0
+
+
+class Trial:
+    """This rank's part of one layout, and its record."""
+
+    def __init__(self, trainer: Any, config: RunConfig, traffic: Any) -> None:
+        self.trainer, self.config, self.traffic = trainer, config, traffic
+        self.record = Record()
+        self._done = 0
+        self._runs: list[Span] = []
+        trainer.pipeline.run = self._watched(trainer.pipeline.run)
+        # m and v have their master's shape and dtype.
+        self.record.states = 3 * sum(int(master.nbytes) for master in trainer.optimizer.masters)
+
+    def warm_up(self, count: int) -> None:
+        """1 + ``count`` steps that are not timed. The messages of all but the first are counted: with it, weights that
+        were just made are gathered once."""
+        self._steps(1)
+        self.traffic.reset()
+        self.record.loss = self._steps(count)[1]
+        self.record.sent = [
+            (op, group, calls / count, payload / count)
+            for (op, group), (calls, payload) in sorted(self.traffic.items())
+            if op not in HOST
+        ]
+
+    def turn(self, count: int) -> None:
+        """``count`` timed steps; of a pipeline also one forward without a backward."""
+        self.record.seconds.append(self._steps(count)[0])
+        self.record.spans += self._runs
+        self.record.peak = self.trainer.pipeline.peak
+        if self.config.parallel.pp > 1:
+            self._runs = []
+            batch = random_batch(self.config, self._done)
+            first, rows = self.trainer.share(self.config.train.global_batch)
+            self.trainer.gradients(batch.rows(first, first + rows), batch.num_targets, 1.0, backward=False)
+            self.record.forwards += self._runs
+
+    def _steps(self, count: int) -> tuple[list[float], float]:
+        self._runs = []
+        seconds, loss = timed_steps(self.trainer, self.config, self._done, count)
+        self._done += count
+        return seconds, loss
+
+    def _watched(self, run: Callable[..., float]) -> Callable[..., float]:
+        """``Pipeline.run`` that notes when it ran: on one machine all processes share this clock."""
+
+        def timed(*arguments: Any, **options: Any) -> float:
+            started = time.perf_counter()
+            loss = run(*arguments, **options)
+            self._runs.append((started, time.perf_counter(), self.trainer.pipeline.waited))
+            return loss
+
+        return timed
+
+
+def main() -> int:
+    """One rank: build, warm up, take turns, write what was seen."""
+    backend, folder = sys.argv[1], Path(sys.argv[2])
+    plan = json.loads(plan_path(folder).read_text(encoding="utf-8"))
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read when the framework is loaded; see core.bench.worker
+    traffic = backends.load(backend, "collectives").TRAFFIC
+    trials = {}
+    for layout in plan["layouts"]:
+        config = bench_config(plan["options"] | {"layout": layout})
+        trials[layout] = Trial(backends.load(backend, "train").Trainer(config), config, traffic)
+    trainer = next(iter(trials.values())).trainer
+    with ExitStack() as stack:
+        single = None
+        if trainer.rank == 0:
+            single = stack.enter_context(Worker(backend, plan["options"], _alone(plan["threads"])))
+        # A number that all ranks agree on, so that each waits for the others.
+        found = take_turns(trials, single, lambda: trainer.agree([0.0], "max"), plan["steps"], plan["block"])
+    found["implementation"] = trainer.implementation()
+    rank_path(folder, trainer.rank).write_text(json.dumps(found), encoding="utf-8")
+    return 0
+
+
+def take_turns(
+    trials: Mapping[str, Trial], single: Any, meet: Callable[[], Any], steps: int, block: int
+) -> dict[str, Any]:
+    """A step and a block to warm up, then ``steps`` steps of each layout in blocks, in an order that turns round.
+
+    ``single``: the core.bench.worker.Worker that takes a turn as well, on rank 0; None on the others. ``meet`` returns
+    when all ranks have called it.
+    """
+    seconds: list[list[float]] = []
+    loss = 0.0
+    order = [None, *trials.values()]
+    for trial in order:
+        if trial is not None:
+            trial.warm_up(block)
+        elif single is not None:
+            loss = single.steps(1 + block)["loss"]
+        meet()
+    rounds = -(-steps // block)
+    for number in range(rounds):
+        count = min(block, steps - number * block)
+        for trial in order if number % 2 == 0 else reversed(order):
+            if trial is not None:
+                trial.turn(count)
+            elif single is not None:
+                seconds.append(single.steps(count)["seconds"])
+            meet()
+        if single is not None:
+            latest = {name: trial.record.seconds[-1] for name, trial in trials.items()}
+            shown = [f"{name} {statistics.median(times) * 1e3:.0f}" for name, times in latest.items()]
+            print(
+                f"round {number + 1} of {rounds}, ms a step: {', '.join(shown)}; "
+                f"one process alone {statistics.median(seconds[-1]) * 1e3:.0f}",
+                flush=True,
+            )
+    return {
+        "single": {"seconds": seconds, "loss": loss},
+        "layouts": {name: asdict(trial.record) for name, trial in trials.items()},
+    }
+
+
+def _alone(threads: str | None) -> dict[str, str]:
+    """The environment of a process that no launcher started; ``threads``: OMP_NUM_THREADS as it was before."""
+    env = {name: value for name, value in os.environ.items() if name not in (*PLACES, "OMP_NUM_THREADS")}
+    return env if threads is None else env | {"OMP_NUM_THREADS": threads}
+
+
+def summarise(options: Mapping[str, Any], text: str, records: Sequence[Record], single: Mapping[str, Any]) -> dict:
+    """The row of one layout from the records of all its ranks and the turns of the single process beside them.
+
+    Lists are by rank where nothing else is said. ``traffic``: "counted" and "formula" bytes handed to collectives in a
+    step, the formula's on the wire ("wire"), and in "differs" every (operation, group) in which counting and
+    core.parallel.traffic.expected_traffic disagree. ``pipeline`` and ``ring`` are None where the layout has none.
+    """
+    config = bench_config({**options, "layout": text})
+    layout, model = config.parallel, config.model
+    # A step has ended when it has on every rank.
+    seconds = [
+        [max(step) for step in zip(*turns, strict=True)] for turns in zip(*(r.seconds for r in records), strict=True)
+    ]
+    counted = [{(op, group): [calls, size] for op, group, calls, size in r.sent} for r in records]
+    formula = [traffic_of(config, rank) for rank in range(layout.world)]
+    return {
+        "layout": text,
+        "world": layout.world,
+        "seconds": seconds,
+        "ratios": paired_ratios(seconds, single["seconds"]),
+        "loss_difference": max(abs(r.loss - single["loss"]) for r in records) / abs(single["loss"]),
+        "traffic": {
+            "counted": [sum(size for _, size in rank.values()) for rank in counted],
+            "formula": [sum(size for _, size in rank.values()) for rank in formula],
+            "wire": [on_the_wire(model, layout, rank) for rank in formula],
+            "differs": differences(counted, formula),
+            "detail": [{f"{op} {group}": row for (op, group), row in rank.items()} for rank in counted],
+        },
+        "states": {"held": [r.states for r in records], "formula": [states_of(config, n) for n in range(layout.world)]},
+        "pipeline": pipeline_row(config, records) if layout.pp > 1 else None,
+        "ring": ring_row(config) if layout.ring > 1 else None,
+    }
+
+
+def traffic_of(config: RunConfig, rank: int) -> Traffic:
+    """core.parallel.traffic's forecast for a step of ``config`` on ``rank``."""
+    return expected_traffic(
+        config.model,
+        config.parallel,
+        seq_len=config.data.seq_len,
+        micro_batch=config.train.micro_batch,
+        micro_batches=_micro_batches(config),
+        rank=rank,
+        precision=config.train.precision,
+        by_class=tells_classes_apart(config.optim),
+    )
+
+
+def differences(counted: Sequence[Mapping], formula: Sequence[Mapping]) -> list[str]:
+    """Where the two disagree, in calls or in bytes, a line each."""
+    lines = []
+    for rank, (here, there) in enumerate(zip(counted, formula, strict=True)):
+        for op, group in sorted(here.keys() | there.keys()):
+            found, expected = here.get((op, group), [0, 0]), there.get((op, group), [0, 0])
+            if list(found) != list(expected):
+                lines.append(
+                    f"rank {rank}, {op} over {group}: counted {found[0]:g} calls, {found[1]:,.0f} bytes; "
+                    f"formula {expected[0]} calls, {expected[1]:,} bytes"
+                )
+    return lines
+
+
+def on_the_wire(model: ModelConfig, layout: Layout, traffic: Mapping[tuple[str, str], Sequence[float]]) -> float:
+    """Bytes that a rank sends for ``traffic`` where collectives are done by ring algorithms."""
+    sizes = {axis: len(layout.ranks(axis, 0)) for axis in ("tp", "cp", "ring", "ulysses", "dp", "replicas", "world")}
+    sizes |= {"kv": kv_copies(model, layout), "tied": 2, "forward_out": 2, "backward_out": 2}
+    return sum(wire_bytes(op, sizes[group], int(payload)) for (op, group), (_, payload) in traffic.items())
+
+
+def states_of(config: RunConfig, rank: int) -> int:
+    """Bytes of masters, m and v on ``rank``: its share of every bucket, three times."""
+    layout = config.parallel
+    table: dict[str, Shard] = {}
+    for chunk in range(layout.virtual):
+        table |= chunk_table(config.model, layout, layout.coord(rank), chunk)
+    parts = layout.dp * layout.cp if layout.zero1 else 1
+    # The same limit as the backends': it decides how much padding there is.
+    limit = int(layout.bucket_mb * 2**20 / 4) if layout.dp * layout.cp > 1 else None
+    by_class = tells_classes_apart(config.optim)
+    held = sum(bucket.size // parts for bucket in plan_buckets(table, parts, limit, by_class))
+    return 3 * Widths.of(config.train.precision).master * held
+
+
+def pipeline_row(config: RunConfig, records: Sequence[Record]) -> dict[str, Any]:
+    """Share of the pipeline's time that its ranks waited for other stages, step by step, and what theory says.
+
+    ``formula``: equal stages. ``simulated``: core.parallel.schedule with each stage's own forward and backward
+    seconds, as measured (``forward``, ``backward``, by global stage).
+    """
+    layout, micro_batches = config.parallel, _micro_batches(config)
+    shape = (layout.schedule, layout.pp, layout.virtual, micro_batches)
+    forward, backward = stage_seconds(config, records)
+    return {
+        "measured": [idle_share(layout, spans) for spans in zip(*(r.spans for r in records), strict=True)],
+        "formula": bubble_formula(*shape),
+        "simulated": bubble(*shape, forward, backward),
+        "forward": forward,
+        "backward": backward,
+        "peak": [r.peak for r in records],
+    }
+
+
+def idle_share(layout: Layout, spans: Sequence[Span]) -> float:
+    """Of one step, from every rank's span: waiting inside the run and, after its own last action, for the last rank of
+    its pipeline, over the time of all ranks."""
+    idle = whole = 0.0
+    for rank, (start, end, waited) in enumerate(spans):
+        last = max(spans[peer][1] for peer in layout.ranks("pp", rank))
+        idle += waited + last - end
+        whole += last - start
+    return idle / whole
+
+
+def stage_seconds(config: RunConfig, records: Sequence[Record]) -> tuple[list[float], list[float]]:
+    """Seconds of one micro-batch's forward and backward in every global stage, without waiting.
+
+    The forward comes from runs without a backward. A rank's chunks are timed together; each is given the share that it
+    has in their multiplying weights.
+    """
+    layout, micro_batches = config.parallel, _micro_batches(config)
+    forward, backward = [0.0] * layout.stages, [0.0] * layout.stages
+    for p in range(layout.pp):
+        ranks = [rank for rank in range(layout.world) if layout.coord(rank).pp == p]
+        whole, ahead = (
+            statistics.median(end - start - waited for rank in ranks for start, end, waited in runs(records[rank]))
+            for runs in (lambda r: r.spans, lambda r: r.forwards)
+        )
+        sizes = [_weights(config.model, layout, ranks[0], chunk) for chunk in range(layout.virtual)]
+        for chunk, size in enumerate(sizes):
+            share = size / sum(sizes) / micro_batches
+            forward[chunk * layout.pp + p] = ahead * share
+            backward[chunk * layout.pp + p] = max(whole - ahead, 0.0) * share
+    return forward, backward
+
+
+def ring_row(config: RunConfig) -> dict[str, Any]:
+    """Pairs of a query and a key that it sees, a row and layer, by ring rank; and the heaviest rank over the mean:
+    as split here, and if each rank took one piece of the row in order."""
+    layout = config.parallel
+    row = random_batch(config, 0).rows(0, 1)
+    pairs = [
+        sum(visible_pairs(split_batch(row, layout, rank * layout.ulysses).visibility, rank))
+        for rank in range(layout.ring)
+    ]
+    mean, length = sum(pairs) / layout.ring, config.data.seq_len / layout.ring
+    in_order = length * (length + 1) / 2 + (layout.ring - 1) * length * length  # the rank with the last piece
+    return {"pairs": pairs, "heaviest": max(pairs) / mean, "heaviest_in_order": in_order / mean}
+
+
+def _weights(model: ModelConfig, layout: Layout, rank: int, chunk: int) -> int:
+    """Elements of a chunk's parameters that multiply; an embedding does where it is also the head."""
+    last = chunk * layout.pp + layout.coord(rank).pp == layout.stages - 1
+    table = chunk_table(model, layout, layout.coord(rank), chunk)
+    return sum(
+        math.prod(shard.shape)
+        for name, shard in table.items()
+        if name != "embed.weight" or (last and model.tied_embeddings)
+    )
+
+
+def _micro_batches(config: RunConfig) -> int:
+    """Of a data-parallel rank in a step."""
+    return config.train.global_batch // (config.train.micro_batch * config.parallel.dp)
+
+
+def worlds(layouts: Sequence[str]) -> dict[int, list[str]]:
+    """Layouts by the number of their processes: each number is one launch."""
+    found: dict[int, list[str]] = {}
+    for text in layouts:
+        found.setdefault(parse_layout(text).world, []).append(text)
+    return dict(sorted(found.items()))
+
+
+if __name__ == "__main__":
+    raise SystemExit(run_script(main))

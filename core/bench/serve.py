@@ -1,0 +1,227 @@
+"""``tele bench serve``: clients that ask ``tele serve`` at once, each for one answer after the other.
+
+Contestants are a server for each backend, and where the transformers library is installed Hugging Face's ``generate``
+in the same process (kernels/bench/hf.py): a batch that starts and ends together, without HTTP, its prompts not counted.
+They take turns; between them they are stopped, as in ``tele bench step``. The clients are threads of this process and
+share the machine with the server.
+"""
+
+from __future__ import annotations
+
+import functools
+import http.client
+import json
+import os
+import random
+import re
+import signal
+import statistics
+import subprocess
+import sys
+import sysconfig
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+from core.bench.decode import HF, TITLES, contestants
+from core.bench.step import facts, machine
+from core.bench.worker import Worker
+from core.checkpoint.save import save_checkpoint
+from core.data.tokenizer_training import train_tokenizer
+from core.launch.worker import die_with_parent
+from core.model.config import ModelConfig
+from core.model.init import init_weights
+
+ROUNDS = 2
+REQUESTS = 24  # of all clients together in a round, and two of each at least
+MODEL = "bench"
+LOOK = 0.02  # seconds between two looks at the cache
+PAGES = re.compile(r"^tele_cache_pages_(used|free) (\d+)$", re.MULTILINE)
+
+
+def write_model(folder: Path, config: ModelConfig) -> Path:
+    """A checkpoint of random weights with a tokenizer of as many pieces as the model has."""
+    texts = (path.read_text(encoding="utf-8") for path in sorted(Path(sysconfig.get_path("stdlib")).glob("*.py")))
+    train_tokenizer(texts, folder / "tokenizer.model", config.vocab_size)
+    return save_checkpoint(
+        folder / "model",
+        0,
+        model={"config": config.to_dict()},
+        weights=init_weights(config, 1234).items(),
+        optimizer=(),
+        trainer={},
+        keep_last=1,
+        assets=[folder / "tokenizer.model"],
+    )
+
+
+class ServerProcess:
+    """``tele serve`` in a process of its own, stopped between its turns; ended when the ``with`` block is left."""
+
+    def __init__(self, *words: str) -> None:
+        command = [sys.executable, "-m", "core.cli", "serve", "--port", "0", *words]
+        with_us = functools.partial(die_with_parent, os.getpid())
+        self._process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, preexec_fn=with_us)
+        assert self._process.stdout is not None
+        found = re.search(r":(\d+)$", self._process.stdout.readline().strip())
+        if found is None:
+            raise SystemExit(self._process.wait())  # it has said why
+        self.port = int(found[1])
+        self._process.send_signal(signal.SIGSTOP)
+
+    def __enter__(self) -> ServerProcess:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._process.send_signal(signal.SIGCONT)
+        self._process.terminate()
+        self._process.communicate()
+
+    def turn(self, clients: int, prompt: int, new: int, vocab_size: int, seed: int) -> dict[str, Any]:
+        """``clients`` at once: ``seconds`` of it all, to each first piece of text, between pieces; ``tokens`` made; the
+        largest share of the cache that was held. ``seed`` of the prompts: one that was used is found in the cache."""
+        self._process.send_signal(signal.SIGCONT)
+        over, shares, requests = threading.Event(), [0.0], max(2, REQUESTS // clients)
+        rng = random.Random(seed)
+        prompts = [[rng.randrange(vocab_size) for _ in range(prompt)] for _ in range(clients * requests)]
+
+        def client(number: int) -> list[tuple[list[float], int]]:
+            mine = prompts[number * requests : (number + 1) * requests]
+            return [answer_times(self.port, ids, new) for ids in mine]
+
+        def look() -> None:
+            while not over.wait(LOOK):
+                shares.append(cache_share(self.port))
+
+        with ThreadPoolExecutor(clients + 1) as pool:
+            looking = pool.submit(look)
+            began = time.perf_counter()
+            answers = [one for ones in pool.map(client, range(clients)) for one in ones]
+            seconds = time.perf_counter() - began
+            over.set()
+            looking.result()
+        self._process.send_signal(signal.SIGSTOP)
+        return {
+            "seconds": seconds,
+            "tokens": sum(made for _, made in answers),
+            "first": [times[1] - times[0] for times, _ in answers],
+            "next": [b - a for times, _ in answers for a, b in zip(times[1:], times[2:], strict=False)],
+            "cache": max(shares),
+        }
+
+
+def answer_times(port: int, ids: list[int], new: int) -> tuple[list[float], int]:
+    """When a request was sent and when each piece of its text came; and how many tokens they are."""
+    body = {"model": MODEL, "prompt": ids, "max_tokens": new, "ignore_eos": True, "temperature": 0, "stream": True}
+    body["stream_options"] = {"include_usage": True}
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=600)
+    times, made = [time.perf_counter()], 0
+    connection.request("POST", "/v1/completions", json.dumps(body), {"Content-Type": "application/json"})
+    for line in connection.getresponse():
+        if line.startswith(b"data: {"):
+            event = json.loads(line.removeprefix(b"data: "))
+            if "error" in event:
+                raise RuntimeError(f"the server said: {event['error']['message']}")
+            if event["choices"]:
+                times.append(time.perf_counter())
+            else:
+                made = event["usage"]["completion_tokens"]
+    connection.close()
+    if made != new:
+        raise RuntimeError(f"{made} tokens in place of {new}; the server's message is above")
+    return times, made
+
+
+def cache_share(port: int) -> float:
+    """The share of the server's pages that is held now."""
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=600)
+    connection.request("GET", "/metrics")
+    pages = {kind: int(count) for kind, count in PAGES.findall(connection.getresponse().read().decode())}
+    connection.close()
+    return pages["used"] / (pages["used"] + pages["free"])
+
+
+def measure_serving(
+    options: dict[str, Any],
+    names: list[str],
+    clients: list[int],
+    prompt: int,
+    new: int,
+    checkpoint: Path,
+    config: ModelConfig,
+) -> dict[str, Any]:
+    """ROUNDS turns of each contestant for each number in ``clients``, after one uncounted; prompts of ``prompt``
+    random tokens, answers of ``new``."""
+    everybody, notes = contestants(names)
+    turns: dict[tuple[str, int], list[dict[str, Any]]] = {(name, count): [] for name in everybody for count in clients}
+    words = ["--checkpoint", str(checkpoint), "--name", MODEL, "--precision", options["precision"]]
+    words += ["--quantize", options["quantize"], "--max-running", str(max(clients)), "--max-len", str(prompt + new)]
+    words += ["--cache-tokens", str(max(clients) * (prompt + new + 16))]
+    with ExitStack() as stack:
+        servers = {name: stack.enter_context(ServerProcess("--backend", name, *words)) for name in names}
+        if HF in everybody:
+            hf = stack.enter_context(Worker(HF, {**options, "rows": max(clients)}, module="kernels.bench.hf"))
+        for number in range(-1, ROUNDS):
+            for name in everybody if number % 2 else reversed(everybody):
+                for count in clients:
+                    if name == HF:
+                        answer = hf.ask({"rows": count, "prompt": prompt, "steps": new - 1})
+                        found = {"seconds": sum(answer["seconds"]), "tokens": count * (new - 1)}
+                    else:
+                        seed = 1000 * number + count
+                        found = servers[name].turn(count, prompt, new, config.vocab_size, seed)
+                    if number >= 0:
+                        turns[name, count].append(found)
+    rows = [{"contestant": name, "clients": count, **summarise(made)} for (name, count), made in turns.items()]
+    return {**facts(options), "prompt": prompt, "new": new, "notes": notes, "rows": rows}
+
+
+def summarise(turns: list[dict[str, Any]]) -> dict[str, Any]:
+    """Numbers of one contestant and number of clients, out of its turns."""
+    found: dict[str, Any] = {"tokens_per_s": sum(t["tokens"] for t in turns) / sum(t["seconds"] for t in turns)}
+    for name in ("first", "next"):
+        values = [value for turn in turns for value in turn.get(name, ())]
+        if values:
+            cuts = statistics.quantiles(values, n=100, method="inclusive") if len(values) > 1 else values * 99
+            found[name] = {"p50": cuts[49], "p99": cuts[98]}
+    if "cache" in turns[0]:
+        found["cache"] = max(turn["cache"] for turn in turns)
+    return found
+
+
+def serving_to_markdown(result: dict[str, Any]) -> str:
+    """A contestant and number of clients a row."""
+    options = result["options"]
+    weights = ", weights in int8" if options["quantize"] == "int8" else ""
+    lines = [
+        f"`{options['model']}` ({result['parameters']:,} parameters), {options['precision']}{weights}, prompts of "
+        f"{result['prompt']} tokens, answers of {result['new']}; {machine(result)}, which the clients share; "
+        "contestants in turns, all warm.",
+        "",
+        "| contestant | clients | tokens/s | first text, p50 | p99 | next text, p50 | p99 | cache held |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for row in result["rows"]:
+        times = [row[name][p] if name in row else None for name in ("first", "next") for p in ("p50", "p99")]
+        cells = [
+            TITLES[row["contestant"]],
+            row["clients"],
+            f"{row['tokens_per_s']:.1f}",
+            *("-" if seconds is None else f"{seconds * 1e3:.1f} ms" for seconds in times),
+            f"{100 * row['cache']:.0f} %" if "cache" in row else "-",
+        ]
+        lines.append(f"| {' | '.join(map(str, cells))} |")
+    return "\n".join(
+        [
+            *lines,
+            "",
+            f"{ROUNDS} turns, in each {REQUESTS} requests of all clients together and two of each at least, streamed "
+            "over HTTP. `first text`: from a request to the first piece of its answer; `next text`: between pieces, of "
+            "which a token gives one unless it is part of a character. `cache held`: the most that was seen, of "
+            f"{max(row['clients'] for row in result['rows'])} sequences.",
+            *result["notes"],
+        ]
+    )

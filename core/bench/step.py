@@ -1,0 +1,133 @@
+"""``tele bench step``: contestants in processes of their own that work in turns.
+
+A round is one turn of each, in alternating order, so that a ratio is taken from turns that followed each other and met
+the same machine.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+from core.bench.worker import TITLES, Worker, bench_config, paired_ratios, spread
+from core.model.flops import flops_per_token
+from core.model.params import count_parameters
+
+Seconds = list[list[float]]
+
+
+def measure(options: dict[str, Any], names: list[str], steps: int, block: int) -> dict[str, Any]:
+    """Whole optimizer steps: one uncounted block each, then blocks until ``steps``."""
+    with ExitStack() as stack:
+        workers = {name: stack.enter_context(Worker(name, options)) for name in names}
+        losses = {name: worker.steps(block)["loss"] for name, worker in workers.items()}
+        seconds = _rounds(names, steps, block, lambda name, count: workers[name].steps(count)["seconds"])
+        made = {name: worker.implementation for name, worker in workers.items()}
+    return {
+        **facts(options),
+        "backends": {
+            name: {"implementation": made[name], "loss_after_warm_up": losses[name], "seconds": seconds[name]}
+            for name in names
+        },
+        "ratios": _ratios(names, seconds),
+    }
+
+
+def _rounds(names: list[str], steps: int, block: int, turn: Any) -> dict[str, Seconds]:
+    """``turn(name, count)`` by each name in every round, the order reversed from round to round."""
+    seconds: dict[str, Seconds] = {name: [] for name in names}
+    for number in range(-(-steps // block)):
+        for name in names if number % 2 == 0 else reversed(names):
+            seconds[name].append(turn(name, min(block, steps - number * block)))
+    return seconds
+
+
+def _ratios(names: list[str], seconds: dict[str, Seconds]) -> list[dict[str, Any]]:
+    """Of each pair of contestants the earlier one's time over the later one's."""
+    return [
+        {"of": first, "to": second, **spread(paired_ratios(seconds[first], seconds[second]))}
+        for number, first in enumerate(names)
+        for second in names[number + 1 :]
+    ]
+
+
+def to_markdown(result: dict[str, Any]) -> str:
+    """Steps: a table with a contestant a row, and the ratios."""
+    tokens = result["tokens_per_step"]
+    lines = [
+        f"{task(result)}; {machine(result)}; contestants in turns, all warm.",
+        "",
+        "| backend | device | step, median | middle 80 % | tokens/s | model GFLOP/s |",
+        "|---|---|---|---|---|---|",
+    ]
+    for measured in result["backends"].values():
+        times = _all(measured["seconds"])
+        made = measured["implementation"]
+        cells = [
+            made["backend"],
+            made["device"],
+            f"{times['median'] * 1e3:.1f} ms",
+            f"{times['low'] * 1e3:.1f} to {times['high'] * 1e3:.1f} ms",
+            f"{tokens / times['median']:,.0f}",
+            f"{result['flops_per_step'] / times['median'] / 1e9:.1f}",
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join([*lines, *_told(result, "step time")])
+
+
+def _told(result: dict[str, Any], what: str) -> list[str]:
+    lines = [
+        f"{_sentence(ratio['of'])} takes {ratio['median']:.2f} times {TITLES[ratio['to']]}'s {what} "
+        f"(rounds: {ratio['low']:.2f} to {ratio['high']:.2f})."
+        for ratio in result["ratios"]
+    ]
+    return ["", *lines] if lines else []
+
+
+def _sentence(name: str) -> str:
+    return TITLES[name][:1].upper() + TITLES[name][1:]
+
+
+def _all(seconds: Sequence[Sequence[float]]) -> dict[str, float]:
+    return spread([s for block in seconds for s in block])
+
+
+def facts(options: dict[str, Any]) -> dict[str, Any]:
+    """What was asked for, the machine, and the sizes that follow."""
+    config = bench_config(options)
+    tokens = config.train.global_batch * config.data.seq_len
+    return {
+        "options": options,
+        "machine": {"cores": len(os.sched_getaffinity(0)), "processor": processor()},
+        "parameters": count_parameters(config.model),
+        "tokens_per_step": tokens,
+        "flops_per_step": tokens * flops_per_token(config.model, config.data.seq_len),
+    }
+
+
+def task(result: dict[str, Any]) -> str:
+    """The training step that was measured, in words."""
+    options = result["options"]
+    return (
+        f"`{options['model']}` ({result['parameters']:,} parameters), {options['precision']}, "
+        f"{options['micro_batches']} x {options['micro_batch']} x {options['seq_len']} tokens a step"
+    )
+
+
+def machine(result: dict[str, Any]) -> str:
+    return f"{result['machine']['cores']} cores of {result['machine']['processor']}"
+
+
+def processor() -> str:
+    """The processor's own name where the system tells it (Linux), else its architecture."""
+    try:
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()

@@ -1,0 +1,201 @@
+"""One contestant, warm and waiting, for ``tele bench``: orders on stdin, answers on stdout, one JSON object a line.
+
+    python -m core.bench.worker ms '{"model": "telechat2-tiny", ...}'
+    {"steps": 5}
+
+Such a process is kept alive beside others that are measured, and they work in turns, so that all meet the same machine
+in the same state. ``Worker`` is the side that gives the orders.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from core import backends
+from core.config import RunConfig, run_config_from_dict
+from core.files import ROOT
+from core.launch.worker import die_with_parent
+from core.model.batch import Batch
+from core.parallel.layout import parse_layout
+
+EAGER = "eager"  # the released code's composition in PyTorch, kernels/bench/eager.py
+TITLES = {**backends.TITLES, EAGER: "the eager composition"}
+
+# Sleeping instead of spinning OpenMP threads for both (MindSpore's side sets it anyway): with one foreign process on 2
+# cores, spinning made PyTorch's step tens of times slower. A value set by the user wins.
+QUIET = {"OMP_WAIT_POLICY": "PASSIVE"}
+
+Handle = Callable[[dict[str, Any]], dict[str, Any]]
+
+
+def bench_config(options: Mapping[str, Any]) -> RunConfig:
+    """A training run on random tokens: ``model``, ``seq_len``, ``micro_batch``, ``micro_batches``, ``precision``.
+
+    ``layout``, a layout's text, says how it is split; without it, one process.
+    """
+    return run_config_from_dict(
+        {
+            "model": {"preset": options["model"]},
+            "data": {"sources": [{"path": "random tokens"}], "seq_len": options["seq_len"]},
+            "train": {
+                "steps": 1_000_000,
+                "global_batch": options["micro_batch"] * options["micro_batches"],
+                "micro_batch": options["micro_batch"],
+                "precision": options["precision"],
+            },
+            "optim": {"lr": 1e-4},
+            "parallel": dataclasses.asdict(parse_layout(options.get("layout", "single"))),
+        }
+    )
+
+
+def random_batch(config: RunConfig, step: int) -> Batch:
+    """The same tokens for every backend and layout: a function of the step."""
+    shape = (config.train.global_batch, config.data.seq_len)
+    ids = np.random.default_rng(step).integers(0, config.model.vocab_size, (shape[0], shape[1] + 1), np.int32)
+    positions = np.tile(np.arange(shape[1], dtype=np.int32), (shape[0], 1))
+    return Batch(np.ascontiguousarray(ids[:, :-1]), np.ascontiguousarray(ids[:, 1:]), positions)
+
+
+def timed_steps(trainer: Any, config: RunConfig, first: int, count: int) -> tuple[list[float], float]:
+    """Seconds of each of ``count`` whole optimizer steps (forward, backward, norm, update), and the last loss."""
+    seconds, loss = [], 0.0
+    start, rows = trainer.share(config.train.global_batch)
+    for step in range(first, first + count):
+        batch = random_batch(config, step)
+        mine = batch.rows(start, start + rows)
+        started = time.perf_counter()
+        loss = trainer.gradients(mine, batch.num_targets, 1.0)
+        # The norm is a number on the host, so everything before it is done; the update may still run when its call
+        # returns (an accelerator's queue), and is then paid by the next step's norm.
+        norm = trainer.grad_norm(1.0)
+        trainer.update(1e-4, min(1.0, 1.0 / (norm + 1e-6)))
+        seconds.append(time.perf_counter() - started)
+    return seconds, loss
+
+
+def paired_ratios(first: Sequence[Sequence[float]], second: Sequence[Sequence[float]]) -> list[float]:
+    """Median step time of ``first`` over that of ``second``, round by round."""
+    return [statistics.median(a) / statistics.median(b) for a, b in zip(first, second, strict=True)]
+
+
+def spread(values: Sequence[float]) -> dict[str, float]:
+    """Median, and the range that holds the middle four fifths."""
+    ordered = sorted(values)
+    cut = len(ordered) // 10
+    return {"median": statistics.median(ordered), "low": ordered[cut], "high": ordered[-1 - cut]}
+
+
+class Worker:
+    """A process running this file; ended when the ``with`` block is left.
+
+    Between its turns it is stopped by SIGSTOP: idle thread pools of either framework spin, and on few cores they would
+    take the time of the one that is being measured.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        options: Mapping[str, Any],
+        env: Mapping[str, str] | None = None,
+        module: str | None = None,
+    ) -> None:
+        """``env``: in place of this process's environment; ``module``: what is run, by default the one that trains."""
+        self.name = name
+        module = module or ("kernels.bench.eager" if name == EAGER else "core.bench.worker")
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", module, name, json.dumps(options)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            cwd=ROOT,
+            env={**QUIET, **(os.environ if env is None else env)},
+        )
+        self.implementation: dict[str, str] = self._answer()["ready"]
+        self._process.send_signal(signal.SIGSTOP)
+
+    def __enter__(self) -> Worker:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        assert self._process.stdin is not None
+        self._process.send_signal(signal.SIGCONT)
+        self._process.stdin.close()
+        try:
+            self._process.wait(20)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+
+    def steps(self, count: int) -> dict[str, Any]:
+        """Make ``count`` steps now; {"seconds": [...], "loss": ...}."""
+        return self.ask({"steps": count})
+
+    def ask(self, order: Mapping[str, Any]) -> dict[str, Any]:
+        """The answer to an order, given while every other worker waits."""
+        assert self._process.stdin is not None
+        self._process.send_signal(signal.SIGCONT)
+        self._process.stdin.write(json.dumps(order) + "\n")
+        self._process.stdin.flush()
+        answer = self._answer()
+        self._process.send_signal(signal.SIGSTOP)
+        return answer
+
+    def _answer(self) -> dict[str, Any]:
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        if not line:
+            raise RuntimeError(
+                f"the worker of {TITLES[self.name]} ended with code {self._process.wait()}; its message is above"
+            )
+        return json.loads(line)
+
+
+def answer_orders(prepare: Callable[[], tuple[dict[str, Any], Handle]]) -> int:
+    """The worker's side: ``prepare`` says what is ready and what handles an order; then orders until stdin ends."""
+    die_with_parent()  # a stopped process would never see that its stdin has ended
+    # Frameworks print on stdout when they please; keep the real one for answers.
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    ready, handle = prepare()
+    print(json.dumps({"ready": ready}), file=answers, flush=True)
+    for line in sys.stdin:
+        print(json.dumps(handle(json.loads(line))), file=answers, flush=True)
+    return 0
+
+
+def serve(argv: Sequence[str], build: Callable[[str, RunConfig], Any]) -> int:
+    """Train as ordered with the trainer that ``build(name, config)`` makes."""
+
+    def prepare() -> tuple[dict[str, Any], Handle]:
+        config = bench_config(json.loads(argv[1]))
+        trainer, done = build(argv[0], config), 0
+
+        def handle(order: dict[str, Any]) -> dict[str, Any]:
+            nonlocal done
+            seconds, loss = timed_steps(trainer, config, done, order["steps"])
+            done += order["steps"]
+            return {"seconds": seconds, "loss": loss}
+
+        return trainer.implementation(), handle
+
+    return answer_orders(prepare)
+
+
+def main(argv: list[str]) -> int:
+    return serve(argv, lambda name, config: backends.load(name, "train").Trainer(config))
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(sys.argv[1:]))

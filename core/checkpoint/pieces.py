@@ -1,0 +1,279 @@
+"""The pieces of a canonical checkpoint on their way into files, and the manifest over them; docs/checkpoints.md.
+
+When and by whom a checkpoint is written is core.checkpoint.save's business, reading is core.checkpoint.read's.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from core.errors import UserError
+from core.files.direct_io import Spool
+from core.files.safetensors import SafetensorsWriter, StreamedSafetensors, dtype_code, file_sha256
+
+FORMAT = "tele-checkpoint"
+VERSION = 1
+KINDS = ("weights", "optimizer")
+MAX_FILE_BYTES = 4 << 30
+
+# Room for some hundreds of header entries, known before the tensors are; the data then starts on a 64 KiB boundary.
+_HEADER_ROOM = (64 << 10) - 8
+
+
+class TensorPiece(NamedTuple):
+    """``array`` is the box that starts at ``offset`` of the tensor ``name`` of global ``shape``."""
+
+    name: str
+    array: np.ndarray
+    offset: tuple[int, ...]
+    shape: tuple[int, ...]
+
+
+class PieceSpec(NamedTuple):
+    """A piece that will come: TensorPiece, with dtype and shape in the place of the numbers."""
+
+    name: str
+    dtype: np.dtype
+    offset: tuple[int, ...]
+    extent: tuple[int, ...]
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.extent) * self.dtype.itemsize
+
+
+class Planned(NamedTuple):
+    """All pieces of one kind, in the order in which they will come, and their bytes together."""
+
+    pieces: Iterable[PieceSpec]
+    nbytes: int
+
+
+Tensors = Iterable[TensorPiece | tuple[str, np.ndarray]]
+
+
+def whole(name: str, array: np.ndarray) -> TensorPiece:
+    """The whole tensor as one piece."""
+    return TensorPiece(name, array, (0,) * array.ndim, array.shape)
+
+
+class PieceWriter:
+    """Writes pieces of tensors into a folder; ``part`` describes them for ``write_manifest``.
+
+    Each kind has files of its own. One is closed when ``max_file_bytes`` is reached; a single larger tensor gets a file
+    of its own. File names carry ``rank`` where one is given. Files of a kind in ``planned`` are written past the file
+    cache (core.files.direct_io); its pieces must come as they were planned.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        max_file_bytes: int = MAX_FILE_BYTES,
+        rank: int | None = None,
+        planned: Mapping[str, Planned] | None = None,
+    ) -> None:
+        self.folder = folder
+        self.max_file_bytes = max_file_bytes
+        self._stem = "" if rank is None else f"{rank:05d}-"
+        self._tensors: dict[str, dict[str, dict[str, Any]]] = {kind: {} for kind in KINDS}
+        self._open: dict[str, SafetensorsWriter | StreamedSafetensors] = {}
+        self._planned = {kind: _planned_files(plan.pieces, max_file_bytes) for kind, plan in (planned or {}).items()}
+        self._spool = Spool() if planned else None
+        self._counts = dict.fromkeys(KINDS, 0)
+        self._files: dict[str, dict[str, Any]] = {}
+        # Full files are synced and hashed here, while the next one fills: one waits for the disk, another is hashed.
+        self._finisher = ThreadPoolExecutor(2, "finish-file")
+        self._finishing: list[Future[None]] = []
+
+    def add(self, kind: str, piece: TensorPiece) -> None:
+        """Write one piece. ValueError if it contradicts the pieces before, or a whole tensor is given twice."""
+        name, array, shape = piece.name, piece.array, tuple(piece.shape)
+        entry: dict[str, Any] = {"shape": list(shape), "dtype": dtype_code(array.dtype), "pieces": []}
+        entry = _agreeing(self._tensors[kind].setdefault(name, entry), entry, kind, name)
+        if entry["pieces"] and array.shape == shape:
+            raise ValueError(f"{kind} '{name}' was given twice")
+        if array.size == 0 and 0 not in shape:
+            return  # a rank without a share; its key would clash with that of the piece that starts there
+        key = _key(name, piece.offset, array.shape, shape)
+        file = self._file(kind, key, array)
+        file.add(key, array)
+        entry["pieces"].append(
+            {"file": file.path.name, "key": key, "offset": list(piece.offset), "extent": list(array.shape)}
+        )
+
+    def part(self) -> dict[str, Any]:
+        """What was written, as JSON: ``tensors`` by kind and name, ``files`` with size and SHA-256. After the exit."""
+        return {"tensors": self._tensors, "files": self._files}
+
+    def __enter__(self) -> PieceWriter:
+        return self
+
+    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
+        for name, file in list(self._open.items()):
+            if kind is None:
+                self._close(name)
+            elif isinstance(file, StreamedSafetensors):
+                file.abandon()
+            else:
+                file.__exit__(kind, error, trace)
+        self._finisher.shutdown()  # waits
+        if self._spool:
+            self._spool.__exit__()
+        for finished in self._finishing if kind is None else ():
+            finished.result()
+
+    def _file(self, kind: str, key: str, array: np.ndarray) -> SafetensorsWriter | StreamedSafetensors:
+        file = self._open.get(kind)
+        if file and (file.full if isinstance(file, StreamedSafetensors) else self._is_full(file, key, array)):
+            self._close(kind)
+        if kind not in self._open:
+            self._counts[kind] += 1
+            path = self.folder / f"{kind}-{self._stem}{self._counts[kind]:05d}.safetensors"
+            if self._spool and kind in self._planned:
+                self._open[kind] = StreamedSafetensors(path, next(self._planned[kind], {}), self._spool)
+            else:
+                self._open[kind] = SafetensorsWriter(path, _HEADER_ROOM)
+        return self._open[kind]
+
+    def _is_full(self, file: SafetensorsWriter, key: str, array: np.ndarray) -> bool:
+        some = file.size > 8 + file.header_room
+        return not file.fits(key, array) or (some and file.size + array.nbytes > self.max_file_bytes)
+
+    def _close(self, kind: str) -> None:
+        self._finishing.append(self._finisher.submit(self._finish, self._open.pop(kind)))
+
+    def _finish(self, file: SafetensorsWriter | StreamedSafetensors) -> None:
+        if isinstance(file, StreamedSafetensors):
+            size, digest = file.finish()
+        else:
+            file.__exit__(None, None, None)
+            # The header lies before the data but is known last, so the hash is taken now, from the file cache.
+            size, digest = file.path.stat().st_size, file_sha256(file.path)
+        self._files[file.path.name] = {"size": size, "sha256": digest}
+
+
+def _key(name: str, offset: Sequence[int], extent: Sequence[int], shape: Sequence[int]) -> str:
+    return name if tuple(extent) == tuple(shape) else f"{name}@{'.'.join(map(str, offset))}"
+
+
+def _planned_files(pieces: Iterable[PieceSpec], max_bytes: int) -> Iterator[dict[str, tuple[str, tuple[int, ...]]]]:
+    """What each file of one kind will hold: key -> dtype code, shape."""
+    file: dict[str, tuple[str, tuple[int, ...]]] = {}
+    size = 0
+    for piece in pieces:
+        if file and size + piece.nbytes > max_bytes:
+            yield file
+            file, size = {}, 0
+        file[_key(piece.name, piece.offset, piece.extent, piece.shape)] = dtype_code(piece.dtype), piece.extent
+        size += piece.nbytes
+    if file:
+        yield file
+
+
+def write_manifest(
+    folder: Path,
+    step: int,
+    parts: Sequence[Mapping[str, Any]],
+    save: str | None = None,
+    number: int | None = None,
+) -> None:
+    """manifest.json over the pieces in ``parts`` (PieceWriter.part of each rank) and every file now in ``folder``.
+
+    ``save`` identifies a save by many ranks; ``number`` counts the saves of a run. ValueError if pieces contradict
+    each other or do not make up their tensor.
+    """
+    tensors: dict[str, dict[str, dict[str, Any]]] = {kind: {} for kind in KINDS}
+    known: dict[str, dict[str, Any]] = {}
+    for part in parts:
+        known.update(part["files"])
+        for kind in KINDS:
+            for name, entry in part["tensors"][kind].items():
+                merged = tensors[kind].setdefault(name, {**entry, "pieces": []})
+                _agreeing(merged, entry, kind, name)["pieces"] += entry["pieces"]
+    for kind in KINDS:
+        for name, entry in tensors[kind].items():
+            boxes = [(piece["offset"], piece["extent"]) for piece in entry["pieces"]]
+            if fault := tiling_fault(entry["shape"], boxes):
+                raise ValueError(f"the {len(boxes)} pieces of {kind} '{name}' {fault}")
+    files = {}
+    for path in sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()):
+        size = (folder / path).stat().st_size
+        files[path] = known.get(path) or {"size": size, "sha256": file_sha256(folder / path)}
+        if files[path]["size"] != size:
+            raise UserError(f"{folder / path}: {files[path]['size']} bytes were written, {size} are seen by rank 0")
+    manifest = {"format": FORMAT, "version": VERSION, "step": step}
+    manifest |= ({"save": save} if save else {}) | ({} if number is None else {"number": number})
+    manifest |= {"files": files, "tensors": tensors}
+    text = _lines({**manifest, "digest": manifest_digest(manifest)}) + "\n"
+    (folder / "manifest.json").write_text(text, encoding="utf-8")
+
+
+def manifest_digest(manifest: Mapping[str, Any]) -> str:
+    """SHA-256 of the manifest (without ``digest``) as JSON with sorted keys and no spaces."""
+    return hashlib.sha256(json.dumps(manifest, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def tiling_fault(shape: Sequence[int], boxes: Iterable[tuple[Sequence[int], Sequence[int]]]) -> str | None:
+    """None if the boxes (offset, extent) cover a tensor of ``shape``, each element once; else what they do instead."""
+    spans = [(tuple(offset), tuple(o + n for o, n in zip(offset, extent, strict=True))) for offset, extent in boxes]
+    covered = sum(math.prod(b - a for a, b in zip(low, high, strict=True)) for low, high in spans)
+    outside = any(b > size for _, high in spans for b, size in zip(high, shape, strict=True))
+    overlap = _overlap([span for span in spans if all(a < b for a, b in zip(*span, strict=True))], len(shape))
+    if not outside and not overlap and covered == math.prod(shape):
+        return None
+    return f"cover {covered} of {math.prod(shape)} elements{overlap}"
+
+
+_SIDE_BY_SIDE = 128
+_Span = tuple[tuple[int, ...], tuple[int, ...]]
+
+
+def _overlap(spans: list[_Span], dimensions: int) -> str:
+    """What is wrong if two boxes (low, high), none of them empty, share an element, or if that would take long to find
+    out: no layout cuts a tensor into boxes of which hundreds begin at one place."""
+    if not dimensions:
+        return " and overlap" if len(spans) > 1 else ""
+    # A sweep along the axis that is cut most often: few boxes then reach over the place where the next one begins.
+    axis = max(range(dimensions), key=lambda i: len({low[i] for low, _ in spans}))
+    others = [i for i in range(dimensions) if i != axis]
+    reaching: list[_Span] = []
+    left = 10_000 + _SIDE_BY_SIDE * len(spans)
+    for low, high in sorted(spans, key=lambda span: span[0][axis]):
+        left -= len(reaching)
+        if left < 0:
+            return ", too many of them side by side"
+        reaching = [span for span in reaching if span[1][axis] > low[axis]]
+        met = reaching
+        for i in others:
+            met = [(a, b) for a, b in met if a[i] < high[i] and low[i] < b[i]]
+        if met:
+            return " and overlap"
+        reaching.append((low, high))
+    return ""
+
+
+def _agreeing(entry: dict[str, Any], other: Mapping[str, Any], kind: str, name: str) -> dict[str, Any]:
+    if (entry["shape"], entry["dtype"]) != (other["shape"], other["dtype"]):
+        raise ValueError(
+            f"{kind} '{name}': piece of a {other['dtype']} {other['shape']} tensor, before it was "
+            f"{entry['dtype']} {entry['shape']}"
+        )
+    return entry
+
+
+def _lines(value: Any, depth: int = 3, indent: str = "") -> str:
+    """JSON with a line for each file and each tensor, so that the manifest can be read and searched."""
+    if depth == 0 or not isinstance(value, dict) or not value:
+        return json.dumps(value, ensure_ascii=False)
+    inner = indent + " "
+    items = (f"{inner}{json.dumps(str(k))}: {_lines(v, depth - 1, inner)}" for k, v in value.items())
+    return "{\n" + ",\n".join(items) + f"\n{indent}}}"

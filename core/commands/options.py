@@ -1,0 +1,98 @@
+"""Command-line options that several commands share."""
+
+from __future__ import annotations
+
+import argparse
+import math
+from typing import TYPE_CHECKING
+
+from core import backends
+from core.data.control import CONTROL_CHOICES
+from core.errors import UserError
+from core.inference.sampling import SamplingConfig, sampling_config
+from core.model.config import PRECISIONS
+from core.model.quantize import QUANTIZATIONS
+from core.parallel.layout import Layout, parse_layout
+
+if TYPE_CHECKING:
+    from core.parallel.layout import Layout
+
+
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    """Which model, where it runs, how it is read; shared with ``tele chat``."""
+    parser.add_argument(
+        "--backend", required=True, choices=sorted(backends.BACKENDS), help="ms: MindSpore, pt: PyTorch"
+    )
+    parser.add_argument("--checkpoint", required=True, metavar="DIR", help="released HF folder or canonical checkpoint")
+    parser.add_argument("--tokenizer", metavar="PATH", help="tokenizer.model (default: the one beside the checkpoint)")
+    parser.add_argument("--control", default="chat", choices=CONTROL_CHOICES, help="which control tokens text may name")
+    parser.add_argument("--precision", default="fp32", choices=PRECISIONS, help="arithmetic (fp32)")
+    parser.add_argument(
+        "--quantize",
+        default="none",
+        choices=QUANTIZATIONS,
+        help="keep the matrices of linear layers in 8 bits, a factor for each output",
+    )
+    parser.add_argument(
+        "--rescale",
+        default="request",
+        choices=("request", "step"),
+        help="rotary base beyond the trained length: fixed per request, or recomputed each step as released",
+    )
+    parser.add_argument("--table-dtype", choices=("float32", "float16"), help="rotary tables; float16 as released")
+    parser.add_argument("--add-bos", action="store_true", help="begin with <_start>, as the 115B release's chat does")
+
+
+def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
+    """How tokens are chosen; greedy unless a temperature is given."""
+    parser.add_argument("--temperature", type=float, metavar="T", help="above 0 draws tokens (default 0: greedy)")
+    parser.add_argument("--top-k", type=int, metavar="K", help="draw from the K likeliest tokens")
+    parser.add_argument("--top-p", type=float, metavar="P", help="draw from the likeliest tokens holding this share")
+    parser.add_argument(
+        "--min-p", type=float, metavar="P", help="draw from tokens at least this share as likely as the likeliest"
+    )
+    parser.add_argument("--repetition-penalty", type=float, default=1.0, metavar="R", help="above 1: less repetition")
+    parser.add_argument(
+        "--presence-penalty", type=float, default=0.0, metavar="R", help="taken off the logit of what was written"
+    )
+    parser.add_argument(
+        "--frequency-penalty", type=float, default=0.0, metavar="R", help="the same, for each time that it was"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of the draws (0)")
+    parser.add_argument("--greedy", action="store_true", help="take the likeliest token (the default, said aloud)")
+
+
+def sampling_from(args: argparse.Namespace) -> SamplingConfig:
+    """The checked SamplingConfig of the options; UserError where they contradict each other."""
+    if args.greedy and args.temperature:
+        raise UserError(f"--greedy: contradicts --temperature {args.temperature}; give one of them")
+    drawing = {"top_k": args.top_k, "top_p": args.top_p, "min_p": args.min_p}
+    given = {name: value for name, value in drawing.items() if value is not None}
+    if given and (args.greedy or args.temperature is None):
+        name = next(iter(given)).replace("_", "-")
+        raise UserError(f"--{name}: acts only on drawing; add --temperature, e.g. --temperature 0.7")
+    return sampling_config(
+        temperature=args.temperature or 0.0,
+        repetition_penalty=args.repetition_penalty,
+        presence_penalty=args.presence_penalty,
+        frequency_penalty=args.frequency_penalty,
+        seed=args.seed,
+        **given,
+    )
+
+
+def read_layout(text: str | None, nproc: int | None, timeout: float | None) -> Layout:
+    """The layout that the options ask for, a single process without any; UserError where they contradict each other."""
+    if nproc is not None and nproc < 1:
+        raise UserError(f"--nproc: must be at least 1, found {nproc}")
+    if text is None and nproc not in (None, 1):
+        raise UserError(f"--nproc: {nproc} processes need a layout to share the work; add e.g. --layout tp{nproc}")
+    layout = Layout() if text is None else parse_layout(text)
+    if nproc not in (None, layout.world):
+        raise UserError(
+            f"--nproc: {nproc} is not the {layout.world} processes of layout {layout.name}; leave --nproc out, or give "
+            f"--nproc {layout.world}"
+        )
+    if timeout is not None and not (math.isfinite(timeout) and timeout >= 0):
+        raise UserError(f"--timeout: must be 0 (any) or a number of seconds above it, found {timeout:g}")
+    return layout

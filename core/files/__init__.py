@@ -1,0 +1,5 @@
+"""Files: atomic writes, safetensors, unbuffered reading, and where the repository lies."""
+
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]  # the checkout, or site-packages where a wheel was installed

@@ -1,0 +1,126 @@
+"""One engine, several ranks: rank 0 schedules and samples, the others compute what it tells them.
+
+Before each step rank 0 sends the step, whole numbers only, in a block of a fixed size, and what does not fit in a
+second one: for some tens of sequences that decode the first is enough. Rotary tables are not sent; every rank makes
+them from positions and lengths.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import fields
+from typing import Protocol
+
+import numpy as np
+
+from core.inference.runner import Runner, Step
+from core.model.config import ModelConfig
+from core.model.params import parameter_table
+from core.model.quantize import LINEAR, Int8Matrix
+from core.model.quantize import quantize as quantized
+from core.parallel.sharding import Shard
+
+WORDS = 1024  # int32 of the first block, its header included
+HEADER = 8
+STEP, STOP = 1, 2
+Read = Callable[[str, tuple[slice, ...]], np.ndarray]
+
+
+class SharedRunner(Runner, Protocol):
+    """A runner whose model is spread over ranks that all call ``run`` with the same steps."""
+
+    def share(self, words: np.ndarray) -> np.ndarray:
+        """The int32 words of rank 0, on every rank; the others give as many, of any values."""
+
+
+class Leader:
+    """Rank 0's runner, for an engine: every step is told to the followers before it is made."""
+
+    def __init__(self, runner: SharedRunner) -> None:
+        self.config: ModelConfig = runner.config
+        self.num_pages, self.page_size = runner.num_pages, runner.page_size
+        self._runner = runner
+
+    def run(self, step: Step) -> np.ndarray:
+        first, rest = encode(step)
+        self._runner.share(first)
+        if rest.size:
+            self._runner.share(rest)
+        return self._runner.run(step)
+
+    def close(self) -> None:
+        """Let the followers go."""
+        words = np.zeros(WORDS, np.int32)
+        words[0] = STOP
+        self._runner.share(words)
+
+
+def follow(runner: SharedRunner) -> None:
+    """The other ranks: every step that rank 0 tells, until it says that there are no more."""
+    while True:
+        first = runner.share(np.zeros(WORDS, np.int32))
+        if first[0] == STOP:
+            return
+        rest = max(0, int(first[1]) - (WORDS - HEADER))
+        more = runner.share(np.zeros(rest, np.int32)) if rest else np.empty(0, np.int32)
+        runner.run(decode(first, more))
+
+
+def encode(step: Step) -> tuple[np.ndarray, np.ndarray]:
+    """A step as the first block of WORDS, and what of it did not fit.
+
+    Header: STEP, number of words behind it, tokens, sequences, pages of the longest, wanted tokens.
+    """
+    body = np.concatenate([getattr(step, field.name).reshape(-1) for field in fields(step)]).astype(np.int32)
+    first = np.zeros(WORDS, np.int32)
+    first[:6] = STEP, body.size, len(step.ids), len(step.lengths), step.tables.shape[1], len(step.wanted)
+    fitting = min(body.size, WORDS - HEADER)
+    first[HEADER : HEADER + fitting] = body[:fitting]
+    return first, body[fitting:]
+
+
+def decode(first: np.ndarray, rest: np.ndarray) -> Step:
+    """The step that ``encode`` made blocks of."""
+    _, size, tokens, sequences, pages, wanted = first[:6].tolist()
+    body = np.concatenate((first[HEADER : HEADER + min(size, WORDS - HEADER)], rest))
+    shapes = {
+        "ids": (tokens,),
+        "positions": (tokens,),
+        "scaling_lengths": (tokens,),
+        "slots": (tokens,),
+        "starts": (sequences + 1,),
+        "lengths": (sequences,),
+        "tables": (sequences, pages),
+        "wanted": (wanted,),
+    }
+    parts, at = {}, 0
+    for field in fields(Step):
+        count = int(np.prod(shapes[field.name]))
+        parts[field.name] = body[at : at + count].reshape(shapes[field.name])
+        at += count
+    return Step(**parts)
+
+
+def shard_reader(
+    config: ModelConfig, table: dict[str, Shard], read: Read, quantize: str = "none"
+) -> Callable[[str], np.ndarray | Int8Matrix]:
+    """``get(name)`` of what a rank holds of each parameter, out of ``read(name, box)``; rows that stand for no token
+    are zeros. In 8 bits a matrix is quantised whole and then cut: the same whole numbers in every layout."""
+    kinds = {name: spec.kind for name, spec in parameter_table(config).items()}
+
+    def get(name: str) -> np.ndarray | Int8Matrix:
+        shard = table[name]
+        if quantize == "none" or kinds[name] not in LINEAR:
+            return _padded(read(name, shard.index), shard.shape)
+        values, factors = quantized(read(name, tuple(slice(0, n) for n in shard.whole)))
+        return Int8Matrix(_padded(values[shard.index], shard.shape), _padded(factors[shard.index[0]], shard.shape[:1]))
+
+    return get
+
+
+def _padded(part: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    if part.shape == shape:
+        return part
+    whole = np.zeros(shape, part.dtype)
+    whole[tuple(slice(0, n) for n in part.shape)] = part
+    return whole

@@ -1,0 +1,98 @@
+"""A checkpoint opened for inference: configuration, tokenizer and engine."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from core import backends
+from core.errors import UserError
+from core.inference.pages import pool_size
+from core.model.config import ModelConfig
+from core.model.quantize import quantizing
+from core.model.xpos_range import check_xpos_range, say_xpos_range
+from core.shown import printable
+
+if TYPE_CHECKING:
+    from core.inference.engine import Engine, Limits
+from core.model.config import with_table_dtype
+
+
+@dataclasses.dataclass
+class Loaded:
+    """A checkpoint made ready: its configuration, its tokenizer if any, and how to open an engine on it."""
+
+    args: argparse.Namespace
+    source: Any
+    config: ModelConfig
+    tokenizer: Any | None
+
+    def engine(self, max_len: int, samples: int = 1) -> Engine:
+        """An engine on the backend with the weights in it, whose cache holds ``samples`` sequences of ``max_len``."""
+        check_xpos_range(self.config, self.args.precision, max_len)
+        return self.engine_with(self.pages(max_len, samples))
+
+    def engine_with(self, pages: int, limits: Limits | None = None, reuse: bool = True) -> Engine:
+        """An engine on the backend with the weights in it and a cache of so many pages; ``reuse`` as Engine has it."""
+        from core.inference.engine import Engine
+
+        if limits is not None and limits.max_len is not None:
+            check_xpos_range(self.config, self.args.precision, limits.max_len)
+        module = backends.load(self.args.backend, "generate")
+        get = quantizing(self.config, self.source.tensor) if self.args.quantize == "int8" else self.source.tensor
+        runner = module.Runner(self.config, get, pages, self.args.precision)
+        return Engine(runner, self.tokenizer, rescale=self.args.rescale, reuse=reuse, limits=limits)
+
+    @staticmethod
+    def pages(max_len: int, samples: int = 1) -> int:
+        """Pages for ``samples`` sequences of ``max_len`` tokens."""
+        return samples * (pool_size(max_len) - 1) + 1
+
+
+def load_model(args: argparse.Namespace, need_tokenizer: str | None) -> Loaded:
+    """Open the checkpoint and its tokenizer. ``need_tokenizer`` names the option that cannot do without one.
+
+    UserError on anything missing or unfitting, before weights are read.
+    """
+    from convert.source import open_model
+    from core.data.tokenizer import check_vocabulary, load_tokenizer
+
+    backends.load(args.backend, "generate")  # an absent framework is said first
+    source = open_model(args.checkpoint)
+    for note in source.notes:
+        print(f"note: {printable(note)}", file=sys.stderr)
+    config = with_table_dtype(source.config, args.table_dtype)
+    say_xpos_range(config, args.precision, config.max_seqlen)
+    path = args.tokenizer or source.tokenizer_path
+    config = _without_padding(config, path, own=args.tokenizer is None)
+    if path is None and need_tokenizer:
+        raise UserError(
+            f"{args.checkpoint}: no tokenizer.model in it, and {need_tokenizer} needs one; give --tokenizer PATH, "
+            "or token ids to `tele generate --ids`"
+        )
+    tokenizer = None
+    # Without a need for text a tokenizer that merely lies there must not stand in the way.
+    if path is not None and (need_tokenizer or args.tokenizer):
+        tokenizer = load_tokenizer(path, control=args.control, in_vocabulary=True)
+        check_vocabulary(tokenizer, config)
+    return Loaded(args, source, config, tokenizer)
+
+
+def _without_padding(config: ModelConfig, path: str | Path | None, own: bool) -> ModelConfig:
+    """``config`` that knows which rows of its vocabulary are padding, by the tokenizer at ``path``; said on stderr."""
+    from core.data.tokenizer import load_tokenizer
+    from core.data.vocabulary import fit_vocabulary
+
+    if path is None:
+        return config
+    try:
+        pieces = load_tokenizer(path, control="none").vocab_size
+    except UserError:
+        return config  # refused where text is needed, and without text it must not stand in the way
+    config, note = fit_vocabulary(config, pieces, own)
+    if note is not None:
+        print(f"note: {note}", file=sys.stderr)
+    return config

@@ -1,0 +1,146 @@
+"""``tele generate`` by several processes: what every rank does.
+
+    core/inference/worker.py JOB.json            one rank; started by core.launch.launcher
+
+Rank 0 has the engine and the tokenizer. It appends the text to ``text`` beside the job's file as it is made, which the
+command shows, and leaves its events in ``samples.json``. The others follow it (core.inference.followers).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from core import backends
+from core.errors import UserError
+from core.inference.engine import Engine
+from core.inference.followers import Leader, follow, shard_reader
+from core.inference.generation import answer
+from core.inference.requests import Event, Request, Usage
+from core.inference.sampling import Choice, SamplingConfig
+from core.launch.worker import run_script
+from core.model.config import ModelConfig
+from core.parallel.layout import Layout, parse_layout
+from core.parallel.sharding import chunk_table
+from core.schema import from_mapping
+
+SCRIPT = Path(__file__).resolve()
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """What the ranks need: a model and how it is held, one request, and where its tokenizer is."""
+
+    backend: str
+    checkpoint: str
+    config: ModelConfig
+    layout: str
+    precision: str
+    quantize: str
+    rescale: str
+    pages: int
+    request: Request
+    tokenizer: str | None
+    control: str
+
+
+def inference_layout(text: str) -> Layout:
+    """A layout for generation: the residual stream of a few tokens is not shared out over tp.
+
+    UserError for one that shares a batch, which generation does not have, or what only training does.
+    """
+    layout = parse_layout(text)
+    for axis, size in (("dp", layout.dp), ("ulysses", layout.ulysses), ("virtual", layout.virtual)):
+        if size > 1:
+            raise UserError(
+                f"--layout: generation shares a model over tp and pp and a context over ring; leave {axis} {size} "
+                f"out of '{text}'"
+            )
+    return dataclasses.replace(layout, sequence_parallel=False)
+
+
+def write_job(path: Path, job: Job) -> None:
+    """Keep a job for the ranks."""
+    request = dataclasses.asdict(job.request)
+    request["stop_ids"] = sorted(job.request.stop_ids)
+    values = {**dataclasses.asdict(job), "config": job.config.to_dict(), "request": request}
+    path.write_text(json.dumps(values), encoding="utf-8")
+
+
+def read_job(path: Path) -> Job:
+    """What ``write_job`` kept."""
+    values = json.loads(path.read_text(encoding="utf-8"))
+    request = values["request"]
+    request |= {
+        "prompt_ids": tuple(request["prompt_ids"]),
+        "stop_ids": frozenset(request["stop_ids"]),
+        "stop_texts": tuple(request["stop_texts"]),
+        "logit_bias": {int(token): value for token, value in request["logit_bias"].items()},
+        "sampling": SamplingConfig(**request["sampling"]),
+    }
+    values |= {"config": from_mapping(ModelConfig, values["config"], "config"), "request": Request(**request)}
+    return Job(**values)
+
+
+def write_events(path: Path, events: Sequence[Event]) -> None:
+    """Keep all events of a request."""
+    path.write_text(json.dumps([_plain(event) for event in events]), encoding="utf-8")
+
+
+def read_events(path: Path) -> list[Event]:
+    """What ``write_events`` kept."""
+    found = []
+    for values in json.loads(path.read_text(encoding="utf-8")):
+        if values["choice"] is not None:
+            token, margin, logprob, top = values["choice"]
+            values["choice"] = Choice(token, margin, logprob, tuple((i, p) for i, p in top))
+        if values["usage"] is not None:
+            values["usage"] = Usage(**values["usage"])
+        found.append(Event(**values))
+    return found
+
+
+def _plain(event: Event) -> dict[str, Any]:
+    values = dataclasses.asdict(event)
+    return values | {"choice": None if event.choice is None else list(event.choice)}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """One rank's part of a job."""
+    from convert.source import weight_reader
+    from core.data.tokenizer import load_tokenizer
+
+    path = Path((sys.argv[1:] if argv is None else argv)[0])
+    job = read_job(path)
+    layout = inference_layout(job.layout)
+    mesh = backends.load(job.backend, "parallelize").open_mesh(job.config, layout)
+    table = chunk_table(job.config, layout, mesh.coord)
+    get = shard_reader(job.config, table, weight_reader(job.checkpoint), job.quantize)
+    make = backends.load(job.backend, "generate").Runner
+    runner = make(job.config, get, job.pages, job.precision, mesh=mesh)
+    if mesh.rank:
+        follow(runner)
+    else:
+        tokenizer = job.tokenizer and load_tokenizer(job.tokenizer, control=job.control, in_vocabulary=True)
+        leader = Leader(runner)
+        events = []
+        with open(path.parent / "text", "a", encoding="utf-8") as text:
+            for event in answer(Engine(leader, tokenizer or None, rescale=job.rescale), job.request):
+                events.append(event)
+                if event.sample == 0:
+                    text.write(event.text)
+                    text.flush()
+        leader.close()
+        write_events(path.parent / "samples.json", events)
+    backends.load(job.backend, "mesh").leave()
+    return 0
+
+
+if __name__ == "__main__":
+    from core.inference.worker import main as run_rank  # the module that others import, not this __main__ copy
+
+    raise SystemExit(run_script(run_rank))

@@ -1,0 +1,25 @@
+"""Floating-point operations per token, and model FLOPs utilisation (MFU)."""
+
+from __future__ import annotations
+
+from core.model.config import ModelConfig
+from core.model.params import parameter_table
+
+
+def flops_per_token(config: ModelConfig, seq_len: int, causal: bool = False) -> float:
+    """Floating-point operations of one training token: 6 * N_matmul + 12 * L * H*D * S.
+
+    N_matmul counts weights that multiply (the head does, tied or not; the embedding is a look-up). A forward product
+    costs 2 per weight and the backward twice that. Attention: scores and their product with the values, 2 * 2*S*H*D a
+    layer forward, times 3; ``causal`` counts only the half below the diagonal. The default counts the full square, the
+    convention of published MFU figures, so that figures compare. Recomputation is not counted.
+    """
+    head = "embedding" if config.tied_embeddings else "head"
+    matmul = sum(spec.size for spec in parameter_table(config).values() if spec.kind in ("matrix", head))
+    attention = 12.0 * config.num_layers * config.num_heads * config.head_dim * seq_len
+    return 6.0 * matmul + (attention / 2 if causal else attention)
+
+
+def model_flops_utilisation(config: ModelConfig, seq_len: int, tokens_per_s: float, peak_flops: float) -> float:
+    """MFU as a fraction: achieved model FLOP/s over the device's ``peak_flops`` (its FLOP/s in the precision used)."""
+    return tokens_per_s * flops_per_token(config, seq_len) / peak_flops

@@ -1,0 +1,268 @@
+"""How a sequence is shared by context-parallel ranks, and which keys a rank's queries may see.
+
+A row of S tokens is padded to S_pad and its places are dealt to the ring's R ranks, n = S_pad / R each. Zigzag: the
+row is cut into 2R equal chunks and rank r takes chunks r and 2R-1-r, so that causal work is equal on all ranks and
+every step of the ring after the first is a full rectangle. A ring rank's n places are cut once more into ``ulysses``
+equal pieces; Ulysses' all-to-all puts the n places together again before attention, so masks are about ring ranks only.
+
+Labels are shifted before the split (core.model.batch), so nothing crosses the cuts.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from core.model.batch import IGNORE, Batch
+from core.model.visibility import Block
+from core.parallel.layout import Layout
+
+
+@dataclass(frozen=True, eq=False)
+class Visibility:
+    """What masks need, for whole ring ranks (n = S_pad / R places, Ulysses gathered).
+
+    ``method``: how keys of other ring ranks are met. "plain": there are none; "ring": key/value blocks travel, and
+    ``mask_between`` says what a block shows; "allgather": keys are gathered and sorted (``gather_order``), and
+    ``query_blocks`` says what they show.
+    index [R, B or 1, n] int32: place in the padded row of what each ring rank holds. doc_ids [R, B, n] int32: the
+    document at those places, or None when documents are not isolated.
+    """
+
+    method: str
+    index: np.ndarray
+    doc_ids: np.ndarray | None = None
+
+    @property
+    def ring(self) -> int:
+        return self.index.shape[0]
+
+    @property
+    def length(self) -> int:
+        """n, places a ring rank holds."""
+        return self.index.shape[2]
+
+
+@dataclass(frozen=True, eq=False)
+class LocalBatch:
+    """What one context-parallel rank holds of a batch, s = S_pad / cp places.
+
+    input_ids, targets, positions [B, s] int32 (padding: id 0, target IGNORE, positions counting on). ``seq_len`` is the
+    true S of the whole row: it decides the rotary scaling. index [B or 1, s] int32: place in the padded row.
+    """
+
+    input_ids: np.ndarray
+    targets: np.ndarray
+    positions: np.ndarray
+    visibility: Visibility
+    seq_len: int
+    index: np.ndarray
+
+
+def sequence_multiple(layout: Layout) -> int:
+    """What S is padded to a multiple of: 2 * ring chunks, each divisible by ulysses, and with sequence parallelism
+    every rank's share divisible by tp."""
+    chunks = 2 * layout.ring if layout.ring > 1 else 1
+    return math.lcm(chunks * layout.ulysses, layout.cp * (layout.tp if layout.sequence_parallel else 1))
+
+
+def split_batch(batch: Batch, layout: Layout, cp_rank: int) -> LocalBatch:
+    """The places of ``batch`` [B, S] that context-parallel rank ``cp_rank`` = r * ulysses + u holds.
+
+    Isolated documents: where every document of every row, tail padding included, has a length divisible by 2R, each is
+    zigzagged on its own, and all first chunks come before all second chunks; else the row is zigzagged as a whole and
+    the method is "allgather".
+    """
+    r, u = divmod(cp_rank, layout.ulysses)
+    seq_len = batch.input_ids.shape[1]
+    padded = pad_batch(batch, sequence_multiple(layout))
+    method, index = choose_places(padded, layout.ring)
+    doc_ids = None
+    if padded.doc_ids is not None:
+        doc_ids = np.stack([_take(padded.doc_ids, places) for places in index])
+    piece = index.shape[2] // layout.ulysses
+    own = np.ascontiguousarray(index[r][:, u * piece : (u + 1) * piece])
+    return LocalBatch(
+        input_ids=_take(padded.input_ids, own),
+        targets=_take(padded.targets, own),
+        positions=_take(padded.positions, own),
+        visibility=Visibility(method, index, doc_ids),
+        seq_len=seq_len,
+        index=own,
+    )
+
+
+def pad_batch(batch: Batch, multiple: int) -> Batch:
+    """``batch`` with rows lengthened to a multiple: ids 0, targets IGNORE, positions counting on, a document of its
+    own when documents are isolated."""
+    missing = -batch.input_ids.shape[1] % multiple
+    if not missing:
+        return batch
+
+    def lengthen(values: np.ndarray, fill: np.ndarray | int) -> np.ndarray:
+        tail = np.broadcast_to(np.asarray(fill, np.int32), (len(values), missing))
+        return np.concatenate([values, tail], axis=1, dtype=np.int32)
+
+    positions = batch.positions[:, -1:] + np.arange(1, missing + 1)
+    doc_ids = None if batch.doc_ids is None else lengthen(batch.doc_ids, int(batch.doc_ids.max()) + 1)
+    return Batch(
+        lengthen(batch.input_ids, 0), lengthen(batch.targets, IGNORE), lengthen(batch.positions, positions), doc_ids
+    )
+
+
+def choose_places(padded: Batch, ring: int) -> tuple[str, np.ndarray]:
+    """Method, and index [R, B or 1, n] int32 of the places that each ring rank holds, in its local order."""
+    length = padded.input_ids.shape[1]
+    if ring == 1:
+        return "plain", np.arange(length, dtype=np.int32)[None, None]
+    if padded.doc_ids is None:
+        return "ring", zigzag_places([length], ring)[:, None]
+    rows = [_document_lengths(ids) for ids in padded.doc_ids]
+    even = [lengths for lengths in rows if lengths and all(n % (2 * ring) == 0 for n in lengths)]
+    if len(even) == len(rows):
+        return "ring", np.stack([zigzag_places(lengths, ring) for lengths in even], axis=1)
+    return "allgather", zigzag_places([length], ring)[:, None]
+
+
+def zigzag_places(lengths: Sequence[int], ring: int) -> np.ndarray:
+    """index [R, n] int32 for a row made of documents of ``lengths``, each a multiple of 2R: rank r holds chunk r of
+    every document, then chunk 2R-1-r of every document. Both halves increase, and the first comes before."""
+    chunks: list[list[np.ndarray]] = [[] for _ in range(2 * ring)]
+    start = 0
+    for length in lengths:
+        places = np.arange(start, start + length, dtype=np.int32).reshape(2 * ring, -1)
+        for chunk, part in zip(chunks, places, strict=True):
+            chunk.append(part)
+        start += length
+    whole = [np.concatenate(parts) for parts in chunks]
+    return np.stack([np.concatenate([whole[r], whole[2 * ring - 1 - r]]) for r in range(ring)])
+
+
+def visible_part(q_rank: int, k_rank: int, length: int) -> tuple[slice, slice]:
+    """The queries and the keys, of ``length`` each, that meet between two ring ranks: all of both on the same rank, the
+    FIRST half of the keys of a rank before, the SECOND half of the queries for keys of a rank after."""
+    half = length // 2
+    queries = slice(half if k_rank > q_rank else 0, length)
+    return queries, slice(0, half if k_rank < q_rank else length)
+
+
+def mask_between(visibility: Visibility, q_rank: int, k_rank: int) -> None | str | np.ndarray:
+    """What the ``visible_part`` of one ring rank's queries sees of that of another's keys, for method "ring" (or
+    "plain"); what is outside the parts is invisible and is not computed.
+
+    Returns None (all of it), "causal" (the ordinary triangle: local order is row order), or bool [B, queries, keys].
+    Every query sees at least one key.
+    """
+    if visibility.method == "allgather":
+        raise ValueError("gathered keys have no blocks between ranks; see query_blocks")
+    if visibility.doc_ids is None:
+        return "causal" if q_rank == k_rank else None
+    queries, keys = visible_part(q_rank, k_rank, visibility.length)
+    q_docs, k_docs = visibility.doc_ids[q_rank][:, queries], visibility.doc_ids[k_rank][:, keys]
+    visible = q_docs[:, :, None] == k_docs[:, None, :]
+    if q_rank == k_rank:
+        places = visibility.index[q_rank]
+        visible &= places[:, :, None] >= places[:, None, :]
+    return visible
+
+
+def gather_order(visibility: Visibility) -> list[tuple[int, int]]:
+    """(start, length) slices that put keys gathered from all ring ranks, concatenated in rank order, into row order.
+
+    Needs one index for all rows, as method "allgather" has; ValueError otherwise.
+    """
+    if visibility.index.shape[1] != 1:
+        raise ValueError("rows are split differently; there is no common order")
+    order = np.argsort(visibility.index.reshape(-1))
+    return [(int(run[0]), len(run)) for run in _runs(order)]
+
+
+def query_blocks(visibility: Visibility, q_rank: int, block: int = 1024) -> Iterator[Block]:
+    """A ring rank's own queries, in blocks, against the prefix of the sorted keys that they need.
+
+    ``first`` and ``last`` of a block count own queries in local order, ``keys`` counts keys in row order. A block never
+    runs over the gap between two zigzag chunks, so that no query meets the keys in the gap.
+    """
+    places = visibility.index[q_rank, 0]
+    row_docs = None
+    if visibility.doc_ids is not None:
+        row_docs = np.empty((visibility.doc_ids.shape[1], visibility.index.size), np.int32)
+        row_docs[:, visibility.index.reshape(-1)] = np.concatenate(visibility.doc_ids, axis=1)
+    start = 0
+    for run in _runs(places):
+        for first in range(start, start + len(run), block):
+            last = min(first + block, start + len(run))
+            rows = places[first:last]
+            keys = int(rows[-1]) + 1
+            visible = (np.arange(keys) <= rows[:, None])[None]
+            if row_docs is not None:
+                visible = visible & (row_docs[:, rows][:, :, None] == row_docs[:, None, :keys])
+            yield Block(first, last, keys, None if visible.all() else visible)
+        start += len(run)
+
+
+def visible_pairs(visibility: Visibility, q_rank: int) -> list[float]:
+    """Query-key pairs a row that ``q_rank`` needs of each ring rank's keys (a mean where rows differ): the work of
+    each step of the ring. For method "allgather" one number, all keys together."""
+    if visibility.method == "allgather":
+        blocks = list(query_blocks(visibility, q_rank))
+        full = sum((b.last - b.first) * b.keys for b in blocks if b.visible is None)
+        return [full + sum(float(b.visible.sum()) / len(b.visible) for b in blocks if b.visible is not None)]
+    n, pairs = visibility.length, []
+    for k_rank in range(visibility.ring):
+        mask = mask_between(visibility, q_rank, k_rank)
+        if isinstance(mask, np.ndarray):
+            pairs.append(float(mask.sum()) / len(mask))
+        else:
+            pairs.append(n * (n + 1) / 2 if mask == "causal" else n * n / 2)
+    return pairs
+
+
+def real_places(local: LocalBatch, seq_len: int) -> list[tuple[int, int, int]]:
+    """Runs (local start, start in the row, length) of the held places below ``seq_len``, where the padding begins.
+
+    For writing what this rank computed into whole rows; ValueError where rows are split differently.
+    """
+    if len(local.index) != 1:
+        raise ValueError("rows are split differently; there are no common runs")
+    runs, start = [], 0
+    for run in _runs(local.index[0]):
+        real = int((run < seq_len).sum())
+        if real:
+            runs.append((start, int(run[0]), real))
+        start += len(run)
+    return runs
+
+
+def unsplit(pieces: Sequence[np.ndarray], indexes: Sequence[np.ndarray], seq_len: int) -> np.ndarray:
+    """Rows [B, seq_len, ...] from the pieces [B, s, ...] of all context-parallel ranks and their ``LocalBatch.index``:
+    the inverse of the split, padding dropped."""
+    batch, piece, *rest = pieces[0].shape
+    rows = np.empty((batch, piece * len(pieces), *rest), pieces[0].dtype)
+    for values, index in zip(pieces, indexes, strict=True):
+        rows[np.arange(batch)[:, None], index] = values
+    return rows[:, :seq_len]
+
+
+def _take(rows: np.ndarray, places: np.ndarray) -> np.ndarray:
+    """rows [B, S] at places [B or 1, s] -> [B, s]."""
+    if len(places) == 1:
+        return np.ascontiguousarray(rows[:, places[0]])
+    return np.take_along_axis(rows, places, axis=1)
+
+
+def _runs(places: np.ndarray) -> list[np.ndarray]:
+    """``places`` [n] cut where the next is not one more."""
+    return np.split(places, np.flatnonzero(np.diff(places) != 1) + 1)
+
+
+def _document_lengths(ids: np.ndarray) -> list[int] | None:
+    """Lengths of the documents of one row [S], or None when an id comes back after another document: then two runs
+    see each other, which the halves of a zigzag per document do not allow for."""
+    starts = np.flatnonzero(np.concatenate([[True], ids[1:] != ids[:-1]]))
+    if len(np.unique(ids[starts])) < len(starts):
+        return None
+    return np.diff(np.append(starts, len(ids))).tolist()

@@ -1,0 +1,89 @@
+"""Decisions of ranks that train together: all go on, or all stop with the same words.
+
+Nothing here knows a framework. Ranks speak through ``agree``, which gives each of them the same numbers.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator
+from typing import Any, Protocol, TypeVar
+
+from core.errors import UserError
+
+T = TypeVar("T")
+
+
+class Ranks(Protocol):
+    """What is asked of a core.train.stepper.Stepper."""
+
+    @property
+    def rank(self) -> int: ...
+    @property
+    def world(self) -> int: ...
+    def agree(self, values: list[float], op: str) -> list[float]: ...
+
+
+def meet(stepper: Ranks) -> None:
+    stepper.agree([0.0], "max")
+
+
+def together(stepper: Ranks, action: Callable[[], T]) -> T:
+    """``action`` on every rank. A UserError of one is raised on all of them, so that they end together, in one line."""
+    try:
+        result = action()
+    except UserError as error:
+        if stepper.world == 1:
+            raise
+        raise_together(stepper, str(error))
+        raise
+    raise_together(stepper, None)
+    return result
+
+
+def raise_together(stepper: Ranks, problem: str | None) -> None:
+    """UserError on every rank when one has a ``problem``: that of the lowest rank, carried over as numbers."""
+    world = stepper.world
+    speaker = int(stepper.agree([float(world if problem is None else stepper.rank)], "min")[0])
+    if speaker == world:
+        return
+    text = (problem or "").encode() if stepper.rank == speaker else b""
+    (length,) = stepper.agree([float(len(text))], "max")
+    codes = stepper.agree([float(byte) for byte in text.ljust(int(length), b"\0")], "sum")
+    raise UserError(bytes(int(code) for code in codes).decode(errors="replace"))
+
+
+def require_same_on_all(stepper: Ranks, facts: dict[str, Any]) -> None:
+    """UserError on every rank, naming the options and the ranks, unless all were started alike."""
+    leaves = dict(_leaves(facts))
+    whole = [float(len(leaves)), *_words(json.dumps(leaves))]
+    if stepper.agree(whole, "min") == stepper.agree(whole, "max"):
+        return
+    names: list[str] = []
+    if stepper.agree(whole[:1], "min") == stepper.agree(whole[:1], "max"):
+        each = [_words(f"{name}={value}")[0] for name, value in leaves.items()]
+        low, high = stepper.agree(each, "min"), stepper.agree(each, "max")
+        names = [name for name, a, b in zip(leaves, low, high, strict=True) if a != b]
+    reference = stepper.agree(whole if stepper.rank == 0 else [0.0] * len(whole), "sum")
+    mine = [float(rank == stepper.rank and whole != reference) for rank in range(stepper.world)]
+    others = [str(rank) for rank, differs in enumerate(stepper.agree(mine, "sum")) if differs]
+    what = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+    raise UserError(
+        f"{what or 'config'}: not the same on all ranks: {'rank' if len(others) == 1 else 'ranks'} {', '.join(others)} "
+        "differ from rank 0; start every rank with the same config and options"
+    )
+
+
+def _leaves(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
+    for key in sorted(tree):
+        if isinstance(tree[key], dict):
+            yield from _leaves(tree[key], f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", json.dumps(tree[key])
+
+
+def _words(text: str) -> list[float]:
+    """SHA-256 of ``text`` as numbers of 32 bits, which float64 carries exactly."""
+    digest = hashlib.sha256(text.encode()).digest()
+    return [float(int.from_bytes(digest[i : i + 4])) for i in range(0, len(digest), 4)]

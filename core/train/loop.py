@@ -1,0 +1,474 @@
+"""The training loop both backends share: everything about a step except its arithmetic.
+
+A backend's ``train.py`` supplies a ``Stepper`` and calls ``main(Trainer)``. The loop draws batches, sets the learning
+rate, judges gradients, and keeps the records (metrics.jsonl, TensorBoard, checkpoints), so that the two backends cannot
+drift apart in any of these. Its state (step, samples drawn, health window, loss scale) is small, plain numbers and in
+every checkpoint: a run that was interrupted and resumed equals one that was not, bit for bit.
+
+With many ranks each runs this loop, draws its own rows, and comes to every decision from numbers that are the same on
+all of them; what only one can know (a signal, a full disk) is agreed upon. Rank 0 alone prints and keeps the records.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import errno
+import math
+import signal
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from core.checkpoint.read import Checkpoint, Ranks, Saver, open_checkpoint
+from core.checkpoint.save import Asset
+from core.cli import Parser
+from core.config import RunConfig, load_run_config, run_config_from_dict
+from core.data.blend import Blend, open_blend
+from core.data.vocabulary import fit_run
+from core.errors import UserError
+from core.launch.run_lock import DYING, hold_folder
+from core.launch.worker import run_script
+from core.launch.world import launched_world
+from core.model.batch import Batch
+from core.model.config import load_model_config
+from core.model.growth import Growth, read_history
+from core.model.growth_mask import GrowthMask
+from core.model.params import MATRIX
+from core.model.xpos_range import check_xpos_range
+from core.parallel.layout import check_layout
+from core.schema import from_mapping
+from core.train.agreement import meet, raise_together, require_same_on_all, together
+from core.train.health import Health, TrainingStopped
+from core.train.loss_scale import DynamicLossScale
+from core.train.metrics import Row, require_fresh
+from core.train.recipe import class_rate, clip_factor, learning_rate
+from core.train.records import _header, _Records, _Signals
+from core.train.stepper import Stepper, TrainState
+
+_NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """How ``train`` ended: at which step, with which checkpoint, and the signal that interrupted it, if one did."""
+
+    step: int
+    checkpoint: Path
+    interrupted_by: int | None = None
+
+
+def train(
+    stepper_factory: Callable[[RunConfig], Stepper],
+    config: RunConfig,
+    out: str | Path,
+    resume: str | None = None,
+) -> TrainResult:
+    """Train to ``config.train.steps`` and write everything under ``out``.
+
+    ``resume``: None starts anew; "auto" continues from ``out``'s latest checkpoint if there is one; otherwise a
+    checkpoint or run folder, of either backend and any layout. Writes metrics.jsonl, tensorboard/, loss.png and step-*/
+    checkpoints. Raises UserError before the model is built for what the user can mend, TrainingStopped when the numbers
+    go wrong. SIGINT or SIGTERM, to any rank, ends the run after the current step with a checkpoint; a second signal
+    kills at once.
+
+    With more ranks than one, each calls this; ``out`` is one folder for all of them, and they raise or return alike.
+    Rank 0 holds the folder's lock meanwhile: a second run there raises UserError.
+    """
+    with contextlib.ExitStack() as held:
+        return _train(stepper_factory, config, Path(out), resume, held)
+
+
+def _train(
+    stepper_factory: Callable[[RunConfig], Stepper],
+    config: RunConfig,
+    folder: Path,
+    resume: str | None,
+    held: contextlib.ExitStack,
+) -> TrainResult:
+    # Files only, and each rank finds the same in them: a refusal comes at once, before anything is built or joined.
+    with _refused(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    if config.parallel.world == 1:
+        _hold(folder, held)
+    blend = open_blend(config.data, config.train.seed, config.model.num_tokens, config.model.filler_id)
+    config, padding = fit_run(config, blend.vocab_size)
+    checkpoint = _checkpoint_to_resume(folder, resume, verify=config.parallel.world == 1)
+    if checkpoint is not None:
+        config = _adopt_growth(checkpoint, config)
+        _require_same_model(checkpoint, config)
+    stepper = stepper_factory(config)
+    require_same_on_all(stepper, {**config.to_dict(), "--out": str(folder), "--resume": resume})
+    if config.parallel.world > 1:
+        # Not before the ranks have met: only then does each know which it is, however it was started.
+        together(stepper, lambda: _hold(folder, held) if stepper.rank == 0 else None)
+    run = _Run(stepper, config, folder, blend)
+    run.notes += padding
+    if checkpoint is not None:
+        if config.parallel.world > 1:
+            share = (stepper.rank, stepper.world)
+            together(stepper, lambda: checkpoint.verify(share=share))
+        together(stepper, lambda: run.load(checkpoint))
+    return run.go()
+
+
+@contextlib.contextmanager
+def _refused(folder: Path) -> Iterator[None]:
+    """UserError in place of an OSError about the run's folder."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"--out {folder}: cannot be made ({error.strerror}); give another folder") from None
+
+
+def _hold(folder: Path, held: contextlib.ExitStack) -> None:
+    with _refused(folder):
+        held.enter_context(hold_folder(folder, f"--out {folder}", patience=DYING))
+
+
+class _Run:
+    """One training run on one rank: the loop's state and its outputs."""
+
+    def __init__(self, stepper: Stepper, config: RunConfig, out: Path, blend: Blend) -> None:
+        self.stepper, self.config, self.out, self.blend = stepper, config, out, blend
+        self.state = TrainState()
+        self.health = Health(config.health)
+        self.loss_scale = DynamicLossScale() if config.train.precision == "fp16" else None
+        self.saver = Saver()
+        self.origin: Path | None = None  # the checkpoint of another folder that this run went on from
+        warning = check_xpos_range(config.model, config.train.precision, config.data.seq_len)
+        self.notes: list[str] = [] if warning is None else [f"warning: {warning}"]
+        self.history: tuple[Growth, ...] = ()
+        self.growth = config.model.growth  # None once its masks have done their work
+
+    def load(self, checkpoint: Checkpoint) -> None:
+        """Continue where ``checkpoint`` was taken; notes for the log say what differs from the run that wrote it."""
+        trainer = checkpoint.trainer
+        if trainer is None:
+            raise UserError(
+                f"{checkpoint.path}: holds weights but no trainer.json; only a training run's checkpoint resumes"
+            )
+        self.stepper.load(checkpoint, optimizer=True)
+        if self.stepper.step != trainer["optimizer_steps"]:
+            raise RuntimeError(f"stepper is at update {self.stepper.step}, checkpoint at {trainer['optimizer_steps']}")
+        self.state = TrainState(trainer["step"], trainer["samples"], trainer["tokens"])
+        self.health.load(trainer["health"])
+        self.history = read_history(checkpoint.model, str(checkpoint.path / "model.json"))
+        if self.loss_scale is not None and trainer["loss_scale"] is not None:
+            self.loss_scale = DynamicLossScale.from_dict(trainer["loss_scale"])
+        self.notes.append(f"resumed from {checkpoint.path} (step {self.state.step}, written by {trainer['backend']})")
+        written, now = trainer.get("layout", "single"), self.config.parallel.name
+        if written != now:
+            self.notes.append(f"note: written at {written}, now {now}: goes on within rounding, not bit for bit")
+        if trainer["data_digest"] != self.blend.digest():
+            self.notes.append("warning: the data differs from what this checkpoint was trained on")
+        for line in _differences(_with_defaults(run_config_from_dict, trainer["config"]), self.config.to_dict()):
+            if written == now or not line.startswith("parallel."):
+                self.notes.append(f"warning: changed since the checkpoint: {line}")
+        if checkpoint.path.resolve().parent == self.out.resolve():
+            self.saver.last = checkpoint.path
+        else:
+            self.origin = checkpoint.path
+
+    def go(self) -> TrainResult:
+        """Run from the present state to the end, an interruption or a stop."""
+        total, every = self.config.train.steps, self.config.checkpoint.every
+        first = self.stepper.rank == 0
+        lines = (*_header(self.stepper, self.config, self.blend, self.state), *self.notes) if first else ()
+        with _Signals(quiet=not first) as signals, contextlib.ExitStack() as ended:
+            records = together(self.stepper, lambda: _Records(self.out, total, self.state.step, first, lines))
+            ended.callback(records.close)
+            try:
+                caught = self._agree(signals)
+                while self.state.step < total and caught is None:
+                    row = self.one_step(records)
+                    caught = self._agree(signals, self._recorded(records, row))
+                    if every and self.state.step % every == 0:
+                        self.save(self.config.checkpoint.asynchronous)
+                        caught = self._agree(signals)
+                self._save_unless_saved()
+                caught = self._agree(signals)
+            except TrainingStopped as stop:
+                with contextlib.suppress(UserError, OSError):  # why training stopped matters more
+                    self.saver.wait()
+                raise TrainingStopped(f"{stop}. {self._way_back()}") from None
+            except BaseException as error:
+                # All ranks raise a UserError, so all of them finish what they write. After anything else the others may
+                # be gone, and their parts of the checkpoint would never come.
+                if self.stepper.world == 1 or isinstance(error, UserError):
+                    with contextlib.suppress(Exception):
+                        self.saver.wait()
+                raise
+        saved = self.saver.last
+        assert saved is not None
+        if caught is not None:
+            records.note(
+                f"stopped by {signal.Signals(caught).name} after step {self.state.step}; "
+                f"saved {saved}. Go on with: --resume auto"
+            )
+        else:
+            records.note(f"finished {self.state.step} steps; checkpoint {saved}; plot {self.out / 'loss.png'}")
+        return TrainResult(self.state.step, saved, caught)
+
+    def _agree(self, signals: _Signals, problem: str | None = None) -> int | None:
+        """The signal that some rank has caught, if any. Raises on all ranks when one has a ``problem``, or when the
+        save in the background has failed on one."""
+        mine = [signals.caught or 0, problem is not None, self.saver.failed]
+        caught, stuck, failed = self.stepper.agree([float(number) for number in mine], "max")
+        if stuck:
+            raise_together(self.stepper, problem)
+        if failed:
+            together(self.stepper, self.saver.wait)
+        return int(caught) or None
+
+    def _recorded(self, records: _Records, row: Row) -> str | None:
+        """Record a step; the line for the user if the disk is full."""
+        try:
+            records.step(row)
+        except OSError as error:
+            if error.errno not in _NO_SPACE:
+                raise
+            with contextlib.suppress(UserError, OSError):
+                self.saver.wait()
+            return (
+                f"{self.out}: the disk is full ({error.strerror}) after step {self.state.step}; "
+                f"free some space and go on with --resume auto. {self._way_back()}"
+            )
+        return None
+
+    def one_step(self, records: _Records) -> Row:
+        """Draw a global batch, train on it, advance; returns the step's row of metrics."""
+        train, state = self.config.train, self.state
+        started = time.perf_counter()
+        grown_at = self.history[-1].step if self.history else None
+        lr = learning_rate(self.config.optim, train.schedule_steps or train.steps, state.step, grown_at)
+        self._set_mask(records)
+        first, count = self.stepper.share(train.global_batch)
+        batch = self.blend.batch(state.samples + first, count)
+        # One divisor for the whole global batch: with masked targets, a mean of micro-batch means is another number.
+        num_targets = self.stepper.count_targets(batch.num_targets)
+        row: Row = {"step": state.step + 1, "loss": None, "grad_norm": None, "lr": lr}
+        if self.growth is not None:
+            row["mask"] = self.growth.at_step(state.step)
+        if (own := class_rate(self.config.optim, lr, MATRIX)) != lr:
+            row["matrix_lr"] = own
+        if self.loss_scale is not None:
+            row["loss_scale"] = self.loss_scale.scale
+        if num_targets:
+            skipped = self._accumulate_and_update(batch, num_targets, lr, row, records)
+        else:
+            skipped = True
+            records.note(f"warning: step {state.step + 1}: no position of this batch counts in the loss; skipped")
+        seconds = time.perf_counter() - started
+        tokens = train.global_batch * self.config.data.seq_len
+        self.state = TrainState(state.step + 1, state.samples + train.global_batch, state.tokens + tokens)
+        row |= {"tokens": self.state.tokens, "tokens_per_s": tokens / seconds, "step_ms": seconds * 1000}
+        return row | ({"skipped": True} if skipped else {})
+
+    def _set_mask(self, records: _Records) -> None:
+        """Let the masks of a growing model rise with the steps, and go when they are 1."""
+        if self.growth is None:
+            return
+        c = self.growth.at_step(self.state.step)
+        self.stepper.set_mask(c)
+        if c is None:
+            self.growth = None
+            records.note(f"step {self.state.step + 1}: the masks are 1 and gone, the model has its full size")
+
+    def _model_config(self) -> dict[str, Any]:
+        """The model as it is for the next step, the state of its masks included."""
+        c = None if self.growth is None else self.growth.at_step(self.state.step)
+        growth = None if self.growth is None or c is None else dataclasses.replace(self.growth, mask=c)
+        return dataclasses.replace(self.config.model, growth=growth).to_dict()
+
+    def _accumulate_and_update(self, batch: Batch, num_targets: int, lr: float, row: Row, records: _Records) -> bool:
+        """Gradients, verdict, update. Fills loss and norm into ``row``; True if the step was skipped."""
+        step = self.state.step + 1
+        scale = self.loss_scale.scale if self.loss_scale else 1.0
+        loss = self.stepper.gradients(batch, num_targets, scale)
+        norm = self.stepper.grad_norm(scale)
+        row["loss"], row["grad_norm"] = loss, norm
+
+        if self.loss_scale is not None and math.isfinite(loss) and not math.isfinite(norm):
+            self.stepper.discard()
+            if not self.loss_scale.overflow():
+                raise TrainingStopped(
+                    f"training stopped at step {step}: fp16 gradients overflow even with loss scale {scale:g}; "
+                    "use precision bf16 or a lower learning rate"
+                )
+            records.note(
+                f"step {step}: fp16 gradients overflowed; skipped, loss scale {scale:g} -> {self.loss_scale.scale:g}"
+            )
+            return True
+
+        before = self.health.to_dict()
+        verdict = self.health.judge(loss, norm)
+        if verdict.action == "stop":
+            self.stepper.discard()
+            if math.isfinite(loss) and math.isfinite(norm):
+                # A spike: the weights are still good, so keep the work up to here. After a non-finite loss they are
+                # suspect, and a checkpoint of them could push a good one out of keep_last.
+                self.health.load(before)
+                if self.state.step:
+                    self._save_unless_saved()
+            # The same batch comes again after a resume, so say how to get past it.
+            past = "; --set health.spike_policy=skip passes it" if math.isfinite(loss) and math.isfinite(norm) else ""
+            raise TrainingStopped(f"training stopped at step {step}: {verdict.reason}{past}")
+        if verdict.action == "skip":
+            self.stepper.discard()
+            records.note(f"warning: step {step}: {verdict.reason}; skipped")
+        else:
+            if verdict.action == "warn":
+                records.note(f"warning: step {step}: {verdict.reason}")
+            self.stepper.update(lr, clip_factor(norm, self.config.optim.clip_grad) / scale)
+        if self.loss_scale is not None:
+            self.loss_scale.good()
+        return verdict.action == "skip"
+
+    def save(self, asynchronous: bool) -> None:
+        """A checkpoint of the present state under ``out``; ``asynchronous``: written while training goes on."""
+        state, stepper = self.state, self.stepper
+        trainer: dict[str, Any] = {
+            **dataclasses.asdict(state),
+            "optimizer_steps": stepper.step,
+            "data_digest": self.blend.digest(),
+            "loss_scale": self.loss_scale.to_dict() if self.loss_scale else None,
+            "health": self.health.to_dict(),
+            # The only randomness is the initial weights and the data order, both functions of this seed and a counter.
+            "seed": self.config.train.seed,
+            "backend": stepper.implementation().get("backend", "unknown"),
+            "layout": self.config.parallel.name,
+            "config": {**self.config.to_dict(), "model": self._model_config()},
+        }
+        self.saver.save(
+            self.out,
+            state.step,
+            asynchronous=asynchronous,
+            model={
+                "config": self._model_config(),
+                **({"grown": [growth.to_dict() for growth in self.history]} if self.history else {}),
+            },
+            weights=stepper.weights(),
+            optimizer=stepper.optimizer_state(),
+            trainer=trainer,
+            keep_last=self.config.checkpoint.keep_last,
+            assets=[Asset("tokenizer.model", self.blend.tokenizer())],
+            ranks=Ranks(stepper.rank, stepper.world, lambda: meet(stepper)),
+        )
+
+    def _save_unless_saved(self) -> None:
+        self.saver.wait()
+        if self.saver.last is None or self.saver.last.name != f"step-{self.state.step:08d}":
+            self.save(asynchronous=False)
+
+    def _way_back(self) -> str:
+        every = self.config.checkpoint.every
+        if self.saver.last is not None:
+            return f"The last checkpoint is intact: {self.saver.last}"
+        if self.origin is not None:
+            return f"No checkpoint had been saved since; the one this run went on from is intact: {self.origin}"
+        if every:
+            return f"No checkpoint had been saved: the first would have come after step {every} (checkpoint.every)"
+        return "No checkpoint had been saved (set checkpoint.every)"
+
+
+def _checkpoint_to_resume(out: Path, resume: str | None, verify: bool) -> Checkpoint | None:
+    if resume == "auto":
+        return open_checkpoint(out, verify) if (out / "latest").exists() else None
+    if resume is not None:
+        checkpoint = open_checkpoint(resume, verify)
+        if checkpoint.path.resolve().parent != out.resolve():
+            require_fresh(out)
+        return checkpoint
+    require_fresh(out)
+    return None
+
+
+def _adopt_growth(checkpoint: Checkpoint, config: RunConfig) -> RunConfig:
+    """``config`` with the masks of the model that the checkpoint holds: they are state, not configuration."""
+    written = checkpoint.model["config"].get("growth")
+    growth = None if written is None else from_mapping(GrowthMask, written, f"{checkpoint.path / 'model.json'}: growth")
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, growth=growth))
+
+
+def _require_same_model(checkpoint: Checkpoint, config: RunConfig) -> None:
+    written = _with_defaults(load_model_config, checkpoint.model["config"])
+    if written.get("vocab_tokens") is None:
+        # Rows that a checkpoint does not tell from tokens may turn out to be padding; the log then says so.
+        written = {**written, "vocab_tokens": config.model.vocab_tokens}
+    differing = _differences(written, config.model.to_dict())
+    if differing:
+        raise UserError(
+            f"model: not the model of {checkpoint.path}: {'; '.join(differing[:3])}; use the config it was trained with"
+        )
+
+
+def _with_defaults(build: Callable[[dict[str, Any]], Any], tree: dict[str, Any]) -> dict[str, Any]:
+    """``tree`` with the options that came into being after it was written; unchanged if it is not understood."""
+    try:
+        return build(tree).to_dict()
+    except UserError:
+        return tree
+
+
+def _differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:
+    """``path: old -> new`` for every leaf that differs between two nested mappings."""
+    lines = []
+    for key in sorted(set(old) | set(new)):
+        before, after = old.get(key), new.get(key)
+        if isinstance(before, dict) and isinstance(after, dict):
+            lines += _differences(before, after, f"{prefix}{key}.")
+        elif before != after:
+            lines.append(f"{prefix}{key}: {before} -> {after}")
+    return lines
+
+
+def parser() -> argparse.ArgumentParser:
+    """The arguments of both backends' train.py."""
+    made = Parser(prog="train.py", description="Train from one YAML config.")
+    made.add_argument("--config", required=True, metavar="FILE", help="the run's YAML")
+    made.add_argument(
+        "--set",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="KEY=VALUE",
+        help="override, e.g. train.steps=100",
+    )
+    made.add_argument("--out", metavar="DIR", help="where everything is written (default: runs/<config's name>)")
+    made.add_argument(
+        "--resume", metavar="auto|DIR", help="auto: --out's latest checkpoint, if any; DIR: that checkpoint"
+    )
+    return made
+
+
+def main(stepper_factory: Callable[[RunConfig], Stepper], argv: list[str] | None = None) -> int:
+    """What a backend's train.py does: parse ``argv``, train, return the exit code.
+
+    0 done; 2 a mistake of the user's (one line); 130 or 143 interrupted, with a checkpoint. Training that stopped
+    itself leaves through SystemExit with its message, which Python prints before it exits with 1.
+    """
+
+    def run() -> int:
+        args = parser().parse_args(argv)
+        config = load_run_config(args.config, args.set)
+        check_layout(
+            config.parallel,
+            config.model,
+            world=launched_world()[1],
+            global_batch=config.train.global_batch,
+            micro_batch=config.train.micro_batch,
+            seq_len=config.data.seq_len,
+        )
+        out = args.out or Path("runs") / Path(args.config).stem
+        try:
+            result = train(stepper_factory, config, out, args.resume)
+        except TrainingStopped as stop:
+            raise SystemExit(str(stop)) from None
+        return 0 if result.interrupted_by is None else 128 + result.interrupted_by
+
+    return run_script(run)

@@ -1,0 +1,191 @@
+"""The record of a run: metrics.jsonl, the loss plot, and the arithmetic of model FLOPs utilisation."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import statistics
+from collections import deque
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from core.errors import UserError
+from core.files.foreign import lines, open_regular, parse_json
+
+Row = dict[str, Any]
+
+_SMOOTH_FROM = 250  # steps from which a plot shows a running mean
+LONGEST_ROW = 4096  # bytes: a row has a few hundred
+
+
+class MetricsLog:
+    """metrics.jsonl: one JSON object a line, one line a step, steps 1, 2, 3 ... even over interruptions.
+
+    ``keep_until``: rows of later steps are dropped at opening, because a run resumed from the checkpoint of that step
+    makes them again; the file then reads as one uninterrupted run.
+    """
+
+    def __init__(self, path: str | Path, keep_until: int = 0) -> None:
+        self.path = Path(path)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        kept = [row for row in read_metrics(self.path) if row["step"] <= keep_until] if self.path.exists() else []
+        beside = self.path.with_name(self.path.name + ".new")
+        with open(beside, "wb") as file:
+            file.write(b"".join(_line(row) for row in kept))
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(beside, self.path)
+        self._fd = os.open(self.path, os.O_WRONLY | os.O_APPEND)
+
+    def append(self, row: Row) -> None:
+        """Write one row. A whole line in one write to an append-only descriptor: a reader never sees half of it."""
+        line = _line(row)
+        written = os.write(self._fd, line)
+        while written < len(line):  # a full disk or a signal may cut a write short; the rest raises or follows
+            written += os.write(self._fd, line[written:])
+
+    def close(self) -> None:
+        os.close(self._fd)
+
+    def __enter__(self) -> MetricsLog:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def _line(row: Row) -> bytes:
+    # JSON has no nan: a number that does not exist (the loss of a step without targets) is null.
+    clean = {k: None if isinstance(v, float) and v - v != 0.0 else v for k, v in row.items()}
+    return json.dumps(clean, allow_nan=False, separators=(", ", ": ")).encode() + b"\n"
+
+
+def read_metrics(path: str | Path) -> list[Row]:
+    """All rows of a metrics.jsonl (or of the one in a run's folder), in order.
+
+    A last line without its newline is what a killed process leaves, and is dropped; any other bad line is a UserError
+    naming file and line.
+    """
+    path = Path(path)
+    if path.is_dir():
+        path = path / "metrics.jsonl"
+    rows = []
+    with open_regular(path, "no such file; a training run writes it") as file:
+        for number, line in enumerate(lines(file, path, LONGEST_ROW), 1):
+            if not line.endswith(b"\n"):
+                break
+            try:
+                row = parse_json(line)
+                row["step"] = int(row["step"])
+            except (ValueError, KeyError, TypeError):
+                raise UserError(f"{path}:{number}: not a row of metrics; remove the line") from None
+            rows.append(row)
+    return rows
+
+
+def last_step(path: str | Path) -> int:
+    """The last step recorded in a metrics.jsonl; 0 when there is no file or no row."""
+    rows = read_metrics(path) if Path(path).exists() else []
+    return rows[-1]["step"] if rows else 0
+
+
+def last_row(path: str | Path) -> Row | None:
+    """The last whole row of a metrics.jsonl that may be growing, without reading all of it; None when there is none."""
+    try:
+        with open(path, "rb") as file:
+            file.seek(max(0, file.seek(0, os.SEEK_END) - LONGEST_ROW))
+            found = file.read().split(b"\n")[:-1]
+    except FileNotFoundError:
+        return None
+    try:
+        return parse_json(found[-1]) if found else None
+    except ValueError:
+        return None
+
+
+def require_fresh(out: Path) -> None:
+    """UserError when the folder ``out`` holds a run, which a new one would overwrite."""
+    done = last_step(out / "metrics.jsonl")
+    if done or (out / "latest").exists():
+        raise UserError(
+            f"--out {out}: already holds a run (step {done}); give another folder, or --resume auto to go on"
+        )
+
+
+def column(rows: Sequence[Row], key: str) -> list[float]:
+    """One column as floats, nan where a row has null or lacks the key."""
+    return [float("nan") if row.get(key) is None else float(row[key]) for row in rows]
+
+
+def plot_losses(
+    runs: Mapping[str, Sequence[Row]], path: str | Path, title: str, marks: Mapping[int, str] | None = None
+) -> Path:
+    """Draw loss, gradient norm and learning rate over steps for each labelled run into a PNG; returns its path.
+
+    Steps that made no update (skipped) are marked on the loss curve; ``marks`` are lines at steps, with what they say.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    panels = (
+        ("loss", "loss (nats per token)"),
+        ("grad_norm", "gradient norm\n(before clipping)"),
+        ("lr", "learning rate"),
+    )
+    figure, axes = pyplot.subplots(
+        3, 1, sharex=True, figsize=(9, 8), gridspec_kw={"height_ratios": [3, 1.6, 1]}, layout="constrained"
+    )
+    for index, (label, rows) in enumerate(runs.items()):
+        steps = [row["step"] for row in rows]
+        # Later curves are dashed, so that two that coincide are both seen.
+        style = {"color": f"C{index}", "linestyle": "-" if index == 0 else (0, (4, 3)), "linewidth": 1.6}
+        # Of a long run single steps are a grey band; what they are around is a running mean.
+        smooth = len(rows) >= _SMOOTH_FROM
+        for axis, (key, _) in zip(axes, panels, strict=True):
+            thin = {"alpha": 0.3, "linewidth": 0.8} if smooth and key != "lr" else {"label": label}
+            axis.plot(steps, column(rows, key), **style | thin)
+            if smooth and key != "lr":
+                axis.plot(steps, _running_mean(column(rows, key), len(rows) // 50), label=label, **style)
+        if any("matrix_lr" in row for row in rows):
+            axes[2].plot(steps, column(rows, "matrix_lr"), label="matrix-like", **style | {"linestyle": ":"})
+            axes[2].legend()
+        skipped = [row for row in rows if row.get("skipped")]
+        if skipped:
+            axes[0].plot(
+                [row["step"] for row in skipped], column(skipped, "loss"), "x", color="C3", label=f"{label}: skipped"
+            )
+    for step, text in (marks or {}).items():
+        for axis in axes:
+            axis.axvline(step, color="0.5", linewidth=0.9, linestyle=":")
+        axes[0].text(
+            step, 0.98, f" {text}", transform=axes[0].get_xaxis_transform(), va="top", color="0.35", fontsize=9
+        )
+    for axis, (_, name) in zip(axes, panels, strict=True):
+        axis.set_ylabel(name)
+        axis.grid(alpha=0.3)
+    norms = [n for rows in runs.values() for n in column(rows, "grad_norm") if n > 0]
+    if norms and max(norms) > 50 * min(norms):
+        axes[1].set_yscale("log")
+    axes[2].ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
+    axes[0].legend()
+    axes[0].set_title(title)
+    axes[2].set_xlabel("step")
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
+    return path
+
+
+def _running_mean(values: Sequence[float], width: int) -> list[float]:
+    """Of each value and up to ``width`` before it; nan counts for nothing."""
+    means, window = [], deque[float](maxlen=width)
+    for value in values:
+        if not math.isnan(value):
+            window.append(value)
+        means.append(statistics.fmean(window) if window else math.nan)
+    return means

@@ -1,0 +1,134 @@
+"""What a run writes besides checkpoints: console, metrics.jsonl, TensorBoard, plot; and its signals."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import threading
+from pathlib import Path
+from types import FrameType
+
+from core.config import RunConfig
+from core.data.blend import Blend
+from core.model.masks import describe as describe_growth
+from core.model.params import count_parameters
+from core.parallel.schedule import bubble_formula
+from core.train.metrics import MetricsLog, Row, plot_losses, read_metrics
+from core.train.progress import Console
+from core.train.stepper import Stepper, TrainState
+from core.train.tensorboard import TensorBoard
+
+
+class _Records:
+    """What a run leaves besides checkpoints: lines on the console, metrics.jsonl, TensorBoard, the plot.
+
+    Only rank 0 (``active``) keeps them. ``lines`` are shown first.
+    """
+
+    def __init__(self, out: Path, total: int, done: int, active: bool, lines: tuple[str, ...]) -> None:
+        self._out, self._active = out, active
+        if not active:
+            return
+        self._console = Console(total, done)
+        for line in lines:
+            self.note(line)
+        self._log = MetricsLog(out / "metrics.jsonl", done)
+        self._board = TensorBoard(out / "tensorboard", done)
+
+    def note(self, text: str) -> None:
+        """A line that stays on the console."""
+        if self._active:
+            self._console.note(text)
+
+    def step(self, row: Row) -> None:
+        """Show and keep one step."""
+        if self._active:
+            self._log.append(row)
+            self._board.step(row)
+            self._console.step(row)
+
+    def close(self) -> None:
+        """End the files and draw the plot."""
+        if not self._active:
+            return
+        self._board.close()
+        self._console.close()
+        self._log.close()
+        rows = read_metrics(self._out)
+        # A picture that does not fit on the disk must not hide why training ended.
+        with contextlib.suppress(OSError):
+            if rows:
+                plot_losses({self._out.name: rows}, self._out / "loss.png", f"Training: {self._out.name}")
+
+
+class _Signals:
+    """While active, the first SIGINT or SIGTERM is remembered in ``caught`` and the next one has its default, deadly
+    effect: done by the kernel and not by Python, so that it also ends a step that hangs inside a framework."""
+
+    caught: int | None = None
+
+    def __init__(self, quiet: bool = False) -> None:
+        self._quiet = quiet
+
+    def __enter__(self) -> _Signals:
+        # Python allows handlers in the main thread only; a run in another thread is its owner's to interrupt.
+        watched = (signal.SIGINT, signal.SIGTERM) if threading.current_thread() is threading.main_thread() else ()
+        self._previous = {s: signal.signal(s, self._catch) for s in watched}
+        return self
+
+    def _catch(self, number: int, _: FrameType | None) -> None:
+        self.caught = number
+        for s in self._previous:
+            signal.signal(s, signal.SIG_DFL)
+        if self._quiet:
+            return
+        # os.write, not print: a print could be interrupted inside another one, which Python forbids.
+        os.write(
+            2, f"\n{signal.Signals(number).name}: finishing this step and saving; once more to stop at once\n".encode()
+        )
+
+    def __exit__(self, *_: object) -> None:
+        for s, handler in self._previous.items():
+            signal.signal(s, handler)
+
+
+def _header(stepper: Stepper, config: RunConfig, blend: Blend, state: TrainState) -> list[str]:
+    """What is about to run, one fact a line."""
+    implementation = dict(stepper.implementation())
+    parameters = count_parameters(config.model)
+    train, seq_len = config.train, config.data.seq_len
+    left = train.steps - state.step
+    facts: dict[str, str] = {
+        "backend": implementation.pop("backend", "unknown"),
+        "device": implementation.pop("device", "unknown"),
+        **_split(config),
+        "precision": train.precision,
+        "parameters": f"{parameters:,}",
+        **({"growing": describe_growth(config.model)} if config.model.growth is not None else {}),
+        **implementation,
+        "data": f"{sum(blend.num_samples):,} samples of {seq_len} tokens, digest {blend.digest()[:12]}",
+        "plan": f"{left:,} of {train.steps:,} steps, each {train.global_batch} x {seq_len} tokens in micro-batches of "
+        f"{train.micro_batch}: {left * train.global_batch * seq_len:,} tokens to go",
+    }
+    width = max(map(len, facts))
+    lines = [f"{name:<{width}}  {value}" for name, value in facts.items()]
+    return lines + [f"{'':<{width}}  {line}" for line in blend.summary().splitlines()]
+
+
+def _split(config: RunConfig) -> dict[str, str]:
+    """How the ranks share the work; nothing to say for one."""
+    layout, train = config.parallel, config.train
+    if layout.world == 1:
+        return {}
+    micro_batches = train.global_batch // layout.dp // train.micro_batch
+    facts = {
+        "layout": f"{layout.name} ({layout.world} ranks: pp {layout.pp} x dp {layout.dp} x cp {layout.cp} x "
+        f"tp {layout.tp})",
+        "batch": f"{train.global_batch} sequences over {layout.dp} data-parallel ranks, each {micro_batches} "
+        f"micro-batches of {train.micro_batch}",
+    }
+    if layout.pp > 1:
+        idle = bubble_formula(layout.schedule, layout.pp, layout.virtual, micro_batches)
+        facts["bubble"] = f"{idle:.1%} of a step, by the formula of {layout.schedule} with equal stages"
+    return facts

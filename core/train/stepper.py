@@ -1,0 +1,100 @@
+"""The protocol between the training loop and a backend."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Protocol
+
+from core.checkpoint.read import Checkpoint, TensorPiece
+from core.model.batch import Batch
+
+
+class Stepper(Protocol):
+    """What a backend does for the loop on one rank: its part of a model, of the gradients and of the optimizer.
+
+    Gradients accumulate over ``gradients`` calls until ``update`` or ``discard``. Weights change in ``update`` and
+    ``load`` only. Names are logical parameter names; arrays cross the border as numpy. With more ranks than one, all
+    call the same methods in the same order, and every number they get back is the same on all of them.
+    """
+
+    @property
+    def rank(self) -> int:
+        """This rank, from 0."""
+        ...
+
+    @property
+    def world(self) -> int:
+        """How many ranks train together; 1 alone."""
+        ...
+
+    def agree(self, values: list[float], op: str) -> list[float]:
+        """The "max", "sum" or "min" of each number over all ranks, exact in float64; alone, the values."""
+        ...
+
+    def share(self, global_batch: int) -> tuple[int, int]:
+        """(first, count) of the rows of a global batch that this rank must load; alone, all of them."""
+        ...
+
+    def count_targets(self, num_targets: int) -> int:
+        """Sum of the targets of the rows of each data-parallel rank: those of the global batch."""
+        ...
+
+    def gradients(self, batch: Batch, num_targets: int, loss_scale: float) -> float:
+        """Forward and backward of this rank's rows of a global batch, in micro-batches.
+
+        Adds the gradient of ``loss_scale * sum(token losses) / num_targets`` to the fp32 accumulators and returns
+        sum(token losses) / num_targets over the *global* batch, unscaled. ``num_targets`` counts the targets of the
+        global batch.
+        """
+        ...
+
+    def set_mask(self, c: float | None) -> None:
+        """Of a growing model (``config.model.growth``): how far what is new counts from now on; None: all of it."""
+        ...
+
+    def grad_norm(self, loss_scale: float) -> float:
+        """Global L2 norm of the accumulated gradients divided by ``loss_scale``; not finite if any of them is not."""
+        ...
+
+    def update(self, lr: float, grad_scale: float) -> None:
+        """One AdamW step on the fp32 masters with gradients times ``grad_scale``; then gradients are zero again.
+
+        ``lr`` is that of vector-like parameters; core.train.recipe.class_rate has that of the others.
+        """
+        ...
+
+    def discard(self) -> None:
+        """Zero the accumulated gradients without a step."""
+        ...
+
+    def weights(self) -> Iterator[TensorPiece]:
+        """The fp32 masters that this rank owns; every element of the model is owned by exactly one rank."""
+        ...
+
+    def optimizer_state(self) -> Iterator[TensorPiece]:
+        """``m.<name>`` and ``v.<name>`` of what this rank owns."""
+        ...
+
+    def load(self, checkpoint: Checkpoint, optimizer: bool) -> None:
+        """Take weights, and with ``optimizer`` also m, v and ``step`` (trainer.json's ``optimizer_steps``), reading
+        only what this rank holds."""
+        ...
+
+    @property
+    def step(self) -> int:
+        """Updates made so far, for Adam's bias correction. Skipped steps do not count."""
+        ...
+
+    def implementation(self) -> dict[str, str]:
+        """What runs, for the log: ``backend`` and ``device``, then operator -> implementation."""
+        ...
+
+
+@dataclass
+class TrainState:
+    """Where a run is, besides weights and optimizer."""
+
+    step: int = 0  # batches drawn, skipped ones included; drives the schedule
+    samples: int = 0
+    tokens: int = 0

@@ -1,0 +1,91 @@
+"""The process of one backend for ``tele bench decode``: the engine, warm, makes tokens as ordered.
+
+python -m kernels.bench.decode pt '{"model": "telechat2-mini", "rows": 8, "length": 36, ...}'
+{"rows": 8, "prompt": 16, "steps": 20}
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from typing import Any
+
+import numpy as np
+
+from core import backends
+from core.bench.worker import Handle, answer_orders, bench_config
+from core.inference.engine import Engine
+from core.inference.pages import pool_size
+from core.inference.requests import Request
+from core.inference.runner import Step
+from core.model.init import init_tensor
+from core.model.quantize import quantizing
+from kernels.bench.contestant import Bench
+from kernels.bench.process import open_bench
+
+
+class Timed:
+    """A runner that remembers the seconds of its last step."""
+
+    def __init__(self, runner: Any) -> None:
+        self.config, self.num_pages, self.page_size = runner.config, runner.num_pages, runner.page_size
+        self._runner, self.seconds = runner, 0.0
+
+    def run(self, step: Step) -> np.ndarray:
+        started = time.perf_counter()
+        logits = self._runner.run(step)
+        self.seconds = time.perf_counter() - started
+        return logits
+
+
+def timed_steps(engine: Engine, runner: Timed, rows: int, prompt: int, count: int) -> dict[str, list[float]]:
+    """Seconds of each of ``count`` steps in which ``rows`` sequences get a token each, after prompts of ``prompt``
+    random tokens; and of them those outside the runner. The engine serves nobody else."""
+    random = np.random.default_rng(0)
+    for _ in range(rows):
+        ids = tuple(random.integers(0, engine.config.vocab_size, prompt).tolist())
+        engine.submit(Request(prompt_ids=ids, max_new_tokens=count + rows + 1))
+    while len(engine.step()) < rows:  # until every prompt is through
+        pass
+    seconds, outside = [], []
+    for _ in range(count):
+        started = time.perf_counter()
+        engine.step()
+        seconds.append(time.perf_counter() - started)
+        outside.append(seconds[-1] - runner.seconds)
+    engine.cancel_all()
+    return {"seconds": seconds, "engine": outside}
+
+
+def reading(bench: Bench) -> float:
+    """Bytes a second that this framework reads from memory, with all its threads."""
+    call, count = bench.read()
+    return 3 * count / bench.seconds(call, 3)
+
+
+def main(argv: list[str]) -> int:
+    """The side of a backend."""
+
+    def prepare() -> tuple[dict[str, Any], Handle]:
+        name, options = argv[0], json.loads(argv[1])
+        model = bench_config(options).model
+        pages = options["rows"] * (pool_size(options["length"] + options["rows"] + 1) - 1) + 1
+        make = backends.load(name, "generate").Runner
+        get: Any = lambda tensor: init_tensor(tensor, model, 1234)  # noqa: E731
+        if options["quantize"] == "int8":
+            get = quantizing(model, get)
+        runner = Timed(make(model, get, pages, options["precision"]))
+        engine, bench = Engine(runner, reuse=False), open_bench(name, {**options, "compile": False})
+
+        def handle(order: dict[str, Any]) -> dict[str, Any]:
+            found = timed_steps(engine, runner, order["rows"], order["prompt"], order["steps"])
+            return {**found, "read": reading(bench)}
+
+        return {"backend": backends.TITLES[name]}, handle
+
+    return answer_orders(prepare)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(sys.argv[1:]))

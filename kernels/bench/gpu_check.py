@@ -1,0 +1,208 @@
+"""Everything that wants a GPU, in one command: its tests, the table of operators, and a training step of a real shape.
+
+    python -m kernels.bench.gpu_check --out gpu-check.json
+
+The step is a TeleChat2 of 1 to 3 billion parameters at sequence 8192 in bf16: TFLOP/s and MFU against the vendor's
+dense bf16 peak, both with attention counted whole (the convention of published figures) and causal, and the kernels
+that the time goes to. Without a GPU it says so and ends with 2.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from core import backends
+from core.bench.cases import OPERATORS
+from core.bench.kernels import kernels_to_markdown, measure_kernels
+from core.bench.worker import random_batch, timed_steps
+from core.config import RunConfig, run_config_from_dict
+from core.errors import UserError
+from core.files import ROOT
+from core.files.atomic import writable_file, write_text
+from core.model.flops import flops_per_token
+from core.model.params import count_parameters
+from kernels.dispatch import describe
+from kernels.pytorch import ops as pytorch
+
+# Dense bf16 FLOP/s as NVIDIA's data sheets give them (without sparsity), by a part of the device's name.
+PEAKS = {
+    "H200": 989.4e12,
+    "H100 PCIe": 756e12,
+    "H100": 989.4e12,
+    "H800": 989.4e12,
+    "A100": 312e12,
+    "A800": 312e12,
+    "L40S": 362e12,
+    "B200": 2250e12,
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", default="gpu-check.json", metavar="FILE", help="everything measured, as JSON")
+    parser.add_argument("--layers", type=int, default=18, metavar="L", help="of the 3B shape's 24 (18: 2.5 billion)")
+    parser.add_argument("--seq-len", type=int, default=8192, metavar="S", help="tokens a sequence (8192)")
+    parser.add_argument("--steps", type=int, default=8, metavar="N", help="training steps measured (8)")
+    parser.add_argument("--recompute", default="none", choices=("none", "selective", "full"), help="activations")
+    parser.add_argument("--calls", type=int, default=20, metavar="N", help="calls of each operator (20)")
+    parser.add_argument("--sizes", nargs="+", default=["gpu", "gpu-gqa"], help="of the operators (gpu gpu-gqa)")
+    parser.add_argument("--skip", nargs="+", default=[], choices=("tests", "kernels", "step"), help="leave these out")
+    args = parser.parse_args(argv)
+    try:
+        return check(args)
+    except UserError as error:
+        print(f"gpu-check: {error}", file=sys.stderr)
+        return 2
+
+
+def check(args: argparse.Namespace) -> int:
+    """0 when the tests passed (or were left out)."""
+    if not torch.cuda.is_available():
+        raise UserError("no GPU here, so nothing was run on device; repeat the command on a machine with one")
+    writable_file(args.out, "--out")
+    name = torch.cuda.get_device_name()
+    result: dict[str, Any] = {"device": name, "torch": torch.__version__, "cuda": torch.version.cuda}
+    result["choices"] = describe(pytorch.choices())
+    failed = 0
+    if "tests" not in args.skip:
+        command = [sys.executable, "-m", "pytest", "-q", "tests/device"]
+        failed = subprocess.run(command, cwd=ROOT, check=False).returncode
+        result["tests"] = {"command": " ".join(command[1:]), "code": failed}
+    if "kernels" not in args.skip:
+        result["kernels"] = measure_kernels(["pt"], list(OPERATORS), args.sizes, "bf16", args.calls, 5, False)
+        print(kernels_to_markdown(result["kernels"]))
+    write_text(Path(args.out), json.dumps(result, indent=1) + "\n")  # kept should the step not fit
+    if "step" not in args.skip:
+        result["step"] = measure_step(args.layers, args.seq_len, args.steps, args.recompute)
+        print(step_to_markdown(result["step"]))
+    write_text(Path(args.out), json.dumps(result, indent=1) + "\n")
+    return 1 if failed else 0
+
+
+def step_config(layers: int, seq_len: int, recompute: str) -> RunConfig:
+    """The 3B shape with ``layers`` layers, one sequence a step, bf16."""
+    return run_config_from_dict(
+        {
+            "model": {"preset": "telechat2-3b", "num_layers": layers},
+            "data": {"sources": [{"path": "random tokens"}], "seq_len": seq_len},
+            "train": {
+                "steps": 1_000_000,
+                "global_batch": 1,
+                "micro_batch": 1,
+                "precision": "bf16",
+                "recompute": recompute,
+            },
+            "optim": {"lr": 1e-4},
+        }
+    )
+
+
+def measure_step(layers: int, seq_len: int, steps: int, recompute: str) -> dict[str, Any]:
+    """Whole optimizer steps after three to warm up, and a profile of one more."""
+    config = step_config(layers, seq_len, recompute)
+    train = backends.load("pt", "train")
+    # Speed does not depend on the weights' values, and billions of the usual ones take minutes to make.
+    vars(train)["init_tensor"] = quick_weights
+    trainer = train.Trainer(config)
+    warm = 3
+    timed_steps(trainer, config, 0, warm)
+    torch.cuda.reset_peak_memory_stats()
+    seconds, loss = timed_steps(trainer, config, warm, steps)
+    torch.cuda.synchronize()
+    median = statistics.median(seconds)
+    whole, causal = (seq_len * flops_per_token(config.model, seq_len, causal) for causal in (False, True))
+    name = torch.cuda.get_device_name()
+    peak = next((value for part, value in PEAKS.items() if part in name), None)
+    return {
+        "device": name,
+        "parameters": count_parameters(config.model),
+        "layers": layers,
+        "seq_len": seq_len,
+        "recompute": recompute,
+        "seconds": seconds,
+        "median": median,
+        "loss": loss,
+        "tokens_per_s": seq_len / median,
+        "tflops": whole / median / 1e12,
+        "tflops_causal": causal / median / 1e12,
+        "peak_tflops": None if peak is None else peak / 1e12,
+        "mfu": None if peak is None else whole / median / peak,
+        "mfu_causal": None if peak is None else causal / median / peak,
+        "memory_gib": torch.cuda.max_memory_allocated() / 2**30,
+        "profile": profile(trainer, config, warm + steps),
+    }
+
+
+def quick_weights(name: str, config: Any, seed: int, box: tuple[slice, ...] | None = None, **_: Any) -> np.ndarray:
+    """Of the right shape and size: one block of normal numbers, repeated."""
+    from core.model.params import parameter_table
+
+    whole = parameter_table(config)[name].shape
+    shape = whole if box is None else tuple(len(range(*part.indices(n))) for part, n in zip(box, whole, strict=True))
+    if len(whole) == 1:
+        return np.full(shape, 1.0 if "norm" in name else 0.0, np.float32)
+    block = np.random.default_rng(seed).standard_normal(1 << 20, np.float32) * np.float32(config.init_std)
+    return np.resize(block, shape)
+
+
+def profile(trainer: Any, config: RunConfig, step: int) -> list[dict[str, Any]]:
+    """The kernels of one step, those that take longest first, with their share of the device's busy time."""
+    activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+    started = time.perf_counter()
+    with torch.profiler.profile(activities=activities) as found:
+        batch = random_batch(config, step)
+        trainer.gradients(batch, batch.num_targets, 1.0)
+        trainer.update(1e-4, min(1.0, 1.0 / (trainer.grad_norm(1.0) + 1e-6)))
+        torch.cuda.synchronize()
+    wall = time.perf_counter() - started
+    kernels = [e for e in found.key_averages() if e.device_type == torch.autograd.DeviceType.CUDA]
+    busy = sum(e.self_device_time_total for e in kernels) or 1.0
+    kernels.sort(key=lambda e: -e.self_device_time_total)
+    rows = [
+        {
+            "kernel": e.key[:120],
+            "calls": e.count,
+            "ms": e.self_device_time_total / 1e3,
+            "share": e.self_device_time_total / busy,
+        }
+        for e in kernels[:25]
+    ]
+    return [{"kernel": "all of them", "calls": 1, "ms": busy / 1e3, "share": 1.0, "wall_ms": wall * 1e3}, *rows]
+
+
+def step_to_markdown(step: dict[str, Any]) -> str:
+    """The step in two sentences and its profile as a table."""
+    if step["mfu"] is None:
+        share = "peak of this device not known"
+    else:
+        share = (
+            f"MFU {100 * step['mfu']:.1f} % of the vendor's dense bf16 peak of {step['peak_tflops']:.0f} TFLOP/s "
+            f"({100 * step['mfu_causal']:.1f} % with attention counted causal)"
+        )
+    lines = [
+        "",
+        f"Training step on {step['device']}: {step['parameters']:,} parameters, sequence {step['seq_len']}, bf16, "
+        f"recompute {step['recompute']}: {step['median'] * 1e3:.0f} ms, {step['tokens_per_s']:,.0f} tokens/s, "
+        f"{step['tflops']:.0f} TFLOP/s, {share}; {step['memory_gib']:.1f} GiB at most.",
+        "",
+        "| kernel | calls | ms | of busy time |",
+        "|---|---|---|---|",
+    ]
+    for row in step["profile"]:
+        lines.append(f"| `{row['kernel']}` | {row['calls']} | {row['ms']:.2f} | {100 * row['share']:.1f} % |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

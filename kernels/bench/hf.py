@@ -1,0 +1,88 @@
+"""Hugging Face's ``generate`` with its cache, for comparison: a Llama of the measured model's shapes, random weights.
+
+``python -m kernels.bench.hf hf OPTIONS`` serves ``tele bench decode``. The transformers library is no dependency of
+this project; where it is not installed, nothing here is called.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from typing import Any
+
+import torch
+import transformers
+
+from core.bench.worker import Handle, answer_orders, bench_config
+from core.model.config import ModelConfig
+from kernels.bench.decode import reading
+from kernels.bench.process import open_bench
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def llama(config: ModelConfig, dtype: torch.dtype) -> Any:
+    """The model; what it lacks of TeleChat2, biases and length scaling, costs next to nothing."""
+    torch.manual_seed(0)
+    made = transformers.LlamaConfig(
+        vocab_size=config.vocab_size,
+        hidden_size=config.hidden_size,
+        intermediate_size=config.ffn_hidden_size,
+        num_hidden_layers=config.num_layers,
+        num_attention_heads=config.num_heads,
+        num_key_value_heads=config.num_kv_heads,
+        max_position_embeddings=config.max_seqlen,
+        rms_norm_eps=config.norm_eps,
+        tie_word_embeddings=config.tied_embeddings,
+    )
+    return transformers.LlamaForCausalLM(made).to(dtype).eval()
+
+
+class Clock(transformers.StoppingCriteria):
+    """Notes when each token is there; stops nothing."""
+
+    def __init__(self) -> None:
+        self.ticks: list[float] = []
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
+        self.ticks.append(time.perf_counter())
+        return torch.zeros(len(input_ids), dtype=torch.bool)
+
+
+def timed_steps(model: Any, rows: int, prompt: int, count: int) -> list[float]:
+    """Seconds of each of ``count`` steps after the first token, of ``rows`` greedy sequences together."""
+    torch.manual_seed(1)
+    ids = torch.randint(0, model.config.vocab_size, (rows, prompt))
+    clock = Clock()
+    model.generate(
+        ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=count + 1,
+        min_new_tokens=count + 1,
+        do_sample=False,
+        pad_token_id=0,
+        stopping_criteria=transformers.StoppingCriteriaList([clock]),
+    )
+    return [last - first for first, last in zip(clock.ticks, clock.ticks[1:], strict=False)]
+
+
+def main(argv: list[str]) -> int:
+    def prepare() -> tuple[dict[str, Any], Handle]:
+        options = json.loads(argv[1])
+        model = llama(bench_config(options).model, DTYPES[options["precision"]])
+        bench = open_bench("pt", {**options, "compile": False})
+
+        def handle(order: dict[str, Any]) -> dict[str, Any]:
+            return {
+                "seconds": timed_steps(model, order["rows"], order["prompt"], order["steps"]),
+                "read": reading(bench),
+            }
+
+        return {"backend": f"transformers {transformers.__version__}, PyTorch {torch.__version__}"}, handle
+
+    return answer_orders(prepare)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(sys.argv[1:]))

@@ -1,0 +1,72 @@
+"""The process of one framework for ``tele bench kernels``: times its implementations of an operator, in turns.
+
+python -m kernels.bench.process pt '{"precision": "fp32", "compile": false}'
+{"operator": "rms_norm", "size": "mini", "calls": 5}
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import Any
+
+from core.bench.cases import SIZES
+from core.bench.worker import Handle, answer_orders
+from kernels.bench.contestant import Bench, Timer
+
+
+def handle_orders(bench: Bench) -> Handle:
+    """Answers {"operator", "size", "calls"} as core.bench.kernels.summarise takes them."""
+    yardsticks = {"copy": bench.copy(), "read": bench.read(), "matmul": bench.matmul()}
+    ready: dict[str, Any] = {}
+
+    def handle(order: dict[str, Any]) -> dict[str, Any]:
+        case = (order["operator"], order["size"])
+        if ready.get("case") != case:
+            ready.clear()  # lets go of the tensors before the next ones are made
+            people = bench.contestants(order["operator"], SIZES[order["size"]])
+            calls = {("", what): call for what, (call, _) in yardsticks.items()}
+            for name, person in people.items():
+                for what in ("forward", "backward", "both"):
+                    if getattr(person, what) is not None:
+                        calls[name, what] = getattr(person, what)
+            ready.update(case=case, people=people, timer=Timer(bench, calls))
+        found = ready["timer"].turn(order["calls"])
+        answer = {}
+        for name, person in ready["people"].items():
+            answer[name] = {"implementation": person.implementation, "forward": found[name, "forward"]}
+            if person.backward is not None:
+                pairs = zip(found[name, "forward"], found[name, "backward"], strict=True)
+                answer[name] |= {"backward": found[name, "backward"], "both": [a + b for a, b in pairs]}
+            if person.both is not None:
+                answer[name]["both"] = found[name, "both"]
+        return {
+            **{what: [work / s for s in found["", what]] for what, (_, work) in yardsticks.items()},
+            "contestants": answer,
+        }
+
+    return handle
+
+
+def open_bench(name: str, options: dict[str, Any]) -> Bench:
+    """The side of backend ``name``."""
+    if name == "pt":
+        from kernels.bench.pytorch import TorchBench
+
+        return TorchBench(options)
+    from kernels.bench.mindspore import MindSporeBench
+    from kernels.mindspore import settings as mindspore_settings  # noqa: F401  (first: as in a run)
+
+    return MindSporeBench(options)
+
+
+def main(argv: list[str]) -> int:
+    def prepare() -> tuple[dict[str, Any], Handle]:
+        bench = open_bench(argv[0], json.loads(argv[1]))
+        return bench.about(), handle_orders(bench)
+
+    return answer_orders(prepare)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(sys.argv[1:]))

@@ -1,0 +1,204 @@
+"""The fused operators of MindSpore with their gradients: what each keeps for its backward is what its formula needs.
+
+``module`` is the package that serves (kernels.cpu.ops or kernels.ascend.ops); both have the same functions. Gradients
+of weights are summed in float32 and returned in the dtype of the weight.
+"""
+
+from __future__ import annotations
+
+from types import ModuleType
+from typing import Any
+
+import mindspore as ms
+from mindspore import Tensor, ops
+
+from kernels.mindspore.composite import total_loss
+from kernels.mindspore.private import Function
+
+Gradients = tuple[Tensor | None, ...]
+
+
+class Linear(Function):
+    """x [N, in] @ weight [out, in]^T + bias; the three products of forward and backward, none transposed in memory."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, compute: ms.Type, cpp: ModuleType) -> Tensor:
+        x, wide = ops.cast(x, compute), ops.cast(weight, compute)
+        ctx.save_for_backward(x, wide)
+        ctx.dtypes, ctx.cpp = (weight.dtype, None if bias is None else bias.dtype), cpp
+        bias = None if bias is None else ops.cast(bias, compute)
+        if compute == ms.float32:
+            return cpp.matmul(x, wide, bias)
+        out = cpp.matmul_bf16(x, wide, compute)
+        return out if bias is None else cpp.add_bias(out, bias)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Gradients:
+        (x, weight), cpp = ctx.saved_tensors, ctx.cpp
+        if grad.dtype == ms.float32:
+            dx, dweight = cpp.matmul(grad, weight, turn_w=True), cpp.matmul(grad, x, turn_a=True, turn_w=True)
+        else:
+            dx = cpp.matmul_bf16(grad, weight, grad.dtype, turn_w=True)
+            dweight = cpp.matmul_bf16(grad, x, grad.dtype, turn_a=True, turn_w=True)
+        weight_dtype, bias_dtype = ctx.dtypes
+        dbias = None if bias_dtype is None else ops.cast(cpp.column_sum(grad), bias_dtype)
+        return dx, ops.cast(dweight, weight_dtype), dbias, None, None
+
+
+class Embedding(Function):
+    @staticmethod
+    def forward(ctx: Any, table: Tensor, ids: Tensor, module: ModuleType) -> Tensor:
+        ctx.save_for_backward(ids)
+        ctx.table, ctx.module = (table.dtype, table.shape[0]), module
+        return module.embedding(table, ids)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Gradients:
+        dtype, rows = ctx.table
+        return ops.cast(ctx.module.embedding_backward(grad, ctx.saved_tensors[0], rows), dtype), None, None
+
+
+class RmsNorm(Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, eps: float, compute: ms.Type, mask: Tensor | None, module: ModuleType
+    ) -> Tensor:
+        out, rstd = module.rms_norm(x, weight, eps, compute, mask)
+        ctx.save_for_backward(x, weight, rstd)
+        ctx.mask, ctx.module = mask, module
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Gradients:
+        x, weight, rstd = ctx.saved_tensors
+        dx, dweight = ctx.module.rms_norm_backward(grad, x, weight, rstd, ctx.mask)
+        return dx, ops.cast(dweight, weight.dtype), None, None, None, None
+
+
+class AddRmsNorm(Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        residual: Tensor,
+        weight: Tensor,
+        eps: float,
+        compute: ms.Type,
+        mask: Tensor | None,
+        module: ModuleType,
+    ) -> tuple[Tensor, Tensor]:
+        out, stream, rstd = module.add_rms_norm(x, residual, weight, eps, compute, mask)
+        ctx.save_for_backward(stream, weight, rstd)
+        ctx.mask, ctx.module, ctx.dtype = mask, module, x.dtype
+        return out, stream
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, grad_stream: Tensor) -> Gradients:
+        stream, weight, rstd = ctx.saved_tensors
+        dstream, dweight = ctx.module.add_rms_norm_backward(grad, grad_stream, stream, weight, rstd, ctx.mask)
+        return ops.cast(dstream, ctx.dtype), dstream, ops.cast(dweight, weight.dtype), None, None, None, None
+
+
+class LayerNorm(Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor,
+        eps: float,
+        compute: ms.Type,
+        mask: Tensor | None,
+        module: ModuleType,
+    ) -> Tensor:
+        out, mean, rstd = module.layer_norm(x, weight, bias, eps, compute, mask)
+        ctx.save_for_backward(x, weight, mean, rstd)
+        ctx.mask, ctx.module, ctx.dtype = mask, module, bias.dtype
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Gradients:
+        x, weight, mean, rstd = ctx.saved_tensors
+        dx, dweight, dbias = ctx.module.layer_norm_backward(grad, x, weight, mean, rstd, ctx.mask)
+        return dx, ops.cast(dweight, weight.dtype), ops.cast(dbias, ctx.dtype), None, None, None, None
+
+
+class Rope(Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        scale_q: Tensor | None,
+        scale_k: Tensor | None,
+        module: ModuleType,
+    ) -> tuple[Tensor, Tensor]:
+        ctx.tables, ctx.module = (cos, sin, scale_q, scale_k), module
+        return module.rope_qk(q, k, cos, sin, scale_q, scale_k)
+
+    @staticmethod
+    def backward(ctx: Any, grad_q: Tensor, grad_k: Tensor) -> Gradients:
+        return *ctx.module.rope_qk_backward(grad_q, grad_k, *ctx.tables), None, None, None, None, None
+
+
+class Swiglu(Function):
+    @staticmethod
+    def forward(ctx: Any, gate: Tensor, up: Tensor, module: ModuleType) -> Tensor:
+        ctx.save_for_backward(gate, up)
+        ctx.module = module
+        return module.swiglu(gate, up)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Gradients:
+        return *ctx.module.swiglu_backward(grad, *ctx.saved_tensors), None
+
+
+class Gelu(Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, module: ModuleType) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.module = module
+        return module.gelu(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Gradients:
+        return ctx.module.gelu_backward(grad, *ctx.saved_tensors), None
+
+
+class Attention(Function):
+    """``keys`` is kernels.mindspore.ops.Keys."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, keys: Any) -> Tensor:
+        out, log_sum_exp = keys.module.attention(q, k, v, keys.device)
+        ctx.save_for_backward(q, k, v, out, log_sum_exp)
+        ctx.keys = keys
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Gradients:
+        q, k, v, out, log_sum_exp = ctx.saved_tensors
+        return *ctx.keys.module.attention_backward(grad, q, k, v, ctx.keys.device, out, log_sum_exp), None
+
+
+class CrossEntropy(Function):
+    """The gradient is written over the logits, which are gone afterwards: nothing else of their size is ever made."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, targets: Tensor, z_loss: float, module: ModuleType) -> Tensor:
+        log_sum_exp, picked = module.cross_entropy_forward(logits, targets, 0, logits.shape[-1])
+        ctx.save_for_backward(logits, targets, log_sum_exp)
+        ctx.z_loss, ctx.module = z_loss, module
+        losses = log_sum_exp - picked
+        if z_loss:
+            losses = losses + Tensor(z_loss, losses.dtype) * log_sum_exp * log_sum_exp
+        return total_loss(losses, targets)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Gradients:
+        logits, targets, log_sum_exp = ctx.saved_tensors
+        factor, columns = ops.cast(grad, ms.float32).reshape(1), logits.shape[-1]
+        dlogits = ctx.module.cross_entropy_backward(logits, targets, 0, columns, log_sum_exp, factor, ctx.z_loss)
+        return dlogits, None, None, None

@@ -1,0 +1,283 @@
+"""Which implementation serves each operator of the MindSpore backend, and the operators themselves.
+
+On the CPU device C++ (kernels/cpu) serves, on Ascend CANN's own operators (kernels/ascend/ops.py); where neither does,
+and in float64, MindSpore's plain operators do (kernels/mindspore/composite.py). ``select`` sets the process's choice
+before models are built. B batch, S queries, T keys, H heads, K kv heads, D head dim, E channels, V vocabulary, N rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import mindspore as ms
+from mindspore import Tensor, ops
+
+from core.config import KERNEL_OPERATORS
+from core.model.visibility import KeyRanges
+from kernels.ascend.rehearsal import rehearsing
+from kernels.dispatch import Candidate, Choice, choose, describe
+from kernels.int8 import Int8
+from kernels.mindspore import autograd as autograd
+from kernels.mindspore import composite as composite
+from kernels.mindspore.private import recording
+from kernels.reference import visible_keys
+
+_WITHOUT_FLOAT64 = ("cpp", "cann")
+
+_choices: dict[str, Choice] = {}
+_modules: dict[str, ModuleType | None] = {}
+
+
+def select(wanted: Mapping[str, str] | None = None, device: str | None = None) -> dict[str, Choice]:
+    """Choose for this process: ``wanted`` names implementations by operator ("auto" or nothing: the best).
+
+    ``device``: "CPU", "Ascend" or "GPU"; the one that MindSpore computes on if not given, and Ascend in its rehearsal
+    (kernels/ascend/rehearsal.py). Raises UserError when what is wanted cannot serve there.
+    """
+    device = device or ("Ascend" if rehearsing() else str(ms.get_context("device_target")))
+    found = choose(candidates(device), wanted or {}, device)
+    _choices.clear()
+    _choices.update(found)
+    _modules.clear()
+    _modules.update({name: _module(choice.implementation) for name, choice in found.items()})
+    return dict(found)
+
+
+def choices() -> dict[str, Choice]:
+    """The choice of this process; the best of the device when ``select`` was not called."""
+    return dict(_choices) if _choices else select()
+
+
+def described(dtype: ms.Type = ms.float32) -> list[str]:
+    """What serves the operators of this process on tensors of ``dtype``, and why, a line each."""
+    return describe(choices(), _WITHOUT_FLOAT64 if dtype == ms.float64 else ())
+
+
+def candidates(device: str) -> dict[str, list[Candidate]]:
+    """What could serve each operator on a device, best first."""
+    table: dict[str, list[Candidate]] = {}
+    for name in KERNEL_OPERATORS:
+        plain = Candidate("composite")
+        if device == "CPU":
+            table[name] = [Candidate("cpp", _cpp_obstacle()), plain]
+        elif device == "Ascend":
+            from kernels.ascend.ops import CANN_OPERATORS
+
+            table[name] = [Candidate("cann"), plain] if CANN_OPERATORS[name].serves else [plain]
+        else:
+            table[name] = [plain]
+    return table
+
+
+def _cpp_obstacle() -> str:
+    from kernels.cpu.build import BuildError, load_extension
+
+    try:
+        load_extension()
+    except BuildError as error:
+        return str(error)
+    return ""
+
+
+def _module(implementation: str) -> ModuleType | None:
+    if implementation == "cpp":
+        from kernels.cpu import ops as cpp
+
+        return cpp
+    if implementation == "cann":
+        from kernels.ascend import ops as ascend
+
+        return ascend
+    return None
+
+
+def serving(operator: str, dtype: ms.Type = ms.float32) -> ModuleType | None:
+    """The module whose functions serve an operator on tensors of ``dtype``; None: composite."""
+    if dtype == ms.float64:
+        return None
+    if not _choices:
+        select()
+    return _modules[operator]
+
+
+def limit_threads(threads: int) -> None:
+    """Let the C++ operators of this process use so many threads; others leave it as it is."""
+    from kernels.cpu.engine import limit_threads as limit
+
+    limit(threads)
+
+
+def linear(x: Tensor, weight: Tensor | Int8, bias: Tensor | None, compute: ms.Type) -> Tensor:
+    """x [..., in] @ weight [out, in]^T + bias, operands and result in ``compute``, accumulated in float32 or wider."""
+    few = few_rows(x, [(weight, bias)], compute)
+    if few is not None:
+        return few[0]
+    cpp: Any = serving("linear", compute)
+    if isinstance(weight, Int8):
+        weight = composite.dequantize(*weight, compute) if cpp is None else cpp.dequantize(*weight, compute)
+    if cpp is None:
+        return composite.linear(x, weight, bias, compute)
+    flat = ops.cast(x, compute).reshape(-1, x.shape[-1])
+    if compute == ms.float16:
+        return composite.linear(x, weight, bias, compute)
+    return autograd.Linear.apply(flat, weight, bias, compute, cpp).reshape(*x.shape[:-1], weight.shape[0])
+
+
+def few_rows(
+    x: Tensor, matrices: Sequence[tuple[Tensor | Int8, Tensor | None]], compute: ms.Type
+) -> tuple[Tensor, ...] | None:
+    """``linear`` of one x with up to three (weight, bias), in one call, where an operator serves few rows without their
+    gradient; else None."""
+    cpp: Any = serving("linear", compute)
+    if cpp is None or x.dtype != compute or x.size > cpp.FEW * x.shape[-1] or recording():
+        return None
+    given = []
+    for weight, bias in matrices:
+        values, factors = weight if isinstance(weight, Int8) else (weight, None)
+        if factors is None and weight.dtype != compute:
+            return None
+        given.append((values, bias, factors))
+    found = cpp.several_linear_rows(x, given)
+    return found if len(given) > 1 else (found,)
+
+
+def embedding(table: Tensor, input_ids: Tensor) -> Tensor:
+    """table [V, E], input_ids [B, S] -> [B, S, E]."""
+    module = serving("embedding", table.dtype)
+    if module is None:
+        return composite.embedding(table, input_ids)
+    return autograd.Embedding.apply(table, input_ids, module) if recording() else module.embedding(table, input_ids)
+
+
+def rms_norm(
+    x: Tensor, weight: Tensor, eps: float, stat: ms.Type, compute: ms.Type, mask: Tensor | None = None
+) -> Tensor:
+    """x / sqrt(mean(x^2) + eps) in ``stat``, cast to ``compute``, then times weight [E]: the released order.
+
+    ``mask`` [E] in float32 is how far each channel has grown (kernels.reference.rms_norm).
+    """
+    module = serving("rms_norm", stat)
+    if module is None:
+        return composite.rms_norm(x, weight, eps, stat, compute, mask)
+    if not recording():
+        return module.rms_norm(x, weight, eps, compute, mask)[0]
+    return autograd.RmsNorm.apply(x, weight, eps, compute, mask, module)
+
+
+def add_rms_norm(
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor,
+    eps: float,
+    stat: ms.Type,
+    compute: ms.Type,
+    mask: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The stream residual + x, in the dtype of ``residual``, and its rms_norm: (normed, stream)."""
+    module = serving("rms_norm", stat)
+    if module is None:
+        stream = residual + ops.cast(x, residual.dtype)
+        return composite.rms_norm(stream, weight, eps, stat, compute, mask), stream
+    if not recording():
+        return module.add_rms_norm(x, residual, weight, eps, compute, mask)[:2]
+    return autograd.AddRmsNorm.apply(x, residual, weight, eps, compute, mask, module)
+
+
+def layer_norm(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    stat: ms.Type,
+    compute: ms.Type,
+    mask: Tensor | None = None,
+    counted: int | None = None,
+) -> Tensor:
+    """(x - mean) / sqrt(var + eps) in ``stat``, cast to ``compute``, times weight plus bias [E]; ``mask`` as above.
+
+    With ``counted``, mean and variance are those of the first so many channels (kernels.reference.layer_norm); no fused
+    operator has that, so plain ones serve.
+    """
+    if counted is not None:
+        return composite.layer_norm(x, weight, bias, eps, stat, compute, mask, counted)
+    module = serving("layer_norm", stat)
+    if module is None:
+        return composite.layer_norm(x, weight, bias, eps, stat, compute, mask)
+    if not recording():
+        return module.layer_norm(x, weight, bias, eps, compute, mask)[0]
+    return autograd.LayerNorm.apply(x, weight, bias, eps, compute, mask, module)
+
+
+def rope_qk(
+    q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, scale_q: Tensor | None = None, scale_k: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Half rotation of q [B, S, H, D] and k [B, S, K, D] by cos, sin [B or 1, S, 1, D/2], in the tables' dtype.
+
+    ``scale_q``, ``scale_k``, shaped like the tables, multiply both halves afterwards (xPos).
+    """
+    module = serving("rope", cos.dtype)
+    if module is None:
+        return composite.rope(q, cos, sin, scale_q), composite.rope(k, cos, sin, scale_k)
+    if not recording():
+        return module.rope_qk(q, k, cos, sin, scale_q, scale_k)
+    return autograd.Rope.apply(q, k, cos, sin, scale_q, scale_k, module)
+
+
+def swiglu(gate: Tensor, up: Tensor, stat: ms.Type) -> Tensor:
+    """silu(gate) * up in ``stat``, returned in the dtype of ``gate``."""
+    module = serving("swiglu", stat)
+    if module is None:
+        return composite.swiglu(gate, up, stat)
+    return autograd.Swiglu.apply(gate, up, module) if recording() else module.swiglu(gate, up)
+
+
+def gelu(x: Tensor) -> Tensor:
+    """The tanh form."""
+    module = serving("gelu", x.dtype)
+    if module is None:
+        return composite.gelu(x)
+    return autograd.Gelu.apply(x, module) if recording() else module.gelu(x)
+
+
+def add(stream: Tensor, branch: Tensor) -> Tensor:
+    """stream + branch, in the dtype of ``stream``."""
+    module: Any = serving("rms_norm", stream.dtype)  # which adds a branch, too
+    if recording() or not hasattr(module, "add"):
+        return stream + ops.cast(branch, stream.dtype)
+    return module.add(stream, branch)
+
+
+class Keys(NamedTuple):
+    """What queries see: for the module that serves attention in its form, and as told."""
+
+    device: Any
+    module: ModuleType
+    told: KeyRanges
+
+    def as_mask(self) -> Tensor:
+        """For composite operators, which serve float64: additive, [B or 1, 1, 1, S, T]."""
+        return composite.hidden_keys(visible_keys(self.told.ranges, self.told.num_keys))
+
+
+def keys_on_device(key_ranges: KeyRanges) -> Keys | None:
+    """Made once a forward pass and used by every layer; None when attention is composite and wants masks."""
+    module = serving("attention")
+    return None if module is None else Keys(module.device_ranges(key_ranges), module, key_ranges)
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, keys: Keys) -> Tensor:
+    """Softmax attention, scale 1/sqrt(D): q [B, S, H, D], k and v [B, T, K, D] -> [B, S, H, D]."""
+    return autograd.Attention.apply(q, k, v, keys)
+
+
+def cross_entropy(logits: Tensor, targets: Tensor, z_loss: float = 0.0) -> Tensor:
+    """Sum over positions of -log softmax(logits)[target] + z_loss * log-sum-exp^2; IGNORE counts nothing.
+
+    logits [B, S, V] in the loss dtype. A fused operator overwrites them in the backward pass.
+    """
+    module = serving("cross_entropy", logits.dtype)
+    if module is None:
+        return composite.cross_entropy(logits, targets, z_loss)
+    return autograd.CrossEntropy.apply(logits.reshape(-1, logits.shape[-1]), targets.reshape(-1), z_loss, module)

@@ -1,0 +1,143 @@
+"""Attention over pages in MindSpore: an operator that reads them where they lie, or their keys gathered first.
+
+Gathered, sequences with one query each, as in decoding, go together, filled up to the longest with the blank page's
+zeros; a piece of a prompt goes alone. N tokens, R sequences, T keys of the longest, H heads, K kv heads, D head dim.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import mindspore as ms
+import numpy as np
+from mindspore import Tensor, ops
+
+from core.inference.runner import Step, key_slots, sequence_groups
+from core.model.visibility import Block, KeyRanges, causal_ranges, single_ranges
+from kernels.mindspore import composite as composite
+from kernels.mindspore import ops as kernels
+from kernels.reference import visible_keys
+
+
+class Keys(NamedTuple):
+    """The queries [first, last) of the step, where the keys that they see lie, ``slots`` [R, T], and which of them."""
+
+    first: int
+    last: int
+    slots: Tensor
+    visible: kernels.Keys | list[Block]
+
+
+class Rows(NamedTuple):
+    """Where new rows go: ``slots`` int64 [N] for an operator that stores them, for others ``runs`` of rows on one page
+    (first and last row, page, place)."""
+
+    slots: Tensor | None
+    runs: list[tuple[int, int, int, int]]
+
+
+class Pages(NamedTuple):
+    """One step's places, made once and used by every layer: for an operator that reads pages itself, the arrays of the
+    step, ``slots`` [N], ``starts`` [R + 1], ``lengths`` [R], ``tables`` [R, M], of which others take the last; for the
+    others also ``rows`` and ``parts``."""
+
+    step: Step
+    arrays: tuple[Tensor, ...]
+    rows: Rows | None
+    parts: list[Keys]
+
+
+def page_dtype(compute: ms.Type) -> ms.Type:
+    """What keys and values are kept in: the dtype that computes, but where this device cannot write to a part of such a
+    tensor, a wider one."""
+    module = kernels.serving("attention", compute)
+    stuck = compute == ms.bfloat16 and not hasattr(module, "paged_attention") and not hasattr(module, "store_rows")
+    return ms.float32 if stuck and ms.get_context("device_target") == "CPU" else compute
+
+
+def place(step: Step, page_size: int, dtype: ms.Type) -> Pages:
+    """What ``paged_attention`` needs of a step, whose keys and values are in ``dtype``."""
+    module = kernels.serving("attention", dtype)
+    if hasattr(module, "paged_attention"):
+        arrays = step.slots, step.starts, step.lengths, step.tables
+        return Pages(step, tuple(map(Tensor, arrays)), None, [])
+    parts = []
+    for first, last in sequence_groups(step):
+        lengths = step.lengths[first:last]
+        slots = key_slots(step.tables[first:last], lengths, page_size)
+        begin, end = int(step.starts[first]), int(step.starts[last])
+        # Single queries go together; a piece of a prompt goes alone.
+        ranges = single_ranges(lengths) if end - begin == last - first else causal_ranges(end - begin, slots.shape[1])
+        parts.append(Keys(begin, end, Tensor(slots), _visible(ranges, dtype)))
+    tables = (Tensor(step.tables[: step.singles]),) if hasattr(module, "takes_pages") else ()
+    return Pages(step, tables, place_rows(step.slots, page_size, dtype), parts)
+
+
+def place_rows(slots: np.ndarray, page_size: int, dtype: ms.Type) -> Rows:
+    """Slots int32 [N] in the form that ``store_rows`` takes for rows in ``dtype``."""
+    if hasattr(kernels.serving("attention", dtype), "store_rows"):
+        return Rows(Tensor(slots.astype(np.int64)), [])
+    return Rows(None, _runs(slots, page_size))
+
+
+def store_rows(pages: Tensor, x: Tensor, rows: Rows) -> None:
+    """x [N, K, D] into pages [P, size, K, D], in place."""
+    if rows.slots is not None:
+        module: Any = kernels.serving("attention", x.dtype)
+        module.store_rows(pages, x, rows.slots)
+    for first, last, page, at in rows.runs:
+        pages[page, at : at + last - first] = ops.cast(x[first:last], pages.dtype)
+
+
+def rows_at(pages: Tensor, slots: Tensor) -> Tensor:
+    """The rows of pages [P, size, K, D] at ``slots`` int32 [R, T]: [R, T, K, D]."""
+    _, _, K, D = pages.shape
+    return kernels.embedding(pages.reshape(-1, K * D), slots).reshape(*slots.shape, K, D)
+
+
+def paged_attention(q: Tensor, k: Tensor, v: Tensor, k_pages: Tensor, v_pages: Tensor, places: Pages) -> Tensor:
+    """k and v [1, N, K, D] are stored in pages [P, size, K, D], in place; then causal attention of the last tokens of
+    sequences, q [1, N, H, D] -> the same: kernels.reference.paged_attention."""
+    module: Any = kernels.serving("attention", q.dtype)
+    step = places.step
+    if hasattr(module, "paged_attention"):
+        return module.paged_attention(q, k, v, k_pages, v_pages, *places.arrays, step.singles)
+    store_rows(k_pages, k[0], places.rows)
+    store_rows(v_pages, v[0], places.rows)
+    out = []
+    for part in places.parts:
+        queries = q[0, part.first : part.last]
+        if part.last <= step.singles and hasattr(module, "takes_pages") and module.takes_pages(k_pages):
+            lengths, (tables,) = step.lengths[: step.singles].tolist(), places.arrays
+            queries = queries.reshape(-1, 1, *q.shape[2:])
+            out.append(module.single_queries(queries, k_pages, v_pages, lengths, tables).reshape(-1, *q.shape[2:]))
+        else:
+            out.append(_attention(queries, k_pages, v_pages, part))
+    return (out[0] if len(out) == 1 else ops.concat(out, 0))[None]
+
+
+def _attention(q: Tensor, k_pages: Tensor, v_pages: Tensor, keys: Keys) -> Tensor:
+    n, H, D = q.shape
+    R = keys.slots.shape[0]
+    k, v = (ops.cast(rows_at(pages, keys.slots), q.dtype) for pages in (k_pages, v_pages))
+    q = q.reshape(R, n // R, H, D)
+    serve = kernels.attention if isinstance(keys.visible, kernels.Keys) else composite.attention
+    return serve(q, k, v, keys.visible).reshape(n, H, D)
+
+
+def _visible(key_ranges: KeyRanges, dtype: ms.Type) -> kernels.Keys | list[Block]:
+    keys = kernels.keys_on_device(key_ranges) if dtype != ms.float64 else None
+    if keys is not None:
+        return keys
+    mask = visible_keys(key_ranges.ranges, key_ranges.num_keys)
+    return [Block(0, mask.shape[1], key_ranges.num_keys, composite.hidden_keys(mask))]
+
+
+def _runs(slots: np.ndarray, page_size: int) -> list[tuple[int, int, int, int]]:
+    breaks = np.flatnonzero((np.diff(slots) != 1) | (slots[1:] % page_size == 0)) + 1
+    ends = [0, *breaks.tolist(), len(slots)]
+    return [
+        (first, last, int(slots[first]) // page_size, int(slots[first]) % page_size)
+        for first, last in zip(ends[:-1], ends[1:], strict=True)
+        if first < last
+    ]

@@ -1,0 +1,228 @@
+"""Gradients for the primitives of an implementation package: autograd functions that keep no more than they need.
+
+Every function takes the package first (kernels/pytorch/composite.py, torch_cpu.py, triton, torch_npu_ops.py), whose
+primitives have the same names and shapes in all of them.
+"""
+
+from __future__ import annotations
+
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import Function, once_differentiable
+
+from core.model.batch import IGNORE
+from core.model.visibility import KeyRanges
+
+
+class Linear(Function):
+    """Keeps x and weight."""
+
+    @staticmethod
+    def forward(ctx: Any, package: ModuleType, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.package = package
+        ctx.save_for_backward(x, weight)
+        return package.linear(x, weight, bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        return None, *ctx.package.linear_backward(grad, x, weight, ctx.needs_input_grad[1:])
+
+
+class Embedding(Function):
+    """Keeps the ids."""
+
+    @staticmethod
+    def forward(ctx: Any, package: ModuleType, table: Tensor, ids: Tensor) -> Tensor:
+        ctx.package, ctx.rows, ctx.dtype = package, table.shape[0], table.dtype
+        ctx.save_for_backward(ids)
+        return package.embedding(table, ids)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        (ids,) = ctx.saved_tensors
+        dtable = ctx.package.embedding_backward(grad.reshape(-1, grad.shape[-1]), ids.reshape(-1), ctx.rows)
+        return None, dtable.to(ctx.dtype), None
+
+
+class RmsNorm(Function):
+    """Keeps x, the weight and rstd [N]."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        package: ModuleType,
+        x: Tensor,
+        weight: Tensor,
+        eps: float,
+        out_dtype: torch.dtype,
+        mask: Tensor | None,
+    ) -> Tensor:
+        out, rstd = package.rms_norm(x, weight, eps, out_dtype, mask)
+        ctx.package = package
+        ctx.save_for_backward(x, weight, rstd, mask)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, rstd, mask = ctx.saved_tensors
+        dx, dweight = ctx.package.rms_norm_backward(grad, x, weight, rstd, mask)
+        return None, dx, dweight.to(weight.dtype), None, None, None
+
+
+class AddRmsNorm(Function):
+    """Keeps the sum, the weight and rstd [N]."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        package: ModuleType,
+        x: Tensor,
+        residual: Tensor,
+        weight: Tensor,
+        eps: float,
+        out_dtype: torch.dtype,
+        mask: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        out, stream, rstd = package.add_rms_norm(x, residual, weight, eps, out_dtype, mask)
+        ctx.package, ctx.dtype = package, x.dtype
+        ctx.save_for_backward(stream, weight, rstd, mask)
+        return out, stream
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor, grad_stream: Tensor) -> tuple[Tensor | None, ...]:
+        stream, weight, rstd, mask = ctx.saved_tensors
+        dstream, dweight = ctx.package.add_rms_norm_backward(grad, grad_stream, stream, weight, rstd, mask)
+        return None, dstream.to(ctx.dtype), dstream, dweight.to(weight.dtype), None, None, None
+
+
+class LayerNorm(Function):
+    """Keeps x, the weight, mean and rstd [N]."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        package: ModuleType,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor,
+        eps: float,
+        out_dtype: torch.dtype,
+        mask: Tensor | None,
+    ) -> Tensor:
+        out, mean, rstd = package.layer_norm(x, weight, bias, eps, out_dtype, mask)
+        ctx.package = package
+        ctx.save_for_backward(x, weight, mean, rstd, mask)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, mean, rstd, mask = ctx.saved_tensors
+        dx, dweight, dbias = ctx.package.layer_norm_backward(grad, x, weight, mean, rstd, mask)
+        return None, dx, dweight.to(weight.dtype), dbias.to(weight.dtype), None, None, None
+
+
+class RopeQK(Function):
+    """Keeps the tables. The gradient is the rotation by the negative angle."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        package: ModuleType,
+        q: Tensor,
+        k: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        scale_q: Tensor | None,
+        scale_k: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        ctx.package = package
+        ctx.save_for_backward(cos, sin, scale_q, scale_k)
+        return package.rope_qk(q, k, cos, sin, scale_q, scale_k)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_q: Tensor, grad_k: Tensor) -> tuple[Tensor | None, ...]:
+        cos, sin, scale_q, scale_k = ctx.saved_tensors
+        return None, *ctx.package.rope_qk(grad_q, grad_k, cos, -sin, scale_q, scale_k), None, None, None, None
+
+
+class SwiGLU(Function):
+    """Keeps gate and up; silu is computed again."""
+
+    @staticmethod
+    def forward(ctx: Any, package: ModuleType, gate: Tensor, up: Tensor) -> Tensor:
+        ctx.package = package
+        ctx.save_for_backward(gate, up)
+        return package.swiglu(gate, up)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return None, *ctx.package.swiglu_backward(grad, *ctx.saved_tensors)
+
+
+class Gelu(Function):
+    """Keeps x."""
+
+    @staticmethod
+    def forward(ctx: Any, package: ModuleType, x: Tensor) -> Tensor:
+        ctx.package = package
+        ctx.save_for_backward(x)
+        return package.gelu(x)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return None, ctx.package.gelu_backward(grad, *ctx.saved_tensors)
+
+
+class Attention(Function):
+    """Keeps q, k, v, the output and the log-sum-exp [B, H, S]; no scores."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, package: ModuleType, q: Tensor, k: Tensor, v: Tensor, key_ranges: KeyRanges, scale: float | None
+    ) -> Tensor:
+        out, log_sum_exp = package.attention(q, k, v, key_ranges, scale=scale)
+        ctx.package, ctx.key_ranges, ctx.scale = package, key_ranges, scale
+        ctx.save_for_backward(q, k, v, out, log_sum_exp)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, out, log_sum_exp = ctx.saved_tensors
+        grads = ctx.package.attention_backward(grad, q, k, v, ctx.key_ranges, out, log_sum_exp, scale=ctx.scale)
+        return None, *grads, None, None
+
+
+class CrossEntropy(Function):
+    """Keeps the logits [N, V], over which the gradient is written when ``in_place`` is true."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, package: ModuleType, logits: Tensor, targets: Tensor, z_loss: float, in_place: bool
+    ) -> Tensor:
+        log_sum_exp, picked = package.cross_entropy_forward(logits, targets, 0, logits.shape[-1])
+        losses = log_sum_exp - picked
+        if z_loss:
+            losses = losses + z_loss * log_sum_exp.square()
+        ctx.package, ctx.z_loss, ctx.in_place = package, z_loss, in_place
+        ctx.save_for_backward(logits, targets, log_sum_exp)
+        return losses.masked_fill(targets == IGNORE, 0.0).sum()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        logits, targets, log_sum_exp = ctx.saved_tensors
+        part = (0, logits.shape[-1], log_sum_exp, grad, ctx.z_loss)
+        return None, ctx.package.cross_entropy_backward(logits, targets, *part, in_place=ctx.in_place), None, None, None

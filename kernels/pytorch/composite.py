@@ -1,0 +1,337 @@
+"""The primitives in PyTorch's plain operators, on any device: the form that the fused ones are measured against.
+
+Forward and backward without autograd, as kernels/reference.py defines them. Statistics are float32, float64 for float64
+inputs. B batch, S queries, T keys, H heads, K kv heads, D head dim, E hidden, N rows, C columns of the vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from core.model.batch import IGNORE
+from core.model.visibility import KeyRanges
+
+
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of statistics for inputs of ``dtype``."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def rms_norm(
+    x: Tensor, weight: Tensor, eps: float, out_dtype: torch.dtype, mask: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """x [..., E], weight [E] -> out [..., E] in ``out_dtype`` and 1/sqrt(mean(x^2) + eps) [N].
+
+    x times that is rounded to ``out_dtype`` before it meets the weight: the released order.
+    """
+    statistic = wide(x.dtype)
+    values = x.to(statistic)
+    rstd = torch.rsqrt(_mean(values.square(), mask) + eps)
+    out = (values * rstd).to(out_dtype) * weight.to(out_dtype)
+    return out if mask is None else out * mask.to(out_dtype), rstd.reshape(-1)
+
+
+def rms_norm_backward(
+    grad: Tensor, x: Tensor, weight: Tensor, rstd: Tensor, mask: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """(dx [..., E] in the dtype of x, dweight [E] in the statistics' dtype)."""
+    statistic = wide(x.dtype)
+    r = rstd.view(*x.shape[:-1], 1)
+    grad = grad.to(statistic) if mask is None else grad.to(statistic) * mask
+    normed = x.to(statistic) * r
+    g = grad * weight.to(statistic)
+    dx = r * (g - normed * _share(x, mask) * (g * normed).sum(-1, keepdim=True))
+    return dx.to(x.dtype), (grad * normed).reshape(-1, x.shape[-1]).sum(0)
+
+
+def add_rms_norm(
+    x: Tensor, residual: Tensor, weight: Tensor, eps: float, out_dtype: torch.dtype, mask: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(rms_norm of x + residual, that sum in the dtype of ``residual``, rstd [N])."""
+    stream = residual + x.to(residual.dtype)
+    out, rstd = rms_norm(stream, weight, eps, out_dtype, mask)
+    return out, stream, rstd
+
+
+def add_rms_norm_backward(
+    grad: Tensor, grad_stream: Tensor, stream: Tensor, weight: Tensor, rstd: Tensor, mask: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """(d stream, which is that of x and of residual; dweight)."""
+    dx, dweight = rms_norm_backward(grad, stream, weight, rstd, mask)
+    return dx + grad_stream, dweight
+
+
+def layer_norm(
+    x: Tensor, weight: Tensor, bias: Tensor, eps: float, out_dtype: torch.dtype, mask: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """x [..., E] -> out in ``out_dtype``, mean [N], 1/sqrt(var + eps) [N]."""
+    statistic = wide(x.dtype)
+    values = x.to(statistic)
+    mean = _mean(values, mask)
+    rstd = torch.rsqrt(_mean((values - mean).square(), mask) + eps)
+    out = (values - mean) * rstd * weight.to(statistic) + bias.to(statistic)
+    return (out if mask is None else out * mask).to(out_dtype), mean.reshape(-1), rstd.reshape(-1)
+
+
+def counted_layer_norm(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    stat: torch.dtype,
+    out_dtype: torch.dtype,
+    mask: Tensor | None,
+    counted: int,
+) -> Tensor:
+    """The layer norm whose mean and variance are those of the first ``counted`` channels, differentiable by PyTorch."""
+    x = x.to(stat)
+    x = x - x[..., :counted].mean(-1, keepdim=True)
+    rstd = torch.rsqrt(x[..., :counted].square().mean(-1, keepdim=True) + eps)
+    out = x * rstd * weight.to(stat) + bias.to(stat)
+    return (out if mask is None else out * mask).to(out_dtype)
+
+
+def layer_norm_backward(
+    grad: Tensor, x: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor, mask: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(dx in the dtype of x, dweight [E], dbias [E])."""
+    statistic = wide(x.dtype)
+    r = rstd.view(*x.shape[:-1], 1)
+    grad = grad.to(statistic) if mask is None else grad.to(statistic) * mask
+    normed = (x.to(statistic) - mean.view_as(r)) * r
+    g, share = grad * weight.to(statistic), _share(x, mask)
+    dx = r * (g - share * g.sum(-1, keepdim=True) - normed * share * (g * normed).sum(-1, keepdim=True))
+    rows = (-1, x.shape[-1])
+    return dx.to(x.dtype), (grad * normed).reshape(rows).sum(0), grad.reshape(rows).sum(0)
+
+
+def rope_qk(
+    q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, scale_q: Tensor | None = None, scale_k: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Half rotation of q [B, S, H, D] and k [B, S, K, D] by cos, sin [B or 1, S, 1, D/2], then the xPos scales."""
+    return _rope(q, cos, sin, scale_q), _rope(k, cos, sin, scale_k)
+
+
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    """silu(gate) * up, in the dtype of ``gate``."""
+    statistic = wide(gate.dtype)
+    return (F.silu(gate.to(statistic)) * up.to(statistic)).to(gate.dtype)
+
+
+def swiglu_backward(grad: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+    statistic = wide(gate.dtype)
+    grad, values = grad.to(statistic), gate.to(statistic)
+    s = torch.sigmoid(values)
+    dgate = grad * up.to(statistic) * s * (1.0 + values * (1.0 - s))
+    return dgate.to(gate.dtype), (grad * values * s).to(up.dtype)
+
+
+_A, _B = math.sqrt(2.0 / math.pi), 0.044715
+
+
+def gelu(x: Tensor) -> Tensor:
+    """The tanh form."""
+    values = x.to(wide(x.dtype))
+    return (0.5 * values * (1.0 + torch.tanh(_A * (values + _B * values**3)))).to(x.dtype)
+
+
+def gelu_backward(grad: Tensor, x: Tensor) -> Tensor:
+    values = x.to(wide(x.dtype))
+    t = torch.tanh(_A * (values + _B * values**3))
+    slope = 0.5 * (1.0 + t) + 0.5 * values * (1.0 - t * t) * _A * (1.0 + 3.0 * _B * values * values)
+    return (grad.to(values.dtype) * slope).to(x.dtype)
+
+
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, key_ranges: KeyRanges, scale: float | None = None, out_f32: bool = False
+) -> tuple[Tensor, Tensor]:
+    """q [B, S, H, D], k and v [B, T, K, D] -> out [B, S, H, D] in the dtype of q, log-sum-exp [B, H, S].
+
+    ``key_ranges`` with its ranges as a tensor. All scores are made at once. A query without keys: zeros and -inf.
+    ``out_f32``: the output in the statistics' dtype, for merging.
+    """
+    B, S, H, D = q.shape
+    statistic = wide(q.dtype)
+    scores = _scores(q, k, key_ranges, scale)
+    log_sum_exp = torch.logsumexp(scores, -1, keepdim=True)
+    weights = torch.exp(scores - finite(log_sum_exp))
+    out = torch.matmul(weights, v.to(statistic).transpose(1, 2)).view(B, H, S, D).transpose(1, 2)
+    return out.to(statistic if out_f32 else q.dtype), log_sum_exp.view(B, H, S)
+
+
+def attention_backward(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    key_ranges: KeyRanges,
+    out: Tensor | None,
+    log_sum_exp: Tensor,
+    scale: float | None = None,
+    delta: Tensor | None = None,
+    out_f32: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dq, dk, dv. ``log_sum_exp`` [B, H, S] and ``out`` may be those over more keys than these (a ring's final ones).
+
+    ``delta`` [B, H, S] = sum(grad * out) over D; ``out`` is not read when it is given.
+    """
+    B, S, H, D = q.shape
+    K, statistic = k.shape[2], wide(q.dtype)
+    rows = (B, K, H // K * S, -1)
+    if delta is None:
+        assert out is not None
+        delta = (grad.to(statistic) * out.to(statistic)).sum(-1).transpose(1, 2)
+    dout = grad.to(statistic).transpose(1, 2).reshape(rows)
+    weights = torch.exp(_scores(q, k, key_ranges, scale) - finite(log_sum_exp).reshape(rows))
+    dv = torch.matmul(weights.transpose(-1, -2), dout)
+    dweights = torch.matmul(dout, v.to(statistic).permute(0, 2, 3, 1))
+    dscores = weights * (dweights - delta.reshape(rows)) * (D**-0.5 if scale is None else scale)
+    dq = torch.matmul(dscores, k.to(statistic).transpose(1, 2)).view(B, H, S, D)
+    dk = torch.matmul(dscores.transpose(-1, -2), q.to(statistic).transpose(1, 2).reshape(rows))
+    return tuple(d.transpose(1, 2).to(statistic if out_f32 else x.dtype) for d, x in ((dq, q), (dk, k), (dv, v)))  # type: ignore[return-value]
+
+
+def merge_blocks(out: Tensor, log_sum_exp: Tensor, more: Tensor, more_lse: Tensor) -> tuple[Tensor, Tensor]:
+    """Attention over the union of two sets of keys; out, more [B, S, H, D], log-sum-exps [B, H, S].
+
+    Written as out - sigmoid(b - a) * (out - more), which is exact where one side has no keys (-inf).
+    """
+    apart = torch.where(more_lse == -torch.inf, -torch.inf, more_lse - log_sum_exp)
+    share = torch.sigmoid(apart).transpose(1, 2)[..., None]
+    return out - share * (out - more), torch.logaddexp(log_sum_exp, more_lse)
+
+
+def cross_entropy_forward(logits: Tensor, targets: Tensor, first: int, real: int) -> tuple[Tensor, Tensor]:
+    """logits [N, C] of the columns [first, first + C), targets [N] -> (log-sum-exp of the ``real`` first columns, the
+    target's logit), both [N] in the statistics' dtype. The target's logit is 0 where it is IGNORE or another rank's.
+    """
+    values = logits.to(wide(logits.dtype))
+    local, held = held_targets(targets, first, real)
+    picked = values.gather(1, local[:, None])[:, 0].masked_fill(~held, 0.0)
+    if not real:
+        return torch.full_like(picked, -torch.inf), picked
+    return torch.logsumexp(values[:, :real], -1), picked
+
+
+def cross_entropy_backward(
+    logits: Tensor,
+    targets: Tensor,
+    first: int,
+    real: int,
+    log_sum_exp: Tensor,
+    factor: Tensor | float,
+    z_loss: float = 0.0,
+    in_place: bool = True,
+) -> Tensor:
+    """factor * d(sum of losses)/d logits [N, C]; here always a tensor of its own. ``log_sum_exp`` is over all ranks."""
+    local, held = held_targets(targets, first, real)
+    lse = log_sum_exp[:, None]
+    grad = torch.exp(logits.to(log_sum_exp.dtype) - lse) * (1.0 + 2.0 * z_loss * lse)
+    grad[:, real:] = 0.0
+    grad.scatter_add_(1, local[:, None], -held[:, None].to(grad.dtype))
+    return torch.where((targets != IGNORE)[:, None], grad * factor, 0.0).to(logits.dtype)
+
+
+def held_targets(targets: Tensor, first: int, real: int) -> tuple[Tensor, Tensor]:
+    """(column of each target here, 0 where it is not; whether it is here), both [N]."""
+    local = targets.long() - first
+    held = (targets != IGNORE) & (local >= 0) & (local < real)
+    return local * held, held
+
+
+def embedding(table: Tensor, ids: Tensor) -> Tensor:
+    """table [V, E], ids [...] -> [..., E]."""
+    return table.index_select(0, ids.reshape(-1)).view(*ids.shape, -1)
+
+
+def embedding_backward(grad: Tensor, ids: Tensor, vocab_size: int) -> Tensor:
+    """grad [N, E] summed by id into [V, E], in the statistics' dtype."""
+    table = torch.zeros((vocab_size, grad.shape[-1]), dtype=wide(grad.dtype), device=grad.device)
+    return table.index_add_(0, ids, grad.to(table.dtype))
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x [..., in] @ weight [out, in]^T + bias [out]."""
+    return F.linear(x, weight, bias)
+
+
+def linear_backward(
+    grad: Tensor, x: Tensor, weight: Tensor, needs: tuple[bool, bool, bool]
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """(dx, dweight, dbias), None for what ``needs`` does not ask for."""
+    rows = grad.reshape(-1, grad.shape[-1])
+    return (
+        torch.matmul(grad, weight) if needs[0] else None,
+        torch.mm(rows.t(), x.reshape(-1, x.shape[-1])) if needs[1] else None,
+        rows.sum(0) if needs[2] else None,
+    )
+
+
+def adamw(
+    master: Tensor,
+    grad: Tensor,
+    m: Tensor,
+    v: Tensor,
+    step: int,
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    decay: float,
+    grad_scale: float = 1.0,
+    copy: Tensor | None = None,
+) -> None:
+    """Update number ``step`` (from 1) of flat vectors in place with grad * grad_scale; ``copy`` becomes the master,
+    rounded to its dtype. ``grad`` is left as it was."""
+    grad = grad * grad_scale
+    m.mul_(beta1).add_(grad, alpha=1.0 - beta1)
+    v.mul_(beta2).addcmul_(grad, grad, value=1.0 - beta2)
+    root = (v / (1.0 - beta2**step)).sqrt() + eps
+    master.mul_(1.0 - lr * decay).addcdiv_(m, root, value=-lr / (1.0 - beta1**step))
+    if copy is not None:
+        copy.copy_(master)
+
+
+def finite(log_sum_exp: Tensor) -> Tensor:
+    """A log-sum-exp that scores can be subtracted from: 0 in place of -inf."""
+    return log_sum_exp.masked_fill(log_sum_exp == -torch.inf, 0.0)
+
+
+def visible_keys(key_ranges: KeyRanges, first: int = 0, last: int | None = None) -> Tensor:
+    """bool [B or 1, last - first, T] of the queries [first, last)."""
+    ranges = key_ranges.ranges[:, first:last]
+    keys = torch.arange(key_ranges.num_keys, dtype=torch.int32, device=ranges.device)
+    return (keys >= ranges[..., :1]) & (keys < ranges[..., 1:])
+
+
+def _scores(q: Tensor, k: Tensor, key_ranges: KeyRanges, scale: float | None) -> Tensor:
+    """[B, K, H/K * S, T] in the statistics' dtype, -inf where a key is hidden."""
+    B, S, H, D = q.shape
+    K, statistic = k.shape[2], wide(q.dtype)
+    grouped = q.to(statistic).transpose(1, 2).reshape(B, K, H // K * S, D)
+    scores = torch.matmul(grouped, k.to(statistic).permute(0, 2, 3, 1)) * (D**-0.5 if scale is None else scale)
+    if key_ranges.kind == "full":
+        return scores
+    hidden = ~visible_keys(key_ranges)[:, None, None]
+    return scores.view(B, K, H // K, S, -1).masked_fill(hidden, -torch.inf).view(scores.shape)
+
+
+def _rope(x: Tensor, cos: Tensor, sin: Tensor, scale: Tensor | None) -> Tensor:
+    first, second = x.to(cos.dtype).chunk(2, -1)
+    first, second = first * cos - second * sin, second * cos + first * sin
+    if scale is not None:
+        first, second = first * scale, second * scale
+    return torch.cat((first, second), -1).to(x.dtype)
+
+
+def _mean(x: Tensor, mask: Tensor | None) -> Tensor:
+    return x.mean(-1, keepdim=True) if mask is None else (x * mask).sum(-1, keepdim=True) / mask.sum()
+
+
+def _share(x: Tensor, mask: Tensor | None) -> Tensor | float:
+    """What each channel counts in a mean."""
+    return 1.0 / x.shape[-1] if mask is None else mask / mask.sum()

@@ -1,0 +1,414 @@
+"""The primitives for PyTorch's CPU: its own fused kernels where it has them, else passes over rows that stay in cache.
+
+A plain composition makes a tensor for every intermediate; on a CPU most of its time goes into fetching fresh pages for
+them. Here rows are taken a few at a time and worked on in place. Same names, shapes and results as
+kernels/pytorch/composite.py, which also serves what is rare (growth masks).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.optim.adamw import adamw as torch_adamw
+
+from core.model.batch import IGNORE
+from core.model.visibility import KeyRanges
+from kernels.pytorch import composite as torch_composite
+from kernels.pytorch.composite import finite, held_targets, merge_blocks, wide
+
+__all__ = ["merge_blocks"]  # and the functions below
+
+_AT_ONCE = 1 << 18  # elements of a row block: 1 MB of float32, what a core's second-level cache holds
+_SMALL = 1 << 16  # elements up to which calls cost more than passes, and the plain composition makes fewer
+_SCORES = 1 << 19  # elements of a block of attention scores
+
+
+def rms_norm(
+    x: Tensor, weight: Tensor, eps: float, out_dtype: torch.dtype, mask: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    if mask is not None or x.numel() <= _SMALL:
+        return torch_composite.rms_norm(x, weight, eps, out_dtype, mask)
+    rows = x.reshape(-1, x.shape[-1])
+    N, E = rows.shape
+    statistic = wide(x.dtype)
+    out, rstd = x.new_empty((N, E), dtype=out_dtype), x.new_empty((N, 1), dtype=statistic)
+    weight = weight.to(out_dtype)
+    for first, last in _blocks(N, E):
+        values, r = rows[first:last].to(statistic), rstd[first:last]
+        torch.linalg.vector_norm(values, dim=-1, keepdim=True, out=r)
+        r.square_().div_(E).add_(eps).rsqrt_()
+        if out_dtype == statistic:
+            torch.mul(values, r, out=out[first:last]).mul_(weight)
+        else:
+            torch.mul((values * r).to(out_dtype), weight, out=out[first:last])
+    return out.view(x.shape), rstd.view(-1)
+
+
+def rms_norm_backward(
+    grad: Tensor, x: Tensor, weight: Tensor, rstd: Tensor, mask: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    if mask is not None or x.numel() <= _SMALL:
+        return torch_composite.rms_norm_backward(grad, x, weight, rstd, mask)
+    return _rms_norm_backward(grad, None, x, weight, rstd)
+
+
+def add_rms_norm(
+    x: Tensor, residual: Tensor, weight: Tensor, eps: float, out_dtype: torch.dtype, mask: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    stream = residual + x.to(residual.dtype)
+    out, rstd = rms_norm(stream, weight, eps, out_dtype, mask)
+    return out, stream, rstd
+
+
+def add_rms_norm_backward(
+    grad: Tensor, grad_stream: Tensor, stream: Tensor, weight: Tensor, rstd: Tensor, mask: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    if mask is not None or stream.numel() <= _SMALL:
+        return torch_composite.add_rms_norm_backward(grad, grad_stream, stream, weight, rstd, mask)
+    return _rms_norm_backward(grad, grad_stream, stream, weight, rstd)
+
+
+def _rms_norm_backward(
+    grad: Tensor, more: Tensor | None, x: Tensor, weight: Tensor, rstd: Tensor
+) -> tuple[Tensor, Tensor]:
+    """``more`` is added to dx."""
+    E, statistic = x.shape[-1], wide(x.dtype)
+    rows, grads = x.reshape(-1, E), grad.reshape(-1, E)
+    extra = None if more is None else more.reshape(-1, E)
+    dx, dweight = torch.empty_like(rows, memory_format=torch.contiguous_format), rstd.new_zeros(E)
+    weight = weight.to(statistic)
+    for first, last in _blocks(*rows.shape):
+        r = rstd[first:last, None]
+        normed, g = rows[first:last].to(statistic) * r, grads[first:last].to(statistic)
+        d = dx[first:last] if dx.dtype == statistic else torch.empty_like(normed)
+        torch.mul(g, normed, out=d)
+        dweight += d.sum(0)
+        projection = torch.mv(d, weight).div_(-E)[:, None]
+        torch.mul(g, weight, out=d).addcmul_(normed, projection).mul_(r)
+        if extra is not None:
+            d += extra[first:last]
+        if d.dtype != dx.dtype:
+            dx[first:last] = d
+    return dx.view(x.shape), dweight
+
+
+def layer_norm(
+    x: Tensor, weight: Tensor, bias: Tensor, eps: float, out_dtype: torch.dtype, mask: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    if mask is not None:
+        return torch_composite.layer_norm(x, weight, bias, eps, out_dtype, mask)
+    statistic = wide(x.dtype)
+    out, mean, rstd = torch.native_layer_norm(
+        x.to(statistic), (x.shape[-1],), weight.to(statistic), bias.to(statistic), eps
+    )
+    return out.to(out_dtype), mean.view(-1), rstd.view(-1)
+
+
+def layer_norm_backward(
+    grad: Tensor, x: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor, mask: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    if mask is not None:
+        return torch_composite.layer_norm_backward(grad, x, weight, mean, rstd, mask)
+    statistic, E = wide(x.dtype), x.shape[-1]
+    flat = x.reshape(-1, E).to(statistic)
+    weight = weight.to(statistic)
+    dx, dweight, dbias = torch.ops.aten.native_layer_norm_backward(
+        grad.reshape(-1, E).to(statistic), flat, (E,), mean[:, None], rstd[:, None], weight, weight, [True] * 3
+    )
+    return dx.view(x.shape).to(x.dtype), dweight, dbias
+
+
+def rope_qk(
+    q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, scale_q: Tensor | None = None, scale_k: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    return _rope(q, *_scaled(cos, sin, scale_q)), _rope(k, *_scaled(cos, sin, scale_k))
+
+
+def _scaled(cos: Tensor, sin: Tensor, scale: Tensor | None) -> tuple[Tensor, Tensor]:
+    return (cos, sin) if scale is None else (cos * scale, sin * scale)
+
+
+def _rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    values = x.to(cos.dtype)
+    out = torch.empty_like(values, memory_format=torch.contiguous_format)
+    (a, b), (p, q) = values.chunk(2, -1), out.chunk(2, -1)
+    torch.mul(a, cos, out=p).addcmul_(b, sin, value=-1)
+    torch.mul(b, cos, out=q).addcmul_(a, sin)
+    return out.to(x.dtype)
+
+
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    statistic = wide(gate.dtype)
+    if gate.dtype != statistic:
+        out = torch.empty_like(gate, memory_format=torch.contiguous_format)
+        for o, g, u in _pieces(out, gate, up):
+            o.copy_(F.silu(g.to(statistic)).mul_(u))
+        return out
+    return F.silu(gate).mul_(up)
+
+
+def swiglu_backward(grad: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+    if gate.numel() <= _SMALL:
+        return torch_composite.swiglu_backward(grad, gate, up)
+    statistic = wide(gate.dtype)
+    dgate = torch.empty_like(gate, memory_format=torch.contiguous_format)
+    dup = torch.empty_like(up, memory_format=torch.contiguous_format)
+    for dg, du, d, g, u in _pieces(dgate, dup, grad, gate, up):
+        if dg.dtype == du.dtype == statistic:
+            torch.ops.aten.silu.out(g, out=du).mul_(d)
+            torch.ops.aten.silu_backward.grad_input(d * u, g, grad_input=dg)
+        else:
+            d, g = d.to(statistic), g.to(statistic)
+            du.copy_(F.silu(g).mul_(d))
+            dg.copy_(torch.ops.aten.silu_backward(d * u, g))
+    return dgate, dup
+
+
+def gelu(x: Tensor) -> Tensor:
+    return F.gelu(x.to(wide(x.dtype)), approximate="tanh").to(x.dtype)
+
+
+def gelu_backward(grad: Tensor, x: Tensor) -> Tensor:
+    statistic = wide(x.dtype)
+    return torch.ops.aten.gelu_backward(grad.to(statistic), x.to(statistic), approximate="tanh").to(x.dtype)
+
+
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, key_ranges: KeyRanges, scale: float | None = None, out_f32: bool = False
+) -> tuple[Tensor, Tensor]:
+    """As in torch_composite, a kv head and a block of queries at a time, against the run of keys that these see: memory
+    is linear in the sequence, and hidden keys cost nothing."""
+    B, S, H, D = q.shape
+    K, statistic = k.shape[2], wide(q.dtype)
+    scale = D**-0.5 if scale is None else scale
+    out = q.new_zeros((B, S, H, D), dtype=statistic if out_f32 else q.dtype)
+    log_sum_exp = q.new_full((B, H, S), -torch.inf, dtype=statistic)
+    for b, first, last, run, hidden in _query_blocks(key_ranges, B, S, H // K):
+        for head, group in _head_groups(H, K):
+            rows = _grouped(q[b, first:last, group], statistic).mul_(scale)
+            scores = torch.mm(rows, k[b, run, head].t().to(statistic)).view(H // K, last - first, -1)
+            _hide(scores, hidden, -torch.inf)
+            top = finite(scores.amax(-1, keepdim=True))
+            total = scores.sub_(top).exp_().sum(-1, keepdim=True)
+            log_sum_exp[b, group, first:last] = (top + total.log())[..., 0]
+            block = torch.mm(scores.view(len(rows), -1), v[b, run, head].to(statistic)).view(H // K, -1, D)
+            out[b, first:last, group] = block.div_(total.masked_fill_(total == 0.0, 1.0)).transpose(0, 1)
+    return out, log_sum_exp
+
+
+def attention_backward(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    key_ranges: KeyRanges,
+    out: Tensor | None,
+    log_sum_exp: Tensor,
+    scale: float | None = None,
+    delta: Tensor | None = None,
+    out_f32: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
+    B, S, H, D = q.shape
+    T, K, statistic = k.shape[1], k.shape[2], wide(q.dtype)
+    scale = D**-0.5 if scale is None else scale
+    if delta is None:
+        assert out is not None
+        delta = (grad.to(statistic) * out).sum(-1).transpose(1, 2)
+    dq = q.new_zeros((B, S, H, D), dtype=statistic if out_f32 else q.dtype)
+    dk, dv = (q.new_zeros((B, K, T, D), dtype=statistic) for _ in "kv")
+    for b, first, last, run, hidden in _query_blocks(key_ranges, B, S, 2 * (H // K)):
+        for head, group in _head_groups(H, K):
+            rows = _grouped(q[b, first:last, group], statistic).mul_(scale)
+            dout = _grouped(grad[b, first:last, group], statistic)
+            keys, values = k[b, run, head].to(statistic), v[b, run, head].to(statistic)
+            weights = torch.mm(rows, keys.t())
+            weights.sub_(finite(log_sum_exp[b, group, first:last]).reshape(-1, 1)).exp_()
+            _hide(weights.view(H // K, last - first, -1), hidden, 0.0)
+            dv[b, head, run].addmm_(weights.t(), dout)
+            dscores = torch.mm(dout, values.t())
+            dscores.sub_(delta[b, group, first:last].reshape(-1, 1)).mul_(weights)
+            dk[b, head, run].addmm_(dscores.t(), rows)
+            dq[b, first:last, group] = torch.mm(dscores, keys).mul_(scale).view(H // K, -1, D).transpose(0, 1)
+    dk, dv = (d.transpose(1, 2) for d in (dk, dv))
+    return dq, *((dk, dv) if out_f32 else (dk.to(k.dtype), dv.to(v.dtype)))
+
+
+def cross_entropy_forward(logits: Tensor, targets: Tensor, first: int, real: int) -> tuple[Tensor, Tensor]:
+    statistic = wide(logits.dtype)
+    local, held = held_targets(targets, first, real)
+    picked = logits.gather(1, local[:, None])[:, 0].to(statistic).masked_fill_(~held, 0.0)
+    log_sum_exp = torch.full_like(picked, -torch.inf)
+    if real:
+        for begin, end in _blocks(*logits.shape):
+            log_sum_exp[begin:end] = torch.logsumexp(logits[begin:end, :real].to(statistic), -1)
+    return log_sum_exp, picked
+
+
+def cross_entropy_backward(
+    logits: Tensor,
+    targets: Tensor,
+    first: int,
+    real: int,
+    log_sum_exp: Tensor,
+    factor: Tensor | float,
+    z_loss: float = 0.0,
+    in_place: bool = True,
+) -> Tensor:
+    """The gradient lies where the logits were when ``in_place`` is true."""
+    local, held = held_targets(targets, first, real)
+    counted = (targets != IGNORE)[:, None]
+    lse = log_sum_exp[:, None]
+    weight = factor * (1.0 + 2.0 * z_loss * lse)
+    weight = weight.expand_as(lse) if isinstance(weight, Tensor) else torch.full_like(lse, weight)
+    pick = -(held[:, None] * factor).to(lse.dtype)
+    out = logits if in_place else torch.empty_like(logits)
+    for begin, end in _blocks(*logits.shape):
+        rows = slice(begin, end)
+        values = out[rows] if out.dtype == lse.dtype else torch.empty_like(out[rows], dtype=lse.dtype)
+        torch.sub(logits[rows], lse[rows], out=values).exp_().mul_(weight[rows])
+        values[:, real:] = 0.0
+        values.scatter_add_(1, local[rows, None], pick[rows])
+        values.masked_fill_(~counted[rows], 0.0)
+        if values.dtype != out.dtype:
+            out[rows] = values
+    return out
+
+
+def embedding(table: Tensor, ids: Tensor) -> Tensor:
+    return F.embedding(ids, table)
+
+
+def embedding_backward(grad: Tensor, ids: Tensor, vocab_size: int) -> Tensor:
+    grad = grad.to(wide(grad.dtype))
+    return torch.ops.aten.embedding_dense_backward(grad, ids, vocab_size, -1, False)
+
+
+def one_dnn() -> bool:
+    """Whether this PyTorch offers oneDNN's product of dense float32 matrices."""
+    return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """oneDNN for float32, which on AMD's processors is faster than the BLAS behind F.linear (measured 1.2 times)."""
+    if x.dtype != torch.float32 or not x.numel():
+        return F.linear(x, weight, bias)
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+
+
+def linear_backward(
+    grad: Tensor, x: Tensor, weight: Tensor, needs: tuple[bool, bool, bool]
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    rows = grad.reshape(-1, grad.shape[-1])
+    return (
+        linear(grad, weight.t()) if needs[0] else None,
+        torch.mm(rows.t(), x.reshape(-1, x.shape[-1])) if needs[1] else None,
+        rows.sum(0) if needs[2] else None,
+    )
+
+
+def adamw(
+    master: Tensor,
+    grad: Tensor,
+    m: Tensor,
+    v: Tensor,
+    step: int,
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    decay: float,
+    grad_scale: float = 1.0,
+    copy: Tensor | None = None,
+) -> None:
+    """PyTorch's fused AdamW, of any device that has it. ``grad`` is scaled in place."""
+    scale = None
+    if grad_scale != 1.0:
+        if grad.dtype == torch.float32:  # the kernel divides, by a float32
+            scale = torch.tensor(1.0 / grad_scale, device=grad.device)
+        else:
+            grad.mul_(grad_scale)
+    done = torch.tensor(float(step - 1), device=master.device)
+    torch_adamw(
+        [master],
+        [grad],
+        [m],
+        [v],
+        [],
+        [done],
+        fused=True,
+        grad_scale=scale,
+        amsgrad=False,
+        beta1=beta1,
+        beta2=beta2,
+        lr=lr,
+        weight_decay=decay,
+        eps=eps,
+        maximize=False,
+    )
+    if copy is not None:
+        copy.copy_(master)
+
+
+def _blocks(rows: int, width: int) -> Iterator[tuple[int, int]]:
+    size = max(1, _AT_ONCE // max(width, 1))
+    for first in range(0, rows, size):
+        yield first, min(first + size, rows)
+
+
+def _pieces(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """The tensors, all of one shape, flat and a block at a time; the ones to be written must be contiguous."""
+    flat = [t.reshape(-1) for t in tensors]
+    for first in range(0, flat[0].numel(), _AT_ONCE):
+        yield tuple(t[first : first + _AT_ONCE] for t in flat)
+
+
+def _head_groups(num_heads: int, num_kv_heads: int) -> Iterator[tuple[int, slice]]:
+    """Each kv head with the query heads that share it."""
+    size = num_heads // num_kv_heads
+    for head in range(num_kv_heads):
+        yield head, slice(head * size, (head + 1) * size)
+
+
+def _grouped(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """[s, g, D] -> a copy [g * s, D]: one query head after another."""
+    return x.transpose(0, 1).to(dtype, copy=True, memory_format=torch.contiguous_format).view(-1, x.shape[2])
+
+
+Hidden = list[tuple[slice, Tensor]]  # keys of a run, and bool [s, keys] of those that are hidden
+
+
+def _query_blocks(
+    key_ranges: KeyRanges, batch: int, num_queries: int, heads: int
+) -> Iterator[tuple[int, int, int, slice, Hidden]]:
+    """(row, first, last, run, hidden): queries [first, last) of a row, unless they see nothing, the run of keys they
+    need, and what of it some may not see. A block has about _SCORES scores in ``heads`` heads."""
+    ranges = key_ranges.ranges
+    size = min(max(_SCORES // (heads * max(key_ranges.num_keys, 1)), 16), 256)
+    for row in range(batch):
+        begins, ends = ranges[row if len(ranges) > 1 else 0].unbind(-1)
+        for first in range(0, num_queries, size):
+            last = min(first + size, num_queries)
+            begin, end = begins[first:last], ends[first:last]
+            seen = end > begin
+            if not bool(seen.any()):
+                continue
+            low, high = int(begin[seen].min()), int(end[seen].max())
+            sure_low, sure_high = int(begin.max()), int(end.min())
+            if sure_low >= sure_high or not bool(seen.all()):
+                doubtful = [slice(low, high)]
+            else:
+                doubtful = [slice(a, b) for a, b in ((low, sure_low), (sure_high, high)) if a < b]
+            hidden = []
+            for part in doubtful:
+                keys = torch.arange(part.start, part.stop, dtype=ranges.dtype)
+                outside = (keys < begin[:, None]) | (keys >= end[:, None])
+                hidden.append((slice(part.start - low, part.stop - low), outside))
+            yield row, first, last, slice(low, high), hidden
+
+
+def _hide(scores: Tensor, hidden: Hidden, value: float) -> None:
+    for keys, outside in hidden:
+        scores[..., keys].masked_fill_(outside, value)

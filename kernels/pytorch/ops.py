@@ -1,0 +1,398 @@
+"""Which implementation serves each operator in PyTorch, and the operators with their gradients and checks of arguments.
+
+    device  best first
+    CPU     torch (PyTorch's fused kernels and passes that stay in cache, torch_cpu.py), composite
+    GPU     triton, torch (PyTorch's own fused operators, torch_native.py), composite
+    NPU     cann (torch_npu_ops.py), triton, composite
+
+``select`` is called once a process, before a model is built; without it the best ones serve. float64, in which other
+precisions are judged, is computed by the composite form on accelerators, whose fused kernels have none.
+
+Shapes: B batch, S queries, T keys, H heads, K kv heads, D head dim, E hidden, N rows, C columns of the vocabulary.
+A wrong type or dtype of an argument raises TypeError; a wrong shape, head count or device ValueError.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Mapping, Sequence
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from core.config import KERNEL_OPERATORS
+from core.errors import UserError
+from core.model.visibility import Block, KeyRanges
+from kernels.dispatch import Candidate, Choice, choose, describe
+from kernels.pytorch import (
+    autograd as torch_autograd,
+)
+from kernels.pytorch import (
+    checks as torch_checks,
+)
+from kernels.pytorch import (
+    composite as torch_composite,
+)
+from kernels.pytorch import (
+    cpu as torch_cpu,
+)
+from kernels.pytorch import (
+    native as torch_native,
+)
+from kernels.pytorch import (
+    weights as torch_weights,
+)
+
+DEVICES = {"cpu": "CPU", "cuda": "GPU", "npu": "NPU"}
+# What PyTorch itself has fused on a GPU; its matrix product and lookup serve every device.
+_NATIVE = ("rms_norm", "layer_norm", "gelu", "attention", "cross_entropy", "adamw")
+_CANN = ("rms_norm", "rope", "swiglu", "gelu", "attention", "merge_blocks", "adamw")
+_ALWAYS_TORCH = ("linear", "embedding")
+_WITHOUT_FLOAT64 = ("triton", "cann")
+
+_state: dict[str, dict[str, Choice]] = {}  # "choices", once made
+
+
+def select(wanted: Mapping[str, str] | None = None, device: str | None = None) -> dict[str, Choice]:
+    """Choose for this process. ``wanted``: operator -> implementation or "auto", as core.config.KernelsConfig has them.
+
+    ``device`` is a device type of PyTorch ("cpu", "cuda", "npu"); by default the accelerator if there is one. Raises
+    UserError for an implementation that does not exist on the device or cannot serve.
+    """
+    kind = device or default_device()
+    if kind not in DEVICES:
+        raise ValueError(f"device: got {kind!r}, needs one of {', '.join(DEVICES)}")
+    _state["choices"] = choose(candidates(kind), wanted or {}, DEVICES[kind])
+    return _state["choices"]
+
+
+def choices() -> dict[str, Choice]:
+    """What serves each operator in this process."""
+    return _state.get("choices") or select()
+
+
+def described(dtype: torch.dtype = torch.float32) -> list[str]:
+    """What serves the operators of this process on tensors of ``dtype``, and why, a line each."""
+    return describe(choices(), _WITHOUT_FLOAT64 if dtype == torch.float64 else ())
+
+
+def default_device() -> str:
+    """The device type that models of this process live on."""
+    if torch.cuda.is_available():
+        return "cuda"
+    return "npu" if hasattr(torch, "npu") and torch.npu.is_available() else "cpu"
+
+
+def candidates(kind: str) -> dict[str, list[Candidate]]:
+    """What could serve each operator on a device type, best first."""
+    return {operator: _candidates(operator, kind) for operator in KERNEL_OPERATORS}
+
+
+def _candidates(operator: str, kind: str) -> list[Candidate]:
+    composite = Candidate("composite")
+    if kind == "cpu":
+        without = "" if operator != "linear" or torch_cpu.one_dnn() else "this PyTorch has no oneDNN"
+        return [Candidate("torch", without), composite]
+    if operator in _ALWAYS_TORCH:
+        return [Candidate("torch"), composite]
+    triton = Candidate("triton", "" if importlib.util.find_spec("triton") else "triton is not installed")
+    if kind == "cuda":
+        return [triton, *([Candidate("torch")] if operator in _NATIVE else []), composite]
+    missing = "" if importlib.util.find_spec("torch_npu") else "torch_npu is not installed"
+    return [*([Candidate("cann", missing)] if operator in _CANN else []), triton, composite]
+
+
+def serving(operator: str, x: Tensor) -> ModuleType:
+    """The module whose functions serve ``operator`` for tensors like ``x``; torch_native's are differentiable."""
+    implementation = choices()[operator].implementation
+    if x.dtype == torch.float64 and implementation in _WITHOUT_FLOAT64:
+        return torch_composite
+    if implementation == "triton":
+        from kernels.triton import ops
+
+        return ops
+    if implementation == "cann":
+        from kernels.pytorch import npu as torch_npu_ops
+
+        return torch_npu_ops
+    if implementation == "composite":
+        return torch_composite
+    return torch_cpu if x.device.type == "cpu" else torch_native
+
+
+def _judged(x: Tensor, stat: torch.dtype) -> Tensor:
+    """x for an operator whose statistics are in ``stat``: they are float32 or wider by themselves."""
+    return x.to(stat) if stat == torch.float64 else x
+
+
+def linear(x: Tensor, weight: torch_weights.Matrix, bias: Tensor | None, compute: torch.dtype) -> Tensor:
+    """x [..., in] @ weight [out, in]^T + bias, operands and result in ``compute``, accumulated in float32 or wider."""
+    x, bias = x.to(compute), None if bias is None else bias.to(compute)
+    if not isinstance(weight, Tensor):
+        return torch_weights.linear(x, weight, bias)
+    weight = weight.to(compute)
+    torch_checks.linear(x, weight, bias)
+    if serving("linear", x) is torch_cpu:
+        if not torch.is_grad_enabled():
+            return torch_cpu.linear(x, weight, bias)
+        return torch_autograd.Linear.apply(torch_cpu, x, weight, bias)
+    return torch_composite.linear(x, weight, bias)
+
+
+def add(stream: Tensor, branch: Tensor) -> Tensor:
+    """stream + branch, in the dtype of ``stream``."""
+    return stream + branch.to(stream.dtype)
+
+
+def add_bias(x: Tensor, bias: Tensor, compute: torch.dtype) -> Tensor:
+    """x [..., E] + bias [E] rounded to ``compute``, in the dtype of x."""
+    return x + bias.to(compute).to(x.dtype)
+
+
+def embedding(table: Tensor, input_ids: Tensor) -> Tensor:
+    """table [V, E], input_ids [B, S] of int32 or int64 -> [B, S, E]."""
+    torch_checks.embedding(table, input_ids)
+    package = serving("embedding", table)
+    package = torch_composite if package is torch_native else package
+    if not torch.is_grad_enabled():
+        return package.embedding(table, input_ids)
+    return torch_autograd.Embedding.apply(package, table, input_ids)
+
+
+def rms_norm(
+    x: Tensor, weight: Tensor, eps: float, stat: torch.dtype, compute: torch.dtype, mask: Tensor | None = None
+) -> Tensor:
+    """x / sqrt(mean(x^2) + eps) in ``stat``, cast to ``compute``, then times weight [E]: the released order.
+
+    ``mask`` [E] in float32 is how far each channel has grown (kernels.reference.rms_norm).
+    """
+    torch_checks.norm(x, weight, mask)
+    x, package = _judged(x, stat), serving("rms_norm", x)
+    if package is torch_native:
+        if mask is None:
+            return torch_native.rms_norm(x, weight, eps, compute)
+        raise UserError("kernels.rms_norm: torch has no growth mask; set triton or composite")
+    if not torch.is_grad_enabled():
+        return package.rms_norm(x, weight, eps, compute, mask)[0]
+    return torch_autograd.RmsNorm.apply(package, x, weight, eps, compute, mask)
+
+
+def add_rms_norm(
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor,
+    eps: float,
+    stat: torch.dtype,
+    compute: torch.dtype,
+    mask: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The stream residual + x, in the dtype of ``residual``, and its rms_norm: (normed, stream)."""
+    torch_checks.norm(x, weight, mask)
+    torch_checks.same_shape("residual", residual, "x", x)
+    package = serving("rms_norm", residual)
+    if package is torch_native:
+        stream = residual + x.to(residual.dtype)
+        return rms_norm(stream, weight, eps, stat, compute, mask), stream
+    if not torch.is_grad_enabled():
+        return package.add_rms_norm(x, residual, weight, eps, compute, mask)[:2]
+    return torch_autograd.AddRmsNorm.apply(package, x, residual, weight, eps, compute, mask)
+
+
+def layer_norm(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    stat: torch.dtype,
+    compute: torch.dtype,
+    mask: Tensor | None = None,
+    counted: int | None = None,
+) -> Tensor:
+    """(x - mean) / sqrt(var + eps) * weight + bias over the last axis of x in ``stat``, cast to ``compute``.
+
+    With ``counted``, mean and variance are those of the first so many channels (kernels.reference.layer_norm); no fused
+    operator has that, so plain ones serve.
+    """
+    torch_checks.norm(x, weight, mask)
+    torch_checks.same_shape("bias", bias, "weight", weight)
+    if counted is not None:
+        return torch_composite.counted_layer_norm(x, weight, bias, eps, stat, compute, mask, counted)
+    x, package = _judged(x, stat), serving("layer_norm", x)
+    if package is torch_native:
+        if mask is None:
+            return torch_native.layer_norm(x, weight, bias, eps, compute)
+        raise UserError("kernels.layer_norm: torch has no growth mask; set triton or composite")
+    if not torch.is_grad_enabled():
+        return package.layer_norm(x, weight, bias, eps, compute, mask)[0]
+    return torch_autograd.LayerNorm.apply(package, x, weight, bias, eps, compute, mask)
+
+
+def rope_qk(
+    q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, scale_q: Tensor | None = None, scale_k: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Half rotation of q [B, S, H, D] and k [B, S, K, D] by cos, sin [B or 1, S, 1, D/2], in the tables' dtype.
+
+    ``scale_q``, ``scale_k``, shaped like the tables, multiply both halves afterwards (xPos).
+    """
+    torch_checks.rope(q, k, cos, sin, scale_q, scale_k)
+    package = serving("rope", q)
+    if not torch.is_grad_enabled():
+        return package.rope_qk(q, k, cos, sin, scale_q, scale_k)
+    return torch_autograd.RopeQK.apply(package, q, k, cos, sin, scale_q, scale_k)
+
+
+def swiglu(gate: Tensor, up: Tensor, stat: torch.dtype) -> Tensor:
+    """silu(gate) * up in ``stat``, returned in the dtype of ``gate``."""
+    torch_checks.same_shape("up", up, "gate", gate)
+    torch_checks.same_dtype("up", up, "gate", gate)
+    wide_gate, wide_up = _judged(gate, stat), _judged(up, stat)
+    package = serving("swiglu", wide_gate)
+    if not torch.is_grad_enabled():
+        return package.swiglu(wide_gate, wide_up).to(gate.dtype)
+    return torch_autograd.SwiGLU.apply(package, wide_gate, wide_up).to(gate.dtype)
+
+
+def gelu(x: Tensor) -> Tensor:
+    """The tanh form."""
+    package = serving("gelu", x)
+    if package is torch_native or not torch.is_grad_enabled():
+        return package.gelu(x)
+    return torch_autograd.Gelu.apply(package, x)
+
+
+def takes_blocks() -> bool:
+    """Whether attention wants core.model.visibility.Block with masks (PyTorch's own on a GPU) and not key ranges."""
+    return choices()["attention"].implementation == "torch" and default_device() != "cpu"
+
+
+def place_ranges(key_ranges: KeyRanges, device: torch.device) -> KeyRanges:
+    """``key_ranges`` in the form that attention takes; made once a forward pass."""
+    if choices()["attention"].implementation == "cann":  # reads them on the host
+        return key_ranges
+    return key_ranges._replace(ranges=torch.from_numpy(key_ranges.ranges).to(device))
+
+
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, visible: KeyRanges | Sequence[Block], scale: float | None = None
+) -> Tensor:
+    """Softmax attention in float32 or wider. q [B, S, H, D], k and v [B, T, K, D] -> [B, S, H, D].
+
+    Query heads j*H/K .. (j+1)*H/K - 1 share kv head j. ``visible`` is from ``place_ranges``, or where ``takes_blocks``
+    a list of blocks. A query without keys gives zeros.
+    """
+    ranges = visible if isinstance(visible, KeyRanges) else None
+    torch_checks.attention(q, k, v, ranges)
+    if ranges is None:
+        return torch_native.attention(q, k, v, visible)  # type: ignore[arg-type]
+    package = serving("attention", q)
+    if package is torch_cpu and scale is None:
+        if ranges.kind == "full":
+            return torch_native.full_attention(q, k, v)
+        if ranges.kind == "causal" and q.shape[1] == k.shape[1]:
+            return torch_native.attention(q, k, v, [Block(0, q.shape[1], k.shape[1], None)])
+    return torch_autograd.Attention.apply(_block_package(q), q, k, v, ranges, scale)
+
+
+def _block_package(q: Tensor) -> ModuleType:
+    """What serves attention in blocks: PyTorch's own operators hand out no log-sum-exp."""
+    package = serving("attention", q)
+    return torch_composite if package is torch_native else package
+
+
+def attention_block(q: Tensor, k: Tensor, v: Tensor, key_ranges: KeyRanges) -> tuple[Tensor, Tensor]:
+    """Attention over some of the keys, to be merged, without a gradient of its own: out [B, S, H, D] and log-sum-exp
+    [B, H, S], both in float32 or wider; zeros and -inf for a query that sees none of these keys."""
+    torch_checks.attention(q, k, v, key_ranges)
+    return _block_package(q).attention(q, k, v, key_ranges, out_f32=True)
+
+
+def attention_block_backward(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    key_ranges: KeyRanges,
+    out: Tensor | None,
+    log_sum_exp: Tensor,
+    delta: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dq, dk, dv in float32 or wider of one block, from the *final* output and log-sum-exp [B, H, S] of all blocks.
+
+    ``delta`` [B, H, S] is sum(out * grad) over D. Only CANN's operator reads ``out`` itself.
+    """
+    torch_checks.attention(q, k, v, key_ranges)
+    package = _block_package(q)
+    return package.attention_backward(grad, q, k, v, key_ranges, out, log_sum_exp, delta=delta, out_f32=True)
+
+
+def merge_blocks(out: Tensor, log_sum_exp: Tensor, more: Tensor, more_lse: Tensor) -> tuple[Tensor, Tensor]:
+    """Attention over the union of two sets of keys from attention over each; [B, S, H, D] and [B, H, S]."""
+    torch_checks.same_shape("more", more, "out", out)
+    torch_checks.same_shape("more_lse", more_lse, "log_sum_exp", log_sum_exp)
+    return serving("merge_blocks", out).merge_blocks(out, log_sum_exp, more, more_lse)
+
+
+def cross_entropy(logits: Tensor, targets: Tensor, z_loss: float = 0.0) -> Tensor:
+    """Sum over positions of -log softmax(logits)[target] + z_loss * log-sum-exp^2, in float32 or wider.
+
+    logits [..., V], targets [...]; IGNORE counts nothing. The gradient is written over logits that were computed, which
+    must not be needed then; those of a leaf stay.
+    """
+    rows, targets = logits.flatten(0, -2), targets.flatten()
+    torch_checks.cross_entropy(rows, targets, rows.shape[-1])
+    package = serving("cross_entropy", rows)
+    if package is torch_native:
+        if not z_loss:
+            return torch_native.cross_entropy(rows, targets)
+        raise UserError("kernels.cross_entropy: torch has no z-loss; set triton or composite")
+    return torch_autograd.CrossEntropy.apply(package, rows, targets, z_loss, not logits.is_leaf)
+
+
+def shard_statistics(logits: Tensor, targets: Tensor, first: int, real: int) -> tuple[Tensor, Tensor]:
+    """Log-sum-exp over the ``real`` first columns of logits [N, C] and the target's logit where it is among them; both
+    [N] in float32 or wider. The columns are [first, first + C) of the vocabulary."""
+    torch_checks.cross_entropy(logits, targets, real)
+    return _shard_package(logits).cross_entropy_forward(logits, targets, first, real)
+
+
+def shard_gradient(
+    logits: Tensor, targets: Tensor, first: int, real: int, log_sum_exp: Tensor, factor: Tensor, z_loss: float = 0.0
+) -> Tensor:
+    """d (factor * sum of losses) / d logits [N, C], from the log_sum_exp [N] over all ranks; a fused operator writes it
+    over the logits."""
+    torch_checks.cross_entropy(logits, targets, real)
+    return _shard_package(logits).cross_entropy_backward(logits, targets, first, real, log_sum_exp, factor, z_loss)
+
+
+def _shard_package(logits: Tensor) -> ModuleType:
+    package = serving("cross_entropy", logits)
+    if package is torch_native:
+        raise UserError("kernels.cross_entropy: torch serves no part of a vocabulary; set triton or composite")
+    return package
+
+
+def adamw(
+    master: Tensor,
+    grad: Tensor,
+    m: Tensor,
+    v: Tensor,
+    step: int,
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    decay: float,
+    grad_scale: float = 1.0,
+    copy: Tensor | None = None,
+) -> None:
+    """Update number ``step`` (from 1) of flat vectors in place, with grad * grad_scale (``grad`` may be changed).
+
+    ``copy``, where given, becomes the new master in its own dtype.
+    """
+    torch_checks.adamw(master, grad, m, v, copy)
+    package = serving("adamw", master)
+    with torch.no_grad():
+        (torch_cpu if package is torch_native else package).adamw(
+            master, grad, m, v, step, lr, beta1, beta2, eps, decay, grad_scale, copy
+        )

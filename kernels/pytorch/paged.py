@@ -1,0 +1,112 @@
+"""Attention over pages in PyTorch: the keys of each sequence gathered, then the operators that serve attention.
+
+Sequences with one query each, as in decoding, go together, filled up to the longest with the blank page's zeros and a
+mask; a piece of a prompt goes alone. N tokens, R sequences, T keys of the longest, H heads, K kv heads, D head dim.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from core.inference.runner import Step, key_slots, sequence_groups
+from core.model.visibility import Block, KeyRanges, causal_ranges, single_ranges
+from kernels.pytorch import ops as kernels
+
+
+class Keys(NamedTuple):
+    """The queries [first, last) of the step, and where the keys that they see lie: ``slots`` [R, T]. ``visible`` as the
+    attention that serves wants it; for single queries on the CPU an additive mask [R, 1, 1, T]."""
+
+    first: int
+    last: int
+    slots: Tensor
+    visible: KeyRanges | list[Block] | Tensor
+
+
+class Pages(NamedTuple):
+    """One step's places, made once and used by every layer. ``slots`` [N]: where new keys and values go."""
+
+    slots: Tensor
+    parts: list[Keys]
+
+
+def page_dtype(compute: torch.dtype) -> torch.dtype:
+    """What keys and values are kept in: the dtype that computes."""
+    return compute
+
+
+def place(step: Step, page_size: int, dtype: torch.dtype, device: torch.device) -> Pages:
+    """What ``paged_attention`` needs of a step, whose keys and values are in ``dtype``."""
+    parts = []
+    for first, last in sequence_groups(step):
+        lengths = step.lengths[first:last]
+        slots = key_slots(step.tables[first:last], lengths, page_size)
+        begin, end = int(step.starts[first]), int(step.starts[last])
+        visible: KeyRanges | list[Block] | Tensor
+        if end - begin == last - first:
+            visible = _single_visible(lengths, dtype, device)
+        else:
+            visible = _visible(causal_ranges(end - begin, slots.shape[1]), device)
+        parts.append(Keys(begin, end, _tensor(slots, device), visible))
+    return Pages(place_rows(step.slots, device), parts)
+
+
+def place_rows(slots: np.ndarray, device: torch.device) -> Tensor:
+    """Slots int32 [N] in the form that ``store_rows`` takes."""
+    return _tensor(slots, device).long()
+
+
+def store_rows(pages: Tensor, x: Tensor, rows: Tensor) -> None:
+    """x [N, K, D] into pages [P, size, K, D], in place: row i at rows[i] = page * size + place."""
+    pages.view(-1, *x.shape[1:]).index_copy_(0, rows, x)
+
+
+def rows_at(pages: Tensor, slots: Tensor) -> Tensor:
+    """The rows of pages [P, size, K, D] at ``slots`` int32 [R, T]: [R, T, K, D]."""
+    _, _, K, D = pages.shape
+    return pages.view(-1, K * D).index_select(0, slots.view(-1)).view(*slots.shape, K, D)
+
+
+def paged_attention(q: Tensor, k: Tensor, v: Tensor, k_pages: Tensor, v_pages: Tensor, places: Pages) -> Tensor:
+    """k and v [1, N, K, D] are stored in pages [P, size, K, D], in place; then causal attention of the last tokens of
+    sequences, q [1, N, H, D] -> the same: kernels.reference.paged_attention."""
+    store_rows(k_pages, k[0], places.slots)
+    store_rows(v_pages, v[0], places.slots)
+    out = [_attention(q[0, part.first : part.last], k_pages, v_pages, part) for part in places.parts]
+    return (out[0] if len(out) == 1 else torch.cat(out))[None]
+
+
+def _attention(q: Tensor, k_pages: Tensor, v_pages: Tensor, keys: Keys) -> Tensor:
+    n, H, D = q.shape
+    R, K = keys.slots.shape[0], k_pages.shape[2]
+    k, v = rows_at(k_pages, keys.slots), rows_at(v_pages, keys.slots)
+    if isinstance(keys.visible, Tensor):
+        # The query heads of a kv head are taken as queries of it, so that keys and values are not repeated.
+        rows = q.view(R, K, H // K, D)
+        return F.scaled_dot_product_attention(rows, k.transpose(1, 2), v.transpose(1, 2), keys.visible).reshape(n, H, D)
+    return kernels.attention(q.view(R, -1, H, D), k, v, keys.visible).reshape(n, H, D)
+
+
+def _single_visible(lengths: np.ndarray, dtype: torch.dtype, device: torch.device) -> KeyRanges | list[Block] | Tensor:
+    if kernels.choices()["attention"].implementation == "torch" and device.type == "cpu":
+        hidden = np.arange(lengths.max()) >= lengths[:, None]
+        return torch.from_numpy(np.where(hidden, -np.inf, 0.0)[:, None, None]).to(dtype)
+    return _visible(single_ranges(lengths), device)
+
+
+def _visible(key_ranges: KeyRanges, device: torch.device) -> KeyRanges | list[Block]:
+    if not kernels.takes_blocks():
+        return kernels.place_ranges(key_ranges, device)
+    keys = np.arange(key_ranges.num_keys)
+    seen = (keys >= key_ranges.ranges[..., :1]) & (keys < key_ranges.ranges[..., 1:])
+    mask = torch.from_numpy(seen).to(device)[:, None]
+    return [Block(0, seen.shape[1], key_ranges.num_keys, mask)]
+
+
+def _tensor(array: np.ndarray, device: torch.device) -> Tensor:
+    return torch.from_numpy(array).to(device)
