@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests import house
+from tests import floors, house
 from tests.size_report import report
 
 RULES: list[Callable[[Path], list[str]]] = [
@@ -18,6 +18,10 @@ RULES: list[Callable[[Path], list[str]]] = [
     house.unsafe_calls,
     house.machine_paths,
     house.too_long,
+    floors.floors,
+    floors.no_circles,
+    floors.flat,
+    floors.commands_are_leaves,
 ]
 
 
@@ -113,10 +117,44 @@ UNSAFE = house.unsafe_calls
         (IMPORTS, "kernels/pytorch/cpu.py", "import mindspore\n", "imports mindspore"),
         (IMPORTS, "kernels/dispatch.py", "import torch\n", "imports torch"),
         (IMPORTS, "core/inference/load.py", "from convert import source\n", "at the top"),
+        (
+            floors.floors,
+            "core/files/x.py",
+            "from core.config import X\n",
+            "'files' imports core.config, which stands no lower",
+        ),
+        (floors.floors, "core/files/x.py", "def f():\n    from core.launch import launcher\n", "stands no lower"),
+        (floors.floors, "core/serve/x.py", "import core.parity.x\n", "'serve' imports core.parity.x"),
+        (floors.floors, "core/attic/x.py", "", "room 'attic' stands on no floor"),
+        (
+            floors.no_circles,
+            "core/errors.py",
+            "def f():\n    from core import config\n",
+            "core.config and core.errors import",
+        ),
+        (
+            floors.no_circles,
+            "core/errors.py",
+            "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from core.config import X\n",
+            "core.config and core.errors import each other",
+        ),
+        (
+            floors.commands_are_leaves,
+            "core/serve/x.py",
+            "from core.commands.convert import run\n",
+            "imports the command",
+        ),
+        (
+            floors.commands_are_leaves,
+            "core/commands/x.py",
+            "from core.commands import convert\n",
+            "imports the command",
+        ),
         (house.too_long, "core/x.py", "x = 1\n" * 701, "core/x.py: 701 lines"),
     ],
 )
 def test_a_planted_violation_is_found(rule: Callable, file: str, text: str, says: str, tmp_path: Path) -> None:
+    plant(tmp_path, {"core/parity/x.py": ""})
     complaints = rule(plant(tmp_path, {file: text}))
     assert any(says in c for c in complaints), complaints
 
@@ -140,3 +178,8 @@ def test_size_report_marks_what_is_over_budget(tmp_path: Path) -> None:
     marked = [line.split()[0] for line in text.splitlines() if line.endswith("OVER")]
     assert marked == ["telechat_ms/model.py"]
     assert "1 over budget" in text
+
+
+def test_a_crowded_folder_is_found(tmp_path: Path) -> None:
+    many = {f"core/model/f{i}.py": "" for i in range(21)} | {f"telechat_ms/f{i}.py": "" for i in range(24)}
+    assert floors.flat(plant(tmp_path, many)) == ["core/model/: 21 files, at most 20"]
