@@ -66,8 +66,8 @@ test-parallel-full: operators
 	$(RUN) -m pytest tests -m full --durations=0 $(PYTEST_ARGS)
 
 soak: operators
-	$(RUN) -m tests.serve_soak --backend pt
-	$(RUN) -m tests.serve_soak --backend ms
+	$(RUN) -m tests.support.serve_soak --backend pt
+	$(RUN) -m tests.support.serve_soak --backend ms
 
 campaigns: campaign-kills campaign-corruption campaign-hostile campaign-equivalence campaign-memory
 
@@ -114,7 +114,7 @@ $(MINDFORMERS_VENV)/.installed: pyproject.toml requirements.lock | $(READY)
 
 # The sanitizer's library must be there before Python itself. Python never frees everything, so leaks are not looked for.
 asan: $(READY)
-	LD_PRELOAD=$$(g++ -print-file-name=libasan.so) ASAN_OPTIONS=detect_leaks=0 $(RUN) -m tests.cpu_kernel_checks
+	LD_PRELOAD=$$(g++ -print-file-name=libasan.so) ASAN_OPTIONS=detect_leaks=0 $(RUN) -m tests.support.cpu_kernel_checks
 
 lint: $(READY)
 	$(RUN) -m ruff check .

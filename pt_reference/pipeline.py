@@ -2,7 +2,7 @@
 
 Several forward graphs are outstanding at once. Activations go to the next pipeline rank and gradients to the previous
 one over one-way links. A link delivers in the order of sending, which is also the order in which the receiver needs
-the messages (tests/unit/test_schedule.py holds that).
+the messages (tests/unit/parallel/test_schedule.py holds that).
 """
 
 from __future__ import annotations

@@ -42,9 +42,9 @@ NOT_RUN = {
     "make test-unit": "is what runs this",
     'make campaign-equivalence CAMPAIGN_ARGS="--trials 100 --seed 0 --out equivalence.json"': "ten minutes; "
     "tests/parity/test_equivalence_campaign.py runs six of its cases",
-    "make campaign-corruption": "ten minutes; tests/unit/test_corruption_campaign.py runs a sample of it",
+    "make campaign-corruption": "ten minutes; tests/unit/checkpoint/test_corruption_campaign.py runs a sample of it",
     "make campaign-corruption CAMPAIGN_ARGS='--trials 100 --seed 5000'": "likewise",
-    "make campaign-memory": "a quarter of an hour; tests/unit/test_memory_campaign.py runs a short one",
+    "make campaign-memory": "a quarter of an hour; tests/unit/train/test_memory_campaign.py runs a short one",
     "make campaign-kills": "an evening; tests/multiproc/test_kills.py runs a sample of it",
     "make install": "installs; continuous integration begins with it",
     "source .venv/bin/activate": "the shell's own; the tests run inside the environment",
@@ -57,11 +57,11 @@ NOT_RUN = {
     "tele parity --config configs/train/telechat2-tiny.yaml --steps 0 --layouts tp2,pp2,ring2,ulysses2,dp2 "
     "--out parity-layouts": "minutes; tests/parity/test_layouts.py runs these layouts and more",
     "tele bench parallel --model telechat2-tiny --layouts single,tp2,pp2 --steps 4": "a minute; "
-    "tests/unit/test_bench_parallel.py runs its parts",
+    "tests/unit/bench/test_bench_parallel.py runs its parts",
     "tele train --backend pt --config configs/train/telechat2-tiny.yaml --layout pp2 --out runs/pp2": "the same "
     "launch as the README's with --layout; tests/multiproc/test_parallel_training.py runs more",
     "tele bench parallel --backends pt --layouts tp2,pp2,dp2 --steps 4": "a quarter of a minute on an idle machine; "
-    "tests/unit/test_bench_parallel.py runs its parts",
+    "tests/unit/bench/test_bench_parallel.py runs its parts",
     "tele bench parallel --layouts single,tp2,pp2,pp2.vpp2,ring2,ulysses2,dp2,dp2.nozero,pp2.tp2 --steps 6": "minutes",
     "tele train --backend ms --config F --layout tp8.dp2 --nnodes 2 --node-rank 0 --master 10.0.0.1:29500": "machines "
     "of the reader's; tests/multiproc/test_nodes.py rehearses two nodes",

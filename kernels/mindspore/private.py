@@ -1,4 +1,6 @@
-"""The private names of MindSpore that this project uses, in one place; tests/unit/test_autograd_ms.py watches them.
+"""The private names of MindSpore that this project uses, in one place.
+
+tests/unit/telechat_ms/test_autograd_ms.py notices when they change.
 
 ``Function`` is the class of operators with a gradient of their own. ``run_backward`` and ``executor`` belong to the
 engine under ``ms.grad``; they are None in a release that lacks them.

@@ -29,7 +29,7 @@ from core.data.tokenizer_training import train_tokenizer
 from core.model.config import ModelConfig
 from core.model.growth import read_history
 from core.model.init import init_weights
-from tests.data_support import SENTENCES, VOCAB_SIZE, tiny_tokenizer, tiny_tokenizer_path
+from tests.support.data_support import SENTENCES, VOCAB_SIZE, tiny_tokenizer, tiny_tokenizer_path
 
 CONFIG = ModelConfig(
     vocab_size=VOCAB_SIZE, hidden_size=16, ffn_hidden_size=24, num_layers=2, num_heads=2, num_kv_heads=1, norm_eps=1e-5,

@@ -18,8 +18,8 @@ from core.data.prepare import pack_dialogues, pack_text
 from core.data.tokenizer import load_tokenizer
 from tests.campaigns import hostile_inputs as inputs
 from tests.campaigns.hostile_inputs import Case
-from tests.data_support import tiny_tokenizer_path
 from tests.house import ROOT
+from tests.support.data_support import tiny_tokenizer_path
 
 RUN = {
     "model": {"preset": "telechat2-tiny", "vocab_size": 600},

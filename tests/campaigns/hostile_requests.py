@@ -29,9 +29,9 @@ from typing import Any
 
 import psutil
 
-from tests.docs_workspace import add_release
-from tests.serve_soak import CHAT, COMPLETIONS, NAME, bad_request, broken_http, percentiles
-from tests.serve_support import ask, process, until
+from tests.support.docs_workspace import add_release
+from tests.support.serve_soak import CHAT, COMPLETIONS, NAME, bad_request, broken_http, percentiles
+from tests.support.serve_support import ask, process, until
 
 SECONDS = 2.0
 MEGABYTES = 200.0

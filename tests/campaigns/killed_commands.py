@@ -23,7 +23,7 @@ from core.data.packed import PackedDataset, verify
 from core.errors import UserError
 from tests.campaigns.killed_runs import latest, unreadable
 from tests.campaigns.killing import ROOT, Trial, finish, kill, leftovers, orphans, shows, start, wait_until
-from tests.data_support import SENTENCES, tiny_tokenizer_path
+from tests.support.data_support import SENTENCES, tiny_tokenizer_path
 
 KEEP = 2
 
@@ -120,8 +120,8 @@ def _replacements(
 
 def grow_trials(count: int, chance: random.Random, folder: Path) -> Iterator[Trial]:
     """`tele grow`: nothing is there, or the whole checkpoint."""
-    from tests.growing import TINY
-    from tests.unit.test_grow_files import write
+    from tests.support.growing import TINY
+    from tests.unit.convert.test_grow_files import write
 
     source, out = write(folder / "small", TINY), folder / "out" / "grown"
     words = ["grow", str(source), str(out), "--set", f"num_layers={2 * TINY.num_layers}"]

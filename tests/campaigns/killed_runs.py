@@ -14,7 +14,7 @@ from core.checkpoint.read import open_checkpoint
 from core.errors import UserError
 from core.train.metrics import read_metrics
 from tests.campaigns.killing import Trial, family, finish, kill, leftovers, orphans, shows, start, wait_until
-from tests.packed import write_packed
+from tests.support.packed import write_packed
 
 STEPS, EVERY, KEEP, SEQ_LEN = 24, 2, 2, 16
 LAYOUTS = {"pt": ("single", "tp2", "dp2"), "ms": ("single", "tp2")}

@@ -19,9 +19,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from tests.docs_workspace import add_release
-from tests.serve_soak import CHAT, NAME
-from tests.serve_support import process
+from tests.support.docs_workspace import add_release
+from tests.support.serve_soak import CHAT, NAME
+from tests.support.serve_support import process
 
 SENDERS, ROUNDS = 6, 8
 BEFORE, IDLE, BUSY, OVER = range(4)  # phases

@@ -27,7 +27,7 @@ from core.config import RunConfig, run_config_from_dict
 from core.launch.worker import die_with_parent
 from core.model.config import PRECISIONS
 from core.train import loop
-from tests.packed import write_packed
+from tests.support.packed import write_packed
 
 BACKENDS = ("ms", "pt")
 PARTS = ("loop", "gradients", "forward", "norm", "data")

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from tests.frameworks import golden_arrays, golden_batch
 from tests.parity.test_goldens import CASES, check_forward, check_gradients, open_case
+from tests.support.frameworks import golden_arrays, golden_batch
 
 
 def require_device(backend: str) -> None:

@@ -14,13 +14,13 @@ from core.model.visibility import KeyRanges
 torch = pytest.importorskip("torch")
 if not torch.cuda.is_available():
     pytest.skip(
-        "no GPU: tests/unit/test_triton.py runs the kernels under Triton's interpreter", allow_module_level=True
+        "no GPU: tests/unit/kernels/test_triton.py runs the kernels under Triton's interpreter", allow_module_level=True
     )
 pytest.importorskip("triton", reason="triton is not installed; the CUDA build of PyTorch brings it")
 
 from kernels.triton import ops  # noqa: E402
-from tests import triton_cases as cases  # noqa: E402
-from tests.triton_cases import ATTENTION_LIMITS, LIMITS, Case  # noqa: E402
+from tests.support import triton_cases as cases  # noqa: E402
+from tests.support.triton_cases import ATTENTION_LIMITS, LIMITS, Case  # noqa: E402
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 # The GPU's exponential is good to 2 units of float32, and float32 products go through three tf32 ones.

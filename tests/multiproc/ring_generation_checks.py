@@ -36,8 +36,8 @@ from core.model.config import ModelConfig, load_model_config
 from core.model.init import init_tensor
 from core.parallel.layout import parse_layout
 from core.parity.bounds import relative_frobenius
-from tests.engine_support import Feed, finish, tokens_of
-from tests.frameworks import golden_source
+from tests.support.engine_support import Feed, finish, tokens_of
+from tests.support.frameworks import golden_source
 
 WORLD, PIECE, LENGTH = 2, 512, 8192
 CHECKS: dict[str, Callable[[Any], Any]] = {}

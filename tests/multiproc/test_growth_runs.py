@@ -22,10 +22,10 @@ from core.commands.parity_growth import growth_sections
 from core.errors import UserError
 from core.train.metrics import read_metrics
 from tests import docs
-from tests.docs_workspace import add_checkout, add_packed, add_text
-from tests.frameworks import BACKENDS
 from tests.house import ROOT
-from tests.packed import write_packed
+from tests.support.docs_workspace import add_checkout, add_packed, add_text
+from tests.support.frameworks import BACKENDS
+from tests.support.packed import write_packed
 
 VOCAB, SEQ_LEN = 211, 32
 SMALL = {"preset": "telechat2-tiny", "vocab_size": VOCAB, "hidden_size": 64, "ffn_hidden_size": 96, "num_layers": 2}

@@ -23,7 +23,7 @@ import pytest
 from core.checkpoint.read import open_checkpoint
 from core.parity.bounds import TRACE_LIMIT, compare_tensors, compare_traces
 from core.train.metrics import read_metrics
-from tests.packed import write_packed
+from tests.support.packed import write_packed
 
 ROOT = Path(__file__).resolve().parents[2]
 SEQ_LEN, HALF, ALL = 32, 20, 40

@@ -14,7 +14,7 @@ import pytest
 from core.backends import load
 from core.parity.bounds import relative_frobenius
 from kernels import reference
-from tests.frameworks import BACKENDS
+from tests.support.frameworks import BACKENDS
 
 B, S, H, K, D = 2, 48, 4, 2, 8
 LIMIT = 2e-6

@@ -1,6 +1,7 @@
 """Shown commands that need a framework: training under both launchers, resume across, generation from the result.
 
-Each runs as shown, with fewer and smaller steps. What tests/docs.py calls light is run by tests/unit/test_docs.py.
+Each runs as shown, with fewer and smaller steps. What tests/docs.py calls light is run by
+tests/unit/house/test_docs.py.
 """
 
 from __future__ import annotations
@@ -19,8 +20,8 @@ import pytest
 
 from core.train.metrics import read_metrics
 from tests import docs
-from tests.docs_workspace import add_checkout, add_packed, add_release, add_text
 from tests.house import ROOT
+from tests.support.docs_workspace import add_checkout, add_packed, add_release, add_text
 
 SHORTER = ("--set", "train.steps=2", "optim.warmup_steps=0", "train.global_batch=2", "train.micro_batch=2")
 RESUMED = ("train.steps=4",)

@@ -23,8 +23,8 @@ from core.model.batch import IGNORE, Batch
 from core.model.config import ModelConfig
 from core.model.position import RotaryRows
 from core.parity.bounds import relative_frobenius
-from tests.engine_support import Feed, feed, finish, tokens_of
-from tests.frameworks import BACKENDS, golden_source
+from tests.support.engine_support import Feed, feed, finish, tokens_of
+from tests.support.frameworks import BACKENDS, golden_source
 
 CASES = ("telechat2_gqa", "teleflm", "flm101b_like")
 LOGITS = 2e-6

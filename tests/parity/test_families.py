@@ -23,9 +23,9 @@ from core.model.position import RotaryRows
 from core.parallel.layout import parse_layout
 from core.parity.bounds import compare_tensors, relative_frobenius
 from core.parity.worker import Task, collect, launch_tasks, write_batch
-from tests.engine_support import Feed
-from tests.frameworks import BACKENDS, golden_arrays, golden_batch, golden_source
 from tests.parity.test_goldens import GRADIENT, LOGITS, LOSS, check_forward, check_gradients
+from tests.support.engine_support import Feed
+from tests.support.frameworks import BACKENDS, golden_arrays, golden_batch, golden_source
 
 CASES = ("teleflm", "telechat52b_like", "flm101b_like")
 GRADIENTS = [*((case, "loss_mean", "grads") for case in CASES), ("teleflm", "loss_masked", "grads_masked_loss")]

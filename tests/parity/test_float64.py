@@ -32,10 +32,10 @@ from core.train import loop
 from core.train.metrics import read_metrics
 from core.train.recipe import clip_factor
 from kernels import reference
-from tests import numpy_decoder
-from tests.frameworks import BACKENDS, differentiate, golden_arrays, golden_source
-from tests.packed import write_packed
 from tests.parity import test_operators
+from tests.support import numpy_decoder
+from tests.support.frameworks import BACKENDS, differentiate, golden_arrays, golden_source
+from tests.support.packed import write_packed
 
 # What fp64 promises, relative Frobenius. Operators stay within 2e-15, a model's logits within 2e-15, its gradients
 # within 5e-15 and the changes of its weights within 5e-14: those are differences of weights rounded on a larger scale.

@@ -27,7 +27,7 @@ from core.parallel.layout import Layout
 from core.parity.bounds import compare_tensors, tolerances
 from core.parity.worker import Task, run_alone, write_batch
 from core.train import loss_scale
-from tests.frameworks import BACKENDS
+from tests.support.frameworks import BACKENDS
 
 CONFIG = replace(load_model_config("telechat2-tiny"), num_layers=2, vocab_size=64)
 LIMIT = tolerances("fp16", CONFIG.num_layers)["gradient"].ceiling

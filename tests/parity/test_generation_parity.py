@@ -36,7 +36,7 @@ from core.inference.sampling import sampling_config
 from core.model.batch import IGNORE, Batch
 from core.model.config import with_table_dtype
 from core.parity.bounds import relative_frobenius
-from tests.engine_support import Feed
+from tests.support.engine_support import Feed
 
 GOLDENS = Path(__file__).resolve().parents[1] / "goldens"
 MODEL = GOLDENS / "telechat2_gqa"

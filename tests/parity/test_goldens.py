@@ -18,7 +18,7 @@ from core.backends import load
 from core.model.batch import Batch
 from core.model.config import ModelConfig
 from core.parity.bounds import compare_tensors, relative_frobenius
-from tests.frameworks import BACKENDS, golden_arrays, golden_batch, golden_source
+from tests.support.frameworks import BACKENDS, golden_arrays, golden_batch, golden_source
 
 LOGITS, LOSS, GRADIENT = 2e-6, 1e-6, 1e-5
 TABLES = {"fp32table": "float32", "released": "float16"}

@@ -28,8 +28,9 @@ from core.model.config import ModelConfig
 from core.model.growth import METHODS
 from core.model.growth_mask import kv_map
 from core.parity.bounds import relative_frobenius
-from tests.frameworks import BACKENDS
-from tests.growing import (
+from tests.parity.test_goldens import GRADIENT, LOGITS
+from tests.support.frameworks import BACKENDS
+from tests.support.growing import (
     FAMILIES,
     TINY,
     batch,
@@ -37,7 +38,6 @@ from tests.growing import (
     run,
     strong,
 )
-from tests.parity.test_goldens import GRADIENT, LOGITS
 
 EXACT = 1e-12
 

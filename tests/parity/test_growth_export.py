@@ -14,9 +14,9 @@ from core.cli import main
 from core.inference.pages import pool_size
 from core.model.config import ModelConfig
 from core.parity.bounds import relative_frobenius
-from tests.engine_support import Feed
-from tests.growing import FAMILIES, TINY, batch, grow, run, strong
 from tests.parity.test_goldens import GRADIENT, LOGITS
+from tests.support.engine_support import Feed
+from tests.support.growing import FAMILIES, TINY, batch, grow, run, strong
 
 # Sizes whose heads make up the width, which the released formats take for granted.
 PLAIN = {name: replace(config, num_heads=4, head_dim=6) for name, config in FAMILIES.items()}

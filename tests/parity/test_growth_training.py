@@ -29,10 +29,10 @@ from core.train import loop
 from core.train.births import born
 from core.train.metrics import read_metrics
 from kernels.reference import adamw
-from tests.frameworks import BACKENDS
-from tests.growing import strong
-from tests.packed import write_packed
-from tests.unit.test_growth_maps import grown
+from tests.support.frameworks import BACKENDS
+from tests.support.growing import strong
+from tests.support.packed import write_packed
+from tests.unit.convert.test_growth_maps import grown
 
 SEQ_LEN, VOCAB, GROWN_AT, AFTER, ANNEAL = 48, 211, 40, 50, 20
 SIZES = {"hidden_size": 96, "ffn_hidden_size": 150, "num_heads": 8, "num_layers": 3, "vocab_size": 224}

@@ -28,9 +28,9 @@ from core.parallel.layout import Layout, parse_layout
 from core.parity.bounds import compare_tensors, relative_frobenius
 from core.parity.layouts import LayoutReport, References, judge_layout, one_device, smooth_optim
 from core.parity.worker import Outcome, Task, collect, launch_tasks, write_batch
-from tests.frameworks import BACKENDS, golden_arrays, golden_batch, golden_source
 from tests.parity.layout_faults import FAULTS
 from tests.parity.test_goldens import GRADIENT, LOGITS, LOSS
+from tests.support.frameworks import BACKENDS, golden_arrays, golden_batch, golden_source
 
 # 307 is prime, so that no tp divides the vocabulary; 2 kv heads are fewer than tp 4; ffn 96 and 8 heads divide by 8.
 MODEL = ModelConfig(

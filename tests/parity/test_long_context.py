@@ -25,9 +25,9 @@ from core.model.batch import IGNORE, Batch
 from core.model.config import ModelConfig, load_model_config
 from core.model.init import init_tensor
 from core.parity.bounds import relative_frobenius
-from tests.engine_support import Feed
-from tests.frameworks import BACKENDS
 from tests.parity.test_goldens import LOGITS
+from tests.support.engine_support import Feed
+from tests.support.frameworks import BACKENDS
 
 LENGTH = 4500  # of a model trained for 256: the rotary base has grown 63 times, attention logits by half
 NEEDLES = (255, 256, 257, 511, 512, 1023, 1500, 2048, 3001, 4095, 4096, LENGTH - 1)

@@ -3,7 +3,7 @@
 `make mindformers-check` makes an environment with it and runs this. In the wheel (1.9.0) lie TeleChat2's network with
 the mcore names (mindformers.models.telechat2) and a legacy network with the names of research/telechat2 but for the
 bias of the ffn's output (mindformers.models.llama). research/telechat2 itself is not in the wheel: its plain and
-qkv_concat forms as a whole are held by the published conversions (tests/unit/test_convert_mindformers.py).
+qkv_concat forms as a whole are held by the published conversions (tests/unit/convert/test_convert_mindformers.py).
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from convert.source import ModelSource, open_model
 from core.data.chat_template import encode_chat
 from core.data.tokenizer import load_tokenizer
 from core.model.init import init_weights
-from tests.frameworks import GOLDENS
 from tests.house import ROOT
+from tests.support.frameworks import GOLDENS
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("mindformers") is None,
@@ -164,7 +164,7 @@ def test_transformers_reads_an_exported_folder(tmp_path: Path) -> None:
     """Its config class and tokenizer; ids are those of this project, text with digits and line ends included."""
     from core.checkpoint.read import write_checkpoint
     from core.model.config import load_model_config
-    from tests.data_support import VOCAB_SIZE, tiny_tokenizer_path
+    from tests.support.data_support import VOCAB_SIZE, tiny_tokenizer_path
 
     config = load_model_config({"preset": "telechat2-tiny", "vocab_size": VOCAB_SIZE})
     weights = init_weights(config, 0).items()

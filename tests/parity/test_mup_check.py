@@ -17,7 +17,7 @@ from core.config import load_run_config
 from core.model.config import CONFIGS
 from core.mup import transfer as rules
 from core.mup.coordinates import MUP, STANDARD, Record, configs, judge, measure, token_batch
-from tests.frameworks import BACKENDS
+from tests.support.frameworks import BACKENDS
 
 NARROW = CONFIGS / "train" / "teleflm-tiny.yaml"
 WIDTHS, STEPS, ROWS, LENGTH = (64, 128, 256), 3, 2, 48

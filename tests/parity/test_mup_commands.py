@@ -10,8 +10,8 @@ import pytest
 import yaml
 
 from tests import docs
-from tests.docs_workspace import add_checkout, add_packed, add_text
 from tests.house import ROOT
+from tests.support.docs_workspace import add_checkout, add_packed, add_text
 
 SHORT = ["train.steps=12", "optim.warmup_steps=2", "train.global_batch=2", "train.micro_batch=2", "data.seq_len=32"]
 SMALL = ("--steps", "2", "--widths", "64", "128", "192", "--set", "model.num_layers=1")

@@ -16,7 +16,7 @@ from core import cli
 from core.model.config import CONFIGS
 from core.train.metrics import last_step, read_metrics
 from tests.house import ROOT
-from tests.packed import write_packed
+from tests.support.packed import write_packed
 
 STEPS = 40
 

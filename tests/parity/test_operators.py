@@ -19,7 +19,7 @@ from core.model.batch import IGNORE
 from core.model.visibility import causal_blocks
 from core.parity.bounds import relative_frobenius
 from kernels import reference
-from tests.frameworks import BACKENDS, differentiate
+from tests.support.frameworks import BACKENDS, differentiate
 
 FACTOR = 6.0
 FLOOR = 6 * 2.0**-24  # units in the last place of float32

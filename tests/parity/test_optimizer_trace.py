@@ -16,7 +16,7 @@ from core.config import run_config_from_dict
 from core.model.batch import Batch, shift_labels
 from core.parity.bounds import relative_frobenius
 from core.train.recipe import clip_factor, learning_rate
-from tests.frameworks import BACKENDS, GOLDENS, golden_arrays, golden_source
+from tests.support.frameworks import BACKENDS, GOLDENS, golden_arrays, golden_source
 
 CASES = ("telechat2_gqa", "teleflm")
 GQA = "telechat2_gqa"

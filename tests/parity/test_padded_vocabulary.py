@@ -20,7 +20,7 @@ from core.commands import serve
 from core.inference.chat import ChatModel
 from core.model.config import load_model_config
 from core.model.init import init_weights
-from tests.data_support import VOCAB_SIZE, tiny_tokenizer_path
+from tests.support.data_support import VOCAB_SIZE, tiny_tokenizer_path
 
 ROWS = VOCAB_SIZE + 64
 

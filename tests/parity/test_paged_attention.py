@@ -1,7 +1,7 @@
 """Attention over pages in both frameworks, by every implementation that this machine has, against the definition.
 
 Errors are relative Frobenius norms against the float64 definition; the limit is eight times what float32 costs the
-definition itself, and in 16 bits a few roundings of the output (tests/cpu_kernel_checks.py).
+definition itself, and in 16 bits a few roundings of the output (tests/support/cpu_kernel_checks.py).
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ import pytest
 from core.inference.runner import Step
 from core.parity.bounds import relative_frobenius
 from kernels import reference
-from tests.cpu_kernel_checks import FACTOR, PAGED, UNITS
-from tests.frameworks import BACKENDS
+from tests.support.cpu_kernel_checks import FACTOR, PAGED, UNITS
+from tests.support.frameworks import BACKENDS
 
 UNIT = {"float64": 2.0**-52, "float32": 2.0**-24, "float16": 2.0**-11, "bfloat16": 2.0**-8}
 SERVED = [("ms", "auto"), ("ms", "composite"), ("pt", "auto"), ("pt", "composite")]

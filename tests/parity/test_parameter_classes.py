@@ -21,8 +21,8 @@ from core.train import loop
 from core.train.metrics import read_metrics
 from core.train.recipe import clip_factor, learning_rate
 from kernels.reference import adamw
-from tests.frameworks import BACKENDS
-from tests.packed import write_packed
+from tests.support.frameworks import BACKENDS
+from tests.support.packed import write_packed
 
 STEPS, ROWS, LENGTH = 5, 2, 24
 MODELS: dict[str, dict[str, Any]] = {

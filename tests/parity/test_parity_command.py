@@ -13,9 +13,9 @@ from core.errors import UserError
 from core.parity import runs
 from core.parity.bounds import compare_tensors, relative_frobenius
 from core.parity.report import ParityReport
-from tests.frameworks import golden_arrays, golden_source
-from tests.packed import write_packed
 from tests.parity.test_goldens import GRADIENT, LOGITS, LOSS
+from tests.support.frameworks import golden_arrays, golden_source
+from tests.support.packed import write_packed
 
 SEQ_LEN = 32
 

@@ -20,9 +20,9 @@ from core.inference.generation import generate
 from core.inference.sampling import sampling_config
 from core.model.quantize import Int8Matrix, quantizing
 from core.parity.bounds import relative_frobenius
-from tests.engine_support import Feed
-from tests.frameworks import BACKENDS, golden_source
 from tests.parity.test_engine_parity import CASES, LOGITS, whole_logits
+from tests.support.engine_support import Feed
+from tests.support.frameworks import BACKENDS, golden_source
 
 UNIT = {"fp32": 2.0**-24, "bf16": 2.0**-8, "fp16": 2.0**-11}
 

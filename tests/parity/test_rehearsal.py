@@ -21,15 +21,15 @@ from core.model.visibility import KeyRanges, causal_ranges
 from core.parity.bounds import compare_tensors, relative_frobenius
 from kernels import reference
 from kernels.dispatch import Candidate
-from tests.cpu_kernel_checks import PAGED
-from tests.engine_support import Feed
-from tests.growing import FAMILIES, grow, strong
-from tests.growing import batch as batch_of
 from tests.parity.test_growth import target_of
 from tests.parity.test_optimizer_trace import check_trace, run_trace
 from tests.parity.test_paged_attention import error as page_error
 from tests.parity.test_ring_pages import error as ring_error
 from tests.parity.test_twins import CONFIG, batch, weights
+from tests.support.cpu_kernel_checks import PAGED
+from tests.support.engine_support import Feed
+from tests.support.growing import FAMILIES, grow, strong
+from tests.support.growing import batch as batch_of
 
 ms = pytest.importorskip("mindspore")
 # On a CPU the pipeline of asynchronous launches spins while it waits; where it is on, the rehearsal copes with it.

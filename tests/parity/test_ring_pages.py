@@ -16,9 +16,9 @@ from core.inference.ring_pages import pages_of_rank, share_of
 from core.inference.runner import Step
 from core.parity.bounds import relative_frobenius
 from kernels import reference
-from tests.cpu_kernel_checks import FACTOR, PAGED, UNITS
-from tests.frameworks import BACKENDS
 from tests.parity.test_paged_attention import SERVED, UNIT, choose, inputs, step_of  # noqa: F401
+from tests.support.cpu_kernel_checks import FACTOR, PAGED, UNITS
+from tests.support.frameworks import BACKENDS
 
 RANKS = 3
 CASES = [case for case in PAGED if case[3] < 128 and max(keys for _, keys in case[4]) < 1000]

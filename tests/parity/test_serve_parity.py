@@ -16,9 +16,9 @@ import psutil
 import pytest
 
 from core import cli
-from tests.docs_workspace import add_release
-from tests.frameworks import BACKENDS
-from tests.serve_support import ask, process, until
+from tests.support.docs_workspace import add_release
+from tests.support.frameworks import BACKENDS
+from tests.support.serve_support import ask, process, until
 
 openai = pytest.importorskip("openai", reason="the openai client is in the dev extra")
 

@@ -17,7 +17,7 @@ from core.model.batch import IGNORE, Batch
 from core.parity.bounds import STRICT_STEPS, TRACE_LIMIT, compare_tensors, compare_traces
 from core.train import loop
 from core.train.metrics import read_metrics
-from tests.packed import write_packed
+from tests.support.packed import write_packed
 
 STEPS, SAVED, SEQ_LEN = 200, 190, 64
 CLOCK = ("tokens_per_s", "step_ms")

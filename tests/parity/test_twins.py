@@ -20,7 +20,7 @@ from core.model.config import load_model_config
 from core.model.init import init_weights
 from core.model.params import parameter_table
 from core.parity.bounds import compare_tensors, relative_frobenius
-from tests.frameworks import BACKENDS
+from tests.support.frameworks import BACKENDS
 
 CONFIG = replace(load_model_config("telechat2-tiny"), num_layers=2, vocab_size=307)
 B, S = 2, 61

@@ -12,9 +12,9 @@ import pytest
 
 from core.serve.errors import ApiError
 from core.serve.fields import Fields
-from tests.data_support import tiny_tokenizer
-from tests.engine_support import CONTEXT, Replier
-from tests.serve_support import NAME, Running, ask, chat_body, running
+from tests.support.data_support import tiny_tokenizer
+from tests.support.engine_support import CONTEXT, Replier
+from tests.support.serve_support import NAME, Running, ask, chat_body, running
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 USER = {"role": "user", "content": "hello"}

@@ -6,7 +6,7 @@ import math
 import os
 
 from tests.campaigns.hostile_requests import GENERATORS, campaign, fault_of, hostile
-from tests.serve_support import running
+from tests.support.serve_support import running
 
 
 def test_hostile_requests_are_refused():

@@ -14,8 +14,8 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from core.serve.server import is_defect
-from tests.engine_support import CONTEXT
-from tests.serve_support import NAME, Reply, Running, ask, chat_body, running, until
+from tests.support.engine_support import CONTEXT
+from tests.support.serve_support import NAME, Reply, Running, ask, chat_body, running, until
 
 CHAT = "/v1/chat/completions"
 LONG = "a long answer, please " * 4

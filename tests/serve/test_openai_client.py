@@ -6,9 +6,9 @@ import json
 
 import pytest
 
-from tests.data_support import tiny_tokenizer
-from tests.engine_support import CONTEXT
-from tests.serve_support import NAME, Running, ask, chat_body, running
+from tests.support.data_support import tiny_tokenizer
+from tests.support.engine_support import CONTEXT
+from tests.support.serve_support import NAME, Running, ask, chat_body, running
 
 openai = pytest.importorskip("openai", reason="the openai client is in the dev extra")
 
@@ -320,7 +320,7 @@ def words_of(tokenizer, ids) -> list[int]:
 @pytest.fixture(scope="module")
 def speller():
     """A server that continues the prompt "say" with the ids in ``script``."""
-    from tests.engine_support import Replier
+    from tests.support.engine_support import Replier
 
     class Scripted(Replier):
         script: list[int] = []

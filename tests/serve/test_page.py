@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.browser import Browser, browser, missing
-from tests.engine_support import CONTEXT
-from tests.serve_support import NAME, Running, ask, running
+from tests.support.browser import Browser, browser, missing
+from tests.support.engine_support import CONTEXT
+from tests.support.serve_support import NAME, Running, ask, running
 
 pytestmark = pytest.mark.skipif(missing() is not None, reason=str(missing()))
 LONG = "It is a long answer with \u4e2d\u6587, <b>no bold</b> and `code`. " * 6

@@ -15,9 +15,9 @@ import pytest
 from core import cli
 from core.commands.serve import EPILOG
 from tests import docs
-from tests.docs_workspace import add_release
 from tests.house import ROOT
-from tests.serve_support import process
+from tests.support.docs_workspace import add_release
+from tests.support.serve_support import process
 
 PAGE = "docs/serving.md"
 SHOWN = "http://127.0.0.1:8000"

@@ -1,4 +1,4 @@
-"""The short form of tests/serve_soak.py, and that it finds what it is there for."""
+"""The short form of tests/support/serve_soak.py, and that it finds what it is there for."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
-from tests.engine_support import Replier
-from tests.frameworks import BACKENDS
-from tests.serve_soak import bad_request, fuzz, refused, server, soak, state
-from tests.serve_support import running
+from tests.support.engine_support import Replier
+from tests.support.frameworks import BACKENDS
+from tests.support.serve_soak import bad_request, fuzz, refused, server, soak, state
+from tests.support.serve_support import running
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -14,8 +14,8 @@ from core.data.tokenizer import Tokenizer
 from core.errors import UserError
 from core.serve import length, protocol
 from core.serve.hosts import Hosts, allowed_hosts
-from tests.engine_support import CONTEXT
-from tests.serve_support import NAME, ask, chat_body, running, until
+from tests.support.engine_support import CONTEXT
+from tests.support.serve_support import NAME, ask, chat_body, running, until
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 PROMPT = [40 + n % 50 for n in range(100)]  # six full pages of 16 tokens

@@ -1,0 +1,82 @@
+"""A folder that holds what the shown commands name: text, dialogues, a small model in the place of a released one."""
+
+from __future__ import annotations
+
+import shutil
+import sysconfig
+from pathlib import Path
+
+from convert.copy import canonical_to_hf, hf_to_canonical
+from convert.hf.folder import HfFolder
+from convert.source import CanonicalSource, open_model
+from core.checkpoint.read import save_checkpoint
+from core.data.prepare import pack_text
+from core.data.tokenizer import load_tokenizer
+from core.data.tokenizer_training import train_tokenizer
+from core.model.config import ModelConfig
+from core.model.init import init_weights
+from tests import docs
+from tests.house import ROOT
+from tests.support.data_support import VOCAB_SIZE, dialogue_row, tiny_tokenizer_path, write_rows
+
+SOURCES = ("argparse.py", "ast.py", "inspect.py", "typing.py")  # enough text for 4096 pieces
+
+
+def add_text(folder: Path) -> None:
+    """corpus/, more/*.jsonl, dialogues.jsonl, losses.csv."""
+    (folder / "corpus").mkdir()
+    for name in SOURCES:
+        shutil.copy(Path(sysconfig.get_path("stdlib")) / name, folder / "corpus")
+    (folder / "more").mkdir()
+    write_rows(folder / "more" / "rows.jsonl", [{"text": f"row {n} of some text"} for n in range(20)])
+    write_rows(folder / "dialogues.jsonl", [dialogue_row(n, turns=1 + n % 2) for n in range(900)])
+    (folder / "losses.csv").write_text(loss_table_of_the_page(), encoding="utf-8")
+
+
+def loss_table_of_the_page() -> str:
+    """The table that docs/mup.md shows as losses.csv."""
+    (fence,) = (f for f in docs.fences(ROOT, "docs/mup.md") if f.language == "csv")
+    return "\n".join(fence.lines) + "\n"
+
+
+def add_release(folder: Path) -> None:
+    """TeleChat2-7B (a stand-in of the same layout), run (the same as a canonical checkpoint), tokenizer.model."""
+    config = ModelConfig(
+        vocab_size=VOCAB_SIZE,
+        hidden_size=32,
+        ffn_hidden_size=48,
+        num_layers=2,
+        num_heads=4,
+        num_kv_heads=2,
+        norm_eps=1e-5,
+        training_seqlen=256,
+        base_seqlen=256,
+        max_seqlen=256,
+    )
+    made = save_checkpoint(
+        folder / "made",
+        0,
+        model={"config": config.to_dict()},
+        weights=init_weights(config, 0, "strong").items(),
+        optimizer=(),
+        trainer={},
+        keep_last=1,
+    )
+    source = open_model(made)
+    assert isinstance(source, CanonicalSource)
+    canonical_to_hf(source, folder / "TeleChat2-7B", tokenizer=tiny_tokenizer_path())
+    hf_to_canonical(HfFolder(folder / "TeleChat2-7B"), folder / "run")
+    shutil.copy(tiny_tokenizer_path(), folder / "tokenizer.model")
+
+
+def add_packed(folder: Path, text: Path) -> None:
+    """What the data commands of the README leave behind: tokenizer.model of 2048 pieces and data/tiny."""
+    train_tokenizer((file.read_text(encoding="utf-8") for file in sorted(text.glob("*.py"))), folder / "t.model", 2048)
+    pack_text([text], folder / "data" / "tiny", load_tokenizer(folder / "t.model", in_vocabulary=True), quiet=True)
+
+
+def add_checkout(folder: Path) -> None:
+    """configs/ as a copy, because data paths count from there; the raw launchers' scripts."""
+    shutil.copytree(ROOT / "configs", folder / "configs")
+    for package in ("telechat_ms", "pt_reference"):
+        (folder / package).symlink_to(ROOT / package)

@@ -1,0 +1,192 @@
+"""A server on the loopback for tests: in a thread, on a runner without a model, or as the process that users start."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import http.client
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+
+from core.inference.engine import Engine, Limits
+from tests.house import ROOT
+from tests.support.data_support import tiny_tokenizer
+from tests.support.engine_support import CONTEXT, Replier
+
+pytest.importorskip("fastapi", reason="fastapi and uvicorn are in the extra serve")
+
+from core.serve.app import HttpLimits, create_app  # noqa: E402
+from core.serve.hosts import Hosts  # noqa: E402
+from core.serve.job import Served  # noqa: E402
+from core.serve.server import address_of, open_socket, serve_until  # noqa: E402
+from core.serve.service import Service  # noqa: E402
+
+NAME = "tiny"
+
+
+@dataclass
+class Running:
+    """A server in a thread of this process; ``signal`` is what SIGTERM does to a real one."""
+
+    url: str
+    port: int
+    service: Service
+    signal: Callable[[], None]
+    thread: threading.Thread
+    runner: Any
+
+    @property
+    def engine(self) -> Engine:
+        return self.service.engine
+
+
+@contextlib.contextmanager
+def running(
+    reply: Callable[[str], str] = lambda question: f"You said: {question}",
+    *,
+    runner: Any = None,
+    pause: float = 0.0,
+    most_running: int = 8,
+    max_queue: int = 8,
+    keys: Sequence[str] = (),
+    body: int = 1 << 16,
+    seconds: float = 30.0,
+    grace: float = 5.0,
+    most_prompt: int = CONTEXT - 1,
+    most_new: int = CONTEXT - 1,
+    tokenizer: Any = None,
+    narrow: bool = False,
+    hosts: Hosts | None = Hosts(),  # noqa: B008  (it is never changed)
+    connections: int = 64,
+    reuse: bool = True,
+) -> Iterator[Running]:
+    """Serve until the block is left; ``narrow``: on connections that hold little.
+
+    AssertionError when a page or a thread is left behind.
+    """
+    runner = runner or Replier(reply, pause)
+    tokenizer = tokenizer or tiny_tokenizer(in_vocabulary=True)
+    limits = Limits(max_len=CONTEXT, most_running=most_running)
+    service = Service(Engine(runner, tokenizer, reuse=reuse, limits=limits), max_queue)
+    served = Served(
+        name=NAME,
+        config=runner.config,
+        tokenizer=tokenizer,
+        context=CONTEXT,
+        most_prompt=most_prompt,
+        most_new=most_new,
+        created=1,
+        fingerprint="fp_test",
+    )
+    app = create_app(service, served, HttpLimits(body=body, seconds=seconds), keys, hosts)
+    up, state = threading.Event(), {}
+    with open_socket("127.0.0.1", 0) as opened:
+        if narrow:
+            opened.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+
+        async def serve() -> None:
+            state["loop"], state["signals"] = asyncio.get_running_loop(), asyncio.Queue()
+            await serve_until(state["signals"], app, service, opened, grace, up.set, connections)
+
+        thread = threading.Thread(target=lambda: asyncio.run(serve()), name="server")
+        thread.start()
+        assert up.wait(20), "the server did not start"
+
+        def end() -> None:
+            with contextlib.suppress(RuntimeError):  # its loop may have ended
+                state["loop"].call_soon_threadsafe(state["signals"].put_nowait, signal.SIGTERM)
+
+        try:
+            yield Running(address_of(opened), opened.getsockname()[1], service, end, thread, runner)
+        finally:
+            end()
+            thread.join(grace + 20)
+            assert not thread.is_alive() and not service.alive, "a thread was left behind"
+        pool = service.engine.pool
+        pool.check()
+        assert pool.available == pool.num_pages - 1, "a page was left behind"
+
+
+@dataclass
+class Reply:
+    status: int
+    headers: dict[str, str]
+    raw: bytes = field(repr=False)
+
+    @property
+    def json(self) -> Any:
+        return json.loads(self.raw)
+
+    @property
+    def error(self) -> dict[str, Any]:
+        """The error object, whose shape is checked."""
+        found = self.json["error"]
+        assert set(found) == {"message", "type", "param", "code"} and found["message"] and found["type"]
+        return found
+
+
+def ask(
+    port: int, path: str, body: Any = None, *, method: str | None = None, headers: dict[str, str] | None = None
+) -> Reply:
+    """One request on a connection of its own. ``body``: an object for JSON, bytes as they are, None for GET."""
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+    try:
+        raw = body if isinstance(body, bytes) or body is None else json.dumps(body).encode()
+        sent = {} if body is None else {"Content-Type": "application/json"}
+        connection.request(method or ("GET" if body is None else "POST"), path, raw, {**sent, **(headers or {})})
+        response = connection.getresponse()
+        return Reply(response.status, {k.lower(): v for k, v in response.getheaders()}, response.read())
+    finally:
+        connection.close()
+
+
+def chat_body(question: str = "hello", **options: Any) -> dict[str, Any]:
+    return {"model": NAME, "messages": [{"role": "user", "content": question}], **options}
+
+
+def until(holds: Callable[[], bool], seconds: float = 10.0) -> bool:
+    """Wait for something to become true; whether it did."""
+    deadline = time.monotonic() + seconds
+    while not holds() and time.monotonic() < deadline:
+        time.sleep(0.005)
+    return holds()
+
+
+@contextlib.contextmanager
+def process(*words: str) -> Iterator[tuple[subprocess.Popen[str], int]]:
+    """`tele serve` as a user starts it, on a free port: it and its port; killed at the end if it still runs.
+
+    AssertionError when it reported a defect of its own.
+    """
+    command = [sys.executable, "-m", "core.cli", "serve", "--port", "0", *words]
+    env = {**os.environ, "OMP_WAIT_POLICY": "PASSIVE", "PYTHONPATH": str(ROOT)}
+    # A file and no pipe: one that nobody reads would stop the server when it is full.
+    with tempfile.TemporaryFile("w+") as log:
+        started = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=log, text=True)
+        try:
+            assert started.stdout is not None
+            line = started.stdout.readline()
+            found = re.search(r"http://127\.0\.0\.1:(\d+)", line)
+            log.seek(0)
+            assert found, f"no ready line: {line!r}\n{log.read()}"
+            yield started, int(found[1])
+        finally:
+            if started.poll() is None:
+                started.kill()
+            started.communicate()
+        log.seek(0)
+        said = log.read()
+        assert "Traceback" not in said, said

@@ -1,0 +1,110 @@
+"""The arithmetic and the words of ``tele bench decode``, with made-up workers; and what a timed step is."""
+
+from __future__ import annotations
+
+import argparse
+import json
+
+import pytest
+
+from core.bench import decode as bench_decode
+from core.bench.decode import HF, least_bytes
+from core.commands import bench
+from core.errors import UserError
+from core.inference.engine import Engine
+from core.model.config import load_model_config
+from kernels.bench.decode import Timed, timed_steps
+from tests.support.engine_support import PlainRunner
+
+
+class Contestants:
+    """Stand for the worker processes: a step takes longer with more sequences, and from round to round."""
+
+    seconds = {"ms": 0.010, "pt": 0.020, HF: 0.030}
+    turns: list[tuple[str, int, int]] = []
+
+    def __init__(self, name, options, module):
+        assert module == ("kernels.bench.hf" if name == HF else "kernels.bench.decode")
+        assert options["rows"] == 8
+        self.name, self.implementation = name, {"backend": f"{name} 1.0"}
+        self.done = 0
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        pass
+
+    def ask(self, order):
+        self.turns.append((self.name, order["rows"], order["steps"]))
+        self.done += 1
+        step = self.seconds[self.name] * (2 if order["rows"] == 8 else 1) * (1 + self.done // 2 / 10)
+        found = {"seconds": [step] * order["steps"], "read": 1e10 if self.name == "pt" else 5e9}
+        return found if self.name == HF else {**found, "engine": [step / 50] * order["steps"]}
+
+
+def arguments(*argv):
+    parser = argparse.ArgumentParser()
+    bench.add_arguments(parser)
+    return parser.parse_args(["decode", *argv])
+
+
+@pytest.fixture
+def workers(monkeypatch):
+    monkeypatch.setattr(bench_decode, "Worker", Contestants)
+    monkeypatch.setattr(Contestants, "turns", [])
+    return Contestants.turns
+
+
+@pytest.mark.parametrize("installed", [True, False])
+def test_contestants_take_turns_and_ratios_are_of_tokens_a_second(workers, installed, monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(bench_decode.importlib.util, "find_spec", lambda name: object() if installed else None)
+    out = tmp_path / "decode.json"
+    options = ("--steps", "4", "--block", "2", "--prompt", "3", "--model", "telechat2-mini", "--out", str(out))
+    assert bench.run(arguments(*options)) == 0
+    names = ["ms", "pt", *([HF] if installed else [])]
+    once = [(name, rows, 2) for name in names for rows in (1, 8)]
+    back = [(name, rows, 2) for name in reversed(names) for rows in (1, 8)]
+    assert workers == back + once + back  # a warm-up, and two rounds
+    shown = capsys.readouterr().out
+    result = json.loads(out.read_text())
+    rows = {(row["contestant"], row["rows"]): row for row in result["rows"]}
+    assert result["prompt"] == 3 and len(rows) == 2 * len(names)
+    assert rows["ms", 8]["ratios"]["one"]["median"] == pytest.approx(8 / 2, rel=0.1)
+    assert rows["ms", 1]["engine_share"] == pytest.approx(0.02)
+    # The limit is the machine's: the bandwidth of whoever reads fastest.
+    assert rows["ms", 1]["share"] == pytest.approx(rows["ms", 1]["bytes"] / 1e10 / rows["ms", 1]["median"])
+    if installed:
+        assert rows["ms", 1]["ratios"]["hf"]["median"] == pytest.approx(3.0)
+        assert "| Hugging Face generate | 8 |" in shown and "3.00 (3.00 to 3.00)" in shown
+    else:
+        assert rows["ms", 1]["ratios"]["hf"] is None
+        assert "Hugging Face generate: not measured (transformers is not installed here)." in shown
+
+
+def test_the_bytes_of_a_step():
+    config = load_model_config("telechat2-mini")
+    E, F, V, L, KD = 512, 1408, 8192, 8, 128
+    block = 2 * E * E + 2 * E * KD + 3 * E * F + 2 * E + E + E  # q o, k v, ffn; two gains, two biases
+    assert least_bytes(config, "fp32", 1, 0) == 4 * (L * block + E + V * E)
+    matrices = L * (2 * E * E + 2 * E * KD + 3 * E * F) + V * E
+    factors = L * (2 * E + 2 * KD + 2 * F + E) + V
+    rest = L * 4 * E + E
+    assert least_bytes(config, "fp32", 1, 0, "int8") == matrices + 4 * factors + 4 * rest
+    assert least_bytes(config, "bf16", 8, 100) == 2 * (L * block + E + V * E) + 8 * 2 * L * KD * 100 * 2
+
+
+def test_every_step_has_a_token_of_each_sequence():
+    runner = PlainRunner()
+    timed = Timed(runner)
+    engine = Engine(timed, reuse=False)
+    found = timed_steps(engine, timed, 2, 5, 3)
+    assert runner.sizes == [[5, 5], [1, 1], [1, 1], [1, 1]]
+    assert all(0 < engine < step for engine, step in zip(found["engine"], found["seconds"], strict=True))
+    assert not engine.busy and engine.pool.available == runner.num_pages - 1
+
+
+def test_mistakes_are_told_before_anything_starts(workers):
+    with pytest.raises(UserError, match="--rows: must be at least 1, found 0"):
+        bench.run(arguments("--rows", "8", "0"))
+    assert workers == []

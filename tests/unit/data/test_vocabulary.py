@@ -1,0 +1,114 @@
+"""Padded vocabularies: which rows are padding, that none is ever drawn, and that training and resuming say so."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from core.data.vocabulary import fit_run, fit_vocabulary
+from core.errors import UserError
+from core.inference.engine import Engine
+from core.inference.generation import turn_stops
+from core.inference.requests import Request
+from core.inference.sampling import sampling_config
+from core.model.config import load_model_config
+from core.train import loop
+from tests.support.data_support import tiny_tokenizer
+from tests.support.engine_support import CONFIG, PlainRunner, finish, tokens_of
+from tests.support.numpy_stepper import VOCAB, MemoryBlend, NumpyStepper, run_config
+
+
+def test_which_rows_are_padding() -> None:
+    config = load_model_config({"preset": "telechat2-tiny", "vocab_size": 2112})
+    fitted, note = fit_vocabulary(config, 2048, own=True)
+    assert fitted == dataclasses.replace(config, vocab_tokens=2048)
+    assert note is not None and "2112 rows and the tokenizer 2048 pieces: the last 64 rows" in note
+    for pieces, own in ((2112, True), (2113, True), (1000, True), (1700, False)):  # fits, larger, another model's twice
+        assert fit_vocabulary(config, pieces, own) == (config, None)
+    assert fit_vocabulary(config, 1700, own=True)[0].vocab_tokens == 1700
+    said = dataclasses.replace(config, vocab_tokens=2100)
+    assert fit_vocabulary(said, 2048, own=True) == (said, None)  # the config's own word
+    ends = dataclasses.replace(config, end_token_ids=(2050,))
+    assert fit_vocabulary(ends, 2048, own=True) == (ends, None)  # a row that a token of the config stands in
+
+
+def padded_logits(ids: object, vocab_size: int) -> np.ndarray:
+    """The padding rows are the likeliest by far."""
+    logits = np.linspace(0.0, 1.0, vocab_size, dtype=np.float32)
+    logits[60:] = 1e4
+    return logits
+
+
+@pytest.mark.parametrize(
+    "sampling",
+    [
+        {},
+        {"temperature": 1e6},
+        {"temperature": 1.0, "top_k": 64},
+        {"temperature": 1e6, "repetition_penalty": 1e6, "min_p": 0.0},
+        {"frequency_penalty": 100.0, "presence_penalty": 100.0},
+    ],
+)
+def test_a_padding_row_is_never_drawn(sampling: dict[str, float]) -> None:
+    config = dataclasses.replace(CONFIG, vocab_tokens=60)
+    engine = Engine(PlainRunner(config, logits=padded_logits))
+    request = Request(
+        prompt_ids=(5, 6), max_new_tokens=200, sampling=sampling_config(**sampling), logprobs=60, margins=True
+    )
+    number = engine.submit(request)
+    events = finish(engine)[number]
+    drawn = tokens_of(events)
+    assert len(drawn) == 200 and max(drawn) < 60
+    for event in events:
+        assert event.choice is not None and event.choice.logprob is not None
+        assert len(event.choice.top) == 60 and all(token < 60 for token, _ in event.choice.top)
+        assert abs(sum(np.exp(value) for _, value in event.choice.top) - 1) < 1e-9
+
+
+def test_a_padding_row_is_no_token_of_a_prompt_or_a_bias() -> None:
+    engine = Engine(PlainRunner(dataclasses.replace(CONFIG, vocab_tokens=60)))
+    greedy = sampling_config()
+    with pytest.raises(UserError, match="prompt: token id 60 at place 1 is outside the vocabulary of 60"):
+        engine.check(Request(prompt_ids=(5, 60), max_new_tokens=1, sampling=greedy))
+    with pytest.raises(UserError, match="logit_bias: token id 63 at place 0 is outside the vocabulary of 60"):
+        engine.check(Request(prompt_ids=(5,), max_new_tokens=1, sampling=greedy, logit_bias={63: 1.0}))
+
+
+def test_every_token_that_ends_ends_an_answer() -> None:
+    config = dataclasses.replace(CONFIG, end_token_ids=(9, 11), pad_token_id=None)
+    tokenizer = tiny_tokenizer()
+    assert turn_stops(tokenizer, config) >= {2, 9, 11} and config.stop_ids == {2, 9, 11}
+
+
+def padded_run(**changes: object):  # type: ignore[no-untyped-def]
+    return run_config(model=run_config().model.to_dict() | {"vocab_size": VOCAB + 8} | changes)
+
+
+def test_a_run_takes_padding_out_of_the_loss_and_says_so(tmp_path, capsys, monkeypatch) -> None:  # type: ignore[no-untyped-def]
+    """From data whose tokenizer has fewer pieces; on resuming from a checkpoint that did not know, too."""
+    monkeypatch.setattr(loop, "open_blend", lambda *_: MemoryBlend(7))
+    config, notes = fit_run(padded_run(), VOCAB)
+    assert config.model.vocab_tokens == VOCAB and len(notes) == 1
+    loop.train(NumpyStepper, padded_run(), tmp_path / "a")
+    assert f"note: the vocabulary has {VOCAB + 8} rows and the tokenizer {VOCAB} pieces" in capsys.readouterr().err
+    # A run that counted all rows, as before: one more step from it, with the rows named.
+    blind = MemoryBlend(7)
+    blind.vocab_size = VOCAB + 8
+    monkeypatch.setattr(loop, "open_blend", lambda *_: blind)
+    loop.train(NumpyStepper, padded_run(), tmp_path / "b")
+    monkeypatch.setattr(loop, "open_blend", lambda *_: MemoryBlend(7))
+    capsys.readouterr()
+    longer = dataclasses.replace(padded_run(), train=dataclasses.replace(padded_run().train, steps=13))
+    loop.train(NumpyStepper, longer, tmp_path / "b", "auto")
+    assert f"warning: changed since the checkpoint: model.vocab_tokens: None -> {VOCAB}" in capsys.readouterr().err
+    # The other way is another model.
+    monkeypatch.setattr(loop, "open_blend", lambda *_: blind)
+    with pytest.raises(UserError, match=f"vocab_tokens: {VOCAB} -> None"):
+        loop.train(NumpyStepper, longer, tmp_path / "b", "auto")
+
+
+def test_data_of_another_tokenizer_is_refused() -> None:
+    with pytest.raises(UserError, match="made by a tokenizer of 24 pieces, but 30 of the model's 32 rows stand for"):
+        fit_run(padded_run(vocab_tokens=30), VOCAB)

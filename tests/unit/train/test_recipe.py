@@ -1,0 +1,136 @@
+"""Learning rate, clipping and decay groups, against the published trace and the formula's corners."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+
+from core.config import OptimConfig, load_run_config
+from core.model.config import CONFIGS, load_model_config
+from core.model.params import MATRIX, OUTPUT, VECTOR, parameter_table
+from core.train.recipe import class_decay, class_rate, clip_factor, learning_rate, tells_classes_apart
+
+OPTIM = OptimConfig(lr=0.006, min_lr=0.0006, warmup_steps=2)
+# The rates of the golden optimizer trace (tests/goldens, float64), 8 steps: copied so that this test needs no file.
+TRACE = [0.003, 0.006] + [0.0006 + 0.5 * 0.0054 * (1 + math.cos(math.pi * k / 6)) for k in range(6)]
+
+
+def test_learning_rate_equals_the_golden_trace():
+    golden = Path(__file__).resolve().parents[2] / "goldens" / "optimizer_trace" / "telechat2_gqa"
+    expected = TRACE
+    if (golden / "io.safetensors").exists():
+        from safetensors.numpy import load_file
+
+        meta = json.loads((golden / "meta.json").read_text())["optimizer"]
+        assert (meta["peak"], meta["floor"]) == (OPTIM.lr, OPTIM.min_lr)
+        expected = load_file(golden / "io.safetensors")["lr"].tolist()
+    # 1e-12 relative: both are float64 evaluations of one formula.
+    assert [learning_rate(OPTIM, 8, s) for s in range(8)] == pytest.approx(expected, rel=1e-12)
+
+
+def test_one_step_late_is_visible():
+    late = [learning_rate(OPTIM, 8, s + 1) for s in range(8)]
+    assert late != pytest.approx(TRACE, rel=1e-3)
+
+
+def test_corners():
+    optim = OptimConfig(lr=1.0, min_lr=0.1, warmup_steps=0)
+    assert learning_rate(optim, 10, 0) == 1.0  # no warm-up: the peak at once
+    assert learning_rate(optim, 10, 10) == pytest.approx(0.1)
+    assert learning_rate(optim, 10, 10_000) == pytest.approx(0.1)  # stays at the floor, no second wave
+    assert learning_rate(OptimConfig(lr=1.0, warmup_steps=4), 8, 3) == 1.0  # the last warm-up step reaches the peak
+
+
+def test_matrix_like_parameters_follow_the_same_schedule_with_their_own_peak():
+    optim = OptimConfig(lr=1.5e-4, min_lr=1.5e-5, warmup_steps=2, matrix_lr=2.4e-3)
+    matrix = OptimConfig(lr=2.4e-3, min_lr=2.4e-4, warmup_steps=2)
+    for step in range(12):
+        lr = learning_rate(optim, 10, step)
+        # 1e-14: one formula in float64, rounded in another order.
+        assert class_rate(optim, lr, MATRIX) == pytest.approx(learning_rate(matrix, 10, step), rel=1e-14)
+        assert class_rate(optim, lr, VECTOR) == class_rate(optim, lr, OUTPUT) == lr
+    assert class_rate(optim, optim.lr, MATRIX) == optim.matrix_lr, "the peak is the number in the file"
+
+
+@pytest.mark.parametrize("optim", [OPTIM, OptimConfig(lr=0.006, min_lr=0.0006, warmup_steps=2, matrix_lr=0.006)])
+def test_without_a_rate_of_its_own_no_class_differs_by_a_bit(optim):
+    for step in range(8):
+        lr = learning_rate(optim, 8, step)
+        assert {class_rate(optim, lr, one) for one in (VECTOR, MATRIX, OUTPUT)} == {lr}
+
+
+def test_decay_by_class():
+    optim = OptimConfig(lr=1.0, weight_decay=0.1, matrix_weight_decay=0.4)
+    assert [class_decay(optim, True, one) for one in (VECTOR, MATRIX, OUTPUT)] == [0.1, 0.4, 0.1]
+    assert class_decay(optim, False, VECTOR) == 0.0
+    assert class_decay(OptimConfig(lr=1.0, matrix_weight_decay=0.0), True, MATRIX) == 0.0, "0 is a value"
+    assert class_decay(OptimConfig(lr=1.0), True, MATRIX) == 0.1
+    assert [tells_classes_apart(o) for o in (OPTIM, optim, OptimConfig(lr=1.0, matrix_lr=1.0))] == [False, True, True]
+
+
+def test_every_parameter_has_its_class():
+    for preset, head in (("telechat2-tiny", {"head.weight"}), ("flm-tiny", set())):
+        table = parameter_table(load_model_config(preset))
+        found = {one: {name for name, spec in table.items() if spec.mup_class == one} for one in (MATRIX, OUTPUT)}
+        assert found[OUTPUT] == head, "a tied table is vector-like"
+        linears = {name for name in table if ".attn." in name or ".ffn." in name}
+        assert found[MATRIX] == {name for name in linears if name.endswith(".weight")}
+
+
+@pytest.mark.parametrize(
+    ("norm", "limit", "factor"),
+    [(0.0, 1.0, 1.0), (0.5, 1.0, 1.0), (2.0, 1.0, 1 / (2 + 1e-6)), (1.0, 1.0, 1 / (1 + 1e-6)), (1e9, 0.0, 1.0)],
+)
+def test_clip_factor(norm, limit, factor):
+    assert clip_factor(norm, limit) == factor
+
+
+def test_decay_on_matrices_only():
+    table = parameter_table(load_model_config("telechat2-tiny"))
+    decayed = {name for name, spec in table.items() if spec.decays}
+    assert {"embed.weight", "head.weight", "layers.0.attn.k.weight"} <= decayed
+    assert not {"norm.weight", "layers.3.attn.o.bias", "layers.0.ffn_norm.weight"} & decayed
+    assert decayed == {name for name, spec in table.items() if len(spec.shape) == 2}
+
+
+@pytest.mark.parametrize("path", sorted((CONFIGS / "train").glob("*.yaml")), ids=lambda p: p.stem)
+def test_every_shipped_recipe_loads(path):
+    config = load_run_config(path)
+    assert config.model == load_model_config(path.stem)
+    rates = [learning_rate(config.optim, config.train.steps, s) for s in range(config.train.steps)]
+    assert max(rates) == config.optim.lr and rates[-1] == pytest.approx(config.optim.min_lr, rel=0.05)
+
+
+def test_the_released_recipe_has_the_published_numbers():
+    for name in ("telechat2-7b", "telechat2-115b"):
+        config = load_run_config(CONFIGS / "train" / f"{name}.yaml")
+        published = OptimConfig(
+            lr=1.5e-4, min_lr=1.5e-5, warmup_steps=0, beta1=0.9, beta2=0.95, eps=1e-8, weight_decay=0.1, clip_grad=1.0
+        )
+        assert config.optim == published
+        assert config.data.seq_len == config.model.training_seqlen == 8192
+
+
+def test_the_52b_recipe_has_the_published_numbers():
+    """The table of Tele-FLM's model card and report; betas and eps are not in it."""
+    config = load_run_config(CONFIGS / "train" / "teleflm-52b.yaml")
+    model, optim, layout = config.model, config.optim, config.parallel
+    assert (optim.lr, optim.matrix_lr, optim.min_lr, optim.warmup_steps) == (1.5e-4, 1.5e-4, 1.5e-5, 2000)
+    assert (optim.weight_decay, optim.matrix_weight_decay, optim.clip_grad) == (0.0, None, 1.0)
+    assert (model.init_std, model.matrix_init_std) == (4e-3, 4.242e-3)
+    assert (model.input_mult, model.logit_mult, model.rope_theta) == (1.0, 3.125e-2, 10000.0)
+    tokens = config.train.global_batch * config.data.seq_len
+    assert tokens == 5_505_024 and round(config.train.steps * tokens / 1e12, 5) == 2.5
+    assert (layout.tp, layout.pp, layout.dp) == (4, 2, 112)
+
+
+def test_the_101b_recipe_has_the_published_numbers():
+    config = load_run_config(CONFIGS / "train" / "flm-101b.yaml")
+    optim, layout = config.optim, config.parallel
+    assert (optim.lr, optim.min_lr, optim.weight_decay, optim.clip_grad) == (2e-4, 6e-6, 0.1, 1.0)
+    assert (optim.beta1, optim.beta2) == (0.9, 0.95)
+    assert (layout.tp, layout.pp, layout.dp) == (4, 4, 12)
+    assert config.train.global_batch == 2160 and round(optim.warmup_steps * 2160, -4) == 230_000
+    # 26.54B tokens, as rounded as that number.
+    assert config.train.steps * 2160 * 2048 / 1e9 == pytest.approx(26.54, abs=0.005)
