@@ -48,7 +48,7 @@ help:
 install: $(READY)
 
 demo: $(READY)
-	$(RUN) -m core.cli demo
+	$(RUN) -m telechat_twins.core.cli demo
 
 # loadfile keeps the tests of a file in one process, so that what a file launches is launched once. One thread each:
 # with more, idle OpenMP threads of one worker spin on the core the other worker needs (measured: ten times slower).
@@ -89,13 +89,13 @@ campaign-memory: operators
 
 # Before tests that launch processes and give them a time: the first to need the operators would compile them.
 operators: $(READY)
-	-$(RUN) -m kernels.cpu.build
+	-$(RUN) -m telechat_twins.kernels.cpu.build
 
 ascend-lower: $(READY)
-	$(RUN) -m kernels.triton.lower
+	$(RUN) -m telechat_twins.kernels.triton.lower
 
 gpu-check: $(READY)
-	$(RUN) -m kernels.bench.gpu_check --out gpu-check.json $(GPU_ARGS)
+	$(RUN) -m telechat_twins.kernels.bench.gpu_check --out gpu-check.json $(GPU_ARGS)
 
 # Apart from the rest: MindFormers pins transformers and other packages that nothing here needs.
 mindformers-check: $(MINDFORMERS_VENV)/.installed
@@ -116,9 +116,12 @@ $(MINDFORMERS_VENV)/.installed: pyproject.toml requirements.lock | $(READY)
 asan: $(READY)
 	LD_PRELOAD=$$(g++ -print-file-name=libasan.so) ASAN_OPTIONS=detect_leaks=0 $(RUN) -m tests.support.cpu_kernel_checks
 
+# mypy finds packages by folders alone; the links give it the folders as telechat_twins/__init__.py does.
 lint: $(READY)
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
+	mkdir -p build/types/telechat_twins
+	ln -sfn $(foreach folder,core convert kernels telechat_ms pt_reference,../../../$(folder)) build/types/telechat_twins/
 	$(RUN) -m mypy
 
 format: $(READY)

@@ -14,19 +14,26 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from convert.hf.config import dump_config, write_config
-from convert.hf.folder import MAX_SHARD_BYTES, HfFolder, plan_shards, recorded_shards, tensor_bytes, write_folder
-from convert.mindformers.config import model_yaml
-from convert.mindformers.files import write_ranks, write_whole
-from convert.mindformers.source import ASSETS, MODEL, check_mp
-from convert.names import Binding, bind, mindformers_rules
-from convert.places import require_place
-from convert.source import CanonicalSource, HfSource, ModelSource, PlainSource
-from core.checkpoint.read import MAX_FILE_BYTES, write_checkpoint
-from core.errors import UserError
-from core.files.atomic import new_folder
-from core.files.safetensors import dtype_code
-from core.model.params import parameter_table
+from telechat_twins.convert.hf.config import dump_config, write_config
+from telechat_twins.convert.hf.folder import (
+    MAX_SHARD_BYTES,
+    HfFolder,
+    plan_shards,
+    recorded_shards,
+    tensor_bytes,
+    write_folder,
+)
+from telechat_twins.convert.mindformers.config import model_yaml
+from telechat_twins.convert.mindformers.files import write_ranks, write_whole
+from telechat_twins.convert.mindformers.source import ASSETS, MODEL, check_mp
+from telechat_twins.convert.names import Binding, bind, mindformers_rules
+from telechat_twins.convert.places import require_place
+from telechat_twins.convert.source import CanonicalSource, HfSource, ModelSource, PlainSource
+from telechat_twins.core.checkpoint.read import MAX_FILE_BYTES, write_checkpoint
+from telechat_twins.core.errors import UserError
+from telechat_twins.core.files.atomic import new_folder
+from telechat_twins.core.files.safetensors import dtype_code
+from telechat_twins.core.model.params import parameter_table
 
 DTYPES: dict[str, np.dtype[Any]] = {
     "float32": np.dtype("<f4"),

@@ -17,9 +17,9 @@ from typing import Protocol
 
 import numpy as np
 
-from core.errors import UserError
-from core.model.config import ModelConfig
-from core.model.params import ParamSpec, parameter_table
+from telechat_twins.core.errors import UserError
+from telechat_twins.core.model.config import ModelConfig
+from telechat_twins.core.model.params import ParamSpec, parameter_table
 
 
 class Transform(Protocol):

@@ -11,9 +11,9 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from core.errors import UserError
-from core.model.config import ModelConfig
-from core.model.masks import describe
+from telechat_twins.core.errors import UserError
+from telechat_twins.core.model.config import ModelConfig
+from telechat_twins.core.model.masks import describe
 
 # Sizes and numbers that every format can say (its config or its reader's options), and a choice of the run.
 ANYWHERE = (

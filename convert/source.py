@@ -12,16 +12,16 @@ from typing import Any
 
 import numpy as np
 
-from convert.hf.folder import HfFolder, check_record
-from convert.hf.sums import SUMS
-from core.checkpoint.read import Checkpoint, check_shapes, open_checkpoint
-from core.errors import UserError
-from core.files.atomic import standing
-from core.files.safetensors import DTYPES
-from core.model.config import ModelConfig
-from core.model.params import parameter_table
-from core.parallel.sharding import Box
-from core.schema import from_mapping
+from telechat_twins.convert.hf.folder import HfFolder, check_record
+from telechat_twins.convert.hf.sums import SUMS
+from telechat_twins.core.checkpoint.read import Checkpoint, check_shapes, open_checkpoint
+from telechat_twins.core.errors import UserError
+from telechat_twins.core.files.atomic import standing
+from telechat_twins.core.files.safetensors import DTYPES
+from telechat_twins.core.model.config import ModelConfig
+from telechat_twins.core.model.params import parameter_table
+from telechat_twins.core.parallel.sharding import Box
+from telechat_twins.core.schema import from_mapping
 
 
 def open_model(path: str | Path, verify: bool = True) -> ModelSource:
@@ -204,7 +204,7 @@ class PlainSource(ModelSource):
 
 def weight_reader(path: str) -> Callable[[str, Box], np.ndarray]:
     """``read(name, box)`` of the weights of a model's folder, for a rank that needs parts; the folder was verified."""
-    from convert.source import CanonicalSource, open_model
+    from telechat_twins.convert.source import CanonicalSource, open_model
 
     source = open_model(path, verify=False)
     if isinstance(source, CanonicalSource):

@@ -13,42 +13,42 @@ import traceback
 from collections.abc import Sequence
 from typing import NoReturn
 
-from core.errors import UserError
-from core.files import ROOT
-from core.near import nearest
-from core.shown import controls_shown, printable, shown
+from telechat_twins.core.errors import UserError
+from telechat_twins.core.files import ROOT
+from telechat_twins.core.near import nearest
+from telechat_twins.core.shown import controls_shown, printable, shown
 
 DISTRIBUTION = "telechat-twins"
 LARGEST = 1 << 63  # a whole number of an option is below this
 
-GROUPS: dict[str, dict[str, tuple[str, str]]] = {
+GROUPS: dict[str, dict[str, str]] = {
     "Start here": {
-        "doctor": ("core.commands.doctor", "check this machine: versions, compiler, devices; says what to install"),
-        "demo": ("core.commands.demo", "all of it, small: train in both frameworks, compare, resume, generate"),
+        "doctor": "check this machine: versions, compiler, devices; says what to install",
+        "demo": "all of it, small: train in both frameworks, compare, resume, generate",
     },
     "Data": {
-        "tokenize": ("core.commands.tokenize", "text to token ids and back; train a small tokenizer"),
-        "data": ("core.commands.data", "text and dialogue files to packed training folders"),
+        "tokenize": "text to token ids and back; train a small tokenizer",
+        "data": "text and dialogue files to packed training folders",
     },
     "Train": {
-        "train": ("core.commands.train", "train or resume a model with MindSpore (ms) or PyTorch (pt)"),
-        "grow": ("core.commands.grow", "a trained model made larger, optimizer included, computing the same"),
-        "plan": ("core.commands.plan", "estimate parameters, memory and arithmetic of a model, without making it"),
-        "mup": ("core.commands.mup", "hyper-parameters and losses of large widths from those of small ones"),
-        "bench": ("core.commands.bench", "measure tokens/s and step time of both frameworks, paired"),
+        "train": "train or resume a model with MindSpore (ms) or PyTorch (pt)",
+        "grow": "a trained model made larger, optimizer included, computing the same",
+        "plan": "estimate parameters, memory and arithmetic of a model, without making it",
+        "mup": "hyper-parameters and losses of large widths from those of small ones",
+        "bench": "measure tokens/s and step time of both frameworks, paired",
     },
     "Use": {
-        "generate": ("core.commands.generate", "continue a prompt"),
-        "chat": ("core.commands.chat", "talk to a model in the terminal"),
-        "serve": ("core.commands.serve", "a model over HTTP: the OpenAI interface, and a page to chat on"),
-        "forward": ("core.commands.forward", "logits, loss and gradients of given inputs, to a file"),
+        "generate": "continue a prompt",
+        "chat": "talk to a model in the terminal",
+        "serve": "a model over HTTP: the OpenAI interface, and a page to chat on",
+        "forward": "logits, loss and gradients of given inputs, to a file",
     },
     "Check and exchange": {
-        "parity": ("core.commands.parity", "run both frameworks and report every difference; exit 1 on a broken bound"),
-        "convert": ("core.commands.convert", "checkpoints between Hugging Face, MindFormers and the canonical form"),
+        "parity": "run both frameworks and report every difference; exit 1 on a broken bound",
+        "convert": "checkpoints between Hugging Face, MindFormers and the canonical form",
     },
 }
-VERBS: dict[str, tuple[str, str]] = {verb: entry for group in GROUPS.values() for verb, entry in group.items()}
+VERBS: dict[str, str] = {verb: summary for group in GROUPS.values() for verb, summary in group.items()}
 
 EXAMPLES = """\
 Examples:
@@ -59,7 +59,7 @@ Examples:
   tele VERB --help
 
 Exit codes: 0 success; 2 a mistake in what was asked (one line says how to mend it); 1 anything else.
-The command can also be called as `python -m core.cli`."""
+The command can also be called as `python -m telechat_twins.core.cli`."""
 
 
 class Parser(argparse.ArgumentParser):
@@ -170,9 +170,8 @@ def _run(words: list[str]) -> int:
         near = nearest(verb, VERBS, cutoff=0.5)
         hint = f"did you mean 'tele {near}'?" if near else f"there are: {', '.join(VERBS)}"
         raise UserError(f"no command '{verb}'; {hint}")
-    module, summary = VERBS[verb]
-    command = importlib.import_module(module)
-    parser = Parser(prog=f"tele {verb}", description=command.__doc__ or summary)
+    command = importlib.import_module(f"telechat_twins.core.commands.{verb}")
+    parser = Parser(prog=f"tele {verb}", description=command.__doc__ or VERBS[verb])
     command.add_arguments(parser)
     try:
         options = parser.parse_args(rest)
@@ -190,7 +189,7 @@ def overview() -> str:
     ]
     for title, verbs in GROUPS.items():
         lines += ["", f"{title}:"]
-        lines += [f"  {verb:<10}{summary}" for verb, (_, summary) in verbs.items()]
+        lines += [f"  {verb:<10}{summary}" for verb, summary in verbs.items()]
     return "\n".join([*lines, "", EXAMPLES])
 
 

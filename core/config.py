@@ -12,11 +12,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from core.errors import UserError
-from core.model.config import MAX_LENGTH, PRECISIONS, ModelConfig, _beside, _nearest_divisor, load_model_config
-from core.model.xpos_range import check_xpos_range
-from core.parallel.layout import Layout
-from core.schema import from_mapping, load_yaml, option, set_dotted
+from telechat_twins.core.errors import UserError
+from telechat_twins.core.model.config import (
+    MAX_LENGTH,
+    PRECISIONS,
+    ModelConfig,
+    _beside,
+    _nearest_divisor,
+    load_model_config,
+)
+from telechat_twins.core.model.xpos_range import check_xpos_range
+from telechat_twins.core.parallel.layout import Layout
+from telechat_twins.core.schema import from_mapping, load_yaml, option, set_dotted
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,6 +1,6 @@
 """The one exception that means "the user can mend this"."""
 
-from core.shown import printable
+from telechat_twins.core.shown import printable
 
 
 class UserError(Exception):

@@ -18,10 +18,10 @@ from typing import Any, TypeVar
 
 import yaml
 
-from core.errors import UserError
-from core.files.foreign import MAX_DIGITS, read_text
-from core.near import nearest
-from core.shown import shown
+from telechat_twins.core.errors import UserError
+from telechat_twins.core.files.foreign import MAX_DIGITS, read_text
+from telechat_twins.core.near import nearest
+from telechat_twins.core.shown import shown
 
 MAX_YAML = 1 << 17  # bytes; the largest config of a run has a few thousand, and the loader reads 100 KB a second
 MAX_NODES = 10_000  # values of a document, aliases written out

@@ -11,8 +11,8 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from typing import NamedTuple
 
-from core.config import KERNEL_OPERATORS
-from core.errors import UserError
+from telechat_twins.core.config import KERNEL_OPERATORS
+from telechat_twins.core.errors import UserError
 
 
 class Candidate(NamedTuple):

@@ -10,7 +10,7 @@ from __future__ import annotations
 import numpy as np
 from numpy import ndarray as Array
 
-from core.model.batch import IGNORE
+from telechat_twins.core.model.batch import IGNORE
 
 
 def rms_norm(x: Array, weight: Array, eps: float, mask: Array | None = None) -> Array:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from pt_reference.model import Decoder, to_numpy
+from telechat_twins.pt_reference.model import Decoder, to_numpy
 
 Seen = dict[str, np.ndarray]
 

@@ -8,9 +8,9 @@ for text, history in model.chat("And a question?", history, stream=True, tempera
 
 from __future__ import annotations
 
-from convert.source import open_model
-from core.inference.chat import ChatModel
-from pt_reference.generate import Runner
+from telechat_twins.convert.source import open_model
+from telechat_twins.core.inference.chat import ChatModel
+from telechat_twins.pt_reference.generate import Runner
 
 
 def open_chat(

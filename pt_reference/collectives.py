@@ -15,8 +15,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from pt_reference import ops
-from pt_reference.mesh import Group, Link, watched
+from telechat_twins.pt_reference import ops
+from telechat_twins.pt_reference.mesh import Group, Link, watched
 
 Operation = Callable[[Tensor], Tensor]
 

@@ -12,9 +12,9 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from core.parallel.sharding import Bucket, Shard, plan_buckets
-from pt_reference.collectives import Handle, all_reduce, start_all_reduce, start_reduce_scatter
-from pt_reference.mesh import Mesh
+from telechat_twins.core.parallel.sharding import Bucket, Shard, plan_buckets
+from telechat_twins.pt_reference.collectives import Handle, all_reduce, start_all_reduce, start_reduce_scatter
+from telechat_twins.pt_reference.mesh import Mesh
 
 BYTES = 4  # of a float32 gradient
 

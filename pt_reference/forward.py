@@ -9,11 +9,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from core.model.batch import Batch
-from core.model.config import ModelConfig
-from core.train.loss_scale import gradients_of_batch
-from pt_reference import ops
-from pt_reference.model import Decoder, named_weights, to_numpy
+from telechat_twins.core.model.batch import Batch
+from telechat_twins.core.model.config import ModelConfig
+from telechat_twins.core.train.loss_scale import gradients_of_batch
+from telechat_twins.pt_reference import ops
+from telechat_twins.pt_reference.model import Decoder, named_weights, to_numpy
 
 
 def batch_logits(model: Decoder, batch: Batch) -> Tensor:

@@ -8,21 +8,21 @@ from typing import Any
 import numpy as np
 import torch
 
-from core.inference.pages import PAGE_SIZE
-from core.inference.ring_pages import Share, pages_of_rank, share_of
-from core.inference.runner import Step
-from core.model.config import ModelConfig
-from core.model.position import RotaryRows
-from core.model.quantize import Int8Matrix
-from pt_reference import ops
-from pt_reference.collectives import broadcast
-from pt_reference.inference_parallel import spread
-from pt_reference.mesh import Mesh
-from pt_reference.model import Decoder, to_numpy
-from pt_reference.paged_attention import apply_paged_attention
-from pt_reference.parallelize import parallelize
-from pt_reference.ring_pages import apply_ring_pages, place_share
-from pt_reference.weights import load_weights
+from telechat_twins.core.inference.pages import PAGE_SIZE
+from telechat_twins.core.inference.ring_pages import Share, pages_of_rank, share_of
+from telechat_twins.core.inference.runner import Step
+from telechat_twins.core.model.config import ModelConfig
+from telechat_twins.core.model.position import RotaryRows
+from telechat_twins.core.model.quantize import Int8Matrix
+from telechat_twins.pt_reference import ops
+from telechat_twins.pt_reference.collectives import broadcast
+from telechat_twins.pt_reference.inference_parallel import spread
+from telechat_twins.pt_reference.mesh import Mesh
+from telechat_twins.pt_reference.model import Decoder, to_numpy
+from telechat_twins.pt_reference.paged_attention import apply_paged_attention
+from telechat_twins.pt_reference.parallelize import parallelize
+from telechat_twins.pt_reference.ring_pages import apply_ring_pages, place_share
+from telechat_twins.pt_reference.weights import load_weights
 
 
 class Runner:

@@ -10,11 +10,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pt_reference import ops
-from pt_reference.collectives import all_gather, broadcast, recv, send
-from pt_reference.mesh import Mesh
-from pt_reference.model import Decoder, Rope
-from pt_reference.ring_pages import Places
+from telechat_twins.pt_reference import ops
+from telechat_twins.pt_reference.collectives import all_gather, broadcast, recv, send
+from telechat_twins.pt_reference.mesh import Mesh
+from telechat_twins.pt_reference.model import Decoder, Rope
+from telechat_twins.pt_reference.ring_pages import Places
 
 
 def spread(

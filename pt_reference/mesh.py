@@ -13,10 +13,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from core.errors import UserError
-from core.launch.heartbeat import Heartbeat
-from core.parallel.layout import Coord, Layout
-from pt_reference import ops
+from telechat_twins.core.errors import UserError
+from telechat_twins.core.launch.heartbeat import Heartbeat
+from telechat_twins.core.parallel.layout import Coord, Layout
+from telechat_twins.pt_reference import ops
 
 _BACKENDS = {"cuda": "nccl", "npu": "hccl"}
 _AXES = ("tp", "cp", "ring", "ulysses", "dp", "replicas", "world")

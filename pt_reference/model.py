@@ -24,12 +24,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from core.model.config import ModelConfig
-from core.model.masks import masks, padding_bias
-from core.model.params import parameter_table
-from core.model.position import rope_tables, xpos_scales
-from core.model.precision import PRECISION
-from pt_reference import ops
+from telechat_twins.core.model.config import ModelConfig
+from telechat_twins.core.model.masks import masks, padding_bias
+from telechat_twins.core.model.params import parameter_table
+from telechat_twins.core.model.position import rope_tables, xpos_scales
+from telechat_twins.core.model.precision import PRECISION
+from telechat_twins.pt_reference import ops
 
 
 class Dtypes:

@@ -12,11 +12,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from core.inference.runner import Step
-from core.model.visibility import Block, KeyRanges, block_ranges, causal_blocks, causal_ranges, mask_ranges
-from kernels.pytorch import ops as kernels
-from kernels.pytorch import paged as torch_paged
-from kernels.pytorch.ops import (
+from telechat_twins.core.inference.runner import Step
+from telechat_twins.core.model.visibility import (
+    Block,
+    KeyRanges,
+    block_ranges,
+    causal_blocks,
+    causal_ranges,
+    mask_ranges,
+)
+from telechat_twins.kernels.pytorch import ops as kernels
+from telechat_twins.kernels.pytorch import paged as torch_paged
+from telechat_twins.kernels.pytorch.ops import (
     add,
     add_bias,
     add_rms_norm,
@@ -30,7 +37,7 @@ from kernels.pytorch.ops import (
     rope_qk,
     swiglu,
 )
-from kernels.pytorch.paged import Pages, page_dtype, paged_attention, rows_at, store_rows
+from telechat_twins.kernels.pytorch.paged import Pages, page_dtype, paged_attention, rows_at, store_rows
 
 __all__ = [
     "Pages",

@@ -13,17 +13,17 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from core.checkpoint.read import TensorPiece
-from core.config import OptimConfig
-from core.model.growth import Growth
-from core.parallel.sharding import Box, FlatPiece, Shard, flat_pieces
-from core.train.births import birth_classes
-from core.train.recipe import class_decay, class_rate, corrections, is_young, tells_classes_apart
-from kernels.pytorch import ops as kernels
-from pt_reference.collectives import agree, all_gather
-from pt_reference.data_parallel import GradientBuckets, owned_range
-from pt_reference.mesh import Mesh
-from pt_reference.model import to_numpy, to_tensor
+from telechat_twins.core.checkpoint.read import TensorPiece
+from telechat_twins.core.config import OptimConfig
+from telechat_twins.core.model.growth import Growth
+from telechat_twins.core.parallel.sharding import Box, FlatPiece, Shard, flat_pieces
+from telechat_twins.core.train.births import birth_classes
+from telechat_twins.core.train.recipe import class_decay, class_rate, corrections, is_young, tells_classes_apart
+from telechat_twins.kernels.pytorch import ops as kernels
+from telechat_twins.pt_reference.collectives import agree, all_gather
+from telechat_twins.pt_reference.data_parallel import GradientBuckets, owned_range
+from telechat_twins.pt_reference.mesh import Mesh
+from telechat_twins.pt_reference.model import to_numpy, to_tensor
 
 Read = Callable[[str, Box], np.ndarray]
 

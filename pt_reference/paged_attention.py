@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pt_reference import ops
-from pt_reference.model import Decoder
+from telechat_twins.pt_reference import ops
+from telechat_twins.pt_reference.model import Decoder
 
 
 def apply_paged_attention(stage: Decoder, num_pages: int, page_size: int) -> None:

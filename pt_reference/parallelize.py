@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from core.launch.heartbeat import open_heartbeat
-from core.model.config import ModelConfig
-from core.parallel.layout import Layout, check_layout
-from core.parallel.sharding import Shard, chunk_table, is_tied_across, kv_copies
-from pt_reference import ops
-from pt_reference.context_parallel import apply_context_parallel
-from pt_reference.mesh import Mesh, join, make_mesh
-from pt_reference.model import Decoder
-from pt_reference.tensor_parallel import apply_tensor_parallel
+from telechat_twins.core.launch.heartbeat import open_heartbeat
+from telechat_twins.core.model.config import ModelConfig
+from telechat_twins.core.parallel.layout import Layout, check_layout
+from telechat_twins.core.parallel.sharding import Shard, chunk_table, is_tied_across, kv_copies
+from telechat_twins.pt_reference import ops
+from telechat_twins.pt_reference.context_parallel import apply_context_parallel
+from telechat_twins.pt_reference.mesh import Mesh, join, make_mesh
+from telechat_twins.pt_reference.model import Decoder
+from telechat_twins.pt_reference.tensor_parallel import apply_tensor_parallel
 
 
 def open_mesh(config: ModelConfig, layout: Layout) -> Mesh:

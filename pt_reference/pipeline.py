@@ -14,14 +14,14 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from core.parallel.schedule import Action, actions, peak_live
-from core.parallel.sequence import LocalBatch
-from pt_reference import ops
-from pt_reference.collectives import Handle, recv, send
-from pt_reference.context_parallel import attention_plan
-from pt_reference.mesh import Link, Mesh
-from pt_reference.model import Decoder
-from pt_reference.tensor_parallel import cross_entropy
+from telechat_twins.core.parallel.schedule import Action, actions, peak_live
+from telechat_twins.core.parallel.sequence import LocalBatch
+from telechat_twins.pt_reference import ops
+from telechat_twins.pt_reference.collectives import Handle, recv, send
+from telechat_twins.pt_reference.context_parallel import attention_plan
+from telechat_twins.pt_reference.mesh import Link, Mesh
+from telechat_twins.pt_reference.model import Decoder
+from telechat_twins.pt_reference.tensor_parallel import cross_entropy
 
 Watch = Callable[[int, Tensor], None]
 

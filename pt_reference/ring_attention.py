@@ -15,10 +15,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from core.parallel.sequence import Visibility, mask_between, visible_part
-from pt_reference import ops
-from pt_reference.collectives import start_shift
-from pt_reference.mesh import Group
+from telechat_twins.core.parallel.sequence import Visibility, mask_between, visible_part
+from telechat_twins.pt_reference import ops
+from telechat_twins.pt_reference.collectives import start_shift
+from telechat_twins.pt_reference.mesh import Group
 
 
 def ring_masks(visibility: Visibility, group: Group) -> list[ops.Parts | None]:

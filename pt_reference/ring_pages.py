@@ -15,11 +15,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from core.inference.ring_pages import Part, Share
-from pt_reference import ops
-from pt_reference.collectives import all_to_all, start_shift
-from pt_reference.mesh import Group
-from pt_reference.model import Decoder
+from telechat_twins.core.inference.ring_pages import Part, Share
+from telechat_twins.pt_reference import ops
+from telechat_twins.pt_reference.collectives import all_to_all, start_shift
+from telechat_twins.pt_reference.mesh import Group
+from telechat_twins.pt_reference.model import Decoder
 
 
 class Meeting(NamedTuple):

@@ -11,11 +11,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from core.model.batch import IGNORE
-from pt_reference import ops
-from pt_reference.collectives import all_reduce, copy_to, gather_sequence, reduce_from, scatter_sum
-from pt_reference.mesh import Mesh
-from pt_reference.model import Decoder, Embedding, Linear, Norm
+from telechat_twins.core.model.batch import IGNORE
+from telechat_twins.pt_reference import ops
+from telechat_twins.pt_reference.collectives import all_reduce, copy_to, gather_sequence, reduce_from, scatter_sum
+from telechat_twins.pt_reference.mesh import Mesh
+from telechat_twins.pt_reference.model import Decoder, Embedding, Linear, Norm
 
 SEQUENCE = 1  # the axis of positions in [B, S, E]
 

@@ -9,21 +9,21 @@ from typing import Any
 
 import torch
 
-from core.checkpoint.read import Checkpoint, TensorPiece
-from core.config import RunConfig
-from core.model.batch import Batch
-from core.model.growth import read_history
-from core.model.init import init_tensor
-from core.parallel.sequence import split_batch
-from core.train.loop import main
-from kernels.pytorch import ops as kernels
-from pt_reference import ops
-from pt_reference.collectives import agree
-from pt_reference.mesh import leave
-from pt_reference.model import named_weights
-from pt_reference.optim import AdamW
-from pt_reference.parallelize import open_mesh, parallelize
-from pt_reference.pipeline import Pipeline
+from telechat_twins.core.checkpoint.read import Checkpoint, TensorPiece
+from telechat_twins.core.config import RunConfig
+from telechat_twins.core.model.batch import Batch
+from telechat_twins.core.model.growth import read_history
+from telechat_twins.core.model.init import init_tensor
+from telechat_twins.core.parallel.sequence import split_batch
+from telechat_twins.core.train.loop import main
+from telechat_twins.kernels.pytorch import ops as kernels
+from telechat_twins.pt_reference import ops
+from telechat_twins.pt_reference.collectives import agree
+from telechat_twins.pt_reference.mesh import leave
+from telechat_twins.pt_reference.model import named_weights
+from telechat_twins.pt_reference.optim import AdamW
+from telechat_twins.pt_reference.parallelize import open_mesh, parallelize
+from telechat_twins.pt_reference.pipeline import Pipeline
 
 
 class Trainer:

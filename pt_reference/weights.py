@@ -7,11 +7,11 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
-from core.model.quantize import Int8Matrix
-from kernels.int8 import Int8
-from kernels.pytorch.weights import prepared
-from pt_reference import ops
-from pt_reference.model import Decoder, Linear, named_weights, to_tensor
+from telechat_twins.core.model.quantize import Int8Matrix
+from telechat_twins.kernels.int8 import Int8
+from telechat_twins.kernels.pytorch.weights import prepared
+from telechat_twins.pt_reference import ops
+from telechat_twins.pt_reference.model import Decoder, Linear, named_weights, to_tensor
 
 
 def load_weights(model: Decoder, get: Callable[[str], np.ndarray | Int8Matrix]) -> None:

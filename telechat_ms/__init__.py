@@ -1,3 +1,3 @@
 """The MindSpore side. Importing it prepares the process."""
 
-import kernels.mindspore.settings  # noqa: F401
+import telechat_twins.kernels.mindspore.settings  # noqa: F401

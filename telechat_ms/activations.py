@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from mindspore import nn
 
-from telechat_ms.model import Decoder, to_numpy
+from telechat_twins.telechat_ms.model import Decoder, to_numpy
 
 Seen = dict[str, np.ndarray]
 

@@ -14,9 +14,9 @@ from typing import Any
 import mindspore as ms
 from mindspore import Parameter, Tensor, ops
 
-from kernels.mindspore.private import Function as Function
-from kernels.mindspore.private import executor as _executor
-from kernels.mindspore.private import run_backward as _run_backward
+from telechat_twins.kernels.mindspore.private import Function as Function
+from telechat_twins.kernels.mindspore.private import executor as _executor
+from telechat_twins.kernels.mindspore.private import run_backward as _run_backward
 
 ENGINE = "recomputed" if _run_backward is None else "recorded"
 

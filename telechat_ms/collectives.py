@@ -20,8 +20,8 @@ import numpy as np
 from mindspore import Tensor, mint, ops
 from mindspore.mint import distributed as dist
 
-from telechat_ms.autograd import Function
-from telechat_ms.mesh import Group, Link, watched
+from telechat_twins.telechat_ms.autograd import Function
+from telechat_twins.telechat_ms.mesh import Group, Link, watched
 
 Operation = Callable[[Tensor], Tensor]
 

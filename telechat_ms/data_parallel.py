@@ -12,10 +12,10 @@ from collections.abc import Mapping, Sequence
 import mindspore as ms
 from mindspore import Parameter, Tensor, ops
 
-from core.parallel.sharding import Bucket, Shard, plan_buckets
-from kernels.mindspore import ops as kernels
-from telechat_ms.collectives import Handle, all_reduce, start_all_reduce, start_reduce_scatter
-from telechat_ms.mesh import Mesh
+from telechat_twins.core.parallel.sharding import Bucket, Shard, plan_buckets
+from telechat_twins.kernels.mindspore import ops as kernels
+from telechat_twins.telechat_ms.collectives import Handle, all_reduce, start_all_reduce, start_reduce_scatter
+from telechat_twins.telechat_ms.mesh import Mesh
 
 BYTES = 4  # of a float32 gradient
 

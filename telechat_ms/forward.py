@@ -9,11 +9,11 @@ import mindspore as ms
 import numpy as np
 from mindspore import Tensor
 
-from core.model.batch import Batch
-from core.model.config import ModelConfig
-from core.train.loss_scale import gradients_of_batch
-from telechat_ms import ops
-from telechat_ms.model import Decoder, named_weights, to_numpy
+from telechat_twins.core.model.batch import Batch
+from telechat_twins.core.model.config import ModelConfig
+from telechat_twins.core.train.loss_scale import gradients_of_batch
+from telechat_twins.telechat_ms import ops
+from telechat_twins.telechat_ms.model import Decoder, named_weights, to_numpy
 
 
 def batch_logits(model: Decoder, batch: Batch) -> Tensor:

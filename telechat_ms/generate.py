@@ -9,21 +9,21 @@ import mindspore as ms
 import numpy as np
 from mindspore import Tensor
 
-from core.inference.pages import PAGE_SIZE
-from core.inference.ring_pages import Share, pages_of_rank, share_of
-from core.inference.runner import Step
-from core.model.config import ModelConfig
-from core.model.position import RotaryRows
-from core.model.quantize import Int8Matrix
-from telechat_ms import ops
-from telechat_ms.collectives import broadcast
-from telechat_ms.inference_parallel import spread
-from telechat_ms.mesh import Mesh
-from telechat_ms.model import Decoder, to_numpy
-from telechat_ms.paged_attention import apply_paged_attention
-from telechat_ms.parallelize import parallelize
-from telechat_ms.ring_pages import apply_ring_pages, place_share
-from telechat_ms.weights import load_weights
+from telechat_twins.core.inference.pages import PAGE_SIZE
+from telechat_twins.core.inference.ring_pages import Share, pages_of_rank, share_of
+from telechat_twins.core.inference.runner import Step
+from telechat_twins.core.model.config import ModelConfig
+from telechat_twins.core.model.position import RotaryRows
+from telechat_twins.core.model.quantize import Int8Matrix
+from telechat_twins.telechat_ms import ops
+from telechat_twins.telechat_ms.collectives import broadcast
+from telechat_twins.telechat_ms.inference_parallel import spread
+from telechat_twins.telechat_ms.mesh import Mesh
+from telechat_twins.telechat_ms.model import Decoder, to_numpy
+from telechat_twins.telechat_ms.paged_attention import apply_paged_attention
+from telechat_twins.telechat_ms.parallelize import parallelize
+from telechat_twins.telechat_ms.ring_pages import apply_ring_pages, place_share
+from telechat_twins.telechat_ms.weights import load_weights
 
 
 class Runner:

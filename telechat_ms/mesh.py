@@ -18,9 +18,9 @@ from mindspore import Tensor, mint
 from mindspore.communication import GlobalComm, create_group, get_group_size, get_rank, init, release
 from mindspore.mint.distributed import distributed
 
-from core.launch.heartbeat import Heartbeat
-from core.parallel.layout import Coord, Layout
-from kernels.mindspore.ops import limit_threads
+from telechat_twins.core.launch.heartbeat import Heartbeat
+from telechat_twins.core.parallel.layout import Coord, Layout
+from telechat_twins.kernels.mindspore.ops import limit_threads
 
 LONGEST_WAIT = 1800  # seconds; what PyTorch's gloo allows. MindSpore's CPU collectives give up after 30 by default.
 

@@ -23,12 +23,12 @@ import mindspore as ms
 import numpy as np
 from mindspore import Parameter, Tensor, nn
 
-from core.model.config import ModelConfig
-from core.model.masks import masks, padding_bias
-from core.model.params import parameter_table
-from core.model.position import rope_tables, xpos_scales
-from core.model.precision import PRECISION
-from telechat_ms import autograd, ops
+from telechat_twins.core.model.config import ModelConfig
+from telechat_twins.core.model.masks import masks, padding_bias
+from telechat_twins.core.model.params import parameter_table
+from telechat_twins.core.model.position import rope_tables, xpos_scales
+from telechat_twins.core.model.precision import PRECISION
+from telechat_twins.telechat_ms import autograd, ops
 
 
 class Dtypes:

@@ -12,13 +12,20 @@ import mindspore as ms
 import numpy as np
 from mindspore import Tensor, ops
 
-from core.inference.runner import Step
-from core.model.visibility import Block, KeyRanges, block_ranges, causal_blocks, causal_ranges, mask_ranges
-from kernels.mindspore import composite as composite
-from kernels.mindspore import ops as kernels
-from kernels.mindspore import paged as mindspore_paged
-from kernels.mindspore.composite import accurate, add_bias, operand, total
-from kernels.mindspore.ops import (
+from telechat_twins.core.inference.runner import Step
+from telechat_twins.core.model.visibility import (
+    Block,
+    KeyRanges,
+    block_ranges,
+    causal_blocks,
+    causal_ranges,
+    mask_ranges,
+)
+from telechat_twins.kernels.mindspore import composite as composite
+from telechat_twins.kernels.mindspore import ops as kernels
+from telechat_twins.kernels.mindspore import paged as mindspore_paged
+from telechat_twins.kernels.mindspore.composite import accurate, add_bias, operand, total
+from telechat_twins.kernels.mindspore.ops import (
     Keys,
     add,
     add_rms_norm,
@@ -32,8 +39,8 @@ from kernels.mindspore.ops import (
     rope_qk,
     swiglu,
 )
-from kernels.mindspore.paged import Pages, page_dtype, paged_attention, rows_at, store_rows
-from kernels.reference import visible_keys
+from telechat_twins.kernels.mindspore.paged import Pages, page_dtype, paged_attention, rows_at, store_rows
+from telechat_twins.kernels.reference import visible_keys
 
 __all__ = [
     "Pages",

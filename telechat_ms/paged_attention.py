@@ -5,8 +5,8 @@ from __future__ import annotations
 import mindspore as ms
 from mindspore import Tensor
 
-from telechat_ms import ops
-from telechat_ms.model import Decoder
+from telechat_twins.telechat_ms import ops
+from telechat_twins.telechat_ms.model import Decoder
 
 
 def apply_paged_attention(stage: Decoder, num_pages: int, page_size: int) -> None:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from core.launch.heartbeat import open_heartbeat
-from core.model.config import ModelConfig
-from core.parallel.layout import Layout, check_layout
-from core.parallel.sharding import Shard, chunk_table, is_tied_across, kv_copies
-from telechat_ms.context_parallel import apply_context_parallel
-from telechat_ms.mesh import Mesh, join, make_mesh
-from telechat_ms.model import Decoder
-from telechat_ms.tensor_parallel import apply_tensor_parallel
+from telechat_twins.core.launch.heartbeat import open_heartbeat
+from telechat_twins.core.model.config import ModelConfig
+from telechat_twins.core.parallel.layout import Layout, check_layout
+from telechat_twins.core.parallel.sharding import Shard, chunk_table, is_tied_across, kv_copies
+from telechat_twins.telechat_ms.context_parallel import apply_context_parallel
+from telechat_twins.telechat_ms.mesh import Mesh, join, make_mesh
+from telechat_twins.telechat_ms.model import Decoder
+from telechat_twins.telechat_ms.tensor_parallel import apply_tensor_parallel
 
 
 def open_mesh(config: ModelConfig, layout: Layout) -> Mesh:

@@ -13,14 +13,14 @@ from collections.abc import Callable, Sequence
 
 from mindspore import Parameter, Tensor
 
-from core.parallel.schedule import Action, actions, peak_live
-from core.parallel.sequence import LocalBatch
-from telechat_ms.autograd import Recorded, record
-from telechat_ms.collectives import Handle, recv, send
-from telechat_ms.context_parallel import attention_plan
-from telechat_ms.mesh import Link, Mesh
-from telechat_ms.model import Decoder, named_weights
-from telechat_ms.tensor_parallel import cross_entropy
+from telechat_twins.core.parallel.schedule import Action, actions, peak_live
+from telechat_twins.core.parallel.sequence import LocalBatch
+from telechat_twins.telechat_ms.autograd import Recorded, record
+from telechat_twins.telechat_ms.collectives import Handle, recv, send
+from telechat_twins.telechat_ms.context_parallel import attention_plan
+from telechat_twins.telechat_ms.mesh import Link, Mesh
+from telechat_twins.telechat_ms.model import Decoder, named_weights
+from telechat_twins.telechat_ms.tensor_parallel import cross_entropy
 
 Watch = Callable[[int, Tensor], None]
 Take = Callable[[Sequence[str], Sequence[Tensor]], None]

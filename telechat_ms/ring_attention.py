@@ -15,11 +15,11 @@ import numpy as np
 from mindspore import Tensor
 from mindspore import ops as mops
 
-from core.parallel.sequence import Visibility, mask_between, visible_part
-from telechat_ms import ops
-from telechat_ms.autograd import Function
-from telechat_ms.collectives import start_shift
-from telechat_ms.mesh import Group
+from telechat_twins.core.parallel.sequence import Visibility, mask_between, visible_part
+from telechat_twins.telechat_ms import ops
+from telechat_twins.telechat_ms.autograd import Function
+from telechat_twins.telechat_ms.collectives import start_shift
+from telechat_twins.telechat_ms.mesh import Group
 
 HEADS_FIRST = (0, 2, 1, 3)  # [B, S, H, D] <-> [B, H, S, D]
 

@@ -16,12 +16,12 @@ import mindspore as ms
 from mindspore import Tensor
 from mindspore import ops as mops
 
-from core.inference.ring_pages import Part, Share
-from kernels.mindspore.paged import Rows
-from telechat_ms import ops
-from telechat_ms.collectives import all_to_all, start_shift
-from telechat_ms.mesh import Group
-from telechat_ms.model import Decoder
+from telechat_twins.core.inference.ring_pages import Part, Share
+from telechat_twins.kernels.mindspore.paged import Rows
+from telechat_twins.telechat_ms import ops
+from telechat_twins.telechat_ms.collectives import all_to_all, start_shift
+from telechat_twins.telechat_ms.mesh import Group
+from telechat_twins.telechat_ms.model import Decoder
 
 NO_KEYS = -1e30  # a log-sum-exp that weighs nothing and, unlike -inf, may be subtracted from another of its kind
 HEADS_FIRST = (0, 2, 1, 3)  # [B, S, H, D] <-> [B, H, S, D]

@@ -8,23 +8,23 @@ import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-import telechat_ms  # isort: skip  # noqa: F401  (prepares the process; must come before mindspore)
+import telechat_twins.telechat_ms  # isort: skip  # noqa: F401  (prepares the process; must come before mindspore)
 import mindspore as ms
 
-from core.checkpoint.read import Checkpoint, TensorPiece
-from core.config import RunConfig
-from core.model.batch import Batch
-from core.model.growth import read_history
-from core.model.init import init_tensor
-from core.parallel.sequence import split_batch
-from core.train.loop import main
-from kernels.mindspore import ops as kernels
-from telechat_ms.collectives import agree
-from telechat_ms.mesh import join, leave
-from telechat_ms.model import named_weights
-from telechat_ms.optim import AdamW
-from telechat_ms.parallelize import open_mesh, parallelize
-from telechat_ms.pipeline import Pipeline
+from telechat_twins.core.checkpoint.read import Checkpoint, TensorPiece
+from telechat_twins.core.config import RunConfig
+from telechat_twins.core.model.batch import Batch
+from telechat_twins.core.model.growth import read_history
+from telechat_twins.core.model.init import init_tensor
+from telechat_twins.core.parallel.sequence import split_batch
+from telechat_twins.core.train.loop import main
+from telechat_twins.kernels.mindspore import ops as kernels
+from telechat_twins.telechat_ms.collectives import agree
+from telechat_twins.telechat_ms.mesh import join, leave
+from telechat_twins.telechat_ms.model import named_weights
+from telechat_twins.telechat_ms.optim import AdamW
+from telechat_twins.telechat_ms.parallelize import open_mesh, parallelize
+from telechat_twins.telechat_ms.pipeline import Pipeline
 
 
 class Trainer:

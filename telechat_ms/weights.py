@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 from mindspore import nn
 
-from core.model.quantize import Int8Matrix
-from kernels.int8 import Int8
-from telechat_ms.model import Decoder, named_weights, to_tensor
+from telechat_twins.core.model.quantize import Int8Matrix
+from telechat_twins.kernels.int8 import Int8
+from telechat_twins.telechat_ms.model import Decoder, named_weights, to_tensor
 
 
 def load_weights(model: Decoder, get: Callable[[str], np.ndarray | Int8Matrix]) -> None:

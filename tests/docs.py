@@ -19,11 +19,11 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from core import cli
-from core.config import RunConfig, load_run_config
-from core.errors import UserError
-from core.model.config import load_model_config
-from core.train import loop
+from telechat_twins.core import cli
+from telechat_twins.core.config import RunConfig, load_run_config
+from telechat_twins.core.errors import UserError
+from telechat_twins.core.model.config import load_model_config
+from telechat_twins.core.train import loop
 from tests.house import ROOT
 
 PAGES = ("README.md", "README.zh.md", *sorted(f"docs/{p.name}" for p in (ROOT / "docs").glob("*.md")))
@@ -242,14 +242,14 @@ def _raw(words: list[str]) -> None:
 def parser(verb: str) -> cli.Parser:
     """The parser that `tele VERB` uses."""
     made = cli.Parser(prog=f"tele {verb}")
-    importlib.import_module(cli.VERBS[verb][0]).add_arguments(made)
+    importlib.import_module(f"telechat_twins.core.commands.{verb}").add_arguments(made)
     return made
 
 
 def wrong_blocks(root: Path, page: str) -> list[str]:
     """Python blocks that do not compile, YAML blocks with unknown keys or wrong values: a search, or sections of a
     run."""
-    from core.schema import parse_yaml
+    from telechat_twins.core.schema import parse_yaml
 
     complaints = []
     for fence in fences(root, page):
@@ -268,8 +268,8 @@ def wrong_blocks(root: Path, page: str) -> list[str]:
 
 def _section(section: str, values: dict[str, Any]) -> str | None:
     """What is wrong with one section of a run's YAML, judged inside a recipe that is right."""
-    from core.config import run_config_from_dict
-    from core.schema import load_yaml
+    from telechat_twins.core.config import run_config_from_dict
+    from telechat_twins.core.schema import load_yaml
 
     tree = load_yaml(ROOT / "configs" / "train" / "telechat2-7b.yaml")
     tree[section] = values
@@ -282,8 +282,8 @@ def _section(section: str, values: dict[str, Any]) -> str | None:
 
 def _search(tree: dict[str, Any]) -> str | None:
     """What is wrong with the YAML of `tele mup search`, or None."""
-    from core.mup.search import SearchConfig
-    from core.schema import from_mapping
+    from telechat_twins.core.mup.search import SearchConfig
+    from telechat_twins.core.schema import from_mapping
 
     try:
         from_mapping(SearchConfig, tree, "")

@@ -16,6 +16,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("core", "convert", "kernels", "telechat_ms", "pt_reference")
 TWINS = ("telechat_ms", "pt_reference")
+NAME = "telechat_twins"  # what all five are imported under
 FRAMEWORKS = ("mindspore", "mindformers", "torch", "torch_npu")
 
 # Arrows of the design: what each package may import of ours and of the frameworks. Tests may import everything.
@@ -74,11 +75,15 @@ MACHINE_PATH = re.compile(r"(?<![\w.$}])/(?:root|home|work|opt|tmp|Users|mnt|dat
 
 @dataclass(frozen=True)
 class Import:
-    """``name`` as written, e.g. ``core.data.blend``; ``lazy`` when inside a function or for the type checker only."""
+    """``name`` without telechat_twins, e.g. ``core.data.blend``; ``lazy``: in a function, or for the type checker only.
+
+    ``bare``: one of our folders is imported by its bare name.
+    """
 
     name: str
     line: int
     lazy: bool
+    bare: bool = False
 
     @property
     def top(self) -> str:
@@ -116,15 +121,21 @@ def _types(node: ast.AST) -> bool:
 def imports_of(path: Path) -> list[Import]:
     found: list[Import] = []
 
+    def add(name: str, line: int, lazy: bool) -> None:
+        ours = name.removeprefix(f"{NAME}.")
+        found.append(Import(ours, line, lazy, bare=name == ours and name.partition(".")[0] in PACKAGES))
+
     def visit(node: ast.AST, lazy: bool) -> None:
         for child in ast.iter_child_nodes(node):
             if isinstance(child, ast.Import):
-                found.extend(Import(alias.name, child.lineno, lazy) for alias in child.names)
+                for alias in child.names:
+                    add(alias.name, child.lineno, lazy)
             elif isinstance(child, ast.ImportFrom):
                 base = child.module or ""
-                found.append(Import("." * child.level + base, child.lineno, lazy))
+                add("." * child.level + base, child.lineno, lazy)
                 if not child.level:
-                    found.extend(Import(f"{base}.{alias.name}", child.lineno, lazy) for alias in child.names)
+                    for alias in child.names:
+                        add(f"{base}.{alias.name}", child.lineno, lazy)
             visit(
                 child, lazy or isinstance(child, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)) or _types(child)
             )
@@ -158,6 +169,16 @@ def wrong_imports(root: Path) -> list[str]:
                 if name.rpartition(".")[2] in ("import_module", "__import__"):
                     complaints.append(f"{where}:{call.lineno}: loads a module by name; core.backends.load is the door")
     return complaints
+
+
+def bare_names(root: Path) -> list[str]:
+    """Folders imported by their bare names, which another package may have, and which would be loaded twice."""
+    return [
+        f"{path.relative_to(root).as_posix()}:{found.line}: write {NAME}.{found.name}, not {found.name}"
+        for path in python_files(root, (*PACKAGES, "tests"))
+        for found in imports_of(path)
+        if found.bare
+    ]
 
 
 def twin_differences(root: Path) -> list[str]:

@@ -11,16 +11,16 @@ from typing import Any
 
 import yaml
 
-from convert.growth.plan import Options, Plan, plan_growth
-from convert.growth.weights import grow_state, grow_weights, planned_state, planned_weights
-from convert.source import checkpoint_config
-from core.checkpoint.pieces import MAX_FILE_BYTES, Planned
-from core.checkpoint.read import Checkpoint, TensorPiece, open_checkpoint, write_checkpoint
-from core.files.prefetch import ahead
-from core.files.safetensors import DTYPES
-from core.model.config import ModelConfig
-from core.model.growth import read_history
-from core.model.params import parameter_table
+from telechat_twins.convert.growth.plan import Options, Plan, plan_growth
+from telechat_twins.convert.growth.weights import grow_state, grow_weights, planned_state, planned_weights
+from telechat_twins.convert.source import checkpoint_config
+from telechat_twins.core.checkpoint.pieces import MAX_FILE_BYTES, Planned
+from telechat_twins.core.checkpoint.read import Checkpoint, TensorPiece, open_checkpoint, write_checkpoint
+from telechat_twins.core.files.prefetch import ahead
+from telechat_twins.core.files.safetensors import DTYPES
+from telechat_twins.core.model.config import ModelConfig
+from telechat_twins.core.model.growth import read_history
+from telechat_twins.core.model.params import parameter_table
 
 # A model that a run can name: its configuration, without the state of its masks, which the checkpoint holds.
 MODEL_FILE = "model.yaml"

@@ -6,9 +6,9 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from convert.growth.plan import Plan
-from core.model.growth import axis_maps
-from core.model.params import parameter_axes, parameter_table
+from telechat_twins.convert.growth.plan import Plan
+from telechat_twins.core.model.growth import axis_maps
+from telechat_twins.core.model.params import parameter_axes, parameter_table
 
 Places = tuple[np.ndarray, ...]  # an open mesh (numpy.ix_)
 

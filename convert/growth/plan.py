@@ -8,11 +8,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from core.errors import UserError
-from core.model.config import ModelConfig
-from core.model.growth import METHODS, SIZES, Growth, axis_maps, sizes_of
-from core.model.growth_mask import GrowthMask, head_map
-from core.model.masks import describe
+from telechat_twins.core.errors import UserError
+from telechat_twins.core.model.config import ModelConfig
+from telechat_twins.core.model.growth import METHODS, SIZES, Growth, axis_maps, sizes_of
+from telechat_twins.core.model.growth_mask import GrowthMask, head_map
+from telechat_twins.core.model.masks import describe
 
 DEPTHS = ("insert", "stack")
 MULTIPLIERS = ("keep", "fold")

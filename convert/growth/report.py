@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from core.model.growth import SIZES
-from core.shown import printable
+from telechat_twins.core.model.growth import SIZES
+from telechat_twins.core.shown import printable
 
 if TYPE_CHECKING:
-    from convert.growth.plan import Plan
+    from telechat_twins.convert.growth.plan import Plan
 
 
 def describe(plan: Plan) -> str:
     """Sizes before and after, where new blocks come from, and what the user may not expect."""
-    from core.model.params import count_parameters
+    from telechat_twins.core.model.params import count_parameters
 
     old, new = plan.source, plan.config
     rows = [(name, getattr(old, name), getattr(new, name)) for name in SIZES]

@@ -25,14 +25,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from convert.growth.plan import MULTIPLIERS, Options, Plan, plan_growth
-from core.config import RunConfig, load_run_tree, run_config_from_dict
-from core.errors import UserError
-from core.model.config import ModelConfig, load_model_config
-from core.model.flops import flops_per_token
-from core.model.growth import METHODS
-from core.model.params import count_parameters
-from core.schema import from_mapping, load_yaml, option
+from telechat_twins.convert.growth.plan import MULTIPLIERS, Options, Plan, plan_growth
+from telechat_twins.core.config import RunConfig, load_run_tree, run_config_from_dict
+from telechat_twins.core.errors import UserError
+from telechat_twins.core.model.config import ModelConfig, load_model_config
+from telechat_twins.core.model.flops import flops_per_token
+from telechat_twins.core.model.growth import METHODS
+from telechat_twins.core.model.params import count_parameters
+from telechat_twins.core.schema import from_mapping, load_yaml, option
 
 _CHANGES = ("train", "optim", "kernels", "checkpoint")
 _FIXED = {"train": ("steps", "schedule_steps", "seed"), "optim": (), "kernels": (), "checkpoint": ()}

@@ -14,13 +14,13 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from convert.growth.plan import Plan
-from core.checkpoint.pieces import PieceSpec
-from core.checkpoint.read import TensorPiece
-from core.model.growth import axis_maps
-from core.model.growth_mask import head_map, kv_map
-from core.model.init import init_tensor
-from core.model.params import parameter_axes, parameter_table
+from telechat_twins.convert.growth.plan import Plan
+from telechat_twins.core.checkpoint.pieces import PieceSpec
+from telechat_twins.core.checkpoint.read import TensorPiece
+from telechat_twins.core.model.growth import axis_maps
+from telechat_twins.core.model.growth_mask import head_map, kv_map
+from telechat_twins.core.model.init import init_tensor
+from telechat_twins.core.model.params import parameter_axes, parameter_table
 
 Read = Callable[[str, tuple[slice, ...]], np.ndarray]  # a box of an old tensor, by its old name
 

@@ -9,13 +9,13 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
-from convert.hf.config_keys import Key, Switch, choose, chosen, defaulted, read_keys, take, token_ids
-from convert.hf.config_refused import GATED, Refused, check_refused, check_sizes, unknown_note
-from convert.hf.config_rotary import read_theta, write_theta
-from convert.places import NTK_THETA_LENGTH, require_place
-from core.errors import UserError
-from core.model.config import ModelConfig
-from core.schema import from_mapping
+from telechat_twins.convert.hf.config_keys import Key, Switch, choose, chosen, defaulted, read_keys, take, token_ids
+from telechat_twins.convert.hf.config_refused import GATED, Refused, check_refused, check_sizes, unknown_note
+from telechat_twins.convert.hf.config_rotary import read_theta, write_theta
+from telechat_twins.convert.places import NTK_THETA_LENGTH, require_place
+from telechat_twins.core.errors import UserError
+from telechat_twins.core.model.config import ModelConfig
+from telechat_twins.core.schema import from_mapping
 
 _DROPOUTS = ("hidden_dropout", "attention_dropout", "attn_pdrop", "embd_pdrop", "resid_pdrop")
 _TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from core.errors import UserError
+from telechat_twins.core.errors import UserError
 
 REQUIRED = object()
 

@@ -10,9 +10,9 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from convert.hf.config_rotary import SECTIONS, THETA_NAMES
-from core.errors import UserError
-from core.shown import shown
+from telechat_twins.convert.hf.config_rotary import SECTIONS, THETA_NAMES
+from telechat_twins.core.errors import UserError
+from telechat_twins.core.shown import shown
 
 Refused = dict[str, tuple[tuple[Any, ...], str]]
 

@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from convert.hf.config_keys import agreed, number
-from core.errors import UserError
+from telechat_twins.convert.hf.config_keys import agreed, number
+from telechat_twins.core.errors import UserError
 
 THETA_NAMES = ("rope_theta", "rotary_theta", "rope_base", "rotary_base", "rotary_emb_base", "theta")
 SECTIONS = ("rope_parameters", "rope_scaling")

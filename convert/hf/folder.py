@@ -16,17 +16,17 @@ from typing import Any
 
 import numpy as np
 
-from convert.hf.config import dump_config, read_config, token_keys, write_config
-from convert.hf.config_keys import end_ids
-from convert.hf.shards import INDEX, open_shards, plain_name
-from convert.hf.sums import check_sums, write_sums
-from convert.hf.tokenizer import load_pieces, write_tokenizer_files
-from convert.names import bind, hf_prefix, released_table
-from core.checkpoint.read import check_shapes
-from core.errors import UserError
-from core.files.atomic import new_folder, standing
-from core.files.safetensors import DTYPES, SafetensorsWriter, header_room, load_json
-from core.model.config import ModelConfig
+from telechat_twins.convert.hf.config import dump_config, read_config, token_keys, write_config
+from telechat_twins.convert.hf.config_keys import end_ids
+from telechat_twins.convert.hf.shards import INDEX, open_shards, plain_name
+from telechat_twins.convert.hf.sums import check_sums, write_sums
+from telechat_twins.convert.hf.tokenizer import load_pieces, write_tokenizer_files
+from telechat_twins.convert.names import bind, hf_prefix, released_table
+from telechat_twins.core.checkpoint.read import check_shapes
+from telechat_twins.core.errors import UserError
+from telechat_twins.core.files.atomic import new_folder, standing
+from telechat_twins.core.files.safetensors import DTYPES, SafetensorsWriter, header_room, load_json
+from telechat_twins.core.model.config import ModelConfig
 
 DTYPE_NAMES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 GENERATION = "generation_config.json"

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from convert.names import is_derived
-from core.errors import UserError
-from core.files.safetensors import SafetensorsFile, load_json
+from telechat_twins.convert.names import is_derived
+from telechat_twins.core.errors import UserError
+from telechat_twins.core.files.safetensors import SafetensorsFile, load_json
 
 INDEX = "model.safetensors.index.json"
 # weights.safetensors is the name of the golden model folders.

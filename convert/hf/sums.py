@@ -11,8 +11,8 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from core.errors import UserError
-from core.files.safetensors import file_sha256
+from telechat_twins.core.errors import UserError
+from telechat_twins.core.files.safetensors import file_sha256
 
 SUMS = "SHA256SUMS"
 _LINE = re.compile(r"([0-9a-f]{64}) [ *]([^/\\\x00-\x1f]+)")

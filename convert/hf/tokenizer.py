@@ -11,11 +11,11 @@ import re
 from pathlib import Path
 from typing import Any
 
-from convert.mindformers.protobuf import fields
-from core.data.chat_template import DEFAULT_SYSTEM
-from core.data.control import ALIASES, BOT, END, USER
-from core.errors import UserError
-from core.model.config import ModelConfig
+from telechat_twins.convert.mindformers.protobuf import fields
+from telechat_twins.core.data.chat_template import DEFAULT_SYSTEM
+from telechat_twins.core.data.control import ALIASES, BOT, END, USER
+from telechat_twins.core.errors import UserError
+from telechat_twins.core.model.config import ModelConfig
 
 SPACE = "\N{LOWER ONE EIGHTH BLOCK}"  # what SentencePiece writes for a space
 _CALLED = {piece: name for name, piece in ALIASES.items()}

@@ -18,10 +18,10 @@ from typing import Any
 
 import numpy as np
 
-from convert.file_kind import UNKNOWN, kind_of
-from convert.mindformers.protobuf import fields, varints
-from core.errors import UserError
-from core.files.safetensors import DTYPES, TensorInfo
+from telechat_twins.convert.file_kind import UNKNOWN, kind_of
+from telechat_twins.convert.mindformers.protobuf import fields, varints
+from telechat_twins.core.errors import UserError
+from telechat_twins.core.files.safetensors import DTYPES, TensorInfo
 
 # MindSpore's names -> safetensors' and bytes an element. None: text, or packed; its length is not checked.
 _CODES = {"Float64": "F64", "Float32": "F32", "Float16": "F16", "BFloat16": "BF16"}

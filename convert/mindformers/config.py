@@ -10,15 +10,15 @@ from typing import Any
 
 import yaml
 
-from convert.hf.config import read_config
-from convert.hf.config_keys import Key, defaulted, read_keys, take, token_ids
-from convert.hf.config_refused import check_refused
-from convert.hf.config_rotary import read_theta
-from convert.places import NTK_THETA_LENGTH, require_place
-from core.errors import UserError
-from core.files.safetensors import load_json
-from core.model.config import ModelConfig
-from core.schema import from_mapping, load_yaml
+from telechat_twins.convert.hf.config import read_config
+from telechat_twins.convert.hf.config_keys import Key, defaulted, read_keys, take, token_ids
+from telechat_twins.convert.hf.config_refused import check_refused
+from telechat_twins.convert.hf.config_rotary import read_theta
+from telechat_twins.convert.places import NTK_THETA_LENGTH, require_place
+from telechat_twins.core.errors import UserError
+from telechat_twins.core.files.safetensors import load_json
+from telechat_twins.core.model.config import ModelConfig
+from telechat_twins.core.schema import from_mapping, load_yaml
 
 # Defaults are those of research/telechat2/telechat_config.py.
 _KEYS = (

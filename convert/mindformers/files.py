@@ -17,11 +17,11 @@ from typing import Protocol
 
 import numpy as np
 
-from convert.hf.folder import MAX_SHARD_BYTES, plan_shards
-from convert.mindformers.ckpt import CkptFile, save_ckpt
-from convert.names import Binding
-from core.errors import UserError
-from core.files.safetensors import SafetensorsFile, SafetensorsWriter, TensorInfo, header_room
+from telechat_twins.convert.hf.folder import MAX_SHARD_BYTES, plan_shards
+from telechat_twins.convert.mindformers.ckpt import CkptFile, save_ckpt
+from telechat_twins.convert.names import Binding
+from telechat_twins.core.errors import UserError
+from telechat_twins.core.files.safetensors import SafetensorsFile, SafetensorsWriter, TensorInfo, header_room
 
 FILE_FORMATS = ("safetensors", "ckpt")
 NAME_MAP = "param_name_map.json"  # MindSpore's own name for it

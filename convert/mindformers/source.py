@@ -13,18 +13,18 @@ from typing import Any
 
 import numpy as np
 
-from convert.hf.folder import DTYPE_NAMES, check_record
-from convert.mindformers.config import read_model_file
-from convert.mindformers.files import Home, open_ranks, shared_axis, slice_shape
-from convert.names import MINDFORMERS_FORMS, bind, is_derived, mindformers_rules, released_table
-from convert.places import require_place
-from convert.source import ModelSource
-from core.checkpoint.read import check_shapes
-from core.errors import UserError
-from core.files.safetensors import DTYPES, load_json
-from core.model.config import ModelConfig, load_model_config
-from core.model.params import ParamSpec
-from core.schema import from_mapping
+from telechat_twins.convert.hf.folder import DTYPE_NAMES, check_record
+from telechat_twins.convert.mindformers.config import read_model_file
+from telechat_twins.convert.mindformers.files import Home, open_ranks, shared_axis, slice_shape
+from telechat_twins.convert.names import MINDFORMERS_FORMS, bind, is_derived, mindformers_rules, released_table
+from telechat_twins.convert.places import require_place
+from telechat_twins.convert.source import ModelSource
+from telechat_twins.core.checkpoint.read import check_shapes
+from telechat_twins.core.errors import UserError
+from telechat_twins.core.files.safetensors import DTYPES, load_json
+from telechat_twins.core.model.config import ModelConfig, load_model_config
+from telechat_twins.core.model.params import ParamSpec
+from telechat_twins.core.schema import from_mapping
 
 # What this converter leaves beside the weights: config, form and ranks, the release it came from; its small files.
 MODEL, ASSETS = "model.json", "assets"

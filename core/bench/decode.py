@@ -13,17 +13,17 @@ import statistics
 from contextlib import ExitStack
 from typing import Any
 
-from core import backends
-from core.bench.step import facts, machine
-from core.bench.worker import Worker, bench_config, paired_ratios, spread
-from core.model.config import ModelConfig
-from core.model.params import parameter_table
-from core.model.precision import PRECISION
-from core.model.quantize import LINEAR
+from telechat_twins.core import backends
+from telechat_twins.core.bench.step import facts, machine
+from telechat_twins.core.bench.worker import Worker, bench_config, paired_ratios, spread
+from telechat_twins.core.model.config import ModelConfig
+from telechat_twins.core.model.params import parameter_table
+from telechat_twins.core.model.precision import PRECISION
+from telechat_twins.core.model.quantize import LINEAR
 
 HF = "hf"
 TITLES = {**backends.TITLES, HF: "Hugging Face generate"}
-_MODULE, _HF_MODULE = "kernels.bench.decode", "kernels.bench.hf"
+_MODULE, _HF_MODULE = "telechat_twins.kernels.bench.decode", "telechat_twins.kernels.bench.hf"
 _BYTES = {"float32": 4, "float64": 8, "bfloat16": 2, "float16": 2}
 
 Turns = dict[tuple[str, int], list[dict[str, Any]]]

@@ -16,10 +16,10 @@ from typing import Any
 
 import numpy as np
 
-from core.checkpoint.read import write_checkpoint
-from core.config import DataConfig, OptimConfig, RunConfig, TrainConfig
-from core.model.config import ModelConfig, load_model_config
-from core.model.params import count_parameters, parameter_table
+from telechat_twins.core.checkpoint.read import write_checkpoint
+from telechat_twins.core.config import DataConfig, OptimConfig, RunConfig, TrainConfig
+from telechat_twins.core.model.config import ModelConfig, load_model_config
+from telechat_twins.core.model.params import count_parameters, parameter_table
 
 # 2 GB with m and v, which grows to about twice as much.
 SOURCE: dict[str, Any] = {
@@ -36,7 +36,7 @@ BLOCK = 4 << 20
 _COMMAND = """\
 import sys
 from pathlib import Path
-from core.cli import main
+from telechat_twins.core.cli import main
 
 code = main(sys.argv[1:])
 print(Path("/proc/self/status").read_text())

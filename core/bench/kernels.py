@@ -17,9 +17,9 @@ from typing import Any
 
 from tqdm import tqdm
 
-from core.bench.cases import OPERATORS, SIZES, Work, work
-from core.bench.step import processor
-from core.bench.worker import TITLES, Worker, paired_ratios, spread
+from telechat_twins.core.bench.cases import OPERATORS, SIZES, Work, work
+from telechat_twins.core.bench.step import processor
+from telechat_twins.core.bench.worker import TITLES, Worker, paired_ratios, spread
 
 __all__ = ["OPERATORS", "SIZES", "kernels_to_markdown", "measure_kernels"]
 
@@ -34,7 +34,10 @@ def measure_kernels(
     rows: list[dict[str, Any]] = []
     with ExitStack() as stack:
         options = {"precision": precision, "compile": compiled}
-        workers = {name: stack.enter_context(Worker(name, options, module="kernels.bench.process")) for name in names}
+        workers = {
+            name: stack.enter_context(Worker(name, options, module="telechat_twins.kernels.bench.process"))
+            for name in names
+        }
         made = {name: worker.implementation for name, worker in workers.items()}
         # A bar on a terminal; in a log one line now and then.
         with tqdm(total=len(sizes) * len(operators), unit="operator", mininterval=5, file=sys.stderr) as bar:

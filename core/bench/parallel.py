@@ -21,18 +21,18 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from core import backends
-from core.bench.worker import Worker, bench_config, paired_ratios, random_batch, timed_steps
-from core.config import RunConfig
-from core.launch.command import PLACES
-from core.launch.worker import run_script
-from core.model.config import ModelConfig
-from core.parallel.layout import Layout, parse_layout
-from core.parallel.schedule import bubble, bubble_formula
-from core.parallel.sequence import split_batch, visible_pairs
-from core.parallel.sharding import Shard, chunk_table, kv_copies, plan_buckets
-from core.parallel.traffic import Traffic, Widths, expected_traffic, wire_bytes
-from core.train.recipe import tells_classes_apart
+from telechat_twins.core import backends
+from telechat_twins.core.bench.worker import Worker, bench_config, paired_ratios, random_batch, timed_steps
+from telechat_twins.core.config import RunConfig
+from telechat_twins.core.launch.command import PLACES
+from telechat_twins.core.launch.worker import run_script
+from telechat_twins.core.model.config import ModelConfig
+from telechat_twins.core.parallel.layout import Layout, parse_layout
+from telechat_twins.core.parallel.schedule import bubble, bubble_formula
+from telechat_twins.core.parallel.sequence import split_batch, visible_pairs
+from telechat_twins.core.parallel.sharding import Shard, chunk_table, kv_copies, plan_buckets
+from telechat_twins.core.parallel.traffic import Traffic, Widths, expected_traffic, wire_bytes
+from telechat_twins.core.train.recipe import tells_classes_apart
 
 HOST = ("agree", "barrier")  # a few numbers for the host; core.parallel.traffic leaves them out
 Span = tuple[float, float, float]  # start and end of a pipeline's run, seconds of it spent waiting for other stages

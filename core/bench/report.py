@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from core import backends
-from core.bench.step import machine, task
-from core.bench.worker import spread
+from telechat_twins.core import backends
+from telechat_twins.core.bench.step import machine, task
+from telechat_twins.core.bench.worker import spread
 
 
 def layouts_to_markdown(result: dict[str, Any]) -> str:

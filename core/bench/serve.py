@@ -26,14 +26,14 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from core.bench.decode import HF, TITLES, contestants
-from core.bench.step import facts, machine
-from core.bench.worker import Worker
-from core.checkpoint.save import save_checkpoint
-from core.data.tokenizer_training import train_tokenizer
-from core.launch.worker import die_with_parent
-from core.model.config import ModelConfig
-from core.model.init import init_weights
+from telechat_twins.core.bench.decode import HF, TITLES, contestants
+from telechat_twins.core.bench.step import facts, machine
+from telechat_twins.core.bench.worker import Worker
+from telechat_twins.core.checkpoint.save import save_checkpoint
+from telechat_twins.core.data.tokenizer_training import train_tokenizer
+from telechat_twins.core.launch.worker import die_with_parent
+from telechat_twins.core.model.config import ModelConfig
+from telechat_twins.core.model.init import init_weights
 
 ROUNDS = 2
 REQUESTS = 24  # of all clients together in a round, and two of each at least
@@ -62,7 +62,7 @@ class ServerProcess:
     """``tele serve`` in a process of its own, stopped between its turns; ended when the ``with`` block is left."""
 
     def __init__(self, *words: str) -> None:
-        command = [sys.executable, "-m", "core.cli", "serve", "--port", "0", *words]
+        command = [sys.executable, "-m", "telechat_twins.core.cli", "serve", "--port", "0", *words]
         with_us = functools.partial(die_with_parent, os.getpid())
         self._process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, preexec_fn=with_us)
         assert self._process.stdout is not None
@@ -163,7 +163,9 @@ def measure_serving(
     with ExitStack() as stack:
         servers = {name: stack.enter_context(ServerProcess("--backend", name, *words)) for name in names}
         if HF in everybody:
-            hf = stack.enter_context(Worker(HF, {**options, "rows": max(clients)}, module="kernels.bench.hf"))
+            hf = stack.enter_context(
+                Worker(HF, {**options, "rows": max(clients)}, module="telechat_twins.kernels.bench.hf")
+            )
         for number in range(-1, ROUNDS):
             for name in everybody if number % 2 else reversed(everybody):
                 for count in clients:

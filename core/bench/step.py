@@ -13,9 +13,9 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from core.bench.worker import TITLES, Worker, bench_config, paired_ratios, spread
-from core.model.flops import flops_per_token
-from core.model.params import count_parameters
+from telechat_twins.core.bench.worker import TITLES, Worker, bench_config, paired_ratios, spread
+from telechat_twins.core.model.flops import flops_per_token
+from telechat_twins.core.model.params import count_parameters
 
 Seconds = list[list[float]]
 

@@ -1,6 +1,6 @@
 """One contestant, warm and waiting, for ``tele bench``: orders on stdin, answers on stdout, one JSON object a line.
 
-    python -m core.bench.worker ms '{"model": "telechat2-tiny", ...}'
+    python -m telechat_twins.core.bench.worker ms '{"model": "telechat2-tiny", ...}'
     {"steps": 5}
 
 Such a process is kept alive beside others that are measured, and they work in turns, so that all meet the same machine
@@ -22,12 +22,12 @@ from typing import Any
 
 import numpy as np
 
-from core import backends
-from core.config import RunConfig, run_config_from_dict
-from core.files import ROOT
-from core.launch.worker import die_with_parent
-from core.model.batch import Batch
-from core.parallel.layout import parse_layout
+from telechat_twins.core import backends
+from telechat_twins.core.config import RunConfig, run_config_from_dict
+from telechat_twins.core.files import ROOT
+from telechat_twins.core.launch.worker import die_with_parent
+from telechat_twins.core.model.batch import Batch
+from telechat_twins.core.parallel.layout import parse_layout
 
 EAGER = "eager"  # the released code's composition in PyTorch, kernels/bench/eager.py
 TITLES = {**backends.TITLES, EAGER: "the eager composition"}
@@ -113,7 +113,9 @@ class Worker:
     ) -> None:
         """``env``: in place of this process's environment; ``module``: what is run, by default the one that trains."""
         self.name = name
-        module = module or ("kernels.bench.eager" if name == EAGER else "core.bench.worker")
+        module = module or (
+            "telechat_twins.kernels.bench.eager" if name == EAGER else "telechat_twins.core.bench.worker"
+        )
         self._process = subprocess.Popen(
             [sys.executable, "-m", module, name, json.dumps(options)],
             stdin=subprocess.PIPE,

@@ -10,8 +10,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from core.errors import UserError
-from core.files.atomic import write_text
+from telechat_twins.core.errors import UserError
+from telechat_twins.core.files.atomic import write_text
 
 # A network file system may show another machine's new file this much later.
 _SIGHT_S = 60.0

@@ -15,9 +15,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from core.errors import UserError
-from core.files.direct_io import Spool
-from core.files.safetensors import SafetensorsWriter, StreamedSafetensors, dtype_code, file_sha256
+from telechat_twins.core.errors import UserError
+from telechat_twins.core.files.direct_io import Spool
+from telechat_twins.core.files.safetensors import SafetensorsWriter, StreamedSafetensors, dtype_code, file_sha256
 
 FORMAT = "tele-checkpoint"
 VERSION = 1

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from core.checkpoint.pieces import (
+from telechat_twins.core.checkpoint.pieces import (
     FORMAT,
     KINDS,
     MAX_FILE_BYTES,
@@ -26,13 +26,21 @@ from core.checkpoint.pieces import (
     whole,
     write_manifest,
 )
-from core.checkpoint.save import ALONE, STEP_FOLDER, Ranks, Saver, begin_save, save_checkpoint, write_checkpoint
-from core.errors import UserError
-from core.files.atomic import standing
-from core.files.foreign import MIB, load_json, read_text
-from core.files.safetensors import DTYPES, MAX_DIMENSIONS, Index, SafetensorsFile, box, file_sha256
-from core.model.params import ParamSpec
-from core.shown import shown
+from telechat_twins.core.checkpoint.save import (
+    ALONE,
+    STEP_FOLDER,
+    Ranks,
+    Saver,
+    begin_save,
+    save_checkpoint,
+    write_checkpoint,
+)
+from telechat_twins.core.errors import UserError
+from telechat_twins.core.files.atomic import standing
+from telechat_twins.core.files.foreign import MIB, load_json, read_text
+from telechat_twins.core.files.safetensors import DTYPES, MAX_DIMENSIONS, Index, SafetensorsFile, box, file_sha256
+from telechat_twins.core.model.params import ParamSpec
+from telechat_twins.core.shown import shown
 
 # Everything about checkpoints is imported from here, wherever it is written.
 __all__ = [

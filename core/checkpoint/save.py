@@ -21,12 +21,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from core.checkpoint.notice import _SIGHT_S, _Notice, _polls
-from core.checkpoint.pieces import MAX_FILE_BYTES, PieceWriter, Planned, Tensors, write_manifest
-from core.checkpoint.streams import _copied, _in_turns, _Stream
-from core.errors import UserError
-from core.files.atomic import mark_lives, new_folder, remove_folder, write_text
-from core.files.safetensors import load_json
+from telechat_twins.core.checkpoint.notice import _SIGHT_S, _Notice, _polls
+from telechat_twins.core.checkpoint.pieces import MAX_FILE_BYTES, PieceWriter, Planned, Tensors, write_manifest
+from telechat_twins.core.checkpoint.streams import _copied, _in_turns, _Stream
+from telechat_twins.core.errors import UserError
+from telechat_twins.core.files.atomic import mark_lives, new_folder, remove_folder, write_text
+from telechat_twins.core.files.safetensors import load_json
 
 STEP_FOLDER = re.compile(r"step-(\d{8,})")
 _NUMBER = re.compile(r'^ "number": (\d{1,18}),$', re.MULTILINE)

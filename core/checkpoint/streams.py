@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 
 import numpy as np
 
-from core.checkpoint.pieces import TensorPiece, Tensors, whole
+from telechat_twins.core.checkpoint.pieces import TensorPiece, Tensors, whole
 
 
 class _Stream:

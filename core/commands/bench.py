@@ -31,19 +31,19 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from core import backends
-from core.bench.decode import decode_to_markdown, measure_decode
-from core.bench.grow import growth_to_markdown, measure_growth
-from core.bench.kernels import OPERATORS, SIZES, kernels_to_markdown, measure_kernels
-from core.bench.report import layouts_to_markdown
-from core.bench.serve import measure_serving, serving_to_markdown, write_model
-from core.bench.step import facts, measure, to_markdown
-from core.bench.worker import EAGER, bench_config
-from core.errors import UserError
-from core.files.atomic import writable_file, write_text
-from core.model.config import PRECISIONS, preset_names
-from core.model.params import count_parameters
-from core.model.quantize import QUANTIZATIONS
+from telechat_twins.core import backends
+from telechat_twins.core.bench.decode import decode_to_markdown, measure_decode
+from telechat_twins.core.bench.grow import growth_to_markdown, measure_growth
+from telechat_twins.core.bench.kernels import OPERATORS, SIZES, kernels_to_markdown, measure_kernels
+from telechat_twins.core.bench.report import layouts_to_markdown
+from telechat_twins.core.bench.serve import measure_serving, serving_to_markdown, write_model
+from telechat_twins.core.bench.step import facts, measure, to_markdown
+from telechat_twins.core.bench.worker import EAGER, bench_config
+from telechat_twins.core.errors import UserError
+from telechat_twins.core.files.atomic import writable_file, write_text
+from telechat_twins.core.model.config import PRECISIONS, preset_names
+from telechat_twins.core.model.params import count_parameters
+from telechat_twins.core.model.quantize import QUANTIZATIONS
 
 LAYOUTS = "single,tp2,pp2,ring2,ulysses2,dp2"
 # What differs between the measurements where the user says nothing.
@@ -197,7 +197,7 @@ def run(args: argparse.Namespace) -> int:
 
 def served(args: argparse.Namespace, options: dict[str, Any], names: list[str]) -> dict[str, Any]:
     """``tele bench serve`` on a checkpoint, or on random weights of --model."""
-    from convert.source import open_model
+    from telechat_twins.convert.source import open_model
 
     with tempfile.TemporaryDirectory(prefix="tele-bench-") as folder:
         checkpoint = Path(args.checkpoint or write_model(Path(folder), bench_config(options).model))
@@ -210,7 +210,7 @@ def served(args: argparse.Namespace, options: dict[str, Any], names: list[str]) 
 
 def checked_layouts(words: Sequence[str], options: dict[str, Any]) -> list[str]:
     """The layouts in ``words``, each once; UserError for one that cannot carry the benchmark."""
-    from core.parallel.layout import check_layout, parse_layout
+    from telechat_twins.core.parallel.layout import check_layout, parse_layout
 
     found: dict[str, str] = {}
     for text in (part for word in words for part in word.split(",") if part):
@@ -241,7 +241,7 @@ def measure_layouts(
     options: dict[str, Any], layouts: list[str], names: list[str], steps: int, block: int
 ) -> dict[str, Any]:
     """A launch for each backend and number of processes; in it the layouts of that number take turns."""
-    from core.bench.parallel import Record, summarise, worlds
+    from telechat_twins.core.bench.parallel import Record, summarise, worlds
 
     rows, made = [], {}
     groups = worlds(layouts)
@@ -266,8 +266,8 @@ def _launched(
     name: str, world: int, options: dict[str, Any], layouts: list[str], steps: int, block: int
 ) -> list[dict[str, Any]]:
     """Run core/bench/parallel.py in ``world`` processes; what each rank wrote."""
-    from core.bench import parallel as bench_parallel
-    from core.launch.launcher import launch
+    from telechat_twins.core.bench import parallel as bench_parallel
+    from telechat_twins.core.launch.launcher import launch
 
     folder = Path(tempfile.mkdtemp(prefix="tele-bench-"))
     plan = {

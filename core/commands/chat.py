@@ -13,16 +13,16 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
-from core.commands.options import add_model_arguments, add_sampling_arguments, sampling_from
-from core.data.chat_template import DEFAULT_SYSTEM
-from core.errors import UserError
-from core.files.foreign import parse_value, read_file
-from core.inference.load import load_model
-from core.shown import controls_shown, printable
+from telechat_twins.core.commands.options import add_model_arguments, add_sampling_arguments, sampling_from
+from telechat_twins.core.data.chat_template import DEFAULT_SYSTEM
+from telechat_twins.core.errors import UserError
+from telechat_twins.core.files.foreign import parse_value, read_file
+from telechat_twins.core.inference.load import load_model
+from telechat_twins.core.shown import controls_shown, printable
 
 if TYPE_CHECKING:
-    from core.inference.chat import Chat
-    from core.inference.tool_calls import Said
+    from telechat_twins.core.inference.chat import Chat
+    from telechat_twins.core.inference.tool_calls import Said
 
 HELP = """\
 /system [TEXT]  set the system prompt and forget the turns; without TEXT show it
@@ -57,7 +57,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Talk until /exit or the end of the input. Answers go to stdout, everything else to stderr."""
-    from core.inference.chat import Chat, default_answer_length
+    from telechat_twins.core.inference.chat import Chat, default_answer_length
 
     sampling = sampling_from(args)
     model = load_model(args, "chat")

@@ -9,10 +9,10 @@ import time
 from pathlib import Path
 from typing import Any
 
-from core.errors import UserError
-from core.files.atomic import show_bytes, standing
-from core.launch.run_lock import hold_place
-from core.shown import printable
+from telechat_twins.core.errors import UserError
+from telechat_twins.core.files.atomic import show_bytes, standing
+from telechat_twins.core.launch.run_lock import hold_place
+from telechat_twins.core.shown import printable
 
 FORMATS = ("hf", "canonical", "mindformers")
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
@@ -107,8 +107,8 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _convert(args: argparse.Namespace, limit: int | None) -> int:
-    from convert.copy import to_canonical, to_hf, to_mindformers, weight_bytes
-    from convert.source import PlainSource
+    from telechat_twins.convert.copy import to_canonical, to_hf, to_mindformers, weight_bytes
+    from telechat_twins.convert.source import PlainSource
 
     started = time.monotonic()
     source = _open(args)
@@ -183,10 +183,10 @@ def check_options(args: argparse.Namespace) -> None:
 
 def _open(args: argparse.Namespace) -> Any:
     """SRC as a ModelSource, opened and checked; every file that has a recorded hash is hashed."""
-    from convert.hf.folder import HfFolder
-    from convert.hf.sums import sums_bytes
-    from convert.mindformers.source import Known, MindFormersSource
-    from convert.source import CanonicalSource, HfSource, open_model
+    from telechat_twins.convert.hf.folder import HfFolder
+    from telechat_twins.convert.hf.sums import sums_bytes
+    from telechat_twins.convert.mindformers.source import Known, MindFormersSource
+    from telechat_twins.convert.source import CanonicalSource, HfSource, open_model
 
     if args.source_format == "hf":
         with _Progress("verifying", sums_bytes(args.source)) as bar:

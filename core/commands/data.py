@@ -7,15 +7,15 @@ import os
 import sys
 from typing import Any
 
-from core.data.control import CONTROL_CHOICES, START
-from core.data.packed import PackedDataset, bytes_to_verify, verify
-from core.data.prepare import pack_dialogues, pack_text, progress_bar
-from core.data.rows import skipped_inputs
-from core.data.sft import MINDFORMERS_SEED, VARIANTS
-from core.data.tokenizer import Tokenizer, load_tokenizer
-from core.errors import UserError
-from core.launch.run_lock import hold_place
-from core.shown import printable
+from telechat_twins.core.data.control import CONTROL_CHOICES, START
+from telechat_twins.core.data.packed import PackedDataset, bytes_to_verify, verify
+from telechat_twins.core.data.prepare import pack_dialogues, pack_text, progress_bar
+from telechat_twins.core.data.rows import skipped_inputs
+from telechat_twins.core.data.sft import MINDFORMERS_SEED, VARIANTS
+from telechat_twins.core.data.tokenizer import Tokenizer, load_tokenizer
+from telechat_twins.core.errors import UserError
+from telechat_twins.core.launch.run_lock import hold_place
+from telechat_twins.core.shown import printable
 
 EPILOG = """\
 examples:

@@ -12,28 +12,28 @@ from typing import Any
 
 import numpy as np
 
-from core import backends
-from core.config import RunConfig, run_config_from_dict
-from core.data.blend import open_blend
-from core.data.demo_text import write_demo_text
-from core.data.packed import PackedDataset
-from core.data.prepare import pack_dialogues, pack_text, read_texts
-from core.data.rows import detect_kind, find_inputs, skipped_inputs
-from core.data.tokenizer import Tokenizer, load_tokenizer
-from core.data.tokenizer_training import train_tokenizer
-from core.errors import UserError
-from core.files.atomic import remove_folder, writable_file, write_text
-from core.inference.engine import Engine
-from core.inference.generation import generate
-from core.inference.pages import pool_size
-from core.inference.sampling import sampling_config
-from core.launch.launcher import launch
-from core.launch.run_lock import NAME, hold_folder
-from core.model.config import load_model_config
-from core.parity.bounds import Bound, compare_traces
-from core.parity.report import ParityReport, summary, write_report
-from core.parity.runs import compare_batch
-from core.train.metrics import Row, plot_losses, read_metrics
+from telechat_twins.core import backends
+from telechat_twins.core.config import RunConfig, run_config_from_dict
+from telechat_twins.core.data.blend import open_blend
+from telechat_twins.core.data.demo_text import write_demo_text
+from telechat_twins.core.data.packed import PackedDataset
+from telechat_twins.core.data.prepare import pack_dialogues, pack_text, read_texts
+from telechat_twins.core.data.rows import detect_kind, find_inputs, skipped_inputs
+from telechat_twins.core.data.tokenizer import Tokenizer, load_tokenizer
+from telechat_twins.core.data.tokenizer_training import train_tokenizer
+from telechat_twins.core.errors import UserError
+from telechat_twins.core.files.atomic import remove_folder, writable_file, write_text
+from telechat_twins.core.inference.engine import Engine
+from telechat_twins.core.inference.generation import generate
+from telechat_twins.core.inference.pages import pool_size
+from telechat_twins.core.inference.sampling import sampling_config
+from telechat_twins.core.launch.launcher import launch
+from telechat_twins.core.launch.run_lock import NAME, hold_folder
+from telechat_twins.core.model.config import load_model_config
+from telechat_twins.core.parity.bounds import Bound, compare_traces
+from telechat_twins.core.parity.report import ParityReport, summary, write_report
+from telechat_twins.core.parity.runs import compare_batch
+from telechat_twins.core.train.metrics import Row, plot_losses, read_metrics
 
 SHARES = {"english": 0.5, "code": 0.4, "chinese": 0.1}
 TOKENIZER_BYTES = 2_000_000  # of text: SentencePiece holds it in memory
@@ -189,8 +189,8 @@ def after(step: int, rows: list[Row]) -> list[Row]:
 
 def export(run_folder: Path, target: Path) -> None:
     """The run's latest checkpoint as a released folder; a former demo's is replaced."""
-    from convert.copy import canonical_to_hf
-    from convert.source import CanonicalSource, open_model
+    from telechat_twins.convert.copy import canonical_to_hf
+    from telechat_twins.convert.source import CanonicalSource, open_model
 
     if target.exists():
         remove_folder(target)
@@ -201,7 +201,7 @@ def export(run_folder: Path, target: Path) -> None:
 
 def continuations(model: Path, tokenizer: Tokenizer, prompt: np.ndarray) -> int:
     """Print each backend's greedy continuation; how many tokens differ, 0 when the first difference is a near-tie."""
-    from convert.source import open_model
+    from telechat_twins.convert.source import open_model
 
     source, ids = open_model(model), [int(i) for i in prompt]
     print(f"   prompt  {tokenizer.decode(ids)!r}")

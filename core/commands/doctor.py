@@ -23,10 +23,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from core import backends
-from core.cli import DISTRIBUTION
-from core.errors import UserError
-from core.files import ROOT
+from telechat_twins.core import backends
+from telechat_twins.core.cli import DISTRIBUTION
+from telechat_twins.core.errors import UserError
+from telechat_twins.core.files import ROOT
 
 BACKENDS = {"ms": "mindspore", "pt": "torch"}
 OPTIONAL = ("mindformers", "torch-npu")
@@ -130,7 +130,7 @@ def _beside(name: str) -> str | None:
 
 def _operators(backend: str) -> list[str]:
     """What serves the operators of a backend, from a process that imports its framework; or why that is not known."""
-    command = [sys.executable, "-m", "core.commands.doctor", backend]
+    command = [sys.executable, "-m", "telechat_twins.core.commands.doctor", backend]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     if done.returncode == 0:
         return json.loads(done.stdout.splitlines()[-1])

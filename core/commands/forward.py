@@ -13,18 +13,18 @@ from typing import Any
 
 import numpy as np
 
-from core import backends
-from core.commands.options import read_layout
-from core.errors import UserError
-from core.files.safetensors import SafetensorsFile, write_atomically
-from core.launch.launcher import COLLECTIVE_TIMEOUT
-from core.model.batch import IGNORE, Batch, shift_labels
-from core.model.config import PRECISIONS, ModelConfig, with_table_dtype
-from core.model.xpos_range import say_xpos_range
-from core.near import nearest
-from core.parallel.layout import Layout, check_layout
-from core.parity.worker import Task, collect, launch_tasks, write_batch
-from core.shown import printable
+from telechat_twins.core import backends
+from telechat_twins.core.commands.options import read_layout
+from telechat_twins.core.errors import UserError
+from telechat_twins.core.files.safetensors import SafetensorsFile, write_atomically
+from telechat_twins.core.launch.launcher import COLLECTIVE_TIMEOUT
+from telechat_twins.core.model.batch import IGNORE, Batch, shift_labels
+from telechat_twins.core.model.config import PRECISIONS, ModelConfig, with_table_dtype
+from telechat_twins.core.model.xpos_range import say_xpos_range
+from telechat_twins.core.near import nearest
+from telechat_twins.core.parallel.layout import Layout, check_layout
+from telechat_twins.core.parity.worker import Task, collect, launch_tasks, write_batch
+from telechat_twins.core.shown import printable
 
 NAMES = ("input_ids", "labels", "loss_mask")
 MAX_INPUT = 1 << 26  # bytes of one of them: 8 million ids, whose logits no machine holds
@@ -75,8 +75,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Read, compute, write; the output file appears whole or not at all."""
-    from convert.source import open_model
-    from core.inference.generation import note_length
+    from telechat_twins.convert.source import open_model
+    from telechat_twins.core.inference.generation import note_length
 
     out = check_output(args.out, args.inputs)
     layout = read_layout(args.layout, args.nproc, args.timeout)

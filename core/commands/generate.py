@@ -14,15 +14,15 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from core.commands.options import add_model_arguments, add_sampling_arguments, sampling_from
-from core.errors import UserError
-from core.inference.load import Loaded, load_model
-from core.model.xpos_range import check_xpos_range
-from core.shown import controls_shown
+from telechat_twins.core.commands.options import add_model_arguments, add_sampling_arguments, sampling_from
+from telechat_twins.core.errors import UserError
+from telechat_twins.core.inference.load import Loaded, load_model
+from telechat_twins.core.model.xpos_range import check_xpos_range
+from telechat_twins.core.shown import controls_shown
 
 if TYPE_CHECKING:
-    from core.inference.requests import Event, Request
-    from core.parallel.layout import Layout
+    from telechat_twins.core.inference.requests import Event, Request
+    from telechat_twins.core.parallel.layout import Layout
 
 MAX_PROMPT = 1 << 22  # bytes; a million tokens
 
@@ -75,9 +75,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Generate, print text or JSON on stdout and a line of statistics on stderr."""
-    from core.inference.generation import answer, turn_stops
-    from core.inference.requests import Request, check_request
-    from core.parallel.layout import check_layout
+    from telechat_twins.core.inference.generation import answer, turn_stops
+    from telechat_twins.core.inference.requests import Request, check_request
+    from telechat_twins.core.parallel.layout import check_layout
 
     sampling = sampling_from(args)
     if args.max_new_tokens < 1:
@@ -148,9 +148,9 @@ def _by_ranks(
 ) -> tuple[int, list[Event]]:
     """The events of a request served by the processes of a layout, and the launcher's code; with ``show`` its text on
     stdout as it is made. After a failure of a rank (code 1) the folder with its logs stays; stderr has named it."""
-    from core.inference.generation import note_length
-    from core.inference.worker import SCRIPT, Job, read_events, write_job
-    from core.launch.launcher import launch
+    from telechat_twins.core.inference.generation import note_length
+    from telechat_twins.core.inference.worker import SCRIPT, Job, read_events, write_job
+    from telechat_twins.core.launch.launcher import launch
 
     note_length(model.config, request.total)
     check_xpos_range(model.config, args.precision, request.total)
@@ -240,8 +240,8 @@ def _report(args: argparse.Namespace, request: Request, made: list[Event], shown
 
 def _layout(args: argparse.Namespace) -> Layout:
     """The layout that --layout and --nproc ask for, one process without any."""
-    from core.commands.options import read_layout
-    from core.inference.worker import inference_layout
+    from telechat_twins.core.commands.options import read_layout
+    from telechat_twins.core.inference.worker import inference_layout
 
     layout = read_layout(args.layout, args.nproc, None)
     return layout if layout.world == 1 else inference_layout(args.layout)
@@ -282,7 +282,7 @@ def _prompt_text(args: argparse.Namespace) -> str:
 
 def _encode(tokenizer: Any, text: str, args: argparse.Namespace) -> list[int]:
     if args.chat:
-        from core.data.chat_template import encode_chat
+        from telechat_twins.core.data.chat_template import encode_chat
 
         if not text.strip():
             raise UserError("prompt: it is empty")

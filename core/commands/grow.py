@@ -13,15 +13,15 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from core.errors import UserError
-from core.files.atomic import show_bytes
-from core.launch.run_lock import hold_place
-from core.model.config import ModelConfig, load_model_config
-from core.model.growth import METHODS
-from core.schema import set_dotted
+from telechat_twins.core.errors import UserError
+from telechat_twins.core.files.atomic import show_bytes
+from telechat_twins.core.launch.run_lock import hold_place
+from telechat_twins.core.model.config import ModelConfig, load_model_config
+from telechat_twins.core.model.growth import METHODS
+from telechat_twins.core.schema import set_dotted
 
 if TYPE_CHECKING:
-    from convert.growth.plan import Plan
+    from telechat_twins.convert.growth.plan import Plan
 
 DESCRIPTION = """\
 Make a larger model of a checkpoint, optimizer state included, that computes the same function; training goes on from it
@@ -89,11 +89,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from convert.growth.files import grow_checkpoint, grown_bytes, plan_checkpoint
-    from convert.growth.plan import Options, plan_growth
-    from convert.growth.report import describe
-    from convert.growth.schedule import parse_depth
-    from core.model.params import count_parameters
+    from telechat_twins.convert.growth.files import grow_checkpoint, grown_bytes, plan_checkpoint
+    from telechat_twins.convert.growth.plan import Options, plan_growth
+    from telechat_twins.convert.growth.report import describe
+    from telechat_twins.convert.growth.schedule import parse_depth
+    from telechat_twins.core.model.params import count_parameters
 
     if args.anneal_steps < 1:
         raise UserError(f"--anneal-steps: must be at least 1, found {args.anneal_steps}")
@@ -115,8 +115,8 @@ def run(args: argparse.Namespace) -> int:
         before, after = (STATE_BYTES * count_parameters(config) for config in (source, plan.config))
         _print_cost(plan, lambda name, box: np.zeros([span.stop - span.start for span in box], "f4"), before, after)
         return 0
-    from convert.source import checkpoint_config
-    from core.checkpoint.read import open_checkpoint
+    from telechat_twins.convert.source import checkpoint_config
+    from telechat_twins.core.checkpoint.read import open_checkpoint
 
     _refuse_release(args.source)
     checkpoint = open_checkpoint(args.source, verify=False)
@@ -175,7 +175,7 @@ def _print_cost(plan: Plan, read: Callable[..., np.ndarray], before: int, after:
     """Bytes, and seconds on this machine from the rate of making one second's worth of tensors and hashing it."""
     import hashlib
 
-    from convert.growth.weights import grow_weights
+    from telechat_twins.convert.growth.weights import grow_weights
 
     started, count = time.perf_counter(), 0
     for piece in grow_weights(plan, read):

@@ -6,16 +6,16 @@ import argparse
 import math
 from typing import TYPE_CHECKING
 
-from core import backends
-from core.data.control import CONTROL_CHOICES
-from core.errors import UserError
-from core.inference.sampling import SamplingConfig, sampling_config
-from core.model.config import PRECISIONS
-from core.model.quantize import QUANTIZATIONS
-from core.parallel.layout import Layout, parse_layout
+from telechat_twins.core import backends
+from telechat_twins.core.data.control import CONTROL_CHOICES
+from telechat_twins.core.errors import UserError
+from telechat_twins.core.inference.sampling import SamplingConfig, sampling_config
+from telechat_twins.core.model.config import PRECISIONS
+from telechat_twins.core.model.quantize import QUANTIZATIONS
+from telechat_twins.core.parallel.layout import Layout, parse_layout
 
 if TYPE_CHECKING:
-    from core.parallel.layout import Layout
+    from telechat_twins.core.parallel.layout import Layout
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:

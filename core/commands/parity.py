@@ -5,15 +5,15 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from core import backends
-from core.config import RunConfig, load_run_config
-from core.errors import UserError
-from core.files.atomic import writable_file
-from core.launch.run_lock import hold_folder
-from core.parallel.layout import Layout
-from core.parity.report import ParityReport, summary, write_report
-from core.parity.runs import LAYOUT_ROWS, compare_batch, compare_layouts, compare_training, read_layouts
-from core.train.metrics import Row
+from telechat_twins.core import backends
+from telechat_twins.core.config import RunConfig, load_run_config
+from telechat_twins.core.errors import UserError
+from telechat_twins.core.files.atomic import writable_file
+from telechat_twins.core.launch.run_lock import hold_folder
+from telechat_twins.core.parallel.layout import Layout
+from telechat_twins.core.parity.report import ParityReport, summary, write_report
+from telechat_twins.core.parity.runs import LAYOUT_ROWS, compare_batch, compare_layouts, compare_training, read_layouts
+from telechat_twins.core.train.metrics import Row
 
 EPILOG = """\
 examples:
@@ -66,7 +66,7 @@ def run(args: argparse.Namespace) -> int:
     if not 0 <= args.layout_steps <= 100:
         raise UserError(f"--layout-steps: must be from 0 to 100, found {args.layout_steps}")
     if args.growth is not None:
-        from core.commands import parity_growth
+        from telechat_twins.core.commands import parity_growth
 
         return parity_growth.run(args)
     config = load_run_config(args.config, args.set)

@@ -19,17 +19,17 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from core import backends
-from core.config import RunConfig
-from core.data.blend import open_blend
-from core.errors import UserError
-from core.files.atomic import writable_file, write_text
-from core.launch.run_lock import hold_folder
-from core.model.batch import Batch
-from core.model.config import ModelConfig
-from core.model.init import init_weights
-from core.parallel.layout import Layout
-from core.parity.bounds import (
+from telechat_twins.core import backends
+from telechat_twins.core.config import RunConfig
+from telechat_twins.core.data.blend import open_blend
+from telechat_twins.core.errors import UserError
+from telechat_twins.core.files.atomic import writable_file, write_text
+from telechat_twins.core.launch.run_lock import hold_folder
+from telechat_twins.core.model.batch import Batch
+from telechat_twins.core.model.config import ModelConfig
+from telechat_twins.core.model.init import init_weights
+from telechat_twins.core.parallel.layout import Layout
+from telechat_twins.core.parity.bounds import (
     Bound,
     compare_traces,
     global_norm,
@@ -38,12 +38,12 @@ from core.parity.bounds import (
     relative_frobenius,
     tolerances,
 )
-from core.parity.layouts import EXACT
-from core.parity.runs import compare_layouts, read_layouts, trace_rows
+from telechat_twins.core.parity.layouts import EXACT
+from telechat_twins.core.parity.runs import compare_layouts, read_layouts, trace_rows
 
 if TYPE_CHECKING:
-    from convert.growth.plan import Plan
-    from convert.growth.schedule import Stage
+    from telechat_twins.convert.growth.plan import Plan
+    from telechat_twins.convert.growth.schedule import Stage
 
 BETWEEN = 0.4
 EXACTLY = 1e-12
@@ -62,7 +62,7 @@ class Section:
 
 def run(args: argparse.Namespace) -> int:
     """Compare, write report.md and report.json, print every bound; 1 when one is broken."""
-    from convert.growth.schedule import load_schedule
+    from telechat_twins.convert.growth.schedule import load_schedule
 
     stages = load_schedule(args.growth, args.config, args.set)
     if len(stages) < 2:
@@ -112,8 +112,8 @@ def to_markdown(verdict: str, sections: Sequence[Section]) -> str:
 
 def growth_sections(before: Stage, stage: Stage, names: list[str]) -> list[Section]:
     """The function and its gradients, on one micro-batch."""
-    from convert.growth.plan import plan_growth
-    from convert.growth.weights import grow_arrays
+    from telechat_twins.convert.growth.plan import plan_growth
+    from telechat_twins.convert.growth.weights import grow_arrays
 
     assert stage.plan is not None
     seed = before.config.train.seed
@@ -159,7 +159,7 @@ def with_mask(config: ModelConfig, c: float | None) -> ModelConfig:
 
 def _kept(who: str, plan: Plan, small: Any, grown: Any, precision: str, masked: bool, exact: Any = None) -> list[Bound]:
     """The grown model against the small one, in the same arithmetic; ``exact``: the small one's float64 results."""
-    from convert.growth.gradients import gradients_of_new, gradients_of_old
+    from telechat_twins.convert.growth.gradients import gradients_of_new, gradients_of_old
 
     old = gradients_of_old(plan, grown["grads"])
     if exact is None:
@@ -228,8 +228,8 @@ def layout_sections(stage: Stage, names: list[str], layouts: list[Any], updates:
 
 def training_section(before: Stage, stage: Stage, names: list[str], steps: int, out: Path) -> Section:
     """The small model trained a few steps, grown, and trained on by each backend and in float64."""
-    from convert.growth.files import grow_checkpoint, plan_checkpoint
-    from core.checkpoint.read import open_checkpoint
+    from telechat_twins.convert.growth.files import grow_checkpoint, plan_checkpoint
+    from telechat_twins.core.checkpoint.read import open_checkpoint
 
     assert stage.plan is not None
     options = dataclasses.replace(

@@ -24,11 +24,11 @@ import argparse
 import json
 from typing import Any
 
-from core.config import load_run_config
-from core.errors import UserError
-from core.model.config import PRECISIONS, load_model_config
-from core.parallel.layout import Layout, check_layout, parse_layout
-from core.parallel.memory import estimate
+from telechat_twins.core.config import load_run_config
+from telechat_twins.core.errors import UserError
+from telechat_twins.core.model.config import PRECISIONS, load_model_config
+from telechat_twins.core.parallel.layout import Layout, check_layout, parse_layout
+from telechat_twins.core.parallel.memory import estimate
 
 RECOMPUTE = ("none", "selective", "full")
 
@@ -56,7 +56,7 @@ def run(args: argparse.Namespace) -> int:
         if value is not None and value < 1:
             raise UserError(f"--{name.replace('_', '-')}: must be at least 1, found {value}")
     if args.growth is not None:
-        from core.commands import plan_growth
+        from telechat_twins.core.commands import plan_growth
 
         return plan_growth.run(args)
     if args.config:

@@ -6,10 +6,10 @@ import argparse
 import json
 from typing import TYPE_CHECKING, Any
 
-from core.errors import UserError
+from telechat_twins.core.errors import UserError
 
 if TYPE_CHECKING:
-    from convert.growth.schedule import Stage
+    from telechat_twins.convert.growth.schedule import Stage
 
 # Of a grown checkpoint with its optimizer: fp32 masters, m and v.
 _BYTES = 12
@@ -18,9 +18,9 @@ _OF_THE_STAGES = ("layout", "seq_len", "micro_batch", "micro_batches", "precisio
 
 
 def run(args: argparse.Namespace) -> int:
-    from convert.growth.schedule import cost, load_schedule
-    from core.parallel.layout import check_layout
-    from core.parallel.memory import estimate
+    from telechat_twins.convert.growth.schedule import cost, load_schedule
+    from telechat_twins.core.parallel.layout import check_layout
+    from telechat_twins.core.parallel.memory import estimate
 
     if args.config is None:
         raise UserError("--growth: give the run it belongs to with --config")
@@ -72,7 +72,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _text(report: dict[str, Any], stages: list[Stage]) -> str:
-    from convert.growth.report import describe
+    from telechat_twins.convert.growth.report import describe
 
     titles = ("stage", "parameters", "layout", "devices", "steps", "tokens", "FLOPs", "a device", "checkpoint")
     rows = [titles]

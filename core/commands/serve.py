@@ -11,14 +11,14 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from core.commands.options import add_model_arguments
-from core.errors import UserError
-from core.inference.load import Loaded, load_model
+from telechat_twins.core.commands.options import add_model_arguments
+from telechat_twins.core.errors import UserError
+from telechat_twins.core.inference.load import Loaded, load_model
 
 if TYPE_CHECKING:
-    from core.inference.engine import Engine, Limits
-    from core.model.config import ModelConfig
-    from core.serve.job import Served
+    from telechat_twins.core.inference.engine import Engine, Limits
+    from telechat_twins.core.model.config import ModelConfig
+    from telechat_twins.core.serve.job import Served
 
 EPILOG = """\
 examples:
@@ -72,10 +72,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Serve until a signal."""
     try:
-        from core.serve.app import HttpLimits, create_app
-        from core.serve.hosts import allowed_hosts, is_local
-        from core.serve.server import address_of, allow_connections, open_socket, serve
-        from core.serve.service import Service
+        from telechat_twins.core.serve.app import HttpLimits, create_app
+        from telechat_twins.core.serve.hosts import allowed_hosts, is_local
+        from telechat_twins.core.serve.server import address_of, allow_connections, open_socket, serve
+        from telechat_twins.core.serve.service import Service
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] not in ("fastapi", "starlette", "uvicorn"):
             raise
@@ -157,8 +157,8 @@ def read_keys(args: argparse.Namespace) -> list[str]:
 
 def cache_sizes(args: argparse.Namespace, config: ModelConfig) -> tuple[int, Limits]:
     """Pages of the cache, and the engine's limits. UserError when one does not fit the model or another one."""
-    from core.inference.engine import STEP_TOKENS, Limits
-    from core.inference.pages import pool_size
+    from telechat_twins.core.inference.engine import STEP_TOKENS, Limits
+    from telechat_twins.core.inference.pages import pool_size
 
     max_len = config.max_seqlen if args.max_len is None else args.max_len
     if max_len < 2:
@@ -175,8 +175,8 @@ def cache_sizes(args: argparse.Namespace, config: ModelConfig) -> tuple[int, Lim
 def warm_up(engine: Engine) -> None:
     """Make two tokens, so that the first client does not wait for what is compiled or allocated on first use, and a
     broken model is found now. UserError when its logits are not finite."""
-    from core.inference.generation import generate
-    from core.inference.sampling import SamplingConfig
+    from telechat_twins.core.inference.generation import generate
+    from telechat_twins.core.inference.sampling import SamplingConfig
 
     start = engine.config.bos_token_id
     prompt = [start] * min(4, engine.max_len - 1)
@@ -185,7 +185,7 @@ def warm_up(engine: Engine) -> None:
 
 def served_model(args: argparse.Namespace, model: Loaded, engine: Engine) -> Served:
     """What clients are told of the model."""
-    from core.serve.job import Served
+    from telechat_twins.core.serve.job import Served
 
     about = json.dumps(
         [args.backend, args.precision, args.rescale, model.config.to_dict()], sort_keys=True, default=str

@@ -9,16 +9,16 @@ import time
 from pathlib import Path
 from typing import Any
 
-from core.data.chat_template import encode_chat
-from core.data.control import CONTROL_CHOICES
-from core.data.dialogues import parse_dialogue
-from core.data.prepare import read_texts
-from core.data.rows import skipped_inputs
-from core.data.tokenizer import check_vocabulary, load_tokenizer
-from core.data.tokenizer_training import train_tokenizer
-from core.errors import UserError
-from core.files.foreign import parse_value
-from core.shown import controls_shown
+from telechat_twins.core.data.chat_template import encode_chat
+from telechat_twins.core.data.control import CONTROL_CHOICES
+from telechat_twins.core.data.dialogues import parse_dialogue
+from telechat_twins.core.data.prepare import read_texts
+from telechat_twins.core.data.rows import skipped_inputs
+from telechat_twins.core.data.tokenizer import check_vocabulary, load_tokenizer
+from telechat_twins.core.data.tokenizer_training import train_tokenizer
+from telechat_twins.core.errors import UserError
+from telechat_twins.core.files.foreign import parse_value
+from telechat_twins.core.shown import controls_shown
 
 EPILOG = """\
 examples:
@@ -122,7 +122,7 @@ def _info(args: argparse.Namespace) -> int:
     print(f"file      {tokenizer.path}\nSHA-256   {tokenizer.sha256}\npieces    {tokenizer.vocab_size}")
     print(f"control   {_names(tokenizer.control)}\nmatched   {_names(tokenizer.matched)} (if control is allowed)")
     if args.model:
-        from core.model.config import load_model_config
+        from telechat_twins.core.model.config import load_model_config
 
         check_vocabulary(tokenizer, load_model_config(args.model))
         print(f"fits      {args.model}")

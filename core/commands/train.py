@@ -36,7 +36,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from core.errors import UserError
+from telechat_twins.core.errors import UserError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -72,15 +72,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from core.config import load_run_config
-    from core.data.blend import open_blend
-    from core.launch.command import check_nodes
-    from core.launch.launcher import COLLECTIVE_TIMEOUT, launch
-    from core.launch.run_lock import DYING, require_free
-    from core.parallel.layout import check_layout
+    from telechat_twins.core.config import load_run_config
+    from telechat_twins.core.data.blend import open_blend
+    from telechat_twins.core.launch.command import check_nodes
+    from telechat_twins.core.launch.launcher import COLLECTIVE_TIMEOUT, launch
+    from telechat_twins.core.launch.run_lock import DYING, require_free
+    from telechat_twins.core.parallel.layout import check_layout
 
     if args.growth is not None:
-        from core.commands import train_growth
+        from telechat_twins.core.commands import train_growth
 
         return train_growth.run(args)
     overrides = _layout_overrides(args.layout, args.config) + args.set
@@ -127,8 +127,8 @@ def _layout_overrides(text: str | None, config: str) -> list[str]:
 
     Whatever the text leaves out goes back to its default, except ``bucket_mb``, of which a layout's text says nothing.
     """
-    from core.parallel.layout import Layout, parse_layout
-    from core.schema import load_yaml
+    from telechat_twins.core.parallel.layout import Layout, parse_layout
+    from telechat_twins.core.schema import load_yaml
 
     if text is None:
         return []
@@ -164,7 +164,7 @@ def _keep_earlier_run(out: Path, resume: str | None) -> None:
 
     The loop refuses that as well, but the launch clears the earlier run's logs before the loop is reached.
     """
-    from core.train.metrics import require_fresh
+    from telechat_twins.core.train.metrics import require_fresh
 
     if resume is not None:
         source = Path(resume).resolve()

@@ -17,16 +17,16 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from core.checkpoint.save import STEP_FOLDER
-from core.errors import UserError
-from core.files.atomic import write_text
-from core.files.foreign import read_text
-from core.launch.run_lock import NAME, hold_folder, require_free
-from core.shown import shown
-from core.train.metrics import Row, plot_losses, read_metrics
+from telechat_twins.core.checkpoint.save import STEP_FOLDER
+from telechat_twins.core.errors import UserError
+from telechat_twins.core.files.atomic import write_text
+from telechat_twins.core.files.foreign import read_text
+from telechat_twins.core.launch.run_lock import NAME, hold_folder, require_free
+from telechat_twins.core.shown import shown
+from telechat_twins.core.train.metrics import Row, plot_losses, read_metrics
 
 if TYPE_CHECKING:
-    from convert.growth.schedule import Stage
+    from telechat_twins.convert.growth.schedule import Stage
 
 _WAIT_S = 2.0
 _SHOWN = 20  # steps that a loss in the report is the mean of: single batches scatter more than a growth changes
@@ -34,9 +34,9 @@ _SHOWN = 20  # steps that a loss in the report is the mean of: single batches sc
 
 def run(args: argparse.Namespace) -> int:
     """All stages that are not done yet; the launcher's code of the first that fails or is interrupted."""
-    from convert.growth.schedule import load_schedule
-    from core.data.blend import open_blend
-    from core.parallel.layout import check_layout
+    from telechat_twins.convert.growth.schedule import load_schedule
+    from telechat_twins.core.data.blend import open_blend
+    from telechat_twins.core.parallel.layout import check_layout
 
     if args.layout is not None or args.nproc is not None:
         option = "--layout" if args.layout is not None else "--nproc"
@@ -87,7 +87,7 @@ def folders(out: Path, number: int, stage: Stage) -> tuple[Path, Path]:
 
 def _train(stages: Sequence[Stage], number: int, out: Path, args: argparse.Namespace) -> int:
     """Stage ``number``, from wherever it is."""
-    from core.launch.launcher import COLLECTIVE_TIMEOUT, launch
+    from telechat_twins.core.launch.launcher import COLLECTIVE_TIMEOUT, launch
 
     stage = stages[number - 1]
     run, grown = folders(out, number, stage)
@@ -130,9 +130,9 @@ def _reached(run: Path) -> int:
 
 def _grow(stage: Stage, before: Path, grown: Path, node_rank: int) -> None:
     """Make the checkpoint that a stage begins from; machines other than the first wait until it is there."""
-    from convert.growth.files import grow_checkpoint, grown_bytes, plan_checkpoint
-    from convert.growth.report import describe
-    from core.checkpoint.read import open_checkpoint
+    from telechat_twins.convert.growth.files import grow_checkpoint, grown_bytes, plan_checkpoint
+    from telechat_twins.convert.growth.report import describe
+    from telechat_twins.core.checkpoint.read import open_checkpoint
 
     if node_rank:
         print(f"waiting for node 0 to grow {before} into {grown}", flush=True)
@@ -173,7 +173,7 @@ def summary(stages: Sequence[Stage], rows: Sequence[Sequence[Row]]) -> dict[str,
     Time is measured: the sum of the steps' times, and for the last size all tokens at the median pace of its own steps
     without masks.
     """
-    from convert.growth.schedule import cost
+    from telechat_twins.convert.growth.schedule import cost
 
     told = []
     for stage, part in zip(stages, rows, strict=True):

@@ -16,12 +16,12 @@ from fractions import Fraction
 
 import numpy as np
 
-from core.config import DataConfig
-from core.data.packed import PackedDataset
-from core.data.permute import Permutation
-from core.data.vocabulary import most_padding
-from core.errors import UserError
-from core.model.batch import Batch
+from telechat_twins.core.config import DataConfig
+from telechat_twins.core.data.packed import PackedDataset
+from telechat_twins.core.data.permute import Permutation
+from telechat_twins.core.data.vocabulary import most_padding
+from telechat_twins.core.errors import UserError
+from telechat_twins.core.model.batch import Batch
 
 # Weights repeat exactly after this many samples at most; finer ones are rounded to it.
 MAX_PERIOD = 1 << 16

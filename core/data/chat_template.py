@@ -17,7 +17,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from core.data.control import (
+from telechat_twins.core.data.control import (
     BOT,
     END,
     SYSTEM,
@@ -27,9 +27,9 @@ from core.data.control import (
     TOOL_RESPONSE_END,
     USER,
 )
-from core.data.tokenizer import Allow, Tokenizer
-from core.errors import UserError
-from core.files.foreign import parse_value
+from telechat_twins.core.data.tokenizer import Allow, Tokenizer
+from telechat_twins.core.errors import UserError
+from telechat_twins.core.files.foreign import parse_value
 
 DEFAULT_SYSTEM = (
     "你是中国电信星辰语义大模型，英文名是TeleChat，你是由中电信人工智能科技有限公司和"

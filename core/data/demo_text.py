@@ -8,9 +8,9 @@ import sysconfig
 from collections.abc import Iterable
 from pathlib import Path
 
-from core.errors import UserError
-from core.files import ROOT
-from core.files.atomic import write_text
+from telechat_twins.core.errors import UserError
+from telechat_twins.core.files import ROOT
+from telechat_twins.core.files.atomic import write_text
 
 CHINESE_PAGES = ("README.zh.md",)
 CODE_BYTES = 600_000

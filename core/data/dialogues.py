@@ -8,12 +8,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, overload
 
-from core.data.chat_template import DEFAULT_SYSTEM, ROLES, tool_arguments
-from core.data.control import BOT, USER
-from core.data.rows import OnBytes, keys_found, open_file, parse_row, raw_rows, row_place
-from core.errors import UserError
-from core.files.foreign import parse_value
-from core.shown import printable
+from telechat_twins.core.data.chat_template import DEFAULT_SYSTEM, ROLES, tool_arguments
+from telechat_twins.core.data.control import BOT, USER
+from telechat_twins.core.data.rows import OnBytes, keys_found, open_file, parse_row, raw_rows, row_place
+from telechat_twins.core.errors import UserError
+from telechat_twins.core.files.foreign import parse_value
+from telechat_twins.core.shown import printable
 
 # The keys that are read: of a row, by the one that tells its shape; of a message; of a call.
 _SHAPES = {

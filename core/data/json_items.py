@@ -8,8 +8,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, NamedTuple
 
-from core.errors import UserError
-from core.files.foreign import MAX_LINE
+from telechat_twins.core.errors import UserError
+from telechat_twins.core.files.foreign import MAX_LINE
 
 BLOCK_BYTES = 1 << 20
 

@@ -25,7 +25,7 @@ from typing import Any
 
 import numpy as np
 
-from core.data.packed_files import (
+from telechat_twins.core.data.packed_files import (
     FORMAT,
     SMALL,
     SUMS,
@@ -41,11 +41,11 @@ from core.data.packed_files import (
     token_dtype,
     unsealed,
 )
-from core.data.tokenizer import Tokenizer
-from core.errors import UserError
-from core.files.atomic import clean_stale, mark_lives, publish, standing, start_building
-from core.files.foreign import load_json
-from core.model.batch import IGNORE
+from telechat_twins.core.data.tokenizer import Tokenizer
+from telechat_twins.core.errors import UserError
+from telechat_twins.core.files.atomic import clean_stale, mark_lives, publish, standing, start_building
+from telechat_twins.core.files.foreign import load_json
+from telechat_twins.core.model.batch import IGNORE
 
 
 class PackedWriter:

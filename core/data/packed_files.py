@@ -17,8 +17,8 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from core.errors import UserError
-from core.files.foreign import load_json
+from telechat_twins.core.errors import UserError
+from telechat_twins.core.files.foreign import load_json
 
 FORMAT, VERSION = "telechat-packed", 2
 VERSIONS = (1, 2)  # 1: without the hash of meta.json and those of blocks

@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from core.data.control import START
-from core.data.dialogues import DialogueFile, parse_dialogue
-from core.data.packed import PackedWriter
-from core.data.rows import (
+from telechat_twins.core.data.control import START
+from telechat_twins.core.data.dialogues import DialogueFile, parse_dialogue
+from telechat_twins.core.data.packed import PackedWriter
+from telechat_twins.core.data.rows import (
     ROW_SUFFIXES,
     Block,
     find_inputs,
@@ -23,7 +23,7 @@ from core.data.rows import (
     read_rows,
     total_bytes,
 )
-from core.data.sft import (
+from telechat_twins.core.data.sft import (
     MINDFORMERS_SEED,
     VARIANTS,
     Counts,
@@ -33,8 +33,8 @@ from core.data.sft import (
     mindformers_packs,
     plain_sequences,
 )
-from core.data.tokenizer import Tokenizer
-from core.errors import UserError
+from telechat_twins.core.data.tokenizer import Tokenizer
+from telechat_twins.core.errors import UserError
 
 # Enough for SentencePiece's threads to share; small beside everything else in memory.
 _BATCH_CHARACTERS = 1 << 22

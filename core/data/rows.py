@@ -15,11 +15,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from core.data.json_items import json_items
-from core.data.packed import is_packed
-from core.errors import UserError
-from core.files.foreign import MAX_LINE, MAX_LINE_VALUES, check_size, lines, parse_value
-from core.shown import printable
+from telechat_twins.core.data.json_items import json_items
+from telechat_twins.core.data.packed import is_packed
+from telechat_twins.core.errors import UserError
+from telechat_twins.core.files.foreign import MAX_LINE, MAX_LINE_VALUES, check_size, lines, parse_value
+from telechat_twins.core.shown import printable
 
 TEXT_SUFFIXES = (".txt", ".text", ".md", ".rst", ".py")
 JSON_SUFFIX = ".json"

@@ -16,11 +16,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from core.data.chat_template import chat_parts, encode_parts, render
-from core.data.control import BOT, END, PAD, START, SYSTEM, TOOL_TOKENS, USER
-from core.data.dialogues import Dialogue
-from core.data.tokenizer import Tokenizer
-from core.errors import UserError
+from telechat_twins.core.data.chat_template import chat_parts, encode_parts, render
+from telechat_twins.core.data.control import BOT, END, PAD, START, SYSTEM, TOOL_TOKENS, USER
+from telechat_twins.core.data.dialogues import Dialogue
+from telechat_twins.core.data.tokenizer import Tokenizer
+from telechat_twins.core.errors import UserError
 
 VARIANTS = ("plain", "deepspeed", "mindformers")
 

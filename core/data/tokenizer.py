@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 import sentencepiece
 
-from core.data.control import (
+from telechat_twins.core.data.control import (
     ALIASES,
     CONTROL_CHOICES,
     END,
@@ -27,12 +27,12 @@ from core.data.control import (
     ControlToken,
     Splitter,
 )
-from core.data.detokenizer import StreamDecoder
-from core.errors import UserError
-from core.files.foreign import MIB, read_file
+from telechat_twins.core.data.detokenizer import StreamDecoder
+from telechat_twins.core.errors import UserError
+from telechat_twins.core.files.foreign import MIB, read_file
 
 if TYPE_CHECKING:
-    from core.model.config import ModelConfig
+    from telechat_twins.core.model.config import ModelConfig
 
 MAX_MODEL = 64 * MIB  # bytes of a tokenizer.model; the released ones have 2 MB
 

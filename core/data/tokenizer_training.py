@@ -8,10 +8,10 @@ from pathlib import Path
 
 import sentencepiece
 
-from core.data.control import BOT, END, PAD, START, SYSTEM, USER
-from core.data.tokenizer import Tokenizer, load_tokenizer
-from core.errors import UserError
-from core.files.atomic import new_file
+from telechat_twins.core.data.control import BOT, END, PAD, START, SYSTEM, USER
+from telechat_twins.core.data.tokenizer import Tokenizer, load_tokenizer
+from telechat_twins.core.errors import UserError
+from telechat_twins.core.files.atomic import new_file
 
 # Ids 4-17 behind <_unk> <_start> <_end> <_pad>, then from 18 the released order: digits, "_" 28, newline 29, tab 30.
 CONTROL_PIECES = (USER, BOT, SYSTEM, "<_observation>", "<_sep>", *(f"<_control{n}>" for n in range(1, 10)))

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import dataclasses
 
-from core.config import RunConfig
-from core.errors import UserError
-from core.model.config import ModelConfig
+from telechat_twins.core.config import RunConfig
+from telechat_twins.core.errors import UserError
+from telechat_twins.core.model.config import ModelConfig
 
 _ROWS = 64  # of padding, which even a small vocabulary may have
 _SHARE = 8  # a vocabulary may be padded by one part in so many before the tokenizer looks like another model's

@@ -2,4 +2,4 @@
 
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]  # the checkout, or site-packages where a wheel was installed
+ROOT = Path(__file__).resolve().parents[2]  # the checkout, or site-packages/telechat_twins where a wheel was installed

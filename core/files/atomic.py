@@ -28,7 +28,7 @@ from pathlib import Path
 
 import psutil
 
-from core.errors import UserError
+from telechat_twins.core.errors import UserError
 
 # Distinctive, because stale ones are cleaned up: folders of other programs must never match.
 _BUILDING, _REPLACED, _GONE = ".tmp-tele-", ".old-tele-", ".gone-tele-"

@@ -15,8 +15,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any, BinaryIO
 
-from core.errors import UserError
-from core.shown import shown
+from telechat_twins.core.errors import UserError
+from telechat_twins.core.shown import shown
 
 MIB = 1 << 20
 MAX_JSON = 32 * MIB  # bytes of a JSON text; the largest index of a released model has 10 MB

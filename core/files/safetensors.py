@@ -24,13 +24,13 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from core.errors import UserError
-from core.files.atomic import new_file
-from core.files.direct_io import BLOCK, DirectFile, Spool
-from core.files.foreign import MAX_JSON, open_regular
-from core.files.foreign import load_json as load_json
-from core.files.foreign import parse_json as parse_json
-from core.shown import shown
+from telechat_twins.core.errors import UserError
+from telechat_twins.core.files.atomic import new_file
+from telechat_twins.core.files.direct_io import BLOCK, DirectFile, Spool
+from telechat_twins.core.files.foreign import MAX_JSON, open_regular
+from telechat_twins.core.files.foreign import load_json as load_json
+from telechat_twins.core.files.foreign import parse_json as parse_json
+from telechat_twins.core.shown import shown
 
 DTYPES: dict[str, np.dtype[Any]] = {
     "F64": np.dtype("<f8"),

@@ -12,20 +12,20 @@ from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import closing
 from typing import Any
 
-from core.data.chat_template import encode_chat
-from core.data.control import USER
-from core.data.tokenizer import check_vocabulary, load_tokenizer
-from core.data.vocabulary import fit_vocabulary
-from core.errors import UserError
-from core.inference.engine import Engine
-from core.inference.generation import answer, turn_stops
-from core.inference.pages import pool_size
-from core.inference.requests import Event, Request
-from core.inference.sampling import SamplingConfig, sampling_config
-from core.inference.tool_calls import Said, ToolCall, ToolCallStream
-from core.model.config import ModelConfig
-from core.model.quantize import quantizing
-from core.model.xpos_range import say_xpos_range
+from telechat_twins.core.data.chat_template import encode_chat
+from telechat_twins.core.data.control import USER
+from telechat_twins.core.data.tokenizer import check_vocabulary, load_tokenizer
+from telechat_twins.core.data.vocabulary import fit_vocabulary
+from telechat_twins.core.errors import UserError
+from telechat_twins.core.inference.engine import Engine
+from telechat_twins.core.inference.generation import answer, turn_stops
+from telechat_twins.core.inference.pages import pool_size
+from telechat_twins.core.inference.requests import Event, Request
+from telechat_twins.core.inference.sampling import SamplingConfig, sampling_config
+from telechat_twins.core.inference.tool_calls import Said, ToolCall, ToolCallStream
+from telechat_twins.core.model.config import ModelConfig
+from telechat_twins.core.model.quantize import quantizing
+from telechat_twins.core.model.xpos_range import say_xpos_range
 
 Message = dict[str, Any]
 

@@ -20,12 +20,12 @@ from typing import Any
 
 import numpy as np
 
-from core.errors import UserError
-from core.inference.pages import PagePool
-from core.inference.requests import RESCALES, Event, Request, Sample, check_request
-from core.inference.runner import Runner, Step
-from core.inference.scheduler import Scheduler
-from core.model.position import RotaryRows
+from telechat_twins.core.errors import UserError
+from telechat_twins.core.inference.pages import PagePool
+from telechat_twins.core.inference.requests import RESCALES, Event, Request, Sample, check_request
+from telechat_twins.core.inference.runner import Runner, Step
+from telechat_twins.core.inference.scheduler import Scheduler
+from telechat_twins.core.model.position import RotaryRows
 
 STEP_TOKENS = 512
 MOST_RUNNING = 64

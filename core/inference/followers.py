@@ -13,12 +13,12 @@ from typing import Protocol
 
 import numpy as np
 
-from core.inference.runner import Runner, Step
-from core.model.config import ModelConfig
-from core.model.params import parameter_table
-from core.model.quantize import LINEAR, Int8Matrix
-from core.model.quantize import quantize as quantized
-from core.parallel.sharding import Shard
+from telechat_twins.core.inference.runner import Runner, Step
+from telechat_twins.core.model.config import ModelConfig
+from telechat_twins.core.model.params import parameter_table
+from telechat_twins.core.model.quantize import LINEAR, Int8Matrix
+from telechat_twins.core.model.quantize import quantize as quantized
+from telechat_twins.core.parallel.sharding import Shard
 
 WORDS = 1024  # int32 of the first block, its header included
 HEADER = 8

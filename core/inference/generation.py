@@ -11,12 +11,12 @@ from contextlib import closing
 from dataclasses import dataclass, field
 from typing import Any
 
-from core.data.control import BOT, END, START, SYSTEM, USER
-from core.errors import UserError
-from core.inference.engine import Engine, stream
-from core.inference.requests import Event, Request
-from core.inference.sampling import SamplingConfig
-from core.model.config import ModelConfig
+from telechat_twins.core.data.control import BOT, END, START, SYSTEM, USER
+from telechat_twins.core.errors import UserError
+from telechat_twins.core.inference.engine import Engine, stream
+from telechat_twins.core.inference.requests import Event, Request
+from telechat_twins.core.inference.sampling import SamplingConfig
+from telechat_twins.core.model.config import ModelConfig
 
 # Besides the end of an answer: a model that opens the next turn by itself has finished its own.
 TURN_TOKENS = (END, USER, START, BOT, SYSTEM)

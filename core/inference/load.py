@@ -8,17 +8,17 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from core import backends
-from core.errors import UserError
-from core.inference.pages import pool_size
-from core.model.config import ModelConfig
-from core.model.quantize import quantizing
-from core.model.xpos_range import check_xpos_range, say_xpos_range
-from core.shown import printable
+from telechat_twins.core import backends
+from telechat_twins.core.errors import UserError
+from telechat_twins.core.inference.pages import pool_size
+from telechat_twins.core.model.config import ModelConfig
+from telechat_twins.core.model.quantize import quantizing
+from telechat_twins.core.model.xpos_range import check_xpos_range, say_xpos_range
+from telechat_twins.core.shown import printable
 
 if TYPE_CHECKING:
-    from core.inference.engine import Engine, Limits
-from core.model.config import with_table_dtype
+    from telechat_twins.core.inference.engine import Engine, Limits
+from telechat_twins.core.model.config import with_table_dtype
 
 
 @dataclasses.dataclass
@@ -37,7 +37,7 @@ class Loaded:
 
     def engine_with(self, pages: int, limits: Limits | None = None, reuse: bool = True) -> Engine:
         """An engine on the backend with the weights in it and a cache of so many pages; ``reuse`` as Engine has it."""
-        from core.inference.engine import Engine
+        from telechat_twins.core.inference.engine import Engine
 
         if limits is not None and limits.max_len is not None:
             check_xpos_range(self.config, self.args.precision, limits.max_len)
@@ -57,8 +57,8 @@ def load_model(args: argparse.Namespace, need_tokenizer: str | None) -> Loaded:
 
     UserError on anything missing or unfitting, before weights are read.
     """
-    from convert.source import open_model
-    from core.data.tokenizer import check_vocabulary, load_tokenizer
+    from telechat_twins.convert.source import open_model
+    from telechat_twins.core.data.tokenizer import check_vocabulary, load_tokenizer
 
     backends.load(args.backend, "generate")  # an absent framework is said first
     source = open_model(args.checkpoint)
@@ -83,8 +83,8 @@ def load_model(args: argparse.Namespace, need_tokenizer: str | None) -> Loaded:
 
 def _without_padding(config: ModelConfig, path: str | Path | None, own: bool) -> ModelConfig:
     """``config`` that knows which rows of its vocabulary are padding, by the tokenizer at ``path``; said on stderr."""
-    from core.data.tokenizer import load_tokenizer
-    from core.data.vocabulary import fit_vocabulary
+    from telechat_twins.core.data.tokenizer import load_tokenizer
+    from telechat_twins.core.data.vocabulary import fit_vocabulary
 
     if path is None:
         return config

@@ -9,11 +9,11 @@ from typing import Any
 
 import numpy as np
 
-from core.data.control import TOOL_CALL, TOOL_CALL_END
-from core.errors import UserError
-from core.inference.pages import first_name, page_name
-from core.inference.sampling import Choice, Sampler, SamplingConfig
-from core.inference.text_stream import StopText, text_stream
+from telechat_twins.core.data.control import TOOL_CALL, TOOL_CALL_END
+from telechat_twins.core.errors import UserError
+from telechat_twins.core.inference.pages import first_name, page_name
+from telechat_twins.core.inference.sampling import Choice, Sampler, SamplingConfig
+from telechat_twins.core.inference.text_stream import StopText, text_stream
 
 RESCALES = ("request", "step")
 TEXTS = ("none", "answer", "tools", "continuation")

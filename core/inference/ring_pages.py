@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from core.inference.runner import Step
+from telechat_twins.core.inference.runner import Step
 
 
 class Part(NamedTuple):

@@ -11,7 +11,7 @@ from typing import Protocol
 
 import numpy as np
 
-from core.model.config import ModelConfig
+from telechat_twins.core.model.config import ModelConfig
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from core.errors import UserError
-from core.schema import from_mapping, option
+from telechat_twins.core.errors import UserError
+from telechat_twins.core.schema import from_mapping, option
 
 GROUPS = 1024  # parts of a vocabulary whose largest members bound the k-th largest of all from below
 BLOCK = 128  # neighbours that are summed before a draw looks at each

@@ -13,8 +13,8 @@ import bisect
 from collections.abc import Callable
 from operator import attrgetter
 
-from core.inference.pages import PagePool
-from core.inference.requests import Sample
+from telechat_twins.core.inference.pages import PagePool
+from telechat_twins.core.inference.requests import Sample
 
 ORDER = attrgetter("order")
 

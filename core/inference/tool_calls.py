@@ -16,7 +16,7 @@ import re
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
-from core.data.control import TOOL_CALL, TOOL_CALL_END
+from telechat_twins.core.data.control import TOOL_CALL, TOOL_CALL_END
 
 
 @dataclass(frozen=True)

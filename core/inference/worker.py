@@ -15,18 +15,18 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from core import backends
-from core.errors import UserError
-from core.inference.engine import Engine
-from core.inference.followers import Leader, follow, shard_reader
-from core.inference.generation import answer
-from core.inference.requests import Event, Request, Usage
-from core.inference.sampling import Choice, SamplingConfig
-from core.launch.worker import run_script
-from core.model.config import ModelConfig
-from core.parallel.layout import Layout, parse_layout
-from core.parallel.sharding import chunk_table
-from core.schema import from_mapping
+from telechat_twins.core import backends
+from telechat_twins.core.errors import UserError
+from telechat_twins.core.inference.engine import Engine
+from telechat_twins.core.inference.followers import Leader, follow, shard_reader
+from telechat_twins.core.inference.generation import answer
+from telechat_twins.core.inference.requests import Event, Request, Usage
+from telechat_twins.core.inference.sampling import Choice, SamplingConfig
+from telechat_twins.core.launch.worker import run_script
+from telechat_twins.core.model.config import ModelConfig
+from telechat_twins.core.parallel.layout import Layout, parse_layout
+from telechat_twins.core.parallel.sharding import chunk_table
+from telechat_twins.core.schema import from_mapping
 
 SCRIPT = Path(__file__).resolve()
 
@@ -111,8 +111,8 @@ def _plain(event: Event) -> dict[str, Any]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """One rank's part of a job."""
-    from convert.source import weight_reader
-    from core.data.tokenizer import load_tokenizer
+    from telechat_twins.convert.source import weight_reader
+    from telechat_twins.core.data.tokenizer import load_tokenizer
 
     path = Path((sys.argv[1:] if argv is None else argv)[0])
     job = read_job(path)
@@ -141,6 +141,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    from core.inference.worker import main as run_rank  # the module that others import, not this __main__ copy
+    from telechat_twins.core.inference.worker import (
+        main as run_rank,  # the module that others import, not this __main__ copy
+    )
 
     raise SystemExit(run_script(run_rank))

@@ -9,9 +9,9 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from core.errors import UserError
-from core.files import ROOT
-from core.launch.nodes import bind, parse_master
+from telechat_twins.core.errors import UserError
+from telechat_twins.core.files import ROOT
+from telechat_twins.core.launch.nodes import bind, parse_master
 
 SCRIPTS = {"ms": ROOT / "telechat_ms" / "train.py", "pt": ROOT / "pt_reference" / "train.py"}
 MAX_PROCESSES = 256  # of one machine; none has as many devices

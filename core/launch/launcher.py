@@ -22,14 +22,14 @@ from typing import Any
 
 import psutil
 
-from core.errors import UserError
-from core.launch.command import FRAMEWORK, SCRIPTS, Plan, check_nodes, check_port, command, environment
-from core.launch.heartbeat import Waits
-from core.launch.nodes import PATIENCE, Nodes, Word, bind, meet
-from core.launch.processes import Deaths, Job, lives, signals_as_interrupt
-from core.launch.run_lock import hold_folder
-from core.launch.screen import Screen, last_lines
-from core.launch.worker import SCHEDULER, read_status, stack_path
+from telechat_twins.core.errors import UserError
+from telechat_twins.core.launch.command import FRAMEWORK, SCRIPTS, Plan, check_nodes, check_port, command, environment
+from telechat_twins.core.launch.heartbeat import Waits
+from telechat_twins.core.launch.nodes import PATIENCE, Nodes, Word, bind, meet
+from telechat_twins.core.launch.processes import Deaths, Job, lives, signals_as_interrupt
+from telechat_twins.core.launch.run_lock import hold_folder
+from telechat_twins.core.launch.screen import Screen, last_lines
+from telechat_twins.core.launch.worker import SCHEDULER, read_status, stack_path
 
 # Seconds a rank may be inside one collective. Below the 10 minutes after which NCCL's own watchdog ends a rank without
 # saying who waits for whom, and above any wait that a healthy run has (a slow file system at a checkpoint).

@@ -20,8 +20,8 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import Any, NamedTuple
 
-from core.errors import UserError
-from core.shown import printable, shown
+from telechat_twins.core.errors import UserError
+from telechat_twins.core.shown import printable, shown
 
 PATIENCE = 600.0  # seconds the nodes wait for one another at the start: machines of a cluster are not ready together
 LOOK = 0.1

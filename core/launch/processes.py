@@ -15,7 +15,7 @@ from typing import BinaryIO
 
 import psutil
 
-from core.launch.worker import die_with_parent
+from telechat_twins.core.launch.worker import die_with_parent
 
 CAUGHT = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 LOOK = 0.05  # seconds between two looks at processes that are ending

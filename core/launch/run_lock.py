@@ -26,8 +26,8 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from core.errors import UserError
-from core.files.atomic import clean_stale, mark_lives, process_mark
+from telechat_twins.core.errors import UserError
+from telechat_twins.core.files.atomic import clean_stale, mark_lives, process_mark
 
 NAME = ".lock"
 DYING = 5.0  # seconds that a process which was killed may take to be gone; its lock is waited for that long

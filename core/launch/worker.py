@@ -31,12 +31,13 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 if __name__ == "__main__":
-    # Started by file name, Python puts core/launch/ itself first on the path instead of the repository.
-    sys.path[0] = str(ROOT)
+    # Started by file name, Python puts core/launch/ itself first on the path instead of the folder that holds
+    # telechat_twins: the checkout, or in a wheel the folder above it.
+    sys.path[0] = str(ROOT if (ROOT / "telechat_twins").is_dir() else ROOT.parent)
 
-from core.errors import UserError  # noqa: E402
-from core.launch.heartbeat import heartbeat_path, place_heartbeat  # noqa: E402
-from core.shown import controls_shown, printable  # noqa: E402
+from telechat_twins.core.errors import UserError  # noqa: E402
+from telechat_twins.core.launch.heartbeat import heartbeat_path, place_heartbeat  # noqa: E402
+from telechat_twins.core.shown import controls_shown, printable  # noqa: E402
 
 SCHEDULER = "scheduler"  # in the place of a rank: msrun's scheduler keeps a status file too
 PART = 150.0  # seconds a rank that failed or was interrupted may wait for the others; above the launcher's own limits
@@ -252,6 +253,8 @@ def _serve_as_scheduler(status_dir: Path) -> int:
 
 
 if __name__ == "__main__":
-    from core.launch.worker import main as run_worker  # the module the script's own imports see, not this __main__ copy
+    from telechat_twins.core.launch.worker import (
+        main as run_worker,  # the module the script's own imports see, not this __main__ copy
+    )
 
     raise SystemExit(run_worker())

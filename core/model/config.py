@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from core.errors import UserError
-from core.files import ROOT
-from core.model.growth_mask import GrowthMask, new_heads
-from core.near import nearest
-from core.schema import from_mapping, load_yaml, option
-from core.shown import shown
+from telechat_twins.core.errors import UserError
+from telechat_twins.core.files import ROOT
+from telechat_twins.core.model.growth_mask import GrowthMask, new_heads
+from telechat_twins.core.near import nearest
+from telechat_twins.core.schema import from_mapping, load_yaml, option
+from telechat_twins.core.shown import shown
 
 if TYPE_CHECKING:
     pass

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from core.model.config import ModelConfig
-from core.model.params import parameter_table
+from telechat_twins.core.model.config import ModelConfig
+from telechat_twins.core.model.params import parameter_table
 
 
 def flops_per_token(config: ModelConfig, seq_len: int, causal: bool = False) -> float:

@@ -14,9 +14,9 @@ from typing import Any
 
 import numpy as np
 
-from core.model.config import ModelConfig
-from core.model.growth_mask import head_map, kv_map
-from core.schema import from_mapping, option
+from telechat_twins.core.model.config import ModelConfig
+from telechat_twins.core.model.growth_mask import head_map, kv_map
+from telechat_twins.core.schema import from_mapping, option
 
 METHODS = ("masked", "zero")
 

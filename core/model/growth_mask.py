@@ -20,8 +20,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from core.errors import UserError
-from core.schema import option
+from telechat_twins.core.errors import UserError
+from telechat_twins.core.schema import option
 
 if TYPE_CHECKING:  # which holds a GrowthMask itself
     pass

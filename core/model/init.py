@@ -14,8 +14,8 @@ import math
 
 import numpy as np
 
-from core.model.config import ModelConfig
-from core.model.params import MATRIX, ParamSpec, parameter_table
+from telechat_twins.core.model.config import ModelConfig
+from telechat_twins.core.model.params import MATRIX, ParamSpec, parameter_table
 
 _CHUNK = 1 << 15  # elements made at once: few enough for a processor's cache
 

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 if TYPE_CHECKING:  # which holds a GrowthMask itself
-    from core.model.config import ModelConfig
-from core.model.growth_mask import new_channels, new_heads
+    from telechat_twins.core.model.config import ModelConfig
+from telechat_twins.core.model.growth_mask import new_channels, new_heads
 
 # float16 holds it, and exp of it is 0 beside any logit within 5e4.
 PADDING_LOGIT = -6.0e4

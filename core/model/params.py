@@ -9,7 +9,7 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from core.model.config import ModelConfig
+from telechat_twins.core.model.config import ModelConfig
 
 # muP's classes (Yang et al., arXiv 2203.03466, table 8). As the width grows both sides of a matrix-like parameter grow,
 # one side of the others.

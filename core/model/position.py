@@ -16,7 +16,7 @@ import math
 
 import numpy as np
 
-from core.model.config import ModelConfig
+from telechat_twins.core.model.config import ModelConfig
 
 
 def ntk_alpha(seq_len: int, training_seqlen: int, base_seqlen: int) -> float:

@@ -12,8 +12,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from core.model.config import ModelConfig
-from core.model.params import parameter_table
+from telechat_twins.core.model.config import ModelConfig
+from telechat_twins.core.model.params import parameter_table
 
 QUANTIZATIONS = ("none", "int8")
 LEVELS = 127

@@ -12,10 +12,10 @@ import math
 import sys
 from typing import TYPE_CHECKING
 
-from core.errors import UserError
+from telechat_twins.core.errors import UserError
 
 if TYPE_CHECKING:
-    from core.model.config import ModelConfig
+    from telechat_twins.core.model.config import ModelConfig
 
 _EXPONENT = math.log2(1.4 / 0.4)
 # -log2 of the smallest normal number of the compute dtype. Scales within 2^-e .. 2^e leave keys of size 1 all their

@@ -16,12 +16,12 @@ from typing import Any
 
 import numpy as np
 
-from core import backends
-from core.config import RunConfig
-from core.model.batch import Batch, shift_labels
-from core.mup import transfer as rules
-from core.parallel.layout import Layout
-from core.train.recipe import clip_factor, learning_rate
+from telechat_twins.core import backends
+from telechat_twins.core.config import RunConfig
+from telechat_twins.core.model.batch import Batch, shift_labels
+from telechat_twins.core.mup import transfer as rules
+from telechat_twins.core.parallel.layout import Layout
+from telechat_twins.core.train.recipe import clip_factor, learning_rate
 
 GROUPS = ("embed", "attn", "ffn", "stream", "logits")
 MUP, STANDARD = "muP", "standard"

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from core.errors import UserError
+from telechat_twins.core.errors import UserError
 
 PARAMETERS = 3
 LEAST_POINTS = 4  # one more than parameters: without a residual there is no error to state

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from core.errors import UserError
-from core.files.foreign import MIB, read_text
-from core.schema import load_yaml
-from core.shown import printable, shown
+from telechat_twins.core.errors import UserError
+from telechat_twins.core.files.foreign import MIB, read_text
+from telechat_twins.core.schema import load_yaml
+from telechat_twins.core.shown import printable, shown
 
 SIZES = ("parameters", "width")  # the first that is there is the size of the law
 COLUMNS = (*SIZES, "loss", "step")

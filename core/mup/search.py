@@ -17,16 +17,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from core.config import RunConfig, load_run_config
-from core.errors import UserError
-from core.files.atomic import remove_folder, write_text
-from core.files.foreign import load_json
-from core.launch.launcher import launch
-from core.launch.worker import read_status
-from core.model.config import load_model_config
-from core.model.flops import flops_per_token
-from core.mup.transfer import at_width, transfer
-from core.schema import from_mapping, load_yaml, option
+from telechat_twins.core.config import RunConfig, load_run_config
+from telechat_twins.core.errors import UserError
+from telechat_twins.core.files.atomic import remove_folder, write_text
+from telechat_twins.core.files.foreign import load_json
+from telechat_twins.core.launch.launcher import launch
+from telechat_twins.core.launch.worker import read_status
+from telechat_twins.core.model.config import load_model_config
+from telechat_twins.core.model.flops import flops_per_token
+from telechat_twins.core.mup.transfer import at_width, transfer
+from telechat_twins.core.schema import from_mapping, load_yaml, option
 
 DONE, DIVERGED, FAILED = "done", "diverged", "failed"
 STOPPED = "training stopped at step"  # how core.train.loop begins when the numbers went wrong

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import numpy as np
 
-from core.mup.search import DONE, Numbers
-from core.mup.search_report import Report, ordered, over_seeds, varied, whole_widths
-from core.train.metrics import Row, column
+from telechat_twins.core.mup.search import DONE, Numbers
+from telechat_twins.core.mup.search_report import Report, ordered, over_seeds, varied, whole_widths
+from telechat_twins.core.train.metrics import Row, column
 
 CROWDED = 5  # more ticks of one number have their labels turned, or those of neighbours run into each other
 

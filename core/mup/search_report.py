@@ -16,11 +16,11 @@ from typing import Any
 
 import numpy as np
 
-from core.model.params import count_parameters
-from core.mup.loss_prediction import student_quantile
-from core.mup.search import DIVERGED, DONE, FAILED, NAMES, Numbers, Trial, result_of
-from core.mup.transfer import RULES, value_of
-from core.train.metrics import Row, column, read_metrics
+from telechat_twins.core.model.params import count_parameters
+from telechat_twins.core.mup.loss_prediction import student_quantile
+from telechat_twins.core.mup.search import DIVERGED, DONE, FAILED, NAMES, Numbers, Trial, result_of
+from telechat_twins.core.mup.transfer import RULES, value_of
+from telechat_twins.core.train.metrics import Row, column, read_metrics
 
 QUARTERS = 4  # of the steps after warm-up, whose median gradient norms make the trend
 SURE = 3.0  # standard errors by which a wider model must be worse before it is called so

@@ -12,9 +12,9 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from core.config import OptimConfig
-from core.errors import UserError
-from core.model.config import ModelConfig, load_model_config
+from telechat_twins.core.config import OptimConfig
+from telechat_twins.core.errors import UserError
+from telechat_twins.core.model.config import ModelConfig, load_model_config
 
 DIGITS = 12  # of a transferred number: more than any search finds, fewer than a division leaves behind
 

@@ -12,12 +12,12 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, NamedTuple
 
-from core.errors import UserError
-from core.near import nearest
-from core.schema import option
+from telechat_twins.core.errors import UserError
+from telechat_twins.core.near import nearest
+from telechat_twins.core.schema import option
 
 if TYPE_CHECKING:  # core.config holds a Layout, so it is the one that imports
-    from core.model.config import ModelConfig
+    from telechat_twins.core.model.config import ModelConfig
 
 SCHEDULES = ("1f1b", "gpipe")
 MAX_RANKS = 1 << 20  # along an axis
@@ -238,7 +238,7 @@ def stage_layers(layout: Layout, config: ModelConfig) -> list[list[int]]:
     Among those the evenest, and then the one with the lightest first stages, whose activations live longest. UserError
     when there are more stages than layers or the explicit numbers do not add up.
     """
-    from core.model.params import block_table
+    from telechat_twins.core.model.params import block_table
 
     _check_stages(layout, config)
     counts: Sequence[int] = layout.stage_layers

@@ -5,12 +5,12 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from core.model.config import ModelConfig
-from core.model.flops import flops_per_token
-from core.model.params import parameter_table
-from core.parallel.layout import Coord, Layout
-from core.parallel.schedule import bubble_formula, peak_live
-from core.parallel.sharding import Shard, chunk_table, padded_rows
+from telechat_twins.core.model.config import ModelConfig
+from telechat_twins.core.model.flops import flops_per_token
+from telechat_twins.core.model.params import parameter_table
+from telechat_twins.core.parallel.layout import Coord, Layout
+from telechat_twins.core.parallel.schedule import bubble_formula, peak_live
+from telechat_twins.core.parallel.sharding import Shard, chunk_table, padded_rows
 
 
 def estimate(

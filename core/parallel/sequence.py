@@ -16,9 +16,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from core.model.batch import IGNORE, Batch
-from core.model.visibility import Block
-from core.parallel.layout import Layout
+from telechat_twins.core.model.batch import IGNORE, Batch
+from telechat_twins.core.model.visibility import Block
+from telechat_twins.core.parallel.layout import Layout
 
 
 @dataclass(frozen=True, eq=False)

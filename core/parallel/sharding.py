@@ -10,9 +10,9 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
-from core.model.config import ModelConfig
-from core.model.params import VECTOR, ParamSpec, parameter_table
-from core.parallel.layout import Coord, Layout, stage_layers
+from telechat_twins.core.model.config import ModelConfig
+from telechat_twins.core.model.params import VECTOR, ParamSpec, parameter_table
+from telechat_twins.core.parallel.layout import Coord, Layout, stage_layers
 
 Box = tuple[slice, ...]
 

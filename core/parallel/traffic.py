@@ -12,12 +12,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from core.model.config import ModelConfig
-from core.model.precision import PRECISION
-from core.parallel.layout import Layout
-from core.parallel.schedule import actions
-from core.parallel.sequence import sequence_multiple
-from core.parallel.sharding import Shard, chunk_table, plan_buckets
+from telechat_twins.core.model.config import ModelConfig
+from telechat_twins.core.model.precision import PRECISION
+from telechat_twins.core.parallel.layout import Layout
+from telechat_twins.core.parallel.schedule import actions
+from telechat_twins.core.parallel.sequence import sequence_multiple
+from telechat_twins.core.parallel.sharding import Shard, chunk_table, plan_buckets
 
 Traffic = dict[tuple[str, str], list[int]]
 

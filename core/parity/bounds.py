@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from core.train.metrics import Row, column
+from telechat_twins.core.train.metrics import Row, column
 
 FULL = ("fp32", "fp64")  # precisions in which all is computed as it is stored
 # Half the distance from 1 to the next number of the precision that products are rounded to.

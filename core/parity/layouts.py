@@ -17,14 +17,14 @@ from pathlib import Path
 
 import numpy as np
 
-from core import backends
-from core.config import OptimConfig
-from core.model.init import init_weights
-from core.parallel.layout import Layout
-from core.parallel.schedule import peak_live
-from core.parallel.sequence import split_batch
-from core.parallel.traffic import Traffic, expected_traffic
-from core.parity.bounds import (
+from telechat_twins.core import backends
+from telechat_twins.core.config import OptimConfig
+from telechat_twins.core.model.init import init_weights
+from telechat_twins.core.parallel.layout import Layout
+from telechat_twins.core.parallel.schedule import peak_live
+from telechat_twins.core.parallel.sequence import split_batch
+from telechat_twins.core.parallel.traffic import Traffic, expected_traffic
+from telechat_twins.core.parity.bounds import (
     NUDGED,
     UNIT_ROUNDOFF,
     Bound,
@@ -33,8 +33,8 @@ from core.parity.bounds import (
     relative_frobenius,
     tolerances,
 )
-from core.parity.worker import Outcome, Task, pad_rows, read_batch, row_multiple, run_alone
-from core.train.recipe import clip_factor, tells_classes_apart
+from telechat_twins.core.parity.worker import Outcome, Task, pad_rows, read_batch, row_multiple, run_alone
+from telechat_twins.core.train.recipe import clip_factor, tells_classes_apart
 
 EXACT = "pt"  # the backend of the float64 run
 # What a layout may add in fp32: sums in another order, over ranks and micro-batches. 17 u for the scalars; a gradient

@@ -10,16 +10,16 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from core.backends import TITLES
-from core.parity.bounds import (
+from telechat_twins.core.backends import TITLES
+from telechat_twins.core.parity.bounds import (
     STRICT_STEPS,
     BatchReport,
     Bound,
     Judged,
     TraceReport,
 )
-from core.parity.layouts import LayoutReport, TensorError
-from core.train.metrics import Row, column
+from telechat_twins.core.parity.layouts import LayoutReport, TensorError
+from telechat_twins.core.train.metrics import Row, column
 
 WORST_SHOWN = 10
 

@@ -8,14 +8,14 @@ import shutil
 import sys
 from pathlib import Path
 
-from core import backends
-from core.config import RunConfig, run_config_from_dict
-from core.data.blend import Blend, open_blend
-from core.errors import UserError
-from core.launch.launcher import launch
-from core.model.init import init_weights
-from core.parallel.layout import Layout, check_layout, parse_layout
-from core.parity.bounds import (
+from telechat_twins.core import backends
+from telechat_twins.core.config import RunConfig, run_config_from_dict
+from telechat_twins.core.data.blend import Blend, open_blend
+from telechat_twins.core.errors import UserError
+from telechat_twins.core.launch.launcher import launch
+from telechat_twins.core.model.init import init_weights
+from telechat_twins.core.parallel.layout import Layout, check_layout, parse_layout
+from telechat_twins.core.parity.bounds import (
     FULL,
     BatchReport,
     TraceReport,
@@ -24,9 +24,9 @@ from core.parity.bounds import (
     judge_batch,
     nudged_weights,
 )
-from core.parity.layouts import EXACT, LayoutReport, References, judge_layout, one_device, smooth_optim
-from core.parity.worker import Task, collect, launch_tasks, read_batch, write_batch
-from core.train.metrics import Row, read_metrics
+from telechat_twins.core.parity.layouts import EXACT, LayoutReport, References, judge_layout, one_device, smooth_optim
+from telechat_twins.core.parity.worker import Task, collect, launch_tasks, read_batch, write_batch
+from telechat_twins.core.train.metrics import Row, read_metrics
 
 LAYOUT_ROWS = 8  # samples that the layouts are compared on: enough for every rank of 8 to have one
 

@@ -22,22 +22,22 @@ from typing import Any
 
 import numpy as np
 
-from core import backends
-from core.checkpoint.pieces import tiling_fault
-from core.checkpoint.read import PieceWriter, TensorPiece
-from core.config import DataConfig, OptimConfig, RunConfig, TrainConfig
-from core.files.safetensors import SafetensorsFile
-from core.launch.worker import run_script
-from core.model.batch import IGNORE, Batch
-from core.model.config import PRECISIONS, ModelConfig
-from core.model.init import init_tensor
-from core.parallel.layout import Layout
-from core.parallel.sequence import LocalBatch, real_places, split_batch
-from core.parallel.sharding import Box
-from core.parallel.traffic import Traffic
-from core.schema import from_mapping, option
-from core.train.loss_scale import largest_magnitude, largest_scale
-from core.train.recipe import clip_factor
+from telechat_twins.core import backends
+from telechat_twins.core.checkpoint.pieces import tiling_fault
+from telechat_twins.core.checkpoint.read import PieceWriter, TensorPiece
+from telechat_twins.core.config import DataConfig, OptimConfig, RunConfig, TrainConfig
+from telechat_twins.core.files.safetensors import SafetensorsFile
+from telechat_twins.core.launch.worker import run_script
+from telechat_twins.core.model.batch import IGNORE, Batch
+from telechat_twins.core.model.config import PRECISIONS, ModelConfig
+from telechat_twins.core.model.init import init_tensor
+from telechat_twins.core.parallel.layout import Layout
+from telechat_twins.core.parallel.sequence import LocalBatch, real_places, split_batch
+from telechat_twins.core.parallel.sharding import Box
+from telechat_twins.core.parallel.traffic import Traffic
+from telechat_twins.core.schema import from_mapping, option
+from telechat_twins.core.train.loss_scale import largest_magnitude, largest_scale
+from telechat_twins.core.train.recipe import clip_factor
 
 SCRIPT = Path(__file__).resolve()
 KINDS = ("logits", "gradients", "weights")
@@ -118,7 +118,7 @@ def launch_tasks(
     Their layouts must have equal worlds (ValueError). ``timeout`` is for the whole job, ``collective_timeout`` for a
     rank's wait for others, in seconds.
     """
-    from core.launch.launcher import COLLECTIVE_TIMEOUT, launch
+    from telechat_twins.core.launch.launcher import COLLECTIVE_TIMEOUT, launch
 
     worlds = {task.layout.world for task in tasks}
     if len(worlds) != 1:
@@ -281,7 +281,7 @@ def _run_config(task: Task, rows: int, seq_len: int) -> RunConfig:
 def _reader(task: Task) -> Callable[[str, Box], np.ndarray]:
     if task.weights in SCHEMES:
         return lambda name, box: init_tensor(name, task.model, task.seed, box, task.weights)
-    from convert.source import weight_reader  # which may open releases
+    from telechat_twins.convert.source import weight_reader  # which may open releases
 
     return weight_reader(task.weights)
 
@@ -370,6 +370,8 @@ def _join(folder: Path, world: int, problems: list[str]) -> dict[str, np.ndarray
 
 
 if __name__ == "__main__":
-    from core.parity.worker import main as run_rank  # the module that core.commands meets, not this __main__ copy
+    from telechat_twins.core.parity.worker import (
+        main as run_rank,  # the module that core.commands meets, not this __main__ copy
+    )
 
     raise SystemExit(run_script(run_rank))

@@ -14,15 +14,15 @@ from fastapi.responses import HTMLResponse, PlainTextResponse, Response
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp
 
-from core.serve.chat import read_chat
-from core.serve.completions import read_completion
-from core.serve.errors import ApiError, shown
-from core.serve.exchange import ClientGone, EventStream, Exchange, json_response, outcome_of
-from core.serve.guard import NO_PAGE, Guard
-from core.serve.hosts import Hosts
-from core.serve.intake import HttpLimits, Intake, Read
-from core.serve.job import Served
-from core.serve.service import Service
+from telechat_twins.core.serve.chat import read_chat
+from telechat_twins.core.serve.completions import read_completion
+from telechat_twins.core.serve.errors import ApiError, shown
+from telechat_twins.core.serve.exchange import ClientGone, EventStream, Exchange, json_response, outcome_of
+from telechat_twins.core.serve.guard import NO_PAGE, Guard
+from telechat_twins.core.serve.hosts import Hosts
+from telechat_twins.core.serve.intake import HttpLimits, Intake, Read
+from telechat_twins.core.serve.job import Served
+from telechat_twins.core.serve.service import Service
 
 PAGE_POLICY = f"{NO_PAGE}; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'; img-src data:"
 

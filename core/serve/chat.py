@@ -8,17 +8,17 @@ import secrets
 from collections.abc import Mapping
 from typing import Any
 
-from core.data.chat_template import chat_parts, encode_chat
-from core.errors import UserError
-from core.inference.generation import turn_stops
-from core.inference.requests import Event, Request
-from core.inference.sampling import Choice
-from core.inference.tool_calls import ToolCall, ToolCallStream
-from core.serve import strict_json
-from core.serve.completions import token_text
-from core.serve.errors import ApiError, shown
-from core.serve.fields import Fields
-from core.serve.job import (
+from telechat_twins.core.data.chat_template import chat_parts, encode_chat
+from telechat_twins.core.errors import UserError
+from telechat_twins.core.inference.generation import turn_stops
+from telechat_twins.core.inference.requests import Event, Request
+from telechat_twins.core.inference.sampling import Choice
+from telechat_twins.core.inference.tool_calls import ToolCall, ToolCallStream
+from telechat_twins.core.serve import strict_json
+from telechat_twins.core.serve.completions import token_text
+from telechat_twins.core.serve.errors import ApiError, shown
+from telechat_twins.core.serve.fields import Fields
+from telechat_twins.core.serve.job import (
     MOST_LOGPROBS,
     Draft,
     Job,
@@ -33,7 +33,7 @@ from core.serve.job import (
     read_stream,
     room,
 )
-from core.serve.length import check_length, too_long
+from telechat_twins.core.serve.length import check_length, too_long
 
 ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant", "tool": "tool"}
 TOOL_NAME = re.compile(r"[a-zA-Z0-9_-]{1,64}")

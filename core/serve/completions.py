@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from core.inference.requests import Event, Request
-from core.inference.sampling import Choice
-from core.serve.errors import shown
-from core.serve.fields import Fields
-from core.serve.job import (
+from telechat_twins.core.inference.requests import Event, Request
+from telechat_twins.core.inference.sampling import Choice
+from telechat_twins.core.serve.errors import shown
+from telechat_twins.core.serve.fields import Fields
+from telechat_twins.core.serve.job import (
     MOST_LOGPROBS,
     Draft,
     Job,
@@ -24,7 +24,7 @@ from core.serve.job import (
     read_stream,
     room,
 )
-from core.serve.length import check_length
+from telechat_twins.core.serve.length import check_length
 
 DEFAULT_NEW = 16  # as the OpenAI interface
 MOST_PROMPTS = 128

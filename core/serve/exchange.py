@@ -14,10 +14,10 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from core.inference.requests import Usage
-from core.serve.errors import ApiError
-from core.serve.job import Job, Served
-from core.serve.service import Ticket
+from telechat_twins.core.inference.requests import Usage
+from telechat_twins.core.serve.errors import ApiError
+from telechat_twins.core.serve.job import Job, Served
+from telechat_twins.core.serve.service import Ticket
 
 OUTCOMES = {401: "unauthorized", 429: "overloaded", 503: "shutting_down", 504: "timed_out"}
 SLOW = 1.0

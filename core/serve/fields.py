@@ -7,7 +7,7 @@ import difflib
 from collections.abc import Iterable, Mapping
 from typing import Any, NoReturn
 
-from core.serve.errors import ApiError, shown, shown_name
+from telechat_twins.core.serve.errors import ApiError, shown, shown_name
 
 LONGEST_HINT = 40  # characters of a field's name that is compared with those that there are
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from core.serve.errors import ApiError, shown
-from core.serve.exchange import json_response
-from core.serve.hosts import Hosts
+from telechat_twins.core.serve.errors import ApiError, shown
+from telechat_twins.core.serve.exchange import json_response
+from telechat_twins.core.serve.hosts import Hosts
 
 # Of what is no page: nothing in it is to be run, framed or sent anywhere.
 NO_PAGE = "default-src 'none'; frame-ancestors 'none'; base-uri 'none'; form-action 'none'"

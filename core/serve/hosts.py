@@ -10,7 +10,7 @@ import ipaddress
 import re
 from collections.abc import Sequence
 
-from core.errors import UserError
+from telechat_twins.core.errors import UserError
 
 _HOST = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+)(?::[0-9]{0,5})?")
 _NAME = re.compile(r"[A-Za-z0-9._-]+")

@@ -16,12 +16,12 @@ from typing import Any
 from fastapi import Request
 from starlette.requests import ClientDisconnect
 
-from core.serve import strict_json
-from core.serve.errors import ApiError, shown
-from core.serve.exchange import ClientGone
-from core.serve.job import Draft, Job, Served
-from core.serve.length import most_characters, too_long
-from core.serve.service import Service
+from telechat_twins.core.serve import strict_json
+from telechat_twins.core.serve.errors import ApiError, shown
+from telechat_twins.core.serve.exchange import ClientGone
+from telechat_twins.core.serve.job import Draft, Job, Served
+from telechat_twins.core.serve.length import most_characters, too_long
+from telechat_twins.core.serve.service import Service
 
 BODY_SECONDS = 30.0  # for a request's body to arrive
 LARGE = 1 << 16  # bytes of a body that is not of ordinary size

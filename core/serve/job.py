@@ -7,12 +7,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from core.inference.chat import default_answer_length
-from core.inference.requests import MOST_BIAS, MOST_SAMPLES, Event, Request
-from core.inference.sampling import SamplingConfig, sampling_config
-from core.model.config import ModelConfig
-from core.serve.errors import ApiError, shown
-from core.serve.fields import Fields
+from telechat_twins.core.inference.chat import default_answer_length
+from telechat_twins.core.inference.requests import MOST_BIAS, MOST_SAMPLES, Event, Request
+from telechat_twins.core.inference.sampling import SamplingConfig, sampling_config
+from telechat_twins.core.model.config import ModelConfig
+from telechat_twins.core.serve.errors import ApiError, shown
+from telechat_twins.core.serve.fields import Fields
 
 MOST_STOPS = 16
 LONGEST_STOP = 1000  # characters; every token is compared with all beginnings of a stop string

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from core.serve.errors import ApiError
-from core.serve.job import Served
+from telechat_twins.core.serve.errors import ApiError
+from telechat_twins.core.serve.job import Served
 
 FIRST_LOOK = 4  # characters a token: what ordinary text has
 

@@ -15,8 +15,8 @@ from typing import Any
 import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from core.serve.errors import ApiError
-from core.serve.exchange import to_json
+from telechat_twins.core.serve.errors import ApiError
+from telechat_twins.core.serve.exchange import to_json
 
 HEADER_SECONDS = 10.0
 LINGER_SECONDS = 5.0

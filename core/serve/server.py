@@ -15,9 +15,9 @@ from typing import Any
 import h11
 import uvicorn
 
-from core.errors import UserError
-from core.serve.protocol import BoundedProtocol
-from core.serve.service import Service
+from telechat_twins.core.errors import UserError
+from telechat_twins.core.serve.protocol import BoundedProtocol
+from telechat_twins.core.serve.service import Service
 
 SPARE_FILES = 64  # that a process has open beside its connections
 ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)

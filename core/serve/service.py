@@ -13,11 +13,11 @@ import time
 import traceback
 from collections.abc import AsyncGenerator, Sequence
 
-from core.errors import UserError
-from core.inference.engine import Engine
-from core.inference.requests import Event, Request
-from core.serve.errors import ApiError
-from core.serve.metrics import Metrics
+from telechat_twins.core.errors import UserError
+from telechat_twins.core.inference.engine import Engine
+from telechat_twins.core.inference.requests import Event, Request
+from telechat_twins.core.serve.errors import ApiError
+from telechat_twins.core.serve.metrics import Metrics
 
 Batch = list[tuple[int, Event]]  # of one step: which of the ticket's requests, and what happened to it
 

@@ -10,7 +10,7 @@ import json
 from collections.abc import Callable, Iterator
 from typing import Any, Protocol, TypeVar
 
-from core.errors import UserError
+from telechat_twins.core.errors import UserError
 
 T = TypeVar("T")
 

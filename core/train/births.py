@@ -6,9 +6,9 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-from core.model.growth import Growth, axis_maps
-from core.model.params import parameter_axes
-from core.parallel.sharding import FlatPiece
+from telechat_twins.core.model.growth import Growth, axis_maps
+from telechat_twins.core.model.params import parameter_axes
+from telechat_twins.core.parallel.sharding import FlatPiece
 
 
 def born(history: Sequence[Growth], name: str, box: tuple[slice, ...]) -> np.ndarray | None:

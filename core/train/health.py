@@ -12,7 +12,7 @@ from collections import deque
 from dataclasses import dataclass
 from typing import Any
 
-from core.config import HealthConfig
+from telechat_twins.core.config import HealthConfig
 
 
 class TrainingStopped(Exception):

@@ -23,31 +23,31 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from core.checkpoint.read import Checkpoint, Ranks, Saver, open_checkpoint
-from core.checkpoint.save import Asset
-from core.cli import Parser
-from core.config import RunConfig, load_run_config, run_config_from_dict
-from core.data.blend import Blend, open_blend
-from core.data.vocabulary import fit_run
-from core.errors import UserError
-from core.launch.run_lock import DYING, hold_folder
-from core.launch.worker import run_script
-from core.launch.world import launched_world
-from core.model.batch import Batch
-from core.model.config import load_model_config
-from core.model.growth import Growth, read_history
-from core.model.growth_mask import GrowthMask
-from core.model.params import MATRIX
-from core.model.xpos_range import check_xpos_range
-from core.parallel.layout import check_layout
-from core.schema import from_mapping
-from core.train.agreement import meet, raise_together, require_same_on_all, together
-from core.train.health import Health, TrainingStopped
-from core.train.loss_scale import DynamicLossScale
-from core.train.metrics import Row, require_fresh
-from core.train.recipe import class_rate, clip_factor, learning_rate
-from core.train.records import _header, _Records, _Signals
-from core.train.stepper import Stepper, TrainState
+from telechat_twins.core.checkpoint.read import Checkpoint, Ranks, Saver, open_checkpoint
+from telechat_twins.core.checkpoint.save import Asset
+from telechat_twins.core.cli import Parser
+from telechat_twins.core.config import RunConfig, load_run_config, run_config_from_dict
+from telechat_twins.core.data.blend import Blend, open_blend
+from telechat_twins.core.data.vocabulary import fit_run
+from telechat_twins.core.errors import UserError
+from telechat_twins.core.launch.run_lock import DYING, hold_folder
+from telechat_twins.core.launch.worker import run_script
+from telechat_twins.core.launch.world import launched_world
+from telechat_twins.core.model.batch import Batch
+from telechat_twins.core.model.config import load_model_config
+from telechat_twins.core.model.growth import Growth, read_history
+from telechat_twins.core.model.growth_mask import GrowthMask
+from telechat_twins.core.model.params import MATRIX
+from telechat_twins.core.model.xpos_range import check_xpos_range
+from telechat_twins.core.parallel.layout import check_layout
+from telechat_twins.core.schema import from_mapping
+from telechat_twins.core.train.agreement import meet, raise_together, require_same_on_all, together
+from telechat_twins.core.train.health import Health, TrainingStopped
+from telechat_twins.core.train.loss_scale import DynamicLossScale
+from telechat_twins.core.train.metrics import Row, require_fresh
+from telechat_twins.core.train.recipe import class_rate, clip_factor, learning_rate
+from telechat_twins.core.train.records import _header, _Records, _Signals
+from telechat_twins.core.train.stepper import Stepper, TrainState
 
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 T = TypeVar("T")

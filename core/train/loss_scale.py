@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from core.errors import UserError
+from telechat_twins.core.errors import UserError
 
 _FP16_MAX = 65504.0
 _SMALLEST, _FIRST, _LARGEST = -24, 16, 40  # exponents of the scales that a search tries

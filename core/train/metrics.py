@@ -11,8 +11,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from core.errors import UserError
-from core.files.foreign import lines, open_regular, parse_json
+from telechat_twins.core.errors import UserError
+from telechat_twins.core.files.foreign import lines, open_regular, parse_json
 
 Row = dict[str, Any]
 

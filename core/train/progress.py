@@ -7,7 +7,7 @@ import time
 from collections import deque
 from typing import TextIO
 
-from core.train.metrics import Row
+from telechat_twins.core.train.metrics import Row
 
 
 class Console:

@@ -11,8 +11,8 @@ import math
 
 import numpy as np
 
-from core.config import OptimConfig
-from core.model.params import MATRIX
+from telechat_twins.core.config import OptimConfig
+from telechat_twins.core.model.params import MATRIX
 
 # Keeps clip_factor finite for a zero norm; the value is part of the published recipe (torch.nn.utils.clip_grad_norm_).
 CLIP_EPS = 1e-6

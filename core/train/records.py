@@ -9,15 +9,15 @@ import threading
 from pathlib import Path
 from types import FrameType
 
-from core.config import RunConfig
-from core.data.blend import Blend
-from core.model.masks import describe as describe_growth
-from core.model.params import count_parameters
-from core.parallel.schedule import bubble_formula
-from core.train.metrics import MetricsLog, Row, plot_losses, read_metrics
-from core.train.progress import Console
-from core.train.stepper import Stepper, TrainState
-from core.train.tensorboard import TensorBoard
+from telechat_twins.core.config import RunConfig
+from telechat_twins.core.data.blend import Blend
+from telechat_twins.core.model.masks import describe as describe_growth
+from telechat_twins.core.model.params import count_parameters
+from telechat_twins.core.parallel.schedule import bubble_formula
+from telechat_twins.core.train.metrics import MetricsLog, Row, plot_losses, read_metrics
+from telechat_twins.core.train.progress import Console
+from telechat_twins.core.train.stepper import Stepper, TrainState
+from telechat_twins.core.train.tensorboard import TensorBoard
 
 
 class _Records:

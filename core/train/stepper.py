@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
-from core.checkpoint.read import Checkpoint, TensorPiece
-from core.model.batch import Batch
+from telechat_twins.core.checkpoint.read import Checkpoint, TensorPiece
+from telechat_twins.core.model.batch import Batch
 
 
 class Stepper(Protocol):

@@ -15,7 +15,7 @@ import struct
 import time
 from pathlib import Path
 
-from core.train.metrics import Row
+from telechat_twins.core.train.metrics import Row
 
 TAGS = {
     "loss": "train/loss",

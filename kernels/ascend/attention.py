@@ -15,9 +15,9 @@ import mindspore as ms
 import numpy as np
 from mindspore import Tensor, ops
 
-from core.model.visibility import KeyRanges, causal_ranges
-from kernels.ascend import calls as cann
-from kernels.ascend import visibility as visibility
+from telechat_twins.core.model.visibility import KeyRanges, causal_ranges
+from telechat_twins.kernels.ascend import calls as cann
+from telechat_twins.kernels.ascend import visibility as visibility
 
 LANES = 8  # how often CANN stores a softmax statistic
 HEAD_STEP = 16  # D must be a multiple of it; smaller heads are filled up with zeros, which change no score

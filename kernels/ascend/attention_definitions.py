@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy import ndarray as Array
 
-from kernels.ascend.operands import HALVES, Operand, floats, need, same_dtype, same_shape
+from telechat_twins.kernels.ascend.operands import HALVES, Operand, floats, need, same_dtype, same_shape
 
 _Lengths = tuple[list[int], list[int]]  # where the documents end among queries and keys; both empty without any
 

@@ -13,7 +13,7 @@ from typing import ParamSpec, TypeVar
 from mindspore import Tensor, ops
 from mindspore.ops.auto_generate import gen_ops_prim as prim
 
-from kernels.ascend.rehearsal import call
+from telechat_twins.kernels.ascend.rehearsal import call
 
 ANY_DISTANCE = 2147483647  # pre_tokens and next_tokens where sparse_mode alone decides
 

@@ -11,14 +11,14 @@ from __future__ import annotations
 import numpy as np
 from numpy import ndarray as Array
 
-from kernels import reference
-from kernels.ascend.attention_definitions import (
+from telechat_twins.kernels import reference
+from telechat_twins.kernels.ascend.attention_definitions import (
     fused_infer_attention,
     fusion_attention,
     fusion_attention_grad,
     ring_update,
 )
-from kernels.ascend.operands import Operand, floats, need, same_dtype, same_shape
+from telechat_twins.kernels.ascend.operands import Operand, floats, need, same_dtype, same_shape
 
 __all__ = [
     "NAMES",

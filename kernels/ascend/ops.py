@@ -12,8 +12,8 @@ from typing import NamedTuple
 import mindspore as ms
 from mindspore import Tensor, ops
 
-from kernels.ascend import calls as cann
-from kernels.ascend.attention import (
+from telechat_twins.kernels.ascend import calls as cann
+from telechat_twins.kernels.ascend.attention import (
     AscendRanges,
     attention,
     attention_backward,

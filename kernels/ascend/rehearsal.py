@@ -23,8 +23,8 @@ import mindspore as ms
 import numpy as np
 from mindspore import Tensor
 
-from kernels.ascend import definitions as ascend_definitions
-from kernels.ascend.operands import Operand
+from telechat_twins.kernels.ascend import definitions as ascend_definitions
+from telechat_twins.kernels.ascend.operands import Operand
 
 # How an operator that has no kernel for the CPU is refused, where the words are not those of all the others.
 REFUSALS = {"LayerNormExt": "Create kernelmod for op LayerNormExt failed"}

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from core.model.visibility import KeyRanges
+from telechat_twins.core.model.visibility import KeyRanges
 
 COMPRESSED = 2048  # side of the triangle that the modes 2 and 3 read, whatever the lengths are
 ALL, MASK, LAST_SEES_LAST = 0, 1, 3  # sparse_mode: no mask; the mask given; causal, aligned at the last query and key

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
-from core.bench.cases import Size
+from telechat_twins.core.bench.cases import Size
 
 Call = Callable[[], Any]
 

@@ -1,6 +1,6 @@
 """The process of one backend for ``tele bench decode``: the engine, warm, makes tokens as ordered.
 
-python -m kernels.bench.decode pt '{"model": "telechat2-mini", "rows": 8, "length": 36, ...}'
+python -m telechat_twins.kernels.bench.decode pt '{"model": "telechat2-mini", "rows": 8, "length": 36, ...}'
 {"rows": 8, "prompt": 16, "steps": 20}
 """
 
@@ -13,16 +13,16 @@ from typing import Any
 
 import numpy as np
 
-from core import backends
-from core.bench.worker import Handle, answer_orders, bench_config
-from core.inference.engine import Engine
-from core.inference.pages import pool_size
-from core.inference.requests import Request
-from core.inference.runner import Step
-from core.model.init import init_tensor
-from core.model.quantize import quantizing
-from kernels.bench.contestant import Bench
-from kernels.bench.process import open_bench
+from telechat_twins.core import backends
+from telechat_twins.core.bench.worker import Handle, answer_orders, bench_config
+from telechat_twins.core.inference.engine import Engine
+from telechat_twins.core.inference.pages import pool_size
+from telechat_twins.core.inference.requests import Request
+from telechat_twins.core.inference.runner import Step
+from telechat_twins.core.model.init import init_tensor
+from telechat_twins.core.model.quantize import quantizing
+from telechat_twins.kernels.bench.contestant import Bench
+from telechat_twins.kernels.bench.process import open_bench
 
 
 class Timed:

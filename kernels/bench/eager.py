@@ -3,8 +3,9 @@
 Written anew from the released model's description. Keys and values come interleaved from one matrix and are repeated
 for their query heads; scores are a whole S x S matrix with an additive mask and a float32 softmax; the loss is taken
 from logits copied with a shift; AdamW is torch.optim's with foreach. Rotary tables are made once a run, not once a
-layer and step as released, which favours this side. ``python -m kernels.bench.eager eager OPTIONS`` serves ``tele
-bench step``. Shapes: B batch, S sequence, H heads, K kv heads, D head dim, E hidden, V vocabulary.
+layer and step as released, which favours this side.
+``python -m telechat_twins.kernels.bench.eager eager OPTIONS`` serves ``tele bench step``.
+Shapes: B batch, S sequence, H heads, K kv heads, D head dim, E hidden, V vocabulary.
 """
 
 from __future__ import annotations
@@ -19,13 +20,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from core.bench.worker import serve
-from core.config import RunConfig
-from core.errors import UserError
-from core.model.batch import Batch
-from core.model.config import ModelConfig
-from core.model.init import init_tensor
-from core.model.position import rope_tables
+from telechat_twins.core.bench.worker import serve
+from telechat_twins.core.config import RunConfig
+from telechat_twins.core.errors import UserError
+from telechat_twins.core.model.batch import Batch
+from telechat_twins.core.model.config import ModelConfig
+from telechat_twins.core.model.init import init_tensor
+from telechat_twins.core.model.position import rope_tables
 
 
 class EagerNorm(nn.Module):

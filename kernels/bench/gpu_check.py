@@ -1,6 +1,6 @@
 """Everything that wants a GPU, in one command: its tests, the table of operators, and a training step of a real shape.
 
-    python -m kernels.bench.gpu_check --out gpu-check.json
+    python -m telechat_twins.kernels.bench.gpu_check --out gpu-check.json
 
 The step is a TeleChat2 of 1 to 3 billion parameters at sequence 8192 in bf16: TFLOP/s and MFU against the vendor's
 dense bf16 peak, both with attention counted whole (the convention of published figures) and causal, and the kernels
@@ -22,18 +22,18 @@ from typing import Any
 import numpy as np
 import torch
 
-from core import backends
-from core.bench.cases import OPERATORS
-from core.bench.kernels import kernels_to_markdown, measure_kernels
-from core.bench.worker import random_batch, timed_steps
-from core.config import RunConfig, run_config_from_dict
-from core.errors import UserError
-from core.files import ROOT
-from core.files.atomic import writable_file, write_text
-from core.model.flops import flops_per_token
-from core.model.params import count_parameters
-from kernels.dispatch import describe
-from kernels.pytorch import ops as pytorch
+from telechat_twins.core import backends
+from telechat_twins.core.bench.cases import OPERATORS
+from telechat_twins.core.bench.kernels import kernels_to_markdown, measure_kernels
+from telechat_twins.core.bench.worker import random_batch, timed_steps
+from telechat_twins.core.config import RunConfig, run_config_from_dict
+from telechat_twins.core.errors import UserError
+from telechat_twins.core.files import ROOT
+from telechat_twins.core.files.atomic import writable_file, write_text
+from telechat_twins.core.model.flops import flops_per_token
+from telechat_twins.core.model.params import count_parameters
+from telechat_twins.kernels.dispatch import describe
+from telechat_twins.kernels.pytorch import ops as pytorch
 
 # Dense bf16 FLOP/s as NVIDIA's data sheets give them (without sparsity), by a part of the device's name.
 PEAKS = {
@@ -146,7 +146,7 @@ def measure_step(layers: int, seq_len: int, steps: int, recompute: str) -> dict[
 
 def quick_weights(name: str, config: Any, seed: int, box: tuple[slice, ...] | None = None, **_: Any) -> np.ndarray:
     """Of the right shape and size: one block of normal numbers, repeated."""
-    from core.model.params import parameter_table
+    from telechat_twins.core.model.params import parameter_table
 
     whole = parameter_table(config)[name].shape
     shape = whole if box is None else tuple(len(range(*part.indices(n))) for part, n in zip(box, whole, strict=True))

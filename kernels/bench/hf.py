@@ -1,7 +1,7 @@
 """Hugging Face's ``generate`` with its cache, for comparison: a Llama of the measured model's shapes, random weights.
 
-``python -m kernels.bench.hf hf OPTIONS`` serves ``tele bench decode``. The transformers library is no dependency of
-this project; where it is not installed, nothing here is called.
+``python -m telechat_twins.kernels.bench.hf hf OPTIONS`` serves ``tele bench decode``. The transformers library is no
+dependency of this project; where it is not installed, nothing here is called.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from typing import Any
 import torch
 import transformers
 
-from core.bench.worker import Handle, answer_orders, bench_config
-from core.model.config import ModelConfig
-from kernels.bench.decode import reading
-from kernels.bench.process import open_bench
+from telechat_twins.core.bench.worker import Handle, answer_orders, bench_config
+from telechat_twins.core.model.config import ModelConfig
+from telechat_twins.kernels.bench.decode import reading
+from telechat_twins.kernels.bench.process import open_bench
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 

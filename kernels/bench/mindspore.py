@@ -14,13 +14,13 @@ import numpy as np
 from mindspore import Parameter, Tensor
 from mindspore import ops as mops
 
-from core.bench.cases import Size
-from core.model.visibility import causal_blocks, causal_ranges
-from kernels.bench.contestant import Call, Contestant, host_seconds
-from kernels.cpu.engine import usual_threads
-from kernels.mindspore import composite as composite
-from kernels.mindspore import ops as kernels
-from kernels.mindspore.private import executor
+from telechat_twins.core.bench.cases import Size
+from telechat_twins.core.model.visibility import causal_blocks, causal_ranges
+from telechat_twins.kernels.bench.contestant import Call, Contestant, host_seconds
+from telechat_twins.kernels.cpu.engine import usual_threads
+from telechat_twins.kernels.mindspore import composite as composite
+from telechat_twins.kernels.mindspore import ops as kernels
+from telechat_twins.kernels.mindspore.private import executor
 
 DTYPES = {"fp32": ms.float32, "bf16": ms.bfloat16, "fp16": ms.float16}
 EPS = 1e-5

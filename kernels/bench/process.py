@@ -1,6 +1,6 @@
 """The process of one framework for ``tele bench kernels``: times its implementations of an operator, in turns.
 
-python -m kernels.bench.process pt '{"precision": "fp32", "compile": false}'
+python -m telechat_twins.kernels.bench.process pt '{"precision": "fp32", "compile": false}'
 {"operator": "rms_norm", "size": "mini", "calls": 5}
 """
 
@@ -10,9 +10,9 @@ import json
 import sys
 from typing import Any
 
-from core.bench.cases import SIZES
-from core.bench.worker import Handle, answer_orders
-from kernels.bench.contestant import Bench, Timer
+from telechat_twins.core.bench.cases import SIZES
+from telechat_twins.core.bench.worker import Handle, answer_orders
+from telechat_twins.kernels.bench.contestant import Bench, Timer
 
 
 def handle_orders(bench: Bench) -> Handle:
@@ -51,11 +51,11 @@ def handle_orders(bench: Bench) -> Handle:
 def open_bench(name: str, options: dict[str, Any]) -> Bench:
     """The side of backend ``name``."""
     if name == "pt":
-        from kernels.bench.pytorch import TorchBench
+        from telechat_twins.kernels.bench.pytorch import TorchBench
 
         return TorchBench(options)
-    from kernels.bench.mindspore import MindSporeBench
-    from kernels.mindspore import settings as mindspore_settings  # noqa: F401  (first: as in a run)
+    from telechat_twins.kernels.bench.mindspore import MindSporeBench
+    from telechat_twins.kernels.mindspore import settings as mindspore_settings  # noqa: F401  (first: as in a run)
 
     return MindSporeBench(options)
 

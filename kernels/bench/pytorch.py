@@ -13,14 +13,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from core.bench.cases import Size
-from core.model.visibility import Block, KeyRanges, causal_ranges
-from kernels.bench.contestant import Call, Contestant, host_seconds
-from kernels.bench.eager import repeat_kv, rotate_half
-from kernels.pytorch import composite as torch_composite
-from kernels.pytorch import cpu as torch_cpu
-from kernels.pytorch import native as torch_native
-from kernels.pytorch import ops as pytorch
+from telechat_twins.core.bench.cases import Size
+from telechat_twins.core.model.visibility import Block, KeyRanges, causal_ranges
+from telechat_twins.kernels.bench.contestant import Call, Contestant, host_seconds
+from telechat_twins.kernels.bench.eager import repeat_kv, rotate_half
+from telechat_twins.kernels.pytorch import composite as torch_composite
+from telechat_twins.kernels.pytorch import cpu as torch_cpu
+from telechat_twins.kernels.pytorch import native as torch_native
+from telechat_twins.kernels.pytorch import ops as pytorch
 
 DTYPES = {"fp32": torch.float32, "fp64": torch.float64, "bf16": torch.bfloat16, "fp16": torch.float16}
 EPS = 1e-5

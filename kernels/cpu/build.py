@@ -25,7 +25,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from kernels.cpu.cache import cache_folder, distrust, make_private, say
+from telechat_twins.kernels.cpu.cache import cache_folder, distrust, make_private, say
 
 FOLDER = Path(__file__).resolve().parent
 KERNELS = (

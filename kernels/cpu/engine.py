@@ -11,7 +11,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from kernels.cpu.build import load_extension, load_plain
+from telechat_twins.kernels.cpu.build import load_extension, load_plain
 
 Spec = tuple[Any, tuple[int, ...]]  # dtype and shape of an output
 NAMES = ("float32", "bfloat16", "float16", "int32", "int64", "float64", "int8")  # in the order of kernel.h's Dtype

@@ -14,8 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from core.model.visibility import KeyRanges
-from kernels.cpu.engine import engine_of
+from telechat_twins.core.model.visibility import KeyRanges
+from telechat_twins.kernels.cpu.engine import engine_of
 
 FLOATING = ("float32", "bfloat16", "float16")
 INTEGER = ("int32", "int64")

@@ -11,9 +11,8 @@ from typing import Any
 
 import mindspore as ms
 from mindspore import Tensor, ops
-
-from kernels.mindspore.composite import total_loss
-from kernels.mindspore.private import Function
+from telechat_twins.kernels.mindspore.composite import total_loss
+from telechat_twins.kernels.mindspore.private import Function
 
 Gradients = tuple[Tensor | None, ...]
 

@@ -16,12 +16,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
-import mindspore as ms
 import numpy as np
-from mindspore import Parameter, Tensor, ops
 
-from core.model.batch import IGNORE
-from core.model.visibility import Block
+import mindspore as ms
+from mindspore import Parameter, Tensor, ops
+from telechat_twins.core.model.batch import IGNORE
+from telechat_twins.core.model.visibility import Block
 
 _HIDDEN = -1.0e30  # added to a score that must not be seen; finite, so a masked row cannot make a NaN
 _MOST_AT_ONCE, _ROW = 16384, 1024  # elements that the CPU sums in one thread; elements of a row of a longer sum

@@ -13,16 +13,15 @@ from typing import Any, NamedTuple
 
 import mindspore as ms
 from mindspore import Tensor, ops
-
-from core.config import KERNEL_OPERATORS
-from core.model.visibility import KeyRanges
-from kernels.ascend.rehearsal import rehearsing
-from kernels.dispatch import Candidate, Choice, choose, describe
-from kernels.int8 import Int8
-from kernels.mindspore import autograd as autograd
-from kernels.mindspore import composite as composite
-from kernels.mindspore.private import recording
-from kernels.reference import visible_keys
+from telechat_twins.core.config import KERNEL_OPERATORS
+from telechat_twins.core.model.visibility import KeyRanges
+from telechat_twins.kernels.ascend.rehearsal import rehearsing
+from telechat_twins.kernels.dispatch import Candidate, Choice, choose, describe
+from telechat_twins.kernels.int8 import Int8
+from telechat_twins.kernels.mindspore import autograd as autograd
+from telechat_twins.kernels.mindspore import composite as composite
+from telechat_twins.kernels.mindspore.private import recording
+from telechat_twins.kernels.reference import visible_keys
 
 _WITHOUT_FLOAT64 = ("cpp", "cann")
 
@@ -63,7 +62,7 @@ def candidates(device: str) -> dict[str, list[Candidate]]:
         if device == "CPU":
             table[name] = [Candidate("cpp", _cpp_obstacle()), plain]
         elif device == "Ascend":
-            from kernels.ascend.ops import CANN_OPERATORS
+            from telechat_twins.kernels.ascend.ops import CANN_OPERATORS
 
             table[name] = [Candidate("cann"), plain] if CANN_OPERATORS[name].serves else [plain]
         else:
@@ -72,7 +71,7 @@ def candidates(device: str) -> dict[str, list[Candidate]]:
 
 
 def _cpp_obstacle() -> str:
-    from kernels.cpu.build import BuildError, load_extension
+    from telechat_twins.kernels.cpu.build import BuildError, load_extension
 
     try:
         load_extension()
@@ -83,11 +82,11 @@ def _cpp_obstacle() -> str:
 
 def _module(implementation: str) -> ModuleType | None:
     if implementation == "cpp":
-        from kernels.cpu import ops as cpp
+        from telechat_twins.kernels.cpu import ops as cpp
 
         return cpp
     if implementation == "cann":
-        from kernels.ascend import ops as ascend
+        from telechat_twins.kernels.ascend import ops as ascend
 
         return ascend
     return None
@@ -104,7 +103,7 @@ def serving(operator: str, dtype: ms.Type = ms.float32) -> ModuleType | None:
 
 def limit_threads(threads: int) -> None:
     """Let the C++ operators of this process use so many threads; others leave it as it is."""
-    from kernels.cpu.engine import limit_threads as limit
+    from telechat_twins.kernels.cpu.engine import limit_threads as limit
 
     limit(threads)
 

@@ -8,15 +8,15 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-import mindspore as ms
 import numpy as np
-from mindspore import Tensor, ops
 
-from core.inference.runner import Step, key_slots, sequence_groups
-from core.model.visibility import Block, KeyRanges, causal_ranges, single_ranges
-from kernels.mindspore import composite as composite
-from kernels.mindspore import ops as kernels
-from kernels.reference import visible_keys
+import mindspore as ms
+from mindspore import Tensor, ops
+from telechat_twins.core.inference.runner import Step, key_slots, sequence_groups
+from telechat_twins.core.model.visibility import Block, KeyRanges, causal_ranges, single_ranges
+from telechat_twins.kernels.mindspore import composite as composite
+from telechat_twins.kernels.mindspore import ops as kernels
+from telechat_twins.kernels.reference import visible_keys
 
 
 class Keys(NamedTuple):

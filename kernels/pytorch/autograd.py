@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import Function, once_differentiable
 
-from core.model.batch import IGNORE
-from core.model.visibility import KeyRanges
+from telechat_twins.core.model.batch import IGNORE
+from telechat_twins.core.model.visibility import KeyRanges
 
 
 class Linear(Function):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from core.model.visibility import KeyRanges
+from telechat_twins.core.model.visibility import KeyRanges
 
 
 def same_shape(name: str, x: Tensor, other: str, y: Tensor) -> None:

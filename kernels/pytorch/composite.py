@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from core.model.batch import IGNORE
-from core.model.visibility import KeyRanges
+from telechat_twins.core.model.batch import IGNORE
+from telechat_twins.core.model.visibility import KeyRanges
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:

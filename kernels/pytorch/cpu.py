@@ -14,10 +14,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.optim.adamw import adamw as torch_adamw
 
-from core.model.batch import IGNORE
-from core.model.visibility import KeyRanges
-from kernels.pytorch import composite as torch_composite
-from kernels.pytorch.composite import finite, held_targets, merge_blocks, wide
+from telechat_twins.core.model.batch import IGNORE
+from telechat_twins.core.model.visibility import KeyRanges
+from telechat_twins.kernels.pytorch import composite as torch_composite
+from telechat_twins.kernels.pytorch.composite import finite, held_targets, merge_blocks, wide
 
 __all__ = ["merge_blocks"]  # and the functions below
 

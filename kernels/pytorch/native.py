@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from core.model.batch import IGNORE
-from core.model.visibility import Block
+from telechat_twins.core.model.batch import IGNORE
+from telechat_twins.core.model.visibility import Block
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, out_dtype: torch.dtype) -> Tensor:

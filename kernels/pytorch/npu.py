@@ -16,9 +16,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from core.errors import UserError
-from core.model.visibility import KeyRanges, causal_ranges
-from kernels.ascend import visibility as visibility
+from telechat_twins.core.errors import UserError
+from telechat_twins.core.model.visibility import KeyRanges, causal_ranges
+from telechat_twins.kernels.ascend import visibility as visibility
 
 LANES = 8
 HEAD_STEP = 16

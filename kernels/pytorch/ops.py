@@ -21,26 +21,26 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from core.config import KERNEL_OPERATORS
-from core.errors import UserError
-from core.model.visibility import Block, KeyRanges
-from kernels.dispatch import Candidate, Choice, choose, describe
-from kernels.pytorch import (
+from telechat_twins.core.config import KERNEL_OPERATORS
+from telechat_twins.core.errors import UserError
+from telechat_twins.core.model.visibility import Block, KeyRanges
+from telechat_twins.kernels.dispatch import Candidate, Choice, choose, describe
+from telechat_twins.kernels.pytorch import (
     autograd as torch_autograd,
 )
-from kernels.pytorch import (
+from telechat_twins.kernels.pytorch import (
     checks as torch_checks,
 )
-from kernels.pytorch import (
+from telechat_twins.kernels.pytorch import (
     composite as torch_composite,
 )
-from kernels.pytorch import (
+from telechat_twins.kernels.pytorch import (
     cpu as torch_cpu,
 )
-from kernels.pytorch import (
+from telechat_twins.kernels.pytorch import (
     native as torch_native,
 )
-from kernels.pytorch import (
+from telechat_twins.kernels.pytorch import (
     weights as torch_weights,
 )
 
@@ -109,11 +109,11 @@ def serving(operator: str, x: Tensor) -> ModuleType:
     if x.dtype == torch.float64 and implementation in _WITHOUT_FLOAT64:
         return torch_composite
     if implementation == "triton":
-        from kernels.triton import ops
+        from telechat_twins.kernels.triton import ops
 
         return ops
     if implementation == "cann":
-        from kernels.pytorch import npu as torch_npu_ops
+        from telechat_twins.kernels.pytorch import npu as torch_npu_ops
 
         return torch_npu_ops
     if implementation == "composite":

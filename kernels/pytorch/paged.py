@@ -13,9 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from core.inference.runner import Step, key_slots, sequence_groups
-from core.model.visibility import Block, KeyRanges, causal_ranges, single_ranges
-from kernels.pytorch import ops as kernels
+from telechat_twins.core.inference.runner import Step, key_slots, sequence_groups
+from telechat_twins.core.model.visibility import Block, KeyRanges, causal_ranges, single_ranges
+from telechat_twins.kernels.pytorch import ops as kernels
 
 
 class Keys(NamedTuple):

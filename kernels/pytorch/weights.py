@@ -15,8 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.int8 import Int8
-from kernels.pytorch import cpu as torch_cpu
+from telechat_twins.kernels.int8 import Int8
+from telechat_twins.kernels.pytorch import cpu as torch_cpu
 
 NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16", torch.int8: "int8"}
 
@@ -33,8 +33,8 @@ class FewRows:
 
     def __init__(self, weight: Tensor | Int8, dtype: torch.dtype) -> None:
         """``dtype`` of the rows that it will meet; a whole matrix has the same."""
-        from kernels.cpu.engine import Call, describe_view
-        from kernels.cpu.ops import FEW
+        from telechat_twins.kernels.cpu.engine import Call, describe_view
+        from telechat_twins.kernels.cpu.ops import FEW
 
         self.weight, self.dtype, self.shape = weight, dtype, tuple(weight.shape)
         self._most, self._name, self._describe = FEW, NAMES[dtype], describe_view
@@ -102,7 +102,7 @@ def _many_rows(x: Tensor, weight: Tensor | Int8, bias: Tensor | None) -> Tensor:
 @cache
 def _compiled() -> bool:
     """Whether the operators of kernels/cpu are there."""
-    from kernels.cpu.build import BuildError, load_plain
+    from telechat_twins.kernels.cpu.build import BuildError, load_plain
 
     try:
         load_plain()

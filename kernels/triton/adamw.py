@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
-from kernels.triton.launch import check, launch, tiles_for
+import triton
+import triton.language as tl
+from telechat_twins.kernels.triton.launch import check, launch, tiles_for
 
 
 @triton.jit

@@ -9,11 +9,11 @@ from __future__ import annotations
 from typing import Protocol
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
-from kernels.triton.launch import check, heads_of, launch, tiles_for
+import triton
+import triton.language as tl
+from telechat_twins.kernels.triton.launch import check, heads_of, launch, tiles_for
 
 LOG2_E = 1.4426950408889634
 _LN_2 = tl.constexpr(0.6931471805599453)

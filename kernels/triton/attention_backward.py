@@ -8,12 +8,20 @@ whole ring each block's part is exact.
 from __future__ import annotations
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
-from kernels.triton.attention import LOG2_E, KeyRanges, check_attention, key_blocks, row_ranges, strides, tile
-from kernels.triton.launch import check, heads_of, launch, tiles_for
+import triton
+import triton.language as tl
+from telechat_twins.kernels.triton.attention import (
+    LOG2_E,
+    KeyRanges,
+    check_attention,
+    key_blocks,
+    row_ranges,
+    strides,
+    tile,
+)
+from telechat_twins.kernels.triton.launch import check, heads_of, launch, tiles_for
 
 _LOG2_E = tl.constexpr(LOG2_E)
 _SCAN = tl.constexpr(256)  # rows whose ranges are looked at together

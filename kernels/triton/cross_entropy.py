@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
-from core.model.batch import IGNORE
-from kernels.triton.launch import INTEGERS, check, launch, tiles_for
+import triton
+import triton.language as tl
+from telechat_twins.core.model.batch import IGNORE
+from telechat_twins.kernels.triton.launch import INTEGERS, check, launch, tiles_for
 
 _IGNORE = tl.constexpr(IGNORE)
 

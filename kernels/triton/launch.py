@@ -11,10 +11,10 @@ from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 
-from kernels.triton.blocks import INTERPRETER, Target, Tiles, choose
+import triton
+from telechat_twins.kernels.triton.blocks import INTERPRETER, Target, Tiles, choose
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 INTEGERS = (torch.int32, torch.int64)

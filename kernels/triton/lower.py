@@ -1,4 +1,4 @@
-"""Compile every shipped configuration without a device: `python -m kernels.triton.lower`.
+"""Compile every shipped configuration without a device: `python -m telechat_twins.kernels.triton.lower`.
 
 For Ascend910B3 down to linalg by triton-ascend (the last step, to machine code, needs CANN); with ``--gpu`` down to
 machine code for sm_90 by the triton that is installed. triton-ascend takes the name ``triton``, so it is installed into
@@ -42,7 +42,9 @@ class Row(NamedTuple):
 
 def main(arguments: list[str] | None = None) -> int:
     """0 when every configuration compiles, 1 when one does not, 2 when triton-ascend cannot be had."""
-    parser = argparse.ArgumentParser(prog="python -m kernels.triton.lower", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m telechat_twins.kernels.triton.lower", description=__doc__.splitlines()[0]
+    )
     parser.add_argument("--gpu", action="store_true", help="for sm_90, with the installed triton")
     parser.add_argument("--only", default="", help="only kernels whose name contains this; nothing is kept")
     parser.add_argument("--one-each", action="store_true", help="one configuration of every kernel; nothing is kept")
@@ -105,7 +107,7 @@ def lower_for_ascend(only: str = "", one_each: bool = False) -> tuple[list[Row],
         return rows, True
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment |= {"PYTHONPATH": os.pathsep.join((str(ENVIRONMENT), str(ROOT))), "TORCH_DEVICE_BACKEND_AUTOLOAD": "0"}
-    command = [sys.executable, "-m", "kernels.triton.lower", "--inside", "--only", only]
+    command = [sys.executable, "-m", "telechat_twins.kernels.triton.lower", "--inside", "--only", only]
     command += ["--one-each"] if one_each else []
     done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True)
     if done.returncode:
@@ -137,8 +139,8 @@ def source_key() -> str:
 
 def compile_all(gpu: bool, only: str = "", one_each: bool = False) -> list[Row]:
     """Compile in this process, with the triton that it imports."""
-    from kernels.triton import shipped
-    from kernels.triton.blocks import ASCEND_910B3, H200
+    from telechat_twins.kernels.triton import shipped
+    from telechat_twins.kernels.triton.blocks import ASCEND_910B3, H200
 
     compile_one: Callable[[Any, dict[str, str]], int] = to_machine_code if gpu else to_linalg
     rows: list[Row] = []

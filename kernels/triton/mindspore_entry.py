@@ -14,10 +14,10 @@ import mindspore as ms
 import torch
 from mindspore import Tensor, mint
 
-from core.model.visibility import KeyRanges
-from kernels.triton import ops
-from kernels.triton.blocks import Target
-from kernels.triton.launch import Launch, programs_of, recording
+from telechat_twins.core.model.visibility import KeyRanges
+from telechat_twins.kernels.triton import ops
+from telechat_twins.kernels.triton.blocks import Target
+from telechat_twins.kernels.triton.launch import Launch, programs_of, recording
 
 TYPES = {
     ms.float32: torch.float32,
@@ -55,6 +55,7 @@ def call(operator: str, *arguments: Any, **options: Any) -> Any:
     TypeError for a dtype that no kernel takes, and what the operator itself raises.
     """
     import torch_npu  # noqa: F401  triton-ascend launches through it
+
     from triton.runtime import driver
 
     properties = driver.active.utils.get_device_properties(torch.npu.current_device())

@@ -8,11 +8,11 @@ over programs, in an order that sizes and device fix, so it has the same bits ev
 from __future__ import annotations
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
-from kernels.triton.launch import FLOATS, check, check_last_axis, launch, programs_of, rows_of, tiles_for
+import triton
+import triton.language as tl
+from telechat_twins.kernels.triton.launch import FLOATS, check, check_last_axis, launch, programs_of, rows_of, tiles_for
 
 
 @triton.jit

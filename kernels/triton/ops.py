@@ -5,12 +5,12 @@ On NVIDIA GPUs through triton, on Ascend through triton-ascend, on the CPU throu
 
 from __future__ import annotations
 
-from kernels.triton.adamw import adamw
-from kernels.triton.attention import attention, merge_blocks
-from kernels.triton.attention_backward import attention_backward, attention_delta
-from kernels.triton.cross_entropy import cross_entropy_backward, cross_entropy_forward
-from kernels.triton.embedding import embedding, embedding_backward
-from kernels.triton.norm import (
+from telechat_twins.kernels.triton.adamw import adamw
+from telechat_twins.kernels.triton.attention import attention, merge_blocks
+from telechat_twins.kernels.triton.attention_backward import attention_backward, attention_delta
+from telechat_twins.kernels.triton.cross_entropy import cross_entropy_backward, cross_entropy_forward
+from telechat_twins.kernels.triton.embedding import embedding, embedding_backward
+from telechat_twins.kernels.triton.norm import (
     add_rms_norm,
     add_rms_norm_backward,
     layer_norm,
@@ -18,8 +18,8 @@ from kernels.triton.norm import (
     rms_norm,
     rms_norm_backward,
 )
-from kernels.triton.pointwise import gelu, gelu_backward, swiglu, swiglu_backward
-from kernels.triton.rope import rope_qk, rope_qk_backward
+from telechat_twins.kernels.triton.pointwise import gelu, gelu_backward, swiglu, swiglu_backward
+from telechat_twins.kernels.triton.rope import rope_qk, rope_qk_backward
 
 __all__ = [
     "adamw",

@@ -4,11 +4,11 @@ every head."""
 from __future__ import annotations
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
-from kernels.triton.launch import check, heads_of, launch, tiles_for
+import triton
+import triton.language as tl
+from telechat_twins.kernels.triton.launch import check, heads_of, launch, tiles_for
 
 
 @triton.jit

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from core.model.visibility import KeyRanges
-from kernels.triton import ops
-from kernels.triton.blocks import Target
-from kernels.triton.launch import Launch, recording
+from telechat_twins.core.model.visibility import KeyRanges
+from telechat_twins.kernels.triton import ops
+from telechat_twins.kernels.triton.blocks import Target
+from telechat_twins.kernels.triton.launch import Launch, recording
 
 FLOAT = torch.float32
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)

@@ -28,7 +28,7 @@ from dataclasses import asdict, dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
 
-from core.errors import UserError
+from telechat_twins.core.errors import UserError
 from tests.campaigns.corrupting import corrupt
 from tests.campaigns.corruption_formats import FORMATS
 

@@ -17,18 +17,18 @@ from typing import Any
 
 import numpy as np
 
-from convert.copy import to_hf, to_mindformers
-from convert.growth.files import grow_checkpoint, plan_checkpoint
-from convert.growth.plan import Options
-from convert.mindformers.source import Known, MindFormersSource
-from convert.source import CanonicalSource, ModelSource, open_model
-from core.checkpoint.read import write_checkpoint
-from core.data.packed import PackedDataset, PackedWriter, verify
-from core.data.tokenizer import load_tokenizer
-from core.data.tokenizer_training import train_tokenizer
-from core.model.config import ModelConfig
-from core.model.growth import read_history
-from core.model.init import init_weights
+from telechat_twins.convert.copy import to_hf, to_mindformers
+from telechat_twins.convert.growth.files import grow_checkpoint, plan_checkpoint
+from telechat_twins.convert.growth.plan import Options
+from telechat_twins.convert.mindformers.source import Known, MindFormersSource
+from telechat_twins.convert.source import CanonicalSource, ModelSource, open_model
+from telechat_twins.core.checkpoint.read import write_checkpoint
+from telechat_twins.core.data.packed import PackedDataset, PackedWriter, verify
+from telechat_twins.core.data.tokenizer import load_tokenizer
+from telechat_twins.core.data.tokenizer_training import train_tokenizer
+from telechat_twins.core.model.config import ModelConfig
+from telechat_twins.core.model.growth import read_history
+from telechat_twins.core.model.init import init_weights
 from tests.support.data_support import SENTENCES, VOCAB_SIZE, tiny_tokenizer, tiny_tokenizer_path
 
 CONFIG = ModelConfig(

@@ -34,13 +34,13 @@ from typing import Any
 
 import numpy as np
 
-from convert.source import open_model
-from core import backends
-from core.commands.forward import make_batch
-from core.errors import UserError
-from core.model.batch import Batch
-from core.parallel.layout import Layout, check_layout, parse_layout
-from core.parity.worker import Task, collect, launch_tasks, write_batch
+from telechat_twins.convert.source import open_model
+from telechat_twins.core import backends
+from telechat_twins.core.commands.forward import make_batch
+from telechat_twins.core.errors import UserError
+from telechat_twins.core.model.batch import Batch
+from telechat_twins.core.parallel.layout import Layout, check_layout, parse_layout
+from telechat_twins.core.parity.worker import Task, collect, launch_tasks, write_batch
 from tests.campaigns.equivalence_cases import Case, make_case
 from tests.campaigns.float64_decoder import FAULTS, Shape, Weights, read_release, shows
 from tests.campaigns.float64_run import run

@@ -13,9 +13,9 @@ from typing import Any
 
 import yaml
 
-from core import cli
-from core.data.prepare import pack_dialogues, pack_text
-from core.data.tokenizer import load_tokenizer
+from telechat_twins.core import cli
+from telechat_twins.core.data.prepare import pack_dialogues, pack_text
+from telechat_twins.core.data.tokenizer import load_tokenizer
 from tests.campaigns import hostile_inputs as inputs
 from tests.campaigns.hostile_inputs import Case
 from tests.house import ROOT

@@ -25,8 +25,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from core import cli
-from core.shown import LONGEST
+from telechat_twins.core import cli
+from telechat_twins.core.shown import LONGEST
 from tests.campaigns.hostile_cases import Bench
 from tests.campaigns.hostile_inputs import Case
 
@@ -119,7 +119,10 @@ def judge(case: Case, code: int, cpu_s: float, memory_mb: float, text: str) -> s
 
 def campaign(trials: int, seed: int, say: Callable[[str], None]) -> list[Outcome]:
     """Run ``trials`` cases; trial n of a seed is the same every time."""
-    for module in (*(f"core.commands.{verb}" for verb in VERBS), *(f"convert.{name}" for name in CONVERT)):
+    for module in (
+        *(f"telechat_twins.core.commands.{verb}" for verb in VERBS),
+        *(f"telechat_twins.convert.{name}" for name in CONVERT),
+    ):
         importlib.import_module(module)
     outcomes = []
     with tempfile.TemporaryDirectory(prefix="tele-hostile-") as name:

@@ -16,8 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from core.checkpoint.pieces import manifest_digest
-from core.files.safetensors import file_sha256
+from telechat_twins.core.checkpoint.pieces import manifest_digest
+from telechat_twins.core.files.safetensors import file_sha256
 
 ESCAPES = ("\x1b[2J\x1b[31m", "\x1b]0;title\x07", "a\rb", "line\nbreak", "\u202egnp.exe", "\x9b31m", "\x7f\x08\x08")
 

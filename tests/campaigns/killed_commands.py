@@ -18,9 +18,9 @@ from typing import Any
 import numpy as np
 import psutil
 
-from core.checkpoint.read import open_checkpoint, save_checkpoint
-from core.data.packed import PackedDataset, verify
-from core.errors import UserError
+from telechat_twins.core.checkpoint.read import open_checkpoint, save_checkpoint
+from telechat_twins.core.data.packed import PackedDataset, verify
+from telechat_twins.core.errors import UserError
 from tests.campaigns.killed_runs import latest, unreadable
 from tests.campaigns.killing import ROOT, Trial, finish, kill, leftovers, orphans, shows, start, wait_until
 from tests.support.data_support import SENTENCES, tiny_tokenizer_path

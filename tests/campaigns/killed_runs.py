@@ -10,9 +10,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from core.checkpoint.read import open_checkpoint
-from core.errors import UserError
-from core.train.metrics import read_metrics
+from telechat_twins.core.checkpoint.read import open_checkpoint
+from telechat_twins.core.errors import UserError
+from telechat_twins.core.train.metrics import read_metrics
 from tests.campaigns.killing import Trial, family, finish, kill, leftovers, orphans, shows, start, wait_until
 from tests.support.packed import write_packed
 

@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import psutil
 
-from core.launch.worker import die_with_parent
+from telechat_twins.core.launch.worker import die_with_parent
 
 ROOT = Path(__file__).resolve().parents[2]
 HOW = {"-9": signal.SIGKILL, "-15": signal.SIGTERM, "Ctrl-C": signal.SIGINT}
@@ -37,7 +37,7 @@ def start(words: list[str], log: Path) -> subprocess.Popen[bytes]:
     """`tele` with these words, in a process group of its own."""
     with open(log, "ab") as output:
         return subprocess.Popen(
-            [sys.executable, "-m", "core.cli", *words],
+            [sys.executable, "-m", "telechat_twins.core.cli", *words],
             cwd=ROOT,
             stdin=subprocess.DEVNULL,
             stdout=output,

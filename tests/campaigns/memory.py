@@ -23,10 +23,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, cast
 
-from core.config import RunConfig, run_config_from_dict
-from core.launch.worker import die_with_parent
-from core.model.config import PRECISIONS
-from core.train import loop
+from telechat_twins.core.config import RunConfig, run_config_from_dict
+from telechat_twins.core.launch.worker import die_with_parent
+from telechat_twins.core.model.config import PRECISIONS
+from telechat_twins.core.train import loop
 from tests.support.packed import write_packed
 
 BACKENDS = ("ms", "pt")

@@ -1,5 +1,5 @@
 """The Triton kernels on a GPU, against the definitions in float64 and PyTorch's own operators. Not timed here:
-`python -m kernels.triton.bench` is."""
+`python -m telechat_twins.kernels.triton.bench` is."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from core.model.visibility import KeyRanges
+from telechat_twins.core.model.visibility import KeyRanges
 
 torch = pytest.importorskip("torch")
 if not torch.cuda.is_available():
@@ -18,7 +18,7 @@ if not torch.cuda.is_available():
     )
 pytest.importorskip("triton", reason="triton is not installed; the CUDA build of PyTorch brings it")
 
-from kernels.triton import ops  # noqa: E402
+from telechat_twins.kernels.triton import ops  # noqa: E402
 from tests.support import triton_cases as cases  # noqa: E402
 from tests.support.triton_cases import ATTENTION_LIMITS, LIMITS, Case  # noqa: E402
 

@@ -492,7 +492,7 @@ def _(env: Env, group: Any) -> None:
 @check("meshes", groups=("four",), each=("tp4", "tp2.dp2", "ring2.ulysses2", "pp2.tp2", "pp4", "pp2.cp2.vpp2"))
 def _(env: Env, group: Any, text: str) -> None:
     """The groups of a layout are the layout's, talk, and its links lead round the pipeline."""
-    from core.parallel.layout import parse_layout
+    from telechat_twins.core.parallel.layout import parse_layout
 
     layout = parse_layout(text)
     mesh = env.mesh.make_mesh(layout, env.rank, tied=True)

@@ -24,18 +24,18 @@ from typing import Any
 
 import numpy as np
 
-from core.backends import load
-from core.inference.engine import Engine, Limits
-from core.inference.pages import PAGE_SIZE, pool_size
-from core.inference.requests import Request
-from core.inference.ring_pages import Part, Share, pages_of_rank
-from core.inference.sampling import sampling_config
-from core.launch.launcher import launch
-from core.model.batch import IGNORE, Batch
-from core.model.config import ModelConfig, load_model_config
-from core.model.init import init_tensor
-from core.parallel.layout import parse_layout
-from core.parity.bounds import relative_frobenius
+from telechat_twins.core.backends import load
+from telechat_twins.core.inference.engine import Engine, Limits
+from telechat_twins.core.inference.pages import PAGE_SIZE, pool_size
+from telechat_twins.core.inference.requests import Request
+from telechat_twins.core.inference.ring_pages import Part, Share, pages_of_rank
+from telechat_twins.core.inference.sampling import sampling_config
+from telechat_twins.core.launch.launcher import launch
+from telechat_twins.core.model.batch import IGNORE, Batch
+from telechat_twins.core.model.config import ModelConfig, load_model_config
+from telechat_twins.core.model.init import init_tensor
+from telechat_twins.core.parallel.layout import parse_layout
+from telechat_twins.core.parity.bounds import relative_frobenius
 from tests.support.engine_support import Feed, finish, tokens_of
 from tests.support.frameworks import golden_source
 

@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from core.errors import UserError
-from core.launch.launcher import launch
+from telechat_twins.core.errors import UserError
+from telechat_twins.core.launch.launcher import launch
 from tests.multiproc.collective_checks import CHECKS, WORLD
 
 SCRIPT = Path(__file__).with_name("collective_checks.py")
@@ -68,7 +68,7 @@ def alone(request: pytest.FixtureRequest) -> tuple[Any, Any, Any]:
 
 def test_a_process_alone_makes_no_groups(alone: tuple[Any, Any, Any]) -> None:
     """One rank: no communicator, every collective gives back its very argument, and nothing is counted as sent."""
-    from core.parallel.layout import Layout
+    from telechat_twins.core.parallel.layout import Layout
 
     mesh, c, x = alone
     assert mesh.join() == (0, 1)
@@ -101,7 +101,7 @@ def test_a_process_alone_makes_no_groups(alone: tuple[Any, Any, Any]) -> None:
 
 def test_fewer_devices_than_processes_is_the_users_mistake(monkeypatch: pytest.MonkeyPatch) -> None:
     torch = pytest.importorskip("torch")
-    from pt_reference import mesh, ops
+    from telechat_twins.pt_reference import mesh, ops
 
     monkeypatch.setattr(ops, "device", lambda: torch.device("cuda"))
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)

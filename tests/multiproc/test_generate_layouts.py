@@ -29,7 +29,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def tele(*argv: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "core.cli", "generate", *map(str, argv)]
+    command = [sys.executable, "-m", "telechat_twins.core.cli", "generate", *map(str, argv)]
     return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=400)
 
 

@@ -14,13 +14,13 @@ from typing import Any
 import pytest
 import yaml
 
-import convert.growth.weights
-from convert.growth.schedule import cost, load_schedule
-from core.checkpoint.read import open_checkpoint
-from core.cli import main
-from core.commands.parity_growth import growth_sections
-from core.errors import UserError
-from core.train.metrics import read_metrics
+import telechat_twins.convert.growth.weights
+from telechat_twins.convert.growth.schedule import cost, load_schedule
+from telechat_twins.core.checkpoint.read import open_checkpoint
+from telechat_twins.core.cli import main
+from telechat_twins.core.commands.parity_growth import growth_sections
+from telechat_twins.core.errors import UserError
+from telechat_twins.core.train.metrics import read_metrics
 from tests import docs
 from tests.house import ROOT
 from tests.support.docs_workspace import add_checkout, add_packed, add_text
@@ -76,7 +76,7 @@ def grown(files: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) ->
     """The whole schedule in both backends; PyTorch's was interrupted in the second stage and gone on with."""
     runs = {name: tmp_path_factory.mktemp(name) / "out" for name in BACKENDS}
     assert main(arguments("ms", files, runs["ms"])) == 0
-    command = [sys.executable, "-m", "core.cli", *arguments("pt", files, runs["pt"])]
+    command = [sys.executable, "-m", "telechat_twins.core.cli", *arguments("pt", files, runs["pt"])]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True) as process:
         assert process.stdout is not None
         for line in process.stdout:
@@ -148,17 +148,17 @@ def test_parity_sees_a_growth_gone_wrong(files: tuple[Path, Path], monkeypatch: 
         return [bound.what for section in sections for bound in section.bounds if not bound.holds]
 
     assert broken(0) == broken(1) == []
-    real = convert.growth.weights._place_old
+    real = telechat_twins.convert.growth.weights._place_old
 
     def lost(rule: Any, rows: slice, old: Any, out: Any) -> None:
         real(rule, rows, old, out)
         if rule.source == "layers.0.ffn.down.weight":
             out[:, 5] = 0.0
 
-    monkeypatch.setattr(convert.growth.weights, "_place_old", lost)
+    monkeypatch.setattr(telechat_twins.convert.growth.weights, "_place_old", lost)
     assert "float64: logits as before" in broken(0)
-    monkeypatch.setattr(convert.growth.weights, "_place_old", real)
-    rule = convert.growth.weights._rule
+    monkeypatch.setattr(telechat_twins.convert.growth.weights, "_place_old", real)
+    rule = telechat_twins.convert.growth.weights._rule
 
     def random_writers(plan: Any, name: str) -> Any:
         found = rule(plan, name)
@@ -166,7 +166,7 @@ def test_parity_sees_a_growth_gone_wrong(files: tuple[Path, Path], monkeypatch: 
             found.shape, found.source, found.index, tuple(part & False for part in found.zero)
         )  # fmt: skip
 
-    monkeypatch.setattr(convert.growth.weights, "_rule", random_writers)
+    monkeypatch.setattr(telechat_twins.convert.growth.weights, "_rule", random_writers)
     assert "float64: logits as before" in broken(1)
 
 

@@ -36,7 +36,7 @@ elif case == "raises":
         raise RuntimeError("planted failure in rank 1")
     time.sleep(600)
 elif case == "user_error":
-    from core.errors import UserError
+    from telechat_twins.core.errors import UserError
     if rank == 1:
         raise UserError("train.steps: planted mistake; write another number")
     time.sleep(600)
@@ -61,7 +61,7 @@ elif case == "deaf":
     time.sleep(600)
 elif case == "hangs":
     import signal
-    from core.launch.heartbeat import open_heartbeat
+    from telechat_twins.core.launch.heartbeat import open_heartbeat
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # training takes SIGTERM for itself, to save first
     heartbeat = open_heartbeat()
     for step in range(3):
@@ -108,7 +108,7 @@ class Launched:
         script.write_text(text)
         arguments = {"timeout": 120, "script": str(script), **arguments}
         positional = (backend, [case, "--flag", "a b"], nproc, str(folder / "logs"))
-        code = f"import sys\nimport core.launch.launcher as launching\n{before}\n"
+        code = f"import sys\nimport telechat_twins.core.launch.launcher as launching\n{before}\n"
         code += f"sys.exit(launching.launch(*{positional!r}, **{arguments!r}))"
         pipe = subprocess.PIPE
         self.process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=pipe, stderr=pipe)

@@ -15,15 +15,15 @@ from typing import Any
 
 import pytest
 
-from core.errors import UserError
-from core.launch import nodes as nodes_module
-from core.launch.nodes import Nodes, Word, bind, meet
+from telechat_twins.core.errors import UserError
+from telechat_twins.core.launch import nodes as nodes_module
+from telechat_twins.core.launch.nodes import Nodes, Word, bind, meet
 from tests.multiproc.test_launch_real import SCRIPT, Launched
 
 # Joins the cluster the way each framework does, and adds up the ranks' numbers.
 JOINING = """
 import os, sys, time
-from core.launch.heartbeat import open_heartbeat
+from telechat_twins.core.launch.heartbeat import open_heartbeat
 heartbeat = open_heartbeat()
 if "MS_ROLE" in os.environ:
     import mindspore, numpy

@@ -20,9 +20,9 @@ from pathlib import Path
 import psutil
 import pytest
 
-from core.checkpoint.read import open_checkpoint
-from core.parity.bounds import TRACE_LIMIT, compare_tensors, compare_traces
-from core.train.metrics import read_metrics
+from telechat_twins.core.checkpoint.read import open_checkpoint
+from telechat_twins.core.parity.bounds import TRACE_LIMIT, compare_tensors, compare_traces
+from telechat_twins.core.train.metrics import read_metrics
 from tests.support.packed import write_packed
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -51,7 +51,7 @@ class Tele:
         )
 
     def command(self, backend: str, layout: str, name: str, *more: str) -> list[str]:
-        train = [sys.executable, "-m", "core.cli", "train", "--backend", backend, "--layout", layout]
+        train = [sys.executable, "-m", "telechat_twins.core.cli", "train", "--backend", backend, "--layout", layout]
         return [*train, "--config", str(self.folder / "run.yaml"), "--out", str(self.folder / name), *more]
 
     def train(self, backend: str, layout: str, name: str, *more: str) -> Path:

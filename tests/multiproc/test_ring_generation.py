@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from core.launch.launcher import launch
-from core.parity.bounds import relative_frobenius
+from telechat_twins.core.launch.launcher import launch
+from telechat_twins.core.parity.bounds import relative_frobenius
 from tests.multiproc.ring_generation_checks import CHECKS, LENGTH, WORLD, uncached
 from tests.parity.test_engine_parity import LOGITS
 

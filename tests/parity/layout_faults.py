@@ -18,11 +18,11 @@ from typing import Any
 
 import numpy as np
 
-import core.parallel.schedule
-from core.backends import load
-from core.launch.worker import run_script
-from core.model.batch import IGNORE, Batch
-from core.parity import worker as layout_worker
+import telechat_twins.core.parallel.schedule
+from telechat_twins.core.backends import load
+from telechat_twins.core.launch.worker import run_script
+from telechat_twins.core.model.batch import IGNORE, Batch
+from telechat_twins.core.parity import worker as layout_worker
 
 Change = tuple[Any, str, Any]  # owner, attribute, what to put there
 
@@ -226,7 +226,7 @@ def mask_of_the_first_rank(backend: str) -> Iterator[Change]:
 def chunk_order_swapped(backend: str) -> Iterator[Change]:
     """The last pipeline rank takes each micro-batch through all its chunks before the next micro-batch; the others send
     it all micro-batches of a group for one chunk first."""
-    real = core.parallel.schedule._turn
+    real = telechat_twins.core.parallel.schedule._turn
 
     def faulty(k: int, pp: int, virtual: int, kind: str) -> tuple[int, int]:
         group, place = divmod(k, pp * virtual)
@@ -234,7 +234,7 @@ def chunk_order_swapped(backend: str) -> Iterator[Change]:
         return group * pp + micro, chunk if kind == "F" else virtual - 1 - chunk
 
     rank, world = load(backend, "mesh").join()
-    yield core.parallel.schedule, "_turn", faulty if rank == world - 1 else real
+    yield telechat_twins.core.parallel.schedule, "_turn", faulty if rank == world - 1 else real
 
 
 def _joined(backend: str, tensors: tuple[Any, ...]) -> Any:

@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from core.backends import load
-from core.parity.bounds import relative_frobenius
-from kernels import reference
+from telechat_twins.core.backends import load
+from telechat_twins.core.parity.bounds import relative_frobenius
+from telechat_twins.kernels import reference
 from tests.support.frameworks import BACKENDS
 
 B, S, H, K, D = 2, 48, 4, 2, 8

@@ -12,13 +12,13 @@ import numpy as np
 import pytest
 import torch
 
-from core.bench.worker import bench_config, random_batch
-from core.model.batch import Batch, shift_labels
-from core.model.config import load_model_config
-from core.model.init import init_weights
-from core.parity.bounds import relative_frobenius
-from kernels.bench.eager import EagerModel, EagerTrainer, released_tensor
-from pt_reference import forward
+from telechat_twins.core.bench.worker import bench_config, random_batch
+from telechat_twins.core.model.batch import Batch, shift_labels
+from telechat_twins.core.model.config import load_model_config
+from telechat_twins.core.model.init import init_weights
+from telechat_twins.core.parity.bounds import relative_frobenius
+from telechat_twins.kernels.bench.eager import EagerModel, EagerTrainer, released_tensor
+from telechat_twins.pt_reference import forward
 
 CONFIG = dataclasses.replace(load_model_config("telechat2-tiny"), num_layers=2, vocab_size=512)
 

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from convert.source import open_model
-from core.cli import main
-from core.data.demo_text import write_demo_text
-from core.train.metrics import read_metrics
+from telechat_twins.convert.source import open_model
+from telechat_twins.core.cli import main
+from telechat_twins.core.data.demo_text import write_demo_text
+from telechat_twins.core.train.metrics import read_metrics
 
 QUESTIONS = ("What is a rotary position?", "为什么要归一化？", "How is a key shared?", "什么是梯度？")
 

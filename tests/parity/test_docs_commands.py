@@ -18,7 +18,7 @@ from pathlib import Path
 
 import pytest
 
-from core.train.metrics import read_metrics
+from telechat_twins.core.train.metrics import read_metrics
 from tests import docs
 from tests.house import ROOT
 from tests.support.docs_workspace import add_checkout, add_packed, add_release, add_text

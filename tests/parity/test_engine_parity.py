@@ -13,16 +13,16 @@ from typing import Any
 import numpy as np
 import pytest
 
-from core.backends import load
-from core.inference.engine import Engine, Limits
-from core.inference.pages import pool_size
-from core.inference.requests import Request
-from core.inference.runner import Step
-from core.inference.sampling import SamplingConfig, sampling_config
-from core.model.batch import IGNORE, Batch
-from core.model.config import ModelConfig
-from core.model.position import RotaryRows
-from core.parity.bounds import relative_frobenius
+from telechat_twins.core.backends import load
+from telechat_twins.core.inference.engine import Engine, Limits
+from telechat_twins.core.inference.pages import pool_size
+from telechat_twins.core.inference.requests import Request
+from telechat_twins.core.inference.runner import Step
+from telechat_twins.core.inference.sampling import SamplingConfig, sampling_config
+from telechat_twins.core.model.batch import IGNORE, Batch
+from telechat_twins.core.model.config import ModelConfig
+from telechat_twins.core.model.position import RotaryRows
+from telechat_twins.core.parity.bounds import relative_frobenius
 from tests.support.engine_support import Feed, feed, finish, tokens_of
 from tests.support.frameworks import BACKENDS, golden_source
 

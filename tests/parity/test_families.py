@@ -14,15 +14,15 @@ from typing import Any
 import numpy as np
 import pytest
 
-import core.model.position
-from core.backends import load
-from core.inference.pages import pool_size
-from core.model.batch import IGNORE, Batch
-from core.model.config import ModelConfig
-from core.model.position import RotaryRows
-from core.parallel.layout import parse_layout
-from core.parity.bounds import compare_tensors, relative_frobenius
-from core.parity.worker import Task, collect, launch_tasks, write_batch
+import telechat_twins.core.model.position
+from telechat_twins.core.backends import load
+from telechat_twins.core.inference.pages import pool_size
+from telechat_twins.core.model.batch import IGNORE, Batch
+from telechat_twins.core.model.config import ModelConfig
+from telechat_twins.core.model.position import RotaryRows
+from telechat_twins.core.parallel.layout import parse_layout
+from telechat_twins.core.parity.bounds import compare_tensors, relative_frobenius
+from telechat_twins.core.parity.worker import Task, collect, launch_tasks, write_batch
 from tests.parity.test_goldens import GRADIENT, LOGITS, LOSS, check_forward, check_gradients
 from tests.support.engine_support import Feed
 from tests.support.frameworks import BACKENDS, golden_arrays, golden_batch, golden_source
@@ -138,7 +138,11 @@ def test_an_origin_that_moves_with_the_keys_spoils_the_cache(backend: str, monke
     def centred(self: RotaryRows, positions: np.ndarray, seq_lens: np.ndarray) -> Any:
         last = int(np.max(positions)) + 1
         cos, sin, *_ = fixed(self, positions, seq_lens)
-        return cos, sin, *core.model.position.xpos_scales(replace(config, max_seqlen=2 * (-(-last // 2))), positions)
+        return (
+            cos,
+            sin,
+            *telechat_twins.core.model.position.xpos_scales(replace(config, max_seqlen=2 * (-(-last // 2))), positions),
+        )
 
     monkeypatch.setattr(RotaryRows, "rows", centred)
     places, rows = cached_rows(backend, config, source, ids)

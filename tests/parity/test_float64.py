@@ -19,19 +19,19 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from core.backends import load
-from core.checkpoint.read import open_checkpoint
-from core.commands import forward as forward_command
-from core.config import RunConfig, run_config_from_dict
-from core.model.batch import IGNORE, Batch, shift_labels
-from core.model.config import ModelConfig
-from core.model.growth_mask import GrowthMask
-from core.model.init import init_weights
-from core.parity.bounds import compare_tensors, compare_traces, relative_frobenius
-from core.train import loop
-from core.train.metrics import read_metrics
-from core.train.recipe import clip_factor
-from kernels import reference
+from telechat_twins.core.backends import load
+from telechat_twins.core.checkpoint.read import open_checkpoint
+from telechat_twins.core.commands import forward as forward_command
+from telechat_twins.core.config import RunConfig, run_config_from_dict
+from telechat_twins.core.model.batch import IGNORE, Batch, shift_labels
+from telechat_twins.core.model.config import ModelConfig
+from telechat_twins.core.model.growth_mask import GrowthMask
+from telechat_twins.core.model.init import init_weights
+from telechat_twins.core.parity.bounds import compare_tensors, compare_traces, relative_frobenius
+from telechat_twins.core.train import loop
+from telechat_twins.core.train.metrics import read_metrics
+from telechat_twins.core.train.recipe import clip_factor
+from telechat_twins.kernels import reference
 from tests.parity import test_operators
 from tests.support import numpy_decoder
 from tests.support.frameworks import BACKENDS, differentiate, golden_arrays, golden_source
@@ -250,7 +250,7 @@ def test_adamw_in_mindspore() -> None:
     """Of every step of a run's first seven; PyTorch's is in test_kernels_pytorch.py."""
     import mindspore as ms
 
-    from kernels.mindspore import composite as mindspore_composite
+    from telechat_twins.kernels.mindspore import composite as mindspore_composite
 
     random, size = np.random.default_rng(3), 999
     held = [random.normal(size=size), np.zeros(size), np.zeros(size)]

@@ -15,18 +15,18 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from core.backends import load
-from core.checkpoint.read import whole, write_checkpoint
-from core.commands import forward
-from core.config import OptimConfig
-from core.errors import UserError
-from core.model.batch import Batch, shift_labels
-from core.model.config import load_model_config
-from core.model.init import init_weights
-from core.parallel.layout import Layout
-from core.parity.bounds import compare_tensors, tolerances
-from core.parity.worker import Task, run_alone, write_batch
-from core.train import loss_scale
+from telechat_twins.core.backends import load
+from telechat_twins.core.checkpoint.read import whole, write_checkpoint
+from telechat_twins.core.commands import forward
+from telechat_twins.core.config import OptimConfig
+from telechat_twins.core.errors import UserError
+from telechat_twins.core.model.batch import Batch, shift_labels
+from telechat_twins.core.model.config import load_model_config
+from telechat_twins.core.model.init import init_weights
+from telechat_twins.core.parallel.layout import Layout
+from telechat_twins.core.parity.bounds import compare_tensors, tolerances
+from telechat_twins.core.parity.worker import Task, run_alone, write_batch
+from telechat_twins.core.train import loss_scale
 from tests.support.frameworks import BACKENDS
 
 CONFIG = replace(load_model_config("telechat2-tiny"), num_layers=2, vocab_size=64)

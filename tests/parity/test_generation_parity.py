@@ -22,20 +22,20 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from convert.source import open_model
-from core import backends, cli
-from core.data.chat_template import encode_chat
-from core.data.tokenizer import load_tokenizer
-from core.data.tokenizer_training import train_tokenizer
-from core.errors import UserError
-from core.inference.chat import Chat
-from core.inference.engine import Engine
-from core.inference.generation import generate
-from core.inference.pages import pool_size
-from core.inference.sampling import sampling_config
-from core.model.batch import IGNORE, Batch
-from core.model.config import with_table_dtype
-from core.parity.bounds import relative_frobenius
+from telechat_twins.convert.source import open_model
+from telechat_twins.core import backends, cli
+from telechat_twins.core.data.chat_template import encode_chat
+from telechat_twins.core.data.tokenizer import load_tokenizer
+from telechat_twins.core.data.tokenizer_training import train_tokenizer
+from telechat_twins.core.errors import UserError
+from telechat_twins.core.inference.chat import Chat
+from telechat_twins.core.inference.engine import Engine
+from telechat_twins.core.inference.generation import generate
+from telechat_twins.core.inference.pages import pool_size
+from telechat_twins.core.inference.sampling import sampling_config
+from telechat_twins.core.model.batch import IGNORE, Batch
+from telechat_twins.core.model.config import with_table_dtype
+from telechat_twins.core.parity.bounds import relative_frobenius
 from tests.support.engine_support import Feed
 
 GOLDENS = Path(__file__).resolve().parents[1] / "goldens"
@@ -79,7 +79,7 @@ def io():
 
 def tele(verb: str, *argv: object) -> int:
     """Run a command in this process; a UserError comes out as such."""
-    module = importlib.import_module(f"core.commands.{verb}")
+    module = importlib.import_module(f"telechat_twins.core.commands.{verb}")
     parser = argparse.ArgumentParser()
     module.add_arguments(parser)
     return module.run(parser.parse_args([str(a) for a in argv]))
@@ -305,7 +305,11 @@ def test_chat_command_over_a_pipe(backend, talking, tmp_path):
     argv = ["chat", "--backend", backend, "--checkpoint", str(talking), "--max-new-tokens", "6"]
     root = Path(__file__).resolve().parents[2]
     done = subprocess.run(
-        [sys.executable, "-m", "core.cli", *argv], input=script.encode(), capture_output=True, cwd=root, timeout=300
+        [sys.executable, "-m", "telechat_twins.core.cli", *argv],
+        input=script.encode(),
+        capture_output=True,
+        cwd=root,
+        timeout=300,
     )
     errors = done.stderr.decode()
     assert done.returncode == 0, errors
@@ -375,7 +379,7 @@ def test_forward_command_without_labels(backend, checkpoint, io, tmp_path):
 
 
 def test_forward_command_goes_beyond_the_trained_length_and_says_so(backend, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("core.inference.generation._noted", set())
+    monkeypatch.setattr("telechat_twins.core.inference.generation._noted", set())
     case = GOLDENS / "telechat2_ntk" / "base_eq_training_step2"
     shutil.copy(case / "config.json", tmp_path)
     shutil.copy(case.parent / "weights.safetensors", tmp_path / "model.safetensors")

@@ -13,11 +13,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-import core.model.position
-from core.backends import load
-from core.model.batch import Batch
-from core.model.config import ModelConfig
-from core.parity.bounds import compare_tensors, relative_frobenius
+import telechat_twins.core.model.position
+from telechat_twins.core.backends import load
+from telechat_twins.core.model.batch import Batch
+from telechat_twins.core.model.config import ModelConfig
+from telechat_twins.core.parity.bounds import compare_tensors, relative_frobenius
 from tests.support.frameworks import BACKENDS, golden_arrays, golden_batch, golden_source
 
 LOGITS, LOSS, GRADIENT = 2e-6, 1e-6, 1e-5
@@ -176,7 +176,7 @@ def test_fault_in_the_model_is_caught(backend: str, fault: Callable[[ModelConfig
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_lost_attention_scale_is_caught(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     config, source, io = open_ntk("base_eq_training_step1")
-    monkeypatch.setattr(core.model.position, "attention_scale", lambda config, seq_len: 1.0)
+    monkeypatch.setattr(telechat_twins.core.model.position, "attention_scale", lambda config, seq_len: 1.0)
     with pytest.raises(AssertionError):
         check_forward(backend, config, source.tensor, io, "fp32table", golden_batch(io, "loss_mean"), "loss_mean")
 

@@ -17,17 +17,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import convert.growth.plan
-import convert.growth.weights
-import core.model.growth
-from convert.growth.gradients import gradients_of_new, gradients_of_old, old_entries
-from core.backends import load
-from core.errors import UserError
-from core.model.batch import Batch
-from core.model.config import ModelConfig
-from core.model.growth import METHODS
-from core.model.growth_mask import kv_map
-from core.parity.bounds import relative_frobenius
+import telechat_twins.convert.growth.plan
+import telechat_twins.convert.growth.weights
+import telechat_twins.core.model.growth
+from telechat_twins.convert.growth.gradients import gradients_of_new, gradients_of_old, old_entries
+from telechat_twins.core.backends import load
+from telechat_twins.core.errors import UserError
+from telechat_twins.core.model.batch import Batch
+from telechat_twins.core.model.config import ModelConfig
+from telechat_twins.core.model.growth import METHODS
+from telechat_twins.core.model.growth_mask import kv_map
+from telechat_twins.core.parity.bounds import relative_frobenius
 from tests.parity.test_goldens import GRADIENT, LOGITS
 from tests.support.frameworks import BACKENDS
 from tests.support.growing import (
@@ -239,7 +239,7 @@ def growths(draw: Any) -> tuple[ModelConfig, ModelConfig, dict[str, Any]]:
     )
     options = {
         "method": draw(st.sampled_from(METHODS)),
-        "depth": draw(st.sampled_from(convert.growth.plan.DEPTHS)),
+        "depth": draw(st.sampled_from(telechat_twins.convert.growth.plan.DEPTHS)),
         "fresh_layers": draw(st.booleans()),
         "seed": draw(st.integers(0, 9)),
     }
@@ -322,12 +322,12 @@ def test_trap_heads_appended_to_groups(monkeypatch: pytest.MonkeyPatch) -> None:
         index = np.arange(new[0])
         return np.where(index < old[0], index, -1)
 
-    core.model.growth.axis_maps.cache_clear()
+    telechat_twins.core.model.growth.axis_maps.cache_clear()
     with monkeypatch.context() as patch:
-        patch.setattr(core.model.growth, "head_map", appended)
+        patch.setattr(telechat_twins.core.model.growth, "head_map", appended)
         plan, grown = grow(source, target, weights, method="zero")
         error = moved(source, plan.config, weights, grown, given)
-    core.model.growth.axis_maps.cache_clear()
+    telechat_twins.core.model.growth.axis_maps.cache_clear()
     assert error > 0.1
 
 

@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from convert.copy import canonical_to_hf
-from convert.source import CanonicalSource, open_model
-from core.checkpoint.read import open_checkpoint, write_checkpoint
-from core.cli import main
-from core.inference.pages import pool_size
-from core.model.config import ModelConfig
-from core.parity.bounds import relative_frobenius
+from telechat_twins.convert.copy import canonical_to_hf
+from telechat_twins.convert.source import CanonicalSource, open_model
+from telechat_twins.core.checkpoint.read import open_checkpoint, write_checkpoint
+from telechat_twins.core.cli import main
+from telechat_twins.core.inference.pages import pool_size
+from telechat_twins.core.model.config import ModelConfig
+from telechat_twins.core.parity.bounds import relative_frobenius
 from tests.parity.test_goldens import GRADIENT, LOGITS
 from tests.support.engine_support import Feed
 from tests.support.growing import FAMILIES, TINY, batch, grow, run, strong
@@ -110,7 +110,7 @@ def test_what_has_no_plain_form_is_refused(
 
 def test_a_checkpoint_of_a_grown_model_opens_everywhere(tmp_path: Path) -> None:
     """The forward command's own reader, and generation over a cache, between two sizes."""
-    from core.backends import load
+    from telechat_twins.core.backends import load
 
     config, source = grown_checkpoint(tmp_path / "grown", replace(TINY, num_heads=4, head_dim=6))
     assert config.growth is not None

@@ -14,21 +14,21 @@ import numpy as np
 import pytest
 from ml_dtypes import bfloat16
 
-from convert.growth.files import grow_checkpoint, plan_checkpoint
-from convert.growth.plan import Options
-from core.backends import load
-from core.checkpoint.read import open_checkpoint
-from core.config import RunConfig, run_config_from_dict
-from core.model.batch import Batch, shift_labels
-from core.model.config import load_model_config
-from core.model.growth import METHODS
-from core.model.init import init_weights
-from core.model.params import parameter_table
-from core.parity.bounds import compare_traces, relative_frobenius
-from core.train import loop
-from core.train.births import born
-from core.train.metrics import read_metrics
-from kernels.reference import adamw
+from telechat_twins.convert.growth.files import grow_checkpoint, plan_checkpoint
+from telechat_twins.convert.growth.plan import Options
+from telechat_twins.core.backends import load
+from telechat_twins.core.checkpoint.read import open_checkpoint
+from telechat_twins.core.config import RunConfig, run_config_from_dict
+from telechat_twins.core.model.batch import Batch, shift_labels
+from telechat_twins.core.model.config import load_model_config
+from telechat_twins.core.model.growth import METHODS
+from telechat_twins.core.model.init import init_weights
+from telechat_twins.core.model.params import parameter_table
+from telechat_twins.core.parity.bounds import compare_traces, relative_frobenius
+from telechat_twins.core.train import loop
+from telechat_twins.core.train.births import born
+from telechat_twins.core.train.metrics import read_metrics
+from telechat_twins.kernels.reference import adamw
 from tests.support.frameworks import BACKENDS
 from tests.support.growing import strong
 from tests.support.packed import write_packed

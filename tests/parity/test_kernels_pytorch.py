@@ -14,17 +14,17 @@ import numpy as np
 import pytest
 import torch
 
-from core.errors import UserError
-from core.model.batch import IGNORE
-from core.model.visibility import KeyRanges, causal_ranges
-from core.parity.bounds import relative_frobenius
-from kernels import reference
-from kernels.dispatch import describe
-from kernels.pytorch import composite as torch_composite
-from kernels.pytorch import cpu as torch_cpu
-from kernels.pytorch import ops as pytorch
-from pt_reference import ops
-from pt_reference.model import to_numpy
+from telechat_twins.core.errors import UserError
+from telechat_twins.core.model.batch import IGNORE
+from telechat_twins.core.model.visibility import KeyRanges, causal_ranges
+from telechat_twins.core.parity.bounds import relative_frobenius
+from telechat_twins.kernels import reference
+from telechat_twins.kernels.dispatch import describe
+from telechat_twins.kernels.pytorch import composite as torch_composite
+from telechat_twins.kernels.pytorch import cpu as torch_cpu
+from telechat_twins.kernels.pytorch import ops as pytorch
+from telechat_twins.pt_reference import ops
+from telechat_twins.pt_reference.model import to_numpy
 
 PACKAGES = {"torch": torch_cpu, "composite": torch_composite}
 FACTOR, FLOOR = 6.0, 8 * 2.0**-24

@@ -19,15 +19,15 @@ from typing import Any
 import numpy as np
 import pytest
 
-from core.config import OptimConfig
-from core.model.batch import Batch, shift_labels
-from core.model.config import ModelConfig
-from core.model.growth_mask import GrowthMask
-from core.model.init import init_weights
-from core.parallel.layout import Layout, parse_layout
-from core.parity.bounds import compare_tensors, relative_frobenius
-from core.parity.layouts import LayoutReport, References, judge_layout, one_device, smooth_optim
-from core.parity.worker import Outcome, Task, collect, launch_tasks, write_batch
+from telechat_twins.core.config import OptimConfig
+from telechat_twins.core.model.batch import Batch, shift_labels
+from telechat_twins.core.model.config import ModelConfig
+from telechat_twins.core.model.growth_mask import GrowthMask
+from telechat_twins.core.model.init import init_weights
+from telechat_twins.core.parallel.layout import Layout, parse_layout
+from telechat_twins.core.parity.bounds import compare_tensors, relative_frobenius
+from telechat_twins.core.parity.layouts import LayoutReport, References, judge_layout, one_device, smooth_optim
+from telechat_twins.core.parity.worker import Outcome, Task, collect, launch_tasks, write_batch
 from tests.parity.layout_faults import FAULTS
 from tests.parity.test_goldens import GRADIENT, LOGITS, LOSS
 from tests.support.frameworks import BACKENDS, golden_arrays, golden_batch, golden_source

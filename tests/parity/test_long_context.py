@@ -16,15 +16,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from core.backends import load
-from core.inference.engine import Engine, Limits
-from core.inference.generation import generate
-from core.inference.pages import pool_size
-from core.inference.sampling import sampling_config
-from core.model.batch import IGNORE, Batch
-from core.model.config import ModelConfig, load_model_config
-from core.model.init import init_tensor
-from core.parity.bounds import relative_frobenius
+from telechat_twins.core.backends import load
+from telechat_twins.core.inference.engine import Engine, Limits
+from telechat_twins.core.inference.generation import generate
+from telechat_twins.core.inference.pages import pool_size
+from telechat_twins.core.inference.sampling import sampling_config
+from telechat_twins.core.model.batch import IGNORE, Batch
+from telechat_twins.core.model.config import ModelConfig, load_model_config
+from telechat_twins.core.model.init import init_tensor
+from telechat_twins.core.parity.bounds import relative_frobenius
 from tests.parity.test_goldens import LOGITS
 from tests.support.engine_support import Feed
 from tests.support.frameworks import BACKENDS
@@ -99,12 +99,12 @@ def test_the_engine_reads_it_in_pieces_and_again_from_its_pages(backend: str) ->
 MEMORY = """
 import resource, sys
 import numpy as np
-from core import backends
-from core.config import load_model_config
-from core.inference.engine import Engine, Limits
-from core.model.init import init_tensor
-from core.inference.pages import pool_size
-from core.inference.requests import Request
+from telechat_twins.core import backends
+from telechat_twins.core.config import load_model_config
+from telechat_twins.core.inference.engine import Engine, Limits
+from telechat_twins.core.model.init import init_tensor
+from telechat_twins.core.inference.pages import pool_size
+from telechat_twins.core.inference.requests import Request
 
 config = load_model_config("telechat2-tiny")
 make = backends.load(sys.argv[1], "generate").Runner

@@ -17,11 +17,11 @@ from typing import Any
 
 import pytest
 
-from convert.copy import to_hf, to_mindformers
-from convert.source import ModelSource, open_model
-from core.data.chat_template import encode_chat
-from core.data.tokenizer import load_tokenizer
-from core.model.init import init_weights
+from telechat_twins.convert.copy import to_hf, to_mindformers
+from telechat_twins.convert.source import ModelSource, open_model
+from telechat_twins.core.data.chat_template import encode_chat
+from telechat_twins.core.data.tokenizer import load_tokenizer
+from telechat_twins.core.model.init import init_weights
 from tests.house import ROOT
 from tests.support.frameworks import GOLDENS
 
@@ -162,8 +162,8 @@ def test_the_legacy_names_are_llamas(form: str, file_format: str, source: ModelS
 
 def test_transformers_reads_an_exported_folder(tmp_path: Path) -> None:
     """Its config class and tokenizer; ids are those of this project, text with digits and line ends included."""
-    from core.checkpoint.read import write_checkpoint
-    from core.model.config import load_model_config
+    from telechat_twins.core.checkpoint.read import write_checkpoint
+    from telechat_twins.core.model.config import load_model_config
     from tests.support.data_support import VOCAB_SIZE, tiny_tokenizer_path
 
     config = load_model_config({"preset": "telechat2-tiny", "vocab_size": VOCAB_SIZE})

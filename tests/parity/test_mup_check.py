@@ -11,12 +11,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from core import cli
-from core.backends import load
-from core.config import load_run_config
-from core.model.config import CONFIGS
-from core.mup import transfer as rules
-from core.mup.coordinates import MUP, STANDARD, Record, configs, judge, measure, token_batch
+from telechat_twins.core import cli
+from telechat_twins.core.backends import load
+from telechat_twins.core.config import load_run_config
+from telechat_twins.core.model.config import CONFIGS
+from telechat_twins.core.mup import transfer as rules
+from telechat_twins.core.mup.coordinates import MUP, STANDARD, Record, configs, judge, measure, token_batch
 from tests.support.frameworks import BACKENDS
 
 NARROW = CONFIGS / "train" / "teleflm-tiny.yaml"

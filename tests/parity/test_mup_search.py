@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from core import cli
-from core.model.config import CONFIGS
-from core.train.metrics import last_step, read_metrics
+from telechat_twins.core import cli
+from telechat_twins.core.model.config import CONFIGS
+from telechat_twins.core.train.metrics import last_step, read_metrics
 from tests.house import ROOT
 from tests.support.packed import write_packed
 
@@ -77,7 +77,7 @@ def test_a_killed_search_ends_like_a_whole_one(search: Path, whole: dict[str, Pa
     """SIGKILL to the search in its second width, after a checkpoint; its ranks die with it."""
     out = search.parent / "killed"
     command = ["mup", "search", str(search), "--backend", "pt", "--out", str(out)]
-    process = subprocess.Popen([sys.executable, "-m", "core.cli", *command], cwd=ROOT)
+    process = subprocess.Popen([sys.executable, "-m", "telechat_twins.core.cli", *command], cwd=ROOT)
     second = out / "w64-config"
     try:
         deadline = time.monotonic() + 120

@@ -14,11 +14,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from core.config import KERNEL_OPERATORS
-from core.model.batch import IGNORE
-from core.model.visibility import causal_blocks
-from core.parity.bounds import relative_frobenius
-from kernels import reference
+from telechat_twins.core.config import KERNEL_OPERATORS
+from telechat_twins.core.model.batch import IGNORE
+from telechat_twins.core.model.visibility import causal_blocks
+from telechat_twins.core.parity.bounds import relative_frobenius
+from telechat_twins.kernels import reference
 from tests.support.frameworks import BACKENDS, differentiate
 
 FACTOR = 6.0
@@ -170,7 +170,7 @@ def judge(backend: str, case: Case, seed: int = 0, floor: float = FLOOR) -> list
 @pytest.fixture(params=MADE)
 def made(request: pytest.FixtureRequest) -> Iterator[str]:
     """Every operator by the best implementation of this machine, and by the frameworks' plain operators."""
-    tables = [importlib.import_module(f"kernels.{name}.ops") for name in ("mindspore", "pytorch")]
+    tables = [importlib.import_module(f"telechat_twins.kernels.{name}.ops") for name in ("mindspore", "pytorch")]
     if request.param == "composite":
         for table in tables:
             table.select({name: "composite" for name in KERNEL_OPERATORS})

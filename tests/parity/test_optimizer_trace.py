@@ -11,11 +11,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from core.backends import load
-from core.config import run_config_from_dict
-from core.model.batch import Batch, shift_labels
-from core.parity.bounds import relative_frobenius
-from core.train.recipe import clip_factor, learning_rate
+from telechat_twins.core.backends import load
+from telechat_twins.core.config import run_config_from_dict
+from telechat_twins.core.model.batch import Batch, shift_labels
+from telechat_twins.core.parity.bounds import relative_frobenius
+from telechat_twins.core.train.recipe import clip_factor, learning_rate
 from tests.support.frameworks import BACKENDS, GOLDENS, golden_arrays, golden_source
 
 CASES = ("telechat2_gqa", "teleflm")

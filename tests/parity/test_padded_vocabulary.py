@@ -11,15 +11,15 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from convert.hf.config import dump_config, write_config
-from convert.names import bind
-from convert.source import open_model
-from core import backends
-from core.cli import main
-from core.commands import serve
-from core.inference.chat import ChatModel
-from core.model.config import load_model_config
-from core.model.init import init_weights
+from telechat_twins.convert.hf.config import dump_config, write_config
+from telechat_twins.convert.names import bind
+from telechat_twins.convert.source import open_model
+from telechat_twins.core import backends
+from telechat_twins.core.cli import main
+from telechat_twins.core.commands import serve
+from telechat_twins.core.inference.chat import ChatModel
+from telechat_twins.core.model.config import load_model_config
+from telechat_twins.core.model.init import init_weights
 from tests.support.data_support import VOCAB_SIZE, tiny_tokenizer_path
 
 ROWS = VOCAB_SIZE + 64

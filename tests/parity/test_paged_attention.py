@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from core.inference.runner import Step
-from core.parity.bounds import relative_frobenius
-from kernels import reference
+from telechat_twins.core.inference.runner import Step
+from telechat_twins.core.parity.bounds import relative_frobenius
+from telechat_twins.kernels import reference
 from tests.support.cpu_kernel_checks import FACTOR, PAGED, UNITS
 from tests.support.frameworks import BACKENDS
 
@@ -52,14 +52,14 @@ def run(backend: str, step: Step, arrays: list[np.ndarray], dtype: str) -> list[
     """[out, k_pages, v_pages] of the backend's operator on q, k, v, k_pages, v_pages, float64."""
     if backend == "ms":
         ms = pytest.importorskip("mindspore")
-        from telechat_ms import ops
+        from telechat_twins.telechat_ms import ops
 
         tensors = [ms.Tensor(a).astype(getattr(ms, dtype)) for a in arrays[:3]]
         tensors += [ms.Tensor(a).astype(ops.page_dtype(getattr(ms, dtype))) for a in arrays[3:]]
         out = ops.paged_attention(*tensors, ops.place_pages(step, arrays[3].shape[1], getattr(ms, dtype)))
         return [t.astype(ms.float32 if dtype == "bfloat16" else ms.float64).asnumpy() for t in (out, *tensors[3:])]
     torch = pytest.importorskip("torch")
-    from pt_reference import ops
+    from telechat_twins.pt_reference import ops
 
     tensors = [torch.from_numpy(a).to(getattr(torch, dtype)) for a in arrays]
     with torch.inference_mode():
@@ -75,10 +75,10 @@ def choose() -> Any:
     def select(backend: str, implementation: str) -> None:
         if backend == "ms":
             pytest.importorskip("mindspore")
-            from kernels.mindspore import ops as kernels
+            from telechat_twins.kernels.mindspore import ops as kernels
         else:
             pytest.importorskip("torch")
-            from kernels.pytorch import ops as kernels
+            from telechat_twins.kernels.pytorch import ops as kernels
         kernels.select({"attention": implementation})
         chosen.append(kernels)
 
@@ -143,7 +143,9 @@ def neighbours_pages(step: Step) -> Step:
 def test_a_planted_fault_is_caught(
     monkeypatch: pytest.MonkeyPatch, backend: str, fault: Callable[[Step], Step]
 ) -> None:
-    ops = pytest.importorskip({"ms": "telechat_ms.ops", "pt": "pt_reference.ops"}[backend])
+    ops = pytest.importorskip(
+        {"ms": "telechat_twins.telechat_ms.ops", "pt": "telechat_twins.pt_reference.ops"}[backend]
+    )
     real = ops.place_pages
     monkeypatch.setattr(ops, "place_pages", lambda step, *more: real(fault(step), *more))
     found, limit = error(backend, PAGED[1], "float32")

@@ -11,16 +11,16 @@ from typing import Any
 import numpy as np
 import pytest
 
-from core.backends import load
-from core.config import RunConfig, run_config_from_dict
-from core.model.batch import Batch, shift_labels
-from core.model.init import init_weights
-from core.model.params import parameter_table
-from core.parity.bounds import compare_traces, relative_frobenius
-from core.train import loop
-from core.train.metrics import read_metrics
-from core.train.recipe import clip_factor, learning_rate
-from kernels.reference import adamw
+from telechat_twins.core.backends import load
+from telechat_twins.core.config import RunConfig, run_config_from_dict
+from telechat_twins.core.model.batch import Batch, shift_labels
+from telechat_twins.core.model.init import init_weights
+from telechat_twins.core.model.params import parameter_table
+from telechat_twins.core.parity.bounds import compare_traces, relative_frobenius
+from telechat_twins.core.train import loop
+from telechat_twins.core.train.metrics import read_metrics
+from telechat_twins.core.train.recipe import clip_factor, learning_rate
+from telechat_twins.kernels.reference import adamw
 from tests.support.frameworks import BACKENDS
 from tests.support.packed import write_packed
 

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from core.commands import bench, forward, parity
-from core.errors import UserError
-from core.parity import runs
-from core.parity.bounds import compare_tensors, relative_frobenius
-from core.parity.report import ParityReport
+from telechat_twins.core.commands import bench, forward, parity
+from telechat_twins.core.errors import UserError
+from telechat_twins.core.parity import runs
+from telechat_twins.core.parity.bounds import compare_tensors, relative_frobenius
+from telechat_twins.core.parity.report import ParityReport
 from tests.parity.test_goldens import GRADIENT, LOGITS, LOSS
 from tests.support.frameworks import golden_arrays, golden_source
 from tests.support.packed import write_packed
@@ -62,7 +62,7 @@ def test_one_batch_in_low_precision(config, tmp_path, precision):
 @pytest.mark.parametrize("fault", ["a missed bias", "keys and values not de-interleaved", "a rounding too many"])
 def test_a_fault_in_one_backend_is_exit_code_1(config, tmp_path, capsys, monkeypatch, fault):
     """The weights one backend gets are wrong in a way that has happened elsewhere; the command's own verdict is red."""
-    from core import backends
+    from telechat_twins.core import backends
 
     class Faulty:
         def __init__(self, forward):
@@ -161,7 +161,7 @@ def test_mistakes(config, tmp_path):
 
 
 def test_summary_is_one_line_a_bound():
-    from core.parity.bounds import BatchReport
+    from telechat_twins.core.parity.bounds import BatchReport
 
     text = parity.summary(ParityReport({}, BatchReport([], [], ["ms lacks norm.weight"])))
     assert text.splitlines()[0].startswith("NOT EQUAL") and len(text.splitlines()) == 2 and "BROKEN" in text

@@ -14,12 +14,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from core.backends import load
-from core.inference.engine import Engine
-from core.inference.generation import generate
-from core.inference.sampling import sampling_config
-from core.model.quantize import Int8Matrix, quantizing
-from core.parity.bounds import relative_frobenius
+from telechat_twins.core.backends import load
+from telechat_twins.core.inference.engine import Engine
+from telechat_twins.core.inference.generation import generate
+from telechat_twins.core.inference.sampling import sampling_config
+from telechat_twins.core.model.quantize import Int8Matrix, quantizing
+from telechat_twins.core.parity.bounds import relative_frobenius
 from tests.parity.test_engine_parity import CASES, LOGITS, whole_logits
 from tests.support.engine_support import Feed
 from tests.support.frameworks import BACKENDS, golden_source
@@ -116,14 +116,14 @@ def test_a_factor_for_the_whole_matrix_is_caught(monkeypatch: pytest.MonkeyPatch
 MEMORY = """
 import sys, psutil
 import numpy as np
-from core import backends
-from core.config import load_model_config
-from core.model.params import count_parameters
-from core.model.quantize import quantizing
+from telechat_twins.core import backends
+from telechat_twins.core.config import load_model_config
+from telechat_twins.core.model.params import count_parameters
+from telechat_twins.core.model.quantize import quantizing
 
 config = load_model_config({"preset": "telechat2-mini", "hidden_size": 1024, "ffn_hidden_size": 4096, "num_layers": 12})
 get = quantizing(config, lambda name: np.ones(shapes[name], np.float32))
-from core.model.params import parameter_table
+from telechat_twins.core.model.params import parameter_table
 shapes = {name: spec.shape for name, spec in parameter_table(config).items()}
 make = backends.load(sys.argv[1], "generate").Runner
 small = load_model_config("telechat2-tiny")

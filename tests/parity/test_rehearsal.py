@@ -17,10 +17,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from core.model.visibility import KeyRanges, causal_ranges
-from core.parity.bounds import compare_tensors, relative_frobenius
-from kernels import reference
-from kernels.dispatch import Candidate
+from telechat_twins.core.model.visibility import KeyRanges, causal_ranges
+from telechat_twins.core.parity.bounds import compare_tensors, relative_frobenius
+from telechat_twins.kernels import reference
+from telechat_twins.kernels.dispatch import Candidate
 from tests.parity.test_growth import target_of
 from tests.parity.test_optimizer_trace import check_trace, run_trace
 from tests.parity.test_paged_attention import error as page_error
@@ -35,14 +35,14 @@ ms = pytest.importorskip("mindspore")
 # On a CPU the pipeline of asynchronous launches spins while it waits; where it is on, the rehearsal copes with it.
 ms.runtime.launch_blocking()
 
-from kernels.ascend import attention as ascend_attention  # noqa: E402
-from kernels.ascend import ops as ascend  # noqa: E402
-from kernels.ascend import rehearsal  # noqa: E402
-from kernels.mindspore import ops as dispatch  # noqa: E402
-from telechat_ms import forward  # noqa: E402
-from telechat_ms.autograd import Function  # noqa: E402
-from telechat_ms.generate import Runner  # noqa: E402
-from telechat_ms.model import to_numpy  # noqa: E402
+from telechat_twins.kernels.ascend import attention as ascend_attention  # noqa: E402
+from telechat_twins.kernels.ascend import ops as ascend  # noqa: E402
+from telechat_twins.kernels.ascend import rehearsal  # noqa: E402
+from telechat_twins.kernels.mindspore import ops as dispatch  # noqa: E402
+from telechat_twins.telechat_ms import forward  # noqa: E402
+from telechat_twins.telechat_ms.autograd import Function  # noqa: E402
+from telechat_twins.telechat_ms.generate import Runner  # noqa: E402
+from telechat_twins.telechat_ms.model import to_numpy  # noqa: E402
 
 SPACING = {"float32": 2.0**-23, "float16": 2.0**-10, "bfloat16": 2.0**-7}
 DTYPES = list(SPACING)

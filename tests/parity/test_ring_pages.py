@@ -11,11 +11,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from core.backends import load
-from core.inference.ring_pages import pages_of_rank, share_of
-from core.inference.runner import Step
-from core.parity.bounds import relative_frobenius
-from kernels import reference
+from telechat_twins.core.backends import load
+from telechat_twins.core.inference.ring_pages import pages_of_rank, share_of
+from telechat_twins.core.inference.runner import Step
+from telechat_twins.core.parity.bounds import relative_frobenius
+from telechat_twins.kernels import reference
 from tests.parity.test_paged_attention import SERVED, UNIT, choose, inputs, step_of  # noqa: F401
 from tests.support.cpu_kernel_checks import FACTOR, PAGED, UNITS
 from tests.support.frameworks import BACKENDS

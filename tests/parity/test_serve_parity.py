@@ -15,7 +15,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from core import cli
+from telechat_twins.core import cli
 from tests.support.docs_workspace import add_release
 from tests.support.frameworks import BACKENDS
 from tests.support.serve_support import ask, process, until
@@ -159,7 +159,7 @@ def test_mistakes_are_said_before_anything_is_loaded(model, tmp_path, capsys):
     with open(tmp_path / "endless", "wb") as file:
         file.truncate(1 << 40)
     assert "endless: has more than 1048576 bytes" in says("--port", "0", "--api-key-file", str(tmp_path / "endless"))
-    from core.data.tokenizer_training import train_tokenizer
+    from telechat_twins.core.data.tokenizer_training import train_tokenizer
 
     train_tokenizer(["some other text " * 50, *(f"w{n}" for n in range(300))], tmp_path / "other.model", 320)
     assert "320 pieces but model.vocab_size is 600" in says("--port", "0", "--tokenizer", str(tmp_path / "other.model"))
@@ -168,7 +168,7 @@ def test_mistakes_are_said_before_anything_is_loaded(model, tmp_path, capsys):
 def test_without_the_extra_one_line_says_what_to_install(model, tmp_path):
     """In a process of its own, whose fastapi is one that is not there."""
     (tmp_path / "fastapi.py").write_text("raise ModuleNotFoundError(\"No module named 'fastapi'\", name='fastapi')\n")
-    code = "import sys; sys.path.insert(0, sys.argv.pop()); from core.cli import main; sys.exit(main())"
+    code = "import sys; sys.path.insert(0, sys.argv.pop()); from telechat_twins.core.cli import main; sys.exit(main())"
     told = subprocess.run(
         [sys.executable, "-c", code, "serve", "--backend", "pt", "--checkpoint", str(model), str(tmp_path)],
         capture_output=True,

@@ -7,13 +7,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from core.model.quantize import quantize
-from core.parity.bounds import relative_frobenius
+from telechat_twins.core.model.quantize import quantize
+from telechat_twins.core.parity.bounds import relative_frobenius
 
 torch = pytest.importorskip("torch")
 
-from kernels.int8 import Int8  # noqa: E402
-from kernels.pytorch import weights as torch_weights  # noqa: E402
+from telechat_twins.kernels.int8 import Int8  # noqa: E402
+from telechat_twins.kernels.pytorch import weights as torch_weights  # noqa: E402
 
 # A few units in the last place of the sums' float32, and of the result's own type; twice that where a product in
 # bfloat16 is rounded before it meets its factors. Of the product, the factors and the bias as they are before they are

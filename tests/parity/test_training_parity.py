@@ -10,13 +10,13 @@ import sys
 import numpy as np
 import pytest
 
-from core import backends
-from core.checkpoint.read import open_checkpoint
-from core.config import run_config_from_dict
-from core.model.batch import IGNORE, Batch
-from core.parity.bounds import STRICT_STEPS, TRACE_LIMIT, compare_tensors, compare_traces
-from core.train import loop
-from core.train.metrics import read_metrics
+from telechat_twins.core import backends
+from telechat_twins.core.checkpoint.read import open_checkpoint
+from telechat_twins.core.config import run_config_from_dict
+from telechat_twins.core.model.batch import IGNORE, Batch
+from telechat_twins.core.parity.bounds import STRICT_STEPS, TRACE_LIMIT, compare_tensors, compare_traces
+from telechat_twins.core.train import loop
+from telechat_twins.core.train.metrics import read_metrics
 from tests.support.packed import write_packed
 
 STEPS, SAVED, SEQ_LEN = 200, 190, 64

@@ -13,13 +13,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from core.backends import load
-from core.config import run_config_from_dict
-from core.model.batch import Batch, shift_labels
-from core.model.config import load_model_config
-from core.model.init import init_weights
-from core.model.params import parameter_table
-from core.parity.bounds import compare_tensors, relative_frobenius
+from telechat_twins.core.backends import load
+from telechat_twins.core.config import run_config_from_dict
+from telechat_twins.core.model.batch import Batch, shift_labels
+from telechat_twins.core.model.config import load_model_config
+from telechat_twins.core.model.init import init_weights
+from telechat_twins.core.model.params import parameter_table
+from telechat_twins.core.parity.bounds import compare_tensors, relative_frobenius
 from tests.support.frameworks import BACKENDS
 
 CONFIG = replace(load_model_config("telechat2-tiny"), num_layers=2, vocab_size=307)

@@ -10,8 +10,8 @@ import socket
 import numpy as np
 import pytest
 
-from core.serve.errors import ApiError
-from core.serve.fields import Fields
+from telechat_twins.core.serve.errors import ApiError
+from telechat_twins.core.serve.fields import Fields
 from tests.support.data_support import tiny_tokenizer
 from tests.support.engine_support import CONTEXT, Replier
 from tests.support.serve_support import NAME, Running, ask, chat_body, running
@@ -278,7 +278,7 @@ def test_a_body_without_a_length_is_bounded_too(server):
 
 
 def test_a_body_that_does_not_come(server, monkeypatch):
-    monkeypatch.setattr("core.serve.intake.BODY_SECONDS", 0.2)
+    monkeypatch.setattr("telechat_twins.core.serve.intake.BODY_SECONDS", 0.2)
     with socket.create_connection(("127.0.0.1", server.port), timeout=10) as line:
         kind = "Content-Type: application/json\r\nContent-Length: 9"
         line.sendall(f"POST {CHAT} HTTP/1.1\r\nHost: localhost\r\n{kind}\r\n\r\n{{".encode())

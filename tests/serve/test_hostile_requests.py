@@ -24,7 +24,7 @@ def test_requests_follow_from_the_seed():
 
 
 def test_a_server_that_fails_is_found(monkeypatch):
-    monkeypatch.setattr("core.serve.intake.json_object", lambda *_: {}["a defect"])
+    monkeypatch.setattr("telechat_twins.core.serve.intake.json_object", lambda *_: {}["a defect"])
     with running() as server:
         said = [fault_of(hostile(n, 0), server.port)[0] for n in range(2 * len(GENERATORS))]
     assert any(line and line.startswith("status 500") for line in said)

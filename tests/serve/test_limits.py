@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from core.serve.server import is_defect
+from telechat_twins.core.serve.server import is_defect
 from tests.support.engine_support import CONTEXT
 from tests.support.serve_support import NAME, Reply, Running, ask, chat_body, running, until
 

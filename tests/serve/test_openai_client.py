@@ -97,7 +97,7 @@ def test_the_conversation_is_what_the_template_makes_of_it(client, server):
         {"role": "user", "content": "four"},
     ]
     client.chat.completions.create(model=NAME, messages=messages, temperature=0, max_tokens=1)
-    from core.data.chat_template import encode_chat
+    from telechat_twins.core.data.chat_template import encode_chat
 
     plain = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "one two"}, *messages[2:]]
     assert server.runner.prefixes[-1] == encode_chat(tiny_tokenizer(in_vocabulary=True), plain)

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from core import cli
-from core.commands.serve import EPILOG
+from telechat_twins.core import cli
+from telechat_twins.core.commands.serve import EPILOG
 from tests import docs
 from tests.house import ROOT
 from tests.support.docs_workspace import add_release

@@ -51,6 +51,6 @@ def test_an_answer_changed_by_company_is_found():
 def test_a_refusal_that_is_none_is_found(monkeypatch):
     with running() as made:
         assert fuzz(made.port, 40)["wrong"] == []
-        monkeypatch.setattr("core.serve.app.check_key", lambda *_: {}["a defect"])
+        monkeypatch.setattr("telechat_twins.core.serve.app.check_key", lambda *_: {}["a defect"])
         said = [refused(made.port, *bad_request(random.Random(n))) for n in range(20)]
         assert any(line and "status 500" in line for line in said)

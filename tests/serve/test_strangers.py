@@ -10,10 +10,10 @@ import threading
 
 import pytest
 
-from core.data.tokenizer import Tokenizer
-from core.errors import UserError
-from core.serve import length, protocol
-from core.serve.hosts import Hosts, allowed_hosts
+from telechat_twins.core.data.tokenizer import Tokenizer
+from telechat_twins.core.errors import UserError
+from telechat_twins.core.serve import length, protocol
+from telechat_twins.core.serve.hosts import Hosts, allowed_hosts
 from tests.support.engine_support import CONTEXT
 from tests.support.serve_support import NAME, ask, chat_body, running, until
 
@@ -249,7 +249,7 @@ def test_two_threads_at_most_read_requests(monkeypatch):
             running_now[0] -= 1
         plain(*arguments)
 
-    monkeypatch.setattr("core.serve.completions.check_length", slow)
+    monkeypatch.setattr("telechat_twins.core.serve.completions.check_length", slow)
     with running(body=1 << 20, most_running=16) as server:
         bodies = [{"model": NAME, "prompt": "a", "max_tokens": 1, "user": "x" * (n % 2 * 70_000)} for n in range(8)]
         threads = [threading.Thread(target=ask, args=(server.port, COMPLETIONS, body)) for body in bodies]
@@ -261,7 +261,7 @@ def test_two_threads_at_most_read_requests(monkeypatch):
 
 
 def test_large_bodies_are_bounded_together(monkeypatch):
-    monkeypatch.setattr("core.serve.intake.HELD_BODIES", 1)
+    monkeypatch.setattr("telechat_twins.core.serve.intake.HELD_BODIES", 1)
     head = (
         f"POST {CHAT} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: 200000\r\n\r\n"
     )

@@ -15,11 +15,11 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from core.model.batch import IGNORE
-from core.model.visibility import causal_ranges
-from core.parity.bounds import relative_frobenius
-from kernels import reference
-from kernels.cpu import ops
+from telechat_twins.core.model.batch import IGNORE
+from telechat_twins.core.model.visibility import causal_ranges
+from telechat_twins.core.parity.bounds import relative_frobenius
+from telechat_twins.kernels import reference
+from telechat_twins.kernels.cpu import ops
 
 F32 = np.dtype(np.float32)
 HALF = {"bfloat16": np.dtype(ml_dtypes.bfloat16), "float16": np.dtype(np.float16)}
@@ -506,7 +506,7 @@ def broken(name: str) -> list[Finding]:
 
 def main() -> int:
     """Every check with the address sanitizer's build; 1 when a number is wrong (a bad access ends the process)."""
-    from kernels.cpu.engine import NumpyEngine, use_engine
+    from telechat_twins.kernels.cpu.engine import NumpyEngine, use_engine
 
     # With every optimisation the instrumented code takes many minutes to compile; its accesses are the same.
     use_engine("numpy", NumpyEngine("-fsanitize=address", "-fno-omit-frame-pointer", "-g1", "-O1"))

@@ -9,9 +9,9 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from core.data.packed_files import sealed, unsealed
-from core.data.tokenizer import Tokenizer, load_tokenizer
-from core.data.tokenizer_training import train_tokenizer
+from telechat_twins.core.data.packed_files import sealed, unsealed
+from telechat_twins.core.data.tokenizer import Tokenizer, load_tokenizer
+from telechat_twins.core.data.tokenizer_training import train_tokenizer
 
 VOCAB_SIZE = 600
 _FOLDER = tempfile.TemporaryDirectory(prefix="tele-data-tests-")

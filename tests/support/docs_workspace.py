@@ -6,15 +6,15 @@ import shutil
 import sysconfig
 from pathlib import Path
 
-from convert.copy import canonical_to_hf, hf_to_canonical
-from convert.hf.folder import HfFolder
-from convert.source import CanonicalSource, open_model
-from core.checkpoint.read import save_checkpoint
-from core.data.prepare import pack_text
-from core.data.tokenizer import load_tokenizer
-from core.data.tokenizer_training import train_tokenizer
-from core.model.config import ModelConfig
-from core.model.init import init_weights
+from telechat_twins.convert.copy import canonical_to_hf, hf_to_canonical
+from telechat_twins.convert.hf.folder import HfFolder
+from telechat_twins.convert.source import CanonicalSource, open_model
+from telechat_twins.core.checkpoint.read import save_checkpoint
+from telechat_twins.core.data.prepare import pack_text
+from telechat_twins.core.data.tokenizer import load_tokenizer
+from telechat_twins.core.data.tokenizer_training import train_tokenizer
+from telechat_twins.core.model.config import ModelConfig
+from telechat_twins.core.model.init import init_weights
 from tests import docs
 from tests.house import ROOT
 from tests.support.data_support import VOCAB_SIZE, dialogue_row, tiny_tokenizer_path, write_rows

@@ -8,11 +8,11 @@ from typing import Any
 
 import numpy as np
 
-from core.data.control import TOOL_CALL, TOOL_CALL_END
-from core.inference.engine import Engine
-from core.inference.requests import Event
-from core.inference.runner import Step
-from core.model.config import ModelConfig, load_model_config
+from telechat_twins.core.data.control import TOOL_CALL, TOOL_CALL_END
+from telechat_twins.core.inference.engine import Engine
+from telechat_twins.core.inference.requests import Event
+from telechat_twins.core.inference.runner import Step
+from telechat_twins.core.model.config import ModelConfig, load_model_config
 from tests.support.data_support import VOCAB_SIZE, tiny_tokenizer
 
 CONFIG = load_model_config({"preset": "telechat2-tiny", "vocab_size": 64})

@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import load_file
 
-from convert.hf.config import read_config
-from convert.source import ModelSource, open_model
-from core.model.batch import Batch, shift_labels
-from core.model.config import ModelConfig
+from telechat_twins.convert.hf.config import read_config
+from telechat_twins.convert.source import ModelSource, open_model
+from telechat_twins.core.model.batch import Batch, shift_labels
+from telechat_twins.core.model.config import ModelConfig
 
 GOLDENS = Path(__file__).resolve().parents[1] / "goldens"
 BACKENDS = ("ms", "pt")
@@ -33,7 +33,7 @@ def _differentiate_pt(
 ) -> tuple[np.ndarray, list[np.ndarray]]:
     import torch
 
-    from pt_reference import ops
+    from telechat_twins.pt_reference import ops
 
     tensors = [torch.from_numpy(a.copy()).requires_grad_() for a in arrays]
     out = call(ops, tensors[0].dtype, *tensors)
@@ -46,7 +46,7 @@ def _differentiate_ms(
 ) -> tuple[np.ndarray, list[np.ndarray]]:
     import mindspore as ms
 
-    from telechat_ms import ops
+    from telechat_twins.telechat_ms import ops
 
     tensors = [ms.Tensor(a) for a in arrays]
     weight = ms.Tensor(grad_out)

@@ -8,13 +8,13 @@ from typing import Any
 
 import numpy as np
 
-from convert.growth.plan import Options, plan_growth
-from convert.growth.weights import grow_weights
-from core.backends import load
-from core.checkpoint.read import TensorPiece
-from core.model.batch import Batch
-from core.model.config import ModelConfig
-from core.model.init import init_weights
+from telechat_twins.convert.growth.plan import Options, plan_growth
+from telechat_twins.convert.growth.weights import grow_weights
+from telechat_twins.core.backends import load
+from telechat_twins.core.checkpoint.read import TensorPiece
+from telechat_twins.core.model.batch import Batch
+from telechat_twins.core.model.config import ModelConfig
+from telechat_twins.core.model.init import init_weights
 
 TINY = ModelConfig(
     vocab_size=53, hidden_size=24, ffn_hidden_size=40, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=6,

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from core.model.config import ModelConfig
+from telechat_twins.core.model.config import ModelConfig
 
 
 def logits(

@@ -13,10 +13,10 @@ from typing import Any
 
 import numpy as np
 
-from core.checkpoint.read import TensorPiece
-from core.config import RunConfig, run_config_from_dict
-from core.model.batch import IGNORE, Batch
-from kernels.reference import adamw
+from telechat_twins.core.checkpoint.read import TensorPiece
+from telechat_twins.core.config import RunConfig, run_config_from_dict
+from telechat_twins.core.model.batch import IGNORE, Batch
+from telechat_twins.kernels.reference import adamw
 
 SEQ_LEN, VOCAB = 16, 24
 

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import numpy as np
 
-from core.data.packed import PackedWriter
+from telechat_twins.core.data.packed import PackedWriter
 
 
 def write_packed(folder: Path, vocab_size: int, seq_len: int, sequences: int = 400, seed: int = 0) -> Path:

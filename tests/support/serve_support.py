@@ -21,18 +21,18 @@ from typing import Any
 
 import pytest
 
-from core.inference.engine import Engine, Limits
+from telechat_twins.core.inference.engine import Engine, Limits
 from tests.house import ROOT
 from tests.support.data_support import tiny_tokenizer
 from tests.support.engine_support import CONTEXT, Replier
 
 pytest.importorskip("fastapi", reason="fastapi and uvicorn are in the extra serve")
 
-from core.serve.app import HttpLimits, create_app  # noqa: E402
-from core.serve.hosts import Hosts  # noqa: E402
-from core.serve.job import Served  # noqa: E402
-from core.serve.server import address_of, open_socket, serve_until  # noqa: E402
-from core.serve.service import Service  # noqa: E402
+from telechat_twins.core.serve.app import HttpLimits, create_app  # noqa: E402
+from telechat_twins.core.serve.hosts import Hosts  # noqa: E402
+from telechat_twins.core.serve.job import Served  # noqa: E402
+from telechat_twins.core.serve.server import address_of, open_socket, serve_until  # noqa: E402
+from telechat_twins.core.serve.service import Service  # noqa: E402
 
 NAME = "tiny"
 
@@ -171,7 +171,7 @@ def process(*words: str) -> Iterator[tuple[subprocess.Popen[str], int]]:
 
     AssertionError when it reported a defect of its own.
     """
-    command = [sys.executable, "-m", "core.cli", "serve", "--port", "0", *words]
+    command = [sys.executable, "-m", "telechat_twins.core.cli", "serve", "--port", "0", *words]
     env = {**os.environ, "OMP_WAIT_POLICY": "PASSIVE", "PYTHONPATH": str(ROOT)}
     # A file and no pipe: one that nobody reads would stop the server when it is full.
     with tempfile.TemporaryFile("w+") as log:

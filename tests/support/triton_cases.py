@@ -13,10 +13,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from core.model.batch import IGNORE
-from core.model.visibility import KeyRanges, causal_ranges
-from core.parity.bounds import relative_frobenius
-from kernels import reference
+from telechat_twins.core.model.batch import IGNORE
+from telechat_twins.core.model.visibility import KeyRanges, causal_ranges
+from telechat_twins.core.parity.bounds import relative_frobenius
+from telechat_twins.kernels import reference
 
 EPS = 1e-5
 # Relative Frobenius. float32: sums of at most some hundred terms, each rounded to 2^-24; ten times what is measured.

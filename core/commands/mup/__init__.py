@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import argparse
 
-from core.commands.mup import check, predict, search, transfer
+from telechat_twins.core.commands.mup import check, predict, search, transfer
 
 ACTIONS = {
     "transfer": (transfer, "carry hyper-parameters over to another width"),

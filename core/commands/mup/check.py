@@ -10,11 +10,11 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from core import backends
-from core.config import load_run_config
-from core.errors import UserError
-from core.files.atomic import writable_file, write_text
-from core.mup.coordinates import (
+from telechat_twins.core import backends
+from telechat_twins.core.config import load_run_config
+from telechat_twins.core.errors import UserError
+from telechat_twins.core.files.atomic import writable_file, write_text
+from telechat_twins.core.mup.coordinates import (
     FLAT,
     GROUPS,
     GROWING,

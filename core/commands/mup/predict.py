@@ -7,10 +7,10 @@ import json
 from pathlib import Path
 from typing import Any
 
-from core.errors import UserError
-from core.files.atomic import writable_file, write_text
-from core.mup.loss_prediction import LEAST_POINTS, LEVEL, Fit, Forecast, fit_law, forecast, weaknesses
-from core.mup.loss_table import LossTable, read_loss_table
+from telechat_twins.core.errors import UserError
+from telechat_twins.core.files.atomic import writable_file, write_text
+from telechat_twins.core.mup.loss_prediction import LEAST_POINTS, LEVEL, Fit, Forecast, fit_law, forecast, weaknesses
+from telechat_twins.core.mup.loss_table import LossTable, read_loss_table
 
 DESCRIPTION = """\
 Fit L = a * C^b + c to the losses of small models and forecast those of larger ones.

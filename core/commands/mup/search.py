@@ -10,16 +10,25 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TextIO
 
-from core import backends
-from core.data.blend import open_blend
-from core.errors import UserError
-from core.files.atomic import writable_file, write_text
-from core.launch.run_lock import hold_folder
-from core.mup.search import FAILED, Trial, forget_checkpoints, plan, prepare, read_search, result_of, run_trial
-from core.mup.search_plot import plot
-from core.mup.search_report import describe, judge_widths, loss_tables, report_of, results_csv, to_json
-from core.train.metrics import last_row
-from core.train.progress import clock
+from telechat_twins.core import backends
+from telechat_twins.core.data.blend import open_blend
+from telechat_twins.core.errors import UserError
+from telechat_twins.core.files.atomic import writable_file, write_text
+from telechat_twins.core.launch.run_lock import hold_folder
+from telechat_twins.core.mup.search import (
+    FAILED,
+    Trial,
+    forget_checkpoints,
+    plan,
+    prepare,
+    read_search,
+    result_of,
+    run_trial,
+)
+from telechat_twins.core.mup.search_plot import plot
+from telechat_twins.core.mup.search_report import describe, judge_widths, loss_tables, report_of, results_csv, to_json
+from telechat_twins.core.train.metrics import last_row
+from telechat_twins.core.train.progress import clock
 
 SOON = 0.2  # of a trial: before it, starting the processes is most of what has been timed
 

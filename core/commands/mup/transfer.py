@@ -10,11 +10,11 @@ from typing import Any
 
 import yaml
 
-from core.config import OptimConfig, RunConfig, load_run_config
-from core.errors import UserError
-from core.files.atomic import writable_file, write_text
-from core.model.config import ModelConfig, load_model_config
-from core.mup.transfer import RULES, at_width, transfer, value_of, warnings
+from telechat_twins.core.config import OptimConfig, RunConfig, load_run_config
+from telechat_twins.core.errors import UserError
+from telechat_twins.core.files.atomic import writable_file, write_text
+from telechat_twins.core.model.config import ModelConfig, load_model_config
+from telechat_twins.core.mup.transfer import RULES, at_width, transfer, value_of, warnings
 
 DESCRIPTION = """\
 Carry the hyper-parameters of a narrow model over to another width by the rules of muP, r being the ratio of widths:

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from core.bench import step as bench_step
-from core.bench.worker import bench_config, random_batch, spread, timed_steps
-from core.cli import main
-from core.commands import bench
-from core.errors import UserError
+from telechat_twins.core.bench import step as bench_step
+from telechat_twins.core.bench.worker import bench_config, random_batch, spread, timed_steps
+from telechat_twins.core.cli import main
+from telechat_twins.core.commands import bench
+from telechat_twins.core.errors import UserError
 
 OPTIONS = {"model": "telechat2-tiny", "seq_len": 32, "micro_batch": 2, "micro_batches": 3, "precision": "fp32"}
 

@@ -7,13 +7,13 @@ import json
 
 import pytest
 
-from core.bench import decode as bench_decode
-from core.bench.decode import HF, least_bytes
-from core.commands import bench
-from core.errors import UserError
-from core.inference.engine import Engine
-from core.model.config import load_model_config
-from kernels.bench.decode import Timed, timed_steps
+from telechat_twins.core.bench import decode as bench_decode
+from telechat_twins.core.bench.decode import HF, least_bytes
+from telechat_twins.core.commands import bench
+from telechat_twins.core.errors import UserError
+from telechat_twins.core.inference.engine import Engine
+from telechat_twins.core.model.config import load_model_config
+from telechat_twins.kernels.bench.decode import Timed, timed_steps
 from tests.support.engine_support import PlainRunner
 
 
@@ -24,7 +24,7 @@ class Contestants:
     turns: list[tuple[str, int, int]] = []
 
     def __init__(self, name, options, module):
-        assert module == ("kernels.bench.hf" if name == HF else "kernels.bench.decode")
+        assert module == ("telechat_twins.kernels.bench.hf" if name == HF else "telechat_twins.kernels.bench.decode")
         assert options["rows"] == 8
         self.name, self.implementation = name, {"backend": f"{name} 1.0"}
         self.done = 0

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from core.bench import grow as bench_grow
-from core.cli import main
+from telechat_twins.core.bench import grow as bench_grow
+from telechat_twins.core.cli import main
 
 
 def test_growing_is_held_against_the_disk(
@@ -24,7 +24,7 @@ def test_growing_is_held_against_the_disk(
     assert 30e6 < result["peak_bytes"] < 1e9
     assert list(tmp_path.iterdir()) == []  # nothing is left
     assert "Share of the disk's rate" in bench_grow.growth_to_markdown(result)
-    monkeypatch.setattr("core.commands.bench.measure_growth", lambda rounds: result)
+    monkeypatch.setattr("telechat_twins.core.commands.bench.measure_growth", lambda rounds: result)
     assert main(["bench", "grow", "--out", "bench.json"]) == 0
     assert "| tele grow |" in capsys.readouterr().out
     assert (tmp_path / "bench.json").is_file()

@@ -9,14 +9,14 @@ from typing import Any
 
 import pytest
 
-from core.bench import kernels as bench_kernels
-from core.bench.cases import OPERATORS, SIZES, Size, Work, work
-from core.bench.kernels import kernels_to_markdown, summarise
-from core.commands import bench
-from core.config import KERNEL_OPERATORS
-from core.errors import UserError
-from kernels.bench.contestant import Contestant, Timer
-from kernels.bench.process import handle_orders
+from telechat_twins.core.bench import kernels as bench_kernels
+from telechat_twins.core.bench.cases import OPERATORS, SIZES, Size, Work, work
+from telechat_twins.core.bench.kernels import kernels_to_markdown, summarise
+from telechat_twins.core.commands import bench
+from telechat_twins.core.config import KERNEL_OPERATORS
+from telechat_twins.core.errors import UserError
+from telechat_twins.kernels.bench.contestant import Contestant, Timer
+from telechat_twins.kernels.bench.process import handle_orders
 
 SMALL = Size(tokens=4, hidden=8, ffn=16, vocab=32, heads=2, kv_heads=1, head_dim=4, parameters=100)
 
@@ -74,7 +74,7 @@ class Orders:
     seen: list[tuple[str, str, str, int]] = []
 
     def __init__(self, name: str, options: dict[str, Any], module: str) -> None:
-        assert module == "kernels.bench.process" and options == {"precision": "bf16", "compile": False}
+        assert module == "telechat_twins.kernels.bench.process" and options == {"precision": "bf16", "compile": False}
         self.name, self.implementation = name, {"version": f"{name} 1", "device": "CPU", "threads": 1}
 
     def __enter__(self) -> Orders:
@@ -169,7 +169,7 @@ def test_short_calls_are_timed_several_at_a_time() -> None:
 
 def test_without_a_device_the_gpu_check_says_so(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     torch = pytest.importorskip("torch")
-    from kernels.bench import gpu_check
+    from telechat_twins.kernels.bench import gpu_check
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert gpu_check.main(["--out", "unused.json"]) == 2

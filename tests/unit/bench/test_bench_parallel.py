@@ -10,14 +10,23 @@ from types import SimpleNamespace
 
 import pytest
 
-from core.bench import parallel as bench_parallel
-from core.bench.parallel import Record, Trial, differences, idle_share, on_the_wire, stage_seconds, states_of, summarise
-from core.bench.worker import bench_config
-from core.cli import main
-from core.commands import bench
-from core.errors import UserError
-from core.model.params import count_parameters
-from core.parallel.schedule import bubble, simulate
+from telechat_twins.core.bench import parallel as bench_parallel
+from telechat_twins.core.bench.parallel import (
+    Record,
+    Trial,
+    differences,
+    idle_share,
+    on_the_wire,
+    stage_seconds,
+    states_of,
+    summarise,
+)
+from telechat_twins.core.bench.worker import bench_config
+from telechat_twins.core.cli import main
+from telechat_twins.core.commands import bench
+from telechat_twins.core.errors import UserError
+from telechat_twins.core.model.params import count_parameters
+from telechat_twins.core.parallel.schedule import bubble, simulate
 
 OPTIONS = {"model": "telechat2-tiny", "seq_len": 32, "micro_batch": 1, "micro_batches": 4, "precision": "fp32"}
 SINGLE = {"seconds": [[0.1, 0.1], [0.2, 0.2]], "loss": 7.5}
@@ -434,7 +443,7 @@ def test_a_launch_reads_what_ranks_wrote_or_passes_its_code_on(monkeypatch, tmp_
             bench_parallel.rank_path(folder, rank).write_text(json.dumps({"rank": rank}))
         return code
 
-    monkeypatch.setattr("core.launch.launcher.launch", launch)
+    monkeypatch.setattr("telechat_twins.core.launch.launcher.launch", launch)
     monkeypatch.setattr(bench.tempfile, "mkdtemp", lambda prefix: str(folder))
     if code:
         with pytest.raises(SystemExit) as stop:

@@ -7,14 +7,21 @@ import json
 
 import pytest
 
-from convert.source import open_model
-from core import cli
-from core.bench import serve as bench_serve
-from core.bench.serve import answer_times, cache_share, measure_serving, serving_to_markdown, summarise, write_model
-from core.commands import bench
-from core.data.tokenizer import load_tokenizer
-from core.errors import UserError
-from core.model.config import load_model_config
+from telechat_twins.convert.source import open_model
+from telechat_twins.core import cli
+from telechat_twins.core.bench import serve as bench_serve
+from telechat_twins.core.bench.serve import (
+    answer_times,
+    cache_share,
+    measure_serving,
+    serving_to_markdown,
+    summarise,
+    write_model,
+)
+from telechat_twins.core.commands import bench
+from telechat_twins.core.data.tokenizer import load_tokenizer
+from telechat_twins.core.errors import UserError
+from telechat_twins.core.model.config import load_model_config
 from tests.support.serve_support import NAME, running
 
 OPTIONS = {

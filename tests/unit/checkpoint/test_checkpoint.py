@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from core.checkpoint.read import (
+from telechat_twins.core.checkpoint.read import (
     PieceWriter,
     TensorPiece,
     check_shapes,
@@ -24,9 +24,9 @@ from core.checkpoint.read import (
     whole,
     write_manifest,
 )
-from core.errors import UserError
-from core.files import safetensors as safetensors_io
-from core.model.params import ParamSpec
+from telechat_twins.core.errors import UserError
+from telechat_twins.core.files import safetensors as safetensors_io
+from telechat_twins.core.model.params import ParamSpec
 
 RNG = np.random.default_rng(5)
 WEIGHTS = {
@@ -303,7 +303,7 @@ def test_killed_while_saving(tmp_path):
     """A killed process leaves the previous checkpoint, nothing under a readable name; the next save cleans up."""
     program = (
         "import sys, os, signal, numpy as np\n"
-        "from core.checkpoint.read import save_checkpoint\n"
+        "from telechat_twins.core.checkpoint.read import save_checkpoint\n"
         "def tensors():\n"
         "    yield 'a', np.zeros(1000, np.float32)\n"
         "    os.kill(os.getpid(), signal.SIGKILL)\n"
@@ -334,8 +334,8 @@ def test_a_living_writers_folder_is_left_alone(tmp_path):
 
 FULL_DISK = """
 import resource, sys, numpy as np
-from core.checkpoint.read import open_checkpoint, save_checkpoint
-from core.errors import UserError
+from telechat_twins.core.checkpoint.read import open_checkpoint, save_checkpoint
+from telechat_twins.core.errors import UserError
 root, how = sys.argv[1], sys.argv[2]
 def tensors(n, size):
     return ((f"w{i}", np.full(size, i, np.float32)) for i in range(n))

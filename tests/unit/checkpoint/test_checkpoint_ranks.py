@@ -15,11 +15,11 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from core.checkpoint import save as checkpoint_save
-from core.checkpoint.pieces import tiling_fault
-from core.checkpoint.read import Ranks, Saver, TensorPiece, open_checkpoint, save_checkpoint
-from core.errors import UserError
-from core.files.safetensors import SafetensorsWriter
+from telechat_twins.core.checkpoint import save as checkpoint_save
+from telechat_twins.core.checkpoint.pieces import tiling_fault
+from telechat_twins.core.checkpoint.read import Ranks, Saver, TensorPiece, open_checkpoint, save_checkpoint
+from telechat_twins.core.errors import UserError
+from telechat_twins.core.files.safetensors import SafetensorsWriter
 from tests.support.numpy_stepper import Cluster, flat_boxes
 
 RNG = np.random.default_rng(11)
@@ -200,7 +200,7 @@ def test_thousands_of_pieces_are_checked_and_read_quickly(tmp_path):
 
 
 def test_shares_of_a_verification_hash_every_file_once(tmp_path, monkeypatch):
-    from core.checkpoint import read as module
+    from telechat_twins.core.checkpoint import read as module
 
     save(tmp_path, 3)
     checkpoint, hashed = open_checkpoint(tmp_path, verify=False), []
@@ -356,7 +356,7 @@ def test_what_a_dead_job_left_is_removed(tmp_path):
 KILLED = """
 import os, signal, sys, threading, time
 import numpy as np
-from core.checkpoint.read import Ranks, Saver, TensorPiece, open_checkpoint
+from telechat_twins.core.checkpoint.read import Ranks, Saver, TensorPiece, open_checkpoint
 root, how = sys.argv[1], sys.argv[2]
 together = threading.Barrier(2)
 def pieces(rank):
@@ -373,7 +373,7 @@ def one(rank):
     if how == "writing":
         saver.save(root, 2, asynchronous=False, weights=dies(rank) if rank else pieces(rank), **common)
     else:
-        from core.files.safetensors import SafetensorsWriter
+        from telechat_twins.core.files.safetensors import SafetensorsWriter
         SafetensorsWriter._write = lambda self, data: time.sleep(60)
         saver.save(root, 2, asynchronous=True, weights=pieces(rank), **common)
         together.wait()

@@ -12,9 +12,9 @@ import safetensors.numpy
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from core.errors import UserError
-from core.files import safetensors as safetensors_io
-from core.files.safetensors import DTYPES, SafetensorsFile, SafetensorsWriter, header_room
+from telechat_twins.core.errors import UserError
+from telechat_twins.core.files import safetensors as safetensors_io
+from telechat_twins.core.files.safetensors import DTYPES, SafetensorsFile, SafetensorsWriter, header_room
 
 
 def sample(code: str, shape: tuple[int, ...], seed: int = 0) -> np.ndarray:

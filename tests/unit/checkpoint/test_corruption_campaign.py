@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from convert.hf import folder as hf
-from core.checkpoint.read import Checkpoint
+from telechat_twins.convert.hf import folder as hf
+from telechat_twins.core.checkpoint.read import Checkpoint
 from tests.campaigns import corruption
 from tests.campaigns.corrupting import KINDS, corrupt
 from tests.campaigns.corruption_formats import FORMATS, Format

@@ -12,12 +12,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from core.checkpoint.pieces import PieceSpec, Planned, TensorPiece
-from core.checkpoint.read import open_checkpoint
-from core.checkpoint.save import write_checkpoint
-from core.files import direct_io
-from core.files.direct_io import BLOCK, DirectFile, Spool
-from core.files.safetensors import SafetensorsFile, StreamedSafetensors
+from telechat_twins.core.checkpoint.pieces import PieceSpec, Planned, TensorPiece
+from telechat_twins.core.checkpoint.read import open_checkpoint
+from telechat_twins.core.checkpoint.save import write_checkpoint
+from telechat_twins.core.files import direct_io
+from telechat_twins.core.files.direct_io import BLOCK, DirectFile, Spool
+from telechat_twins.core.files.safetensors import SafetensorsFile, StreamedSafetensors
 
 SMALL = 4 * BLOCK
 SIZES = (0, 1, BLOCK - 1, BLOCK, SMALL - 1, SMALL, SMALL + 1, 3 * SMALL, 9 * SMALL + 77)

@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 import yaml
 
-import core.data.blend
-import core.launch.launcher
-from core import cli
-from core.config import load_run_config
-from core.parallel.layout import parse_layout
+import telechat_twins.core.data.blend
+import telechat_twins.core.launch.launcher
+from telechat_twins.core import cli
+from telechat_twins.core.config import load_run_config
+from telechat_twins.core.parallel.layout import parse_layout
 
 
 @pytest.fixture
@@ -26,13 +26,13 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
         calls.append((*args, named))
         return 0
 
-    monkeypatch.setattr(core.launch.launcher, "launch", launch)
+    monkeypatch.setattr(telechat_twins.core.launch.launcher, "launch", launch)
     return calls
 
 
 @pytest.fixture
 def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setattr(core.data.blend, "open_blend", lambda *args: None)
+    monkeypatch.setattr(telechat_twins.core.data.blend, "open_blend", lambda *args: None)
     tree = {
         "model": "telechat2-tiny",
         "data": {"sources": [{"path": "packed"}], "seq_len": 64},
@@ -49,7 +49,12 @@ def test_everything_is_passed_on(config: Path, launched: list[Any], tmp_path: Pa
     assert cli.main([*words, "--set", "train.steps=20", "optim.lr=2e-3", "--set", "train.seed=7"]) == 0
     passed = ["--config", str(config), "--out", str(tmp_path / "out")]
     passed += ["--set", "train.steps=20", "--set", "optim.lr=2e-3", "--set", "train.seed=7", "--resume", "auto"]
-    alone = {"nnodes": 1, "node_rank": 0, "master": None, "collective_timeout": core.launch.launcher.COLLECTIVE_TIMEOUT}
+    alone = {
+        "nnodes": 1,
+        "node_rank": 0,
+        "master": None,
+        "collective_timeout": telechat_twins.core.launch.launcher.COLLECTIVE_TIMEOUT,
+    }
     assert launched == [("pt", passed, 1, tmp_path / "out" / "logs", alone)]
 
 
@@ -169,6 +174,6 @@ def test_nodes_share_the_layout(config: Path, launched: list[Any], tmp_path: Pat
 def test_the_help_names_the_default_timeout(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["train", "--help"]) == 0
     text = " ".join(capsys.readouterr().out.split())
-    assert f"(default {core.launch.launcher.COLLECTIVE_TIMEOUT:g}; 0: never)" in text
+    assert f"(default {telechat_twins.core.launch.launcher.COLLECTIVE_TIMEOUT:g}; 0: never)" in text
     examples = [word for word in re.findall(r"--layout (\S+)", text) if not word.startswith("TEXT")]
     assert [parse_layout(word).world for word in examples] == [4, 16, 16]

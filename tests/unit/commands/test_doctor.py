@@ -9,8 +9,8 @@ from collections.abc import Callable
 
 import pytest
 
-from core import cli
-from core.commands import doctor
+from telechat_twins.core import cli
+from telechat_twins.core.commands import doctor
 
 PINS = {"numpy": "1.26.4", "mindspore": "2.9.0", "torch": "2.13.0", "safetensors": "0.8.0"}
 

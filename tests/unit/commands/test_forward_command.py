@@ -8,17 +8,17 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from convert.source import weight_reader
-from core.checkpoint.read import whole, write_checkpoint
-from core.commands import forward
-from core.commands.forward import check_not_of_model, check_output, make_batch, read_inputs
-from core.commands.options import read_layout
-from core.errors import UserError
-from core.files.safetensors import write_atomically
-from core.model.batch import IGNORE
-from core.model.config import load_model_config
-from core.model.init import init_weights
-from core.parallel.layout import Layout
+from telechat_twins.convert.source import weight_reader
+from telechat_twins.core.checkpoint.read import whole, write_checkpoint
+from telechat_twins.core.commands import forward
+from telechat_twins.core.commands.forward import check_not_of_model, check_output, make_batch, read_inputs
+from telechat_twins.core.commands.options import read_layout
+from telechat_twins.core.errors import UserError
+from telechat_twins.core.files.safetensors import write_atomically
+from telechat_twins.core.model.batch import IGNORE
+from telechat_twins.core.model.config import load_model_config
+from telechat_twins.core.model.init import init_weights
+from telechat_twins.core.parallel.layout import Layout
 from tests.support.frameworks import golden_source
 
 CONFIG = load_model_config({"preset": "telechat2-tiny", "vocab_size": 64})
@@ -151,7 +151,7 @@ def test_output_is_whole_or_not_there(tmp_path, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("core.files.atomic.os.fsync", full)
+    monkeypatch.setattr("telechat_twins.core.files.atomic.os.fsync", full)
     with pytest.raises(UserError, match="cannot be written.*No space left"):
         write_atomically(path, {"loss": np.asarray(2.5)})
     assert path.read_bytes() == before

@@ -6,12 +6,12 @@ import json
 
 import pytest
 
-from core import cli
-from core.config import load_run_config
-from core.model.config import CONFIGS, load_model_config
-from core.model.params import count_parameters
-from core.parallel.layout import parse_layout
-from core.parallel.memory import estimate
+from telechat_twins.core import cli
+from telechat_twins.core.config import load_run_config
+from telechat_twins.core.model.config import CONFIGS, load_model_config
+from telechat_twins.core.model.params import count_parameters
+from telechat_twins.core.parallel.layout import parse_layout
+from telechat_twins.core.parallel.memory import estimate
 
 TINY = load_model_config("telechat2-tiny")
 

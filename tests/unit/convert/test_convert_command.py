@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from core.commands import convert
-from core.errors import UserError
+from telechat_twins.core.commands import convert
+from telechat_twins.core.errors import UserError
 
 GOLDEN = Path(__file__).resolve().parents[2] / "goldens" / "telechat2_gqa"
 
@@ -98,7 +98,7 @@ def test_failure_half_way_leaves_nothing_readable_and_the_old_model(tmp_path, re
     to_canonical(released, tmp_path / "c")
     to_hf(tmp_path / "c", tmp_path / "back")
     before = files(tmp_path)
-    from core.files.safetensors import SafetensorsWriter
+    from telechat_twins.core.files.safetensors import SafetensorsWriter
 
     real, calls = SafetensorsWriter.add, []
 

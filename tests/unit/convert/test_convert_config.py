@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from convert.hf.config import read_config, write_config
-from core.errors import UserError
-from core.model.config import load_model_config
+from telechat_twins.convert.hf.config import read_config, write_config
+from telechat_twins.core.errors import UserError
+from telechat_twins.core.model.config import load_model_config
 
 GOLDENS = Path(__file__).resolve().parents[2] / "goldens"
 RELEASED = json.loads((GOLDENS / "telechat2_gqa" / "config.json").read_text())

@@ -10,14 +10,14 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from convert.copy import canonical_to_hf, hf_to_canonical
-from convert.hf.config import read_config, write_config
-from convert.hf.folder import HfFolder
-from convert.names import Conv1D, bind
-from convert.source import CanonicalSource, open_model
-from core.errors import UserError
-from core.model.config import ModelConfig, load_model_config
-from core.model.params import parameter_table
+from telechat_twins.convert.copy import canonical_to_hf, hf_to_canonical
+from telechat_twins.convert.hf.config import read_config, write_config
+from telechat_twins.convert.hf.folder import HfFolder
+from telechat_twins.convert.names import Conv1D, bind
+from telechat_twins.convert.source import CanonicalSource, open_model
+from telechat_twins.core.errors import UserError
+from telechat_twins.core.model.config import ModelConfig, load_model_config
+from telechat_twins.core.model.params import parameter_table
 from tests.support.frameworks import GOLDENS, golden_source
 
 CASES = ("teleflm", "telechat52b_like", "flm101b_like")

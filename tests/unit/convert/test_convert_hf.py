@@ -13,15 +13,15 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from convert.copy import canonical_to_hf, cast, hf_to_canonical
-from convert.hf.folder import INDEX, HfFolder, plan_shards
-from convert.hf.tokenizer import load_pieces
-from convert.source import open_model
-from core.checkpoint.read import open_checkpoint, save_checkpoint, write_checkpoint
-from core.errors import UserError
-from core.files.safetensors import SafetensorsFile
-from core.model.config import load_model_config
-from core.model.params import parameter_table
+from telechat_twins.convert.copy import canonical_to_hf, cast, hf_to_canonical
+from telechat_twins.convert.hf.folder import INDEX, HfFolder, plan_shards
+from telechat_twins.convert.hf.tokenizer import load_pieces
+from telechat_twins.convert.source import open_model
+from telechat_twins.core.checkpoint.read import open_checkpoint, save_checkpoint, write_checkpoint
+from telechat_twins.core.errors import UserError
+from telechat_twins.core.files.safetensors import SafetensorsFile
+from telechat_twins.core.model.config import load_model_config
+from telechat_twins.core.model.params import parameter_table
 
 GOLDEN = Path(__file__).resolve().parents[2] / "goldens" / "telechat2_gqa"
 

@@ -13,10 +13,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from convert.names import Binding, InterleavedKeyValue, bind
-from convert.source import open_model
-from core.files.safetensors import SafetensorsFile
-from core.model.config import ModelConfig
+from telechat_twins.convert.names import Binding, InterleavedKeyValue, bind
+from telechat_twins.convert.source import open_model
+from telechat_twins.core.files.safetensors import SafetensorsFile
+from telechat_twins.core.model.config import ModelConfig
 from tests.support.numpy_decoder import logits
 
 GOLDENS = Path(__file__).resolve().parents[2] / "goldens"

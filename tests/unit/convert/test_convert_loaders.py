@@ -17,14 +17,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.numpy import load_file
 
-from convert.copy import to_hf
-from convert.hf.tokenizer import CHAT_TEMPLATE
-from convert.mindformers import protobuf
-from convert.source import ModelSource, open_model
-from core.checkpoint.read import write_checkpoint
-from core.data.chat_template import render
-from core.model.config import load_model_config
-from core.model.init import init_weights
+from telechat_twins.convert.copy import to_hf
+from telechat_twins.convert.hf.tokenizer import CHAT_TEMPLATE
+from telechat_twins.convert.mindformers import protobuf
+from telechat_twins.convert.source import ModelSource, open_model
+from telechat_twins.core.checkpoint.read import write_checkpoint
+from telechat_twins.core.data.chat_template import render
+from telechat_twins.core.model.config import load_model_config
+from telechat_twins.core.model.init import init_weights
 from tests.support.data_support import VOCAB_SIZE, tiny_tokenizer_path
 from tests.support.loaders import LOADERS, UNKNOWN_TYPES, attributes, llama_names, vllm_telechat2
 from tests.support.shared import shared_file

@@ -7,8 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-from core.model.config import ModelConfig
-from core.model.params import count_parameters, parameter_table
+from telechat_twins.core.model.config import ModelConfig
+from telechat_twins.core.model.params import count_parameters, parameter_table
 
 SHAPE = {
     "vocab_size": 8192, "hidden_size": 640, "ffn_hidden_size": 2560, "num_layers": 4, "num_heads": 10,
@@ -19,13 +19,13 @@ PROGRAM = r"""
 import json, re, sys
 from pathlib import Path
 import numpy as np
-from convert.copy import canonical_to_hf, hf_to_canonical, to_canonical, to_mindformers
-from convert.hf.folder import HfFolder
-from convert.mindformers.source import Known, MindFormersSource
-from convert.source import open_model
-from core.checkpoint.read import write_checkpoint
-from core.config import ModelConfig
-from core.model.params import parameter_table
+from telechat_twins.convert.copy import canonical_to_hf, hf_to_canonical, to_canonical, to_mindformers
+from telechat_twins.convert.hf.folder import HfFolder
+from telechat_twins.convert.mindformers.source import Known, MindFormersSource
+from telechat_twins.convert.source import open_model
+from telechat_twins.core.checkpoint.read import write_checkpoint
+from telechat_twins.core.config import ModelConfig
+from telechat_twins.core.model.params import parameter_table
 
 root, config = Path(sys.argv[1]), ModelConfig(**json.loads(sys.argv[2]))
 

@@ -15,15 +15,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
-from convert.copy import to_canonical, to_hf, to_mindformers
-from convert.hf.folder import HfFolder
-from convert.mindformers.files import shared_axis, slices
-from convert.mindformers.source import Known, MindFormersSource
-from convert.names import MINDFORMERS_FORMS, InterleavedKeyValue, RowsByRank, bind, mindformers_rules
-from convert.source import HfSource, open_model
-from core.files.safetensors import SafetensorsFile
-from core.model.config import ModelConfig, load_model_config
-from core.model.params import parameter_table
+from telechat_twins.convert.copy import to_canonical, to_hf, to_mindformers
+from telechat_twins.convert.hf.folder import HfFolder
+from telechat_twins.convert.mindformers.files import shared_axis, slices
+from telechat_twins.convert.mindformers.source import Known, MindFormersSource
+from telechat_twins.convert.names import MINDFORMERS_FORMS, InterleavedKeyValue, RowsByRank, bind, mindformers_rules
+from telechat_twins.convert.source import HfSource, open_model
+from telechat_twins.core.files.safetensors import SafetensorsFile
+from telechat_twins.core.model.config import ModelConfig, load_model_config
+from telechat_twins.core.model.params import parameter_table
 from tests.support.frameworks import GOLDENS, golden_source
 from tests.support.numpy_decoder import logits
 
@@ -234,7 +234,7 @@ def test_telechat_52b_is_packed_as_its_converter_does(mp: int, heads: int, half:
 def test_the_52b_has_the_fused_form_only_and_says_its_multiplier(tmp_path: Path) -> None:
     config = load_model_config({"preset": "telechat-52b", "hidden_size": 8, "ffn_hidden_size": 12, "num_layers": 1,
                                 "num_heads": 4, "num_kv_heads": 4, "vocab_size": 6})  # fmt: skip
-    from core.checkpoint.read import write_checkpoint
+    from telechat_twins.core.checkpoint.read import write_checkpoint
 
     write_checkpoint(tmp_path / "c", 0, model={"config": config.to_dict()}, weights=numbered(config).items())
     to_mindformers(open_model(tmp_path / "c"), tmp_path / "ms", "qkv_concat", 2, whole=True)

@@ -13,12 +13,12 @@ import pytest
 import yaml
 from safetensors.numpy import load_file, save_file
 
-from convert.mindformers.config import model_yaml, read_model_file
-from convert.mindformers.source import Known, MindFormersSource
-from convert.source import open_model
-from core.errors import UserError
-from core.files.safetensors import SafetensorsFile
-from core.model.config import load_model_config
+from telechat_twins.convert.mindformers.config import model_yaml, read_model_file
+from telechat_twins.convert.mindformers.source import Known, MindFormersSource
+from telechat_twins.convert.source import open_model
+from telechat_twins.core.errors import UserError
+from telechat_twins.core.files.safetensors import SafetensorsFile
+from telechat_twins.core.model.config import load_model_config
 from tests.support.frameworks import GOLDENS
 from tests.unit.convert.test_convert_command import files, tele_convert
 
@@ -110,8 +110,8 @@ def test_a_vocabulary_that_ranks_cannot_share_is_whole_on_each(hf: Path, tmp_pat
 def test_a_vocabulary_is_read_whole_or_in_parts(whole_vocabulary: bool, tmp_path: Path) -> None:
     """MindFormers' vocab_emb_dp leaves it whole on every rank."""
     config = load_model_config("telechat2-tiny")
-    from core.checkpoint.read import write_checkpoint
-    from core.model.init import init_weights
+    from telechat_twins.core.checkpoint.read import write_checkpoint
+    from telechat_twins.core.model.init import init_weights
 
     write_checkpoint(tmp_path / "c", 0, model={"config": config.to_dict()}, weights=init_weights(config, 1).items())
     tele_convert("--from", "canonical", "--to", "mindformers", tmp_path / "c", tmp_path / "ms", "--mp", "2")

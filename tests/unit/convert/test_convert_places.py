@@ -8,13 +8,13 @@ from pathlib import Path
 
 import pytest
 
-from convert.copy import to_hf, to_mindformers
-from convert.places import ANYWHERE, PLACES, TITLES, require_place, why_not
-from convert.source import open_model
-from core.checkpoint.read import write_checkpoint
-from core.errors import UserError
-from core.model.config import ModelConfig, load_model_config, preset_names
-from core.model.params import parameter_table
+from telechat_twins.convert.copy import to_hf, to_mindformers
+from telechat_twins.convert.places import ANYWHERE, PLACES, TITLES, require_place, why_not
+from telechat_twins.convert.source import open_model
+from telechat_twins.core.checkpoint.read import write_checkpoint
+from telechat_twins.core.errors import UserError
+from telechat_twins.core.model.config import ModelConfig, load_model_config, preset_names
+from telechat_twins.core.model.params import parameter_table
 
 
 @pytest.mark.parametrize("preset", preset_names())

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from convert.hf.config import read_config, write_config
-from core.errors import UserError
-from core.model.config import ModelConfig
+from telechat_twins.convert.hf.config import read_config, write_config
+from telechat_twins.core.errors import UserError
+from telechat_twins.core.model.config import ModelConfig
 from tests.support.frameworks import GOLDENS
 
 

@@ -13,16 +13,16 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from convert.copy import hf_to_canonical, to_hf
-from convert.hf.folder import HfFolder, check_record
-from convert.hf.shards import INDEX
-from convert.hf.sums import SUMS
-from convert.names import is_derived
-from convert.source import open_model
-from core.cli import main
-from core.errors import UserError
-from core.model.config import load_model_config
-from core.model.params import parameter_table
+from telechat_twins.convert.copy import hf_to_canonical, to_hf
+from telechat_twins.convert.hf.folder import HfFolder, check_record
+from telechat_twins.convert.hf.shards import INDEX
+from telechat_twins.convert.hf.sums import SUMS
+from telechat_twins.convert.names import is_derived
+from telechat_twins.convert.source import open_model
+from telechat_twins.core.cli import main
+from telechat_twins.core.errors import UserError
+from telechat_twins.core.model.config import load_model_config
+from telechat_twins.core.model.params import parameter_table
 from tests.support.frameworks import GOLDENS
 from tests.unit.convert.test_convert_hf import golden_weights, release
 
@@ -274,7 +274,7 @@ def test_the_config_of_a_model_that_ends_twice_goes_through_a_checkpoint(tmp_pat
     """end_token_ids and no padding token: in model.json, and in a fresh release."""
     import dataclasses
 
-    from core.checkpoint.read import write_checkpoint
+    from telechat_twins.core.checkpoint.read import write_checkpoint
 
     config = dataclasses.replace(load_model_config("telechat2-tiny"), end_token_ids=(4, 5), pad_token_id=None)
     weights = [(name, np.zeros(spec.shape, np.float32)) for name, spec in parameter_table(config).items()]

@@ -15,10 +15,10 @@ from typing import Any
 import pytest
 import sentencepiece
 
-from convert.hf.tokenizer import describe_tokenizer, tokenizer_json
-from core.data.tokenizer import load_tokenizer
-from core.data.tokenizer_training import train_tokenizer
-from core.model.config import load_model_config
+from telechat_twins.convert.hf.tokenizer import describe_tokenizer, tokenizer_json
+from telechat_twins.core.data.tokenizer import load_tokenizer
+from telechat_twins.core.data.tokenizer_training import train_tokenizer
+from telechat_twins.core.model.config import load_model_config
 from tests.support.data_support import SENTENCES
 from tests.support.shared import shared_file
 

@@ -17,19 +17,19 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-import convert.growth.weights
-from convert.growth.files import grow_checkpoint, plan_checkpoint
-from convert.growth.gradients import old_entries
-from convert.growth.plan import Options
-from core.checkpoint.read import TensorPiece, open_checkpoint, write_checkpoint
-from core.cli import main
-from core.errors import UserError
-from core.files.atomic import show_bytes
-from core.files.prefetch import ahead
-from core.model.config import ModelConfig, load_model_config
-from core.model.growth import read_history
-from core.model.init import init_weights
-from core.model.params import count_parameters, parameter_table
+import telechat_twins.convert.growth.weights
+from telechat_twins.convert.growth.files import grow_checkpoint, plan_checkpoint
+from telechat_twins.convert.growth.gradients import old_entries
+from telechat_twins.convert.growth.plan import Options
+from telechat_twins.core.checkpoint.read import TensorPiece, open_checkpoint, write_checkpoint
+from telechat_twins.core.cli import main
+from telechat_twins.core.errors import UserError
+from telechat_twins.core.files.atomic import show_bytes
+from telechat_twins.core.files.prefetch import ahead
+from telechat_twins.core.model.config import ModelConfig, load_model_config
+from telechat_twins.core.model.growth import read_history
+from telechat_twins.core.model.init import init_weights
+from telechat_twins.core.model.params import count_parameters, parameter_table
 from tests.support.growing import FAMILIES, TINY, strong
 from tests.support.numpy_stepper import run_config
 
@@ -76,7 +76,7 @@ def grow(source: Path, target: Path, config: ModelConfig = TARGET, **options: An
 def test_pieces_and_bands_do_not_matter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The same tensors from whole and from cut ones, in one band and in bands of three rows."""
     _, whole = grow(write(tmp_path / "a", TINY), tmp_path / "grown-a")
-    monkeypatch.setattr(convert.growth.weights, "BAND_BYTES", 3 * 4 * 40)
+    monkeypatch.setattr(telechat_twins.convert.growth.weights, "BAND_BYTES", 3 * 4 * 40)
     _, banded = grow(write(tmp_path / "b", TINY, cut=True), tmp_path / "grown-b")
     entries = banded._entries["weights"]["layers.0.attn.q.weight"].pieces
     assert len(entries) == 16  # 48 rows
@@ -152,7 +152,7 @@ def test_an_interrupted_growth_leaves_the_source_and_no_target(tmp_path: Path) -
     source, target = write(tmp_path / "a", TINY), tmp_path / "b"
     before = {path: path.read_bytes() for path in source.rglob("*") if path.is_file()}
     script = (
-        "import sys, time, convert.growth.files as files\n"
+        "import sys, time, telechat_twins.convert.growth.files as files\n"
         "real = files.grow_weights\n"
         "def slow(*rest):\n"
         "    for piece in real(*rest):\n"
@@ -160,7 +160,7 @@ def test_an_interrupted_growth_leaves_the_source_and_no_target(tmp_path: Path) -
         "        print(piece.name, flush=True)\n"
         "        time.sleep(0.2)\n"
         "files.grow_weights = slow\n"
-        "from core.cli import main\n"
+        "from telechat_twins.core.cli import main\n"
         f"sys.exit(main(['grow', {str(source)!r}, {str(target)!r}, '--set', 'hidden_size=40']))\n"
     )
     with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True, cwd=Path.cwd()) as process:

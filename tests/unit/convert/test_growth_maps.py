@@ -10,15 +10,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from convert.growth.plan import Options, plan_growth
-from core.config import OptimConfig
-from core.errors import UserError
-from core.model.config import ModelConfig, load_model_config
-from core.model.growth import Growth, Sizes, axis_maps, sizes_of
-from core.model.growth_mask import GrowthMask, head_map, kv_map
-from core.model.params import parameter_axes, parameter_table
-from core.train.births import born
-from core.train.recipe import corrections, is_young, learning_rate
+from telechat_twins.convert.growth.plan import Options, plan_growth
+from telechat_twins.core.config import OptimConfig
+from telechat_twins.core.errors import UserError
+from telechat_twins.core.model.config import ModelConfig, load_model_config
+from telechat_twins.core.model.growth import Growth, Sizes, axis_maps, sizes_of
+from telechat_twins.core.model.growth_mask import GrowthMask, head_map, kv_map
+from telechat_twins.core.model.params import parameter_axes, parameter_table
+from telechat_twins.core.train.births import born
+from telechat_twins.core.train.recipe import corrections, is_young, learning_rate
 from tests.support.growing import FAMILIES, TINY
 
 

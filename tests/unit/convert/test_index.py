@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from convert.hf.config import read_config
-from convert.hf.folder import plan_shards, tensor_bytes
-from convert.names import bind, released_table
-from core.checkpoint.read import check_shapes
-from core.errors import UserError
-from core.model.config import load_model_config
-from core.model.params import count_parameters, parameter_table
+from telechat_twins.convert.hf.config import read_config
+from telechat_twins.convert.hf.folder import plan_shards, tensor_bytes
+from telechat_twins.convert.names import bind, released_table
+from telechat_twins.core.checkpoint.read import check_shapes
+from telechat_twins.core.errors import UserError
+from telechat_twins.core.model.config import load_model_config
+from telechat_twins.core.model.params import count_parameters, parameter_table
 from tests.support.shared import shared_file
 
 GOLDEN = Path(__file__).resolve().parents[2] / "goldens" / "index"

@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 from safetensors.numpy import save
 
-from convert.file_kind import kind_of
-from convert.mindformers.ckpt import CkptFile, save_ckpt
-from core.errors import UserError
-from core.files.safetensors import DTYPES
+from telechat_twins.convert.file_kind import kind_of
+from telechat_twins.convert.mindformers.ckpt import CkptFile, save_ckpt
+from telechat_twins.core.errors import UserError
+from telechat_twins.core.files.safetensors import DTYPES
 
 CRC = 17  # bytes behind the message
 

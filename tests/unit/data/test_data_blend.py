@@ -9,12 +9,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from core.config import DataConfig, DataSourceConfig
-from core.data.blend import MAX_PERIOD, Schedule, open_blend
-from core.data.packed import PackedWriter
-from core.data.permute import Permutation
-from core.errors import UserError
-from core.model.batch import IGNORE
+from telechat_twins.core.config import DataConfig, DataSourceConfig
+from telechat_twins.core.data.blend import MAX_PERIOD, Schedule, open_blend
+from telechat_twins.core.data.packed import PackedWriter
+from telechat_twins.core.data.permute import Permutation
+from telechat_twins.core.errors import UserError
+from telechat_twins.core.model.batch import IGNORE
 from tests.support.data_support import VOCAB_SIZE, reseal, tiny_tokenizer
 
 PAD = 3

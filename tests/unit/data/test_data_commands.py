@@ -9,17 +9,17 @@ import tracemalloc
 import numpy as np
 import pytest
 
-from core import cli
-from core.commands import data as data_command
-from core.commands import tokenize as tokenize_command
-from core.data import prepare, rows
-from core.data.dialogues import DialogueFile
-from core.data.packed import PackedDataset
-from core.data.prepare import pack_text, read_texts
-from core.data.rows import detect_kind, find_inputs, read_documents
-from core.data.sft import encode_dialogue
-from core.data.tokenizer import load_tokenizer
-from core.errors import UserError
+from telechat_twins.core import cli
+from telechat_twins.core.commands import data as data_command
+from telechat_twins.core.commands import tokenize as tokenize_command
+from telechat_twins.core.data import prepare, rows
+from telechat_twins.core.data.dialogues import DialogueFile
+from telechat_twins.core.data.packed import PackedDataset
+from telechat_twins.core.data.prepare import pack_text, read_texts
+from telechat_twins.core.data.rows import detect_kind, find_inputs, read_documents
+from telechat_twins.core.data.sft import encode_dialogue
+from telechat_twins.core.data.tokenizer import load_tokenizer
+from telechat_twins.core.errors import UserError
 from tests.support.data_support import SENTENCES, dialogue_row, tiny_tokenizer, tiny_tokenizer_path, write_rows
 from tests.support.shared import shared_file
 

@@ -11,11 +11,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from core.data import packed
-from core.data.packed import PackedDataset, PackedWriter, token_dtype, verify
-from core.data.packed_files import BLOCK
-from core.errors import UserError
-from core.model.batch import IGNORE
+from telechat_twins.core.data import packed
+from telechat_twins.core.data.packed import PackedDataset, PackedWriter, token_dtype, verify
+from telechat_twins.core.data.packed_files import BLOCK
+from telechat_twins.core.errors import UserError
+from telechat_twins.core.model.batch import IGNORE
 from tests.support.data_support import reseal, tiny_tokenizer
 
 PAD = 3

@@ -10,16 +10,16 @@ from typing import Any
 
 import pytest
 
-from core.commands import data as data_command
-from core.commands import tokenize as tokenize_command
-from core.data import json_items as json_items_module
-from core.data.chat_template import encode_chat, render
-from core.data.dialogues import Dialogue, DialogueFile, parse_dialogue
-from core.data.json_items import json_items
-from core.data.packed import PackedDataset
-from core.data.rows import find_inputs, read_documents, read_rows, skipped_inputs
-from core.data.sft import deepspeed_sequences, encode_dialogue, mindformers_pair
-from core.errors import UserError
+from telechat_twins.core.commands import data as data_command
+from telechat_twins.core.commands import tokenize as tokenize_command
+from telechat_twins.core.data import json_items as json_items_module
+from telechat_twins.core.data.chat_template import encode_chat, render
+from telechat_twins.core.data.dialogues import Dialogue, DialogueFile, parse_dialogue
+from telechat_twins.core.data.json_items import json_items
+from telechat_twins.core.data.packed import PackedDataset
+from telechat_twins.core.data.rows import find_inputs, read_documents, read_rows, skipped_inputs
+from telechat_twins.core.data.sft import deepspeed_sequences, encode_dialogue, mindformers_pair
+from telechat_twins.core.errors import UserError
 from tests.support.data_support import dialogue_row, tiny_tokenizer, tiny_tokenizer_path, write_rows
 from tests.unit.data.test_data_commands import call, tele_data
 

@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file
 
-from core.data.chat_template import DEFAULT_SYSTEM, encode_chat, render
-from core.data.dialogues import Dialogue, DialogueFile, parse_dialogue
-from core.data.sft import (
+from telechat_twins.core.data.chat_template import DEFAULT_SYSTEM, encode_chat, render
+from telechat_twins.core.data.dialogues import Dialogue, DialogueFile, parse_dialogue
+from telechat_twins.core.data.sft import (
     Counts,
     deepspeed_collate,
     deepspeed_mask,
@@ -21,8 +21,8 @@ from core.data.sft import (
     mindformers_packs,
     plain_sequences,
 )
-from core.data.tokenizer import load_tokenizer
-from core.errors import UserError
+from telechat_twins.core.data.tokenizer import load_tokenizer
+from telechat_twins.core.errors import UserError
 from tests.support.data_support import dialogue_row, tiny_tokenizer
 from tests.support.shared import shared_file
 

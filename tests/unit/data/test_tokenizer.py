@@ -8,10 +8,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from core.data.control import TELECHAT2_NAMES, ControlToken, Splitter
-from core.data.tokenizer import check_vocabulary, load_tokenizer
-from core.errors import UserError
-from core.model.config import load_model_config
+from telechat_twins.core.data.control import TELECHAT2_NAMES, ControlToken, Splitter
+from telechat_twins.core.data.tokenizer import check_vocabulary, load_tokenizer
+from telechat_twins.core.errors import UserError
+from telechat_twins.core.model.config import load_model_config
 from tests.support.data_support import VOCAB_SIZE, tiny_tokenizer, tiny_tokenizer_path
 from tests.support.shared import shared_file
 

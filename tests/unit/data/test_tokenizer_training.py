@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from core.data.tokenizer import load_tokenizer
-from core.data.tokenizer_training import SMALLEST, train_tokenizer
-from core.errors import UserError
+from telechat_twins.core.data.tokenizer import load_tokenizer
+from telechat_twins.core.data.tokenizer_training import SMALLEST, train_tokenizer
+from telechat_twins.core.errors import UserError
 from tests.support.data_support import SENTENCES, tiny_tokenizer
 from tests.support.shared import shared_file
 

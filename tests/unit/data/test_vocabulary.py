@@ -7,14 +7,14 @@ import dataclasses
 import numpy as np
 import pytest
 
-from core.data.vocabulary import fit_run, fit_vocabulary
-from core.errors import UserError
-from core.inference.engine import Engine
-from core.inference.generation import turn_stops
-from core.inference.requests import Request
-from core.inference.sampling import sampling_config
-from core.model.config import load_model_config
-from core.train import loop
+from telechat_twins.core.data.vocabulary import fit_run, fit_vocabulary
+from telechat_twins.core.errors import UserError
+from telechat_twins.core.inference.engine import Engine
+from telechat_twins.core.inference.generation import turn_stops
+from telechat_twins.core.inference.requests import Request
+from telechat_twins.core.inference.sampling import sampling_config
+from telechat_twins.core.model.config import load_model_config
+from telechat_twins.core.train import loop
 from tests.support.data_support import tiny_tokenizer
 from tests.support.engine_support import CONFIG, PlainRunner, finish, tokens_of
 from tests.support.numpy_stepper import VOCAB, MemoryBlend, NumpyStepper, run_config

@@ -13,9 +13,9 @@ from typing import Any
 
 import pytest
 
-from core.data.packed import PackedDataset, PackedWriter, verify
-from core.files import atomic
-from core.files.atomic import (
+from telechat_twins.core.data.packed import PackedDataset, PackedWriter, verify
+from telechat_twins.core.files import atomic
+from telechat_twins.core.files.atomic import (
     clean_stale,
     mark_lives,
     new_file,
@@ -226,7 +226,11 @@ def test_this_file_system_exchanges_names(tmp_path: Path) -> None:
 def test_the_process_mark_outlives_a_clock_that_is_set(tmp_path: Path) -> None:
     """It counts from the machine's start: the same for as long as the process lives, whoever reads it."""
     other = subprocess.run(
-        [sys.executable, "-c", f"from core.files.atomic import process_mark; print(process_mark({os.getpid()}))"],
+        [
+            sys.executable,
+            "-c",
+            f"from telechat_twins.core.files.atomic import process_mark; print(process_mark({os.getpid()}))",
+        ],
         capture_output=True,
         text=True,
         check=True,

@@ -10,19 +10,28 @@ from pathlib import Path
 
 import pytest
 
-from convert.mindformers.protobuf import fields
-from core import cli
-from core.checkpoint.pieces import tiling_fault
-from core.errors import UserError
-from core.files.foreign import MAX_JSON, MAX_LINE, MAX_VALUES, lines, load_json, parse_value, read_file, read_text
-from core.files.safetensors import MAX_HEADER, SafetensorsFile
-from core.launch.nodes import _word
-from core.model.config import ModelConfig, load_model_config
-from core.near import nearest
-from core.parallel.layout import Layout, parse_layout
-from core.parallel.schedule import actions, peak_live
-from core.schema import MAX_NODES, load_yaml, parse_yaml, set_dotted
-from core.shown import LONGEST, controls_shown, printable, shown
+from telechat_twins.convert.mindformers.protobuf import fields
+from telechat_twins.core import cli
+from telechat_twins.core.checkpoint.pieces import tiling_fault
+from telechat_twins.core.errors import UserError
+from telechat_twins.core.files.foreign import (
+    MAX_JSON,
+    MAX_LINE,
+    MAX_VALUES,
+    lines,
+    load_json,
+    parse_value,
+    read_file,
+    read_text,
+)
+from telechat_twins.core.files.safetensors import MAX_HEADER, SafetensorsFile
+from telechat_twins.core.launch.nodes import _word
+from telechat_twins.core.model.config import ModelConfig, load_model_config
+from telechat_twins.core.near import nearest
+from telechat_twins.core.parallel.layout import Layout, parse_layout
+from telechat_twins.core.parallel.schedule import actions, peak_live
+from telechat_twins.core.schema import MAX_NODES, load_yaml, parse_yaml, set_dotted
+from telechat_twins.core.shown import LONGEST, controls_shown, printable, shown
 from tests.campaigns.hostile_files import campaign, summary
 from tests.house import ROOT
 

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from core.serve import strict_json
+from telechat_twins.core.serve import strict_json
 
 TREES = st.recursive(
     st.none()

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from core import cli
+from telechat_twins.core import cli
 from tests import docs
 from tests.house import ROOT
 from tests.support.docs_workspace import add_release, add_text

@@ -12,15 +12,15 @@ import time
 import numpy as np
 import pytest
 
-from core.commands import chat as command
-from core.commands.chat import piped_lines, repl
-from core.data.chat_template import DEFAULT_SYSTEM
-from core.data.detokenizer import StreamDecoder
-from core.errors import UserError
-from core.inference import chat as chat_module
-from core.inference.chat import Chat
-from core.inference.engine import Engine
-from core.model.config import load_model_config
+from telechat_twins.core.commands import chat as command
+from telechat_twins.core.commands.chat import piped_lines, repl
+from telechat_twins.core.data.chat_template import DEFAULT_SYSTEM
+from telechat_twins.core.data.detokenizer import StreamDecoder
+from telechat_twins.core.errors import UserError
+from telechat_twins.core.inference import chat as chat_module
+from telechat_twins.core.inference.chat import Chat
+from telechat_twins.core.inference.engine import Engine
+from telechat_twins.core.model.config import load_model_config
 from tests.support.engine_support import Speller
 
 SIZE = 400

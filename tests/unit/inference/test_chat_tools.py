@@ -8,14 +8,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from core.commands.chat import repl
-from core.data.chat_template import encode_chat
-from core.data.dialogues import parse_dialogue
-from core.errors import UserError
-from core.inference.chat import Chat, ChatModel
-from core.inference.engine import Engine
-from core.inference.tool_calls import ToolCall
-from core.model.config import load_model_config
+from telechat_twins.core.commands.chat import repl
+from telechat_twins.core.data.chat_template import encode_chat
+from telechat_twins.core.data.dialogues import parse_dialogue
+from telechat_twins.core.errors import UserError
+from telechat_twins.core.inference.chat import Chat, ChatModel
+from telechat_twins.core.inference.engine import Engine
+from telechat_twins.core.inference.tool_calls import ToolCall
+from telechat_twins.core.model.config import load_model_config
 from tests.support.data_support import VOCAB_SIZE, tiny_tokenizer, tiny_tokenizer_path
 from tests.support.engine_support import CHAT_CONFIG as CONFIG
 from tests.support.engine_support import Replier

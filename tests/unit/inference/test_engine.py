@@ -13,13 +13,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from core.errors import UserError
-from core.inference import requests as requests_module
-from core.inference.engine import Engine, Limits, stream
-from core.inference.pages import PagePool
-from core.inference.requests import Request, Sample
-from core.inference.sampling import Draws, SamplingConfig, sampling_config
-from core.inference.scheduler import Scheduler
+from telechat_twins.core.errors import UserError
+from telechat_twins.core.inference import requests as requests_module
+from telechat_twins.core.inference.engine import Engine, Limits, stream
+from telechat_twins.core.inference.pages import PagePool
+from telechat_twins.core.inference.requests import Request, Sample
+from telechat_twins.core.inference.sampling import Draws, SamplingConfig, sampling_config
+from telechat_twins.core.inference.scheduler import Scheduler
 from tests.support.engine_support import CONFIG, PlainRunner, fake_logits, finish, tokens_of
 
 DRAWN = sampling_config(temperature=1.0, top_k=20, seed=3)
@@ -255,7 +255,7 @@ class Letters:
         return "".join(chr(ord("A") + i) for i in ids)
 
     def stream(self):
-        from core.data.detokenizer import StreamDecoder
+        from telechat_twins.core.data.detokenizer import StreamDecoder
 
         return StreamDecoder(self)
 

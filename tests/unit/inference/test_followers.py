@@ -11,19 +11,19 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from core.errors import UserError
-from core.inference.engine import Engine, Limits
-from core.inference.followers import WORDS, Leader, decode, encode, follow, shard_reader
-from core.inference.requests import Event, Request, Usage
-from core.inference.runner import Step
-from core.inference.sampling import Choice, sampling_config
-from core.inference.worker import Job, inference_layout, read_events, read_job, write_events, write_job
-from core.model.config import load_model_config
-from core.model.init import init_tensor
-from core.model.params import parameter_table
-from core.model.quantize import Int8Matrix, quantize
-from core.parallel.layout import parse_layout
-from core.parallel.sharding import chunk_table
+from telechat_twins.core.errors import UserError
+from telechat_twins.core.inference.engine import Engine, Limits
+from telechat_twins.core.inference.followers import WORDS, Leader, decode, encode, follow, shard_reader
+from telechat_twins.core.inference.requests import Event, Request, Usage
+from telechat_twins.core.inference.runner import Step
+from telechat_twins.core.inference.sampling import Choice, sampling_config
+from telechat_twins.core.inference.worker import Job, inference_layout, read_events, read_job, write_events, write_job
+from telechat_twins.core.model.config import load_model_config
+from telechat_twins.core.model.init import init_tensor
+from telechat_twins.core.model.params import parameter_table
+from telechat_twins.core.model.quantize import Int8Matrix, quantize
+from telechat_twins.core.parallel.layout import parse_layout
+from telechat_twins.core.parallel.sharding import chunk_table
 from tests.support.engine_support import PlainRunner, finish, tokens_of
 
 

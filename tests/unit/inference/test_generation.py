@@ -5,11 +5,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from core.errors import UserError
-from core.inference import generation
-from core.inference.engine import Engine
-from core.inference.generation import generate, note_length
-from core.inference.sampling import SamplingConfig, sampling_config
+from telechat_twins.core.errors import UserError
+from telechat_twins.core.inference import generation
+from telechat_twins.core.inference.engine import Engine
+from telechat_twins.core.inference.generation import generate, note_length
+from telechat_twins.core.inference.sampling import SamplingConfig, sampling_config
 from tests.support.engine_support import CONFIG, PlainRunner, fake_logits
 
 

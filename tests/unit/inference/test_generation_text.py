@@ -7,13 +7,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from core.data.tokenizer import load_tokenizer
-from core.data.tokenizer_training import train_tokenizer
-from core.inference.chat import Chat
-from core.inference.engine import Engine
-from core.inference.generation import turn_stops
-from core.inference.text_stream import text_stream
-from core.model.config import load_model_config
+from telechat_twins.core.data.tokenizer import load_tokenizer
+from telechat_twins.core.data.tokenizer_training import train_tokenizer
+from telechat_twins.core.inference.chat import Chat
+from telechat_twins.core.inference.engine import Engine
+from telechat_twins.core.inference.generation import turn_stops
+from telechat_twins.core.inference.text_stream import text_stream
+from telechat_twins.core.model.config import load_model_config
 from tests.support.engine_support import Speller
 from tests.support.shared import shared_file
 

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from core.inference.pages import BLANK, PagePool, first_name, page_name, pool_size
+from telechat_twins.core.inference.pages import BLANK, PagePool, first_name, page_name, pool_size
 
 
 def test_pages_are_counted_by_their_holders():

@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from core.errors import UserError
-from core.inference.sampling import (
+from telechat_twins.core.errors import UserError
+from telechat_twins.core.inference.sampling import (
     AHEAD,
     GROUPS,
     Draws,

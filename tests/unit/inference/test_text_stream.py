@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from core.data.detokenizer import StreamDecoder
-from core.inference.text_stream import CONTEXT, StopText, text_stream
+from telechat_twins.core.data.detokenizer import StreamDecoder
+from telechat_twins.core.inference.text_stream import CONTEXT, StopText, text_stream
 
 
 class PieceTokenizer:

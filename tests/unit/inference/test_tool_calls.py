@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from core.data.control import TOOL_CALL, TOOL_CALL_END
-from core.inference.tool_calls import ToolCall, ToolCallStream, parse_tool_calls
+from telechat_twins.core.data.control import TOOL_CALL, TOOL_CALL_END
+from telechat_twins.core.inference.tool_calls import ToolCall, ToolCallStream, parse_tool_calls
 
 WEATHER = '\n{"name": "get_weather", "arguments": {"city": "Paris"}}\n'
 PARIS = ToolCall("get_weather", '{"city": "Paris"}')

@@ -12,18 +12,18 @@ from typing import Any
 import numpy as np
 import pytest
 
-from core.config import KERNEL_OPERATORS
-from core.model.visibility import KeyRanges, causal_ranges
-from kernels.ascend import visibility as visibility
+from telechat_twins.core.config import KERNEL_OPERATORS
+from telechat_twins.core.model.visibility import KeyRanges, causal_ranges
+from telechat_twins.kernels.ascend import visibility as visibility
 
 ms = pytest.importorskip("mindspore")
 # On a CPU the pipeline of asynchronous launches spins while it waits; where it is on, the rehearsal copes with it.
 ms.runtime.launch_blocking()
 
-from kernels.ascend import calls as cann  # noqa: E402
-from kernels.ascend import ops as ascend  # noqa: E402
-from kernels.ascend import rehearsal  # noqa: E402
-from kernels.ascend.attention import triangle  # noqa: E402
+from telechat_twins.kernels.ascend import calls as cann  # noqa: E402
+from telechat_twins.kernels.ascend import ops as ascend  # noqa: E402
+from telechat_twins.kernels.ascend import rehearsal  # noqa: E402
+from telechat_twins.kernels.ascend.attention import triangle  # noqa: E402
 
 
 @pytest.fixture

@@ -17,17 +17,17 @@ from typing import Any
 import numpy as np
 import pytest
 
-from core.errors import UserError
-from core.model.visibility import KeyRanges, causal_ranges
-from core.parity.bounds import relative_frobenius
-from kernels import reference
-from kernels.ascend import definitions as define
-from kernels.ascend.operands import Operand
-from kernels.pytorch import npu_signatures
+from telechat_twins.core.errors import UserError
+from telechat_twins.core.model.visibility import KeyRanges, causal_ranges
+from telechat_twins.core.parity.bounds import relative_frobenius
+from telechat_twins.kernels import reference
+from telechat_twins.kernels.ascend import definitions as define
+from telechat_twins.kernels.ascend.operands import Operand
+from telechat_twins.kernels.pytorch import npu_signatures
 
 torch = pytest.importorskip("torch")
 
-from kernels.pytorch import npu as npu  # noqa: E402
+from telechat_twins.kernels.pytorch import npu as npu  # noqa: E402
 
 SPACING = {"float32": 2.0**-23, "float16": 2.0**-10, "bfloat16": 2.0**-7}
 Given = dict[str, Any]

@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from core.model.visibility import causal_ranges
-from core.parity.bounds import relative_frobenius
-from kernels import reference
-from kernels.cpu import build, engine, ops
+from telechat_twins.core.model.visibility import causal_ranges
+from telechat_twins.core.parity.bounds import relative_frobenius
+from telechat_twins.kernels import reference
+from telechat_twins.kernels.cpu import build, engine, ops
 from tests.support import cpu_kernel_checks as checks
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -215,8 +215,8 @@ def test_nan_is_not_hidden() -> None:
 
 THREADS = """
 import os, sys, threading, numpy as np
-from kernels.cpu import ops
-from kernels.cpu.engine import limit_threads
+from telechat_twins.kernels.cpu import ops
+from telechat_twins.kernels.cpu.engine import limit_threads
 limit_threads(4)
 x, w = (np.random.default_rng(i).normal(size=s).astype(np.float32) for i, s in enumerate(((9, 512), (2000, 512))))
 truth, wrong = ops.linear_rows(x, w), []
@@ -251,8 +251,8 @@ def test_memory_of_attention_grows_with_the_length_only() -> None:
     code = """
 import resource
 import numpy as np
-from core.model.visibility import causal_ranges
-from kernels.cpu import ops
+from telechat_twins.core.model.visibility import causal_ranges
+from telechat_twins.kernels.cpu import ops
 def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 q = np.ones((1, 4096, 2, 64), np.float32)
 ranges = causal_ranges(4096, 4096).ranges
@@ -377,7 +377,7 @@ def test_a_gradient_of_few_ids_is_zero_elsewhere_and_nothing_beside_it_is_touche
 BUILD = """
 import sys
 from pathlib import Path
-from kernels.cpu import build
+from telechat_twins.kernels.cpu import build
 build.cache_folder = lambda: Path(sys.argv[1])
 print(build.build("small", ("registry.cc",), ["-std=c++17", "-fPIC", "-pthread"], ["-shared", "-pthread"], ""))
 """
@@ -426,7 +426,7 @@ def test_without_a_library_plain_operators_serve_and_say_why(tmp_path: Path, wha
         (folder / "g++").chmod(0o755)
     code = """
 import sys
-import telechat_ms.ops as ops, numpy as np
+import telechat_twins.telechat_ms.ops as ops, numpy as np
 from mindspore import Tensor
 print(chr(10).join(ops.described()))
 print(ops.swiglu(Tensor(np.ones(3, np.float32)), Tensor(np.ones(3, np.float32)), __import__("mindspore").float32))

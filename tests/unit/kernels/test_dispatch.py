@@ -6,9 +6,9 @@ import dataclasses
 
 import pytest
 
-from core.config import KERNEL_OPERATORS, KernelsConfig, run_config_from_dict
-from core.errors import UserError
-from kernels.dispatch import Candidate, choose, describe
+from telechat_twins.core.config import KERNEL_OPERATORS, KernelsConfig, run_config_from_dict
+from telechat_twins.core.errors import UserError
+from telechat_twins.kernels.dispatch import Candidate, choose, describe
 
 FUSED, PLAIN = Candidate("cann"), Candidate("composite")
 MISSING = Candidate("cann", "the library is not installed")
@@ -65,7 +65,7 @@ def test_the_configuration_names_operators_and_implementations() -> None:
 @pytest.mark.parametrize("framework", ["mindspore", "pytorch"])
 def test_every_operator_has_a_table_on_the_cpu(framework: str) -> None:
     pytest.importorskip({"mindspore": "mindspore", "pytorch": "torch"}[framework])
-    table = __import__(f"kernels.{framework}.ops", fromlist=["x"])
+    table = __import__(f"telechat_twins.kernels.{framework}.ops", fromlist=["x"])
     device = {"mindspore": "CPU", "pytorch": "cpu"}[framework]
     found = table.candidates(device)
     assert list(found) == list(KERNEL_OPERATORS)

@@ -15,13 +15,13 @@ from types import SimpleNamespace
 
 import pytest
 
-from kernels.cpu import build, cache
+from telechat_twins.kernels.cpu import build, cache
 from tests.unit.kernels.test_cpu_kernels import ROOT
 
 PLANTED = "planted.so"
 BUILD = """
 import sys
-from kernels.cpu import build
+from telechat_twins.kernels.cpu import build
 def compile_instead(cxx, library, *_):
     library.write_bytes(b"a library")
     library.chmod(0o700)

@@ -8,14 +8,14 @@ import sys
 
 import pytest
 
-from kernels.cpu.engine import usual_threads
+from telechat_twins.kernels.cpu.engine import usual_threads
 from tests.house import ROOT
 
 # How many threads MindSpore's own, which launches operators, has become.
 PROGRAM = """
 import os, pathlib
 import numpy as np, mindspore as ms
-from kernels.cpu import ops
+from telechat_twins.kernels.cpu import ops
 
 x, w = ms.Tensor(np.ones((1024, 1024), np.float32)), ms.Tensor(np.ones((1024, 1024), np.float32))
 for _ in range(20):

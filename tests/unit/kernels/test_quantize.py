@@ -8,10 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
-from core.model.config import load_model_config
-from core.model.init import init_tensor
-from core.model.params import parameter_table
-from core.model.quantize import Int8Matrix, quantize, quantizing
+from telechat_twins.core.model.config import load_model_config
+from telechat_twins.core.model.init import init_tensor
+from telechat_twins.core.model.params import parameter_table
+from telechat_twins.core.model.quantize import Int8Matrix, quantize, quantizing
 
 FLOATS = st.floats(-1e4, 1e4, width=32, allow_subnormal=False)
 

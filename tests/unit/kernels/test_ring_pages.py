@@ -12,10 +12,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from core.inference.pages import PagePool
-from core.inference.ring_pages import Share, pages_of_rank, share_of
-from core.inference.runner import Step
-from kernels import reference
+from telechat_twins.core.inference.pages import PagePool
+from telechat_twins.core.inference.ring_pages import Share, pages_of_rank, share_of
+from telechat_twins.core.inference.runner import Step
+from telechat_twins.kernels import reference
 from tests.parity.test_paged_attention import step_of
 
 SIZE, H, K, D = 4, 4, 2, 8

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from kernels.triton import blocks, lower
+from telechat_twins.kernels.triton import blocks, lower
 from tests.house import ROOT
 
 
@@ -47,9 +47,9 @@ import json
 import torch
 import triton
 import triton.language as tl
-from kernels.triton import lower, shipped
-from kernels.triton.blocks import Tiles
-from kernels.triton.launch import Launch
+from telechat_twins.kernels.triton import lower, shipped
+from telechat_twins.kernels.triton.blocks import Tiles
+from telechat_twins.kernels.triton.launch import Launch
 
 @triton.jit
 def broken(x_ptr, BLOCK: tl.constexpr):

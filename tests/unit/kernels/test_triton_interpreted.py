@@ -20,15 +20,15 @@ if os.environ.get("TRITON_INTERPRET") != "1":
 import torch
 from triton.runtime import interpreter
 
-import kernels.triton.adamw as adamw_module
-import kernels.triton.attention as attention_module
-import kernels.triton.attention_backward as attention_backward_module
-import kernels.triton.cross_entropy as cross_entropy_module
-import kernels.triton.embedding as embedding_module
-import kernels.triton.norm as norm_module
-import kernels.triton.pointwise as pointwise_module
-import kernels.triton.rope as rope_module
-from kernels.triton import ops
+import telechat_twins.kernels.triton.adamw as adamw_module
+import telechat_twins.kernels.triton.attention as attention_module
+import telechat_twins.kernels.triton.attention_backward as attention_backward_module
+import telechat_twins.kernels.triton.cross_entropy as cross_entropy_module
+import telechat_twins.kernels.triton.embedding as embedding_module
+import telechat_twins.kernels.triton.norm as norm_module
+import telechat_twins.kernels.triton.pointwise as pointwise_module
+import telechat_twins.kernels.triton.rope as rope_module
+from telechat_twins.kernels.triton import ops
 from tests.support import triton_cases as cases
 from tests.support.triton_cases import ATTENTION_LIMITS, EPS, LIMITS, Case
 

@@ -11,9 +11,9 @@ ms = pytest.importorskip("mindspore")
 pytest.importorskip("torch")
 pytest.importorskip("triton", reason="triton is not installed")
 
-from core.model.visibility import causal_ranges  # noqa: E402
-from kernels.triton import mindspore_entry, ops  # noqa: E402
-from kernels.triton.blocks import ASCEND_910B3  # noqa: E402
+from telechat_twins.core.model.visibility import causal_ranges  # noqa: E402
+from telechat_twins.kernels.triton import mindspore_entry, ops  # noqa: E402
+from telechat_twins.kernels.triton.blocks import ASCEND_910B3  # noqa: E402
 
 
 def tensor(*shape: int, dtype: Any = ms.float16) -> Any:

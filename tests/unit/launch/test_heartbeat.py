@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from core.launch import heartbeat as beating
-from core.launch.heartbeat import (
+from telechat_twins.core.launch import heartbeat as beating
+from telechat_twins.core.launch.heartbeat import (
     SIZE,
     Heartbeat,
     Record,
@@ -154,7 +154,8 @@ def test_the_heartbeat_of_this_process(tmp_path: Path, monkeypatch: pytest.Monke
 def test_a_launched_script_has_one(tmp_path: Path) -> None:
     script = tmp_path / "script.py"
     script.write_text(
-        "from core.launch.heartbeat import open_heartbeat\nopen_heartbeat().enter('recv', 'pp', (1, 2))\n"
+        "from telechat_twins.core.launch.heartbeat import open_heartbeat\n"
+        "open_heartbeat().enter('recv', 'pp', (1, 2))\n"
     )
     command = [sys.executable, str(ROOT / "core" / "launch" / "worker.py"), "--status-dir", str(tmp_path), str(script)]
     subprocess.run(command, check=True, env={**os.environ, "RANK": "2"})

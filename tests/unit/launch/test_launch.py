@@ -15,14 +15,14 @@ from typing import Any
 
 import pytest
 
-from core.errors import UserError
-from core.launch import launcher as launching
-from core.launch.command import Plan, check_nodes, check_port, command, environment
-from core.launch.heartbeat import Waits
-from core.launch.nodes import Nodes, parse_master
-from core.launch.processes import Deaths
-from core.launch.screen import Screen
-from core.launch.worker import read_status, run_script, status_path, write_status
+from telechat_twins.core.errors import UserError
+from telechat_twins.core.launch import launcher as launching
+from telechat_twins.core.launch.command import Plan, check_nodes, check_port, command, environment
+from telechat_twins.core.launch.heartbeat import Waits
+from telechat_twins.core.launch.nodes import Nodes, parse_master
+from telechat_twins.core.launch.processes import Deaths
+from telechat_twins.core.launch.screen import Screen
+from telechat_twins.core.launch.worker import read_status, run_script, status_path, write_status
 from tests.house import ROOT
 
 WORKER = str(ROOT / "core" / "launch" / "worker.py")
@@ -259,7 +259,9 @@ def run_worker(tmp_path: Path, text: str, **env: str) -> tuple[subprocess.Comple
 
 
 def test_worker_records_success(tmp_path: Path) -> None:
-    done, record = run_worker(tmp_path, "import sys; import core.errors; print(__name__, sys.argv[1:])", RANK="3")
+    done, record = run_worker(
+        tmp_path, "import sys; import telechat_twins.core.errors; print(__name__, sys.argv[1:])", RANK="3"
+    )
     assert (done.returncode, done.stdout) == (0, "__main__ ['--flag']\n")
     assert (record["rank"], record["state"], record["code"]) == (3, "done", 0)
 
@@ -268,12 +270,13 @@ def test_worker_records_success(tmp_path: Path) -> None:
     ("text", "code", "message", "user_error"),
     [
         ("raise ValueError('first\\nsecond')", 1, "ValueError: first", False),
-        ("from core.errors import UserError\nraise UserError('a: b; c')", 2, "a: b; c", True),
+        ("from telechat_twins.core.errors import UserError\nraise UserError('a: b; c')", 2, "a: b; c", True),
         ("raise SystemExit(2)", 2, "the script exited with code 2", False),
         ("raise SystemExit('stopped: the loss is nan')", 1, "stopped: the loss is nan", False),
         ("raise KeyboardInterrupt", 130, "interrupted", False),
         (
-            "from core.errors import UserError\nfrom core.launch.worker import run_script\n"
+            "from telechat_twins.core.errors import UserError\n"
+            "from telechat_twins.core.launch.worker import run_script\n"
             "def main(): raise UserError('a: b')\nraise SystemExit(run_script(main))",
             2,
             "a: b",
@@ -356,7 +359,9 @@ def test_a_worker_finishes_while_its_launcher_lives(tmp_path: Path) -> None:
 
 
 def test_who_missed_the_death_of_its_parent_dies_at_once() -> None:
-    code = "from core.launch.worker import die_with_parent; import os; die_with_parent({}); print('lives')"
+    code = (
+        "from telechat_twins.core.launch.worker import die_with_parent; import os; die_with_parent({}); print('lives')"
+    )
     for parent, wanted in (("os.getppid()", b"lives\n"), ("999999999", b"")):
         done = subprocess.run([sys.executable, "-c", code.format(parent)], cwd=ROOT, capture_output=True)
         assert (done.stdout, done.returncode) == (wanted, 0 if wanted else -9)

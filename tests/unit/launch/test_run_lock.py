@@ -17,15 +17,15 @@ from typing import Any
 
 import pytest
 
-import core.cli
-import core.commands.mup.search
-import core.data.blend
-from core.errors import UserError
-from core.files.atomic import process_mark
-from core.launch import launcher as launching
-from core.launch import run_lock
-from core.launch.run_lock import hold_folder, hold_place, require_free
-from core.train import loop, records
+import telechat_twins.core.cli
+import telechat_twins.core.commands.mup.search
+import telechat_twins.core.data.blend
+from telechat_twins.core.errors import UserError
+from telechat_twins.core.files.atomic import process_mark
+from telechat_twins.core.launch import launcher as launching
+from telechat_twins.core.launch import run_lock
+from telechat_twins.core.launch.run_lock import hold_folder, hold_place, require_free
+from telechat_twins.core.train import loop, records
 from tests.house import ROOT
 from tests.support.data_support import tiny_tokenizer_path
 from tests.support.growing import TINY
@@ -33,7 +33,7 @@ from tests.support.numpy_stepper import MemoryBlend, NumpyStepper, run_config
 
 HOLDER = """
 import sys, time
-from core.launch.run_lock import hold_folder, hold_place
+from telechat_twins.core.launch.run_lock import hold_folder, hold_place
 with (hold_place if sys.argv[2] == "place" else hold_folder)(sys.argv[1]):
     print("held", flush=True)
     time.sleep(600)
@@ -177,10 +177,10 @@ def test_train_names_the_run_before_it_launches(
     (out / "latest").write_text("step-00000001\n")
     for folder in (out / "logs", out):
         process = holder(folder)
-        assert core.cli.main(words) == 2
+        assert telechat_twins.core.cli.main(words) == 2
         assert f"tele: --out {out}: process {process.pid} on host" in capsys.readouterr().err
         nodes = ["--nnodes", "2", "--node-rank", "1", "--master", "h:1", "--set", "parallel.dp=2", "--resume", "auto"]
-        assert core.cli.main([*words, *nodes]) == 0, "node 0 speaks for the run"
+        assert telechat_twins.core.cli.main([*words, *nodes]) == 0, "node 0 speaks for the run"
         process.kill()
         process.communicate()
 
@@ -213,19 +213,19 @@ def verbs(tmp_path: Path) -> dict[str, tuple[list[str], Path, str]]:
 def test_other_commands_that_write_a_folder(
     verb: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for place in (core.data.blend, core.commands.mup.search):
+    for place in (telechat_twins.core.data.blend, telechat_twins.core.commands.mup.search):
         monkeypatch.setattr(place, "open_blend", lambda *words: None)
     words, out, kind = verbs(tmp_path)[verb]
     process = holder(out, kind)
     try:
-        assert core.cli.main(words) == 2
+        assert telechat_twins.core.cli.main(words) == 2
         said = capsys.readouterr().err
         assert f"process {process.pid} on host" in said and len(said.splitlines()) == 1, said
     finally:
         process.send_signal(signal.SIGKILL)
         process.communicate()
     if kind == "place":
-        assert core.cli.main(words) == 0, capsys.readouterr().err
+        assert telechat_twins.core.cli.main(words) == 0, capsys.readouterr().err
         assert not [path.name for path in tmp_path.iterdir() if path.name.startswith(".")]
 
 

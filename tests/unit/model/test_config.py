@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 
-from core.config import load_run_config, run_config_from_dict
-from core.errors import UserError
-from core.model.config import load_model_config, preset_names
-from core.model.params import count_parameters, parameter_table
-from core.schema import load_yaml, set_dotted
+from telechat_twins.core.config import load_run_config, run_config_from_dict
+from telechat_twins.core.errors import UserError
+from telechat_twins.core.model.config import load_model_config, preset_names
+from telechat_twins.core.model.params import count_parameters, parameter_table
+from telechat_twins.core.schema import load_yaml, set_dotted
 
 # Published parameter counts; the 115B's equals the total_size of its released index (float32) divided by 4.
 PUBLISHED = {

@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from core.model.config import load_model_config
-from core.model.init import init_tensor, init_weights
-from core.model.params import MATRIX, parameter_table
+from telechat_twins.core.model.config import load_model_config
+from telechat_twins.core.model.init import init_tensor, init_weights
+from telechat_twins.core.model.params import MATRIX, parameter_table
 
 CONFIG = load_model_config("telechat2-tiny")
 PINNED = [-0.0030766423, 0.0071278578, -0.037200201]

@@ -8,8 +8,15 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from core.model.config import load_model_config
-from core.model.position import RotaryRows, attention_scale, ntk_alpha, rope_tables, scaled_base, xpos_scales
+from telechat_twins.core.model.config import load_model_config
+from telechat_twins.core.model.position import (
+    RotaryRows,
+    attention_scale,
+    ntk_alpha,
+    rope_tables,
+    scaled_base,
+    xpos_scales,
+)
 from tests.support.frameworks import GOLDENS, golden_arrays, golden_config
 
 

@@ -10,15 +10,15 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from core.checkpoint.read import whole, write_checkpoint
-from core.commands import forward, generate
-from core.config import run_config_from_dict
-from core.errors import UserError
-from core.inference.chat import ChatModel
-from core.model.config import load_model_config
-from core.model.init import init_weights
-from core.model.position import xpos_scales
-from core.model.xpos_range import check_xpos_range, xpos_reach
+from telechat_twins.core.checkpoint.read import whole, write_checkpoint
+from telechat_twins.core.commands import forward, generate
+from telechat_twins.core.config import run_config_from_dict
+from telechat_twins.core.errors import UserError
+from telechat_twins.core.inference.chat import ChatModel
+from telechat_twins.core.model.config import load_model_config
+from telechat_twins.core.model.init import init_weights
+from telechat_twins.core.model.position import xpos_scales
+from telechat_twins.core.model.xpos_range import check_xpos_range, xpos_reach
 
 FLM = load_model_config({"preset": "flm-tiny", "vocab_size": 64})
 FAR = dataclasses.replace(FLM, max_seqlen=4096, xpos_scale_base=64.0)
@@ -110,7 +110,7 @@ def forward_args(top, model: str, *more: str) -> argparse.Namespace:
 
 
 def test_forward_refuses_before_weights_are_read_and_warns(checkpoints, monkeypatch, capsys) -> None:
-    monkeypatch.setattr("pt_reference.forward.run", lambda *_: pytest.fail("the model was run"))
+    monkeypatch.setattr("telechat_twins.pt_reference.forward.run", lambda *_: pytest.fail("the model was run"))
     monkeypatch.setattr(forward, "launch_tasks", lambda *_, **__: pytest.fail("processes were started"))
     for more in ((), ("--layout", "tp2")):
         with pytest.raises(UserError, match=REFUSED):
@@ -122,7 +122,7 @@ def test_forward_refuses_before_weights_are_read_and_warns(checkpoints, monkeypa
 
 def test_generation_refuses_before_weights_are_read(checkpoints, monkeypatch, capsys) -> None:
     """`tele generate`, `chat` and `serve` open their model by load_model, Python by ChatModel."""
-    monkeypatch.setattr("pt_reference.generate.Runner", lambda *_: pytest.fail("weights were read"))
+    monkeypatch.setattr("telechat_twins.pt_reference.generate.Runner", lambda *_: pytest.fail("weights were read"))
     args = {"backend": "pt", "precision": "fp16", "table_dtype": None, "tokenizer": None, "control": "auto"}
     args |= {"quantize": "none", "rescale": "request"}
 
@@ -136,13 +136,13 @@ def test_generation_refuses_before_weights_are_read(checkpoints, monkeypatch, ca
     with pytest.raises(UserError, match="fp16 holds 2"):
         model.engine(6000)  # longer than max_seqlen
     pieces = SimpleNamespace(vocab_size=model.config.vocab_size)
-    monkeypatch.setattr("core.inference.chat.load_tokenizer", lambda *_, **__: pieces)
-    monkeypatch.setattr("core.inference.chat.check_vocabulary", lambda *_: None)
+    monkeypatch.setattr("telechat_twins.core.inference.chat.load_tokenizer", lambda *_, **__: pieces)
+    monkeypatch.setattr("telechat_twins.core.inference.chat.check_vocabulary", lambda *_: None)
     with pytest.raises(UserError, match=REFUSED):
         ChatModel(model.source.__class__(_checkpoint(checkpoints / "far")), pytest.fail, "t", "auto", "fp16", "none")
 
 
 def _checkpoint(path):
-    from core.checkpoint.read import open_checkpoint
+    from telechat_twins.core.checkpoint.read import open_checkpoint
 
     return open_checkpoint(path)

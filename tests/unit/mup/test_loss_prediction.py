@@ -11,12 +11,12 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from core import cli
-from core.commands.mup.predict import predict
-from core.errors import UserError
-from core.mup import loss_prediction
-from core.mup.loss_prediction import fit_law, forecast, student_quantile, weaknesses
-from core.mup.loss_table import LARGEST, SMALLEST, read_loss_table
+from telechat_twins.core import cli
+from telechat_twins.core.commands.mup.predict import predict
+from telechat_twins.core.errors import UserError
+from telechat_twins.core.mup import loss_prediction
+from telechat_twins.core.mup.loss_prediction import fit_law, forecast, student_quantile, weaknesses
+from telechat_twins.core.mup.loss_table import LARGEST, SMALLEST, read_loss_table
 from tests.house import ROOT
 from tests.support.docs_workspace import loss_table_of_the_page
 

@@ -8,11 +8,11 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from core import cli
-from core.commands.mup.check import describe, plot
-from core.config import load_run_config
-from core.model.config import CONFIGS
-from core.mup.coordinates import (
+from telechat_twins.core import cli
+from telechat_twins.core.commands.mup.check import describe, plot
+from telechat_twins.core.config import load_run_config
+from telechat_twins.core.model.config import CONFIGS
+from telechat_twins.core.mup.coordinates import (
     FLAT,
     GROUPS,
     MUP,
@@ -25,7 +25,7 @@ from core.mup.coordinates import (
     to_json,
     token_batch,
 )
-from core.mup.transfer import at_width, transfer
+from telechat_twins.core.mup.transfer import at_width, transfer
 
 NARROW = CONFIGS / "train" / "teleflm-tiny.yaml"
 WIDTHS = (64, 128, 256, 512)

@@ -16,18 +16,28 @@ import numpy as np
 import pytest
 import yaml
 
-from core import cli
-from core.commands.mup import search as command
-from core.config import load_run_config
-from core.errors import UserError
-from core.launch.worker import write_status
-from core.model.config import CONFIGS
-from core.mup import search as searching
-from core.mup import search_report
-from core.mup.loss_table import read_loss_table
-from core.mup.search import DIVERGED, DONE, FAILED, Numbers, applied, plan, prepare, read_search, result_of
-from core.mup.search_plot import plot
-from core.mup.search_report import (
+from telechat_twins.core import cli
+from telechat_twins.core.commands.mup import search as command
+from telechat_twins.core.config import load_run_config
+from telechat_twins.core.errors import UserError
+from telechat_twins.core.launch.worker import write_status
+from telechat_twins.core.model.config import CONFIGS
+from telechat_twins.core.mup import search as searching
+from telechat_twins.core.mup import search_report
+from telechat_twins.core.mup.loss_table import read_loss_table
+from telechat_twins.core.mup.search import (
+    DIVERGED,
+    DONE,
+    FAILED,
+    Numbers,
+    applied,
+    plan,
+    prepare,
+    read_search,
+    result_of,
+)
+from telechat_twins.core.mup.search_plot import plot
+from telechat_twins.core.mup.search_report import (
     describe,
     judge_widths,
     loss_tables,
@@ -38,8 +48,8 @@ from core.mup.search_report import (
     to_json,
     varied,
 )
-from core.train import loop, records
-from core.train.metrics import MetricsLog, read_metrics
+from telechat_twins.core.train import loop, records
+from telechat_twins.core.train.metrics import MetricsLog, read_metrics
 from tests.support.numpy_stepper import SEQ_LEN, VOCAB, NumpyStepper
 from tests.support.packed import write_packed
 

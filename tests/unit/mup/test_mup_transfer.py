@@ -7,14 +7,14 @@ from pathlib import Path
 
 import pytest
 
-from core import cli
-from core.commands.mup.transfer import number, table
-from core.config import load_run_config
-from core.errors import UserError
-from core.model.config import CONFIGS, load_model_config
-from core.model.init import init_tensor
-from core.mup import transfer as rules
-from core.mup.transfer import at_width, transfer, warnings
+from telechat_twins.core import cli
+from telechat_twins.core.commands.mup.transfer import number, table
+from telechat_twins.core.config import load_run_config
+from telechat_twins.core.errors import UserError
+from telechat_twins.core.model.config import CONFIGS, load_model_config
+from telechat_twins.core.model.init import init_tensor
+from telechat_twins.core.mup import transfer as rules
+from telechat_twins.core.mup.transfer import at_width, transfer, warnings
 
 TELEFLM, FLM = CONFIGS / "train" / "teleflm-mup.yaml", CONFIGS / "train" / "flm-mup.yaml"
 

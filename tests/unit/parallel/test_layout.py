@@ -8,11 +8,11 @@ import re
 
 import pytest
 
-from core.errors import UserError
-from core.model.config import ModelConfig, load_model_config
-from core.model.params import parameter_table
-from core.parallel.layout import AXES, Coord, Layout, check_layout, parse_layout, stage_layers
-from core.schema import from_mapping
+from telechat_twins.core.errors import UserError
+from telechat_twins.core.model.config import ModelConfig, load_model_config
+from telechat_twins.core.model.params import parameter_table
+from telechat_twins.core.parallel.layout import AXES, Coord, Layout, check_layout, parse_layout, stage_layers
+from telechat_twins.core.schema import from_mapping
 
 LAYOUTS = [
     Layout(),

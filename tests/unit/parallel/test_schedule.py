@@ -7,8 +7,17 @@ from collections import deque
 
 import pytest
 
-from core.parallel import schedule
-from core.parallel.schedule import Action, actions, bubble, bubble_formula, incoming, peak_live, play, simulate
+from telechat_twins.core.parallel import schedule
+from telechat_twins.core.parallel.schedule import (
+    Action,
+    actions,
+    bubble,
+    bubble_formula,
+    incoming,
+    peak_live,
+    play,
+    simulate,
+)
 
 
 def cases():

@@ -7,10 +7,10 @@ import dataclasses
 import numpy as np
 import pytest
 
-from core.model.batch import IGNORE, Batch, shift_labels
-from core.parallel import sequence
-from core.parallel.layout import Layout, parse_layout
-from core.parallel.sequence import (
+from telechat_twins.core.model.batch import IGNORE, Batch, shift_labels
+from telechat_twins.core.parallel import sequence
+from telechat_twins.core.parallel.layout import Layout, parse_layout
+from telechat_twins.core.parallel.sequence import (
     Visibility,
     gather_order,
     mask_between,

@@ -5,10 +5,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from core.model.config import load_model_config
-from core.model.params import VECTOR, parameter_table
-from core.parallel.layout import parse_layout
-from core.parallel.sharding import chunk_table, flat_pieces, kv_copies, plan_buckets
+from telechat_twins.core.model.config import load_model_config
+from telechat_twins.core.model.params import VECTOR, parameter_table
+from telechat_twins.core.parallel.layout import parse_layout
+from telechat_twins.core.parallel.sharding import chunk_table, flat_pieces, kv_copies, plan_buckets
 
 MODEL = replace(load_model_config("telechat2-tiny"), num_layers=5, vocab_size=307)
 # Biases of split matrices, kv heads shared by tensor ranks.

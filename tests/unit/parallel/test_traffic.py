@@ -4,10 +4,17 @@ from __future__ import annotations
 
 import pytest
 
-from core.model.config import ModelConfig
-from core.model.params import parameter_table
-from core.parallel.layout import Layout, parse_layout
-from core.parallel.traffic import Widths, expected_traffic, gather_bytes, ring_bytes, ulysses_bytes, wire_bytes
+from telechat_twins.core.model.config import ModelConfig
+from telechat_twins.core.model.params import parameter_table
+from telechat_twins.core.parallel.layout import Layout, parse_layout
+from telechat_twins.core.parallel.traffic import (
+    Widths,
+    expected_traffic,
+    gather_bytes,
+    ring_bytes,
+    ulysses_bytes,
+    wire_bytes,
+)
 
 # E 8, H 4, K 2, D 2, two layers.
 MODEL = ModelConfig(

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from core.backends import load
+from telechat_twins.core.backends import load
 from tests.support.frameworks import BACKENDS
 
 B, S, D = 2, 3, 4

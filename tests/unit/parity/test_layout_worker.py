@@ -9,13 +9,13 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from core.checkpoint.read import TensorPiece, whole
-from core.model.batch import IGNORE, Batch
-from core.model.config import ModelConfig
-from core.parallel.layout import parse_layout
-from core.parallel.sequence import split_batch
-from core.parity.layouts import expected_of
-from core.parity.worker import (
+from telechat_twins.core.checkpoint.read import TensorPiece, whole
+from telechat_twins.core.model.batch import IGNORE, Batch
+from telechat_twins.core.model.config import ModelConfig
+from telechat_twins.core.parallel.layout import parse_layout
+from telechat_twins.core.parallel.sequence import split_batch
+from telechat_twins.core.parity.layouts import expected_of
+from telechat_twins.core.parity.worker import (
     Task,
     _leave,
     _logits_pieces,

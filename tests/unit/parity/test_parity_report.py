@@ -7,12 +7,12 @@ import math
 import numpy as np
 import pytest
 
-from core.config import OptimConfig
-from core.model.batch import Batch
-from core.model.config import ModelConfig
-from core.model.init import init_weights
-from core.parallel.layout import parse_layout
-from core.parity.bounds import (
+from telechat_twins.core.config import OptimConfig
+from telechat_twins.core.model.batch import Batch
+from telechat_twins.core.model.config import ModelConfig
+from telechat_twins.core.model.init import init_weights
+from telechat_twins.core.parallel.layout import parse_layout
+from telechat_twins.core.parity.bounds import (
     UNIT_ROUNDOFF,
     Bound,
     compare_low_precision_traces,
@@ -23,9 +23,9 @@ from core.parity.bounds import (
     relative_frobenius,
     tolerances,
 )
-from core.parity.layouts import References, expected_of, judge_layout, smooth_optim
-from core.parity.report import ParityReport, to_json, to_markdown, write_report
-from core.parity.worker import Outcome, Task, write_batch
+from telechat_twins.core.parity.layouts import References, expected_of, judge_layout, smooth_optim
+from telechat_twins.core.parity.report import ParityReport, to_json, to_markdown, write_report
+from telechat_twins.core.parity.worker import Outcome, Task, write_batch
 
 RNG = np.random.default_rng(5)
 

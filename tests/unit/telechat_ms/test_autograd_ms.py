@@ -15,12 +15,12 @@ import pytest
 
 pytest.importorskip("mindspore")
 
-import telechat_ms  # isort: skip  # noqa: F401  (prepares the process; must come before mindspore)
+import telechat_twins.telechat_ms  # isort: skip  # noqa: F401  (prepares the process; must come before mindspore)
 import mindspore as ms  # noqa: E402
 from mindspore import Parameter, Tensor, nn, ops  # noqa: E402
 
-from telechat_ms import autograd  # noqa: E402
-from telechat_ms.autograd import Function, Recorded, recompute, record, record_engine, record_public  # noqa: E402
+from telechat_twins.telechat_ms import autograd  # noqa: E402
+from telechat_twins.telechat_ms.autograd import Function, Recorded, recompute, record, record_engine, record_public  # noqa: E402
 
 Recorder = Callable[..., Recorded]
 both = pytest.mark.parametrize("recorder", [record_engine, record_public])

@@ -5,8 +5,8 @@ import math
 
 import pytest
 
-from core.config import HealthConfig
-from core.train.health import Health
+from telechat_twins.core.config import HealthConfig
+from telechat_twins.core.train.health import Health
 
 
 def feed(health, norms):

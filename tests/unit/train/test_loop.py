@@ -14,14 +14,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from core.checkpoint import save as checkpoint_save
-from core.checkpoint.read import manifest_digest, open_checkpoint
-from core.errors import UserError
-from core.files.safetensors import file_sha256
-from core.train import loop, records
-from core.train.health import TrainingStopped
-from core.train.metrics import read_metrics
-from core.train.tensorboard import TAGS
+from telechat_twins.core.checkpoint import save as checkpoint_save
+from telechat_twins.core.checkpoint.read import manifest_digest, open_checkpoint
+from telechat_twins.core.errors import UserError
+from telechat_twins.core.files.safetensors import file_sha256
+from telechat_twins.core.train import loop, records
+from telechat_twins.core.train.health import TrainingStopped
+from telechat_twins.core.train.metrics import read_metrics
+from telechat_twins.core.train.tensorboard import TAGS
 from tests.support.numpy_stepper import SEQ_LEN, MemoryBlend, NumpyStepper, run_config
 
 CLOCK = ("tokens_per_s", "step_ms")
@@ -393,7 +393,7 @@ def test_training_imports_no_protobuf(tmp_path):
 
 
 def test_the_plot_is_drawn(tmp_path, monkeypatch):
-    from core.train.metrics import plot_losses
+    from telechat_twins.core.train.metrics import plot_losses
 
     monkeypatch.setattr(records, "plot_losses", plot_losses)
     loop.train(NumpyStepper, run_config(), tmp_path)

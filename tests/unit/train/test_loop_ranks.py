@@ -12,12 +12,12 @@ import threading
 import numpy as np
 import pytest
 
-from core.checkpoint import save as checkpoint_save
-from core.checkpoint.read import open_checkpoint
-from core.errors import UserError
-from core.train import loop, records
-from core.train.health import TrainingStopped
-from core.train.metrics import read_metrics
+from telechat_twins.core.checkpoint import save as checkpoint_save
+from telechat_twins.core.checkpoint.read import open_checkpoint
+from telechat_twins.core.errors import UserError
+from telechat_twins.core.train import loop, records
+from telechat_twins.core.train.health import TrainingStopped
+from telechat_twins.core.train.metrics import read_metrics
 from tests.support.numpy_stepper import SEQ_LEN, Cluster, MemoryBlend, NumpyStepper, run_config
 from tests.unit.train.test_loop import Killed, assert_same_run, numbers, tensors
 

@@ -8,10 +8,10 @@ import math
 import numpy as np
 import pytest
 
-from core.checkpoint.read import open_checkpoint
-from core.model.growth import Growth, sizes_of
-from core.train import loop, records
-from core.train.metrics import read_metrics
+from telechat_twins.core.checkpoint.read import open_checkpoint
+from telechat_twins.core.model.growth import Growth, sizes_of
+from telechat_twins.core.train import loop, records
+from telechat_twins.core.train.metrics import read_metrics
 from tests.support.numpy_stepper import SEQ_LEN, MemoryBlend, NumpyStepper, run_config
 
 

@@ -6,8 +6,8 @@ import math
 import numpy as np
 import pytest
 
-from core.errors import UserError
-from core.train.loss_scale import DynamicLossScale, largest_magnitude, largest_scale
+from telechat_twins.core.errors import UserError
+from telechat_twins.core.train.loss_scale import DynamicLossScale, largest_magnitude, largest_scale
 
 
 def test_halves_on_overflow_and_doubles_after_good_steps():

@@ -5,10 +5,18 @@ import math
 
 import pytest
 
-from core.errors import UserError
-from core.model.config import load_model_config
-from core.model.flops import flops_per_token, model_flops_utilisation
-from core.train.metrics import LONGEST_ROW, MetricsLog, column, last_row, last_step, plot_losses, read_metrics
+from telechat_twins.core.errors import UserError
+from telechat_twins.core.model.config import load_model_config
+from telechat_twins.core.model.flops import flops_per_token, model_flops_utilisation
+from telechat_twins.core.train.metrics import (
+    LONGEST_ROW,
+    MetricsLog,
+    column,
+    last_row,
+    last_step,
+    plot_losses,
+    read_metrics,
+)
 
 
 def row(step, **more):

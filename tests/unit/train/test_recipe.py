@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from core.config import OptimConfig, load_run_config
-from core.model.config import CONFIGS, load_model_config
-from core.model.params import MATRIX, OUTPUT, VECTOR, parameter_table
-from core.train.recipe import class_decay, class_rate, clip_factor, learning_rate, tells_classes_apart
+from telechat_twins.core.config import OptimConfig, load_run_config
+from telechat_twins.core.model.config import CONFIGS, load_model_config
+from telechat_twins.core.model.params import MATRIX, OUTPUT, VECTOR, parameter_table
+from telechat_twins.core.train.recipe import class_decay, class_rate, clip_factor, learning_rate, tells_classes_apart
 
 OPTIM = OptimConfig(lr=0.006, min_lr=0.0006, warmup_steps=2)
 # The rates of the golden optimizer trace (tests/goldens, float64), 8 steps: copied so that this test needs no file.
