@@ -217,7 +217,7 @@ def _padded(block: Any, num_keys: int) -> np.ndarray:
 
 def _like(ops: Any, array: np.ndarray) -> Any:
     """A constant on the backend that ``ops`` belongs to."""
-    if ops.__name__.startswith("pt"):
+    if "pt_reference" in ops.__name__:
         import torch
 
         return torch.from_numpy(array)

@@ -383,10 +383,8 @@ def test_the_matrix_rate_is_recorded_where_it_differs(tmp_path):
 
 def test_training_imports_no_protobuf(tmp_path):
     """MindSpore cannot be imported after it; see core/train/tensorboard.py."""
-    code = (
-        "import sys, core.train.loop, core.train.tensorboard; core.train.tensorboard.TensorBoard(sys.argv[1]).close();"
-    )
-    code += "print('google.protobuf' in sys.modules)"
+    code = "import sys, telechat_twins.core.train.loop, telechat_twins.core.train.tensorboard as board\n"
+    code += "board.TensorBoard(sys.argv[1]).close(); print('google.protobuf' in sys.modules)"
     command = [sys.executable, "-c", code, str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, cwd=Path(loop.__file__).parents[2])
     assert done.stdout.strip() == "False", done.stderr
