@@ -220,6 +220,8 @@ class Decoder(nn.Module):
     ) -> Tensor:
         """Ids [B, S], ``rope`` tables, ``ops.attention_blocks`` -> logits [B, S, V] in the ``compute`` dtype.
 
+        The output multiplier is applied in the ``compute`` dtype, as TeleChat-52B's released code does.
+
         A part of the model takes a hidden state [B, S, E] instead of ids, or returns one. ``wanted`` int32 [W]: of the
         positions 0 .. S-1 only these have their logits computed.
         """
@@ -277,7 +279,7 @@ def masked(x: Tensor, mask: Tensor | None) -> Tensor:
 
 
 def multiplied(x: Tensor, factor: float) -> Tensor:
-    """x * factor in the dtype of x."""
+    """x * factor, with the factor in float32 or wider and one rounding to the dtype of x."""
     return x if factor == 1.0 else x * factor
 
 

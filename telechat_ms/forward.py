@@ -25,7 +25,8 @@ def batch_logits(model: Decoder, batch: Batch) -> Tensor:
 
 def batch_loss(logits: Tensor, batch: Batch, num_targets: int) -> Tensor:
     """Sum of the batch's token losses divided by the number of targets in the *global* batch."""
-    return ops.cross_entropy(logits, Tensor(batch.targets)) * Tensor(1.0 / num_targets, logits.dtype)
+    total = ops.cross_entropy(logits, Tensor(batch.targets))
+    return total / Tensor(num_targets, total.dtype)
 
 
 def run(

@@ -219,6 +219,8 @@ class Decoder(nn.Cell):
     ) -> Tensor:
         """Ids [B, S], ``rope`` tables, ``ops.attention_blocks`` -> logits [B, S, V] in the ``stat`` dtype.
 
+        The output multiplier is applied in the ``compute`` dtype, as TeleChat-52B's released code does.
+
         A part of the model takes a hidden state [B, S, E] instead of ids, or returns one. ``wanted`` int32 [W]: of the
         positions 0 .. S-1 only these have their logits computed.
         """
@@ -235,7 +237,7 @@ class Decoder(nn.Cell):
             x = ops.positions(x, wanted)
         x = self.norm(x)
         logits = self.head(x) if self.head is not None else ops.linear(x, self.embed.weight, None, self.dtypes.compute)
-        logits = multiplied(logits.astype(self.dtypes.stat), self.config.logit_mult)
+        logits = multiplied(logits, self.config.logit_mult).astype(self.dtypes.stat)
         return logits if self.padding is None else logits + self.padding
 
     def set_mask(self, c: float | None) -> None:
@@ -274,8 +276,12 @@ def masked(x: Tensor, mask: Tensor | None) -> Tensor:
 
 
 def multiplied(x: Tensor, factor: float) -> Tensor:
-    """x * factor in the dtype of x."""
-    return x if factor == 1.0 else x * Tensor(factor, x.dtype)
+    """x * factor, with the factor in float32 or wider and one rounding to the dtype of x, as PyTorch multiplies."""
+    if factor == 1.0:
+        return x
+    if x.dtype in (ms.bfloat16, ms.float16):  # a factor in the dtype of x would be rounded before the product is
+        return (x.astype(ms.float32) * Tensor(factor, ms.float32)).astype(x.dtype)
+    return x * Tensor(factor, x.dtype)
 
 
 def named_weights(model: Decoder) -> dict[str, Parameter]:

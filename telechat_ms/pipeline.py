@@ -100,7 +100,7 @@ class _Step:
             if self.watch is not None:
                 self.watch(micro, out)
             total = cross_entropy(out, Tensor(batch.targets), stage.config.vocab_size, self.mesh)
-            return total * Tensor(1.0 / self.num_targets, total.dtype)
+            return total / Tensor(self.num_targets, total.dtype)
 
         if self.take is None:
             out = run(x)

@@ -245,7 +245,8 @@ KERNEL(layer_norm, 4, 3, 2) {
           const float r = 1.0f / std::sqrt(variance + eps);
           out[1].as<float>()[row] = mean, out[2].as<float>()[row] = r;
           along(columns, [&](int64_t i, int n) INLINED {
-            vf v = rounded<O>((get(px + i, n) - mean) * r) * load(&gain[i]) + load(&offset[i]);
+            // One rounding at the end, as torch.nn.LayerNorm; the RMS norm above rounds before its weight.
+            vf v = (get(px + i, n) - mean) * r * load(&gain[i]) + load(&offset[i]);
             if constexpr (masked) v = v * load(&growth.mask[i]);
             put(po + i, v, n, far);
             ahead(px + columns + i, far);

@@ -11,6 +11,7 @@ from typing import Any
 
 import mindspore as ms
 from mindspore import Tensor, ops
+
 from telechat_twins.kernels.mindspore.composite import total_loss
 from telechat_twins.kernels.mindspore.private import Function
 

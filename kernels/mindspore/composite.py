@@ -16,10 +16,10 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
-import numpy as np
-
 import mindspore as ms
+import numpy as np
 from mindspore import Parameter, Tensor, ops
+
 from telechat_twins.core.model.batch import IGNORE
 from telechat_twins.core.model.visibility import Block
 
@@ -75,7 +75,7 @@ def layer_norm(
     mask: Tensor | None = None,
     counted: int | None = None,
 ) -> Tensor:
-    """(x - mean) / sqrt(var + eps) in ``stat``, cast to ``compute``, times weight [E] plus bias [E]; mask as above.
+    """(x - mean) / sqrt(var + eps) * weight [E] + bias [E] in ``stat``, cast to ``compute``; mask as above.
 
     ``counted``: mean and variance are those of the first so many channels, and the mask acts on the output alone.
     """
@@ -87,7 +87,8 @@ def layer_norm(
         x = x - _mean(x[..., :counted], None)
         few = x[..., :counted]
         x = x * ops.rsqrt(_mean(few * few, None) + Tensor(eps, stat))
-    return _affine(x, weight, bias, compute, mask)
+    out = x * ops.cast(weight, stat) + ops.cast(bias, stat)
+    return ops.cast(out if mask is None else out * ops.cast(mask, stat), compute)
 
 
 def _mean(x: Tensor, mask: Tensor | None) -> Tensor:

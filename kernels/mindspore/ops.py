@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import mindspore as ms
 from mindspore import Tensor, ops
+
 from telechat_twins.core.config import KERNEL_OPERATORS
 from telechat_twins.core.model.visibility import KeyRanges
 from telechat_twins.kernels.ascend.rehearsal import rehearsing
@@ -194,7 +195,9 @@ def layer_norm(
     mask: Tensor | None = None,
     counted: int | None = None,
 ) -> Tensor:
-    """(x - mean) / sqrt(var + eps) in ``stat``, cast to ``compute``, times weight plus bias [E]; ``mask`` as above.
+    """(x - mean) / sqrt(var + eps) * weight [E] + bias [E] in ``stat``, cast to ``compute``; ``mask`` as above.
+
+    One rounding, as torch.nn.LayerNorm, which FLM-101B is released with; the RMS norm rounds before its weight.
 
     With ``counted``, mean and variance are those of the first so many channels (kernels.reference.layer_norm); no fused
     operator has that, so plain ones serve.

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-import numpy as np
-
 import mindspore as ms
+import numpy as np
 from mindspore import Tensor, ops
+
 from telechat_twins.core.inference.runner import Step, key_slots, sequence_groups
 from telechat_twins.core.model.visibility import Block, KeyRanges, causal_ranges, single_ranges
 from telechat_twins.kernels.mindspore import composite as composite

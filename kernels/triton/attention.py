@@ -9,10 +9,10 @@ from __future__ import annotations
 from typing import Protocol
 
 import torch
-from torch import Tensor
-
 import triton
 import triton.language as tl
+from torch import Tensor
+
 from telechat_twins.kernels.triton.launch import check, heads_of, launch, tiles_for
 
 LOG2_E = 1.4426950408889634

@@ -8,10 +8,10 @@ whole ring each block's part is exact.
 from __future__ import annotations
 
 import torch
-from torch import Tensor
-
 import triton
 import triton.language as tl
+from torch import Tensor
+
 from telechat_twins.kernels.triton.attention import (
     LOG2_E,
     KeyRanges,

@@ -11,9 +11,9 @@ from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
+import triton
 from torch import Tensor
 
-import triton
 from telechat_twins.kernels.triton.blocks import INTERPRETER, Target, Tiles, choose
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)

@@ -55,7 +55,6 @@ def call(operator: str, *arguments: Any, **options: Any) -> Any:
     TypeError for a dtype that no kernel takes, and what the operator itself raises.
     """
     import torch_npu  # noqa: F401  triton-ascend launches through it
-
     from triton.runtime import driver
 
     properties = driver.active.utils.get_device_properties(torch.npu.current_device())

@@ -8,10 +8,10 @@ over programs, in an order that sizes and device fix, so it has the same bits ev
 from __future__ import annotations
 
 import torch
-from torch import Tensor
-
 import triton
 import triton.language as tl
+from torch import Tensor
+
 from telechat_twins.kernels.triton.launch import FLOATS, check, check_last_axis, launch, programs_of, rows_of, tiles_for
 
 
@@ -51,14 +51,31 @@ def _stream(x_ptr, residual_ptr, x_at, residual_at, seen, RESIDUAL: tl.constexpr
 
 
 @triton.jit
-def _scaled(normed, weight_ptr, bias_ptr, mask_ptr, columns, inside, CENTRED: tl.constexpr, MASKED: tl.constexpr):
+def _scaled(
+    normed, out_ptr, weight_ptr, bias_ptr, mask_ptr, columns, inside, CENTRED: tl.constexpr, MASKED: tl.constexpr
+):
+    """normed [ROWS, BLOCK] times weight, plus bias, times the growth mask: float32, for one rounding when stored.
+
+    Without a bias, the RMS norm, each step is rounded to the output's dtype, as TeleChat2's released code does.
+    """
     weight = tl.load(weight_ptr + columns, mask=inside, other=0.0).to(tl.float32)
-    out = normed * weight[None, :]
     if CENTRED:
-        out += tl.load(bias_ptr + columns, mask=inside, other=0.0).to(tl.float32)[None, :]
+        out = normed * weight[None, :] + tl.load(bias_ptr + columns, mask=inside, other=0.0).to(tl.float32)[None, :]
+    else:
+        out = _rounded(normed, out_ptr) * _rounded(weight, out_ptr)[None, :]
     if MASKED:
-        out *= tl.load(mask_ptr + columns, mask=inside, other=0.0).to(tl.float32)[None, :]
+        mask = tl.load(mask_ptr + columns, mask=inside, other=0.0).to(tl.float32)
+        if CENTRED:
+            out *= mask[None, :]
+        else:
+            out = _rounded(out, out_ptr) * _rounded(mask, out_ptr)[None, :]
     return out
+
+
+@triton.jit
+def _rounded(x, out_ptr):
+    """x rounded to the dtype that ``out_ptr`` points to, in float32."""
+    return x.to(out_ptr.dtype.element_ty).to(tl.float32)
 
 
 @triton.jit
@@ -106,7 +123,7 @@ def norm_forward(
                 tl.store(mean_ptr + rows, mean, mask=there)
                 x = x - mean[:, None]
             rstd = 1.0 / tl.sqrt(tl.sum(x * x * share, 1) + eps)
-            out = _scaled(x * rstd[:, None], weight_ptr, bias_ptr, mask_ptr, columns, inside, CENTRED, MASKED)
+            out = _scaled(x * rstd[:, None], out_ptr, weight_ptr, bias_ptr, mask_ptr, columns, inside, CENTRED, MASKED)
             tl.store(out_ptr + out_rows + columns[None, :], out.to(out_ptr.dtype.element_ty), mask=seen)
         else:
             mean = tl.zeros((ROWS,), tl.float32)
@@ -139,7 +156,7 @@ def norm_forward(
                     x_ptr, residual_ptr, x_rows + columns[None, :], residual_rows + columns[None, :], seen, RESIDUAL
                 )
                 normed = (x - mean[:, None]) * rstd[:, None]
-                out = _scaled(normed, weight_ptr, bias_ptr, mask_ptr, columns, inside, CENTRED, MASKED)
+                out = _scaled(normed, out_ptr, weight_ptr, bias_ptr, mask_ptr, columns, inside, CENTRED, MASKED)
                 tl.store(out_ptr + out_rows + columns[None, :], out.to(out_ptr.dtype.element_ty), mask=seen)
         tl.store(rstd_ptr + rows, rstd, mask=there)
 

@@ -4,10 +4,10 @@ every head."""
 from __future__ import annotations
 
 import torch
-from torch import Tensor
-
 import triton
 import triton.language as tl
+from torch import Tensor
+
 from telechat_twins.kernels.triton.launch import check, heads_of, launch, tiles_for
 
 
