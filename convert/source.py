@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
@@ -15,12 +15,12 @@ import numpy as np
 from telechat_twins.convert.hf.folder import HfFolder, check_record
 from telechat_twins.convert.hf.sums import SUMS
 from telechat_twins.core.checkpoint.read import Checkpoint, check_shapes, open_checkpoint
+from telechat_twins.core.checkpoint.source import ReadBox
 from telechat_twins.core.errors import UserError
 from telechat_twins.core.files.atomic import standing
 from telechat_twins.core.files.safetensors import DTYPES
 from telechat_twins.core.model.config import ModelConfig
 from telechat_twins.core.model.params import parameter_table
-from telechat_twins.core.parallel.sharding import Box
 from telechat_twins.core.schema import from_mapping
 
 
@@ -202,10 +202,8 @@ class PlainSource(ModelSource):
         return self.source.files()
 
 
-def weight_reader(path: str) -> Callable[[str, Box], np.ndarray]:
+def weight_reader(path: str) -> ReadBox:
     """``read(name, box)`` of the weights of a model's folder, for a rank that needs parts; the folder was verified."""
-    from telechat_twins.convert.source import CanonicalSource, open_model
-
     source = open_model(path, verify=False)
     if isinstance(source, CanonicalSource):
         checkpoint = source.checkpoint

@@ -13,11 +13,10 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
-from telechat_twins.core.commands.options import add_model_arguments, add_sampling_arguments, sampling_from
+from telechat_twins.core.commands.options import add_model_arguments, add_sampling_arguments, load_model, sampling_from
 from telechat_twins.core.data.chat_template import DEFAULT_SYSTEM
 from telechat_twins.core.errors import UserError
 from telechat_twins.core.files.foreign import parse_value, read_file
-from telechat_twins.core.inference.load import load_model
 from telechat_twins.core.shown import controls_shown, printable
 
 if TYPE_CHECKING:

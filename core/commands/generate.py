@@ -14,9 +14,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from telechat_twins.core.commands.options import add_model_arguments, add_sampling_arguments, sampling_from
+from telechat_twins.core.commands.options import add_model_arguments, add_sampling_arguments, load_model, sampling_from
 from telechat_twins.core.errors import UserError
-from telechat_twins.core.inference.load import Loaded, load_model
+from telechat_twins.core.inference.load import Loaded
 from telechat_twins.core.model.xpos_range import check_xpos_range
 from telechat_twins.core.shown import controls_shown
 
@@ -148,8 +148,9 @@ def _by_ranks(
 ) -> tuple[int, list[Event]]:
     """The events of a request served by the processes of a layout, and the launcher's code; with ``show`` its text on
     stdout as it is made. After a failure of a rank (code 1) the folder with its logs stays; stderr has named it."""
+    from telechat_twins.convert.generation_rank import SCRIPT
     from telechat_twins.core.inference.generation import note_length
-    from telechat_twins.core.inference.worker import SCRIPT, Job, read_events, write_job
+    from telechat_twins.core.inference.worker import Job, read_events, write_job
     from telechat_twins.core.launch.launcher import launch
 
     note_length(model.config, request.total)

@@ -11,9 +11,9 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from telechat_twins.core.commands.options import add_model_arguments
+from telechat_twins.core.commands.options import add_model_arguments, load_model
 from telechat_twins.core.errors import UserError
-from telechat_twins.core.inference.load import Loaded, load_model
+from telechat_twins.core.inference.load import Loaded
 
 if TYPE_CHECKING:
     from telechat_twins.core.inference.engine import Engine, Limits

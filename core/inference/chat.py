@@ -12,6 +12,7 @@ from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import closing
 from typing import Any
 
+from telechat_twins.core.checkpoint.source import WeightSource
 from telechat_twins.core.data.chat_template import encode_chat
 from telechat_twins.core.data.control import USER
 from telechat_twins.core.data.tokenizer import check_vocabulary, load_tokenizer
@@ -21,6 +22,7 @@ from telechat_twins.core.inference.engine import Engine
 from telechat_twins.core.inference.generation import answer, turn_stops
 from telechat_twins.core.inference.pages import pool_size
 from telechat_twins.core.inference.requests import Event, Request
+from telechat_twins.core.inference.runner import Runner
 from telechat_twins.core.inference.sampling import SamplingConfig, sampling_config
 from telechat_twins.core.inference.tool_calls import Said, ToolCall, ToolCallStream
 from telechat_twins.core.model.config import ModelConfig
@@ -188,8 +190,8 @@ class ChatModel:
 
     def __init__(
         self,
-        source: Any,
-        make_runner: Callable[..., Any],
+        source: WeightSource,
+        make_runner: Callable[..., Runner],
         tokenizer: str | None,
         control: str,
         precision: str,

@@ -13,6 +13,7 @@ from typing import Protocol
 
 import numpy as np
 
+from telechat_twins.core.checkpoint.source import ReadBox
 from telechat_twins.core.inference.runner import Runner, Step
 from telechat_twins.core.model.config import ModelConfig
 from telechat_twins.core.model.params import parameter_table
@@ -23,7 +24,6 @@ from telechat_twins.core.parallel.sharding import Shard
 WORDS = 1024  # int32 of the first block, its header included
 HEADER = 8
 STEP, STOP = 1, 2
-Read = Callable[[str, tuple[slice, ...]], np.ndarray]
 
 
 class SharedRunner(Runner, Protocol):
@@ -102,7 +102,7 @@ def decode(first: np.ndarray, rest: np.ndarray) -> Step:
 
 
 def shard_reader(
-    config: ModelConfig, table: dict[str, Shard], read: Read, quantize: str = "none"
+    config: ModelConfig, table: dict[str, Shard], read: ReadBox, quantize: str = "none"
 ) -> Callable[[str], np.ndarray | Int8Matrix]:
     """``get(name)`` of what a rank holds of each parameter, out of ``read(name, box)``; rows that stand for no token
     are zeros. In 8 bits a matrix is quantised whole and then cut: the same whole numbers in every layout."""

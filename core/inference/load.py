@@ -5,10 +5,12 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from telechat_twins.core import backends
+from telechat_twins.core.checkpoint.source import WeightSource
 from telechat_twins.core.errors import UserError
 from telechat_twins.core.inference.pages import pool_size
 from telechat_twins.core.model.config import ModelConfig
@@ -26,7 +28,7 @@ class Loaded:
     """A checkpoint made ready: its configuration, its tokenizer if any, and how to open an engine on it."""
 
     args: argparse.Namespace
-    source: Any
+    source: WeightSource
     config: ModelConfig
     tokenizer: Any | None
 
@@ -52,16 +54,17 @@ class Loaded:
         return samples * (pool_size(max_len) - 1) + 1
 
 
-def load_model(args: argparse.Namespace, need_tokenizer: str | None) -> Loaded:
-    """Open the checkpoint and its tokenizer. ``need_tokenizer`` names the option that cannot do without one.
+def load_model(
+    args: argparse.Namespace, need_tokenizer: str | None, open_source: Callable[[str], WeightSource]
+) -> Loaded:
+    """Open the checkpoint, by ``open_source``, and its tokenizer. ``need_tokenizer``: the option that requires one.
 
     UserError on anything missing or unfitting, before weights are read.
     """
-    from telechat_twins.convert.source import open_model
     from telechat_twins.core.data.tokenizer import check_vocabulary, load_tokenizer
 
-    backends.load(args.backend, "generate")  # an absent framework is said first
-    source = open_model(args.checkpoint)
+    backends.load(args.backend, "generate")  # reports a missing framework before anything is read
+    source = open_source(args.checkpoint)
     for note in source.notes:
         print(f"note: {printable(note)}", file=sys.stderr)
     config = with_table_dtype(source.config, args.table_dtype)

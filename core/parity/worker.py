@@ -1,6 +1,7 @@
 """Layouts put to work on one batch: what every rank does, and what the ranks leave behind, joined into whole tensors.
 
     core/parity/worker.py JOB.json              one rank of a job; started by core.launch.launcher
+    convert/parity_rank.py JOB.json             the same, for tasks with the weights of a model's folder
 
 A job is a list of tasks. Each is one model, one batch and one layout of as many ranks as were started; the ranks do
 them one after another, because starting takes longer than most tasks. Of task number I, rank R leaves its pieces of
@@ -25,6 +26,7 @@ import numpy as np
 from telechat_twins.core import backends
 from telechat_twins.core.checkpoint.pieces import tiling_fault
 from telechat_twins.core.checkpoint.read import PieceWriter, TensorPiece
+from telechat_twins.core.checkpoint.source import OpenReader, ReadBox
 from telechat_twins.core.config import DataConfig, OptimConfig, RunConfig, TrainConfig
 from telechat_twins.core.files.safetensors import SafetensorsFile
 from telechat_twins.core.launch.worker import run_script
@@ -33,7 +35,6 @@ from telechat_twins.core.model.config import PRECISIONS, ModelConfig
 from telechat_twins.core.model.init import init_tensor
 from telechat_twins.core.parallel.layout import Layout
 from telechat_twins.core.parallel.sequence import LocalBatch, real_places, split_batch
-from telechat_twins.core.parallel.sharding import Box
 from telechat_twins.core.parallel.traffic import Traffic
 from telechat_twins.core.schema import from_mapping, option
 from telechat_twins.core.train.loss_scale import largest_magnitude, largest_scale
@@ -87,19 +88,26 @@ class Outcome:
     loss_scale: float = 1.0
 
 
-Around = Callable[[Task, str], AbstractContextManager[Any]]
+Around = Callable[[Task, str], AbstractContextManager[None]]
 
 
-def main(argv: Sequence[str] | None = None, around: Around = lambda task, backend: nullcontext()) -> int:
-    """One rank's part of every task of a job. ``around(task, backend)`` is entered before a task's model is built and
-    left after it."""
+def main(
+    argv: Sequence[str] | None = None,
+    around: Around = lambda task, backend: nullcontext(),
+    open_reader: OpenReader | None = None,
+) -> int:
+    """One rank's part of every task of a job.
+
+    ``around(task, backend)`` is entered before a task's model is built and left after it. ``open_reader`` opens the
+    weights of tasks that name a model's folder.
+    """
     path = Path((sys.argv[1:] if argv is None else argv)[0])
     job = json.loads(path.read_text(encoding="utf-8"))
     backend = job["backend"]
     for number, values in enumerate(job["tasks"]):
         task = from_mapping(Task, values, f"{path.name}: tasks[{number}]")
         with around(task, backend):
-            perform(backend, task, path.parent / str(number))
+            perform(backend, task, path.parent / str(number), open_reader)
     backends.load(backend, "mesh").leave()
     return 0
 
@@ -133,20 +141,20 @@ def launch_tasks(
     )
 
 
-def run_alone(backend: str, task: Task, folder: Path) -> Outcome:
+def run_alone(backend: str, task: Task, folder: Path, open_reader: OpenReader | None = None) -> Outcome:
     """A task of one rank, in this process."""
-    perform(backend, task, folder)
+    perform(backend, task, folder, open_reader)
     return collect(folder)
 
 
-def perform(backend: str, task: Task, folder: Path) -> None:
+def perform(backend: str, task: Task, folder: Path, open_reader: OpenReader | None = None) -> None:
     """This rank's part of ``task``; what it computes goes into ``folder``, which all ranks see."""
     started = time.perf_counter()
     batch = read_batch(task.batch)
     rows, seq_len = batch.input_ids.shape
     padded = pad_rows(batch, row_multiple(task))
     trainer = backends.load(backend, "train").Trainer(_run_config(task, len(padded.input_ids), seq_len))
-    trainer.optimizer.load_masters(_reader(task))
+    trainer.optimizer.load_masters(_reader(task, open_reader))
     trainer.optimizer.refresh()  # now, so that the messages of the step are the step's
     first, count = trainer.share(len(padded.input_ids))
     mine = padded.rows(first, first + count)
@@ -278,12 +286,15 @@ def _run_config(task: Task, rows: int, seq_len: int) -> RunConfig:
     )
 
 
-def _reader(task: Task) -> Callable[[str, Box], np.ndarray]:
+def _reader(task: Task, open_reader: OpenReader | None) -> ReadBox:
     if task.weights in SCHEMES:
         return lambda name, box: init_tensor(name, task.model, task.seed, box, task.weights)
-    from telechat_twins.convert.source import weight_reader  # which may open releases
-
-    return weight_reader(task.weights)
+    if open_reader is None:
+        raise ValueError(
+            f"weights: expected a scheme ({', '.join(SCHEMES)}), found the folder {task.weights}; start the ranks with "
+            "convert/parity_rank.py, or pass open_reader"
+        )
+    return open_reader(task.weights)
 
 
 def _logits_pieces(
