@@ -34,6 +34,7 @@ from telechat_twins.core.errors import UserError
 from telechat_twins.core.files.atomic import new_folder
 from telechat_twins.core.files.safetensors import dtype_code
 from telechat_twins.core.model.params import parameter_table
+from telechat_twins.core.types import JsonObject
 
 DTYPES: dict[str, np.dtype[Any]] = {
     "float32": np.dtype("<f4"),
@@ -155,7 +156,7 @@ def canonical_to_hf(source: CanonicalSource, target: Path, dtype: str | None = N
     to_hf(source, target, dtype, **more)
 
 
-def _model(source: ModelSource) -> dict[str, Any]:
+def _model(source: ModelSource) -> JsonObject:
     """What model.json says of a model: its config and, if it came from a release, that one's."""
     return {"config": source.config.to_dict(), **({"hf": source.record} if source.record else {})}
 

@@ -22,6 +22,7 @@ from telechat_twins.core.files.safetensors import DTYPES
 from telechat_twins.core.model.config import ModelConfig
 from telechat_twins.core.model.params import parameter_table
 from telechat_twins.core.schema import from_mapping
+from telechat_twins.core.types import JsonObject
 
 
 def open_model(path: str | Path, verify: bool = True) -> ModelSource:
@@ -54,7 +55,7 @@ class ModelSource(ABC):
     path: Path
     tokenizer_path: Path | None
     notes: tuple[str, ...] = ()
-    record: Mapping[str, Any] | None = None
+    record: JsonObject | None = None
     assets: Sequence[Path] = ()
 
     def names(self) -> list[str]:

@@ -6,13 +6,13 @@ import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 from telechat_twins.core.errors import UserError
 from telechat_twins.core.model.config import ModelConfig
 from telechat_twins.core.model.growth import METHODS, SIZES, Growth, axis_maps, sizes_of
 from telechat_twins.core.model.growth_mask import GrowthMask, head_map
 from telechat_twins.core.model.masks import describe
+from telechat_twins.core.types import JsonObject
 
 DEPTHS = ("insert", "stack")
 MULTIPLIERS = ("keep", "fold")
@@ -82,7 +82,7 @@ def plan_growth(
     layers, new_layers = _layers(options, source.num_layers, target.num_layers)
     notes: list[str] = []
     scales: dict[str, float] = {}
-    values: dict[str, Any] = {name: getattr(target, name) for name in (*SIZES, *_TAKEN)}
+    values: JsonObject = {name: getattr(target, name) for name in (*SIZES, *_TAKEN)}
     values |= _multipliers(source, target, options, scales, notes)
     values["vocab_tokens"] = _vocab_tokens(source, target)
     values["norm_divisor"] = _norm_divisor(source, target, options.method)

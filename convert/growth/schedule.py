@@ -33,6 +33,7 @@ from telechat_twins.core.model.flops import flops_per_token
 from telechat_twins.core.model.growth import METHODS
 from telechat_twins.core.model.params import count_parameters
 from telechat_twins.core.schema import from_mapping, load_yaml, option
+from telechat_twins.core.types import JsonObject
 
 _CHANGES = ("train", "optim", "kernels", "checkpoint")
 _FIXED = {"train": ("steps", "schedule_steps", "seed"), "optim": (), "kernels": (), "checkpoint": ()}
@@ -139,7 +140,7 @@ def parse_depth(text: str) -> str | tuple[int, ...]:
         raise UserError(f"depth: {text!r} is no list of blocks; write them as 0,0,1,2") from None
 
 
-def _stage(values: Any, where: str) -> dict[str, Any]:
+def _stage(values: Any, where: str) -> JsonObject:
     """One entry of the file, its own fields checked."""
     if not isinstance(values, dict):
         raise UserError(f"{where}: expected a mapping with name, steps and model, found {values!r}")
@@ -163,7 +164,7 @@ def _stage(values: Any, where: str) -> dict[str, Any]:
 
 
 def _planned(
-    values: dict[str, Any], model: ModelConfig, before: Stage | None, base: dict[str, Any], total: int, where: str
+    values: JsonObject, model: ModelConfig, before: Stage | None, base: JsonObject, total: int, where: str
 ) -> Stage:
     begin = before.end if before else 0
     plan, target = None, model
@@ -197,7 +198,7 @@ def _planned(
     return Stage(values["name"], begin, begin + values["steps"], config, target, plan, tokens)
 
 
-def _anchored(model: str | dict[str, Any], folder: Path) -> str | dict[str, Any]:
+def _anchored(model: str | JsonObject, folder: Path) -> str | JsonObject:
     """A model's YAML file counts from the schedule's folder."""
     if isinstance(model, str):
         return str(folder / model) if model.endswith((".yaml", ".yml")) else model

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from telechat_twins.core.errors import UserError
+from telechat_twins.core.types import JsonObject
 
 REQUIRED = object()
 
@@ -40,7 +40,7 @@ class Switch:
     default: Any = REQUIRED
 
 
-def take(released: Mapping[str, Any], key: Key, where: str) -> Any:
+def take(released: JsonObject, key: Key, where: str) -> Any:
     """The value of a key under any of its names, None if absent or null; UserError if two names contradict."""
     given = {
         name: number(released[name], key.kind, name, where) for name in key.names if released.get(name) is not None
@@ -49,9 +49,9 @@ def take(released: Mapping[str, Any], key: Key, where: str) -> Any:
     return agreed({k: v for k, v in list(given.items())[: 1 if key.field == "max_seqlen" else None]}, where)
 
 
-def read_keys(released: Mapping[str, Any], keys: tuple[Key, ...], where: str) -> tuple[dict[str, Any], list[str]]:
+def read_keys(released: JsonObject, keys: tuple[Key, ...], where: str) -> tuple[JsonObject, list[str]]:
     """Fields of ModelConfig from the keys, and notes on the defaults that were taken."""
-    values: dict[str, Any] = {}
+    values: JsonObject = {}
     notes = []
     for key in keys:
         value = take(released, key, where)
@@ -65,7 +65,7 @@ def read_keys(released: Mapping[str, Any], keys: tuple[Key, ...], where: str) ->
     return values, notes
 
 
-def choose(released: Mapping[str, Any], switch: Switch, where: str) -> tuple[Any, list[str]]:
+def choose(released: JsonObject, switch: Switch, where: str) -> tuple[Any, list[str]]:
     """Our value for what a release chose, and a note if it is a default."""
     given = {name: released[name] for name in switch.names if released.get(name) is not None}
     found = {}
@@ -90,13 +90,13 @@ def chosen(switch: Switch, mine: Any) -> Any:
     return next(theirs for theirs, ours in switch.values if ours == mine)
 
 
-def token_ids(released: Mapping[str, Any], where: str, pad_default: int) -> tuple[dict[str, Any], list[str]]:
+def token_ids(released: JsonObject, where: str, pad_default: int) -> tuple[JsonObject, list[str]]:
     """Fields of ModelConfig for bos, eos and pad, and notes on defaults.
 
     ``eos_token_id`` may be a list: the first is the model's, and all of them end generation. ``pad_token_id`` -1 or
     null means that there is none.
     """
-    values: dict[str, Any] = {}
+    values: JsonObject = {}
     notes = []
     for name, default in (("bos_token_id", 1), ("eos_token_id", 2), ("pad_token_id", pad_default)):
         found = released.get(name)
@@ -137,7 +137,7 @@ def number(value: Any, kind: type, name: str, where: str) -> Any:
     return kind(value)
 
 
-def agreed(given: Mapping[str, Any], where: str) -> Any:
+def agreed(given: JsonObject, where: str) -> Any:
     """The one value that all names give, None without any; UserError if they contradict each other."""
     if len(set(given.values())) > 1:
         raise UserError(f"{where}: {' and '.join(f'{n} {v}' for n, v in given.items())} contradict each other")

@@ -7,12 +7,13 @@ note.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import Any
 
 from telechat_twins.convert.hf.config_rotary import SECTIONS, THETA_NAMES
 from telechat_twins.core.errors import UserError
 from telechat_twins.core.shown import shown
+from telechat_twins.core.types import JsonObject
 
 Refused = dict[str, tuple[tuple[Any, ...], str]]
 
@@ -97,7 +98,7 @@ _HARMLESS = frozenset(_HARMLESS_NAMES.split())
 _ROTARY = re.compile(r"(^|_)(rope|rotary|ntk|yarn|xpos)(_|$)", re.IGNORECASE)
 
 
-def check_refused(released: Mapping[str, Any], refused: Refused, where: str) -> None:
+def check_refused(released: JsonObject, refused: Refused, where: str) -> None:
     """UserError for the first key whose value would change the arithmetic."""
     for name, (harmless, reason) in {**refused, **EVERYWHERE}.items():
         if released.get(name) not in harmless:
@@ -110,7 +111,7 @@ def check_refused(released: Mapping[str, Any], refused: Refused, where: str) -> 
         raise UserError(f"{where}: sliding_window is {released['sliding_window']!r}; a window is not supported")
 
 
-def check_sizes(released: Mapping[str, Any], hidden_size: int, num_heads: int, kv_heads: int, where: str) -> None:
+def check_sizes(released: JsonObject, hidden_size: int, num_heads: int, kv_heads: int, where: str) -> None:
     """UserError where a size that follows from the others here is given and is another one."""
     wanted = {"head_dim kv_channels d_kv v_head_dim qk_head_dim rotary_dim": hidden_size / num_heads}
     if kv_heads:
@@ -123,7 +124,7 @@ def check_sizes(released: Mapping[str, Any], hidden_size: int, num_heads: int, k
                 raise UserError(f"{where}: {name} is {found!r}, but {says} {size:g}, and the format has no other")
 
 
-def unknown_note(released: Mapping[str, Any], known: Iterable[str], where: str) -> list[str]:
+def unknown_note(released: JsonObject, known: Iterable[str], where: str) -> list[str]:
     """A note that names the keys of which nothing here has heard; none without such keys.
 
     UserError for one that speaks of the rotation, since whatever it says would be another arithmetic; null, false and

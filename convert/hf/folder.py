@@ -27,6 +27,7 @@ from telechat_twins.core.errors import UserError
 from telechat_twins.core.files.atomic import new_folder, standing
 from telechat_twins.core.files.safetensors import DTYPES, SafetensorsWriter, header_room, load_json
 from telechat_twins.core.model.config import ModelConfig
+from telechat_twins.core.types import JsonObject
 
 DTYPE_NAMES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 GENERATION = "generation_config.json"
@@ -126,7 +127,7 @@ class HfFolder:
         """The small files that belong to the release."""
         return sorted(path for pattern in _ASSETS for path in self.path.glob(pattern) if path.is_file())
 
-    def source_record(self) -> dict[str, Any]:
+    def source_record(self) -> JsonObject:
         """What a canonical checkpoint keeps under "hf", so that writing the release back gives the same files."""
         return {
             "config": self.released,
@@ -196,9 +197,7 @@ def check_record(record: Any, where: str) -> None:
         raise UserError(f"{where}: damaged, hf does not describe the release that the model came from; remove it")
 
 
-def recorded_shards(
-    record: Mapping[str, Any], tensors: Mapping[str, tuple[str, tuple[int, ...]]]
-) -> list[Shard] | None:
+def recorded_shards(record: JsonObject, tensors: Mapping[str, tuple[str, tuple[int, ...]]]) -> list[Shard] | None:
     """The files of the release a checkpoint came from, or None if its tensors are no longer those of the release."""
     shards = []
     for shard in record["shards"]:
@@ -215,7 +214,7 @@ def write_folder(
     read: Callable[[str], np.ndarray],
     shards: Sequence[Shard],
     *,
-    record: Mapping[str, Any] | None,
+    record: JsonObject | None,
     assets: Mapping[str, Path],
     complete: bool,
     sums: bool = False,
@@ -251,7 +250,7 @@ def write_folder(
         original_index = originals.pop(INDEX, None)
         if len(shards) > 1 or shards[0].file != "model.safetensors":
             weight_map = {name: shard.file for shard in shards for name in shard.tensors}
-            index: dict[str, Any] = {"metadata": {"total_size": total}, "weight_map": weight_map}
+            index: JsonObject = {"metadata": {"total_size": total}, "weight_map": weight_map}
             if same and original_index is not None:
                 known = load_json(original_index, "a checkpoint index")
                 # Nothing has changed, so neither does what else the index says.
@@ -289,7 +288,7 @@ def _write_json(path: Path, value: Any, original: Path | None, dump: Callable[[A
         path.write_text(dump(value), encoding="utf-8")
 
 
-def _dump_index(index: dict[str, Any]) -> str:
+def _dump_index(index: JsonObject) -> str:
     return json.dumps(index, indent=2, sort_keys=True) + "\n"
 
 

@@ -16,6 +16,7 @@ from telechat_twins.core.data.chat_template import DEFAULT_SYSTEM
 from telechat_twins.core.data.control import ALIASES, BOT, END, USER
 from telechat_twins.core.errors import UserError
 from telechat_twins.core.model.config import ModelConfig
+from telechat_twins.core.types import JsonObject
 
 SPACE = "\N{LOWER ONE EIGHTH BLOCK}"  # what SentencePiece writes for a space
 _CALLED = {piece: name for name, piece in ALIASES.items()}
@@ -74,14 +75,14 @@ def write_tokenizer_files(folder: Path, config: ModelConfig) -> None:
     (folder / "tokenizer_config.json").write_text(text, encoding="utf-8")
 
 
-def describe_tokenizer(pieces: Any, config: ModelConfig, exact: bool) -> dict[str, Any]:
+def describe_tokenizer(pieces: Any, config: ModelConfig, exact: bool) -> JsonObject:
     """tokenizer_config.json of a SentencePieceProcessor.
 
     ``exact``: a tokenizer.json lies beside it. Else transformers' slow LlamaTokenizer, its plain SentencePiece
     tokenizer up to 4.57, is named; a fast form made from tokenizer.model by transformers gives other ids.
     """
     special = {i: token_name(pieces, i) for i in range(pieces.get_piece_size()) if _is_special(pieces, i)}
-    how: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast"}
+    how: JsonObject = {"tokenizer_class": "PreTrainedTokenizerFast"}
     if not exact:
         how = {"tokenizer_class": "LlamaTokenizer", "use_fast": False, "legacy": True}
         how |= {"add_bos_token": False, "add_eos_token": False}
@@ -100,7 +101,7 @@ def describe_tokenizer(pieces: Any, config: ModelConfig, exact: bool) -> dict[st
     }
 
 
-def tokenizer_json(pieces: Any) -> dict[str, Any] | None:
+def tokenizer_json(pieces: Any) -> JsonObject | None:
     """The tokenizers library's form of a SentencePieceProcessor, giving the same ids; None if there is no such form.
 
     There is one for byte-pair tokenizers that leave the text as it is but for the space in front (TeleChat2's, and
@@ -160,7 +161,7 @@ def tokenizer_json(pieces: Any) -> dict[str, Any] | None:
     }
 
 
-def _prefix(placeholders: list[str]) -> dict[str, Any]:
+def _prefix(placeholders: list[str]) -> JsonObject:
     """The normalizer that writes a space mark in front of a text.
 
     The library normalizes the names of placeholders as well, and these must stay what they are to be found anywhere.

@@ -25,6 +25,7 @@ from telechat_twins.core.files.safetensors import DTYPES, load_json
 from telechat_twins.core.model.config import ModelConfig, load_model_config
 from telechat_twins.core.model.params import ParamSpec
 from telechat_twins.core.schema import from_mapping
+from telechat_twins.core.types import JsonObject
 
 # What this converter leaves beside the weights: config, form and ranks, the release it came from; its small files.
 MODEL, ASSETS = "model.json", "assets"
@@ -45,8 +46,8 @@ class Known:
         folder = path if path.is_dir() else path.parent
         beside = next((folder / name for name in (MODEL, "config.json") if (folder / name).is_file()), None)
         self.notes: list[str] = []
-        self.record: Mapping[str, Any] | None = None
-        self.said: Mapping[str, Any] = {}  # form and mp, as this converter wrote them
+        self.record: JsonObject | None = None
+        self.said: JsonObject = {}  # form and mp, as this converter wrote them
         given = None
         if preset is not None:
             given = load_model_config(preset, "--model")

@@ -33,6 +33,7 @@ from telechat_twins.core.parallel.sequence import split_batch, visible_pairs
 from telechat_twins.core.parallel.sharding import Shard, chunk_table, kv_copies, plan_buckets
 from telechat_twins.core.parallel.traffic import Traffic, Widths, expected_traffic, wire_bytes
 from telechat_twins.core.train.recipe import tells_classes_apart
+from telechat_twins.core.types import JsonObject
 
 HOST = ("agree", "barrier")  # a few numbers for the host; core.parallel.traffic leaves them out
 Span = tuple[float, float, float]  # start and end of a pipeline's run, seconds of it spent waiting for other stages
@@ -137,9 +138,7 @@ def main() -> int:
     return 0
 
 
-def take_turns(
-    trials: Mapping[str, Trial], single: Any, meet: Callable[[], Any], steps: int, block: int
-) -> dict[str, Any]:
+def take_turns(trials: Mapping[str, Trial], single: Any, meet: Callable[[], Any], steps: int, block: int) -> JsonObject:
     """A step and a block to warm up, then ``steps`` steps of each layout in blocks, in an order that turns round.
 
     ``single``: the core.bench.worker.Worker that takes a turn as well, on rank 0; None on the others. ``meet`` returns
@@ -183,7 +182,7 @@ def _alone(threads: str | None) -> dict[str, str]:
     return env if threads is None else env | {"OMP_NUM_THREADS": threads}
 
 
-def summarise(options: Mapping[str, Any], text: str, records: Sequence[Record], single: Mapping[str, Any]) -> dict:
+def summarise(options: JsonObject, text: str, records: Sequence[Record], single: JsonObject) -> dict:
     """The row of one layout from the records of all its ranks and the turns of the single process beside them.
 
     Lists are by rank where nothing else is said. ``traffic``: "counted" and "formula" bytes handed to collectives in a
@@ -266,7 +265,7 @@ def states_of(config: RunConfig, rank: int) -> int:
     return 3 * Widths.of(config.train.precision).master * held
 
 
-def pipeline_row(config: RunConfig, records: Sequence[Record]) -> dict[str, Any]:
+def pipeline_row(config: RunConfig, records: Sequence[Record]) -> JsonObject:
     """Share of the pipeline's time that its ranks waited for other stages, step by step, and what theory says.
 
     ``formula``: equal stages. ``simulated``: core.parallel.schedule with each stage's own forward and backward
@@ -318,7 +317,7 @@ def stage_seconds(config: RunConfig, records: Sequence[Record]) -> tuple[list[fl
     return forward, backward
 
 
-def ring_row(config: RunConfig) -> dict[str, Any]:
+def ring_row(config: RunConfig) -> JsonObject:
     """Pairs of a query and a key that it sees, a row and layer, by ring rank; and the heaviest rank over the mean:
     as split here, and if each rank took one piece of the row in order."""
     layout = config.parallel

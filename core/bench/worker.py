@@ -28,6 +28,7 @@ from telechat_twins.core.files import ROOT
 from telechat_twins.core.launch.worker import die_with_parent
 from telechat_twins.core.model.batch import Batch
 from telechat_twins.core.parallel.layout import parse_layout
+from telechat_twins.core.types import JsonObject
 
 EAGER = "eager"  # the released code's composition in PyTorch, kernels/bench/eager.py
 TITLES = {**backends.TITLES, EAGER: "the eager composition"}
@@ -36,10 +37,10 @@ TITLES = {**backends.TITLES, EAGER: "the eager composition"}
 # cores, spinning made PyTorch's step tens of times slower. A value set by the user wins.
 QUIET = {"OMP_WAIT_POLICY": "PASSIVE"}
 
-Handle = Callable[[dict[str, Any]], dict[str, Any]]
+Handle = Callable[[JsonObject], JsonObject]
 
 
-def bench_config(options: Mapping[str, Any]) -> RunConfig:
+def bench_config(options: JsonObject) -> RunConfig:
     """A training run on random tokens: ``model``, ``seq_len``, ``micro_batch``, ``micro_batches``, ``precision``.
 
     ``layout``, a layout's text, says how it is split; without it, one process.
@@ -107,7 +108,7 @@ class Worker:
     def __init__(
         self,
         name: str,
-        options: Mapping[str, Any],
+        options: JsonObject,
         env: Mapping[str, str] | None = None,
         module: str | None = None,
     ) -> None:
@@ -140,11 +141,11 @@ class Worker:
             self._process.kill()
             self._process.wait()
 
-    def steps(self, count: int) -> dict[str, Any]:
+    def steps(self, count: int) -> JsonObject:
         """Make ``count`` steps now; {"seconds": [...], "loss": ...}."""
         return self.ask({"steps": count})
 
-    def ask(self, order: Mapping[str, Any]) -> dict[str, Any]:
+    def ask(self, order: JsonObject) -> JsonObject:
         """The answer to an order, given while every other worker waits."""
         assert self._process.stdin is not None
         self._process.send_signal(signal.SIGCONT)
@@ -154,7 +155,7 @@ class Worker:
         self._process.send_signal(signal.SIGSTOP)
         return answer
 
-    def _answer(self) -> dict[str, Any]:
+    def _answer(self) -> JsonObject:
         assert self._process.stdout is not None
         line = self._process.stdout.readline()
         if not line:
@@ -164,7 +165,7 @@ class Worker:
         return json.loads(line)
 
 
-def answer_orders(prepare: Callable[[], tuple[dict[str, Any], Handle]]) -> int:
+def answer_orders(prepare: Callable[[], tuple[JsonObject, Handle]]) -> int:
     """The worker's side: ``prepare`` says what is ready and what handles an order; then orders until stdin ends."""
     die_with_parent()  # a stopped process would never see that its stdin has ended
     # Frameworks print on stdout when they please; keep the real one for answers.
@@ -180,11 +181,11 @@ def answer_orders(prepare: Callable[[], tuple[dict[str, Any], Handle]]) -> int:
 def serve(argv: Sequence[str], build: Callable[[str, RunConfig], Any]) -> int:
     """Train as ordered with the trainer that ``build(name, config)`` makes."""
 
-    def prepare() -> tuple[dict[str, Any], Handle]:
+    def prepare() -> tuple[JsonObject, Handle]:
         config = bench_config(json.loads(argv[1]))
         trainer, done = build(argv[0], config), 0
 
-        def handle(order: dict[str, Any]) -> dict[str, Any]:
+        def handle(order: JsonObject) -> JsonObject:
             nonlocal done
             seconds, loss = timed_steps(trainer, config, done, order["steps"])
             done += order["steps"]

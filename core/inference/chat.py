@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing
 from typing import Any
 
@@ -28,8 +28,9 @@ from telechat_twins.core.inference.tool_calls import Said, ToolCall, ToolCallStr
 from telechat_twins.core.model.config import ModelConfig
 from telechat_twins.core.model.quantize import quantizing
 from telechat_twins.core.model.xpos_range import say_xpos_range
+from telechat_twins.core.types import JsonObject
 
-Message = dict[str, Any]
+Message = JsonObject
 
 
 class Chat:
@@ -216,7 +217,7 @@ class ChatModel:
     def chat(
         self,
         question: str,
-        history: Sequence[Mapping[str, Any]] | None = None,
+        history: Sequence[JsonObject] | None = None,
         stream: bool = False,
         *,
         max_new_tokens: int | None = None,
@@ -273,7 +274,7 @@ def _assistant(words: str, calls: Sequence[ToolCall]) -> Message:
     return {**message, "tool_calls": [_plain(call) for call in calls]} if calls else message
 
 
-def _plain(call: ToolCall) -> dict[str, Any]:
+def _plain(call: ToolCall) -> JsonObject:
     return {"name": call.name, "arguments": json.loads(call.arguments)}
 
 

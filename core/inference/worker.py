@@ -12,7 +12,6 @@ import dataclasses
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from telechat_twins.core import backends
 from telechat_twins.core.checkpoint.source import OpenReader
@@ -26,6 +25,7 @@ from telechat_twins.core.model.config import ModelConfig
 from telechat_twins.core.parallel.layout import Layout, parse_layout
 from telechat_twins.core.parallel.sharding import chunk_table
 from telechat_twins.core.schema import from_mapping
+from telechat_twins.core.types import JsonObject
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,7 +101,7 @@ def read_events(path: Path) -> list[Event]:
     return found
 
 
-def _plain(event: Event) -> dict[str, Any]:
+def _plain(event: Event) -> JsonObject:
     values = dataclasses.asdict(event)
     return values | {"choice": None if event.choice is None else list(event.choice)}
 

@@ -22,6 +22,7 @@ from telechat_twins.core.model.batch import Batch, shift_labels
 from telechat_twins.core.mup import transfer as rules
 from telechat_twins.core.parallel.layout import Layout
 from telechat_twins.core.train.recipe import clip_factor, learning_rate
+from telechat_twins.core.types import JsonObject
 
 GROUPS = ("embed", "attn", "ffn", "stream", "logits")
 MUP, STANDARD = "muP", "standard"
@@ -144,7 +145,7 @@ def judge(records: Sequence[Record]) -> list[Judged]:
     return found
 
 
-def to_json(records: Sequence[Record], judged: Sequence[Judged], facts: dict[str, Any]) -> dict[str, Any]:
+def to_json(records: Sequence[Record], judged: Sequence[Judged], facts: JsonObject) -> JsonObject:
     """What check.json holds."""
     rows = [
         {

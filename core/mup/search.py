@@ -27,6 +27,7 @@ from telechat_twins.core.model.config import load_model_config
 from telechat_twins.core.model.flops import flops_per_token
 from telechat_twins.core.mup.transfer import at_width, transfer
 from telechat_twins.core.schema import from_mapping, load_yaml, option
+from telechat_twins.core.types import JsonObject
 
 DONE, DIVERGED, FAILED = "done", "diverged", "failed"
 STOPPED = "training stopped at step"  # how core.train.loop begins when the numbers went wrong
@@ -174,7 +175,7 @@ def applied(config: RunConfig, numbers: Numbers) -> RunConfig:
     optim = config.optim
     lr = optim.lr if numbers.lr is None else numbers.lr
     ratio = optim.min_lr / optim.lr if numbers.min_lr_ratio is None else numbers.min_lr_ratio
-    rates: dict[str, Any] = {"lr": lr, "min_lr": min(lr, lr * ratio)}
+    rates: JsonObject = {"lr": lr, "min_lr": min(lr, lr * ratio)}
     if numbers.matrix_lr is not None:
         rates["matrix_lr"] = numbers.matrix_lr
     names = ("init_std", "matrix_init_std", "input_mult", "logit_mult")
@@ -243,12 +244,12 @@ def forget_checkpoints(folder: Path) -> None:
         remove_folder(checkpoint)
 
 
-def _failed(folder: Path, rank: int) -> dict[str, Any] | None:
+def _failed(folder: Path, rank: int) -> JsonObject | None:
     status = read_status(folder / "logs", rank)
     return status if status is not None and status["state"] == "failed" and status["error"] else None
 
 
-def _differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:
+def _differences(old: JsonObject, new: JsonObject, prefix: str = "") -> list[str]:
     """``path: old -> new`` of every leaf of ``new`` that ``old`` has otherwise; options born since do not count."""
     lines = []
     for key, value in new.items():

@@ -12,7 +12,6 @@ import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 
@@ -21,6 +20,7 @@ from telechat_twins.core.mup.loss_prediction import student_quantile
 from telechat_twins.core.mup.search import DIVERGED, DONE, FAILED, NAMES, Numbers, Trial, result_of
 from telechat_twins.core.mup.transfer import RULES, value_of
 from telechat_twins.core.train.metrics import Row, column, read_metrics
+from telechat_twins.core.types import JsonObject
 
 QUARTERS = 4  # of the steps after warm-up, whose median gradient norms make the trend
 SURE = 3.0  # standard errors by which a wider model must be worse before it is called so
@@ -263,7 +263,7 @@ def _cells(report: Report, names: Sequence[str], several: bool) -> list[str]:
     return [str(report.trial.width), *shown, loss, *scatter, trend, f"{report.seconds / 60:.1f}", said]
 
 
-def to_json(reports: Sequence[Report], widths: dict[Numbers, list[Wider]], window: int) -> dict[str, Any]:
+def to_json(reports: Sequence[Report], widths: dict[Numbers, list[Wider]], window: int) -> JsonObject:
     """What results.json holds."""
     return {
         "window": window,
@@ -286,7 +286,7 @@ def to_json(reports: Sequence[Report], widths: dict[Numbers, list[Wider]], windo
     }
 
 
-def _record(report: Report) -> dict[str, Any]:
+def _record(report: Report) -> JsonObject:
     """One trial as plain values: the numbers at its own width too."""
     trial = report.trial
     model, optim = trial.config.model, trial.config.optim

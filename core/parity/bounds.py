@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from telechat_twins.core.train.metrics import Row, column
+from telechat_twins.core.types import JsonObject
 
 FULL = ("fp32", "fp64")  # precisions in which all is computed as it is stored
 # Half the distance from 1 to the next number of the precision that products are rounded to.
@@ -224,11 +225,11 @@ def nudged_weights(weights: Mapping[str, np.ndarray], precision: str) -> dict[st
 
 
 def judge_batch(
-    runs: Mapping[str, Mapping[str, Any]],
-    exact: Mapping[str, Any],
+    runs: Mapping[str, JsonObject],
+    exact: JsonObject,
     precision: str,
     num_layers: int,
-    nudged: Mapping[str, Any] | None = None,
+    nudged: JsonObject | None = None,
 ) -> BatchReport:
     """Judge forward-and-backward results of one batch, one or two backends in ``runs``, against the float64 ``exact``.
 

@@ -20,6 +20,7 @@ from telechat_twins.core.parity.bounds import (
 )
 from telechat_twins.core.parity.layouts import LayoutReport, TensorError
 from telechat_twins.core.train.metrics import Row, column
+from telechat_twins.core.types import JsonObject
 
 WORST_SHOWN = 10
 
@@ -162,9 +163,9 @@ def _cells(values: Sequence[str]) -> str:
     return "| " + " | ".join(values) + " |"
 
 
-def to_json(report: ParityReport) -> dict[str, Any]:
+def to_json(report: ParityReport) -> JsonObject:
     """Everything measured, all gradients and all steps; numbers that are not finite become text."""
-    data: dict[str, Any] = {
+    data: JsonObject = {
         "verdict": report.verdict,
         "equal": not report.broken,
         "facts": report.facts,

@@ -39,6 +39,7 @@ from telechat_twins.core.parallel.traffic import Traffic
 from telechat_twins.core.schema import from_mapping, option
 from telechat_twins.core.train.loss_scale import largest_magnitude, largest_scale
 from telechat_twins.core.train.recipe import clip_factor
+from telechat_twins.core.types import JsonObject
 
 SCRIPT = Path(__file__).resolve()
 KINDS = ("logits", "gradients", "weights")
@@ -361,7 +362,7 @@ def _join(folder: Path, world: int, problems: list[str]) -> dict[str, np.ndarray
     element once, is left out and told in ``problems``."""
     if not folder.is_dir():
         return {}
-    entries: dict[str, dict[str, Any]] = {}
+    entries: dict[str, JsonObject] = {}
     for rank in range(world):
         for name, entry in json.loads((folder / f"part-{rank}.json").read_text(encoding="utf-8")).items():
             entries.setdefault(name, {**entry, "pieces": []})["pieces"] += entry["pieces"]

@@ -7,7 +7,6 @@ import hashlib
 import hmac
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.responses import HTMLResponse, PlainTextResponse, Response
@@ -23,6 +22,7 @@ from telechat_twins.core.serve.hosts import Hosts
 from telechat_twins.core.serve.intake import HttpLimits, Intake, Read
 from telechat_twins.core.serve.job import Served
 from telechat_twins.core.serve.service import Service
+from telechat_twins.core.types import JsonObject
 
 PAGE_POLICY = f"{NO_PAGE}; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'; img-src data:"
 
@@ -129,7 +129,7 @@ def check_key(request: Request, tenants: Mapping[bytes, str]) -> str:
     return matches[0]
 
 
-def model_card(served: Served) -> dict[str, Any]:
+def model_card(served: Served) -> JsonObject:
     """``max_model_len`` as vLLM tells it: clients read it to know how much fits."""
     return {
         "id": served.name,

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import re
 import secrets
-from collections.abc import Mapping
 from typing import Any
 
 from telechat_twins.core.data.chat_template import chat_parts, encode_chat
@@ -34,13 +33,14 @@ from telechat_twins.core.serve.job import (
     room,
 )
 from telechat_twins.core.serve.length import check_length, too_long
+from telechat_twins.core.types import JsonObject
 
 ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant", "tool": "tool"}
 TOOL_NAME = re.compile(r"[a-zA-Z0-9_-]{1,64}")
 NOT_HERE = "this server does not have it; leave it out"
 
 
-def read_chat(body: Mapping[str, Any], served: Served, tenant: str = "") -> Draft:
+def read_chat(body: JsonObject, served: Served, tenant: str = "") -> Draft:
     """What a body asks for on behalf of ``tenant``; ApiError says what is wrong with it."""
     fields = Fields(body)
     check_model(fields, served)
@@ -86,7 +86,7 @@ def read_chat(body: Mapping[str, Any], served: Served, tenant: str = "") -> Draf
     return Draft(samples, encode)
 
 
-def _encode(messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None, served: Served) -> list[int]:
+def _encode(messages: list[JsonObject], tools: list[JsonObject] | None, served: Served) -> list[int]:
     """The prompt's ids; ApiError when it is certain to be too long, or the template cannot hold it."""
     check_length(served, [part.text for part in chat_parts(messages, tools) if not part.control], "messages")
     try:
@@ -118,7 +118,7 @@ def _only_text(fields: Fields) -> None:
         )
 
 
-def read_tools(fields: Fields) -> list[dict[str, Any]] | None:
+def read_tools(fields: Fields) -> list[JsonObject] | None:
     """The tools that the template is to tell the model of; None when it may not call any."""
     tools, choice = fields.list("tools"), fields.any("tool_choice")
     if fields.any("parallel_tool_calls") not in (None, True):
@@ -153,11 +153,11 @@ def read_tools(fields: Fields) -> list[dict[str, Any]] | None:
     )
 
 
-def read_messages(fields: Fields, found: list[Any] | None) -> list[dict[str, Any]]:
+def read_messages(fields: Fields, found: list[Any] | None) -> list[JsonObject]:
     """Messages of the OpenAI interface as those of core.data.chat_template. Contents become text."""
     if not found:
         fields.refuse("messages", "a chat needs at least one message", "missing_required_parameter")
-    messages: list[dict[str, Any]] = []
+    messages: list[JsonObject] = []
     for place, message in enumerate(found):
         where = f"messages[{place}]"
         if not isinstance(message, dict):
@@ -205,7 +205,7 @@ def _content(fields: Fields, may_miss: bool) -> str | None:
     return content
 
 
-def _call(where: str, call: Any) -> dict[str, Any]:
+def _call(where: str, call: Any) -> JsonObject:
     """A tool call with its arguments as the object that the template wants; clients send them as text."""
     function = call.get("function") if isinstance(call, dict) else None
     if not isinstance(function, dict) or not isinstance(function.get("name"), str):
@@ -228,12 +228,12 @@ class ChatWriter:
         self._tokenizer, self._tools = tokenizer, tools
         self._answers: dict[int, _Answer] = {}
 
-    def opening(self, index: int) -> list[dict[str, Any]]:
+    def opening(self, index: int) -> list[JsonObject]:
         return [_entry(index, {"role": "assistant", "content": ""})]
 
-    def push(self, index: int, event: Event) -> list[dict[str, Any]]:
+    def push(self, index: int, event: Event) -> list[JsonObject]:
         answer = self._answers.setdefault(index, _Answer(self._tools))
-        logprobs: dict[str, Any] | None = None
+        logprobs: JsonObject | None = None
         # The token that ended the answer is no part of it.
         if event.choice is not None and event.choice.logprob is not None and not isinstance(event.stop, int):
             logprobs = {"content": [self._logprob(event.choice)], "refusal": None}
@@ -246,11 +246,11 @@ class ChatWriter:
             entries.append(_entry(index, {}, answer.finish_reason))
         return entries
 
-    def whole(self) -> list[dict[str, Any]]:
+    def whole(self) -> list[JsonObject]:
         choices = []
         for index, answer in sorted(self._answers.items()):
             text = "".join(answer.words)
-            message: dict[str, Any] = {"role": "assistant", "content": text, "refusal": None}
+            message: JsonObject = {"role": "assistant", "content": text, "refusal": None}
             if answer.calls:
                 message |= {"content": text or None, "tool_calls": answer.calls}
             logprobs = {"content": answer.logprobs, "refusal": None} if answer.logprobs else None
@@ -259,8 +259,8 @@ class ChatWriter:
             )
         return choices
 
-    def _logprob(self, choice: Choice) -> dict[str, Any]:
-        def told(token: int, logprob: float | None) -> dict[str, Any]:
+    def _logprob(self, choice: Choice) -> JsonObject:
+        def told(token: int, logprob: float | None) -> JsonObject:
             raw = self._tokenizer.token_bytes(token)
             return {"token": token_text(self._tokenizer, token), "logprob": logprob, "bytes": list(raw)}
 
@@ -272,19 +272,19 @@ class _Answer:
 
     def __init__(self, tools: bool) -> None:
         self.words: list[str] = []
-        self.calls: list[dict[str, Any]] = []
-        self.logprobs: list[dict[str, Any]] = []
+        self.calls: list[JsonObject] = []
+        self.logprobs: list[JsonObject] = []
         self.finish_reason: str | None = None
         self._stream = ToolCallStream() if tools else None
 
-    def take(self, event: Event) -> list[dict[str, Any]]:
+    def take(self, event: Event) -> list[JsonObject]:
         """The deltas of an event."""
         said: list[str | ToolCall] = [event.text] if event.text else []
         if self._stream is not None:
             said = self._stream.push(event.text)
             if event.finish_reason is not None:
                 said += self._stream.flush()
-        deltas: list[dict[str, Any]] = []
+        deltas: list[JsonObject] = []
         for part in said:
             if isinstance(part, str):
                 self.words.append(part)
@@ -303,5 +303,5 @@ class _Answer:
         return deltas
 
 
-def _entry(index: int, delta: dict[str, Any], finish_reason: str | None = None) -> dict[str, Any]:
+def _entry(index: int, delta: JsonObject, finish_reason: str | None = None) -> JsonObject:
     return {"index": index, "delta": delta, "logprobs": None, "finish_reason": finish_reason}

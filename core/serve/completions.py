@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 from telechat_twins.core.inference.requests import Event, Request
@@ -25,12 +24,13 @@ from telechat_twins.core.serve.job import (
     room,
 )
 from telechat_twins.core.serve.length import check_length
+from telechat_twins.core.types import JsonObject
 
 DEFAULT_NEW = 16  # as the OpenAI interface
 MOST_PROMPTS = 128
 
 
-def read_completion(body: Mapping[str, Any], served: Served, tenant: str = "") -> Draft:
+def read_completion(body: JsonObject, served: Served, tenant: str = "") -> Draft:
     """What a body asks for on behalf of ``tenant``; ApiError says what is wrong with it."""
     fields = Fields(body)
     check_model(fields, served)
@@ -130,12 +130,12 @@ class CompletionWriter:
 
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
-        self._told: dict[int, list[dict[str, Any]]] = {}  # by answer
+        self._told: dict[int, list[JsonObject]] = {}  # by answer
 
-    def opening(self, index: int) -> list[dict[str, Any]]:
+    def opening(self, index: int) -> list[JsonObject]:
         return []
 
-    def push(self, index: int, event: Event) -> list[dict[str, Any]]:
+    def push(self, index: int, event: Event) -> list[JsonObject]:
         logprobs = None
         # The token that ended the answer is no part of it.
         if event.choice is not None and event.choice.logprob is not None and not isinstance(event.stop, int):
@@ -146,7 +146,7 @@ class CompletionWriter:
         self._told.setdefault(index, []).append(entry)
         return [entry]
 
-    def whole(self) -> list[dict[str, Any]]:
+    def whole(self) -> list[JsonObject]:
         choices = []
         for index, told in sorted(self._told.items()):
             with_logprobs = [entry["logprobs"] for entry in told if entry["logprobs"]]
@@ -163,7 +163,7 @@ class CompletionWriter:
             )
         return choices
 
-    def _logprobs(self, choice: Choice, offset: int) -> dict[str, Any]:
+    def _logprobs(self, choice: Choice, offset: int) -> JsonObject:
         """``top_logprobs`` holds the drawn token too, so up to one entry more than was asked for. Of tokens that are
         written alike it holds the drawn one, else the likeliest."""
         drawn = token_text(self._tokenizer, choice.token)

@@ -18,6 +18,7 @@ from telechat_twins.core.inference.requests import Usage
 from telechat_twins.core.serve.errors import ApiError
 from telechat_twins.core.serve.job import Job, Served
 from telechat_twins.core.serve.service import Ticket
+from telechat_twins.core.types import JsonObject
 
 OUTCOMES = {401: "unauthorized", 429: "overloaded", 503: "shutting_down", 504: "timed_out"}
 SLOW = 1.0
@@ -97,7 +98,7 @@ class Exchange:
     def _answers(self) -> int:
         return len(self._job.requests) * self._job.samples
 
-    async def _entries(self) -> AsyncGenerator[list[dict[str, Any]], None]:
+    async def _entries(self) -> AsyncGenerator[list[JsonObject], None]:
         """What each step lets a stream say."""
         try:
             async with aclosing(self._ticket.batches(self.deadline)) as batches:
@@ -114,14 +115,14 @@ class Exchange:
                 504, f"the answer was not complete after {self._seconds:g} s, the limit of this server", code="timeout"
             ) from None
 
-    def _chunk(self, entry: dict[str, Any] | None) -> bytes:
+    def _chunk(self, entry: JsonObject | None) -> bytes:
         """One event of a stream; without an entry the one that tells the usage."""
         chunk = {"object": self._job.writer.chunk_kind, **self._head, "choices": [] if entry is None else [entry]}
         if self._job.include_usage:
             chunk["usage"] = self._usage() if entry is None else None
         return b"data: " + to_json(chunk) + b"\n\n"
 
-    def _usage(self) -> dict[str, Any]:
+    def _usage(self) -> JsonObject:
         """A prompt counts once, however many answers it has."""
         first = [usage for index, usage in self._usages.items() if index % self._job.samples == 0]
         prompt = sum(usage.prompt for usage in first)
@@ -184,10 +185,10 @@ def outcome_of(error: ApiError) -> str:
     return OUTCOMES.get(error.status, "refused" if error.status < 500 else "failed")
 
 
-def json_response(found: dict[str, Any], status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
+def json_response(found: JsonObject, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
     return Response(to_json(found), status, headers, "application/json")
 
 
-def to_json(found: dict[str, Any]) -> bytes:
+def to_json(found: JsonObject) -> bytes:
     """Compact UTF-8. A lone surrogate, which a client's own words in a message may hold, stays an escape."""
     return json.dumps(found, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "backslashreplace")

@@ -4,10 +4,11 @@ so is one that nobody asked for. null is the same as absent, as in the OpenAI in
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import Any, NoReturn
 
 from telechat_twins.core.serve.errors import ApiError, shown, shown_name
+from telechat_twins.core.types import JsonObject
 
 LONGEST_HINT = 40  # characters of a field's name that is compared with those that there are
 
@@ -16,7 +17,7 @@ class Fields:
     """``where``: the object's own place, for messages. Each reader returns None for an absent field without a
     default."""
 
-    def __init__(self, found: Mapping[str, Any], where: str = "") -> None:
+    def __init__(self, found: JsonObject, where: str = "") -> None:
         self._found, self._where = found, where
         self._known: set[str] = set()
 
@@ -44,7 +45,7 @@ class Fields:
     def boolean(self, field: str) -> bool:
         return bool(self._typed(field, bool, "true or false"))
 
-    def object(self, field: str) -> dict[str, Any] | None:
+    def object(self, field: str) -> JsonObject | None:
         return self._typed(field, dict, "an object")
 
     def list(self, field: str) -> list[Any] | None:
@@ -63,7 +64,7 @@ class Fields:
             self.refuse(field, f"must be {wanted}, found {shown(value)}", "invalid_value")
         return value
 
-    def absent(self, fields: Iterable[str], why: str, harmless: Mapping[str, Any] | None = None) -> None:
+    def absent(self, fields: Iterable[str], why: str, harmless: JsonObject | None = None) -> None:
         """Refuse fields that would ask for something else than what is done; their ``harmless`` values pass."""
         for field in fields:
             value = self.any(field)

@@ -9,9 +9,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
-from typing import Any
 
 from fastapi import Request
 from starlette.requests import ClientDisconnect
@@ -22,12 +21,13 @@ from telechat_twins.core.serve.exchange import ClientGone
 from telechat_twins.core.serve.job import Draft, Job, Served
 from telechat_twins.core.serve.length import most_characters, too_long
 from telechat_twins.core.serve.service import Service
+from telechat_twins.core.types import JsonObject
 
 BODY_SECONDS = 30.0  # for a request's body to arrive
 LARGE = 1 << 16  # bytes of a body that is not of ordinary size
 PACE_SECONDS = 0.002  # between pieces of large bodies, which have up to 256 KiB each
 HELD_BODIES = 16  # of the largest size: what large bodies may take together
-Read = Callable[[Mapping[str, Any], Served, str], Draft]
+Read = Callable[[JsonObject, Served, str], Draft]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,7 +118,7 @@ def too_large(most: int) -> ApiError:
     return ApiError(413, f"the body is larger than {most} bytes, the limit of this server", code="too_large")
 
 
-def json_object(raw: bytes | bytearray, served: Served) -> dict[str, Any]:
+def json_object(raw: bytes | bytearray, served: Served) -> JsonObject:
     """The object in a request's body; ApiError 400 says what is wrong with it."""
     try:
         found = strict_json.parse(raw, max(most_characters(served), LARGE))

@@ -13,6 +13,7 @@ from telechat_twins.core.inference.sampling import SamplingConfig, sampling_conf
 from telechat_twins.core.model.config import ModelConfig
 from telechat_twins.core.serve.errors import ApiError, shown
 from telechat_twins.core.serve.fields import Fields
+from telechat_twins.core.types import JsonObject
 
 MOST_STOPS = 16
 LONGEST_STOP = 1000  # characters; every token is compared with all beginnings of a stop string
@@ -65,13 +66,13 @@ class Writer(Protocol):
     kind: str  # of object
     chunk_kind: str
 
-    def opening(self, index: int) -> list[dict[str, Any]]:
+    def opening(self, index: int) -> list[JsonObject]:
         """What a stream says of an answer before its first token: entries of ``choices``."""
 
-    def push(self, index: int, event: Event) -> list[dict[str, Any]]:
+    def push(self, index: int, event: Event) -> list[JsonObject]:
         """What a stream says of an event."""
 
-    def whole(self) -> list[dict[str, Any]]:
+    def whole(self) -> list[JsonObject]:
         """``choices`` of the answer that was not streamed, from all that was pushed."""
 
 

@@ -12,6 +12,8 @@ import re
 from collections.abc import Iterator
 from typing import Any, NoReturn
 
+from telechat_twins.core.types import JsonObject
+
 MOST_DEPTH = 64  # of lists and objects in each other; a tool's schema has a dozen
 MOST_PARTS = 20_000  # lists, objects and strings, keys included; a message of a chat has five
 MOST_DIGITS = 32  # of a whole number; 2**64 has 20
@@ -118,7 +120,7 @@ def _number(text: str) -> float:
     return value
 
 
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _object(pairs: list[tuple[str, Any]]) -> JsonObject:
     made = dict(pairs)
     if len(made) < len(pairs):
         seen: set[str] = set()

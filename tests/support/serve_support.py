@@ -22,6 +22,7 @@ from typing import Any
 import pytest
 
 from telechat_twins.core.inference.engine import Engine, Limits
+from telechat_twins.core.types import JsonObject
 from tests.house import ROOT
 from tests.support.data_support import tiny_tokenizer
 from tests.support.engine_support import CONTEXT, Replier
@@ -131,7 +132,7 @@ class Reply:
         return json.loads(self.raw)
 
     @property
-    def error(self) -> dict[str, Any]:
+    def error(self) -> JsonObject:
         """The error object, whose shape is checked."""
         found = self.json["error"]
         assert set(found) == {"message", "type", "param", "code"} and found["message"] and found["type"]
@@ -153,7 +154,7 @@ def ask(
         connection.close()
 
 
-def chat_body(question: str = "hello", **options: Any) -> dict[str, Any]:
+def chat_body(question: str = "hello", **options: Any) -> JsonObject:
     return {"model": NAME, "messages": [{"role": "user", "content": question}], **options}
 
 

@@ -15,6 +15,7 @@ from telechat_twins.core.bench.kernels import kernels_to_markdown, summarise
 from telechat_twins.core.commands import bench
 from telechat_twins.core.config import KERNEL_OPERATORS
 from telechat_twins.core.errors import UserError
+from telechat_twins.core.types import JsonObject
 from telechat_twins.kernels.bench.contestant import Contestant, Timer
 from telechat_twins.kernels.bench.process import handle_orders
 
@@ -41,7 +42,7 @@ def test_every_operator_that_can_be_chosen_is_measured() -> None:
     assert all(work(operator, size, 4) for operator in OPERATORS for size in SIZES.values())
 
 
-def turn(fused: float, composite: float, slower: float = 1.0) -> dict[str, Any]:
+def turn(fused: float, composite: float, slower: float = 1.0) -> JsonObject:
     return {
         "copy": [1e9 / slower],
         "read": [0.5e9 / slower],
@@ -73,7 +74,7 @@ class Orders:
 
     seen: list[tuple[str, str, str, int]] = []
 
-    def __init__(self, name: str, options: dict[str, Any], module: str) -> None:
+    def __init__(self, name: str, options: JsonObject, module: str) -> None:
         assert module == "telechat_twins.kernels.bench.process" and options == {"precision": "bf16", "compile": False}
         self.name, self.implementation = name, {"version": f"{name} 1", "device": "CPU", "threads": 1}
 
@@ -83,7 +84,7 @@ class Orders:
     def __exit__(self, *_: object) -> None:
         pass
 
-    def ask(self, order: dict[str, Any]) -> dict[str, Any]:
+    def ask(self, order: JsonObject) -> JsonObject:
         Orders.seen.append((self.name, order["operator"], order["size"], order["calls"]))
         return turn(1e-3, 2e-3)
 
@@ -121,7 +122,7 @@ class FakeBench:
 
         return run
 
-    def about(self) -> dict[str, Any]:
+    def about(self) -> JsonObject:
         return {}
 
     def copy(self) -> Any:

@@ -25,6 +25,7 @@ from telechat_twins.core.checkpoint.read import write_checkpoint
 from telechat_twins.core.data.chat_template import render
 from telechat_twins.core.model.config import load_model_config
 from telechat_twins.core.model.init import init_weights
+from telechat_twins.core.types import JsonObject
 from tests.support.data_support import VOCAB_SIZE, tiny_tokenizer_path
 from tests.support.loaders import LOADERS, UNKNOWN_TYPES, attributes, llama_names, vllm_telechat2
 from tests.support.shared import shared_file
@@ -106,7 +107,7 @@ def test_multipliers_of_tele_flm_as_vllm_uses_them(exported: tuple[str, ModelSou
 # --- chat layout and tokenizer
 
 
-def rendered(messages: list[dict[str, Any]], tools: list[Any] | None, prompt: bool) -> str:
+def rendered(messages: list[JsonObject], tools: list[Any] | None, prompt: bool) -> str:
     """By the template, in the environment that transformers gives it (utils/chat_template_utils.py)."""
     environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]

@@ -19,6 +19,7 @@ from telechat_twins.convert.hf.tokenizer import describe_tokenizer, tokenizer_js
 from telechat_twins.core.data.tokenizer import load_tokenizer
 from telechat_twins.core.data.tokenizer_training import train_tokenizer
 from telechat_twins.core.model.config import load_model_config
+from telechat_twins.core.types import JsonObject
 from tests.support.data_support import SENTENCES
 from tests.support.shared import shared_file
 
@@ -61,7 +62,7 @@ ODD = (
 class Library:
     """What the tokenizers library does with a tokenizer.json of ours; memory of what was merged before."""
 
-    def __init__(self, made: dict[str, Any]):
+    def __init__(self, made: JsonObject):
         self.vocab: dict[str, int] = made["model"]["vocab"]
         self.ranks = {tuple(pair): n for n, pair in enumerate(made["model"]["merges"])}
         self.normalizers = made["normalizer"]["normalizers"]
@@ -139,7 +140,7 @@ def pieces_of(which: str) -> Any:
 
 
 @functools.cache
-def made_of(which: str) -> dict[str, Any]:
+def made_of(which: str) -> JsonObject:
     made = tokenizer_json(pieces_of(which))
     assert made is not None
     return made
