@@ -8,7 +8,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -153,7 +152,7 @@ class CanonicalSource(ModelSource):
 def checkpoint_config(checkpoint: Checkpoint) -> ModelConfig:
     """The ModelConfig that a checkpoint's model.json holds; UserError names the file and the field."""
     where = checkpoint.path / "model.json"
-    values: Any = checkpoint.model.get("config")
+    values: object = checkpoint.model.get("config")
     if not isinstance(values, dict):
         raise UserError(f"{where}: holds no config")
     return from_mapping(ModelConfig, values, f"{where}: config")

@@ -7,7 +7,6 @@ import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import yaml
 
@@ -39,7 +38,7 @@ def grow_checkpoint(
     checkpoint: Checkpoint,
     target: Path,
     plan: Plan,
-    on_bytes: Callable[[int], Any] = lambda count: None,
+    on_bytes: Callable[[int], object] = lambda count: None,
 ) -> None:
     """Write the grown model of ``plan`` to ``target``: weights, and m and v where the checkpoint has them.
 
@@ -96,7 +95,7 @@ def _after(pieces: Iterable[TensorPiece], verified: Future[Checkpoint]) -> Itera
     verified.result()
 
 
-def _told(pieces: Iterable[TensorPiece], on_bytes: Callable[[int], Any]) -> Iterator[TensorPiece]:
+def _told(pieces: Iterable[TensorPiece], on_bytes: Callable[[int], object]) -> Iterator[TensorPiece]:
     for piece in pieces:
         on_bytes(piece.array.nbytes)
         yield piece

@@ -23,7 +23,6 @@ import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from telechat_twins.convert.growth.plan import MULTIPLIERS, Options, Plan, plan_growth
 from telechat_twins.core.config import RunConfig, load_run_tree, run_config_from_dict
@@ -140,7 +139,7 @@ def parse_depth(text: str) -> str | tuple[int, ...]:
         raise UserError(f"depth: {text!r} is no list of blocks; write them as 0,0,1,2") from None
 
 
-def _stage(values: Any, where: str) -> JsonObject:
+def _stage(values: object, where: str) -> JsonObject:
     """One entry of the file, its own fields checked."""
     if not isinstance(values, dict):
         raise UserError(f"{where}: expected a mapping with name, steps and model, found {values!r}")

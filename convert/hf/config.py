@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
-from typing import Any
 
 from telechat_twins.convert.hf.config_keys import Key, Switch, choose, chosen, defaulted, read_keys, take, token_ids
 from telechat_twins.convert.hf.config_refused import GATED, Refused, check_refused, check_sizes, unknown_note
@@ -32,7 +31,7 @@ class _Format:
     refused: Refused
     fresh: JsonObject
     switches: tuple[Switch, ...] = ()
-    fixed: tuple[tuple[str, Any], ...] = ()
+    fixed: tuple[tuple[str, object], ...] = ()
     mup: bool = False
     theta: str = "rope_theta"
 
@@ -250,11 +249,11 @@ def read_config(released: JsonObject, where: str) -> tuple[ModelConfig, list[str
     if position == "ntk-theta":  # a number of the released code, whatever the config's lengths
         values |= {"training_seqlen": NTK_THETA_LENGTH, "base_seqlen": NTK_THETA_LENGTH}
     if form.mup:
-        parts = [take(released, key, where) for key in (_OUTPUT, _WIDTHS)]
-        if None in parts:
-            absent = (_OUTPUT, _WIDTHS)[parts.index(None)].names[0]
+        output, width = (take(released, key, where) for key in (_OUTPUT, _WIDTHS))
+        if output is None or width is None:
+            absent = (_OUTPUT if output is None else _WIDTHS).names[0]
             raise UserError(f"{where}: {absent} is missing; logits are multiplied by it, add it")
-        values["logit_mult"] = parts[0] / parts[1]
+        values["logit_mult"] = output / width
     notes += unknown_note(released, form.names, where)
     try:
         return from_mapping(ModelConfig, values, "model"), notes

@@ -8,21 +8,20 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from typing import Any
 
 from telechat_twins.convert.hf.config_rotary import SECTIONS, THETA_NAMES
 from telechat_twins.core.errors import UserError
 from telechat_twins.core.shown import shown
 from telechat_twins.core.types import JsonObject
 
-Refused = dict[str, tuple[tuple[Any, ...], str]]
+Refused = dict[str, tuple[tuple[object, ...], str]]
 
 _NO = (False, None)
 _ONE = (1, None)
 _NONE = (None,)
 
 
-def _each(names: str, harmless: tuple[Any, ...], reason: str) -> Refused:
+def _each(names: str, harmless: tuple[object, ...], reason: str) -> Refused:
     return dict.fromkeys(names.split(), (harmless, reason))
 
 

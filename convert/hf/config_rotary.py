@@ -7,7 +7,6 @@ Up to transformers 4 the base is ``rope_theta`` beside ``rope_scaling``; transfo
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
 from telechat_twins.convert.hf.config_keys import agreed, number
 from telechat_twins.core.errors import UserError
@@ -17,7 +16,7 @@ THETA_NAMES = ("rope_theta", "rotary_theta", "rope_base", "rotary_base", "rotary
 SECTIONS = ("rope_parameters", "rope_scaling")
 # Of a section, besides the base and the type: entry -> what changes nothing. None: any value, since only types that are
 # refused read the entry.
-_NEUTRAL: dict[str, tuple[Any, ...] | None] = {
+_NEUTRAL: dict[str, tuple[object, ...] | None] = {
     "factor": (1, None),
     "partial_rotary_factor": (1, None),
     "attention_factor": (1, None),
@@ -49,7 +48,7 @@ def write_theta(released: JsonObject, theta: float, name: str) -> None:
         place[key] = theta
 
 
-def _sections(released: JsonObject, where: str) -> Iterator[tuple[str, Any]]:
+def _sections(released: JsonObject, where: str) -> Iterator[tuple[str, JsonObject]]:
     """(path, mapping) of every section: the two names, and each type of layer in them."""
     for name in SECTIONS:
         section = released.get(name)

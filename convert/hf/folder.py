@@ -12,7 +12,6 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -61,7 +60,7 @@ class HfFolder:
     logical names), ``prefix``, ``files`` (file name -> SafetensorsFile).
     """
 
-    def __init__(self, path: str | Path, verify: bool = True, on_bytes: Callable[[int], Any] | None = None) -> None:
+    def __init__(self, path: str | Path, verify: bool = True, on_bytes: Callable[[int], object] | None = None) -> None:
         """``verify``: hash the files, where the folder has SHA256SUMS; ``on_bytes`` hears of progress.
 
         UserError names the file and what is wrong: missing config or shard, damage, names or shapes that differ.
@@ -183,16 +182,18 @@ def plan_shards(tensors: Mapping[str, tuple[str, tuple[int, ...]]], max_bytes: i
     return [Shard(f"model-{i:05d}-of-{total:05d}.safetensors", g, metadata) for i, g in enumerate(groups, 1)]
 
 
-def check_record(record: Any, where: str) -> None:
+def check_record(record: object, where: str) -> None:
     """UserError unless ``record`` is what ``HfFolder.source_record`` made and a JSON file kept."""
     kinds = {"config": dict, "prefix": str, "dtype": str, "indexed": bool, "shards": list}
-    fits = isinstance(record, dict) and all(type(record.get(name)) is kind for name, kind in kinds.items())
+    shards = None
+    if isinstance(record, dict) and all(type(record.get(name)) is kind for name, kind in kinds.items()):
+        shards = record["shards"]
     shard = {"file": str, "metadata": dict, "tensors": list}
-    if not fits or not all(
+    if shards is None or not all(
         isinstance(entry, dict)
         and all(type(entry.get(name)) is kind for name, kind in shard.items())
         and all(isinstance(text, str) for text in (*entry["metadata"].values(), *entry["tensors"]))
-        for entry in record["shards"]
+        for entry in shards
     ):
         raise UserError(f"{where}: damaged, hf does not describe the release that the model came from; remove it")
 
@@ -280,7 +281,7 @@ def _generation_ends(path: Path, config: ModelConfig) -> tuple[tuple[int, ...], 
     return ends, notes
 
 
-def _write_json(path: Path, value: Any, original: Path | None, dump: Callable[[Any], str]) -> None:
+def _write_json(path: Path, value: JsonObject, original: Path | None, dump: Callable[[JsonObject], str]) -> None:
     """Write JSON; where the original file says the same, its very bytes."""
     if original is not None and load_json(original, "JSON") == value:
         shutil.copyfile(original, path)

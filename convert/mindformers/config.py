@@ -98,10 +98,10 @@ def read_model_section(section: JsonObject, where: str) -> tuple[ModelConfig, li
         )
     if family == "flm":
         values |= {"training_seqlen": NTK_THETA_LENGTH, "base_seqlen": NTK_THETA_LENGTH}
-        parts = [take(section, key, where) for key in (_OUTPUT, _WIDTHS)]
-        if None in parts:
+        output, width = (take(section, key, where) for key in (_OUTPUT, _WIDTHS))
+        if output is None or width is None:
             raise UserError(f"{where}: output_mult or mup_scale_factor is missing; logits are multiplied by them")
-        values["logit_mult"] = parts[0] / parts[1]
+        values["logit_mult"] = output / width
     try:
         return from_mapping(ModelConfig, values, "model"), notes
     except UserError as error:

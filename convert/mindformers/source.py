@@ -9,7 +9,6 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -73,7 +72,7 @@ class Known:
         self.config = given
 
 
-def _check_said(said: Any, where: str) -> None:
+def _check_said(said: object, where: str) -> None:
     """UserError unless model.json says of form and ranks what this converter writes."""
     kinds = {"form": str, "mp": int, "whole": bool}
     if not isinstance(said, dict) or any(type(said.get(name)) is not kind for name, kind in kinds.items() if said):

@@ -15,17 +15,18 @@ import os
 import statistics
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Protocol
 
 from telechat_twins.core import backends
 from telechat_twins.core.bench.worker import Worker, bench_config, paired_ratios, random_batch, timed_steps
 from telechat_twins.core.config import RunConfig
 from telechat_twins.core.launch.command import PLACES
 from telechat_twins.core.launch.worker import run_script
+from telechat_twins.core.model.batch import Batch
 from telechat_twins.core.model.config import ModelConfig
 from telechat_twins.core.parallel.layout import Layout, parse_layout
 from telechat_twins.core.parallel.schedule import bubble, bubble_formula
@@ -62,10 +63,71 @@ class Record:
     loss: float = 0.0
 
 
+class Pipeline(Protocol):
+    """The pipeline of a trainer: ``run`` may be replaced; ``peak`` and ``waited`` as telechat_ms.pipeline has them."""
+
+    run: Callable[..., float]
+    peak: int
+    waited: float
+
+
+class Master(Protocol):
+    """A flat buffer of master weights."""
+
+    @property
+    def nbytes(self) -> int: ...
+
+
+class Masters(Protocol):
+    """The optimizer of a trainer, of which the benchmark counts the master weights."""
+
+    @property
+    def masters(self) -> Sequence[Master]: ...
+
+
+class ParallelTrainer(Protocol):
+    """A backend's trainer on one rank of a layout."""
+
+    @property
+    def rank(self) -> int: ...
+
+    @property
+    def pipeline(self) -> Pipeline: ...
+
+    @property
+    def optimizer(self) -> Masters: ...
+
+    def agree(self, values: list[float], op: str) -> list[float]: ...
+
+    def share(self, global_batch: int) -> tuple[int, int]: ...
+
+    def gradients(self, batch: Batch, num_targets: int, loss_scale: float, /, *, backward: bool = True) -> float: ...
+
+    def grad_norm(self, loss_scale: float, /) -> float: ...
+
+    def update(self, lr: float, grad_scale: float, /) -> None: ...
+
+    def implementation(self) -> dict[str, str]: ...
+
+
+class Counter(Protocol):
+    """A backend's count of messages: (operation, group) -> [calls, bytes]."""
+
+    def reset(self) -> None: ...
+
+    def items(self) -> Iterable[tuple[tuple[str, str], list[int]]]: ...
+
+
+class Single(Protocol):
+    """The single process that takes its turn beside the ranks (core.bench.worker.Worker)."""
+
+    def steps(self, count: int) -> JsonObject: ...
+
+
 class Trial:
     """This rank's part of one layout, and its record."""
 
-    def __init__(self, trainer: Any, config: RunConfig, traffic: Any) -> None:
+    def __init__(self, trainer: ParallelTrainer, config: RunConfig, traffic: Counter) -> None:
         self.trainer, self.config, self.traffic = trainer, config, traffic
         self.record = Record()
         self._done = 0
@@ -107,7 +169,7 @@ class Trial:
     def _watched(self, run: Callable[..., float]) -> Callable[..., float]:
         """``Pipeline.run`` that notes when it ran: on one machine all processes share this clock."""
 
-        def timed(*arguments: Any, **options: Any) -> float:
+        def timed(*arguments: object, **options: object) -> float:
             started = time.perf_counter()
             loss = run(*arguments, **options)
             self._runs.append((started, time.perf_counter(), self.trainer.pipeline.waited))
@@ -138,7 +200,9 @@ def main() -> int:
     return 0
 
 
-def take_turns(trials: Mapping[str, Trial], single: Any, meet: Callable[[], Any], steps: int, block: int) -> JsonObject:
+def take_turns(
+    trials: Mapping[str, Trial], single: Single | None, meet: Callable[[], object], steps: int, block: int
+) -> JsonObject:
     """A step and a block to warm up, then ``steps`` steps of each layout in blocks, in an order that turns round.
 
     ``single``: the core.bench.worker.Worker that takes a turn as well, on rank 0; None on the others. ``meet`` returns

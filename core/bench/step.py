@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import os
 import platform
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
 
 from telechat_twins.core.bench.worker import TITLES, Worker, bench_config, paired_ratios, spread
 from telechat_twins.core.model.flops import flops_per_token
@@ -38,7 +37,7 @@ def measure(options: JsonObject, names: list[str], steps: int, block: int) -> Js
     }
 
 
-def _rounds(names: list[str], steps: int, block: int, turn: Any) -> dict[str, Seconds]:
+def _rounds(names: list[str], steps: int, block: int, turn: Callable[[str, int], list[float]]) -> dict[str, Seconds]:
     """``turn(name, count)`` by each name in every round, the order reversed from round to round."""
     seconds: dict[str, Seconds] = {name: [] for name in names}
     for number in range(-(-steps // block)):

@@ -18,7 +18,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Protocol
 
 import numpy as np
 
@@ -38,6 +38,20 @@ TITLES = {**backends.TITLES, EAGER: "the eager composition"}
 QUIET = {"OMP_WAIT_POLICY": "PASSIVE"}
 
 Handle = Callable[[JsonObject], JsonObject]
+
+
+class Trainer(Protocol):
+    """What a benchmark calls of a trainer: a backend's, or the eager composition's (kernels/bench/eager.py)."""
+
+    def share(self, global_batch: int) -> tuple[int, int]: ...
+
+    def gradients(self, batch: Batch, num_targets: int, loss_scale: float, /) -> float: ...
+
+    def grad_norm(self, loss_scale: float, /) -> float: ...
+
+    def update(self, lr: float, grad_scale: float, /) -> None: ...
+
+    def implementation(self) -> dict[str, str]: ...
 
 
 def bench_config(options: JsonObject) -> RunConfig:
@@ -69,7 +83,7 @@ def random_batch(config: RunConfig, step: int) -> Batch:
     return Batch(np.ascontiguousarray(ids[:, :-1]), np.ascontiguousarray(ids[:, 1:]), positions)
 
 
-def timed_steps(trainer: Any, config: RunConfig, first: int, count: int) -> tuple[list[float], float]:
+def timed_steps(trainer: Trainer, config: RunConfig, first: int, count: int) -> tuple[list[float], float]:
     """Seconds of each of ``count`` whole optimizer steps (forward, backward, norm, update), and the last loss."""
     seconds, loss = [], 0.0
     start, rows = trainer.share(config.train.global_batch)
@@ -178,7 +192,7 @@ def answer_orders(prepare: Callable[[], tuple[JsonObject, Handle]]) -> int:
     return 0
 
 
-def serve(argv: Sequence[str], build: Callable[[str, RunConfig], Any]) -> int:
+def serve(argv: Sequence[str], build: Callable[[str, RunConfig], Trainer]) -> int:
     """Train as ordered with the trainer that ``build(name, config)`` makes."""
 
     def prepare() -> tuple[JsonObject, Handle]:

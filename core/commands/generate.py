@@ -100,7 +100,7 @@ def run(args: argparse.Namespace) -> int:
 
     stops: frozenset[int] = frozenset()
     if not args.ignore_eos:
-        stops = turn_stops(model.tokenizer, model.config) if args.chat else model.config.stop_ids
+        stops = turn_stops(model.tokenizer, model.config) if args.chat and model.tokenizer else model.config.stop_ids
     has_text = model.tokenizer is not None
     request = Request(
         prompt_ids=tuple(ids),

@@ -191,6 +191,7 @@ def served_model(args: argparse.Namespace, model: Loaded, engine: Engine) -> Ser
         [args.backend, args.precision, args.rescale, model.config.to_dict()], sort_keys=True, default=str
     )
     context = engine.max_len
+    assert model.tokenizer is not None  # load_model requires one of the server
     return Served(
         name=model_name(args),
         config=model.config,

@@ -10,7 +10,6 @@ import json
 import sys
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing
-from typing import Any
 
 from telechat_twins.core.checkpoint.source import WeightSource
 from telechat_twins.core.data.chat_template import encode_chat
@@ -48,7 +47,7 @@ class Chat:
         sampling: SamplingConfig | None = None,
         max_new_tokens: int | None = None,
         add_bos: bool = False,
-        tools: Sequence[Any] | None = None,
+        tools: Sequence[JsonObject] | None = None,
         cut_question: bool = False,
     ) -> None:
         """``system`` None takes the template's default; ``max_new_tokens`` None a quarter of max_seqlen, at most 1024.
@@ -56,6 +55,8 @@ class Chat:
 
         UserError when the tokenizer does not fit the model or the budget is below 3 tokens.
         """
+        if engine.tokenizer is None:
+            raise ValueError("engine: a chat needs an engine with a tokenizer, found one without; pass it to Engine")
         check_vocabulary(engine.tokenizer, engine.config)
         self.engine, self.tokenizer, self.config = engine, engine.tokenizer, engine.config
         self.system, self.tools = system, tools
@@ -222,8 +223,8 @@ class ChatModel:
         *,
         max_new_tokens: int | None = None,
         add_bos: bool = False,
-        tools: Sequence[Any] | None = None,
-        **sampling: Any,
+        tools: Sequence[JsonObject] | None = None,
+        **sampling: object,
     ) -> tuple[str, list[Message]] | Iterator[tuple[str, list[Message]]]:
         """The release's ``chat``: (answer, history), or with ``stream`` an iterator of (new text, history so far).
 

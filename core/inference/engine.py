@@ -16,7 +16,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Generator
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -26,6 +26,9 @@ from telechat_twins.core.inference.requests import RESCALES, Event, Request, Sam
 from telechat_twins.core.inference.runner import Runner, Step
 from telechat_twins.core.inference.scheduler import Scheduler
 from telechat_twins.core.model.position import RotaryRows
+
+if TYPE_CHECKING:
+    from telechat_twins.core.data.tokenizer import Tokenizer
 
 STEP_TOKENS = 512
 MOST_RUNNING = 64
@@ -48,7 +51,7 @@ class Engine:
     def __init__(
         self,
         runner: Runner,
-        tokenizer: Any = None,
+        tokenizer: Tokenizer | None = None,
         *,
         rescale: str = "request",
         reuse: bool = True,

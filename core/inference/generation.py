@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING
 
 from telechat_twins.core.data.control import BOT, END, START, SYSTEM, USER
 from telechat_twins.core.errors import UserError
@@ -17,6 +17,9 @@ from telechat_twins.core.inference.engine import Engine, stream
 from telechat_twins.core.inference.requests import Event, Request
 from telechat_twins.core.inference.sampling import SamplingConfig
 from telechat_twins.core.model.config import ModelConfig
+
+if TYPE_CHECKING:
+    from telechat_twins.core.data.tokenizer import Tokenizer
 
 # Besides the end of an answer: a model that opens the next turn by itself has finished its own.
 TURN_TOKENS = (END, USER, START, BOT, SYSTEM)
@@ -101,6 +104,6 @@ def note_length(config: ModelConfig, length: int) -> None:
     )
 
 
-def turn_stops(tokenizer: Any, config: ModelConfig) -> frozenset[int]:
+def turn_stops(tokenizer: Tokenizer, config: ModelConfig) -> frozenset[int]:
     """Ids that end an answer: the end of text and every control token that opens or closes a turn."""
     return frozenset({*config.stop_ids, *(tokenizer.control[t] for t in TURN_TOKENS if t in tokenizer.control)})

@@ -7,7 +7,7 @@ import dataclasses
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from telechat_twins.core import backends
 from telechat_twins.core.checkpoint.source import WeightSource
@@ -19,6 +19,7 @@ from telechat_twins.core.model.xpos_range import check_xpos_range, say_xpos_rang
 from telechat_twins.core.shown import printable
 
 if TYPE_CHECKING:
+    from telechat_twins.core.data.tokenizer import Tokenizer
     from telechat_twins.core.inference.engine import Engine, Limits
 from telechat_twins.core.model.config import with_table_dtype
 
@@ -30,7 +31,7 @@ class Loaded:
     args: argparse.Namespace
     source: WeightSource
     config: ModelConfig
-    tokenizer: Any | None
+    tokenizer: Tokenizer | None
 
     def engine(self, max_len: int, samples: int = 1) -> Engine:
         """An engine on the backend with the weights in it, whose cache holds ``samples`` sequences of ``max_len``."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -14,6 +14,9 @@ from telechat_twins.core.errors import UserError
 from telechat_twins.core.inference.pages import first_name, page_name
 from telechat_twins.core.inference.sampling import Choice, Sampler, SamplingConfig
 from telechat_twins.core.inference.text_stream import StopText, text_stream
+
+if TYPE_CHECKING:
+    from telechat_twins.core.data.tokenizer import Tokenizer
 
 RESCALES = ("request", "step")
 TEXTS = ("none", "answer", "tools", "continuation")
@@ -115,7 +118,7 @@ def check_ids(name: str, ids: Iterable[int], vocab_size: int) -> list[int]:
     return checked
 
 
-def call_marks(tokenizer: Any) -> dict[int, str]:
+def call_marks(tokenizer: Tokenizer) -> dict[int, str]:
     """The control tokens around a tool call, by id; none where the tokenizer has none."""
     return {tokenizer.control[name]: name for name in (TOOL_CALL, TOOL_CALL_END) if name in tokenizer.control}
 
@@ -129,7 +132,14 @@ class Sample:
     """
 
     def __init__(
-        self, number: int, request: Request, index: int, order: int, page_size: int, rescale: str, tokenizer: Any
+        self,
+        number: int,
+        request: Request,
+        index: int,
+        order: int,
+        page_size: int,
+        rescale: str,
+        tokenizer: Tokenizer | None,
     ) -> None:
         self.number, self.request, self.index, self.order = number, request, index, order
         self.tokens = list(request.prompt_ids)
@@ -146,6 +156,7 @@ class Sample:
         self._stops = StopText(request.stop_texts)
         self._text = None
         if request.text != "none" or request.stop_texts:
+            assert tokenizer is not None  # check_request refuses text and stop strings without one
             context = self.tokens if request.text == "continuation" else ()
             self._text = text_stream(tokenizer, context, call_marks(tokenizer) if request.text == "tools" else None)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
@@ -53,7 +53,7 @@ class SamplingConfig:
         return self.repetition_penalty != 1.0 or self.presence_penalty != 0.0 or self.frequency_penalty != 0.0
 
 
-def sampling_config(**values: Any) -> SamplingConfig:
+def sampling_config(**values: object) -> SamplingConfig:
     """A checked SamplingConfig; UserError names the option that is unknown, of the wrong type or out of range."""
     return from_mapping(SamplingConfig, values, "sampling")
 

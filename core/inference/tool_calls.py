@@ -14,7 +14,7 @@ from __future__ import annotations
 import json
 import re
 from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import NoReturn
 
 from telechat_twins.core.data.control import TOOL_CALL, TOOL_CALL_END
 
@@ -231,7 +231,7 @@ def _through_mark(text: str) -> tuple[str, str]:
     return before + mark, rest
 
 
-def _call_of(found: Any) -> ToolCall | None:
+def _call_of(found: object) -> ToolCall | None:
     """The call that a block's JSON says; None when it says something else."""
     if not isinstance(found, dict) or not isinstance(found.get("name"), str):
         return None
@@ -248,7 +248,7 @@ def _call_of(found: Any) -> ToolCall | None:
     return ToolCall(found["name"], text)
 
 
-def _json(text: str) -> Any:
+def _json(text: str) -> object:
     """ValueError or RecursionError unless ``text`` is JSON; NaN and Infinity are not."""
 
     def constant(name: str) -> NoReturn:

@@ -10,9 +10,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
@@ -166,7 +165,7 @@ def to_json(records: Sequence[Record], judged: Sequence[Judged], facts: JsonObje
     }
 
 
-def _mean(parts: Any) -> float:
+def _mean(parts: Iterable[np.ndarray]) -> float:
     return float(np.mean([np.mean(part, dtype=np.float64) for part in parts]))
 
 

@@ -15,7 +15,6 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from telechat_twins.core.config import RunConfig, load_run_config
 from telechat_twins.core.errors import UserError
@@ -260,7 +259,7 @@ def _differences(old: JsonObject, new: JsonObject, prefix: str = "") -> list[str
     return lines
 
 
-def _same(old: Any, new: Any) -> bool:
+def _same(old: object, new: object) -> bool:
     if isinstance(old, float) and isinstance(new, float):
         return math.isclose(old, new, rel_tol=SAME)
     return bool(old == new)

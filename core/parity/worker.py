@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Protocol
 
 import numpy as np
 
@@ -33,7 +33,7 @@ from telechat_twins.core.launch.worker import run_script
 from telechat_twins.core.model.batch import IGNORE, Batch
 from telechat_twins.core.model.config import PRECISIONS, ModelConfig
 from telechat_twins.core.model.init import init_tensor
-from telechat_twins.core.parallel.layout import Layout
+from telechat_twins.core.parallel.layout import Coord, Layout
 from telechat_twins.core.parallel.sequence import LocalBatch, real_places, split_batch
 from telechat_twins.core.parallel.traffic import Traffic
 from telechat_twins.core.schema import from_mapping, option
@@ -165,7 +165,7 @@ def perform(backend: str, task: Task, folder: Path, open_reader: OpenReader | No
     sent = backends.load(backend, "collectives").TRAFFIC
     seen: list[TensorPiece] = []
 
-    def watch(micro: int, logits: Any) -> None:
+    def watch(micro: int, logits: object) -> None:
         array = backends.load(backend, "model").to_numpy(logits)
         place = micro * task.micro_batch
         part = mine.rows(place, place + task.micro_batch)
@@ -299,7 +299,7 @@ def _reader(task: Task, open_reader: OpenReader | None) -> ReadBox:
 
 
 def _logits_pieces(
-    logits: np.ndarray, part: Batch, first_row: int, task: Task, coord: Any, shape: tuple[int, int]
+    logits: np.ndarray, part: Batch, first_row: int, task: Task, coord: Coord, shape: tuple[int, int]
 ) -> Iterator[TensorPiece]:
     """What one rank holds of one micro-batch's logits [b, s, V/tp], without padding, as pieces of [B, S, V]."""
     rows, seq_len = shape
@@ -322,7 +322,22 @@ def _with_index_of(local: LocalBatch, group: slice) -> LocalBatch:
     return local if len(local.index) == 1 else dataclasses.replace(local, index=local.index[group])
 
 
-def _scaled(trainer: Any, compute: Callable[[float], None], search: bool) -> float:
+class ScaledGradients(Protocol):
+    """What the search for a loss scale needs of a trainer."""
+
+    @property
+    def optimizer(self) -> GradientExporter: ...
+
+    def agree(self, values: list[float], op: str) -> list[float]: ...
+
+
+class GradientExporter(Protocol):
+    """The accumulated gradients of one rank, as pieces of whole tensors."""
+
+    def export_gradients(self) -> Iterator[TensorPiece]: ...
+
+
+def _scaled(trainer: ScaledGradients, compute: Callable[[float], None], search: bool) -> float:
     """Leave the gradients of a scaled loss in the trainer; returns the scale, 1 without a search for the largest."""
 
     def attempt(scale: float) -> float:

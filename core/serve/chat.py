@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import re
 import secrets
-from typing import Any
+from typing import TYPE_CHECKING
 
 from telechat_twins.core.data.chat_template import chat_parts, encode_chat
 from telechat_twins.core.errors import UserError
@@ -34,6 +34,9 @@ from telechat_twins.core.serve.job import (
 )
 from telechat_twins.core.serve.length import check_length, too_long
 from telechat_twins.core.types import JsonObject
+
+if TYPE_CHECKING:
+    from telechat_twins.core.data.tokenizer import Tokenizer
 
 ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant", "tool": "tool"}
 TOOL_NAME = re.compile(r"[a-zA-Z0-9_-]{1,64}")
@@ -125,10 +128,11 @@ def read_tools(fields: Fields) -> list[JsonObject] | None:
         fields.refuse(
             "parallel_tool_calls", "the number of calls cannot be bound here; take the first", "unsupported_parameter"
         )
+    checked: list[JsonObject] = []
     for place, tool in enumerate(tools or ()):
         where = f"tools[{place}]"
         function = tool.get("function") if isinstance(tool, dict) and tool.get("type") == "function" else None
-        if not isinstance(function, dict):
+        if not isinstance(tool, dict) or not isinstance(function, dict):
             raise ApiError(
                 400, f"{where}: expected {{'type': 'function', 'function': {{...}}}}, found {shown(tool)}", where
             )
@@ -140,8 +144,9 @@ def read_tools(fields: Fields) -> list[JsonObject] | None:
         for key, kind in (("description", str), ("parameters", dict)):
             if not isinstance(function.get(key), (kind, type(None))):
                 raise ApiError(400, f"{where}.function.{key}: has the wrong type, {shown(function[key])}", where)
+        checked.append(tool)
     if choice is None or (choice == "auto" and tools):
-        return tools or None
+        return checked or None
     if choice == "none":
         return None
     if not tools:
@@ -153,7 +158,7 @@ def read_tools(fields: Fields) -> list[JsonObject] | None:
     )
 
 
-def read_messages(fields: Fields, found: list[Any] | None) -> list[JsonObject]:
+def read_messages(fields: Fields, found: list[object] | None) -> list[JsonObject]:
     """Messages of the OpenAI interface as those of core.data.chat_template. Contents become text."""
     if not found:
         fields.refuse("messages", "a chat needs at least one message", "missing_required_parameter")
@@ -205,7 +210,7 @@ def _content(fields: Fields, may_miss: bool) -> str | None:
     return content
 
 
-def _call(where: str, call: Any) -> JsonObject:
+def _call(where: str, call: object) -> JsonObject:
     """A tool call with its arguments as the object that the template wants; clients send them as text."""
     function = call.get("function") if isinstance(call, dict) else None
     if not isinstance(function, dict) or not isinstance(function.get("name"), str):
@@ -224,7 +229,7 @@ class ChatWriter:
 
     prefix, kind, chunk_kind = "chatcmpl-", "chat.completion", "chat.completion.chunk"
 
-    def __init__(self, tokenizer: Any, tools: bool) -> None:
+    def __init__(self, tokenizer: Tokenizer, tools: bool) -> None:
         self._tokenizer, self._tools = tokenizer, tools
         self._answers: dict[int, _Answer] = {}
 

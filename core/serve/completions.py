@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 from telechat_twins.core.inference.requests import Event, Request
 from telechat_twins.core.inference.sampling import Choice
@@ -25,6 +25,9 @@ from telechat_twins.core.serve.job import (
 )
 from telechat_twins.core.serve.length import check_length
 from telechat_twins.core.types import JsonObject
+
+if TYPE_CHECKING:
+    from telechat_twins.core.data.tokenizer import Tokenizer
 
 DEFAULT_NEW = 16  # as the OpenAI interface
 MOST_PROMPTS = 128
@@ -85,7 +88,7 @@ def _encode(prompt: str | list[int], served: Served) -> list[int]:
     return ids
 
 
-def read_prompts(fields: Fields, found: Any, served: Served) -> list[str | list[int]]:
+def read_prompts(fields: Fields, found: object, served: Served) -> list[str | list[int]]:
     """A string, a list of strings, token ids, or a list of lists of them. Strings are text: the name of a control
     token in one stays the letters that it is written with."""
     if found is None:
@@ -106,7 +109,7 @@ def read_prompts(fields: Fields, found: Any, served: Served) -> list[str | list[
     return prompts
 
 
-def _check_ids(fields: Fields, where: str, prompt: Any, vocab_size: int) -> None:
+def _check_ids(fields: Fields, where: str, prompt: object, vocab_size: int) -> None:
     if not isinstance(prompt, list) or not all(map(_is_id, prompt)):
         fields.refuse(
             "prompt",
@@ -119,7 +122,7 @@ def _check_ids(fields: Fields, where: str, prompt: Any, vocab_size: int) -> None
         fields.refuse("prompt", says, "invalid_value")
 
 
-def _is_id(value: Any) -> bool:
+def _is_id(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
@@ -128,7 +131,7 @@ class CompletionWriter:
 
     prefix, kind, chunk_kind = "cmpl-", "text_completion", "text_completion"
 
-    def __init__(self, tokenizer: Any) -> None:
+    def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
         self._told: dict[int, list[JsonObject]] = {}  # by answer
 
@@ -179,7 +182,7 @@ class CompletionWriter:
         }
 
 
-def token_text(tokenizer: Any, token: int) -> str:
+def token_text(tokenizer: Tokenizer, token: int) -> str:
     """A token as text; one that is part of a character as ``bytes:\\\\xe4``, as the OpenAI interface writes it."""
     raw = tokenizer.token_bytes(token)
     try:

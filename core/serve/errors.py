@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 from telechat_twins.core.types import JsonObject
 
@@ -37,12 +36,12 @@ class ApiError(Exception):
         return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
 
 
-def shown(value: Any) -> str:
+def shown(value: object) -> str:
     """A client's own value in a message back to it, in a few words and without control characters."""
     if isinstance(value, (dict, list)):
         return f"{'an object' if isinstance(value, dict) else 'a list'} of {len(value)}"
-    if value is None or value is True or value is False:
-        return {True: "true", False: "false", None: "null"}[value]
+    if value is None or isinstance(value, bool):
+        return "null" if value is None else "true" if value else "false"
     text = repr(value[:60] if isinstance(value, str) else value)
     whole = len(text) <= 60 and not (isinstance(value, str) and len(value) > 60)
     return text if whole else text[:57] + "..."

@@ -8,7 +8,7 @@ import secrets
 import time
 from collections.abc import AsyncGenerator, Callable, Coroutine, Mapping
 from contextlib import aclosing, suppress
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from starlette.requests import Request
 from starlette.responses import Response
@@ -162,7 +162,7 @@ class EventStream(Response):
             self._exchange.close()
 
 
-async def unless_gone(receive: Receive, work: Coroutine[Any, Any, Result]) -> Result:
+async def unless_gone(receive: Receive, work: Coroutine[object, object, Result]) -> Result:
     """What ``work`` comes to; when the client leaves before, ``work`` is cancelled. ClientGone then."""
 
     async def gone() -> None:

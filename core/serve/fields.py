@@ -5,11 +5,14 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
-from typing import Any, NoReturn
+from typing import NoReturn, TypeVar
 
 from telechat_twins.core.serve.errors import ApiError, shown, shown_name
 from telechat_twins.core.types import JsonObject
 
+Unchecked = object  # a JSON value as it came; the class below has a method of that name
+Kind = TypeVar("Kind")
+Number = TypeVar("Number", int, float)
 LONGEST_HINT = 40  # characters of a field's name that is compared with those that there are
 
 
@@ -24,7 +27,7 @@ class Fields:
     def name(self, field: str) -> str:
         return f"{self._where}.{field}" if self._where else field
 
-    def any(self, field: str) -> Any:
+    def any(self, field: str) -> Unchecked:
         """The value as it is."""
         self._known.add(field)
         return self._found.get(field)
@@ -32,10 +35,12 @@ class Fields:
     def refuse(self, field: str, says: str, code: str | None = None) -> NoReturn:
         raise ApiError(400, f"{self.name(field)}: {says}", self.name(field), code)
 
-    def _typed(self, field: str, kinds: type | tuple[type, ...], what: str) -> Any:
+    def _typed(self, field: str, kind: type[Kind], what: str) -> Kind | None:
         value = self.any(field)
+        if value is None:
+            return None
         # True is an int to Python, and not to JSON.
-        if value is not None and (not isinstance(value, kinds) or (isinstance(value, bool) and kinds is not bool)):
+        if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
             self.refuse(field, f"expected {what}, found {shown(value)}", "invalid_type")
         return value
 
@@ -48,18 +53,23 @@ class Fields:
     def object(self, field: str) -> JsonObject | None:
         return self._typed(field, dict, "an object")
 
-    def list(self, field: str) -> list[Any] | None:
+    def list(self, field: str) -> list[Unchecked] | None:
         return self._typed(field, list, "a list")
 
     def integer(self, field: str, low: int, high: int | None) -> int | None:
-        return self._within(field, self._typed(field, int, "a whole number"), low, high)
+        value = self._typed(field, int, "a whole number")
+        return None if value is None else self._within(field, value, low, high)
 
     def number(self, field: str, low: float, high: float) -> float | None:
-        value = self._within(field, self._typed(field, (int, float), "a number"), low, high)
-        return None if value is None else float(value)
+        value = self.any(field)
+        if value is None:
+            return None
+        if not isinstance(value, (int, float)) or isinstance(value, bool):
+            self.refuse(field, f"expected a number, found {shown(value)}", "invalid_type")
+        return float(self._within(field, value, low, high))
 
-    def _within(self, field: str, value: Any, low: float, high: float | None) -> Any:
-        if value is not None and not (low <= value and (high is None or value <= high)):
+    def _within(self, field: str, value: Number, low: float, high: float | None) -> Number:
+        if not (low <= value and (high is None or value <= high)):
             wanted = f"at least {low}" if high is None else f"{low} to {high}"
             self.refuse(field, f"must be {wanted}, found {shown(value)}", "invalid_value")
         return value

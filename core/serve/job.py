@@ -5,7 +5,7 @@ from __future__ import annotations
 import secrets
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from telechat_twins.core.inference.chat import default_answer_length
 from telechat_twins.core.inference.requests import MOST_BIAS, MOST_SAMPLES, Event, Request
@@ -14,6 +14,9 @@ from telechat_twins.core.model.config import ModelConfig
 from telechat_twins.core.serve.errors import ApiError, shown
 from telechat_twins.core.serve.fields import Fields
 from telechat_twins.core.types import JsonObject
+
+if TYPE_CHECKING:
+    from telechat_twins.core.data.tokenizer import Tokenizer
 
 MOST_STOPS = 16
 LONGEST_STOP = 1000  # characters; every token is compared with all beginnings of a stop string
@@ -42,7 +45,7 @@ class Served:
 
     name: str
     config: ModelConfig
-    tokenizer: Any
+    tokenizer: Tokenizer
     context: int
     most_prompt: int
     most_new: int

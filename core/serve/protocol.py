@@ -10,13 +10,15 @@ from __future__ import annotations
 
 import asyncio
 from http import HTTPStatus
-from typing import Any
 
 import h11
+import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
+from uvicorn.server import ServerState
 
 from telechat_twins.core.serve.errors import ApiError
 from telechat_twins.core.serve.exchange import to_json
+from telechat_twins.core.types import JsonObject
 
 HEADER_SECONDS = 10.0
 LINGER_SECONDS = 5.0
@@ -27,8 +29,14 @@ class BoundedProtocol(H11Protocol):
 
     most = 256
 
-    def __init__(self, *args: Any, **options: Any) -> None:
-        super().__init__(*args, **options)
+    def __init__(
+        self,
+        config: uvicorn.Config,
+        server_state: ServerState,
+        app_state: JsonObject,
+        _loop: asyncio.AbstractEventLoop | None = None,
+    ) -> None:
+        super().__init__(config, server_state, app_state, _loop)
         self._header_timer: asyncio.TimerHandle | None = None
         self._linger_timer: asyncio.TimerHandle | None = None
         self._silent_since = 0.0

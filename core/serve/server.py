@@ -10,10 +10,10 @@ import signal
 import socket
 import sys
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import h11
 import uvicorn
+from starlette.types import ASGIApp
 
 from telechat_twins.core.errors import UserError
 from telechat_twins.core.serve.protocol import BoundedProtocol
@@ -84,7 +84,7 @@ class Server(uvicorn.Server):
 
 
 def serve(
-    app: Any, service: Service, opened: socket.socket, grace: float, ready: Callable[[], None], most: int
+    app: ASGIApp, service: Service, opened: socket.socket, grace: float, ready: Callable[[], None], most: int
 ) -> None:
     """``serve_until`` the first of SIGTERM, Ctrl-C and the terminal's end; a second one ends the grace."""
 
@@ -102,7 +102,7 @@ def serve(
 
 async def serve_until(
     signals: asyncio.Queue[int],
-    app: Any,
+    app: ASGIApp,
     service: Service,
     opened: socket.socket,
     grace: float,

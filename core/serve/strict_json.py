@@ -10,7 +10,7 @@ import json
 import math
 import re
 from collections.abc import Iterator
-from typing import Any, NoReturn
+from typing import NoReturn
 
 from telechat_twins.core.types import JsonObject
 
@@ -27,7 +27,7 @@ _EXPONENT = re.compile(rb"[eE][+]?0*[1-9][0-9]{2}")  # 100 or more: perhaps beyo
 _ESCAPED_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
 
-def parse(raw: bytes | bytearray, longest: int | None = None) -> Any:
+def parse(raw: bytes | bytearray, longest: int | None = None) -> object:
     """What UTF-8 text says. ValueError in a few words when it is not JSON or goes beyond a bound; ``longest``: of a
     string, in characters."""
     # A function for every number would take seconds for a long list of them.
@@ -120,7 +120,7 @@ def _number(text: str) -> float:
     return value
 
 
-def _object(pairs: list[tuple[str, Any]]) -> JsonObject:
+def _object(pairs: list[tuple[str, object]]) -> JsonObject:
     made = dict(pairs)
     if len(made) < len(pairs):
         seen: set[str] = set()
@@ -137,15 +137,15 @@ def _whole(text: str) -> bool:
     return True
 
 
-def _strings(found: Any) -> Iterator[str]:
+def _strings(found: object) -> Iterator[str]:
     return (string for _, string in _walk([("", found)], named=False))
 
 
-def _placed_strings(found: Any) -> Iterator[tuple[str, str]]:
+def _placed_strings(found: object) -> Iterator[tuple[str, str]]:
     return _walk([("", found)], named=True)
 
 
-def _walk(stack: list[tuple[str, Any]], named: bool) -> Iterator[tuple[str, str]]:
+def _walk(stack: list[tuple[str, object]], named: bool) -> Iterator[tuple[str, str]]:
     """Every string, keys included, with its place if ``named``."""
     while stack:
         place, value = stack.pop()
