@@ -10,7 +10,7 @@ from pathlib import Path
 
 import yaml
 
-from telechat_twins.convert.growth.plan import Options, Plan, plan_growth
+from telechat_twins.convert.growth.plan import GrowthPlan, Options, plan_growth
 from telechat_twins.convert.growth.weights import grow_state, grow_weights, planned_state, planned_weights
 from telechat_twins.convert.source import checkpoint_config
 from telechat_twins.core.checkpoint.pieces import MAX_FILE_BYTES, Planned
@@ -27,7 +27,7 @@ MODEL_FILE = "model.yaml"
 LEAST_FILE_BYTES, FILES = 128 << 20, 64
 
 
-def plan_checkpoint(checkpoint: Checkpoint, target: ModelConfig, options: Options) -> Plan:
+def plan_checkpoint(checkpoint: Checkpoint, target: ModelConfig, options: Options) -> GrowthPlan:
     """plan_growth from a checkpoint's model, at the step it was saved at."""
     trainer = checkpoint.trainer or {}
     step, updates = int(trainer.get("step", 0)), int(trainer.get("optimizer_steps", 0))
@@ -37,7 +37,7 @@ def plan_checkpoint(checkpoint: Checkpoint, target: ModelConfig, options: Option
 def grow_checkpoint(
     checkpoint: Checkpoint,
     target: Path,
-    plan: Plan,
+    plan: GrowthPlan,
     on_bytes: Callable[[int], object] = lambda count: None,
 ) -> None:
     """Write the grown model of ``plan`` to ``target``: weights, and m and v where the checkpoint has them.
@@ -82,7 +82,7 @@ def model_yaml(config: ModelConfig) -> str:
     return yaml.safe_dump({name: value for name, value in kept.items() if name != "growth"}, sort_keys=False)
 
 
-def grown_bytes(checkpoint: Checkpoint, plan: Plan) -> tuple[int, int]:
+def grown_bytes(checkpoint: Checkpoint, plan: GrowthPlan) -> tuple[int, int]:
     """Bytes of the grown checkpoint's weights, and of its m and v."""
     parameters = sum(spec.size for spec in parameter_table(plan.config).values())
     weights = parameters * checkpoint.dtype("weights", "embed.weight").itemsize

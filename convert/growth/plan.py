@@ -43,7 +43,7 @@ class Options:
 
 
 @dataclass(frozen=True)
-class Plan:
+class GrowthPlan:
     """``config``: of the grown model. ``growth``: the step, for its history. ``scales``: what the old entries of a
     parameter are multiplied by so that the function stays. ``notes``: what the user may not expect."""
 
@@ -62,7 +62,7 @@ class Plan:
 
 def plan_growth(
     source: ModelConfig, target: ModelConfig, options: Options, step: int = 0, optimizer_steps: int = 0
-) -> Plan:
+) -> GrowthPlan:
     """The step from ``source`` to the sizes of ``target``.
 
     UserError, naming the field and both values, for what cannot grow: a smaller size, another family, heads that break
@@ -115,7 +115,7 @@ def plan_growth(
         layers=layers,
         new_layers=new_layers,
     )
-    return Plan(source, config, growth, options, scales, tuple(notes))
+    return GrowthPlan(source, config, growth, options, scales, tuple(notes))
 
 
 def _require_one_model(source: ModelConfig, target: ModelConfig) -> None:

@@ -24,7 +24,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from telechat_twins.convert.growth.plan import MULTIPLIERS, Options, Plan, plan_growth
+from telechat_twins.convert.growth.plan import MULTIPLIERS, GrowthPlan, Options, plan_growth
 from telechat_twins.core.config import RunConfig, load_run_tree, run_config_from_dict
 from telechat_twins.core.errors import UserError
 from telechat_twins.core.model.config import ModelConfig, load_model_config
@@ -64,7 +64,7 @@ class Stage:
     end: int
     config: RunConfig
     target: ModelConfig
-    plan: Plan | None
+    plan: GrowthPlan | None
     tokens: int
 
     @property

@@ -49,7 +49,7 @@ def rank_path(folder: Path, rank: int) -> Path:
 
 
 @dataclass
-class Record:
+class RankRecord:
     """What one rank saw of one layout. ``seconds`` of each step, a list a turn; ``spans`` of each step's pipeline run,
     and ``forwards`` of runs without a backward; ``sent`` in one step: (operation, group, calls, bytes);
     ``states``: bytes of masters, m and v; ``peak``: most graphs alive at once; ``loss`` after the warm-up."""
@@ -124,12 +124,12 @@ class Single(Protocol):
     def steps(self, count: int) -> JsonObject: ...
 
 
-class Trial:
+class LayoutTrial:
     """This rank's part of one layout, and its record."""
 
     def __init__(self, trainer: ParallelTrainer, config: RunConfig, traffic: Counter) -> None:
         self.trainer, self.config, self.traffic = trainer, config, traffic
-        self.record = Record()
+        self.record = RankRecord()
         self._done = 0
         self._runs: list[Span] = []
         trainer.pipeline.run = self._watched(trainer.pipeline.run)
@@ -187,7 +187,7 @@ def main() -> int:
     trials = {}
     for layout in plan["layouts"]:
         config = bench_config(plan["options"] | {"layout": layout})
-        trials[layout] = Trial(backends.load(backend, "train").Trainer(config), config, traffic)
+        trials[layout] = LayoutTrial(backends.load(backend, "train").Trainer(config), config, traffic)
     trainer = next(iter(trials.values())).trainer
     with ExitStack() as stack:
         single = None
@@ -201,7 +201,7 @@ def main() -> int:
 
 
 def take_turns(
-    trials: Mapping[str, Trial], single: Single | None, meet: Callable[[], object], steps: int, block: int
+    trials: Mapping[str, LayoutTrial], single: Single | None, meet: Callable[[], object], steps: int, block: int
 ) -> JsonObject:
     """A step and a block to warm up, then ``steps`` steps of each layout in blocks, in an order that turns round.
 
@@ -246,7 +246,7 @@ def _alone(threads: str | None) -> dict[str, str]:
     return env if threads is None else env | {"OMP_NUM_THREADS": threads}
 
 
-def summarise(options: JsonObject, text: str, records: Sequence[Record], single: JsonObject) -> dict:
+def summarise(options: JsonObject, text: str, records: Sequence[RankRecord], single: JsonObject) -> dict:
     """The row of one layout from the records of all its ranks and the turns of the single process beside them.
 
     Lists are by rank where nothing else is said. ``traffic``: "counted" and "formula" bytes handed to collectives in a
@@ -329,7 +329,7 @@ def states_of(config: RunConfig, rank: int) -> int:
     return 3 * Widths.of(config.train.precision).master * held
 
 
-def pipeline_row(config: RunConfig, records: Sequence[Record]) -> JsonObject:
+def pipeline_row(config: RunConfig, records: Sequence[RankRecord]) -> JsonObject:
     """Share of the pipeline's time that its ranks waited for other stages, step by step, and what theory says.
 
     ``formula``: equal stages. ``simulated``: core.parallel.schedule with each stage's own forward and backward
@@ -359,7 +359,7 @@ def idle_share(layout: Layout, spans: Sequence[Span]) -> float:
     return idle / whole
 
 
-def stage_seconds(config: RunConfig, records: Sequence[Record]) -> tuple[list[float], list[float]]:
+def stage_seconds(config: RunConfig, records: Sequence[RankRecord]) -> tuple[list[float], list[float]]:
     """Seconds of one micro-batch's forward and backward in every global stage, without waiting.
 
     The forward comes from runs without a backward. A rank's chunks are timed together; each is given the share that it

@@ -21,7 +21,7 @@ from telechat_twins.core.shown import controls_shown, printable
 
 if TYPE_CHECKING:
     from telechat_twins.core.inference.chat import Chat
-    from telechat_twins.core.inference.tool_calls import Said
+    from telechat_twins.core.inference.tool_calls import AnswerPart
 
 HELP = """\
 /system [TEXT]  set the system prompt and forget the turns; without TEXT show it
@@ -117,7 +117,7 @@ def piped_lines() -> Iterator[str]:
             raise UserError(f"stdin:{number}: not UTF-8 text (byte {error.start})") from None
 
 
-def _answer(chat: Chat, pieces: Iterable[Said]) -> None:
+def _answer(chat: Chat, pieces: Iterable[AnswerPart]) -> None:
     terminal = sys.stdout.isatty()
     with _interrupt_calls(chat.stop):
         for piece in pieces:

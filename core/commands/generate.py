@@ -150,13 +150,13 @@ def _by_ranks(
     stdout as it is made. After a failure of a rank (code 1) the folder with its logs stays; stderr has named it."""
     from telechat_twins.convert.generation_rank import SCRIPT
     from telechat_twins.core.inference.generation import note_length
-    from telechat_twins.core.inference.worker import Job, read_events, write_job
+    from telechat_twins.core.inference.worker import GenerationJob, read_events, write_job
     from telechat_twins.core.launch.launcher import launch
 
     note_length(model.config, request.total)
     check_xpos_range(model.config, args.precision, request.total)
     folder = Path(tempfile.mkdtemp(prefix="tele-generate-"))
-    job = Job(
+    job = GenerationJob(
         backend=args.backend,
         checkpoint=str(Path(args.checkpoint).resolve()),
         config=model.config,

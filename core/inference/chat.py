@@ -23,7 +23,7 @@ from telechat_twins.core.inference.pages import pool_size
 from telechat_twins.core.inference.requests import Event, Request
 from telechat_twins.core.inference.runner import Runner
 from telechat_twins.core.inference.sampling import SamplingConfig, sampling_config
-from telechat_twins.core.inference.tool_calls import Said, ToolCall, ToolCallStream
+from telechat_twins.core.inference.tool_calls import AnswerPart, ToolCall, ToolCallStream
 from telechat_twins.core.model.config import ModelConfig
 from telechat_twins.core.model.quantize import quantizing
 from telechat_twins.core.model.xpos_range import say_xpos_range
@@ -78,7 +78,7 @@ class Chat:
                 f"conversation; give at most {limit - 4}"
             )
 
-    def ask(self, question: str, stream: bool = False) -> str | Iterator[Said]:
+    def ask(self, question: str, stream: bool = False) -> str | Iterator[AnswerPart]:
         """The answer's text; with ``stream`` an iterator of its pieces as they are made, tool calls among them.
 
         The question and the answer, whole or stopped half-way, join the history. UserError on an empty question and on
@@ -88,7 +88,7 @@ class Chat:
             raise UserError("question: it is empty")
         return self._turn([{"role": "user", "content": question}], stream)
 
-    def report(self, results: Sequence[str], stream: bool = False) -> str | Iterator[Said]:
+    def report(self, results: Sequence[str], stream: bool = False) -> str | Iterator[AnswerPart]:
         """What the model says to the results of its tool calls, in their order; otherwise as ``ask``.
 
         UserError unless there is one for each call of the last answer.
@@ -106,7 +106,7 @@ class Chat:
         self.history.clear()
         self.calls = []
 
-    def _turn(self, said: list[Message], stream: bool) -> str | Iterator[Said]:
+    def _turn(self, said: list[Message], stream: bool) -> str | Iterator[AnswerPart]:
         request = Request(
             prompt_ids=tuple(self._prompt(said)),
             max_new_tokens=self.max_new_tokens,
@@ -118,14 +118,14 @@ class Chat:
         pieces = self._answer(said, answer(self.engine, request))
         return pieces if stream else "".join(piece for piece in pieces if isinstance(piece, str))
 
-    def _answer(self, said: list[Message], events: Generator[Event, None, None]) -> Iterator[Said]:
+    def _answer(self, said: list[Message], events: Generator[Event, None, None]) -> Iterator[AnswerPart]:
         words: list[str] = []
         calls: list[ToolCall] = []
         parser = ToolCallStream() if self.tools else None
         self.finish_reason = "interrupted"
         failed = False
 
-        def told(parts: Sequence[Said]) -> Iterator[Said]:
+        def told(parts: Sequence[AnswerPart]) -> Iterator[AnswerPart]:
             for part in parts:
                 if isinstance(part, str):
                     words.append(part)
@@ -258,7 +258,7 @@ class ChatModel:
         return "".join(delta for delta, _ in growing), told
 
 
-def _growing(pieces: Iterator[Said] | str, history: list[Message]) -> Iterator[tuple[str, list[Message]]]:
+def _growing(pieces: Iterator[AnswerPart] | str, history: list[Message]) -> Iterator[tuple[str, list[Message]]]:
     """Each piece of text with the history, whose last message it has joined."""
     last = history[-1]
     for piece in pieces:

@@ -31,17 +31,17 @@ if TYPE_CHECKING:
     from telechat_twins.core.data.tokenizer import Tokenizer
 
 STEP_TOKENS = 512
-MOST_RUNNING = 64
+MAX_RUNNING = 64
 
 
 @dataclass(frozen=True, kw_only=True)
-class Limits:
+class EngineLimits:
     """``max_len``: tokens that prompt and answer of a request may reach (None: what the pages hold). ``step_tokens``:
-    computed in a step at most, so the longest piece of a prompt. ``most_running``: samples that share a step."""
+    computed in a step at most, so the longest piece of a prompt. ``max_running``: samples that share a step."""
 
     max_len: int | None = None
     step_tokens: int = STEP_TOKENS
-    most_running: int = MOST_RUNNING
+    max_running: int = MAX_RUNNING
 
 
 class Engine:
@@ -55,19 +55,19 @@ class Engine:
         *,
         rescale: str = "request",
         reuse: bool = True,
-        limits: Limits | None = None,
+        limits: EngineLimits | None = None,
     ) -> None:
         """``rescale``: rotary scaling beyond the trained length, fixed per request, or by each token's own length as
         released ("step"). ``reuse``: keys and values of a prompt's beginning are used again by later prompts.
 
         ValueError for limits that leave a prompt no tokens in a step.
         """
-        self.limits = limits or Limits()
+        self.limits = limits or EngineLimits()
         if rescale not in RESCALES:
             raise ValueError(f"rescale: '{rescale}' is not one of {', '.join(RESCALES)}")
-        if not 1 <= self.limits.most_running < self.limits.step_tokens:
+        if not 1 <= self.limits.max_running < self.limits.step_tokens:
             raise ValueError(
-                f"step_tokens: {self.limits.step_tokens} leave none for prompts beside {self.limits.most_running} "
+                f"step_tokens: {self.limits.step_tokens} leave none for prompts beside {self.limits.max_running} "
                 "running samples"
             )
         self.runner, self.tokenizer, self.config = runner, tokenizer, runner.config
@@ -75,7 +75,7 @@ class Engine:
         self.scheduler = Scheduler(
             self.pool,
             RotaryRows(self.config).scaling,
-            self.limits.most_running,
+            self.limits.max_running,
             self.limits.step_tokens,
             reuse,
         )

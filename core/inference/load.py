@@ -20,7 +20,7 @@ from telechat_twins.core.shown import printable
 
 if TYPE_CHECKING:
     from telechat_twins.core.data.tokenizer import Tokenizer
-    from telechat_twins.core.inference.engine import Engine, Limits
+    from telechat_twins.core.inference.engine import Engine, EngineLimits
 from telechat_twins.core.model.config import with_table_dtype
 
 
@@ -38,7 +38,7 @@ class Loaded:
         check_xpos_range(self.config, self.args.precision, max_len)
         return self.engine_with(self.pages(max_len, samples))
 
-    def engine_with(self, pages: int, limits: Limits | None = None, reuse: bool = True) -> Engine:
+    def engine_with(self, pages: int, limits: EngineLimits | None = None, reuse: bool = True) -> Engine:
         """An engine on the backend with the weights in it and a cache of so many pages; ``reuse`` as Engine has it."""
         from telechat_twins.core.inference.engine import Engine
 

@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 
 RESCALES = ("request", "step")
 TEXTS = ("none", "answer", "tools", "continuation")
-MOST_SAMPLES = 128
-MOST_BIAS = 100.0
+MAX_SAMPLES = 128
+MAX_BIAS = 100.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,16 +93,16 @@ def check_request(request: Request, vocab_size: int, has_tokenizer: bool) -> Non
     check_ids("prompt", request.prompt_ids, vocab_size)
     if request.max_new_tokens < 1:
         raise UserError(f"max_new_tokens: must be at least 1, found {request.max_new_tokens}")
-    if not 1 <= request.samples <= MOST_SAMPLES:
-        raise UserError(f"samples: must be 1 to {MOST_SAMPLES}, found {request.samples}")
+    if not 1 <= request.samples <= MAX_SAMPLES:
+        raise UserError(f"samples: must be 1 to {MAX_SAMPLES}, found {request.samples}")
     if request.logprobs is not None and not 0 <= request.logprobs <= vocab_size:
         raise UserError(f"logprobs: must be 0 to {vocab_size}, the vocabulary, found {request.logprobs}")
     if not all(request.stop_texts):
         raise UserError("stop: an empty string would end every answer; leave it out")
     check_ids("logit_bias", request.logit_bias, vocab_size)
     for token, value in request.logit_bias.items():
-        if not (math.isfinite(value) and abs(value) <= MOST_BIAS):
-            raise UserError(f"logit_bias: token {token} has {value}; must be from -{MOST_BIAS:g} to {MOST_BIAS:g}")
+        if not (math.isfinite(value) and abs(value) <= MAX_BIAS):
+            raise UserError(f"logit_bias: token {token} has {value}; must be from -{MAX_BIAS:g} to {MAX_BIAS:g}")
     if request.text not in TEXTS:
         raise UserError(f"text: '{request.text}' is not one of {', '.join(TEXTS)}")
     if not has_tokenizer and (request.text != "none" or request.stop_texts):

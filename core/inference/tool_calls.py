@@ -27,7 +27,7 @@ class ToolCall:
     arguments: str
 
 
-Said = str | ToolCall
+AnswerPart = str | ToolCall
 _SLICE = 4096  # characters of a piece that are read at once
 
 
@@ -44,9 +44,9 @@ class ToolCallStream:
         self._block: _Block | None = None
         self._called = False  # the last thing told was a call
 
-    def push(self, piece: str) -> list[Said]:
+    def push(self, piece: str) -> list[AnswerPart]:
         """What this piece makes certain."""
-        said: list[Said] = []
+        said: list[AnswerPart] = []
         # Each block copies what is left of its piece, so that a long one costs the square of its length.
         for first in range(0, len(piece), _SLICE):
             part = piece[first : first + _SLICE]
@@ -54,9 +54,9 @@ class ToolCallStream:
                 part = self._outside(part, said) if self._block is None else self._inside(self._block, part, said)
         return said
 
-    def flush(self) -> list[Said]:
+    def flush(self) -> list[AnswerPart]:
         """What is left at the end of the answer."""
-        said: list[Said] = []
+        said: list[AnswerPart] = []
         while self._block is not None:
             block, self._block = self._block, None
             if block.call is not None:
@@ -73,7 +73,7 @@ class ToolCallStream:
             self._tell(held, said)
         return said
 
-    def _outside(self, piece: str, said: list[Said]) -> str:
+    def _outside(self, piece: str, said: list[AnswerPart]) -> str:
         """Text up to the next block; returns what is left to read."""
         text, self._mark = self._mark + piece, ""
         begin = text.find(TOOL_CALL)
@@ -91,7 +91,7 @@ class ToolCallStream:
         self._mark = text[certain:]
         return ""
 
-    def _inside(self, block: _Block, piece: str, said: list[Said]) -> str:
+    def _inside(self, block: _Block, piece: str, said: list[AnswerPart]) -> str:
         rest = block.push(piece)
         if rest is None:
             return ""
@@ -103,7 +103,7 @@ class ToolCallStream:
             self._tell(block.text, said)
         return rest
 
-    def _tell(self, text: str, said: list[Said]) -> None:
+    def _tell(self, text: str, said: list[AnswerPart]) -> None:
         if self._called:
             text = text.lstrip()
         if text:

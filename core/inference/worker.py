@@ -29,7 +29,7 @@ from telechat_twins.core.types import JsonObject
 
 
 @dataclasses.dataclass(frozen=True)
-class Job:
+class GenerationJob:
     """What the ranks need: a model and how it is held, one request, and where its tokenizer is."""
 
     backend: str
@@ -60,7 +60,7 @@ def inference_layout(text: str) -> Layout:
     return dataclasses.replace(layout, sequence_parallel=False)
 
 
-def write_job(path: Path, job: Job) -> None:
+def write_job(path: Path, job: GenerationJob) -> None:
     """Keep a job for the ranks."""
     request = dataclasses.asdict(job.request)
     request["stop_ids"] = sorted(job.request.stop_ids)
@@ -68,7 +68,7 @@ def write_job(path: Path, job: Job) -> None:
     path.write_text(json.dumps(values), encoding="utf-8")
 
 
-def read_job(path: Path) -> Job:
+def read_job(path: Path) -> GenerationJob:
     """What ``write_job`` kept."""
     values = json.loads(path.read_text(encoding="utf-8"))
     request = values["request"]
@@ -80,7 +80,7 @@ def read_job(path: Path) -> Job:
         "sampling": SamplingConfig(**request["sampling"]),
     }
     values |= {"config": from_mapping(ModelConfig, values["config"], "config"), "request": Request(**request)}
-    return Job(**values)
+    return GenerationJob(**values)
 
 
 def write_events(path: Path, events: Sequence[Event]) -> None:

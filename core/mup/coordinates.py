@@ -36,7 +36,7 @@ GROWING = 0.5
 
 
 @dataclass(frozen=True)
-class Record:
+class WidthRecord:
     """One width in one parametrisation. ``scales`` and ``changes``, by group, one number for 0, 1 ... updates: the mean
     of |x| and of |x - x at the start|, over the fixed batch and, where there are several, over layers."""
 
@@ -86,7 +86,7 @@ def token_batch(vocab_size: int, rows: int, seq_len: int, seed: int) -> Batch:
 
 def measure(
     backend: str, parametrisation: str, config: RunConfig, batch: Batch, steps: int, tell: Callable[[], None]
-) -> Record:
+) -> WidthRecord:
     """Make the run's first ``steps`` updates, all on ``batch``, looking before each and after the last.
 
     ``tell`` is called after each look.
@@ -110,7 +110,7 @@ def measure(
             lr = learning_rate(config.optim, config.train.steps, step)
             trainer.update(lr, clip_factor(norm, config.optim.clip_grad))
         tell()
-    return Record(parametrisation, config.model.hidden_size, scales, changes, losses)
+    return WidthRecord(parametrisation, config.model.hidden_size, scales, changes, losses)
 
 
 def group_of(name: str) -> str:
@@ -119,7 +119,7 @@ def group_of(name: str) -> str:
     return "stream" if last.isdigit() else last
 
 
-def slope(records: Sequence[Record], kind: str, group: str, step: int) -> float:
+def slope(records: Sequence[WidthRecord], kind: str, group: str, step: int) -> float:
     """d log(size) / d log(width) by least squares over ``records``; ``kind``: scales or changes."""
     sizes = [getattr(record, kind)[group][step] for record in records]
     if not all(math.isfinite(size) and size > 0 for size in sizes):
@@ -128,7 +128,7 @@ def slope(records: Sequence[Record], kind: str, group: str, step: int) -> float:
     return float(np.polyfit(widths, np.log(sizes), 1)[0])
 
 
-def judge(records: Sequence[Record]) -> list[Judged]:
+def judge(records: Sequence[WidthRecord]) -> list[Judged]:
     """What must hold: flat at the start and flat in change after the last update under muP, growth in the contrast."""
     mup = [record for record in records if record.parametrisation == MUP]
     contrast = [record for record in records if record.parametrisation == STANDARD]
@@ -144,7 +144,7 @@ def judge(records: Sequence[Record]) -> list[Judged]:
     return found
 
 
-def to_json(records: Sequence[Record], judged: Sequence[Judged], facts: JsonObject) -> JsonObject:
+def to_json(records: Sequence[WidthRecord], judged: Sequence[Judged], facts: JsonObject) -> JsonObject:
     """What check.json holds."""
     rows = [
         {

@@ -18,9 +18,9 @@ from telechat_twins.core.serve.completions import token_text
 from telechat_twins.core.serve.errors import ApiError, shown
 from telechat_twins.core.serve.fields import Fields
 from telechat_twins.core.serve.job import (
-    MOST_LOGPROBS,
+    MAX_LOGPROBS,
+    AnswerJob,
     Draft,
-    Job,
     Served,
     check_model,
     read_bias,
@@ -70,7 +70,7 @@ def read_chat(body: JsonObject, served: Served, tenant: str = "") -> Draft:
     fields.done()
     messages = read_messages(fields, found)
 
-    def encode() -> Job:
+    def encode() -> AnswerJob:
         ids = _encode(messages, tools, served)
         request = Request(
             prompt_ids=tuple(ids),
@@ -84,7 +84,7 @@ def read_chat(body: JsonObject, served: Served, tenant: str = "") -> Draft:
             text="tools" if tools else "answer",
             cache_salt=salt,
         )
-        return Job((request,), ChatWriter(served.tokenizer, bool(tools)), stream, include_usage)
+        return AnswerJob((request,), ChatWriter(served.tokenizer, bool(tools)), stream, include_usage)
 
     return Draft(samples, encode)
 
@@ -107,7 +107,7 @@ def _asked_tokens(fields: Fields) -> int | None:
 
 
 def _read_logprobs(fields: Fields) -> int | None:
-    wanted, top = fields.boolean("logprobs"), fields.integer("top_logprobs", 0, MOST_LOGPROBS)
+    wanted, top = fields.boolean("logprobs"), fields.integer("top_logprobs", 0, MAX_LOGPROBS)
     if top is not None and not wanted:
         fields.refuse("top_logprobs", "needs logprobs to be true")
     return (top or 0) if wanted else None

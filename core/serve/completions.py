@@ -9,9 +9,9 @@ from telechat_twins.core.inference.sampling import Choice
 from telechat_twins.core.serve.errors import shown
 from telechat_twins.core.serve.fields import Fields
 from telechat_twins.core.serve.job import (
-    MOST_LOGPROBS,
+    MAX_LOGPROBS,
+    AnswerJob,
     Draft,
-    Job,
     Served,
     check_model,
     read_bias,
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from telechat_twins.core.data.tokenizer import Tokenizer
 
 DEFAULT_NEW = 16  # as the OpenAI interface
-MOST_PROMPTS = 128
+MAX_PROMPTS = 128
 
 
 def read_completion(body: JsonObject, served: Served, tenant: str = "") -> Draft:
@@ -39,7 +39,7 @@ def read_completion(body: JsonObject, served: Served, tenant: str = "") -> Draft
     check_model(fields, served)
     stream, include_usage = read_stream(fields)
     samples, asked = read_samples(fields), fields.integer("max_tokens", 1, None)
-    logprobs = fields.integer("logprobs", 0, MOST_LOGPROBS)
+    logprobs = fields.integer("logprobs", 0, MAX_LOGPROBS)
     sampling, stops = read_sampling(fields), read_stops(fields)
     bias = read_bias(fields, served.config.num_tokens)
     salt = read_salt(fields, tenant)
@@ -54,7 +54,7 @@ def read_completion(body: JsonObject, served: Served, tenant: str = "") -> Draft
     fields.done()
     prompts = read_prompts(fields, found, served)
 
-    def encode() -> Job:
+    def encode() -> AnswerJob:
         encoded = [_encode(prompt, served) for prompt in prompts]
         new = room(served, encoded, asked, DEFAULT_NEW, "prompt")
         requests = tuple(
@@ -72,7 +72,7 @@ def read_completion(body: JsonObject, served: Served, tenant: str = "") -> Draft
             )
             for ids in encoded
         )
-        return Job(requests, CompletionWriter(served.tokenizer), stream, include_usage)
+        return AnswerJob(requests, CompletionWriter(served.tokenizer), stream, include_usage)
 
     return Draft(len(prompts) * samples, encode)
 
@@ -94,8 +94,8 @@ def read_prompts(fields: Fields, found: object, served: Served) -> list[str | li
     if found is None:
         fields.refuse("prompt", "is missing", "missing_required_parameter")
     several = found if isinstance(found, list) and found and not _is_id(found[0]) else [found]
-    if len(several) > MOST_PROMPTS:
-        fields.refuse("prompt", f"at most {MOST_PROMPTS} prompts at once, found {len(several)}", "invalid_value")
+    if len(several) > MAX_PROMPTS:
+        fields.refuse("prompt", f"at most {MAX_PROMPTS} prompts at once, found {len(several)}", "invalid_value")
     prompts: list[str | list[int]] = []
     for place, prompt in enumerate(several):
         where = f"prompt[{place}] " if several is found else ""

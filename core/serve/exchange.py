@@ -16,7 +16,7 @@ from starlette.types import Receive, Scope, Send
 
 from telechat_twins.core.inference.requests import Usage
 from telechat_twins.core.serve.errors import ApiError
-from telechat_twins.core.serve.job import Job, Served
+from telechat_twins.core.serve.job import AnswerJob, Served
 from telechat_twins.core.serve.service import Ticket
 from telechat_twins.core.types import JsonObject
 
@@ -35,7 +35,7 @@ class Exchange:
     def __init__(
         self,
         served: Served,
-        job: Job,
+        job: AnswerJob,
         ticket: Ticket,
         deadline: float,
         seconds: float,

@@ -13,7 +13,7 @@ from telechat_twins.core.types import JsonObject
 Unchecked = object  # a JSON value as it came; the class below has a method of that name
 Kind = TypeVar("Kind")
 Number = TypeVar("Number", int, float)
-LONGEST_HINT = 40  # characters of a field's name that is compared with those that there are
+MAX_HINT_CHARACTERS = 40  # characters of a field's name that is compared with those that there are
 
 
 class Fields:
@@ -86,7 +86,7 @@ class Fields:
         for field, value in self._found.items():
             if field not in self._known and value is not None:
                 # Comparing takes time in the product of the lengths.
-                near = difflib.get_close_matches(field, self._known, n=1) if len(field) <= LONGEST_HINT else []
+                near = difflib.get_close_matches(field, self._known, n=1) if len(field) <= MAX_HINT_CHARACTERS else []
                 hint = f", did you mean '{near[0]}'?" if near else ""
                 name = self.name(shown_name(field))
                 raise ApiError(400, f"Unknown parameter: '{name}'{hint}", name, "unknown_parameter")

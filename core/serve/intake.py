@@ -18,8 +18,8 @@ from starlette.requests import ClientDisconnect
 from telechat_twins.core.serve import strict_json
 from telechat_twins.core.serve.errors import ApiError, shown
 from telechat_twins.core.serve.exchange import ClientGone
-from telechat_twins.core.serve.job import Draft, Job, Served
-from telechat_twins.core.serve.length import most_characters, too_long
+from telechat_twins.core.serve.job import AnswerJob, Draft, Served
+from telechat_twins.core.serve.length import max_characters, too_long
 from telechat_twins.core.serve.service import Service
 from telechat_twins.core.types import JsonObject
 
@@ -47,7 +47,7 @@ class Intake:
         self._pace = asyncio.Semaphore(1)
         self._held = 0  # bytes of large bodies
 
-    async def job(self, request: Request, read: Read, tenant: str, deadline: float) -> Job:
+    async def job(self, request: Request, read: Read, tenant: str, deadline: float) -> AnswerJob:
         """The job that a request asks for, on behalf of ``tenant``. ApiError says what is wrong with it."""
         async with self._body(request) as raw:
             turn = self._large if len(raw) > LARGE else self._ordinary
@@ -121,7 +121,7 @@ def too_large(most: int) -> ApiError:
 def json_object(raw: bytes | bytearray, served: Served) -> JsonObject:
     """The object in a request's body; ApiError 400 says what is wrong with it."""
     try:
-        found = strict_json.parse(raw, max(most_characters(served), LARGE))
+        found = strict_json.parse(raw, max(max_characters(served), LARGE))
     except UnicodeDecodeError as error:
         raise ApiError(400, f"body: not UTF-8 text (byte {error.start})") from None
     except strict_json.HalfCharacter as error:

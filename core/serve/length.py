@@ -18,9 +18,9 @@ FIRST_LOOK = 4  # characters a token: what ordinary text has
 def check_length(served: Served, texts: Sequence[str], param: str) -> None:
     """ApiError 400 when ``texts``, together one prompt, cannot fit or are found not to. Others may still be too long,
     by less than a factor of two."""
-    tokens = min(served.most_prompt, served.context - 1)
+    tokens = min(served.max_prompt, served.context - 1)
     characters = sum(map(len, texts))
-    if characters > most_characters(served):
+    if characters > max_characters(served):
         raise too_long(served, param, f"resulted in {characters} characters")
     size = FIRST_LOOK * tokens
     while size < characters:
@@ -30,9 +30,9 @@ def check_length(served: Served, texts: Sequence[str], param: str) -> None:
         size *= FIRST_LOOK
 
 
-def most_characters(served: Served) -> int:
+def max_characters(served: Served) -> int:
     """Characters of the longest prompt that could fit."""
-    return min(served.most_prompt, served.context - 1) * served.tokenizer.longest_piece
+    return min(served.max_prompt, served.context - 1) * served.tokenizer.longest_piece
 
 
 def _beginning(texts: Sequence[str], size: int) -> Iterator[str]:

@@ -215,7 +215,7 @@ def test_what_does_not_fit_has_the_code_that_clients_look_for(server):
 
 
 def test_limits_of_the_server_are_its_own():
-    with running(most_prompt=20, most_new=6) as server:
+    with running(max_prompt=20, max_new=6) as server:
         answer = ask(server.port, COMPLETIONS, completion(prompt=[40] * 21))
         assert "This server takes prompts of at most 20 tokens. However, your prompt resulted in 21" in str(
             answer.error

@@ -43,7 +43,7 @@ class Mixing(Replier):
 
 
 def test_an_answer_changed_by_company_is_found():
-    with running(runner=Mixing(lambda question: "fine"), most_running=16, max_queue=64) as made:
+    with running(runner=Mixing(lambda question: "fine"), max_running=16, max_queue=64) as made:
         found = soak(made.port, os.getpid(), 80)
         assert any("in company" in line for line in found["wrong"])
 
