@@ -117,7 +117,7 @@ def to_mindformers(
     """Write ``target`` as a MindFormers checkpoint in a form of ``MINDFORMERS_FORMS``.
 
     ``mp`` ranks get a file each, or with ``whole`` one checkpoint whose rows are in the order that an equal cut among
-    ``mp`` ranks wants. model.json says what is in it, so that it can be read back; the small files lie in assets/.
+    ``mp`` ranks wants. model.json records form and ranks, so that it can be read back; the small files lie in assets/.
     UserError for a model the form cannot hold, and for ranks that the model cannot be shared among.
     """
     source = PlainSource(source)
@@ -164,7 +164,7 @@ def canonical_to_hf(
 
 
 def _model(source: ModelSource) -> JsonObject:
-    """What model.json says of a model: its config and, if it came from a release, that one's."""
+    """The description of a model in model.json: its config and, if it came from a release, that one's."""
     return {"config": source.config.to_dict(), **({"hf": source.record} if source.record else {})}
 
 

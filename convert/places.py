@@ -1,4 +1,4 @@
-"""Which models a format has a place for: the one table of what each format can hold of a ModelConfig.
+"""Format capabilities: the table of which values of ModelConfig each checkpoint format can represent.
 
 A format that is not a canonical checkpoint holds a model only if it, and the code that reads it, can say every number
 that changes the arithmetic. A field of ModelConfig that no line here names has a place nowhere but in a canonical

@@ -1,4 +1,4 @@
-"""One way to read a model's weights, whatever folder they come in: a release or a canonical checkpoint."""
+"""Weight sources: the tensors of a model by logical name, from a release or a canonical checkpoint."""
 
 from __future__ import annotations
 
@@ -162,7 +162,7 @@ class PlainSource(ModelSource):
     """A model that grew, as the plain model that computes the same, where there is one.
 
     An RMSNorm that divides by norm_divisor is one over all channels with its gain times sqrt(norm_divisor / E) and its
-    epsilon times norm_divisor / E. Rows of the vocabulary that only pad are left away. The rest is as it was; what has
+    epsilon times norm_divisor / E. Rows of the vocabulary that only pad are left out. The rest is as it was; what has
     no plain form (a LayerNorm over some channels, masks between two sizes) stays in the config.
     """
 
@@ -182,7 +182,7 @@ class PlainSource(ModelSource):
         if folded:
             self.notes = (*self.notes, f"norm_divisor {config.norm_divisor:g} is folded into gains and epsilon")
         if self.config.vocab_size < config.vocab_size:
-            self.notes = (*self.notes, f"{config.vocab_size - config.num_tokens} rows of padding are left away")
+            self.notes = (*self.notes, f"{config.vocab_size - config.num_tokens} rows of padding are left out")
 
     def dtype(self, name: str) -> np.dtype:
         return self.source.dtype(name)

@@ -1,4 +1,4 @@
-"""Growing a canonical checkpoint: streamed from any pieces, written beside the source, complete or not at all."""
+"""Growth of a canonical checkpoint: streamed from its pieces and written atomically beside the source."""
 
 from __future__ import annotations
 
@@ -43,8 +43,8 @@ def grow_checkpoint(
     """Write the grown model of ``plan`` to ``target``: weights, and m and v where the checkpoint has them.
 
     The step, the data position and all else of the training state stay; the growth joins the model's history, from
-    which the age of every entry follows. ``on_bytes`` hears of tensors as they are written. The source is verified
-    meanwhile; UserError, and no target, if a file of it is altered.
+    which the age of every entry follows. ``on_bytes`` is called with each piece's bytes as it is written. The source is
+    verified meanwhile; UserError, and no target, if a file of it is altered.
     """
     where = str(checkpoint.path / "model.json")
     history = [growth.to_dict() for growth in (*read_history(checkpoint.model, where), plan.growth)]
@@ -66,8 +66,8 @@ def grow_checkpoint(
             target,
             checkpoint.step,
             model={"config": plan.config.to_dict(), "grown": history},
-            weights=_told(ahead(weights), on_bytes),
-            optimizer=_after(_told(ahead(state), on_bytes) if checkpoint.names("optimizer") else (), verified),
+            weights=_counted(ahead(weights), on_bytes),
+            optimizer=_after(_counted(ahead(state), on_bytes) if checkpoint.names("optimizer") else (), verified),
             trainer=trainer,
             assets=[*(asset for asset in checkpoint.assets if asset.name != MODEL_FILE), described],
             max_file_bytes=min(MAX_FILE_BYTES, max(LEAST_FILE_BYTES, sum(sizes) // FILES)),
@@ -95,7 +95,7 @@ def _after(pieces: Iterable[TensorPiece], verified: Future[Checkpoint]) -> Itera
     verified.result()
 
 
-def _told(pieces: Iterable[TensorPiece], on_bytes: Callable[[int], object]) -> Iterator[TensorPiece]:
+def _counted(pieces: Iterable[TensorPiece], on_bytes: Callable[[int], object]) -> Iterator[TensorPiece]:
     for piece in pieces:
         on_bytes(piece.array.nbytes)
         yield piece

@@ -1,4 +1,4 @@
-"""What a growth step will do, decided and checked before a tensor is read: sizes, blocks, multipliers, what is zero."""
+"""Growth plan: sizes, blocks and multipliers of a growth step, decided and checked before a tensor is read."""
 
 from __future__ import annotations
 
@@ -226,4 +226,4 @@ def _check_head_dim(source: ModelConfig, target: ModelConfig, allowed: bool) -> 
             f"{old}; put {heads}head_dim: {old} into the target, or ask for another head size with --grow-head-dim"
         )
     if new % old:
-        raise UserError(f"target.head_dim: {new} is no multiple of the model's {old}: rotary pairs would have no place")
+        raise UserError(f"target.head_dim: {new} is not a multiple of the model's {old}; rotary pairs would not match")

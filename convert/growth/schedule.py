@@ -40,7 +40,7 @@ _FIXED = {"train": ("steps", "schedule_steps", "seed"), "optim": (), "kernels": 
 
 @dataclass(frozen=True, kw_only=True)
 class GrowConfig:
-    """How a stage grows from the one before; convert.growth.plan.Options says what each means."""
+    """How a stage grows from the one before; convert.growth.plan.Options documents each field."""
 
     method: str = option("masked", help="how the function is kept", choices=METHODS)
     anneal_steps: int = option(1000, help="steps until the masks are 1", min=1)
@@ -136,7 +136,7 @@ def parse_depth(text: str) -> str | tuple[int, ...]:
     try:
         return tuple(int(word) for word in text.split(","))
     except ValueError:
-        raise UserError(f"depth: {text!r} is no list of blocks; write them as 0,0,1,2") from None
+        raise UserError(f"depth: expected insert, stack or blocks such as 0,0,1,2, found {text!r}") from None
 
 
 def _stage(values: object, where: str) -> JsonObject:

@@ -23,9 +23,9 @@ _TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 @dataclass(frozen=True)
 class _Format:
-    """One family's config.json: keys, switches, what the family always does (``fixed``), what is refused, what a fresh
-    file says besides. ``mup``: logits are multiplied by output_mult / mup_scale_factor. ``theta``: the written name of
-    the rotary base."""
+    """One family's config.json: keys, switches, what the family always does (``fixed``), what is refused, the other
+    keys of a fresh file. ``mup``: logits are multiplied by output_mult / mup_scale_factor. ``theta``: the
+    written name of the rotary base."""
 
     keys: tuple[Key, ...]
     refused: Refused
@@ -286,7 +286,7 @@ def dump_config(released: JsonObject) -> str:
 
 
 def token_keys(config: ModelConfig) -> JsonObject:
-    """bos, eos and pad as a config says them: eos is a list where several tokens end generation."""
+    """bos, eos and pad as a config holds them: eos is a list where several tokens end generation."""
     ends = (config.eos_token_id, *config.end_token_ids)
     return {
         "bos_token_id": config.bos_token_id,

@@ -1,6 +1,6 @@
-"""Keys of config.json that would change the arithmetic to something this decoder does not do, and keys that would not.
+"""Unsupported keys of config.json, which would change the arithmetic, and the keys known to be harmless.
 
-A key with a value outside the harmless ones is refused by name; a key of which nothing here has heard is named in a
+A key with a value outside the harmless ones is refused by name; an unknown key is named in a
 note.
 """
 
@@ -124,10 +124,10 @@ def check_sizes(released: JsonObject, hidden_size: int, num_heads: int, kv_heads
 
 
 def unknown_note(released: JsonObject, known: Iterable[str], where: str) -> list[str]:
-    """A note that names the keys of which nothing here has heard; none without such keys.
+    """A note that names the unknown keys; none without such keys.
 
-    UserError for one that speaks of the rotation, since whatever it says would be another arithmetic; null, false and
-    what is empty say nothing.
+    UserError for one that names the rotation, since its value would change the arithmetic; null, false and empty values
+    pass.
     """
     heard = {*known, *_HARMLESS, *EVERYWHERE, *THETA_NAMES, *SECTIONS}
     strange = [name for name in released if name not in heard]

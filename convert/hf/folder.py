@@ -61,7 +61,7 @@ class HfFolder:
     """
 
     def __init__(self, path: str | Path, verify: bool = True, on_bytes: Callable[[int], object] | None = None) -> None:
-        """``verify``: hash the files, where the folder has SHA256SUMS; ``on_bytes`` hears of progress.
+        """``verify``: hash the files, where the folder has SHA256SUMS; ``on_bytes`` is called with the bytes read.
 
         UserError names the file and what is wrong: missing config or shard, damage, names or shapes that differ.
         """
@@ -100,7 +100,7 @@ class HfFolder:
                 f"lm_head.weight is not {table}; set tie_word_embeddings to false"
             )
         del self._home["lm_head.weight"]
-        self.notes.append("lm_head.weight is not read: it is the embedding, as tie_word_embeddings says")
+        self.notes.append("lm_head.weight is not read: it is the embedding, by tie_word_embeddings")
 
     def code(self, name: str) -> str:
         """Safetensors name of a released tensor's dtype."""
@@ -254,7 +254,7 @@ def write_folder(
             index: JsonObject = {"metadata": {"total_size": total}, "weight_map": weight_map}
             if same and original_index is not None:
                 known = load_json(original_index, "a checkpoint index")
-                # Nothing has changed, so neither does what else the index says.
+                # Nothing has changed, so the other entries of the index stay too.
                 index = known if known.get("weight_map") == weight_map else index
             _write_json(building / INDEX, index, original_index, _dump_index)
         for name, asset in originals.items():
@@ -282,7 +282,7 @@ def _generation_ends(path: Path, config: ModelConfig) -> tuple[tuple[int, ...], 
 
 
 def _write_json(path: Path, value: JsonObject, original: Path | None, dump: Callable[[JsonObject], str]) -> None:
-    """Write JSON; where the original file says the same, its very bytes."""
+    """Write JSON; where the original file holds the same value, its bytes are copied."""
     if original is not None and load_json(original, "JSON") == value:
         shutil.copyfile(original, path)
     else:

@@ -1,7 +1,7 @@
-"""The files with which transformers, vLLM and llama.cpp read a SentencePiece tokenizer and the chat layout.
+"""Export of a SentencePiece tokenizer and its chat template for transformers, vLLM and llama.cpp.
 
-tokenizer.model is the truth; tokenizer.json says the same to the tokenizers library, which transformers and vLLM use,
-so that no code need be run. Tokenizers that cannot be said so exactly go without.
+tokenizer.model is authoritative. tokenizer.json describes the same tokenizer to the tokenizers library, which
+transformers and vLLM use, so that no remote code is needed; it is left out where the description would not be exact.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ CHAT_TEMPLATE = """\
 def write_tokenizer_files(folder: Path, config: ModelConfig) -> None:
     """For the tokenizer.model in ``folder``: tokenizer_config.json, and tokenizer.json where it can be said exactly.
 
-    UserError if the file is no tokenizer or has more pieces than the model's vocabulary.
+    UserError if the file is not a tokenizer or has more pieces than the model's vocabulary.
     """
     pieces = load_pieces(folder / "tokenizer.model", config)
     exact = tokenizer_json(pieces)
@@ -256,7 +256,7 @@ def load_pieces(path: Path, config: ModelConfig) -> SentencePieceProcessor:
         pieces.id_to_piece(list(range(pieces.get_piece_size())))  # a damaged piece is found out here
     except (OSError, RuntimeError, UnicodeDecodeError):
         raise UserError(
-            f"{path.name}: is no SentencePiece model; give the tokenizer.model of the training run"
+            f"{path.name}: is not a SentencePiece model; give the tokenizer.model of the training run"
         ) from None
     if pieces.get_piece_size() > config.num_tokens:
         raise UserError(

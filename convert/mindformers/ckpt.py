@@ -65,7 +65,7 @@ class CkptFile:
     def _not_one(self) -> UserError:
         return UserError(
             f"{self.path}: is not a MindSpore checkpoint; it looks like {kind_of(self.path)}; if it holds pickled "
-            "weights, convert them to safetensors with the tools of whoever made it"
+            "weights, convert them to safetensors with the tools that wrote it"
         )
 
     def _checked(self) -> memoryview:

@@ -1,4 +1,4 @@
-"""``tele bench decode``: tokens one by one, for a single sequence and for several that share every step.
+"""Decoding benchmark (``tele bench decode``): one token a step, for a single sequence and for a batch.
 
 Contestants are the engine on each backend and, where the transformers library is installed, Hugging Face's ``generate``
 with its cache, on a model of the same shapes in PyTorch (kernels/bench/hf.py). They work in turns, as in ``tele bench
@@ -30,7 +30,7 @@ Turns = dict[tuple[str, int], list[JsonObject]]
 
 
 def contestants(names: list[str]) -> tuple[list[str], list[str]]:
-    """``names``, with Hugging Face's where it can be measured, and what is to be said of one that cannot."""
+    """``names``, with Hugging Face's where it can be measured, and a note where it cannot."""
     if importlib.util.find_spec("transformers") is not None:
         return [*names, HF], []
     return names, [f"{TITLES[HF]}: not measured (transformers is not installed here)."]

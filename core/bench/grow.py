@@ -1,4 +1,4 @@
-"""How fast a checkpoint grows, against the disk: `tele grow` and plain writing of as many bytes, in turns."""
+"""Benchmark of `tele grow` against the disk: growing a checkpoint and plain writing of as many bytes, in turns."""
 
 from __future__ import annotations
 
@@ -115,7 +115,7 @@ def _write_source(folder: Path, config: ModelConfig) -> None:
 
 
 def _grow(source: Path, target: Path) -> tuple[float, int]:
-    """Seconds and peak bytes of the command, by its own account: what wait4 tells of a child that was forked begins
+    """Seconds and peak bytes of the command, by its own account: wait4's figure for a forked child begins
     with its parent's peak."""
     command = [sys.executable, "-c", _COMMAND, "grow", str(source), str(target), "--set", *TARGET]
     started = time.perf_counter()

@@ -1,4 +1,4 @@
-"""``tele bench kernels``: every operator in every implementation, against what the machine allows.
+"""Operator benchmark (``tele bench kernels``): every operator in every implementation, against the machine's limits.
 
 A process for each framework (kernels/bench/process.py). Within a turn its implementations are called one after
 another, and beside them a plain copy and a plain reading, both larger than any cache, and a plain matrix product of

@@ -1,4 +1,4 @@
-"""``tele bench parallel``: what one rank measures of several layouts, and what all ranks' measurements say together.
+"""Layout benchmark (``tele bench parallel``): one rank's measurements, and the summary of all ranks'.
 
     core/bench/parallel.py BACKEND FOLDER       (a rank, under msrun or torchrun)
 
@@ -249,7 +249,7 @@ def _alone(threads: str | None) -> dict[str, str]:
 def summarise(options: JsonObject, text: str, records: Sequence[RankRecord], single: JsonObject) -> dict:
     """The row of one layout from the records of all its ranks and the turns of the single process beside them.
 
-    Lists are by rank where nothing else is said. ``traffic``: "counted" and "formula" bytes handed to collectives in a
+    Lists are by rank unless noted. ``traffic``: "counted" and "formula" bytes handed to collectives in a
     step, the formula's on the wire ("wire"), and in "differs" every (operation, group) in which counting and
     core.parallel.traffic.expected_traffic disagree. ``pipeline`` and ``ring`` are None where the layout has none.
     """
@@ -330,7 +330,7 @@ def states_of(config: RunConfig, rank: int) -> int:
 
 
 def pipeline_row(config: RunConfig, records: Sequence[RankRecord]) -> JsonObject:
-    """Share of the pipeline's time that its ranks waited for other stages, step by step, and what theory says.
+    """Share of the pipeline's time that its ranks waited for other stages, step by step, and the forecasts.
 
     ``formula``: equal stages. ``simulated``: core.parallel.schedule with each stage's own forward and backward
     seconds, as measured (``forward``, ``backward``, by global stage).

@@ -1,4 +1,4 @@
-"""``tele bench serve``: clients that ask ``tele serve`` at once, each for one answer after the other.
+"""Serving benchmark (``tele bench serve``): concurrent clients of ``tele serve``, each sending one request at a time.
 
 Contestants are a server for each backend, and where the transformers library is installed Hugging Face's ``generate``
 in the same process (kernels/bench/hf.py): a batch that starts and ends together, without HTTP, its prompts not counted.
@@ -38,7 +38,7 @@ from telechat_twins.core.types import JsonObject
 ROUNDS = 2
 REQUESTS = 24  # of all clients together in a round, and two of each at least
 MODEL = "bench"
-LOOK = 0.02  # seconds between two looks at the cache
+CACHE_POLL_S = 0.02  # between two readings of the cache's use
 PAGES = re.compile(r"^tele_cache_pages_(used|free) (\d+)$", re.MULTILINE)
 
 
@@ -68,7 +68,7 @@ class ServerProcess:
         assert self._process.stdout is not None
         found = re.search(r":(\d+)$", self._process.stdout.readline().strip())
         if found is None:
-            raise SystemExit(self._process.wait())  # it has said why
+            raise SystemExit(self._process.wait())  # its message is on stderr
         self.port = int(found[1])
         self._process.send_signal(signal.SIGSTOP)
 
@@ -93,7 +93,7 @@ class ServerProcess:
             return [answer_times(self.port, ids, new) for ids in mine]
 
         def look() -> None:
-            while not over.wait(LOOK):
+            while not over.wait(CACHE_POLL_S):
                 shares.append(cache_share(self.port))
 
         with ThreadPoolExecutor(clients + 1) as pool:
@@ -124,7 +124,7 @@ def answer_times(port: int, ids: list[int], new: int) -> tuple[list[float], int]
         if line.startswith(b"data: {"):
             event = json.loads(line.removeprefix(b"data: "))
             if "error" in event:
-                raise RuntimeError(f"the server said: {event['error']['message']}")
+                raise RuntimeError(f"the server answered: {event['error']['message']}")
             if event["choices"]:
                 times.append(time.perf_counter())
             else:

@@ -1,4 +1,4 @@
-"""``tele bench step``: contestants in processes of their own that work in turns.
+"""Training-step benchmark (``tele bench step``): contestants in separate processes that take turns.
 
 A round is one turn of each, in alternating order, so that a ratio is taken from turns that followed each other and met
 the same machine.
@@ -76,10 +76,10 @@ def to_markdown(result: JsonObject) -> str:
             f"{result['flops_per_step'] / times['median'] / 1e9:.1f}",
         ]
         lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join([*lines, *_told(result, "step time")])
+    return "\n".join([*lines, *_ratio_lines(result, "step time")])
 
 
-def _told(result: JsonObject, what: str) -> list[str]:
+def _ratio_lines(result: JsonObject, what: str) -> list[str]:
     lines = [
         f"{_sentence(ratio['of'])} takes {ratio['median']:.2f} times {TITLES[ratio['to']]}'s {what} "
         f"(rounds: {ratio['low']:.2f} to {ratio['high']:.2f})."
@@ -123,7 +123,7 @@ def machine(result: JsonObject) -> str:
 
 
 def processor() -> str:
-    """The processor's own name where the system tells it (Linux), else its architecture."""
+    """The processor's own name where the system reports it (Linux), else its architecture."""
     try:
         for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
             if line.startswith("model name"):

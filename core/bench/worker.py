@@ -1,4 +1,4 @@
-"""One contestant, warm and waiting, for ``tele bench``: orders on stdin, answers on stdout, one JSON object a line.
+"""Benchmark worker process: one contestant of ``tele bench``, with orders on stdin and answers on stdout as JSON lines.
 
     python -m telechat_twins.core.bench.worker ms '{"model": "telechat2-tiny", ...}'
     {"steps": 5}
@@ -57,7 +57,7 @@ class Trainer(Protocol):
 def bench_config(options: JsonObject) -> RunConfig:
     """A training run on random tokens: ``model``, ``seq_len``, ``micro_batch``, ``micro_batches``, ``precision``.
 
-    ``layout``, a layout's text, says how it is split; without it, one process.
+    ``layout``: the text of a parallel layout; without it, one process.
     """
     return run_config_from_dict(
         {
@@ -180,7 +180,8 @@ class Worker:
 
 
 def answer_orders(prepare: Callable[[], tuple[JsonObject, Handle]]) -> int:
-    """The worker's side: ``prepare`` says what is ready and what handles an order; then orders until stdin ends."""
+    """The worker's side: ``prepare`` returns the description of the worker and its handler of orders; orders are
+    answered until stdin ends."""
     die_with_parent()  # a stopped process would never see that its stdin has ended
     # Frameworks print on stdout when they please; keep the real one for answers.
     answers = os.fdopen(os.dup(1), "w")

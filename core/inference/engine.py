@@ -1,4 +1,4 @@
-"""The inference engine: requests in, tokens and text out, whichever backend computes.
+"""Inference engine with continuous batching, independent of the backend.
 
 Continuous batching: in every step each running sample gets its next token or a piece of its prompt, samples join and
 leave between steps. What a request's tokens are depends on the request alone: its rotary scaling is fixed when it
@@ -107,7 +107,7 @@ class Engine:
             )
 
     def submit(self, request: Request) -> int:
-        """Queue a request; its number, under which ``step`` tells of it. UserError at once, from ``check``."""
+        """Queue a request; its number, which the events of ``step`` carry. UserError at once, from ``check``."""
         self.check(request)
         with self._news:
             number = self._numbers
@@ -118,13 +118,13 @@ class Engine:
 
     def cancel(self, number: int) -> None:
         """Stop a request, wherever it is; its samples end with "cancelled" in the next step. One that has finished, or
-        was never there, is no mistake."""
+        was never there, is not an error."""
         with self._news:
             self._orders.append((number, None))
             self._news.notify_all()
 
     def cancel_all(self) -> None:
-        """Stop every request, at once, and tell nobody; from the thread that steps."""
+        """Stop every request, at once and without events; from the thread that steps."""
         with self._news:
             self._orders.clear()
         for samples in list(self._samples.values()):
@@ -225,7 +225,7 @@ class Engine:
 
 
 def stream(engine: Engine, request: Request) -> Generator[Event, None, None]:
-    """The events of one request, on an engine that nobody else steps. Left early, the request is cancelled; never
+    """The events of one request, on an engine that no other caller steps. Left early, the request is cancelled; never
     begun, it is never there.
 
     UserError at once, from ``check``.

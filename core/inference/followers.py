@@ -1,4 +1,4 @@
-"""One engine, several ranks: rank 0 schedules and samples, the others compute what it tells them.
+"""Engine on several ranks: rank 0 schedules and samples and broadcasts each step; the other ranks execute it.
 
 Before each step rank 0 sends the step, whole numbers only, in a block of a fixed size, and what does not fit in a
 second one: for some tens of sequences that decode the first is enough. Rotary tables are not sent; every rank makes
@@ -34,7 +34,7 @@ class SharedRunner(Runner, Protocol):
 
 
 class Leader:
-    """Rank 0's runner, for an engine: every step is told to the followers before it is made."""
+    """Rank 0's runner, for an engine: broadcasts every step to the followers before executing it."""
 
     def __init__(self, runner: SharedRunner) -> None:
         self.config: ModelConfig = runner.config
@@ -49,14 +49,14 @@ class Leader:
         return self._runner.run(step)
 
     def close(self) -> None:
-        """Let the followers go."""
+        """Broadcast STOP, which ends ``follow`` on the other ranks."""
         words = np.zeros(WORDS, np.int32)
         words[0] = STOP
         self._runner.share(words)
 
 
 def follow(runner: SharedRunner) -> None:
-    """The other ranks: every step that rank 0 tells, until it says that there are no more."""
+    """The loop of the other ranks: execute every step that rank 0 broadcasts, until it sends STOP."""
     while True:
         first = runner.share(np.zeros(WORDS, np.int32))
         if first[0] == STOP:

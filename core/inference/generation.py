@@ -1,6 +1,6 @@
-"""Generation on an engine: one request at a time, waited for.
+"""Synchronous generation: one request at a time on an engine.
 
-The backend gives logits; everything that decides about them is in core, so both backends say the same.
+The backend gives logits; everything that decides about them is in core, so both backends choose the same tokens.
 """
 
 from __future__ import annotations
@@ -69,10 +69,10 @@ def generate(
 
 
 def answer(engine: Engine, request: Request) -> Generator[Event, None, None]:
-    """The events of one request on an engine that serves nobody else; the iterator left early cancels it.
+    """The events of one request on an engine that serves no other; closing the iterator early cancels it.
 
-    A length beyond the trained one is said on stderr. UserError at once on what the engine refuses, and on the way when
-    the model fails.
+    A length beyond the trained one is noted on stderr. UserError at once on what the engine refuses, and later
+    when the model fails.
     """
     events = stream(engine, request)
     note_length(engine.config, request.total)
@@ -91,7 +91,7 @@ _noted: set[tuple[int, int, int]] = set()
 
 
 def note_length(config: ModelConfig, length: int) -> None:
-    """Say once on stderr that a length goes beyond what the model was trained for. Not an error: the rotary base and
+    """Note once on stderr that a length goes beyond what the model was trained for. Not an error: the rotary base and
     the attention scale grow with the length (core.model.position)."""
     key = (config.max_seqlen, config.training_seqlen, config.base_seqlen)
     if length <= config.max_seqlen or key in _noted:

@@ -86,7 +86,7 @@ def load_model(
 
 
 def _without_padding(config: ModelConfig, path: str | Path | None, own: bool) -> ModelConfig:
-    """``config`` that knows which rows of its vocabulary are padding, by the tokenizer at ``path``; said on stderr."""
+    """``config`` that knows which rows of its vocabulary are padding, by the tokenizer at ``path``; noted on stderr."""
     from telechat_twins.core.data.tokenizer import load_tokenizer
     from telechat_twins.core.data.vocabulary import fit_vocabulary
 

@@ -1,4 +1,4 @@
-"""What is asked of the engine, what it tells, and a sample of an answer on its way between the two."""
+"""Requests, events and per-sequence state of the engine."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ MAX_BIAS = 100.0
 class Request:
     """A prompt and how to go on from it.
 
-    ``samples``: how many answers. ``stop_ids`` end an answer and are no part of it; so do ``stop_texts``, wherever in
-    the text they come together. ``logit_bias`` is added to logits by token id. ``logprobs``: tell each token's
-    log-probability, and those of so many likeliest ones (None: neither). ``margins``: tell how far each token was ahead
+    ``samples``: how many answers. ``stop_ids`` end an answer and are not part of it; so do ``stop_texts``, wherever in
+    the text they come together. ``logit_bias`` is added to logits by token id. ``logprobs``: report each token's
+    log-probability and those of the N likeliest (None: neither). ``margins``: report how far each token was ahead
     of the next. ``text``: none; "answer", which begins a text of its own; "tools", an answer in which the control
     tokens around tool calls are written out; "continuation", whose first word keeps the space that divides it from the
     prompt. ``cache_salt``: prompts use cached pages again only among those of one salt.
@@ -72,7 +72,7 @@ class Event:
     of it: a character of several tokens comes with its last, and what could become a stop string is held back.
     ``offset``: characters of decoded text in front of the token's own, whether they could be shown yet or not. The last
     event of a sample has ``usage`` and a ``finish_reason``: "stop" (``stop``: the token or the string, neither of which
-    is in the text), "length", "cancelled" or "error" (``error`` says what).
+    is in the text), "length", "cancelled" or "error" (``error`` has the message).
     """
 
     request: int
@@ -106,7 +106,7 @@ def check_request(request: Request, vocab_size: int, has_tokenizer: bool) -> Non
     if request.text not in TEXTS:
         raise UserError(f"text: '{request.text}' is not one of {', '.join(TEXTS)}")
     if not has_tokenizer and (request.text != "none" or request.stop_texts):
-        raise UserError("stop: strings are found in text, and there is no tokenizer; give --tokenizer, or token ids")
+        raise UserError("stop: stop strings and text need a tokenizer, found none; give --tokenizer, or token ids")
 
 
 def check_ids(name: str, ids: Iterable[int], vocab_size: int) -> list[int]:
@@ -219,7 +219,7 @@ class Sample:
         return self._last(choice, text, reason, stop, offset=offset)
 
     def end(self, reason: str, error: str | None = None) -> Event:
-        """The event of a sample that ends without a further token; text that was held back is told."""
+        """The event of a sample that ends without a further token; text that was held back is in it."""
         text = ""
         if self._text is not None:
             text = self._stops.push(self._text.flush()) + self._stops.flush()

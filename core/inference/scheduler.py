@@ -1,4 +1,4 @@
-"""Which samples go on in a step, with how many tokens each, and which have to give their pages back.
+"""Scheduler of continuous batching: admission, the share of each sample in a step, and preemption.
 
 Every step, samples that have their prompt behind them get one token each; what is left of the step's tokens goes to
 prompts, the oldest first, in pieces. A sample is admitted when there are pages for all tokens that it has. When one

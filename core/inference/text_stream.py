@@ -1,4 +1,4 @@
-"""From tokens as they are made to text as it may be shown: whole characters, nothing that a stop string takes back."""
+"""Incremental detokenization; holds back partial characters and partial stop strings."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def text_stream(
         return ShownControl(tokenizer, shown)
     context = list(context)[-CONTEXT:]
     stream = tokenizer.stream()
-    # A prompt that ends inside a character is no context: its half would come out with the continuation.
+    # A prompt that ends inside a character is not used as context: its half would come out with the continuation.
     if context and not tokenizer.decode(context, skip_special=True).endswith(REPLACEMENT):
         for token in context:
             stream.push(token)

@@ -1,4 +1,4 @@
-"""The coordinate check of muP: do activations, and what training changes of them, keep their size as the width grows?
+"""Coordinate check of muP: whether activations, and their changes in training, keep their size as the width grows.
 
 A few steps are trained at several widths. Under muP every coordinate of embedding, attention, ffn, stream and logits
 moves by an amount that does not depend on the width; with one set of numbers for all widths (the standard
@@ -85,11 +85,11 @@ def token_batch(vocab_size: int, rows: int, seq_len: int, seed: int) -> Batch:
 
 
 def measure(
-    backend: str, parametrisation: str, config: RunConfig, batch: Batch, steps: int, tell: Callable[[], None]
+    backend: str, parametrisation: str, config: RunConfig, batch: Batch, steps: int, on_look: Callable[[], None]
 ) -> WidthRecord:
     """Make the run's first ``steps`` updates, all on ``batch``, looking before each and after the last.
 
-    ``tell`` is called after each look.
+    ``on_look`` is called after each look.
     """
     trainer = backends.load(backend, "train").Trainer(config)
     observed = backends.load(backend, "activations").observed
@@ -109,7 +109,7 @@ def measure(
             norm = trainer.grad_norm(1.0)
             lr = learning_rate(config.optim, config.train.steps, step)
             trainer.update(lr, clip_factor(norm, config.optim.clip_grad))
-        tell()
+        on_look()
     return WidthRecord(parametrisation, config.model.hidden_size, scales, changes, losses)
 
 

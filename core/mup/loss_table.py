@@ -1,4 +1,4 @@
-"""Tables of losses over model size, as people write them: CSV or YAML, one row or entry a model."""
+"""Loss tables: losses over model size in CSV or YAML, one row or entry a model."""
 
 from __future__ import annotations
 
@@ -131,7 +131,7 @@ def _number(value: object, where: str) -> float:
     except (ValueError, OverflowError):
         raise UserError(f"{where}: expected a number, found {shown(value)}") from None
     if not math.isfinite(number):
-        raise UserError(f"{where}: {value} is no finite number; leave the row out, or its loss empty to forecast it")
+        raise UserError(f"{where}: {value} is not a finite number; leave the row out, or its loss empty to forecast it")
     return number
 
 

@@ -1,4 +1,4 @@
-"""A search on small models: which runs it is made of, and what each left on disk.
+"""Hyper-parameter search on small models: its plan of runs, and the record that each leaves on disk.
 
 A trial is one combination of hyper-parameters at one width from one seed, a run like any other in a folder of its own.
 What has been decided about a trial is in its result.json, written in one step when it has ended; a trial without one is
@@ -49,9 +49,9 @@ class Numbers:
 
     @property
     def label(self) -> str:
-        """What is said, as a folder's name: ``lr0.003-matrix_lr0.002``; "config" when nothing is."""
-        said = {name: value for name, value in vars(self).items() if value is not None}
-        return "-".join(f"{name}{value:.6g}" for name, value in said.items()) or "config"
+        """The given values as a folder's name: ``lr0.003-matrix_lr0.002``; "config" without any."""
+        given = {name: value for name, value in vars(self).items() if value is not None}
+        return "-".join(f"{name}{value:.6g}" for name, value in given.items()) or "config"
 
 
 NAMES = tuple(field.name for field in dataclasses.fields(Numbers))
@@ -83,7 +83,7 @@ class SearchConfig:
     window: int = option(20, help="steps over which losses are averaged", min=2)
 
     def combinations(self) -> list[Numbers]:
-        """The grid's, then the trials', each once; one that says nothing where neither says anything."""
+        """The grid's, then the trials', each once; without either, one combination without values."""
         axes = {name: values for name, values in vars(self.grid).items() if values}
         runs = math.prod([*map(len, axes.values()), max(1, len(self.widths)), max(1, len(self.seeds))])
         if runs > MAX_TRIALS:

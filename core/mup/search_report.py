@@ -1,7 +1,7 @@
-"""What a search found: losses, the trend of the gradient norm, whether wider was better; as text, csv and json.
+"""Search report: losses, the trend of the gradient norm, and whether wider was better, as text, csv and json.
 
-Everything is computed from the trials' metrics.jsonl, so that a report can be made anew at any time. What is said of a
-combination at a width is said of the mean over its seeds, step by step; results.csv alone has a line a trial.
+Everything is computed from the trials' metrics.jsonl, so that a report can be made anew at any time. A combination
+at a width is reported by the mean over its seeds, step by step; results.csv alone has a line a trial.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from telechat_twins.core.types import JsonObject
 QUARTERS = 4  # of the steps after warm-up, whose median gradient norms make the trend
 SURE = 3.0  # standard errors by which a wider model must be worse before it is called so
 SURE_LEVEL = math.erf(SURE / math.sqrt(2.0))  # the same where the errors are estimated from few seeds: Student's
-ONE_SEED = "one seed says nothing of the luck of initial weights"
+ONE_SEED = "one seed does not show the scatter of initial weights"
 
 
 @dataclass(frozen=True)
@@ -215,7 +215,7 @@ def _luck(means: np.ndarray) -> np.ndarray:
 
 
 def describe(reports: Sequence[Report], widths: dict[Numbers, list[Wider]], window: int) -> str:
-    """The table for people, best first, and what is said of widths."""
+    """The text report: a table, best first, and the verdict on widths."""
     means = over_seeds(reports, window)
     names = varied([report.trial for report in means])
     seeds = list(dict.fromkeys(report.trial.seed for report in reports))

@@ -1,4 +1,4 @@
-"""muP's rules: what hyper-parameters found on a narrow model are at another width.
+"""muP transfer rules: hyper-parameters of a narrow model carried over to another width.
 
 r is the ratio of the widths. The form is that of table 8 of Tensor Programs V (Yang et al., arXiv 2203.03466), which
 mup, Mu-scaling and Megatron-LM have too: embeddings and head keep rate and deviation, and the logits are divided by r.
@@ -110,7 +110,7 @@ def warnings(model: ModelConfig, target: ModelConfig) -> list[str]:
     found = []
     if model.num_layers != target.num_layers:
         found.append(
-            f"depth {model.num_layers} -> {target.num_layers}: muP says nothing of depth; "
+            f"depth {model.num_layers} -> {target.num_layers}: muP has no rule for depth; "
             "the narrow model should have the layers of the wide one"
         )
     if model.head_dim != target.head_dim:

@@ -1,7 +1,7 @@
-"""How two backends are compared, and when a difference is a fault.
+"""Comparison of two backends, and the bounds beyond which a difference is a fault.
 
 One batch: every quantity of both backends (logits, loss, gradient norm, each gradient) is measured against a float64
-run of the same model. The float64 run says how much rounding costs here; a backend is at fault when its error is much
+run of the same model. The float64 run measures what rounding costs here; a backend is at fault when its error is much
 larger than the other's, or larger than rounding can explain. Everything scales with the precision's unit roundoff u,
 so fp32 and bf16 are judged by one rule.
 
@@ -90,7 +90,7 @@ def global_norm(gradients: Mapping[str, np.ndarray]) -> float:
 
 @dataclass(frozen=True)
 class Bound:
-    """A measured ``value`` that must not exceed ``limit``; ``source`` says where the limit comes from."""
+    """A measured ``value`` that must not exceed ``limit``; ``source``: where the limit comes from."""
 
     what: str
     value: float

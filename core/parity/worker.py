@@ -1,4 +1,4 @@
-"""Layouts put to work on one batch: what every rank does, and what the ranks leave behind, joined into whole tensors.
+"""Layout tasks on one batch: the work of one rank, and the ranks' results joined into whole tensors.
 
     core/parity/worker.py JOB.json              one rank of a job; started by core.launch.launcher
     convert/parity_rank.py JOB.json             the same, for tasks with the weights of a model's folder
@@ -184,9 +184,9 @@ def perform(backend: str, task: Task, folder: Path, open_reader: OpenReader | No
     scale = _scaled(trainer, compute, backward and task.precision == "fp16")
     peak, traffic = trainer.pipeline.peak, _counted(sent)
     if task.logits:
-        _leave(folder, "logits", trainer.rank, seen)
+        _write_pieces(folder, "logits", trainer.rank, seen)
     if task.gradients:
-        _leave(folder, "gradients", trainer.rank, _divided(trainer.optimizer.export_gradients(), scale))
+        _write_pieces(folder, "gradients", trainer.rank, _divided(trainer.optimizer.export_gradients(), scale))
     if backward and not task.steps:
         norms = [trainer.grad_norm(scale)]
     for step in range(task.steps):
@@ -197,7 +197,7 @@ def perform(backend: str, task: Task, folder: Path, open_reader: OpenReader | No
         if step == 0:
             traffic = _counted(sent)
     if task.steps:
-        _leave(folder, "weights", trainer.rank, trainer.weights())
+        _write_pieces(folder, "weights", trainer.rank, trainer.weights())
     record = {
         "losses": losses,
         "norms": norms,
@@ -361,7 +361,7 @@ def _counted(sent: Traffic) -> Traffic:
     return {key: list(numbers) for key, numbers in sent.items() if key[0] not in _HOST}
 
 
-def _leave(folder: Path, kind: str, rank: int, pieces: Iterable[TensorPiece]) -> None:
+def _write_pieces(folder: Path, kind: str, rank: int, pieces: Iterable[TensorPiece]) -> None:
     """Write a rank's pieces of one kind of tensors."""
     where = folder / kind
     where.mkdir(parents=True, exist_ok=True)
@@ -374,7 +374,7 @@ def _leave(folder: Path, kind: str, rank: int, pieces: Iterable[TensorPiece]) ->
 
 def _join(folder: Path, world: int, problems: list[str]) -> dict[str, np.ndarray]:
     """Whole tensors from the pieces of all ranks, {} where none were kept. A tensor that they do not make up, each
-    element once, is left out and told in ``problems``."""
+    element once, is left out and listed in ``problems``."""
     if not folder.is_dir():
         return {}
     entries: dict[str, JsonObject] = {}

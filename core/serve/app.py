@@ -130,7 +130,7 @@ def _add_answer_routes(
 def check_key(request: Request, tenants: Mapping[bytes, str]) -> str:
     """Whose key the request has: its value in ``tenants``, which are by key; empty when there are none.
 
-    ApiError 401 without one of them. Every key is compared, in a time that does not tell how much was right.
+    ApiError 401 without one of them. Every key is compared, in constant time.
     """
     if not tenants:
         return ""
@@ -151,7 +151,7 @@ def check_key(request: Request, tenants: Mapping[bytes, str]) -> str:
 
 
 def model_card(served: Served) -> JsonObject:
-    """``max_model_len`` as vLLM tells it: clients read it to know how much fits."""
+    """``max_model_len`` as vLLM reports it: clients read it to know how much fits."""
     return {
         "id": served.name,
         "object": "model",

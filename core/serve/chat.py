@@ -44,7 +44,7 @@ NOT_HERE = "this server does not have it; leave it out"
 
 
 def read_chat(body: JsonObject, served: Served, tenant: str = "") -> Draft:
-    """What a body asks for on behalf of ``tenant``; ApiError says what is wrong with it."""
+    """The checked request of ``tenant``; ApiError names the wrong field."""
     fields = Fields(body)
     check_model(fields, served)
     if not served.tokenizer.control:
@@ -122,7 +122,7 @@ def _only_text(fields: Fields) -> None:
 
 
 def read_tools(fields: Fields) -> list[JsonObject] | None:
-    """The tools that the template is to tell the model of; None when it may not call any."""
+    """The tools that go into the prompt; None when the model may not call any."""
     tools, choice = fields.list("tools"), fields.any("tool_choice")
     if fields.any("parallel_tool_calls") not in (None, True):
         fields.refuse(
@@ -188,7 +188,7 @@ def read_messages(fields: Fields, found: list[object] | None) -> list[JsonObject
         if calls:
             messages[-1]["tool_calls"] = [_call(f"{where}.tool_calls[{n}]", call) for n, call in enumerate(calls)]
     if not any(message["role"] == "user" for message in messages):
-        fields.refuse("messages", "there is no message of the user to answer", "invalid_value")
+        fields.refuse("messages", "needs a message of role user, found none", "invalid_value")
     return messages
 
 
@@ -239,7 +239,7 @@ class ChatWriter:
     def push(self, index: int, event: Event) -> list[JsonObject]:
         answer = self._answers.setdefault(index, _Answer(self._tools))
         logprobs: JsonObject | None = None
-        # The token that ended the answer is no part of it.
+        # The token that ended the answer is not part of it.
         if event.choice is not None and event.choice.logprob is not None and not isinstance(event.stop, int):
             logprobs = {"content": [self._logprob(event.choice)], "refusal": None}
             answer.logprobs.append(logprobs["content"][0])
@@ -265,11 +265,11 @@ class ChatWriter:
         return choices
 
     def _logprob(self, choice: Choice) -> JsonObject:
-        def told(token: int, logprob: float | None) -> JsonObject:
+        def entry(token: int, logprob: float | None) -> JsonObject:
             raw = self._tokenizer.token_bytes(token)
             return {"token": token_text(self._tokenizer, token), "logprob": logprob, "bytes": list(raw)}
 
-        return {**told(choice.token, choice.logprob), "top_logprobs": [told(*one) for one in choice.top]}
+        return {**entry(choice.token, choice.logprob), "top_logprobs": [entry(*one) for one in choice.top]}
 
 
 class _Answer:

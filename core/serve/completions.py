@@ -34,7 +34,7 @@ MAX_PROMPTS = 128
 
 
 def read_completion(body: JsonObject, served: Served, tenant: str = "") -> Draft:
-    """What a body asks for on behalf of ``tenant``; ApiError says what is wrong with it."""
+    """The checked request of ``tenant``; ApiError names the wrong field."""
     fields = Fields(body)
     check_model(fields, served)
     stream, include_usage = read_stream(fields)
@@ -133,25 +133,25 @@ class CompletionWriter:
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
-        self._told: dict[int, list[JsonObject]] = {}  # by answer
+        self._entries: dict[int, list[JsonObject]] = {}  # by answer
 
     def opening(self, index: int) -> list[JsonObject]:
         return []
 
     def push(self, index: int, event: Event) -> list[JsonObject]:
         logprobs = None
-        # The token that ended the answer is no part of it.
+        # The token that ended the answer is not part of it.
         if event.choice is not None and event.choice.logprob is not None and not isinstance(event.stop, int):
             logprobs = self._logprobs(event.choice, event.offset)
         if not (event.text or logprobs or event.finish_reason):
             return []
         entry = {"text": event.text, "index": index, "logprobs": logprobs, "finish_reason": event.finish_reason}
-        self._told.setdefault(index, []).append(entry)
+        self._entries.setdefault(index, []).append(entry)
         return [entry]
 
     def whole(self) -> list[JsonObject]:
         choices = []
-        for index, told in sorted(self._told.items()):
+        for index, told in sorted(self._entries.items()):
             with_logprobs = [entry["logprobs"] for entry in told if entry["logprobs"]]
             logprobs = None
             if with_logprobs:

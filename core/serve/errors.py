@@ -1,4 +1,4 @@
-"""What a client is told when something is wrong: the error object of the OpenAI interface, with the status it has."""
+"""API errors: the error object of the OpenAI interface and its HTTP status."""
 
 from __future__ import annotations
 

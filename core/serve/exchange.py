@@ -1,4 +1,4 @@
-"""A request's way from the engine's events to its client: in one piece or as a stream, while the client stays."""
+"""Responses of a running request: in one piece or as server-sent events, cancelled when the client disconnects."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ from telechat_twins.core.serve.service import Ticket
 from telechat_twins.core.types import JsonObject
 
 OUTCOMES = {401: "unauthorized", 429: "overloaded", 503: "shutting_down", 504: "timed_out"}
-SLOW = 1.0
+SLOW_READER_S = 1.0  # after the deadline, for a slow client to read what was sent
 Result = TypeVar("Result")
 
 
 class ClientGone(Exception):
-    """Nobody is there to be answered any more."""
+    """The client disconnected."""
 
 
 class Exchange:
-    """One request that was admitted, until its answer is told or nobody wants it any more."""
+    """One admitted request, until its response is complete or the client disconnects."""
 
     def __init__(
         self,
@@ -76,9 +76,9 @@ class Exchange:
             async with aclosing(self._entries()) as entries:
                 opening = [e for index in range(self._answers) for e in self._job.writer.opening(index)]
                 yield b"".join(map(self._chunk, opening))
-                async for told in entries:
-                    if told:
-                        yield b"".join(map(self._chunk, told))
+                async for made in entries:
+                    if made:
+                        yield b"".join(map(self._chunk, made))
             if self._job.include_usage:
                 yield self._chunk(None)
             yield b"data: [DONE]\n\n"
@@ -103,20 +103,20 @@ class Exchange:
         try:
             async with aclosing(self._ticket.batches(self.deadline)) as batches:
                 async for batch in batches:
-                    told = []
+                    made = []
                     for place, event in batch:
                         index = place * self._job.samples + event.sample
                         if event.usage is not None:
                             self._usages[index] = event.usage
-                        told += self._job.writer.push(index, event)
-                    yield told
+                        made += self._job.writer.push(index, event)
+                    yield made
         except TimeoutError:
             raise ApiError(
                 504, f"the answer was not complete after {self._seconds:g} s, the limit of this server", code="timeout"
             ) from None
 
     def _chunk(self, entry: JsonObject | None) -> bytes:
-        """One event of a stream; without an entry the one that tells the usage."""
+        """One event of a stream; without an entry the one with the usage."""
         chunk = {"object": self._job.writer.chunk_kind, **self._head, "choices": [] if entry is None else [entry]}
         if self._job.include_usage:
             chunk["usage"] = self._usage() if entry is None else None
@@ -136,8 +136,8 @@ class Exchange:
 
 
 class EventStream(Response):
-    """Sends an exchange as server-sent events, and ends it when the client is gone, or has not read by ``SLOW`` seconds
-    after the request's time is over."""
+    """Sends an exchange as server-sent events; ends it when the client disconnects, or has not read everything by
+    ``SLOW_READER_S`` after the deadline."""
 
     def __init__(self, exchange: Exchange) -> None:
         super().__init__(
@@ -155,8 +155,8 @@ class EventStream(Response):
             await send({"type": "http.response.body", "body": b""})
 
         try:
-            with suppress(ClientGone, TimeoutError):  # there is nobody to tell
-                async with asyncio.timeout_at(self._exchange.deadline + SLOW):
+            with suppress(ClientGone, TimeoutError):  # the client is gone: no response is possible
+                async with asyncio.timeout_at(self._exchange.deadline + SLOW_READER_S):
                     await unless_gone(receive, stream())
         finally:
             self._exchange.close()

@@ -1,5 +1,5 @@
-"""Reads the fields of a JSON object by name and type. A field of the wrong type or out of range is refused by name, and
-so is one that nobody asked for. null is the same as absent, as in the OpenAI interface."""
+"""Typed access to the fields of a JSON object. A field of the wrong type or out of range is refused by name, and
+so is an unknown one. null is the same as absent, as in the OpenAI interface."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ class Fields:
                 self.refuse(field, why, "unsupported_parameter")
 
     def done(self) -> None:
-        """Refuse what nobody read."""
+        """Refuse every field that was not read."""
         for field, value in self._found.items():
             if field not in self._known and value is not None:
                 # Comparing takes time in the product of the lengths.

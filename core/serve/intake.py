@@ -1,4 +1,4 @@
-"""A request's way from its bytes to a job, beside the event loop.
+"""Request intake: reads, parses and tokenizes bodies in threads beside the event loop.
 
 Parsing and tokenizing run in threads, two at a time at most: one with a body of ordinary size and one with a large one,
 so that a few megabytes from one client do not stand in the way of another's question. The queue's limit is looked at
@@ -48,7 +48,7 @@ class Intake:
         self._held = 0  # bytes of large bodies
 
     async def job(self, request: Request, read: Read, tenant: str, deadline: float) -> AnswerJob:
-        """The job that a request asks for, on behalf of ``tenant``. ApiError says what is wrong with it."""
+        """The job of a request of ``tenant``; ApiError names the fault."""
         async with self._body(request) as raw:
             turn = self._large if len(raw) > LARGE else self._ordinary
             try:
@@ -67,7 +67,7 @@ class Intake:
 
     @contextlib.asynccontextmanager
     async def _body(self, request: Request) -> AsyncIterator[bytearray]:
-        """A request's body, as long as it is needed; ApiError when it is not said to be JSON, is too large, or does not
+        """A request's body, as long as it is needed; ApiError when its type is not JSON, is too large, or does not
         come."""
         check_kind(request, self._limits.body)
         body, held = bytearray(), 0
@@ -119,7 +119,7 @@ def too_large(most: int) -> ApiError:
 
 
 def json_object(raw: bytes | bytearray, served: Served) -> JsonObject:
-    """The object in a request's body; ApiError 400 says what is wrong with it."""
+    """The object in a request's body; ApiError 400 names the fault."""
     try:
         found = strict_json.parse(raw, max(max_characters(served), LARGE))
     except UnicodeDecodeError as error:

@@ -1,4 +1,4 @@
-"""What both endpoints read alike out of a request's body, and the job that comes of it."""
+"""Request fields that both endpoints share, and the job that a request becomes."""
 
 from __future__ import annotations
 
@@ -70,10 +70,10 @@ class Writer(Protocol):
     chunk_kind: str
 
     def opening(self, index: int) -> list[JsonObject]:
-        """What a stream says of an answer before its first token: entries of ``choices``."""
+        """The entries of ``choices`` that a stream sends before an answer's first token."""
 
     def push(self, index: int, event: Event) -> list[JsonObject]:
-        """What a stream says of an event."""
+        """The entries of ``choices`` that a stream sends for an event."""
 
     def whole(self) -> list[JsonObject]:
         """``choices`` of the answer that was not streamed, from all that was pushed."""
@@ -128,7 +128,7 @@ def read_stream(fields: Fields) -> tuple[bool, bool]:
 
 
 def read_sampling(fields: Fields) -> SamplingConfig:
-    """Temperature 1 unless the client says otherwise, and a seed of its own where it names none."""
+    """The sampling options: temperature defaults to 1, the seed to a random one."""
     seed, top_k = fields.integer("seed", -SEEDS, 2 * SEEDS - 1), fields.integer("top_k", -1, None)
     given: dict[str, float | None] = {
         "temperature": fields.number("temperature", 0.0, 2.0),
@@ -183,7 +183,7 @@ def read_bias(fields: Fields, vocab_size: int) -> dict[int, float]:
     for key, value in found.items():
         where = f"logit_bias[{shown(key)}]"
         if not (key.isascii() and key.isdecimal() and len(key) < 12 and int(key) < vocab_size):
-            fields.refuse("logit_bias", f"{shown(key)} is no token id of this vocabulary of {vocab_size}")
+            fields.refuse("logit_bias", f"{shown(key)} is not a token id of this vocabulary of {vocab_size}")
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not -MAX_BIAS <= value <= MAX_BIAS:
             fields.refuse("logit_bias", f"{where} must be a number from -100 to 100, found {shown(value)}")
         bias[int(key)] = float(value)

@@ -1,4 +1,4 @@
-"""How long a prompt may be, judged by its characters before its tokens are known.
+"""Prompt length check by characters, before tokenization.
 
 Tokenizing takes a second for a million characters, and a prompt that is refused for its length should cost nothing. A
 token stands for ``longest`` characters at most, so a text of more than ``tokens * longest`` is refused unread. Below
@@ -44,7 +44,7 @@ def _beginning(texts: Sequence[str], size: int) -> Iterator[str]:
 
 
 def too_long(served: Served, param: str, says: str) -> ApiError:
-    """The error for a prompt whose tokens nobody counted."""
+    """The error for a prompt that was refused before its tokens were counted."""
     return ApiError(
         400,
         f"{served.prompt_limit}, and no token has more than {served.tokenizer.longest_piece} characters. However, your "

@@ -1,7 +1,7 @@
-"""The engine behind the server: one thread steps it, the event loop's thread hands requests in and events out.
+"""Engine service: a thread that steps the engine, and the event loop's side that submits requests and delivers events.
 
-Everything here but the thread's own function runs in the event loop's thread, so nothing needs a lock: ``submit`` notes
-who waits for a request before a step's events can be handed out.
+Everything here but the thread's own function runs in the event loop's thread, so nothing needs a lock: ``submit``
+records who waits for a request before a step's events can be handed out.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from telechat_twins.core.serve.metrics import Metrics
 
 StepEvents = list[tuple[int, Event]]  # of one step: which of the ticket's requests, and what happened to it
 
-ENGINE_FAILED = "the engine failed while it served this request; its log has the reason"
+ENGINE_FAILED = "internal engine error while serving this request; see the server log"
 NO_SUCH_REQUEST = -1
 
 

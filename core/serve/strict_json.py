@@ -1,4 +1,4 @@
-"""JSON from strangers: parsed within bounds of depth, count and digits, and refused where parsers disagree about it.
+"""Strict JSON parser for untrusted input: bounds depth, count and digits, and rejects what parsers disagree about.
 
 Everything downstream may then count on it: no number is infinite or has thousands of digits, no object has a key twice,
 no string holds half a surrogate pair, and the tree is small enough to walk and to write out again.
@@ -28,8 +28,10 @@ _ESCAPED_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
 
 def parse(raw: bytes | bytearray, longest: int | None = None) -> object:
-    """What UTF-8 text says. ValueError in a few words when it is not JSON or goes beyond a bound; ``longest``: of a
-    string, in characters."""
+    """The value of UTF-8 JSON text. ValueError, with a short reason, when it is not JSON or exceeds a bound.
+
+    ``longest``: the bound on a string, in characters.
+    """
     # A function for every number would take seconds for a long list of them.
     number = _number if _check_size(raw, longest) else None
     text = raw.decode("utf-8")
@@ -110,7 +112,7 @@ def _string_at(raw: bytes | bytearray, quote: int) -> tuple[int, int]:
 
 
 def _constant(name: str) -> NoReturn:
-    raise ValueError(f"not valid JSON: {name} is no JSON number")
+    raise ValueError(f"not valid JSON: {name} is not a JSON number")
 
 
 def _number(text: str) -> float:

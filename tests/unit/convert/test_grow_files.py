@@ -215,7 +215,10 @@ def test_what_the_command_prints(tmp_path: Path, capsys: pytest.CaptureFixture[s
         (["--target", "telechat2-tinny"], "no model preset 'telechat2-tinny'; did you mean 'telechat2-tiny'?"),
         (["--target", "nothing.yaml"], "nothing.yaml: no such file"),
         ([], "--target: name the sizes to grow to"),
-        (["--set", "hidden_size=40", "--depth", "0,x"], "depth: '0,x' is no list of blocks"),
+        (
+            ["--set", "hidden_size=40", "--depth", "0,x"],
+            "blocks such as 0,0,1,2, found '0,x'",
+        ),
         (["--set", "hidden_size=40", "--anneal-steps", "0"], "--anneal-steps: must be at least 1, found 0"),
         (["--set", "hidden_size=40", "--seed", "-1"], "--seed: must be at least 0, found -1"),
     ],

@@ -179,7 +179,7 @@ def test_where_new_blocks_come_from(depth: Any, layers: Any, new: Any) -> None:
             {},
             r"target.head_dim: 8 \(hidden_size 24, num_heads 4\), the model has 6; put .*head_dim: 6",
         ),
-        ({"head_dim": 8}, {"grow_head_dim": True}, "target.head_dim: 8 is no multiple of the model's 6"),
+        ({"head_dim": 8}, {"grow_head_dim": True}, "target.head_dim: 8 is not a multiple of the model's 6"),
         ({"vocab_tokens": 50}, {}, "target.vocab_tokens: 50, the model has 53 tokens"),
         ({"norm_divisor": 8.0}, {}, "target.norm_divisor: is for `tele grow` to set"),
         ({"num_layers": 4}, {"depth": "top"}, "--depth: 'top' is not one of insert, stack"),

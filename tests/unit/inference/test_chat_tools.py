@@ -255,7 +255,7 @@ def test_the_oldest_turns_are_left_out_and_a_long_question_loses_its_beginning(c
 @pytest.mark.parametrize(
     ("call", "says"),
     [
-        ({"question": " "}, "question: it is empty"),
+        ({"question": " "}, "question: must not be empty"),
         ({"question": "a", "max_new_tokens": 2045}, "leaves 2 tokens of max_seqlen 2048"),
         ({"question": "a", "history": [{"role": "robot", "content": "x"}]}, "'robot' is not one of"),
         ({"question": "a", "history": [{"role": "user", "content": 3}]}, "expected text, found int"),

@@ -361,7 +361,7 @@ def test_one_request_that_fails_leaves_the_others_alone():
         (request(samples=0), "samples: must be 1 to 128, found 0"),
         (request(logprobs=65), "logprobs: must be 0 to 64"),
         (request(stop_texts=("",)), "stop: an empty string would end every answer"),
-        (request(stop_texts=("x",)), "stop: strings are found in text, and there is no tokenizer"),
+        (request(stop_texts=("x",)), "stop: stop strings and text need a tokenizer, found none"),
         (request(text="prose"), "text: 'prose' is not one of none, answer, tools, continuation"),
         (request(logit_bias={64: 1.0}), "logit_bias: token id 64 at place 0 is outside the vocabulary"),
         (request(logit_bias={3: float("inf")}), "logit_bias: token 3 has inf; must be from -100 to 100"),

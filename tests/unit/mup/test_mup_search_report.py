@@ -77,7 +77,7 @@ def test_wider_is_better(folder: Path) -> None:
     assert "8 -> 16: better in 100% of 5 windows of 4 steps, beyond noise in 100%; never worse beyond it; at" in text
     assert f"; at the end {pairs[0].last:+.4f} (noise {pairs[0].noise:.4f})" in text
     assert pairs[0].last == pytest.approx(-0.1, abs=0.01)
-    assert text.endswith("noise: the scatter inside a window; one seed says nothing of the luck of initial weights")
+    assert text.endswith("noise: the scatter inside a window; one seed does not show the scatter of initial weights")
 
 
 def test_a_wider_model_that_falls_behind_is_seen(folder: Path) -> None:
