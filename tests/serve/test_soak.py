@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import os
 import random
-from typing import Any
 
 import pytest
 
+from telechat_twins.core.inference.runner import Step
 from tests.support.engine_support import Replier
 from tests.support.frameworks import BACKENDS
 from tests.support.serve_soak import bad_request, fuzz, refused, server, soak, state
@@ -32,7 +32,7 @@ def test_mixed_requests_and_nonsense(backend):
 class Mixing(Replier):
     """Answers that depend on who else is served."""
 
-    def run(self, step: Any):
+    def run(self, step: Step):
         self.company = len(step.lengths)
         return super().run(step)
 

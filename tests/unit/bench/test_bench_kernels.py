@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -90,7 +90,7 @@ class Orders:
 
 
 def test_frameworks_take_turns_operator_by_operator(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: Any
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(bench_kernels, "Worker", Orders)
     Orders.seen = []
@@ -115,7 +115,7 @@ class FakeBench:
     def __init__(self) -> None:
         self.clock, self.order = 0.0, []
 
-    def call(self, name: str, seconds: float) -> Any:
+    def call(self, name: str, seconds: float) -> Callable[[], None]:
         def run() -> None:
             self.clock += seconds
             self.order.append(name)
@@ -125,16 +125,16 @@ class FakeBench:
     def about(self) -> JsonObject:
         return {}
 
-    def copy(self) -> Any:
+    def copy(self) -> tuple[Callable[[], None], float]:
         return self.call("copy", 0.5), 1e9
 
-    def read(self) -> Any:
+    def read(self) -> tuple[Callable[[], None], float]:
         return self.call("read", 0.25), 1e9
 
-    def matmul(self) -> Any:
+    def matmul(self) -> tuple[Callable[[], None], float]:
         return self.call("matmul", 0.25), 1e9
 
-    def seconds(self, call: Any, count: int) -> float:
+    def seconds(self, call: Callable[[], None], count: int) -> float:
         started = self.clock
         for _ in range(count):
             call()
@@ -168,7 +168,9 @@ def test_short_calls_are_timed_several_at_a_time() -> None:
     assert side.order == ["a"] * 200 + ["b"]  # the short one as often before, to warm up
 
 
-def test_without_a_device_the_gpu_check_says_so(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+def test_without_a_device_the_gpu_check_says_so(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     torch = pytest.importorskip("torch")
     from telechat_twins.kernels.bench import gpu_check
 

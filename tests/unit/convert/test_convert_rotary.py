@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from typing import Any
 
 import pytest
 
@@ -15,7 +14,7 @@ from telechat_twins.core.types import JsonObject
 from tests.support.frameworks import GOLDENS
 
 
-def read(case: str = "teleflm", **changes: Any) -> tuple[JsonObject, ModelConfig, list[str]]:
+def read(case: str = "teleflm", **changes: object) -> tuple[JsonObject, ModelConfig, list[str]]:
     """A golden config without its rotary base, with keys changed (... removes one)."""
     mapping = json.loads((GOLDENS / case / "config.json").read_text())
     mapping = {key: value for key, value in mapping.items() if key not in ("rope_theta", "rotary_theta")}

@@ -7,7 +7,6 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -210,7 +209,7 @@ def change_sums(folder: Path, change: Callable[[str], str]) -> None:
 
 
 SHARD = "model-00001-of-00002.safetensors"
-ALTERED: dict[str, tuple[Callable[[Path], Any], str]] = {
+ALTERED: dict[str, tuple[Callable[[Path], object], str]] = {
     "a weight": (lambda f: flip(f / SHARD), f"{SHARD}: altered: SHA-256 should be"),
     "the tokenizer": (lambda f: flip(f / "tokenizer.model"), "tokenizer.model: altered"),
     "the config, still JSON": (

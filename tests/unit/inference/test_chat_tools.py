@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from typing import Any
 
 import numpy as np
 import pytest
@@ -36,12 +35,12 @@ def reply(question: str) -> str:
     return f"You said: {question}"
 
 
-def chat_of(**options: Any) -> Chat:
+def chat_of(**options: object) -> Chat:
     engine = Engine(Replier(reply), tiny_tokenizer(in_vocabulary=True))
     return Chat(engine, **{"max_new_tokens": 300, "system": "S", **options})
 
 
-def prompts_of(chat: Any) -> list[str]:
+def prompts_of(chat: Chat) -> list[str]:
     """What the model was asked for the first token of each answer, as text."""
     asked = [prefix for prefix in chat.engine.runner.prefixes if prefix[-1] == BOT]
     return [tiny_tokenizer(in_vocabulary=True).decode(ids) for ids in asked]
