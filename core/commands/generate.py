@@ -85,7 +85,7 @@ def run(args: argparse.Namespace) -> int:
     if args.samples > 1 and sampling.greedy:
         raise UserError("--samples: greedy answers are all the same; add --temperature, e.g. --temperature 0.7")
     if args.logprobs is not None and not args.json:
-        raise UserError("--logprobs: are told in the JSON; add --json")
+        raise UserError("--logprobs requires --json; add --json")
     layout = _layout(args)
     ids = None if args.ids is None else parse_ids(args.ids)
     if ids is not None and (args.chat or args.allow_control):
