@@ -1,4 +1,4 @@
-"""Any model, however it is stored, to a canonical checkpoint, a release or a MindFormers checkpoint.
+"""Conversion of a model, in whatever format it is stored, to a canonical checkpoint, a release or MindFormers' format.
 
 One tensor is in memory at a time, wherever the files allow it.
 """
@@ -9,7 +9,6 @@ import json
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -28,20 +27,21 @@ from telechat_twins.convert.mindformers.files import write_ranks, write_whole
 from telechat_twins.convert.mindformers.source import ASSETS, MODEL, check_mp
 from telechat_twins.convert.names import Binding, bind, mindformers_rules
 from telechat_twins.convert.places import require_place
-from telechat_twins.convert.source import CanonicalSource, HfSource, ModelSource, PlainSource
+from telechat_twins.convert.source import HfSource, ModelSource, PlainSource
 from telechat_twins.core.checkpoint.read import MAX_FILE_BYTES, write_checkpoint
 from telechat_twins.core.errors import UserError
 from telechat_twins.core.files.atomic import new_folder
 from telechat_twins.core.files.safetensors import dtype_code
 from telechat_twins.core.model.params import parameter_table
+from telechat_twins.core.types import JsonObject
 
-DTYPES: dict[str, np.dtype[Any]] = {
+DTYPES: dict[str, np.dtype] = {
     "float32": np.dtype("<f4"),
     "float16": np.dtype("<f2"),
     "bfloat16": np.dtype(ml_dtypes.bfloat16),
 }
 
-OnBytes = Callable[[int], Any]
+OnBytes = Callable[[int], object]
 
 
 def to_canonical(
@@ -117,7 +117,7 @@ def to_mindformers(
     """Write ``target`` as a MindFormers checkpoint in a form of ``MINDFORMERS_FORMS``.
 
     ``mp`` ranks get a file each, or with ``whole`` one checkpoint whose rows are in the order that an equal cut among
-    ``mp`` ranks wants. model.json says what is in it, so that it can be read back; the small files lie in assets/.
+    ``mp`` ranks wants. model.json records form and ranks, so that it can be read back; the small files lie in assets/.
     UserError for a model the form cannot hold, and for ranks that the model cannot be shared among.
     """
     source = PlainSource(source)
@@ -145,18 +145,26 @@ def to_mindformers(
             shutil.copyfile(asset, building / ASSETS / asset.name)
 
 
-def hf_to_canonical(folder: HfFolder, target: Path, dtype: str | None = None, **more: Any) -> None:
+def hf_to_canonical(
+    folder: HfFolder, target: Path, dtype: str | None = None, max_file_bytes: int = MAX_FILE_BYTES
+) -> None:
     """``to_canonical`` of an opened release."""
-    to_canonical(HfSource(folder), target, dtype, **more)
+    to_canonical(HfSource(folder), target, dtype, max_file_bytes)
 
 
-def canonical_to_hf(source: CanonicalSource, target: Path, dtype: str | None = None, **more: Any) -> None:
+def canonical_to_hf(
+    source: ModelSource,
+    target: Path,
+    dtype: str | None = None,
+    max_shard_bytes: int | None = None,
+    tokenizer: Path | None = None,
+) -> None:
     """``to_hf`` of a canonical checkpoint."""
-    to_hf(source, target, dtype, **more)
+    to_hf(source, target, dtype, max_shard_bytes, tokenizer)
 
 
-def _model(source: ModelSource) -> dict[str, Any]:
-    """What model.json says of a model: its config and, if it came from a release, that one's."""
+def _model(source: ModelSource) -> JsonObject:
+    """The description of a model in model.json: its config and, if it came from a release, that one's."""
     return {"config": source.config.to_dict(), **({"hf": source.record} if source.record else {})}
 
 

@@ -1,4 +1,4 @@
-"""What a file is by its first bytes: for the message about one that is not what its name says."""
+"""File type detection by the first bytes, for the error message on a file whose name is wrong."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which models a format has a place for: the one table of what each format can hold of a ModelConfig.
+"""Format capabilities: the table of which values of ModelConfig each checkpoint format can represent.
 
 A format that is not a canonical checkpoint holds a model only if it, and the code that reads it, can say every number
 that changes the arithmetic. A field of ModelConfig that no line here names has a place nowhere but in a canonical
@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
 
 from telechat_twins.core.errors import UserError
 from telechat_twins.core.model.config import ModelConfig
@@ -49,7 +48,7 @@ _FLM = {
 _TELECHAT_52B = {**_TELECHAT2, "biases": ("none",), "position": ("ntk-theta",), "logit_mult": ANY}
 
 # (format, family) -> field -> the values it can hold. "hf" is the release; the others are MindFormers' forms.
-PLACES: dict[tuple[str, str], Mapping[str, tuple[Any, ...] | None]] = {
+PLACES: dict[tuple[str, str], Mapping[str, tuple[object, ...] | None]] = {
     ("hf", "telechat2"): _TELECHAT2,
     ("hf", "teleflm"): _TELEFLM,
     ("hf", "flm"): _FLM,
@@ -103,6 +102,6 @@ def require_place(config: ModelConfig, form: str) -> None:
         raise UserError(f"{reason}; {way}")
 
 
-def _default(field: dataclasses.Field[Any]) -> Any:
+def _default(field: dataclasses.Field[object]) -> object:
     made = field.default_factory
     return field.default if made is dataclasses.MISSING else made()

@@ -1,27 +1,27 @@
-"""One way to read a model's weights, whatever folder they come in: a release or a canonical checkpoint."""
+"""Weight sources: the tensors of a model by logical name, from a release or a canonical checkpoint."""
 
 from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from telechat_twins.convert.hf.folder import HfFolder, check_record
 from telechat_twins.convert.hf.sums import SUMS
 from telechat_twins.core.checkpoint.read import Checkpoint, check_shapes, open_checkpoint
+from telechat_twins.core.checkpoint.source import ReadBox
 from telechat_twins.core.errors import UserError
 from telechat_twins.core.files.atomic import standing
 from telechat_twins.core.files.safetensors import DTYPES
 from telechat_twins.core.model.config import ModelConfig
 from telechat_twins.core.model.params import parameter_table
-from telechat_twins.core.parallel.sharding import Box
 from telechat_twins.core.schema import from_mapping
+from telechat_twins.core.types import JsonObject
 
 
 def open_model(path: str | Path, verify: bool = True) -> ModelSource:
@@ -54,7 +54,7 @@ class ModelSource(ABC):
     path: Path
     tokenizer_path: Path | None
     notes: tuple[str, ...] = ()
-    record: Mapping[str, Any] | None = None
+    record: JsonObject | None = None
     assets: Sequence[Path] = ()
 
     def names(self) -> list[str]:
@@ -152,7 +152,7 @@ class CanonicalSource(ModelSource):
 def checkpoint_config(checkpoint: Checkpoint) -> ModelConfig:
     """The ModelConfig that a checkpoint's model.json holds; UserError names the file and the field."""
     where = checkpoint.path / "model.json"
-    values: Any = checkpoint.model.get("config")
+    values: object = checkpoint.model.get("config")
     if not isinstance(values, dict):
         raise UserError(f"{where}: holds no config")
     return from_mapping(ModelConfig, values, f"{where}: config")
@@ -162,7 +162,7 @@ class PlainSource(ModelSource):
     """A model that grew, as the plain model that computes the same, where there is one.
 
     An RMSNorm that divides by norm_divisor is one over all channels with its gain times sqrt(norm_divisor / E) and its
-    epsilon times norm_divisor / E. Rows of the vocabulary that only pad are left away. The rest is as it was; what has
+    epsilon times norm_divisor / E. Rows of the vocabulary that only pad are left out. The rest is as it was; what has
     no plain form (a LayerNorm over some channels, masks between two sizes) stays in the config.
     """
 
@@ -182,7 +182,7 @@ class PlainSource(ModelSource):
         if folded:
             self.notes = (*self.notes, f"norm_divisor {config.norm_divisor:g} is folded into gains and epsilon")
         if self.config.vocab_size < config.vocab_size:
-            self.notes = (*self.notes, f"{config.vocab_size - config.num_tokens} rows of padding are left away")
+            self.notes = (*self.notes, f"{config.vocab_size - config.num_tokens} rows of padding are left out")
 
     def dtype(self, name: str) -> np.dtype:
         return self.source.dtype(name)
@@ -202,10 +202,8 @@ class PlainSource(ModelSource):
         return self.source.files()
 
 
-def weight_reader(path: str) -> Callable[[str, Box], np.ndarray]:
+def weight_reader(path: str) -> ReadBox:
     """``read(name, box)`` of the weights of a model's folder, for a rank that needs parts; the folder was verified."""
-    from telechat_twins.convert.source import CanonicalSource, open_model
-
     source = open_model(path, verify=False)
     if isinstance(source, CanonicalSource):
         checkpoint = source.checkpoint

@@ -31,9 +31,6 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
 EXCEPTIONS: dict[str, tuple[str, ...]] = {
     "core/commands": ("core", "convert"),  # inside functions only: `tele --help` stays instant
     "convert/mindformers/ckpt.py": ("core", "convert", "mindspore"),  # inside functions only: .ckpt is MindSpore's own
-    "core/inference/load.py": ("core", "convert"),
-    "core/inference/worker.py": ("core", "convert"),
-    "core/parity/worker.py": ("core", "convert"),
     "kernels/": ("core", "kernels"),  # the judge, dispatch and int8 are numpy
     "kernels/mindspore/": ("core", "kernels", "mindspore"),
     "kernels/ascend/": ("core", "kernels", "mindspore"),

@@ -1,4 +1,4 @@
-"""Growing a canonical checkpoint: streamed from any pieces, written beside the source, complete or not at all."""
+"""Growth of a canonical checkpoint: streamed from its pieces and written atomically beside the source."""
 
 from __future__ import annotations
 
@@ -7,11 +7,10 @@ import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import yaml
 
-from telechat_twins.convert.growth.plan import Options, Plan, plan_growth
+from telechat_twins.convert.growth.plan import GrowthPlan, Options, plan_growth
 from telechat_twins.convert.growth.weights import grow_state, grow_weights, planned_state, planned_weights
 from telechat_twins.convert.source import checkpoint_config
 from telechat_twins.core.checkpoint.pieces import MAX_FILE_BYTES, Planned
@@ -28,7 +27,7 @@ MODEL_FILE = "model.yaml"
 LEAST_FILE_BYTES, FILES = 128 << 20, 64
 
 
-def plan_checkpoint(checkpoint: Checkpoint, target: ModelConfig, options: Options) -> Plan:
+def plan_checkpoint(checkpoint: Checkpoint, target: ModelConfig, options: Options) -> GrowthPlan:
     """plan_growth from a checkpoint's model, at the step it was saved at."""
     trainer = checkpoint.trainer or {}
     step, updates = int(trainer.get("step", 0)), int(trainer.get("optimizer_steps", 0))
@@ -38,14 +37,14 @@ def plan_checkpoint(checkpoint: Checkpoint, target: ModelConfig, options: Option
 def grow_checkpoint(
     checkpoint: Checkpoint,
     target: Path,
-    plan: Plan,
-    on_bytes: Callable[[int], Any] = lambda count: None,
+    plan: GrowthPlan,
+    on_bytes: Callable[[int], object] = lambda count: None,
 ) -> None:
     """Write the grown model of ``plan`` to ``target``: weights, and m and v where the checkpoint has them.
 
     The step, the data position and all else of the training state stay; the growth joins the model's history, from
-    which the age of every entry follows. ``on_bytes`` hears of tensors as they are written. The source is verified
-    meanwhile; UserError, and no target, if a file of it is altered.
+    which the age of every entry follows. ``on_bytes`` is called with each piece's bytes as it is written. The source is
+    verified meanwhile; UserError, and no target, if a file of it is altered.
     """
     where = str(checkpoint.path / "model.json")
     history = [growth.to_dict() for growth in (*read_history(checkpoint.model, where), plan.growth)]
@@ -67,8 +66,8 @@ def grow_checkpoint(
             target,
             checkpoint.step,
             model={"config": plan.config.to_dict(), "grown": history},
-            weights=_told(ahead(weights), on_bytes),
-            optimizer=_after(_told(ahead(state), on_bytes) if checkpoint.names("optimizer") else (), verified),
+            weights=_counted(ahead(weights), on_bytes),
+            optimizer=_after(_counted(ahead(state), on_bytes) if checkpoint.names("optimizer") else (), verified),
             trainer=trainer,
             assets=[*(asset for asset in checkpoint.assets if asset.name != MODEL_FILE), described],
             max_file_bytes=min(MAX_FILE_BYTES, max(LEAST_FILE_BYTES, sum(sizes) // FILES)),
@@ -83,7 +82,7 @@ def model_yaml(config: ModelConfig) -> str:
     return yaml.safe_dump({name: value for name, value in kept.items() if name != "growth"}, sort_keys=False)
 
 
-def grown_bytes(checkpoint: Checkpoint, plan: Plan) -> tuple[int, int]:
+def grown_bytes(checkpoint: Checkpoint, plan: GrowthPlan) -> tuple[int, int]:
     """Bytes of the grown checkpoint's weights, and of its m and v."""
     parameters = sum(spec.size for spec in parameter_table(plan.config).values())
     weights = parameters * checkpoint.dtype("weights", "embed.weight").itemsize
@@ -96,7 +95,7 @@ def _after(pieces: Iterable[TensorPiece], verified: Future[Checkpoint]) -> Itera
     verified.result()
 
 
-def _told(pieces: Iterable[TensorPiece], on_bytes: Callable[[int], Any]) -> Iterator[TensorPiece]:
+def _counted(pieces: Iterable[TensorPiece], on_bytes: Callable[[int], object]) -> Iterator[TensorPiece]:
     for piece in pieces:
         on_bytes(piece.array.nbytes)
         yield piece

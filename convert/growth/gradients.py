@@ -6,14 +6,14 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from telechat_twins.convert.growth.plan import Plan
+from telechat_twins.convert.growth.plan import GrowthPlan
 from telechat_twins.core.model.growth import axis_maps
 from telechat_twins.core.model.params import parameter_axes, parameter_table
 
 Places = tuple[np.ndarray, ...]  # an open mesh (numpy.ix_)
 
 
-def old_entries(plan: Plan, name: str) -> tuple[str, Places, Places] | None:
+def old_entries(plan: GrowthPlan, name: str) -> tuple[str, Places, Places] | None:
     """The old parameter that ``name`` continues, and where its entries are in the grown tensor and in the old one.
 
     None for a parameter of a new block.
@@ -28,7 +28,7 @@ def old_entries(plan: Plan, name: str) -> tuple[str, Places, Places] | None:
     return old_name, np.ix_(*[np.flatnonzero(m >= 0) for m in maps]), np.ix_(*[m[m >= 0] for m in maps])
 
 
-def gradients_of_old(plan: Plan, grown: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+def gradients_of_old(plan: GrowthPlan, grown: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     """Gradients with respect to the old model's parameters, float64, from those of the grown one.
 
     A parameter that was multiplied by k has its gradient times k; one that was copied sums those of its copies.
@@ -41,7 +41,7 @@ def gradients_of_old(plan: Plan, grown: Mapping[str, np.ndarray]) -> dict[str, n
     return total
 
 
-def gradients_of_new(plan: Plan, grown: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+def gradients_of_new(plan: GrowthPlan, grown: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     """The gradients of new entries, by parameter, flat; parameters without any are left out."""
     found = {}
     for name, gradient in grown.items():

@@ -1,4 +1,4 @@
-"""What a growth step will do, decided and checked before a tensor is read: sizes, blocks, multipliers, what is zero."""
+"""Growth plan: sizes, blocks and multipliers of a growth step, decided and checked before a tensor is read."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 from telechat_twins.core.errors import UserError
 from telechat_twins.core.model.config import ModelConfig
 from telechat_twins.core.model.growth import METHODS, SIZES, Growth, axis_maps, sizes_of
 from telechat_twins.core.model.growth_mask import GrowthMask, head_map
 from telechat_twins.core.model.masks import describe
+from telechat_twins.core.types import JsonObject
 
 DEPTHS = ("insert", "stack")
 MULTIPLIERS = ("keep", "fold")
@@ -43,7 +43,7 @@ class Options:
 
 
 @dataclass(frozen=True)
-class Plan:
+class GrowthPlan:
     """``config``: of the grown model. ``growth``: the step, for its history. ``scales``: what the old entries of a
     parameter are multiplied by so that the function stays. ``notes``: what the user may not expect."""
 
@@ -62,7 +62,7 @@ class Plan:
 
 def plan_growth(
     source: ModelConfig, target: ModelConfig, options: Options, step: int = 0, optimizer_steps: int = 0
-) -> Plan:
+) -> GrowthPlan:
     """The step from ``source`` to the sizes of ``target``.
 
     UserError, naming the field and both values, for what cannot grow: a smaller size, another family, heads that break
@@ -82,7 +82,7 @@ def plan_growth(
     layers, new_layers = _layers(options, source.num_layers, target.num_layers)
     notes: list[str] = []
     scales: dict[str, float] = {}
-    values: dict[str, Any] = {name: getattr(target, name) for name in (*SIZES, *_TAKEN)}
+    values: JsonObject = {name: getattr(target, name) for name in (*SIZES, *_TAKEN)}
     values |= _multipliers(source, target, options, scales, notes)
     values["vocab_tokens"] = _vocab_tokens(source, target)
     values["norm_divisor"] = _norm_divisor(source, target, options.method)
@@ -115,7 +115,7 @@ def plan_growth(
         layers=layers,
         new_layers=new_layers,
     )
-    return Plan(source, config, growth, options, scales, tuple(notes))
+    return GrowthPlan(source, config, growth, options, scales, tuple(notes))
 
 
 def _require_one_model(source: ModelConfig, target: ModelConfig) -> None:
@@ -226,4 +226,4 @@ def _check_head_dim(source: ModelConfig, target: ModelConfig, allowed: bool) -> 
             f"{old}; put {heads}head_dim: {old} into the target, or ask for another head size with --grow-head-dim"
         )
     if new % old:
-        raise UserError(f"target.head_dim: {new} is no multiple of the model's {old}: rotary pairs would have no place")
+        raise UserError(f"target.head_dim: {new} is not a multiple of the model's {old}; rotary pairs would not match")

@@ -8,10 +8,10 @@ from telechat_twins.core.model.growth import SIZES
 from telechat_twins.core.shown import printable
 
 if TYPE_CHECKING:
-    from telechat_twins.convert.growth.plan import Plan
+    from telechat_twins.convert.growth.plan import GrowthPlan
 
 
-def describe(plan: Plan) -> str:
+def describe(plan: GrowthPlan) -> str:
     """Sizes before and after, where new blocks come from, and what the user may not expect."""
     from telechat_twins.core.model.params import count_parameters
 

@@ -23,9 +23,8 @@ import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from telechat_twins.convert.growth.plan import MULTIPLIERS, Options, Plan, plan_growth
+from telechat_twins.convert.growth.plan import MULTIPLIERS, GrowthPlan, Options, plan_growth
 from telechat_twins.core.config import RunConfig, load_run_tree, run_config_from_dict
 from telechat_twins.core.errors import UserError
 from telechat_twins.core.model.config import ModelConfig, load_model_config
@@ -33,6 +32,7 @@ from telechat_twins.core.model.flops import flops_per_token
 from telechat_twins.core.model.growth import METHODS
 from telechat_twins.core.model.params import count_parameters
 from telechat_twins.core.schema import from_mapping, load_yaml, option
+from telechat_twins.core.types import JsonObject
 
 _CHANGES = ("train", "optim", "kernels", "checkpoint")
 _FIXED = {"train": ("steps", "schedule_steps", "seed"), "optim": (), "kernels": (), "checkpoint": ()}
@@ -40,7 +40,7 @@ _FIXED = {"train": ("steps", "schedule_steps", "seed"), "optim": (), "kernels": 
 
 @dataclass(frozen=True, kw_only=True)
 class GrowConfig:
-    """How a stage grows from the one before; convert.growth.plan.Options says what each means."""
+    """How a stage grows from the one before; convert.growth.plan.Options documents each field."""
 
     method: str = option("masked", help="how the function is kept", choices=METHODS)
     anneal_steps: int = option(1000, help="steps until the masks are 1", min=1)
@@ -64,7 +64,7 @@ class Stage:
     end: int
     config: RunConfig
     target: ModelConfig
-    plan: Plan | None
+    plan: GrowthPlan | None
     tokens: int
 
     @property
@@ -136,10 +136,10 @@ def parse_depth(text: str) -> str | tuple[int, ...]:
     try:
         return tuple(int(word) for word in text.split(","))
     except ValueError:
-        raise UserError(f"depth: {text!r} is no list of blocks; write them as 0,0,1,2") from None
+        raise UserError(f"depth: expected insert, stack or blocks such as 0,0,1,2, found {text!r}") from None
 
 
-def _stage(values: Any, where: str) -> dict[str, Any]:
+def _stage(values: object, where: str) -> JsonObject:
     """One entry of the file, its own fields checked."""
     if not isinstance(values, dict):
         raise UserError(f"{where}: expected a mapping with name, steps and model, found {values!r}")
@@ -163,7 +163,7 @@ def _stage(values: Any, where: str) -> dict[str, Any]:
 
 
 def _planned(
-    values: dict[str, Any], model: ModelConfig, before: Stage | None, base: dict[str, Any], total: int, where: str
+    values: JsonObject, model: ModelConfig, before: Stage | None, base: JsonObject, total: int, where: str
 ) -> Stage:
     begin = before.end if before else 0
     plan, target = None, model
@@ -197,7 +197,7 @@ def _planned(
     return Stage(values["name"], begin, begin + values["steps"], config, target, plan, tokens)
 
 
-def _anchored(model: str | dict[str, Any], folder: Path) -> str | dict[str, Any]:
+def _anchored(model: str | JsonObject, folder: Path) -> str | JsonObject:
     """A model's YAML file counts from the schedule's folder."""
     if isinstance(model, str):
         return str(folder / model) if model.endswith((".yaml", ".yml")) else model

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from telechat_twins.convert.growth.plan import Plan
+from telechat_twins.convert.growth.plan import GrowthPlan
 from telechat_twins.core.checkpoint.pieces import PieceSpec
 from telechat_twins.core.checkpoint.read import TensorPiece
 from telechat_twins.core.model.growth import axis_maps
@@ -60,7 +60,7 @@ class _Rule:
         return wanted if self.source is not None and all(part.size for part in wanted) else None
 
 
-def grow_weights(plan: Plan, read: Read, dtype: np.dtype = FLOAT32) -> Iterator[TensorPiece]:
+def grow_weights(plan: GrowthPlan, read: Read, dtype: np.dtype = FLOAT32) -> Iterator[TensorPiece]:
     """All parameters of the grown model in forward order, in bands of rows, each in the dtype that ``read`` gives;
     ``dtype``: of those that continue no old one."""
     for name in parameter_table(plan.config):
@@ -75,7 +75,7 @@ def grow_weights(plan: Plan, read: Read, dtype: np.dtype = FLOAT32) -> Iterator[
             yield rule.piece(name, rows, out)
 
 
-def planned_weights(plan: Plan, dtype_of: Callable[[str], np.dtype], dtype: np.dtype) -> Iterator[PieceSpec]:
+def planned_weights(plan: GrowthPlan, dtype_of: Callable[[str], np.dtype], dtype: np.dtype) -> Iterator[PieceSpec]:
     """What grow_weights will make; ``dtype_of``: of an old tensor, by its old name."""
     for name in parameter_table(plan.config):
         rule = _rule(plan, name)
@@ -85,7 +85,7 @@ def planned_weights(plan: Plan, dtype_of: Callable[[str], np.dtype], dtype: np.d
             yield rule.spec(name, rows, dtype)
 
 
-def planned_state(plan: Plan) -> Iterator[PieceSpec]:
+def planned_state(plan: GrowthPlan) -> Iterator[PieceSpec]:
     """What grow_state will make."""
     for letter, name in itertools.product("mv", parameter_table(plan.config)):
         rule = _rule(plan, name)
@@ -93,7 +93,7 @@ def planned_state(plan: Plan) -> Iterator[PieceSpec]:
             yield rule.spec(f"{letter}.{name}", rows, FLOAT32)
 
 
-def grow_arrays(plan: Plan, weights: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+def grow_arrays(plan: GrowthPlan, weights: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     """grow_weights of a model in memory."""
     grown: dict[str, np.ndarray] = {}
     for piece in grow_weights(plan, lambda name, box: weights[name][box]):
@@ -102,7 +102,7 @@ def grow_arrays(plan: Plan, weights: Mapping[str, np.ndarray]) -> dict[str, np.n
     return grown
 
 
-def grow_state(plan: Plan, read: Read) -> Iterator[TensorPiece]:
+def grow_state(plan: GrowthPlan, read: Read) -> Iterator[TensorPiece]:
     """``m.<name>`` and ``v.<name>``: old entries keep theirs, new entries and new blocks begin at zero.
 
     A tensor multiplied by k has gradients divided by k, so m is divided by k and v by k^2; s copies of a kv head share
@@ -121,7 +121,7 @@ def grow_state(plan: Plan, read: Read) -> Iterator[TensorPiece]:
                 yield rule.piece(f"{letter}.{name}", rows, out)
 
 
-def _rule(plan: Plan, name: str) -> _Rule:
+def _rule(plan: GrowthPlan, name: str) -> _Rule:
     growth, config = plan.growth, plan.config
     spec, axes, layer = parameter_table(config)[name], parameter_axes(name), _layer(name)
     maps = axis_maps(growth.before, growth.after)
@@ -147,7 +147,7 @@ def _rule(plan: Plan, name: str) -> _Rule:
     return _Rule(spec.shape, source, index, tuple(zero))
 
 
-def _inner(plan: Plan, axis: str) -> np.ndarray:
+def _inner(plan: GrowthPlan, axis: str) -> np.ndarray:
     """bool: dimensions that are new in a head that is not."""
     growth = plan.growth
     heads = (head_map if axis == "H" else kv_map)(growth.before.heads, growth.after.heads)
@@ -181,7 +181,7 @@ def _place_old(rule: _Rule, rows: slice, old: np.ndarray | None, out: np.ndarray
         out[np.ix_(*at)] = old
 
 
-def _draw_new(plan: Plan, name: str, rule: _Rule, rows: slice, out: np.ndarray) -> None:
+def _draw_new(plan: GrowthPlan, name: str, rule: _Rule, rows: slice, out: np.ndarray) -> None:
     """The new entries that do not begin at zero, as core.model.init makes them for the grown model."""
     index, zero = (rule.index[0][rows], *rule.index[1:]), (rule.zero[0][rows], *rule.zero[1:])
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
-from typing import Any
 
 from telechat_twins.convert.hf.config_keys import Key, Switch, choose, chosen, defaulted, read_keys, take, token_ids
 from telechat_twins.convert.hf.config_refused import GATED, Refused, check_refused, check_sizes, unknown_note
@@ -16,6 +15,7 @@ from telechat_twins.convert.places import NTK_THETA_LENGTH, require_place
 from telechat_twins.core.errors import UserError
 from telechat_twins.core.model.config import ModelConfig
 from telechat_twins.core.schema import from_mapping
+from telechat_twins.core.types import JsonObject
 
 _DROPOUTS = ("hidden_dropout", "attention_dropout", "attn_pdrop", "embd_pdrop", "resid_pdrop")
 _TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
@@ -23,15 +23,15 @@ _TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 @dataclass(frozen=True)
 class _Format:
-    """One family's config.json: keys, switches, what the family always does (``fixed``), what is refused, what a fresh
-    file says besides. ``mup``: logits are multiplied by output_mult / mup_scale_factor. ``theta``: the written name of
-    the rotary base."""
+    """One family's config.json: keys, switches, what the family always does (``fixed``), what is refused, the other
+    keys of a fresh file. ``mup``: logits are multiplied by output_mult / mup_scale_factor. ``theta``: the
+    written name of the rotary base."""
 
     keys: tuple[Key, ...]
     refused: Refused
-    fresh: dict[str, Any]
+    fresh: JsonObject
     switches: tuple[Switch, ...] = ()
-    fixed: tuple[tuple[str, Any], ...] = ()
+    fixed: tuple[tuple[str, object], ...] = ()
     mup: bool = False
     theta: str = "rope_theta"
 
@@ -208,14 +208,14 @@ _OUTPUT = Key("logit_mult", ("output_mult",), float)
 _WIDTHS = Key("logit_mult", ("mup_scale_factor",), float)
 
 
-def family_of(released: dict[str, Any]) -> str:
+def family_of(released: JsonObject) -> str:
     """The family whose format a config.json has; TeleChat-52B calls itself telechat but is written as FLM."""
     if released.get("model_type") == "TeleFLM":
         return "teleflm"
     return "flm" if released.get("model_type") == "flm" or "n_embd" in released else "telechat2"
 
 
-def read_config(released: dict[str, Any], where: str) -> tuple[ModelConfig, list[str]]:
+def read_config(released: JsonObject, where: str) -> tuple[ModelConfig, list[str]]:
     """ModelConfig from the mapping in config.json, and notes on what was assumed or ignored.
 
     ``where`` (the file's path) starts every UserError: a missing or contradictory key, a wrong type, a feature that
@@ -228,7 +228,7 @@ def read_config(released: dict[str, Any], where: str) -> tuple[ModelConfig, list
         f"{name} {released[name]} is ignored: there is no dropout here" for name in _DROPOUTS if released.get(name)
     ]
     found, said = read_keys(released, form.keys, where)
-    values: dict[str, Any] = {"family": family, **dict(form.fixed), **found}
+    values: JsonObject = {"family": family, **dict(form.fixed), **found}
     notes += said
     for switch in form.switches:
         values[switch.field], said = choose(released, switch, where)
@@ -249,11 +249,11 @@ def read_config(released: dict[str, Any], where: str) -> tuple[ModelConfig, list
     if position == "ntk-theta":  # a number of the released code, whatever the config's lengths
         values |= {"training_seqlen": NTK_THETA_LENGTH, "base_seqlen": NTK_THETA_LENGTH}
     if form.mup:
-        parts = [take(released, key, where) for key in (_OUTPUT, _WIDTHS)]
-        if None in parts:
-            absent = (_OUTPUT, _WIDTHS)[parts.index(None)].names[0]
+        output, width = (take(released, key, where) for key in (_OUTPUT, _WIDTHS))
+        if output is None or width is None:
+            absent = (_OUTPUT if output is None else _WIDTHS).names[0]
             raise UserError(f"{where}: {absent} is missing; logits are multiplied by it, add it")
-        values["logit_mult"] = parts[0] / parts[1]
+        values["logit_mult"] = output / width
     notes += unknown_note(released, form.names, where)
     try:
         return from_mapping(ModelConfig, values, "model"), notes
@@ -261,7 +261,7 @@ def read_config(released: dict[str, Any], where: str) -> tuple[ModelConfig, list
         raise UserError(f"{where}: {error}") from None
 
 
-def write_config(config: ModelConfig, original: dict[str, Any] | None, dtype: str | None) -> dict[str, Any]:
+def write_config(config: ModelConfig, original: JsonObject | None, dtype: str | None) -> JsonObject:
     """The mapping for config.json.
 
     With ``original`` (the mapping once read) every key is kept and only what no longer agrees with ``config`` is
@@ -280,13 +280,13 @@ def write_config(config: ModelConfig, original: dict[str, Any] | None, dtype: st
     return result
 
 
-def dump_config(released: dict[str, Any]) -> str:
+def dump_config(released: JsonObject) -> str:
     """The text of config.json."""
     return json.dumps(released, indent=2, ensure_ascii=False) + "\n"
 
 
-def token_keys(config: ModelConfig) -> dict[str, Any]:
-    """bos, eos and pad as a config says them: eos is a list where several tokens end generation."""
+def token_keys(config: ModelConfig) -> JsonObject:
+    """bos, eos and pad as a config holds them: eos is a list where several tokens end generation."""
     ends = (config.eos_token_id, *config.end_token_ids)
     return {
         "bos_token_id": config.bos_token_id,
@@ -295,7 +295,7 @@ def token_keys(config: ModelConfig) -> dict[str, Any]:
     }
 
 
-def _update(result: dict[str, Any], original: dict[str, Any], config: ModelConfig, form: _Format) -> None:
+def _update(result: JsonObject, original: JsonObject, config: ModelConfig, form: _Format) -> None:
     """Change what no longer agrees with ``config``, under every name it has."""
     before, _ = read_config(original, "config.json")
     for key in form.keys:
@@ -320,7 +320,7 @@ def _update(result: dict[str, Any], original: dict[str, Any], config: ModelConfi
         result.update(output_mult=config.logit_mult, mup_scale_factor=1.0)
 
 
-def _fresh(config: ModelConfig) -> dict[str, Any]:
+def _fresh(config: ModelConfig) -> JsonObject:
     form = _FORMATS[config.family]
     result = {
         **form.fresh,

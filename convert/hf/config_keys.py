@@ -5,11 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TypeVar
 
 from telechat_twins.core.errors import UserError
+from telechat_twins.core.types import JsonObject
 
 REQUIRED = object()
+Value = TypeVar("Value")
 
 
 @dataclass(frozen=True)
@@ -22,8 +24,8 @@ class Key:
 
     field: str
     names: tuple[str, ...]
-    kind: type
-    default: Any = REQUIRED
+    kind: type[int] | type[float]
+    default: object = REQUIRED
     quiet: bool = False
 
 
@@ -36,11 +38,11 @@ class Switch:
 
     field: str
     names: tuple[str, ...]
-    values: tuple[tuple[Any, Any], ...]
-    default: Any = REQUIRED
+    values: tuple[tuple[object, object], ...]
+    default: object = REQUIRED
 
 
-def take(released: Mapping[str, Any], key: Key, where: str) -> Any:
+def take(released: JsonObject, key: Key, where: str) -> int | float | None:
     """The value of a key under any of its names, None if absent or null; UserError if two names contradict."""
     given = {
         name: number(released[name], key.kind, name, where) for name in key.names if released.get(name) is not None
@@ -49,12 +51,12 @@ def take(released: Mapping[str, Any], key: Key, where: str) -> Any:
     return agreed({k: v for k, v in list(given.items())[: 1 if key.field == "max_seqlen" else None]}, where)
 
 
-def read_keys(released: Mapping[str, Any], keys: tuple[Key, ...], where: str) -> tuple[dict[str, Any], list[str]]:
+def read_keys(released: JsonObject, keys: tuple[Key, ...], where: str) -> tuple[JsonObject, list[str]]:
     """Fields of ModelConfig from the keys, and notes on the defaults that were taken."""
-    values: dict[str, Any] = {}
+    values: JsonObject = {}
     notes = []
     for key in keys:
-        value = take(released, key, where)
+        value: object = take(released, key, where)
         if value is None:
             if key.default is REQUIRED:
                 raise UserError(f"{where}: {' or '.join(key.names[:2])} is missing; it has no safe default, add it")
@@ -65,7 +67,7 @@ def read_keys(released: Mapping[str, Any], keys: tuple[Key, ...], where: str) ->
     return values, notes
 
 
-def choose(released: Mapping[str, Any], switch: Switch, where: str) -> tuple[Any, list[str]]:
+def choose(released: JsonObject, switch: Switch, where: str) -> tuple[object, list[str]]:
     """Our value for what a release chose, and a note if it is a default."""
     given = {name: released[name] for name in switch.names if released.get(name) is not None}
     found = {}
@@ -85,18 +87,18 @@ def choose(released: Mapping[str, Any], switch: Switch, where: str) -> tuple[Any
     return mine, [defaulted(switch.names[0], switch.default)]
 
 
-def chosen(switch: Switch, mine: Any) -> Any:
+def chosen(switch: Switch, mine: object) -> object:
     """What the release calls our value."""
     return next(theirs for theirs, ours in switch.values if ours == mine)
 
 
-def token_ids(released: Mapping[str, Any], where: str, pad_default: int) -> tuple[dict[str, Any], list[str]]:
+def token_ids(released: JsonObject, where: str, pad_default: int) -> tuple[JsonObject, list[str]]:
     """Fields of ModelConfig for bos, eos and pad, and notes on defaults.
 
     ``eos_token_id`` may be a list: the first is the model's, and all of them end generation. ``pad_token_id`` -1 or
     null means that there is none.
     """
-    values: dict[str, Any] = {}
+    values: JsonObject = {}
     notes = []
     for name, default in (("bos_token_id", 1), ("eos_token_id", 2), ("pad_token_id", pad_default)):
         found = released.get(name)
@@ -113,7 +115,7 @@ def token_ids(released: Mapping[str, Any], where: str, pad_default: int) -> tupl
     return values, notes
 
 
-def end_ids(found: Any, name: str, where: str) -> tuple[int, ...]:
+def end_ids(found: object, name: str, where: str) -> tuple[int, ...]:
     """An ``eos_token_id``, which is a token or a list of them, as distinct ids in order."""
     if isinstance(found, list):
         if not found:
@@ -122,7 +124,7 @@ def end_ids(found: Any, name: str, where: str) -> tuple[int, ...]:
     return (_token(found, name, where),)
 
 
-def number(value: Any, kind: type, name: str, where: str) -> Any:
+def number(value: object, kind: type[int] | type[float], name: str, where: str) -> int | float:
     """``value`` as a finite number above 0 of type ``kind`` (int or float)."""
     if not (type(value) is int or (kind is float and type(value) is float)):
         raise UserError(f"{where}: {name} should be a {'whole ' * (kind is int)}number, found {value!r}")
@@ -137,19 +139,19 @@ def number(value: Any, kind: type, name: str, where: str) -> Any:
     return kind(value)
 
 
-def agreed(given: Mapping[str, Any], where: str) -> Any:
+def agreed(given: Mapping[str, Value], where: str) -> Value | None:
     """The one value that all names give, None without any; UserError if they contradict each other."""
     if len(set(given.values())) > 1:
         raise UserError(f"{where}: {' and '.join(f'{n} {v}' for n, v in given.items())} contradict each other")
     return next(iter(given.values()), None)
 
 
-def defaulted(name: str, value: Any) -> str:
+def defaulted(name: str, value: object) -> str:
     """The note on a default."""
     return f"{name} is missing: {value} is taken, as the released code does"
 
 
-def _token(value: Any, name: str, where: str) -> int:
+def _token(value: object, name: str, where: str) -> int:
     if type(value) is not int:
         raise UserError(f"{where}: {name} should be a whole number, found {value!r}")
     if value < 0:
@@ -157,6 +159,7 @@ def _token(value: Any, name: str, where: str) -> int:
     return value
 
 
-def _short(value: Any) -> str:
-    huge = isinstance(value, int) and value.bit_length() > 256
-    return f"an integer of {value.bit_length()} bits" if huge else str(value)
+def _short(value: object) -> str:
+    if isinstance(value, int) and value.bit_length() > 256:
+        return f"an integer of {value.bit_length()} bits"
+    return str(value)

@@ -1,27 +1,27 @@
-"""Keys of config.json that would change the arithmetic to something this decoder does not do, and keys that would not.
+"""Unsupported keys of config.json, which would change the arithmetic, and the keys known to be harmless.
 
-A key with a value outside the harmless ones is refused by name; a key of which nothing here has heard is named in a
+A key with a value outside the harmless ones is refused by name; an unknown key is named in a
 note.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Iterable
 
 from telechat_twins.convert.hf.config_rotary import SECTIONS, THETA_NAMES
 from telechat_twins.core.errors import UserError
 from telechat_twins.core.shown import shown
+from telechat_twins.core.types import JsonObject
 
-Refused = dict[str, tuple[tuple[Any, ...], str]]
+Refused = dict[str, tuple[tuple[object, ...], str]]
 
 _NO = (False, None)
 _ONE = (1, None)
 _NONE = (None,)
 
 
-def _each(names: str, harmless: tuple[Any, ...], reason: str) -> Refused:
+def _each(names: str, harmless: tuple[object, ...], reason: str) -> Refused:
     return dict.fromkeys(names.split(), (harmless, reason))
 
 
@@ -97,7 +97,7 @@ _HARMLESS = frozenset(_HARMLESS_NAMES.split())
 _ROTARY = re.compile(r"(^|_)(rope|rotary|ntk|yarn|xpos)(_|$)", re.IGNORECASE)
 
 
-def check_refused(released: Mapping[str, Any], refused: Refused, where: str) -> None:
+def check_refused(released: JsonObject, refused: Refused, where: str) -> None:
     """UserError for the first key whose value would change the arithmetic."""
     for name, (harmless, reason) in {**refused, **EVERYWHERE}.items():
         if released.get(name) not in harmless:
@@ -110,7 +110,7 @@ def check_refused(released: Mapping[str, Any], refused: Refused, where: str) -> 
         raise UserError(f"{where}: sliding_window is {released['sliding_window']!r}; a window is not supported")
 
 
-def check_sizes(released: Mapping[str, Any], hidden_size: int, num_heads: int, kv_heads: int, where: str) -> None:
+def check_sizes(released: JsonObject, hidden_size: int, num_heads: int, kv_heads: int, where: str) -> None:
     """UserError where a size that follows from the others here is given and is another one."""
     wanted = {"head_dim kv_channels d_kv v_head_dim qk_head_dim rotary_dim": hidden_size / num_heads}
     if kv_heads:
@@ -123,11 +123,11 @@ def check_sizes(released: Mapping[str, Any], hidden_size: int, num_heads: int, k
                 raise UserError(f"{where}: {name} is {found!r}, but {says} {size:g}, and the format has no other")
 
 
-def unknown_note(released: Mapping[str, Any], known: Iterable[str], where: str) -> list[str]:
-    """A note that names the keys of which nothing here has heard; none without such keys.
+def unknown_note(released: JsonObject, known: Iterable[str], where: str) -> list[str]:
+    """A note that names the unknown keys; none without such keys.
 
-    UserError for one that speaks of the rotation, since whatever it says would be another arithmetic; null, false and
-    what is empty say nothing.
+    UserError for one that names the rotation, since its value would change the arithmetic; null, false and empty values
+    pass.
     """
     heard = {*known, *_HARMLESS, *EVERYWHERE, *THETA_NAMES, *SECTIONS}
     strange = [name for name in released if name not in heard]

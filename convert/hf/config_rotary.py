@@ -6,17 +6,17 @@ Up to transformers 4 the base is ``rope_theta`` beside ``rope_scaling``; transfo
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Iterator
 
 from telechat_twins.convert.hf.config_keys import agreed, number
 from telechat_twins.core.errors import UserError
+from telechat_twins.core.types import JsonObject
 
 THETA_NAMES = ("rope_theta", "rotary_theta", "rope_base", "rotary_base", "rotary_emb_base", "theta")
 SECTIONS = ("rope_parameters", "rope_scaling")
 # Of a section, besides the base and the type: entry -> what changes nothing. None: any value, since only types that are
 # refused read the entry.
-_NEUTRAL: dict[str, tuple[Any, ...] | None] = {
+_NEUTRAL: dict[str, tuple[object, ...] | None] = {
     "factor": (1, None),
     "partial_rotary_factor": (1, None),
     "attention_factor": (1, None),
@@ -26,7 +26,7 @@ _NEUTRAL: dict[str, tuple[Any, ...] | None] = {
 }
 
 
-def read_theta(released: Mapping[str, Any], position: str, where: str) -> float | None:
+def read_theta(released: JsonObject, position: str, where: str) -> float | None:
     """The rotary base, None if no name gives it; UserError for names that contradict each other, and for a scaling that
     a model with this ``position`` (of ModelConfig) does not have."""
     given = {name: released[name] for name in THETA_NAMES if released.get(name) is not None}
@@ -36,7 +36,7 @@ def read_theta(released: Mapping[str, Any], position: str, where: str) -> float 
     return agreed({name: number(value, float, name, where) for name, value in given.items()}, where)
 
 
-def write_theta(released: dict[str, Any], theta: float, name: str) -> None:
+def write_theta(released: JsonObject, theta: float, name: str) -> None:
     """Give ``released`` another rotary base, under each name that it has; under ``name`` if it has none."""
     places = [(released, key) for key in THETA_NAMES if key in released]
     for key in SECTIONS:
@@ -48,7 +48,7 @@ def write_theta(released: dict[str, Any], theta: float, name: str) -> None:
         place[key] = theta
 
 
-def _sections(released: Mapping[str, Any], where: str) -> Iterator[tuple[str, Any]]:
+def _sections(released: JsonObject, where: str) -> Iterator[tuple[str, JsonObject]]:
     """(path, mapping) of every section: the two names, and each type of layer in them."""
     for name in SECTIONS:
         section = released.get(name)
@@ -63,7 +63,7 @@ def _sections(released: Mapping[str, Any], where: str) -> Iterator[tuple[str, An
             yield name, {key: value for key, value in section.items() if key not in nested} if nested else section
 
 
-def _check_section(section: Mapping[str, Any], path: str, position: str, where: str) -> None:
+def _check_section(section: JsonObject, path: str, position: str, where: str) -> None:
     kind = agreed({f"{path}.{k}": section[k] for k in ("rope_type", "type") if _text(section, k, path, where)}, where)
     harmless = {"default", "linear"} | ({"dynamic"} if position == "ntk" else set())
     if kind is not None and kind not in harmless:
@@ -78,7 +78,7 @@ def _check_section(section: Mapping[str, Any], path: str, position: str, where: 
             _refuse(f"{path} {dict(section)!r}", position, where)
 
 
-def _text(section: Mapping[str, Any], name: str, path: str, where: str) -> str | None:
+def _text(section: JsonObject, name: str, path: str, where: str) -> str | None:
     value = section.get(name)
     if value is not None and not isinstance(value, str):
         raise UserError(f"{where}: {path}.{name} should be text, found {value!r}")

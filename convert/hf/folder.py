@@ -12,7 +12,6 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -27,6 +26,7 @@ from telechat_twins.core.errors import UserError
 from telechat_twins.core.files.atomic import new_folder, standing
 from telechat_twins.core.files.safetensors import DTYPES, SafetensorsWriter, header_room, load_json
 from telechat_twins.core.model.config import ModelConfig
+from telechat_twins.core.types import JsonObject
 
 DTYPE_NAMES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 GENERATION = "generation_config.json"
@@ -60,8 +60,8 @@ class HfFolder:
     logical names), ``prefix``, ``files`` (file name -> SafetensorsFile).
     """
 
-    def __init__(self, path: str | Path, verify: bool = True, on_bytes: Callable[[int], Any] | None = None) -> None:
-        """``verify``: hash the files, where the folder has SHA256SUMS; ``on_bytes`` hears of progress.
+    def __init__(self, path: str | Path, verify: bool = True, on_bytes: Callable[[int], object] | None = None) -> None:
+        """``verify``: hash the files, where the folder has SHA256SUMS; ``on_bytes`` is called with the bytes read.
 
         UserError names the file and what is wrong: missing config or shard, damage, names or shapes that differ.
         """
@@ -100,7 +100,7 @@ class HfFolder:
                 f"lm_head.weight is not {table}; set tie_word_embeddings to false"
             )
         del self._home["lm_head.weight"]
-        self.notes.append("lm_head.weight is not read: it is the embedding, as tie_word_embeddings says")
+        self.notes.append("lm_head.weight is not read: it is the embedding, by tie_word_embeddings")
 
     def code(self, name: str) -> str:
         """Safetensors name of a released tensor's dtype."""
@@ -126,7 +126,7 @@ class HfFolder:
         """The small files that belong to the release."""
         return sorted(path for pattern in _ASSETS for path in self.path.glob(pattern) if path.is_file())
 
-    def source_record(self) -> dict[str, Any]:
+    def source_record(self) -> JsonObject:
         """What a canonical checkpoint keeps under "hf", so that writing the release back gives the same files."""
         return {
             "config": self.released,
@@ -182,23 +182,23 @@ def plan_shards(tensors: Mapping[str, tuple[str, tuple[int, ...]]], max_bytes: i
     return [Shard(f"model-{i:05d}-of-{total:05d}.safetensors", g, metadata) for i, g in enumerate(groups, 1)]
 
 
-def check_record(record: Any, where: str) -> None:
+def check_record(record: object, where: str) -> None:
     """UserError unless ``record`` is what ``HfFolder.source_record`` made and a JSON file kept."""
     kinds = {"config": dict, "prefix": str, "dtype": str, "indexed": bool, "shards": list}
-    fits = isinstance(record, dict) and all(type(record.get(name)) is kind for name, kind in kinds.items())
+    shards = None
+    if isinstance(record, dict) and all(type(record.get(name)) is kind for name, kind in kinds.items()):
+        shards = record["shards"]
     shard = {"file": str, "metadata": dict, "tensors": list}
-    if not fits or not all(
+    if shards is None or not all(
         isinstance(entry, dict)
         and all(type(entry.get(name)) is kind for name, kind in shard.items())
         and all(isinstance(text, str) for text in (*entry["metadata"].values(), *entry["tensors"]))
-        for entry in record["shards"]
+        for entry in shards
     ):
         raise UserError(f"{where}: damaged, hf does not describe the release that the model came from; remove it")
 
 
-def recorded_shards(
-    record: Mapping[str, Any], tensors: Mapping[str, tuple[str, tuple[int, ...]]]
-) -> list[Shard] | None:
+def recorded_shards(record: JsonObject, tensors: Mapping[str, tuple[str, tuple[int, ...]]]) -> list[Shard] | None:
     """The files of the release a checkpoint came from, or None if its tensors are no longer those of the release."""
     shards = []
     for shard in record["shards"]:
@@ -215,7 +215,7 @@ def write_folder(
     read: Callable[[str], np.ndarray],
     shards: Sequence[Shard],
     *,
-    record: Mapping[str, Any] | None,
+    record: JsonObject | None,
     assets: Mapping[str, Path],
     complete: bool,
     sums: bool = False,
@@ -251,10 +251,10 @@ def write_folder(
         original_index = originals.pop(INDEX, None)
         if len(shards) > 1 or shards[0].file != "model.safetensors":
             weight_map = {name: shard.file for shard in shards for name in shard.tensors}
-            index: dict[str, Any] = {"metadata": {"total_size": total}, "weight_map": weight_map}
+            index: JsonObject = {"metadata": {"total_size": total}, "weight_map": weight_map}
             if same and original_index is not None:
                 known = load_json(original_index, "a checkpoint index")
-                # Nothing has changed, so neither does what else the index says.
+                # Nothing has changed, so the other entries of the index stay too.
                 index = known if known.get("weight_map") == weight_map else index
             _write_json(building / INDEX, index, original_index, _dump_index)
         for name, asset in originals.items():
@@ -281,15 +281,15 @@ def _generation_ends(path: Path, config: ModelConfig) -> tuple[tuple[int, ...], 
     return ends, notes
 
 
-def _write_json(path: Path, value: Any, original: Path | None, dump: Callable[[Any], str]) -> None:
-    """Write JSON; where the original file says the same, its very bytes."""
+def _write_json(path: Path, value: JsonObject, original: Path | None, dump: Callable[[JsonObject], str]) -> None:
+    """Write JSON; where the original file holds the same value, its bytes are copied."""
     if original is not None and load_json(original, "JSON") == value:
         shutil.copyfile(original, path)
     else:
         path.write_text(dump(value), encoding="utf-8")
 
 
-def _dump_index(index: dict[str, Any]) -> str:
+def _dump_index(index: JsonObject) -> str:
     return json.dumps(index, indent=2, sort_keys=True) + "\n"
 
 

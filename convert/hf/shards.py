@@ -66,7 +66,7 @@ def _single(folder: Path) -> Shards:
     if pickled:
         raise UserError(
             f"{folder / pickled[0]}: pickled weights are not read (they can run code); convert them to safetensors "
-            "with the tools of whoever released them"
+            "with the publisher's tools"
         )
     raise UserError(f"{folder}: holds neither model.safetensors nor {INDEX}")
 

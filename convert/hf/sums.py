@@ -9,7 +9,6 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
 
 from telechat_twins.core.errors import UserError
 from telechat_twins.core.files.safetensors import file_sha256
@@ -54,7 +53,7 @@ def sums_bytes(folder: Path) -> int:
     return sum((folder / name).stat().st_size for name in sums if (folder / name).is_file())
 
 
-def check_sums(folder: Path, needed: Iterable[Path], on_bytes: Callable[[int], Any] | None = None) -> None:
+def check_sums(folder: Path, needed: Iterable[Path], on_bytes: Callable[[int], object] | None = None) -> None:
     """Hash every listed file; UserError names one that is altered or missing, or a needed one that is not listed.
 
     Nothing is checked in a folder without sums.

@@ -1,7 +1,7 @@
-"""The files with which transformers, vLLM and llama.cpp read a SentencePiece tokenizer and the chat layout.
+"""Export of a SentencePiece tokenizer and its chat template for transformers, vLLM and llama.cpp.
 
-tokenizer.model is the truth; tokenizer.json says the same to the tokenizers library, which transformers and vLLM use,
-so that no code need be run. Tokenizers that cannot be said so exactly go without.
+tokenizer.model is authoritative. tokenizer.json describes the same tokenizer to the tokenizers library, which
+transformers and vLLM use, so that no remote code is needed; it is left out where the description would not be exact.
 """
 
 from __future__ import annotations
@@ -9,14 +9,19 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from telechat_twins.convert.mindformers.protobuf import fields
 from telechat_twins.core.data.chat_template import DEFAULT_SYSTEM
 from telechat_twins.core.data.control import ALIASES, BOT, END, USER
 from telechat_twins.core.errors import UserError
 from telechat_twins.core.model.config import ModelConfig
+from telechat_twins.core.types import JsonObject
 
+if TYPE_CHECKING:
+    from sentencepiece import SentencePieceProcessor
+
+Message = dict[int, int | bytes | memoryview]  # a protobuf message by field number
 SPACE = "\N{LOWER ONE EIGHTH BLOCK}"  # what SentencePiece writes for a space
 _CALLED = {piece: name for name, piece in ALIASES.items()}
 # Of sentencepiece_model.proto: ModelProto, SentencePiece, TrainerSpec, NormalizerSpec.
@@ -63,7 +68,7 @@ CHAT_TEMPLATE = """\
 def write_tokenizer_files(folder: Path, config: ModelConfig) -> None:
     """For the tokenizer.model in ``folder``: tokenizer_config.json, and tokenizer.json where it can be said exactly.
 
-    UserError if the file is no tokenizer or has more pieces than the model's vocabulary.
+    UserError if the file is not a tokenizer or has more pieces than the model's vocabulary.
     """
     pieces = load_pieces(folder / "tokenizer.model", config)
     exact = tokenizer_json(pieces)
@@ -74,14 +79,14 @@ def write_tokenizer_files(folder: Path, config: ModelConfig) -> None:
     (folder / "tokenizer_config.json").write_text(text, encoding="utf-8")
 
 
-def describe_tokenizer(pieces: Any, config: ModelConfig, exact: bool) -> dict[str, Any]:
+def describe_tokenizer(pieces: SentencePieceProcessor, config: ModelConfig, exact: bool) -> JsonObject:
     """tokenizer_config.json of a SentencePieceProcessor.
 
     ``exact``: a tokenizer.json lies beside it. Else transformers' slow LlamaTokenizer, its plain SentencePiece
     tokenizer up to 4.57, is named; a fast form made from tokenizer.model by transformers gives other ids.
     """
     special = {i: token_name(pieces, i) for i in range(pieces.get_piece_size()) if _is_special(pieces, i)}
-    how: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast"}
+    how: JsonObject = {"tokenizer_class": "PreTrainedTokenizerFast"}
     if not exact:
         how = {"tokenizer_class": "LlamaTokenizer", "use_fast": False, "legacy": True}
         how |= {"add_bos_token": False, "add_eos_token": False}
@@ -100,7 +105,7 @@ def describe_tokenizer(pieces: Any, config: ModelConfig, exact: bool) -> dict[st
     }
 
 
-def tokenizer_json(pieces: Any) -> dict[str, Any] | None:
+def tokenizer_json(pieces: SentencePieceProcessor) -> JsonObject | None:
     """The tokenizers library's form of a SentencePieceProcessor, giving the same ids; None if there is no such form.
 
     There is one for byte-pair tokenizers that leave the text as it is but for the space in front (TeleChat2's, and
@@ -160,7 +165,7 @@ def tokenizer_json(pieces: Any) -> dict[str, Any] | None:
     }
 
 
-def _prefix(placeholders: list[str]) -> dict[str, Any]:
+def _prefix(placeholders: list[str]) -> JsonObject:
     """The normalizer that writes a space mark in front of a text.
 
     The library normalizes the names of placeholders as well, and these must stay what they are to be found anywhere.
@@ -171,13 +176,13 @@ def _prefix(placeholders: list[str]) -> dict[str, Any]:
     return {"type": "Replace", "pattern": {"Regex": alone}, "content": SPACE}
 
 
-def _leaves_text(normal: dict[int, Any]) -> bool:
+def _leaves_text(normal: Message) -> bool:
     """Whether a NormalizerSpec only marks spaces and adds the one in front."""
     marks = normal.get(_DUMMY_PREFIX, 1) and normal.get(_ESCAPED_SPACES, 1) and not normal.get(_EXTRA_SPACES, 1)
     return bool(marks) and normal.get(_NAME) == b"identity" and not normal.get(_CHARACTER_MAP)
 
 
-def _ranked_apart(pieces: Any, defined: set[int]) -> bool:
+def _ranked_apart(pieces: SentencePieceProcessor, defined: set[int]) -> bool:
     """Whether scores order the merges: none is shared, and no piece is of a kind that merging alone does not explain.
 
     SentencePiece merges the leftmost of pairs whose scores are equal; a table of merges has to put one pair first.
@@ -194,13 +199,13 @@ def _ranked_apart(pieces: Any, defined: set[int]) -> bool:
     return True
 
 
-def token_name(pieces: Any, i: int) -> str:
+def token_name(pieces: SentencePieceProcessor, i: int) -> str:
     """The text of a token. Tool tokens are called as in the later releases, also where the file has other names."""
     piece: str = pieces.id_to_piece(i)
     return _CALLED.get(piece, piece)
 
 
-def _merges(pieces: Any, defined: set[int]) -> tuple[list[list[str]], list[int]]:
+def _merges(pieces: SentencePieceProcessor, defined: set[int]) -> tuple[list[list[str]], list[int]]:
     """Pairs of pieces that make a piece, the likeliest piece first; and user-defined ones that no pair makes.
 
     User-defined pieces are found before all others, and no other piece has one in it. The longest wins, so of those
@@ -214,7 +219,7 @@ def _merges(pieces: Any, defined: set[int]) -> tuple[list[list[str]], list[int]]
         pairs = [(piece[:k], piece[k:]) for k in range(1, len(piece))]
         pairs = [(left, right) for left, right in pairs if left in ids and right in ids]
         if i in defined:
-            rank = (0.0, -count if len(piece) == 2 else -len(piece))
+            rank: tuple[float, ...] = (0.0, -count if len(piece) == 2 else -len(piece))
             unmade += [i] if len(piece) > 1 and not pairs else []
         else:
             rank = (1.0, -pieces.get_score(i))
@@ -222,9 +227,9 @@ def _merges(pieces: Any, defined: set[int]) -> tuple[list[list[str]], list[int]]
     return [[left, right] for _, left, right in sorted(ranked)], unmade
 
 
-def _specs(pieces: Any) -> tuple[dict[int, Any], dict[int, Any], set[int]]:
+def _specs(pieces: SentencePieceProcessor) -> tuple[Message, Message, set[int]]:
     """TrainerSpec and NormalizerSpec by field number, and the ids of user-defined pieces."""
-    specs: dict[int, dict[int, Any]] = {_TRAINER: {}, _NORMALIZER: {}}
+    specs: dict[int, Message] = {_TRAINER: {}, _NORMALIZER: {}}
     defined, i = set(), 0
     for number, value in fields(pieces.serialized_model_proto()):
         if number in specs and isinstance(value, bytes):
@@ -236,11 +241,11 @@ def _specs(pieces: Any) -> tuple[dict[int, Any], dict[int, Any], set[int]]:
     return specs[_TRAINER], specs[_NORMALIZER], defined
 
 
-def _is_special(pieces: Any, i: int) -> bool:
+def _is_special(pieces: SentencePieceProcessor, i: int) -> bool:
     return bool(pieces.is_control(i) or pieces.is_unknown(i))
 
 
-def load_pieces(path: Path, config: ModelConfig) -> Any:
+def load_pieces(path: Path, config: ModelConfig) -> SentencePieceProcessor:
     """A tokenizer.model as a SentencePieceProcessor; UserError if it is none or larger than the vocabulary."""
     import sentencepiece
 
@@ -251,7 +256,7 @@ def load_pieces(path: Path, config: ModelConfig) -> Any:
         pieces.id_to_piece(list(range(pieces.get_piece_size())))  # a damaged piece is found out here
     except (OSError, RuntimeError, UnicodeDecodeError):
         raise UserError(
-            f"{path.name}: is no SentencePiece model; give the tokenizer.model of the training run"
+            f"{path.name}: is not a SentencePiece model; give the tokenizer.model of the training run"
         ) from None
     if pieces.get_piece_size() > config.num_tokens:
         raise UserError(

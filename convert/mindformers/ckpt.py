@@ -14,7 +14,7 @@ import mmap
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from types import ModuleType
 
 import numpy as np
 
@@ -65,7 +65,7 @@ class CkptFile:
     def _not_one(self) -> UserError:
         return UserError(
             f"{self.path}: is not a MindSpore checkpoint; it looks like {kind_of(self.path)}; if it holds pickled "
-            "weights, convert them to safetensors with the tools of whoever made it"
+            "weights, convert them to safetensors with the tools that wrote it"
         )
 
     def _checked(self) -> memoryview:
@@ -152,7 +152,7 @@ def save_ckpt(path: Path, tensors: Mapping[str, np.ndarray]) -> None:
     ms.save_checkpoint(values, str(path), crc_check=True)
 
 
-def _mindspore(path: Path) -> Any:
+def _mindspore(path: Path) -> ModuleType:
     try:
         import mindspore
     except ImportError as error:

@@ -6,7 +6,6 @@ Its checkpoints say nothing of the model they belong to; the number of heads can
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import yaml
 
@@ -19,6 +18,7 @@ from telechat_twins.core.errors import UserError
 from telechat_twins.core.files.safetensors import load_json
 from telechat_twins.core.model.config import ModelConfig
 from telechat_twins.core.schema import from_mapping, load_yaml
+from telechat_twins.core.types import JsonObject
 
 # Defaults are those of research/telechat2/telechat_config.py.
 _KEYS = (
@@ -37,7 +37,7 @@ _KEYS = (
 _TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 _OUTPUT = Key("logit_mult", ("output_mult",), float)
 _WIDTHS = Key("logit_mult", ("mup_scale_factor",), float)
-_FIXED: dict[str, dict[str, Any]] = {
+_FIXED: dict[str, JsonObject] = {
     "telechat2": {},
     "flm": {"biases": "none", "position": "ntk-theta"},
 }
@@ -70,7 +70,7 @@ def read_model_file(path: Path) -> tuple[ModelConfig, list[str]]:
     return read_model_section(section, str(path))
 
 
-def read_model_section(section: dict[str, Any], where: str) -> tuple[ModelConfig, list[str]]:
+def read_model_section(section: JsonObject, where: str) -> tuple[ModelConfig, list[str]]:
     """ModelConfig from ``model.model_config``; UserError starting with ``where`` for what this decoder does not do."""
     family = "flm" if section.get("use_mup") or section.get("net_name") == "telechat_52b" else "telechat2"
     check_refused(section, _REFUSED, where)
@@ -79,7 +79,7 @@ def read_model_section(section: dict[str, Any], where: str) -> tuple[ModelConfig
         if section.get(name) not in (biased, None):
             raise UserError(f"{where}: {name} is {section[name]!r}; a model of family {family} has it {biased}")
     found, notes = read_keys(section, _KEYS, where)
-    values: dict[str, Any] = {"family": family, **_FIXED[family], **found}
+    values: JsonObject = {"family": family, **_FIXED[family], **found}
     theta = read_theta(section, values.get("position", "ntk"), where)
     if theta is None:
         theta = 10000.0
@@ -98,10 +98,10 @@ def read_model_section(section: dict[str, Any], where: str) -> tuple[ModelConfig
         )
     if family == "flm":
         values |= {"training_seqlen": NTK_THETA_LENGTH, "base_seqlen": NTK_THETA_LENGTH}
-        parts = [take(section, key, where) for key in (_OUTPUT, _WIDTHS)]
-        if None in parts:
+        output, width = (take(section, key, where) for key in (_OUTPUT, _WIDTHS))
+        if output is None or width is None:
             raise UserError(f"{where}: output_mult or mup_scale_factor is missing; logits are multiplied by them")
-        values["logit_mult"] = parts[0] / parts[1]
+        values["logit_mult"] = output / width
     try:
         return from_mapping(ModelConfig, values, "model"), notes
     except UserError as error:
@@ -111,7 +111,7 @@ def read_model_section(section: dict[str, Any], where: str) -> tuple[ModelConfig
 def model_yaml(config: ModelConfig, form: str) -> str:
     """The text of a YAML with the ``model.model_config`` that goes with a checkpoint in a form (plain, qkv_concat)."""
     require_place(config, form)
-    section: dict[str, Any] = {"type": "TelechatConfig"}
+    section: JsonObject = {"type": "TelechatConfig"}
     section |= {key.names[0]: getattr(config, key.field) for key in _KEYS}
     # The further tokens that end generation are in model.json beside it: MindFormers' config has one.
     section |= {"theta": config.rope_theta, **{name: getattr(config, name) for name in _TOKENS}}

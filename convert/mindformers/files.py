@@ -142,7 +142,7 @@ def _weight_files(folder: Path) -> list[Path]:
     if pickled:
         raise UserError(
             f"{folder / pickled[0]}: pickled weights are not read (they can run code); convert them to safetensors "
-            "with the tools of whoever made them"
+            "with the tools that wrote them"
         )
     raise UserError(f"{folder}: holds no .safetensors and no .ckpt")
 

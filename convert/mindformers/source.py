@@ -9,7 +9,6 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -25,6 +24,7 @@ from telechat_twins.core.files.safetensors import DTYPES, load_json
 from telechat_twins.core.model.config import ModelConfig, load_model_config
 from telechat_twins.core.model.params import ParamSpec
 from telechat_twins.core.schema import from_mapping
+from telechat_twins.core.types import JsonObject
 
 # What this converter leaves beside the weights: config, form and ranks, the release it came from; its small files.
 MODEL, ASSETS = "model.json", "assets"
@@ -35,18 +35,18 @@ _CACHES = (".key_cache", ".value_cache")
 
 
 class Known:
-    """What is known of a MindFormers checkpoint without its weights: ``config``, ``notes``, ``record``, ``said``."""
+    """What is known of a MindFormers checkpoint without its weights: ``config``, ``notes``, ``record``, ``layout``."""
 
     def __init__(self, path: Path, preset: str | None = None, file: Path | None = None) -> None:
         """From a preset, a file (config.json or .yaml), or what lies beside the weights.
 
-        UserError names the options where nothing says it, and what contradicts what.
+        UserError names the options where the config is not found, and values that contradict each other.
         """
         folder = path if path.is_dir() else path.parent
         beside = next((folder / name for name in (MODEL, "config.json") if (folder / name).is_file()), None)
         self.notes: list[str] = []
-        self.record: Mapping[str, Any] | None = None
-        self.said: Mapping[str, Any] = {}  # form and mp, as this converter wrote them
+        self.record: JsonObject | None = None
+        self.layout: JsonObject = {}  # form and mp, as this converter wrote them
         given = None
         if preset is not None:
             given = load_model_config(preset, "--model")
@@ -54,8 +54,8 @@ class Known:
             given, self.notes = read_model_file(file)
         if beside is not None and beside.name == MODEL:
             model = load_json(beside, "a model's description")
-            self.record, self.said = model.get("hf"), model.get("mindformers") or {}
-            _check_said(self.said, str(beside))
+            self.record, self.layout = model.get("hf"), model.get("mindformers") or {}
+            _check_layout(self.layout, str(beside))
             if self.record is not None:
                 check_record(self.record, str(beside))
             own = from_mapping(ModelConfig, model.get("config"), f"{beside}: config")
@@ -72,8 +72,8 @@ class Known:
         self.config = given
 
 
-def _check_said(said: Any, where: str) -> None:
-    """UserError unless model.json says of form and ranks what this converter writes."""
+def _check_layout(said: object, where: str) -> None:
+    """UserError unless model.json describes form and ranks as this converter writes them."""
     kinds = {"form": str, "mp": int, "whole": bool}
     if not isinstance(said, dict) or any(type(said.get(name)) is not kind for name, kind in kinds.items() if said):
         raise UserError(f"{where}: damaged, mindformers must have form, mp and whole, found {said!r}")
@@ -85,14 +85,14 @@ def _check_said(said: Any, where: str) -> None:
 def _agree(given: ModelConfig, own: ModelConfig, option: str, where: Path) -> None:
     for name, value in own.to_dict().items():
         if (theirs := given.to_dict()[name]) != value:
-            raise UserError(f"{option}: has {name} {theirs}, but {where} says {value}; leave {option} away")
+            raise UserError(f"{option}: has {name} {theirs}, but {where} says {value}; leave {option} out")
 
 
 class MindFormersSource(ModelSource):
     """A MindFormers checkpoint. ``form``, ``mp``: the form of its names and the ranks its rows are ordered for."""
 
     def __init__(self, path: str | Path, known: Known, mp: int | None = None, option: str = "--mp") -> None:
-        """``mp``: needed where the files do not tell; ``option`` is what it is called in messages.
+        """``mp``: required where the files do not record it; ``option`` is what it is called in messages.
 
         UserError names the file, tensor or option that is wrong.
         """
@@ -107,7 +107,7 @@ class MindFormersSource(ModelSource):
         check_mp(self.config, self.mp, option)
         others = [name for name in homes[0] if not _is_weight(name)]
         if others:
-            notes.append(f"{len(others)} tensors that are no weights are left out ({others[0]}, ...)")
+            notes.append(f"{len(others)} tensors that are not weights are skipped ({others[0]}, ...)")
         self.notes = tuple(notes)
         self.bindings = bind(self.config, mindformers_rules(self.config, self.form, self.mp))
         _check_sizes(self)
@@ -201,21 +201,21 @@ def _form(ranks: list[Home], homes: list[Home], path: Path) -> str:
 
 
 def _ranks_of(source: MindFormersSource, known: Known, mp: int | None, option: str, notes: list[str]) -> int:
-    """The ranks that the rows are ordered for, from the folders, from model.json, or as the user says."""
-    found, said = len(source.ranks), known.said.get("mp")
-    if said is not None and source.path.is_dir() and found != (1 if known.said.get("whole") else said):
+    """The ranks that the rows are ordered for, from the folders, from model.json, or from the option."""
+    found, said = len(source.ranks), known.layout.get("mp")
+    if said is not None and source.path.is_dir() and found != (1 if known.layout.get("whole") else said):
         raise UserError(f"{source.path}: {MODEL} says {said} ranks, found {found} rank folders; some are missing")
     if found > 1:
         if mp not in (None, found):
-            raise UserError(f"{option} {mp}: {source.path} has {found} rank folders; leave {option} away")
+            raise UserError(f"{option} {mp}: {source.path} has {found} rank folders; leave {option} out")
         return found
     if source.form != "qkv_concat":
         return 1
     if said is not None and mp not in (None, said):
-        raise UserError(f"{option} {mp}: {source.path}'s {MODEL} says {said}; leave {option} away")
+        raise UserError(f"{option} {mp}: {source.path}'s {MODEL} says {said}; leave {option} out")
     if mp is None and said is None and source.config.family == "flm":
         raise UserError(
-            f"{source.path}: the rows of w_qkv are ordered for a number of ranks that nothing in the file tells; give "
+            f"{source.path}: the rows of w_qkv are ordered for a number of ranks that the file does not record; give "
             f"{option} as it was given to MindFormers' converter (its default is 4)"
         )
     if mp is None and said is None:

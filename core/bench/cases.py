@@ -1,4 +1,4 @@
-"""Sizes at which operators are measured, and the work that none can avoid: bytes moved, floating-point operations.
+"""Benchmark sizes of operators and their minimal work: bytes moved and floating-point operations.
 
 Bytes count every input read once and every output written once, at the size of the tensors' dtype (4 for the float32
 statistics and optimizer states). What an implementation moves beyond that lowers its share of the limit.

@@ -1,4 +1,4 @@
-"""``tele bench decode``: tokens one by one, for a single sequence and for several that share every step.
+"""Decoding benchmark (``tele bench decode``): one token a step, for a single sequence and for a batch.
 
 Contestants are the engine on each backend and, where the transformers library is installed, Hugging Face's ``generate``
 with its cache, on a model of the same shapes in PyTorch (kernels/bench/hf.py). They work in turns, as in ``tele bench
@@ -11,7 +11,6 @@ from __future__ import annotations
 import importlib.util
 import statistics
 from contextlib import ExitStack
-from typing import Any
 
 from telechat_twins.core import backends
 from telechat_twins.core.bench.step import facts, machine
@@ -20,25 +19,26 @@ from telechat_twins.core.model.config import ModelConfig
 from telechat_twins.core.model.params import parameter_table
 from telechat_twins.core.model.precision import PRECISION
 from telechat_twins.core.model.quantize import LINEAR
+from telechat_twins.core.types import JsonObject
 
 HF = "hf"
 TITLES = {**backends.TITLES, HF: "Hugging Face generate"}
 _MODULE, _HF_MODULE = "telechat_twins.kernels.bench.decode", "telechat_twins.kernels.bench.hf"
 _BYTES = {"float32": 4, "float64": 8, "bfloat16": 2, "float16": 2}
 
-Turns = dict[tuple[str, int], list[dict[str, Any]]]
+Turns = dict[tuple[str, int], list[JsonObject]]
 
 
 def contestants(names: list[str]) -> tuple[list[str], list[str]]:
-    """``names``, with Hugging Face's where it can be measured, and what is to be said of one that cannot."""
+    """``names``, with Hugging Face's where it can be measured, and a note where it cannot."""
     if importlib.util.find_spec("transformers") is not None:
         return [*names, HF], []
     return names, [f"{TITLES[HF]}: not measured (transformers is not installed here)."]
 
 
 def measure_decode(
-    options: dict[str, Any], names: list[str], rows: list[int], prompt: int, steps: int, block: int
-) -> dict[str, Any]:
+    options: JsonObject, names: list[str], rows: list[int], prompt: int, steps: int, block: int
+) -> JsonObject:
     """``steps`` steps for each contestant and number of sequences in ``rows``, ``block`` a turn, after prompts of
     ``prompt`` tokens and one uncounted turn each."""
     names, notes = contestants(names)
@@ -91,7 +91,7 @@ def _ratio(turns: Turns, first: tuple[str, int], second: tuple[str, int]) -> dic
     return spread([ratio * second[1] / first[1] for ratio in pairs])
 
 
-def summarise(turns: list[dict[str, Any]], least: int, read: float) -> dict[str, Any]:
+def summarise(turns: list[JsonObject], least: int, read: float) -> JsonObject:
     """Numbers of one contestant: a turn is {"seconds": [...] of steps, "engine": [...] of them outside the
     model}; ``least`` bytes are read in a step, ``read`` could be in a second."""
     seconds = [s for turn in turns for s in turn["seconds"]]
@@ -103,7 +103,7 @@ def summarise(turns: list[dict[str, Any]], least: int, read: float) -> dict[str,
     return found
 
 
-def _held(options: dict[str, Any], name: str) -> str:
+def _held(options: JsonObject, name: str) -> str:
     return "none" if name == HF else options.get("quantize", "none")
 
 
@@ -121,7 +121,7 @@ def least_bytes(config: ModelConfig, precision: str, rows: int, length: int, qua
     return weights + rows * cache * _BYTES[names.compute]
 
 
-def decode_to_markdown(result: dict[str, Any]) -> str:
+def decode_to_markdown(result: JsonObject) -> str:
     """A contestant and number of sequences a row."""
     options = result["options"]
     weights = ", the backends' weights in int8" if options.get("quantize") == "int8" else ""

@@ -1,4 +1,4 @@
-"""How fast a checkpoint grows, against the disk: `tele grow` and plain writing of as many bytes, in turns."""
+"""Benchmark of `tele grow` against the disk: growing a checkpoint and plain writing of as many bytes, in turns."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -20,9 +19,10 @@ from telechat_twins.core.checkpoint.read import write_checkpoint
 from telechat_twins.core.config import DataConfig, OptimConfig, RunConfig, TrainConfig
 from telechat_twins.core.model.config import ModelConfig, load_model_config
 from telechat_twins.core.model.params import count_parameters, parameter_table
+from telechat_twins.core.types import JsonObject
 
 # 2 GB with m and v, which grows to about twice as much.
-SOURCE: dict[str, Any] = {
+SOURCE: JsonObject = {
     "preset": "telechat2-mini",
     "hidden_size": 1024,
     "num_heads": 16,
@@ -44,7 +44,7 @@ sys.exit(code)
 """
 
 
-def measure_growth(rounds: int) -> dict[str, Any]:
+def measure_growth(rounds: int) -> JsonObject:
     """Seconds of ``tele grow`` in a process of its own, with its peak memory, and of writing the grown checkpoint's
     bytes to the same disk and syncing them, in turns; medians and the ratio of each round."""
     config = load_model_config(SOURCE)
@@ -76,7 +76,7 @@ def measure_growth(rounds: int) -> dict[str, Any]:
     }
 
 
-def growth_to_markdown(result: dict[str, Any]) -> str:
+def growth_to_markdown(result: JsonObject) -> str:
     """The measurement for people."""
     shares = ", ".join(f"{share:.0%}" for share in result["shares"])
     return (
@@ -115,7 +115,7 @@ def _write_source(folder: Path, config: ModelConfig) -> None:
 
 
 def _grow(source: Path, target: Path) -> tuple[float, int]:
-    """Seconds and peak bytes of the command, by its own account: what wait4 tells of a child that was forked begins
+    """Seconds and peak bytes of the command, by its own account: wait4's figure for a forked child begins
     with its parent's peak."""
     command = [sys.executable, "-c", _COMMAND, "grow", str(source), str(target), "--set", *TARGET]
     started = time.perf_counter()

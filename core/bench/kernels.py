@@ -1,4 +1,4 @@
-"""``tele bench kernels``: every operator in every implementation, against what the machine allows.
+"""Operator benchmark (``tele bench kernels``): every operator in every implementation, against the machine's limits.
 
 A process for each framework (kernels/bench/process.py). Within a turn its implementations are called one after
 another, and beside them a plain copy and a plain reading, both larger than any cache, and a plain matrix product of
@@ -13,13 +13,13 @@ import os
 import statistics
 import sys
 from contextlib import ExitStack
-from typing import Any
 
 from tqdm import tqdm
 
 from telechat_twins.core.bench.cases import OPERATORS, SIZES, Work, work
 from telechat_twins.core.bench.step import processor
 from telechat_twins.core.bench.worker import TITLES, Worker, paired_ratios, spread
+from telechat_twins.core.types import JsonObject
 
 __all__ = ["OPERATORS", "SIZES", "kernels_to_markdown", "measure_kernels"]
 
@@ -29,9 +29,9 @@ BASE = "composite"  # what ratios are taken to
 
 def measure_kernels(
     names: list[str], operators: list[str], sizes: list[str], precision: str, calls: int, block: int, compiled: bool
-) -> dict[str, Any]:
+) -> JsonObject:
     """``calls`` timed calls of each implementation, ``block`` a turn; rows as ``summarise`` makes them."""
-    rows: list[dict[str, Any]] = []
+    rows: list[JsonObject] = []
     with ExitStack() as stack:
         options = {"precision": precision, "compile": compiled}
         workers = {
@@ -43,7 +43,7 @@ def measure_kernels(
         with tqdm(total=len(sizes) * len(operators), unit="operator", mininterval=5, file=sys.stderr) as bar:
             for size, operator in itertools.product(sizes, operators):
                 bar.set_postfix_str(f"{operator} {size}")
-                turns: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
+                turns: dict[str, list[JsonObject]] = {name: [] for name in names}
                 for number in range(-(-calls // block)):
                     for name in names if number % 2 == 0 else reversed(names):
                         order = {"operator": operator, "size": size, "calls": min(block, calls - number * block)}
@@ -61,8 +61,8 @@ def measure_kernels(
 
 
 def summarise(
-    backend: str, operator: str, size: str, limits: dict[str, Work], turns: list[dict[str, Any]]
-) -> list[dict[str, Any]]:
+    backend: str, operator: str, size: str, limits: dict[str, Work], turns: list[JsonObject]
+) -> list[JsonObject]:
     """A row a direction and implementation. A turn: {"copy": [bytes/s], "read": [bytes/s], "matmul": [flop/s],
     "contestants": {name: {"implementation": ..., "forward": [s], "backward": [s], "both": [s]}}}, the last two where it
     has them. A share is taken turn by turn: the machine's bandwidth is not the same from minute to minute."""
@@ -99,7 +99,7 @@ def summarise(
     return rows
 
 
-def kernels_to_markdown(result: dict[str, Any]) -> str:
+def kernels_to_markdown(result: JsonObject) -> str:
     """One table a size, an implementation a row."""
     machine = result["machine"]
     lines = [

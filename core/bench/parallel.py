@@ -1,4 +1,4 @@
-"""``tele bench parallel``: what one rank measures of several layouts, and what all ranks' measurements say together.
+"""Layout benchmark (``tele bench parallel``): one rank's measurements, and the summary of all ranks'.
 
     core/bench/parallel.py BACKEND FOLDER       (a rank, under msrun or torchrun)
 
@@ -15,17 +15,18 @@ import os
 import statistics
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Protocol
 
 from telechat_twins.core import backends
 from telechat_twins.core.bench.worker import Worker, bench_config, paired_ratios, random_batch, timed_steps
 from telechat_twins.core.config import RunConfig
 from telechat_twins.core.launch.command import PLACES
 from telechat_twins.core.launch.worker import run_script
+from telechat_twins.core.model.batch import Batch
 from telechat_twins.core.model.config import ModelConfig
 from telechat_twins.core.parallel.layout import Layout, parse_layout
 from telechat_twins.core.parallel.schedule import bubble, bubble_formula
@@ -33,6 +34,7 @@ from telechat_twins.core.parallel.sequence import split_batch, visible_pairs
 from telechat_twins.core.parallel.sharding import Shard, chunk_table, kv_copies, plan_buckets
 from telechat_twins.core.parallel.traffic import Traffic, Widths, expected_traffic, wire_bytes
 from telechat_twins.core.train.recipe import tells_classes_apart
+from telechat_twins.core.types import JsonObject
 
 HOST = ("agree", "barrier")  # a few numbers for the host; core.parallel.traffic leaves them out
 Span = tuple[float, float, float]  # start and end of a pipeline's run, seconds of it spent waiting for other stages
@@ -47,7 +49,7 @@ def rank_path(folder: Path, rank: int) -> Path:
 
 
 @dataclass
-class Record:
+class RankRecord:
     """What one rank saw of one layout. ``seconds`` of each step, a list a turn; ``spans`` of each step's pipeline run,
     and ``forwards`` of runs without a backward; ``sent`` in one step: (operation, group, calls, bytes);
     ``states``: bytes of masters, m and v; ``peak``: most graphs alive at once; ``loss`` after the warm-up."""
@@ -61,12 +63,73 @@ class Record:
     loss: float = 0.0
 
 
-class Trial:
+class Pipeline(Protocol):
+    """The pipeline of a trainer: ``run`` may be replaced; ``peak`` and ``waited`` as telechat_ms.pipeline has them."""
+
+    run: Callable[..., float]
+    peak: int
+    waited: float
+
+
+class Master(Protocol):
+    """A flat buffer of master weights."""
+
+    @property
+    def nbytes(self) -> int: ...
+
+
+class Masters(Protocol):
+    """The optimizer of a trainer, of which the benchmark counts the master weights."""
+
+    @property
+    def masters(self) -> Sequence[Master]: ...
+
+
+class ParallelTrainer(Protocol):
+    """A backend's trainer on one rank of a layout."""
+
+    @property
+    def rank(self) -> int: ...
+
+    @property
+    def pipeline(self) -> Pipeline: ...
+
+    @property
+    def optimizer(self) -> Masters: ...
+
+    def agree(self, values: list[float], op: str) -> list[float]: ...
+
+    def share(self, global_batch: int) -> tuple[int, int]: ...
+
+    def gradients(self, batch: Batch, num_targets: int, loss_scale: float, /, *, backward: bool = True) -> float: ...
+
+    def grad_norm(self, loss_scale: float, /) -> float: ...
+
+    def update(self, lr: float, grad_scale: float, /) -> None: ...
+
+    def implementation(self) -> dict[str, str]: ...
+
+
+class Counter(Protocol):
+    """A backend's count of messages: (operation, group) -> [calls, bytes]."""
+
+    def reset(self) -> None: ...
+
+    def items(self) -> Iterable[tuple[tuple[str, str], list[int]]]: ...
+
+
+class Single(Protocol):
+    """The single process that takes its turn beside the ranks (core.bench.worker.Worker)."""
+
+    def steps(self, count: int) -> JsonObject: ...
+
+
+class LayoutTrial:
     """This rank's part of one layout, and its record."""
 
-    def __init__(self, trainer: Any, config: RunConfig, traffic: Any) -> None:
+    def __init__(self, trainer: ParallelTrainer, config: RunConfig, traffic: Counter) -> None:
         self.trainer, self.config, self.traffic = trainer, config, traffic
-        self.record = Record()
+        self.record = RankRecord()
         self._done = 0
         self._runs: list[Span] = []
         trainer.pipeline.run = self._watched(trainer.pipeline.run)
@@ -106,7 +169,7 @@ class Trial:
     def _watched(self, run: Callable[..., float]) -> Callable[..., float]:
         """``Pipeline.run`` that notes when it ran: on one machine all processes share this clock."""
 
-        def timed(*arguments: Any, **options: Any) -> float:
+        def timed(*arguments: object, **options: object) -> float:
             started = time.perf_counter()
             loss = run(*arguments, **options)
             self._runs.append((started, time.perf_counter(), self.trainer.pipeline.waited))
@@ -124,7 +187,7 @@ def main() -> int:
     trials = {}
     for layout in plan["layouts"]:
         config = bench_config(plan["options"] | {"layout": layout})
-        trials[layout] = Trial(backends.load(backend, "train").Trainer(config), config, traffic)
+        trials[layout] = LayoutTrial(backends.load(backend, "train").Trainer(config), config, traffic)
     trainer = next(iter(trials.values())).trainer
     with ExitStack() as stack:
         single = None
@@ -138,8 +201,8 @@ def main() -> int:
 
 
 def take_turns(
-    trials: Mapping[str, Trial], single: Any, meet: Callable[[], Any], steps: int, block: int
-) -> dict[str, Any]:
+    trials: Mapping[str, LayoutTrial], single: Single | None, meet: Callable[[], object], steps: int, block: int
+) -> JsonObject:
     """A step and a block to warm up, then ``steps`` steps of each layout in blocks, in an order that turns round.
 
     ``single``: the core.bench.worker.Worker that takes a turn as well, on rank 0; None on the others. ``meet`` returns
@@ -183,10 +246,10 @@ def _alone(threads: str | None) -> dict[str, str]:
     return env if threads is None else env | {"OMP_NUM_THREADS": threads}
 
 
-def summarise(options: Mapping[str, Any], text: str, records: Sequence[Record], single: Mapping[str, Any]) -> dict:
+def summarise(options: JsonObject, text: str, records: Sequence[RankRecord], single: JsonObject) -> dict:
     """The row of one layout from the records of all its ranks and the turns of the single process beside them.
 
-    Lists are by rank where nothing else is said. ``traffic``: "counted" and "formula" bytes handed to collectives in a
+    Lists are by rank unless noted. ``traffic``: "counted" and "formula" bytes handed to collectives in a
     step, the formula's on the wire ("wire"), and in "differs" every (operation, group) in which counting and
     core.parallel.traffic.expected_traffic disagree. ``pipeline`` and ``ring`` are None where the layout has none.
     """
@@ -266,8 +329,8 @@ def states_of(config: RunConfig, rank: int) -> int:
     return 3 * Widths.of(config.train.precision).master * held
 
 
-def pipeline_row(config: RunConfig, records: Sequence[Record]) -> dict[str, Any]:
-    """Share of the pipeline's time that its ranks waited for other stages, step by step, and what theory says.
+def pipeline_row(config: RunConfig, records: Sequence[RankRecord]) -> JsonObject:
+    """Share of the pipeline's time that its ranks waited for other stages, step by step, and the forecasts.
 
     ``formula``: equal stages. ``simulated``: core.parallel.schedule with each stage's own forward and backward
     seconds, as measured (``forward``, ``backward``, by global stage).
@@ -296,7 +359,7 @@ def idle_share(layout: Layout, spans: Sequence[Span]) -> float:
     return idle / whole
 
 
-def stage_seconds(config: RunConfig, records: Sequence[Record]) -> tuple[list[float], list[float]]:
+def stage_seconds(config: RunConfig, records: Sequence[RankRecord]) -> tuple[list[float], list[float]]:
     """Seconds of one micro-batch's forward and backward in every global stage, without waiting.
 
     The forward comes from runs without a backward. A rank's chunks are timed together; each is given the share that it
@@ -318,7 +381,7 @@ def stage_seconds(config: RunConfig, records: Sequence[Record]) -> tuple[list[fl
     return forward, backward
 
 
-def ring_row(config: RunConfig) -> dict[str, Any]:
+def ring_row(config: RunConfig) -> JsonObject:
     """Pairs of a query and a key that it sees, a row and layer, by ring rank; and the heaviest rank over the mean:
     as split here, and if each rank took one piece of the row in order."""
     layout = config.parallel

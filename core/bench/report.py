@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from telechat_twins.core import backends
 from telechat_twins.core.bench.step import machine, task
 from telechat_twins.core.bench.worker import spread
+from telechat_twins.core.types import JsonObject
 
 
-def layouts_to_markdown(result: dict[str, Any]) -> str:
+def layouts_to_markdown(result: JsonObject) -> str:
     """The machine first, then times and bytes, then pipelines, rings, and what does not agree."""
     rows, cores, threads = result["rows"], result["machine"]["cores"], result["machine"]["threads"]
     largest = max(row["world"] for row in rows)
@@ -61,7 +60,7 @@ def layouts_to_markdown(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _pipelines(rows: list[dict[str, Any]]) -> list[str]:
+def _pipelines(rows: list[JsonObject]) -> list[str]:
     lines = []
     for row in rows:
         if row["pipeline"] is None:
@@ -97,7 +96,7 @@ def _pipelines(rows: list[dict[str, Any]]) -> list[str]:
     ]
 
 
-def _rings(rows: list[dict[str, Any]]) -> list[str]:
+def _rings(rows: list[JsonObject]) -> list[str]:
     seen = {row["layout"]: row["ring"] for row in rows if row["ring"] is not None}
     if not seen:
         return []
@@ -113,7 +112,7 @@ def _rings(rows: list[dict[str, Any]]) -> list[str]:
     ]
 
 
-def _disagreements(rows: list[dict[str, Any]]) -> list[str]:
+def _disagreements(rows: list[JsonObject]) -> list[str]:
     lines = []
     for row in rows:
         where = f"{backends.TITLES[row['backend']]} {row['layout']}"

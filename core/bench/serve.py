@@ -1,4 +1,4 @@
-"""``tele bench serve``: clients that ask ``tele serve`` at once, each for one answer after the other.
+"""Serving benchmark (``tele bench serve``): concurrent clients of ``tele serve``, each sending one request at a time.
 
 Contestants are a server for each backend, and where the transformers library is installed Hugging Face's ``generate``
 in the same process (kernels/bench/hf.py): a batch that starts and ends together, without HTTP, its prompts not counted.
@@ -24,7 +24,6 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
 
 from telechat_twins.core.bench.decode import HF, TITLES, contestants
 from telechat_twins.core.bench.step import facts, machine
@@ -34,11 +33,12 @@ from telechat_twins.core.data.tokenizer_training import train_tokenizer
 from telechat_twins.core.launch.worker import die_with_parent
 from telechat_twins.core.model.config import ModelConfig
 from telechat_twins.core.model.init import init_weights
+from telechat_twins.core.types import JsonObject
 
 ROUNDS = 2
 REQUESTS = 24  # of all clients together in a round, and two of each at least
 MODEL = "bench"
-LOOK = 0.02  # seconds between two looks at the cache
+CACHE_POLL_S = 0.02  # between two readings of the cache's use
 PAGES = re.compile(r"^tele_cache_pages_(used|free) (\d+)$", re.MULTILINE)
 
 
@@ -68,7 +68,7 @@ class ServerProcess:
         assert self._process.stdout is not None
         found = re.search(r":(\d+)$", self._process.stdout.readline().strip())
         if found is None:
-            raise SystemExit(self._process.wait())  # it has said why
+            raise SystemExit(self._process.wait())  # its message is on stderr
         self.port = int(found[1])
         self._process.send_signal(signal.SIGSTOP)
 
@@ -80,7 +80,7 @@ class ServerProcess:
         self._process.terminate()
         self._process.communicate()
 
-    def turn(self, clients: int, prompt: int, new: int, vocab_size: int, seed: int) -> dict[str, Any]:
+    def turn(self, clients: int, prompt: int, new: int, vocab_size: int, seed: int) -> JsonObject:
         """``clients`` at once: ``seconds`` of it all, to each first piece of text, between pieces; ``tokens`` made; the
         largest share of the cache that was held. ``seed`` of the prompts: one that was used is found in the cache."""
         self._process.send_signal(signal.SIGCONT)
@@ -93,7 +93,7 @@ class ServerProcess:
             return [answer_times(self.port, ids, new) for ids in mine]
 
         def look() -> None:
-            while not over.wait(LOOK):
+            while not over.wait(CACHE_POLL_S):
                 shares.append(cache_share(self.port))
 
         with ThreadPoolExecutor(clients + 1) as pool:
@@ -124,7 +124,7 @@ def answer_times(port: int, ids: list[int], new: int) -> tuple[list[float], int]
         if line.startswith(b"data: {"):
             event = json.loads(line.removeprefix(b"data: "))
             if "error" in event:
-                raise RuntimeError(f"the server said: {event['error']['message']}")
+                raise RuntimeError(f"the server answered: {event['error']['message']}")
             if event["choices"]:
                 times.append(time.perf_counter())
             else:
@@ -145,18 +145,18 @@ def cache_share(port: int) -> float:
 
 
 def measure_serving(
-    options: dict[str, Any],
+    options: JsonObject,
     names: list[str],
     clients: list[int],
     prompt: int,
     new: int,
     checkpoint: Path,
     config: ModelConfig,
-) -> dict[str, Any]:
+) -> JsonObject:
     """ROUNDS turns of each contestant for each number in ``clients``, after one uncounted; prompts of ``prompt``
     random tokens, answers of ``new``."""
     everybody, notes = contestants(names)
-    turns: dict[tuple[str, int], list[dict[str, Any]]] = {(name, count): [] for name in everybody for count in clients}
+    turns: dict[tuple[str, int], list[JsonObject]] = {(name, count): [] for name in everybody for count in clients}
     words = ["--checkpoint", str(checkpoint), "--name", MODEL, "--precision", options["precision"]]
     words += ["--quantize", options["quantize"], "--max-running", str(max(clients)), "--max-len", str(prompt + new)]
     words += ["--cache-tokens", str(max(clients) * (prompt + new + 16))]
@@ -181,9 +181,9 @@ def measure_serving(
     return {**facts(options), "prompt": prompt, "new": new, "notes": notes, "rows": rows}
 
 
-def summarise(turns: list[dict[str, Any]]) -> dict[str, Any]:
+def summarise(turns: list[JsonObject]) -> JsonObject:
     """Numbers of one contestant and number of clients, out of its turns."""
-    found: dict[str, Any] = {"tokens_per_s": sum(t["tokens"] for t in turns) / sum(t["seconds"] for t in turns)}
+    found: JsonObject = {"tokens_per_s": sum(t["tokens"] for t in turns) / sum(t["seconds"] for t in turns)}
     for name in ("first", "next"):
         values = [value for turn in turns for value in turn.get(name, ())]
         if values:
@@ -194,7 +194,7 @@ def summarise(turns: list[dict[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def serving_to_markdown(result: dict[str, Any]) -> str:
+def serving_to_markdown(result: JsonObject) -> str:
     """A contestant and number of clients a row."""
     options = result["options"]
     weights = ", weights in int8" if options["quantize"] == "int8" else ""

@@ -1,4 +1,4 @@
-"""``tele bench step``: contestants in processes of their own that work in turns.
+"""Training-step benchmark (``tele bench step``): contestants in separate processes that take turns.
 
 A round is one turn of each, in alternating order, so that a ratio is taken from turns that followed each other and met
 the same machine.
@@ -8,19 +8,19 @@ from __future__ import annotations
 
 import os
 import platform
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
 
 from telechat_twins.core.bench.worker import TITLES, Worker, bench_config, paired_ratios, spread
 from telechat_twins.core.model.flops import flops_per_token
 from telechat_twins.core.model.params import count_parameters
+from telechat_twins.core.types import JsonObject
 
 Seconds = list[list[float]]
 
 
-def measure(options: dict[str, Any], names: list[str], steps: int, block: int) -> dict[str, Any]:
+def measure(options: JsonObject, names: list[str], steps: int, block: int) -> JsonObject:
     """Whole optimizer steps: one uncounted block each, then blocks until ``steps``."""
     with ExitStack() as stack:
         workers = {name: stack.enter_context(Worker(name, options)) for name in names}
@@ -37,7 +37,7 @@ def measure(options: dict[str, Any], names: list[str], steps: int, block: int) -
     }
 
 
-def _rounds(names: list[str], steps: int, block: int, turn: Any) -> dict[str, Seconds]:
+def _rounds(names: list[str], steps: int, block: int, turn: Callable[[str, int], list[float]]) -> dict[str, Seconds]:
     """``turn(name, count)`` by each name in every round, the order reversed from round to round."""
     seconds: dict[str, Seconds] = {name: [] for name in names}
     for number in range(-(-steps // block)):
@@ -46,7 +46,7 @@ def _rounds(names: list[str], steps: int, block: int, turn: Any) -> dict[str, Se
     return seconds
 
 
-def _ratios(names: list[str], seconds: dict[str, Seconds]) -> list[dict[str, Any]]:
+def _ratios(names: list[str], seconds: dict[str, Seconds]) -> list[JsonObject]:
     """Of each pair of contestants the earlier one's time over the later one's."""
     return [
         {"of": first, "to": second, **spread(paired_ratios(seconds[first], seconds[second]))}
@@ -55,7 +55,7 @@ def _ratios(names: list[str], seconds: dict[str, Seconds]) -> list[dict[str, Any
     ]
 
 
-def to_markdown(result: dict[str, Any]) -> str:
+def to_markdown(result: JsonObject) -> str:
     """Steps: a table with a contestant a row, and the ratios."""
     tokens = result["tokens_per_step"]
     lines = [
@@ -76,10 +76,10 @@ def to_markdown(result: dict[str, Any]) -> str:
             f"{result['flops_per_step'] / times['median'] / 1e9:.1f}",
         ]
         lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join([*lines, *_told(result, "step time")])
+    return "\n".join([*lines, *_ratio_lines(result, "step time")])
 
 
-def _told(result: dict[str, Any], what: str) -> list[str]:
+def _ratio_lines(result: JsonObject, what: str) -> list[str]:
     lines = [
         f"{_sentence(ratio['of'])} takes {ratio['median']:.2f} times {TITLES[ratio['to']]}'s {what} "
         f"(rounds: {ratio['low']:.2f} to {ratio['high']:.2f})."
@@ -96,7 +96,7 @@ def _all(seconds: Sequence[Sequence[float]]) -> dict[str, float]:
     return spread([s for block in seconds for s in block])
 
 
-def facts(options: dict[str, Any]) -> dict[str, Any]:
+def facts(options: JsonObject) -> JsonObject:
     """What was asked for, the machine, and the sizes that follow."""
     config = bench_config(options)
     tokens = config.train.global_batch * config.data.seq_len
@@ -109,7 +109,7 @@ def facts(options: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def task(result: dict[str, Any]) -> str:
+def task(result: JsonObject) -> str:
     """The training step that was measured, in words."""
     options = result["options"]
     return (
@@ -118,12 +118,12 @@ def task(result: dict[str, Any]) -> str:
     )
 
 
-def machine(result: dict[str, Any]) -> str:
+def machine(result: JsonObject) -> str:
     return f"{result['machine']['cores']} cores of {result['machine']['processor']}"
 
 
 def processor() -> str:
-    """The processor's own name where the system tells it (Linux), else its architecture."""
+    """The processor's own name where the system reports it (Linux), else its architecture."""
     try:
         for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
             if line.startswith("model name"):

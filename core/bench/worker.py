@@ -1,4 +1,4 @@
-"""One contestant, warm and waiting, for ``tele bench``: orders on stdin, answers on stdout, one JSON object a line.
+"""Benchmark worker process: one contestant of ``tele bench``, with orders on stdin and answers on stdout as JSON lines.
 
     python -m telechat_twins.core.bench.worker ms '{"model": "telechat2-tiny", ...}'
     {"steps": 5}
@@ -18,7 +18,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Protocol
 
 import numpy as np
 
@@ -28,6 +28,7 @@ from telechat_twins.core.files import ROOT
 from telechat_twins.core.launch.worker import die_with_parent
 from telechat_twins.core.model.batch import Batch
 from telechat_twins.core.parallel.layout import parse_layout
+from telechat_twins.core.types import JsonObject
 
 EAGER = "eager"  # the released code's composition in PyTorch, kernels/bench/eager.py
 TITLES = {**backends.TITLES, EAGER: "the eager composition"}
@@ -36,13 +37,27 @@ TITLES = {**backends.TITLES, EAGER: "the eager composition"}
 # cores, spinning made PyTorch's step tens of times slower. A value set by the user wins.
 QUIET = {"OMP_WAIT_POLICY": "PASSIVE"}
 
-Handle = Callable[[dict[str, Any]], dict[str, Any]]
+Handle = Callable[[JsonObject], JsonObject]
 
 
-def bench_config(options: Mapping[str, Any]) -> RunConfig:
+class Trainer(Protocol):
+    """What a benchmark calls of a trainer: a backend's, or the eager composition's (kernels/bench/eager.py)."""
+
+    def share(self, global_batch: int) -> tuple[int, int]: ...
+
+    def gradients(self, batch: Batch, num_targets: int, loss_scale: float, /) -> float: ...
+
+    def grad_norm(self, loss_scale: float, /) -> float: ...
+
+    def update(self, lr: float, grad_scale: float, /) -> None: ...
+
+    def implementation(self) -> dict[str, str]: ...
+
+
+def bench_config(options: JsonObject) -> RunConfig:
     """A training run on random tokens: ``model``, ``seq_len``, ``micro_batch``, ``micro_batches``, ``precision``.
 
-    ``layout``, a layout's text, says how it is split; without it, one process.
+    ``layout``: the text of a parallel layout; without it, one process.
     """
     return run_config_from_dict(
         {
@@ -68,7 +83,7 @@ def random_batch(config: RunConfig, step: int) -> Batch:
     return Batch(np.ascontiguousarray(ids[:, :-1]), np.ascontiguousarray(ids[:, 1:]), positions)
 
 
-def timed_steps(trainer: Any, config: RunConfig, first: int, count: int) -> tuple[list[float], float]:
+def timed_steps(trainer: Trainer, config: RunConfig, first: int, count: int) -> tuple[list[float], float]:
     """Seconds of each of ``count`` whole optimizer steps (forward, backward, norm, update), and the last loss."""
     seconds, loss = [], 0.0
     start, rows = trainer.share(config.train.global_batch)
@@ -107,7 +122,7 @@ class Worker:
     def __init__(
         self,
         name: str,
-        options: Mapping[str, Any],
+        options: JsonObject,
         env: Mapping[str, str] | None = None,
         module: str | None = None,
     ) -> None:
@@ -140,11 +155,11 @@ class Worker:
             self._process.kill()
             self._process.wait()
 
-    def steps(self, count: int) -> dict[str, Any]:
+    def steps(self, count: int) -> JsonObject:
         """Make ``count`` steps now; {"seconds": [...], "loss": ...}."""
         return self.ask({"steps": count})
 
-    def ask(self, order: Mapping[str, Any]) -> dict[str, Any]:
+    def ask(self, order: JsonObject) -> JsonObject:
         """The answer to an order, given while every other worker waits."""
         assert self._process.stdin is not None
         self._process.send_signal(signal.SIGCONT)
@@ -154,7 +169,7 @@ class Worker:
         self._process.send_signal(signal.SIGSTOP)
         return answer
 
-    def _answer(self) -> dict[str, Any]:
+    def _answer(self) -> JsonObject:
         assert self._process.stdout is not None
         line = self._process.stdout.readline()
         if not line:
@@ -164,8 +179,9 @@ class Worker:
         return json.loads(line)
 
 
-def answer_orders(prepare: Callable[[], tuple[dict[str, Any], Handle]]) -> int:
-    """The worker's side: ``prepare`` says what is ready and what handles an order; then orders until stdin ends."""
+def answer_orders(prepare: Callable[[], tuple[JsonObject, Handle]]) -> int:
+    """The worker's side: ``prepare`` returns the description of the worker and its handler of orders; orders are
+    answered until stdin ends."""
     die_with_parent()  # a stopped process would never see that its stdin has ended
     # Frameworks print on stdout when they please; keep the real one for answers.
     answers = os.fdopen(os.dup(1), "w")
@@ -177,14 +193,14 @@ def answer_orders(prepare: Callable[[], tuple[dict[str, Any], Handle]]) -> int:
     return 0
 
 
-def serve(argv: Sequence[str], build: Callable[[str, RunConfig], Any]) -> int:
+def serve(argv: Sequence[str], build: Callable[[str, RunConfig], Trainer]) -> int:
     """Train as ordered with the trainer that ``build(name, config)`` makes."""
 
-    def prepare() -> tuple[dict[str, Any], Handle]:
+    def prepare() -> tuple[JsonObject, Handle]:
         config = bench_config(json.loads(argv[1]))
         trainer, done = build(argv[0], config), 0
 
-        def handle(order: dict[str, Any]) -> dict[str, Any]:
+        def handle(order: JsonObject) -> JsonObject:
             nonlocal done
             seconds, loss = timed_steps(trainer, config, done, order["steps"])
             done += order["steps"]

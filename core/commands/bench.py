@@ -241,7 +241,7 @@ def measure_layouts(
     options: dict[str, Any], layouts: list[str], names: list[str], steps: int, block: int
 ) -> dict[str, Any]:
     """A launch for each backend and number of processes; in it the layouts of that number take turns."""
-    from telechat_twins.core.bench.parallel import Record, summarise, worlds
+    from telechat_twins.core.bench.parallel import RankRecord, summarise, worlds
 
     rows, made = [], {}
     groups = worlds(layouts)
@@ -252,7 +252,7 @@ def measure_layouts(
             ranks = _launched(name, world, options, texts, steps, block)
             single, made[name] = ranks[0]["single"], ranks[0]["implementation"]
             for text in texts:
-                records = [Record(**rank["layouts"][text]) for rank in ranks]
+                records = [RankRecord(**rank["layouts"][text]) for rank in ranks]
                 row = summarise(options, text, records, single)
                 rows.append({"backend": name, "device": made[name]["device"], "single": single, **row})
     order = {text: number for number, text in enumerate(layouts)}

@@ -13,16 +13,15 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
-from telechat_twins.core.commands.options import add_model_arguments, add_sampling_arguments, sampling_from
+from telechat_twins.core.commands.options import add_model_arguments, add_sampling_arguments, load_model, sampling_from
 from telechat_twins.core.data.chat_template import DEFAULT_SYSTEM
 from telechat_twins.core.errors import UserError
 from telechat_twins.core.files.foreign import parse_value, read_file
-from telechat_twins.core.inference.load import load_model
 from telechat_twins.core.shown import controls_shown, printable
 
 if TYPE_CHECKING:
     from telechat_twins.core.inference.chat import Chat
-    from telechat_twins.core.inference.tool_calls import Said
+    from telechat_twins.core.inference.tool_calls import AnswerPart
 
 HELP = """\
 /system [TEXT]  set the system prompt and forget the turns; without TEXT show it
@@ -118,7 +117,7 @@ def piped_lines() -> Iterator[str]:
             raise UserError(f"stdin:{number}: not UTF-8 text (byte {error.start})") from None
 
 
-def _answer(chat: Chat, pieces: Iterable[Said]) -> None:
+def _answer(chat: Chat, pieces: Iterable[AnswerPart]) -> None:
     terminal = sys.stdout.isatty()
     with _interrupt_calls(chat.stop):
         for piece in pieces:

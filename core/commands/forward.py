@@ -127,6 +127,8 @@ def run_layout(
 
     After a failure of a rank (code 1) the folder with its logs stays; stderr has named it.
     """
+    from telechat_twins.convert.parity_rank import SCRIPT
+
     folder = Path(tempfile.mkdtemp(prefix="tele-forward-"))
     code = 0
     try:
@@ -140,7 +142,7 @@ def run_layout(
             logits=True,
             gradients=args.grads,
         )
-        code = launch_tasks(args.backend, [task], folder, collective_timeout=args.timeout)
+        code = launch_tasks(args.backend, [task], folder, script=SCRIPT, collective_timeout=args.timeout)
         if code:
             return code, {}
         found = collect(folder / "0", layout.world)

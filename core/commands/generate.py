@@ -14,9 +14,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from telechat_twins.core.commands.options import add_model_arguments, add_sampling_arguments, sampling_from
+from telechat_twins.core.commands.options import add_model_arguments, add_sampling_arguments, load_model, sampling_from
 from telechat_twins.core.errors import UserError
-from telechat_twins.core.inference.load import Loaded, load_model
+from telechat_twins.core.inference.load import Loaded
 from telechat_twins.core.model.xpos_range import check_xpos_range
 from telechat_twins.core.shown import controls_shown
 
@@ -85,7 +85,7 @@ def run(args: argparse.Namespace) -> int:
     if args.samples > 1 and sampling.greedy:
         raise UserError("--samples: greedy answers are all the same; add --temperature, e.g. --temperature 0.7")
     if args.logprobs is not None and not args.json:
-        raise UserError("--logprobs: are told in the JSON; add --json")
+        raise UserError("--logprobs requires --json; add --json")
     layout = _layout(args)
     ids = None if args.ids is None else parse_ids(args.ids)
     if ids is not None and (args.chat or args.allow_control):
@@ -100,7 +100,7 @@ def run(args: argparse.Namespace) -> int:
 
     stops: frozenset[int] = frozenset()
     if not args.ignore_eos:
-        stops = turn_stops(model.tokenizer, model.config) if args.chat else model.config.stop_ids
+        stops = turn_stops(model.tokenizer, model.config) if args.chat and model.tokenizer else model.config.stop_ids
     has_text = model.tokenizer is not None
     request = Request(
         prompt_ids=tuple(ids),
@@ -148,14 +148,15 @@ def _by_ranks(
 ) -> tuple[int, list[Event]]:
     """The events of a request served by the processes of a layout, and the launcher's code; with ``show`` its text on
     stdout as it is made. After a failure of a rank (code 1) the folder with its logs stays; stderr has named it."""
+    from telechat_twins.convert.generation_rank import SCRIPT
     from telechat_twins.core.inference.generation import note_length
-    from telechat_twins.core.inference.worker import SCRIPT, Job, read_events, write_job
+    from telechat_twins.core.inference.worker import GenerationJob, read_events, write_job
     from telechat_twins.core.launch.launcher import launch
 
     note_length(model.config, request.total)
     check_xpos_range(model.config, args.precision, request.total)
     folder = Path(tempfile.mkdtemp(prefix="tele-generate-"))
-    job = Job(
+    job = GenerationJob(
         backend=args.backend,
         checkpoint=str(Path(args.checkpoint).resolve()),
         config=model.config,

@@ -21,7 +21,7 @@ from telechat_twins.core.model.growth import METHODS
 from telechat_twins.core.schema import set_dotted
 
 if TYPE_CHECKING:
-    from telechat_twins.convert.growth.plan import Plan
+    from telechat_twins.convert.growth.plan import GrowthPlan
 
 DESCRIPTION = """\
 Make a larger model of a checkpoint, optimizer state included, that computes the same function; training goes on from it
@@ -171,7 +171,7 @@ def _check_target(source: Path, target: Path) -> None:
         raise UserError(f"{target}: exists and is not empty; choose another DST")
 
 
-def _print_cost(plan: Plan, read: Callable[..., np.ndarray], before: int, after: int) -> None:
+def _print_cost(plan: GrowthPlan, read: Callable[..., np.ndarray], before: int, after: int) -> None:
     """Bytes, and seconds on this machine from the rate of making one second's worth of tensors and hashing it."""
     import hashlib
 

@@ -15,7 +15,7 @@ from telechat_twins.core.model.quantize import QUANTIZATIONS
 from telechat_twins.core.parallel.layout import Layout, parse_layout
 
 if TYPE_CHECKING:
-    from telechat_twins.core.parallel.layout import Layout
+    from telechat_twins.core.inference.load import Loaded
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
@@ -96,3 +96,11 @@ def read_layout(text: str | None, nproc: int | None, timeout: float | None) -> L
     if timeout is not None and not (math.isfinite(timeout) and timeout >= 0):
         raise UserError(f"--timeout: must be 0 (any) or a number of seconds above it, found {timeout:g}")
     return layout
+
+
+def load_model(args: argparse.Namespace, need_tokenizer: str | None) -> Loaded:
+    """core.inference.load.load_model of ``args.checkpoint``: a release, a canonical checkpoint or a run's folder."""
+    from telechat_twins.convert.source import open_model
+    from telechat_twins.core.inference import load
+
+    return load.load_model(args, need_tokenizer, open_model)

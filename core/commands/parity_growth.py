@@ -42,7 +42,7 @@ from telechat_twins.core.parity.layouts import EXACT
 from telechat_twins.core.parity.runs import compare_layouts, read_layouts, trace_rows
 
 if TYPE_CHECKING:
-    from telechat_twins.convert.growth.plan import Plan
+    from telechat_twins.convert.growth.plan import GrowthPlan
     from telechat_twins.convert.growth.schedule import Stage
 
 BETWEEN = 0.4
@@ -157,7 +157,9 @@ def with_mask(config: ModelConfig, c: float | None) -> ModelConfig:
     return dataclasses.replace(config, growth=growth)
 
 
-def _kept(who: str, plan: Plan, small: Any, grown: Any, precision: str, masked: bool, exact: Any = None) -> list[Bound]:
+def _kept(
+    who: str, plan: GrowthPlan, small: Any, grown: Any, precision: str, masked: bool, exact: Any = None
+) -> list[Bound]:
     """The grown model against the small one, in the same arithmetic; ``exact``: the small one's float64 results."""
     from telechat_twins.convert.growth.gradients import gradients_of_new, gradients_of_old
 

@@ -11,12 +11,12 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from telechat_twins.core.commands.options import add_model_arguments
+from telechat_twins.core.commands.options import add_model_arguments, load_model
 from telechat_twins.core.errors import UserError
-from telechat_twins.core.inference.load import Loaded, load_model
+from telechat_twins.core.inference.load import Loaded
 
 if TYPE_CHECKING:
-    from telechat_twins.core.inference.engine import Engine, Limits
+    from telechat_twins.core.inference.engine import Engine, EngineLimits
     from telechat_twins.core.model.config import ModelConfig
     from telechat_twins.core.serve.job import Served
 
@@ -155,9 +155,9 @@ def read_keys(args: argparse.Namespace) -> list[str]:
     return keys
 
 
-def cache_sizes(args: argparse.Namespace, config: ModelConfig) -> tuple[int, Limits]:
+def cache_sizes(args: argparse.Namespace, config: ModelConfig) -> tuple[int, EngineLimits]:
     """Pages of the cache, and the engine's limits. UserError when one does not fit the model or another one."""
-    from telechat_twins.core.inference.engine import STEP_TOKENS, Limits
+    from telechat_twins.core.inference.engine import STEP_TOKENS, EngineLimits
     from telechat_twins.core.inference.pages import pool_size
 
     max_len = config.max_seqlen if args.max_len is None else args.max_len
@@ -169,7 +169,7 @@ def cache_sizes(args: argparse.Namespace, config: ModelConfig) -> tuple[int, Lim
             f"--cache-tokens: {cache} cannot hold one sequence of {max_len} tokens; give more, or a smaller --max-len"
         )
     step_tokens = max(STEP_TOKENS, 2 * args.max_running)
-    return pool_size(cache), Limits(max_len=max_len, step_tokens=step_tokens, most_running=args.max_running)
+    return pool_size(cache), EngineLimits(max_len=max_len, step_tokens=step_tokens, max_running=args.max_running)
 
 
 def warm_up(engine: Engine) -> None:
@@ -191,13 +191,14 @@ def served_model(args: argparse.Namespace, model: Loaded, engine: Engine) -> Ser
         [args.backend, args.precision, args.rescale, model.config.to_dict()], sort_keys=True, default=str
     )
     context = engine.max_len
+    assert model.tokenizer is not None  # load_model requires one of the server
     return Served(
         name=model_name(args),
         config=model.config,
         tokenizer=model.tokenizer,
         context=context,
-        most_prompt=min(args.max_prompt_tokens or context, context - 1),
-        most_new=min(args.max_new_tokens or context, context - 1),
+        max_prompt=min(args.max_prompt_tokens or context, context - 1),
+        max_new=min(args.max_new_tokens or context, context - 1),
         created=int(time.time()),
         fingerprint="fp_" + hashlib.sha256(about.encode()).hexdigest()[:12],
         add_bos=args.add_bos,

@@ -1,4 +1,4 @@
-"""A conversation on an engine, and the release's ``chat()``.
+"""Chat sessions on an engine, and the release's ``chat()``.
 
 The prompt is kept within the model's length as the release does it: its budget is max_seqlen - max_new_tokens - 1, and
 the oldest turns are left out of it when it is full. What users and tools say is text: it never becomes control tokens.
@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing
-from typing import Any
 
+from telechat_twins.core.checkpoint.source import WeightSource
 from telechat_twins.core.data.chat_template import encode_chat
 from telechat_twins.core.data.control import USER
 from telechat_twins.core.data.tokenizer import check_vocabulary, load_tokenizer
@@ -21,13 +21,15 @@ from telechat_twins.core.inference.engine import Engine
 from telechat_twins.core.inference.generation import answer, turn_stops
 from telechat_twins.core.inference.pages import pool_size
 from telechat_twins.core.inference.requests import Event, Request
+from telechat_twins.core.inference.runner import Runner
 from telechat_twins.core.inference.sampling import SamplingConfig, sampling_config
-from telechat_twins.core.inference.tool_calls import Said, ToolCall, ToolCallStream
+from telechat_twins.core.inference.tool_calls import AnswerPart, ToolCall, ToolCallStream
 from telechat_twins.core.model.config import ModelConfig
 from telechat_twins.core.model.quantize import quantizing
 from telechat_twins.core.model.xpos_range import say_xpos_range
+from telechat_twins.core.types import JsonObject
 
-Message = dict[str, Any]
+Message = JsonObject
 
 
 class Chat:
@@ -45,14 +47,16 @@ class Chat:
         sampling: SamplingConfig | None = None,
         max_new_tokens: int | None = None,
         add_bos: bool = False,
-        tools: Sequence[Any] | None = None,
+        tools: Sequence[JsonObject] | None = None,
         cut_question: bool = False,
     ) -> None:
         """``system`` None takes the template's default; ``max_new_tokens`` None a quarter of max_seqlen, at most 1024.
-        ``cut_question``: one that is too long by itself loses its beginning, as in the release, and is no error.
+        ``cut_question``: one that is too long by itself loses its beginning, as in the release, which is not an error.
 
         UserError when the tokenizer does not fit the model or the budget is below 3 tokens.
         """
+        if engine.tokenizer is None:
+            raise ValueError("engine: a chat needs an engine with a tokenizer, found one without; pass it to Engine")
         check_vocabulary(engine.tokenizer, engine.config)
         self.engine, self.tokenizer, self.config = engine, engine.tokenizer, engine.config
         self.system, self.tools = system, tools
@@ -74,18 +78,18 @@ class Chat:
                 f"conversation; give at most {limit - 4}"
             )
 
-    def ask(self, question: str, stream: bool = False) -> str | Iterator[Said]:
+    def ask(self, question: str, stream: bool = False) -> str | Iterator[AnswerPart]:
         """The answer's text; with ``stream`` an iterator of its pieces as they are made, tool calls among them.
 
         The question and the answer, whole or stopped half-way, join the history. UserError on an empty question and on
         one too long for the budget; the history is then as before.
         """
         if not question.strip():
-            raise UserError("question: it is empty")
+            raise UserError("question: must not be empty; type some text")
         return self._turn([{"role": "user", "content": question}], stream)
 
-    def report(self, results: Sequence[str], stream: bool = False) -> str | Iterator[Said]:
-        """What the model says to the results of its tool calls, in their order; otherwise as ``ask``.
+    def report(self, results: Sequence[str], stream: bool = False) -> str | Iterator[AnswerPart]:
+        """The model's answer to the results of its tool calls, in their order; otherwise as ``ask``.
 
         UserError unless there is one for each call of the last answer.
         """
@@ -102,26 +106,26 @@ class Chat:
         self.history.clear()
         self.calls = []
 
-    def _turn(self, said: list[Message], stream: bool) -> str | Iterator[Said]:
+    def _turn(self, new: list[Message], stream: bool) -> str | Iterator[AnswerPart]:
         request = Request(
-            prompt_ids=tuple(self._prompt(said)),
+            prompt_ids=tuple(self._prompt(new)),
             max_new_tokens=self.max_new_tokens,
             sampling=self.sampling,
             stop_ids=self.stop_ids,
             text="tools" if self.tools else "answer",
         )
         self._stopped = False
-        pieces = self._answer(said, answer(self.engine, request))
+        pieces = self._answer(new, answer(self.engine, request))
         return pieces if stream else "".join(piece for piece in pieces if isinstance(piece, str))
 
-    def _answer(self, said: list[Message], events: Generator[Event, None, None]) -> Iterator[Said]:
+    def _answer(self, new: list[Message], events: Generator[Event, None, None]) -> Iterator[AnswerPart]:
         words: list[str] = []
         calls: list[ToolCall] = []
         parser = ToolCallStream() if self.tools else None
         self.finish_reason = "interrupted"
         failed = False
 
-        def told(parts: Sequence[Said]) -> Iterator[Said]:
+        def emit(parts: Sequence[AnswerPart]) -> Iterator[AnswerPart]:
             for part in parts:
                 if isinstance(part, str):
                     words.append(part)
@@ -133,29 +137,29 @@ class Chat:
             with closing(events):
                 for event in events:
                     if event.text:
-                        yield from told([event.text] if parser is None else parser.push(event.text))
+                        yield from emit([event.text] if parser is None else parser.push(event.text))
                     if event.finish_reason is not None:
                         self.finish_reason = event.finish_reason
                     elif self._stopped:
                         break
                 if parser is not None:
-                    yield from told(parser.flush())
+                    yield from emit(parser.flush())
         except Exception:
             failed = True
             raise
         finally:
-            # Also when the reader went away or Ctrl-C came: what was said was said. A failure leaves no turn.
+            # Also when the reader stopped or Ctrl-C came: what was shown joins the history. A failure leaves no turn.
             if not failed:
                 self.calls = calls
-                self.history += [*said, _assistant("".join(words), calls)]
+                self.history += [*new, _assistant("".join(words), calls)]
 
-    def _prompt(self, said: list[Message]) -> list[int]:
+    def _prompt(self, new: list[Message]) -> list[int]:
         """Ids of the conversation with as many of the newest turns as the budget holds."""
         system = [] if self.system is None else [{"role": "system", "content": self.system}]
         first = [self.config.bos_token_id] if self.add_bos else []
-        # What a tool says belongs to the question before it.
-        kept = 0 if said[0]["role"] == "user" else _last_question(self.history)
-        turns, newest = self.history[: len(self.history) - kept], [*self.history[len(self.history) - kept :], *said]
+        # A tool's result belongs to the question before it.
+        kept = 0 if new[0]["role"] == "user" else _last_question(self.history)
+        turns, newest = self.history[: len(self.history) - kept], [*self.history[len(self.history) - kept :], *new]
         while True:
             ids = first + encode_chat(self.tokenizer, [*system, *turns, *newest], self.tools)
             if not turns or len(ids) < self.budget:
@@ -163,7 +167,7 @@ class Chat:
             turns = turns[_next_question(turns) :]
         if len(ids) <= self.budget:
             return ids
-        if self.cut_question and said[0]["role"] == "user":
+        if self.cut_question and new[0]["role"] == "user":
             return self._cut(ids)
         raise UserError(
             f"question: with the system prompt it takes {len(ids)} tokens, and {self.budget} fit beside an answer "
@@ -188,8 +192,8 @@ class ChatModel:
 
     def __init__(
         self,
-        source: Any,
-        make_runner: Callable[..., Any],
+        source: WeightSource,
+        make_runner: Callable[..., Runner],
         tokenizer: str | None,
         control: str,
         precision: str,
@@ -214,13 +218,13 @@ class ChatModel:
     def chat(
         self,
         question: str,
-        history: Sequence[Mapping[str, Any]] | None = None,
+        history: Sequence[JsonObject] | None = None,
         stream: bool = False,
         *,
         max_new_tokens: int | None = None,
         add_bos: bool = False,
-        tools: Sequence[Any] | None = None,
-        **sampling: Any,
+        tools: Sequence[JsonObject] | None = None,
+        **sampling: object,
     ) -> tuple[str, list[Message]] | Iterator[tuple[str, list[Message]]]:
         """The release's ``chat``: (answer, history), or with ``stream`` an iterator of (new text, history so far).
 
@@ -228,7 +232,7 @@ class ChatModel:
         with a system message. The one that is returned is a new list with this question and its answer, whose last
         message grows while streaming; tool calls are in it as "tool_calls". The prompt is that of ``tele chat``: the
         chat template, the oldest turns left out when it is full, and as in the release a question too long by itself
-        loses its beginning (said on stderr). ``sampling``: as core.inference.sampling.SamplingConfig; greedy by
+        loses its beginning (noted on stderr). ``sampling``: as core.inference.sampling.SamplingConfig; greedy by
         default.
 
         UserError on an empty question, a message or an option that is wrong, and an answer that leaves less than 3
@@ -247,14 +251,14 @@ class ChatModel:
         )
         talk.history = before[1:] if system is not None else before
         pieces = talk.ask(question, stream=True)
-        told = [*before, {"role": "user", "content": question}, {"role": "bot", "content": ""}]
-        growing = _growing(pieces, told)
+        grown = [*before, {"role": "user", "content": question}, {"role": "bot", "content": ""}]
+        growing = _growing(pieces, grown)
         if stream:
             return growing
-        return "".join(delta for delta, _ in growing), told
+        return "".join(delta for delta, _ in growing), grown
 
 
-def _growing(pieces: Iterator[Said] | str, history: list[Message]) -> Iterator[tuple[str, list[Message]]]:
+def _growing(pieces: Iterator[AnswerPart] | str, history: list[Message]) -> Iterator[tuple[str, list[Message]]]:
     """Each piece of text with the history, whose last message it has joined."""
     last = history[-1]
     for piece in pieces:
@@ -271,7 +275,7 @@ def _assistant(words: str, calls: Sequence[ToolCall]) -> Message:
     return {**message, "tool_calls": [_plain(call) for call in calls]} if calls else message
 
 
-def _plain(call: ToolCall) -> dict[str, Any]:
+def _plain(call: ToolCall) -> JsonObject:
     return {"name": call.name, "arguments": json.loads(call.arguments)}
 
 

@@ -1,4 +1,4 @@
-"""The inference engine: requests in, tokens and text out, whichever backend computes.
+"""Inference engine with continuous batching, independent of the backend.
 
 Continuous batching: in every step each running sample gets its next token or a piece of its prompt, samples join and
 leave between steps. What a request's tokens are depends on the request alone: its rotary scaling is fixed when it
@@ -16,7 +16,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Generator
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -27,18 +27,21 @@ from telechat_twins.core.inference.runner import Runner, Step
 from telechat_twins.core.inference.scheduler import Scheduler
 from telechat_twins.core.model.position import RotaryRows
 
+if TYPE_CHECKING:
+    from telechat_twins.core.data.tokenizer import Tokenizer
+
 STEP_TOKENS = 512
-MOST_RUNNING = 64
+MAX_RUNNING = 64
 
 
 @dataclass(frozen=True, kw_only=True)
-class Limits:
+class EngineLimits:
     """``max_len``: tokens that prompt and answer of a request may reach (None: what the pages hold). ``step_tokens``:
-    computed in a step at most, so the longest piece of a prompt. ``most_running``: samples that share a step."""
+    computed in a step at most, so the longest piece of a prompt. ``max_running``: samples that share a step."""
 
     max_len: int | None = None
     step_tokens: int = STEP_TOKENS
-    most_running: int = MOST_RUNNING
+    max_running: int = MAX_RUNNING
 
 
 class Engine:
@@ -48,23 +51,23 @@ class Engine:
     def __init__(
         self,
         runner: Runner,
-        tokenizer: Any = None,
+        tokenizer: Tokenizer | None = None,
         *,
         rescale: str = "request",
         reuse: bool = True,
-        limits: Limits | None = None,
+        limits: EngineLimits | None = None,
     ) -> None:
         """``rescale``: rotary scaling beyond the trained length, fixed per request, or by each token's own length as
         released ("step"). ``reuse``: keys and values of a prompt's beginning are used again by later prompts.
 
         ValueError for limits that leave a prompt no tokens in a step.
         """
-        self.limits = limits or Limits()
+        self.limits = limits or EngineLimits()
         if rescale not in RESCALES:
             raise ValueError(f"rescale: '{rescale}' is not one of {', '.join(RESCALES)}")
-        if not 1 <= self.limits.most_running < self.limits.step_tokens:
+        if not 1 <= self.limits.max_running < self.limits.step_tokens:
             raise ValueError(
-                f"step_tokens: {self.limits.step_tokens} leave none for prompts beside {self.limits.most_running} "
+                f"step_tokens: {self.limits.step_tokens} leave none for prompts beside {self.limits.max_running} "
                 "running samples"
             )
         self.runner, self.tokenizer, self.config = runner, tokenizer, runner.config
@@ -72,7 +75,7 @@ class Engine:
         self.scheduler = Scheduler(
             self.pool,
             RotaryRows(self.config).scaling,
-            self.limits.most_running,
+            self.limits.max_running,
             self.limits.step_tokens,
             reuse,
         )
@@ -104,7 +107,7 @@ class Engine:
             )
 
     def submit(self, request: Request) -> int:
-        """Queue a request; its number, under which ``step`` tells of it. UserError at once, from ``check``."""
+        """Queue a request; its number, which the events of ``step`` carry. UserError at once, from ``check``."""
         self.check(request)
         with self._news:
             number = self._numbers
@@ -115,13 +118,13 @@ class Engine:
 
     def cancel(self, number: int) -> None:
         """Stop a request, wherever it is; its samples end with "cancelled" in the next step. One that has finished, or
-        was never there, is no mistake."""
+        was never there, is not an error."""
         with self._news:
             self._orders.append((number, None))
             self._news.notify_all()
 
     def cancel_all(self) -> None:
-        """Stop every request, at once, and tell nobody; from the thread that steps."""
+        """Stop every request, at once and without events; from the thread that steps."""
         with self._news:
             self._orders.clear()
         for samples in list(self._samples.values()):
@@ -222,7 +225,7 @@ class Engine:
 
 
 def stream(engine: Engine, request: Request) -> Generator[Event, None, None]:
-    """The events of one request, on an engine that nobody else steps. Left early, the request is cancelled; never
+    """The events of one request, on an engine that no other caller steps. Left early, the request is cancelled; never
     begun, it is never there.
 
     UserError at once, from ``check``.

@@ -1,4 +1,4 @@
-"""One engine, several ranks: rank 0 schedules and samples, the others compute what it tells them.
+"""Engine on several ranks: rank 0 schedules and samples and broadcasts each step; the other ranks execute it.
 
 Before each step rank 0 sends the step, whole numbers only, in a block of a fixed size, and what does not fit in a
 second one: for some tens of sequences that decode the first is enough. Rotary tables are not sent; every rank makes
@@ -13,6 +13,7 @@ from typing import Protocol
 
 import numpy as np
 
+from telechat_twins.core.checkpoint.source import ReadBox
 from telechat_twins.core.inference.runner import Runner, Step
 from telechat_twins.core.model.config import ModelConfig
 from telechat_twins.core.model.params import parameter_table
@@ -23,7 +24,6 @@ from telechat_twins.core.parallel.sharding import Shard
 WORDS = 1024  # int32 of the first block, its header included
 HEADER = 8
 STEP, STOP = 1, 2
-Read = Callable[[str, tuple[slice, ...]], np.ndarray]
 
 
 class SharedRunner(Runner, Protocol):
@@ -34,7 +34,7 @@ class SharedRunner(Runner, Protocol):
 
 
 class Leader:
-    """Rank 0's runner, for an engine: every step is told to the followers before it is made."""
+    """Rank 0's runner, for an engine: broadcasts every step to the followers before executing it."""
 
     def __init__(self, runner: SharedRunner) -> None:
         self.config: ModelConfig = runner.config
@@ -49,14 +49,14 @@ class Leader:
         return self._runner.run(step)
 
     def close(self) -> None:
-        """Let the followers go."""
+        """Broadcast STOP, which ends ``follow`` on the other ranks."""
         words = np.zeros(WORDS, np.int32)
         words[0] = STOP
         self._runner.share(words)
 
 
 def follow(runner: SharedRunner) -> None:
-    """The other ranks: every step that rank 0 tells, until it says that there are no more."""
+    """The loop of the other ranks: execute every step that rank 0 broadcasts, until it sends STOP."""
     while True:
         first = runner.share(np.zeros(WORDS, np.int32))
         if first[0] == STOP:
@@ -102,7 +102,7 @@ def decode(first: np.ndarray, rest: np.ndarray) -> Step:
 
 
 def shard_reader(
-    config: ModelConfig, table: dict[str, Shard], read: Read, quantize: str = "none"
+    config: ModelConfig, table: dict[str, Shard], read: ReadBox, quantize: str = "none"
 ) -> Callable[[str], np.ndarray | Int8Matrix]:
     """``get(name)`` of what a rank holds of each parameter, out of ``read(name, box)``; rows that stand for no token
     are zeros. In 8 bits a matrix is quantised whole and then cut: the same whole numbers in every layout."""

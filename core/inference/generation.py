@@ -1,6 +1,6 @@
-"""Generation on an engine: one request at a time, waited for.
+"""Synchronous generation: one request at a time on an engine.
 
-The backend gives logits; everything that decides about them is in core, so both backends say the same.
+The backend gives logits; everything that decides about them is in core, so both backends choose the same tokens.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING
 
 from telechat_twins.core.data.control import BOT, END, START, SYSTEM, USER
 from telechat_twins.core.errors import UserError
@@ -17,6 +17,9 @@ from telechat_twins.core.inference.engine import Engine, stream
 from telechat_twins.core.inference.requests import Event, Request
 from telechat_twins.core.inference.sampling import SamplingConfig
 from telechat_twins.core.model.config import ModelConfig
+
+if TYPE_CHECKING:
+    from telechat_twins.core.data.tokenizer import Tokenizer
 
 # Besides the end of an answer: a model that opens the next turn by itself has finished its own.
 TURN_TOKENS = (END, USER, START, BOT, SYSTEM)
@@ -66,10 +69,10 @@ def generate(
 
 
 def answer(engine: Engine, request: Request) -> Generator[Event, None, None]:
-    """The events of one request on an engine that serves nobody else; the iterator left early cancels it.
+    """The events of one request on an engine that serves no other; closing the iterator early cancels it.
 
-    A length beyond the trained one is said on stderr. UserError at once on what the engine refuses, and on the way when
-    the model fails.
+    A length beyond the trained one is noted on stderr. UserError at once on what the engine refuses, and later
+    when the model fails.
     """
     events = stream(engine, request)
     note_length(engine.config, request.total)
@@ -88,7 +91,7 @@ _noted: set[tuple[int, int, int]] = set()
 
 
 def note_length(config: ModelConfig, length: int) -> None:
-    """Say once on stderr that a length goes beyond what the model was trained for. Not an error: the rotary base and
+    """Note once on stderr that a length goes beyond what the model was trained for. Not an error: the rotary base and
     the attention scale grow with the length (core.model.position)."""
     key = (config.max_seqlen, config.training_seqlen, config.base_seqlen)
     if length <= config.max_seqlen or key in _noted:
@@ -101,6 +104,6 @@ def note_length(config: ModelConfig, length: int) -> None:
     )
 
 
-def turn_stops(tokenizer: Any, config: ModelConfig) -> frozenset[int]:
+def turn_stops(tokenizer: Tokenizer, config: ModelConfig) -> frozenset[int]:
     """Ids that end an answer: the end of text and every control token that opens or closes a turn."""
     return frozenset({*config.stop_ids, *(tokenizer.control[t] for t in TURN_TOKENS if t in tokenizer.control)})

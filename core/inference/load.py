@@ -5,10 +5,12 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from telechat_twins.core import backends
+from telechat_twins.core.checkpoint.source import WeightSource
 from telechat_twins.core.errors import UserError
 from telechat_twins.core.inference.pages import pool_size
 from telechat_twins.core.model.config import ModelConfig
@@ -17,7 +19,8 @@ from telechat_twins.core.model.xpos_range import check_xpos_range, say_xpos_rang
 from telechat_twins.core.shown import printable
 
 if TYPE_CHECKING:
-    from telechat_twins.core.inference.engine import Engine, Limits
+    from telechat_twins.core.data.tokenizer import Tokenizer
+    from telechat_twins.core.inference.engine import Engine, EngineLimits
 from telechat_twins.core.model.config import with_table_dtype
 
 
@@ -26,16 +29,16 @@ class Loaded:
     """A checkpoint made ready: its configuration, its tokenizer if any, and how to open an engine on it."""
 
     args: argparse.Namespace
-    source: Any
+    source: WeightSource
     config: ModelConfig
-    tokenizer: Any | None
+    tokenizer: Tokenizer | None
 
     def engine(self, max_len: int, samples: int = 1) -> Engine:
         """An engine on the backend with the weights in it, whose cache holds ``samples`` sequences of ``max_len``."""
         check_xpos_range(self.config, self.args.precision, max_len)
         return self.engine_with(self.pages(max_len, samples))
 
-    def engine_with(self, pages: int, limits: Limits | None = None, reuse: bool = True) -> Engine:
+    def engine_with(self, pages: int, limits: EngineLimits | None = None, reuse: bool = True) -> Engine:
         """An engine on the backend with the weights in it and a cache of so many pages; ``reuse`` as Engine has it."""
         from telechat_twins.core.inference.engine import Engine
 
@@ -52,16 +55,17 @@ class Loaded:
         return samples * (pool_size(max_len) - 1) + 1
 
 
-def load_model(args: argparse.Namespace, need_tokenizer: str | None) -> Loaded:
-    """Open the checkpoint and its tokenizer. ``need_tokenizer`` names the option that cannot do without one.
+def load_model(
+    args: argparse.Namespace, need_tokenizer: str | None, open_source: Callable[[str], WeightSource]
+) -> Loaded:
+    """Open the checkpoint, by ``open_source``, and its tokenizer. ``need_tokenizer``: the option that requires one.
 
     UserError on anything missing or unfitting, before weights are read.
     """
-    from telechat_twins.convert.source import open_model
     from telechat_twins.core.data.tokenizer import check_vocabulary, load_tokenizer
 
-    backends.load(args.backend, "generate")  # an absent framework is said first
-    source = open_model(args.checkpoint)
+    backends.load(args.backend, "generate")  # reports a missing framework before anything is read
+    source = open_source(args.checkpoint)
     for note in source.notes:
         print(f"note: {printable(note)}", file=sys.stderr)
     config = with_table_dtype(source.config, args.table_dtype)
@@ -82,7 +86,7 @@ def load_model(args: argparse.Namespace, need_tokenizer: str | None) -> Loaded:
 
 
 def _without_padding(config: ModelConfig, path: str | Path | None, own: bool) -> ModelConfig:
-    """``config`` that knows which rows of its vocabulary are padding, by the tokenizer at ``path``; said on stderr."""
+    """``config`` that knows which rows of its vocabulary are padding, by the tokenizer at ``path``; noted on stderr."""
     from telechat_twins.core.data.tokenizer import load_tokenizer
     from telechat_twins.core.data.vocabulary import fit_vocabulary
 

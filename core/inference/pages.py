@@ -1,8 +1,8 @@
-"""The memory of keys and values, in pages of a few tokens: who holds which, and what full ones may be used again for.
+"""Paged key-value cache: allocation by reference count, and reuse of full pages by the digest of their prefix.
 
 A page is counted by its holders. One that is full can be given a name, the digest of everything that its keys and
-values depend on; while nobody holds it, it stays as it is until its memory is needed, and a sequence that begins with
-the same tokens finds it by that name.
+values depend on; while no sequence holds it, it stays as it is until its memory is needed, and a sequence that begins
+with the same tokens finds it by that name.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 
 PAGE_SIZE = 16  # tokens
-BLANK = 0  # never held by anybody: what is read for places that are not there
+BLANK = 0  # never held: padding slots read it
 
 
 def pool_size(tokens: int, page_size: int = PAGE_SIZE) -> int:
@@ -34,7 +34,7 @@ class PagePool:
         self._holders = [0] * num_pages
         self._names: dict[int, bytes] = {}
         self._named: dict[bytes, int] = {}
-        self._idle: OrderedDict[int, None] = OrderedDict()  # named and held by nobody, the longest unused first
+        self._idle: OrderedDict[int, None] = OrderedDict()  # named, without a holder, least recently used first
 
     @property
     def available(self) -> int:
@@ -43,7 +43,7 @@ class PagePool:
 
     @property
     def capacity(self) -> int:
-        """Tokens that fit when nobody holds a page."""
+        """Tokens that fit when no page is held."""
         return (self.num_pages - 1) * self.page_size
 
     def pages_for(self, tokens: int) -> int:
@@ -88,7 +88,7 @@ class PagePool:
             self._named[name], self._names[page] = page, name
 
     def forget(self, pages: Iterable[int]) -> None:
-        """Take their names from pages that somebody holds: their contents must not be used again."""
+        """Take their names from pages that are held: their contents must not be used again."""
         for page in pages:
             name = self._names.pop(page, None)
             if name is not None:

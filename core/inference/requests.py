@@ -1,11 +1,11 @@
-"""What is asked of the engine, what it tells, and a sample of an answer on its way between the two."""
+"""Requests, events and per-sequence state of the engine."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -15,19 +15,22 @@ from telechat_twins.core.inference.pages import first_name, page_name
 from telechat_twins.core.inference.sampling import Choice, Sampler, SamplingConfig
 from telechat_twins.core.inference.text_stream import StopText, text_stream
 
+if TYPE_CHECKING:
+    from telechat_twins.core.data.tokenizer import Tokenizer
+
 RESCALES = ("request", "step")
 TEXTS = ("none", "answer", "tools", "continuation")
-MOST_SAMPLES = 128
-MOST_BIAS = 100.0
+MAX_SAMPLES = 128
+MAX_BIAS = 100.0
 
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
     """A prompt and how to go on from it.
 
-    ``samples``: how many answers. ``stop_ids`` end an answer and are no part of it; so do ``stop_texts``, wherever in
-    the text they come together. ``logit_bias`` is added to logits by token id. ``logprobs``: tell each token's
-    log-probability, and those of so many likeliest ones (None: neither). ``margins``: tell how far each token was ahead
+    ``samples``: how many answers. ``stop_ids`` end an answer and are not part of it; so do ``stop_texts``, wherever in
+    the text they come together. ``logit_bias`` is added to logits by token id. ``logprobs``: report each token's
+    log-probability and those of the N likeliest (None: neither). ``margins``: report how far each token was ahead
     of the next. ``text``: none; "answer", which begins a text of its own; "tools", an answer in which the control
     tokens around tool calls are written out; "continuation", whose first word keeps the space that divides it from the
     prompt. ``cache_salt``: prompts use cached pages again only among those of one salt.
@@ -69,7 +72,7 @@ class Event:
     of it: a character of several tokens comes with its last, and what could become a stop string is held back.
     ``offset``: characters of decoded text in front of the token's own, whether they could be shown yet or not. The last
     event of a sample has ``usage`` and a ``finish_reason``: "stop" (``stop``: the token or the string, neither of which
-    is in the text), "length", "cancelled" or "error" (``error`` says what).
+    is in the text), "length", "cancelled" or "error" (``error`` has the message).
     """
 
     request: int
@@ -90,20 +93,20 @@ def check_request(request: Request, vocab_size: int, has_tokenizer: bool) -> Non
     check_ids("prompt", request.prompt_ids, vocab_size)
     if request.max_new_tokens < 1:
         raise UserError(f"max_new_tokens: must be at least 1, found {request.max_new_tokens}")
-    if not 1 <= request.samples <= MOST_SAMPLES:
-        raise UserError(f"samples: must be 1 to {MOST_SAMPLES}, found {request.samples}")
+    if not 1 <= request.samples <= MAX_SAMPLES:
+        raise UserError(f"samples: must be 1 to {MAX_SAMPLES}, found {request.samples}")
     if request.logprobs is not None and not 0 <= request.logprobs <= vocab_size:
         raise UserError(f"logprobs: must be 0 to {vocab_size}, the vocabulary, found {request.logprobs}")
     if not all(request.stop_texts):
         raise UserError("stop: an empty string would end every answer; leave it out")
     check_ids("logit_bias", request.logit_bias, vocab_size)
     for token, value in request.logit_bias.items():
-        if not (math.isfinite(value) and abs(value) <= MOST_BIAS):
-            raise UserError(f"logit_bias: token {token} has {value}; must be from -{MOST_BIAS:g} to {MOST_BIAS:g}")
+        if not (math.isfinite(value) and abs(value) <= MAX_BIAS):
+            raise UserError(f"logit_bias: token {token} has {value}; must be from -{MAX_BIAS:g} to {MAX_BIAS:g}")
     if request.text not in TEXTS:
         raise UserError(f"text: '{request.text}' is not one of {', '.join(TEXTS)}")
     if not has_tokenizer and (request.text != "none" or request.stop_texts):
-        raise UserError("stop: strings are found in text, and there is no tokenizer; give --tokenizer, or token ids")
+        raise UserError("stop: stop strings and text need a tokenizer, found none; give --tokenizer, or token ids")
 
 
 def check_ids(name: str, ids: Iterable[int], vocab_size: int) -> list[int]:
@@ -115,7 +118,7 @@ def check_ids(name: str, ids: Iterable[int], vocab_size: int) -> list[int]:
     return checked
 
 
-def call_marks(tokenizer: Any) -> dict[int, str]:
+def call_marks(tokenizer: Tokenizer) -> dict[int, str]:
     """The control tokens around a tool call, by id; none where the tokenizer has none."""
     return {tokenizer.control[name]: name for name in (TOOL_CALL, TOOL_CALL_END) if name in tokenizer.control}
 
@@ -129,7 +132,14 @@ class Sample:
     """
 
     def __init__(
-        self, number: int, request: Request, index: int, order: int, page_size: int, rescale: str, tokenizer: Any
+        self,
+        number: int,
+        request: Request,
+        index: int,
+        order: int,
+        page_size: int,
+        rescale: str,
+        tokenizer: Tokenizer | None,
     ) -> None:
         self.number, self.request, self.index, self.order = number, request, index, order
         self.tokens = list(request.prompt_ids)
@@ -146,6 +156,7 @@ class Sample:
         self._stops = StopText(request.stop_texts)
         self._text = None
         if request.text != "none" or request.stop_texts:
+            assert tokenizer is not None  # check_request refuses text and stop strings without one
             context = self.tokens if request.text == "continuation" else ()
             self._text = text_stream(tokenizer, context, call_marks(tokenizer) if request.text == "tools" else None)
 
@@ -208,7 +219,7 @@ class Sample:
         return self._last(choice, text, reason, stop, offset=offset)
 
     def end(self, reason: str, error: str | None = None) -> Event:
-        """The event of a sample that ends without a further token; text that was held back is told."""
+        """The event of a sample that ends without a further token; text that was held back is in it."""
         text = ""
         if self._text is not None:
             text = self._stops.push(self._text.flush()) + self._stops.flush()

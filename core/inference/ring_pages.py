@@ -1,4 +1,4 @@
-"""Pages dealt out to a ring of ranks: where each lies, which rank computes a token, and what its queries see elsewhere.
+"""Paged cache over a ring of ranks: placement of pages, assignment of tokens, and visible keys on each rank.
 
 An engine counts the pages of the whole ring. Page g > 0 lies on rank (g - 1) % R as its page (g - 1) // R + 1; every
 rank has a blank page 0 of its own. A token is computed by the rank that has the page of its slot, so keys and values
@@ -31,7 +31,7 @@ class Part(NamedTuple):
 
 @dataclass(frozen=True)
 class Share:
-    """What one rank does in a step. The tokens are filled up to as many on every rank by ones that nobody wants.
+    """What one rank does in a step. Every rank has as many tokens, filled up by padding whose results are dropped.
 
     ``ids``, ``positions``, ``scaling_lengths`` int32 [n]. ``slots`` [m]: where keys and values of the first m tokens
     go, those that are this rank's. ``wanted`` [w]: tokens among the n, filled up likewise; of the R * w rows that come

@@ -1,4 +1,4 @@
-"""What the engine asks of a backend: one pass of the model over the new tokens of several sequences.
+"""Interface between engine and backend: one forward pass over the new tokens of several sequences.
 
 N tokens, R sequences, M pages of the longest of them, W tokens whose logits are wanted, V vocabulary.
 """

@@ -1,4 +1,4 @@
-"""From logits to the next token, in numpy, written once: both backends turn the same logits into the same token.
+"""Sampling in numpy, shared by both backends: the same logits give the same token.
 
 The rules are those of Hugging Face's generation, in its order: penalties, temperature, top-k, top-p, min-p, draw.
 Everything after the model is float64, so no decision hangs on a framework's softmax. A vocabulary is large and a step
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
@@ -53,7 +53,7 @@ class SamplingConfig:
         return self.repetition_penalty != 1.0 or self.presence_penalty != 0.0 or self.frequency_penalty != 0.0
 
 
-def sampling_config(**values: Any) -> SamplingConfig:
+def sampling_config(**values: object) -> SamplingConfig:
     """A checked SamplingConfig; UserError names the option that is unknown, of the wrong type or out of range."""
     return from_mapping(SamplingConfig, values, "sampling")
 
@@ -81,7 +81,7 @@ class Sampler:
         logprobs: int | None = None,
     ) -> None:
         """``sample``: which of several answers to one prompt; ``bias`` is added to logits by token id; ``margins``:
-        tell them; ``logprobs``: tell the chosen token's and those of so many likeliest ones."""
+        report them; ``logprobs``: report the chosen token's and those of the N likeliest."""
         self.config, self.margins, self.logprobs = config, margins, logprobs
         self._draws = Draws(config.seed, sample)
         self._history = History(prompt) if config.penalises else None

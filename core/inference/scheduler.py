@@ -1,4 +1,4 @@
-"""Which samples go on in a step, with how many tokens each, and which have to give their pages back.
+"""Scheduler of continuous batching: admission, the share of each sample in a step, and preemption.
 
 Every step, samples that have their prompt behind them get one token each; what is left of the step's tokens goes to
 prompts, the oldest first, in pieces. A sample is admitted when there are pages for all tokens that it has. When one
@@ -26,16 +26,16 @@ class Scheduler:
         self,
         pool: PagePool,
         scaling: Callable[[int], tuple[float, float]],
-        most_samples: int,
+        max_samples: int,
         step_tokens: int,
         reuse: bool = True,
     ) -> None:
-        """``scaling``: RotaryRows.scaling; ``most_samples`` run at once; ``step_tokens`` are computed in a step."""
+        """``scaling``: RotaryRows.scaling; ``max_samples`` run at once; ``step_tokens`` are computed in a step."""
         self.pool, self.reuse = pool, reuse
         self.waiting: list[Sample] = []
         self.running: list[Sample] = []
         self.preemptions = 0
-        self._scaling, self._most_samples, self._step_tokens = scaling, most_samples, step_tokens
+        self._scaling, self._max_samples, self._step_tokens = scaling, max_samples, step_tokens
 
     def add(self, sample: Sample) -> None:
         """Let a sample wait for its turn."""
@@ -62,7 +62,7 @@ class Scheduler:
             if sample.missing > 1 and left:
                 several.append((sample, min(sample.missing, left)))
                 left -= several[-1][1]
-        while left and len(self.running) < self._most_samples and stopped == self.preemptions:
+        while left and len(self.running) < self._max_samples and stopped == self.preemptions:
             first = next((sample for sample in self.waiting if not sample.waits), None)
             if first is None or not self._admit(first):
                 break

@@ -1,15 +1,34 @@
-"""From tokens as they are made to text as it may be shown: whole characters, nothing that a stop string takes back."""
+"""Incremental detokenization; holds back partial characters and partial stop strings."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    from telechat_twins.core.data.tokenizer import Tokenizer
 
 REPLACEMENT = "\ufffd"  # what the decoder shows for bytes that are not (yet) a character
 CONTEXT = 16  # tokens of a prompt: more than a character's 4 bytes and a word before it
 
 
-def text_stream(tokenizer: Any, context: Sequence[int] = (), shown: Mapping[int, str] | None = None) -> Any:
+class TextStream(Protocol):
+    """Incremental detokenization: ids in, text out (core.data.detokenizer.StreamDecoder)."""
+
+    @property
+    def start(self) -> int: ...
+
+    @property
+    def length(self) -> int: ...
+
+    def push(self, token: int, /) -> str: ...
+
+    def flush(self) -> str: ...
+
+
+def text_stream(
+    tokenizer: Tokenizer, context: Sequence[int] = (), shown: Mapping[int, str] | None = None
+) -> TextStream:
     """Tokens in (``push``), text out; all pieces with the last (``flush``) add up to the decoding of all the tokens.
 
     A character of several byte tokens is held back until it is whole; control tokens give no text, but for those that
@@ -20,7 +39,7 @@ def text_stream(tokenizer: Any, context: Sequence[int] = (), shown: Mapping[int,
         return ShownControl(tokenizer, shown)
     context = list(context)[-CONTEXT:]
     stream = tokenizer.stream()
-    # A prompt that ends inside a character is no context: its half would come out with the continuation.
+    # A prompt that ends inside a character is not used as context: its half would come out with the continuation.
     if context and not tokenizer.decode(context, skip_special=True).endswith(REPLACEMENT):
         for token in context:
             stream.push(token)
@@ -32,7 +51,7 @@ class ShownControl:
     """A text stream in which some control tokens are written out, exactly as named; between them the text is decoded
     as a text of its own."""
 
-    def __init__(self, tokenizer: Any, shown: Mapping[int, str]) -> None:
+    def __init__(self, tokenizer: Tokenizer, shown: Mapping[int, str]) -> None:
         self._tokenizer, self._shown = tokenizer, shown
         self._stream = tokenizer.stream()
         self._before = 0  # characters in front of the stream's first

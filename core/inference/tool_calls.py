@@ -1,4 +1,4 @@
-"""Tool calls in an answer's text, as the chat template asks for them: text before, then blocks
+"""Parser of tool calls in an answer's text, as the chat template defines them: text before, then blocks
 
     <tool_call>
     {"name": "get_weather", "arguments": {"city": "Paris"}}
@@ -14,7 +14,7 @@ from __future__ import annotations
 import json
 import re
 from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import NoReturn
 
 from telechat_twins.core.data.control import TOOL_CALL, TOOL_CALL_END
 
@@ -27,7 +27,7 @@ class ToolCall:
     arguments: str
 
 
-Said = str | ToolCall
+AnswerPart = str | ToolCall
 _SLICE = 4096  # characters of a piece that are read at once
 
 
@@ -39,48 +39,48 @@ class ToolCallStream:
     """
 
     def __init__(self) -> None:
-        self._white: list[str] = []  # not told yet: a call may follow
+        self._white: list[str] = []  # not emitted yet: a call may follow
         self._mark = ""  # the beginning of an opening mark, perhaps
         self._block: _Block | None = None
-        self._called = False  # the last thing told was a call
+        self._called = False  # the last part emitted was a call
 
-    def push(self, piece: str) -> list[Said]:
+    def push(self, piece: str) -> list[AnswerPart]:
         """What this piece makes certain."""
-        said: list[Said] = []
+        parts: list[AnswerPart] = []
         # Each block copies what is left of its piece, so that a long one costs the square of its length.
         for first in range(0, len(piece), _SLICE):
             part = piece[first : first + _SLICE]
             while part:
-                part = self._outside(part, said) if self._block is None else self._inside(self._block, part, said)
-        return said
+                part = self._outside(part, parts) if self._block is None else self._inside(self._block, part, parts)
+        return parts
 
-    def flush(self) -> list[Said]:
+    def flush(self) -> list[AnswerPart]:
         """What is left at the end of the answer."""
-        said: list[Said] = []
+        parts: list[AnswerPart] = []
         while self._block is not None:
             block, self._block = self._block, None
             if block.call is not None:
-                said.append(block.call)
+                parts.append(block.call)
                 self._called = True
                 continue
             # No JSON ended here: the first closing mark ends the block after all, and what follows it is read anew.
             text, rest = _through_mark(block.text)
-            self._tell(text, said)
-            said += self.push(rest)
+            self._emit(text, parts)
+            parts += self.push(rest)
         held = "".join(self._white) + self._mark
         self._white, self._mark = [], ""
         if held.strip() or not self._called:
-            self._tell(held, said)
-        return said
+            self._emit(held, parts)
+        return parts
 
-    def _outside(self, piece: str, said: list[Said]) -> str:
+    def _outside(self, piece: str, parts: list[AnswerPart]) -> str:
         """Text up to the next block; returns what is left to read."""
         text, self._mark = self._mark + piece, ""
         begin = text.find(TOOL_CALL)
         certain = begin if begin >= 0 else len(text) - _mark_begun(text)
         words = text[:certain].rstrip()
         if words:
-            self._tell("".join(self._white) + words, said)
+            self._emit("".join(self._white) + words, parts)
             self._white = []
         if begin >= 0:
             self._white = []
@@ -91,23 +91,23 @@ class ToolCallStream:
         self._mark = text[certain:]
         return ""
 
-    def _inside(self, block: _Block, piece: str, said: list[Said]) -> str:
+    def _inside(self, block: _Block, piece: str, parts: list[AnswerPart]) -> str:
         rest = block.push(piece)
         if rest is None:
             return ""
         self._block = None
         if block.call is not None:
-            said.append(block.call)
+            parts.append(block.call)
             self._called = True
         else:
-            self._tell(block.text, said)
+            self._emit(block.text, parts)
         return rest
 
-    def _tell(self, text: str, said: list[Said]) -> None:
+    def _emit(self, text: str, parts: list[AnswerPart]) -> None:
         if self._called:
             text = text.lstrip()
         if text:
-            said.append(text)
+            parts.append(text)
             self._called = False
 
 
@@ -212,9 +212,9 @@ class _Block:
 def parse_tool_calls(text: str) -> tuple[str, list[ToolCall]]:
     """The text of a whole answer without its calls, and the calls."""
     stream = ToolCallStream()
-    said = [*stream.push(text), *stream.flush()]
-    words = "".join(part for part in said if isinstance(part, str))
-    return words, [part for part in said if isinstance(part, ToolCall)]
+    parts = [*stream.push(text), *stream.flush()]
+    words = "".join(part for part in parts if isinstance(part, str))
+    return words, [part for part in parts if isinstance(part, ToolCall)]
 
 
 def _mark_begun(text: str) -> int:
@@ -231,8 +231,8 @@ def _through_mark(text: str) -> tuple[str, str]:
     return before + mark, rest
 
 
-def _call_of(found: Any) -> ToolCall | None:
-    """The call that a block's JSON says; None when it says something else."""
+def _call_of(found: object) -> ToolCall | None:
+    """The call that a block's JSON describes; None when it describes something else."""
     if not isinstance(found, dict) or not isinstance(found.get("name"), str):
         return None
     arguments = found.get("arguments", {})
@@ -248,7 +248,7 @@ def _call_of(found: Any) -> ToolCall | None:
     return ToolCall(found["name"], text)
 
 
-def _json(text: str) -> Any:
+def _json(text: str) -> object:
     """ValueError or RecursionError unless ``text`` is JSON; NaN and Infinity are not."""
 
     def constant(name: str) -> NoReturn:

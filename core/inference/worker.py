@@ -1,6 +1,6 @@
-"""``tele generate`` by several processes: what every rank does.
+"""One rank of ``tele generate`` over several processes.
 
-    core/inference/worker.py JOB.json            one rank; started by core.launch.launcher
+The script that the launcher starts is convert/generation_rank.py, which passes in the opener of weights.
 
 Rank 0 has the engine and the tokenizer. It appends the text to ``text`` beside the job's file as it is made, which the
 command shows, and leaves its events in ``samples.json``. The others follow it (core.inference.followers).
@@ -10,29 +10,26 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from telechat_twins.core import backends
+from telechat_twins.core.checkpoint.source import OpenReader
 from telechat_twins.core.errors import UserError
 from telechat_twins.core.inference.engine import Engine
 from telechat_twins.core.inference.followers import Leader, follow, shard_reader
 from telechat_twins.core.inference.generation import answer
 from telechat_twins.core.inference.requests import Event, Request, Usage
 from telechat_twins.core.inference.sampling import Choice, SamplingConfig
-from telechat_twins.core.launch.worker import run_script
 from telechat_twins.core.model.config import ModelConfig
 from telechat_twins.core.parallel.layout import Layout, parse_layout
 from telechat_twins.core.parallel.sharding import chunk_table
 from telechat_twins.core.schema import from_mapping
-
-SCRIPT = Path(__file__).resolve()
+from telechat_twins.core.types import JsonObject
 
 
 @dataclasses.dataclass(frozen=True)
-class Job:
+class GenerationJob:
     """What the ranks need: a model and how it is held, one request, and where its tokenizer is."""
 
     backend: str
@@ -63,7 +60,7 @@ def inference_layout(text: str) -> Layout:
     return dataclasses.replace(layout, sequence_parallel=False)
 
 
-def write_job(path: Path, job: Job) -> None:
+def write_job(path: Path, job: GenerationJob) -> None:
     """Keep a job for the ranks."""
     request = dataclasses.asdict(job.request)
     request["stop_ids"] = sorted(job.request.stop_ids)
@@ -71,7 +68,7 @@ def write_job(path: Path, job: Job) -> None:
     path.write_text(json.dumps(values), encoding="utf-8")
 
 
-def read_job(path: Path) -> Job:
+def read_job(path: Path) -> GenerationJob:
     """What ``write_job`` kept."""
     values = json.loads(path.read_text(encoding="utf-8"))
     request = values["request"]
@@ -83,7 +80,7 @@ def read_job(path: Path) -> Job:
         "sampling": SamplingConfig(**request["sampling"]),
     }
     values |= {"config": from_mapping(ModelConfig, values["config"], "config"), "request": Request(**request)}
-    return Job(**values)
+    return GenerationJob(**values)
 
 
 def write_events(path: Path, events: Sequence[Event]) -> None:
@@ -104,22 +101,20 @@ def read_events(path: Path) -> list[Event]:
     return found
 
 
-def _plain(event: Event) -> dict[str, Any]:
+def _plain(event: Event) -> JsonObject:
     values = dataclasses.asdict(event)
     return values | {"choice": None if event.choice is None else list(event.choice)}
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """One rank's part of a job."""
-    from telechat_twins.convert.source import weight_reader
+def serve_rank(path: Path, open_reader: OpenReader) -> int:
+    """Run this rank's part of the job at ``path``, with the weights that ``open_reader`` opens."""
     from telechat_twins.core.data.tokenizer import load_tokenizer
 
-    path = Path((sys.argv[1:] if argv is None else argv)[0])
     job = read_job(path)
     layout = inference_layout(job.layout)
     mesh = backends.load(job.backend, "parallelize").open_mesh(job.config, layout)
     table = chunk_table(job.config, layout, mesh.coord)
-    get = shard_reader(job.config, table, weight_reader(job.checkpoint), job.quantize)
+    get = shard_reader(job.config, table, open_reader(job.checkpoint), job.quantize)
     make = backends.load(job.backend, "generate").Runner
     runner = make(job.config, get, job.pages, job.precision, mesh=mesh)
     if mesh.rank:
@@ -138,11 +133,3 @@ def main(argv: Sequence[str] | None = None) -> int:
         write_events(path.parent / "samples.json", events)
     backends.load(job.backend, "mesh").leave()
     return 0
-
-
-if __name__ == "__main__":
-    from telechat_twins.core.inference.worker import (
-        main as run_rank,  # the module that others import, not this __main__ copy
-    )
-
-    raise SystemExit(run_script(run_rank))

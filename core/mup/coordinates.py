@@ -1,4 +1,4 @@
-"""The coordinate check of muP: do activations, and what training changes of them, keep their size as the width grows?
+"""Coordinate check of muP: whether activations, and their changes in training, keep their size as the width grows.
 
 A few steps are trained at several widths. Under muP every coordinate of embedding, attention, ffn, stream and logits
 moves by an amount that does not depend on the width; with one set of numbers for all widths (the standard
@@ -10,9 +10,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
@@ -22,6 +21,7 @@ from telechat_twins.core.model.batch import Batch, shift_labels
 from telechat_twins.core.mup import transfer as rules
 from telechat_twins.core.parallel.layout import Layout
 from telechat_twins.core.train.recipe import clip_factor, learning_rate
+from telechat_twins.core.types import JsonObject
 
 GROUPS = ("embed", "attn", "ffn", "stream", "logits")
 MUP, STANDARD = "muP", "standard"
@@ -36,7 +36,7 @@ GROWING = 0.5
 
 
 @dataclass(frozen=True)
-class Record:
+class WidthRecord:
     """One width in one parametrisation. ``scales`` and ``changes``, by group, one number for 0, 1 ... updates: the mean
     of |x| and of |x - x at the start|, over the fixed batch and, where there are several, over layers."""
 
@@ -85,11 +85,11 @@ def token_batch(vocab_size: int, rows: int, seq_len: int, seed: int) -> Batch:
 
 
 def measure(
-    backend: str, parametrisation: str, config: RunConfig, batch: Batch, steps: int, tell: Callable[[], None]
-) -> Record:
+    backend: str, parametrisation: str, config: RunConfig, batch: Batch, steps: int, on_look: Callable[[], None]
+) -> WidthRecord:
     """Make the run's first ``steps`` updates, all on ``batch``, looking before each and after the last.
 
-    ``tell`` is called after each look.
+    ``on_look`` is called after each look.
     """
     trainer = backends.load(backend, "train").Trainer(config)
     observed = backends.load(backend, "activations").observed
@@ -109,8 +109,8 @@ def measure(
             norm = trainer.grad_norm(1.0)
             lr = learning_rate(config.optim, config.train.steps, step)
             trainer.update(lr, clip_factor(norm, config.optim.clip_grad))
-        tell()
-    return Record(parametrisation, config.model.hidden_size, scales, changes, losses)
+        on_look()
+    return WidthRecord(parametrisation, config.model.hidden_size, scales, changes, losses)
 
 
 def group_of(name: str) -> str:
@@ -119,7 +119,7 @@ def group_of(name: str) -> str:
     return "stream" if last.isdigit() else last
 
 
-def slope(records: Sequence[Record], kind: str, group: str, step: int) -> float:
+def slope(records: Sequence[WidthRecord], kind: str, group: str, step: int) -> float:
     """d log(size) / d log(width) by least squares over ``records``; ``kind``: scales or changes."""
     sizes = [getattr(record, kind)[group][step] for record in records]
     if not all(math.isfinite(size) and size > 0 for size in sizes):
@@ -128,7 +128,7 @@ def slope(records: Sequence[Record], kind: str, group: str, step: int) -> float:
     return float(np.polyfit(widths, np.log(sizes), 1)[0])
 
 
-def judge(records: Sequence[Record]) -> list[Judged]:
+def judge(records: Sequence[WidthRecord]) -> list[Judged]:
     """What must hold: flat at the start and flat in change after the last update under muP, growth in the contrast."""
     mup = [record for record in records if record.parametrisation == MUP]
     contrast = [record for record in records if record.parametrisation == STANDARD]
@@ -144,7 +144,7 @@ def judge(records: Sequence[Record]) -> list[Judged]:
     return found
 
 
-def to_json(records: Sequence[Record], judged: Sequence[Judged], facts: dict[str, Any]) -> dict[str, Any]:
+def to_json(records: Sequence[WidthRecord], judged: Sequence[Judged], facts: JsonObject) -> JsonObject:
     """What check.json holds."""
     rows = [
         {
@@ -165,7 +165,7 @@ def to_json(records: Sequence[Record], judged: Sequence[Judged], facts: dict[str
     }
 
 
-def _mean(parts: Any) -> float:
+def _mean(parts: Iterable[np.ndarray]) -> float:
     return float(np.mean([np.mean(part, dtype=np.float64) for part in parts]))
 
 

@@ -1,4 +1,4 @@
-"""Loss over model size: L = a * C**b + c through small models, and what it says about larger ones.
+"""Loss prediction: the law L = a * C**b + c fitted to small models and extrapolated to larger ones.
 
 The law and its use with muP are those of muScaling and nanoLM (arXiv 2304.06875): models that differ in width alone,
 trained on the same data in the same order, each loss read at the same step. C is the number of parameters in millions
@@ -29,7 +29,7 @@ _SECTIONS = 60
 _LEAST_EFFECT = 1e-30  # of a change of b by one on the losses, as a share of their spread
 _SHRINK = (math.sqrt(5) - 1) / 2
 
-# b two standard deviations from zero: nearer, and the data do not tell a curve with a floor from one without.
+# b two standard deviations from zero: nearer, and the data do not distinguish a curve with a floor from one without.
 MOST_RELATIVE_SD = 0.5
 
 
@@ -231,6 +231,6 @@ def _inverse_normal(jacobian: np.ndarray) -> np.ndarray:
     lengths = np.linalg.norm(jacobian, axis=0)
     triangle = np.linalg.qr(jacobian / lengths, mode="r")
     if np.abs(np.diag(triangle)).min() < 1e-14:
-        raise UserError("the points determine no curve (its parameters cannot be told apart); check the table")
+        raise UserError("the points determine no curve (its parameters are not identifiable); check the table")
     inverse = np.linalg.inv(triangle) / lengths[:, None]
     return inverse @ inverse.T

@@ -1,12 +1,12 @@
-"""Tables of losses over model size, as people write them: CSV or YAML, one row or entry a model."""
+"""Loss tables: losses over model size in CSV or YAML, one row or entry a model."""
 
 from __future__ import annotations
 
 import csv
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from telechat_twins.core.errors import UserError
 from telechat_twins.core.files.foreign import MIB, read_text
@@ -74,7 +74,7 @@ def read_loss_table(path: str | Path) -> LossTable:
     )
 
 
-Columns = tuple[dict[str, list[Any]], list[str], str]  # values by column, where each row stands, title
+Columns = tuple[Mapping[str, Sequence[object]], list[str], str]  # values by column, where each row stands, title
 
 
 def _read_csv(path: Path) -> Columns:
@@ -115,7 +115,7 @@ def _read_yaml(path: Path) -> Columns:
     return columns, [f": entry {n + 1}" for n in range(rows)], printable(str(tree.get("title", "")))
 
 
-def _known(names: list[Any], legal: tuple[str, ...], path: Path) -> None:
+def _known(names: Sequence[object], legal: tuple[str, ...], path: Path) -> None:
     for position, name in enumerate(names):
         if name not in legal:
             raise UserError(f"{path}: unknown column '{name}'; legal: {', '.join(legal)}")
@@ -123,7 +123,7 @@ def _known(names: list[Any], legal: tuple[str, ...], path: Path) -> None:
             raise UserError(f"{path}: column '{name}' appears twice")
 
 
-def _number(value: Any, where: str) -> float:
+def _number(value: object, where: str) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float, str)):
         raise UserError(f"{where}: expected a number, found {shown(value)}")
     try:
@@ -131,11 +131,11 @@ def _number(value: Any, where: str) -> float:
     except (ValueError, OverflowError):
         raise UserError(f"{where}: expected a number, found {shown(value)}") from None
     if not math.isfinite(number):
-        raise UserError(f"{where}: {value} is no finite number; leave the row out, or its loss empty to forecast it")
+        raise UserError(f"{where}: {value} is not a finite number; leave the row out, or its loss empty to forecast it")
     return number
 
 
-def _size(value: Any, where: str) -> float:
+def _size(value: object, where: str) -> float:
     number = _number(value, where)
     if number <= 0:
         raise UserError(f"{where}: must be positive, found {value}")
@@ -144,7 +144,7 @@ def _size(value: Any, where: str) -> float:
     return number
 
 
-def _loss(value: Any, where: str) -> float | None:
+def _loss(value: object, where: str) -> float | None:
     if value is None or value == "":
         return None
     number = _number(value, where)
@@ -153,7 +153,7 @@ def _loss(value: Any, where: str) -> float | None:
     return number
 
 
-def _step(values: list[Any], path: Path) -> int | None:
+def _step(values: Sequence[object], path: Path) -> int | None:
     found = {_number(value, f"{path}: step") for value in values}
     if len(found) > 1:
         shown = ", ".join(f"{step:g}" for step in sorted(found))

@@ -1,4 +1,4 @@
-"""A search on small models: which runs it is made of, and what each left on disk.
+"""Hyper-parameter search on small models: its plan of runs, and the record that each leaves on disk.
 
 A trial is one combination of hyper-parameters at one width from one seed, a run like any other in a folder of its own.
 What has been decided about a trial is in its result.json, written in one step when it has ended; a trial without one is
@@ -15,7 +15,6 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from telechat_twins.core.config import RunConfig, load_run_config
 from telechat_twins.core.errors import UserError
@@ -27,6 +26,7 @@ from telechat_twins.core.model.config import load_model_config
 from telechat_twins.core.model.flops import flops_per_token
 from telechat_twins.core.mup.transfer import at_width, transfer
 from telechat_twins.core.schema import from_mapping, load_yaml, option
+from telechat_twins.core.types import JsonObject
 
 DONE, DIVERGED, FAILED = "done", "diverged", "failed"
 STOPPED = "training stopped at step"  # how core.train.loop begins when the numbers went wrong
@@ -49,9 +49,9 @@ class Numbers:
 
     @property
     def label(self) -> str:
-        """What is said, as a folder's name: ``lr0.003-matrix_lr0.002``; "config" when nothing is."""
-        said = {name: value for name, value in vars(self).items() if value is not None}
-        return "-".join(f"{name}{value:.6g}" for name, value in said.items()) or "config"
+        """The given values as a folder's name: ``lr0.003-matrix_lr0.002``; "config" without any."""
+        given = {name: value for name, value in vars(self).items() if value is not None}
+        return "-".join(f"{name}{value:.6g}" for name, value in given.items()) or "config"
 
 
 NAMES = tuple(field.name for field in dataclasses.fields(Numbers))
@@ -83,7 +83,7 @@ class SearchConfig:
     window: int = option(20, help="steps over which losses are averaged", min=2)
 
     def combinations(self) -> list[Numbers]:
-        """The grid's, then the trials', each once; one that says nothing where neither says anything."""
+        """The grid's, then the trials', each once; without either, one combination without values."""
         axes = {name: values for name, values in vars(self.grid).items() if values}
         runs = math.prod([*map(len, axes.values()), max(1, len(self.widths)), max(1, len(self.seeds))])
         if runs > MAX_TRIALS:
@@ -174,7 +174,7 @@ def applied(config: RunConfig, numbers: Numbers) -> RunConfig:
     optim = config.optim
     lr = optim.lr if numbers.lr is None else numbers.lr
     ratio = optim.min_lr / optim.lr if numbers.min_lr_ratio is None else numbers.min_lr_ratio
-    rates: dict[str, Any] = {"lr": lr, "min_lr": min(lr, lr * ratio)}
+    rates: JsonObject = {"lr": lr, "min_lr": min(lr, lr * ratio)}
     if numbers.matrix_lr is not None:
         rates["matrix_lr"] = numbers.matrix_lr
     names = ("init_std", "matrix_init_std", "input_mult", "logit_mult")
@@ -243,12 +243,12 @@ def forget_checkpoints(folder: Path) -> None:
         remove_folder(checkpoint)
 
 
-def _failed(folder: Path, rank: int) -> dict[str, Any] | None:
+def _failed(folder: Path, rank: int) -> JsonObject | None:
     status = read_status(folder / "logs", rank)
     return status if status is not None and status["state"] == "failed" and status["error"] else None
 
 
-def _differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:
+def _differences(old: JsonObject, new: JsonObject, prefix: str = "") -> list[str]:
     """``path: old -> new`` of every leaf of ``new`` that ``old`` has otherwise; options born since do not count."""
     lines = []
     for key, value in new.items():
@@ -259,7 +259,7 @@ def _differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> 
     return lines
 
 
-def _same(old: Any, new: Any) -> bool:
+def _same(old: object, new: object) -> bool:
     if isinstance(old, float) and isinstance(new, float):
         return math.isclose(old, new, rel_tol=SAME)
     return bool(old == new)

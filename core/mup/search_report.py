@@ -1,7 +1,7 @@
-"""What a search found: losses, the trend of the gradient norm, whether wider was better; as text, csv and json.
+"""Search report: losses, the trend of the gradient norm, and whether wider was better, as text, csv and json.
 
-Everything is computed from the trials' metrics.jsonl, so that a report can be made anew at any time. What is said of a
-combination at a width is said of the mean over its seeds, step by step; results.csv alone has a line a trial.
+Everything is computed from the trials' metrics.jsonl, so that a report can be made anew at any time. A combination
+at a width is reported by the mean over its seeds, step by step; results.csv alone has a line a trial.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 
@@ -21,11 +20,12 @@ from telechat_twins.core.mup.loss_prediction import student_quantile
 from telechat_twins.core.mup.search import DIVERGED, DONE, FAILED, NAMES, Numbers, Trial, result_of
 from telechat_twins.core.mup.transfer import RULES, value_of
 from telechat_twins.core.train.metrics import Row, column, read_metrics
+from telechat_twins.core.types import JsonObject
 
 QUARTERS = 4  # of the steps after warm-up, whose median gradient norms make the trend
 SURE = 3.0  # standard errors by which a wider model must be worse before it is called so
 SURE_LEVEL = math.erf(SURE / math.sqrt(2.0))  # the same where the errors are estimated from few seeds: Student's
-ONE_SEED = "one seed says nothing of the luck of initial weights"
+ONE_SEED = "one seed does not show the scatter of initial weights"
 
 
 @dataclass(frozen=True)
@@ -215,7 +215,7 @@ def _luck(means: np.ndarray) -> np.ndarray:
 
 
 def describe(reports: Sequence[Report], widths: dict[Numbers, list[Wider]], window: int) -> str:
-    """The table for people, best first, and what is said of widths."""
+    """The text report: a table, best first, and the verdict on widths."""
     means = over_seeds(reports, window)
     names = varied([report.trial for report in means])
     seeds = list(dict.fromkeys(report.trial.seed for report in reports))
@@ -263,7 +263,7 @@ def _cells(report: Report, names: Sequence[str], several: bool) -> list[str]:
     return [str(report.trial.width), *shown, loss, *scatter, trend, f"{report.seconds / 60:.1f}", said]
 
 
-def to_json(reports: Sequence[Report], widths: dict[Numbers, list[Wider]], window: int) -> dict[str, Any]:
+def to_json(reports: Sequence[Report], widths: dict[Numbers, list[Wider]], window: int) -> JsonObject:
     """What results.json holds."""
     return {
         "window": window,
@@ -286,7 +286,7 @@ def to_json(reports: Sequence[Report], widths: dict[Numbers, list[Wider]], windo
     }
 
 
-def _record(report: Report) -> dict[str, Any]:
+def _record(report: Report) -> JsonObject:
     """One trial as plain values: the numbers at its own width too."""
     trial = report.trial
     model, optim = trial.config.model, trial.config.optim

@@ -1,4 +1,4 @@
-"""muP's rules: what hyper-parameters found on a narrow model are at another width.
+"""muP transfer rules: hyper-parameters of a narrow model carried over to another width.
 
 r is the ratio of the widths. The form is that of table 8 of Tensor Programs V (Yang et al., arXiv 2203.03466), which
 mup, Mu-scaling and Megatron-LM have too: embeddings and head keep rate and deviation, and the logits are divided by r.
@@ -10,11 +10,11 @@ from __future__ import annotations
 import dataclasses
 import math
 from dataclasses import dataclass
-from typing import Any
 
 from telechat_twins.core.config import OptimConfig
 from telechat_twins.core.errors import UserError
 from telechat_twins.core.model.config import ModelConfig, load_model_config
+from telechat_twins.core.types import JsonObject
 
 DIGITS = 12  # of a transferred number: more than any search finds, fewer than a division leaves behind
 
@@ -69,8 +69,8 @@ def transfer(model: ModelConfig, optim: OptimConfig, target: ModelConfig) -> tup
     At the same width nothing changes, so that a narrow model and its own transfer are the same run bit for bit.
     """
     r = target.hidden_size / model.hidden_size
-    changes: dict[str, dict[str, Any]] = {"model": {}, "optim": {}}
-    sections: dict[str, Any] = {"model": model, "optim": optim}
+    changes: dict[str, JsonObject] = {"model": {}, "optim": {}}
+    sections: JsonObject = {"model": model, "optim": optim}
     for rule in RULES:
         section, _, name = rule.option.partition(".")
         value = getattr(sections[section], name)
@@ -110,7 +110,7 @@ def warnings(model: ModelConfig, target: ModelConfig) -> list[str]:
     found = []
     if model.num_layers != target.num_layers:
         found.append(
-            f"depth {model.num_layers} -> {target.num_layers}: muP says nothing of depth; "
+            f"depth {model.num_layers} -> {target.num_layers}: muP has no rule for depth; "
             "the narrow model should have the layers of the wide one"
         )
     if model.head_dim != target.head_dim:

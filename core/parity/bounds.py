@@ -1,7 +1,7 @@
-"""How two backends are compared, and when a difference is a fault.
+"""Comparison of two backends, and the bounds beyond which a difference is a fault.
 
 One batch: every quantity of both backends (logits, loss, gradient norm, each gradient) is measured against a float64
-run of the same model. The float64 run says how much rounding costs here; a backend is at fault when its error is much
+run of the same model. The float64 run measures what rounding costs here; a backend is at fault when its error is much
 larger than the other's, or larger than rounding can explain. Everything scales with the precision's unit roundoff u,
 so fp32 and bf16 are judged by one rule.
 
@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TypedDict
 
 import numpy as np
 
@@ -90,7 +90,7 @@ def global_norm(gradients: Mapping[str, np.ndarray]) -> float:
 
 @dataclass(frozen=True)
 class Bound:
-    """A measured ``value`` that must not exceed ``limit``; ``source`` says where the limit comes from."""
+    """A measured ``value`` that must not exceed ``limit``; ``source``: where the limit comes from."""
 
     what: str
     value: float
@@ -223,44 +223,40 @@ def nudged_weights(weights: Mapping[str, np.ndarray], precision: str) -> dict[st
     return {n: w.astype(np.float64) * (1.0 + u * random.standard_normal(w.shape)) for n, w in weights.items()}
 
 
+class BatchResult(TypedDict):
+    """Forward and backward of one batch: logits [B, S, V], the loss, and gradients by parameter name."""
+
+    logits: np.ndarray
+    loss: float
+    grads: dict[str, np.ndarray]
+
+
 def judge_batch(
-    runs: Mapping[str, Mapping[str, Any]],
-    exact: Mapping[str, Any],
+    runs: Mapping[str, BatchResult],
+    exact: BatchResult,
     precision: str,
     num_layers: int,
-    nudged: Mapping[str, Any] | None = None,
+    nudged: BatchResult | None = None,
 ) -> BatchReport:
     """Judge forward-and-backward results of one batch, one or two backends in ``runs``, against the float64 ``exact``.
 
-    Each result is {"logits": array, "loss": float, "grads": {name: array}}. ``nudged``: that of a float64 run with
-    ``nudged_weights``, by which a model says how much it magnifies rounding; of 16-bit precisions the ceilings stay.
+    ``nudged``: the result of a float64 run with ``nudged_weights``, which measures how much the model magnifies
+    rounding. In 16-bit precisions it is not used: their ceilings stay.
     """
     rules = tolerances(precision, num_layers)
     moved = nudged if nudged is not None and precision in FULL else exact
     names = []
     for backend, run in runs.items():
         compared = compare_tensors(run["grads"], exact["grads"])
-        names += [f"{backend} lacks {n}" for n in compared.missing] + [
-            f"{backend} also has {n}" for n in compared.unexpected
-        ]
-
-    def judge(name: str, rule: str, values: Mapping[str, np.ndarray], truth: np.ndarray, other: Any) -> Judged:
-        errors = {b: _distance(v, truth) for b, v in values.items()}
-        far = _distance(np.asarray(other, np.float64), truth)
-        apart = _distance(*values.values()) if len(values) == 2 else None
-        worst = {b: float(np.abs(v - truth).max()) if v.shape == truth.shape else math.inf for b, v in values.items()}
-        return Judged(name, errors, rules[rule].limits(errors, far), apart, worst, rules[rule].source)
-
-    def both(pick: Any) -> dict[str, np.ndarray]:
-        return {b: np.asarray(pick(run), np.float64) for b, run in runs.items()}
-
+        names += [f"{backend} lacks {n}" for n in compared.missing]
+        names += [f"{backend} also has {n}" for n in compared.unexpected]
     common = [n for n in exact["grads"] if all(n in run["grads"] for run in runs.values())]
     gradients = [
-        judge(
+        _judge(
             name,
-            "gradient",
-            both(lambda run, n=name: run["grads"][n]),
-            np.asarray(exact["grads"][name], np.float64),
+            rules["gradient"],
+            {b: run["grads"][name] for b, run in runs.items()},
+            exact["grads"][name],
             moved["grads"][name],
         )
         for name in common
@@ -268,25 +264,33 @@ def judge_batch(
     gradients.sort(key=lambda judged: judged.margin, reverse=True)
     everything = {b: {n: run["grads"][n] for n in common} for b, run in runs.items()}
     truth = {n: exact["grads"][n] for n in common}
+    logits = {b: run["logits"] for b, run in runs.items()}
+    losses = {b: run["loss"] for b, run in runs.items()}
+    norms = {b: global_norm(g) for b, g in everything.items()}
     quantities = [
-        judge(
-            "logits",
-            "logits",
-            both(lambda run: run["logits"]),
-            np.asarray(exact["logits"], np.float64),
-            moved["logits"],
-        ),
-        judge("loss", "loss", both(lambda run: run["loss"]), np.asarray(exact["loss"], np.float64), moved["loss"]),
-        judge(
-            "gradient norm",
-            "grad_norm",
-            {b: np.asarray(global_norm(g)) for b, g in everything.items()},
-            np.asarray(global_norm(truth)),
-            global_norm(moved["grads"]),
-        ),
+        _judge("logits", rules["logits"], logits, exact["logits"], moved["logits"]),
+        _judge("loss", rules["loss"], losses, exact["loss"], moved["loss"]),
+        _judge("gradient norm", rules["grad_norm"], norms, global_norm(truth), global_norm(moved["grads"])),
         _judge_as_one_vector(everything, truth, rules["gradients"], moved["grads"]),
     ]
     return BatchReport(quantities, gradients, names)
+
+
+def _judge(
+    name: str,
+    rule: Tolerance,
+    values: Mapping[str, np.ndarray | float],
+    exact: np.ndarray | float,
+    moved: np.ndarray | float,
+) -> Judged:
+    """One quantity, its ``values`` by backend, against the float64 run's and the run with nudged weights."""
+    wide = {backend: np.asarray(value, np.float64) for backend, value in values.items()}
+    truth = np.asarray(exact, np.float64)
+    errors = {b: _distance(v, truth) for b, v in wide.items()}
+    far = _distance(np.asarray(moved, np.float64), truth)
+    apart = _distance(*wide.values()) if len(wide) == 2 else None
+    worst = {b: float(np.abs(v - truth).max()) if v.shape == truth.shape else math.inf for b, v in wide.items()}
+    return Judged(name, errors, rule.limits(errors, far), apart, worst, rule.source)
 
 
 def _judge_as_one_vector(

@@ -1,4 +1,4 @@
-"""Whether many ranks computed what one device computes, and what makes a difference a fault.
+"""Comparison of parallel layouts with one device, and the bounds beyond which a difference is a fault.
 
 Every number of a layout (loss, gradient norm, each gradient by name, each weight's change over some updates) is held
 against one device of the same backend and against PyTorch in float64: in fp32 under fixed limits, in the 16-bit
@@ -48,7 +48,7 @@ RATIO_LIMIT, WORST_RATIO_LIMIT = 1.5, 3.0
 @dataclass(frozen=True)
 class References:
     """What a layout is held against, all from the weights ``initial``. ``nudged``: gradients of the float64 run with
-    core.parity.bounds.nudged_weights, by which a model says how much it magnifies rounding; None where it does not
+    core.parity.bounds.nudged_weights, which measures how much the model magnifies rounding; None where it does not
     much."""
 
     single: Outcome
@@ -135,7 +135,7 @@ def one_device(backend: str, task: Task, precision: str | None = None) -> Outcom
 
 
 def expected_of(task: Task) -> tuple[list[Traffic] | str, list[int]]:
-    """What every rank must send in one step (or why that cannot be said) and the most graphs it may hold."""
+    """What every rank must send in one step (or why it is not known) and the most graphs it may hold."""
     layout, batch = task.layout, read_batch(task.batch)
     padded = pad_rows(batch, row_multiple(task))
     micro_batches = len(padded.input_ids) // (layout.dp * task.micro_batch)
@@ -206,7 +206,7 @@ def _names(run: Outcome, single: Outcome) -> list[str]:
         if kind == "gradients" or theirs:
             compared = compare_tensors(ours, theirs)
             found += [f"{kind}: {name} is missing" for name in compared.missing]
-            found += [f"{kind}: {name} is no parameter" for name in compared.unexpected]
+            found += [f"{kind}: {name} is not a parameter" for name in compared.unexpected]
             found += [
                 f"{kind}: {n} has shape {ours[n].shape}"
                 for n in theirs

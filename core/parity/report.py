@@ -8,7 +8,6 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 from telechat_twins.core.backends import TITLES
 from telechat_twins.core.parity.bounds import (
@@ -20,6 +19,7 @@ from telechat_twins.core.parity.bounds import (
 )
 from telechat_twins.core.parity.layouts import LayoutReport, TensorError
 from telechat_twins.core.train.metrics import Row, column
+from telechat_twins.core.types import JsonObject
 
 WORST_SHOWN = 10
 
@@ -162,9 +162,9 @@ def _cells(values: Sequence[str]) -> str:
     return "| " + " | ".join(values) + " |"
 
 
-def to_json(report: ParityReport) -> dict[str, Any]:
+def to_json(report: ParityReport) -> JsonObject:
     """Everything measured, all gradients and all steps; numbers that are not finite become text."""
-    data: dict[str, Any] = {
+    data: JsonObject = {
         "verdict": report.verdict,
         "equal": not report.broken,
         "facts": report.facts,
@@ -174,10 +174,10 @@ def to_json(report: ParityReport) -> dict[str, Any]:
     }
     if report.trace is not None:
         data["trace"] = {"steps": report.trace.steps, "loss": report.trace.loss, "grad_norm": report.trace.grad_norm}
-    return _finite(data)
+    return {name: _finite(value) for name, value in data.items()}
 
 
-def _finite(value: Any) -> Any:
+def _finite(value: object) -> object:
     if isinstance(value, dict):
         return {k: _finite(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)):

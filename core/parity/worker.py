@@ -1,6 +1,7 @@
-"""Layouts put to work on one batch: what every rank does, and what the ranks leave behind, joined into whole tensors.
+"""Layout tasks on one batch: the work of one rank, and the ranks' results joined into whole tensors.
 
     core/parity/worker.py JOB.json              one rank of a job; started by core.launch.launcher
+    convert/parity_rank.py JOB.json             the same, for tasks with the weights of a model's folder
 
 A job is a list of tasks. Each is one model, one batch and one layout of as many ranks as were started; the ranks do
 them one after another, because starting takes longer than most tasks. Of task number I, rank R leaves its pieces of
@@ -18,26 +19,27 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Protocol
 
 import numpy as np
 
 from telechat_twins.core import backends
 from telechat_twins.core.checkpoint.pieces import tiling_fault
 from telechat_twins.core.checkpoint.read import PieceWriter, TensorPiece
+from telechat_twins.core.checkpoint.source import OpenReader, ReadBox
 from telechat_twins.core.config import DataConfig, OptimConfig, RunConfig, TrainConfig
 from telechat_twins.core.files.safetensors import SafetensorsFile
 from telechat_twins.core.launch.worker import run_script
 from telechat_twins.core.model.batch import IGNORE, Batch
 from telechat_twins.core.model.config import PRECISIONS, ModelConfig
 from telechat_twins.core.model.init import init_tensor
-from telechat_twins.core.parallel.layout import Layout
+from telechat_twins.core.parallel.layout import Coord, Layout
 from telechat_twins.core.parallel.sequence import LocalBatch, real_places, split_batch
-from telechat_twins.core.parallel.sharding import Box
 from telechat_twins.core.parallel.traffic import Traffic
 from telechat_twins.core.schema import from_mapping, option
 from telechat_twins.core.train.loss_scale import largest_magnitude, largest_scale
 from telechat_twins.core.train.recipe import clip_factor
+from telechat_twins.core.types import JsonObject
 
 SCRIPT = Path(__file__).resolve()
 KINDS = ("logits", "gradients", "weights")
@@ -87,19 +89,26 @@ class Outcome:
     loss_scale: float = 1.0
 
 
-Around = Callable[[Task, str], AbstractContextManager[Any]]
+Around = Callable[[Task, str], AbstractContextManager[None]]
 
 
-def main(argv: Sequence[str] | None = None, around: Around = lambda task, backend: nullcontext()) -> int:
-    """One rank's part of every task of a job. ``around(task, backend)`` is entered before a task's model is built and
-    left after it."""
+def main(
+    argv: Sequence[str] | None = None,
+    around: Around = lambda task, backend: nullcontext(),
+    open_reader: OpenReader | None = None,
+) -> int:
+    """One rank's part of every task of a job.
+
+    ``around(task, backend)`` is entered before a task's model is built and left after it. ``open_reader`` opens the
+    weights of tasks that name a model's folder.
+    """
     path = Path((sys.argv[1:] if argv is None else argv)[0])
     job = json.loads(path.read_text(encoding="utf-8"))
     backend = job["backend"]
     for number, values in enumerate(job["tasks"]):
         task = from_mapping(Task, values, f"{path.name}: tasks[{number}]")
         with around(task, backend):
-            perform(backend, task, path.parent / str(number))
+            perform(backend, task, path.parent / str(number), open_reader)
     backends.load(backend, "mesh").leave()
     return 0
 
@@ -133,20 +142,20 @@ def launch_tasks(
     )
 
 
-def run_alone(backend: str, task: Task, folder: Path) -> Outcome:
+def run_alone(backend: str, task: Task, folder: Path, open_reader: OpenReader | None = None) -> Outcome:
     """A task of one rank, in this process."""
-    perform(backend, task, folder)
+    perform(backend, task, folder, open_reader)
     return collect(folder)
 
 
-def perform(backend: str, task: Task, folder: Path) -> None:
+def perform(backend: str, task: Task, folder: Path, open_reader: OpenReader | None = None) -> None:
     """This rank's part of ``task``; what it computes goes into ``folder``, which all ranks see."""
     started = time.perf_counter()
     batch = read_batch(task.batch)
     rows, seq_len = batch.input_ids.shape
     padded = pad_rows(batch, row_multiple(task))
     trainer = backends.load(backend, "train").Trainer(_run_config(task, len(padded.input_ids), seq_len))
-    trainer.optimizer.load_masters(_reader(task))
+    trainer.optimizer.load_masters(_reader(task, open_reader))
     trainer.optimizer.refresh()  # now, so that the messages of the step are the step's
     first, count = trainer.share(len(padded.input_ids))
     mine = padded.rows(first, first + count)
@@ -156,7 +165,7 @@ def perform(backend: str, task: Task, folder: Path) -> None:
     sent = backends.load(backend, "collectives").TRAFFIC
     seen: list[TensorPiece] = []
 
-    def watch(micro: int, logits: Any) -> None:
+    def watch(micro: int, logits: object) -> None:
         array = backends.load(backend, "model").to_numpy(logits)
         place = micro * task.micro_batch
         part = mine.rows(place, place + task.micro_batch)
@@ -175,9 +184,9 @@ def perform(backend: str, task: Task, folder: Path) -> None:
     scale = _scaled(trainer, compute, backward and task.precision == "fp16")
     peak, traffic = trainer.pipeline.peak, _counted(sent)
     if task.logits:
-        _leave(folder, "logits", trainer.rank, seen)
+        _write_pieces(folder, "logits", trainer.rank, seen)
     if task.gradients:
-        _leave(folder, "gradients", trainer.rank, _divided(trainer.optimizer.export_gradients(), scale))
+        _write_pieces(folder, "gradients", trainer.rank, _divided(trainer.optimizer.export_gradients(), scale))
     if backward and not task.steps:
         norms = [trainer.grad_norm(scale)]
     for step in range(task.steps):
@@ -188,7 +197,7 @@ def perform(backend: str, task: Task, folder: Path) -> None:
         if step == 0:
             traffic = _counted(sent)
     if task.steps:
-        _leave(folder, "weights", trainer.rank, trainer.weights())
+        _write_pieces(folder, "weights", trainer.rank, trainer.weights())
     record = {
         "losses": losses,
         "norms": norms,
@@ -278,16 +287,19 @@ def _run_config(task: Task, rows: int, seq_len: int) -> RunConfig:
     )
 
 
-def _reader(task: Task) -> Callable[[str, Box], np.ndarray]:
+def _reader(task: Task, open_reader: OpenReader | None) -> ReadBox:
     if task.weights in SCHEMES:
         return lambda name, box: init_tensor(name, task.model, task.seed, box, task.weights)
-    from telechat_twins.convert.source import weight_reader  # which may open releases
-
-    return weight_reader(task.weights)
+    if open_reader is None:
+        raise ValueError(
+            f"weights: expected a scheme ({', '.join(SCHEMES)}), found the folder {task.weights}; start the ranks with "
+            "convert/parity_rank.py, or pass open_reader"
+        )
+    return open_reader(task.weights)
 
 
 def _logits_pieces(
-    logits: np.ndarray, part: Batch, first_row: int, task: Task, coord: Any, shape: tuple[int, int]
+    logits: np.ndarray, part: Batch, first_row: int, task: Task, coord: Coord, shape: tuple[int, int]
 ) -> Iterator[TensorPiece]:
     """What one rank holds of one micro-batch's logits [b, s, V/tp], without padding, as pieces of [B, S, V]."""
     rows, seq_len = shape
@@ -310,7 +322,22 @@ def _with_index_of(local: LocalBatch, group: slice) -> LocalBatch:
     return local if len(local.index) == 1 else dataclasses.replace(local, index=local.index[group])
 
 
-def _scaled(trainer: Any, compute: Callable[[float], None], search: bool) -> float:
+class ScaledGradients(Protocol):
+    """What the search for a loss scale needs of a trainer."""
+
+    @property
+    def optimizer(self) -> GradientExporter: ...
+
+    def agree(self, values: list[float], op: str) -> list[float]: ...
+
+
+class GradientExporter(Protocol):
+    """The accumulated gradients of one rank, as pieces of whole tensors."""
+
+    def export_gradients(self) -> Iterator[TensorPiece]: ...
+
+
+def _scaled(trainer: ScaledGradients, compute: Callable[[float], None], search: bool) -> float:
     """Leave the gradients of a scaled loss in the trainer; returns the scale, 1 without a search for the largest."""
 
     def attempt(scale: float) -> float:
@@ -334,7 +361,7 @@ def _counted(sent: Traffic) -> Traffic:
     return {key: list(numbers) for key, numbers in sent.items() if key[0] not in _HOST}
 
 
-def _leave(folder: Path, kind: str, rank: int, pieces: Iterable[TensorPiece]) -> None:
+def _write_pieces(folder: Path, kind: str, rank: int, pieces: Iterable[TensorPiece]) -> None:
     """Write a rank's pieces of one kind of tensors."""
     where = folder / kind
     where.mkdir(parents=True, exist_ok=True)
@@ -347,10 +374,10 @@ def _leave(folder: Path, kind: str, rank: int, pieces: Iterable[TensorPiece]) ->
 
 def _join(folder: Path, world: int, problems: list[str]) -> dict[str, np.ndarray]:
     """Whole tensors from the pieces of all ranks, {} where none were kept. A tensor that they do not make up, each
-    element once, is left out and told in ``problems``."""
+    element once, is left out and listed in ``problems``."""
     if not folder.is_dir():
         return {}
-    entries: dict[str, dict[str, Any]] = {}
+    entries: dict[str, JsonObject] = {}
     for rank in range(world):
         for name, entry in json.loads((folder / f"part-{rank}.json").read_text(encoding="utf-8")).items():
             entries.setdefault(name, {**entry, "pieces": []})["pieces"] += entry["pieces"]

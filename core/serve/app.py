@@ -1,4 +1,4 @@
-"""The HTTP side of the server: routes, keys, limits, streams. FastAPI is imported here and nowhere above."""
+"""The FastAPI application: routes, API keys, error handlers. FastAPI is imported in core.serve only."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import hashlib
 import hmac
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.responses import HTMLResponse, PlainTextResponse, Response
@@ -23,6 +22,7 @@ from telechat_twins.core.serve.hosts import Hosts
 from telechat_twins.core.serve.intake import HttpLimits, Intake, Read
 from telechat_twins.core.serve.job import Served
 from telechat_twins.core.serve.service import Service
+from telechat_twins.core.types import JsonObject
 
 PAGE_POLICY = f"{NO_PAGE}; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'; img-src data:"
 
@@ -30,29 +30,43 @@ PAGE_POLICY = f"{NO_PAGE}; style-src 'unsafe-inline'; script-src 'unsafe-inline'
 def create_app(
     service: Service, served: Served, limits: HttpLimits, keys: Sequence[str] = (), hosts: Hosts | None = None
 ) -> ASGIApp:
-    """The application. With ``keys``, everything but the page and ``/health`` needs one as a bearer token. ``hosts``:
-    the names that it may be asked for by; None: any."""
+    """The ASGI application.
+
+    With ``keys``, every route but the page and ``/health`` requires one of them as a bearer token. ``hosts``: accepted
+    values of the Host header; None accepts any.
+    """
     tenants = {key.encode(): hashlib.sha256(key.encode()).hexdigest() for key in keys}
-    intake = Intake(service, served, limits)
     app = FastAPI(title="tele serve", docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False)
-    page = Path(__file__).with_name("page.html").read_text(encoding="utf-8")
+    _add_error_handlers(app)
+    _add_state_routes(app, service, served, tenants)
+    _add_answer_routes(app, service, served, limits, tenants)
+    return Guard(app, hosts)
+
+
+def _add_error_handlers(app: FastAPI) -> None:
+    """Every error leaves the server in the form of the OpenAI interface."""
 
     @app.exception_handler(ApiError)
-    async def told(_: Request, error: ApiError) -> Response:
+    async def api_error(_: Request, error: ApiError) -> Response:
         return error_response(error)
 
     @app.exception_handler(HTTPException)
-    async def no_such_place(request: Request, error: HTTPException) -> Response:
+    async def no_route(request: Request, error: HTTPException) -> Response:
         says = f"there is no {request.method} {shown(request.url.path)} here"
         return error_response(ApiError(error.status_code, says, headers=error.headers))
 
     @app.exception_handler(ClientGone)
-    async def nobody(_: Request, __: ClientGone) -> Response:
+    async def client_gone(_: Request, __: ClientGone) -> Response:
         return Response(status_code=499)
 
     @app.exception_handler(Exception)
-    async def defect(_: Request, __: Exception) -> Response:
-        return error_response(ApiError(500, "a defect of the server; its log has the reason"))
+    async def internal_error(_: Request, __: Exception) -> Response:
+        return error_response(ApiError(500, "internal server error; see the server log"))
+
+
+def _add_state_routes(app: FastAPI, service: Service, served: Served, tenants: Mapping[bytes, str]) -> None:
+    """The page, and what the server reports of itself."""
+    page = Path(__file__).with_name("page.html").read_text(encoding="utf-8")
 
     @app.get("/")
     async def chat_page() -> Response:
@@ -80,15 +94,15 @@ def create_app(
             raise ApiError(404, f"The model {shown(name)} does not exist", "model", "model_not_found")
         return json_response(model_card(served))
 
-    @app.post("/v1/completions")
-    async def completions(request: Request) -> Response:
-        return await answer(request, "completions", read_completion)
 
-    @app.post("/v1/chat/completions")
-    async def chat_completions(request: Request) -> Response:
-        return await answer(request, "chat", read_chat)
+def _add_answer_routes(
+    app: FastAPI, service: Service, served: Served, limits: HttpLimits, tenants: Mapping[bytes, str]
+) -> None:
+    """The two endpoints that generate."""
+    intake = Intake(service, served, limits)
 
     async def answer(request: Request, endpoint: str, read: Read) -> Response:
+        # The deadline counts from here: reading, queueing and generating share it.
         deadline = asyncio.get_running_loop().time() + limits.seconds
 
         def over(outcome: str) -> None:
@@ -100,16 +114,23 @@ def create_app(
         except ApiError as error:
             over(outcome_of(error))
             raise
+        # From here on the exchange counts the outcome, also when the client disconnects.
         exchange = Exchange(served, job, ticket, deadline, limits.seconds, over)
         return EventStream(exchange) if job.stream else await exchange.whole(request)
 
-    return Guard(app, hosts)
+    @app.post("/v1/completions")
+    async def completions(request: Request) -> Response:
+        return await answer(request, "completions", read_completion)
+
+    @app.post("/v1/chat/completions")
+    async def chat_completions(request: Request) -> Response:
+        return await answer(request, "chat", read_chat)
 
 
 def check_key(request: Request, tenants: Mapping[bytes, str]) -> str:
     """Whose key the request has: its value in ``tenants``, which are by key; empty when there are none.
 
-    ApiError 401 without one of them. Every key is compared, in a time that does not tell how much was right.
+    ApiError 401 without one of them. Every key is compared, in constant time.
     """
     if not tenants:
         return ""
@@ -129,8 +150,8 @@ def check_key(request: Request, tenants: Mapping[bytes, str]) -> str:
     return matches[0]
 
 
-def model_card(served: Served) -> dict[str, Any]:
-    """``max_model_len`` as vLLM tells it: clients read it to know how much fits."""
+def model_card(served: Served) -> JsonObject:
+    """``max_model_len`` as vLLM reports it: clients read it to know how much fits."""
     return {
         "id": served.name,
         "object": "model",

@@ -5,8 +5,7 @@ from __future__ import annotations
 import contextlib
 import re
 import secrets
-from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING
 
 from telechat_twins.core.data.chat_template import chat_parts, encode_chat
 from telechat_twins.core.errors import UserError
@@ -19,9 +18,9 @@ from telechat_twins.core.serve.completions import token_text
 from telechat_twins.core.serve.errors import ApiError, shown
 from telechat_twins.core.serve.fields import Fields
 from telechat_twins.core.serve.job import (
-    MOST_LOGPROBS,
+    MAX_LOGPROBS,
+    AnswerJob,
     Draft,
-    Job,
     Served,
     check_model,
     read_bias,
@@ -34,14 +33,18 @@ from telechat_twins.core.serve.job import (
     room,
 )
 from telechat_twins.core.serve.length import check_length, too_long
+from telechat_twins.core.types import JsonObject
+
+if TYPE_CHECKING:
+    from telechat_twins.core.data.tokenizer import Tokenizer
 
 ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant", "tool": "tool"}
 TOOL_NAME = re.compile(r"[a-zA-Z0-9_-]{1,64}")
 NOT_HERE = "this server does not have it; leave it out"
 
 
-def read_chat(body: Mapping[str, Any], served: Served, tenant: str = "") -> Draft:
-    """What a body asks for on behalf of ``tenant``; ApiError says what is wrong with it."""
+def read_chat(body: JsonObject, served: Served, tenant: str = "") -> Draft:
+    """The checked request of ``tenant``; ApiError names the wrong field."""
     fields = Fields(body)
     check_model(fields, served)
     if not served.tokenizer.control:
@@ -67,7 +70,7 @@ def read_chat(body: Mapping[str, Any], served: Served, tenant: str = "") -> Draf
     fields.done()
     messages = read_messages(fields, found)
 
-    def encode() -> Job:
+    def encode() -> AnswerJob:
         ids = _encode(messages, tools, served)
         request = Request(
             prompt_ids=tuple(ids),
@@ -81,12 +84,12 @@ def read_chat(body: Mapping[str, Any], served: Served, tenant: str = "") -> Draf
             text="tools" if tools else "answer",
             cache_salt=salt,
         )
-        return Job((request,), ChatWriter(served.tokenizer, bool(tools)), stream, include_usage)
+        return AnswerJob((request,), ChatWriter(served.tokenizer, bool(tools)), stream, include_usage)
 
     return Draft(samples, encode)
 
 
-def _encode(messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None, served: Served) -> list[int]:
+def _encode(messages: list[JsonObject], tools: list[JsonObject] | None, served: Served) -> list[int]:
     """The prompt's ids; ApiError when it is certain to be too long, or the template cannot hold it."""
     check_length(served, [part.text for part in chat_parts(messages, tools) if not part.control], "messages")
     try:
@@ -104,7 +107,7 @@ def _asked_tokens(fields: Fields) -> int | None:
 
 
 def _read_logprobs(fields: Fields) -> int | None:
-    wanted, top = fields.boolean("logprobs"), fields.integer("top_logprobs", 0, MOST_LOGPROBS)
+    wanted, top = fields.boolean("logprobs"), fields.integer("top_logprobs", 0, MAX_LOGPROBS)
     if top is not None and not wanted:
         fields.refuse("top_logprobs", "needs logprobs to be true")
     return (top or 0) if wanted else None
@@ -118,17 +121,18 @@ def _only_text(fields: Fields) -> None:
         )
 
 
-def read_tools(fields: Fields) -> list[dict[str, Any]] | None:
-    """The tools that the template is to tell the model of; None when it may not call any."""
+def read_tools(fields: Fields) -> list[JsonObject] | None:
+    """The tools that go into the prompt; None when the model may not call any."""
     tools, choice = fields.list("tools"), fields.any("tool_choice")
     if fields.any("parallel_tool_calls") not in (None, True):
         fields.refuse(
             "parallel_tool_calls", "the number of calls cannot be bound here; take the first", "unsupported_parameter"
         )
+    checked: list[JsonObject] = []
     for place, tool in enumerate(tools or ()):
         where = f"tools[{place}]"
         function = tool.get("function") if isinstance(tool, dict) and tool.get("type") == "function" else None
-        if not isinstance(function, dict):
+        if not isinstance(tool, dict) or not isinstance(function, dict):
             raise ApiError(
                 400, f"{where}: expected {{'type': 'function', 'function': {{...}}}}, found {shown(tool)}", where
             )
@@ -140,8 +144,9 @@ def read_tools(fields: Fields) -> list[dict[str, Any]] | None:
         for key, kind in (("description", str), ("parameters", dict)):
             if not isinstance(function.get(key), (kind, type(None))):
                 raise ApiError(400, f"{where}.function.{key}: has the wrong type, {shown(function[key])}", where)
+        checked.append(tool)
     if choice is None or (choice == "auto" and tools):
-        return tools or None
+        return checked or None
     if choice == "none":
         return None
     if not tools:
@@ -153,11 +158,11 @@ def read_tools(fields: Fields) -> list[dict[str, Any]] | None:
     )
 
 
-def read_messages(fields: Fields, found: list[Any] | None) -> list[dict[str, Any]]:
+def read_messages(fields: Fields, found: list[object] | None) -> list[JsonObject]:
     """Messages of the OpenAI interface as those of core.data.chat_template. Contents become text."""
     if not found:
         fields.refuse("messages", "a chat needs at least one message", "missing_required_parameter")
-    messages: list[dict[str, Any]] = []
+    messages: list[JsonObject] = []
     for place, message in enumerate(found):
         where = f"messages[{place}]"
         if not isinstance(message, dict):
@@ -183,7 +188,7 @@ def read_messages(fields: Fields, found: list[Any] | None) -> list[dict[str, Any
         if calls:
             messages[-1]["tool_calls"] = [_call(f"{where}.tool_calls[{n}]", call) for n, call in enumerate(calls)]
     if not any(message["role"] == "user" for message in messages):
-        fields.refuse("messages", "there is no message of the user to answer", "invalid_value")
+        fields.refuse("messages", "needs a message of role user, found none", "invalid_value")
     return messages
 
 
@@ -205,7 +210,7 @@ def _content(fields: Fields, may_miss: bool) -> str | None:
     return content
 
 
-def _call(where: str, call: Any) -> dict[str, Any]:
+def _call(where: str, call: object) -> JsonObject:
     """A tool call with its arguments as the object that the template wants; clients send them as text."""
     function = call.get("function") if isinstance(call, dict) else None
     if not isinstance(function, dict) or not isinstance(function.get("name"), str):
@@ -224,17 +229,17 @@ class ChatWriter:
 
     prefix, kind, chunk_kind = "chatcmpl-", "chat.completion", "chat.completion.chunk"
 
-    def __init__(self, tokenizer: Any, tools: bool) -> None:
+    def __init__(self, tokenizer: Tokenizer, tools: bool) -> None:
         self._tokenizer, self._tools = tokenizer, tools
         self._answers: dict[int, _Answer] = {}
 
-    def opening(self, index: int) -> list[dict[str, Any]]:
+    def opening(self, index: int) -> list[JsonObject]:
         return [_entry(index, {"role": "assistant", "content": ""})]
 
-    def push(self, index: int, event: Event) -> list[dict[str, Any]]:
+    def push(self, index: int, event: Event) -> list[JsonObject]:
         answer = self._answers.setdefault(index, _Answer(self._tools))
-        logprobs: dict[str, Any] | None = None
-        # The token that ended the answer is no part of it.
+        logprobs: JsonObject | None = None
+        # The token that ended the answer is not part of it.
         if event.choice is not None and event.choice.logprob is not None and not isinstance(event.stop, int):
             logprobs = {"content": [self._logprob(event.choice)], "refusal": None}
             answer.logprobs.append(logprobs["content"][0])
@@ -246,11 +251,11 @@ class ChatWriter:
             entries.append(_entry(index, {}, answer.finish_reason))
         return entries
 
-    def whole(self) -> list[dict[str, Any]]:
+    def whole(self) -> list[JsonObject]:
         choices = []
         for index, answer in sorted(self._answers.items()):
             text = "".join(answer.words)
-            message: dict[str, Any] = {"role": "assistant", "content": text, "refusal": None}
+            message: JsonObject = {"role": "assistant", "content": text, "refusal": None}
             if answer.calls:
                 message |= {"content": text or None, "tool_calls": answer.calls}
             logprobs = {"content": answer.logprobs, "refusal": None} if answer.logprobs else None
@@ -259,12 +264,12 @@ class ChatWriter:
             )
         return choices
 
-    def _logprob(self, choice: Choice) -> dict[str, Any]:
-        def told(token: int, logprob: float | None) -> dict[str, Any]:
+    def _logprob(self, choice: Choice) -> JsonObject:
+        def entry(token: int, logprob: float | None) -> JsonObject:
             raw = self._tokenizer.token_bytes(token)
             return {"token": token_text(self._tokenizer, token), "logprob": logprob, "bytes": list(raw)}
 
-        return {**told(choice.token, choice.logprob), "top_logprobs": [told(*one) for one in choice.top]}
+        return {**entry(choice.token, choice.logprob), "top_logprobs": [entry(*one) for one in choice.top]}
 
 
 class _Answer:
@@ -272,19 +277,19 @@ class _Answer:
 
     def __init__(self, tools: bool) -> None:
         self.words: list[str] = []
-        self.calls: list[dict[str, Any]] = []
-        self.logprobs: list[dict[str, Any]] = []
+        self.calls: list[JsonObject] = []
+        self.logprobs: list[JsonObject] = []
         self.finish_reason: str | None = None
         self._stream = ToolCallStream() if tools else None
 
-    def take(self, event: Event) -> list[dict[str, Any]]:
+    def take(self, event: Event) -> list[JsonObject]:
         """The deltas of an event."""
         said: list[str | ToolCall] = [event.text] if event.text else []
         if self._stream is not None:
             said = self._stream.push(event.text)
             if event.finish_reason is not None:
                 said += self._stream.flush()
-        deltas: list[dict[str, Any]] = []
+        deltas: list[JsonObject] = []
         for part in said:
             if isinstance(part, str):
                 self.words.append(part)
@@ -303,5 +308,5 @@ class _Answer:
         return deltas
 
 
-def _entry(index: int, delta: dict[str, Any], finish_reason: str | None = None) -> dict[str, Any]:
+def _entry(index: int, delta: JsonObject, finish_reason: str | None = None) -> JsonObject:
     return {"index": index, "delta": delta, "logprobs": None, "finish_reason": finish_reason}

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING
 
 from telechat_twins.core.inference.requests import Event, Request
 from telechat_twins.core.inference.sampling import Choice
 from telechat_twins.core.serve.errors import shown
 from telechat_twins.core.serve.fields import Fields
 from telechat_twins.core.serve.job import (
-    MOST_LOGPROBS,
+    MAX_LOGPROBS,
+    AnswerJob,
     Draft,
-    Job,
     Served,
     check_model,
     read_bias,
@@ -25,18 +24,22 @@ from telechat_twins.core.serve.job import (
     room,
 )
 from telechat_twins.core.serve.length import check_length
+from telechat_twins.core.types import JsonObject
+
+if TYPE_CHECKING:
+    from telechat_twins.core.data.tokenizer import Tokenizer
 
 DEFAULT_NEW = 16  # as the OpenAI interface
-MOST_PROMPTS = 128
+MAX_PROMPTS = 128
 
 
-def read_completion(body: Mapping[str, Any], served: Served, tenant: str = "") -> Draft:
-    """What a body asks for on behalf of ``tenant``; ApiError says what is wrong with it."""
+def read_completion(body: JsonObject, served: Served, tenant: str = "") -> Draft:
+    """The checked request of ``tenant``; ApiError names the wrong field."""
     fields = Fields(body)
     check_model(fields, served)
     stream, include_usage = read_stream(fields)
     samples, asked = read_samples(fields), fields.integer("max_tokens", 1, None)
-    logprobs = fields.integer("logprobs", 0, MOST_LOGPROBS)
+    logprobs = fields.integer("logprobs", 0, MAX_LOGPROBS)
     sampling, stops = read_sampling(fields), read_stops(fields)
     bias = read_bias(fields, served.config.num_tokens)
     salt = read_salt(fields, tenant)
@@ -51,7 +54,7 @@ def read_completion(body: Mapping[str, Any], served: Served, tenant: str = "") -
     fields.done()
     prompts = read_prompts(fields, found, served)
 
-    def encode() -> Job:
+    def encode() -> AnswerJob:
         encoded = [_encode(prompt, served) for prompt in prompts]
         new = room(served, encoded, asked, DEFAULT_NEW, "prompt")
         requests = tuple(
@@ -69,7 +72,7 @@ def read_completion(body: Mapping[str, Any], served: Served, tenant: str = "") -
             )
             for ids in encoded
         )
-        return Job(requests, CompletionWriter(served.tokenizer), stream, include_usage)
+        return AnswerJob(requests, CompletionWriter(served.tokenizer), stream, include_usage)
 
     return Draft(len(prompts) * samples, encode)
 
@@ -85,14 +88,14 @@ def _encode(prompt: str | list[int], served: Served) -> list[int]:
     return ids
 
 
-def read_prompts(fields: Fields, found: Any, served: Served) -> list[str | list[int]]:
+def read_prompts(fields: Fields, found: object, served: Served) -> list[str | list[int]]:
     """A string, a list of strings, token ids, or a list of lists of them. Strings are text: the name of a control
     token in one stays the letters that it is written with."""
     if found is None:
         fields.refuse("prompt", "is missing", "missing_required_parameter")
     several = found if isinstance(found, list) and found and not _is_id(found[0]) else [found]
-    if len(several) > MOST_PROMPTS:
-        fields.refuse("prompt", f"at most {MOST_PROMPTS} prompts at once, found {len(several)}", "invalid_value")
+    if len(several) > MAX_PROMPTS:
+        fields.refuse("prompt", f"at most {MAX_PROMPTS} prompts at once, found {len(several)}", "invalid_value")
     prompts: list[str | list[int]] = []
     for place, prompt in enumerate(several):
         where = f"prompt[{place}] " if several is found else ""
@@ -106,7 +109,7 @@ def read_prompts(fields: Fields, found: Any, served: Served) -> list[str | list[
     return prompts
 
 
-def _check_ids(fields: Fields, where: str, prompt: Any, vocab_size: int) -> None:
+def _check_ids(fields: Fields, where: str, prompt: object, vocab_size: int) -> None:
     if not isinstance(prompt, list) or not all(map(_is_id, prompt)):
         fields.refuse(
             "prompt",
@@ -119,7 +122,7 @@ def _check_ids(fields: Fields, where: str, prompt: Any, vocab_size: int) -> None
         fields.refuse("prompt", says, "invalid_value")
 
 
-def _is_id(value: Any) -> bool:
+def _is_id(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
@@ -128,27 +131,27 @@ class CompletionWriter:
 
     prefix, kind, chunk_kind = "cmpl-", "text_completion", "text_completion"
 
-    def __init__(self, tokenizer: Any) -> None:
+    def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
-        self._told: dict[int, list[dict[str, Any]]] = {}  # by answer
+        self._entries: dict[int, list[JsonObject]] = {}  # by answer
 
-    def opening(self, index: int) -> list[dict[str, Any]]:
+    def opening(self, index: int) -> list[JsonObject]:
         return []
 
-    def push(self, index: int, event: Event) -> list[dict[str, Any]]:
+    def push(self, index: int, event: Event) -> list[JsonObject]:
         logprobs = None
-        # The token that ended the answer is no part of it.
+        # The token that ended the answer is not part of it.
         if event.choice is not None and event.choice.logprob is not None and not isinstance(event.stop, int):
             logprobs = self._logprobs(event.choice, event.offset)
         if not (event.text or logprobs or event.finish_reason):
             return []
         entry = {"text": event.text, "index": index, "logprobs": logprobs, "finish_reason": event.finish_reason}
-        self._told.setdefault(index, []).append(entry)
+        self._entries.setdefault(index, []).append(entry)
         return [entry]
 
-    def whole(self) -> list[dict[str, Any]]:
+    def whole(self) -> list[JsonObject]:
         choices = []
-        for index, told in sorted(self._told.items()):
+        for index, told in sorted(self._entries.items()):
             with_logprobs = [entry["logprobs"] for entry in told if entry["logprobs"]]
             logprobs = None
             if with_logprobs:
@@ -163,7 +166,7 @@ class CompletionWriter:
             )
         return choices
 
-    def _logprobs(self, choice: Choice, offset: int) -> dict[str, Any]:
+    def _logprobs(self, choice: Choice, offset: int) -> JsonObject:
         """``top_logprobs`` holds the drawn token too, so up to one entry more than was asked for. Of tokens that are
         written alike it holds the drawn one, else the likeliest."""
         drawn = token_text(self._tokenizer, choice.token)
@@ -179,7 +182,7 @@ class CompletionWriter:
         }
 
 
-def token_text(tokenizer: Any, token: int) -> str:
+def token_text(tokenizer: Tokenizer, token: int) -> str:
     """A token as text; one that is part of a character as ``bytes:\\\\xe4``, as the OpenAI interface writes it."""
     raw = tokenizer.token_bytes(token)
     try:

@@ -1,9 +1,10 @@
-"""What a client is told when something is wrong: the error object of the OpenAI interface, with the status it has."""
+"""API errors: the error object of the OpenAI interface and its HTTP status."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+
+from telechat_twins.core.types import JsonObject
 
 KINDS = {
     401: "authentication_error",
@@ -30,17 +31,17 @@ class ApiError(Exception):
         self.status, self.message, self.param, self.code = status, message, param, code
         self.headers = dict(headers or {})
 
-    def body(self) -> dict[str, Any]:
+    def body(self) -> JsonObject:
         kind = KINDS.get(self.status, "invalid_request_error" if self.status < 500 else "server_error")
         return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
 
 
-def shown(value: Any) -> str:
+def shown(value: object) -> str:
     """A client's own value in a message back to it, in a few words and without control characters."""
     if isinstance(value, (dict, list)):
         return f"{'an object' if isinstance(value, dict) else 'a list'} of {len(value)}"
-    if value is None or value is True or value is False:
-        return {True: "true", False: "false", None: "null"}[value]
+    if value is None or isinstance(value, bool):
+        return "null" if value is None else "true" if value else "false"
     text = repr(value[:60] if isinstance(value, str) else value)
     whole = len(text) <= 60 and not (isinstance(value, str) and len(value) > 60)
     return text if whole else text[:57] + "..."

@@ -1,4 +1,4 @@
-"""A request's way from the engine's events to its client: in one piece or as a stream, while the client stays."""
+"""Responses of a running request: in one piece or as server-sent events, cancelled when the client disconnects."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import secrets
 import time
 from collections.abc import AsyncGenerator, Callable, Coroutine, Mapping
 from contextlib import aclosing, suppress
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from starlette.requests import Request
 from starlette.responses import Response
@@ -16,25 +16,26 @@ from starlette.types import Receive, Scope, Send
 
 from telechat_twins.core.inference.requests import Usage
 from telechat_twins.core.serve.errors import ApiError
-from telechat_twins.core.serve.job import Job, Served
+from telechat_twins.core.serve.job import AnswerJob, Served
 from telechat_twins.core.serve.service import Ticket
+from telechat_twins.core.types import JsonObject
 
 OUTCOMES = {401: "unauthorized", 429: "overloaded", 503: "shutting_down", 504: "timed_out"}
-SLOW = 1.0
+SLOW_READER_S = 1.0  # after the deadline, for a slow client to read what was sent
 Result = TypeVar("Result")
 
 
 class ClientGone(Exception):
-    """Nobody is there to be answered any more."""
+    """The client disconnected."""
 
 
 class Exchange:
-    """One request that was admitted, until its answer is told or nobody wants it any more."""
+    """One admitted request, until its response is complete or the client disconnects."""
 
     def __init__(
         self,
         served: Served,
-        job: Job,
+        job: AnswerJob,
         ticket: Ticket,
         deadline: float,
         seconds: float,
@@ -75,9 +76,9 @@ class Exchange:
             async with aclosing(self._entries()) as entries:
                 opening = [e for index in range(self._answers) for e in self._job.writer.opening(index)]
                 yield b"".join(map(self._chunk, opening))
-                async for told in entries:
-                    if told:
-                        yield b"".join(map(self._chunk, told))
+                async for made in entries:
+                    if made:
+                        yield b"".join(map(self._chunk, made))
             if self._job.include_usage:
                 yield self._chunk(None)
             yield b"data: [DONE]\n\n"
@@ -97,31 +98,31 @@ class Exchange:
     def _answers(self) -> int:
         return len(self._job.requests) * self._job.samples
 
-    async def _entries(self) -> AsyncGenerator[list[dict[str, Any]], None]:
+    async def _entries(self) -> AsyncGenerator[list[JsonObject], None]:
         """What each step lets a stream say."""
         try:
             async with aclosing(self._ticket.batches(self.deadline)) as batches:
                 async for batch in batches:
-                    told = []
+                    made = []
                     for place, event in batch:
                         index = place * self._job.samples + event.sample
                         if event.usage is not None:
                             self._usages[index] = event.usage
-                        told += self._job.writer.push(index, event)
-                    yield told
+                        made += self._job.writer.push(index, event)
+                    yield made
         except TimeoutError:
             raise ApiError(
                 504, f"the answer was not complete after {self._seconds:g} s, the limit of this server", code="timeout"
             ) from None
 
-    def _chunk(self, entry: dict[str, Any] | None) -> bytes:
-        """One event of a stream; without an entry the one that tells the usage."""
+    def _chunk(self, entry: JsonObject | None) -> bytes:
+        """One event of a stream; without an entry the one with the usage."""
         chunk = {"object": self._job.writer.chunk_kind, **self._head, "choices": [] if entry is None else [entry]}
         if self._job.include_usage:
             chunk["usage"] = self._usage() if entry is None else None
         return b"data: " + to_json(chunk) + b"\n\n"
 
-    def _usage(self) -> dict[str, Any]:
+    def _usage(self) -> JsonObject:
         """A prompt counts once, however many answers it has."""
         first = [usage for index, usage in self._usages.items() if index % self._job.samples == 0]
         prompt = sum(usage.prompt for usage in first)
@@ -135,8 +136,8 @@ class Exchange:
 
 
 class EventStream(Response):
-    """Sends an exchange as server-sent events, and ends it when the client is gone, or has not read by ``SLOW`` seconds
-    after the request's time is over."""
+    """Sends an exchange as server-sent events; ends it when the client disconnects, or has not read everything by
+    ``SLOW_READER_S`` after the deadline."""
 
     def __init__(self, exchange: Exchange) -> None:
         super().__init__(
@@ -154,14 +155,14 @@ class EventStream(Response):
             await send({"type": "http.response.body", "body": b""})
 
         try:
-            with suppress(ClientGone, TimeoutError):  # there is nobody to tell
-                async with asyncio.timeout_at(self._exchange.deadline + SLOW):
+            with suppress(ClientGone, TimeoutError):  # the client is gone: no response is possible
+                async with asyncio.timeout_at(self._exchange.deadline + SLOW_READER_S):
                     await unless_gone(receive, stream())
         finally:
             self._exchange.close()
 
 
-async def unless_gone(receive: Receive, work: Coroutine[Any, Any, Result]) -> Result:
+async def unless_gone(receive: Receive, work: Coroutine[object, object, Result]) -> Result:
     """What ``work`` comes to; when the client leaves before, ``work`` is cancelled. ClientGone then."""
 
     async def gone() -> None:
@@ -184,10 +185,10 @@ def outcome_of(error: ApiError) -> str:
     return OUTCOMES.get(error.status, "refused" if error.status < 500 else "failed")
 
 
-def json_response(found: dict[str, Any], status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
+def json_response(found: JsonObject, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
     return Response(to_json(found), status, headers, "application/json")
 
 
-def to_json(found: dict[str, Any]) -> bytes:
+def to_json(found: JsonObject) -> bytes:
     """Compact UTF-8. A lone surrogate, which a client's own words in a message may hold, stays an escape."""
     return json.dumps(found, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "backslashreplace")

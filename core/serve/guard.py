@@ -1,4 +1,4 @@
-"""What holds for every answer of the server, outside of all routes: who may be asked for, and headers for browsers."""
+"""ASGI middleware of every response: the check of the Host header, and security headers."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from telechat_twins.core.serve.errors import ApiError, shown
 from telechat_twins.core.serve.exchange import json_response
 from telechat_twins.core.serve.hosts import Hosts
 
-# Of what is no page: nothing in it is to be run, framed or sent anywhere.
+# Of responses other than the page: nothing in it is to be run, framed or sent anywhere.
 NO_PAGE = "default-src 'none'; frame-ancestors 'none'; base-uri 'none'; form-action 'none'"
 HEADERS = {
     "X-Content-Type-Options": "nosniff",

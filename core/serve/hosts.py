@@ -1,6 +1,6 @@
-"""The names under which a server may be asked: the defence against DNS rebinding.
+"""Allowed Host headers: the defence against DNS rebinding.
 
-A browser lets a page ask the address that the page came from. Whoever owns a name can let it point to 127.0.0.1 once
+A browser lets a page ask the address that the page came from. The owner of a name can let it point to 127.0.0.1 once
 the page is loaded, and then that page reads what a local server answers. The Host header still has the foreign name.
 """
 
@@ -50,9 +50,9 @@ def _address(name: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
 def allowed_hosts(listening: str, host: str, given: Sequence[str]) -> Hosts | None:
     """What ``--allowed-host`` and the address that is listened at come to; None: every name.
 
-    Bound to this machine only, its own names and ``host`` (what --host says) are allowed without being given. Bound to
-    more, names are unknown here and all are allowed until some are given. "*" allows all. UserError for what is no
-    name.
+    Bound to this machine only, its own names and ``host`` (the value of --host) are allowed without being given.
+    Bound to more, names are unknown here and all are allowed until some are given. "*" allows all. UserError for a
+    value that is not a name.
     """
     for name in given:
         if name != "*" and not _NAME.fullmatch(name) and _address(name) is None:

@@ -1,4 +1,4 @@
-"""A request's way from its bytes to a job, beside the event loop.
+"""Request intake: reads, parses and tokenizes bodies in threads beside the event loop.
 
 Parsing and tokenizing run in threads, two at a time at most: one with a body of ordinary size and one with a large one,
 so that a few megabytes from one client do not stand in the way of another's question. The queue's limit is looked at
@@ -9,9 +9,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
-from typing import Any
 
 from fastapi import Request
 from starlette.requests import ClientDisconnect
@@ -19,15 +18,16 @@ from starlette.requests import ClientDisconnect
 from telechat_twins.core.serve import strict_json
 from telechat_twins.core.serve.errors import ApiError, shown
 from telechat_twins.core.serve.exchange import ClientGone
-from telechat_twins.core.serve.job import Draft, Job, Served
-from telechat_twins.core.serve.length import most_characters, too_long
+from telechat_twins.core.serve.job import AnswerJob, Draft, Served
+from telechat_twins.core.serve.length import max_characters, too_long
 from telechat_twins.core.serve.service import Service
+from telechat_twins.core.types import JsonObject
 
 BODY_SECONDS = 30.0  # for a request's body to arrive
 LARGE = 1 << 16  # bytes of a body that is not of ordinary size
 PACE_SECONDS = 0.002  # between pieces of large bodies, which have up to 256 KiB each
 HELD_BODIES = 16  # of the largest size: what large bodies may take together
-Read = Callable[[Mapping[str, Any], Served, str], Draft]
+Read = Callable[[JsonObject, Served, str], Draft]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,8 +47,8 @@ class Intake:
         self._pace = asyncio.Semaphore(1)
         self._held = 0  # bytes of large bodies
 
-    async def job(self, request: Request, read: Read, tenant: str, deadline: float) -> Job:
-        """The job that a request asks for, on behalf of ``tenant``. ApiError says what is wrong with it."""
+    async def job(self, request: Request, read: Read, tenant: str, deadline: float) -> AnswerJob:
+        """The job of a request of ``tenant``; ApiError names the fault."""
         async with self._body(request) as raw:
             turn = self._large if len(raw) > LARGE else self._ordinary
             try:
@@ -67,7 +67,7 @@ class Intake:
 
     @contextlib.asynccontextmanager
     async def _body(self, request: Request) -> AsyncIterator[bytearray]:
-        """A request's body, as long as it is needed; ApiError when it is not said to be JSON, is too large, or does not
+        """A request's body, as long as it is needed; ApiError when its type is not JSON, is too large, or does not
         come."""
         check_kind(request, self._limits.body)
         body, held = bytearray(), 0
@@ -118,10 +118,10 @@ def too_large(most: int) -> ApiError:
     return ApiError(413, f"the body is larger than {most} bytes, the limit of this server", code="too_large")
 
 
-def json_object(raw: bytes | bytearray, served: Served) -> dict[str, Any]:
-    """The object in a request's body; ApiError 400 says what is wrong with it."""
+def json_object(raw: bytes | bytearray, served: Served) -> JsonObject:
+    """The object in a request's body; ApiError 400 names the fault."""
     try:
-        found = strict_json.parse(raw, max(most_characters(served), LARGE))
+        found = strict_json.parse(raw, max(max_characters(served), LARGE))
     except UnicodeDecodeError as error:
         raise ApiError(400, f"body: not UTF-8 text (byte {error.start})") from None
     except strict_json.HalfCharacter as error:

@@ -1,24 +1,28 @@
-"""What both endpoints read alike out of a request's body, and the job that comes of it."""
+"""Request fields that both endpoints share, and the job that a request becomes."""
 
 from __future__ import annotations
 
 import secrets
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from telechat_twins.core.inference.chat import default_answer_length
-from telechat_twins.core.inference.requests import MOST_BIAS, MOST_SAMPLES, Event, Request
+from telechat_twins.core.inference.requests import MAX_BIAS, MAX_SAMPLES, Event, Request
 from telechat_twins.core.inference.sampling import SamplingConfig, sampling_config
 from telechat_twins.core.model.config import ModelConfig
 from telechat_twins.core.serve.errors import ApiError, shown
 from telechat_twins.core.serve.fields import Fields
+from telechat_twins.core.types import JsonObject
 
-MOST_STOPS = 16
-LONGEST_STOP = 1000  # characters; every token is compared with all beginnings of a stop string
-MOST_LOGPROBS = 20
-MOST_BIASED = 1024  # entries of logit_bias
-LONGEST_SALT = 256
+if TYPE_CHECKING:
+    from telechat_twins.core.data.tokenizer import Tokenizer
+
+MAX_STOPS = 16
+MAX_STOP_CHARACTERS = 1000  # characters; every token is compared with all beginnings of a stop string
+MAX_LOGPROBS = 20
+MAX_BIASED = 1024  # entries of logit_bias
+MAX_SALT_CHARACTERS = 256
 SEEDS = 2**63
 # Fields of the OpenAI interface that say nothing about the text of an answer, with their kinds.
 IGNORED: dict[str, type] = {
@@ -36,15 +40,15 @@ IGNORED: dict[str, type] = {
 
 @dataclass(frozen=True, kw_only=True)
 class Served:
-    """The model as its clients see it. ``context``: tokens of prompt and answer together; ``most_prompt`` and
-    ``most_new`` bound each of the two."""
+    """The model as its clients see it. ``context``: tokens of prompt and answer together; ``max_prompt`` and
+    ``max_new`` bound each of the two."""
 
     name: str
     config: ModelConfig
-    tokenizer: Any
+    tokenizer: Tokenizer
     context: int
-    most_prompt: int
-    most_new: int
+    max_prompt: int
+    max_new: int
     created: int
     fingerprint: str
     add_bos: bool = False
@@ -52,9 +56,9 @@ class Served:
     @property
     def prompt_limit(self) -> str:
         """The bound on prompts, in the words that clients of the OpenAI interface look for."""
-        if self.most_prompt >= self.context - 1:
+        if self.max_prompt >= self.context - 1:
             return f"This model's maximum context length is {self.context} tokens"
-        return f"This server takes prompts of at most {self.most_prompt} tokens"
+        return f"This server takes prompts of at most {self.max_prompt} tokens"
 
 
 class Writer(Protocol):
@@ -65,18 +69,18 @@ class Writer(Protocol):
     kind: str  # of object
     chunk_kind: str
 
-    def opening(self, index: int) -> list[dict[str, Any]]:
-        """What a stream says of an answer before its first token: entries of ``choices``."""
+    def opening(self, index: int) -> list[JsonObject]:
+        """The entries of ``choices`` that a stream sends before an answer's first token."""
 
-    def push(self, index: int, event: Event) -> list[dict[str, Any]]:
-        """What a stream says of an event."""
+    def push(self, index: int, event: Event) -> list[JsonObject]:
+        """The entries of ``choices`` that a stream sends for an event."""
 
-    def whole(self) -> list[dict[str, Any]]:
+    def whole(self) -> list[JsonObject]:
         """``choices`` of the answer that was not streamed, from all that was pushed."""
 
 
 @dataclass(frozen=True)
-class Job:
+class AnswerJob:
     """``requests``: one a prompt, all with the same number of samples."""
 
     requests: tuple[Request, ...]
@@ -95,7 +99,7 @@ class Draft:
     tokenizes the prompts, which may take a while; ApiError when one is too long."""
 
     answers: int
-    encode: Callable[[], Job]
+    encode: Callable[[], AnswerJob]
 
 
 def check_model(fields: Fields, served: Served) -> None:
@@ -124,7 +128,7 @@ def read_stream(fields: Fields) -> tuple[bool, bool]:
 
 
 def read_sampling(fields: Fields) -> SamplingConfig:
-    """Temperature 1 unless the client says otherwise, and a seed of its own where it names none."""
+    """The sampling options: temperature defaults to 1, the seed to a random one."""
     seed, top_k = fields.integer("seed", -SEEDS, 2 * SEEDS - 1), fields.integer("top_k", -1, None)
     given: dict[str, float | None] = {
         "temperature": fields.number("temperature", 0.0, 2.0),
@@ -156,8 +160,8 @@ def read_stops(fields: Fields) -> tuple[str, ...]:
     stops = [found] if isinstance(found, str) else found
     if not isinstance(stops, list) or not all(isinstance(stop, str) for stop in stops):
         fields.refuse("stop", f"expected a string or a list of strings, found {shown(found)}", "invalid_type")
-    if len(stops) > MOST_STOPS or any(not 1 <= len(stop) <= LONGEST_STOP for stop in stops):
-        fields.refuse("stop", f"at most {MOST_STOPS} strings of 1 to {LONGEST_STOP} characters", "invalid_value")
+    if len(stops) > MAX_STOPS or any(not 1 <= len(stop) <= MAX_STOP_CHARACTERS for stop in stops):
+        fields.refuse("stop", f"at most {MAX_STOPS} strings of 1 to {MAX_STOP_CHARACTERS} characters", "invalid_value")
     return tuple(stops)
 
 
@@ -165,8 +169,8 @@ def read_salt(fields: Fields, tenant: str) -> str:
     """What prompts must have in common to share cached pages: the client's key (``tenant``, empty where there are none)
     and the field ``cache_salt``."""
     salt = fields.text("cache_salt") or ""
-    if len(salt) > LONGEST_SALT:
-        fields.refuse("cache_salt", f"at most {LONGEST_SALT} characters, found {len(salt)}", "invalid_value")
+    if len(salt) > MAX_SALT_CHARACTERS:
+        fields.refuse("cache_salt", f"at most {MAX_SALT_CHARACTERS} characters, found {len(salt)}", "invalid_value")
     return f"{tenant}/{salt}" if tenant or salt else ""
 
 
@@ -174,20 +178,20 @@ def read_bias(fields: Fields, vocab_size: int) -> dict[int, float]:
     """Token id (JSON writes it as a string) -> what is added to its logit."""
     bias: dict[int, float] = {}
     found = fields.object("logit_bias") or {}
-    if len(found) > MOST_BIASED:
-        fields.refuse("logit_bias", f"at most {MOST_BIASED} tokens, found {len(found)}", "invalid_value")
+    if len(found) > MAX_BIASED:
+        fields.refuse("logit_bias", f"at most {MAX_BIASED} tokens, found {len(found)}", "invalid_value")
     for key, value in found.items():
         where = f"logit_bias[{shown(key)}]"
         if not (key.isascii() and key.isdecimal() and len(key) < 12 and int(key) < vocab_size):
-            fields.refuse("logit_bias", f"{shown(key)} is no token id of this vocabulary of {vocab_size}")
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not -MOST_BIAS <= value <= MOST_BIAS:
+            fields.refuse("logit_bias", f"{shown(key)} is not a token id of this vocabulary of {vocab_size}")
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not -MAX_BIAS <= value <= MAX_BIAS:
             fields.refuse("logit_bias", f"{where} must be a number from -100 to 100, found {shown(value)}")
         bias[int(key)] = float(value)
     return bias
 
 
 def read_samples(fields: Fields) -> int:
-    return fields.integer("n", 1, MOST_SAMPLES) or 1
+    return fields.integer("n", 1, MAX_SAMPLES) or 1
 
 
 def room(served: Served, prompts: Sequence[Sequence[int]], asked: int | None, default: int | None, param: str) -> int:
@@ -198,7 +202,7 @@ def room(served: Served, prompts: Sequence[Sequence[int]], asked: int | None, de
     not fit the context.
     """
     longest = max(map(len, prompts))
-    if longest > min(served.most_prompt, served.context - 1):
+    if longest > min(served.max_prompt, served.context - 1):
         raise ApiError(
             400,
             f"{served.prompt_limit}. However, your {param} resulted in {longest} tokens. "
@@ -206,7 +210,7 @@ def room(served: Served, prompts: Sequence[Sequence[int]], asked: int | None, de
             param,
             "context_length_exceeded",
         )
-    free = min(served.context - longest, served.most_new)
+    free = min(served.context - longest, served.max_new)
     if asked is None:
         within = served.config.training_seqlen - longest
         return min(free, default or (within if within > 0 else default_answer_length(served.config)))
@@ -219,10 +223,10 @@ def room(served: Served, prompts: Sequence[Sequence[int]], asked: int | None, de
             param,
             "context_length_exceeded",
         )
-    if asked > served.most_new:
+    if asked > served.max_new:
         raise ApiError(
             400,
-            f"max_tokens is too large: {asked}. This server makes at most {served.most_new} tokens an answer.",
+            f"max_tokens is too large: {asked}. This server makes at most {served.max_new} tokens an answer.",
             "max_tokens",
             "invalid_value",
         )

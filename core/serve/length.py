@@ -1,4 +1,4 @@
-"""How long a prompt may be, judged by its characters before its tokens are known.
+"""Prompt length check by characters, before tokenization.
 
 Tokenizing takes a second for a million characters, and a prompt that is refused for its length should cost nothing. A
 token stands for ``longest`` characters at most, so a text of more than ``tokens * longest`` is refused unread. Below
@@ -18,9 +18,9 @@ FIRST_LOOK = 4  # characters a token: what ordinary text has
 def check_length(served: Served, texts: Sequence[str], param: str) -> None:
     """ApiError 400 when ``texts``, together one prompt, cannot fit or are found not to. Others may still be too long,
     by less than a factor of two."""
-    tokens = min(served.most_prompt, served.context - 1)
+    tokens = min(served.max_prompt, served.context - 1)
     characters = sum(map(len, texts))
-    if characters > most_characters(served):
+    if characters > max_characters(served):
         raise too_long(served, param, f"resulted in {characters} characters")
     size = FIRST_LOOK * tokens
     while size < characters:
@@ -30,9 +30,9 @@ def check_length(served: Served, texts: Sequence[str], param: str) -> None:
         size *= FIRST_LOOK
 
 
-def most_characters(served: Served) -> int:
+def max_characters(served: Served) -> int:
     """Characters of the longest prompt that could fit."""
-    return min(served.most_prompt, served.context - 1) * served.tokenizer.longest_piece
+    return min(served.max_prompt, served.context - 1) * served.tokenizer.longest_piece
 
 
 def _beginning(texts: Sequence[str], size: int) -> Iterator[str]:
@@ -44,7 +44,7 @@ def _beginning(texts: Sequence[str], size: int) -> Iterator[str]:
 
 
 def too_long(served: Served, param: str, says: str) -> ApiError:
-    """The error for a prompt whose tokens nobody counted."""
+    """The error for a prompt that was refused before its tokens were counted."""
     return ApiError(
         400,
         f"{served.prompt_limit}, and no token has more than {served.tokenizer.longest_piece} characters. However, your "

@@ -1,4 +1,4 @@
-"""What ``/metrics`` tells, in Prometheus' text format. Everything is counted in the thread of the event loop."""
+"""Metrics of the server in Prometheus' text format (``/metrics``), counted in the event loop's thread."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class Metrics:
         self.first_token, self.next_token, self.whole = Histogram(FIRST_TOKEN), Histogram(NEXT_TOKEN), Histogram(WHOLE)
 
     def text(self, now: Mapping[str, tuple[str, str, float]]) -> str:
-        """The page; ``now``: what else there is to tell, name -> (kind, what it is, value)."""
+        """The page; ``now``: further values, name -> (kind, what it is, value)."""
         lines = _head("requests_total", "counter", "Requests that are over, by endpoint and outcome.")
         for (endpoint, outcome), count in sorted(self.requests.items()):
             lines.append(f'{PREFIX}requests_total{{endpoint="{endpoint}",outcome="{outcome}"}} {count}')

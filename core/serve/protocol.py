@@ -1,4 +1,4 @@
-"""uvicorn's HTTP protocol with bounds on connections: how many, and how long each may take to say what it wants.
+"""Bounded HTTP protocol for uvicorn: limits the number of connections and the time to receive a request's header.
 
 A connection that waits for the end of a request's header has HEADER_SECONDS, however many bytes come meanwhile. What
 follows a request that was answered before its body was there is read for LINGER_SECONDS more, so that the client gets
@@ -10,13 +10,15 @@ from __future__ import annotations
 
 import asyncio
 from http import HTTPStatus
-from typing import Any
 
 import h11
+import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
+from uvicorn.server import ServerState
 
 from telechat_twins.core.serve.errors import ApiError
 from telechat_twins.core.serve.exchange import to_json
+from telechat_twins.core.types import JsonObject
 
 HEADER_SECONDS = 10.0
 LINGER_SECONDS = 5.0
@@ -27,8 +29,14 @@ class BoundedProtocol(H11Protocol):
 
     most = 256
 
-    def __init__(self, *args: Any, **options: Any) -> None:
-        super().__init__(*args, **options)
+    def __init__(
+        self,
+        config: uvicorn.Config,
+        server_state: ServerState,
+        app_state: JsonObject,
+        _loop: asyncio.AbstractEventLoop | None = None,
+    ) -> None:
+        super().__init__(config, server_state, app_state, _loop)
         self._header_timer: asyncio.TimerHandle | None = None
         self._linger_timer: asyncio.TimerHandle | None = None
         self._silent_since = 0.0
@@ -70,7 +78,7 @@ class BoundedProtocol(H11Protocol):
         self._watch()
 
     def send_400_response(self, msg: str) -> None:
-        """Broken HTTP: said in the form of all other errors."""
+        """Invalid HTTP: answered in the form of all other errors."""
         self._refuse(ApiError(400, "the request is not valid HTTP, or its header is too large"))
 
     def _watch(self) -> None:
@@ -114,7 +122,7 @@ class BoundedProtocol(H11Protocol):
             for event in (response, h11.Data(data=raw), h11.EndOfMessage()):
                 self.transport.write(self.conn.send(event) or b"")
         if self.cycle is not None and not self.cycle.response_complete:
-            # Whoever makes the answer learns that there is no client for it any more.
+            # The handler that makes the answer learns that the client disconnected.
             self.cycle.disconnected = True
             self.cycle.message_event.set()
         self.transport.close()

@@ -1,4 +1,4 @@
-"""Runs the application: one socket, one event loop, one engine thread; ends in order on SIGTERM and Ctrl-C."""
+"""Server process: one socket, one event loop, one engine thread, and an orderly shutdown on SIGTERM and Ctrl-C."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ import signal
 import socket
 import sys
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import h11
 import uvicorn
+from starlette.types import ASGIApp
 
 from telechat_twins.core.errors import UserError
 from telechat_twins.core.serve.protocol import BoundedProtocol
@@ -21,7 +21,7 @@ from telechat_twins.core.serve.service import Service
 
 SPARE_FILES = 64  # that a process has open beside its connections
 ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-CLOSING_SECONDS = 5  # for connections to close once every answer has been told
+CLOSING_SECONDS = 5  # for connections to close once every response is complete
 BACKLOG = 1024
 SWITCH_SECONDS = 0.0005
 
@@ -68,15 +68,18 @@ def address_of(opened: socket.socket) -> str:
 
 
 def is_defect(record: logging.LogRecord) -> bool:
-    """Whether uvicorn reports more than what a client did: it takes for a defect the application's answer to a request
-    whose HTTP broke off and that it has answered itself, and a stream that was given up because nobody read it."""
+    """Whether a record of uvicorn reports an internal error rather than a client's doing.
+
+    Two records are a client's: HTTP that broke off, which uvicorn has answered itself before the application does, and
+    a stream that was ended because its client did not read it.
+    """
     raised = record.exc_info[1] if record.exc_info else None
     broken = isinstance(raised, h11.LocalProtocolError) and "state=MUST_CLOSE" in str(raised)
     return not broken and record.msg != "ASGI callable returned without completing response."
 
 
 class Server(uvicorn.Server):
-    """uvicorn without its signals: it closes its door at the first one, and this server says 503 while it ends."""
+    """uvicorn without its signals: it would refuse connections at the first; this server answers 503 meanwhile."""
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -84,7 +87,7 @@ class Server(uvicorn.Server):
 
 
 def serve(
-    app: Any, service: Service, opened: socket.socket, grace: float, ready: Callable[[], None], most: int
+    app: ASGIApp, service: Service, opened: socket.socket, grace: float, ready: Callable[[], None], most: int
 ) -> None:
     """``serve_until`` the first of SIGTERM, Ctrl-C and the terminal's end; a second one ends the grace."""
 
@@ -102,7 +105,7 @@ def serve(
 
 async def serve_until(
     signals: asyncio.Queue[int],
-    app: Any,
+    app: ASGIApp,
     service: Service,
     opened: socket.socket,
     grace: float,
@@ -112,7 +115,7 @@ async def serve_until(
     """Serve ``app`` until there is something in ``signals``; ``ready`` is called when requests are taken. ``most``:
     connections at once.
 
-    From then on new requests get 503, those that run have ``grace`` seconds, and who is not finished then is told so.
+    From then on new requests get 503, running ones have ``grace`` seconds; unfinished requests then receive an error.
     The next signal ends the grace at once. Returns when no request, connection or thread is left.
     """
     log = logging.getLogger("uvicorn.error")

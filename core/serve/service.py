@@ -1,7 +1,7 @@
-"""The engine behind the server: one thread steps it, the event loop's thread hands requests in and events out.
+"""Engine service: a thread that steps the engine, and the event loop's side that submits requests and delivers events.
 
-Everything here but the thread's own function runs in the event loop's thread, so nothing needs a lock: ``submit`` notes
-who waits for a request before a step's events can be handed out.
+Everything here but the thread's own function runs in the event loop's thread, so nothing needs a lock: ``submit``
+records who waits for a request before a step's events can be handed out.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from telechat_twins.core.inference.requests import Event, Request
 from telechat_twins.core.serve.errors import ApiError
 from telechat_twins.core.serve.metrics import Metrics
 
-Batch = list[tuple[int, Event]]  # of one step: which of the ticket's requests, and what happened to it
+StepEvents = list[tuple[int, Event]]  # of one step: which of the ticket's requests, and what happened to it
 
-GONE_WRONG = "the engine failed while it served this request; its log has the reason"
+ENGINE_FAILED = "internal engine error while serving this request; see the server log"
 NO_SUCH_REQUEST = -1
 
 
@@ -31,7 +31,7 @@ class Service:
     def __init__(self, engine: Engine, max_queue: int) -> None:
         """``max_queue``: answers that may wait beside those that the engine runs at once."""
         self.engine, self.metrics = engine, Metrics()
-        self.most_open = engine.limits.most_running + max_queue
+        self.max_open = engine.limits.max_running + max_queue
         self.draining = False
         self._waiting: dict[int, tuple[Ticket, int]] = {}  # by the engine's number
         self._tickets: dict[Ticket, int] = {}  # that are not over, and how many answers they asked for
@@ -58,13 +58,13 @@ class Service:
         many wait, 503 when the server is shutting down."""
         if self.draining:
             raise ApiError(503, "the server is shutting down", code="shutting_down", headers={"Retry-After": "10"})
-        if answers > self.most_open:
-            raise ApiError(400, f"n: {answers} answers at once are more than this server takes, {self.most_open}", "n")
-        if self.open_answers + answers > self.most_open:
+        if answers > self.max_open:
+            raise ApiError(400, f"n: {answers} answers at once are more than this server takes, {self.max_open}", "n")
+        if self.open_answers + answers > self.max_open:
             again = min(60, max(1, math.ceil(self.metrics.whole.mean)))
             raise ApiError(
                 429,
-                f"{self.open_answers} answers are being made or wait, and {self.most_open} may; try again later",
+                f"{self.open_answers} answers are being made or wait, and {self.max_open} may; try again later",
                 code="queue_full",
                 headers={"Retry-After": str(again)},
             )
@@ -154,10 +154,10 @@ class Service:
     def _fail(self) -> None:
         for ticket in list(self._tickets):
             self._cancel(ticket)  # one that came since is with the engine still
-            ticket.fail(ApiError(500, GONE_WRONG))
+            ticket.fail(ApiError(500, ENGINE_FAILED))
 
     def _hand_out(self, events: list[Event], made_at: float) -> None:
-        batches: dict[Ticket, Batch] = {}
+        batches: dict[Ticket, StepEvents] = {}
         for event in events:
             ticket, place = self._waiting.get(event.request, (None, 0))
             if event.choice is not None:
@@ -187,15 +187,15 @@ class Ticket:
         self.started = time.perf_counter()
         self.last: dict[tuple[int, int], float] = {}
         self._service, self.left = service, answers
-        self._news: asyncio.Queue[Batch | ApiError] = asyncio.Queue()
+        self._news: asyncio.Queue[StepEvents | ApiError] = asyncio.Queue()
 
-    def take(self, batch: Batch) -> None:
+    def take(self, batch: StepEvents) -> None:
         self._news.put_nowait(batch)
 
     def fail(self, error: ApiError) -> None:
         self._news.put_nowait(error)
 
-    async def batches(self, deadline: float) -> AsyncGenerator[Batch, None]:
+    async def batches(self, deadline: float) -> AsyncGenerator[StepEvents, None]:
         """What happened, step by step, until every answer has ended.
 
         ApiError when the engine fails on one of them, or the server ends; TimeoutError at the loop's time ``deadline``.

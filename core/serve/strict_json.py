@@ -1,4 +1,4 @@
-"""JSON from strangers: parsed within bounds of depth, count and digits, and refused where parsers disagree about it.
+"""Strict JSON parser for untrusted input: bounds depth, count and digits, and rejects what parsers disagree about.
 
 Everything downstream may then count on it: no number is infinite or has thousands of digits, no object has a key twice,
 no string holds half a surrogate pair, and the tree is small enough to walk and to write out again.
@@ -10,24 +10,28 @@ import json
 import math
 import re
 from collections.abc import Iterator
-from typing import Any, NoReturn
+from typing import NoReturn
 
-MOST_DEPTH = 64  # of lists and objects in each other; a tool's schema has a dozen
-MOST_PARTS = 20_000  # lists, objects and strings, keys included; a message of a chat has five
-MOST_DIGITS = 32  # of a whole number; 2**64 has 20
-LONGEST_FLOAT = 400  # digits behind the point; 5e-324 written out has 324
+from telechat_twins.core.types import JsonObject
+
+MAX_DEPTH = 64  # of lists and objects in each other; a tool's schema has a dozen
+MAX_PARTS = 20_000  # lists, objects and strings, keys included; a message of a chat has five
+MAX_DIGITS = 32  # of a whole number; 2**64 has 20
+MAX_FLOAT_DIGITS = 400  # digits behind the point; 5e-324 written out has 324
 
 # A string, whole or without its end. Possessive: no way back is kept in memory for each character.
 _STRING = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"?', re.DOTALL)
 _BRACKET = re.compile(rb"[\[{\]}]")
-_DIGITS = re.compile(rb"[0-9]{%d,}" % (MOST_DIGITS + 1))
+_DIGITS = re.compile(rb"[0-9]{%d,}" % (MAX_DIGITS + 1))
 _EXPONENT = re.compile(rb"[eE][+]?0*[1-9][0-9]{2}")  # 100 or more: perhaps beyond the largest float
 _ESCAPED_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
 
-def parse(raw: bytes | bytearray, longest: int | None = None) -> Any:
-    """What UTF-8 text says. ValueError in a few words when it is not JSON or goes beyond a bound; ``longest``: of a
-    string, in characters."""
+def parse(raw: bytes | bytearray, longest: int | None = None) -> object:
+    """The value of UTF-8 JSON text. ValueError, with a short reason, when it is not JSON or exceeds a bound.
+
+    ``longest``: the bound on a string, in characters.
+    """
     # A function for every number would take seconds for a long list of them.
     number = _number if _check_size(raw, longest) else None
     text = raw.decode("utf-8")
@@ -69,15 +73,15 @@ def _check_size(raw: bytes | bytearray, longest: int | None) -> bool:
         quote = len(raw) if quote < 0 else quote
         opened = raw.count(b"[", at, quote) + raw.count(b"{", at, quote)
         parts += opened + (quote < len(raw))
-        if parts > MOST_PARTS:
-            raise ValueError(f"more than {MOST_PARTS} strings, lists and objects")
+        if parts > MAX_PARTS:
+            raise ValueError(f"more than {MAX_PARTS} strings, lists and objects")
         _check_digits(raw, at, quote)
         large = large or _EXPONENT.search(raw, at, quote) is not None
         if opened or depth:
             for sign in _BRACKET.finditer(raw, at, quote):
                 depth += 1 if sign[0] in b"[{" else -1
-                if depth > MOST_DEPTH:
-                    raise ValueError(f"nested too deeply: more than {MOST_DEPTH} lists and objects in each other")
+                if depth > MAX_DEPTH:
+                    raise ValueError(f"nested too deeply: more than {MAX_DEPTH} lists and objects in each other")
         at, size = _string_at(raw, quote)
         # UTF-8 has up to 4 bytes a character, and escapes have 12 for one outside the 16-bit range.
         if longest is not None and size > 4 * longest:
@@ -91,8 +95,8 @@ def _check_digits(raw: bytes | bytearray, begin: int, end: int) -> None:
     """ValueError for a number that is too long, outside of strings; a fraction may have more digits."""
     for run in _DIGITS.finditer(raw, begin, end):
         digits = run.end() - run.start()
-        if digits > LONGEST_FLOAT or run.start() == 0 or raw[run.start() - 1] != ord("."):
-            raise ValueError(f"a number of {digits} digits; none here has more than {MOST_DIGITS}")
+        if digits > MAX_FLOAT_DIGITS or run.start() == 0 or raw[run.start() - 1] != ord("."):
+            raise ValueError(f"a number of {digits} digits; none here has more than {MAX_DIGITS}")
 
 
 def _string_at(raw: bytes | bytearray, quote: int) -> tuple[int, int]:
@@ -108,7 +112,7 @@ def _string_at(raw: bytes | bytearray, quote: int) -> tuple[int, int]:
 
 
 def _constant(name: str) -> NoReturn:
-    raise ValueError(f"not valid JSON: {name} is no JSON number")
+    raise ValueError(f"not valid JSON: {name} is not a JSON number")
 
 
 def _number(text: str) -> float:
@@ -118,7 +122,7 @@ def _number(text: str) -> float:
     return value
 
 
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _object(pairs: list[tuple[str, object]]) -> JsonObject:
     made = dict(pairs)
     if len(made) < len(pairs):
         seen: set[str] = set()
@@ -135,15 +139,15 @@ def _whole(text: str) -> bool:
     return True
 
 
-def _strings(found: Any) -> Iterator[str]:
+def _strings(found: object) -> Iterator[str]:
     return (string for _, string in _walk([("", found)], named=False))
 
 
-def _placed_strings(found: Any) -> Iterator[tuple[str, str]]:
+def _placed_strings(found: object) -> Iterator[tuple[str, str]]:
     return _walk([("", found)], named=True)
 
 
-def _walk(stack: list[tuple[str, Any]], named: bool) -> Iterator[tuple[str, str]]:
+def _walk(stack: list[tuple[str, object]], named: bool) -> Iterator[tuple[str, str]]:
     """Every string, keys included, with its place if ``named``."""
     while stack:
         place, value = stack.pop()

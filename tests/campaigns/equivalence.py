@@ -34,6 +34,7 @@ from typing import Any
 
 import numpy as np
 
+from telechat_twins.convert.parity_rank import SCRIPT
 from telechat_twins.convert.source import open_model
 from telechat_twins.core import backends
 from telechat_twins.core.commands.forward import make_batch
@@ -213,7 +214,7 @@ def run_layouts(trials: Sequence[Trial], backend: str, world: int, seed: int, to
         tasks.append(
             Task(name=layout.name, model=source.config, layout=layout, batch=file, weights=weights, logits=True)
         )
-    if code := launch_tasks(backend, tasks, folder):
+    if code := launch_tasks(backend, tasks, folder, script=SCRIPT):
         wanted[0][0].problems.append(f"{backend}: a launch of {world} processes ended with {code}")
         return []
     for number, (trial, layout) in enumerate(wanted):

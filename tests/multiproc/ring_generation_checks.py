@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 
 from telechat_twins.core.backends import load
-from telechat_twins.core.inference.engine import Engine, Limits
+from telechat_twins.core.inference.engine import Engine, EngineLimits
 from telechat_twins.core.inference.pages import PAGE_SIZE, pool_size
 from telechat_twins.core.inference.requests import Request
 from telechat_twins.core.inference.ring_pages import Part, Share, pages_of_rank
@@ -93,7 +93,7 @@ def requests() -> list[Request]:
 def served(made: Any, asked: Sequence[Request], rescale: str = "request") -> tuple[list[list[int]], np.ndarray]:
     """Tokens of every sample, and the logits of all steps, one below the other; the prompts are asked for twice."""
     seen = Recorder(made)
-    engine = Engine(seen, rescale=rescale, limits=Limits(step_tokens=20, most_running=8))
+    engine = Engine(seen, rescale=rescale, limits=EngineLimits(step_tokens=20, max_running=8))
     tokens = []
     for _ in range(2):
         numbers = [engine.submit(request) for request in asked]

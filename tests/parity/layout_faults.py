@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 import telechat_twins.core.parallel.schedule
+from telechat_twins.convert.source import weight_reader
 from telechat_twins.core.backends import load
 from telechat_twins.core.launch.worker import run_script
 from telechat_twins.core.model.batch import IGNORE, Batch
@@ -28,7 +29,7 @@ Change = tuple[Any, str, Any]  # owner, attribute, what to put there
 
 
 def main() -> int:
-    return layout_worker.main(around=planted)
+    return layout_worker.main(around=planted, open_reader=weight_reader)
 
 
 @contextmanager

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from telechat_twins.core.backends import load
-from telechat_twins.core.inference.engine import Engine, Limits
+from telechat_twins.core.inference.engine import Engine, EngineLimits
 from telechat_twins.core.inference.pages import pool_size
 from telechat_twins.core.inference.requests import Request
 from telechat_twins.core.inference.runner import Step
@@ -116,11 +116,11 @@ def test_company_changes_no_tokens(backend: str, case: str, rescale: str) -> Non
     asked = requests(source.config)
     runner = make(source.config, source.tensor, 7 * pool_size(118) + 1)
     alone = [by_request(Engine(runner, rescale=rescale, reuse=False), [request])[0] for request in asked]
-    engine = Engine(runner, rescale=rescale, limits=Limits(step_tokens=20, most_running=8))
+    engine = Engine(runner, rescale=rescale, limits=EngineLimits(step_tokens=20, max_running=8))
     assert by_request(engine, asked) == alone
     assert by_request(engine, asked) == alone, "out of pages of earlier prompts"
     small = make(source.config, source.tensor, 40, page_size=4)
-    crowded = Engine(small, rescale=rescale, limits=Limits(step_tokens=20, most_running=8))
+    crowded = Engine(small, rescale=rescale, limits=EngineLimits(step_tokens=20, max_running=8))
     assert by_request(crowded, asked) == alone
     assert crowded.scheduler.preemptions > 0
 

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 import telechat_twins.core.model.position
+from telechat_twins.convert.parity_rank import SCRIPT
 from telechat_twins.core.backends import load
 from telechat_twins.core.inference.pages import pool_size
 from telechat_twins.core.model.batch import IGNORE, Batch
@@ -173,7 +174,7 @@ def launched(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
             tasks.append(task)
             keys.append((case, text))
     out = Path(folder / "out")
-    code = launch_tasks(request.param, tasks, out, timeout=500, collective_timeout=120)
+    code = launch_tasks(request.param, tasks, out, script=SCRIPT, timeout=500, collective_timeout=120)
     assert code == 0, f"see {out}/logs"
     return {key: collect(out / str(i), 2) for i, key in enumerate(keys)}
 

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from telechat_twins.convert.source import weight_reader
 from telechat_twins.core.backends import load
 from telechat_twins.core.checkpoint.read import whole, write_checkpoint
 from telechat_twins.core.commands import forward
@@ -85,7 +86,7 @@ def test_a_layout_scales_likewise(backend: str, tmp_path) -> None:
     )
     written = [whole(name, array) for name, array in weights().items()]
     write_checkpoint(tmp_path / "model", 0, model={"config": CONFIG.to_dict()}, weights=written)
-    outcome = run_alone(backend, replace(task, weights=str(tmp_path / "model")), tmp_path / "task")
+    outcome = run_alone(backend, replace(task, weights=str(tmp_path / "model")), tmp_path / "task", weight_reader)
     assert compare_tensors(outcome.gradients, exact()).worst() < LIMIT and not outcome.problems
     assert outcome.loss_scale > 2**10
     assert outcome.norms[0] == pytest.approx(np.sqrt(sum(np.sum(g**2) for g in exact().values())), rel=LIMIT)

@@ -73,7 +73,7 @@ def test_the_command_says_what_was_folded(tmp_path: Path, capsys: pytest.Capture
     assert main(["convert", "--from", "canonical", "--to", "hf", str(tmp_path / "grown"), str(tmp_path / "hf")]) == 0
     told = capsys.readouterr().out
     assert "note: norm_divisor 24 is folded into gains and epsilon" in told
-    assert "note: 11 rows of padding are left away" in told
+    assert "note: 11 rows of padding are left out" in told
 
 
 @pytest.mark.parametrize("form", [["hf"], ["mindformers"], ["mindformers", "--qkv-concat"], ["mindformers", "--mcore"]])

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 from telechat_twins.core.backends import load
-from telechat_twins.core.inference.engine import Engine, Limits
+from telechat_twins.core.inference.engine import Engine, EngineLimits
 from telechat_twins.core.inference.generation import generate
 from telechat_twins.core.inference.pages import pool_size
 from telechat_twins.core.inference.sampling import sampling_config
@@ -88,7 +88,7 @@ def test_a_page_taken_for_another_is_seen() -> None:
 def test_the_engine_reads_it_in_pieces_and_again_from_its_pages(backend: str) -> None:
     pytest.importorskip({"ms": "mindspore", "pt": "torch"}[backend])
     runner = load(backend, "generate").Runner(config(), weights, pool_size(LENGTH + 4))
-    engine = Engine(runner, limits=Limits(step_tokens=PIECE))
+    engine = Engine(runner, limits=EngineLimits(step_tokens=PIECE))
     made = [generate(engine, prompt()[: LENGTH - 4], sampling_config(), 4).tokens for _ in range(2)]
     assert made[0] == made[1]
     first = uncached("pt", "fp64")[NEEDLES.index(4096)]
@@ -101,7 +101,7 @@ import resource, sys
 import numpy as np
 from telechat_twins.core import backends
 from telechat_twins.core.config import load_model_config
-from telechat_twins.core.inference.engine import Engine, Limits
+from telechat_twins.core.inference.engine import Engine, EngineLimits
 from telechat_twins.core.model.init import init_tensor
 from telechat_twins.core.inference.pages import pool_size
 from telechat_twins.core.inference.requests import Request
@@ -109,7 +109,7 @@ from telechat_twins.core.inference.requests import Request
 config = load_model_config("telechat2-tiny")
 make = backends.load(sys.argv[1], "generate").Runner
 runner = make(config, lambda name: init_tensor(name, config, 3), pool_size(int(sys.argv[2]) + 2))
-engine = Engine(runner, limits=Limits(step_tokens=512))
+engine = Engine(runner, limits=EngineLimits(step_tokens=512))
 
 def prompt(length):
     engine.submit(Request(prompt_ids=(7,) * length, max_new_tokens=2))

@@ -16,7 +16,7 @@ from telechat_twins.core.backends import load
 from telechat_twins.core.config import load_run_config
 from telechat_twins.core.model.config import CONFIGS
 from telechat_twins.core.mup import transfer as rules
-from telechat_twins.core.mup.coordinates import MUP, STANDARD, Record, configs, judge, measure, token_batch
+from telechat_twins.core.mup.coordinates import MUP, STANDARD, WidthRecord, configs, judge, measure, token_batch
 from tests.support.frameworks import BACKENDS
 
 NARROW = CONFIGS / "train" / "teleflm-tiny.yaml"
@@ -27,7 +27,7 @@ SMALLER = (
 )  # fmt: skip
 
 
-def records(backend: str, names: tuple[str, ...] = (MUP, STANDARD)) -> list[Record]:
+def records(backend: str, names: tuple[str, ...] = (MUP, STANDARD)) -> list[WidthRecord]:
     narrow = load_run_config(NARROW, SMALLER)
     batch = token_batch(narrow.model.vocab_size, ROWS, LENGTH, 1)
     runs = configs(narrow, WIDTHS, ROWS, LENGTH)
@@ -35,11 +35,11 @@ def records(backend: str, names: tuple[str, ...] = (MUP, STANDARD)) -> list[Reco
 
 
 @cache
-def right(backend: str) -> list[Record]:
+def right(backend: str) -> list[WidthRecord]:
     return records(backend)
 
 
-def broken(made: list[Record]) -> set[tuple[str, str]]:
+def broken(made: list[WidthRecord]) -> set[tuple[str, str]]:
     return {(one.what, one.group) for one in judge(made) if not one.holds}
 
 

@@ -76,9 +76,9 @@ WRONG = [
     (CHAT, chat_body(stop=["a", ""]), 400, "stop", "strings of 1 to 1000 characters"),
     (CHAT, chat_body(stop=["a"] * 17), 400, "stop", "at most 16 strings"),
     (CHAT, chat_body(logit_bias=[]), 400, "logit_bias", "expected an object, found a list of 0"),
-    (CHAT, chat_body(logit_bias={"600": 1}), 400, "logit_bias", "'600' is no token id of this vocabulary of 600"),
-    (CHAT, chat_body(logit_bias={"-1": 1}), 400, "logit_bias", "'-1' is no token id"),
-    (CHAT, chat_body(logit_bias={"\u0663": 1}), 400, "logit_bias", "is no token id"),
+    (CHAT, chat_body(logit_bias={"600": 1}), 400, "logit_bias", "'600' is not a token id of this vocabulary of 600"),
+    (CHAT, chat_body(logit_bias={"-1": 1}), 400, "logit_bias", "'-1' is not a token id"),
+    (CHAT, chat_body(logit_bias={"\u0663": 1}), 400, "logit_bias", "is not a token id"),
     (CHAT, chat_body(logit_bias={"5": 101}), 400, "logit_bias", "must be a number from -100 to 100, found 101"),
     (CHAT, chat_body(logprobs=3), 400, "logprobs", "expected true or false, found 3"),
     (CHAT, chat_body(top_logprobs=3), 400, "top_logprobs", "needs logprobs to be true"),
@@ -138,8 +138,8 @@ WRONG = [
     (CHAT, talk({"role": "user"}), 400, "messages[0].content", "expected a string"),
     (CHAT, talk({"role": "user", "content": 3}), 400, "messages[0].content", "found 3"),
     (CHAT, talk({**USER, "contents": "x"}), 400, "messages[0].contents", "Unknown parameter: 'messages[0].contents'"),
-    (CHAT, talk({"role": "system", "content": "x"}), 400, "messages", "there is no message of the user to answer"),
-    (CHAT, talk({"role": "assistant", "content": "x"}), 400, "messages", "there is no message of the user"),
+    (CHAT, talk({"role": "system", "content": "x"}), 400, "messages", "needs a message of role user, found none"),
+    (CHAT, talk({"role": "assistant", "content": "x"}), 400, "messages", "needs a message of role user"),
     (CHAT, talk(USER, {"role": "system", "content": "x"}), 400, "messages[1].role", "in the first place only"),
     (CHAT, talk({**USER, "content": [{"type": "image_url"}]}), 400, "messages[0].content", "part 0 is 'image_url'"),
     (CHAT, talk({**USER, "content": ["x"]}), 400, "messages[0].content", "part 0 is 'x'"),
@@ -174,7 +174,7 @@ WRONG = [
     (CHAT, b"[]", 400, None, "body: expected a JSON object, found a list of 0"),
     (CHAT, b"\xff", 400, None, "body: not UTF-8 text (byte 0)"),
     (CHAT, b"[" * 16_000, 400, None, "nested too deeply"),
-    (CHAT, b'{"seed": NaN}', 400, None, "NaN is no JSON number"),
+    (CHAT, b'{"seed": NaN}', 400, None, "NaN is not a JSON number"),
     (CHAT, b'{"seed": ' + b"9" * 5000 + b"}", 400, None, "body: a number of 5000 digits"),
     (CHAT, b'{"max_tokens": ' + b"9" * 4300 + b"}", 400, None, "body: a number of 4300 digits"),
     (CHAT, b'{"seed": 1, "seed": 2}', 400, None, "body: the key 'seed' is in one object more than once"),
@@ -215,7 +215,7 @@ def test_what_does_not_fit_has_the_code_that_clients_look_for(server):
 
 
 def test_limits_of_the_server_are_its_own():
-    with running(most_prompt=20, most_new=6) as server:
+    with running(max_prompt=20, max_new=6) as server:
         answer = ask(server.port, COMPLETIONS, completion(prompt=[40] * 21))
         assert "This server takes prompts of at most 20 tokens. However, your prompt resulted in 21" in str(
             answer.error
@@ -321,7 +321,7 @@ def test_a_failing_engine_ends_its_requests_and_not_the_server(capfd):
     with running(runner=runner) as server:
         runner.failing = [RuntimeError("out of memory: secret details")] * 20
         answer = ask(server.port, CHAT, chat_body())
-        assert answer.status == 500 and answer.error["message"].startswith("the engine failed while it served")
+        assert answer.status == 500 and answer.error["message"].startswith("internal engine error")
         assert capfd.readouterr().err.count("secret details") == 1, "it was tried again"
         runner.failing.clear()
         assert ask(server.port, CHAT, chat_body()).json["choices"][0]["message"]["content"] == "fine"

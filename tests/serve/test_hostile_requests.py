@@ -10,7 +10,7 @@ from tests.support.serve_support import running
 
 
 def test_hostile_requests_are_refused():
-    with running(body=4 << 20, most_running=8, max_queue=152) as server:
+    with running(body=4 << 20, max_running=8, max_queue=152) as server:
         found = campaign(server.port, os.getpid(), 60, seed=1, within=math.inf)
     assert found["wrong"] == []
     assert set(found["kinds"].values()) == {60 // len(GENERATORS)}

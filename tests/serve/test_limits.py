@@ -55,7 +55,7 @@ def asking(server: Running, **options):
 
 
 def test_a_full_queue_is_said_with_when_to_come_again():
-    with running(pause=0.02, most_running=2, max_queue=1) as server:
+    with running(pause=0.02, max_running=2, max_queue=1) as server:
         with asking(server) as one, asking(server) as two, asking(server) as three:
             assert until(lambda: server.service.open_answers == 3)
             answer = ask(server.port, CHAT, chat_body())
@@ -95,7 +95,7 @@ def test_a_client_that_leaves_frees_its_pages_at_once(stream):
 
 
 def test_a_client_that_leaves_while_it_waits_leaves_the_queue():
-    with running(pause=0.02, most_running=1) as server, asking(server):
+    with running(pause=0.02, max_running=1) as server, asking(server):
         assert until(lambda: server.service.open_answers == 1)
         with asking(server):
             assert until(lambda: server.service.open_answers == 2)

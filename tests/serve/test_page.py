@@ -124,7 +124,7 @@ def test_errors_are_shown_and_the_question_is_kept(page: Browser, server: Runnin
     server.runner.failing.append(RuntimeError("planted"))
     page.click("#send")
     assert idle(page)
-    assert page.texts(".error")[-1].startswith("the engine failed while it served")
+    assert page.texts(".error")[-1].startswith("internal engine error")
     page.click("#send")
     assert idle(page)
     assert page.texts(".turn")[-2:] == ["hello", "You said: hello"]

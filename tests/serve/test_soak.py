@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import os
 import random
-from typing import Any
 
 import pytest
 
+from telechat_twins.core.inference.runner import Step
 from tests.support.engine_support import Replier
 from tests.support.frameworks import BACKENDS
 from tests.support.serve_soak import bad_request, fuzz, refused, server, soak, state
@@ -32,7 +32,7 @@ def test_mixed_requests_and_nonsense(backend):
 class Mixing(Replier):
     """Answers that depend on who else is served."""
 
-    def run(self, step: Any):
+    def run(self, step: Step):
         self.company = len(step.lengths)
         return super().run(step)
 
@@ -43,7 +43,7 @@ class Mixing(Replier):
 
 
 def test_an_answer_changed_by_company_is_found():
-    with running(runner=Mixing(lambda question: "fine"), most_running=16, max_queue=64) as made:
+    with running(runner=Mixing(lambda question: "fine"), max_running=16, max_queue=64) as made:
         found = soak(made.port, os.getpid(), 80)
         assert any("in company" in line for line in found["wrong"])
 

@@ -218,7 +218,7 @@ def test_what_cannot_fit_is_refused_before_it_is_tokenized(monkeypatch):
     monkeypatch.setattr(
         Tokenizer, "encode", lambda self, text, *a, **k: (encoded.append(len(text)), plain(self, text, *a, **k))[1]
     )
-    with running(body=1 << 20, max_queue=0, most_running=2, pause=0.01) as server:
+    with running(body=1 << 20, max_queue=0, max_running=2, pause=0.01) as server:
         longest = server.engine.tokenizer.longest_piece
         for text in ("x" * 900_000, "x " * (CONTEXT * longest // 2 + 10)):
             for path, body in ((CHAT, chat_body(text)), (COMPLETIONS, {"model": NAME, "prompt": ["a", text]})):
@@ -250,7 +250,7 @@ def test_two_threads_at_most_read_requests(monkeypatch):
         plain(*arguments)
 
     monkeypatch.setattr("telechat_twins.core.serve.completions.check_length", slow)
-    with running(body=1 << 20, most_running=16) as server:
+    with running(body=1 << 20, max_running=16) as server:
         bodies = [{"model": NAME, "prompt": "a", "max_tokens": 1, "user": "x" * (n % 2 * 70_000)} for n in range(8)]
         threads = [threading.Thread(target=ask, args=(server.port, COMPLETIONS, body)) for body in bodies]
         for thread in threads:

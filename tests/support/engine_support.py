@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import numpy as np
 
 from telechat_twins.core.data.control import TOOL_CALL, TOOL_CALL_END
 from telechat_twins.core.inference.engine import Engine
 from telechat_twins.core.inference.requests import Event
-from telechat_twins.core.inference.runner import Step
+from telechat_twins.core.inference.runner import Runner, Step
 from telechat_twins.core.model.config import ModelConfig, load_model_config
 from tests.support.data_support import VOCAB_SIZE, tiny_tokenizer
 
@@ -104,7 +103,7 @@ class Replier(PlainRunner):
         self.tokenizer = tiny_tokenizer(in_vocabulary=True)
         self.failing: list[Exception] = []  # what the next steps raise
 
-    def run(self, step: Any) -> np.ndarray:
+    def run(self, step: Step) -> np.ndarray:
         time.sleep(self.pause)
         if self.failing:
             raise self.failing.pop()
@@ -145,7 +144,7 @@ class Feed:
     The pages are taken in a mixed order, so that neighbours in a sequence are none in memory.
     """
 
-    def __init__(self, runner: Any, total: int, by_step: bool = False, seed: int = 0) -> None:
+    def __init__(self, runner: Runner, total: int, by_step: bool = False, seed: int = 0) -> None:
         """``total`` and ``by_step`` decide the rotary scaling, as Sample.scaling_lengths has it: ``total`` is the
         planned end, or by step the prompt's length."""
         self.runner, self.total, self.by_step = runner, total, by_step

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import ast
 import json
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from safetensors.numpy import load_file
+
+from telechat_twins.core.types import JsonObject
 
 VLLM = "vllm-project/vllm"
 
@@ -67,7 +67,7 @@ LOADERS: dict[tuple[str, str], Loader] = {
 UNKNOWN_TYPES = ("telechat", "TeleFLM")
 
 
-def attributes(folder: Path) -> Mapping[str, Any]:
+def attributes(folder: Path) -> JsonObject:
     """What the config object answers: config.json, and Llama's names by way of the class's attribute_map."""
     released = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     found = dict(released)
@@ -85,7 +85,7 @@ def attributes(folder: Path) -> Mapping[str, Any]:
     return found
 
 
-def vllm_telechat2(folder: Path, config: Mapping[str, Any]) -> dict[str, np.ndarray]:
+def vllm_telechat2(folder: Path, config: JsonObject) -> dict[str, np.ndarray]:
     """The folder's tensors under the names of vLLM's Llama, split as its loader does, before they are stacked."""
     heads = config["n_head"]
     size = config["hidden_size"] // heads

@@ -17,11 +17,15 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import pytest
+from starlette.types import ASGIApp
 
-from telechat_twins.core.inference.engine import Engine, Limits
+from telechat_twins.core.data.tokenizer import Tokenizer
+from telechat_twins.core.inference.engine import Engine, EngineLimits
+from telechat_twins.core.inference.runner import Runner
+from telechat_twins.core.model.config import ModelConfig
+from telechat_twins.core.types import JsonObject
 from tests.house import ROOT
 from tests.support.data_support import tiny_tokenizer
 from tests.support.engine_support import CONTEXT, Replier
@@ -46,7 +50,7 @@ class Running:
     service: Service
     signal: Callable[[], None]
     thread: threading.Thread
-    runner: Any
+    runner: Runner
 
     @property
     def engine(self) -> Engine:
@@ -57,17 +61,17 @@ class Running:
 def running(
     reply: Callable[[str], str] = lambda question: f"You said: {question}",
     *,
-    runner: Any = None,
+    runner: Runner | None = None,
     pause: float = 0.0,
-    most_running: int = 8,
+    max_running: int = 8,
     max_queue: int = 8,
     keys: Sequence[str] = (),
     body: int = 1 << 16,
     seconds: float = 30.0,
     grace: float = 5.0,
-    most_prompt: int = CONTEXT - 1,
-    most_new: int = CONTEXT - 1,
-    tokenizer: Any = None,
+    max_prompt: int = CONTEXT - 1,
+    max_new: int = CONTEXT - 1,
+    tokenizer: Tokenizer | None = None,
     narrow: bool = False,
     hosts: Hosts | None = Hosts(),  # noqa: B008  (it is never changed)
     connections: int = 64,
@@ -79,45 +83,60 @@ def running(
     """
     runner = runner or Replier(reply, pause)
     tokenizer = tokenizer or tiny_tokenizer(in_vocabulary=True)
-    limits = Limits(max_len=CONTEXT, most_running=most_running)
+    limits = EngineLimits(max_len=CONTEXT, max_running=max_running)
     service = Service(Engine(runner, tokenizer, reuse=reuse, limits=limits), max_queue)
-    served = Served(
-        name=NAME,
-        config=runner.config,
-        tokenizer=tokenizer,
-        context=CONTEXT,
-        most_prompt=most_prompt,
-        most_new=most_new,
-        created=1,
-        fingerprint="fp_test",
-    )
+    served = served_model(runner.config, tokenizer, max_prompt, max_new)
     app = create_app(service, served, HttpLimits(body=body, seconds=seconds), keys, hosts)
-    up, state = threading.Event(), {}
     with open_socket("127.0.0.1", 0) as opened:
         if narrow:
             opened.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
-
-        async def serve() -> None:
-            state["loop"], state["signals"] = asyncio.get_running_loop(), asyncio.Queue()
-            await serve_until(state["signals"], app, service, opened, grace, up.set, connections)
-
-        thread = threading.Thread(target=lambda: asyncio.run(serve()), name="server")
-        thread.start()
-        assert up.wait(20), "the server did not start"
-
-        def end() -> None:
-            with contextlib.suppress(RuntimeError):  # its loop may have ended
-                state["loop"].call_soon_threadsafe(state["signals"].put_nowait, signal.SIGTERM)
-
-        try:
+        with in_thread(app, service, opened, grace, connections) as (thread, end):
             yield Running(address_of(opened), opened.getsockname()[1], service, end, thread, runner)
-        finally:
-            end()
-            thread.join(grace + 20)
-            assert not thread.is_alive() and not service.alive, "a thread was left behind"
         pool = service.engine.pool
         pool.check()
         assert pool.available == pool.num_pages - 1, "a page was left behind"
+
+
+def served_model(config: ModelConfig, tokenizer: Tokenizer, max_prompt: int, max_new: int) -> Served:
+    """The tiny model as clients see it."""
+    return Served(
+        name=NAME,
+        config=config,
+        tokenizer=tokenizer,
+        context=CONTEXT,
+        max_prompt=max_prompt,
+        max_new=max_new,
+        created=1,
+        fingerprint="fp_test",
+    )
+
+
+@contextlib.contextmanager
+def in_thread(
+    app: ASGIApp, service: Service, opened: socket.socket, grace: float, connections: int
+) -> Iterator[tuple[threading.Thread, Callable[[], None]]]:
+    """Serve in a thread until the block is left: it, and what a signal does. AssertionError if it does not end."""
+    up, loops, queues = threading.Event(), list[asyncio.AbstractEventLoop](), list[asyncio.Queue[int]]()
+
+    async def serve() -> None:
+        loops.append(asyncio.get_running_loop())
+        queues.append(asyncio.Queue())
+        await serve_until(queues[0], app, service, opened, grace, up.set, connections)
+
+    thread = threading.Thread(target=lambda: asyncio.run(serve()), name="server")
+    thread.start()
+    assert up.wait(20), "the server did not start"
+
+    def end() -> None:
+        with contextlib.suppress(RuntimeError):  # its loop may have ended
+            loops[0].call_soon_threadsafe(queues[0].put_nowait, signal.SIGTERM)
+
+    try:
+        yield thread, end
+    finally:
+        end()
+        thread.join(grace + 20)
+        assert not thread.is_alive() and not service.alive, "a thread was left behind"
 
 
 @dataclass
@@ -127,11 +146,11 @@ class Reply:
     raw: bytes = field(repr=False)
 
     @property
-    def json(self) -> Any:
+    def json(self) -> JsonObject:
         return json.loads(self.raw)
 
     @property
-    def error(self) -> dict[str, Any]:
+    def error(self) -> JsonObject:
         """The error object, whose shape is checked."""
         found = self.json["error"]
         assert set(found) == {"message", "type", "param", "code"} and found["message"] and found["type"]
@@ -139,7 +158,7 @@ class Reply:
 
 
 def ask(
-    port: int, path: str, body: Any = None, *, method: str | None = None, headers: dict[str, str] | None = None
+    port: int, path: str, body: object = None, *, method: str | None = None, headers: dict[str, str] | None = None
 ) -> Reply:
     """One request on a connection of its own. ``body``: an object for JSON, bytes as they are, None for GET."""
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
@@ -153,7 +172,7 @@ def ask(
         connection.close()
 
 
-def chat_body(question: str = "hello", **options: Any) -> dict[str, Any]:
+def chat_body(question: str = "hello", **options: object) -> JsonObject:
     return {"model": NAME, "messages": [{"role": "user", "content": question}], **options}
 
 

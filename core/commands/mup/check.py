@@ -22,7 +22,7 @@ from telechat_twins.core.mup.coordinates import (
     MUP,
     STANDARD,
     Judged,
-    Record,
+    WidthRecord,
     configs,
     judge,
     measure,
@@ -108,7 +108,7 @@ def run(args: argparse.Namespace) -> int:
     return 0 if all(one.holds for one in judged) else 1
 
 
-def describe(title: str, records: Sequence[Record], judged: Sequence[Judged]) -> str:
+def describe(title: str, records: Sequence[WidthRecord], judged: Sequence[Judged]) -> str:
     """Slopes for people, and what is broken."""
     last = len(records[0].losses) - 1
     sides = {name: [r for r in records if r.parametrisation == name] for name in (MUP, STANDARD)}
@@ -134,7 +134,7 @@ def _range(one: Judged) -> str:
     return f"from {one.low:g} to {one.high:g}"
 
 
-def plot(title: str, records: Sequence[Record], path: Path) -> Path:
+def plot(title: str, records: Sequence[WidthRecord], path: Path) -> Path:
     """Mean change over width, a line an update, for every group; muP above, the contrast below."""
     import matplotlib
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -15,6 +15,7 @@ from telechat_twins.core.bench.kernels import kernels_to_markdown, summarise
 from telechat_twins.core.commands import bench
 from telechat_twins.core.config import KERNEL_OPERATORS
 from telechat_twins.core.errors import UserError
+from telechat_twins.core.types import JsonObject
 from telechat_twins.kernels.bench.contestant import Contestant, Timer
 from telechat_twins.kernels.bench.process import handle_orders
 
@@ -41,7 +42,7 @@ def test_every_operator_that_can_be_chosen_is_measured() -> None:
     assert all(work(operator, size, 4) for operator in OPERATORS for size in SIZES.values())
 
 
-def turn(fused: float, composite: float, slower: float = 1.0) -> dict[str, Any]:
+def turn(fused: float, composite: float, slower: float = 1.0) -> JsonObject:
     return {
         "copy": [1e9 / slower],
         "read": [0.5e9 / slower],
@@ -73,7 +74,7 @@ class Orders:
 
     seen: list[tuple[str, str, str, int]] = []
 
-    def __init__(self, name: str, options: dict[str, Any], module: str) -> None:
+    def __init__(self, name: str, options: JsonObject, module: str) -> None:
         assert module == "telechat_twins.kernels.bench.process" and options == {"precision": "bf16", "compile": False}
         self.name, self.implementation = name, {"version": f"{name} 1", "device": "CPU", "threads": 1}
 
@@ -83,13 +84,13 @@ class Orders:
     def __exit__(self, *_: object) -> None:
         pass
 
-    def ask(self, order: dict[str, Any]) -> dict[str, Any]:
+    def ask(self, order: JsonObject) -> JsonObject:
         Orders.seen.append((self.name, order["operator"], order["size"], order["calls"]))
         return turn(1e-3, 2e-3)
 
 
 def test_frameworks_take_turns_operator_by_operator(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: Any
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(bench_kernels, "Worker", Orders)
     Orders.seen = []
@@ -114,26 +115,26 @@ class FakeBench:
     def __init__(self) -> None:
         self.clock, self.order = 0.0, []
 
-    def call(self, name: str, seconds: float) -> Any:
+    def call(self, name: str, seconds: float) -> Callable[[], None]:
         def run() -> None:
             self.clock += seconds
             self.order.append(name)
 
         return run
 
-    def about(self) -> dict[str, Any]:
+    def about(self) -> JsonObject:
         return {}
 
-    def copy(self) -> Any:
+    def copy(self) -> tuple[Callable[[], None], float]:
         return self.call("copy", 0.5), 1e9
 
-    def read(self) -> Any:
+    def read(self) -> tuple[Callable[[], None], float]:
         return self.call("read", 0.25), 1e9
 
-    def matmul(self) -> Any:
+    def matmul(self) -> tuple[Callable[[], None], float]:
         return self.call("matmul", 0.25), 1e9
 
-    def seconds(self, call: Any, count: int) -> float:
+    def seconds(self, call: Callable[[], None], count: int) -> float:
         started = self.clock
         for _ in range(count):
             call()
@@ -167,7 +168,9 @@ def test_short_calls_are_timed_several_at_a_time() -> None:
     assert side.order == ["a"] * 200 + ["b"]  # the short one as often before, to warm up
 
 
-def test_without_a_device_the_gpu_check_says_so(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+def test_without_a_device_the_gpu_check_says_so(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     torch = pytest.importorskip("torch")
     from telechat_twins.kernels.bench import gpu_check
 

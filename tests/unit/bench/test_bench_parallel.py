@@ -12,8 +12,8 @@ import pytest
 
 from telechat_twins.core.bench import parallel as bench_parallel
 from telechat_twins.core.bench.parallel import (
-    Record,
-    Trial,
+    LayoutTrial,
+    RankRecord,
     differences,
     idle_share,
     on_the_wire,
@@ -57,7 +57,7 @@ def canned(text, **changes):
         actions = whole[layout.coord(rank).pp]
         busy = sum(span.end - span.start for span in actions)
         end = actions[-1].end
-        record = Record(
+        record = RankRecord(
             seconds=[[0.2, 0.2 + rank], [0.4, 0.4]],
             spans=[(5.0, 5.0 + end, end - busy)] * 4,
             forwards=[(9.0, 9.0 + 0.001 * layout.virtual * micro_batches + 0.5, 0.5)] * 2,
@@ -66,7 +66,7 @@ def canned(text, **changes):
             peak=2,
             loss=7.5,
         )
-        records.append(Record(**{**asdict(record), **changes}))
+        records.append(RankRecord(**{**asdict(record), **changes}))
     return records
 
 
@@ -92,8 +92,8 @@ def test_stage_seconds_are_those_of_the_stages():
     config = config_of("pp2")
     spans = timeline("pp2", [1.0, 3.0], [2.0, 5.0])
     records = [
-        Record(spans=[spans[0]] * 3, forwards=[(0.0, 4 * 1.0 + 0.7, 0.7)]),
-        Record(spans=[spans[1]] * 3, forwards=[(0.0, 4 * 3.0 + 2.0, 2.0)]),
+        RankRecord(spans=[spans[0]] * 3, forwards=[(0.0, 4 * 1.0 + 0.7, 0.7)]),
+        RankRecord(spans=[spans[1]] * 3, forwards=[(0.0, 4 * 3.0 + 2.0, 2.0)]),
     ]
     forward, backward = stage_seconds(config, records)
     assert forward == pytest.approx([1.0, 3.0]) and backward == pytest.approx([2.0, 5.0])
@@ -101,7 +101,7 @@ def test_stage_seconds_are_those_of_the_stages():
 
 def test_chunks_of_a_rank_share_its_time_by_their_weights():
     config = config_of("pp2.vpp2")  # one block a stage, the last with the head: 2048 x 128
-    records = [Record(spans=[(0.0, 8.0, 0.0)], forwards=[(0.0, 4.0, 0.0)])] * 2
+    records = [RankRecord(spans=[(0.0, 8.0, 0.0)], forwards=[(0.0, 4.0, 0.0)])] * 2
     forward, backward = stage_seconds(config, records)
     assert forward[0] == forward[2] == 0.5 and forward[3] > 2 * forward[1]
     assert forward[1] + forward[3] == pytest.approx(1.0) and backward == pytest.approx(forward)
@@ -208,7 +208,7 @@ class Traffic(dict):
 
 def test_a_trial_counts_one_step_and_keeps_spans():
     config, traffic = config_of("pp2"), Traffic({("left", "over"): [1, 1]})
-    trial = Trial(FakeTrainer(config, traffic), config, traffic)
+    trial = LayoutTrial(FakeTrainer(config, traffic), config, traffic)
     trial.warm_up(2)
     record = trial.record
     assert record.sent == [("all_reduce", "tp", 2.0, 16.0), ("send", "forward_out", 1.0, 8.0)]
@@ -223,7 +223,7 @@ def test_a_trial_counts_one_step_and_keeps_spans():
 
 def test_no_forward_alone_without_a_pipeline():
     config = config_of("tp2")
-    trial = Trial(FakeTrainer(config), config, Traffic())
+    trial = LayoutTrial(FakeTrainer(config), config, Traffic())
     trial.turn(2)
     assert trial.record.forwards == [] and len(trial.record.spans) == 2
 
@@ -233,7 +233,7 @@ def test_turns_change_their_order_and_all_meet_after_each(capsys):
 
     class Noted:
         def __init__(self, name):
-            self.name, self.record = name, Record()
+            self.name, self.record = name, RankRecord()
 
         def warm_up(self, count):
             log.append((self.name, "warm", count))
@@ -300,7 +300,7 @@ def test_a_rank_from_plan_to_record(tmp_path, monkeypatch):
     found = json.loads(bench_parallel.rank_path(tmp_path, 0).read_text())
     assert found["implementation"] == {"backend": "Fake 1.0", "device": "cpu"}
     assert started[0][:2] == ("pt", OPTIONS) and started[1] == "ended"
-    row = summarise(OPTIONS, "single", [Record(**found["layouts"]["single"])], found["single"])
+    row = summarise(OPTIONS, "single", [RankRecord(**found["layouts"]["single"])], found["single"])
     assert [len(turn) for turn in row["seconds"]] == [2, 1] and row["loss_difference"] == 0.0
     assert row["states"] == {"held": [126], "formula": [12 * count_parameters(config_of("single").model)]}
     assert [line.partition(":")[0] for line in row["traffic"]["differs"]] == [

@@ -105,7 +105,7 @@ def test_what_a_client_sees(monkeypatch):
         assert made == 6 and times == sorted(times) and 2 <= len(times) <= 8
         assert cache_share(server.port) == 0.0
         monkeypatch.setattr(server.runner, "failing", [RuntimeError("planted")])
-        with pytest.raises(RuntimeError, match="the server said: the engine failed"):
+        with pytest.raises(RuntimeError, match="the server answered: internal engine error"):
             answer_times(server.port, [40, 41, 42], 6)
 
 

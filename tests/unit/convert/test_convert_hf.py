@@ -165,7 +165,7 @@ def test_a_tokenizer_that_does_not_fit_is_refused(tmp_path):
     source = open_model(tmp_path / "run")
     assert source.tokenizer_path is None
     (tmp_path / "text.model").write_text("no tokenizer")
-    with pytest.raises(UserError, match="text.model: is no SentencePiece model"):
+    with pytest.raises(UserError, match="text.model: is not a SentencePiece model"):
         canonical_to_hf(source, tmp_path / "hf", tokenizer=tmp_path / "text.model")
     small = dataclasses.replace(source.config, vocab_size=50)
     with pytest.raises(UserError, match="has 60 pieces, the model's vocab_size is 50"):

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import jinja2
 import jinja2.sandbox
@@ -25,6 +24,7 @@ from telechat_twins.core.checkpoint.read import write_checkpoint
 from telechat_twins.core.data.chat_template import render
 from telechat_twins.core.model.config import load_model_config
 from telechat_twins.core.model.init import init_weights
+from telechat_twins.core.types import JsonObject
 from tests.support.data_support import VOCAB_SIZE, tiny_tokenizer_path
 from tests.support.loaders import LOADERS, UNKNOWN_TYPES, attributes, llama_names, vllm_telechat2
 from tests.support.shared import shared_file
@@ -106,7 +106,7 @@ def test_multipliers_of_tele_flm_as_vllm_uses_them(exported: tuple[str, ModelSou
 # --- chat layout and tokenizer
 
 
-def rendered(messages: list[dict[str, Any]], tools: list[Any] | None, prompt: bool) -> str:
+def rendered(messages: list[JsonObject], tools: list[JsonObject] | None, prompt: bool) -> str:
     """By the template, in the environment that transformers gives it (utils/chat_template_utils.py)."""
     environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
@@ -129,7 +129,9 @@ MESSAGE = st.one_of(
 
 
 @given(st.lists(MESSAGE, min_size=1, max_size=6), st.none() | st.lists(CALL, max_size=2), st.booleans())
-def test_the_template_says_what_the_program_says(messages: list[Any], tools: list[Any] | None, prompt: bool) -> None:
+def test_the_template_says_what_the_program_says(
+    messages: list[JsonObject], tools: list[JsonObject] | None, prompt: bool
+) -> None:
     assert rendered(messages, tools, prompt) == render(messages, tools, prompt)
 
 

@@ -6,8 +6,8 @@ are taken in another order than they were written in.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -20,7 +20,7 @@ from telechat_twins.convert.hf.folder import HfFolder
 from telechat_twins.convert.mindformers.files import shared_axis, slices
 from telechat_twins.convert.mindformers.source import Known, MindFormersSource
 from telechat_twins.convert.names import MINDFORMERS_FORMS, InterleavedKeyValue, RowsByRank, bind, mindformers_rules
-from telechat_twins.convert.source import HfSource, open_model
+from telechat_twins.convert.source import HfSource, ModelSource, open_model
 from telechat_twins.core.files.safetensors import SafetensorsFile
 from telechat_twins.core.model.config import ModelConfig, load_model_config
 from telechat_twins.core.model.params import parameter_table
@@ -30,7 +30,7 @@ from tests.support.numpy_decoder import logits
 CASES = ("telechat2_gqa", "telechat2_mha")
 
 
-def released(case: str) -> Any:
+def released(case: str) -> ModelSource:
     return open_model(GOLDENS / case)
 
 
@@ -280,7 +280,7 @@ FAULTS = {
 
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.__name__)
 @pytest.mark.parametrize("case", CASES)
-def test_a_left_out_permutation_moves_the_logits(case: str, fault: Any, tmp_path: Path) -> None:
+def test_a_left_out_permutation_moves_the_logits(case: str, fault: Callable[..., object], tmp_path: Path) -> None:
     """Files for two ranks are written with a fault and read without: shapes fit, and the float64 decoder tells."""
     truth, owner = released(case), FAULTS[fault]
     io = SafetensorsFile(GOLDENS / case / "io.safetensors")

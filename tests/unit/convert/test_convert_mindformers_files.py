@@ -93,7 +93,7 @@ def test_what_mindspore_saves_is_read(hf: Path, tmp_path: Path) -> None:
         saved.append({"name": name, "data": ms.Tensor(np.zeros((2, 2), np.float16))})
     ms.save_checkpoint(saved, str(tmp_path / "telechat.ckpt"))
     source = MindFormersSource(tmp_path / "telechat.ckpt", Known(tmp_path / "telechat.ckpt", file=CASE / "config.json"))
-    assert "36 tensors that are no weights are left out (adam_m." in source.notes[-1]
+    assert "36 tensors that are not weights are skipped (adam_m." in source.notes[-1]
     truth = open_model(CASE)
     assert all(source.tensor(n).tobytes() == truth.tensor(n).tobytes() for n in truth.names())
 
@@ -225,7 +225,7 @@ def test_telechat_52b_needs_no_word_for_its_form_but_one_for_its_ranks(tmp_path:
     assert files(back(made, tmp_path / "back")) == files(tmp_path / "hf")
     (made / "model.json").unlink()
     known = ("--config", made / "model_config.yaml")
-    with pytest.raises(UserError, match="ordered for a number of ranks that nothing in the file tells; give --mp as"):
+    with pytest.raises(UserError, match="ordered for a number of ranks that the file does not record; give --mp as"):
         back(made, tmp_path / "y", *known)
     again, first = (
         load_file(folder / "model.safetensors")
@@ -331,7 +331,7 @@ def test_ranks_that_the_model_cannot_be_shared_among(hf: Path, tmp_path: Path) -
 
 def test_ranks_said_wrongly(hf: Path, tmp_path: Path) -> None:
     made = to_ms(hf, tmp_path / "ms", "--qkv-concat", "--mp", "2")
-    with pytest.raises(UserError, match="--mp 4: .* has 2 rank folders; leave --mp away"):
+    with pytest.raises(UserError, match="--mp 4: .* has 2 rank folders; leave --mp out"):
         back(made, tmp_path / "x", "--mp", "4")
     said = json.loads((made / "model.json").read_text())
     said["mindformers"]["mp"] = 4
@@ -339,7 +339,7 @@ def test_ranks_said_wrongly(hf: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="model.json says 4 ranks, found 2 rank folders"):
         back(made, tmp_path / "x")
     whole = to_ms(hf, tmp_path / "whole", "--qkv-concat", "--mp", "2", "--whole")
-    with pytest.raises(UserError, match="--mp 4: .*model.json says 2; leave --mp away"):
+    with pytest.raises(UserError, match="--mp 4: .*model.json says 2; leave --mp out"):
         back(whole, tmp_path / "x", "--mp", "4")
 
 
@@ -348,7 +348,7 @@ def test_what_is_assumed_is_said(hf: Path, tmp_path: Path, capsys: pytest.Captur
     (made / "model.json").unlink()
     back(made, tmp_path / "x", "--config", CASE / "config.json")
     assert "note: w_qkv is taken as one rank's" in capsys.readouterr().out
-    with pytest.raises(UserError, match="--model: has .*, but .*model.json says .*; leave --model away"):
+    with pytest.raises(UserError, match="--model: has .*, but .*model.json says .*; leave --model out"):
         back(to_ms(hf, tmp_path / "said"), tmp_path / "y", "--model", "telechat2-tiny")
 
 

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from typing import Any
 
 import pytest
 
 from telechat_twins.convert.hf.config import read_config, write_config
 from telechat_twins.core.errors import UserError
 from telechat_twins.core.model.config import ModelConfig
+from telechat_twins.core.types import JsonObject
 from tests.support.frameworks import GOLDENS
 
 
-def read(case: str = "teleflm", **changes: Any) -> tuple[dict[str, Any], ModelConfig, list[str]]:
+def read(case: str = "teleflm", **changes: object) -> tuple[JsonObject, ModelConfig, list[str]]:
     """A golden config without its rotary base, with keys changed (... removes one)."""
     mapping = json.loads((GOLDENS / case / "config.json").read_text())
     mapping = {key: value for key, value in mapping.items() if key not in ("rope_theta", "rotary_theta")}
@@ -23,7 +23,7 @@ def read(case: str = "teleflm", **changes: Any) -> tuple[dict[str, Any], ModelCo
 
 
 HALF = {"rope_type": "default", "rope_theta": 5e5}
-SAME: dict[str, dict[str, Any]] = {
+SAME: dict[str, JsonObject] = {
     "top": {"rope_theta": 500000},
     "transformers 5": {"rope_parameters": HALF},
     "without a type": {"rope_parameters": {"rope_theta": 5e5}},
@@ -59,7 +59,7 @@ def test_the_default_is_said(family: str, empty: dict) -> None:
     assert f"{name} is missing: 10000.0 is taken, as the released code does" in notes
 
 
-FOREIGN: dict[str, dict[str, Any]] = {
+FOREIGN: dict[str, JsonObject] = {
     "linear": {"rope_type": "linear", "factor": 4.0},
     "dynamic": {"rope_type": "dynamic", "factor": 2.0},
     "old name of the type": {"type": "linear", "factor": 4.0},
@@ -83,7 +83,7 @@ def test_a_foreign_scaling_is_refused_under_both_names(case: str, name: str, fam
     assert "\n" not in str(error.value)
 
 
-REFUSED: dict[str, tuple[dict[str, Any], str]] = {
+REFUSED: dict[str, tuple[JsonObject, str]] = {
     "two bases": ({"rope_theta": 1e4, "rope_parameters": HALF}, "rope_theta 1.* and rope_parameters.* contradict"),
     "two sections": ({"rope_parameters": HALF, "rope_scaling": {"rope_theta": 1e6}}, "rope_parameters.* contradict"),
     "two names": ({"rope_theta": 1e4, "rotary_theta": 1e5}, "rope_theta .* and rotary_theta .* contradict"),

@@ -7,7 +7,6 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -23,6 +22,7 @@ from telechat_twins.core.cli import main
 from telechat_twins.core.errors import UserError
 from telechat_twins.core.model.config import load_model_config
 from telechat_twins.core.model.params import parameter_table
+from telechat_twins.core.types import JsonObject
 from tests.support.frameworks import GOLDENS
 from tests.unit.convert.test_convert_hf import golden_weights, release
 
@@ -145,7 +145,7 @@ def test_a_tied_head_that_is_stored_must_be_the_embedding(tmp_path: Path) -> Non
 def test_generation_settings_say_what_else_ends(tmp_path: Path) -> None:
     folder = release(tmp_path / "hf")
     before = {p.name: p.read_bytes() for p in folder.iterdir()}
-    cases: tuple[tuple[dict[str, Any], tuple[int, ...], list[str]], ...] = (
+    cases: tuple[tuple[JsonObject, tuple[int, ...], list[str]], ...] = (
         ({"eos_token_id": 2}, (), []),
         ({"eos_token_id": [2, 9, 4]}, (9, 4), ["generation_config.json: token 9, 4 ends generation as well"]),
         ({"eos_token_id": 7}, (7,), ["generation_config.json: token 7 ends generation as well"]),
@@ -209,7 +209,7 @@ def change_sums(folder: Path, change: Callable[[str], str]) -> None:
 
 
 SHARD = "model-00001-of-00002.safetensors"
-ALTERED: dict[str, tuple[Callable[[Path], Any], str]] = {
+ALTERED: dict[str, tuple[Callable[[Path], object], str]] = {
     "a weight": (lambda f: flip(f / SHARD), f"{SHARD}: altered: SHA-256 should be"),
     "the tokenizer": (lambda f: flip(f / "tokenizer.model"), "tokenizer.model: altered"),
     "the config, still JSON": (

@@ -8,17 +8,18 @@ import random
 import re
 import tempfile
 import unicodedata
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import sentencepiece
+from sentencepiece import SentencePieceProcessor
 
 from telechat_twins.convert.hf.tokenizer import describe_tokenizer, tokenizer_json
 from telechat_twins.core.data.tokenizer import load_tokenizer
 from telechat_twins.core.data.tokenizer_training import train_tokenizer
 from telechat_twins.core.model.config import load_model_config
+from telechat_twins.core.types import JsonObject
 from tests.support.data_support import SENTENCES
 from tests.support.shared import shared_file
 
@@ -61,7 +62,7 @@ ODD = (
 class Library:
     """What the tokenizers library does with a tokenizer.json of ours; memory of what was merged before."""
 
-    def __init__(self, made: dict[str, Any]):
+    def __init__(self, made: JsonObject):
         self.vocab: dict[str, int] = made["model"]["vocab"]
         self.ranks = {tuple(pair): n for n, pair in enumerate(made["model"]["merges"])}
         self.normalizers = made["normalizer"]["normalizers"]
@@ -115,7 +116,7 @@ class Library:
         return tuple(ids)
 
 
-def _finder(names: Any) -> re.Pattern[str]:
+def _finder(names: Iterable[str]) -> re.Pattern[str]:
     """Splits a text at the names, which stay in the result."""
     return re.compile("(" + ("|".join(map(re.escape, sorted(names, key=len, reverse=True))) or r"(?!)") + ")")
 
@@ -132,14 +133,14 @@ def _digits_apart(text: str) -> list[str]:
 
 
 @functools.cache
-def pieces_of(which: str) -> Any:
+def pieces_of(which: str) -> SentencePieceProcessor:
     if which == "released":
         return sentencepiece.SentencePieceProcessor(model_file=str(shared_file("data/telechat2/tokenizer.model")))
     return sentencepiece.SentencePieceProcessor(model_proto=_trained())
 
 
 @functools.cache
-def made_of(which: str) -> dict[str, Any]:
+def made_of(which: str) -> JsonObject:
     made = tokenizer_json(pieces_of(which))
     assert made is not None
     return made
@@ -157,7 +158,7 @@ def _trained() -> bytes:
         return train_tokenizer([*SENTENCES * 20, *NUMERALS * 20, words], Path(folder) / "t.model", 640).model_bytes
 
 
-def drawn(pieces: Any, count: int, seed: int, whole: bool = False) -> Iterator[str]:
+def drawn(pieces: SentencePieceProcessor, count: int, seed: int, whole: bool = False) -> Iterator[str]:
     """Seeded strings of up to 12 of the pieces' characters; ``whole``: of pieces, characters and oddities."""
     draw = random.Random(seed)
     kept = [i for i in range(pieces.get_piece_size()) if not (pieces.is_control(i) or pieces.is_unknown(i))]
@@ -168,7 +169,7 @@ def drawn(pieces: Any, count: int, seed: int, whole: bool = False) -> Iterator[s
         yield "".join(map(draw.choice, kinds))
 
 
-def differing(pieces: Any, library: Library, texts: list[str]) -> list[str]:
+def differing(pieces: SentencePieceProcessor, library: Library, texts: list[str]) -> list[str]:
     wanted = pieces.encode(texts)
     return [text for text, ids in zip(texts, wanted, strict=True) if library.encode(text) != ids]
 
@@ -241,10 +242,10 @@ def test_equal_scores_and_unused_pieces_have_no_table_of_merges() -> None:
     class Changed:
         """The tokenizer with one answer changed."""
 
-        def __init__(self, **answers: Any):
+        def __init__(self, **answers: object):
             self.answers = answers
 
-        def __getattr__(self, name: str) -> Any:
+        def __getattr__(self, name: str) -> object:
             return self.answers.get(name, getattr(pieces, name))
 
     assert tokenizer_json(Changed()) is not None

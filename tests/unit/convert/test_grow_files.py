@@ -9,9 +9,9 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -20,8 +20,8 @@ import pytest
 import telechat_twins.convert.growth.weights
 from telechat_twins.convert.growth.files import grow_checkpoint, plan_checkpoint
 from telechat_twins.convert.growth.gradients import old_entries
-from telechat_twins.convert.growth.plan import Options
-from telechat_twins.core.checkpoint.read import TensorPiece, open_checkpoint, write_checkpoint
+from telechat_twins.convert.growth.plan import GrowthPlan, Options
+from telechat_twins.core.checkpoint.read import Checkpoint, TensorPiece, open_checkpoint, write_checkpoint
 from telechat_twins.core.cli import main
 from telechat_twins.core.errors import UserError
 from telechat_twins.core.files.atomic import show_bytes
@@ -42,11 +42,11 @@ def state(config: ModelConfig) -> dict[str, np.ndarray]:
 
 
 def write(
-    folder: Path, config: ModelConfig, *, optimizer: bool = True, dtype: Any = np.float32, cut: bool = False
+    folder: Path, config: ModelConfig, *, optimizer: bool = True, dtype: type = np.float32, cut: bool = False
 ) -> Path:
     """A checkpoint of step 30 after 28 updates; ``cut``: every matrix in four uneven pieces, as ranks leave them."""
 
-    def pieces(tensors: dict[str, np.ndarray]) -> Any:
+    def pieces(tensors: dict[str, np.ndarray]) -> Iterator[TensorPiece | tuple[str, np.ndarray]]:
         for name, array in tensors.items():
             if not cut or array.ndim == 1:
                 yield name, array
@@ -66,7 +66,7 @@ def write(
     )  # fmt: skip
 
 
-def grow(source: Path, target: Path, config: ModelConfig = TARGET, **options: Any) -> Any:
+def grow(source: Path, target: Path, config: ModelConfig = TARGET, **options: object) -> tuple[GrowthPlan, Checkpoint]:
     checkpoint = open_checkpoint(source)
     plan = plan_checkpoint(checkpoint, config, Options(scheme="strong", seed=5, **options))
     grow_checkpoint(checkpoint, target, plan)
@@ -215,7 +215,10 @@ def test_what_the_command_prints(tmp_path: Path, capsys: pytest.CaptureFixture[s
         (["--target", "telechat2-tinny"], "no model preset 'telechat2-tinny'; did you mean 'telechat2-tiny'?"),
         (["--target", "nothing.yaml"], "nothing.yaml: no such file"),
         ([], "--target: name the sizes to grow to"),
-        (["--set", "hidden_size=40", "--depth", "0,x"], "depth: '0,x' is no list of blocks"),
+        (
+            ["--set", "hidden_size=40", "--depth", "0,x"],
+            "blocks such as 0,0,1,2, found '0,x'",
+        ),
         (["--set", "hidden_size=40", "--anneal-steps", "0"], "--anneal-steps: must be at least 1, found 0"),
         (["--set", "hidden_size=40", "--seed", "-1"], "--seed: must be at least 0, found -1"),
     ],
@@ -267,7 +270,7 @@ def test_a_damaged_source_is_refused(tmp_path: Path, capsys: pytest.CaptureFixtu
 def test_working_ahead() -> None:
     assert list(ahead(iter(range(100)))) == list(range(100))
 
-    def fails() -> Any:
+    def fails() -> Iterator[int]:
         yield 1
         raise UserError("no more")
 
@@ -277,7 +280,7 @@ def test_working_ahead() -> None:
         next(items)
     made = []
 
-    def endless() -> Any:
+    def endless() -> Iterator[int]:
         for i in itertools.count():
             made.append(i)
             yield i

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
 
 import numpy as np
 import pytest
@@ -19,7 +18,10 @@ from telechat_twins.core.model.growth_mask import GrowthMask, head_map, kv_map
 from telechat_twins.core.model.params import parameter_axes, parameter_table
 from telechat_twins.core.train.births import born
 from telechat_twins.core.train.recipe import corrections, is_young, learning_rate
+from telechat_twins.core.types import JsonObject
 from tests.support.growing import FAMILIES, TINY
+
+Heads = tuple[int, int]  # query heads, key/value heads
 
 
 @pytest.mark.parametrize(
@@ -71,7 +73,9 @@ def test_every_head_map_keeps_groups(kv: int, group: int, new_kv: int, new_group
         ((8, 2), (4, 2), "num_kv_heads 2: groups of 2 heads need 4 kv heads"),
     ],
 )
-def test_heads_that_break_their_groups_are_refused(old: Any, new: Any, says: str | None) -> None:
+def test_heads_that_break_their_groups_are_refused(
+    old: tuple[int, int], new: tuple[int, int], says: str | None
+) -> None:
     if says is None:
         kv_map(old, new)
         return
@@ -96,7 +100,7 @@ def test_axes_of_every_parameter_have_its_shape() -> None:
             assert tuple(lengths[axis] for axis in parameter_axes(name)) == spec.shape, name
 
 
-def grown(config: ModelConfig, updates: int, **changes: Any) -> tuple[ModelConfig, Growth]:
+def grown(config: ModelConfig, updates: int, **changes: object) -> tuple[ModelConfig, Growth]:
     depth = changes.pop("depth", "insert")
     plan = plan_growth(
         config, dataclasses.replace(config, **changes), Options(method="zero", depth=depth), updates, updates
@@ -150,7 +154,7 @@ def _slow_born(history: list[Growth], name: str, shape: tuple[int, ...]) -> np.n
         ((0, 1, -1, 2, 2), (0, 1, -1, 2, 2), (2, 4)),
     ],
 )
-def test_where_new_blocks_come_from(depth: Any, layers: Any, new: Any) -> None:
+def test_where_new_blocks_come_from(depth: object, layers: object, new: object) -> None:
     source = dataclasses.replace(TINY, num_layers=3)
     plan = plan_growth(source, dataclasses.replace(source, num_layers=5), Options(depth=depth))
     assert (plan.growth.layers, plan.growth.new_layers) == (layers, new)
@@ -179,7 +183,7 @@ def test_where_new_blocks_come_from(depth: Any, layers: Any, new: Any) -> None:
             {},
             r"target.head_dim: 8 \(hidden_size 24, num_heads 4\), the model has 6; put .*head_dim: 6",
         ),
-        ({"head_dim": 8}, {"grow_head_dim": True}, "target.head_dim: 8 is no multiple of the model's 6"),
+        ({"head_dim": 8}, {"grow_head_dim": True}, "target.head_dim: 8 is not a multiple of the model's 6"),
         ({"vocab_tokens": 50}, {}, "target.vocab_tokens: 50, the model has 53 tokens"),
         ({"norm_divisor": 8.0}, {}, "target.norm_divisor: is for `tele grow` to set"),
         ({"num_layers": 4}, {"depth": "top"}, "--depth: 'top' is not one of insert, stack"),
@@ -191,7 +195,7 @@ def test_where_new_blocks_come_from(depth: Any, layers: Any, new: Any) -> None:
         ({}, {"multipliers": "drop"}, "--multipliers: 'drop' is not one of keep, fold"),
     ],
 )
-def test_refusals_name_the_field_and_the_way_out(changes: Any, options: Any, says: str) -> None:
+def test_refusals_name_the_field_and_the_way_out(changes: JsonObject, options: JsonObject, says: str) -> None:
     source = dataclasses.replace(TINY, num_kv_heads=1) if "num_heads" in changes else TINY
     target = dataclasses.replace(TINY, **changes)
     with pytest.raises(UserError, match=says):

@@ -27,7 +27,7 @@ def test_what_json_writes_is_read(tree, ascii_only):
     assert strict_json.parse(json.dumps(tree, ensure_ascii=ascii_only).encode()) == tree
 
 
-DEEP = strict_json.MOST_DEPTH
+DEEP = strict_json.MAX_DEPTH
 LIMIT = 1000
 
 
@@ -36,12 +36,12 @@ LIMIT = 1000
     [
         (b"[" * (DEEP + 1), "nested too deeply"),
         (b'{"a":' * (DEEP + 1), "nested too deeply"),
-        (b"[{}," * (strict_json.MOST_PARTS // 2 + 1), "more than 20000 strings"),
-        (b"[" * (strict_json.MOST_PARTS + 1), "more than 20000 strings"),
-        (b"[" + b"{}," * strict_json.MOST_PARTS, "more than 20000 strings"),
-        (b"[" + b'"",' * strict_json.MOST_PARTS, "more than 20000 strings"),
-        (b"[NaN]", "NaN is no JSON number"),
-        (b"[-Infinity]", "-Infinity is no JSON number"),
+        (b"[{}," * (strict_json.MAX_PARTS // 2 + 1), "more than 20000 strings"),
+        (b"[" * (strict_json.MAX_PARTS + 1), "more than 20000 strings"),
+        (b"[" + b"{}," * strict_json.MAX_PARTS, "more than 20000 strings"),
+        (b"[" + b'"",' * strict_json.MAX_PARTS, "more than 20000 strings"),
+        (b"[NaN]", "NaN is not a JSON number"),
+        (b"[-Infinity]", "-Infinity is not a JSON number"),
         (b"[1e999]", "the number 1e999 is out of range"),
         (b"[1, -1E+0400]", "the number -1E\\+0400 is out of range"),
         (b"[" + b"9" * 33 + b"]", "a number of 33 digits"),

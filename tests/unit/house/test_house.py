@@ -147,7 +147,7 @@ UNSAFE = house.unsafe_calls
         ),
         (IMPORTS, "kernels/pytorch/cpu.py", "import mindspore\n", "imports mindspore"),
         (IMPORTS, "kernels/dispatch.py", "import torch\n", "imports torch"),
-        (IMPORTS, "core/inference/load.py", "from telechat_twins.convert import source\n", "at the top"),
+        (IMPORTS, "core/commands/generate.py", "from telechat_twins.convert import source\n", "at the top"),
         (
             floors.floors,
             "core/files/x.py",

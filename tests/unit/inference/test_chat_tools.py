@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from typing import Any
 
 import numpy as np
 import pytest
@@ -36,12 +35,12 @@ def reply(question: str) -> str:
     return f"You said: {question}"
 
 
-def chat_of(**options: Any) -> Chat:
+def chat_of(**options: object) -> Chat:
     engine = Engine(Replier(reply), tiny_tokenizer(in_vocabulary=True))
     return Chat(engine, **{"max_new_tokens": 300, "system": "S", **options})
 
 
-def prompts_of(chat: Any) -> list[str]:
+def prompts_of(chat: Chat) -> list[str]:
     """What the model was asked for the first token of each answer, as text."""
     asked = [prefix for prefix in chat.engine.runner.prefixes if prefix[-1] == BOT]
     return [tiny_tokenizer(in_vocabulary=True).decode(ids) for ids in asked]
@@ -255,7 +254,7 @@ def test_the_oldest_turns_are_left_out_and_a_long_question_loses_its_beginning(c
 @pytest.mark.parametrize(
     ("call", "says"),
     [
-        ({"question": " "}, "question: it is empty"),
+        ({"question": " "}, "question: must not be empty"),
         ({"question": "a", "max_new_tokens": 2045}, "leaves 2 tokens of max_seqlen 2048"),
         ({"question": "a", "history": [{"role": "robot", "content": "x"}]}, "'robot' is not one of"),
         ({"question": "a", "history": [{"role": "user", "content": 3}]}, "expected text, found int"),

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from telechat_twins.core.errors import UserError
 from telechat_twins.core.inference import requests as requests_module
-from telechat_twins.core.inference.engine import Engine, Limits, stream
+from telechat_twins.core.inference.engine import Engine, EngineLimits, stream
 from telechat_twins.core.inference.pages import PagePool
 from telechat_twins.core.inference.requests import Request, Sample
 from telechat_twins.core.inference.sampling import Draws, SamplingConfig, sampling_config
@@ -36,7 +36,7 @@ def request(seed: int = 1, prompt: int = 5, new: int = 6, **options) -> Request:
 
 def alone(asked: Request, **options) -> list[list[int]]:
     """The tokens of a request that nobody shares the engine with, computed in one piece, by sample."""
-    engine = Engine(PlainRunner(num_pages=2000), limits=Limits(step_tokens=4096), reuse=False, **options)
+    engine = Engine(PlainRunner(num_pages=2000), limits=EngineLimits(step_tokens=4096), reuse=False, **options)
     engine.submit(asked)
     (events,) = finish(engine).values()
     return [tokens_of(events, sample) for sample in range(asked.samples)]
@@ -75,7 +75,7 @@ def test_requests_join_and_leave_between_steps():
 
 def test_a_long_prompt_comes_in_pieces_and_the_others_go_on():
     runner = PlainRunner()
-    engine = Engine(runner, limits=Limits(step_tokens=10, most_running=4))
+    engine = Engine(runner, limits=EngineLimits(step_tokens=10, max_running=4))
     short = engine.submit(request(1, new=12))
     engine.step()
     long = engine.submit(request(2, prompt=23, new=2))
@@ -93,7 +93,7 @@ def test_random_company_changes_no_tokens_and_every_page_comes_back(seed, rescal
     longest = 40
     # From barely room for the longest request to room for all.
     runner = PlainRunner(num_pages=longest // size + rng.choice([2, 4, 10, 80]), page_size=size)
-    limits = Limits(step_tokens=rng.choice([6, 9, 64]), most_running=rng.choice([1, 3, 5]))
+    limits = EngineLimits(step_tokens=rng.choice([6, 9, 64]), max_running=rng.choice([1, 3, 5]))
     engine = Engine(runner, rescale=rescale, reuse=reuse, limits=limits)
     beginning = ids(99, 12)  # that some prompts share
     asked, cancelled, found = {}, set(), {}
@@ -127,7 +127,7 @@ def test_random_company_changes_no_tokens_and_every_page_comes_back(seed, rescal
 
 def crowded(rescale: str = "request") -> tuple[Engine, dict[int, Request]]:
     """More than the pages hold at once, with a beginning that all share."""
-    engine = Engine(PlainRunner(num_pages=14), rescale=rescale, limits=Limits(step_tokens=16, most_running=6))
+    engine = Engine(PlainRunner(num_pages=14), rescale=rescale, limits=EngineLimits(step_tokens=16, max_running=6))
     asked = {}
     for seed in range(6):
         new = Request(prompt_ids=ids(99, 9) + ids(seed, 5), max_new_tokens=20, sampling=DRAWN)
@@ -227,7 +227,7 @@ def test_step_scaling_reuses_what_came_in_at_the_same_length():
 
 def test_step_scaling_is_by_prompt_and_then_by_token():
     runner = PlainRunner()
-    engine = Engine(runner, rescale="step", limits=Limits(step_tokens=4, most_running=2))
+    engine = Engine(runner, rescale="step", limits=EngineLimits(step_tokens=4, max_running=2))
     engine.submit(request(prompt=6, new=3))
     finish(engine)
     assert runner.lengths[4:12].tolist() == [6, 6, 6, 6, 6, 6, 7, 8]
@@ -309,7 +309,7 @@ def test_a_bias_changes_the_choice():
 
 
 def test_a_cancelled_request_frees_its_pages_wherever_it_is():
-    engine = Engine(PlainRunner(num_pages=12), limits=Limits(step_tokens=8, most_running=2))
+    engine = Engine(PlainRunner(num_pages=12), limits=EngineLimits(step_tokens=8, max_running=2))
     running, reading, waiting = (engine.submit(request(seed, prompt=14, new=8)) for seed in range(3))
     for _ in range(3):
         engine.step()
@@ -361,7 +361,7 @@ def test_one_request_that_fails_leaves_the_others_alone():
         (request(samples=0), "samples: must be 1 to 128, found 0"),
         (request(logprobs=65), "logprobs: must be 0 to 64"),
         (request(stop_texts=("",)), "stop: an empty string would end every answer"),
-        (request(stop_texts=("x",)), "stop: strings are found in text, and there is no tokenizer"),
+        (request(stop_texts=("x",)), "stop: stop strings and text need a tokenizer, found none"),
         (request(text="prose"), "text: 'prose' is not one of none, answer, tools, continuation"),
         (request(logit_bias={64: 1.0}), "logit_bias: token id 64 at place 0 is outside the vocabulary"),
         (request(logit_bias={3: float("inf")}), "logit_bias: token 3 has inf; must be from -100 to 100"),
@@ -380,7 +380,7 @@ def test_what_can_never_be_served_is_refused_at_once(asked, message):
 
 
 def test_a_context_shorter_than_the_cache_is_named():
-    engine = Engine(PlainRunner(), limits=Limits(max_len=20))
+    engine = Engine(PlainRunner(), limits=EngineLimits(max_len=20))
     with pytest.raises(UserError, match="are 24, and the context has room for 20; give at most 8"):
         engine.submit(request(prompt=12, new=12))
     assert engine.max_len == 20
@@ -388,7 +388,7 @@ def test_a_context_shorter_than_the_cache_is_named():
 
 def test_limits_that_cannot_work_are_refused():
     with pytest.raises(ValueError, match="leave none for prompts"):
-        Engine(PlainRunner(), limits=Limits(step_tokens=8, most_running=8))
+        Engine(PlainRunner(), limits=EngineLimits(step_tokens=8, max_running=8))
     with pytest.raises(ValueError, match="rescale: 'never' is not one of request, step"):
         Engine(PlainRunner(), rescale="never")
 

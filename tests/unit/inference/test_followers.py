@@ -12,12 +12,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from telechat_twins.core.errors import UserError
-from telechat_twins.core.inference.engine import Engine, Limits
+from telechat_twins.core.inference.engine import Engine, EngineLimits
 from telechat_twins.core.inference.followers import WORDS, Leader, decode, encode, follow, shard_reader
 from telechat_twins.core.inference.requests import Event, Request, Usage
 from telechat_twins.core.inference.runner import Step
 from telechat_twins.core.inference.sampling import Choice, sampling_config
-from telechat_twins.core.inference.worker import Job, inference_layout, read_events, read_job, write_events, write_job
+from telechat_twins.core.inference.worker import (
+    GenerationJob,
+    inference_layout,
+    read_events,
+    read_job,
+    write_events,
+    write_job,
+)
 from telechat_twins.core.model.config import load_model_config
 from telechat_twins.core.model.init import init_tensor
 from telechat_twins.core.model.params import parameter_table
@@ -83,7 +90,7 @@ def test_followers_make_the_leaders_steps_until_they_are_let_go():
         thread.start()
     leader = Leader(runners[0])
     # Pieces of prompts longer than one message, and decoding.
-    engine = Engine(leader, limits=Limits(step_tokens=400))
+    engine = Engine(leader, limits=EngineLimits(step_tokens=400))
     asked = [
         Request(prompt_ids=tuple(range(1, 60)) * 9, max_new_tokens=5),
         Request(prompt_ids=(4, 5), max_new_tokens=9),
@@ -94,7 +101,7 @@ def test_followers_make_the_leaders_steps_until_they_are_let_go():
     for thread in threads:
         thread.join(20)
         assert not thread.is_alive()
-    plain = Engine(PlainRunner(), limits=Limits(step_tokens=400))
+    plain = Engine(PlainRunner(), limits=EngineLimits(step_tokens=400))
     again = [plain.submit(request) for request in asked]
     expected = finish(plain)
     assert [tokens_of(found[n]) for n in numbers] == [tokens_of(expected[n]) for n in again]
@@ -158,7 +165,7 @@ def test_a_job_and_its_events_survive_the_files(tmp_path):
         margins=True,
         text="answer",
     )
-    job = Job(
+    job = GenerationJob(
         backend="pt",
         checkpoint="model",
         config=load_model_config("telechat2-tiny"),

@@ -190,7 +190,7 @@ def test_a_poor_fit_is_called_poor(losses: list[float], says: str) -> None:
         ([1, 2, 3, 4], [4, 3, math.nan, 1], "finite"),
         ([1, 2, 3, 4], [3, 3, 3, 3], "does not change with size"),
         ([1e-9, 1, 1e5, 1e13], [4, 3, 3.1, 2.95], "no exponent changes it"),
-        ([1, 1 + 1e-15, 1 + 2e-15, 1 + 3e-15], [4, 3, 3.1, 2.9], "cannot be told apart"),
+        ([1, 1 + 1e-15, 1 + 2e-15, 1 + 3e-15], [4, 3, 3.1, 2.9], "are not identifiable"),
     ],
 )
 def test_what_cannot_be_fitted_is_refused(sizes: list[float], losses: list[float], says: str) -> None:
@@ -217,8 +217,8 @@ FOUR = "1,4\n2,3.5\n4,3.2\n8,3.1\n"
         (HEAD + FOUR, "--hold-out 1: leaves 3 of 4 losses in losses.csv, a fit needs 4; hold out at most 0"),
         (HEAD + FOUR + "0,3\n", "losses.csv:6: parameters: must be positive, found 0"),
         (HEAD + FOUR + "-2,3\n", "losses.csv:6: parameters: must be positive, found -2"),
-        (HEAD + FOUR + "16,nan\n", "losses.csv:6: loss: nan is no finite number"),
-        (HEAD + FOUR + "inf,3\n", "losses.csv:6: parameters: inf is no finite number"),
+        (HEAD + FOUR + "16,nan\n", "losses.csv:6: loss: nan is not a finite number"),
+        (HEAD + FOUR + "inf,3\n", "losses.csv:6: parameters: inf is not a finite number"),
         (HEAD + FOUR + "16,x\n", "losses.csv:6: loss: expected a number, found 'x'"),
         (HEAD + FOUR + "16,-1\n", "losses.csv:6: loss: expected a loss between"),
         (HEAD + FOUR + "1e30,3\n", "out of range"),
@@ -249,7 +249,7 @@ def test_a_wrong_table_is_one_line(
         ("width: 3\nloss: [1]", "width: expected a list, found 3"),
         ("width: [1, 2]\nloss: [1]", "the lists differ in length: width 2, loss 1"),
         ("width: [1, 2, 4, true]\nloss: [4, 3, 2, 1]", "entry 4: width: expected a number, found True"),
-        ("width: [1, 2, 4, 8]\nloss: [4, 3, .nan, 1]", "entry 3: loss: nan is no finite number"),
+        ("width: [1, 2, 4, 8]\nloss: [4, 3, .nan, 1]", "entry 3: loss: nan is not a finite number"),
         ("width: [1, 2", "not valid YAML"),
     ],
 )

@@ -17,7 +17,7 @@ from telechat_twins.core.mup.coordinates import (
     GROUPS,
     MUP,
     STANDARD,
-    Record,
+    WidthRecord,
     configs,
     group_of,
     judge,
@@ -31,7 +31,7 @@ NARROW = CONFIGS / "train" / "teleflm-tiny.yaml"
 WIDTHS = (64, 128, 256, 512)
 
 
-def records(mup: dict[str, tuple[float, float]] | None = None, contrast: float = 1.0) -> list[Record]:
+def records(mup: dict[str, tuple[float, float]] | None = None, contrast: float = 1.0) -> list[WidthRecord]:
     """Sizes that are powers of the width: (at the start, in change), by group; flat but for the logits' start."""
     powers = {group: (0.0, 0.0) for group in GROUPS} | {"logits": (-0.5, 0.0)} | (mup or {})
     made = []
@@ -40,7 +40,7 @@ def records(mup: dict[str, tuple[float, float]] | None = None, contrast: float =
             of = powers if name == MUP else {group: (0.5, contrast) for group in GROUPS}
             scales = {group: [3.0 * width ** of[group][0]] * 3 for group in GROUPS}
             changes = {group: [0.0, 9.0, 0.1 * width ** of[group][1]] for group in GROUPS}
-            made.append(Record(name, width, scales, changes, [5.0, 4.0, 3.0]))
+            made.append(WidthRecord(name, width, scales, changes, [5.0, 4.0, 3.0]))
     return made
 
 

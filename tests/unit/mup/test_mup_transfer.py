@@ -124,7 +124,7 @@ def test_what_is_not_a_matter_of_width_is_warned_of() -> None:
     narrow = load_model_config("teleflm-mup")
     assert warnings(narrow, at_width(narrow, 8192)) == []
     targets = {
-        "depth 64 -> 32: muP says nothing of depth": replace(narrow, num_layers=32),
+        "depth 64 -> 32: muP has no rule for depth": replace(narrow, num_layers=32),
         "head size 128 -> 64": replace(narrow, num_heads=8, num_kv_heads=8, head_dim=64),
         "query heads a kv head 1 -> 2": replace(narrow, num_kv_heads=2),
         "the ffn grows 1.016 times": replace(narrow, ffn_hidden_size=1365),

@@ -17,8 +17,8 @@ from telechat_twins.core.parallel.sequence import split_batch
 from telechat_twins.core.parity.layouts import expected_of
 from telechat_twins.core.parity.worker import (
     Task,
-    _leave,
     _logits_pieces,
+    _write_pieces,
     collect,
     launch_tasks,
     pad_rows,
@@ -97,7 +97,7 @@ def test_logits_of_all_ranks_make_up_the_whole(tmp_path, layout, starts):
                 own = truth[min(first + row, rows - 1), :, coord.tp * columns : (coord.tp + 1) * columns]
                 held[row, real, : own.shape[1]] = own[places[real]]
             pieces += _logits_pieces(held, part, first, made, coord, (rows, length))
-        _leave(tmp_path, "logits", rank, pieces)
+        _write_pieces(tmp_path, "logits", rank, pieces)
         leave_numbers(tmp_path, rank)
     found = collect(tmp_path, made.layout.world)
     assert found.problems == []
@@ -114,7 +114,7 @@ def test_what_does_not_fit_together_is_said(tmp_path):
     half = np.ones((2, 4), np.float32)
     for rank in range(2):
         pieces = [TensorPiece("a", half, (2 * rank, 0), (4, 4)), TensorPiece("b", half, (rank, 0), (4, 4))]
-        _leave(tmp_path, "gradients", rank, [*pieces, *([whole("c", half)] if rank else [])])
+        _write_pieces(tmp_path, "gradients", rank, [*pieces, *([whole("c", half)] if rank else [])])
         leave_numbers(tmp_path, rank, loss=1.5 + rank)
     found = collect(tmp_path, 2)
     assert sorted(found.gradients) == ["a", "c"]
