@@ -8,10 +8,10 @@ import uuid
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 from telechat_twins.core.errors import UserError
 from telechat_twins.core.files.atomic import write_text
+from telechat_twins.core.types import JsonObject
 
 # A network file system may show another machine's new file this much later.
 _SIGHT_S = 60.0
@@ -43,7 +43,7 @@ class _Notice:
         with suppress(OSError):
             self.path.unlink()
 
-    def read(self) -> dict[str, Any] | None:
+    def read(self) -> JsonObject | None:
         try:
             return json.loads(self.path.read_text(encoding="utf-8"))
         except (OSError, ValueError):

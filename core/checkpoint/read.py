@@ -41,6 +41,7 @@ from telechat_twins.core.files.foreign import MIB, load_json, read_text
 from telechat_twins.core.files.safetensors import DTYPES, MAX_DIMENSIONS, Index, SafetensorsFile, box, file_sha256
 from telechat_twins.core.model.params import ParamSpec
 from telechat_twins.core.shown import shown
+from telechat_twins.core.types import JsonObject
 
 # Everything about checkpoints is imported from here, wherever it is written.
 __all__ = [
@@ -135,7 +136,7 @@ class Checkpoint:
         self._found: dict[tuple[str, str], _Places] = {}
         self._check_files()
         self.model = load_json(self._inside("model.json"), "a model description")
-        self.trainer: dict[str, Any] | None = None
+        self.trainer: JsonObject | None = None
         if "trainer.json" in self._sizes:
             self.trainer = load_json(self._inside("trainer.json"), "a trainer state")
 

@@ -27,6 +27,7 @@ from telechat_twins.core.checkpoint.streams import _copied, _in_turns, _Stream
 from telechat_twins.core.errors import UserError
 from telechat_twins.core.files.atomic import mark_lives, new_folder, remove_folder, write_text
 from telechat_twins.core.files.safetensors import load_json
+from telechat_twins.core.types import JsonObject
 
 STEP_FOLDER = re.compile(r"step-(\d{8,})")
 _NUMBER = re.compile(r'^ "number": (\d{1,18}),$', re.MULTILINE)
@@ -62,10 +63,10 @@ def save_checkpoint(
     root: str | Path,
     step: int,
     *,
-    model: dict[str, Any],
+    model: JsonObject,
     weights: Tensors,
     optimizer: Tensors,
-    trainer: dict[str, Any] | None,
+    trainer: JsonObject | None,
     keep_last: int,
     assets: Iterable[Path | Asset] = (),
     max_file_bytes: int = MAX_FILE_BYTES,
@@ -103,10 +104,10 @@ def begin_save(
     root: str | Path,
     step: int,
     *,
-    model: dict[str, Any],
+    model: JsonObject,
     weights: Tensors,
     optimizer: Tensors,
-    trainer: dict[str, Any] | None,
+    trainer: JsonObject | None,
     keep_last: int,
     assets: Iterable[Path | Asset] = (),
     max_file_bytes: int = MAX_FILE_BYTES,
@@ -132,10 +133,10 @@ def write_checkpoint(
     folder: str | Path,
     step: int,
     *,
-    model: dict[str, Any],
+    model: JsonObject,
     weights: Tensors,
     optimizer: Tensors = (),
-    trainer: dict[str, Any] | None = None,
+    trainer: JsonObject | None = None,
     assets: Iterable[Path | Asset] = (),
     max_file_bytes: int = MAX_FILE_BYTES,
     ranks: Ranks = ALONE,
@@ -210,8 +211,8 @@ class _Job:
 
     folder: Path
     step: int
-    model: dict[str, Any]
-    trainer: dict[str, Any] | None
+    model: JsonObject
+    trainer: JsonObject | None
     streams: dict[str, _Stream]
     assets: tuple[Path | Asset, ...]
     max_file_bytes: int
@@ -365,7 +366,7 @@ def _write_part(job: _Job, building: Path, check: Callable[[], None]) -> None:
         raise UserError(str(error).replace(f"{place}:", f"{job.folder}: rank {job.ranks.rank}:")) from None
 
 
-def _gathered(job: _Job, building: Path) -> list[dict[str, Any]]:
+def _gathered(job: _Job, building: Path) -> list[JsonObject]:
     """The descriptions of all parts, in rank order, when they are there; their files move into ``building``."""
     missing = list(range(job.ranks.size))
     for _ in _polls(job.ranks.timeout_s):

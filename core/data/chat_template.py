@@ -30,6 +30,7 @@ from telechat_twins.core.data.control import (
 from telechat_twins.core.data.tokenizer import Allow, Tokenizer
 from telechat_twins.core.errors import UserError
 from telechat_twins.core.files.foreign import parse_value
+from telechat_twins.core.types import JsonObject
 
 DEFAULT_SYSTEM = (
     "你是中国电信星辰语义大模型，英文名是TeleChat，你是由中电信人工智能科技有限公司和"
@@ -165,7 +166,7 @@ def _assistant_parts(message: Mapping[str, Any]) -> list[Part]:
     return [*parts, Part(END, control=True, answer=True), Part("\n")]
 
 
-def tool_arguments(value: Any) -> dict[str, Any]:
+def tool_arguments(value: Any) -> JsonObject:
     """A call's arguments as an object; the OpenAI interface has them as its JSON text. ValueError for anything else."""
     if isinstance(value, str):
         try:

@@ -35,6 +35,7 @@ from telechat_twins.core.data.sft import (
 )
 from telechat_twins.core.data.tokenizer import Tokenizer
 from telechat_twins.core.errors import UserError
+from telechat_twins.core.types import JsonObject
 
 # Enough for SentencePiece's threads to share; small beside everything else in memory.
 _BATCH_CHARACTERS = 1 << 22
@@ -51,7 +52,7 @@ def pack_text(
     threads: int = 1,
     force: bool = False,
     quiet: bool = False,
-) -> dict[str, Any]:
+) -> JsonObject:
     """Texts -> packed folder ``out`` of kind "text"; returns its meta.
 
     A JSON row is a document, so is any other file. Each document ends with <_end> (and begins with <_start> on
@@ -96,7 +97,7 @@ def pack_dialogues(
     ignore: Collection[str] = (),
     force: bool = False,
     quiet: bool = False,
-) -> dict[str, Any]:
+) -> JsonObject:
     """Dialogues -> packed folder ``out`` of kind "sft" with loss masks; returns its meta.
 
     ``variant`` is one of core.data.sft.VARIANTS; ``template`` applies to "deepspeed", ``shuffle_seed`` and

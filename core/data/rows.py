@@ -20,6 +20,7 @@ from telechat_twins.core.data.packed import is_packed
 from telechat_twins.core.errors import UserError
 from telechat_twins.core.files.foreign import MAX_LINE, MAX_LINE_VALUES, check_size, lines, parse_value
 from telechat_twins.core.shown import printable
+from telechat_twins.core.types import JsonObject
 
 TEXT_SUFFIXES = (".txt", ".text", ".md", ".rst", ".py")
 JSON_SUFFIX = ".json"
@@ -171,14 +172,14 @@ def raw_rows(path: Path, on_bytes: OnBytes | None = None) -> Iterator[RawRow]:
             offset += len(line)
 
 
-def read_rows(path: Path, on_bytes: OnBytes | None = None) -> Iterator[tuple[str, dict[str, Any]]]:
+def read_rows(path: Path, on_bytes: OnBytes | None = None) -> Iterator[tuple[str, JsonObject]]:
     """("file:line", object) for every row of a file."""
     for row in raw_rows(path, on_bytes):
         where = row.where(path)
         yield where, parse_row(row.data, where)
 
 
-def parse_row(data: bytes, where: str) -> dict[str, Any]:
+def parse_row(data: bytes, where: str) -> JsonObject:
     """A JSON object, strictly: no key twice, no number that is none, no unpaired surrogate. UserError otherwise."""
     try:
         check_size(data, MAX_LINE, MAX_LINE_VALUES)
@@ -231,7 +232,7 @@ def read_documents(
             raise UserError(f"{where}: expected text in field '{text_key}'; keys found: {keys_found(row)}")
 
 
-def keys_found(row: dict[str, Any]) -> str:
+def keys_found(row: JsonObject) -> str:
     """A row's keys for a message."""
     return printable(", ".join(row), 200) or "none"
 

@@ -1,4 +1,4 @@
-"""The tokenizer: SentencePiece below, a table of control tokens above.
+"""The tokenizer interface and its SentencePiece implementation with a table of control tokens.
 
 Text of a user never becomes a control token unless the caller asks (``allow_control``): SentencePiece does not match
 its control pieces in text, and the table is consulted only on request.
@@ -10,7 +10,7 @@ import functools
 import hashlib
 from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import sentencepiece
 
@@ -27,7 +27,7 @@ from telechat_twins.core.data.control import (
     ControlToken,
     Splitter,
 )
-from telechat_twins.core.data.detokenizer import StreamDecoder
+from telechat_twins.core.data.detokenizer import Pieces, StreamDecoder
 from telechat_twins.core.errors import UserError
 from telechat_twins.core.files.foreign import MIB, read_file
 
@@ -39,8 +39,48 @@ MAX_MODEL = 64 * MIB  # bytes of a tokenizer.model; the released ones have 2 MB
 Allow = bool | Collection[str]
 
 
-class Tokenizer:
-    """Made by ``load_tokenizer``.
+class Tokenizer(Pieces, Protocol):
+    """The interface of a tokenizer: what data preparation, inference and serving call.
+
+    ``vocab_size``: pieces in the file. ``control``: name -> id of TeleChat2's control tokens, empty with variant
+    "none". ``path``, ``sha256``, ``model_bytes`` and ``variant`` identify the file and how it was loaded.
+    """
+
+    @property
+    def path(self) -> Path: ...
+    @property
+    def sha256(self) -> str: ...
+    @property
+    def model_bytes(self) -> bytes: ...
+    @property
+    def variant(self) -> str: ...
+    @property
+    def vocab_size(self) -> int: ...
+    @property
+    def control(self) -> dict[str, int]: ...
+    @property
+    def matched(self) -> dict[str, int]: ...
+    @property
+    def bos_token_id(self) -> int: ...
+    @property
+    def eos_token_id(self) -> int: ...
+    @property
+    def pad_token_id(self) -> int: ...
+    @property
+    def longest_piece(self) -> int: ...
+    def control_id(self, name: str) -> int: ...
+    def encode(self, text: str, add_bos: bool = False, allow_control: Allow = False) -> list[int]: ...
+    def encode_batch(self, texts: Sequence[str], threads: int = 1) -> list[list[int]]: ...
+    def encode_continuation(self, text: str) -> list[int]: ...
+    def continuation_text(self, text: str) -> str: ...
+    def continuation_of(self, ids: list[int]) -> list[int]: ...
+    def piece(self, index: int) -> str: ...
+    def token_bytes(self, index: int) -> bytes: ...
+    def stream(self) -> StreamDecoder: ...
+
+
+class SentencePieceTokenizer:
+    """The tokenizer of a ``tokenizer.model``; made by ``load_tokenizer``.
 
     ``vocab_size``: pieces in the file. ``control``: name -> id of TeleChat2's control tokens, all inside the vocabulary
     (empty with control "none"). ``matched``: name -> id of what ``allow_control=True`` recognises in text. ``path``,
@@ -243,13 +283,13 @@ class Tokenizer:
         return self._continues
 
 
-def load_tokenizer(path: str | Path, control: str = "chat", in_vocabulary: bool = False) -> Tokenizer:
+def load_tokenizer(path: str | Path, control: str = "chat", in_vocabulary: bool = False) -> SentencePieceTokenizer:
     """Open a ``tokenizer.model`` (or the folder that holds one).
 
     ``control`` chooses what is matched in text on request: "chat" (table of the 3B and 7B releases), "released_115b",
     "mindformers", or "none" (bare SentencePiece). ``in_vocabulary`` drops ids beyond the file's pieces from the table:
     such a token is matched as its in-vocabulary namesake where there is one, and is ordinary text otherwise.
-    UserError when the file is missing, is no SentencePiece model, or lacks TeleChat2's control pieces.
+    UserError when the file is missing, is not a SentencePiece model, or lacks TeleChat2's control pieces.
     """
     if control not in CONTROL_CHOICES:
         raise UserError(f"control: '{control}' is not one of {', '.join(CONTROL_CHOICES)}")
@@ -258,7 +298,7 @@ def load_tokenizer(path: str | Path, control: str = "chat", in_vocabulary: bool 
         file = file / "tokenizer.model"
     missing = "no such tokenizer; give a tokenizer.model or the folder that holds it"
     model_bytes = read_file(file, MAX_MODEL, missing)
-    return Tokenizer(model_bytes, file, control, in_vocabulary)
+    return SentencePieceTokenizer(model_bytes, file, control, in_vocabulary)
 
 
 def check_vocabulary(tokenizer: Tokenizer, config: ModelConfig) -> None:

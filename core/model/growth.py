@@ -17,6 +17,7 @@ import numpy as np
 from telechat_twins.core.model.config import ModelConfig
 from telechat_twins.core.model.growth_mask import head_map, kv_map
 from telechat_twins.core.schema import from_mapping, option
+from telechat_twins.core.types import JsonObject
 
 METHODS = ("masked", "zero")
 
@@ -62,7 +63,7 @@ class Growth:
         """The old block that block ``layer`` was made from; -1: from none."""
         return self.layers[layer]
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> JsonObject:
         return dataclasses.asdict(self)
 
 

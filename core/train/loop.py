@@ -48,6 +48,7 @@ from telechat_twins.core.train.metrics import Row, require_fresh
 from telechat_twins.core.train.recipe import class_rate, clip_factor, learning_rate
 from telechat_twins.core.train.records import _header, _Records, _Signals
 from telechat_twins.core.train.stepper import Stepper, TrainState
+from telechat_twins.core.types import JsonObject
 
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 T = TypeVar("T")
@@ -279,7 +280,7 @@ class _Run:
             self.growth = None
             records.note(f"step {self.state.step + 1}: the masks are 1 and gone, the model has its full size")
 
-    def _model_config(self) -> dict[str, Any]:
+    def _model_config(self) -> JsonObject:
         """The model as it is for the next step, the state of its masks included."""
         c = None if self.growth is None else self.growth.at_step(self.state.step)
         growth = None if self.growth is None or c is None else dataclasses.replace(self.growth, mask=c)
@@ -332,7 +333,7 @@ class _Run:
     def save(self, asynchronous: bool) -> None:
         """A checkpoint of the present state under ``out``; ``asynchronous``: written while training goes on."""
         state, stepper = self.state, self.stepper
-        trainer: dict[str, Any] = {
+        trainer: JsonObject = {
             **dataclasses.asdict(state),
             "optimizer_steps": stepper.step,
             "data_digest": self.blend.digest(),
@@ -407,7 +408,7 @@ def _require_same_model(checkpoint: Checkpoint, config: RunConfig) -> None:
         )
 
 
-def _with_defaults(build: Callable[[dict[str, Any]], Any], tree: dict[str, Any]) -> dict[str, Any]:
+def _with_defaults(build: Callable[[JsonObject], Any], tree: JsonObject) -> JsonObject:
     """``tree`` with the options that came into being after it was written; unchanged if it is not understood."""
     try:
         return build(tree).to_dict()
@@ -415,7 +416,7 @@ def _with_defaults(build: Callable[[dict[str, Any]], Any], tree: dict[str, Any])
         return tree
 
 
-def _differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:
+def _differences(old: JsonObject, new: JsonObject, prefix: str = "") -> list[str]:
     """``path: old -> new`` for every leaf that differs between two nested mappings."""
     lines = []
     for key in sorted(set(old) | set(new)):

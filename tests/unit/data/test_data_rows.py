@@ -20,6 +20,7 @@ from telechat_twins.core.data.packed import PackedDataset
 from telechat_twins.core.data.rows import find_inputs, read_documents, read_rows, skipped_inputs
 from telechat_twins.core.data.sft import deepspeed_sequences, encode_dialogue, mindformers_pair
 from telechat_twins.core.errors import UserError
+from telechat_twins.core.types import JsonObject
 from tests.support.data_support import dialogue_row, tiny_tokenizer, tiny_tokenizer_path, write_rows
 from tests.unit.data.test_data_commands import call, tele_data
 
@@ -71,7 +72,7 @@ def test_instruction_input_and_history_are_honoured() -> None:
         ({"query": "hi", "response": "hello"}, "keys found: query, response"),
     ],
 )
-def test_rows_of_other_forms_are_refused(row: dict[str, Any], says: str) -> None:
+def test_rows_of_other_forms_are_refused(row: JsonObject, says: str) -> None:
     with pytest.raises(UserError) as error:
         dialogue(**row)
     assert str(error.value).startswith("rows:1: ") and says in str(error.value)
@@ -101,7 +102,7 @@ def test_rows_of_other_forms_are_refused(row: dict[str, Any], says: str) -> None
         ),
     ],
 )
-def test_a_key_that_is_not_read_is_named(row: dict[str, Any], key: str) -> None:
+def test_a_key_that_is_not_read_is_named(row: JsonObject, key: str) -> None:
     with pytest.raises(UserError) as error:
         dialogue(**row)
     assert str(error.value).startswith(f"rows:1: key '{key}' is not read, so what it says would be lost")
@@ -132,14 +133,14 @@ def test_what_the_dialogue_consists_of_cannot_be_left_out() -> None:
         with pytest.raises(UserError, match=rf"^rows:1: --ignore-key {key} would leave out '{place}', which is part"):
             parse_dialogue(row, "rows:1", ignore=[key])
     # Another shape's key is left out, and one that is empty, as is a key that only calls and results have.
-    extra: dict[str, Any] = {"messages": talk, "history": None, "instruction": "x", "name": "n"}
+    extra: JsonObject = {"messages": talk, "history": None, "instruction": "x", "name": "n"}
     assert parse_dialogue(extra, "rows:1", ignore=["history", "instruction", "name"]).messages == talk
 
 
 @pytest.mark.parametrize("row", [{"system": "s", "messages": [{"role": "system", "content": "t"}, ASKED, SAID]}, {
     "messages": [ASKED, SAID, {"role": "system", "content": "rhyme"}, ASKED, SAID]
 }, {"dialog": [{"role": "system", "content": "s"}, {"role": "system", "content": "t"}, ASKED, SAID]}])  # fmt: skip
-def test_a_second_system_message_is_refused(row: dict[str, Any]) -> None:
+def test_a_second_system_message_is_refused(row: JsonObject) -> None:
     with pytest.raises(UserError, match=r"rows:1: '(messages|dialog)\[\d\]' is a second system message"):
         dialogue(**row)
 
@@ -155,7 +156,7 @@ def test_arguments_as_text_are_the_object_they_write() -> None:
     ]
     assert len({text_of(row) for row in rows}) == 1
     assert '{"name": "f", "arguments": {"city": "Paris", "n": 1.5}}' in text_of(rows[0])
-    absent: list[dict[str, Any]] = [{}, {"arguments": None}, {"arguments": ""}, {"arguments": {}}, {"arguments": "{}"}]
+    absent: list[JsonObject] = [{}, {"arguments": None}, {"arguments": ""}, {"arguments": {}}, {"arguments": "{}"}]
     for nothing in absent:
         row = dialogue(messages=[ASKED, {**SAID, "tool_calls": [{"name": "f", **nothing}]}])
         assert row.messages[1]["tool_calls"] == [{"name": "f", "arguments": {}}]
