@@ -11,7 +11,8 @@ import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple
+from types import TracebackType
+from typing import NamedTuple
 
 import numpy as np
 
@@ -118,7 +119,9 @@ class PieceWriter:
     def __enter__(self) -> PieceWriter:
         return self
 
-    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         for name, file in list(self._open.items()):
             if kind is None:
                 self._close(name)
@@ -183,7 +186,7 @@ def _planned_files(pieces: Iterable[PieceSpec], max_bytes: int) -> Iterator[dict
 def write_manifest(
     folder: Path,
     step: int,
-    parts: Sequence[Mapping[str, Any]],
+    parts: Sequence[JsonObject],
     save: str | None = None,
     number: int | None = None,
 ) -> None:
@@ -218,7 +221,7 @@ def write_manifest(
     (folder / "manifest.json").write_text(text, encoding="utf-8")
 
 
-def manifest_digest(manifest: Mapping[str, Any]) -> str:
+def manifest_digest(manifest: JsonObject) -> str:
     """SHA-256 of the manifest (without ``digest``) as JSON with sorted keys and no spaces."""
     return hashlib.sha256(json.dumps(manifest, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
@@ -262,7 +265,7 @@ def _overlap(spans: list[_Span], dimensions: int) -> str:
     return ""
 
 
-def _agreeing(entry: JsonObject, other: Mapping[str, Any], kind: str, name: str) -> JsonObject:
+def _agreeing(entry: JsonObject, other: JsonObject, kind: str, name: str) -> JsonObject:
     if (entry["shape"], entry["dtype"]) != (other["shape"], other["dtype"]):
         raise ValueError(
             f"{kind} '{name}': piece of a {other['dtype']} {other['shape']} tensor, before it was "
@@ -271,7 +274,7 @@ def _agreeing(entry: JsonObject, other: Mapping[str, Any], kind: str, name: str)
     return entry
 
 
-def _lines(value: Any, depth: int = 3, indent: str = "") -> str:
+def _lines(value: object, depth: int = 3, indent: str = "") -> str:
     """JSON with a line for each file and each tensor, so that the manifest can be read and searched."""
     if depth == 0 or not isinstance(value, dict) or not value:
         return json.dumps(value, ensure_ascii=False)

@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -188,7 +187,7 @@ class Checkpoint:
             out[tuple(slice(a - s, b - s) for a, b, s in zip(low, high, starts, strict=True))] = part
         return np.empty(extents, DTYPES[entry.code]) if out is None else out
 
-    def verify(self, on_bytes: Callable[[int], Any] | None = None, share: tuple[int, int] = (0, 1)) -> None:
+    def verify(self, on_bytes: Callable[[int], object] | None = None, share: tuple[int, int] = (0, 1)) -> None:
         """Hash every file and check every header against the manifest; ``on_bytes`` hears of progress.
 
         ``share`` = (rank, ranks): only this rank's share of the files, about equal in bytes; the shares of all ranks
@@ -325,7 +324,7 @@ def _find(path: Path) -> Path:
     return standing(path / name)
 
 
-def _entry(item: Mapping[str, Any]) -> Entry:
+def _entry(item: JsonObject) -> Entry:
     shape, code = _naturals(item["shape"]), item["dtype"]
     if code not in DTYPES:
         raise ValueError(f"unknown dtype {shown(code)}")
@@ -339,7 +338,7 @@ def _entry(item: Mapping[str, Any]) -> Entry:
     return Entry(shape, code, pieces)
 
 
-def _naturals(values: Any) -> tuple[int, ...]:
+def _naturals(values: object) -> tuple[int, ...]:
     if not isinstance(values, list) or not all(type(value) is int and 0 <= value < 1 << 62 for value in values):
         raise ValueError(f"{shown(values)} is no list of sizes")
     return tuple(values)

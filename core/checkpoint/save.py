@@ -228,7 +228,9 @@ class _Job:
             texts["trainer.json"] = _json(self.trainer)
         return texts
 
-    def write_tensors(self, folder: Path, rank: int | None = None, watch: Callable[[], None] | None = None) -> Any:
+    def write_tensors(
+        self, folder: Path, rank: int | None = None, watch: Callable[[], None] | None = None
+    ) -> JsonObject:
         """All pieces of this rank into ``folder``; their description. ``watch`` is called between them."""
         with PieceWriter(folder, self.max_file_bytes, rank, self.planned) as writer:
             for kind, piece in _in_turns(self.streams):
@@ -238,7 +240,9 @@ class _Job:
                     watch()
         return writer.part()
 
-    def complete(self, folder: Path, texts: Mapping[str, str], parts: Sequence[Any], save: str | None = None) -> None:
+    def complete(
+        self, folder: Path, texts: Mapping[str, str], parts: Sequence[JsonObject], save: str | None = None
+    ) -> None:
         """Everything that is not a tensor."""
         for name, text in texts.items():
             (folder / name).write_text(text, encoding="utf-8")
@@ -461,5 +465,5 @@ def _forget_notices(folder: Path) -> None:
                 left.unlink(missing_ok=True)
 
 
-def _json(value: Any) -> str:
+def _json(value: object) -> str:
     return json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n"

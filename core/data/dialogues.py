@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, overload
+from typing import BinaryIO, overload
 
 from telechat_twins.core.data.chat_template import DEFAULT_SYSTEM, ROLES, tool_arguments
 from telechat_twins.core.data.control import BOT, USER
@@ -39,7 +39,7 @@ class Dialogue:
     where: str
     messages: list[JsonObject]
     system: str | None = None
-    tools: list[Any] | None = None
+    tools: list[object] | None = None
     multiturn: bool = False
     tool: bool = False
     pair: tuple[str, str] | None = field(default=None)
@@ -88,7 +88,7 @@ def parse_dialogue(row: JsonObject, where: str, ignore: Collection[str] = ()) ->
 
 
 def refuse_unread(
-    value: Mapping[str, Any], known: Collection[str], name: str, where: str, ignore: Collection[str] = ()
+    value: JsonObject, known: Collection[str], name: str, where: str, ignore: Collection[str] = ()
 ) -> None:
     """UserError for a key of ``value`` (called ``name``) that is none of ``known``; empty values say nothing."""
     for key, given in value.items():
@@ -145,7 +145,7 @@ def _pair(row: JsonObject, where: str) -> tuple[tuple[str, str] | None, list[Jso
 
 def _messages(row: JsonObject, key: str, where: str, ignore: Collection[str]) -> list[JsonObject]:
     messages: list[JsonObject] = []
-    calls: list[Mapping[str, Any]] = []  # those that the tool messages below answer, one after another
+    calls: list[JsonObject] = []  # those that the tool messages below answer, one after another
     for n, value in enumerate(_list(row[key], key, where)):
         message = _message(value, f"{key}[{n}]", where, ignore)
         if message["role"] == "tool":
@@ -156,7 +156,7 @@ def _messages(row: JsonObject, key: str, where: str, ignore: Collection[str]) ->
     return messages
 
 
-def _check_result(message: JsonObject, call: Mapping[str, Any], name: str, where: str) -> None:
+def _check_result(message: JsonObject, call: JsonObject, name: str, where: str) -> None:
     """The layout gives results no names: they belong to the calls by their order alone, which names may contradict."""
     for key, wanted in (("tool_call_id", call.get("id")), ("name", call.get("name"))):
         given = message.pop(key, None)
@@ -186,7 +186,7 @@ class DialogueFile(Sequence[Dialogue]):
                 self._offset.append(row.offset)
                 self._size.append(len(row.data))
                 self._line.append(row.line)
-        self._handle: tuple[int, Any] | None = None
+        self._handle: tuple[int, BinaryIO] | None = None
 
     def __len__(self) -> int:
         return len(self._offset)
@@ -235,7 +235,7 @@ def _turns(question: str, answer: str) -> list[JsonObject]:
     return [*messages, {"role": "bot", "content": answer}]
 
 
-def _message(value: Any, name: str, where: str, ignore: Collection[str]) -> JsonObject:
+def _message(value: object, name: str, where: str, ignore: Collection[str]) -> JsonObject:
     if not isinstance(value, dict) or not isinstance(value.get("role"), str):
         raise UserError(f"{where}: '{name}' must be an object with role and content")
     role = value["role"]
@@ -257,7 +257,7 @@ def _message(value: Any, name: str, where: str, ignore: Collection[str]) -> Json
     return message
 
 
-def _call(value: Any, place: int, name: str, where: str, ignore: Collection[str]) -> JsonObject:
+def _call(value: object, place: int, name: str, where: str, ignore: Collection[str]) -> JsonObject:
     """{"name", "arguments", "id"} of a call, written flat or as the OpenAI interface writes it."""
     if not isinstance(value, dict):
         raise UserError(f"{where}: '{name}' must be an object, found {type(value).__name__}")
@@ -283,13 +283,13 @@ def _call(value: Any, place: int, name: str, where: str, ignore: Collection[str]
     return call if value.get("id") is None else {**call, "id": value["id"]}
 
 
-def _list(value: Any, name: str, where: str) -> list[Any]:
+def _list(value: object, name: str, where: str) -> list[object]:
     if not isinstance(value, list):
         raise UserError(f"{where}: '{name}' must be a list, found {type(value).__name__}")
     return value
 
 
-def _json_list(value: Any, name: str, where: str) -> list[Any] | None:
+def _json_list(value: object, name: str, where: str) -> list[object] | None:
     """A list, or a string that holds one as JSON (as in the released tool files); None when absent or empty."""
     if isinstance(value, str) and value.strip():
         try:

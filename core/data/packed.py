@@ -18,10 +18,9 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any
 
 import numpy as np
 
@@ -176,7 +175,7 @@ class PackedWriter:
             self._files[name].write(array.tobytes())
 
     @contextlib.contextmanager
-    def _disk(self) -> Any:
+    def _disk(self) -> Iterator[None]:
         try:
             yield
         except OSError as error:

@@ -6,7 +6,6 @@ import contextlib
 import sys
 from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from tqdm import tqdm
@@ -199,7 +198,7 @@ def _batches(blocks: Iterator[Block]) -> Iterator[list[Block]]:
 
 
 @contextlib.contextmanager
-def progress_bar(what: str, total: int, quiet: bool) -> Iterator[Any]:
+def progress_bar(what: str, total: int, quiet: bool) -> Iterator[tqdm]:
     """A progress bar over input bytes with rate and time left; rarely refreshed where nobody watches.
 
     There it also waits before it first shows, so that in a log a mistake found at once is one line.

@@ -13,7 +13,7 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import BinaryIO, NamedTuple
 
 from telechat_twins.core.data.json_items import json_items
 from telechat_twins.core.data.packed import is_packed
@@ -278,7 +278,7 @@ def _text_blocks(path: Path, on_bytes: OnBytes | None) -> Iterator[Block]:
             data, first = following, False
 
 
-def _byte_blocks(file: Any, on_bytes: OnBytes | None) -> Iterator[bytes]:
+def _byte_blocks(file: BinaryIO, on_bytes: OnBytes | None) -> Iterator[bytes]:
     """About BLOCK_BYTES each, cut behind a newline: there a block encodes exactly as it does inside the whole text."""
     rest = b""
     while chunk := file.read(BLOCK_BYTES):
@@ -297,7 +297,7 @@ def _byte_blocks(file: Any, on_bytes: OnBytes | None) -> Iterator[bytes]:
         yield rest
 
 
-def open_file(path: Path) -> Any:
+def open_file(path: Path) -> BinaryIO:
     """A file opened for reading bytes; UserError if it cannot be."""
     try:
         return path.open("rb")

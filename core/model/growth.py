@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
@@ -67,7 +65,7 @@ class Growth:
         return dataclasses.asdict(self)
 
 
-def read_history(model: Mapping[str, Any], where: str) -> tuple[Growth, ...]:
+def read_history(model: JsonObject, where: str) -> tuple[Growth, ...]:
     """The growth steps that a checkpoint's model.json tells of; UserError names what is wrong in it."""
     return tuple(
         from_mapping(Growth, values, f"{where}: grown[{number}]")

@@ -21,7 +21,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from telechat_twins.core.checkpoint.read import Checkpoint, Ranks, Saver, open_checkpoint
 from telechat_twins.core.checkpoint.save import Asset
@@ -34,7 +34,7 @@ from telechat_twins.core.launch.run_lock import DYING, hold_folder
 from telechat_twins.core.launch.worker import run_script
 from telechat_twins.core.launch.world import launched_world
 from telechat_twins.core.model.batch import Batch
-from telechat_twins.core.model.config import load_model_config
+from telechat_twins.core.model.config import ModelConfig, load_model_config
 from telechat_twins.core.model.growth import Growth, read_history
 from telechat_twins.core.model.growth_mask import GrowthMask
 from telechat_twins.core.model.params import MATRIX
@@ -408,7 +408,7 @@ def _require_same_model(checkpoint: Checkpoint, config: RunConfig) -> None:
         )
 
 
-def _with_defaults(build: Callable[[JsonObject], Any], tree: JsonObject) -> JsonObject:
+def _with_defaults(build: Callable[[JsonObject], RunConfig | ModelConfig], tree: JsonObject) -> JsonObject:
     """``tree`` with the options that came into being after it was written; unchanged if it is not understood."""
     try:
         return build(tree).to_dict()
