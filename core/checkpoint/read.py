@@ -25,9 +25,10 @@ from telechat_twins.core.checkpoint.pieces import (
     whole,
     write_manifest,
 )
+from telechat_twins.core.checkpoint.retention import STEP_FOLDER
 from telechat_twins.core.checkpoint.save import (
     ALONE,
-    STEP_FOLDER,
+    Contents,
     Ranks,
     Saver,
     begin_save,
@@ -50,6 +51,7 @@ __all__ = [
     "MAX_FILE_BYTES",
     "VERSION",
     "Checkpoint",
+    "Contents",
     "Entry",
     "Piece",
     "PieceWriter",

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from telechat_twins.core.checkpoint.read import Checkpoint, Ranks, Saver, open_checkpoint
-from telechat_twins.core.checkpoint.save import Asset
+from telechat_twins.core.checkpoint.save import Asset, Contents
 from telechat_twins.core.cli import Parser
 from telechat_twins.core.config import RunConfig, load_run_config, run_config_from_dict
 from telechat_twins.core.data.blend import Blend, open_blend
@@ -46,7 +46,7 @@ from telechat_twins.core.train.health import Health, TrainingStopped
 from telechat_twins.core.train.loss_scale import DynamicLossScale
 from telechat_twins.core.train.metrics import Row, require_fresh
 from telechat_twins.core.train.recipe import class_rate, clip_factor, learning_rate
-from telechat_twins.core.train.records import _header, _Records, _Signals
+from telechat_twins.core.train.records import Records, Signals, header
 from telechat_twins.core.train.stepper import Stepper, TrainState
 from telechat_twins.core.types import JsonObject
 
@@ -179,9 +179,9 @@ class _Run:
         """Run from the present state to the end, an interruption or a stop."""
         total, every = self.config.train.steps, self.config.checkpoint.every
         first = self.stepper.rank == 0
-        lines = (*_header(self.stepper, self.config, self.blend, self.state), *self.notes) if first else ()
-        with _Signals(quiet=not first) as signals, contextlib.ExitStack() as ended:
-            records = together(self.stepper, lambda: _Records(self.out, total, self.state.step, first, lines))
+        lines = (*header(self.stepper, self.config, self.blend, self.state), *self.notes) if first else ()
+        with Signals(quiet=not first) as signals, contextlib.ExitStack() as ended:
+            records = together(self.stepper, lambda: Records(self.out, total, self.state.step, first, lines))
             ended.callback(records.close)
             try:
                 caught = self._agree(signals)
@@ -215,7 +215,7 @@ class _Run:
             records.note(f"finished {self.state.step} steps; checkpoint {saved}; plot {self.out / 'loss.png'}")
         return TrainResult(self.state.step, saved, caught)
 
-    def _agree(self, signals: _Signals, problem: str | None = None) -> int | None:
+    def _agree(self, signals: Signals, problem: str | None = None) -> int | None:
         """The signal that some rank has caught, if any. Raises on all ranks when one has a ``problem``, or when the
         save in the background has failed on one."""
         mine = [signals.caught or 0, problem is not None, self.saver.failed]
@@ -226,7 +226,7 @@ class _Run:
             together(self.stepper, self.saver.wait)
         return int(caught) or None
 
-    def _recorded(self, records: _Records, row: Row) -> str | None:
+    def _recorded(self, records: Records, row: Row) -> str | None:
         """Record a step; the line for the user if the disk is full."""
         try:
             records.step(row)
@@ -241,7 +241,7 @@ class _Run:
             )
         return None
 
-    def one_step(self, records: _Records) -> Row:
+    def one_step(self, records: Records) -> Row:
         """Draw a global batch, train on it, advance; returns the step's row of metrics."""
         train, state = self.config.train, self.state
         started = time.perf_counter()
@@ -270,7 +270,7 @@ class _Run:
         row |= {"tokens": self.state.tokens, "tokens_per_s": tokens / seconds, "step_ms": seconds * 1000}
         return row | ({"skipped": True} if skipped else {})
 
-    def _set_mask(self, records: _Records) -> None:
+    def _set_mask(self, records: Records) -> None:
         """Let the masks of a growing model rise with the steps, and go when they are 1."""
         if self.growth is None:
             return
@@ -286,7 +286,7 @@ class _Run:
         growth = None if self.growth is None or c is None else dataclasses.replace(self.growth, mask=c)
         return dataclasses.replace(self.config.model, growth=growth).to_dict()
 
-    def _accumulate_and_update(self, batch: Batch, num_targets: int, lr: float, row: Row, records: _Records) -> bool:
+    def _accumulate_and_update(self, batch: Batch, num_targets: int, lr: float, row: Row, records: Records) -> bool:
         """Gradients, verdict, update. Fills loss and norm into ``row``; True if the step was skipped."""
         step = self.state.step + 1
         scale = self.loss_scale.scale if self.loss_scale else 1.0
@@ -345,10 +345,7 @@ class _Run:
             "layout": self.config.parallel.name,
             "config": {**self.config.to_dict(), "model": self._model_config()},
         }
-        self.saver.save(
-            self.out,
-            state.step,
-            asynchronous=asynchronous,
+        contents = Contents(
             model={
                 "config": self._model_config(),
                 **({"grown": [growth.to_dict() for growth in self.history]} if self.history else {}),
@@ -356,10 +353,11 @@ class _Run:
             weights=stepper.weights(),
             optimizer=stepper.optimizer_state(),
             trainer=trainer,
-            keep_last=self.config.checkpoint.keep_last,
             assets=[Asset("tokenizer.model", self.blend.tokenizer())],
             ranks=Ranks(stepper.rank, stepper.world, lambda: meet(stepper)),
         )
+        keep_last = self.config.checkpoint.keep_last
+        self.saver.save(self.out, state.step, contents, keep_last=keep_last, asynchronous=asynchronous)
 
     def _save_unless_saved(self) -> None:
         self.saver.wait()

@@ -15,6 +15,7 @@ import pytest
 import safetensors.numpy
 
 from telechat_twins.core.checkpoint.read import (
+    Contents,
     PieceWriter,
     TensorPiece,
     check_shapes,
@@ -44,8 +45,7 @@ def save(root, step=7, keep_last=2, weights=None, **more):
     weights = WEIGHTS if weights is None else weights
     weights = weights.items() if isinstance(weights, dict) else weights
     return save_checkpoint(
-        root, step, model=MODEL, weights=weights, optimizer=OPTIMIZER.items(), trainer=TRAINER,
-        keep_last=keep_last, **more,
+        root, step, Contents(MODEL, weights, OPTIMIZER.items(), TRAINER, **more), keep_last=keep_last
     )  # fmt: skip
 
 
@@ -173,7 +173,7 @@ def test_tensors_are_taken_one_at_a_time(tmp_path):
             yield f"w{i}", array
             del array
 
-    save_checkpoint(tmp_path, 1, model={}, weights=stream(), optimizer=[], trainer=None, keep_last=1)
+    save_checkpoint(tmp_path, 1, Contents({}, stream()), keep_last=1)
     assert len(alive) == 5 and open_checkpoint(tmp_path).trainer is None
 
 
@@ -284,7 +284,7 @@ def test_failure_while_saving_leaves_the_previous_one(tmp_path):
         raise RuntimeError("device lost")
 
     with pytest.raises(RuntimeError, match="device lost"):
-        save_checkpoint(tmp_path, 2, model={}, weights=breaking(), optimizer=[], trainer={}, keep_last=1)
+        save_checkpoint(tmp_path, 2, Contents({}, breaking(), trainer={}), keep_last=1)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["latest", "step-00000001"]
     assert_equal(open_checkpoint(tmp_path), "weights", WEIGHTS)
 
@@ -295,7 +295,7 @@ def test_values_that_are_no_json_fail_before_any_tensor_is_taken(tmp_path):
 
     for model in ({"a": float("nan")}, {"a": object()}):
         with pytest.raises((ValueError, TypeError)):
-            save_checkpoint(tmp_path, 2, model=model, weights=never(), optimizer=[], trainer={}, keep_last=1)
+            save_checkpoint(tmp_path, 2, Contents(model, never(), trainer={}), keep_last=1)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -303,11 +303,11 @@ def test_killed_while_saving(tmp_path):
     """A killed process leaves the previous checkpoint, nothing under a readable name; the next save cleans up."""
     program = (
         "import sys, os, signal, numpy as np\n"
-        "from telechat_twins.core.checkpoint.read import save_checkpoint\n"
+        "from telechat_twins.core.checkpoint.read import Contents, save_checkpoint\n"
         "def tensors():\n"
         "    yield 'a', np.zeros(1000, np.float32)\n"
         "    os.kill(os.getpid(), signal.SIGKILL)\n"
-        "save_checkpoint(sys.argv[1], 2, model={}, weights=tensors(), optimizer=[], trainer={}, keep_last=1)\n"
+        "save_checkpoint(sys.argv[1], 2, Contents({}, tensors(), trainer={}), keep_last=1)\n"
     )
     save(tmp_path, 1)
     root = Path(__file__).resolve().parents[3]
@@ -334,14 +334,14 @@ def test_a_living_writers_folder_is_left_alone(tmp_path):
 
 FULL_DISK = """
 import resource, sys, numpy as np
-from telechat_twins.core.checkpoint.read import open_checkpoint, save_checkpoint
+from telechat_twins.core.checkpoint.read import Contents, open_checkpoint, save_checkpoint
 from telechat_twins.core.errors import UserError
 root, how = sys.argv[1], sys.argv[2]
 def tensors(n, size):
     return ((f"w{i}", np.full(size, i, np.float32)) for i in range(n))
 def save(step, n):
     w, o = tensors(n, 25_000), tensors(n, 25_000)
-    save_checkpoint(root, step, model={}, weights=w, optimizer=o, trainer={}, keep_last=1)
+    save_checkpoint(root, step, Contents({}, w, o, {}), keep_last=1)
 save(1, 1)
 if how == "limit":
     resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, 300_000))
