@@ -104,15 +104,7 @@ def pack_dialogues(
     error. DeepSpeed sequences are stored cut to ``seq_len``, as the released collator cuts
     them. Load the tokenizer with ``in_vocabulary=True``: an id outside the vocabulary is refused here.
     """
-    if variant not in VARIANTS:
-        raise UserError(f"sft: '{variant}' is not one of {', '.join(VARIANTS)}")
-    if seq_len < 2:
-        raise UserError(f"seq_len: must be at least 2, found {seq_len}")
-    files = find_inputs(inputs)
-    for file in files:
-        if not is_rows(file):
-            kinds = " ".join(ROW_SUFFIXES)
-            raise UserError(f"{file}: dialogues are read from files of rows ({kinds}); pack texts without --sft")
+    files = _dialogue_files(inputs, variant, seq_len)
     counts = Counts()
     # The DeepSpeed pipeline groups by system text, so it reads every row once to see it and once to use it.
     passes = 2 if variant == "deepspeed" else 1
@@ -144,6 +136,20 @@ def pack_dialogues(
                 "keys_ignored": sorted(ignore),
             }
         )
+
+
+def _dialogue_files(inputs: Sequence[str | Path], variant: str, seq_len: int) -> list[Path]:
+    """The files of rows that ``inputs`` name; UserError for a wrong option or a file that holds no rows."""
+    if variant not in VARIANTS:
+        raise UserError(f"sft: '{variant}' is not one of {', '.join(VARIANTS)}")
+    if seq_len < 2:
+        raise UserError(f"seq_len: must be at least 2, found {seq_len}")
+    files = find_inputs(inputs)
+    for file in files:
+        if not is_rows(file):
+            kinds = " ".join(ROW_SUFFIXES)
+            raise UserError(f"{file}: dialogues are read from files of rows ({kinds}); pack texts without --sft")
+    return files
 
 
 def read_texts(
