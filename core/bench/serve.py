@@ -28,7 +28,7 @@ from pathlib import Path
 from telechat_twins.core.bench.decode import HF, TITLES, contestants
 from telechat_twins.core.bench.step import facts, machine
 from telechat_twins.core.bench.worker import Worker
-from telechat_twins.core.checkpoint.save import save_checkpoint
+from telechat_twins.core.checkpoint.save import Contents, save_checkpoint
 from telechat_twins.core.data.tokenizer_training import train_tokenizer
 from telechat_twins.core.launch.worker import die_with_parent
 from telechat_twins.core.model.config import ModelConfig
@@ -49,12 +49,13 @@ def write_model(folder: Path, config: ModelConfig) -> Path:
     return save_checkpoint(
         folder / "model",
         0,
-        model={"config": config.to_dict()},
-        weights=init_weights(config, 1234).items(),
-        optimizer=(),
-        trainer={},
+        Contents(
+            model={"config": config.to_dict()},
+            weights=init_weights(config, 1234).items(),
+            trainer={},
+            assets=[folder / "tokenizer.model"],
+        ),
         keep_last=1,
-        assets=[folder / "tokenizer.model"],
     )
 
 

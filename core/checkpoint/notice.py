@@ -8,16 +8,16 @@ import uuid
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 from telechat_twins.core.errors import UserError
 from telechat_twins.core.files.atomic import write_text
+from telechat_twins.core.types import JsonObject
 
 # A network file system may show another machine's new file this much later.
-_SIGHT_S = 60.0
+SIGHT_S = 60.0
 
 
-class _Notice:
+class Notice:
     """A small hidden file beside the checkpoint by which rank 0 tells the others where it is made and how it ended.
 
     It holds ``id`` and ``building`` while the save goes on, ``id`` and ``failed`` when it is lost. It is gone when the
@@ -43,7 +43,7 @@ class _Notice:
         with suppress(OSError):
             self.path.unlink()
 
-    def read(self) -> dict[str, Any] | None:
+    def read(self) -> JsonObject | None:
         try:
             return json.loads(self.path.read_text(encoding="utf-8"))
         except (OSError, ValueError):
@@ -51,7 +51,7 @@ class _Notice:
 
     def follow(self) -> Path:
         """Where rank 0 makes this checkpoint; UserError if it refused to, or if its notice is not seen here."""
-        for _ in _polls(_SIGHT_S):
+        for _ in polls(SIGHT_S):
             found = self.read()
             if found is not None:
                 break
@@ -74,7 +74,7 @@ class _Notice:
     def outcome(self, timeout_s: float) -> str | None:
         """None when the checkpoint stands, else the line that says why it does not."""
         gone_since: float | None = None
-        for _ in _polls(timeout_s):
+        for _ in polls(timeout_s):
             found = self.read()
             if found is not None and found["id"] == self.id:
                 if "failed" in found:
@@ -86,12 +86,12 @@ class _Notice:
                     return None
             # Not believed at once: a network file system may lag, or stumble while the file is replaced.
             gone_since = gone_since or time.monotonic()
-            if time.monotonic() - gone_since > _SIGHT_S:
+            if time.monotonic() - gone_since > SIGHT_S:
                 return f"{self.folder}: rank 0 gave it up"
         return f"{self.folder}: rank 0 did not finish it within {timeout_s:g} s"
 
 
-def _polls(seconds: float) -> Iterator[None]:
+def polls(seconds: float) -> Iterator[None]:
     """One turn at once, then more and more rarely until the time is over; one last turn then."""
     end = time.monotonic() + seconds
     pause = 0.01

@@ -11,13 +11,15 @@ import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple
+from types import TracebackType
+from typing import NamedTuple
 
 import numpy as np
 
 from telechat_twins.core.errors import UserError
 from telechat_twins.core.files.direct_io import Spool
 from telechat_twins.core.files.safetensors import SafetensorsWriter, StreamedSafetensors, dtype_code, file_sha256
+from telechat_twins.core.types import JsonObject
 
 FORMAT = "tele-checkpoint"
 VERSION = 1
@@ -84,12 +86,12 @@ class PieceWriter:
         self.folder = folder
         self.max_file_bytes = max_file_bytes
         self._stem = "" if rank is None else f"{rank:05d}-"
-        self._tensors: dict[str, dict[str, dict[str, Any]]] = {kind: {} for kind in KINDS}
+        self._tensors: dict[str, dict[str, JsonObject]] = {kind: {} for kind in KINDS}
         self._open: dict[str, SafetensorsWriter | StreamedSafetensors] = {}
         self._planned = {kind: _planned_files(plan.pieces, max_file_bytes) for kind, plan in (planned or {}).items()}
         self._spool = Spool() if planned else None
         self._counts = dict.fromkeys(KINDS, 0)
-        self._files: dict[str, dict[str, Any]] = {}
+        self._files: dict[str, JsonObject] = {}
         # Full files are synced and hashed here, while the next one fills: one waits for the disk, another is hashed.
         self._finisher = ThreadPoolExecutor(2, "finish-file")
         self._finishing: list[Future[None]] = []
@@ -97,7 +99,7 @@ class PieceWriter:
     def add(self, kind: str, piece: TensorPiece) -> None:
         """Write one piece. ValueError if it contradicts the pieces before, or a whole tensor is given twice."""
         name, array, shape = piece.name, piece.array, tuple(piece.shape)
-        entry: dict[str, Any] = {"shape": list(shape), "dtype": dtype_code(array.dtype), "pieces": []}
+        entry: JsonObject = {"shape": list(shape), "dtype": dtype_code(array.dtype), "pieces": []}
         entry = _agreeing(self._tensors[kind].setdefault(name, entry), entry, kind, name)
         if entry["pieces"] and array.shape == shape:
             raise ValueError(f"{kind} '{name}' was given twice")
@@ -110,14 +112,16 @@ class PieceWriter:
             {"file": file.path.name, "key": key, "offset": list(piece.offset), "extent": list(array.shape)}
         )
 
-    def part(self) -> dict[str, Any]:
+    def part(self) -> JsonObject:
         """What was written, as JSON: ``tensors`` by kind and name, ``files`` with size and SHA-256. After the exit."""
         return {"tensors": self._tensors, "files": self._files}
 
     def __enter__(self) -> PieceWriter:
         return self
 
-    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         for name, file in list(self._open.items()):
             if kind is None:
                 self._close(name)
@@ -182,7 +186,7 @@ def _planned_files(pieces: Iterable[PieceSpec], max_bytes: int) -> Iterator[dict
 def write_manifest(
     folder: Path,
     step: int,
-    parts: Sequence[Mapping[str, Any]],
+    parts: Sequence[JsonObject],
     save: str | None = None,
     number: int | None = None,
 ) -> None:
@@ -191,8 +195,8 @@ def write_manifest(
     ``save`` identifies a save by many ranks; ``number`` counts the saves of a run. ValueError if pieces contradict
     each other or do not make up their tensor.
     """
-    tensors: dict[str, dict[str, dict[str, Any]]] = {kind: {} for kind in KINDS}
-    known: dict[str, dict[str, Any]] = {}
+    tensors: dict[str, dict[str, JsonObject]] = {kind: {} for kind in KINDS}
+    known: dict[str, JsonObject] = {}
     for part in parts:
         known.update(part["files"])
         for kind in KINDS:
@@ -217,7 +221,7 @@ def write_manifest(
     (folder / "manifest.json").write_text(text, encoding="utf-8")
 
 
-def manifest_digest(manifest: Mapping[str, Any]) -> str:
+def manifest_digest(manifest: JsonObject) -> str:
     """SHA-256 of the manifest (without ``digest``) as JSON with sorted keys and no spaces."""
     return hashlib.sha256(json.dumps(manifest, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
@@ -261,7 +265,7 @@ def _overlap(spans: list[_Span], dimensions: int) -> str:
     return ""
 
 
-def _agreeing(entry: dict[str, Any], other: Mapping[str, Any], kind: str, name: str) -> dict[str, Any]:
+def _agreeing(entry: JsonObject, other: JsonObject, kind: str, name: str) -> JsonObject:
     if (entry["shape"], entry["dtype"]) != (other["shape"], other["dtype"]):
         raise ValueError(
             f"{kind} '{name}': piece of a {other['dtype']} {other['shape']} tensor, before it was "
@@ -270,7 +274,7 @@ def _agreeing(entry: dict[str, Any], other: Mapping[str, Any], kind: str, name: 
     return entry
 
 
-def _lines(value: Any, depth: int = 3, indent: str = "") -> str:
+def _lines(value: object, depth: int = 3, indent: str = "") -> str:
     """JSON with a line for each file and each tensor, so that the manifest can be read and searched."""
     if depth == 0 or not isinstance(value, dict) or not value:
         return json.dumps(value, ensure_ascii=False)

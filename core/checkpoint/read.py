@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -26,9 +25,10 @@ from telechat_twins.core.checkpoint.pieces import (
     whole,
     write_manifest,
 )
+from telechat_twins.core.checkpoint.retention import STEP_FOLDER
 from telechat_twins.core.checkpoint.save import (
     ALONE,
-    STEP_FOLDER,
+    Contents,
     Ranks,
     Saver,
     begin_save,
@@ -41,6 +41,7 @@ from telechat_twins.core.files.foreign import MIB, load_json, read_text
 from telechat_twins.core.files.safetensors import DTYPES, MAX_DIMENSIONS, Index, SafetensorsFile, box, file_sha256
 from telechat_twins.core.model.params import ParamSpec
 from telechat_twins.core.shown import shown
+from telechat_twins.core.types import JsonObject
 
 # Everything about checkpoints is imported from here, wherever it is written.
 __all__ = [
@@ -50,6 +51,7 @@ __all__ = [
     "MAX_FILE_BYTES",
     "VERSION",
     "Checkpoint",
+    "Contents",
     "Entry",
     "Piece",
     "PieceWriter",
@@ -135,7 +137,7 @@ class Checkpoint:
         self._found: dict[tuple[str, str], _Places] = {}
         self._check_files()
         self.model = load_json(self._inside("model.json"), "a model description")
-        self.trainer: dict[str, Any] | None = None
+        self.trainer: JsonObject | None = None
         if "trainer.json" in self._sizes:
             self.trainer = load_json(self._inside("trainer.json"), "a trainer state")
 
@@ -187,7 +189,7 @@ class Checkpoint:
             out[tuple(slice(a - s, b - s) for a, b, s in zip(low, high, starts, strict=True))] = part
         return np.empty(extents, DTYPES[entry.code]) if out is None else out
 
-    def verify(self, on_bytes: Callable[[int], Any] | None = None, share: tuple[int, int] = (0, 1)) -> None:
+    def verify(self, on_bytes: Callable[[int], object] | None = None, share: tuple[int, int] = (0, 1)) -> None:
         """Hash every file and check every header against the manifest; ``on_bytes`` hears of progress.
 
         ``share`` = (rank, ranks): only this rank's share of the files, about equal in bytes; the shares of all ranks
@@ -324,7 +326,7 @@ def _find(path: Path) -> Path:
     return standing(path / name)
 
 
-def _entry(item: Mapping[str, Any]) -> Entry:
+def _entry(item: JsonObject) -> Entry:
     shape, code = _naturals(item["shape"]), item["dtype"]
     if code not in DTYPES:
         raise ValueError(f"unknown dtype {shown(code)}")
@@ -338,7 +340,7 @@ def _entry(item: Mapping[str, Any]) -> Entry:
     return Entry(shape, code, pieces)
 
 
-def _naturals(values: Any) -> tuple[int, ...]:
+def _naturals(values: object) -> tuple[int, ...]:
     if not isinstance(values, list) or not all(type(value) is int and 0 <= value < 1 << 62 for value in values):
         raise ValueError(f"{shown(values)} is no list of sizes")
     return tuple(values)

@@ -1,38 +1,40 @@
-"""Saving a canonical checkpoint: by one process or by all ranks of a job together, at once or in the background.
+"""Commit protocol of a canonical checkpoint: one process or all ranks of a job, synchronous or in the background.
 
-Ranks that save together share a folder and, after one barrier, nothing else: they speak through files. Rank 0 makes the
-folder under a hidden name and leaves a notice of it; every rank writes its pieces and, last, publishes its part; rank 0
-gathers the parts, writes the manifest, renames the folder and removes the notice, by which the others know the outcome.
-So the same save runs in a background thread while the framework's collectives go on.
+After one barrier the ranks exchange files only, so a save can run in a background thread while the framework's
+collectives go on:
+
+    1. rank 0    makes the hidden folder .tmp-tele-step-N-... and posts the notice .saving-step-N.json, which names it
+    2. all       meet at the barrier
+    3. each      writes its pieces to a hidden folder inside and renames that to rank-R when it is synced
+    4. rank 0    moves the files out of all rank-R, writes JSON, assets and the manifest, syncs, renames to step-N
+    5. rank 0    moves ``latest``, prunes old checkpoints, removes the notice
+    6. others    see the notice gone and a manifest with its id: the save is complete
+
+A crash before the rename of step 4 leaves only hidden files, which the next save removes. A crash after it leaves a
+complete step-N that ``latest`` does not name yet.
 """
 
 from __future__ import annotations
 
 import errno
 import json
-import logging
-import re
 import shutil
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-from telechat_twins.core.checkpoint.notice import _SIGHT_S, _Notice, _polls
+from telechat_twins.core.checkpoint.notice import SIGHT_S, Notice, polls
 from telechat_twins.core.checkpoint.pieces import MAX_FILE_BYTES, PieceWriter, Planned, Tensors, write_manifest
-from telechat_twins.core.checkpoint.streams import _copied, _in_turns, _Stream
+from telechat_twins.core.checkpoint.retention import forget_notices, prune, save_number, step_folders
+from telechat_twins.core.checkpoint.streams import Stream, copied, in_turns
 from telechat_twins.core.errors import UserError
-from telechat_twins.core.files.atomic import mark_lives, new_folder, remove_folder, write_text
+from telechat_twins.core.files.atomic import new_folder, write_text
 from telechat_twins.core.files.safetensors import load_json
-
-STEP_FOLDER = re.compile(r"step-(\d{8,})")
-_NUMBER = re.compile(r'^ "number": (\d{1,18}),$', re.MULTILINE)
-_LEFT = re.compile(r"\.saving-step-\d{8,}\.json|\.(latest|\.?saving-step-\d{8,}\.json)-\d+")
-
-_log = logging.getLogger(__name__)
+from telechat_twins.core.types import JsonObject
 
 
 class Ranks(NamedTuple):
@@ -58,99 +60,77 @@ class Asset(NamedTuple):
 ALONE = Ranks(0, 1, lambda: None)
 
 
-def save_checkpoint(
-    root: str | Path,
-    step: int,
-    *,
-    model: dict[str, Any],
-    weights: Tensors,
-    optimizer: Tensors,
-    trainer: dict[str, Any] | None,
-    keep_last: int,
-    assets: Iterable[Path | Asset] = (),
-    max_file_bytes: int = MAX_FILE_BYTES,
-    ranks: Ranks = ALONE,
-) -> Path:
-    """Write ``root/step-00000100`` so that it appears complete or not at all, then move ``root/latest`` to it.
+@dataclass(frozen=True)
+class Contents:
+    """What one rank gives to a checkpoint, and with which ranks.
 
     ``weights`` and ``optimizer`` are whole tensors or pieces, taken one at a time; each is on its way to disk before
     the next is asked for. ``model`` and ``trainer`` are JSON values. ``assets`` are small files (tokenizer) kept with
-    the checkpoint. Saving a step again replaces it. Afterwards only the ``keep_last`` newest checkpoints stay, this one
-    always.
-
-    With ``ranks`` every rank calls this with the same ``root`` and ``step`` and the pieces that it owns; of the rest,
-    rank 0's arguments count. The pieces of all ranks must make up each tensor, every element once (ValueError).
-
-    Returns the new folder, on every rank only when all of it is there. UserError on every rank, with the space needed,
-    when the disk of one is full: the checkpoints before are intact.
+    the checkpoint. Every rank gives the pieces that it owns; of the rest, rank 0's values count. The pieces of all
+    ranks must make up each tensor, every element once.
     """
-    finish = begin_save(
-        root,
-        step,
-        model=model,
-        weights=weights,
-        optimizer=optimizer,
-        trainer=trainer,
-        keep_last=keep_last,
-        assets=assets,
-        max_file_bytes=max_file_bytes,
-        ranks=ranks,
-    )
-    return finish()
+
+    model: JsonObject
+    weights: Tensors
+    optimizer: Tensors = ()
+    trainer: JsonObject | None = None
+    assets: Sequence[Path | Asset] = ()
+    max_file_bytes: int = MAX_FILE_BYTES
+    ranks: Ranks = ALONE
 
 
-def begin_save(
-    root: str | Path,
-    step: int,
-    *,
-    model: dict[str, Any],
-    weights: Tensors,
-    optimizer: Tensors,
-    trainer: dict[str, Any] | None,
-    keep_last: int,
-    assets: Iterable[Path | Asset] = (),
-    max_file_bytes: int = MAX_FILE_BYTES,
-    ranks: Ranks = ALONE,
-) -> Callable[[], Path]:
+def save_checkpoint(root: str | Path, step: int, contents: Contents, *, keep_last: int) -> Path:
+    """Write ``root/step-00000100`` so that it appears complete or not at all, then move ``root/latest`` to it.
+
+    Saving a step again replaces it. Afterwards only the ``keep_last`` newest checkpoints stay, this one always. With
+    several ranks, every rank calls this with the same ``root``, ``step`` and ``keep_last``.
+
+    Returns the new folder, on every rank only when all of it is there. ValueError when the pieces do not make up their
+    tensors. UserError on every rank, with the space needed, when the disk of one is full: the checkpoints before are
+    intact.
+    """
+    return begin_save(root, step, contents, keep_last=keep_last)()
+
+
+def begin_save(root: str | Path, step: int, contents: Contents, *, keep_last: int) -> Callable[[], Path]:
     """save_checkpoint up to the barrier; the function returned does the rest, in any thread, and returns the folder."""
     folder = Path(root) / f"step-{step:08d}"
 
     def publish() -> None:
+        # The folder stands under its name. A crash before the next line leaves ``latest`` at the checkpoint before,
+        # which is pruned only after ``latest`` has moved: ``latest`` names a whole folder at every moment.
         write_text(folder.parent / "latest", folder.name + "\n")
-        _prune(folder.parent, folder, keep_last)
-        _forget_notices(folder)
+        prune(folder.parent, folder, keep_last)
+        forget_notices(folder)
 
     def number() -> int:
-        return 1 + max(map(_save_number, _saved(folder.parent)), default=0)
+        return 1 + max(map(save_number, step_folders(folder.parent)), default=0)
 
-    streams = {"weights": _Stream(weights), "optimizer": _Stream(optimizer)}
-    job = _Job(folder, step, model, trainer, streams, tuple(assets), max_file_bytes, ranks, publish, number=number)
-    return _begin(job)
+    return _begin(_Save(folder, step, contents, _streams(contents), publish, number=number))
 
 
 def write_checkpoint(
     folder: str | Path,
     step: int,
     *,
-    model: dict[str, Any],
+    model: JsonObject,
     weights: Tensors,
     optimizer: Tensors = (),
-    trainer: dict[str, Any] | None = None,
-    assets: Iterable[Path | Asset] = (),
+    trainer: JsonObject | None = None,
+    assets: Sequence[Path | Asset] = (),
     max_file_bytes: int = MAX_FILE_BYTES,
-    ranks: Ranks = ALONE,
     planned: Mapping[str, Planned] | None = None,
 ) -> Path:
-    """Write one checkpoint folder atomically, without ``latest`` and pruning; arguments as in save_checkpoint.
+    """Write one checkpoint folder atomically, by one process, without ``latest`` and pruning; fields as in Contents.
 
     ``planned``: the pieces of both kinds, where they are known before they are made. They are then written past the
     file cache, and the kinds are taken in turns, so that they end together, and else one after the other.
     """
-    streams = {"weights": _Stream(weights), "optimizer": _Stream(optimizer)}
+    contents = Contents(model, weights, optimizer, trainer, assets, max_file_bytes)
+    streams = _streams(contents)
     for kind, plan in (planned or {}).items():
         streams[kind].size = plan.nbytes
-    job = _Job(Path(folder), step, model, trainer, streams, tuple(assets), max_file_bytes, ranks, lambda: None, planned)
-    return _begin(job)()
+    return _begin(_Save(Path(folder), step, contents, streams, lambda: None, planned))()
 
 
 class Saver:
@@ -169,17 +149,15 @@ class Saver:
         """Whether the save in the background is known to have failed; ``wait`` raises its error."""
         return self._error is not None
 
-    def save(
-        self, root: str | Path, step: int, *, asynchronous: bool, weights: Tensors, optimizer: Tensors, **rest: Any
-    ) -> None:
+    def save(self, root: str | Path, step: int, contents: Contents, *, keep_last: int, asynchronous: bool) -> None:
         """save_checkpoint, with its arguments. ``asynchronous``: all arrays are copied, then written in the background.
 
         Waits for the save before, and raises its error. All ranks must agree about ``asynchronous``.
         """
         self.wait()
         if asynchronous:
-            weights, optimizer = _copied(weights), _copied(optimizer)
-        finish = begin_save(root, step, weights=weights, optimizer=optimizer, **rest)
+            contents = replace(contents, weights=copied(contents.weights), optimizer=copied(contents.optimizer))
+        finish = begin_save(root, step, contents, keep_last=keep_last)
         if not asynchronous:
             self.last = finish()
             return
@@ -205,43 +183,47 @@ class Saver:
 
 
 @dataclass(frozen=True)
-class _Job:
-    """One save: what to write where, with whom, and what rank 0 does when it stands."""
+class _Save:
+    """One save: contents, place, and what rank 0 does once the folder has its name."""
 
     folder: Path
     step: int
-    model: dict[str, Any]
-    trainer: dict[str, Any] | None
-    streams: dict[str, _Stream]
-    assets: tuple[Path | Asset, ...]
-    max_file_bytes: int
-    ranks: Ranks
+    contents: Contents
+    streams: dict[str, Stream]
     publish: Callable[[], None]
     planned: Mapping[str, Planned] | None = None
     number: Callable[[], int | None] = lambda: None  # which save of its run this one is
 
+    @property
+    def ranks(self) -> Ranks:
+        return self.contents.ranks
+
     def texts(self) -> dict[str, str]:
         """The JSON files by name."""
-        texts = {"model.json": _json(self.model)}
-        if self.trainer is not None:
-            texts["trainer.json"] = _json(self.trainer)
+        texts = {"model.json": _json(self.contents.model)}
+        if self.contents.trainer is not None:
+            texts["trainer.json"] = _json(self.contents.trainer)
         return texts
 
-    def write_tensors(self, folder: Path, rank: int | None = None, watch: Callable[[], None] | None = None) -> Any:
+    def write_tensors(
+        self, folder: Path, rank: int | None = None, watch: Callable[[], None] | None = None
+    ) -> JsonObject:
         """All pieces of this rank into ``folder``; their description. ``watch`` is called between them."""
-        with PieceWriter(folder, self.max_file_bytes, rank, self.planned) as writer:
-            for kind, piece in _in_turns(self.streams):
+        with PieceWriter(folder, self.contents.max_file_bytes, rank, self.planned) as writer:
+            for kind, piece in in_turns(self.streams):
                 writer.add(kind, piece)
                 del piece  # or it would stay in memory while the next one is made
                 if watch is not None:
                     watch()
         return writer.part()
 
-    def complete(self, folder: Path, texts: Mapping[str, str], parts: Sequence[Any], save: str | None = None) -> None:
-        """Everything that is not a tensor."""
+    def complete(
+        self, folder: Path, texts: Mapping[str, str], parts: Sequence[JsonObject], save: str | None = None
+    ) -> None:
+        """Everything that is not a tensor. The manifest comes last: it lists the size and hash of every other file."""
         for name, text in texts.items():
             (folder / name).write_text(text, encoding="utf-8")
-        for asset in self.assets:
+        for asset in self.contents.assets:
             (folder / "assets").mkdir(exist_ok=True)
             place = folder / "assets" / asset.name
             if isinstance(asset, Asset):
@@ -255,86 +237,98 @@ class _Job:
         return sum(stream.drain() for stream in self.streams.values())
 
 
-def _begin(job: _Job) -> Callable[[], Path]:
+def _streams(contents: Contents) -> dict[str, Stream]:
+    return {"weights": Stream(contents.weights), "optimizer": Stream(contents.optimizer)}
+
+
+def _begin(save: _Save) -> Callable[[], Path]:
     """Do what needs the other ranks' presence; the function returned does the rest, in any thread."""
-    if job.ranks.size == 1:
-        return _begin_alone(job)
-    return _begin_first(job) if job.ranks.rank == 0 else _begin_other(job)
+    if save.ranks.size == 1:
+        return _begin_alone(save)
+    return _begin_first(save) if save.ranks.rank == 0 else _begin_other(save)
 
 
-def _begin_alone(job: _Job) -> Callable[[], Path]:
-    texts = job.texts()
+def _begin_alone(save: _Save) -> Callable[[], Path]:
+    texts = save.texts()
 
     def finish() -> Path:
-        with new_folder(job.folder, lambda: job.needed() + sum(map(len, texts.values()))) as building:
-            job.complete(building, texts, [job.write_tensors(building)])
-        job.publish()
-        return job.folder
+        # new_folder syncs every file and folder before it renames, so the name step-N never stands for data that a
+        # power failure could still lose. A crash inside the block leaves a hidden folder for the next save to remove.
+        with new_folder(save.folder, lambda: save.needed() + sum(map(len, texts.values()))) as building:
+            save.complete(building, texts, [save.write_tensors(building)])
+        save.publish()
+        return save.folder
 
     return finish
 
 
-def _begin_first(job: _Job) -> Callable[[], Path]:
-    """Rank 0: makes the folder, gathers the parts, and tells the others how it ended."""
-    notice = _Notice(job.folder)
+def _begin_first(save: _Save) -> Callable[[], Path]:
+    """Rank 0: makes the folder, gathers the parts, and publishes the outcome to the other ranks."""
+    notice = Notice(save.folder)
     met = False
     try:
         with ExitStack() as entered:
-            texts = job.texts()
-            building = entered.enter_context(new_folder(job.folder))
+            texts = save.texts()  # values that are not JSON fail here, before any rank writes
+            building = entered.enter_context(new_folder(save.folder))
+            # Posted before the barrier: whoever passes it finds the notice of this save, not one that a killed save
+            # of the same step left behind.
             notice.post(building)
             met = True
-            job.ranks.barrier()
+            save.ranks.barrier()
             folder_to_be = entered.pop_all()
     except BaseException as error:
-        notice.refuse(_told(error, job))
+        notice.refuse(_reason(error, save))
+        # The others are on their way to the barrier: meet them there, so that they go on to read the refusal.
         if not met:
-            job.ranks.barrier()
+            save.ranks.barrier()
         raise
 
     def finish() -> Path:
         try:
-            with folder_to_be:
-                _write_part(job, building, lambda: _raise_failure(building, job))
-                parts = _gathered(job, building)
-                job.complete(building, texts, parts, notice.id)
-            job.publish()
+            with folder_to_be:  # on a clean exit synced and renamed to step-N: the commit point; else removed
+                _write_part(save, building, lambda: _raise_failure(building, save))
+                parts = _gathered(save, building)
+                # The manifest carries the notice's id, by which the other ranks tell this save of a step from an
+                # earlier one under the same name.
+                save.complete(building, texts, parts, notice.id)
+            save.publish()
         except BaseException as error:
-            told = _told(error, job)
-            notice.refuse(told)
+            reason = _reason(error, save)
+            notice.refuse(reason)
             if isinstance(error, OSError):
-                raise UserError(told) from None
+                raise UserError(reason) from None
             raise
+        # Last of all: an absent notice beside a manifest with its id means success to the other ranks.
         notice.withdraw()
-        return job.folder
+        return save.folder
 
     return finish
 
 
-def _begin_other(job: _Job) -> Callable[[], Path]:
-    """Any other rank: writes its part, then waits for rank 0's word."""
-    job.ranks.barrier()
+def _begin_other(save: _Save) -> Callable[[], Path]:
+    """Any other rank: writes its part, then waits for the outcome that rank 0 publishes."""
+    save.ranks.barrier()
 
     def finish() -> Path:
-        notice = _Notice(job.folder)
+        notice = Notice(save.folder)
         building = notice.follow()
         try:
-            _write_part(job, building, notice.check)
+            _write_part(save, building, notice.check)
         except BaseException as error:
-            told = _told(error, job)
-            _mark_failed(building, job.ranks.rank, told)
+            reason = _reason(error, save)
+            _mark_failed(building, save.ranks.rank, reason)
             if getattr(error, "errno", None) in (errno.ENOENT, errno.ESTALE) or not building.exists():
-                # Rank 0 gave up first and is taking the folder away: its word explains our error.
-                told = notice.outcome(_SIGHT_S) or told
+                # Rank 0 gave up first and is removing the folder: its reason explains our error.
+                reason = notice.outcome(SIGHT_S) or reason
                 shutil.rmtree(building, ignore_errors=True)  # should our part have come after that
             if isinstance(error, OSError | UserError):
-                raise UserError(told) from None
+                raise UserError(reason) from None
             raise
-        # Rank 0 says when it is lost; the limit is for one that died and a launcher that did not notice.
-        if refusal := notice.outcome(8 * job.ranks.timeout_s):
+        # Rank 0 reports a lost save itself; the time limit is for a rank 0 that died without the launcher noticing.
+        if refusal := notice.outcome(8 * save.ranks.timeout_s):
             shutil.rmtree(building, ignore_errors=True)
             raise UserError(refusal)
-        return job.folder
+        return save.folder
 
     return finish
 
@@ -343,7 +337,7 @@ def _part_name(rank: int) -> str:
     return f"rank-{rank:05d}"
 
 
-def _write_part(job: _Job, building: Path, check: Callable[[], None]) -> None:
+def _write_part(save: _Save, building: Path, check: Callable[[], None]) -> None:
     """This rank's pieces and their description, which appear beside those of the others in one step.
 
     ``check`` raises when the save is lost already; it is called once a second.
@@ -356,30 +350,34 @@ def _write_part(job: _Job, building: Path, check: Callable[[], None]) -> None:
             check()
             last = time.monotonic()
 
-    place = building / _part_name(job.ranks.rank)
+    # The pieces and part.json are synced under a hidden name and appear as rank-R in one rename, so rank 0 never
+    # reads a part that is still being written: the folder's existence is the message that it is complete.
+    place = building / _part_name(save.ranks.rank)
     try:
-        with new_folder(place, job.needed) as part:
-            described = job.write_tensors(part, job.ranks.rank, watch)
+        with new_folder(place, save.needed) as part:
+            described = save.write_tensors(part, save.ranks.rank, watch)
             (part / "part.json").write_text(json.dumps(described), encoding="utf-8")
     except UserError as error:
-        raise UserError(str(error).replace(f"{place}:", f"{job.folder}: rank {job.ranks.rank}:")) from None
+        raise UserError(str(error).replace(f"{place}:", f"{save.folder}: rank {save.ranks.rank}:")) from None
 
 
-def _gathered(job: _Job, building: Path) -> list[dict[str, Any]]:
+def _gathered(save: _Save, building: Path) -> list[JsonObject]:
     """The descriptions of all parts, in rank order, when they are there; their files move into ``building``."""
-    missing = list(range(job.ranks.size))
-    for _ in _polls(job.ranks.timeout_s):
-        _raise_failure(building, job)
+    missing = list(range(save.ranks.size))
+    for _ in polls(save.ranks.timeout_s):
+        _raise_failure(building, save)
         missing = [rank for rank in missing if not (building / _part_name(rank)).is_dir()]
         if not missing:
             break
     else:
         raise UserError(
-            f"{job.folder}: rank {missing[0]} was not ready {job.ranks.timeout_s:g} s after rank 0 "
-            f"({len(missing)} of {job.ranks.size} ranks missing); nothing was replaced"
+            f"{save.folder}: rank {missing[0]} was not ready {save.ranks.timeout_s:g} s after rank 0 "
+            f"({len(missing)} of {save.ranks.size} ranks missing); nothing was replaced"
         )
+    # Renames inside one file system: no byte is copied. File names carry the rank, so none collide. A crash in between
+    # loses the whole hidden folder, never a checkpoint that stands.
     parts = []
-    for rank in range(job.ranks.size):
+    for rank in range(save.ranks.size):
         folder = building / _part_name(rank)
         parts.append(load_json(folder / "part.json", "the description of a rank's part"))
         (folder / "part.json").unlink()
@@ -389,76 +387,31 @@ def _gathered(job: _Job, building: Path) -> list[dict[str, Any]]:
     return parts
 
 
-def _mark_failed(building: Path, rank: int, told: str) -> None:
+def _mark_failed(building: Path, rank: int, reason: str) -> None:
     """Let rank 0 know, even on a full disk, where a name may still be made though nothing can be written."""
     marker = building / f"{_part_name(rank)}.failed"
     with suppress(OSError, UserError):
-        write_text(marker, told)
+        write_text(marker, reason)
         return
     with suppress(OSError):
         marker.touch()
 
 
-def _raise_failure(building: Path, job: _Job) -> None:
+def _raise_failure(building: Path, save: _Save) -> None:
     for marker in sorted(building.glob("rank-*.failed")):
-        told = marker.read_text(encoding="utf-8", errors="replace")
-        raise UserError(told or f"{job.folder}: rank {int(marker.stem[5:])} could not save nor say why")
+        reason = marker.read_text(encoding="utf-8", errors="replace")
+        raise UserError(reason or f"{save.folder}: rank {int(marker.stem[5:])} failed to save (no reason recorded)")
 
 
-def _told(error: BaseException, job: _Job) -> str:
+def _reason(error: BaseException, save: _Save) -> str:
     """One line for the other ranks."""
     if isinstance(error, UserError):
         return str(error)
-    where = f"{job.folder}: rank {job.ranks.rank}"
+    where = f"{save.folder}: rank {save.ranks.rank}"
     if isinstance(error, OSError):
         return f"{where}: cannot be written ({error.strerror or error}); nothing was replaced"
-    return f"{where} could not save ({type(error).__name__}: {str(error).partition(chr(10))[0]})"
+    return f"{where} failed to save ({type(error).__name__}: {str(error).partition(chr(10))[0]})"
 
 
-def _saved(root: Path) -> list[Path]:
-    """The step folders of a run."""
-    return [p for p in root.iterdir() if STEP_FOLDER.fullmatch(p.name) and (p / "manifest.json").is_file()]
-
-
-def _save_number(folder: Path) -> int:
-    """Which save of its run a checkpoint was; 0 where that was not counted yet, or its manifest cannot be read."""
-    try:
-        with open(folder / "manifest.json", encoding="utf-8") as file:
-            head = file.read(1000)
-            if found := _NUMBER.search(head):  # where write_manifest puts it; the rest may be megabytes
-                return int(found[1])
-            number = json.loads(head + file.read()).get("number", 0)
-        return number if type(number) is int else 0
-    except (OSError, ValueError, AttributeError):
-        return 0
-
-
-def _prune(root: Path, newest: Path, keep_last: int) -> None:
-    """Keep ``newest`` and the ``keep_last`` - 1 saved last before it.
-
-    Not those of the highest steps, since a run may go back to an older one, nor by the time of their files, since
-    clocks are set and files copied: by their number. Those without one were saved before all others, in the order of
-    time.
-    """
-    others = [p for p in _saved(root) if p != newest]
-    others.sort(key=lambda p: (_save_number(p), (p / "manifest.json").stat().st_mtime_ns, p.name), reverse=True)
-    for folder in others[max(keep_last - 1, 0) :]:
-        try:
-            remove_folder(folder)
-        except OSError as error:
-            _log.warning("%s: old checkpoint could not be removed (%s)", folder, error.strerror)
-
-
-def _forget_notices(folder: Path) -> None:
-    """Remove the notices of saves that were given up or killed (that of this save goes last), and what is left of files
-    that an earlier version of this program was writing when it was killed."""
-    own = _Notice(folder).path
-    for left in folder.parent.glob(".*"):
-        if left.name != own.name and _LEFT.fullmatch(left.name):
-            pid = left.name.rpartition("-")[2]
-            if left.suffix == ".json" or not mark_lives(pid):
-                left.unlink(missing_ok=True)
-
-
-def _json(value: Any) -> str:
+def _json(value: object) -> str:
     return json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n"

@@ -10,7 +10,7 @@ import numpy as np
 from telechat_twins.core.checkpoint.pieces import TensorPiece, Tensors, whole
 
 
-class _Stream:
+class Stream:
     """A stream of pieces that knows the bytes that passed, so that a failed save can say what it would take.
 
     ``size``: all bytes that will, where they are known and the stream takes turns with others.
@@ -42,7 +42,7 @@ class _Stream:
         return self._bytes
 
 
-def _in_turns(streams: Mapping[str, _Stream]) -> Iterator[tuple[str, TensorPiece]]:
+def in_turns(streams: Mapping[str, Stream]) -> Iterator[tuple[str, TensorPiece]]:
     """The pieces with their kinds: always of the stream of which least has passed, of the first among equals."""
     left = {kind: iter(stream) for kind, stream in streams.items()}
     while left:
@@ -55,9 +55,9 @@ def _in_turns(streams: Mapping[str, _Stream]) -> Iterator[tuple[str, TensorPiece
         del piece
 
 
-def _copied(tensors: Tensors) -> Iterator[TensorPiece]:
+def copied(tensors: Tensors) -> Iterator[TensorPiece]:
     """The pieces with arrays of their own, all made now; each is let go when it has been taken."""
-    kept = deque(piece._replace(array=np.array(piece.array)) for piece in _Stream(tensors))
+    kept = deque(piece._replace(array=np.array(piece.array)) for piece in Stream(tensors))
 
     def taken() -> Iterator[TensorPiece]:
         while kept:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from telechat_twins.core.checkpoint.save import STEP_FOLDER
+from telechat_twins.core.checkpoint.retention import STEP_FOLDER
 from telechat_twins.core.errors import UserError
 from telechat_twins.core.files.atomic import write_text
 from telechat_twins.core.files.foreign import read_text

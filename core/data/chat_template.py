@@ -15,7 +15,6 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from telechat_twins.core.data.control import (
     BOT,
@@ -30,6 +29,7 @@ from telechat_twins.core.data.control import (
 from telechat_twins.core.data.tokenizer import Allow, Tokenizer
 from telechat_twins.core.errors import UserError
 from telechat_twins.core.files.foreign import parse_value
+from telechat_twins.core.types import JsonObject
 
 DEFAULT_SYSTEM = (
     "你是中国电信星辰语义大模型，英文名是TeleChat，你是由中电信人工智能科技有限公司和"
@@ -48,8 +48,8 @@ class Part:
 
 
 def render(
-    messages: Sequence[Mapping[str, Any]],
-    tools: Sequence[Any] | None = None,
+    messages: Sequence[JsonObject],
+    tools: Sequence[object] | None = None,
     add_generation_prompt: bool = True,
 ) -> str:
     """The chat as text, character for character as the released template renders it."""
@@ -58,8 +58,8 @@ def render(
 
 def encode_chat(
     tokenizer: Tokenizer,
-    messages: Sequence[Mapping[str, Any]],
-    tools: Sequence[Any] | None = None,
+    messages: Sequence[JsonObject],
+    tools: Sequence[object] | None = None,
     add_generation_prompt: bool = True,
     allow_control: Allow = False,
 ) -> list[int]:
@@ -109,8 +109,8 @@ def encode_parts(
 
 
 def chat_parts(
-    messages: Sequence[Mapping[str, Any]],
-    tools: Sequence[Any] | None = None,
+    messages: Sequence[JsonObject],
+    tools: Sequence[object] | None = None,
     add_generation_prompt: bool = True,
 ) -> list[Part]:
     """The chat as parts. UserError names the message whose role or content is not usable."""
@@ -132,7 +132,7 @@ def chat_parts(
     return [part for part in parts if part.text]
 
 
-def _system_parts(first: Mapping[str, Any], tools: Sequence[Any] | None) -> list[Part]:
+def _system_parts(first: JsonObject, tools: Sequence[object] | None) -> list[Part]:
     system = first["content"] if first["role"] == "system" else DEFAULT_SYSTEM
     parts = [Part(SYSTEM, control=True), Part(system)]
     if not tools:
@@ -151,7 +151,7 @@ def _system_parts(first: Mapping[str, Any], tools: Sequence[Any] | None) -> list
     return [*parts, Part(TOOL_CALL_END, control=True), Part("\n\n")]
 
 
-def _assistant_parts(message: Mapping[str, Any]) -> list[Part]:
+def _assistant_parts(message: JsonObject) -> list[Part]:
     parts = [Part(BOT, control=True), Part(message.get("content") or "", answer=True)]
     for n, call in enumerate(message.get("tool_calls") or ()):
         call = call.get("function", call)
@@ -165,7 +165,7 @@ def _assistant_parts(message: Mapping[str, Any]) -> list[Part]:
     return [*parts, Part(END, control=True, answer=True), Part("\n")]
 
 
-def tool_arguments(value: Any) -> dict[str, Any]:
+def tool_arguments(value: object) -> JsonObject:
     """A call's arguments as an object; the OpenAI interface has them as its JSON text. ValueError for anything else."""
     if isinstance(value, str):
         try:
@@ -177,14 +177,14 @@ def tool_arguments(value: Any) -> dict[str, Any]:
     return value
 
 
-def _tool_parts(message: Mapping[str, Any], follows_tool: bool) -> list[Part]:
+def _tool_parts(message: JsonObject, follows_tool: bool) -> list[Part]:
     # Consecutive results share one <_user>.
     parts = [Part("\n")] if follows_tool else [Part(USER, control=True)]
     parts += [Part(TOOL_RESPONSE, control=True), Part(f"\n{message['content']}\n")]
     return [*parts, Part(TOOL_RESPONSE_END, control=True)]
 
 
-def _check(message: Any, n: int) -> None:
+def _check(message: object, n: int) -> None:
     if not isinstance(message, Mapping):
         raise UserError(f"messages[{n}]: expected an object with role and content, found {type(message).__name__}")
     role = message.get("role")
@@ -203,5 +203,5 @@ def _check(message: Any, n: int) -> None:
             raise UserError(f"messages[{n}].tool_calls[{k}]: expected an object with name and arguments")
 
 
-def _json(value: Any) -> str:
+def _json(value: object) -> str:
     return json.dumps(value, ensure_ascii=False)

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, overload
+from typing import BinaryIO, overload
 
 from telechat_twins.core.data.chat_template import DEFAULT_SYSTEM, ROLES, tool_arguments
 from telechat_twins.core.data.control import BOT, USER
@@ -14,6 +14,7 @@ from telechat_twins.core.data.rows import OnBytes, keys_found, open_file, parse_
 from telechat_twins.core.errors import UserError
 from telechat_twins.core.files.foreign import parse_value
 from telechat_twins.core.shown import printable
+from telechat_twins.core.types import JsonObject
 
 # The keys that are read: of a row, by the one that tells its shape; of a message; of a call.
 _SHAPES = {
@@ -36,9 +37,9 @@ class Dialogue:
     """
 
     where: str
-    messages: list[dict[str, Any]]
+    messages: list[JsonObject]
     system: str | None = None
-    tools: list[Any] | None = None
+    tools: list[object] | None = None
     multiturn: bool = False
     tool: bool = False
     pair: tuple[str, str] | None = field(default=None)
@@ -49,7 +50,7 @@ class Dialogue:
         return DEFAULT_SYSTEM + "\n" if self.system is None else self.system
 
 
-def parse_dialogue(row: dict[str, Any], where: str, ignore: Collection[str] = ()) -> Dialogue:
+def parse_dialogue(row: JsonObject, where: str, ignore: Collection[str] = ()) -> Dialogue:
     """A row of one of the three shapes of docs/data.md:
 
     {"system", "dialog": [...], "multiturn", "tool"}, {"messages": [...], "tools"}, or {"instruction", "input",
@@ -87,7 +88,7 @@ def parse_dialogue(row: dict[str, Any], where: str, ignore: Collection[str] = ()
 
 
 def refuse_unread(
-    value: Mapping[str, Any], known: Collection[str], name: str, where: str, ignore: Collection[str] = ()
+    value: JsonObject, known: Collection[str], name: str, where: str, ignore: Collection[str] = ()
 ) -> None:
     """UserError for a key of ``value`` (called ``name``) that is none of ``known``; empty values say nothing."""
     for key, given in value.items():
@@ -108,7 +109,7 @@ def refuse_unread(
         )
 
 
-def _shape(row: dict[str, Any], where: str) -> str:
+def _shape(row: JsonObject, where: str) -> str:
     """The key of _SHAPES that tells what kind of row this is."""
     given = [shape for shape in _SHAPES if shape in row]
     if "output" in given and not row.keys() & {"instruction", "input"}:
@@ -124,12 +125,12 @@ def _shape(row: dict[str, Any], where: str) -> str:
     )
 
 
-def _pair(row: dict[str, Any], where: str) -> tuple[tuple[str, str] | None, list[dict[str, Any]]]:
+def _pair(row: JsonObject, where: str) -> tuple[tuple[str, str] | None, list[JsonObject]]:
     """(the texts of a bare input/output row, or None; the messages of a row with an output)."""
     given = _optional_text(row, "input", where) or ""
     instruction = _optional_text(row, "instruction", where) or ""
     answer = _text(row, "output", where)
-    earlier: list[dict[str, Any]] = []
+    earlier: list[JsonObject] = []
     for n, turn in enumerate(_list(row.get("history") or [], "history", where)):
         if not isinstance(turn, list) or len(turn) != 2 or not all(isinstance(text, str) for text in turn):
             raise UserError(f"{where}: 'history[{n}]' must be a list of two texts, a question and its answer")
@@ -142,9 +143,9 @@ def _pair(row: dict[str, Any], where: str) -> tuple[tuple[str, str] | None, list
     return None if earlier else (given, answer), [*earlier, *_turns(given, answer)]
 
 
-def _messages(row: dict[str, Any], key: str, where: str, ignore: Collection[str]) -> list[dict[str, Any]]:
-    messages: list[dict[str, Any]] = []
-    calls: list[Mapping[str, Any]] = []  # those that the tool messages below answer, one after another
+def _messages(row: JsonObject, key: str, where: str, ignore: Collection[str]) -> list[JsonObject]:
+    messages: list[JsonObject] = []
+    calls: list[JsonObject] = []  # those that the tool messages below answer, one after another
     for n, value in enumerate(_list(row[key], key, where)):
         message = _message(value, f"{key}[{n}]", where, ignore)
         if message["role"] == "tool":
@@ -155,7 +156,7 @@ def _messages(row: dict[str, Any], key: str, where: str, ignore: Collection[str]
     return messages
 
 
-def _check_result(message: dict[str, Any], call: Mapping[str, Any], name: str, where: str) -> None:
+def _check_result(message: JsonObject, call: JsonObject, name: str, where: str) -> None:
     """The layout gives results no names: they belong to the calls by their order alone, which names may contradict."""
     for key, wanted in (("tool_call_id", call.get("id")), ("name", call.get("name"))):
         given = message.pop(key, None)
@@ -185,7 +186,7 @@ class DialogueFile(Sequence[Dialogue]):
                 self._offset.append(row.offset)
                 self._size.append(len(row.data))
                 self._line.append(row.line)
-        self._handle: tuple[int, Any] | None = None
+        self._handle: tuple[int, BinaryIO] | None = None
 
     def __len__(self) -> int:
         return len(self._offset)
@@ -217,12 +218,12 @@ class DialogueFile(Sequence[Dialogue]):
             self._handle = None
 
 
-def _turns(question: str, answer: str) -> list[dict[str, Any]]:
+def _turns(question: str, answer: str) -> list[JsonObject]:
     """Messages of an input/output row; an input written as <_user>q<_bot>a...<_user>q is taken apart."""
     plain = [{"role": "user", "content": question}, {"role": "bot", "content": answer}]
     if not question.startswith(USER):
         return plain
-    messages: list[dict[str, Any]] = []
+    messages: list[JsonObject] = []
     turns = question.split(USER)[1:]
     for n, turn in enumerate(turns):
         asked, marker, said = turn.partition(BOT)
@@ -234,7 +235,7 @@ def _turns(question: str, answer: str) -> list[dict[str, Any]]:
     return [*messages, {"role": "bot", "content": answer}]
 
 
-def _message(value: Any, name: str, where: str, ignore: Collection[str]) -> dict[str, Any]:
+def _message(value: object, name: str, where: str, ignore: Collection[str]) -> JsonObject:
     if not isinstance(value, dict) or not isinstance(value.get("role"), str):
         raise UserError(f"{where}: '{name}' must be an object with role and content")
     role = value["role"]
@@ -256,7 +257,7 @@ def _message(value: Any, name: str, where: str, ignore: Collection[str]) -> dict
     return message
 
 
-def _call(value: Any, place: int, name: str, where: str, ignore: Collection[str]) -> dict[str, Any]:
+def _call(value: object, place: int, name: str, where: str, ignore: Collection[str]) -> JsonObject:
     """{"name", "arguments", "id"} of a call, written flat or as the OpenAI interface writes it."""
     if not isinstance(value, dict):
         raise UserError(f"{where}: '{name}' must be an object, found {type(value).__name__}")
@@ -282,13 +283,13 @@ def _call(value: Any, place: int, name: str, where: str, ignore: Collection[str]
     return call if value.get("id") is None else {**call, "id": value["id"]}
 
 
-def _list(value: Any, name: str, where: str) -> list[Any]:
+def _list(value: object, name: str, where: str) -> list[object]:
     if not isinstance(value, list):
         raise UserError(f"{where}: '{name}' must be a list, found {type(value).__name__}")
     return value
 
 
-def _json_list(value: Any, name: str, where: str) -> list[Any] | None:
+def _json_list(value: object, name: str, where: str) -> list[object] | None:
     """A list, or a string that holds one as JSON (as in the released tool files); None when absent or empty."""
     if isinstance(value, str) and value.strip():
         try:
@@ -299,17 +300,17 @@ def _json_list(value: Any, name: str, where: str) -> list[Any] | None:
     return _list(value, name, where) if value else None
 
 
-def _text(row: dict[str, Any], name: str, where: str) -> str:
+def _text(row: JsonObject, name: str, where: str) -> str:
     if not isinstance(row[name], str):
         raise UserError(f"{where}: '{name}' must be text, found {type(row[name]).__name__}")
     return row[name]
 
 
-def _optional_text(row: dict[str, Any], name: str, where: str) -> str | None:
+def _optional_text(row: JsonObject, name: str, where: str) -> str | None:
     return None if row.get(name) is None else _text(row, name, where)
 
 
-def _flag(row: dict[str, Any], name: str, default: bool, where: str) -> bool:
+def _flag(row: JsonObject, name: str, default: bool, where: str) -> bool:
     value = row.get(name)
     if value is None:
         return default

@@ -18,10 +18,9 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any
 
 import numpy as np
 
@@ -46,6 +45,7 @@ from telechat_twins.core.errors import UserError
 from telechat_twins.core.files.atomic import clean_stale, mark_lives, publish, standing, start_building
 from telechat_twins.core.files.foreign import load_json
 from telechat_twins.core.model.batch import IGNORE
+from telechat_twins.core.types import JsonObject
 
 
 class PackedWriter:
@@ -129,7 +129,7 @@ class PackedWriter:
         # Position 0 of a sequence is predicted by nothing.
         self.targets += int(loss_mask[1:].sum())
 
-    def finish(self, extra: dict[str, Any] | None = None) -> dict[str, Any]:
+    def finish(self, extra: JsonObject | None = None) -> JsonObject:
         """Write meta.json, make the folder visible under its name, return the meta."""
         text = self._kind == "text"
         if self.documents == 0 or self.tokens < 2 or not (text or self.targets):
@@ -175,7 +175,7 @@ class PackedWriter:
             self._files[name].write(array.tobytes())
 
     @contextlib.contextmanager
-    def _disk(self) -> Any:
+    def _disk(self) -> Iterator[None]:
         try:
             yield
         except OSError as error:
@@ -373,7 +373,7 @@ def _remove_abandoned(out: Path) -> None:
             shutil.rmtree(folder, ignore_errors=True)
 
 
-def _unverified(path: Path, meta: dict[str, Any], large: list[str]) -> str:
+def _unverified(path: Path, meta: JsonObject, large: list[str]) -> str:
     """The note about a folder of version 1."""
     missing = [name for name, facts in meta["files"].items() if "sha256" not in facts]
     what = "its meta.json has no hash"

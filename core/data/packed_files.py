@@ -13,12 +13,13 @@ import os
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 import numpy as np
 
 from telechat_twins.core.errors import UserError
 from telechat_twins.core.files.foreign import load_json
+from telechat_twins.core.types import JsonObject
 
 FORMAT, VERSION = "telechat-packed", 2
 VERSIONS = (1, 2)  # 1: without the hash of meta.json and those of blocks
@@ -75,7 +76,7 @@ class HashedFile:
         else:
             self._bytes += len(data)
 
-    def close(self) -> dict[str, Any]:
+    def close(self) -> JsonObject:
         """Everything to disk; the file's facts for meta.json. The file of the sums is closed after this one."""
         if self._sums is not None and self._bytes % BLOCK:
             self._end_block()
@@ -114,7 +115,7 @@ class Blocks:
             self._known[block] = True
 
 
-def read_meta(folder: Path) -> dict[str, Any]:
+def read_meta(folder: Path) -> JsonObject:
     """meta.json, whole and consistent; UserError otherwise. Says nothing of the other files."""
     file = folder / "meta.json"
     if not folder.is_dir():
@@ -145,7 +146,7 @@ def _check_seal(file: Path, version: int) -> None:
         raise UserError(f"{file}: altered, its hash is not the recorded one; {_MENDING}")
 
 
-def _inconsistency(meta: dict[str, Any]) -> str:
+def _inconsistency(meta: JsonObject) -> str:
     """What in a meta contradicts the rest or is missing; nothing for a meta that can be relied on."""
     if meta.get("kind") not in KINDS or meta.get("dtype") not in ("uint16", "int32"):
         return "kind or dtype"
@@ -185,7 +186,7 @@ def _inconsistency(meta: dict[str, Any]) -> str:
     return ""
 
 
-def check_size(folder: Path, meta: dict[str, Any], name: str) -> None:
+def check_size(folder: Path, meta: JsonObject, name: str) -> None:
     """UserError if a file is missing or has not its recorded size."""
     file, wanted = folder / name, meta["files"][name]["bytes"]
     size = file.stat().st_size if file.is_file() else None
@@ -194,7 +195,7 @@ def check_size(folder: Path, meta: dict[str, Any], name: str) -> None:
         raise UserError(f"{file}: expected {wanted} bytes, found {found}; {_MENDING}")
 
 
-def check_hash(folder: Path, meta: dict[str, Any], name: str, on_bytes: OnBytes | None = None) -> None:
+def check_hash(folder: Path, meta: JsonObject, name: str, on_bytes: OnBytes | None = None) -> None:
     """UserError if a file is not what was written; nothing where no hash is recorded."""
     recorded = meta["files"][name].get("sha256")
     if recorded is None:

@@ -6,7 +6,6 @@ import contextlib
 import sys
 from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from tqdm import tqdm
@@ -35,6 +34,7 @@ from telechat_twins.core.data.sft import (
 )
 from telechat_twins.core.data.tokenizer import Tokenizer
 from telechat_twins.core.errors import UserError
+from telechat_twins.core.types import JsonObject
 
 # Enough for SentencePiece's threads to share; small beside everything else in memory.
 _BATCH_CHARACTERS = 1 << 22
@@ -51,7 +51,7 @@ def pack_text(
     threads: int = 1,
     force: bool = False,
     quiet: bool = False,
-) -> dict[str, Any]:
+) -> JsonObject:
     """Texts -> packed folder ``out`` of kind "text"; returns its meta.
 
     A JSON row is a document, so is any other file. Each document ends with <_end> (and begins with <_start> on
@@ -96,7 +96,7 @@ def pack_dialogues(
     ignore: Collection[str] = (),
     force: bool = False,
     quiet: bool = False,
-) -> dict[str, Any]:
+) -> JsonObject:
     """Dialogues -> packed folder ``out`` of kind "sft" with loss masks; returns its meta.
 
     ``variant`` is one of core.data.sft.VARIANTS; ``template`` applies to "deepspeed", ``shuffle_seed`` and
@@ -104,15 +104,7 @@ def pack_dialogues(
     error. DeepSpeed sequences are stored cut to ``seq_len``, as the released collator cuts
     them. Load the tokenizer with ``in_vocabulary=True``: an id outside the vocabulary is refused here.
     """
-    if variant not in VARIANTS:
-        raise UserError(f"sft: '{variant}' is not one of {', '.join(VARIANTS)}")
-    if seq_len < 2:
-        raise UserError(f"seq_len: must be at least 2, found {seq_len}")
-    files = find_inputs(inputs)
-    for file in files:
-        if not is_rows(file):
-            kinds = " ".join(ROW_SUFFIXES)
-            raise UserError(f"{file}: dialogues are read from files of rows ({kinds}); pack texts without --sft")
+    files = _dialogue_files(inputs, variant, seq_len)
     counts = Counts()
     # The DeepSpeed pipeline groups by system text, so it reads every row once to see it and once to use it.
     passes = 2 if variant == "deepspeed" else 1
@@ -144,6 +136,20 @@ def pack_dialogues(
                 "keys_ignored": sorted(ignore),
             }
         )
+
+
+def _dialogue_files(inputs: Sequence[str | Path], variant: str, seq_len: int) -> list[Path]:
+    """The files of rows that ``inputs`` name; UserError for a wrong option or a file that holds no rows."""
+    if variant not in VARIANTS:
+        raise UserError(f"sft: '{variant}' is not one of {', '.join(VARIANTS)}")
+    if seq_len < 2:
+        raise UserError(f"seq_len: must be at least 2, found {seq_len}")
+    files = find_inputs(inputs)
+    for file in files:
+        if not is_rows(file):
+            kinds = " ".join(ROW_SUFFIXES)
+            raise UserError(f"{file}: dialogues are read from files of rows ({kinds}); pack texts without --sft")
+    return files
 
 
 def read_texts(
@@ -198,7 +204,7 @@ def _batches(blocks: Iterator[Block]) -> Iterator[list[Block]]:
 
 
 @contextlib.contextmanager
-def progress_bar(what: str, total: int, quiet: bool) -> Iterator[Any]:
+def progress_bar(what: str, total: int, quiet: bool) -> Iterator[tqdm]:
     """A progress bar over input bytes with rate and time left; rarely refreshed where nobody watches.
 
     There it also waits before it first shows, so that in a log a mistake found at once is one line.

@@ -13,13 +13,14 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import BinaryIO, NamedTuple
 
 from telechat_twins.core.data.json_items import json_items
 from telechat_twins.core.data.packed import is_packed
 from telechat_twins.core.errors import UserError
 from telechat_twins.core.files.foreign import MAX_LINE, MAX_LINE_VALUES, check_size, lines, parse_value
 from telechat_twins.core.shown import printable
+from telechat_twins.core.types import JsonObject
 
 TEXT_SUFFIXES = (".txt", ".text", ".md", ".rst", ".py")
 JSON_SUFFIX = ".json"
@@ -171,14 +172,14 @@ def raw_rows(path: Path, on_bytes: OnBytes | None = None) -> Iterator[RawRow]:
             offset += len(line)
 
 
-def read_rows(path: Path, on_bytes: OnBytes | None = None) -> Iterator[tuple[str, dict[str, Any]]]:
+def read_rows(path: Path, on_bytes: OnBytes | None = None) -> Iterator[tuple[str, JsonObject]]:
     """("file:line", object) for every row of a file."""
     for row in raw_rows(path, on_bytes):
         where = row.where(path)
         yield where, parse_row(row.data, where)
 
 
-def parse_row(data: bytes, where: str) -> dict[str, Any]:
+def parse_row(data: bytes, where: str) -> JsonObject:
     """A JSON object, strictly: no key twice, no number that is none, no unpaired surrogate. UserError otherwise."""
     try:
         check_size(data, MAX_LINE, MAX_LINE_VALUES)
@@ -231,7 +232,7 @@ def read_documents(
             raise UserError(f"{where}: expected text in field '{text_key}'; keys found: {keys_found(row)}")
 
 
-def keys_found(row: dict[str, Any]) -> str:
+def keys_found(row: JsonObject) -> str:
     """A row's keys for a message."""
     return printable(", ".join(row), 200) or "none"
 
@@ -277,7 +278,7 @@ def _text_blocks(path: Path, on_bytes: OnBytes | None) -> Iterator[Block]:
             data, first = following, False
 
 
-def _byte_blocks(file: Any, on_bytes: OnBytes | None) -> Iterator[bytes]:
+def _byte_blocks(file: BinaryIO, on_bytes: OnBytes | None) -> Iterator[bytes]:
     """About BLOCK_BYTES each, cut behind a newline: there a block encodes exactly as it does inside the whole text."""
     rest = b""
     while chunk := file.read(BLOCK_BYTES):
@@ -296,7 +297,7 @@ def _byte_blocks(file: Any, on_bytes: OnBytes | None) -> Iterator[bytes]:
         yield rest
 
 
-def open_file(path: Path) -> Any:
+def open_file(path: Path) -> BinaryIO:
     """A file opened for reading bytes; UserError if it cannot be."""
     try:
         return path.open("rb")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import io
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -19,6 +20,32 @@ LITERAL_PIECES = (*"0123456789", "_", "\n", "\t", "__", "___", "____")
 SMALLEST = 4 + len(CONTROL_PIECES) + len(LITERAL_PIECES) + 256
 
 _BLOCK = 4096
+
+# TeleChat2's settings: control tokens at its ids, bytes for characters without a piece, text taken as it is.
+_train_bpe = functools.partial(
+    sentencepiece.SentencePieceTrainer.train,
+    model_type="bpe",
+    unk_id=0,
+    unk_piece="<_unk>",
+    bos_id=1,
+    bos_piece=START,
+    eos_id=2,
+    eos_piece=END,
+    pad_id=3,
+    pad_piece=PAD,
+    control_symbols=list(CONTROL_PIECES),
+    user_defined_symbols=list(LITERAL_PIECES),
+    byte_fallback=True,
+    split_digits=True,
+    allow_whitespace_only_pieces=True,
+    normalization_rule_name="identity",
+    add_dummy_prefix=True,
+    remove_extra_whitespaces=False,
+    max_sentence_length=16 * _BLOCK,
+    input_sentence_size=0,
+    shuffle_input_sentence=False,
+    minloglevel=2,
+)
 
 
 def train_tokenizer(
@@ -50,33 +77,12 @@ def train_tokenizer(
 
     model = io.BytesIO()
     try:
-        sentencepiece.SentencePieceTrainer.train(
+        _train_bpe(
             sentence_iterator=sentences(),
             model_writer=model,
-            model_type="bpe",
             vocab_size=vocab_size,
-            unk_id=0,
-            unk_piece="<_unk>",
-            bos_id=1,
-            bos_piece=START,
-            eos_id=2,
-            eos_piece=END,
-            pad_id=3,
-            pad_piece=PAD,
-            control_symbols=list(CONTROL_PIECES),
-            user_defined_symbols=list(LITERAL_PIECES),
-            byte_fallback=True,
-            split_digits=True,
-            allow_whitespace_only_pieces=True,
-            normalization_rule_name="identity",
-            add_dummy_prefix=True,
-            remove_extra_whitespaces=False,
             character_coverage=character_coverage,
-            max_sentence_length=16 * _BLOCK,
-            input_sentence_size=0,
-            shuffle_input_sentence=False,
             num_threads=threads,
-            minloglevel=2,
         )
     except (RuntimeError, OSError, UnicodeEncodeError) as error:
         if stopped:

@@ -6,7 +6,7 @@ import dataclasses
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from telechat_twins.core.errors import UserError
 from telechat_twins.core.files import ROOT
@@ -14,6 +14,7 @@ from telechat_twins.core.model.growth_mask import GrowthMask, new_heads
 from telechat_twins.core.near import nearest
 from telechat_twins.core.schema import from_mapping, load_yaml, option
 from telechat_twins.core.shown import shown
+from telechat_twins.core.types import JsonObject
 
 if TYPE_CHECKING:
     pass
@@ -162,7 +163,7 @@ class ModelConfig:
         """The first so many channels are what a LayerNorm takes its statistics over; None: all."""
         return None if self.norm_divisor is None or self.norm == "rmsnorm" else int(self.norm_divisor)
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> JsonObject:
         """The mapping as JSON gives it back."""
         return {**dataclasses.asdict(self), "end_token_ids": list(self.end_token_ids)}
 
@@ -171,7 +172,7 @@ def preset_names() -> list[str]:
     return sorted(p.stem for p in (CONFIGS / "models").glob("*.yaml"))
 
 
-def load_model_config(spec: str | dict[str, Any], where: str = "model") -> ModelConfig:
+def load_model_config(spec: str | JsonObject, where: str = "model") -> ModelConfig:
     """A model from a preset's name, from ``{preset: name, ...overrides}``, or from a full mapping.
 
     In place of a preset's name stands a YAML file's as well: a model's mapping, or a run whose ``model`` is taken.
@@ -186,7 +187,7 @@ def load_model_config(spec: str | dict[str, Any], where: str = "model") -> Model
     return from_mapping(ModelConfig, values, where)
 
 
-def _preset(name: str, where: str, depth: int = 0) -> dict[str, Any]:
+def _preset(name: str, where: str, depth: int = 0) -> JsonObject:
     """The mapping that a preset's name or a YAML file's stands for; ``depth`` files have referred to it."""
     if depth > MAX_PRESETS:
         raise UserError(f"{name}: is the last of {depth} files each of which is the next one's preset; do they circle?")

@@ -8,15 +8,14 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
 from telechat_twins.core.model.config import ModelConfig
 from telechat_twins.core.model.growth_mask import head_map, kv_map
 from telechat_twins.core.schema import from_mapping, option
+from telechat_twins.core.types import JsonObject
 
 METHODS = ("masked", "zero")
 
@@ -62,11 +61,11 @@ class Growth:
         """The old block that block ``layer`` was made from; -1: from none."""
         return self.layers[layer]
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> JsonObject:
         return dataclasses.asdict(self)
 
 
-def read_history(model: Mapping[str, Any], where: str) -> tuple[Growth, ...]:
+def read_history(model: JsonObject, where: str) -> tuple[Growth, ...]:
     """The growth steps that a checkpoint's model.json tells of; UserError names what is wrong in it."""
     return tuple(
         from_mapping(Growth, values, f"{where}: grown[{number}]")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 from telechat_twins.core.model.config import ModelConfig
 from telechat_twins.core.model.flops import flops_per_token
@@ -11,6 +10,7 @@ from telechat_twins.core.model.params import parameter_table
 from telechat_twins.core.parallel.layout import Coord, Layout
 from telechat_twins.core.parallel.schedule import bubble_formula, peak_live
 from telechat_twins.core.parallel.sharding import Shard, chunk_table, padded_rows
+from telechat_twins.core.types import JsonObject
 
 
 def estimate(
@@ -22,7 +22,7 @@ def estimate(
     fused_attention: bool = False,
     layout: Layout | None = None,
     micro_batches: int | None = None,
-) -> dict[str, Any]:
+) -> JsonObject:
     """Parameters by class, bytes by use and floating-point operations per token; formulas: top of this file.
 
     ``memory_bytes`` is that of the fullest rank, ``ranks`` that of every pipeline rank.
@@ -68,7 +68,7 @@ def _memory(
     precision: str,
     recompute: str,
     fused_attention: bool,
-) -> dict[str, Any]:
+) -> JsonObject:
     """Parameters, layers and bytes by use of pipeline rank ``rank``."""
     table: dict[str, Shard] = {}
     for chunk in range(layout.virtual):

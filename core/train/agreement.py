@@ -8,9 +8,10 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterator
-from typing import Any, Protocol, TypeVar
+from typing import Protocol, TypeVar
 
 from telechat_twins.core.errors import UserError
+from telechat_twins.core.types import JsonObject
 
 T = TypeVar("T")
 
@@ -54,7 +55,7 @@ def raise_together(stepper: Ranks, problem: str | None) -> None:
     raise UserError(bytes(int(code) for code in codes).decode(errors="replace"))
 
 
-def require_same_on_all(stepper: Ranks, facts: dict[str, Any]) -> None:
+def require_same_on_all(stepper: Ranks, facts: JsonObject) -> None:
     """UserError on every rank, naming the options and the ranks, unless all were started alike."""
     leaves = dict(_leaves(facts))
     whole = [float(len(leaves)), *_words(json.dumps(leaves))]
@@ -75,7 +76,7 @@ def require_same_on_all(stepper: Ranks, facts: dict[str, Any]) -> None:
     )
 
 
-def _leaves(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
+def _leaves(tree: JsonObject, prefix: str = "") -> Iterator[tuple[str, str]]:
     for key in sorted(tree):
         if isinstance(tree[key], dict):
             yield from _leaves(tree[key], f"{prefix}{key}.")

@@ -10,9 +10,9 @@ import math
 import statistics
 from collections import deque
 from dataclasses import dataclass
-from typing import Any
 
 from telechat_twins.core.config import HealthConfig
+from telechat_twins.core.types import JsonObject
 
 
 class TrainingStopped(Exception):
@@ -64,10 +64,10 @@ class Health:
         self._norms.append(grad_norm)
         return verdict
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> JsonObject:
         """The window as JSON; Python writes doubles so that they read back bit for bit."""
         return {"grad_norms": list(self._norms)}
 
-    def load(self, state: dict[str, Any]) -> None:
+    def load(self, state: JsonObject) -> None:
         """Continue from ``to_dict``'s state. A changed ``health.window`` keeps the newest norms that fit."""
         self._norms = deque((float(n) for n in state["grad_norms"]), maxlen=self._config.window)

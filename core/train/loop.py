@@ -21,10 +21,10 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from telechat_twins.core.checkpoint.read import Checkpoint, Ranks, Saver, open_checkpoint
-from telechat_twins.core.checkpoint.save import Asset
+from telechat_twins.core.checkpoint.save import Asset, Contents
 from telechat_twins.core.cli import Parser
 from telechat_twins.core.config import RunConfig, load_run_config, run_config_from_dict
 from telechat_twins.core.data.blend import Blend, open_blend
@@ -34,7 +34,7 @@ from telechat_twins.core.launch.run_lock import DYING, hold_folder
 from telechat_twins.core.launch.worker import run_script
 from telechat_twins.core.launch.world import launched_world
 from telechat_twins.core.model.batch import Batch
-from telechat_twins.core.model.config import load_model_config
+from telechat_twins.core.model.config import ModelConfig, load_model_config
 from telechat_twins.core.model.growth import Growth, read_history
 from telechat_twins.core.model.growth_mask import GrowthMask
 from telechat_twins.core.model.params import MATRIX
@@ -46,8 +46,9 @@ from telechat_twins.core.train.health import Health, TrainingStopped
 from telechat_twins.core.train.loss_scale import DynamicLossScale
 from telechat_twins.core.train.metrics import Row, require_fresh
 from telechat_twins.core.train.recipe import class_rate, clip_factor, learning_rate
-from telechat_twins.core.train.records import _header, _Records, _Signals
+from telechat_twins.core.train.records import Records, Signals, header
 from telechat_twins.core.train.stepper import Stepper, TrainState
+from telechat_twins.core.types import JsonObject
 
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 T = TypeVar("T")
@@ -178,9 +179,9 @@ class _Run:
         """Run from the present state to the end, an interruption or a stop."""
         total, every = self.config.train.steps, self.config.checkpoint.every
         first = self.stepper.rank == 0
-        lines = (*_header(self.stepper, self.config, self.blend, self.state), *self.notes) if first else ()
-        with _Signals(quiet=not first) as signals, contextlib.ExitStack() as ended:
-            records = together(self.stepper, lambda: _Records(self.out, total, self.state.step, first, lines))
+        lines = (*header(self.stepper, self.config, self.blend, self.state), *self.notes) if first else ()
+        with Signals(quiet=not first) as signals, contextlib.ExitStack() as ended:
+            records = together(self.stepper, lambda: Records(self.out, total, self.state.step, first, lines))
             ended.callback(records.close)
             try:
                 caught = self._agree(signals)
@@ -214,7 +215,7 @@ class _Run:
             records.note(f"finished {self.state.step} steps; checkpoint {saved}; plot {self.out / 'loss.png'}")
         return TrainResult(self.state.step, saved, caught)
 
-    def _agree(self, signals: _Signals, problem: str | None = None) -> int | None:
+    def _agree(self, signals: Signals, problem: str | None = None) -> int | None:
         """The signal that some rank has caught, if any. Raises on all ranks when one has a ``problem``, or when the
         save in the background has failed on one."""
         mine = [signals.caught or 0, problem is not None, self.saver.failed]
@@ -225,7 +226,7 @@ class _Run:
             together(self.stepper, self.saver.wait)
         return int(caught) or None
 
-    def _recorded(self, records: _Records, row: Row) -> str | None:
+    def _recorded(self, records: Records, row: Row) -> str | None:
         """Record a step; the line for the user if the disk is full."""
         try:
             records.step(row)
@@ -240,7 +241,7 @@ class _Run:
             )
         return None
 
-    def one_step(self, records: _Records) -> Row:
+    def one_step(self, records: Records) -> Row:
         """Draw a global batch, train on it, advance; returns the step's row of metrics."""
         train, state = self.config.train, self.state
         started = time.perf_counter()
@@ -269,7 +270,7 @@ class _Run:
         row |= {"tokens": self.state.tokens, "tokens_per_s": tokens / seconds, "step_ms": seconds * 1000}
         return row | ({"skipped": True} if skipped else {})
 
-    def _set_mask(self, records: _Records) -> None:
+    def _set_mask(self, records: Records) -> None:
         """Let the masks of a growing model rise with the steps, and go when they are 1."""
         if self.growth is None:
             return
@@ -279,13 +280,13 @@ class _Run:
             self.growth = None
             records.note(f"step {self.state.step + 1}: the masks are 1 and gone, the model has its full size")
 
-    def _model_config(self) -> dict[str, Any]:
+    def _model_config(self) -> JsonObject:
         """The model as it is for the next step, the state of its masks included."""
         c = None if self.growth is None else self.growth.at_step(self.state.step)
         growth = None if self.growth is None or c is None else dataclasses.replace(self.growth, mask=c)
         return dataclasses.replace(self.config.model, growth=growth).to_dict()
 
-    def _accumulate_and_update(self, batch: Batch, num_targets: int, lr: float, row: Row, records: _Records) -> bool:
+    def _accumulate_and_update(self, batch: Batch, num_targets: int, lr: float, row: Row, records: Records) -> bool:
         """Gradients, verdict, update. Fills loss and norm into ``row``; True if the step was skipped."""
         step = self.state.step + 1
         scale = self.loss_scale.scale if self.loss_scale else 1.0
@@ -332,7 +333,7 @@ class _Run:
     def save(self, asynchronous: bool) -> None:
         """A checkpoint of the present state under ``out``; ``asynchronous``: written while training goes on."""
         state, stepper = self.state, self.stepper
-        trainer: dict[str, Any] = {
+        trainer: JsonObject = {
             **dataclasses.asdict(state),
             "optimizer_steps": stepper.step,
             "data_digest": self.blend.digest(),
@@ -344,10 +345,7 @@ class _Run:
             "layout": self.config.parallel.name,
             "config": {**self.config.to_dict(), "model": self._model_config()},
         }
-        self.saver.save(
-            self.out,
-            state.step,
-            asynchronous=asynchronous,
+        contents = Contents(
             model={
                 "config": self._model_config(),
                 **({"grown": [growth.to_dict() for growth in self.history]} if self.history else {}),
@@ -355,10 +353,11 @@ class _Run:
             weights=stepper.weights(),
             optimizer=stepper.optimizer_state(),
             trainer=trainer,
-            keep_last=self.config.checkpoint.keep_last,
             assets=[Asset("tokenizer.model", self.blend.tokenizer())],
             ranks=Ranks(stepper.rank, stepper.world, lambda: meet(stepper)),
         )
+        keep_last = self.config.checkpoint.keep_last
+        self.saver.save(self.out, state.step, contents, keep_last=keep_last, asynchronous=asynchronous)
 
     def _save_unless_saved(self) -> None:
         self.saver.wait()
@@ -407,7 +406,7 @@ def _require_same_model(checkpoint: Checkpoint, config: RunConfig) -> None:
         )
 
 
-def _with_defaults(build: Callable[[dict[str, Any]], Any], tree: dict[str, Any]) -> dict[str, Any]:
+def _with_defaults(build: Callable[[JsonObject], RunConfig | ModelConfig], tree: JsonObject) -> JsonObject:
     """``tree`` with the options that came into being after it was written; unchanged if it is not understood."""
     try:
         return build(tree).to_dict()
@@ -415,7 +414,7 @@ def _with_defaults(build: Callable[[dict[str, Any]], Any], tree: dict[str, Any])
         return tree
 
 
-def _differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:
+def _differences(old: JsonObject, new: JsonObject, prefix: str = "") -> list[str]:
     """``path: old -> new`` for every leaf that differs between two nested mappings."""
     lines = []
     for key in sorted(set(old) | set(new)):

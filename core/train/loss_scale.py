@@ -11,11 +11,11 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, fields
-from typing import Any
 
 import numpy as np
 
 from telechat_twins.core.errors import UserError
+from telechat_twins.core.types import JsonObject
 
 _FP16_MAX = 65504.0
 _SMALLEST, _FIRST, _LARGEST = -24, 16, 40  # exponents of the scales that a search tries
@@ -46,12 +46,12 @@ class DynamicLossScale:
             self.good_steps = 0
             self.scale = min(self.max_scale, self.scale * 2)
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> JsonObject:
         """The whole state as JSON values; ``from_dict`` restores it exactly (powers of two survive JSON)."""
         return asdict(self)
 
     @classmethod
-    def from_dict(cls, state: dict[str, Any]) -> DynamicLossScale:
+    def from_dict(cls, state: JsonObject) -> DynamicLossScale:
         """Raises UserError when ``state`` does not hold exactly the fields of ``to_dict``."""
         names = {f.name for f in fields(cls)}
         if set(state) != names:
@@ -104,9 +104,7 @@ def _nan_last(value: float) -> float:
     return math.inf if math.isnan(value) else value
 
 
-def gradients_of_batch(
-    compute: Callable[[float], dict[str, np.ndarray]], precision: str, wanted: bool
-) -> dict[str, Any]:
+def gradients_of_batch(compute: Callable[[float], dict[str, np.ndarray]], precision: str, wanted: bool) -> JsonObject:
     """``grads`` by name if ``wanted``, and with fp16 the ``loss_scale`` that they were computed with.
 
     ``compute(scale)`` runs the batch and returns the gradients of scale * loss in float32 or wider.

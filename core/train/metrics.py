@@ -9,12 +9,12 @@ import statistics
 from collections import deque
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from telechat_twins.core.errors import UserError
 from telechat_twins.core.files.foreign import lines, open_regular, parse_json
+from telechat_twins.core.types import JsonObject
 
-Row = dict[str, Any]
+Row = JsonObject
 
 _SMOOTH_FROM = 250  # steps from which a plot shows a running mean
 LONGEST_ROW = 4096  # bytes: a row has a few hundred

@@ -20,7 +20,7 @@ from telechat_twins.core.train.stepper import Stepper, TrainState
 from telechat_twins.core.train.tensorboard import TensorBoard
 
 
-class _Records:
+class Records:
     """What a run leaves besides checkpoints: lines on the console, metrics.jsonl, TensorBoard, the plot.
 
     Only rank 0 (``active``) keeps them. ``lines`` are shown first.
@@ -62,7 +62,7 @@ class _Records:
                 plot_losses({self._out.name: rows}, self._out / "loss.png", f"Training: {self._out.name}")
 
 
-class _Signals:
+class Signals:
     """While active, the first SIGINT or SIGTERM is remembered in ``caught`` and the next one has its default, deadly
     effect: done by the kernel and not by Python, so that it also ends a step that hangs inside a framework."""
 
@@ -71,7 +71,7 @@ class _Signals:
     def __init__(self, quiet: bool = False) -> None:
         self._quiet = quiet
 
-    def __enter__(self) -> _Signals:
+    def __enter__(self) -> Signals:
         # Python allows handlers in the main thread only; a run in another thread is its owner's to interrupt.
         watched = (signal.SIGINT, signal.SIGTERM) if threading.current_thread() is threading.main_thread() else ()
         self._previous = {s: signal.signal(s, self._catch) for s in watched}
@@ -93,7 +93,7 @@ class _Signals:
             signal.signal(s, handler)
 
 
-def _header(stepper: Stepper, config: RunConfig, blend: Blend, state: TrainState) -> list[str]:
+def header(stepper: Stepper, config: RunConfig, blend: Blend, state: TrainState) -> list[str]:
     """What is about to run, one fact a line."""
     implementation = dict(stepper.implementation())
     parameters = count_parameters(config.model)
@@ -102,7 +102,7 @@ def _header(stepper: Stepper, config: RunConfig, blend: Blend, state: TrainState
     facts: dict[str, str] = {
         "backend": implementation.pop("backend", "unknown"),
         "device": implementation.pop("device", "unknown"),
-        **_split(config),
+        **layout_facts(config),
         "precision": train.precision,
         "parameters": f"{parameters:,}",
         **({"growing": describe_growth(config.model)} if config.model.growth is not None else {}),
@@ -116,7 +116,7 @@ def _header(stepper: Stepper, config: RunConfig, blend: Blend, state: TrainState
     return lines + [f"{'':<{width}}  {line}" for line in blend.summary().splitlines()]
 
 
-def _split(config: RunConfig) -> dict[str, str]:
+def layout_facts(config: RunConfig) -> dict[str, str]:
     """How the ranks share the work; nothing to say for one."""
     layout, train = config.parallel, config.train
     if layout.world == 1:

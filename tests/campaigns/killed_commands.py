@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import psutil
 
-from telechat_twins.core.checkpoint.read import open_checkpoint, save_checkpoint
+from telechat_twins.core.checkpoint.read import Contents, open_checkpoint, save_checkpoint
 from telechat_twins.core.data.packed import PackedDataset, verify
 from telechat_twins.core.errors import UserError
 from tests.campaigns.killed_runs import latest, unreadable
@@ -211,12 +211,8 @@ def _save_without_pause(root: Path, count: int) -> None:
         save_checkpoint(
             root,
             step,
-            model={},
-            weights=_tensors(step).items(),
-            optimizer=(),
-            trainer=None,
+            Contents(model={}, weights=_tensors(step).items(), max_file_bytes=30_000),
             keep_last=KEEP,
-            max_file_bytes=30_000,
         )
         print(step, flush=True)
 

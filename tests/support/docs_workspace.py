@@ -9,7 +9,7 @@ from pathlib import Path
 from telechat_twins.convert.copy import canonical_to_hf, hf_to_canonical
 from telechat_twins.convert.hf.folder import HfFolder
 from telechat_twins.convert.source import CanonicalSource, open_model
-from telechat_twins.core.checkpoint.read import save_checkpoint
+from telechat_twins.core.checkpoint.read import Contents, save_checkpoint
 from telechat_twins.core.data.prepare import pack_text
 from telechat_twins.core.data.tokenizer import load_tokenizer
 from telechat_twins.core.data.tokenizer_training import train_tokenizer
@@ -56,10 +56,7 @@ def add_release(folder: Path) -> None:
     made = save_checkpoint(
         folder / "made",
         0,
-        model={"config": config.to_dict()},
-        weights=init_weights(config, 0, "strong").items(),
-        optimizer=(),
-        trainer={},
+        Contents(model={"config": config.to_dict()}, weights=init_weights(config, 0, "strong").items(), trainer={}),
         keep_last=1,
     )
     source = open_model(made)

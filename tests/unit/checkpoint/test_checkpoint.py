@@ -15,6 +15,7 @@ import pytest
 import safetensors.numpy
 
 from telechat_twins.core.checkpoint.read import (
+    Contents,
     PieceWriter,
     TensorPiece,
     check_shapes,
@@ -44,8 +45,7 @@ def save(root, step=7, keep_last=2, weights=None, **more):
     weights = WEIGHTS if weights is None else weights
     weights = weights.items() if isinstance(weights, dict) else weights
     return save_checkpoint(
-        root, step, model=MODEL, weights=weights, optimizer=OPTIMIZER.items(), trainer=TRAINER,
-        keep_last=keep_last, **more,
+        root, step, Contents(MODEL, weights, OPTIMIZER.items(), TRAINER, **more), keep_last=keep_last
     )  # fmt: skip
 
 
@@ -173,7 +173,7 @@ def test_tensors_are_taken_one_at_a_time(tmp_path):
             yield f"w{i}", array
             del array
 
-    save_checkpoint(tmp_path, 1, model={}, weights=stream(), optimizer=[], trainer=None, keep_last=1)
+    save_checkpoint(tmp_path, 1, Contents({}, stream()), keep_last=1)
     assert len(alive) == 5 and open_checkpoint(tmp_path).trainer is None
 
 
@@ -284,7 +284,7 @@ def test_failure_while_saving_leaves_the_previous_one(tmp_path):
         raise RuntimeError("device lost")
 
     with pytest.raises(RuntimeError, match="device lost"):
-        save_checkpoint(tmp_path, 2, model={}, weights=breaking(), optimizer=[], trainer={}, keep_last=1)
+        save_checkpoint(tmp_path, 2, Contents({}, breaking(), trainer={}), keep_last=1)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["latest", "step-00000001"]
     assert_equal(open_checkpoint(tmp_path), "weights", WEIGHTS)
 
@@ -295,7 +295,7 @@ def test_values_that_are_no_json_fail_before_any_tensor_is_taken(tmp_path):
 
     for model in ({"a": float("nan")}, {"a": object()}):
         with pytest.raises((ValueError, TypeError)):
-            save_checkpoint(tmp_path, 2, model=model, weights=never(), optimizer=[], trainer={}, keep_last=1)
+            save_checkpoint(tmp_path, 2, Contents(model, never(), trainer={}), keep_last=1)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -303,11 +303,11 @@ def test_killed_while_saving(tmp_path):
     """A killed process leaves the previous checkpoint, nothing under a readable name; the next save cleans up."""
     program = (
         "import sys, os, signal, numpy as np\n"
-        "from telechat_twins.core.checkpoint.read import save_checkpoint\n"
+        "from telechat_twins.core.checkpoint.read import Contents, save_checkpoint\n"
         "def tensors():\n"
         "    yield 'a', np.zeros(1000, np.float32)\n"
         "    os.kill(os.getpid(), signal.SIGKILL)\n"
-        "save_checkpoint(sys.argv[1], 2, model={}, weights=tensors(), optimizer=[], trainer={}, keep_last=1)\n"
+        "save_checkpoint(sys.argv[1], 2, Contents({}, tensors(), trainer={}), keep_last=1)\n"
     )
     save(tmp_path, 1)
     root = Path(__file__).resolve().parents[3]
@@ -334,14 +334,14 @@ def test_a_living_writers_folder_is_left_alone(tmp_path):
 
 FULL_DISK = """
 import resource, sys, numpy as np
-from telechat_twins.core.checkpoint.read import open_checkpoint, save_checkpoint
+from telechat_twins.core.checkpoint.read import Contents, open_checkpoint, save_checkpoint
 from telechat_twins.core.errors import UserError
 root, how = sys.argv[1], sys.argv[2]
 def tensors(n, size):
     return ((f"w{i}", np.full(size, i, np.float32)) for i in range(n))
 def save(step, n):
     w, o = tensors(n, 25_000), tensors(n, 25_000)
-    save_checkpoint(root, step, model={}, weights=w, optimizer=o, trainer={}, keep_last=1)
+    save_checkpoint(root, step, Contents({}, w, o, {}), keep_last=1)
 save(1, 1)
 if how == "limit":
     resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, 300_000))
@@ -405,116 +405,6 @@ def test_a_place_that_cannot_be_written(tmp_path):
     (tmp_path / "file").write_text("x")
     with pytest.raises(UserError, match="cannot be written"):
         save(tmp_path / "file" / "run")
-
-
-def test_truncated_file_is_named_with_both_hashes(tmp_path):
-    folder = save(tmp_path)
-    file = folder / "optimizer-00001.safetensors"
-    expected = json.loads((folder / "manifest.json").read_text())["files"][file.name]["sha256"]
-    os.truncate(file, file.stat().st_size - 1)
-    found = safetensors_io.file_sha256(file)
-    for verify in (True, False):
-        with pytest.raises(UserError) as caught:
-            open_checkpoint(folder, verify)
-        assert str(file) in str(caught.value) and "truncated" in str(caught.value)
-        assert expected in str(caught.value) and found in str(caught.value)
-
-
-@pytest.mark.parametrize("name", ["weights-00001.safetensors", "model.json", "trainer.json"])
-def test_one_altered_byte_is_named_with_both_hashes(tmp_path, name):
-    file = save(tmp_path) / name
-    expected = safetensors_io.file_sha256(file)
-    data = bytearray(file.read_bytes())
-    data[-3] ^= 1
-    file.write_bytes(data)
-    with pytest.raises(UserError) as caught:
-        open_checkpoint(tmp_path).verify()
-    message = str(caught.value)
-    if name == "weights-00001.safetensors":  # a damaged JSON file may already fail to parse
-        assert expected in message and safetensors_io.file_sha256(file) in message
-    assert str(file) in message and "\n" not in message
-
-
-def test_missing_files_are_named(tmp_path):
-    folder = save(tmp_path)
-    (folder / "weights-00001.safetensors").unlink()
-    with pytest.raises(UserError, match="weights-00001.safetensors: missing; the manifest lists it with"):
-        open_checkpoint(folder)
-    with pytest.raises(UserError, match="no such folder"):
-        open_checkpoint(tmp_path / "none")
-    (tmp_path / "empty").mkdir()
-    with pytest.raises(UserError, match="neither manifest.json nor latest"):
-        open_checkpoint(tmp_path / "empty")
-    for text, message in (("step-00000099\n", "names 'step-00000099', which"), ("../x\n", "is no step folder")):
-        (tmp_path / "latest").write_text(text)
-        with pytest.raises(UserError, match=message):
-            open_checkpoint(tmp_path)
-
-
-def rewritten(tmp_path, change) -> Path:
-    """A checkpoint with ``change`` applied to its manifest, digest made to fit: an attacker, not an accident."""
-    folder = save(tmp_path)
-    manifest = json.loads((folder / "manifest.json").read_text())
-    manifest.pop("digest")
-    change(manifest)
-    (folder / "manifest.json").write_text(json.dumps({**manifest, "digest": manifest_digest(manifest)}))
-    return folder
-
-
-def piece(manifest, name="embed.weight"):
-    return manifest["tensors"]["weights"][name]["pieces"][0]
-
-
-ALTERED = {
-    "version": (lambda m: m.update(version=2), "format version 2 is unknown; this program reads version 1"),
-    "format": (lambda m: m.update(format="zip"), "format 'zip' is not"),
-    "up": (lambda m: m["files"].update({"../x": {"size": 1, "sha256": ""}}), "'../x' points outside the checkpoint"),
-    "absolute": (lambda m: m["files"].update({"/etc/hosts": {"size": 1, "sha256": ""}}), "points outside"),
-    "nul": (lambda m: m["files"].update({"a\0": {"size": 1, "sha256": ""}}), "points outside"),
-    "unlisted": (lambda m: piece(m).update(file="../y"), "lies in '../y', which is not listed"),
-    "no model": (lambda m: m["files"].pop("model.json"), "does not list model.json"),
-    "key": (lambda m: piece(m).update(key="norm.weight"), "'norm.weight': expected F32 .11, 6. .* found F16 .6."),
-    "no key": (lambda m: piece(m).update(key="gone"), "holds no tensor 'gone'"),
-    "extent": (lambda m: piece(m).update(extent=[10, 6]), "cover 60 of 66 elements"),
-    "offset": (lambda m: piece(m).update(offset=[1, 0]), "cover 66 of 66"),
-    "overlap": (
-        lambda m: m["tensors"]["weights"]["embed.weight"]["pieces"].append(dict(piece(m))),
-        "cover 132 of 66 elements and overlap",
-    ),
-    "shape": (lambda m: m["tensors"]["weights"]["embed.weight"].update(shape=[12, 6]), "cover 66 of 72"),
-    "negative": (lambda m: piece(m).update(offset=[-1, 0]), "no list of sizes"),
-    "dimensions": (lambda m: piece(m).update(offset=[0], extent=[66]), "another number of dimensions"),
-    "dtype": (lambda m: m["tensors"]["weights"]["embed.weight"].update(dtype="F3"), "unknown dtype 'F3'"),
-    "other dtype": (lambda m: m["tensors"]["weights"]["embed.weight"].update(dtype="I32"), "expected I32 .* found F32"),
-    "no tensors": (lambda m: m.pop("tensors"), "manifest.json: damaged, KeyError 'tensors'"),
-}
-
-
-@pytest.mark.parametrize("case", ALTERED)
-def test_altered_manifest_is_refused(tmp_path, case):
-    change, message = ALTERED[case]
-    folder = rewritten(tmp_path, change)
-    with pytest.raises(UserError, match=message) as caught:
-        open_checkpoint(folder)
-    assert "\n" not in str(caught.value)
-
-
-def test_accidental_change_of_the_manifest_is_seen(tmp_path):
-    folder = save(tmp_path)
-    text = (folder / "manifest.json").read_text()
-    for altered, message in ((text.replace('"step": 7', '"step": 8'), "its digest says"), (text[:500], "damaged")):
-        (folder / "manifest.json").write_text(altered)
-        with pytest.raises(UserError, match=message):
-            open_checkpoint(folder, verify=False)
-
-
-def test_a_link_that_leads_outside_is_refused(tmp_path):
-    folder = save(tmp_path / "run")
-    file = folder / "weights-00001.safetensors"
-    file.rename(tmp_path / "elsewhere")
-    file.symlink_to(tmp_path / "elsewhere")
-    with pytest.raises(UserError, match="points outside the checkpoint folder"):
-        open_checkpoint(folder)
 
 
 def test_reading_what_is_not_there(tmp_path):

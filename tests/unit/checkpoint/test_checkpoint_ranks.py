@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import json
-import os
 import subprocess
 import sys
 import threading
@@ -17,9 +16,8 @@ import pytest
 
 from telechat_twins.core.checkpoint import save as checkpoint_save
 from telechat_twins.core.checkpoint.pieces import tiling_fault
-from telechat_twins.core.checkpoint.read import Ranks, Saver, TensorPiece, open_checkpoint, save_checkpoint
+from telechat_twins.core.checkpoint.read import Contents, Ranks, TensorPiece, open_checkpoint, save_checkpoint
 from telechat_twins.core.errors import UserError
-from telechat_twins.core.files.safetensors import SafetensorsWriter
 from tests.support.numpy_stepper import Cluster, flat_boxes
 
 RNG = np.random.default_rng(11)
@@ -55,10 +53,9 @@ def arguments(cluster, rank, step=3, weights=None, **more):
         "weights": shares(rank, cluster.world) if weights is None else weights,
         "optimizer": shares(rank, cluster.world, moments),
         "trainer": {"step": step, "from": rank},
-        "keep_last": 2,
         "ranks": Ranks(rank, cluster.world, lambda: cluster.agree(rank, [0.0], "max"), 20.0),
     }
-    return given | more
+    return {"contents": Contents(**given | more), "keep_last": 2}
 
 
 def save(root, world=4, step=3, weights=lambda rank: None, **more):
@@ -97,7 +94,7 @@ def test_all_ranks_write_one_checkpoint(tmp_path, world):
 
 def test_one_rank_writes_what_it_always_wrote(tmp_path):
     save_checkpoint(
-        tmp_path, 3, model={}, weights=TENSORS.items(), optimizer=(), trainer=None, keep_last=1
+        tmp_path, 3, Contents({}, TENSORS.items()), keep_last=1
     )  # fmt: skip
     assert names(tmp_path / "step-00000003") == ["manifest.json", "model.json", "weights-00001.safetensors"]
     manifest = json.loads((tmp_path / "step-00000003" / "manifest.json").read_text())
@@ -191,7 +188,7 @@ def test_thousands_of_pieces_are_checked_and_read_quickly(tmp_path):
     assert time.process_time() - started < 30  # 0.5 s; all pairs would take many minutes
     rows = np.arange(6000, dtype=np.int32).reshape(3000, 2)
     pieces = [TensorPiece("w", rows[i : i + 1], (i, 0), rows.shape) for i in range(3000)]
-    save_checkpoint(tmp_path, 1, model={}, weights=pieces, optimizer=(), trainer=None, keep_last=1)
+    save_checkpoint(tmp_path, 1, Contents({}, pieces), keep_last=1)
     checkpoint = open_checkpoint(tmp_path)
     entry = checkpoint._entries["weights"]["w"]
     places = checkpoint._places("weights", "w", entry)
@@ -228,7 +225,7 @@ def failing(rank, world, error):
 FAULTS = {
     "full": (OSError(errno.ENOSPC, "No space left on device"), "rank {rank}: the disk is full while saving; it needs"),
     "io": (OSError(errno.EIO, "Input/output error"), r"rank {rank}: cannot be written \(Input/output error\)"),
-    "defect": (RuntimeError("device lost\nmore"), r"rank {rank} could not save \(RuntimeError: device lost\)$"),
+    "defect": (RuntimeError("device lost\nmore"), r"rank {rank} failed to save \(RuntimeError: device lost\)$"),
 }
 
 
@@ -280,7 +277,7 @@ def test_rank_0_refuses_before_it_begins(tmp_path):
 
     results = save(tmp_path, 3, weights=never, trainer={"loss": float("nan")})
     assert [type(r) for r in results] == [ValueError, UserError, UserError]
-    assert "rank 0 could not save (ValueError" in str(results[2])
+    assert "rank 0 failed to save (ValueError" in str(results[2])
 
 
 def test_pieces_that_leave_a_hole(tmp_path):
@@ -325,7 +322,7 @@ def test_a_rank_that_is_never_ready(tmp_path):
 
 
 def test_a_folder_that_is_not_shared_is_named(tmp_path, monkeypatch):
-    monkeypatch.setattr(checkpoint_save, "_SIGHT_S", 0.3)
+    monkeypatch.setattr(checkpoint_save, "SIGHT_S", 0.3)
     cluster = Cluster(2, timeout_s=20)
 
     def one(rank):
@@ -356,7 +353,7 @@ def test_what_a_dead_job_left_is_removed(tmp_path):
 KILLED = """
 import os, signal, sys, threading, time
 import numpy as np
-from telechat_twins.core.checkpoint.read import Ranks, Saver, TensorPiece, open_checkpoint
+from telechat_twins.core.checkpoint.read import Contents, Ranks, Saver, TensorPiece, open_checkpoint
 root, how = sys.argv[1], sys.argv[2]
 together = threading.Barrier(2)
 def pieces(rank):
@@ -367,15 +364,16 @@ def dies(rank):
     os.kill(os.getpid(), signal.SIGKILL)
 def one(rank):
     saver = Saver()
-    common = dict(model={}, optimizer=(), trainer={}, keep_last=1, ranks=Ranks(rank, 2, together.wait))
-    saver.save(root, 1, asynchronous=False, weights=pieces(rank), **common)
+    def contents(pieces):
+        return Contents({}, pieces, trainer={}, ranks=Ranks(rank, 2, together.wait))
+    saver.save(root, 1, contents(pieces(rank)), keep_last=1, asynchronous=False)
     together.wait()
     if how == "writing":
-        saver.save(root, 2, asynchronous=False, weights=dies(rank) if rank else pieces(rank), **common)
+        saver.save(root, 2, contents(dies(rank) if rank else pieces(rank)), keep_last=1, asynchronous=False)
     else:
         from telechat_twins.core.files.safetensors import SafetensorsWriter
         SafetensorsWriter._write = lambda self, data: time.sleep(60)
-        saver.save(root, 2, asynchronous=True, weights=pieces(rank), **common)
+        saver.save(root, 2, contents(pieces(rank)), keep_last=1, asynchronous=True)
         together.wait()
         time.sleep(0.3)
         os.kill(os.getpid(), signal.SIGKILL)
@@ -396,128 +394,3 @@ def test_killed_while_saving(tmp_path, how):
     assert open_checkpoint(tmp_path).step == 1 and whole[:1000].sum() == 0 and whole[1000:].sum() == 1000
     assert len(set(save(tmp_path, 2, 3))) == 1
     assert names(tmp_path) == ["latest", "step-00000001", "step-00000003"]
-
-
-class Gate:
-    """Holds the writing of files until it is opened."""
-
-    def __init__(self, monkeypatch):
-        self.open, self.reached = threading.Event(), threading.Event()
-        real = SafetensorsWriter._write
-
-        def write(writer, data):
-            self.reached.set()
-            assert self.open.wait(20)
-            real(writer, data)
-
-        monkeypatch.setattr(SafetensorsWriter, "_write", write)
-
-
-def test_a_save_in_the_background_is_of_the_moment_it_was_asked_for(tmp_path, monkeypatch):
-    gate, saver = Gate(monkeypatch), Saver()
-    arrays = {name: array.copy() for name, array in TENSORS.items()}
-    common = {"model": {}, "optimizer": (), "trainer": {}, "keep_last": 3}
-    saver.save(tmp_path / "a", 1, asynchronous=True, weights=arrays.items(), **common)
-    for array in arrays.values():
-        array[...] = 0  # training goes on
-    assert gate.reached.wait(20) and saver.last is None and not (tmp_path / "a" / "latest").exists()
-    gate.open.set()
-    saver.wait()
-    assert saver.last == tmp_path / "a" / "step-00000001"
-    saver.save(tmp_path / "b", 1, asynchronous=False, weights=TENSORS.items(), **common)
-    left, right = ({p.name: p.read_bytes() for p in (tmp_path / x / "step-00000001").iterdir()} for x in "ab")
-    assert left == right
-
-
-def test_one_save_at_a_time(tmp_path, monkeypatch):
-    """The second waits for the first, although it could be written at once."""
-    gate, saver = Gate(monkeypatch), Saver()
-    common = {"model": {}, "weights": TENSORS.items(), "optimizer": (), "trainer": {}, "keep_last": 3}
-    saver.save(tmp_path, 1, asynchronous=True, **common)
-    second = threading.Thread(target=lambda: saver.save(tmp_path, 2, asynchronous=True, **common))
-    second.start()
-    second.join(0.3)
-    assert second.is_alive() and names(tmp_path) != [] and not (tmp_path / "step-00000001").exists()
-    gate.open.set()
-    second.join(20)
-    assert not second.is_alive() and (tmp_path / "step-00000001").exists()
-    saver.wait()
-    assert saver.last == tmp_path / "step-00000002"
-    assert names(tmp_path) == ["latest", "step-00000001", "step-00000002"]
-
-
-def test_the_error_of_a_background_save_comes_up_once(tmp_path, monkeypatch):
-    def full(writer, data):
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    saver, common = Saver(), {"model": {}, "optimizer": (), "trainer": {}, "keep_last": 3}
-    saver.save(tmp_path, 1, asynchronous=True, weights=TENSORS.items(), **common)
-    saver.wait()
-    for surfaces in ("wait", "save"):
-        with monkeypatch.context() as patch:
-            patch.setattr(SafetensorsWriter, "_write", full)
-            saver.save(tmp_path, 2, asynchronous=True, weights=TENSORS.items(), **common)
-            saver._thread.join(20)
-        assert saver.failed
-        with pytest.raises(UserError, match="step-00000002: the disk is full while saving; it needs"):
-            if surfaces == "wait":
-                saver.wait()
-            else:
-                saver.save(tmp_path, 3, asynchronous=True, weights=TENSORS.items(), **common)
-        assert not saver.failed and saver.last == tmp_path / "step-00000001"
-    saver.wait()
-    assert names(tmp_path) == ["latest", "step-00000001"]
-
-
-@pytest.mark.parametrize("culprit", [None, 0, 1])
-def test_all_ranks_save_in_the_background(tmp_path, culprit):
-    """After the one barrier no rank needs another's presence; the failure of one is the failure of all."""
-    cluster = Cluster(3, timeout_s=20)
-    savers = [Saver() for _ in range(3)]
-
-    def contradicting(rank):
-        return [TensorPiece("norm.weight", np.zeros(3, np.float16), (0,), (7,))]
-
-    def one(rank):
-        savers[rank].save(tmp_path, 3, asynchronous=True, **arguments(cluster, rank))
-        savers[rank].wait()
-        if rank == culprit:
-            ranks = Ranks(rank, 3, lambda: cluster.agree(rank, [0.0], "max"), 20.0)
-            given = arguments(cluster, rank, 4, contradicting(rank), ranks=ranks)
-        else:
-            given = arguments(cluster, rank, 4)
-        savers[rank].save(tmp_path, 4, asynchronous=True, **given)
-        savers[rank].wait()
-
-    results = cluster.run(one)
-    if culprit is None:
-        assert results == [None] * 3
-        assert_complete(tmp_path, 4)
-    else:
-        assert [type(r) for r in results] == [ValueError, UserError, UserError]
-        assert {saver.last for saver in savers} == {tmp_path / "step-00000003"}
-        assert_complete(tmp_path, 3)
-    assert os.listdir(tmp_path)
-
-
-def test_a_notice_that_cannot_be_read_for_a_moment_is_no_outcome(tmp_path, monkeypatch):
-    """As on a network file system while the file is replaced: the other rank goes on waiting for rank 0."""
-    gate = Gate(monkeypatch)
-    real, unreadable = checkpoint_save._Notice.read, iter([True, True, True])
-    monkeypatch.setattr(checkpoint_save._Notice, "read", lambda n: None if next(unreadable, False) else real(n))
-    timer = threading.Timer(0.5, gate.open.set)
-    timer.start()
-    assert len(set(save(tmp_path, 2))) == 1
-    assert_complete(tmp_path)
-
-
-def test_rank_0_that_vanishes_without_a_word(tmp_path, monkeypatch):
-    """Rank 1 ends with one line, whichever of the traces it happened to see before they were gone."""
-    monkeypatch.setattr(checkpoint_save, "_SIGHT_S", 0.3)
-    real = checkpoint_save._Notice.refuse
-    monkeypatch.setattr(checkpoint_save._Notice, "refuse", lambda notice, told: (real(notice, told), notice.withdraw()))
-    results = save(tmp_path, 2, weights=lambda rank: failing(0, 2, RuntimeError("lost")) if rank == 0 else None)
-    assert isinstance(results[0], RuntimeError)
-    told = "rank 0 gave it up|RuntimeError: lost|written .No such file|rank 0 did not finish it within"
-    with pytest.raises(UserError, match=told):
-        raise results[1]

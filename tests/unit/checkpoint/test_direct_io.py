@@ -6,8 +6,8 @@ import errno
 import hashlib
 import os
 import threading
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -68,13 +68,13 @@ def test_where_it_cannot_be_the_cache_is_used(tmp_path: Path, monkeypatch: pytes
         pytest.skip("this system writes through its cache only")
     real_open, real_write, refused = os.open, os.pwrite, []
 
-    def opened(path: Any, flags: int, *rest: Any) -> int:
+    def opened(path: str, flags: int, *rest: int) -> int:
         if where == "open" and flags & os.O_DIRECT:
             refused.append(path)
             raise OSError(errno.EINVAL, "Invalid argument")
         return real_open(path, flags, *rest)
 
-    def write(handle: int, *rest: Any) -> int:
+    def write(handle: int, *rest: int) -> int:
         if where == "write" and not refused:
             refused.append(handle)
             raise OSError(errno.EINVAL, "Invalid argument")
@@ -88,7 +88,7 @@ def test_where_it_cannot_be_the_cache_is_used(tmp_path: Path, monkeypatch: pytes
 
 
 def test_a_full_disk_is_said_and_its_buffers_come_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(*_: Any) -> int:
+    def full(*_: object) -> int:
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with Spool() as spool:
@@ -139,7 +139,7 @@ def test_a_planned_checkpoint_is_the_same_one(tmp_path: Path) -> None:
     def tensors(*names: str) -> dict[str, np.ndarray]:
         return {name: numbers(60 * (n + 1)).view(np.float32).reshape(-1, 5) for n, name in enumerate(names)}
 
-    def pieces(these: dict[str, np.ndarray]) -> Any:
+    def pieces(these: dict[str, np.ndarray]) -> Iterator[TensorPiece]:
         for name, array in these.items():
             for row in range(0, len(array), 2):
                 order.append(name[0])

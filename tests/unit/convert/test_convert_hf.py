@@ -17,7 +17,7 @@ from telechat_twins.convert.copy import canonical_to_hf, cast, hf_to_canonical
 from telechat_twins.convert.hf.folder import INDEX, HfFolder, plan_shards
 from telechat_twins.convert.hf.tokenizer import load_pieces
 from telechat_twins.convert.source import open_model
-from telechat_twins.core.checkpoint.read import open_checkpoint, save_checkpoint, write_checkpoint
+from telechat_twins.core.checkpoint.read import Contents, open_checkpoint, save_checkpoint, write_checkpoint
 from telechat_twins.core.errors import UserError
 from telechat_twins.core.files.safetensors import SafetensorsFile
 from telechat_twins.core.model.config import load_model_config
@@ -114,8 +114,7 @@ def tiny_checkpoint(root: Path, **more) -> Path:
     weights = [(n, rng.standard_normal(s.shape).astype(np.float32)) for n, s in parameter_table(config).items()]
     optimizer = [(f"m.{n}", a) for n, a in weights]
     return save_checkpoint(
-        root, 5, model={"config": config.to_dict()}, weights=weights, optimizer=optimizer, trainer={"step": 5},
-        keep_last=1, **more,
+        root, 5, Contents({"config": config.to_dict()}, weights, optimizer, {"step": 5}, **more), keep_last=1
     )  # fmt: skip
 
 

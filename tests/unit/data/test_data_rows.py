@@ -6,7 +6,6 @@ import io
 import json
 import random
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -20,6 +19,7 @@ from telechat_twins.core.data.packed import PackedDataset
 from telechat_twins.core.data.rows import find_inputs, read_documents, read_rows, skipped_inputs
 from telechat_twins.core.data.sft import deepspeed_sequences, encode_dialogue, mindformers_pair
 from telechat_twins.core.errors import UserError
+from telechat_twins.core.types import JsonObject
 from tests.support.data_support import dialogue_row, tiny_tokenizer, tiny_tokenizer_path, write_rows
 from tests.unit.data.test_data_commands import call, tele_data
 
@@ -29,7 +29,7 @@ CALL = {"id": "c1", "type": "function", "function": {"name": "f", "arguments": '
 RESULT = {"role": "tool", "tool_call_id": "c1", "name": "f", "content": "12"}
 
 
-def dialogue(**row: Any) -> Dialogue:
+def dialogue(**row: object) -> Dialogue:
     return parse_dialogue(row, "rows:1")
 
 
@@ -71,7 +71,7 @@ def test_instruction_input_and_history_are_honoured() -> None:
         ({"query": "hi", "response": "hello"}, "keys found: query, response"),
     ],
 )
-def test_rows_of_other_forms_are_refused(row: dict[str, Any], says: str) -> None:
+def test_rows_of_other_forms_are_refused(row: JsonObject, says: str) -> None:
     with pytest.raises(UserError) as error:
         dialogue(**row)
     assert str(error.value).startswith("rows:1: ") and says in str(error.value)
@@ -101,7 +101,7 @@ def test_rows_of_other_forms_are_refused(row: dict[str, Any], says: str) -> None
         ),
     ],
 )
-def test_a_key_that_is_not_read_is_named(row: dict[str, Any], key: str) -> None:
+def test_a_key_that_is_not_read_is_named(row: JsonObject, key: str) -> None:
     with pytest.raises(UserError) as error:
         dialogue(**row)
     assert str(error.value).startswith(f"rows:1: key '{key}' is not read, so what it says would be lost")
@@ -132,14 +132,14 @@ def test_what_the_dialogue_consists_of_cannot_be_left_out() -> None:
         with pytest.raises(UserError, match=rf"^rows:1: --ignore-key {key} would leave out '{place}', which is part"):
             parse_dialogue(row, "rows:1", ignore=[key])
     # Another shape's key is left out, and one that is empty, as is a key that only calls and results have.
-    extra: dict[str, Any] = {"messages": talk, "history": None, "instruction": "x", "name": "n"}
+    extra: JsonObject = {"messages": talk, "history": None, "instruction": "x", "name": "n"}
     assert parse_dialogue(extra, "rows:1", ignore=["history", "instruction", "name"]).messages == talk
 
 
 @pytest.mark.parametrize("row", [{"system": "s", "messages": [{"role": "system", "content": "t"}, ASKED, SAID]}, {
     "messages": [ASKED, SAID, {"role": "system", "content": "rhyme"}, ASKED, SAID]
 }, {"dialog": [{"role": "system", "content": "s"}, {"role": "system", "content": "t"}, ASKED, SAID]}])  # fmt: skip
-def test_a_second_system_message_is_refused(row: dict[str, Any]) -> None:
+def test_a_second_system_message_is_refused(row: JsonObject) -> None:
     with pytest.raises(UserError, match=r"rows:1: '(messages|dialog)\[\d\]' is a second system message"):
         dialogue(**row)
 
@@ -155,11 +155,11 @@ def test_arguments_as_text_are_the_object_they_write() -> None:
     ]
     assert len({text_of(row) for row in rows}) == 1
     assert '{"name": "f", "arguments": {"city": "Paris", "n": 1.5}}' in text_of(rows[0])
-    absent: list[dict[str, Any]] = [{}, {"arguments": None}, {"arguments": ""}, {"arguments": {}}, {"arguments": "{}"}]
+    absent: list[JsonObject] = [{}, {"arguments": None}, {"arguments": ""}, {"arguments": {}}, {"arguments": "{}"}]
     for nothing in absent:
         row = dialogue(messages=[ASKED, {**SAID, "tool_calls": [{"name": "f", **nothing}]}])
         assert row.messages[1]["tool_calls"] == [{"name": "f", "arguments": {}}]
-    as_text: list[Any] = [
+    as_text: list[object] = [
         ASKED,
         {"role": "bot", "content": "", "tool_calls": [{"name": "f", "arguments": '{"a":  1}'}]},
     ]
@@ -182,7 +182,7 @@ def test_arguments_as_text_are_the_object_they_write() -> None:
         ("f", "must be an object, found str"),
     ],
 )
-def test_calls_that_are_none_are_refused(call: Any, says: str) -> None:
+def test_calls_that_are_none_are_refused(call: object, says: str) -> None:
     with pytest.raises(UserError) as error:
         dialogue(messages=[ASKED, {**SAID, "tool_calls": [call]}])
     assert str(error.value).startswith("rows:1: 'messages[1].tool_calls[0]") and says in str(error.value)
@@ -223,16 +223,18 @@ def test_released_packings_refuse_what_they_would_leave_out() -> None:
                 list(deepspeed_sequences([flagged], tiny_tokenizer(), 500, template=False))
 
 
-def test_system_texts_that_mindformers_leaves_out_are_counted(tmp_path: Path, capsys: Any) -> None:
+def test_system_texts_that_mindformers_leaves_out_are_counted(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     rows = [dialogue_row(n, system="Be brief." if n % 2 else None) for n in range(20)]
     source = write_rows(tmp_path / "rows.jsonl", rows)
     tele_data(source, "--out", tmp_path / "mf", "--sft", "mindformers", "--seq-len", 128)
     assert "left out: the system text of 10 rows" in capsys.readouterr().out
 
 
-def test_chat_of_tele_tokenize_reads_messages_like_a_row(capsys: Any) -> None:
+def test_chat_of_tele_tokenize_reads_messages_like_a_row(capsys: pytest.CaptureFixture[str]) -> None:
     words = ["encode", "--tokenizer", tiny_tokenizer_path(), "--ids", "--chat"]
-    called: list[Any] = [{"role": "system", "content": "s"}, ASKED, {**SAID, "tool_calls": [CALL]}]
+    called: list[object] = [{"role": "system", "content": "s"}, ASKED, {**SAID, "tool_calls": [CALL]}]
     call(tokenize_command, *words, json.dumps(called))
     wanted = [*called[:2], {**SAID, "tool_calls": [{"name": "f", "arguments": {"city": "Paris", "n": 1.5}}]}]
     assert capsys.readouterr().out.split() == list(map(str, encode_chat(tiny_tokenizer(), wanted)))
@@ -250,7 +252,7 @@ def items(text: str | bytes, limit: int = 1 << 20) -> list[tuple[int, int, bytes
     return [(item.line, item.item, item.data) for item in found]
 
 
-def random_value(draw: random.Random, depth: int) -> Any:
+def random_value(draw: random.Random, depth: int) -> object:
     kind = draw.randrange(6 if depth < 4 else 4)
     if kind == 0:
         return draw.choice([None, True, 1, -2.5e-3])
@@ -262,7 +264,7 @@ def random_value(draw: random.Random, depth: int) -> Any:
 
 
 @pytest.mark.parametrize("block", [1, 2, 3, 7, 1 << 20])
-def test_objects_of_a_json_file_are_cut_where_a_parser_cuts_them(block: int, monkeypatch: Any) -> None:
+def test_objects_of_a_json_file_are_cut_where_a_parser_cuts_them(block: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(json_items_module, "BLOCK_BYTES", block)
     draw = random.Random(block)
     for _ in range(60):
@@ -339,7 +341,7 @@ def test_packed_folders_among_the_inputs_are_not_rows(tmp_path: Path) -> None:
         find_inputs([tmp_path / "in" / "sub" / "packed"])
 
 
-def test_skipped_files_and_fields_are_said(tmp_path: Path, capsys: Any) -> None:
+def test_skipped_files_and_fields_are_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = tmp_path / "corpus"
     (folder / "sub" / ".git").mkdir(parents=True)
     write_rows(folder / "a.jsonl", [{"text": "fox", "url": "u", "id": 1}, {"text": "dog", "lang": "en"}])
@@ -399,7 +401,7 @@ def test_text_that_begins_like_json_stays_text(tmp_path: Path) -> None:
 # ---- verifying
 
 
-def test_verify_command(tmp_path: Path, capsys: Any) -> None:
+def test_verify_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     source = write_rows(tmp_path / "rows.jsonl", [{"text": "some text"}] * 5)
     for name in ("a", "b"):
         tele_data(source, "--out", tmp_path / name)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -12,6 +11,7 @@ from telechat_twins.core.errors import UserError
 from telechat_twins.core.model.config import load_model_config, preset_names
 from telechat_twins.core.model.params import count_parameters, parameter_table
 from telechat_twins.core.schema import load_yaml, set_dotted
+from telechat_twins.core.types import JsonObject
 
 # Published parameter counts; the 115B's equals the total_size of its released index (float32) divided by 4.
 PUBLISHED = {
@@ -41,7 +41,7 @@ NAMED = {
     "flm-16b": (16_000, 0.04),
 }
 
-RUN: dict[str, Any] = {
+RUN: JsonObject = {
     "model": "telechat2-tiny",
     "data": {"sources": [{"path": "packed"}], "seq_len": 64},
     "train": {"steps": 10, "global_batch": 4, "micro_batch": 2},
@@ -132,7 +132,7 @@ def test_run_config_fills_in_defaults() -> None:
         ({"optim": None}, "optim"),
     ],
 )
-def test_mistake_is_named(change: dict[str, Any], says: str) -> None:
+def test_mistake_is_named(change: JsonObject, says: str) -> None:
     with pytest.raises(UserError) as error:
         run_config_from_dict({**RUN, **change})
     assert says in str(error.value)

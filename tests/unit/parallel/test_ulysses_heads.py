@@ -7,7 +7,7 @@ No process is started: the exchange is replaced by one that keeps what it is giv
 from __future__ import annotations
 
 from types import SimpleNamespace
-from typing import Any
+from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
 import pytest
@@ -15,7 +15,13 @@ import pytest
 from telechat_twins.core.backends import load
 from tests.support.frameworks import BACKENDS
 
+if TYPE_CHECKING:
+    import mindspore
+    import torch
+
 B, S, D = 2, 3, 4
+
+Tensor: TypeAlias = "torch.Tensor | mindspore.Tensor"
 
 
 def parts(
@@ -25,14 +31,14 @@ def parts(
     ulysses, model = load(backend, "ulysses"), load(backend, "model")
     given: list[np.ndarray] = []
 
-    def keep(x: Any, group: Any, split: int, concat: int) -> Any:
+    def keep(x: Tensor, group: object, split: int, concat: int) -> Tensor:
         assert (split, concat) == (ulysses.HEADS, ulysses.SEQUENCE)
         given.append(model.to_numpy(x))
         return x
 
     monkeypatch.setattr(ulysses, "swap_heads", keep)
 
-    def numbered(count: int) -> Any:
+    def numbered(count: int) -> Tensor:
         array = np.broadcast_to(np.arange(count, dtype=np.float32)[:, None], (B, S, count, D)).copy()
         return tensor(backend, array)
 
@@ -40,7 +46,7 @@ def parts(
     return [[np.split(x, size, axis=2)[rank][0, 0, :, 0].astype(int) for x in given] for rank in range(size)]
 
 
-def tensor(backend: str, array: np.ndarray) -> Any:
+def tensor(backend: str, array: np.ndarray) -> Tensor:
     if backend == "pt":
         import torch
 
@@ -73,7 +79,7 @@ def test_query_heads_meet_their_kv_head(backend, heads, kv_heads, size, monkeypa
 def test_kv_heads_repeated_in_the_other_order_are_seen(backend, monkeypatch) -> None:
     """Planted: kv heads 0 1 0 1 in the place of 0 0 1 1."""
 
-    def tiled(x: Any, group: Any) -> Any:
+    def tiled(x: Tensor, group: SimpleNamespace) -> Tensor:
         array = load(backend, "model").to_numpy(x)
         return tensor(backend, np.tile(array, (1, 1, group.size // array.shape[2], 1)))
 

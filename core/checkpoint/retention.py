@@ -1,0 +1,62 @@
+"""Retention of a run's checkpoints: which step folders there are, in which order they were saved, which are removed."""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+from pathlib import Path
+
+from telechat_twins.core.checkpoint.notice import Notice
+from telechat_twins.core.files.atomic import mark_lives, remove_folder
+
+STEP_FOLDER = re.compile(r"step-(\d{8,})")
+_NUMBER = re.compile(r'^ "number": (\d{1,18}),$', re.MULTILINE)
+_LEFT = re.compile(r"\.saving-step-\d{8,}\.json|\.(latest|\.?saving-step-\d{8,}\.json)-\d+")
+
+_log = logging.getLogger(__name__)
+
+
+def step_folders(root: Path) -> list[Path]:
+    """The step folders of a run."""
+    return [p for p in root.iterdir() if STEP_FOLDER.fullmatch(p.name) and (p / "manifest.json").is_file()]
+
+
+def save_number(folder: Path) -> int:
+    """Which save of its run a checkpoint was; 0 where that was not counted yet, or its manifest cannot be read."""
+    try:
+        with open(folder / "manifest.json", encoding="utf-8") as file:
+            head = file.read(1000)
+            if found := _NUMBER.search(head):  # where write_manifest puts it; the rest may be megabytes
+                return int(found[1])
+            number = json.loads(head + file.read()).get("number", 0)
+        return number if type(number) is int else 0
+    except (OSError, ValueError, AttributeError):
+        return 0
+
+
+def prune(root: Path, newest: Path, keep_last: int) -> None:
+    """Keep ``newest`` and the ``keep_last`` - 1 saved last before it.
+
+    Not those of the highest steps, since a run may go back to an older one, nor by the time of their files, since
+    clocks are set and files copied: by their number. Those without one were saved before all others, in the order of
+    time.
+    """
+    others = [p for p in step_folders(root) if p != newest]
+    others.sort(key=lambda p: (save_number(p), (p / "manifest.json").stat().st_mtime_ns, p.name), reverse=True)
+    for folder in others[max(keep_last - 1, 0) :]:
+        try:
+            remove_folder(folder)
+        except OSError as error:
+            _log.warning("%s: old checkpoint could not be removed (%s)", folder, error.strerror)
+
+
+def forget_notices(folder: Path) -> None:
+    """Remove the notices of saves that were given up or killed (that of this save goes last), and what is left of files
+    that an earlier version of this program was writing when it was killed."""
+    own = Notice(folder).path
+    for left in folder.parent.glob(".*"):
+        if left.name != own.name and _LEFT.fullmatch(left.name):
+            pid = left.name.rpartition("-")[2]
+            if left.suffix == ".json" or not mark_lives(pid):
+                left.unlink(missing_ok=True)
