@@ -279,7 +279,7 @@ def test_generate_command_gives_text(backend, talking, capsys, tmp_path):
         (("--ids", "1", "--temperature", "0.5", "--greedy"), "--greedy: contradicts --temperature 0.5"),
         (("--ids", "1", "--temperature", "0.5", "--top-p", "2"), "sampling.top_p: must be at most 1.0"),
         (("--ids", "1", "--samples", "3"), "--samples: greedy answers are all the same; add --temperature"),
-        (("--ids", "1", "--logprobs", "3"), "--logprobs: are told in the JSON; add --json"),
+        (("--ids", "1", "--logprobs", "3"), "--logprobs: requires --json"),
         (("--ids", "1", "--logprobs", "152", "--json"), "logprobs: must be 0 to 151"),
         (("--ids", "1", "--stop", "x"), "stop: strings are found in text, and there is no tokenizer"),
         (("--ids", "1", "--presence-penalty", "1e9"), "sampling.presence_penalty: must be at most 100"),
