@@ -1,4 +1,4 @@
-"""The only door from the neutral code to a framework: modules are loaded by name, when asked for."""
+"""Backends by name: modules of a twin, and with them its framework, are imported when a command needs them."""
 
 from __future__ import annotations
 
@@ -6,10 +6,16 @@ import importlib
 from types import ModuleType
 
 from telechat_twins.core.errors import UserError
+from telechat_twins.core.files import IN_CHECKOUT
 
 BACKENDS = {"ms": "telechat_ms", "pt": "pt_reference"}
 TITLES = {"ms": "MindSpore", "pt": "PyTorch"}
 _FRAMEWORK = {"ms": "mindspore", "pt": "torch"}
+
+
+def install_command(extra: str) -> str:
+    """The pip command that adds an optional part, for a checkout or for an installed wheel."""
+    return f"pip install -e '.[{extra}]'" if IN_CHECKOUT else f"pip install 'telechat-twins[{extra}]'"
 
 
 def load(backend: str, module: str) -> ModuleType:
@@ -25,5 +31,5 @@ def load(backend: str, module: str) -> ModuleType:
         if (error.name or "").partition(".")[0] != _FRAMEWORK[backend]:
             raise
         raise UserError(
-            f"--backend {backend}: {TITLES[backend]} is not installed; run: pip install -e '.[{backend}]'"
+            f"--backend {backend}: {TITLES[backend]} is not installed; run: {install_command(backend)}"
         ) from None

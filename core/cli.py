@@ -53,8 +53,8 @@ VERBS: dict[str, str] = {verb: summary for group in GROUPS.values() for verb, su
 EXAMPLES = """\
 Examples:
   tele doctor
-  tele train --backend ms --config configs/train/telechat2-tiny.yaml --out runs/first
-  tele train --backend pt --config configs/train/telechat2-tiny.yaml --resume runs/first --set train.steps=400
+  tele train --backend ms --config telechat2-tiny --out runs/first
+  tele train --backend pt --config telechat2-tiny --resume runs/first --set train.steps=400
   tele generate --backend pt --checkpoint runs/first --prompt "Once upon a time"
   tele VERB --help
 

@@ -7,6 +7,7 @@ B batch, S sequence, H heads, K kv heads, D head dim, E hidden, F ffn, V vocab, 
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import Any
 
 from telechat_twins.core.errors import UserError
 from telechat_twins.core.model.config import (
+    CONFIGS,
     MAX_LENGTH,
     PRECISIONS,
     ModelConfig,
@@ -22,6 +24,7 @@ from telechat_twins.core.model.config import (
     load_model_config,
 )
 from telechat_twins.core.model.xpos_range import check_xpos_range
+from telechat_twins.core.near import nearest
 from telechat_twins.core.parallel.layout import Layout
 from telechat_twins.core.schema import from_mapping, load_yaml, option, set_dotted
 
@@ -172,22 +175,53 @@ class RunConfig:
         return {**dataclasses.asdict(self), "model": self.model.to_dict()}
 
 
+def bundled_names(kind: str) -> list[str]:
+    """Names of the bundled files of one kind: "train" (runs), "growth" (schedules) or "mup" (searches)."""
+    return sorted(file.stem for file in (CONFIGS / kind).glob("*.yaml"))
+
+
+def is_bundled_name(spec: str | Path) -> bool:
+    """Whether ``spec`` is to be looked up among the bundled files: one word, no suffix, and not a file here."""
+    text = str(spec)
+    return "/" not in text and not text.endswith((".yaml", ".yml")) and not Path(text).is_file()
+
+
+def bundled_file(spec: str | Path, kind: str, where: str) -> Path:
+    """The file that ``spec`` stands for: a path itself, or a name in configs/``kind``; UserError if unknown."""
+    if not is_bundled_name(spec):
+        return Path(spec)
+    names = bundled_names(kind)
+    if str(spec) not in names:
+        near = nearest(str(spec), names)
+        hint = (f"did you mean '{near}'? " if near else "") + f"There are: {', '.join(names)}; or give a YAML file"
+        raise UserError(f"{where}: no file and no bundled config '{spec}'; {hint}")
+    return CONFIGS / kind / f"{spec}.yaml"
+
+
 def load_run_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> RunConfig:
-    """Read a run's YAML, apply ``--set`` overrides, validate. Relative paths in it count from the file's folder."""
+    """Read a run's YAML, or a bundled run by name; apply ``--set`` overrides, validate.
+
+    Relative data paths count from the file's folder. Those of a bundled run that was found by name count as if its
+    configs/ were in the working folder: ../../data/tiny is ./data/tiny.
+    """
     return run_config_from_dict(load_run_tree(path, overrides))
 
 
 def load_run_tree(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
     """What load_run_config validates: the file's mapping with paths made whole and overrides applied."""
-    tree = load_yaml(path)
+    file = bundled_file(path, "train", "--config")
+    tree = load_yaml(file)
     if not isinstance(tree, dict):
-        raise UserError(f"{path}: expected a mapping with model, data, train and optim")
+        raise UserError(f"{file}: expected a mapping with model, data, train and optim")
     if isinstance(tree.get("model"), str):
         tree["model"] = {"preset": tree["model"]}
-    folder = Path(path).resolve().parent
+    folder = file.resolve().parent
     if isinstance(tree.get("model"), dict) and isinstance(tree["model"].get("preset"), str):
         tree["model"]["preset"] = _beside(tree["model"]["preset"], folder)
-    _anchor_paths(tree, folder)
+    if is_bundled_name(path):
+        _anchor_paths(tree, Path.cwd() / "configs" / "train", normalise=True)
+    else:
+        _anchor_paths(tree, folder)
     for assignment in overrides:
         set_dotted(tree, assignment)
     return tree
@@ -201,8 +235,10 @@ def run_config_from_dict(tree: dict[str, Any]) -> RunConfig:
     return from_mapping(RunConfig, values, "")
 
 
-def _anchor_paths(tree: dict[str, Any], folder: Path) -> None:
+def _anchor_paths(tree: dict[str, Any], folder: Path, normalise: bool = False) -> None:
+    """Make the sources' paths absolute, counted from ``folder``; ``normalise`` when that folder may not exist."""
     data = tree.get("data")
     for source in data.get("sources") or [] if isinstance(data, dict) else []:
         if isinstance(source, dict) and isinstance(source.get("path"), str):
-            source["path"] = str(folder / source["path"])
+            path = str(folder / source["path"])
+            source["path"] = os.path.normpath(path) if normalise else path

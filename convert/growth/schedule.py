@@ -25,7 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from telechat_twins.convert.growth.plan import MULTIPLIERS, GrowthPlan, Options, plan_growth
-from telechat_twins.core.config import RunConfig, load_run_tree, run_config_from_dict
+from telechat_twins.core.config import RunConfig, bundled_file, load_run_tree, run_config_from_dict
 from telechat_twins.core.errors import UserError
 from telechat_twins.core.model.config import ModelConfig, load_model_config
 from telechat_twins.core.model.flops import flops_per_token
@@ -94,6 +94,7 @@ class Cost:
 def load_schedule(path: str | Path, run: str | Path, overrides: Sequence[str] = ()) -> list[Stage]:
     """The stages of the schedule at ``path`` for the run configured at ``run``; UserError names stage and field."""
     base = load_run_tree(run, overrides)
+    path = bundled_file(path, "growth", "--growth")
     tree = load_yaml(path)
     if not isinstance(tree, dict) or not isinstance(tree.get("stages"), list) or not tree["stages"]:
         raise UserError(f"{path}: expected `stages:` and a list of them")

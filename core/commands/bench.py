@@ -131,6 +131,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Measure and print Markdown; 1 when the messages counted are not those of the formula."""
+    _settle(args)
+    names = _backends(args)
+    options = {name: getattr(args, name) for name in ("model", "seq_len", "micro_batch", "micro_batches", "precision")}
+    bench_config(options)  # a mistake is reported here, once, and not by every worker
+    layouts = checked_layouts(args.layouts or [LAYOUTS], options) if args.what == "parallel" else []
+    if args.out:
+        writable_file(args.out, "--out")
+    result, text = _measured(args, options, layouts, names)
+    print(text)
+    if args.out:
+        write_text(Path(args.out), json.dumps(result, indent=1) + "\n")
+    return 1 if any(row.get("traffic", {}).get("differs") for row in result.get("rows", ())) else 0
+
+
+def _settle(args: argparse.Namespace) -> None:
+    """Fill in the defaults of the measurement; UserError for an option it does not have or a number out of range."""
     for name, owners in ONLY.items():
         if getattr(args, name) is not None and args.what not in owners:
             raise UserError(f"--{name}: belongs to `tele bench {owners[0]}`, not to `tele bench {args.what}`")
@@ -147,20 +163,26 @@ def run(args: argparse.Namespace) -> int:
     for name in ("rows", "clients"):
         if min(getattr(args, name)) < 1:
             raise UserError(f"--{name}: must be at least 1, found {min(getattr(args, name))}")
+    if args.what == "decode":
+        args.seq_len = args.prompt + max(args.block, 1)
+    elif args.what == "serve":
+        args.seq_len = args.prompt + args.new
+
+
+def _backends(args: argparse.Namespace) -> list[str]:
+    """The contestants, each once; UserError where the released composition cannot take part."""
     names = list(dict.fromkeys(args.backends))
     if EAGER in names and args.what != "step":
         raise UserError(f"--backends {EAGER}: belongs to `tele bench step`; give ms, pt or both")
     if EAGER in names and args.precision != "fp32":
         raise UserError(f"--precision {args.precision}: the {EAGER} composition computes in fp32 only")
-    if args.what == "decode":
-        args.seq_len = args.prompt + max(args.block, 1)
-    elif args.what == "serve":
-        args.seq_len = args.prompt + args.new
-    options = {name: getattr(args, name) for name in ("model", "seq_len", "micro_batch", "micro_batches", "precision")}
-    bench_config(options)  # a mistake is told here, once, and not by every worker
-    layouts = checked_layouts(args.layouts or [LAYOUTS], options) if args.what == "parallel" else []
-    if args.out:
-        writable_file(args.out, "--out")
+    return names
+
+
+def _measured(
+    args: argparse.Namespace, options: dict[str, Any], layouts: list[str], names: list[str]
+) -> tuple[dict[str, Any], str]:
+    """(everything measured, its Markdown)."""
     if args.what == "grow":
         result = measure_growth(args.steps)
         text = growth_to_markdown(result)
@@ -189,10 +211,7 @@ def run(args: argparse.Namespace) -> int:
     else:
         result = measure(options, names, args.steps, args.block)
         text = to_markdown(result)
-    print(text)
-    if args.out:
-        write_text(Path(args.out), json.dumps(result, indent=1) + "\n")
-    return 1 if any(row.get("traffic", {}).get("differs") for row in result.get("rows", ())) else 0
+    return result, text
 
 
 def served(args: argparse.Namespace, options: dict[str, Any], names: list[str]) -> dict[str, Any]:

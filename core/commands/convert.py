@@ -17,24 +17,26 @@ from telechat_twins.core.shown import printable
 FORMATS = ("hf", "canonical", "mindformers")
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
+DESCRIPTION = (
+    "Turn a model as released on Hugging Face (config.json and safetensors) into a canonical checkpoint or a "
+    "MindFormers checkpoint, or any of these into another. Tensors pass one at a time, so memory does not grow "
+    "with the model (a .ckpt file is in memory as a whole). There and back gives the same bits. DST appears when "
+    "it is complete, or not at all."
+)
+EXAMPLES = (
+    "examples:\n"
+    "  tele convert --from hf --to canonical TeleChat2-7B checkpoints/7b\n"
+    "  tele convert --from canonical --to hf runs/first exported --dtype bfloat16\n"
+    "  tele convert --from hf --to mindformers TeleChat2-7B 7b-ms --file-format ckpt\n"
+    "  tele convert --from hf --to mindformers TeleChat2-115B 115b-mp8 --qkv-concat --mp 8\n"
+    "  tele convert --from mindformers --to canonical 115b-mp8 checkpoints/115b\n"
+    "  tele convert --from mindformers --to hf telechat_7b.ckpt TeleChat2-7B-new --model telechat2-7b"
+)
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of ``tele convert``."""
-    parser.description = (
-        "Turn a model as released on Hugging Face (config.json and safetensors) into a canonical checkpoint or a "
-        "MindFormers checkpoint, or any of these into another. Tensors pass one at a time, so memory does not grow "
-        "with the model (a .ckpt file is in memory as a whole). There and back gives the same bits. DST appears when "
-        "it is complete, or not at all."
-    )
-    parser.epilog = (
-        "examples:\n"
-        "  tele convert --from hf --to canonical TeleChat2-7B checkpoints/7b\n"
-        "  tele convert --from canonical --to hf runs/first exported --dtype bfloat16\n"
-        "  tele convert --from hf --to mindformers TeleChat2-7B 7b-ms --file-format ckpt\n"
-        "  tele convert --from hf --to mindformers TeleChat2-115B 115b-mp8 --qkv-concat --mp 8\n"
-        "  tele convert --from mindformers --to canonical 115b-mp8 checkpoints/115b\n"
-        "  tele convert --from mindformers --to hf telechat_7b.ckpt TeleChat2-7B-new --model telechat2-7b"
-    )
+    parser.description, parser.epilog = DESCRIPTION, EXAMPLES
     parser.add_argument("--from", dest="source_format", required=True, choices=FORMATS, help="what SRC is")
     parser.add_argument("--to", dest="target_format", required=True, choices=FORMATS, help="what DST becomes")
     parser.add_argument(
@@ -58,6 +60,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--sums", action="store_true", help="put SHA256SUMS into a released folder; it is checked wherever it is read"
     )
     parser.add_argument("--force", action="store_true", help="replace the model in DST, if it holds one")
+    _add_mindformers_arguments(parser)
+
+
+def _add_mindformers_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group(
         "MindFormers",
         "Its checkpoints say neither which model they are nor for how many ranks; those written here say both, in "

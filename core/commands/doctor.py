@@ -26,7 +26,7 @@ from typing import Any
 from telechat_twins.core import backends
 from telechat_twins.core.cli import DISTRIBUTION
 from telechat_twins.core.errors import UserError
-from telechat_twins.core.files import ROOT
+from telechat_twins.core.files import IMPORT_ROOT, ROOT
 
 BACKENDS = {"ms": "mindspore", "pt": "torch"}
 OPTIONAL = ("mindformers", "torch-npu")
@@ -131,7 +131,7 @@ def _beside(name: str) -> str | None:
 def _operators(backend: str) -> list[str]:
     """What serves the operators of a backend, from a process that imports its framework; or why that is not known."""
     command = [sys.executable, "-m", "telechat_twins.core.commands.doctor", backend]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    done = subprocess.run(command, capture_output=True, text=True, cwd=IMPORT_ROOT)
     if done.returncode == 0:
         return json.loads(done.stdout.splitlines()[-1])
     last = (done.stderr.strip().splitlines() or ["it said nothing"])[-1]

@@ -10,7 +10,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +22,7 @@ from telechat_twins.core.shown import controls_shown
 
 if TYPE_CHECKING:
     from telechat_twins.core.inference.requests import Event, Request
+    from telechat_twins.core.inference.sampling import SamplingConfig
     from telechat_twins.core.parallel.layout import Layout
 
 MAX_PROMPT = 1 << 22  # bytes; a million tokens
@@ -75,8 +76,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Generate, print text or JSON on stdout and a line of statistics on stderr."""
-    from telechat_twins.core.inference.generation import answer, turn_stops
-    from telechat_twins.core.inference.requests import Request, check_request
+    from telechat_twins.core.inference.generation import answer
+    from telechat_twins.core.inference.requests import check_request
     from telechat_twins.core.parallel.layout import check_layout
 
     sampling = sampling_from(args)
@@ -98,22 +99,8 @@ def run(args: argparse.Namespace) -> int:
     if args.add_bos:
         ids = [model.config.bos_token_id, *ids]
 
-    stops: frozenset[int] = frozenset()
-    if not args.ignore_eos:
-        stops = turn_stops(model.tokenizer, model.config) if args.chat and model.tokenizer else model.config.stop_ids
+    request = _request(args, model, ids, sampling)
     has_text = model.tokenizer is not None
-    request = Request(
-        prompt_ids=tuple(ids),
-        max_new_tokens=args.max_new_tokens,
-        sampling=sampling,
-        samples=args.samples,
-        stop_ids=stops,
-        stop_texts=tuple(args.stop),
-        logprobs=args.logprobs,
-        margins=args.json,
-        # An answer starts a text of its own; a raw continuation goes on from the prompt's last word.
-        text=("answer" if args.chat else "continuation") if has_text else "none",
-    )
     check_request(request, model.config.num_tokens, has_text)  # before weights are read
     terminal = sys.stdout.isatty()
     show = args.stream and not args.json and has_text and request.samples == 1
@@ -141,6 +128,29 @@ def run(args: argparse.Namespace) -> int:
         file=sys.stderr,
     )
     return 0
+
+
+def _request(args: argparse.Namespace, model: Loaded, ids: Sequence[int], sampling: SamplingConfig) -> Request:
+    """What the options ask of the engine, for a prompt's ids."""
+    from telechat_twins.core.inference.generation import turn_stops
+    from telechat_twins.core.inference.requests import Request
+
+    stops: frozenset[int] = frozenset()
+    if not args.ignore_eos:
+        stops = turn_stops(model.tokenizer, model.config) if args.chat else model.config.stop_ids
+    has_text = model.tokenizer is not None
+    return Request(
+        prompt_ids=tuple(ids),
+        max_new_tokens=args.max_new_tokens,
+        sampling=sampling,
+        samples=args.samples,
+        stop_ids=stops,
+        stop_texts=tuple(args.stop),
+        logprobs=args.logprobs,
+        margins=args.json,
+        # An answer starts a text of its own; a raw continuation goes on from the prompt's last word.
+        text=("answer" if args.chat else "continuation") if has_text else "none",
+    )
 
 
 def _by_ranks(

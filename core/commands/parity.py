@@ -21,7 +21,7 @@ examples:
       both backends against each other: one batch, then 50 training steps
   tele parity --config F --steps 0 --layouts tp2,ring2,pp2,tp2.pp2
       also each of these layouts, in each backend, against one device (layouts: see `tele train --help`)
-  tele parity --config F --growth configs/growth/flm-replica.yaml --steps 20 --layouts tp2
+  tele parity --config F --growth flm-replica --steps 20 --layouts tp2
       before, at and after every growth of a schedule: the function kept, the backends equal
 """
 
@@ -30,7 +30,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of ``tele parity``."""
     parser.epilog = EPILOG
     parser.add_argument(
-        "--config", required=True, metavar="F", help="a training run's YAML; its model, data and recipe are used"
+        "--config",
+        required=True,
+        metavar="F",
+        help="a training run's YAML or a bundled run's name; its model, data and recipe are used",
     )
     parser.add_argument(
         "--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="override, e.g. train.precision=bf16"

@@ -36,8 +36,14 @@ RECOMPUTE = ("none", "selective", "full")
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--model", metavar="PRESET", help="a preset, e.g. telechat2-7b")
-    what.add_argument("--config", metavar="F", help="a run's YAML: its model, layout, lengths and precision")
-    parser.add_argument("--growth", metavar="G", help="a growth schedule for that run: every stage, and what is saved")
+    what.add_argument(
+        "--config", metavar="F", help="a run's YAML or a bundled run's name: its model, layout, lengths and precision"
+    )
+    parser.add_argument(
+        "--growth",
+        metavar="G",
+        help="growth schedule (file or bundled name) for that run: each stage, and what is saved",
+    )
     parser.add_argument("--layout", metavar="TEXT", help="e.g. tp8.pp8.dp8: what each pipeline rank holds")
     parser.add_argument("--seq-len", type=int, metavar="S", help="tokens a sample (default: the model's max_seqlen)")
     parser.add_argument("--micro-batch", type=int, metavar="B", help="samples a forward pass (default 1)")

@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from telechat_twins.core.backends import install_command
 from telechat_twins.core.commands.options import add_model_arguments, load_model
 from telechat_twins.core.errors import UserError
 from telechat_twins.core.inference.load import Loaded
@@ -32,7 +33,7 @@ SIGTERM or Ctrl-C: new requests get 503, running ones have --grace seconds; a se
 
 MOST_KEYS = 1 << 20  # bytes of a file of keys
 SPARE_CONNECTIONS = 128  # for /health and the like, and for clients that have yet to ask
-MISSING = "tele serve: fastapi and uvicorn are not installed; run: pip install -e '.[serve]'"
+MISSING = f"fastapi and uvicorn are not installed; run: {install_command('serve')}"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -79,7 +80,7 @@ def run(args: argparse.Namespace) -> int:
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] not in ("fastapi", "starlette", "uvicorn"):
             raise
-        raise UserError(MISSING.removeprefix("tele serve: ")) from None
+        raise UserError(MISSING) from None
 
     check_options(args)
     model_name(args)

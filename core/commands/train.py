@@ -20,9 +20,9 @@ Several machines: the same command on each, with its own --node-rank. HOST:PORT 
   tele train --backend ms --config F --layout tp8.dp2 --nnodes 2 --node-rank 0 --master 10.0.0.1:29500
 
 Growth: a schedule of stages, each a larger model at a layout of its own; between them the checkpoint is grown.
-  tele train --backend ms --config F --growth configs/growth/flm-replica.yaml --out runs/grown
+  tele train --backend ms --config F --growth flm-replica --out runs/grown
 
-The raw launchers work as well, with the layout as --set:
+In a checkout the raw launchers work as well, with the layout as --set:
   msrun --worker_num=4 --local_worker_num=4 --join=True --log_dir=LOGS telechat_ms/train.py --config F --out DIR \\
     --set parallel.tp=2 parallel.dp=2
   torchrun --nproc-per-node=4 pt_reference/train.py --config F --out DIR --set parallel.tp=2 parallel.dp=2
@@ -41,7 +41,12 @@ from telechat_twins.core.errors import UserError
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--backend", required=True, choices=("ms", "pt"), help="ms: MindSpore, pt: PyTorch")
-    parser.add_argument("--config", required=True, metavar="F", help="YAML file of the run")
+    parser.add_argument(
+        "--config",
+        required=True,
+        metavar="F",
+        help="YAML file of the run, or a bundled run's name, e.g. telechat2-tiny",
+    )
     parser.add_argument(
         "--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="override, e.g. train.steps=100"
     )
@@ -50,7 +55,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--resume", metavar="DIR|auto", help="go on from a checkpoint or run folder; auto: from --out if it has one"
     )
     parser.add_argument(
-        "--growth", metavar="G", help="YAML of growth stages (configs/growth/); each has its own model and layout"
+        "--growth",
+        metavar="G",
+        help="growth schedule (YAML file or bundled name, e.g. flm-replica); each stage has its own model and layout",
     )
     parser.add_argument(
         "--layout", metavar="TEXT", help="e.g. tp2.pp2: in place of the config's `parallel:` (--set is applied after)"
@@ -127,13 +134,14 @@ def _layout_overrides(text: str | None, config: str) -> list[str]:
 
     Whatever the text leaves out goes back to its default, except ``bucket_mb``, of which a layout's text says nothing.
     """
+    from telechat_twins.core.config import bundled_file
     from telechat_twins.core.parallel.layout import Layout, parse_layout
     from telechat_twins.core.schema import load_yaml
 
     if text is None:
         return []
     wanted, default = parse_layout(text), Layout()
-    tree = load_yaml(config)
+    tree = load_yaml(bundled_file(config, "train", "--config"))
     section = tree.get("parallel") if isinstance(tree, dict) else None
     given = set(section) if isinstance(section, dict) else set()
     assignments = []

@@ -124,4 +124,6 @@ def check_port(plan: Plan) -> None:
             ) from None
         if error.errno == errno.EADDRNOTAVAIL and plan.backend == "ms":
             # msrun starts its scheduler only on the machine that has this address itself.
-            raise UserError(f"--master: {plan.host} is no address of this machine, which is node 0; give one") from None
+            raise UserError(
+                f"--master: {plan.host} is not an address of this machine (node 0); give one that is"
+            ) from None

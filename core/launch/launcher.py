@@ -165,64 +165,98 @@ def _run(
 
 
 def _watch(run: _Running, limits: Limits, again: bool) -> int:
-    folder = run.plan.folder
+    """Look at everything that was started until the job has ended; its exit code.
+
+    Each look asks the causes in this order: a failed rank explains a lost launcher, a hang and the end of the time.
+    """
     started = time.monotonic()
-    finished = gone = None
-    scheduler = _Scheduler(run)
+    scheduler, leaving = _Scheduler(run), _Leaving(run)
     while True:
         news = run.screen.read()  # before the status files: what rank 0 writes because another died is held back
         statuses = run.statuses()
         launcher_code = run.job.launcher.poll()
         run.job.look()
-        for status in statuses:
-            if status is not None:
-                run.deaths.watch(status["pid"])
-        if _first_failure(statuses, run.deaths, folder) is not None:
-            time.sleep(SETTLE)
-            statuses = run.statuses()
-            failed = _first_failure(statuses, run.deaths, folder)
-            if failed is not None:
-                return _report(run, failed, statuses, news)
-        word = run.nodes.look()
-        if word is not None:
-            return _ended_elsewhere(run, word, news)
-        run.screen.show(news)
-        now = time.monotonic()
-        if all(s is not None and s["state"] == "done" for s in statuses):
-            if gone is None and all(s is not None and run.deaths.when(s["pid"]) for s in statuses):
-                gone = now
-            run.nodes.done()
-            # The launcher stays until every node's ranks have finished: it may serve the other nodes' ranks.
-            finished = finished or (now if run.nodes.finished else None)
-            settled = max(finished or now, gone or now)
-            # Every rank has said "done", so the result stands; a launcher that disagrees is told, not hidden.
-            if finished and (launcher_code is not None or now - settled > LINGER or now - finished > LEAVE):
-                run.screen.show(run.screen.read(), last=True)
-                if launcher_code or gone is None:
-                    what = f"their launcher ended with code {launcher_code}" if launcher_code else "did not leave"
-                    print(f"tele: all ranks finished, but {what}; logs: {folder}", file=sys.stderr)
-                return 0
-        elif launcher_code is not None:
-            return _give_up(run, "launcher.log", f"the launcher ended with code {launcher_code}")
-        elif scheduler.failed():
-            if b"Address already in use" in _bytes(folder / "scheduler.log"):
-                if not again and run.plan.nnodes == 1:
-                    raise _PortTaken
-                return _give_up(run, None, f"msrun's port {run.plan.port or ''} was taken by another program")
-            return _give_up(run, "scheduler.log", "msrun's scheduler, through which the ranks meet, has failed")
-        rank, waited = run.waits.look([s["rank"] for s in statuses if s is not None and s["state"] == "running"])
-        if 0 < limits.collective < waited:
-            return _hang(run, rank, waited, limits.collective)
-        if limits.job is not None and now - started > limits.job:
-            run.nodes.end(1, f"not finished after {limits.job:.0f} s")
-            lines = [
-                f"tele: not finished after {limits.job:.0f} s; who waits where:",
-                *run.waits.table(_ask_where(run)),
-            ]
-            print("\n".join(lines), file=sys.stderr)
-            print(f"tele: ending all processes; stacks: {folder}/stack_<rank>.txt", file=sys.stderr)
-            return 1
+        code = _failed_here(run, statuses, news)
+        if code is None and (word := run.nodes.look()) is not None:
+            code = _ended_elsewhere(run, word, news)
+        if code is None:
+            run.screen.show(news)
+            if all(s is not None and s["state"] == "done" for s in statuses):
+                code = leaving.ended(statuses, launcher_code)
+            elif launcher_code is not None:
+                code = _give_up(run, "launcher.log", f"the launcher ended with code {launcher_code}")
+            elif scheduler.failed():
+                code = _scheduler_lost(run, again)
+        if code is None:
+            code = _out_of_time(run, statuses, limits, started)
+        if code is not None:
+            return code
         time.sleep(POLL)
+
+
+def _failed_here(run: _Running, statuses: list[dict[str, Any] | None], news: bytes) -> int | None:
+    """Report the first rank of this node that failed; None while none has."""
+    folder = run.plan.folder
+    for status in statuses:
+        if status is not None:
+            run.deaths.watch(status["pid"])
+    if _first_failure(statuses, run.deaths, folder) is None:
+        return None
+    time.sleep(SETTLE)
+    statuses = run.statuses()
+    failed = _first_failure(statuses, run.deaths, folder)
+    return None if failed is None else _report(run, failed, statuses, news)
+
+
+class _Leaving:
+    """The end of a job whose ranks here all say "done": since when, and whether their processes are gone."""
+
+    def __init__(self, run: _Running) -> None:
+        self.run = run
+        self.finished: float | None = None  # when every node had said so
+        self.gone: float | None = None  # when the processes of this node had ended
+
+    def ended(self, statuses: list[dict[str, Any] | None], launcher_code: int | None) -> int | None:
+        """0 once the launcher may be left; None while it may still serve the other nodes' ranks."""
+        run, now = self.run, time.monotonic()
+        if self.gone is None and all(s is not None and run.deaths.when(s["pid"]) for s in statuses):
+            self.gone = now
+        run.nodes.done()
+        self.finished = self.finished or (now if run.nodes.finished else None)
+        if self.finished is None:
+            return None
+        settled = max(self.finished, self.gone or now)
+        if launcher_code is None and now - settled <= LINGER and now - self.finished <= LEAVE:
+            return None
+        run.screen.show(run.screen.read(), last=True)
+        # Every rank has written "done", so the result stands; a launcher that disagrees is reported, not hidden.
+        if launcher_code or self.gone is None:
+            what = f"their launcher ended with code {launcher_code}" if launcher_code else "did not leave"
+            print(f"tele: all ranks finished, but {what}; logs: {run.plan.folder}", file=sys.stderr)
+        return 0
+
+
+def _scheduler_lost(run: _Running, again: bool) -> int:
+    """End a job whose scheduler has failed; _PortTaken where another start may help."""
+    if b"Address already in use" not in _bytes(run.plan.folder / "scheduler.log"):
+        return _give_up(run, "scheduler.log", "msrun's scheduler, through which the ranks meet, has failed")
+    if not again and run.plan.nnodes == 1:
+        raise _PortTaken
+    return _give_up(run, None, f"msrun's port {run.plan.port or ''} was taken by another program")
+
+
+def _out_of_time(run: _Running, statuses: list[dict[str, Any] | None], limits: Limits, started: float) -> int | None:
+    """End a job in which one collective, or the whole, has taken longer than its limit; None otherwise."""
+    rank, waited = run.waits.look([s["rank"] for s in statuses if s is not None and s["state"] == "running"])
+    if 0 < limits.collective < waited:
+        return _hang(run, rank, waited, limits.collective)
+    if limits.job is None or time.monotonic() - started <= limits.job:
+        return None
+    run.nodes.end(1, f"not finished after {limits.job:.0f} s")
+    lines = [f"tele: not finished after {limits.job:.0f} s; who waits where:", *run.waits.table(_ask_where(run))]
+    print("\n".join(lines), file=sys.stderr)
+    print(f"tele: ending all processes; stacks: {run.plan.folder}/stack_<rank>.txt", file=sys.stderr)
+    return 1
 
 
 class _Scheduler:

@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from telechat_twins.core.config import RunConfig, load_run_config
+from telechat_twins.core.config import RunConfig, bundled_file, is_bundled_name, load_run_config
 from telechat_twins.core.errors import UserError
 from telechat_twins.core.files.atomic import remove_folder, write_text
 from telechat_twins.core.files.foreign import load_json
@@ -133,12 +133,16 @@ class Result:
 
 def read_search(path: str | Path) -> SearchConfig:
     """The search in a YAML file; UserError names the field of a mistake."""
+    path = bundled_file(path, "mup", "SEARCH")
     tree = load_yaml(path)
     try:
         search = from_mapping(SearchConfig, tree, "")
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
-    return dataclasses.replace(search, config=str(Path(path).resolve().parent / search.config))
+    beside = path.resolve().parent / search.config
+    if is_bundled_name(search.config) and not beside.is_file():
+        return search
+    return dataclasses.replace(search, config=str(beside))
 
 
 def plan(search: SearchConfig, out: Path) -> list[Trial]:

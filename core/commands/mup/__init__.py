@@ -20,9 +20,9 @@ ACTIONS = {
 }
 EXAMPLES = """\
 examples:
-  tele mup transfer --config configs/train/teleflm-mup.yaml --width 256 8192
-  tele mup check --backend pt --config configs/train/teleflm-tiny.yaml --out check
-  tele mup search --backend pt configs/mup/teleflm-tiny.yaml --out runs/search
+  tele mup transfer --config teleflm-mup --width 256 8192
+  tele mup check --backend pt --config teleflm-tiny --out check
+  tele mup search --backend pt teleflm-tiny --out runs/search
   tele mup predict losses.csv --hold-out 3 --out forecast
 """
 

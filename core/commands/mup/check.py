@@ -47,8 +47,8 @@ by more than {GROWING}: a check that cannot see growth proves nothing. Exit code
 """
 EXAMPLES = """\
 examples:
-  tele mup check --backend pt --config configs/train/teleflm-tiny.yaml --out check
-  tele mup check --backend ms --config configs/train/flm-tiny.yaml --widths 64 128 256 --steps 3
+  tele mup check --backend pt --config teleflm-tiny --out check
+  tele mup check --backend ms --config flm-tiny --widths 64 128 256 --steps 3
 """
 
 
@@ -59,7 +59,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--backend", required=True, choices=sorted(backends.BACKENDS), help="ms: MindSpore, pt: PyTorch"
     )
     parser.add_argument(
-        "--config", required=True, metavar="F", help="the narrow model's run; only model and optim count"
+        "--config",
+        required=True,
+        metavar="F",
+        help="the narrow model's run (file or bundled name); only model and optim count",
     )
     parser.add_argument(
         "--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="override, e.g. optim.lr=1e-3"

@@ -61,8 +61,8 @@ hyperparameters.png, widths.png, losses.csv; checkpoints are removed when a tria
 """
 EXAMPLES = """\
 examples:
-  tele mup search --backend pt configs/mup/teleflm-tiny.yaml --out runs/search
-  tele mup search --backend pt configs/mup/teleflm-widths.yaml --out runs/widths
+  tele mup search --backend pt teleflm-tiny --out runs/search
+  tele mup search --backend pt teleflm-widths --out runs/widths
   tele mup predict runs/widths/losses.csv --hold-out 2 --out runs/widths
 """
 
@@ -70,7 +70,7 @@ examples:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of ``tele mup search``."""
     parser.description, parser.epilog = DESCRIPTION, EXAMPLES
-    parser.add_argument("search", metavar="SEARCH", help="YAML file, as above")
+    parser.add_argument("search", metavar="SEARCH", help="YAML file, as above, or a bundled search's name")
     parser.add_argument("--backend", required=True, choices=("ms", "pt"), help="ms: MindSpore, pt: PyTorch")
     parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="folder of the search")
 

@@ -34,16 +34,16 @@ target's model and rates. Set its `parallel:` and micro-batch for the larger mod
 """
 EXAMPLES = """\
 examples:
-  tele mup transfer --config configs/train/teleflm-mup.yaml --width 256 512
-  tele mup transfer --config configs/train/teleflm-mup.yaml --target teleflm-52b --out teleflm-52b.yaml
-  tele mup transfer --config configs/train/flm-mup.yaml --set optim.lr=6e-4 --width 10240
+  tele mup transfer --config teleflm-mup --width 256 512
+  tele mup transfer --config teleflm-mup --target teleflm-52b --out teleflm-52b.yaml
+  tele mup transfer --config flm-mup --set optim.lr=6e-4 --width 10240
 """
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of ``tele mup transfer``."""
     parser.description, parser.epilog = DESCRIPTION, EXAMPLES
-    parser.add_argument("--config", required=True, metavar="F", help="the narrow model's run, as `tele train` takes it")
+    parser.add_argument("--config", required=True, metavar="F", help="the narrow model's run, as for `tele train`")
     parser.add_argument(
         "--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="override, e.g. optim.lr=1e-3"
     )

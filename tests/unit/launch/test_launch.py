@@ -214,7 +214,7 @@ def test_a_port_in_use_is_named_on_node_0(tmp_path: Path) -> None:
             check_port(plan)
         check_port(dataclasses.replace(plan, node_rank=1))
     check_port(plan)
-    with pytest.raises(UserError, match="--master: 192.0.2.1 is no address of this machine, which is node 0"):
+    with pytest.raises(UserError, match=r"--master: 192.0.2.1 is not an address of this machine \(node 0\)"):
         check_port(dataclasses.replace(plan, backend="ms", host="192.0.2.1"))
 
 
