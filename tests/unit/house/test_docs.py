@@ -50,6 +50,9 @@ PLANTED = [
     ("Set `health.spike_polcy`.", "no config key health.spike_polcy"),
     ("[there](gone.md)", "link to gone.md"),
     ("# A\n\n[there](#b)", "link to #b, a heading that is not there"),
+    ("See `core/recipe.py`.", "core/recipe.py does not exist"),
+    ("See `core/train/recipe.py`: `learning_rate`, `learning_pace`.", "core/train/recipe.py has no learning_pace"),
+    ("```python\nfrom core.errors import UserError\n```", "the import name is telechat_twins.core.errors"),
 ]
 
 
