@@ -97,9 +97,8 @@ MINDSPORES = ("--file-format", ".ckpt")  # a light verb on MindSpore's own files
 # Options in the text that are other programs'.
 FOREIGN_OPTIONS = ("--trust-remote-code", "--logdir")  # vLLM, TensorBoard
 FOLDERS = "|".join((*PACKAGES, NAME, "configs", "docs", "findings", "tests"))
-PLACE = re.compile(
-    rf"`((?:{FOLDERS})/[\w./-]*)`((?:[:,] `\w+`)*)"
-)  # `core/train/recipe.py`: `learning_rate`, `class_rate`
+# A path, and names after it: `core/train/recipe.py`: `learning_rate`, `class_rate`
+PLACE = re.compile(rf"`((?:{FOLDERS})/[\w./-]*)`((?:[:,] `\w+`)*)")
 FILE_ENDINGS = ("py", "safetensors", "json", "yaml", "md")  # model.safetensors is no config key
 
 
