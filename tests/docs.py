@@ -198,7 +198,7 @@ def mistake(command: Command) -> str | None:
     """What is wrong with a command, or None. Nothing is run."""
     program, *words = command.words
     if program not in PROGRAMS:
-        return f"'{program}' is no program of this project; there are: {', '.join(PROGRAMS)}"
+        return f"'{program}' is not a program of this project; known programs: {', '.join(PROGRAMS)}"
     check = {"tele": _tele, "make": _make, "msrun": _raw, "torchrun": _raw}.get(program)
     try:
         if check:
@@ -239,7 +239,7 @@ def _make(words: list[str]) -> None:
 def _raw(words: list[str]) -> None:
     script = next((i for i, word in enumerate(words) if word.endswith(".py")), None)
     if script is None or not (ROOT / words[script]).is_file():
-        raise UserError("no script of ours is launched")
+        raise UserError("launches no script of this project")
     options = loop.parser().parse_args(words[script + 1 :])
     _run_config(options.config, options.set)
 
