@@ -1,5 +1,5 @@
-# Everything from a fresh machine: `make demo` and `make test` first create .venv and install into it.
-# Needed before: Python 3.11 with pip, make, a C++ compiler.
+# On a fresh machine `make demo` and `make test` first create .venv and install into it.
+# Prerequisites: Python 3.11 with pip, make, a C++ compiler.
 #
 #   make test PYTHON=/path/to/python    uses that interpreter as it is and installs nothing
 #   make test VENV=/path/to/venv        puts the virtual environment elsewhere
@@ -18,7 +18,7 @@ CAMPAIGN_ARGS ?=
 GPU_ARGS ?=
 MINDFORMERS_VENV ?= build/mindformers
 
-# Only a PYTHON given on make's own command line counts: the variable is too common in environments.
+# PYTHON is used only from make's command line: the variable is often set in environments for other reasons.
 ifeq ($(origin PYTHON),command line)
 RUN := $(PYTHON)
 READY :=
@@ -32,7 +32,7 @@ help:
 	@echo "make test       lint and all tests but the full matrix of layouts (under 25 minutes on 2 cores)"
 	@echo "make test-unit  the fast tests (under a minute)"
 	@echo "make test-parallel-full  every parallel layout of up to 8 processes, in both frameworks"
-	@echo "make soak       2,000 mixed requests and 5,000 wrong ones against the server (1 minute)"
+	@echo "make soak       2,000 mixed requests and 5,000 invalid ones against the server (1 minute)"
 	@echo "make campaigns  kills, corruption, hostile inputs, random equivalence, memory; CAMPAIGN_ARGS reach each (an evening)"
 	@echo "make operators  compile the C++ operators now and not on first use"
 	@echo "make ascend-lower  compile every Triton kernel for Ascend910B3 as far as a machine without one can (1 minute)"
@@ -87,7 +87,7 @@ campaign-equivalence: operators
 campaign-memory: operators
 	$(RUN) -m tests.campaigns.memory $(CAMPAIGN_ARGS)
 
-# Before tests that launch processes and give them a time: the first to need the operators would compile them.
+# Compiled before the tests: otherwise the first process that needs the operators compiles them within its time limit.
 operators: $(READY)
 	-$(RUN) -m telechat_twins.kernels.cpu.build
 
@@ -97,13 +97,13 @@ ascend-lower: $(READY)
 gpu-check: $(READY)
 	$(RUN) -m telechat_twins.kernels.bench.gpu_check --out gpu-check.json $(GPU_ARGS)
 
-# Apart from the rest: MindFormers pins transformers and other packages that nothing here needs.
+# In a separate environment: MindFormers pins transformers and other packages that this project does not need.
 mindformers-check: $(MINDFORMERS_VENV)/.installed
 	$(MINDFORMERS_VENV)/bin/python -m pytest tests/parity/test_mindformers_wheel.py -v $(PYTEST_ARGS)
 
 $(MINDFORMERS_VENV)/.installed: pyproject.toml requirements.lock | $(READY)
 	@if [ -e "$(MINDFORMERS_VENV)" ] && [ ! -f "$(MINDFORMERS_VENV)/pyvenv.cfg" ]; then \
-	    echo "make: MINDFORMERS_VENV $(MINDFORMERS_VENV) is no virtual environment; choose another folder" >&2; exit 2; \
+	    echo "make: MINDFORMERS_VENV $(MINDFORMERS_VENV) is not a virtual environment; choose another folder" >&2; exit 2; \
 	fi
 	@echo "installing MindFormers into $(MINDFORMERS_VENV) (minutes on a slow line)"
 	rm -rf "$(MINDFORMERS_VENV)"
@@ -112,7 +112,7 @@ $(MINDFORMERS_VENV)/.installed: pyproject.toml requirements.lock | $(READY)
 	    -e '.[ms,mindformers]' $$(grep -E '^(pytest|hypothesis)==' requirements.lock)
 	touch "$@"
 
-# The sanitizer's library must be there before Python itself. Python never frees everything, so leaks are not looked for.
+# The sanitizer's library must be loaded before Python. Python never frees all memory, so leak detection is off.
 asan: $(READY)
 	LD_PRELOAD=$$(g++ -print-file-name=libasan.so) ASAN_OPTIONS=detect_leaks=0 $(RUN) -m tests.support.cpu_kernel_checks
 
@@ -145,7 +145,7 @@ $(VENV)/.installed: pyproject.toml requirements.lock
 	    mkdir -p "$(VENV)"; touch "$(VENV)/.installing"; \
 	    "$$python" -m venv "$(VENV)" 2>/dev/null \
 	        || { "$$python" -m venv --without-pip "$(VENV)" && "$$python" -m pip --python "$(VENV)/bin/python" install -q pip; } \
-	        || { echo "make: $$python can make no virtual environment; install its venv module (Debian: python3.11-venv) or pip" >&2; exit 2; }; \
+	        || { echo "make: $$python cannot create a virtual environment; install its venv module (Debian: python3.11-venv) or pip" >&2; exit 2; }; \
 	fi; \
 	touch "$(VENV)/.installing"; \
 	echo "installing into $(VENV) (MindSpore and PyTorch are large; minutes on a slow line)"; \

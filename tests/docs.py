@@ -6,6 +6,7 @@ Kept apart from the tests, like tests/house.py, so that every rule can be run on
 from __future__ import annotations
 
 import argparse
+import ast
 import dataclasses
 import difflib
 import importlib
@@ -24,7 +25,7 @@ from telechat_twins.core.config import RunConfig, load_run_config
 from telechat_twins.core.errors import UserError
 from telechat_twins.core.model.config import load_model_config
 from telechat_twins.core.train import loop
-from tests.house import ROOT
+from tests.house import NAME, PACKAGES, ROOT
 
 PAGES = ("README.md", "README.zh.md", *sorted(f"docs/{p.name}" for p in (ROOT / "docs").glob("*.md")))
 TWINS = ("README.md", "README.zh.md")  # the same commands in both, so one of them is run
@@ -95,6 +96,9 @@ MINDSPORES = ("--file-format", ".ckpt")  # a light verb on MindSpore's own files
 
 # Options in the text that are other programs'.
 FOREIGN_OPTIONS = ("--trust-remote-code", "--logdir")  # vLLM, TensorBoard
+FOLDERS = "|".join((*PACKAGES, NAME, "configs", "docs", "findings", "tests"))
+# A path, and names after it: `core/train/recipe.py`: `learning_rate`, `class_rate`
+PLACE = re.compile(rf"`((?:{FOLDERS})/[\w./-]*)`((?:[:,] `\w+`)*)")
 FILE_ENDINGS = ("py", "safetensors", "json", "yaml", "md")  # model.safetensors is no config key
 
 
@@ -186,14 +190,15 @@ def _uncommented(text: str) -> str:
 def mistakes(root: Path, page: str) -> list[str]:
     """Complaints about a page: commands that would not be understood, config keys and options that do not exist."""
     found = [f"{c.where}: {said}" for c in commands(root, page) if (said := mistake(c))]
-    return found + wrong_blocks(root, page) + wrong_words(root, page) + wrong_links(root, page)
+    checks = (wrong_blocks, wrong_words, wrong_links, wrong_places)
+    return found + [complaint for check in checks for complaint in check(root, page)]
 
 
 def mistake(command: Command) -> str | None:
     """What is wrong with a command, or None. Nothing is run."""
     program, *words = command.words
     if program not in PROGRAMS:
-        return f"'{program}' is no program of this project; there are: {', '.join(PROGRAMS)}"
+        return f"'{program}' is not a program of this project; known programs: {', '.join(PROGRAMS)}"
     check = {"tele": _tele, "make": _make, "msrun": _raw, "torchrun": _raw}.get(program)
     try:
         if check:
@@ -234,7 +239,7 @@ def _make(words: list[str]) -> None:
 def _raw(words: list[str]) -> None:
     script = next((i for i, word in enumerate(words) if word.endswith(".py")), None)
     if script is None or not (ROOT / words[script]).is_file():
-        raise UserError("no script of ours is launched")
+        raise UserError("launches no script of this project")
     options = loop.parser().parse_args(words[script + 1 :])
     _run_config(options.config, options.set)
 
@@ -256,9 +261,16 @@ def wrong_blocks(root: Path, page: str) -> list[str]:
         text = "\n".join(fence.lines)
         if fence.language == "python":
             try:
-                compile(text, page, "exec")
+                tree = ast.parse(text, page)
             except SyntaxError as error:
                 complaints.append(f"{page}:{fence.line}: {error}")
+                continue
+            names = [n.module or "" for n in ast.walk(tree) if isinstance(n, ast.ImportFrom)]
+            complaints += [
+                f"{page}:{fence.line}: imports {name}; the import name is {NAME}.{name}"
+                for name in names
+                if name.partition(".")[0] in PACKAGES
+            ]
         elif fence.language == "yaml":
             tree = parse_yaml(text, page)
             found = [_search(tree)] if "config" in tree else [_section(*section) for section in tree.items()]
@@ -351,6 +363,23 @@ def wrong_links(root: Path, page: str) -> list[str]:
                 complaints.append(f"{page}:{number}: link to {target}, which is not there")
             elif heading and heading not in anchors(file):
                 complaints.append(f"{page}:{number}: link to {target}, a heading that is not there")
+    return complaints
+
+
+def wrong_places(root: Path, page: str) -> list[str]:
+    """Source paths inside backticks that do not exist, and names after "path: name, name" that the file lacks."""
+    if page == "CHANGELOG.md":  # names the paths of their time
+        return []
+    complaints = []
+    fenced = {n for f in fences(root, page) for n in range(f.line, f.line + len(f.lines))}
+    for number, line in enumerate((root / page).read_text(encoding="utf-8").splitlines(), 1):
+        for place, names in re.findall(PLACE, line) if number not in fenced else ():
+            if not (ROOT / place).exists():
+                complaints.append(f"{page}:{number}: {place} does not exist")
+                continue
+            for name in re.findall(r"`(\w+)`", names):
+                if not re.search(rf"\b{name}\b", (ROOT / place).read_text(encoding="utf-8")):
+                    complaints.append(f"{page}:{number}: {place} has no {name}")
     return complaints
 
 

@@ -1,6 +1,6 @@
 """Rules on the import graph and on the files of a folder, as functions from a source tree to complaints.
 
-Imports inside functions and under TYPE_CHECKING count as well: a circle that is only lazy is a circle all the same.
+Imports inside functions and under TYPE_CHECKING count as well: a lazy circle is also a circle.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def floors(root: Path) -> list[str]:
         room = name.split(".")[1]
         where = files[name].relative_to(root).as_posix()
         if room not in height:
-            complaints.append(f"{where}: room '{room}' stands on no floor; add it to tests/floors.py")
+            complaints.append(f"{where}: room '{room}' is not on any floor; add it to tests/floors.py")
             continue
         for target, line in targets.items():
             if not target.startswith("core."):
@@ -69,7 +69,7 @@ def floors(root: Path) -> list[str]:
             if there == room or (room, there) in SAME_FLOOR or there not in height:
                 continue
             if height[there] >= height[room]:
-                complaints.append(f"{where}:{line}: '{room}' imports {target}, which stands no lower")
+                complaints.append(f"{where}:{line}: '{room}' imports {target}, which is not on a lower floor")
     return complaints
 
 
@@ -104,7 +104,7 @@ def no_circles(root: Path) -> list[str]:
 
 
 def flat(root: Path) -> list[str]:
-    """Folders with more Python files than one looks through."""
+    """Folders with more Python files than the limit."""
     counts: dict[str, int] = {}
     for path in python_files(root, PACKAGES):
         if path.name != "__init__.py":

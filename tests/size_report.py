@@ -1,4 +1,4 @@
-"""`python -m tests.size_report`: how many lines each source file has of its budget. A smell and not a law."""
+"""`python -m tests.size_report`: lines of each source file beside its budget, which is a guideline."""
 
 from __future__ import annotations
 

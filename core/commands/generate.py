@@ -137,7 +137,7 @@ def _request(args: argparse.Namespace, model: Loaded, ids: Sequence[int], sampli
 
     stops: frozenset[int] = frozenset()
     if not args.ignore_eos:
-        stops = turn_stops(model.tokenizer, model.config) if args.chat else model.config.stop_ids
+        stops = turn_stops(model.tokenizer, model.config) if args.chat and model.tokenizer else model.config.stop_ids
     has_text = model.tokenizer is not None
     return Request(
         prompt_ids=tuple(ids),

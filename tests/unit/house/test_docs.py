@@ -38,10 +38,10 @@ PLANTED = [
     ("```bash\ntele train --backend ms --config configs/train/gone.yaml\n```", "gone.yaml"),
     ("```\ntorchrun --nproc-per-node=1 pt_reference/train.py --cofig F\n```", "'--cofig', did you mean '--config'"),
     ("```\ntorchrun pt_reference/train.py --config F --outt D\n```", "'--outt', did you mean '--out'"),
-    ("```\nmsrun telechat_ms/trian.py --config F\n```", "no script of ours is launched"),
+    ("```\nmsrun telechat_ms/trian.py --config F\n```", "launches no script of this project"),
     ("```bash\nmake demos\n```", "no target 'demos'"),
     ("```bash\nmake test WORKRS=2\n```", "knows no variable WORKRS"),
-    ("```bash\nwget example.org\n```", "'wget' is no program of this project"),
+    ("```bash\nwget example.org\n```", "'wget' is not a program of this project"),
     ("```python\ndef f(:\n```", "invalid syntax"),
     ("```yaml\ndata:\n  seq_len: 8\n  sourcs: []\n```", "did you mean 'sources'?"),
     ("```yaml\nconfig: run.yaml\ngrid:\n  learning_rate: [1.0]\n```", "grid: unknown key 'learning_rate'"),
@@ -50,6 +50,9 @@ PLANTED = [
     ("Set `health.spike_polcy`.", "no config key health.spike_polcy"),
     ("[there](gone.md)", "link to gone.md"),
     ("# A\n\n[there](#b)", "link to #b, a heading that is not there"),
+    ("See `core/recipe.py`.", "core/recipe.py does not exist"),
+    ("See `core/train/recipe.py`: `learning_rate`, `learning_pace`.", "core/train/recipe.py has no learning_pace"),
+    ("```python\nfrom core.errors import UserError\n```", "the import name is telechat_twins.core.errors"),
 ]
 
 
