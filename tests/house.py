@@ -64,6 +64,7 @@ TWIN_EXCEPTIONS: dict[str, str] = {
 BUDGETS = {"model.py": 400, "parallelize.py": 300}
 PARALLEL = re.compile(r"(tensor_parallel|ring_attention|ulysses|pipeline|data_parallel|mesh)\.py$")
 MOST_LINES = 700
+FUNCTION_LINES = 60
 
 UNTRACKED = ("build", "dist", "runs", "logs", "demo")
 
@@ -287,6 +288,18 @@ def sizes(root: Path) -> list[tuple[str, int, int]]:
 
 def too_long(root: Path) -> list[str]:
     return [f"{where}: {lines} lines, at most {MOST_LINES}" for where, lines, _ in sizes(root) if lines > MOST_LINES]
+
+
+def long_functions(root: Path) -> list[str]:
+    """Functions that do not fit on a screen; a kernel may, its loop nest is one thought."""
+    return [
+        f"{path.relative_to(root).as_posix()}:{node.lineno}: {node.name} has {lines} lines, at most {FUNCTION_LINES}"
+        for path in python_files(root)
+        if path.relative_to(root).parts[0] != "kernels"
+        for node in ast.walk(_tree(path))
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+        and (lines := (node.end_lineno or 0) - node.lineno + 1) > FUNCTION_LINES
+    ]
 
 
 def _tree(path: Path) -> ast.Module:

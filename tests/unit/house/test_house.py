@@ -18,6 +18,7 @@ RULES: list[Callable[[Path], list[str]]] = [
     house.unsafe_calls,
     house.machine_paths,
     house.too_long,
+    house.long_functions,
     house.bare_names,
     floors.floors,
     floors.no_circles,
@@ -193,6 +194,7 @@ UNSAFE = house.unsafe_calls
             "core/x.py:2: write telechat_twins.core.errors",
         ),
         (house.bare_names, "tests/x.py", "import kernels\n", "write telechat_twins.kernels"),
+        (house.long_functions, "core/x.py", "def f():\n" + "    x = 1\n" * 60, "core/x.py:1: f has 61 lines"),
         (house.too_long, "core/x.py", "x = 1\n" * 701, "core/x.py: 701 lines"),
     ],
 )
