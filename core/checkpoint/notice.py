@@ -1,4 +1,4 @@
-"""The hidden file by which rank 0 tells the other ranks where a checkpoint is made and how the save ended."""
+"""Notice file of a multi-rank save: rank 0 announces the folder being written and the outcome."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ SIGHT_S = 60.0
 
 
 class Notice:
-    """A small hidden file beside the checkpoint by which rank 0 tells the others where it is made and how it ended.
+    """A small hidden file beside the checkpoint: rank 0 writes it, the other ranks poll it.
 
     It holds ``id`` and ``building`` while the save goes on, ``id`` and ``failed`` when it is lost. It is gone when the
     checkpoint stands.
@@ -33,9 +33,9 @@ class Notice:
         self.id = uuid.uuid4().hex
         write_text(self.path, json.dumps({"id": self.id, "building": building.name}))
 
-    def refuse(self, told: str) -> None:
+    def refuse(self, reason: str) -> None:
         try:
-            write_text(self.path, json.dumps({"id": self.id, "failed": told}))
+            write_text(self.path, json.dumps({"id": self.id, "failed": reason}))
         except (OSError, UserError):
             self.withdraw()
 
@@ -57,8 +57,8 @@ class Notice:
                 break
         else:
             raise UserError(
-                f"{self.folder}: what rank 0 wrote beside it is not seen here; all ranks must write to one shared "
-                "file system"
+                f"{self.folder}: all ranks must write to one shared file system; the notice that rank 0 wrote beside "
+                "the checkpoint is not visible on this machine"
             )
         if "failed" in found:
             raise UserError(found["failed"])
@@ -66,13 +66,13 @@ class Notice:
         return self.folder.parent / found["building"]
 
     def check(self) -> None:
-        """UserError if rank 0 has given up."""
+        """UserError if rank 0 has abandoned this save."""
         found = self.read()
         if found is not None and found["id"] == self.id and "failed" in found:
             raise UserError(found["failed"])
 
     def outcome(self, timeout_s: float) -> str | None:
-        """None when the checkpoint stands, else the line that says why it does not."""
+        """None when the checkpoint is complete, else the reason why it is not, in one line."""
         gone_since: float | None = None
         for _ in polls(timeout_s):
             found = self.read()
@@ -84,15 +84,15 @@ class Notice:
             with suppress(OSError), open(self.folder / "manifest.json", encoding="utf-8") as file:
                 if f'"save": "{self.id}"' in file.read(1000):
                     return None
-            # Not believed at once: a network file system may lag, or stumble while the file is replaced.
+            # Not yet a failure: a network file system may lag, or fail while a file is replaced.
             gone_since = gone_since or time.monotonic()
             if time.monotonic() - gone_since > SIGHT_S:
-                return f"{self.folder}: rank 0 gave it up"
-        return f"{self.folder}: rank 0 did not finish it within {timeout_s:g} s"
+                return f"{self.folder}: rank 0 abandoned the save"
+        return f"{self.folder}: rank 0 did not finish the save within {timeout_s:g} s"
 
 
 def polls(seconds: float) -> Iterator[None]:
-    """One turn at once, then more and more rarely until the time is over; one last turn then."""
+    """Yields at once, then at growing intervals (10 ms to 0.5 s) until ``seconds`` have passed, and once more then."""
     end = time.monotonic() + seconds
     pause = 0.01
     while True:

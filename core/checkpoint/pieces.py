@@ -1,6 +1,6 @@
-"""The pieces of a canonical checkpoint on their way into files, and the manifest over them; docs/checkpoints.md.
+"""Writer of checkpoint pieces into safetensors files, and of the manifest over them (docs/checkpoints.md).
 
-When and by whom a checkpoint is written is core.checkpoint.save's business, reading is core.checkpoint.read's.
+core.checkpoint.save decides which rank writes when; core.checkpoint.read reads.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class PieceSpec(NamedTuple):
 
 
 class Planned(NamedTuple):
-    """All pieces of one kind, in the order in which they will come, and their bytes together."""
+    """All pieces of one kind, in the order in which they will come, and their total bytes."""
 
     pieces: Iterable[PieceSpec]
     nbytes: int

@@ -1,7 +1,7 @@
-"""The canonical checkpoint: one folder of safetensors and JSON that either backend, in any layout, can read.
+"""Reader of canonical checkpoints: one folder of safetensors and JSON that either backend, in any layout, can read.
 
-``manifest.json`` says of every logical tensor which pieces (file, key, offset, extent) make it up, and of every file
-its size and SHA-256. A save is invisible until it is complete; a reader reads only the bytes it asks for. The format
+``manifest.json`` lists for every logical tensor its pieces (file, key, offset, extent), and for every file its size
+and SHA-256. A save is invisible until it is complete; a reader reads only the bytes it asks for. The format
 is described in docs/checkpoints.md.
 """
 
@@ -124,7 +124,9 @@ class Checkpoint:
             )
         found = manifest.pop("digest", None)
         if found != (expected := manifest_digest(manifest)):
-            raise UserError(f"{where}: altered: its digest says {shown(found)}, its content gives {expected}")
+            raise UserError(
+                f"{where}: altered: its digest is {shown(found)}, its content gives {expected}; use another checkpoint"
+            )
         try:
             self.step = int(manifest["step"])
             self._sizes = {name: (int(f["size"]), str(f["sha256"])) for name, f in manifest["files"].items()}
@@ -153,7 +155,7 @@ class Checkpoint:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all files together."""
+        """Total bytes of all files."""
         return sum(size for size, _ in self._sizes.values())
 
     def names(self, kind: str) -> list[str]:
@@ -190,7 +192,7 @@ class Checkpoint:
         return np.empty(extents, DTYPES[entry.code]) if out is None else out
 
     def verify(self, on_bytes: Callable[[int], object] | None = None, share: tuple[int, int] = (0, 1)) -> None:
-        """Hash every file and check every header against the manifest; ``on_bytes`` hears of progress.
+        """Hash every file and check every header against the manifest; ``on_bytes`` is called with the bytes hashed.
 
         ``share`` = (rank, ranks): only this rank's share of the files, about equal in bytes; the shares of all ranks
         make up the whole. UserError names the file with the expected and the found hash.
@@ -320,7 +322,9 @@ def _find(path: Path) -> Path:
         raise UserError(f"{path}: holds neither manifest.json nor latest; give a checkpoint or a run that saved one")
     name = read_text(pointer, MAX_POINTER).strip()
     if not STEP_FOLDER.fullmatch(name):
-        raise UserError(f"{pointer}: damaged, {name[:80]!r} is no step folder; give the step folder itself")
+        raise UserError(
+            f"{pointer}: damaged, {name[:80]!r} is not the name of a step folder; give the step folder itself"
+        )
     if not standing(path / name).is_dir():
         raise UserError(f"{pointer}: names '{name}', which is missing; give another step folder of {path}")
     return standing(path / name)
@@ -342,7 +346,7 @@ def _entry(item: JsonObject) -> Entry:
 
 def _naturals(values: object) -> tuple[int, ...]:
     if not isinstance(values, list) or not all(type(value) is int and 0 <= value < 1 << 62 for value in values):
-        raise ValueError(f"{shown(values)} is no list of sizes")
+        raise ValueError(f"{shown(values)} is not a list of sizes")
     return tuple(values)
 
 

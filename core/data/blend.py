@@ -1,4 +1,4 @@
-"""The global order of samples: several packed folders, drawn by weight, each shuffled anew in every pass.
+"""Data blend: the global sample order over several packed folders, drawn by weight, reshuffled every epoch.
 
 Sample i is a pure function of (sources, seed, i). So a run resumes by remembering how many samples it consumed, and
 every backend, layout and process sees the same order.

@@ -1,4 +1,4 @@
-"""Real text that every machine with Python has: the language's documentation and library, and our own Chinese page."""
+"""Demo corpus available wherever Python is: its documentation and standard library, and this project's Chinese page."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Incremental detokenization: ids in one by one, text out, in time linear in their number.
+"""Incremental detokenization: one id in, text out, in total time linear in the number of ids.
 
 SentencePiece's decoding is the concatenation of what each piece writes, with two exceptions: white space at the very
 beginning of a text is dropped, and neighbouring byte pieces form characters. So a piece in the middle of a text is

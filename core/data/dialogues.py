@@ -1,4 +1,4 @@
-"""Dialogue rows in the three shapes that are read, checked so that nothing in a row is lost."""
+"""Parser of dialogue rows in three formats; a key that would be lost is an error."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ def refuse_unread(
         if given is None or given in ("", [], {}) or (key in ignore and key not in known):
             continue
         if key in known:
-            # A name of a function or an id of a call is no reason to refuse what is left out of rows and messages.
+            # A name of a function or an id of a call is not a reason to refuse what is left out of rows and messages.
             if key in ignore and key in _CONTENTS:
                 raise UserError(
                     f"{where}: --ignore-key {key} would leave out '{f'{name}.' * bool(name)}{key}', which is part of "
@@ -104,7 +104,7 @@ def refuse_unread(
             continue
         place = f"'{name}.{printable(key, 80)}'" if name else f"'{printable(key, 80)}'"
         raise UserError(
-            f"{where}: key {place} is not read, so what it says would be lost; remove it, or leave it out with "
+            f"{where}: key {place} is not read, so its content would be lost; remove it, or leave it out with "
             f"--ignore-key {printable(key, 80)}"
         )
 
@@ -296,7 +296,7 @@ def _json_list(value: object, name: str, where: str) -> list[object] | None:
             value = parse_value(value.encode())
         except ValueError as error:
             reason = getattr(error, "msg", str(error))
-            raise UserError(f"{where}: '{name}' is text that is no JSON list ({reason})") from None
+            raise UserError(f"{where}: '{name}' is text but not a JSON list ({reason})") from None
     return _list(value, name, where) if value else None
 
 

@@ -115,7 +115,7 @@ class _Splitter:
         raise self._too_long()
 
     def _next_byte(self) -> bytes:
-        """The next byte that is no space, to which ``begin`` moves; nothing at the end of the file."""
+        """The next byte that is not white space, to which ``begin`` moves; nothing at the end of the file."""
         while True:
             found = _VISIBLE.search(self.held, self.begin)
             self._drop((found.start() if found else len(self.held)) - self.begin)

@@ -116,7 +116,7 @@ class Blocks:
 
 
 def read_meta(folder: Path) -> JsonObject:
-    """meta.json, whole and consistent; UserError otherwise. Says nothing of the other files."""
+    """meta.json, whole and consistent; UserError otherwise. Does not check the other files."""
     file = folder / "meta.json"
     if not folder.is_dir():
         raise UserError(f"{folder}: no such packed folder; make one with `tele data`")

@@ -1,4 +1,4 @@
-"""A keyed permutation of 0..n-1 that computes one place at a time: no memory, no state, the same on every machine.
+"""Keyed permutation of 0..n-1, one place at a time: stateless, without memory, identical on every machine.
 
 A balanced Feistel network permutes the next power of four; places that fall outside 0..n-1 walk on until they fall
 inside. Integer arithmetic only, so no library's random generator can change the order of a run.

@@ -1,4 +1,4 @@
-"""From the user's files to a packed folder: what ``tele data`` does. Memory does not grow with the corpus."""
+"""Data preparation of ``tele data``: input files to a packed folder, in memory independent of the corpus size."""
 
 from __future__ import annotations
 
@@ -205,7 +205,7 @@ def _batches(blocks: Iterator[Block]) -> Iterator[list[Block]]:
 
 @contextlib.contextmanager
 def progress_bar(what: str, total: int, quiet: bool) -> Iterator[tqdm]:
-    """A progress bar over input bytes with rate and time left; rarely refreshed where nobody watches.
+    """A progress bar over input bytes with rate and time left; rarely refreshed where the output is not a terminal.
 
     There it also waits before it first shows, so that in a log a mistake found at once is one line.
     """

@@ -1,4 +1,4 @@
-"""Dialogues to training sequences with a loss mask, in three ways.
+"""Supervised fine-tuning samples: dialogues to token sequences with a loss mask, in three modes.
 
 ``plain`` (this project's own): every row is kept; loss on each answer and its <_end>; chat layout as at inference.
 ``deepspeed`` and ``mindformers``: the two published pipelines, reproduced to the token, including the rows they lose.
@@ -246,7 +246,7 @@ def deepspeed_collate(
 def mindformers_pair(dialogue: Dialogue) -> tuple[str, str]:
     """A dialogue as the {input, output} texts of the MindFormers format; the system text is not part of it.
 
-    UserError for tools and their calls, which are no part of it either, and for turns that do not alternate.
+    UserError for tools and their calls, which are not part of it either, and for turns that do not alternate.
     """
     if dialogue.tools or any(message.get("tool_calls") for message in dialogue.messages):
         what = "'tools'" if dialogue.tools else "tool calls"

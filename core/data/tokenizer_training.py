@@ -1,4 +1,4 @@
-"""Train a SentencePiece BPE with TeleChat2's control tokens at TeleChat2's ids, for small models and demonstrations."""
+"""Training of a SentencePiece BPE with TeleChat2's control tokens at TeleChat2's ids, for small models."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def train_tokenizer(
     blocks = _blocks(texts)
     first = next(blocks, None)
     if first is None:
-        raise UserError("tokenizer training: there is no text to train on")
+        raise UserError("tokenizer training: found no text; give at least one text that is not blank")
 
     stopped: list[BaseException] = []
 
@@ -89,7 +89,7 @@ def train_tokenizer(
             raise stopped[0] from None
         # SentencePiece goes on to name an option of its own command, which is none of ours.
         reason = str(error).splitlines()[0].rpartition("] ")[2].partition(" or decrease character_coverage")[0]
-        raise UserError(f"vocab_size: {vocab_size} does not suit this text; SentencePiece says: {reason}") from None
+        raise UserError(f"vocab_size: {vocab_size} does not suit this text; SentencePiece reports: {reason}") from None
     _write(Path(path), model.getvalue())
     return load_tokenizer(path)
 

@@ -1,4 +1,4 @@
-"""Vocabularies with rows that stand for no token: more rows of embedding and head than the tokenizer has pieces.
+"""Padded vocabularies: embedding and head with more rows than the tokenizer has pieces.
 
 Releases pad the vocabulary so that many processes can share it. The padding rows have weights like any other; they must
 never be drawn, and training takes them out of the softmax (``ModelConfig.vocab_tokens``).
@@ -25,7 +25,7 @@ def most_padding(rows: int, pieces: int, own: bool) -> int:
 def fit_vocabulary(config: ModelConfig, pieces: int, own: bool) -> tuple[ModelConfig, str | None]:
     """``config`` with ``vocab_tokens`` set where a tokenizer of so many pieces leaves padding rows, and a note on it.
 
-    Unchanged, without a note, where the config says itself which rows are tokens and where the tokenizer does not fit:
+    Unchanged, without a note, where the config itself sets ``vocab_tokens`` and where the tokenizer does not fit:
     then ``num_tokens`` differs from ``pieces``, which the caller refuses.
     """
     padding = config.vocab_size - pieces

@@ -6,7 +6,6 @@ import dataclasses
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from telechat_twins.core.errors import UserError
 from telechat_twins.core.files import ROOT
@@ -15,10 +14,6 @@ from telechat_twins.core.near import nearest
 from telechat_twins.core.schema import from_mapping, load_yaml, option
 from telechat_twins.core.shown import shown
 from telechat_twins.core.types import JsonObject
-
-if TYPE_CHECKING:
-    pass
-
 
 CONFIGS = ROOT / "configs"
 
@@ -132,10 +127,12 @@ class ModelConfig:
         for name in ("hidden_size", "ffn_hidden_size"):
             before, now = getattr(growth, name), getattr(self, name)
             if before > now:
-                raise UserError(f"model.growth.{name}: {before} is above the {now} of now")
+                raise UserError(f"model.growth.{name}: {before} exceeds the current size {now}; give at most {now}")
         for layer in growth.new_layers:
             if layer >= self.num_layers:
-                raise UserError(f"model.growth.new_layers: there is no layer {layer} of {self.num_layers}")
+                raise UserError(
+                    f"model.growth.new_layers: layer {layer} is outside the model's {self.num_layers} layers"
+                )
         new_heads(growth, self.num_heads, self.num_kv_heads)
 
     @property
@@ -150,7 +147,7 @@ class ModelConfig:
 
     @property
     def filler_id(self) -> int:
-        """What fills places that count for nothing: the padding token, or the end of text where there is none."""
+        """Id at masked-out positions: the padding token, or the end-of-text token of a model without one."""
         return self.eos_token_id if self.pad_token_id is None else self.pad_token_id
 
     @property

@@ -1,4 +1,4 @@
-"""What a growth step does to the axes of a model, and how old every entry of a parameter is.
+"""Growth steps of a model: the map of each axis from old to new sizes, and the history stored in checkpoints.
 
 Everything here is arithmetic on sizes: which old entry each new one continues (-1: none), and in which growth it came
 to be. The tensors themselves are made by convert/growth/weights.py; masks are in core/model/growth_mask.py.
@@ -66,7 +66,7 @@ class Growth:
 
 
 def read_history(model: JsonObject, where: str) -> tuple[Growth, ...]:
-    """The growth steps that a checkpoint's model.json tells of; UserError names what is wrong in it."""
+    """The growth steps recorded in a checkpoint's model.json; UserError names what is wrong in it."""
     return tuple(
         from_mapping(Growth, values, f"{where}: grown[{number}]")
         for number, values in enumerate(model.get("grown", []))

@@ -1,4 +1,4 @@
-"""The masks of a model that is growing: which parts are new, and how far they count.
+"""Growth masks of a model: the parts that are new, and their current weight.
 
 Masked structural growth (Yao et al., arXiv 2305.02869): a larger model starts as exactly the smaller one, because what
 is new is multiplied by c = 0, and c then rises to 1 over ``anneal_steps`` steps. What is multiplied:

@@ -1,4 +1,4 @@
-"""Initial weights that do not depend on backend, layout or order.
+"""Counter-based weight initialisation, independent of backend, layout and order.
 
 Element i of parameter ``name`` is a pure function of (seed, name, i), so any slice can be made without the whole and
 two ranks, or two frameworks, make the same numbers. The counter-based generator is splitmix64's output function

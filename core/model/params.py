@@ -1,4 +1,4 @@
-"""Every parameter of a model, by logical name: the one list that models, checkpoints, initialisation and recipe share.
+"""Parameter table of a model by logical name, shared by models, checkpoints, initialisation and recipe.
 
 Names do not depend on layout or backend. A matrix is stored [out, in]; keys and values are de-interleaved.
 """
@@ -44,7 +44,7 @@ class ParamSpec:
 
 
 def parameter_table(config: ModelConfig, layers: Iterable[int] | None = None) -> dict[str, ParamSpec]:
-    """Logical name -> spec, in forward order; which linears and norms have a bias and a gate, the config says.
+    """Logical name -> spec, in forward order; the config decides which linears and norms have a bias and a gate.
 
     ``layers``: only these blocks, beside what belongs to no block; all by default.
     """

@@ -1,4 +1,4 @@
-"""What each ``precision`` means, by dtype names that both frameworks know.
+"""Dtypes of each ``precision`` mode by role, as names that both frameworks accept.
 
 Norm statistics, softmax, loss and rotary tables are in ``stat`` in every mode; masters and optimizer state are float32,
 in fp64 float64.

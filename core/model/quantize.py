@@ -1,4 +1,4 @@
-"""Weights in 8-bit whole numbers, for generation: made once, in numpy, so that both backends hold the same ones.
+"""Weight-only int8 quantisation for generation, in numpy, so that both backends hold identical weights.
 
 Only matrices of linear layers, the head included, are quantised: they are what a step of decoding reads. Each output
 channel has a factor of its own, its largest weight over 127; zero stays zero. Activations, norms, biases, embeddings,

@@ -1,4 +1,4 @@
-"""Which key positions a query position may see.
+"""Attention visibility: the key positions that each query position may attend to.
 
 Causal attention inside documents lets every query see one run of keys, so two numbers a query say all of it
 (``KeyRanges``): what fused operators take. For composite ones there are blocks with small masks; the full S x S mask is
@@ -16,7 +16,7 @@ import numpy as np
 class KeyRanges(NamedTuple):
     """Query i of row b sees keys [ranges[b, i, 0], ranges[b, i, 1]) of ``num_keys``; ranges int32 [B or 1, S, 2].
 
-    ``kind`` tells what an operator with modes of its own may use instead: "full" (every key), "causal" (the queries are
+    ``kind`` names the mode that a fused operator may use instead: "full" (every key), "causal" (the queries are
     the last S of the keys), "documents" (causal inside documents), "ranges" (anything else).
     """
 
@@ -99,5 +99,5 @@ def mask_ranges(visible: np.ndarray) -> np.ndarray:
     first = np.where(count > 0, visible.argmax(-1), 0)
     last = np.where(count > 0, visible.shape[-1] - visible[..., ::-1].argmax(-1), 0)
     if (last - first != count).any():
-        raise ValueError("visible: a query sees keys with a gap between them, which no range of keys can tell")
+        raise ValueError("visible: the keys of each query must be contiguous to be a range; found a query with a gap")
     return np.stack((first, last), -1).astype(np.int32)

@@ -1,6 +1,6 @@
 """The range of xPos's scales (core.model.position.xpos_scales), and whether a precision can hold it.
 
-The scales of queries and of keys are reciprocals, so one number says how far both reach: 3.5^(d / scale_base), of the
+The scales of queries and of keys are reciprocals, so one number bounds both: 3.5^(d / scale_base), of the
 slowest channel (zeta_0 = 0.4 / 1.4) at the largest distance d from their fixed origin, the middle of max_seqlen. The
 product of a query's and a key's scale is at most 1 where the key is visible; what a later, hidden key's product
 overflows to is masked. So it is the scales alone that a rotated query or key, in the compute dtype, must survive.

@@ -1,4 +1,4 @@
-"""Who sits where: a parallel layout, the coordinates of its ranks, their groups, and what a model must divide by.
+"""Parallel layout: rank coordinates, process groups, and the divisibility that a model must satisfy.
 
 The world is pp x dp x cp x tp with tp fastest: ``rank = ((p * dp + d) * cp + c) * tp + t``. The context axis is itself
 ring x ulysses with ulysses fastest: ``c = r * ulysses + u``.
@@ -38,7 +38,7 @@ class Coord(NamedTuple):
 class Layout:
     """How the ranks share one model and one batch; the mapping ``parallel`` of a run.
 
-    Raises UserError, naming the field, where its own numbers do not fit together. Whether a model fits is
+    Raises UserError, naming the field, where its own numbers contradict each other. Whether a model fits is
     ``check_layout``'s business.
     """
 

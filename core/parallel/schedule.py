@@ -1,4 +1,4 @@
-"""Pipeline schedules as lists of actions, and their arithmetic: who sends what when, memory, idle time.
+"""Pipeline schedules as lists of actions per rank, with their messages, activation memory and idle time.
 
 A model is cut into ``pp * virtual`` global stages; stage g lives on pipeline rank g % pp as its chunk g // pp. A rank
 does its actions in order. Sending never waits; an action waits for its input. Both backends execute exactly these
@@ -103,7 +103,7 @@ def play(
     forward: float | Sequence[float] = 1.0,
     backward: float | Sequence[float] = 2.0,
 ) -> list[list[Span]]:
-    """``simulate`` for given lists of actions, one a rank. Raises RuntimeError naming what waits when nobody can go on.
+    """``simulate`` for given lists of actions, one a rank. A deadlock is a RuntimeError naming the waiting actions.
 
     A forward needs that of the stage before; a backward its own forward and the backward of the stage after.
     """
@@ -137,7 +137,7 @@ def play(
         if len(spans) < len(plan)
     ]
     if waiting:
-        raise RuntimeError(f"the pipeline waits for ever: {', '.join(waiting)}")
+        raise RuntimeError(f"deadlock in the pipeline schedule: {', '.join(waiting)}")
     return timeline
 
 

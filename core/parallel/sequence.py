@@ -1,9 +1,9 @@
-"""How a sequence is shared by context-parallel ranks, and which keys a rank's queries may see.
+"""Context-parallel split of a sequence, and the keys that are visible to each rank's queries.
 
 A row of S tokens is padded to S_pad and its places are dealt to the ring's R ranks, n = S_pad / R each. Zigzag: the
 row is cut into 2R equal chunks and rank r takes chunks r and 2R-1-r, so that causal work is equal on all ranks and
 every step of the ring after the first is a full rectangle. A ring rank's n places are cut once more into ``ulysses``
-equal pieces; Ulysses' all-to-all puts the n places together again before attention, so masks are about ring ranks only.
+equal pieces; Ulysses' all-to-all gathers the n places before attention, so masks are about ring ranks only.
 
 Labels are shifted before the split (core.model.batch), so nothing crosses the cuts.
 """
@@ -175,7 +175,7 @@ def gather_order(visibility: Visibility) -> list[tuple[int, int]]:
     Needs one index for all rows, as method "allgather" has; ValueError otherwise.
     """
     if visibility.index.shape[1] != 1:
-        raise ValueError("rows are split differently; there is no common order")
+        raise ValueError("all rows must be split alike to share one order; found rows with different splits")
     order = np.argsort(visibility.index.reshape(-1))
     return [(int(run[0]), len(run)) for run in _runs(order)]
 
@@ -206,7 +206,7 @@ def query_blocks(visibility: Visibility, q_rank: int, block: int = 1024) -> Iter
 
 def visible_pairs(visibility: Visibility, q_rank: int) -> list[float]:
     """Query-key pairs a row that ``q_rank`` needs of each ring rank's keys (a mean where rows differ): the work of
-    each step of the ring. For method "allgather" one number, all keys together."""
+    each step of the ring. For method "allgather" one number, for all keys."""
     if visibility.method == "allgather":
         blocks = list(query_blocks(visibility, q_rank))
         full = sum((b.last - b.first) * b.keys for b in blocks if b.visible is None)
@@ -227,7 +227,7 @@ def real_places(local: LocalBatch, seq_len: int) -> list[tuple[int, int, int]]:
     For writing what this rank computed into whole rows; ValueError where rows are split differently.
     """
     if len(local.index) != 1:
-        raise ValueError("rows are split differently; there are no common runs")
+        raise ValueError("all rows must be split alike to share their runs; found rows with different splits")
     runs, start = [], 0
     for run in _runs(local.index[0]):
         real = int((run < seq_len).sum())

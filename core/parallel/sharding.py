@@ -1,4 +1,4 @@
-"""Which part of every parameter a rank holds, and how its flat optimizer shard maps back to boxes of the model.
+"""Parameter shards of a rank, and the map from its flat optimizer shard to boxes of the logical tensors.
 
 A rank's table has the form of core.model.params.parameter_table, with local shapes: the decoder is built from it and
 needs to know nothing else about ranks. Letters: H query heads, K kv heads, D head dim, E hidden, F ffn, V vocabulary.
@@ -112,7 +112,7 @@ class Segment:
 
 @dataclass(frozen=True)
 class Bucket:
-    """Parameters whose gradients travel together: one flat vector, padded so that it divides among its ranks.
+    """Parameters whose gradients are reduced in one collective: one flat vector, padded to divide among its ranks.
 
     All its parameters share ``decays``, ``mup_class``, ``sum_over`` and ``owner``.
     """
@@ -132,7 +132,7 @@ def plan_buckets(
 
     The order is that of the backward pass (last parameters first), so that early buckets are complete early.
     ``by_class``: a bucket holds one muP class. Else classes share buckets, which count as vector-like: a recipe that
-    does not tell classes apart (core.train.recipe.tells_classes_apart) gives all of them the numbers of that one.
+    does not distinguish classes (core.train.recipe.tells_classes_apart) gives all of them the numbers of that one.
     """
     buckets: list[Bucket] = []
     open_: dict[tuple[bool, str, tuple[str, ...], bool], list[tuple[str, int]]] = {}

@@ -1,4 +1,4 @@
-"""How many bytes a layout moves: what each rank hands to each collective in one optimizer step, in closed form.
+"""Communication volume of a layout: bytes per rank and collective in one optimizer step, in closed form.
 
 Counted as the collectives themselves count: per (operation, group or link name) the calls and the bytes of the tensors
 that this rank gave to them. ``wire_bytes`` turns these into what a ring algorithm puts on the wire. Left out are

@@ -1,6 +1,6 @@
-"""Decisions of ranks that train together: all go on, or all stop with the same words.
+"""Collective decisions of the training ranks: either all continue, or all raise the same error.
 
-Nothing here knows a framework. Ranks speak through ``agree``, which gives each of them the same numbers.
+Independent of the framework: ranks exchange numbers through ``agree`` only, whose result is the same on all of them.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from telechat_twins.core.types import JsonObject
 T = TypeVar("T")
 
 
-class Ranks(Protocol):
-    """What is asked of a core.train.stepper.Stepper."""
+class Agreeing(Protocol):
+    """The part of core.train.stepper.Stepper that a collective decision needs."""
 
     @property
     def rank(self) -> int: ...
@@ -26,37 +26,43 @@ class Ranks(Protocol):
     def agree(self, values: list[float], op: str) -> list[float]: ...
 
 
-def meet(stepper: Ranks) -> None:
+def meet(stepper: Agreeing) -> None:
+    """A barrier: returns when every rank has called it."""
     stepper.agree([0.0], "max")
 
 
-def together(stepper: Ranks, action: Callable[[], T]) -> T:
-    """``action`` on every rank. A UserError of one is raised on all of them, so that they end together, in one line."""
+def run_on_all(stepper: Agreeing, action: Callable[[], T]) -> T:
+    """Run ``action`` on every rank; a UserError on one of them is raised on all, so that all exit with the same line.
+
+    Each path through it makes the same collective calls: a rank that succeeded still takes part in the exchange of the
+    error, or the failed rank would wait for it until the timeout.
+    """
     try:
         result = action()
     except UserError as error:
         if stepper.world == 1:
             raise
-        raise_together(stepper, str(error))
+        raise_on_all(stepper, str(error))
         raise
-    raise_together(stepper, None)
+    raise_on_all(stepper, None)
     return result
 
 
-def raise_together(stepper: Ranks, problem: str | None) -> None:
-    """UserError on every rank when one has a ``problem``: that of the lowest rank, carried over as numbers."""
+def raise_on_all(stepper: Agreeing, problem: str | None) -> None:
+    """UserError on every rank when one has a ``problem``: that of the lowest such rank, broadcast as numbers."""
     world = stepper.world
     speaker = int(stepper.agree([float(world if problem is None else stepper.rank)], "min")[0])
     if speaker == world:
         return
+    # A broadcast made of sums: every rank but the speaker adds zeros, so the sum is the speaker's bytes.
     text = (problem or "").encode() if stepper.rank == speaker else b""
     (length,) = stepper.agree([float(len(text))], "max")
     codes = stepper.agree([float(byte) for byte in text.ljust(int(length), b"\0")], "sum")
     raise UserError(bytes(int(code) for code in codes).decode(errors="replace"))
 
 
-def require_same_on_all(stepper: Ranks, facts: JsonObject) -> None:
-    """UserError on every rank, naming the options and the ranks, unless all were started alike."""
+def require_same_on_all(stepper: Agreeing, facts: JsonObject) -> None:
+    """UserError on every rank, naming the options and the ranks, unless all have the same facts."""
     leaves = dict(_leaves(facts))
     whole = [float(len(leaves)), *_words(json.dumps(leaves))]
     if stepper.agree(whole, "min") == stepper.agree(whole, "max"):

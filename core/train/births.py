@@ -1,4 +1,4 @@
-"""After how many optimizer updates each entry of a parameter came to be, in a model that has grown."""
+"""Age of every parameter entry of a grown model: the number of optimizer updates made before it was added."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What to do when training goes wrong: the policy on non-finite numbers and on gradient-norm spikes.
+"""Policy on non-finite losses or gradients and on gradient-norm spikes.
 
 A pure state machine: numbers in, a verdict out. Its window is saved with the checkpoint, so that a resumed run judges
 step N exactly as the uninterrupted one does.
@@ -39,7 +39,7 @@ class Health:
 
     @property
     def observations_needed(self) -> int:
-        """Norms to see before a spike can be called: a median of two or three numbers says nothing."""
+        """Norms to see before a spike can be called: a median of two or three numbers is not reliable."""
         return max(2, self._config.window // 5)
 
     def judge(self, loss: float, grad_norm: float) -> Verdict:

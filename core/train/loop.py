@@ -1,4 +1,4 @@
-"""The training loop both backends share: everything about a step except its arithmetic.
+"""Training loop shared by both backends: everything about a step except its arithmetic.
 
 A backend's ``train.py`` supplies a ``Stepper`` and calls ``main(Trainer)``. The loop draws batches, sets the learning
 rate, judges gradients, and keeps the records (metrics.jsonl, TensorBoard, checkpoints), so that the two backends cannot
@@ -41,7 +41,7 @@ from telechat_twins.core.model.params import MATRIX
 from telechat_twins.core.model.xpos_range import check_xpos_range
 from telechat_twins.core.parallel.layout import check_layout
 from telechat_twins.core.schema import from_mapping
-from telechat_twins.core.train.agreement import meet, raise_together, require_same_on_all, together
+from telechat_twins.core.train.agreement import meet, raise_on_all, require_same_on_all, run_on_all
 from telechat_twins.core.train.health import Health, TrainingStopped
 from telechat_twins.core.train.loss_scale import DynamicLossScale
 from telechat_twins.core.train.metrics import Row, require_fresh
@@ -106,14 +106,14 @@ def _train(
     require_same_on_all(stepper, {**config.to_dict(), "--out": str(folder), "--resume": resume})
     if config.parallel.world > 1:
         # Not before the ranks have met: only then does each know which it is, however it was started.
-        together(stepper, lambda: _hold(folder, held) if stepper.rank == 0 else None)
+        run_on_all(stepper, lambda: _hold(folder, held) if stepper.rank == 0 else None)
     run = _Run(stepper, config, folder, blend)
     run.notes += padding
     if checkpoint is not None:
         if config.parallel.world > 1:
             share = (stepper.rank, stepper.world)
-            together(stepper, lambda: checkpoint.verify(share=share))
-        together(stepper, lambda: run.load(checkpoint))
+            run_on_all(stepper, lambda: checkpoint.verify(share=share))
+        run_on_all(stepper, lambda: run.load(checkpoint))
     return run.go()
 
 
@@ -181,7 +181,7 @@ class _Run:
         first = self.stepper.rank == 0
         lines = (*header(self.stepper, self.config, self.blend, self.state), *self.notes) if first else ()
         with Signals(quiet=not first) as signals, contextlib.ExitStack() as ended:
-            records = together(self.stepper, lambda: Records(self.out, total, self.state.step, first, lines))
+            records = run_on_all(self.stepper, lambda: Records(self.out, total, self.state.step, first, lines))
             ended.callback(records.close)
             try:
                 caught = self._agree(signals)
@@ -221,9 +221,9 @@ class _Run:
         mine = [signals.caught or 0, problem is not None, self.saver.failed]
         caught, stuck, failed = self.stepper.agree([float(number) for number in mine], "max")
         if stuck:
-            raise_together(self.stepper, problem)
+            raise_on_all(self.stepper, problem)
         if failed:
-            together(self.stepper, self.saver.wait)
+            run_on_all(self.stepper, self.saver.wait)
         return int(caught) or None
 
     def _recorded(self, records: Records, row: Row) -> str | None:
@@ -397,7 +397,7 @@ def _adopt_growth(checkpoint: Checkpoint, config: RunConfig) -> RunConfig:
 def _require_same_model(checkpoint: Checkpoint, config: RunConfig) -> None:
     written = _with_defaults(load_model_config, checkpoint.model["config"])
     if written.get("vocab_tokens") is None:
-        # Rows that a checkpoint does not tell from tokens may turn out to be padding; the log then says so.
+        # Rows that a checkpoint does not distinguish from tokens may turn out to be padding; the log then says so.
         written = {**written, "vocab_tokens": config.model.vocab_tokens}
     differing = _differences(written, config.model.to_dict())
     if differing:

@@ -1,4 +1,4 @@
-"""Loss scales of fp16: a state machine for training, and a search for a single batch. Neither knows a framework.
+"""Loss scales of fp16: a state machine for training, and a search for a single batch. Independent of the framework.
 
 fp16 holds nothing below 6e-8, so small gradients would vanish; multiplying the loss by a large power of two lifts them,
 and too large a power overflows. In training the scale therefore halves at every overflow (that step is dropped) and

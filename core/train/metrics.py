@@ -1,4 +1,4 @@
-"""The record of a run: metrics.jsonl, the loss plot, and the arithmetic of model FLOPs utilisation."""
+"""Metrics of a run: writing and reading metrics.jsonl, and the loss plot."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a person sees of a run while it lasts: a progress bar, or plain lines."""
+"""Console progress of a run: a progress bar on a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""The training recipe as numbers: learning rate per step, gradient clipping, which parameters decay.
+"""Scalars of the training recipe: learning rate per step, gradient clipping, which parameters decay.
 
 The update itself (AdamW on fp32 masters) is an operator like any other: its definition is in ``kernels/reference.py``
-and each backend runs its own. What this file holds is everything about a step that is plain arithmetic on scalars,
-so that both backends use the very same doubles.
+and each backend runs its own. This module holds the arithmetic on scalars, so that both
+backends use identical float64 values.
 """
 
 from __future__ import annotations

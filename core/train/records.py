@@ -1,4 +1,4 @@
-"""What a run writes besides checkpoints: console, metrics.jsonl, TensorBoard, plot; and its signals."""
+"""Outputs of a run other than checkpoints (console, metrics.jsonl, TensorBoard, plot), and its signal handlers."""
 
 from __future__ import annotations
 

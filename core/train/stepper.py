@@ -25,7 +25,7 @@ class Stepper(Protocol):
 
     @property
     def world(self) -> int:
-        """How many ranks train together; 1 alone."""
+        """Number of ranks of the training run; 1 for a single process."""
         ...
 
     def agree(self, values: list[float], op: str) -> list[float]:

@@ -1,4 +1,4 @@
-"""TensorBoard's event file, written by hand: scalars only, no dependency.
+"""Writer of TensorBoard event files: scalars only, without dependencies.
 
 Every ready-made writer imports protobuf, and MindSpore 2.9's own protobuf messages refuse to load in a process where
 protobuf was imported first. Four kinds of message are all that scalars need, so they are encoded here. The format:

@@ -136,6 +136,6 @@ def test_rank_0_that_vanishes_without_a_word(tmp_path, monkeypatch):
     monkeypatch.setattr(checkpoint_save.Notice, "refuse", lambda notice, told: (real(notice, told), notice.withdraw()))
     results = save(tmp_path, 2, weights=lambda rank: failing(0, 2, RuntimeError("lost")) if rank == 0 else None)
     assert isinstance(results[0], RuntimeError)
-    told = "rank 0 gave it up|RuntimeError: lost|written .No such file|rank 0 did not finish it within"
+    told = "rank 0 abandoned the save|RuntimeError: lost|written .No such file|rank 0 did not finish the save within"
     with pytest.raises(UserError, match=told):
         raise results[1]

@@ -55,7 +55,10 @@ def test_missing_files_are_named(tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="neither manifest.json nor latest"):
         open_checkpoint(tmp_path / "empty")
-    for text, message in (("step-00000099\n", "names 'step-00000099', which"), ("../x\n", "is no step folder")):
+    for text, message in (
+        ("step-00000099\n", "names 'step-00000099', which"),
+        ("../x\n", "is not the name of a step folder"),
+    ):
         (tmp_path / "latest").write_text(text)
         with pytest.raises(UserError, match=message):
             open_checkpoint(tmp_path)
@@ -92,7 +95,7 @@ ALTERED = {
         "cover 132 of 66 elements and overlap",
     ),
     "shape": (lambda m: m["tensors"]["weights"]["embed.weight"].update(shape=[12, 6]), "cover 66 of 72"),
-    "negative": (lambda m: piece(m).update(offset=[-1, 0]), "no list of sizes"),
+    "negative": (lambda m: piece(m).update(offset=[-1, 0]), "is not a list of sizes"),
     "dimensions": (lambda m: piece(m).update(offset=[0], extent=[66]), "another number of dimensions"),
     "dtype": (lambda m: m["tensors"]["weights"]["embed.weight"].update(dtype="F3"), "unknown dtype 'F3'"),
     "other dtype": (lambda m: m["tensors"]["weights"]["embed.weight"].update(dtype="I32"), "expected I32 .* found F32"),
@@ -112,7 +115,7 @@ def test_altered_manifest_is_refused(tmp_path, case):
 def test_accidental_change_of_the_manifest_is_seen(tmp_path):
     folder = save(tmp_path)
     text = (folder / "manifest.json").read_text()
-    for altered, message in ((text.replace('"step": 7', '"step": 8'), "its digest says"), (text[:500], "damaged")):
+    for altered, message in ((text.replace('"step": 7', '"step": 8'), "its digest is"), (text[:500], "damaged")):
         (folder / "manifest.json").write_text(altered)
         with pytest.raises(UserError, match=message):
             open_checkpoint(folder, verify=False)

@@ -185,7 +185,7 @@ def test_malformed_dialogues_are_named_by_file_and_line(tmp_path):
         ({"dialog": [turn, "x"]}, "'dialog[1]' must be an object"),
         ({"dialog": [turn], "tool": "no"}, "'tool' must be true or false"),
         ({"dialog": [turn], "system": 3}, "'system' must be text"),
-        ({"messages": [turn], "tools": "[1"}, "'tools' is text that is no JSON list"),
+        ({"messages": [turn], "tools": "[1"}, "'tools' is text but not a JSON list"),
         ({"input": "a", "output": None}, "'output' must be text"),
         ({"text": "a"}, "a text, not a dialogue"),
         ({"question": "a"}, "expected system/dialog, messages, or instruction/input/output"),

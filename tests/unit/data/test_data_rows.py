@@ -104,7 +104,7 @@ def test_rows_of_other_forms_are_refused(row: JsonObject, says: str) -> None:
 def test_a_key_that_is_not_read_is_named(row: JsonObject, key: str) -> None:
     with pytest.raises(UserError) as error:
         dialogue(**row)
-    assert str(error.value).startswith(f"rows:1: key '{key}' is not read, so what it says would be lost")
+    assert str(error.value).startswith(f"rows:1: key '{key}' is not read, so its content would be lost")
     parse_dialogue(row, "rows:1", ignore=[key.rpartition(".")[2]])  # the way out that the message gives
 
 

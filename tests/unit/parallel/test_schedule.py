@@ -156,7 +156,7 @@ def test_swapped_chunks_are_seen(monkeypatch):
     assert simulate(*case)
     links = links_of(case)
     monkeypatch.setattr(schedule, "_turn", swapped_turn)
-    with pytest.raises(RuntimeError, match="waits for ever: rank 0 at F0 chunk 1"):
+    with pytest.raises(RuntimeError, match="deadlock in the pipeline schedule: rank 0 at F0 chunk 1"):
         simulate(*case)
     monkeypatch.undo()
     # A rank that swaps two forwards whose inputs are both there can go on, but its messages are not those told.

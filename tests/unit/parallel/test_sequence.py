@@ -277,9 +277,9 @@ def test_writing_back_by_runs(text):
 
 def test_rows_that_are_split_differently_have_no_common_runs():
     piece = split_batch(batch(64, lengths=EVEN), Layout(cp=2), 0)
-    with pytest.raises(ValueError, match="split differently"):
+    with pytest.raises(ValueError, match="rows must be split alike"):
         real_places(piece, 64)
-    with pytest.raises(ValueError, match="split differently"):
+    with pytest.raises(ValueError, match="rows must be split alike"):
         gather_order(piece.visibility)
 
 
