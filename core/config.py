@@ -11,7 +11,6 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from telechat_twins.core.errors import UserError
 from telechat_twins.core.model.config import (
@@ -27,6 +26,7 @@ from telechat_twins.core.model.xpos_range import check_xpos_range
 from telechat_twins.core.near import nearest
 from telechat_twins.core.parallel.layout import Layout
 from telechat_twins.core.schema import from_mapping, load_yaml, option, set_dotted
+from telechat_twins.core.types import JsonObject
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -170,7 +170,7 @@ class RunConfig:
                 f"{self.train.steps}"
             )
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> JsonObject:
         """The mapping as JSON gives it back."""
         return {**dataclasses.asdict(self), "model": self.model.to_dict()}
 
@@ -207,7 +207,7 @@ def load_run_config(path: str | Path, overrides: list[str] | tuple[str, ...] = (
     return run_config_from_dict(load_run_tree(path, overrides))
 
 
-def load_run_tree(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
+def load_run_tree(path: str | Path, overrides: Sequence[str] = ()) -> JsonObject:
     """What load_run_config validates: the file's mapping with paths made whole and overrides applied."""
     file = bundled_file(path, "train", "--config")
     tree = load_yaml(file)
@@ -227,7 +227,7 @@ def load_run_tree(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, 
     return tree
 
 
-def run_config_from_dict(tree: dict[str, Any]) -> RunConfig:
+def run_config_from_dict(tree: JsonObject) -> RunConfig:
     """Validate a run's mapping; ``model`` may name a preset."""
     values = dict(tree)
     if "model" in values:
@@ -235,7 +235,7 @@ def run_config_from_dict(tree: dict[str, Any]) -> RunConfig:
     return from_mapping(RunConfig, values, "")
 
 
-def _anchor_paths(tree: dict[str, Any], folder: Path, normalise: bool = False) -> None:
+def _anchor_paths(tree: JsonObject, folder: Path, normalise: bool = False) -> None:
     """Make the sources' paths absolute, counted from ``folder``; ``normalise`` when that folder may not exist."""
     data = tree.get("data")
     for source in data.get("sources") or [] if isinstance(data, dict) else []:

@@ -29,7 +29,6 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from telechat_twins.core import backends
 from telechat_twins.core.bench.decode import decode_to_markdown, measure_decode
@@ -44,10 +43,11 @@ from telechat_twins.core.files.atomic import writable_file, write_text
 from telechat_twins.core.model.config import PRECISIONS, preset_names
 from telechat_twins.core.model.params import count_parameters
 from telechat_twins.core.model.quantize import QUANTIZATIONS
+from telechat_twins.core.types import JsonObject
 
 LAYOUTS = "single,tp2,pp2,ring2,ulysses2,dp2"
 # What differs between the measurements where the user says nothing.
-DEFAULTS: dict[str, dict[str, Any]] = {
+DEFAULTS: dict[str, JsonObject] = {
     "step": {"micro_batch": 4, "micro_batches": 1, "steps": 30, "block": 5},
     "decode": {"micro_batch": 1, "micro_batches": 1, "steps": 200, "block": 20},
     "serve": {"micro_batch": 1, "micro_batches": 1, "steps": 1, "block": 1},
@@ -180,9 +180,9 @@ def _backends(args: argparse.Namespace) -> list[str]:
 
 
 def _measured(
-    args: argparse.Namespace, options: dict[str, Any], layouts: list[str], names: list[str]
-) -> tuple[dict[str, Any], str]:
-    """(everything measured, its Markdown)."""
+    args: argparse.Namespace, options: JsonObject, layouts: list[str], names: list[str]
+) -> tuple[JsonObject, str]:
+    """The report of the benchmark that was asked for, and the report as Markdown."""
     if args.what == "grow":
         result = measure_growth(args.steps)
         text = growth_to_markdown(result)
@@ -214,7 +214,7 @@ def _measured(
     return result, text
 
 
-def served(args: argparse.Namespace, options: dict[str, Any], names: list[str]) -> dict[str, Any]:
+def served(args: argparse.Namespace, options: JsonObject, names: list[str]) -> JsonObject:
     """``tele bench serve`` on a checkpoint, or on random weights of --model."""
     from telechat_twins.convert.source import open_model
 
@@ -227,7 +227,7 @@ def served(args: argparse.Namespace, options: dict[str, Any], names: list[str]) 
     return found
 
 
-def checked_layouts(words: Sequence[str], options: dict[str, Any]) -> list[str]:
+def checked_layouts(words: Sequence[str], options: JsonObject) -> list[str]:
     """The layouts in ``words``, each once; UserError for one that cannot carry the benchmark."""
     from telechat_twins.core.parallel.layout import check_layout, parse_layout
 
@@ -256,9 +256,7 @@ def checked_layouts(words: Sequence[str], options: dict[str, Any]) -> list[str]:
     return list(found.values())
 
 
-def measure_layouts(
-    options: dict[str, Any], layouts: list[str], names: list[str], steps: int, block: int
-) -> dict[str, Any]:
+def measure_layouts(options: JsonObject, layouts: list[str], names: list[str], steps: int, block: int) -> JsonObject:
     """A launch for each backend and number of processes; in it the layouts of that number take turns."""
     from telechat_twins.core.bench.parallel import RankRecord, summarise, worlds
 
@@ -282,8 +280,8 @@ def measure_layouts(
 
 
 def _launched(
-    name: str, world: int, options: dict[str, Any], layouts: list[str], steps: int, block: int
-) -> list[dict[str, Any]]:
+    name: str, world: int, options: JsonObject, layouts: list[str], steps: int, block: int
+) -> list[JsonObject]:
     """Run core/bench/parallel.py in ``world`` processes; what each rank wrote."""
     from telechat_twins.core.bench import parallel as bench_parallel
     from telechat_twins.core.launch.launcher import launch

@@ -11,13 +11,14 @@ import threading
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from telechat_twins.core.commands.options import add_model_arguments, add_sampling_arguments, load_model, sampling_from
 from telechat_twins.core.data.chat_template import DEFAULT_SYSTEM
 from telechat_twins.core.errors import UserError
 from telechat_twins.core.files.foreign import parse_value, read_file
 from telechat_twins.core.shown import controls_shown, printable
+from telechat_twins.core.types import JsonObject
 
 if TYPE_CHECKING:
     from telechat_twins.core.inference.chat import Chat
@@ -208,7 +209,7 @@ def _result(chat: Chat, text: str, results: list[str]) -> None:
     _answer(chat, chat.report(told, stream=True))
 
 
-def read_tools(name: str) -> list[dict[str, Any]]:
+def read_tools(name: str) -> list[JsonObject]:
     """The tools of a JSON file. UserError when it cannot be read or is no list of objects with a function's name."""
     try:
         tools = parse_value(read_file(Path(name).expanduser()))

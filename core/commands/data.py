@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from typing import Any
 
 from telechat_twins.core.data.control import CONTROL_CHOICES, START
 from telechat_twins.core.data.packed import PackedDataset, bytes_to_verify, verify
@@ -16,6 +15,7 @@ from telechat_twins.core.data.tokenizer import Tokenizer, load_tokenizer
 from telechat_twins.core.errors import UserError
 from telechat_twins.core.launch.run_lock import hold_place
 from telechat_twins.core.shown import printable
+from telechat_twins.core.types import JsonObject
 
 EPILOG = """\
 examples:
@@ -105,7 +105,7 @@ def _pack(args: argparse.Namespace, tokenizer: Tokenizer) -> int:
     return 0
 
 
-def _print_dialogues(args: argparse.Namespace, meta: dict[str, Any]) -> None:
+def _print_dialogues(args: argparse.Namespace, meta: JsonObject) -> None:
     print(
         f"{args.out}: {meta['rows']} rows in {meta['sequences']} sequences, {meta['tokens']} tokens, "
         f"{meta['targets']} targets, vocabulary {meta['vocab_size']}"

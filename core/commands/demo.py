@@ -8,7 +8,6 @@ import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -34,6 +33,7 @@ from telechat_twins.core.parity.bounds import Bound, compare_traces
 from telechat_twins.core.parity.report import ParityReport, summary, write_report
 from telechat_twins.core.parity.runs import compare_batch
 from telechat_twins.core.train.metrics import Row, plot_losses, read_metrics
+from telechat_twins.core.types import JsonObject
 
 SHARES = {"english": 0.5, "code": 0.4, "chinese": 0.1}
 TOKENIZER_BYTES = 2_000_000  # of text: SentencePiece holds it in memory
@@ -124,9 +124,7 @@ def _run(args: argparse.Namespace, out: Path, began: float) -> int:
     return 1 if broken else 0
 
 
-def prepare(
-    data: Sequence[str] | None, tokenizer_file: str | None, out: Path
-) -> tuple[Tokenizer, list[dict[str, Any]]]:
+def prepare(data: Sequence[str] | None, tokenizer_file: str | None, out: Path) -> tuple[Tokenizer, list[JsonObject]]:
     """Tokenizer and packed sources [{path, weight}], from the user's files or from Python's own texts."""
     groups: dict[str, Sequence[Path]]
     if data:
@@ -152,7 +150,7 @@ def prepare(
     return tokenizer, sources
 
 
-def demo_config(tokenizer: Tokenizer, sources: list[dict[str, Any]], steps: int, seed: int) -> RunConfig:
+def demo_config(tokenizer: Tokenizer, sources: list[JsonObject], steps: int, seed: int) -> RunConfig:
     """telechat2-tiny with the tokenizer's vocabulary, 1,024 tokens a step."""
     return run_config_from_dict(
         {

@@ -21,12 +21,12 @@ import sys
 import tomllib
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from telechat_twins.core import backends
 from telechat_twins.core.cli import DISTRIBUTION
 from telechat_twins.core.errors import UserError
 from telechat_twins.core.files import IMPORT_ROOT, ROOT
+from telechat_twins.core.types import JsonObject
 
 BACKENDS = {"ms": "mindspore", "pt": "torch"}
 OPTIONAL = ("mindformers", "torch-npu")
@@ -74,7 +74,7 @@ def examine(
     python: tuple[int, ...] = tuple(sys.version_info[:3]),
     *,
     ask: bool = False,
-) -> dict[str, Any]:
+) -> JsonObject:
     """All findings as plain values. ``mistakes`` is empty when the environment can be used; ``mend`` is a command.
 
     ``ask`` the frameworks what serves their operators, which imports them.
@@ -138,7 +138,7 @@ def _operators(backend: str) -> list[str]:
     return [f"not known: the framework ended with code {done.returncode}: {last}"]
 
 
-def _machine() -> dict[str, Any]:
+def _machine() -> JsonObject:
     info = _read("/proc/cpuinfo")
     flags = set(next((line.partition(":")[2].split() for line in info.splitlines() if line.startswith("flags")), []))
     memory = re.search(r"MemTotal:\s+(\d+) kB", _read("/proc/meminfo"))
@@ -160,7 +160,7 @@ def _read(path: str) -> str:
         return ""
 
 
-def _text(report: dict[str, Any]) -> str:
+def _text(report: JsonObject) -> str:
     lines = [f"python        {report['python']['version']}  {report['python']['executable']}"]
     for name, entry in report["packages"].items():
         found, wanted = entry["installed"], entry["wanted"]

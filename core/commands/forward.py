@@ -9,7 +9,6 @@ import sys
 import tempfile
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -25,6 +24,7 @@ from telechat_twins.core.near import nearest
 from telechat_twins.core.parallel.layout import Layout, check_layout
 from telechat_twins.core.parity.worker import Task, collect, launch_tasks, write_batch
 from telechat_twins.core.shown import printable
+from telechat_twins.core.types import JsonObject
 
 NAMES = ("input_ids", "labels", "loss_mask")
 MAX_INPUT = 1 << 26  # bytes of one of them: 8 million ids, whose logits no machine holds
@@ -120,9 +120,7 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def run_layout(
-    args: argparse.Namespace, config: ModelConfig, batch: Batch, layout: Layout
-) -> tuple[int, dict[str, Any]]:
+def run_layout(args: argparse.Namespace, config: ModelConfig, batch: Batch, layout: Layout) -> tuple[int, JsonObject]:
     """``forward.run`` of a backend, by the processes of a layout: the launcher's exit code and, if 0, the result.
 
     After a failure of a rank (code 1) the folder with its logs stays; stderr has named it.

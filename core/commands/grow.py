@@ -19,6 +19,7 @@ from telechat_twins.core.launch.run_lock import hold_place
 from telechat_twins.core.model.config import ModelConfig, load_model_config
 from telechat_twins.core.model.growth import METHODS
 from telechat_twins.core.schema import set_dotted
+from telechat_twins.core.types import JsonObject
 
 if TYPE_CHECKING:
     from telechat_twins.convert.growth.plan import GrowthPlan
@@ -144,7 +145,7 @@ def _target(args: argparse.Namespace, source: ModelConfig) -> ModelConfig:
         raise UserError(
             "--target: name the sizes to grow to (a preset or a YAML file), or give --set, e.g. num_layers=8"
         )
-    tree: dict[str, Any]
+    tree: JsonObject
     if args.target is not None:
         tree = {"preset": args.target}
     else:

@@ -40,6 +40,7 @@ from telechat_twins.core.parity.bounds import (
 )
 from telechat_twins.core.parity.layouts import EXACT
 from telechat_twins.core.parity.runs import compare_layouts, read_layouts, trace_rows
+from telechat_twins.core.types import JsonObject
 
 if TYPE_CHECKING:
     from telechat_twins.convert.growth.plan import GrowthPlan
@@ -126,7 +127,7 @@ def growth_sections(before: Stage, stage: Stage, names: list[str]) -> list[Secti
     title = f"{before.name} to {stage.name}"
     precision = before.config.train.precision
 
-    def results(config: ModelConfig, weights: Weights) -> tuple[dict[str, Any], Any, list[Bound]]:
+    def results(config: ModelConfig, weights: Weights) -> tuple[JsonObject, Any, list[Bound]]:
         found = {name: _forward(name, config, weights, batch, precision) for name in names}
         exact = _forward(EXACT, config, weights, batch, "fp64")
         moved = _forward(EXACT, config, nudged_weights(weights, precision), batch, "fp64")

@@ -22,13 +22,13 @@ from __future__ import annotations
 
 import argparse
 import json
-from typing import Any
 
 from telechat_twins.core.config import load_run_config
 from telechat_twins.core.errors import UserError
 from telechat_twins.core.model.config import PRECISIONS, load_model_config
 from telechat_twins.core.parallel.layout import Layout, check_layout, parse_layout
 from telechat_twins.core.parallel.memory import estimate
+from telechat_twins.core.types import JsonObject
 
 RECOMPUTE = ("none", "selective", "full")
 
@@ -68,7 +68,7 @@ def run(args: argparse.Namespace) -> int:
     if args.config:
         run_config = load_run_config(args.config)
         config, layout, train = run_config.model, run_config.parallel, run_config.train
-        settings: dict[str, Any] = {
+        settings: JsonObject = {
             "seq_len": run_config.data.seq_len,
             "micro_batch": train.micro_batch,
             "micro_batches": max(1, train.global_batch // (layout.dp * train.micro_batch)),
@@ -88,7 +88,7 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _text(name: str, plan: dict[str, Any]) -> str:
+def _text(name: str, plan: JsonObject) -> str:
     settings = ", ".join(f"{key} {value}" for key, value in plan["settings"].items())
     ranks = plan["ranks"]
     lines = [f"{name}: estimate, {settings}", "", "parameters"]

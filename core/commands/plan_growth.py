@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import argparse
 import json
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from telechat_twins.core.errors import UserError
+from telechat_twins.core.types import JsonObject
 
 if TYPE_CHECKING:
     from telechat_twins.convert.growth.schedule import Stage
@@ -71,7 +72,7 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _text(report: dict[str, Any], stages: list[Stage]) -> str:
+def _text(report: JsonObject, stages: list[Stage]) -> str:
     from telechat_twins.convert.growth.report import describe
 
     titles = ("stage", "parameters", "layout", "devices", "steps", "tokens", "FLOPs", "a device", "checkpoint")

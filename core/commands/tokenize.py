@@ -7,7 +7,6 @@ import json
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 from telechat_twins.core.data.chat_template import encode_chat
 from telechat_twins.core.data.control import CONTROL_CHOICES
@@ -19,6 +18,7 @@ from telechat_twins.core.data.tokenizer_training import train_tokenizer
 from telechat_twins.core.errors import UserError
 from telechat_twins.core.files.foreign import parse_value
 from telechat_twins.core.shown import controls_shown
+from telechat_twins.core.types import JsonObject
 
 EPILOG = """\
 examples:
@@ -133,7 +133,7 @@ def _names(table: dict[str, int]) -> str:
     return " ".join(f"{name}={i}" for name, i in table.items()) or "none"
 
 
-def _messages(text: str) -> list[dict[str, Any]]:
+def _messages(text: str) -> list[JsonObject]:
     try:
         messages = parse_value(text.encode("utf-8", "surrogatepass"))
     except json.JSONDecodeError as error:

@@ -13,7 +13,7 @@ import statistics
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import yaml
 
@@ -24,6 +24,7 @@ from telechat_twins.core.files.foreign import read_text
 from telechat_twins.core.launch.run_lock import NAME, hold_folder, require_free
 from telechat_twins.core.shown import shown
 from telechat_twins.core.train.metrics import Row, plot_losses, read_metrics
+from telechat_twins.core.types import JsonObject
 
 if TYPE_CHECKING:
     from telechat_twins.convert.growth.schedule import Stage
@@ -167,7 +168,7 @@ def _tell(stages: Sequence[Stage], out: Path, backend: str, whole: bool) -> None
         print(f"\n{to_markdown(report, backend)}\nreport {out / 'report.md'}, plot {out / 'loss.png'}")
 
 
-def summary(stages: Sequence[Stage], rows: Sequence[Sequence[Row]]) -> dict[str, Any]:
+def summary(stages: Sequence[Stage], rows: Sequence[Sequence[Row]]) -> JsonObject:
     """Stages as they were trained, and what the last size would have cost on all tokens.
 
     Time is measured: the sum of the steps' times, and for the last size all tokens at the median pace of its own steps
@@ -212,7 +213,7 @@ def _mean_loss(rows: Sequence[Row]) -> float | None:
     return statistics.fmean(losses) if losses else None
 
 
-def to_markdown(report: dict[str, Any], backend: str) -> str:
+def to_markdown(report: JsonObject, backend: str) -> str:
     """The report for people."""
     titles = {"ms": "MindSpore", "pt": "PyTorch"}
     lines = [

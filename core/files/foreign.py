@@ -17,6 +17,7 @@ from typing import IO, Any, BinaryIO
 
 from telechat_twins.core.errors import UserError
 from telechat_twins.core.shown import shown
+from telechat_twins.core.types import JsonObject
 
 MIB = 1 << 20
 MAX_JSON = 32 * MIB  # bytes of a JSON text; the largest index of a released model has 10 MB
@@ -68,7 +69,7 @@ def read_text(path: str | Path, limit: int = MAX_JSON, missing: str = "no such f
         raise UserError(f"{path}: is not UTF-8 text (byte {error.start}); convert the file") from None
 
 
-def load_json(path: Path, what: str, max_bytes: int = MAX_JSON, max_values: int = MAX_VALUES) -> dict[str, Any]:
+def load_json(path: Path, what: str, max_bytes: int = MAX_JSON, max_values: int = MAX_VALUES) -> JsonObject:
     """A JSON object from a file; UserError names the file if it is missing, damaged, too large, or has a key twice."""
     data = read_file(path, max_bytes, f"no such file; it should hold {what}")
     try:
@@ -77,7 +78,7 @@ def load_json(path: Path, what: str, max_bytes: int = MAX_JSON, max_values: int 
         raise UserError(f"{path}: damaged, not {what} ({error})") from None
 
 
-def parse_json(data: bytes, max_bytes: int = MAX_JSON, max_values: int = MAX_VALUES) -> dict[str, Any]:
+def parse_json(data: bytes, max_bytes: int = MAX_JSON, max_values: int = MAX_VALUES) -> JsonObject:
     """A JSON object, strictly: ValueError for anything else and for what ``parse_value`` refuses."""
     value = parse_value(data, max_bytes, max_values)
     if not isinstance(value, dict):
@@ -132,7 +133,7 @@ def _wide(data: bytes) -> bool:
     return not data.isascii() and data.translate(None, bytes(range(0xF0))) != b""
 
 
-def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _no_duplicates(pairs: list[tuple[str, Any]]) -> JsonObject:
     result = dict(pairs)
     if len(result) != len(pairs):
         seen: set[str] = set()

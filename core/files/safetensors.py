@@ -31,6 +31,7 @@ from telechat_twins.core.files.foreign import MAX_JSON, open_regular
 from telechat_twins.core.files.foreign import load_json as load_json
 from telechat_twins.core.files.foreign import parse_json as parse_json
 from telechat_twins.core.shown import shown
+from telechat_twins.core.types import JsonObject
 
 DTYPES: dict[str, np.dtype[Any]] = {
     "F64": np.dtype("<f8"),
@@ -136,7 +137,7 @@ class SafetensorsWriter:
         self.path = Path(path)
         self.header_room = header_room
         self.size = 8 + header_room
-        self._entries: dict[str, dict[str, Any]] = {"__metadata__": dict(metadata)} if metadata else {}
+        self._entries: dict[str, JsonObject] = {"__metadata__": dict(metadata)} if metadata else {}
         self._header_used = len(_encode(self._entries))
         self._file = open(self.path, "wb", buffering=0)  # noqa: SIM115 - closed by __exit__
         self._file.seek(self.size)
@@ -172,7 +173,7 @@ class SafetensorsWriter:
         finally:
             self._file.close()
 
-    def _entry(self, array: np.ndarray) -> dict[str, Any]:
+    def _entry(self, array: np.ndarray) -> JsonObject:
         begin = self.size - 8 - self.header_room
         return {
             "dtype": dtype_code(array.dtype),
@@ -235,10 +236,8 @@ def header_room(specs: Mapping[str, tuple[str, tuple[int, ...]]], metadata: Mapp
     return -(-len(_encode(_entries(specs, metadata))) // 8) * 8
 
 
-def _entries(
-    specs: Mapping[str, tuple[str, tuple[int, ...]]], metadata: Mapping[str, str] | None = None
-) -> dict[str, Any]:
-    entries: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+def _entries(specs: Mapping[str, tuple[str, tuple[int, ...]]], metadata: Mapping[str, str] | None = None) -> JsonObject:
+    entries: JsonObject = {"__metadata__": dict(metadata)} if metadata else {}
     begin = 0
     for name, (code, shape) in specs.items():
         end = begin + math.prod(shape) * DTYPES[code].itemsize
@@ -353,7 +352,7 @@ def _naturals(values: Any) -> bool:
     return isinstance(values, list) and all(type(value) is int and 0 <= value < MAX_SIZE for value in values)
 
 
-def write_atomically(path: Path, tensors: dict[str, Any]) -> None:
+def write_atomically(path: Path, tensors: JsonObject) -> None:
     """Write a safetensors file beside ``path``, sync it, rename it over. On UserError (full disk) the old one stays."""
     from safetensors import SafetensorError
     from safetensors.numpy import save_file

@@ -18,7 +18,6 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import psutil
 
@@ -30,6 +29,7 @@ from telechat_twins.core.launch.processes import Deaths, Job, lives, signals_as_
 from telechat_twins.core.launch.run_lock import hold_folder
 from telechat_twins.core.launch.screen import Screen, last_lines
 from telechat_twins.core.launch.worker import SCHEDULER, read_status, stack_path
+from telechat_twins.core.types import JsonObject
 
 # Seconds a rank may be inside one collective. Below the 10 minutes after which NCCL's own watchdog ends a rank without
 # saying who waits for whom, and above any wait that a healthy run has (a slow file system at a checkpoint).
@@ -126,7 +126,7 @@ class _Running:
     waits: Waits
     deaths: Deaths = field(default_factory=Deaths)
 
-    def statuses(self) -> list[dict[str, Any] | None]:
+    def statuses(self) -> list[JsonObject | None]:
         return [read_status(self.plan.folder, rank) for rank in self.plan.ranks]
 
 
@@ -286,7 +286,7 @@ class _Scheduler:
         return time.monotonic() - self.since > patience
 
 
-def _first_failure(statuses: list[dict[str, Any] | None], deaths: Deaths, folder: Path) -> dict[str, Any] | None:
+def _first_failure(statuses: list[JsonObject | None], deaths: Deaths, folder: Path) -> JsonObject | None:
     """The rank that failed first, or None: by the time in its file, or of its death while the file says "running".
 
     Order matters: when one rank is gone, the others soon fail too, on a lost connection or ended by their launcher. A
@@ -311,7 +311,7 @@ def _first_failure(statuses: list[dict[str, Any] | None], deaths: Deaths, folder
     return {**first, "when": when}
 
 
-def _report(run: _Running, failed: dict[str, Any], statuses: list[dict[str, Any] | None], news: bytes) -> int:
+def _report(run: _Running, failed: JsonObject, statuses: list[JsonObject | None], news: bytes) -> int:
     folder, screen = run.plan.folder, run.screen
     rank, trace, here = failed["rank"], failed.get("traceback") or "", run.plan.ranks[0]
     seen = rank == here and screen.instead is None  # all that it wrote has been shown

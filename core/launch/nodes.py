@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 
 from telechat_twins.core.errors import UserError
 from telechat_twins.core.shown import printable, shown
+from telechat_twins.core.types import JsonObject
 
 PATIENCE = 600.0  # seconds the nodes wait for one another at the start: machines of a cluster are not ready together
 LOOK = 0.1
@@ -88,7 +89,7 @@ class Nodes:
         _close(list(self._lines.values()))
         self._lines = {}
 
-    def _hear(self, node: int, message: dict[str, Any] | None) -> Word | None:
+    def _hear(self, node: int, message: JsonObject | None) -> Word | None:
         if message is None:
             if self.finished or self._ended:
                 return None
@@ -135,7 +136,7 @@ def meet(
     count: int,
     host: str,
     port: int,
-    facts: dict[str, Any],
+    facts: JsonObject,
     patience: float = PATIENCE,
     say: Callable[[str], None] = lambda text: print(text, file=sys.stderr),
 ) -> Nodes:
@@ -172,9 +173,7 @@ def bind(host: str, port: int) -> socket.socket:
     return bound
 
 
-def _gather(
-    count: int, host: str, port: int, facts: dict[str, Any], deadline: float, say: Callable[[str], None]
-) -> Nodes:
+def _gather(count: int, host: str, port: int, facts: JsonObject, deadline: float, say: Callable[[str], None]) -> Nodes:
     door = _door(host, port + 1, facts)
     present: dict[int, _Line] = {}
     strangers: list[_Line] = []
@@ -212,7 +211,7 @@ def _gather(
     return Nodes(0, dict(sorted(present.items())))
 
 
-def _door(host: str, port: int, facts: dict[str, Any]) -> socket.socket:
+def _door(host: str, port: int, facts: JsonObject) -> socket.socket:
     """Where node 0 listens: at ``host`` if that is an address of this machine, else at all of its addresses (a machine
     may know its own name by another address than the others do, or stand behind a translated one)."""
     try:
@@ -238,7 +237,7 @@ def _door(host: str, port: int, facts: dict[str, Any]) -> socket.socket:
         ) from None
 
 
-def _answers(host: str, port: int, facts: dict[str, Any], seconds: float = 2.0) -> bool:
+def _answers(host: str, port: int, facts: JsonObject, seconds: float = 2.0) -> bool:
     """Whether the program at a port speaks as a node 0 that gathers its nodes: it sends a second node 0 away."""
     try:
         line = _Line(socket.create_connection((host, port), timeout=seconds))
@@ -246,7 +245,7 @@ def _answers(host: str, port: int, facts: dict[str, Any], seconds: float = 2.0) 
         return False
     line.send({"hello": {"node": 0, "facts": facts}})
     deadline = time.monotonic() + seconds
-    heard: list[dict[str, Any] | None] = []
+    heard: list[JsonObject | None] = []
     while not heard and time.monotonic() < deadline:
         time.sleep(LOOK / 2)
         heard = line.read()
@@ -256,9 +255,9 @@ def _answers(host: str, port: int, facts: dict[str, Any], seconds: float = 2.0) 
 
 def _admit(
     line: _Line,
-    message: dict[str, Any] | None,
+    message: JsonObject | None,
     count: int,
-    facts: dict[str, Any],
+    facts: JsonObject,
     present: dict[int, _Line],
     say: Callable[[str], None],
 ) -> None:
@@ -284,7 +283,7 @@ def _admit(
     _close([line])
 
 
-def _find(rank: int, host: str, port: int, facts: dict[str, Any], deadline: float, say: Callable[[str], None]) -> Nodes:
+def _find(rank: int, host: str, port: int, facts: JsonObject, deadline: float, say: Callable[[str], None]) -> Nodes:
     say(f"tele: node {rank} of {facts['--nnodes']} looks for node 0 at {host} port {port + 1}")
     while time.monotonic() < deadline:
         try:
@@ -293,7 +292,7 @@ def _find(rank: int, host: str, port: int, facts: dict[str, Any], deadline: floa
             time.sleep(5 * LOOK)
             continue
         line.send({"hello": {"node": rank, "facts": facts}})
-        answer: dict[str, Any] | None = None
+        answer: JsonObject | None = None
         try:
             while time.monotonic() < deadline:
                 heard = line.read()
@@ -347,17 +346,17 @@ class _Line:
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 6)
         self._socket = connection
         self._buffer = b""
-        self._waiting: list[dict[str, Any] | None] = []
+        self._waiting: list[JsonObject | None] = []
         self._open = True
 
-    def send(self, message: dict[str, Any]) -> None:
+    def send(self, message: JsonObject) -> None:
         with suppress(OSError):  # a line that broke is found by reading
             self._socket.sendall(json.dumps(message).encode() + b"\n")
 
-    def unread(self, messages: list[dict[str, Any] | None]) -> None:
+    def unread(self, messages: list[JsonObject | None]) -> None:
         self._waiting = messages + self._waiting
 
-    def read(self) -> list[dict[str, Any] | None]:
+    def read(self) -> list[JsonObject | None]:
         """Messages that have come; None at the end stands for the end of the line, and comes once."""
         messages, self._waiting = self._waiting, []
         while self._open:

@@ -24,10 +24,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
-from typing import Any
 
 from telechat_twins.core.errors import UserError
 from telechat_twins.core.files.atomic import clean_stale, mark_lives, process_mark
+from telechat_twins.core.types import JsonObject
 
 NAME = ".lock"
 DYING = 5.0  # seconds that a process which was killed may take to be gone; its lock is waited for that long
@@ -135,7 +135,7 @@ def _acquire(path: Path, what: str, deadline: float) -> int:
         return handle
 
 
-def _read(handle: int) -> dict[str, Any] | None:
+def _read(handle: int) -> JsonObject | None:
     """The line in the file, or None where there is none (yet)."""
     try:
         note = json.loads(os.pread(handle, _LONGEST, 0))
@@ -149,12 +149,12 @@ def _read(handle: int) -> dict[str, Any] | None:
         return None
 
 
-def _refusal(what: str, note: dict[str, Any] | None) -> str:
+def _refusal(what: str, note: JsonObject | None) -> str:
     who = "another process" if note is None else _who(note)
     return f"{what}: {who} writes there; wait for it, end it, or give another folder"
 
 
-def _who(note: dict[str, Any]) -> str:
+def _who(note: JsonObject) -> str:
     try:
         since = datetime.fromtimestamp(note["since"]).isoformat(" ", "seconds")
     except (ValueError, OverflowError, OSError):

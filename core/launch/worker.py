@@ -27,7 +27,6 @@ import time
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 if __name__ == "__main__":
@@ -38,6 +37,7 @@ if __name__ == "__main__":
 from telechat_twins.core.errors import UserError  # noqa: E402
 from telechat_twins.core.launch.heartbeat import heartbeat_path, place_heartbeat  # noqa: E402
 from telechat_twins.core.shown import controls_shown, printable  # noqa: E402
+from telechat_twins.core.types import JsonObject  # noqa: E402
 
 SCHEDULER = "scheduler"  # in the place of a rank: msrun's scheduler keeps a status file too
 PART = 150.0  # seconds a rank that failed or was interrupted may wait for the others; above the launcher's own limits
@@ -100,7 +100,7 @@ def stack_path(log_dir: str | Path, rank: int) -> Path:
     return Path(log_dir) / f"stack_{rank}.txt"
 
 
-def read_status(log_dir: str | Path, rank: int | str) -> dict[str, Any] | None:
+def read_status(log_dir: str | Path, rank: int | str) -> JsonObject | None:
     """The record of one rank, or None while it has not started."""
     try:
         return json.loads(status_path(log_dir, rank).read_text(encoding="utf-8"))
@@ -197,7 +197,7 @@ def _wait_for_the_others(status_dir: Path, rank: int) -> None:
         time.sleep(0.05)
 
 
-def _run(script: str) -> tuple[int, dict[str, Any]]:
+def _run(script: str) -> tuple[int, JsonObject]:
     try:
         runpy.run_path(script, run_name="__main__")
     except SystemExit as stop:

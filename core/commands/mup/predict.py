@@ -5,12 +5,12 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
-from typing import Any
 
 from telechat_twins.core.errors import UserError
 from telechat_twins.core.files.atomic import writable_file, write_text
 from telechat_twins.core.mup.loss_prediction import LEAST_POINTS, LEVEL, Fit, Forecast, fit_law, forecast, weaknesses
 from telechat_twins.core.mup.loss_table import LossTable, read_loss_table
+from telechat_twins.core.types import JsonObject
 
 DESCRIPTION = """\
 Fit L = a * C^b + c to the losses of small models and forecast those of larger ones.
@@ -132,7 +132,7 @@ def _measure(table: LossTable) -> str:
     return "parameters in millions" if table.measure == "parameters" else table.measure
 
 
-def to_json(table: LossTable, fit: Fit, forecasts: list[Forecast], poor: list[str]) -> dict[str, Any]:
+def to_json(table: LossTable, fit: Fit, forecasts: list[Forecast], poor: list[str]) -> JsonObject:
     """What prediction.json holds."""
     names = ("a", "b", "c", "a_sd", "b_sd", "c_sd", "residual_sd", "points", "smallest", "largest")
     rows = [

@@ -6,7 +6,6 @@ import argparse
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import yaml
 
@@ -15,6 +14,7 @@ from telechat_twins.core.errors import UserError
 from telechat_twins.core.files.atomic import writable_file, write_text
 from telechat_twins.core.model.config import ModelConfig, load_model_config
 from telechat_twins.core.mup.transfer import RULES, at_width, transfer, value_of, warnings
+from telechat_twins.core.types import JsonObject
 
 DESCRIPTION = """\
 Carry the hyper-parameters of a narrow model over to another width by the rules of muP, r being the ratio of widths:
@@ -122,7 +122,7 @@ def number(value: float) -> str:
 def run_yaml(source: str, config: RunConfig, target: Numbers, out: Path) -> str:
     """The YAML of ``config`` with the target's model and rates, its data paths as they are found from ``out``."""
     model, optim = target
-    tree: dict[str, Any] = {**config.to_dict(), "model": model.to_dict()}
+    tree: JsonObject = {**config.to_dict(), "model": model.to_dict()}
     for name, value in vars(optim).items():
         tree["optim"][name] = value
     # What is not said has its default; kernels are the machine's affair.
