@@ -14,7 +14,7 @@ import types
 import typing
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeAlias, TypeVar
 
 import yaml
 
@@ -22,6 +22,7 @@ from telechat_twins.core.errors import UserError
 from telechat_twins.core.files.foreign import MAX_DIGITS, read_text
 from telechat_twins.core.near import nearest
 from telechat_twins.core.shown import shown
+from telechat_twins.core.types import JsonObject
 
 MAX_YAML = 1 << 17  # bytes; the largest config of a run has a few thousand, and the loader reads 100 KB a second
 MAX_NODES = 10_000  # values of a document, aliases written out
@@ -29,6 +30,7 @@ MAX_DEPTH = 64
 LARGEST = 1 << 63  # a whole number below this fits every array, file and counter that a config can size
 
 T = TypeVar("T")
+YamlValue: TypeAlias = Any  # a parsed document of unknown shape; from_mapping checks it
 
 
 def option(default: Any = dataclasses.MISSING, *, help: str, **limits: Any) -> Any:
@@ -39,7 +41,7 @@ def option(default: Any = dataclasses.MISSING, *, help: str, **limits: Any) -> A
     return dataclasses.field(default=default, metadata=metadata)
 
 
-def from_mapping(cls: type[T], data: Any, where: str) -> T:
+def from_mapping(cls: type[T], data: object, where: str) -> T:
     """Build ``cls`` from ``data``; ``where`` is the dotted path used in messages.
 
     Raises UserError on an unknown key (suggesting the nearest legal one), a missing key, a wrong type, or a value
@@ -54,7 +56,7 @@ def from_mapping(cls: type[T], data: Any, where: str) -> T:
             hint = f"did you mean '{near}'?" if near else f"legal keys: {', '.join(sorted(fields))}"
             raise UserError(f"{where or 'config'}: unknown key {shown(key)}; {hint}")
     hints = typing.get_type_hints(cls)
-    values: dict[str, Any] = {}
+    values: JsonObject = {}
     for name, f in fields.items():
         path = f"{where}.{name}" if where else name
         if name in data:
@@ -64,7 +66,7 @@ def from_mapping(cls: type[T], data: Any, where: str) -> T:
     return cls(**values)
 
 
-def load_yaml(path: str | Path) -> Any:
+def load_yaml(path: str | Path) -> YamlValue:
     """Read one YAML document with the safe loader; UserError names the file and line of a syntax mistake.
 
     Only regular files of at most MAX_YAML bytes are read.
@@ -73,7 +75,7 @@ def load_yaml(path: str | Path) -> Any:
     return parse_yaml(text, str(path), lines=True)
 
 
-def set_dotted(tree: dict[str, Any], assignment: str) -> None:
+def set_dotted(tree: JsonObject, assignment: str) -> None:
     """Apply ``a.b.c=value`` to a tree of mappings in place."""
     key, sign, text = assignment.partition("=")
     if not sign or not key:
@@ -88,7 +90,7 @@ def set_dotted(tree: dict[str, Any], assignment: str) -> None:
     node[leaf] = parse_yaml(text, f"--set {key}={text!r}" if not text.isprintable() else f"--set {assignment}")
 
 
-def parse_yaml(text: str, where: str, lines: bool = False) -> Any:
+def parse_yaml(text: str, where: str, lines: bool = False) -> YamlValue:
     """One YAML document; UserError on anything the loader stumbles over, with the line number if ``lines``."""
     try:
         return yaml.load(text, Loader=_Loader)
@@ -119,7 +121,7 @@ class _Loader(yaml.SafeLoader):
 
     _composed = _depth = 0
 
-    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+    def compose_node(self, parent: yaml.Node | None, index: object) -> yaml.Node | None:
         self._composed, self._depth = self._composed + 1, self._depth + 1
         if self._composed > MAX_NODES or self._depth > MAX_DEPTH:
             reason = f"more than {MAX_NODES} values" if self._depth <= MAX_DEPTH else "nested too deeply"
@@ -135,7 +137,7 @@ class _Loader(yaml.SafeLoader):
             raise yaml.composer.ComposerError(None, None, reason, node.start_mark)
         return node
 
-    def construct_scalar(self, node: Any) -> str:
+    def construct_scalar(self, node: yaml.ScalarNode) -> str:
         if node.tag in _NUMBERS and len(node.value) > MAX_DIGITS:
             raise yaml.constructor.ConstructorError(
                 None, None, f"a number of {len(node.value)} characters", node.start_mark
@@ -166,7 +168,7 @@ class _Loader(yaml.SafeLoader):
             return self.refuse_ambiguous(node)
         return self.construct_yaml_bool(node)
 
-    def refuse_ambiguous(self, node: yaml.ScalarNode) -> Any:
+    def refuse_ambiguous(self, node: yaml.ScalarNode) -> NoReturn:
         if node.value.lower() in ("yes", "no", "on", "off"):
             what = "is a truth value in some versions of YAML and text in others; write true or false, or quote it"
         else:
@@ -265,15 +267,16 @@ def _plain(kind: Any) -> Any:
     return origin or kind
 
 
-def _is(value: Any, kind: Any) -> bool:
+def _is(value: object, kind: Any) -> bool:
     if kind in (int, float) and isinstance(value, bool):
         return False
     return isinstance(value, kind)
 
 
-def _name(kind: Any) -> str:
-    return {int: "a whole number", float: "a number", str: "text", bool: "true or false"}.get(kind, str(kind))
+def _name(kind: object) -> str:
+    names: dict[object, str] = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
+    return names.get(kind, str(kind))
 
 
-def _found(value: Any) -> str:
+def _found(value: object) -> str:
     return f"{type(value).__name__} {shown(value)}" if value is not None else "nothing"

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import re
 import reprlib
-from typing import Any
 
 LONGEST = 2_000  # characters of one message
 _HEAD, _TAIL = 1_400, 500  # what is kept of a longer one: where and what, and the way out
@@ -36,7 +35,7 @@ def controls_shown(text: str) -> str:
     return _CONTROLS.sub(lambda match: match[0].encode("unicode_escape").decode("ascii"), text)
 
 
-def shown(value: Any) -> str:
+def shown(value: object) -> str:
     """Like ``repr``, but of bounded length and cost, whatever the value.
 
     A tree of YAML aliases can be far larger written out than in memory, and a whole number may have more digits than

@@ -7,12 +7,15 @@ import re
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from telechat_twins.core.errors import UserError
 from telechat_twins.core.files.atomic import show_bytes, standing
 from telechat_twins.core.launch.run_lock import hold_place
 from telechat_twins.core.shown import printable
+
+if TYPE_CHECKING:
+    from telechat_twins.convert.source import ModelSource
 
 FORMATS = ("hf", "canonical", "mindformers")
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
@@ -187,7 +190,7 @@ def check_options(args: argparse.Namespace) -> None:
         raise UserError("--max-shard-size: a .ckpt and a rank's part are one file each; leave it away")
 
 
-def _open(args: argparse.Namespace) -> Any:
+def _open(args: argparse.Namespace) -> ModelSource:
     """SRC as a ModelSource, opened and checked; every file that has a recorded hash is hashed."""
     from telechat_twins.convert.hf.folder import HfFolder
     from telechat_twins.convert.hf.sums import sums_bytes

@@ -12,7 +12,7 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from telechat_twins.core.commands.options import add_model_arguments, add_sampling_arguments, load_model, sampling_from
 from telechat_twins.core.errors import UserError
@@ -21,6 +21,7 @@ from telechat_twins.core.model.xpos_range import check_xpos_range
 from telechat_twins.core.shown import controls_shown
 
 if TYPE_CHECKING:
+    from telechat_twins.core.data.tokenizer import Tokenizer
     from telechat_twins.core.inference.requests import Event, Request
     from telechat_twins.core.inference.sampling import SamplingConfig
     from telechat_twins.core.parallel.layout import Layout
@@ -95,6 +96,7 @@ def run(args: argparse.Namespace) -> int:
     model = load_model(args, None if ids is not None else "a text prompt")
     check_layout(layout, model.config)
     if ids is None:
+        assert model.tokenizer is not None  # load_model refuses a text prompt without one
         ids = _encode(model.tokenizer, text, args)
     if args.add_bos:
         ids = [model.config.bos_token_id, *ids]
@@ -291,7 +293,7 @@ def _prompt_text(args: argparse.Namespace) -> str:
         raise UserError(f"{name}: not UTF-8 text (byte {error.start})") from None
 
 
-def _encode(tokenizer: Any, text: str, args: argparse.Namespace) -> list[int]:
+def _encode(tokenizer: Tokenizer, text: str, args: argparse.Namespace) -> list[int]:
     if args.chat:
         from telechat_twins.core.data.chat_template import encode_chat
 

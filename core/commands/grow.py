@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -22,6 +22,8 @@ from telechat_twins.core.schema import set_dotted
 from telechat_twins.core.types import JsonObject
 
 if TYPE_CHECKING:
+    from tqdm import tqdm
+
     from telechat_twins.convert.growth.plan import GrowthPlan
 
 DESCRIPTION = """\
@@ -189,7 +191,7 @@ def _print_cost(plan: GrowthPlan, read: Callable[..., np.ndarray], before: int, 
     print(f"writes {show_bytes(after)} from {show_bytes(before)}, in about {seconds} on this machine")
 
 
-def _bar(title: str, total: int) -> Any:
+def _bar(title: str, total: int) -> tqdm:
     from tqdm import tqdm
 
     return tqdm(total=total, desc=title, unit="B", unit_scale=True, file=sys.stderr, disable=None, dynamic_ncols=True)

@@ -15,7 +15,7 @@ import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -127,7 +127,7 @@ def growth_sections(before: Stage, stage: Stage, names: list[str]) -> list[Secti
     title = f"{before.name} to {stage.name}"
     precision = before.config.train.precision
 
-    def results(config: ModelConfig, weights: Weights) -> tuple[JsonObject, Any, list[Bound]]:
+    def results(config: ModelConfig, weights: Weights) -> tuple[JsonObject, JsonObject, list[Bound]]:
         found = {name: _forward(name, config, weights, batch, precision) for name in names}
         exact = _forward(EXACT, config, weights, batch, "fp64")
         moved = _forward(EXACT, config, nudged_weights(weights, precision), batch, "fp64")
@@ -159,7 +159,13 @@ def with_mask(config: ModelConfig, c: float | None) -> ModelConfig:
 
 
 def _kept(
-    who: str, plan: GrowthPlan, small: Any, grown: Any, precision: str, masked: bool, exact: Any = None
+    who: str,
+    plan: GrowthPlan,
+    small: JsonObject,
+    grown: JsonObject,
+    precision: str,
+    masked: bool,
+    exact: JsonObject | None = None,
 ) -> list[Bound]:
     """The grown model against the small one, in the same arithmetic; ``exact``: the small one's float64 results."""
     from telechat_twins.convert.growth.gradients import gradients_of_new, gradients_of_old
@@ -200,7 +206,7 @@ def _apart(a: Weights, b: Weights) -> float:
     return global_norm({n: a[n].astype(np.float64) - b[n] for n in b}) / global_norm(b)
 
 
-def _forward(name: str, config: ModelConfig, weights: Weights, batch: Batch, precision: str) -> Any:
+def _forward(name: str, config: ModelConfig, weights: Weights, batch: Batch, precision: str) -> JsonObject:
     get: Callable[[str], np.ndarray] = weights.__getitem__
     found = backends.load(name, "forward").run(config, get, batch, precision, True)
     # Rows that only pad have no logits worth comparing.
@@ -215,7 +221,7 @@ def _batch(config: RunConfig) -> Batch:
     return batch
 
 
-def layout_sections(stage: Stage, names: list[str], layouts: list[Any], updates: int, out: Path) -> list[Section]:
+def layout_sections(stage: Stage, names: list[str], layouts: list[Layout], updates: int, out: Path) -> list[Section]:
     """The model between the sizes in every layout of every backend, against one device of it."""
     assert stage.plan is not None
     model = with_mask(stage.plan.config, BETWEEN)

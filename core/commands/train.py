@@ -34,9 +34,12 @@ import argparse
 import dataclasses
 import math
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from telechat_twins.core.errors import UserError
+
+if TYPE_CHECKING:
+    from telechat_twins.core.parallel.layout import Layout
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -152,11 +155,11 @@ def _layout_overrides(text: str | None, config: str) -> list[str]:
     return assignments
 
 
-def _yaml(value: Any) -> str:
+def _yaml(value: object) -> str:
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
-def _share(layout: Any, nnodes: int) -> int:
+def _share(layout: Layout, nnodes: int) -> int:
     """Processes of one of ``nnodes`` machines; UserError when they cannot hold equal shares of the layout."""
     if nnodes < 1 or layout.world % nnodes == 0:
         return layout.world // max(nnodes, 1)

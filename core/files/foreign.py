@@ -13,7 +13,7 @@ import re
 import stat
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, Any, BinaryIO
+from typing import IO, Any, BinaryIO, NoReturn
 
 from telechat_twins.core.errors import UserError
 from telechat_twins.core.shown import shown
@@ -133,7 +133,7 @@ def _wide(data: bytes) -> bool:
     return not data.isascii() and data.translate(None, bytes(range(0xF0))) != b""
 
 
-def _no_duplicates(pairs: list[tuple[str, Any]]) -> JsonObject:
+def _no_duplicates(pairs: list[tuple[str, object]]) -> JsonObject:
     result = dict(pairs)
     if len(result) != len(pairs):
         seen: set[str] = set()
@@ -144,7 +144,7 @@ def _no_duplicates(pairs: list[tuple[str, Any]]) -> JsonObject:
     return result
 
 
-def _no_constant(text: str) -> Any:
+def _no_constant(text: str) -> NoReturn:
     raise ValueError(f"{text} is no JSON number")
 
 

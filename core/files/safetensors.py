@@ -19,7 +19,7 @@ import struct
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import BinaryIO, TypeGuard
 
 import ml_dtypes
 import numpy as np
@@ -33,7 +33,7 @@ from telechat_twins.core.files.foreign import parse_json as parse_json
 from telechat_twins.core.shown import shown
 from telechat_twins.core.types import JsonObject
 
-DTYPES: dict[str, np.dtype[Any]] = {
+DTYPES: dict[str, np.dtype] = {
     "F64": np.dtype("<f8"),
     "F32": np.dtype("<f4"),
     "F16": np.dtype("<f2"),
@@ -58,7 +58,7 @@ _CHUNK = 16 << 20
 Index = tuple[slice, ...]
 
 
-def dtype_code(dtype: Any) -> str:
+def dtype_code(dtype: np.dtype | type) -> str:
     """The format's name of a numpy dtype (``F32``, ``BF16``...); ValueError if it has none."""
     code = _CODES.get(np.dtype(dtype).newbyteorder("<"))
     if code is None:
@@ -161,7 +161,7 @@ class SafetensorsWriter:
     def __enter__(self) -> SafetensorsWriter:
         return self
 
-    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         try:
             if kind is None:
                 header = _encode(self._entries)
@@ -246,7 +246,7 @@ def _entries(specs: Mapping[str, tuple[str, tuple[int, ...]]], metadata: Mapping
     return entries
 
 
-def file_sha256(path: Path, on_bytes: Callable[[int], Any] | None = None) -> str:
+def file_sha256(path: Path, on_bytes: Callable[[int], object] | None = None) -> str:
     """SHA-256 of a file in hexadecimal, read in small blocks; ``on_bytes`` hears of every block."""
     digest = hashlib.sha256()
     block = bytearray(1 << 20)
@@ -292,11 +292,11 @@ def _runs(info: TensorInfo, starts: tuple[int, ...], extents: tuple[int, ...]) -
         yield number * count, origin + sum(c * s for c, s in zip(corner, strides, strict=False)), count
 
 
-def _encode(entries: Mapping[str, Any]) -> bytes:
+def _encode(entries: Mapping[str, object]) -> bytes:
     return json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode("utf-8")
 
 
-def _parse(prefix: bytes, file: Any, size: int, path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
+def _parse(prefix: bytes, file: BinaryIO, size: int, path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
     if len(prefix) < 8:
         raise UserError(f"{path}: truncated, {size} bytes are no safetensors file")
     (length,) = struct.unpack("<Q", prefix)
@@ -330,7 +330,7 @@ def _parse(prefix: bytes, file: Any, size: int, path: Path) -> tuple[dict[str, T
     return ordered, metadata
 
 
-def _entry_info(name: str, entry: Any, base: int) -> TensorInfo:
+def _entry_info(name: str, entry: object, base: int) -> TensorInfo:
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
         raise ValueError(f"tensor '{name}' must have exactly dtype, shape and data_offsets")
     code, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
@@ -348,11 +348,11 @@ def _entry_info(name: str, entry: Any, base: int) -> TensorInfo:
     return TensorInfo(code, tuple(shape), base + offsets[0], base + offsets[1])
 
 
-def _naturals(values: Any) -> bool:
+def _naturals(values: object) -> TypeGuard[list[int]]:
     return isinstance(values, list) and all(type(value) is int and 0 <= value < MAX_SIZE for value in values)
 
 
-def write_atomically(path: Path, tensors: JsonObject) -> None:
+def write_atomically(path: Path, tensors: Mapping[str, np.ndarray]) -> None:
     """Write a safetensors file beside ``path``, sync it, rename it over. On UserError (full disk) the old one stays."""
     from safetensors import SafetensorError
     from safetensors.numpy import save_file

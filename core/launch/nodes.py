@@ -18,7 +18,7 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from telechat_twins.core.errors import UserError
 from telechat_twins.core.shown import printable, shown
@@ -317,16 +317,16 @@ def _find(rank: int, host: str, port: int, facts: JsonObject, deadline: float, s
     )
 
 
-def _word(told: Any, node: int) -> Word:
+def _word(told: object, node: int) -> Word:
     """What another launcher wrote, taken with care: it came over a network."""
-    told = told if isinstance(told, dict) else {}
-    code, when = told.get("code"), told.get("when")
+    message: JsonObject = told if isinstance(told, dict) else {}
+    code, when = message.get("code"), message.get("when")
     return Word(
-        node=told["node"] if isinstance(told.get("node"), int) else node,
+        node=message["node"] if isinstance(message.get("node"), int) else node,
         code=code if code in (1, 2, 130) else 1,
-        why=printable(str(told.get("why", "no reason given"))[:REASON]),
+        why=printable(str(message.get("why", "no reason given"))[:REASON]),
         when=when if isinstance(when, float) and math.isfinite(when) else time.time(),
-        hang=told.get("hang") is True,
+        hang=message.get("hang") is True,
     )
 
 
