@@ -30,6 +30,7 @@ from telechat_twins.core.model.config import ModelConfig
 from telechat_twins.core.model.init import init_weights
 from telechat_twins.core.parallel.layout import Layout
 from telechat_twins.core.parity.bounds import (
+    BatchResult,
     Bound,
     compare_traces,
     global_norm,
@@ -40,7 +41,6 @@ from telechat_twins.core.parity.bounds import (
 )
 from telechat_twins.core.parity.layouts import EXACT
 from telechat_twins.core.parity.runs import compare_layouts, read_layouts, trace_rows
-from telechat_twins.core.types import JsonObject
 
 if TYPE_CHECKING:
     from telechat_twins.convert.growth.plan import GrowthPlan
@@ -127,7 +127,7 @@ def growth_sections(before: Stage, stage: Stage, names: list[str]) -> list[Secti
     title = f"{before.name} to {stage.name}"
     precision = before.config.train.precision
 
-    def results(config: ModelConfig, weights: Weights) -> tuple[JsonObject, JsonObject, list[Bound]]:
+    def results(config: ModelConfig, weights: Weights) -> tuple[dict[str, BatchResult], BatchResult, list[Bound]]:
         found = {name: _forward(name, config, weights, batch, precision) for name in names}
         exact = _forward(EXACT, config, weights, batch, "fp64")
         moved = _forward(EXACT, config, nudged_weights(weights, precision), batch, "fp64")
@@ -161,11 +161,11 @@ def with_mask(config: ModelConfig, c: float | None) -> ModelConfig:
 def _kept(
     who: str,
     plan: GrowthPlan,
-    small: JsonObject,
-    grown: JsonObject,
+    small: BatchResult,
+    grown: BatchResult,
     precision: str,
     masked: bool,
-    exact: JsonObject | None = None,
+    exact: BatchResult | None = None,
 ) -> list[Bound]:
     """The grown model against the small one, in the same arithmetic; ``exact``: the small one's float64 results."""
     from telechat_twins.convert.growth.gradients import gradients_of_new, gradients_of_old
@@ -206,11 +206,12 @@ def _apart(a: Weights, b: Weights) -> float:
     return global_norm({n: a[n].astype(np.float64) - b[n] for n in b}) / global_norm(b)
 
 
-def _forward(name: str, config: ModelConfig, weights: Weights, batch: Batch, precision: str) -> JsonObject:
+def _forward(name: str, config: ModelConfig, weights: Weights, batch: Batch, precision: str) -> BatchResult:
     get: Callable[[str], np.ndarray] = weights.__getitem__
-    found = backends.load(name, "forward").run(config, get, batch, precision, True)
+    found: BatchResult = backends.load(name, "forward").run(config, get, batch, precision, True)
     # Rows that only pad have no logits worth comparing.
-    return {**found, "logits": found["logits"][..., : config.num_tokens]}
+    found["logits"] = found["logits"][..., : config.num_tokens]
+    return found
 
 
 def _batch(config: RunConfig) -> Batch:

@@ -194,7 +194,7 @@ def _watch(run: _Running, limits: Limits, again: bool) -> int:
         time.sleep(POLL)
 
 
-def _failed_here(run: _Running, statuses: list[dict[str, Any] | None], news: bytes) -> int | None:
+def _failed_here(run: _Running, statuses: list[JsonObject | None], news: bytes) -> int | None:
     """Report the first rank of this node that failed; None while none has."""
     folder = run.plan.folder
     for status in statuses:
@@ -216,7 +216,7 @@ class _Leaving:
         self.finished: float | None = None  # when every node had said so
         self.gone: float | None = None  # when the processes of this node had ended
 
-    def ended(self, statuses: list[dict[str, Any] | None], launcher_code: int | None) -> int | None:
+    def ended(self, statuses: list[JsonObject | None], launcher_code: int | None) -> int | None:
         """0 once the launcher may be left; None while it may still serve the other nodes' ranks."""
         run, now = self.run, time.monotonic()
         if self.gone is None and all(s is not None and run.deaths.when(s["pid"]) for s in statuses):
@@ -245,7 +245,7 @@ def _scheduler_lost(run: _Running, again: bool) -> int:
     return _give_up(run, None, f"msrun's port {run.plan.port or ''} was taken by another program")
 
 
-def _out_of_time(run: _Running, statuses: list[dict[str, Any] | None], limits: Limits, started: float) -> int | None:
+def _out_of_time(run: _Running, statuses: list[JsonObject | None], limits: Limits, started: float) -> int | None:
     """End a job in which one collective, or the whole, has taken longer than its limit; None otherwise."""
     rank, waited = run.waits.look([s["rank"] for s in statuses if s is not None and s["state"] == "running"])
     if 0 < limits.collective < waited:
