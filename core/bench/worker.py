@@ -24,7 +24,7 @@ import numpy as np
 
 from telechat_twins.core import backends
 from telechat_twins.core.config import RunConfig, run_config_from_dict
-from telechat_twins.core.files import ROOT
+from telechat_twins.core.files import IMPORT_ROOT
 from telechat_twins.core.launch.worker import die_with_parent
 from telechat_twins.core.model.batch import Batch
 from telechat_twins.core.parallel.layout import parse_layout
@@ -136,7 +136,7 @@ class Worker:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
-            cwd=ROOT,
+            cwd=IMPORT_ROOT,
             env={**QUIET, **(os.environ if env is None else env)},
         )
         self.implementation: dict[str, str] = self._answer()["ready"]

@@ -48,5 +48,5 @@ def _chinese() -> Iterable[str]:
     for name in CHINESE_PAGES:
         path = ROOT / name
         if not path.is_file():
-            raise UserError(f"{path}: missing; run the demo from a checkout, or give it text with --data")
+            raise UserError(f"{path}: missing; install the package again, or give the demo text with --data")
         yield from (part.strip() for part in path.read_text(encoding="utf-8").split("\n## ") if part.strip())
