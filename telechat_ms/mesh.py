@@ -21,6 +21,7 @@ from mindspore.mint.distributed import distributed
 from telechat_twins.core.launch.heartbeat import Heartbeat
 from telechat_twins.core.parallel.layout import Coord, Layout
 from telechat_twins.kernels.mindspore.ops import limit_threads
+from telechat_twins.kernels.mindspore.private import set_world_rank
 
 LONGEST_WAIT = 1800  # seconds; what PyTorch's gloo allows. MindSpore's CPU collectives give up after 30 by default.
 
@@ -147,7 +148,7 @@ def join(timeout_s: float | None = None) -> tuple[int, int]:
             ms.runtime.dispatch_threads_num(1)
         # isend and irecv ask for this process's rank in a group whose name was bound when their module was imported,
         # before the CPU's world group had its own.
-        distributed._GROUP_RANK_CACHE["hccl_world_group"] = get_rank()
+        set_world_rank(get_rank())
     return get_rank(), get_group_size()
 
 

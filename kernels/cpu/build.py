@@ -60,6 +60,8 @@ def load_extension() -> Any:
     import mindspore
     from mindspore import ops
 
+    from telechat_twins.kernels.mindspore.private import import_extension
+
     builder = ops.CustomOpBuilder(NAME, [str(FOLDER / "bindings.cc")], backend="CPU")
     path = build(
         NAME,
@@ -68,7 +70,7 @@ def load_extension() -> Any:
         [*builder.get_ldflags(), "-pthread"],
         f"mindspore {mindspore.__version__}",
     )
-    return builder._import_module(str(path))
+    return import_extension(builder, path)
 
 
 @functools.cache

@@ -161,11 +161,12 @@ def compile_all(gpu: bool, only: str = "", one_each: bool = False) -> list[Row]:
 def to_linalg(launch: Any, types: dict[str, str]) -> int:
     """Lower one launch by triton-ascend; the counted bytes of its tiles. Raises what the compiler raises, and
     RuntimeError when an operation of Triton is left over."""
-    from triton._C.libtriton import ir
+    from telechat_twins.kernels.pytorch.private import triton_ir
     from triton.backends.ascend.compiler import AscendBackend
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
+    ir = triton_ir()
     target = GPUTarget("npu", ASCEND, 0)
     backend = AscendBackend(target)
     options = backend.parse_options({})
