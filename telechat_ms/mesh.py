@@ -39,7 +39,7 @@ class Group:
     name: str
     ranks: tuple[int, ...]
     rank: int
-    handle: Any = None
+    handle: str | None = None
     heartbeat: Heartbeat | None = None
 
     @property
@@ -189,11 +189,12 @@ def make_mesh(
     tied: the model's embeddings are tied, so that the first and last pipeline ranks share a weight. kv_copies: as many
     neighbouring tensor ranks hold the same kv head.
     """
-    groups = {}
+    groups: dict[str, Group] = {}
     for axis in _AXES:
         for ranks in _distinct(layout, axis):
             made = make_group(axis, ranks, rank, heartbeat)
-            groups[axis] = made or groups.get(axis)
+            if made is not None:
+                groups[axis] = made
     shared = Group("tied", (rank,), 0)
     kv = Group("kv", (rank,), 0)
     for ranks in _distinct(layout, "tp") if kv_copies > 1 else ():
@@ -208,7 +209,24 @@ def make_mesh(
             for direction, src, dst in (("forward", a, b), ("backward", b, a)):
                 end = f"{direction}_out" if rank == src else f"{direction}_in"
                 links[end] = make_link(end, src, dst, rank, heartbeat) or links[end]
-    return Mesh(layout=layout, rank=rank, coord=layout.coord(rank), tied=shared, kv=kv, **groups, **links)
+    return Mesh(
+        layout=layout,
+        rank=rank,
+        coord=layout.coord(rank),
+        tp=groups["tp"],
+        cp=groups["cp"],
+        ring=groups["ring"],
+        ulysses=groups["ulysses"],
+        dp=groups["dp"],
+        replicas=groups["replicas"],
+        world=groups["world"],
+        tied=shared,
+        kv=kv,
+        forward_in=links["forward_in"],
+        forward_out=links["forward_out"],
+        backward_in=links["backward_in"],
+        backward_out=links["backward_out"],
+    )
 
 
 @contextmanager

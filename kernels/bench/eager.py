@@ -13,7 +13,6 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 import torch
@@ -27,6 +26,7 @@ from telechat_twins.core.model.batch import Batch
 from telechat_twins.core.model.config import ModelConfig
 from telechat_twins.core.model.init import init_tensor
 from telechat_twins.core.model.position import rope_tables
+from telechat_twins.core.types import JsonObject
 from telechat_twins.kernels.pytorch import private
 
 
@@ -169,7 +169,7 @@ class EagerTrainer:
         self.model = EagerModel(model)
         self.model.load(lambda name: init_tensor(name, model, config.train.seed))
         named = {name: p for name, p in self.model.named_parameters()}
-        groups: list[dict[str, Any]] = [
+        groups: list[JsonObject] = [
             {"params": [p for p in named.values() if p.ndim == 2], "weight_decay": config.optim.weight_decay},
             {"params": [p for p in named.values() if p.ndim == 1], "weight_decay": 0.0},
         ]

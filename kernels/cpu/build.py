@@ -23,7 +23,7 @@ import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from types import ModuleType
 
 from telechat_twins.kernels.cpu.cache import cache_folder, distrust, make_private, say
 
@@ -55,7 +55,7 @@ def compiler() -> str | None:
 
 
 @functools.cache
-def load_extension() -> Any:
+def load_extension() -> ModuleType:
     """The module whose ``run`` launches a kernel on MindSpore tensors. Raises BuildError."""
     import mindspore
     from mindspore import ops

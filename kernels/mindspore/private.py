@@ -11,11 +11,25 @@ from __future__ import annotations
 import functools
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, Protocol
 
 import mindspore as ms
 from mindspore import Tensor
 from mindspore.mint.distributed import distributed
+
+
+class Context(Protocol):
+    """State of one call of a Function for its backward pass: saved tensors, and attributes of each operator's own."""
+
+    saved_tensors: tuple[Tensor, ...]
+    needs_input_grad: tuple[bool, ...]
+
+    def save_for_backward(self, *tensors: Tensor) -> None: ...
+
+    def __getattr__(self, name: str) -> Any: ...
+
+    def __setattr__(self, name: str, value: object) -> None: ...
+
 
 try:
     from mindspore.common._grad_function import _Function
@@ -25,7 +39,7 @@ except ImportError:
         """Stands in where MindSpore has no such class; composite operators on one rank need none."""
 
         @classmethod
-        def apply(cls, *_: Any) -> Tensor:
+        def apply(cls, *_: object) -> Tensor:
             """Raises RuntimeError."""
             raise RuntimeError(f"MindSpore {ms.__version__} has no custom gradients in PyNative mode; use 2.9.0")
 
@@ -39,14 +53,14 @@ else:
         reads it: a gradient that the engine does not want is dropped by the engine.
         """
 
-        def __init_subclass__(cls, **options: Any) -> None:
+        def __init_subclass__(cls, **options: object) -> None:
             super().__init_subclass__(**options)
             forward = cls.__dict__.get("forward")
             if forward is None:
                 return
 
             @functools.wraps(forward.__func__)
-            def released(ctx: Any, *inputs: Any) -> Any:
+            def released(ctx: Context, *inputs: object) -> Tensor | tuple[Tensor, ...]:
                 try:
                     return forward.__func__(ctx, *inputs)
                 finally:
@@ -77,4 +91,4 @@ def set_world_rank(rank: int) -> None:
     distributed._GROUP_RANK_CACHE["hccl_world_group"] = rank
 
 
-__all__ = ["Function", "executor", "import_extension", "recording", "run_backward", "set_world_rank"]
+__all__ = ["Context", "Function", "executor", "import_extension", "recording", "run_backward", "set_world_rank"]

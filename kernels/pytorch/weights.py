@@ -9,7 +9,7 @@ are faster. (PyTorch's own product of 8-bit weights reads beyond matrices of odd
 from __future__ import annotations
 
 from functools import cache
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -64,18 +64,19 @@ class FewRows:
         return out
 
 
-Matrix = Tensor | Packed | Int8 | FewRows
+Matrix: TypeAlias = Tensor | Packed | Int8 | FewRows
 
 
 def prepared(weight: Tensor | Int8, compute: torch.dtype) -> Matrix:
     """``weight`` for products with rows of dtype ``compute``, without gradients."""
-    whole = isinstance(weight, Tensor)
-    values = weight if whole else weight.values
-    if values.device.type != "cpu" or compute not in NAMES or whole and weight.dtype != compute:
+    if isinstance(weight, Int8):
+        fits = weight.values.device.type == "cpu" and compute in NAMES
+        return FewRows(weight, compute) if fits and _compiled() else weight
+    if weight.device.type != "cpu" or compute not in NAMES or weight.dtype != compute:
         return weight
     if _compiled():
-        return FewRows(weight.detach() if whole else weight, compute)
-    if not whole or not private.has_mkldnn_linear() or compute == torch.float16:
+        return FewRows(weight.detach(), compute)
+    if not private.has_mkldnn_linear() or compute == torch.float16:
         return weight
     if compute == torch.bfloat16 and not private.mkldnn_bfloat16():
         return weight
