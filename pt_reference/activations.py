@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import numpy as np
-from torch import nn
+from torch import Tensor, nn
 
 from telechat_twins.pt_reference.model import Decoder, to_numpy
 
@@ -24,8 +23,8 @@ def observed(model: Decoder) -> Iterator[Seen]:
     """
     seen: Seen = {}
 
-    def keep(name: str) -> Callable[[nn.Module, Any, Any], None]:
-        def hook(module: nn.Module, inputs: Any, output: Any) -> None:
+    def keep(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
+        def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
             if name == "layers.0":
                 seen["embed"] = to_numpy(inputs[0]).copy()
             seen[name] = to_numpy(output).copy()

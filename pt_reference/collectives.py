@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Protocol
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.autograd.function import FunctionCtx
 
 from telechat_twins.pt_reference import ops
 from telechat_twins.pt_reference.mesh import Group, Link, watched
@@ -21,7 +22,7 @@ from telechat_twins.pt_reference.mesh import Group, Link, watched
 Operation = Callable[[Tensor], Tensor]
 
 _REDUCE = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX}
-_HOST = {"sum": np.sum, "max": np.max, "min": np.min}
+_HOST: dict[str, Callable[..., np.ndarray]] = {"sum": np.sum, "max": np.max, "min": np.min}
 
 
 class Traffic(dict[tuple[str, str], list[int]]):
@@ -41,13 +42,19 @@ class Traffic(dict[tuple[str, str], list[int]]):
 TRAFFIC = Traffic()
 
 
+class Work(Protocol):
+    """A transfer as the framework's library returns it."""
+
+    def wait(self) -> object: ...
+
+
 @dataclass
 class Handle:
     """A transfer in flight. It keeps the tensors alive; ``wait`` may be called again for the same result."""
 
     op: str
     group: Group | Link
-    works: Sequence[Any]
+    works: Sequence[Work]
     result: Callable[[], Tensor] | Tensor
     kept: Tensor | None = None
 
@@ -183,12 +190,12 @@ class _TwoWay(torch.autograd.Function):
     """A linear operation and the one that takes its gradient back."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, there: Operation, back: Operation) -> Tensor:
+    def forward(ctx: FunctionCtx, x: Tensor, there: Operation, back: Operation) -> Tensor:
         ctx.back = back
         return there(x)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor, None, None]:
         return ctx.back(grad), None, None
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 import torch
@@ -12,6 +11,7 @@ from torch import Tensor
 from telechat_twins.core.model.batch import Batch
 from telechat_twins.core.model.config import ModelConfig
 from telechat_twins.core.train.loss_scale import gradients_of_batch
+from telechat_twins.core.types import JsonObject
 from telechat_twins.pt_reference import ops
 from telechat_twins.pt_reference.model import Decoder, named_weights, to_numpy
 
@@ -34,7 +34,7 @@ def run(
     batch: Batch,
     precision: str = "fp32",
     grads: bool = False,
-) -> dict[str, Any]:
+) -> JsonObject:
     """``logits`` [B, S, V] float32 (fp64: float64), ``loss`` if the batch has targets, ``grads`` by logical name.
 
     fp16: gradients are those of the loss times ``loss_scale`` (core.train.loss_scale.largest_scale), divided by it in
@@ -42,7 +42,7 @@ def run(
     """
     model = Decoder(config, precision).to(ops.device())
     model.load_weights(get)
-    result: dict[str, Any] = {}
+    result: JsonObject = {}
 
     def compute(scale: float) -> dict[str, np.ndarray]:
         """Gradients of scale * loss."""

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from telechat_twins.core.inference.pages import PAGE_SIZE
 from telechat_twins.core.inference.ring_pages import Share, pages_of_rank, share_of
@@ -18,11 +18,13 @@ from telechat_twins.pt_reference import ops
 from telechat_twins.pt_reference.collectives import broadcast
 from telechat_twins.pt_reference.inference_parallel import spread
 from telechat_twins.pt_reference.mesh import Mesh
-from telechat_twins.pt_reference.model import Decoder, to_numpy
+from telechat_twins.pt_reference.model import Decoder, Rope, to_numpy
 from telechat_twins.pt_reference.paged_attention import apply_paged_attention
 from telechat_twins.pt_reference.parallelize import parallelize
-from telechat_twins.pt_reference.ring_pages import apply_ring_pages, place_share
+from telechat_twins.pt_reference.ring_pages import Places, apply_ring_pages, place_share
 from telechat_twins.pt_reference.weights import load_weights
+
+ModelInputs = tuple[Tensor, Rope, ops.Pages | Places, Tensor | None]
 
 
 class Runner:
@@ -69,7 +71,7 @@ class Runner:
         logits = spread(self.model, self.mesh, *self._inputs(share, places), len(share.wanted))
         return to_numpy(logits)[share.order]
 
-    def _inputs(self, step: Step | Share, places: Any) -> tuple[Any, ...]:
+    def _inputs(self, step: Step | Share, places: ops.Pages | Places) -> ModelInputs:
         """Ids, rotary tables, ``places`` and what is wanted, as the model takes them."""
         device = ops.device()
         rope = tuple(

@@ -8,7 +8,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import cached_property
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -29,7 +28,7 @@ class Group:
     name: str
     ranks: tuple[int, ...]
     rank: int
-    handle: Any = None
+    handle: dist.ProcessGroup | None = None
     heartbeat: Heartbeat | None = None
 
     @property
@@ -47,7 +46,7 @@ class Link:
     name: str
     src: int
     dst: int
-    handle: Any = None
+    handle: dist.ProcessGroup | None = None
     heartbeat: Heartbeat | None = None
 
     @cached_property
@@ -82,8 +81,8 @@ class Mesh:
     backward_out: Link | None
 
 
-_handles: dict[tuple[int, ...], Any] = {}  # one communicator for each distinct set of ranks
-_channels: dict[tuple[str, int, int], Any] = {}  # and one for each direction of the pipeline between two ranks
+_handles: dict[tuple[int, ...], dist.ProcessGroup] = {}  # one communicator for each distinct set of ranks
+_channels: dict[tuple[str, int, int], dist.ProcessGroup] = {}  # and one a direction between two ranks
 
 
 def join(timeout_s: float | None = None) -> tuple[int, int]:
@@ -97,7 +96,7 @@ def join(timeout_s: float | None = None) -> tuple[int, int]:
         return 0, 1
     if not dist.is_initialized():
         kind, local = ops.device().type, int(os.environ.get("LOCAL_RANK", "0"))
-        options: dict[str, Any] = {}
+        options: dict[str, torch.device | timedelta] = {}
         if kind != "cpu":
             here, devices = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), getattr(torch, kind).device_count()
             if here > devices:
@@ -148,11 +147,12 @@ def make_mesh(
     tied: the model's embeddings are tied, so that the first and last pipeline ranks share a weight. kv_copies: as many
     neighbouring tensor ranks hold the same kv head.
     """
-    groups = {}
+    groups: dict[str, Group] = {}
     for axis in _AXES:
         for ranks in _distinct(layout, axis):
             made = make_group(axis, ranks, rank, heartbeat)
-            groups[axis] = made or groups.get(axis)
+            if made is not None:
+                groups[axis] = made
     shared = Group("tied", (rank,), 0)
     kv = Group("kv", (rank,), 0)
     for ranks in _distinct(layout, "tp") if kv_copies > 1 else ():
@@ -167,7 +167,24 @@ def make_mesh(
             for direction, src, dst in (("forward", a, b), ("backward", b, a)):
                 end = f"{direction}_out" if rank == src else f"{direction}_in"
                 links[end] = make_link(end, src, dst, rank, heartbeat) or links[end]
-    return Mesh(layout=layout, rank=rank, coord=layout.coord(rank), tied=shared, kv=kv, **groups, **links)
+    return Mesh(
+        layout=layout,
+        rank=rank,
+        coord=layout.coord(rank),
+        tp=groups["tp"],
+        cp=groups["cp"],
+        ring=groups["ring"],
+        ulysses=groups["ulysses"],
+        dp=groups["dp"],
+        replicas=groups["replicas"],
+        world=groups["world"],
+        tied=shared,
+        kv=kv,
+        forward_in=links["forward_in"],
+        forward_out=links["forward_out"],
+        backward_in=links["backward_in"],
+        backward_out=links["backward_out"],
+    )
 
 
 @contextmanager

@@ -147,6 +147,8 @@ class FeedForward(nn.Module):
         self.up, self.down = (Linear(f"ffn.{name}", shapes, dtypes) for name in ("up", "down"))
 
     def forward(self, x: Tensor) -> Tensor:
+        core: Callable[..., Tensor]
+        inputs: tuple[object, ...]
         if self.gate is None:
             core, inputs = ops.gelu, (self.up(x),)
         else:
@@ -225,19 +227,23 @@ class Decoder(nn.Module):
         A part of the model takes a hidden state [B, S, E] instead of ids, or returns one. ``wanted`` int32 [W]: of the
         positions 0 .. S-1 only these have their logits computed.
         """
-        if self.first:
+        if self.first and self.embed is not None:
             x = multiplied(self.embed(x), self.config.input_mult)  # [B, S, E]
         for layer in self.layers.values():
             if self.recompute == "full" and self.training:
                 x = checkpoint(layer, x, rope, blocks, use_reentrant=False)
             else:
                 x = layer(x, rope, blocks)
-        if not self.last:
+        if self.norm is None:
             return x
         if wanted is not None:
             x = ops.positions(x, wanted)
         x = self.norm(x)
-        logits = self.head(x) if self.head is not None else ops.linear(x, self.embed.weight, None, self.dtypes.compute)
+        if self.head is not None:
+            logits = self.head(x)
+        else:
+            assert self.embed is not None  # tied
+            logits = ops.linear(x, self.embed.weight, None, self.dtypes.compute)
         logits = multiplied(logits, self.config.logit_mult)
         return logits if self.padding is None else logits + self.padding.to(logits.dtype)
 

@@ -6,7 +6,7 @@ Shapes: B batch, S queries, T keys, H heads, K kv heads, D head dim.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
+from typing import Protocol, TypeAlias
 
 import numpy as np
 import torch
@@ -74,9 +74,19 @@ __all__ = [
     "swiglu",
 ]
 
-Visible = KeyRanges | list[Block]  # what queries see, as the attention that serves wants it
+Visible: TypeAlias = KeyRanges | list[Block]  # what queries see, as the attention that serves wants it
 # What a block of keys shows, part by part: where the keys of each part are, and the run of them that a query sees.
-Parts = list[tuple[slice, KeyRanges]]
+Parts: TypeAlias = list[tuple[slice, KeyRanges]]
+
+
+class LinearLayer(Protocol):
+    """A layer x @ weight^T + bias that computes in the dtype ``compute``."""
+
+    weight: Tensor
+    bias: Tensor | None
+    compute: torch.dtype
+
+    def __call__(self, x: Tensor) -> Tensor: ...
 
 
 def device() -> torch.device:
@@ -107,7 +117,7 @@ def place_rows(slots: np.ndarray, page_size: int, dtype: torch.dtype) -> Tensor:
     return torch_paged.place_rows(slots, device())
 
 
-def linears(x: Tensor, *layers: Any) -> tuple[Tensor, ...]:
+def linears(x: Tensor, *layers: LinearLayer) -> tuple[Tensor, ...]:
     """What each of several linear layers makes of x."""
     return tuple(layer(x) for layer in layers)
 
@@ -151,6 +161,7 @@ def attention_block(q: Tensor, k: Tensor, v: Tensor, hidden: Parts | None) -> tu
             out, log_sum_exp = more, more_lse
         else:
             out, log_sum_exp = kernels.merge_blocks(out, log_sum_exp, more, more_lse)
+    assert out is not None and log_sum_exp is not None  # there is at least one part
     return out.transpose(1, 2), log_sum_exp[..., None]
 
 

@@ -145,7 +145,7 @@ class AdamW:
                 self._young[number] = to_tensor(classes[0]).to(vector.device), classes[1]
         for letter, vectors in (("m", self._m), ("v", self._v)):
             for number, vector in enumerate(vectors):
-                self._fill(vector, number, lambda name, box, letter=letter: read(f"{letter}.{name}", box))
+                self._fill(vector, number, _below(read, letter))
 
     def export_masters(self) -> Iterator[TensorPiece]:
         yield from self._export(self.masters, "")
@@ -220,6 +220,10 @@ class AdamW:
 
 
 _ROW = 1024
+
+
+def _below(read: Read, letter: str) -> Read:
+    return lambda name, box: read(f"{letter}.{name}", box)
 
 
 def _sum_of_squares(vector: Tensor) -> Tensor:

@@ -91,7 +91,7 @@ class _Step:
         if stage.first:
             x = torch.from_numpy(batch.input_ids).to(ops.device()).long()
         else:
-            x = self._receive(micro, self.mesh.forward_in).requires_grad_()
+            x = self._receive(micro, _there(self.mesh.forward_in)).requires_grad_()
         out = stage(x, self.ropes[micro], self.plans[micro])
         if stage.last:
             if self.watch is not None:
@@ -101,7 +101,7 @@ class _Step:
             out = total / self.num_targets
             self.losses.append(out.detach())
         else:
-            self.sent[micro, chunk] = send(out, self.mesh.forward_out)
+            self.sent[micro, chunk] = send(out, _there(self.mesh.forward_out))
         if torch.is_grad_enabled():
             self.held[micro, chunk] = (x, out)
 
@@ -112,7 +112,7 @@ class _Step:
         if stage.last:
             (out * self.loss_scale).backward()
         else:
-            out.backward(self._receive(micro, self.mesh.backward_in))
+            out.backward(self._receive(micro, _there(self.mesh.backward_in)))
         if not stage.first:
             self._send_back(x.grad)
         if not stage.last:
@@ -129,7 +129,7 @@ class _Step:
         The rank before holds at most its ``peak_live`` graphs; so after that many further ones it has used this one.
         """
         layout, before = self.mesh.layout, (self.mesh.coord.pp - 1) % self.mesh.layout.pp
-        self.sent_back.append(send(grad, self.mesh.backward_out))
+        self.sent_back.append(send(grad, _there(self.mesh.backward_out)))
         if len(self.sent_back) > peak_live(layout.schedule, layout.pp, layout.virtual, len(self.batches), before):
             self.sent_back.popleft().wait()
 
@@ -142,3 +142,9 @@ class _Step:
         x = recv(shape, stage.dtypes.residual, link)
         self.waited += time.perf_counter() - started
         return x
+
+
+def _there(link: Link | None) -> Link:
+    """A link that the schedule uses, and that the mesh has therefore made."""
+    assert link is not None
+    return link

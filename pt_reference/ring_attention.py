@@ -9,21 +9,20 @@ arXiv 2310.01889; zigzag order as in the ring-flash-attention project). The prob
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import torch
 from torch import Tensor
+from torch.autograd.function import FunctionCtx
 
 from telechat_twins.core.parallel.sequence import Visibility, mask_between, visible_part
 from telechat_twins.pt_reference import ops
-from telechat_twins.pt_reference.collectives import start_shift
+from telechat_twins.pt_reference.collectives import Handle, start_shift
 from telechat_twins.pt_reference.mesh import Group
 
 
 def ring_masks(visibility: Visibility, group: Group) -> list[ops.Parts | None]:
     """What is hidden from this rank's queries of the keys it meets at each of the R steps; made once a forward pass."""
-    masks = []
+    masks: list[ops.Parts | None] = []
     for step in range(group.size):
         mask = mask_between(visibility, group.rank, (group.rank - step) % group.size)
         if isinstance(mask, str):
@@ -39,7 +38,9 @@ def ring_attention(q: Tensor, k: Tensor, v: Tensor, masks: list[ops.Parts | None
 
 class RingAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, masks: list[ops.Parts | None], group: Group) -> Tensor:
+    def forward(
+        ctx: FunctionCtx, q: Tensor, k: Tensor, v: Tensor, masks: list[ops.Parts | None], group: Group
+    ) -> Tensor:
         queries = q.transpose(1, 2)  # [B, H, S/R, D]
         message = torch.stack((k.transpose(1, 2), v.transpose(1, 2)))  # [2, B, K, S/R, D], contiguous
         out = log_sum_exp = None
@@ -48,26 +49,27 @@ class RingAttention(torch.autograd.Function):
             rows, keys = visible_part(group.rank, (group.rank - step) % group.size, q.shape[1])
             block_k, block_v = message[:, :, :, keys]
             part = ops.attention_block(queries[:, :, rows], block_k, block_v, masks[step])
-            if step == 0:
+            if out is None or log_sum_exp is None:
                 out, log_sum_exp = part
             else:
                 merged = ops.merge_blocks(out[:, :, rows], log_sum_exp[:, :, rows], *part)
                 out[:, :, rows], log_sum_exp[:, :, rows] = merged
             if coming is not None:
                 message = coming.wait()
+        assert out is not None  # a ring has at least one rank
         ctx.save_for_backward(q, k, v, out, log_sum_exp)
         ctx.masks, ctx.group = masks, group
         return out.transpose(1, 2).to(q.dtype)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, out, log_sum_exp = ctx.saved_tensors
         group, masks = ctx.group, ctx.masks
         queries, grad_out = q.transpose(1, 2), grad.transpose(1, 2)
         delta = (out * grad_out).sum(-1, keepdim=True)  # float32 or wider, as out is
         message = torch.stack((k.transpose(1, 2), v.transpose(1, 2)))
         dq = torch.zeros_like(queries, dtype=out.dtype)
-        travelling = None
+        travelling: Handle | None = None
         for step in range(group.size):
             coming = start_shift(message, group) if step < group.size - 1 else None
             rows, keys = visible_part(group.rank, (group.rank - step) % group.size, q.shape[1])
@@ -90,5 +92,6 @@ class RingAttention(torch.autograd.Function):
             travelling = start_shift(sums, group)
             if coming is not None:
                 message = coming.wait()
+        assert travelling is not None
         dk, dv = travelling.wait()
         return *(d.transpose(1, 2).to(x.dtype) for d, x in ((dq, q), (dk, k), (dv, v))), None, None

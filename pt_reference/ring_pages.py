@@ -33,9 +33,9 @@ class Meeting(NamedTuple):
 
 
 class Places(NamedTuple):
-    """One step's places on this rank, made once and used by every layer: the first ``count`` tokens go to ``rows``."""
+    """Where one step reads and writes on this rank, made once for all layers: ``num_tokens`` tokens go to ``rows``."""
 
-    count: int
+    num_tokens: int
     rows: Tensor
     hops: list[list[Meeting]]
 
@@ -71,8 +71,8 @@ class RingPagedAttention:
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, places: Places) -> Tensor:
         ring = self.group
-        ops.store_rows(self.k, k[0, : places.count], places.rows)
-        ops.store_rows(self.v, v[0, : places.count], places.rows)
+        ops.store_rows(self.k, k[0, : places.num_tokens], places.rows)
+        ops.store_rows(self.v, v[0, : places.num_tokens], places.rows)
         message, found = q, [q] * ring.size
         for hop in range(ring.size):
             coming = start_shift(message, ring) if hop < ring.size - 1 else None

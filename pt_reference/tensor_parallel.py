@@ -10,11 +10,12 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.autograd.function import FunctionCtx
 
 from telechat_twins.core.model.batch import IGNORE
 from telechat_twins.pt_reference import ops
 from telechat_twins.pt_reference.collectives import all_reduce, copy_to, gather_sequence, reduce_from, scatter_sum
-from telechat_twins.pt_reference.mesh import Mesh
+from telechat_twins.pt_reference.mesh import Group, Mesh
 from telechat_twins.pt_reference.model import Decoder, Embedding, Linear, Norm
 
 SEQUENCE = 1  # the axis of positions in [B, S, E]
@@ -30,9 +31,9 @@ def apply_tensor_parallel(stage: Decoder, mesh: Mesh) -> None:
             NormBeforeColumns(block.ffn_norm, mesh),
         )
         block.attn.o, block.ffn.down = RowParallel(block.attn.o, mesh), RowParallel(block.ffn.down, mesh)
-    if stage.first:
+    if stage.embed is not None and stage.first:
         stage.embed = VocabParallelEmbedding(stage.embed, mesh)
-    if stage.last:
+    if stage.norm is not None:
         stage.norm = NormBeforeColumns(stage.norm, mesh)
 
 
@@ -108,7 +109,7 @@ class VocabParallelCrossEntropy(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, logits, targets, vocab_size, group):  # type: ignore[no-untyped-def]
+    def forward(ctx: FunctionCtx, logits: Tensor, targets: Tensor, vocab_size: int, group: Group) -> Tensor:
         columns = logits.shape[-1]
         first = group.rank * columns
         real = max(0, min(columns, vocab_size - first))
@@ -121,6 +122,7 @@ class VocabParallelCrossEntropy(torch.autograd.Function):
         return ((log_sum_exp - picked) * (targets != IGNORE)).sum()
 
     @staticmethod
-    def backward(ctx, grad):  # type: ignore[no-untyped-def]
+    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
         logits, targets, log_sum_exp = ctx.saved_tensors
-        return ops.shard_gradient(logits, targets, *ctx.columns, log_sum_exp, grad), None, None, None
+        first, real = ctx.columns
+        return ops.shard_gradient(logits, targets, first, real, log_sum_exp, grad), None, None, None

@@ -94,6 +94,7 @@ class Trainer:
     def load(self, checkpoint: Checkpoint, optimizer: bool) -> None:
         self.optimizer.load_masters(lambda name, box: checkpoint.read("weights", name, box))
         if optimizer:
+            assert checkpoint.trainer is not None  # a step folder of a run, which the caller has checked
             steps = checkpoint.trainer["optimizer_steps"]
             history = read_history(checkpoint.model, str(checkpoint.path / "model.json"))
             self.optimizer.load_state(lambda key, box: checkpoint.read("optimizer", key, box), steps, history)

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import numpy as np
-from mindspore import nn
+from mindspore import Tensor, nn
 
 from telechat_twins.telechat_ms.model import Decoder, to_numpy
 
@@ -24,8 +23,8 @@ def observed(model: Decoder) -> Iterator[Seen]:
     """
     seen: Seen = {}
 
-    def keep(name: str) -> Callable[[nn.Cell, Any, Any], None]:
-        def hook(module: nn.Cell, inputs: Any, output: Any) -> None:
+    def keep(name: str) -> Callable[[nn.Cell, tuple[Tensor, ...], Tensor], None]:
+        def hook(module: nn.Cell, inputs: tuple[Tensor, ...], output: Tensor) -> None:
             if name == "layers.0":
                 seen["embed"] = to_numpy(inputs[0]).copy()
             seen[name] = to_numpy(output).copy()

@@ -9,11 +9,11 @@ costs a second forward pass.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import mindspore as ms
 from mindspore import Parameter, Tensor, ops
 
+from telechat_twins.kernels.mindspore.private import Context as Context
 from telechat_twins.kernels.mindspore.private import Function as Function
 from telechat_twins.kernels.mindspore.private import executor as _executor
 from telechat_twins.kernels.mindspore.private import run_backward as _run_backward
@@ -101,14 +101,14 @@ def record(run: Run, x: Tensor | None, weights: Sequence[Parameter]) -> Recorded
     return (record_engine if ENGINE == "recorded" else record_public)(run, x, weights)
 
 
-def recompute(run: Callable[..., Tensor], *inputs: Any) -> Tensor:
+def recompute(run: Callable[..., Tensor], *inputs: object) -> Tensor:
     """``run(*inputs)``, of which only the inputs are kept: the backward pass runs it again.
 
     The engine differentiates with the recording of operators switched off (MindSpore 2.9.0), in which state
     ``ms.recompute`` finds nothing recorded by its second run; so it is switched on for that run.
     """
 
-    def recorded(*again: Any) -> Tensor:
+    def recorded(*again: object) -> Tensor:
         before = _executor.enable_grad()
         _executor.set_enable_grad(True)
         try:

@@ -13,20 +13,20 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import reduce
-from typing import Any
+from typing import Protocol
 
 import mindspore as ms
 import numpy as np
 from mindspore import Tensor, mint, ops
 from mindspore.mint import distributed as dist
 
-from telechat_twins.telechat_ms.autograd import Function
+from telechat_twins.telechat_ms.autograd import Context, Function
 from telechat_twins.telechat_ms.mesh import Group, Link, watched
 
 Operation = Callable[[Tensor], Tensor]
 
 _FOLD = {"sum": ops.add, "max": ops.maximum}
-_HOST = {"sum": np.sum, "max": np.max, "min": np.min}
+_HOST: dict[str, Callable[..., np.ndarray]] = {"sum": np.sum, "max": np.max, "min": np.min}
 
 
 class Traffic(dict[tuple[str, str], list[int]]):
@@ -46,13 +46,19 @@ class Traffic(dict[tuple[str, str], list[int]]):
 TRAFFIC = Traffic()
 
 
+class Work(Protocol):
+    """A transfer as the framework's library returns it."""
+
+    def wait(self) -> object: ...
+
+
 @dataclass
 class Handle:
     """A transfer in flight. It keeps the tensors alive; ``wait`` may be called again for the same result."""
 
     op: str
     group: Group | Link
-    works: Sequence[Any]
+    works: Sequence[Work]
     result: Callable[[], Tensor] | Tensor
     kept: Tensor | None = None
 
@@ -204,12 +210,12 @@ class _TwoWay(Function):
     """A linear operation and the one that takes its gradient back."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, there: Operation, back: Operation) -> Tensor:
+    def forward(ctx: Context, x: Tensor, there: Operation, back: Operation) -> Tensor:
         ctx.back = back
         return there(x)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Context, grad: Tensor) -> tuple[Tensor, None, None]:
         return ctx.back(grad), None, None
 
 
@@ -259,12 +265,12 @@ def _sent(x: Tensor, summed: bool = False, copy: bool = False) -> Tensor:
     return sent * 1 if copy else sent  # `copy()` takes thirty times as long
 
 
-def _started(op: str, group: Group, call: Callable[..., Any], *tensors: Any) -> tuple[Any, ...]:
+def _started(op: str, group: Group, call: Callable[..., Work], *arguments: object) -> tuple[Work, ...]:
     """What is left to wait for after ``call``: nothing on the CPU, where the call itself is the waiting."""
     if not _composed():
-        return (call(*tensors, group=group.handle, async_op=True),)
+        return (call(*arguments, group=group.handle, async_op=True),)
     with watched(op, group):
-        call(*tensors, group=group.handle, async_op=True)
+        call(*arguments, group=group.handle, async_op=True)
     return ()
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import mindspore as ms
 import numpy as np
@@ -12,6 +11,7 @@ from mindspore import Tensor
 from telechat_twins.core.model.batch import Batch
 from telechat_twins.core.model.config import ModelConfig
 from telechat_twins.core.train.loss_scale import gradients_of_batch
+from telechat_twins.core.types import JsonObject
 from telechat_twins.telechat_ms import ops
 from telechat_twins.telechat_ms.model import Decoder, named_weights, to_numpy
 
@@ -35,7 +35,7 @@ def run(
     batch: Batch,
     precision: str = "fp32",
     grads: bool = False,
-) -> dict[str, Any]:
+) -> JsonObject:
     """``logits`` [B, S, V] float32 (fp64: float64), ``loss`` if the batch has targets, ``grads`` by logical name.
 
     fp16: gradients are those of the loss times ``loss_scale`` (core.train.loss_scale.largest_scale), divided by it in
@@ -43,7 +43,7 @@ def run(
     """
     model = Decoder(config, precision)
     model.load_weights(get)
-    result: dict[str, Any] = {}
+    result: JsonObject = {}
 
     def compute(scale: float) -> dict[str, np.ndarray]:
         """Gradients of scale * loss."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import mindspore as ms
 import numpy as np
@@ -19,11 +18,13 @@ from telechat_twins.telechat_ms import ops
 from telechat_twins.telechat_ms.collectives import broadcast
 from telechat_twins.telechat_ms.inference_parallel import spread
 from telechat_twins.telechat_ms.mesh import Mesh
-from telechat_twins.telechat_ms.model import Decoder, to_numpy
+from telechat_twins.telechat_ms.model import Decoder, Rope, to_numpy
 from telechat_twins.telechat_ms.paged_attention import apply_paged_attention
 from telechat_twins.telechat_ms.parallelize import parallelize
-from telechat_twins.telechat_ms.ring_pages import apply_ring_pages, place_share
+from telechat_twins.telechat_ms.ring_pages import Places, apply_ring_pages, place_share
 from telechat_twins.telechat_ms.weights import load_weights
+
+ModelInputs = tuple[Tensor, Rope, ops.Pages | Places, Tensor | None]
 
 
 class Runner:
@@ -69,7 +70,7 @@ class Runner:
         logits = spread(self.model, self.mesh, *self._inputs(share, places), len(share.wanted))
         return to_numpy(logits)[share.order]
 
-    def _inputs(self, step: Step | Share, places: Any) -> tuple[Any, ...]:
+    def _inputs(self, step: Step | Share, places: ops.Pages | Places) -> ModelInputs:
         """Ids, rotary tables, ``places`` and what is wanted, as the model takes them."""
         rope = tuple(Tensor(table[None, :, None]) for table in self._rows.rows(step.positions, step.scaling_lengths))
         wanted = None if step.wants_all else Tensor(step.wanted)

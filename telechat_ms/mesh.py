@@ -21,6 +21,7 @@ from mindspore.mint.distributed import distributed
 from telechat_twins.core.launch.heartbeat import Heartbeat
 from telechat_twins.core.parallel.layout import Coord, Layout
 from telechat_twins.kernels.mindspore.ops import limit_threads
+from telechat_twins.kernels.mindspore.private import set_world_rank
 
 LONGEST_WAIT = 1800  # seconds; what PyTorch's gloo allows. MindSpore's CPU collectives give up after 30 by default.
 
@@ -38,7 +39,7 @@ class Group:
     name: str
     ranks: tuple[int, ...]
     rank: int
-    handle: Any = None
+    handle: str | None = None
     heartbeat: Heartbeat | None = None
 
     @property
@@ -147,7 +148,7 @@ def join(timeout_s: float | None = None) -> tuple[int, int]:
             ms.runtime.dispatch_threads_num(1)
         # isend and irecv ask for this process's rank in a group whose name was bound when their module was imported,
         # before the CPU's world group had its own.
-        distributed._GROUP_RANK_CACHE["hccl_world_group"] = get_rank()
+        set_world_rank(get_rank())
     return get_rank(), get_group_size()
 
 
@@ -188,11 +189,12 @@ def make_mesh(
     tied: the model's embeddings are tied, so that the first and last pipeline ranks share a weight. kv_copies: as many
     neighbouring tensor ranks hold the same kv head.
     """
-    groups = {}
+    groups: dict[str, Group] = {}
     for axis in _AXES:
         for ranks in _distinct(layout, axis):
             made = make_group(axis, ranks, rank, heartbeat)
-            groups[axis] = made or groups.get(axis)
+            if made is not None:
+                groups[axis] = made
     shared = Group("tied", (rank,), 0)
     kv = Group("kv", (rank,), 0)
     for ranks in _distinct(layout, "tp") if kv_copies > 1 else ():
@@ -207,7 +209,24 @@ def make_mesh(
             for direction, src, dst in (("forward", a, b), ("backward", b, a)):
                 end = f"{direction}_out" if rank == src else f"{direction}_in"
                 links[end] = make_link(end, src, dst, rank, heartbeat) or links[end]
-    return Mesh(layout=layout, rank=rank, coord=layout.coord(rank), tied=shared, kv=kv, **groups, **links)
+    return Mesh(
+        layout=layout,
+        rank=rank,
+        coord=layout.coord(rank),
+        tp=groups["tp"],
+        cp=groups["cp"],
+        ring=groups["ring"],
+        ulysses=groups["ulysses"],
+        dp=groups["dp"],
+        replicas=groups["replicas"],
+        world=groups["world"],
+        tied=shared,
+        kv=kv,
+        forward_in=links["forward_in"],
+        forward_out=links["forward_out"],
+        backward_in=links["backward_in"],
+        backward_out=links["backward_out"],
+    )
 
 
 @contextmanager

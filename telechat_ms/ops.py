@@ -6,7 +6,7 @@ Shapes: B batch, S queries, T keys, H heads, K kv heads, D head dim, E hidden.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
+from typing import Protocol, TypeAlias
 
 import mindspore as ms
 import numpy as np
@@ -21,6 +21,7 @@ from telechat_twins.core.model.visibility import (
     causal_ranges,
     mask_ranges,
 )
+from telechat_twins.kernels.int8 import Int8
 from telechat_twins.kernels.mindspore import composite as composite
 from telechat_twins.kernels.mindspore import ops as kernels
 from telechat_twins.kernels.mindspore import paged as mindspore_paged
@@ -79,9 +80,19 @@ __all__ = [
     "total",
 ]
 
-Visible = Keys | list[Block]  # what queries see, as the attention that serves wants it
+Visible: TypeAlias = Keys | list[Block]  # what queries see, as the attention that serves wants it
 # What a block of keys shows: part by part, where the keys of each part are and what a query sees of them; or a mask.
-Parts = list[tuple[slice, Keys]] | Tensor
+Parts: TypeAlias = "list[tuple[slice, Keys]] | Tensor"
+
+
+class LinearLayer(Protocol):
+    """A layer x @ weight^T + bias that computes in the dtype ``compute``."""
+
+    weight: Tensor | Int8
+    bias: Tensor | None
+    compute: ms.Type
+
+    def __call__(self, x: Tensor) -> Tensor: ...
 
 
 def attention_blocks(num_queries: int, num_keys: int, doc_ids: np.ndarray | None) -> Visible:
@@ -100,7 +111,7 @@ def place_rows(slots: np.ndarray, page_size: int, dtype: ms.Type) -> mindspore_p
     return mindspore_paged.place_rows(slots, page_size, dtype)
 
 
-def linears(x: Tensor, *layers: Any) -> tuple[Tensor, ...]:
+def linears(x: Tensor, *layers: LinearLayer) -> tuple[Tensor, ...]:
     """What each of several linear layers makes of x; of few rows in one call where an operator does that."""
     found = kernels.few_rows(x, [(layer.weight, layer.bias) for layer in layers], layers[0].compute)
     return tuple(layer(x) for layer in layers) if found is None else found
@@ -173,7 +184,8 @@ def attention_block(q: Tensor, k: Tensor, v: Tensor, hidden: Parts | None) -> tu
     """
     parts = _parts(q, k, hidden)
     if parts is None or isinstance(parts, Tensor):
-        return composite.attention_block(*map(_wide, (q, k, v)), parts)
+        q, k, v = map(_wide, (q, k, v))
+        return composite.attention_block(q, k, v, parts)
     out = log_sum_exp = None
     for rows, keys in parts:
         turned = (_turned(x) for x in (q, k[:, :, rows], v[:, :, rows]))
@@ -275,7 +287,9 @@ def _placed(ranges: np.ndarray, num_keys: int) -> Keys:
             kind = "full"
         elif num_keys >= S and (ranges[..., 1] == np.arange(num_keys - S, num_keys) + 1).all():
             kind = "causal"
-    return kernels.keys_on_device(KeyRanges(ranges, num_keys, kind))
+    keys = kernels.keys_on_device(KeyRanges(ranges, num_keys, kind))
+    assert keys is not None  # callers have asked whether a fused operator serves
+    return keys
 
 
 def _parts(q: Tensor, k: Tensor, hidden: Parts | None) -> Parts | None:

@@ -91,7 +91,7 @@ class _Step:
         stage, batch = self.stages[chunk], self.batches[micro]
         x = None
         if not stage.first:
-            x = self._receive(micro, self.mesh.forward_in)
+            x = self._receive(micro, _there(self.mesh.forward_in))
 
         def run(x: Tensor | None) -> Tensor:
             out = stage(Tensor(batch.input_ids) if x is None else x, self.ropes[micro], self.plans[micro])
@@ -110,7 +110,7 @@ class _Step:
         if stage.last:
             self.losses.append(out)
         else:
-            self.sent[micro, chunk] = send(out, self.mesh.forward_out)
+            self.sent[micro, chunk] = send(out, _there(self.mesh.forward_out))
 
     def backward(self, action: Action) -> None:
         micro, chunk = action.micro, action.chunk
@@ -118,12 +118,13 @@ class _Step:
         if stage.last:
             grad = Tensor(self.loss_scale, recorded.output.dtype)
         else:
-            grad = self._receive(micro, self.mesh.backward_in)
+            grad = self._receive(micro, _there(self.mesh.backward_in))
         dx, gradients = recorded.backward(grad)
         if not stage.first:
             self._send_back(dx)
         if not stage.last:
             self.sent.pop((micro, chunk)).wait()  # its gradient is here, so it has arrived
+        assert self.take is not None  # it is where gradients are wanted
         self.take(list(self.weights[chunk]), gradients)
 
     def end(self) -> None:
@@ -137,7 +138,7 @@ class _Step:
         The rank before holds at most its ``peak_live`` graphs; so after that many further ones it has used this one.
         """
         layout, before = self.mesh.layout, (self.mesh.coord.pp - 1) % self.mesh.layout.pp
-        self.sent_back.append(send(grad, self.mesh.backward_out))
+        self.sent_back.append(send(grad, _there(self.mesh.backward_out)))
         if len(self.sent_back) > peak_live(layout.schedule, layout.pp, layout.virtual, len(self.batches), before):
             self.sent_back.popleft().wait()
 
@@ -150,3 +151,9 @@ class _Step:
         x = recv(shape, stage.dtypes.residual, link)
         self.waited += time.perf_counter() - started
         return x
+
+
+def _there(link: Link | None) -> Link:
+    """A link that the schedule uses, and that the mesh has therefore made."""
+    assert link is not None
+    return link

@@ -9,16 +9,14 @@ arXiv 2310.01889; zigzag order as in the ring-flash-attention project). The prob
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 from mindspore import Tensor
 from mindspore import ops as mops
 
 from telechat_twins.core.parallel.sequence import Visibility, mask_between, visible_part
 from telechat_twins.telechat_ms import ops
-from telechat_twins.telechat_ms.autograd import Function
-from telechat_twins.telechat_ms.collectives import start_shift
+from telechat_twins.telechat_ms.autograd import Context, Function
+from telechat_twins.telechat_ms.collectives import Handle, start_shift
 from telechat_twins.telechat_ms.mesh import Group
 
 HEADS_FIRST = (0, 2, 1, 3)  # [B, S, H, D] <-> [B, H, S, D]
@@ -26,7 +24,7 @@ HEADS_FIRST = (0, 2, 1, 3)  # [B, S, H, D] <-> [B, H, S, D]
 
 def ring_masks(visibility: Visibility, group: Group) -> list[ops.Parts | None]:
     """What is hidden from this rank's queries of the keys it meets at each of the R steps; made once a forward pass."""
-    masks = []
+    masks: list[ops.Parts | None] = []
     for step in range(group.size):
         mask = mask_between(visibility, group.rank, (group.rank - step) % group.size)
         if isinstance(mask, str):
@@ -42,7 +40,7 @@ def ring_attention(q: Tensor, k: Tensor, v: Tensor, masks: list[ops.Parts | None
 
 class RingAttention(Function):
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, masks: list[ops.Parts | None], group: Group) -> Tensor:
+    def forward(ctx: Context, q: Tensor, k: Tensor, v: Tensor, masks: list[ops.Parts | None], group: Group) -> Tensor:
         queries = mops.transpose(q, HEADS_FIRST)  # [B, H, S/R, D]
         message = _message(k, v)
         out = log_sum_exp = None
@@ -51,7 +49,7 @@ class RingAttention(Function):
             rows, keys = visible_part(group.rank, (group.rank - step) % group.size, q.shape[1])
             block_k, block_v = message[0, :, :, keys], message[1, :, :, keys]
             part = ops.attention_block(queries[:, :, rows], block_k, block_v, masks[step])
-            if step == 0:
+            if out is None or log_sum_exp is None:
                 out, log_sum_exp = part
             else:
                 merged = ops.merge_blocks(out[:, :, rows], log_sum_exp[:, :, rows], *part)
@@ -63,14 +61,14 @@ class RingAttention(Function):
         return mops.cast(mops.transpose(out, HEADS_FIRST), q.dtype)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Context, grad: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, out, log_sum_exp = ctx.saved_tensors
         group, masks = ctx.group, ctx.masks
         queries, grad_out = (mops.transpose(x, HEADS_FIRST) for x in (q, grad))
         delta = mops.ReduceSum(keep_dims=True)(out * mops.cast(grad_out, out.dtype), -1)  # float32 or wider, as out is
         message = _message(k, v)
         dq = mops.zeros_like(out)
-        travelling = None
+        travelling: Handle | None = None
         for step in range(group.size):
             coming = start_shift(message, group) if step < group.size - 1 else None
             rows, keys = visible_part(group.rank, (group.rank - step) % group.size, q.shape[1])
@@ -96,6 +94,7 @@ class RingAttention(Function):
             travelling = start_shift(sums, group)
             if coming is not None:
                 message = coming.wait()
+        assert travelling is not None  # a ring has at least one rank
         sums = travelling.wait()
         gradients = ((dq, q), (sums[0], k), (sums[1], v))
         return *(mops.cast(mops.transpose(d, HEADS_FIRST), x.dtype) for d, x in gradients), None, None

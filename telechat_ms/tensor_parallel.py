@@ -8,15 +8,13 @@ arXiv 1909.08053).
 
 from __future__ import annotations
 
-from typing import Any
-
 import mindspore as ms
 from mindspore import Tensor, nn
 from mindspore import ops as mops
 
 from telechat_twins.core.model.batch import IGNORE
 from telechat_twins.telechat_ms import ops
-from telechat_twins.telechat_ms.autograd import Function
+from telechat_twins.telechat_ms.autograd import Context, Function
 from telechat_twins.telechat_ms.collectives import all_reduce, copy_to, gather_sequence, reduce_from, scatter_sum
 from telechat_twins.telechat_ms.mesh import Group, Mesh
 from telechat_twins.telechat_ms.model import Decoder, Embedding, Linear, Norm
@@ -31,9 +29,9 @@ def apply_tensor_parallel(stage: Decoder, mesh: Mesh) -> None:
     for block in stage.layers.values():
         block.attn_norm, block.ffn_norm = (NormBeforeColumns(norm, mesh) for norm in (block.attn_norm, block.ffn_norm))
         block.attn.o, block.ffn.down = RowParallel(block.attn.o, mesh), RowParallel(block.ffn.down, mesh)
-    if stage.first:
+    if stage.embed is not None and stage.first:
         stage.embed = VocabParallelEmbedding(stage.embed, mesh)
-    if stage.last:
+    if stage.norm is not None:
         stage.norm = NormBeforeColumns(stage.norm, mesh)
 
 
@@ -110,7 +108,7 @@ class VocabParallelCrossEntropy(Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, targets: Tensor, vocab_size: int, group: Group) -> Tensor:
+    def forward(ctx: Context, logits: Tensor, targets: Tensor, vocab_size: int, group: Group) -> Tensor:
         columns = logits.shape[-1]
         first = group.rank * columns
         real = max(0, min(columns, vocab_size - first))
@@ -123,6 +121,7 @@ class VocabParallelCrossEntropy(Function):
         return ops.total((log_sum_exp - picked) * mops.cast(targets != IGNORE, logits.dtype))
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Context, grad: Tensor) -> tuple[Tensor | None, ...]:
         logits, targets, log_sum_exp = ctx.saved_tensors
-        return ops.shard_gradient(logits, targets, *ctx.columns, log_sum_exp, grad), None, None, None
+        first, real = ctx.columns
+        return ops.shard_gradient(logits, targets, first, real, log_sum_exp, grad), None, None, None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 from mindspore import nn
@@ -26,9 +25,9 @@ def load_weights(model: Decoder, get: Callable[[str], np.ndarray | Int8Matrix]) 
             parameter.set_data(to_tensor(found).astype(model.dtypes.weight))
 
 
-def _layer(model: nn.Cell, name: str) -> Any:
+def _layer(model: nn.Cell, name: str) -> nn.Cell:
     """The module that has the parameter ``name``."""
-    found: Any = model
+    found = model
     for part in name.split(".")[:-1]:
         found = found[part] if isinstance(found, nn.CellDict) else getattr(found, part)
     return found

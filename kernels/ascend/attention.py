@@ -200,9 +200,9 @@ def takes_pages(pages: Tensor) -> bool:
 def single_queries(q: Tensor, k_pages: Tensor, v_pages: Tensor, lengths: list[int], tables: Tensor) -> Tensor:
     """One query a row, q [R, 1, H, D], against the first lengths[r] keys in pages [P, size, K, D] by tables [R, M]."""
     _, size, K, D = k_pages.shape
-    blocks = (pages.reshape(-1, size, K * D) for pages in (k_pages, v_pages))
+    keys, values = (pages.reshape(-1, size, K * D) for pages in (k_pages, v_pages))
     return cann.fused_infer_attention(
-        q, *blocks, None, [1] * len(lengths), lengths, q.shape[2], D**-0.5, "BSND", K, 0, False, tables, size
+        q, keys, values, None, [1] * len(lengths), lengths, q.shape[2], D**-0.5, "BSND", K, 0, False, tables, size
     )[0]
 
 

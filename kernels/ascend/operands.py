@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from numpy import ndarray as Array
 
@@ -40,7 +40,7 @@ def same_shape(**operands: Operand) -> None:
         need(operand.value.shape == wanted, name, operand.value.shape, f"the shape of {first}, {wanted}")
 
 
-def need(holds: bool, name: str, found: Any, wanted: str) -> None:
+def need(holds: bool, name: str, found: object, wanted: str) -> None:
     """ValueError "name: found; needs wanted" unless it ``holds``."""
     if not holds:
         raise ValueError(f"{name}: {found}; needs {wanted}")

@@ -15,9 +15,9 @@ from __future__ import annotations
 import inspect
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeAlias
 
 import mindspore as ms
 import numpy as np
@@ -33,6 +33,9 @@ IN_PLACE = {
     "InplaceIndexCopy": ("input",),
 }  # the arguments that an operator overwrites, in the order of its results
 _PATIENCE, _PAUSE = 60.0, 0.002  # seconds: until the reports must have ended, and between two looks
+
+Argument: TypeAlias = "Tensor | ms.Type | bool | int | float | str | Sequence[int] | Sequence[Tensor] | None"
+Results: TypeAlias = "Tensor | tuple[Tensor, ...]"
 
 _counts: Counter[str] | None = None
 
@@ -61,7 +64,7 @@ def rehearsal() -> Iterator[Counter[str]]:
         _counts = None
 
 
-def call(name: str, operator: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+def call(name: str, operator: Callable[..., Results], *args: Argument, **kwargs: Argument) -> Any:
     """``operator(*args, **kwargs)``; in a rehearsal, its refusal and then the answer of the definition ``name``.
 
     Raises what MindSpore's own checks raise, TypeError or ValueError from the documented constraints, and RuntimeError
@@ -82,7 +85,9 @@ def call(name: str, operator: Callable[..., Any], *args: Any, **kwargs: Any) -> 
     return _tensor(answers) if isinstance(answers, Operand) else tuple(_tensor(answer) for answer in answers)
 
 
-def _expect_refusal(name: str, operator: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+def _expect_refusal(
+    name: str, operator: Callable[..., Results], args: tuple[Argument, ...], kwargs: dict[str, Argument]
+) -> None:
     expected = REFUSALS.get(name, f"The kernel {name} unregistered")
     try:
         results = operator(*args, **kwargs)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 from telechat_twins.core.bench.cases import Size
+from telechat_twins.core.types import JsonObject
 
-Call = Callable[[], Any]
+Call = Callable[[], object]
 
 
 SHORT = 1e-2  # seconds: shorter calls are timed several at a time
@@ -26,7 +27,7 @@ class Contestant(NamedTuple):
 class Bench(Protocol):
     """One framework's side."""
 
-    def about(self) -> dict[str, Any]: ...
+    def about(self) -> JsonObject: ...
 
     def contestants(self, operator: str, size: Size) -> dict[str, Contestant]: ...
 

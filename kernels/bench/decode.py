@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import sys
 import time
-from typing import Any
 
 import numpy as np
 
@@ -18,9 +17,10 @@ from telechat_twins.core.bench.worker import Handle, answer_orders, bench_config
 from telechat_twins.core.inference.engine import Engine
 from telechat_twins.core.inference.pages import pool_size
 from telechat_twins.core.inference.requests import Request
-from telechat_twins.core.inference.runner import Step
+from telechat_twins.core.inference.runner import Runner, Step
 from telechat_twins.core.model.init import init_tensor
 from telechat_twins.core.model.quantize import quantizing
+from telechat_twins.core.types import JsonObject
 from telechat_twins.kernels.bench.contestant import Bench
 from telechat_twins.kernels.bench.process import open_bench
 
@@ -28,7 +28,7 @@ from telechat_twins.kernels.bench.process import open_bench
 class Timed:
     """A runner that remembers the seconds of its last step."""
 
-    def __init__(self, runner: Any) -> None:
+    def __init__(self, runner: Runner) -> None:
         self.config, self.num_pages, self.page_size = runner.config, runner.num_pages, runner.page_size
         self._runner, self.seconds = runner, 0.0
 
@@ -67,18 +67,20 @@ def reading(bench: Bench) -> float:
 def main(argv: list[str]) -> int:
     """The side of a backend."""
 
-    def prepare() -> tuple[dict[str, Any], Handle]:
+    def prepare() -> tuple[JsonObject, Handle]:
         name, options = argv[0], json.loads(argv[1])
         model = bench_config(options).model
         pages = options["rows"] * (pool_size(options["length"] + options["rows"] + 1) - 1) + 1
         make = backends.load(name, "generate").Runner
-        get: Any = lambda tensor: init_tensor(tensor, model, 1234)  # noqa: E731
-        if options["quantize"] == "int8":
-            get = quantizing(model, get)
-        runner = Timed(make(model, get, pages, options["precision"]))
+
+        def get(tensor: str) -> np.ndarray:
+            return init_tensor(tensor, model, 1234)
+
+        source = quantizing(model, get) if options["quantize"] == "int8" else get
+        runner = Timed(make(model, source, pages, options["precision"]))
         engine, bench = Engine(runner, reuse=False), open_bench(name, {**options, "compile": False})
 
-        def handle(order: dict[str, Any]) -> dict[str, Any]:
+        def handle(order: JsonObject) -> JsonObject:
             found = timed_steps(engine, runner, order["rows"], order["prompt"], order["steps"])
             return {**found, "read": reading(bench)}
 

@@ -13,7 +13,6 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 import torch
@@ -27,6 +26,8 @@ from telechat_twins.core.model.batch import Batch
 from telechat_twins.core.model.config import ModelConfig
 from telechat_twins.core.model.init import init_tensor
 from telechat_twins.core.model.position import rope_tables
+from telechat_twins.core.types import JsonObject
+from telechat_twins.kernels.pytorch import private
 
 
 class EagerNorm(nn.Module):
@@ -168,7 +169,7 @@ class EagerTrainer:
         self.model = EagerModel(model)
         self.model.load(lambda name: init_tensor(name, model, config.train.seed))
         named = {name: p for name, p in self.model.named_parameters()}
-        groups: list[dict[str, Any]] = [
+        groups: list[JsonObject] = [
             {"params": [p for p in named.values() if p.ndim == 2], "weight_decay": config.optim.weight_decay},
             {"params": [p for p in named.values() if p.ndim == 1], "weight_decay": 0.0},
         ]
@@ -189,12 +190,12 @@ class EagerTrainer:
         return total
 
     def grad_norm(self, loss_scale: float) -> float:
-        norms = torch._foreach_norm([p.grad for p in self.model.parameters()])
+        norms = private.foreach_norm([p.grad for p in self.model.parameters()])
         return float(torch.linalg.vector_norm(torch.stack(norms))) / loss_scale
 
     def update(self, lr: float, grad_scale: float) -> None:
         """Clipping as torch.nn.utils.clip_grad_norm_ does it, then the optimizer."""
-        torch._foreach_mul_([p.grad for p in self.model.parameters()], grad_scale)
+        private.foreach_scale([p.grad for p in self.model.parameters()], grad_scale)
         for group in self.adamw.param_groups:
             group["lr"] = lr
         self.adamw.step()

@@ -17,7 +17,6 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -30,8 +29,11 @@ from telechat_twins.core.config import RunConfig, run_config_from_dict
 from telechat_twins.core.errors import UserError
 from telechat_twins.core.files import ROOT
 from telechat_twins.core.files.atomic import writable_file, write_text
+from telechat_twins.core.model.config import ModelConfig
 from telechat_twins.core.model.flops import flops_per_token
 from telechat_twins.core.model.params import count_parameters
+from telechat_twins.core.train.stepper import Stepper
+from telechat_twins.core.types import JsonObject
 from telechat_twins.kernels.dispatch import describe
 from telechat_twins.kernels.pytorch import ops as pytorch
 
@@ -72,7 +74,7 @@ def check(args: argparse.Namespace) -> int:
         raise UserError("no GPU here, so nothing was run on device; repeat the command on a machine with one")
     writable_file(args.out, "--out")
     name = torch.cuda.get_device_name()
-    result: dict[str, Any] = {"device": name, "torch": torch.__version__, "cuda": torch.version.cuda}
+    result: JsonObject = {"device": name, "torch": torch.__version__, "cuda": torch.version.cuda}
     result["choices"] = describe(pytorch.choices())
     failed = 0
     if "tests" not in args.skip:
@@ -108,7 +110,7 @@ def step_config(layers: int, seq_len: int, recompute: str) -> RunConfig:
     )
 
 
-def measure_step(layers: int, seq_len: int, steps: int, recompute: str) -> dict[str, Any]:
+def measure_step(layers: int, seq_len: int, steps: int, recompute: str) -> JsonObject:
     """Whole optimizer steps after three to warm up, and a profile of one more."""
     config = step_config(layers, seq_len, recompute)
     train = backends.load("pt", "train")
@@ -144,7 +146,9 @@ def measure_step(layers: int, seq_len: int, steps: int, recompute: str) -> dict[
     }
 
 
-def quick_weights(name: str, config: Any, seed: int, box: tuple[slice, ...] | None = None, **_: Any) -> np.ndarray:
+def quick_weights(
+    name: str, config: ModelConfig, seed: int, box: tuple[slice, ...] | None = None, **_: object
+) -> np.ndarray:
     """Of the right shape and size: one block of normal numbers, repeated."""
     from telechat_twins.core.model.params import parameter_table
 
@@ -156,7 +160,7 @@ def quick_weights(name: str, config: Any, seed: int, box: tuple[slice, ...] | No
     return np.resize(block, shape)
 
 
-def profile(trainer: Any, config: RunConfig, step: int) -> list[dict[str, Any]]:
+def profile(trainer: Stepper, config: RunConfig, step: int) -> list[JsonObject]:
     """The kernels of one step, those that take longest first, with their share of the device's busy time."""
     activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
     started = time.perf_counter()
@@ -181,7 +185,7 @@ def profile(trainer: Any, config: RunConfig, step: int) -> list[dict[str, Any]]:
     return [{"kernel": "all of them", "calls": 1, "ms": busy / 1e3, "share": 1.0, "wall_ms": wall * 1e3}, *rows]
 
 
-def step_to_markdown(step: dict[str, Any]) -> str:
+def step_to_markdown(step: JsonObject) -> str:
     """The step in two sentences and its profile as a table."""
     if step["mfu"] is None:
         share = "peak of this device not known"

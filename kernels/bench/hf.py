@@ -1,7 +1,7 @@
-"""Hugging Face's ``generate`` with its cache, for comparison: a Llama of the measured model's shapes, random weights.
+"""Baseline for decoding: Hugging Face's ``generate`` with its cache, on a Llama of the measured model's shapes.
 
-``python -m telechat_twins.kernels.bench.hf hf OPTIONS`` serves ``tele bench decode``. The transformers library is no
-dependency of this project; where it is not installed, nothing here is called.
+``python -m telechat_twins.kernels.bench.hf hf OPTIONS`` serves ``tele bench decode``; weights are random. The
+transformers library is not a dependency of this project; this file is used only where it is installed.
 """
 
 from __future__ import annotations
@@ -9,20 +9,34 @@ from __future__ import annotations
 import json
 import sys
 import time
-from typing import Any
+from pathlib import Path
 
 import torch
-import transformers
 
 from telechat_twins.core.bench.worker import Handle, answer_orders, bench_config
+from telechat_twins.core.files import ROOT
 from telechat_twins.core.model.config import ModelConfig
+from telechat_twins.core.types import JsonObject
 from telechat_twins.kernels.bench.decode import reading
 from telechat_twins.kernels.bench.process import open_bench
+
+
+def hide_checkout(path: list[str]) -> list[str]:
+    """``path`` without the entries that lead to this checkout.
+
+    transformers 5.0 to 5.9 takes the folder ``kernels`` there for Hugging Face's package of that name and fails on its
+    missing version. ``telechat_twins`` keeps a path of its own and is not affected.
+    """
+    return [entry for entry in path if Path(entry or ".").resolve() != ROOT]
+
+
+sys.path[:] = hide_checkout(sys.path)
+import transformers  # noqa: E402  (after the path is clean)
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def llama(config: ModelConfig, dtype: torch.dtype) -> Any:
+def llama(config: ModelConfig, dtype: torch.dtype) -> transformers.LlamaForCausalLM:
     """The model; what it lacks of TeleChat2, biases and length scaling, costs next to nothing."""
     torch.manual_seed(0)
     made = transformers.LlamaConfig(
@@ -45,12 +59,12 @@ class Clock(transformers.StoppingCriteria):
     def __init__(self) -> None:
         self.ticks: list[float] = []
 
-    def __call__(self, input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor | None, **_: object) -> torch.Tensor:
         self.ticks.append(time.perf_counter())
         return torch.zeros(len(input_ids), dtype=torch.bool)
 
 
-def timed_steps(model: Any, rows: int, prompt: int, count: int) -> list[float]:
+def timed_steps(model: transformers.LlamaForCausalLM, rows: int, prompt: int, count: int) -> list[float]:
     """Seconds of each of ``count`` steps after the first token, of ``rows`` greedy sequences together."""
     torch.manual_seed(1)
     ids = torch.randint(0, model.config.vocab_size, (rows, prompt))
@@ -68,12 +82,12 @@ def timed_steps(model: Any, rows: int, prompt: int, count: int) -> list[float]:
 
 
 def main(argv: list[str]) -> int:
-    def prepare() -> tuple[dict[str, Any], Handle]:
+    def prepare() -> tuple[JsonObject, Handle]:
         options = json.loads(argv[1])
         model = llama(bench_config(options).model, DTYPES[options["precision"]])
         bench = open_bench("pt", {**options, "compile": False})
 
-        def handle(order: dict[str, Any]) -> dict[str, Any]:
+        def handle(order: JsonObject) -> JsonObject:
             return {
                 "seconds": timed_steps(model, order["rows"], order["prompt"], order["steps"]),
                 "read": reading(bench),

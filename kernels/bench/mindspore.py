@@ -5,9 +5,9 @@ The composite form is differentiated by MindSpore, which runs its forward with e
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from types import ModuleType
-from typing import Any
+from typing import TypeAlias
 
 import mindspore as ms
 import numpy as np
@@ -15,7 +15,8 @@ from mindspore import Parameter, Tensor
 from mindspore import ops as mops
 
 from telechat_twins.core.bench.cases import Size
-from telechat_twins.core.model.visibility import causal_blocks, causal_ranges
+from telechat_twins.core.model.visibility import Block, causal_blocks, causal_ranges
+from telechat_twins.core.types import JsonObject
 from telechat_twins.kernels.bench.contestant import Call, Contestant, host_seconds
 from telechat_twins.kernels.cpu.engine import usual_threads
 from telechat_twins.kernels.mindspore import composite as composite
@@ -27,13 +28,16 @@ EPS = 1e-5
 LISTED = {"add_rms_norm": "rms_norm"}  # the table of choices knows operators by these names
 PRIMITIVE = {"rope": "rope_qk", "cross_entropy": "cross_entropy_forward"}
 
+Inputs: TypeAlias = list[Tensor]
+Output: TypeAlias = Tensor | tuple[Tensor, ...] | None
+
 
 class MindSporeBench:
-    def __init__(self, options: dict[str, Any]) -> None:
+    def __init__(self, options: JsonObject) -> None:
         self.dtype = DTYPES.get(options["precision"], ms.float32)
         self.random = np.random.default_rng(0)
 
-    def about(self) -> dict[str, Any]:
+    def about(self) -> JsonObject:
         device = str(ms.get_context("device_target"))
         return {"version": f"MindSpore {ms.__version__}", "device": device, "threads": usual_threads()}
 
@@ -76,13 +80,13 @@ class MindSporeBench:
             people["composite"] = self._differentiated("composite", plain, inputs)
         return people
 
-    def _random(self, *shape: int, dtype: Any = None) -> Tensor:
+    def _random(self, *shape: int, dtype: ms.Type | None = None) -> Tensor:
         return Tensor(self.random.standard_normal(shape, np.float32)).astype(dtype or self.dtype)
 
     def _ids(self, size: Size) -> Tensor:
         return Tensor(self.random.integers(0, size.vocab, size.tokens).astype(np.int32))
 
-    def _inputs(self, operator: str, size: Size) -> list[Any]:
+    def _inputs(self, operator: str, size: Size) -> Inputs:
         N, E, H, K, D = size.tokens, size.hidden, size.heads, size.kv_heads, size.head_dim
         if operator == "linear":
             return [self._random(N, E), self._random(size.ffn, E), self._random(size.ffn)]
@@ -109,11 +113,11 @@ class MindSporeBench:
         vectors = [self._random(size.parameters, dtype=ms.float32) for _ in range(3)]
         return [Parameter(x) for x in (*vectors, vectors[2] * vectors[2])]
 
-    def _plain(self, operator: str, size: Size) -> Callable[..., Any] | None:
+    def _plain(self, operator: str, size: Size) -> Callable[..., Output] | None:
         """The composite form as a function of ``_inputs``, if there is one."""
         dtype, N = self.dtype, size.tokens
         blocks = [] if operator != "attention" else _masked(N)
-        table: dict[str, Callable[..., Any]] = {
+        table: dict[str, Callable[..., Output]] = {
             "linear": lambda x, w, b: composite.linear(x, w, b, dtype),
             "embedding": composite.embedding,
             "rms_norm": lambda x, w: composite.rms_norm(x, w, EPS, ms.float32, dtype),
@@ -132,21 +136,22 @@ class MindSporeBench:
         }
         return table.get(operator)
 
-    def _differentiated(self, title: str, function: Callable[..., Any], inputs: Sequence[Any]) -> Contestant:
+    def _differentiated(self, title: str, function: Callable[..., Output], inputs: Inputs) -> Contestant:
         if function is _plain_adamw or len(inputs) == 4 and inputs[1].ndim == 3:  # an update; a merge of blocks
             return Contestant(title, lambda: function(*inputs))
         wanted = tuple(at for at, x in enumerate(inputs) if at < 3 and x.ndim != 4 or at < 2 or len(inputs) == 3)
         wanted = tuple(at for at in wanted if inputs[at].dtype not in (ms.int32, ms.int64))
 
-        def total(*arguments: Any) -> Any:
+        def total(*arguments: Tensor) -> Tensor:
             out = function(*arguments)
+            assert out is not None  # only an update gives nothing
             return sum(x.sum() for x in out) if isinstance(out, tuple) else out.sum()
 
         both = ms.value_and_grad(total, wanted)
         return Contestant(title, lambda: function(*inputs), both=lambda: both(*inputs))
 
 
-def _calls(module: ModuleType, operator: str, inputs: Sequence[Any], size: Size) -> tuple[Call, Call | None]:
+def _calls(module: ModuleType, operator: str, inputs: Inputs, size: Size) -> tuple[Call, Call | None]:
     """Forward and backward of a fused operator; everything that both need is made beforehand."""
     m, x = module, inputs[0]
     if operator == "embedding":
@@ -207,7 +212,7 @@ def _wait() -> None:
         ms.runtime.synchronize()
 
 
-def _masked(num_tokens: int) -> list[Any]:
+def _masked(num_tokens: int) -> list[Block]:
     return [
         block._replace(visible=None if block.visible is None else composite.hidden_keys(block.visible))
         for block in causal_blocks(num_tokens, num_tokens)

@@ -8,19 +8,19 @@ from __future__ import annotations
 
 import json
 import sys
-from typing import Any
 
 from telechat_twins.core.bench.cases import SIZES
 from telechat_twins.core.bench.worker import Handle, answer_orders
+from telechat_twins.core.types import JsonObject
 from telechat_twins.kernels.bench.contestant import Bench, Timer
 
 
 def handle_orders(bench: Bench) -> Handle:
     """Answers {"operator", "size", "calls"} as core.bench.kernels.summarise takes them."""
     yardsticks = {"copy": bench.copy(), "read": bench.read(), "matmul": bench.matmul()}
-    ready: dict[str, Any] = {}
+    ready: JsonObject = {}
 
-    def handle(order: dict[str, Any]) -> dict[str, Any]:
+    def handle(order: JsonObject) -> JsonObject:
         case = (order["operator"], order["size"])
         if ready.get("case") != case:
             ready.clear()  # lets go of the tensors before the next ones are made
@@ -48,7 +48,7 @@ def handle_orders(bench: Bench) -> Handle:
     return handle
 
 
-def open_bench(name: str, options: dict[str, Any]) -> Bench:
+def open_bench(name: str, options: JsonObject) -> Bench:
     """The side of backend ``name``."""
     if name == "pt":
         from telechat_twins.kernels.bench.pytorch import TorchBench
@@ -61,7 +61,7 @@ def open_bench(name: str, options: dict[str, Any]) -> Bench:
 
 
 def main(argv: list[str]) -> int:
-    def prepare() -> tuple[dict[str, Any], Handle]:
+    def prepare() -> tuple[JsonObject, Handle]:
         bench = open_bench(argv[0], json.loads(argv[1]))
         return bench.about(), handle_orders(bench)
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from types import ModuleType
-from typing import Any
+from typing import TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from telechat_twins.core.bench.cases import Size
 from telechat_twins.core.model.visibility import Block, KeyRanges, causal_ranges
+from telechat_twins.core.types import JsonObject
 from telechat_twins.kernels.bench.contestant import Call, Contestant, host_seconds
 from telechat_twins.kernels.bench.eager import repeat_kv, rotate_half
 from telechat_twins.kernels.pytorch import composite as torch_composite
@@ -27,15 +28,18 @@ EPS = 1e-5
 LISTED = {"add_rms_norm": "rms_norm"}  # the table of choices knows operators by these names
 PRIMITIVE = {"rope": "rope_qk", "embedding": "embedding_backward", "cross_entropy": "cross_entropy_forward"}
 
+Inputs: TypeAlias = list[Tensor]  # of attention also the KeyRanges
+Output: TypeAlias = Tensor | tuple[Tensor, ...]
+
 
 class TorchBench:
-    def __init__(self, options: dict[str, Any]) -> None:
+    def __init__(self, options: JsonObject) -> None:
         self.dtype = DTYPES.get(options["precision"], torch.float32)
         self.device = torch.device(pytorch.default_device())
         self.compile = options["compile"]
         torch.manual_seed(0)
 
-    def about(self) -> dict[str, Any]:
+    def about(self) -> JsonObject:
         name = torch.cuda.get_device_name() if self.device.type == "cuda" else self.device.type
         return {"version": f"PyTorch {torch.__version__}", "device": name, "threads": torch.get_num_threads()}
 
@@ -91,7 +95,7 @@ class TorchBench:
     def _random(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
         return torch.randn(shape, device=self.device, dtype=dtype or self.dtype)
 
-    def _inputs(self, operator: str, size: Size) -> list[Any]:
+    def _inputs(self, operator: str, size: Size) -> Inputs:
         N, E, H, K, D = size.tokens, size.hidden, size.heads, size.kv_heads, size.head_dim
         wide = torch_composite.wide(self.dtype)
         if operator == "linear":
@@ -121,13 +125,13 @@ class TorchBench:
         vectors = [self._random(size.parameters, dtype=wide) for _ in range(3)]
         return [*vectors, vectors[2].square()]
 
-    def _primitive(self, title: str, package: ModuleType, operator: str, inputs: list[Any]) -> Contestant:
+    def _primitive(self, title: str, package: ModuleType, operator: str, inputs: Inputs) -> Contestant:
         """The package's own functions, without autograd."""
         with torch.no_grad():
             forward, backward = _calls(package, operator, inputs)
         return Contestant(title, torch.no_grad()(forward), None if backward is None else torch.no_grad()(backward))
 
-    def _differentiated(self, title: str, function: Callable[..., Any], inputs: list[Any]) -> Contestant:
+    def _differentiated(self, title: str, function: Callable[..., Output], inputs: Inputs) -> Contestant:
         """A function that PyTorch differentiates, its backward over one graph again and again."""
         leaves = [
             x.detach().clone().requires_grad_() if isinstance(x, Tensor) and x.is_floating_point() and at < 3 else x
@@ -148,7 +152,7 @@ class TorchBench:
         )
 
 
-def _calls(package: ModuleType, operator: str, inputs: list[Any]) -> tuple[Call, Call | None]:
+def _calls(package: ModuleType, operator: str, inputs: Inputs) -> tuple[Call, Call | None]:
     """Forward and backward of a primitive; everything that both need is made beforehand."""
     p, x = package, inputs[0]
     if operator == "linear":
@@ -215,7 +219,8 @@ def _calls(package: ModuleType, operator: str, inputs: list[Any]) -> tuple[Call,
 
 
 def _host(ranges: KeyRanges) -> KeyRanges:
-    return ranges._replace(ranges=ranges.ranges.cpu().numpy())
+    placed: Tensor = ranges.ranges
+    return ranges._replace(ranges=placed.cpu().numpy())
 
 
 def _foreach_adamw(inputs: Sequence[Tensor]) -> Call:
@@ -263,7 +268,7 @@ def _eager_merge(out: Tensor, lse: Tensor, more: Tensor, more_lse: Tensor) -> tu
     return out * first + more * second, joint
 
 
-_EAGER: dict[str, Callable[..., Any]] = {
+_EAGER: dict[str, Callable[..., Output]] = {
     "linear": F.linear,
     "embedding": lambda table, ids: F.embedding(ids, table),
     "rms_norm": _eager_rms_norm,
@@ -279,7 +284,7 @@ _EAGER: dict[str, Callable[..., Any]] = {
 _NATIVE = ("rms_norm", "layer_norm", "gelu", "attention", "linear", "embedding")
 
 
-def _native(operator: str) -> Callable[..., Any]:
+def _native(operator: str) -> Callable[..., Output]:
     """PyTorch's own fused operator, as kernels/pytorch/ops.py calls it."""
     return {
         "rms_norm": lambda x, weight: torch_native.rms_norm(x, weight, EPS, x.dtype),

@@ -23,7 +23,7 @@ import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from types import ModuleType
 
 from telechat_twins.kernels.cpu.cache import cache_folder, distrust, make_private, say
 
@@ -55,10 +55,12 @@ def compiler() -> str | None:
 
 
 @functools.cache
-def load_extension() -> Any:
+def load_extension() -> ModuleType:
     """The module whose ``run`` launches a kernel on MindSpore tensors. Raises BuildError."""
     import mindspore
     from mindspore import ops
+
+    from telechat_twins.kernels.mindspore.private import import_extension
 
     builder = ops.CustomOpBuilder(NAME, [str(FOLDER / "bindings.cc")], backend="CPU")
     path = build(
@@ -68,7 +70,7 @@ def load_extension() -> Any:
         [*builder.get_ldflags(), "-pthread"],
         f"mindspore {mindspore.__version__}",
     )
-    return builder._import_module(str(path))
+    return import_extension(builder, path)
 
 
 @functools.cache

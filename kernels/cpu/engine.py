@@ -1,4 +1,4 @@
-"""Running a kernel: on MindSpore tensors through the extension, on numpy arrays through ctypes."""
+"""Engines that run a kernel: on MindSpore tensors through the extension, on numpy arrays through ctypes."""
 
 from __future__ import annotations
 
@@ -6,14 +6,19 @@ import ctypes
 import functools
 import os
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import ml_dtypes
 import numpy as np
 
 from telechat_twins.kernels.cpu.build import load_extension, load_plain
 
-Spec = tuple[Any, tuple[int, ...]]  # dtype and shape of an output
+if TYPE_CHECKING:
+    import mindspore as ms
+
+Array: TypeAlias = "np.ndarray | ms.Tensor"
+DType: TypeAlias = "np.dtype | ms.Type"
+Spec: TypeAlias = tuple[DType, tuple[int, ...]]  # of an output
 NAMES = ("float32", "bfloat16", "float16", "int32", "int64", "float64", "int8")  # in the order of kernel.h's Dtype
 AXES = 6
 
@@ -46,17 +51,17 @@ class MindSporeEngine:
         return number
 
     def run(
-        self, name: str, inputs: Sequence[Any], outputs: Sequence[Spec], scalars: Sequence[float], free: int
+        self, name: str, inputs: Sequence[Array], outputs: Sequence[Spec], scalars: Sequence[float], free: int
     ) -> Any:
         """One tensor, or a tuple of them. The first ``free`` inputs may have strides; None where there is no output."""
         codes = self._codes
         return self._run(self._numbers(name), inputs, [(codes[t], shape) for t, shape in outputs], scalars, free)
 
-    def name_of(self, x: Any) -> str:
+    def name_of(self, x: Array) -> str:
         code = self._codes.get(x.dtype)
         return str(x.dtype).lower() if code is None else NAMES[code]
 
-    def unit_stride(self, x: Any) -> Any:
+    def unit_stride(self, x: ms.Tensor) -> ms.Tensor:
         """x, or a copy whose last axis is contiguous."""
         return x if x.is_contiguous() or x.stride()[-1] == 1 else x.contiguous()
 
@@ -87,7 +92,7 @@ class NumpyEngine:
         self.dtypes = dict(zip(NAMES, types, strict=True))
 
     def run(
-        self, name: str, inputs: Sequence[Any], outputs: Sequence[Spec], scalars: Sequence[float], free: int
+        self, name: str, inputs: Sequence[Array], outputs: Sequence[Spec], scalars: Sequence[float], free: int
     ) -> Any:
         counts = [ctypes.c_int() for _ in range(3)]
         number = self._library.tele_kernel(name.encode(), *map(ctypes.byref, counts))
@@ -100,7 +105,7 @@ class NumpyEngine:
         self._library.tele_run(number, self._views(given), self._views(made), (ctypes.c_double * 16)(*scalars))
         return None if not made else made[0] if len(made) == 1 else tuple(made)
 
-    def _views(self, arrays: Sequence[np.ndarray]) -> Any:
+    def _views(self, arrays: Sequence[np.ndarray]) -> ctypes.Array[View]:
         views = (View * max(1, len(arrays)))()
         for view, x in zip(views, arrays, strict=False):
             view.data, view.ndim, view.dtype = x.ctypes.data, x.ndim, self._codes[x.dtype]
@@ -108,7 +113,7 @@ class NumpyEngine:
             view.stride[: x.ndim] = [s // x.itemsize for s in x.strides]
         return views
 
-    def name_of(self, x: Any) -> str:
+    def name_of(self, x: Array) -> str:
         code = self._codes.get(x.dtype)
         return str(x.dtype) if code is None else NAMES[code]
 
@@ -148,11 +153,13 @@ def describe_view(view: View, address: int, shape: Sequence[int], dtype: str) ->
         stride *= shape[axis]
 
 
-_engines: dict[str, Any] = {}
+Engine: TypeAlias = MindSporeEngine | NumpyEngine
+
+_engines: dict[str, Engine] = {}
 _threads: list[int] = []  # the limit, for engines that are made later
 
 
-def engine_of(x: Any) -> MindSporeEngine | NumpyEngine:
+def engine_of(x: Array) -> Engine:
     """The engine for tensors like x; made on first use."""
     kind = "numpy" if isinstance(x, np.ndarray) else "mindspore"
     if kind not in _engines:
@@ -162,7 +169,7 @@ def engine_of(x: Any) -> MindSporeEngine | NumpyEngine:
     return _engines[kind]
 
 
-def use_engine(kind: str, engine: MindSporeEngine | NumpyEngine) -> None:
+def use_engine(kind: str, engine: Engine) -> None:
     """Serve tensors of ``kind`` ("numpy", "mindspore") by this engine: one of other flags."""
     _engines[kind] = engine
 

@@ -7,13 +7,13 @@ of weights are summed in float32 and returned in the dtype of the weight.
 from __future__ import annotations
 
 from types import ModuleType
-from typing import Any
 
 import mindspore as ms
 from mindspore import Tensor, ops
 
 from telechat_twins.kernels.mindspore.composite import total_loss
-from telechat_twins.kernels.mindspore.private import Function
+from telechat_twins.kernels.mindspore.keys import Keys
+from telechat_twins.kernels.mindspore.private import Context, Function
 
 Gradients = tuple[Tensor | None, ...]
 
@@ -22,7 +22,9 @@ class Linear(Function):
     """x [N, in] @ weight [out, in]^T + bias; the three products of forward and backward, none transposed in memory."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, compute: ms.Type, cpp: ModuleType) -> Tensor:
+    def forward(
+        ctx: Context, x: Tensor, weight: Tensor, bias: Tensor | None, compute: ms.Type, cpp: ModuleType
+    ) -> Tensor:
         x, wide = ops.cast(x, compute), ops.cast(weight, compute)
         ctx.save_for_backward(x, wide)
         ctx.dtypes, ctx.cpp = (weight.dtype, None if bias is None else bias.dtype), cpp
@@ -33,7 +35,7 @@ class Linear(Function):
         return out if bias is None else cpp.add_bias(out, bias)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Gradients:
+    def backward(ctx: Context, grad: Tensor) -> Gradients:
         (x, weight), cpp = ctx.saved_tensors, ctx.cpp
         if grad.dtype == ms.float32:
             dx, dweight = cpp.matmul(grad, weight, turn_w=True), cpp.matmul(grad, x, turn_a=True, turn_w=True)
@@ -47,13 +49,13 @@ class Linear(Function):
 
 class Embedding(Function):
     @staticmethod
-    def forward(ctx: Any, table: Tensor, ids: Tensor, module: ModuleType) -> Tensor:
+    def forward(ctx: Context, table: Tensor, ids: Tensor, module: ModuleType) -> Tensor:
         ctx.save_for_backward(ids)
         ctx.table, ctx.module = (table.dtype, table.shape[0]), module
         return module.embedding(table, ids)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Gradients:
+    def backward(ctx: Context, grad: Tensor) -> Gradients:
         dtype, rows = ctx.table
         return ops.cast(ctx.module.embedding_backward(grad, ctx.saved_tensors[0], rows), dtype), None, None
 
@@ -61,7 +63,7 @@ class Embedding(Function):
 class RmsNorm(Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, eps: float, compute: ms.Type, mask: Tensor | None, module: ModuleType
+        ctx: Context, x: Tensor, weight: Tensor, eps: float, compute: ms.Type, mask: Tensor | None, module: ModuleType
     ) -> Tensor:
         out, rstd = module.rms_norm(x, weight, eps, compute, mask)
         ctx.save_for_backward(x, weight, rstd)
@@ -69,7 +71,7 @@ class RmsNorm(Function):
         return out
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Gradients:
+    def backward(ctx: Context, grad: Tensor) -> Gradients:
         x, weight, rstd = ctx.saved_tensors
         dx, dweight = ctx.module.rms_norm_backward(grad, x, weight, rstd, ctx.mask)
         return dx, ops.cast(dweight, weight.dtype), None, None, None, None
@@ -78,7 +80,7 @@ class RmsNorm(Function):
 class AddRmsNorm(Function):
     @staticmethod
     def forward(
-        ctx: Any,
+        ctx: Context,
         x: Tensor,
         residual: Tensor,
         weight: Tensor,
@@ -93,7 +95,7 @@ class AddRmsNorm(Function):
         return out, stream
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor, grad_stream: Tensor) -> Gradients:
+    def backward(ctx: Context, grad: Tensor, grad_stream: Tensor) -> Gradients:
         stream, weight, rstd = ctx.saved_tensors
         dstream, dweight = ctx.module.add_rms_norm_backward(grad, grad_stream, stream, weight, rstd, ctx.mask)
         return ops.cast(dstream, ctx.dtype), dstream, ops.cast(dweight, weight.dtype), None, None, None, None
@@ -102,7 +104,7 @@ class AddRmsNorm(Function):
 class LayerNorm(Function):
     @staticmethod
     def forward(
-        ctx: Any,
+        ctx: Context,
         x: Tensor,
         weight: Tensor,
         bias: Tensor,
@@ -117,7 +119,7 @@ class LayerNorm(Function):
         return out
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Gradients:
+    def backward(ctx: Context, grad: Tensor) -> Gradients:
         x, weight, mean, rstd = ctx.saved_tensors
         dx, dweight, dbias = ctx.module.layer_norm_backward(grad, x, weight, mean, rstd, ctx.mask)
         return dx, ops.cast(dweight, weight.dtype), ops.cast(dbias, ctx.dtype), None, None, None, None
@@ -126,7 +128,7 @@ class LayerNorm(Function):
 class Rope(Function):
     @staticmethod
     def forward(
-        ctx: Any,
+        ctx: Context,
         q: Tensor,
         k: Tensor,
         cos: Tensor,
@@ -139,46 +141,46 @@ class Rope(Function):
         return module.rope_qk(q, k, cos, sin, scale_q, scale_k)
 
     @staticmethod
-    def backward(ctx: Any, grad_q: Tensor, grad_k: Tensor) -> Gradients:
+    def backward(ctx: Context, grad_q: Tensor, grad_k: Tensor) -> Gradients:
         return *ctx.module.rope_qk_backward(grad_q, grad_k, *ctx.tables), None, None, None, None, None
 
 
 class Swiglu(Function):
     @staticmethod
-    def forward(ctx: Any, gate: Tensor, up: Tensor, module: ModuleType) -> Tensor:
+    def forward(ctx: Context, gate: Tensor, up: Tensor, module: ModuleType) -> Tensor:
         ctx.save_for_backward(gate, up)
         ctx.module = module
         return module.swiglu(gate, up)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Gradients:
+    def backward(ctx: Context, grad: Tensor) -> Gradients:
         return *ctx.module.swiglu_backward(grad, *ctx.saved_tensors), None
 
 
 class Gelu(Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, module: ModuleType) -> Tensor:
+    def forward(ctx: Context, x: Tensor, module: ModuleType) -> Tensor:
         ctx.save_for_backward(x)
         ctx.module = module
         return module.gelu(x)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Gradients:
+    def backward(ctx: Context, grad: Tensor) -> Gradients:
         return ctx.module.gelu_backward(grad, *ctx.saved_tensors), None
 
 
 class Attention(Function):
-    """``keys`` is kernels.mindspore.ops.Keys."""
+    """Attention of q over ``keys``."""
 
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, keys: Any) -> Tensor:
+    def forward(ctx: Context, q: Tensor, k: Tensor, v: Tensor, keys: Keys) -> Tensor:
         out, log_sum_exp = keys.module.attention(q, k, v, keys.device)
         ctx.save_for_backward(q, k, v, out, log_sum_exp)
         ctx.keys = keys
         return out
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Gradients:
+    def backward(ctx: Context, grad: Tensor) -> Gradients:
         q, k, v, out, log_sum_exp = ctx.saved_tensors
         return *ctx.keys.module.attention_backward(grad, q, k, v, ctx.keys.device, out, log_sum_exp), None
 
@@ -187,7 +189,7 @@ class CrossEntropy(Function):
     """The gradient is written over the logits, which are gone afterwards: nothing else of their size is ever made."""
 
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, targets: Tensor, z_loss: float, module: ModuleType) -> Tensor:
+    def forward(ctx: Context, logits: Tensor, targets: Tensor, z_loss: float, module: ModuleType) -> Tensor:
         log_sum_exp, picked = module.cross_entropy_forward(logits, targets, 0, logits.shape[-1])
         ctx.save_for_backward(logits, targets, log_sum_exp)
         ctx.z_loss, ctx.module = z_loss, module
@@ -197,7 +199,7 @@ class CrossEntropy(Function):
         return total_loss(losses, targets)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Gradients:
+    def backward(ctx: Context, grad: Tensor) -> Gradients:
         logits, targets, log_sum_exp = ctx.saved_tensors
         factor, columns = ops.cast(grad, ms.float32).reshape(1), logits.shape[-1]
         dlogits = ctx.module.cross_entropy_backward(logits, targets, 0, columns, log_sum_exp, factor, ctx.z_loss)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from types import ModuleType
-from typing import Any, NamedTuple
 
 import mindspore as ms
 from mindspore import Tensor, ops
@@ -21,8 +20,8 @@ from telechat_twins.kernels.dispatch import Candidate, Choice, choose, describe
 from telechat_twins.kernels.int8 import Int8
 from telechat_twins.kernels.mindspore import autograd as autograd
 from telechat_twins.kernels.mindspore import composite as composite
+from telechat_twins.kernels.mindspore.keys import Keys as Keys
 from telechat_twins.kernels.mindspore.private import recording
-from telechat_twins.kernels.reference import visible_keys
 
 _WITHOUT_FLOAT64 = ("cpp", "cann")
 
@@ -114,7 +113,7 @@ def linear(x: Tensor, weight: Tensor | Int8, bias: Tensor | None, compute: ms.Ty
     few = few_rows(x, [(weight, bias)], compute)
     if few is not None:
         return few[0]
-    cpp: Any = serving("linear", compute)
+    cpp = serving("linear", compute)
     if isinstance(weight, Int8):
         weight = composite.dequantize(*weight, compute) if cpp is None else cpp.dequantize(*weight, compute)
     if cpp is None:
@@ -130,13 +129,13 @@ def few_rows(
 ) -> tuple[Tensor, ...] | None:
     """``linear`` of one x with up to three (weight, bias), in one call, where an operator serves few rows without their
     gradient; else None."""
-    cpp: Any = serving("linear", compute)
+    cpp = serving("linear", compute)
     if cpp is None or x.dtype != compute or x.size > cpp.FEW * x.shape[-1] or recording():
         return None
     given = []
     for weight, bias in matrices:
         values, factors = weight if isinstance(weight, Int8) else (weight, None)
-        if factors is None and weight.dtype != compute:
+        if factors is None and values.dtype != compute:
             return None
         given.append((values, bias, factors))
     found = cpp.several_linear_rows(x, given)
@@ -245,22 +244,10 @@ def gelu(x: Tensor) -> Tensor:
 
 def add(stream: Tensor, branch: Tensor) -> Tensor:
     """stream + branch, in the dtype of ``stream``."""
-    module: Any = serving("rms_norm", stream.dtype)  # which adds a branch, too
-    if recording() or not hasattr(module, "add"):
+    module = serving("rms_norm", stream.dtype)  # which adds a branch, too
+    if recording() or module is None or not hasattr(module, "add"):
         return stream + ops.cast(branch, stream.dtype)
     return module.add(stream, branch)
-
-
-class Keys(NamedTuple):
-    """What queries see: for the module that serves attention in its form, and as told."""
-
-    device: Any
-    module: ModuleType
-    told: KeyRanges
-
-    def as_mask(self) -> Tensor:
-        """For composite operators, which serve float64: additive, [B or 1, 1, 1, S, T]."""
-        return composite.hidden_keys(visible_keys(self.told.ranges, self.told.num_keys))
 
 
 def keys_on_device(key_ranges: KeyRanges) -> Keys | None:

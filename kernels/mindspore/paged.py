@@ -6,7 +6,7 @@ zeros; a piece of a prompt goes alone. N tokens, R sequences, T keys of the long
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import mindspore as ms
 import numpy as np
@@ -82,8 +82,8 @@ def place_rows(slots: np.ndarray, page_size: int, dtype: ms.Type) -> Rows:
 
 def store_rows(pages: Tensor, x: Tensor, rows: Rows) -> None:
     """x [N, K, D] into pages [P, size, K, D], in place."""
-    if rows.slots is not None:
-        module: Any = kernels.serving("attention", x.dtype)
+    module = kernels.serving("attention", x.dtype)
+    if rows.slots is not None and module is not None:
         module.store_rows(pages, x, rows.slots)
     for first, last, page, at in rows.runs:
         pages[page, at : at + last - first] = ops.cast(x[first:last], pages.dtype)
@@ -98,16 +98,22 @@ def rows_at(pages: Tensor, slots: Tensor) -> Tensor:
 def paged_attention(q: Tensor, k: Tensor, v: Tensor, k_pages: Tensor, v_pages: Tensor, places: Pages) -> Tensor:
     """k and v [1, N, K, D] are stored in pages [P, size, K, D], in place; then causal attention of the last tokens of
     sequences, q [1, N, H, D] -> the same: kernels.reference.paged_attention."""
-    module: Any = kernels.serving("attention", q.dtype)
+    module = kernels.serving("attention", q.dtype)
     step = places.step
-    if hasattr(module, "paged_attention"):
+    if module is not None and hasattr(module, "paged_attention"):
         return module.paged_attention(q, k, v, k_pages, v_pages, *places.arrays, step.singles)
+    assert places.rows is not None  # place() makes them unless an operator stores the rows itself
     store_rows(k_pages, k[0], places.rows)
     store_rows(v_pages, v[0], places.rows)
     out = []
     for part in places.parts:
         queries = q[0, part.first : part.last]
-        if part.last <= step.singles and hasattr(module, "takes_pages") and module.takes_pages(k_pages):
+        if (
+            part.last <= step.singles
+            and module is not None
+            and hasattr(module, "takes_pages")
+            and module.takes_pages(k_pages)
+        ):
             lengths, (tables,) = step.lengths[: step.singles].tolist(), places.arrays
             queries = queries.reshape(-1, 1, *q.shape[2:])
             out.append(module.single_queries(queries, k_pages, v_pages, lengths, tables).reshape(-1, *q.shape[2:]))
@@ -121,8 +127,9 @@ def _attention(q: Tensor, k_pages: Tensor, v_pages: Tensor, keys: Keys) -> Tenso
     R = keys.slots.shape[0]
     k, v = (ops.cast(rows_at(pages, keys.slots), q.dtype) for pages in (k_pages, v_pages))
     q = q.reshape(R, n // R, H, D)
-    serve = kernels.attention if isinstance(keys.visible, kernels.Keys) else composite.attention
-    return serve(q, k, v, keys.visible).reshape(n, H, D)
+    if isinstance(keys.visible, kernels.Keys):
+        return kernels.attention(q, k, v, keys.visible).reshape(n, H, D)
+    return composite.attention(q, k, v, keys.visible).reshape(n, H, D)
 
 
 def _visible(key_ranges: KeyRanges, dtype: ms.Type) -> kernels.Keys | list[Block]:

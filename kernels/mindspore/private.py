@@ -1,6 +1,6 @@
-"""The private names of MindSpore that this project uses, in one place.
+"""Private names of MindSpore that this project uses, in one place.
 
-tests/unit/telechat_ms/test_autograd_ms.py notices when they change.
+tests/unit/kernels/test_private_names.py fails when a release renames them or changes their signature.
 
 ``Function`` is the class of operators with a gradient of their own. ``run_backward`` and ``executor`` belong to the
 engine under ``ms.grad``; they are None in a release that lacks them.
@@ -9,10 +9,27 @@ engine under ``ms.grad``; they are None in a release that lacks them.
 from __future__ import annotations
 
 import functools
-from typing import Any
+from pathlib import Path
+from types import ModuleType
+from typing import Any, Protocol
 
 import mindspore as ms
 from mindspore import Tensor
+from mindspore.mint.distributed import distributed
+
+
+class Context(Protocol):
+    """State of one call of a Function for its backward pass: saved tensors, and attributes of each operator's own."""
+
+    saved_tensors: tuple[Tensor, ...]
+    needs_input_grad: tuple[bool, ...]
+
+    def save_for_backward(self, *tensors: Tensor) -> None: ...
+
+    def __getattr__(self, name: str) -> Any: ...
+
+    def __setattr__(self, name: str, value: object) -> None: ...
+
 
 try:
     from mindspore.common._grad_function import _Function
@@ -22,7 +39,7 @@ except ImportError:
         """Stands in where MindSpore has no such class; composite operators on one rank need none."""
 
         @classmethod
-        def apply(cls, *_: Any) -> Tensor:
+        def apply(cls, *_: object) -> Tensor:
             """Raises RuntimeError."""
             raise RuntimeError(f"MindSpore {ms.__version__} has no custom gradients in PyNative mode; use 2.9.0")
 
@@ -36,14 +53,14 @@ else:
         reads it: a gradient that the engine does not want is dropped by the engine.
         """
 
-        def __init_subclass__(cls, **options: Any) -> None:
+        def __init_subclass__(cls, **options: object) -> None:
             super().__init_subclass__(**options)
             forward = cls.__dict__.get("forward")
             if forward is None:
                 return
 
             @functools.wraps(forward.__func__)
-            def released(ctx: Any, *inputs: Any) -> Any:
+            def released(ctx: Context, *inputs: object) -> Tensor | tuple[Tensor, ...]:
                 try:
                     return forward.__func__(ctx, *inputs)
                 finally:
@@ -64,4 +81,14 @@ def recording() -> bool:
     return executor is None or executor.grad_flag()
 
 
-__all__ = ["Function", "executor", "recording", "run_backward"]
+def import_extension(builder: ms.ops.CustomOpBuilder, library: Path) -> ModuleType:
+    """The module of a library that was compiled outside ``builder``, registered as MindSpore's own build does it."""
+    return builder._import_module(str(library))
+
+
+def set_world_rank(rank: int) -> None:
+    """The rank that point-to-point calls of mint.distributed look up for this process on the CPU."""
+    distributed._GROUP_RANK_CACHE["hccl_world_group"] = rank
+
+
+__all__ = ["Context", "Function", "executor", "import_extension", "recording", "run_backward", "set_world_rank"]

@@ -7,11 +7,10 @@ primitives have the same names and shapes in all of them.
 from __future__ import annotations
 
 from types import ModuleType
-from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import Function, once_differentiable
+from torch.autograd.function import Function, FunctionCtx, once_differentiable
 
 from telechat_twins.core.model.batch import IGNORE
 from telechat_twins.core.model.visibility import KeyRanges
@@ -21,14 +20,14 @@ class Linear(Function):
     """Keeps x and weight."""
 
     @staticmethod
-    def forward(ctx: Any, package: ModuleType, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    def forward(ctx: FunctionCtx, package: ModuleType, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.package = package
         ctx.save_for_backward(x, weight)
         return package.linear(x, weight, bias)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         return None, *ctx.package.linear_backward(grad, x, weight, ctx.needs_input_grad[1:])
 
@@ -37,14 +36,14 @@ class Embedding(Function):
     """Keeps the ids."""
 
     @staticmethod
-    def forward(ctx: Any, package: ModuleType, table: Tensor, ids: Tensor) -> Tensor:
+    def forward(ctx: FunctionCtx, package: ModuleType, table: Tensor, ids: Tensor) -> Tensor:
         ctx.package, ctx.rows, ctx.dtype = package, table.shape[0], table.dtype
         ctx.save_for_backward(ids)
         return package.embedding(table, ids)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
         (ids,) = ctx.saved_tensors
         dtable = ctx.package.embedding_backward(grad.reshape(-1, grad.shape[-1]), ids.reshape(-1), ctx.rows)
         return None, dtable.to(ctx.dtype), None
@@ -55,7 +54,7 @@ class RmsNorm(Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
+        ctx: FunctionCtx,
         package: ModuleType,
         x: Tensor,
         weight: Tensor,
@@ -70,7 +69,7 @@ class RmsNorm(Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, rstd, mask = ctx.saved_tensors
         dx, dweight = ctx.package.rms_norm_backward(grad, x, weight, rstd, mask)
         return None, dx, dweight.to(weight.dtype), None, None, None
@@ -81,7 +80,7 @@ class AddRmsNorm(Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
+        ctx: FunctionCtx,
         package: ModuleType,
         x: Tensor,
         residual: Tensor,
@@ -97,7 +96,7 @@ class AddRmsNorm(Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor, grad_stream: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: FunctionCtx, grad: Tensor, grad_stream: Tensor) -> tuple[Tensor | None, ...]:
         stream, weight, rstd, mask = ctx.saved_tensors
         dstream, dweight = ctx.package.add_rms_norm_backward(grad, grad_stream, stream, weight, rstd, mask)
         return None, dstream.to(ctx.dtype), dstream, dweight.to(weight.dtype), None, None, None
@@ -108,7 +107,7 @@ class LayerNorm(Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
+        ctx: FunctionCtx,
         package: ModuleType,
         x: Tensor,
         weight: Tensor,
@@ -124,7 +123,7 @@ class LayerNorm(Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, mean, rstd, mask = ctx.saved_tensors
         dx, dweight, dbias = ctx.package.layer_norm_backward(grad, x, weight, mean, rstd, mask)
         return None, dx, dweight.to(weight.dtype), dbias.to(weight.dtype), None, None, None
@@ -135,7 +134,7 @@ class RopeQK(Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
+        ctx: FunctionCtx,
         package: ModuleType,
         q: Tensor,
         k: Tensor,
@@ -150,7 +149,7 @@ class RopeQK(Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_q: Tensor, grad_k: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: FunctionCtx, grad_q: Tensor, grad_k: Tensor) -> tuple[Tensor | None, ...]:
         cos, sin, scale_q, scale_k = ctx.saved_tensors
         return None, *ctx.package.rope_qk(grad_q, grad_k, cos, -sin, scale_q, scale_k), None, None, None, None
 
@@ -159,14 +158,14 @@ class SwiGLU(Function):
     """Keeps gate and up; silu is computed again."""
 
     @staticmethod
-    def forward(ctx: Any, package: ModuleType, gate: Tensor, up: Tensor) -> Tensor:
+    def forward(ctx: FunctionCtx, package: ModuleType, gate: Tensor, up: Tensor) -> Tensor:
         ctx.package = package
         ctx.save_for_backward(gate, up)
         return package.swiglu(gate, up)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
         return None, *ctx.package.swiglu_backward(grad, *ctx.saved_tensors)
 
 
@@ -174,14 +173,14 @@ class Gelu(Function):
     """Keeps x."""
 
     @staticmethod
-    def forward(ctx: Any, package: ModuleType, x: Tensor) -> Tensor:
+    def forward(ctx: FunctionCtx, package: ModuleType, x: Tensor) -> Tensor:
         ctx.package = package
         ctx.save_for_backward(x)
         return package.gelu(x)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
         return None, ctx.package.gelu_backward(grad, *ctx.saved_tensors)
 
 
@@ -190,7 +189,13 @@ class Attention(Function):
 
     @staticmethod
     def forward(
-        ctx: Any, package: ModuleType, q: Tensor, k: Tensor, v: Tensor, key_ranges: KeyRanges, scale: float | None
+        ctx: FunctionCtx,
+        package: ModuleType,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        key_ranges: KeyRanges,
+        scale: float | None,
     ) -> Tensor:
         out, log_sum_exp = package.attention(q, k, v, key_ranges, scale=scale)
         ctx.package, ctx.key_ranges, ctx.scale = package, key_ranges, scale
@@ -199,7 +204,7 @@ class Attention(Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, out, log_sum_exp = ctx.saved_tensors
         grads = ctx.package.attention_backward(grad, q, k, v, ctx.key_ranges, out, log_sum_exp, scale=ctx.scale)
         return None, *grads, None, None
@@ -210,7 +215,7 @@ class CrossEntropy(Function):
 
     @staticmethod
     def forward(
-        ctx: Any, package: ModuleType, logits: Tensor, targets: Tensor, z_loss: float, in_place: bool
+        ctx: FunctionCtx, package: ModuleType, logits: Tensor, targets: Tensor, z_loss: float, in_place: bool
     ) -> Tensor:
         log_sum_exp, picked = package.cross_entropy_forward(logits, targets, 0, logits.shape[-1])
         losses = log_sum_exp - picked
@@ -222,7 +227,7 @@ class CrossEntropy(Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
         logits, targets, log_sum_exp = ctx.saved_tensors
         part = (0, logits.shape[-1], log_sum_exp, grad, ctx.z_loss)
         return None, ctx.package.cross_entropy_backward(logits, targets, *part, in_place=ctx.in_place), None, None, None

@@ -303,7 +303,7 @@ def finite(log_sum_exp: Tensor) -> Tensor:
 
 def visible_keys(key_ranges: KeyRanges, first: int = 0, last: int | None = None) -> Tensor:
     """bool [B or 1, last - first, T] of the queries [first, last)."""
-    ranges = key_ranges.ranges[:, first:last]
+    ranges: Tensor = key_ranges.ranges[:, first:last]  # on the device, so a tensor
     keys = torch.arange(key_ranges.num_keys, dtype=torch.int32, device=ranges.device)
     return (keys >= ranges[..., :1]) & (keys < ranges[..., 1:])
 

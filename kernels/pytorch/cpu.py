@@ -17,6 +17,7 @@ from torch.optim.adamw import adamw as torch_adamw
 from telechat_twins.core.model.batch import IGNORE
 from telechat_twins.core.model.visibility import KeyRanges
 from telechat_twins.kernels.pytorch import composite as torch_composite
+from telechat_twins.kernels.pytorch import private
 from telechat_twins.kernels.pytorch.composite import finite, held_targets, merge_blocks, wide
 
 __all__ = ["merge_blocks"]  # and the functions below
@@ -286,16 +287,11 @@ def embedding_backward(grad: Tensor, ids: Tensor, vocab_size: int) -> Tensor:
     return torch.ops.aten.embedding_dense_backward(grad, ids, vocab_size, -1, False)
 
 
-def one_dnn() -> bool:
-    """Whether this PyTorch offers oneDNN's product of dense float32 matrices."""
-    return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-
-
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """oneDNN for float32, which on AMD's processors is faster than the BLAS behind F.linear (measured 1.2 times)."""
     if x.dtype != torch.float32 or not x.numel():
         return F.linear(x, weight, bias)
-    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    return private.mkldnn_linear(x, weight, bias)
 
 
 def linear_backward(

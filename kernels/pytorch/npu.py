@@ -8,7 +8,7 @@ embedding lookup, cross entropy. B batch, S queries, T keys, H heads, K kv heads
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any
 
@@ -187,7 +187,7 @@ def attention_backward(
     if log_sum_exp.shape != (B, H, S):
         raise ValueError(f"log_sum_exp: {tuple(log_sum_exp.shape)}; needs {(B, H, S)}")
     if k.shape[1] == 0:
-        gradients: Any = [torch.zeros_like(x) for x in (q, k, v)]
+        gradients: Sequence[Tensor] = [torch.zeros_like(x) for x in (q, k, v)]
     else:
         plan = visibility.plan(key_ranges, B)
         # 0 for a row without keys: with its masked scores that makes weights of 0, -1e30 would make ones.
@@ -306,7 +306,7 @@ def _mask(plan: visibility.Plan, device: torch.device) -> Tensor | None:
     return torch.from_numpy(plan.mask[0] if len(plan.mask) == 1 else plan.mask[:, None]).to(device)
 
 
-def _lengths(plan: visibility.Plan) -> dict[str, Any]:
+def _lengths(plan: visibility.Plan) -> dict[str, int | str | list[int]]:
     """The arguments that the layout and the mode decide; "TND" statistics are [T, H, 8] in memory, too."""
     if plan.query_ends is None or plan.key_ends is None:
         return {"sparse_mode": plan.sparse_mode}

@@ -10,7 +10,7 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 SOURCE = "torch_npu 2.13.0, torch_npu/csrc/aten/npu_native_functions_by_codegen.yaml"
 
@@ -82,15 +82,16 @@ def parse(declaration: str) -> Schema:
     if match is None:
         raise ValueError(f"declaration: {declaration!r}; needs name(arguments) -> results")
     name, arguments, results = match.groups()
-    kind: Any = inspect.Parameter.POSITIONAL_OR_KEYWORD
+    keyword_only = False
     parameters, types = [], {}
     for argument in arguments.split(", "):
         if argument == "*":
-            kind = inspect.Parameter.KEYWORD_ONLY
+            keyword_only = True
             continue
         declared, _, rest = argument.partition(" ")
         argument_name, has_default, default = rest.partition("=")
         value = default if has_default else inspect.Parameter.empty
+        kind = inspect.Parameter.KEYWORD_ONLY if keyword_only else inspect.Parameter.POSITIONAL_OR_KEYWORD
         parameters.append(inspect.Parameter(argument_name, kind, default=value))
         types[argument_name] = re.sub(r"\(\w!\)", "", declared)
     return Schema(
@@ -100,7 +101,7 @@ def parse(declaration: str) -> Schema:
 
 SCHEMAS: dict[str, Schema] = {schema.name: schema for schema in map(parse, _DECLARED)}
 
-_IS: dict[str, Callable[[Any], bool]] = {
+_IS: dict[str, Callable[[object], bool]] = {
     "int": lambda x: isinstance(x, int) and not isinstance(x, bool),
     "float": lambda x: isinstance(x, int | float) and not isinstance(x, bool),
     "Scalar": lambda x: isinstance(x, int | float) and not isinstance(x, bool),
@@ -109,7 +110,7 @@ _IS: dict[str, Callable[[Any], bool]] = {
 }
 
 
-def bind(name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any], tensor: type) -> dict[str, Any]:
+def bind(name: str, args: tuple[object, ...], kwargs: Mapping[str, object], tensor: type) -> dict[str, object]:
     """The arguments of a call by name, without the defaults.
 
     TypeError where the operator is not in the table, has no such argument, lacks one, or gets one of another type;
@@ -128,7 +129,7 @@ def bind(name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any], tensor: ty
     return bound
 
 
-def _fits(declared: str, value: Any, tensor: type) -> bool:
+def _fits(declared: str, value: object, tensor: type) -> bool:
     if declared.endswith("?"):
         return value is None or _fits(declared[:-1], value, tensor)
     if declared.endswith("[]"):

@@ -40,6 +40,7 @@ from telechat_twins.kernels.pytorch import (
 from telechat_twins.kernels.pytorch import (
     native as torch_native,
 )
+from telechat_twins.kernels.pytorch import private
 from telechat_twins.kernels.pytorch import (
     weights as torch_weights,
 )
@@ -92,7 +93,7 @@ def candidates(kind: str) -> dict[str, list[Candidate]]:
 def _candidates(operator: str, kind: str) -> list[Candidate]:
     composite = Candidate("composite")
     if kind == "cpu":
-        without = "" if operator != "linear" or torch_cpu.one_dnn() else "this PyTorch has no oneDNN"
+        without = "" if operator != "linear" or private.has_mkldnn_linear() else "this PyTorch has no oneDNN"
         return [Candidate("torch", without), composite]
     if operator in _ALWAYS_TORCH:
         return [Candidate("torch"), composite]

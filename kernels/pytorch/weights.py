@@ -9,7 +9,7 @@ are faster. (PyTorch's own product of 8-bit weights reads beyond matrices of odd
 from __future__ import annotations
 
 from functools import cache
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from telechat_twins.kernels.int8 import Int8
 from telechat_twins.kernels.pytorch import cpu as torch_cpu
+from telechat_twins.kernels.pytorch import private
 
 NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16", torch.int8: "int8"}
 
@@ -63,22 +64,23 @@ class FewRows:
         return out
 
 
-Matrix = Tensor | Packed | Int8 | FewRows
+Matrix: TypeAlias = Tensor | Packed | Int8 | FewRows
 
 
 def prepared(weight: Tensor | Int8, compute: torch.dtype) -> Matrix:
     """``weight`` for products with rows of dtype ``compute``, without gradients."""
-    whole = isinstance(weight, Tensor)
-    values = weight if whole else weight.values
-    if values.device.type != "cpu" or compute not in NAMES or whole and weight.dtype != compute:
+    if isinstance(weight, Int8):
+        fits = weight.values.device.type == "cpu" and compute in NAMES
+        return FewRows(weight, compute) if fits and _compiled() else weight
+    if weight.device.type != "cpu" or compute not in NAMES or weight.dtype != compute:
         return weight
     if _compiled():
-        return FewRows(weight.detach() if whole else weight, compute)
-    if not whole or not torch_cpu.one_dnn() or compute == torch.float16:
+        return FewRows(weight.detach(), compute)
+    if not private.has_mkldnn_linear() or compute == torch.float16:
         return weight
-    if compute == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+    if compute == torch.bfloat16 and not private.mkldnn_bfloat16():
         return weight
-    return Packed(torch.ops.mkldnn._reorder_linear_weight(weight.detach(), 1), tuple(weight.shape))
+    return Packed(private.mkldnn_reorder(weight.detach()), tuple(weight.shape))
 
 
 def linear(x: Tensor, weight: Packed | Int8 | FewRows, bias: Tensor | None) -> Tensor:
@@ -86,7 +88,7 @@ def linear(x: Tensor, weight: Packed | Int8 | FewRows, bias: Tensor | None) -> T
     if isinstance(weight, FewRows) and x.dtype == weight.dtype:
         return weight.linear(x, bias)
     if isinstance(weight, Packed):
-        return torch.ops.mkldnn._linear_pointwise(x, weight.data, bias, "none", [], "")
+        return private.mkldnn_linear(x, weight.data, bias)
     return _many_rows(x, weight.weight if isinstance(weight, FewRows) else weight, bias)
 
 

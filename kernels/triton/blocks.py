@@ -9,7 +9,7 @@ float32 once. The interpreter's tiles are small, so that tiny test inputs run th
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 UNIFIED_BUFFER = 192 * 1024  # bytes a vector core of Atlas A2 (Ascend 910B) has
 TILES_TAKE = UNIFIED_BUFFER - 8 * 1024  # the rest is for row vectors, scalars and the compiler
@@ -33,7 +33,7 @@ class Tiles(NamedTuple):
     """``constants`` go to the kernel by name; ``most_programs`` bounds the grid (0: one program a tile); ``buffer`` is
     the count of bytes in an Ascend's unified buffer."""
 
-    constants: dict[str, Any]
+    constants: Mapping[str, int | str]
     warps: int
     stages: int
     most_programs: int
@@ -162,14 +162,14 @@ def _adamw(itemsize: int, sizes: Mapping[str, int], target: Target) -> Tiles:
 
 def _cross_entropy_forward(itemsize: int, sizes: Mapping[str, int], target: Target) -> Tiles:
     tiles = _elementwise(1, 0, 4, itemsize, target, 4096)
-    block = min(tiles.constants["BLOCK"], max(64, power_of_two(sizes["C"])))
+    block = min(int(tiles.constants["BLOCK"]), max(64, power_of_two(sizes["C"])))
     stages = 3 if target.kind == "gpu" else 1  # the next blocks of the row are on their way
     return tiles._replace(constants={"BLOCK": block}, warps=_warps(block, 8), stages=stages)
 
 
 def _cross_entropy_backward(itemsize: int, sizes: Mapping[str, int], target: Target) -> Tiles:
     tiles = _elementwise(2, 0, 4, itemsize, target, 4096)
-    block = min(tiles.constants["BLOCK"], max(64, power_of_two(sizes["C"])))
+    block = min(int(tiles.constants["BLOCK"]), max(64, power_of_two(sizes["C"])))
     return tiles._replace(constants={"BLOCK": block}, warps=_warps(block, 8))
 
 
@@ -206,7 +206,7 @@ def _matrix(
         buffer = scores + max(m, n) * width * 4 * sums + max(m, n) * 4 * 16  # and row vectors
         if buffer <= TILES_TAKE:
             break
-    constants = {"BLOCK_M": m, "BLOCK_N": n, "BLOCK_D": width, "PRECISION": "ieee"}
+    constants: dict[str, int | str] = {"BLOCK_M": m, "BLOCK_N": n, "BLOCK_D": width, "PRECISION": "ieee"}
     return Tiles(constants, 1, 1, target.matrix_cores, buffer)
 
 

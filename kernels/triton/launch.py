@@ -8,13 +8,15 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from typing import Any, NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import torch
 import triton
 from torch import Tensor
 
 from telechat_twins.kernels.triton.blocks import INTERPRETER, Target, Tiles, choose
+
+Argument: TypeAlias = Tensor | int | float | None
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 INTEGERS = (torch.int32, torch.int64)
@@ -31,10 +33,10 @@ INTERPRETED = not isinstance(_nothing, triton.JITFunction)
 class Launch(NamedTuple):
     """One launch as recorded: ``work`` pieces of it, ``arguments`` by name, ``constants`` that are compiled in."""
 
-    kernel: Any
+    kernel: triton.JITFunction
     work: int
-    arguments: dict[str, Any]
-    constants: dict[str, Any]
+    arguments: dict[str, Argument]
+    constants: dict[str, int | str]
     tiles: Tiles
 
 
@@ -84,13 +86,19 @@ def tiles_for(operator: str, x: Tensor, **sizes: int) -> Tiles:
     return choose(operator, x.element_size(), sizes, target_of(x))
 
 
-def launch(kernel: Any, work: int, tiles: Tiles, arguments: Mapping[str, Any], **constants: Any) -> None:
+def launch(
+    kernel: triton.JITFunction,
+    work: int,
+    tiles: Tiles,
+    arguments: Mapping[str, Argument],
+    **constants: int | str,
+) -> None:
     """Run ``kernel`` over ``work`` pieces, which programs take in turn. Without work nothing runs."""
     if work == 0:
         return
-    constants = {**tiles.constants, **constants}
+    known = {**tiles.constants, **constants}
     if _recorders:
-        _recorders[-1].launches.append(Launch(kernel, work, dict(arguments), constants, tiles))
+        _recorders[-1].launches.append(Launch(kernel, work, dict(arguments), known, tiles))
         return
     programs = min(work, tiles.most_programs) if tiles.most_programs else work
     first = next(value for value in arguments.values() if isinstance(value, Tensor))
@@ -100,7 +108,7 @@ def launch(kernel: Any, work: int, tiles: Tiles, arguments: Mapping[str, Any], *
     else:
         here, options = nullcontext(), {}
     with here:
-        kernel[(programs,)](**arguments, **constants, **options)
+        kernel[(programs,)](**arguments, **known, **options)
 
 
 def programs_of(work: int, tiles: Tiles) -> int:
@@ -121,7 +129,7 @@ def heads_of(x: Tensor) -> Tensor:
 
 def check(
     name: str,
-    value: Any,
+    value: object,
     shape: Sequence[int | None] | None = None,
     dtypes: Sequence[torch.dtype] = FLOATS,
     beside: Tensor | None = None,
@@ -143,7 +151,7 @@ def check(
         raise ValueError(f"{name}: got a tensor on {value.device}, needs one on {beside.device}")
 
 
-def check_last_axis(name: str, x: Any) -> None:
+def check_last_axis(name: str, x: Tensor) -> None:
     """A float tensor with at least one axis and at least one channel."""
     check(name, x)
     if x.ndim == 0 or x.shape[-1] == 0:

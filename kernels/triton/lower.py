@@ -20,7 +20,10 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    from telechat_twins.kernels.triton.launch import Argument, Launch
 
 ROOT = Path(__file__).resolve().parents[2]
 ENVIRONMENT = ROOT / "build" / "triton-ascend"
@@ -142,7 +145,7 @@ def compile_all(gpu: bool, only: str = "", one_each: bool = False) -> list[Row]:
     from telechat_twins.kernels.triton import shipped
     from telechat_twins.kernels.triton.blocks import ASCEND_910B3, H200
 
-    compile_one: Callable[[Any, dict[str, str]], int] = to_machine_code if gpu else to_linalg
+    compile_one: Callable[[Launch, dict[str, str]], int] = to_machine_code if gpu else to_linalg
     rows: list[Row] = []
     for launch in shipped.launches(H200 if gpu else ASCEND_910B3):
         name = launch.kernel.__name__
@@ -158,14 +161,16 @@ def compile_all(gpu: bool, only: str = "", one_each: bool = False) -> list[Row]:
     return rows
 
 
-def to_linalg(launch: Any, types: dict[str, str]) -> int:
+def to_linalg(launch: Launch, types: dict[str, str]) -> int:
     """Lower one launch by triton-ascend; the counted bytes of its tiles. Raises what the compiler raises, and
     RuntimeError when an operation of Triton is left over."""
-    from triton._C.libtriton import ir
     from triton.backends.ascend.compiler import AscendBackend
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
+    from telechat_twins.kernels.pytorch.private import triton_ir
+
+    ir = triton_ir()
     target = GPUTarget("npu", ASCEND, 0)
     backend = AscendBackend(target)
     options = backend.parse_options({})
@@ -186,13 +191,15 @@ def to_linalg(launch: Any, types: dict[str, str]) -> int:
     return launch.tiles.buffer
 
 
-def to_machine_code(launch: Any, types: dict[str, str]) -> int:
+def to_machine_code(launch: Launch, types: dict[str, str]) -> int:
     """Compile one launch for sm_90, which needs no GPU; its shared memory in bytes."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    signature, constants, aligned = {}, dict(launch.constants), {}
+    signature: dict[str, str] = {}
+    constants: dict[str, Argument | str] = dict(launch.constants)
+    aligned: dict[tuple[int], list[list[str | int]]] = {}
     for place, name in enumerate(launch.kernel.arg_names):
         value = launch.arguments.get(name)
         if name in constants or value is None or (isinstance(value, int) and value == 1):

@@ -15,6 +15,7 @@ import torch
 from mindspore import Tensor, mint
 
 from telechat_twins.core.model.visibility import KeyRanges
+from telechat_twins.kernels.pytorch.private import storage_key
 from telechat_twins.kernels.triton import ops
 from telechat_twins.kernels.triton.blocks import Target
 from telechat_twins.kernels.triton.launch import Launch, programs_of, recording
@@ -95,7 +96,7 @@ def _without_data(x: Any, known: dict[int, Tensor]) -> Any:
     if not x.is_contiguous():
         x = x.contiguous()
     stand_in = torch.empty(x.shape, dtype=_torch_type(x.dtype), device="meta")
-    known[_storage(stand_in)] = x
+    known[storage_key(stand_in)] = x
     known.setdefault(-len(known), stand_in)  # keeps the storage, and with it its number, alive
     return stand_in
 
@@ -105,14 +106,10 @@ def _with_data(x: Any, known: dict[int, Tensor]) -> Any:
         return tuple(_with_data(part, known) for part in x)
     if not isinstance(x, torch.Tensor):
         return x
-    if _storage(x) not in known:
-        known[_storage(x)] = mint.empty(tuple(x.shape), dtype=BACK[x.dtype])
+    if storage_key(x) not in known:
+        known[storage_key(x)] = mint.empty(tuple(x.shape), dtype=BACK[x.dtype])
         known.setdefault(-len(known), x)
-    return known[_storage(x)]
-
-
-def _storage(x: torch.Tensor) -> int:
-    return x.untyped_storage()._cdata
+    return known[storage_key(x)]
 
 
 def _torch_type(dtype: ms.Type) -> torch.dtype:

@@ -13,69 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from telechat_twins.kernels.triton.launch import FLOATS, check, check_last_axis, launch, programs_of, rows_of, tiles_for
-
-
-@triton.jit
-def _share(mask_ptr, columns, inside, total, MASKED: tl.constexpr):
-    """What a channel weighs in a mean, 0 outside the row: [1, BLOCK]."""
-    if MASKED:
-        share = tl.load(mask_ptr + columns, mask=inside, other=0.0).to(tl.float32) / total
-    else:
-        share = tl.where(inside, 1.0 / total, 0.0)
-    return share[None, :]
-
-
-@triton.jit
-def _total(mask_ptr, E, MASKED: tl.constexpr, BLOCK: tl.constexpr):
-    """The channels there are: E, or the sum of the mask; 1 where that is 0, so that nothing is divided by 0."""
-    if MASKED:
-        sums = tl.zeros((BLOCK,), tl.float32)
-        for start in range(0, E, BLOCK):
-            columns = start + tl.arange(0, BLOCK)
-            sums += tl.load(mask_ptr + columns, mask=columns < E, other=0.0).to(tl.float32)
-        total = tl.sum(sums, 0)
-        total = tl.where(total == 0.0, 1.0, total)
-    else:
-        total = E * 1.0
-    return total
-
-
-@triton.jit
-def _stream(x_ptr, residual_ptr, x_at, residual_at, seen, RESIDUAL: tl.constexpr):
-    """x, or x + residual rounded to the residual's dtype: what is stored is what is normed."""
-    x = tl.load(x_ptr + x_at, mask=seen, other=0.0).to(tl.float32)
-    if RESIDUAL:
-        x += tl.load(residual_ptr + residual_at, mask=seen, other=0.0).to(tl.float32)
-        x = x.to(residual_ptr.dtype.element_ty).to(tl.float32)
-    return x
-
-
-@triton.jit
-def _scaled(
-    normed, out_ptr, weight_ptr, bias_ptr, mask_ptr, columns, inside, CENTRED: tl.constexpr, MASKED: tl.constexpr
-):
-    """normed [ROWS, BLOCK] times weight, plus bias, times the growth mask: float32, for one rounding when stored.
-
-    Without a bias, the RMS norm, each step is rounded to the output's dtype, as TeleChat2's released code does.
-    """
-    weight = tl.load(weight_ptr + columns, mask=inside, other=0.0).to(tl.float32)
-    if CENTRED:
-        out = normed * weight[None, :] + tl.load(bias_ptr + columns, mask=inside, other=0.0).to(tl.float32)[None, :]
-    else:
-        out = _rounded(normed, out_ptr) * _rounded(weight, out_ptr)[None, :]
-    if MASKED:
-        mask = tl.load(mask_ptr + columns, mask=inside, other=0.0).to(tl.float32)
-        if CENTRED:
-            out *= mask[None, :]
-        else:
-            out = _rounded(out, out_ptr) * _rounded(mask, out_ptr)[None, :]
-    return out
-
-
-@triton.jit
-def _rounded(x, out_ptr):
-    """x rounded to the dtype that ``out_ptr`` points to, in float32."""
-    return x.to(out_ptr.dtype.element_ty).to(tl.float32)
+from telechat_twins.kernels.triton.norm_parts import channels, scaled, share_of, stream_of
 
 
 @triton.jit
@@ -101,7 +39,7 @@ def norm_forward(
     BLOCK: tl.constexpr,
     WHOLE: tl.constexpr,
 ):
-    total = _total(mask_ptr, E, MASKED, BLOCK)
+    total = channels(mask_ptr, E, MASKED, BLOCK)
     for tile in range(tl.program_id(0), tl.cdiv(N, ROWS), tl.num_programs(0)):
         rows = tile * ROWS + tl.arange(0, ROWS)
         there = rows < N
@@ -112,8 +50,8 @@ def norm_forward(
             columns = tl.arange(0, BLOCK)
             inside = columns < E
             seen = there[:, None] & inside[None, :]
-            share = _share(mask_ptr, columns, inside, total, MASKED)
-            x = _stream(
+            share = share_of(mask_ptr, columns, inside, total, MASKED)
+            x = stream_of(
                 x_ptr, residual_ptr, x_rows + columns[None, :], residual_rows + columns[None, :], seen, RESIDUAL
             )
             if RESIDUAL:
@@ -123,7 +61,7 @@ def norm_forward(
                 tl.store(mean_ptr + rows, mean, mask=there)
                 x = x - mean[:, None]
             rstd = 1.0 / tl.sqrt(tl.sum(x * x * share, 1) + eps)
-            out = _scaled(x * rstd[:, None], out_ptr, weight_ptr, bias_ptr, mask_ptr, columns, inside, CENTRED, MASKED)
+            out = scaled(x * rstd[:, None], out_ptr, weight_ptr, bias_ptr, mask_ptr, columns, inside, CENTRED, MASKED)
             tl.store(out_ptr + out_rows + columns[None, :], out.to(out_ptr.dtype.element_ty), mask=seen)
         else:
             mean = tl.zeros((ROWS,), tl.float32)
@@ -133,30 +71,30 @@ def norm_forward(
                     inside = columns < E
                     seen = there[:, None] & inside[None, :]
                     x = tl.load(x_ptr + x_rows + columns[None, :], mask=seen, other=0.0).to(tl.float32)
-                    mean += tl.sum(x * _share(mask_ptr, columns, inside, total, MASKED), 1)
+                    mean += tl.sum(x * share_of(mask_ptr, columns, inside, total, MASKED), 1)
                 tl.store(mean_ptr + rows, mean, mask=there)
             square = tl.zeros((ROWS,), tl.float32)
             for start in range(0, E, BLOCK):
                 columns = start + tl.arange(0, BLOCK)
                 inside = columns < E
                 seen = there[:, None] & inside[None, :]
-                x = _stream(
+                x = stream_of(
                     x_ptr, residual_ptr, x_rows + columns[None, :], residual_rows + columns[None, :], seen, RESIDUAL
                 )
                 if RESIDUAL:
                     tl.store(stream_ptr + out_rows + columns[None, :], x.to(stream_ptr.dtype.element_ty), mask=seen)
                 x = x - mean[:, None]
-                square += tl.sum(x * x * _share(mask_ptr, columns, inside, total, MASKED), 1)
+                square += tl.sum(x * x * share_of(mask_ptr, columns, inside, total, MASKED), 1)
             rstd = 1.0 / tl.sqrt(square + eps)
             for start in range(0, E, BLOCK):
                 columns = start + tl.arange(0, BLOCK)
                 inside = columns < E
                 seen = there[:, None] & inside[None, :]
-                x = _stream(
+                x = stream_of(
                     x_ptr, residual_ptr, x_rows + columns[None, :], residual_rows + columns[None, :], seen, RESIDUAL
                 )
                 normed = (x - mean[:, None]) * rstd[:, None]
-                out = _scaled(normed, out_ptr, weight_ptr, bias_ptr, mask_ptr, columns, inside, CENTRED, MASKED)
+                out = scaled(normed, out_ptr, weight_ptr, bias_ptr, mask_ptr, columns, inside, CENTRED, MASKED)
                 tl.store(out_ptr + out_rows + columns[None, :], out.to(out_ptr.dtype.element_ty), mask=seen)
         tl.store(rstd_ptr + rows, rstd, mask=there)
 
@@ -208,12 +146,12 @@ def norm_backward(
     BLOCK: tl.constexpr,
     WHOLE: tl.constexpr,
 ):
-    total = _total(mask_ptr, E, MASKED, BLOCK)
+    total = channels(mask_ptr, E, MASKED, BLOCK)
     if WHOLE:
         columns = tl.arange(0, BLOCK)
         inside = columns < E
         weight, growth = _vectors(weight_ptr, mask_ptr, columns, inside, MASKED)
-        share = _share(mask_ptr, columns, inside, total, MASKED)
+        share = share_of(mask_ptr, columns, inside, total, MASKED)
         dweight = tl.zeros((ROWS, BLOCK), tl.float32)
         if CENTRED:
             dbias = tl.zeros((ROWS, BLOCK), tl.float32)
@@ -266,7 +204,7 @@ def norm_backward(
                     grad_rows + columns[None, :], x_rows + columns[None, :], seen, weight, growth, mean, rstd,
                     CENTRED, MASKED,
                 )  # fmt: skip
-                share = _share(mask_ptr, columns, inside, total, MASKED)
+                share = share_of(mask_ptr, columns, inside, total, MASKED)
                 dx = rstd[:, None] * (weighted - share * (level[:, None] + normed * along[:, None]))
                 if RESIDUAL:
                     at = stream_grad_ptr + rows.to(tl.int64)[:, None] * stream_grad_stride + columns[None, :]

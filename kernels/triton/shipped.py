@@ -5,7 +5,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -47,7 +46,7 @@ def dtypes_of(launch: Launch) -> str:
     return "/".join(name for i, name in enumerate(names) if i == 0 or name != names[i - 1])
 
 
-def _type(value: Any) -> str:
+def _type(value: object) -> str:
     if value is None:
         return "none"
     if isinstance(value, Tensor):
@@ -61,7 +60,7 @@ def _empty(dtype: torch.dtype, *shape: int) -> Tensor:
     return torch.empty(shape, dtype=dtype, device="meta")
 
 
-def _calls() -> Iterator[Callable[[], Any]]:
+def _calls() -> Iterator[Callable[[], object]]:
     for dtype in DTYPES:
         yield from _norms(dtype)
         yield from _pointwise(dtype)
@@ -70,7 +69,7 @@ def _calls() -> Iterator[Callable[[], Any]]:
         yield from _losses(dtype)
 
 
-def _norms(dtype: torch.dtype) -> Iterator[Callable[[], Any]]:
+def _norms(dtype: torch.dtype) -> Iterator[Callable[[], object]]:
     rstd = _empty(FLOAT, _ROWS)
     for E in HIDDEN:
         x, wide = _empty(dtype, _ROWS, E), _empty(FLOAT, _ROWS, E)
@@ -84,7 +83,7 @@ def _norms(dtype: torch.dtype) -> Iterator[Callable[[], Any]]:
                 yield partial(ops.add_rms_norm_backward, x, stream, stream, w, rstd, mask)
 
 
-def _pointwise(dtype: torch.dtype) -> Iterator[Callable[[], Any]]:
+def _pointwise(dtype: torch.dtype) -> Iterator[Callable[[], object]]:
     x, count = _empty(dtype, _ROWS, _COLUMNS), _ROWS * _COLUMNS
     yield partial(ops.swiglu, x, x)
     yield partial(ops.swiglu_backward, x, x, x)
@@ -98,7 +97,7 @@ def _pointwise(dtype: torch.dtype) -> Iterator[Callable[[], Any]]:
             )
 
 
-def _ropes(dtype: torch.dtype) -> Iterator[Callable[[], Any]]:
+def _ropes(dtype: torch.dtype) -> Iterator[Callable[[], object]]:
     S = 512
     for D in HEAD_DIMS:
         for H in HEADS:
@@ -109,7 +108,7 @@ def _ropes(dtype: torch.dtype) -> Iterator[Callable[[], Any]]:
                 yield partial(ops.rope_qk_backward, q, k, table, table, scale, scale)
 
 
-def _attentions(dtype: torch.dtype) -> Iterator[Callable[[], Any]]:
+def _attentions(dtype: torch.dtype) -> Iterator[Callable[[], object]]:
     B, S, H, K = 2, 512, 16, 8
     seen = KeyRanges(_empty(torch.int32, B, S, 2), S, "documents")  # type: ignore[arg-type]
     lse = _empty(FLOAT, B, H, S)
@@ -122,7 +121,7 @@ def _attentions(dtype: torch.dtype) -> Iterator[Callable[[], Any]]:
         yield partial(ops.merge_blocks, wide, lse, wide, lse)
 
 
-def _losses(dtype: torch.dtype) -> Iterator[Callable[[], Any]]:
+def _losses(dtype: torch.dtype) -> Iterator[Callable[[], object]]:
     lse = _empty(FLOAT, _ROWS)
     for index in (torch.int32, torch.int64):
         targets = _empty(index, _ROWS)

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests import floors, house
+from tests.private_names import private_names
 from tests.size_report import report
 
 RULES: list[Callable[[Path], list[str]]] = [
@@ -24,6 +25,7 @@ RULES: list[Callable[[Path], list[str]]] = [
     floors.no_circles,
     floors.flat,
     floors.commands_are_leaves,
+    private_names,
 ]
 
 
@@ -41,7 +43,8 @@ CLEAN = {
     "core/commands/convert.py": "def run(args):\n    from telechat_twins.convert import hf\n    return hf\n",
     "convert/hf/folder.py": "from telechat_twins.core.config import x\n",
     "kernels/reference.py": "import numpy as np\ndef f(p):\n    return np.load(p, allow_pickle=False)\n",
-    "kernels/pytorch/ops.py": "import torch\n",
+    "kernels/pytorch/ops.py": "import torch\nclass A:\n    def f(self, x): return self._g(x._replace(a=torch))\n",
+    "kernels/pytorch/private.py": "import torch\nx = torch._C\n",
     "telechat_ms/model.py": "import mindspore\nclass Model:\n    def run(self, a): ...\ndef build(config): ...\n",
     "pt_reference/model.py": "import torch\nclass Model:\n    def run(self, a): ...\ndef build(config): ...\n",
     "tests/unit/test_x.py": "import torch, mindspore\n",
@@ -195,7 +198,23 @@ UNSAFE = house.unsafe_calls
         ),
         (house.bare_names, "tests/x.py", "import kernels\n", "write telechat_twins.kernels"),
         (house.long_functions, "core/x.py", "def f():\n" + "    x = 1\n" * 60, "core/x.py:1: f has 61 lines"),
-        (house.too_long, "core/x.py", "x = 1\n" * 701, "core/x.py: 701 lines"),
+        (private_names, "telechat_ms/x.py", "from mindspore._c_expression import run\n", "mindspore._c_expression.run"),
+        (private_names, "kernels/mindspore/x.py", "from mindspore.ops.operations import _inner_ops\n", "_inner_ops"),
+        (private_names, "kernels/triton/x.py", "def f():\n    from triton._C.libtriton import ir\n", "triton._C"),
+        (
+            private_names,
+            "pt_reference/x.py",
+            "import torch\nx = torch._C._get()\n",
+            "pt_reference/x.py:2: private name",
+        ),
+        (
+            private_names,
+            "kernels/pytorch/x.py",
+            "import torch\nx = torch.ones(1).untyped_storage()._cdata\n",
+            "._cdata",
+        ),
+        (private_names, "kernels/bench/x.py", "import torch\nx = hasattr(torch.ops, '_linear')\n", "'_linear'"),
+        (house.too_long, "core/x.py", "x = 1\n" * 501, "core/x.py: 501 lines"),
     ],
 )
 def test_a_planted_violation_is_found(rule: Callable, file: str, text: str, says: str, tmp_path: Path) -> None:
