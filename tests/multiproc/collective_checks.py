@@ -33,7 +33,7 @@ class Env:
     """One backend as seen from a rank: its modules, its groups, and the way between numpy and its tensors."""
 
     def __init__(self, backend: str) -> None:
-        package = {"pt": "pt_reference", "ms": "telechat_ms"}[backend]
+        package = {"pt": "telechat_twins.pt_reference", "ms": "telechat_twins.telechat_ms"}[backend]
         importlib.import_module(package)
         self.backend = backend
         self.mesh: ModuleType = importlib.import_module(f"{package}.mesh")

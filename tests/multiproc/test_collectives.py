@@ -52,7 +52,7 @@ def test_a_missing_sum_is_seen(results: Results) -> None:
         assert "beyond its bound" in rank["planted_missing_sum"]
 
 
-PACKAGES = {"pt": "pt_reference", "ms": "telechat_ms"}
+PACKAGES = {"pt": "telechat_twins.pt_reference", "ms": "telechat_twins.telechat_ms"}
 
 
 @pytest.fixture(params=PACKAGES)
