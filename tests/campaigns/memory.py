@@ -80,7 +80,7 @@ def config(folder: Path, steps: int, every: int, precision: str = "fp32") -> Run
 def work(backend: str, part: str, precision: str, steps: int, every: int, folder: Path) -> None:
     """Train in this process on ``folder``/data; a line of JSON in ``folder``/BACKEND.jsonl every ``every`` steps."""
     die_with_parent()
-    package = {"ms": "telechat_ms", "pt": "pt_reference"}[backend]
+    package = {"ms": "telechat_twins.telechat_ms", "pt": "telechat_twins.pt_reference"}[backend]
     trainer: Any = importlib.import_module(f"{package}.train").Trainer
     run = config(folder / "data", steps, max(every, steps // 4), precision)
     with (folder / f"{backend}.jsonl").open("w", encoding="utf-8") as log:
