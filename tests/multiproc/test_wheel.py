@@ -83,7 +83,7 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Installed:
     source.mkdir()
     for name in FOLDERS:
         shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("pyproject.toml", "setup.py", "LICENSE", "README.md"):
+    for name in ("pyproject.toml", "setup.py", "LICENSE", "README.md", "README.zh.md"):
         shutil.copy(ROOT / name, source)
     pip("wheel", "-q", "--no-deps", "--no-build-isolation", "-w", str(folder / "dist"), str(source))
     (wheel,) = (folder / "dist").glob("*.whl")
