@@ -23,7 +23,6 @@ from telechat_twins.convert.names import Binding
 from telechat_twins.core.errors import UserError
 from telechat_twins.core.files.safetensors import SafetensorsFile, SafetensorsWriter, TensorInfo, header_room
 
-FILE_FORMATS = ("safetensors", "ckpt")
 NAME_MAP = "param_name_map.json"  # MindSpore's own name for it
 _METADATA = {"format": "ms"}
 _NO_WEIGHTS = ("hyper_param.safetensors",)  # the optimizer's counters

@@ -62,7 +62,10 @@ def rms_norm(
     """
     x = ops.cast(x, stat)
     x = x * ops.rsqrt(_mean(x * x, mask) + Tensor(eps, stat))
-    return _affine(x, weight, None, compute, mask)
+    out = operand(x, compute) * operand(weight, compute)
+    if mask is not None:
+        out = out * ops.cast(mask, out.dtype)
+    return ops.cast(out, compute)
 
 
 def layer_norm(
@@ -96,15 +99,6 @@ def _mean(x: Tensor, mask: Tensor | None) -> Tensor:
         return ops.ReduceMean(keep_dims=True)(x, -1)
     mask = ops.cast(mask, x.dtype)
     return ops.ReduceSum(keep_dims=True)(x * mask, -1) / ops.ReduceSum()(mask)
-
-
-def _affine(x: Tensor, weight: Tensor, bias: Tensor | None, compute: ms.Type, mask: Tensor | None) -> Tensor:
-    out = operand(x, compute) * operand(weight, compute)
-    if bias is not None:
-        out = out + operand(bias, compute)
-    if mask is not None:
-        out = out * ops.cast(mask, out.dtype)
-    return ops.cast(out, compute)
 
 
 def rope(x: Tensor, cos: Tensor, sin: Tensor, scale: Tensor | None = None) -> Tensor:
