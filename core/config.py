@@ -22,6 +22,7 @@ from telechat_twins.core.model.config import (
     _nearest_divisor,
     load_model_config,
 )
+from telechat_twins.core.model.lora import LoraConfig, check_lora
 from telechat_twins.core.model.xpos_range import check_xpos_range
 from telechat_twins.core.near import nearest
 from telechat_twins.core.parallel.layout import Layout
@@ -150,6 +151,7 @@ class RunConfig:
     data: DataConfig = option(help="what to train on")
     train: TrainConfig = option(help="how long and in which precision")
     optim: OptimConfig = option(help="AdamW and its schedule")
+    lora: LoraConfig | None = option(None, help="train low-rank adapters of a frozen base; default: the whole model")
     parallel: Layout = option(Layout(), help="how the work is split over processes; default: one process")
     kernels: KernelsConfig = option(
         KernelsConfig(), help="which implementation serves each operator; default: the best"
@@ -164,6 +166,8 @@ class RunConfig:
                 "train at most at that length, or raise model.max_seqlen"
             )
         check_xpos_range(self.model, self.train.precision, self.data.seq_len)
+        if self.lora is not None:
+            check_lora(self.model, self.lora)
         if self.optim.warmup_steps >= self.train.steps:
             raise UserError(
                 f"optim.warmup_steps: {self.optim.warmup_steps} leaves no step after warm-up of train.steps "

@@ -346,7 +346,9 @@ def all_keys() -> frozenset[str]:
     import typing
 
     sections = typing.get_type_hints(RunConfig)
-    return frozenset(f"{s}.{f.name}" for s, kind in sections.items() for f in dataclasses.fields(kind))
+    # A section that may be absent is ``Section | None``.
+    kinds = {s: next(iter(typing.get_args(kind)), kind) for s, kind in sections.items()}
+    return frozenset(f"{s}.{f.name}" for s, kind in kinds.items() for f in dataclasses.fields(kind))
 
 
 def wrong_links(root: Path, page: str) -> list[str]:

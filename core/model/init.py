@@ -37,24 +37,40 @@ def init_tensor(
     """
     spec = parameter_table(config)[name]
     mean, std = _moments(spec, config, scheme)
-    starts, shape = _extent(spec.shape, index)
-    out = np.empty(shape, np.float32) if out is None else out
+    limits = (0.6, 1.4) if scheme == "strong" and spec.kind == "norm" else None
+    return draw_normal(name, spec.shape, seed, mean, std, index, out, limits)
+
+
+def draw_normal(
+    name: str,
+    shape: tuple[int, ...],
+    seed: int,
+    mean: float,
+    std: float,
+    index: tuple[slice, ...] | None = None,
+    out: np.ndarray | None = None,
+    limits: tuple[float, float] | None = None,
+) -> np.ndarray:
+    """float32 N(mean, std) for a vector or matrix of ``shape``, or for the slice ``index`` of it; element i depends on
+    (seed, name, i) alone. ``limits``: values beyond are set to them."""
+    starts, extent = _extent(shape, index)
+    out = np.empty(extent, np.float32) if out is None else out
     if std == 0.0:
         out[...] = mean
         return out
     key = _key(seed, name)
-    table, first_row = (out, starts[0]) if len(shape) == 2 else (out[None], 0)
+    table, first_row = (out, starts[0]) if len(extent) == 2 else (out[None], 0)
     rows, columns = table.shape
     width = max(1, min(columns, _CHUNK))
     for row, column in itertools.product(range(0, rows, height := max(1, _CHUNK // width)), range(0, columns, width)):
         part = table[row : row + height, column : column + width]
         down = np.arange(part.shape[0], dtype=np.uint64) + np.uint64(first_row + row)
         across = np.arange(part.shape[1], dtype=np.uint64) + np.uint64(starts[-1] + column)
-        values = _normal(key, down[:, None] * np.uint64(spec.shape[-1]) + across)
+        values = _normal(key, down[:, None] * np.uint64(shape[-1]) + across)
         values *= std
         values += mean
-        if scheme == "strong" and spec.kind == "norm":
-            np.clip(values, 0.6, 1.4, out=values)
+        if limits is not None:
+            np.clip(values, *limits, out=values)
         part[...] = values.astype(np.float32)  # rounded to it first, whatever ``out`` holds
     return out
 

@@ -1,0 +1,200 @@
+"""Low-rank adapters (LoRA; Hu et al., arXiv 2106.09685): configuration, parameters and initial values.
+
+A linear layer W x + b with an adapter computes W x + b + (alpha / rank) B A dropout(x), with A [rank, in] and
+B [out, rank]. W, b and everything without an adapter are the base, which is frozen. The logical names of A and B are
+those of the layer with ``lora_a`` and ``lora_b`` in place of ``weight``: layers.3.attn.q.lora_a.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+
+from telechat_twins.core.errors import UserError
+from telechat_twins.core.model.config import MAX_WIDTH, ModelConfig
+from telechat_twins.core.model.init import draw_normal
+from telechat_twins.core.model.params import ParamSpec, block_table
+from telechat_twins.core.near import nearest
+from telechat_twins.core.schema import from_mapping, option
+from telechat_twins.core.types import JsonObject
+
+TARGETS = ("q", "k", "v", "o", "gate", "up", "down")  # in the order of the model's parameters
+ROW_PARALLEL = ("o", "down")  # their inputs are split over tensor ranks, those of the others whole
+
+# The names of the same linears elsewhere: Hugging Face's Llama, the TeleChat2 and FLM releases, MindFormers' plain,
+# fused and mcore forms. A name of a packed linear stands for each of its parts.
+ALIASES = {
+    **{f"{name}_proj": (name,) for name in TARGETS},
+    **{f"w{name}": (name,) for name in "qkvo"},
+    **{f"linear_{name}": (name,) for name in "qkv"},
+    "query": ("q",),
+    "key": ("k",),
+    "value": ("v",),
+    "key_value": ("k", "v"),
+    "wk_v": ("k", "v"),
+    "w_qkv": ("q", "k", "v"),
+    "c_attn": ("q", "k", "v"),
+    "dense": ("o",),
+    "linear_proj": ("o",),
+    "w1": ("gate",),
+    "w3": ("up",),
+    "w_gate_hidden": ("gate", "up"),
+    "gating": ("gate",),
+    "hidden": ("up",),
+    "w2": ("down",),
+    "linear_fc2": ("down",),
+    "all-linear": TARGETS,
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoraConfig:
+    """The section ``lora`` of a run. Defaults are MindFormers' rank and alpha and the targets of TeleChat2's YAML."""
+
+    rank: int = option(8, help="r, rows of A and columns of B", min=1, max=MAX_WIDTH)
+    alpha: float = option(16.0, help="the product B A x is multiplied by alpha / rank", above=0.0)
+    dropout: float = option(0.0, help="share of the adapters' inputs that is zeroed in training", min=0.0, max=0.99)
+    targets: list[str] = option(
+        ["q", "k", "v", "o"],
+        help="linears with an adapter: q k v o gate up down, or their names in a release (q_proj, key_value, wo, "
+        "all-linear, .*wq|.*wo)",
+    )
+
+    def __post_init__(self) -> None:
+        named = {name for target in self.targets for name in _resolved(target)}
+        if not named:
+            raise UserError(f"lora.targets: names no linear; give some of {', '.join(TARGETS)}")
+        # Frozen: the list is replaced once, by the short names in the model's order, whatever was written.
+        object.__setattr__(self, "targets", [name for name in TARGETS if name in named])
+
+    def to_dict(self) -> JsonObject:
+        return dataclasses.asdict(self)
+
+
+def _resolved(target: str) -> Iterable[str]:
+    """The short names that one entry of ``targets`` stands for; MindFormers writes several as a regular expression."""
+    for word in target.split("|"):
+        name = word.strip().removeprefix(".*").removesuffix(".*").lstrip(".")
+        if name in TARGETS:
+            yield name
+        elif name in ALIASES:
+            yield from ALIASES[name]
+        else:
+            near = nearest(name, [*TARGETS, *ALIASES], cutoff=0.5)
+            hint = f"did you mean '{near}'?" if near else f"there are: {', '.join(TARGETS)}"
+            raise UserError(f"lora.targets: '{word.strip()}' is not a linear layer that takes an adapter; {hint}")
+
+
+def lora_scale(lora: LoraConfig) -> float:
+    """What B A x is multiplied by."""
+    return lora.alpha / lora.rank
+
+
+def check_lora(config: ModelConfig, lora: LoraConfig) -> None:
+    """UserError where a model cannot take these adapters."""
+    if config.growth is not None:
+        raise UserError(
+            "lora: a model between two sizes (model.growth) takes no adapter: its masks change while it trains; train "
+            "it until its masks are 1, then fine-tune that checkpoint"
+        )
+    if config.activation != "swiglu" and "gate" in lora.targets:
+        there = [name for name in TARGETS if name != "gate"]
+        raise UserError(f"lora.targets: 'gate', but this model's {config.activation} has none; give {', '.join(there)}")
+
+
+def lora_table(config: ModelConfig, lora: LoraConfig, layers: Iterable[int] | None = None) -> dict[str, ParamSpec]:
+    """Logical name -> shape of the adapters' parameters, block by block, A before B; ``layers`` as in parameter_table.
+
+    UserError where the model cannot take these adapters.
+    """
+    check_lora(config, lora)
+    block = {
+        name.removesuffix(".weight"): spec.shape
+        for name, spec in block_table(config).items()
+        if name.endswith(".weight") and name.split(".")[-2] in lora.targets
+    }
+    table = {}
+    for i in range(config.num_layers) if layers is None else sorted(layers):
+        for name, (rows, columns) in block.items():
+            table[f"layers.{i}.{name}.lora_a"] = ParamSpec((lora.rank, columns), "adapter")
+            table[f"layers.{i}.{name}.lora_b"] = ParamSpec((rows, lora.rank), "adapter")
+    return table
+
+
+def is_adapter(name: str) -> bool:
+    """Whether a logical name is that of an adapter's A or B."""
+    return name.endswith((".lora_a", ".lora_b"))
+
+
+def sharded_axis(name: str) -> int | None:
+    """The axis of an adapter's parameter that tensor parallelism splits; None: every tensor rank holds all of it.
+
+    A column-parallel layer splits its rows, and B's with them; a row-parallel one its columns, and A's. The other of
+    the two is whole on every rank, and each rank computes a part of its gradient: dA of a column-parallel layer sums
+    over the outputs, dB of a row-parallel one over the inputs, of which a rank has its own only.
+    """
+    *_, module, kind = name.split(".")
+    if module in ROW_PARALLEL:
+        return 1 if kind == "lora_a" else None
+    return 0 if kind == "lora_b" else None
+
+
+def init_adapter(
+    name: str,
+    config: ModelConfig,
+    lora: LoraConfig,
+    seed: int,
+    index: tuple[slice, ...] | None = None,
+    scheme: str = "normal",
+) -> np.ndarray:
+    """float32 initial value of an adapter's parameter, or of the slice ``index`` of it (core.model.init).
+
+    ``normal``: A ~ N(0, 1 / (3 in)), the variance of PEFT's uniform initialisation, and B = 0: training starts at the
+    base model. ``strong``, for tests: a B as large as A would be, without which A has no gradient.
+    """
+    spec = lora_table(config, lora, [int(name.split(".")[1])])[name]
+    std = 1.0 / math.sqrt(3.0 * spec.shape[1])
+    if name.endswith(".lora_b") and scheme == "normal":
+        std = 0.0
+    return draw_normal(name, spec.shape, seed, 0.0, std, index)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdapterBase:
+    """The model that an adapter was trained on: where it was, and core.checkpoint.fingerprint's digest of it."""
+
+    path: str = option(help="folder of the base model")
+    fingerprint: str = option(help="digest of its weights")
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdapterRecord:
+    """The key ``adapter`` of an adapter checkpoint's model.json."""
+
+    rank: int = option(help="r", min=1, max=MAX_WIDTH)
+    alpha: float = option(help="scale times rank", above=0.0)
+    dropout: float = option(0.0, help="in training", min=0.0, max=0.99)
+    targets: list[str] = option(help="linears with an adapter")
+    base: AdapterBase = option(help="the model it belongs to")
+
+    @property
+    def lora(self) -> LoraConfig:
+        return LoraConfig(rank=self.rank, alpha=self.alpha, dropout=self.dropout, targets=self.targets)
+
+    def to_dict(self) -> JsonObject:
+        return dataclasses.asdict(self)
+
+
+def adapter_record(lora: LoraConfig, base: AdapterBase) -> AdapterRecord:
+    return AdapterRecord(**lora.to_dict(), base=base)
+
+
+def read_adapter(model: JsonObject, where: str) -> AdapterRecord | None:
+    """The adapter that a model.json describes; None for a checkpoint of a whole model. UserError names what is wrong;
+    ``where`` is the file."""
+    values = model.get("adapter")
+    return None if values is None else from_mapping(AdapterRecord, values, f"{where}: adapter")
