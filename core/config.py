@@ -60,6 +60,9 @@ class TrainConfig:
         "none", help="activations computed again in the backward", choices=("none", "selective", "full")
     )
     seed: int = option(1234, help="initial weights and data order", min=0)
+    freeze: list[str] = option(
+        [], help="parameters that stay as they are, as glob patterns on logical names, e.g. embed.weight, *.bias"
+    )
 
     def __post_init__(self) -> None:
         if self.global_batch % self.micro_batch:

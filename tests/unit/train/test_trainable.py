@@ -1,0 +1,35 @@
+"""train.freeze: which parameters the optimizer updates."""
+
+from __future__ import annotations
+
+import pytest
+
+from telechat_twins.core.errors import UserError
+from telechat_twins.core.model.params import parameter_table
+from telechat_twins.core.train.trainable import check_freeze, trainable
+from tests.support.numpy_stepper import run_config
+
+
+def test_patterns_name_parameters_by_their_logical_names() -> None:
+    config = run_config(train__freeze=["embed.*", "layers.0.attn.[qk].weight", "*.bias"])
+    table = parameter_table(config.model)
+    kept = trainable(table, config)
+    frozen = [name for name in table if name not in kept]
+    assert frozen == [
+        "embed.weight",
+        "layers.0.attn.q.weight",
+        "layers.0.attn.k.weight",
+        "layers.0.attn.o.bias",
+        "layers.0.ffn.down.bias",
+    ]
+    assert all(kept[name] is table[name] for name in kept)
+    assert trainable(table, run_config()) == table
+    check_freeze(table, config)
+
+
+def test_a_pattern_without_a_parameter_and_a_model_without_one_are_refused() -> None:
+    table = parameter_table(run_config().model)
+    with pytest.raises(UserError, match=r"train\.freeze\[1\]: 'embd\.weight' matches no .*'embed\.weight'"):
+        check_freeze(table, run_config(train__freeze=["norm.weight", "embd.weight"]))
+    with pytest.raises(UserError, match="leave at least one"):
+        check_freeze(table, run_config(train__freeze=["*"]))
