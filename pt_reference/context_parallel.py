@@ -7,10 +7,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from telechat_twins.core.parallel.mesh import Mesh
 from telechat_twins.core.parallel.sequence import Visibility, gather_order, query_blocks
 from telechat_twins.pt_reference import ops
 from telechat_twins.pt_reference.collectives import gather_sequence
-from telechat_twins.pt_reference.mesh import Mesh
 from telechat_twins.pt_reference.model import Decoder
 from telechat_twins.pt_reference.ring_attention import ring_attention, ring_masks
 from telechat_twins.pt_reference.ulysses import heads_for_positions, positions_for_heads

@@ -12,9 +12,10 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from telechat_twins.core.parallel.mesh import Mesh
 from telechat_twins.core.parallel.sharding import Bucket, Shard, plan_buckets
-from telechat_twins.pt_reference.collectives import Handle, all_reduce, start_all_reduce, start_reduce_scatter
-from telechat_twins.pt_reference.mesh import Mesh
+from telechat_twins.core.parallel.transfer import Handle
+from telechat_twins.pt_reference.collectives import all_reduce, start_all_reduce, start_reduce_scatter
 
 BYTES = 4  # of a float32 gradient
 
@@ -38,7 +39,7 @@ class GradientBuckets:
         self.buckets = plan_buckets(table, self.parts, limit, by_class)
         device = next(iter(weights.values())).device
         self._flat = [torch.zeros(bucket.size, dtype=dtype, device=device) for bucket in self.buckets]
-        self._pending: dict[int, Handle] = {}
+        self._pending: dict[int, Handle[Tensor]] = {}
         self._passes = 0
         self._seen: dict[str, int] = {}
         for number, bucket in enumerate(self.buckets):

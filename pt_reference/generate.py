@@ -14,10 +14,10 @@ from telechat_twins.core.inference.runner import Step
 from telechat_twins.core.model.config import ModelConfig
 from telechat_twins.core.model.position import RotaryRows
 from telechat_twins.core.model.quantize import Int8Matrix
+from telechat_twins.core.parallel.mesh import Mesh
 from telechat_twins.pt_reference import ops
 from telechat_twins.pt_reference.collectives import broadcast
 from telechat_twins.pt_reference.inference_parallel import spread
-from telechat_twins.pt_reference.mesh import Mesh
 from telechat_twins.pt_reference.model import Decoder, Rope, to_numpy
 from telechat_twins.pt_reference.paged_attention import apply_paged_attention
 from telechat_twins.pt_reference.parallelize import parallelize

@@ -10,9 +10,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from telechat_twins.core.parallel.mesh import Mesh
 from telechat_twins.pt_reference import ops
 from telechat_twins.pt_reference.collectives import all_gather, broadcast, recv, send
-from telechat_twins.pt_reference.mesh import Mesh
 from telechat_twins.pt_reference.model import Decoder, Rope
 from telechat_twins.pt_reference.ring_pages import Places
 

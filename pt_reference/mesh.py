@@ -3,82 +3,18 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
 from datetime import timedelta
-from functools import cached_property
 
 import torch
 import torch.distributed as dist
 
 from telechat_twins.core.errors import UserError
 from telechat_twins.core.launch.heartbeat import Heartbeat
-from telechat_twins.core.parallel.layout import Coord, Layout
+from telechat_twins.core.parallel.layout import Layout
+from telechat_twins.core.parallel.mesh import Group, Link, Mesh, build_mesh
 from telechat_twins.pt_reference import ops
 
 _BACKENDS = {"cuda": "nccl", "npu": "hccl"}
-_AXES = ("tp", "cp", "ring", "ulysses", "dp", "replicas", "world")
-
-
-@dataclass(frozen=True)
-class Group:
-    """Ranks that meet in collectives. ``ranks`` in increasing order, ``rank`` this process's index among them."""
-
-    name: str
-    ranks: tuple[int, ...]
-    rank: int
-    handle: dist.ProcessGroup | None = None
-    heartbeat: Heartbeat | None = None
-
-    @property
-    def size(self) -> int:
-        return len(self.ranks)
-
-
-@dataclass(frozen=True)
-class Link:
-    """A one-way channel from global rank ``src`` to ``dst`` on a communicator of its own.
-
-    So a send that waits for its receiver never holds up a message on another channel between the same two ranks.
-    """
-
-    name: str
-    src: int
-    dst: int
-    handle: dist.ProcessGroup | None = None
-    heartbeat: Heartbeat | None = None
-
-    @cached_property
-    def ranks(self) -> tuple[int, int]:
-        return self.src, self.dst
-
-
-@dataclass(frozen=True)
-class Mesh:
-    """The groups and links of one rank. ``tied``: first and last pipeline rank of tied embeddings, else size 1; ``kv``:
-    tensor ranks that hold the same kv head, else size 1.
-
-    The pipeline is a ring: ``forward_out`` leads to pipeline rank (p+1) % pp. Links that no message takes are None:
-    all of them when pp is 1, those between last and first rank when a rank holds one chunk of the model.
-    """
-
-    layout: Layout
-    rank: int
-    coord: Coord
-    tp: Group
-    cp: Group
-    ring: Group
-    ulysses: Group
-    dp: Group
-    replicas: Group
-    world: Group
-    tied: Group
-    kv: Group
-    forward_in: Link | None
-    forward_out: Link | None
-    backward_in: Link | None
-    backward_out: Link | None
 
 
 _handles: dict[tuple[int, ...], dist.ProcessGroup] = {}  # one communicator for each distinct set of ranks
@@ -142,62 +78,8 @@ def make_link(name: str, src: int, dst: int, rank: int, heartbeat: Heartbeat | N
 def make_mesh(
     layout: Layout, rank: int, heartbeat: Heartbeat | None = None, tied: bool = False, kv_copies: int = 1
 ) -> Mesh:
-    """Make every group and link of ``layout`` in the same order on every process, and pick those of ``rank``.
-
-    tied: the model's embeddings are tied, so that the first and last pipeline ranks share a weight. kv_copies: as many
-    neighbouring tensor ranks hold the same kv head.
-    """
-    groups: dict[str, Group] = {}
-    for axis in _AXES:
-        for ranks in _distinct(layout, axis):
-            made = make_group(axis, ranks, rank, heartbeat)
-            if made is not None:
-                groups[axis] = made
-    shared = Group("tied", (rank,), 0)
-    kv = Group("kv", (rank,), 0)
-    for ranks in _distinct(layout, "tp") if kv_copies > 1 else ():
-        for first in range(0, layout.tp, kv_copies):
-            kv = make_group("kv", ranks[first : first + kv_copies], rank, heartbeat) or kv
-    links: dict[str, Link | None] = dict.fromkeys(("forward_in", "forward_out", "backward_in", "backward_out"))
-    for stages in _distinct(layout, "pp") if layout.pp > 1 else ():
-        if tied:
-            shared = make_group("tied", (stages[0], stages[-1]), rank, heartbeat) or shared
-        for i in range(layout.pp if layout.virtual > 1 else layout.pp - 1):
-            a, b = stages[i], stages[(i + 1) % layout.pp]
-            for direction, src, dst in (("forward", a, b), ("backward", b, a)):
-                end = f"{direction}_out" if rank == src else f"{direction}_in"
-                links[end] = make_link(end, src, dst, rank, heartbeat) or links[end]
-    return Mesh(
-        layout=layout,
-        rank=rank,
-        coord=layout.coord(rank),
-        tp=groups["tp"],
-        cp=groups["cp"],
-        ring=groups["ring"],
-        ulysses=groups["ulysses"],
-        dp=groups["dp"],
-        replicas=groups["replicas"],
-        world=groups["world"],
-        tied=shared,
-        kv=kv,
-        forward_in=links["forward_in"],
-        forward_out=links["forward_out"],
-        backward_in=links["backward_in"],
-        backward_out=links["backward_out"],
-    )
-
-
-@contextmanager
-def watched(op: str, group: Group | Link) -> Iterator[None]:
-    """Around a call that may wait for other ranks: a note of who waits where, for whoever watches this process."""
-    if group.heartbeat is None:
-        yield
-        return
-    group.heartbeat.enter(op, group.name, group.ranks)
-    try:
-        yield
-    finally:
-        group.heartbeat.leave()
+    """core.parallel.mesh.build_mesh with this backend's communicators."""
+    return build_mesh(layout, rank, make_group, make_link, heartbeat, tied, kv_copies)
 
 
 def leave() -> None:
@@ -206,7 +88,3 @@ def leave() -> None:
     _channels.clear()
     if dist.is_initialized():
         dist.destroy_process_group()
-
-
-def _distinct(layout: Layout, axis: str) -> list[tuple[int, ...]]:
-    return list(dict.fromkeys(layout.ranks(axis, rank) for rank in range(layout.world)))

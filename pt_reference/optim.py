@@ -16,13 +16,13 @@ from torch import Tensor, nn
 from telechat_twins.core.checkpoint.read import TensorPiece
 from telechat_twins.core.config import OptimConfig
 from telechat_twins.core.model.growth import Growth
+from telechat_twins.core.parallel.mesh import Mesh
 from telechat_twins.core.parallel.sharding import Box, FlatPiece, Shard, flat_pieces
 from telechat_twins.core.train.births import birth_classes
 from telechat_twins.core.train.recipe import class_decay, class_rate, corrections, is_young, tells_classes_apart
 from telechat_twins.kernels.pytorch import ops as kernels
 from telechat_twins.pt_reference.collectives import agree, all_gather
 from telechat_twins.pt_reference.data_parallel import GradientBuckets, owned_range
-from telechat_twins.pt_reference.mesh import Mesh
 from telechat_twins.pt_reference.model import to_numpy, to_tensor
 
 Read = Callable[[str, Box], np.ndarray]

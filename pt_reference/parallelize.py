@@ -5,10 +5,11 @@ from __future__ import annotations
 from telechat_twins.core.launch.heartbeat import open_heartbeat
 from telechat_twins.core.model.config import ModelConfig
 from telechat_twins.core.parallel.layout import Layout, check_layout
+from telechat_twins.core.parallel.mesh import Mesh
 from telechat_twins.core.parallel.sharding import Shard, chunk_table, is_tied_across, kv_copies
 from telechat_twins.pt_reference import ops
 from telechat_twins.pt_reference.context_parallel import apply_context_parallel
-from telechat_twins.pt_reference.mesh import Mesh, join, make_mesh
+from telechat_twins.pt_reference.mesh import join, make_mesh
 from telechat_twins.pt_reference.model import Decoder
 from telechat_twins.pt_reference.tensor_parallel import apply_tensor_parallel
 

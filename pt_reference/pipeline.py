@@ -14,12 +14,13 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from telechat_twins.core.parallel.mesh import Link, Mesh
 from telechat_twins.core.parallel.schedule import Action, actions, peak_live
 from telechat_twins.core.parallel.sequence import LocalBatch
+from telechat_twins.core.parallel.transfer import Handle
 from telechat_twins.pt_reference import ops
-from telechat_twins.pt_reference.collectives import Handle, recv, send
+from telechat_twins.pt_reference.collectives import recv, send
 from telechat_twins.pt_reference.context_parallel import attention_plan
-from telechat_twins.pt_reference.mesh import Link, Mesh
 from telechat_twins.pt_reference.model import Decoder
 from telechat_twins.pt_reference.tensor_parallel import cross_entropy
 
@@ -80,8 +81,8 @@ class _Step:
         self.plans = [attention_plan(batch.visibility, mesh) for batch in batches]
         self.ropes = [stages[0].rope(batch.positions, batch.seq_len) for batch in batches]
         self.held: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
-        self.sent: dict[tuple[int, int], Handle] = {}
-        self.sent_back: deque[Handle] = deque()
+        self.sent: dict[tuple[int, int], Handle[Tensor]] = {}
+        self.sent_back: deque[Handle[Tensor]] = deque()
         self.losses: list[Tensor] = []
         self.waited = 0.0
 

@@ -14,10 +14,11 @@ import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
+from telechat_twins.core.parallel.mesh import Group
 from telechat_twins.core.parallel.sequence import Visibility, mask_between, visible_part
+from telechat_twins.core.parallel.transfer import Handle
 from telechat_twins.pt_reference import ops
-from telechat_twins.pt_reference.collectives import Handle, start_shift
-from telechat_twins.pt_reference.mesh import Group
+from telechat_twins.pt_reference.collectives import start_shift
 
 
 def ring_masks(visibility: Visibility, group: Group) -> list[ops.Parts | None]:
@@ -69,7 +70,7 @@ class RingAttention(torch.autograd.Function):
         delta = (out * grad_out).sum(-1, keepdim=True)  # float32 or wider, as out is
         message = torch.stack((k.transpose(1, 2), v.transpose(1, 2)))
         dq = torch.zeros_like(queries, dtype=out.dtype)
-        travelling: Handle | None = None
+        travelling: Handle[Tensor] | None = None
         for step in range(group.size):
             coming = start_shift(message, group) if step < group.size - 1 else None
             rows, keys = visible_part(group.rank, (group.rank - step) % group.size, q.shape[1])

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from telechat_twins.core.inference.ring_pages import Part, Share
+from telechat_twins.core.parallel.mesh import Group
 from telechat_twins.pt_reference import ops
 from telechat_twins.pt_reference.collectives import all_to_all, start_shift
-from telechat_twins.pt_reference.mesh import Group
 from telechat_twins.pt_reference.model import Decoder
 
 

@@ -13,9 +13,9 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
 from telechat_twins.core.model.batch import IGNORE
+from telechat_twins.core.parallel.mesh import Group, Mesh
 from telechat_twins.pt_reference import ops
 from telechat_twins.pt_reference.collectives import all_reduce, copy_to, gather_sequence, reduce_from, scatter_sum
-from telechat_twins.pt_reference.mesh import Group, Mesh
 from telechat_twins.pt_reference.model import Decoder, Embedding, Linear, Norm
 
 SEQUENCE = 1  # the axis of positions in [B, S, E]

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from telechat_twins.core.parallel.mesh import Group
 from telechat_twins.pt_reference.collectives import swap_heads
-from telechat_twins.pt_reference.mesh import Group
 
 SEQUENCE, HEADS = 1, 2  # axes of [B, S, H, D]
 

@@ -11,67 +11,24 @@ both its ranks enter a collective. On Ascend the native operators are called; th
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import reduce
-from typing import Protocol
 
 import mindspore as ms
 import numpy as np
 from mindspore import Tensor, mint, ops
 from mindspore.mint import distributed as dist
 
+from telechat_twins.core.parallel.mesh import Group, Link, watched
+from telechat_twins.core.parallel.traffic import TrafficCounter
+from telechat_twins.core.parallel.transfer import Handle, Work
 from telechat_twins.telechat_ms.autograd import Context, Function
-from telechat_twins.telechat_ms.mesh import Group, Link, watched
 
 Operation = Callable[[Tensor], Tensor]
 
 _FOLD = {"sum": ops.add, "max": ops.maximum}
 _HOST: dict[str, Callable[..., np.ndarray]] = {"sum": np.sum, "max": np.max, "min": np.min}
 
-
-class Traffic(dict[tuple[str, str], list[int]]):
-    """(operation, group or link name) -> [calls, bytes of the tensors this rank gave to them]."""
-
-    def add(self, op: str, group: str, payload: int) -> None:
-        """Count one call with ``payload`` bytes."""
-        row = self.setdefault((op, group), [0, 0])
-        row[0] += 1
-        row[1] += payload
-
-    def reset(self) -> None:
-        """Forget everything counted so far."""
-        self.clear()
-
-
-TRAFFIC = Traffic()
-
-
-class Work(Protocol):
-    """A transfer as the framework's library returns it."""
-
-    def wait(self) -> object: ...
-
-
-@dataclass
-class Handle:
-    """A transfer in flight. It keeps the tensors alive; ``wait`` may be called again for the same result."""
-
-    op: str
-    group: Group | Link
-    works: Sequence[Work]
-    result: Callable[[], Tensor] | Tensor
-    kept: Tensor | None = None
-
-    def wait(self) -> Tensor:
-        """What was received or reduced; of a send, the tensor sent."""
-        if self.works:
-            with watched(self.op, self.group):
-                for work in self.works:
-                    work.wait()
-            self.works, self.kept = (), None
-        if not isinstance(self.result, Tensor):
-            self.result = self.result()
-        return self.result
+TRAFFIC = TrafficCounter()
 
 
 def all_reduce(x: Tensor, group: Group, op: str = "sum") -> Tensor:
@@ -79,7 +36,7 @@ def all_reduce(x: Tensor, group: Group, op: str = "sum") -> Tensor:
     return start_all_reduce(x, group, op).wait()
 
 
-def start_all_reduce(x: Tensor, group: Group, op: str = "sum") -> Handle:
+def start_all_reduce(x: Tensor, group: Group, op: str = "sum") -> Handle[Tensor]:
     """``all_reduce`` without waiting; x may be changed at once."""
     if group.size == 1:
         return Handle("all_reduce", group, (), x)
@@ -112,7 +69,7 @@ def reduce_scatter(x: Tensor, group: Group, axis: int) -> Tensor:
     return start_reduce_scatter(x, group, axis).wait()
 
 
-def start_reduce_scatter(x: Tensor, group: Group, axis: int) -> Handle:
+def start_reduce_scatter(x: Tensor, group: Group, axis: int) -> Handle[Tensor]:
     """``reduce_scatter`` without waiting; x may be changed only after ``wait``."""
     if group.size == 1:
         return Handle("reduce_scatter", group, (), x)
@@ -158,7 +115,7 @@ def barrier(group: Group) -> None:
     agree([0.0], group, "max")
 
 
-def start_shift(x: Tensor, group: Group) -> Handle:
+def start_shift(x: Tensor, group: Group) -> Handle[Tensor]:
     """Send x to the next rank of the ring and receive the previous rank's; x stays as it is until ``wait``."""
     if group.size == 1:
         return Handle("shift", group, (), x)
@@ -176,7 +133,7 @@ def start_shift(x: Tensor, group: Group) -> Handle:
     return Handle("shift", group, works, received, kept=sent)
 
 
-def send(x: Tensor, link: Link) -> Handle:
+def send(x: Tensor, link: Link) -> Handle[Tensor]:
     """Start to send x over ``link``. Keep the handle and leave x unchanged until its ``wait``, at a step's end."""
     sent = _sent(x)
     TRAFFIC.add("send", link.name, sent.nbytes)

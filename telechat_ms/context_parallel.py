@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from mindspore import Tensor
 from mindspore import ops as mops
 
+from telechat_twins.core.parallel.mesh import Mesh
 from telechat_twins.core.parallel.sequence import Visibility, gather_order, query_blocks
 from telechat_twins.telechat_ms import ops
 from telechat_twins.telechat_ms.collectives import gather_sequence
-from telechat_twins.telechat_ms.mesh import Mesh
 from telechat_twins.telechat_ms.model import Decoder
 from telechat_twins.telechat_ms.ring_attention import ring_attention, ring_masks
 from telechat_twins.telechat_ms.ulysses import heads_for_positions, positions_for_heads

@@ -12,10 +12,11 @@ from collections.abc import Mapping, Sequence
 import mindspore as ms
 from mindspore import Parameter, Tensor, ops
 
+from telechat_twins.core.parallel.mesh import Mesh
 from telechat_twins.core.parallel.sharding import Bucket, Shard, plan_buckets
+from telechat_twins.core.parallel.transfer import Handle
 from telechat_twins.kernels.mindspore import ops as kernels
-from telechat_twins.telechat_ms.collectives import Handle, all_reduce, start_all_reduce, start_reduce_scatter
-from telechat_twins.telechat_ms.mesh import Mesh
+from telechat_twins.telechat_ms.collectives import all_reduce, start_all_reduce, start_reduce_scatter
 
 BYTES = 4  # of a float32 gradient
 
@@ -78,7 +79,7 @@ class GradientBuckets:
         """Forget what was accumulated."""
         self._held, self._seen = {}, {}
 
-    def _start(self, number: int, bucket: Bucket) -> Handle:
+    def _start(self, number: int, bucket: Bucket) -> Handle[Tensor]:
         flat = self._joined(bucket) if self.adder is None else self._flat[number]
         # Sums over ranks of the model itself, where each computed a part of the gradient of one parameter.
         for axis in bucket.sum_over:

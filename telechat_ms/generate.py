@@ -14,10 +14,10 @@ from telechat_twins.core.inference.runner import Step
 from telechat_twins.core.model.config import ModelConfig
 from telechat_twins.core.model.position import RotaryRows
 from telechat_twins.core.model.quantize import Int8Matrix
+from telechat_twins.core.parallel.mesh import Mesh
 from telechat_twins.telechat_ms import ops
 from telechat_twins.telechat_ms.collectives import broadcast
 from telechat_twins.telechat_ms.inference_parallel import spread
-from telechat_twins.telechat_ms.mesh import Mesh
 from telechat_twins.telechat_ms.model import Decoder, Rope, to_numpy
 from telechat_twins.telechat_ms.paged_attention import apply_paged_attention
 from telechat_twins.telechat_ms.parallelize import parallelize

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 from mindspore import Tensor, ops
 
+from telechat_twins.core.parallel.mesh import Mesh
 from telechat_twins.telechat_ms import ops as decoder_ops
 from telechat_twins.telechat_ms.collectives import all_gather, broadcast, recv, send
-from telechat_twins.telechat_ms.mesh import Mesh
 from telechat_twins.telechat_ms.model import Decoder, Rope
 from telechat_twins.telechat_ms.ring_pages import Places
 

@@ -17,6 +17,7 @@ from mindspore import Parameter, Tensor, ops
 from telechat_twins.core.checkpoint.read import TensorPiece
 from telechat_twins.core.config import OptimConfig
 from telechat_twins.core.model.growth import Growth
+from telechat_twins.core.parallel.mesh import Mesh
 from telechat_twins.core.parallel.sharding import Box, FlatPiece, Shard, flat_pieces
 from telechat_twins.core.train.births import birth_classes
 from telechat_twins.core.train.recipe import class_decay, class_rate, corrections, is_young, tells_classes_apart
@@ -24,7 +25,6 @@ from telechat_twins.kernels.mindspore import composite as composite
 from telechat_twins.kernels.mindspore import ops as kernels
 from telechat_twins.telechat_ms.collectives import agree, all_gather
 from telechat_twins.telechat_ms.data_parallel import GradientBuckets
-from telechat_twins.telechat_ms.mesh import Mesh
 from telechat_twins.telechat_ms.ops import total
 
 Read = Callable[[str, Box], np.ndarray]

@@ -5,9 +5,10 @@ from __future__ import annotations
 from telechat_twins.core.launch.heartbeat import open_heartbeat
 from telechat_twins.core.model.config import ModelConfig
 from telechat_twins.core.parallel.layout import Layout, check_layout
+from telechat_twins.core.parallel.mesh import Mesh
 from telechat_twins.core.parallel.sharding import Shard, chunk_table, is_tied_across, kv_copies
 from telechat_twins.telechat_ms.context_parallel import apply_context_parallel
-from telechat_twins.telechat_ms.mesh import Mesh, join, make_mesh
+from telechat_twins.telechat_ms.mesh import join, make_mesh
 from telechat_twins.telechat_ms.model import Decoder
 from telechat_twins.telechat_ms.tensor_parallel import apply_tensor_parallel
 

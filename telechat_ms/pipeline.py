@@ -13,12 +13,13 @@ from collections.abc import Callable, Sequence
 
 from mindspore import Parameter, Tensor
 
+from telechat_twins.core.parallel.mesh import Link, Mesh
 from telechat_twins.core.parallel.schedule import Action, actions, peak_live
 from telechat_twins.core.parallel.sequence import LocalBatch
+from telechat_twins.core.parallel.transfer import Handle
 from telechat_twins.telechat_ms.autograd import Recorded, record
-from telechat_twins.telechat_ms.collectives import Handle, recv, send
+from telechat_twins.telechat_ms.collectives import recv, send
 from telechat_twins.telechat_ms.context_parallel import attention_plan
-from telechat_twins.telechat_ms.mesh import Link, Mesh
 from telechat_twins.telechat_ms.model import Decoder, named_weights
 from telechat_twins.telechat_ms.tensor_parallel import cross_entropy
 
@@ -81,8 +82,8 @@ class _Step:
         self.plans = [attention_plan(batch.visibility, mesh) for batch in batches]
         self.ropes = [stages[0].rope(batch.positions, batch.seq_len) for batch in batches]
         self.held: dict[tuple[int, int], Recorded] = {}
-        self.sent: dict[tuple[int, int], Handle] = {}
-        self.sent_back: deque[Handle] = deque()
+        self.sent: dict[tuple[int, int], Handle[Tensor]] = {}
+        self.sent_back: deque[Handle[Tensor]] = deque()
         self.losses: list[Tensor] = []
         self.waited = 0.0
 

@@ -13,11 +13,12 @@ import numpy as np
 from mindspore import Tensor
 from mindspore import ops as mops
 
+from telechat_twins.core.parallel.mesh import Group
 from telechat_twins.core.parallel.sequence import Visibility, mask_between, visible_part
+from telechat_twins.core.parallel.transfer import Handle
 from telechat_twins.telechat_ms import ops
 from telechat_twins.telechat_ms.autograd import Context, Function
-from telechat_twins.telechat_ms.collectives import Handle, start_shift
-from telechat_twins.telechat_ms.mesh import Group
+from telechat_twins.telechat_ms.collectives import start_shift
 
 HEADS_FIRST = (0, 2, 1, 3)  # [B, S, H, D] <-> [B, H, S, D]
 
@@ -68,7 +69,7 @@ class RingAttention(Function):
         delta = mops.ReduceSum(keep_dims=True)(out * mops.cast(grad_out, out.dtype), -1)  # float32 or wider, as out is
         message = _message(k, v)
         dq = mops.zeros_like(out)
-        travelling: Handle | None = None
+        travelling: Handle[Tensor] | None = None
         for step in range(group.size):
             coming = start_shift(message, group) if step < group.size - 1 else None
             rows, keys = visible_part(group.rank, (group.rank - step) % group.size, q.shape[1])

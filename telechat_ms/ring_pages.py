@@ -17,10 +17,10 @@ from mindspore import Tensor
 from mindspore import ops as mops
 
 from telechat_twins.core.inference.ring_pages import Part, Share
+from telechat_twins.core.parallel.mesh import Group
 from telechat_twins.kernels.mindspore.paged import Rows
 from telechat_twins.telechat_ms import ops
 from telechat_twins.telechat_ms.collectives import all_to_all, start_shift
-from telechat_twins.telechat_ms.mesh import Group
 from telechat_twins.telechat_ms.model import Decoder
 
 NO_KEYS = -1e30  # a log-sum-exp that weighs nothing and, unlike -inf, may be subtracted from another of its kind

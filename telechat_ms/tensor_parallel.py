@@ -13,10 +13,10 @@ from mindspore import Tensor, nn
 from mindspore import ops as mops
 
 from telechat_twins.core.model.batch import IGNORE
+from telechat_twins.core.parallel.mesh import Group, Mesh
 from telechat_twins.telechat_ms import ops
 from telechat_twins.telechat_ms.autograd import Context, Function
 from telechat_twins.telechat_ms.collectives import all_reduce, copy_to, gather_sequence, reduce_from, scatter_sum
-from telechat_twins.telechat_ms.mesh import Group, Mesh
 from telechat_twins.telechat_ms.model import Decoder, Embedding, Linear, Norm
 
 SEQUENCE = 1  # the axis of positions in [B, S, E]

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from mindspore import Tensor, ops
 
+from telechat_twins.core.parallel.mesh import Group
 from telechat_twins.telechat_ms.collectives import swap_heads
-from telechat_twins.telechat_ms.mesh import Group
 
 SEQUENCE, HEADS = 1, 2  # axes of [B, S, H, D]
 

@@ -21,6 +21,21 @@ from telechat_twins.core.parallel.sharding import Shard, chunk_table, plan_bucke
 
 Traffic = dict[tuple[str, str], list[int]]
 
+
+class TrafficCounter(Traffic):
+    """Messages of this process, counted where they are sent, in the form of ``Traffic``."""
+
+    def add(self, op: str, group: str, payload: int) -> None:
+        """Count one call with ``payload`` bytes."""
+        row = self.setdefault((op, group), [0, 0])
+        row[0] += 1
+        row[1] += payload
+
+    def reset(self) -> None:
+        """Forget everything counted so far."""
+        self.clear()
+
+
 _BYTES = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
 
 

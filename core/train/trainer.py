@@ -1,0 +1,176 @@
+"""The Stepper that both backends share: it drives a mesh, a pipeline and an optimizer, which the backend constructs."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Generic, Protocol, TypeVar
+
+import numpy as np
+
+from telechat_twins.core.checkpoint.read import Checkpoint, TensorPiece
+from telechat_twins.core.config import RunConfig
+from telechat_twins.core.model.batch import Batch
+from telechat_twins.core.model.growth import Growth, read_history
+from telechat_twins.core.model.init import init_tensor
+from telechat_twins.core.parallel.mesh import Group, Mesh
+from telechat_twins.core.parallel.sequence import LocalBatch, split_batch
+from telechat_twins.core.parallel.sharding import Box
+
+Read = Callable[[str, Box], np.ndarray]  # (logical name, box of the whole tensor) -> the values inside
+Watch = Callable[[int, Any], None]  # (micro-batch, the backend's logits [B, s, V/tp])
+
+
+class Stage(Protocol):
+    """A chunk of the model that this rank holds."""
+
+    def set_mask(self, c: float | None) -> None: ...
+
+
+S = TypeVar("S", bound=Stage)
+
+
+class Pipeline(Protocol):
+    """Forward and backward of a step's micro-batches; telechat_ms.pipeline and pt_reference.pipeline describe it."""
+
+    peak: int
+    waited: float
+
+    def run(
+        self,
+        batches: Sequence[LocalBatch],
+        num_targets: int,
+        loss_scale: float,
+        backward: bool = True,
+        watch: Watch | None = None,
+    ) -> float: ...
+
+
+class Gradients(Protocol):
+    """The fp32 accumulators of one step."""
+
+    def expect(self, passes: int) -> None: ...
+
+
+class Optimizer(Protocol):
+    """AdamW on the masters that this rank owns; telechat_ms.optim and pt_reference.optim describe the methods."""
+
+    @property
+    def gradients(self) -> Gradients: ...
+
+    @property
+    def step_count(self) -> int: ...
+
+    def refresh(self) -> None: ...
+
+    def reduce(self) -> None: ...
+
+    def grad_norm(self) -> float: ...
+
+    def step(self, lr: float, grad_scale: float) -> None: ...
+
+    def discard(self) -> None: ...
+
+    def load_masters(self, read: Read) -> None: ...
+
+    def load_state(self, read: Read, step_count: int, history: Sequence[Growth] = ()) -> None: ...
+
+    def export_masters(self) -> Iterator[TensorPiece]: ...
+
+    def export_state(self) -> Iterator[TensorPiece]: ...
+
+
+class BaseTrainer(ABC, Generic[S]):
+    """core.train.stepper.Stepper of one rank, all but ``implementation``.
+
+    agree: the backend's collectives.agree(values, group, op). The masters start from core.model.init with
+    ``train.seed``; the model's weights follow at the first ``gradients``.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        mesh: Mesh,
+        stages: Sequence[S],
+        pipeline: Pipeline,
+        optimizer: Optimizer,
+        agree: Callable[[list[float], Group, str], list[float]],
+    ) -> None:
+        self.config, self.mesh, self.stages = config, mesh, stages
+        self.pipeline, self.optimizer, self._agree = pipeline, optimizer, agree
+        self.optimizer.load_masters(lambda name, box: init_tensor(name, config.model, config.train.seed, box))
+
+    @property
+    def rank(self) -> int:
+        return self.mesh.rank
+
+    @property
+    def world(self) -> int:
+        return self.mesh.layout.world
+
+    def share(self, global_batch: int) -> tuple[int, int]:
+        count = global_batch // self.mesh.layout.dp
+        return self.mesh.coord.dp * count, count
+
+    def count_targets(self, num_targets: int) -> int:
+        return round(self._agree([num_targets], self.mesh.dp, "sum")[0])
+
+    def agree(self, values: list[float], op: str) -> list[float]:
+        return self._agree(values, self.mesh.world, op)
+
+    def gradients(
+        self,
+        batch: Batch,
+        num_targets: int,
+        loss_scale: float,
+        backward: bool = True,
+        watch: Watch | None = None,
+    ) -> float:
+        """core.train.stepper.Stepper.gradients; ``backward`` and ``watch`` as in Pipeline.run."""
+        self.optimizer.refresh()
+        size = self.config.train.micro_batch
+        pieces = [
+            split_batch(batch.rows(first, first + size), self.mesh.layout, self.mesh.coord.cp)
+            for first in range(0, len(batch.input_ids), size)
+        ]
+        self.optimizer.gradients.expect(len(pieces))
+        loss = self.pipeline.run(pieces, num_targets, loss_scale, backward, watch)
+        if backward:
+            self.optimizer.reduce()
+        # Tensor ranks computed the same sum; the ranks before the head computed none.
+        return self.agree([loss if self.mesh.coord.tp == 0 else 0.0], "sum")[0]
+
+    def set_mask(self, c: float | None) -> None:
+        for stage in self.stages:
+            stage.set_mask(c)
+
+    def grad_norm(self, loss_scale: float) -> float:
+        return self.optimizer.grad_norm() / loss_scale
+
+    def update(self, lr: float, grad_scale: float) -> None:
+        self.optimizer.step(lr, grad_scale)
+
+    def discard(self) -> None:
+        self.optimizer.discard()
+
+    def weights(self) -> Iterator[TensorPiece]:
+        return self.optimizer.export_masters()
+
+    def optimizer_state(self) -> Iterator[TensorPiece]:
+        return self.optimizer.export_state()
+
+    def load(self, checkpoint: Checkpoint, optimizer: bool) -> None:
+        self.optimizer.load_masters(lambda name, box: checkpoint.read("weights", name, box))
+        if optimizer:
+            assert checkpoint.trainer is not None  # a step folder of a run, which the caller has checked
+            steps = checkpoint.trainer["optimizer_steps"]
+            history = read_history(checkpoint.model, str(checkpoint.path / "model.json"))
+            self.optimizer.load_state(lambda key, box: checkpoint.read("optimizer", key, box), steps, history)
+
+    @property
+    def step(self) -> int:
+        return self.optimizer.step_count
+
+    @abstractmethod
+    def implementation(self) -> dict[str, str]:
+        """core.train.stepper.Stepper.implementation."""
