@@ -11,6 +11,7 @@ import numpy as np
 from numpy import ndarray as Array
 
 from telechat_twins.core.model.batch import IGNORE
+from telechat_twins.kernels.adamw import AdamWStep
 
 
 def rms_norm(x: Array, weight: Array, eps: float, mask: Array | None = None) -> Array:
@@ -303,28 +304,16 @@ def linear_backward(grad: Array, x: Array, weight: Array) -> tuple[Array, Array,
     return grad @ weight, rows.T @ x.reshape(-1, x.shape[-1]), rows.sum(0)
 
 
-def adamw(
-    master: Array,
-    grad: Array,
-    m: Array,
-    v: Array,
-    step: int,
-    lr: float,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    decay: float,
-    grad_scale: float = 1.0,
-) -> tuple[Array, Array, Array]:
-    """Update number ``step`` (from 1) with grad * grad_scale: decoupled decay, then lr * m_hat / (sqrt(v_hat) + eps).
+def adamw(master: Array, grad: Array, m: Array, v: Array, step: AdamWStep) -> tuple[Array, Array, Array]:
+    """One AdamW update with grad * grad_scale: decoupled decay, then lr * m_hat / (sqrt(v_hat) + eps).
 
-    Returns master, m, v (Loshchilov and Hutter, arXiv 1711.05101).
+    Returns the new master, m and v (Loshchilov and Hutter, arXiv 1711.05101).
     """
-    grad = grad * grad_scale
-    m = beta1 * m + (1.0 - beta1) * grad
-    v = beta2 * v + (1.0 - beta2) * grad * grad
-    update = (m / (1.0 - beta1**step)) / (np.sqrt(v / (1.0 - beta2**step)) + eps)
-    return master * (1.0 - lr * decay) - lr * update, m, v
+    grad = grad * step.grad_scale
+    m = step.beta1 * m + (1.0 - step.beta1) * grad
+    v = step.beta2 * v + (1.0 - step.beta2) * grad * grad
+    update = (m / step.bias_correction1) / (np.sqrt(v / step.bias_correction2) + step.eps)
+    return master * step.decay_factor - step.lr * update, m, v
 
 
 def _mean(x: Array, mask: Array | None) -> Array:

@@ -20,6 +20,7 @@ from telechat_twins.core.parallel.mesh import Mesh
 from telechat_twins.core.parallel.sharding import Box, FlatPiece, Shard, flat_pieces
 from telechat_twins.core.train.births import birth_classes
 from telechat_twins.core.train.recipe import class_decay, class_rate, corrections, is_young, tells_classes_apart
+from telechat_twins.kernels.adamw import AdamWStep
 from telechat_twins.kernels.pytorch import ops as kernels
 from telechat_twins.pt_reference.collectives import agree, all_gather
 from telechat_twins.pt_reference.data_parallel import GradientBuckets, owned_range
@@ -83,21 +84,11 @@ class AdamW:
         for number, (master, part, bucket) in enumerate(zip(self.masters, self.parts, buckets.buckets, strict=True)):
             mine = self._mine(number)
             rate, young = class_rate(config, lr, bucket.mup_class), self._still_young(number)
+            decay = class_decay(config, bucket.decays, bucket.mup_class)
+            scalars = AdamWStep(self._steps, rate, config.beta1, config.beta2, config.eps, decay, grad_scale)
             same = mine.data_ptr() == master.data_ptr()
-            kernels.adamw(
-                master,
-                part,
-                self._m[number],
-                self._v[number],
-                self._steps,
-                rate,
-                config.beta1,
-                config.beta2,
-                config.eps,
-                class_decay(config, bucket.decays, bucket.mup_class),
-                grad_scale,
-                copy=None if same or young else mine,
-            )
+            copy = None if same or young else mine
+            kernels.adamw(master, part, self._m[number], self._v[number], scalars, copy)
             if young:
                 self._correct(number, rate)
                 if not same:

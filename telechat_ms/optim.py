@@ -21,6 +21,7 @@ from telechat_twins.core.parallel.mesh import Mesh
 from telechat_twins.core.parallel.sharding import Box, FlatPiece, Shard, flat_pieces
 from telechat_twins.core.train.births import birth_classes
 from telechat_twins.core.train.recipe import class_decay, class_rate, corrections, is_young, tells_classes_apart
+from telechat_twins.kernels.adamw import AdamWStep
 from telechat_twins.kernels.mindspore import composite as composite
 from telechat_twins.kernels.mindspore import ops as kernels
 from telechat_twins.telechat_ms.collectives import agree, all_gather
@@ -81,14 +82,14 @@ class AdamW:
             decay = class_decay(config, bucket.decays, bucket.mup_class)
             young = self._still_young(number)
             vectors = self.masters[number], self.parts[number], self.m[number], self.v[number]
-            numbers = self.step_count, rate, config.beta1, config.beta2, config.eps, decay, grad_scale
+            scalars = AdamWStep(self.step_count, rate, config.beta1, config.beta2, config.eps, decay, grad_scale)
             if fused is not None and self.gradients.adder is not None and self.gradients.parts == 1 and not young:
                 # The new weights are written where they belong while the masters are at hand.
                 for segment in bucket.segments:
                     place = {"first": segment.start, "grad_first": segment.start, "count": segment.size}
-                    fused.adamw(*vectors, *numbers, copy=self.weights[segment.name], **place)
+                    fused.adamw(*vectors, scalars, copy=self.weights[segment.name], **place)
             else:
-                (fused or composite).adamw(*vectors, *numbers)
+                (fused or composite).adamw(*vectors, scalars)
                 self._stale.add(number)
                 if young:
                     self._correct(number, rate)

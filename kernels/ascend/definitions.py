@@ -12,6 +12,7 @@ import numpy as np
 from numpy import ndarray as Array
 
 from telechat_twins.kernels import reference
+from telechat_twins.kernels.adamw import AdamWStep
 from telechat_twins.kernels.ascend.attention_definitions import (
     fused_infer_attention,
     fusion_attention,
@@ -219,7 +220,8 @@ def adamw(
     need(step.value.shape == (1,), "step", step.value.shape, "the shape (1,)")
     number = int(step.value[0]) + 1
     need(number >= 1, "step", step.value[0], "a count from 0")
-    results = reference.adamw(var.value, gradient.value, m.value, v.value, number, lr, beta1, beta2, eps, decay)
+    scalars = AdamWStep(number, lr, beta1, beta2, eps, decay)
+    results = reference.adamw(var.value, gradient.value, m.value, v.value, scalars)
     return Operand(results[0], var.dtype), Operand(results[1], m.dtype), Operand(results[2], v.dtype)
 
 

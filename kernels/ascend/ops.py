@@ -12,6 +12,7 @@ from typing import NamedTuple
 import mindspore as ms
 from mindspore import Tensor, ops
 
+from telechat_twins.kernels.adamw import AdamWStep
 from telechat_twins.kernels.ascend import calls as cann
 from telechat_twins.kernels.ascend.attention import (
     AscendRanges,
@@ -251,34 +252,20 @@ def embedding_backward(grad: Tensor, ids: Tensor, vocab_size: int) -> Tensor:
     return cann.embedding_grad(ops.cast(grad, ms.float32), ids, vocab_size)
 
 
-def adamw(
-    master: Tensor,
-    grad: Tensor,
-    m: Tensor,
-    v: Tensor,
-    step: int,
-    lr: float,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    decay: float,
-    grad_scale: float | Tensor = 1.0,
-    copy: Tensor | None = None,
-) -> None:
-    """Update number ``step`` (from 1) of float32 ``master``, ``m`` and ``v`` in place with grad * grad_scale.
+def adamw(master: Tensor, grad: Tensor, m: Tensor, v: Tensor, step: AdamWStep, copy: Tensor | None = None) -> None:
+    """kernels.reference.adamw of float32 ``master``, ``m`` and ``v``, in place; ``grad`` of any float dtype.
 
-    ``copy``, of another dtype and the same shape, receives the new master.
+    ``copy``, of the same shape, receives the new master, rounded to the dtype of ``copy``.
     """
     for name, x in (("master", master), ("m", m), ("v", v)):
         if x.dtype != ms.float32:
             raise TypeError(f"{name}: {x.dtype}; needs float32")
     _same_shape("grad", grad, "master", master)
-    if step < 1:
-        raise ValueError(f"step: {step}; needs 1 or more")
     grad = ops.cast(grad, ms.float32)
-    if isinstance(grad_scale, Tensor) or grad_scale != 1.0:
-        grad = grad * grad_scale
-    cann.adamw(master, m, v, grad, Tensor([step - 1], ms.float32), lr, beta1, beta2, decay, eps)
+    if step.grad_scale != 1.0:
+        grad = grad * step.grad_scale
+    done = Tensor([step.step - 1], ms.float32)  # the operator adds 1 before the bias correction
+    cann.adamw(master, m, v, grad, done, step.lr, step.beta1, step.beta2, step.weight_decay, step.eps)
     if copy is not None:
         copy.copy_(ops.cast(master, copy.dtype))
 

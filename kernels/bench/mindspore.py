@@ -17,6 +17,7 @@ from mindspore import ops as mops
 from telechat_twins.core.bench.cases import Size
 from telechat_twins.core.model.visibility import Block, causal_blocks, causal_ranges
 from telechat_twins.core.types import JsonObject
+from telechat_twins.kernels.adamw import AdamWStep
 from telechat_twins.kernels.bench.contestant import Call, Contestant, host_seconds
 from telechat_twins.kernels.cpu.engine import usual_threads
 from telechat_twins.kernels.mindspore import composite as composite
@@ -201,7 +202,7 @@ def _calls(module: ModuleType, operator: str, inputs: Inputs, size: Size) -> tup
             lambda: m.cross_entropy_backward(logits, targets, 0, columns, lse, factor),
         )
     master, grad, first, second = inputs
-    return lambda: m.adamw(master, grad, first, second, 10, 1e-6, 0.9, 0.95, 1e-8, 0.1), None
+    return lambda: m.adamw(master, grad, first, second, AdamWStep(10, 1e-6, 0.9, 0.95, 1e-8, 0.1)), None
 
 
 def _wait() -> None:

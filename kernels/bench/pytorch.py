@@ -16,6 +16,7 @@ from torch import Tensor
 from telechat_twins.core.bench.cases import Size
 from telechat_twins.core.model.visibility import Block, KeyRanges, causal_ranges
 from telechat_twins.core.types import JsonObject
+from telechat_twins.kernels.adamw import AdamWStep
 from telechat_twins.kernels.bench.contestant import Call, Contestant, host_seconds
 from telechat_twins.kernels.bench.eager import repeat_kv, rotate_half
 from telechat_twins.kernels.pytorch import composite as torch_composite
@@ -215,7 +216,7 @@ def _calls(package: ModuleType, operator: str, inputs: Inputs) -> tuple[Call, Ca
             lambda: p.cross_entropy_backward(logits, targets, 0, columns, lse, 1.0),
         )
     master, grad, m, v = inputs
-    return lambda: p.adamw(master, grad, m, v, 10, 1e-6, 0.9, 0.95, 1e-8, 0.1), None
+    return lambda: p.adamw(master, grad, m, v, AdamWStep(10, 1e-6, 0.9, 0.95, 1e-8, 0.1)), None
 
 
 def _host(ranges: KeyRanges) -> KeyRanges:

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from telechat_twins.core.model.visibility import KeyRanges
+from telechat_twins.kernels.adamw import AdamWStep
 from telechat_twins.kernels.cpu.checks import (
     FLOATING,
     INTEGER,
@@ -451,13 +452,7 @@ def adamw(
     grad: Array,
     m: Array,
     v: Array,
-    step: int,
-    lr: float,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    decay: float,
-    grad_scale: float = 1.0,
+    step: AdamWStep,
     copy: Array | None = None,
     first: int = 0,
     grad_first: int = 0,
@@ -478,16 +473,16 @@ def adamw(
         raise ValueError(f"grad: elements {grad_first} to {grad_first + count} of {size_of(grad)}")
     if copy is not None and size_of(copy) != count:
         raise ValueError(f"copy: {size_of(copy)} elements for {count} new weights")
-    correct = 1.0 / (1.0 - beta1**step), (1.0 - beta2**step) ** -0.5
     scalars = (
         first,
-        lr,
-        beta1,
-        beta2,
-        eps,
-        1.0 - lr * decay,
-        *correct,
-        grad_scale,
+        step.lr,
+        step.beta1,
+        step.beta2,
+        step.eps,
+        step.decay_factor,
+        1.0 / step.bias_correction1,
+        step.bias_correction2**-0.5,
+        step.grad_scale,
         copy is not None,
         grad_first,
         count,

@@ -22,6 +22,7 @@ from mindspore import Parameter, Tensor, ops
 
 from telechat_twins.core.model.batch import IGNORE
 from telechat_twins.core.model.visibility import Block
+from telechat_twins.kernels.adamw import AdamWStep
 
 _HIDDEN = -1.0e30  # added to a score that must not be seen; finite, so a masked row cannot make a NaN
 _MOST_AT_ONCE, _ROW = 16384, 1024  # elements that the CPU sums in one thread; elements of a row of a longer sum
@@ -265,40 +266,30 @@ def _held(targets: Tensor, first: int, columns: int) -> tuple[Tensor, Tensor]:
     return held, ops.cast(local * held, ms.int32)
 
 
-def adamw(
-    master: Parameter,
-    grad: Tensor,
-    m: Parameter,
-    v: Parameter,
-    step: int,
-    lr: float,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    decay: float,
-    grad_scale: float = 1.0,
-) -> None:
-    """Update number ``step`` (from 1) of flat vectors in place, with grad * grad_scale.
+def adamw(master: Parameter, grad: Tensor, m: Parameter, v: Parameter, step: AdamWStep) -> None:
+    """kernels.reference.adamw of flat vectors of one dtype, in place.
 
-    ops.Adam computes lr * sqrt(1 - b2^t) / (1 - b1^t) * m / (sqrt(v) + eps). With eps * sqrt(1 - b2^t) in place of eps
-    that is the bias-corrected lr * m_hat / (sqrt(v_hat) + eps). It takes no float64, for which plain operators serve.
+    ops.Adam computes lr * sqrt(1 - beta2^t) / (1 - beta1^t) * m / (sqrt(v) + eps): with eps * sqrt(1 - beta2^t) in
+    place of eps that is the bias-corrected lr * m_hat / (sqrt(v_hat) + eps). It lacks float64, which plain operators
+    compute.
     """
-    dtype = master.dtype
+    dtype, beta1, beta2 = master.dtype, step.beta1, step.beta2
 
     def number(value: float) -> Tensor:
         return Tensor(value, dtype)
 
-    if decay:
-        master.set_data(master * number(1.0 - lr * decay))
-    grad = grad * number(grad_scale)
-    root = math.sqrt(1.0 - beta2**step)
+    if step.weight_decay:
+        master.set_data(master * number(step.decay_factor))
+    grad = grad * number(step.grad_scale)
+    root = math.sqrt(step.bias_correction2)
     if dtype != ms.float64:
-        scalars = [number(s) for s in (beta1**step, beta2**step, lr, beta1, beta2, eps * root)]
-        ops.Adam()(master, m, v, *scalars, grad)
+        scalars = (beta1**step.step, beta2**step.step, step.lr, beta1, beta2, step.eps * root)
+        ops.Adam()(master, m, v, *map(number, scalars), grad)
         return
     m.set_data(m * number(beta1) + grad * number(1.0 - beta1))
     v.set_data(v * number(beta2) + grad * grad * number(1.0 - beta2))
-    master.set_data(master - m * number(lr * root / (1.0 - beta1**step)) / (ops.sqrt(v) + number(eps * root)))
+    rate = number(step.lr * root / step.bias_correction1)
+    master.set_data(master - m * rate / (ops.sqrt(v) + number(step.eps * root)))
 
 
 def total_loss(losses: Tensor, targets: Tensor) -> Tensor:

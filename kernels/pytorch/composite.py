@@ -14,6 +14,7 @@ from torch import Tensor
 
 from telechat_twins.core.model.batch import IGNORE
 from telechat_twins.core.model.visibility import KeyRanges
+from telechat_twins.kernels.adamw import AdamWStep
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:
@@ -271,27 +272,14 @@ def linear_backward(
     )
 
 
-def adamw(
-    master: Tensor,
-    grad: Tensor,
-    m: Tensor,
-    v: Tensor,
-    step: int,
-    lr: float,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    decay: float,
-    grad_scale: float = 1.0,
-    copy: Tensor | None = None,
-) -> None:
-    """Update number ``step`` (from 1) of flat vectors in place with grad * grad_scale; ``copy`` becomes the master,
-    rounded to its dtype. ``grad`` is left as it was."""
-    grad = grad * grad_scale
-    m.mul_(beta1).add_(grad, alpha=1.0 - beta1)
-    v.mul_(beta2).addcmul_(grad, grad, value=1.0 - beta2)
-    root = (v / (1.0 - beta2**step)).sqrt() + eps
-    master.mul_(1.0 - lr * decay).addcdiv_(m, root, value=-lr / (1.0 - beta1**step))
+def adamw(master: Tensor, grad: Tensor, m: Tensor, v: Tensor, step: AdamWStep, copy: Tensor | None = None) -> None:
+    """kernels.reference.adamw of flat vectors of one dtype, in place; ``copy`` receives the new master, rounded to the
+    dtype of ``copy``. ``grad`` is unchanged."""
+    grad = grad * step.grad_scale
+    m.mul_(step.beta1).add_(grad, alpha=1.0 - step.beta1)
+    v.mul_(step.beta2).addcmul_(grad, grad, value=1.0 - step.beta2)
+    root = (v / step.bias_correction2).sqrt() + step.eps
+    master.mul_(step.decay_factor).addcdiv_(m, root, value=-step.lr / step.bias_correction1)
     if copy is not None:
         copy.copy_(master)
 

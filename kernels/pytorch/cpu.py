@@ -16,6 +16,7 @@ from torch.optim.adamw import adamw as torch_adamw
 
 from telechat_twins.core.model.batch import IGNORE
 from telechat_twins.core.model.visibility import KeyRanges
+from telechat_twins.kernels.adamw import AdamWStep
 from telechat_twins.kernels.pytorch import composite as torch_composite
 from telechat_twins.kernels.pytorch import private
 from telechat_twins.kernels.pytorch.composite import finite, held_targets, merge_blocks, wide
@@ -305,28 +306,15 @@ def linear_backward(
     )
 
 
-def adamw(
-    master: Tensor,
-    grad: Tensor,
-    m: Tensor,
-    v: Tensor,
-    step: int,
-    lr: float,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    decay: float,
-    grad_scale: float = 1.0,
-    copy: Tensor | None = None,
-) -> None:
+def adamw(master: Tensor, grad: Tensor, m: Tensor, v: Tensor, step: AdamWStep, copy: Tensor | None = None) -> None:
     """PyTorch's fused AdamW, of any device that has it. ``grad`` is scaled in place."""
     scale = None
-    if grad_scale != 1.0:
+    if step.grad_scale != 1.0:
         if grad.dtype == torch.float32:  # the kernel divides, by a float32
-            scale = torch.tensor(1.0 / grad_scale, device=grad.device)
+            scale = torch.tensor(1.0 / step.grad_scale, device=grad.device)
         else:
-            grad.mul_(grad_scale)
-    done = torch.tensor(float(step - 1), device=master.device)
+            grad.mul_(step.grad_scale)
+    done = torch.tensor(float(step.step - 1), device=master.device)  # the kernel adds 1 before the bias correction
     torch_adamw(
         [master],
         [grad],
@@ -337,11 +325,11 @@ def adamw(
         fused=True,
         grad_scale=scale,
         amsgrad=False,
-        beta1=beta1,
-        beta2=beta2,
-        lr=lr,
-        weight_decay=decay,
-        eps=eps,
+        beta1=step.beta1,
+        beta2=step.beta2,
+        lr=step.lr,
+        weight_decay=step.weight_decay,
+        eps=step.eps,
         maximize=False,
     )
     if copy is not None:

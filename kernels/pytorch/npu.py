@@ -18,6 +18,7 @@ from torch import Tensor
 
 from telechat_twins.core.errors import UserError
 from telechat_twins.core.model.visibility import KeyRanges, causal_ranges
+from telechat_twins.kernels.adamw import AdamWStep
 from telechat_twins.kernels.ascend import visibility as visibility
 
 LANES = 8
@@ -239,35 +240,19 @@ def cached_attention(q: Tensor, k: Tensor, v: Tensor, length: int, scale: float 
     return _infer(q, k, v, length, scale, False)[0]
 
 
-def adamw(
-    master: Tensor,
-    grad: Tensor,
-    m: Tensor,
-    v: Tensor,
-    step: int,
-    lr: float,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    decay: float,
-    grad_scale: float | Tensor = 1.0,
-    copy: Tensor | None = None,
-) -> None:
-    """As kernels.ascend.ops.adamw. The operator is given the powers before this update and multiplies once more
-    itself."""
+def adamw(master: Tensor, grad: Tensor, m: Tensor, v: Tensor, step: AdamWStep, copy: Tensor | None = None) -> None:
+    """As kernels.ascend.ops.adamw."""
     for name, x in (("master", master), ("m", m), ("v", v)):
         if x.dtype != torch.float32:
             raise TypeError(f"{name}: {x.dtype}; needs torch.float32")
     _same_shape("grad", grad, "master", master)
-    if step < 1:
-        raise ValueError(f"step: {step}; needs 1 or more")
     grad = grad.float()
-    if isinstance(grad_scale, Tensor) or grad_scale != 1.0:
-        grad = grad * grad_scale
-    powers = (beta1 ** (step - 1), beta2 ** (step - 1))
-    operator("npu_apply_adam_w.out")(
-        *powers, lr, decay, beta1, beta2, eps, grad, None, False, False, var=master, m=m, v=v
-    )
+    if step.grad_scale != 1.0:
+        grad = grad * step.grad_scale
+    # beta^(t-1): the operator multiplies by beta once more before the bias correction.
+    powers = (step.beta1 ** (step.step - 1), step.beta2 ** (step.step - 1))
+    rates = (step.lr, step.weight_decay, step.beta1, step.beta2, step.eps)
+    operator("npu_apply_adam_w.out")(*powers, *rates, grad, None, False, False, var=master, m=m, v=v)
     if copy is not None:
         copy.copy_(master)
 

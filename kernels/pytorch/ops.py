@@ -24,6 +24,7 @@ from torch import Tensor
 from telechat_twins.core.config import KERNEL_OPERATORS
 from telechat_twins.core.errors import UserError
 from telechat_twins.core.model.visibility import Block, KeyRanges
+from telechat_twins.kernels.adamw import AdamWStep
 from telechat_twins.kernels.dispatch import Candidate, Choice, choose, describe
 from telechat_twins.kernels.pytorch import (
     autograd as torch_autograd,
@@ -373,27 +374,12 @@ def _shard_package(logits: Tensor) -> ModuleType:
     return package
 
 
-def adamw(
-    master: Tensor,
-    grad: Tensor,
-    m: Tensor,
-    v: Tensor,
-    step: int,
-    lr: float,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    decay: float,
-    grad_scale: float = 1.0,
-    copy: Tensor | None = None,
-) -> None:
-    """Update number ``step`` (from 1) of flat vectors in place, with grad * grad_scale (``grad`` may be changed).
+def adamw(master: Tensor, grad: Tensor, m: Tensor, v: Tensor, step: AdamWStep, copy: Tensor | None = None) -> None:
+    """kernels.reference.adamw of flat vectors of one dtype, in place; ``grad`` may be overwritten.
 
-    ``copy``, where given, becomes the new master in its own dtype.
+    ``copy`` receives the new master, rounded to the dtype of ``copy``.
     """
     torch_checks.adamw(master, grad, m, v, copy)
     package = serving("adamw", master)
     with torch.no_grad():
-        (torch_cpu if package is torch_native else package).adamw(
-            master, grad, m, v, step, lr, beta1, beta2, eps, decay, grad_scale, copy
-        )
+        (torch_cpu if package is torch_native else package).adamw(master, grad, m, v, step, copy)

@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from telechat_twins.kernels.adamw import AdamWStep
 from telechat_twins.kernels.triton.launch import check, launch, tiles_for
 
 
@@ -54,21 +55,15 @@ def adamw(
     grad: Tensor,
     m: Tensor,
     v: Tensor,
-    step: int,
-    lr: float,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    decay: float,
-    grad_scale: Tensor | float = 1.0,
+    step: AdamWStep,
     copy: Tensor | None = None,
+    device_scale: Tensor | None = None,
 ) -> None:
-    """kernels.reference.adamw in place: update number ``step`` (from 1) of master, m, v, float32 of one shape.
+    """kernels.reference.adamw of ``master``, ``m`` and ``v``, float32 of one shape, in place; all tensors contiguous.
 
-    grad of that shape in any float dtype; grad_scale a number or a tensor of one element, so that a global norm need
-    not leave the device; ``copy`` of that
-    shape receives the new master in its own dtype. All contiguous. Bias
-    corrections are computed here in float64. Raises TypeError or ValueError naming the wrong argument.
+    ``grad``: that shape, any float dtype. ``copy``, of that shape, receives the new master, rounded to the dtype of
+    ``copy``. ``device_scale``, one element, multiplies ``step.grad_scale``: a clipping factor that stays on the device.
+    Raises TypeError or ValueError naming the wrong argument.
     """
     check("master", master, dtypes=(torch.float32,))
     check("grad", grad, master.shape, beside=master)
@@ -79,30 +74,28 @@ def adamw(
     for name, x in (("master", master), ("grad", grad), ("m", m), ("v", v), ("copy", copy)):
         if x is not None and not x.is_contiguous():
             raise ValueError(f"{name}: got strides {x.stride()}, needs a contiguous tensor")
-    if step < 1:
-        raise ValueError(f"step: got {step}, needs 1 for the first update")
-    if isinstance(grad_scale, Tensor):
-        check("grad_scale", grad_scale, beside=master)
-        if grad_scale.numel() != 1:
-            raise ValueError(f"grad_scale: got shape {tuple(grad_scale.shape)}, needs one element")
+    if device_scale is not None:
+        check("device_scale", device_scale, beside=master)
+        if device_scale.numel() != 1:
+            raise ValueError(f"device_scale: got shape {tuple(device_scale.shape)}, needs one element")
     arguments = {
         "master_ptr": master,
         "grad_ptr": grad,
         "m_ptr": m,
         "v_ptr": v,
         "copy_ptr": copy,
-        "scale_ptr": grad_scale if isinstance(grad_scale, Tensor) else None,
+        "scale_ptr": device_scale,
         "count": master.numel(),
-        "scale": 1.0 if isinstance(grad_scale, Tensor) else float(grad_scale),
-        "keep": 1.0 - lr * decay,
-        "rate": lr / (1.0 - beta1**step),
-        "beta1": float(beta1),
-        "rest1": 1.0 - beta1,
-        "beta2": float(beta2),
-        "rest2": 1.0 - beta2,
-        "root": (1.0 - beta2**step) ** -0.5,
-        "eps": float(eps),
+        "scale": float(step.grad_scale),
+        "keep": step.decay_factor,
+        "rate": step.lr / step.bias_correction1,
+        "beta1": float(step.beta1),
+        "rest1": 1.0 - step.beta1,
+        "beta2": float(step.beta2),
+        "rest2": 1.0 - step.beta2,
+        "root": step.bias_correction2**-0.5,
+        "eps": float(step.eps),
     }
     tiles = tiles_for("adamw", grad)
     work = triton.cdiv(master.numel(), tiles.constants["BLOCK"])
-    launch(update, work, tiles, arguments, SCALE_THERE=isinstance(grad_scale, Tensor), COPY=copy is not None)
+    launch(update, work, tiles, arguments, SCALE_THERE=device_scale is not None, COPY=copy is not None)

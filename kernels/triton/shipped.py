@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from telechat_twins.core.model.visibility import KeyRanges
+from telechat_twins.kernels.adamw import AdamWStep
 from telechat_twins.kernels.triton import ops
 from telechat_twins.kernels.triton.blocks import Target
 from telechat_twins.kernels.triton.launch import Launch, recording
@@ -91,10 +92,9 @@ def _pointwise(dtype: torch.dtype) -> Iterator[Callable[[], object]]:
     yield partial(ops.gelu_backward, x, x)
     master, grad = _empty(FLOAT, count), _empty(dtype, count)
     for copy in (None, *(_empty(kind, count) for kind in DTYPES)):
-        for factor in (1.0, _empty(FLOAT, 1)):
-            yield partial(
-                ops.adamw, master, grad, master, master, 1, 1e-3, 0.9, 0.95, 1e-8, 0.1, grad_scale=factor, copy=copy
-            )
+        for scale in (None, _empty(FLOAT, 1)):
+            step = AdamWStep(1, 1e-3, 0.9, 0.95, 1e-8, 0.1)
+            yield partial(ops.adamw, master, grad, master, master, step, copy=copy, device_scale=scale)
 
 
 def _ropes(dtype: torch.dtype) -> Iterator[Callable[[], object]]:

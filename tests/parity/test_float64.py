@@ -32,6 +32,7 @@ from telechat_twins.core.train import loop
 from telechat_twins.core.train.metrics import read_metrics
 from telechat_twins.core.train.recipe import clip_factor
 from telechat_twins.kernels import reference
+from telechat_twins.kernels.adamw import AdamWStep
 from tests.parity import test_operators
 from tests.support import numpy_decoder
 from tests.support.frameworks import BACKENDS, differentiate, golden_arrays, golden_source
@@ -258,10 +259,10 @@ def test_adamw_in_mindspore() -> None:
     master, m, v = (ms.Parameter(ms.Tensor(array)) for array in held)
     for step in range(1, 8):
         grad = 1e-3 * random.normal(size=size)
-        numbers = step, 1e-2, 0.9, 0.95, 1e-8, 0.1, 0.37
-        mindspore_composite.adamw(master, ms.Tensor(grad), m, v, *numbers)
+        scalars = AdamWStep(step, 1e-2, 0.9, 0.95, 1e-8, 0.1, 0.37)
+        mindspore_composite.adamw(master, ms.Tensor(grad), m, v, scalars)
         w, first, second = truth
-        truth = list(reference.adamw(w, grad.astype(np.longdouble), first, second, *numbers))
+        truth = list(reference.adamw(w, grad.astype(np.longdouble), first, second, scalars))
     found = [parameter.asnumpy() for parameter in (master, m, v)]
     assert {array.dtype for array in found} == {np.dtype(np.float64)}
     assert max(relative_frobenius(a, b) for a, b in zip(found, truth, strict=True)) <= 1e-15

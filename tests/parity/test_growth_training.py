@@ -28,6 +28,7 @@ from telechat_twins.core.parity.bounds import compare_traces, relative_frobenius
 from telechat_twins.core.train import loop
 from telechat_twins.core.train.births import born
 from telechat_twins.core.train.metrics import read_metrics
+from telechat_twins.kernels.adamw import AdamWStep
 from telechat_twins.kernels.reference import adamw
 from tests.support.frameworks import BACKENDS
 from tests.support.growing import strong
@@ -85,9 +86,8 @@ def worst_update(backend: str, precision: str = "fp32", updates: int = 4) -> flo
         for name, spec in table.items():
             decay = 0.2 if len(spec.shape) == 2 else 0.0
             # numpy's definition takes a step for every entry as readily as one for all.
-            weights[name], m[name], v[name] = adamw(
-                weights[name], gradients[name], m[name], v[name], update - births[name], 1e-3, 0.9, 0.999, 1e-8, decay
-            )  # type: ignore[arg-type]
+            scalars = AdamWStep(update - births[name], 1e-3, 0.9, 0.999, 1e-8, decay)  # type: ignore[arg-type]
+            weights[name], m[name], v[name] = adamw(weights[name], gradients[name], m[name], v[name], scalars)
         trainer.update(1e-3, 1.0)
     masters = {piece.name: piece.array for piece in trainer.weights()}
     model = load(backend, "model")

@@ -19,6 +19,7 @@ from telechat_twins.core.model.batch import IGNORE
 from telechat_twins.core.model.visibility import KeyRanges, causal_ranges
 from telechat_twins.core.parity.bounds import relative_frobenius
 from telechat_twins.kernels import reference
+from telechat_twins.kernels.adamw import AdamWStep
 from telechat_twins.kernels.dispatch import describe
 from telechat_twins.kernels.pytorch import composite as torch_composite
 from telechat_twins.kernels.pytorch import cpu as torch_cpu
@@ -326,16 +327,16 @@ def test_loss_and_the_place_of_its_gradient(name: str) -> None:
 @pytest.mark.parametrize("package", PACKAGES.values(), ids=PACKAGES)
 def test_adamw_with_scale_and_copy(package: ModuleType) -> None:
     arrays = [draw(1031), draw(1031, seed=1), draw(1031, seed=2, spread=0.1), draw(1031, seed=3) ** 2]
-    options: dict[str, Any] = {"lr": 1e-2, "beta1": 0.9, "beta2": 0.95, "eps": 1e-8, "decay": 0.1, "grad_scale": 0.3}
+    step = AdamWStep(3, lr=1e-2, beta1=0.9, beta2=0.95, eps=1e-8, weight_decay=0.1, grad_scale=0.3)
 
     def define(dtype: type) -> Arrays:
-        found = reference.adamw(*(a.astype(dtype) for a in arrays), step=3, **options)
+        found = reference.adamw(*(a.astype(dtype) for a in arrays), step=step)
         return dict(zip(("master", "m", "v"), found, strict=True))
 
     for dtype, floor in ((torch.float32, FLOOR), (torch.float64, 1e-14)):
         master, grad, m, v = (torch.from_numpy(a.copy()).to(dtype) for a in arrays)
         copy = torch.empty_like(master, dtype=torch.bfloat16)
-        package.adamw(master, grad, m, v, 3, **options, copy=copy)
+        package.adamw(master, grad, m, v, step, copy=copy)
         exact = define(np.float64) if dtype == torch.float64 else None
         got = numpy_of(master=master, m=m, v=v)
         if exact is None:
@@ -425,7 +426,7 @@ f32 = torch.float32
         (lambda: pytorch.shard_statistics(torch.zeros(5, 9), ids, 0, 10), ValueError, "real: got 10, needs 0 to the 9"),
         (lambda: pytorch.merge_blocks(q4, q4, q4[:1], q4), ValueError, "more: got shape"),
         (
-            lambda: pytorch.adamw(q4, q4, q4.double(), q4, 1, 0.1, 0.9, 0.9, 1e-8, 0.0),
+            lambda: pytorch.adamw(q4, q4, q4.double(), q4, AdamWStep(1, 0.1, 0.9, 0.9, 1e-8, 0.0)),
             TypeError,
             "m: got torch.float64, needs that of master, torch.float32",
         ),

@@ -20,6 +20,7 @@ from telechat_twins.core.parity.bounds import compare_traces, relative_frobenius
 from telechat_twins.core.train import loop
 from telechat_twins.core.train.metrics import read_metrics
 from telechat_twins.core.train.recipe import clip_factor, learning_rate
+from telechat_twins.kernels.adamw import AdamWStep
 from telechat_twins.kernels.reference import adamw
 from tests.support.frameworks import BACKENDS
 from tests.support.packed import write_packed
@@ -68,9 +69,8 @@ def worst_update(backend: str, model: str) -> dict[str, float]:
             matrix = spec.kind == "matrix"
             rate = lr * 7 if matrix else lr
             decay = 0.0 if len(spec.shape) == 1 else 0.9 if matrix else 0.2
-            weights[name], m[name], v[name] = adamw(
-                weights[name], gradients[name], m[name], v[name], step + 1, rate, 0.9, 0.95, 1e-8, decay, scale
-            )
+            scalars = AdamWStep(step + 1, rate, 0.9, 0.95, 1e-8, decay, scale)
+            weights[name], m[name], v[name] = adamw(weights[name], gradients[name], m[name], v[name], scalars)
         trainer.update(lr, scale)
     moved = {piece.name: piece.array - initial[piece.name] for piece in trainer.weights()}
     assert sorted(moved) == sorted(table)

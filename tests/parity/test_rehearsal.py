@@ -20,6 +20,7 @@ import pytest
 from telechat_twins.core.model.visibility import KeyRanges, causal_ranges
 from telechat_twins.core.parity.bounds import compare_tensors, relative_frobenius
 from telechat_twins.kernels import reference
+from telechat_twins.kernels.adamw import AdamWStep
 from telechat_twins.kernels.dispatch import Candidate
 from tests.parity.test_growth import target_of
 from tests.parity.test_optimizer_trace import check_trace, run_trace
@@ -343,9 +344,9 @@ def test_adamw_updates_in_place(calls: Any, step: int) -> None:
     v = np.abs(v)
     held = [tensor(x) for x in (master, grad, m, v)]
     copy = tensor(np.zeros(11), "bfloat16")
-    settings = {"lr": 1e-2, "beta1": 0.9, "beta2": 0.95, "eps": 1e-8, "decay": 0.1}
-    ascend.adamw(*held, step, **settings, grad_scale=0.25, copy=copy)
-    expected = reference.adamw(master, grad, m, v, step, **settings, grad_scale=0.25)
+    scalars = AdamWStep(step, lr=1e-2, beta1=0.9, beta2=0.95, eps=1e-8, weight_decay=0.1, grad_scale=0.25)
+    ascend.adamw(*held, scalars, copy=copy)
+    expected = reference.adamw(master, grad, m, v, scalars)
     got = arrays((held[0], held[2], held[3], copy), "master", "m", "v", "copy")
     truth = dict(zip(("master", "m", "v"), expected, strict=True))
     truth["copy"] = rounded(got["master"], "bfloat16")

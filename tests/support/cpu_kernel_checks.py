@@ -19,6 +19,7 @@ from telechat_twins.core.model.batch import IGNORE
 from telechat_twins.core.model.visibility import causal_ranges
 from telechat_twins.core.parity.bounds import relative_frobenius
 from telechat_twins.kernels import reference
+from telechat_twins.kernels.adamw import AdamWStep
 from telechat_twins.kernels.cpu import ops
 
 F32 = np.dtype(np.float32)
@@ -348,16 +349,16 @@ def rows_and_updates(rng: np.random.Generator, dtype: np.dtype = F32) -> Iterato
         yield judged(f"embedding_backward {width}", ops.embedding_backward(grad, ids, 19), define)
         master, m, v = (rng.normal(size=width + 8).astype(np.float32) for _ in range(3))
         g, v = rng.normal(size=width + 3).astype(dtype), abs(v)
-        numbers = (3, 1e-2, 0.9, 0.95, 1e-8, 0.1, 0.5)
+        scalars = AdamWStep(3, 1e-2, 0.9, 0.95, 1e-8, 0.1, 0.5)
         before = [a.copy() for a in (master, m, v)]
         copy = np.zeros(width, dtype)
-        ops.adamw(master, g, m, v, *numbers, copy=copy, first=4, grad_first=2, count=width)
+        ops.adamw(master, g, m, v, scalars, copy=copy, first=4, grad_first=2, count=width)
         inside = slice(4, 4 + width)
         for i, (name, got) in enumerate((("master", master), ("m", m), ("v", v))):
 
             def updated(kind: type, i: int = i) -> Any:
                 parts = [a[inside].astype(kind) for a in before]
-                steps = (parts[0], g[2 : 2 + width].astype(kind), *parts[1:], *numbers)
+                steps = (parts[0], g[2 : 2 + width].astype(kind), *parts[1:], scalars)
                 expected = before[i].astype(kind)
                 expected[inside] = reference.adamw(*steps)[i]
                 return expected

@@ -16,6 +16,7 @@ import numpy as np
 from telechat_twins.core.checkpoint.read import TensorPiece
 from telechat_twins.core.config import RunConfig, run_config_from_dict
 from telechat_twins.core.model.batch import IGNORE, Batch
+from telechat_twins.kernels.adamw import AdamWStep
 from telechat_twins.kernels.reference import adamw
 
 SEQ_LEN, VOCAB = 16, 24
@@ -214,9 +215,8 @@ class NumpyStepper:
         for name, p in self.params.items():
             g = self.grads[name] * np.float32(grad_scale)
             decay = optim.weight_decay if p.ndim == 2 else 0.0
-            p[...], self.m[name], self.v[name] = adamw(
-                p, g, self.m[name], self.v[name], self.step, lr, optim.beta1, optim.beta2, optim.eps, decay
-            )
+            scalars = AdamWStep(self.step, lr, optim.beta1, optim.beta2, optim.eps, decay)
+            p[...], self.m[name], self.v[name] = adamw(p, g, self.m[name], self.v[name], scalars)
         self.discard()
 
     def discard(self):

@@ -7,6 +7,7 @@ The definition gets the inputs as rounded to the case's dtype, so an error is th
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -17,6 +18,7 @@ from telechat_twins.core.model.batch import IGNORE
 from telechat_twins.core.model.visibility import KeyRanges, causal_ranges
 from telechat_twins.core.parity.bounds import relative_frobenius
 from telechat_twins.kernels import reference
+from telechat_twins.kernels.adamw import AdamWStep
 
 EPS = 1e-5
 # Relative Frobenius. float32: sums of at most some hundred terms, each rounded to 2^-24; ten times what is measured.
@@ -292,9 +294,13 @@ def adamw(ops: Any, case: Case, count: int, step: int = 3, scale_tensor: bool = 
     grad = draw(case._replace(spaced=False), rng, count)
     known = tuple(exact(x) for x in (master, grad, m, v))
     copy = torch.empty(count, dtype=torch.bfloat16, device=case.device)
-    scale = torch.tensor(0.25, device=case.device) if scale_tensor else 0.25
-    ops.adamw(master, grad, m, v, step, 1e-2, 0.9, 0.95, 1e-8, 0.1, scale, copy)
-    truth = reference.adamw(known[0], known[1], known[2], known[3], step, 1e-2, 0.9, 0.95, 1e-8, 0.1, 0.25)
+    scalars = AdamWStep(step, 1e-2, 0.9, 0.95, 1e-8, 0.1, 0.25)
+    if scale_tensor:  # a fourth of which the device holds half
+        device_scale = torch.tensor(0.5, device=case.device)
+        ops.adamw(master, grad, m, v, replace(scalars, grad_scale=0.5), copy, device_scale)
+    else:
+        ops.adamw(master, grad, m, v, scalars, copy)
+    truth = reference.adamw(known[0], known[1], known[2], known[3], scalars)
     found = errors({"master": master, "m": m, "v": v}, dict(zip(("master", "m", "v"), truth, strict=True)))
     found["copy"] = float((copy.float() - master.to(torch.bfloat16).float()).abs().max()) if count else 0.0
     return found

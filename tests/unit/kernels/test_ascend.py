@@ -14,6 +14,7 @@ import pytest
 
 from telechat_twins.core.config import KERNEL_OPERATORS
 from telechat_twins.core.model.visibility import KeyRanges, causal_ranges
+from telechat_twins.kernels.adamw import AdamWStep
 from telechat_twins.kernels.ascend import visibility as visibility
 
 ms = pytest.importorskip("mindspore")
@@ -251,7 +252,7 @@ def test_every_operator_is_served_or_says_why_not() -> None:
         (lambda q, k: ascend.rms_norm(q, ms.Tensor(np.ones(16)), 1e-5, ms.float64), TypeError, "float"),
         (lambda q, k: ascend.rms_norm_backward(k, q, whole(16), whole(40)), ValueError, "grad: "),
         (lambda q, k: ascend.swiglu(q, k), ValueError, "up: "),
-        (lambda q, k: ascend.adamw(q, q, q, q, 1, 1e-3, 0.9, 0.95, 1e-8, 0.1), TypeError, "master: "),
+        (lambda q, k: ascend.adamw(q, q, q, q, AdamWStep(1, 1e-3, 0.9, 0.95, 1e-8, 0.1)), TypeError, "master: "),
         (lambda q, k: ascend.merge_blocks(q, k, k, k), ValueError, "more: "),
     ],
 )

@@ -21,6 +21,7 @@ from telechat_twins.core.errors import UserError
 from telechat_twins.core.model.visibility import KeyRanges, causal_ranges
 from telechat_twins.core.parity.bounds import relative_frobenius
 from telechat_twins.kernels import reference
+from telechat_twins.kernels.adamw import AdamWStep
 from telechat_twins.kernels.ascend import definitions as define
 from telechat_twins.kernels.ascend.operands import Operand
 from telechat_twins.kernels.pytorch import npu_signatures
@@ -227,9 +228,9 @@ def test_adamw(calls: Counter[str], step: int) -> None:
     master, grad, m, v = (rounded(np.abs(rng.normal(size=9)), "float32") for _ in range(4))
     held = [tensor(x) for x in (master, grad, m, v)]
     copy = tensor(np.zeros(9), "bfloat16")
-    settings = {"lr": 1e-2, "beta1": 0.9, "beta2": 0.95, "eps": 1e-8, "decay": 0.1}
-    npu.adamw(*held, step, **settings, grad_scale=0.25, copy=copy)
-    truth = reference.adamw(master, grad, m, v, step, **settings, grad_scale=0.25)
+    scalars = AdamWStep(step, lr=1e-2, beta1=0.9, beta2=0.95, eps=1e-8, weight_decay=0.1, grad_scale=0.25)
+    npu.adamw(*held, scalars, copy=copy)
+    truth = reference.adamw(master, grad, m, v, scalars)
     near((held[0], *held[2:]), truth, "float32")
     assert torch.equal(copy, held[0].bfloat16())
 

@@ -15,6 +15,7 @@ import pytest
 from telechat_twins.core.model.visibility import causal_ranges
 from telechat_twins.core.parity.bounds import relative_frobenius
 from telechat_twins.kernels import reference
+from telechat_twins.kernels.adamw import AdamWStep
 from telechat_twins.kernels.cpu import build, engine, ops
 from tests.support import cpu_kernel_checks as checks
 
@@ -269,6 +270,7 @@ print(peak() - before - kept)
 
 Q, K = np.zeros((2, 5, 4, 8), np.float32), np.zeros((2, 5, 2, 8), np.float32)
 RANGES = causal_ranges(5, 5).ranges
+FIRST_STEP = AdamWStep(1, 0.1, 0.9, 0.9, 1e-8, 0.0)
 ROWS, WIDE = np.zeros((3, 8), np.float32), np.zeros((3, 9), np.float32)
 
 
@@ -306,8 +308,8 @@ MISTAKES = {
     "targets: shape": lambda: ops.cross_entropy_forward(ROWS, np.zeros(4, np.int32), 0, 8),
     "real: 9 columns of 8": lambda: ops.cross_entropy_forward(ROWS, np.zeros(3, np.int32), 0, 9),
     "ids: float32": lambda: ops.embedding(ROWS, ROWS[0]),
-    r"copy: 9 elements for 8": lambda: ops.adamw(*[ROWS[0]] * 4, 1, 0.1, 0.9, 0.9, 1e-8, 0.0, copy=WIDE[0]),
-    "master: elements 4 to 12 of 8": lambda: ops.adamw(*[ROWS[0]] * 4, 1, 0.1, 0.9, 0.9, 1e-8, 0.0, first=4),
+    r"copy: 9 elements for 8": lambda: ops.adamw(*[ROWS[0]] * 4, FIRST_STEP, copy=WIDE[0]),
+    "master: elements 4 to 12 of 8": lambda: ops.adamw(*[ROWS[0]] * 4, FIRST_STEP, first=4),
     "first: elements 1 to 9 of a vector of 8": lambda: ops.accumulate(ROWS[0], ROWS[1], 1, True),
     "w: inner length 9 against 8 of a": lambda: ops.matmul(ROWS, WIDE),
     "bias: shape": lambda: ops.matmul(ROWS, ROWS, ROWS[0]),

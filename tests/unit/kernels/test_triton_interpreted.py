@@ -28,6 +28,7 @@ import telechat_twins.kernels.triton.embedding as embedding_module
 import telechat_twins.kernels.triton.norm as norm_module
 import telechat_twins.kernels.triton.pointwise as pointwise_module
 import telechat_twins.kernels.triton.rope as rope_module
+from telechat_twins.kernels.adamw import AdamWStep
 from telechat_twins.kernels.triton import ops
 from tests.support import triton_cases as cases
 from tests.support.triton_cases import ATTENTION_LIMITS, EPS, LIMITS, Case
@@ -351,14 +352,14 @@ TABLE = torch.zeros(1, 5, 1, 4)
         ),
         (lambda: ops.embedding_backward(ROWS, TARGETS[:2], 4), ValueError, r"ids: got shape \(2,\)"),
         (
-            lambda: ops.adamw(CHANNELS, ROWS, CHANNELS, CHANNELS, 1, 0.1, 0.9, 0.9, 0.1, 0.1),
+            lambda: ops.adamw(CHANNELS, ROWS, CHANNELS, CHANNELS, AdamWStep(1, 0.1, 0.9, 0.9, 0.1, 0.1)),
             ValueError,
             "grad: got shape",
         ),
         (
-            lambda: ops.adamw(CHANNELS, CHANNELS, CHANNELS, CHANNELS, 0, 0.1, 0.9, 0.9, 0.1, 0.1),
+            lambda: ops.adamw(*[CHANNELS] * 4, AdamWStep(1, 0.1, 0.9, 0.9, 0.1, 0.1), None, CHANNELS),
             ValueError,
-            "step: got 0",
+            "device_scale: got shape",
         ),
     ],
 )
