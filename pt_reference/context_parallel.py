@@ -19,7 +19,7 @@ SEQUENCE = 1  # the axis of positions in [B, S, H, D]
 
 
 @dataclass(frozen=True)
-class Plan:
+class AttentionPlan:
     """How one batch's queries meet keys; stands where the single-process model has its list of blocks.
 
     ``method`` as in core.parallel.sequence.Visibility; ``masks`` by ring step, ``blocks`` of queries against gathered
@@ -33,17 +33,17 @@ class Plan:
     order: list[tuple[int, int]]
 
 
-def attention_plan(visibility: Visibility, mesh: Mesh) -> Plan | ops.Visible:
+def attention_plan(visibility: Visibility, mesh: Mesh) -> AttentionPlan | ops.Visible:
     """The masks of one batch, made once and used by every layer."""
     if visibility.method == "plain":
         docs = None if visibility.doc_ids is None else visibility.doc_ids[0]
         n = visibility.index.shape[-1]
         blocks = ops.attention_blocks(n, n, docs)
-        return blocks if mesh.cp.size == 1 else Plan("plain", [], blocks, [])
+        return blocks if mesh.cp.size == 1 else AttentionPlan("plain", [], blocks, [])
     if visibility.method == "ring":
-        return Plan("ring", ring_masks(visibility, mesh.ring), [], [])
+        return AttentionPlan("ring", ring_masks(visibility, mesh.ring), [], [])
     blocks = ops.masked_blocks(query_blocks(visibility, mesh.ring.rank), visibility.length, visibility.index.size)
-    return Plan("allgather", [], blocks, gather_order(visibility))
+    return AttentionPlan("allgather", [], blocks, gather_order(visibility))
 
 
 def apply_context_parallel(stage: Decoder, mesh: Mesh) -> None:
@@ -62,7 +62,7 @@ class ContextParallelAttention:
     def __init__(self, mesh: Mesh) -> None:
         self.mesh = mesh
 
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor, plan: Plan) -> Tensor:
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan) -> Tensor:
         q, k, v = positions_for_heads(q, k, v, self.mesh.ulysses)
         if plan.method == "ring":
             out = ring_attention(q, k, v, plan.masks, self.mesh.ring)

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from telechat_twins.core.inference.ring_pages import Part, Share
+from telechat_twins.core.inference.ring_pages import RankStep, RingBlock
 from telechat_twins.core.parallel.mesh import Group
 from telechat_twins.pt_reference import ops
 from telechat_twins.pt_reference.collectives import all_to_all, start_shift
@@ -23,7 +23,7 @@ from telechat_twins.pt_reference.model import Decoder
 
 
 class Meeting(NamedTuple):
-    """core.inference.ring_pages.Part on the device: queries [first, last), the slots [B, T] of keys, and what each
+    """core.inference.ring_pages.RingBlock on the device: queries [first, last), the slots [B, T] of keys, and what each
     query sees."""
 
     first: int
@@ -40,15 +40,15 @@ class Places(NamedTuple):
     hops: list[list[Meeting]]
 
 
-def place_share(share: Share, page_size: int, dtype: torch.dtype) -> Places:
+def place_step(own: RankStep, page_size: int, dtype: torch.dtype) -> Places:
     """What RingPagedAttention needs of this rank's share of a step, whose keys and values are in ``dtype``."""
 
-    def met(part: Part) -> Meeting:
+    def met(part: RingBlock) -> Meeting:
         slots = torch.from_numpy(part.slots).to(ops.device())
         return Meeting(part.first, part.last, slots, ops.key_ranges(part.ranges, slots.shape[1]))
 
-    hops = [[met(part) for part in parts] for parts in share.hops]
-    return Places(len(share.slots), ops.place_rows(share.slots, page_size, dtype), hops)
+    hops = [[met(part) for part in parts] for parts in own.hops]
+    return Places(len(own.slots), ops.place_rows(own.slots, page_size, dtype), hops)
 
 
 def apply_ring_pages(stage: Decoder, num_pages: int, page_size: int, group: Group) -> None:

@@ -9,7 +9,7 @@ import numpy as np
 from mindspore import Tensor
 
 from telechat_twins.core.inference.pages import PAGE_SIZE
-from telechat_twins.core.inference.ring_pages import Share, pages_of_rank, share_of
+from telechat_twins.core.inference.ring_pages import RankStep, pages_of_rank, rank_step
 from telechat_twins.core.inference.runner import Step
 from telechat_twins.core.model.config import ModelConfig
 from telechat_twins.core.model.position import RotaryRows
@@ -21,7 +21,7 @@ from telechat_twins.telechat_ms.inference_parallel import spread
 from telechat_twins.telechat_ms.model import Decoder, Rope, to_numpy
 from telechat_twins.telechat_ms.paged_attention import apply_paged_attention
 from telechat_twins.telechat_ms.parallelize import parallelize
-from telechat_twins.telechat_ms.ring_pages import Places, apply_ring_pages, place_share
+from telechat_twins.telechat_ms.ring_pages import Places, apply_ring_pages, place_step
 from telechat_twins.telechat_ms.weights import load_weights
 
 ModelInputs = tuple[Tensor, Rope, ops.Pages | Places, Tensor | None]
@@ -65,12 +65,12 @@ class Runner:
         if self.mesh.cp.size == 1:
             pages = ops.place_pages(step, self.page_size, self.model.dtypes.compute)
             return to_numpy(spread(self.model, self.mesh, *self._inputs(step, pages), len(step.wanted)))
-        share = share_of(step, self.mesh.cp.size, self.mesh.cp.rank, self.page_size)
-        places = place_share(share, self.page_size, self.model.dtypes.compute)
-        logits = spread(self.model, self.mesh, *self._inputs(share, places), len(share.wanted))
-        return to_numpy(logits)[share.order]
+        own = rank_step(step, self.mesh.cp.size, self.mesh.cp.rank, self.page_size)
+        places = place_step(own, self.page_size, self.model.dtypes.compute)
+        logits = spread(self.model, self.mesh, *self._inputs(own, places), len(own.wanted))
+        return to_numpy(logits)[own.order]
 
-    def _inputs(self, step: Step | Share, places: ops.Pages | Places) -> ModelInputs:
+    def _inputs(self, step: Step | RankStep, places: ops.Pages | Places) -> ModelInputs:
         """Ids, rotary tables, ``places`` and what is wanted, as the model takes them."""
         rope = tuple(Tensor(table[None, :, None]) for table in self._rows.rows(step.positions, step.scaling_lengths))
         wanted = None if step.wants_all else Tensor(step.wanted)

@@ -16,7 +16,7 @@ import mindspore as ms
 from mindspore import Tensor
 from mindspore import ops as mops
 
-from telechat_twins.core.inference.ring_pages import Part, Share
+from telechat_twins.core.inference.ring_pages import RankStep, RingBlock
 from telechat_twins.core.parallel.mesh import Group
 from telechat_twins.kernels.mindspore.paged import Rows
 from telechat_twins.telechat_ms import ops
@@ -28,7 +28,7 @@ HEADS_FIRST = (0, 2, 1, 3)  # [B, S, H, D] <-> [B, H, S, D]
 
 
 class Meeting(NamedTuple):
-    """core.inference.ring_pages.Part on the device: queries [first, last), the slots [B, T] of keys, and what each
+    """core.inference.ring_pages.RingBlock on the device: queries [first, last), the slots [B, T] of keys, and what each
     query sees."""
 
     first: int
@@ -45,14 +45,14 @@ class Places(NamedTuple):
     hops: list[list[Meeting]]
 
 
-def place_share(share: Share, page_size: int, dtype: ms.Type) -> Places:
+def place_step(own: RankStep, page_size: int, dtype: ms.Type) -> Places:
     """What RingPagedAttention needs of this rank's share of a step, whose keys and values are in ``dtype``."""
 
-    def met(part: Part) -> Meeting:
+    def met(part: RingBlock) -> Meeting:
         return Meeting(part.first, part.last, Tensor(part.slots), ops.key_ranges(part.ranges, part.slots.shape[1]))
 
-    hops = [[met(part) for part in parts] for parts in share.hops]
-    return Places(len(share.slots), ops.place_rows(share.slots, page_size, dtype), hops)
+    hops = [[met(part) for part in parts] for parts in own.hops]
+    return Places(len(own.slots), ops.place_rows(own.slots, page_size, dtype), hops)
 
 
 def apply_ring_pages(stage: Decoder, num_pages: int, page_size: int, group: Group) -> None:

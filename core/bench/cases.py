@@ -48,7 +48,7 @@ OPERATORS = (
 )
 
 
-class Work(NamedTuple):
+class OperatorCost(NamedTuple):
     read: float  # bytes
     written: float  # bytes
     flops: float = 0.0
@@ -58,7 +58,7 @@ class Work(NamedTuple):
         return self.read + self.written
 
 
-def work(operator: str, size: Size, itemsize: int) -> dict[str, Work]:
+def work(operator: str, size: Size, itemsize: int) -> dict[str, OperatorCost]:
     """By direction: "forward" and, where the operator has a gradient, "backward" and "both" one after the other."""
     N, E, V = size.tokens, size.hidden, size.vocab
     stream, inner, columns = (N * width * itemsize for width in (E, size.ffn, V))
@@ -66,25 +66,25 @@ def work(operator: str, size: Size, itemsize: int) -> dict[str, Work]:
     out = N * size.heads * size.head_dim
     product = 2.0 * N * E * size.ffn
     scores = 2.0 * 2.0 * N * N / 2 * size.heads * size.head_dim  # two products over the half below the diagonal
-    table: dict[str, tuple[Work, Work | None]] = {
+    table: dict[str, tuple[OperatorCost, OperatorCost | None]] = {
         "linear": (
-            Work(stream + E * size.ffn * itemsize, inner, product),
-            Work(2 * inner + stream, stream, 2 * product),
+            OperatorCost(stream + E * size.ffn * itemsize, inner, product),
+            OperatorCost(2 * inner + stream, stream, 2 * product),
         ),
-        "embedding": (Work(stream, stream), Work(stream, V * E * 4)),
-        "rms_norm": (Work(stream, stream), Work(2 * stream, stream)),
-        "add_rms_norm": (Work(2 * stream, 2 * stream), Work(3 * stream, stream)),
-        "layer_norm": (Work(stream, stream), Work(2 * stream, stream)),
-        "rope": (Work(heads, heads), Work(heads, heads)),
-        "swiglu": (Work(2 * inner, inner), Work(3 * inner, 2 * inner)),
-        "gelu": (Work(inner, inner), Work(2 * inner, inner)),
-        "attention": (Work(heads, heads, scores), Work(2 * heads, 2 * heads, 2.5 * scores)),
-        "merge_blocks": (Work(2 * out * 4, out * 4), None),
-        "cross_entropy": (Work(columns, 0), Work(columns, columns)),
-        "adamw": (Work(4 * 4 * size.parameters, 3 * 4 * size.parameters), None),
+        "embedding": (OperatorCost(stream, stream), OperatorCost(stream, V * E * 4)),
+        "rms_norm": (OperatorCost(stream, stream), OperatorCost(2 * stream, stream)),
+        "add_rms_norm": (OperatorCost(2 * stream, 2 * stream), OperatorCost(3 * stream, stream)),
+        "layer_norm": (OperatorCost(stream, stream), OperatorCost(2 * stream, stream)),
+        "rope": (OperatorCost(heads, heads), OperatorCost(heads, heads)),
+        "swiglu": (OperatorCost(2 * inner, inner), OperatorCost(3 * inner, 2 * inner)),
+        "gelu": (OperatorCost(inner, inner), OperatorCost(2 * inner, inner)),
+        "attention": (OperatorCost(heads, heads, scores), OperatorCost(2 * heads, 2 * heads, 2.5 * scores)),
+        "merge_blocks": (OperatorCost(2 * out * 4, out * 4), None),
+        "cross_entropy": (OperatorCost(columns, 0), OperatorCost(columns, columns)),
+        "adamw": (OperatorCost(4 * 4 * size.parameters, 3 * 4 * size.parameters), None),
     }
     forward, backward = table[operator]
     found = {"forward": forward}
     if backward is not None:
-        found |= {"backward": backward, "both": Work(*map(sum, zip(forward, backward, strict=True)))}
+        found |= {"backward": backward, "both": OperatorCost(*map(sum, zip(forward, backward, strict=True)))}
     return found

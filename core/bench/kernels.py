@@ -16,7 +16,7 @@ from contextlib import ExitStack
 
 from tqdm import tqdm
 
-from telechat_twins.core.bench.cases import OPERATORS, SIZES, Work, work
+from telechat_twins.core.bench.cases import OPERATORS, SIZES, OperatorCost, work
 from telechat_twins.core.bench.step import processor
 from telechat_twins.core.bench.worker import TITLES, Worker, paired_ratios, spread
 from telechat_twins.core.types import JsonObject
@@ -61,7 +61,7 @@ def measure_kernels(
 
 
 def summarise(
-    backend: str, operator: str, size: str, limits: dict[str, Work], turns: list[JsonObject]
+    backend: str, operator: str, size: str, limits: dict[str, OperatorCost], turns: list[JsonObject]
 ) -> list[JsonObject]:
     """A row a direction and implementation. A turn: {"copy": [bytes/s], "read": [bytes/s], "matmul": [flop/s],
     "contestants": {name: {"implementation": ..., "forward": [s], "backward": [s], "both": [s]}}}, the last two where it

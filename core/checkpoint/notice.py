@@ -14,7 +14,7 @@ from telechat_twins.core.files.atomic import write_text
 from telechat_twins.core.types import JsonObject
 
 # A network file system may show another machine's new file this much later.
-SIGHT_S = 60.0
+VISIBILITY_S = 60.0
 
 
 class Notice:
@@ -51,7 +51,7 @@ class Notice:
 
     def follow(self) -> Path:
         """Where rank 0 makes this checkpoint; UserError if it refused to, or if its notice is not seen here."""
-        for _ in polls(SIGHT_S):
+        for _ in polls(VISIBILITY_S):
             found = self.read()
             if found is not None:
                 break
@@ -86,7 +86,7 @@ class Notice:
                     return None
             # Not yet a failure: a network file system may lag, or fail while a file is replaced.
             gone_since = gone_since or time.monotonic()
-            if time.monotonic() - gone_since > SIGHT_S:
+            if time.monotonic() - gone_since > VISIBILITY_S:
                 return f"{self.folder}: rank 0 abandoned the save"
         return f"{self.folder}: rank 0 did not finish the save within {timeout_s:g} s"
 

@@ -237,7 +237,7 @@ def tiling_fault(shape: Sequence[int], boxes: Iterable[tuple[Sequence[int], Sequ
     return f"cover {covered} of {math.prod(shape)} elements{overlap}"
 
 
-_SIDE_BY_SIDE = 128
+_MAX_OPEN_BOXES = 128
 _Span = tuple[tuple[int, ...], tuple[int, ...]]
 
 
@@ -250,7 +250,7 @@ def _overlap(spans: list[_Span], dimensions: int) -> str:
     axis = max(range(dimensions), key=lambda i: len({low[i] for low, _ in spans}))
     others = [i for i in range(dimensions) if i != axis]
     reaching: list[_Span] = []
-    left = 10_000 + _SIDE_BY_SIDE * len(spans)
+    left = 10_000 + _MAX_OPEN_BOXES * len(spans)
     for low, high in sorted(spans, key=lambda span: span[0][axis]):
         left -= len(reaching)
         if left < 0:

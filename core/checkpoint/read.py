@@ -29,8 +29,8 @@ from telechat_twins.core.checkpoint.retention import STEP_FOLDER
 from telechat_twins.core.checkpoint.save import (
     ALONE,
     Contents,
-    Ranks,
     Saver,
+    SaveRanks,
     begin_save,
     save_checkpoint,
     write_checkpoint,
@@ -55,7 +55,7 @@ __all__ = [
     "Entry",
     "Piece",
     "PieceWriter",
-    "Ranks",
+    "SaveRanks",
     "Saver",
     "TensorPiece",
     "begin_save",
@@ -68,10 +68,10 @@ __all__ = [
     "write_manifest",
 ]
 
-MAX_MANIFEST = 128 * MIB  # bytes; a piece takes 150, and 512 ranks save about 150,000 of them
+MAX_MANIFEST_BYTES = 128 * MIB  # bytes; a piece takes 150, and 512 ranks save about 150,000 of them
 MAX_MANIFEST_VALUES = 4_000_000
 MAX_PIECES = 65_536  # of one tensor
-MAX_POINTER = 4_096  # bytes of ``latest``
+MAX_POINTER_BYTES = 4_096  # bytes of ``latest``
 
 
 def open_checkpoint(path: str | Path, verify: bool = True) -> Checkpoint:
@@ -113,7 +113,7 @@ class Checkpoint:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        manifest = load_json(path / "manifest.json", "a checkpoint manifest", MAX_MANIFEST, MAX_MANIFEST_VALUES)
+        manifest = load_json(path / "manifest.json", "a checkpoint manifest", MAX_MANIFEST_BYTES, MAX_MANIFEST_VALUES)
         where = path / "manifest.json"
         if manifest.get("format") != FORMAT:
             raise UserError(f"{where}: format {shown(manifest.get('format'))} is not {FORMAT!r}; give another folder")
@@ -320,7 +320,7 @@ def _find(path: Path) -> Path:
     pointer = path / "latest"
     if not pointer.is_file():
         raise UserError(f"{path}: holds neither manifest.json nor latest; give a checkpoint or a run that saved one")
-    name = read_text(pointer, MAX_POINTER).strip()
+    name = read_text(pointer, MAX_POINTER_BYTES).strip()
     if not STEP_FOLDER.fullmatch(name):
         raise UserError(
             f"{pointer}: damaged, {name[:80]!r} is not the name of a step folder; give the step folder itself"

@@ -27,7 +27,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
-from telechat_twins.core.checkpoint.notice import SIGHT_S, Notice, polls
+from telechat_twins.core.checkpoint.notice import VISIBILITY_S, Notice, polls
 from telechat_twins.core.checkpoint.pieces import MAX_FILE_BYTES, PieceWriter, Planned, Tensors, write_manifest
 from telechat_twins.core.checkpoint.retention import forget_notices, prune, save_number, step_folders
 from telechat_twins.core.checkpoint.streams import Stream, copied, in_turns
@@ -37,7 +37,7 @@ from telechat_twins.core.files.safetensors import load_json
 from telechat_twins.core.types import JsonObject
 
 
-class Ranks(NamedTuple):
+class SaveRanks(NamedTuple):
     """Which of ``size`` ranks this one is in a common save.
 
     ``barrier`` returns when every rank has called it; it is called once a save, in the caller's thread. A save is given
@@ -57,7 +57,7 @@ class Asset(NamedTuple):
     data: bytes
 
 
-ALONE = Ranks(0, 1, lambda: None)
+ALONE = SaveRanks(0, 1, lambda: None)
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ class Contents:
     trainer: JsonObject | None = None
     assets: Sequence[Path | Asset] = ()
     max_file_bytes: int = MAX_FILE_BYTES
-    ranks: Ranks = ALONE
+    ranks: SaveRanks = ALONE
 
 
 def save_checkpoint(root: str | Path, step: int, contents: Contents, *, keep_last: int) -> Path:
@@ -195,7 +195,7 @@ class _Save:
     number: Callable[[], int | None] = lambda: None  # which save of its run this one is
 
     @property
-    def ranks(self) -> Ranks:
+    def ranks(self) -> SaveRanks:
         return self.contents.ranks
 
     def texts(self) -> dict[str, str]:
@@ -319,7 +319,7 @@ def _begin_other(save: _Save) -> Callable[[], Path]:
             _mark_failed(building, save.ranks.rank, reason)
             if getattr(error, "errno", None) in (errno.ENOENT, errno.ESTALE) or not building.exists():
                 # Rank 0 gave up first and is removing the folder: its reason explains our error.
-                reason = notice.outcome(SIGHT_S) or reason
+                reason = notice.outcome(VISIBILITY_S) or reason
                 shutil.rmtree(building, ignore_errors=True)  # should our part have come after that
             if isinstance(error, OSError | UserError):
                 raise UserError(reason) from None

@@ -16,7 +16,7 @@ from telechat_twins.core import backends
 from telechat_twins.core.commands.options import read_layout
 from telechat_twins.core.errors import UserError
 from telechat_twins.core.files.safetensors import SafetensorsFile, write_atomically
-from telechat_twins.core.launch.launcher import COLLECTIVE_TIMEOUT
+from telechat_twins.core.launch.launcher import COLLECTIVE_TIMEOUT_S
 from telechat_twins.core.model.batch import IGNORE, Batch, shift_labels
 from telechat_twins.core.model.config import PRECISIONS, ModelConfig, with_table_dtype
 from telechat_twins.core.model.xpos_range import say_xpos_range
@@ -69,7 +69,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--timeout",
         type=float,
         metavar="SECONDS",
-        help=f"with a layout: longest wait of one rank for the others (default {COLLECTIVE_TIMEOUT:.0f}; 0: any)",
+        help=f"with a layout: longest wait of one rank for the others (default {COLLECTIVE_TIMEOUT_S:.0f}; 0: any)",
     )
 
 

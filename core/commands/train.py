@@ -85,8 +85,8 @@ def run(args: argparse.Namespace) -> int:
     from telechat_twins.core.config import load_run_config
     from telechat_twins.core.data.blend import open_blend
     from telechat_twins.core.launch.command import check_nodes
-    from telechat_twins.core.launch.launcher import COLLECTIVE_TIMEOUT, launch
-    from telechat_twins.core.launch.run_lock import DYING, require_free
+    from telechat_twins.core.launch.launcher import COLLECTIVE_TIMEOUT_S, launch
+    from telechat_twins.core.launch.run_lock import RELEASE_WAIT_S, require_free
     from telechat_twins.core.parallel.layout import check_layout
 
     if args.growth is not None:
@@ -97,7 +97,7 @@ def run(args: argparse.Namespace) -> int:
     config = load_run_config(args.config, overrides)
     nproc = _share(config.parallel, args.nnodes) if args.nproc is None else args.nproc
     check_nodes(nproc, args.nnodes, args.node_rank, args.master)
-    timeout = COLLECTIVE_TIMEOUT if args.timeout is None else args.timeout
+    timeout = COLLECTIVE_TIMEOUT_S if args.timeout is None else args.timeout
     if not (math.isfinite(timeout) and timeout >= 0):
         raise UserError(f"--timeout: must be 0 (never) or a number of seconds above it, found {timeout:g}")
     # A launcher takes seconds to start; what can be refused is refused before that.
@@ -118,7 +118,7 @@ def run(args: argparse.Namespace) -> int:
     what = f"--out {out}"
     require_free(out / (f"logs-node{args.node_rank}" if args.node_rank else "logs"), what)
     if not args.node_rank:
-        require_free(out, what, patience=DYING)  # rank 0's own, which a raw msrun or torchrun has, too
+        require_free(out, what, patience=RELEASE_WAIT_S)  # rank 0's own, which a raw msrun or torchrun has, too
     _keep_earlier_run(out, args.resume)
     script_args = ["--config", args.config, "--out", str(out)]
     for assignment in overrides:

@@ -88,7 +88,7 @@ def folders(out: Path, number: int, stage: Stage) -> tuple[Path, Path]:
 
 def _train(stages: Sequence[Stage], number: int, out: Path, args: argparse.Namespace) -> int:
     """Stage ``number``, from wherever it is."""
-    from telechat_twins.core.launch.launcher import COLLECTIVE_TIMEOUT, launch
+    from telechat_twins.core.launch.launcher import COLLECTIVE_TIMEOUT_S, launch
 
     stage = stages[number - 1]
     run, grown = folders(out, number, stage)
@@ -115,7 +115,7 @@ def _train(stages: Sequence[Stage], number: int, out: Path, args: argparse.Names
         nnodes=args.nnodes,
         node_rank=args.node_rank,
         master=args.master,
-        collective_timeout=COLLECTIVE_TIMEOUT if args.timeout is None else args.timeout,
+        collective_timeout=COLLECTIVE_TIMEOUT_S if args.timeout is None else args.timeout,
     )
 
 

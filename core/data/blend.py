@@ -36,7 +36,7 @@ class Place:
     index: int
 
 
-class Schedule:
+class SourceSchedule:
     """Which source serves which sample: in any first n samples, source k has served within one of n * weight_k.
 
     ``weights`` are the exact shares (fractions of 1) in force.
@@ -65,7 +65,7 @@ class Blend:
         self.seq_len, self.isolate, self.seed = data.seq_len, data.isolate_documents, seed
         self._pad = pad_token_id
         self._given = [source.weight for source in data.sources]
-        self._schedule = Schedule(self._given)
+        self._schedule = SourceSchedule(self._given)
         self.weights = self._schedule.weights
         self.num_samples = [source.num_samples(data.seq_len) for source in self.sources]
         self._permutations: dict[int, tuple[int, Permutation]] = {}

@@ -12,7 +12,7 @@ import numpy as np
 from telechat_twins.core.data.control import TOOL_CALL, TOOL_CALL_END
 from telechat_twins.core.errors import UserError
 from telechat_twins.core.inference.pages import first_name, page_name
-from telechat_twins.core.inference.sampling import Choice, Sampler, SamplingConfig
+from telechat_twins.core.inference.sampling import Sampler, SamplingConfig, TokenChoice
 from telechat_twins.core.inference.text_stream import StopText, text_stream
 
 if TYPE_CHECKING:
@@ -77,7 +77,7 @@ class Event:
 
     request: int
     sample: int
-    choice: Choice | None = None
+    choice: TokenChoice | None = None
     text: str = ""
     finish_reason: str | None = None
     stop: int | str | None = None
@@ -195,7 +195,7 @@ class Sample:
             self._names.append(page_name(before, self.tokens[first:last], np.array(scales)))
         return self._names[page]
 
-    def take_token(self, choice: Choice) -> Event:
+    def take_token(self, choice: TokenChoice) -> Event:
         """The event of a token that was chosen; ``finished`` is set when it is the last."""
         self.tokens.append(choice.token)
         reason: str | None = None
@@ -227,7 +227,7 @@ class Sample:
 
     def _last(
         self,
-        choice: Choice | None,
+        choice: TokenChoice | None,
         text: str,
         reason: str,
         stop: int | str | None,

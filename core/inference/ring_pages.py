@@ -19,7 +19,7 @@ import numpy as np
 from telechat_twins.core.inference.runner import Step
 
 
-class Part(NamedTuple):
+class RingBlock(NamedTuple):
     """Queries [first, last), B * S of them, and where the keys of a rank lie that they meet: ``slots`` int32 [B, T],
     blank ones at the end; query i of row b sees keys [ranges[b, i, 0], ranges[b, i, 1]), none for some."""
 
@@ -30,7 +30,7 @@ class Part(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Share:
+class RankStep:
     """What one rank does in a step. Every rank has as many tokens, filled up by padding whose results are dropped.
 
     ``ids``, ``positions``, ``scaling_lengths`` int32 [n]. ``slots`` [m]: where keys and values of the first m tokens
@@ -45,7 +45,7 @@ class Share:
     slots: np.ndarray
     wanted: np.ndarray
     order: np.ndarray
-    hops: list[list[Part]]
+    hops: list[list[RingBlock]]
 
     @property
     def wants_all(self) -> bool:
@@ -58,7 +58,7 @@ def pages_of_rank(num_pages: int, ranks: int) -> int:
     return -(-(num_pages - 1) // ranks) + 1
 
 
-def share_of(step: Step, ranks: int, rank: int, page_size: int) -> Share:
+def rank_step(step: Step, ranks: int, rank: int, page_size: int) -> RankStep:
     """The part of ``rank`` in a step of a ring of ``ranks``; every rank cuts the same step."""
     owner = (step.slots // page_size - 1) % ranks
     tokens = [np.flatnonzero(owner == r) for r in range(ranks)]
@@ -76,7 +76,7 @@ def share_of(step: Step, ranks: int, rank: int, page_size: int) -> Share:
         order[owner[step.wanted] == r] = r * width + np.arange(len(wanted[r]))
 
     keys = [_keys(step, row, ranks, rank, page_size) for row in range(len(step.lengths))]
-    return Share(
+    return RankStep(
         ids=step.ids[mine],
         positions=step.positions[mine],
         scaling_lengths=step.scaling_lengths[mine],
@@ -98,7 +98,7 @@ def _keys(step: Step, row: int, ranks: int, rank: int, page_size: int) -> tuple[
     return positions[there], slots[there].astype(np.int32)
 
 
-def _parts(step: Step, tokens: np.ndarray, keys: list[tuple[np.ndarray, np.ndarray]]) -> list[Part]:
+def _parts(step: Step, tokens: np.ndarray, keys: list[tuple[np.ndarray, np.ndarray]]) -> list[RingBlock]:
     """How the queries of ``tokens`` meet ``keys``: those of sequences with a single one together, if there are any, and
     the others sequence by sequence. What meets no key at all is in no part."""
     rows = np.searchsorted(step.starts, tokens, side="right") - 1
@@ -120,5 +120,5 @@ def _parts(step: Step, tokens: np.ndarray, keys: list[tuple[np.ndarray, np.ndarr
             slots[at, : len(found)] = found[:longest]
         ranges = np.zeros((*np.shape(ends), 2), np.int32)
         ranges[..., 1] = ends
-        parts.append(Part(group[0][0], group[-1][1], slots, ranges))
+        parts.append(RingBlock(group[0][0], group[-1][1], slots, ranges))
     return parts

@@ -58,7 +58,7 @@ def sampling_config(**values: object) -> SamplingConfig:
     return from_mapping(SamplingConfig, values, "sampling")
 
 
-class Choice(NamedTuple):
+class TokenChoice(NamedTuple):
     """A token, and where asked for: how far its score was ahead of the next one's, its log-probability under the model
     (before penalties and temperature), and the likeliest tokens with theirs."""
 
@@ -89,7 +89,7 @@ class Sampler:
         if bias:
             self._bias = np.fromiter(bias.keys(), np.int64), np.fromiter(bias.values(), np.float64)
 
-    def choose(self, logits: np.ndarray, position: int) -> Choice:
+    def choose(self, logits: np.ndarray, position: int) -> TokenChoice:
         """The token for ``position`` (its place in the sequence, prompt included) out of logits [V].
 
         UserError when they are not finite.
@@ -103,8 +103,8 @@ class Sampler:
             self._history.add(token)
         margin = top2_margin(scores) if self.margins else None
         if self.logprobs is None:
-            return Choice(token, margin)
-        return Choice(token, margin, *log_probabilities(logits, token, self.logprobs))
+            return TokenChoice(token, margin)
+        return TokenChoice(token, margin, *log_probabilities(logits, token, self.logprobs))
 
 
 class History:

@@ -20,7 +20,7 @@ from telechat_twins.core.inference.engine import Engine
 from telechat_twins.core.inference.followers import Leader, follow, shard_reader
 from telechat_twins.core.inference.generation import answer
 from telechat_twins.core.inference.requests import Event, Request, Usage
-from telechat_twins.core.inference.sampling import Choice, SamplingConfig
+from telechat_twins.core.inference.sampling import SamplingConfig, TokenChoice
 from telechat_twins.core.model.config import ModelConfig
 from telechat_twins.core.parallel.layout import Layout, parse_layout
 from telechat_twins.core.parallel.sharding import chunk_table
@@ -94,7 +94,7 @@ def read_events(path: Path) -> list[Event]:
     for values in json.loads(path.read_text(encoding="utf-8")):
         if values["choice"] is not None:
             token, margin, logprob, top = values["choice"]
-            values["choice"] = Choice(token, margin, logprob, tuple((i, p) for i, p in top))
+            values["choice"] = TokenChoice(token, margin, logprob, tuple((i, p) for i, p in top))
         if values["usage"] is not None:
             values["usage"] = Usage(**values["usage"])
         found.append(Event(**values))

@@ -25,7 +25,7 @@ PLACES = (
 
 
 @dataclass(frozen=True)
-class Plan:
+class LaunchPlan:
     """What one launcher starts. ``port`` 0: one machine, the port is chosen by itself."""
 
     backend: str
@@ -64,7 +64,7 @@ def check_nodes(nproc: int, nnodes: int, node_rank: int, master: str | None) -> 
     return parse_master(master)
 
 
-def command(plan: Plan, port: int) -> list[str]:
+def command(plan: LaunchPlan, port: int) -> list[str]:
     """The launcher's own command line. ``port`` 0: torchrun finds one."""
     worker = [str(ROOT / "core" / "launch" / "worker.py"), "--status-dir", str(plan.folder), "--lifeline"]
     if sys.stdout.isatty():
@@ -91,7 +91,7 @@ def command(plan: Plan, port: int) -> list[str]:
     return [*launcher, *worker, str(plan.script), *plan.args]
 
 
-def environment(plan: Plan) -> dict[str, str]:
+def environment(plan: LaunchPlan) -> dict[str, str]:
     """The ranks' environment; UserError where msrun could not start them."""
     env = {name: value for name, value in os.environ.items() if name not in PLACES}
     beside = Path(sys.executable).parent
@@ -110,7 +110,7 @@ def environment(plan: Plan) -> dict[str, str]:
     return env
 
 
-def check_port(plan: Plan) -> None:
+def check_port(plan: LaunchPlan) -> None:
     """UserError on node 0 when ``--master`` cannot be served here."""
     if not plan.port or plan.node_rank:
         return

@@ -22,19 +22,19 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-MOST_RANKS = 64  # members written down; the count is exact however many there are
+MAX_RANKS_LISTED = 64  # members written down; the count is exact however many there are
 _OP, _GROUP = 32, 64  # bytes of the two names
 
 # sequence number, inside (1) or outside (0) a collective, start time; then op, group, count and ranks; then the
 # sequence number again. Little endian without padding: writer and reader are one machine, but maybe two Pythons.
 _HEAD = struct.Struct("<QId")
-_BODY = struct.Struct(f"<{_OP}s{_GROUP}sI{MOST_RANKS}I")
+_BODY = struct.Struct(f"<{_OP}s{_GROUP}sI{MAX_RANKS_LISTED}I")
 _TAIL = struct.Struct("<Q")
 _TAIL_AT = _HEAD.size + _BODY.size
-SIZE = _TAIL_AT + _TAIL.size
+RECORD_BYTES = _TAIL_AT + _TAIL.size
 
 
-class Record(NamedTuple):
+class HeartbeatRecord(NamedTuple):
     """One reading. ``inside``: the collective has not ended; otherwise ``op`` is the last one that did, "" if none."""
 
     sequence: int
@@ -42,7 +42,7 @@ class Record(NamedTuple):
     since: float  # seconds since the epoch, when ``op`` was entered
     op: str
     group: str
-    ranks: tuple[int, ...]  # the first MOST_RANKS members
+    ranks: tuple[int, ...]  # the first MAX_RANKS_LISTED members
     size: int  # how many members there are
 
 
@@ -53,8 +53,8 @@ class Heartbeat:
         """Create the file at ``path`` (its folder must exist), with no collective in it. OSError if that fails."""
         handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o644)
         try:
-            os.ftruncate(handle, SIZE)
-            self._map = mmap.mmap(handle, SIZE)
+            os.ftruncate(handle, RECORD_BYTES)
+            self._map = mmap.mmap(handle, RECORD_BYTES)
         finally:
             os.close(handle)
         self.path = Path(path)
@@ -90,15 +90,15 @@ class Heartbeat:
         _TAIL.pack_into(self._map, _TAIL_AT, self._sequence)
 
     def _body(self, op: str, group: str, ranks: Sequence[int]) -> bytes:
-        members = [int(rank) for rank in ranks[:MOST_RANKS]]
-        padded = members + [0] * (MOST_RANKS - len(members))
+        members = [int(rank) for rank in ranks[:MAX_RANKS_LISTED]]
+        padded = members + [0] * (MAX_RANKS_LISTED - len(members))
         body = _BODY.pack(_name(op, _OP), _name(group, _GROUP), len(ranks), *padded)
         if isinstance(ranks, (tuple, range)):  # a list may be changed under us
             self._bodies[op, group] = (ranks, body)
         return body
 
 
-def read_heartbeat(path: str | Path) -> Record | None:
+def read_heartbeat(path: str | Path) -> HeartbeatRecord | None:
     """The record at ``path``, or None: there is no such file, or each of a few looks met a write half way."""
     try:
         handle = os.open(path, os.O_RDONLY)
@@ -119,11 +119,11 @@ def read_heartbeat(path: str | Path) -> Record | None:
         os.close(handle)
 
 
-def _record(head: bytes, body: bytes) -> Record:
+def _record(head: bytes, body: bytes) -> HeartbeatRecord:
     sequence, inside, since = _HEAD.unpack(head)
     op, group, size, *ranks = _BODY.unpack(body)
-    members = tuple(ranks[: min(size, MOST_RANKS)])
-    return Record(sequence, bool(inside), since, _text(op), _text(group), members, size)
+    members = tuple(ranks[: min(size, MAX_RANKS_LISTED)])
+    return HeartbeatRecord(sequence, bool(inside), since, _text(op), _text(group), members, size)
 
 
 def heartbeat_path(log_dir: str | Path, rank: int) -> Path:
@@ -139,7 +139,7 @@ class Waits:
 
     def __init__(self, log_dir: str | Path, ranks: Sequence[int]) -> None:
         self._paths = {rank: heartbeat_path(log_dir, rank) for rank in ranks}
-        self._seen: dict[int, tuple[Record, float]] = {}
+        self._seen: dict[int, tuple[HeartbeatRecord, float]] = {}
         self._looked = time.monotonic()
 
     def look(self, running: Iterable[int]) -> tuple[int, float]:
@@ -177,7 +177,7 @@ class Waits:
         return [f"{a:>{widths[0]}}  {b:>{widths[1]}}  {c:<{widths[2]}}  {d}" for a, b, c, d in rows]
 
 
-def _what(record: Record) -> str:
+def _what(record: HeartbeatRecord) -> str:
     more = " ..." if record.size > len(record.ranks) else ""
     members = f"{'rank' if record.size == 1 else 'ranks'} {' '.join(map(str, record.ranks))}{more}"
     return f"{record.op} over {record.group} ({members})"

@@ -22,10 +22,18 @@ from pathlib import Path
 import psutil
 
 from telechat_twins.core.errors import UserError
-from telechat_twins.core.launch.command import FRAMEWORK, SCRIPTS, Plan, check_nodes, check_port, command, environment
+from telechat_twins.core.launch.command import (
+    FRAMEWORK,
+    SCRIPTS,
+    LaunchPlan,
+    check_nodes,
+    check_port,
+    command,
+    environment,
+)
 from telechat_twins.core.launch.heartbeat import Waits
-from telechat_twins.core.launch.nodes import PATIENCE, Nodes, Word, bind, meet
-from telechat_twins.core.launch.processes import Deaths, Job, lives, signals_as_interrupt
+from telechat_twins.core.launch.nodes import RENDEZVOUS_S, Nodes, Word, bind, meet
+from telechat_twins.core.launch.processes import Deaths, ProcessTree, lives, signals_as_interrupt
 from telechat_twins.core.launch.run_lock import hold_folder
 from telechat_twins.core.launch.screen import Screen, last_lines
 from telechat_twins.core.launch.worker import SCHEDULER, read_status, stack_path
@@ -33,18 +41,24 @@ from telechat_twins.core.types import JsonObject
 
 # Seconds a rank may be inside one collective. Below the 10 minutes after which NCCL's own watchdog ends a rank without
 # saying who waits for whom, and above any wait that a healthy run has (a slow file system at a checkpoint).
-COLLECTIVE_TIMEOUT = 540.0
+COLLECTIVE_TIMEOUT_S = 540.0
 
-POLL = 0.1  # seconds between two looks at logs, status files, heartbeats and processes
-LEAVE = 20.0  # seconds the rank processes may take to end after the script has finished (MindSpore's take about 3)
-LATE = 60.0  # seconds after the first rank's status in which msrun's scheduler must have written its own
-LINGER = 1.0  # seconds the launcher may take after that; msrun's scheduler takes more, with nothing left to do
-SAVE = 120.0  # seconds the ranks have, after Ctrl-C, to finish their step and save; a second Ctrl-C ends that wait
-LAST = 45.0  # seconds of these, if no rank answers at all, or for the others once one has left: they may wait for it
-STACK = 2.0  # seconds for the ranks to write down where they are
-OTHERS = 1.0  # seconds to hear whether another node failed first
-SETTLE = 0.2  # seconds after a first sign of failure, for what may have caused it to show
-EARLIER = 0.3  # seconds by which a death is taken to be earlier than it was noticed
+POLL_S = 0.1  # seconds between two looks at logs, status files, heartbeats and processes
+EXIT_GRACE_S = (
+    20.0  # seconds the rank processes may take to end after the script has finished (MindSpore's take about 3)
+)
+SCHEDULER_START_S = 60.0  # seconds after the first rank's status in which msrun's scheduler must have written its own
+LAUNCHER_EXIT_S = 1.0  # seconds the launcher may take after that; msrun's scheduler takes more, with nothing left to do
+SAVE_GRACE_S = (
+    120.0  # seconds the ranks have, after Ctrl-C, to finish their step and save; a second Ctrl-C ends that wait
+)
+NO_ANSWER_S = (
+    45.0  # seconds of these, if no rank answers at all, or for the others once one has left: they may wait for it
+)
+STACK_DUMP_S = 2.0  # seconds for the ranks to write down where they are
+NODE_REPORT_S = 1.0  # seconds to hear whether another node failed first
+SETTLE_S = 0.2  # seconds after a first sign of failure, for what may have caused it to show
+DEATH_LAG_S = 0.3  # seconds by which a death is taken to be earlier than it was noticed
 
 
 def launch(
@@ -58,7 +72,7 @@ def launch(
     nnodes: int = 1,
     node_rank: int = 0,
     master: str | None = None,
-    collective_timeout: float = COLLECTIVE_TIMEOUT,
+    collective_timeout: float = COLLECTIVE_TIMEOUT_S,
     instead: Callable[[], None] | None = None,
 ) -> int:
     """Run ``script`` (default: the backend's train.py) in ``nproc`` processes and wait for the end.
@@ -84,15 +98,15 @@ def launch(
     host, port = check_nodes(nproc, nnodes, node_rank, master)
     folder = Path(f"{log_dir}-node{node_rank}" if node_rank else log_dir).resolve()
     path = Path(script or SCRIPTS[backend]).resolve()
-    plan = Plan(backend, path, tuple(script_args), nproc, folder, nnodes, node_rank, host, port)
+    plan = LaunchPlan(backend, path, tuple(script_args), nproc, folder, nnodes, node_rank, host, port)
     env = environment(plan)
-    limits = Limits(timeout, collective_timeout)
+    limits = LaunchLimits(timeout, collective_timeout)
     # Before anything there is touched: the logs of a run that goes on are its own.
     with signals_as_interrupt(), hold_folder(folder):
         try:
             check_port(plan)
             facts = {"--nproc": nproc, "--backend": backend}
-            nodes = meet(node_rank, nnodes, host, port, facts, min(PATIENCE, timeout or PATIENCE))
+            nodes = meet(node_rank, nnodes, host, port, facts, min(RENDEZVOUS_S, timeout or RENDEZVOUS_S))
         except KeyboardInterrupt:
             return 130
         with nodes:
@@ -104,11 +118,11 @@ def launch(
 
 
 @dataclass(frozen=True)
-class Limits:
+class LaunchLimits:
     """Seconds the whole job may take (None: any), and one collective (0: any)."""
 
-    job: float | None
-    collective: float
+    job_s: float | None
+    collective_s: float
 
 
 class _PortTaken(Exception):
@@ -119,9 +133,9 @@ class _PortTaken(Exception):
 class _Running:
     """One start of the job, with everything that watches it."""
 
-    plan: Plan
+    plan: LaunchPlan
     nodes: Nodes
-    job: Job
+    processes: ProcessTree
     screen: Screen
     waits: Waits
     deaths: Deaths = field(default_factory=Deaths)
@@ -131,10 +145,10 @@ class _Running:
 
 
 def _run(
-    plan: Plan,
+    plan: LaunchPlan,
     env: dict[str, str],
     nodes: Nodes,
-    limits: Limits,
+    limits: LaunchLimits,
     instead: Callable[[], None] | None,
     again: bool = False,
 ) -> int:
@@ -149,10 +163,10 @@ def _run(
         with (
             open(folder / "launcher.log", "wb") as output,
             signals_as_interrupt(),
-            Job(command(plan, port), env, output) as job,
+            ProcessTree(command(plan, port), env, output) as processes,
         ):
             screen = Screen(folder / f"worker_{plan.ranks[0]}.log", instead)
-            run = _Running(plan, nodes, job, screen, Waits(folder, plan.ranks))
+            run = _Running(plan, nodes, processes, screen, Waits(folder, plan.ranks))
             try:
                 return _watch(run, limits, again)
             except KeyboardInterrupt:
@@ -164,7 +178,7 @@ def _run(
             reserved.close()
 
 
-def _watch(run: _Running, limits: Limits, again: bool) -> int:
+def _watch(run: _Running, limits: LaunchLimits, again: bool) -> int:
     """Look at everything that was started until the job has ended; its exit code.
 
     Each look asks the causes in this order: a failed rank explains a lost launcher, a hang and the end of the time.
@@ -174,8 +188,8 @@ def _watch(run: _Running, limits: Limits, again: bool) -> int:
     while True:
         news = run.screen.read()  # before the status files: what rank 0 writes because another died is held back
         statuses = run.statuses()
-        launcher_code = run.job.launcher.poll()
-        run.job.look()
+        launcher_code = run.processes.launcher.poll()
+        run.processes.look()
         code = _failed_here(run, statuses, news)
         if code is None and (word := run.nodes.look()) is not None:
             code = _ended_elsewhere(run, word, news)
@@ -191,7 +205,7 @@ def _watch(run: _Running, limits: Limits, again: bool) -> int:
             code = _out_of_time(run, statuses, limits, started)
         if code is not None:
             return code
-        time.sleep(POLL)
+        time.sleep(POLL_S)
 
 
 def _failed_here(run: _Running, statuses: list[JsonObject | None], news: bytes) -> int | None:
@@ -202,7 +216,7 @@ def _failed_here(run: _Running, statuses: list[JsonObject | None], news: bytes) 
             run.deaths.watch(status["pid"])
     if _first_failure(statuses, run.deaths, folder) is None:
         return None
-    time.sleep(SETTLE)
+    time.sleep(SETTLE_S)
     statuses = run.statuses()
     failed = _first_failure(statuses, run.deaths, folder)
     return None if failed is None else _report(run, failed, statuses, news)
@@ -226,7 +240,7 @@ class _Leaving:
         if self.finished is None:
             return None
         settled = max(self.finished, self.gone or now)
-        if launcher_code is None and now - settled <= LINGER and now - self.finished <= LEAVE:
+        if launcher_code is None and now - settled <= LAUNCHER_EXIT_S and now - self.finished <= EXIT_GRACE_S:
             return None
         run.screen.show(run.screen.read(), last=True)
         # Every rank has written "done", so the result stands; a launcher that disagrees is reported, not hidden.
@@ -245,15 +259,15 @@ def _scheduler_lost(run: _Running, again: bool) -> int:
     return _give_up(run, None, f"msrun's port {run.plan.port or ''} was taken by another program")
 
 
-def _out_of_time(run: _Running, statuses: list[JsonObject | None], limits: Limits, started: float) -> int | None:
+def _out_of_time(run: _Running, statuses: list[JsonObject | None], limits: LaunchLimits, started: float) -> int | None:
     """End a job in which one collective, or the whole, has taken longer than its limit; None otherwise."""
     rank, waited = run.waits.look([s["rank"] for s in statuses if s is not None and s["state"] == "running"])
-    if 0 < limits.collective < waited:
-        return _hang(run, rank, waited, limits.collective)
-    if limits.job is None or time.monotonic() - started <= limits.job:
+    if 0 < limits.collective_s < waited:
+        return _hang(run, rank, waited, limits.collective_s)
+    if limits.job_s is None or time.monotonic() - started <= limits.job_s:
         return None
-    run.nodes.end(1, f"not finished after {limits.job:.0f} s")
-    lines = [f"tele: not finished after {limits.job:.0f} s; who waits where:", *run.waits.table(_ask_where(run))]
+    run.nodes.end(1, f"not finished after {limits.job_s:.0f} s")
+    lines = [f"tele: not finished after {limits.job_s:.0f} s; who waits where:", *run.waits.table(_ask_where(run))]
     print("\n".join(lines), file=sys.stderr)
     print(f"tele: ending all processes; stacks: {run.plan.folder}/stack_<rank>.txt", file=sys.stderr)
     return 1
@@ -274,7 +288,7 @@ class _Scheduler:
             return False
         status, patience = read_status(self.run.plan.folder, SCHEDULER), 1.0
         if status is None:  # it writes one before anything else, as a rank does
-            patience = LATE
+            patience = SCHEDULER_START_S
             if not any(self.run.statuses()):
                 return False
         else:
@@ -300,7 +314,7 @@ def _first_failure(statuses: list[JsonObject | None], deaths: Deaths, folder: Pa
         if status is None or status["state"] == "done":
             continue
         died = deaths.when(status["pid"])
-        when = status["time"] if status["state"] == "failed" else died - EARLIER if died is not None else None
+        when = status["time"] if status["state"] == "failed" else died - DEATH_LAG_S if died is not None else None
         if when is not None:
             stack = stack_path(folder, status["rank"])
             told_to_end = stack.exists() and stack.stat().st_size > 0
@@ -326,7 +340,7 @@ def _report(run: _Running, failed: JsonObject, statuses: list[JsonObject | None]
         screen.show(news + screen.read(), last=True)
     else:
         screen.show(news.split(b"Traceback (most recent call last)")[0], last=True)
-    word = run.nodes.look(OTHERS)
+    word = run.nodes.look(NODE_REPORT_S)
     if word is not None and word.when < failed["when"]:
         # What happened here is then most likely a lost connection to the node that failed.
         print(f"tele: node {word.node} failed first: {word.why}", file=sys.stderr)
@@ -394,7 +408,7 @@ def _give_up(run: _Running, log: str | None, why: str) -> int:
 
 def _own(run: _Running) -> dict[int, psutil.Process]:
     """This node's rank processes that live, by rank."""
-    alive = {process.pid: process for process in run.job.alive()}
+    alive = {process.pid: process for process in run.processes.alive()}
     return {s["rank"]: alive[s["pid"]] for s in run.statuses() if s is not None and s["pid"] in alive}
 
 
@@ -404,11 +418,11 @@ def _ask_where(run: _Running) -> dict[int, str]:
     for process in asked.values():
         with suppress(psutil.Error):
             process.send_signal(signal.SIGUSR1)
-    deadline = time.monotonic() + STACK
+    deadline = time.monotonic() + STACK_DUMP_S
     paths = {rank: stack_path(run.plan.folder, rank) for rank in asked}
     while time.monotonic() < deadline and any(lives(asked[rank]) and not _bytes(paths[rank]) for rank in asked):
-        time.sleep(POLL / 2)
-    time.sleep(POLL / 2)  # for the rest of what they are writing
+        time.sleep(POLL_S / 2)
+    time.sleep(POLL_S / 2)  # for the rest of what they are writing
     tops = {rank: _top(_bytes(path).decode(errors="replace")) for rank, path in paths.items()}
     return {rank: top or f"no answer (process: {_state(asked[rank])})" for rank, top in tops.items()}
 
@@ -442,17 +456,17 @@ def _interrupt(run: _Running) -> None:
             process.send_signal(signal.SIGINT)
     try:
         started = time.monotonic()
-        deadline, heard = started + SAVE, False
+        deadline, heard = started + SAVE_GRACE_S, False
         while time.monotonic() < deadline and any(lives(p) for p in own.values()):
             screen.show(screen.read())
             if any(s is not None and s["state"] != "running" for s in run.statuses()):
-                deadline, heard = min(deadline, time.monotonic() + LAST), True
+                deadline, heard = min(deadline, time.monotonic() + NO_ANSWER_S), True
             # A rank that means to save says so at once. One that hangs in native code does not even hear us.
             heard = heard or [_size(log) for log in logs] != written
-            if not heard and time.monotonic() > started + LAST:
-                print(f"tele: no rank has answered for {LAST:.0f} s, ending all processes", file=sys.stderr)
+            if not heard and time.monotonic() > started + NO_ANSWER_S:
+                print(f"tele: no rank has answered for {NO_ANSWER_S:.0f} s, ending all processes", file=sys.stderr)
                 break
-            time.sleep(POLL)
+            time.sleep(POLL_S)
         screen.show(screen.read(), last=True)
     except KeyboardInterrupt:
         print("tele: interrupted again, ending all processes now", file=sys.stderr)

@@ -24,11 +24,13 @@ from telechat_twins.core.errors import UserError
 from telechat_twins.core.shown import printable, shown
 from telechat_twins.core.types import JsonObject
 
-PATIENCE = 600.0  # seconds the nodes wait for one another at the start: machines of a cluster are not ready together
-LOOK = 0.1
-LEAVE = 1.0  # seconds for the other side to hear our last words
-LONGEST = 16_384  # bytes of a line; more is no launcher of ours
-REASON = 2_000  # characters of a reason that are passed on
+RENDEZVOUS_S = (
+    600.0  # seconds the nodes wait for one another at the start: machines of a cluster are not ready together
+)
+POLL_S = 0.1
+CLOSE_GRACE_S = 1.0  # seconds for the other side to hear our last words
+MAX_LINE_BYTES = 16_384  # bytes of a line; more is no launcher of ours
+MAX_REASON_CHARACTERS = 2_000  # characters of a reason that are passed on
 
 
 class Word(NamedTuple):
@@ -68,7 +70,7 @@ class Nodes:
                         return word
             if time.monotonic() >= deadline or not self._lines:
                 return None
-            time.sleep(LOOK / 2)
+            time.sleep(POLL_S / 2)
 
     def done(self) -> None:
         """All ranks of this node have finished well; ``finished`` follows when those of the others have too."""
@@ -82,7 +84,9 @@ class Nodes:
     def end(self, code: int, why: str, when: float | None = None, hang: bool = False) -> None:
         """Tell the others, once, that the job ends with exit code ``code``, since ``when`` (default: now)."""
         if not self._ended:
-            self._pass_on(Word(self.rank, code, why[:REASON], time.time() if when is None else when, hang))
+            self._pass_on(
+                Word(self.rank, code, why[:MAX_REASON_CHARACTERS], time.time() if when is None else when, hang)
+            )
 
     def close(self) -> None:
         """Take leave so that what was said last arrives."""
@@ -137,7 +141,7 @@ def meet(
     host: str,
     port: int,
     facts: JsonObject,
-    patience: float = PATIENCE,
+    patience: float = RENDEZVOUS_S,
     say: Callable[[str], None] = lambda text: print(text, file=sys.stderr),
 ) -> Nodes:
     """Wait until the launchers of all ``count`` nodes are there; node 0 listens at ``port`` + 1.
@@ -200,7 +204,7 @@ def _gather(count: int, host: str, port: int, facts: JsonObject, deadline: float
                 if missing and not told:
                     say(f"tele: node 0 of {count} waits for node {_list(missing)} at {host} port {port + 1}")
                     told = True
-                time.sleep(LOOK)
+                time.sleep(POLL_S)
         for line in present.values():
             line.send({"go": True})
     except BaseException:
@@ -247,7 +251,7 @@ def _answers(host: str, port: int, facts: JsonObject, seconds: float = 2.0) -> b
     deadline = time.monotonic() + seconds
     heard: list[JsonObject | None] = []
     while not heard and time.monotonic() < deadline:
-        time.sleep(LOOK / 2)
+        time.sleep(POLL_S / 2)
         heard = line.read()
     _close([line], 0.0)
     return any(message is not None and "refused" in message for message in heard)
@@ -289,7 +293,7 @@ def _find(rank: int, host: str, port: int, facts: JsonObject, deadline: float, s
         try:
             line = _Line(socket.create_connection((host, port + 1), timeout=5))
         except OSError:
-            time.sleep(5 * LOOK)
+            time.sleep(5 * POLL_S)
             continue
         line.send({"hello": {"node": rank, "facts": facts}})
         answer: JsonObject | None = None
@@ -301,7 +305,7 @@ def _find(rank: int, host: str, port: int, facts: JsonObject, deadline: float, s
                     # What follows "go" at once must not be lost.
                     line.unread(heard[1:])
                     break
-                time.sleep(LOOK)
+                time.sleep(POLL_S)
         except BaseException:
             _close([line])
             raise
@@ -309,8 +313,8 @@ def _find(rank: int, host: str, port: int, facts: JsonObject, deadline: float, s
             return Nodes(rank, {0: line})
         _close([line])
         if answer and "refused" in answer:
-            raise UserError(str(answer["refused"])[:REASON])
-        time.sleep(5 * LOOK)  # node 0 left, or something else answers there
+            raise UserError(str(answer["refused"])[:MAX_REASON_CHARACTERS])
+        time.sleep(5 * POLL_S)  # node 0 left, or something else answers there
     raise UserError(
         f"--master: node 0 was not found at {host} port {port + 1} in time; "
         "start it with the same --nnodes and --master"
@@ -324,7 +328,7 @@ def _word(told: object, node: int) -> Word:
     return Word(
         node=message["node"] if isinstance(message.get("node"), int) else node,
         code=code if code in (1, 2, 130) else 1,
-        why=printable(str(message.get("why", "no reason given"))[:REASON]),
+        why=printable(str(message.get("why", "no reason given"))[:MAX_REASON_CHARACTERS]),
         when=when if isinstance(when, float) and math.isfinite(when) else time.time(),
         hang=message.get("hang") is True,
     )
@@ -361,7 +365,7 @@ class _Line:
         messages, self._waiting = self._waiting, []
         while self._open:
             try:
-                news = self._socket.recv(LONGEST)
+                news = self._socket.recv(MAX_LINE_BYTES)
             except BlockingIOError:
                 break
             except OSError:
@@ -375,7 +379,7 @@ class _Line:
                     break
                 if isinstance(message, dict):
                     messages.append(message)
-            if not news or len(self._buffer) > LONGEST:
+            if not news or len(self._buffer) > MAX_LINE_BYTES:
                 self._open = False
                 messages.append(None)
         return messages
@@ -391,12 +395,12 @@ class _Line:
         with suppress(OSError):
             while (left := deadline - time.monotonic()) > 0:
                 self._socket.settimeout(left)
-                if not self._socket.recv(LONGEST):
+                if not self._socket.recv(MAX_LINE_BYTES):
                     break
         self._socket.close()
 
 
-def _close(lines: list[_Line], patience: float = LEAVE) -> None:
+def _close(lines: list[_Line], patience: float = CLOSE_GRACE_S) -> None:
     for line in lines:
         line.leave()
     deadline = time.monotonic() + patience

@@ -17,9 +17,9 @@ import psutil
 
 from telechat_twins.core.launch.worker import die_with_parent
 
-CAUGHT = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-LOOK = 0.05  # seconds between two looks at processes that are ending
-TERM = 1.5  # seconds between SIGTERM and SIGKILL
+INTERRUPTING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+POLL_S = 0.05  # seconds between two looks at processes that are ending
+TERM_GRACE_S = 1.5  # seconds between SIGTERM and SIGKILL
 
 
 @contextmanager
@@ -28,15 +28,15 @@ def signals_as_interrupt() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = [signal.signal(number, signal.default_int_handler) for number in CAUGHT]
+    before = [signal.signal(number, signal.default_int_handler) for number in INTERRUPTING]
     try:
         yield
     finally:
-        for number, handler in zip(CAUGHT, before, strict=True):
+        for number, handler in zip(INTERRUPTING, before, strict=True):
             signal.signal(number, handler)
 
 
-class Job:
+class ProcessTree:
     """The launcher and every process below it, remembered so that a parent's death does not hide its children."""
 
     def __init__(self, command: list[str], env: dict[str, str], output: BinaryIO) -> None:
@@ -61,7 +61,7 @@ class Job:
             os.close(theirs)
         self.known = {self.launcher.pid: psutil.Process(self.launcher.pid)}
 
-    def __enter__(self) -> Job:
+    def __enter__(self) -> ProcessTree:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -80,7 +80,7 @@ class Job:
     def end(self) -> None:
         """SIGTERM, a moment, SIGKILL, to each remaining process by its id; a further Ctrl-C cannot cut this short."""
         if threading.current_thread() is threading.main_thread():
-            for number in CAUGHT:
+            for number in INTERRUPTING:
                 signal.signal(number, signal.SIG_IGN)
         for ask in (psutil.Process.terminate, psutil.Process.kill, psutil.Process.kill):
             remaining = self.alive()
@@ -89,10 +89,10 @@ class Job:
             for process in remaining:
                 with suppress(psutil.Error):
                     ask(process)
-            deadline = time.monotonic() + TERM
+            deadline = time.monotonic() + TERM_GRACE_S
             while time.monotonic() < deadline and any(lives(p) for p in remaining):
                 self.launcher.poll()
-                time.sleep(LOOK)
+                time.sleep(POLL_S)
         # For a rank that its launcher started in its last moment, and nobody has seen.
         os.close(self._line)
         self.launcher.wait()
@@ -131,5 +131,5 @@ class Deaths:
             pass
         except OSError:  # a container may forbid pidfd_open
             while psutil.pid_exists(pid) and lives(psutil.Process(pid)):
-                time.sleep(LOOK)
+                time.sleep(POLL_S)
         self._times[pid] = time.time()

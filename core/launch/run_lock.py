@@ -30,10 +30,10 @@ from telechat_twins.core.files.atomic import clean_stale, mark_lives, process_ma
 from telechat_twins.core.types import JsonObject
 
 NAME = ".lock"
-DYING = 5.0  # seconds that a process which was killed may take to be gone; its lock is waited for that long
+RELEASE_WAIT_S = 5.0  # seconds that a process which was killed may take to be gone; its lock is waited for that long
 
 _NO_LOCKS = (errno.EOPNOTSUPP, errno.ENOSYS, errno.ENOLCK, errno.EINVAL, errno.EBADF)
-_LONGEST = 4096
+_MAX_NOTE_BYTES = 4096
 
 
 @contextmanager
@@ -138,7 +138,7 @@ def _acquire(path: Path, what: str, deadline: float) -> int:
 def _read(handle: int) -> JsonObject | None:
     """The line in the file, or None where there is none (yet)."""
     try:
-        note = json.loads(os.pread(handle, _LONGEST, 0))
+        note = json.loads(os.pread(handle, _MAX_NOTE_BYTES, 0))
         return {
             "host": str(note["host"])[:200],
             "pid": int(note["pid"]),

@@ -40,7 +40,9 @@ from telechat_twins.core.shown import controls_shown, printable  # noqa: E402
 from telechat_twins.core.types import JsonObject  # noqa: E402
 
 SCHEDULER = "scheduler"  # in the place of a rank: msrun's scheduler keeps a status file too
-PART = 150.0  # seconds a rank that failed or was interrupted may wait for the others; above the launcher's own limits
+PEER_WAIT_S = (
+    150.0  # seconds a rank that failed or was interrupted may wait for the others; above the launcher's own limits
+)
 
 _supervised = False
 
@@ -188,7 +190,7 @@ def _wait_for_the_others(status_dir: Path, rank: int) -> None:
     msrun and torchrun kill all other ranks as soon as one exits with an error. After Ctrl-C that would cut off a rank
     that is still saving; after a failure the launcher, which has read our status by then, ends the job in better order.
     """
-    deadline = time.monotonic() + PART
+    deadline = time.monotonic() + PEER_WAIT_S
     while time.monotonic() < deadline:
         others = [path for path in status_dir.glob("status_*.json") if path != status_path(status_dir, rank)]
         states = [read_status(status_dir, path.stem.removeprefix("status_")) for path in others]

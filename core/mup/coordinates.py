@@ -2,7 +2,7 @@
 
 A few steps are trained at several widths. Under muP every coordinate of embedding, attention, ffn, stream and logits
 moves by an amount that does not depend on the width; with one set of numbers for all widths (the standard
-parametrisation, run for contrast) it moves the more, the wider the model. Sizes are means of absolute values. Judged is
+parametrisation, run for contrast) it moves the more, the wider the model. Sizes are means of absolute values, judged by
 the slope of their logarithm over that of the width: 0 is flat, 1/2 grows like a random sum, 1 like an aligned one.
 """
 
@@ -48,7 +48,7 @@ class WidthRecord:
 
 
 @dataclass(frozen=True)
-class Judged:
+class SlopeVerdict:
     """The slope of ``group``'s size over the width, and the range it must lie in."""
 
     what: str
@@ -128,7 +128,7 @@ def slope(records: Sequence[WidthRecord], kind: str, group: str, step: int) -> f
     return float(np.polyfit(widths, np.log(sizes), 1)[0])
 
 
-def judge(records: Sequence[WidthRecord]) -> list[Judged]:
+def judge(records: Sequence[WidthRecord]) -> list[SlopeVerdict]:
     """What must hold: flat at the start and flat in change after the last update under muP, growth in the contrast."""
     mup = [record for record in records if record.parametrisation == MUP]
     contrast = [record for record in records if record.parametrisation == STANDARD]
@@ -137,14 +137,14 @@ def judge(records: Sequence[WidthRecord]) -> list[Judged]:
     for what, kind, step in (("at the start", "scales", 0), (f"change after {last}", "changes", last)):
         for group in GROUPS:
             low = LOGITS_LOW if group == "logits" else -FLAT
-            found.append(Judged(f"muP, {what}", group, slope(mup, kind, group, step), low, FLAT))
+            found.append(SlopeVerdict(f"muP, {what}", group, slope(mup, kind, group, step), low, FLAT))
     steepest = max(GROUPS, key=lambda group: slope(contrast, "changes", group, last))
     grown = slope(contrast, "changes", steepest, last)
-    found.append(Judged(f"standard, change after {last}", steepest, grown, GROWING, math.inf))
+    found.append(SlopeVerdict(f"standard, change after {last}", steepest, grown, GROWING, math.inf))
     return found
 
 
-def to_json(records: Sequence[WidthRecord], judged: Sequence[Judged], facts: JsonObject) -> JsonObject:
+def to_json(records: Sequence[WidthRecord], judged: Sequence[SlopeVerdict], facts: JsonObject) -> JsonObject:
     """What check.json holds."""
     rows = [
         {

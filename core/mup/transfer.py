@@ -20,7 +20,7 @@ DIGITS = 12  # of a transferred number: more than any search finds, fewer than a
 
 
 @dataclass(frozen=True)
-class Rule:
+class TransferRule:
     """``option`` (section.name) is multiplied by r ** ``power``; one without a value has that of ``default``."""
 
     what: str
@@ -34,16 +34,16 @@ class Rule:
 
 
 RULES = (
-    Rule("learning rate", "optim.lr", 0.0),
-    Rule("matrix learning rate", "optim.matrix_lr", -1.0, "optim.lr"),
-    Rule("minimum learning rate", "optim.min_lr", 0.0),
-    Rule("standard deviation", "model.init_std", 0.0),
-    Rule("matrix standard deviation", "model.matrix_init_std", -0.5, "model.init_std"),
-    Rule("input multiplier", "model.input_mult", 0.0),
-    Rule("logit multiplier", "model.logit_mult", -1.0),
-    Rule("weight decay", "optim.weight_decay", 0.0),
+    TransferRule("learning rate", "optim.lr", 0.0),
+    TransferRule("matrix learning rate", "optim.matrix_lr", -1.0, "optim.lr"),
+    TransferRule("minimum learning rate", "optim.min_lr", 0.0),
+    TransferRule("standard deviation", "model.init_std", 0.0),
+    TransferRule("matrix standard deviation", "model.matrix_init_std", -0.5, "model.init_std"),
+    TransferRule("input multiplier", "model.input_mult", 0.0),
+    TransferRule("logit multiplier", "model.logit_mult", -1.0),
+    TransferRule("weight decay", "optim.weight_decay", 0.0),
     # Decoupled decay acts through rate x decay, which so stays what it was.
-    Rule("matrix weight decay", "optim.matrix_weight_decay", 1.0, "optim.weight_decay"),
+    TransferRule("matrix weight decay", "optim.matrix_weight_decay", 1.0, "optim.weight_decay"),
 )
 
 
@@ -52,7 +52,7 @@ _WIDTH = ("hidden_size", "ffn_hidden_size", "num_heads", "num_kv_heads", "num_la
 _OWN = {*_WIDTH, *(rule.option.removeprefix("model.") for rule in RULES)}
 
 
-def value_of(rule: Rule, model: ModelConfig, optim: OptimConfig) -> float:
+def value_of(rule: TransferRule, model: ModelConfig, optim: OptimConfig) -> float:
     """The number of a rule's option in a config, where it has none that of its default."""
     sections = {"model": model, "optim": optim}
     for option in (rule.option, rule.default):

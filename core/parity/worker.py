@@ -127,7 +127,7 @@ def launch_tasks(
     Their layouts must have equal worlds (ValueError). ``timeout`` is for the whole job, ``collective_timeout`` for a
     rank's wait for others, in seconds.
     """
-    from telechat_twins.core.launch.launcher import COLLECTIVE_TIMEOUT, launch
+    from telechat_twins.core.launch.launcher import COLLECTIVE_TIMEOUT_S, launch
 
     worlds = {task.layout.world for task in tasks}
     if len(worlds) != 1:
@@ -136,7 +136,7 @@ def launch_tasks(
     job = {"backend": backend, "tasks": [dataclasses.asdict(task) for task in tasks]}
     path = folder / "job.json"
     path.write_text(json.dumps(job), encoding="utf-8")
-    limit = COLLECTIVE_TIMEOUT if collective_timeout is None else collective_timeout
+    limit = COLLECTIVE_TIMEOUT_S if collective_timeout is None else collective_timeout
     return launch(
         backend, [str(path.resolve())], worlds.pop(), folder / "logs", timeout, script, collective_timeout=limit
     )

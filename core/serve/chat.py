@@ -11,7 +11,7 @@ from telechat_twins.core.data.chat_template import chat_parts, encode_chat
 from telechat_twins.core.errors import UserError
 from telechat_twins.core.inference.generation import turn_stops
 from telechat_twins.core.inference.requests import Event, Request
-from telechat_twins.core.inference.sampling import Choice
+from telechat_twins.core.inference.sampling import TokenChoice
 from telechat_twins.core.inference.tool_calls import ToolCall, ToolCallStream
 from telechat_twins.core.serve import strict_json
 from telechat_twins.core.serve.completions import token_text
@@ -264,7 +264,7 @@ class ChatWriter:
             )
         return choices
 
-    def _logprob(self, choice: Choice) -> JsonObject:
+    def _logprob(self, choice: TokenChoice) -> JsonObject:
         def entry(token: int, logprob: float | None) -> JsonObject:
             raw = self._tokenizer.token_bytes(token)
             return {"token": token_text(self._tokenizer, token), "logprob": logprob, "bytes": list(raw)}

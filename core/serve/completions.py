@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from telechat_twins.core.inference.requests import Event, Request
-from telechat_twins.core.inference.sampling import Choice
+from telechat_twins.core.inference.sampling import TokenChoice
 from telechat_twins.core.serve.errors import shown
 from telechat_twins.core.serve.fields import Fields
 from telechat_twins.core.serve.job import (
@@ -166,7 +166,7 @@ class CompletionWriter:
             )
         return choices
 
-    def _logprobs(self, choice: Choice, offset: int) -> JsonObject:
+    def _logprobs(self, choice: TokenChoice, offset: int) -> JsonObject:
         """``top_logprobs`` holds the drawn token too, so up to one entry more than was asked for. Of tokens that are
         written alike it holds the drawn one, else the likeliest."""
         drawn = token_text(self._tokenizer, choice.token)

@@ -24,7 +24,7 @@ from telechat_twins.core.serve.service import Service
 from telechat_twins.core.types import JsonObject
 
 BODY_SECONDS = 30.0  # for a request's body to arrive
-LARGE = 1 << 16  # bytes of a body that is not of ordinary size
+LARGE_BODY_BYTES = 1 << 16  # bytes of a body that is not of ordinary size
 PACE_SECONDS = 0.002  # between pieces of large bodies, which have up to 256 KiB each
 HELD_BODIES = 16  # of the largest size: what large bodies may take together
 Read = Callable[[JsonObject, Served, str], Draft]
@@ -50,7 +50,7 @@ class Intake:
     async def job(self, request: Request, read: Read, tenant: str, deadline: float) -> AnswerJob:
         """The job of a request of ``tenant``; ApiError names the fault."""
         async with self._body(request) as raw:
-            turn = self._large if len(raw) > LARGE else self._ordinary
+            turn = self._large if len(raw) > LARGE_BODY_BYTES else self._ordinary
             try:
                 async with asyncio.timeout_at(deadline):
                     await turn.acquire()
@@ -78,7 +78,7 @@ class Intake:
                         body += piece
                         if len(body) > self._limits.body:
                             raise too_large(self._limits.body)
-                        if len(body) > LARGE:
+                        if len(body) > LARGE_BODY_BYTES:
                             self._held += len(body) - held
                             held = len(body)
                             self._check_held()
@@ -94,7 +94,7 @@ class Intake:
             self._held -= held
 
     def _check_held(self) -> None:
-        if self._held > HELD_BODIES * max(self._limits.body, LARGE):
+        if self._held > HELD_BODIES * max(self._limits.body, LARGE_BODY_BYTES):
             raise ApiError(
                 429,
                 "too many large requests are being read; try again later",
@@ -121,7 +121,7 @@ def too_large(most: int) -> ApiError:
 def json_object(raw: bytes | bytearray, served: Served) -> JsonObject:
     """The object in a request's body; ApiError 400 names the fault."""
     try:
-        found = strict_json.parse(raw, max(max_characters(served), LARGE))
+        found = strict_json.parse(raw, max(max_characters(served), LARGE_BODY_BYTES))
     except UnicodeDecodeError as error:
         raise ApiError(400, f"body: not UTF-8 text (byte {error.start})") from None
     except strict_json.HalfCharacter as error:

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from telechat_twins.core.serve.errors import ApiError
 from telechat_twins.core.serve.job import Served
 
-FIRST_LOOK = 4  # characters a token: what ordinary text has
+CHARACTERS_PER_TOKEN = 4  # characters a token: what ordinary text has
 
 
 def check_length(served: Served, texts: Sequence[str], param: str) -> None:
@@ -22,12 +22,12 @@ def check_length(served: Served, texts: Sequence[str], param: str) -> None:
     characters = sum(map(len, texts))
     if characters > max_characters(served):
         raise too_long(served, param, f"resulted in {characters} characters")
-    size = FIRST_LOOK * tokens
+    size = CHARACTERS_PER_TOKEN * tokens
     while size < characters:
         found = sum(len(served.tokenizer.encode(text)) for text in _beginning(texts, size))
         if found > 2 * tokens:
             raise too_long(served, param, f"resulted in more than {found} tokens")
-        size *= FIRST_LOOK
+        size *= CHARACTERS_PER_TOKEN
 
 
 def max_characters(served: Served) -> int:

@@ -7,9 +7,9 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 
 PREFIX = "tele_"
-FIRST_TOKEN = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
-NEXT_TOKEN = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5)
-WHOLE = (0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0, 600.0)
+FIRST_TOKEN_BOUNDS_S = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
+NEXT_TOKEN_BOUNDS_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5)
+WHOLE_BOUNDS_S = (0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0, 600.0)
 
 
 class Histogram:
@@ -45,7 +45,11 @@ class Metrics:
     def __init__(self) -> None:
         self.requests: Counter[tuple[str, str]] = Counter()
         self.computed_tokens = self.cached_tokens = self.generated_tokens = 0
-        self.first_token, self.next_token, self.whole = Histogram(FIRST_TOKEN), Histogram(NEXT_TOKEN), Histogram(WHOLE)
+        self.first_token, self.next_token, self.whole = (
+            Histogram(FIRST_TOKEN_BOUNDS_S),
+            Histogram(NEXT_TOKEN_BOUNDS_S),
+            Histogram(WHOLE_BOUNDS_S),
+        )
 
     def text(self, now: Mapping[str, tuple[str, str, float]]) -> str:
         """The page; ``now``: further values, name -> (kind, what it is, value)."""

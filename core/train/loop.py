@@ -23,14 +23,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
-from telechat_twins.core.checkpoint.read import Checkpoint, Ranks, Saver, open_checkpoint
+from telechat_twins.core.checkpoint.read import Checkpoint, Saver, SaveRanks, open_checkpoint
 from telechat_twins.core.checkpoint.save import Asset, Contents
 from telechat_twins.core.cli import Parser
 from telechat_twins.core.config import RunConfig, load_run_config, run_config_from_dict
 from telechat_twins.core.data.blend import Blend, open_blend
 from telechat_twins.core.data.vocabulary import fit_run
 from telechat_twins.core.errors import UserError
-from telechat_twins.core.launch.run_lock import DYING, hold_folder
+from telechat_twins.core.launch.run_lock import RELEASE_WAIT_S, hold_folder
 from telechat_twins.core.launch.worker import run_script
 from telechat_twins.core.launch.world import launched_world
 from telechat_twins.core.model.batch import Batch
@@ -128,7 +128,7 @@ def _refused(folder: Path) -> Iterator[None]:
 
 def _hold(folder: Path, held: contextlib.ExitStack) -> None:
     with _refused(folder):
-        held.enter_context(hold_folder(folder, f"--out {folder}", patience=DYING))
+        held.enter_context(hold_folder(folder, f"--out {folder}", patience=RELEASE_WAIT_S))
 
 
 class _Run:
@@ -354,7 +354,7 @@ class _Run:
             optimizer=stepper.optimizer_state(),
             trainer=trainer,
             assets=[Asset("tokenizer.model", self.blend.tokenizer())],
-            ranks=Ranks(stepper.rank, stepper.world, lambda: meet(stepper)),
+            ranks=SaveRanks(stepper.rank, stepper.world, lambda: meet(stepper)),
         )
         keep_last = self.config.checkpoint.keep_last
         self.saver.save(self.out, state.step, contents, keep_last=keep_last, asynchronous=asynchronous)

@@ -28,7 +28,7 @@ from telechat_twins.core.backends import load
 from telechat_twins.core.inference.engine import Engine, EngineLimits
 from telechat_twins.core.inference.pages import PAGE_SIZE, pool_size
 from telechat_twins.core.inference.requests import Request
-from telechat_twins.core.inference.ring_pages import Part, Share, pages_of_rank
+from telechat_twins.core.inference.ring_pages import RankStep, RingBlock, pages_of_rank
 from telechat_twins.core.inference.sampling import sampling_config
 from telechat_twins.core.launch.launcher import launch
 from telechat_twins.core.model.batch import IGNORE, Batch
@@ -161,14 +161,14 @@ def changed(owner: Any, name: str, value: Any) -> Iterator[None]:
         setattr(owner, name, real)
 
 
-def faulty_share(env: Any, change: Callable[[Share], Share]) -> Any:
+def faulty_share(env: Any, change: Callable[[RankStep], RankStep]) -> Any:
     generate = load(env.backend, "generate")
-    real = generate.share_of
-    return changed(generate, "share_of", lambda *a: change(real(*a)))
+    real = generate.rank_step
+    return changed(generate, "rank_step", lambda *a: change(real(*a)))
 
 
-def one_key_too_far(share: Share) -> Share:
-    def further(part: Part) -> Part:
+def one_key_too_far(share: RankStep) -> RankStep:
+    def further(part: RingBlock) -> RingBlock:
         return part._replace(ranges=np.minimum(part.ranges + np.array([0, 1], np.int32), part.slots.shape[1]))
 
     return dataclasses.replace(share, hops=[[further(part) for part in parts] for parts in share.hops])

@@ -291,7 +291,7 @@ def test_second_interrupt_ends_at_once(tmp_path: Path) -> None:
 
 def test_ranks_that_do_not_hear_the_interrupt_are_ended(tmp_path: Path) -> None:
     pytest.importorskip("torch")
-    run = Launched(tmp_path, "pt", "deaf", before="launching.LAST = 2.0")
+    run = Launched(tmp_path, "pt", "deaf", before="launching.NO_ANSWER_S = 2.0")
     run.wait_for_output("waiting")
     time.sleep(0.5)  # until the signals are ignored
     os.kill(run.process.pid, signal.SIGINT)

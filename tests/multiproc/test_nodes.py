@@ -227,7 +227,7 @@ def test_the_reason_reaches_every_node_once(source: int) -> None:
     nodes[source].end(1, "a second reason")
     for rank in {0, 1, 2} - {source}:
         word = soon(nodes[rank].look)
-        assert word._replace(when=0.0) == Word(source, 2, "x" * nodes_module.REASON, 0.0)
+        assert word._replace(when=0.0) == Word(source, 2, "x" * nodes_module.MAX_REASON_CHARACTERS, 0.0)
         assert before <= word.when <= time.time()
         assert nodes[rank].look(0.1) is None
     for node in nodes.values():

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from telechat_twins.core.backends import load
-from telechat_twins.core.inference.ring_pages import pages_of_rank, share_of
+from telechat_twins.core.inference.ring_pages import pages_of_rank, rank_step
 from telechat_twins.core.inference.runner import Step
 from telechat_twins.core.parity.bounds import relative_frobenius
 from telechat_twins.kernels import reference
@@ -47,21 +47,21 @@ def run(backend: str, step: Step, arrays: list[np.ndarray], dtype: str) -> np.nd
     q, k, v, *whole = arrays
     num_pages, size = whole[0].shape[:2]
     owner = (step.slots // size - 1) % RANKS
-    shares, placed, rooms, queries = [], [], [], []
+    steps, placed, rooms, queries = [], [], [], []
     for rank in range(RANKS):
-        share, tokens = share_of(step, RANKS, rank, size), np.flatnonzero(owner == rank)
+        own, tokens = rank_step(step, RANKS, rank, size), np.flatnonzero(owner == rank)
         mine = [np.zeros((pages_of_rank(num_pages, RANKS), *room.shape[1:])) for room in whole]
         for room, part in zip(whole, mine, strict=True):
             held = room[1 + rank :: RANKS]
             part[1 : 1 + len(held)] = held
         mine = [t.tensor(part, t.ops.page_dtype(t.dtype)) for part in mine]
-        places = t.ring.place_share(share, size, t.dtype)
+        places = t.ring.place_step(own, size, t.dtype)
         if len(tokens):
             for room, x in zip(mine, (k, v), strict=True):
                 t.ops.store_rows(room, t.tensor(x[0, tokens]), places.rows)
-        padded = np.zeros((1, len(share.ids), *q.shape[2:]))
+        padded = np.zeros((1, len(own.ids), *q.shape[2:]))
         padded[0, : len(tokens)] = q[0, tokens]
-        shares.append(share), placed.append(places), rooms.append(mine), queries.append(t.tensor(padded))
+        steps.append(own), placed.append(places), rooms.append(mine), queries.append(t.tensor(padded))
     out = np.full(q.shape[1:], np.nan)
     for origin in range(RANKS):
         found = [
@@ -70,7 +70,7 @@ def run(backend: str, step: Step, arrays: list[np.ndarray], dtype: str) -> np.nd
         ]
         rows = t.numpy(t.ring.merged(t.framework.stack(found) if backend == "pt" else t.framework.ops.stack(found)))
         assert np.isfinite(rows).all()
-        out[owner == origin] = rows[0, : len(shares[origin].slots)]
+        out[owner == origin] = rows[0, : len(steps[origin].slots)]
     return out
 
 

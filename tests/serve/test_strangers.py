@@ -229,7 +229,7 @@ def test_what_cannot_fit_is_refused_before_it_is_tokenized(monkeypatch):
         # Of a text that might fit only a beginning is.
         text = "x z " * (CONTEXT * longest // 4 - 100)
         assert ask(server.port, CHAT, chat_body(text)).error["code"] == "context_length_exceeded"
-        assert sum(encoded) < 2 * length.FIRST_LOOK * CONTEXT < len(text)
+        assert sum(encoded) < 2 * length.CHARACTERS_PER_TOKEN * CONTEXT < len(text)
         # Nor is anything of a request that the queue has no room for.
         before = len(encoded)
         assert ask(server.port, COMPLETIONS, {"model": NAME, "prompt": ["a"] * 3}).error["param"] == "n"

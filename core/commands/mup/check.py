@@ -21,7 +21,7 @@ from telechat_twins.core.mup.coordinates import (
     LOGITS_LOW,
     MUP,
     STANDARD,
-    Judged,
+    SlopeVerdict,
     WidthRecord,
     configs,
     judge,
@@ -111,7 +111,7 @@ def run(args: argparse.Namespace) -> int:
     return 0 if all(one.holds for one in judged) else 1
 
 
-def describe(title: str, records: Sequence[WidthRecord], judged: Sequence[Judged]) -> str:
+def describe(title: str, records: Sequence[WidthRecord], judged: Sequence[SlopeVerdict]) -> str:
     """Slopes for people, and what is broken."""
     last = len(records[0].losses) - 1
     sides = {name: [r for r in records if r.parametrisation == name] for name in (MUP, STANDARD)}
@@ -131,7 +131,7 @@ def describe(title: str, records: Sequence[WidthRecord], judged: Sequence[Judged
     return "\n".join(lines)
 
 
-def _range(one: Judged) -> str:
+def _range(one: SlopeVerdict) -> str:
     if one.high == float("inf"):
         return f"at least {one.low:g}"
     return f"from {one.low:g} to {one.high:g}"

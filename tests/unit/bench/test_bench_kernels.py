@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from telechat_twins.core.bench import kernels as bench_kernels
-from telechat_twins.core.bench.cases import OPERATORS, SIZES, Size, Work, work
+from telechat_twins.core.bench.cases import OPERATORS, SIZES, OperatorCost, Size, work
 from telechat_twins.core.bench.kernels import kernels_to_markdown, summarise
 from telechat_twins.core.commands import bench
 from telechat_twins.core.config import KERNEL_OPERATORS
@@ -24,14 +24,14 @@ SMALL = Size(tokens=4, hidden=8, ffn=16, vocab=32, heads=2, kv_heads=1, head_dim
 
 def test_bytes_and_products_counted_by_hand() -> None:
     assert work("rms_norm", SMALL, 2) == {
-        "forward": Work(4 * 8 * 2, 4 * 8 * 2),  # x in, out
-        "backward": Work(2 * 4 * 8 * 2, 4 * 8 * 2),  # x and grad in, dx out
-        "both": Work(3 * 4 * 8 * 2, 2 * 4 * 8 * 2),
+        "forward": OperatorCost(4 * 8 * 2, 4 * 8 * 2),  # x in, out
+        "backward": OperatorCost(2 * 4 * 8 * 2, 4 * 8 * 2),  # x and grad in, dx out
+        "both": OperatorCost(3 * 4 * 8 * 2, 2 * 4 * 8 * 2),
     }
-    assert work("swiglu", SMALL, 4)["backward"] == Work(3 * 4 * 16 * 4, 2 * 4 * 16 * 4)
+    assert work("swiglu", SMALL, 4)["backward"] == OperatorCost(3 * 4 * 16 * 4, 2 * 4 * 16 * 4)
     assert work("cross_entropy", SMALL, 4)["backward"].bytes == 2 * 4 * 32 * 4
     assert work("adamw", SMALL, 2)["forward"].bytes == 7 * 4 * 100  # master, m, v in and out, the gradient in
-    assert work("linear", SMALL, 4)["forward"] == Work(4 * (4 * 8 + 8 * 16), 4 * 4 * 16, 2 * 4 * 8 * 16)
+    assert work("linear", SMALL, 4)["forward"] == OperatorCost(4 * (4 * 8 + 8 * 16), 4 * 4 * 16, 2 * 4 * 8 * 16)
     # Two products over half of a square of 4 positions, 2 heads of 4; half of that again for the five of the backward.
     assert work("attention", SMALL, 4)["forward"].flops == 2 * 2 * 4 * 4 / 2 * 2 * 4
     assert work("attention", SMALL, 4)["both"].flops == 3.5 * work("attention", SMALL, 4)["forward"].flops
@@ -55,7 +55,11 @@ def turn(fused: float, composite: float, slower: float = 1.0) -> JsonObject:
 
 
 def test_shares_and_paired_ratios() -> None:
-    limits = {"forward": Work(0.5e6, 0.5e6, 1e6), "backward": Work(1.5e6, 0.5e6), "both": Work(2e6, 1e6, 1e6)}
+    limits = {
+        "forward": OperatorCost(0.5e6, 0.5e6, 1e6),
+        "backward": OperatorCost(1.5e6, 0.5e6),
+        "both": OperatorCost(2e6, 1e6, 1e6),
+    }
     # The machine slows down from turn to turn; the ratios do not, nor do the shares.
     rows = summarise("pt", "rms_norm", "mini", limits, [turn(2e-3, 4e-3), turn(4e-3, 8e-3, slower=2)])
     found = {(row["direction"], row["contestant"]): row for row in rows}
@@ -65,7 +69,7 @@ def test_shares_and_paired_ratios() -> None:
     assert found["backward", "run"]["bound"] == "read" and found["backward", "run"]["share"] == pytest.approx(3 / 4)
     assert found["both", "run"]["times_composite"]["median"] == pytest.approx(0.375)
     assert ("backward", "composite") not in found and "times_composite" not in found["backward", "run"]
-    (row,) = summarise("pt", "x", "mini", {"forward": Work(1e3, 0, 1e9)}, [turn(2e-3, 1e-3)])[:1]
+    (row,) = summarise("pt", "x", "mini", {"forward": OperatorCost(1e3, 0, 1e9)}, [turn(2e-3, 1e-3)])[:1]
     assert row["bound"] == "matmul" and row["share"] == pytest.approx(0.5)
 
 

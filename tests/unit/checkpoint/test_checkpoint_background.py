@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from telechat_twins.core.checkpoint import save as checkpoint_save
-from telechat_twins.core.checkpoint.read import Contents, Ranks, Saver, TensorPiece
+from telechat_twins.core.checkpoint.read import Contents, Saver, SaveRanks, TensorPiece
 from telechat_twins.core.errors import UserError
 from telechat_twins.core.files.safetensors import SafetensorsWriter
 from tests.support.numpy_stepper import Cluster
@@ -100,7 +100,7 @@ def test_all_ranks_save_in_the_background(tmp_path, culprit):
         savers[rank].save(tmp_path, 3, asynchronous=True, **arguments(cluster, rank))
         savers[rank].wait()
         if rank == culprit:
-            ranks = Ranks(rank, 3, lambda: cluster.agree(rank, [0.0], "max"), 20.0)
+            ranks = SaveRanks(rank, 3, lambda: cluster.agree(rank, [0.0], "max"), 20.0)
             given = arguments(cluster, rank, 4, contradicting(rank), ranks=ranks)
         else:
             given = arguments(cluster, rank, 4)
@@ -131,7 +131,7 @@ def test_a_notice_that_cannot_be_read_for_a_moment_is_no_outcome(tmp_path, monke
 
 def test_rank_0_that_vanishes_without_a_word(tmp_path, monkeypatch):
     """Rank 1 ends with one line, whichever of the traces it happened to see before they were gone."""
-    monkeypatch.setattr(checkpoint_save, "SIGHT_S", 0.3)
+    monkeypatch.setattr(checkpoint_save, "VISIBILITY_S", 0.3)
     real = checkpoint_save.Notice.refuse
     monkeypatch.setattr(checkpoint_save.Notice, "refuse", lambda notice, told: (real(notice, told), notice.withdraw()))
     results = save(tmp_path, 2, weights=lambda rank: failing(0, 2, RuntimeError("lost")) if rank == 0 else None)

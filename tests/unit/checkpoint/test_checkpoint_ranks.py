@@ -16,7 +16,7 @@ import pytest
 
 from telechat_twins.core.checkpoint import save as checkpoint_save
 from telechat_twins.core.checkpoint.pieces import tiling_fault
-from telechat_twins.core.checkpoint.read import Contents, Ranks, TensorPiece, open_checkpoint, save_checkpoint
+from telechat_twins.core.checkpoint.read import Contents, SaveRanks, TensorPiece, open_checkpoint, save_checkpoint
 from telechat_twins.core.errors import UserError
 from tests.support.numpy_stepper import Cluster, flat_boxes
 
@@ -53,7 +53,7 @@ def arguments(cluster, rank, step=3, weights=None, **more):
         "weights": shares(rank, cluster.world) if weights is None else weights,
         "optimizer": shares(rank, cluster.world, moments),
         "trainer": {"step": step, "from": rank},
-        "ranks": Ranks(rank, cluster.world, lambda: cluster.agree(rank, [0.0], "max"), 20.0),
+        "ranks": SaveRanks(rank, cluster.world, lambda: cluster.agree(rank, [0.0], "max"), 20.0),
     }
     return {"contents": Contents(**given | more), "keep_last": 2}
 
@@ -305,7 +305,7 @@ def test_a_rank_that_is_never_ready(tmp_path):
         yield from shares(1, 3)
 
     def one(rank):
-        ranks = Ranks(rank, 3, lambda: cluster.agree(rank, [0.0], "max"), 0.5)
+        ranks = SaveRanks(rank, 3, lambda: cluster.agree(rank, [0.0], "max"), 0.5)
         weights = stuck() if rank == 1 else None
         try:
             return save_checkpoint(tmp_path, 3, **arguments(cluster, rank, 3, weights, ranks=ranks))
@@ -322,11 +322,11 @@ def test_a_rank_that_is_never_ready(tmp_path):
 
 
 def test_a_folder_that_is_not_shared_is_named(tmp_path, monkeypatch):
-    monkeypatch.setattr(checkpoint_save, "SIGHT_S", 0.3)
+    monkeypatch.setattr(checkpoint_save, "VISIBILITY_S", 0.3)
     cluster = Cluster(2, timeout_s=20)
 
     def one(rank):
-        ranks = Ranks(rank, 2, lambda: cluster.agree(rank, [0.0], "max"), 1.0)
+        ranks = SaveRanks(rank, 2, lambda: cluster.agree(rank, [0.0], "max"), 1.0)
         return save_checkpoint(tmp_path / f"node{rank}", 3, **arguments(cluster, rank, ranks=ranks))
 
     results = cluster.run(one)
@@ -353,7 +353,7 @@ def test_what_a_dead_job_left_is_removed(tmp_path):
 KILLED = """
 import os, signal, sys, threading, time
 import numpy as np
-from telechat_twins.core.checkpoint.read import Contents, Ranks, Saver, TensorPiece, open_checkpoint
+from telechat_twins.core.checkpoint.read import Contents, SaveRanks, Saver, TensorPiece, open_checkpoint
 root, how = sys.argv[1], sys.argv[2]
 together = threading.Barrier(2)
 def pieces(rank):
@@ -365,7 +365,7 @@ def dies(rank):
 def one(rank):
     saver = Saver()
     def contents(pieces):
-        return Contents({}, pieces, trainer={}, ranks=Ranks(rank, 2, together.wait))
+        return Contents({}, pieces, trainer={}, ranks=SaveRanks(rank, 2, together.wait))
     saver.save(root, 1, contents(pieces(rank)), keep_last=1, asynchronous=False)
     together.wait()
     if how == "writing":

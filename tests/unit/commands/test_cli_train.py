@@ -53,7 +53,7 @@ def test_everything_is_passed_on(config: Path, launched: list[Any], tmp_path: Pa
         "nnodes": 1,
         "node_rank": 0,
         "master": None,
-        "collective_timeout": telechat_twins.core.launch.launcher.COLLECTIVE_TIMEOUT,
+        "collective_timeout": telechat_twins.core.launch.launcher.COLLECTIVE_TIMEOUT_S,
     }
     assert launched == [("pt", passed, 1, tmp_path / "out" / "logs", alone)]
 
@@ -174,6 +174,6 @@ def test_nodes_share_the_layout(config: Path, launched: list[Any], tmp_path: Pat
 def test_the_help_names_the_default_timeout(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["train", "--help"]) == 0
     text = " ".join(capsys.readouterr().out.split())
-    assert f"(default {telechat_twins.core.launch.launcher.COLLECTIVE_TIMEOUT:g}; 0: never)" in text
+    assert f"(default {telechat_twins.core.launch.launcher.COLLECTIVE_TIMEOUT_S:g}; 0: never)" in text
     examples = [word for word in re.findall(r"--layout (\S+)", text) if not word.startswith("TEXT")]
     assert [parse_layout(word).world for word in examples] == [4, 16, 16]

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from telechat_twins.core.config import DataConfig, DataSourceConfig
-from telechat_twins.core.data.blend import MAX_PERIOD, Schedule, open_blend
+from telechat_twins.core.data.blend import MAX_PERIOD, SourceSchedule, open_blend
 from telechat_twins.core.data.packed import PackedWriter
 from telechat_twins.core.data.permute import Permutation
 from telechat_twins.core.errors import UserError
@@ -82,7 +82,7 @@ def test_permutation_mixes():
 @settings(max_examples=40, deadline=None)
 @given(st.lists(st.floats(0.01, 100.0), min_size=1, max_size=6), st.integers(1, 3000))
 def test_each_source_stays_within_one_of_its_share(weights, start):
-    schedule = Schedule(weights)
+    schedule = SourceSchedule(weights)
     assert sum(schedule.weights) == 1
     total = sum(Fraction(repr(w)) for w in weights)
     for given_weight, share in zip(weights, schedule.weights, strict=True):
@@ -101,7 +101,7 @@ def test_each_source_stays_within_one_of_its_share(weights, start):
 
 
 def test_weights_repeat_exactly():
-    schedule = Schedule([0.7, 0.2, 0.1])
+    schedule = SourceSchedule([0.7, 0.2, 0.1])
     assert schedule.weights == [Fraction(7, 10), Fraction(1, 5), Fraction(1, 10)]
     assert schedule.period == 10
     assert np.bincount([schedule(n)[0] for n in range(1000)]).tolist() == [700, 200, 100]

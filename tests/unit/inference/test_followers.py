@@ -16,7 +16,7 @@ from telechat_twins.core.inference.engine import Engine, EngineLimits
 from telechat_twins.core.inference.followers import WORDS, Leader, decode, encode, follow, shard_reader
 from telechat_twins.core.inference.requests import Event, Request, Usage
 from telechat_twins.core.inference.runner import Step
-from telechat_twins.core.inference.sampling import Choice, sampling_config
+from telechat_twins.core.inference.sampling import TokenChoice, sampling_config
 from telechat_twins.core.inference.worker import (
     GenerationJob,
     inference_layout,
@@ -181,8 +181,8 @@ def test_a_job_and_its_events_survive_the_files(tmp_path):
     write_job(tmp_path / "job.json", job)
     assert read_job(tmp_path / "job.json") == job
     events = [
-        Event(0, 0, Choice(3, 0.5, -0.1, ((3, -0.1), (4, -2.0))), "t"),
-        Event(0, 1, Choice(5), "", "stop", "x", None, Usage(2, 1, 0)),
+        Event(0, 0, TokenChoice(3, 0.5, -0.1, ((3, -0.1), (4, -2.0))), "t"),
+        Event(0, 1, TokenChoice(5), "", "stop", "x", None, Usage(2, 1, 0)),
         Event(0, 0, None, "", "error", None, "broken", Usage(2, 1, 0)),
     ]
     write_events(tmp_path / "events.json", events)

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from telechat_twins.core.inference.pages import PagePool
-from telechat_twins.core.inference.ring_pages import Share, pages_of_rank, share_of
+from telechat_twins.core.inference.ring_pages import RankStep, pages_of_rank, rank_step
 from telechat_twins.core.inference.runner import Step
 from telechat_twins.kernels import reference
 from tests.parity.test_paged_attention import step_of
@@ -22,7 +22,7 @@ SIZE, H, K, D = 4, 4, 2, 8
 EXACT = 1e-12  # float64, sums of a few hundred products in another order
 
 
-def attend(step: Step, shares: list[Share], pages: list[np.ndarray], x: list[np.ndarray]) -> np.ndarray:
+def attend(step: Step, shares: list[RankStep], pages: list[np.ndarray], x: list[np.ndarray]) -> np.ndarray:
     """Attention of q, k, v ``x`` [N, heads, D] by the ranks of ``shares``, each with its own pages [2, P, SIZE, K, D],
     whose keys and values it stores first; the rows of the tokens, in their order."""
     q, k, v = x
@@ -64,7 +64,7 @@ def compared(sequences: tuple[tuple[int, int], ...], ranks: int, change: object 
         pages[(page - 1) % ranks][:, (page - 1) // ranks + 1] = whole[:, page]
     for rooms in pages:
         rooms[:, 0] = 0.0
-    shares = [share_of(step, ranks, rank, SIZE) for rank in range(ranks)]
+    shares = [rank_step(step, ranks, rank, SIZE) for rank in range(ranks)]
     if change is not None:
         shares[1] = change(shares[1])
     places = step.slots, step.starts, step.lengths, step.tables
@@ -90,7 +90,7 @@ MIXED = ((1, 30), (1, 9), (17, 41), (33, 33))
 def test_what_the_ranks_have_adds_up_to_the_step(ranks):
     step, num_pages = step_of(SIZE, MIXED, 3)
     step = dataclasses.replace(step, wanted=np.array([51, 0, 1, 30, 18], np.int32))
-    shares = [share_of(step, ranks, rank, SIZE) for rank in range(ranks)]
+    shares = [rank_step(step, ranks, rank, SIZE) for rank in range(ranks)]
     assert len({(len(share.ids), len(share.positions), len(share.wanted)) for share in shares}) == 1
     assert sum(len(share.slots) for share in shares) == len(step.ids)
     assert max(len(share.slots) for share in shares) == len(shares[0].ids)

@@ -13,9 +13,9 @@ import pytest
 
 from telechat_twins.core.launch import heartbeat as beating
 from telechat_twins.core.launch.heartbeat import (
-    SIZE,
+    RECORD_BYTES,
     Heartbeat,
-    Record,
+    HeartbeatRecord,
     Waits,
     heartbeat_path,
     open_heartbeat,
@@ -25,7 +25,7 @@ from telechat_twins.core.launch.heartbeat import (
 from tests.house import ROOT
 
 
-def read(heart: Heartbeat) -> Record:
+def read(heart: Heartbeat) -> HeartbeatRecord:
     record = read_heartbeat(heart.path)
     assert record is not None
     return record
@@ -33,7 +33,7 @@ def read(heart: Heartbeat) -> Record:
 
 def test_what_is_written_is_read(tmp_path: Path) -> None:
     heart = Heartbeat(tmp_path / "h")
-    assert read(heart) == Record(0, False, 0.0, "", "", (), 0)
+    assert read(heart) == HeartbeatRecord(0, False, 0.0, "", "", (), 0)
     before = time.time()
     heart.enter("all_reduce", "tp", (4, 5))
     first = read(heart)
@@ -43,7 +43,7 @@ def test_what_is_written_is_read(tmp_path: Path) -> None:
     assert read(heart) == first._replace(sequence=2, inside=False), "the last one stays known"
     heart.enter("all_gather", "dp", [1, 3])
     assert read(heart)[3:] == ("all_gather", "dp", (1, 3), 2)
-    assert os.path.getsize(heart.path) == SIZE
+    assert os.path.getsize(heart.path) == RECORD_BYTES
 
 
 def test_members_are_those_of_the_call(tmp_path: Path) -> None:
@@ -81,7 +81,7 @@ def test_of_nested_collectives_the_outer_one_is_recorded(tmp_path: Path) -> None
         heart.leave()
 
 
-@pytest.mark.parametrize("data", [None, b"", b"\0" * 10, b"\0" * (SIZE - 1)])
+@pytest.mark.parametrize("data", [None, b"", b"\0" * 10, b"\0" * (RECORD_BYTES - 1)])
 def test_no_record_where_there_is_none(data: bytes | None, tmp_path: Path) -> None:
     if data is not None:
         (tmp_path / "h").write_bytes(data)

@@ -17,7 +17,7 @@ import pytest
 
 from telechat_twins.core.errors import UserError
 from telechat_twins.core.launch import launcher as launching
-from telechat_twins.core.launch.command import Plan, check_nodes, check_port, command, environment
+from telechat_twins.core.launch.command import LaunchPlan, check_nodes, check_port, command, environment
 from telechat_twins.core.launch.heartbeat import Waits
 from telechat_twins.core.launch.nodes import Nodes, parse_master
 from telechat_twins.core.launch.processes import Deaths
@@ -120,8 +120,8 @@ def test_death_is_noticed_though_the_parent_does_not_look() -> None:
     child.communicate()
 
 
-def planned(backend: str, folder: Path, nproc: int = 2, **nodes: Any) -> Plan:
-    return Plan(backend, folder / "s.py", ("--config", "c"), nproc, folder, **nodes)
+def planned(backend: str, folder: Path, nproc: int = 2, **nodes: Any) -> LaunchPlan:
+    return LaunchPlan(backend, folder / "s.py", ("--config", "c"), nproc, folder, **nodes)
 
 
 def test_commands_are_those_of_the_frameworks(tmp_path: Path) -> None:

@@ -90,7 +90,7 @@ def test_a_killed_holder_holds_nothing(tmp_path: Path, capsys: pytest.CaptureFix
     process.kill()
     process.communicate()
     assert (tmp_path / ".lock").exists()
-    with hold_folder(tmp_path, patience=run_lock.DYING):
+    with hold_folder(tmp_path, patience=run_lock.RELEASE_WAIT_S):
         assert json.loads((tmp_path / ".lock").read_text())["pid"] == os.getpid()
     assert list(tmp_path.iterdir()) == [] and capsys.readouterr().err == ""
 
@@ -138,7 +138,7 @@ def test_a_second_training_is_refused_before_anything_is_touched(
     held: tuple[Path, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """By whatever means it was started: each rank 0 comes through here."""
-    monkeypatch.setattr(loop, "DYING", 0.1)
+    monkeypatch.setattr(loop, "RELEASE_WAIT_S", 0.1)
     monkeypatch.setattr(loop, "open_blend", lambda data, seed, vocab_size, pad_token_id: MemoryBlend(seed))
     monkeypatch.setattr(records, "plot_losses", lambda runs, path, title: path)
     with pytest.raises(UserError, match=f"^--out {held[0]}: {held[1]}"):
@@ -164,7 +164,7 @@ def test_train_names_the_run_before_it_launches(
     from tests.support.packed import write_packed
 
     monkeypatch.setattr(launching, "launch", lambda *words, **more: 0)
-    monkeypatch.setattr(run_lock, "DYING", 0.1)
+    monkeypatch.setattr(run_lock, "RELEASE_WAIT_S", 0.1)
     write_packed(tmp_path / "packed", 2048, 32)
     config = tmp_path / "run.yaml"
     config.write_text(
