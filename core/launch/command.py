@@ -16,6 +16,7 @@ from telechat_twins.core.launch.nodes import bind, parse_master
 SCRIPTS = {"ms": ROOT / "telechat_ms" / "train.py", "pt": ROOT / "pt_reference" / "train.py"}
 MAX_PROCESSES = 256  # of one machine; none has as many devices
 FRAMEWORK = {"ms": "mindspore", "pt": "torch"}
+TORCHRUN_LOGS = "torchrun"
 
 # Left by a launcher around this one (a cluster's own, say), these would tell a rank a wrong place.
 PLACES = (
@@ -87,6 +88,8 @@ def command(plan: LaunchPlan, port: int) -> list[str]:
         else:
             launcher += [f"--nnodes={plan.nnodes}", f"--node-rank={plan.node_rank}"]
             launcher += [f"--master-addr={plan.host}", f"--master-port={port}"]
+        # torchrun makes folders for logs even when it keeps none: without this, a new tree in /tmp at every launch.
+        launcher.append(f"--log-dir={plan.folder / TORCHRUN_LOGS}")
         worker += ["--output-file", str(plan.folder / "worker_{rank}.log")]
     return [*launcher, *worker, str(plan.script), *plan.args]
 

@@ -11,6 +11,7 @@ watches its own ranks and hears of the others' end over `core.launch.nodes`.
 from __future__ import annotations
 
 import importlib.util
+import shutil
 import signal
 import sys
 import time
@@ -25,6 +26,7 @@ from telechat_twins.core.errors import UserError
 from telechat_twins.core.launch.command import (
     FRAMEWORK,
     SCRIPTS,
+    TORCHRUN_LOGS,
     LaunchPlan,
     check_nodes,
     check_port,
@@ -115,6 +117,8 @@ def launch(
             except _PortTaken:
                 print("tele: the port chosen for msrun was taken meanwhile; starting once more", file=sys.stderr)
                 return _run(plan, env, nodes, limits, instead, again=True)
+            finally:
+                shutil.rmtree(folder / TORCHRUN_LOGS, ignore_errors=True)
 
 
 @dataclass(frozen=True)

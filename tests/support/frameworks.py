@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import atexit
 import json
+import shutil
 import tempfile
 from collections.abc import Callable
 from functools import cache
@@ -62,7 +64,9 @@ def _differentiate_ms(
 
 def golden_source(weights: str, config: str, folder: str | None = None) -> ModelSource:
     """A golden's weights and config opened by the production reader, as the released folder they came from."""
-    folder = folder or tempfile.mkdtemp()
+    if folder is None:
+        folder = tempfile.mkdtemp()
+        atexit.register(shutil.rmtree, folder, ignore_errors=True)  # the source reads from it until the process ends
     for name, target in (("model.safetensors", weights), ("config.json", config)):
         link = Path(folder) / name
         if not link.exists():
