@@ -1,4 +1,4 @@
-"""Talk to a checkpoint from Python, on this backend.
+"""Chat with a checkpoint from Python, on this backend.
 
 model = open_chat("TeleChat2-7B")
 answer, history = model.chat("What is a model?")
@@ -21,5 +21,5 @@ def open_chat(
     precision: str = "fp32",
     quantize: str = "none",
 ) -> ChatModel:
-    """A released folder, a canonical checkpoint or a training run, its weights loaded; options as of ``tele chat``."""
+    """A chat model from a released folder, a canonical checkpoint or a training run; options as in ``tele chat``."""
     return ChatModel(open_model(checkpoint), Runner, tokenizer, control, precision, quantize)

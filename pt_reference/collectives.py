@@ -1,4 +1,4 @@
-"""Messages between ranks on torch.distributed. Every function is the identity for a group of one.
+"""Collectives and point-to-point messages on torch.distributed. For a group of one, every function is the identity.
 
 Inputs may have any strides; results are contiguous and new. Sums over ranks run in float32 or wider whatever the dtype
 of x, and the result returns in x's dtype. Shapes and dtypes must be the same on all ranks of a group.
@@ -99,7 +99,7 @@ def broadcast(x: Tensor, group: Group, source: int) -> Tensor:
 
 
 def barrier(group: Group) -> None:
-    """Return when all ranks of the group have come here."""
+    """Block until all ranks of the group have entered the barrier."""
     agree([0.0], group, "max")
 
 
@@ -134,7 +134,7 @@ def recv(shape: Sequence[int], dtype: torch.dtype, link: Link) -> Tensor:
 
 
 def agree(values: list[float], group: Group, op: str) -> list[float]:
-    """The "sum", "max" or "min" of each number over the group, in float64 and bit for bit the same on every rank."""
+    """The "sum", "max" or "min" of each number over the group, in float64, bitwise identical on every rank."""
     if group.size == 1:
         return list(values)
     # As 32-bit words: not every backend carries float64. Summed here in group order, so that all ranks agree.
@@ -144,7 +144,7 @@ def agree(values: list[float], group: Group, op: str) -> list[float]:
 
 
 class _TwoWay(torch.autograd.Function):
-    """A linear operation and the one that takes its gradient back."""
+    """A linear operation and its transpose, which the gradient takes."""
 
     @staticmethod
     def forward(ctx: FunctionCtx, x: Tensor, there: Operation, back: Operation) -> Tensor:
@@ -171,17 +171,17 @@ def scatter_sum(x: Tensor, group: Group, axis: int) -> Tensor:
 
 
 def copy_to(x: Tensor, group: Group) -> Tensor:
-    """x itself; its gradient is summed over the group, whose ranks each use x for another part."""
+    """x itself; its gradient is summed over the group, each of whose ranks uses x for another part."""
     return _two_way(x, group, lambda t: t.view_as(t), lambda g: all_reduce(g, group))
 
 
 def reduce_from(x: Tensor, group: Group) -> Tensor:
-    """The sum of x over the group; the gradient passes unchanged, for it is the same on all ranks."""
+    """The sum of x over the group; the gradient, equal on all ranks, passes unchanged."""
     return _two_way(x, group, lambda t: all_reduce(t, group), lambda g: g)
 
 
 def swap_heads(x: Tensor, group: Group, split_axis: int, concat_axis: int) -> Tensor:
-    """``all_to_all`` whose gradient takes the way back."""
+    """``all_to_all`` whose gradient is the inverse ``all_to_all``."""
     there, back = (split_axis, concat_axis), (concat_axis, split_axis)
     return _two_way(x, group, lambda t: all_to_all(t, group, *there), lambda g: all_to_all(g, group, *back))
 

@@ -1,4 +1,4 @@
-"""Who talks to whom: the process groups of a layout on torch.distributed (gloo on CPU, nccl on GPU, hccl on NPU)."""
+"""Process groups and point-to-point links of a layout on torch.distributed (gloo on CPU, nccl on GPU, hccl on NPU)."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _channels: dict[tuple[str, int, int], dist.ProcessGroup] = {}  # and one a direc
 
 
 def join(timeout_s: float | None = None) -> tuple[int, int]:
-    """Meet the other processes of torchrun, if there are any. Returns (rank, world), (0, 1) alone.
+    """Rendezvous with the other processes of torchrun. Returns (rank, world); (0, 1) for a single process.
 
     timeout_s: how long a collective may wait before it raises; None leaves PyTorch's own limit. Raises UserError when
     this machine has fewer devices than processes.
@@ -83,7 +83,7 @@ def make_mesh(
 
 
 def leave() -> None:
-    """End the process groups; a process alone has none."""
+    """Destroy the process groups; a single process has none."""
     _handles.clear()
     _channels.clear()
     if dist.is_initialized():

@@ -1,4 +1,4 @@
-"""Runs one step's micro-batches through the model chunks of this rank, in the order that core.parallel.schedule gives.
+"""Pipeline execution of a step: micro-batches through this rank's model chunks, in core.parallel.schedule's order.
 
 Several forward graphs are outstanding at once. Activations go to the next pipeline rank and gradients to the previous
 one over one-way links. A link delivers in the order of sending, which is also the order in which the receiver needs
@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from telechat_twins.core.parallel.mesh import Link, Mesh
+from telechat_twins.core.parallel.mesh import Link, Mesh, used
 from telechat_twins.core.parallel.schedule import Action, actions, peak_live
 from telechat_twins.core.parallel.sequence import LocalBatch
 from telechat_twins.core.parallel.transfer import Handle
@@ -65,7 +65,7 @@ class Pipeline:
 
 
 class _Step:
-    """The state of one run: graphs outstanding, messages on their way, losses."""
+    """State of one run: outstanding graphs, messages in flight, losses. Graphs and messages by (micro, chunk)."""
 
     def __init__(
         self,
@@ -89,21 +89,25 @@ class _Step:
     def forward(self, action: Action) -> None:
         micro, chunk = action.micro, action.chunk
         stage, batch = self.stages[chunk], self.batches[micro]
+        # The first chunk starts from token ids, every other one from the stream x [B, s, E] of the chunk before it,
+        # made a leaf so that its gradient can be read and sent back.
         if stage.first:
             x = torch.from_numpy(batch.input_ids).to(ops.device()).long()
         else:
-            x = self._receive(micro, _there(self.mesh.forward_in)).requires_grad_()
+            x = self._receive(micro, used(self.mesh.forward_in)).requires_grad_()
         out = stage(x, self.ropes[micro], self.plans[micro])
         if stage.last:
             if self.watch is not None:
                 self.watch(micro, out)
             targets = torch.from_numpy(batch.targets).to(out.device)
+            # One divisor for the whole global batch, so that micro-batches and ranks only have to be added up.
             total = cross_entropy(out, targets, stage.config.vocab_size, self.mesh)
             out = total / self.num_targets
             self.losses.append(out.detach())
         else:
-            self.sent[micro, chunk] = send(out, _there(self.mesh.forward_out))
+            self.sent[micro, chunk] = send(out, used(self.mesh.forward_out))
         if torch.is_grad_enabled():
+            # The graph stays until this micro-batch's backward, which comes after other micro-batches' forwards.
             self.held[micro, chunk] = (x, out)
 
     def backward(self, action: Action) -> None:
@@ -113,7 +117,8 @@ class _Step:
         if stage.last:
             (out * self.loss_scale).backward()
         else:
-            out.backward(self._receive(micro, _there(self.mesh.backward_in)))
+            # The product of the arriving gradient with this chunk's Jacobian; weights' gradients go to their hooks.
+            out.backward(self._receive(micro, used(self.mesh.backward_in)))
         if not stage.first:
             self._send_back(x.grad)
         if not stage.last:
@@ -125,12 +130,12 @@ class _Step:
             handle.wait()
 
     def _send_back(self, grad: Tensor) -> None:
-        """Send a gradient on, and let go of one that has arrived.
+        """Send a gradient to the previous stage, and release one that has arrived.
 
         The rank before holds at most its ``peak_live`` graphs; so after that many further ones it has used this one.
         """
         layout, before = self.mesh.layout, (self.mesh.coord.pp - 1) % self.mesh.layout.pp
-        self.sent_back.append(send(grad, _there(self.mesh.backward_out)))
+        self.sent_back.append(send(grad, used(self.mesh.backward_out)))
         if len(self.sent_back) > peak_live(layout.schedule, layout.pp, layout.virtual, len(self.batches), before):
             self.sent_back.popleft().wait()
 
@@ -143,9 +148,3 @@ class _Step:
         x = recv(shape, stage.dtypes.residual, link)
         self.waited += time.perf_counter() - started
         return x
-
-
-def _there(link: Link | None) -> Link:
-    """A link that the schedule uses, and that the mesh has therefore made."""
-    assert link is not None
-    return link

@@ -1,4 +1,7 @@
-"""Train with PyTorch: ``tele train --backend pt``, or torchrun on this file. The loop itself is core.train.loop."""
+"""Training entry point in PyTorch: ``tele train --backend pt``, or torchrun on this file.
+
+The loop is core.train.loop, most of the Stepper core.train.trainer.
+"""
 
 from __future__ import annotations
 
@@ -42,5 +45,5 @@ class Trainer(BaseTrainer[Decoder]):
 
 if __name__ == "__main__":
     code = main(Trainer)
-    leave()  # after an error the connections stay open until the process ends, lest the others seem to fail first
+    leave()  # not after an error: closed connections would make other ranks fail first
     sys.exit(code)

@@ -1,9 +1,9 @@
-"""Messages between ranks in MindSpore. Every function is the identity for a group of one.
+"""Collectives and point-to-point messages in MindSpore. For a group of one, every function is the identity.
 
 Inputs may have any strides; results are contiguous and new. Sums over ranks run in float32 or wider whatever the dtype
 of x, and the result returns in x's dtype. Shapes and dtypes must be the same on all ranks of a group.
 
-On the CPU, MindSpore (2.9.0) lacks some collectives, which are put together here, and ends each one before the call
+On the CPU, MindSpore (2.9.0) lacks some collectives, which are composed here, and completes each one before the call
 returns. It matches messages by sender alone, in order, whatever their group: so no message may be left on a link when
 both its ranks enter a collective. On Ascend the native operators are called; that branch has not run on a device.
 """
@@ -111,7 +111,7 @@ def broadcast(x: Tensor, group: Group, source: int) -> Tensor:
 
 
 def barrier(group: Group) -> None:
-    """Return when all ranks of the group have come here."""
+    """Block until all ranks of the group have entered the barrier."""
     agree([0.0], group, "max")
 
 
@@ -153,7 +153,7 @@ def recv(shape: Sequence[int], dtype: ms.Type, link: Link) -> Tensor:
 
 
 def agree(values: list[float], group: Group, op: str) -> list[float]:
-    """The "sum", "max" or "min" of each number over the group, in float64 and bit for bit the same on every rank."""
+    """The "sum", "max" or "min" of each number over the group, in float64, bitwise identical on every rank."""
     if group.size == 1:
         return list(values)
     # As 32-bit words: not every backend carries float64. Summed here in group order, so that all ranks agree.
@@ -164,7 +164,7 @@ def agree(values: list[float], group: Group, op: str) -> list[float]:
 
 
 class _TwoWay(Function):
-    """A linear operation and the one that takes its gradient back."""
+    """A linear operation and its transpose, which the gradient takes."""
 
     @staticmethod
     def forward(ctx: Context, x: Tensor, there: Operation, back: Operation) -> Tensor:
@@ -191,23 +191,23 @@ def scatter_sum(x: Tensor, group: Group, axis: int) -> Tensor:
 
 
 def copy_to(x: Tensor, group: Group) -> Tensor:
-    """x itself; its gradient is summed over the group, whose ranks each use x for another part."""
+    """x itself; its gradient is summed over the group, each of whose ranks uses x for another part."""
     return _two_way(x, group, lambda t: t, lambda g: all_reduce(g, group))
 
 
 def reduce_from(x: Tensor, group: Group) -> Tensor:
-    """The sum of x over the group; the gradient passes unchanged, for it is the same on all ranks."""
+    """The sum of x over the group; the gradient, equal on all ranks, passes unchanged."""
     return _two_way(x, group, lambda t: all_reduce(t, group), lambda g: g)
 
 
 def swap_heads(x: Tensor, group: Group, split_axis: int, concat_axis: int) -> Tensor:
-    """``all_to_all`` whose gradient takes the way back."""
+    """``all_to_all`` whose gradient is the inverse ``all_to_all``."""
     there, back = (split_axis, concat_axis), (concat_axis, split_axis)
     return _two_way(x, group, lambda t: all_to_all(t, group, *there), lambda g: all_to_all(g, group, *back))
 
 
 def _composed() -> bool:
-    """Whether this device's library has no more than all_reduce, all_gather, broadcast, isend and irecv."""
+    """Whether this device's library offers only all_reduce, all_gather, broadcast, isend and irecv."""
     return ms.get_context("device_target") == "CPU"
 
 
@@ -223,7 +223,7 @@ def _sent(x: Tensor, summed: bool = False, copy: bool = False) -> Tensor:
 
 
 def _started(op: str, group: Group, call: Callable[..., Work], *arguments: object) -> tuple[Work, ...]:
-    """What is left to wait for after ``call``: nothing on the CPU, where the call itself is the waiting."""
+    """The transfers that ``call`` leaves in flight: none on the CPU, where the call itself blocks."""
     if not _composed():
         return (call(*arguments, group=group.handle, async_op=True),)
     with watched(op, group):

@@ -1,4 +1,4 @@
-"""Who talks to whom: the process groups of a layout in MindSpore (mccl on CPU, hccl on Ascend)."""
+"""Process groups and point-to-point links of a layout in MindSpore (mccl on CPU, hccl on Ascend)."""
 
 from __future__ import annotations
 
@@ -28,21 +28,24 @@ _early: dict[tuple[int, int], deque[Tensor]] = {}  # (sender, channel) -> messag
 
 
 class _Channel:
-    """A link on the CPU. MindSpore (2.9.0) matches messages there by sender alone, in the order of sending: so each
-    brings its channel's number and its shape along, and the receiver keeps those that come before their turn."""
+    """One direction of a link on the CPU, where MindSpore (2.9.0) matches messages by sender alone, in sending order.
+
+    Each message is therefore preceded by a header with its channel number, dtype and shape; the receiver queues
+    messages of other channels until their turn.
+    """
 
     def __init__(self, number: int, src: int, dst: int) -> None:
         self.number, self.src, self.dst = number, src, dst
 
     def send(self, x: Tensor) -> None:
-        """Returns when the other process has the message; it need not have asked for it."""
+        """Return when the other process holds the message; it need not have posted a receive."""
         header = np.zeros(_HEADER, np.int64)
         header[: 3 + x.ndim] = (self.number, _DTYPES.index(x.dtype), x.ndim, *x.shape)
         for part in (Tensor(header), x):
             distributed.isend(part, self.dst, group=GlobalComm.WORLD_COMM_GROUP)
 
     def recv(self, shape: tuple[int, ...], dtype: ms.Type) -> Tensor:
-        """The channel's next message; RuntimeError when it is none of this shape and dtype."""
+        """The channel's next message; RuntimeError when its shape or dtype differs."""
         waiting = _early.setdefault((self.src, self.number), deque())
         while not waiting:
             number, kind, ndim, *sizes = self._next((_HEADER,), ms.int64).asnumpy().tolist()
@@ -63,7 +66,7 @@ _channels: dict[tuple[str, int, int], Any] = {}  # and one for each direction of
 
 
 def join(timeout_s: float | None = None) -> tuple[int, int]:
-    """Meet the other processes of msrun, if there are any. Returns (rank, world), (0, 1) alone.
+    """Rendezvous with the other processes of msrun. Returns (rank, world); (0, 1) for a single process.
 
     timeout_s: how long a collective may wait before it raises; None allows LONGEST_WAIT. Called before the first
     collective of the process, which fixes the limit.
@@ -124,7 +127,7 @@ def make_mesh(
 
 
 def leave() -> None:
-    """End the process groups; a process alone has none."""
+    """Destroy the process groups; a single process has none."""
     for made in (_handles, _channels, _early):
         made.clear()
     if GlobalComm.INITED:

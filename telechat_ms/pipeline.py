@@ -1,4 +1,4 @@
-"""Runs one step's micro-batches through the model chunks of this rank, in the order that core.parallel.schedule gives.
+"""Pipeline execution of a step: micro-batches through this rank's model chunks, in core.parallel.schedule's order.
 
 Several forward graphs are outstanding at once. Activations go to the next pipeline rank and gradients to the previous
 one over one-way links. A link delivers in the order of sending, which is also the order in which the receiver needs
@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 
 from mindspore import Parameter, Tensor
 
-from telechat_twins.core.parallel.mesh import Link, Mesh
+from telechat_twins.core.parallel.mesh import Link, Mesh, used
 from telechat_twins.core.parallel.schedule import Action, actions, peak_live
 from telechat_twins.core.parallel.sequence import LocalBatch
 from telechat_twins.core.parallel.transfer import Handle
@@ -64,7 +64,7 @@ class Pipeline:
 
 
 class _Step:
-    """The state of one run: graphs outstanding, messages on their way, losses."""
+    """State of one run: outstanding graphs, messages in flight, losses. Graphs and messages by (micro, chunk)."""
 
     def __init__(
         self,
@@ -90,9 +90,10 @@ class _Step:
     def forward(self, action: Action) -> None:
         micro, chunk = action.micro, action.chunk
         stage, batch = self.stages[chunk], self.batches[micro]
+        # The first chunk starts from token ids, every other one from the stream x [B, s, E] of the chunk before it.
         x = None
         if not stage.first:
-            x = self._receive(micro, _there(self.mesh.forward_in))
+            x = self._receive(micro, used(self.mesh.forward_in))
 
         def run(x: Tensor | None) -> Tensor:
             out = stage(Tensor(batch.input_ids) if x is None else x, self.ropes[micro], self.plans[micro])
@@ -100,32 +101,35 @@ class _Step:
                 return out
             if self.watch is not None:
                 self.watch(micro, out)
+            # One divisor for the whole global batch, so that micro-batches and ranks only have to be added up.
             total = cross_entropy(out, Tensor(batch.targets), stage.config.vocab_size, self.mesh)
             return total / Tensor(self.num_targets, total.dtype)
 
         if self.take is None:
             out = run(x)
         else:
+            # The graph stays until this micro-batch's backward, which comes after other micro-batches' forwards.
             self.held[micro, chunk] = recorded = record(run, x, list(self.weights[chunk].values()))
             out = recorded.output
         if stage.last:
             self.losses.append(out)
         else:
-            self.sent[micro, chunk] = send(out, _there(self.mesh.forward_out))
+            self.sent[micro, chunk] = send(out, used(self.mesh.forward_out))
 
     def backward(self, action: Action) -> None:
         micro, chunk = action.micro, action.chunk
         stage, recorded = self.stages[chunk], self.held.pop((micro, chunk))
         if stage.last:
-            grad = Tensor(self.loss_scale, recorded.output.dtype)
+            grad = Tensor(self.loss_scale, recorded.output.dtype)  # d(loss_scale * loss) / d loss
         else:
-            grad = self._receive(micro, _there(self.mesh.backward_in))
+            grad = self._receive(micro, used(self.mesh.backward_in))
         dx, gradients = recorded.backward(grad)
+        # The stream's gradient leaves first: the previous rank waits for it, the accumulators do not.
         if not stage.first:
             self._send_back(dx)
         if not stage.last:
             self.sent.pop((micro, chunk)).wait()  # its gradient is here, so it has arrived
-        assert self.take is not None  # it is where gradients are wanted
+        assert self.take is not None  # a backward pass is scheduled only where gradients are wanted
         self.take(list(self.weights[chunk]), gradients)
 
     def end(self) -> None:
@@ -134,12 +138,12 @@ class _Step:
             handle.wait()
 
     def _send_back(self, grad: Tensor) -> None:
-        """Send a gradient on, and let go of one that has arrived.
+        """Send a gradient to the previous stage, and release one that has arrived.
 
         The rank before holds at most its ``peak_live`` graphs; so after that many further ones it has used this one.
         """
         layout, before = self.mesh.layout, (self.mesh.coord.pp - 1) % self.mesh.layout.pp
-        self.sent_back.append(send(grad, _there(self.mesh.backward_out)))
+        self.sent_back.append(send(grad, used(self.mesh.backward_out)))
         if len(self.sent_back) > peak_live(layout.schedule, layout.pp, layout.virtual, len(self.batches), before):
             self.sent_back.popleft().wait()
 
@@ -152,9 +156,3 @@ class _Step:
         x = recv(shape, stage.dtypes.residual, link)
         self.waited += time.perf_counter() - started
         return x
-
-
-def _there(link: Link | None) -> Link:
-    """A link that the schedule uses, and that the mesh has therefore made."""
-    assert link is not None
-    return link

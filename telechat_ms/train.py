@@ -1,4 +1,7 @@
-"""Train with MindSpore: ``tele train --backend ms``, or msrun on this file. The loop itself is core.train.loop."""
+"""Training entry point in MindSpore: ``tele train --backend ms``, or msrun on this file.
+
+The loop is core.train.loop, most of the Stepper core.train.trainer.
+"""
 
 from __future__ import annotations
 
@@ -46,5 +49,5 @@ if __name__ == "__main__":
         join()  # msrun runs this file as its scheduler too, which stays in there until the workers have left
     else:
         code = main(Trainer)
-        leave()  # after an error the connections stay open until the process ends, lest the others seem to fail first
+        leave()  # not after an error: closed connections would make other ranks fail first
         sys.exit(code)

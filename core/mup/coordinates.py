@@ -19,6 +19,7 @@ from telechat_twins.core import backends
 from telechat_twins.core.config import RunConfig
 from telechat_twins.core.model.batch import Batch, shift_labels
 from telechat_twins.core.mup import transfer as rules
+from telechat_twins.core.mup.activations import observed
 from telechat_twins.core.parallel.layout import Layout
 from telechat_twins.core.train.recipe import clip_factor, learning_rate
 from telechat_twins.core.types import JsonObject
@@ -92,13 +93,13 @@ def measure(
     ``on_look`` is called after each look.
     """
     trainer = backends.load(backend, "train").Trainer(config)
-    observed = backends.load(backend, "activations").observed
+    to_numpy = backends.load(backend, "model").to_numpy
     scales: dict[str, list[float]] = {group: [] for group in GROUPS}
     changes: dict[str, list[float]] = {group: [] for group in GROUPS}
     start: dict[str, np.ndarray] = {}
     losses = []
     for step in range(steps + 1):
-        with observed(trainer.stages[0]) as seen:
+        with observed(trainer.stages[0], to_numpy) as seen:
             losses.append(trainer.gradients(batch, batch.num_targets, 1.0))
         start = start or dict(seen)
         for group in GROUPS:
@@ -114,7 +115,7 @@ def measure(
 
 
 def group_of(name: str) -> str:
-    """The group of an activation as a backend's ``observed`` names it; ``layers.3`` is the stream after block 3."""
+    """The group of an activation as ``observed`` names it; ``layers.3`` is the stream after block 3."""
     last = name.rpartition(".")[2]
     return "stream" if last.isdigit() else last
 

@@ -11,11 +11,11 @@ from telechat_twins.core.model.batch import Batch
 
 
 class Stepper(Protocol):
-    """What a backend does for the loop on one rank: its part of a model, of the gradients and of the optimizer.
+    """A backend on one rank, as the loop drives it: its part of the model, of the gradients and of the optimizer.
 
     Gradients accumulate over ``gradients`` calls until ``update`` or ``discard``. Weights change in ``update`` and
-    ``load`` only. Names are logical parameter names; arrays cross the border as numpy. With more ranks than one, all
-    call the same methods in the same order, and every number they get back is the same on all of them.
+    ``load`` only. Names are logical parameter names; arrays are passed as numpy. With several ranks, all call the
+    same methods in the same order, and every returned number is the same on all of them.
     """
 
     @property
@@ -29,11 +29,11 @@ class Stepper(Protocol):
         ...
 
     def agree(self, values: list[float], op: str) -> list[float]:
-        """The "max", "sum" or "min" of each number over all ranks, exact in float64; alone, the values."""
+        """The "max", "sum" or "min" of each number over all ranks, exact in float64; the values, for one process."""
         ...
 
     def share(self, global_batch: int) -> tuple[int, int]:
-        """(first, count) of the rows of a global batch that this rank must load; alone, all of them."""
+        """(first, count) of the rows of a global batch that this rank must load; for a single process, all of them."""
         ...
 
     def count_targets(self, num_targets: int) -> int:
@@ -50,7 +50,7 @@ class Stepper(Protocol):
         ...
 
     def set_mask(self, c: float | None) -> None:
-        """Of a growing model (``config.model.growth``): how far what is new counts from now on; None: all of it."""
+        """Mask value of a growing model (``config.model.growth``) from now on; None removes the masks."""
         ...
 
     def grad_norm(self, loss_scale: float) -> float:
@@ -77,8 +77,8 @@ class Stepper(Protocol):
         ...
 
     def load(self, checkpoint: Checkpoint, optimizer: bool) -> None:
-        """Take weights, and with ``optimizer`` also m, v and ``step`` (trainer.json's ``optimizer_steps``), reading
-        only what this rank holds."""
+        """Load weights, and with ``optimizer`` also m, v and ``step`` (trainer.json's ``optimizer_steps``); only this
+        rank's part is read."""
         ...
 
     @property
@@ -87,13 +87,13 @@ class Stepper(Protocol):
         ...
 
     def implementation(self) -> dict[str, str]:
-        """What runs, for the log: ``backend`` and ``device``, then operator -> implementation."""
+        """Entries for the log: ``backend`` and ``device``, then operator -> implementation."""
         ...
 
 
 @dataclass
 class TrainState:
-    """Where a run is, besides weights and optimizer."""
+    """Progress of a run, besides weights and optimizer."""
 
     step: int = 0  # batches drawn, skipped ones included; drives the schedule
     samples: int = 0

@@ -16,6 +16,7 @@ from telechat_twins.core.backends import load
 from telechat_twins.core.config import load_run_config
 from telechat_twins.core.model.config import CONFIGS
 from telechat_twins.core.mup import transfer as rules
+from telechat_twins.core.mup.activations import observed
 from telechat_twins.core.mup.coordinates import MUP, STANDARD, WidthRecord, configs, judge, measure, token_batch
 from tests.support.frameworks import BACKENDS
 
@@ -102,7 +103,7 @@ def gradients_of(backend: str, looks: bool) -> tuple[float, dict[str, np.ndarray
         kept["watched"] = to_numpy(logits).copy()
 
     with ExitStack() as stack:
-        seen = stack.enter_context(load(backend, "activations").observed(trainer.stages[0])) if looks else {}
+        seen = stack.enter_context(observed(trainer.stages[0], to_numpy)) if looks else {}
         loss = trainer.gradients(batch, batch.num_targets, 1.0, watch=watch)
     kept |= seen
     gradients = {piece.name: piece.array.copy() for piece in trainer.optimizer.export_gradients()}
