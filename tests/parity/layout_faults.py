@@ -24,6 +24,7 @@ from telechat_twins.core.backends import load
 from telechat_twins.core.launch.worker import run_script
 from telechat_twins.core.model.batch import IGNORE, Batch
 from telechat_twins.core.parity import worker as layout_worker
+from telechat_twins.core.train import trainer
 
 Change = tuple[Any, str, Any]  # owner, attribute, what to put there
 
@@ -140,13 +141,12 @@ def norm_counted_by_every_rank(backend: str) -> Iterator[Change]:
 
 def local_token_count(backend: str) -> Iterator[Change]:
     """A rank divides by the targets of its own rows."""
-    yield load(backend, "train").Trainer, "count_targets", lambda self, num_targets: num_targets
+    yield trainer.BaseTrainer, "count_targets", lambda self, num_targets: num_targets
 
 
 def label_shift_after_the_split(backend: str) -> Iterator[Change]:
     """Every rank shifts the labels of the places it holds."""
-    train = load(backend, "train")
-    real = train.split_batch
+    real = trainer.split_batch
 
     def faulty(batch: Batch, layout: Any, cp_rank: int) -> Any:
         labels = np.full_like(batch.targets, IGNORE)
@@ -156,7 +156,7 @@ def label_shift_after_the_split(backend: str) -> Iterator[Change]:
         targets[:, :-1] = local.targets[:, 1:]
         return dataclasses.replace(local, targets=targets)
 
-    yield train, "split_batch", faulty
+    yield trainer, "split_batch", faulty
 
 
 def bias_added_by_every_rank(backend: str) -> Iterator[Change]:
