@@ -11,7 +11,7 @@ tensor are in the order that makes it so (``RowsByRank``).
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -20,6 +20,9 @@ import numpy as np
 from telechat_twins.core.errors import UserError
 from telechat_twins.core.model.config import ModelConfig
 from telechat_twins.core.model.params import ParamSpec, parameter_table
+
+Box = tuple[slice, ...]  # explicit starts and stops, steps of 1
+Read = Callable[[Box], np.ndarray]  # of a released tensor
 
 
 class Transform(Protocol):
@@ -37,6 +40,10 @@ class Transform(Protocol):
         """Shape of the released tensor."""
         ...
 
+    def read(self, read: Read, part: int, box: Box, config: ModelConfig) -> np.ndarray:
+        """The box of logical tensor number ``part``, out of boxes of the released tensor; as cut from ``split``."""
+        ...
+
 
 class Same:
     """One logical tensor, unchanged."""
@@ -49,6 +56,9 @@ class Same:
 
     def joined_shape(self, shapes: Sequence[tuple[int, ...]]) -> tuple[int, ...]:
         return shapes[0]
+
+    def read(self, read: Read, part: int, box: Box, config: ModelConfig) -> np.ndarray:
+        return read(box)
 
 
 class InterleavedKeyValue:
@@ -67,6 +77,10 @@ class InterleavedKeyValue:
 
     def joined_shape(self, shapes: Sequence[tuple[int, ...]]) -> tuple[int, ...]:
         return (shapes[0][0] + shapes[1][0], *shapes[0][1:])
+
+    def read(self, read: Read, part: int, box: Box, config: ModelConfig) -> np.ndarray:
+        D = config.head_dim
+        return _gather_rows(read, box, D, 2 * D, part * D)
 
 
 class RowsByRank:
@@ -91,6 +105,24 @@ class RowsByRank:
 
     def joined_shape(self, shapes: Sequence[tuple[int, ...]]) -> tuple[int, ...]:
         return (sum(shape[0] for shape in shapes), *shapes[0][1:])
+
+    def read(self, read: Read, part: int, box: Box, config: ModelConfig) -> np.ndarray:
+        # The rows of a whole part: heads of q, k and v, or channels of gate and up.
+        rows = config.ffn_hidden_size if len(self.shares) == 2 else self.shares[part] * config.head_dim
+        unit = rows // (self.ranks * self.shares[part])
+        block, before = unit * self.shares[part], unit * sum(self.shares[:part])
+        return _gather_rows(read, box, block, unit * sum(self.shares), before)
+
+
+def _gather_rows(read: Read, box: Box, block: int, stride: int, before: int) -> np.ndarray:
+    """Rows ``box[0]`` of a part whose blocks of ``block`` rows lie every ``stride`` rows, from row ``before`` on."""
+    first, last = box[0].start, box[0].stop
+    pieces = []
+    for number in range(first // block, max(first // block + 1, -(-last // block))):
+        low, high = max(first, number * block), min(last, (number + 1) * block)
+        shift = number * (stride - block) + before
+        pieces.append(read((slice(low + shift, max(low, high) + shift), *box[1:])))
+    return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
 
 
 @dataclass(frozen=True)
@@ -124,6 +156,13 @@ class Conv1D:
 
     def joined_shape(self, shapes: Sequence[tuple[int, ...]]) -> tuple[int, ...]:
         return (*shapes[0][1:], sum(shape[0] for shape in shapes))
+
+    def read(self, read: Read, part: int, box: Box, config: ModelConfig) -> np.ndarray:
+        # The parts of one pack are equally large: q, k and v of a family without grouped queries, gate and up.
+        widths = {1: 0, 2: config.ffn_hidden_size, 3: config.num_heads * config.head_dim}
+        before = part * widths[self.parts]
+        columns = slice(box[0].start + before, box[0].stop + before)
+        return np.ascontiguousarray(read((*box[1:], columns)).T)
 
 
 def rule(released: str, *logical: str, transform: Transform | None = None, axis: int | None = None) -> Rule:
@@ -291,6 +330,10 @@ class Binding:
     def split(self, whole: np.ndarray, config: ModelConfig) -> dict[str, np.ndarray]:
         """The released tensor -> {logical name: tensor}."""
         return dict(zip(self.logical, self.transform.split(whole, config), strict=True))
+
+    def read(self, read: Read, name: str, box: Box, config: ModelConfig) -> np.ndarray:
+        """A box of a logical tensor, reading only the boxes of the released tensor that hold it."""
+        return self.transform.read(read, self.logical.index(name), box, config)
 
     def join(self, tensors: Mapping[str, np.ndarray], config: ModelConfig) -> np.ndarray:
         """Logical tensors by name -> the released tensor; UserError if parts of one pack differ in dtype."""

@@ -6,13 +6,13 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
 
 from telechat_twins.convert.hf.folder import HfFolder, check_record
-from telechat_twins.convert.hf.sums import SUMS
+from telechat_twins.convert.hf.sums import SUMS, check_sums
+from telechat_twins.convert.names import Box
 from telechat_twins.core.checkpoint.read import Checkpoint, check_shapes, open_checkpoint
 from telechat_twins.core.checkpoint.source import ReadBox
 from telechat_twins.core.errors import UserError
@@ -74,6 +74,17 @@ class ModelSource(ABC):
     def tensor(self, name: str) -> np.ndarray:
         """The tensor of a logical name, in its stored dtype; UserError for a name the model has not."""
 
+    def read(self, name: str, box: Box) -> np.ndarray:
+        """The box of a logical tensor, in its stored dtype; where the format allows it, no other bytes are read."""
+        return self.tensor(name)[box]
+
+    @abstractmethod
+    def verify(self, share: tuple[int, int] = (0, 1)) -> None:
+        """Hash every file of which a SHA-256 is recorded; UserError names one that is altered.
+
+        ``share`` = (rank, ranks): only this rank's share of the files.
+        """
+
     @abstractmethod
     def export(self, tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Tensors by logical name (gradients, say) -> the names and packing of this source.
@@ -112,6 +123,16 @@ class HfSource(ModelSource):
         binding = self._released[name]
         return binding.split(self.folder.read(binding.released), self.config)[name]
 
+    def read(self, name: str, box: Box) -> np.ndarray:
+        if name not in self._released:
+            raise UserError(f"{self.path}: the model has no tensor '{name}'")
+        binding = self._released[name]
+        return binding.read(lambda part: self.folder.read(binding.released, part), name, box, self.config)
+
+    def verify(self, share: tuple[int, int] = (0, 1)) -> None:
+        needed = [*self.folder.assets, *(file.path for file in self.folder.files.values())]
+        check_sums(self.path, needed, share=share)
+
     def export(self, tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         wanted = dict.fromkeys(self._released[name].released for name in tensors)
         return {name: self.folder.bindings[name].join(tensors, self.config) for name in wanted}
@@ -141,6 +162,12 @@ class CanonicalSource(ModelSource):
 
     def tensor(self, name: str) -> np.ndarray:
         return self.checkpoint.read("weights", name)
+
+    def read(self, name: str, box: Box) -> np.ndarray:
+        return self.checkpoint.read("weights", name, box)
+
+    def verify(self, share: tuple[int, int] = (0, 1)) -> None:
+        self.checkpoint.verify(share=share)
 
     def export(self, tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         return dict(tensors)
@@ -195,6 +222,9 @@ class PlainSource(ModelSource):
             return (array.astype(np.float64) * self._gain).astype(array.dtype)
         return array
 
+    def verify(self, share: tuple[int, int] = (0, 1)) -> None:
+        self.source.verify(share)
+
     def export(self, tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         return self.source.export(tensors)
 
@@ -204,10 +234,4 @@ class PlainSource(ModelSource):
 
 def weight_reader(path: str) -> ReadBox:
     """``read(name, box)`` of the weights of a model's folder, for a rank that needs parts; the folder was verified."""
-    source = open_model(path, verify=False)
-    if isinstance(source, CanonicalSource):
-        checkpoint = source.checkpoint
-        return lambda name, box: checkpoint.read("weights", name, box)
-    # A release packs tensors together; a rank asks for up to three boxes of one, one after another.
-    whole = lru_cache(maxsize=1)(source.tensor)
-    return lambda name, box: whole(name)[box]
+    return open_model(path, verify=False).read

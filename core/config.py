@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -45,6 +45,11 @@ class DataConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
+    init: str | None = option(
+        None,
+        help="begin with the weights of this model: a released folder, a checkpoint, a run, MindFormers' weights; "
+        "`model:` may then be left out",
+    )
     steps: int = option(help="optimizer steps in the whole run", min=1)
     schedule_steps: int | None = option(
         None,
@@ -205,13 +210,22 @@ def bundled_file(spec: str | Path, kind: str, where: str) -> Path:
     return CONFIGS / kind / f"{spec}.yaml"
 
 
-def load_run_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> RunConfig:
+def load_run_config(
+    path: str | Path, overrides: Sequence[str] = (), model_of: Callable[[str], ModelConfig] | None = None
+) -> RunConfig:
     """Read a run's YAML, or a bundled run by name; apply ``--set`` overrides, validate.
 
-    Relative data paths count from the file's folder. Those of a bundled run that was found by name count as if its
-    configs/ were in the working folder: ../../data/tiny is ./data/tiny.
+    ``model_of`` returns the model of a folder: where ``train.init`` is set, it gives the fields that ``model:`` does
+    not name.
+
+    Relative paths of data and of ``train.init`` count from the file's folder. Those of a bundled run that was found by
+    name count as if its configs/ were in the working folder: ../../data/tiny is ./data/tiny.
     """
-    return run_config_from_dict(load_run_tree(path, overrides))
+    tree = load_run_tree(path, overrides)
+    train = tree.get("train")
+    init = train.get("init") if isinstance(train, dict) else None
+    base = model_of(init) if model_of is not None and isinstance(init, str) else None
+    return run_config_from_dict(tree, base)
 
 
 def load_run_tree(path: str | Path, overrides: Sequence[str] = ()) -> JsonObject:
@@ -234,17 +248,23 @@ def load_run_tree(path: str | Path, overrides: Sequence[str] = ()) -> JsonObject
     return tree
 
 
-def run_config_from_dict(tree: JsonObject) -> RunConfig:
-    """Validate a run's mapping; ``model`` may name a preset."""
+def run_config_from_dict(tree: JsonObject, base: ModelConfig | None = None) -> RunConfig:
+    """Validate a run's mapping; ``model`` may name a preset. ``base``: a model for the fields that it does not name."""
     values = dict(tree)
-    if "model" in values:
-        values["model"] = load_model_config(values["model"]).to_dict()
+    if "model" in values or base is not None:
+        values["model"] = load_model_config(values.get("model", {}), base=base).to_dict()
     return from_mapping(RunConfig, values, "")
 
 
 def _anchor_paths(tree: JsonObject, folder: Path, normalise: bool = False) -> None:
-    """Make the sources' paths absolute, counted from ``folder``; ``normalise`` when that folder may not exist."""
-    data = tree.get("data")
+    """Make the paths of sources and of train.init absolute, counted from ``folder``.
+
+    ``normalise`` when that folder may not exist.
+    """
+    train, data = tree.get("train"), tree.get("data")
+    if isinstance(train, dict) and isinstance(train.get("init"), str):
+        path = str(folder / train["init"])
+        train["init"] = os.path.normpath(path) if normalise else path
     for source in data.get("sources") or [] if isinstance(data, dict) else []:
         if isinstance(source, dict) and isinstance(source.get("path"), str):
             path = str(folder / source["path"])

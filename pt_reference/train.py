@@ -10,6 +10,7 @@ import sys
 
 import torch
 
+from telechat_twins.convert.initial import open_initial
 from telechat_twins.core.config import RunConfig
 from telechat_twins.core.train.loop import main
 from telechat_twins.core.train.trainer import BaseTrainer
@@ -44,6 +45,6 @@ class Trainer(BaseTrainer[Decoder]):
 
 
 if __name__ == "__main__":
-    code = main(Trainer)
+    code = main(Trainer, open_initial=open_initial)
     leave()  # not after an error: closed connections would make other ranks fail first
     sys.exit(code)

@@ -12,6 +12,7 @@ import sys
 import telechat_twins.telechat_ms  # isort: skip  # noqa: F401  (prepares the process; must come before mindspore)
 import mindspore as ms
 
+from telechat_twins.convert.initial import open_initial
 from telechat_twins.core.config import RunConfig
 from telechat_twins.core.train.loop import main
 from telechat_twins.core.train.trainer import BaseTrainer
@@ -48,6 +49,6 @@ if __name__ == "__main__":
     if os.environ.get("MS_ROLE") == "MS_SCHED":
         join()  # msrun runs this file as its scheduler too, which stays in there until the workers have left
     else:
-        code = main(Trainer)
+        code = main(Trainer, open_initial=open_initial)
         leave()  # not after an error: closed connections would make other ranks fail first
         sys.exit(code)

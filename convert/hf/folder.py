@@ -24,7 +24,7 @@ from telechat_twins.convert.names import bind, hf_prefix, released_table
 from telechat_twins.core.checkpoint.read import check_shapes
 from telechat_twins.core.errors import UserError
 from telechat_twins.core.files.atomic import new_folder, standing
-from telechat_twins.core.files.safetensors import DTYPES, SafetensorsWriter, header_room, load_json
+from telechat_twins.core.files.safetensors import DTYPES, Index, SafetensorsWriter, header_room, load_json
 from telechat_twins.core.model.config import ModelConfig
 from telechat_twins.core.types import JsonObject
 
@@ -106,9 +106,9 @@ class HfFolder:
         """Safetensors name of a released tensor's dtype."""
         return self.files[self._home[name]].tensors[name].code
 
-    def read(self, name: str) -> np.ndarray:
-        """A released tensor in its stored dtype."""
-        return self.files[self._home[name]].read(name)
+    def read(self, name: str, index: Index | None = None) -> np.ndarray:
+        """A released tensor, or the box ``index`` of it, in its stored dtype."""
+        return self.files[self._home[name]].read(name, index)
 
     @property
     def nbytes(self) -> int:

@@ -53,10 +53,15 @@ def sums_bytes(folder: Path) -> int:
     return sum((folder / name).stat().st_size for name in sums if (folder / name).is_file())
 
 
-def check_sums(folder: Path, needed: Iterable[Path], on_bytes: Callable[[int], object] | None = None) -> None:
+def check_sums(
+    folder: Path,
+    needed: Iterable[Path],
+    on_bytes: Callable[[int], object] | None = None,
+    share: tuple[int, int] = (0, 1),
+) -> None:
     """Hash every listed file; UserError names one that is altered or missing, or a needed one that is not listed.
 
-    Nothing is checked in a folder without sums.
+    ``share`` = (rank, ranks): only this rank's share of the files. Nothing is checked in a folder without sums.
     """
     sums = read_sums(folder)
     if sums is None:
@@ -64,8 +69,8 @@ def check_sums(folder: Path, needed: Iterable[Path], on_bytes: Callable[[int], o
     for path in needed:
         if path.name not in sums:
             raise UserError(f"{path}: {SUMS} does not list it; remove the file, or {SUMS} if it is out of date")
-    for name, expected in sums.items():
-        path = folder / name
+    for name in sorted(sums)[share[0] :: share[1]]:
+        path, expected = folder / name, sums[name]
         if not path.is_file():
             raise UserError(f"{path}: missing; {SUMS} lists it with SHA-256 {expected}")
         try:

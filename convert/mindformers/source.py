@@ -37,8 +37,8 @@ _CACHES = (".key_cache", ".value_cache")
 class Known:
     """What is known of a MindFormers checkpoint without its weights: ``config``, ``notes``, ``record``, ``layout``."""
 
-    def __init__(self, path: Path, preset: str | None = None, file: Path | None = None) -> None:
-        """From a preset, a file (config.json or .yaml), or what lies beside the weights.
+    def __init__(self, path: Path, preset: str | JsonObject | None = None, file: Path | None = None) -> None:
+        """From a preset (name or mapping), a file (config.json or .yaml), or what lies beside the weights.
 
         UserError names the options where the config is not found, and values that contradict each other.
         """
@@ -131,13 +131,16 @@ class MindFormersSource(ModelSource):
         if name not in self._holder:
             raise UserError(f"{self.path}: the model has no tensor '{name}'")
         binding = self._holder[name]
-        return binding.split(self.read(binding.released), self.config)[name]
+        return binding.split(self.released(binding.released), self.config)[name]
+
+    def verify(self, share: tuple[int, int] = (0, 1)) -> None:
+        """MindFormers' checkpoints hold no hashes."""
 
     def logical(self) -> Iterator[tuple[str, np.ndarray]]:
         for released, binding in self.bindings.items():
-            yield from binding.split(self.read(released), self.config).items()
+            yield from binding.split(self.released(released), self.config).items()
 
-    def read(self, released: str) -> np.ndarray:
+    def released(self, released: str) -> np.ndarray:
         """A whole tensor under MindFormers' name; UserError if what every rank should hold whole differs.
 
         The last one is kept: what is packed in it is asked for piece by piece.
@@ -180,6 +183,11 @@ def check_mp(config: ModelConfig, mp: int, option: str = "--mp") -> None:
             f"{option} {mp}: does not divide the model's {K} key/value heads and {F} ffn channels, of which every rank "
             f"holds an equal part; possible: {legal}"
         )
+
+
+def is_mindformers_name(name: str) -> bool:
+    """Whether a tensor's name is one of a block in one of MindFormers' forms, and of no release."""
+    return any(sign in name for sign in _SIGNS.values())
 
 
 def _is_weight(name: str) -> bool:

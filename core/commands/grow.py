@@ -50,7 +50,7 @@ examples:
   tele grow runs/small runs/grown --set num_layers=6 --depth 0,0,1,2,3,3
   tele grow flm-16b grown --target flm-51b --plan
 
-and then
+and then (--init in place of --resume where SRC was a released model, without an optimizer)
   tele train --backend ms --config C --set model=runs/grown/assets/model.yaml --resume runs/grown --out runs/large
 """
 
@@ -137,8 +137,14 @@ def run(args: argparse.Namespace) -> int:
     seconds = time.monotonic() - started
     rate = show_bytes(int((total + checkpoint.nbytes) / max(seconds, 1e-9)))
     print(f"wrote {args.target_folder}: {show_bytes(total)} of tensors in {seconds:.1f} s (read and written {rate}/s)")
-    print(f"train it with --set model={args.target_folder / 'assets' / 'model.yaml'} --resume {args.target_folder}")
+    print(_next_command(args.target_folder, checkpoint.trainer is not None))
     return 0
+
+
+def _next_command(grown: Path, resumable: bool) -> str:
+    """How training goes on: with the optimizer of a run, or, from the weights of a release, with a new one."""
+    how = "--resume" if resumable else "--init"
+    return f"train it with --set model={grown / 'assets' / 'model.yaml'} {how} {grown}"
 
 
 def _target(args: argparse.Namespace, source: ModelConfig) -> ModelConfig:

@@ -19,6 +19,9 @@ Examples:
 Several machines: the same command on each, with its own --node-rank. HOST:PORT is node 0's; PORT and PORT + 1 are used.
   tele train --backend ms --config F --layout tp8.dp2 --nnodes 2 --node-rank 0 --master 10.0.0.1:29500
 
+Fine-tuning: --init takes the weights of another model; `model:` of the config may then be left out.
+  tele train --backend pt --config F --init TeleChat2-3B --out runs/tuned --resume auto
+
 Growth: a schedule of stages, each a larger model at a layout of its own; between them the checkpoint is grown.
   tele train --backend ms --config F --growth flm-replica --out runs/grown
 
@@ -55,6 +58,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--out", metavar="DIR", help="folder of the run (default: runs/<config's name>-<backend>)")
     parser.add_argument(
+        "--init",
+        metavar="DIR",
+        help="begin with these weights (train.init): a released folder, a checkpoint with or without training state, a "
+        "run, MindFormers' weights; optimizer and schedule are new. With --resume auto: where the run begins if it has "
+        "no checkpoint yet",
+    )
+    parser.add_argument(
         "--resume", metavar="DIR|auto", help="go on from a checkpoint or run folder; auto: from --out if it has one"
     )
     parser.add_argument(
@@ -82,19 +92,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    from telechat_twins.convert.initial import open_initial
     from telechat_twins.core.config import load_run_config
     from telechat_twins.core.data.blend import open_blend
+    from telechat_twins.core.data.vocabulary import fit_run
     from telechat_twins.core.launch.command import check_nodes
     from telechat_twins.core.launch.launcher import COLLECTIVE_TIMEOUT_S, launch
     from telechat_twins.core.launch.run_lock import RELEASE_WAIT_S, require_free
     from telechat_twins.core.parallel.layout import check_layout
+    from telechat_twins.core.train.start import init_override, is_new, model_of_run, open_start
 
     if args.growth is not None:
         from telechat_twins.core.commands import train_growth
 
         return train_growth.run(args)
-    overrides = _layout_overrides(args.layout, args.config) + args.set
-    config = load_run_config(args.config, overrides)
+    if args.init is not None and args.resume not in (None, "auto"):
+        raise UserError("--init, --resume: both name what the run begins with; give one, or --resume auto")
+    out = Path(args.out or Path("runs") / f"{Path(args.config).stem}-{args.backend}")
+    overrides = _layout_overrides(args.layout, args.config) + args.set + init_override(args.init)
+    config = load_run_config(args.config, overrides, lambda init: model_of_run(init, out, args.resume, open_initial))
     nproc = _share(config.parallel, args.nnodes) if args.nproc is None else args.nproc
     check_nodes(nproc, args.nnodes, args.node_rank, args.master)
     timeout = COLLECTIVE_TIMEOUT_S if args.timeout is None else args.timeout
@@ -109,10 +125,11 @@ def run(args: argparse.Namespace) -> int:
         micro_batch=config.train.micro_batch,
         seq_len=config.data.seq_len,
     )
-    open_blend(config.data, config.train.seed, config.model.num_tokens, config.model.filler_id)
+    blend = open_blend(config.data, config.train.seed, config.model.num_tokens, config.model.filler_id)
+    if config.train.init is not None and (args.resume is None or (args.resume == "auto" and is_new(out))):
+        open_start(fit_run(config, blend.vocab_size)[0], open_initial)
     if args.resume not in (None, "auto") and not Path(args.resume).is_dir():
         raise UserError(f"--resume: no folder {args.resume}; give a checkpoint or a run's folder, or 'auto'")
-    out = Path(args.out or Path("runs") / f"{Path(args.config).stem}-{args.backend}")
     if out.exists() and not out.is_dir():
         raise UserError(f"--out: {out} is a file; give a folder")
     what = f"--out {out}"

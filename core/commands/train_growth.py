@@ -38,13 +38,14 @@ def run(args: argparse.Namespace) -> int:
     from telechat_twins.convert.growth.schedule import load_schedule
     from telechat_twins.core.data.blend import open_blend
     from telechat_twins.core.parallel.layout import check_layout
+    from telechat_twins.core.train.start import init_override
 
     if args.layout is not None or args.nproc is not None:
         option = "--layout" if args.layout is not None else "--nproc"
         raise UserError(f"{option}: every stage of {args.growth} has a layout of its own (`parallel:`)")
     if args.resume not in (None, "auto"):
         raise UserError("--resume: with --growth only 'auto', which goes on from --out")
-    stages = load_schedule(args.growth, args.config, args.set)
+    stages = load_schedule(args.growth, args.config, [*args.set, *init_override(args.init)])
     for stage in stages:
         config = stage.config
         check_layout(

@@ -169,8 +169,10 @@ def preset_names() -> list[str]:
     return sorted(p.stem for p in (CONFIGS / "models").glob("*.yaml"))
 
 
-def load_model_config(spec: str | JsonObject, where: str = "model") -> ModelConfig:
+def load_model_config(spec: str | JsonObject, where: str = "model", base: ModelConfig | None = None) -> ModelConfig:
     """A model from a preset's name, from ``{preset: name, ...overrides}``, or from a full mapping.
+
+    ``base``: a model that gives the fields that the spec does not name.
 
     In place of a preset's name stands a YAML file's as well: a model's mapping, or a run whose ``model`` is taken.
     """
@@ -181,6 +183,8 @@ def load_model_config(spec: str | JsonObject, where: str = "model") -> ModelConf
     values = dict(spec)
     if "preset" in values:
         values = {**_preset(str(values.pop("preset")), where), **values}
+    if base is not None:
+        values = {**base.to_dict(), **values}
     return from_mapping(ModelConfig, values, where)
 
 

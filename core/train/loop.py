@@ -23,8 +23,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
-from telechat_twins.core.checkpoint.read import Checkpoint, Saver, SaveRanks, open_checkpoint
+from telechat_twins.core.checkpoint.read import Checkpoint, Saver, SaveRanks
 from telechat_twins.core.checkpoint.save import Asset, Contents
+from telechat_twins.core.checkpoint.source import OpenInitial, WeightSource
 from telechat_twins.core.cli import Parser
 from telechat_twins.core.config import RunConfig, load_run_config, run_config_from_dict
 from telechat_twins.core.data.blend import Blend, open_blend
@@ -34,20 +35,37 @@ from telechat_twins.core.launch.run_lock import RELEASE_WAIT_S, hold_folder
 from telechat_twins.core.launch.worker import run_script
 from telechat_twins.core.launch.world import launched_world
 from telechat_twins.core.model.batch import Batch
-from telechat_twins.core.model.config import ModelConfig, load_model_config
 from telechat_twins.core.model.growth import Growth, read_history
-from telechat_twins.core.model.growth_mask import GrowthMask
-from telechat_twins.core.model.params import MATRIX
+from telechat_twins.core.model.params import MATRIX, parameter_table
 from telechat_twins.core.model.xpos_range import check_xpos_range
 from telechat_twins.core.parallel.layout import check_layout
-from telechat_twins.core.schema import from_mapping
 from telechat_twins.core.train.agreement import meet, raise_on_all, require_same_on_all, run_on_all
 from telechat_twins.core.train.health import Health, TrainingStopped
 from telechat_twins.core.train.loss_scale import DynamicLossScale
-from telechat_twins.core.train.metrics import Row, require_fresh
+from telechat_twins.core.train.metrics import Row
 from telechat_twins.core.train.recipe import class_rate, clip_factor, learning_rate
 from telechat_twins.core.train.records import Records, Signals, header
+from telechat_twins.core.train.resume import (
+    adopt_growth,
+    checkpoint_to_resume,
+    differences,
+    require_same_model,
+    with_defaults,
+)
+from telechat_twins.core.train.start import (
+    TOKENIZER,
+    Lineage,
+    adopt_start,
+    describe_start,
+    init_override,
+    lineage_of,
+    model_of_run,
+    open_start,
+    start_reader,
+    start_record,
+)
 from telechat_twins.core.train.stepper import Stepper, TrainState
+from telechat_twins.core.train.trainable import check_freeze
 from telechat_twins.core.types import JsonObject
 
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -68,11 +86,13 @@ def train(
     config: RunConfig,
     out: str | Path,
     resume: str | None = None,
+    open_initial: OpenInitial | None = None,
 ) -> TrainResult:
     """Train to ``config.train.steps`` and write everything under ``out``.
 
     ``resume``: None starts anew; "auto" continues from ``out``'s latest checkpoint if there is one; otherwise a
-    checkpoint or run folder, of either backend and any layout. Writes metrics.jsonl, tensorboard/, loss.png and step-*/
+    checkpoint or run folder, of either backend and any layout. ``open_initial`` opens the model of ``train.init``,
+    whose weights a run begins with unless it resumes. Writes metrics.jsonl, tensorboard/, loss.png and step-*/
     checkpoints. Raises UserError before the model is built for what the user can mend, TrainingStopped when the numbers
     go wrong. SIGINT or SIGTERM, to any rank, ends the run after the current step with a checkpoint; a second signal
     kills at once.
@@ -81,7 +101,7 @@ def train(
     Rank 0 holds the folder's lock meanwhile: a second run there raises UserError.
     """
     with contextlib.ExitStack() as held:
-        return _train(stepper_factory, config, Path(out), resume, held)
+        return _train(stepper_factory, config, Path(out), resume, open_initial, held)
 
 
 def _train(
@@ -89,6 +109,7 @@ def _train(
     config: RunConfig,
     folder: Path,
     resume: str | None,
+    open_initial: OpenInitial | None,
     held: contextlib.ExitStack,
 ) -> TrainResult:
     # Files only, and each rank finds the same in them: a refusal comes at once, before anything is built or joined.
@@ -98,10 +119,18 @@ def _train(
         _hold(folder, held)
     blend = open_blend(config.data, config.train.seed, config.model.num_tokens, config.model.filler_id)
     config, padding = fit_run(config, blend.vocab_size)
-    checkpoint = _checkpoint_to_resume(folder, resume, verify=config.parallel.world == 1)
+    alone = config.parallel.world == 1
+    checkpoint = checkpoint_to_resume(folder, resume, verify=alone)
+    start: WeightSource | None = None
     if checkpoint is not None:
-        config = _adopt_growth(checkpoint, config)
-        _require_same_model(checkpoint, config)
+        config = adopt_growth(checkpoint, config)
+        require_same_model(checkpoint, config)
+    elif config.train.init is not None:
+        start = open_start(config, open_initial)
+        config = adopt_start(start, config)
+        if alone:
+            start.verify()
+    check_freeze(parameter_table(config.model), config)
     stepper = stepper_factory(config)
     require_same_on_all(stepper, {**config.to_dict(), "--out": str(folder), "--resume": resume})
     if config.parallel.world > 1:
@@ -109,11 +138,13 @@ def _train(
         run_on_all(stepper, lambda: _hold(folder, held) if stepper.rank == 0 else None)
     run = _Run(stepper, config, folder, blend)
     run.notes += padding
+    model = checkpoint or start
+    if model is not None and not alone:
+        run_on_all(stepper, lambda: model.verify(share=(stepper.rank, stepper.world)))
     if checkpoint is not None:
-        if config.parallel.world > 1:
-            share = (stepper.rank, stepper.world)
-            run_on_all(stepper, lambda: checkpoint.verify(share=share))
         run_on_all(stepper, lambda: run.load(checkpoint))
+    elif start is not None:
+        run_on_all(stepper, lambda: run.start(start))
     return run.go()
 
 
@@ -144,30 +175,38 @@ class _Run:
         warning = check_xpos_range(config.model, config.train.precision, config.data.seq_len)
         self.notes: list[str] = [] if warning is None else [f"warning: {warning}"]
         self.history: tuple[Growth, ...] = ()
+        self.lineage = Lineage()
         self.growth = config.model.growth  # None once its masks have done their work
+
+    def start(self, source: WeightSource) -> None:
+        """Begin with the weights of another model; everything else is new."""
+        self.stepper.load_weights(start_reader(source, self.config.model))
+        record = start_record(source)
+        self.lineage = lineage_of(source, self.stepper.rank == 0, record)
+        self.notes += describe_start(source, record["fingerprint"])
 
     def load(self, checkpoint: Checkpoint) -> None:
         """Continue where ``checkpoint`` was taken; notes for the log say what differs from the run that wrote it."""
         trainer = checkpoint.trainer
-        if trainer is None:
-            raise UserError(
-                f"{checkpoint.path}: holds weights but no trainer.json; only a training run's checkpoint resumes"
-            )
+        assert trainer is not None  # checkpoint_to_resume refuses others
         self.stepper.load(checkpoint, optimizer=True)
         if self.stepper.step != trainer["optimizer_steps"]:
             raise RuntimeError(f"stepper is at update {self.stepper.step}, checkpoint at {trainer['optimizer_steps']}")
         self.state = TrainState(trainer["step"], trainer["samples"], trainer["tokens"])
         self.health.load(trainer["health"])
+        self.lineage = lineage_of(checkpoint, self.stepper.rank == 0)
         self.history = read_history(checkpoint.model, str(checkpoint.path / "model.json"))
         if self.loss_scale is not None and trainer["loss_scale"] is not None:
             self.loss_scale = DynamicLossScale.from_dict(trainer["loss_scale"])
         self.notes.append(f"resumed from {checkpoint.path} (step {self.state.step}, written by {trainer['backend']})")
+        if self.config.train.init is not None:
+            self.notes.append(f"train.init {self.config.train.init} is not read: weights come from the checkpoint")
         written, now = trainer.get("layout", "single"), self.config.parallel.name
         if written != now:
             self.notes.append(f"note: written at {written}, now {now}: goes on within rounding, not bit for bit")
         if trainer["data_digest"] != self.blend.digest():
             self.notes.append("warning: the data differs from what this checkpoint was trained on")
-        for line in _differences(_with_defaults(run_config_from_dict, trainer["config"]), self.config.to_dict()):
+        for line in differences(with_defaults(run_config_from_dict, trainer["config"]), self.config.to_dict()):
             if written == now or not line.startswith("parallel."):
                 self.notes.append(f"warning: changed since the checkpoint: {line}")
         if checkpoint.path.resolve().parent == self.out.resolve():
@@ -343,17 +382,19 @@ class _Run:
             "seed": self.config.train.seed,
             "backend": stepper.implementation().get("backend", "unknown"),
             "layout": self.config.parallel.name,
+            **self.lineage.trainer_entries,
             "config": {**self.config.to_dict(), "model": self._model_config()},
         }
         contents = Contents(
             model={
                 "config": self._model_config(),
                 **({"grown": [growth.to_dict() for growth in self.history]} if self.history else {}),
+                **self.lineage.model_entries,
             },
             weights=stepper.weights(),
             optimizer=stepper.optimizer_state(),
             trainer=trainer,
-            assets=[Asset("tokenizer.model", self.blend.tokenizer())],
+            assets=[Asset(TOKENIZER, self.blend.tokenizer()), *self.lineage.assets],
             ranks=SaveRanks(stepper.rank, stepper.world, lambda: meet(stepper)),
         )
         keep_last = self.config.checkpoint.keep_last
@@ -375,57 +416,6 @@ class _Run:
         return "No checkpoint had been saved (set checkpoint.every)"
 
 
-def _checkpoint_to_resume(out: Path, resume: str | None, verify: bool) -> Checkpoint | None:
-    if resume == "auto":
-        return open_checkpoint(out, verify) if (out / "latest").exists() else None
-    if resume is not None:
-        checkpoint = open_checkpoint(resume, verify)
-        if checkpoint.path.resolve().parent != out.resolve():
-            require_fresh(out)
-        return checkpoint
-    require_fresh(out)
-    return None
-
-
-def _adopt_growth(checkpoint: Checkpoint, config: RunConfig) -> RunConfig:
-    """``config`` with the masks of the model that the checkpoint holds: they are state, not configuration."""
-    written = checkpoint.model["config"].get("growth")
-    growth = None if written is None else from_mapping(GrowthMask, written, f"{checkpoint.path / 'model.json'}: growth")
-    return dataclasses.replace(config, model=dataclasses.replace(config.model, growth=growth))
-
-
-def _require_same_model(checkpoint: Checkpoint, config: RunConfig) -> None:
-    written = _with_defaults(load_model_config, checkpoint.model["config"])
-    if written.get("vocab_tokens") is None:
-        # Rows that a checkpoint does not distinguish from tokens may turn out to be padding; the log then says so.
-        written = {**written, "vocab_tokens": config.model.vocab_tokens}
-    differing = _differences(written, config.model.to_dict())
-    if differing:
-        raise UserError(
-            f"model: not the model of {checkpoint.path}: {'; '.join(differing[:3])}; use the config it was trained with"
-        )
-
-
-def _with_defaults(build: Callable[[JsonObject], RunConfig | ModelConfig], tree: JsonObject) -> JsonObject:
-    """``tree`` with the options that came into being after it was written; unchanged if it is not understood."""
-    try:
-        return build(tree).to_dict()
-    except UserError:
-        return tree
-
-
-def _differences(old: JsonObject, new: JsonObject, prefix: str = "") -> list[str]:
-    """``path: old -> new`` for every leaf that differs between two nested mappings."""
-    lines = []
-    for key in sorted(set(old) | set(new)):
-        before, after = old.get(key), new.get(key)
-        if isinstance(before, dict) and isinstance(after, dict):
-            lines += _differences(before, after, f"{prefix}{key}.")
-        elif before != after:
-            lines.append(f"{prefix}{key}: {before} -> {after}")
-    return lines
-
-
 def parser() -> argparse.ArgumentParser:
     """The arguments of both backends' train.py."""
     made = Parser(prog="train.py", description="Train from one YAML config.")
@@ -439,13 +429,18 @@ def parser() -> argparse.ArgumentParser:
         help="override, e.g. train.steps=100",
     )
     made.add_argument("--out", metavar="DIR", help="where everything is written (default: runs/<config's name>)")
+    made.add_argument("--init", metavar="DIR", help="train.init: begin with the weights of this model")
     made.add_argument(
         "--resume", metavar="auto|DIR", help="auto: --out's latest checkpoint, if any; DIR: that checkpoint"
     )
     return made
 
 
-def main(stepper_factory: Callable[[RunConfig], Stepper], argv: list[str] | None = None) -> int:
+def main(
+    stepper_factory: Callable[[RunConfig], Stepper],
+    argv: list[str] | None = None,
+    open_initial: OpenInitial | None = None,
+) -> int:
     """What a backend's train.py does: parse ``argv``, train, return the exit code.
 
     0 done; 2 a mistake of the user's (one line); 130 or 143 interrupted, with a checkpoint. Training that stopped
@@ -454,7 +449,11 @@ def main(stepper_factory: Callable[[RunConfig], Stepper], argv: list[str] | None
 
     def run() -> int:
         args = parser().parse_args(argv)
-        config = load_run_config(args.config, args.set)
+        out = Path(args.out or Path("runs") / Path(args.config).stem)
+        overrides = [*args.set, *init_override(args.init)]
+        config = load_run_config(
+            args.config, overrides, lambda init: model_of_run(init, out, args.resume, open_initial)
+        )
         check_layout(
             config.parallel,
             config.model,
@@ -463,9 +462,8 @@ def main(stepper_factory: Callable[[RunConfig], Stepper], argv: list[str] | None
             micro_batch=config.train.micro_batch,
             seq_len=config.data.seq_len,
         )
-        out = args.out or Path("runs") / Path(args.config).stem
         try:
-            result = train(stepper_factory, config, out, args.resume)
+            result = train(stepper_factory, config, out, args.resume, open_initial)
         except TrainingStopped as stop:
             raise SystemExit(str(stop)) from None
         return 0 if result.interrupted_by is None else 128 + result.interrupted_by

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from telechat_twins.core.checkpoint.read import Checkpoint, TensorPiece
+from telechat_twins.core.checkpoint.source import ReadBox
 from telechat_twins.core.model.batch import Batch
 
 
@@ -74,6 +75,10 @@ class Stepper(Protocol):
 
     def optimizer_state(self) -> Iterator[TensorPiece]:
         """``m.<name>`` and ``v.<name>`` of what this rank owns."""
+        ...
+
+    def load_weights(self, read: ReadBox) -> None:
+        """Take weights from ``read(name, box)``, of what this rank holds; optimizer and step stay new."""
         ...
 
     def load(self, checkpoint: Checkpoint, optimizer: bool) -> None:

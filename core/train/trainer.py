@@ -84,7 +84,7 @@ class BaseTrainer(ABC, Generic[S]):
     """core.train.stepper.Stepper of one rank, all but ``implementation``.
 
     agree: the backend's collectives.agree(values, group, op). The masters start from core.model.init with
-    ``train.seed``; the model's weights follow at the first ``gradients``.
+    ``train.seed``, unless ``train.init`` gives them; the model's weights follow at the first ``gradients``.
     """
 
     def __init__(
@@ -98,7 +98,8 @@ class BaseTrainer(ABC, Generic[S]):
     ) -> None:
         self.config, self.mesh, self.stages = config, mesh, stages
         self.pipeline, self.optimizer, self._agree = pipeline, optimizer, agree
-        self.optimizer.load_masters(lambda name, box: init_tensor(name, config.model, config.train.seed, box))
+        if config.train.init is None:  # else load or load_weights follows
+            self.optimizer.load_masters(lambda name, box: init_tensor(name, config.model, config.train.seed, box))
 
     @property
     def rank(self) -> int:
@@ -158,6 +159,9 @@ class BaseTrainer(ABC, Generic[S]):
 
     def optimizer_state(self) -> Iterator[TensorPiece]:
         return self.optimizer.export_state()
+
+    def load_weights(self, read: Read) -> None:
+        self.optimizer.load_masters(read)
 
     def load(self, checkpoint: Checkpoint, optimizer: bool) -> None:
         self.optimizer.load_masters(lambda name, box: checkpoint.read("weights", name, box))

@@ -237,6 +237,10 @@ class NumpyStepper:
             yield from self._own(f"m.{name}", self.m[name])
             yield from self._own(f"v.{name}", self.v[name])
 
+    def load_weights(self, read):
+        for name, array in self.params.items():
+            self.params[name] = np.array(read(name, tuple(slice(0, n) for n in array.shape)), np.float32)
+
     def load(self, checkpoint, optimizer):
         for name in self.params:
             self.params[name] = np.array(checkpoint.read("weights", name))

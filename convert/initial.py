@@ -1,0 +1,46 @@
+"""Initial weights of a training run (`train.init`): any model folder, opened without hashing it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from telechat_twins.convert.mindformers.source import MODEL, Known, MindFormersSource, is_mindformers_name
+from telechat_twins.convert.source import ModelSource, open_model
+from telechat_twins.core.errors import UserError
+from telechat_twins.core.files.atomic import standing
+from telechat_twins.core.files.safetensors import SafetensorsFile, load_json
+from telechat_twins.core.model.config import ModelConfig
+
+
+def open_initial(path: str | Path, model: ModelConfig | None = None) -> ModelSource:
+    """Open a released folder, a canonical step folder, a run folder (its latest checkpoint), or MindFormers' weights.
+
+    ``model``: the run's own, for a MindFormers checkpoint that does not say which model it is. Headers and sizes are
+    checked, ``verify`` hashes. UserError says what is wrong with the folder.
+    """
+    path = standing(Path(path))
+    if not is_mindformers(path):
+        return open_model(path, verify=False)
+    try:
+        described = any((path / name).is_file() for name in (MODEL, "config.json"))
+        known = Known(path, None if described or model is None else model.to_dict())
+        return MindFormersSource(path, known)
+    except UserError as error:
+        raise UserError(
+            f"{error}. To say more about this checkpoint, make a canonical one of it first: tele convert --from "
+            "mindformers --to canonical"
+        ) from None
+
+
+def is_mindformers(path: Path) -> bool:
+    """Whether a folder (or file) holds weights under MindFormers' names, or in its folders of ranks."""
+    if path.is_file():
+        return path.suffix in (".ckpt", ".safetensors")
+    if not path.is_dir() or (path / "manifest.json").is_file() or (path / "latest").is_file():
+        return False
+    if (path / "rank_0").is_dir() or any(path.glob("*.ckpt")):
+        return True
+    if (path / MODEL).is_file() and "mindformers" in load_json(path / MODEL, "a model's description"):
+        return True
+    first = min(path.glob("*.safetensors"), default=None)
+    return first is not None and any(map(is_mindformers_name, SafetensorsFile(first).tensors))

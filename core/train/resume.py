@@ -1,0 +1,76 @@
+"""Choice and compatibility of the checkpoint that a run is resumed from."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+
+from telechat_twins.core.checkpoint.read import Checkpoint, open_checkpoint
+from telechat_twins.core.config import RunConfig
+from telechat_twins.core.errors import UserError
+from telechat_twins.core.model.config import ModelConfig, load_model_config
+from telechat_twins.core.model.growth_mask import GrowthMask
+from telechat_twins.core.schema import from_mapping
+from telechat_twins.core.train.metrics import require_fresh
+from telechat_twins.core.types import JsonObject
+
+
+def checkpoint_to_resume(out: Path, resume: str | None, verify: bool) -> Checkpoint | None:
+    """The checkpoint that ``--resume`` names (None, "auto" or a folder); None for a run that starts anew.
+
+    UserError when ``out`` holds another run, and when the checkpoint has no training state.
+    """
+    if resume is None or (resume == "auto" and not (out / "latest").exists()):
+        if resume is None:
+            require_fresh(out)
+        return None
+    checkpoint = open_checkpoint(out if resume == "auto" else resume, verify)
+    if checkpoint.path.resolve().parent != out.resolve():
+        require_fresh(out)
+    if checkpoint.trainer is None:
+        raise UserError(
+            f"{checkpoint.path}: holds weights but no trainer.json, so there is no training state to resume; start a "
+            f"new run from these weights with --init {resume}"
+        )
+    return checkpoint
+
+
+def adopt_growth(checkpoint: Checkpoint, config: RunConfig) -> RunConfig:
+    """``config`` with the masks of the model that the checkpoint holds: they are state, not configuration."""
+    written = checkpoint.model["config"].get("growth")
+    growth = None if written is None else from_mapping(GrowthMask, written, f"{checkpoint.path / 'model.json'}: growth")
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, growth=growth))
+
+
+def require_same_model(checkpoint: Checkpoint, config: RunConfig) -> None:
+    """UserError, naming the fields, unless the checkpoint holds the model of ``config``."""
+    written = with_defaults(load_model_config, checkpoint.model["config"])
+    if written.get("vocab_tokens") is None:
+        # Rows that a checkpoint does not distinguish from tokens may turn out to be padding; the log then says so.
+        written = {**written, "vocab_tokens": config.model.vocab_tokens}
+    differing = differences(written, config.model.to_dict())
+    if differing:
+        raise UserError(
+            f"model: not the model of {checkpoint.path}: {'; '.join(differing[:3])}; use the config it was trained with"
+        )
+
+
+def with_defaults(build: Callable[[JsonObject], RunConfig | ModelConfig], tree: JsonObject) -> JsonObject:
+    """``tree`` with the options that came into being after it was written; unchanged if it is not understood."""
+    try:
+        return build(tree).to_dict()
+    except UserError:
+        return tree
+
+
+def differences(old: JsonObject, new: JsonObject, prefix: str = "") -> list[str]:
+    """``path: old -> new`` for every leaf that differs between two nested mappings."""
+    lines = []
+    for key in sorted(set(old) | set(new)):
+        before, after = old.get(key), new.get(key)
+        if isinstance(before, dict) and isinstance(after, dict):
+            lines += differences(before, after, f"{prefix}{key}.")
+        elif before != after:
+            lines.append(f"{prefix}{key}: {before} -> {after}")
+    return lines
