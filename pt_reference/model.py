@@ -5,9 +5,9 @@ parameters makes a smaller part of the model.
 
 What differs from Llama. TeleChat2: biases on the attention output and on the ffn output only; rotary tables whose base
 and amplitude depend on the sequence length (core.model.position); the norm casts before it multiplies by its gain.
-Tele-FLM:
-multipliers of embeddings and logits. FLM-101B: these, biases everywhere, LayerNorm, gelu, xPos. Which biases and which
-gate there are, the table of shapes says. A model between two sizes has masks over what is new (core.model.growth_mask).
+Tele-FLM: multipliers of embeddings and logits. FLM-101B: these, biases everywhere, LayerNorm, gelu, xPos. The table of
+shapes decides which biases, gates and low-rank adapters (core.model.lora) there are. A model between two sizes has
+masks over what is new (core.model.growth_mask).
 
 B batch, S sequence, H heads, K kv heads, D head dim, E hidden, F ffn, V vocab. Parameter names are the logical names of
 core.model.params; telechat_ms/model.py is this file in MindSpore.
@@ -16,7 +16,7 @@ core.model.params; telechat_ms/model.py is this file in MindSpore.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Protocol
 
 import numpy as np
@@ -25,6 +25,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from telechat_twins.core.model.config import ModelConfig
+from telechat_twins.core.model.lora import LoraConfig, lora_scale, lora_table
+from telechat_twins.core.model.lora_dropout import BlockDropout, LoraDropout
 from telechat_twins.core.model.masks import masks, padding_bias
 from telechat_twins.core.model.params import parameter_table
 from telechat_twins.core.model.position import rope_tables, xpos_scales
@@ -57,17 +59,27 @@ class Shaped(Protocol):
 
 
 class Linear(nn.Module):
-    """weight [out, in] and, where the released model has one, bias [out]."""
+    """weight [out, in], where the released model has one bias [out], and an adapter lora_a [r, in], lora_b [out, r]
+    where the table of shapes has one: W x + b + scale B A dropout(x)."""
 
-    def __init__(self, name: str, shapes: Shapes, dtypes: Dtypes) -> None:
+    def __init__(self, name: str, shapes: Shapes, dtypes: Dtypes, scale: float = 1.0) -> None:
         super().__init__()
-        self.compute = dtypes.compute
+        self.compute, self.scale = dtypes.compute, scale
         self.weight = empty_parameter(shapes[f"{name}.weight"], dtypes.weight)
-        bias = shapes.get(f"{name}.bias")
-        self.bias = empty_parameter(bias, dtypes.weight) if bias is not None else None
+        self.bias, self.lora_a, self.lora_b = (
+            empty_parameter(shapes[f"{name}.{kind}"], dtypes.weight) if f"{name}.{kind}" in shapes else None
+            for kind in ("bias", "lora_a", "lora_b")
+        )
 
-    def forward(self, x: Tensor) -> Tensor:
-        return ops.linear(x, self.weight, self.bias, self.compute)
+    def forward(self, x: Tensor, dropped: Tensor | None = None) -> Tensor:
+        """x [B, S, in] -> [B, S, out]; ``dropped``: x as the adapter reads it, by default x itself."""
+        return self.product(x, dropped, self.bias)
+
+    def product(self, x: Tensor, dropped: Tensor | None, bias: Tensor | None) -> Tensor:
+        if self.lora_a is None or self.lora_b is None:
+            return ops.linear(x, self.weight, bias, self.compute)
+        adapter = self.lora_a, self.lora_b, self.scale
+        return ops.adapted_linear(x, dropped, self.weight, bias, *adapter, self.compute)
 
 
 class Norm(nn.Module):
@@ -118,62 +130,73 @@ class Attention(nn.Module):
     """``core`` is what q, k and v meet in; a layout may put one there that spans several processes, generation one that
     keeps k and v."""
 
-    def __init__(self, shapes: Shapes, head_dim: int, dtypes: Dtypes, recompute: str) -> None:
+    def __init__(self, shapes: Shapes, head_dim: int, dtypes: Dtypes, recompute: str, scale: float) -> None:
         super().__init__()
         self.head_dim, self.core = head_dim, ops.attention
         self.recompute_core = recompute == "selective"
         self.mask: Tensor | None = None  # [H * D], over heads
-        self.q, self.k, self.v, self.o = (Linear(f"attn.{name}", shapes, dtypes) for name in "qkvo")
+        self.q, self.k, self.v, self.o = (Linear(f"attn.{name}", shapes, dtypes, scale) for name in "qkvo")
 
-    def forward(self, x: Tensor, rope: Rope, blocks: ops.Visible) -> Tensor:
+    def forward(self, x: Tensor, rope: Rope, blocks: ops.Visible, dropout: BlockDropout | None = None) -> Tensor:
         B, S, _ = x.shape
-        q, k, v = (part.view(B, S, -1, self.head_dim) for part in ops.linears(x, self.q, self.k, self.v))
+        # Query heads H and kv heads K of this rank: [B, S, E] -> [B, S, H, D] and twice [B, S, K, D].
+        projected = ops.linears(x, dropped(x, dropout, "q", self.q, self.k, self.v), self.q, self.k, self.v)
+        q, k, v = (part.view(B, S, -1, self.head_dim) for part in projected)
+        # Positions enter by rotation alone, of queries and keys.
         q, k = ops.rope_qk(q, k, *rope)
         if self.recompute_core and self.training:
             out = checkpoint(self.core, q, k, v, blocks, use_reentrant=False)
         else:
             out = self.core(q, k, v, blocks)
-        return self.o(masked(out.reshape(B, S, -1), self.mask))
+        # [B, S, H, D] -> [B, S, H * D]; the heads of a growing model count as far as they have grown.
+        out = masked(out.reshape(B, S, -1), self.mask)
+        return self.o(out, dropped(out, dropout, "o", self.o))
 
 
 class FeedForward(nn.Module):
     """With a gate silu(gate) * up, without one gelu(up)."""
 
-    def __init__(self, shapes: Shapes, dtypes: Dtypes, recompute: str) -> None:
+    def __init__(self, shapes: Shapes, dtypes: Dtypes, recompute: str, scale: float) -> None:
         super().__init__()
         self.stat, self.recompute_core = dtypes.stat, recompute == "selective"
         self.mask: Tensor | None = None  # [F]
-        self.gate = Linear("ffn.gate", shapes, dtypes) if "ffn.gate.weight" in shapes else None
-        self.up, self.down = (Linear(f"ffn.{name}", shapes, dtypes) for name in ("up", "down"))
+        self.gate = Linear("ffn.gate", shapes, dtypes, scale) if "ffn.gate.weight" in shapes else None
+        self.up, self.down = (Linear(f"ffn.{name}", shapes, dtypes, scale) for name in ("up", "down"))
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, dropout: BlockDropout | None = None) -> Tensor:
         core: Callable[..., Tensor]
         inputs: tuple[object, ...]
-        if self.gate is None:
-            core, inputs = ops.gelu, (self.up(x),)
-        else:
-            core, inputs = ops.swiglu, (*ops.linears(x, self.gate, self.up), self.stat)
+        layers = [layer for layer in (self.gate, self.up) if layer is not None]
+        # [B, S, E] -> one or two of [B, S, F]
+        projected = ops.linears(x, dropped(x, dropout, "up", *layers), *layers)
+        core, inputs = (ops.gelu, projected) if self.gate is None else (ops.swiglu, (*projected, self.stat))
         if self.recompute_core and self.training:
-            return self.down(masked(checkpoint(core, *inputs, use_reentrant=False), self.mask))
-        return self.down(masked(core(*inputs), self.mask))
+            out = checkpoint(core, *inputs, use_reentrant=False)
+        else:
+            out = core(*inputs)
+        out = masked(out, self.mask)
+        return self.down(out, dropped(out, dropout, "down", self.down))
 
 
 class DecoderBlock(nn.Module):
     """Pre-norm: both branches read the norm and add to the stream."""
 
-    def __init__(self, config: ModelConfig, shapes: Shapes, dtypes: Dtypes, recompute: str) -> None:
+    def __init__(self, config: ModelConfig, shapes: Shapes, dtypes: Dtypes, recompute: str, scale: float) -> None:
         super().__init__()
         self.residual = dtypes.residual
         self.mask: float | None = None  # of a new block
         self.attn_norm = Norm("attn_norm", shapes, config, dtypes)
-        self.attn = Attention(shapes, config.head_dim, dtypes, recompute)
+        self.attn = Attention(shapes, config.head_dim, dtypes, recompute, scale)
         self.ffn_norm = Norm("ffn_norm", shapes, config, dtypes)
-        self.ffn = FeedForward(shapes, dtypes, recompute)
+        self.ffn = FeedForward(shapes, dtypes, recompute, scale)
 
-    def forward(self, x: Tensor, rope: Rope, blocks: ops.Visible) -> Tensor:
-        branch = self.attn(self.attn_norm(x), rope, blocks)
+    def forward(self, x: Tensor, rope: Rope, blocks: ops.Visible, dropout: BlockDropout | None = None) -> Tensor:
+        """The stream x [B, S, E] -> the stream after both branches."""
+        branch = self.attn(self.attn_norm(x), rope, blocks, dropout)
+        # The sum and the norm that reads it are one operator: the stream is read and written once.
         normed, stream = self.ffn_norm.after_sum(branch, x)
-        out = ops.add(stream, self.ffn(normed))
+        out = ops.add(stream, self.ffn(normed, dropout))
+        # A new block of a growing model begins as the identity.
         return out if self.mask is None else multiplied(out, self.mask) + multiplied(x, 1.0 - self.mask)
 
 
@@ -182,7 +205,8 @@ class Decoder(nn.Module):
 
     ``recompute``: none; selective (attention core and activation are computed again in the backward); full (each
     block keeps only its input). ``table`` names the parameters to hold, with their shapes; the default is the whole
-    model. Without layer 0 the input is a hidden state, without the final norm the output is one.
+    model, with adapters where ``lora`` is given. Without layer 0 the input is a hidden state, without the final norm
+    the output is one.
     """
 
     def __init__(
@@ -191,17 +215,22 @@ class Decoder(nn.Module):
         precision: str = "fp32",
         recompute: str = "none",
         table: Mapping[str, Shaped] | None = None,
+        lora: LoraConfig | None = None,
     ) -> None:
         super().__init__()
         dtypes = Dtypes(precision)
         self.config, self.dtypes, self.recompute = config, dtypes, recompute
-        table = table or parameter_table(config)
+        if table is None:
+            table = parameter_table(config) | ({} if lora is None else lora_table(config, lora))
         shapes = {name: spec.shape for name, spec in table.items()}
         self.names = list(shapes)
         numbers = list(dict.fromkeys(name.split(".")[1] for name in shapes if name.startswith("layers.")))
         self.first, self.last = "0" in numbers, "norm.weight" in shapes
         self.embed = Embedding(shapes["embed.weight"], dtypes) if "embed.weight" in shapes else None
-        self.layers = nn.ModuleDict({i: DecoderBlock(config, _below(i, shapes), dtypes, recompute) for i in numbers})
+        scale = 1.0 if lora is None else lora_scale(lora)
+        self.layers = nn.ModuleDict(
+            {i: DecoderBlock(config, _below(i, shapes), dtypes, recompute, scale) for i in numbers}
+        )
         self.norm = Norm("norm", shapes, config, dtypes) if self.last else None
         self.head = Linear("head", shapes, dtypes) if "head.weight" in shapes else None
         self.padding = None
@@ -219,21 +248,24 @@ class Decoder(nn.Module):
         rope: Rope,
         blocks: ops.Visible,
         wanted: Tensor | None = None,
+        dropout: LoraDropout | None = None,
     ) -> Tensor:
         """Ids [B, S], ``rope`` tables, ``ops.attention_blocks`` -> logits [B, S, V] in the ``compute`` dtype.
 
         The output multiplier is applied in the ``compute`` dtype, as TeleChat-52B's released code does.
 
         A part of the model takes a hidden state [B, S, E] instead of ids, or returns one. ``wanted`` int32 [W]: of the
-        positions 0 .. S-1 only these have their logits computed.
+        positions 0 .. S-1 only these have their logits computed. ``dropout``: the masks of the adapters' inputs.
         """
         if self.first and self.embed is not None:
             x = multiplied(self.embed(x), self.config.input_mult)  # [B, S, E]
-        for layer in self.layers.values():
+        for number, layer in self.layers.items():
+            # The masks are an argument, so that a block computed again in the backward finds its own micro-batch's.
+            drops = None if dropout is None else dropout.block(int(number), self.config.hidden_size, self.columns)
             if self.recompute == "full" and self.training:
-                x = checkpoint(layer, x, rope, blocks, use_reentrant=False)
+                x = checkpoint(layer, x, rope, blocks, drops, use_reentrant=False)
             else:
-                x = layer(x, rope, blocks)
+                x = layer(x, rope, blocks, drops)
         if self.norm is None:
             return x
         if wanted is not None:
@@ -268,7 +300,7 @@ class Decoder(nn.Module):
         return tuple(torch.from_numpy(table[:, :, None]).to(ops.device()) for table in tables)
 
     def load_weights(self, get: Callable[[str], np.ndarray]) -> None:
-        """Fill every parameter from ``get(name)``, one tensor at a time, cast to the weight dtype."""
+        """Fill every parameter from ``get(name)``, one tensor at a time, cast to the parameter's dtype."""
         for name, parameter in named_weights(self).items():
             with torch.no_grad():
                 parameter.copy_(to_tensor(get(name)))
@@ -277,6 +309,33 @@ class Decoder(nn.Module):
 def empty_parameter(shape: tuple[int, ...], dtype: torch.dtype) -> nn.Parameter:
     """An uninitialised parameter; its name comes from its place in the model."""
     return nn.Parameter(torch.empty(shape, dtype=dtype))
+
+
+def dropped(x: Tensor, dropout: BlockDropout | None, target: str, *layers: Linear) -> Tensor | None:
+    """x [B, S, n] as the adapters of ``layers``, which all read it, see it in training; None: as it is."""
+    if dropout is None or all(layer.lora_a is None for layer in layers):
+        return None
+    keep = torch.from_numpy(dropout.keep(target)).to(x.device)
+    return torch.where(keep, x * dropout.factor, 0.0)
+
+
+def freeze(model: Decoder, trainable: Collection[str]) -> None:
+    """Make constants of the parameters that are not named. Where matrix products would round a frozen matrix to their
+    operands' dtype each time, it is held in that dtype."""
+    for name, parameter in named_weights(model).items():
+        if name in trainable:
+            continue
+        layer, _, kind = name.rpartition(".")
+        module = submodule(model, layer)
+        if isinstance(module, Linear) and parameter.ndim == 2 and parameter.dtype != module.compute:
+            parameter = empty_parameter(tuple(parameter.shape), module.compute)
+            setattr(module, kind, parameter)
+        parameter.requires_grad_(False)
+
+
+def submodule(model: nn.Module, path: str) -> nn.Module:
+    """The module at a dotted path: layers.3.attn.q."""
+    return model.get_submodule(path)
 
 
 def masked(x: Tensor, mask: Tensor | None) -> Tensor:

@@ -23,6 +23,7 @@ from telechat_twins.core.model.visibility import (
 )
 from telechat_twins.kernels.pytorch import ops as kernels
 from telechat_twins.kernels.pytorch import paged as torch_paged
+from telechat_twins.kernels.pytorch.adapters import adapted_linear
 from telechat_twins.kernels.pytorch.ops import (
     add,
     add_bias,
@@ -41,6 +42,7 @@ from telechat_twins.kernels.pytorch.paged import Pages, page_dtype, paged_attent
 
 __all__ = [
     "Pages",
+    "adapted_linear",
     "add",
     "add_bias",
     "add_rms_norm",
@@ -80,13 +82,14 @@ Parts: TypeAlias = list[tuple[slice, KeyRanges]]
 
 
 class LinearLayer(Protocol):
-    """A layer x @ weight^T + bias that computes in the dtype ``compute``."""
+    """A layer x @ weight^T + bias that computes in the dtype ``compute``, and its adapter, if any, of ``dropped``."""
 
     weight: Tensor
     bias: Tensor | None
     compute: torch.dtype
+    lora_a: Tensor | None
 
-    def __call__(self, x: Tensor) -> Tensor: ...
+    def __call__(self, x: Tensor, dropped: Tensor | None = None) -> Tensor: ...
 
 
 def device() -> torch.device:
@@ -117,9 +120,9 @@ def place_rows(slots: np.ndarray, page_size: int, dtype: torch.dtype) -> Tensor:
     return torch_paged.place_rows(slots, device())
 
 
-def linears(x: Tensor, *layers: LinearLayer) -> tuple[Tensor, ...]:
-    """What each of several linear layers makes of x."""
-    return tuple(layer(x) for layer in layers)
+def linears(x: Tensor, dropped: Tensor | None, *layers: LinearLayer) -> tuple[Tensor, ...]:
+    """What each of several linear layers makes of x; ``dropped``: x as their adapters read it, None: x itself."""
+    return tuple(layer(x, dropped) for layer in layers)
 
 
 def positions(x: Tensor, wanted: Tensor) -> Tensor:

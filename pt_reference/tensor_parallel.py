@@ -63,10 +63,12 @@ class RowParallel(Linear):
     def __init__(self, linear: Linear, mesh: Mesh) -> None:
         torch.nn.Module.__init__(self)
         self.compute, self.weight, self.bias = linear.compute, linear.weight, linear.bias
+        self.lora_a, self.lora_b, self.scale = linear.lora_a, linear.lora_b, linear.scale
         self.group, self.sequence_parallel = mesh.tp, mesh.layout.sequence_parallel
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = _sum_parts(ops.linear(x, self.weight, None, self.compute), self)
+    def forward(self, x: Tensor, dropped: Tensor | None = None) -> Tensor:
+        # The adapter's A holds this rank's columns and B is whole: B (A x) of the parts is summed with W x.
+        x = _sum_parts(self.product(x, dropped, None), self)
         return x if self.bias is None else ops.add_bias(x, self.bias, self.compute)
 
 

@@ -11,7 +11,7 @@ from telechat_twins.core.model.quantize import Int8Matrix
 from telechat_twins.kernels.int8 import Int8
 from telechat_twins.kernels.pytorch.weights import prepared
 from telechat_twins.pt_reference import ops
-from telechat_twins.pt_reference.model import Decoder, Linear, named_weights, to_tensor
+from telechat_twins.pt_reference.model import Decoder, Linear, named_weights, submodule, to_tensor
 
 
 def load_weights(model: Decoder, get: Callable[[str], np.ndarray | Int8Matrix]) -> None:
@@ -19,7 +19,7 @@ def load_weights(model: Decoder, get: Callable[[str], np.ndarray | Int8Matrix]) 
     parameter's place, and so does one in another form that is multiplied faster; no gradient goes through these."""
     for name, parameter in named_weights(model).items():
         found = get(name)
-        layer = model.get_submodule(name.rpartition(".")[0])
+        layer = submodule(model, name.rpartition(".")[0])
         held: torch.Tensor | Int8 = parameter
         if isinstance(found, Int8Matrix):
             held = Int8(*(to_tensor(part).to(ops.device()) for part in found))

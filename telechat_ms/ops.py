@@ -25,6 +25,7 @@ from telechat_twins.kernels.int8 import Int8
 from telechat_twins.kernels.mindspore import composite as composite
 from telechat_twins.kernels.mindspore import ops as kernels
 from telechat_twins.kernels.mindspore import paged as mindspore_paged
+from telechat_twins.kernels.mindspore.adapters import adapted_linear
 from telechat_twins.kernels.mindspore.composite import accurate, add_bias, operand, total
 from telechat_twins.kernels.mindspore.ops import (
     Keys,
@@ -46,6 +47,7 @@ from telechat_twins.kernels.reference import visible_keys
 __all__ = [
     "Pages",
     "accurate",
+    "adapted_linear",
     "add",
     "add_bias",
     "add_rms_norm",
@@ -86,13 +88,14 @@ Parts: TypeAlias = "list[tuple[slice, Keys]] | Tensor"
 
 
 class LinearLayer(Protocol):
-    """A layer x @ weight^T + bias that computes in the dtype ``compute``."""
+    """A layer x @ weight^T + bias that computes in the dtype ``compute``, and its adapter, if any, of ``dropped``."""
 
     weight: Tensor | Int8
     bias: Tensor | None
     compute: ms.Type
+    lora_a: Tensor | None
 
-    def __call__(self, x: Tensor) -> Tensor: ...
+    def __call__(self, x: Tensor, dropped: Tensor | None = None) -> Tensor: ...
 
 
 def attention_blocks(num_queries: int, num_keys: int, doc_ids: np.ndarray | None) -> Visible:
@@ -111,10 +114,15 @@ def place_rows(slots: np.ndarray, page_size: int, dtype: ms.Type) -> mindspore_p
     return mindspore_paged.place_rows(slots, page_size, dtype)
 
 
-def linears(x: Tensor, *layers: LinearLayer) -> tuple[Tensor, ...]:
-    """What each of several linear layers makes of x; of few rows in one call where an operator does that."""
-    found = kernels.few_rows(x, [(layer.weight, layer.bias) for layer in layers], layers[0].compute)
-    return tuple(layer(x) for layer in layers) if found is None else found
+def linears(x: Tensor, dropped: Tensor | None, *layers: LinearLayer) -> tuple[Tensor, ...]:
+    """What each of several linear layers makes of x; of few rows in one call where an operator does that.
+
+    ``dropped``: x as their adapters read it, None: x itself.
+    """
+    found = None
+    if all(layer.lora_a is None for layer in layers):
+        found = kernels.few_rows(x, [(layer.weight, layer.bias) for layer in layers], layers[0].compute)
+    return tuple(layer(x, dropped) for layer in layers) if found is None else found
 
 
 def positions(x: Tensor, wanted: Tensor) -> Tensor:

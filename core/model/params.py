@@ -18,7 +18,7 @@ VECTOR, MATRIX, OUTPUT = "vector", "matrix", "output"
 
 @dataclass(frozen=True)
 class ParamSpec:
-    """Shape and class of one parameter. ``kind``: embedding | matrix | head | norm | bias."""
+    """Shape and class of one parameter. ``kind``: embedding | matrix | head | norm | bias | adapter."""
 
     shape: tuple[int, ...]
     kind: str

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from telechat_twins.core.model.config import ModelConfig
+from telechat_twins.core.model.lora import LoraConfig, lora_table, sharded_axis
 from telechat_twins.core.model.params import VECTOR, ParamSpec, parameter_table
 from telechat_twins.core.parallel.layout import Coord, Layout, stage_layers
 
@@ -36,8 +37,11 @@ class Shard:
     owner: bool
 
 
-def chunk_table(config: ModelConfig, layout: Layout, coord: Coord, chunk: int = 0) -> dict[str, Shard]:
-    """The parameters of model chunk ``chunk`` of pipeline rank ``coord.pp``, as tensor rank ``coord.tp`` holds them."""
+def chunk_table(
+    config: ModelConfig, layout: Layout, coord: Coord, chunk: int = 0, lora: LoraConfig | None = None
+) -> dict[str, Shard]:
+    """The parameters of model chunk ``chunk`` of pipeline rank ``coord.pp``, as tensor rank ``coord.tp`` holds them;
+    with ``lora`` the adapters' too, after all others."""
     stage = chunk * layout.pp + coord.pp
     layers = stage_layers(layout, config)[stage]
     last = stage == layout.stages - 1
@@ -51,6 +55,9 @@ def chunk_table(config: ModelConfig, layout: Layout, coord: Coord, chunk: int = 
             here = last
         if here:
             table[name] = _shard(name, spec, config, layout, coord, copy=name == "embed.weight" and stage != 0)
+    if lora is not None:
+        for name, spec in lora_table(config, lora, layers).items():
+            table[name] = _shard(name, spec, config, layout, coord, copy=False)
     return table
 
 
@@ -78,6 +85,9 @@ def _shard(name: str, spec: ParamSpec, config: ModelConfig, layout: Layout, coor
         # With sequence parallelism every rank sees its own positions only; without, all compute the same gradient.
         sums: tuple[str, ...] = ("tp",) if tp > 1 and layout.sequence_parallel else ()
         return Shard(spec.shape, spec.shape, _box(spec.shape), *recipe, sums, t == 0)
+    if spec.kind == "adapter" and sharded_axis(name) is None:
+        # Every rank multiplies it with its own part of the other factor, so its gradient is always a sum over ranks.
+        return Shard(spec.shape, spec.shape, _box(spec.shape), *recipe, ("tp",) if tp > 1 else (), t == 0)
     if spec.kind in ("embedding", "head"):
         rows = padded_rows(spec.shape[0], tp)
         first, last = min(t * rows, spec.shape[0]), min((t + 1) * rows, spec.shape[0])

@@ -91,7 +91,9 @@ inline void tile(int64_t depth, const float *a, int64_t a_row, int64_t a_column,
     for (int j = 0; j < kVectors; j++) store(c + i * ldc + j * W, sum[i][j]);
 }
 
-void product(int64_t m, int64_t n, int64_t k, const Operand &a, const Operand &b, const float *bias, float *c) {
+// ``add``: the sums begin with what is in C, and there is no bias.
+void product(int64_t m, int64_t n, int64_t k, const Operand &a, const Operand &b, const float *bias, float *c,
+             bool add = false) {
   const int64_t strips = (n + kColumns - 1) / kColumns;
   float *panels = packed_b.room(strips * kColumns * k);
   const int64_t depths = (k + kDepth - 1) / kDepth;
@@ -125,8 +127,8 @@ void product(int64_t m, int64_t n, int64_t k, const Operand &a, const Operand &b
             const int64_t a_row = packs ? 1 : a.row, a_column = packs ? kRows : a.column;
             float *to = c + (row + i) * n + column;
             if (some == kRows && columns == kColumns) {
-              const float *begin = from ? to : bias ? bias + column : nullptr;
-              tile<kRows>(depth, at, a_row, a_column, panel, begin, from ? n : 0, to, n);
+              const float *begin = from || add ? to : bias ? bias + column : nullptr;
+              tile<kRows>(depth, at, a_row, a_column, panel, begin, from || add ? n : 0, to, n);
               continue;
             }
             for (int64_t j = 0; j < kColumns; j++) start[j] = bias && !from && j < columns ? bias[column + j] : 0.0f;
@@ -137,7 +139,7 @@ void product(int64_t m, int64_t n, int64_t k, const Operand &a, const Operand &b
                 tile<1>(depth, at + r * a_row, a_row, a_column, panel, start, 0, edge + r * kColumns, kColumns);
             for (int64_t r = 0; r < some; r++)
               for (int64_t j = 0; j < columns; j++)
-                to[r * n + j] = from ? to[r * n + j] + edge[r * kColumns + j] : edge[r * kColumns + j];
+                to[r * n + j] = from || add ? to[r * n + j] + edge[r * kColumns + j] : edge[r * kColumns + j];
           }
         }
       }
@@ -160,4 +162,14 @@ KERNEL(matmul, 3, 1, 3) {
     return;
   }
   product(m, n, k, a, b, bias, out[0].as<float>());
+}
+
+// in: c [m, n], which a w^T is added to; a [m, k]; w [n, k] or, with scalar[0], [k, n]; all float32; scalar: turn w
+KERNEL(matmul_add, 3, 0, 1) {
+  const bool turn_w = scalar[0] != 0;
+  const int64_t m = in[1].shape[0], k = in[1].shape[1], n = in[0].shape[1];
+  if (k == 0) return;
+  const Operand a{in[1].as<float>(), k, 1};
+  const Operand b{in[2].as<float>(), turn_w ? n : 1, turn_w ? 1 : k};
+  product(m, n, k, a, b, nullptr, in[0].as<float>(), true);
 }

@@ -19,14 +19,19 @@ Gradients = tuple[Tensor | None, ...]
 
 
 class Linear(Function):
-    """x [N, in] @ weight [out, in]^T + bias; the three products of forward and backward, none transposed in memory."""
+    """x [N, in] @ weight [out, in]^T + bias; the three products of forward and backward, none transposed in memory.
+
+    Gradients that are not wanted are not computed, and x is kept for that of the weight alone.
+    """
 
     @staticmethod
     def forward(
         ctx: Context, x: Tensor, weight: Tensor, bias: Tensor | None, compute: ms.Type, cpp: ModuleType
     ) -> Tensor:
         x, wide = ops.cast(x, compute), ops.cast(weight, compute)
-        ctx.save_for_backward(x, wide)
+        # Wanted are the gradients of x, of the weight and of the bias.
+        ctx.wanted = [*ctx.needs_input_grad[:3]]
+        ctx.save_for_backward(x if ctx.wanted[1] else wide, wide)
         ctx.dtypes, ctx.cpp = (weight.dtype, None if bias is None else bias.dtype), cpp
         bias = None if bias is None else ops.cast(bias, compute)
         if compute == ms.float32:
@@ -37,14 +42,21 @@ class Linear(Function):
     @staticmethod
     def backward(ctx: Context, grad: Tensor) -> Gradients:
         (x, weight), cpp = ctx.saved_tensors, ctx.cpp
-        if grad.dtype == ms.float32:
-            dx, dweight = cpp.matmul(grad, weight, turn_w=True), cpp.matmul(grad, x, turn_a=True, turn_w=True)
-        else:
-            dx = cpp.matmul_bf16(grad, weight, grad.dtype, turn_w=True)
-            dweight = cpp.matmul_bf16(grad, x, grad.dtype, turn_a=True, turn_w=True)
-        weight_dtype, bias_dtype = ctx.dtypes
-        dbias = None if bias_dtype is None else ops.cast(cpp.column_sum(grad), bias_dtype)
-        return dx, ops.cast(dweight, weight_dtype), dbias, None, None
+        wants_x, wants_weight, wants_bias = ctx.wanted
+        dx = turned_product(cpp, grad, weight) if wants_x else None
+        dweight = dbias = None
+        if wants_weight:
+            dweight = ops.cast(turned_product(cpp, grad, x, turn_a=True), ctx.dtypes[0])
+        if wants_bias:
+            dbias = ops.cast(cpp.column_sum(grad), ctx.dtypes[1])
+        return dx, dweight, dbias, None, None
+
+
+def turned_product(cpp: ModuleType, a: Tensor, w: Tensor, turn_a: bool = False) -> Tensor:
+    """a [m, k], or with ``turn_a`` [k, m], times w [k, n], in the dtype of a."""
+    if a.dtype == ms.float32:
+        return cpp.matmul(a, w, turn_a=turn_a, turn_w=True)
+    return cpp.matmul_bf16(a, w, a.dtype, turn_a=turn_a, turn_w=True)
 
 
 class Embedding(Function):
