@@ -102,6 +102,16 @@ def to_hf(
     write_folder(target, config, read, shards, record=record, assets=assets, complete=complete, sums=sums)
 
 
+def write_like(
+    original: ModelSource, source: ModelSource, target: Path, sums: bool = False, on_bytes: OnBytes = lambda count: None
+) -> None:
+    """Write ``source`` in the form that ``original`` has: a release, or a canonical checkpoint."""
+    if isinstance(original, HfSource):
+        to_hf(source, target, on_bytes=on_bytes, sums=sums)
+    else:
+        to_canonical(source, target, on_bytes=on_bytes)
+
+
 def to_mindformers(
     source: ModelSource,
     target: Path,

@@ -35,6 +35,10 @@ def open_model(path: str | Path, verify: bool = True) -> ModelSource:
         return HfSource(HfFolder(path, verify))
     if not path.is_dir():
         raise UserError(f"{path}: no such folder; expected a released model or a checkpoint")
+    if (path / "adapter_config.json").is_file():
+        raise UserError(
+            f"{path}: is an adapter of PEFT's, not a model; give its base here, and this folder as --adapter"
+        )
     if not (path / "manifest.json").is_file() and not (path / "latest").is_file():
         raise UserError(
             f"{path}: no model found; a released folder has config.json, a checkpoint manifest.json, a run latest"
@@ -148,6 +152,10 @@ class CanonicalSource(ModelSource):
     def __init__(self, checkpoint: Checkpoint) -> None:
         self.checkpoint = checkpoint
         self.path = checkpoint.path
+        if checkpoint.model.get("adapter") is not None:
+            raise UserError(
+                f"{self.path}: is an adapter, not a model; give its base here, and this folder as --adapter"
+            )
         self.config = checkpoint_config(checkpoint)
         shapes = {name: checkpoint.shape("weights", name) for name in checkpoint.names("weights")}
         check_shapes(parameter_table(self.config), shapes, str(self.path))

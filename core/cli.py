@@ -45,7 +45,9 @@ GROUPS: dict[str, dict[str, str]] = {
     },
     "Check and exchange": {
         "parity": "run both frameworks and report every difference; exit 1 on a broken bound",
-        "convert": "checkpoints between Hugging Face, MindFormers and the canonical form",
+        "convert": "checkpoints and adapters between Hugging Face, MindFormers and the canonical form",
+        "merge": "a low-rank adapter added into its model's weights",
+        "average": "the weighted average of checkpoints",
     },
 }
 VERBS: dict[str, str] = {verb: summary for group in GROUPS.values() for verb, summary in group.items()}

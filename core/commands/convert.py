@@ -1,30 +1,35 @@
-"""``tele convert``: a model between a Hugging Face release, a canonical checkpoint, and MindFormers' checkpoints."""
+"""``tele convert``: a model or an adapter between Hugging Face's, the canonical, and MindFormers' formats."""
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import re
-import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from telechat_twins.core.checkpoint.target import check_target
 from telechat_twins.core.errors import UserError
 from telechat_twins.core.files.atomic import show_bytes, standing
+from telechat_twins.core.files.progress import Progress
 from telechat_twins.core.launch.run_lock import hold_place
 from telechat_twins.core.shown import printable
 
 if TYPE_CHECKING:
     from telechat_twins.convert.source import ModelSource
+    from telechat_twins.core.checkpoint.adapter import Adapter
 
-FORMATS = ("hf", "canonical", "mindformers")
+FORMATS = ("hf", "canonical", "mindformers", "peft")
+LORA_NAMES = ("mindpet", "lora_A", "lora_a")
+_CODES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 DESCRIPTION = (
     "Turn a model as released on Hugging Face (config.json and safetensors) into a canonical checkpoint or a "
     "MindFormers checkpoint, or any of these into another. Tensors pass one at a time, so memory does not grow "
     "with the model (a .ckpt file is in memory as a whole). There and back gives the same bits. DST appears when "
-    "it is complete, or not at all."
+    "it is complete, or not at all. Low-rank adapters (LoRA) likewise: PEFT's, MindFormers', and those trained here."
 )
 EXAMPLES = (
     "examples:\n"
@@ -33,7 +38,9 @@ EXAMPLES = (
     "  tele convert --from hf --to mindformers TeleChat2-7B 7b-ms --file-format ckpt\n"
     "  tele convert --from hf --to mindformers TeleChat2-115B 115b-mp8 --qkv-concat --mp 8\n"
     "  tele convert --from mindformers --to canonical 115b-mp8 checkpoints/115b\n"
-    "  tele convert --from mindformers --to hf telechat_7b.ckpt TeleChat2-7B-new --model telechat2-7b"
+    "  tele convert --from mindformers --to hf telechat_7b.ckpt TeleChat2-7B-new --model telechat2-7b\n"
+    "  tele convert --from peft --to canonical peft-adapter adapters/7b --base TeleChat2-7B\n"
+    "  tele convert --from canonical --to peft runs/lora peft-adapter"
 )
 
 
@@ -64,6 +71,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--force", action="store_true", help="replace the model in DST, if it holds one")
     _add_mindformers_arguments(parser)
+    _add_adapter_arguments(parser)
 
 
 def _add_mindformers_arguments(parser: argparse.ArgumentParser) -> None:
@@ -105,14 +113,31 @@ def _add_mindformers_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _add_adapter_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options that only adapters have."""
+    group = parser.add_argument_group(
+        "adapters",
+        "SRC is an adapter with --from peft, with --from mindformers and --base, and where a canonical SRC holds one.",
+    )
+    group.add_argument(
+        "--base", metavar="DIR", type=Path, help="SRC: the model that the adapter belongs to, released or canonical"
+    )
+    group.add_argument("--alpha", metavar="A", type=float, help="SRC: lora_alpha of MindFormers' run (pet_config)")
+    group.add_argument(
+        "--lora-names", choices=LORA_NAMES, help="DST: MindFormers' names of A and B (default mindpet; --mcore: lora_A)"
+    )
+
+
 def run(args: argparse.Namespace) -> int:
     """Convert; prints one line per fact on stdout, progress on stderr. UserError for anything the user can mend."""
     check_options(args)
     limit = parse_size(args.max_shard_size) if args.max_shard_size else None
-    _check_target(args.source, args.target, args.force)  # before a folder is made for the lock
+    check_target(args.source, args.target, args.force)  # before a folder is made for the lock
     with hold_place(args.target):
-        _check_target(args.source, args.target, args.force)
-        return _convert(args, limit)
+        check_target(args.source, args.target, args.force)
+        adapter = _is_adapter(args)
+        _check_adapter_options(args, adapter)
+        return _convert_adapter(args) if adapter else _convert(args, limit)
 
 
 def _convert(args: argparse.Namespace, limit: int | None) -> int:
@@ -126,7 +151,7 @@ def _convert(args: argparse.Namespace, limit: int | None) -> int:
     for note in source.notes:
         print(f"note: {printable(note)}")
     total = weight_bytes(source, args.dtype)
-    with _Progress("converting", total) as bar:
+    with Progress("converting", total) as bar:
         if args.target_format == "canonical":
             files = {"max_file_bytes": limit} if limit else {}
             to_canonical(source, args.target, args.dtype, on_bytes=bar.update, **files)
@@ -198,7 +223,7 @@ def _open(args: argparse.Namespace) -> ModelSource:
     from telechat_twins.convert.source import CanonicalSource, HfSource, open_model
 
     if args.source_format == "hf":
-        with _Progress("verifying", sums_bytes(args.source)) as bar:
+        with Progress("verifying", sums_bytes(args.source)) as bar:
             return HfSource(HfFolder(args.source, on_bytes=bar.update))
     args.source = standing(args.source)
     if args.source_format == "mindformers":
@@ -209,9 +234,96 @@ def _open(args: argparse.Namespace) -> ModelSource:
     source = open_model(args.source, verify=False)
     if not isinstance(source, CanonicalSource):
         raise UserError(f"--from canonical: {args.source} is a released folder (it has config.json); use --from hf")
-    with _Progress("verifying", source.checkpoint.nbytes) as bar:
+    with Progress("verifying", source.checkpoint.nbytes) as bar:
         source.checkpoint.verify(bar.update)
     return source
+
+
+def _is_adapter(args: argparse.Namespace) -> bool:
+    """Whether SRC is an adapter."""
+    from telechat_twins.core.checkpoint.adapter import is_adapter_checkpoint
+
+    if "peft" in (args.source_format, args.target_format) or (args.base and args.source_format == "mindformers"):
+        return True
+    canonical = args.source_format == "canonical" and not (args.source / "config.json").is_file()
+    return canonical and is_adapter_checkpoint(standing(args.source))
+
+
+def _check_adapter_options(args: argparse.Namespace, adapter: bool) -> None:
+    """UserError for options that do not go with an adapter, or only with one."""
+    fro, to = args.source_format, args.target_format
+    if not adapter:
+        for option, given in {"--base": args.base, "--alpha": args.alpha, "--lora-names": args.lora_names}.items():
+            if given is not None:
+                raise UserError(f"{option}: goes with an adapter, and SRC is a model; leave it out")
+        return
+    if "hf" in (fro, to):
+        option = "--to" if to == "hf" else "--from"
+        raise UserError(
+            f"{option} hf: a release is a whole model, and the other side is an adapter; `tele merge` makes a release "
+            "with the adapter in its weights"
+        )
+    if fro in ("peft", "mindformers") and args.base is None:
+        raise UserError(f"--base: {fro} does not say which model the adapter belongs to; give its folder")
+    unfit = {"--max-shard-size": args.max_shard_size, "--whole": args.whole, "--model": args.model,
+             "--config": args.config, "--src-mp": args.src_mp if to != "mindformers" else None}  # fmt: skip
+    for option, given in unfit.items():
+        if given:
+            raise UserError(f"{option}: does not go with an adapter; leave it out")
+    if args.dtype and to != "peft":
+        raise UserError("--dtype: of an adapter goes with --to peft; elsewhere it is float32")
+    if args.alpha is not None and (fro != "mindformers" or not 0 < args.alpha < 1e30):
+        raise UserError("--alpha: a number above 0, of --from mindformers; the others record it")
+    if args.lora_names and to != "mindformers":
+        raise UserError("--lora-names: goes with --to mindformers")
+
+
+def _convert_adapter(args: argparse.Namespace) -> int:
+    """Convert an adapter; one line on stdout for each fact."""
+    from telechat_twins.convert.hf.peft import write_peft
+    from telechat_twins.convert.mindformers.lora import write_lora
+    from telechat_twins.convert.source import open_model
+    from telechat_twins.core.checkpoint.adapter import with_base, write_adapter
+
+    source = open_model(standing(args.base)) if args.base else None
+    adapter = _open_adapter(args, source)
+    if source is not None and not adapter.base.fingerprint:
+        path = str(args.base.resolve()) if args.target_format == "canonical" else adapter.base.path or str(args.base)
+        adapter = with_base(adapter, source.config, source.read, path)
+    for note in adapter.notes:
+        print(f"note: {printable(note)}")
+    if args.target_format == "canonical":
+        write_adapter(args.target, adapter)
+    elif args.target_format == "peft":
+        write_peft(adapter, args.target, _CODES[args.dtype] if args.dtype else None)
+    else:
+        fused = args.qkv_concat or adapter.config.family == "flm"
+        form = "mcore" if args.mcore else "qkv_concat" if fused else "plain"
+        names = args.lora_names or ("lora_A" if args.mcore else "mindpet")
+        write_lora(adapter, args.target, form, names, args.mp or 1, file_format=args.file_format or "safetensors")
+    ranks = sorted({module.rank for module in adapter.modules.values()})
+    print(f"wrote {args.target}: {len(adapter.modules)} linears with an adapter of rank {', '.join(map(str, ranks))}")
+    return 0
+
+
+def _open_adapter(args: argparse.Namespace, source: ModelSource | None) -> Adapter:
+    from telechat_twins.convert.hf.peft import open_peft
+    from telechat_twins.convert.mindformers.lora import open_lora
+    from telechat_twins.core.checkpoint.adapter import check_base, open_adapter
+
+    if args.source_format == "canonical":
+        adapter = open_adapter(standing(args.source))
+        if source is None:
+            return adapter
+        notes = check_base(adapter, source.config, source.read, source.path)
+        base = dataclasses.replace(adapter.base, path=str(args.base))
+        return dataclasses.replace(adapter, base=base, notes=(*adapter.notes, *notes))
+    assert source is not None  # check_adapter_options asks for --base
+    if args.source_format == "peft":
+        return open_peft(standing(args.source), source.config)
+    both = args.target_format == "mindformers"
+    mp, option = (args.src_mp, "--src-mp") if both else (args.mp, "--mp")
+    return open_lora(standing(args.source), source.config, args.alpha, mp, option)
 
 
 def parse_size(text: str) -> int:
@@ -220,43 +332,3 @@ def parse_size(text: str) -> int:
     if not match or match[2].upper() not in _UNITS or float(match[1]) == 0:
         raise UserError(f"--max-shard-size: {text!r} is no size; write e.g. 5GB, 500MB or 4GiB")
     return max(1, int(float(match[1]) * _UNITS[match[2].upper()]))
-
-
-def _check_target(source: Path, target: Path, force: bool) -> None:
-    """Nothing may be lost: DST must be new or empty, or, with --force, a folder that is a model and nothing else."""
-    if target.is_symlink() or (target.exists() and not target.is_dir()):
-        raise UserError(f"{target}: exists and is no folder; choose another DST")
-    inner, outer = source.resolve(), target.resolve()
-    if inner == outer or inner in outer.parents or outer in inner.parents:
-        raise UserError(f"{target}: SRC and DST lie in one another; choose a DST outside {source}")
-    if not target.exists() or not any(target.iterdir()):
-        return
-    if not force:
-        raise UserError(f"{target}: exists and is not empty; choose another DST, or --force to replace the model in it")
-    described = any((target / name).is_file() for name in ("manifest.json", "config.json", "model.json"))
-    weights = any(any(target.glob(f"{place}*.{kind}")) for place in ("", "rank_0/") for kind in ("safetensors", "ckpt"))
-    ours = re.compile(r"assets|rank_\d+")
-    folders = [p.name for p in target.iterdir() if p.is_dir() and not ours.fullmatch(p.name)]
-    if folders or not described or not weights:
-        found = f"it also holds '{folders[0]}'" if folders else "this folder holds none"
-        raise UserError(f"{target}: --force replaces a model and nothing else, {found}; choose another DST")
-
-
-class _Progress:
-    """A tqdm bar over bytes with rate and time left, on a terminal only: a log keeps its lines whole."""
-
-    def __init__(self, title: str, total: int) -> None:
-        from tqdm import tqdm
-
-        self._bar = tqdm(
-            total=total, desc=title, unit="B", unit_scale=True, file=sys.stderr, disable=None, dynamic_ncols=True
-        )
-
-    def update(self, count: int) -> None:
-        self._bar.update(count)
-
-    def __enter__(self) -> _Progress:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._bar.close()

@@ -172,21 +172,43 @@ class AdapterBase:
 
 
 @dataclass(frozen=True, kw_only=True)
+class AdapterModule:
+    """The adapter of one linear layer, ``layers.3.attn.q``: ``scale`` B A is added to its weight."""
+
+    name: str = option(help="the layer's logical name")
+    rank: int = option(help="r", min=1, max=MAX_WIDTH)
+    alpha: float = option(help="scale times rank", above=0.0)
+
+    @property
+    def scale(self) -> float:
+        return self.alpha / self.rank
+
+
+@dataclass(frozen=True, kw_only=True)
 class AdapterRecord:
-    """The key ``adapter`` of an adapter checkpoint's model.json."""
+    """The key ``adapter`` of an adapter checkpoint's model.json. ``modules`` is there where layers differ: an adapter
+    that was trained elsewhere may have other ranks, or none, in some of them."""
 
     rank: int = option(help="r", min=1, max=MAX_WIDTH)
     alpha: float = option(help="scale times rank", above=0.0)
     dropout: float = option(0.0, help="in training", min=0.0, max=0.99)
     targets: list[str] = option(help="linears with an adapter")
     base: AdapterBase = option(help="the model it belongs to")
+    modules: list[AdapterModule] | None = option(None, help="every adapter, where rank and alpha differ among them")
 
     @property
     def lora(self) -> LoraConfig:
+        """What training goes on with. UserError for adapters that differ in rank, alpha or targets among layers."""
+        if self.modules is not None:
+            raise UserError(
+                "adapter.modules: these adapters differ in rank, alpha or targets from layer to layer, and training "
+                "has one of each; use them as they are (--adapter), or merge them and train a new adapter"
+            )
         return LoraConfig(rank=self.rank, alpha=self.alpha, dropout=self.dropout, targets=self.targets)
 
     def to_dict(self) -> JsonObject:
-        return dataclasses.asdict(self)
+        values = dataclasses.asdict(self)
+        return {name: value for name, value in values.items() if value is not None}
 
 
 def adapter_record(lora: LoraConfig, base: AdapterBase) -> AdapterRecord:
