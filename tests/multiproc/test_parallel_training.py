@@ -20,7 +20,11 @@ from pathlib import Path
 import psutil
 import pytest
 
-from telechat_twins.core.checkpoint.read import open_checkpoint
+from telechat_twins.convert.copy import to_hf
+from telechat_twins.convert.source import open_model
+from telechat_twins.core.checkpoint.read import open_checkpoint, write_checkpoint
+from telechat_twins.core.model.config import load_model_config
+from telechat_twins.core.model.init import init_weights
 from telechat_twins.core.parity.bounds import TRACE_LIMIT, compare_tensors, compare_traces
 from telechat_twins.core.train.metrics import read_metrics
 from tests.support.packed import write_packed
@@ -37,15 +41,19 @@ TRIALS = [pytest.param(backend, 0, id=f"{backend}-0") for backend in ("ms", "pt"
 
 
 class Tele:
-    """`tele train` in a folder of its own; ``config`` is shared by all runs."""
+    """`tele train` in a folder of its own; all runs share one config and begin with the weights of a release, which
+    gives the model as well: ranks of every layout read their own boxes of it."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         write_packed(folder / "packed", 2048, SEQ_LEN)
+        model = load_model_config({"preset": "telechat2-tiny", "num_layers": 2})
+        weights = init_weights(model, 1234).items()
+        write_checkpoint(folder / "canonical", 0, model={"config": model.to_dict()}, weights=weights)
+        to_hf(open_model(folder / "canonical"), folder / "released")
         (folder / "run.yaml").write_text(
-            f"model: {{preset: telechat2-tiny, num_layers: 2}}\n"
             f"data: {{sources: [{{path: packed}}], seq_len: {SEQ_LEN}}}\n"
-            f"train: {{steps: {ALL}, global_batch: 8, micro_batch: 4}}\n"
+            f"train: {{init: released, steps: {ALL}, global_batch: 8, micro_batch: 4}}\n"
             "optim: {lr: 1e-3, warmup_steps: 2}\n"
             f"checkpoint: {{every: {HALF}, keep_last: 9}}\n"
         )
