@@ -7,6 +7,7 @@ B batch, S sequence, H heads, K kv heads, D head dim, E hidden, F ffn, V vocab, 
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -50,7 +51,11 @@ class TrainConfig:
         help="begin with the weights of this model: a released folder, a checkpoint, a run, MindFormers' weights; "
         "`model:` may then be left out",
     )
-    steps: int = option(help="optimizer steps in the whole run", min=1)
+    # 0, which no file can say: the steps follow from epochs once the data is open (core.train.recipe.with_steps).
+    steps: int = option(0, help="optimizer steps in the whole run; or give epochs", min=1)
+    epochs: float | None = option(
+        None, help="passes over the packed data, in place of steps; may be a part of one", above=0.0, max=1e6
+    )
     schedule_steps: int | None = option(
         None,
         help="steps that the learning rate's schedule spans, where more runs follow this one; default: steps",
@@ -70,6 +75,12 @@ class TrainConfig:
     )
 
     def __post_init__(self) -> None:
+        if not self.steps and self.epochs is None:
+            raise UserError("train.steps: missing; give the number of optimizer steps, or train.epochs")
+        if self.steps and self.epochs is not None:
+            raise UserError(
+                f"train.epochs: {self.epochs:g} and train.steps {self.steps} both say how long the run is; give one"
+            )
         if self.global_batch % self.micro_batch:
             raise UserError(
                 f"train.micro_batch: {self.micro_batch} does not divide global_batch {self.global_batch}; "
@@ -77,14 +88,32 @@ class TrainConfig:
             )
 
 
+SCHEDULES = ("cosine", "linear", "constant", "wsd")
+
+
 @dataclass(frozen=True, kw_only=True)
 class OptimConfig:
     lr: float = option(help="peak learning rate", above=0.0)
-    min_lr: float = option(0.0, help="learning rate at the end of the cosine", min=0.0)
+    min_lr: float = option(0.0, help="learning rate at the end of the schedule", min=0.0)
+    schedule: str = option(
+        "cosine",
+        help="after warm-up: cosine or linear to min_lr; constant; wsd: constant, then a decay to min_lr at the end",
+        choices=SCHEDULES,
+    )
+    decay_steps: int | None = option(None, help="wsd: steps of the decay at the end of the schedule", min=1)
+    decay_ratio: float | None = option(
+        None, help="wsd: the same as a share of the schedule's steps; default 0.1", above=0.0, max=1.0
+    )
+    decay_shape: str = option(
+        "linear", help="wsd: form of the decay; sqrt: 1 - sqrt(progress)", choices=("linear", "cosine", "sqrt")
+    )
     matrix_lr: float | None = option(
         None, help="peak for matrix-like weights (attention and ffn) under muP, same schedule; default: lr", above=0.0
     )
     warmup_steps: int = option(0, help="linear warm-up: step s < warmup uses lr*(s+1)/warmup", min=0)
+    warmup_ratio: float | None = option(
+        None, help="the same as a share of the schedule's steps, rounded up; in place of warmup_steps", min=0.0, max=1.0
+    )
     rewarmup_steps: int = option(0, help="the same once more after the model has grown", min=0)
     restart_lr: float | None = option(
         None, help="after the model has grown, a new cosine from here; default: the old one goes on", above=0.0
@@ -103,6 +132,25 @@ class OptimConfig:
             raise UserError(f"optim.min_lr: {self.min_lr} is above the peak optim.lr {self.lr}")
         if self.restart_lr is not None and self.min_lr > self.restart_lr:
             raise UserError(f"optim.min_lr: {self.min_lr} is above optim.restart_lr {self.restart_lr}")
+        if self.schedule == "constant" and self.min_lr:
+            raise UserError(f"optim.min_lr: {self.min_lr} is never reached by schedule constant; leave it out")
+        if self.warmup_steps and self.warmup_ratio is not None:
+            raise UserError("optim.warmup_ratio, optim.warmup_steps: both say how long warm-up is; give one")
+        if self.decay_steps is not None and self.decay_ratio is not None:
+            raise UserError("optim.decay_ratio, optim.decay_steps: both say how long the decay is; give one")
+        for name, default in (("decay_steps", None), ("decay_ratio", None), ("decay_shape", "linear")):
+            if self.schedule != "wsd" and getattr(self, name) != default:
+                raise UserError(f"optim.{name}: belongs to schedule wsd, found schedule {self.schedule}; leave it out")
+
+    def warmup(self, schedule_steps: int) -> int:
+        """Steps of warm-up in a schedule of so many steps."""
+        return self.warmup_steps if self.warmup_ratio is None else math.ceil(self.warmup_ratio * schedule_steps)
+
+    def decay(self, schedule_steps: int) -> int:
+        """Steps of the decay at the end of a wsd schedule of so many steps."""
+        if self.decay_steps is not None:
+            return self.decay_steps
+        return math.ceil((0.1 if self.decay_ratio is None else self.decay_ratio) * schedule_steps)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -176,15 +224,28 @@ class RunConfig:
         check_xpos_range(self.model, self.train.precision, self.data.seq_len)
         if self.lora is not None:
             check_lora(self.model, self.lora)
-        if self.optim.warmup_steps >= self.train.steps:
+        if self.train.steps:
+            self._check_schedule(self.train.schedule_steps or self.train.steps)
+
+    def _check_schedule(self, steps: int) -> None:
+        optim, warmup = self.optim, self.optim.warmup(steps)
+        if warmup >= self.train.steps and warmup:
+            name = "warmup_steps" if optim.warmup_ratio is None else "warmup_ratio"
             raise UserError(
-                f"optim.warmup_steps: {self.optim.warmup_steps} leaves no step after warm-up of train.steps "
-                f"{self.train.steps}"
+                f"optim.{name}: {getattr(optim, name)} leaves no step after warm-up of train.steps {self.train.steps}"
+            )
+        if optim.schedule == "wsd" and warmup + optim.decay(steps) > steps:
+            raise UserError(
+                f"optim.decay_steps: a decay of {optim.decay(steps)} steps does not fit after the {warmup} of warm-up "
+                f"into the schedule's {steps}; shorten one of them"
             )
 
     def to_dict(self) -> JsonObject:
         """The mapping as JSON gives it back."""
-        return {**dataclasses.asdict(self), "model": self.model.to_dict()}
+        values = {**dataclasses.asdict(self), "model": self.model.to_dict()}
+        if not self.train.steps:
+            del values["train"]["steps"]
+        return values
 
 
 def bundled_names(kind: str) -> list[str]:

@@ -35,7 +35,7 @@ from telechat_twins.core.schema import from_mapping, load_yaml, option
 from telechat_twins.core.types import JsonObject
 
 _CHANGES = ("train", "optim", "kernels", "checkpoint")
-_FIXED = {"train": ("steps", "schedule_steps", "seed"), "optim": (), "kernels": (), "checkpoint": ()}
+_FIXED = {"train": ("steps", "epochs", "schedule_steps", "seed", "init"), "optim": (), "kernels": (), "checkpoint": ()}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -189,7 +189,7 @@ def _planned(
     if "parallel" in values:
         tree["parallel"] = values["parallel"]
     tree["model"] = model.to_dict()
-    tree["train"] |= {"steps": begin + values["steps"], "schedule_steps": total}
+    tree["train"] |= {"epochs": None, "steps": begin + values["steps"], "schedule_steps": total}
     try:
         config = run_config_from_dict(tree)
     except UserError as error:

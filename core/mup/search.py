@@ -116,6 +116,12 @@ class Trial:
         return self.config.train.seed
 
     @property
+    def warmup(self) -> int:
+        """Steps of warm-up."""
+        train = self.config.train
+        return self.config.optim.warmup(train.schedule_steps or train.steps)
+
+    @property
     def work(self) -> float:
         """Operations of the whole run, for telling how long the rest will take."""
         train, seq_len = self.config.train, self.config.data.seq_len
@@ -152,6 +158,8 @@ def plan(search: SearchConfig, out: Path) -> list[Trial]:
     Folders of the config's own seed do not name it, so a search that is given more seeds knows the trials it has.
     """
     base = load_run_config(search.config, search.set)
+    if not base.train.steps:
+        raise UserError("train.epochs: trials are compared at equal steps; give train.steps in its place")
     narrow = base.model.hidden_size
     made = []
     for width in sorted(set(search.widths or [narrow])):

@@ -118,7 +118,7 @@ def _report(
     trial: Trial, state: str, reason: str, rows: list[Row], seconds: float, window: int, parts: tuple[Report, ...] = ()
 ) -> Report:
     losses = [loss for loss in column(rows, "loss") if math.isfinite(loss)]
-    norms = [n for n in column(rows[trial.config.optim.warmup_steps :], "grad_norm") if math.isfinite(n)]
+    norms = [n for n in column(rows[trial.warmup :], "grad_norm") if math.isfinite(n)]
     quarters = np.array_split(np.array(norms), QUARTERS) if len(norms) >= 2 * QUARTERS else []
     medians = [float(np.median(quarter)) for quarter in quarters]
     usable = bool(medians) and min(medians) > 0
@@ -173,7 +173,7 @@ def judge_widths(reports: Sequence[Report], window: int) -> dict[Numbers, list[W
 
 def _neighbours(whole: Sequence[Report], window: int) -> list[Wider]:
     """Pairs of widths; all whole runs of one combination have the same steps and seeds."""
-    first = whole[0].trial.config.optim.warmup_steps
+    first = whole[0].trial.warmup
     losses = np.array([[column(part.rows, "loss") for part in report.seeds] for report in whole])  # [width, seed, step]
     count = (losses.shape[2] - first) // window
     cut = losses[:, :, first : first + count * window].reshape(*losses.shape[:2], count, window)

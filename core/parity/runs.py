@@ -152,8 +152,11 @@ def trace_rows(
     shutil.rmtree(folder, ignore_errors=True)  # a former comparison's, by its name
     folder.mkdir(parents=True)
     tree = config.to_dict()
-    tree["train"]["steps"] = steps
-    tree["optim"]["warmup_steps"] = min(config.optim.warmup_steps, steps - 1)
+    tree["train"] |= {"steps": steps, "epochs": None}
+    warmup = min(config.optim.warmup(config.train.schedule_steps or config.train.steps or steps), steps - 1)
+    tree["optim"] |= {"warmup_steps": warmup, "warmup_ratio": None}
+    if config.optim.decay_steps is not None:
+        tree["optim"]["decay_steps"] = min(config.optim.decay_steps, steps - warmup)
     tree["checkpoint"]["every"] = 0
     tree = run_config_from_dict(tree).to_dict()
     for source in tree["data"]["sources"]:

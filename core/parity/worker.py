@@ -282,7 +282,15 @@ def _run_config(task: Task, rows: int, seq_len: int) -> RunConfig:
             recompute=task.recompute,
             seed=task.seed,
         ),
-        optim=dataclasses.replace(task.optim, warmup_steps=0),
+        optim=dataclasses.replace(
+            task.optim,
+            schedule="cosine",
+            warmup_steps=0,
+            warmup_ratio=None,
+            decay_steps=None,
+            decay_ratio=None,
+            decay_shape="linear",
+        ),  # fmt: skip
         parallel=task.layout,
     )
 

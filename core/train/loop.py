@@ -43,12 +43,13 @@ from telechat_twins.core.train.agreement import meet, raise_on_all, require_same
 from telechat_twins.core.train.health import Health, TrainingStopped
 from telechat_twins.core.train.loss_scale import DynamicLossScale
 from telechat_twins.core.train.metrics import Row
-from telechat_twins.core.train.recipe import class_rate, clip_factor, learning_rate
+from telechat_twins.core.train.recipe import class_rate, clip_factor, rate_at, with_steps
 from telechat_twins.core.train.records import Records, Signals, header
 from telechat_twins.core.train.resume import (
     adopt_growth,
     checkpoint_to_resume,
     differences,
+    rate_change,
     require_same_model,
     with_defaults,
 )
@@ -119,6 +120,7 @@ def _train(
         _hold(folder, held)
     blend = open_blend(config.data, config.train.seed, config.model.num_tokens, config.model.filler_id)
     config, padding = fit_run(config, blend.vocab_size)
+    config, length = with_steps(config, sum(blend.num_samples))
     alone = config.parallel.world == 1
     checkpoint = checkpoint_to_resume(folder, resume, verify=alone)
     start: WeightSource | None = None
@@ -137,7 +139,7 @@ def _train(
         # Not before the ranks have met: only then does each know which it is, however it was started.
         run_on_all(stepper, lambda: _hold(folder, held) if stepper.rank == 0 else None)
     run = _Run(stepper, config, folder, blend)
-    run.notes += padding
+    run.notes += padding + length
     model = checkpoint or start
     if model is not None and not alone:
         run_on_all(stepper, lambda: model.verify(share=(stepper.rank, stepper.world)))
@@ -201,6 +203,7 @@ class _Run:
         self.notes.append(f"resumed from {checkpoint.path} (step {self.state.step}, written by {trainer['backend']})")
         if self.config.train.init is not None:
             self.notes.append(f"train.init {self.config.train.init} is not read: weights come from the checkpoint")
+        self.notes += rate_change(trainer["config"], self.config, self.state.step, self.history)
         written, now = trainer.get("layout", "single"), self.config.parallel.name
         if written != now:
             self.notes.append(f"note: written at {written}, now {now}: goes on within rounding, not bit for bit")
@@ -285,7 +288,7 @@ class _Run:
         train, state = self.config.train, self.state
         started = time.perf_counter()
         grown_at = self.history[-1].step if self.history else None
-        lr = learning_rate(self.config.optim, train.schedule_steps or train.steps, state.step, grown_at)
+        lr = rate_at(self.config, state.step, grown_at)
         self._set_mask(records)
         first, count = self.stepper.share(train.global_batch)
         batch = self.blend.batch(state.samples + first, count)

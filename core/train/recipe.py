@@ -7,41 +7,87 @@ backends use identical float64 values.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import numpy as np
 
-from telechat_twins.core.config import OptimConfig
+from telechat_twins.core.config import OptimConfig, RunConfig
 from telechat_twins.core.model.params import MATRIX
 
 # Keeps clip_factor finite for a zero norm; the value is part of the published recipe (torch.nn.utils.clip_grad_norm_).
 CLIP_EPS = 1e-6
 
 
-def learning_rate(optim: OptimConfig, train_steps: int, step: int, grown_at: int | None = None) -> float:
-    """Learning rate of ``step`` (0-based) in a run of ``train_steps``: linear warm-up, then cosine to ``min_lr``.
+def learning_rate(optim: OptimConfig, schedule_steps: int, step: int, grown_at: int | None = None) -> float:
+    """Learning rate of ``step`` (0-based) in a schedule of ``schedule_steps``: linear warm-up, then ``optim.schedule``.
 
-    Step s < warmup uses peak*(s+1)/warmup; after that floor + 0.5*(peak-floor)*(1 + cos(pi*(s-warmup)/(total-warmup))).
+    Step s < warmup uses peak*(s+1)/warmup. After that, with p = (s-warmup)/(total-warmup) up to 1:
+        cosine    floor + 0.5*(peak-floor)*(1 + cos(pi*p))
+        linear    floor + (peak-floor)*(1-p)
+        constant  peak
+        wsd       peak until total-decay, then floor + (peak-floor)*(1-f(q)) with q = (s-(total-decay))/decay up to 1
+                  and f(q) = q (linear), (1 - cos(pi*q))/2 (cosine) or sqrt(q) (sqrt)
     The schedule counts batches drawn, not updates made: a skipped step moves along it like any other, so the learning
     rate of step s never depends on what went wrong before. Past the end it stays at the floor.
 
-    After a growth at step g it warms up once more, rate*(s-g+1)/rewarmup, on the same cosine; with ``restart_lr`` on a
-    new one from there, which begins where this warm-up ends and ends where the old one would.
+    After a growth at step g it warms up once more, rate*(s-g+1)/rewarmup, on the same schedule; with ``restart_lr`` on
+    a new one from there, which begins where this warm-up ends and ends where the old one would.
+
+    Sources: wsd is MiniCPM's warmup-stable-decay (Hu et al., arXiv 2404.06395), its sqrt form Haegele et al.
+    (arXiv 2405.18392).
     """
+    warmup = optim.warmup(schedule_steps)
     if grown_at is None:
-        if step < optim.warmup_steps:
-            return optim.lr * (step + 1) / optim.warmup_steps
-        return _cosine(optim.lr, optim.min_lr, step - optim.warmup_steps, train_steps - optim.warmup_steps)
+        if step < warmup:
+            return optim.lr * (step + 1) / warmup
+        return _after_warmup(optim, optim.lr, step, warmup, schedule_steps)
     begin = grown_at + optim.rewarmup_steps
     warm = min(1.0, (step - grown_at + 1) / optim.rewarmup_steps) if optim.rewarmup_steps else 1.0
     if optim.restart_lr is None:
-        return warm * learning_rate(optim, train_steps, step)
-    return warm * _cosine(optim.restart_lr, optim.min_lr, max(0, step - begin), train_steps - begin)
+        return warm * learning_rate(optim, schedule_steps, step)
+    return warm * _after_warmup(optim, optim.restart_lr, max(begin, step), begin, schedule_steps)
 
 
-def _cosine(peak: float, floor: float, step: int, steps: int) -> float:
-    progress = min(1.0, step / steps) if steps > 0 else 1.0
-    return floor + 0.5 * (peak - floor) * (1.0 + math.cos(math.pi * progress))
+def _after_warmup(optim: OptimConfig, peak: float, step: int, begin: int, end: int) -> float:
+    """The schedule's value at ``step`` of the steps ``begin`` to ``end``, which fall from ``peak``."""
+    floor = optim.min_lr
+    if optim.schedule == "constant":
+        return peak
+    if optim.schedule == "wsd":
+        begin = max(begin, end - optim.decay(end))
+        if step < begin:
+            return peak
+    progress = min(1.0, (step - begin) / (end - begin)) if end > begin else 1.0
+    shape = optim.decay_shape if optim.schedule == "wsd" else optim.schedule
+    if shape == "cosine":
+        return floor + 0.5 * (peak - floor) * (1.0 + math.cos(math.pi * progress))
+    return floor + (peak - floor) * (1.0 - (math.sqrt(progress) if shape == "sqrt" else progress))
+
+
+def rate_at(config: RunConfig, step: int, grown_at: int | None = None) -> float:
+    """Learning rate of ``step`` (0-based) of a run."""
+    train = config.train
+    return learning_rate(config.optim, train.schedule_steps or train.steps, step, grown_at)
+
+
+def with_steps(config: RunConfig, samples: int) -> tuple[RunConfig, list[str]]:
+    """``config`` with ``train.steps`` in place of ``train.epochs``, by the samples of one pass, and a note on it.
+
+    The last step is whole: it may draw samples of the next pass.
+    """
+    train = config.train
+    if train.epochs is None:
+        return config, []
+    drawn = math.ceil(train.epochs * samples)
+    steps = -(-drawn // train.global_batch)
+    beyond = steps * train.global_batch - drawn
+    note = (
+        f"train.epochs {train.epochs:g}: {samples:,} samples a pass of {train.global_batch} a step are {steps:,} steps"
+    )
+    if beyond:
+        note += f"; the last draws {beyond} samples more"
+    return dataclasses.replace(config, train=dataclasses.replace(train, steps=steps, epochs=None)), [note]
 
 
 def tells_classes_apart(optim: OptimConfig) -> bool:

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from telechat_twins.core.checkpoint.read import Checkpoint, open_checkpoint
-from telechat_twins.core.config import RunConfig
+from telechat_twins.core.config import RunConfig, run_config_from_dict
 from telechat_twins.core.errors import UserError
 from telechat_twins.core.model.config import ModelConfig, load_model_config
+from telechat_twins.core.model.growth import Growth
 from telechat_twins.core.model.growth_mask import GrowthMask
 from telechat_twins.core.schema import from_mapping
 from telechat_twins.core.train.metrics import require_fresh
+from telechat_twins.core.train.recipe import rate_at
 from telechat_twins.core.types import JsonObject
 
 
@@ -54,6 +56,30 @@ def require_same_model(checkpoint: Checkpoint, config: RunConfig) -> None:
         raise UserError(
             f"model: not the model of {checkpoint.path}: {'; '.join(differing[:3])}; use the config it was trained with"
         )
+
+
+def rate_change(written: JsonObject, config: RunConfig, step: int, history: Sequence[Growth]) -> list[str]:
+    """A note when the next step's learning rate is another than in the run that wrote the checkpoint."""
+    try:
+        before = run_config_from_dict(written)
+    except UserError:
+        return []  # options that are not understood any more; what differs is listed anyway
+    grown_at = history[-1].step if history else None
+    old, new = rate_at(before, step, grown_at), rate_at(config, step, grown_at)
+    if old == new:
+        return []
+    spans = [c.train.schedule_steps or c.train.steps for c in (before, config)]
+    note = (
+        f"note: the learning rate of step {step + 1} is {new:.3e}; by the checkpoint's schedule it would be {old:.3e}"
+    )
+    if spans[0] != spans[1] and before.optim == config.optim:
+        note += (
+            f" (its schedule spans {spans[0]} steps, this one {spans[1]}); --set train.schedule_steps={spans[0]} keeps "
+            f"to it, at {config.optim.min_lr:.3e} beyond its end"
+            if config.optim.schedule != "constant"
+            else ""
+        )
+    return [note]
 
 
 def with_defaults(build: Callable[[JsonObject], RunConfig | ModelConfig], tree: JsonObject) -> JsonObject:

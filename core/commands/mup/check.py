@@ -79,6 +79,8 @@ def run(args: argparse.Namespace) -> int:
     if not 1 <= args.steps <= 100:
         raise UserError(f"--steps: must be from 1 to 100, found {args.steps}")
     config = load_run_config(args.config, args.set)
+    if not config.train.steps:
+        raise UserError("train.epochs: the check has no data; give train.steps in its place")
     widths = args.widths or [factor * config.model.hidden_size for factor in FACTORS]
     if len(set(widths)) < 3 or len(set(widths)) < len(widths):
         raise UserError(f"--widths: give at least 3 different widths, found {' '.join(map(str, widths))}")

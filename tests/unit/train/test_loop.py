@@ -465,4 +465,8 @@ def test_options_that_came_later_are_no_change(tmp_path, capsys):
     capsys.readouterr()
     loop.train(NumpyStepper, run_config(train__steps=5), tmp_path, "auto")
     lines = [line for line in capsys.readouterr().err.splitlines() if "changed" in line or "note:" in line]
-    assert lines == ["warning: changed since the checkpoint: train.steps: 4 -> 5"]
+    assert lines == [
+        "note: the learning rate of step 5 is 1.625e-02; by the checkpoint's schedule it would be 5.000e-03 (its "
+        "schedule spans 4 steps, this one 5); --set train.schedule_steps=4 keeps to it, at 5.000e-03 beyond its end",
+        "warning: changed since the checkpoint: train.steps: 4 -> 5",
+    ]

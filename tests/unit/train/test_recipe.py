@@ -1,15 +1,25 @@
 """Learning rate, clipping and decay groups, against the published trace and the formula's corners."""
 
+import dataclasses
 import json
 import math
 from pathlib import Path
 
 import pytest
 
-from telechat_twins.core.config import OptimConfig, load_run_config
+from telechat_twins.core.config import OptimConfig, load_run_config, run_config_from_dict
+from telechat_twins.core.errors import UserError
 from telechat_twins.core.model.config import CONFIGS, load_model_config
 from telechat_twins.core.model.params import MATRIX, OUTPUT, VECTOR, parameter_table
-from telechat_twins.core.train.recipe import class_decay, class_rate, clip_factor, learning_rate, tells_classes_apart
+from telechat_twins.core.train.recipe import (
+    class_decay,
+    class_rate,
+    clip_factor,
+    learning_rate,
+    tells_classes_apart,
+    with_steps,
+)
+from tests.support.numpy_stepper import run_config
 
 OPTIM = OptimConfig(lr=0.006, min_lr=0.0006, warmup_steps=2)
 # The rates of the golden optimizer trace (tests/goldens, float64), 8 steps: copied so that this test needs no file.
@@ -134,3 +144,87 @@ def test_the_101b_recipe_has_the_published_numbers():
     assert config.train.global_batch == 2160 and round(optim.warmup_steps * 2160, -4) == 230_000
     # 26.54B tokens, as rounded as that number.
     assert config.train.steps * 2160 * 2048 / 1e9 == pytest.approx(26.54, abs=0.005)
+
+
+SPAN = 40
+
+
+def closed_form(schedule, shape, warmup, decay, peak, floor, step):
+    """The definition in docs/training.md, written out once more."""
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    p = min(1.0, (step - warmup) / (SPAN - warmup))
+    q = min(1.0, max(0.0, (step - (SPAN - decay)) / decay))
+    left = {
+        "cosine": (1 + math.cos(math.pi * p)) / 2,
+        "linear": 1 - p,
+        "constant": 1.0,
+        "wsd": {"linear": 1 - q, "cosine": (1 + math.cos(math.pi * q)) / 2, "sqrt": 1 - math.sqrt(q)}[shape],
+    }[schedule]
+    return floor + (peak - floor) * left
+
+
+@pytest.mark.parametrize("warmup", [{"warmup_steps": 3}, {"warmup_ratio": 0.06}, {}])
+@pytest.mark.parametrize(
+    ("schedule", "shape", "decay"),
+    [
+        ("cosine", "linear", {}),
+        ("linear", "linear", {}),
+        ("constant", "linear", {}),
+        ("wsd", "linear", {"decay_steps": 10}),
+        ("wsd", "cosine", {"decay_ratio": 0.25}),
+        ("wsd", "sqrt", {}),
+    ],
+)
+def test_schedules_equal_their_closed_forms(schedule, shape, decay, warmup):
+    floor = 0.0 if schedule == "constant" else 2e-5
+    optim = OptimConfig(lr=3e-4, min_lr=floor, schedule=schedule, decay_shape=shape, **decay, **warmup)
+    warm = 3 if warmup else 0  # 0.06 of 40 steps, rounded up
+    length = 10 if decay else 4  # by default a tenth
+    expected = [closed_form(schedule, shape, warm, length, 3e-4, floor, step) for step in range(SPAN + 5)]
+    # 1e-13: float64, the same formula in another order.
+    assert [learning_rate(optim, SPAN, step) for step in range(SPAN + 5)] == pytest.approx(expected, rel=1e-13)
+    late = [closed_form(schedule, shape, warm, length, 3e-4, floor, step + 1) for step in range(SPAN + 5)]
+    assert schedule == "constant" and not warm or late != pytest.approx(expected, rel=1e-6), "one step late is visible"
+    # A restart after growth has the same form, from its own peak to the same end.
+    again = dataclasses.replace(optim, restart_lr=1e-4, rewarmup_steps=2)
+    rates = [learning_rate(again, SPAN, step, grown_at=10) for step in range(10, SPAN + 1)]
+    assert rates[2] == pytest.approx(1e-4) and rates[-1] == pytest.approx(1e-4 if schedule == "constant" else floor)
+
+
+@pytest.mark.parametrize(
+    ("train", "optim", "message"),
+    [
+        ({"epochs": 2.0}, {}, "both say how long the run is"),
+        ({"steps": None}, {}, "train.steps"),
+        ({}, {"schedule": "constnat"}, "did you mean 'constant'"),
+        ({}, {"schedule": "constant", "min_lr": 1e-5}, "never reached"),
+        ({}, {"decay_steps": 4}, "belongs to schedule wsd"),
+        ({}, {"schedule": "wsd", "decay_steps": 4, "decay_ratio": 0.1}, "give one"),
+        ({}, {"schedule": "wsd", "decay_steps": 12, "warmup_steps": 1}, "does not fit after the 1 of warm-up"),
+        ({}, {"warmup_steps": 2, "warmup_ratio": 0.1}, "both say how long warm-up is"),
+        ({}, {"warmup_ratio": 1.0}, "leaves no step after warm-up"),
+    ],
+)
+def test_contradictions_are_refused(train, optim, message):
+    tree = run_config().to_dict()
+    tree["train"] |= train
+    tree["optim"] = {"lr": 1e-3, **optim}
+    with pytest.raises(UserError, match=message):
+        run_config_from_dict(tree)
+
+
+def test_epochs_become_steps():
+    tree = run_config().to_dict()
+    del tree["train"]["steps"]
+    tree["train"] |= {"epochs": 1.5, "global_batch": 4}
+    tree["optim"] = {"lr": 1e-3, "warmup_ratio": 0.05}
+    config = run_config_from_dict(tree)
+    assert run_config_from_dict(config.to_dict()) == config, "a config without steps survives its own mapping"
+    known, notes = with_steps(config, 101)
+    assert (known.train.steps, known.train.epochs) == (38, None)  # 152 samples, 38 steps of 4
+    assert notes == ["train.epochs 1.5: 101 samples a pass of 4 a step are 38 steps"]
+    assert known.optim.warmup(known.train.steps) == 2
+    _, notes = with_steps(config, 100)
+    assert notes[0].endswith("38 steps; the last draws 2 samples more")
+    assert with_steps(run_config(), 100) == (run_config(), [])
