@@ -1,4 +1,4 @@
-"""`tele data`: texts or dialogues to a packed folder that `tele train` maps into memory."""
+"""`tele data`: texts, dialogues, preferences or a teacher's propositions to a packed folder that `tele train` maps."""
 
 from __future__ import annotations
 
@@ -7,7 +7,11 @@ import os
 import sys
 
 from telechat_twins.core.data.control import CONTROL_CHOICES, START
+from telechat_twins.core.data.forms.streams import UTF8, check_encoding
+from telechat_twins.core.data.kinds.messages import REASONING, Reading
+from telechat_twins.core.data.kinds.table import DIALOGUE, KINDS, OPTION, TEXT
 from telechat_twins.core.data.packed import PackedDataset, bytes_to_verify, verify
+from telechat_twins.core.data.packing.show import BRIEF, own_tokenizer, samples
 from telechat_twins.core.data.prepare import pack_dialogues, pack_text, progress_bar
 from telechat_twins.core.data.rows import skipped_inputs
 from telechat_twins.core.data.sft import MINDFORMERS_SEED, VARIANTS
@@ -19,19 +23,32 @@ from telechat_twins.core.types import JsonObject
 
 EPILOG = """\
 examples:
-  tele data corpus/ 'more/*.jsonl' --tokenizer tokenizer.model --out data/pretrain
-  tele data dialogues.jsonl --tokenizer tokenizer.model --out data/sft --sft plain --seq-len 4096
+  tele data corpus/ 'more/*.jsonl.gz' --tokenizer tokenizer.model --out data/pretrain
+  tele data dialogues.json --tokenizer tokenizer.model --out data/sft --sft plain --seq-len 4096
+  tele data old.csv --encoding gb18030 --tokenizer tokenizer.model --out data/old
   tele data --verify data/pretrain data/sft
+  tele data --show 3 data/sft
 """
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of ``tele data``."""
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.epilog = EPILOG
     parser.add_argument(
-        "inputs", nargs="+", metavar="INPUT", help="files, folders or quoted patterns; .jsonl and .json by row"
+        "inputs",
+        nargs="+",
+        metavar="INPUT",
+        help="files, folders or quoted patterns: texts; .jsonl .json .csv .tsv .parquet by row; also .gz .zst .xz "
+        ".bz2; folders of save_to_disk; Megatron's .idx with .bin",
     )
     parser.add_argument("--verify", action="store_true", help="hash every file of the packed folders INPUT; makes none")
+    parser.add_argument(
+        "--show",
+        type=int,
+        metavar="N",
+        help="print the first N samples decoded, with trained tokens marked; without --out of the packed folders INPUT",
+    )
     parser.add_argument("--out", help="the packed folder to make")
     parser.add_argument("--tokenizer", help="tokenizer.model, or the folder that holds it")
     parser.add_argument(
@@ -40,15 +57,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--force", action="store_true", help="replace an existing packed folder")
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1, help="tokenizing threads for texts")
+    rows = parser.add_argument_group("rows")
+    rows.add_argument("--kind", choices=KINDS, help="what every row is (default: judged by the keys of each row)")
+    rows.add_argument("--encoding", default=UTF8, metavar="NAME", help="of text files, e.g. gb18030 (default: utf-8)")
+    rows.add_argument(
+        "--ignore-key", action="append", default=[], metavar="NAME", help="leave this key of rows out (repeatable)"
+    )
+    rows.add_argument(
+        "--reasoning",
+        choices=REASONING,
+        default=REASONING[0],
+        help="reasoning_content of answers: refuse it, train on it in <think> tags before the answer, or leave it out",
+    )
     text = parser.add_argument_group("texts")
     text.add_argument("--bos", action="store_true", help="begin documents with <_start>; they always end with <_end>")
     text.add_argument("--text-key", default="text", metavar="NAME", help="the field of a row that holds the text")
     sft = parser.add_argument_group("dialogues")
     sft.add_argument("--sft", choices=VARIANTS, help="pack dialogues with this loss mask and packing")
     sft.add_argument("--seq-len", type=int, metavar="S", help="tokens a training sequence (needed with --sft)")
-    sft.add_argument(
-        "--ignore-key", action="append", default=[], metavar="NAME", help="leave this key of rows out (repeatable)"
-    )
     sft.add_argument("--no-template", action="store_true", help="deepspeed: build multi-turn rows without template")
     sft.add_argument("--in-order", action="store_true", help="mindformers: keep the order of the rows")
     sft.add_argument(
@@ -58,35 +84,54 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    """Exit code 0; UserError for options and inputs that do not go together."""
     if args.verify:
         return _verify(args)
+    if args.show is not None and args.show < 0:
+        raise UserError(f"--show: must be at least 0, found {args.show}")
+    if args.show is not None and args.out is None and args.tokenizer is None:
+        return _show_packed(args)
     _check(args)
     for note in skipped_inputs(args.inputs):
         print(f"note: {note}", file=sys.stderr)
     control = args.control or ("mindformers" if args.sft == "mindformers" else "chat")
     # Packed ids feed an embedding, so a control token beyond the vocabulary must not be made here.
     tokenizer = load_tokenizer(args.tokenizer, control, in_vocabulary=True)
+    reading = Reading(frozenset(args.ignore_key), args.reasoning, args.kind)
     with hold_place(args.out, f"--out {args.out}"):
-        return _pack(args, tokenizer)
+        meta = _pack(args, tokenizer, reading)
+        _print_reading(args, reading)
+        _print_samples(args, meta, tokenizer)
+    return 0
 
 
-def _pack(args: argparse.Namespace, tokenizer: Tokenizer) -> int:
-    if args.sft is None:
-        meta = pack_text(
-            args.inputs,
-            args.out,
-            tokenizer,
-            add_bos=args.bos,
-            text_key=args.text_key,
-            threads=args.threads,
-            force=args.force,
-            quiet=args.quiet,
+def _pack(args: argparse.Namespace, tokenizer: Tokenizer, reading: Reading) -> JsonObject:
+    return _pack_text(args, tokenizer, reading) if args.sft is None else _pack_sft(args, tokenizer, reading)
+
+
+def _pack_text(args: argparse.Namespace, tokenizer: Tokenizer, reading: Reading) -> JsonObject:
+    meta = pack_text(
+        args.inputs,
+        args.out,
+        tokenizer,
+        add_bos=args.bos,
+        text_key=args.text_key,
+        threads=args.threads,
+        reading=reading,
+        encoding=args.encoding,
+        force=args.force,
+        quiet=args.quiet,
+    )
+    print(f"{args.out}: {meta['documents']} documents, {meta['tokens']} tokens, vocabulary {meta['vocab_size']}")
+    if "documents_without_end" in meta:
+        print(
+            "taken as they are: the ids of token files, which name no tokenizer; make sure that --tokenizer is theirs "
+            f"({meta['documents_without_end']} of their documents do not end with <_end>)"
         )
-        print(f"{args.out}: {meta['documents']} documents, {meta['tokens']} tokens, vocabulary {meta['vocab_size']}")
-        if meta["fields_left_out"]:
-            names = printable(", ".join(meta["fields_left_out"]), 400)
-            print(f"left out: fields of rows other than '{args.text_key}': {names}")
-        return 0
+    return meta
+
+
+def _pack_sft(args: argparse.Namespace, tokenizer: Tokenizer, reading: Reading) -> JsonObject:
     seed = None if args.in_order else MINDFORMERS_SEED if args.shuffle_seed is None else args.shuffle_seed
     meta = pack_dialogues(
         args.inputs,
@@ -97,12 +142,13 @@ def _pack(args: argparse.Namespace, tokenizer: Tokenizer) -> int:
         template=not args.no_template,
         shuffle_seed=seed,
         start_token="" if args.no_start else START,
-        ignore=args.ignore_key,
+        reading=reading,
+        encoding=args.encoding,
         force=args.force,
         quiet=args.quiet,
     )
     _print_dialogues(args, meta)
-    return 0
+    return meta
 
 
 def _print_dialogues(args: argparse.Namespace, meta: JsonObject) -> None:
@@ -120,9 +166,44 @@ def _print_dialogues(args: argparse.Namespace, meta: JsonObject) -> None:
         print(f"left out: the system text of {meta['systems_left_out']} rows, as the released {args.sft} packing does")
 
 
+def _print_reading(args: argparse.Namespace, reading: Reading) -> None:
+    """What was judged, defaulted or left out while rows were read."""
+    if reading.kinds:
+        judged = "as --kind says" if args.kind else "by their keys"
+        print(f"rows: {', '.join(f'{count} {kind}' for kind, count in reading.kinds.items())} ({judged})")
+    if reading.without_system and args.sft != "mindformers":
+        print(f"defaulted: {reading.without_system} rows name no system text and begin with the chat layout's own")
+    if reading.context:
+        print(f"context: {reading.context} answers of weight 0 are shown to the model and not learnt")
+    if reading.unanswered:
+        print(f"nothing to learn: {reading.unanswered} rows have no answer")
+    if reading.named:
+        print(f"left out: the speaker's name of {reading.named} messages, for which the chat layout has no place")
+    if reading.left_out:
+        names = printable(", ".join(sorted(reading.left_out)), 400)
+        print(f"left out: keys that hold nothing to learn: {names}")
+
+
+def _print_samples(args: argparse.Namespace, meta: JsonObject, tokenizer: Tokenizer) -> None:
+    """The samples that were asked for, in full; else the first in brief."""
+    count, longest = (1, BRIEF) if args.show is None else (args.show, None)
+    for sample in samples(PackedDataset(args.out), tokenizer, count, longest):
+        print(sample)
+
+
+def _show_packed(args: argparse.Namespace) -> int:
+    for folder in args.inputs:
+        data = PackedDataset(folder)
+        print(f"{folder}:")
+        for sample in samples(data, own_tokenizer(data), args.show):
+            print(sample)
+    return 0
+
+
 def _verify(args: argparse.Namespace) -> int:
     """Exit code 0 where every file is as it was written; UserError for the first folder that is not."""
-    if given := [name for name in ("out", "tokenizer", "sft", "control") if getattr(args, name) is not None]:
+    given = [name for name in ("out", "tokenizer", "sft", "control", "kind", "show") if getattr(args, name) is not None]
+    if given:
         raise UserError(f"--{given[0]}: not with --verify, which only reads the packed folders that are named")
     for folder in args.inputs:
         size = bytes_to_verify(folder)
@@ -138,20 +219,26 @@ def _verify(args: argparse.Namespace) -> int:
 def _check(args: argparse.Namespace) -> None:
     for name in ("out", "tokenizer"):
         if getattr(args, name) is None:
-            raise UserError(f"--{name}: missing; packing needs --tokenizer and --out (or --verify to check a folder)")
+            raise UserError(
+                f"--{name}: missing; packing needs --tokenizer and --out (or --verify, --show for a packed folder)"
+            )
+    check_encoding(args.encoding)
     if args.threads < 1:
         raise UserError(f"--threads: must be at least 1, found {args.threads}")
     if args.sft is not None and args.seq_len is None:
         raise UserError(f"--seq-len: missing; --sft {args.sft} packs rows into sequences of that many tokens")
     if args.sft is not None and args.seq_len < 2:
         raise UserError(f"--seq-len: must be at least 2, found {args.seq_len}")
+    use = TEXT if args.sft is None else DIALOGUE
+    if args.kind and KINDS[args.kind].use != use:
+        raise UserError(f"--kind {args.kind}: such rows are packed {OPTION[KINDS[args.kind].use]}")
     belongs = {
         "--no-template": (args.no_template, ("deepspeed",)),
         "--in-order": (args.in_order, ("mindformers",)),
         "--shuffle-seed": (args.shuffle_seed is not None, ("mindformers",)),
         "--no-start": (args.no_start, ("mindformers",)),
         "--seq-len": (args.seq_len is not None, VARIANTS),
-        "--ignore-key": (bool(args.ignore_key), VARIANTS),
+        "--reasoning": (args.reasoning != REASONING[0], VARIANTS),
         "--bos": (args.bos, (None,)),
     }
     for name, (given, variants) in belongs.items():

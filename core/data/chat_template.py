@@ -3,8 +3,8 @@
     <_system>SYSTEM\\n<_user>QUESTION<_bot>ANSWER<_end>\\n<_user>...<_bot>
 
 A message is {"role", "content"} with role system, user, assistant or bot (may carry "tool_calls", whose arguments are
-objects or the JSON text of one), or tool. As in the released template a system message counts only where it comes first
-and is passed over elsewhere; commands refuse it there.
+objects or the JSON text of one; with "weight" 0 it is context and not an ``answer``), or tool. As in the released
+template a system message counts only where it comes first and is passed over elsewhere; commands refuse it there.
 
 ``render`` gives the released text; ``encode_chat`` gives ids in which only the layout's own control tokens are control
 tokens, whatever strings the contents hold.
@@ -152,7 +152,8 @@ def _system_parts(first: JsonObject, tools: Sequence[object] | None) -> list[Par
 
 
 def _assistant_parts(message: JsonObject) -> list[Part]:
-    parts = [Part(BOT, control=True), Part(message.get("content") or "", answer=True)]
+    learnt = message.get("weight") != 0
+    parts = [Part(BOT, control=True), Part(message.get("content") or "", answer=learnt)]
     for n, call in enumerate(message.get("tool_calls") or ()):
         call = call.get("function", call)
         try:
@@ -160,9 +161,9 @@ def _assistant_parts(message: JsonObject) -> list[Part]:
         except ValueError as error:
             raise UserError(f"tool_calls[{n}].arguments: {error}") from None
         body = f'\n{{"name": "{call["name"]}", "arguments": {_json(arguments)}}}\n'
-        parts += [Part("\n" if n else "", answer=True), Part(TOOL_CALL, control=True, answer=True)]
-        parts += [Part(body, answer=True), Part(TOOL_CALL_END, control=True, answer=True)]
-    return [*parts, Part(END, control=True, answer=True), Part("\n")]
+        parts += [Part("\n" if n else "", answer=learnt), Part(TOOL_CALL, control=True, answer=learnt)]
+        parts += [Part(body, answer=learnt), Part(TOOL_CALL_END, control=True, answer=learnt)]
+    return [*parts, Part(END, control=True, answer=learnt), Part("\n")]
 
 
 def tool_arguments(value: object) -> JsonObject:

@@ -11,17 +11,15 @@ import numpy as np
 from tqdm import tqdm
 
 from telechat_twins.core.data.control import START
-from telechat_twins.core.data.dialogues import DialogueFile, parse_dialogue
+from telechat_twins.core.data.dialogues import parse_dialogue
+from telechat_twins.core.data.forms.formats import TOKENS, form_of
+from telechat_twins.core.data.forms.megatron import TokenFile
+from telechat_twins.core.data.forms.streams import UTF8
+from telechat_twins.core.data.forms.texts import Block
+from telechat_twins.core.data.kinds.messages import Reading
 from telechat_twins.core.data.packed import PackedWriter
-from telechat_twins.core.data.rows import (
-    ROW_SUFFIXES,
-    Block,
-    find_inputs,
-    is_rows,
-    read_documents,
-    read_rows,
-    total_bytes,
-)
+from telechat_twins.core.data.packing.dialogue_file import DialogueFile
+from telechat_twins.core.data.rows import find_inputs, read_documents, read_rows, row_files, total_bytes
 from telechat_twins.core.data.sft import (
     MINDFORMERS_SEED,
     VARIANTS,
@@ -38,7 +36,6 @@ from telechat_twins.core.types import JsonObject
 
 # Enough for SentencePiece's threads to share; small beside everything else in memory.
 _BATCH_CHARACTERS = 1 << 22
-_FIELDS = 100  # names of fields that are recorded as left out
 
 
 def pack_text(
@@ -49,17 +46,23 @@ def pack_text(
     add_bos: bool = False,
     text_key: str = "text",
     threads: int = 1,
+    reading: Reading | None = None,
+    encoding: str = UTF8,
     force: bool = False,
     quiet: bool = False,
 ) -> JsonObject:
     """Texts -> packed folder ``out`` of kind "text"; returns its meta.
 
-    A JSON row is a document, so is any other file. Each document ends with <_end> (and begins with <_start> on
-    ``add_bos``), as in the released pre-training pipeline; control tokens in text are never matched. Empty documents
-    are skipped. Names of fields of rows that are not ``text_key`` are in "fields_left_out" of the meta.
+    A row is a document, so is any other file. Each document ends with <_end> (and begins with <_start> on ``add_bos``),
+    as in the released pre-training pipeline; control tokens in text are never matched. Empty documents are skipped.
+    Megatron's token files are taken as they are, without tokenizing: "documents_without_end" of the meta counts theirs
+    that do not end with <_end>. Harmless keys of rows are in "fields_left_out"; ``reading`` has further options.
     """
     files = find_inputs(inputs)
-    others: set[str] = set()
+    reading = reading if reading is not None else Reading()
+    tokens = [file for file in files if form_of(file).name == TOKENS]
+    if tokens and add_bos:
+        raise UserError(f"{tokens[0]}: holds token ids, which are taken as they are; leave --bos out")
     bos, eos = [tokenizer.control_id(START)] if add_bos else [], [tokenizer.eos_token_id]
     with (
         PackedWriter(out, tokenizer, "text", force) as writer,
@@ -68,7 +71,8 @@ def pack_text(
         blocks = (
             block
             for file in files
-            for block in read_documents(file, bar.update, text_key, others)
+            if file not in tokens
+            for block in read_documents(file, bar.update, text_key, reading, encoding)
             if block.text or not block.first
         )
         for batch in _batches(blocks):
@@ -80,7 +84,35 @@ def pack_text(
                 writer.add_tokens(ids if block.first else tokenizer.continuation_of(ids), block.where)
                 if block.last:
                     writer.add_tokens(eos)
-        return writer.finish({"inputs": len(files), "add_bos": add_bos, "fields_left_out": sorted(others)[:_FIELDS]})
+        unended = _copy_tokens(tokens, writer, tokenizer, bar)
+        facts = {"inputs": len(files), "add_bos": add_bos, **noticed(reading)}
+        return writer.finish({**facts, "documents_without_end": unended} if tokens else facts)
+
+
+def _copy_tokens(files: Sequence[Path], writer: PackedWriter, tokenizer: Tokenizer, bar: tqdm) -> int:
+    """Write the documents of token files; the number of those that do not end with <_end>."""
+    unended = 0
+    for file in files:
+        found = TokenFile(file)
+        for number, parts in enumerate(found, 1):
+            last = None
+            for ids in parts:
+                if last is None:
+                    writer.start_document()
+                writer.add_tokens(ids, f"{found.data}: document {number}")
+                bar.update(ids.size * found.dtype.itemsize)
+                last = int(ids[-1])
+            unended += last is not None and last != tokenizer.eos_token_id
+    return unended
+
+
+def noticed(reading: Reading) -> JsonObject:
+    """What reading the rows brought to light, for a folder's meta."""
+    return {
+        "kinds": reading.kinds,
+        "fields_left_out": sorted(reading.left_out),
+        "keys_ignored": sorted(reading.ignore),
+    }
 
 
 def pack_dialogues(
@@ -93,19 +125,22 @@ def pack_dialogues(
     template: bool = True,
     shuffle_seed: int | None = MINDFORMERS_SEED,
     start_token: str = START,
-    ignore: Collection[str] = (),
+    reading: Reading | None = None,
+    encoding: str = UTF8,
     force: bool = False,
     quiet: bool = False,
 ) -> JsonObject:
     """Dialogues -> packed folder ``out`` of kind "sft" with loss masks; returns its meta.
 
     ``variant`` is one of core.data.sft.VARIANTS; ``template`` applies to "deepspeed", ``shuffle_seed`` and
-    ``start_token`` to "mindformers". ``ignore`` names keys of rows to leave out; any other key that is not read is an
-    error. DeepSpeed sequences are stored cut to ``seq_len``, as the released collator cuts
-    them. Load the tokenizer with ``in_vocabulary=True``: an id outside the vocabulary is refused here.
+    ``start_token`` to "mindformers". ``reading`` has the options of rows and receives what is noticed in them.
+    DeepSpeed sequences are stored cut to ``seq_len``, as the released collator cuts them. Load the tokenizer with
+    ``in_vocabulary=True``: an id outside the vocabulary is refused here.
     """
     files = _dialogue_files(inputs, variant, seq_len)
     counts = Counts()
+    reading = reading if reading is not None else Reading()
+    spool = Path(out).absolute().parent
     # The DeepSpeed pipeline groups by system text, so it reads every row once to see it and once to use it.
     passes = 2 if variant == "deepspeed" else 1
     with (
@@ -113,13 +148,17 @@ def pack_dialogues(
         progress_bar("packing", passes * total_bytes(files), quiet) as bar,
     ):
         if variant == "plain":
-            rows = (parse_dialogue(row, where, ignore) for file in files for where, row in read_rows(file, bar.update))
+            rows = (
+                parse_dialogue(row, where, reading=reading)
+                for file in files
+                for where, row in read_rows(file, bar.update, encoding)
+            )
             sequences = plain_sequences(rows, tokenizer, seq_len, counts)
         elif variant == "deepspeed":
-            indexed = DialogueFile(files, bar.update, ignore)
+            indexed = DialogueFile(files, bar.update, (), reading, encoding, spool)
             sequences = _deepspeed(indexed, tokenizer, seq_len, template, counts)
         else:
-            indexed = DialogueFile(files, bar.update, ignore)
+            indexed = DialogueFile(files, bar.update, (), reading, encoding, spool)
             sequences = mindformers_packs(indexed, tokenizer, seq_len, shuffle_seed, start_token, counts)
         for number, sequence in enumerate(sequences):
             writer.add_sequence(sequence.ids, sequence.loss_mask, sequence.starts, f"sequence {number}")
@@ -133,7 +172,7 @@ def pack_dialogues(
                 "rows_cut": counts.cut,
                 "tokens_truncated": counts.truncated_tokens,
                 "systems_left_out": counts.systems_left_out,
-                "keys_ignored": sorted(ignore),
+                **noticed(reading),
             }
         )
 
@@ -144,39 +183,34 @@ def _dialogue_files(inputs: Sequence[str | Path], variant: str, seq_len: int) ->
         raise UserError(f"sft: '{variant}' is not one of {', '.join(VARIANTS)}")
     if seq_len < 2:
         raise UserError(f"seq_len: must be at least 2, found {seq_len}")
-    files = find_inputs(inputs)
-    for file in files:
-        if not is_rows(file):
-            kinds = " ".join(ROW_SUFFIXES)
-            raise UserError(f"{file}: dialogues are read from files of rows ({kinds}); pack texts without --sft")
-    return files
+    return row_files(inputs, "dialogues")
 
 
 def read_texts(
-    inputs: Sequence[str | Path], max_bytes: int | None = None, ignore: Collection[str] = ()
+    inputs: Sequence[str | Path], max_bytes: int | None = None, ignore: Collection[str] = (), encoding: str = UTF8
 ) -> Iterator[str]:
     """The texts of files for training a tokenizer (dialogue rows give their contents), up to about ``max_bytes``.
 
-    ``ignore``: as in ``pack_dialogues``.
+    ``ignore``: keys of rows to leave out.
     """
-    left = max_bytes if max_bytes is not None else sys.maxsize
+    left, reading = max_bytes if max_bytes is not None else sys.maxsize, Reading(frozenset(ignore))
     for file in find_inputs(inputs):
-        for text in _texts_of(file, ignore):
+        for text in _texts_of(file, reading, encoding):
             if left <= 0:
                 return
             left -= len(text.encode("utf-8"))
             yield text
 
 
-def _texts_of(file: Path, ignore: Collection[str]) -> Iterator[str]:
-    if not is_rows(file):
-        yield from (block.text for block in read_documents(file))
+def _texts_of(file: Path, reading: Reading, encoding: str) -> Iterator[str]:
+    if not form_of(file).holds_rows:
+        yield from (block.text for block in read_documents(file, encoding=encoding))
         return
-    for where, row in read_rows(file):
+    for where, row in read_rows(file, None, encoding):
         if isinstance(row.get("text"), str):
             yield row["text"]
         else:
-            dialogue = parse_dialogue(row, where, ignore)
+            dialogue = parse_dialogue(row, where, reading=reading)
             yield from ([dialogue.system] if dialogue.system else [])
             yield from (m["content"] for m in dialogue.messages if m.get("content"))
 

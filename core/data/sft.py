@@ -55,19 +55,19 @@ class Counts:
 def encode_dialogue(tokenizer: Tokenizer, dialogue: Dialogue) -> tuple[list[int], list[int]]:
     """One dialogue in the chat layout -> (ids, mask); mask 1 on answers (tool calls included) and their <_end>.
 
-    Contents are ordinary text, except that in a row flagged ``tool`` the four tool tags count as control tokens:
-    released rows write tool calls and results that way.
+    Answers of weight 0 are context, with mask 0. Contents are ordinary text, except that the four tool tags count as
+    control tokens where the row says so (``tags``).
     """
     messages = dialogue.messages
     if dialogue.system is not None:
         # Released rows end the system text with the newline that the layout adds itself.
-        system = dialogue.system.removesuffix("\n")
+        system = dialogue.system.removesuffix("\n") if dialogue.released else dialogue.system
         messages = [{"role": "system", "content": system}, *messages]
     try:
         parts = chat_parts(messages, dialogue.tools, add_generation_prompt=False)
     except UserError as error:
         raise UserError(f"{dialogue.where}: {error}") from None
-    return encode_parts(tokenizer, parts, TOOL_TOKENS if dialogue.tool else False)
+    return encode_parts(tokenizer, parts, TOOL_TOKENS if dialogue.tags else False)
 
 
 def plain_sequences(
@@ -131,6 +131,7 @@ def deepspeed_sequences(
     for n in range(len(dialogues)):
         dialogue = dialogues[n]
         counts.rows += 1
+        _refuse_context(dialogue, "deepspeed")
         if dialogue.tool or dialogue.multiturn:
             others.append(n)
         else:
@@ -251,6 +252,7 @@ def mindformers_pair(dialogue: Dialogue) -> tuple[str, str]:
     if dialogue.tools or any(message.get("tool_calls") for message in dialogue.messages):
         what = "'tools'" if dialogue.tools else "tool calls"
         raise UserError(f"{dialogue.where}: {what} have no place in the MindFormers format; use --sft plain")
+    _refuse_context(dialogue, "MindFormers")
     if dialogue.pair is not None:
         return dialogue.pair
     messages = dialogue.messages
@@ -338,6 +340,15 @@ def _mindformers_tokens(text: str, tokenizer: Tokenizer, start_token: str) -> tu
         starts += started
     # Every <_start> of a pack ends up in front of the pack: the release puts each before all that came so far.
     return [tokenizer.control_id(START)] * starts + ids, [0] * starts + mask
+
+
+def _refuse_context(dialogue: Dialogue, pipeline: str) -> None:
+    """UserError for an answer that is not to be learnt, which the published pipelines cannot say."""
+    if any(message.get("weight") == 0 for message in dialogue.messages):
+        raise UserError(
+            f"{dialogue.where}: an answer of weight 0 (context), which the published {pipeline} pipeline would learn; "
+            "use --sft plain"
+        )
 
 
 def _released(tokenizer: Tokenizer, text: str) -> list[int]:

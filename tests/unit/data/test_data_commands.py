@@ -12,9 +12,10 @@ import pytest
 from telechat_twins.core import cli
 from telechat_twins.core.commands import data as data_command
 from telechat_twins.core.commands import tokenize as tokenize_command
-from telechat_twins.core.data import prepare, rows
-from telechat_twins.core.data.dialogues import DialogueFile
+from telechat_twins.core.data import prepare
+from telechat_twins.core.data.forms import texts
 from telechat_twins.core.data.packed import PackedDataset
+from telechat_twins.core.data.packing.dialogue_file import DialogueFile
 from telechat_twins.core.data.prepare import pack_text, read_texts
 from telechat_twins.core.data.rows import detect_kind, find_inputs, read_documents
 from telechat_twins.core.data.sft import encode_dialogue
@@ -58,7 +59,7 @@ def test_texts_become_documents(tmp_path, capsys):
 
 
 def test_blocks_of_a_long_file_encode_as_the_whole(tmp_path, monkeypatch):
-    monkeypatch.setattr(rows, "BLOCK_BYTES", 64)
+    monkeypatch.setattr(texts, "BLOCK_BYTES", 64)
     monkeypatch.setattr(prepare, "_BATCH_CHARACTERS", 100)
     text = "".join(SENTENCES) * 7 + "\n\n  no newline at the end"
     (tmp_path / "long.txt").write_text(text, encoding="utf-8")
@@ -74,7 +75,7 @@ def test_blocks_of_a_long_file_encode_as_the_whole(tmp_path, monkeypatch):
 
 
 def test_memory_does_not_grow_with_the_corpus(tmp_path, monkeypatch):
-    monkeypatch.setattr(rows, "BLOCK_BYTES", 1 << 14)
+    monkeypatch.setattr(texts, "BLOCK_BYTES", 1 << 14)
     monkeypatch.setattr(prepare, "_BATCH_CHARACTERS", 1 << 14)
     peaks = []
     for name, copies in (("small", 300), ("large", 1500)):
@@ -180,7 +181,7 @@ def test_malformed_dialogues_are_named_by_file_and_line(tmp_path):
     cases = [
         ({"dialog": {}}, "'dialog' must be a list"),
         ({"dialog": []}, "'dialog' is empty"),
-        ({"dialog": [{"role": "human", "content": "x"}]}, "'dialog[0].role' is 'human'"),
+        ({"dialog": [{"role": "narrator", "content": "x"}]}, "'dialog[0].role' is 'narrator'"),
         ({"dialog": [turn, {"role": "bot"}]}, "'dialog[1].content' must be text, found nothing"),
         ({"dialog": [turn, "x"]}, "'dialog[1]' must be an object"),
         ({"dialog": [turn], "tool": "no"}, "'tool' must be true or false"),
@@ -188,7 +189,7 @@ def test_malformed_dialogues_are_named_by_file_and_line(tmp_path):
         ({"messages": [turn], "tools": "[1"}, "'tools' is text but not a JSON list"),
         ({"input": "a", "output": None}, "'output' must be text"),
         ({"text": "a"}, "a text, not a dialogue"),
-        ({"question": "a"}, "expected system/dialog, messages, or instruction/input/output"),
+        ({"question": "a"}, "a row of no kind that is read: dialog (dialog); messages (messages)"),
     ]
     for variant in ("plain", "deepspeed", "mindformers"):
         for row, says in cases:

@@ -11,11 +11,12 @@ import pytest
 
 from telechat_twins.core.commands import data as data_command
 from telechat_twins.core.commands import tokenize as tokenize_command
-from telechat_twins.core.data import json_items as json_items_module
 from telechat_twins.core.data.chat_template import encode_chat, render
-from telechat_twins.core.data.dialogues import Dialogue, DialogueFile, parse_dialogue
-from telechat_twins.core.data.json_items import json_items
+from telechat_twins.core.data.dialogues import Dialogue, parse_dialogue
+from telechat_twins.core.data.forms import json_items as json_items_module
+from telechat_twins.core.data.forms.json_items import json_items
 from telechat_twins.core.data.packed import PackedDataset
+from telechat_twins.core.data.packing.dialogue_file import DialogueFile
 from telechat_twins.core.data.rows import find_inputs, read_documents, read_rows, skipped_inputs
 from telechat_twins.core.data.sft import deepspeed_sequences, encode_dialogue, mindformers_pair
 from telechat_twins.core.errors import UserError
@@ -59,16 +60,20 @@ def test_instruction_input_and_history_are_honoured() -> None:
 @pytest.mark.parametrize(
     ("row", "says"),
     [
-        ({"instruction": "a", "output": "b", "history": "c"}, "'history' must be a list, found str"),
+        ({"instruction": "a", "output": "b", "history": "c"}, "'history' is text but not a JSON list"),
+        ({"instruction": "a", "output": "b", "history": 7}, "'history' must be a list, found int"),
         ({"instruction": "a", "output": "b", "history": [["c"]]}, "'history[0]' must be a list of two texts"),
         ({"instruction": "a", "output": "b", "history": [["c", 3]]}, "'history[0]' must be a list of two texts"),
         ({"instruction": "a", "output": "b", "history": [{"role": "user"}]}, "'history[0]' must be a list of two"),
         ({"instruction": ["a"], "output": "b"}, "'instruction' must be text, found list"),
         ({"instruction": None, "output": "b"}, "neither 'instruction' nor 'input' holds text"),
-        ({"instruction": "a"}, "expected system/dialog, messages, or instruction/input/output"),
+        ({"instruction": "a"}, "a row of no kind that is read: dialog (dialog); messages (messages)"),
         ({"output": "a"}, "keys found: output"),
-        ({"conversations": [{"from": "human", "value": "hi"}]}, "keys found: conversations"),
-        ({"query": "hi", "response": "hello"}, "keys found: query, response"),
+        ({"utterances": [{"from": "human", "value": "hi"}]}, "keys found: utterances"),
+        ({"messages": [ASKED, SAID], "dialog": [ASKED]}, "can be of several kinds (dialog, messages) by its keys"),
+        ({"query": "a", "question": "b", "response": "c"}, "'query' and 'question' both hold the question"),
+        ({"chosen": "a", "rejected": "b"}, "a chosen and a rejected answer; pack such pairs with --preference"),
+        ({"statement": "a", "label": 1}, "a teacher's proposition; pack them with --teacher"),
     ],
 )
 def test_rows_of_other_forms_are_refused(row: JsonObject, says: str) -> None:
@@ -86,13 +91,16 @@ def test_rows_of_other_forms_are_refused(row: JsonObject, says: str) -> None:
         ({"messages": [ASKED, SAID], "weight": 0}, "weight"),
         ({"messages": [ASKED, SAID], "train": False}, "train"),
         ({"messages": [ASKED, SAID], "text": "both"}, "text"),
-        ({"messages": [ASKED, SAID], "dialog": [ASKED]}, "messages"),
         ({"messages": [ASKED, SAID], "instruction": "be kind"}, "instruction"),
         ({"instruction": "a", "output": "b", "rejected": "c"}, "rejected"),
-        ({"messages": [ASKED, {**SAID, "weight": 0}]}, "messages[1].weight"),
-        ({"messages": [ASKED, {**SAID, "reasoning_content": "hm"}]}, "messages[1].reasoning_content"),
-        ({"messages": [ASKED, {**SAID, "function_call": {"name": "f"}}]}, "messages[1].function_call"),
-        ({"messages": [{**ASKED, "name": "Ann"}, SAID]}, "messages[0].name"),
+        ({"messages": [ASKED, {**SAID, "refusal": "no"}]}, "messages[1].refusal"),
+        ({"messages": [{**ASKED, "audio": {"id": "a"}}, SAID]}, "messages[0].audio"),
+        ({"messages": [{**ASKED, "reasoning_content": "hm"}, SAID]}, "messages[0].reasoning_content"),
+        ({"conversations": [{"from": "human", "value": "q", "content": "x"}]}, "conversations[0].content"),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "text", "text": "a", "x": 1}]}]},
+            "messages[0].content[0].x",
+        ),
         ({"messages": [{**ASKED, "tool_calls": [CALL]}, SAID]}, "messages[0].tool_calls"),
         ({"messages": [ASKED, {**SAID, "tool_calls": [{**CALL, "extra": 1}]}]}, "messages[1].tool_calls[0].extra"),
         (
@@ -105,7 +113,8 @@ def test_a_key_that_is_not_read_is_named(row: JsonObject, key: str) -> None:
     with pytest.raises(UserError) as error:
         dialogue(**row)
     assert str(error.value).startswith(f"rows:1: key '{key}' is not read, so its content would be lost")
-    parse_dialogue(row, "rows:1", ignore=[key.rpartition(".")[2]])  # the way out that the message gives
+    if "content" not in key:
+        parse_dialogue(row, "rows:1", ignore=[key.rpartition(".")[2]])  # the way out that the message gives
 
 
 def test_empty_values_say_nothing() -> None:
@@ -114,12 +123,12 @@ def test_empty_values_say_nothing() -> None:
 
 
 def test_ignored_keys_are_recorded(tmp_path: Path) -> None:
-    source = write_rows(tmp_path / "rows.jsonl", [{**dialogue_row(n), "id": n} for n in range(4)])
+    source = write_rows(tmp_path / "rows.jsonl", [{**dialogue_row(n), "note": n + 1} for n in range(4)])
     words = [source, "--out", tmp_path / "out", "--sft", "plain", "--seq-len", 128]
-    with pytest.raises(UserError, match=r"rows.jsonl:1: key 'id' is not read.*--ignore-key id"):
+    with pytest.raises(UserError, match=r"rows.jsonl:1: key 'note' is not read.*--ignore-key note"):
         tele_data(*words)
-    assert tele_data(*words, "--ignore-key", "id") == 0
-    assert PackedDataset(tmp_path / "out").meta["keys_ignored"] == ["id"]
+    assert tele_data(*words, "--ignore-key", "note") == 0
+    assert PackedDataset(tmp_path / "out").meta["keys_ignored"] == ["note"]
 
 
 def test_what_the_dialogue_consists_of_cannot_be_left_out() -> None:
@@ -336,7 +345,7 @@ def test_packed_folders_among_the_inputs_are_not_rows(tmp_path: Path) -> None:
     write_rows(tmp_path / "in" / "rows.jsonl", [{"text": "fox"}])
     tele_data(tmp_path / "in", "--out", tmp_path / "in" / "sub" / "packed")
     assert [file.name for file in find_inputs([tmp_path / "in"])] == ["rows.jsonl"]
-    assert "1 of another kind (sub/packed)" in skipped_inputs([tmp_path / "in"])[0]
+    assert "sub/packed (a packed folder); read: 1" in skipped_inputs([tmp_path / "in"])[0]
     with pytest.raises(UserError, match="no folder or pattern with files in it"):
         find_inputs([tmp_path / "in" / "sub" / "packed"])
 
@@ -345,20 +354,21 @@ def test_skipped_files_and_fields_are_said(tmp_path: Path, capsys: pytest.Captur
     folder = tmp_path / "corpus"
     (folder / "sub" / ".git").mkdir(parents=True)
     write_rows(folder / "a.jsonl", [{"text": "fox", "url": "u", "id": 1}, {"text": "dog", "lang": "en"}])
-    for name in ("b.gz", "sub/c.parquet", "sub/d", ".hidden.txt", "sub/.git/e.txt"):
+    for name in ("b.gz", "sub/c.docx", "sub/d", ".hidden.txt", "sub/.git/e.txt"):
         (folder / name).write_text("x")
     (folder / "link").symlink_to(tmp_path)
     (folder / "broken.txt").symlink_to(tmp_path / "nowhere")
     assert tele_data(folder, "--out", tmp_path / "out") == 0
     shown = capsys.readouterr()
-    names = "b.gz, broken.txt, link, sub/c.parquet, sub/d"
-    assert f"note: skipped in {folder}: 5 of another kind ({names}), 2 hidden; read: 1\n" in shown.err
-    assert "left out: fields of rows other than 'text': id, lang, url" in shown.out
+    assert f"note: skipped in {folder}: b.gz (compressed, and its name does not say what it holds" in shown.err
+    for one in ("broken.txt (not a file)", "link (a link to a folder)", "sub/c.docx (a suffix that is not known)"):
+        assert one in shown.err
+    assert "sub/d (no suffix); 2 hidden; read: 1\n" in shown.err
+    assert "left out: keys that hold nothing to learn: id, lang, url" in shown.out
     assert PackedDataset(tmp_path / "out").meta["documents"] == 2
     for n in range(12):
         (folder / f"z{n:02}.bin").write_text("x")
-    assert "b.gz, broken.txt, link, sub/c.parquet, sub/d, z00.bin" in skipped_inputs([folder])[0]
-    assert " and 7 more), 2 hidden" in skipped_inputs([folder])[0]
+    assert "z08.bin, z09.bin and 2 more (neither text nor rows" in skipped_inputs([folder])[0]
     assert skipped_inputs([folder / "a.jsonl", tmp_path / "*.txt"]) == []
     call(tokenize_command, "train", folder, "--out", tmp_path / "t.model", "--vocab-size", 299)
     assert "note: skipped in" in capsys.readouterr().err
@@ -367,10 +377,11 @@ def test_skipped_files_and_fields_are_said(tmp_path: Path, capsys: pytest.Captur
 @pytest.mark.parametrize(
     ("name", "says"),
     [
-        ("t.jsonl.gz", "is compressed; unpack it first"),
-        ("t.ZIP", "is compressed; unpack it first"),
-        ("t.csv", "is a table, not text or JSON rows; convert it to .jsonl"),
-        ("t.Parquet", "is a table, not text or JSON rows; convert it to .jsonl"),
+        ("t.jsonl.gz", "damaged or cut off, not a whole .gz file"),
+        ("t.gz", "compressed, and its name does not say what it holds; name it as .jsonl.gz"),
+        ("t.ZIP", "an archive; unpack it first"),
+        ("t.xlsx", "a table in a form that is not read; convert it to .csv, .parquet or .jsonl"),
+        ("t.csv", ": holds JSON rows, not a table; name it .jsonl"),
         ("t.txt", ":1: holds JSON rows, and a file of this name is read as one text; name it .jsonl"),
         ("t.jl", ":1: holds JSON rows, and a file of this name is read as one text; name it .jsonl"),
         ("t", ":1: holds JSON rows, and a file of this name is read as one text; name it .jsonl"),

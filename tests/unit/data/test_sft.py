@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from safetensors.numpy import load_file
 
 from telechat_twins.core.data.chat_template import DEFAULT_SYSTEM, encode_chat, render
-from telechat_twins.core.data.dialogues import Dialogue, DialogueFile, parse_dialogue
+from telechat_twins.core.data.dialogues import Dialogue, parse_dialogue
+from telechat_twins.core.data.packing.dialogue_file import DialogueFile
 from telechat_twins.core.data.sft import (
     Counts,
     deepspeed_collate,

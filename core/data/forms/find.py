@@ -1,0 +1,135 @@
+"""Search for input files: files, folders and patterns; what a folder holds besides is listed with the reason."""
+
+from __future__ import annotations
+
+import glob
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from telechat_twins.core.data.forms.arrow_rows import dataset_files
+from telechat_twins.core.data.forms.formats import (
+    DATASET,
+    SUFFIXES,
+    TOKENS,
+    dataset_split,
+    form_of,
+    is_dataset,
+    known_form,
+    why_unread,
+)
+from telechat_twins.core.data.packed import is_packed
+from telechat_twins.core.errors import UserError
+
+_NAMED = 10  # skipped files that are named for one reason; the rest are counted
+
+
+def find_inputs(paths: Sequence[str | Path]) -> list[Path]:
+    """Files, folders (searched through, by suffix) and globs -> sorted inputs without repetition.
+
+    An input is a file, a folder of ``save_to_disk``, or the .idx file of Megatron's pair. The order is that of
+    ``paths``, and by name inside a folder or glob. ``skipped_inputs`` lists what a folder holds besides. UserError when
+    one of ``paths`` yields nothing, names a file that is not read, or cannot be searched.
+    """
+    found: dict[Path, None] = {}
+    for given in paths:
+        path = Path(given)
+        if path.is_file():
+            files = [path]
+        elif path.is_dir():
+            files = [dataset_split(path)] if is_dataset(path) else _inside(path)[0]
+        elif path.with_name(path.name + ".idx").is_file():
+            files = [path.with_name(path.name + ".idx")]
+        else:
+            files = [Path(p) for p in sorted(glob.glob(str(given), recursive=True)) if Path(p).is_file()]
+        if not files:
+            kinds = " ".join(SUFFIXES)
+            raise UserError(f"{given}: no such file, and no folder or pattern with files in it (folders: {kinds})")
+        for file in files:
+            if reason := why_unread(file):
+                raise UserError(f"{file}: {reason}")
+        found.update(dict.fromkeys(_index_of(file) for file in files))
+    return list(found)
+
+
+def skipped_inputs(paths: Sequence[str | Path]) -> list[str]:
+    """A line for each folder of ``paths`` with files that ``find_inputs`` does not take: which, and why not."""
+    notes = []
+    for path in map(Path, paths):
+        if not path.is_dir() or is_dataset(path):
+            continue
+        taken, others, hidden = _inside(path)
+        reasons: dict[str, list[str]] = {}
+        for file, reason in others.items():
+            reasons.setdefault(reason, []).append(str(file.relative_to(path)))
+        parts = []
+        for reason, names in reasons.items():
+            more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
+            parts.append(f"{', '.join(names[:_NAMED])}{more} ({reason})")
+        parts += [f"{hidden} hidden"] * bool(hidden)
+        if parts:
+            notes.append(f"skipped in {path}: {'; '.join(parts)}; read: {len(taken)}")
+    return notes
+
+
+def total_bytes(inputs: Sequence[Path]) -> int:
+    """Bytes on the disk of all that is read."""
+    total = 0
+    for path in inputs:
+        form = form_of(path).name
+        files = [path]
+        if form == DATASET:
+            files = dataset_files(path)
+        elif form == TOKENS:
+            files = [path.with_suffix(".bin")]
+        total += sum(file.stat().st_size for file in files if file.is_file())
+    return total
+
+
+def _index_of(path: Path) -> Path:
+    """The .idx file for either of Megatron's pair; any other file itself."""
+    return path.with_suffix(".idx") if path.is_file() and form_of(path).name == TOKENS else path
+
+
+def _inside(folder: Path) -> tuple[list[Path], dict[Path, str], int]:
+    """(inputs of known forms, what else there is with the reason, number of hidden files) anywhere under a folder.
+
+    Not searched: links to folders and packed folders, which are among the second, and hidden folders, whose names begin
+    with a dot and which count as one file.
+    """
+
+    def refuse(error: OSError) -> None:
+        raise UserError(f"{error.filename}: cannot be searched ({error.strerror})") from None
+
+    taken: list[Path] = []
+    others: dict[Path, str] = {}
+    hidden = 0
+    for root, folders, names in os.walk(folder, onerror=refuse):
+        here = Path(root)
+        if "meta.json" in names and is_packed(here):
+            others[here] = "a packed folder"
+            folders.clear()
+            continue
+        if is_dataset(here):
+            taken.append(dataset_split(here))
+            folders.clear()
+            continue
+        hidden += sum(name.startswith(".") for name in folders + names)
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        others |= {link: "a link to a folder" for link in (here / name for name in folders) if link.is_symlink()}
+        for file in (here / name for name in names if not name.startswith(".")):
+            if reason := _why_not(file):
+                others[file] = reason
+            elif file.suffix.lower() != ".bin":  # whose .idx is the input
+                taken.append(file)
+    return sorted(taken), dict(sorted(others.items())), hidden
+
+
+def _why_not(file: Path) -> str:
+    if not file.is_file():
+        return "not a file"
+    if file.suffix.lower() == ".idx" and not file.with_suffix(".bin").is_file():
+        return "without its .bin file"
+    if known_form(file):
+        return ""
+    return why_unread(file) or ("a suffix that is not known" if file.suffix else "no suffix")

@@ -1,0 +1,74 @@
+"""Rows of JSON files: a strict object a line (.jsonl), or a list of objects, or objects one after another (.json)."""
+
+from __future__ import annotations
+
+import codecs
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+from telechat_twins.core.data.forms.formats import JSON, form_of
+from telechat_twins.core.data.forms.json_items import json_items
+from telechat_twins.core.data.forms.streams import UTF8, OnBytes, RowAt, not_utf8, open_stream
+from telechat_twins.core.errors import UserError
+from telechat_twins.core.files.foreign import MAX_LINE, MAX_LINE_VALUES, check_size, lines, parse_value
+from telechat_twins.core.types import JsonObject
+
+
+class RawRow(NamedTuple):
+    """A row's bytes, where they begin in the stream, their line, and the place in a list (from 1; 0: not in one)."""
+
+    offset: int
+    line: int
+    item: int
+    data: bytes
+
+    def where(self, path: Path) -> str:
+        return row_place(path, self.line, self.item)
+
+
+def row_place(path: Path, line: int, item: int) -> str:
+    """How messages name a row."""
+    return f"{path}:{line}: item {item}" if item else f"{path}:{line}"
+
+
+def raw_rows(path: Path, on_bytes: OnBytes | None = None, encoding: str = UTF8) -> Iterator[RawRow]:
+    """The rows of a file, unparsed: the non-blank lines of a .jsonl file, or what a .json file holds."""
+    with open_stream(path, on_bytes, encoding) as file:
+        if form_of(path).name == JSON:
+            for place in json_items(file, path):
+                yield RawRow(place.offset, place.line, place.item, place.data)
+            return
+        offset = 0
+        for number, line in enumerate(lines(file, path), 1):
+            if line.strip():
+                yield RawRow(offset, number, 0, line)
+            offset += len(line)
+
+
+def json_rows(path: Path, on_bytes: OnBytes | None = None, encoding: str = UTF8) -> Iterator[RowAt]:
+    """("file:line", object) for every row of a file."""
+    for row in raw_rows(path, on_bytes, encoding):
+        where = row.where(path)
+        yield where, parse_row(row.data, where)
+
+
+def parse_row(data: bytes, where: str) -> JsonObject:
+    """A JSON object, strictly: no key twice, no number that is none, no unpaired surrogate. UserError otherwise."""
+    try:
+        check_size(data, MAX_LINE, MAX_LINE_VALUES)
+    except ValueError as error:
+        raise UserError(f"{where}: a row of {error}; split it into several rows") from None
+    try:
+        row = parse_value(data.removeprefix(codecs.BOM_UTF8).strip(), MAX_LINE, MAX_LINE_VALUES)
+    except UnicodeDecodeError:
+        raise UserError(f"{where}: {not_utf8(data)}") from None
+    except json.JSONDecodeError as error:
+        line = f"line {error.lineno} of the row, " if error.lineno > 1 else ""
+        raise UserError(f"{where}: not valid JSON ({error.msg} at {line}column {error.colno})") from None
+    except ValueError as error:
+        raise UserError(f"{where}: not valid JSON ({error})") from None
+    if not isinstance(row, dict):
+        raise UserError(f"{where}: expected a JSON object, found {type(row).__name__}")
+    return row

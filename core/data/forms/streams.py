@@ -1,0 +1,204 @@
+"""Byte streams of input files: decompressed, and recoded to UTF-8 where the file has another encoding."""
+
+from __future__ import annotations
+
+import bz2
+import codecs
+import gzip
+import io
+import lzma
+import zlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import IO, BinaryIO
+
+from telechat_twins.core.data.forms.formats import form_of
+from telechat_twins.core.errors import UserError
+from telechat_twins.core.types import JsonObject
+
+UTF8 = "utf-8"
+OnBytes = Callable[[int], object]
+
+_CHUNK = 1 << 18
+_ZSTD_CHUNK = 1 << 10  # compressed bytes at a time, of which at most 32 MiB come out
+_DAMAGED = (EOFError, OSError, zlib.error, lzma.LZMAError)
+_BOMS = {codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16"}
+
+
+def missing(library: str, path: Path, error: ImportError) -> UserError:
+    """The error for a file whose reader is not installed: it names the extra that brings it."""
+    return UserError(
+        f"{path}: is read with {library}, which is not installed ({error}); "
+        "install it with pip install 'telechat-twins[data]'"
+    )
+
+
+def check_encoding(name: str) -> str:
+    """``name`` as Python calls it; UserError for one that Python has not, or that is not of text."""
+    try:
+        "".encode(name)
+        return codecs.lookup(name).name
+    except (LookupError, UnicodeError):
+        raise UserError(
+            f"--encoding: '{name}' is not a text encoding of Python's; examples: utf-8, gb18030, big5, utf-16"
+        ) from None
+
+
+def open_file(path: Path) -> BinaryIO:
+    """A file opened for reading bytes; UserError if it cannot be."""
+    try:
+        return path.open("rb")
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+
+
+def open_stream(path: Path, on_bytes: OnBytes | None = None, encoding: str = UTF8) -> BinaryIO:
+    """The contents of a file as UTF-8 bytes; ``on_bytes`` receives the number of bytes taken from the disk.
+
+    Memory does not grow with the file. UserError, at the first read that meets it, for damaged compressed data, and
+    with the line for bytes that ``encoding`` does not have. UTF-8 itself is not checked here.
+    """
+    file = open_file(path)
+    source: IO[bytes] = file
+    if on_bytes:
+        source = io.BufferedReader(_Counting(file, on_bytes), _CHUNK)  # type: ignore[type-var]
+    compression = form_of(path).compression
+    plain = check_encoding(encoding) in (UTF8, "utf-8-sig")
+    if plain and not compression:
+        return source  # type: ignore[return-value]
+    chunks = _unpacked(source, compression, path) if compression else _read(source)
+    if not plain:
+        chunks = _recoded(chunks, encoding, path)
+    return io.BufferedReader(_Chunks(chunks, file), _CHUNK)  # type: ignore[type-var]
+
+
+def not_utf8(head: bytes) -> str:
+    """The end of a message about bytes that are not UTF-8: how to name the encoding."""
+    if name := next((name for bom, name in _BOMS.items() if head.startswith(bom)), ""):
+        return f"not UTF-8 but {name}; add --encoding {name}"
+    return "not UTF-8; name the file's encoding, e.g. --encoding gb18030"
+
+
+class _Counting(io.RawIOBase):
+    """A file that reports what is read of it."""
+
+    def __init__(self, file: BinaryIO, on_bytes: OnBytes):
+        self._file, self._on_bytes = file, on_bytes
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: bytearray) -> int:  # type: ignore[override]
+        count: int = self._file.readinto(buffer)  # type: ignore[attr-defined]
+        self._on_bytes(count)
+        return count
+
+    def close(self) -> None:
+        self._file.close()
+        super().close()
+
+
+class _Chunks(io.RawIOBase):
+    """A file of what an iterator yields."""
+
+    def __init__(self, chunks: Iterator[bytes], file: BinaryIO):
+        self._chunks, self._file, self._held = chunks, file, memoryview(b"")
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: bytearray) -> int:  # type: ignore[override]
+        while not self._held:
+            chunk = next(self._chunks, None)
+            if chunk is None:
+                return 0
+            self._held = memoryview(chunk)
+        count = min(len(buffer), len(self._held))
+        buffer[:count] = self._held[:count]
+        self._held = self._held[count:]
+        return count
+
+    def close(self) -> None:
+        self._file.close()
+        super().close()
+
+
+def _read(file: IO[bytes]) -> Iterator[bytes]:
+    while chunk := file.read(_CHUNK):
+        yield chunk
+
+
+def _unpacked(file: IO[bytes], suffix: str, path: Path) -> Iterator[bytes]:
+    """What a compressed file holds, members and frames that follow one another included."""
+    if suffix == ".zst":
+        yield from _zstandard(file, path)
+        return
+    unpacked: gzip.GzipFile | lzma.LZMAFile | bz2.BZ2File
+    if suffix == ".gz":
+        unpacked = gzip.GzipFile(fileobj=file)
+    else:
+        unpacked = lzma.LZMAFile(file) if suffix == ".xz" else bz2.BZ2File(file)  # noqa: SIM115 (closed with file)
+    while True:
+        try:
+            chunk = unpacked.read(_CHUNK)
+        except _DAMAGED as error:
+            raise _damaged(path, suffix, error) from None
+        if not chunk:
+            return
+        yield chunk
+
+
+def _zstandard(file: IO[bytes], path: Path) -> Iterator[bytes]:
+    try:
+        import zstandard
+    except ImportError as error:
+        raise missing("zstandard", path, error) from None
+    frame = None
+    while data := file.read(_ZSTD_CHUNK):
+        while data:
+            frame = frame or zstandard.ZstdDecompressor().decompressobj()
+            try:
+                chunk = frame.decompress(data)
+            except zstandard.ZstdError as error:
+                raise _damaged(path, ".zst", error) from None
+            if chunk:
+                yield chunk
+            # The library's stream reader would end in silence where a frame is cut off.
+            data = frame.unused_data if frame.eof else b""
+            frame = None if frame.eof else frame
+    if frame is not None:
+        raise _damaged(path, ".zst", "it ends inside a frame")
+
+
+def _damaged(path: Path, suffix: str, error: object) -> UserError:
+    return UserError(f"{path}: damaged or cut off, not a whole {suffix} file ({error}); copy or make it again")
+
+
+def _recoded(chunks: Iterator[bytes], encoding: str, path: Path) -> Iterator[bytes]:
+    decoder = codecs.getincrementaldecoder(encoding)("strict")
+    line, ended = 1, False
+    while not ended:
+        chunk = next(chunks, b"")
+        ended = not chunk
+        try:
+            text = decoder.decode(chunk, ended)
+            data = text.encode(UTF8)
+        except UnicodeDecodeError as error:
+            line += error.object[: error.start].decode(encoding, "replace").count("\n")
+            raise UserError(
+                f"{path}:{line}: not {encoding} ({error.reason}); name the file's own encoding with --encoding"
+            ) from None
+        except UnicodeError as error:
+            raise UserError(f"{path}:{line}: not {encoding} ({error}); name another encoding with --encoding") from None
+        line += text.count("\n")
+        if data:
+            yield data
+
+
+def damage_of(error: Exception) -> str:
+    """The first line of a library's message."""
+    return str(error).partition("\n")[0]
+
+
+RowAt = tuple[str, JsonObject]
+"""A row and where it stands, as messages name it: "file:line", or "file: row n" in a table."""

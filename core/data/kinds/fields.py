@@ -1,0 +1,101 @@
+"""Values of rows, checked one by one; every UserError names the row and the key."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+from telechat_twins.core.data.kinds.table import is_empty
+from telechat_twins.core.errors import UserError
+from telechat_twins.core.files.foreign import parse_value
+from telechat_twins.core.shown import printable, shown
+from telechat_twins.core.types import JsonObject
+
+
+def found_type(value: object) -> str:
+    """A value's type for a message, with the reason where a table made it one."""
+    name = type(value).__name__ if value is not None else "nothing"
+    return f"{name} (a column of dates; store it as text)" if name in ("datetime", "date", "Timestamp") else name
+
+
+def text(value: object, name: str, where: str) -> str:
+    if not isinstance(value, str):
+        raise UserError(f"{where}: '{name}' must be text, found {found_type(value)}")
+    return value
+
+
+def listed(value: object, name: str, where: str) -> list[object]:
+    if not isinstance(value, list):
+        raise UserError(f"{where}: '{name}' must be a list, found {found_type(value)}")
+    return value
+
+
+def json_list(value: object, name: str, where: str) -> list[object]:
+    """A list, or a text that holds one as JSON (as in the released tool files, and in cells of tables)."""
+    if isinstance(value, str) and value.strip():
+        value = _parsed(value, name, where)
+    return listed(value, name, where)
+
+
+def json_or_text(value: object) -> object:
+    """The list or object whose JSON a text is, if it is one that begins so; else the value itself."""
+    if isinstance(value, str) and value.lstrip().startswith(("[{", "[ {", "[\n", '{"role"', '{"from"', '{"messages"')):
+        try:
+            return parse_value(value.encode())
+        except ValueError:
+            return value
+    return value
+
+
+def _parsed(value: str, name: str, where: str) -> object:
+    try:
+        return parse_value(value.encode())
+    except ValueError as error:
+        reason = getattr(error, "msg", str(error))
+        raise UserError(f"{where}: '{name}' is text but not a JSON list ({reason})") from None
+
+
+def flag(row: JsonObject, name: str, default: bool, where: str) -> bool:
+    """True or false, also as the text of a table's cell; ``default`` where it is absent."""
+    value = row.get(name)
+    if is_empty(value):
+        return default
+    if isinstance(value, str) and value.lower() in ("true", "false"):
+        return value.lower() == "true"
+    if not isinstance(value, bool):
+        raise UserError(f"{where}: '{name}' must be true or false, found {shown(value)}")
+    return value
+
+
+def refuse_unread(
+    value: JsonObject,
+    known: Collection[str],
+    name: str,
+    where: str,
+    ignore: Collection[str] = (),
+    harmless: Collection[str] = (),
+    left_out: set[str] | None = None,
+) -> None:
+    """UserError for a key of ``value`` (called ``name``) that is none of ``known`` nor ``harmless``, by which something
+    that the row says would be lost. Keys with empty values say nothing; ``left_out`` receives the harmless ones."""
+    for key, given in value.items():
+        if is_empty(given) or key in known or key in ignore:
+            continue
+        if key in harmless:
+            if left_out is not None:
+                left_out.add(key)
+            continue
+        place = f"'{name}.{printable(key, 80)}'" if name else f"'{printable(key, 80)}'"
+        raise UserError(
+            f"{where}: key {place} is not read, so its content would be lost; remove it, or leave it out with "
+            f"--ignore-key {printable(key, 80)}"
+        )
+
+
+def refuse_ignored(value: JsonObject, parts: Collection[str], name: str, where: str, ignore: Collection[str]) -> None:
+    """UserError where ``ignore`` names a key of ``value`` that is one of ``parts``, of which the row consists."""
+    for key in value:
+        if key in ignore and key in parts and not is_empty(value[key]):
+            raise UserError(
+                f"{where}: --ignore-key {key} would leave out '{f'{name}.' * bool(name)}{key}', which is part of "
+                "the dialogue; remove it from the rows, or leave the option out"
+            )

@@ -1,0 +1,290 @@
+"""Messages in every spelling in use -> {"role", "content", "tool_calls", "weight"} as the chat template takes them.
+
+Roles become system, user, assistant, bot and tool; content parts one text, as the server joins them; arguments of calls
+the object that the server renders. An assistant's message with weight 0 is context: shown, and not learnt.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from telechat_twins.core.data.chat_template import tool_arguments
+from telechat_twins.core.data.kinds.fields import json_list, listed, refuse_ignored, refuse_unread, text
+from telechat_twins.core.data.kinds.table import HARMLESS_OF_MESSAGE, is_empty
+from telechat_twins.core.errors import UserError
+from telechat_twins.core.files.foreign import parse_value
+from telechat_twins.core.shown import shown
+from telechat_twins.core.types import JsonObject
+
+CALL = "function_call"  # a message that is a call
+ROLES: dict[str, str] = {
+    **dict.fromkeys(("system", "developer"), "system"),
+    **dict.fromkeys(("user", "human", "prompter"), "user"),
+    **dict.fromkeys(("assistant", "gpt", "bard", "bing", "chatgpt", "claude", "model", "ai"), "assistant"),
+    "bot": "bot",  # TeleChat2's own name, which its template knows
+    **dict.fromkeys(("tool", "observation", "function", "function_response", "tool_response", "ipython"), "tool"),
+    **dict.fromkeys((CALL, "tool_call", "function-call"), CALL),
+}
+ANSWERS = ("assistant", "bot")
+REASONING = ("refuse", "think", "leave-out")
+
+_SPEAKER, _WORDS = ("role", "from"), ("content", "value")
+_WEIGHTS = ("weight", "loss", "train")
+_REASONS = ("reasoning_content", "reasoning", "thinking")
+_OF_ANSWER = ("tool_calls", "function_call", *_WEIGHTS, *_REASONS)
+_PART_TEXTS = {"text": "text", "input_text": "text", "output_text": "text"}
+_CALL, _FUNCTION = {"id", "type", "index", "name", "arguments", "function"}, {"name", "arguments"}
+
+
+@dataclass
+class Reading:
+    """How rows are read, and what was noticed on the way.
+
+    ``ignore``: keys to leave out. ``reasoning``: one of REASONING, for an assistant's reasoning beside its answer.
+    ``left_out``: harmless keys that were met. ``named``: messages with a speaker's name, which the layout has no place
+    for. ``kinds``: rows of each kind. ``without_system``: rows that get the layout's own system text. ``context``:
+    answers of weight 0. ``unanswered``: dialogues without an answer to learn.
+    """
+
+    ignore: frozenset[str] = frozenset()
+    reasoning: str = "refuse"
+    kind: str | None = None
+    left_out: set[str] = field(default_factory=set)
+    kinds: dict[str, int] = field(default_factory=dict)
+    named: int = 0
+    without_system: int = 0
+    context: int = 0
+    unanswered: int = 0
+
+
+def read_messages(value: object, name: str, where: str, reading: Reading) -> list[JsonObject]:
+    """The messages of a list, called ``name`` in messages of errors. UserError for what is malformed or not read."""
+    messages: list[JsonObject] = []
+    calls: list[JsonObject] = []  # those that the results below answer, one after another
+    for n, given in enumerate(json_list(value, name, where)):
+        for message in _read(given, f"{name}[{n}]", where, reading):
+            if message["role"] == "tool":
+                _check_result(message, calls.pop(0) if calls else {}, f"{name}[{n}]", where)
+            else:
+                calls = list(message.get("tool_calls", ()))
+            messages.append(message)
+    return messages
+
+
+def with_system(
+    messages: list[JsonObject], system: str | None, name: str, where: str
+) -> tuple[str | None, list[JsonObject]]:
+    """(the system text, the other messages). UserError for a system message that is not the first and only one."""
+    for n, message in enumerate(messages):
+        if message["role"] == "system" and (n or system is not None):
+            raise UserError(
+                f"{where}: '{name}[{n}]' is a second system message; the chat layout has a place for one, in front, "
+                "so write the instruction into that one or into a user's message"
+            )
+    if messages and messages[0]["role"] == "system":
+        return messages[0]["content"], messages[1:]
+    return system, messages
+
+
+def read_tools(value: object, name: str, where: str) -> list[object] | None:
+    """The tools of a row; ``functions`` of the older interface become tools. None when absent."""
+    if is_empty(value):
+        return None
+    tools = json_list(value, name, where)
+    return [{"type": "function", "function": tool} for tool in tools] if name == "functions" else tools
+
+
+def _read(value: object, name: str, where: str, reading: Reading) -> list[JsonObject]:
+    """The message that an object is; two for an object of a question and its answer."""
+    if isinstance(value, dict) and {"human", "assistant"} <= value.keys():
+        refuse_unread(value, ("human", "assistant"), name, where, reading.ignore, HARMLESS_OF_MESSAGE, reading.left_out)
+        asked, said = (text(value[key], f"{name}.{key}", where) for key in ("human", "assistant"))
+        return [{"role": "user", "content": asked}, {"role": "assistant", "content": said}]
+    speaker, words = _spelling(value, name, where)
+    assert isinstance(value, dict)
+    role = ROLES.get(value[speaker])
+    if role is None:
+        raise UserError(f"{where}: '{name}.{speaker}' is {shown(value[speaker])}; legal: {', '.join(ROLES)}")
+    return [_message(value, role, (speaker, words), name, where, reading)]
+
+
+def _spelling(value: object, name: str, where: str) -> tuple[str, str]:
+    """The keys of the speaker and of what is said."""
+    if isinstance(value, dict):
+        for speaker, words in zip(_SPEAKER, _WORDS, strict=True):
+            if isinstance(value.get(speaker), str):
+                return speaker, words
+    raise UserError(f"{where}: '{name}' must be an object with role and content, or with from and value")
+
+
+def _message(
+    value: JsonObject, role: str, spelling: tuple[str, str], name: str, where: str, reading: Reading
+) -> JsonObject:
+    words = spelling[1]
+    known = {*spelling, "name", *_WEIGHTS}.union(_OF_ANSWER if role in ANSWERS else ())
+    known |= {"tool_call_id"} if role == "tool" else set()
+    parts = {*spelling, "tool_calls", "function_call"}
+    refuse_ignored(value, parts & known, name, where, reading.ignore)
+    refuse_unread(value, known, name, where, reading.ignore, HARMLESS_OF_MESSAGE, reading.left_out)
+    given = {key: value.get(key) for key in known if key not in reading.ignore or key in parts}
+    message: JsonObject = {"role": role}
+    if role == CALL:
+        calls = enumerate(_calls_in(given[words], name, words, where))
+        made = [_call(call, n, f"{name}.{words}", where, reading) for n, call in calls]
+        message = {"role": "assistant", "content": "", "tool_calls": made}
+    elif role in ANSWERS:
+        message |= _answer(given, words, name, where, reading)
+    else:
+        message["content"] = _content(given[words], f"{name}.{words}", where)
+    if role == "tool":
+        message |= {key: given[key] for key in ("tool_call_id", "name") if given.get(key) is not None}
+    elif not is_empty(given.get("name")):
+        reading.named += 1
+    learnt = _weight(given, name, where, role in ANSWERS or role == CALL)
+    if not learnt and message["role"] in ANSWERS:
+        message["weight"] = 0
+        reading.context += 1
+    return message
+
+
+def _answer(given: JsonObject, words: str, name: str, where: str, reading: Reading) -> JsonObject:
+    """Content and calls of an assistant's message."""
+    calls: list[object] = []
+    if not is_empty(given.get("tool_calls")):
+        calls = json_list(given["tool_calls"], f"{name}.tool_calls", where)
+    if not is_empty(given.get("function_call")):
+        if calls:
+            raise UserError(f"{where}: '{name}' has both tool_calls and function_call; leave one out")
+        calls = [given["function_call"]]
+    answer: JsonObject = {}
+    if calls:
+        key = "tool_calls" if not is_empty(given.get("tool_calls")) else "function_call"
+        answer["tool_calls"] = [
+            _call(call, n, f"{name}.{key}[{n}]" if key == "tool_calls" else f"{name}.{key}", where, reading)
+            for n, call in enumerate(calls)
+        ]
+    content = given.get(words)
+    answer = {"content": None if content is None and calls else _content(content, f"{name}.{words}", where), **answer}
+    return answer | _reasoned(given, answer["content"], name, where, reading)
+
+
+def _reasoned(given: JsonObject, content: str | None, name: str, where: str, reading: Reading) -> JsonObject:
+    """The content with the reasoning in front, as ``reading`` says; nothing where there is none."""
+    reasons = [key for key in _REASONS if not is_empty(given.get(key))]
+    if not reasons or reading.reasoning == "leave-out":
+        return {}
+    if len(reasons) > 1:
+        raise UserError(f"{where}: '{name}' has both {reasons[0]} and {reasons[1]}; leave one out")
+    if reading.reasoning == "refuse":
+        raise UserError(
+            f"{where}: '{name}.{reasons[0]}' has no place in the chat layout; train on it in front of the answer with "
+            "--reasoning think, or leave it out with --reasoning leave-out"
+        )
+    thought = text(given[reasons[0]], f"{name}.{reasons[0]}", where).strip("\n")
+    return {"content": f"<think>\n{thought}\n</think>\n\n{content or ''}"}
+
+
+def _weight(given: JsonObject, name: str, where: str, answer: bool) -> bool:
+    """Whether a message is learnt; what is not an assistant's never is, and may say so."""
+    found = [key for key in _WEIGHTS if given.get(key) is not None and given[key] != ""]
+    values = {key: given[key] for key in found}
+    for key, value in values.items():
+        if value not in (0, 1, "0", "1", "true", "false", "True", "False"):
+            raise UserError(f"{where}: '{name}.{key}' must be 0 (context) or 1 (learnt), found {shown(value)}")
+    weights = {0 if value in (0, "0", "false", "False") else 1 for value in values.values()}
+    if len(weights) > 1:
+        raise UserError(f"{where}: '{name}': {' and '.join(found)} contradict each other")
+    if not answer and 1 in weights:
+        raise UserError(
+            f"{where}: '{name}.{found[0]}' is 1, but only messages of the assistant are learnt; leave it out"
+        )
+    return answer and 0 not in weights
+
+
+def _content(value: object, name: str, where: str) -> str:
+    """Text, or the texts of a list of parts, one after another."""
+    if not isinstance(value, list):
+        return text(value, name, where)
+    texts = []
+    for n, part in enumerate(value):
+        if isinstance(part, str):
+            texts.append(part)
+            continue
+        kind = part.get("type") if isinstance(part, dict) else None
+        if not isinstance(part, dict) or kind not in _PART_TEXTS:
+            raise UserError(f"{where}: '{name}[{n}]' is {shown(kind or part)}; only parts of type 'text' can be learnt")
+        refuse_unread(part, ("type", "text"), f"{name}[{n}]", where, (), ("annotations", "cache_control", "index"))
+        texts.append(text(part.get("text"), f"{name}[{n}].text", where))
+    return "".join(texts)
+
+
+def _calls_in(value: object, name: str, words: str, where: str) -> list[object]:
+    """The call or calls that a message of the role function_call says, as JSON text or as objects."""
+    if isinstance(value, str):
+        try:
+            value = parse_value(value.encode())
+        except ValueError as error:
+            reason = getattr(error, "msg", str(error))
+            raise UserError(
+                f"{where}: '{name}.{words}' must be a call as JSON, {{name, arguments}} ({reason})"
+            ) from None
+    return value if isinstance(value, list) else [value]
+
+
+def _check_result(message: JsonObject, call: JsonObject, name: str, where: str) -> None:
+    """The layout gives results no names: they belong to the calls by their order alone, which names may contradict."""
+    for key, wanted in (("tool_call_id", call.get("id")), ("name", call.get("name"))):
+        given = message.pop(key, None)
+        if given is not None and given != wanted and not (wanted is None and key == "tool_call_id" and call):
+            expected = f"{wanted!r}" if wanted is not None else "no call"
+            raise UserError(
+                f"{where}: '{name}.{key}' is {given!r}, but in its place {expected} is answered; results must stand "
+                "in the order of their calls"
+            )
+
+
+def _call(value: object, place: int, name: str, where: str, reading: Reading) -> JsonObject:
+    """{"name", "arguments", "id"} of a call, written flat or as the OpenAI interface writes it."""
+    if not isinstance(value, dict):
+        raise UserError(f"{where}: '{name}' must be an object, found {type(value).__name__}")
+    wrapped = "function" in value
+    inner = value["function"] if wrapped else value
+    refuse_unread(value, _CALL - (_FUNCTION if wrapped else {"function"}), name, where, reading.ignore)
+    if wrapped:
+        name = f"{name}.function"
+        if not isinstance(inner, dict):
+            raise UserError(f"{where}: '{name}' must be an object, found {type(inner).__name__}")
+        refuse_unread(inner, _FUNCTION, name, where, reading.ignore)
+    if not isinstance(inner.get("name"), str):
+        raise UserError(f"{where}: '{name}.name' must be text, found {type(inner.get('name')).__name__}")
+    for key, wanted in (("type", "function"), ("index", place)):
+        if value.get(key) is not None and value[key] != wanted:
+            raise UserError(f"{where}: '{name}': '{key}' must be {wanted!r}, found {value[key]!r}")
+    try:
+        given = inner.get("arguments")
+        arguments = tool_arguments({} if given is None else given)
+    except ValueError as error:
+        raise UserError(f"{where}: '{name}.arguments' {error}") from None
+    call: JsonObject = {"name": inner["name"], "arguments": arguments}
+    return call if value.get("id") is None else {**call, "id": value["id"]}
+
+
+def turns_of_history(value: object, where: str) -> list[JsonObject]:
+    """Earlier turns, each a question and its answer."""
+    earlier: list[JsonObject] = []
+    for n, turn in enumerate(json_list(value, "history", where)):
+        if not isinstance(turn, list) or len(turn) != 2 or not all(isinstance(said, str) for said in turn):
+            raise UserError(f"{where}: 'history[{n}]' must be a list of two texts, a question and its answer")
+        earlier += [{"role": "user", "content": turn[0]}, {"role": "bot", "content": turn[1]}]
+    return earlier
+
+
+def is_messages(value: object) -> bool:
+    """Whether a value is a list of messages, or one, and not a text."""
+    return isinstance(value, dict) or (isinstance(value, Sequence) and not isinstance(value, str))
+
+
+def as_messages(value: object, name: str, where: str) -> list[object]:
+    """A list of messages; one message becomes a list."""
+    return [value] if isinstance(value, dict) else listed(value, name, where)
