@@ -1,7 +1,7 @@
-"""Chat sessions on an engine, and the release's ``chat()``.
+"""Chat sessions on an engine, and the ``chat()`` method of the released models.
 
-The prompt is kept within the model's length as the release does it: its budget is max_seqlen - max_new_tokens - 1, and
-the oldest turns are left out of it when it is full. What users and tools say is text: it never becomes control tokens.
+As in the release, a prompt has at most max_seqlen - max_new_tokens - 1 tokens, and the oldest turns are left out when a
+conversation is longer. Texts of users and tools are encoded as text: control tokens written in them stay letters.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ Message = JsonObject
 
 
 class Chat:
-    """A conversation: history, system prompt, tools, and a prompt that fits.
+    """A conversation with its history, system prompt, tools and token budget.
 
-    ``history``: messages as core.data.chat_template has them, without the system's. ``finish_reason`` of the last
-    answer: stop | length | interrupted; ``calls``: the tool calls in it.
+    ``history``: messages in the form of core.data.chat_template, without the system message. ``finish_reason`` of the
+    last answer: stop | length | interrupted. ``calls``: the tool calls of the last answer.
     """
 
     def __init__(
@@ -50,8 +50,9 @@ class Chat:
         tools: Sequence[JsonObject] | None = None,
         cut_question: bool = False,
     ) -> None:
-        """``system`` None takes the template's default; ``max_new_tokens`` None a quarter of max_seqlen, at most 1024.
-        ``cut_question``: one that is too long by itself loses its beginning, as in the release, which is not an error.
+        """``system`` None: the template's default. ``max_new_tokens`` None: a quarter of max_seqlen, at most 1024.
+        ``cut_question``: a question that is too long by itself loses its beginning, as in the release; otherwise it is
+        an error.
 
         UserError when the tokenizer does not fit the model or the budget is below 3 tokens.
         """
@@ -79,30 +80,33 @@ class Chat:
             )
 
     def ask(self, question: str, stream: bool = False) -> str | Iterator[AnswerPart]:
-        """The answer's text; with ``stream`` an iterator of its pieces as they are made, tool calls among them.
+        """The answer's text; with ``stream``, an iterator over its pieces as they are generated, tool calls included.
 
-        The question and the answer, whole or stopped half-way, join the history. UserError on an empty question and on
-        one too long for the budget; the history is then as before.
+        The question and its answer, complete or interrupted, are appended to the history. UserError for an empty
+        question and for one that is too long for the budget; the history is then unchanged.
         """
         if not question.strip():
             raise UserError("question: must not be empty; type some text")
         return self._turn([{"role": "user", "content": question}], stream)
 
     def report(self, results: Sequence[str], stream: bool = False) -> str | Iterator[AnswerPart]:
-        """The model's answer to the results of its tool calls, in their order; otherwise as ``ask``.
+        """The model's answer to the results of its tool calls, given in the order of the calls; otherwise as ``ask``.
 
-        UserError unless there is one for each call of the last answer.
+        UserError unless there is one result for each call of the last answer.
         """
         if not self.calls or len(results) != len(self.calls):
-            raise UserError(f"results: {len(results)} given, and the last answer has {len(self.calls)} tool calls")
+            raise UserError(
+                f"results: must be one for each tool call of the last answer, which has {len(self.calls)}; "
+                f"found {len(results)}"
+            )
         return self._turn([{"role": "tool", "content": result} for result in results], stream)
 
     def stop(self) -> None:
-        """End the running answer after the token it is at; safe in a signal handler."""
+        """End the running answer after its current token; safe to call from a signal handler."""
         self._stopped = True
 
     def reset(self) -> None:
-        """Forget the turns; the system prompt and the tools stay."""
+        """Clear the history; the system prompt and the tools are kept."""
         self.history.clear()
         self.calls = []
 
@@ -148,16 +152,16 @@ class Chat:
             failed = True
             raise
         finally:
-            # Also when the reader stopped or Ctrl-C came: what was shown joins the history. A failure leaves no turn.
+            # After the reader stopped or Ctrl-C, too, what was shown joins the history. A failed turn leaves no trace.
             if not failed:
                 self.calls = calls
                 self.history += [*new, _assistant("".join(words), calls)]
 
     def _prompt(self, new: list[Message]) -> list[int]:
-        """Ids of the conversation with as many of the newest turns as the budget holds."""
+        """Token ids of the conversation, with as many of the newest turns as fit the budget."""
         system = [] if self.system is None else [{"role": "system", "content": self.system}]
         first = [self.config.bos_token_id] if self.add_bos else []
-        # A tool's result belongs to the question before it.
+        # Results of tool calls need the question and the calls that led to them: these are never left out.
         kept = 0 if new[0]["role"] == "user" else _last_question(self.history)
         turns, newest = self.history[: len(self.history) - kept], [*self.history[len(self.history) - kept :], *new]
         while True:
@@ -170,25 +174,26 @@ class Chat:
         if self.cut_question and new[0]["role"] == "user":
             return self._cut(ids)
         raise UserError(
-            f"question: with the system prompt it takes {len(ids)} tokens, and {self.budget} fit beside an answer "
-            f"of {self.max_new_tokens}; shorten it, or lower max_new_tokens"
+            f"question: must fit into {self.budget} tokens with the system prompt, beside an answer of "
+            f"{self.max_new_tokens}; both take {len(ids)}: shorten it, or lower max_new_tokens"
         )
 
     def _cut(self, ids: list[int]) -> list[int]:
-        """``ids`` without the beginning of the question, which lies between the last two control tokens."""
+        """``ids`` shortened to the budget by the beginning of the question, which lies between the last two control
+        tokens. UserError when the rest of the prompt alone exceeds it."""
         begin = len(ids) - ids[::-1].index(self.tokenizer.control_id(USER))
         over, length = len(ids) - self.budget, len(ids) - 1 - begin
         if over >= length:
             raise UserError(
-                f"question: the system prompt alone takes {begin} tokens, and {self.budget} fit beside an answer of "
-                f"{self.max_new_tokens}; shorten it, or lower max_new_tokens"
+                f"system prompt: must leave room for a question in {self.budget} tokens, beside an answer of "
+                f"{self.max_new_tokens}; it takes {begin}: shorten it, or lower max_new_tokens"
             )
-        print(f"note: question: of its {length} tokens the last {length - over} fit and are asked", file=sys.stderr)
+        print(f"note: question: too long, its last {length - over} of {length} tokens are used", file=sys.stderr)
         return ids[:begin] + ids[begin + over :]
 
 
 class ChatModel:
-    """A checkpoint to talk to from Python: ``pt_reference.chat.open_chat`` and ``telechat_ms.chat.open_chat``."""
+    """A checkpoint with the released models' ``chat`` method, opened by a backend's ``chat.open_chat``."""
 
     def __init__(
         self,
@@ -199,11 +204,11 @@ class ChatModel:
         precision: str,
         quantize: str,
     ) -> None:
-        """``source``: what convert.source.open_model gives; ``make_runner``: a backend's ``generate.Runner``; the rest
-        as the options of ``tele chat``. UserError on a tokenizer that is missing or does not fit."""
+        """``source``: from convert.source.open_model; ``make_runner``: a backend's ``generate.Runner``; the others as
+        the options of ``tele chat``. UserError for a tokenizer that is missing or does not fit the model."""
         path = tokenizer or source.tokenizer_path
         if path is None:
-            raise UserError("tokenizer: none lies beside the checkpoint; give the path of a tokenizer.model")
+            raise UserError("tokenizer: there is none beside the checkpoint; give the path of a tokenizer.model")
         self.tokenizer = load_tokenizer(path, control=control, in_vocabulary=True)
         self.config, note = fit_vocabulary(source.config, self.tokenizer.vocab_size, own=tokenizer is None)
         if note is not None:
@@ -226,16 +231,16 @@ class ChatModel:
         tools: Sequence[JsonObject] | None = None,
         **sampling: object,
     ) -> tuple[str, list[Message]] | Iterator[tuple[str, list[Message]]]:
-        """The release's ``chat``: (answer, history), or with ``stream`` an iterator of (new text, history so far).
+        """The release's ``chat``: (answer, history), or with ``stream`` an iterator over (new text, history so far).
 
-        ``history``: messages with roles user and bot (or assistant, tool), as a call before returned it; it may begin
-        with a system message. The one that is returned is a new list with this question and its answer, whose last
-        message grows while streaming; tool calls are in it as "tool_calls". The prompt is that of ``tele chat``: the
-        chat template, the oldest turns left out when it is full, and as in the release a question too long by itself
-        loses its beginning (noted on stderr). ``sampling``: as core.inference.sampling.SamplingConfig; greedy by
+        ``history``: messages with the roles user and bot (or assistant, tool), as an earlier call returned them; it may
+        begin with a system message. The returned history is a new list that ends with this question and its answer,
+        which grows while streaming; tool calls are in it as "tool_calls". The prompt is built as by ``tele chat``: chat
+        template, oldest turns left out when it is full. As in the release, a question that is too long by itself loses
+        its beginning (noted on stderr). ``sampling``: fields of core.inference.sampling.SamplingConfig; greedy by
         default.
 
-        UserError on an empty question, a message or an option that is wrong, and an answer that leaves less than 3
+        UserError for an empty question, an invalid message or option, and when ``max_new_tokens`` leaves less than 3
         tokens for the prompt.
         """
         before = [dict(message) for message in history or ()]
@@ -259,7 +264,7 @@ class ChatModel:
 
 
 def _growing(pieces: Iterator[AnswerPart] | str, history: list[Message]) -> Iterator[tuple[str, list[Message]]]:
-    """Each piece of text with the history, whose last message it has joined."""
+    """(piece of text, history) for each piece of the answer, after it was appended to the last message."""
     last = history[-1]
     for piece in pieces:
         if isinstance(piece, ToolCall):
@@ -280,15 +285,15 @@ def _plain(call: ToolCall) -> JsonObject:
 
 
 def _next_question(turns: Sequence[Message]) -> int:
-    """Where the second question of ``turns`` begins."""
+    """Index of the second question in ``turns``; their number if there is none."""
     return next((n for n, turn in enumerate(turns) if n and turn["role"] == "user"), len(turns))
 
 
 def _last_question(turns: Sequence[Message]) -> int:
-    """Messages from the last question on."""
+    """Number of messages from the last question on; 0 if there is none."""
     return next((n for n, turn in enumerate(reversed(turns), 1) if turn["role"] == "user"), 0)
 
 
 def default_answer_length(config: ModelConfig) -> int:
-    """Tokens of a chat answer when the user names none: a quarter of max_seqlen, between 1 and 1024."""
+    """Default length of a chat answer in tokens: a quarter of max_seqlen, between 1 and 1024."""
     return max(1, min(1024, config.max_seqlen // 4))

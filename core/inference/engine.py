@@ -1,12 +1,12 @@
 """Inference engine with continuous batching, independent of the backend.
 
-Continuous batching: in every step each running sample gets its next token or a piece of its prompt, samples join and
-leave between steps. What a request's tokens are depends on the request alone: its rotary scaling is fixed when it
-arrives, its draws are a function of seed, sample and position, and the logits of a row do not depend on the other rows
-but for the rounding of sums.
+Continuous batching: in every step each running sample gets its next token or a chunk of its prompt; samples join and
+leave between steps. The tokens of an answer depend on its request alone: the rotary scaling is fixed when the request
+arrives, a random draw is a function of seed, sample and position, and the logits of a row depend on the other rows only
+by the rounding of sums.
 
     engine = Engine(runner, tokenizer)
-    number = engine.submit(Request(...))         any thread; raises what is wrong with the request
+    number = engine.submit(Request(...))         any thread; UserError for an invalid request
     for event in engine.step(): ...              one thread; until the event with a finish_reason
     engine.cancel(number)                        any thread, any time
 """
@@ -36,8 +36,11 @@ MAX_RUNNING = 64
 
 @dataclass(frozen=True, kw_only=True)
 class EngineLimits:
-    """``max_len``: tokens that prompt and answer of a request may reach (None: what the pages hold). ``step_tokens``:
-    computed in a step at most, so the longest piece of a prompt. ``max_running``: samples that share a step."""
+    """Limits of an engine, all in tokens or samples.
+
+    ``max_len``: tokens of a request's prompt and answer together (None: as many as the pages hold). ``step_tokens``:
+    tokens computed in one step, which also bounds the chunk of a prompt. ``max_running``: samples that share a step.
+    """
 
     max_len: int | None = None
     step_tokens: int = STEP_TOKENS
@@ -45,8 +48,8 @@ class EngineLimits:
 
 
 class Engine:
-    """Serves requests on one model. ``submit``, ``cancel`` and ``wait`` may be called from any thread, ``step`` from
-    one at a time."""
+    """Engine that generates for many requests on one model. ``submit``, ``cancel`` and ``wait`` may be called from any
+    thread, ``step`` from one thread at a time."""
 
     def __init__(
         self,
@@ -57,18 +60,19 @@ class Engine:
         reuse: bool = True,
         limits: EngineLimits | None = None,
     ) -> None:
-        """``rescale``: rotary scaling beyond the trained length, fixed per request, or by each token's own length as
-        released ("step"). ``reuse``: keys and values of a prompt's beginning are used again by later prompts.
+        """``rescale``: rotary scaling beyond the trained length, fixed for a request ("request") or, as in the released
+        code, by the length at which each token is computed ("step"). ``reuse``: prompts with a common prefix share its
+        cached keys and values.
 
-        ValueError for limits that leave a prompt no tokens in a step.
+        ValueError for limits that leave no tokens of a step for prompts.
         """
         self.limits = limits or EngineLimits()
         if rescale not in RESCALES:
             raise ValueError(f"rescale: '{rescale}' is not one of {', '.join(RESCALES)}")
         if not 1 <= self.limits.max_running < self.limits.step_tokens:
             raise ValueError(
-                f"step_tokens: {self.limits.step_tokens} leave none for prompts beside {self.limits.max_running} "
-                "running samples"
+                f"step_tokens: must exceed max_running {self.limits.max_running}, or no token of a step is left for "
+                f"prompts; found {self.limits.step_tokens}"
             )
         self.runner, self.tokenizer, self.config = runner, tokenizer, runner.config
         self.pool = PagePool(runner.num_pages, runner.page_size)
@@ -80,19 +84,20 @@ class Engine:
             reuse,
         )
         self._rescale = rescale
-        self._samples: dict[int, list[Sample]] = {}  # of requests that are not finished
-        self._orders: list[tuple[int, Request | None]] = []  # not yet seen by a step; None cancels
+        self._samples: dict[int, list[Sample]] = {}  # unfinished samples by request number
+        # Submissions and cancellations (None) from other threads, in their order; the next step takes them.
+        self._orders: list[tuple[int, Request | None]] = []
         self._news = threading.Condition()
         self._numbers = 0
         self._arrivals = 0
 
     @property
     def max_len(self) -> int:
-        """Tokens that prompt and answer of a request may reach together."""
+        """Tokens of a request's prompt and answer together, at most."""
         return min(self.limits.max_len or self.pool.capacity, self.pool.capacity)
 
     def check(self, request: Request) -> None:
-        """UserError for a request that could never be served: what is wrong with it, or that it is too long."""
+        """UserError for a request that is invalid, or too long for the context or the cache."""
         check_request(request, self.config.num_tokens, self.tokenizer is not None)
         if request.total > self.max_len:
             what = "the context" if self.max_len < self.pool.capacity else "the cache"
@@ -107,7 +112,7 @@ class Engine:
             )
 
     def submit(self, request: Request) -> int:
-        """Queue a request; its number, which the events of ``step`` carry. UserError at once, from ``check``."""
+        """Queue a request. Returns its number, which the events of ``step`` carry. UserError as ``check``."""
         self.check(request)
         with self._news:
             number = self._numbers
@@ -117,14 +122,14 @@ class Engine:
         return number
 
     def cancel(self, number: int) -> None:
-        """Stop a request, wherever it is; its samples end with "cancelled" in the next step. One that has finished, or
-        was never there, is not an error."""
+        """Stop a request, queued or running; its samples end with "cancelled" in the next step. Numbers of finished or
+        unknown requests are ignored."""
         with self._news:
             self._orders.append((number, None))
             self._news.notify_all()
 
     def cancel_all(self) -> None:
-        """Stop every request, at once and without events; from the thread that steps."""
+        """Drop every request at once, without events; only for the thread that calls ``step``."""
         with self._news:
             self._orders.clear()
         for samples in list(self._samples.values()):
@@ -137,25 +142,30 @@ class Engine:
         return bool(self._orders or self._samples)
 
     def wait(self, timeout: float | None = None) -> bool:
-        """Sleep until there is something to do, or ``timeout`` seconds; whether there is."""
+        """Block until ``step`` has something to do, at most ``timeout`` seconds; whether it has."""
         with self._news:
             return self._news.wait_for(lambda: self.busy, timeout)
 
     def step(self) -> list[Event]:
-        """Serve everything that is running once: what came of it, in the order of arrival."""
+        """Run one step: admit and cancel, one forward pass, sample. Returns the events in order of arrival."""
+        # 1. Take what other threads have submitted or cancelled since the last step.
         events = self._take_orders()
+        # 2. Decide which samples compute how many tokens: one each while decoding, more for chunks of prompts.
         plan = self.scheduler.plan()
         if not plan:
             return events
-        logits = self.runner.run(self._assembled(plan))
+        # 3. One forward pass over all these tokens. Their keys and values go into the samples' pages.
+        logits = self.runner.run(self._assembled(plan))  # [W, V], one row a sample whose last token was computed
         for sample, count in plan:
             self.scheduler.computed(sample, count)
+        # 4. Choose a token for every sample that has no token left to compute. A sample in the middle of its prompt has
+        #    no row of logits yet. The rows are in the plan's order, as _assembled lists them in ``wanted``.
         ready = [sample for sample, _ in plan if not sample.missing]
-        tokens = self.config.num_tokens  # rows beyond pad the vocabulary: no bias or temperature may draw them
+        tokens = self.config.num_tokens  # logits beyond pad the vocabulary: no bias or temperature may draw them
         for sample, row in zip(ready, logits[: len(ready)], strict=True):
             try:
                 event = sample.take_token(sample.sampler.choose(row[:tokens], len(sample.tokens)))
-            except UserError as error:
+            except UserError as error:  # logits that are not finite: its keys and values may be damaged, too
                 self.scheduler.distrust(sample)
                 event = sample.end("error", str(error))
             events.append(event)
@@ -182,7 +192,7 @@ class Engine:
             sample = Sample(number, request, index, self._arrivals, self.pool.page_size, self._rescale, self.tokenizer)
             self._arrivals += 1
             if index and self.scheduler.reuse:
-                sample.leader = samples[0]
+                sample.leader = samples[0]  # computes the prompt; this sample waits and then shares its pages
             samples.append(sample)
             self.scheduler.add(sample)
         self._samples[number] = samples
@@ -195,10 +205,12 @@ class Engine:
             del self._samples[sample.number]
 
     def _assembled(self, plan: list[tuple[Sample, int]]) -> Step:
+        """The runner's input for a plan of R samples with N tokens in all."""
         size = self.pool.page_size
-        counts = np.array([count for _, count in plan])
-        starts = np.zeros(len(plan) + 1, np.int32)
+        counts = np.array([count for _, count in plan])  # [R]
+        starts = np.zeros(len(plan) + 1, np.int32)  # [R + 1]: sample r has the tokens starts[r] .. starts[r + 1] - 1
         np.cumsum(counts, out=starts[1:])
+        # [R]: keys of a sample after this step
         lengths = np.array([sample.computed + count for sample, count in plan], np.int32)
         tables = np.zeros((len(plan), self.pool.pages_for(int(lengths.max()))), np.int32)
         ids: list[int] = []
@@ -209,8 +221,10 @@ class Engine:
             scaling.append(sample.scaling_lengths(first, last))
             pages = self.pool.pages_for(last)
             tables[row, :pages] = sample.table[:pages]
-        owner = np.repeat(np.arange(len(plan)), counts)
+        owner = np.repeat(np.arange(len(plan)), counts)  # [N]: the sample of each token
+        # A token's position: its place in the step, moved so that the sample's last token gets position lengths - 1.
         positions = (np.arange(len(owner), dtype=np.int32) + (lengths - starts[1:])[owner]).astype(np.int32)
+        # Logits are wanted after the last token of each sample that is complete with this step.
         ends = [starts[row + 1] - 1 for row, (sample, count) in enumerate(plan) if sample.missing == count]
         return Step(
             ids=np.array(ids, np.int32),
@@ -220,15 +234,15 @@ class Engine:
             starts=starts,
             lengths=lengths,
             tables=tables,
-            wanted=np.array(ends or [len(owner) - 1], np.int32),
+            wanted=np.array(ends or [len(owner) - 1], np.int32),  # never empty: runners need one row at least
         )
 
 
 def stream(engine: Engine, request: Request) -> Generator[Event, None, None]:
-    """The events of one request, on an engine that no other caller steps. Left early, the request is cancelled; never
-    begun, it is never there.
+    """The events of one request, on an engine that no other caller steps. The request is submitted when the first event
+    is asked for, and cancelled when the iterator is closed early.
 
-    UserError at once, from ``check``.
+    UserError at once, as ``check``.
     """
     engine.check(request)
     return _events(engine, request)

@@ -1,8 +1,8 @@
 """Engine on several ranks: rank 0 schedules and samples and broadcasts each step; the other ranks execute it.
 
-Before each step rank 0 sends the step, whole numbers only, in a block of a fixed size, and what does not fit in a
-second one: for some tens of sequences that decode the first is enough. Rotary tables are not sent; every rank makes
-them from positions and lengths.
+Rank 0 broadcasts each step, which consists of integers only, in a block of fixed size, and what does not fit there in a
+second one. The first suffices for some tens of decoding sequences. Rotary tables are not sent: every rank computes them
+from positions and lengths.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ STEP, STOP = 1, 2
 
 
 class SharedRunner(Runner, Protocol):
-    """A runner whose model is spread over ranks that all call ``run`` with the same steps."""
+    """A runner whose model is sharded over ranks, all of which call ``run`` with the same steps."""
 
     def share(self, words: np.ndarray) -> np.ndarray:
-        """The int32 words of rank 0, on every rank; the others give as many, of any values."""
+        """Broadcast of rank 0's int32 words to every rank; the other ranks pass an array of the same size."""
 
 
 class Leader:
-    """Rank 0's runner, for an engine: broadcasts every step to the followers before executing it."""
+    """Rank 0's runner for an engine: broadcasts every step to the other ranks, then executes it."""
 
     def __init__(self, runner: SharedRunner) -> None:
         self.config: ModelConfig = runner.config
@@ -56,7 +56,7 @@ class Leader:
 
 
 def follow(runner: SharedRunner) -> None:
-    """The loop of the other ranks: execute every step that rank 0 broadcasts, until it sends STOP."""
+    """Loop of the other ranks: execute every step that rank 0 broadcasts, until STOP arrives."""
     while True:
         first = runner.share(np.zeros(WORDS, np.int32))
         if first[0] == STOP:
@@ -67,9 +67,9 @@ def follow(runner: SharedRunner) -> None:
 
 
 def encode(step: Step) -> tuple[np.ndarray, np.ndarray]:
-    """A step as the first block of WORDS, and what of it did not fit.
+    """A step as a first block of WORDS int32, and the words that did not fit.
 
-    Header: STEP, number of words behind it, tokens, sequences, pages of the longest, wanted tokens.
+    Header: STEP, number of words after it, tokens, sequences, pages of the longest sequence, wanted tokens.
     """
     body = np.concatenate([getattr(step, field.name).reshape(-1) for field in fields(step)]).astype(np.int32)
     first = np.zeros(WORDS, np.int32)
@@ -80,7 +80,7 @@ def encode(step: Step) -> tuple[np.ndarray, np.ndarray]:
 
 
 def decode(first: np.ndarray, rest: np.ndarray) -> Step:
-    """The step that ``encode`` made blocks of."""
+    """The step from ``encode``'s two blocks."""
     _, size, tokens, sequences, pages, wanted = first[:6].tolist()
     body = np.concatenate((first[HEADER : HEADER + min(size, WORDS - HEADER)], rest))
     shapes = {
@@ -104,8 +104,8 @@ def decode(first: np.ndarray, rest: np.ndarray) -> Step:
 def shard_reader(
     config: ModelConfig, table: dict[str, Shard], read: ReadBox, quantize: str = "none"
 ) -> Callable[[str], np.ndarray | Int8Matrix]:
-    """``get(name)`` of what a rank holds of each parameter, out of ``read(name, box)``; rows that stand for no token
-    are zeros. In 8 bits a matrix is quantised whole and then cut: the same whole numbers in every layout."""
+    """``get(name)``: a rank's shard of each parameter, read by ``read(name, box)``; padding rows of the vocabulary are
+    zeros. For int8 a matrix is quantised whole and then cut, so that every layout has the same integers."""
     kinds = {name: spec.kind for name, spec in parameter_table(config).items()}
 
     def get(name: str) -> np.ndarray | Int8Matrix:

@@ -1,6 +1,6 @@
 """Synchronous generation: one request at a time on an engine.
 
-The backend gives logits; everything that decides about them is in core, so both backends choose the same tokens.
+Backends compute logits; sampling and stopping are in core, so both backends choose the same tokens from equal logits.
 """
 
 from __future__ import annotations
@@ -21,18 +21,19 @@ from telechat_twins.core.model.config import ModelConfig
 if TYPE_CHECKING:
     from telechat_twins.core.data.tokenizer import Tokenizer
 
-# Besides the end of an answer: a model that opens the next turn by itself has finished its own.
+# Control tokens that end an answer: beside <_end>, those that open a turn, since a model that opens the next turn has
+# finished its own.
 TURN_TOKENS = (END, USER, START, BOT, SYSTEM)
 
 
 @dataclass
 class GenerationResult:
-    """``tokens`` leaves out the stop token, which is in ``stop_token``. ``finish_reason``: stop | length."""
+    """Generated tokens without the stop token, which is in ``stop_token``. ``finish_reason``: stop | length."""
 
     tokens: list[int] = field(default_factory=list)
     finish_reason: str = "length"
     stop_token: int | None = None
-    top2_margins: list[float] = field(default_factory=list)  # one a token, the stop token's included
+    top2_margins: list[float] = field(default_factory=list)  # one for each token, the stop token included
 
 
 def generate(
@@ -45,8 +46,8 @@ def generate(
 ) -> GenerationResult:
     """Continue ``prompt_ids`` by up to ``max_new_tokens``, ending early at a token of ``stop_ids``.
 
-    ``on_token`` is called with every token as it is made, the stop token excepted. UserError on what the engine refuses
-    and on logits that are not finite.
+    ``on_token`` is called with every token as it is generated, except the stop token. UserError for what the engine
+    refuses and for logits that are not finite.
     """
     request = Request(
         prompt_ids=tuple(prompt_ids),
@@ -69,10 +70,10 @@ def generate(
 
 
 def answer(engine: Engine, request: Request) -> Generator[Event, None, None]:
-    """The events of one request on an engine that serves no other; closing the iterator early cancels it.
+    """The events of one request on an engine that serves no other; closing the iterator early cancels the request.
 
-    A length beyond the trained one is noted on stderr. UserError at once on what the engine refuses, and later
-    when the model fails.
+    A length beyond the trained one is noted on stderr. UserError at once for what the engine refuses, and from the
+    iterator when the model's logits are not finite.
     """
     events = stream(engine, request)
     note_length(engine.config, request.total)
@@ -91,7 +92,7 @@ _noted: set[tuple[int, int, int]] = set()
 
 
 def note_length(config: ModelConfig, length: int) -> None:
-    """Note once on stderr that a length goes beyond what the model was trained for. Not an error: the rotary base and
+    """Print a note, once for a model, that a length exceeds the trained one. This is not an error: the rotary base and
     the attention scale grow with the length (core.model.position)."""
     key = (config.max_seqlen, config.training_seqlen, config.base_seqlen)
     if length <= config.max_seqlen or key in _noted:

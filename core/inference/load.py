@@ -26,7 +26,7 @@ from telechat_twins.core.model.config import with_table_dtype
 
 @dataclasses.dataclass
 class Loaded:
-    """A checkpoint made ready: its configuration, its tokenizer if any, and how to open an engine on it."""
+    """An opened checkpoint with its configuration and tokenizer (None without one), from which engines are made."""
 
     args: argparse.Namespace
     source: WeightSource
@@ -34,12 +34,12 @@ class Loaded:
     tokenizer: Tokenizer | None
 
     def engine(self, max_len: int, samples: int = 1) -> Engine:
-        """An engine on the backend with the weights in it, whose cache holds ``samples`` sequences of ``max_len``."""
+        """An engine on the backend, with the weights loaded and a cache for ``samples`` sequences of ``max_len``."""
         check_xpos_range(self.config, self.args.precision, max_len)
         return self.engine_with(self.pages(max_len, samples))
 
     def engine_with(self, pages: int, limits: EngineLimits | None = None, reuse: bool = True) -> Engine:
-        """An engine on the backend with the weights in it and a cache of so many pages; ``reuse`` as Engine has it."""
+        """An engine on the backend, with the weights loaded and a cache of ``pages`` pages; ``reuse`` as in Engine."""
         from telechat_twins.core.inference.engine import Engine
 
         if limits is not None and limits.max_len is not None:
@@ -51,16 +51,17 @@ class Loaded:
 
     @staticmethod
     def pages(max_len: int, samples: int = 1) -> int:
-        """Pages for ``samples`` sequences of ``max_len`` tokens."""
+        """Pages of a cache for ``samples`` sequences of ``max_len`` tokens, the blank page included."""
         return samples * (pool_size(max_len) - 1) + 1
 
 
 def load_model(
     args: argparse.Namespace, need_tokenizer: str | None, open_source: Callable[[str], WeightSource]
 ) -> Loaded:
-    """Open the checkpoint, by ``open_source``, and its tokenizer. ``need_tokenizer``: the option that requires one.
+    """Open the checkpoint with ``open_source``, and its tokenizer. ``need_tokenizer``: the option that requires one.
 
-    UserError on anything missing or unfitting, before weights are read.
+    UserError, before weights are read, when the backend, the checkpoint or a required tokenizer is missing or when they
+    do not fit together.
     """
     from telechat_twins.core.data.tokenizer import check_vocabulary, load_tokenizer
 
@@ -74,11 +75,11 @@ def load_model(
     config = _without_padding(config, path, own=args.tokenizer is None)
     if path is None and need_tokenizer:
         raise UserError(
-            f"{args.checkpoint}: no tokenizer.model in it, and {need_tokenizer} needs one; give --tokenizer PATH, "
+            f"{args.checkpoint}: has no tokenizer.model, which {need_tokenizer} needs; give --tokenizer PATH, "
             "or token ids to `tele generate --ids`"
         )
     tokenizer = None
-    # Without a need for text a tokenizer that merely lies there must not stand in the way.
+    # Where no text is needed, a tokenizer beside the checkpoint is not loaded, so that a damaged one is no obstacle.
     if path is not None and (need_tokenizer or args.tokenizer):
         tokenizer = load_tokenizer(path, control=args.control, in_vocabulary=True)
         check_vocabulary(tokenizer, config)
@@ -86,7 +87,8 @@ def load_model(
 
 
 def _without_padding(config: ModelConfig, path: str | Path | None, own: bool) -> ModelConfig:
-    """``config`` that knows which rows of its vocabulary are padding, by the tokenizer at ``path``; noted on stderr."""
+    """``config`` with its number of real tokens set by the tokenizer at ``path``: the other rows of the vocabulary are
+    padding, which is noted on stderr."""
     from telechat_twins.core.data.tokenizer import load_tokenizer
     from telechat_twins.core.data.vocabulary import fit_vocabulary
 
@@ -95,7 +97,7 @@ def _without_padding(config: ModelConfig, path: str | Path | None, own: bool) ->
     try:
         pieces = load_tokenizer(path, control="none").vocab_size
     except UserError:
-        return config  # refused where text is needed, and without text it must not stand in the way
+        return config  # where text is needed, load_model refuses this tokenizer; without text it is no obstacle
     config, note = fit_vocabulary(config, pieces, own)
     if note is not None:
         print(f"note: {note}", file=sys.stderr)

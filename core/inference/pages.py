@@ -1,8 +1,8 @@
 """Paged key-value cache: allocation by reference count, and reuse of full pages by the digest of their prefix.
 
-A page is counted by its holders. One that is full can be given a name, the digest of everything that its keys and
-values depend on; while no sequence holds it, it stays as it is until its memory is needed, and a sequence that begins
-with the same tokens finds it by that name.
+A page has a reference count, the number of sequences that hold it. A full page can be named by the digest of everything
+that its keys and values depend on. When no sequence holds a named page any more, it keeps its contents until its memory
+is needed, and a sequence that begins with the same tokens finds it by that name.
 """
 
 from __future__ import annotations
@@ -14,31 +14,34 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 
 PAGE_SIZE = 16  # tokens
-BLANK = 0  # never held: padding slots read it
+BLANK = 0  # page that no sequence holds; padding slots point to it
 
 
 def pool_size(tokens: int, page_size: int = PAGE_SIZE) -> int:
-    """Pages of a pool in which one sequence of ``tokens`` fits, the blank one included."""
+    """Pages of a pool that holds one sequence of ``tokens``, the blank page included."""
     return -(-tokens // page_size) + 1
 
 
 class PagePool:
-    """``num_pages`` pages, the blank one included. Nothing here touches the memory itself."""
+    """Allocator of page numbers; the memory itself belongs to the runner. Page 0 is the blank page."""
 
     def __init__(self, num_pages: int, page_size: int = PAGE_SIZE) -> None:
-        """ValueError without a page beside the blank one."""
+        """``num_pages``: the blank page included, so at least 2 (ValueError)."""
         if num_pages < 2 or page_size < 1:
-            raise ValueError(f"num_pages: {num_pages} of {page_size} tokens; needs 2 pages or more, one stays blank")
+            raise ValueError(
+                f"num_pages: needs 2 pages or more (one stays blank), each of 1 token or more; found {num_pages} pages "
+                f"of {page_size} tokens"
+            )
         self.num_pages, self.page_size = num_pages, page_size
         self._free = deque(range(1, num_pages))
         self._holders = [0] * num_pages
         self._names: dict[int, bytes] = {}
         self._named: dict[bytes, int] = {}
-        self._idle: OrderedDict[int, None] = OrderedDict()  # named, without a holder, least recently used first
+        self._idle: OrderedDict[int, None] = OrderedDict()  # named pages without a holder, least recently used first
 
     @property
     def available(self) -> int:
-        """Pages that ``take`` can give."""
+        """Number of pages that ``take`` can return: free ones, and idle ones whose contents are then lost."""
         return len(self._free) + len(self._idle)
 
     @property
@@ -50,7 +53,7 @@ class PagePool:
         return -(-tokens // self.page_size)
 
     def take(self) -> int:
-        """A page of one's own. IndexError when none is available."""
+        """A page with one holder: a free one, else the idle one unused longest. IndexError when none is available."""
         if self._free:
             page = self._free.popleft()
         elif self._idle:
@@ -62,17 +65,20 @@ class PagePool:
         return page
 
     def find(self, name: bytes) -> int | None:
-        """The page of that name, if its contents are still there."""
+        """The page with that name; None when it does not exist or has been reused."""
         return self._named.get(name)
 
     def share(self, page: int) -> None:
-        """Hold a page that ``find`` gave."""
+        """Add a holder to a page that ``find`` returned."""
         self._holders[page] += 1
         self._idle.pop(page, None)
 
     def give_back(self, pages: Sequence[int]) -> None:
-        """Let go of a sequence's pages, in its order. The last ones lose their contents first: the others are of use
-        without them, and not the other way round."""
+        """Remove a holder from a sequence's pages, given in the order of its tokens.
+
+        They become idle in reverse order, so that later pages are reused first: a prefix is of use without the pages
+        after it, but a page is of no use without the prefix before it.
+        """
         for page in reversed(pages):
             self._holders[page] -= 1
             if self._holders[page]:
@@ -83,12 +89,12 @@ class PagePool:
                 self._free.append(page)
 
     def name(self, page: int, name: bytes) -> None:
-        """Make a full page known. Where another page has the name, that one stays known and this one unknown."""
+        """Name a full page, so that ``find`` returns it. If another page has the name, nothing is changed."""
         if name not in self._named and page not in self._names:
             self._named[name], self._names[page] = page, name
 
     def forget(self, pages: Iterable[int]) -> None:
-        """Take their names from pages that are held: their contents must not be used again."""
+        """Remove the names of held pages, so that no other sequence finds them."""
         for page in pages:
             name = self._names.pop(page, None)
             if name is not None:
@@ -98,7 +104,7 @@ class PagePool:
         return self._holders[page]
 
     def check(self) -> None:
-        """AssertionError unless every page is exactly one of: blank, free, idle, held."""
+        """Check the invariant: every page is exactly one of blank, free, idle and held. AssertionError otherwise."""
         free, idle = set(self._free), set(self._idle)
         held = {page for page in range(1, self.num_pages) if self._holders[page]}
         assert len(free) == len(self._free), "a page is free twice"
@@ -112,14 +118,19 @@ class PagePool:
 
 
 def first_name(salt: str) -> bytes:
-    """What stands before the first page of sequences that share pages only among those of the same ``salt``: empty
-    without one, else 32 bytes, which no page's name is."""
+    """The ``before`` of a sequence's first page. Sequences share pages only if they have the same ``salt``.
+
+    Empty without a salt, else 32 bytes; names of pages have 16, so the two cannot be confused.
+    """
     return hashlib.blake2b(salt.encode("utf-8", "surrogatepass"), digest_size=32).digest() if salt else b""
 
 
 def page_name(before: bytes, ids: Sequence[int], scaling: np.ndarray) -> bytes:
-    """What a full page's keys and values depend on: all pages before it (``before`` is the last one's name, or for the
-    first page ``first_name``), its token ids, and the rotary scaling of each, float64 [n, 2] (base and amplitude)."""
+    """Name of a full page: the digest of everything that its keys and values depend on.
+
+    ``before``: the name of the page before it, which stands for all earlier tokens, or ``first_name``. ``ids``: its n
+    token ids. ``scaling``: the rotary scaling of each, float64 [n, 2] (base and amplitude).
+    """
     digest = hashlib.blake2b(before, digest_size=16)
     digest.update(np.asarray(ids, np.int32).tobytes())
     digest.update(np.ascontiguousarray(scaling, np.float64).tobytes())

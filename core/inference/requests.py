@@ -26,14 +26,14 @@ MAX_BIAS = 100.0
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """A prompt and how to go on from it.
+    """A prompt with its sampling options, stop conditions and output options.
 
-    ``samples``: how many answers. ``stop_ids`` end an answer and are not part of it; so do ``stop_texts``, wherever in
-    the text they come together. ``logit_bias`` is added to logits by token id. ``logprobs``: report each token's
-    log-probability and those of the N likeliest (None: neither). ``margins``: report how far each token was ahead
-    of the next. ``text``: none; "answer", which begins a text of its own; "tools", an answer in which the control
-    tokens around tool calls are written out; "continuation", whose first word keeps the space that divides it from the
-    prompt. ``cache_salt``: prompts use cached pages again only among those of one salt.
+    ``samples``: number of answers. ``stop_ids`` end an answer and are not part of it; so do ``stop_texts``, also when
+    one is spread over several tokens. ``logit_bias`` is added to logits, by token id. ``logprobs``: report each token's
+    log-probability and those of the N likeliest (None: neither). ``margins``: report the difference of the two largest
+    scores. ``text``: "none"; "answer", a text of its own; "tools", an answer in which the control tokens around tool
+    calls are written out; "continuation", whose first word keeps the space between it and the prompt. ``cache_salt``:
+    only prompts with the same salt share cached pages.
     """
 
     prompt_ids: tuple[int, ...]
@@ -50,14 +50,14 @@ class Request:
 
     @property
     def total(self) -> int:
-        """Tokens that prompt and answer may reach together."""
+        """Tokens of prompt and answer together, at most."""
         return len(self.prompt_ids) + self.max_new_tokens
 
 
 @dataclass(frozen=True)
 class Usage:
-    """Tokens of one sample. ``completion``: all that were made, a stop token included. ``cached``: of the prompt, those
-    whose keys and values were there already."""
+    """Token counts of one sample. ``completion``: generated tokens, a stop token included. ``cached``: tokens of the
+    prompt whose keys and values came from the cache."""
 
     prompt: int
     completion: int
@@ -66,13 +66,13 @@ class Usage:
 
 @dataclass(frozen=True)
 class Event:
-    """What happened to one sample of one request.
+    """A generated token, or the end, of one sample of a request.
 
-    ``choice`` is a token that was made, None when the sample ended without one. ``text`` is what may be shown because
-    of it: a character of several tokens comes with its last, and what could become a stop string is held back.
-    ``offset``: characters of decoded text in front of the token's own, whether they could be shown yet or not. The last
-    event of a sample has ``usage`` and a ``finish_reason``: "stop" (``stop``: the token or the string, neither of which
-    is in the text), "length", "cancelled" or "error" (``error`` has the message).
+    ``choice``: the generated token, None when the sample ends without one. ``text``: the new text that may be shown; a
+    character of several tokens comes with the last of them, and what may become a stop string is held back. ``offset``:
+    characters of decoded text before the token's own, shown or not. The last event of a sample has ``usage`` and a
+    ``finish_reason``: "stop" (``stop``: the stop token or string, which is not part of the text), "length", "cancelled"
+    or "error" (``error``: the message).
     """
 
     request: int
@@ -87,9 +87,9 @@ class Event:
 
 
 def check_request(request: Request, vocab_size: int, has_tokenizer: bool) -> None:
-    """UserError on what no engine can do, naming the field; lengths, the engine checks against its own."""
+    """UserError, naming the field, for a request that no engine can serve. Its length is checked by Engine.check."""
     if not request.prompt_ids:
-        raise UserError("prompt: it has no tokens; give some text, or --add-bos to begin from <_start>")
+        raise UserError("prompt: must have at least one token; give some text, or --add-bos to begin from <_start>")
     check_ids("prompt", request.prompt_ids, vocab_size)
     if request.max_new_tokens < 1:
         raise UserError(f"max_new_tokens: must be at least 1, found {request.max_new_tokens}")
@@ -98,7 +98,7 @@ def check_request(request: Request, vocab_size: int, has_tokenizer: bool) -> Non
     if request.logprobs is not None and not 0 <= request.logprobs <= vocab_size:
         raise UserError(f"logprobs: must be 0 to {vocab_size}, the vocabulary, found {request.logprobs}")
     if not all(request.stop_texts):
-        raise UserError("stop: an empty string would end every answer; leave it out")
+        raise UserError("stop: must not be an empty string, which would end every answer; leave it out")
     check_ids("logit_bias", request.logit_bias, vocab_size)
     for token, value in request.logit_bias.items():
         if not (math.isfinite(value) and abs(value) <= MAX_BIAS):
@@ -106,11 +106,11 @@ def check_request(request: Request, vocab_size: int, has_tokenizer: bool) -> Non
     if request.text not in TEXTS:
         raise UserError(f"text: '{request.text}' is not one of {', '.join(TEXTS)}")
     if not has_tokenizer and (request.text != "none" or request.stop_texts):
-        raise UserError("stop: stop strings and text need a tokenizer, found none; give --tokenizer, or token ids")
+        raise UserError("stop: stop strings and text output need a tokenizer, found none; give --tokenizer")
 
 
 def check_ids(name: str, ids: Iterable[int], vocab_size: int) -> list[int]:
-    """``ids`` as plain ints; UserError names the first that is not a token of the vocabulary and its place."""
+    """``ids`` as plain ints; UserError names the first id outside the vocabulary and its place."""
     checked = [int(token) for token in ids]
     for place, token in enumerate(checked):
         if not 0 <= token < vocab_size:
@@ -124,11 +124,11 @@ def call_marks(tokenizer: Tokenizer) -> dict[int, str]:
 
 
 class Sample:
-    """One of the answers to a request, from its arrival to its end.
+    """State of one answer to a request, from its arrival to its end.
 
-    ``tokens``: prompt and answer so far, of which the keys and values of the first ``computed`` are in the pages
-    ``table[:held]``. ``order`` is the place in the queue, which it never loses. ``leader``: the request's first sample,
-    whose prompt the others want to use again.
+    ``tokens``: prompt and answer so far; the keys and values of the first ``computed`` are in the pages
+    ``table[:held]``. ``order``: rank of its arrival, kept when it is preempted. ``leader``: the first sample of the
+    request, whose pages of the prompt the others share once they are computed.
     """
 
     def __init__(
@@ -162,31 +162,33 @@ class Sample:
 
     @property
     def missing(self) -> int:
-        """Tokens whose keys and values are still to be computed; after the last of them a token can be chosen."""
+        """Tokens whose keys and values are still to be computed. At 0 the next token can be chosen."""
         return len(self.tokens) - self.computed
 
     @property
     def made(self) -> int:
+        """Number of generated tokens."""
         return len(self.tokens) - len(self.request.prompt_ids)
 
     @property
     def waits(self) -> bool:
-        """For the leader, which is computing the prompt that both have."""
+        """Whether the leader is still computing the prompt that both have."""
         leader = self.leader
         return leader is not None and not leader.finished and leader.computed < len(self.request.prompt_ids)
 
     def scaling_lengths(self, first: int, last: int) -> np.ndarray:
         """The length that decides the rotary scaling of each of the tokens [first, last), int32.
 
-        The planned end of the request; by ``rescale: step`` the length at which a token came in, as released: that of
-        the prompt for all of the prompt, which the release takes in one piece.
+        It is ``request.total`` for all tokens of a request. With ``rescale`` "step", as in the released code, it is the
+        length at which a token is computed: the prompt's length for all of the prompt, which the release computes in
+        one pass, and after it a token's own position + 1.
         """
         if not self._by_step:
             return np.full(last - first, self.request.total, np.int32)
         return np.maximum(np.arange(first + 1, last + 1, dtype=np.int32), np.int32(len(self.request.prompt_ids)))
 
     def page_name(self, page: int, scaling: Callable[[int], tuple[float, float]]) -> bytes:
-        """The name of the sample's full page number ``page``; ``scaling`` is RotaryRows.scaling."""
+        """Name (core.inference.pages.page_name) of the sample's full page ``page``; ``scaling``: RotaryRows.scaling."""
         while len(self._names) <= page:
             first = len(self._names) * self._page_size
             last = first + self._page_size
@@ -196,7 +198,7 @@ class Sample:
         return self._names[page]
 
     def take_token(self, choice: TokenChoice) -> Event:
-        """The event of a token that was chosen; ``finished`` is set when it is the last."""
+        """Append a chosen token. Returns its event; ``finished`` is set when it is the last."""
         self.tokens.append(choice.token)
         reason: str | None = None
         stop: int | str | None = None
@@ -208,6 +210,7 @@ class Sample:
             offset = self._text.start
         if reason is None and self._stops.found is None and self.made == self.request.max_new_tokens:
             reason = "length"
+        # At the end the decoder's held-back bytes come out, which may complete a stop string: then that is the reason.
         if reason is not None and self._text is not None:
             text += self._stops.push(self._text.flush())
         if self._stops.found is not None:
@@ -219,7 +222,7 @@ class Sample:
         return self._last(choice, text, reason, stop, offset=offset)
 
     def end(self, reason: str, error: str | None = None) -> Event:
-        """The event of a sample that ends without a further token; text that was held back is in it."""
+        """End the sample without a further token. Returns its event, with the text that was held back."""
         text = ""
         if self._text is not None:
             text = self._stops.push(self._text.flush()) + self._stops.flush()

@@ -1,11 +1,12 @@
 """Paged cache over a ring of ranks: placement of pages, assignment of tokens, and visible keys on each rank.
 
-An engine counts the pages of the whole ring. Page g > 0 lies on rank (g - 1) % R as its page (g - 1) // R + 1; every
-rank has a blank page 0 of its own. A token is computed by the rank that has the page of its slot, so keys and values
-stay where they are made. Queries go round (pass-Q of arXiv 2411.01783: while a prompt is read in pieces the past is
-longer than a piece), and of a sequence's keys on one rank a query sees the first few, for these are in order.
+The engine numbers the pages of the whole ring. Page g > 0 lies on rank (g - 1) % R as that rank's page
+(g - 1) // R + 1; every rank has a blank page 0 of its own. A token is computed on the rank that holds the page of its
+slot, so keys and values are stored where they are computed, and the queries travel around the ring (pass-Q of arXiv
+2411.01783: with chunked prompts the keys of the past are more than the queries of a chunk). A rank keeps the keys of a
+sequence in order of position, so the keys that a query may see are a prefix of them.
 
-N tokens of a step, n of the rank with the most of them, R ranks, B rows of queries, S queries of a row, T keys.
+Shapes: N tokens of a step, n tokens of the rank with the most, R ranks, B rows of queries, S queries a row, T keys.
 """
 
 from __future__ import annotations
@@ -20,8 +21,11 @@ from telechat_twins.core.inference.runner import Step
 
 
 class RingBlock(NamedTuple):
-    """Queries [first, last), B * S of them, and where the keys of a rank lie that they meet: ``slots`` int32 [B, T],
-    blank ones at the end; query i of row b sees keys [ranges[b, i, 0], ranges[b, i, 1]), none for some."""
+    """Queries [first, last), B * S of them, with the keys of one rank that they attend to.
+
+    ``slots`` int32 [B, T]: where the keys are stored, padded with the blank slot. Query i of row b sees keys
+    [ranges[b, i, 0], ranges[b, i, 1]), which may be empty.
+    """
 
     first: int
     last: int
@@ -31,12 +35,12 @@ class RingBlock(NamedTuple):
 
 @dataclass(frozen=True)
 class RankStep:
-    """What one rank does in a step. Every rank has as many tokens, filled up by padding whose results are dropped.
+    """One rank's part of a step. Every rank has n tokens; shorter ones are padded, and the results of padding dropped.
 
-    ``ids``, ``positions``, ``scaling_lengths`` int32 [n]. ``slots`` [m]: where keys and values of the first m tokens
-    go, those that are this rank's. ``wanted`` [w]: tokens among the n, filled up likewise; of the R * w rows that come
-    together from all ranks, ``order`` [W] are those that the step wanted. ``hops``: at hop h the queries of rank - h
-    are here, and meet these parts of the keys.
+    ``ids``, ``positions``, ``scaling_lengths`` int32 [n]. ``slots`` [m]: where the keys and values of the rank's m real
+    tokens, the first of the n, are stored. ``wanted`` [w]: indices of tokens whose logits are wanted, padded likewise.
+    ``order`` [W]: of the R * w rows of logits gathered from all ranks, the rows that the step wants. ``hops``: at hop h
+    this rank has the queries of rank - h, and these blocks say which of its keys they see.
     """
 
     ids: np.ndarray
@@ -49,17 +53,17 @@ class RankStep:
 
     @property
     def wants_all(self) -> bool:
-        """As Step has it."""
+        """As in Step."""
         return np.array_equal(self.wanted, np.arange(len(self.ids)))
 
 
 def pages_of_rank(num_pages: int, ranks: int) -> int:
-    """Pages that each rank keeps of ``num_pages`` (core.inference.pages.PagePool), its blank one included."""
+    """Pages on each rank when the ring has ``num_pages`` (core.inference.pages.PagePool), its blank page included."""
     return -(-(num_pages - 1) // ranks) + 1
 
 
 def rank_step(step: Step, ranks: int, rank: int, page_size: int) -> RankStep:
-    """The part of ``rank`` in a step of a ring of ``ranks``; every rank cuts the same step."""
+    """The part of ``rank`` in a step on a ring of ``ranks``. All ranks derive their parts from the same step."""
     owner = (step.slots // page_size - 1) % ranks
     tokens = [np.flatnonzero(owner == r) for r in range(ranks)]
     most = max(map(len, tokens))
@@ -88,7 +92,7 @@ def rank_step(step: Step, ranks: int, rank: int, page_size: int) -> RankStep:
 
 
 def _keys(step: Step, row: int, ranks: int, rank: int, page_size: int) -> tuple[np.ndarray, np.ndarray]:
-    """Positions and slots, int32 [T] each, of what ``rank`` has of a sequence's keys."""
+    """Positions and slots, int32 [T] each, of a sequence's keys on ``rank``, in order of position."""
     length, inside = int(step.lengths[row]), np.arange(page_size, dtype=np.int32)
     pages = step.tables[row, : -(-length // page_size)] - 1
     held = np.flatnonzero(pages % ranks == rank).astype(np.int32)
@@ -99,8 +103,8 @@ def _keys(step: Step, row: int, ranks: int, rank: int, page_size: int) -> tuple[
 
 
 def _parts(step: Step, tokens: np.ndarray, keys: list[tuple[np.ndarray, np.ndarray]]) -> list[RingBlock]:
-    """How the queries of ``tokens`` meet ``keys``: those of sequences with a single one together, if there are any, and
-    the others sequence by sequence. What meets no key at all is in no part."""
+    """Blocks of the queries of ``tokens`` against ``keys``: one for all sequences with a single token, and one for each
+    other sequence. Queries that see no key at all are in no block."""
     rows = np.searchsorted(step.starts, tokens, side="right") - 1
     edges = [*np.flatnonzero(np.diff(rows, prepend=-1)).tolist(), len(tokens)]
     runs = list(itertools.pairwise(edges))  # one for each sequence

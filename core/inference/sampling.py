@@ -1,8 +1,8 @@
 """Sampling in numpy, shared by both backends: the same logits give the same token.
 
-The rules are those of Hugging Face's generation, in its order: penalties, temperature, top-k, top-p, min-p, draw.
-Everything after the model is float64, so no decision hangs on a framework's softmax. A vocabulary is large and a step
-short: no rule sorts it whole, and greedy choosing copies nothing.
+The rules and their order are those of Hugging Face's generation: penalties, temperature, top-k, top-p, min-p, draw.
+Everything after the model is computed in float64, so no decision depends on a framework's softmax. For speed no rule
+sorts the whole vocabulary, and greedy decoding copies nothing.
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ import numpy as np
 from telechat_twins.core.errors import UserError
 from telechat_twins.core.schema import from_mapping, option
 
-GROUPS = 1024  # parts of a vocabulary whose largest members bound the k-th largest of all from below
-BLOCK = 128  # neighbours that are summed before a draw looks at each
-AHEAD = 64  # random numbers made at once
-BINS = 1024  # of scores, of which top-p sorts one
-DEPTH = 40.0  # what is e^-40 times as likely as the likeliest goes into the last bin
+GROUPS = 1024  # of scores, whose maxima bound the k-th largest score from below
+BLOCK = 128  # neighbouring weights that a draw adds up before it looks at single ones
+AHEAD = 64  # random numbers generated at once
+BINS = 1024  # of scores; top-p sorts the members of one of them
+DEPTH = 40.0  # scores further below the largest share the last bin: they are e^-40 times as likely
 
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingConfig:
-    """How the next token is chosen. ``temperature`` 0 is greedy; top-k, top-p and min-p act on drawing only."""
+    """Sampling options. ``temperature`` 0 is greedy decoding, on which top-k, top-p and min-p have no effect."""
 
     temperature: float = option(0.0, help="0 takes the likeliest token; above 0 draws", min=0.0, max=1e6)
     top_k: int = option(0, help="draw only from the k likeliest tokens; 0 switches it off", min=0)
@@ -59,8 +59,8 @@ def sampling_config(**values: object) -> SamplingConfig:
 
 
 class TokenChoice(NamedTuple):
-    """A token, and where asked for: how far its score was ahead of the next one's, its log-probability under the model
-    (before penalties and temperature), and the likeliest tokens with theirs."""
+    """A chosen token. On request: the difference of the two largest scores (``margin``), its log-probability under the
+    model (before penalties and temperature), and the likeliest tokens with theirs (``top``)."""
 
     token: int
     margin: float | None = None
@@ -69,7 +69,7 @@ class TokenChoice(NamedTuple):
 
 
 class Sampler:
-    """The choices of one sequence: its rules, its random numbers, and the tokens that its penalties act on."""
+    """Sampler of one sequence: its options, its random numbers, and the tokens that its penalties act on."""
 
     def __init__(
         self,
@@ -80,7 +80,7 @@ class Sampler:
         margins: bool = False,
         logprobs: int | None = None,
     ) -> None:
-        """``sample``: which of several answers to one prompt; ``bias`` is added to logits by token id; ``margins``:
+        """``sample``: index among several answers to one prompt; ``bias`` is added to logits, by token id; ``margins``:
         report them; ``logprobs``: report the chosen token's and those of the N likeliest."""
         self.config, self.margins, self.logprobs = config, margins, logprobs
         self._draws = Draws(config.seed, sample)
@@ -90,9 +90,9 @@ class Sampler:
             self._bias = np.fromiter(bias.keys(), np.int64), np.fromiter(bias.values(), np.float64)
 
     def choose(self, logits: np.ndarray, position: int) -> TokenChoice:
-        """The token for ``position`` (its place in the sequence, prompt included) out of logits [V].
+        """The token for ``position`` (counted from the start of the prompt) from logits [V].
 
-        UserError when they are not finite.
+        UserError when the logits are not finite.
         """
         check_finite(logits, position - 1)
         config, scores = self.config, logits
@@ -108,7 +108,7 @@ class Sampler:
 
 
 class History:
-    """The tokens of a sequence, each id once: ``ids`` [n] and how often it is in the output, ``made`` [n]."""
+    """Distinct tokens of a sequence: ``ids`` [n], and how often each occurs in the output, ``made`` [n]."""
 
     def __init__(self, prompt: Sequence[int]) -> None:
         ids = list(dict.fromkeys(prompt))
@@ -117,7 +117,7 @@ class History:
         self._made = np.zeros(len(ids))
 
     def add(self, token: int) -> None:
-        """``token`` has joined the output."""
+        """Append ``token`` to the output."""
         place = self._place.setdefault(token, len(self._place))
         if place == len(self._ids):
             more = max(64, place)
@@ -141,11 +141,11 @@ def adjust(
     history: History | None = None,
     bias: tuple[np.ndarray, np.ndarray] | None = None,
 ) -> np.ndarray:
-    """Scores float64 [V] out of logits [V]: penalties of the tokens in ``history``, then ``bias`` (ids, values).
+    """Scores float64 [V] from logits [V]: penalties for the tokens in ``history``, then ``bias`` (ids, values).
 
-    Repetition: a logit is divided by the penalty when positive and multiplied when negative, once, however often the
-    token occurred in prompt or output. Frequency and presence, of the output alone: minus frequency for each
-    occurrence, and minus presence once.
+    Repetition penalty, for tokens of prompt and output: a positive logit is divided by it, a negative one multiplied,
+    once, however often the token occurred. Frequency and presence penalty, for tokens of the output: the frequency
+    penalty is subtracted for each occurrence, the presence penalty once.
     """
     scores = np.asarray(logits).astype(np.float64)
     if history is not None:
@@ -162,13 +162,15 @@ def adjust(
 
 
 def largest(scores: np.ndarray, k: int) -> np.ndarray:
-    """Ids, ascending, of the k largest scores [V] and of all that are tied with the k-th."""
+    """Ids, ascending, of the k largest scores [V], and of all tied with the k-th largest."""
     size = scores.size
     if k >= size:
         return np.arange(size)
     rows = size // GROUPS
     if rows > 1 and k <= GROUPS:
-        # k groups have a member at or above the k-th largest of the groups' largest, so the k-th of all is not below.
+        # Deal the scores into GROUPS groups (columns). Let t be the k-th largest of the groups' maxima: k groups have a
+        # score of t or more, so the k-th largest score of all is at least t. Only scores from t on need a partition,
+        # usually little more than k. The scores after rows * GROUPS are in no group, which leaves t a lower bound.
         tops = scores[: rows * GROUPS].reshape(rows, GROUPS).max(0)
         ids = np.flatnonzero(scores >= np.partition(tops, GROUPS - k)[GROUPS - k])
         if ids.size == k:
@@ -179,18 +181,19 @@ def largest(scores: np.ndarray, k: int) -> np.ndarray:
 
 
 def kept(scores: np.ndarray, config: SamplingConfig) -> tuple[np.ndarray | None, np.ndarray]:
-    """What is drawn from, out of scores [V]: ids, ascending (None: all), and their weights, not normalised.
+    """The tokens to draw from, by scores [V]: ids, ascending (None: all), and their weights, not normalised.
 
-    Top-k keeps tokens tied with the k-th. Top-p drops the tail whose cumulative share, counted from the least likely,
-    is at most 1 - p; the likeliest always stays, and among equal scores the higher id counts as likelier. Min-p, after
-    it, drops tokens less than so much as likely as the likeliest.
+    Top-k also keeps tokens tied with the k-th. Top-p drops the least likely tokens as long as they hold at most 1 - p
+    together; the likeliest always stays, and among equal scores the higher id counts as likelier. Min-p, after it,
+    drops tokens less likely than min_p times the likeliest.
     """
     ids = None
     scores = np.asarray(scores)
     if 0 < config.top_k < scores.size:
         ids = largest(scores, config.top_k)
         scores = scores[ids]
-    # The largest score is moved to 0 first: the same distribution, and a tiny temperature cannot overflow it.
+    # Subtract the largest score before dividing: the distribution is the same, and with a tiny temperature the largest
+    # stays 0 instead of overflowing.
     scores = scores.astype(np.float64)
     with np.errstate(over="ignore"):
         scores = (scores - scores.max()) / config.temperature
@@ -199,16 +202,17 @@ def kept(scores: np.ndarray, config: SamplingConfig) -> tuple[np.ndarray | None,
         within = _nucleus(scores, weights, config.top_p)
         ids, weights = within if ids is None else ids[within], weights[within]
     if config.min_p > 0.0:
-        within = np.flatnonzero(weights >= config.min_p)  # the likeliest weighs 1
+        within = np.flatnonzero(weights >= config.min_p)  # weights are relative to the likeliest, which has 1
         ids, weights = within if ids is None else ids[within], weights[within]
     return ids, weights
 
 
 def _nucleus(scores: np.ndarray, weights: np.ndarray, p: float) -> np.ndarray:
-    """Ids, ascending, that top-p keeps, of scores up to 0 and their exponentials.
+    """Ids, ascending, that top-p keeps. ``scores``: at most 0; ``weights``: their exponentials.
 
-    Scores are dealt into bins of equal width; of the bin in which the share is reached, and only of it, the members are
-    sorted. Equal scores are in one bin.
+    A histogram instead of a sort: scores are put into bins of equal width, from the likeliest (bin 0) to the least
+    likely. Bins before the one in which the cumulative share reaches p are kept whole, bins after it are dropped, and
+    only the members of that bin are sorted. Equal scores are in one bin.
     """
     total = weights.sum()
     depth = min(-float(scores.min()), DEPTH)
@@ -219,8 +223,9 @@ def _nucleus(scores: np.ndarray, weights: np.ndarray, p: float) -> np.ndarray:
     reached = np.cumsum(shares)
     edge = min(int(np.searchsorted(reached, p)), BINS - 1)
     ids = np.flatnonzero(bins == edge)
-    order = np.argsort(scores[ids], kind="stable")
-    below = shares[edge + 1 :].sum()
+    order = np.argsort(scores[ids], kind="stable")  # least likely first
+    below = shares[edge + 1 :].sum()  # the share of the dropped bins
+    # Hugging Face's rule: a token is dropped while it and all less likely ones hold at most 1 - p.
     stays = below + np.cumsum(weights[ids[order]] / total) > 1.0 - p
     if edge == 0:
         stays[-1] = True  # the likeliest
@@ -230,18 +235,24 @@ def _nucleus(scores: np.ndarray, weights: np.ndarray, p: float) -> np.ndarray:
 
 
 def draw(scores: np.ndarray, config: SamplingConfig, u: float) -> int:
-    """The inverse of the cumulative distribution at ``u`` in [0, 1), out of scores [V]; temperature above 0."""
+    """A token drawn from scores [V] by inversion: the cumulative distribution's inverse at ``u`` in [0, 1).
+
+    ``config.temperature`` must be above 0.
+    """
     ids, weights = kept(scores, config)
     place = _inverse(weights, u)
     return place if ids is None else int(ids[place])
 
 
 def _inverse(weights: np.ndarray, u: float) -> int:
-    """The first place whose cumulative weight reaches beyond ``u`` of the whole; never one of weight 0."""
+    """The first index whose cumulative weight exceeds ``u`` times the sum of weights [n]; never one of weight 0."""
+    # Two levels: find the block by the cumulative sums of blocks, then the index by those inside the block.
     whole = weights.size // BLOCK * BLOCK
     sums = np.concatenate((weights[:whole].reshape(-1, BLOCK).sum(1), weights[whole:].sum(keepdims=True)))
     ends = np.cumsum(sums)
     target = u * ends[-1]
+    # By rounding, target may reach the last sum: then take the first block that reaches it, since blocks after it weigh
+    # nothing. The same inside the block.
     block = min(int(np.searchsorted(ends, target, side="right")), int(np.searchsorted(ends, ends[-1])))
     inside = np.cumsum(weights[block * BLOCK : (block + 1) * BLOCK])
     target -= ends[block - 1] if block else 0.0
@@ -250,9 +261,10 @@ def _inverse(weights: np.ndarray, u: float) -> int:
 
 
 def uniform(seed: int, position: int, sample: int = 0) -> float:
-    """The random number in [0, 1) that belongs to (seed, position, sample), the same on every platform, in any order.
+    """Counter-based random number in [0, 1): a function of seed, position and sample, equal on every platform.
 
-    Philox4x64-10 with the seed as key and (position, sample) as counter; the first 53 bits of the first word.
+    Philox4x64-10 with the seed as key and (position, sample) as counter; the top 53 bits of the first word. So a draw
+    does not depend on which sequences share a step, or on whether a sequence was preempted.
     """
     return _fraction(np.random.Philox(key=seed, counter=[position, sample, 0, 0]).random_raw())
 
@@ -262,7 +274,7 @@ def _fraction(word: int) -> float:
 
 
 class Draws:
-    """``uniform`` of one seed and sample, cheap for positions that follow each other."""
+    """``uniform`` for one seed and sample, generated in batches of AHEAD consecutive positions."""
 
     def __init__(self, seed: int, sample: int) -> None:
         self._seed, self._sample = seed, sample
@@ -273,15 +285,17 @@ class Draws:
         place = position - self._first
         if not 0 <= place < self._words.size:
             made = np.random.Philox(key=self._seed, counter=[position, self._sample, 0, 0])
-            # A position is a block of four words, of which the first is taken.
+            # Philox yields four words for each counter value, that is for each position: take the first of each four.
             self._first, place = position, 0
             self._words = made.random_raw(4 * AHEAD)[::4]
         return _fraction(self._words[place])
 
 
 def log_probabilities(logits: np.ndarray, token: int, top: int) -> tuple[float, tuple[tuple[int, float], ...]]:
-    """log softmax(logits)[token], and (id, log-probability) of the ``top`` likeliest, likeliest first, the lower id
-    first among equals; float64."""
+    """log softmax(logits)[token], and (id, log-probability) of the ``top`` likeliest tokens; float64.
+
+    The likeliest comes first; among equals, the lower id.
+    """
     wide = np.asarray(logits).astype(np.float64)
     most = wide.max()
     log_sum = float(most + np.log(np.exp(wide - most).sum()))
@@ -291,7 +305,7 @@ def log_probabilities(logits: np.ndarray, token: int, top: int) -> tuple[float, 
 
 
 def top2_margin(scores: np.ndarray) -> float:
-    """Largest minus second largest score: how far a greedy choice was from being another one."""
+    """Largest minus second largest score: by how much a greedy choice was ahead of the next token."""
     if scores.size < 2:
         return float("inf")
     first = int(np.argmax(scores))
@@ -300,8 +314,8 @@ def top2_margin(scores: np.ndarray) -> float:
 
 
 def check_finite(logits: np.ndarray, position: int) -> None:
-    """UserError when the model gave NaN or infinity: choosing among them would look like an answer."""
-    # NaN is the smallest and the largest of an array that has one.
+    """UserError when logits have a NaN or an infinity: a token chosen from them would look like a valid answer."""
+    # numpy's min and max of an array with a NaN are NaN, so two reductions are enough.
     if np.isfinite(logits.min()) and np.isfinite(logits.max()):
         return
     bad = int(np.count_nonzero(~np.isfinite(logits)))

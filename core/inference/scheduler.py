@@ -1,10 +1,10 @@
-"""Scheduler of continuous batching: admission, the share of each sample in a step, and preemption.
+"""Scheduler of continuous batching: admission, the tokens of each sample in a step, and preemption.
 
-Every step, samples that have their prompt behind them get one token each; what is left of the step's tokens goes to
-prompts, the oldest first, in pieces. A sample is admitted when there are pages for all tokens that it has. When one
-that is running needs a page and none is left, the youngest gives all of its pages back, and computes its tokens again
-later. So the oldest is never stopped by another, and every sample gets there: that it fits alone was checked at its
-arrival.
+In every step, samples that are decoding get one token each. The rest of the step's token budget goes to prompts in
+chunks, the oldest first. A waiting sample is admitted when the pool has pages for all tokens that it has so far. When a
+running sample needs a page and none is left, the youngest running sample is preempted: it gives all of its pages back,
+waits, and later computes its tokens again. So the oldest sample always advances, and since each was checked on arrival
+to fit the cache alone, every sample finishes.
 """
 
 from __future__ import annotations
@@ -20,7 +20,10 @@ ORDER = attrgetter("order")
 
 
 class Scheduler:
-    """``reuse``: look for pages of earlier prompts. ``waiting`` and ``running`` are in the order of arrival."""
+    """Queues of samples, and the plan of each step.
+
+    ``reuse``: prompts with a common prefix share its pages. ``waiting`` and ``running`` are in order of arrival.
+    """
 
     def __init__(
         self,
@@ -30,7 +33,7 @@ class Scheduler:
         step_tokens: int,
         reuse: bool = True,
     ) -> None:
-        """``scaling``: RotaryRows.scaling; ``max_samples`` run at once; ``step_tokens`` are computed in a step."""
+        """``scaling``: RotaryRows.scaling; ``max_samples``: that run at once; ``step_tokens``: budget of a step."""
         self.pool, self.reuse = pool, reuse
         self.waiting: list[Sample] = []
         self.running: list[Sample] = []
@@ -38,11 +41,11 @@ class Scheduler:
         self._scaling, self._max_samples, self._step_tokens = scaling, max_samples, step_tokens
 
     def add(self, sample: Sample) -> None:
-        """Let a sample wait for its turn."""
+        """Queue a sample."""
         bisect.insort(self.waiting, sample, key=ORDER)
 
     def remove(self, sample: Sample) -> None:
-        """Forget a sample, wherever it is, and free its pages."""
+        """Remove a sample, running or waiting, and free its pages."""
         if sample in self.running:
             self.running.remove(sample)
             self._free(sample)
@@ -50,18 +53,26 @@ class Scheduler:
             self.waiting.remove(sample)
 
     def plan(self) -> list[tuple[Sample, int]]:
-        """The samples of the next step and how many tokens each gets: those with one token first."""
+        """The samples of the next step with the number of tokens each computes; those with one token come first."""
+        # 1. Pages for the next token of every running sample, the oldest first. While one cannot get its page, preempt
+        #    the youngest, which may be that sample itself.
         stopped = self.preemptions
         for sample in list(self.running):
             while sample in self.running and not self._grow(sample):
                 self._preempt(self.running[-1])
+        # 2. Decoding samples come before prompts: they cost one token each, and their users see the delay. There are
+        #    fewer of them than step_tokens (EngineLimits), so prompts always have some budget.
         one = [(sample, 1) for sample in self.running if sample.missing == 1]
         left = self._step_tokens - len(one)
+        # 3. The rest of the budget goes to prompts that are being computed, in chunks.
         several = []
         for sample in self.running:
             if sample.missing > 1 and left:
                 several.append((sample, min(sample.missing, left)))
                 left -= several[-1][1]
+        # 4. What is left admits waiting samples in order of arrival: when the first one does not fit, smaller ones
+        #    behind it do not overtake it, or it might wait forever (samples that wait for their leader's prompt are
+        #    passed over). None is admitted in a step with a preemption: pages are short already.
         while left and len(self.running) < self._max_samples and stopped == self.preemptions:
             first = next((sample for sample in self.waiting if not sample.waits), None)
             if first is None or not self._admit(first):
@@ -72,7 +83,7 @@ class Scheduler:
         return one + several
 
     def computed(self, sample: Sample, count: int) -> None:
-        """``count`` more tokens of a sample are in its pages; pages that they filled become known."""
+        """Record that ``count`` more tokens of a sample are in its pages, and name the pages that they filled."""
         first, sample.computed = sample.computed, sample.computed + count
         if self.reuse:
             size = self.pool.page_size
@@ -80,11 +91,11 @@ class Scheduler:
                 self.pool.name(int(sample.table[page]), sample.page_name(page, self._scaling))
 
     def distrust(self, sample: Sample) -> None:
-        """The contents of a sample's pages are not to be used again."""
+        """Exclude a sample's pages from reuse by other samples."""
         self.pool.forget(int(page) for page in sample.table[: sample.held])
 
     def _grow(self, sample: Sample) -> bool:
-        """Pages for all of a running sample's tokens, if there are any left."""
+        """Take pages for all of a running sample's tokens; False when none are left (those taken are kept)."""
         while sample.held < self.pool.pages_for(len(sample.tokens)):
             if not self.pool.available:
                 return False
@@ -96,9 +107,10 @@ class Scheduler:
         sample.held += 1
 
     def _admit(self, sample: Sample) -> bool:
-        """Move a waiting sample to the running ones, with pages for all its tokens; False when they are not there."""
+        """Move a waiting sample to the running ones, with pages for all its tokens; False when there are too few."""
         pool = self.pool
-        # The last token is always computed: what comes after it is asked for.
+        # Share the pages of the longest cached prefix. The page of the last token is left out: that token must be
+        # computed in any case, since its logits are needed.
         for page in range((len(sample.tokens) - 1) // pool.page_size if self.reuse else 0):
             found = pool.find(sample.page_name(page, self._scaling))
             if found is None:
@@ -107,7 +119,8 @@ class Scheduler:
             sample.table[sample.held] = found
             sample.held += 1
         found_tokens = sample.held * pool.page_size
-        # A page for each of the others, or the next one to need a page would stop this sample again.
+        # Beside its own pages, one must be left for each running sample. Otherwise the next of them that needs a page
+        # would preempt this one, the youngest, right away.
         if pool.available < pool.pages_for(len(sample.tokens)) - sample.held + len(self.running):
             self._free(sample)
             return False

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Protocol
 if TYPE_CHECKING:
     from telechat_twins.core.data.tokenizer import Tokenizer
 
-REPLACEMENT = "\ufffd"  # what the decoder shows for bytes that are not (yet) a character
-CONTEXT = 16  # tokens of a prompt: more than a character's 4 bytes and a word before it
+REPLACEMENT = "\ufffd"  # what the decoder returns for bytes that are not (yet) a character
+CONTEXT_TOKENS = 16  # of a prompt's end: more than the 4 bytes of a character and a word before it
 
 
 class TextStream(Protocol):
@@ -29,17 +29,18 @@ class TextStream(Protocol):
 def text_stream(
     tokenizer: Tokenizer, context: Sequence[int] = (), shown: Mapping[int, str] | None = None
 ) -> TextStream:
-    """Tokens in (``push``), text out; all pieces with the last (``flush``) add up to the decoding of all the tokens.
+    """A detokenizer of one answer: tokens in (``push``), text out. The pieces, the last one from ``flush`` included,
+    add up to the decoding of all tokens.
 
-    A character of several byte tokens is held back until it is whole; control tokens give no text, but for those that
-    are ``shown`` under a name. With ``context`` (the prompt's ids, for a continuation of raw text) the first word keeps
-    the space that divides it from the prompt. ``length`` and ``start`` are those of StreamDecoder, without the context.
+    A character of several byte tokens is held back until it is complete. Control tokens give no text, except those in
+    ``shown``, which gives their text. With ``context`` (the prompt's ids, for a continuation of raw text) the first
+    word keeps the space between it and the prompt. ``length`` and ``start`` are StreamDecoder's, without the context.
     """
     if shown:
         return ShownControl(tokenizer, shown)
-    context = list(context)[-CONTEXT:]
+    context = list(context)[-CONTEXT_TOKENS:]
     stream = tokenizer.stream()
-    # A prompt that ends inside a character is not used as context: its half would come out with the continuation.
+    # A prompt that ends inside a character is not used as context: that half would come out with the continuation.
     if context and not tokenizer.decode(context, skip_special=True).endswith(REPLACEMENT):
         for token in context:
             stream.push(token)
@@ -48,13 +49,12 @@ def text_stream(
 
 
 class ShownControl:
-    """A text stream in which some control tokens are written out, exactly as named; between them the text is decoded
-    as a text of its own."""
+    """A text stream that writes some control tokens as text; what lies between two of them is decoded separately."""
 
     def __init__(self, tokenizer: Tokenizer, shown: Mapping[int, str]) -> None:
         self._tokenizer, self._shown = tokenizer, shown
         self._stream = tokenizer.stream()
-        self._before = 0  # characters in front of the stream's first
+        self._before = 0  # characters before those of the present stream
         self.start = 0
 
     @property
@@ -76,10 +76,11 @@ class ShownControl:
 
 
 class StopText:
-    """Pieces of text in, out what may be shown of them. ``found`` is the stop string that ended the text, if one did.
+    """Filter that ends a text at a stop string, and holds back what may become one. ``found``: the stop string that
+    ended the text, if any.
 
-    A text ends before the stop string that is complete first, however it is cut into pieces; of two that are complete
-    at once, before the longer one.
+    The text ends before the stop string that is completed first, in whatever pieces it arrives; if two are completed by
+    the same character, before the longer one.
     """
 
     def __init__(self, stops: Sequence[str] = ()) -> None:
@@ -88,7 +89,7 @@ class StopText:
         self.found: str | None = None
 
     def push(self, piece: str) -> str:
-        """What this piece lets be shown; what could still become a stop string is held back."""
+        """The text that may be shown after this piece; what may still become a stop string is held back."""
         if not self._stops or self.found is not None:
             return "" if self.found is not None else piece
         text = self._held + piece
@@ -102,13 +103,13 @@ class StopText:
         return text[: len(text) - held]
 
     def flush(self) -> str:
-        """What was held back, at the end of a text that no stop string ended."""
+        """The text held back, at the end of a text without a stop string."""
         held, self._held = self._held, ""
         return held
 
 
 def _overlap(text: str, stop: str) -> int:
-    """The length of the longest end of ``text`` with which ``stop`` begins, but not all of it."""
+    """Length of the longest suffix of ``text`` that is a proper prefix of ``stop``."""
     for size in range(min(len(stop) - 1, len(text)), 0, -1):
         if text.endswith(stop[:size]):
             return size

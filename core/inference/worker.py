@@ -1,9 +1,10 @@
-"""One rank of ``tele generate`` over several processes.
+"""Rank process of ``tele generate`` over several processes.
 
-The script that the launcher starts is convert/generation_rank.py, which passes in the opener of weights.
+The launcher starts convert/generation_rank.py, which passes in the function that opens weights.
 
-Rank 0 has the engine and the tokenizer. It appends the text to ``text`` beside the job's file as it is made, which the
-command shows, and leaves its events in ``samples.json``. The others follow it (core.inference.followers).
+Rank 0 has the engine and the tokenizer. It appends the generated text to the file ``text`` beside the job file, from
+which the command shows it, and finally writes its events to ``samples.json``. The other ranks execute the steps that it
+broadcasts (core.inference.followers).
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from telechat_twins.core.types import JsonObject
 
 @dataclasses.dataclass(frozen=True)
 class GenerationJob:
-    """What the ranks need: a model and how it is held, one request, and where its tokenizer is."""
+    """Job description for the ranks: model, layout and precision, one request, and the path of the tokenizer."""
 
     backend: str
     checkpoint: str
@@ -46,22 +47,21 @@ class GenerationJob:
 
 
 def inference_layout(text: str) -> Layout:
-    """A layout for generation: the residual stream of a few tokens is not shared out over tp.
+    """The layout for generation from its text; without sequence parallelism, since a step has few tokens.
 
-    UserError for one that shares a batch, which generation does not have, or what only training does.
+    UserError for the axes dp, ulysses and virtual, which generation does not have.
     """
     layout = parse_layout(text)
     for axis, size in (("dp", layout.dp), ("ulysses", layout.ulysses), ("virtual", layout.virtual)):
         if size > 1:
             raise UserError(
-                f"--layout: generation shares a model over tp and pp and a context over ring; leave {axis} {size} "
-                f"out of '{text}'"
+                f"--layout: generation has the axes tp, pp and ring only, found {axis} {size} in '{text}'; leave it out"
             )
     return dataclasses.replace(layout, sequence_parallel=False)
 
 
 def write_job(path: Path, job: GenerationJob) -> None:
-    """Keep a job for the ranks."""
+    """Write a job file for the ranks."""
     request = dataclasses.asdict(job.request)
     request["stop_ids"] = sorted(job.request.stop_ids)
     values = {**dataclasses.asdict(job), "config": job.config.to_dict(), "request": request}
@@ -69,7 +69,7 @@ def write_job(path: Path, job: GenerationJob) -> None:
 
 
 def read_job(path: Path) -> GenerationJob:
-    """What ``write_job`` kept."""
+    """The job from ``write_job``'s file."""
     values = json.loads(path.read_text(encoding="utf-8"))
     request = values["request"]
     request |= {
@@ -84,12 +84,12 @@ def read_job(path: Path) -> GenerationJob:
 
 
 def write_events(path: Path, events: Sequence[Event]) -> None:
-    """Keep all events of a request."""
+    """Write all events of a request."""
     path.write_text(json.dumps([_plain(event) for event in events]), encoding="utf-8")
 
 
 def read_events(path: Path) -> list[Event]:
-    """What ``write_events`` kept."""
+    """The events from ``write_events``'s file."""
     found = []
     for values in json.loads(path.read_text(encoding="utf-8")):
         if values["choice"] is not None:
@@ -107,7 +107,7 @@ def _plain(event: Event) -> JsonObject:
 
 
 def serve_rank(path: Path, open_reader: OpenReader) -> int:
-    """Run this rank's part of the job at ``path``, with the weights that ``open_reader`` opens."""
+    """Run this rank's part of the job at ``path``; ``open_reader`` opens the weights."""
     from telechat_twins.core.data.tokenizer import load_tokenizer
 
     job = read_job(path)

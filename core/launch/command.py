@@ -1,4 +1,4 @@
-"""What a launch starts: the command line of msrun or torchrun for one node, and the environment of its ranks."""
+"""Command line of msrun or torchrun for one node, and the environment of its ranks."""
 
 from __future__ import annotations
 
@@ -14,12 +14,13 @@ from telechat_twins.core.files import ROOT
 from telechat_twins.core.launch.nodes import bind, parse_master
 
 SCRIPTS = {"ms": ROOT / "telechat_ms" / "train.py", "pt": ROOT / "pt_reference" / "train.py"}
-MAX_PROCESSES = 256  # of one machine; none has as many devices
+MAX_PROCESSES = 256  # on one machine: more than any has devices
 FRAMEWORK = {"ms": "mindspore", "pt": "torch"}
 TORCHRUN_LOGS = "torchrun"
 
-# Left by a launcher around this one (a cluster's own, say), these would tell a rank a wrong place.
-PLACES = (
+# Variables by which a launcher gives a process its rank. Inherited from one around this launch (a cluster's own, say),
+# they would give our ranks wrong numbers, so they are removed.
+RANK_VARIABLES = (
     *("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT"),
     *("RANK_ID", "RANK_SIZE", "MS_ROLE", "MS_NODE_ID", "MS_WORKER_NUM", "MS_SCHED_HOST", "MS_SCHED_PORT"),
 )
@@ -27,7 +28,7 @@ PLACES = (
 
 @dataclass(frozen=True)
 class LaunchPlan:
-    """What one launcher starts. ``port`` 0: one machine, the port is chosen by itself."""
+    """Everything that one node's launcher has to know. ``port`` 0: a single machine, whose port is chosen here."""
 
     backend: str
     script: Path
@@ -45,28 +46,28 @@ class LaunchPlan:
 
     @property
     def ranks(self) -> range:
-        """The ranks of this node: nodes hold equal shares, in order."""
+        """Global ranks of this node: node n holds ranks n * nproc to (n + 1) * nproc - 1."""
         return range(self.node_rank * self.nproc, (self.node_rank + 1) * self.nproc)
 
 
 def check_nodes(nproc: int, nnodes: int, node_rank: int, master: str | None) -> tuple[str, int]:
-    """(host, port) of node 0, ("127.0.0.1", 0) on one machine; UserError for numbers that cannot be."""
+    """(host, port) of node 0, ("127.0.0.1", 0) on one machine. UserError names the option that is out of range."""
     for name, number in (("--nproc", nproc), ("--nnodes", nnodes)):
         if number < 1:
             raise UserError(f"{name}: must be at least 1, found {number}")
     if nproc > MAX_PROCESSES:
-        raise UserError(f"--nproc: {nproc} processes on one machine are too many; at most {MAX_PROCESSES}")
+        raise UserError(f"--nproc: must be at most {MAX_PROCESSES} on one machine, found {nproc}")
     if not 0 <= node_rank < nnodes:
         raise UserError(f"--node-rank: must be from 0 to {nnodes - 1} with --nnodes {nnodes}, found {node_rank}")
     if nnodes == 1:
         return "127.0.0.1", 0
     if master is None:
-        raise UserError(f"--master: needed with --nnodes {nnodes}; give HOST:PORT of node 0, the same on every node")
+        raise UserError(f"--master: required with --nnodes {nnodes}; give HOST:PORT of node 0, the same on every node")
     return parse_master(master)
 
 
 def command(plan: LaunchPlan, port: int) -> list[str]:
-    """The launcher's own command line. ``port`` 0: torchrun finds one."""
+    """The command line of msrun or torchrun. ``port`` 0: torchrun picks a free one."""
     worker = [str(ROOT / "core" / "launch" / "worker.py"), "--status-dir", str(plan.folder), "--lifeline"]
     if sys.stdout.isatty():
         worker.append("--terminal")
@@ -76,10 +77,11 @@ def command(plan: LaunchPlan, port: int) -> list[str]:
         launcher += [f"--master_addr={plan.host}", f"--master_port={port}"]
         if plan.nnodes > 1:
             launcher.append(f"--node_rank={plan.node_rank}")
-        # msrun would start a `tail` per worker; a number no worker has switches that off, this file does the showing
+        # msrun starts a `tail` for the worker named here. A number that no worker has switches that off, since
+        # core.launch.screen shows rank 0's output.
         launcher += [f"--log_dir={plan.folder}", "--join=True", f"--tail_worker_log={plan.world}"]
         if plan.node_rank > 0:
-            # msrun starts a scheduler wherever the master's address is local: twice, when two nodes share a machine.
+            # msrun starts a scheduler wherever the master's address is local. Two nodes on one machine would start two.
             worker.append("--no-scheduler")
     else:
         launcher = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={plan.nproc}"]
@@ -95,18 +97,22 @@ def command(plan: LaunchPlan, port: int) -> list[str]:
 
 
 def environment(plan: LaunchPlan) -> dict[str, str]:
-    """The ranks' environment; UserError where msrun could not start them."""
-    env = {name: value for name, value in os.environ.items() if name not in PLACES}
+    """Environment of the ranks. UserError when msrun would not find a `python` to start them with."""
+    env = {name: value for name, value in os.environ.items() if name not in RANK_VARIABLES}
     beside = Path(sys.executable).parent
     if plan.backend == "ms" and not (beside / "python").exists():
-        raise UserError(f"msrun starts `python`, and {beside} has none; use a virtual environment")
+        raise UserError(
+            f"backend ms: msrun starts its ranks with `python`, and there is none in {beside}; "
+            "run from a virtual environment"
+        )
     env["PATH"] = os.pathsep.join([str(beside), env.get("PATH", "")])
     env["PYTHONUNBUFFERED"] = "1"
-    env["PYTHONFAULTHANDLER"] = "1"  # a crash in native code leaves the Python stack in the rank's log
-    size = shutil.get_terminal_size()  # progress bars write to a file there and cannot ask
+    env["PYTHONFAULTHANDLER"] = "1"  # a crash in native code then leaves the Python stack in the rank's log
+    size = shutil.get_terminal_size()  # the ranks write to files, so their progress bars cannot ask for it
     env["COLUMNS"], env["LINES"] = str(size.columns), str(size.lines)
     if plan.backend == "ms":
-        # Measured: without it every small operator on the CPU waits about 4 ms for a spinning OpenMP thread.
+        # Measured: without it every small operator on the CPU takes about 4 ms longer, waiting for OpenMP threads that
+        # spin.
         env.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     if plan.nproc > 1:
         env.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // plan.nproc)))
@@ -114,7 +120,7 @@ def environment(plan: LaunchPlan) -> dict[str, str]:
 
 
 def check_port(plan: LaunchPlan) -> None:
-    """UserError on node 0 when ``--master`` cannot be served here."""
+    """UserError on node 0 when its ``--master`` port is in use or its host is another machine's address."""
     if not plan.port or plan.node_rank:
         return
     try:
@@ -128,5 +134,6 @@ def check_port(plan: LaunchPlan) -> None:
         if error.errno == errno.EADDRNOTAVAIL and plan.backend == "ms":
             # msrun starts its scheduler only on the machine that has this address itself.
             raise UserError(
-                f"--master: {plan.host} is not an address of this machine (node 0); give one that is"
+                f"--master: {plan.host} is not an address of this machine, which is started as node 0; "
+                "give an address that this machine has"
             ) from None

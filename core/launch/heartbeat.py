@@ -1,9 +1,9 @@
-"""What each rank is waiting for, in a few bytes that another process can read while this one hangs.
+"""Heartbeat file of a rank: the collective it is waiting in, readable by the launcher while the rank hangs.
 
-A rank in a collective that never ends cannot answer a question. So before it enters one it writes the operation, the
-group and its member ranks into a small file that it has mapped into memory; the launcher reads that file without the
-rank's help. One writer, no lock: the record carries its sequence number twice, written before and after the rest, and
-a reader that finds them different has met a write half way and looks again.
+A rank inside a collective that never ends cannot answer a question. Before it enters one, it therefore writes the
+operation, the group and the member ranks into a small memory-mapped file, which the launcher reads without the rank's
+help. There is one writer and no lock (a seqlock): the record carries its sequence number twice, written before and
+after the rest. A reader that finds the two different has caught a write half way and reads again.
 
     heartbeat = open_heartbeat()            # None when the process was not started by `tele`
     heartbeat.enter("all_reduce", "tp", group.ranks)
@@ -22,11 +22,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-MAX_RANKS_LISTED = 64  # members written down; the count is exact however many there are
+MAX_RANKS_LISTED = 64  # members that are listed; their count is exact even when there are more
 _OP, _GROUP = 32, 64  # bytes of the two names
 
-# sequence number, inside (1) or outside (0) a collective, start time; then op, group, count and ranks; then the
-# sequence number again. Little endian without padding: writer and reader are one machine, but maybe two Pythons.
+# Sequence number, inside (1) or outside (0) a collective, start time; then op, group, count and ranks; then the
+# sequence number again. Little endian without padding: both sides run on one machine, but may be two Python builds.
 _HEAD = struct.Struct("<QId")
 _BODY = struct.Struct(f"<{_OP}s{_GROUP}sI{MAX_RANKS_LISTED}I")
 _TAIL = struct.Struct("<Q")
@@ -35,7 +35,10 @@ RECORD_BYTES = _TAIL_AT + _TAIL.size
 
 
 class HeartbeatRecord(NamedTuple):
-    """One reading. ``inside``: the collective has not ended; otherwise ``op`` is the last one that did, "" if none."""
+    """One reading of a heartbeat file.
+
+    ``inside``: the rank is in the collective ``op``. Otherwise ``op`` is the last one it left, "" before the first.
+    """
 
     sequence: int
     inside: bool
@@ -43,14 +46,14 @@ class HeartbeatRecord(NamedTuple):
     op: str
     group: str
     ranks: tuple[int, ...]  # the first MAX_RANKS_LISTED members
-    size: int  # how many members there are
+    size: int  # number of members
 
 
 class Heartbeat:
-    """The writing side: one of these a process, on a file of its own."""
+    """Writer of a heartbeat file; a process has one, with a file of its own."""
 
     def __init__(self, path: str | Path) -> None:
-        """Create the file at ``path`` (its folder must exist), with no collective in it. OSError if that fails."""
+        """Create the file at ``path``, whose folder must exist. OSError if that fails."""
         handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o644)
         try:
             os.ftruncate(handle, RECORD_BYTES)
@@ -64,22 +67,22 @@ class Heartbeat:
         self._bodies: dict[tuple[str, str], tuple[Sequence[int], bytes]] = {}
 
     def enter(self, op: str, group: str, ranks: Sequence[int]) -> None:
-        """This rank is about to wait for ``ranks``. A collective made of others is one: the outermost is recorded."""
+        """Record that this rank enters ``op`` and waits for ``ranks``. Of nested collectives the outermost counts."""
         self._depth += 1
         if self._depth > 1:
             return
         known = self._bodies.get((op, group))
-        # A group's tuple is the same object in every call, so that its bytes are made once.
+        # A group passes the same tuple in every call, so its bytes are encoded once.
         body = known[1] if known is not None and known[0] is ranks else self._body(op, group, ranks)
         self._sequence += 1
         self._started = time.time()
-        # The tail differs from the head until the last write: that is what a reader in between sees.
+        # Head first, tail last: between the two writes a reader sees different sequence numbers and reads again.
         _HEAD.pack_into(self._map, 0, self._sequence, 1, self._started)
         self._map[_HEAD.size : _TAIL_AT] = body
         _TAIL.pack_into(self._map, _TAIL_AT, self._sequence)
 
     def leave(self) -> None:
-        """The collective that was entered has ended; RuntimeError when none was."""
+        """Record that the collective has ended. RuntimeError without a matching ``enter``."""
         if self._depth == 0:
             raise RuntimeError("leave() without enter()")
         self._depth -= 1
@@ -93,20 +96,20 @@ class Heartbeat:
         members = [int(rank) for rank in ranks[:MAX_RANKS_LISTED]]
         padded = members + [0] * (MAX_RANKS_LISTED - len(members))
         body = _BODY.pack(_name(op, _OP), _name(group, _GROUP), len(ranks), *padded)
-        if isinstance(ranks, (tuple, range)):  # a list may be changed under us
+        if isinstance(ranks, (tuple, range)):  # a list may change between calls
             self._bodies[op, group] = (ranks, body)
         return body
 
 
 def read_heartbeat(path: str | Path) -> HeartbeatRecord | None:
-    """The record at ``path``, or None: there is no such file, or each of a few looks met a write half way."""
+    """The record at ``path``; None when the file does not exist or every one of five reads caught a write half way."""
     try:
         handle = os.open(path, os.O_RDONLY)
     except OSError:
         return None
     try:
         for _ in range(5):
-            # Against the order of writing (head, body, tail): equal numbers then enclose one write.
+            # In the reverse of the order of writing (head, body, tail): with equal numbers the body belongs to them.
             tail = os.pread(handle, _TAIL.size, _TAIL_AT)
             body = os.pread(handle, _BODY.size, _HEAD.size)
             head = os.pread(handle, _HEAD.size, 0)
@@ -131,10 +134,10 @@ def heartbeat_path(log_dir: str | Path, rank: int) -> Path:
 
 
 class Waits:
-    """The reading side: how long each of some ranks has been in its present collective.
+    """Reader of the heartbeats of several ranks: how long each has been inside its present collective.
 
-    Counted on the watcher's own monotonic clock from the first look that met the record, so that neither a clock that
-    was set nor a half-written start time can make a wait look long.
+    A wait is counted on the reader's own monotonic clock, from the first reading of its record. So a system clock that
+    is set meanwhile cannot make a wait look long.
     """
 
     def __init__(self, log_dir: str | Path, ranks: Sequence[int]) -> None:
@@ -143,7 +146,7 @@ class Waits:
         self._looked = time.monotonic()
 
     def look(self, running: Iterable[int]) -> tuple[int, float]:
-        """Read all ranks; (the one of ``running`` that has waited longest, its seconds), (-1, 0.0) when none waits."""
+        """Read all ranks. The rank of ``running`` that has waited longest, and its seconds; (-1, 0.0) if none."""
         self._looked = now = time.monotonic()
         for rank, path in self._paths.items():
             record = read_heartbeat(path)
@@ -155,12 +158,14 @@ class Waits:
         return rank, longest
 
     def describe(self, rank: int) -> str:
-        """What one rank waits for, e.g. ``all_reduce over tp (ranks 0 1)``."""
+        """The collective of one rank, e.g. ``all_reduce over tp (ranks 0 1)``."""
         return _what(self._seen[rank][0])
 
     def table(self, stacks: Mapping[int, str]) -> list[str]:
-        """Who waits where, a line a rank below a heading, as of the last look. ``stacks``: where each rank is in its
-        Python code, as far as that is known."""
+        """Table of the ranks' waits at the last reading: a heading, then a line a rank.
+
+        ``stacks``: the innermost frames of each rank's Python stack, where known.
+        """
         now = self._looked
         rows = [("rank", "seconds", "waits in", "at")]
         for rank in self._paths:
@@ -188,16 +193,16 @@ _opened: Heartbeat | None = None
 
 
 def place_heartbeat(path: str | Path | None) -> None:
-    """Say where this process's heartbeat belongs (None: nowhere). Called once, by what starts the rank."""
+    """Set the path of this process's heartbeat (None: it has none). Called once, before the script runs."""
     global _path, _opened
     _path, _opened = (None if path is None else Path(path)), None
 
 
 def open_heartbeat() -> Heartbeat | None:
-    """The heartbeat of this process, the same object each time; None when no launcher of ours looks after it."""
+    """The heartbeat of this process, one object for all calls; None when the process was not started by `tele`."""
     global _opened
     if _opened is None and _path is not None:
-        # A file system that cannot map files costs the report on a hang, not the run.
+        # On a file system that cannot map files, only the report on a hang is lost; the run goes on.
         with contextlib.suppress(OSError, ValueError):
             _opened = Heartbeat(_path)
     return _opened

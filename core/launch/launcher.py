@@ -1,11 +1,12 @@
-"""One thin launcher over msrun and torchrun: live output of rank 0, the failing rank's traceback first, no orphans.
+"""Launcher of distributed jobs on top of msrun and torchrun: live output of rank 0, the cause of a failure first, and
+no process left behind.
 
-Both launchers start `core/launch/worker.py` once per rank, which runs the backend's train.py and writes
-`LOG_DIR/status_<rank>.json`; each rank's output goes to `LOG_DIR/worker_<rank>.log`. So one loop here serves both:
-show what rank 0 writes, watch the status files, the heartbeats and the processes, and end everything that was started.
-A rank that had to be ended leaves its Python stack in `LOG_DIR/stack_<rank>.txt`, the launcher's own words are in
-`LOG_DIR/launcher.log`. Ranks are global ones. Of a job on several machines each node runs one of these launchers, which
-watches its own ranks and hears of the others' end over `core.launch.nodes`.
+msrun and torchrun start `core/launch/worker.py` once per rank. It runs the backend's train.py, writes
+`LOG_DIR/status_<rank>.json` and sends the rank's output to `LOG_DIR/worker_<rank>.log`, so that one loop serves both
+backends: it shows rank 0's output, watches status files, heartbeats and processes, and finally ends everything that was
+started. A rank that is ended leaves its Python stack in `LOG_DIR/stack_<rank>.txt`; the output of msrun or torchrun
+itself is in `LOG_DIR/launcher.log`. Rank numbers are global. In a job on several machines each node runs one such
+launcher, which watches its own ranks and learns from core.launch.nodes when another node ends the job.
 """
 
 from __future__ import annotations
@@ -34,33 +35,28 @@ from telechat_twins.core.launch.command import (
     environment,
 )
 from telechat_twins.core.launch.heartbeat import Waits
-from telechat_twins.core.launch.nodes import RENDEZVOUS_S, Nodes, Word, bind, meet
+from telechat_twins.core.launch.nodes import RENDEZVOUS_S, JobEnd, Nodes, bind, meet
 from telechat_twins.core.launch.processes import Deaths, ProcessTree, lives, signals_as_interrupt
 from telechat_twins.core.launch.run_lock import hold_folder
 from telechat_twins.core.launch.screen import Screen, last_lines
+from telechat_twins.core.launch.stacks import dump_stacks, read_bytes
 from telechat_twins.core.launch.worker import SCHEDULER, read_status, stack_path
 from telechat_twins.core.types import JsonObject
 
-# Seconds a rank may be inside one collective. Below the 10 minutes after which NCCL's own watchdog ends a rank without
+# Longest time of a rank in one collective. Below the 10 minutes after which NCCL's own watchdog ends a rank without
 # saying who waits for whom, and above any wait that a healthy run has (a slow file system at a checkpoint).
 COLLECTIVE_TIMEOUT_S = 540.0
 
-POLL_S = 0.1  # seconds between two looks at logs, status files, heartbeats and processes
-EXIT_GRACE_S = (
-    20.0  # seconds the rank processes may take to end after the script has finished (MindSpore's take about 3)
-)
-SCHEDULER_START_S = 60.0  # seconds after the first rank's status in which msrun's scheduler must have written its own
-LAUNCHER_EXIT_S = 1.0  # seconds the launcher may take after that; msrun's scheduler takes more, with nothing left to do
-SAVE_GRACE_S = (
-    120.0  # seconds the ranks have, after Ctrl-C, to finish their step and save; a second Ctrl-C ends that wait
-)
-NO_ANSWER_S = (
-    45.0  # seconds of these, if no rank answers at all, or for the others once one has left: they may wait for it
-)
-STACK_DUMP_S = 2.0  # seconds for the ranks to write down where they are
-NODE_REPORT_S = 1.0  # seconds to hear whether another node failed first
-SETTLE_S = 0.2  # seconds after a first sign of failure, for what may have caused it to show
-DEATH_LAG_S = 0.3  # seconds by which a death is taken to be earlier than it was noticed
+POLL_S = 0.1  # between two looks at logs, status files, heartbeats and processes
+EXIT_GRACE_S = 20.0  # for the rank processes to end after the script has finished (MindSpore's take about 3)
+LAUNCHER_EXIT_S = 1.0  # for msrun or torchrun to end after them; msrun's scheduler takes longer, without effect
+SCHEDULER_START_S = 60.0  # after the first rank's status, for msrun's scheduler to have written its own
+SCHEDULER_GRACE_S = 1.0  # between the scheduler's failure and its report: a failing rank is found first in that time
+SAVE_GRACE_S = 120.0  # after Ctrl-C, for the ranks to finish their step and save; a second Ctrl-C ends it
+NO_ANSWER_S = 45.0  # of these, where no rank shows a reaction, or for the other ranks once one has left
+NODE_REPORT_S = 1.0  # to hear whether another node failed first
+SETTLE_S = 0.2  # after the first sign of a failure, for the signs of its cause to appear
+DEATH_LAG_S = 0.3  # between the death of a process and its detection, at most
 
 
 def launch(
@@ -84,16 +80,17 @@ def launch(
     failing rank met a UserError (its one line is on stderr); 130 after Ctrl-C or SIGTERM. When this function returns,
     no process it started is left.
 
-    ``instead`` is called many times a second in place of showing what rank 0 writes, which stays in its log.
+    ``instead`` is called many times a second in place of showing rank 0's output, which then stays in its log only.
 
-    Several machines: each calls this with the same ``nnodes``, ``nproc`` and ``master`` ("host:port" of node 0, where
-    port + 1 is used too) and its own ``node_rank``. They wait for one another, then hold nnodes * nproc ranks; when the
-    job ends on one, it ends on all with the same code. Logs of node n > 0 go to ``<log_dir>-node<n>``, so that the
-    folder may be shared.
+    Several machines: each calls this with the same ``nnodes``, ``nproc`` and ``master`` ("host:port" of node 0, which
+    uses port + 1 too) and with its own ``node_rank``. They wait for each other and together run nnodes * nproc ranks.
+    When the job ends on one node, it ends on all of them with the same code. Logs of node n > 0 go to
+    ``<log_dir>-node<n>``, so ``log_dir`` may lie on a shared file system.
 
-    Two launches with the same folder of logs exclude one another (core.launch.run_lock).
+    The log folder is locked (core.launch.run_lock): two launches cannot use it at once.
 
-    Raises UserError when the backend is not installed, the nodes do not fit together, or another launch is there.
+    Raises UserError when the backend is not installed, the nodes were started with different options, or another launch
+    holds the log folder.
     """
     if importlib.util.find_spec(FRAMEWORK[backend]) is None:
         raise UserError(f"backend {backend}: {FRAMEWORK[backend]} is not installed here; see `tele doctor`")
@@ -103,7 +100,7 @@ def launch(
     plan = LaunchPlan(backend, path, tuple(script_args), nproc, folder, nnodes, node_rank, host, port)
     env = environment(plan)
     limits = LaunchLimits(timeout, collective_timeout)
-    # Before anything there is touched: the logs of a run that goes on are its own.
+    # Locked before any file there is touched: it may hold the logs of a launch that is still running.
     with signals_as_interrupt(), hold_folder(folder):
         try:
             check_port(plan)
@@ -123,19 +120,19 @@ def launch(
 
 @dataclass(frozen=True)
 class LaunchLimits:
-    """Seconds the whole job may take (None: any), and one collective (0: any)."""
+    """Time limits in seconds: of the whole job (None: no limit) and of one collective (0: no limit)."""
 
     job_s: float | None
     collective_s: float
 
 
 class _PortTaken(Exception):
-    """Another program took the port between our choice and its use; no rank has got beyond waiting for the others."""
+    """Another program took msrun's port between its choice and its use. No rank has begun, so a new start is safe."""
 
 
 @dataclass
 class _Running:
-    """One start of the job, with everything that watches it."""
+    """One started job: its plan, its processes, and everything that watches them."""
 
     plan: LaunchPlan
     nodes: Nodes
@@ -160,7 +157,7 @@ def _run(
     for pattern in ("status_*", "worker_*.log", "stack_*.txt", "heartbeat_*.bin", "scheduler.log"):
         for old in folder.glob(pattern):
             old.unlink()
-    # Kept bound for as long as the job runs, so that the system gives the port to nobody else.
+    # Kept bound while the job runs, so that the system assigns the port to no other program.
     reserved = bind(plan.host, 0) if plan.backend == "ms" and not plan.port else None
     port = reserved.getsockname()[1] if reserved else plan.port
     try:
@@ -183,20 +180,23 @@ def _run(
 
 
 def _watch(run: _Running, limits: LaunchLimits, again: bool) -> int:
-    """Look at everything that was started until the job has ended; its exit code.
+    """Poll logs, statuses, nodes and processes until the job has ended; its exit code.
 
-    Each look asks the causes in this order: a failed rank explains a lost launcher, a hang and the end of the time.
+    The checks are in the order of cause and effect: a failed rank may be the reason why the launcher is gone, why other
+    ranks hang, or why the time is up, so the rank is looked for first.
     """
     started = time.monotonic()
     scheduler, leaving = _Scheduler(run), _Leaving(run)
     while True:
-        news = run.screen.read()  # before the status files: what rank 0 writes because another died is held back
+        # Read before the statuses, shown after them: what rank 0 writes because another rank died is then not shown
+        # before the cause.
+        news = run.screen.read()
         statuses = run.statuses()
         launcher_code = run.processes.launcher.poll()
         run.processes.look()
         code = _failed_here(run, statuses, news)
-        if code is None and (word := run.nodes.look()) is not None:
-            code = _ended_elsewhere(run, word, news)
+        if code is None and (ended := run.nodes.look()) is not None:
+            code = _ended_elsewhere(run, ended, news)
         if code is None:
             run.screen.show(news)
             if all(s is not None and s["state"] == "done" for s in statuses):
@@ -213,13 +213,15 @@ def _watch(run: _Running, limits: LaunchLimits, again: bool) -> int:
 
 
 def _failed_here(run: _Running, statuses: list[JsonObject | None], news: bytes) -> int | None:
-    """Report the first rank of this node that failed; None while none has."""
+    """Report the rank of this node that failed first and return the exit code; None while none has failed."""
     folder = run.plan.folder
     for status in statuses:
         if status is not None:
             run.deaths.watch(status["pid"])
     if _first_failure(statuses, run.deaths, folder) is None:
         return None
+    # One rank's failure makes the others fail within milliseconds, and theirs may be seen first. Wait a moment, then
+    # decide by the recorded times.
     time.sleep(SETTLE_S)
     statuses = run.statuses()
     failed = _first_failure(statuses, run.deaths, folder)
@@ -227,15 +229,16 @@ def _failed_here(run: _Running, statuses: list[JsonObject | None], news: bytes) 
 
 
 class _Leaving:
-    """The end of a job whose ranks here all say "done": since when, and whether their processes are gone."""
+    """Orderly end of a job: every rank here has the status "done", and its process, msrun and the other nodes may still
+    have to end."""
 
     def __init__(self, run: _Running) -> None:
         self.run = run
-        self.finished: float | None = None  # when every node had said so
-        self.gone: float | None = None  # when the processes of this node had ended
+        self.finished: float | None = None  # when the ranks of every node were done
+        self.gone: float | None = None  # when the rank processes of this node had ended
 
     def ended(self, statuses: list[JsonObject | None], launcher_code: int | None) -> int | None:
-        """0 once the launcher may be left; None while it may still serve the other nodes' ranks."""
+        """Exit code 0 once msrun or torchrun may be ended; None while it may still serve ranks of other nodes."""
         run, now = self.run, time.monotonic()
         if self.gone is None and all(s is not None and run.deaths.when(s["pid"]) for s in statuses):
             self.gone = now
@@ -247,16 +250,17 @@ class _Leaving:
         if launcher_code is None and now - settled <= LAUNCHER_EXIT_S and now - self.finished <= EXIT_GRACE_S:
             return None
         run.screen.show(run.screen.read(), last=True)
-        # Every rank has written "done", so the result stands; a launcher that disagrees is reported, not hidden.
+        # Every rank has reported success, so the job has succeeded. A later error of msrun or torchrun is printed, but
+        # does not change the exit code.
         if launcher_code or self.gone is None:
-            what = f"their launcher ended with code {launcher_code}" if launcher_code else "did not leave"
+            what = f"their launcher ended with code {launcher_code}" if launcher_code else "their processes did not end"
             print(f"tele: all ranks finished, but {what}; logs: {run.plan.folder}", file=sys.stderr)
         return 0
 
 
 def _scheduler_lost(run: _Running, again: bool) -> int:
-    """End a job whose scheduler has failed; _PortTaken where another start may help."""
-    if b"Address already in use" not in _bytes(run.plan.folder / "scheduler.log"):
+    """End a job whose msrun scheduler has failed. Raises _PortTaken where a start on another port may help."""
+    if b"Address already in use" not in read_bytes(run.plan.folder / "scheduler.log"):
         return _give_up(run, "scheduler.log", "msrun's scheduler, through which the ranks meet, has failed")
     if not again and run.plan.nnodes == 1:
         raise _PortTaken
@@ -264,34 +268,40 @@ def _scheduler_lost(run: _Running, again: bool) -> int:
 
 
 def _out_of_time(run: _Running, statuses: list[JsonObject | None], limits: LaunchLimits, started: float) -> int | None:
-    """End a job in which one collective, or the whole, has taken longer than its limit; None otherwise."""
+    """End a job whose longest collective or whole duration exceeds its limit and return the exit code, else None.
+
+    A rank counts as hung when it has been inside the same collective for longer than the limit. Its heartbeat names
+    that collective and the ranks it waits for; a rank that computes, however long, is outside of collectives and never
+    counts. The rank reported is the one that has waited longest; the cause is usually a rank of its group that the
+    table shows elsewhere.
+    """
     rank, waited = run.waits.look([s["rank"] for s in statuses if s is not None and s["state"] == "running"])
     if 0 < limits.collective_s < waited:
         return _hang(run, rank, waited, limits.collective_s)
     if limits.job_s is None or time.monotonic() - started <= limits.job_s:
         return None
     run.nodes.end(1, f"not finished after {limits.job_s:.0f} s")
-    lines = [f"tele: not finished after {limits.job_s:.0f} s; who waits where:", *run.waits.table(_ask_where(run))]
+    lines = [f"tele: not finished after {limits.job_s:.0f} s; who waits where:", *run.waits.table(_stacks(run))]
     print("\n".join(lines), file=sys.stderr)
     print(f"tele: ending all processes; stacks: {run.plan.folder}/stack_<rank>.txt", file=sys.stderr)
     return 1
 
 
 class _Scheduler:
-    """msrun's scheduler on node 0: when it fails before the ranks have, they wait for it for many minutes."""
+    """Watch over msrun's scheduler on node 0: when it fails at the start, the ranks wait for it for many minutes."""
 
     def __init__(self, run: _Running) -> None:
-        # A single rank waits for it as well, when it joins.
+        # msrun starts a scheduler, which the ranks join, even for a single rank.
         self.run = run if run.plan.backend == "ms" and not run.plan.node_rank else None
         self.since: float | None = None
 
     def failed(self) -> bool:
-        """It has been found failed or dead for a second, in which a failing rank would have been found first; or it has
-        not begun long after the ranks have."""
+        """Whether the scheduler has been failed or dead for SCHEDULER_GRACE_S, in which a rank that failed before it
+        would have been found; or has not started SCHEDULER_START_S after the ranks."""
         if self.run is None:
             return False
-        status, patience = read_status(self.run.plan.folder, SCHEDULER), 1.0
-        if status is None:  # it writes one before anything else, as a rank does
+        status, patience = read_status(self.run.plan.folder, SCHEDULER), SCHEDULER_GRACE_S
+        if status is None:  # not started: it writes its status before anything else, as a rank does
             patience = SCHEDULER_START_S
             if not any(self.run.statuses()):
                 return False
@@ -305,24 +315,26 @@ class _Scheduler:
 
 
 def _first_failure(statuses: list[JsonObject | None], deaths: Deaths, folder: Path) -> JsonObject | None:
-    """The rank that failed first, or None: by the time in its file, or of its death while the file says "running".
+    """Status of the rank that failed first, or None. Key ``when`` of the result is the time that was compared.
 
-    Order matters: when one rank is gone, the others soon fail too, on a lost connection or ended by their launcher. A
-    dying process closes its connections before it is seen to be dead, so that the others' errors may be the older ones.
-    Key ``when`` of the result is the time that was compared.
+    When one rank is gone, the others soon fail too: on a lost connection, or ended by their launcher. The first failure
+    is therefore the cause. Its time is that in the status file, or the time of death of a process whose status is still
+    "running". A dying process closes its connections before its death is detected, so errors of the other ranks may
+    carry the older time: DEATH_LAG_S is taken off a time of death. Ranks that wrote a stack on SIGTERM were ended from
+    outside and come last.
     """
     failures = []
     for status in statuses:
         if status is not None and status["state"] == "running" and deaths.when(status["pid"]):
-            status = read_status(folder, status["rank"])  # its last word may be newer than our reading of it
+            status = read_status(folder, status["rank"])  # it may have written its error just before it died
         if status is None or status["state"] == "done":
             continue
         died = deaths.when(status["pid"])
         when = status["time"] if status["state"] == "failed" else died - DEATH_LAG_S if died is not None else None
         if when is not None:
             stack = stack_path(folder, status["rank"])
-            told_to_end = stack.exists() and stack.stat().st_size > 0
-            failures.append((told_to_end, when, status["rank"], status))
+            ended_from_outside = stack.exists() and stack.stat().st_size > 0
+            failures.append((ended_from_outside, when, status["rank"], status))
     if not failures:
         return None
     _, when, _, first = min(failures, key=lambda failure: failure[:3])
@@ -330,9 +342,10 @@ def _first_failure(statuses: list[JsonObject | None], deaths: Deaths, folder: Pa
 
 
 def _report(run: _Running, failed: JsonObject, statuses: list[JsonObject | None], news: bytes) -> int:
+    """Print why the job fails, the first failure first, notify the other nodes, and return the exit code."""
     folder, screen = run.plan.folder, run.screen
     rank, trace, here = failed["rank"], failed.get("traceback") or "", run.plan.ranks[0]
-    seen = rank == here and screen.instead is None  # all that it wrote has been shown
+    seen = rank == here and screen.instead is None  # its log is on the screen already
     if failed["user_error"]:
         why, code = failed["error"], 2
     elif failed["state"] == "running":
@@ -344,14 +357,14 @@ def _report(run: _Running, failed: JsonObject, statuses: list[JsonObject | None]
         screen.show(news + screen.read(), last=True)
     else:
         screen.show(news.split(b"Traceback (most recent call last)")[0], last=True)
-    word = run.nodes.look(NODE_REPORT_S)
-    if word is not None and word.when < failed["when"]:
-        # What happened here is then most likely a lost connection to the node that failed.
-        print(f"tele: node {word.node} failed first: {word.why}", file=sys.stderr)
+    ended = run.nodes.look(NODE_REPORT_S)
+    if ended is not None and ended.when < failed["when"]:
+        # The failure here is then most likely a lost connection to that node.
+        print(f"tele: node {ended.node} failed first: {ended.why}", file=sys.stderr)
     if failed["user_error"]:
         print(f"tele: {why}", file=sys.stderr)
         return code
-    _ask_where(run)
+    _stacks(run)
     if failed["state"] == "running":
         if not seen and (last := last_lines(folder / f"worker_{rank}.log")):
             print(last, file=sys.stderr)
@@ -360,38 +373,39 @@ def _report(run: _Running, failed: JsonObject, statuses: list[JsonObject | None]
     if trace and not (seen and trace.encode() in screen.shown):
         print(f"rank {rank} failed:\n{trace}", file=sys.stderr)
     elif not trace and not seen and (last := last_lines(folder / f"worker_{rank}.log")):
-        # A script that ended itself has said why, in a line: the one below. What led to it stands in its log.
+        # A script that exited by itself has no traceback; the end of its log shows what led to it.
         print(last, file=sys.stderr)
     for other in statuses:
-        # Ranks that stop together stop with the same words.
+        # Ranks that stop by agreement have the same message: print it once.
         if other is not None and other["state"] == "failed" and other["error"] != failed["error"]:
             print(f"rank {other['rank']} failed after it: {other['error']}", file=sys.stderr)
-    if word is not None and word.when >= failed["when"]:
-        print(f"tele: node {word.node} failed after it: {word.why}", file=sys.stderr)
+    if ended is not None and ended.when >= failed["when"]:
+        print(f"tele: node {ended.node} failed after it: {ended.why}", file=sys.stderr)
     print(f"tele: {why}; logs: {folder}", file=sys.stderr)
     return code
 
 
-def _ended_elsewhere(run: _Running, word: Word, news: bytes) -> int:
-    """Another node ended the job: leave as it did, and say why."""
-    run.screen.show(news.split(b"Traceback (most recent call last)")[0], last=word.code != 130)
-    if word.code == 130:
-        print(f"tele: node {word.node} was interrupted; ending here too", file=sys.stderr)
+def _ended_elsewhere(run: _Running, ended: JobEnd, news: bytes) -> int:
+    """End this node's part of a job that another node has ended; the exit code is that node's."""
+    run.screen.show(news.split(b"Traceback (most recent call last)")[0], last=ended.code != 130)
+    if ended.code == 130:
+        print(f"tele: node {ended.node} was interrupted; ending here too", file=sys.stderr)
         _interrupt(run)
         return 130
     run.waits.look(run.plan.ranks)
-    where = _ask_where(run)
-    if word.hang:
+    where = _stacks(run)
+    if ended.hang:
         lines = [f"tele: node {run.plan.node_rank}: who waits where:", *run.waits.table(where)]
         print("\n".join(lines), file=sys.stderr)
-    print(f"tele: node {word.node} ended the job: {word.why}; logs: {run.plan.folder}", file=sys.stderr)
-    return word.code
+    print(f"tele: node {ended.node} ended the job: {ended.why}; logs: {run.plan.folder}", file=sys.stderr)
+    return ended.code
 
 
 def _hang(run: _Running, rank: int, waited: float, limit: float) -> int:
+    """Report a hung job with a table of all ranks (collective, seconds, stack), and end it."""
     what = f"rank {rank} has waited {waited:.0f} s in {run.waits.describe(rank)}"
     run.nodes.end(1, what, hang=True)
-    where = _ask_where(run)
+    where = _stacks(run)
     run.screen.show(run.screen.read(), last=True)
     print("\n".join([f"tele: {what}; who waits where:", *run.waits.table(where)]), file=sys.stderr)
     print(
@@ -402,6 +416,7 @@ def _hang(run: _Running, rank: int, waited: float, limit: float) -> int:
 
 
 def _give_up(run: _Running, log: str | None, why: str) -> int:
+    """End a job that failed outside its ranks; ``log``: the file whose last lines explain it."""
     run.nodes.end(1, why)
     run.screen.show(run.screen.read(), last=True)
     if log is not None and (last := last_lines(run.plan.folder / log, 40)):
@@ -411,47 +426,18 @@ def _give_up(run: _Running, log: str | None, why: str) -> int:
 
 
 def _own(run: _Running) -> dict[int, psutil.Process]:
-    """This node's rank processes that live, by rank."""
+    """The living rank processes of this node, by rank."""
     alive = {process.pid: process for process in run.processes.alive()}
     return {s["rank"]: alive[s["pid"]] for s in run.statuses() if s is not None and s["pid"] in alive}
 
 
-def _ask_where(run: _Running) -> dict[int, str]:
-    """Have every living rank write its stack to its file, even from inside native code; the top of each, by rank."""
-    asked = _own(run)
-    for process in asked.values():
-        with suppress(psutil.Error):
-            process.send_signal(signal.SIGUSR1)
-    deadline = time.monotonic() + STACK_DUMP_S
-    paths = {rank: stack_path(run.plan.folder, rank) for rank in asked}
-    while time.monotonic() < deadline and any(lives(asked[rank]) and not _bytes(paths[rank]) for rank in asked):
-        time.sleep(POLL_S / 2)
-    time.sleep(POLL_S / 2)  # for the rest of what they are writing
-    tops = {rank: _top(_bytes(path).decode(errors="replace")) for rank, path in paths.items()}
-    return {rank: top or f"no answer (process: {_state(asked[rank])})" for rank, top in tops.items()}
-
-
-def _state(process: psutil.Process) -> str:
-    try:
-        return process.status()
-    except psutil.Error:
-        return "gone"
-
-
-def _top(stack: str, frames: int = 3) -> str:
-    """The innermost frames of faulthandler's newest dump, e.g. ``ops.py:7 wait < model.py:30 forward``, or ""."""
-    found = []
-    for line in stack.rpartition("Current thread")[2].splitlines()[1:]:
-        if not line.startswith('  File "') or "<frozen runpy>" in line:
-            break
-        file, _, rest = line.removeprefix('  File "').rpartition('", line ')
-        number, _, name = rest.partition(" in ")
-        found.append(f"{Path(file).name}:{number} {name}")
-    return " < ".join(found[:frames])
+def _stacks(run: _Running) -> dict[int, str]:
+    """The innermost frames of each living rank of this node, by rank."""
+    return dump_stacks(run.plan.folder, _own(run))
 
 
 def _interrupt(run: _Running) -> None:
-    """Pass Ctrl-C on to the ranks and let them leave, as training does after its step and a checkpoint."""
+    """Pass Ctrl-C on to the ranks and wait for them to end: training finishes its step and saves first."""
     screen, own = run.screen, _own(run)
     logs = [run.plan.folder / f"worker_{rank}.log" for rank in own]
     written = [_size(log) for log in logs]
@@ -465,7 +451,8 @@ def _interrupt(run: _Running) -> None:
             screen.show(screen.read())
             if any(s is not None and s["state"] != "running" for s in run.statuses()):
                 deadline, heard = min(deadline, time.monotonic() + NO_ANSWER_S), True
-            # A rank that means to save says so at once. One that hangs in native code does not even hear us.
+            # A rank that is about to save prints a line at once. One that hangs in native code does not react at all,
+            # and waiting SAVE_GRACE_S for it would be in vain.
             heard = heard or [_size(log) for log in logs] != written
             if not heard and time.monotonic() > started + NO_ANSWER_S:
                 print(f"tele: no rank has answered for {NO_ANSWER_S:.0f} s, ending all processes", file=sys.stderr)
@@ -474,13 +461,6 @@ def _interrupt(run: _Running) -> None:
         screen.show(screen.read(), last=True)
     except KeyboardInterrupt:
         print("tele: interrupted again, ending all processes now", file=sys.stderr)
-
-
-def _bytes(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except FileNotFoundError:
-        return b""
 
 
 def _size(path: Path) -> int:

@@ -1,4 +1,4 @@
-"""Processes that a launch starts: remembered, watched, and ended by their ids, so that none is ever left behind."""
+"""Process tree of a launch: every process it starts is recorded, watched and ended by its id, so that none is left."""
 
 from __future__ import annotations
 
@@ -18,13 +18,14 @@ import psutil
 from telechat_twins.core.launch.worker import die_with_parent
 
 INTERRUPTING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-POLL_S = 0.05  # seconds between two looks at processes that are ending
-TERM_GRACE_S = 1.5  # seconds between SIGTERM and SIGKILL
+POLL_S = 0.05  # between two checks of processes that are ending
+TERM_GRACE_S = 1.5  # between SIGTERM and SIGKILL
 
 
 @contextmanager
 def signals_as_interrupt() -> Iterator[None]:
-    """SIGTERM and a closed terminal end a launch the way Ctrl-C does (signals exist in the main thread only)."""
+    """Raise KeyboardInterrupt for SIGTERM and SIGHUP as for Ctrl-C. Outside the main thread, which alone may set signal
+    handlers, nothing is changed."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -37,14 +38,16 @@ def signals_as_interrupt() -> Iterator[None]:
 
 
 class ProcessTree:
-    """The launcher and every process below it, remembered so that a parent's death does not hide its children."""
+    """msrun or torchrun and every process below it, recorded while their parents live: children whose parent has died
+    can no longer be found through it."""
 
     def __init__(self, command: list[str], env: dict[str, str], output: BinaryIO) -> None:
-        # msrun and torchrun hand their stdin on to the ranks, and nothing else: a pipe that ends when this process does
-        # (core.launch.worker.die_with_launcher). Its other end is not inherited.
+        # msrun and torchrun pass their stdin on to the ranks. Here it is a pipe whose other end only this process has,
+        # so it closes when this process ends, however that happens (core.launch.worker.die_with_launcher).
         theirs, self._line = os.pipe()
         try:
-            # A session of its own: the terminal's Ctrl-C reaches only this process, which then ends the ranks in order.
+            # In a session of its own: the terminal's Ctrl-C then reaches only this process, which ends the ranks in
+            # order.
             self.launcher = subprocess.Popen(
                 command,
                 env=env,
@@ -68,7 +71,7 @@ class ProcessTree:
         self.end()
 
     def look(self) -> None:
-        """Remember children that have appeared since the last look."""
+        """Record the child processes that have appeared since the last call."""
         for process in list(self.known.values()):
             with suppress(psutil.Error):
                 self.known.update({child.pid: child for child in process.children(recursive=True)})
@@ -78,7 +81,7 @@ class ProcessTree:
         return [p for p in self.known.values() if lives(p)]
 
     def end(self) -> None:
-        """SIGTERM, a moment, SIGKILL, to each remaining process by its id; a further Ctrl-C cannot cut this short."""
+        """Send SIGTERM, and SIGKILL after TERM_GRACE_S, to each process left, by its id. Further Ctrl-C is ignored."""
         if threading.current_thread() is threading.main_thread():
             for number in INTERRUPTING:
                 signal.signal(number, signal.SIG_IGN)
@@ -93,7 +96,7 @@ class ProcessTree:
             while time.monotonic() < deadline and any(lives(p) for p in remaining):
                 self.launcher.poll()
                 time.sleep(POLL_S)
-        # For a rank that its launcher started in its last moment, and nobody has seen.
+        # Closing the pipe also ends a rank that was started too late for ``look`` to find it.
         os.close(self._line)
         self.launcher.wait()
 
@@ -106,7 +109,8 @@ def lives(process: psutil.Process) -> bool:
 
 
 class Deaths:
-    """When each rank's process ended, to the millisecond; polling would mix up the first one and its victims."""
+    """Times at which the ranks' processes ended, to the millisecond. Polling would be too coarse to tell the first
+    process that died from those that failed because of it."""
 
     def __init__(self) -> None:
         self._times: dict[int, float | None] = {}
@@ -117,14 +121,14 @@ class Deaths:
             threading.Thread(target=self._wait, args=(pid,), daemon=True).start()
 
     def when(self, pid: int) -> float | None:
-        """Seconds since the epoch, or None while the process lives."""
+        """Time of death in seconds since the epoch; None while the process lives."""
         return self._times.get(pid)
 
     def _wait(self, pid: int) -> None:
         try:
             handle = os.pidfd_open(pid)
             try:
-                select.select([handle], [], [])  # readable when the process has ended, even before its parent noticed
+                select.select([handle], [], [])  # becomes readable when the process ends, before its parent reaps it
             finally:
                 os.close(handle)
         except ProcessLookupError:

@@ -1,13 +1,13 @@
-"""One writer at a time: a lock on a folder for as long as a run or a command writes into it.
+"""Lock on an output folder, held for as long as a run or a command writes into it: one writer at a time.
 
-The lock is flock(2) on a small file, which the system gives up with the process that holds it, however that one ends.
-The file holds a line that says who has it, for the one who is turned away:
+The lock is flock(2) on a small file, which the kernel releases when the holder's process ends, however it ends. The
+file holds one line that describes the holder, for the message to a second writer:
 
     {"host": "node1", "pid": 4711, "mark": "4711.190331", "since": 1764374523.2, "command": "tele train ..."}
 
-A launcher locks its folder of logs, so several machines with a folder each do not meet; rank 0 of a run locks the run's
-folder, by whatever means it was started; a command locks its --out. A file system without locks (NFS mounted with
-nolock, some cluster file systems) is said to be one, and what is left of the protection there is the line.
+A launcher locks its log folder (nodes of one job have different ones), rank 0 of a run locks the run's folder however
+it was started, and a command locks its --out. On a file system without locks (NFS mounted with nolock, some cluster
+file systems) a note says so, and the line in the file is the only protection left.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from telechat_twins.core.files.atomic import clean_stale, mark_lives, process_ma
 from telechat_twins.core.types import JsonObject
 
 NAME = ".lock"
-RELEASE_WAIT_S = 5.0  # seconds that a process which was killed may take to be gone; its lock is waited for that long
+RELEASE_WAIT_S = 5.0  # a killed process may take this long to be gone and release its lock
 
 _NO_LOCKS = (errno.EOPNOTSUPP, errno.ENOSYS, errno.ENOLCK, errno.EINVAL, errno.EBADF)
 _MAX_NOTE_BYTES = 4096
@@ -38,11 +38,11 @@ _MAX_NOTE_BYTES = 4096
 
 @contextmanager
 def hold_folder(folder: str | Path, what: str = "", name: str = NAME, patience: float = 0.0) -> Iterator[None]:
-    """Keep every other holder out of ``folder``, which is made if need be, until the block ends.
+    """Hold the lock on ``folder``, which is created if it does not exist, until the block ends.
 
-    ``what``: what a message calls the folder, e.g. "--out runs/first" (default: its path). UserError when another has
-    it for ``patience`` seconds more, naming its host, its process and since when. OSError when the folder or the file
-    cannot be made.
+    ``what``: the folder's name in messages, e.g. "--out runs/first" (default: its path). UserError, naming the holder's
+    host, process and start, when another holds the lock for ``patience`` seconds more. OSError when the folder or the
+    file cannot be created.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -53,10 +53,11 @@ def hold_folder(folder: str | Path, what: str = "", name: str = NAME, patience: 
 
 @contextmanager
 def hold_place(path: str | Path, what: str = "") -> Iterator[None]:
-    """hold_folder for a folder that is made beside its place and then put there: the lock lies beside it, too.
+    """Hold the lock on the folder to be created at ``path``. The folder is built beside ``path`` and renamed
+    (core.files.atomic), so the lock file lies beside it, too.
 
-    First of all what a killed command left there is put in order (core.files.atomic.clean_stale). UserError also where
-    the place cannot be written.
+    First removes what killed commands left there (core.files.atomic.clean_stale). UserError as hold_folder, and where
+    ``path`` cannot be written.
     """
     what = what or str(path)
     path = Path(path)
@@ -65,14 +66,14 @@ def hold_place(path: str | Path, what: str = "") -> Iterator[None]:
         path.parent.mkdir(parents=True, exist_ok=True)
         lock = _acquire(path.with_name(f".lock-tele-{path.name}"), what, 0.0)
     except OSError as error:
-        raise UserError(f"{what}: cannot be written ({error.strerror}); choose another place") from None
+        raise UserError(f"{what}: cannot be written ({error.strerror}); choose another path") from None
     with _released(path.with_name(f".lock-tele-{path.name}"), lock):
         clean_stale(path.parent)
         yield
 
 
 def require_free(folder: str | Path, what: str = "", name: str = NAME, patience: float = 0.0) -> None:
-    """UserError as of hold_folder when another holds ``folder`` now; it need not exist."""
+    """Raise hold_folder's UserError when another process holds ``folder``, which need not exist."""
     if (Path(folder) / name).exists():
         with hold_folder(folder, what, name, patience):
             pass
@@ -84,7 +85,7 @@ def _released(path: Path, handle: int) -> Iterator[None]:
         yield
     finally:
         with suppress(OSError):
-            # Only ours: the folder may have been removed and made anew meanwhile.
+            # Only the file that we locked: the folder may have been removed and created anew meanwhile.
             if os.path.samestat(os.stat(path), os.fstat(handle)):
                 path.unlink()
         os.close(handle)
@@ -108,10 +109,10 @@ def _acquire(path: Path, what: str, deadline: float) -> int:
                 os.close(handle)
                 raise
             locks = False
-            _say(f"note: {what}: this file system has no locks ({error.strerror}); let nothing else write there")
+            _note(f"note: {what}: this file system has no locks ({error.strerror}); let nothing else write there")
         try:
             if not os.path.samestat(os.stat(path), os.fstat(handle)):
-                raise FileNotFoundError  # its holder removed the file between our two calls
+                raise FileNotFoundError  # the holder removed the file between open and flock: start again
         except FileNotFoundError:
             os.close(handle)
             continue
@@ -120,8 +121,12 @@ def _acquire(path: Path, what: str, deadline: float) -> int:
             os.close(handle)
             raise UserError(_refusal(what, left))
         if left and left["host"] != socket.gethostname():
-            # Killed there, or alive and locking for its own machine only (local_lock of NFS): it cannot be told.
-            _say(f"note: {what}: {_who(left)} left its mark; if it still runs, end it: two must not write here")
+            # Either it was killed on that machine, or it is alive and NFS's local_lock hides its lock from this one.
+            # The two cannot be told apart from here.
+            _note(
+                f"note: {what}: {_holder(left)} has left its lock file; if that process still runs, end it: "
+                "only one may write here"
+            )
         note = {
             "host": socket.gethostname(),
             "pid": os.getpid(),
@@ -129,14 +134,14 @@ def _acquire(path: Path, what: str, deadline: float) -> int:
             "since": time.time(),
             "command": shlex.join(sys.argv)[:1000],
         }
-        with suppress(OSError):  # a full disk costs the name, not the lock
+        with suppress(OSError):  # on a full disk the line is missing; the lock holds all the same
             os.ftruncate(handle, 0)
             os.pwrite(handle, (json.dumps(note) + "\n").encode(), 0)
         return handle
 
 
 def _read(handle: int) -> JsonObject | None:
-    """The line in the file, or None where there is none (yet)."""
+    """The line in the file; None when there is none, or not yet."""
     try:
         note = json.loads(os.pread(handle, _MAX_NOTE_BYTES, 0))
         return {
@@ -150,11 +155,11 @@ def _read(handle: int) -> JsonObject | None:
 
 
 def _refusal(what: str, note: JsonObject | None) -> str:
-    who = "another process" if note is None else _who(note)
-    return f"{what}: {who} writes there; wait for it, end it, or give another folder"
+    holder = "another process" if note is None else _holder(note)
+    return f"{what}: {holder} writes there; wait for it, end it, or give another folder"
 
 
-def _who(note: JsonObject) -> str:
+def _holder(note: JsonObject) -> str:
     try:
         since = datetime.fromtimestamp(note["since"]).isoformat(" ", "seconds")
     except (ValueError, OverflowError, OSError):
@@ -162,5 +167,5 @@ def _who(note: JsonObject) -> str:
     return f"process {note['pid']} on host {note['host']} (since {since})"
 
 
-def _say(text: str) -> None:
+def _note(text: str) -> None:
     print(f"tele: {text}", file=sys.stderr)

@@ -1,4 +1,4 @@
-"""What a launch shows: rank 0's output as it comes, and the end of a log where that explains a failure."""
+"""Terminal output of a launch: rank 0's log as it grows, and the last lines of a log that explains a failure."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from pathlib import Path
 
 
 def last_lines(path: Path, lines: int = 10) -> str:
-    """The end of a log, less MindSpore's warnings, under a heading that names the file; "" when there is nothing.
+    """The last lines of a log without MindSpore's warnings, below a heading that names the file; "" for an empty log.
 
-    A progress bar writes its line anew hundreds of times, with carriage returns between: its last state counts.
+    A progress bar rewrites its line hundreds of times, separated by carriage returns; only its last state is kept.
     """
     if not path.exists():
         return ""
@@ -28,16 +28,16 @@ _NOISE = re.compile(rb"\[(DEBUG|INFO|WARNING)\] [A-Z_]+\(\d+[,:]")
 
 
 class Screen:
-    """Rank 0's log on our terminal, byte for byte (carriage returns too), less MindSpore's warnings.
+    """Copies rank 0's log to this process's stdout, byte for byte (carriage returns too), without MindSpore's warnings.
 
-    ``instead`` is called in place of every showing, for a caller that has something better to show.
+    ``instead`` is called in place of every write, by callers that show progress of their own.
     """
 
     def __init__(self, log: Path, instead: Callable[[], None] | None = None) -> None:
         self.log, self.instead = log, instead
         self.offset = 0
         self.held = b""
-        self.shown = b""  # the last bytes shown, to know whether a traceback has been seen
+        self.shown = b""  # the last bytes written, to know whether a traceback is among them
 
     def read(self) -> bytes:
         """New bytes of the log since the last call."""
@@ -50,7 +50,7 @@ class Screen:
         return news
 
     def show(self, news: bytes, last: bool = False) -> None:
-        """Write what may be shown: a line that starts with "[" waits for its end, since it may be noise."""
+        """Write ``news``; a line that begins with "[" is held back until it is complete, since it may be a warning."""
         if self.instead is not None:
             self.instead()
             return

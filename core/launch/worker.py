@@ -1,13 +1,13 @@
-"""One rank as `tele` starts it: runs a script and leaves a status file that says how it ended.
+"""Rank process: runs the training script and records its outcome in a status file.
 
     python core/launch/worker.py --status-dir D [options] script.py args...
 
-The launchers (msrun, torchrun) report a failing rank late, in their own words, or not at all; a status file written
-by the rank itself is the same for both: `D/status_<rank>.json` with the keys rank, pid, state (running | done |
-failed), code, error (one line), user_error, traceback and time. A rank that dies without Python's help (a signal, no
-memory left) leaves `running` behind with a process id that no longer lives, which says it too. While the script runs,
-`D/heartbeat_<rank>.bin` says which collective the rank waits in (core.launch.heartbeat), and SIGUSR1 makes the rank
-write its Python stack to `D/stack_<rank>.txt` and go on.
+msrun and torchrun report a failing rank late, each in its own format, or not at all. So the rank itself writes
+`D/status_<rank>.json`, the same for both, with the keys rank, pid, state (running | done | failed), code, error (one
+line), user_error, traceback and time. A rank that is killed (by a signal, or out of memory) leaves the state `running`
+with the id of a process that no longer exists, from which the launcher sees that it died. While the script runs,
+`D/heartbeat_<rank>.bin` shows the collective the rank waits in (core.launch.heartbeat), and on SIGUSR1 the rank writes
+its Python stack to `D/stack_<rank>.txt` and goes on.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 if __name__ == "__main__":
-    # Started by file name, Python puts core/launch/ itself first on the path instead of the folder that holds
-    # telechat_twins: the checkout, or in a wheel the folder above it.
+    # A script started by its file name has its own folder first on sys.path. Put the folder that holds telechat_twins
+    # there instead: the checkout, or, installed from a wheel, the folder above.
     sys.path[0] = str(ROOT if (ROOT / "telechat_twins").is_dir() else ROOT.parent)
 
 from telechat_twins.core.errors import UserError  # noqa: E402
@@ -39,19 +39,17 @@ from telechat_twins.core.launch.heartbeat import heartbeat_path, place_heartbeat
 from telechat_twins.core.shown import controls_shown, printable  # noqa: E402
 from telechat_twins.core.types import JsonObject  # noqa: E402
 
-SCHEDULER = "scheduler"  # in the place of a rank: msrun's scheduler keeps a status file too
-PEER_WAIT_S = (
-    150.0  # seconds a rank that failed or was interrupted may wait for the others; above the launcher's own limits
-)
+SCHEDULER = "scheduler"  # in the place of a rank number: msrun's scheduler writes a status file too
+PEER_WAIT_S = 150.0  # a failed or interrupted rank waits this long for the others; above the launcher's own limits
 
 _supervised = False
 
 
 def run_script(main: Callable[[], int | None]) -> int:
-    """What a training script ends with: ``raise SystemExit(run_script(main))``.
+    """Exit code of a training script, for ``raise SystemExit(run_script(main))`` at its end.
 
-    Started by hand (raw msrun or torchrun), a UserError becomes one line on stderr and code 2, Ctrl-C code 130. Started
-    by `tele`, both are left to the launcher, which speaks for all ranks.
+    Under plain msrun or torchrun, a UserError becomes one line on stderr and code 2, and Ctrl-C code 130. Under `tele`
+    both propagate to this module, and the launcher prints one message for all ranks.
     """
     try:
         return main() or 0
@@ -75,7 +73,7 @@ def write_status(
     user_error: bool = False,
     trace: str = "",
 ) -> None:
-    """Record how rank ``rank`` ended (``code`` None: it still runs). The file is replaced in one step."""
+    """Write the status file of ``rank``: its exit ``code``, or None while it runs. The file is replaced atomically."""
     state = "running" if code is None else "done" if code == 0 else "failed"
     record = {
         "rank": rank,
@@ -98,12 +96,12 @@ def status_path(log_dir: str | Path, rank: int | str) -> Path:
 
 
 def stack_path(log_dir: str | Path, rank: int) -> Path:
-    """Where a rank that was told to end wrote its Python stack; empty otherwise."""
+    """File of the Python stack that a rank writes on SIGTERM and SIGUSR1; empty before the first of them."""
     return Path(log_dir) / f"stack_{rank}.txt"
 
 
 def read_status(log_dir: str | Path, rank: int | str) -> JsonObject | None:
-    """The record of one rank, or None while it has not started."""
+    """The status of one rank; None before it has started."""
     try:
         return json.loads(status_path(log_dir, rank).read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -111,9 +109,9 @@ def read_status(log_dir: str | Path, rank: int | str) -> JsonObject | None:
 
 
 def die_with_parent(parent: int | None = None) -> None:
-    """Ask Linux to kill this process when the one that started it dies, even by SIGKILL: no orphans.
+    """Have Linux kill this process when its parent dies, even by SIGKILL, so that no orphan is left.
 
-    ``parent``: its process id, where it is known; if that one has died before it could be asked, this one dies now.
+    ``parent``: the parent's process id, where known. If it has died before this call, this process ends at once.
     """
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # 1 is PR_SET_PDEATHSIG
@@ -122,19 +120,19 @@ def die_with_parent(parent: int | None = None) -> None:
 
 
 def die_with_launcher() -> None:
-    """Take stdin, a pipe whose other end `tele` alone holds, as the sign that it lives: die when the pipe ends.
+    """End this process when `tele` does: stdin is a pipe whose other end only `tele` holds, so it then reaches its end.
 
-    Between `tele` and a rank stands msrun or torchrun. When both die before the rank has asked for its parent's death,
-    nothing else would tell it: who its parent was to be, it does not know. The end of a pipe stays to be seen.
+    ``die_with_parent`` alone leaves a gap: the parent is msrun or torchrun, and when that dies before the rank has made
+    its call, the rank has another parent already and is never signalled. The end of a pipe cannot be missed.
     """
-    line = os.dup(0)  # not inherited: what this rank starts need not know
+    line = os.dup(0)  # a dup is not inherited by the processes that this rank starts
     with open(os.devnull) as nothing:
         os.dup2(nothing.fileno(), 0)
     die_with_parent()
 
     def watch() -> None:
         with contextlib.suppress(OSError):
-            os.read(line, 1)  # nothing is ever written: it returns at the end
+            os.read(line, 1)  # nothing is ever written, so this returns when the pipe is closed
         os.kill(os.getpid(), signal.SIGKILL)
 
     if select.select([line], [], [], 0)[0]:
@@ -147,10 +145,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     global _supervised
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--status-dir", type=Path, required=True)
-    parser.add_argument("--output-file", help="write output here, not to the inherited streams; {rank} is filled in")
+    parser.add_argument("--output-file", help="file for stdout and stderr; {rank} is replaced (default: inherited)")
     parser.add_argument("--terminal", action="store_true", help="rank 0's output is shown on a terminal")
-    parser.add_argument("--lifeline", action="store_true", help="stdin is a pipe that ends with the launcher")
-    parser.add_argument("--no-scheduler", action="store_true", help="as msrun's scheduler, leave: another node has it")
+    parser.add_argument("--lifeline", action="store_true", help="stdin is a pipe that closes when the launcher ends")
+    parser.add_argument("--no-scheduler", action="store_true", help="exit at once as msrun's scheduler: node 0 runs it")
     parser.add_argument("script")
     parser.add_argument("args", nargs=argparse.REMAINDER)
     options = parser.parse_args(argv)
@@ -158,7 +156,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         die_with_launcher()
     else:
         die_with_parent()
-    # A job started in the background inherits "ignore SIGINT"; this rank must be able to hear its launcher.
+    # A shell starts background jobs with SIGINT ignored; this rank must react to it, since the launcher sends it.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     if os.environ.get("MS_ROLE") == "MS_SCHED":
         return 0 if options.no_scheduler else _serve_as_scheduler(options.status_dir)
@@ -168,9 +166,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.terminal and rank == 0:
         _pretend_terminal()
     _supervised = True
-    # Told to end (by us or by torchrun), the rank first writes where it was, even from inside native code: that shows
-    # where it hung, and that it was a victim and not the cause. A script may put its own handler in that one's place
-    # (training does, to save first), so the launcher asks by another signal.
+    # On SIGTERM (from the launcher or torchrun) the rank first writes its stack, even from inside native code: that
+    # shows where it hung, and that it was ended from outside rather than by an error of its own. Training replaces this
+    # handler by its own, in order to save first, so the launcher asks for stacks by SIGUSR1.
     stack = open(stack_path(options.status_dir, rank), "w")  # noqa: SIM115
     faulthandler.register(signal.SIGTERM, stack, chain=True)
     faulthandler.register(signal.SIGUSR1, stack)
@@ -185,10 +183,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _wait_for_the_others(status_dir: Path, rank: int) -> None:
-    """Stay until the other ranks here have ended too, or the launcher ends us.
+    """Wait until the other ranks of this node have ended too, or the launcher ends this one.
 
-    msrun and torchrun kill all other ranks as soon as one exits with an error. After Ctrl-C that would cut off a rank
-    that is still saving; after a failure the launcher, which has read our status by then, ends the job in better order.
+    msrun and torchrun kill all other ranks as soon as one exits with an error. After Ctrl-C that would interrupt a rank
+    that is still saving. After a failure the launcher has read our status and ends the other ranks itself, in order.
     """
     deadline = time.monotonic() + PEER_WAIT_S
     while time.monotonic() < deadline:
@@ -212,7 +210,7 @@ def _run(script: str) -> tuple[int, JsonObject]:
         return 2, {"message": str(error), "user_error": True}
     except KeyboardInterrupt:
         return 130, {"message": "interrupted"}
-    except BaseException as error:  # the rank ends here; whatever it was is reported, not swallowed
+    except BaseException as error:  # the rank ends here: every error is reported in its status file
         trace = _own_traceback(error)
         print(controls_shown(trace), end="", file=sys.stderr, flush=True)
         return 1, {"message": printable(f"{type(error).__name__}: {error}".splitlines()[0]), "trace": trace}
@@ -220,7 +218,7 @@ def _run(script: str) -> tuple[int, JsonObject]:
 
 
 def _own_traceback(error: BaseException) -> str:
-    """The traceback without the frames of this file and of runpy, which say nothing about the mistake."""
+    """The traceback without the frames of this file and of runpy, which are the same for every error."""
     frame = error.__traceback__
     while frame is not None and frame.tb_frame.f_code.co_filename in (__file__, runpy.__file__, "<frozen runpy>"):
         frame = frame.tb_next
@@ -235,13 +233,13 @@ def _redirect(path: str) -> None:
 
 
 def _pretend_terminal() -> None:
-    """Let progress bars be drawn: this rank writes to a file, but its launcher copies each byte to a terminal."""
+    """Make isatty true, so that progress bars are drawn: the launcher copies this rank's log to a terminal."""
     for stream in (sys.stdout, sys.stderr):
         stream.isatty = lambda: True  # type: ignore[method-assign]
 
 
 def _serve_as_scheduler(status_dir: Path) -> int:
-    """msrun runs the same command once more as the cluster's scheduler, which has no part in the training itself."""
+    """Run as msrun's scheduler: msrun starts the ranks' command once more for it. It takes no part in the training."""
     import importlib
 
     write_status(status_dir, SCHEDULER, None)

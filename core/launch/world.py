@@ -1,4 +1,4 @@
-"""Rank and world size as the launchers put them into the environment."""
+"""Rank and world size from the environment variables of torchrun and msrun."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import os
 
 
 def launched_world() -> tuple[int, int]:
-    """(rank, number of processes) as torchrun or msrun told this process; (0, 1) without a launcher."""
+    """(rank, number of processes) of this process by torchrun's or msrun's variables; (0, 1) without them."""
     for rank, size in (("RANK", "WORLD_SIZE"), ("RANK_ID", "RANK_SIZE"), ("MS_NODE_ID", "MS_WORKER_NUM")):
         if size in os.environ:
             given = os.environ.get(rank, "0")

@@ -17,7 +17,7 @@ import pytest
 
 from telechat_twins.core.errors import UserError
 from telechat_twins.core.launch import nodes as nodes_module
-from telechat_twins.core.launch.nodes import Nodes, Word, bind, meet
+from telechat_twins.core.launch.nodes import JobEnd, Nodes, bind, meet
 from tests.multiproc.test_launch_real import SCRIPT, Launched
 
 # Joins the cluster the way each framework does, and adds up the ranks' numbers.
@@ -227,7 +227,7 @@ def test_the_reason_reaches_every_node_once(source: int) -> None:
     nodes[source].end(1, "a second reason")
     for rank in {0, 1, 2} - {source}:
         word = soon(nodes[rank].look)
-        assert word._replace(when=0.0) == Word(source, 2, "x" * nodes_module.MAX_REASON_CHARACTERS, 0.0)
+        assert word._replace(when=0.0) == JobEnd(source, 2, "x" * nodes_module.MAX_REASON_CHARACTERS, 0.0)
         assert before <= word.when <= time.time()
         assert nodes[rank].look(0.1) is None
     for node in nodes.values():
@@ -252,9 +252,13 @@ def test_alone_there_is_nobody_to_ask() -> None:
 
 def test_nodes_started_differently_are_sent_away() -> None:
     results = met(3, {1: FACTS | {"--nproc": 4}}, patience=1.5)
-    assert str(results[1]) == "--nproc: node 1 was started with 4, node 0 with 2; start all alike"
+    assert str(results[1]) == (
+        "--nproc: must be the same on every node, node 1 was started with 4 and node 0 with 2; start all nodes alike"
+    )
     # Node 2 came, and may have lost patience a moment before node 0 did.
-    assert re.match(r"--nnodes: node 1(, 2)? of 3 did not come to 127.0.0.1 port \d+ in time; start", str(results[0]))
+    assert re.match(
+        r"--nnodes: node 1(, 2)? of 3 did not connect to 127.0.0.1 port \d+ in time; start", str(results[0])
+    )
     assert str(results[2]).startswith("--master: node 0 was not found at 127.0.0.1 port")
 
 
@@ -271,7 +275,7 @@ def test_a_node_number_taken_twice() -> None:
     threads = [threading.Thread(target=one, args=pair) for pair in (("zero", 0), ("one", 1), ("again", 1))]
     for thread in threads:
         thread.start()
-    soon(lambda: "--node-rank: node 1 is there already; give each node its own number" in results.values())
+    soon(lambda: "--node-rank: node 1 is connected already; give each node its own number" in results.values())
     assert len(results) == 1
     last = threading.Thread(target=one, args=("two", 2))
     for thread in (last, *threads):
@@ -290,11 +294,11 @@ def test_a_second_node_0_is_told_of_the_first() -> None:
     node_0.start()
     soon(lambda: _connects(port + 1))
     for facts in (FACTS, {**FACTS, "--nproc": 7}):
-        with pytest.raises(UserError, match=f"--master: another node 0, .* waits at 127.0.0.1 port {port + 1} already"):
+        with pytest.raises(UserError, match=f"--master: another node 0, .* already waits at 127.0.0.1 port {port + 1}"):
             meet(0, 2, "127.0.0.1", port, facts, 5.0, lambda text: None)
     other = meet(1, 2, "127.0.0.1", port, FACTS, 10.0, lambda text: None)
     node_0.join()
-    assert len(results) == 1 and any("sent a node away" in text for text in said)
+    assert len(results) == 1 and any("refused a node" in text for text in said)
     other.close()
     results[0].close()
 
@@ -340,7 +344,7 @@ def test_what_comes_over_the_line_is_taken_with_care() -> None:
 
 
 def test_no_such_host() -> None:
-    with pytest.raises(UserError, match="--master: no address of 'no.such.host.invalid' is known here"):
+    with pytest.raises(UserError, match="--master: host 'no.such.host.invalid' cannot be resolved on this machine"):
         meet(1, 2, "no.such.host.invalid", 29500, FACTS, 1.0)
 
 

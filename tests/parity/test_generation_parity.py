@@ -281,9 +281,9 @@ def test_generate_command_gives_text(backend, talking, capsys, tmp_path):
         (("--ids", "1", "--samples", "3"), "--samples: greedy answers are all the same; add --temperature"),
         (("--ids", "1", "--logprobs", "3"), "--logprobs requires --json; add --json"),
         (("--ids", "1", "--logprobs", "152", "--json"), "logprobs: must be 0 to 151"),
-        (("--ids", "1", "--stop", "x"), "stop: stop strings and text need a tokenizer, found none"),
+        (("--ids", "1", "--stop", "x"), "stop: stop strings and text output need a tokenizer, found none"),
         (("--ids", "1", "--presence-penalty", "1e9"), "sampling.presence_penalty: must be at most 100"),
-        (("--prompt", "hello"), "no tokenizer.model in it, and a text prompt needs one"),
+        (("--prompt", "hello"), "has no tokenizer.model, which a text prompt needs"),
         (("--prompt-file", "nowhere.txt"), "--prompt-file nowhere.txt: cannot be read"),
     ],
 )

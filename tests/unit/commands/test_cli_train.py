@@ -82,7 +82,7 @@ def test_default_folder_is_named_after_config_and_backend(config: Path, launched
             ["--layout", "dp2", "--nnodes", "3"],
             "--nnodes: 3 machines cannot hold equal shares of the 2 ranks of layout",
         ),
-        (["--layout", "dp2", "--nnodes", "2"], "--master: needed with --nnodes 2; give HOST:PORT of node 0"),
+        (["--layout", "dp2", "--nnodes", "2"], "--master: required with --nnodes 2; give HOST:PORT of node 0"),
         (["--layout", "dp2", "--nnodes", "2", "--master", "h"], "--master: expected HOST:PORT with a port from"),
         (["--node-rank", "1"], "--node-rank: must be from 0 to 0 with --nnodes 1, found 1"),
         (["--nnodes", "0"], "--nnodes: must be at least 1, found 0"),

@@ -134,7 +134,7 @@ def test_history_is_cut_at_the_budget_itself():
 
 def test_a_question_too_long_by_itself_is_refused_and_leaves_no_trace():
     chat = chat_of("r", max_new_tokens=35)
-    with pytest.raises(UserError, match="question: with the system prompt it takes 65 tokens, and 64 fit"):
+    with pytest.raises(UserError, match="question: must fit into 64 tokens with the system prompt, .*both take 65"):
         chat.ask("a" * 63)
     assert chat.history == [] and prompts_of(chat) == []
     assert chat.ask("a" * 62) == "r"
@@ -233,7 +233,7 @@ def test_saving_adds_to_the_file(tmp_path):
         ("/save", "/save: give a file"),
         ("/save nowhere.jsonl", "/save: there is nothing to save yet"),
         ("/sing", "/sing: no such command"),
-        ("a" * 200, "question: with the system prompt it takes 202 tokens"),
+        ("a" * 200, "question: must fit into 74 tokens with the system prompt, beside an answer of 25; both take 202"),
     ],
 )
 def test_mistakes_are_one_line_and_the_talk_goes_on(capsys, line, message):

@@ -62,13 +62,17 @@ def test_tool_calls_are_told_apart_from_words_and_join_the_history():
 
 def test_results_are_as_many_as_calls():
     chat = chat_of(tools=[TOOL])
-    with pytest.raises(UserError, match="results: 1 given, and the last answer has 0 tool calls"):
+    with pytest.raises(
+        UserError, match="results: must be one for each tool call of the last answer, which has 0; found 1"
+    ):
         chat.report(["rain"])
     chat.ask("weather?")
-    with pytest.raises(UserError, match="results: 2 given, and the last answer has 1 tool calls"):
+    with pytest.raises(
+        UserError, match="results: must be one for each tool call of the last answer, which has 1; found 2"
+    ):
         chat.report(["rain", "sun"])
     chat.reset()
-    with pytest.raises(UserError, match="has 0 tool calls"):
+    with pytest.raises(UserError, match="which has 0; found"):
         chat.report(["rain"])
 
 
@@ -105,7 +109,7 @@ def test_results_never_lose_their_question():
     chat.ask("weather?")
     alone = [{"role": "system", "content": "S"}, {"role": "tool", "content": "rain " * 30}]
     chat.budget = len(encode_chat(chat.tokenizer, alone, chat.tools)) + 5
-    with pytest.raises(UserError, match="fit beside an answer of 300"):
+    with pytest.raises(UserError, match="beside an answer of 300"):
         chat.report(["rain " * 30])
 
 
@@ -246,8 +250,8 @@ def test_the_oldest_turns_are_left_out_and_a_long_question_loses_its_beginning(c
     asked = ids[ids.index(USER) + 1 : -1]
     assert asked == model.tokenizer.encode(question)[-len(asked) :]
     whole = len(model.tokenizer.encode(question))
-    assert capsys.readouterr().err == f"note: question: of its {whole} tokens the last {len(asked)} fit and are asked\n"
-    with pytest.raises(UserError, match="question: the system prompt alone takes"):
+    assert capsys.readouterr().err == f"note: question: too long, its last {len(asked)} of {whole} tokens are used\n"
+    with pytest.raises(UserError, match="system prompt: must leave room for a question in"):
         model.chat("hello", [{"role": "system", "content": "S" * 200}], max_new_tokens=20)
 
 

@@ -356,12 +356,12 @@ def test_one_request_that_fails_leaves_the_others_alone():
 @pytest.mark.parametrize(
     ("asked", "message"),
     [
-        (request(prompt=0), "prompt: it has no tokens"),
+        (request(prompt=0), "prompt: must have at least one token"),
         (request(new=0), "max_new_tokens: must be at least 1, found 0"),
         (request(samples=0), "samples: must be 1 to 128, found 0"),
         (request(logprobs=65), "logprobs: must be 0 to 64"),
-        (request(stop_texts=("",)), "stop: an empty string would end every answer"),
-        (request(stop_texts=("x",)), "stop: stop strings and text need a tokenizer, found none"),
+        (request(stop_texts=("",)), "stop: must not be an empty string"),
+        (request(stop_texts=("x",)), "stop: stop strings and text output need a tokenizer, found none"),
         (request(text="prose"), "text: 'prose' is not one of none, answer, tools, continuation"),
         (request(logit_bias={64: 1.0}), "logit_bias: token id 64 at place 0 is outside the vocabulary"),
         (request(logit_bias={3: float("inf")}), "logit_bias: token 3 has inf; must be from -100 to 100"),
@@ -387,7 +387,7 @@ def test_a_context_shorter_than_the_cache_is_named():
 
 
 def test_limits_that_cannot_work_are_refused():
-    with pytest.raises(ValueError, match="leave none for prompts"):
+    with pytest.raises(ValueError, match="step_tokens: must exceed max_running"):
         Engine(PlainRunner(), limits=EngineLimits(step_tokens=8, max_running=8))
     with pytest.raises(ValueError, match="rescale: 'never' is not one of request, step"):
         Engine(PlainRunner(), rescale="never")

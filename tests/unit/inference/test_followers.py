@@ -140,9 +140,9 @@ def test_the_ranks_parts_make_up_the_weights(text, quantized):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("dp2", "leave dp 2 out of 'dp2'"),
-        ("ring2.ulysses2", "leave ulysses 2 out"),
-        ("pp2.vpp2", "leave virtual 2 out"),
+        ("dp2", "found dp 2 in 'dp2'"),
+        ("ring2.ulysses2", "found ulysses 2 in"),
+        ("pp2.vpp2", "found virtual 2 in"),
     ],
 )
 def test_layouts_that_share_what_generation_lacks_are_refused(text, message):

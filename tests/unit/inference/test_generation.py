@@ -64,7 +64,7 @@ def test_sampling_is_a_function_of_seed_and_position():
 @pytest.mark.parametrize(
     ("prompt", "count", "message"),
     [
-        ([], 3, "prompt: it has no tokens"),
+        ([], 3, "prompt: must have at least one token"),
         ([1, 64], 3, "prompt: token id 64 at place 1 is outside the vocabulary of 64"),
         ([-1], 3, "prompt: token id -1 at place 0"),
         ([1], 0, "max_new_tokens: must be at least 1, found 0"),

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from telechat_twins.core.data.detokenizer import StreamDecoder
-from telechat_twins.core.inference.text_stream import CONTEXT, StopText, text_stream
+from telechat_twins.core.inference.text_stream import CONTEXT_TOKENS, StopText, text_stream
 
 
 class PieceTokenizer:
@@ -59,7 +59,7 @@ def test_pieces_add_up_to_the_whole_text(ids):
 def test_continuation_adds_up_to_prompt_and_answer(prompt, ids):
     tokenizer = PieceTokenizer()
     whole = tokenizer.decode(prompt + ids, skip_special=True)
-    silent_context = not tokenizer.decode(prompt[-CONTEXT:], skip_special=True)
+    silent_context = not tokenizer.decode(prompt[-CONTEXT_TOKENS:], skip_special=True)
     text = tokenizer.decode(prompt, skip_special=True) + stream_text(tokenizer, ids, prompt)[1]
     assert text == whole or (silent_context and text.replace(" ", "") == whole.replace(" ", ""))
 

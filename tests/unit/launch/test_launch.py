@@ -22,6 +22,7 @@ from telechat_twins.core.launch.heartbeat import Waits
 from telechat_twins.core.launch.nodes import Nodes, parse_master
 from telechat_twins.core.launch.processes import Deaths
 from telechat_twins.core.launch.screen import Screen
+from telechat_twins.core.launch.stacks import innermost_frames
 from telechat_twins.core.launch.worker import read_status, run_script, status_path, write_status
 from tests.house import ROOT
 
@@ -183,7 +184,7 @@ def test_the_frameworks_own_parsers_take_the_commands(
         (1, 0, 0, None, "--nnodes: must be at least 1, found 0"),
         (1, 2, 2, "h:1", "--node-rank: must be from 0 to 1 with --nnodes 2, found 2"),
         (1, 1, 1, None, "--node-rank: must be from 0 to 0 with --nnodes 1, found 1"),
-        (1, 2, 0, None, "--master: needed with --nnodes 2; give HOST:PORT of node 0"),
+        (1, 2, 0, None, "--master: required with --nnodes 2; give HOST:PORT of node 0"),
         (1, 2, 0, "somewhere", "--master: expected HOST:PORT with a port from 1 to 65534, found 'somewhere'"),
         (1, 2, 0, ":80", "--master: expected HOST:PORT"),
         (1, 2, 0, "h:0", "--master: expected HOST:PORT"),
@@ -214,7 +215,9 @@ def test_a_port_in_use_is_named_on_node_0(tmp_path: Path) -> None:
             check_port(plan)
         check_port(dataclasses.replace(plan, node_rank=1))
     check_port(plan)
-    with pytest.raises(UserError, match=r"--master: 192.0.2.1 is not an address of this machine \(node 0\)"):
+    with pytest.raises(
+        UserError, match=r"--master: 192.0.2.1 is not an address of this machine, which is started as node 0"
+    ):
         check_port(dataclasses.replace(plan, backend="ms", host="192.0.2.1"))
 
 
@@ -447,7 +450,7 @@ def test_the_top_of_a_stack_is_the_newest_dump_of_the_main_thread() -> None:
         '  File "/a/b/train.py", line 2 in <module>\n'
         '  File "<frozen runpy>", line 88 in _run_code\n'
     )
-    assert launching._top(dump) == "ops.py:7 wait < model.py:30 forward < loop.py:1 step"
-    assert launching._top(dump + dump.replace("line 7", "line 8")).startswith("ops.py:8 wait <")
-    assert launching._top(dump, frames=9).endswith("train.py:2 <module>"), "what starts the script says nothing"
-    assert launching._top("") == ""
+    assert innermost_frames(dump) == "ops.py:7 wait < model.py:30 forward < loop.py:1 step"
+    assert innermost_frames(dump + dump.replace("line 7", "line 8")).startswith("ops.py:8 wait <")
+    assert innermost_frames(dump, frames=9).endswith("train.py:2 <module>"), "what starts the script says nothing"
+    assert innermost_frames("") == ""

@@ -101,7 +101,8 @@ def test_the_mark_of_another_machine_is_said(tmp_path: Path, capsys: pytest.Capt
     with hold_folder(tmp_path, "--out x"):
         said = capsys.readouterr().err
     assert (
-        said.startswith("tele: note: --out x: process 7 on host elsewhere (since 19") and "two must not write" in said
+        said.startswith("tele: note: --out x: process 7 on host elsewhere (since 19")
+        and "only one may write here" in said
     )
 
 
