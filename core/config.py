@@ -35,6 +35,7 @@ from telechat_twins.core.types import JsonObject
 class DataSourceConfig:
     path: str = option(help="folder written by `tele data`")
     weight: float = option(1.0, help="share of samples drawn from this source", above=0.0)
+    loss_weight: float = option(1.0, help="factor of the token losses of this source's samples", above=0.0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -154,6 +155,23 @@ class OptimConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class PreferenceConfig:
+    """Direct preference optimisation (DPO, arXiv 2305.18290) on pairs of `tele data --preference`."""
+
+    beta: float = option(0.1, help="strength with which the model is held to the reference", above=0.0)
+    reference: str = option(
+        "once", help="log-probabilities of the initial weights: computed once before training", choices=("once",)
+    )
+    label_smoothing: float = option(0.0, help="probability that a pair is labelled the wrong way round", min=0.0)
+
+    def __post_init__(self) -> None:
+        if self.label_smoothing >= 0.5:
+            raise UserError(
+                f"preference.label_smoothing: {self.label_smoothing} leaves no preference; give less than 0.5"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
 class CheckpointConfig:
     every: int = option(0, help="save every N steps; 0 saves only at the end", min=0)
     keep_last: int = option(2, help="checkpoints kept", min=1)
@@ -212,6 +230,7 @@ class RunConfig:
     kernels: KernelsConfig = option(
         KernelsConfig(), help="which implementation serves each operator; default: the best"
     )
+    preference: PreferenceConfig | None = option(None, help="train on preference pairs; default: on next tokens")
     checkpoint: CheckpointConfig = option(CheckpointConfig(), help="saving")
     health: HealthConfig = option(HealthConfig(), help="what to do when training goes wrong")
 
@@ -222,6 +241,8 @@ class RunConfig:
                 "train at most at that length, or raise model.max_seqlen"
             )
         check_xpos_range(self.model, self.train.precision, self.data.seq_len)
+        if self.preference is not None:
+            self._check_preference()
         if self.lora is not None:
             check_lora(self.model, self.lora)
         if self.train.steps:
@@ -239,6 +260,19 @@ class RunConfig:
                 f"optim.decay_steps: a decay of {optim.decay(steps)} steps does not fit after the {warmup} of warm-up "
                 f"into the schedule's {steps}; shorten one of them"
             )
+
+    def _check_preference(self) -> None:
+        if self.train.micro_batch % 2:
+            raise UserError(
+                f"train.micro_batch: {self.train.micro_batch} is odd, and a preference pair is two neighbouring "
+                f"sequences; give {self.train.micro_batch + 1}"
+            )
+        for n, source in enumerate(self.data.sources):
+            if source.loss_weight != 1.0:
+                raise UserError(
+                    f"data.sources[{n}].loss_weight: {source.loss_weight} has no meaning in preference training; "
+                    "leave it out, and use weight for the share of samples"
+                )
 
     def to_dict(self) -> JsonObject:
         """The mapping as JSON gives it back."""

@@ -15,12 +15,14 @@ import torch
 from torch import Tensor
 
 from telechat_twins.core.parallel.mesh import Link, Mesh, used
+from telechat_twins.core.parallel.objective import RowObjective
 from telechat_twins.core.parallel.schedule import Action, actions, peak_live
 from telechat_twins.core.parallel.sequence import LocalBatch
 from telechat_twins.core.parallel.transfer import Handle
 from telechat_twins.pt_reference import ops
 from telechat_twins.pt_reference.collectives import recv, send
 from telechat_twins.pt_reference.context_parallel import attention_plan
+from telechat_twins.pt_reference.losses import row_surrogate, weighted_cross_entropy
 from telechat_twins.pt_reference.model import Decoder
 from telechat_twins.pt_reference.tensor_parallel import cross_entropy
 
@@ -43,13 +45,15 @@ class Pipeline:
         loss_scale: float = 1.0,
         backward: bool = True,
         watch: Watch | None = None,
+        objective: RowObjective | None = None,
     ) -> float:
         """Forward, and backward, of all micro-batches; gradients of loss_scale * loss go to the parameters' hooks.
 
-        Returns sum(token losses) / num_targets of what this rank computed: 0 on pipeline ranks without the head.
+        Returns sum(weight * token loss) / num_targets of what this rank computed: 0 on pipeline ranks without the head.
+        With an ``objective`` the gradients are those of it / num_targets; it keeps its value, and 0 is returned.
         ``watch(micro, logits)`` sees the logits [B, s, V/tp] where they are made.
         """
-        step = _Step(self.stages, self.mesh, batches, num_targets, loss_scale, watch)
+        step = _Step(self.stages, self.mesh, batches, num_targets, loss_scale, watch, objective)
         layout = self.mesh.layout
         self.peak = 0
         with torch.set_grad_enabled(backward):
@@ -61,7 +65,7 @@ class Pipeline:
                 self.peak = max(self.peak, len(step.held))
         step.end()
         self.waited = step.waited
-        return float(sum(loss.item() for loss in step.losses))
+        return float(sum(loss.item() for loss in step.losses)) if objective is None else 0.0
 
 
 class _Step:
@@ -75,9 +79,11 @@ class _Step:
         num_targets: int,
         loss_scale: float,
         watch: Watch | None,
+        objective: RowObjective | None,
     ) -> None:
         self.stages, self.mesh, self.batches = stages, mesh, batches
-        self.num_targets, self.loss_scale, self.watch = num_targets, loss_scale, watch
+        self.num_targets, self.loss_scale = num_targets, loss_scale
+        self.watch, self.objective = watch, objective
         self.plans = [attention_plan(batch.visibility, mesh) for batch in batches]
         self.ropes = [stages[0].rope(batch.positions, batch.seq_len) for batch in batches]
         self.held: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
@@ -99,10 +105,7 @@ class _Step:
         if stage.last:
             if self.watch is not None:
                 self.watch(micro, out)
-            targets = torch.from_numpy(batch.targets).to(out.device)
-            # One divisor for the whole global batch, so that micro-batches and ranks only have to be added up.
-            total = cross_entropy(out, targets, stage.config.vocab_size, self.mesh)
-            out = total / self.num_targets
+            out = self._loss(out, batch, stage.config.vocab_size)
             self.losses.append(out.detach())
         else:
             self.sent[micro, chunk] = send(out, used(self.mesh.forward_out))
@@ -123,6 +126,18 @@ class _Step:
             self._send_back(x.grad)
         if not stage.last:
             self.sent.pop((micro, chunk)).wait()  # its gradient is here, so it has arrived
+
+    def _loss(self, logits: Tensor, batch: LocalBatch, vocab_size: int) -> Tensor:
+        """What this micro-batch adds to the loss, or a scalar with the gradient of what it adds to the objective."""
+        if self.objective is not None:
+            return row_surrogate(logits, batch, vocab_size, self.mesh, self.objective, self.num_targets)
+        if batch.weights is not None:
+            total = weighted_cross_entropy(logits, batch, vocab_size, self.mesh)
+        else:
+            targets = torch.from_numpy(batch.targets).to(logits.device)
+            total = cross_entropy(logits, targets, vocab_size, self.mesh)
+        # One divisor for the whole global batch, so that micro-batches and ranks only have to be added up.
+        return total / self.num_targets
 
     def end(self) -> None:
         """Wait until everything sent has arrived."""

@@ -14,12 +14,14 @@ from collections.abc import Callable, Sequence
 from mindspore import Parameter, Tensor
 
 from telechat_twins.core.parallel.mesh import Link, Mesh, used
+from telechat_twins.core.parallel.objective import RowObjective
 from telechat_twins.core.parallel.schedule import Action, actions, peak_live
 from telechat_twins.core.parallel.sequence import LocalBatch
 from telechat_twins.core.parallel.transfer import Handle
 from telechat_twins.telechat_ms.autograd import Recorded, record
 from telechat_twins.telechat_ms.collectives import recv, send
 from telechat_twins.telechat_ms.context_parallel import attention_plan
+from telechat_twins.telechat_ms.losses import row_surrogate, weighted_cross_entropy
 from telechat_twins.telechat_ms.model import Decoder, named_weights
 from telechat_twins.telechat_ms.tensor_parallel import cross_entropy
 
@@ -43,13 +45,17 @@ class Pipeline:
         loss_scale: float = 1.0,
         backward: bool = True,
         watch: Watch | None = None,
+        objective: RowObjective | None = None,
     ) -> float:
         """Forward, and backward, of all micro-batches; gradients of loss_scale * loss go to ``take``.
 
-        Returns sum(token losses) / num_targets of what this rank computed: 0 on pipeline ranks without the head.
+        Returns sum(weight * token loss) / num_targets of what this rank computed: 0 on pipeline ranks without the head.
+        With an ``objective`` the gradients are those of it / num_targets; it keeps its value, and 0 is returned.
         ``watch(micro, logits)`` sees the logits [B, s, V/tp] where they are made.
         """
-        step = _Step(self.stages, self.mesh, batches, num_targets, loss_scale, watch, self.take if backward else None)
+        step = _Step(
+            self.stages, self.mesh, batches, num_targets, loss_scale, watch, objective, self.take if backward else None
+        )
         layout = self.mesh.layout
         self.peak = 0
         for action in actions(layout.schedule, layout.pp, layout.virtual, len(batches), self.mesh.coord.pp):
@@ -60,7 +66,7 @@ class Pipeline:
             self.peak = max(self.peak, len(step.held))
         step.end()
         self.waited = step.waited
-        return float(sum(float(loss.asnumpy()) for loss in step.losses))
+        return float(sum(float(loss.asnumpy()) for loss in step.losses)) if objective is None else 0.0
 
 
 class _Step:
@@ -74,10 +80,12 @@ class _Step:
         num_targets: int,
         loss_scale: float,
         watch: Watch | None,
+        objective: RowObjective | None,
         take: Take | None,
     ) -> None:
         self.stages, self.mesh, self.batches = stages, mesh, batches
-        self.num_targets, self.loss_scale, self.watch, self.take = num_targets, loss_scale, watch, take
+        self.num_targets, self.loss_scale, self.take = num_targets, loss_scale, take
+        self.watch, self.objective = watch, objective
         self.weights: list[dict[str, Parameter]] = [named_weights(stage) for stage in stages]
         self.plans = [attention_plan(batch.visibility, mesh) for batch in batches]
         self.ropes = [stages[0].rope(batch.positions, batch.seq_len) for batch in batches]
@@ -101,9 +109,7 @@ class _Step:
                 return out
             if self.watch is not None:
                 self.watch(micro, out)
-            # One divisor for the whole global batch, so that micro-batches and ranks only have to be added up.
-            total = cross_entropy(out, Tensor(batch.targets), stage.config.vocab_size, self.mesh)
-            return total / Tensor(self.num_targets, total.dtype)
+            return self._loss(out, batch, stage.config.vocab_size)
 
         if self.take is None:
             out = run(x)
@@ -131,6 +137,17 @@ class _Step:
             self.sent.pop((micro, chunk)).wait()  # its gradient is here, so it has arrived
         assert self.take is not None  # a backward pass is scheduled only where gradients are wanted
         self.take(list(self.weights[chunk]), gradients)
+
+    def _loss(self, logits: Tensor, batch: LocalBatch, vocab_size: int) -> Tensor:
+        """What this micro-batch adds to the loss, or a scalar with the gradient of what it adds to the objective."""
+        if self.objective is not None:
+            return row_surrogate(logits, batch, vocab_size, self.mesh, self.objective, self.num_targets)
+        if batch.weights is not None:
+            total = weighted_cross_entropy(logits, batch, vocab_size, self.mesh)
+        else:
+            total = cross_entropy(logits, Tensor(batch.targets), vocab_size, self.mesh)
+        # One divisor for the whole global batch, so that micro-batches and ranks only have to be added up.
+        return total / Tensor(self.num_targets, total.dtype)
 
     def end(self) -> None:
         """Wait until everything sent has arrived."""

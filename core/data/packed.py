@@ -3,10 +3,12 @@
     meta.json        format, version, kind, counts, tokenizer, size and SHA-256 of itself and every file below
     tokens.bin       uint16 (vocabulary up to 65536) or int32, little-endian, every token in a row
     documents.bin    int64 [documents + 1], where each document starts; the last entry is the number of tokens
-    sequences.bin    int64 [sequences + 1], kind "sft" only: where each training sequence starts
-    mask.bin         uint8 [tokens], kind "sft" only: 1 where the token counts as a target
+    sequences.bin    int64 [sequences + 1], not in kind "text": where each training sequence starts
+    mask.bin         uint8 [tokens], not in kind "text": 1 where the token counts as a target
     tokens.sums      SHA-256 of each 64 KiB of tokens.bin; mask.sums: of mask.bin (core.data.packed_files)
     tokenizer.model  the tokenizer that made the ids
+
+Kind "text" is documents without end, "sft" training sequences, "preference" pairs of them (core.data.preference).
 
 The folder appears under its name only when it is complete.
 """
@@ -67,7 +69,7 @@ class PackedWriter:
         self.tokens = self.documents = self.sequences = self.targets = 0
         self.largest_id = -1
         self._finished = False
-        names = ["tokens.bin", "documents.bin"] + (["sequences.bin", "mask.bin"] if kind == "sft" else [])
+        names = ["tokens.bin", "documents.bin"] + (["sequences.bin", "mask.bin"] if kind != "text" else [])
         self._files: dict[str, HashedFile] = {}
         with self._disk():
             self._partial = start_building(self.out)
@@ -204,9 +206,9 @@ class PackedDataset:
         self.tokenizer = (self.path / "tokenizer.model").read_bytes()
         self.tokens = self._map("tokens.bin", np.dtype(self.meta["dtype"]).newbyteorder("<"))
         self.documents = self._map("documents.bin", np.dtype("<i8"))
-        sft = self.kind == "sft"
-        self.mask = self._map("mask.bin", np.dtype(np.uint8)) if sft else None
-        self.sequences = self._map("sequences.bin", np.dtype("<i8")) if sft else None
+        rows = self.kind != "text"
+        self.mask = self._map("mask.bin", np.dtype(np.uint8)) if rows else None
+        self.sequences = self._map("sequences.bin", np.dtype("<i8")) if rows else None
         for name, offsets in (("documents.bin", self.documents), ("sequences.bin", self.sequences)):
             if offsets is not None:
                 check_offsets(self.path / name, offsets, len(self.tokens), name.removesuffix("s.bin"))
@@ -245,7 +247,7 @@ class PackedDataset:
     def check_seq_len(self, seq_len: int) -> None:
         """UserError when samples of ``seq_len`` would cut stored sequences."""
         stored = self.meta.get("max_length", 0)
-        if self.kind == "sft" and seq_len < stored:
+        if self.kind != "text" and seq_len < stored:
             raise UserError(
                 f"data.seq_len: {seq_len} would cut the sequences of {self.path}, packed for {stored}; "
                 f"use data.seq_len={stored} or pack again with --seq-len {seq_len}"

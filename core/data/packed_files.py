@@ -23,7 +23,7 @@ from telechat_twins.core.types import JsonObject
 
 FORMAT, VERSION = "telechat-packed", 2
 VERSIONS = (1, 2)  # 1: without the hash of meta.json and those of blocks
-KINDS = ("text", "sft")
+KINDS = ("text", "sft", "preference")
 BLOCK = 1 << 16
 SMALL = 1 << 26  # bytes of a file that is hashed as a whole whenever it is opened
 SUMS = {"tokens.bin": "tokens.sums", "mask.bin": "mask.sums"}
@@ -150,13 +150,15 @@ def _inconsistency(meta: JsonObject) -> str:
     """What in a meta contradicts the rest or is missing; nothing for a meta that can be relied on."""
     if meta.get("kind") not in KINDS or meta.get("dtype") not in ("uint16", "int32"):
         return "kind or dtype"
-    sft = meta["kind"] == "sft"
-    for name in (*_COUNTS, *(("sequences",) if sft else ())):
+    rows = meta["kind"] != "text"
+    for name in (*_COUNTS, *(("sequences",) if rows else ())):
         if type(meta.get(name)) is not int or meta[name] < 1:
             return f"'{name}' is missing or damaged"
     for name in ("largest_id", *(("max_length",) if "max_length" in meta else ())):
         if type(meta.get(name)) is not int or meta[name] < 0:
             return f"'{name}' is missing or damaged"
+    if meta["kind"] == "preference" and meta["sequences"] % 2:
+        return "odd number of 'sequences', two make a pair"
     tokenizer, files = meta.get("tokenizer"), meta.get("files")
     if not isinstance(tokenizer, dict) or not isinstance(files, dict):
         return "'tokenizer' or 'files' is missing or damaged"
@@ -170,7 +172,7 @@ def _inconsistency(meta: JsonObject) -> str:
         sizes[name] = facts["bytes"]
     item = np.dtype(meta["dtype"]).itemsize
     wanted = {"tokens.bin": meta["tokens"] * item, "documents.bin": 8 * (meta["documents"] + 1)}
-    if sft:
+    if rows:
         wanted |= {"mask.bin": meta["tokens"], "sequences.bin": 8 * (meta["sequences"] + 1)}
     if meta["version"] > 1:
         wanted |= {SUMS[name]: 32 * -(-wanted[name] // BLOCK) for name in SUMS if name in wanted}

@@ -15,23 +15,38 @@ class Batch:
     any split of the sequence.
 
     input_ids [B, S] int32, targets [B, S] int32, positions [B, S] int32 (restart per document when isolated),
-    doc_ids [B, S] int32 (attention stays inside one id) or None when documents are not isolated.
+    doc_ids [B, S] int32 (attention stays inside one id) or None when documents are not isolated. weights [B, S]
+    float32: factor of each position's loss; None: 1 everywhere. reference [B] float64, of preference pairs only: the
+    log-probability (nats) of each row's targets under the reference model, nan for rows that only fill up the batch;
+    row 2i is the chosen and 2i+1 the rejected answer.
     """
 
     input_ids: np.ndarray
     targets: np.ndarray
     positions: np.ndarray
     doc_ids: np.ndarray | None = None
+    weights: np.ndarray | None = None
+    reference: np.ndarray | None = None
 
     @property
     def num_targets(self) -> int:
-        """Positions that count in the loss; the divisor is their number over the *global* batch."""
+        """Positions that count in the loss, whatever their weights."""
         return int((self.targets != IGNORE).sum())
+
+    @property
+    def num_terms(self) -> int:
+        """Terms whose mean over the *global* batch is the loss: targets, or preference pairs."""
+        if self.reference is None:
+            return self.num_targets
+        return int(np.isfinite(self.reference).reshape(-1, 2).all(1).sum())
 
     def rows(self, start: int, stop: int) -> Batch:
         """The samples start..stop-1: a micro-batch."""
-        doc_ids = None if self.doc_ids is None else self.doc_ids[start:stop]
-        return Batch(self.input_ids[start:stop], self.targets[start:stop], self.positions[start:stop], doc_ids)
+        optional = (self.doc_ids, self.weights, self.reference)
+        return Batch(
+            *(array[start:stop] for array in (self.input_ids, self.targets, self.positions)),
+            *(None if array is None else array[start:stop] for array in optional),
+        )
 
 
 def shift_labels(labels: np.ndarray, loss_mask: np.ndarray | None = None) -> np.ndarray:

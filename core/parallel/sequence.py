@@ -51,7 +51,8 @@ class LocalBatch:
     """What one context-parallel rank holds of a batch, s = S_pad / cp places.
 
     input_ids, targets, positions [B, s] int32 (padding: id 0, target IGNORE, positions counting on). ``seq_len`` is the
-    true S of the whole row: it decides the rotary scaling. index [B or 1, s] int32: place in the padded row.
+    true S of the whole row: it decides the rotary scaling. index [B or 1, s] int32: place in the padded row. weights
+    [B, s] float32 (padding: 0) and reference [B] float64 as in Batch.
     """
 
     input_ids: np.ndarray
@@ -60,6 +61,8 @@ class LocalBatch:
     visibility: Visibility
     seq_len: int
     index: np.ndarray
+    weights: np.ndarray | None = None
+    reference: np.ndarray | None = None
 
 
 def sequence_multiple(layout: Layout) -> int:
@@ -92,24 +95,31 @@ def split_batch(batch: Batch, layout: Layout, cp_rank: int) -> LocalBatch:
         visibility=Visibility(method, index, doc_ids),
         seq_len=seq_len,
         index=own,
+        weights=None if padded.weights is None else _take(padded.weights, own),
+        reference=padded.reference,
     )
 
 
 def pad_batch(batch: Batch, multiple: int) -> Batch:
-    """``batch`` with rows lengthened to a multiple: ids 0, targets IGNORE, positions counting on, a document of its
-    own when documents are isolated."""
+    """``batch`` with rows lengthened to a multiple: ids 0, targets IGNORE, weights 0, positions counting on, a document
+    of its own when documents are isolated."""
     missing = -batch.input_ids.shape[1] % multiple
     if not missing:
         return batch
 
     def lengthen(values: np.ndarray, fill: np.ndarray | int) -> np.ndarray:
-        tail = np.broadcast_to(np.asarray(fill, np.int32), (len(values), missing))
-        return np.concatenate([values, tail], axis=1, dtype=np.int32)
+        tail = np.broadcast_to(np.asarray(fill, values.dtype), (len(values), missing))
+        return np.concatenate([values, tail], axis=1, dtype=values.dtype)
 
     positions = batch.positions[:, -1:] + np.arange(1, missing + 1)
     doc_ids = None if batch.doc_ids is None else lengthen(batch.doc_ids, int(batch.doc_ids.max()) + 1)
     return Batch(
-        lengthen(batch.input_ids, 0), lengthen(batch.targets, IGNORE), lengthen(batch.positions, positions), doc_ids
+        lengthen(batch.input_ids, 0),
+        lengthen(batch.targets, IGNORE),
+        lengthen(batch.positions, positions),
+        doc_ids,
+        None if batch.weights is None else lengthen(batch.weights, 0),
+        batch.reference,
     )
 
 

@@ -116,22 +116,29 @@ def one_device(backend: str, task: Task, precision: str | None = None) -> Outcom
     batch = read_batch(task.batch)
     held = init_weights(task.model, task.seed, task.weights)
     precision = precision or task.precision
+    if batch.weights is not None or batch.reference is not None:
+        return _trainer_alone(backend, task, precision)  # forward.run knows plain means of token losses only
     forward = backends.load(backend, "forward")
     result = forward.run(task.model, held.__getitem__, batch, precision, True)
     gradients = result["grads"]
     found = Outcome([result["loss"]], [global_norm(gradients)], result["logits"], gradients)
     if not task.steps:
         return found
-    rows = len(batch.input_ids)
-    plain = dataclasses.replace(task, layout=Layout(), micro_batch=rows, precision=precision, recompute="none")
-    with tempfile.TemporaryDirectory(prefix="tele-layout-") as folder:
-        alone = run_alone(backend, dataclasses.replace(plain, gradients=False, logits=False), Path(folder))
+    alone = _trainer_alone(backend, dataclasses.replace(task, gradients=False, logits=False), precision)
     return dataclasses.replace(
         found,
         losses=[*found.losses, *alone.losses[1:]],
         norms=[*found.norms, *alone.norms[1:]],
         weights=alone.weights,
     )
+
+
+def _trainer_alone(backend: str, task: Task, precision: str) -> Outcome:
+    """``task`` by a trainer in this process, all rows in one micro-batch."""
+    rows = len(read_batch(task.batch).input_ids)
+    plain = dataclasses.replace(task, layout=Layout(), micro_batch=rows, precision=precision, recompute="none")
+    with tempfile.TemporaryDirectory(prefix="tele-layout-") as folder:
+        return run_alone(backend, plain, Path(folder))
 
 
 def expected_of(task: Task) -> tuple[list[Traffic] | str, list[int]]:

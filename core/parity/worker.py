@@ -27,7 +27,7 @@ from telechat_twins.core import backends
 from telechat_twins.core.checkpoint.pieces import tiling_fault
 from telechat_twins.core.checkpoint.read import PieceWriter, TensorPiece
 from telechat_twins.core.checkpoint.source import OpenReader, ReadBox
-from telechat_twins.core.config import DataConfig, OptimConfig, RunConfig, TrainConfig
+from telechat_twins.core.config import DataConfig, OptimConfig, PreferenceConfig, RunConfig, TrainConfig
 from telechat_twins.core.files.safetensors import SafetensorsFile
 from telechat_twins.core.launch.worker import run_script
 from telechat_twins.core.model.batch import IGNORE, Batch
@@ -45,6 +45,7 @@ SCRIPT = Path(__file__).resolve()
 KINDS = ("logits", "gradients", "weights")
 SCHEMES = ("strong", "normal")  # of core.model.init
 _ARRAYS = ("input_ids", "targets", "positions")
+_OPTIONAL = {"doc_ids": np.int32, "weights": np.float32, "reference": np.float64}
 _HOST = ("agree", "barrier")  # a few numbers, which core.parallel.traffic leaves out
 
 
@@ -65,6 +66,7 @@ class Task:
     gradients: bool = option(True, help="compute and keep them")
     steps: int = option(0, help="optimizer updates on this batch; their weights are kept", min=0)
     optim: OptimConfig = option(OptimConfig(lr=1e-3), help="AdamW and clipping; the rate stays lr")
+    preference: PreferenceConfig | None = option(None, help="of a batch of pairs, which has a reference")
 
 
 @dataclass(frozen=True)
@@ -160,7 +162,7 @@ def perform(backend: str, task: Task, folder: Path, open_reader: OpenReader | No
     first, count = trainer.share(len(padded.input_ids))
     mine = padded.rows(first, first + count)
     # A batch without targets has no loss, but its logits may be wanted.
-    targets = trainer.count_targets(mine.num_targets) or 1
+    targets = trainer.count_targets(mine.num_terms) or 1
     backward = task.gradients or task.steps > 0
     sent = backends.load(backend, "collectives").TRAFFIC
     seen: list[TensorPiece] = []
@@ -238,7 +240,7 @@ def row_multiple(task: Task) -> int:
 
 
 def pad_rows(batch: Batch, multiple: int) -> Batch:
-    """``batch`` with its last row repeated up to a multiple of rows; the copies have no targets."""
+    """``batch`` with its last row repeated up to a multiple of rows; the copies have no targets and no reference."""
     missing = -len(batch.input_ids) % multiple
     if not missing:
         return batch
@@ -248,16 +250,21 @@ def pad_rows(batch: Batch, multiple: int) -> Batch:
 
     targets = np.concatenate([batch.targets, np.full((missing, batch.targets.shape[1]), IGNORE, np.int32)])
     doc_ids = None if batch.doc_ids is None else lengthen(batch.doc_ids)
-    return Batch(lengthen(batch.input_ids), targets, lengthen(batch.positions), doc_ids)
+    weights = None if batch.weights is None else lengthen(batch.weights)
+    reference = batch.reference
+    if reference is not None:
+        reference = np.concatenate([reference, np.full(missing, np.nan)])
+    return Batch(lengthen(batch.input_ids), targets, lengthen(batch.positions), doc_ids, weights, reference)
 
 
 def write_batch(path: Path, batch: Batch) -> str:
     """Keep a batch in a safetensors file for the ranks; returns its full path."""
     from safetensors.numpy import save_file
 
-    arrays = {name: getattr(batch, name) for name in (*_ARRAYS, "doc_ids")}
+    arrays = {name: getattr(batch, name) for name in (*_ARRAYS, *_OPTIONAL)}
     path.parent.mkdir(parents=True, exist_ok=True)
-    save_file({n: np.ascontiguousarray(a, np.int32) for n, a in arrays.items() if a is not None}, path)
+    kept = {n: np.ascontiguousarray(a, _OPTIONAL.get(n, np.int32)) for n, a in arrays.items() if a is not None}
+    save_file(kept, path)
     return str(path.resolve())
 
 
@@ -265,7 +272,7 @@ def read_batch(path: str) -> Batch:
     """The batch that write_batch kept."""
     file = SafetensorsFile(path)
     ids, targets, positions = (file.read(name) for name in _ARRAYS)
-    return Batch(ids, targets, positions, file.read("doc_ids") if "doc_ids" in file.tensors else None)
+    return Batch(ids, targets, positions, *(file.read(n) if n in file.tensors else None for n in _OPTIONAL))
 
 
 def _run_config(task: Task, rows: int, seq_len: int) -> RunConfig:
@@ -292,6 +299,7 @@ def _run_config(task: Task, rows: int, seq_len: int) -> RunConfig:
             decay_shape="linear",
         ),  # fmt: skip
         parallel=task.layout,
+        preference=task.preference,
     )
 
 

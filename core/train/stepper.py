@@ -44,9 +44,22 @@ class Stepper(Protocol):
     def gradients(self, batch: Batch, num_targets: int, loss_scale: float) -> float:
         """Forward and backward of this rank's rows of a global batch, in micro-batches.
 
-        Adds the gradient of ``loss_scale * sum(token losses) / num_targets`` to the fp32 accumulators and returns
-        sum(token losses) / num_targets over the *global* batch, unscaled. ``num_targets`` counts the targets of the
-        global batch.
+        Adds the gradient of ``loss_scale * loss`` to the fp32 accumulators and returns the loss over the *global*
+        batch, unscaled: sum(weight * token loss) / num_targets, or with preference pairs sum(pair loss) / num_targets.
+        ``num_targets``: ``Batch.num_terms`` of the global batch.
+        """
+        ...
+
+    @property
+    def preference_metrics(self) -> dict[str, float]:
+        """Of the last ``gradients`` of preference pairs, means over the global batch: ``reward_margin`` and
+        ``reward_accuracy`` (share of pairs whose chosen answer has the higher reward)."""
+        ...
+
+    def log_probs(self, batch: Batch) -> list[float]:
+        """Log-probability (nats) of each row's targets under the present weights, of this rank's rows.
+
+        Returns those of all data-parallel ranks' rows, which must be equally many, one rank's after another's.
         """
         ...
 

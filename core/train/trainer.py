@@ -14,8 +14,10 @@ from telechat_twins.core.model.batch import Batch
 from telechat_twins.core.model.growth import Growth, read_history
 from telechat_twins.core.model.init import init_tensor
 from telechat_twins.core.parallel.mesh import Group, Mesh
+from telechat_twins.core.parallel.objective import RowObjective
 from telechat_twins.core.parallel.sequence import LocalBatch, split_batch
 from telechat_twins.core.parallel.sharding import Box
+from telechat_twins.core.train.preference import PairObjective, RowSums
 
 Read = Callable[[str, Box], np.ndarray]  # (logical name, box of the whole tensor) -> the values inside
 Watch = Callable[[int, Any], None]  # (micro-batch, the backend's logits [B, s, V/tp])
@@ -43,6 +45,7 @@ class Pipeline(Protocol):
         loss_scale: float,
         backward: bool = True,
         watch: Watch | None = None,
+        objective: RowObjective | None = None,
     ) -> float: ...
 
 
@@ -98,6 +101,7 @@ class BaseTrainer(ABC, Generic[S]):
     ) -> None:
         self.config, self.mesh, self.stages = config, mesh, stages
         self.pipeline, self.optimizer, self._agree = pipeline, optimizer, agree
+        self.preference_metrics: dict[str, float] = {}
         if config.train.init is None:  # else load or load_weights follows
             self.optimizer.load_masters(lambda name, box: init_tensor(name, config.model, config.train.seed, box))
 
@@ -128,18 +132,49 @@ class BaseTrainer(ABC, Generic[S]):
         watch: Watch | None = None,
     ) -> float:
         """core.train.stepper.Stepper.gradients; ``backward`` and ``watch`` as in Pipeline.run."""
+        pairs = None if self.config.preference is None else PairObjective(self.config.preference)
         self.optimizer.refresh()
+        pieces = self._pieces(batch)
+        self.optimizer.gradients.expect(len(pieces))
+        if pairs is None:  # without an argument that a replaced ``run`` may not know
+            loss = self.pipeline.run(pieces, num_targets, loss_scale, backward, watch)
+        else:
+            loss = self.pipeline.run(pieces, num_targets, loss_scale, backward, watch, pairs)
+        if backward:
+            self.optimizer.reduce()
+        if pairs is not None:
+            return self._agree_on_pairs(pairs, num_targets)
+        # Tensor ranks computed the same sum; the ranks before the head computed none.
+        return self.agree([loss if self.mesh.coord.tp == 0 else 0.0], "sum")[0]
+
+    def _pieces(self, batch: Batch) -> list[LocalBatch]:
+        """This rank's places of ``batch``, by micro-batch."""
         size = self.config.train.micro_batch
-        pieces = [
+        return [
             split_batch(batch.rows(first, first + size), self.mesh.layout, self.mesh.coord.cp)
             for first in range(0, len(batch.input_ids), size)
         ]
-        self.optimizer.gradients.expect(len(pieces))
-        loss = self.pipeline.run(pieces, num_targets, loss_scale, backward, watch)
-        if backward:
-            self.optimizer.reduce()
-        # Tensor ranks computed the same sum; the ranks before the head computed none.
-        return self.agree([loss if self.mesh.coord.tp == 0 else 0.0], "sum")[0]
+
+    def _agree_on_pairs(self, pairs: PairObjective, num_pairs: int) -> float:
+        """The mean loss over the pairs of all ranks; the means of their metrics are kept."""
+        coord = self.mesh.coord
+        # Tensor and context-parallel ranks saw the same pairs, the ranks before the head none.
+        mine = [pairs.loss, pairs.margin, float(pairs.correct)] if coord.tp == coord.cp == 0 else [0.0] * 3
+        loss, margin, correct = (total / num_pairs for total in self.agree(mine, "sum"))
+        self.preference_metrics = {"reward_margin": margin, "reward_accuracy": correct}
+        return loss
+
+    def log_probs(self, batch: Batch) -> list[float]:
+        """core.train.stepper.Stepper.log_probs."""
+        self.optimizer.refresh()
+        pieces, found = self._pieces(batch), RowSums([])
+        self.pipeline.run(pieces, 1, 1.0, False, None, found)
+        # One rank of each data-parallel rank's model has them; the others join in with zeros.
+        coord, rows = self.mesh.coord, len(batch.input_ids)
+        mine = [0.0] * (rows * self.mesh.layout.dp)
+        if found.found and coord.tp == coord.cp == 0:
+            mine[coord.dp * rows : (coord.dp + 1) * rows] = found.found
+        return self.agree(mine, "sum")
 
     def set_mask(self, c: float | None) -> None:
         for stage in self.stages:

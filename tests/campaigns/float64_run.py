@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,6 +26,8 @@ from tests.campaigns.float64_decoder import (
     turn,
     unpack,
 )
+
+Criterion = Callable[[np.ndarray, np.ndarray], tuple[Any, np.ndarray]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -147,12 +149,13 @@ def run(
     fault: str = "",
     nudge: tuple[int, float] | None = None,
     grads: bool = True,
+    criterion: Criterion | None = None,
 ) -> dict[str, Any]:
     """``logits`` [B, S, V], ``loss``, and with ``grads`` the gradient of every released tensor by name.
 
     ``nudge`` (seed, u): weights, rotary angles, scores, their gradients and the stream between blocks times
     1 + u N(0, 1), as far as a rounding to unit roundoff u would move each of them. Without gradients the arithmetic
-    may be complex.
+    may be complex. ``criterion(logits, targets)``: another loss and its gradient by the logits.
     """
     random, u = (None, 0.0) if nudge is None else (np.random.default_rng(nudge[0]), nudge[1])
 
@@ -172,7 +175,8 @@ def run(
     norm = Norm(x, W[f"{last}.weight"], bias, shape.eps, shape.centred)
     multiplier = 1.0 if fault == "logit_mult lost" else shape.logit_mult
     logits = norm.y @ W[head].T * multiplier
-    loss, d_logits = cross_entropy(logits, inputs.targets(fault), fault)
+    targets = inputs.targets(fault)
+    loss, d_logits = cross_entropy(logits, targets, fault) if criterion is None else criterion(logits, targets)
     result: dict[str, Any] = {"logits": logits, "loss": loss}
     if not grads:
         return result

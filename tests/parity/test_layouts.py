@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from telechat_twins.core.config import OptimConfig
+from telechat_twins.core.config import OptimConfig, PreferenceConfig
 from telechat_twins.core.model.batch import Batch, shift_labels
 from telechat_twins.core.model.config import ModelConfig
 from telechat_twins.core.model.growth_mask import GrowthMask
@@ -63,6 +63,7 @@ dp2:bf16 tp2:bf16 ring2:bf16 ulysses2:bf16 pp2:bf16 tp2:amp
 dp2:flm tp2:flm tp2.nosp:flm ring2:flm pp2:flm+tied tp2:flm+full ring2:flm+zigzag tp2:flm+bf16
 dp2:mup tp2:mup pp2:flm+tied+mup dp2:mup+bf16
 dp2:grown tp2:grown tp2.nosp:grown+full ring2:grown ulysses2:grown pp2:grown tp2:grown+bf16
+dp2:weights tp2:weights ring2:weights pp2:weights dp2:pairs tp2:pairs ring2:pairs pp2:pairs pp2.vpp2:pairs+fp64
 tp2:flm+grown pp2:flm+tied+grown tp2:zero pp2:tied+zero tp2:flm+zero
 dp2:fp64 tp2:fp64 pp2:fp64 ring2:selective+fp64 ring2:zigzag+fp64 ulysses2:gather+fp64
 dp2.nozero:flm+fp64 tp2.nosp:flm+fp64 ring2:flm+fp64 tp2:grown+fp64 pp2:flm+tied+grown+fp64 tp2:flm+zero+fp64
@@ -72,7 +73,7 @@ dp2.tp2 dp2.ring2 dp2.ulysses2 dp2.pp2 dp2.pp2.vpp2
 tp2.ring2 tp2.ulysses2 tp2.pp2 tp2.pp2.vpp2
 ring2.ulysses2 ring2.pp2 ring2.pp2.vpp2 ulysses2.pp2 ulysses2.pp2.vpp2
 tp4 tp4.nosp:tied tp2.pp2.nosp:tied dp2.pp2.nozero:tied ring4:zigzag ring2.ulysses2:gather tp2.ring2:bf16 dp2.pp2:bf16
-tp4:flm tp2.pp2:flm+selective tp4:grown tp2.pp2:flm+grown+selective tp4:tied+zero
+tp2.pp2:pairs tp2.ring2:pairs tp4:flm tp2.pp2:flm+selective tp4:grown tp2.pp2:flm+grown+selective tp4:tied+zero
 tp2.ring2:fp64 dp2.pp2.vpp2:fp64 tp4:flm+fp64 ring2.ulysses2:gather+fp64 tp2.pp2:flm+grown+selective+fp64
 """
 FULL = """
@@ -99,7 +100,8 @@ class Case:
     (stages of 3 and 1 layers); zigzag and gather (documents kept apart, of lengths that fit a zigzag or not); full and
     selective recompute; flm (another family's operators); mup (matrix-like parameters have their own rate and decay);
     grown (in the middle of growth by masks); zero (norms that count some channels only, as growth without masks leaves
-    them); a precision (fp64: every number within 1e-12 of PyTorch's float64 on one device)."""
+    them); weights (token losses with weights); pairs (preference pairs); a precision (fp64: every number within 1e-12
+    of PyTorch's float64 on one device)."""
 
     text: str
 
@@ -109,7 +111,7 @@ class Case:
 
     @property
     def batch(self) -> str:
-        return "".join(sorted(self.words & {"rows3", "zigzag", "gather"})) or "plain"
+        return "".join(sorted(self.words & {"rows3", "zigzag", "gather", "weights", "pairs"})) or "plain"
 
     @property
     def precision(self) -> str:
@@ -151,9 +153,10 @@ class Case:
             recompute="".join(self.words & {"full", "selective"}) or "none",
             # Two micro-batches a rank, four where the pipeline is alone; a second update where one can go wrong by
             # what data-parallel ranks tell each other.
-            micro_batch=1 if layout.dp > 1 or layout.pp == layout.world else 2,
+            micro_batch=1 if (layout.dp > 1 or layout.pp == layout.world) and "pairs" not in self.words else 2,
             steps=2 if layout.dp > 1 or layout.world == 2 else 1,
             optim=optim,
+            preference=PreferenceConfig(beta=0.05, label_smoothing=0.1) if "pairs" in self.words else None,
         )
 
 
@@ -175,6 +178,12 @@ def make_batch(kind: str) -> Batch:
     for row in range(rows):
         targets[row, 5 : 5 + 7 * row] = -100
     positions = np.tile(np.arange(length, dtype=np.int32), (rows, 1))
+    if kind == "weights":
+        return Batch(ids, targets, positions, weights=random.uniform(0.1, 3.0, ids.shape).astype(np.float32))
+    if kind == "pairs":
+        # About the log-probabilities of so many tokens, so that margins are neither tiny nor saturated.
+        counted = (targets != -100).sum(1)
+        return Batch(ids, targets, positions, reference=-6.0 * counted + random.normal(0.0, 3.0, rows))
     if kind not in ("zigzag", "gather"):
         return Batch(ids, targets, positions)
     doc_ids = np.zeros_like(ids)
