@@ -170,10 +170,7 @@ class FeedForward(nn.Module):
         # [B, S, E] -> one or two of [B, S, F]
         projected = ops.linears(x, dropped(x, dropout, "up", *layers), *layers)
         core, inputs = (ops.gelu, projected) if self.gate is None else (ops.swiglu, (*projected, self.stat))
-        if self.recompute_core and self.training:
-            out = checkpoint(core, *inputs, use_reentrant=False)
-        else:
-            out = core(*inputs)
+        out = checkpoint(core, *inputs, use_reentrant=False) if self.recompute_core and self.training else core(*inputs)
         out = masked(out, self.mask)
         return self.down(out, dropped(out, dropout, "down", self.down))
 

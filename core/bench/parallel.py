@@ -24,7 +24,7 @@ from typing import Protocol
 from telechat_twins.core import backends
 from telechat_twins.core.bench.worker import Worker, bench_config, paired_ratios, random_batch, timed_steps
 from telechat_twins.core.config import RunConfig
-from telechat_twins.core.launch.command import PLACES
+from telechat_twins.core.launch.command import RANK_VARIABLES
 from telechat_twins.core.launch.worker import run_script
 from telechat_twins.core.model.batch import Batch
 from telechat_twins.core.model.config import ModelConfig
@@ -242,7 +242,7 @@ def take_turns(
 
 def _alone(threads: str | None) -> dict[str, str]:
     """The environment of a process that no launcher started; ``threads``: OMP_NUM_THREADS as it was before."""
-    env = {name: value for name, value in os.environ.items() if name not in (*PLACES, "OMP_NUM_THREADS")}
+    env = {name: value for name, value in os.environ.items() if name not in (*RANK_VARIABLES, "OMP_NUM_THREADS")}
     return env if threads is None else env | {"OMP_NUM_THREADS": threads}
 
 

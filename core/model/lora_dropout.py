@@ -1,4 +1,4 @@
-"""Dropout masks of adapters as a pure function of where an element is: seed, step, sample, layer, input, place, channel.
+"""Dropout masks of adapters, a pure function of an element: seed, step, sample, layer, input, place and channel.
 
 Whoever holds an element, after whatever split of batch, sequence or channels, in either framework and again in a
 recomputed forward pass, finds the same mask. The layers that read one input (q, k and v; gate and up) share its mask.
@@ -45,8 +45,9 @@ class LoraDropout:
 
     def block(self, layer: int, hidden_size: int, columns: tuple[slice, slice]) -> BlockDropout:
         """The masks of one block, of whose o and down matrices this rank holds ``columns``."""
-        return BlockDropout(self, layer, {"q": slice(0, hidden_size), "up": slice(0, hidden_size), "o": columns[0],
-                                          "down": columns[1]})
+        return BlockDropout(
+            self, layer, {"q": slice(0, hidden_size), "up": slice(0, hidden_size), "o": columns[0], "down": columns[1]}
+        )
 
     def keep(self, layer: int, target: str, channels: slice) -> np.ndarray:
         """bool [B, s, n]: which elements of the input of ``target`` (INPUTS) in block ``layer`` are kept, for the
