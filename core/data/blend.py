@@ -1,7 +1,7 @@
 """Data blend: the global sample order over several packed folders, drawn by weight, reshuffled every epoch.
 
 Sample i is a pure function of (sources, seed, i). So a run resumes by remembering how many samples it consumed, and
-every backend, layout and process sees the same order.
+every backend, layout and process sees the same order. A sample of preference data is a pair: two neighbouring rows.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from telechat_twins.core.data.vocabulary import most_padding
 from telechat_twins.core.errors import UserError
 from telechat_twins.core.model.batch import Batch
 
+PAIRS = "preference"  # the kind of packed folder whose sequences are pairs (core.data.preference)
 # Weights repeat exactly after this many samples at most; finer ones are rounded to it.
 MAX_PERIOD = 1 << 16
 
@@ -57,7 +58,11 @@ class SourceSchedule:
 
 class Blend:
     """Made by ``open_blend``. ``vocab_size`` (the tokenizer's pieces), ``sources``, ``weights`` (fractions) and
-    ``num_samples`` (a pass of each) describe it."""
+    ``num_samples`` (a pass of each) describe it.
+
+    ``pairs``: samples are preference pairs, of ``rows_per_sample`` 2 rows. ``reference``: of pairs, log-probabilities
+    by source and stored sequence, which batches then carry.
+    """
 
     def __init__(self, sources: Sequence[PackedDataset], data: DataConfig, seed: int, pad_token_id: int):
         self.sources = list(sources)
@@ -67,7 +72,11 @@ class Blend:
         self._given = [source.weight for source in data.sources]
         self._schedule = SourceSchedule(self._given)
         self.weights = self._schedule.weights
-        self.num_samples = [source.num_samples(data.seq_len) for source in self.sources]
+        self._loss_weights = np.asarray([source.loss_weight for source in data.sources], np.float32)
+        self.pairs = self.sources[0].kind == PAIRS
+        self.rows_per_sample = 2 if self.pairs else 1
+        self.reference: list[np.ndarray] | None = None
+        self.num_samples = [source.num_samples(data.seq_len) // self.rows_per_sample for source in self.sources]
         self._permutations: dict[int, tuple[int, Permutation]] = {}
 
     def locate(self, sample: int) -> Place:
@@ -82,17 +91,31 @@ class Blend:
             self._permutations[source] = cached
         return Place(source, epoch, cached[1](place))
 
-    def batch(self, first_sample: int, count: int) -> Batch:
-        """Samples first_sample .. first_sample+count-1 as a Batch of int32 [count, seq_len] arrays.
+    def batch(self, first_row: int, count: int) -> Batch:
+        """Rows first_row .. first_row+count-1 as a Batch of int32 [count, seq_len] arrays.
 
-        ``doc_ids`` is None unless documents are isolated.
+        A row is a sample, or the chosen or the rejected half of a pair. ``doc_ids`` is None unless documents are
+        isolated, ``weights`` unless a source has a loss_weight.
         """
-        rows = []
-        for number in range(first_sample, first_sample + count):
-            place = self.locate(number)
-            rows.append(self.sources[place.source].sample(place.index, self.seq_len, self._pad, self.isolate))
+        places = []
+        for number in range(first_row, first_row + count):
+            sample, side = divmod(number, self.rows_per_sample)
+            place = self.locate(sample)
+            places.append((place.source, place.index * self.rows_per_sample + side))
+        return self.sequences(places)
+
+    def sequences(self, places: Sequence[tuple[int, int]]) -> Batch:
+        """A Batch of the rows at ``places``: (source, number among its windows or stored sequences)."""
+        rows = [self.sources[k].sample(index, self.seq_len, self._pad, self.isolate) for k, index in places]
         input_ids, targets, positions, doc_ids = (np.stack(column) for column in zip(*rows, strict=True))
-        return Batch(input_ids, targets, positions, doc_ids if self.isolate else None)
+        weights = None
+        if (self._loss_weights != 1.0).any():
+            factors = self._loss_weights[[k for k, _ in places]]
+            weights = np.repeat(factors[:, None], self.seq_len, 1)
+        reference = None
+        if self.reference is not None:
+            reference = np.asarray([self.reference[k][index] for k, index in places])
+        return Batch(input_ids, targets, positions, doc_ids if self.isolate else None, weights, reference)
 
     def digest(self) -> str:
         """Identifies what decides the order and the samples, except the seed: contents, weights, cutting."""
@@ -101,6 +124,7 @@ class Blend:
             "weights": [str(weight) for weight in self.weights],
             "seq_len": self.seq_len,
             "isolate_documents": self.isolate,
+            **({"loss_weights": self._loss_weights.tolist()} if (self._loss_weights != 1.0).any() else {}),
         }
         return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
@@ -108,7 +132,8 @@ class Blend:
         """One line a source: share, samples and tokens a pass."""
         lines = []
         for source, weight, samples in zip(self.sources, self.weights, self.num_samples, strict=True):
-            lines.append(f"{source.path}: {float(weight):.4g} of samples, {samples} samples a pass ({source.kind})")
+            what = "pairs" if self.pairs else "samples"
+            lines.append(f"{source.path}: {float(weight):.4g} of {what}, {samples} {what} a pass ({source.kind})")
             lines += [f"note: {note}" for note in source.notes]
         return "\n".join(lines)
 
@@ -148,6 +173,11 @@ def open_blend(data: DataConfig, seed: int, vocab_size: int, pad_token_id: int) 
                 "pack all sources with one tokenizer"
             )
         source.check_seq_len(data.seq_len)
+        if opened and PAIRS in (source.kind, opened[0].kind) and source.kind != opened[0].kind:
+            raise UserError(
+                f"data.sources[{n}]: {given.path} is of kind '{source.kind}' and {opened[0].path} of kind "
+                f"'{opened[0].kind}'; preference pairs are not blended with other data"
+            )
         opened.append(source)
     return Blend(opened, data, seed, pad_token_id)
 

@@ -13,12 +13,11 @@ from types import TracebackType
 
 import numpy as np
 
+from telechat_twins.core.data.blend import PAIRS
 from telechat_twins.core.data.packed import PackedWriter
 from telechat_twins.core.data.tokenizer import Tokenizer
 from telechat_twins.core.errors import UserError
 from telechat_twins.core.types import JsonObject
-
-KIND = "preference"
 
 
 class PreferenceWriter:
@@ -30,7 +29,7 @@ class PreferenceWriter:
 
     def __init__(self, out: str | Path, tokenizer: Tokenizer, seq_len: int, force: bool = False) -> None:
         self.seq_len, self.pairs = seq_len, 0
-        self._packed = PackedWriter(out, tokenizer, KIND, force)
+        self._packed = PackedWriter(out, tokenizer, PAIRS, force)
 
     def __enter__(self) -> PreferenceWriter:
         self._packed.__enter__()

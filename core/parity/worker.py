@@ -73,14 +73,16 @@ class Task:
 class Outcome:
     """One task's results, put together.
 
-    ``losses`` and ``norms``: before each update, at least one (``norms`` only with gradients). ``loss_scale``: what
-    fp16 gradients were computed with; all results are without it. Tensors by logical name, whole. ``traffic`` of one
-    forward, backward and update, ``peaks`` (most graphs alive at once) and ``seconds`` by rank. ``problems``: what the
-    ranks did not agree on, and tensors whose pieces do not make them up.
+    ``losses`` and ``norms``: before each update, at least one (``norms`` only with gradients). ``log_probs``: of each
+    row, before the first, for preference pairs. ``loss_scale``: what fp16 gradients were computed with; all results are
+    without it. Tensors by logical name, whole. ``traffic`` of one forward, backward and update, ``peaks`` (most graphs
+    alive at once) and ``seconds`` by rank. ``problems``: what the ranks did not agree on, and tensors whose pieces do
+    not make them up.
     """
 
     losses: list[float]
     norms: list[float] = field(default_factory=list)
+    log_probs: list[float] = field(default_factory=list)
     logits: np.ndarray | None = None
     gradients: dict[str, np.ndarray] = field(default_factory=dict)
     weights: dict[str, np.ndarray] = field(default_factory=dict)
@@ -173,15 +175,15 @@ def perform(backend: str, task: Task, folder: Path, open_reader: OpenReader | No
         part = mine.rows(place, place + task.micro_batch)
         seen.extend(_logits_pieces(array, part, first + place, task, trainer.mesh.coord, (rows, seq_len)))
 
-    options = {"watch": watch} if task.logits else {}
     losses, norms = list[float](), list[float]()
+    log_probs = [] if batch.reference is None else trainer.log_probs(mine)
 
     def compute(scale: float) -> None:
         """Gradients of scale * loss, in the place of those of another scale."""
         trainer.discard()
         sent.reset()
         seen.clear()
-        losses[:] = [trainer.gradients(mine, targets, scale, backward=backward, **options)]
+        losses[:] = [trainer.gradients(mine, targets, scale, backward, watch if task.logits else None)]
 
     scale = _scaled(trainer, compute, backward and task.precision == "fp16")
     peak, traffic = trainer.pipeline.peak, _counted(sent)
@@ -203,6 +205,7 @@ def perform(backend: str, task: Task, folder: Path, open_reader: OpenReader | No
     record = {
         "losses": losses,
         "norms": norms,
+        "log_probs": log_probs,
         "loss_scale": scale,
         "peak": peak,
         "traffic": [[*key, *numbers] for key, numbers in traffic.items()],
@@ -215,13 +218,14 @@ def collect(folder: Path, world: int = 1) -> Outcome:
     """What ``world`` ranks left of one task in ``folder``."""
     records = [json.loads((folder / f"rank-{rank}.json").read_text(encoding="utf-8")) for rank in range(world)]
     problems = []
-    for what in ("losses", "norms"):
+    for what in ("losses", "norms", "log_probs"):
         if any(record[what] != records[0][what] for record in records):
             problems.append(f"{what} differ between ranks: {[record[what] for record in records]}")
     tensors = {kind: _join(folder / kind, world, problems) for kind in KINDS}
     return Outcome(
         losses=records[0]["losses"],
         norms=records[0]["norms"],
+        log_probs=records[0]["log_probs"],
         loss_scale=records[0]["loss_scale"],
         logits=tensors["logits"].get("logits"),
         gradients=tensors["gradients"],

@@ -45,6 +45,7 @@ from telechat_twins.core.train.loss_scale import DynamicLossScale
 from telechat_twins.core.train.metrics import Row
 from telechat_twins.core.train.recipe import class_rate, clip_factor, rate_at, with_steps
 from telechat_twins.core.train.records import Records, Signals, header
+from telechat_twins.core.train.reference import Reference, check_preference, origin_of, prepare
 from telechat_twins.core.train.resume import (
     adopt_growth,
     checkpoint_to_resume,
@@ -119,6 +120,7 @@ def _train(
     if config.parallel.world == 1:
         _hold(folder, held)
     blend = open_blend(config.data, config.train.seed, config.model.num_tokens, config.model.filler_id)
+    check_preference(config, blend)
     config, padding = fit_run(config, blend.vocab_size)
     config, length = with_steps(config, sum(blend.num_samples))
     alone = config.parallel.world == 1
@@ -227,6 +229,9 @@ class _Run:
             ended.callback(records.close)
             try:
                 caught = self._agree(signals)
+                if self.config.preference is not None:
+                    self._prepare_reference(signals, records)
+                    caught = self._agree(signals)
                 while self.state.step < total and caught is None:
                     row = self.one_step(records)
                     caught = self._agree(signals, self._recorded(records, row))
@@ -256,6 +261,13 @@ class _Run:
         else:
             records.note(f"finished {self.state.step} steps; checkpoint {saved}; plot {self.out / 'loss.png'}")
         return TrainResult(self.state.step, saved, caught)
+
+    def _prepare_reference(self, signals: Signals, records: Records) -> None:
+        """Log-probabilities of the initial weights, for the blend; unfinished when a signal came meanwhile."""
+        reference = Reference(self.out, self.blend, origin_of(self.config, self.lineage.init))
+        moved_in = (self.origin or self.out / "latest").parent if self.state.step else None
+        rows = self.config.train.global_batch
+        prepare(reference, self.stepper, rows, moved_in, lambda: self._agree(signals) is not None, records.note)
 
     def _agree(self, signals: Signals, problem: str | None = None) -> int | None:
         """The signal that some rank has caught, if any. Raises on all ranks when one has a ``problem``, or when the
@@ -293,7 +305,7 @@ class _Run:
         first, count = self.stepper.share(train.global_batch)
         batch = self.blend.batch(state.samples + first, count)
         # One divisor for the whole global batch: with masked targets, a mean of micro-batch means is another number.
-        num_targets = self.stepper.count_targets(batch.num_targets)
+        num_targets = self.stepper.count_targets(batch.num_terms)
         row: Row = {"step": state.step + 1, "loss": None, "grad_norm": None, "lr": lr}
         if self.growth is not None:
             row["mask"] = self.growth.at_step(state.step)
@@ -335,6 +347,8 @@ class _Run:
         loss = self.stepper.gradients(batch, num_targets, scale)
         norm = self.stepper.grad_norm(scale)
         row["loss"], row["grad_norm"] = loss, norm
+        if self.config.preference is not None:
+            row |= self.stepper.preference_metrics
 
         if self.loss_scale is not None and math.isfinite(loss) and not math.isfinite(norm):
             self.stepper.discard()

@@ -24,6 +24,8 @@ TAGS = {
     "matrix_lr": "train/matrix_learning_rate",
     "loss_scale": "train/loss_scale",
     "mask": "train/growth_mask",
+    "reward_margin": "train/reward_margin",
+    "reward_accuracy": "train/reward_accuracy",
     "tokens_per_s": "speed/tokens_per_s",
     "step_ms": "speed/step_ms",
 }

@@ -156,7 +156,7 @@ class Case:
             micro_batch=1 if (layout.dp > 1 or layout.pp == layout.world) and "pairs" not in self.words else 2,
             steps=2 if layout.dp > 1 or layout.world == 2 else 1,
             optim=optim,
-            preference=PreferenceConfig(beta=0.05, label_smoothing=0.1) if "pairs" in self.words else None,
+            preference=PreferenceConfig(beta=0.02, label_smoothing=0.1) if "pairs" in self.words else None,
         )
 
 
@@ -324,6 +324,16 @@ def test_layout_equals_one_device(launches: Launches, backend: str, case: Case) 
 
 
 @pytest.mark.full
+@pytest.mark.parametrize("case", [c for c in cases(WORLD2 + WORLD4) if "pairs" in c.words], ids=lambda case: case.text)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_log_probabilities_of_rows(launches: Launches, backend: str, case: Case) -> None:
+    """What the reference of preference training is made of: gathered from ranks in the order of the rows."""
+    _, outcome = launches.launched(backend, world_of(case), False)[case.text]
+    exact = launches.exact(case)[0].log_probs
+    assert len(exact) == 4
+    np.testing.assert_allclose(outcome.log_probs, exact, rtol=1e-12 if case.precision == "fp64" else 1e-6)
+
+
 @pytest.mark.parametrize("case", cases(FULL + FULL8), ids=lambda case: case.text)
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_layout_equals_one_device_in_full(launches: Launches, backend: str, case: Case) -> None:

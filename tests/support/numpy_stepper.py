@@ -57,6 +57,7 @@ class MemoryBlend:
     def __init__(self, seed: int, masked: bool = True, empty: tuple[int, ...] = ()) -> None:
         self.seed, self.masked, self.empty = seed, masked, empty
         self.num_samples = [1000]
+        self.pairs = False
         self.vocab_size = VOCAB
 
     def batch(self, first_sample: int, count: int) -> Batch:
