@@ -37,7 +37,7 @@ class GradientBuckets:
         self.parts, self.part = (replicas.size, replicas.rank) if layout.zero1 else (1, 0)
         limit = int(layout.bucket_mb * 2**20 / BYTES) if replicas.size > 1 else None
         self.buckets = plan_buckets(table, self.parts, limit, by_class)
-        device = next(iter(weights.values())).device
+        device = next((weight.device for weight in weights.values()), None)  # a rank may have none to train
         self._flat = [torch.zeros(bucket.size, dtype=dtype, device=device) for bucket in self.buckets]
         self._pending: dict[int, Handle[Tensor]] = {}
         self._passes = 0

@@ -170,8 +170,8 @@ class FeedForward(nn.Module):
         # [B, S, E] -> one or two of [B, S, F]
         projected = ops.linears(x, dropped(x, dropout, "up", *layers), *layers)
         core, inputs = (ops.gelu, projected) if self.gate is None else (ops.swiglu, (*projected, self.stat))
-        out = checkpoint(core, *inputs, use_reentrant=False) if self.recompute_core and self.training else core(*inputs)
-        out = masked(out, self.mask)
+        again = self.recompute_core and self.training
+        out = masked(checkpoint(core, *inputs, use_reentrant=False) if again else core(*inputs), self.mask)  # [B, S, F]
         return self.down(out, dropped(out, dropout, "down", self.down))
 
 
@@ -296,11 +296,17 @@ class Decoder(nn.Module):
         tables = *rope_tables(self.config, positions, seq_len, wide), *(xpos_scales(self.config, positions, wide) or ())
         return tuple(torch.from_numpy(table[:, :, None]).to(ops.device()) for table in tables)
 
-    def load_weights(self, get: Callable[[str], np.ndarray]) -> None:
-        """Fill every parameter from ``get(name)``, one tensor at a time, cast to the parameter's dtype."""
-        for name, parameter in named_weights(self).items():
+    def load_weights(self, get: Callable[[str], np.ndarray], names: Collection[str] | None = None) -> None:
+        """Fill the parameters ``names``, by default all, from ``get(name)``, one tensor at a time, cast to the
+        parameter's dtype."""
+        held = named_weights(self)
+        for name in self.names if names is None else names:
             with torch.no_grad():
-                parameter.copy_(to_tensor(get(name)))
+                held[name].copy_(to_tensor(get(name)))
+
+    def read_weight(self, name: str) -> np.ndarray:
+        """A parameter as numpy; 16-bit floats as float32."""
+        return to_numpy(named_weights(self)[name])
 
 
 def empty_parameter(shape: tuple[int, ...], dtype: torch.dtype) -> nn.Parameter:

@@ -30,13 +30,15 @@ Watch = Callable[[int, Tensor], None]
 
 
 class Pipeline:
-    """``stages``: the model chunks of this rank.
+    """``stages``: the model chunks of this rank. ``first_trained``: the first stage of the whole pipeline that has a
+    trainable parameter (core.train.trainable); those before it run forward only.
 
     Of the last run: ``peak``, most graphs that were alive at once; ``waited``, seconds spent waiting for other stages.
     """
 
-    def __init__(self, stages: Sequence[Decoder], mesh: Mesh) -> None:
+    def __init__(self, stages: Sequence[Decoder], mesh: Mesh, first_trained: int = 0) -> None:
         self.stages, self.mesh, self.peak, self.waited = list(stages), mesh, 0, 0.0
+        self.first_trained = first_trained
 
     def run(
         self,
@@ -53,7 +55,7 @@ class Pipeline:
         With an ``objective`` the gradients are those of it / num_targets; it keeps its value, and 0 is returned.
         ``watch(micro, logits)`` sees the logits [B, s, V/tp] where they are made.
         """
-        step = _Step(self.stages, self.mesh, batches, num_targets, loss_scale, watch, objective)
+        step = _Step(self.stages, self.mesh, batches, num_targets, loss_scale, watch, objective, self.first_trained)
         layout = self.mesh.layout
         self.peak = 0
         with torch.set_grad_enabled(backward):
@@ -80,8 +82,11 @@ class _Step:
         loss_scale: float,
         watch: Watch | None,
         objective: RowObjective | None,
+        first_trained: int,
     ) -> None:
         self.stages, self.mesh, self.batches = stages, mesh, batches
+        # How many stages each chunk lies after the first that trains: gradients travel back as far as that one.
+        self.after_trained = [n * mesh.layout.pp + mesh.coord.pp - first_trained for n in range(len(stages))]
         self.num_targets, self.loss_scale = num_targets, loss_scale
         self.watch, self.objective = watch, objective
         self.plans = [attention_plan(batch.visibility, mesh) for batch in batches]
@@ -100,8 +105,9 @@ class _Step:
         if stage.first:
             x = torch.from_numpy(batch.input_ids).to(ops.device()).long()
         else:
-            x = self._receive(micro, used(self.mesh.forward_in)).requires_grad_()
-        out = stage(x, self.ropes[micro], self.plans[micro])
+            x = self._receive(micro, used(self.mesh.forward_in))
+            x.requires_grad_(self.after_trained[chunk] > 0)
+        out = stage(x, self.ropes[micro], self.plans[micro], dropout=batch.dropout)
         if stage.last:
             if self.watch is not None:
                 self.watch(micro, out)
@@ -109,23 +115,26 @@ class _Step:
             self.losses.append(out.detach())
         else:
             self.sent[micro, chunk] = send(out, used(self.mesh.forward_out))
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled() and self.after_trained[chunk] >= 0:
             # The graph stays until this micro-batch's backward, which comes after other micro-batches' forwards.
             self.held[micro, chunk] = (x, out)
 
     def backward(self, action: Action) -> None:
         micro, chunk = action.micro, action.chunk
-        stage = self.stages[chunk]
-        x, out = self.held.pop((micro, chunk))
-        if stage.last:
-            (out * self.loss_scale).backward()
-        else:
-            # The product of the arriving gradient with this chunk's Jacobian; weights' gradients go to their hooks.
-            out.backward(self._receive(micro, used(self.mesh.backward_in)))
-        if not stage.first:
-            self._send_back(x.grad)
+        stage, after = self.stages[chunk], self.after_trained[chunk]
+        if after >= 0:
+            x, out = self.held.pop((micro, chunk))
+            if stage.last:
+                (out * self.loss_scale).backward()
+            else:
+                # The product of the arriving gradient with this chunk's Jacobian; weights' gradients go to their hooks.
+                out.backward(self._receive(micro, used(self.mesh.backward_in)))
+            if after > 0:
+                self._send_back(x.grad)
         if not stage.last:
-            self.sent.pop((micro, chunk)).wait()  # its gradient is here, so it has arrived
+            # Where a gradient came back the message has arrived; where none does, the next stage is at this
+            # micro-batch's backward at the latest.
+            self.sent.pop((micro, chunk)).wait()
 
     def _loss(self, logits: Tensor, batch: LocalBatch, vocab_size: int) -> Tensor:
         """What this micro-batch adds to the loss, or a scalar with the gradient of what it adds to the objective."""

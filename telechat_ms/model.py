@@ -169,8 +169,8 @@ class FeedForward(nn.Cell):
         # [B, S, E] -> one or two of [B, S, F]
         projected = ops.linears(x, dropped(x, dropout, "up", *layers), *layers)
         core, inputs = (ops.gelu, projected) if self.gate is None else (ops.swiglu, (*projected, self.stat))
-        out = autograd.recompute(core, *inputs) if self.recompute_core and self.training else core(*inputs)
-        out = masked(out, self.mask)
+        again = self.recompute_core and self.training
+        out = masked(autograd.recompute(core, *inputs) if again else core(*inputs), self.mask)  # [B, S, F]
         return self.down(out, dropped(out, dropout, "down", self.down))
 
 
@@ -294,10 +294,16 @@ class Decoder(nn.Cell):
         tables = *rope_tables(self.config, positions, seq_len, wide), *(xpos_scales(self.config, positions, wide) or ())
         return tuple(Tensor(table[:, :, None]) for table in tables)
 
-    def load_weights(self, get: Callable[[str], np.ndarray]) -> None:
-        """Fill every parameter from ``get(name)``, one tensor at a time, cast to the parameter's dtype."""
-        for name, parameter in named_weights(self).items():
-            parameter.set_data(to_tensor(get(name)).astype(parameter.dtype))
+    def load_weights(self, get: Callable[[str], np.ndarray], names: Collection[str] | None = None) -> None:
+        """Fill the parameters ``names``, by default all, from ``get(name)``, one tensor at a time, cast to the
+        parameter's dtype."""
+        held = named_weights(self)
+        for name in self.names if names is None else names:
+            held[name].set_data(to_tensor(get(name)).astype(held[name].dtype))
+
+    def read_weight(self, name: str) -> np.ndarray:
+        """A parameter as numpy; bfloat16 as float32."""
+        return to_numpy(named_weights(self)[name])
 
 
 def empty_parameter(shape: tuple[int, ...], dtype: ms.Type) -> Parameter:

@@ -31,12 +31,15 @@ Take = Callable[[Sequence[str], Sequence[Tensor]], None]
 
 class Pipeline:
     """``stages``: the model chunks of this rank. ``take(names, gradients)`` receives what each backward pass gives.
+    ``first_trained``: the first stage of the whole pipeline that has a trainable parameter (core.train.trainable);
+    those before it run forward only.
 
     Of the last run: ``peak``, most graphs that were alive at once; ``waited``, seconds spent waiting for other stages.
     """
 
-    def __init__(self, stages: Sequence[Decoder], mesh: Mesh, take: Take) -> None:
+    def __init__(self, stages: Sequence[Decoder], mesh: Mesh, take: Take, first_trained: int = 0) -> None:
         self.stages, self.mesh, self.take, self.peak, self.waited = list(stages), mesh, take, 0, 0.0
+        self.first_trained = first_trained
 
     def run(
         self,
@@ -53,8 +56,9 @@ class Pipeline:
         With an ``objective`` the gradients are those of it / num_targets; it keeps its value, and 0 is returned.
         ``watch(micro, logits)`` sees the logits [B, s, V/tp] where they are made.
         """
+        take = self.take if backward else None
         step = _Step(
-            self.stages, self.mesh, batches, num_targets, loss_scale, watch, objective, self.take if backward else None
+            self.stages, self.mesh, batches, num_targets, loss_scale, watch, objective, take, self.first_trained
         )
         layout = self.mesh.layout
         self.peak = 0
@@ -82,11 +86,16 @@ class _Step:
         watch: Watch | None,
         objective: RowObjective | None,
         take: Take | None,
+        first_trained: int,
     ) -> None:
         self.stages, self.mesh, self.batches = stages, mesh, batches
+        # How many stages each chunk lies after the first that trains: gradients travel back as far as that one.
+        self.after_trained = [n * mesh.layout.pp + mesh.coord.pp - first_trained for n in range(len(stages))]
         self.num_targets, self.loss_scale, self.take = num_targets, loss_scale, take
         self.watch, self.objective = watch, objective
-        self.weights: list[dict[str, Parameter]] = [named_weights(stage) for stage in stages]
+        self.weights: list[dict[str, Parameter]] = [
+            {name: weight for name, weight in named_weights(stage).items() if weight.requires_grad} for stage in stages
+        ]
         self.plans = [attention_plan(batch.visibility, mesh) for batch in batches]
         self.ropes = [stages[0].rope(batch.positions, batch.seq_len) for batch in batches]
         self.held: dict[tuple[int, int], Recorded] = {}
@@ -98,22 +107,22 @@ class _Step:
     def forward(self, action: Action) -> None:
         micro, chunk = action.micro, action.chunk
         stage, batch = self.stages[chunk], self.batches[micro]
-        # The first chunk starts from token ids, every other one from the stream x [B, s, E] of the chunk before it.
-        x = None
-        if not stage.first:
-            x = self._receive(micro, used(self.mesh.forward_in))
+        # The first chunk starts from token ids, every other one from the stream [B, s, E] of the chunk before it.
+        given = Tensor(batch.input_ids) if stage.first else self._receive(micro, used(self.mesh.forward_in))
 
         def run(x: Tensor | None) -> Tensor:
-            out = stage(Tensor(batch.input_ids) if x is None else x, self.ropes[micro], self.plans[micro])
+            out = stage(given if x is None else x, self.ropes[micro], self.plans[micro], dropout=batch.dropout)
             if not stage.last:
                 return out
             if self.watch is not None:
                 self.watch(micro, out)
             return self._loss(out, batch, stage.config.vocab_size)
 
-        if self.take is None:
-            out = run(x)
+        after = self.after_trained[chunk]
+        if self.take is None or after < 0:
+            out = run(None)
         else:
+            x = given if after > 0 else None
             # The graph stays until this micro-batch's backward, which comes after other micro-batches' forwards.
             self.held[micro, chunk] = recorded = record(run, x, list(self.weights[chunk].values()))
             out = recorded.output
@@ -124,19 +133,23 @@ class _Step:
 
     def backward(self, action: Action) -> None:
         micro, chunk = action.micro, action.chunk
-        stage, recorded = self.stages[chunk], self.held.pop((micro, chunk))
-        if stage.last:
-            grad = Tensor(self.loss_scale, recorded.output.dtype)  # d(loss_scale * loss) / d loss
-        else:
-            grad = self._receive(micro, used(self.mesh.backward_in))
-        dx, gradients = recorded.backward(grad)
-        # The stream's gradient leaves first: the previous rank waits for it, the accumulators do not.
-        if not stage.first:
-            self._send_back(dx)
+        stage, after = self.stages[chunk], self.after_trained[chunk]
+        if after >= 0:
+            recorded = self.held.pop((micro, chunk))
+            if stage.last:
+                grad = Tensor(self.loss_scale, recorded.output.dtype)  # d(loss_scale * loss) / d loss
+            else:
+                grad = self._receive(micro, used(self.mesh.backward_in))
+            dx, gradients = recorded.backward(grad)
+            # The stream's gradient leaves first: the previous rank waits for it, the accumulators do not.
+            if after > 0:
+                self._send_back(dx)
+            assert self.take is not None  # a backward pass is scheduled only where gradients are wanted
+            self.take(list(self.weights[chunk]), gradients)
         if not stage.last:
-            self.sent.pop((micro, chunk)).wait()  # its gradient is here, so it has arrived
-        assert self.take is not None  # a backward pass is scheduled only where gradients are wanted
-        self.take(list(self.weights[chunk]), gradients)
+            # Where a gradient came back the message has arrived; where none does, the next stage is at this
+            # micro-batch's backward at the latest.
+            self.sent.pop((micro, chunk)).wait()
 
     def _loss(self, logits: Tensor, batch: LocalBatch, vocab_size: int) -> Tensor:
         """What this micro-batch adds to the loss, or a scalar with the gradient of what it adds to the objective."""

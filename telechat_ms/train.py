@@ -15,6 +15,7 @@ import mindspore as ms
 from telechat_twins.convert.initial import open_initial
 from telechat_twins.core.config import RunConfig
 from telechat_twins.core.train.loop import main
+from telechat_twins.core.train.trainable import first_trained_stage, trainable
 from telechat_twins.core.train.trainer import BaseTrainer
 from telechat_twins.kernels.mindspore import ops as kernels
 from telechat_twins.telechat_ms.collectives import agree
@@ -31,11 +32,19 @@ class Trainer(BaseTrainer[Decoder]):
     def __init__(self, config: RunConfig) -> None:
         kernels.select(dataclasses.asdict(config.kernels))
         mesh = open_mesh(config.model, config.parallel)
-        stages, self.table = parallelize(config.model, mesh, config.train.precision, config.train.recompute)
-        weights = {name: weight for stage in stages for name, weight in named_weights(stage).items()}
-        optimizer = AdamW(weights, self.table, config.optim, stages[0].dtypes.master, mesh)
-        pipeline = Pipeline(stages, mesh, optimizer.gradients.add)
-        super().__init__(config, mesh, stages, pipeline, optimizer, agree)
+        stages, table = parallelize(
+            config.model,
+            mesh,
+            config.train.precision,
+            config.train.recompute,
+            config.lora,
+            lambda here: trainable(here, config),
+        )
+        updated = trainable(table, config)
+        weights = {n: weight for stage in stages for n, weight in named_weights(stage).items() if n in updated}
+        optimizer = AdamW(weights, updated, config.optim, stages[0].dtypes.master, mesh)
+        pipeline = Pipeline(stages, mesh, optimizer.gradients.add, first_trained_stage(config))
+        super().__init__(config, mesh, stages, table, pipeline, optimizer, agree)
 
     def implementation(self) -> dict[str, str]:
         return {

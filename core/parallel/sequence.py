@@ -17,6 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from telechat_twins.core.model.batch import IGNORE, Batch
+from telechat_twins.core.model.lora_dropout import LoraDropout
 from telechat_twins.core.model.visibility import Block
 from telechat_twins.core.parallel.layout import Layout
 
@@ -52,7 +53,8 @@ class LocalBatch:
 
     input_ids, targets, positions [B, s] int32 (padding: id 0, target IGNORE, positions counting on). ``seq_len`` is the
     true S of the whole row: it decides the rotary scaling. index [B or 1, s] int32: place in the padded row. weights
-    [B, s] float32 (padding: 0) and reference [B] float64 as in Batch.
+    [B, s] float32 (padding: 0) and reference [B] float64 as in Batch. dropout: masks of the adapters' inputs at these
+    places, or None.
     """
 
     input_ids: np.ndarray
@@ -63,6 +65,7 @@ class LocalBatch:
     index: np.ndarray
     weights: np.ndarray | None = None
     reference: np.ndarray | None = None
+    dropout: LoraDropout | None = None
 
 
 def sequence_multiple(layout: Layout) -> int:

@@ -15,6 +15,7 @@ import argparse
 import contextlib
 import dataclasses
 import errno
+import functools
 import math
 import signal
 import time
@@ -36,9 +37,11 @@ from telechat_twins.core.launch.worker import run_script
 from telechat_twins.core.launch.world import launched_world
 from telechat_twins.core.model.batch import Batch
 from telechat_twins.core.model.growth import Growth, read_history
-from telechat_twins.core.model.params import MATRIX, parameter_table
+from telechat_twins.core.model.lora import AdapterBase, AdapterRecord, adapter_record
+from telechat_twins.core.model.params import MATRIX
 from telechat_twins.core.model.xpos_range import check_xpos_range
 from telechat_twins.core.parallel.layout import check_layout
+from telechat_twins.core.train.adapter import describe_adapter, require_base, require_same_adapter, require_same_base
 from telechat_twins.core.train.agreement import meet, raise_on_all, require_same_on_all, run_on_all
 from telechat_twins.core.train.health import Health, TrainingStopped
 from telechat_twins.core.train.loss_scale import DynamicLossScale
@@ -67,7 +70,7 @@ from telechat_twins.core.train.start import (
     start_record,
 )
 from telechat_twins.core.train.stepper import Stepper, TrainState
-from telechat_twins.core.train.trainable import check_freeze
+from telechat_twins.core.train.trainable import check_freeze, run_table
 from telechat_twins.core.types import JsonObject
 
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -125,16 +128,19 @@ def _train(
     config, length = with_steps(config, sum(blend.num_samples))
     alone = config.parallel.world == 1
     checkpoint = checkpoint_to_resume(folder, resume, verify=alone)
+    require_base(config)
     start: WeightSource | None = None
     if checkpoint is not None:
         config = adopt_growth(checkpoint, config)
         require_same_model(checkpoint, config)
-    elif config.train.init is not None:
+        require_same_adapter(checkpoint, config)
+    if config.train.init is not None and (checkpoint is None or config.lora is not None):
+        # An adapter's checkpoint holds the adapter alone: its base is read again.
         start = open_start(config, open_initial)
-        config = adopt_start(start, config)
+        config = adopt_start(start, config) if checkpoint is None else config
         if alone:
             start.verify()
-    check_freeze(parameter_table(config.model), config)
+    check_freeze(run_table(config), config)
     stepper = stepper_factory(config)
     require_same_on_all(stepper, {**config.to_dict(), "--out": str(folder), "--resume": resume})
     if config.parallel.world > 1:
@@ -142,13 +148,14 @@ def _train(
         run_on_all(stepper, lambda: _hold(folder, held) if stepper.rank == 0 else None)
     run = _Run(stepper, config, folder, blend)
     run.notes += padding + length
-    model = checkpoint or start
-    if model is not None and not alone:
-        run_on_all(stepper, lambda: model.verify(share=(stepper.rank, stepper.world)))
+    if not alone:
+        share = (stepper.rank, stepper.world)
+        for verify in [model.verify for model in (checkpoint, start) if model is not None]:
+            run_on_all(stepper, functools.partial(verify, share=share))
+    if start is not None:
+        run_on_all(stepper, lambda: run.start(start, checkpoint is None))
     if checkpoint is not None:
         run_on_all(stepper, lambda: run.load(checkpoint))
-    elif start is not None:
-        run_on_all(stepper, lambda: run.start(start))
     return run.go()
 
 
@@ -180,19 +187,26 @@ class _Run:
         self.notes: list[str] = [] if warning is None else [f"warning: {warning}"]
         self.history: tuple[Growth, ...] = ()
         self.lineage = Lineage()
+        self.adapter: AdapterRecord | None = None  # with its base, once that is read
         self.growth = config.model.growth  # None once its masks have done their work
 
-    def start(self, source: WeightSource) -> None:
-        """Begin with the weights of another model; everything else is new."""
+    def start(self, source: WeightSource, anew: bool = True) -> None:
+        """Begin with the weights of another model; ``anew``: no checkpoint of an adapter of it follows."""
         self.stepper.load_weights(start_reader(source, self.config.model))
         record = start_record(source)
+        if self.config.lora is not None:
+            self.adapter = adapter_record(self.config.lora, AdapterBase(**record))
+            self.notes.append(describe_adapter(self.adapter))
         self.lineage = lineage_of(source, self.stepper.rank == 0, record)
-        self.notes += describe_start(source, record["fingerprint"])
+        if anew:
+            self.notes += describe_start(source, record["fingerprint"])
 
     def load(self, checkpoint: Checkpoint) -> None:
         """Continue where ``checkpoint`` was taken; notes for the log say what differs from the run that wrote it."""
         trainer = checkpoint.trainer
         assert trainer is not None  # checkpoint_to_resume refuses others
+        if self.adapter is not None:
+            require_same_base(checkpoint, self.adapter)
         self.stepper.load(checkpoint, optimizer=True)
         if self.stepper.step != trainer["optimizer_steps"]:
             raise RuntimeError(f"stepper is at update {self.stepper.step}, checkpoint at {trainer['optimizer_steps']}")
@@ -203,7 +217,7 @@ class _Run:
         if self.loss_scale is not None and trainer["loss_scale"] is not None:
             self.loss_scale = DynamicLossScale.from_dict(trainer["loss_scale"])
         self.notes.append(f"resumed from {checkpoint.path} (step {self.state.step}, written by {trainer['backend']})")
-        if self.config.train.init is not None:
+        if self.config.train.init is not None and self.adapter is None:
             self.notes.append(f"train.init {self.config.train.init} is not read: weights come from the checkpoint")
         self.notes += rate_change(trainer["config"], self.config, self.state.step, self.history)
         written, now = trainer.get("layout", "single"), self.config.parallel.name
@@ -407,6 +421,7 @@ class _Run:
                 "config": self._model_config(),
                 **({"grown": [growth.to_dict() for growth in self.history]} if self.history else {}),
                 **self.lineage.model_entries,
+                **({} if self.adapter is None else {"adapter": self.adapter.to_dict()}),
             },
             weights=stepper.weights(),
             optimizer=stepper.optimizer_state(),

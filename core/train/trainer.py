@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Generic, Protocol, TypeVar
 
 import numpy as np
@@ -13,20 +14,29 @@ from telechat_twins.core.config import RunConfig
 from telechat_twins.core.model.batch import Batch
 from telechat_twins.core.model.growth import Growth, read_history
 from telechat_twins.core.model.init import init_tensor
+from telechat_twins.core.model.lora import init_adapter, is_adapter
+from telechat_twins.core.model.lora_dropout import LoraDropout
 from telechat_twins.core.parallel.mesh import Group, Mesh
 from telechat_twins.core.parallel.objective import RowObjective
 from telechat_twins.core.parallel.sequence import LocalBatch, split_batch
-from telechat_twins.core.parallel.sharding import Box
+from telechat_twins.core.parallel.sharding import Box, Shard
 from telechat_twins.core.train.preference import PairObjective, RowSums
+from telechat_twins.core.train.trainable import constant_names
 
 Read = Callable[[str, Box], np.ndarray]  # (logical name, box of the whole tensor) -> the values inside
 Watch = Callable[[int, Any], None]  # (micro-batch, the backend's logits [B, s, V/tp])
 
 
 class Stage(Protocol):
-    """A chunk of the model that this rank holds."""
+    """A chunk of the model that this rank holds; telechat_ms.model and pt_reference.model describe the methods."""
+
+    names: list[str]
 
     def set_mask(self, c: float | None) -> None: ...
+
+    def load_weights(self, get: Callable[[str], np.ndarray], names: Collection[str]) -> None: ...
+
+    def read_weight(self, name: str) -> np.ndarray: ...
 
 
 S = TypeVar("S", bound=Stage)
@@ -86,8 +96,9 @@ class Optimizer(Protocol):
 class BaseTrainer(ABC, Generic[S]):
     """core.train.stepper.Stepper of one rank, all but ``implementation``.
 
-    agree: the backend's collectives.agree(values, group, op). The masters start from core.model.init with
-    ``train.seed``, unless ``train.init`` gives them; the model's weights follow at the first ``gradients``.
+    agree: the backend's collectives.agree(values, group, op). table: the parameters of this rank, trainable or not;
+    ``optimizer`` has the trainable ones. The masters start from core.model.init with ``train.seed``, unless
+    ``train.init`` gives them; the model's weights follow at the first ``gradients``.
     """
 
     def __init__(
@@ -95,15 +106,19 @@ class BaseTrainer(ABC, Generic[S]):
         config: RunConfig,
         mesh: Mesh,
         stages: Sequence[S],
+        table: Mapping[str, Shard],
         pipeline: Pipeline,
         optimizer: Optimizer,
         agree: Callable[[list[float], Group, str], list[float]],
     ) -> None:
-        self.config, self.mesh, self.stages = config, mesh, stages
+        self.config, self.mesh, self.stages, self.table = config, mesh, stages, table
         self.pipeline, self.optimizer, self._agree = pipeline, optimizer, agree
         self.preference_metrics: dict[str, float] = {}
+        self._constants = constant_names(list(table), config)
+        if config.lora is not None:
+            self.optimizer.load_masters(self._initial)
         if config.train.init is None:  # else load or load_weights follows
-            self.optimizer.load_masters(lambda name, box: init_tensor(name, config.model, config.train.seed, box))
+            self.load_weights(self._initial)
 
     @property
     def rank(self) -> int:
@@ -135,6 +150,8 @@ class BaseTrainer(ABC, Generic[S]):
         pairs = None if self.config.preference is None else PairObjective(self.config.preference)
         self.optimizer.refresh()
         pieces = self._pieces(batch)
+        if backward:
+            pieces = [self._with_dropout(piece, n * self.config.train.micro_batch) for n, piece in enumerate(pieces)]
         self.optimizer.gradients.expect(len(pieces))
         if pairs is None:  # without an argument that a replaced ``run`` may not know
             loss = self.pipeline.run(pieces, num_targets, loss_scale, backward, watch)
@@ -190,16 +207,28 @@ class BaseTrainer(ABC, Generic[S]):
         self.optimizer.discard()
 
     def weights(self) -> Iterator[TensorPiece]:
-        return self.optimizer.export_masters()
+        yield from self.optimizer.export_masters()
+        # Adapters are saved alone: their base has a folder of its own.
+        if self.config.lora is None and self.mesh.replicas.rank == 0:
+            yield from self._frozen_pieces()
 
     def optimizer_state(self) -> Iterator[TensorPiece]:
         return self.optimizer.export_state()
 
     def load_weights(self, read: Read) -> None:
-        self.optimizer.load_masters(read)
+        if self.config.lora is None:
+            self.optimizer.load_masters(read)
+        for stage in self.stages:
+            names = [name for name in stage.names if name in self._constants and not is_adapter(name)]
+            stage.load_weights(lambda name: _local(self.table[name], read(name, self.table[name].index)), names)
 
     def load(self, checkpoint: Checkpoint, optimizer: bool) -> None:
-        self.optimizer.load_masters(lambda name, box: checkpoint.read("weights", name, box))
+        def read(name: str, box: Box) -> np.ndarray:
+            return checkpoint.read("weights", name, box)
+
+        self.optimizer.load_masters(read)
+        if self.config.lora is None:
+            self.load_weights(read)
         if optimizer:
             assert checkpoint.trainer is not None  # a step folder of a run, which the caller has checked
             steps = checkpoint.trainer["optimizer_steps"]
@@ -210,6 +239,39 @@ class BaseTrainer(ABC, Generic[S]):
     def step(self) -> int:
         return self.optimizer.step_count
 
+    def _initial(self, name: str, box: Box) -> np.ndarray:
+        """The initial value of a part of a parameter."""
+        config = self.config
+        if config.lora is not None and is_adapter(name):
+            return init_adapter(name, config.model, config.lora, config.train.seed, box)
+        return init_tensor(name, config.model, config.train.seed, box)
+
+    def _with_dropout(self, local: LocalBatch, first: int) -> LocalBatch:
+        """A micro-batch whose rows are number ``first`` and on of this data-parallel rank's, with the adapters' masks.
+
+        The step is that of the optimizer, so a resumed run has the masks that an uninterrupted one would have.
+        """
+        lora, seed = self.config.lora, self.config.train.seed
+        if lora is None or lora.dropout == 0.0:
+            return local
+        rows = np.arange(len(local.input_ids)) + self.share(self.config.train.global_batch)[0] + first
+        return replace(local, dropout=LoraDropout(lora.dropout, seed, self.step, rows, local.index))
+
+    def _frozen_pieces(self) -> Iterator[TensorPiece]:
+        """The parts of frozen parameters that this rank, of all that hold them, writes."""
+        for stage in self.stages:
+            for name in stage.names:
+                shard = self.table[name]
+                if name in self._constants and shard.owner:
+                    array = stage.read_weight(name)[: shard.index[0].stop - shard.index[0].start]
+                    yield TensorPiece(name, array, tuple(s.start for s in shard.index), shard.whole)
+
     @abstractmethod
     def implementation(self) -> dict[str, str]:
         """core.train.stepper.Stepper.implementation."""
+
+
+def _local(shard: Shard, values: np.ndarray) -> np.ndarray:
+    """The values of a shard with the rows of zeros that pad it."""
+    missing = shard.shape[0] - values.shape[0]
+    return values if not missing else np.pad(values, ((0, missing), *((0, 0),) * (values.ndim - 1)))
