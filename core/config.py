@@ -46,6 +46,17 @@ class DataConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class StageConfig:
+    """A range of steps with a row length, a batch and sources of its own (core.train.stages)."""
+
+    steps: int = option(help="optimizer steps of this stage", min=1)
+    seq_len: int | None = option(None, help="tokens a sample; default: data.seq_len", min=2, max=MAX_LENGTH)
+    global_batch: int | None = option(None, help="default: train.global_batch", min=1, max=MAX_LENGTH)
+    micro_batch: int | None = option(None, help="default: train.micro_batch", min=1)
+    sources: list[DataSourceConfig] | None = option(None, help="default: data.sources")
+
+
+@dataclass(frozen=True, kw_only=True)
 class TrainConfig:
     init: str | None = option(
         None,
@@ -56,6 +67,9 @@ class TrainConfig:
     steps: int = option(0, help="optimizer steps in the whole run; or give epochs", min=1)
     epochs: float | None = option(
         None, help="passes over the packed data, in place of steps; may be a part of one", above=0.0, max=1e6
+    )
+    stages: list[StageConfig] | None = option(
+        None, help="changes of length, batch and sources during the run, each {steps, seq_len, ...}; in place of steps"
     )
     schedule_steps: int | None = option(
         None,
@@ -76,6 +90,8 @@ class TrainConfig:
     )
 
     def __post_init__(self) -> None:
+        if self.stages is not None:
+            self._add_up(self.stages)
         if not self.steps and self.epochs is None:
             raise UserError("train.steps: missing; give the number of optimizer steps, or train.epochs")
         if self.steps and self.epochs is not None:
@@ -87,6 +103,23 @@ class TrainConfig:
                 f"train.micro_batch: {self.micro_batch} does not divide global_batch {self.global_batch}; "
                 f"nearest that does: {_nearest_divisor(self.global_batch, self.micro_batch)}"
             )
+
+    def _add_up(self, stages: list[StageConfig]) -> None:
+        """``steps`` is the sum of the stages' steps; UserError for a batch that does not fit."""
+        total = sum(stage.steps for stage in stages)
+        if not stages:
+            raise UserError("train.stages: empty; name at least one stage, or leave it out")
+        if self.epochs is not None or self.steps not in (0, total):
+            name = "epochs" if self.epochs is not None else f"steps {self.steps}"
+            raise UserError(f"train.stages: have {total} steps together; leave train.{name} out")
+        object.__setattr__(self, "steps", total)
+        for number, stage in enumerate(stages):
+            batch, micro = stage.global_batch or self.global_batch, stage.micro_batch or self.micro_batch
+            if batch % micro:
+                raise UserError(
+                    f"train.stages[{number}].micro_batch: {micro} does not divide global_batch {batch}; nearest that "
+                    f"does: {_nearest_divisor(batch, micro)}"
+                )
 
 
 SCHEDULES = ("cosine", "linear", "constant", "wsd")
@@ -235,12 +268,17 @@ class RunConfig:
     health: HealthConfig = option(HealthConfig(), help="what to do when training goes wrong")
 
     def __post_init__(self) -> None:
-        if self.data.seq_len > self.model.max_seqlen:
-            raise UserError(
-                f"data.seq_len: {self.data.seq_len} is above the model's max_seqlen {self.model.max_seqlen}; "
-                "train at most at that length, or raise model.max_seqlen"
-            )
-        check_xpos_range(self.model, self.train.precision, self.data.seq_len)
+        lengths = {"data.seq_len": self.data.seq_len}
+        for number, stage in enumerate(self.train.stages or []):
+            if stage.seq_len is not None:
+                lengths[f"train.stages[{number}].seq_len"] = stage.seq_len
+        for name, length in lengths.items():
+            if length > self.model.max_seqlen:
+                raise UserError(
+                    f"{name}: {length} is above the model's max_seqlen {self.model.max_seqlen}; "
+                    "train at most at that length, or raise model.max_seqlen"
+                )
+        check_xpos_range(self.model, self.train.precision, max(lengths.values()))
         if self.preference is not None:
             self._check_preference()
         if self.lora is not None:
@@ -360,7 +398,13 @@ def _anchor_paths(tree: JsonObject, folder: Path, normalise: bool = False) -> No
     if isinstance(train, dict) and isinstance(train.get("init"), str):
         path = str(folder / train["init"])
         train["init"] = os.path.normpath(path) if normalise else path
-    for source in data.get("sources") or [] if isinstance(data, dict) else []:
+    stages = train.get("stages") if isinstance(train, dict) else None
+    for holder in (data, *(stages if isinstance(stages, list) else ())):
+        _anchor_sources(holder, folder, normalise)
+
+
+def _anchor_sources(holder: object, folder: Path, normalise: bool) -> None:
+    for source in holder.get("sources") or [] if isinstance(holder, dict) else []:
         if isinstance(source, dict) and isinstance(source.get("path"), str):
             path = str(folder / source["path"])
             source["path"] = os.path.normpath(path) if normalise else path

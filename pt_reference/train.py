@@ -12,7 +12,7 @@ import torch
 
 from telechat_twins.convert.initial import open_initial
 from telechat_twins.core.config import RunConfig
-from telechat_twins.core.train.loop import main
+from telechat_twins.core.train.script import main
 from telechat_twins.core.train.trainable import first_trained_stage, trainable
 from telechat_twins.core.train.trainer import BaseTrainer
 from telechat_twins.kernels.pytorch import ops as kernels

@@ -94,6 +94,8 @@ class Cost:
 def load_schedule(path: str | Path, run: str | Path, overrides: Sequence[str] = ()) -> list[Stage]:
     """The stages of the schedule at ``path`` for the run configured at ``run``; UserError names stage and field."""
     base = load_run_tree(run, overrides)
+    if isinstance(base.get("train"), dict) and base["train"].get("stages"):
+        raise UserError("train.stages: a growth schedule has stages of its own; give the length in `data.seq_len`")
     path = bundled_file(path, "growth", "--growth")
     tree = load_yaml(path)
     if not isinstance(tree, dict) or not isinstance(tree.get("stages"), list) or not tree["stages"]:

@@ -99,7 +99,7 @@ def run(args: argparse.Namespace) -> int:
     from telechat_twins.core.launch.command import check_nodes
     from telechat_twins.core.launch.launcher import COLLECTIVE_TIMEOUT_S, launch
     from telechat_twins.core.launch.run_lock import RELEASE_WAIT_S, require_free
-    from telechat_twins.core.parallel.layout import check_layout
+    from telechat_twins.core.train.stages import StagedData, check_stages
     from telechat_twins.core.train.start import init_override, is_new, model_of_run, open_start
 
     if args.growth is not None:
@@ -117,15 +117,8 @@ def run(args: argparse.Namespace) -> int:
     if not (math.isfinite(timeout) and timeout >= 0):
         raise UserError(f"--timeout: must be 0 (never) or a number of seconds above it, found {timeout:g}")
     # A launcher takes seconds to start; what can be refused is refused before that.
-    check_layout(
-        config.parallel,
-        config.model,
-        world=nproc * args.nnodes,
-        global_batch=config.train.global_batch,
-        micro_batch=config.train.micro_batch,
-        seq_len=config.data.seq_len,
-    )
-    blend = open_blend(config.data, config.train.seed, config.model.num_tokens, config.model.filler_id)
+    check_stages(config, nproc * args.nnodes)
+    blend = StagedData(config, open_blend).first
     if config.train.init is not None and (args.resume is None or (args.resume == "auto" and is_new(out))):
         open_start(fit_run(config, blend.vocab_size)[0], open_initial)
     if args.resume not in (None, "auto") and not Path(args.resume).is_dir():

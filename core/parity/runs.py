@@ -152,7 +152,7 @@ def trace_rows(
     shutil.rmtree(folder, ignore_errors=True)  # a former comparison's, by its name
     folder.mkdir(parents=True)
     tree = config.to_dict()
-    tree["train"] |= {"steps": steps, "epochs": None}
+    tree["train"] |= {"steps": steps, "epochs": None, "stages": None}
     warmup = min(config.optim.warmup(config.train.schedule_steps or config.train.steps or steps), steps - 1)
     tree["optim"] |= {"warmup_steps": warmup, "warmup_ratio": None}
     if config.optim.decay_steps is not None:

@@ -11,7 +11,6 @@ all of them; what only one can know (a signal, a full disk) is agreed upon. Rank
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import dataclasses
 import errno
@@ -27,20 +26,16 @@ from typing import TypeVar
 from telechat_twins.core.checkpoint.read import Checkpoint, Saver, SaveRanks
 from telechat_twins.core.checkpoint.save import Asset, Contents
 from telechat_twins.core.checkpoint.source import OpenInitial, WeightSource
-from telechat_twins.core.cli import Parser
-from telechat_twins.core.config import RunConfig, load_run_config, run_config_from_dict
-from telechat_twins.core.data.blend import Blend, open_blend
+from telechat_twins.core.config import RunConfig
+from telechat_twins.core.data.blend import open_blend
 from telechat_twins.core.data.vocabulary import fit_run
 from telechat_twins.core.errors import UserError
 from telechat_twins.core.launch.run_lock import RELEASE_WAIT_S, hold_folder
-from telechat_twins.core.launch.worker import run_script
-from telechat_twins.core.launch.world import launched_world
 from telechat_twins.core.model.batch import Batch
 from telechat_twins.core.model.growth import Growth, read_history
 from telechat_twins.core.model.lora import AdapterBase, AdapterRecord, adapter_record
 from telechat_twins.core.model.params import MATRIX
 from telechat_twins.core.model.xpos_range import check_xpos_range
-from telechat_twins.core.parallel.layout import check_layout
 from telechat_twins.core.train.adapter import describe_adapter, require_base, require_same_adapter, require_same_base
 from telechat_twins.core.train.agreement import meet, raise_on_all, require_same_on_all, run_on_all
 from telechat_twins.core.train.health import Health, TrainingStopped
@@ -52,19 +47,24 @@ from telechat_twins.core.train.reference import Reference, check_preference, ori
 from telechat_twins.core.train.resume import (
     adopt_growth,
     checkpoint_to_resume,
-    differences,
-    rate_change,
+    describe_resumption,
     require_same_model,
-    with_defaults,
+)
+from telechat_twins.core.train.stages import (
+    Stage,
+    StagedData,
+    describe_stage,
+    marks,
+    plan_stages,
+    require_same_samples,
+    stage_of,
 )
 from telechat_twins.core.train.start import (
     TOKENIZER,
     Lineage,
     adopt_start,
     describe_start,
-    init_override,
     lineage_of,
-    model_of_run,
     open_start,
     start_reader,
     start_record,
@@ -122,10 +122,10 @@ def _train(
         folder.mkdir(parents=True, exist_ok=True)
     if config.parallel.world == 1:
         _hold(folder, held)
-    blend = open_blend(config.data, config.train.seed, config.model.num_tokens, config.model.filler_id)
-    check_preference(config, blend)
-    config, padding = fit_run(config, blend.vocab_size)
-    config, length = with_steps(config, sum(blend.num_samples))
+    data = StagedData(config, open_blend)
+    check_preference(config, data.first)
+    config, padding = fit_run(config, data.first.vocab_size)
+    config, length = with_steps(config, sum(data.first.num_samples))
     alone = config.parallel.world == 1
     checkpoint = checkpoint_to_resume(folder, resume, verify=alone)
     require_base(config)
@@ -146,7 +146,7 @@ def _train(
     if config.parallel.world > 1:
         # Not before the ranks have met: only then does each know which it is, however it was started.
         run_on_all(stepper, lambda: _hold(folder, held) if stepper.rank == 0 else None)
-    run = _Run(stepper, config, folder, blend)
+    run = _Run(stepper, config, folder, data)
     run.notes += padding + length
     if not alone:
         share = (stepper.rank, stepper.world)
@@ -176,14 +176,17 @@ def _hold(folder: Path, held: contextlib.ExitStack) -> None:
 class _Run:
     """One training run on one rank: the loop's state and its outputs."""
 
-    def __init__(self, stepper: Stepper, config: RunConfig, out: Path, blend: Blend) -> None:
-        self.stepper, self.config, self.out, self.blend = stepper, config, out, blend
+    def __init__(self, stepper: Stepper, config: RunConfig, out: Path, data: StagedData) -> None:
+        self.stepper, self.config, self.out, self.data = stepper, config, out, data
+        self.stages = plan_stages(config)
+        self.stage: Stage | None = None  # that of the last step made
         self.state = TrainState()
         self.health = Health(config.health)
         self.loss_scale = DynamicLossScale() if config.train.precision == "fp16" else None
         self.saver = Saver()
         self.origin: Path | None = None  # the checkpoint of another folder that this run went on from
-        warning = check_xpos_range(config.model, config.train.precision, config.data.seq_len)
+        longest = max(stage.data.seq_len for stage in self.stages)
+        warning = check_xpos_range(config.model, config.train.precision, longest)
         self.notes: list[str] = [] if warning is None else [f"warning: {warning}"]
         self.history: tuple[Growth, ...] = ()
         self.lineage = Lineage()
@@ -216,18 +219,8 @@ class _Run:
         self.history = read_history(checkpoint.model, str(checkpoint.path / "model.json"))
         if self.loss_scale is not None and trainer["loss_scale"] is not None:
             self.loss_scale = DynamicLossScale.from_dict(trainer["loss_scale"])
-        self.notes.append(f"resumed from {checkpoint.path} (step {self.state.step}, written by {trainer['backend']})")
-        if self.config.train.init is not None and self.adapter is None:
-            self.notes.append(f"train.init {self.config.train.init} is not read: weights come from the checkpoint")
-        self.notes += rate_change(trainer["config"], self.config, self.state.step, self.history)
-        written, now = trainer.get("layout", "single"), self.config.parallel.name
-        if written != now:
-            self.notes.append(f"note: written at {written}, now {now}: goes on within rounding, not bit for bit")
-        if trainer["data_digest"] != self.blend.digest():
-            self.notes.append("warning: the data differs from what this checkpoint was trained on")
-        for line in differences(with_defaults(run_config_from_dict, trainer["config"]), self.config.to_dict()):
-            if written == now or not line.startswith("parallel."):
-                self.notes.append(f"warning: changed since the checkpoint: {line}")
+        require_same_samples(self.stages, self.state)
+        self.notes += describe_resumption(checkpoint, self.config, self.history, self._digest())
         if checkpoint.path.resolve().parent == self.out.resolve():
             self.saver.last = checkpoint.path
         else:
@@ -237,9 +230,11 @@ class _Run:
         """Run from the present state to the end, an interruption or a stop."""
         total, every = self.config.train.steps, self.config.checkpoint.every
         first = self.stepper.rank == 0
-        lines = (*header(self.stepper, self.config, self.blend, self.state), *self.notes) if first else ()
+        lines = (*header(self.stepper, self.config, self.stages, self.data, self.state), *self.notes) if first else ()
         with Signals(quiet=not first) as signals, contextlib.ExitStack() as ended:
-            records = run_on_all(self.stepper, lambda: Records(self.out, total, self.state.step, first, lines))
+            records = run_on_all(
+                self.stepper, lambda: Records(self.out, total, self.state.step, first, lines, marks(self.stages))
+            )
             ended.callback(records.close)
             try:
                 caught = self._agree(signals)
@@ -278,7 +273,7 @@ class _Run:
 
     def _prepare_reference(self, signals: Signals, records: Records) -> None:
         """Log-probabilities of the initial weights, for the blend; unfinished when a signal came meanwhile."""
-        reference = Reference(self.out, self.blend, origin_of(self.config, self.lineage.init))
+        reference = Reference(self.out, self.data.first, origin_of(self.config, self.lineage.init))
         moved_in = (self.origin or self.out / "latest").parent if self.state.step else None
         rows = self.config.train.global_batch
         prepare(reference, self.stepper, rows, moved_in, lambda: self._agree(signals) is not None, records.note)
@@ -311,16 +306,18 @@ class _Run:
 
     def one_step(self, records: Records) -> Row:
         """Draw a global batch, train on it, advance; returns the step's row of metrics."""
-        train, state = self.config.train, self.state
+        state, stage = self.state, self._enter_stage(records)
         started = time.perf_counter()
         grown_at = self.history[-1].step if self.history else None
         lr = rate_at(self.config, state.step, grown_at)
         self._set_mask(records)
-        first, count = self.stepper.share(train.global_batch)
-        batch = self.blend.batch(state.samples + first, count)
+        first, count = self.stepper.share(stage.global_batch)
+        batch = self.data.of(stage).batch(state.samples - stage.drawn + first, count)
         # One divisor for the whole global batch: with masked targets, a mean of micro-batch means is another number.
         num_targets = self.stepper.count_targets(batch.num_terms)
         row: Row = {"step": state.step + 1, "loss": None, "grad_norm": None, "lr": lr}
+        if len(self.stages) > 1:
+            row |= {"stage": stage.number, "seq_len": stage.data.seq_len}
         if self.growth is not None:
             row["mask"] = self.growth.at_step(state.step)
         if (own := class_rate(self.config.optim, lr, MATRIX)) != lr:
@@ -333,10 +330,23 @@ class _Run:
             skipped = True
             records.note(f"warning: step {state.step + 1}: no position of this batch counts in the loss; skipped")
         seconds = time.perf_counter() - started
-        tokens = train.global_batch * self.config.data.seq_len
-        self.state = TrainState(state.step + 1, state.samples + train.global_batch, state.tokens + tokens)
+        tokens = stage.tokens
+        self.state = TrainState(state.step + 1, state.samples + stage.global_batch, state.tokens + tokens)
         row |= {"tokens": self.state.tokens, "tokens_per_s": tokens / seconds, "step_ms": seconds * 1000}
         return row | ({"skipped": True} if skipped else {})
+
+    def _enter_stage(self, records: Records) -> Stage:
+        """The stage of the next step; its length and batch are noted where it begins."""
+        stage = stage_of(self.stages, self.state.step)
+        if stage is not self.stage:
+            self.stage, self.stepper.micro_batch = stage, stage.micro_batch
+            if len(self.stages) > 1:
+                records.note(describe_stage(stage, self.stages, self.config.model))
+        return stage
+
+    def _digest(self) -> str:
+        """That of the data which the last step was drawn from."""
+        return self.data.of(stage_of(self.stages, max(self.state.step - 1, 0))).digest()
 
     def _set_mask(self, records: Records) -> None:
         """Let the masks of a growing model rise with the steps, and go when they are 1."""
@@ -406,7 +416,7 @@ class _Run:
         trainer: JsonObject = {
             **dataclasses.asdict(state),
             "optimizer_steps": stepper.step,
-            "data_digest": self.blend.digest(),
+            "data_digest": self._digest(),
             "loss_scale": self.loss_scale.to_dict() if self.loss_scale else None,
             "health": self.health.to_dict(),
             # The only randomness is the initial weights and the data order, both functions of this seed and a counter.
@@ -426,7 +436,7 @@ class _Run:
             weights=stepper.weights(),
             optimizer=stepper.optimizer_state(),
             trainer=trainer,
-            assets=[Asset(TOKENIZER, self.blend.tokenizer()), *self.lineage.assets],
+            assets=[Asset(TOKENIZER, self.data.first.tokenizer()), *self.lineage.assets],
             ranks=SaveRanks(stepper.rank, stepper.world, lambda: meet(stepper)),
         )
         keep_last = self.config.checkpoint.keep_last
@@ -446,58 +456,3 @@ class _Run:
         if every:
             return f"No checkpoint had been saved: the first would have come after step {every} (checkpoint.every)"
         return "No checkpoint had been saved (set checkpoint.every)"
-
-
-def parser() -> argparse.ArgumentParser:
-    """The arguments of both backends' train.py."""
-    made = Parser(prog="train.py", description="Train from one YAML config.")
-    made.add_argument("--config", required=True, metavar="FILE", help="the run's YAML")
-    made.add_argument(
-        "--set",
-        nargs="+",
-        action="extend",
-        default=[],
-        metavar="KEY=VALUE",
-        help="override, e.g. train.steps=100",
-    )
-    made.add_argument("--out", metavar="DIR", help="where everything is written (default: runs/<config's name>)")
-    made.add_argument("--init", metavar="DIR", help="train.init: begin with the weights of this model")
-    made.add_argument(
-        "--resume", metavar="auto|DIR", help="auto: --out's latest checkpoint, if any; DIR: that checkpoint"
-    )
-    return made
-
-
-def main(
-    stepper_factory: Callable[[RunConfig], Stepper],
-    argv: list[str] | None = None,
-    open_initial: OpenInitial | None = None,
-) -> int:
-    """What a backend's train.py does: parse ``argv``, train, return the exit code.
-
-    0 done; 2 a mistake of the user's (one line); 130 or 143 interrupted, with a checkpoint. Training that stopped
-    itself leaves through SystemExit with its message, which Python prints before it exits with 1.
-    """
-
-    def run() -> int:
-        args = parser().parse_args(argv)
-        out = Path(args.out or Path("runs") / Path(args.config).stem)
-        overrides = [*args.set, *init_override(args.init)]
-        config = load_run_config(
-            args.config, overrides, lambda init: model_of_run(init, out, args.resume, open_initial)
-        )
-        check_layout(
-            config.parallel,
-            config.model,
-            world=launched_world()[1],
-            global_batch=config.train.global_batch,
-            micro_batch=config.train.micro_batch,
-            seq_len=config.data.seq_len,
-        )
-        try:
-            result = train(stepper_factory, config, out, args.resume, open_initial)
-        except TrainingStopped as stop:
-            raise SystemExit(str(stop)) from None
-        return 0 if result.interrupted_by is None else 128 + result.interrupted_by
-
-    return run_script(run)

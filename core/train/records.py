@@ -6,16 +6,17 @@ import contextlib
 import os
 import signal
 import threading
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import FrameType
 
 from telechat_twins.core.config import RunConfig
-from telechat_twins.core.data.blend import Blend
 from telechat_twins.core.model.masks import describe as describe_growth
 from telechat_twins.core.model.params import count_parameters
 from telechat_twins.core.parallel.schedule import bubble_formula
 from telechat_twins.core.train.metrics import MetricsLog, Row, plot_losses, read_metrics
 from telechat_twins.core.train.progress import Console
+from telechat_twins.core.train.stages import Stage, StagedData, stage_of
 from telechat_twins.core.train.stepper import Stepper, TrainState
 from telechat_twins.core.train.tensorboard import TensorBoard
 
@@ -23,11 +24,19 @@ from telechat_twins.core.train.tensorboard import TensorBoard
 class Records:
     """What a run leaves besides checkpoints: lines on the console, metrics.jsonl, TensorBoard, the plot.
 
-    Only rank 0 (``active``) keeps them. ``lines`` are shown first.
+    Only rank 0 (``active``) keeps them. ``lines`` are shown first; ``marks`` are lines of the plot at steps.
     """
 
-    def __init__(self, out: Path, total: int, done: int, active: bool, lines: tuple[str, ...]) -> None:
-        self._out, self._active = out, active
+    def __init__(
+        self,
+        out: Path,
+        total: int,
+        done: int,
+        active: bool,
+        lines: tuple[str, ...],
+        marks: Mapping[int, str] | None = None,
+    ) -> None:
+        self._out, self._active, self._marks = out, active, dict(marks or {})
         if not active:
             return
         self._console = Console(total, done)
@@ -59,7 +68,7 @@ class Records:
         # A picture that does not fit on the disk must not hide why training ended.
         with contextlib.suppress(OSError):
             if rows:
-                plot_losses({self._out.name: rows}, self._out / "loss.png", f"Training: {self._out.name}")
+                plot_losses({self._out.name: rows}, self._out / "loss.png", f"Training: {self._out.name}", self._marks)
 
 
 class Signals:
@@ -93,12 +102,17 @@ class Signals:
             signal.signal(s, handler)
 
 
-def header(stepper: Stepper, config: RunConfig, blend: Blend, state: TrainState) -> list[str]:
+def header(
+    stepper: Stepper, config: RunConfig, stages: Sequence[Stage], data: StagedData, state: TrainState
+) -> list[str]:
     """What is about to run, one fact a line."""
+    now = stage_of(stages, state.step)
+    blend = data.of(now)
     implementation = dict(stepper.implementation())
     parameters = count_parameters(config.model)
-    train, seq_len = config.train, config.data.seq_len
+    train = config.train
     left = train.steps - state.step
+    tokens = sum((s.end - max(s.begin, state.step)) * s.tokens for s in stages if s.end > state.step)
     facts: dict[str, str] = {
         "backend": implementation.pop("backend", "unknown"),
         "device": implementation.pop("device", "unknown"),
@@ -107,9 +121,9 @@ def header(stepper: Stepper, config: RunConfig, blend: Blend, state: TrainState)
         "parameters": f"{parameters:,}",
         **({"growing": describe_growth(config.model)} if config.model.growth is not None else {}),
         **implementation,
-        "data": f"{sum(blend.num_samples):,} samples of {seq_len} tokens, digest {blend.digest()[:12]}",
-        "plan": f"{left:,} of {train.steps:,} steps, each {train.global_batch} x {seq_len} tokens in micro-batches of "
-        f"{train.micro_batch}: {left * train.global_batch * seq_len:,} tokens to go",
+        "data": f"{sum(blend.num_samples):,} samples of {now.data.seq_len} tokens, digest {blend.digest()[:12]}",
+        "plan": f"{left:,} of {train.steps:,} steps, each {now.label} in micro-batches of {now.micro_batch}"
+        f"{' at first' if now is not stages[-1] else ''}: {tokens:,} tokens to go",
     }
     width = max(map(len, facts))
     lines = [f"{name:<{width}}  {value}" for name, value in facts.items()]

@@ -37,6 +37,8 @@ def check_preference(config: RunConfig, blend: Blend) -> None:
             f"preference: needs pairs, and data.sources[0] {source.path} is of kind '{source.kind}'; "
             "pack chosen and rejected answers with `tele data --preference`, or leave the section out"
         )
+    if config.preference is not None and config.train.stages:
+        raise UserError("preference: cannot be combined with train.stages; train one length at a time")
     if config.preference is None and blend.pairs:
         raise UserError(
             f"data.sources[0]: {blend.sources[0].path} holds preference pairs; add a `preference:` section "

@@ -58,6 +58,29 @@ def require_same_model(checkpoint: Checkpoint, config: RunConfig) -> None:
         )
 
 
+def describe_resumption(checkpoint: Checkpoint, config: RunConfig, history: Sequence[Growth], digest: str) -> list[str]:
+    """Lines for the log: where the run goes on, and what differs from the run that wrote the checkpoint.
+
+    ``digest`` identifies the data that the run's last step would have drawn from.
+    """
+    trainer = checkpoint.trainer
+    assert trainer is not None  # checkpoint_to_resume refuses others
+    step = int(trainer["step"])
+    lines = [f"resumed from {checkpoint.path} (step {step}, written by {trainer['backend']})"]
+    if config.train.init is not None and config.lora is None:
+        lines.append(f"train.init {config.train.init} is not read: weights come from the checkpoint")
+    lines += rate_change(trainer["config"], config, step, history)
+    written, now = trainer.get("layout", "single"), config.parallel.name
+    if written != now:
+        lines.append(f"note: written at {written}, now {now}: goes on within rounding, not bit for bit")
+    if trainer["data_digest"] != digest:
+        lines.append("warning: the data differs from what this checkpoint was trained on")
+    for line in differences(with_defaults(run_config_from_dict, trainer["config"]), config.to_dict()):
+        if written == now or not line.startswith("parallel."):
+            lines.append(f"warning: changed since the checkpoint: {line}")
+    return lines
+
+
 def rate_change(written: JsonObject, config: RunConfig, step: int, history: Sequence[Growth]) -> list[str]:
     """A note when the next step's learning rate is another than in the run that wrote the checkpoint."""
     try:

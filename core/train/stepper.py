@@ -19,6 +19,9 @@ class Stepper(Protocol):
     same methods in the same order, and every returned number is the same on all of them.
     """
 
+    micro_batch: int
+    """Rows of a forward pass, at first ``train.micro_batch``; the loop changes it between steps."""
+
     @property
     def rank(self) -> int:
         """This rank, from 0."""

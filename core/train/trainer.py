@@ -112,6 +112,7 @@ class BaseTrainer(ABC, Generic[S]):
         agree: Callable[[list[float], Group, str], list[float]],
     ) -> None:
         self.config, self.mesh, self.stages, self.table = config, mesh, stages, table
+        self.micro_batch = config.train.micro_batch
         self.pipeline, self.optimizer, self._agree = pipeline, optimizer, agree
         self.preference_metrics: dict[str, float] = {}
         self._constants = constant_names(list(table), config)
@@ -151,7 +152,7 @@ class BaseTrainer(ABC, Generic[S]):
         self.optimizer.refresh()
         pieces = self._pieces(batch)
         if backward:
-            pieces = [self._with_dropout(piece, n * self.config.train.micro_batch) for n, piece in enumerate(pieces)]
+            pieces = [self._with_dropout(piece, n * self.micro_batch) for n, piece in enumerate(pieces)]
         self.optimizer.gradients.expect(len(pieces))
         if pairs is None:  # without an argument that a replaced ``run`` may not know
             loss = self.pipeline.run(pieces, num_targets, loss_scale, backward, watch)
@@ -166,7 +167,7 @@ class BaseTrainer(ABC, Generic[S]):
 
     def _pieces(self, batch: Batch) -> list[LocalBatch]:
         """This rank's places of ``batch``, by micro-batch."""
-        size = self.config.train.micro_batch
+        size = self.micro_batch
         return [
             split_batch(batch.rows(first, first + size), self.mesh.layout, self.mesh.coord.cp)
             for first in range(0, len(batch.input_ids), size)

@@ -21,7 +21,7 @@ from telechat_twins.core.config import RunConfig, load_run_config
 from telechat_twins.core.errors import UserError
 from telechat_twins.core.model.config import load_model_config
 from telechat_twins.core.model.init import init_weights
-from telechat_twins.core.train import loop, records
+from telechat_twins.core.train import loop, records, script
 from telechat_twins.core.train.metrics import read_metrics
 from tests.support.packed import write_packed
 
@@ -159,7 +159,7 @@ def test_what_grow_of_a_released_model_prints_works(
     printed = re.search(r"train it with (.*)", capsys.readouterr().out)
     assert printed and "--init" in printed[1]
     argv = ["--config", str(folder / "run.yaml"), "--out", str(tmp_path / "out"), *printed[1].split()]
-    assert loop.main(trainers["pt"], argv, open_initial) == 0
+    assert script.main(trainers["pt"], argv, open_initial) == 0
     rows = numbers(tmp_path / "out")
     assert len(rows) == 3 and ("mask" in rows[0]) == (method == "masked")
     loop.train(trainers["pt"], load(folder), tmp_path / "before", open_initial=open_initial)

@@ -148,6 +148,7 @@ class NumpyStepper:
         rank: int = 0,
     ) -> None:
         self.config, self.faults = config, faults or {}
+        self.micro_batch = config.train.micro_batch
         self.cluster, self.rank = cluster, rank
         self.world = cluster.world if cluster else 1
         random = np.random.default_rng(config.train.seed)
@@ -174,7 +175,7 @@ class NumpyStepper:
         return int(self.agree([float(num_targets)], "sum")[0])
 
     def gradients(self, batch, num_targets, loss_scale):
-        size = self.config.train.micro_batch
+        size = self.micro_batch
         pieces = [batch.rows(start, start + size) for start in range(0, len(batch.input_ids), size)]
         loss = sum(self._micro_batch(piece, num_targets, loss_scale) for piece in pieces)
         for g in self.grads.values() if self.cluster else ():

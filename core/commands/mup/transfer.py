@@ -126,7 +126,11 @@ def run_yaml(source: str, config: RunConfig, target: Numbers, out: Path) -> str:
     for name, value in vars(optim).items():
         tree["optim"][name] = value
     # What is not said has its default; kernels are the machine's affair.
-    tree = {section: {k: v for k, v in values.items() if v is not None} for section, values in tree.items()}
+    tree = {
+        section: {k: v for k, v in values.items() if v is not None}
+        for section, values in tree.items()
+        if values is not None
+    }
     del tree["kernels"]
     for one in tree["data"]["sources"]:
         one["path"] = os.path.relpath(one["path"], out.resolve().parent)

@@ -150,7 +150,7 @@ def test_a_reader_that_leaves_early_is_no_error() -> None:
 
 
 def test_a_script_parses_its_own_command_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    from telechat_twins.core.train.loop import parser
+    from telechat_twins.core.train.script import parser
 
     monkeypatch.setattr("sys.argv", ["train.py", "--config", "run.yaml"])
     assert parser().parse_args().config == "run.yaml"

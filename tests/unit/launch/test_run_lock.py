@@ -141,7 +141,7 @@ def test_a_second_training_is_refused_before_anything_is_touched(
     """By whatever means it was started: each rank 0 comes through here."""
     monkeypatch.setattr(loop, "RELEASE_WAIT_S", 0.1)
     monkeypatch.setattr(loop, "open_blend", lambda data, seed, vocab_size, pad_token_id: MemoryBlend(seed))
-    monkeypatch.setattr(records, "plot_losses", lambda runs, path, title: path)
+    monkeypatch.setattr(records, "plot_losses", lambda runs, path, title, marks: path)
     with pytest.raises(UserError, match=f"^--out {held[0]}: {held[1]}"):
         loop.train(NumpyStepper, run_config(), held[0], "auto")
     assert [path.name for path in held[0].iterdir()] == [".lock"]

@@ -36,7 +36,7 @@ from telechat_twins.core.mup.search_plot import plot
 from telechat_twins.core.mup.search_report import (
     report_of,
 )
-from telechat_twins.core.train import loop, records
+from telechat_twins.core.train import records, script
 from telechat_twins.core.train.metrics import MetricsLog, read_metrics
 from tests.support.mup_search import write_search
 from tests.support.numpy_stepper import NumpyStepper
@@ -46,7 +46,7 @@ class Killed(BaseException):
     """The search's own process is gone: nothing after it runs."""
 
 
-Factory = Callable[[str], NumpyStepper]  # what loop.main makes a trial's stepper with
+Factory = Callable[[str], NumpyStepper]  # what script.main makes a trial's stepper with
 Launched = tuple[list[str], dict[str, Factory]]
 
 
@@ -63,7 +63,7 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> Launched:
         Path(log_dir).mkdir(parents=True, exist_ok=True)
         instead()
         try:
-            code = loop.main(steppers.get(name, NumpyStepper), words)
+            code = script.main(steppers.get(name, NumpyStepper), words)
         except SystemExit as stop:
             write_status(log_dir, 0, 1, str(stop.code))
             return 1

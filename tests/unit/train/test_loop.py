@@ -15,7 +15,7 @@ import pytest
 from telechat_twins.core.checkpoint.read import manifest_digest, open_checkpoint
 from telechat_twins.core.errors import UserError
 from telechat_twins.core.files.safetensors import file_sha256
-from telechat_twins.core.train import loop, records
+from telechat_twins.core.train import loop, records, script
 from telechat_twins.core.train.health import TrainingStopped
 from telechat_twins.core.train.metrics import read_metrics
 from telechat_twins.core.train.tensorboard import TAGS
@@ -28,7 +28,7 @@ CLOCK = ("tokens_per_s", "step_ms")
 def in_memory(monkeypatch):
     """Data from a random generator; no plotting (one test draws)."""
     monkeypatch.setattr(loop, "open_blend", lambda data, seed, vocab_size, pad_token_id: MemoryBlend(seed))
-    monkeypatch.setattr(records, "plot_losses", lambda runs, path, title: path)
+    monkeypatch.setattr(records, "plot_losses", lambda runs, path, title, marks: path)
 
 
 def numbers(out):
@@ -360,7 +360,8 @@ def test_tensorboard_reads_what_was_written(tmp_path):
     read = [sys.executable, "-c", READ_EVENTS, str(tmp_path / "tensorboard")]
     points = json.loads(subprocess.run(read, capture_output=True, text=True, check=True).stdout)
     rows = read_metrics(tmp_path)
-    tags = {key: tag for key, tag in TAGS.items() if key != "mask"}  # of growing models alone
+    others = ("mask", "reward_margin", "reward_accuracy")  # of growing models, of preference training
+    tags = {key: tag for key, tag in TAGS.items() if key not in others}
     assert set(points) == set(tags.values())
     # Steps 6 and 7 were written twice, and TensorBoard shows the second writing only.
     assert [step for step, _ in points["train/loss"]] == list(range(1, 13))
@@ -404,17 +405,17 @@ def config_file(tmp_path, **changes):
 def test_main_and_its_exit_codes(tmp_path, capsys, monkeypatch):
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     config, out = config_file(tmp_path), str(tmp_path / "out")
-    assert loop.main(NumpyStepper, ["--config", config, "--out", out, "--set", "train.steps=4"]) == 0
+    assert script.main(NumpyStepper, ["--config", config, "--out", out, "--set", "train.steps=4"]) == 0
     assert len(read_metrics(out)) == 4
     capsys.readouterr()
-    assert loop.main(NumpyStepper, ["--config", config, "--out", out]) == 2
+    assert script.main(NumpyStepper, ["--config", config, "--out", out]) == 2
     shown = capsys.readouterr().err
     assert "already holds a run" in shown and len(shown.strip().splitlines()) == 1
-    assert loop.main(NumpyStepper, ["--config", config, "--out", out, "--set", "train.stpes=4"]) == 2
+    assert script.main(NumpyStepper, ["--config", config, "--out", out, "--set", "train.stpes=4"]) == 2
     assert "steps" in capsys.readouterr().err
-    assert loop.main(NumpyStepper, ["--config", config, "--out", out, "--resume", str(tmp_path / "no")]) == 2
+    assert script.main(NumpyStepper, ["--config", config, "--out", out, "--resume", str(tmp_path / "no")]) == 2
     with pytest.raises(SystemExit) as stop:
-        loop.main(lambda c: NumpyStepper(c, {2: math.nan}), ["--config", config, "--out", str(tmp_path / "nan")])
+        script.main(lambda c: NumpyStepper(c, {2: math.nan}), ["--config", config, "--out", str(tmp_path / "nan")])
     assert "stopped at step 2" in str(stop.value.code)  # text: Python prints it and exits with 1
 
     class Interrupted(NumpyStepper):
@@ -422,7 +423,7 @@ def test_main_and_its_exit_codes(tmp_path, capsys, monkeypatch):
             os.kill(os.getpid(), signal.SIGTERM)
             super().update(lr, grad_scale)
 
-    assert loop.main(Interrupted, ["--config", config, "--out", str(tmp_path / "term")]) == 143
+    assert script.main(Interrupted, ["--config", config, "--out", str(tmp_path / "term")]) == 143
 
 
 def test_a_layout_for_other_processes_is_refused_before_anything_is_built(tmp_path, capsys, monkeypatch):
@@ -432,11 +433,11 @@ def test_a_layout_for_other_processes_is_refused_before_anything_is_built(tmp_pa
         raise AssertionError("a stepper was asked for")
 
     monkeypatch.setenv("WORLD_SIZE", "2")
-    assert loop.main(never, ["--config", config, "--out", out]) == 2
+    assert script.main(never, ["--config", config, "--out", out]) == 2
     assert "1 ranks but 2 processes were started" in capsys.readouterr().err
-    assert loop.main(never, ["--config", config, "--out", out, "--set", "parallel.dp=2", "parallel.tp=2"]) == 2
+    assert script.main(never, ["--config", config, "--out", out, "--set", "parallel.dp=2", "parallel.tp=2"]) == 2
     assert "dp2.tp2 has 4 ranks but 2 processes were started" in capsys.readouterr().err
-    assert loop.main(never, ["--config", config, "--out", out, "--set", "parallel.cp=2", "train.micro_batch=3"]) == 2
+    assert script.main(never, ["--config", config, "--out", out, "--set", "parallel.cp=2", "train.micro_batch=3"]) == 2
     assert "micro_batch" in capsys.readouterr().err
     assert not Path(out).exists()
 

@@ -15,7 +15,7 @@ import pytest
 from telechat_twins.core.checkpoint import save as checkpoint_save
 from telechat_twins.core.checkpoint.read import open_checkpoint
 from telechat_twins.core.errors import UserError
-from telechat_twins.core.train import loop, records
+from telechat_twins.core.train import loop, records, script
 from telechat_twins.core.train.health import TrainingStopped
 from telechat_twins.core.train.metrics import read_metrics
 from tests.support.numpy_stepper import SEQ_LEN, Cluster, MemoryBlend, NumpyStepper, run_config
@@ -26,7 +26,7 @@ from tests.unit.train.test_loop import Killed, assert_same_run, numbers, tensors
 def in_memory(monkeypatch):
     """Data from a random generator; no plotting."""
     monkeypatch.setattr(loop, "open_blend", lambda data, seed, vocab_size, pad_token_id: MemoryBlend(seed))
-    monkeypatch.setattr(records, "plot_losses", lambda runs, path, title: path)
+    monkeypatch.setattr(records, "plot_losses", lambda runs, path, title, marks: path)
 
 
 def ranked(world, **changes):
@@ -281,7 +281,9 @@ def test_a_batch_without_targets_is_skipped_by_all(tmp_path, monkeypatch, capsys
 
 def test_only_rank_0_draws(tmp_path, monkeypatch):
     drawn = []
-    monkeypatch.setattr(records, "plot_losses", lambda runs, path, title: drawn.append(threading.current_thread()))
+    monkeypatch.setattr(
+        records, "plot_losses", lambda runs, path, title, marks: drawn.append(threading.current_thread())
+    )
     train(ranked(2), tmp_path)
     assert drawn == [threading.main_thread()]
 
@@ -297,7 +299,7 @@ def test_main_shows_the_pipeline(tmp_path, capsys, monkeypatch):
     def one(rank):
         argv = ["--config", str(tmp_path / "run.yaml"), "--out", str(tmp_path / "out")]
         # This trainer is data parallel, whatever its layout is called.
-        return loop.main(lambda config: NumpyStepper(config, None, cluster, rank), argv)
+        return script.main(lambda config: NumpyStepper(config, None, cluster, rank), argv)
 
     assert cluster.run(one) == [0, 0]
     shown = capsys.readouterr().err

@@ -26,7 +26,7 @@ def drawn(monkeypatch):
             return super().batch(first_sample, count)
 
     monkeypatch.setattr(loop, "open_blend", lambda data, seed, vocab_size, pad_token_id: Blend(seed))
-    monkeypatch.setattr(records, "plot_losses", lambda runs, path, title: path)
+    monkeypatch.setattr(records, "plot_losses", lambda runs, path, title, marks: path)
     return seen
 
 
