@@ -9,9 +9,11 @@ import sys
 from telechat_twins.core.data.control import CONTROL_CHOICES, START
 from telechat_twins.core.data.forms.streams import UTF8, check_encoding
 from telechat_twins.core.data.kinds.messages import REASONING, Reading
-from telechat_twins.core.data.kinds.table import DIALOGUE, KINDS, OPTION, TEXT
+from telechat_twins.core.data.kinds.table import DIALOGUE, KINDS, OPTION, PREFERENCE, TEACHER, TEXT
 from telechat_twins.core.data.packed import PackedDataset, bytes_to_verify, verify
+from telechat_twins.core.data.packing.preference import pack_preference
 from telechat_twins.core.data.packing.show import BRIEF, own_tokenizer, samples
+from telechat_twins.core.data.packing.teacher import FALSE_PIECE, TRUE_PIECE, class_tokens, pack_teacher
 from telechat_twins.core.data.prepare import pack_dialogues, pack_text, progress_bar
 from telechat_twins.core.data.rows import skipped_inputs
 from telechat_twins.core.data.sft import MINDFORMERS_SEED, VARIANTS
@@ -26,6 +28,7 @@ examples:
   tele data corpus/ 'more/*.jsonl.gz' --tokenizer tokenizer.model --out data/pretrain
   tele data dialogues.json --tokenizer tokenizer.model --out data/sft --sft plain --seq-len 4096
   tele data old.csv --encoding gb18030 --tokenizer tokenizer.model --out data/old
+  tele data pairs.jsonl --tokenizer tokenizer.model --out data/pairs --preference --seq-len 2048
   tele data --verify data/pretrain data/sft
   tele data --show 3 data/sft
 """
@@ -69,18 +72,28 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=REASONING[0],
         help="reasoning_content of answers: refuse it, train on it in <think> tags before the answer, or leave it out",
     )
+    rows.add_argument("--seq-len", type=int, metavar="S", help="tokens a training sequence (needed for all but texts)")
     text = parser.add_argument_group("texts")
     text.add_argument("--bos", action="store_true", help="begin documents with <_start>; they always end with <_end>")
     text.add_argument("--text-key", default="text", metavar="NAME", help="the field of a row that holds the text")
     sft = parser.add_argument_group("dialogues")
     sft.add_argument("--sft", choices=VARIANTS, help="pack dialogues with this loss mask and packing")
-    sft.add_argument("--seq-len", type=int, metavar="S", help="tokens a training sequence (needed with --sft)")
     sft.add_argument("--no-template", action="store_true", help="deepspeed: build multi-turn rows without template")
     sft.add_argument("--in-order", action="store_true", help="mindformers: keep the order of the rows")
     sft.add_argument(
         "--shuffle-seed", type=int, metavar="N", help=f"mindformers: seed of the shuffle (released: {MINDFORMERS_SEED})"
     )
     sft.add_argument("--no-start", action="store_true", help="mindformers: no <_start> in front of the packs")
+    others = parser.add_argument_group("preferences and a teacher's propositions")
+    others.add_argument("--preference", action="store_true", help="pack pairs of a chosen and a rejected answer")
+    others.add_argument(
+        "--teacher", action="store_true", help="pack propositions, true or false, with the loss on their class token"
+    )
+    others.add_argument("--true-token", metavar="PIECE", help=f"class token of what is true (default {TRUE_PIECE})")
+    others.add_argument("--false-token", metavar="PIECE", help=f"class token of what is false (default {FALSE_PIECE})")
+    others.add_argument(
+        "--drop-long", action="store_true", help="leave rows out that are longer than --seq-len (default: an error)"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -105,8 +118,60 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
+def _use(args: argparse.Namespace) -> str:
+    """What rows are packed as."""
+    return PREFERENCE if args.preference else TEACHER if args.teacher else DIALOGUE if args.sft else TEXT
+
+
 def _pack(args: argparse.Namespace, tokenizer: Tokenizer, reading: Reading) -> JsonObject:
-    return _pack_text(args, tokenizer, reading) if args.sft is None else _pack_sft(args, tokenizer, reading)
+    pack = {TEXT: _pack_text, DIALOGUE: _pack_sft, PREFERENCE: _pack_preference, TEACHER: _pack_teacher}[_use(args)]
+    return pack(args, tokenizer, reading)
+
+
+def _pack_preference(args: argparse.Namespace, tokenizer: Tokenizer, reading: Reading) -> JsonObject:
+    meta = pack_preference(
+        args.inputs,
+        args.out,
+        tokenizer,
+        seq_len=args.seq_len,
+        drop_long=args.drop_long,
+        reading=reading,
+        encoding=args.encoding,
+        force=args.force,
+        quiet=args.quiet,
+    )
+    print(f"{args.out}: {meta['pairs']} pairs, {meta['tokens']} tokens, {meta['targets']} targets")
+    _print_dropped(args, meta, "pairs")
+    return meta
+
+
+def _pack_teacher(args: argparse.Namespace, tokenizer: Tokenizer, reading: Reading) -> JsonObject:
+    tokens = class_tokens(tokenizer, args.true_token or TRUE_PIECE, args.false_token or FALSE_PIECE)
+    meta = pack_teacher(
+        args.inputs,
+        args.out,
+        tokenizer,
+        tokens,
+        seq_len=args.seq_len,
+        drop_long=args.drop_long,
+        reading=reading,
+        encoding=args.encoding,
+        force=args.force,
+        quiet=args.quiet,
+    )
+    print(
+        f"{args.out}: {meta['propositions']} propositions, {meta['true']} of them true, in {meta['sequences']} "
+        f"sequences, {meta['tokens']} tokens; train with data.isolate_documents=true"
+    )
+    ids = f"true {tokens.true_piece} = {tokens.true}, false {tokens.false_piece} = {tokens.false}"
+    print(f"class tokens: {ids}{'' if args.true_token and args.false_token else ' (by default)'}")
+    _print_dropped(args, meta, "propositions")
+    return meta
+
+
+def _print_dropped(args: argparse.Namespace, meta: JsonObject, what: str) -> None:
+    if meta["dropped_long"]:
+        print(f"left out: {meta['dropped_long']} {what} longer than {args.seq_len} tokens, as --drop-long says")
 
 
 def _pack_text(args: argparse.Namespace, tokenizer: Tokenizer, reading: Reading) -> JsonObject:
@@ -202,8 +267,8 @@ def _show_packed(args: argparse.Namespace) -> int:
 
 def _verify(args: argparse.Namespace) -> int:
     """Exit code 0 where every file is as it was written; UserError for the first folder that is not."""
-    given = [name for name in ("out", "tokenizer", "sft", "control", "kind", "show") if getattr(args, name) is not None]
-    if given:
+    options = ("out", "tokenizer", "sft", "control", "kind", "show", "preference", "teacher")
+    if given := [name for name in options if getattr(args, name)]:
         raise UserError(f"--{given[0]}: not with --verify, which only reads the packed folders that are named")
     for folder in args.inputs:
         size = bytes_to_verify(folder)
@@ -225,23 +290,40 @@ def _check(args: argparse.Namespace) -> None:
     check_encoding(args.encoding)
     if args.threads < 1:
         raise UserError(f"--threads: must be at least 1, found {args.threads}")
-    if args.sft is not None and args.seq_len is None:
-        raise UserError(f"--seq-len: missing; --sft {args.sft} packs rows into sequences of that many tokens")
-    if args.sft is not None and args.seq_len < 2:
+    given = [f"--{name}" for name in ("sft", "preference", "teacher") if getattr(args, name)]
+    if len(given) > 1:
+        raise UserError(f"{given[1]}: not with {given[0]}; a folder holds rows of one use")
+    use = _use(args)
+    if use != TEXT and args.seq_len is None:
+        raise UserError(f"--seq-len: missing; {given[0]} packs rows into sequences of that many tokens")
+    if args.seq_len is not None and args.seq_len < 2:
         raise UserError(f"--seq-len: must be at least 2, found {args.seq_len}")
-    use = TEXT if args.sft is None else DIALOGUE
     if args.kind and KINDS[args.kind].use != use:
         raise UserError(f"--kind {args.kind}: such rows are packed {OPTION[KINDS[args.kind].use]}")
-    belongs = {
-        "--no-template": (args.no_template, ("deepspeed",)),
-        "--in-order": (args.in_order, ("mindformers",)),
-        "--shuffle-seed": (args.shuffle_seed is not None, ("mindformers",)),
-        "--no-start": (args.no_start, ("mindformers",)),
-        "--seq-len": (args.seq_len is not None, VARIANTS),
-        "--reasoning": (args.reasoning != REASONING[0], VARIANTS),
-        "--bos": (args.bos, (None,)),
+    _check_options(args, use)
+
+
+def _check_options(args: argparse.Namespace, use: str) -> None:
+    """UserError for an option that the packing does not use."""
+    released = {
+        "--no-template": (args.no_template, "deepspeed"),
+        "--in-order": (args.in_order, "mindformers"),
+        "--shuffle-seed": (args.shuffle_seed is not None, "mindformers"),
+        "--no-start": (args.no_start, "mindformers"),
     }
-    for name, (given, variants) in belongs.items():
-        if given and args.sft not in variants:
-            wants = "texts, without --sft" if variants == (None,) else f"--sft {' or '.join(map(str, variants))}"
-            raise UserError(f"{name}: only with {wants}")
+    for name, (given, variant) in released.items():
+        if given and args.sft != variant:
+            raise UserError(f"{name}: only with --sft {variant}")
+    belongs = {
+        "--seq-len": (args.seq_len is not None, (DIALOGUE, PREFERENCE, TEACHER)),
+        "--reasoning": (args.reasoning != REASONING[0], (DIALOGUE, PREFERENCE)),
+        "--drop-long": (args.drop_long, (PREFERENCE, TEACHER)),
+        "--true-token": (args.true_token is not None, (TEACHER,)),
+        "--false-token": (args.false_token is not None, (TEACHER,)),
+        "--bos": (args.bos, (TEXT,)),
+        "--text-key": (args.text_key != "text", (TEXT,)),
+    }
+    options = {TEXT: "texts, without --sft", DIALOGUE: "--sft", PREFERENCE: "--preference", TEACHER: "--teacher"}
+    for name, (given, uses) in belongs.items():
+        if given and use not in uses:
+            raise UserError(f"{name}: only with {', '.join(options[one] for one in uses)}")

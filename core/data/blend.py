@@ -173,6 +173,7 @@ def open_blend(data: DataConfig, seed: int, vocab_size: int, pad_token_id: int) 
                 "pack all sources with one tokenizer"
             )
         source.check_seq_len(data.seq_len)
+        source.check_isolation(data.isolate_documents)
         if opened and PAIRS in (source.kind, opened[0].kind) and source.kind != opened[0].kind:
             raise UserError(
                 f"data.sources[{n}]: {given.path} is of kind '{source.kind}' and {opened[0].path} of kind "

@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 
 from telechat_twins.core.data.chat_template import DEFAULT_SYSTEM
 from telechat_twins.core.data.control import BOT, USER
-from telechat_twins.core.data.kinds.fields import flag, json_or_text, refuse_ignored, refuse_unread, text
+from telechat_twins.core.data.kinds.fields import flag, json_or_text, text
+from telechat_twins.core.data.kinds.judged import read_slots
 from telechat_twins.core.data.kinds.messages import (
     ANSWERS,
     Reading,
@@ -18,7 +19,7 @@ from telechat_twins.core.data.kinds.messages import (
     turns_of_history,
     with_system,
 )
-from telechat_twins.core.data.kinds.table import DIALOGUE, HARMLESS, Slots, kind_of
+from telechat_twins.core.data.kinds.table import DIALOGUE, Slots
 from telechat_twins.core.errors import UserError
 from telechat_twins.core.types import JsonObject
 
@@ -85,16 +86,6 @@ def parse_dialogue(
     )
 
 
-def read_slots(row: JsonObject, where: str, use: str, reading: Reading) -> Slots:
-    """A row's slots, after its kind was found and every key of it judged; the kind is counted."""
-    kind = kind_of(row, where, use, reading.ignore, reading.kind)
-    slots = Slots(kind, row, where, reading.ignore)
-    refuse_ignored(row, slots.parts(reading.ignore), "", where, reading.ignore)
-    refuse_unread(row, kind.keys, "", where, reading.ignore, HARMLESS, reading.left_out)
-    reading.kinds[kind.name] = reading.kinds.get(kind.name, 0) + 1
-    return slots
-
-
 def system_of(slots: Slots) -> str | None:
     """The system text of a row's own key; an empty one counts in TeleChat2's rows only, where it is meant."""
     if "system" in slots or (slots.kind.name == RELEASED and slots.value("system") is not None):
@@ -117,11 +108,9 @@ def history_of(slots: Slots) -> list[JsonObject]:
     return turns_of_history(slots.value("history"), slots.where) if "history" in slots else []
 
 
-def instructed(slots: Slots) -> str:
+def instructed(slots: Slots, slot: str = "instruction") -> str:
     """The question of an instruction and its input: a newline between them where both hold text."""
-    given, instruction = (
-        slot_text(slots, slot) if slots.value(slot) is not None else "" for slot in ("input", "instruction")
-    )
+    given, instruction = (slot_text(slots, one) if slots.value(one) is not None else "" for one in ("input", slot))
     return f"{instruction}\n{given}" if instruction and given else instruction or given
 
 

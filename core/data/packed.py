@@ -253,6 +253,14 @@ class PackedDataset:
                 f"use data.seq_len={stored} or pack again with --seq-len {seq_len}"
             )
 
+    def check_isolation(self, isolate: bool) -> None:
+        """UserError where the documents of a sequence must not see each other and would (a teacher's propositions)."""
+        if self.meta.get("isolated") and not isolate:
+            raise UserError(
+                f"data.isolate_documents: must be true, because {self.path} holds propositions that are packed to be "
+                "isolated from each other"
+            )
+
     def num_samples(self, seq_len: int) -> int:
         """Samples of ``seq_len`` in one pass: windows of the stream (the last one may be padded), or the sequences."""
         if self.sequences is not None:

@@ -92,7 +92,7 @@ def read_tools(value: object, name: str, where: str) -> list[object] | None:
     if is_empty(value):
         return None
     tools = json_list(value, name, where)
-    return [{"type": "function", "function": tool} for tool in tools] if name == "functions" else tools
+    return [{"type": "function", "function": tool} for tool in tools] if name.endswith("functions") else tools
 
 
 def _read(value: object, name: str, where: str, reading: Reading) -> list[JsonObject]:

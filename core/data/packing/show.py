@@ -23,12 +23,13 @@ def own_tokenizer(data: PackedDataset) -> Tokenizer:
 
 
 def samples(data: PackedDataset, tokenizer: Tokenizer, count: int, longest: int | None = None) -> Iterator[str]:
-    """The first ``count`` documents (texts, or rows) as text, each with a line in front that says which and how long.
+    """The first ``count`` texts, rows or pairs of a folder as text, each below a line with its number and size.
 
     Runs of targets stand between OPEN and CLOSE: in a dialogue those of the loss mask, in a text all but the first
     token. ``longest`` characters at most, cut in the middle.
     """
-    documents = np.asarray(data.documents[: count + 1])
+    pairs = data.kind == "preference"
+    documents = np.asarray(data.documents[: count * (1 + pairs) + 1])
     for number, (begin, end) in enumerate(zip(documents[:-1].tolist(), documents[1:].tolist(), strict=True), 1):
         ids, mask = _taken(data, begin, end)
         text = controls_shown(marked(ids, mask, tokenizer))
@@ -37,7 +38,8 @@ def samples(data: PackedDataset, tokenizer: Tokenizer, count: int, longest: int 
                 f"{text[: longest // 2]} ... ({len(text) - longest} characters) ... {text[-(longest - longest // 2) :]}"
             )
         cut = f", of which the first {_MOST} are shown" * (end - begin > _MOST)
-        yield f"sample {number}: {end - begin} tokens, {int(mask.sum())} trained {LEGEND}{cut}\n{text}"
+        name = f"pair {(number + 1) // 2}, {'chosen' if number % 2 else 'rejected'}" if pairs else f"sample {number}"
+        yield f"{name}: {end - begin} tokens, {int(mask.sum())} trained {LEGEND}{cut}\n{text}"
 
 
 def _taken(data: PackedDataset, begin: int, end: int) -> tuple[np.ndarray, np.ndarray]:
@@ -61,6 +63,20 @@ def marked(ids: np.ndarray, targets: np.ndarray, tokenizer: Tokenizer) -> str:
     edges = [0, *(np.flatnonzero(np.diff(targets.astype(np.int8))) + 1).tolist(), len(ids)]
     runs = []
     for begin, end in zip(edges[:-1], edges[1:], strict=True):
-        text = tokenizer.decode(ids[begin:end].tolist())
+        text = _text(ids[begin:end].tolist(), tokenizer)
         runs.append(f"{OPEN}{text}{CLOSE}" if targets[begin] else text)
     return "".join(runs)
+
+
+def _text(ids: list[int], tokenizer: Tokenizer) -> str:
+    """The text of ids, with control tokens by their names."""
+    parts: list[str] = []
+    run: list[int] = []
+    for index in ids:
+        if tokenizer.is_silent(index):
+            parts += [tokenizer.decode(run)] if run else []
+            parts.append(tokenizer.piece(index))
+            run = []
+        else:
+            run.append(index)
+    return "".join([*parts, tokenizer.decode(run)] if run else parts)

@@ -1,0 +1,141 @@
+"""Preference rows in the spellings in use -> two dialogues that differ in their last answers.
+
+The prompt is shared under a key of its own (a text, messages, or OpenAI's ``input`` object), or stands inside both
+answers: as the messages that they begin with, or as a transcript of "Human:" and "Assistant:" turns.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from telechat_twins.core.data.dialogues import (
+    Dialogue,
+    answer_messages,
+    history_of,
+    instructed,
+    prompt_messages,
+    system_of,
+    tools_of,
+)
+from telechat_twins.core.data.kinds.fields import json_or_text, refuse_unread
+from telechat_twins.core.data.kinds.judged import read_slots
+from telechat_twins.core.data.kinds.messages import ANSWERS, Reading, read_messages, read_tools, with_system
+from telechat_twins.core.data.kinds.table import PREFERENCE, Slots
+from telechat_twins.core.errors import UserError
+from telechat_twins.core.types import JsonObject
+
+_SPOKEN = re.compile(r"\n\n(Human|Assistant):[ ]?")
+_OBJECT = ("messages", "tools", "parallel_tool_calls")  # keys of OpenAI's input
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two dialogues with one prompt, whose answers are context (weight 0) where it holds any."""
+
+    where: str
+    chosen: Dialogue
+    rejected: Dialogue
+
+
+def parse_preference(row: JsonObject, where: str, reading: Reading) -> Pair:
+    """A row with a chosen and a rejected answer.
+
+    UserError for a row without a prompt, for answers whose own prompts differ from each other's or from the row's, for
+    what is malformed, and for a key that is not read.
+    """
+    slots = read_slots(row, where, PREFERENCE, reading)
+    prompt, tools = _prompt(slots, reading)
+    if "chosen" not in slots and prompt and prompt[-1]["role"] in ANSWERS:
+        # The answer that the messages end with is the chosen one.
+        prompt, chosen = prompt[:-1], [{key: value for key, value in prompt[-1].items() if key != "weight"}]
+    else:
+        chosen = _side(slots, "chosen", reading)
+    rejected = _side(slots, "rejected", reading)
+    prompt, chosen, rejected = _split(slots, prompt, chosen, rejected)
+    system, prompt = with_system(prompt, system_of(slots), slots.name("prompt"), where)
+    if not any(message["role"] == "user" for message in prompt):
+        names = ", ".join(slots.kind.slots["prompt"])
+        raise UserError(f"{where}: no prompt; give it as {names}, or as messages at the beginning of both answers")
+    for slot, answer in (("chosen", chosen), ("rejected", rejected)):
+        with_system(answer, "", slots.name(slot), where)
+    reading.without_system += system is None
+    sides = [
+        Dialogue(where, [*prompt, *answer], system, tools, multiturn=len(prompt) > 1) for answer in (chosen, rejected)
+    ]
+    return Pair(where, *sides)
+
+
+def _prompt(slots: Slots, reading: Reading) -> tuple[list[JsonObject], list[object] | None]:
+    """(the prompt's messages, empty where the answers hold it; the tools)."""
+    tools, given = tools_of(slots), json_or_text(slots.value("input"))
+    if "prompt" not in slots and isinstance(given, dict):
+        name = slots.name("input")
+        refuse_unread(given, _OBJECT, name, slots.where, reading.ignore)
+        messages = read_messages(given.get("messages"), f"{name}.messages", slots.where, reading)
+        inner = read_tools(given.get("tools"), f"{name}.tools", slots.where)
+        if tools and inner:
+            raise UserError(f"{slots.where}: '{slots.name('tools')}' and '{name}.tools' both hold tools; leave one out")
+        return _as_context(messages), tools or inner
+    if "prompt" not in slots:
+        return history_of(slots), tools
+    if "input" in slots:
+        question = [{"role": "user", "content": instructed(slots, "prompt")}]
+        return [*_as_context(history_of(slots)), *question], tools
+    value = slots.value("prompt")
+    spoken = _transcript(value) if isinstance(value, str) else None
+    asked = _as_context(spoken) if spoken else prompt_messages(slots, reading)
+    return [*_as_context(history_of(slots)), *asked], tools
+
+
+def _side(slots: Slots, slot: str, reading: Reading) -> list[JsonObject]:
+    value = slots.value(slot)
+    spoken = _transcript(value) if isinstance(value, str) else None
+    return spoken if spoken else answer_messages(slots, slot, reading)
+
+
+def _split(
+    slots: Slots, prompt: list[JsonObject], chosen: list[JsonObject], rejected: list[JsonObject]
+) -> tuple[list[JsonObject], list[JsonObject], list[JsonObject]]:
+    """The prompt and the two answers, where each answer may begin with the prompt."""
+    inside = []
+    for slot, side in (("chosen", chosen), ("rejected", rejected)):
+        first = next((n for n in range(len(side), 0, -1) if side[n - 1]["role"] not in (*ANSWERS, "tool")), 0)
+        if not side[first:]:
+            raise UserError(f"{slots.where}: '{slots.name(slot)}' must end with the assistant's answer")
+        inside.append((side[:first], side[first:]))
+    (before, chosen), (other, rejected) = inside
+    if _said(before) != _said(other):
+        raise UserError(
+            f"{slots.where}: '{slots.name('chosen')}' and '{slots.name('rejected')}' answer different prompts; "
+            "a pair needs one prompt"
+        )
+    if not before:
+        return prompt, chosen, rejected
+    if prompt and _said(prompt) not in (_said(before), _said(before)[-len(prompt) :]):
+        raise UserError(
+            f"{slots.where}: '{slots.name('prompt')}' is not the prompt that '{slots.name('chosen')}' begins with; "
+            f"leave it out with --ignore-key {slots.name('prompt')} if the answers' own is right"
+        )
+    return _as_context(before), chosen, rejected
+
+
+def _said(messages: list[JsonObject]) -> list[tuple[object, ...]]:
+    return [("bot" if m["role"] in ANSWERS else m["role"], m["content"], str(m.get("tool_calls"))) for m in messages]
+
+
+def _as_context(messages: list[JsonObject]) -> list[JsonObject]:
+    return [{**message, "weight": 0} if message["role"] in ANSWERS else message for message in messages]
+
+
+def _transcript(text: str) -> list[JsonObject] | None:
+    """The messages of a transcript of "\\n\\nHuman: ..." and "\\n\\nAssistant: ..." turns; None for any other text.
+
+    An empty last turn of the assistant, with which a prompt ends, is left out.
+    """
+    if not _SPOKEN.match(text):
+        return None
+    parts = _SPOKEN.split(text)[1:]
+    roles = {"Human": "user", "Assistant": "assistant"}
+    turns = [{"role": roles[who], "content": said} for who, said in zip(parts[::2], parts[1::2], strict=True)]
+    return turns[:-1] if turns[-1] == {"role": "assistant", "content": ""} else turns

@@ -1,0 +1,51 @@
+"""Packing of preference rows: both sides of a pair in the chat layout, with the loss on their answers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from telechat_twins.core.data.forms.streams import UTF8
+from telechat_twins.core.data.kinds.messages import Reading
+from telechat_twins.core.data.kinds.preference import parse_preference
+from telechat_twins.core.data.preference import PreferenceWriter
+from telechat_twins.core.data.prepare import noticed, progress_bar
+from telechat_twins.core.data.rows import read_rows, row_files, total_bytes
+from telechat_twins.core.data.sft import encode_dialogue
+from telechat_twins.core.data.tokenizer import Tokenizer
+from telechat_twins.core.types import JsonObject
+
+
+def pack_preference(
+    inputs: Sequence[str | Path],
+    out: str | Path,
+    tokenizer: Tokenizer,
+    *,
+    seq_len: int,
+    drop_long: bool = False,
+    reading: Reading | None = None,
+    encoding: str = UTF8,
+    force: bool = False,
+    quiet: bool = False,
+) -> JsonObject:
+    """Rows of a chosen and a rejected answer -> packed folder ``out`` of kind "preference"; returns its meta.
+
+    UserError with file and line for a side of more than ``seq_len`` tokens; ``drop_long`` leaves such pairs out and
+    counts them.
+    """
+    files = row_files(inputs, "preferences")
+    reading = reading if reading is not None else Reading()
+    dropped = 0
+    with (
+        PreferenceWriter(out, tokenizer, seq_len, force) as writer,
+        progress_bar("packing", total_bytes(files), quiet) as bar,
+    ):
+        for file in files:
+            for where, row in read_rows(file, bar.update, encoding):
+                pair = parse_preference(row, where, reading)
+                chosen, rejected = (encode_dialogue(tokenizer, side) for side in (pair.chosen, pair.rejected))
+                if drop_long and max(len(chosen[0]), len(rejected[0])) > seq_len:
+                    dropped += 1
+                    continue
+                writer.add_pair(*chosen, *rejected, where)
+        return writer.finish({"inputs": len(files), "dropped_long": dropped, **noticed(reading)})

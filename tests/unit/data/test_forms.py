@@ -1,0 +1,355 @@
+"""Every form of file gives the same rows, in constant memory; what cannot be read is refused by file and line."""
+
+from __future__ import annotations
+
+import bz2
+import csv
+import gzip
+import json
+import lzma
+import random
+import sys
+import tracemalloc
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from telechat_twins.core.data.forms.find import find_inputs, skipped_inputs, total_bytes
+from telechat_twins.core.data.forms.formats import SUFFIXES
+from telechat_twins.core.data.kinds.messages import Reading
+from telechat_twins.core.data.packed import PackedDataset
+from telechat_twins.core.data.prepare import pack_dialogues, pack_text
+from telechat_twins.core.data.rows import read_documents, read_rows
+from telechat_twins.core.errors import UserError
+from telechat_twins.core.types import JsonObject
+from tests.support.data_support import tiny_tokenizer, write_rows
+from tests.unit.data.test_data_commands import tele_data
+
+ROWS = [{"instruction": f"fox {n}\n\u4e2d\u56fd", "input": "", "output": f'say "{n}", dog'} for n in range(70)]
+MESSAGES = [
+    {"role": "user", "content": "weather?"},
+    {"role": "assistant", "tool_calls": [{"name": "f", "arguments": {"city": "Paris"}}]},
+    {"role": "tool", "content": "12"},
+    {"role": "assistant", "content": "12 degrees", "weight": 0},
+]
+
+
+def jsonl(rows: list[JsonObject]) -> bytes:
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
+
+
+def write_csv(path: Path, rows: list[JsonObject], delimiter: str = ",", encoding: str = "utf-8") -> Path:
+    with path.open("w", newline="", encoding=encoding) as file:
+        table = csv.DictWriter(file, list(rows[0]), delimiter=delimiter)
+        table.writeheader()
+        table.writerows(rows)
+    return path
+
+
+def arrow() -> Any:
+    return pytest.importorskip("pyarrow", reason="needs the extra data")
+
+
+def save_to_disk(folder: Path, shards: list[list[JsonObject]], schema: Any = None, **state: object) -> Path:
+    """A folder as ``save_to_disk`` of Hugging Face datasets leaves it: Arrow streams, and the state that names them."""
+    pa = arrow()
+    folder.mkdir(parents=True, exist_ok=True)
+    names = [f"data-{n:05}-of-{len(shards):05}.arrow" for n in range(len(shards))]
+    for name, rows in zip(names, shards, strict=True):
+        table = pa.Table.from_pylist(rows, schema=schema)
+        with pa.ipc.new_stream(str(folder / name), table.schema) as stream:
+            stream.write_table(table, max_chunksize=7)
+    facts = {"_data_files": [{"filename": name} for name in names], "_format_columns": None, **state}
+    (folder / "state.json").write_text(json.dumps(facts))
+    return folder
+
+
+def rows_of(path: Path, encoding: str = "utf-8") -> list[JsonObject]:
+    return [row for _, row in read_rows(path, None, encoding)]
+
+
+def test_every_form_gives_the_same_rows(tmp_path: Path) -> None:
+    data = jsonl(ROWS)
+    files = {
+        "a.jsonl": data,
+        "b.JSONL": b"\xef\xbb\xbf" + data,
+        "c.Json": json.dumps(ROWS, indent=1).encode(),
+        "d.jsonl.gz": gzip.compress(data[:100]) + gzip.compress(data[100:]),
+        "e.ndjson.XZ": lzma.compress(data[:100]) + lzma.compress(data[100:]),
+        "f.json.bz2": bz2.compress(json.dumps(ROWS).encode()),
+    }
+    for name, contents in files.items():
+        (tmp_path / name).write_bytes(contents)
+    write_csv(tmp_path / "g.csv", ROWS, encoding="utf-8-sig")
+    write_csv(tmp_path / "h.TSV", ROWS, "\t")
+    found = find_inputs([tmp_path])
+    assert len(found) == 8 and skipped_inputs([tmp_path]) == []
+    for path in found:
+        seen = 0
+
+        def count(size: int) -> None:
+            nonlocal seen
+            seen += size
+
+        assert [row for _, row in read_rows(path, count)] == ROWS, path
+        assert seen == path.stat().st_size == total_bytes([path])
+
+
+def test_zstandard_frames(tmp_path: Path) -> None:
+    zstandard = pytest.importorskip("zstandard", reason="needs the extra data")
+    packed = [zstandard.ZstdCompressor().compress(part) for part in (jsonl(ROWS)[:99], jsonl(ROWS)[99:])]
+    (tmp_path / "a.jsonl.zst").write_bytes(b"".join(packed))
+    assert rows_of(tmp_path / "a.jsonl.zst") == ROWS
+    (tmp_path / "b.jsonl.zst").write_bytes(b"".join(packed)[:-3])
+    with pytest.raises(UserError, match=r"b.jsonl.zst: damaged or cut off, not a whole .zst file \(it ends inside"):
+        rows_of(tmp_path / "b.jsonl.zst")
+
+
+def test_parquet_and_saved_datasets(tmp_path: Path) -> None:
+    pa = arrow()
+    import pyarrow.parquet as parquet
+
+    parquet.write_table(pa.Table.from_pylist(ROWS), tmp_path / "a.parquet", row_group_size=16)
+    assert rows_of(tmp_path / "a.parquet") == ROWS
+    assert [where for where, _ in read_rows(tmp_path / "a.parquet")][69] == f"{tmp_path / 'a.parquet'}: row 70"
+    save_to_disk(tmp_path / "set" / "train", [ROWS[:40], ROWS[40:]])
+    # Saving again with fewer shards leaves the files of the earlier save behind.
+    (tmp_path / "set" / "train" / "data-00002-of-00003.arrow").write_bytes(b"older")
+    (tmp_path / "set" / "dataset_dict.json").write_text('{"splits": ["train"]}')
+    for given in (tmp_path / "set", tmp_path / "set" / "train", tmp_path):
+        [*_, folder] = find_inputs([given])
+        assert rows_of(folder) == ROWS and folder == tmp_path / "set" / "train"
+    save_to_disk(tmp_path / "shown", [[{**row, "note": "x"} for row in ROWS]], _format_columns=[*ROWS[0]])
+    assert rows_of(tmp_path / "shown") == ROWS
+    (tmp_path / "set" / "dataset_dict.json").write_text('{"splits": ["train", "test"]}')
+    with pytest.raises(UserError, match=r"set: holds the splits train, test; name the folder of one, e.g. .*set/train"):
+        find_inputs([tmp_path])
+    with pytest.raises(UserError, match="flatten_indices"):
+        rows_of(save_to_disk(tmp_path / "chosen", [ROWS], _indices_files=[{"filename": "i.arrow"}]))
+    with pytest.raises(UserError, match="no such file, though state.json names it"):
+        rows_of(save_to_disk(tmp_path / "chosen", [ROWS], _data_files=[{"filename": "gone.arrow"}]))
+
+
+def test_what_columns_do_to_messages_is_undone(tmp_path: Path) -> None:
+    pa = arrow()
+    other = [{"role": "assistant", "tool_calls": [{"name": "g", "arguments": {"n": 1}}]}]
+    plain = [{"messages": MESSAGES}, {"messages": [MESSAGES[0], *other]}]
+    # One type a column: the second row's call would have a city, the first one's a number.
+    as_structs = rows_of(save_to_disk(tmp_path / "structs", [plain]))
+    assert [row["messages"] for row in as_structs] == [row["messages"] for row in plain]
+    # The types of a file that was written with them: pyarrow itself cannot make nested ones from Python's objects.
+    facts = {"ARROW:extension:name": "arrow.json", "ARROW:extension:metadata": ""}
+    kind = pa.struct([pa.field("role", pa.string()), pa.field("content", pa.string(), metadata=facts)])
+    mixed = [{"messages": [{"role": "user", "content": text} for text in ("12", '"12"', "true", '["a"]', '{"b": 1}')]}]
+    [row] = rows_of(save_to_disk(tmp_path / "json", [mixed], pa.schema([("messages", pa.list_(kind))])))
+    # datasets writes the text "12" as 12, so a bare number or truth value is the text that it was.
+    assert [m["content"] for m in row["messages"]] == ["12", "12", "true", ["a"], {"b": 1}]
+    item = pa.field("item", pa.string(), metadata=facts)
+    whole = pa.schema([pa.field("messages", pa.list_(item)), pa.field("id", pa.string(), metadata=facts)])
+    texts = [{"messages": [json.dumps(message) for message in MESSAGES], "id": "7"}]
+    assert rows_of(save_to_disk(tmp_path / "whole", [texts], whole)) == [{"messages": MESSAGES, "id": 7}]
+    dated = [{"text": datetime(2024, 1, 2), "date": datetime(2024, 1, 2)}]
+    with pytest.raises(
+        UserError, match=r"data-00000-of-00001.arrow: row 1: expected text in field 'text', found datetime"
+    ):
+        list(read_documents(save_to_disk(tmp_path / "dated", [dated])))
+
+
+def test_tables_are_packed_like_lines(tmp_path: Path) -> None:
+    rows = [
+        {"messages": MESSAGES, "system": "be kind"},
+        {"messages": MESSAGES[:1] + [{"role": "assistant", "content": "a"}]},
+    ]
+    flat = [{"messages": json.dumps(row["messages"]), "system": row.get("system", "")} for row in rows]
+    sources = [write_rows(tmp_path / "a.jsonl", rows), write_csv(tmp_path / "b.csv", flat)]
+    (tmp_path / "c.jsonl.gz").write_bytes(gzip.compress(jsonl(rows)))
+    sources.append(tmp_path / "c.jsonl.gz")
+    if "pyarrow" in sys.modules or __import__("importlib.util").util.find_spec("pyarrow"):
+        sources.append(save_to_disk(tmp_path / "d", [rows]))
+    seen = []
+    for n, source in enumerate(sources):
+        pack_dialogues([source], tmp_path / f"out{n}", tiny_tokenizer(), seq_len=500, quiet=True)
+        data = PackedDataset(tmp_path / f"out{n}")
+        assert data.mask is not None
+        seen.append((data.tokens.tolist(), data.mask.tolist()))
+    assert all(one == seen[0] for one in seen)
+    # By number, as the published pipelines read: rows that do not lie in the file as JSON go through a copy.
+    talks = [{"query": f"q {n}", "response": f"fox {n}", "system": "s"} for n in range(40)]
+    sources = [write_rows(tmp_path / "t.jsonl", talks), write_csv(tmp_path / "t.csv", talks)]
+    for variant in ("deepspeed", "mindformers"):
+        streams = []
+        for source in sources:
+            out = tmp_path / f"{variant}{source.suffix}"
+            pack_dialogues([source], out, tiny_tokenizer(), seq_len=150, variant=variant, quiet=True)
+            streams.append(PackedDataset(out).tokens.tolist())
+        assert streams[0] == streams[1]
+
+
+# ---- encodings
+
+
+@pytest.mark.parametrize("encoding", ["gb18030", "big5", "utf-16", "utf-16-le", "utf-8-sig"])
+def test_other_encodings(encoding: str, tmp_path: Path) -> None:
+    rows = [{"text": f'\u4e2d\u570b {n} {{[\\"'} for n in range(30)]
+    (tmp_path / "a.jsonl").write_bytes(jsonl(rows).decode().encode(encoding))
+    (tmp_path / "b.json.gz").write_bytes(gzip.compress(json.dumps(rows, ensure_ascii=False).encode(encoding)))
+    (tmp_path / "c.txt").write_bytes("\u4e2d\u570b\n".encode(encoding))
+    write_csv(tmp_path / "d.csv", rows, encoding=encoding)
+    for name in ("a.jsonl", "b.json.gz", "d.csv"):
+        assert rows_of(tmp_path / name, encoding) == rows
+    assert [block.text for block in read_documents(tmp_path / "c.txt", encoding=encoding)] == ["\u4e2d\u570b\n"]
+
+
+def test_bytes_of_another_encoding_are_named_by_line(tmp_path: Path) -> None:
+    chinese = jsonl([{"text": "fox"}, {"text": "\u4e2d\u56fd"}]).decode()
+    (tmp_path / "a.jsonl").write_bytes(chinese.encode("gb18030"))
+    (tmp_path / "b.csv").write_bytes("text\nfox\n\u4e2d\u56fd\n".encode("gb18030"))
+    (tmp_path / "c.jsonl").write_bytes(chinese.encode("utf-16"))
+    (tmp_path / "d.txt").write_bytes("fox\nfox\n".encode("utf-16-le"))
+    (tmp_path / "e.jsonl").write_bytes(chinese.encode())
+    for name, says in (
+        ("a.jsonl", r"a.jsonl:2: not UTF-8; name the file's encoding, e.g. --encoding gb18030"),
+        ("b.csv", r"b.csv:3: not UTF-8; name"),
+        ("c.jsonl", r"c.jsonl:1: not UTF-8 but utf-16; add --encoding utf-16"),
+        ("d.txt", r"d.txt:1: a zero byte, so not a text; is it UTF-16\?"),
+    ):
+        with pytest.raises(UserError, match=says):
+            tele_data(tmp_path / name, "--out", tmp_path / "out")
+    with pytest.raises(UserError, match=r"e.jsonl:2: not ascii \(ordinal not in range"):
+        tele_data(tmp_path / "e.jsonl", "--out", tmp_path / "out", "--encoding", "ascii")
+    for name in ("klingon", "rot13", "base64"):
+        with pytest.raises(UserError, match=f"--encoding: '{name}' is not a text encoding"):
+            tele_data(tmp_path / "e.jsonl", "--out", tmp_path / "out", "--encoding", name)
+    assert tele_data(tmp_path / "a.jsonl", "--out", tmp_path / "out", "--encoding", "gb18030") == 0
+
+
+# ---- damaged files and tables
+
+
+@pytest.mark.parametrize("suffix", [".gz", ".xz", ".bz2"])
+def test_files_that_are_cut_off_are_refused(suffix: str, tmp_path: Path) -> None:
+    pack = {".gz": gzip.compress, ".xz": lzma.compress, ".bz2": bz2.compress}[suffix]
+    (tmp_path / f"a.jsonl{suffix}").write_bytes(pack(jsonl(ROWS))[:-9])
+    with pytest.raises(UserError, match=rf"a.jsonl{suffix}: damaged or cut off, not a whole {suffix} file"):
+        rows_of(tmp_path / f"a.jsonl{suffix}")
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("text,id\nfox,1\nfox\n", ":3: 1 cells under 2 names"),
+        ("text,id\nfox, dog,1\n", ":2: 3 cells under 2 names; quote cells that hold the separator"),
+        ('text,id\n"fox\n\n"",1\n', ":4: not a table (unexpected end of data)"),
+        ('text\nfox\n"fox" dog\n', ":3: not a table (',' expected after '\"')"),
+        ("text,text\nfox,1\n", ":1: two columns are named 'text'"),
+        ("text,,id\na,b,c\n", ":1: column 2 has no name"),
+        ("text;id\nfox;1\n", ":1: one column, named 'text;id'; cells are separated by commas"),
+        ("text,note\nfox,1\n", ":2: key 'note' is not read"),
+        ('text\n"fox\nfox"\n\nfox\n"a" b\n', ":6: not a table"),
+    ],
+)
+def test_tables_that_are_none_are_refused(text: str, says: str, tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text(text)
+    with pytest.raises(UserError) as error:
+        list(read_documents(tmp_path / "a.csv", reading=Reading()))
+    assert f"a.csv{says}" in str(error.value)
+
+
+def test_a_missing_reader_names_the_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("pyarrow", "zstandard"):
+        monkeypatch.setitem(sys.modules, name, None)
+    for name in ("a.parquet", "a.jsonl.zst"):
+        (tmp_path / name).write_bytes(b"x" * 50)
+        with pytest.raises(UserError, match=rf"{name}: is read with .* not installed .*'telechat-twins\[data\]'"):
+            rows_of(tmp_path / name)
+
+
+# ---- Megatron's token files
+
+
+def write_megatron(path: Path, documents: list[list[list[int]]], code: int = 8, dtype: str = "<u2") -> Path:
+    """``documents`` of sequences of ids, as Megatron's preprocessing writes them."""
+    sequences = [np.asarray(sequence, dtype) for document in documents for sequence in document]
+    path.with_suffix(".bin").write_bytes(b"".join(sequence.tobytes() for sequence in sequences))
+    sizes = np.asarray([len(sequence) for sequence in sequences], "<i4")
+    offsets = np.cumsum([0, *(sequence.nbytes for sequence in sequences)])[:-1].astype("<i8")
+    bounds = np.cumsum([0, *map(len, documents)]).astype("<i8")
+    head = b"MMIDIDX\x00\x00" + np.uint64(1).tobytes() + bytes([code])
+    counts = np.asarray([len(sequences), len(bounds)], "<u8").tobytes()
+    path.with_suffix(".idx").write_bytes(head + counts + sizes.tobytes() + offsets.tobytes() + bounds.tobytes())
+    return path
+
+
+def test_token_files_are_taken_as_they_are(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "m"
+    folder.mkdir()
+    write_megatron(folder / "a.idx", [[[30, 31], [32, 2]], [], [[40, 41, 42]]])
+    write_megatron(folder / "b.idx", [[[50, 2]]], 4, "<i4")
+    (folder / "weights.bin").write_bytes(b"x")
+    for given in ([folder], [folder / "a.bin", folder / "b.idx"], [folder / "a", folder / "b"]):
+        assert [path.name for path in find_inputs(given)] == ["a.idx", "b.idx"]
+    assert tele_data(folder, "--out", tmp_path / "out") == 0
+    shown = capsys.readouterr()
+    assert "1 of their documents do not end with <_end>" in shown.out and "weights.bin (neither text nor" in shown.err
+    data = PackedDataset(tmp_path / "out")
+    assert data.tokens.tolist() == [30, 31, 32, 2, 40, 41, 42, 50, 2] and data.documents.tolist() == [0, 4, 7, 9]
+    write_megatron(folder / "a.idx", [[[30, 900]]])
+    for words, says in (
+        ([], r"a.bin: document 1: token id 900 is outside the vocabulary of 600"),
+        (["--bos"], "leave --bos out"),
+    ):
+        with pytest.raises(UserError, match=says):
+            tele_data(folder / "a.idx", "--out", tmp_path / "out2", *words)
+    (folder / "a.bin").write_bytes(b"x")
+    with pytest.raises(UserError, match=r"a.idx: damaged, or not the index of a.bin \(1 bytes\)"):
+        tele_data(folder / "a.idx", "--out", tmp_path / "out2")
+    (folder / "a.idx").write_bytes(b"TNTIDX\x00\x00" + b"0" * 40)
+    with pytest.raises(UserError, match="fairseq's older layout"):
+        tele_data(folder / "a.idx", "--out", tmp_path / "out2")
+
+
+# ---- memory
+
+
+def test_memory_is_constant_in_every_form(tmp_path: Path) -> None:
+    """Three times the rows in no more memory, for rows of 80 KB."""
+    zstandard = pytest.importorskip("zstandard", reason="needs the extra data")
+    peaks: dict[str, list[int]] = {}
+    for copies in (50, 150):
+        draw = random.Random(0)
+        rows = [{"query": f"\u4e2d {draw.randbytes(40000).hex()}", "response": "dog " * 500} for _ in range(copies)]
+        data, folder = jsonl(rows), tmp_path / str(copies)
+        folder.mkdir()
+        (folder / "a.json").write_bytes(json.dumps(rows).encode())
+        (folder / "b.jsonl.gz").write_bytes(gzip.compress(data))
+        (folder / "c.jsonl.zst").write_bytes(zstandard.ZstdCompressor().compress(data))
+        (folder / "d.jsonl").write_bytes(data.decode().encode("gb18030"))
+        write_csv(folder / "e.csv", rows)
+        for path in sorted(folder.iterdir()):
+            encoding = "gb18030" if path.name == "d.jsonl" else "utf-8"
+            tracemalloc.start()
+            assert sum(1 for _ in read_rows(path, None, encoding)) == copies
+            peaks.setdefault(path.name, []).append(tracemalloc.get_traced_memory()[1])
+            tracemalloc.stop()
+    assert all(large < small + 100_000 for small, large in peaks.values()), peaks
+
+
+def test_suffixes_are_documented() -> None:
+    page = (Path(__file__).parents[3] / "docs" / "data.md").read_text(encoding="utf-8")
+    assert [suffix for suffix in SUFFIXES if suffix not in page] == []
+
+
+def test_long_documents_of_every_form_encode_alike(tmp_path: Path) -> None:
+    text = "The quick brown fox.\n\u4e2d\u56fd\u7535\u4fe1 " * 9000
+    (tmp_path / "a.txt").write_text(text, encoding="utf-8")
+    (tmp_path / "b.txt.gz").write_bytes(gzip.compress(text.encode()))
+    (tmp_path / "c.txt").write_bytes(text.encode("gb18030"))
+    streams = []
+    for name, encoding in (("a.txt", "utf-8"), ("b.txt.gz", "utf-8"), ("c.txt", "gb18030")):
+        out = tmp_path / f"out-{name}"
+        pack_text([tmp_path / name], out, tiny_tokenizer(), encoding=encoding, quiet=True)
+        streams.append(PackedDataset(out).tokens.tolist())
+    assert streams[0] == streams[1] == streams[2]
