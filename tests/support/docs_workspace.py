@@ -23,7 +23,8 @@ SOURCES = ("argparse.py", "ast.py", "inspect.py", "typing.py")  # enough text fo
 
 
 def add_text(folder: Path) -> None:
-    """corpus/, more/*.jsonl, dialogues.jsonl, losses.csv."""
+    """corpus/, more/*.jsonl, dialogues.jsonl, examples/, losses.csv."""
+    shutil.copytree(ROOT / "examples", folder / "examples")
     (folder / "corpus").mkdir()
     for name in SOURCES:
         shutil.copy(Path(sysconfig.get_path("stdlib")) / name, folder / "corpus")

@@ -57,26 +57,18 @@ def _taken(data: PackedDataset, begin: int, end: int) -> tuple[np.ndarray, np.nd
 
 
 def marked(ids: np.ndarray, targets: np.ndarray, tokenizer: Tokenizer) -> str:
-    """The text of ids int [n] with each run of ``targets`` bool [n] between OPEN and CLOSE."""
-    if not len(ids):
-        return ""
-    edges = [0, *(np.flatnonzero(np.diff(targets.astype(np.int8))) + 1).tolist(), len(ids)]
-    runs = []
-    for begin, end in zip(edges[:-1], edges[1:], strict=True):
-        text = _text(ids[begin:end].tolist(), tokenizer)
-        runs.append(f"{OPEN}{text}{CLOSE}" if targets[begin] else text)
-    return "".join(runs)
-
-
-def _text(ids: list[int], tokenizer: Tokenizer) -> str:
-    """The text of ids, with control tokens by their names."""
+    """The text of ids int [n], control tokens by their names, with each run of ``targets`` bool [n] between OPEN and
+    CLOSE."""
     parts: list[str] = []
-    run: list[int] = []
-    for index in ids:
+    decoder, inside = tokenizer.stream(), False
+    for index, target in zip(ids.tolist(), targets.tolist(), strict=True):
+        if target != inside:
+            parts += [decoder.flush(), OPEN if target else CLOSE]
+            inside = target
         if tokenizer.is_silent(index):
-            parts += [tokenizer.decode(run)] if run else []
-            parts.append(tokenizer.piece(index))
-            run = []
+            # The layout encodes what stands between two control tokens on its own.
+            parts += [decoder.flush(), tokenizer.piece(index)]
+            decoder = tokenizer.stream()
         else:
-            run.append(index)
-    return "".join([*parts, tokenizer.decode(run)] if run else parts)
+            parts.append(decoder.push(index))
+    return "".join([*parts, decoder.flush(), CLOSE * inside])
