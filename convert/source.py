@@ -15,6 +15,7 @@ from telechat_twins.convert.hf.sums import SUMS, check_sums
 from telechat_twins.convert.names import Box
 from telechat_twins.core.checkpoint.read import Checkpoint, check_shapes, open_checkpoint
 from telechat_twins.core.checkpoint.source import ReadBox
+from telechat_twins.core.data.encoders.special import find_tokenizer
 from telechat_twins.core.errors import UserError
 from telechat_twins.core.files.atomic import standing
 from telechat_twins.core.files.safetensors import DTYPES
@@ -49,7 +50,7 @@ def open_model(path: str | Path, verify: bool = True) -> ModelSource:
 class ModelSource(ABC):
     """Weights under logical names, read when asked for.
 
-    ``config``; ``path``; ``tokenizer_path`` (a tokenizer.model, or None); ``notes`` (what had to be assumed);
+    ``config``; ``path``; ``tokenizer_path`` (of the tokenizer beside it, or None); ``notes`` (what had to be assumed);
     ``record`` (config and file layout of the release that the weights came from, or None); ``assets`` (small files that
     belong to the model).
     """
@@ -109,8 +110,7 @@ class HfSource(ModelSource):
         self.path = folder.path
         self.notes = tuple(folder.notes)
         self.config = folder.config
-        tokenizer = folder.path / "tokenizer.model"
-        self.tokenizer_path = tokenizer if tokenizer.is_file() else None
+        self.tokenizer_path = find_tokenizer(folder.path)
         self.record = folder.source_record()
         self.assets = folder.assets
         self._released = {name: b for b in folder.bindings.values() for name in b.logical}
@@ -163,7 +163,7 @@ class CanonicalSource(ModelSource):
         if self.record is not None:
             check_record(self.record, str(self.path / "model.json"))
         self.assets = checkpoint.assets
-        self.tokenizer_path = next((p for p in checkpoint.assets if p.name == "tokenizer.model"), None)
+        self.tokenizer_path = find_tokenizer(checkpoint.path, checkpoint.assets)
 
     def dtype(self, name: str) -> np.dtype:
         return self.checkpoint.dtype("weights", name)

@@ -11,10 +11,10 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from telechat_twins.convert.mindformers.protobuf import fields
-from telechat_twins.core.data.chat_template import DEFAULT_SYSTEM
+from telechat_twins.core.data.chat_layout import CHAT_TEMPLATE
 from telechat_twins.core.data.control import ALIASES, BOT, END, USER
 from telechat_twins.core.errors import UserError
+from telechat_twins.core.files.protobuf import fields
 from telechat_twins.core.model.config import ModelConfig
 from telechat_twins.core.types import JsonObject
 
@@ -30,39 +30,6 @@ _TYPE, _USER_DEFINED = 3, 4
 _MODEL_TYPE, _BPE, _SPACE_AS_SUFFIX, _BYTE_FALLBACK = 3, 2, 24, 35
 _NAME, _CHARACTER_MAP, _DUMMY_PREFIX, _EXTRA_SPACES, _ESCAPED_SPACES = 1, 2, 3, 4, 5
 _FLAGS = {"lstrip": False, "normalized": False, "rstrip": False, "single_word": False, "special": True}
-
-# The layout of core.data.chat_template, for those who render it from a template. {%- and -%} eat the lines' ends.
-CHAT_TEMPLATE = """\
-{%- set told = messages[0]['role'] == 'system' -%}
-{{- '<_system>' + (messages[0]['content'] if told else SYSTEM) -}}
-{%- if tools -%}
-{{- '\\n\\n# 可用工具\\n你可以调用<tools></tools>标签中包含的一个或多个工具来辅助你回答问题,' -}}
-{{- '以下是可用工具详情：\\n<tools>\\n' -}}
-{%- for tool in tools -%}{{- tool | tojson -}}{{- '\\n' -}}{%- endfor -%}
-{{- '</tools>\\n\\n# 调用方法\\n你需要遵循工具的要求，使用json格式返回工具名称及参数，并用' -}}
-{{- '<tool_call></tool_call>包含。下方是一个调用模板：\\n<tool_call>\\n' -}}
-{{- '{"name": <function-name>, "arguments": <args-json-object>}\\n</tool_call>\\n' -}}
-{%- endif -%}
-{{- '\\n' -}}
-{%- for message in messages -%}
-{%- if message['role'] == 'user' -%}
-{{- '<_user>' + message['content'] -}}
-{%- elif message['role'] in ('assistant', 'bot') -%}
-{{- '<_bot>' + (message['content'] or '') -}}
-{%- for call in message['tool_calls'] or () -%}
-{%- set call = call['function'] or call -%}
-{{- ('' if loop.first else '\\n') + '<tool_call>\\n{"name": "' + call['name'] + '", "arguments": ' -}}
-{%- set given = call['arguments'] -%}
-{{- (given if given is string else given | tojson) + '}\\n</tool_call>' -}}
-{%- endfor -%}
-{{- '<_end>\\n' -}}
-{%- elif message['role'] == 'tool' -%}
-{{- '\\n' if not loop.first and loop.previtem['role'] == 'tool' else '<_user>' -}}
-{{- '<tool_response>\\n' + message['content'] + '\\n</tool_response>' -}}
-{%- endif -%}
-{%- endfor -%}
-{%- if add_generation_prompt -%}{{- '<_bot>' -}}{%- endif -%}
-""".replace("SYSTEM", json.dumps(DEFAULT_SYSTEM, ensure_ascii=False))
 
 
 def write_tokenizer_files(folder: Path, config: ModelConfig) -> None:

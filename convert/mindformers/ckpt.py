@@ -19,8 +19,8 @@ from types import ModuleType
 import numpy as np
 
 from telechat_twins.convert.file_kind import UNKNOWN, kind_of
-from telechat_twins.convert.mindformers.protobuf import fields, varints
 from telechat_twins.core.errors import UserError
+from telechat_twins.core.files.protobuf import fields, varints
 from telechat_twins.core.files.safetensors import DTYPES, TensorInfo
 
 # MindSpore's names -> safetensors' and bytes an element. None: text, or packed; its length is not checked.

@@ -19,6 +19,7 @@ from telechat_twins.convert.names import MINDFORMERS_FORMS, bind, is_derived, mi
 from telechat_twins.convert.places import require_place
 from telechat_twins.convert.source import ModelSource
 from telechat_twins.core.checkpoint.read import check_shapes
+from telechat_twins.core.data.encoders.special import find_tokenizer
 from telechat_twins.core.errors import UserError
 from telechat_twins.core.files.safetensors import DTYPES, load_json
 from telechat_twins.core.model.config import ModelConfig, load_model_config
@@ -115,10 +116,10 @@ class MindFormersSource(ModelSource):
         self._holder = {name: b for b in self.bindings.values() for name in b.logical}
         self._last: tuple[str, np.ndarray] | None = None
         folder = self.path if self.path.is_dir() else self.path.parent
-        tokenizer = folder / "tokenizer.model"
+        tokenizer = find_tokenizer(folder)
         kept = sorted((folder / ASSETS).iterdir()) if (folder / ASSETS).is_dir() else []
-        self.assets = kept or [tokenizer] * tokenizer.is_file()
-        self.tokenizer_path = next((p for p in self.assets if p.name == "tokenizer.model"), None)
+        self.assets = kept or ([] if tokenizer is None else [tokenizer])
+        self.tokenizer_path = find_tokenizer(folder, self.assets)
 
     def dtype(self, name: str) -> np.dtype:
         return DTYPES[self.code(self._holder[name].released)]

@@ -69,6 +69,7 @@ def run(args: argparse.Namespace) -> int:
         sampling=sampling,
         max_new_tokens=args.max_new_tokens,
         add_bos=args.add_bos,
+        layout=model.layout,
     )
     terminal = sys.stdin.isatty()
     if terminal:

@@ -6,6 +6,7 @@ import argparse
 import os
 import sys
 
+from telechat_twins.core.data.chat_layout import check_training_layout
 from telechat_twins.core.data.control import CONTROL_CHOICES, START
 from telechat_twins.core.data.forms.streams import UTF8, check_encoding
 from telechat_twins.core.data.kinds.messages import REASONING, Reading
@@ -17,12 +18,13 @@ from telechat_twins.core.data.packing.teacher import FALSE_PIECE, TRUE_PIECE, cl
 from telechat_twins.core.data.prepare import pack_dialogues, pack_text, progress_bar
 from telechat_twins.core.data.rows import skipped_inputs
 from telechat_twins.core.data.sft import MINDFORMERS_SEED, VARIANTS
-from telechat_twins.core.data.tokenizer import Tokenizer, load_tokenizer
+from telechat_twins.core.data.tokenizer import Tokenizer, assumed, load_tokenizer
 from telechat_twins.core.errors import UserError
 from telechat_twins.core.launch.run_lock import hold_place
 from telechat_twins.core.shown import printable
 from telechat_twins.core.types import JsonObject
 
+TEMPLATE_HELP = "builtin: TeleChat2's layout although the tokenizer's folder has a chat template that differs"
 EPILOG = """\
 examples:
   tele data corpus/ 'more/*.jsonl.gz' --tokenizer tokenizer.model --out data/pretrain
@@ -53,13 +55,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="print the first N samples decoded, with trained tokens marked; without --out of the packed folders INPUT",
     )
     parser.add_argument("--out", help="the packed folder to make")
-    parser.add_argument("--tokenizer", help="tokenizer.model, or the folder that holds it")
+    parser.add_argument("--tokenizer", help="tokenizer.model, tokenizer.json, vocab.json, or a folder")
     parser.add_argument(
-        "--control", choices=CONTROL_CHOICES, help="control token table (default: chat; mindformers for that variant)"
+        "--control", choices=CONTROL_CHOICES, help="control token table (default: auto; mindformers for that variant)"
     )
     parser.add_argument("--force", action="store_true", help="replace an existing packed folder")
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
-    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1, help="tokenizing threads for texts")
+    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1, help="tokenizing processes for texts")
     rows = parser.add_argument_group("rows")
     rows.add_argument("--kind", choices=KINDS, help="what every row is (default: judged by the keys of each row)")
     rows.add_argument("--encoding", default=UTF8, metavar="NAME", help="of text files, e.g. gb18030 (default: utf-8)")
@@ -75,9 +77,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     rows.add_argument("--seq-len", type=int, metavar="S", help="tokens a training sequence (needed for all but texts)")
     text = parser.add_argument_group("texts")
     text.add_argument("--bos", action="store_true", help="begin documents with <_start>; they always end with <_end>")
+    text.add_argument("--bos-token", metavar="NAME", help="what --bos writes, for a tokenizer without <_start>")
+    text.add_argument("--eos-token", metavar="NAME", help="what ends documents, for a tokenizer without <_end>")
     text.add_argument("--text-key", default="text", metavar="NAME", help="the field of a row that holds the text")
     sft = parser.add_argument_group("dialogues")
     sft.add_argument("--sft", choices=VARIANTS, help="pack dialogues with this loss mask and packing")
+    sft.add_argument("--chat-template", default="auto", choices=("auto", "builtin"), help=TEMPLATE_HELP)
     sft.add_argument("--no-template", action="store_true", help="deepspeed: build multi-turn rows without template")
     sft.add_argument("--in-order", action="store_true", help="mindformers: keep the order of the rows")
     sft.add_argument(
@@ -107,9 +112,12 @@ def run(args: argparse.Namespace) -> int:
     _check(args)
     for note in skipped_inputs(args.inputs):
         print(f"note: {note}", file=sys.stderr)
-    control = args.control or ("mindformers" if args.sft == "mindformers" else "chat")
+    control = args.control or ("mindformers" if args.sft == "mindformers" else "auto")
     # Packed ids feed an embedding, so a control token beyond the vocabulary must not be made here.
-    tokenizer = load_tokenizer(args.tokenizer, control, in_vocabulary=True)
+    special = {"bos": args.bos_token, "eos": args.eos_token}
+    tokenizer = load_tokenizer(args.tokenizer, control, in_vocabulary=True, special=special)
+    for note in assumed(tokenizer) if args.sft is None else check_training_layout(tokenizer, args.chat_template):
+        print(f"note: {printable(note)}", file=sys.stderr)
     reading = Reading(frozenset(args.ignore_key), args.reasoning, args.kind)
     with hold_place(args.out, f"--out {args.out}"):
         meta = _pack(args, tokenizer, reading)

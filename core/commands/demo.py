@@ -18,7 +18,7 @@ from telechat_twins.core.data.demo_text import write_demo_text
 from telechat_twins.core.data.packed import PackedDataset
 from telechat_twins.core.data.prepare import pack_dialogues, pack_text, read_texts
 from telechat_twins.core.data.rows import detect_kind, find_inputs, skipped_inputs
-from telechat_twins.core.data.tokenizer import Tokenizer, load_tokenizer
+from telechat_twins.core.data.tokenizer import Tokenizer, assumed, load_tokenizer, special_ids
 from telechat_twins.core.data.tokenizer_training import train_tokenizer
 from telechat_twins.core.errors import UserError
 from telechat_twins.core.files.atomic import remove_folder, writable_file, write_text
@@ -49,7 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "PyTorch from the MindSpore checkpoint; export to the released format; write the same continuation with both."
     )
     parser.add_argument("--data", nargs="+", metavar="PATH", help="your text or dialogue jsonl (default: Python's own)")
-    parser.add_argument("--tokenizer", metavar="FILE", help="a tokenizer.model, e.g. a released one (default: trained)")
+    parser.add_argument("--tokenizer", metavar="FILE", help="a tokenizer, e.g. a released one (default: trained)")
     parser.add_argument("--out", default="demo", metavar="DIR", help="where everything goes (demo)")
     parser.add_argument("--steps", type=int, default=300, metavar="N", help="training steps of each backend (300)")
     parser.add_argument("--seed", type=int, default=1234, help="initial weights and data order (1234)")
@@ -138,7 +138,9 @@ def prepare(data: Sequence[str] | None, tokenizer_file: str | None, out: Path) -
         vocab_size = load_model_config("telechat2-tiny").vocab_size
         train_tokenizer(texts, out / "tokenizer.model", vocab_size)
         tokenizer_file = str(out / "tokenizer.model")
-    tokenizer = load_tokenizer(tokenizer_file, in_vocabulary=True)
+    tokenizer = load_tokenizer(tokenizer_file, "auto", in_vocabulary=True)
+    for note in assumed(tokenizer):
+        print(f"note: {note}")
     sources = []
     for name, files in groups.items():
         packed = out / "packed" / name
@@ -154,7 +156,7 @@ def demo_config(tokenizer: Tokenizer, sources: list[JsonObject], steps: int, see
     """telechat2-tiny with the tokenizer's vocabulary, 1,024 tokens a step."""
     return run_config_from_dict(
         {
-            "model": {"preset": "telechat2-tiny", "vocab_size": tokenizer.vocab_size},
+            "model": {"preset": "telechat2-tiny", "vocab_size": tokenizer.vocab_size, **special_ids(tokenizer)},
             "data": {"sources": sources, "seq_len": 128},
             "train": {"steps": steps, "global_batch": 8, "micro_batch": 8, "seed": seed},
             "optim": {"lr": 1e-3, "min_lr": 1e-4, "warmup_steps": steps // 10},

@@ -21,7 +21,6 @@ from telechat_twins.core.model.xpos_range import check_xpos_range
 from telechat_twins.core.shown import controls_shown
 
 if TYPE_CHECKING:
-    from telechat_twins.core.data.tokenizer import Tokenizer
     from telechat_twins.core.inference.requests import Event, Request
     from telechat_twins.core.inference.sampling import SamplingConfig
     from telechat_twins.core.parallel.layout import Layout
@@ -97,8 +96,8 @@ def run(args: argparse.Namespace) -> int:
     check_layout(layout, model.config)
     if ids is None:
         assert model.tokenizer is not None  # load_model refuses a text prompt without one
-        ids = _encode(model.tokenizer, text, args)
-    if args.add_bos:
+        ids = _encode(model, text, args)
+    if args.add_bos and not (args.chat and ids[:1] == [model.config.bos_token_id]):
         ids = [model.config.bos_token_id, *ids]
 
     request = _request(args, model, ids, sampling)
@@ -293,11 +292,12 @@ def _prompt_text(args: argparse.Namespace) -> str:
         raise UserError(f"{name}: not UTF-8 text (byte {error.start})") from None
 
 
-def _encode(tokenizer: Tokenizer, text: str, args: argparse.Namespace) -> list[int]:
+def _encode(model: Loaded, text: str, args: argparse.Namespace) -> list[int]:
+    assert model.tokenizer is not None
     if args.chat:
-        from telechat_twins.core.data.chat_template import encode_chat
+        from telechat_twins.core.data.chat_layout import require_layout
 
         if not text.strip():
             raise UserError("prompt: it is empty")
-        return encode_chat(tokenizer, [{"role": "user", "content": text}])
-    return tokenizer.encode(text, allow_control=args.allow_control)
+        return require_layout(model.tokenizer, model.layout).encode([{"role": "user", "content": text}])
+    return model.tokenizer.encode(text, allow_control=args.allow_control)

@@ -14,6 +14,8 @@ from telechat_twins.core.model.config import PRECISIONS
 from telechat_twins.core.model.quantize import QUANTIZATIONS
 from telechat_twins.core.parallel.layout import Layout, parse_layout
 
+TEMPLATE_HELP = "auto: the folder's own chat template if it has one; builtin: TeleChat2's; or a file with a template"
+
 if TYPE_CHECKING:
     from telechat_twins.core.inference.load import Loaded
 
@@ -24,8 +26,13 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         "--backend", required=True, choices=sorted(backends.BACKENDS), help="ms: MindSpore, pt: PyTorch"
     )
     parser.add_argument("--checkpoint", required=True, metavar="DIR", help="released HF folder or canonical checkpoint")
-    parser.add_argument("--tokenizer", metavar="PATH", help="tokenizer.model (default: the one beside the checkpoint)")
-    parser.add_argument("--control", default="chat", choices=CONTROL_CHOICES, help="which control tokens text may name")
+    parser.add_argument(
+        "--tokenizer",
+        metavar="PATH",
+        help="tokenizer.model, tokenizer.json, vocab.json, or a folder (default: the one beside the checkpoint)",
+    )
+    parser.add_argument("--control", default="auto", choices=CONTROL_CHOICES, help="which control tokens text may name")
+    parser.add_argument("--chat-template", default="auto", metavar="auto|builtin|FILE", help=TEMPLATE_HELP)
     parser.add_argument("--precision", default="fp32", choices=PRECISIONS, help="arithmetic (fp32)")
     parser.add_argument(
         "--quantize",

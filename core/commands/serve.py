@@ -203,6 +203,7 @@ def served_model(args: argparse.Namespace, model: Loaded, engine: Engine) -> Ser
         created=int(time.time()),
         fingerprint="fp_" + hashlib.sha256(about.encode()).hexdigest()[:12],
         add_bos=args.add_bos,
+        layout=model.layout,
     )
 
 

@@ -8,7 +8,7 @@ import sys
 import time
 from pathlib import Path
 
-from telechat_twins.core.data.chat_template import encode_chat
+from telechat_twins.core.data.chat_layout import open_layout, require_layout
 from telechat_twins.core.data.control import CONTROL_CHOICES
 from telechat_twins.core.data.dialogues import parse_dialogue
 from telechat_twins.core.data.prepare import read_texts
@@ -17,7 +17,7 @@ from telechat_twins.core.data.tokenizer import check_vocabulary, load_tokenizer
 from telechat_twins.core.data.tokenizer_training import train_tokenizer
 from telechat_twins.core.errors import UserError
 from telechat_twins.core.files.foreign import parse_value
-from telechat_twins.core.shown import controls_shown
+from telechat_twins.core.shown import controls_shown, printable
 from telechat_twins.core.types import JsonObject
 
 EPILOG = """\
@@ -61,8 +61,8 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _with_tokenizer(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
-    parser.add_argument("--tokenizer", required=True, help="tokenizer.model, or the folder that holds it")
-    parser.add_argument("--control", default="chat", choices=CONTROL_CHOICES, help="control token table")
+    parser.add_argument("--tokenizer", required=True, help="tokenizer.model, tokenizer.json, vocab.json, or a folder")
+    parser.add_argument("--control", default="auto", choices=CONTROL_CHOICES, help="control token table")
     return parser
 
 
@@ -85,7 +85,10 @@ def _encode(args: argparse.Namespace) -> int:
     tokenizer = load_tokenizer(args.tokenizer, args.control)
     text = " ".join(args.text) if args.text else sys.stdin.read()
     if args.chat:
-        ids = encode_chat(tokenizer, _messages(text), allow_control=args.allow_control)
+        layout, notes = open_layout(tokenizer)
+        for note in notes:
+            print(f"note: {printable(note)}", file=sys.stderr)
+        ids = require_layout(tokenizer, layout).encode(_messages(text), allow_control=args.allow_control)
         if args.bos:
             ids = [tokenizer.bos_token_id, *ids]
     else:

@@ -138,8 +138,19 @@ class Blend:
         return "\n".join(lines)
 
     def tokenizer(self) -> bytes:
-        """The tokenizer.model stored with the first source, as it was verified when the source was opened."""
+        """The tokenizer's file stored with the first source, as it was verified when the source was opened."""
         return self.sources[0].tokenizer
+
+    @property
+    def end_token(self) -> int | None:
+        """The id that ends the documents of the first source; None where the source does not record it."""
+        found = self.sources[0].meta["tokenizer"].get("eos")
+        return found if isinstance(found, int) else None
+
+    @property
+    def tokenizer_name(self) -> str:
+        """What that file is called: tokenizer.model or tokenizer.json."""
+        return self.sources[0].tokenizer_name
 
 
 def open_blend(data: DataConfig, seed: int, vocab_size: int, pad_token_id: int) -> Blend:

@@ -18,6 +18,7 @@ TOOL_TOKENS = (TOOL_CALL, TOOL_CALL_END, TOOL_RESPONSE, TOOL_RESPONSE_END)
 
 # The 115B file calls ids 9-12 <_control1..4>; later releases give them these names.
 ALIASES = dict(zip(TOOL_TOKENS, ("<_control1>", "<_control2>", "<_control3>", "<_control4>"), strict=True))
+Allow = bool | Collection[str]  # which control tokens of a table text may name: none, all, or those named
 TELECHAT2_NAMES = (START, END, PAD, USER, BOT, SYSTEM, *TOOL_TOKENS)
 
 
@@ -82,7 +83,8 @@ def mindformers_table(control: dict[str, int], piece_id: Callable[[str], int | N
 
 
 TABLES = {"chat": chat_table, "released_115b": released_115b_table, "mindformers": mindformers_table}
-CONTROL_CHOICES = (*TABLES, "none")
+# "auto": TeleChat2's table where the tokenizer has its pieces, else none.
+CONTROL_CHOICES = ("auto", *TABLES, "none")
 
 
 class Splitter:

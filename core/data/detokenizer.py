@@ -1,8 +1,10 @@
 """Incremental detokenization: one id in, text out, in total time linear in the number of ids.
 
-SentencePiece's decoding is the concatenation of what each piece writes, with two exceptions: white space at the very
-beginning of a text is dropped, and neighbouring byte pieces form characters. So a piece in the middle of a text is
-decoded behind a fixed visible one (``anchor``), and only byte pieces that may still become a character are held back.
+Of byte-level tokenizers (``ByteDecoder``) a text is the bytes of its tokens; only a character's first bytes are held
+back until the rest of it has come. SentencePiece's decoding (``StreamDecoder``) is the concatenation of what each piece
+writes, with two exceptions: white space at the very beginning of a text is dropped, and neighbouring byte pieces form
+characters. So a piece in the middle of a text is decoded behind a fixed visible one (``anchor``), and only byte pieces
+that may still become a character are held back.
 """
 
 from __future__ import annotations
@@ -10,6 +12,8 @@ from __future__ import annotations
 import codecs
 from collections.abc import Sequence
 from typing import Protocol
+
+REPLACEMENT = "\ufffd"  # what stands for bytes that are not a character
 
 
 class Pieces(Protocol):
@@ -27,6 +31,22 @@ class Pieces(Protocol):
 
     def byte_of(self, index: int) -> int | None:
         """The byte that a byte piece stands for."""
+
+
+class Decoder(Protocol):
+    """A decoder for ids that arrive one by one; ``StreamDecoder`` says what its parts mean."""
+
+    @property
+    def start(self) -> int: ...
+
+    @property
+    def length(self) -> int: ...
+
+    def push(self, index: int, /) -> str: ...
+
+    def flush(self) -> str: ...
+
+    def restart_count(self) -> None: ...
 
 
 class StreamDecoder:
@@ -97,6 +117,52 @@ class StreamDecoder:
         byte = self._tokenizer.byte_of(index)
         assert byte is not None
         return byte
+
+
+class ByteTokens(Protocol):
+    """What of a byte-level tokenizer the decoder needs."""
+
+    def is_silent(self, index: int) -> bool:
+        """Whether the token writes nothing, wherever it stands."""
+
+    def token_bytes(self, index: int) -> bytes:
+        """The bytes that the token stands for."""
+
+
+class ByteDecoder:
+    """``StreamDecoder`` for tokens that are bytes: a character may begin in one token and end in another."""
+
+    def __init__(self, tokenizer: ByteTokens) -> None:
+        self._tokenizer = tokenizer
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self.length = self.start = 0
+
+    def push(self, index: int) -> str:
+        """The text that this id completes; empty while a character's bytes are still coming."""
+        token = int(index)
+        if self._tokenizer.is_silent(token):
+            self.start = self.length
+            return ""
+        data = self._tokenizer.token_bytes(token)
+        # A first byte that does not go on with the character begun comes behind the replacement for that one.
+        begun = len(self._decoder.getstate()[0])
+        text = self._decoder.decode(data[:1])
+        broken = begun > 0 and text[:1] == REPLACEMENT and (len(text) > 1 or bool(self._decoder.getstate()[0]))
+        self.start = self.length + broken
+        text += self._decoder.decode(data[1:])
+        self.length += len(text)
+        return text
+
+    def flush(self) -> str:
+        """What was held back, at the end of the text."""
+        text = self._decoder.decode(b"", final=True)
+        self._decoder.reset()
+        self.length += len(text)
+        return text
+
+    def restart_count(self) -> None:
+        """Count ``length`` and ``start`` from here."""
+        self.length = self.start = 0
 
 
 def _unfinished(data: bytes) -> int:

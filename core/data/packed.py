@@ -6,7 +6,7 @@
     sequences.bin    int64 [sequences + 1], not in kind "text": where each training sequence starts
     mask.bin         uint8 [tokens], not in kind "text": 1 where the token counts as a target
     tokens.sums      SHA-256 of each 64 KiB of tokens.bin; mask.sums: of mask.bin (core.data.packed_files)
-    tokenizer.model  the tokenizer that made the ids
+    tokenizer.model  the tokenizer that made the ids (tokenizer.json: one of the tokenizers library)
 
 Kind "text" is documents without end, "sft" training sequences, "preference" pairs of them (core.data.preference).
 
@@ -40,6 +40,7 @@ from telechat_twins.core.data.packed_files import (
     read_meta,
     sealed,
     token_dtype,
+    tokenizer_name,
     unsealed,
 )
 from telechat_twins.core.data.tokenizer import Tokenizer
@@ -141,11 +142,12 @@ class PackedWriter:
             if name in self._files:
                 self._offset(name)
         with self._disk():
-            (self._partial / "tokenizer.model").write_bytes(self._tokenizer.model_bytes)
+            (self._partial / self._tokenizer.file_name).write_bytes(self._tokenizer.model_bytes)
             # Files before the sums of their blocks, the last of which is written when the file is closed.
             ordered = sorted(self._files, key=lambda name: name in SUMS.values())
             files = {name: self._files[name].close() for name in ordered}
-            files["tokenizer.model"] = {"bytes": len(self._tokenizer.model_bytes), "sha256": self._tokenizer.sha256}
+            about = {"bytes": len(self._tokenizer.model_bytes), "sha256": self._tokenizer.sha256}
+            files[self._tokenizer.file_name] = about
             meta = {
                 "format": FORMAT,
                 "version": VERSION,
@@ -157,7 +159,12 @@ class PackedWriter:
                 "documents": self.documents,
                 **({} if text else {"sequences": self.sequences, "targets": self.targets}),
                 "largest_id": self.largest_id,
-                "tokenizer": {"sha256": self._tokenizer.sha256, "control": self._tokenizer.variant},
+                "tokenizer": {
+                    "sha256": self._tokenizer.sha256,
+                    "control": self._tokenizer.variant,
+                    "file": self._tokenizer.file_name,
+                    "eos": self._tokenizer.eos_token_id,
+                },
                 **(extra or {}),
                 "files": files,
             }
@@ -187,7 +194,8 @@ class PackedWriter:
 class PackedDataset:
     """A packed folder, opened for reading. ``meta`` is meta.json; tokens are not loaded before they are used.
 
-    ``tokenizer``: the bytes of tokenizer.model. ``notes``: what could not be verified, for a reader.
+    ``tokenizer``: the bytes of the tokenizer's file, called
+    ``tokenizer_name``. ``notes``: what could not be verified, for a reader.
 
     UserError when the folder is missing, unfinished, of another format, or when a file is not what was written: the
     files that say where things are and files up to SMALL bytes are hashed here, the rest where it is read.
@@ -203,7 +211,8 @@ class PackedDataset:
         large = [name for name in SUMS if name in self.meta["files"] and self.meta["files"][name]["bytes"] > SMALL]
         for name in self.meta["files"].keys() - set(large):
             check_hash(self.path, self.meta, name)
-        self.tokenizer = (self.path / "tokenizer.model").read_bytes()
+        self.tokenizer_name = tokenizer_name(self.meta)
+        self.tokenizer = (self.path / self.tokenizer_name).read_bytes()
         self.tokens = self._map("tokens.bin", np.dtype(self.meta["dtype"]).newbyteorder("<"))
         self.documents = self._map("documents.bin", np.dtype("<i8"))
         rows = self.kind != "text"

@@ -24,6 +24,7 @@ from telechat_twins.core.types import JsonObject
 FORMAT, VERSION = "telechat-packed", 2
 VERSIONS = (1, 2)  # 1: without the hash of meta.json and those of blocks
 KINDS = ("text", "sft", "preference")
+TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json")
 BLOCK = 1 << 16
 SMALL = 1 << 26  # bytes of a file that is hashed as a whole whenever it is opened
 SUMS = {"tokens.bin": "tokens.sums", "mask.bin": "mask.sums"}
@@ -40,6 +41,11 @@ _COUNTS = ("vocab_size", "tokens", "documents")
 def token_dtype(vocab_size: int) -> np.dtype:
     """The narrowest stored type that holds every id."""
     return np.dtype("<u2") if vocab_size <= 65536 else np.dtype("<i4")
+
+
+def tokenizer_name(meta: JsonObject) -> str:
+    """The name of the tokenizer's file in a packed folder."""
+    return str(meta["tokenizer"].get("file", TOKENIZER_FILES[0]))
 
 
 def sealed(text: str) -> str:
@@ -179,11 +185,12 @@ def _inconsistency(meta: JsonObject) -> str:
     for name, size in wanted.items():
         if sizes.get(name) != size:
             return f"size of {name}: {sizes.get(name)} for {size}"
-    if set(sizes) != {*wanted, "tokenizer.model"} or sizes["tokenizer.model"] < 1:
+    kept = tokenizer_name(meta)
+    if kept not in TOKENIZER_FILES or set(sizes) != {*wanted, kept} or sizes[kept] < 1:
         return "names of files"
     if token_dtype(meta["vocab_size"]).itemsize != item:
         return "dtype of the vocabulary"
-    if tokenizer.get("sha256") != files["tokenizer.model"].get("sha256"):
+    if tokenizer.get("sha256") != files[kept].get("sha256"):
         return "hash of the tokenizer"
     return ""
 

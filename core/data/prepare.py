@@ -12,10 +12,10 @@ from tqdm import tqdm
 
 from telechat_twins.core.data.control import START
 from telechat_twins.core.data.dialogues import parse_dialogue
+from telechat_twins.core.data.encoders.parallel import encode_blocks
 from telechat_twins.core.data.forms.formats import TOKENS, form_of
 from telechat_twins.core.data.forms.megatron import TokenFile
 from telechat_twins.core.data.forms.streams import UTF8
-from telechat_twins.core.data.forms.texts import Block
 from telechat_twins.core.data.kinds.messages import Reading
 from telechat_twins.core.data.packed import PackedWriter
 from telechat_twins.core.data.packing.dialogue_file import DialogueFile
@@ -34,9 +34,6 @@ from telechat_twins.core.data.tokenizer import Tokenizer
 from telechat_twins.core.errors import UserError
 from telechat_twins.core.types import JsonObject
 
-# Enough for SentencePiece's threads to share; small beside everything else in memory.
-_BATCH_CHARACTERS = 1 << 22
-
 
 def pack_text(
     inputs: Sequence[str | Path],
@@ -51,19 +48,20 @@ def pack_text(
     force: bool = False,
     quiet: bool = False,
 ) -> JsonObject:
-    """Texts -> packed folder ``out`` of kind "text"; returns its meta.
+    """Texts -> packed folder ``out`` of kind "text"; returns its meta. ``threads``: processes that tokenize.
 
-    A row is a document, so is any other file. Each document ends with <_end> (and begins with <_start> on ``add_bos``),
-    as in the released pre-training pipeline; control tokens in text are never matched. Empty documents are skipped.
+    A row is a document, so is any other file. Each document ends with the end token (and begins with the first one
+    on ``add_bos``), as in the released pre-training pipeline; control tokens in text are never matched. Empty documents
+    are skipped.
     Megatron's token files are taken as they are, without tokenizing: "documents_without_end" of the meta counts theirs
-    that do not end with <_end>. Harmless keys of rows are in "fields_left_out"; ``reading`` has further options.
+    that do not end with it. Harmless keys of rows are in "fields_left_out"; ``reading`` has further options.
     """
     files = find_inputs(inputs)
     reading = reading if reading is not None else Reading()
     tokens = [file for file in files if form_of(file).name == TOKENS]
     if tokens and add_bos:
         raise UserError(f"{tokens[0]}: holds token ids, which are taken as they are; leave --bos out")
-    bos, eos = [tokenizer.control_id(START)] if add_bos else [], [tokenizer.eos_token_id]
+    bos, eos = [tokenizer.bos_token_id] if add_bos else [], [tokenizer.eos_token_id]
     with (
         PackedWriter(out, tokenizer, "text", force) as writer,
         progress_bar("tokenizing", total_bytes(files), quiet) as bar,
@@ -75,15 +73,13 @@ def pack_text(
             for block in read_documents(file, bar.update, text_key, reading, encoding)
             if block.text or not block.first
         )
-        for batch in _batches(blocks):
-            texts = [b.text if b.first else tokenizer.continuation_text(b.text) for b in batch]
-            for block, ids in zip(batch, tokenizer.encode_batch(texts, threads), strict=True):
-                if block.first:
-                    writer.start_document()
-                    writer.add_tokens(bos)
-                writer.add_tokens(ids if block.first else tokenizer.continuation_of(ids), block.where)
-                if block.last:
-                    writer.add_tokens(eos)
+        for part in encode_blocks(blocks, tokenizer, threads):
+            if part.first:
+                writer.start_document()
+                writer.add_tokens(bos)
+            writer.add_tokens(part.ids, part.where)
+            if part.last:
+                writer.add_tokens(eos)
         unended = _copy_tokens(tokens, writer, tokenizer, bar)
         facts = {"inputs": len(files), "add_bos": add_bos, **noticed(reading)}
         return writer.finish({**facts, "documents_without_end": unended} if tokens else facts)
@@ -222,19 +218,6 @@ def _deepspeed(
         mask = deepspeed_mask(ids, tokenizer, f"sequence {number}")
         counts.truncated_tokens += max(0, len(ids) - seq_len)
         yield TrainingSequence(np.asarray(ids[:seq_len], np.int32), mask[:seq_len])
-
-
-def _batches(blocks: Iterator[Block]) -> Iterator[list[Block]]:
-    batch: list[Block] = []
-    size = 0
-    for block in blocks:
-        batch.append(block)
-        size += len(block.text)
-        if size >= _BATCH_CHARACTERS or len(batch) >= 4096:
-            yield batch
-            batch, size = [], 0
-    if batch:
-        yield batch
 
 
 @contextlib.contextmanager

@@ -40,9 +40,10 @@ def fit_vocabulary(config: ModelConfig, pieces: int, own: bool) -> tuple[ModelCo
     )
 
 
-def fit_run(config: RunConfig, pieces: int) -> tuple[RunConfig, list[str]]:
+def fit_run(config: RunConfig, pieces: int, end: int | None = None) -> tuple[RunConfig, list[str]]:
     """``config`` whose model knows which rows of its vocabulary are padding, by the data's tokenizer, and notes on it.
 
+    ``end``: the token that ends the data's documents, if known; noted where it does not end generation as well.
     UserError when the tokenizer is not the model's.
     """
     model, note = fit_vocabulary(config.model, pieces, own=False)
@@ -52,4 +53,10 @@ def fit_run(config: RunConfig, pieces: int) -> tuple[RunConfig, list[str]]:
             f"{model.vocab_size} rows stand for tokens; pack with the model's tokenizer, or set "
             f"model.vocab_tokens={pieces}"
         )
-    return dataclasses.replace(config, model=model), [] if note is None else [f"note: {note}"]
+    notes = [] if note is None else [f"note: {note}"]
+    if end is not None and end not in model.stop_ids:
+        notes.append(
+            f"note: the data's documents end with token {end}, which does not end generation by this model; set "
+            f"model.eos_token_id={end} (now {model.eos_token_id})"
+        )
+    return dataclasses.replace(config, model=model), notes

@@ -12,7 +12,7 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing
 
 from telechat_twins.core.checkpoint.source import WeightSource
-from telechat_twins.core.data.chat_template import encode_chat
+from telechat_twins.core.data.chat_layout import BuiltInLayout, ChatLayout, open_layout, require_layout
 from telechat_twins.core.data.control import USER
 from telechat_twins.core.data.tokenizer import check_vocabulary, load_tokenizer
 from telechat_twins.core.data.vocabulary import fit_vocabulary
@@ -49,17 +49,20 @@ class Chat:
         add_bos: bool = False,
         tools: Sequence[JsonObject] | None = None,
         cut_question: bool = False,
+        layout: ChatLayout | None = None,
     ) -> None:
-        """``system`` None: the template's default. ``max_new_tokens`` None: a quarter of max_seqlen, at most 1024.
-        ``cut_question``: a question that is too long by itself loses its beginning, as in the release; otherwise it is
+        """``layout`` None: TeleChat2's, for a tokenizer that can hold it. ``system`` None: the template's default.
+        ``max_new_tokens`` None: a quarter of max_seqlen, at most 1024. ``cut_question``: a question that is too long by itself loses its beginning, as in the release; otherwise it is
         an error.
 
-        UserError when the tokenizer does not fit the model or the budget is below 3 tokens.
+        UserError when the tokenizer does not fit the model or the layout, or the budget is below 3 tokens.
         """
         if engine.tokenizer is None:
             raise ValueError("engine: a chat needs an engine with a tokenizer, found one without; pass it to Engine")
         check_vocabulary(engine.tokenizer, engine.config)
         self.engine, self.tokenizer, self.config = engine, engine.tokenizer, engine.config
+        known = layout or (BuiltInLayout(self.tokenizer) if self.tokenizer.control else None)
+        self.layout = require_layout(self.tokenizer, known)
         self.system, self.tools = system, tools
         self.sampling = sampling or SamplingConfig()
         self.max_new_tokens = default_answer_length(self.config) if max_new_tokens is None else max_new_tokens
@@ -165,7 +168,8 @@ class Chat:
         kept = 0 if new[0]["role"] == "user" else _last_question(self.history)
         turns, newest = self.history[: len(self.history) - kept], [*self.history[len(self.history) - kept :], *new]
         while True:
-            ids = first + encode_chat(self.tokenizer, [*system, *turns, *newest], self.tools)
+            ids = self.layout.encode([*system, *turns, *newest], self.tools)
+            ids = ids if ids[:1] == first else first + ids  # a template may begin with it as well
             if not turns or len(ids) < self.budget:
                 break
             turns = turns[_next_question(turns) :]
@@ -181,6 +185,8 @@ class Chat:
     def _cut(self, ids: list[int]) -> list[int]:
         """``ids`` shortened to the budget by the beginning of the question, which lies between the last two control
         tokens. UserError when the rest of the prompt alone exceeds it."""
+        if not isinstance(self.layout, BuiltInLayout):
+            raise UserError(f"question: {len(ids)} tokens with the system prompt, and {self.budget} fit; shorten it")
         begin = len(ids) - ids[::-1].index(self.tokenizer.control_id(USER))
         over, length = len(ids) - self.budget, len(ids) - 1 - begin
         if over >= length:
@@ -208,12 +214,16 @@ class ChatModel:
         the options of ``tele chat``. UserError for a tokenizer that is missing or does not fit the model."""
         path = tokenizer or source.tokenizer_path
         if path is None:
-            raise UserError("tokenizer: there is none beside the checkpoint; give the path of a tokenizer.model")
+            raise UserError("tokenizer: there is none beside the checkpoint; give the path of one")
         self.tokenizer = load_tokenizer(path, control=control, in_vocabulary=True)
         self.config, note = fit_vocabulary(source.config, self.tokenizer.vocab_size, own=tokenizer is None)
         if note is not None:
             print(f"note: {note}", file=sys.stderr)
         check_vocabulary(self.tokenizer, self.config)
+        beside = [] if source.tokenizer_path is None else [source.tokenizer_path.parent]
+        self.layout, notes = open_layout(self.tokenizer, folders=beside)
+        for note in notes:
+            print(f"note: {note}", file=sys.stderr)
         say_xpos_range(self.config, precision, self.config.max_seqlen)
         get = quantizing(self.config, source.tensor) if quantize == "int8" else source.tensor
         self.engine = Engine(
@@ -253,6 +263,7 @@ class ChatModel:
             add_bos=add_bos,
             tools=tools,
             cut_question=True,
+            layout=self.layout,
         )
         talk.history = before[1:] if system is not None else before
         pieces = talk.ask(question, stream=True)

@@ -19,6 +19,7 @@ from telechat_twins.core.model.xpos_range import check_xpos_range, say_xpos_rang
 from telechat_twins.core.shown import printable
 
 if TYPE_CHECKING:
+    from telechat_twins.core.data.chat_layout import ChatLayout
     from telechat_twins.core.data.tokenizer import Tokenizer
     from telechat_twins.core.inference.engine import Engine, EngineLimits
 from telechat_twins.core.model.config import with_table_dtype
@@ -32,6 +33,7 @@ class Loaded:
     source: WeightSource
     config: ModelConfig
     tokenizer: Tokenizer | None
+    layout: ChatLayout | None = None  # of chats; None without a tokenizer, or for one that cannot hold a dialogue
 
     def engine(self, max_len: int, samples: int = 1) -> Engine:
         """An engine on the backend, with the weights loaded and a cache for ``samples`` sequences of ``max_len``."""
@@ -63,6 +65,7 @@ def load_model(
     UserError, before weights are read, when the backend, the checkpoint or a required tokenizer is missing or when they
     do not fit together.
     """
+    from telechat_twins.core.data.chat_layout import open_layout
     from telechat_twins.core.data.tokenizer import check_vocabulary, load_tokenizer
 
     backends.load(args.backend, "generate")  # reports a missing framework before anything is read
@@ -75,15 +78,18 @@ def load_model(
     config = _without_padding(config, path, own=args.tokenizer is None)
     if path is None and need_tokenizer:
         raise UserError(
-            f"{args.checkpoint}: has no tokenizer.model, which {need_tokenizer} needs; give --tokenizer PATH, "
+            f"{args.checkpoint}: has no tokenizer, which {need_tokenizer} needs; give --tokenizer PATH, "
             "or token ids to `tele generate --ids`"
         )
-    tokenizer = None
+    tokenizer, layout = None, None
     # Where no text is needed, a tokenizer beside the checkpoint is not loaded, so that a damaged one is no obstacle.
     if path is not None and (need_tokenizer or args.tokenizer):
         tokenizer = load_tokenizer(path, control=args.control, in_vocabulary=True)
         check_vocabulary(tokenizer, config)
-    return Loaded(args, source, config, tokenizer)
+        layout, notes = open_layout(tokenizer, args.chat_template, [Path(args.checkpoint)])
+        for note in notes:
+            print(f"note: {printable(note)}", file=sys.stderr)
+    return Loaded(args, source, config, tokenizer, layout)
 
 
 def _without_padding(config: ModelConfig, path: str | Path | None, own: bool) -> ModelConfig:

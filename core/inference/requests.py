@@ -120,7 +120,8 @@ def check_ids(name: str, ids: Iterable[int], vocab_size: int) -> list[int]:
 
 def call_marks(tokenizer: Tokenizer) -> dict[int, str]:
     """The control tokens around a tool call, by id; none where the tokenizer has none."""
-    return {tokenizer.control[name]: name for name in (TOOL_CALL, TOOL_CALL_END) if name in tokenizer.control}
+    silent = {**tokenizer.silent, **tokenizer.control}
+    return {silent[name]: name for name in (TOOL_CALL, TOOL_CALL_END) if name in silent}
 
 
 class Sample:

@@ -7,7 +7,6 @@ import re
 import secrets
 from typing import TYPE_CHECKING
 
-from telechat_twins.core.data.chat_template import chat_parts, encode_chat
 from telechat_twins.core.errors import UserError
 from telechat_twins.core.inference.generation import turn_stops
 from telechat_twins.core.inference.requests import Event, Request
@@ -47,8 +46,10 @@ def read_chat(body: JsonObject, served: Served, tenant: str = "") -> Draft:
     """The checked request of ``tenant``; ApiError names the wrong field."""
     fields = Fields(body)
     check_model(fields, served)
-    if not served.tokenizer.control:
-        raise ApiError(400, "this model's tokenizer has no chat tokens; use /v1/completions", code="no_chat_template")
+    if served.layout is None:
+        raise ApiError(
+            400, "this model's tokenizer has no chat tokens or template; use /v1/completions", code="no_chat_template"
+        )
     stream, include_usage = read_stream(fields)
     samples, asked = read_samples(fields), _asked_tokens(fields)
     logprobs = _read_logprobs(fields)
@@ -91,12 +92,14 @@ def read_chat(body: JsonObject, served: Served, tenant: str = "") -> Draft:
 
 def _encode(messages: list[JsonObject], tools: list[JsonObject] | None, served: Served) -> list[int]:
     """The prompt's ids; ApiError when it is certain to be too long, or the template cannot hold it."""
-    check_length(served, [part.text for part in chat_parts(messages, tools) if not part.control], "messages")
+    assert served.layout is not None  # read_chat refuses a model without one
     try:
-        ids = encode_chat(served.tokenizer, messages, tools)
+        check_length(served, served.layout.texts(messages, tools), "messages")
+        ids = served.layout.encode(messages, tools)
     except UserError as error:
         raise ApiError(400, str(error), "messages", "invalid_value") from None
-    return [served.config.bos_token_id, *ids] if served.add_bos else ids
+    bos = [served.config.bos_token_id]
+    return [*bos, *ids] if served.add_bos and ids[:1] != bos else ids
 
 
 def _asked_tokens(fields: Fields) -> int | None:

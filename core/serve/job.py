@@ -16,6 +16,7 @@ from telechat_twins.core.serve.fields import Fields
 from telechat_twins.core.types import JsonObject
 
 if TYPE_CHECKING:
+    from telechat_twins.core.data.chat_layout import ChatLayout
     from telechat_twins.core.data.tokenizer import Tokenizer
 
 MAX_STOPS = 16
@@ -52,6 +53,7 @@ class Served:
     created: int
     fingerprint: str
     add_bos: bool = False
+    layout: ChatLayout | None = None  # None: the model holds no dialogues
 
     @property
     def prompt_limit(self) -> str:

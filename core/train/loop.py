@@ -60,7 +60,6 @@ from telechat_twins.core.train.stages import (
     stage_of,
 )
 from telechat_twins.core.train.start import (
-    TOKENIZER,
     Lineage,
     adopt_start,
     describe_start,
@@ -124,7 +123,7 @@ def _train(
         _hold(folder, held)
     data = StagedData(config, open_blend)
     check_preference(config, data.first)
-    config, padding = fit_run(config, data.first.vocab_size)
+    config, padding = fit_run(config, data.first.vocab_size, data.first.end_token)
     config, length = with_steps(config, sum(data.first.num_samples))
     alone = config.parallel.world == 1
     checkpoint = checkpoint_to_resume(folder, resume, verify=alone)
@@ -426,6 +425,7 @@ class _Run:
             **self.lineage.trainer_entries,
             "config": {**self.config.to_dict(), "model": self._model_config()},
         }
+        tokenizer = Asset(self.data.first.tokenizer_name, self.data.first.tokenizer())
         contents = Contents(
             model={
                 "config": self._model_config(),
@@ -436,7 +436,7 @@ class _Run:
             weights=stepper.weights(),
             optimizer=stepper.optimizer_state(),
             trainer=trainer,
-            assets=[Asset(TOKENIZER, self.data.first.tokenizer()), *self.lineage.assets],
+            assets=[tokenizer, *(asset for asset in self.lineage.assets if asset.name != tokenizer.name)],
             ranks=SaveRanks(stepper.rank, stepper.world, lambda: meet(stepper)),
         )
         keep_last = self.config.checkpoint.keep_last

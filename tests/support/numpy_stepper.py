@@ -59,6 +59,7 @@ class MemoryBlend:
         self.num_samples = [1000]
         self.pairs = False
         self.vocab_size = VOCAB
+        self.tokenizer_name, self.end_token = "tokenizer.model", None
 
     def batch(self, first_sample: int, count: int) -> Batch:
         ids = np.empty((count, SEQ_LEN), np.int32)

@@ -21,6 +21,7 @@ from dataclasses import dataclass, field
 import pytest
 from starlette.types import ASGIApp
 
+from telechat_twins.core.data.chat_layout import open_layout
 from telechat_twins.core.data.tokenizer import Tokenizer
 from telechat_twins.core.inference.engine import Engine, EngineLimits
 from telechat_twins.core.inference.runner import Runner
@@ -100,6 +101,7 @@ def running(
 def served_model(config: ModelConfig, tokenizer: Tokenizer, max_prompt: int, max_new: int) -> Served:
     """The tiny model as clients see it."""
     return Served(
+        layout=open_layout(tokenizer)[0],
         name=NAME,
         config=config,
         tokenizer=tokenizer,

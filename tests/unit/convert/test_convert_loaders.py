@@ -17,11 +17,11 @@ from hypothesis import strategies as st
 from safetensors.numpy import load_file
 
 from telechat_twins.convert.copy import to_hf
-from telechat_twins.convert.hf.tokenizer import CHAT_TEMPLATE
-from telechat_twins.convert.mindformers import protobuf
 from telechat_twins.convert.source import ModelSource, open_model
 from telechat_twins.core.checkpoint.read import write_checkpoint
+from telechat_twins.core.data.chat_layout import CHAT_TEMPLATE
 from telechat_twins.core.data.chat_template import render
+from telechat_twins.core.files import protobuf
 from telechat_twins.core.model.config import load_model_config
 from telechat_twins.core.model.init import init_weights
 from telechat_twins.core.types import JsonObject

@@ -12,7 +12,7 @@ import pytest
 from telechat_twins.core import cli
 from telechat_twins.core.commands import data as data_command
 from telechat_twins.core.commands import tokenize as tokenize_command
-from telechat_twins.core.data import prepare
+from telechat_twins.core.data.encoders import parallel
 from telechat_twins.core.data.forms import texts
 from telechat_twins.core.data.packed import PackedDataset
 from telechat_twins.core.data.packing.dialogue_file import DialogueFile
@@ -60,7 +60,7 @@ def test_texts_become_documents(tmp_path, capsys):
 
 def test_blocks_of_a_long_file_encode_as_the_whole(tmp_path, monkeypatch):
     monkeypatch.setattr(texts, "BLOCK_BYTES", 64)
-    monkeypatch.setattr(prepare, "_BATCH_CHARACTERS", 100)
+    monkeypatch.setattr(parallel, "_TASK", 100)
     text = "".join(SENTENCES) * 7 + "\n\n  no newline at the end"
     (tmp_path / "long.txt").write_text(text, encoding="utf-8")
     (tmp_path / "one_line.txt").write_text("中" * 900, encoding="utf-8")
@@ -76,7 +76,7 @@ def test_blocks_of_a_long_file_encode_as_the_whole(tmp_path, monkeypatch):
 
 def test_memory_does_not_grow_with_the_corpus(tmp_path, monkeypatch):
     monkeypatch.setattr(texts, "BLOCK_BYTES", 1 << 14)
-    monkeypatch.setattr(prepare, "_BATCH_CHARACTERS", 1 << 14)
+    monkeypatch.setattr(parallel, "_TASK", 1 << 14)
     peaks = []
     for name, copies in (("small", 300), ("large", 1500)):
         write_rows(tmp_path / f"{name}.jsonl", [{"text": "The quick brown fox. " * 30}] * copies)
@@ -235,7 +235,10 @@ def test_empty_inputs(tmp_path):
         (["--sft", "plain", "--seq-len", "64", "--bos"], "--bos: only with texts"),
         (["--sft", "mindformers", "--seq-len", "64", "--no-template"], "--no-template: only with --sft deepspeed"),
         (["--threads", "0"], "--threads: must be at least 1"),
-        (["--control", "none"], "no control token <_end>"),
+        (
+            ["--control", "none", "--eos-token", "<none>"],
+            "--eos-token: eos token '<none>' is not one of",
+        ),
         (["--sft", "plain", "--seq-len", "64"], "dialogues are read from files of rows \\(.jsonl"),
     ],
 )

@@ -64,7 +64,8 @@ def test_ids_beyond_the_vocabulary_stay_away_on_request():
 def test_no_newline_prefix_needed_inside_a_released_text():
     tokenizer = released()
     whole = tokenizer.encode("first line\n    second 中文\n\n\tthird")
-    assert tokenizer.encode("first line\n") + tokenizer.encode_continuation("    second 中文\n\n\tthird") == whole
+    first, second = tokenizer.encode_batch(["first line\n", "    second 中文\n\n\tthird"], [True, False])
+    assert [*first, *second] == whole
 
 
 def test_control_ids_and_bos():
@@ -97,7 +98,8 @@ def test_decode_gives_the_text_back(text):
 def test_continuation_behind_a_newline_is_exact(before, after):
     tokenizer = tiny_tokenizer()
     whole = tokenizer.encode(before + "\n" + after)
-    assert tokenizer.encode(before + "\n") + tokenizer.encode_continuation(after) == whole
+    first, second = tokenizer.encode_batch([before + "\n", after], [True, False])
+    assert [*first, *second] == whole
 
 
 @settings(max_examples=60, deadline=None)
@@ -225,5 +227,7 @@ def test_a_foreign_tokenizer_has_no_control_tokens(tmp_path):
         load_tokenizer(path)
     bare = load_tokenizer(path, control="none")
     assert bare.decode(bare.encode("some words")) == "some words"
+    assert bare.encode("x", add_bos=True)[0] == 1 and bare.eos_token_id == 2  # the file's own <s> and </s>
     with pytest.raises(UserError, match="no control token <_start>"):
-        bare.encode("x", add_bos=True)
+        bare.control_id("<_start>")
+    assert load_tokenizer(path, "auto").variant == "none"

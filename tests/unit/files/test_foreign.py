@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 
-from telechat_twins.convert.mindformers.protobuf import fields
 from telechat_twins.core import cli
 from telechat_twins.core.checkpoint.pieces import tiling_fault
 from telechat_twins.core.errors import UserError
@@ -24,6 +23,7 @@ from telechat_twins.core.files.foreign import (
     read_file,
     read_text,
 )
+from telechat_twins.core.files.protobuf import fields
 from telechat_twins.core.files.safetensors import MAX_HEADER, SafetensorsFile
 from telechat_twins.core.launch.nodes import _word
 from telechat_twins.core.model.config import ModelConfig, load_model_config

@@ -14,10 +14,10 @@ import pytest
 
 from telechat_twins.core.commands import chat as command
 from telechat_twins.core.commands.chat import piped_lines, repl
+from telechat_twins.core.data import chat_layout
 from telechat_twins.core.data.chat_template import DEFAULT_SYSTEM
 from telechat_twins.core.data.detokenizer import StreamDecoder
 from telechat_twins.core.errors import UserError
-from telechat_twins.core.inference import chat as chat_module
 from telechat_twins.core.inference.chat import Chat
 from telechat_twins.core.inference.engine import Engine
 from telechat_twins.core.model.config import load_model_config
@@ -52,7 +52,7 @@ class CharTokenizer:
         return bytes(t - FIRST for t in ids if t >= FIRST).decode(errors="replace")
 
 
-def fake_encode_chat(tokenizer, messages, tools=None):
+def fake_encode_chat(tokenizer, messages, tools=None, prompt=True, allow_control=False):
     """The template's shape: system, then turns, then the opening of the answer."""
     ids, marks = [], {"system": SYSTEM, "user": USER, "assistant": BOT}
     for message in messages:
@@ -63,7 +63,7 @@ def fake_encode_chat(tokenizer, messages, tools=None):
 
 @pytest.fixture(autouse=True)
 def template(monkeypatch):
-    monkeypatch.setattr(chat_module, "encode_chat", fake_encode_chat)
+    monkeypatch.setattr(chat_layout, "encode_chat", fake_encode_chat)
 
 
 def spelled(*replies, end=END, tokenizer=None) -> Engine:

@@ -1,0 +1,140 @@
+"""Beginning, end and padding of a tokenizer that is not TeleChat2's, and where each was found.
+
+By name or id, in this order: an option, tokenizer_config.json or special_tokens_map.json beside the tokenizer, the
+model's config.json, the tokenizer's own file. What had to be assumed is in ``notes``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from telechat_twins.core.errors import UserError
+from telechat_twins.core.files.foreign import load_json
+from telechat_twins.core.shown import shown
+from telechat_twins.core.types import JsonObject
+
+KINDS = ("bos", "eos", "pad")
+# In the order in which a folder is looked through; each is a tokenizer by itself, but for merges.txt beside vocab.json.
+FILES = ("tokenizer.model", "tokenizer.json", "vocab.json")
+TOKENIZER_CONFIG, SPECIAL_MAP, ADDED, CONFIG = (
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "config.json",
+)
+
+
+@dataclass(frozen=True)
+class SpecialTokens:
+    """``given``: "bos", "eos" or "pad" -> (the token's name or id, where that was found). ``added``: name -> id of
+    further tokens that the files beside the tokenizer describe (id None: behind the last one)."""
+
+    given: Mapping[str, tuple[str | int, str]] = field(default_factory=dict)
+    added: Mapping[str, int | None] = field(default_factory=dict)
+
+    def id_of(self, kind: str, token_id: Callable[[str], int | None], size: int, path: Path) -> int | None:
+        """The id of a kind of token, None where nothing names it; UserError for a token that does not exist."""
+        if kind not in self.given:
+            return None
+        token, source = self.given[kind]
+        index = token_id(token) if isinstance(token, str) else token
+        if index is None or not 0 <= index < size:
+            raise UserError(f"{source}: {kind} token {shown(token)} is not one of the {size} tokens of {path}")
+        return index
+
+    def source(self, kind: str, default: Path) -> str:
+        """Where a kind of token was found; ``default``: the tokenizer's own file."""
+        return self.given[kind][1] if kind in self.given else str(default)
+
+
+def read_special(folder: Path, options: Mapping[str, str | None] | None = None) -> SpecialTokens:
+    """What ``options`` (kind -> name) and the files in ``folder`` say of the special tokens.
+
+    A file that is not there says nothing; UserError for one that is damaged.
+    """
+    given: dict[str, tuple[str | int, str]] = {}
+    added: dict[str, int | None] = {}
+    for kind, name in (options or {}).items():
+        if name is not None:
+            given[kind] = (name, f"--{kind}-token")
+    described = _beside(folder, TOKENIZER_CONFIG)
+    for source, found in ((TOKENIZER_CONFIG, described), (SPECIAL_MAP, _beside(folder, SPECIAL_MAP))):
+        for key, value in found.items():
+            name = _name(value)
+            if name is None or not key.endswith("_token"):
+                continue
+            kind = key.removesuffix("_token")
+            if kind in KINDS:
+                given.setdefault(kind, (name, str(folder / source)))
+            added.setdefault(name, None)
+    entries = described.get("added_tokens_decoder")
+    if isinstance(entries, dict):
+        for index, value in entries.items():
+            name = _name(value)
+            if name is not None and index.isdecimal() and _is_special(value):
+                added[name] = int(index)
+    for name, index in _beside(folder, ADDED).items():
+        if isinstance(index, int) and not isinstance(index, bool):
+            added[name] = index
+    model: JsonObject = {}
+    with contextlib.suppress(UserError):  # any program's config.json may lie here
+        model = _beside(folder, CONFIG)
+    for key, value in model.items():
+        kind = key.removesuffix("_token_id")
+        first = value[0] if isinstance(value, list) and value else value
+        if key != kind and kind in KINDS and isinstance(first, int) and not isinstance(first, bool):
+            given.setdefault(kind, (first, str(folder / CONFIG)))
+    return SpecialTokens(given, added)
+
+
+def find_tokenizer(folder: Path, among: Iterable[Path] | None = None) -> Path | None:
+    """The tokenizer that lies in a folder (or ``among`` files), the authoritative one where there are several."""
+    files = {path.name: path for path in (folder / name for name in FILES) if path.is_file()}
+    if among is not None:
+        files = {path.name: path for path in among}
+    return next((files[name] for name in FILES if name in files), None)
+
+
+def encodable(text: str) -> None:
+    """UserError for text that has no UTF-8 form."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        bad = text[error.start]
+        raise UserError(f"text has an unpaired surrogate U+{ord(bad):04X} at character {error.start}") from None
+
+
+def missing_control(path: Path, name: str, variant: str) -> UserError:
+    """The error for a control token that the tokenizer does not have."""
+    if variant != "none":
+        return UserError(f"{path}: no control token {name} with control '{variant}'; load with 'chat'")
+    return UserError(
+        f"{path}: no control token {name}: this tokenizer has no dialogue pieces of TeleChat2 (a base model's, or "
+        "read with control 'none'), so it cannot hold a dialogue; continue plain text, or use a chat model's tokenizer"
+    )
+
+
+def missing_special(path: Path, kind: str) -> UserError:
+    """The error for a kind of token that neither the tokenizer nor a file beside it names."""
+    return UserError(
+        f"{path}: no {kind} token is named in it, or in {TOKENIZER_CONFIG}, {SPECIAL_MAP} or {CONFIG} beside it; "
+        f"name it with --{kind}-token"
+    )
+
+
+def _beside(folder: Path, name: str) -> JsonObject:
+    path = folder / name
+    return load_json(path, "a description of tokens") if path.is_file() else {}
+
+
+def _name(value: object) -> str | None:
+    """The text of a token, which is written alone or with its flags."""
+    content = value.get("content") if isinstance(value, dict) else value
+    return content if isinstance(content, str) and content else None
+
+
+def _is_special(value: object) -> bool:
+    return isinstance(value, dict) and value.get("special") is True
