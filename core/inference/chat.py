@@ -52,8 +52,8 @@ class Chat:
         layout: ChatLayout | None = None,
     ) -> None:
         """``layout`` None: TeleChat2's, for a tokenizer that can hold it. ``system`` None: the template's default.
-        ``max_new_tokens`` None: a quarter of max_seqlen, at most 1024. ``cut_question``: a question that is too long by itself loses its beginning, as in the release; otherwise it is
-        an error.
+        ``max_new_tokens`` None: a quarter of max_seqlen, at most 1024. ``cut_question``: a question that is too long by
+        itself loses its beginning, as in the release; otherwise it is an error.
 
         UserError when the tokenizer does not fit the model or the layout, or the budget is below 3 tokens.
         """
