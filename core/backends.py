@@ -1,4 +1,4 @@
-"""Backends by name: modules of a twin, and with them its framework, are imported when a command needs them."""
+"""Registry of backends: modules of a twin, and with them its framework, are imported when a command needs them."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ _FRAMEWORK = {"ms": "mindspore", "pt": "torch"}
 
 
 def install_command(extra: str) -> str:
-    """The pip command that adds an optional part, for a checkout or for an installed wheel."""
+    """The pip command that installs an extra, in a checkout or for an installed wheel."""
     return f"pip install -e '.[{extra}]'" if IN_CHECKOUT else f"pip install 'telechat-twins[{extra}]'"
 
 
 def load(backend: str, module: str) -> ModuleType:
-    """``load("ms", "forward")`` is the module telechat_twins.telechat_ms.forward.
+    """A module of a backend: ``load("ms", "forward")`` is telechat_twins.telechat_ms.forward.
 
     UserError when the framework is not installed.
     """

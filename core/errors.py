@@ -1,13 +1,13 @@
-"""The one exception that means "the user can mend this"."""
+"""Exception for errors that the user can fix."""
 
 from telechat_twins.core.shown import printable
 
 
 class UserError(Exception):
-    """A mistake of the user's: one line that names the field or file, what was found, and the way out.
+    """An error in the user's input: one line with the field or file, what must hold, what was found and what to do.
 
-    The command line prints it on stderr and exits with code 2. Everything else is a defect of ours (exit 1). Whatever
-    is told of foreign files, the message stays one printable line of bounded length (core.shown).
+    The command line prints it to stderr and exits with code 2. Any other exception is a bug of this program (exit 1).
+    Whatever the message quotes from untrusted files, it is one printable line of bounded length (core.shown).
     """
 
     def __init__(self, message: object = "") -> None:

@@ -1,15 +1,16 @@
-"""The nearest legal word to a misspelt one."""
+"""Suggestion for a misspelt word: the most similar legal one."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from difflib import get_close_matches
 
-LONGEST = 64  # characters: comparing takes the square of the length, and nobody mistypes a longer word
+LONGEST = 64  # characters of a word that gets a suggestion: the cost of comparing grows with the square
 
 
 def nearest(word: object, known: Iterable[str], cutoff: float = 0.6) -> str | None:
-    """The one of ``known`` that is at least ``cutoff`` like ``word`` and most like it; None for a long word."""
+    """The word of ``known`` most similar to ``word``, with a similarity of at least ``cutoff``; None if there is none,
+    or ``word`` is too long."""
     text = str(word) if not isinstance(word, int) else ""
     if len(text) > LONGEST:
         return None

@@ -1,8 +1,8 @@
-"""Foreign text and foreign values as they may be shown: on one line, without control characters, of bounded length.
+"""Escaping of untrusted text and values for display: one line, no control characters, bounded length.
 
-Names of tensors, keys, files and pieces of a vocabulary come from files that anybody may have written. Printed as they
-are, an escape sequence in one would be obeyed by the terminal, a line break would forge a line of a log, and a mark
-of the writing direction would reorder what stands beside it.
+Names of tensors, keys, files and vocabulary pieces come from untrusted files. Printed unchanged, an escape sequence
+would be executed by the terminal, a line break would forge a log line, and a mark of the writing direction would
+reorder the text around it.
 """
 
 from __future__ import annotations
@@ -11,16 +11,17 @@ import re
 import reprlib
 
 LONGEST = 2_000  # characters of one message
-_HEAD, _TAIL = 1_400, 500  # what is kept of a longer one: where and what, and the way out
+_HEAD, _TAIL = 1_400, 500  # characters kept of a longer one: its start says where and what, its end what to do
 _CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # without tab and line feed
 _DIGITS = 40  # of a whole number that is written out; 2**128 has 39
 
 
 def printable(text: str, longest: int | None = LONGEST) -> str:
-    """``text`` with every character escaped that a terminal would not show as itself, cut in the middle if longer.
+    """``text`` with all characters escaped that a terminal does not show as themselves, and cut in the middle if longer
+    than ``longest``.
 
-    Escaped are control characters, line breaks, marks of direction, unpaired surrogates and invisible spaces, as
-    Python's own ``repr`` would write them. Applying it twice changes nothing.
+    Escaped, as in Python's ``repr``, are control characters, line breaks, marks of direction, unpaired surrogates and
+    invisible spaces. Applying it twice has no further effect.
     """
     if longest is not None and len(text) > longest:
         left_out = len(text) - _HEAD - _TAIL
@@ -31,15 +32,15 @@ def printable(text: str, longest: int | None = LONGEST) -> str:
 
 
 def controls_shown(text: str) -> str:
-    """A text of several lines for a terminal: everything stays but control characters, which are escaped."""
+    """A text of several lines for a terminal, with only its control characters escaped."""
     return _CONTROLS.sub(lambda match: match[0].encode("unicode_escape").decode("ascii"), text)
 
 
 def shown(value: object) -> str:
-    """Like ``repr``, but of bounded length and cost, whatever the value.
+    """``repr`` of bounded length and cost.
 
-    A tree of YAML aliases can be far larger written out than in memory, and a whole number may have more digits than
-    Python agrees to write.
+    A tree of YAML aliases can be far larger when written out than in memory, and Python refuses to write whole numbers
+    of very many digits.
     """
     return _REPR.repr(value)
 

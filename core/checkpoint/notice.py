@@ -1,4 +1,4 @@
-"""Notice file of a multi-rank save: rank 0 announces the folder being written and the outcome."""
+"""Notice file of a multi-rank save: rank 0 publishes the folder being written and the outcome."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from telechat_twins.core.errors import UserError
 from telechat_twins.core.files.atomic import write_text
 from telechat_twins.core.types import JsonObject
 
-# A network file system may show another machine's new file this much later.
+# A file written on one machine may become visible on another this much later, by the caches of a network file system.
 VISIBILITY_S = 60.0
 
 
 class Notice:
-    """A small hidden file beside the checkpoint: rank 0 writes it, the other ranks poll it.
+    """A small hidden file beside the checkpoint, written by rank 0 and polled by the other ranks.
 
-    It holds ``id`` and ``building`` while the save goes on, ``id`` and ``failed`` when it is lost. It is gone when the
-    checkpoint stands.
+    It has ``id`` and ``building`` (the hidden folder) during the save, and ``id`` and ``failed`` (the reason) after a
+    failure. It is removed when the checkpoint is complete.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -30,16 +30,19 @@ class Notice:
         self.id = ""
 
     def post(self, building: Path) -> None:
+        """Announce a new save that writes into ``building``."""
         self.id = uuid.uuid4().hex
         write_text(self.path, json.dumps({"id": self.id, "building": building.name}))
 
     def refuse(self, reason: str) -> None:
+        """Announce that the save has failed."""
         try:
             write_text(self.path, json.dumps({"id": self.id, "failed": reason}))
         except (OSError, UserError):
             self.withdraw()
 
     def withdraw(self) -> None:
+        """Remove the notice: the checkpoint is complete."""
         with suppress(OSError):
             self.path.unlink()
 
@@ -50,7 +53,7 @@ class Notice:
             return None
 
     def follow(self) -> Path:
-        """Where rank 0 makes this checkpoint; UserError if it refused to, or if its notice is not seen here."""
+        """The folder that rank 0 has announced. UserError if its save has failed or the notice is not visible here."""
         for _ in polls(VISIBILITY_S):
             found = self.read()
             if found is not None:
@@ -72,7 +75,7 @@ class Notice:
             raise UserError(found["failed"])
 
     def outcome(self, timeout_s: float) -> str | None:
-        """None when the checkpoint is complete, else the reason why it is not, in one line."""
+        """Wait for the end of the save: None when the checkpoint is complete, else the reason in one line."""
         gone_since: float | None = None
         for _ in polls(timeout_s):
             found = self.read()
@@ -92,7 +95,7 @@ class Notice:
 
 
 def polls(seconds: float) -> Iterator[None]:
-    """Yields at once, then at growing intervals (10 ms to 0.5 s) until ``seconds`` have passed, and once more then."""
+    """Yields at once, then at growing intervals (10 ms to 0.5 s), for the last time when ``seconds`` have passed."""
     end = time.monotonic() + seconds
     pause = 0.01
     while True:

@@ -26,12 +26,12 @@ VERSION = 1
 KINDS = ("weights", "optimizer")
 MAX_FILE_BYTES = 4 << 30
 
-# Room for some hundreds of header entries, known before the tensors are; the data then starts on a 64 KiB boundary.
+# Header room of a file whose tensors are not known in advance: some hundreds of entries, and data on a 64 KiB boundary.
 _HEADER_ROOM = (64 << 10) - 8
 
 
 class TensorPiece(NamedTuple):
-    """``array`` is the box that starts at ``offset`` of the tensor ``name`` of global ``shape``."""
+    """A box of a tensor: ``array`` starts at ``offset`` in the tensor ``name``, whose global shape is ``shape``."""
 
     name: str
     array: np.ndarray
@@ -40,7 +40,7 @@ class TensorPiece(NamedTuple):
 
 
 class PieceSpec(NamedTuple):
-    """A piece that will come: TensorPiece, with dtype and shape in the place of the numbers."""
+    """A planned piece: a TensorPiece with dtype and extent in place of the array."""
 
     name: str
     dtype: np.dtype
@@ -54,7 +54,7 @@ class PieceSpec(NamedTuple):
 
 
 class Planned(NamedTuple):
-    """All pieces of one kind, in the order in which they will come, and their total bytes."""
+    """All planned pieces of one kind, in the order of writing, and their total bytes."""
 
     pieces: Iterable[PieceSpec]
     nbytes: int
@@ -69,11 +69,11 @@ def whole(name: str, array: np.ndarray) -> TensorPiece:
 
 
 class PieceWriter:
-    """Writes pieces of tensors into a folder; ``part`` describes them for ``write_manifest``.
+    """Writer of tensor pieces into the files of a folder; ``part`` describes them for ``write_manifest``.
 
-    Each kind has files of its own. One is closed when ``max_file_bytes`` is reached; a single larger tensor gets a file
-    of its own. File names carry ``rank`` where one is given. Files of a kind in ``planned`` are written past the file
-    cache (core.files.direct_io); its pieces must come as they were planned.
+    Each kind has files of its own. A new file is begun when one would exceed ``max_file_bytes``; a single larger tensor
+    has a file to itself. ``rank`` becomes part of the file names. Files of the kinds in ``planned`` bypass the page
+    cache (core.files.direct_io); their pieces must be added in the planned order.
     """
 
     def __init__(
@@ -92,19 +92,20 @@ class PieceWriter:
         self._spool = Spool() if planned else None
         self._counts = dict.fromkeys(KINDS, 0)
         self._files: dict[str, JsonObject] = {}
-        # Full files are synced and hashed here, while the next one fills: one waits for the disk, another is hashed.
+        # Full files are synced and hashed in these threads while the next one is written: one may wait for the disk
+        # while another is hashed.
         self._finisher = ThreadPoolExecutor(2, "finish-file")
         self._finishing: list[Future[None]] = []
 
     def add(self, kind: str, piece: TensorPiece) -> None:
-        """Write one piece. ValueError if it contradicts the pieces before, or a whole tensor is given twice."""
+        """Write one piece. ValueError if it contradicts earlier pieces of its tensor, or repeats a whole tensor."""
         name, array, shape = piece.name, piece.array, tuple(piece.shape)
         entry: JsonObject = {"shape": list(shape), "dtype": dtype_code(array.dtype), "pieces": []}
         entry = _agreeing(self._tensors[kind].setdefault(name, entry), entry, kind, name)
         if entry["pieces"] and array.shape == shape:
             raise ValueError(f"{kind} '{name}' was given twice")
         if array.size == 0 and 0 not in shape:
-            return  # a rank without a share; its key would clash with that of the piece that starts there
+            return  # a rank's empty part; its key would equal that of the piece that starts at this offset
         key = _key(name, piece.offset, array.shape, shape)
         file = self._file(kind, key, array)
         file.add(key, array)
@@ -113,7 +114,8 @@ class PieceWriter:
         )
 
     def part(self) -> JsonObject:
-        """What was written, as JSON: ``tensors`` by kind and name, ``files`` with size and SHA-256. After the exit."""
+        """JSON description of what was written: ``tensors`` by kind and name, ``files`` with size and SHA-256. Valid
+        after the context has been left."""
         return {"tensors": self._tensors, "files": self._files}
 
     def __enter__(self) -> PieceWriter:
@@ -160,7 +162,7 @@ class PieceWriter:
             size, digest = file.finish()
         else:
             file.__exit__(None, None, None)
-            # The header lies before the data but is known last, so the hash is taken now, from the file cache.
+            # The header comes first in the file but is known last, so the file is hashed now, from the page cache.
             size, digest = file.path.stat().st_size, file_sha256(file.path)
         self._files[file.path.name] = {"size": size, "sha256": digest}
 
@@ -170,7 +172,7 @@ def _key(name: str, offset: Sequence[int], extent: Sequence[int], shape: Sequenc
 
 
 def _planned_files(pieces: Iterable[PieceSpec], max_bytes: int) -> Iterator[dict[str, tuple[str, tuple[int, ...]]]]:
-    """What each file of one kind will hold: key -> dtype code, shape."""
+    """The planned tensors of each file of one kind: key -> dtype code, shape."""
     file: dict[str, tuple[str, tuple[int, ...]]] = {}
     size = 0
     for piece in pieces:
@@ -213,7 +215,10 @@ def write_manifest(
         size = (folder / path).stat().st_size
         files[path] = known.get(path) or {"size": size, "sha256": file_sha256(folder / path)}
         if files[path]["size"] != size:
-            raise UserError(f"{folder / path}: {files[path]['size']} bytes were written, {size} are seen by rank 0")
+            raise UserError(
+                f"{folder / path}: must have the {files[path]['size']} bytes that its rank wrote, rank 0 finds {size}; "
+                "let all ranks save to one shared file system, and save again"
+            )
     manifest = {"format": FORMAT, "version": VERSION, "step": step}
     manifest |= ({"save": save} if save else {}) | ({} if number is None else {"number": number})
     manifest |= {"files": files, "tensors": tensors}
@@ -227,7 +232,7 @@ def manifest_digest(manifest: JsonObject) -> str:
 
 
 def tiling_fault(shape: Sequence[int], boxes: Iterable[tuple[Sequence[int], Sequence[int]]]) -> str | None:
-    """None if the boxes (offset, extent) cover a tensor of ``shape``, each element once; else what they do instead."""
+    """None if the boxes (offset, extent) cover each element of a tensor of ``shape`` exactly once; else the fault."""
     spans = [(tuple(offset), tuple(o + n for o, n in zip(offset, extent, strict=True))) for offset, extent in boxes]
     covered = sum(math.prod(b - a for a, b in zip(low, high, strict=True)) for low, high in spans)
     outside = any(b > size for _, high in spans for b, size in zip(high, shape, strict=True))
@@ -242,11 +247,12 @@ _Span = tuple[tuple[int, ...], tuple[int, ...]]
 
 
 def _overlap(spans: list[_Span], dimensions: int) -> str:
-    """What is wrong if two boxes (low, high), none of them empty, share an element, or if that would take long to find
-    out: no layout cuts a tensor into boxes of which hundreds begin at one place."""
+    """The fault if two non-empty boxes (low, high) overlap, or if too many lie side by side to check that quickly: no
+    layout cuts a tensor into hundreds of boxes that begin at the same place of an axis. "" if neither."""
     if not dimensions:
         return " and overlap" if len(spans) > 1 else ""
-    # A sweep along the axis that is cut most often: few boxes then reach over the place where the next one begins.
+    # Sweep along the axis with the most cuts. `reaching` has the boxes that extend beyond the start of the next one;
+    # along this axis they are few, and only they can overlap with it.
     axis = max(range(dimensions), key=lambda i: len({low[i] for low, _ in spans}))
     others = [i for i in range(dimensions) if i != axis]
     reaching: list[_Span] = []

@@ -1,8 +1,8 @@
-"""Reader of canonical checkpoints: one folder of safetensors and JSON that either backend, in any layout, can read.
+"""Reader of canonical checkpoints: folders of safetensors and JSON that both backends read, in any layout.
 
-``manifest.json`` lists for every logical tensor its pieces (file, key, offset, extent), and for every file its size
-and SHA-256. A save is invisible until it is complete; a reader reads only the bytes it asks for. The format
-is described in docs/checkpoints.md.
+``manifest.json`` lists the pieces of every logical tensor (file, key, offset, extent) and the size and SHA-256 of every
+file. A checkpoint becomes visible when it is complete, and of a tensor only the requested bytes are read. The format is
+described in docs/checkpoints.md.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ from telechat_twins.core.model.params import ParamSpec
 from telechat_twins.core.shown import shown
 from telechat_twins.core.types import JsonObject
 
-# Everything about checkpoints is imported from here, wherever it is written.
+# Other rooms import everything about checkpoints from this module.
 __all__ = [
     "ALONE",
     "FORMAT",
@@ -68,17 +68,17 @@ __all__ = [
     "write_manifest",
 ]
 
-MAX_MANIFEST_BYTES = 128 * MIB  # bytes; a piece takes 150, and 512 ranks save about 150,000 of them
+MAX_MANIFEST_BYTES = 128 * MIB  # a piece takes about 150 bytes, and 512 ranks save about 150,000 pieces
 MAX_MANIFEST_VALUES = 4_000_000
 MAX_PIECES = 65_536  # of one tensor
-MAX_POINTER_BYTES = 4_096  # bytes of ``latest``
+MAX_POINTER_BYTES = 4_096  # of the file ``latest``
 
 
 def open_checkpoint(path: str | Path, verify: bool = True) -> Checkpoint:
     """Open a step folder, or a run folder through its ``latest``.
 
-    Always checks the manifest, the presence and size of every file. ``verify`` also hashes every file, which reads
-    all of it once; leave it out for very large checkpoints that were verified before. UserError names what is wrong.
+    Always checks the manifest and the presence and size of every file. ``verify`` also hashes every file, which reads
+    all of them once; turn it off for very large checkpoints that were verified before. UserError names the fault.
     """
     checkpoint = Checkpoint(_find(Path(path)))
     if verify:
@@ -106,9 +106,9 @@ class Entry:
 
 
 class Checkpoint:
-    """A readable checkpoint; use open_checkpoint.
+    """An opened checkpoint; create it with open_checkpoint.
 
-    ``path`` the step folder, ``step``, ``model`` (model.json), ``trainer`` (trainer.json or None).
+    ``path``: the step folder. ``step``: its number. ``model``: model.json. ``trainer``: trainer.json, or None.
     """
 
     def __init__(self, path: Path) -> None:
@@ -125,7 +125,7 @@ class Checkpoint:
         found = manifest.pop("digest", None)
         if found != (expected := manifest_digest(manifest)):
             raise UserError(
-                f"{where}: altered: its digest is {shown(found)}, its content gives {expected}; use another checkpoint"
+                f"{where}: altered: its digest is {shown(found)}, of its content {expected}; use another checkpoint"
             )
         try:
             self.step = int(manifest["step"])
@@ -145,7 +145,7 @@ class Checkpoint:
 
     @property
     def assets(self) -> list[Path]:
-        """The small files (tokenizer) kept with the checkpoint."""
+        """The asset files (tokenizer) of the checkpoint."""
         return [self.path / name for name in self._sizes if name.startswith("assets/")]
 
     @property
@@ -159,7 +159,7 @@ class Checkpoint:
         return sum(size for size, _ in self._sizes.values())
 
     def names(self, kind: str) -> list[str]:
-        """Names of the tensors of ``kind`` ("weights" or "optimizer"), in the order they were saved."""
+        """Names of the tensors of ``kind`` ("weights" or "optimizer"), in the order of saving."""
         return list(self._entries[kind])
 
     def shape(self, kind: str, name: str) -> tuple[int, ...]:
@@ -171,10 +171,9 @@ class Checkpoint:
         return DTYPES[self._entry(kind, name).code]
 
     def read(self, kind: str, name: str, index: Index | None = None) -> np.ndarray:
-        """The tensor, or the box that ``index`` (slices without step) cuts from it, in the stored dtype.
+        """The tensor, or its box ``index`` (slices without step), in the stored dtype.
 
-        Reads only the bytes of that box from the pieces it meets. UserError if the tensor is missing, or its pieces
-        are not what the manifest says.
+        Reads only the bytes of the box. UserError if the tensor is missing or its pieces differ from the manifest.
         """
         entry = self._entry(kind, name)
         starts, extents = box(entry.shape, index)
@@ -194,8 +193,8 @@ class Checkpoint:
     def verify(self, on_bytes: Callable[[int], object] | None = None, share: tuple[int, int] = (0, 1)) -> None:
         """Hash every file and check every header against the manifest; ``on_bytes`` is called with the bytes hashed.
 
-        ``share`` = (rank, ranks): only this rank's share of the files, about equal in bytes; the shares of all ranks
-        make up the whole. UserError names the file with the expected and the found hash.
+        ``share`` = (rank, ranks): verify only this rank's part of the files; the parts of all ranks are about equal in
+        bytes and together complete. UserError names the file, with the expected and the found hash.
         """
         names = set(sorted(self._sizes, key=lambda name: (self._sizes[name][0], name))[share[0] :: share[1]])
         for name, (_, expected) in self._sizes.items():
@@ -216,18 +215,27 @@ class Checkpoint:
 
     def _entry(self, kind: str, name: str) -> Entry:
         if name not in self._entries[kind]:
-            raise UserError(f"{self.path}: holds no {kind} tensor '{name}'; it has {len(self._entries[kind])} others")
+            raise UserError(
+                f"{self.path}: has no {kind} tensor '{name}' among {len(self._entries[kind])}; the model's config does "
+                "not fit this checkpoint, or tensors were left out when it was made"
+            )
         return self._entries[kind][name]
 
     def _inside(self, name: str) -> Path:
         path = self.path / name
         if "\0" in name or not path.resolve().is_relative_to(self.path.resolve()):
-            raise UserError(f"{self.path / 'manifest.json'}: file '{name}' points outside the checkpoint folder")
+            raise UserError(
+                f"{self.path / 'manifest.json'}: files must stay inside the checkpoint folder, found '{name}'; "
+                "use another checkpoint"
+            )
         return path
 
     def _check_files(self) -> None:
         if "model.json" not in self._sizes:
-            raise UserError(f"{self.path / 'manifest.json'}: does not list model.json; the checkpoint is incomplete")
+            raise UserError(
+                f"{self.path / 'manifest.json'}: must list model.json and does not; the checkpoint is incomplete, use "
+                "another one"
+            )
         for name, (size, expected) in self._sizes.items():
             path = self._inside(name)
             if not path.is_file():
@@ -241,11 +249,12 @@ class Checkpoint:
         for piece in (p for entries in self._entries.values() for e in entries.values() for p in e.pieces):
             if piece.file not in self._sizes:
                 raise UserError(
-                    f"{self.path / 'manifest.json'}: piece '{piece.key}' lies in '{piece.file}', which is not listed"
+                    f"{self.path / 'manifest.json'}: must list the file of every piece, and that of piece "
+                    f"'{piece.key}', '{piece.file}', is not listed; use another checkpoint"
                 )
 
     def _file(self, piece: Piece, entry: Entry) -> SafetensorsFile:
-        """The file of a piece, its header read once and held against the manifest."""
+        """The opened file of a piece, after a check of its header against the manifest."""
         if piece.file not in self._files:
             self._files[piece.file] = SafetensorsFile(self._inside(piece.file))
         file = self._files[piece.file]
@@ -258,7 +267,7 @@ class Checkpoint:
         return file
 
     def _places(self, kind: str, name: str, entry: Entry) -> _Places:
-        """Where the pieces of a tensor lie, found to cover it, each element once."""
+        """The pieces of a tensor for lookup, after a check that they cover each element exactly once."""
         if (kind, name) not in self._found:
             if fault := tiling_fault(entry.shape, [(piece.offset, piece.extent) for piece in entry.pieces]):
                 where = self.path / "manifest.json"
@@ -268,13 +277,13 @@ class Checkpoint:
 
 
 class _Places:
-    """The pieces of one tensor in the order of their first axis, so that few are looked at for a box of it."""
+    """Lookup of one tensor's pieces by position: sorted along the first axis, so that a box examines few of them."""
 
     def __init__(self, pieces: tuple[Piece, ...]) -> None:
         self._pieces = sorted(pieces, key=lambda piece: piece.offset[:1])
         self._low = np.array([piece.offset for piece in self._pieces], np.int64)
         self._high = self._low + np.array([piece.extent for piece in self._pieces], np.int64)
-        # How far the pieces up to each one reach: it only grows, so it can be searched.
+        # Largest end along the first axis among the pieces up to each one: it never decreases, so it can be bisected.
         self._reach = np.maximum.accumulate(self._high[:, 0]) if self._low.size else self._low
 
     def meeting(self, starts: tuple[int, ...], extents: tuple[int, ...]) -> list[Piece]:
@@ -291,10 +300,10 @@ class _Places:
 def check_shapes(
     table: Mapping[str, ParamSpec], names_and_shapes: Mapping[str, tuple[int, ...]], where: str = "checkpoint"
 ) -> None:
-    """Hold the tensors found against the model's parameter table.
+    """Check names and shapes of tensors against the model's parameter table.
 
-    UserError, starting with ``where``, lists the first missing or unexpected names, or the tensor whose shape differs
-    with the expected and the found shape.
+    UserError, starting with ``where``, lists the first missing and unexpected names, or the first tensor of another
+    shape, with the expected and the found one.
     """
     missing = [name for name in table if name not in names_and_shapes]
     unexpected = [name for name in names_and_shapes if name not in table]
@@ -311,7 +320,7 @@ def check_shapes(
 
 
 def _find(path: Path) -> Path:
-    """The step folder meant by ``path``."""
+    """The step folder at ``path``, or the one that ``path``'s ``latest`` names."""
     if not standing(path).is_dir():
         raise UserError(f"{path}: no such folder; expected a checkpoint or a run that saved one")
     path = standing(path)
@@ -319,7 +328,7 @@ def _find(path: Path) -> Path:
         return path
     pointer = path / "latest"
     if not pointer.is_file():
-        raise UserError(f"{path}: holds neither manifest.json nor latest; give a checkpoint or a run that saved one")
+        raise UserError(f"{path}: has neither manifest.json nor latest; give a checkpoint or a run that saved one")
     name = read_text(pointer, MAX_POINTER_BYTES).strip()
     if not STEP_FOLDER.fullmatch(name):
         raise UserError(

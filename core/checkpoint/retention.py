@@ -1,4 +1,4 @@
-"""Retention of a run's checkpoints: which step folders there are, in which order they were saved, which are removed."""
+"""Retention of a run's checkpoints: lists the step folders, orders them by save number, and removes old ones."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ def step_folders(root: Path) -> list[Path]:
 
 
 def save_number(folder: Path) -> int:
-    """Which save of its run a checkpoint was; 0 where that was not counted yet, or its manifest cannot be read."""
+    """Number of a checkpoint's save in its run, from 1; 0 in manifests without one, and for unreadable manifests."""
     try:
         with open(folder / "manifest.json", encoding="utf-8") as file:
             head = file.read(1000)
-            if found := _NUMBER.search(head):  # where write_manifest puts it; the rest may be megabytes
+            if found := _NUMBER.search(head):  # write_manifest puts it in front; the rest may have megabytes
                 return int(found[1])
             number = json.loads(head + file.read()).get("number", 0)
         return number if type(number) is int else 0
@@ -36,11 +36,10 @@ def save_number(folder: Path) -> int:
 
 
 def prune(root: Path, newest: Path, keep_last: int) -> None:
-    """Keep ``newest`` and the ``keep_last`` - 1 saved last before it.
+    """Remove all checkpoints of a run but ``newest`` and the ``keep_last`` - 1 saved before it.
 
-    Not those of the highest steps, since a run may go back to an older one, nor by the time of their files, since
-    clocks are set and files copied: by their number. Those without one were saved before all others, in the order of
-    time.
+    The order is that of the save numbers. Steps would be wrong, since a run may return to an earlier step, and so would
+    file times, since clocks are set and files copied. Checkpoints without a number count as the oldest, by file time.
     """
     others = [p for p in step_folders(root) if p != newest]
     others.sort(key=lambda p: (save_number(p), (p / "manifest.json").stat().st_mtime_ns, p.name), reverse=True)
@@ -52,8 +51,8 @@ def prune(root: Path, newest: Path, keep_last: int) -> None:
 
 
 def forget_notices(folder: Path) -> None:
-    """Remove the notices of saves that were given up or killed (that of this save goes last), and what is left of files
-    that an earlier version of this program was writing when it was killed."""
+    """Remove the notices of abandoned and killed saves, except that of this save, and unfinished files that an earlier
+    version of this program left behind when it was killed."""
     own = Notice(folder).path
     for left in folder.parent.glob(".*"):
         if left.name != own.name and _LEFT.fullmatch(left.name):

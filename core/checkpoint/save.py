@@ -1,17 +1,17 @@
 """Commit protocol of a canonical checkpoint: one process or all ranks of a job, synchronous or in the background.
 
-After one barrier the ranks exchange files only, so a save can run in a background thread while the framework's
-collectives go on:
+After one barrier the ranks communicate through files only, so a save can run in a background thread while training goes
+on with its collectives:
 
-    1. rank 0    makes the hidden folder .tmp-tele-step-N-... and posts the notice .saving-step-N.json, which names it
+    1. rank 0    creates the hidden folder .tmp-tele-step-N-... and the notice .saving-step-N.json, which names it
     2. all       meet at the barrier
-    3. each      writes its pieces to a hidden folder inside and renames that to rank-R when it is synced
+    3. each      writes its pieces to a hidden folder inside it, syncs that and renames it to rank-R
     4. rank 0    moves the files out of all rank-R, writes JSON, assets and the manifest, syncs, renames to step-N
     5. rank 0    moves ``latest``, prunes old checkpoints, removes the notice
-    6. others    see the notice gone and a manifest with its id: the save is complete
+    6. others    find the notice gone and a manifest with its id: the save is complete
 
-A crash before the rename of step 4 leaves only hidden files, which the next save removes. A crash after it leaves a
-complete step-N that ``latest`` does not name yet.
+A crash before the rename in 4 leaves only hidden files, which the next save removes. A crash after it leaves a complete
+step-N that ``latest`` does not name yet.
 """
 
 from __future__ import annotations
@@ -38,10 +38,10 @@ from telechat_twins.core.types import JsonObject
 
 
 class SaveRanks(NamedTuple):
-    """Which of ``size`` ranks this one is in a common save.
+    """This rank's place among the ``size`` ranks of a common save.
 
-    ``barrier`` returns when every rank has called it; it is called once a save, in the caller's thread. A save is given
-    up when a rank is not ready ``timeout_s`` after rank 0.
+    ``barrier`` returns when every rank has called it; a save calls it once, in the caller's thread. A save fails when
+    some rank's part is not ready ``timeout_s`` seconds after rank 0's.
     """
 
     rank: int
@@ -51,7 +51,7 @@ class SaveRanks(NamedTuple):
 
 
 class Asset(NamedTuple):
-    """A small file that is kept with a checkpoint, by its contents: a file may be altered while training goes on."""
+    """A small file of a checkpoint, given by its contents, since a file on disk may change while training goes on."""
 
     name: str
     data: bytes
@@ -62,12 +62,12 @@ ALONE = SaveRanks(0, 1, lambda: None)
 
 @dataclass(frozen=True)
 class Contents:
-    """What one rank gives to a checkpoint, and with which ranks.
+    """One rank's contribution to a checkpoint, and the ranks that save together.
 
-    ``weights`` and ``optimizer`` are whole tensors or pieces, taken one at a time; each is on its way to disk before
-    the next is asked for. ``model`` and ``trainer`` are JSON values. ``assets`` are small files (tokenizer) kept with
-    the checkpoint. Every rank gives the pieces that it owns; of the rest, rank 0's values count. The pieces of all
-    ranks must make up each tensor, every element once.
+    ``weights`` and ``optimizer``: whole tensors or pieces, consumed one at a time; each is handed to the disk before
+    the next is requested. ``model`` and ``trainer``: JSON values. ``assets``: small files (tokenizer) kept with it.
+    Every rank gives the pieces that it owns; of the other fields, rank 0's values are saved. The pieces of all ranks
+    must cover each element of every tensor exactly once.
     """
 
     model: JsonObject
@@ -82,18 +82,18 @@ class Contents:
 def save_checkpoint(root: str | Path, step: int, contents: Contents, *, keep_last: int) -> Path:
     """Write ``root/step-00000100`` so that it appears complete or not at all, then move ``root/latest`` to it.
 
-    Saving a step again replaces it. Afterwards only the ``keep_last`` newest checkpoints stay, this one always. With
+    Saving a step again replaces it. Afterwards the ``keep_last`` newest checkpoints are kept, this one among them. With
     several ranks, every rank calls this with the same ``root``, ``step`` and ``keep_last``.
 
-    Returns the new folder, on every rank only when all of it is there. ValueError when the pieces do not make up their
-    tensors. UserError on every rank, with the space needed, when the disk of one is full: the checkpoints before are
-    intact.
+    Returns the new folder when the whole checkpoint is complete, on every rank. ValueError when the pieces do not cover
+    their tensors. UserError on every rank, with the space needed, when the disk of one is full; earlier checkpoints are
+    intact then.
     """
     return begin_save(root, step, contents, keep_last=keep_last)()
 
 
 def begin_save(root: str | Path, step: int, contents: Contents, *, keep_last: int) -> Callable[[], Path]:
-    """save_checkpoint up to the barrier; the function returned does the rest, in any thread, and returns the folder."""
+    """save_checkpoint up to the barrier. The returned function does the rest, in any thread, and returns the folder."""
     folder = Path(root) / f"step-{step:08d}"
 
     def publish() -> None:
@@ -121,10 +121,10 @@ def write_checkpoint(
     max_file_bytes: int = MAX_FILE_BYTES,
     planned: Mapping[str, Planned] | None = None,
 ) -> Path:
-    """Write one checkpoint folder atomically, by one process, without ``latest`` and pruning; fields as in Contents.
+    """Write one checkpoint folder atomically, from one process, without ``latest`` and pruning; fields as in Contents.
 
-    ``planned``: the pieces of both kinds, where they are known before they are made. They are then written past the
-    file cache, and the kinds are taken in turns, so that they end together, and else one after the other.
+    ``planned``: the pieces of both kinds, if they are known in advance. They are then written past the page cache, and
+    weights and optimizer are written in turns, so that both end together; otherwise one after the other.
     """
     contents = Contents(model, weights, optimizer, trainer, assets, max_file_bytes)
     streams = _streams(contents)
@@ -134,9 +134,9 @@ def write_checkpoint(
 
 
 class Saver:
-    """Saves of one run, one after another; those asked to be asynchronous are written by a background thread.
+    """Saver of a run's checkpoints, one at a time; asynchronous saves are written by a background thread.
 
-    ``last`` is the last checkpoint known to be complete.
+    ``last``: the last checkpoint known to be complete.
     """
 
     def __init__(self) -> None:
@@ -146,13 +146,13 @@ class Saver:
 
     @property
     def failed(self) -> bool:
-        """Whether the save in the background is known to have failed; ``wait`` raises its error."""
+        """Whether the background save has failed; ``wait`` raises its error."""
         return self._error is not None
 
     def save(self, root: str | Path, step: int, contents: Contents, *, keep_last: int, asynchronous: bool) -> None:
         """save_checkpoint, with its arguments. ``asynchronous``: all arrays are copied, then written in the background.
 
-        Waits for the save before, and raises its error. All ranks must agree about ``asynchronous``.
+        First waits for the previous save and raises its error. ``asynchronous`` must be the same on all ranks.
         """
         self.wait()
         if asynchronous:
@@ -165,15 +165,15 @@ class Saver:
         def write() -> None:
             try:
                 self.last = finish()
-            except BaseException as error:  # raised where the owner of this object waits
+            except BaseException as error:  # raised by ``wait``
                 self._error = error
 
-        # A daemon: a rank that failed must be able to end, even when the others never finish their parts.
+        # A daemon thread: a rank that fails must be able to exit even if other ranks never finish their parts.
         self._thread = threading.Thread(target=write, name=f"save-{step}", daemon=True)
         self._thread.start()
 
     def wait(self) -> None:
-        """Return when nothing is being written; raises the error of the background save once."""
+        """Wait for the background save; raises its error, once."""
         if self._thread is not None:
             self._thread.join()
         self._thread = None
@@ -184,7 +184,7 @@ class Saver:
 
 @dataclass(frozen=True)
 class _Save:
-    """One save: contents, place, and what rank 0 does once the folder has its name."""
+    """One save: its contents, its folder, and rank 0's action (``publish``) after the folder has its name."""
 
     folder: Path
     step: int
@@ -192,7 +192,7 @@ class _Save:
     streams: dict[str, Stream]
     publish: Callable[[], None]
     planned: Mapping[str, Planned] | None = None
-    number: Callable[[], int | None] = lambda: None  # which save of its run this one is
+    number: Callable[[], int | None] = lambda: None  # the save's number in its run
 
     @property
     def ranks(self) -> SaveRanks:
@@ -208,11 +208,11 @@ class _Save:
     def write_tensors(
         self, folder: Path, rank: int | None = None, watch: Callable[[], None] | None = None
     ) -> JsonObject:
-        """All pieces of this rank into ``folder``; their description. ``watch`` is called between them."""
+        """Write all pieces of this rank to ``folder``; returns their description. ``watch`` is called between them."""
         with PieceWriter(folder, self.contents.max_file_bytes, rank, self.planned) as writer:
             for kind, piece in in_turns(self.streams):
                 writer.add(kind, piece)
-                del piece  # or it would stay in memory while the next one is made
+                del piece  # otherwise it stays in memory while the next one is made
                 if watch is not None:
                     watch()
         return writer.part()
@@ -220,7 +220,7 @@ class _Save:
     def complete(
         self, folder: Path, texts: Mapping[str, str], parts: Sequence[JsonObject], save: str | None = None
     ) -> None:
-        """Everything that is not a tensor. The manifest comes last: it lists the size and hash of every other file."""
+        """Write everything that is not a tensor; last the manifest, which lists size and hash of every other file."""
         for name, text in texts.items():
             (folder / name).write_text(text, encoding="utf-8")
         for asset in self.contents.assets:
@@ -233,7 +233,7 @@ class _Save:
         write_manifest(folder, self.step, parts, save, self.number())
 
     def needed(self) -> int:
-        """Bytes of this rank's pieces. For when the disk is full and nothing will be saved: asks for all the rest."""
+        """Total bytes of this rank's pieces, for the message about a full disk. Consumes the remaining pieces."""
         return sum(stream.drain() for stream in self.streams.values())
 
 
@@ -242,7 +242,7 @@ def _streams(contents: Contents) -> dict[str, Stream]:
 
 
 def _begin(save: _Save) -> Callable[[], Path]:
-    """Do what needs the other ranks' presence; the function returned does the rest, in any thread."""
+    """Do the part of a save that needs the barrier; the returned function does the rest, in any thread."""
     if save.ranks.size == 1:
         return _begin_alone(save)
     return _begin_first(save) if save.ranks.rank == 0 else _begin_other(save)
@@ -263,22 +263,22 @@ def _begin_alone(save: _Save) -> Callable[[], Path]:
 
 
 def _begin_first(save: _Save) -> Callable[[], Path]:
-    """Rank 0: makes the folder, gathers the parts, and publishes the outcome to the other ranks."""
+    """Rank 0's side: creates the folder, gathers the parts and publishes the outcome to the other ranks."""
     notice = Notice(save.folder)
     met = False
     try:
         with ExitStack() as entered:
             texts = save.texts()  # values that are not JSON fail here, before any rank writes
             building = entered.enter_context(new_folder(save.folder))
-            # Posted before the barrier: whoever passes it finds the notice of this save, not one that a killed save
-            # of the same step left behind.
+            # Posted before the barrier, so that every rank that passes it finds the notice of this save and not one
+            # that a killed save of the same step has left.
             notice.post(building)
             met = True
             save.ranks.barrier()
             folder_to_be = entered.pop_all()
     except BaseException as error:
         notice.refuse(_reason(error, save))
-        # The others are on their way to the barrier: meet them there, so that they go on to read the refusal.
+        # The others are about to enter the barrier: join them, so that they pass it and read the refusal.
         if not met:
             save.ranks.barrier()
         raise
@@ -298,7 +298,7 @@ def _begin_first(save: _Save) -> Callable[[], Path]:
             if isinstance(error, OSError):
                 raise UserError(reason) from None
             raise
-        # Last of all: an absent notice beside a manifest with its id means success to the other ranks.
+        # Last: to the other ranks, an absent notice together with a manifest that has its id means success.
         notice.withdraw()
         return save.folder
 
@@ -306,7 +306,7 @@ def _begin_first(save: _Save) -> Callable[[], Path]:
 
 
 def _begin_other(save: _Save) -> Callable[[], Path]:
-    """Any other rank: writes its part, then waits for the outcome that rank 0 publishes."""
+    """Another rank's side: writes its part, then waits for the outcome that rank 0 publishes."""
     save.ranks.barrier()
 
     def finish() -> Path:
@@ -318,13 +318,13 @@ def _begin_other(save: _Save) -> Callable[[], Path]:
             reason = _reason(error, save)
             _mark_failed(building, save.ranks.rank, reason)
             if getattr(error, "errno", None) in (errno.ENOENT, errno.ESTALE) or not building.exists():
-                # Rank 0 gave up first and is removing the folder: its reason explains our error.
+                # Rank 0 has failed before us and is removing the folder, which caused our error: report its reason.
                 reason = notice.outcome(VISIBILITY_S) or reason
-                shutil.rmtree(building, ignore_errors=True)  # should our part have come after that
+                shutil.rmtree(building, ignore_errors=True)  # in case our part was created after the removal
             if isinstance(error, OSError | UserError):
                 raise UserError(reason) from None
             raise
-        # Rank 0 reports a lost save itself; the time limit is for a rank 0 that died without the launcher noticing.
+        # A failed save is reported by rank 0; the time limit is for a rank 0 that died unnoticed by the launcher.
         if refusal := notice.outcome(8 * save.ranks.timeout_s):
             shutil.rmtree(building, ignore_errors=True)
             raise UserError(refusal)
@@ -338,9 +338,9 @@ def _part_name(rank: int) -> str:
 
 
 def _write_part(save: _Save, building: Path, check: Callable[[], None]) -> None:
-    """This rank's pieces and their description, which appear beside those of the others in one step.
+    """Write this rank's pieces and their description, which become visible together, by one rename.
 
-    ``check`` raises when the save is lost already; it is called once a second.
+    ``check`` is called once a second and raises when the save has already failed on another rank.
     """
     last = time.monotonic()
 
@@ -362,7 +362,7 @@ def _write_part(save: _Save, building: Path, check: Callable[[], None]) -> None:
 
 
 def _gathered(save: _Save, building: Path) -> list[JsonObject]:
-    """The descriptions of all parts, in rank order, when they are there; their files move into ``building``."""
+    """Wait for all ranks' parts, move their files into ``building``, and return their descriptions by rank."""
     missing = list(range(save.ranks.size))
     for _ in polls(save.ranks.timeout_s):
         _raise_failure(building, save)
@@ -371,11 +371,11 @@ def _gathered(save: _Save, building: Path) -> list[JsonObject]:
             break
     else:
         raise UserError(
-            f"{save.folder}: rank {missing[0]} was not ready {save.ranks.timeout_s:g} s after rank 0 "
-            f"({len(missing)} of {save.ranks.size} ranks missing); nothing was replaced"
+            f"{save.folder}: all ranks must be ready within {save.ranks.timeout_s:g} s of rank 0, rank {missing[0]} "
+            f"was not ({len(missing)} of {save.ranks.size} ranks missing); nothing was replaced"
         )
-    # Renames inside one file system: no byte is copied. File names carry the rank, so none collide. A crash in between
-    # loses the whole hidden folder, never a checkpoint that stands.
+    # Renames within one file system copy no data. File names contain the rank, so none collide. A crash here loses the
+    # hidden folder, but no completed checkpoint.
     parts = []
     for rank in range(save.ranks.size):
         folder = building / _part_name(rank)
@@ -388,7 +388,7 @@ def _gathered(save: _Save, building: Path) -> list[JsonObject]:
 
 
 def _mark_failed(building: Path, rank: int, reason: str) -> None:
-    """Let rank 0 know, even on a full disk, where a name may still be made though nothing can be written."""
+    """Report a failure to rank 0 by a marker file; on a full disk by an empty one, which may still be possible."""
     marker = building / f"{_part_name(rank)}.failed"
     with suppress(OSError, UserError):
         write_text(marker, reason)
@@ -404,7 +404,7 @@ def _raise_failure(building: Path, save: _Save) -> None:
 
 
 def _reason(error: BaseException, save: _Save) -> str:
-    """One line for the other ranks."""
+    """The error as one line for the other ranks."""
     if isinstance(error, UserError):
         return str(error)
     where = f"{save.folder}: rank {save.ranks.rank}"

@@ -1,4 +1,4 @@
-"""Streams of checkpoint pieces: counted, taken in turns, and copied for an asynchronous save."""
+"""Streams of checkpoint pieces: counting, interleaving, and copying for an asynchronous save."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from telechat_twins.core.checkpoint.pieces import TensorPiece, Tensors, whole
 
 
 class Stream:
-    """A stream of pieces that knows the bytes that passed, so that a failed save can say what it would take.
+    """A stream of pieces that counts their bytes, so that a failed save can report the space it needs.
 
-    ``size``: all bytes that will, where they are known and the stream takes turns with others.
+    ``size``: total bytes of the stream, if known; needed to take turns with other streams.
     """
 
     def __init__(self, tensors: Tensors) -> None:
@@ -23,7 +23,7 @@ class Stream:
 
     @property
     def share(self) -> float:
-        """What of it has passed; 0 to its end where it takes no turns."""
+        """Fraction of the stream that has passed; 0 throughout without ``size``."""
         if self.size is None:
             return 0.0
         return self._bytes / self.size if self.size else 1.0
@@ -37,13 +37,15 @@ class Stream:
             del piece
 
     def drain(self) -> int:
+        """Consume the rest of the stream. Returns its total bytes."""
         for _ in self:
             pass
         return self._bytes
 
 
 def in_turns(streams: Mapping[str, Stream]) -> Iterator[tuple[str, TensorPiece]]:
-    """The pieces with their kinds: always of the stream of which least has passed, of the first among equals."""
+    """The pieces of all streams with their kinds: each time from the stream of which the smallest fraction has passed,
+    the first among equals."""
     left = {kind: iter(stream) for kind, stream in streams.items()}
     while left:
         kind = min(left, key=lambda kind: streams[kind].share)
@@ -56,7 +58,7 @@ def in_turns(streams: Mapping[str, Stream]) -> Iterator[tuple[str, TensorPiece]]
 
 
 def copied(tensors: Tensors) -> Iterator[TensorPiece]:
-    """The pieces with arrays of their own, all made now; each is let go when it has been taken."""
+    """The pieces with copied arrays. All copies are made at once, and each is released after it has been taken."""
     kept = deque(piece._replace(array=np.array(piece.array)) for piece in Stream(tensors))
 
     def taken() -> Iterator[TensorPiece]:

@@ -1,13 +1,13 @@
-"""Files and folders that appear complete or not at all.
+"""Atomic creation of files and folders: they appear complete or not at all.
 
-A folder is written beside its final place under a hidden name, synced to disk, then moved there in one step. Nothing
-under a hidden name is ever read, so an interrupted write leaves no half-made result behind a readable name. Hidden
-names say what may be done with them:
+A folder is written beside its final place under a hidden name, synced to disk, and then renamed. Hidden names are not
+read, so an interrupted write never leaves an incomplete result under its final name. Their prefix tells what may be
+done with them:
 
-    .tmp-tele-NAME-HOST-PID.START   being written by that process; deleted once it is gone
-    .gone-tele-X                    being deleted; whoever finds it goes on with that
-    .old-tele-NAME                  replaced, on a file system that cannot exchange two names: a kill may have left the
-                                    only version there, so it is read, and brought back, where NAME is missing
+    .tmp-tele-NAME-HOST-PID.START   being written by that process; deleted when the process is gone
+    .gone-tele-X                    being deleted; any later command continues the deletion
+    .old-tele-NAME                  replaced, on a file system that cannot exchange two names. A kill may have left the
+                                    only version there, so it is read and restored where NAME is missing
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ import psutil
 
 from telechat_twins.core.errors import UserError
 
-# Distinctive, because stale ones are cleaned up: folders of other programs must never match.
+# Distinctive, since stale ones are deleted: folders of other programs must never match.
 _BUILDING, _REPLACED, _GONE = ".tmp-tele-", ".old-tele-", ".gone-tele-"
 
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-# EEXIST: a file lies where the path has a folder.
+# EEXIST: the path has a file where it needs a folder.
 _NO_ENTRY = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG)
 
-# What another machine left cannot be asked whether its writer still lives; after a day it does not.
+# Whether a writer on another machine still lives cannot be found out here; after a day it is taken to be gone.
 _FOREIGN_STALE_SECONDS = 24 * 3600
 _PID = re.compile("[0-9]{1,9}")
 
@@ -46,11 +46,11 @@ _EXCHANGE, _HERE = 2, -100  # RENAME_EXCHANGE and AT_FDCWD of Linux
 
 @contextmanager
 def new_folder(path: Path, needed: Callable[[], int] | None = None) -> Iterator[Path]:
-    """Yield an empty hidden folder beside ``path``; on a clean exit it becomes ``path``, else it is removed.
+    """Yield an empty hidden folder beside ``path``. On a clean exit it becomes ``path``, else it is removed.
 
-    An existing ``path`` is replaced only after the new one is complete on disk. ``needed`` is asked for the number of
-    bytes the whole folder takes if the disk turns out to be full. Raises UserError, naming the path, for a full disk
-    or a place that cannot be written.
+    An existing ``path`` is replaced only after the new one is complete on disk. ``needed`` returns the bytes of the
+    whole folder; it is called when the disk is full. Raises UserError, naming the path, for a full disk or a path that
+    cannot be written.
     """
     path = Path(path)
     building = None
@@ -71,9 +71,9 @@ def new_folder(path: Path, needed: Callable[[], int] | None = None) -> Iterator[
 
 
 def start_building(path: Path) -> Path:
-    """An empty hidden folder beside ``path`` (of a link: beside what it points to), for ``publish`` or shutil.rmtree.
+    """An empty hidden folder beside ``path`` (beside the target of a link), to be published or removed by the caller.
 
-    Makes the folders above it and removes what dead writers left there. OSError where that is refused.
+    Creates the folders above it and removes what dead writers left there. OSError if one cannot be created.
     """
     path = _placed(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -85,9 +85,9 @@ def start_building(path: Path) -> Path:
 
 
 def publish(building: Path, path: Path) -> None:
-    """Sync a folder from ``start_building`` to disk and give it its name; a former ``path`` is replaced and removed.
+    """Sync a folder from ``start_building`` and rename it to ``path``; a former ``path`` is replaced and removed.
 
-    At every moment a reader that goes by ``standing`` finds the former folder or the new one, whole.
+    At every moment, ``standing(path)`` is a complete folder, the former or the new one.
     """
     path = _placed(path)
     sync_tree(building)
@@ -102,8 +102,8 @@ def publish(building: Path, path: Path) -> None:
 
 @contextmanager
 def new_file(path: Path) -> Iterator[Path]:
-    """Yield a hidden path beside ``path`` to write a file to; on a clean exit it is synced and becomes ``path``, else
-    it is removed. What killed writers of the same file left is removed too. OSErrors are the caller's."""
+    """Yield a hidden path beside ``path`` for a new file. On a clean exit it is synced and becomes ``path``, else it is
+    removed, as are files left by killed writers of the same path. OSErrors propagate."""
     beside = _hidden(path)
     for left in path.parent.glob(f"{_BUILDING}{glob.escape(path.name)}-*"):
         with suppress(OSError):
@@ -121,7 +121,7 @@ def new_file(path: Path) -> Iterator[Path]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Replace the small file ``path`` in one atomic step, synced to disk; UserError if it cannot be written."""
+    """Replace a small text file atomically, synced to disk; UserError if it cannot be written."""
     try:
         with new_file(path) as beside:
             beside.write_text(text, encoding="utf-8")
@@ -132,7 +132,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def writable_file(path: str | Path, option: str) -> None:
-    """Before long work: UserError, naming ``option``, unless a file can be written at ``path``. Makes its folder."""
+    """Check, before long work, that ``path`` can be written, and create its folder. UserError names ``option``."""
     path = Path(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -141,25 +141,25 @@ def writable_file(path: str | Path, option: str) -> None:
         probe.unlink()
     except OSError as error:
         in_the_way = isinstance(error, (FileExistsError, NotADirectoryError))
-        reason = "a file lies where its folder should be" if in_the_way else error.strerror
-        raise UserError(f"{option} {path}: cannot be written ({reason})") from None
+        reason = "there is a file in place of its folder" if in_the_way else error.strerror
+        raise UserError(f"{option} {path}: cannot be written ({reason}); give another path") from None
     if path.is_dir():
-        raise UserError(f"{option} {path}: is a folder; give a file")
+        raise UserError(f"{option} {path}: must be a file, found a folder; give the name of a file")
 
 
 def remove_folder(path: Path) -> None:
-    """Delete a folder by hiding it first: a half-deleted one is never found under its name, nor brought back."""
+    """Delete a folder, hidden first, so that a half-deleted one is never found under its name, nor restored."""
     shutil.rmtree(_take_away(path))
 
 
 def standing(path: Path) -> Path:
-    """``path``, or the version it was about to replace when a crash fell between the two renames of a replacement."""
+    """``path``, or, after a crash between the two renames of a replacement, the hidden former version of it."""
     hidden = path.with_name(f"{_REPLACED}{path.name}") if path.name else path
     return hidden if not path.exists() and _is_whole(hidden) else path
 
 
 def clean_stale(parent: Path) -> None:
-    """Remove what dead writers left in ``parent``; bring back a folder whose replacement never arrived."""
+    """Remove what dead writers left in ``parent``; restore a folder whose replacement was never completed."""
     doomed = []
     for entry in sorted(parent.iterdir()):
         with suppress(OSError):
@@ -177,16 +177,16 @@ def clean_stale(parent: Path) -> None:
 
 
 def process_mark(pid: int | None = None) -> str:
-    """``PID.START`` of a living process (default: this one), which no later process with the same number shares: START
-    counts clock ticks from the machine's start, so it does not depend on a clock that may be set."""
+    """Identity ``PID.START`` of a living process (default: this one). START, its start in clock ticks since boot, tells
+    it from a later process with the same id, and does not depend on a clock that may be set."""
     pid = os.getpid() if pid is None else pid
     return f"{pid}.{_start(pid)}"
 
 
 def mark_lives(mark: str) -> bool:
-    """Whether the process of a ``process_mark`` of this machine lives; of a bare number, whether any such process."""
+    """Whether the process of a ``process_mark`` of this machine lives; for a bare number, any process with that id."""
     number, _, start = mark.partition(".")
-    # Marks come from names of files, too: what no process can have for its number is none.
+    # Marks are also read from file names, so the number may be anything.
     return (
         bool(_PID.fullmatch(number)) and psutil.pid_exists(int(number)) and (not start or start == _start(int(number)))
     )
@@ -209,7 +209,7 @@ def sync_tree(folder: Path) -> None:
 
 
 def _placed(path: Path) -> Path:
-    """Where a folder is to be written: where a link points, so that the link stays and the bytes go to its disk."""
+    """The path at which a folder is written: the target of a link, so that the link is kept and its disk is used."""
     return path.resolve() if path.is_symlink() else path.absolute()
 
 
@@ -218,16 +218,16 @@ def _hidden(path: Path) -> Path:
 
 
 def _start(pid: int) -> str:
-    """When a process started, in clock ticks after the machine did; "" if it is gone or /proc is not there."""
+    """Start of a process in clock ticks since boot; "" if it is gone or there is no /proc."""
     try:
-        # The command's name, in brackets, may hold anything; the start is the 20th field after it.
+        # The command's name, in parentheses, may contain anything; the start is the 20th field after it.
         return Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()[19]
     except (OSError, IndexError):
         return ""
 
 
 def _is_stale(building: Path) -> bool:
-    """Whether what is being written there has lost its writer."""
+    """Whether the writer of a hidden file or folder is gone."""
     place, _, mark = building.name.removeprefix(_BUILDING).rpartition("-")
     if not _PID.fullmatch(mark.partition(".")[0]):
         return False
@@ -237,7 +237,7 @@ def _is_stale(building: Path) -> bool:
 
 
 def _exchange(a: Path, b: Path) -> bool:
-    """Swap two names in one step; False where the system or the file system cannot, and nothing has changed."""
+    """Exchange two names atomically; False, with nothing changed, where the system or the file system cannot."""
     try:
         call = ctypes.CDLL(None, use_errno=True).renameat2
     except (OSError, AttributeError):
@@ -255,7 +255,7 @@ def _replace_in_two_steps(new: Path, path: Path) -> None:
             new.rename(path)
             break
         except OSError as error:
-            # A process that cleans up here may have taken the moment between for a crash, and brought the old one back.
+            # Between the two renames a process that cleans up here may have assumed a crash and restored the old one.
             if last or error.errno not in (errno.EEXIST, errno.ENOTEMPTY):
                 if not os.path.lexists(path):
                     old.rename(path)
@@ -264,14 +264,14 @@ def _replace_in_two_steps(new: Path, path: Path) -> None:
 
 
 def _take_away(path: Path) -> Path:
-    """Rename to a name that is only ever deleted; returns it."""
+    """Rename to a name that marks it for deletion, and return that."""
     gone = path.with_name(f"{_GONE}{uuid.uuid4().hex}")
     path.rename(gone)
     return gone
 
 
 def _remove_all(paths: list[Path]) -> None:
-    """Delete; what cannot be stays hidden, and is tried again by the next writer."""
+    """Delete hidden files and folders. What cannot be deleted stays hidden, and the next writer tries again."""
     for path in paths:
         with suppress(OSError):
             if path.is_dir() and not path.is_symlink():
@@ -281,8 +281,8 @@ def _remove_all(paths: list[Path]) -> None:
 
 
 def _is_whole(folder: Path) -> bool:
-    """Whether a replaced folder has everything that its own description lists: earlier versions used that name for
-    folders they were deleting, too."""
+    """Whether a replaced folder has all files that its own manifest lists. Earlier versions of this program used the
+    same prefix for folders that they were deleting."""
     described = [folder / name for name in ("manifest.json", "meta.json") if (folder / name).is_file()]
     if not described:
         return folder.is_dir() and not folder.name.startswith(f"{_REPLACED}step-")
@@ -294,22 +294,22 @@ def _is_whole(folder: Path) -> bool:
 
 
 def _mended(error: OSError, path: Path, needed: Callable[[], int] | None) -> str | None:
-    """The line for a mistake the user can mend, or None."""
+    """Message for an error that the user can fix; None for any other."""
     if error.errno in _NO_ENTRY:
-        return f"{path}: cannot be written ({error.strerror}); choose another place or change its permissions"
+        return f"{path}: cannot be written ({error.strerror}); choose another path or change its permissions"
     if error.errno not in _NO_SPACE:
         return None
     free = shutil.disk_usage(path.parent).free
     wants = f"it needs {show_bytes(needed())}, " if needed else ""
-    reason = "a file-size limit was hit" if error.errno == errno.EFBIG else "the disk is full"
+    reason = "a file-size limit was exceeded" if error.errno == errno.EFBIG else "the disk is full"
     return (
         f"{path}: {reason} while saving; {wants}{show_bytes(free)} are free; nothing was replaced; "
-        "free some space or choose another place"
+        "free some space or choose another path"
     )
 
 
 def show_bytes(count: int) -> str:
-    """``count`` bytes for people: 999 B, 1.5 kB, 453.1 GB."""
+    """A number of bytes as text for users: 999 B, 1.5 kB, 453.1 GB."""
     value, unit = float(count), "B"
     for unit in ("B", "kB", "MB", "GB", "TB", "PB"):
         if value < 1000 or unit == "PB":

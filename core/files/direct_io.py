@@ -1,9 +1,9 @@
-"""Writing large new files past the kernel's file cache, with their SHA-256 taken on the way.
+"""Direct I/O for large new files: bypasses the kernel's page cache and computes the SHA-256 while writing.
 
-A checkpoint is written once and read much later. Through the cache every byte costs a copy and a page to be found for
-it, pages that somebody else was using, and a second reading for the hash. Here pieces are gathered in a few aligned
-buffers, and each full one is hashed and handed to the disk by other threads while the next one fills. A file system
-that cannot do this gets the same writes through its cache.
+A checkpoint is written once and read much later. Through the page cache each byte is copied once more, evicts pages of
+other programs, and is read again for the hash. Here pieces are collected in a few aligned buffers; each full buffer
+is hashed and written by other threads while the next one is filled. On a file system without direct I/O the same writes
+go through the cache.
 """
 
 from __future__ import annotations
@@ -21,22 +21,22 @@ from pathlib import Path
 import numpy as np
 
 BUFFER_BYTES = 8 << 20
-BUFFERS = 4  # of all files together: one fills for each of two files while two are on their way
-BLOCK = 4096  # what places, lengths and addresses must be multiples of
+BUFFERS = 4  # of all files together: two files fill one each while two buffers are being written
+BLOCK = 4096  # alignment in bytes of positions, lengths and addresses
 _REFUSED = (errno.EINVAL, errno.EOPNOTSUPP)  # of file systems that write through the cache only
 
 
 class Spool:
-    """Buffers and threads that the files of one writer share. Use as a context manager, outside of its files.
+    """Buffers and threads shared by the files of one writer. Use as a context manager around the files.
 
-    Fewer than BUFFERS files may fill at once, or all of them would wait for a buffer.
+    Fewer than BUFFERS files may be open at once, or each may hold one buffer and wait for another.
     """
 
     def __init__(self) -> None:
         self._free: queue.SimpleQueue[np.ndarray] = queue.SimpleQueue()
         for _ in range(BUFFERS):
             self._free.put(np.frombuffer(mmap.mmap(-1, BUFFER_BYTES), np.uint8))
-        self._hashing = ThreadPoolExecutor(1, "hash")  # one: a file's buffers in their order
+        self._hashing = ThreadPoolExecutor(1, "hash")  # one thread, since a file's buffers are hashed in order
         self._writing = ThreadPoolExecutor(2, "write")
 
     def __enter__(self) -> Spool:
@@ -51,7 +51,7 @@ class Spool:
         return self._free.get()
 
     def send(self, file: DirectFile, buffer: np.ndarray, count: int, place: int) -> Future[None]:
-        """Hash and store the first ``count`` bytes of ``buffer``, and free it."""
+        """Hash and write the first ``count`` bytes of ``buffer`` in the background, then free it."""
         return self._writing.submit(self._store, file, buffer, count, place, self._hash(file, buffer[:count]))
 
     def _hash(self, file: DirectFile, data: np.ndarray) -> Future[None]:
@@ -59,7 +59,7 @@ class Spool:
 
     def _store(self, file: DirectFile, buffer: np.ndarray, count: int, place: int, hashed: Future[None]) -> None:
         try:
-            # The last one is padded; what is too much is cut off again.
+            # The last buffer is padded to whole blocks; ``finish`` truncates the file.
             file.store(buffer[: -(-count // BLOCK) * BLOCK].data, place)
         finally:
             hashed.result()
@@ -67,7 +67,7 @@ class Spool:
 
 
 class DirectFile:
-    """A new file at ``path`` that bytes are appended to. ``finish`` or ``abandon`` ends it."""
+    """A new file at ``path`` for appending. ``finish`` or ``abandon`` must end it."""
 
     def __init__(self, path: Path, spool: Spool) -> None:
         self.path, self.digest, self.size = path, hashlib.sha256(), 0
@@ -85,7 +85,7 @@ class DirectFile:
             self._handle = os.open(path, flags, 0o666)
 
     def write(self, data: np.ndarray) -> None:
-        """Append bytes (uint8, [n]). OSError of a write before, as when the disk is full."""
+        """Append bytes (uint8, [n]). Raises the OSError of an earlier background write, e.g. when the disk is full."""
         while data.size:
             if self._buffer is None:
                 self._buffer, self._filled = self._spool.take(), 0
@@ -96,7 +96,7 @@ class DirectFile:
                 self._send()
 
     def finish(self) -> str:
-        """Everything on disk; the file's SHA-256 in hexadecimal."""
+        """Write the rest and sync the file. Returns its SHA-256 in hexadecimal."""
         try:
             self._send()
             for part in self._sent:
@@ -108,9 +108,9 @@ class DirectFile:
         return self.digest.hexdigest()
 
     def abandon(self) -> None:
-        """Leave the file as it is."""
+        """Close the file without completing it."""
         with suppress(OSError):
-            self._send()  # its buffer is of use to others
+            self._send()  # frees its buffer for other files
         for part in self._sent:
             part.exception()  # waits
         if self._handle >= 0:
@@ -118,14 +118,14 @@ class DirectFile:
         self._handle = -1
 
     def store(self, data: memoryview, place: int) -> None:
-        """Write whole blocks at ``place``; from any thread."""
+        """Write whole blocks at byte position ``place``; called from the writing threads."""
         while data:
             try:
                 count = os.pwrite(self._handle, data, place)
             except OSError as error:
                 if not self._direct or error.errno not in _REFUSED:
                     raise
-                # Opened so, yet not written so; what comes after goes through the cache.
+                # Some file systems accept O_DIRECT in open but not in write: continue through the cache.
                 self._direct = 0
                 fcntl.fcntl(self._handle, fcntl.F_SETFL, fcntl.fcntl(self._handle, fcntl.F_GETFL) & ~os.O_DIRECT)
                 continue

@@ -1,7 +1,7 @@
-"""Files that anybody may have written: read only if they are files, and only as far as reading them stays cheap.
+"""Untrusted files: opened only if they are regular files, and parsed only within limits of size and number of values.
 
-Parsing JSON takes up to fifty bytes of memory for a byte of the file, so both the size and the number of values are
-judged before anything is parsed: a file within these limits is read in well under 200 MB.
+Parsing JSON takes up to fifty bytes of memory for each byte of text, so size and number of values are checked before
+parsing: a file within the limits is read in well under 200 MB of memory.
 """
 
 from __future__ import annotations
@@ -21,25 +21,27 @@ from telechat_twins.core.types import JsonObject
 
 MIB = 1 << 20
 MAX_JSON = 32 * MIB  # bytes of a JSON text; the largest index of a released model has 10 MB
-MAX_VALUES = 600_000  # brackets, braces and commas of a JSON text; about one for each value in it
-MAX_LINE = 4 * MIB  # bytes of a line of JSON: its text is tokenized as a whole, at up to 50 bytes of memory a byte
+MAX_VALUES = 600_000  # brackets, braces and commas in a JSON text, about one for each value
+MAX_LINE = 4 * MIB  # bytes of a line of JSON; its text is tokenized as a whole, with up to 50 bytes of memory a byte
 MAX_LINE_VALUES = 200_000
 MAX_DIGITS = 40  # of a whole number; 2**128 has 39
 _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 
 
 def open_regular(path: str | Path, missing: str = "no such file") -> BinaryIO:
-    """Open a regular file for reading. UserError for everything else, a pipe or a device included (it may
-    never end, or wait for ever); ``missing`` is what is said of a file that is not there."""
+    """Open a regular file for reading. UserError for anything else, such as a pipe or a device, which may never end or
+    block forever. ``missing``: the message for a file that does not exist."""
     try:
-        # A pipe that nobody writes to would hold an ordinary open for ever.
+        # Without O_NONBLOCK, opening a pipe blocks until a writer opens it, too.
         handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     except FileNotFoundError:
         raise UserError(f"{path}: {missing}") from None
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from None
     except ValueError:
-        raise UserError(f"{path}: is no file name; it holds a zero byte or a character without a code") from None
+        raise UserError(
+            f"{path}: is not a valid file name: it contains a zero byte or a character that cannot be encoded"
+        ) from None
     mode = os.fstat(handle).st_mode
     if stat.S_ISREG(mode):
         return open(handle, "rb")
@@ -49,7 +51,7 @@ def open_regular(path: str | Path, missing: str = "no such file") -> BinaryIO:
 
 
 def read_file(path: str | Path, limit: int = MAX_JSON, missing: str = "no such file") -> bytes:
-    """The bytes of a regular file. UserError if it is missing, is none, cannot be read, or has more than ``limit``."""
+    """The bytes of a regular file. UserError if it is missing, not a regular file, unreadable, or above ``limit``."""
     with open_regular(path, missing) as file:
         size = os.fstat(file.fileno()).st_size
         try:
@@ -57,7 +59,7 @@ def read_file(path: str | Path, limit: int = MAX_JSON, missing: str = "no such f
         except OSError as error:
             raise UserError(f"{path}: cannot be read ({error.strerror})") from None
     if (found := max(size, len(data))) > limit:
-        raise UserError(f"{path}: has {found} bytes, and at most {limit} are read; this is not such a file")
+        raise UserError(f"{path}: must have at most {limit} bytes, found {found}; it is probably not the expected file")
     return data
 
 
@@ -70,7 +72,7 @@ def read_text(path: str | Path, limit: int = MAX_JSON, missing: str = "no such f
 
 
 def load_json(path: Path, what: str, max_bytes: int = MAX_JSON, max_values: int = MAX_VALUES) -> JsonObject:
-    """A JSON object from a file; UserError names the file if it is missing, damaged, too large, or has a key twice."""
+    """The JSON object in a file; UserError names a file that is missing, damaged, too large, or has a key twice."""
     data = read_file(path, max_bytes, f"no such file; it should hold {what}")
     try:
         return parse_json(data, max_bytes, max_values)
@@ -79,7 +81,7 @@ def load_json(path: Path, what: str, max_bytes: int = MAX_JSON, max_values: int 
 
 
 def parse_json(data: bytes, max_bytes: int = MAX_JSON, max_values: int = MAX_VALUES) -> JsonObject:
-    """A JSON object, strictly: ValueError for anything else and for what ``parse_value`` refuses."""
+    """Strictly parsed JSON object; ValueError for any other value and as ``parse_value``."""
     value = parse_value(data, max_bytes, max_values)
     if not isinstance(value, dict):
         raise ValueError("expected a JSON object")
@@ -87,8 +89,8 @@ def parse_json(data: bytes, max_bytes: int = MAX_JSON, max_values: int = MAX_VAL
 
 
 def parse_value(data: bytes, max_bytes: int = MAX_JSON, max_values: int = MAX_VALUES) -> Any:
-    """Any JSON value, strictly. ValueError for a key given twice, absurd nesting, numbers that are none (NaN, 1e999) or
-    of more than MAX_DIGITS digits, unpaired surrogates (no file can hold them), and for a text above the limits."""
+    """Strictly parsed JSON value. ValueError for a repeated key, excessive nesting, NaN and infinite numbers (1e999),
+    whole numbers of more than MAX_DIGITS digits, unpaired surrogates, and a text above the limits."""
     check_size(data, max_bytes, max_values)
     try:
         value = json.loads(
@@ -108,10 +110,10 @@ def parse_value(data: bytes, max_bytes: int = MAX_JSON, max_values: int = MAX_VA
 
 
 def check_size(data: bytes, max_bytes: int, max_values: int) -> None:
-    """ValueError for a JSON text whose parsing would take too much memory, found without parsing it."""
+    """ValueError for a JSON text whose parsing would take too much memory, estimated without parsing."""
     if len(data) > max_bytes:
         raise ValueError(f"{len(data)} bytes, above the limit of {max_bytes}")
-    # One character beyond the basic plane makes the whole text take four bytes a character.
+    # A single character beyond the basic plane makes Python store the whole string with four bytes a character.
     if len(data) > MAX_JSON // 4 and _wide(data):
         raise ValueError(f"{len(data)} bytes with characters of four bytes, above the limit of {MAX_JSON // 4}")
     if (values := sum(map(data.count, (b",", b"[", b"{")))) > max_values:
@@ -119,7 +121,7 @@ def check_size(data: bytes, max_bytes: int, max_values: int) -> None:
 
 
 def lines(file: IO[bytes], path: str | Path, limit: int = MAX_LINE) -> Iterator[bytes]:
-    """The lines of an opened file with their ends; UserError names the line that is longer than ``limit`` bytes."""
+    """The lines of an opened file, line ends included; UserError names a line longer than ``limit`` bytes."""
     number = 0
     while line := file.readline(limit + 1):
         number += 1
@@ -129,7 +131,7 @@ def lines(file: IO[bytes], path: str | Path, limit: int = MAX_LINE) -> Iterator[
 
 
 def _wide(data: bytes) -> bool:
-    """Whether a UTF-8 text has a character beyond the basic plane: only those begin with a byte above 0xEF."""
+    """Whether a UTF-8 text has a character beyond the basic plane; only those begin with a byte above 0xEF."""
     return not data.isascii() and data.translate(None, bytes(range(0xF0))) != b""
 
 
@@ -145,17 +147,17 @@ def _no_duplicates(pairs: list[tuple[str, object]]) -> JsonObject:
 
 
 def _no_constant(text: str) -> NoReturn:
-    raise ValueError(f"{text} is no JSON number")
+    raise ValueError(f"{text} is not a JSON number")
 
 
 def _float(text: str) -> float:
     value = float(text)
     if math.isinf(value):
-        raise ValueError(f"{shown(text)} is beyond the range of numbers")
+        raise ValueError(f"the number {shown(text)} is out of range")
     return value
 
 
 def _whole(text: str) -> int:
     if len(text) > MAX_DIGITS:
-        raise ValueError(f"a whole number of {len(text)} digits")
+        raise ValueError(f"a whole number has {len(text)} digits, at most {MAX_DIGITS} are allowed")
     return int(text)

@@ -1,4 +1,4 @@
-"""An iterator that works ahead in a thread of its own, so that making and writing tensors overlap."""
+"""Prefetching iterator: a thread computes the next items, so that making and writing tensors overlap."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ T = TypeVar("T")
 
 
 def ahead(items: Iterable[T], depth: int = 2) -> Iterator[T]:
-    """The items, up to ``depth`` of them made before they are asked for. An error is raised where its item would be.
+    """The items, of which up to ``depth`` are computed in advance. An error is raised in place of its item.
 
-    When the reader stops early, the thread ends after the item it is at.
+    When the reader stops early, the thread ends after its current item.
     """
     made: queue.Queue[tuple[str, object]] = queue.Queue(maxsize=depth)
     stopped = threading.Event()
@@ -32,9 +32,9 @@ def ahead(items: Iterable[T], depth: int = 2) -> Iterator[T]:
             for item in items:
                 if not put("item", item):
                     return
-                del item  # or it would stay in memory while the next one is made
+                del item  # otherwise it stays in memory while the next one is made
             put("end", None)
-        except BaseException as error:  # raised where the reader is
+        except BaseException as error:  # raised in the reader's thread
             put("error", error)
 
     thread = threading.Thread(target=work, name="prefetch", daemon=True)

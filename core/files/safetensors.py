@@ -1,8 +1,8 @@
-"""Reading parts of safetensors files, and writing them one tensor at a time.
+"""Safetensors files: reads slices of tensors, and writes a file one tensor at a time.
 
-The safetensors library serves whole tensors of a whole dictionary and knows no bfloat16 in numpy. Here a tensor's
-slice is read with only the bytes it needs, a file is written while tensors arrive, and every number of a header is
-distrusted: a hostile or damaged file gives a UserError that names it, never a wrong array.
+The safetensors library writes a whole dictionary at once and does not support bfloat16 in numpy. Here a slice is read
+with only the bytes it needs, a file is written while its tensors are produced, and every number of a header is checked:
+a hostile or damaged file gives a UserError that names it, never a wrong array.
 
 Layout of a file: 8 bytes little-endian header length, JSON header (may be padded with spaces), tensor bytes without
 gaps. Each header entry: ``name: {"dtype", "shape", "data_offsets": [begin, end]}``, offsets counted from the header's
@@ -50,8 +50,8 @@ DTYPES: dict[str, np.dtype] = {
 }
 _CODES = {dtype: code for code, dtype in DTYPES.items()}
 
-MAX_HEADER = MAX_JSON  # of the library's own limit, 100 MB, a third: parsed, a header takes up to 28 times its size
-MAX_DIMENSIONS = 32  # what every numpy has room for
+MAX_HEADER = MAX_JSON  # a third of the library's limit of 100 MB: a parsed header takes up to 28 times its size
+MAX_DIMENSIONS = 32  # supported by every version of numpy
 MAX_SIZE = 1 << 63  # elements along an axis, and bytes of a file
 _CHUNK = 16 << 20
 
@@ -59,7 +59,7 @@ Index = tuple[slice, ...]
 
 
 def dtype_code(dtype: np.dtype | type) -> str:
-    """The format's name of a numpy dtype (``F32``, ``BF16``...); ValueError if it has none."""
+    """Safetensors' name of a numpy dtype (``F32``, ``BF16``...); ValueError if it has none."""
     code = _CODES.get(np.dtype(dtype).newbyteorder("<"))
     if code is None:
         raise ValueError(f"safetensors has no name for dtype {np.dtype(dtype)}")
@@ -68,7 +68,7 @@ def dtype_code(dtype: np.dtype | type) -> str:
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """Where a tensor lies: ``begin`` and ``end`` are byte positions in the file."""
+    """Dtype, shape and place of a tensor; ``begin`` and ``end`` are byte positions in the file."""
 
     code: str
     shape: tuple[int, ...]
@@ -85,7 +85,7 @@ class TensorInfo:
 
 
 class SafetensorsFile:
-    """A checked header; tensors are read on demand. ``tensors`` is in the order of the bytes in the file."""
+    """An opened file with a checked header; tensors are read on demand. ``tensors`` is in the order of their bytes."""
 
     def __init__(self, path: str | Path) -> None:
         """Read and check the header. UserError if the file is missing, truncated, or not what it claims to be."""
@@ -100,13 +100,13 @@ class SafetensorsFile:
     def info(self, name: str) -> TensorInfo:
         """Shape, dtype and place of a tensor; UserError if the file has none of that name."""
         if name not in self.tensors:
-            raise UserError(f"{self.path}: holds no tensor '{name}'")
+            raise UserError(f"{self.path}: has no tensor '{name}'")
         return self.tensors[name]
 
     def read(self, name: str, index: Index | None = None) -> np.ndarray:
-        """The tensor, or the box ``index`` cuts from it (slices without step, fewer than its dimensions allowed).
+        """The tensor, or its box ``index`` (slices without step; trailing ones may be left out).
 
-        Reads the box's bytes and no others; the result is a new array in the stored dtype.
+        Reads only the box's bytes. The result is a new array in the stored dtype.
         """
         info = self.info(name)
         starts, extents = box(info.shape, index)
@@ -127,10 +127,10 @@ class SafetensorsFile:
 
 
 class SafetensorsWriter:
-    """Writes a file whose tensors arrive one after another; the header, whose place is kept free, comes last.
+    """Writer of a file whose tensors are not known in advance; the header is written last, into space kept for it.
 
-    ``header_room`` is the number of header bytes set aside. ``size`` is the file's length so far. Use as a context
-    manager; the file is valid only after a clean exit.
+    ``header_room``: bytes kept for the header. ``size``: the file's length so far. Use as a context manager; the file
+    is valid only after a clean exit.
     """
 
     def __init__(self, path: str | Path, header_room: int, metadata: Mapping[str, str] | None = None) -> None:
@@ -187,10 +187,10 @@ class SafetensorsWriter:
 
 
 class StreamedSafetensors:
-    """Writes a file whose tensors are known before they arrive, in this order: the header comes first, so the hash can
-    be taken on the way and the bytes need not lie in the kernel's cache.
+    """Writer of a file whose tensors and their order are known in advance. The header is written first, so the hash is
+    computed while writing and the page cache is not needed.
 
-    ``specs``: name -> dtype code, shape. Tensors begin at a multiple of 4096 bytes. ``finish`` or ``abandon`` ends it.
+    ``specs``: name -> dtype code, shape. Tensors begin at multiples of 4096 bytes. ``finish`` or ``abandon`` ends it.
     """
 
     def __init__(self, path: str | Path, specs: Mapping[str, tuple[str, tuple[int, ...]]], spool: Spool) -> None:
@@ -204,27 +204,27 @@ class StreamedSafetensors:
 
     @property
     def full(self) -> bool:
-        """Whether every tensor has come."""
+        """Whether every tensor has been added."""
         return self._next is None
 
     def add(self, name: str, array: np.ndarray) -> None:
         """Append a tensor. ValueError if it is not the next one."""
         code = dtype_code(array.dtype)
         if (name, (code, array.shape)) != self._next:
-            raise ValueError(f"{self.path}: '{name}', {code} {array.shape}, came where {self._next} was expected")
+            raise ValueError(f"{self.path}: expected the tensor {self._next}, found '{name}', {code} {array.shape}")
         self._next = next(self._left, None)
         array = np.ascontiguousarray(array, DTYPES[code])
         self._file.write(array.reshape(-1).view(np.uint8))
 
     def finish(self) -> tuple[int, str]:
-        """Size and SHA-256 of the file, which is on disk. ValueError if a tensor is missing."""
+        """Complete the file on disk. Returns its size and SHA-256. ValueError if a tensor is missing."""
         if self._next is not None:
             self.abandon()
-            raise ValueError(f"{self.path}: {self._next} did not come")
+            raise ValueError(f"{self.path}: tensor {self._next} was not added")
         return self._file.size, self._file.finish()
 
     def abandon(self) -> None:
-        """Leave the file incomplete."""
+        """Close the file, incomplete."""
         self._file.abandon()
 
 
@@ -247,7 +247,7 @@ def _entries(specs: Mapping[str, tuple[str, tuple[int, ...]]], metadata: Mapping
 
 
 def file_sha256(path: Path, on_bytes: Callable[[int], object] | None = None) -> str:
-    """SHA-256 of a file in hexadecimal, read in small blocks; ``on_bytes`` hears of every block."""
+    """SHA-256 of a file in hexadecimal; ``on_bytes`` is called with the size of every block read."""
     digest = hashlib.sha256()
     block = bytearray(1 << 20)
     with open(path, "rb", buffering=0) as file:
@@ -259,7 +259,7 @@ def file_sha256(path: Path, on_bytes: Callable[[int], object] | None = None) -> 
 
 
 def box(shape: tuple[int, ...], index: Index | None) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """(starts, extents) of what ``index`` cuts from ``shape``. ValueError for a step or too many slices."""
+    """(starts, extents) of the box ``index`` of a tensor of ``shape``. ValueError for a step or too many slices."""
     index = tuple(index or ())
     if len(index) > len(shape):
         raise ValueError(f"{len(index)} slices for a tensor of {len(shape)} dimensions")
@@ -274,14 +274,14 @@ def box(shape: tuple[int, ...], index: Index | None) -> tuple[tuple[int, ...], t
 
 
 def _runs(info: TensorInfo, starts: tuple[int, ...], extents: tuple[int, ...]) -> Iterator[tuple[int, int, int]]:
-    """(byte place in the box, byte position in the file, byte count) of each unbroken stretch, in order."""
+    """(byte position in the box, byte position in the file, byte count) of each contiguous run, in order."""
     if math.prod(extents) == 0:
         return
     item = info.dtype.itemsize
     strides = [item] * len(info.shape)
     for axis in reversed(range(len(info.shape) - 1)):
         strides[axis] = strides[axis + 1] * info.shape[axis + 1]
-    # The trailing axes taken whole join into one stretch together with the first axis that is cut.
+    # Trailing axes that are taken whole form one run together with the last axis that is cut.
     outer = len(info.shape)
     while outer > 0 and extents[outer - 1] == info.shape[outer - 1]:
         outer -= 1
@@ -298,16 +298,16 @@ def _encode(entries: Mapping[str, object]) -> bytes:
 
 def _parse(prefix: bytes, file: BinaryIO, size: int, path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
     if len(prefix) < 8:
-        raise UserError(f"{path}: truncated, {size} bytes are no safetensors file")
+        raise UserError(f"{path}: truncated: a safetensors file has at least 8 bytes, found {size}")
     (length,) = struct.unpack("<Q", prefix)
     if MAX_HEADER < length <= size - 8:
         raise UserError(
-            f"{path}: its header has {length} bytes, and headers of at most {MAX_HEADER} are read; write the tensors "
-            "into several files"
+            f"{path}: its header must have at most {MAX_HEADER} bytes, found {length}; write the tensors into several "
+            "files"
         )
     if length > size - 8:
         raise UserError(
-            f"{path}: truncated or not a safetensors file: a header of {length} bytes is announced in {size} bytes"
+            f"{path}: truncated, or not a safetensors file: it states a header of {length} bytes and has {size} in all"
         )
     try:
         header = parse_json(file.read(length))
@@ -353,7 +353,7 @@ def _naturals(values: object) -> TypeGuard[list[int]]:
 
 
 def write_atomically(path: Path, tensors: Mapping[str, np.ndarray]) -> None:
-    """Write a safetensors file beside ``path``, sync it, rename it over. On UserError (full disk) the old one stays."""
+    """Write a safetensors file and rename it to ``path``. After a UserError (full disk) a former file is unchanged."""
     from safetensors import SafetensorError
     from safetensors.numpy import save_file
 
@@ -362,9 +362,9 @@ def write_atomically(path: Path, tensors: Mapping[str, np.ndarray]) -> None:
         whole = {name: np.ascontiguousarray(value).reshape(np.shape(value)) for name, value in tensors.items()}
         with new_file(path) as beside:
             save_file(whole, beside)
-            # The library makes private files; the result gets the rights any new file here would have.
+            # The library creates private files; give the result the permissions of any other new file.
             umask = os.umask(0)
             os.umask(umask)
             os.chmod(beside, 0o666 & ~umask)
     except (OSError, SafetensorError) as error:
-        raise UserError(f"--out {path}: cannot be written ({error})") from None
+        raise UserError(f"--out {path}: cannot be written ({error}); give another path or free some space") from None

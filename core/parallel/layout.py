@@ -26,7 +26,7 @@ AXES = ("tp", "cp", "ring", "ulysses", "dp", "replicas", "pp", "world", "model")
 
 
 class Coord(NamedTuple):
-    """A rank's place on each axis, each from 0."""
+    """A rank's coordinate on each axis, counted from 0."""
 
     pp: int
     dp: int
@@ -36,21 +36,21 @@ class Coord(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Layout:
-    """How the ranks share one model and one batch; the mapping ``parallel`` of a run.
+    """Division of model and batch among the ranks; the section ``parallel`` of a run.
 
-    Raises UserError, naming the field, where its own numbers contradict each other. Whether a model fits is
-    ``check_layout``'s business.
+    Raises UserError, naming the field, where its own values contradict each other. ``check_layout`` checks it against a
+    model.
     """
 
-    pp: int = option(1, help="pipeline ranks: each holds some of the layers", min=1)
-    dp: int = option(1, help="data-parallel ranks: each holds some of the batch", min=1)
-    cp: int = option(1, help="context-parallel ranks: each holds some places of every sequence", min=1)
-    tp: int = option(1, help="tensor-parallel ranks: each holds some of every matrix", min=1)
+    pp: int = option(1, help="pipeline ranks: each has some of the layers", min=1)
+    dp: int = option(1, help="data-parallel ranks: each has some samples of the batch", min=1)
+    cp: int = option(1, help="context-parallel ranks: each has some tokens of every sequence", min=1)
+    tp: int = option(1, help="tensor-parallel ranks: each has a part of every matrix", min=1)
     ulysses: int = option(
-        1, help="part of cp done by all-to-all over heads; the rest, cp / ulysses, is the zigzag ring", min=1
+        1, help="ranks of cp that exchange heads by all-to-all; the other factor, cp / ulysses, is a zigzag ring", min=1
     )
-    virtual: int = option(1, help="model chunks a pipeline rank holds; above 1 is interleaved 1F1B", min=1)
-    schedule: str = option("1f1b", help="order of a pipeline's micro-batches", choices=SCHEDULES)
+    virtual: int = option(1, help="model chunks of a pipeline rank; above 1: interleaved 1F1B", min=1)
+    schedule: str = option("1f1b", help="pipeline schedule", choices=SCHEDULES)
     stage_layers: list[int] = option([], help="layers of each of the pp * virtual stages in order; [] balances", min=1)
     sequence_parallel: bool = option(True, help="norms and residual stream are split over tp along the sequence")
     zero1: bool = option(True, help="optimizer states are split over the ranks that hold the same weights")
@@ -105,9 +105,9 @@ class Layout:
 
     @property
     def name(self) -> str:
-        """Canonical text such as ``pp2.dp2.cp4.ulysses2.tp2``; ``parse_layout`` reads it back.
+        """Canonical text such as ``pp2.dp2.cp4.ulysses2.tp2``, the inverse of ``parse_layout``.
 
-        An explicit ``stage_layers`` and ``bucket_mb`` have no place in it.
+        It leaves out ``stage_layers`` and ``bucket_mb``.
         """
         if self.world == 1:
             return "single"
@@ -117,7 +117,7 @@ class Layout:
         return ".".join(parts + [word for word, on in flags if on])
 
     def coord(self, rank: int) -> Coord:
-        """Place of ``rank``, 0 <= rank < world."""
+        """Coordinates of ``rank``, 0 <= rank < world."""
         if not 0 <= rank < self.world:
             raise ValueError(f"rank {rank} is outside a world of {self.world}")
         rest, t = divmod(rank, self.tp)
@@ -133,8 +133,8 @@ class Layout:
     def ranks(self, axis: str, rank: int) -> tuple[int, ...]:
         """The group of ``rank`` along ``axis`` (one of AXES), in order along the axis.
 
-        ``replicas`` are the dp x cp ranks that hold the same weights, ``model`` the pp x tp ranks that together hold
-        one copy of them.
+        ``replicas``: the dp x cp ranks that hold the same weights. ``model``: the pp x tp ranks that together hold one
+        copy of the model.
         """
         p, d, c, t = self.coord(rank)
         r, u = divmod(c, self.ulysses)
@@ -150,7 +150,7 @@ class Layout:
             "model": ((None, d, c, None), ()),
         }[axis]
         sizes = (self.pp, self.dp, self.cp, self.tp)
-        # The free axes run in the order of the rank formula, so the group comes out sorted by rank.
+        # The free axes vary in the order of the rank formula, so the group is sorted by rank.
         pps, dps, cps, tps = (
             (many or range(size)) if fixed is None else (fixed,) for fixed, size in zip(one, sizes, strict=True)
         )
@@ -160,9 +160,9 @@ class Layout:
 def parse_layout(text: str) -> Layout:
     """A layout from text: parts joined by dots, each an axis and its size, or a word.
 
-    ``pp2 dp2 cp2 tp2``; ``ring2`` is cp2 over a ring, ``ulysses2`` alone is cp2 wholly by Ulysses, together they are
-    cp4; ``cp4.ulysses2`` is the same hybrid; ``vpp2`` is virtual 2; ``gpipe``, ``nosp`` (sequence_parallel off),
-    ``nozero`` (zero1 off), ``single``. Raises UserError on an unknown or repeated part and on a size below 1.
+    ``pp2 dp2 cp2 tp2``; ``ring2`` is cp2 over a ring, ``ulysses2`` alone is cp2 by Ulysses only, and both together are
+    cp4, which may also be written ``cp4.ulysses2``; ``vpp2`` is virtual 2; ``gpipe``, ``nosp`` (sequence_parallel off),
+    ``nozero`` (zero1 off), ``single``. UserError for an unknown or repeated part and for a size out of range.
     """
     where, sizes, words = f"layout '{text}'", dict[str, int](), set[str]()
     parts = text.strip().split(".")
@@ -187,7 +187,8 @@ def parse_layout(text: str) -> Layout:
     cp = sizes.get("cp") or (ring or 1) * (ulysses or 1)
     if ring is not None and cp != ring * (ulysses or max(cp // ring, 1)):
         product = f"ring{ring}" + (f" x ulysses{ulysses}" if ulysses else "")
-        raise UserError(f"{where}: cp{cp} is not made of {product}; nearest that is: cp{_multiple(cp, ring, ulysses)}")
+        near = _multiple(cp, ring, ulysses)
+        raise UserError(f"{where}: cp{cp} is not the product of {product}; nearest that is: cp{near}")
     return Layout(
         cp=cp,
         ulysses=ulysses or (cp // ring if ring else 1),
@@ -210,15 +211,15 @@ def check_layout(
     micro_batch: int | None = None,
     seq_len: int | None = None,
 ) -> None:
-    """Refuse, before any process group is made, a layout that cannot carry ``model`` or the run.
+    """Check a layout against ``model`` and the run, before any process group is created.
 
     UserError names the field, the two numbers that do not fit and the nearest legal choice. Vocabulary and sequence
-    length are padded and masked, so they never stand in the way. What is None is not checked.
+    length are padded, so they need no check. Arguments that are None are not checked.
     """
     _check_heads(layout, model)
     _check_stages(layout, model)
     if seq_len is not None and seq_len < 1:
-        raise UserError(f"data.seq_len: {seq_len} places cannot be shared by cp {layout.cp}; give at least 1")
+        raise UserError(f"data.seq_len: must be at least 1, found {seq_len}")
     if world is not None and world != layout.world:
         replica = layout.world // layout.dp
         other = f", or set parallel.dp to {world // replica}" if world % replica == 0 and world > 0 else ""
@@ -233,10 +234,11 @@ def check_layout(
 def stage_layers(layout: Layout, config: ModelConfig) -> list[list[int]]:
     """Layers of each of the pp * virtual global stages, in order; every stage has at least one.
 
-    An explicit ``layout.stage_layers`` wins. Otherwise the heaviest stage is made as light as can be: a block costs
-    its parameter count (one multiply-add a parameter and token), the embedding nothing (a lookup), the head its V * E.
-    Among those the evenest, and then the one with the lightest first stages, whose activations live longest. UserError
-    when there are more stages than layers or the explicit numbers do not add up.
+    An explicit ``layout.stage_layers`` takes precedence. Otherwise the most expensive stage is made as cheap as
+    possible: a block costs its parameter count (one multiply-add for each parameter and token), the embedding nothing
+    (it is a lookup), the head V * E. Among equal divisions the most even one is taken, and then the one with the
+    cheapest first stages, whose activations are kept longest. UserError when there are more stages than layers or when
+    the explicit numbers do not add up.
     """
     from telechat_twins.core.model.params import block_table
 
@@ -244,7 +246,7 @@ def stage_layers(layout: Layout, config: ModelConfig) -> list[list[int]]:
     counts: Sequence[int] = layout.stage_layers
     if not counts:
         costs = [sum(spec.size for spec in block_table(config).values())] * config.num_layers
-        # Whichever stage holds the last block also computes the head, tied to the embedding or not.
+        # The stage with the last block also computes the head, whether tied to the embedding or not.
         costs[-1] += config.vocab_size * config.hidden_size
         counts = _balance(tuple(costs), layout.stages)
     first = [sum(counts[:i]) for i in range(len(counts))]
@@ -258,7 +260,7 @@ _WORDS = ("gpipe", "nosp", "nozero")
 
 def _hint(part: str, name: str, size: str) -> str:
     if part == "single":
-        return "'single' stands alone"
+        return "'single' cannot be combined with other parts"
     if name in _SIZED:
         return f"did you mean '{name}2'?"
     if near := nearest(name, [*_SIZED, *_WORDS, "single"], cutoff=0.5):
@@ -278,7 +280,7 @@ def _product(*axes: Iterable[int]) -> list[tuple[int, ...]]:
 
 
 def _nearest(wanted: int, candidates: Iterable[int], legal: Callable[[int], bool]) -> int:
-    """The legal candidate closest to ``wanted``, the smaller of two; 1 is legal wherever this is asked."""
+    """The legal candidate closest to ``wanted``, the smaller of two equally close ones. 1 must be legal."""
     return min((n for n in candidates if legal(n)), key=lambda n: (abs(n - wanted), n))
 
 
@@ -338,7 +340,8 @@ def _check_stages(layout: Layout, model: ModelConfig) -> None:
 
 
 def _mended(counts: Sequence[int], total: int) -> str:
-    """How to bring ``counts`` to ``total`` one layer at a time: taken from the largest stage, given to the smallest."""
+    """Suggestion that brings the sum of ``counts`` to ``total``: layers are taken from the largest stage or given to
+    the smallest, one at a time."""
     mended, missing = list(counts), total - sum(counts)
     if abs(missing) * len(counts) > 100_000:
         return "; or give [] to balance"
@@ -376,8 +379,8 @@ def _nearest_multiple(wanted: int, unit: int) -> int:
 
 @lru_cache(maxsize=16)
 def _balance(costs: tuple[int, ...], stages: int) -> tuple[int, ...]:
-    """Cut ``costs`` into ``stages`` runs of at least one, exactly: smallest maximum, then smallest sum of squares,
-    then the lexicographically first."""
+    """Optimal division of ``costs`` into ``stages`` runs of at least one: smallest maximum, then smallest sum of
+    squares, then the lexicographically first. Returns the lengths of the runs."""
     total = [0]
     for cost in costs:
         total.append(total[-1] + cost)
@@ -388,13 +391,15 @@ def _balance(costs: tuple[int, ...], stages: int) -> tuple[int, ...]:
             runs, load = (runs, load + cost) if load + cost <= limit else (runs + 1, cost)
         return runs <= stages
 
+    # Bisect for the smallest limit on a run's cost with which a greedy division needs no more than `stages` runs.
     low, limit = max(costs), total[-1]
     while low < limit:
         middle = (low + limit) // 2
         low, limit = (low, middle) if fits(middle) else (middle + 1, limit)
 
     layers = len(costs)
-    # best[i]: (sum of squares, length of the first run) of costs[i:] cut into as many runs as the round says.
+    # Dynamic programming under that limit. In round n, best[i] is (sum of squares, length of the first run) of the best
+    # division of costs[i:] into n runs; the first length that reaches the smallest sum is kept.
     best: dict[int, tuple[int, int]] = {layers: (0, 0)}
     rounds = []
     for runs in range(1, stages + 1):

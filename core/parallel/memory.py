@@ -23,9 +23,10 @@ def estimate(
     layout: Layout | None = None,
     micro_batches: int | None = None,
 ) -> JsonObject:
-    """Parameters by class, bytes by use and floating-point operations per token; formulas: top of this file.
+    """Parameters by class, bytes by use and floating-point operations per token.
 
-    ``memory_bytes`` is that of the fullest rank, ``ranks`` that of every pipeline rank.
+    ``memory_bytes`` is that of the pipeline rank that needs the most, ``ranks`` that of each. ``_memory`` has the
+    formulas.
     """
     layout = layout or Layout()
     micro_batches = micro_batches or layout.stages

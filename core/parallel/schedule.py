@@ -1,12 +1,13 @@
 """Pipeline schedules as lists of actions per rank, with their messages, activation memory and idle time.
 
 A model is cut into ``pp * virtual`` global stages; stage g lives on pipeline rank g % pp as its chunk g // pp. A rank
-does its actions in order. Sending never waits; an action waits for its input. Both backends execute exactly these
-lists, so that the order of messages on every link is known beforehand.
+executes its actions in order. Sends do not block; an action waits for its input. Both backends execute exactly these
+lists, so the order of messages on every link is known in advance.
 
-Every function takes the same five numbers: ``schedule`` ("gpipe" or "1f1b", which is interleaved 1F1B when
-``virtual`` > 1), ``pp`` ranks, ``virtual`` chunks a rank, ``micro_batches`` of a step, ``rank`` on the pipeline; and
-raises ValueError where they make no schedule (core.parallel.layout has refused those with a message for users).
+Every function takes the same five values: ``schedule`` ("gpipe" or "1f1b", which is interleaved 1F1B when
+``virtual`` > 1), the number ``pp`` of pipeline ranks, ``virtual`` chunks a rank, ``micro_batches`` of a step, and
+``rank`` on the pipeline. It raises ValueError for values without a schedule; core.parallel.layout refuses those before,
+with a message for users.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from typing import NamedTuple
 
 
 class Action(NamedTuple):
-    """``kind`` F (forward) or B (backward) of one micro-batch through one of this rank's chunks."""
+    """Forward (``kind`` "F") or backward ("B") of one micro-batch through one of the rank's chunks."""
 
     kind: str
     micro: int
@@ -24,7 +25,7 @@ class Action(NamedTuple):
 
 
 class Span(NamedTuple):
-    """When an action ran."""
+    """An action with its start and end, in the units of ``simulate``'s costs."""
 
     action: Action
     start: float
@@ -32,12 +33,12 @@ class Span(NamedTuple):
 
 
 def actions(schedule: str, pp: int, virtual: int, micro_batches: int, rank: int) -> list[Action]:
-    """What ``rank`` does in one optimizer step, in order: every (micro, chunk) once forward and once backward.
+    """Actions of ``rank`` in one optimizer step, in order: every (micro, chunk) once forward and once backward.
 
-    GPipe: all forwards, then all backwards, both in order of micro-batch. 1F1B: pp - rank - 1 forwards ahead, then
-    one forward and one backward in turn. Interleaved 1F1B (arXiv 2104.04473, section 2.2, in the order of
-    Megatron-LM): micro-batches go in groups of pp through chunk 0, then the group through chunk 1, and so on;
-    backwards likewise from the last chunk; (pp - rank - 1) * 2 + (virtual - 1) * pp forwards ahead.
+    GPipe: all forwards, then all backwards, both in order of micro-batch. 1F1B: pp - rank - 1 warm-up forwards, then
+    one forward and one backward in turn, then the remaining backwards. Interleaved 1F1B (arXiv 2104.04473, section 2.2,
+    in the order of Megatron-LM): micro-batches go in groups of pp through chunk 0, then the same group through chunk 1,
+    and so on; backwards likewise, from the last chunk; (pp - rank - 1) * 2 + (virtual - 1) * pp warm-up forwards.
     """
     _check(schedule, pp, virtual, micro_batches, rank)
     total = micro_batches * virtual
@@ -45,35 +46,40 @@ def actions(schedule: str, pp: int, virtual: int, micro_batches: int, rank: int)
     backwards = [Action("B", *_turn(k, pp, virtual, "B")) for k in range(total)]
     if schedule == "gpipe":
         return forwards + backwards
+    # Warm-up: forwards only, as many as it takes until the first gradient can arrive.
     ahead = min(_ahead(pp, virtual, rank), total)
     plan = forwards[:ahead]
+    # Steady state: each backward frees the activations of one micro-batch before the next forward keeps more, so a
+    # rank never holds more than ahead + 1 graphs (peak_live).
     for k in range(total - ahead):
         plan += [forwards[ahead + k], backwards[k]]
+    # Cool-down: the backwards of the last `ahead` forwards.
     return plan + backwards[total - ahead :]
 
 
 def incoming(kind: str, schedule: str, pp: int, virtual: int, micro_batches: int, rank: int) -> list[tuple[int, int]]:
-    """(micro, own chunk) of everything that reaches ``rank`` over one link, in the order in which it was sent.
+    """(micro, own chunk) of every message that ``rank`` receives over one link, in the order of sending.
 
-    ``kind`` "F": activations from the rank before; "B": gradients from the rank after, both ring-wise, since the last
-    rank's chunk is followed by the first rank's next one. Messages on a link are matched in order only; with these
-    schedules that is also the order in which the receiver needs them.
+    ``kind`` "F": activations from the previous rank; "B": gradients from the next rank. Ranks form a ring, since the
+    last rank's chunk is followed by the first rank's next chunk. Messages carry no tag: they are matched by their order
+    on the link, which with these schedules is the order in which the receiver uses them.
     """
     _check(schedule, pp, virtual, micro_batches, rank)
     step = {"F": 1, "B": -1}[kind]
     sender = (rank - step) % pp
     messages = []
     for action in actions(schedule, pp, virtual, micro_batches, sender):
-        stage = action.chunk * pp + sender + step
+        stage = action.chunk * pp + sender + step  # where the result goes; the ends of the pipeline send nothing
         if action.kind == kind and 0 <= stage < pp * virtual and pp > 1:
             messages.append((action.micro, stage // pp))
     return messages
 
 
 def peak_live(schedule: str, pp: int, virtual: int, micro_batches: int, rank: int) -> int:
-    """The most (micro, chunk) graphs ``rank`` holds at once: forward done or under way, backward not yet done.
+    """Largest number of (micro, chunk) graphs that ``rank`` holds at once, from the start of a forward to the end
+    of its backward.
 
-    GPipe micro_batches; 1F1B min(micro_batches, pp - rank); interleaved one more than its forwards ahead, at most all.
+    GPipe: micro_batches. 1F1B: min(micro_batches, pp - rank). Interleaved: warm-up forwards + 1, at most all.
     """
     _check(schedule, pp, virtual, micro_batches, rank)
     total = micro_batches * virtual
@@ -88,10 +94,10 @@ def simulate(
     forward: float | Sequence[float] = 1.0,
     backward: float | Sequence[float] = 2.0,
 ) -> list[list[Span]]:
-    """Timeline of each rank: its actions with start and end, messages taking no time.
+    """Timeline of each rank: its actions with start and end, for messages that take no time.
 
-    ``forward`` and ``backward`` are the time of one micro-batch through one stage, or one number for each of the
-    pp * virtual global stages. Raises RuntimeError on a deadlock.
+    ``forward`` and ``backward``: the time of one micro-batch through a stage, in any unit; one number, or one for each
+    of the pp * virtual global stages. RuntimeError on a deadlock.
     """
     plans = [actions(schedule, pp, virtual, micro_batches, rank) for rank in range(pp)]
     return play(plans, virtual, forward, backward)
@@ -103,9 +109,10 @@ def play(
     forward: float | Sequence[float] = 1.0,
     backward: float | Sequence[float] = 2.0,
 ) -> list[list[Span]]:
-    """``simulate`` for given lists of actions, one a rank. A deadlock is a RuntimeError naming the waiting actions.
+    """``simulate`` for given lists of actions, one a rank. RuntimeError, naming the waiting actions, on a deadlock.
 
-    A forward needs that of the stage before; a backward its own forward and the backward of the stage after.
+    A forward depends on the forward of the stage before. A backward depends on its own forward and on the backward of
+    the stage after.
     """
     pp = len(plans)
     stages = pp * virtual
@@ -116,6 +123,8 @@ def play(
     done: dict[tuple[str, int, int], float] = {}  # (kind, micro, global stage) -> end
     timeline: list[list[Span]] = [[] for _ in plans]
     moved = True
+    # Each round advances every rank as far as the results of the others allow. When a round moves no rank, either all
+    # lists are finished or the ranks wait for each other.
     while moved:
         moved = False
         for rank, plan in enumerate(plans):
@@ -149,7 +158,7 @@ def bubble(
     forward: float | Sequence[float] = 1.0,
     backward: float | Sequence[float] = 2.0,
 ) -> float:
-    """Share of the ranks' time spent waiting, from ``simulate``: 0 on one rank."""
+    """Fraction of the ranks' time spent waiting, from ``simulate``; 0 for one rank."""
     timeline = simulate(schedule, pp, virtual, micro_batches, forward, backward)
     length = max(spans[-1].end for spans in timeline)
     busy = sum(span.end - span.start for spans in timeline for span in spans)
@@ -159,14 +168,20 @@ def bubble(
 def bubble_formula(schedule: str, pp: int, virtual: int, micro_batches: int) -> float:
     """``bubble`` for equal stages: (pp - 1) / (virtual * micro_batches + pp - 1).
 
-    GPipe and 1F1B share it (they differ in memory); interleaving divides the filling and draining by ``virtual``.
+    GPipe and 1F1B have the same bubble and differ in memory. Interleaving makes filling and draining shorter by the
+    factor ``virtual``.
     """
     _check(schedule, pp, virtual, micro_batches, 0)
     return (pp - 1) / (virtual * micro_batches + pp - 1)
 
 
 def _ahead(pp: int, virtual: int, rank: int) -> int:
-    """Forwards of 1F1B before its first backward, where there are as many."""
+    """Warm-up forwards of 1F1B, if the step has that many.
+
+    The first gradient reaches a rank after its activation has passed the pp - rank - 1 stages behind it. Interleaved, a
+    rank also runs the first virtual - 1 chunks of its first group before any backward, and twice the distance keeps the
+    ranks busy while gradients of the last chunk come back (Megatron-LM's number).
+    """
     return pp - rank - 1 if virtual == 1 else (pp - rank - 1) * 2 + (virtual - 1) * pp
 
 
@@ -174,12 +189,15 @@ def _turn(k: int, pp: int, virtual: int, kind: str) -> tuple[int, int]:
     """(micro, chunk) of a rank's k-th forward or backward."""
     if virtual == 1:
         return k, 0
+    # A group is pp micro-batches through all chunks: chunk 0 for each of them, then chunk 1, ...; backwards run through
+    # the chunks in reverse.
     group, place = divmod(k, pp * virtual)
     chunk, micro = divmod(place, pp)
     return group * pp + micro, chunk if kind == "F" else virtual - 1 - chunk
 
 
 def _needs(action: Action, stage: int, stages: int) -> list[tuple[str, int, int]]:
+    """(kind, micro, global stage) of the actions that must have ended before ``action`` can start."""
     if action.kind == "F":
         return [("F", action.micro, stage - 1)] if stage > 0 else []
     own = ("F", action.micro, stage)

@@ -1,11 +1,20 @@
 """Context-parallel split of a sequence, and the keys that are visible to each rank's queries.
 
-A row of S tokens is padded to S_pad and its places are dealt to the ring's R ranks, n = S_pad / R each. Zigzag: the
-row is cut into 2R equal chunks and rank r takes chunks r and 2R-1-r, so that causal work is equal on all ranks and
-every step of the ring after the first is a full rectangle. A ring rank's n places are cut once more into ``ulysses``
-equal pieces; Ulysses' all-to-all gathers the n places before attention, so masks are about ring ranks only.
+A row of S tokens is padded to S_pad, and its places (token positions in the padded row) are divided among the ring's R
+ranks, n = S_pad / R each. Zigzag: the row is cut into 2R equal chunks and rank r takes chunks r and 2R-1-r. With R = 2:
 
-Labels are shifted before the split (core.model.batch), so nothing crosses the cuts.
+    chunk   0   1   2   3
+    rank    0   1   1   0
+
+Cut into R contiguous pieces, the last rank would have almost all of the causal work. In zigzag order a rank's early
+chunk, with few visible keys, is paired with a late one, with many, so all ranks have equal work. Moreover, after the
+first step of the ring (a rank's own keys: the causal triangle) every step is a full rectangle without a mask: keys of a
+rank before are visible in their first half to all queries, keys of a rank after are visible as a whole to the second
+half of the queries (``visible_part``).
+
+A ring rank's n places are cut once more into ``ulysses`` equal pieces. Ulysses' all-to-all gathers the n places before
+attention, so masks concern ring ranks only. Labels are shifted before the split (core.model.batch), so no rank needs a
+token of another rank for them.
 """
 
 from __future__ import annotations
@@ -24,12 +33,12 @@ from telechat_twins.core.parallel.layout import Layout
 
 @dataclass(frozen=True, eq=False)
 class Visibility:
-    """What masks need, for whole ring ranks (n = S_pad / R places, Ulysses gathered).
+    """Data for attention masks between ring ranks (n = S_pad / R places each, Ulysses gathered).
 
-    ``method``: how keys of other ring ranks are met. "plain": there are none; "ring": key/value blocks travel, and
-    ``mask_between`` says what a block shows; "allgather": keys are gathered and sorted (``gather_order``), and
-    ``query_blocks`` says what they show.
-    index [R, B or 1, n] int32: place in the padded row of what each ring rank holds. doc_ids [R, B, n] int32: the
+    ``method``: how queries reach the keys of other ring ranks. "plain": there is one ring rank; "ring": key/value
+    blocks travel around the ring, with the masks of ``mask_between``; "allgather": keys are gathered and sorted
+    (``gather_order``), with the masks of ``query_blocks``.
+    index [R, B or 1, n] int32: place in the padded row of each token of each ring rank. doc_ids [R, B, n] int32: the
     document at those places, or None when documents are not isolated.
     """
 
@@ -43,7 +52,7 @@ class Visibility:
 
     @property
     def length(self) -> int:
-        """n, places a ring rank holds."""
+        """n, the places of a ring rank."""
         return self.index.shape[2]
 
 
@@ -69,18 +78,18 @@ class LocalBatch:
 
 
 def sequence_multiple(layout: Layout) -> int:
-    """What S is padded to a multiple of: 2 * ring chunks, each divisible by ulysses, and with sequence parallelism
-    every rank's share divisible by tp."""
+    """The number of which S is padded to a multiple: 2 * ring chunks, each divisible by ulysses, and with sequence
+    parallelism the places of a rank divisible by tp."""
     chunks = 2 * layout.ring if layout.ring > 1 else 1
     return math.lcm(chunks * layout.ulysses, layout.cp * (layout.tp if layout.sequence_parallel else 1))
 
 
 def split_batch(batch: Batch, layout: Layout, cp_rank: int) -> LocalBatch:
-    """The places of ``batch`` [B, S] that context-parallel rank ``cp_rank`` = r * ulysses + u holds.
+    """The part of ``batch`` [B, S] for context-parallel rank ``cp_rank`` = r * ulysses + u.
 
-    Isolated documents: where every document of every row, tail padding included, has a length divisible by 2R, each is
-    zigzagged on its own, and all first chunks come before all second chunks; else the row is zigzagged as a whole and
-    the method is "allgather".
+    Isolated documents: if every document of every row, the padding at the end included, has a length divisible by 2R,
+    each document is split in zigzag order by itself, and a rank's first chunks of all documents come before its second
+    ones. Otherwise the row is split as a whole and the method is "allgather".
     """
     r, u = divmod(cp_rank, layout.ulysses)
     seq_len = batch.input_ids.shape[1]
@@ -127,12 +136,14 @@ def pad_batch(batch: Batch, multiple: int) -> Batch:
 
 
 def choose_places(padded: Batch, ring: int) -> tuple[str, np.ndarray]:
-    """Method, and index [R, B or 1, n] int32 of the places that each ring rank holds, in its local order."""
+    """Method, and index [R, B or 1, n] int32 of the places of each ring rank, in its local order."""
     length = padded.input_ids.shape[1]
     if ring == 1:
         return "plain", np.arange(length, dtype=np.int32)[None, None]
     if padded.doc_ids is None:
         return "ring", zigzag_places([length], ring)[:, None]
+    # Isolated documents may be split one by one only if each has whole chunks for all ranks; the masks of "ring" rely
+    # on the two halves of a rank's places being the first and the second chunks.
     rows = [_document_lengths(ids) for ids in padded.doc_ids]
     even = [lengths for lengths in rows if lengths and all(n % (2 * ring) == 0 for n in lengths)]
     if len(even) == len(rows):
@@ -142,7 +153,7 @@ def choose_places(padded: Batch, ring: int) -> tuple[str, np.ndarray]:
 
 def zigzag_places(lengths: Sequence[int], ring: int) -> np.ndarray:
     """index [R, n] int32 for a row made of documents of ``lengths``, each a multiple of 2R: rank r holds chunk r of
-    every document, then chunk 2R-1-r of every document. Both halves increase, and the first comes before."""
+    every document, then chunk 2R-1-r of every document. Within each half the places increase."""
     chunks: list[list[np.ndarray]] = [[] for _ in range(2 * ring)]
     start = 0
     for length in lengths:
@@ -155,19 +166,24 @@ def zigzag_places(lengths: Sequence[int], ring: int) -> np.ndarray:
 
 
 def visible_part(q_rank: int, k_rank: int, length: int) -> tuple[slice, slice]:
-    """The queries and the keys, of ``length`` each, that meet between two ring ranks: all of both on the same rank, the
-    FIRST half of the keys of a rank before, the SECOND half of the queries for keys of a rank after."""
+    """Slices of a rank's queries and of another rank's keys, ``length`` of each, outside of which nothing is visible.
+
+    The same rank: all queries, all keys. Keys of a rank before: all queries, the FIRST half of the keys. Keys of a rank
+    after: the SECOND half of the queries, all keys.
+    """
+    # Rank q has the chunks q and 2R-1-q, rank k the chunks k and 2R-1-k. For k < q: k < q and k < 2R-1-q, so chunk k is
+    # before both of q's; 2R-1-k is after both, and hidden. For k > q: k and 2R-1-k lie between q and 2R-1-q, so q's
+    # first chunk sees neither and its second chunk sees both.
     half = length // 2
     queries = slice(half if k_rank > q_rank else 0, length)
     return queries, slice(0, half if k_rank < q_rank else length)
 
 
 def mask_between(visibility: Visibility, q_rank: int, k_rank: int) -> None | str | np.ndarray:
-    """What the ``visible_part`` of one ring rank's queries sees of that of another's keys, for method "ring" (or
-    "plain"); what is outside the parts is invisible and is not computed.
+    """Mask between the queries and the keys of ``visible_part`` of two ring ranks, for the methods "ring" and "plain".
 
-    Returns None (all of it), "causal" (the ordinary triangle: local order is row order), or bool [B, queries, keys].
-    Every query sees at least one key.
+    Returns None (all keys are visible), "causal" (the usual triangle, since local order is row order), or bool
+    [B, queries, keys]. Every query sees at least one key.
     """
     if visibility.method == "allgather":
         raise ValueError("gathered keys have no blocks between ranks; see query_blocks")
@@ -183,7 +199,7 @@ def mask_between(visibility: Visibility, q_rank: int, k_rank: int) -> None | str
 
 
 def gather_order(visibility: Visibility) -> list[tuple[int, int]]:
-    """(start, length) slices that put keys gathered from all ring ranks, concatenated in rank order, into row order.
+    """(start, length) of the slices that, concatenated, bring keys gathered in rank order into row order.
 
     Needs one index for all rows, as method "allgather" has; ValueError otherwise.
     """
@@ -194,10 +210,10 @@ def gather_order(visibility: Visibility) -> list[tuple[int, int]]:
 
 
 def query_blocks(visibility: Visibility, q_rank: int, block: int = 1024) -> Iterator[Block]:
-    """A ring rank's own queries, in blocks, against the prefix of the sorted keys that they need.
+    """Blocks of a ring rank's queries, each with the prefix of the sorted keys that it needs.
 
-    ``first`` and ``last`` of a block count own queries in local order, ``keys`` counts keys in row order. A block never
-    runs over the gap between two zigzag chunks, so that no query meets the keys in the gap.
+    ``first`` and ``last`` of a block count the rank's queries in local order, ``keys`` counts keys in row order. A
+    block ends at the gap between two zigzag chunks, so that no query is computed against the keys in the gap.
     """
     places = visibility.index[q_rank, 0]
     row_docs = None
@@ -218,7 +234,7 @@ def query_blocks(visibility: Visibility, q_rank: int, block: int = 1024) -> Iter
 
 
 def visible_pairs(visibility: Visibility, q_rank: int) -> list[float]:
-    """Query-key pairs a row that ``q_rank`` needs of each ring rank's keys (a mean where rows differ): the work of
+    """Number of visible query-key pairs a row between ``q_rank`` and each ring rank (the mean over rows): the work of
     each step of the ring. For method "allgather" one number, for all keys."""
     if visibility.method == "allgather":
         blocks = list(query_blocks(visibility, q_rank))
@@ -235,9 +251,9 @@ def visible_pairs(visibility: Visibility, q_rank: int) -> list[float]:
 
 
 def real_places(local: LocalBatch, seq_len: int) -> list[tuple[int, int, int]]:
-    """Runs (local start, start in the row, length) of the held places below ``seq_len``, where the padding begins.
+    """Runs (local start, start in the row, length) of the rank's places before ``seq_len``, where the padding begins.
 
-    For writing what this rank computed into whole rows; ValueError where rows are split differently.
+    For writing a rank's results into whole rows. ValueError where the rows of a batch are split differently.
     """
     if len(local.index) != 1:
         raise ValueError("all rows must be split alike to share their runs; found rows with different splits")
@@ -273,8 +289,8 @@ def _runs(places: np.ndarray) -> list[np.ndarray]:
 
 
 def _document_lengths(ids: np.ndarray) -> list[int] | None:
-    """Lengths of the documents of one row [S], or None when an id comes back after another document: then two runs
-    see each other, which the halves of a zigzag per document do not allow for."""
+    """Lengths of the documents of one row [S]; None when an id returns after another document. Such a document has two
+    runs that see each other, which a zigzag split of each run does not provide for."""
     starts = np.flatnonzero(np.concatenate([[True], ids[1:] != ids[:-1]]))
     if len(np.unique(ids[starts])) < len(starts):
         return None

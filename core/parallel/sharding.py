@@ -1,7 +1,7 @@
 """Parameter shards of a rank, and the map from its flat optimizer shard to boxes of the logical tensors.
 
-A rank's table has the form of core.model.params.parameter_table, with local shapes: the decoder is built from it and
-needs to know nothing else about ranks. Letters: H query heads, K kv heads, D head dim, E hidden, F ffn, V vocabulary.
+A rank's table has the form of core.model.params.parameter_table with local shapes. The decoder is built from it and
+needs no other information about ranks. Letters: H query heads, K kv heads, D head dim, E hidden, F ffn, V vocabulary.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ Box = tuple[slice, ...]
 
 @dataclass(frozen=True)
 class Shard:
-    """One parameter on one rank.
+    """One parameter's shard on one rank.
 
-    ``shape`` is what the rank allocates, ``whole`` the logical shape and ``index`` the box of it that fills the first
-    rows of the local tensor; rows beyond are padding (vocabulary only) and stay zero. Ranks along the axes ``sum_over``
-    hold the same values and each computes a part of their gradient. ``owner``: of all ranks of one replica that hold
-    these values, this one counts them in the norm and writes them to checkpoints.
+    ``shape``: local shape. ``whole``: logical shape. ``index``: the box of the logical tensor that fills the first rows
+    of the local one; rows after it are padding (vocabulary only) and stay zero. ``sum_over``: axes along which ranks
+    hold the same values and each computes a part of their gradient, so that gradients are summed. ``owner``: whether
+    this rank, of all in a replica that hold these values, counts them in the norm and writes them to checkpoints.
     """
 
     shape: tuple[int, ...]
@@ -62,7 +62,7 @@ def chunk_table(
 
 
 def kv_copies(config: ModelConfig, layout: Layout) -> int:
-    """How many tensor ranks hold the same kv head: 1 until tp exceeds the number of kv heads."""
+    """Number of tensor ranks that hold the same kv head: 1 unless tp exceeds the number of kv heads."""
     return max(1, layout.tp // config.num_kv_heads)
 
 
@@ -72,7 +72,7 @@ def is_tied_across(config: ModelConfig, layout: Layout) -> bool:
 
 
 def padded_rows(vocab_size: int, tp: int) -> int:
-    """Vocabulary rows of one tensor rank; the last ranks may hold some that stand for no token."""
+    """Vocabulary rows of one tensor rank; on the last ranks some may be padding."""
     return -(-vocab_size // tp)
 
 
@@ -113,7 +113,7 @@ def _box(shape: tuple[int, ...], axis: int = -1, first: int = 0, last: int = 0) 
 
 @dataclass(frozen=True)
 class Segment:
-    """Where a parameter lies in a bucket: elements start .. start + size - 1."""
+    """Place of a parameter in a bucket: elements start .. start + size - 1."""
 
     name: str
     start: int
@@ -122,7 +122,7 @@ class Segment:
 
 @dataclass(frozen=True)
 class Bucket:
-    """Parameters whose gradients are reduced in one collective: one flat vector, padded to divide among its ranks.
+    """Parameters whose gradients are reduced in one collective, as one flat vector, padded to divide among the ranks.
 
     All its parameters share ``decays``, ``mup_class``, ``sum_over`` and ``owner``.
     """
@@ -140,9 +140,10 @@ def plan_buckets(
 ) -> list[Bucket]:
     """Group parameters into buckets of about ``max_elements``, each padded to a multiple of ``parts``.
 
-    The order is that of the backward pass (last parameters first), so that early buckets are complete early.
-    ``by_class``: a bucket holds one muP class. Else classes share buckets, which count as vector-like: a recipe that
-    does not distinguish classes (core.train.recipe.tells_classes_apart) gives all of them the numbers of that one.
+    The order is that of the backward pass (last parameters first), so that the first buckets are complete early and
+    their reduction overlaps with the rest of it. ``by_class``: a bucket has parameters of one muP class. Otherwise
+    classes share buckets, which are marked vector-like; that is correct for a recipe that treats all classes alike
+    (core.train.recipe.tells_classes_apart is false).
     """
     buckets: list[Bucket] = []
     open_: dict[tuple[bool, str, tuple[str, ...], bool], list[tuple[str, int]]] = {}
@@ -168,8 +169,8 @@ def plan_buckets(
 
 @dataclass(frozen=True)
 class FlatPiece:
-    """Elements first .. last - 1 of a rank's part of a bucket are, in row-major order, the box ``box`` of the logical
-    tensor ``name``."""
+    """A box of a logical tensor in a rank's part of a bucket: elements first .. last - 1 of the part are, in row-major
+    order, the box ``box`` of the tensor ``name``."""
 
     name: str
     first: int
@@ -178,9 +179,9 @@ class FlatPiece:
 
 
 def flat_pieces(bucket: Bucket, table: Mapping[str, Shard], part: int, parts: int) -> Iterator[FlatPiece]:
-    """The boxes that make up part ``part`` of ``parts`` of a bucket; padding belongs to none.
+    """The boxes of logical tensors that make up part ``part`` of ``parts`` of a bucket, without padding.
 
-    A flat range of a matrix is at most three boxes: the rest of a row, whole rows, the start of a row.
+    A flat range of a matrix consists of at most three boxes: the rest of a row, whole rows, the beginning of a row.
     """
     size = bucket.size // parts
     begin, end = part * size, (part + 1) * size

@@ -1,11 +1,12 @@
 """Communication volume of a layout: bytes per rank and collective in one optimizer step, in closed form.
 
-Counted as the collectives themselves count: per (operation, group or link name) the calls and the bytes of the tensors
-that this rank gave to them. ``wire_bytes`` turns these into what a ring algorithm puts on the wire. Left out are
-recomputation (the calls of a block's forward once more) and the few host numbers of ``agree``.
+The count is the same as that of the collectives themselves: for each (operation, group or link name), the number of
+calls and the bytes of the tensors that this rank passed in. ``wire_bytes`` converts them to the bytes that a ring
+algorithm sends. Recomputation (which repeats the calls of a block's forward) and the few host numbers of ``agree`` are
+not included.
 
-B samples of a micro-batch, s places of a context rank (S_pad / cp), n = s * ulysses places of a ring rank, E hidden,
-H and K heads and kv heads of a tensor rank, D head dim. Sums over ranks travel in float32 or wider.
+Shapes: B samples of a micro-batch, s places of a context rank (S_pad / cp), n = s * ulysses places of a ring rank,
+E hidden, H and K heads and kv heads of a tensor rank, D head dim. Sums over ranks are sent in float32 or wider.
 """
 
 from __future__ import annotations
@@ -56,9 +57,9 @@ class Widths:
 
 
 def wire_bytes(op: str, size: int, payload: int) -> float:
-    """Bytes a rank sends when ``size`` ranks do ``op`` by a ring algorithm and each hands in ``payload`` bytes.
+    """Bytes that a rank sends when ``size`` ranks run ``op`` by a ring algorithm and each passes in ``payload`` bytes.
 
-    A shift or a send puts its payload on the wire once. ValueError on an operation without such a formula.
+    A shift or a send sends its payload once. ValueError for an operation without a formula.
     """
     if size == 1:
         return 0.0
@@ -76,9 +77,9 @@ def wire_bytes(op: str, size: int, payload: int) -> float:
 
 
 def tensor_bytes(layout: Layout, elements: int, width: int) -> Traffic:
-    """One norm with its gathering, and one row-parallel product with its sum, forward and backward: half a block.
+    """Traffic of half a block, forward and backward: the gather after a norm, and the sum of a row-parallel product.
 
-    ``elements`` = B * s * E of the stream before it is split over tp, ``width`` bytes each.
+    ``elements`` = B * s * E of the residual stream before it is split over tp, ``width`` bytes each.
     """
     if layout.tp == 1:
         return {}
@@ -89,8 +90,8 @@ def tensor_bytes(layout: Layout, elements: int, width: int) -> Traffic:
 
 
 def ulysses_bytes(layout: Layout, places: int, heads: int, kv_heads: int, width: int) -> Traffic:
-    """One attention's exchange of heads for places, forward and backward. ``places`` = B * s * D; q, k, v and out each
-    travel once each way, kv heads repeated where there are fewer than ranks."""
+    """Traffic of Ulysses in one attention, forward and backward: q, k, v and the output are each exchanged once in each
+    direction; kv heads are repeated where there are fewer than ranks. ``places`` = B * s * D."""
     if layout.ulysses == 1:
         return {}
     once = places * (2 * heads + 2 * _repeated(kv_heads, layout.ulysses)) * width
@@ -98,8 +99,8 @@ def ulysses_bytes(layout: Layout, places: int, heads: int, kv_heads: int, width:
 
 
 def ring_bytes(ring: int, elements: int, width: int) -> Traffic:
-    """One attention round the ring, forward and backward. ``elements`` = 2 * B * n * K * D: keys and values in one
-    message, sent on R-1 times each way; in the backward the float32 sums of their gradients, R times."""
+    """Traffic of ring attention, forward and backward. ``elements`` = 2 * B * n * K * D, keys and values in one
+    message, passed on R-1 times in each direction; in the backward, R times, also the float32 sums of gradients."""
     if ring == 1:
         return {}
     sums = max(width, 4)
@@ -107,7 +108,7 @@ def ring_bytes(ring: int, elements: int, width: int) -> Traffic:
 
 
 def gather_bytes(ring: int, elements: int, width: int) -> Traffic:
-    """The same with keys gathered: ``elements`` handed in once, and the gradients of all ranks' keys summed."""
+    """Traffic of the method "allgather": ``elements`` passed in once, and the gradients of all ranks' keys summed."""
     if ring == 1:
         return {}
     return {
@@ -117,9 +118,9 @@ def gather_bytes(ring: int, elements: int, width: int) -> Traffic:
 
 
 def ends_bytes(layout: Layout, positions: int, hidden: int, widths: Widths, first: bool, last: bool) -> Traffic:
-    """What the embedding (``first``) and the final norm and loss (``last``) add to a stage, forward and backward.
+    """Traffic of the embedding (``first``) and of the final norm and loss (``last``) of a stage, forward and backward.
 
-    ``positions`` = B * s. The loss needs the largest logit of each position, and then two sums.
+    ``positions`` = B * s. The loss reduces the largest logit of each position and then two sums.
     """
     total: Traffic = {}
     if layout.tp == 1:
@@ -137,7 +138,7 @@ def ends_bytes(layout: Layout, positions: int, hidden: int, widths: Widths, firs
 
 
 def pipeline_bytes(layout: Layout, micro_batches: int, pipeline_rank: int, message: int) -> Traffic:
-    """Activations sent on and gradients sent back by one pipeline rank in a step, ``message`` bytes each."""
+    """Traffic of one pipeline rank in a step: activations sent on and gradients sent back, ``message`` bytes each."""
     total: Traffic = {}
     for kind, _, chunk in actions(layout.schedule, layout.pp, layout.virtual, micro_batches, pipeline_rank):
         stage = chunk * layout.pp + pipeline_rank
@@ -149,7 +150,7 @@ def pipeline_bytes(layout: Layout, micro_batches: int, pipeline_rank: int, messa
 
 
 def gradient_bytes(layout: Layout, table: dict[str, Shard], widths: Widths, by_class: bool = False) -> Traffic:
-    """Sums of gradients and, with ZeRO-1, the gathering of updated weights, once a step, bucket by bucket."""
+    """Traffic of the gradient sums and, with ZeRO-1, of the gather of updated weights, in one step over all buckets."""
     replicas = layout.dp * layout.cp
     parts = replicas if layout.zero1 else 1
     limit = int(layout.bucket_mb * 2**20 / 4) if replicas > 1 else None
@@ -215,7 +216,7 @@ def expected_traffic(
 
 
 def _repeated(kv_heads: int, ulysses: int) -> int:
-    """kv heads that travel: at least one for each rank."""
+    """kv heads that are sent: at least one for each rank."""
     return kv_heads if kv_heads % ulysses == 0 else ulysses
 
 

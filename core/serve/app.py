@@ -44,7 +44,7 @@ def create_app(
 
 
 def _add_error_handlers(app: FastAPI) -> None:
-    """Every error leaves the server in the form of the OpenAI interface."""
+    """Handlers that return every error in the OpenAI API's form."""
 
     @app.exception_handler(ApiError)
     async def api_error(_: Request, error: ApiError) -> Response:
@@ -52,8 +52,8 @@ def _add_error_handlers(app: FastAPI) -> None:
 
     @app.exception_handler(HTTPException)
     async def no_route(request: Request, error: HTTPException) -> Response:
-        says = f"there is no {request.method} {shown(request.url.path)} here"
-        return error_response(ApiError(error.status_code, says, headers=error.headers))
+        message = f"this server has no route {request.method} {shown(request.url.path)}"
+        return error_response(ApiError(error.status_code, message, headers=error.headers))
 
     @app.exception_handler(ClientGone)
     async def client_gone(_: Request, __: ClientGone) -> Response:
@@ -65,7 +65,7 @@ def _add_error_handlers(app: FastAPI) -> None:
 
 
 def _add_state_routes(app: FastAPI, service: Service, served: Served, tenants: Mapping[bytes, str]) -> None:
-    """The page, and what the server reports of itself."""
+    """Routes of the chat page, health, metrics and model cards."""
     page = Path(__file__).with_name("page.html").read_text(encoding="utf-8")
 
     @app.get("/")
@@ -98,11 +98,11 @@ def _add_state_routes(app: FastAPI, service: Service, served: Served, tenants: M
 def _add_answer_routes(
     app: FastAPI, service: Service, served: Served, limits: HttpLimits, tenants: Mapping[bytes, str]
 ) -> None:
-    """The two endpoints that generate."""
+    """Routes of the two generating endpoints."""
     intake = Intake(service, served, limits)
 
     async def answer(request: Request, endpoint: str, read: Read) -> Response:
-        # The deadline counts from here: reading, queueing and generating share it.
+        # The time limit starts here and covers reading the body, queueing and generating.
         deadline = asyncio.get_running_loop().time() + limits.seconds
 
         def over(outcome: str) -> None:
@@ -114,7 +114,7 @@ def _add_answer_routes(
         except ApiError as error:
             over(outcome_of(error))
             raise
-        # From here on the exchange counts the outcome, also when the client disconnects.
+        # The exchange counts the outcome from here on, even if the client disconnects.
         exchange = Exchange(served, job, ticket, deadline, limits.seconds, over)
         return EventStream(exchange) if job.stream else await exchange.whole(request)
 
@@ -128,22 +128,23 @@ def _add_answer_routes(
 
 
 def check_key(request: Request, tenants: Mapping[bytes, str]) -> str:
-    """Whose key the request has: its value in ``tenants``, which are by key; empty when there are none.
+    """The tenant whose API key the request carries (``tenants``: key -> tenant); "" where no keys are required.
 
-    ApiError 401 without one of them. Every key is compared, in constant time.
+    ApiError 401 for a missing or unknown key. All keys are compared, each in constant time, so that timing reveals
+    nothing about them.
     """
     if not tenants:
         return ""
     kind, _, given = request.headers.get("authorization", "").partition(" ")
     if kind.lower() != "bearer" or not given:
-        says = "no API key given; send it in the header 'Authorization: Bearer KEY'"
-        raise ApiError(401, says, headers={"WWW-Authenticate": "Bearer"})
+        message = "an API key is required, found none; send it in the header 'Authorization: Bearer KEY'"
+        raise ApiError(401, message, headers={"WWW-Authenticate": "Bearer"})
     sent = given.strip().encode()
     matches = [tenant for key, tenant in tenants.items() if hmac.compare_digest(sent, key)]
     if not matches:
         raise ApiError(
             401,
-            "this API key is not one of this server's",
+            "the API key is unknown to this server; check it, or ask its operator for one",
             code="invalid_api_key",
             headers={"WWW-Authenticate": "Bearer"},
         )
@@ -151,7 +152,7 @@ def check_key(request: Request, tenants: Mapping[bytes, str]) -> str:
 
 
 def model_card(served: Served) -> JsonObject:
-    """``max_model_len`` as vLLM reports it: clients read it to know how much fits."""
+    """The model's description in ``/v1/models``; ``max_model_len`` as in vLLM, from which clients learn the context."""
     return {
         "id": served.name,
         "object": "model",

@@ -39,11 +39,11 @@ if TYPE_CHECKING:
 
 ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant", "tool": "tool"}
 TOOL_NAME = re.compile(r"[a-zA-Z0-9_-]{1,64}")
-NOT_HERE = "this server does not have it; leave it out"
+UNSUPPORTED = "is not supported by this server; leave it out"
 
 
 def read_chat(body: JsonObject, served: Served, tenant: str = "") -> Draft:
-    """The checked request of ``tenant``; ApiError names the wrong field."""
+    """Draft of the chat request in ``body``; ApiError names the invalid field. ``tenant``: from check_key."""
     fields = Fields(body)
     check_model(fields, served)
     if served.layout is None:
@@ -57,13 +57,13 @@ def read_chat(body: JsonObject, served: Served, tenant: str = "") -> Draft:
     bias = read_bias(fields, served.config.num_tokens)
     salt = read_salt(fields, tenant)
     ignore_eos = fields.boolean("ignore_eos")
-    fields.absent(("audio", "function_call", "functions", "reasoning_effort", "verbosity"), NOT_HERE)
-    fields.absent(("web_search_options", "moderation"), NOT_HERE)
-    fields.absent(("modalities",), "this model writes text only", {"modalities": ["text"]})
+    fields.absent(("audio", "function_call", "functions", "reasoning_effort", "verbosity"), UNSUPPORTED)
+    fields.absent(("web_search_options", "moderation"), UNSUPPORTED)
+    fields.absent(("modalities",), "must be ['text']: this model generates text only", {"modalities": ["text"]})
     _only_text(fields)
     read_ignored(fields)
     found = fields.list("messages")
-    # Each of them takes a token at least.
+    # Each message and each tool takes at least one token, so too many of them cannot fit.
     for param, parts in (("messages", found), ("tools", fields.list("tools"))):
         if parts and len(parts) >= served.context:
             raise too_long(served, param, f"have {len(parts)} parts of a token or more")
@@ -91,7 +91,8 @@ def read_chat(body: JsonObject, served: Served, tenant: str = "") -> Draft:
 
 
 def _encode(messages: list[JsonObject], tools: list[JsonObject] | None, served: Served) -> list[int]:
-    """The prompt's ids; ApiError when it is certain to be too long, or the template cannot hold it."""
+    """Token ids of the prompt. ApiError when its length alone shows that it is too long, or the chat template has no
+    form for it."""
     assert served.layout is not None  # read_chat refuses a model without one
     try:
         check_length(served, served.layout.texts(messages, tools), "messages")
@@ -105,7 +106,7 @@ def _encode(messages: list[JsonObject], tools: list[JsonObject] | None, served: 
 def _asked_tokens(fields: Fields) -> int | None:
     older, newer = fields.integer("max_tokens", 1, None), fields.integer("max_completion_tokens", 1, None)
     if older is not None and newer is not None:
-        fields.refuse("max_tokens", "is the old name of max_completion_tokens; give one of the two")
+        fields.refuse("max_tokens", "is the older name of max_completion_tokens; give only one of the two")
     return older if newer is None else newer
 
 
@@ -120,16 +121,20 @@ def _only_text(fields: Fields) -> None:
     wanted = fields.object("response_format")
     if wanted is not None and wanted.get("type") != "text":
         fields.refuse(
-            "response_format", "answers are free text here; ask for the format in words", "unsupported_parameter"
+            "response_format",
+            "must be {'type': 'text'}: this server cannot enforce a format; ask for it in the prompt",
+            "unsupported_parameter",
         )
 
 
 def read_tools(fields: Fields) -> list[JsonObject] | None:
-    """The tools that go into the prompt; None when the model may not call any."""
+    """The tools for the prompt; None when the model has none or may not call any."""
     tools, choice = fields.list("tools"), fields.any("tool_choice")
     if fields.any("parallel_tool_calls") not in (None, True):
         fields.refuse(
-            "parallel_tool_calls", "the number of calls cannot be bound here; take the first", "unsupported_parameter"
+            "parallel_tool_calls",
+            "must be true: this server cannot limit the number of calls; use the first one only",
+            "unsupported_parameter",
         )
     checked: list[JsonObject] = []
     for place, tool in enumerate(tools or ()):
@@ -156,15 +161,15 @@ def read_tools(fields: Fields) -> list[JsonObject] | None:
         fields.refuse("tool_choice", "is only allowed with tools")
     fields.refuse(
         "tool_choice",
-        "none and auto are served; a model cannot be made to call a tool here, so ask for it in words",
+        "must be 'none' or 'auto': this server cannot force a call; ask for it in the prompt",
         "unsupported_parameter",
     )
 
 
 def read_messages(fields: Fields, found: list[object] | None) -> list[JsonObject]:
-    """Messages of the OpenAI interface as those of core.data.chat_template. Contents become text."""
+    """OpenAI messages in the form of core.data.chat_template, with contents joined to one text."""
     if not found:
-        fields.refuse("messages", "a chat needs at least one message", "missing_required_parameter")
+        fields.refuse("messages", "must have at least one message", "missing_required_parameter")
     messages: list[JsonObject] = []
     for place, message in enumerate(found):
         where = f"messages[{place}]"
@@ -175,7 +180,7 @@ def read_messages(fields: Fields, found: list[object] | None) -> list[JsonObject
         if role not in ROLES:
             inner.refuse("role", f"{shown(role)} is not one of {', '.join(ROLES)}", "invalid_value")
         if role in ("system", "developer") and place:
-            inner.refuse("role", "this model's template has a system message in the first place only", "invalid_value")
+            inner.refuse("role", "a system message must be the first message", "invalid_value")
         calls = inner.list("tool_calls")
         if calls and role != "assistant":
             inner.refuse("tool_calls", "belongs to messages of the assistant")
@@ -185,7 +190,7 @@ def read_messages(fields: Fields, found: list[object] | None) -> list[JsonObject
         for name in ("tool_call_id", "name", "refusal"):
             inner.text(name)
         inner.list("annotations")
-        inner.absent(("audio", "function_call"), NOT_HERE)
+        inner.absent(("audio", "function_call"), UNSUPPORTED)
         inner.done()
         messages.append({"role": ROLES[role], "content": content})
         if calls:
@@ -214,7 +219,7 @@ def _content(fields: Fields, may_miss: bool) -> str | None:
 
 
 def _call(where: str, call: object) -> JsonObject:
-    """A tool call with its arguments as the object that the template wants; clients send them as text."""
+    """A tool call with its arguments as an object, which the template expects; clients send them as JSON text."""
     function = call.get("function") if isinstance(call, dict) else None
     if not isinstance(function, dict) or not isinstance(function.get("name"), str):
         raise ApiError(400, f"{where}: expected an object with a function and its name, found {shown(call)}", where)
@@ -228,7 +233,7 @@ def _call(where: str, call: object) -> JsonObject:
 
 
 class ChatWriter:
-    """Writer of this endpoint."""
+    """Writer (core.serve.job.Writer) of chat completions."""
 
     prefix, kind, chunk_kind = "chatcmpl-", "chat.completion", "chat.completion.chunk"
 
@@ -242,7 +247,7 @@ class ChatWriter:
     def push(self, index: int, event: Event) -> list[JsonObject]:
         answer = self._answers.setdefault(index, _Answer(self._tools))
         logprobs: JsonObject | None = None
-        # The token that ended the answer is not part of it.
+        # A stop token is not part of the answer.
         if event.choice is not None and event.choice.logprob is not None and not isinstance(event.stop, int):
             logprobs = {"content": [self._logprob(event.choice)], "refusal": None}
             answer.logprobs.append(logprobs["content"][0])
@@ -276,7 +281,7 @@ class ChatWriter:
 
 
 class _Answer:
-    """One answer so far."""
+    """One answer as far as it has been generated."""
 
     def __init__(self, tools: bool) -> None:
         self.words: list[str] = []
@@ -286,14 +291,14 @@ class _Answer:
         self._stream = ToolCallStream() if tools else None
 
     def take(self, event: Event) -> list[JsonObject]:
-        """The deltas of an event."""
-        said: list[str | ToolCall] = [event.text] if event.text else []
+        """Append an event. Returns the deltas that a stream sends for it."""
+        parts: list[str | ToolCall] = [event.text] if event.text else []
         if self._stream is not None:
-            said = self._stream.push(event.text)
+            parts = self._stream.push(event.text)
             if event.finish_reason is not None:
-                said += self._stream.flush()
+                parts += self._stream.flush()
         deltas: list[JsonObject] = []
-        for part in said:
+        for part in parts:
             if isinstance(part, str):
                 self.words.append(part)
                 deltas.append({"content": part})

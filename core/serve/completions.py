@@ -1,4 +1,4 @@
-"""``/v1/completions``: raw text or token ids, continued."""
+"""``/v1/completions``: continuation of raw text or token ids."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ from telechat_twins.core.types import JsonObject
 if TYPE_CHECKING:
     from telechat_twins.core.data.tokenizer import Tokenizer
 
-DEFAULT_NEW = 16  # as the OpenAI interface
+DEFAULT_NEW = 16  # tokens; the OpenAI API's default
 MAX_PROMPTS = 128
 
 
 def read_completion(body: JsonObject, served: Served, tenant: str = "") -> Draft:
-    """The checked request of ``tenant``; ApiError names the wrong field."""
+    """Draft of the completion request in ``body``; ApiError names the invalid field. ``tenant``: from check_key."""
     fields = Fields(body)
     check_model(fields, served)
     stream, include_usage = read_stream(fields)
@@ -45,9 +45,13 @@ def read_completion(body: JsonObject, served: Served, tenant: str = "") -> Draft
     salt = read_salt(fields, tenant)
     ignore_eos = fields.boolean("ignore_eos")
     if fields.boolean("echo"):
-        fields.refuse("echo", "the prompt is not repeated here; put it in front yourself", "unsupported_parameter")
+        fields.refuse(
+            "echo",
+            "must be false: this server does not repeat the prompt; prepend it yourself",
+            "unsupported_parameter",
+        )
     fields.absent(
-        ("best_of", "suffix"), "this server does not have it; leave it out", {"best_of": samples, "suffix": ""}
+        ("best_of", "suffix"), "is not supported by this server; leave it out", {"best_of": samples, "suffix": ""}
     )
     read_ignored(fields)
     found = fields.any("prompt")
@@ -78,7 +82,7 @@ def read_completion(body: JsonObject, served: Served, tenant: str = "") -> Draft
 
 
 def _encode(prompt: str | list[int], served: Served) -> list[int]:
-    """The ids of one prompt; ApiError when it is too long, before the next one is looked at."""
+    """Token ids of one prompt. ApiError when it is too long, so that the prompts after it are not tokenized."""
     if not isinstance(prompt, str):
         return prompt
     check_length(served, [prompt], "prompt")
@@ -89,22 +93,22 @@ def _encode(prompt: str | list[int], served: Served) -> list[int]:
 
 
 def read_prompts(fields: Fields, found: object, served: Served) -> list[str | list[int]]:
-    """A string, a list of strings, token ids, or a list of lists of them. Strings are text: the name of a control
-    token in one stays the letters that it is written with."""
+    """The prompts in a string, a list of strings, token ids, or a list of lists of token ids. Strings are plain text:
+    the name of a control token in one does not become that token."""
     if found is None:
         fields.refuse("prompt", "is missing", "missing_required_parameter")
     several = found if isinstance(found, list) and found and not _is_id(found[0]) else [found]
     if len(several) > MAX_PROMPTS:
-        fields.refuse("prompt", f"at most {MAX_PROMPTS} prompts at once, found {len(several)}", "invalid_value")
+        fields.refuse("prompt", f"must have at most {MAX_PROMPTS} prompts, found {len(several)}", "invalid_value")
     prompts: list[str | list[int]] = []
     for place, prompt in enumerate(several):
         where = f"prompt[{place}] " if several is found else ""
         if not isinstance(prompt, str):
             if isinstance(prompt, list):
-                room(served, [prompt], None, DEFAULT_NEW, "prompt")  # too many are not looked at one by one
+                room(served, [prompt], None, DEFAULT_NEW, "prompt")  # its length first: checking ids one by one is slow
             _check_ids(fields, where, prompt, served.config.num_tokens)
         if not (prompt or (isinstance(prompt, str) and served.add_bos)):
-            fields.refuse("prompt", f"{where}has no tokens", "invalid_value")
+            fields.refuse("prompt", f"{where}must have at least one token", "invalid_value")
         prompts.append(prompt)
     return prompts
 
@@ -118,8 +122,8 @@ def _check_ids(fields: Fields, where: str, prompt: object, vocab_size: int) -> N
         )
     wrong = next((token for token in prompt if not 0 <= token < vocab_size), None)
     if wrong is not None:
-        says = f"{where}token id {shown(wrong)} is outside the vocabulary of {vocab_size}"
-        fields.refuse("prompt", says, "invalid_value")
+        message = f"{where}token id {shown(wrong)} is outside the vocabulary of {vocab_size}"
+        fields.refuse("prompt", message, "invalid_value")
 
 
 def _is_id(value: object) -> bool:
@@ -127,7 +131,7 @@ def _is_id(value: object) -> bool:
 
 
 class CompletionWriter:
-    """Writer of this endpoint."""
+    """Writer (core.serve.job.Writer) of completions."""
 
     prefix, kind, chunk_kind = "cmpl-", "text_completion", "text_completion"
 
@@ -140,7 +144,7 @@ class CompletionWriter:
 
     def push(self, index: int, event: Event) -> list[JsonObject]:
         logprobs = None
-        # The token that ended the answer is not part of it.
+        # A stop token is not part of the answer.
         if event.choice is not None and event.choice.logprob is not None and not isinstance(event.stop, int):
             logprobs = self._logprobs(event.choice, event.offset)
         if not (event.text or logprobs or event.finish_reason):
@@ -151,24 +155,24 @@ class CompletionWriter:
 
     def whole(self) -> list[JsonObject]:
         choices = []
-        for index, told in sorted(self._entries.items()):
-            with_logprobs = [entry["logprobs"] for entry in told if entry["logprobs"]]
+        for index, entries in sorted(self._entries.items()):
+            with_logprobs = [entry["logprobs"] for entry in entries if entry["logprobs"]]
             logprobs = None
             if with_logprobs:
                 logprobs = {name: [value for one in with_logprobs for value in one[name]] for name in with_logprobs[0]}
             choices.append(
                 {
-                    "text": "".join(entry["text"] for entry in told),
+                    "text": "".join(entry["text"] for entry in entries),
                     "index": index,
                     "logprobs": logprobs,
-                    "finish_reason": told[-1]["finish_reason"],
+                    "finish_reason": entries[-1]["finish_reason"],
                 }
             )
         return choices
 
     def _logprobs(self, choice: TokenChoice, offset: int) -> JsonObject:
-        """``top_logprobs`` holds the drawn token too, so up to one entry more than was asked for. Of tokens that are
-        written alike it holds the drawn one, else the likeliest."""
+        """Log-probabilities of one token. ``top_logprobs`` always has the drawn token, so it may have one entry more
+        than requested. It is keyed by text: of tokens with the same text it has the drawn one, else the likeliest."""
         drawn = token_text(self._tokenizer, choice.token)
         tops: dict[str, float | None] = {}
         for token, logprob in choice.top:
@@ -183,7 +187,7 @@ class CompletionWriter:
 
 
 def token_text(tokenizer: Tokenizer, token: int) -> str:
-    """A token as text; one that is part of a character as ``bytes:\\\\xe4``, as the OpenAI interface writes it."""
+    """A token as text; one whose bytes are not whole characters as ``bytes:\\\\xe4``, as in the OpenAI API."""
     raw = tokenizer.token_bytes(token)
     try:
         return raw.decode("utf-8")

@@ -1,4 +1,4 @@
-"""API errors: the error object of the OpenAI interface and its HTTP status."""
+"""API errors: the error object of the OpenAI API and its HTTP status."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ KINDS = {
 
 
 class ApiError(Exception):
-    """Becomes an HTTP status and {"error": {"message", "type", "param", "code"}}; ``headers`` go with it."""
+    """Error response: an HTTP status, {"error": {"message", "type", "param", "code"}}, and ``headers``."""
 
     def __init__(
         self,
@@ -37,7 +37,7 @@ class ApiError(Exception):
 
 
 def shown(value: object) -> str:
-    """A client's own value in a message back to it, in a few words and without control characters."""
+    """A client's value for use in a message to it: at most 60 characters, without control characters."""
     if isinstance(value, (dict, list)):
         return f"{'an object' if isinstance(value, dict) else 'a list'} of {len(value)}"
     if value is None or isinstance(value, bool):
@@ -48,5 +48,5 @@ def shown(value: object) -> str:
 
 
 def shown_name(name: str) -> str:
-    """The name of a client's field as ``shown``, without quotation marks."""
+    """``shown`` for the name of a client's field, without quotation marks."""
     return shown(name)[1:-1] if len(name) <= 50 else shown(name[:50])[1:-1] + "..."

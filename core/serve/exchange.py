@@ -1,4 +1,4 @@
-"""Responses of a running request: in one piece or as server-sent events, cancelled when the client disconnects."""
+"""Responses to an admitted request, whole or as server-sent events; cancelled when the client disconnects."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from telechat_twins.core.serve.service import Ticket
 from telechat_twins.core.types import JsonObject
 
 OUTCOMES = {401: "unauthorized", 429: "overloaded", 503: "shutting_down", 504: "timed_out"}
-SLOW_READER_S = 1.0  # after the deadline, for a slow client to read what was sent
+SLOW_READER_S = 1.0  # after the deadline, for a slow client to read the rest of its stream
 Result = TypeVar("Result")
 
 
@@ -30,7 +30,7 @@ class ClientGone(Exception):
 
 
 class Exchange:
-    """One admitted request, until its response is complete or the client disconnects."""
+    """An admitted request, until its response is complete or the client has disconnected."""
 
     def __init__(
         self,
@@ -44,7 +44,7 @@ class Exchange:
         self._job, self._ticket, self._seconds, self._over = job, ticket, seconds, over
         self.deadline = deadline
         self._usages: dict[int, Usage] = {}
-        self._outcome: str | None = "client_gone"  # until it is known to be another; None once it was counted
+        self._outcome: str | None = "client_gone"  # replaced when the response ends in any other way; None once counted
         self._head = {
             "id": job.writer.prefix + secrets.token_hex(12),
             "created": int(time.time()),
@@ -53,7 +53,7 @@ class Exchange:
         }
 
     async def whole(self, request: Request) -> Response:
-        """The answer in one piece; ApiError when it fails, ClientGone when the client leaves meanwhile."""
+        """The whole answer as one response. ApiError when it fails, ClientGone when the client disconnects."""
         try:
             await unless_gone(request.receive, self._collect())
             self._outcome = "ok"
@@ -71,7 +71,7 @@ class Exchange:
                 pass
 
     async def lines(self) -> AsyncGenerator[bytes, None]:
-        """The answer as server-sent events; an error on the way is the last of them. ``close`` has to follow."""
+        """The answer as server-sent events; an error is sent as the last of them. Call ``close`` afterwards."""
         try:
             async with aclosing(self._entries()) as entries:
                 opening = [e for index in range(self._answers) for e in self._job.writer.opening(index)]
@@ -88,7 +88,7 @@ class Exchange:
             yield b"data: " + to_json(error.body()) + b"\n\n"
 
     def close(self) -> None:
-        """Count the outcome; what still runs for the client stops. A second time does nothing."""
+        """Count the outcome and cancel what still runs for the client. Further calls have no effect."""
         self._ticket.close()
         if self._outcome is not None:
             self._over(self._outcome)
@@ -99,7 +99,7 @@ class Exchange:
         return len(self._job.requests) * self._job.samples
 
     async def _entries(self) -> AsyncGenerator[list[JsonObject], None]:
-        """What each step lets a stream say."""
+        """For each step, the entries of ``choices`` that a stream sends."""
         try:
             async with aclosing(self._ticket.batches(self.deadline)) as batches:
                 async for batch in batches:
@@ -112,18 +112,18 @@ class Exchange:
                     yield made
         except TimeoutError:
             raise ApiError(
-                504, f"the answer was not complete after {self._seconds:g} s, the limit of this server", code="timeout"
+                504, f"the answer was not complete after {self._seconds:g} s, this server's time limit", code="timeout"
             ) from None
 
     def _chunk(self, entry: JsonObject | None) -> bytes:
-        """One event of a stream; without an entry the one with the usage."""
+        """One server-sent event with an entry; None gives the final event, which has the usage."""
         chunk = {"object": self._job.writer.chunk_kind, **self._head, "choices": [] if entry is None else [entry]}
         if self._job.include_usage:
             chunk["usage"] = self._usage() if entry is None else None
         return b"data: " + to_json(chunk) + b"\n\n"
 
     def _usage(self) -> JsonObject:
-        """A prompt counts once, however many answers it has."""
+        """Token counts of all answers. A prompt counts once, however many answers it has."""
         first = [usage for index, usage in self._usages.items() if index % self._job.samples == 0]
         prompt = sum(usage.prompt for usage in first)
         made = sum(usage.completion for usage in self._usages.values())
@@ -136,8 +136,8 @@ class Exchange:
 
 
 class EventStream(Response):
-    """Sends an exchange as server-sent events; ends it when the client disconnects, or has not read everything by
-    ``SLOW_READER_S`` after the deadline."""
+    """Response that sends an exchange as server-sent events. It ends when the client disconnects or has not read
+    everything ``SLOW_READER_S`` after the deadline."""
 
     def __init__(self, exchange: Exchange) -> None:
         super().__init__(
@@ -155,7 +155,7 @@ class EventStream(Response):
             await send({"type": "http.response.body", "body": b""})
 
         try:
-            with suppress(ClientGone, TimeoutError):  # the client is gone: no response is possible
+            with suppress(ClientGone, TimeoutError):  # no response can reach the client any more
                 async with asyncio.timeout_at(self._exchange.deadline + SLOW_READER_S):
                     await unless_gone(receive, stream())
         finally:
@@ -163,7 +163,7 @@ class EventStream(Response):
 
 
 async def unless_gone(receive: Receive, work: Coroutine[object, object, Result]) -> Result:
-    """What ``work`` comes to; when the client leaves before, ``work`` is cancelled. ClientGone then."""
+    """The result of ``work``. If the client disconnects first, ``work`` is cancelled and ClientGone raised."""
 
     async def gone() -> None:
         while (await receive())["type"] != "http.disconnect":
@@ -190,5 +190,5 @@ def json_response(found: JsonObject, status: int = 200, headers: Mapping[str, st
 
 
 def to_json(found: JsonObject) -> bytes:
-    """Compact UTF-8. A lone surrogate, which a client's own words in a message may hold, stays an escape."""
+    """Compact JSON in UTF-8. A lone surrogate, which may come from a client's value in a message, stays an escape."""
     return json.dumps(found, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "backslashreplace")

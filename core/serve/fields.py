@@ -1,5 +1,5 @@
-"""Typed access to the fields of a JSON object. A field of the wrong type or out of range is refused by name, and
-so is an unknown one. null is the same as absent, as in the OpenAI interface."""
+"""Typed access to the fields of a JSON object. Fields that are unknown, of the wrong type or out of range are refused
+by name. null is the same as absent, as in the OpenAI API."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from typing import NoReturn, TypeVar
 from telechat_twins.core.serve.errors import ApiError, shown, shown_name
 from telechat_twins.core.types import JsonObject
 
-Unchecked = object  # a JSON value as it came; the class below has a method of that name
+Unchecked = object  # a JSON value as received; inside the class below ``object`` is a method
 Kind = TypeVar("Kind")
 Number = TypeVar("Number", int, float)
-MAX_HINT_CHARACTERS = 40  # characters of a field's name that is compared with those that there are
+MAX_HINT_CHARACTERS = 40  # of an unknown field's name; longer ones get no suggestion
 
 
 class Fields:
-    """``where``: the object's own place, for messages. Each reader returns None for an absent field without a
-    default."""
+    """Readers of an object's fields. ``where``: the object's path in the body, for messages. A reader returns None for
+    an absent field."""
 
     def __init__(self, found: JsonObject, where: str = "") -> None:
         self._found, self._where = found, where
@@ -28,18 +28,18 @@ class Fields:
         return f"{self._where}.{field}" if self._where else field
 
     def any(self, field: str) -> Unchecked:
-        """The value as it is."""
+        """The value, unchecked."""
         self._known.add(field)
         return self._found.get(field)
 
-    def refuse(self, field: str, says: str, code: str | None = None) -> NoReturn:
-        raise ApiError(400, f"{self.name(field)}: {says}", self.name(field), code)
+    def refuse(self, field: str, message: str, code: str | None = None) -> NoReturn:
+        raise ApiError(400, f"{self.name(field)}: {message}", self.name(field), code)
 
     def _typed(self, field: str, kind: type[Kind], what: str) -> Kind | None:
         value = self.any(field)
         if value is None:
             return None
-        # True is an int to Python, and not to JSON.
+        # In Python True is an int, in JSON it is not.
         if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
             self.refuse(field, f"expected {what}, found {shown(value)}", "invalid_type")
         return value
@@ -75,7 +75,8 @@ class Fields:
         return value
 
     def absent(self, fields: Iterable[str], why: str, harmless: JsonObject | None = None) -> None:
-        """Refuse fields that would ask for something else than what is done; their ``harmless`` values pass."""
+        """Refuse fields that this server does not support, unless they have their ``harmless`` value, which asks for
+        nothing."""
         for field in fields:
             value = self.any(field)
             if value is not None and value != (harmless or {}).get(field):
@@ -85,7 +86,7 @@ class Fields:
         """Refuse every field that was not read."""
         for field, value in self._found.items():
             if field not in self._known and value is not None:
-                # Comparing takes time in the product of the lengths.
+                # A comparison takes time in proportion to the product of both lengths.
                 near = difflib.get_close_matches(field, self._known, n=1) if len(field) <= MAX_HINT_CHARACTERS else []
                 hint = f", did you mean '{near[0]}'?" if near else ""
                 name = self.name(shown_name(field))

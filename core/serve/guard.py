@@ -9,7 +9,7 @@ from telechat_twins.core.serve.errors import ApiError, shown
 from telechat_twins.core.serve.exchange import json_response
 from telechat_twins.core.serve.hosts import Hosts
 
-# Of responses other than the page: nothing in it is to be run, framed or sent anywhere.
+# Content-Security-Policy of every response but the page: nothing in it may be run, framed or sent anywhere.
 NO_PAGE = "default-src 'none'; frame-ancestors 'none'; base-uri 'none'; form-action 'none'"
 HEADERS = {
     "X-Content-Type-Options": "nosniff",
@@ -21,8 +21,8 @@ HEADERS = {
 
 
 class Guard:
-    """``app`` behind the check of the Host header (``hosts`` None: any), every answer with ``HEADERS`` that it does not
-    set itself."""
+    """Middleware around ``app``: checks the Host header (``hosts`` None: any is allowed) and adds those of ``HEADERS``
+    that a response does not set itself."""
 
     def __init__(self, app: ASGIApp, hosts: Hosts | None) -> None:
         self._app, self._hosts = app, hosts
@@ -45,8 +45,8 @@ class Guard:
             return
         error = ApiError(
             421,
-            f"this server is not {shown(host)}: it listens on this machine only and is asked for by a name of this "
-            "machine, e.g. localhost; --allowed-host adds others",
+            f"Host: must be an allowed name of this server, found {shown(host)}; use a name of its machine, e.g. "
+            "localhost, or start it with --allowed-host",
             code="unknown_host",
         )
         await json_response(error.body(), error.status)(scope, receive, guarded)

@@ -1,7 +1,8 @@
-"""Allowed Host headers: the defence against DNS rebinding.
+"""Allowed Host headers: defence against DNS rebinding.
 
-A browser lets a page ask the address that the page came from. The owner of a name can let it point to 127.0.0.1 once
-the page is loaded, and then that page reads what a local server answers. The Host header still has the foreign name.
+A browser lets a page read from the host name that it was loaded from. The owner of that name can point its DNS entry to
+127.0.0.1 after the page has been loaded, and the page then reads the answers of a server on the user's machine. Such
+requests are recognised by their Host header, which still has the foreign name.
 """
 
 from __future__ import annotations
@@ -17,19 +18,19 @@ _NAME = re.compile(r"[A-Za-z0-9._-]+")
 
 
 class Hosts:
-    """``None`` in place of it: any name. ``names`` beside this machine's own for itself."""
+    """Set of allowed host names: names of the machine for itself (``is_local``), and ``names``."""
 
     def __init__(self, names: Sequence[str] = ()) -> None:
         self._names = {_plain(name) for name in names}
 
     def allows(self, header: str | None) -> bool:
-        """Whether a Host header names this server; its port may be any, as behind a forwarded one."""
+        """Whether a Host header has an allowed name. Any port is accepted, since ports may be forwarded."""
         match = _HOST.fullmatch(header or "")
         return match is not None and (_plain(match[1]) in self._names or is_local(match[1]))
 
 
 def is_local(host: str) -> bool:
-    """Whether a name or an address means the machine itself, wherever it is asked."""
+    """Whether a name or an address means the machine itself on every machine: localhost and loopback addresses."""
     name = _plain(host)
     if name == "localhost" or name.endswith(".localhost"):  # RFC 6761
         return True
@@ -48,11 +49,11 @@ def _address(name: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
 
 
 def allowed_hosts(listening: str, host: str, given: Sequence[str]) -> Hosts | None:
-    """What ``--allowed-host`` and the address that is listened at come to; None: every name.
+    """The allowed host names of a server that listens on the address ``listening``; None: any name.
 
-    Bound to this machine only, its own names and ``host`` (the value of --host) are allowed without being given.
-    Bound to more, names are unknown here and all are allowed until some are given. "*" allows all. UserError for a
-    value that is not a name.
+    ``host``: the value of --host; ``given``: those of --allowed-host, of which "*" allows any name. A server on a
+    loopback address allows local names, ``host`` and the given ones. A server on another address, whose names are not
+    known here, allows any name unless some are given. UserError for a value that is not a name.
     """
     for name in given:
         if name != "*" and not _NAME.fullmatch(name) and _address(name) is None:

@@ -1,8 +1,8 @@
-"""Request intake: reads, parses and tokenizes bodies in threads beside the event loop.
+"""Request intake: reads request bodies, and parses and tokenizes them in threads beside the event loop.
 
-Parsing and tokenizing run in threads, two at a time at most: one with a body of ordinary size and one with a large one,
-so that a few megabytes from one client do not stand in the way of another's question. The queue's limit is looked at
-before anything is tokenized.
+At most two threads parse and tokenize at a time, one for a body of ordinary size and one for a large body, so that a
+few megabytes from one client do not delay another client's short question. The queue's limit is checked before a prompt
+is tokenized.
 """
 
 from __future__ import annotations
@@ -24,22 +24,22 @@ from telechat_twins.core.serve.service import Service
 from telechat_twins.core.types import JsonObject
 
 BODY_SECONDS = 30.0  # for a request's body to arrive
-LARGE_BODY_BYTES = 1 << 16  # bytes of a body that is not of ordinary size
-PACE_SECONDS = 0.002  # between pieces of large bodies, which have up to 256 KiB each
-HELD_BODIES = 16  # of the largest size: what large bodies may take together
+LARGE_BODY_BYTES = 1 << 16  # a larger body counts as large
+PACE_SECONDS = 0.002  # between two chunks (of up to 256 KiB) of all large bodies
+HELD_BODIES = 16  # bodies of the largest allowed size: the memory that all large bodies may take together
 Read = Callable[[JsonObject, Served, str], Draft]
 
 
 @dataclass(frozen=True, kw_only=True)
 class HttpLimits:
-    """``body``: bytes of a request. ``seconds``: from a request's arrival to the end of its answer."""
+    """Limits of a request: ``body`` in bytes, ``seconds`` from its arrival to the end of its answer."""
 
     body: int
     seconds: float
 
 
 class Intake:
-    """Makes jobs of requests for one server."""
+    """Reader of requests, which it turns into jobs of the engine."""
 
     def __init__(self, service: Service, served: Served, limits: HttpLimits) -> None:
         self._service, self._served, self._limits = service, served, limits
@@ -48,16 +48,15 @@ class Intake:
         self._held = 0  # bytes of large bodies
 
     async def job(self, request: Request, read: Read, tenant: str, deadline: float) -> AnswerJob:
-        """The job of a request of ``tenant``; ApiError names the fault."""
+        """The job of a request of ``tenant``; ApiError with the reason for one that is refused."""
         async with self._body(request) as raw:
             turn = self._large if len(raw) > LARGE_BODY_BYTES else self._ordinary
             try:
                 async with asyncio.timeout_at(deadline):
                     await turn.acquire()
             except TimeoutError:
-                raise ApiError(
-                    504, "the request was not read in time; too many large ones wait", code="timeout"
-                ) from None
+                message = "the request was not read within its time limit: too many large ones are waiting"
+                raise ApiError(504, message, code="timeout") from None
             try:
                 draft = await asyncio.to_thread(lambda: read(json_object(raw, self._served), self._served, tenant))
                 self._service.admit(draft.answers)
@@ -67,8 +66,8 @@ class Intake:
 
     @contextlib.asynccontextmanager
     async def _body(self, request: Request) -> AsyncIterator[bytearray]:
-        """A request's body, as long as it is needed; ApiError when its type is not JSON, is too large, or does not
-        come."""
+        """A request's body, whose memory is counted until the block ends. ApiError when it is not declared as JSON, is
+        too large, or does not arrive in time."""
         check_kind(request, self._limits.body)
         body, held = bytearray(), 0
         try:
@@ -82,7 +81,7 @@ class Intake:
                             self._held += len(body) - held
                             held = len(body)
                             self._check_held()
-                            # One piece of one large body at a time; meanwhile the other senders wait.
+                            # Large bodies are read one chunk at a time, all senders in turn: the event loop stays free.
                             async with self._pace:
                                 await asyncio.sleep(PACE_SECONDS)
             except TimeoutError:
@@ -104,22 +103,22 @@ class Intake:
 
 
 def check_kind(request: Request, most: int) -> None:
-    """ApiError for a body that its header already rules out."""
+    """ApiError for a request whose header shows that its body is not JSON or too large."""
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind != "application/json":
-        # Also keeps other sites' pages out: a browser asks before it sends this type across sites.
-        raise ApiError(415, f"send JSON, with the header 'Content-Type: application/json' (found {shown(kind)})")
+        # Also keeps out pages of other sites: a browser sends this type to another site only if that site permits it.
+        raise ApiError(415, f"Content-Type: must be application/json, found {shown(kind)}; send JSON with that header")
     declared = request.headers.get("content-length", "")
     if declared.isdecimal() and (len(declared) > 18 or int(declared) > most):
         raise too_large(most)
 
 
 def too_large(most: int) -> ApiError:
-    return ApiError(413, f"the body is larger than {most} bytes, the limit of this server", code="too_large")
+    return ApiError(413, f"body: must have at most {most} bytes, this server's limit; send less", code="too_large")
 
 
 def json_object(raw: bytes | bytearray, served: Served) -> JsonObject:
-    """The object in a request's body; ApiError 400 names the fault."""
+    """The JSON object in a request's body; ApiError 400 with the reason for anything else."""
     try:
         found = strict_json.parse(raw, max(max_characters(served), LARGE_BODY_BYTES))
     except UnicodeDecodeError as error:

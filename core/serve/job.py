@@ -1,4 +1,4 @@
-"""Request fields that both endpoints share, and the job that a request becomes."""
+"""Request fields shared by both endpoints, and the generation job that a request becomes."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ if TYPE_CHECKING:
     from telechat_twins.core.data.tokenizer import Tokenizer
 
 MAX_STOPS = 16
-MAX_STOP_CHARACTERS = 1000  # characters; every token is compared with all beginnings of a stop string
+MAX_STOP_CHARACTERS = 1000  # of a stop string: each new text is compared with all of its prefixes
 MAX_LOGPROBS = 20
 MAX_BIASED = 1024  # entries of logit_bias
 MAX_SALT_CHARACTERS = 256
 SEEDS = 2**63
-# Fields of the OpenAI interface that say nothing about the text of an answer, with their kinds.
+# Fields of the OpenAI API that do not affect the text of an answer, with their types.
 IGNORED: dict[str, type] = {
     "user": str,
     "safety_identifier": str,
@@ -41,8 +41,8 @@ IGNORED: dict[str, type] = {
 
 @dataclass(frozen=True, kw_only=True)
 class Served:
-    """The model as its clients see it. ``context``: tokens of prompt and answer together; ``max_prompt`` and
-    ``max_new`` bound each of the two."""
+    """The served model and its limits in tokens: ``context`` of prompt and answer together, ``max_prompt`` and
+    ``max_new`` of each."""
 
     name: str
     config: ModelConfig
@@ -57,15 +57,14 @@ class Served:
 
     @property
     def prompt_limit(self) -> str:
-        """The bound on prompts, in the words that clients of the OpenAI interface look for."""
+        """The limit on prompts, in the OpenAI API's wording, for which clients search messages."""
         if self.max_prompt >= self.context - 1:
             return f"This model's maximum context length is {self.context} tokens"
         return f"This server takes prompts of at most {self.max_prompt} tokens"
 
 
 class Writer(Protocol):
-    """Puts the events of a job's answers into the words of its endpoint. An answer's ``index`` counts through all
-    answers of all prompts."""
+    """Formatter of a job's answers for its endpoint. ``index``: number of an answer among those of all prompts."""
 
     prefix: str  # of the id
     kind: str  # of object
@@ -83,7 +82,7 @@ class Writer(Protocol):
 
 @dataclass(frozen=True)
 class AnswerJob:
-    """``requests``: one a prompt, all with the same number of samples."""
+    """A request ready for the engine. ``requests``: one for each prompt, all with the same number of samples."""
 
     requests: tuple[Request, ...]
     writer: Writer
@@ -97,15 +96,15 @@ class AnswerJob:
 
 @dataclass(frozen=True)
 class Draft:
-    """What a body asks for, checked but for the length of its prompts. ``answers``: how many are to be made. ``encode``
-    tokenizes the prompts, which may take a while; ApiError when one is too long."""
+    """A parsed request, checked except for the length of its prompts. ``answers``: number of answers it asks for.
+    ``encode`` tokenizes the prompts, which may take seconds; ApiError when one is too long."""
 
     answers: int
     encode: Callable[[], AnswerJob]
 
 
 def check_model(fields: Fields, served: Served) -> None:
-    """ApiError 404 for another model's name, as the OpenAI interface has it."""
+    """ApiError 404 for another model's name, as in the OpenAI API."""
     name = fields.text("model")
     if name is None:
         fields.refuse("model", f"is missing; this server has '{served.name}'", "missing_required_parameter")
@@ -121,16 +120,16 @@ def read_stream(fields: Fields) -> tuple[bool, bool]:
     if options is None:
         return stream, False
     if not stream:
-        fields.refuse("stream_options", "belongs to a stream; set stream to true, or leave it out")
+        fields.refuse("stream_options", "is only allowed with stream; set stream to true, or leave it out")
     inner = Fields(options, "stream_options")
     include = inner.boolean("include_usage")
-    inner.boolean("include_obfuscation")  # pads a stream against eavesdroppers; of no use on a plain connection
+    inner.boolean("include_obfuscation")  # would pad chunks against eavesdroppers; has no effect here
     inner.done()
     return stream, include
 
 
 def read_sampling(fields: Fields) -> SamplingConfig:
-    """The sampling options: temperature defaults to 1, the seed to a random one."""
+    """The sampling options. The defaults are the OpenAI API's: temperature 1 and a random seed."""
     seed, top_k = fields.integer("seed", -SEEDS, 2 * SEEDS - 1), fields.integer("top_k", -1, None)
     given: dict[str, float | None] = {
         "temperature": fields.number("temperature", 0.0, 2.0),
@@ -141,7 +140,7 @@ def read_sampling(fields: Fields) -> SamplingConfig:
         "frequency_penalty": fields.number("frequency_penalty", -2.0, 2.0),
     }
     values = {"temperature": 1.0, **{name: value for name, value in given.items() if value is not None}}
-    # 0 is allowed there and means the likeliest token alone, which any small share does as well.
+    # The OpenAI API allows top_p 0, which keeps the likeliest token only; any small share does the same.
     values["top_p"] = max(values.get("top_p", 1.0), 1e-9)
     return sampling_config(
         **values, top_k=max(top_k or 0, 0), seed=secrets.randbits(63) if seed is None else seed % (2 * SEEDS)
@@ -149,13 +148,13 @@ def read_sampling(fields: Fields) -> SamplingConfig:
 
 
 def read_ignored(fields: Fields) -> None:
-    """Check what does not matter here for its kind only."""
+    """Check the types of fields that are accepted and ignored."""
     for name, kind in IGNORED.items():
         {str: fields.text, bool: fields.boolean, dict: fields.object}[kind](name)
 
 
 def read_stops(fields: Fields) -> tuple[str, ...]:
-    """One string or several; an empty list is none."""
+    """The stop strings: none, one or several."""
     found = fields.any("stop")
     if found is None:
         return ()
@@ -163,25 +162,27 @@ def read_stops(fields: Fields) -> tuple[str, ...]:
     if not isinstance(stops, list) or not all(isinstance(stop, str) for stop in stops):
         fields.refuse("stop", f"expected a string or a list of strings, found {shown(found)}", "invalid_type")
     if len(stops) > MAX_STOPS or any(not 1 <= len(stop) <= MAX_STOP_CHARACTERS for stop in stops):
-        fields.refuse("stop", f"at most {MAX_STOPS} strings of 1 to {MAX_STOP_CHARACTERS} characters", "invalid_value")
+        message = f"must be at most {MAX_STOPS} strings of 1 to {MAX_STOP_CHARACTERS} characters"
+        fields.refuse("stop", message, "invalid_value")
     return tuple(stops)
 
 
 def read_salt(fields: Fields, tenant: str) -> str:
-    """What prompts must have in common to share cached pages: the client's key (``tenant``, empty where there are none)
-    and the field ``cache_salt``."""
+    """The salt of a request: prompts share cached pages only among equal salts. It is made of the client's ``tenant``
+    ("" where no keys are required) and the field ``cache_salt``."""
     salt = fields.text("cache_salt") or ""
     if len(salt) > MAX_SALT_CHARACTERS:
-        fields.refuse("cache_salt", f"at most {MAX_SALT_CHARACTERS} characters, found {len(salt)}", "invalid_value")
+        message = f"must have at most {MAX_SALT_CHARACTERS} characters, found {len(salt)}"
+        fields.refuse("cache_salt", message, "invalid_value")
     return f"{tenant}/{salt}" if tenant or salt else ""
 
 
 def read_bias(fields: Fields, vocab_size: int) -> dict[int, float]:
-    """Token id (JSON writes it as a string) -> what is added to its logit."""
+    """logit_bias: token id (a string in JSON) -> value added to its logit."""
     bias: dict[int, float] = {}
     found = fields.object("logit_bias") or {}
     if len(found) > MAX_BIASED:
-        fields.refuse("logit_bias", f"at most {MAX_BIASED} tokens, found {len(found)}", "invalid_value")
+        fields.refuse("logit_bias", f"must have at most {MAX_BIASED} tokens, found {len(found)}", "invalid_value")
     for key, value in found.items():
         where = f"logit_bias[{shown(key)}]"
         if not (key.isascii() and key.isdecimal() and len(key) < 12 and int(key) < vocab_size):
@@ -197,11 +198,11 @@ def read_samples(fields: Fields) -> int:
 
 
 def room(served: Served, prompts: Sequence[Sequence[int]], asked: int | None, default: int | None, param: str) -> int:
-    """Tokens that each answer may have: ``asked``, or else ``default`` as far as it fits (None: all that is free within
-    the trained length, since the planned end decides the rotary scaling; for a prompt beyond it as ``tele chat``).
+    """Token limit of each answer: ``asked``, or else ``default`` as far as it fits.
 
-    ApiError 400 in the words that clients of the OpenAI interface look for, when a prompt or what was asked for does
-    not fit the context.
+    ``default`` None: what the prompt leaves of the trained length, since a request's total length decides the rotary
+    scaling; for a prompt beyond the trained length, the default of ``tele chat``. ApiError 400, in the OpenAI API's
+    wording, when a prompt or the requested tokens do not fit the context.
     """
     longest = max(map(len, prompts))
     if longest > min(served.max_prompt, served.context - 1):
@@ -228,7 +229,7 @@ def room(served: Served, prompts: Sequence[Sequence[int]], asked: int | None, de
     if asked > served.max_new:
         raise ApiError(
             400,
-            f"max_tokens is too large: {asked}. This server makes at most {served.max_new} tokens an answer.",
+            f"max_tokens is too large: {asked}. This server generates at most {served.max_new} tokens per answer.",
             "max_tokens",
             "invalid_value",
         )

@@ -1,4 +1,4 @@
-"""Metrics of the server in Prometheus' text format (``/metrics``), counted in the event loop's thread."""
+"""Server metrics in Prometheus' text format (``/metrics``), counted in the event loop's thread."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ WHOLE_BOUNDS_S = (0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0, 
 
 
 class Histogram:
-    """How many values lay at or below each bound, and their sum."""
+    """Prometheus histogram: the number of values up to each bound, and the sum of all values."""
 
     def __init__(self, bounds: Sequence[float]) -> None:
         self._bounds = tuple(bounds)
@@ -26,7 +26,7 @@ class Histogram:
 
     @property
     def mean(self) -> float:
-        """0 before the first value."""
+        """Mean of the values; 0 before the first."""
         return self._sum / max(1, sum(self._counts))
 
     def lines(self, name: str) -> Iterable[str]:
@@ -39,8 +39,11 @@ class Histogram:
 
 
 class Metrics:
-    """``requests``: by (endpoint, outcome). ``prompt_tokens`` are those of requests that came to an end: computed, and
-    found in the cache. ``generated`` tokens count as they are made."""
+    """Counters and histograms of the server.
+
+    ``requests``: finished requests by (endpoint, outcome). ``computed_tokens`` and ``cached_tokens``: prompt tokens of
+    finished requests. ``generated_tokens`` count as they are generated.
+    """
 
     def __init__(self) -> None:
         self.requests: Counter[tuple[str, str]] = Counter()
@@ -52,8 +55,8 @@ class Metrics:
         )
 
     def text(self, now: Mapping[str, tuple[str, str, float]]) -> str:
-        """The page; ``now``: further values, name -> (kind, what it is, value)."""
-        lines = _head("requests_total", "counter", "Requests that are over, by endpoint and outcome.")
+        """Text of the metrics page; ``now``: further values, name -> (kind, help text, value)."""
+        lines = _head("requests_total", "counter", "Finished requests by endpoint and outcome.")
         for (endpoint, outcome), count in sorted(self.requests.items()):
             lines.append(f'{PREFIX}requests_total{{endpoint="{endpoint}",outcome="{outcome}"}} {count}')
         for name, (kind, what, value) in now.items():
@@ -61,12 +64,12 @@ class Metrics:
         lines += _head("prompt_tokens_total", "counter", "Prompt tokens of finished requests.")
         lines.append(f'{PREFIX}prompt_tokens_total{{source="computed"}} {self.computed_tokens}')
         lines.append(f'{PREFIX}prompt_tokens_total{{source="cache"}} {self.cached_tokens}')
-        lines += _head("generated_tokens_total", "counter", "Tokens made.")
+        lines += _head("generated_tokens_total", "counter", "Generated tokens.")
         lines.append(f"{PREFIX}generated_tokens_total {self.generated_tokens}")
         for name, what, histogram in (
-            ("first_token_seconds", "From the arrival of a request to its first token.", self.first_token),
-            ("next_token_seconds", "Between two tokens of an answer.", self.next_token),
-            ("request_seconds", "From the arrival of a request to the end of its last answer.", self.whole),
+            ("first_token_seconds", "Time from the arrival of a request to its first token.", self.first_token),
+            ("next_token_seconds", "Time between two tokens of an answer.", self.next_token),
+            ("request_seconds", "Time from the arrival of a request to the end of its last answer.", self.whole),
         ):
             lines += [*_head(name, "histogram", what), *histogram.lines(PREFIX + name)]
         return "\n".join(lines) + "\n"

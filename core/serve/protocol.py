@@ -1,9 +1,9 @@
 """Bounded HTTP protocol for uvicorn: limits the number of connections and the time to receive a request's header.
 
-A connection that waits for the end of a request's header has HEADER_SECONDS, however many bytes come meanwhile. What
-follows a request that was answered before its body was there is read for LINGER_SECONDS more, so that the client gets
-the answer, and no longer. Where ``most`` connections are open, a new one takes the place of the one that has been
-silent the longest, and is turned away when all of them are being answered.
+A request's header must be complete within HEADER_SECONDS, however slowly its bytes arrive. When a request is answered
+before its body has arrived, the rest of the body is read for LINGER_SECONDS, so that the client receives the answer,
+and then the connection is closed. When ``most`` connections are open, a new one replaces the idle connection that has
+been silent the longest; if none is idle, the new one is refused with 503.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ LINGER_SECONDS = 5.0
 
 
 class BoundedProtocol(H11Protocol):
-    """``most``: connections of a server."""
+    """HTTP/1.1 connection with these limits. ``most``: connections that the server may have open."""
 
     most = 256
 
@@ -43,12 +43,12 @@ class BoundedProtocol(H11Protocol):
 
     @classmethod
     def with_most(cls, most: int) -> type[BoundedProtocol]:
-        """The protocol of a server that takes so many connections."""
+        """The protocol class for a server of at most ``most`` connections."""
         return type("BoundedProtocol", (cls,), {"most": most})
 
     @property
     def idle(self) -> bool:
-        """Whether nothing is being answered on it."""
+        """Whether no request on this connection is being answered."""
         return self.cycle is None or self.cycle.response_complete
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
@@ -59,7 +59,7 @@ class BoundedProtocol(H11Protocol):
         others = [other for other in self.connections if other is not self and isinstance(other, BoundedProtocol)]
         silent = min((other for other in others if other.idle), key=lambda other: other._silent_since, default=None)
         if silent is None:
-            self._refuse(ApiError(503, f"{self.most} connections are open, as many as this server takes", code="busy"))
+            self._refuse(ApiError(503, f"all {self.most} connections of this server are in use", code="busy"))
         else:
             silent.transport.abort()
             self.connections.discard(silent)
@@ -78,11 +78,11 @@ class BoundedProtocol(H11Protocol):
         self._watch()
 
     def send_400_response(self, msg: str) -> None:
-        """Invalid HTTP: answered in the form of all other errors."""
+        """Answer invalid HTTP, in the same form as all other errors."""
         self._refuse(ApiError(400, "the request is not valid HTTP, or its header is too large"))
 
     def _watch(self) -> None:
-        """Set the timers that belong to the state that the connection is in."""
+        """Start and stop the timers according to the state of the connection."""
         if self.transport.is_closing():
             self._stop_timers()
             return
@@ -101,8 +101,8 @@ class BoundedProtocol(H11Protocol):
 
     def _await_header(self) -> None:
         self._silent_since = self.loop.time()
-        says = f"the header of a request was not complete within {HEADER_SECONDS:g} s"
-        self._header_timer = self.loop.call_later(HEADER_SECONDS, self._refuse, ApiError(408, says))
+        error = ApiError(408, f"the header of a request was not complete within {HEADER_SECONDS:g} s")
+        self._header_timer = self.loop.call_later(HEADER_SECONDS, self._refuse, error)
 
     def _stop_timers(self) -> None:
         for timer in (self._header_timer, self._linger_timer):
@@ -111,7 +111,7 @@ class BoundedProtocol(H11Protocol):
         self._header_timer = self._linger_timer = None
 
     def _refuse(self, error: ApiError) -> None:
-        """Close the connection, with an answer unless one has been begun."""
+        """Close the connection, after sending ``error`` unless a response has been started."""
         self._stop_timers()
         if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE) and not self.transport.is_closing():
             raw = to_json(error.body())
@@ -122,7 +122,7 @@ class BoundedProtocol(H11Protocol):
             for event in (response, h11.Data(data=raw), h11.EndOfMessage()):
                 self.transport.write(self.conn.send(event) or b"")
         if self.cycle is not None and not self.cycle.response_complete:
-            # The handler that makes the answer learns that the client disconnected.
+            # Wake the handler that is answering: to it, the client has disconnected.
             self.cycle.disconnected = True
             self.cycle.message_event.set()
         self.transport.close()

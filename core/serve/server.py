@@ -1,4 +1,4 @@
-"""Server process: one socket, one event loop, one engine thread, and an orderly shutdown on SIGTERM and Ctrl-C."""
+"""Server process: one socket, one event loop, one engine thread, and a graceful shutdown on SIGTERM and Ctrl-C."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ from telechat_twins.core.errors import UserError
 from telechat_twins.core.serve.protocol import BoundedProtocol
 from telechat_twins.core.serve.service import Service
 
-SPARE_FILES = 64  # that a process has open beside its connections
+SPARE_FILES = 64  # files that the process has open beside its connections
 ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-CLOSING_SECONDS = 5  # for connections to close once every response is complete
+CLOSING_SECONDS = 5  # for connections to close after their last responses
 BACKLOG = 1024
 SWITCH_SECONDS = 0.0005
 
 
 def open_socket(host: str, port: int) -> socket.socket:
-    """A listening socket. UserError when it cannot be had."""
+    """A listening socket. UserError when the address is unknown or the port in use."""
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(
             host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
@@ -48,15 +48,15 @@ def open_socket(host: str, port: int) -> socket.socket:
 
 
 def allow_connections(most: int) -> None:
-    """Let the process hold so many connections. UserError when the system does not allow as many open files."""
+    """Raise the process's limit of open files for ``most`` connections. UserError when the system does not allow it."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = most + SPARE_FILES
     if soft == resource.RLIM_INFINITY or soft >= wanted:
         return
     if hard != resource.RLIM_INFINITY and hard < wanted:
         raise UserError(
-            f"--max-connections: {most} connections need {wanted} open files, and the system allows {hard} "
-            f"(ulimit -Hn); give at most {hard - SPARE_FILES}, or raise the limit"
+            f"--max-connections: must be at most {hard - SPARE_FILES}, since the system allows {hard} open files "
+            f"(ulimit -Hn), found {most}; give fewer, or raise the limit to {wanted}"
         )
     resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
@@ -68,9 +68,9 @@ def address_of(opened: socket.socket) -> str:
 
 
 def is_defect(record: logging.LogRecord) -> bool:
-    """Whether a record of uvicorn reports an internal error rather than a client's doing.
+    """Whether a log record of uvicorn reports an internal error rather than a client's behaviour.
 
-    Two records are a client's: HTTP that broke off, which uvicorn has answered itself before the application does, and
+    Two records are caused by clients: HTTP that broke off, which uvicorn answers itself before the application can, and
     a stream that was ended because its client did not read it.
     """
     raised = record.exc_info[1] if record.exc_info else None
@@ -79,7 +79,8 @@ def is_defect(record: logging.LogRecord) -> bool:
 
 
 class Server(uvicorn.Server):
-    """uvicorn without its signals: it would refuse connections at the first; this server answers 503 meanwhile."""
+    """uvicorn without its signal handlers: it would close its socket at the first signal, while this server goes on
+    answering with 503 during the shutdown."""
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -89,16 +90,16 @@ class Server(uvicorn.Server):
 def serve(
     app: ASGIApp, service: Service, opened: socket.socket, grace: float, ready: Callable[[], None], most: int
 ) -> None:
-    """``serve_until`` the first of SIGTERM, Ctrl-C and the terminal's end; a second one ends the grace."""
+    """Run ``serve_until`` until SIGTERM, SIGHUP or Ctrl-C; a second signal ends the grace period."""
 
     async def with_signals() -> None:
         signals: asyncio.Queue[int] = asyncio.Queue()
         for number in ENDING:
-            if signal.getsignal(number) is not signal.SIG_IGN:  # nohup, or a shell's background
+            if signal.getsignal(number) is not signal.SIG_IGN:  # ignored under nohup, or in a shell's background
                 asyncio.get_running_loop().add_signal_handler(number, signals.put_nowait, number)
         await serve_until(signals, app, service, opened, grace, ready, most)
 
-    # A thread that parses or tokenizes gives way to the event loop and the engine sooner than the 5 ms of Python.
+    # Threads that parse or tokenize then yield to the event loop and the engine earlier than after Python's 5 ms.
     sys.setswitchinterval(SWITCH_SECONDS)
     asyncio.run(with_signals())
 
@@ -112,11 +113,12 @@ async def serve_until(
     ready: Callable[[], None],
     most: int = 256,
 ) -> None:
-    """Serve ``app`` until there is something in ``signals``; ``ready`` is called when requests are taken. ``most``:
-    connections at once.
+    """Serve ``app`` until a signal arrives in ``signals``. ``ready`` is called when the server accepts requests;
+    ``most``: connections at once.
 
-    From then on new requests get 503, running ones have ``grace`` seconds; unfinished requests then receive an error.
-    The next signal ends the grace at once. Returns when no request, connection or thread is left.
+    After the signal, new requests get 503 and running ones have ``grace`` seconds, after which unfinished requests
+    receive an error; the next signal ends the grace period at once. Returns when no request, connection or thread is
+    left.
     """
     log = logging.getLogger("uvicorn.error")
     log.setLevel(logging.ERROR)  # a client's broken HTTP is answered and not logged
@@ -154,7 +156,7 @@ async def serve_until(
 async def _drain(service: Service, signals: asyncio.Queue[int], grace: float) -> None:
     running = service.open_answers
     if running:
-        print(f"shutting down: {running} answers have {grace:g} s to end", file=sys.stderr, flush=True)
+        print(f"shutting down: {running} answers have {grace:g} s to finish", file=sys.stderr, flush=True)
     draining, hurry = asyncio.create_task(service.drain(grace)), asyncio.create_task(signals.get())
     await asyncio.wait((draining, hurry), return_when=asyncio.FIRST_COMPLETED)
     if not draining.done():

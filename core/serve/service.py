@@ -1,7 +1,8 @@
-"""Engine service: a thread that steps the engine, and the event loop's side that submits requests and delivers events.
+"""Engine service: a thread that steps the engine, and methods of the event loop that submit requests and deliver
+events.
 
-Everything here but the thread's own function runs in the event loop's thread, so nothing needs a lock: ``submit``
-records who waits for a request before a step's events can be handed out.
+Everything here except the thread's own function runs in the event loop's thread, so no lock is needed: ``submit``
+registers the ticket of a request before the events of a step can be delivered.
 """
 
 from __future__ import annotations
@@ -19,29 +20,29 @@ from telechat_twins.core.inference.requests import Event, Request
 from telechat_twins.core.serve.errors import ApiError
 from telechat_twins.core.serve.metrics import Metrics
 
-StepEvents = list[tuple[int, Event]]  # of one step: which of the ticket's requests, and what happened to it
+StepEvents = list[tuple[int, Event]]  # events of one step, with the index of the request in its ticket
 
 ENGINE_FAILED = "internal engine error while serving this request; see the server log"
 NO_SUCH_REQUEST = -1
 
 
 class Service:
-    """Between ``start`` and ``close`` the engine belongs to it."""
+    """Service of one engine, which nothing else may step between ``start`` and ``close``."""
 
     def __init__(self, engine: Engine, max_queue: int) -> None:
-        """``max_queue``: answers that may wait beside those that the engine runs at once."""
+        """``max_queue``: answers that may wait, beside those that the engine runs at once."""
         self.engine, self.metrics = engine, Metrics()
         self.max_open = engine.limits.max_running + max_queue
         self.draining = False
-        self._waiting: dict[int, tuple[Ticket, int]] = {}  # by the engine's number
-        self._tickets: dict[Ticket, int] = {}  # that are not over, and how many answers they asked for
+        self._waiting: dict[int, tuple[Ticket, int]] = {}  # ticket and index in it, by the engine's request number
+        self._tickets: dict[Ticket, int] = {}  # open tickets, with the number of answers they asked for
         self._closing = False
         self._idle = asyncio.Event()
         self._idle.set()
         self._thread = threading.Thread(target=self._steps, name="engine")
 
     def start(self) -> None:
-        """From a coroutine: its event loop is the one that events come to."""
+        """Start the thread. Call from a coroutine: events are delivered in its event loop."""
         self._loop = asyncio.get_running_loop()
         self._thread.start()
 
@@ -54,17 +55,19 @@ class Service:
         return sum(self._tickets.values())
 
     def admit(self, answers: int) -> None:
-        """ApiError for so many more answers: 400 when they are more than this server ever makes at once, 429 when too
-        many wait, 503 when the server is shutting down."""
+        """Check that ``answers`` more may be queued. ApiError 400 when they exceed what this server takes at once, 429
+        when the queue is full, 503 when the server is shutting down."""
         if self.draining:
             raise ApiError(503, "the server is shutting down", code="shutting_down", headers={"Retry-After": "10"})
         if answers > self.max_open:
-            raise ApiError(400, f"n: {answers} answers at once are more than this server takes, {self.max_open}", "n")
+            message = f"n: this server takes at most {self.max_open} answers at once, found {answers}; ask for fewer"
+            raise ApiError(400, message, "n")
         if self.open_answers + answers > self.max_open:
             again = min(60, max(1, math.ceil(self.metrics.whole.mean)))
             raise ApiError(
                 429,
-                f"{self.open_answers} answers are being made or wait, and {self.max_open} may; try again later",
+                f"the queue is full: {self.open_answers} of at most {self.max_open} answers are running or waiting; "
+                "try again later",
                 code="queue_full",
                 headers={"Retry-After": str(again)},
             )
@@ -90,7 +93,7 @@ class Service:
         return ticket
 
     def over(self, ticket: Ticket) -> None:
-        """A client that has all it asked for, or has left: what is still running for it stops, its pages are freed."""
+        """Close the ticket of a client that has its answers or has disconnected, and cancel what still runs for it."""
         self._cancel(ticket)
         if self._tickets.pop(ticket, None) and not self._tickets:
             self._idle.set()
@@ -101,7 +104,7 @@ class Service:
                 self.engine.cancel(number)
 
     async def drain(self, grace: float) -> None:
-        """Admit nothing any more; let what runs come to its end, and end what has not after ``grace`` seconds."""
+        """Admit no more requests, and wait for the running ones; after ``grace`` seconds, end what is left."""
         self.draining = True
         try:
             async with asyncio.timeout(grace):
@@ -110,31 +113,27 @@ class Service:
             self.end_all()
 
     def end_all(self) -> None:
-        """Tell every client that the server is shutting down."""
+        """End every open ticket with the error that the server is shutting down."""
         for ticket in list(self._tickets):
             ticket.fail(ApiError(503, "the server is shutting down; the answer is not complete", code="shutting_down"))
 
     async def close(self) -> None:
-        """Stop the thread, after the step that it is in."""
+        """Stop the thread after its current step."""
         self._closing = True
-        self.engine.cancel(NO_SUCH_REQUEST)  # wakes it
+        self.engine.cancel(NO_SUCH_REQUEST)  # wakes the thread from ``wait``
         await asyncio.to_thread(self._thread.join)
 
     def now(self) -> dict[str, tuple[str, str, float]]:
-        """Present values for ``/metrics``: name -> (its kind there, what it is, value)."""
+        """Current values for ``/metrics``: name -> (metric kind, help text, value)."""
         pool, scheduler = self.engine.pool, self.engine.scheduler
         running = len(scheduler.running)
         pages, free = pool.num_pages - 1, pool.available
         return {
-            "running": ("gauge", "Answers that are being made.", running),
-            "queue_length": ("gauge", "Answers that wait for their turn.", max(0, self.open_answers - running)),
-            "cache_pages_used": ("gauge", "Pages of the cache that running answers hold.", pages - free),
-            "cache_pages_free": (
-                "gauge",
-                "Pages that can be given out, kept contents of earlier prompts included.",
-                free,
-            ),
-            "preemptions_total": ("counter", "Answers that gave their pages to older ones.", scheduler.preemptions),
+            "running": ("gauge", "Answers being generated.", running),
+            "queue_length": ("gauge", "Answers waiting in the queue.", max(0, self.open_answers - running)),
+            "cache_pages_used": ("gauge", "Cache pages held by running answers.", pages - free),
+            "cache_pages_free": ("gauge", "Cache pages available, reusable ones of earlier prompts included.", free),
+            "preemptions_total": ("counter", "Answers preempted in favour of older ones.", scheduler.preemptions),
         }
 
     def _steps(self) -> None:
@@ -143,7 +142,7 @@ class Service:
             try:
                 events = self.engine.step()
             except Exception:
-                # One step's failure is the end of the requests in it, and not of the server.
+                # A failed step ends its requests, but not the server.
                 traceback.print_exc()
                 self.engine.cancel_all()
                 self._loop.call_soon_threadsafe(self._fail)
@@ -153,7 +152,7 @@ class Service:
 
     def _fail(self) -> None:
         for ticket in list(self._tickets):
-            self._cancel(ticket)  # one that came since is with the engine still
+            self._cancel(ticket)  # requests submitted after cancel_all are still with the engine
             ticket.fail(ApiError(500, ENGINE_FAILED))
 
     def _hand_out(self, events: list[Event], made_at: float) -> None:
@@ -180,7 +179,10 @@ class Service:
 
 
 class Ticket:
-    """What a client waits with. ``left``: answers that have not ended. ``last``: when each got its latest token."""
+    """Open answers of one client, whose events it waits for.
+
+    ``left``: answers that have not ended. ``last``: time of the latest token, by (request index, sample).
+    """
 
     def __init__(self, service: Service, answers: int) -> None:
         self.numbers: list[int] = []
@@ -196,9 +198,9 @@ class Ticket:
         self._news.put_nowait(error)
 
     async def batches(self, deadline: float) -> AsyncGenerator[StepEvents, None]:
-        """What happened, step by step, until every answer has ended.
+        """The events of each step, until every answer has ended.
 
-        ApiError when the engine fails on one of them, or the server ends; TimeoutError at the loop's time ``deadline``.
+        ApiError when an answer fails or the server shuts down; TimeoutError at the event loop's time ``deadline``.
         """
         while self.left:
             async with asyncio.timeout_at(deadline):

@@ -1,7 +1,7 @@
 """Strict JSON parser for untrusted input: bounds depth, count and digits, and rejects what parsers disagree about.
 
-Everything downstream may then count on it: no number is infinite or has thousands of digits, no object has a key twice,
-no string holds half a surrogate pair, and the tree is small enough to walk and to write out again.
+Code that uses the result can rely on this: no number is infinite or has thousands of digits, no object has a key twice,
+no string has an unpaired surrogate, and the tree is small enough to walk and to write out again.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from typing import NoReturn
 
 from telechat_twins.core.types import JsonObject
 
-MAX_DEPTH = 64  # of lists and objects in each other; a tool's schema has a dozen
-MAX_PARTS = 20_000  # lists, objects and strings, keys included; a message of a chat has five
+MAX_DEPTH = 64  # of nested lists and objects; a tool's schema has about a dozen
+MAX_PARTS = 20_000  # lists, objects and strings, keys included; a chat message has five
 MAX_DIGITS = 32  # of a whole number; 2**64 has 20
-MAX_FLOAT_DIGITS = 400  # digits behind the point; 5e-324 written out has 324
+MAX_FLOAT_DIGITS = 400  # after the decimal point; 5e-324 written out has 324
 
-# A string, whole or without its end. Possessive: no way back is kept in memory for each character.
+# A string, complete or without its end. Possessive quantifiers keep no backtracking state for each character.
 _STRING = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"?', re.DOTALL)
 _BRACKET = re.compile(rb"[\[{\]}]")
 _DIGITS = re.compile(rb"[0-9]{%d,}" % (MAX_DIGITS + 1))
@@ -32,14 +32,14 @@ def parse(raw: bytes | bytearray, longest: int | None = None) -> object:
 
     ``longest``: the bound on a string, in characters.
     """
-    # A function for every number would take seconds for a long list of them.
+    # A Python function called for every number takes seconds for a long list; it is needed only if one may overflow.
     number = _number if _check_size(raw, longest) else None
     text = raw.decode("utf-8")
     try:
         found = json.loads(text, parse_constant=_constant, parse_float=number, object_pairs_hook=_object)
     except json.JSONDecodeError as error:
         raise ValueError(f"not valid JSON: {error.msg} (line {error.lineno}, column {error.colno})") from None
-    # Escapes are the only way in for a surrogate: UTF-8 has none.
+    # A surrogate can only come from an escape, since UTF-8 has none.
     if _ESCAPED_SURROGATE.search(text) and not all(map(_whole, _strings(found))):
         place, string = next((place, s) for place, s in _placed_strings(found) if not _whole(s))
         at = next(n for n, letter in enumerate(string) if "\ud800" <= letter <= "\udfff")
@@ -48,15 +48,15 @@ def parse(raw: bytes | bytearray, longest: int | None = None) -> object:
 
 
 class HalfCharacter(ValueError):
-    """A string that UTF-8 cannot write; ``place``: where it stands in the tree, e.g. messages[0].content."""
+    """A string with an unpaired surrogate, which UTF-8 cannot encode; ``place``: its path, e.g. messages[0].content."""
 
-    def __init__(self, place: str, says: str) -> None:
-        super().__init__(f"{place}: {says}" if place else says)
+    def __init__(self, place: str, fault: str) -> None:
+        super().__init__(f"{place}: {fault}" if place else fault)
         self.place = place
 
 
 class LongString(ValueError):
-    """A string of more characters than are looked into; ``least``: of so many at least."""
+    """A string that is longer than the bound; ``least``: characters that it has at least."""
 
     def __init__(self, least: int) -> None:
         super().__init__(f"a string of {least} characters or more")
@@ -64,7 +64,7 @@ class LongString(ValueError):
 
 
 def _check_size(raw: bytes | bytearray, longest: int | None) -> bool:
-    """Bounds that have to hold before anything is built, or even decoded. Whether there is a number that may be out of
+    """Check the bounds on the raw bytes, before anything is decoded or built. Returns whether some number may be out of
     range."""
     depth = parts = at = 0
     large = False
@@ -81,7 +81,7 @@ def _check_size(raw: bytes | bytearray, longest: int | None) -> bool:
             for sign in _BRACKET.finditer(raw, at, quote):
                 depth += 1 if sign[0] in b"[{" else -1
                 if depth > MAX_DEPTH:
-                    raise ValueError(f"nested too deeply: more than {MAX_DEPTH} lists and objects in each other")
+                    raise ValueError(f"nested too deeply: more than {MAX_DEPTH} levels of lists and objects")
         at, size = _string_at(raw, quote)
         # UTF-8 has up to 4 bytes a character, and escapes have 12 for one outside the 16-bit range.
         if longest is not None and size > 4 * longest:
@@ -92,21 +92,21 @@ def _check_size(raw: bytes | bytearray, longest: int | None) -> bool:
 
 
 def _check_digits(raw: bytes | bytearray, begin: int, end: int) -> None:
-    """ValueError for a number that is too long, outside of strings; a fraction may have more digits."""
+    """ValueError for a number with too many digits in a part outside of strings; a fraction may have more digits."""
     for run in _DIGITS.finditer(raw, begin, end):
         digits = run.end() - run.start()
         if digits > MAX_FLOAT_DIGITS or run.start() == 0 or raw[run.start() - 1] != ord("."):
-            raise ValueError(f"a number of {digits} digits; none here has more than {MAX_DIGITS}")
+            raise ValueError(f"a number has {digits} digits, at most {MAX_DIGITS} are allowed")
 
 
 def _string_at(raw: bytes | bytearray, quote: int) -> tuple[int, int]:
-    """The place behind the string that begins at ``quote``, and its size in bytes."""
+    """The position after the string that begins at ``quote``, and its size in bytes."""
     end = raw.find(b'"', quote + 1)
     if end < 0:
         return len(raw), 0
     if raw[end - 1] != ord("\\"):
         return end + 1, end - quote - 1
-    match = _STRING.match(raw, quote)  # with escapes in it: slower to follow
+    match = _STRING.match(raw, quote)  # a string with escapes needs the slower regular expression
     assert match is not None
     return match.end(), match.end() - quote - 2
 
@@ -127,7 +127,7 @@ def _object(pairs: list[tuple[str, object]]) -> JsonObject:
     if len(made) < len(pairs):
         seen: set[str] = set()
         twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
-        raise ValueError(f"the key {ascii(twice[:60])} is in one object more than once")
+        raise ValueError(f"the key {ascii(twice[:60])} appears twice in one object")
     return made
 
 

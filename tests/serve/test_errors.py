@@ -43,7 +43,7 @@ def talk(*messages, **options) -> dict:
 WRONG = [
     # which fields there are
     (CHAT, {}, 400, "model", "model: is missing; this server has 'tiny'"),
-    (CHAT, {"model": NAME}, 400, "messages", "a chat needs at least one message"),
+    (CHAT, {"model": NAME}, 400, "messages", "messages: must have at least one message"),
     (COMPLETIONS, {"model": NAME}, 400, "prompt", "prompt: is missing"),
     (CHAT, chat_body(model="gpt-4"), 404, "model", "The model 'gpt-4' does not exist"),
     (CHAT, chat_body(model=7), 400, "model", "model: expected a string, found 7"),
@@ -63,14 +63,14 @@ WRONG = [
     (CHAT, chat_body(frequency_penalty=-3), 400, "frequency_penalty", "must be -2.0 to 2.0"),
     (CHAT, chat_body(repetition_penalty=0), 400, "repetition_penalty", "must be 0.01 to 100.0"),
     (CHAT, chat_body(n=0), 400, "n", "must be 1 to 128, found 0"),
-    (CHAT, chat_body(n=17), 400, "n", "17 answers at once are more than this server takes, 16"),
+    (CHAT, chat_body(n=17), 400, "n", "n: this server takes at most 16 answers at once, found 17"),
     (CHAT, chat_body(max_tokens=0), 400, "max_tokens", "must be at least 1, found 0"),
     (CHAT, chat_body(max_tokens=10**30), 400, "messages", f"maximum context length is {CONTEXT} tokens"),
-    (CHAT, chat_body(max_tokens=5, max_completion_tokens=5), 400, "max_tokens", "give one of the two"),
+    (CHAT, chat_body(max_tokens=5, max_completion_tokens=5), 400, "max_tokens", "give only one of the two"),
     (CHAT, chat_body(seed="x"), 400, "seed", "expected a whole number"),
     (CHAT, chat_body(seed=2**70), 400, "seed", "must be"),
     (CHAT, chat_body(stream="yes"), 400, "stream", "expected true or false, found 'yes'"),
-    (CHAT, chat_body(stream_options={"include_usage": True}), 400, "stream_options", "belongs to a stream"),
+    (CHAT, chat_body(stream_options={"include_usage": True}), 400, "stream_options", "is only allowed with stream"),
     (CHAT, chat_body(stream=True, stream_options={"x": 1}), 400, "stream_options.x", "Unknown parameter"),
     (CHAT, chat_body(stop=["a", 3]), 400, "stop", "expected a string or a list of strings"),
     (CHAT, chat_body(stop=["a", ""]), 400, "stop", "strings of 1 to 1000 characters"),
@@ -87,16 +87,28 @@ WRONG = [
     (CHAT, chat_body(user=5), 400, "user", "expected a string, found 5"),
     (CHAT, chat_body(metadata="x"), 400, "metadata", "expected an object"),
     # what is not here
-    (COMPLETIONS, completion(echo=True), 400, "echo", "the prompt is not repeated here"),
-    (COMPLETIONS, completion(best_of=3), 400, "best_of", "this server does not have it"),
-    (COMPLETIONS, completion(suffix="x"), 400, "suffix", "this server does not have it"),
-    (CHAT, chat_body(response_format={"type": "json_object"}), 400, "response_format", "answers are free text here"),
-    (CHAT, chat_body(modalities=["audio"]), 400, "modalities", "this model writes text only"),
-    (CHAT, chat_body(functions=[]), 400, "functions", "this server does not have it"),
-    (CHAT, chat_body(tools=[TOOL], tool_choice="required"), 400, "tool_choice", "none and auto are served"),
-    (CHAT, chat_body(tools=[TOOL], tool_choice=TOOL), 400, "tool_choice", "none and auto are served"),
+    (COMPLETIONS, completion(echo=True), 400, "echo", "must be false: this server does not repeat the prompt"),
+    (COMPLETIONS, completion(best_of=3), 400, "best_of", "is not supported by this server"),
+    (COMPLETIONS, completion(suffix="x"), 400, "suffix", "is not supported by this server"),
+    (
+        CHAT,
+        chat_body(response_format={"type": "json_object"}),
+        400,
+        "response_format",
+        "this server cannot enforce a format",
+    ),
+    (CHAT, chat_body(modalities=["audio"]), 400, "modalities", "this model generates text only"),
+    (CHAT, chat_body(functions=[]), 400, "functions", "is not supported by this server"),
+    (CHAT, chat_body(tools=[TOOL], tool_choice="required"), 400, "tool_choice", "must be 'none' or 'auto'"),
+    (CHAT, chat_body(tools=[TOOL], tool_choice=TOOL), 400, "tool_choice", "must be 'none' or 'auto'"),
     (CHAT, chat_body(tool_choice="auto"), 400, "tool_choice", "is only allowed with tools"),
-    (CHAT, chat_body(tools=[TOOL], parallel_tool_calls=False), 400, "parallel_tool_calls", "cannot be bound here"),
+    (
+        CHAT,
+        chat_body(tools=[TOOL], parallel_tool_calls=False),
+        400,
+        "parallel_tool_calls",
+        "this server cannot limit the number of calls",
+    ),
     # tools
     (CHAT, chat_body(tools={}), 400, "tools", "expected a list"),
     (CHAT, chat_body(tools=["f"]), 400, "tools[0]", "expected {'type': 'function'"),
@@ -111,17 +123,17 @@ WRONG = [
     ),
     # prompts
     (COMPLETIONS, completion(prompt=3), 400, "prompt", "expected a string, a list of strings, token ids"),
-    (COMPLETIONS, completion(prompt=[]), 400, "prompt", "has no tokens"),
-    (COMPLETIONS, completion(prompt=""), 400, "prompt", "has no tokens"),
-    (COMPLETIONS, completion(prompt=["a", ""]), 400, "prompt", "prompt[1] has no tokens"),
+    (COMPLETIONS, completion(prompt=[]), 400, "prompt", "must have at least one token"),
+    (COMPLETIONS, completion(prompt=""), 400, "prompt", "must have at least one token"),
+    (COMPLETIONS, completion(prompt=["a", ""]), 400, "prompt", "prompt[1] must have at least one token"),
     (COMPLETIONS, completion(prompt=["a", None]), 400, "prompt", "prompt[1] expected"),
     (COMPLETIONS, completion(prompt=[1, "a"]), 400, "prompt", "expected a string"),
     (COMPLETIONS, completion(prompt=[1, True]), 400, "prompt", "expected a string"),
     (COMPLETIONS, completion(prompt=[600]), 400, "prompt", "token id 600 is outside the vocabulary of 600"),
     (COMPLETIONS, completion(prompt=[[5], [-1]]), 400, "prompt", "prompt[1] token id -1 is outside"),
-    (COMPLETIONS, completion(prompt=[10**400]), 400, None, "body: a number of 401 digits"),
+    (COMPLETIONS, completion(prompt=[10**400]), 400, None, "body: a number has 401 digits"),
     (COMPLETIONS, completion(prompt=[10**30]), 400, "prompt", "is outside the vocabulary"),
-    (COMPLETIONS, completion(prompt=["a"] * 129), 400, "prompt", "at most 128 prompts at once"),
+    (COMPLETIONS, completion(prompt=["a"] * 129), 400, "prompt", "must have at most 128 prompts, found 129"),
     (COMPLETIONS, completion(prompt="half \ud83d"), 400, "prompt", "half of a surrogate pair (U+D83D at character 5)"),
     (COMPLETIONS, completion(prompt=[40] * CONTEXT), 400, "prompt", f"your prompt resulted in {CONTEXT} tokens"),
     (
@@ -140,7 +152,13 @@ WRONG = [
     (CHAT, talk({**USER, "contents": "x"}), 400, "messages[0].contents", "Unknown parameter: 'messages[0].contents'"),
     (CHAT, talk({"role": "system", "content": "x"}), 400, "messages", "needs a message of role user, found none"),
     (CHAT, talk({"role": "assistant", "content": "x"}), 400, "messages", "needs a message of role user"),
-    (CHAT, talk(USER, {"role": "system", "content": "x"}), 400, "messages[1].role", "in the first place only"),
+    (
+        CHAT,
+        talk(USER, {"role": "system", "content": "x"}),
+        400,
+        "messages[1].role",
+        "a system message must be the first message",
+    ),
     (CHAT, talk({**USER, "content": [{"type": "image_url"}]}), 400, "messages[0].content", "part 0 is 'image_url'"),
     (CHAT, talk({**USER, "content": ["x"]}), 400, "messages[0].content", "part 0 is 'x'"),
     (CHAT, talk({**USER, "content": "\udc00"}), 400, "messages[0].content", "U+DC00"),
@@ -175,14 +193,20 @@ WRONG = [
     (CHAT, b"\xff", 400, None, "body: not UTF-8 text (byte 0)"),
     (CHAT, b"[" * 16_000, 400, None, "nested too deeply"),
     (CHAT, b'{"seed": NaN}', 400, None, "NaN is not a JSON number"),
-    (CHAT, b'{"seed": ' + b"9" * 5000 + b"}", 400, None, "body: a number of 5000 digits"),
-    (CHAT, b'{"max_tokens": ' + b"9" * 4300 + b"}", 400, None, "body: a number of 4300 digits"),
-    (CHAT, b'{"seed": 1, "seed": 2}', 400, None, "body: the key 'seed' is in one object more than once"),
-    (CHAT, b'{"metadata": {"a": 1, "b": [{"x\\u001b": 1, "x\\u001b": 1}]}}', 400, None, "the key 'x\\x1b' is in"),
+    (CHAT, b'{"seed": ' + b"9" * 5000 + b"}", 400, None, "body: a number has 5000 digits"),
+    (CHAT, b'{"max_tokens": ' + b"9" * 4300 + b"}", 400, None, "body: a number has 4300 digits"),
+    (CHAT, b'{"seed": 1, "seed": 2}', 400, None, "body: the key 'seed' appears twice in one object"),
+    (
+        CHAT,
+        b'{"metadata": {"a": 1, "b": [{"x\\u001b": 1, "x\\u001b": 1}]}}',
+        400,
+        None,
+        "the key 'x\\x1b' appears twice",
+    ),
     (CHAT, b'{"x": ' * 65 + b"1" + b"}" * 65, 400, None, "nested too deeply"),
     (CHAT, b'{"x": [' + b"{}," * 20_000 + b"1]}", 400, None, "body: more than 20000 strings, lists and objects"),
     (CHAT, b'{"x": "' + b'\\"' * 30_000, 400, None, "not valid JSON: Unterminated string"),
-    (CHAT, b'{"x": 0.' + b"1" * 500 + b"}", 400, None, "a number of 500 digits"),
+    (CHAT, b'{"x": 0.' + b"1" * 500 + b"}", 400, None, "a number has 500 digits"),
     (CHAT, chat_body(user="\ud800"), 400, "user", "half of a surrogate pair (U+D800 at character 0)"),
     (CHAT, chat_body(**{"a\x1b[2Jb\u202e\n": 1}), 400, "a\\x1b[2Jb\\u202e\\n", "Unknown parameter: 'a\\x1b[2Jb"),
     (CHAT, chat_body(model="x\x1b]0;title\x07"), 404, "model", "The model 'x\\x1b]0;title\\x07' does not exist"),
@@ -196,7 +220,7 @@ WRONG = [
     ),
     (CHAT, chat_body(cache_salt="x" * 257), 400, "cache_salt", "at most 256 characters, found 257"),
     (CHAT, chat_body(cache_salt=5), 400, "cache_salt", "expected a string, found 5"),
-    (CHAT, b" " * 70_000, 413, None, "the body is larger than 65536 bytes"),
+    (CHAT, b" " * 70_000, 413, None, "body: must have at most 65536 bytes"),
 ]
 
 
@@ -255,13 +279,13 @@ def test_nothing_harmless_is_refused(server):
 )
 def test_other_places_have_errors_of_the_same_form(server, method, path, status):
     answer = ask(server.port, path, method=method)
-    assert (answer.status, answer.error["message"]) == (status, f"there is no {method} '{path}' here")
+    assert (answer.status, answer.error["message"]) == (status, f"this server has no route {method} '{path}'")
 
 
 def test_only_json_is_read(server):
     for kind in ("text/plain", "application/x-www-form-urlencoded", ""):
         answer = ask(server.port, CHAT, chat_body(), headers={"Content-Type": kind})
-        assert answer.status == 415 and "Content-Type: application/json" in answer.error["message"]
+        assert answer.status == 415 and "Content-Type: must be application/json" in answer.error["message"]
 
 
 def test_a_body_without_a_length_is_bounded_too(server):

@@ -106,7 +106,7 @@ def test_an_answer_that_takes_too_long_is_ended():
     with running(pause=0.02, seconds=0.3) as server:
         answer = ask(server.port, CHAT, chat_body(LONG))
         assert (answer.status, answer.error["type"], answer.error["code"]) == (504, "timeout", "timeout")
-        assert "after 0.3 s, the limit of this server" in answer.error["message"]
+        assert "after 0.3 s, this server's time limit" in answer.error["message"]
         *told, last = events_of(ask(server.port, CHAT, chat_body(LONG, stream=True)))
         assert last["error"]["code"] == "timeout" and len(told) > 2
         assert until(lambda: server.engine.pool.available == server.engine.pool.num_pages - 1, 2)

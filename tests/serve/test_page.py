@@ -137,7 +137,7 @@ def test_a_server_with_a_key(window: Browser):
     with running(reply, keys=["the-key"]) as server:
         window.open(server.url + "/")
         assert window.until(lambda: len(window.texts(".error")) == 1)
-        assert "no API key given" in window.texts(".error")[0]
+        assert "an API key is required" in window.texts(".error")[0]
         window.click("summary")
         window.type("#key", "the-key")
         say(window, "hello")

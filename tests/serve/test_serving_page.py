@@ -59,7 +59,7 @@ def test_the_commands_of_the_page_run(workspace, capsys):
     with process(*words) as (_, port):
         with pytest.raises(subprocess.CalledProcessError) as refused:
             told(asked[0], port)
-        assert "no API key given" in refused.value.stdout
+        assert "an API key is required" in refused.value.stdout
         assert "TeleChat2-7B" in told(asked[0], port, "-H", "Authorization: Bearer another-key")
     assert cli.main(shlex.split(convert)[1:]) == 0, capsys.readouterr().err
 

@@ -379,7 +379,7 @@ def test_full_disk_keeps_the_previous_checkpoint(tmp_path):
 
 def test_file_size_limit_keeps_the_previous_checkpoint(tmp_path):
     line = run_full_disk(tmp_path, "limit")
-    assert f"{tmp_path}/step-00000002: a file-size limit was hit while saving; it needs 4.0 MB" in line
+    assert f"{tmp_path}/step-00000002: a file-size limit was exceeded while saving; it needs 4.0 MB" in line
 
 
 def test_full_disk_injected(tmp_path, monkeypatch):
@@ -409,7 +409,7 @@ def test_a_place_that_cannot_be_written(tmp_path):
 
 def test_reading_what_is_not_there(tmp_path):
     checkpoint = open_checkpoint(save(tmp_path))
-    with pytest.raises(UserError, match="holds no weights tensor 'head.weight'"):
+    with pytest.raises(UserError, match="has no weights tensor 'head.weight'"):
         checkpoint.read("weights", "head.weight")
     with pytest.raises(ValueError, match="3 slices for a tensor of 2 dimensions"):
         checkpoint.read("weights", "embed.weight", (slice(0, 1),) * 3)

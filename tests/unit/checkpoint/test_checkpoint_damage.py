@@ -81,13 +81,19 @@ def piece(manifest, name="embed.weight"):
 ALTERED = {
     "version": (lambda m: m.update(version=2), "format version 2 is unknown; this program reads version 1"),
     "format": (lambda m: m.update(format="zip"), "format 'zip' is not"),
-    "up": (lambda m: m["files"].update({"../x": {"size": 1, "sha256": ""}}), "'../x' points outside the checkpoint"),
-    "absolute": (lambda m: m["files"].update({"/etc/hosts": {"size": 1, "sha256": ""}}), "points outside"),
-    "nul": (lambda m: m["files"].update({"a\0": {"size": 1, "sha256": ""}}), "points outside"),
-    "unlisted": (lambda m: piece(m).update(file="../y"), "lies in '../y', which is not listed"),
-    "no model": (lambda m: m["files"].pop("model.json"), "does not list model.json"),
+    "up": (
+        lambda m: m["files"].update({"../x": {"size": 1, "sha256": ""}}),
+        "inside the checkpoint folder, found '../x'",
+    ),
+    "absolute": (
+        lambda m: m["files"].update({"/etc/hosts": {"size": 1, "sha256": ""}}),
+        "must stay inside the checkpoint folder",
+    ),
+    "nul": (lambda m: m["files"].update({"a\0": {"size": 1, "sha256": ""}}), "must stay inside the checkpoint folder"),
+    "unlisted": (lambda m: piece(m).update(file="../y"), "'../y', is not listed"),
+    "no model": (lambda m: m["files"].pop("model.json"), "must list model.json"),
     "key": (lambda m: piece(m).update(key="norm.weight"), "'norm.weight': expected F32 .11, 6. .* found F16 .6."),
-    "no key": (lambda m: piece(m).update(key="gone"), "holds no tensor 'gone'"),
+    "no key": (lambda m: piece(m).update(key="gone"), "has no tensor 'gone'"),
     "extent": (lambda m: piece(m).update(extent=[10, 6]), "cover 60 of 66 elements"),
     "offset": (lambda m: piece(m).update(offset=[1, 0]), "cover 66 of 66"),
     "overlap": (
@@ -126,5 +132,5 @@ def test_a_link_that_leads_outside_is_refused(tmp_path):
     file = folder / "weights-00001.safetensors"
     file.rename(tmp_path / "elsewhere")
     file.symlink_to(tmp_path / "elsewhere")
-    with pytest.raises(UserError, match="points outside the checkpoint folder"):
+    with pytest.raises(UserError, match="must stay inside the checkpoint folder"):
         open_checkpoint(folder)

@@ -166,7 +166,10 @@ def test_malformed_rows_are_named_by_file_and_line(tmp_path):
         ('{"text": "a\\ud800"}', "rows.jsonl:3: not valid JSON (an unpaired surrogate escape)"),
         ('{"dialog": []}', "rows.jsonl:3: a dialogue, not a text; pack dialogues with --sft"),
         ("[" * 100000, "rows.jsonl:3: not valid JSON"),
-        ('{"text": "a", "n": ' + "9" * 5000 + "}", "rows.jsonl:3: not valid JSON (a whole number of 5000 digits)"),
+        (
+            '{"text": "a", "n": ' + "9" * 5000 + "}",
+            "rows.jsonl:3: not valid JSON (a whole number has 5000 digits, at most 40 are allowed)",
+        ),
     ]
     for line, says in cases:
         source = write_rows(tmp_path / "rows.jsonl", [{"text": "fine"}, "", line])

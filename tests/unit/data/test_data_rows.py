@@ -183,7 +183,7 @@ def test_arguments_as_text_are_the_object_they_write() -> None:
         ({"name": "f", "arguments": [1]}, "found list"),
         ({"name": "f", "arguments": 0}, "found int"),
         ({"name": "f", "arguments": '{"a": 1, "a": 2}'}, "key 'a' appears twice"),
-        ({"name": "f", "arguments": '{"a": NaN}'}, "NaN is no JSON number"),
+        ({"name": "f", "arguments": '{"a": NaN}'}, "NaN is not a JSON number"),
         ({"name": None}, "name' must be text"),
         ({"function": "f"}, "function' must be an object, found str"),
         ({"name": "f", "type": "code"}, "'type' must be 'function', found 'code'"),

@@ -99,14 +99,14 @@ def test_text_and_layout(text, fields, name):
         ("gpipe2", "did you mean 'gpipe'?"),
         ("", "legal parts: ppN, dpN"),
         ("pp2..tp2", "unknown part ''"),
-        ("tp2.single", "'single' stands alone"),
+        ("tp2.single", "'single' cannot be combined with other parts"),
         ("pp2.tp2.pp2", "'pp' appears twice"),
         ("nosp.nosp", "'nosp' appears twice"),
         ("dp0", "'dp0' is below 1"),
         ("dp-2", "'dp-2' is below 1"),
-        ("cp4.ring3", "cp4 is not made of ring3; nearest that is: cp3"),
-        ("cp2.ring4", "cp2 is not made of ring4; nearest that is: cp4"),
-        ("cp4.ring2.ulysses4", "cp4 is not made of ring2 x ulysses4; nearest that is: cp8"),
+        ("cp4.ring3", "cp4 is not the product of ring3; nearest that is: cp3"),
+        ("cp2.ring4", "cp2 is not the product of ring4; nearest that is: cp4"),
+        ("cp4.ring2.ulysses4", "cp4 is not the product of ring2 x ulysses4; nearest that is: cp8"),
         ("vpp2", "parallel.virtual: 2 chunks a rank need pp >= 2"),
     ],
 )
@@ -224,7 +224,7 @@ def test_balance_of_the_released_shapes():
             "16 makes 4 micro-batches, and interleaving (virtual 2) needs a multiple of pp 3; nearest global_batch "
             "that fits: 12",
         ),
-        ("cp8", {"seq_len": 0}, "data.seq_len: 0 places"),
+        ("cp8", {"seq_len": 0}, "data.seq_len: must be at least 1, found 0"),
     ],
 )
 def test_runs_that_do_not_fit(text, run, words):

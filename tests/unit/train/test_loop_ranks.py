@@ -219,7 +219,7 @@ def test_a_rank_that_cannot_load_ends_all(tmp_path):
             super().load(checkpoint, optimizer)
 
     train(ranked(2), tmp_path)
-    assert "holds no weights tensor 'gone'" in line_of_all(train(ranked(2), tmp_path, "auto", stepper=Lacks))
+    assert "has no weights tensor 'gone'" in line_of_all(train(ranked(2), tmp_path, "auto", stepper=Lacks))
 
 
 @pytest.mark.parametrize("asynchronous", [False, True])
