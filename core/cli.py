@@ -1,4 +1,4 @@
-"""`tele`: one command with verbs. Each verb is a module of core/commands, imported only when it is asked for."""
+"""Command line `tele` with its verbs. Each verb is a module of core/commands, imported when it is called."""
 
 from __future__ import annotations
 
@@ -19,35 +19,35 @@ from telechat_twins.core.near import nearest
 from telechat_twins.core.shown import controls_shown, printable, shown
 
 DISTRIBUTION = "telechat-twins"
-LARGEST = 1 << 63  # a whole number of an option is below this
+LARGEST = 1 << 63  # bound on whole numbers of options
 
 GROUPS: dict[str, dict[str, str]] = {
     "Start here": {
-        "doctor": "check this machine: versions, compiler, devices; says what to install",
-        "demo": "all of it, small: train in both frameworks, compare, resume, generate",
+        "doctor": "check this machine: versions, compiler, devices, and what to install",
+        "demo": "a small tour: train in both frameworks, compare, resume, generate",
     },
     "Data": {
-        "tokenize": "text to token ids and back; train a small tokenizer",
-        "data": "text and dialogue files to packed training folders",
+        "tokenize": "convert text to token ids and back; train a small tokenizer",
+        "data": "pack text and dialogue files into training folders",
     },
     "Train": {
         "train": "train or resume a model with MindSpore (ms) or PyTorch (pt)",
-        "grow": "a trained model made larger, optimizer included, computing the same",
-        "plan": "estimate parameters, memory and arithmetic of a model, without making it",
-        "mup": "hyper-parameters and losses of large widths from those of small ones",
+        "grow": "enlarge a trained model, optimizer included, without changing its function",
+        "plan": "estimate parameters, memory and arithmetic of training a model",
+        "mup": "transfer hyper-parameters, and predict losses, from small widths to large ones",
         "bench": "measure tokens/s and step time of both frameworks, paired",
     },
     "Use": {
         "generate": "continue a prompt",
-        "chat": "talk to a model in the terminal",
-        "serve": "a model over HTTP: the OpenAI interface, and a page to chat on",
-        "forward": "logits, loss and gradients of given inputs, to a file",
+        "chat": "chat with a model in the terminal",
+        "serve": "serve a model over HTTP: the OpenAI API and a chat page",
+        "forward": "compute logits, loss and gradients of given inputs",
     },
     "Check and exchange": {
-        "parity": "run both frameworks and report every difference; exit 1 on a broken bound",
-        "convert": "checkpoints and adapters between Hugging Face, MindFormers and the canonical form",
-        "merge": "a low-rank adapter added into its model's weights",
-        "average": "the weighted average of checkpoints",
+        "parity": "compare both frameworks and report all differences; exit 1 on a broken bound",
+        "convert": "convert checkpoints and adapters between Hugging Face, MindFormers and the canonical format",
+        "merge": "add a low-rank adapter into its model's weights",
+        "average": "average the weights of checkpoints",
     },
 }
 VERBS: dict[str, str] = {verb: summary for group in GROUPS.values() for verb, summary in group.items()}
@@ -60,7 +60,7 @@ Examples:
   tele generate --backend pt --checkpoint runs/first --prompt "Once upon a time"
   tele VERB --help
 
-Exit codes: 0 success; 2 a mistake in what was asked (one line says how to mend it); 1 anything else.
+Exit codes: 0 success; 2 an error in the input (one line says how to fix it); 1 anything else.
 The command can also be called as `python -m telechat_twins.core.cli`."""
 
 
@@ -76,7 +76,7 @@ class Parser(argparse.ArgumentParser):
     def parse_args(self, args=None, namespace=None):  # type: ignore[no-untyped-def, override]
         args = sys.argv[1:] if args is None else list(args)
         if self._subparsers is None:
-            # Before argparse asks for a required option that is there, but misspelt.
+            # Checked before argparse reports a required option as missing that is only misspelt.
             before_values = args[: args.index("--")] if "--" in args else args
             unknown = [a for a in before_values if a.startswith("--") and a.partition("=")[0] not in self._known()]
             if unknown:
@@ -99,7 +99,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one verb. Returns its exit code; a UserError becomes one line on stderr and 2, Ctrl-C 130, a defect 1."""
+    """Run one verb. Returns its exit code; a UserError becomes one line on stderr and 2, Ctrl-C 130, a bug 1."""
     words = list(sys.argv[1:] if argv is None else argv)
     try:
         return _run(words)
@@ -109,7 +109,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:
-        # The reader of our output (`| head`) has left. Give the interpreter's last flush somewhere to go.
+        # The reader of our output (`| head`) has closed the pipe. Redirect the interpreter's final flush.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except ModuleNotFoundError as error:
@@ -128,28 +128,28 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _defect() -> None:
-    """The traceback of a mistake of ours; foreign names in it stay text."""
+    """Print the traceback of a bug, with control characters of untrusted names escaped."""
     print(controls_shown(traceback.format_exc()), end="", file=sys.stderr)
 
 
 def _refused(error: Exception) -> str | None:
-    """The line for a file, a folder or memory that the system refuses, or None for any other error.
+    """Message for a file, a folder or memory that the system refuses; None for any other error.
 
-    A net under the commands' own checks, which know more and say more.
+    A fallback for the commands' own checks, whose messages are more specific.
     """
     if isinstance(error, MemoryError):
-        return f"out of memory ({str(error) or 'the system gives no more'}); ask for less, or use a larger machine"
+        return f"out of memory ({str(error) or 'allocation failed'}); use smaller sizes, or a larger machine"
     refused = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG}
     full = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
     if not isinstance(error, OSError) or error.errno not in refused | full:
         return None
     what = error.filename if isinstance(error.filename, str) else "output"
     way = "free some space" if error.errno in full else "change its permissions"
-    return f"{what}: {error.strerror}; {way} or choose another place"
+    return f"{what}: {error.strerror}; {way} or choose another path"
 
 
 def version() -> str:
-    """The version as pyproject.toml gives it: read there in a checkout, else from the installed package."""
+    """The version: from pyproject.toml in a checkout, else from the installed package."""
     source = ROOT / "pyproject.toml"
     if source.is_file():
         return tomllib.loads(source.read_text(encoding="utf-8"))["project"]["version"]
@@ -170,8 +170,8 @@ def _run(words: list[str]) -> int:
     verb, *rest = words
     if verb not in VERBS:
         near = nearest(verb, VERBS, cutoff=0.5)
-        hint = f"did you mean 'tele {near}'?" if near else f"there are: {', '.join(VERBS)}"
-        raise UserError(f"no command '{verb}'; {hint}")
+        hint = f"did you mean 'tele {near}'?" if near else f"legal: {', '.join(VERBS)}"
+        raise UserError(f"unknown command '{verb}'; {hint}")
     command = importlib.import_module(f"telechat_twins.core.commands.{verb}")
     parser = Parser(prog=f"tele {verb}", description=command.__doc__ or VERBS[verb])
     command.add_arguments(parser)
@@ -183,7 +183,7 @@ def _run(words: list[str]) -> int:
 
 
 def overview() -> str:
-    """What `tele --help` prints."""
+    """Text of `tele --help`."""
     lines = [
         "usage: tele VERB [options]",
         "",

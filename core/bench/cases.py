@@ -1,7 +1,7 @@
-"""Benchmark sizes of operators and their minimal work: bytes moved and floating-point operations.
+"""Benchmark sizes of operators and their minimal cost: bytes moved and floating-point operations.
 
-Bytes count every input read once and every output written once, at the size of the tensors' dtype (4 for the float32
-statistics and optimizer states). What an implementation moves beyond that lowers its share of the limit.
+Every input is read once and every output written once, at the size of its dtype (4 bytes for float32 statistics and
+optimizer states). An implementation that moves more reaches a smaller fraction of the limit.
 """
 
 from __future__ import annotations
@@ -49,6 +49,8 @@ OPERATORS = (
 
 
 class OperatorCost(NamedTuple):
+    """Minimal cost of an operator: bytes read and written, and floating-point operations."""
+
     read: float  # bytes
     written: float  # bytes
     flops: float = 0.0
@@ -59,7 +61,7 @@ class OperatorCost(NamedTuple):
 
 
 def work(operator: str, size: Size, itemsize: int) -> dict[str, OperatorCost]:
-    """By direction: "forward" and, where the operator has a gradient, "backward" and "both" one after the other."""
+    """Cost of an operator by direction: "forward", and where it has a gradient, "backward" and "both" together."""
     N, E, V = size.tokens, size.hidden, size.vocab
     stream, inner, columns = (N * width * itemsize for width in (E, size.ffn, V))
     heads = N * (size.heads + size.kv_heads) * size.head_dim * itemsize

@@ -1,9 +1,9 @@
 """Decoding benchmark (``tele bench decode``): one token a step, for a single sequence and for a batch.
 
 Contestants are the engine on each backend and, where the transformers library is installed, Hugging Face's ``generate``
-with its cache, on a model of the same shapes in PyTorch (kernels/bench/hf.py). They work in turns, as in ``tele bench
-step``. The limit of a step is the bytes that it cannot but read, every weight matrix once and the keys and values of
-each sequence, at the bandwidth that was measured in the same process beside it.
+with its cache, on a model of the same shapes in PyTorch (kernels/bench/hf.py). They run in turns, as in ``tele bench
+step``. The limit of a step is the time to read the bytes that it must read, every weight matrix once and the keys and
+values of each sequence, at the bandwidth measured in the same process.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ Turns = dict[tuple[str, int], list[JsonObject]]
 
 
 def contestants(names: list[str]) -> tuple[list[str], list[str]]:
-    """``names``, with Hugging Face's where it can be measured, and a note where it cannot."""
+    """The contestants: ``names`` and, if transformers is installed, Hugging Face's; otherwise a note on its absence."""
     if importlib.util.find_spec("transformers") is not None:
         return [*names, HF], []
     return names, [f"{TITLES[HF]}: not measured (transformers is not installed here)."]
@@ -39,8 +39,8 @@ def contestants(names: list[str]) -> tuple[list[str], list[str]]:
 def measure_decode(
     options: JsonObject, names: list[str], rows: list[int], prompt: int, steps: int, block: int
 ) -> JsonObject:
-    """``steps`` steps for each contestant and number of sequences in ``rows``, ``block`` a turn, after prompts of
-    ``prompt`` tokens and one uncounted turn each."""
+    """Measure ``steps`` steps for each contestant and number of sequences in ``rows``, ``block`` steps a turn, after
+    prompts of ``prompt`` tokens and one turn that is not counted."""
     names, notes = contestants(names)
     options = {**options, "rows": max(rows), "length": prompt + block}
     turns: Turns = {(name, count): [] for name in names for count in rows}
@@ -56,7 +56,7 @@ def measure_decode(
                     if number >= 0:
                         turns[name, count].append(answer)
     config = bench_config(options).model
-    # The machine's, not a framework's: what the one that reads fastest got.
+    # The bandwidth of the machine rather than of a framework: the highest one measured.
     read = max(statistics.median(turn["read"] for turn in blocks) for blocks in turns.values())
     table = []
     for (name, count), blocks in turns.items():
@@ -86,14 +86,14 @@ def measure_decode(
 
 
 def _ratio(turns: Turns, first: tuple[str, int], second: tuple[str, int]) -> dict[str, float]:
-    """Tokens a second of ``second`` over those of ``first``, turn by turn."""
+    """Tokens per second of ``second`` over those of ``first``, turn by turn."""
     pairs = paired_ratios(*([turn["seconds"] for turn in turns[key]] for key in (first, second)))
     return spread([ratio * second[1] / first[1] for ratio in pairs])
 
 
 def summarise(turns: list[JsonObject], least: int, read: float) -> JsonObject:
-    """Numbers of one contestant: a turn is {"seconds": [...] of steps, "engine": [...] of them outside the
-    model}; ``least`` bytes are read in a step, ``read`` could be in a second."""
+    """Statistics of one contestant. A turn is {"seconds": [...] of each step, "engine": [...] of these outside the
+    model}. ``least``: bytes that a step must read; ``read``: bytes that can be read in a second."""
     seconds = [s for turn in turns for s in turn["seconds"]]
     step = spread(seconds)
     found = {**step, "bytes": least, "share": least / read / step["median"]}
@@ -108,8 +108,8 @@ def _held(options: JsonObject, name: str) -> str:
 
 
 def least_bytes(config: ModelConfig, precision: str, rows: int, length: int, quantize: str = "none") -> int:
-    """What a step must read: all weights but the embedding, of which it reads a row for each of ``rows`` sequences,
-    and the keys and values of ``length`` positions of each."""
+    """Bytes that a step must read: all weights except the embedding (of which it reads one row a sequence), and the
+    keys and values of ``length`` positions of each of ``rows`` sequences."""
     names = PRECISION[precision]
     weights = 0
     for name, spec in parameter_table(config).items():
@@ -122,7 +122,7 @@ def least_bytes(config: ModelConfig, precision: str, rows: int, length: int, qua
 
 
 def decode_to_markdown(result: JsonObject) -> str:
-    """A contestant and number of sequences a row."""
+    """Markdown table with a row for each contestant and number of sequences."""
     options = result["options"]
     weights = ", the backends' weights in int8" if options.get("quantize") == "int8" else ""
     lines = [
@@ -151,10 +151,10 @@ def decode_to_markdown(result: JsonObject) -> str:
         [
             *lines,
             "",
-            "`times`: tokens a second over those of the other, or of one sequence, turn by turn (range of the middle "
-            "80 %). `of the reading limit`: the bytes of weights, keys and values that a step reads, at the bandwidth "
-            f"measured beside it ({result['read_bytes_per_s'] / 1e9:.1f} GB/s), over the step. `outside the model`: "
-            "scheduling, sampling and events.",
+            "`times`: tokens per second over those of the other, or of one sequence, turn by turn (range of the middle "
+            "80 %). `of the reading limit`: the time to read a step's weights, keys and values at the bandwidth "
+            f"measured alongside ({result['read_bytes_per_s'] / 1e9:.1f} GB/s), over the step's time. `outside the "
+            "model`: scheduling, sampling and events.",
             *result["notes"],
         ]
     )

@@ -1,4 +1,4 @@
-"""Benchmark of `tele grow` against the disk: growing a checkpoint and plain writing of as many bytes, in turns."""
+"""Benchmark of `tele grow` against the disk: growing a checkpoint and writing as many plain bytes, in turns."""
 
 from __future__ import annotations
 
@@ -45,15 +45,15 @@ sys.exit(code)
 
 
 def measure_growth(rounds: int) -> JsonObject:
-    """Seconds of ``tele grow`` in a process of its own, with its peak memory, and of writing the grown checkpoint's
-    bytes to the same disk and syncing them, in turns; medians and the ratio of each round."""
+    """Time of ``tele grow`` in its own process, with its peak memory, against that of writing and syncing as many bytes
+    to the same disk, in turns; medians in seconds, and the ratio of each round."""
     config = load_model_config(SOURCE)
     with tempfile.TemporaryDirectory(prefix="tele-bench-grow-", dir=Path.cwd()) as folder:
         source, target = Path(folder) / "source", Path(folder) / "target"
         _write_source(source, config)
         size, grow, plain, peaks = 0, [], [], []
-        # Each contestant comes after as many bytes were written and removed: the kernel has memory for its cache at
-        # hand, and in a virtual machine its host does. The first round would lack that.
+        # Every turn follows the writing and removal of as many bytes, which leaves free memory for the page cache (of
+        # the kernel, and of the host of a virtual machine). This write does the same for the first turn.
         _write(Path(folder) / "plain", 2 * 12 * count_parameters(config))
         for _ in range(rounds):
             seconds, peak = _grow(source, target)
@@ -77,7 +77,7 @@ def measure_growth(rounds: int) -> JsonObject:
 
 
 def growth_to_markdown(result: JsonObject) -> str:
-    """The measurement for people."""
+    """Markdown report of the measurement."""
     shares = ", ".join(f"{share:.0%}" for share in result["shares"])
     return (
         f"`tele grow`, {result['source_bytes'] / 1e9:.1f} GB to {result['grown_bytes'] / 1e9:.1f} GB "
@@ -115,8 +115,8 @@ def _write_source(folder: Path, config: ModelConfig) -> None:
 
 
 def _grow(source: Path, target: Path) -> tuple[float, int]:
-    """Seconds and peak bytes of the command, by its own account: wait4's figure for a forked child begins
-    with its parent's peak."""
+    """Seconds and peak memory in bytes of the command. The command itself reports its peak, since wait4's figure for a
+    forked child starts from its parent's."""
     command = [sys.executable, "-c", _COMMAND, "grow", str(source), str(target), "--set", *TARGET]
     started = time.perf_counter()
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
@@ -126,7 +126,7 @@ def _grow(source: Path, target: Path) -> tuple[float, int]:
 
 
 def _write(path: Path, size: int) -> float:
-    """Seconds to write and sync ``size`` bytes that do not compress, and remove them."""
+    """Seconds to write and sync ``size`` incompressible bytes; the file is removed afterwards."""
     block = np.random.default_rng(1).bytes(BLOCK)
     started = time.perf_counter()
     with open(path, "wb", buffering=0) as file:

@@ -1,9 +1,9 @@
 """Operator benchmark (``tele bench kernels``): every operator in every implementation, against the machine's limits.
 
-A process for each framework (kernels/bench/process.py). Within a turn its implementations are called one after
-another, and beside them a plain copy and a plain reading, both larger than any cache, and a plain matrix product of
-the same framework with the same threads. The limit of an operator is the longest of its bytes at the copy's bandwidth,
-what it reads at the reading's, and its products at that product's rate.
+Each framework has a process (kernels/bench/process.py). In a turn it calls its implementations one after another, and
+also a plain copy and a plain read, both larger than any cache, and a plain matrix product of the same framework with
+the same threads. The limit of an operator is the longest of three times: for its bytes at the copy's bandwidth, for the
+bytes it reads at the read's, and for its floating-point operations at the product's rate.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from telechat_twins.core.types import JsonObject
 __all__ = ["OPERATORS", "SIZES", "kernels_to_markdown", "measure_kernels"]
 
 ITEMSIZE = {"fp32": 4, "fp64": 8, "bf16": 2, "fp16": 2, "amp": 4}
-BASE = "composite"  # what ratios are taken to
+BASE = "composite"  # the implementation that ratios refer to
 
 
 def measure_kernels(
@@ -100,7 +100,7 @@ def summarise(
 
 
 def kernels_to_markdown(result: JsonObject) -> str:
-    """One table a size, an implementation a row."""
+    """Markdown tables, one for each size, with a row for each implementation."""
     machine = result["machine"]
     lines = [
         f"{result['precision']}; {machine['cores']} cores of {machine['processor']}. "

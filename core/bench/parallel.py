@@ -1,10 +1,10 @@
-"""Layout benchmark (``tele bench parallel``): one rank's measurements, and the summary of all ranks'.
+"""Layout benchmark (``tele bench parallel``): measurements on each rank, and their summary.
 
     core/bench/parallel.py BACKEND FOLDER       (a rank, under msrun or torchrun)
 
-A rank reads FOLDER/plan.json, builds its part of every layout, works through them in turns, and writes
-FOLDER/rank_<rank>.json. Rank 0 keeps a process of its own beside them, a single-process trainer that takes its turn in
-every round while the ranks wait: each layout is compared with it within the same minute.
+A rank reads FOLDER/plan.json, builds its part of every layout, measures the layouts in turns, and writes
+FOLDER/rank_<rank>.json. Rank 0 also runs a single-process trainer as a child process, which takes a turn in every round
+while the ranks wait, so that each layout is compared with it under the same load of the machine.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ from telechat_twins.core.parallel.traffic import Traffic, Widths, expected_traff
 from telechat_twins.core.train.recipe import tells_classes_apart
 from telechat_twins.core.types import JsonObject
 
-HOST = ("agree", "barrier")  # a few numbers for the host; core.parallel.traffic leaves them out
-Span = tuple[float, float, float]  # start and end of a pipeline's run, seconds of it spent waiting for other stages
+HOST = ("agree", "barrier")  # collectives of a few host numbers, which core.parallel.traffic does not count
+Span = tuple[float, float, float]  # a pipeline's run: start, end, and seconds spent waiting for other stages
 
 
 def plan_path(folder: Path) -> Path:
@@ -50,9 +50,12 @@ def rank_path(folder: Path, rank: int) -> Path:
 
 @dataclass
 class RankRecord:
-    """What one rank saw of one layout. ``seconds`` of each step, a list a turn; ``spans`` of each step's pipeline run,
-    and ``forwards`` of runs without a backward; ``sent`` in one step: (operation, group, calls, bytes);
-    ``states``: bytes of masters, m and v; ``peak``: most graphs alive at once; ``loss`` after the warm-up."""
+    """One rank's measurements of one layout.
+
+    ``seconds`` of each step, a list for each turn; ``spans`` of each step's pipeline run, ``forwards`` of runs without
+    a backward; ``sent`` in one step: (operation, group, calls, bytes); ``states``: bytes of masters, m and v; ``peak``:
+    largest number of graphs alive at once; ``loss`` after the warm-up.
+    """
 
     seconds: list[list[float]] = field(default_factory=list)
     spans: list[Span] = field(default_factory=list)
@@ -64,7 +67,7 @@ class RankRecord:
 
 
 class Pipeline(Protocol):
-    """The pipeline of a trainer: ``run`` may be replaced; ``peak`` and ``waited`` as telechat_ms.pipeline has them."""
+    """The pipeline of a trainer, whose ``run`` may be replaced; ``peak`` and ``waited`` as in telechat_ms.pipeline."""
 
     run: Callable[..., float]
     peak: int
@@ -79,7 +82,7 @@ class Master(Protocol):
 
 
 class Masters(Protocol):
-    """The optimizer of a trainer, of which the benchmark counts the master weights."""
+    """The optimizer of a trainer, whose master weights the benchmark counts."""
 
     @property
     def masters(self) -> Sequence[Master]: ...
@@ -111,7 +114,7 @@ class ParallelTrainer(Protocol):
 
 
 class Counter(Protocol):
-    """A backend's count of messages: (operation, group) -> [calls, bytes]."""
+    """A backend's traffic counter: (operation, group) -> [calls, bytes]."""
 
     def reset(self) -> None: ...
 
@@ -119,7 +122,7 @@ class Counter(Protocol):
 
 
 class Single(Protocol):
-    """The single process that takes its turn beside the ranks (core.bench.worker.Worker)."""
+    """The single-process trainer beside the ranks (core.bench.worker.Worker)."""
 
     def steps(self, count: int) -> JsonObject: ...
 
@@ -137,8 +140,8 @@ class LayoutTrial:
         self.record.states = 3 * sum(int(master.nbytes) for master in trainer.optimizer.masters)
 
     def warm_up(self, count: int) -> None:
-        """1 + ``count`` steps that are not timed. The messages of all but the first are counted: with it, weights that
-        were just made are gathered once."""
+        """1 + ``count`` steps that are not timed. Traffic is counted from the second step on, since the first also
+        gathers the newly created weights."""
         self._steps(1)
         self.traffic.reset()
         self.record.loss = self._steps(count)[1]
@@ -149,7 +152,7 @@ class LayoutTrial:
         ]
 
     def turn(self, count: int) -> None:
-        """``count`` timed steps; of a pipeline also one forward without a backward."""
+        """``count`` timed steps, and for a pipeline one forward without a backward."""
         self.record.seconds.append(self._steps(count)[0])
         self.record.spans += self._runs
         self.record.peak = self.trainer.pipeline.peak
@@ -167,7 +170,7 @@ class LayoutTrial:
         return seconds, loss
 
     def _watched(self, run: Callable[..., float]) -> Callable[..., float]:
-        """``Pipeline.run`` that notes when it ran: on one machine all processes share this clock."""
+        """``Pipeline.run`` that records its times; all processes of a machine share this clock."""
 
         def timed(*arguments: object, **options: object) -> float:
             started = time.perf_counter()
@@ -179,7 +182,7 @@ class LayoutTrial:
 
 
 def main() -> int:
-    """One rank: build, warm up, take turns, write what was seen."""
+    """Entry point of a rank: builds the layouts, measures them in turns and writes the record."""
     backend, folder = sys.argv[1], Path(sys.argv[2])
     plan = json.loads(plan_path(folder).read_text(encoding="utf-8"))
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read when the framework is loaded; see core.bench.worker
@@ -193,7 +196,7 @@ def main() -> int:
         single = None
         if trainer.rank == 0:
             single = stack.enter_context(Worker(backend, plan["options"], _alone(plan["threads"])))
-        # A number that all ranks agree on, so that each waits for the others.
+        # An all-reduce of one number serves as the barrier.
         found = take_turns(trials, single, lambda: trainer.agree([0.0], "max"), plan["steps"], plan["block"])
     found["implementation"] = trainer.implementation()
     rank_path(folder, trainer.rank).write_text(json.dumps(found), encoding="utf-8")
@@ -203,10 +206,10 @@ def main() -> int:
 def take_turns(
     trials: Mapping[str, LayoutTrial], single: Single | None, meet: Callable[[], object], steps: int, block: int
 ) -> JsonObject:
-    """A step and a block to warm up, then ``steps`` steps of each layout in blocks, in an order that turns round.
+    """Warm-up of one step and one block, then ``steps`` steps of each layout in blocks; every other round is in reverse
+    order.
 
-    ``single``: the core.bench.worker.Worker that takes a turn as well, on rank 0; None on the others. ``meet`` returns
-    when all ranks have called it.
+    ``single``: the core.bench.worker.Worker that takes turns, too, on rank 0; None on other ranks. ``meet``: a barrier.
     """
     seconds: list[list[float]] = []
     loss = 0.0
@@ -241,21 +244,21 @@ def take_turns(
 
 
 def _alone(threads: str | None) -> dict[str, str]:
-    """The environment of a process that no launcher started; ``threads``: OMP_NUM_THREADS as it was before."""
+    """Environment for a process outside of the launch; ``threads``: OMP_NUM_THREADS as it was before it."""
     env = {name: value for name, value in os.environ.items() if name not in (*RANK_VARIABLES, "OMP_NUM_THREADS")}
     return env if threads is None else env | {"OMP_NUM_THREADS": threads}
 
 
 def summarise(options: JsonObject, text: str, records: Sequence[RankRecord], single: JsonObject) -> dict:
-    """The row of one layout from the records of all its ranks and the turns of the single process beside them.
+    """The table row of one layout, from the records of all its ranks and the turns of the single process.
 
-    Lists are by rank unless noted. ``traffic``: "counted" and "formula" bytes handed to collectives in a
-    step, the formula's on the wire ("wire"), and in "differs" every (operation, group) in which counting and
-    core.parallel.traffic.expected_traffic disagree. ``pipeline`` and ``ring`` are None where the layout has none.
+    Lists are by rank unless noted. ``traffic``: bytes passed to collectives in a step as counted ("counted") and by
+    core.parallel.traffic.expected_traffic ("formula"), the latter as sent ("wire"), and every (operation, group) in
+    which counter and formula disagree ("differs"). ``pipeline`` and ``ring`` are None where the layout has none.
     """
     config = bench_config({**options, "layout": text})
     layout, model = config.parallel, config.model
-    # A step has ended when it has on every rank.
+    # A step ends when it has ended on every rank.
     seconds = [
         [max(step) for step in zip(*turns, strict=True)] for turns in zip(*(r.seconds for r in records), strict=True)
     ]
@@ -281,7 +284,7 @@ def summarise(options: JsonObject, text: str, records: Sequence[RankRecord], sin
 
 
 def traffic_of(config: RunConfig, rank: int) -> Traffic:
-    """core.parallel.traffic's forecast for a step of ``config`` on ``rank``."""
+    """Traffic of a step of ``config`` on ``rank`` by the formulas of core.parallel.traffic."""
     return expected_traffic(
         config.model,
         config.parallel,
@@ -295,7 +298,7 @@ def traffic_of(config: RunConfig, rank: int) -> Traffic:
 
 
 def differences(counted: Sequence[Mapping], formula: Sequence[Mapping]) -> list[str]:
-    """Where the two disagree, in calls or in bytes, a line each."""
+    """A line for each operation and group in which counter and formula disagree, in calls or bytes."""
     lines = []
     for rank, (here, there) in enumerate(zip(counted, formula, strict=True)):
         for op, group in sorted(here.keys() | there.keys()):
@@ -309,20 +312,20 @@ def differences(counted: Sequence[Mapping], formula: Sequence[Mapping]) -> list[
 
 
 def on_the_wire(model: ModelConfig, layout: Layout, traffic: Mapping[tuple[str, str], Sequence[float]]) -> float:
-    """Bytes that a rank sends for ``traffic`` where collectives are done by ring algorithms."""
+    """Bytes that a rank sends for ``traffic`` when collectives use ring algorithms."""
     sizes = {axis: len(layout.ranks(axis, 0)) for axis in ("tp", "cp", "ring", "ulysses", "dp", "replicas", "world")}
     sizes |= {"kv": kv_copies(model, layout), "tied": 2, "forward_out": 2, "backward_out": 2}
     return sum(wire_bytes(op, sizes[group], int(payload)) for (op, group), (_, payload) in traffic.items())
 
 
 def states_of(config: RunConfig, rank: int) -> int:
-    """Bytes of masters, m and v on ``rank``: its share of every bucket, three times."""
+    """Bytes of masters, m and v on ``rank``: three times its part of every bucket."""
     layout = config.parallel
     table: dict[str, Shard] = {}
     for chunk in range(layout.virtual):
         table |= chunk_table(config.model, layout, layout.coord(rank), chunk)
     parts = layout.dp * layout.cp if layout.zero1 else 1
-    # The same limit as the backends': it decides how much padding there is.
+    # The backends' limit on a bucket, which decides how much padding there is.
     limit = int(layout.bucket_mb * 2**20 / 4) if layout.dp * layout.cp > 1 else None
     by_class = tells_classes_apart(config.optim)
     held = sum(bucket.size // parts for bucket in plan_buckets(table, parts, limit, by_class))
@@ -330,10 +333,10 @@ def states_of(config: RunConfig, rank: int) -> int:
 
 
 def pipeline_row(config: RunConfig, records: Sequence[RankRecord]) -> JsonObject:
-    """Share of the pipeline's time that its ranks waited for other stages, step by step, and the forecasts.
+    """Pipeline bubble, the fraction of time that ranks waited for other stages: measured in each step, and predicted.
 
-    ``formula``: equal stages. ``simulated``: core.parallel.schedule with each stage's own forward and backward
-    seconds, as measured (``forward``, ``backward``, by global stage).
+    ``formula``: for equal stages. ``simulated``: core.parallel.schedule with the measured seconds of each global stage
+    (``forward``, ``backward``).
     """
     layout, micro_batches = config.parallel, _micro_batches(config)
     shape = (layout.schedule, layout.pp, layout.virtual, micro_batches)
@@ -349,8 +352,8 @@ def pipeline_row(config: RunConfig, records: Sequence[RankRecord]) -> JsonObject
 
 
 def idle_share(layout: Layout, spans: Sequence[Span]) -> float:
-    """Of one step, from every rank's span: waiting inside the run and, after its own last action, for the last rank of
-    its pipeline, over the time of all ranks."""
+    """Idle fraction of one step, from every rank's span: waiting inside the run, and after its own last action until
+    the last rank of its pipeline has ended, over the time of all ranks."""
     idle = whole = 0.0
     for rank, (start, end, waited) in enumerate(spans):
         last = max(spans[peer][1] for peer in layout.ranks("pp", rank))
@@ -362,8 +365,8 @@ def idle_share(layout: Layout, spans: Sequence[Span]) -> float:
 def stage_seconds(config: RunConfig, records: Sequence[RankRecord]) -> tuple[list[float], list[float]]:
     """Seconds of one micro-batch's forward and backward in every global stage, without waiting.
 
-    The forward comes from runs without a backward. A rank's chunks are timed together; each is given the share that it
-    has in their multiplying weights.
+    Forwards are timed in runs without a backward. A rank's chunks are timed together, and the time is divided in
+    proportion to their weights that take part in matrix products.
     """
     layout, micro_batches = config.parallel, _micro_batches(config)
     forward, backward = [0.0] * layout.stages, [0.0] * layout.stages
@@ -382,8 +385,8 @@ def stage_seconds(config: RunConfig, records: Sequence[RankRecord]) -> tuple[lis
 
 
 def ring_row(config: RunConfig) -> JsonObject:
-    """Pairs of a query and a key that it sees, a row and layer, by ring rank; and the heaviest rank over the mean:
-    as split here, and if each rank took one piece of the row in order."""
+    """Visible query-key pairs a row and layer by ring rank, and the largest over the mean: for the zigzag split, and if
+    each rank had one contiguous piece of the row."""
     layout = config.parallel
     row = random_batch(config, 0).rows(0, 1)
     pairs = [
@@ -396,7 +399,7 @@ def ring_row(config: RunConfig) -> JsonObject:
 
 
 def _weights(model: ModelConfig, layout: Layout, rank: int, chunk: int) -> int:
-    """Elements of a chunk's parameters that multiply; an embedding does where it is also the head."""
+    """Elements of a chunk's parameters that take part in products; an embedding only where it is also the head."""
     last = chunk * layout.pp + layout.coord(rank).pp == layout.stages - 1
     table = chunk_table(model, layout, layout.coord(rank), chunk)
     return sum(
@@ -407,12 +410,12 @@ def _weights(model: ModelConfig, layout: Layout, rank: int, chunk: int) -> int:
 
 
 def _micro_batches(config: RunConfig) -> int:
-    """Of a data-parallel rank in a step."""
+    """Micro-batches of a data-parallel rank in a step."""
     return config.train.global_batch // (config.train.micro_batch * config.parallel.dp)
 
 
 def worlds(layouts: Sequence[str]) -> dict[int, list[str]]:
-    """Layouts by the number of their processes: each number is one launch."""
+    """Layouts by their number of processes, each of which needs one launch."""
     found: dict[int, list[str]] = {}
     for text in layouts:
         found.setdefault(parse_layout(text).world, []).append(text)

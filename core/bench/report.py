@@ -9,7 +9,7 @@ from telechat_twins.core.types import JsonObject
 
 
 def layouts_to_markdown(result: JsonObject) -> str:
-    """The machine first, then times and bytes, then pipelines, rings, and what does not agree."""
+    """Markdown report: the machine, times and bytes, pipelines, rings, and disagreements with the formulas."""
     rows, cores, threads = result["rows"], result["machine"]["cores"], result["machine"]["threads"]
     largest = max(row["world"] for row in rows)
     crowded = f"; {largest} processes have to take turns on {cores} cores" if largest > cores else ""
@@ -69,7 +69,7 @@ def _pipelines(rows: list[JsonObject]) -> list[str]:
         stages = ", ".join(
             f"{f * 1e3:.1f} + {b * 1e3:.1f}" for f, b in zip(found["forward"], found["backward"], strict=True)
         )
-        # An accelerator waits on its own queue, and the host, whose clock this is, does not.
+        # These times are the host's; an accelerator waits in its own queue, unnoticed by the host.
         seen = row["device"].lower() == "cpu"
         cells = [
             backends.TITLES[row["backend"]],

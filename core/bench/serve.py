@@ -1,9 +1,9 @@
 """Serving benchmark (``tele bench serve``): concurrent clients of ``tele serve``, each sending one request at a time.
 
-Contestants are a server for each backend, and where the transformers library is installed Hugging Face's ``generate``
-in the same process (kernels/bench/hf.py): a batch that starts and ends together, without HTTP, its prompts not counted.
-They take turns; between them they are stopped, as in ``tele bench step``. The clients are threads of this process and
-share the machine with the server.
+Contestants are a server on each backend and, where the transformers library is installed, Hugging Face's ``generate``
+(kernels/bench/hf.py) on a batch that starts and ends together, without HTTP and without counting the prompts. They take
+turns and are stopped in between, as in ``tele bench step``. The clients are threads of this process and share the
+machine with the server.
 """
 
 from __future__ import annotations
@@ -36,14 +36,14 @@ from telechat_twins.core.model.init import init_weights
 from telechat_twins.core.types import JsonObject
 
 ROUNDS = 2
-REQUESTS = 24  # of all clients together in a round, and two of each at least
+REQUESTS = 24  # of all clients together in a round; each client sends at least two
 MODEL = "bench"
 CACHE_POLL_S = 0.02  # between two readings of the cache's use
 PAGES = re.compile(r"^tele_cache_pages_(used|free) (\d+)$", re.MULTILINE)
 
 
 def write_model(folder: Path, config: ModelConfig) -> Path:
-    """A checkpoint of random weights with a tokenizer of as many pieces as the model has."""
+    """A checkpoint of random weights, with a tokenizer of the model's vocabulary size."""
     texts = (path.read_text(encoding="utf-8") for path in sorted(Path(sysconfig.get_path("stdlib")).glob("*.py")))
     train_tokenizer(texts, folder / "tokenizer.model", config.vocab_size)
     return save_checkpoint(
@@ -60,7 +60,7 @@ def write_model(folder: Path, config: ModelConfig) -> Path:
 
 
 class ServerProcess:
-    """``tele serve`` in a process of its own, stopped between its turns; ended when the ``with`` block is left."""
+    """``tele serve`` in its own process, stopped between its turns and ended with the ``with`` block."""
 
     def __init__(self, *words: str) -> None:
         command = [sys.executable, "-m", "telechat_twins.core.cli", "serve", "--port", "0", *words]
@@ -82,8 +82,12 @@ class ServerProcess:
         self._process.communicate()
 
     def turn(self, clients: int, prompt: int, new: int, vocab_size: int, seed: int) -> JsonObject:
-        """``clients`` at once: ``seconds`` of it all, to each first piece of text, between pieces; ``tokens`` made; the
-        largest share of the cache that was held. ``seed`` of the prompts: one that was used is found in the cache."""
+        """One turn of ``clients`` concurrent clients.
+
+        Returns ``seconds`` in all, ``first``: seconds to each answer's first text, ``next``: seconds between texts,
+        ``tokens`` generated, ``cache``: the largest fraction of the cache in use. ``seed``: of the random prompts; a
+        seed used before would find its prompts in the cache.
+        """
         self._process.send_signal(signal.SIGCONT)
         over, shares, requests = threading.Event(), [0.0], max(2, REQUESTS // clients)
         rng = random.Random(seed)
@@ -115,7 +119,7 @@ class ServerProcess:
 
 
 def answer_times(port: int, ids: list[int], new: int) -> tuple[list[float], int]:
-    """When a request was sent and when each piece of its text came; and how many tokens they are."""
+    """Times at which a request was sent and each piece of its text arrived, and its number of tokens."""
     body = {"model": MODEL, "prompt": ids, "max_tokens": new, "ignore_eos": True, "temperature": 0, "stream": True}
     body["stream_options"] = {"include_usage": True}
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=600)
@@ -137,7 +141,7 @@ def answer_times(port: int, ids: list[int], new: int) -> tuple[list[float], int]
 
 
 def cache_share(port: int) -> float:
-    """The share of the server's pages that is held now."""
+    """The fraction of the server's cache pages in use."""
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=600)
     connection.request("GET", "/metrics")
     pages = {kind: int(count) for kind, count in PAGES.findall(connection.getresponse().read().decode())}
@@ -154,8 +158,8 @@ def measure_serving(
     checkpoint: Path,
     config: ModelConfig,
 ) -> JsonObject:
-    """ROUNDS turns of each contestant for each number in ``clients``, after one uncounted; prompts of ``prompt``
-    random tokens, answers of ``new``."""
+    """Measure ROUNDS turns of each contestant for each number in ``clients``, after one that is not counted; prompts
+    have ``prompt`` random tokens, answers ``new`` tokens."""
     everybody, notes = contestants(names)
     turns: dict[tuple[str, int], list[JsonObject]] = {(name, count): [] for name in everybody for count in clients}
     words = ["--checkpoint", str(checkpoint), "--name", MODEL, "--precision", options["precision"]]
@@ -183,7 +187,7 @@ def measure_serving(
 
 
 def summarise(turns: list[JsonObject]) -> JsonObject:
-    """Numbers of one contestant and number of clients, out of its turns."""
+    """Statistics of the turns of one contestant with one number of clients."""
     found: JsonObject = {"tokens_per_s": sum(t["tokens"] for t in turns) / sum(t["seconds"] for t in turns)}
     for name in ("first", "next"):
         values = [value for turn in turns for value in turn.get(name, ())]
@@ -196,7 +200,7 @@ def summarise(turns: list[JsonObject]) -> JsonObject:
 
 
 def serving_to_markdown(result: JsonObject) -> str:
-    """A contestant and number of clients a row."""
+    """Markdown table with a row for each contestant and number of clients."""
     options = result["options"]
     weights = ", weights in int8" if options["quantize"] == "int8" else ""
     lines = [
@@ -221,10 +225,10 @@ def serving_to_markdown(result: JsonObject) -> str:
         [
             *lines,
             "",
-            f"{ROUNDS} turns, in each {REQUESTS} requests of all clients together and two of each at least, streamed "
-            "over HTTP. `first text`: from a request to the first piece of its answer; `next text`: between pieces, of "
-            "which a token gives one unless it is part of a character. `cache held`: the most that was seen, of "
-            f"{max(row['clients'] for row in result['rows'])} sequences.",
+            f"{ROUNDS} turns, each with {REQUESTS} requests of all clients together and at least two of each, streamed "
+            "over HTTP. `first text`: time from a request to the first piece of its answer. `next text`: time between "
+            "pieces; a token gives a piece unless it is only part of a character. `cache held`: the largest use of a "
+            f"cache for {max(row['clients'] for row in result['rows'])} sequences.",
             *result["notes"],
         ]
     )

@@ -1,7 +1,7 @@
 """Training-step benchmark (``tele bench step``): contestants in separate processes that take turns.
 
-A round is one turn of each, in alternating order, so that a ratio is taken from turns that followed each other and met
-the same machine.
+A round is one turn of each contestant, and the order alternates from round to round. So ratios are taken between turns
+that follow each other, under the same load of the machine.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ Seconds = list[list[float]]
 
 
 def measure(options: JsonObject, names: list[str], steps: int, block: int) -> JsonObject:
-    """Whole optimizer steps: one uncounted block each, then blocks until ``steps``."""
+    """Measure whole optimizer steps: one block for each contestant that is not counted, then blocks up to ``steps``."""
     with ExitStack() as stack:
         workers = {name: stack.enter_context(Worker(name, options)) for name in names}
         losses = {name: worker.steps(block)["loss"] for name, worker in workers.items()}
@@ -38,7 +38,7 @@ def measure(options: JsonObject, names: list[str], steps: int, block: int) -> Js
 
 
 def _rounds(names: list[str], steps: int, block: int, turn: Callable[[str, int], list[float]]) -> dict[str, Seconds]:
-    """``turn(name, count)`` by each name in every round, the order reversed from round to round."""
+    """Results of ``turn(name, count)`` for each name in every round; the order is reversed from round to round."""
     seconds: dict[str, Seconds] = {name: [] for name in names}
     for number in range(-(-steps // block)):
         for name in names if number % 2 == 0 else reversed(names):
@@ -47,7 +47,7 @@ def _rounds(names: list[str], steps: int, block: int, turn: Callable[[str, int],
 
 
 def _ratios(names: list[str], seconds: dict[str, Seconds]) -> list[JsonObject]:
-    """Of each pair of contestants the earlier one's time over the later one's."""
+    """For each pair of contestants, the time of the first over that of the second."""
     return [
         {"of": first, "to": second, **spread(paired_ratios(seconds[first], seconds[second]))}
         for number, first in enumerate(names)
@@ -56,7 +56,7 @@ def _ratios(names: list[str], seconds: dict[str, Seconds]) -> list[JsonObject]:
 
 
 def to_markdown(result: JsonObject) -> str:
-    """Steps: a table with a contestant a row, and the ratios."""
+    """Markdown table with a row for each contestant, and the ratios."""
     tokens = result["tokens_per_step"]
     lines = [
         f"{task(result)}; {machine(result)}; contestants in turns, all warm.",
@@ -97,7 +97,7 @@ def _all(seconds: Sequence[Sequence[float]]) -> dict[str, float]:
 
 
 def facts(options: JsonObject) -> JsonObject:
-    """What was asked for, the machine, and the sizes that follow."""
+    """The options, the machine, and the sizes that follow from the options."""
     config = bench_config(options)
     tokens = config.train.global_batch * config.data.seq_len
     return {
@@ -110,7 +110,7 @@ def facts(options: JsonObject) -> JsonObject:
 
 
 def task(result: JsonObject) -> str:
-    """The training step that was measured, in words."""
+    """Description of the measured training step."""
     options = result["options"]
     return (
         f"`{options['model']}` ({result['parameters']:,} parameters), {options['precision']}, "
@@ -123,7 +123,7 @@ def machine(result: JsonObject) -> str:
 
 
 def processor() -> str:
-    """The processor's own name where the system reports it (Linux), else its architecture."""
+    """The processor's model name where the system reports it (Linux), else its architecture."""
     try:
         for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
             if line.startswith("model name"):

@@ -1,10 +1,10 @@
-"""Benchmark worker process: one contestant of ``tele bench``, with orders on stdin and answers on stdout as JSON lines.
+"""Worker process of ``tele bench``: one contestant, with orders on stdin and answers on stdout as JSON lines.
 
     python -m telechat_twins.core.bench.worker ms '{"model": "telechat2-tiny", ...}'
     {"steps": 5}
 
-Such a process is kept alive beside others that are measured, and they work in turns, so that all meet the same machine
-in the same state. ``Worker`` is the side that gives the orders.
+The workers of all contestants live side by side and run in turns, so that all are measured on the machine in the same
+state. ``Worker`` is the side that gives the orders.
 """
 
 from __future__ import annotations
@@ -33,15 +33,15 @@ from telechat_twins.core.types import JsonObject
 EAGER = "eager"  # the released code's composition in PyTorch, kernels/bench/eager.py
 TITLES = {**backends.TITLES, EAGER: "the eager composition"}
 
-# Sleeping instead of spinning OpenMP threads for both (MindSpore's side sets it anyway): with one foreign process on 2
-# cores, spinning made PyTorch's step tens of times slower. A value set by the user wins.
+# Idle OpenMP threads sleep instead of spinning, on both backends (MindSpore's launches set this anyway): with another
+# process on 2 cores, spinning made PyTorch's step tens of times slower. The user's own setting takes precedence.
 QUIET = {"OMP_WAIT_POLICY": "PASSIVE"}
 
 Handle = Callable[[JsonObject], JsonObject]
 
 
 class Trainer(Protocol):
-    """What a benchmark calls of a trainer: a backend's, or the eager composition's (kernels/bench/eager.py)."""
+    """Methods of a trainer that benchmarks use; a backend's, or the eager composition's (kernels/bench/eager.py)."""
 
     def share(self, global_batch: int) -> tuple[int, int]: ...
 
@@ -76,7 +76,7 @@ def bench_config(options: JsonObject) -> RunConfig:
 
 
 def random_batch(config: RunConfig, step: int) -> Batch:
-    """The same tokens for every backend and layout: a function of the step."""
+    """A batch of random tokens that depends on the step only, equal for every backend and layout."""
     shape = (config.train.global_batch, config.data.seq_len)
     ids = np.random.default_rng(step).integers(0, config.model.vocab_size, (shape[0], shape[1] + 1), np.int32)
     positions = np.tile(np.arange(shape[1], dtype=np.int32), (shape[0], 1))
@@ -92,8 +92,8 @@ def timed_steps(trainer: Trainer, config: RunConfig, first: int, count: int) -> 
         mine = batch.rows(start, start + rows)
         started = time.perf_counter()
         loss = trainer.gradients(mine, batch.num_targets, 1.0)
-        # The norm is a number on the host, so everything before it is done; the update may still run when its call
-        # returns (an accelerator's queue), and is then paid by the next step's norm.
+        # The norm is a number on the host, so all work before it has ended. The update may still be in an accelerator's
+        # queue when its call returns; its time then counts for the next step, until that step's norm.
         norm = trainer.grad_norm(1.0)
         trainer.update(1e-4, min(1.0, 1.0 / (norm + 1e-6)))
         seconds.append(time.perf_counter() - started)
@@ -106,17 +106,17 @@ def paired_ratios(first: Sequence[Sequence[float]], second: Sequence[Sequence[fl
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:
-    """Median, and the range that holds the middle four fifths."""
+    """Median, and the range of the middle 80 %."""
     ordered = sorted(values)
     cut = len(ordered) // 10
     return {"median": statistics.median(ordered), "low": ordered[cut], "high": ordered[-1 - cut]}
 
 
 class Worker:
-    """A process running this file; ended when the ``with`` block is left.
+    """Handle of a worker process, which ends with the ``with`` block.
 
-    Between its turns it is stopped by SIGSTOP: idle thread pools of either framework spin, and on few cores they would
-    take the time of the one that is being measured.
+    Between its turns it is stopped by SIGSTOP: idle thread pools of both frameworks spin, and on few cores they would
+    slow down the contestant that is being measured.
     """
 
     def __init__(
@@ -126,7 +126,7 @@ class Worker:
         env: Mapping[str, str] | None = None,
         module: str | None = None,
     ) -> None:
-        """``env``: in place of this process's environment; ``module``: what is run, by default the one that trains."""
+        """``env``: replaces this process's environment; ``module``: the program, by default one that trains."""
         self.name = name
         module = module or (
             "telechat_twins.kernels.bench.eager" if name == EAGER else "telechat_twins.core.bench.worker"
@@ -156,11 +156,11 @@ class Worker:
             self._process.wait()
 
     def steps(self, count: int) -> JsonObject:
-        """Make ``count`` steps now; {"seconds": [...], "loss": ...}."""
+        """Run ``count`` steps; {"seconds": [...], "loss": ...}."""
         return self.ask({"steps": count})
 
     def ask(self, order: JsonObject) -> JsonObject:
-        """The answer to an order, given while every other worker waits."""
+        """The answer to an order; the worker runs while all others are stopped."""
         assert self._process.stdin is not None
         self._process.send_signal(signal.SIGCONT)
         self._process.stdin.write(json.dumps(order) + "\n")
@@ -180,10 +180,10 @@ class Worker:
 
 
 def answer_orders(prepare: Callable[[], tuple[JsonObject, Handle]]) -> int:
-    """The worker's side: ``prepare`` returns the description of the worker and its handler of orders; orders are
-    answered until stdin ends."""
-    die_with_parent()  # a stopped process would never see that its stdin has ended
-    # Frameworks print on stdout when they please; keep the real one for answers.
+    """Main loop of a worker: answers orders until stdin ends. ``prepare`` returns the worker's description and its
+    handler of orders."""
+    die_with_parent()  # a stopped process does not notice the end of its stdin
+    # Frameworks may print to stdout: keep the real one for answers, and send theirs to stderr.
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     ready, handle = prepare()
@@ -194,7 +194,7 @@ def answer_orders(prepare: Callable[[], tuple[JsonObject, Handle]]) -> int:
 
 
 def serve(argv: Sequence[str], build: Callable[[str, RunConfig], Trainer]) -> int:
-    """Train as ordered with the trainer that ``build(name, config)`` makes."""
+    """Run a worker that trains with the trainer from ``build(name, config)``."""
 
     def prepare() -> tuple[JsonObject, Handle]:
         config = bench_config(json.loads(argv[1]))

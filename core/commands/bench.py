@@ -1,15 +1,16 @@
-"""Measurements; contestants take turns in processes of their own, so that ratios hold on a shared machine.
+"""Benchmarks. Contestants run in processes of their own and take turns, so that ratios are valid on a shared machine.
 
-step      a training step of MindSpore, of PyTorch and, with `--backends ms pt eager`, of the released composition.
-decode    tokens generated one by one, for one sequence and for several at once; beside the engine, where transformers
-          is installed, Hugging Face's generate on a model of the same shapes.
-serve     1, 8 and 32 clients of ``tele serve`` at once: tokens/s, time to the first text, cache held; likewise.
-kernels   every operator, forward and backward, against what the machine allows: bytes moved against the measured copy
-          bandwidth, products against the measured rate of a matrix product.
-grow      `tele grow` on a checkpoint of 2 GB against writing as many bytes to the disk of the working folder.
-parallel  layouts (``tele train --help`` explains them) in turns, and in every round a single process with the same
-          batch. Also: bytes handed to collectives against the formula, the pipeline's bubble against theory, the
-          balance of the ring, and the optimizer states that a rank holds.
+step      a training step in MindSpore, in PyTorch and, with `--backends ms pt eager`, of the released PyTorch code.
+decode    tokens generated one by one, for one sequence and for several at once; also with Hugging Face's generate, on
+          a model of the same shapes, if transformers is installed.
+serve     1, 8 and 32 concurrent clients of ``tele serve``: tokens/s, time to the first text, cache in use; also with
+          Hugging Face's generate, as for decode.
+kernels   every operator, forward and backward, against the machine's limits: bytes moved against the measured copy
+          bandwidth, floating-point operations against the measured rate of a matrix product.
+grow      `tele grow` on a checkpoint of 2 GB, against writing as many bytes to the disk of the working folder.
+parallel  layouts (see ``tele train --help``) in turns, and in every round a single process with the same batch. Also
+          bytes passed to collectives against the formula, the pipeline's bubble against theory, the balance of the
+          ring, and the optimizer states on a rank.
 Examples:
   tele bench step --model telechat2-mini --seq-len 1024 --micro-batch 1 --backends ms pt eager
   tele bench decode --model telechat2-mini
@@ -46,7 +47,7 @@ from telechat_twins.core.model.quantize import QUANTIZATIONS
 from telechat_twins.core.types import JsonObject
 
 LAYOUTS = "single,tp2,pp2,ring2,ulysses2,dp2"
-# What differs between the measurements where the user says nothing.
+# Defaults that differ between the benchmarks.
 DEFAULTS: dict[str, JsonObject] = {
     "step": {"micro_batch": 4, "micro_batches": 1, "steps": 30, "block": 5},
     "decode": {"micro_batch": 1, "micro_batches": 1, "steps": 200, "block": 20},
@@ -55,7 +56,7 @@ DEFAULTS: dict[str, JsonObject] = {
     "parallel": {"micro_batch": 2, "micro_batches": 4, "steps": 10, "block": 2},
     "grow": {"micro_batch": 1, "micro_batches": 1, "steps": 3, "block": 1},
 }
-# Options that only some measurements have.
+# Options that only some benchmarks have.
 ONLY: dict[str, tuple[str, ...]] = {
     "layouts": ("parallel",),
     "prompt": ("decode", "serve"),
@@ -76,13 +77,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--model", default="telechat2-tiny", metavar="PRESET", help=f"one of {', '.join(preset_names())}"
     )
-    parser.add_argument("--seq-len", type=int, default=128, metavar="S", help="tokens a sequence (128)")
-    parser.add_argument("--micro-batch", type=int, metavar="B", help="sequences a forward pass (step 4, parallel 2)")
+    parser.add_argument("--seq-len", type=int, default=128, metavar="S", help="tokens per sequence (128)")
+    parser.add_argument("--micro-batch", type=int, metavar="B", help="sequences per forward pass (step 4, parallel 2)")
     parser.add_argument(
         "--micro-batches",
         type=int,
         metavar="M",
-        help="forward passes an optimizer step of one process, shared by data-parallel ranks (step 1, parallel 4)",
+        help="forward passes per optimizer step, divided among data-parallel ranks (step 1, parallel 4)",
     )
     parser.add_argument(
         "--steps",
@@ -94,7 +95,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--block",
         type=int,
         metavar="K",
-        help="of these, how many before the next's turn (step 5, decode 20, kernels 5, parallel 2)",
+        help="of these, how many in one turn (step 5, decode 20, kernels 5, parallel 2)",
     )
     parser.add_argument(
         "--precision", default="fp32", choices=PRECISIONS, help="arithmetic; of kernels the dtype of tensors (fp32)"
@@ -104,7 +105,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         choices=sorted((*backends.BACKENDS, EAGER)),
         default=["ms", "pt"],
-        help=f"who (ms pt); {EAGER}: what the released PyTorch code composes, for step",
+        help=f"contestants (ms pt); for step also {EAGER}: the operators of the released PyTorch code",
     )
     parser.add_argument(
         "--prompt", type=int, metavar="P", help="decode, serve: tokens before the measured ones (decode 16, serve 64)"
@@ -113,7 +114,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--quantize", choices=QUANTIZATIONS, metavar="Q", help="decode, serve: weights of the backends in int8 (none)"
     )
-    parser.add_argument("--clients", type=int, nargs="+", metavar="C", help="serve: how many ask at once (1 8 32)")
+    parser.add_argument("--clients", type=int, nargs="+", metavar="C", help="serve: concurrent clients (1 8 32)")
     parser.add_argument("--new", type=int, metavar="N", help="serve: tokens of an answer (32)")
     parser.add_argument("--checkpoint", metavar="DIR", help="serve: measure this model in place of a random --model")
     parser.add_argument(
@@ -126,15 +127,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--compile", action="store_true", default=None, help="kernels: also torch.compile, which takes minutes to start"
     )
     parser.add_argument("--layouts", nargs="+", metavar="L", help=f"parallel: with commas or spaces ({LAYOUTS})")
-    parser.add_argument("--out", metavar="FILE", help="also write everything measured as JSON")
+    parser.add_argument("--out", metavar="FILE", help="also write all measurements as JSON")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Measure and print Markdown; 1 when the messages counted are not those of the formula."""
+    """Run a benchmark and print Markdown; 1 when counted traffic differs from the formula."""
     _settle(args)
     names = _backends(args)
     options = {name: getattr(args, name) for name in ("model", "seq_len", "micro_batch", "micro_batches", "precision")}
-    bench_config(options)  # a mistake is reported here, once, and not by every worker
+    bench_config(options)  # an invalid option is reported here, once, instead of by every worker
     layouts = checked_layouts(args.layouts or [LAYOUTS], options) if args.what == "parallel" else []
     if args.out:
         writable_file(args.out, "--out")
@@ -146,10 +147,13 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _settle(args: argparse.Namespace) -> None:
-    """Fill in the defaults of the measurement; UserError for an option it does not have or a number out of range."""
+    """Fill in the benchmark's defaults; UserError for an option that it does not have or a number out of range."""
     for name, owners in ONLY.items():
         if getattr(args, name) is not None and args.what not in owners:
-            raise UserError(f"--{name}: belongs to `tele bench {owners[0]}`, not to `tele bench {args.what}`")
+            raise UserError(
+                f"--{name}: is an option of `tele bench {' and '.join(owners)}`, not of `tele bench {args.what}`; "
+                "leave it out"
+            )
     for name, value in DEFAULTS[args.what].items():
         if getattr(args, name) is None:
             setattr(args, name, value)
@@ -170,19 +174,22 @@ def _settle(args: argparse.Namespace) -> None:
 
 
 def _backends(args: argparse.Namespace) -> list[str]:
-    """The contestants, each once; UserError where the released composition cannot take part."""
+    """The contestants, each once; UserError for the released composition where it cannot take part."""
     names = list(dict.fromkeys(args.backends))
     if EAGER in names and args.what != "step":
-        raise UserError(f"--backends {EAGER}: belongs to `tele bench step`; give ms, pt or both")
+        raise UserError(f"--backends {EAGER}: is available for `tele bench step` only; give ms, pt or both")
     if EAGER in names and args.precision != "fp32":
-        raise UserError(f"--precision {args.precision}: the {EAGER} composition computes in fp32 only")
+        raise UserError(
+            f"--precision: must be fp32 for the {EAGER} composition, found {args.precision}; leave {EAGER} out of "
+            "--backends, or take fp32"
+        )
     return names
 
 
 def _measured(
     args: argparse.Namespace, options: JsonObject, layouts: list[str], names: list[str]
 ) -> tuple[JsonObject, str]:
-    """The report of the benchmark that was asked for, and the report as Markdown."""
+    """Run the chosen benchmark. Returns its results, and its report as Markdown."""
     if args.what == "grow":
         result = measure_growth(args.steps)
         text = growth_to_markdown(result)
@@ -228,7 +235,7 @@ def served(args: argparse.Namespace, options: JsonObject, names: list[str]) -> J
 
 
 def checked_layouts(words: Sequence[str], options: JsonObject) -> list[str]:
-    """The layouts in ``words``, each once; UserError for one that cannot carry the benchmark."""
+    """The layouts in ``words``, each once; UserError for one that the model or the batch does not fit."""
     from telechat_twins.core.parallel.layout import check_layout, parse_layout
 
     found: dict[str, str] = {}
@@ -237,8 +244,8 @@ def checked_layouts(words: Sequence[str], options: JsonObject) -> list[str]:
         config = bench_config(options)
         if options["micro_batches"] % layout.dp:
             raise UserError(
-                f"--layouts {text}: --micro-batches {options['micro_batches']} cannot be shared evenly by dp "
-                f"{layout.dp}; give --micro-batches {-(-options['micro_batches'] // layout.dp) * layout.dp}"
+                f"--layouts {text}: --micro-batches must be a multiple of dp {layout.dp}, found "
+                f"{options['micro_batches']}; give {-(-options['micro_batches'] // layout.dp) * layout.dp}"
             )
         try:
             check_layout(
@@ -250,14 +257,14 @@ def checked_layouts(words: Sequence[str], options: JsonObject) -> list[str]:
             )
         except UserError as error:
             raise UserError(f"--layouts {text}: {error}") from None
-        found.setdefault(layout.name, text)  # shown as it was asked for
+        found.setdefault(layout.name, text)  # shown as the user wrote it
     if not found:
-        raise UserError(f"--layouts: no layout given; for instance {LAYOUTS}")
+        raise UserError(f"--layouts: must name at least one layout, found none; give e.g. {LAYOUTS}")
     return list(found.values())
 
 
 def measure_layouts(options: JsonObject, layouts: list[str], names: list[str], steps: int, block: int) -> JsonObject:
-    """A launch for each backend and number of processes; in it the layouts of that number take turns."""
+    """Measure all layouts: one launch for each backend and number of processes, in which its layouts take turns."""
     from telechat_twins.core.bench.parallel import RankRecord, summarise, worlds
 
     rows, made = [], {}
@@ -282,7 +289,7 @@ def measure_layouts(options: JsonObject, layouts: list[str], names: list[str], s
 def _launched(
     name: str, world: int, options: JsonObject, layouts: list[str], steps: int, block: int
 ) -> list[JsonObject]:
-    """Run core/bench/parallel.py in ``world`` processes; what each rank wrote."""
+    """Run core/bench/parallel.py in ``world`` processes. Returns the ranks' records."""
     from telechat_twins.core.bench import parallel as bench_parallel
     from telechat_twins.core.launch.launcher import launch
 
@@ -297,7 +304,7 @@ def _launched(
     bench_parallel.plan_path(folder).write_text(json.dumps(plan), encoding="utf-8")
     code = launch(name, [name, str(folder)], world, folder / "logs", script=bench_parallel.__file__)
     if code:
-        # The launch has said why; its logs are in the folder, which stays.
+        # The launch has printed the reason; the folder with its logs is kept.
         raise SystemExit(code)
     found = [json.loads(bench_parallel.rank_path(folder, rank).read_text(encoding="utf-8")) for rank in range(world)]
     shutil.rmtree(folder)

@@ -25,13 +25,13 @@ if TYPE_CHECKING:
     from telechat_twins.core.inference.tool_calls import AnswerPart
 
 HELP = """\
-/system [TEXT]  set the system prompt and forget the turns; without TEXT show it
-/tools [FILE]   offer the tools in FILE, a JSON list as the OpenAI interface has it, and forget the turns ("off": offer
-                none); without FILE show them
-/result TEXT    the result of a tool call that the model has made, one after the other
-/reset          forget the turns
-/save FILE      append the conversation to FILE, one JSON line as `tele data` reads it
-/help           this list
+/system [TEXT]  set the system prompt and clear the history; without TEXT, show it
+/tools [FILE]   offer the tools in FILE, a JSON list in the OpenAI API's form, and clear the history ("off": offer
+                none); without FILE, show them
+/result TEXT    give the result of a tool call of the model; for several calls, one after the other
+/reset          clear the history
+/save FILE      append the conversation to FILE as one JSON line, in a form that `tele data` reads
+/help           show this list
 /exit           leave (also Ctrl-D); Ctrl-C stops an answer"""
 
 
@@ -56,7 +56,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Talk until /exit or the end of the input. Answers go to stdout, everything else to stderr."""
+    """Run a conversation until /exit or the end of input. Answers go to stdout, everything else to stderr."""
     from telechat_twins.core.inference.chat import Chat, default_answer_length
 
     sampling = sampling_from(args)
@@ -78,8 +78,8 @@ def run(args: argparse.Namespace) -> int:
 
 
 def repl(chat: Chat, lines: Iterator[str]) -> int:
-    """Answer each line, obey each /command; a mistake is one line on stderr and the conversation goes on."""
-    results: list[str] = []  # of the tool calls in the last answer, so far
+    """Answer each line and run each /command. An error is one line on stderr, and the conversation goes on."""
+    results: list[str] = []  # given so far for the tool calls of the last answer
     for line in lines:
         text = line.strip()
         if not text:
@@ -97,7 +97,7 @@ def repl(chat: Chat, lines: Iterator[str]) -> int:
 
 
 def terminal_lines() -> Iterator[str]:
-    """Lines typed at a prompt. Ctrl-C drops the line begun; Ctrl-D ends."""
+    """Lines typed at a prompt. Ctrl-C discards the current line; Ctrl-D ends."""
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401  (its import gives input() line editing and history)
     while True:
@@ -111,12 +111,12 @@ def terminal_lines() -> Iterator[str]:
 
 
 def piped_lines() -> Iterator[str]:
-    """Lines of stdin, each as it arrives; UserError on a line that is not UTF-8."""
+    """Lines of stdin as they arrive; UserError for a line that is not UTF-8."""
     for number, raw in enumerate(iter(sys.stdin.buffer.readline, b""), 1):
         try:
             yield raw.decode("utf-8")
         except UnicodeDecodeError as error:
-            raise UserError(f"stdin:{number}: not UTF-8 text (byte {error.start})") from None
+            raise UserError(f"stdin:{number}: must be UTF-8 text, found another byte at {error.start}") from None
 
 
 def _answer(chat: Chat, pieces: Iterable[AnswerPart]) -> None:
@@ -131,15 +131,15 @@ def _answer(chat: Chat, pieces: Iterable[AnswerPart]) -> None:
     elif chat.finish_reason == "interrupted":
         print("(answer stopped)", file=sys.stderr)
     for number, call in enumerate(chat.calls, 1):
-        said = printable(f"{call.name} {call.arguments}", longest=None)
-        print(f"(tool call {number} of {len(chat.calls)}: {said})", file=sys.stderr)
+        shown = printable(f"{call.name} {call.arguments}", longest=None)
+        print(f"(tool call {number} of {len(chat.calls)}: {shown})", file=sys.stderr)
     if chat.calls:
         print("(/result TEXT gives its result)", file=sys.stderr)
 
 
 @contextlib.contextmanager
 def _interrupt_calls(stop: Callable[[], None]) -> Iterator[None]:
-    """Within, the first Ctrl-C calls ``stop``, so that no framework call is torn in the middle; a second one raises
+    """In this context the first Ctrl-C calls ``stop``, so that no framework call is interrupted; a second one raises
     KeyboardInterrupt as usual."""
     if threading.current_thread() is not threading.main_thread():
         yield  # only the main thread may set handlers
@@ -157,7 +157,7 @@ def _interrupt_calls(stop: Callable[[], None]) -> Iterator[None]:
 
 
 def _command(chat: Chat, text: str, results: list[str]) -> bool:
-    """Obey one /command; True when it ends the conversation."""
+    """Run one /command; True when it ends the conversation."""
     word, _, rest = text.partition(" ")
     rest = rest.strip()
     if word in ("/exit", "/quit"):
@@ -170,19 +170,19 @@ def _command(chat: Chat, text: str, results: list[str]) -> bool:
         _result(chat, rest, results)
     elif word == "/reset":
         chat.reset()
-        print("(the turns are forgotten)", file=sys.stderr)
+        print("(history cleared)", file=sys.stderr)
     elif word == "/system":
         if rest:
             chat.system = rest
             chat.reset()
-            print("(new system prompt; the turns are forgotten)", file=sys.stderr)
+            print("(new system prompt; history cleared)", file=sys.stderr)
         else:
             print(_system(chat), file=sys.stderr)
     elif word == "/save":
         save(chat, rest)
         print(f"(saved to {rest})", file=sys.stderr)
     else:
-        raise UserError(f"{word}: no such command; /help lists them")
+        raise UserError(f"{word}: unknown command; /help lists them")
     return False
 
 
@@ -190,7 +190,7 @@ def _tools(chat: Chat, name: str) -> None:
     if name:
         chat.tools = None if name == "off" else read_tools(name)
         chat.reset()
-        print(f"({len(chat.tools or ())} tools; the turns are forgotten)", file=sys.stderr)
+        print(f"({len(chat.tools or ())} tools; history cleared)", file=sys.stderr)
     elif chat.tools:
         for tool in chat.tools:
             print(printable(json.dumps(tool, ensure_ascii=False), longest=None), file=sys.stderr)
@@ -200,18 +200,18 @@ def _tools(chat: Chat, name: str) -> None:
 
 def _result(chat: Chat, text: str, results: list[str]) -> None:
     if not chat.calls:
-        raise UserError("/result: the model has called no tool")
+        raise UserError("/result: needs a tool call in the last answer, found none; ask a question first")
     results.append(text)
     if len(results) < len(chat.calls):
-        print(f"(and that of call {len(results) + 1}?)", file=sys.stderr)
+        print(f"(now give the result of call {len(results) + 1})", file=sys.stderr)
         return
-    told = results[:]
+    given = results[:]
     results.clear()
-    _answer(chat, chat.report(told, stream=True))
+    _answer(chat, chat.report(given, stream=True))
 
 
 def read_tools(name: str) -> list[JsonObject]:
-    """The tools of a JSON file. UserError when it cannot be read or is no list of objects with a function's name."""
+    """The tools in a JSON file. UserError when it cannot be read or is not a list of objects with a function's name."""
     try:
         tools = parse_value(read_file(Path(name).expanduser()))
     except UserError as error:
@@ -238,10 +238,10 @@ def save(chat: Chat, name: str) -> None:
     if not name:
         raise UserError("/save: give a file, e.g. /save talk.jsonl")
     if not chat.history:
-        raise UserError("/save: there is nothing to save yet")
+        raise UserError("/save: needs a conversation, found none; ask a question first")
     roles = {"user": "user", "assistant": "bot", "tool": "tool"}
     dialog = [{**turn, "role": roles[turn["role"]]} for turn in chat.history]
-    # Released rows carry the line end that the template puts after the system text.
+    # Rows of the released datasets include the line end that the template puts after the system text.
     row = {"system": _system(chat) + "\n", "dialog": dialog, "multiturn": len(dialog) > 2}
     if chat.tools:
         row["tools"] = list(chat.tools)

@@ -1,4 +1,4 @@
-"""``tele demo``: the whole way on real text, in both frameworks, judged at every turn."""
+"""``tele demo``: all stages on real text in both frameworks, from tokenizer to generation, compared at each stage."""
 
 from __future__ import annotations
 
@@ -36,21 +36,22 @@ from telechat_twins.core.train.metrics import Row, plot_losses, read_metrics
 from telechat_twins.core.types import JsonObject
 
 SHARES = {"english": 0.5, "code": 0.4, "chinese": 0.1}
-TOKENIZER_BYTES = 2_000_000  # of text: SentencePiece holds it in memory
-ANSWER = 40
-NEAR_TIE = 1e-3  # of the two largest logits: below it rounding may choose
+TOKENIZER_BYTES = 2_000_000  # of text for training the tokenizer; SentencePiece keeps it in memory
+ANSWER_TOKENS = 40
+NEAR_TIE = 1e-3  # difference of the two largest logits below which rounding may decide
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of ``tele demo``."""
     parser.description = (
         "Train a tokenizer and telechat2-tiny on real text, with MindSpore under msrun and with PyTorch under\n"
-        "torchrun, from the same weights and in the same order; compare every gradient and every step; go on in\n"
-        "PyTorch from the MindSpore checkpoint; export to the released format; write the same continuation with both."
+        "torchrun, from the same weights and on the same data order. Compare every gradient and every step, continue\n"
+        "training in PyTorch from the MindSpore checkpoint, export to the released format, and generate the same\n"
+        "continuation with both."
     )
     parser.add_argument("--data", nargs="+", metavar="PATH", help="your text or dialogue jsonl (default: Python's own)")
     parser.add_argument("--tokenizer", metavar="FILE", help="a tokenizer, e.g. a released one (default: trained)")
-    parser.add_argument("--out", default="demo", metavar="DIR", help="where everything goes (demo)")
+    parser.add_argument("--out", default="demo", metavar="DIR", help="folder for all results (demo)")
     parser.add_argument("--steps", type=int, default=300, metavar="N", help="training steps of each backend (300)")
     parser.add_argument("--seed", type=int, default=1234, help="initial weights and data order (1234)")
 
@@ -63,7 +64,9 @@ def run(args: argparse.Namespace) -> int:
     writable_file(out / "demo.json", "--out")
     with hold_folder(out, f"--out {out}"):
         if not (out / "demo.json").is_file() and any(entry.name != NAME for entry in out.iterdir()):
-            raise UserError(f"--out {out}: holds something other than an earlier demo; give an empty or a new folder")
+            raise UserError(
+                f"--out {out}: must be empty, new or an earlier demo's folder, found other files; give another folder"
+            )
         return _run(args, out, began)
 
 
@@ -83,8 +86,8 @@ def _run(args: argparse.Namespace, out: Path, began: float) -> int:
     rows = {backends.TITLES[b]: train(b, config, out / b) for b in ("ms", "pt")}
     trace = compare_traces(rows["MindSpore"], rows["PyTorch"])
     if not all(bound.holds for bound in trace.bounds):
-        # Some texts make any float32 run drift from exact arithmetic; only a float64 run can say whether these do.
-        print("the two runs lie more than 1e-4 apart; asking a float64 run whether this training magnifies rounding")
+        # On some texts every float32 run drifts from exact arithmetic; only a float64 run shows whether these are such.
+        print("the two runs differ by more than 1e-4; a float64 run checks whether this training amplifies rounding")
         exact = train("pt", replace(config, train=replace(config.train, precision="fp64")), out / "exact")
         trace = compare_traces(rows["MindSpore"], rows["PyTorch"], exact)
     facts = {
@@ -95,7 +98,7 @@ def _run(args: argparse.Namespace, out: Path, began: float) -> int:
     report = ParityReport(facts, batch_report, trace)
     page = write_report(report, out / "parity", rows)
 
-    _title("4  PyTorch goes on from the MindSpore checkpoint, and for comparison from its own")
+    _title("4  PyTorch continues from the MindSpore checkpoint, and for comparison from its own")
     more = replace(config, train=replace(config.train, steps=args.steps + args.steps // 6))
     rows["PyTorch, from MindSpore's checkpoint"] = crossed = after(args.steps, train("pt", more, out / "crossed", "ms"))
     handover = compare_traces(crossed, after(args.steps, train("pt", more, out / "resumed", "pt")))
@@ -153,7 +156,7 @@ def prepare(data: Sequence[str] | None, tokenizer_file: str | None, out: Path) -
 
 
 def demo_config(tokenizer: Tokenizer, sources: list[JsonObject], steps: int, seed: int) -> RunConfig:
-    """telechat2-tiny with the tokenizer's vocabulary, 1,024 tokens a step."""
+    """Run of telechat2-tiny with the tokenizer's vocabulary and 1,024 tokens per step."""
     return run_config_from_dict(
         {
             "model": {"preset": "telechat2-tiny", "vocab_size": tokenizer.vocab_size, **special_ids(tokenizer)},
@@ -166,12 +169,12 @@ def demo_config(tokenizer: Tokenizer, sources: list[JsonObject], steps: int, see
 
 
 def train(backend: str, config: RunConfig, out: Path, resume: str | None = None) -> list[Row]:
-    """One training run as a user starts it; its metrics. ``resume`` names a run beside ``out``.
+    """Train as `tele train` does. Returns the run's metrics. ``resume``: name of a run beside ``out`` to start from.
 
-    SystemExit with the run's code when it fails.
+    SystemExit with the run's exit code when it fails.
     """
     if out.exists():
-        remove_folder(out)  # an earlier demo's
+        remove_folder(out)  # left by an earlier demo
     out.mkdir(parents=True)
     file = out / "run.yaml"
     write_text(file, json.dumps(config.to_dict(), indent=1))  # JSON is YAML
@@ -183,12 +186,12 @@ def train(backend: str, config: RunConfig, out: Path, resume: str | None = None)
 
 
 def after(step: int, rows: list[Row]) -> list[Row]:
-    """The rows past ``step``."""
+    """The rows after ``step``."""
     return [row for row in rows if row["step"] > step]
 
 
 def export(run_folder: Path, target: Path) -> None:
-    """The run's latest checkpoint as a released folder; a former demo's is replaced."""
+    """Convert the run's latest checkpoint to the released format; an earlier demo's folder is replaced."""
     from telechat_twins.convert.copy import canonical_to_hf
     from telechat_twins.convert.source import CanonicalSource, open_model
 
@@ -200,16 +203,18 @@ def export(run_folder: Path, target: Path) -> None:
 
 
 def continuations(model: Path, tokenizer: Tokenizer, prompt: np.ndarray) -> int:
-    """Print each backend's greedy continuation; how many tokens differ, 0 when the first difference is a near-tie."""
+    """Print each backend's greedy continuation. Returns how many tokens differ; 0 if the first difference is a
+    near-tie."""
     from telechat_twins.convert.source import open_model
 
     source, ids = open_model(model), [int(i) for i in prompt]
     print(f"   prompt  {tokenizer.decode(ids)!r}")
     made = []
     for name in ("ms", "pt"):
-        runner = backends.load(name, "generate").Runner(source.config, source.tensor, pool_size(len(ids) + ANSWER))
-        # A penalty, because a model this small would otherwise repeat one token.
-        made.append(generate(Engine(runner), ids, sampling_config(repetition_penalty=1.2), ANSWER))
+        pages = pool_size(len(ids) + ANSWER_TOKENS)
+        runner = backends.load(name, "generate").Runner(source.config, source.tensor, pages)
+        # With a repetition penalty, since a model this small would otherwise repeat a single token.
+        made.append(generate(Engine(runner), ids, sampling_config(repetition_penalty=1.2), ANSWER_TOKENS))
         print(f"{backends.TITLES[name]:>10}  {tokenizer.decode(made[-1].tokens)!r}")
     pairs = list(zip(made[0].tokens, made[1].tokens, strict=True))
     differing = [i for i, (a, b) in enumerate(pairs) if a != b]

@@ -1,10 +1,10 @@
-"""Check this machine: versions against the pinned ones, compiler, processor, memory, devices, launchers, operators.
+"""Check this machine: package versions, compiler, processor, memory, devices, launchers, operators.
 
-What serves each operator, and why, is asked of each installed framework in a process of its own; the C++ operators are
-compiled on the way if they never were.
+Each installed framework reports, in a process of its own, which implementation runs each operator and why. The C++
+operators are compiled if they have not been yet.
 
-Exit 0 when at least one backend can run and nothing is wrong; 2 when a version is wrong or no backend is there, with
-the pip command that mends it. A backend that is not installed is only reported when the other one is.
+Exit code 0 when at least one backend can run and no version is wrong. Exit code 2, with the pip command that fixes it,
+when a version is wrong or no backend is installed. A single missing backend is reported, but is not an error.
 """
 
 from __future__ import annotations
@@ -75,9 +75,10 @@ def examine(
     *,
     ask: bool = False,
 ) -> JsonObject:
-    """All findings as plain values. ``mistakes`` is empty when the environment can be used; ``mend`` is a command.
+    """All findings as plain values. ``mistakes`` is empty if the environment can be used; ``mend``: a command that
+    fixes them.
 
-    ``ask`` the frameworks what serves their operators, which imports them.
+    ``ask``: also report the implementations of operators, which imports the frameworks.
     """
     pins = pinned_versions() if pins is None else pins
     packages = {}
@@ -85,16 +86,16 @@ def examine(
         packages[name] = {"installed": installed(name), "wanted": pins.get(name)}
     mistakes, install = [], []
     if python[:2] != PYTHON:
-        mistakes.append(f"Python {'.'.join(map(str, python))} runs, {PYTHON[0]}.{PYTHON[1]} is needed")
+        mistakes.append(f"Python must be {PYTHON[0]}.{PYTHON[1]}, found {'.'.join(map(str, python))}")
     for name in ("numpy", *BACKENDS.values()):
         found, wanted = packages[name]["installed"], packages[name]["wanted"]
         if wanted is None or (found is None and name != "numpy"):
             continue
         if not _serves(found, wanted, minor_only=name == "numpy"):
-            mistakes.append(f"{name} {found or 'is not installed'}, {wanted} is needed")
+            mistakes.append(f"{name} must be {wanted}, found {found or 'none'}")
             install.append(f"{name}=={wanted}")
     if all(packages[name]["installed"] is None for name in BACKENDS.values()):
-        mistakes.append("neither mindspore nor torch is installed")
+        mistakes.append("mindspore or torch must be installed, found neither")
         install += [f"{name}=={pins[name]}" for name in BACKENDS.values() if name in pins]
     missing = [name for name in BACKENDS.values() if packages[name]["installed"] is None]
     return {
@@ -134,8 +135,8 @@ def _operators(backend: str) -> list[str]:
     done = subprocess.run(command, capture_output=True, text=True, cwd=IMPORT_ROOT)
     if done.returncode == 0:
         return json.loads(done.stdout.splitlines()[-1])
-    last = (done.stderr.strip().splitlines() or ["it said nothing"])[-1]
-    return [f"not known: the framework ended with code {done.returncode}: {last}"]
+    last = (done.stderr.strip().splitlines() or ["no message"])[-1]
+    return [f"unknown: the framework's process ended with code {done.returncode}: {last}"]
 
 
 def _machine() -> JsonObject:
@@ -168,11 +169,11 @@ def _text(report: JsonObject) -> str:
             continue
         serves = wanted is None or _serves(found, wanted, minor_only=name == "numpy")
         if found is None:
-            note = f"not installed (version {wanted} would serve)"
+            note = f"not installed (supported: {wanted})"
         elif serves:
             note = f"{found}  ok"
         elif name in ("numpy", *BACKENDS.values()):
-            note = f"{found}  WRONG, {wanted} is needed"
+            note = f"{found}  WRONG, must be {wanted}"
         else:
             note = f"{found}  (tested with {wanted})"
         lines.append(f"{name:<13} {note}")

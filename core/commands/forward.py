@@ -1,4 +1,4 @@
-"""``tele forward``: one forward pass, and its gradients, from arrays in a file to arrays in a file."""
+"""``tele forward``: logits, loss and gradients of one batch, read from a file and written to a file."""
 
 from __future__ import annotations
 
@@ -27,18 +27,18 @@ from telechat_twins.core.shown import printable
 from telechat_twins.core.types import JsonObject
 
 NAMES = ("input_ids", "labels", "loss_mask")
-MAX_INPUT = 1 << 26  # bytes of one of them: 8 million ids, whose logits no machine holds
+MAX_INPUT_BYTES = 1 << 26  # of one array: 8 million ids, whose logits exceed the memory of any machine
 
 
 EPILOG = """\
-loss, with labels in F: position t predicts labels[t+1]; the mean over positions whose label is not -100 and, with
-loss_mask, whose loss_mask[t+1] is 1.
+The loss needs labels in F. Position t predicts labels[t+1]; the loss is the mean over positions whose label is not -100
+and, with loss_mask, whose loss_mask[t+1] is 1.
 
 examples:
   tele forward --backend pt --checkpoint model --inputs batch.safetensors --out result.safetensors
   tele forward --backend ms --checkpoint model --inputs batch.safetensors --out result.safetensors --grads
   tele forward --backend ms --checkpoint model --inputs batch.safetensors --out result.safetensors --layout tp2.pp2
-      by 4 processes, each with its part of the model; the same result within rounding (layouts: `tele train --help`)
+      in 4 processes, each with a part of the model; the same result up to rounding (layouts: see `tele train --help`)
 """
 
 
@@ -53,28 +53,28 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--inputs",
         required=True,
         metavar="F",
-        help="safetensors: input_ids [B,S]; labels [B,S] (same positions, -100 ignored); loss_mask [B,S] of 0 and 1",
+        help="safetensors: input_ids [B,S]; labels [B,S] (not shifted; -100: ignored); loss_mask [B,S] of 0 and 1",
     )
     parser.add_argument("--out", required=True, metavar="G", help="safetensors: logits, loss, grad.<name>")
     parser.add_argument(
         "--grads",
         action="store_true",
-        help="also d loss / d weight, in the checkpoint's names and packing (fp16: by a loss scale, without it)",
+        help="also d loss / d weight, in the checkpoint's names and packing (in fp16, loss scaling is used and undone)",
     )
     parser.add_argument("--precision", default="fp32", choices=PRECISIONS, help="arithmetic (fp32)")
     parser.add_argument("--table-dtype", choices=("float32", "float16"), help="rotary tables; float16 as released")
-    parser.add_argument("--layout", metavar="TEXT", help="share the work over processes, e.g. tp2.ring2")
+    parser.add_argument("--layout", metavar="TEXT", help="divide model and sequences among processes, e.g. tp2.ring2")
     parser.add_argument("--nproc", type=int, metavar="N", help="processes (default: as many as the layout needs)")
     parser.add_argument(
         "--timeout",
         type=float,
         metavar="SECONDS",
-        help=f"with a layout: longest wait of one rank for the others (default {COLLECTIVE_TIMEOUT_S:.0f}; 0: any)",
+        help=f"with a layout: longest time of a rank in a collective ({COLLECTIVE_TIMEOUT_S:.0f}; 0: no limit)",
     )
 
 
 def run(args: argparse.Namespace) -> int:
-    """Read, compute, write; the output file appears whole or not at all."""
+    """Read the inputs, compute, and write the output file atomically."""
     from telechat_twins.convert.source import open_model
     from telechat_twins.core.inference.generation import note_length
 
@@ -90,7 +90,7 @@ def run(args: argparse.Namespace) -> int:
     batch = make_batch(arrays, config, args.inputs)
     has_loss = "labels" in arrays
     if args.grads and not has_loss:
-        raise UserError(f"--grads: gradients are of the loss, and {args.inputs} has no labels; add them")
+        raise UserError(f"--grads: gradients of the loss need labels, and {args.inputs} has none; add labels to it")
     note_length(config, batch.input_ids.shape[1])
     say_xpos_range(config, args.precision, batch.input_ids.shape[1])
     if backend is not None:
@@ -121,9 +121,9 @@ def run(args: argparse.Namespace) -> int:
 
 
 def run_layout(args: argparse.Namespace, config: ModelConfig, batch: Batch, layout: Layout) -> tuple[int, JsonObject]:
-    """``forward.run`` of a backend, by the processes of a layout: the launcher's exit code and, if 0, the result.
+    """``forward.run`` of a backend in a layout's processes. Returns the launcher's exit code and, if 0, the result.
 
-    After a failure of a rank (code 1) the folder with its logs stays; stderr has named it.
+    After a failure of a rank (code 1) the folder with the logs is kept; the launcher has printed its name.
     """
     from telechat_twins.convert.parity_rank import SCRIPT
 
@@ -158,32 +158,32 @@ def run_layout(args: argparse.Namespace, config: ModelConfig, batch: Batch, layo
 
 
 def read_inputs(path: str) -> dict[str, np.ndarray]:
-    """The arrays of NAMES that the file has; others are named on stderr and left out.
+    """The arrays of NAMES in the file; others are ignored with a note.
 
-    UserError when the file is missing, torn or no safetensors file, or a name looks like a misspelt one.
+    UserError when the file is missing, truncated or not a safetensors file, and for a name that looks misspelt.
     """
     file = SafetensorsFile(path)
     found = list(file.tensors)
     for name in set(NAMES) & set(found):
-        if file.info(name).nbytes > MAX_INPUT:
-            raise UserError(f"--inputs {path}: {name} has {file.info(name).nbytes} bytes; at most {MAX_INPUT} are read")
+        if (size := file.info(name).nbytes) > MAX_INPUT_BYTES:
+            raise UserError(f"--inputs {path}: {name} must have at most {MAX_INPUT_BYTES} bytes, found {size}")
     arrays = {name: file.read(name) for name in NAMES if name in found}
     others = sorted(set(found) - set(NAMES))
     for name in others[:100]:
         if near := nearest(name, [n for n in NAMES if n not in arrays], cutoff=0.8):
-            raise UserError(f"--inputs {path}: it has '{name}'; did you mean '{near}'?")
+            raise UserError(f"--inputs {path}: unknown array '{name}'; did you mean '{near}'?")
     if "input_ids" not in arrays:
-        raise UserError(f"--inputs {path}: no input_ids in it; found: {', '.join(others[:100]) or 'nothing'}")
+        raise UserError(f"--inputs {path}: must have input_ids, found {', '.join(others[:100]) or 'no array'}")
     if others:
         print(printable(f"note: {path}: not used: {', '.join(others[:100])}"), file=sys.stderr)
     return arrays
 
 
 def make_batch(arrays: dict[str, np.ndarray], config: ModelConfig, path: str) -> Batch:
-    """Checked inputs as a Batch, labels shifted; without labels every target is IGNORE.
+    """The inputs, checked, as a Batch with shifted labels; without labels every target is IGNORE.
 
-    UserError (naming array, value and place) on a wrong type or shape, an id outside the vocabulary, a mask that is not
-    0/1, a mask without labels, or labels that leave nothing to learn from.
+    UserError, naming array, value and index, for a wrong type or shape, an id outside the vocabulary, a mask value
+    other than 0 and 1, a mask without labels, and labels without a single target.
     """
     ids = arrays["input_ids"]
     if ids.ndim != 2 or 0 in ids.shape:
@@ -194,7 +194,7 @@ def make_batch(arrays: dict[str, np.ndarray], config: ModelConfig, path: str) ->
     for name in ("labels", "loss_mask"):
         if name in arrays and arrays[name].shape != ids.shape:
             raise UserError(
-                f"{path}: {name} has shape {list(arrays[name].shape)}, input_ids {list(ids.shape)}; they must be equal"
+                f"{path}: {name} must have the shape of input_ids, {list(ids.shape)}, found {list(arrays[name].shape)}"
             )
     outside = (ids < 0) | (ids >= config.vocab_size)
     _refuse(path, "input_ids", ids, outside, f"outside the vocabulary of {config.vocab_size}")
@@ -203,7 +203,7 @@ def make_batch(arrays: dict[str, np.ndarray], config: ModelConfig, path: str) ->
     mask = arrays.get("loss_mask")
     if mask is not None:
         if "labels" not in arrays:
-            raise UserError(f"{path}: loss_mask without labels; add labels")
+            raise UserError(f"{path}: loss_mask needs labels, found none; add labels")
         _refuse(path, "loss_mask", mask, (mask != 0) & (mask != 1), "neither 0 nor 1")
     if "labels" in arrays:
         labels = arrays["labels"]
@@ -212,8 +212,9 @@ def make_batch(arrays: dict[str, np.ndarray], config: ModelConfig, path: str) ->
         targets = shift_labels(labels, mask)
         if not (targets != IGNORE).any():
             raise UserError(
-                f"{path}: no label is left to predict (the first of a row never counts: position t predicts "
-                f"labels[t+1]); give labels other than {IGNORE}, unmasked, in rows of 2 tokens or more"
+                f"{path}: at least one label must count in the loss, found none (position t predicts labels[t+1], so "
+                f"the first of a row never counts); give labels other than {IGNORE}, unmasked, in rows of 2 tokens or "
+                "more"
             )
     return Batch(ids.astype(np.int32), targets.astype(np.int32), positions)
 
@@ -225,18 +226,18 @@ def _refuse(path: str, name: str, array: np.ndarray, bad: np.ndarray, why: str) 
 
 
 def check_output(out: str, inputs: str) -> Path:
-    """The output path, once its folder is known to exist, so that a long run does not end at a closed door."""
+    """The output path, checked before long work: its folder exists, and it is not the input."""
     path = Path(out)
     if path.is_dir():
-        raise UserError(f"--out {out}: is a folder; give a file name")
+        raise UserError(f"--out {out}: must be a file, found a folder; give the name of a file")
     if not path.parent.is_dir():
-        raise UserError(f"--out {out}: no folder {path.parent}; make it first")
+        raise UserError(f"--out {out}: its folder {path.parent} does not exist; create it first")
     if Path(inputs).exists() and path.exists() and path.samefile(inputs):
-        raise UserError(f"--out {out}: is the file of --inputs; give another")
+        raise UserError(f"--out {out}: must not be the file of --inputs; give another")
     return path
 
 
 def check_not_of_model(out: Path, files: Iterable[Path]) -> None:
-    """UserError when the output would replace a file of the model it is computed from."""
+    """UserError when the output would replace a file of the checkpoint."""
     if out.exists() and any(file.exists() and out.samefile(file) for file in files):
-        raise UserError(f"--out {out}: is a file of the checkpoint itself; give another")
+        raise UserError(f"--out {out}: must not be a file of the checkpoint; give another")

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from telechat_twins.core.inference.sampling import SamplingConfig
     from telechat_twins.core.parallel.layout import Layout
 
-MAX_PROMPT = 1 << 22  # bytes; a million tokens
+MAX_PROMPT_BYTES = 1 << 22  # about a million tokens
 
 EPILOG = """\
 examples:
@@ -43,39 +43,39 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = EPILOG
     add_model_arguments(parser)
     source = parser.add_mutually_exclusive_group()
-    source.add_argument("--prompt", metavar="TEXT", help="the text to continue (read from stdin when none is named)")
-    source.add_argument("--prompt-file", metavar="F", help="read it from a file (one line end at its end is dropped)")
-    source.add_argument("--ids", metavar="1,2,3", help="token ids instead of text; needs no tokenizer")
-    parser.add_argument("--max-new-tokens", type=int, default=128, metavar="N", help="tokens to make at most (128)")
+    source.add_argument("--prompt", metavar="TEXT", help="text to continue (default: read from stdin)")
+    source.add_argument("--prompt-file", metavar="F", help="read the text from a file, without a final line end")
+    source.add_argument("--ids", metavar="1,2,3", help="token ids instead of text; no tokenizer is needed")
+    parser.add_argument("--max-new-tokens", type=int, default=128, metavar="N", help="tokens to generate at most (128)")
     parser.add_argument("--chat", action="store_true", help="wrap the prompt as a user's question in the chat template")
     parser.add_argument(
-        "--allow-control", action="store_true", help="read control tokens, as <_user>, in the prompt's text"
+        "--allow-control", action="store_true", help="encode names of control tokens, e.g. <_user>, as these tokens"
     )
-    parser.add_argument("--ignore-eos", action="store_true", help="go on past the end token")
+    parser.add_argument("--ignore-eos", action="store_true", help="continue after the end token")
     parser.add_argument(
         "--stop", action="append", default=[], metavar="TEXT", help="end before this text; may be given several times"
     )
     parser.add_argument(
-        "--samples", type=int, default=1, metavar="N", help="answers to draw (1); not streamed if several"
+        "--samples", type=int, default=1, metavar="N", help="answers to draw (1); several are not streamed"
     )
     parser.add_argument(
-        "--logprobs", type=int, metavar="N", help="with --json: log-probabilities, and of the N likeliest"
+        "--logprobs", type=int, metavar="N", help="with --json: log-probability of each token and of the N likeliest"
     )
     add_sampling_arguments(parser)
     parser.add_argument(
-        "--stream", action=argparse.BooleanOptionalAction, default=True, help="print the text as it is made (default)"
+        "--stream", action=argparse.BooleanOptionalAction, default=True, help="print text as it is generated (default)"
     )
     parser.add_argument(
         "--layout",
         metavar="TEXT",
-        help="share the model over processes (tp2, tp2.pp2), or a long prompt and its cache (ring2)",
+        help="divide the model among processes (tp2, tp2.pp2), or a long prompt and its cache (ring2)",
     )
     parser.add_argument("--nproc", type=int, metavar="N", help="processes (default: as many as the layout needs)")
     parser.add_argument("--json", action="store_true", help="print one JSON object: ids, text, margins, finish_reason")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Generate, print text or JSON on stdout and a line of statistics on stderr."""
+    """Generate; print text or JSON to stdout and a line of statistics to stderr."""
     from telechat_twins.core.inference.generation import answer
     from telechat_twins.core.inference.requests import check_request
     from telechat_twins.core.parallel.layout import check_layout
@@ -84,13 +84,13 @@ def run(args: argparse.Namespace) -> int:
     if args.max_new_tokens < 1:
         raise UserError(f"--max-new-tokens: must be at least 1, found {args.max_new_tokens}")
     if args.samples > 1 and sampling.greedy:
-        raise UserError("--samples: greedy answers are all the same; add --temperature, e.g. --temperature 0.7")
+        raise UserError("--samples: several need --temperature, since greedy answers are equal; e.g. --temperature 0.7")
     if args.logprobs is not None and not args.json:
         raise UserError("--logprobs requires --json; add --json")
     layout = _layout(args)
     ids = None if args.ids is None else parse_ids(args.ids)
     if ids is not None and (args.chat or args.allow_control):
-        raise UserError("--ids: are used as they are; --chat and --allow-control work on text")
+        raise UserError("--ids: cannot be combined with --chat or --allow-control, which work on text; give one")
     text = _prompt_text(args) if ids is None else ""
     model = load_model(args, None if ids is not None else "a text prompt")
     check_layout(layout, model.config)
@@ -132,7 +132,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _request(args: argparse.Namespace, model: Loaded, ids: Sequence[int], sampling: SamplingConfig) -> Request:
-    """What the options ask of the engine, for a prompt's ids."""
+    """The engine's request for a prompt's ids, with the options."""
     from telechat_twins.core.inference.generation import turn_stops
     from telechat_twins.core.inference.requests import Request
 
@@ -149,7 +149,7 @@ def _request(args: argparse.Namespace, model: Loaded, ids: Sequence[int], sampli
         stop_texts=tuple(args.stop),
         logprobs=args.logprobs,
         margins=args.json,
-        # An answer starts a text of its own; a raw continuation goes on from the prompt's last word.
+        # An answer is a text of its own; a raw continuation continues after the prompt's last word.
         text=("answer" if args.chat else "continuation") if has_text else "none",
     )
 
@@ -157,8 +157,9 @@ def _request(args: argparse.Namespace, model: Loaded, ids: Sequence[int], sampli
 def _by_ranks(
     args: argparse.Namespace, model: Loaded, request: Request, layout: Layout, show: bool
 ) -> tuple[int, list[Event]]:
-    """The events of a request served by the processes of a layout, and the launcher's code; with ``show`` its text on
-    stdout as it is made. After a failure of a rank (code 1) the folder with its logs stays; stderr has named it."""
+    """Run a request in the processes of a layout. Returns the launcher's exit code and the events; with ``show``, the
+    text goes to stdout as it is generated. After a failure of a rank (code 1) the folder with the logs is kept; the
+    launcher has printed its name."""
     from telechat_twins.convert.generation_rank import SCRIPT
     from telechat_twins.core.inference.generation import note_length
     from telechat_twins.core.inference.worker import GenerationJob, read_events, write_job
@@ -193,7 +194,7 @@ def _by_ranks(
 
 @contextlib.contextmanager
 def _shown(path: Path, show: bool) -> Iterator[None]:
-    """Within, what a file gets is written to stdout as it comes, and what the launcher shows goes to stderr."""
+    """In this context, text appended to a file is copied to stdout, and the launcher's output goes to stderr."""
     out, done = sys.stdout, threading.Event()
     terminal = out.isatty()
 
@@ -220,7 +221,7 @@ def _shown(path: Path, show: bool) -> Iterator[None]:
 
 
 def _report(args: argparse.Namespace, request: Request, made: list[Event], shown: bool) -> None:
-    """One sample on stdout, as far as it was not ``shown`` as it came."""
+    """Print one sample to stdout, unless its text has been ``shown`` already."""
     choices = [event.choice for event in made if event.choice is not None]
     last = made[-1]
     by_token = isinstance(last.stop, int)
@@ -251,7 +252,7 @@ def _report(args: argparse.Namespace, request: Request, made: list[Event], shown
 
 
 def _layout(args: argparse.Namespace) -> Layout:
-    """The layout that --layout and --nproc ask for, one process without any."""
+    """The layout of --layout and --nproc; by default one process."""
     from telechat_twins.core.commands.options import read_layout
     from telechat_twins.core.inference.worker import inference_layout
 
@@ -275,17 +276,17 @@ def _prompt_text(args: argparse.Namespace) -> str:
         return args.prompt
     if args.prompt_file is not None:
         try:
-            with open(args.prompt_file, "rb") as file:  # a pipe is as good as a file here
-                raw = file.read(MAX_PROMPT + 1)
+            with open(args.prompt_file, "rb") as file:  # may be a pipe
+                raw = file.read(MAX_PROMPT_BYTES + 1)
         except OSError as error:
             raise UserError(f"--prompt-file {args.prompt_file}: cannot be read ({error.strerror})") from None
         name = args.prompt_file
     elif sys.stdin is None or sys.stdin.isatty():
-        raise UserError("prompt: none given; use --prompt TEXT, --prompt-file F, --ids 1,2,3, or pipe text in")
+        raise UserError("prompt: required; give --prompt TEXT, --prompt-file F, --ids 1,2,3, or pipe text in")
     else:
-        raw, name = sys.stdin.buffer.read(MAX_PROMPT + 1), "stdin"
-    if len(raw) > MAX_PROMPT:
-        raise UserError(f"{name}: has more than {MAX_PROMPT} bytes, longer than any prompt")
+        raw, name = sys.stdin.buffer.read(MAX_PROMPT_BYTES + 1), "stdin"
+    if len(raw) > MAX_PROMPT_BYTES:
+        raise UserError(f"{name}: must have at most {MAX_PROMPT_BYTES} bytes, found more; shorten the prompt")
     try:
         return raw.decode("utf-8").removesuffix("\n")
     except UnicodeDecodeError as error:
@@ -298,6 +299,6 @@ def _encode(model: Loaded, text: str, args: argparse.Namespace) -> list[int]:
         from telechat_twins.core.data.chat_layout import require_layout
 
         if not text.strip():
-            raise UserError("prompt: it is empty")
+            raise UserError("prompt: must not be empty; type some text")
         return require_layout(model.tokenizer, model.layout).encode([{"role": "user", "content": text}])
     return model.tokenizer.encode(text, allow_control=args.allow_control)

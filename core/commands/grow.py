@@ -1,4 +1,4 @@
-"""`tele grow`: a trained model made larger without changing what it computes."""
+"""`tele grow`: makes a larger model of a trained one, which computes the same function."""
 
 from __future__ import annotations
 
@@ -27,20 +27,20 @@ if TYPE_CHECKING:
     from telechat_twins.convert.growth.plan import GrowthPlan
 
 DESCRIPTION = """\
-Make a larger model of a checkpoint, optimizer state included, that computes the same function; training goes on from it
-in either backend, at any layout. Width, ffn, heads, kv heads and depth may grow in one step.
+Grow a checkpoint, optimizer state included, into a larger model that computes the same function. Training continues
+from it in either backend, at any layout. Width, ffn, heads, kv heads and depth may grow in one step.
 
 Methods:
-  masked  new weights are random; what they make is multiplied by c, which training takes from 0 to 1 in --anneal-steps
-          steps. c is part of the model until it is 1; then the model is a plain larger one.
-  zero    no masks: new weights that would be seen are zero. Norms go on counting the channels that were there.
-Old weights, m and v stay as they are; new entries of m and v are zero, and their bias correction starts with their own
-first update. Tensors pass in bands of rows, so memory does not grow with the model; SRC is only read; DST appears
-complete or not at all.
+  masked  new weights are random, and their outputs are multiplied by c, which rises from 0 to 1 in --anneal-steps steps
+          of training. c is part of the model until it reaches 1; then the model is an ordinary larger one.
+  zero    no masks: new weights that would affect outputs are zero. Norms keep dividing by the old number of channels.
+Old weights, m and v are unchanged. New entries of m and v are zero, and their bias correction starts with their own
+first update. Tensors are processed in bands of rows, so memory does not grow with the model. SRC is not modified, and
+DST appears complete or not at all.
 
-The target names the sizes: a preset, a YAML file with a model (or a run with one), or --set on the model of SRC. The
-head size stays what it is; where hidden_size / num_heads is another number, give head_dim. Multipliers of embeddings
-and logits stay too, whatever the target says, unless --multipliers fold moves the change into the weights.
+The target gives the sizes: a preset, a YAML file of a model or a run, or --set changes of SRC's model. The head size is
+kept; if hidden_size / num_heads differs from it, give head_dim. The multipliers of embeddings and logits are kept, too,
+unless --multipliers fold takes the target's and rescales the weights.
 """
 STATE_BYTES = 12  # float32 weights, m and v
 EXAMPLES = """\
@@ -58,7 +58,7 @@ and then (--init in place of --resume where SRC was a released model, without an
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description, parser.epilog = DESCRIPTION, EXAMPLES
     parser.add_argument("source", metavar="SRC", help="checkpoint or run; with --plan also a preset or a model's YAML")
-    parser.add_argument("target_folder", metavar="DST", type=Path, help="folder to make")
+    parser.add_argument("target_folder", metavar="DST", type=Path, help="folder to create")
     parser.add_argument("--target", metavar="F", help="preset or YAML file with the sizes to grow to")
     parser.add_argument(
         "--set",
@@ -66,20 +66,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="extend",
         default=[],
         metavar="KEY=VALUE",
-        help="change of the target (without --target: of the model of SRC), e.g. hidden_size=256",
+        help="change of the target's sizes (without --target: of SRC's), e.g. hidden_size=256",
     )
-    parser.add_argument("--method", choices=METHODS, default="masked", help="how the function is kept (masked)")
+    parser.add_argument("--method", choices=METHODS, default="masked", help="how the function is preserved (masked)")
     parser.add_argument(
-        "--anneal-steps", type=int, default=1000, metavar="N", help="training steps until c is 1 (masked; default 1000)"
+        "--anneal-steps", type=int, default=1000, metavar="N", help="masked: training steps until c is 1 (1000)"
     )
     parser.add_argument(
         "--depth",
         default="insert",
         metavar="HOW",
-        help="insert: copies spread evenly, each behind its original (default); stack: copies on top; or for every "
-        "block of the target the block it continues or copies, e.g. 0,0,1,2 (-1: random weights)",
+        help="insert: copies spread evenly, each after its original (default); stack: copies on top; or the source "
+        "block of each target block, e.g. 0,0,1,2 (-1: random weights)",
     )
-    parser.add_argument("--fresh-layers", action="store_true", help="new blocks get random weights and not copies")
+    parser.add_argument("--fresh-layers", action="store_true", help="new blocks get random weights instead of copies")
     parser.add_argument(
         "--multipliers",
         choices=("keep", "fold"),
@@ -87,7 +87,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="input_mult and logit_mult: keep those of SRC (default), or take the target's and rescale weights",
     )
     parser.add_argument("--grow-head-dim", action="store_true", help="allow a larger head size, a multiple of the old")
-    parser.add_argument("--seed", type=int, default=0, help="of the new random weights (0)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of new random weights (0)")
     parser.add_argument("--plan", action="store_true", help="print sizes, bytes and time; write nothing")
 
 
@@ -151,7 +151,7 @@ def _target(args: argparse.Namespace, source: ModelConfig) -> ModelConfig:
     """The model to grow to."""
     if args.target is None and not args.set:
         raise UserError(
-            "--target: name the sizes to grow to (a preset or a YAML file), or give --set, e.g. num_layers=8"
+            "--target: the sizes to grow to are required; give a preset or a YAML file, or --set, e.g. num_layers=8"
         )
     tree: JsonObject
     if args.target is not None:
@@ -168,20 +168,21 @@ def _refuse_release(source: str) -> None:
     path = Path(source)
     if (path / "config.json").is_file():
         raise UserError(
-            f"{path}: is a released folder; make a checkpoint of it first: tele convert --from hf --to canonical"
+            f"{path}: must be a canonical checkpoint, found a released folder; convert it first: "
+            "tele convert --from hf --to canonical"
         )
 
 
 def _check_target(source: Path, target: Path) -> None:
     inner, outer = source.resolve(), target.resolve()
     if inner == outer or inner in outer.parents or outer in inner.parents:
-        raise UserError(f"{target}: SRC and DST lie in one another; choose a DST outside {source}")
+        raise UserError(f"{target}: DST must not contain SRC or lie inside it; choose a DST outside {source}")
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise UserError(f"{target}: exists and is not empty; choose another DST")
+        raise UserError(f"{target}: DST must be new or empty, found files; choose another DST")
 
 
 def _print_cost(plan: GrowthPlan, read: Callable[..., np.ndarray], before: int, after: int) -> None:
-    """Bytes, and seconds on this machine from the rate of making one second's worth of tensors and hashing it."""
+    """Print bytes and an estimate of the time, from the rate of growing and hashing tensors for one second."""
     import hashlib
 
     from telechat_twins.convert.growth.weights import grow_weights
@@ -192,7 +193,7 @@ def _print_cost(plan: GrowthPlan, read: Callable[..., np.ndarray], before: int, 
         count += piece.array.nbytes
         if time.perf_counter() - started > 1.0:
             break
-    # Everything read is hashed once, everything written made and hashed once.
+    # What is read is hashed once; what is written is computed and hashed once.
     seconds = timedelta(seconds=round((after + before / 2) * (time.perf_counter() - started) / count))
     print(f"writes {show_bytes(after)} from {show_bytes(before)}, in about {seconds} on this machine")
 

@@ -1,4 +1,4 @@
-"""Command-line options that several commands share."""
+"""Command-line options shared by several commands."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
-    """Which model, where it runs, how it is read; shared with ``tele chat``."""
+    """Options of generate, chat and serve: the model, its backend, and how it is read."""
     parser.add_argument(
         "--backend", required=True, choices=sorted(backends.BACKENDS), help="ms: MindSpore, pt: PyTorch"
     )
@@ -38,46 +38,52 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         "--quantize",
         default="none",
         choices=QUANTIZATIONS,
-        help="keep the matrices of linear layers in 8 bits, a factor for each output",
+        help="int8: linear layers in 8 bits, with a scale for each output channel (none)",
     )
     parser.add_argument(
         "--rescale",
         default="request",
         choices=("request", "step"),
-        help="rotary base beyond the trained length: fixed per request, or recomputed each step as released",
+        help="rotary base beyond the trained length: fixed for a request, or recomputed each step as released",
     )
     parser.add_argument("--table-dtype", choices=("float32", "float16"), help="rotary tables; float16 as released")
-    parser.add_argument("--add-bos", action="store_true", help="begin with <_start>, as the 115B release's chat does")
+    parser.add_argument("--add-bos", action="store_true", help="begin with <_start>, as in the 115B release's chat")
 
 
 def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
-    """How tokens are chosen; greedy unless a temperature is given."""
+    """Options of sampling; greedy unless a temperature is given."""
     parser.add_argument("--temperature", type=float, metavar="T", help="above 0 draws tokens (default 0: greedy)")
     parser.add_argument("--top-k", type=int, metavar="K", help="draw from the K likeliest tokens")
-    parser.add_argument("--top-p", type=float, metavar="P", help="draw from the likeliest tokens holding this share")
     parser.add_argument(
-        "--min-p", type=float, metavar="P", help="draw from tokens at least this share as likely as the likeliest"
+        "--top-p", type=float, metavar="P", help="draw from the likeliest tokens with this total probability"
+    )
+    parser.add_argument(
+        "--min-p", type=float, metavar="P", help="draw from tokens at least P times as likely as the likeliest"
     )
     parser.add_argument("--repetition-penalty", type=float, default=1.0, metavar="R", help="above 1: less repetition")
     parser.add_argument(
-        "--presence-penalty", type=float, default=0.0, metavar="R", help="taken off the logit of what was written"
+        "--presence-penalty",
+        type=float,
+        default=0.0,
+        metavar="R",
+        help="subtracted from the logit of each token in the output",
     )
     parser.add_argument(
-        "--frequency-penalty", type=float, default=0.0, metavar="R", help="the same, for each time that it was"
+        "--frequency-penalty", type=float, default=0.0, metavar="R", help="the same, once for each occurrence"
     )
-    parser.add_argument("--seed", type=int, default=0, help="of the draws (0)")
-    parser.add_argument("--greedy", action="store_true", help="take the likeliest token (the default, said aloud)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the random draws (0)")
+    parser.add_argument("--greedy", action="store_true", help="take the likeliest token (the default)")
 
 
 def sampling_from(args: argparse.Namespace) -> SamplingConfig:
-    """The checked SamplingConfig of the options; UserError where they contradict each other."""
+    """The SamplingConfig of the options; UserError where they contradict each other."""
     if args.greedy and args.temperature:
-        raise UserError(f"--greedy: contradicts --temperature {args.temperature}; give one of them")
+        raise UserError(f"--greedy: cannot be combined with --temperature {args.temperature}; give one of them")
     drawing = {"top_k": args.top_k, "top_p": args.top_p, "min_p": args.min_p}
     given = {name: value for name, value in drawing.items() if value is not None}
     if given and (args.greedy or args.temperature is None):
         name = next(iter(given)).replace("_", "-")
-        raise UserError(f"--{name}: acts only on drawing; add --temperature, e.g. --temperature 0.7")
+        raise UserError(f"--{name}: needs --temperature, since it has no effect on greedy decoding; add e.g. 0.7")
     return sampling_config(
         temperature=args.temperature or 0.0,
         repetition_penalty=args.repetition_penalty,
@@ -89,19 +95,19 @@ def sampling_from(args: argparse.Namespace) -> SamplingConfig:
 
 
 def read_layout(text: str | None, nproc: int | None, timeout: float | None) -> Layout:
-    """The layout that the options ask for, a single process without any; UserError where they contradict each other."""
+    """The layout of the options; by default a single process. UserError where they contradict each other."""
     if nproc is not None and nproc < 1:
         raise UserError(f"--nproc: must be at least 1, found {nproc}")
     if text is None and nproc not in (None, 1):
-        raise UserError(f"--nproc: {nproc} processes need a layout to share the work; add e.g. --layout tp{nproc}")
+        raise UserError(f"--nproc: {nproc} processes need a layout; add e.g. --layout tp{nproc}")
     layout = Layout() if text is None else parse_layout(text)
     if nproc not in (None, layout.world):
         raise UserError(
-            f"--nproc: {nproc} is not the {layout.world} processes of layout {layout.name}; leave --nproc out, or give "
-            f"--nproc {layout.world}"
+            f"--nproc: must be {layout.world}, the processes of layout {layout.name}, found {nproc}; leave it out or "
+            f"give {layout.world}"
         )
     if timeout is not None and not (math.isfinite(timeout) and timeout >= 0):
-        raise UserError(f"--timeout: must be 0 (any) or a number of seconds above it, found {timeout:g}")
+        raise UserError(f"--timeout: must be 0 (no limit) or a number of seconds above it, found {timeout:g}")
     return layout
 
 

@@ -1,4 +1,4 @@
-"""``tele parity``: run both backends on one config, on one device and in layouts, and say whether they are equal."""
+"""``tele parity``: compares both backends on one config, on one device and in layouts, against bounds."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from telechat_twins.core.train.metrics import Row
 EPILOG = """\
 examples:
   tele parity --config F --steps 50
-      both backends against each other: one batch, then 50 training steps
+      compare both backends: on one batch, then over 50 training steps
   tele parity --config F --steps 0 --layouts tp2,ring2,pp2,tp2.pp2
-      also each of these layouts, in each backend, against one device (layouts: see `tele train --help`)
+      also compare each of these layouts, in each backend, with one device (layouts: see `tele train --help`)
   tele parity --config F --growth flm-replica --steps 20 --layouts tp2
-      before, at and after every growth of a schedule: the function kept, the backends equal
+      compare before, at and after every growth of a schedule: the function is preserved, and the backends are equal
 """
 
 
@@ -33,20 +33,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--config",
         required=True,
         metavar="F",
-        help="a training run's YAML or a bundled run's name; its model, data and recipe are used",
+        help="YAML file of a training run, or the name of a bundled one; its model, data and recipe are used",
     )
     parser.add_argument(
         "--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="override, e.g. train.precision=bf16"
     )
-    parser.add_argument("--growth", metavar="G", help="a growth schedule: compare around every growth of it")
+    parser.add_argument(
+        "--growth", metavar="G", help="growth schedule: compare before, at and after each of its growths"
+    )
     parser.add_argument(
         "--steps", type=int, default=50, metavar="N", help="training steps to compare; 0: one batch only (50)"
     )
     parser.add_argument(
-        "--out", default="parity", metavar="DIR", help="where report.md, report.json, traces.png go (parity)"
+        "--out", default="parity", metavar="DIR", help="folder for report.md, report.json and traces.png (parity)"
     )
     parser.add_argument(
-        "--backends", nargs="+", choices=sorted(backends.BACKENDS), default=["ms", "pt"], help="who to judge (ms pt)"
+        "--backends",
+        nargs="+",
+        choices=sorted(backends.BACKENDS),
+        default=["ms", "pt"],
+        help="backends to compare (ms pt)",
     )
     parser.add_argument(
         "--weights",
@@ -63,7 +69,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Compare, write the report, print its verdict and bounds; 1 when a bound is broken."""
+    """Compare the backends, write the report, print its verdict and bounds; 1 when a bound is broken."""
     if args.steps < 0:
         raise UserError(f"--steps: must be at least 0, found {args.steps}")
     if not 0 <= args.layout_steps <= 100:
@@ -93,9 +99,9 @@ def make_report(
     layouts: list[Layout] | None = None,
     updates: int = 2,
 ) -> tuple[ParityReport, dict[str, list[Row]]]:
-    """The comparison without writing it: the report, and the rows of each trace by its label.
+    """Compare the backends. Returns the report, and the rows of each trace by its label; nothing is written.
 
-    ``layouts``: each is compared with one device, over ``updates`` optimizer updates.
+    ``layouts``: each is compared with one device over ``updates`` optimizer updates.
     """
     batch_report = compare_batch(config, names, weights)
     layout_reports = compare_layouts(config, out, names, layouts or [], weights, updates) if layouts else []

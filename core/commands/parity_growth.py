@@ -1,9 +1,10 @@
-"""``tele parity --growth``: both backends equal before, at and after every growth of a schedule, alone and in layouts.
+"""``tele parity --growth``: compares both backends before, at and after every growth of a schedule, also in layouts.
 
-For each growth, on weights that show every mistake: the small model; the grown one at c = 0, against float64 and
-against the small one (logits, loss, old gradients the same, gradients of new entries zero); between the sizes; at
-c = 1, which must be the plain model. The layouts asked for take the model between the sizes. Then the small model is
-trained a few steps by the first backend, and what it grows to by all of them.
+For each growth, on weights with which every error shows, these models are compared: the small one; the grown one at
+c = 0 with float64 and with the small one (logits, loss and old gradients must be equal, gradients of new entries zero);
+the grown one between the sizes (c between 0 and 1), also in the given layouts; and at c = 1, where it must equal the
+model without masks. Then the first backend trains the small model for a few steps, and every backend trains what it
+grows to.
 """
 
 from __future__ import annotations
@@ -55,19 +56,19 @@ Weights = Mapping[str, np.ndarray]
 
 @dataclass(frozen=True)
 class Section:
-    """What was compared, and the bounds of it."""
+    """One comparison: its title and its bounds."""
 
     title: str
     bounds: list[Bound]
 
 
 def run(args: argparse.Namespace) -> int:
-    """Compare, write report.md and report.json, print every bound; 1 when one is broken."""
+    """Run all comparisons, write report.md and report.json, print every bound; 1 when one is broken."""
     from telechat_twins.convert.growth.schedule import load_schedule
 
     stages = load_schedule(args.growth, args.config, args.set)
     if len(stages) < 2:
-        raise UserError(f"--growth {args.growth}: has one stage; nothing grows")
+        raise UserError(f"--growth {args.growth}: must have at least two stages, found one; add a stage that grows")
     out = Path(args.out)
     writable_file(out / "report.md", "--out")
     with hold_folder(out, f"--out {out}"):
@@ -100,7 +101,7 @@ def _compare(args: argparse.Namespace, stages: Sequence[Stage], out: Path) -> in
 
 
 def to_markdown(verdict: str, sections: Sequence[Section]) -> str:
-    """The report for people."""
+    """Markdown report of all sections."""
     lines = ["# Parity under growth", "", f"**{verdict}**"]
     for section in sections:
         lines += ["", f"## {section.title}", "", "| | quantity | measured | limit | where the limit comes from |"]
@@ -112,7 +113,7 @@ def to_markdown(verdict: str, sections: Sequence[Section]) -> str:
 
 
 def growth_sections(before: Stage, stage: Stage, names: list[str]) -> list[Section]:
-    """The function and its gradients, on one micro-batch."""
+    """Comparison of the function and its gradients on one micro-batch."""
     from telechat_twins.convert.growth.plan import plan_growth
     from telechat_twins.convert.growth.weights import grow_arrays
 
@@ -167,14 +168,15 @@ def _kept(
     masked: bool,
     exact: BatchResult | None = None,
 ) -> list[Bound]:
-    """The grown model against the small one, in the same arithmetic; ``exact``: the small one's float64 results."""
+    """Bounds on the grown model against the small one in the same arithmetic; ``exact``: the small one in float64."""
     from telechat_twins.convert.growth.gradients import gradients_of_new, gradients_of_old
 
     old = gradients_of_old(plan, grown["grads"])
     if exact is None:
         limits, source = dict.fromkeys(("logits", "loss", "gradients"), EXACTLY), "float64: the same function"
     else:
-        # Sums over more terms, in another order: as far as the small model itself is from float64, or a few roundings.
+        # The grown model sums more terms, in another order, so it may differ from the small one by a few roundings, or
+        # as much as the small one itself differs from float64.
         rules = tolerances(precision, plan.source.num_layers)
         own = {
             "logits": relative_frobenius(small["logits"], exact["logits"]),
@@ -187,13 +189,13 @@ def _kept(
         source = f"4 x the small model's own distance from float64, or as between backends ({precision})"
     bounds = [
         Bound(
-            f"{who}: logits as before",
+            f"{who}: logits unchanged",
             relative_frobenius(grown["logits"], small["logits"]),
             limits["logits"],
             source,
         ),
-        Bound(f"{who}: loss as before", abs(grown["loss"] / small["loss"] - 1), limits["loss"], source),
-        Bound(f"{who}: old gradients as before", _apart(old, small["grads"]), limits["gradients"], source),
+        Bound(f"{who}: loss unchanged", abs(grown["loss"] / small["loss"] - 1), limits["loss"], source),
+        Bound(f"{who}: old gradients unchanged", _apart(old, small["grads"]), limits["gradients"], source),
     ]
     if masked:
         largest = max((float(np.abs(g).max()) for g in gradients_of_new(plan, grown["grads"]).values()), default=0.0)
@@ -209,7 +211,7 @@ def _apart(a: Weights, b: Weights) -> float:
 def _forward(name: str, config: ModelConfig, weights: Weights, batch: Batch, precision: str) -> BatchResult:
     get: Callable[[str], np.ndarray] = weights.__getitem__
     found: BatchResult = backends.load(name, "forward").run(config, get, batch, precision, True)
-    # Rows that only pad have no logits worth comparing.
+    # Padding rows of the vocabulary are not compared.
     found["logits"] = found["logits"][..., : config.num_tokens]
     return found
 
@@ -218,12 +220,15 @@ def _batch(config: RunConfig) -> Batch:
     blend = open_blend(config.data, config.train.seed, config.model.num_tokens, config.model.filler_id)
     batch = blend.batch(0, config.train.micro_batch)
     if not batch.num_targets:
-        raise UserError("data: no position of the first micro-batch counts in the loss; use a larger train.micro_batch")
+        raise UserError(
+            "data: at least one position of the first micro-batch must count in the loss, found none; use a larger "
+            "train.micro_batch"
+        )
     return batch
 
 
 def layout_sections(stage: Stage, names: list[str], layouts: list[Layout], updates: int, out: Path) -> list[Section]:
-    """The model between the sizes in every layout of every backend, against one device of it."""
+    """Comparison of the model between the sizes, in every layout of every backend, with one device."""
     assert stage.plan is not None
     model = with_mask(stage.plan.config, BETWEEN)
     config = dataclasses.replace(stage.config, model=model)
@@ -237,7 +242,8 @@ def layout_sections(stage: Stage, names: list[str], layouts: list[Layout], updat
 
 
 def training_section(before: Stage, stage: Stage, names: list[str], steps: int, out: Path) -> Section:
-    """The small model trained a few steps, grown, and trained on by each backend and in float64."""
+    """Comparison of training after growth: the small model is trained for a few steps, grown, and trained further by
+    each backend and in float64."""
     from telechat_twins.convert.growth.files import grow_checkpoint, plan_checkpoint
     from telechat_twins.core.checkpoint.read import open_checkpoint
 
@@ -246,9 +252,9 @@ def training_section(before: Stage, stage: Stage, names: list[str], steps: int, 
         stage.plan.options, anneal_steps=max(1, min(stage.plan.options.anneal_steps, steps // 2))
     )
     folder = out / f"growth-{stage.name}"
-    shutil.rmtree(folder, ignore_errors=True)  # a former comparison's, by its name
+    shutil.rmtree(folder, ignore_errors=True)  # left by an earlier comparison
     small = dataclasses.replace(before.config, checkpoint=dataclasses.replace(before.config.checkpoint, every=0))
-    # One step more than is grown from, for its loss: the grown model's first must be the same.
+    # One step more than the growth starts from: the grown model's first loss must equal that step's.
     longer = trace_rows(small, folder, names[0], SMALL_STEPS + 1, "longer")
     trace_rows(small, folder, names[0], SMALL_STEPS, "small")
     checkpoint = open_checkpoint(folder / "trace-small")

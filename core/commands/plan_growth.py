@@ -1,4 +1,4 @@
-"""`tele plan --growth`: what every stage of a growth schedule holds and costs, without a weight being made."""
+"""`tele plan --growth`: estimates of memory and arithmetic for every stage of a growth schedule."""
 
 from __future__ import annotations
 
@@ -12,9 +12,8 @@ from telechat_twins.core.types import JsonObject
 if TYPE_CHECKING:
     from telechat_twins.convert.growth.schedule import Stage
 
-# Of a grown checkpoint with its optimizer: fp32 masters, m and v.
-_BYTES = 12
-# Options of `tele plan` that say of one size what a schedule says of each.
+_STATE_BYTES = 12  # of a checkpoint per parameter: fp32 masters, m and v
+# Options of `tele plan` that every stage of a schedule sets itself.
 _OF_THE_STAGES = ("layout", "seq_len", "micro_batch", "micro_batches", "precision", "recompute")
 
 
@@ -24,7 +23,7 @@ def run(args: argparse.Namespace) -> int:
     from telechat_twins.core.parallel.memory import estimate
 
     if args.config is None:
-        raise UserError("--growth: give the run it belongs to with --config")
+        raise UserError("--growth: requires --config; give the run that the schedule belongs to")
     for name in _OF_THE_STAGES:
         if getattr(args, name) is not None:
             raise UserError(
@@ -32,7 +31,7 @@ def run(args: argparse.Namespace) -> int:
                 f"{args.config} or the stages of {args.growth}"
             )
     stages = load_schedule(args.growth, args.config)
-    told = []
+    rows = []
     for stage in stages:
         config = stage.config
         check_layout(config.parallel, config.model, global_batch=config.train.global_batch)
@@ -46,7 +45,7 @@ def run(args: argparse.Namespace) -> int:
             layout=config.parallel,
             micro_batches=max(1, config.train.global_batch // (config.parallel.dp * config.train.micro_batch)),
         )
-        told.append(
+        rows.append(
             {
                 "name": stage.name,
                 "parameters": stage.parameters,
@@ -57,12 +56,12 @@ def run(args: argparse.Namespace) -> int:
                 "flops": 6.0 * stage.parameters * stage.tokens,
                 "device_bytes": plan["memory_bytes"]["total"],
                 "memory_bytes": {use: size for use, size in plan["memory_bytes"].items() if use != "total"},
-                "checkpoint_bytes": _BYTES * stage.parameters,
+                "checkpoint_bytes": _STATE_BYTES * stage.parameters,
             }
         )
     arithmetic = cost(stages)
     report = {
-        "stages": told,
+        "stages": rows,
         "flops": arithmetic.by_parameters,
         "flops_from_scratch": arithmetic.scratch_by_parameters,
         "flops_saved": arithmetic.saved,
@@ -99,7 +98,7 @@ def _text(report: JsonObject, stages: list[Stage]) -> str:
         f"{report['flops_from_scratch']:.4g}: {report['flops_saved']:.1%} saved, "
         f"{1 / (1 - report['flops_saved']):.2f} times less. Products alone, attention included: "
         f"{report['products_saved']:.1%} saved.",
-        "Memory a device: the fullest rank, estimated as `tele plan --help` says. Checkpoint: masters, m and v.",
+        "Memory per device: that of the fullest rank; see `tele plan --help`. Checkpoint: masters, m and v.",
     ]
     for before, stage in zip(stages, stages[1:], strict=False):
         assert stage.plan is not None

@@ -1,4 +1,4 @@
-"""``tele serve``: a model over HTTP, in the OpenAI interface, with a page to chat on."""
+"""``tele serve``: serves a model over HTTP with the OpenAI API, and a chat page."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ examples:
   curl http://127.0.0.1:8000/v1/chat/completions -H 'Content-Type: application/json' \\
     -d '{"model": "model", "messages": [{"role": "user", "content": "Hello"}]}'
 
-paths: /v1/chat/completions, /v1/completions, /v1/models, /health, /metrics, and / for a page to chat on.
-SIGTERM or Ctrl-C: new requests get 503, running ones have --grace seconds; a second one ends them at once."""
+Routes: /v1/chat/completions, /v1/completions, /v1/models, /health, /metrics, and / for the chat page.
+On SIGTERM or Ctrl-C new requests get 503, and running ones have --grace seconds; a second signal ends them at once."""
 
-MOST_KEYS = 1 << 20  # bytes of a file of keys
-SPARE_CONNECTIONS = 128  # for /health and the like, and for clients that have yet to ask
+MAX_KEY_FILE_BYTES = 1 << 20
+SPARE_CONNECTIONS = 128  # beside those being answered: for /health, /metrics, and clients that are idle
 MISSING = f"fastapi and uvicorn are not installed; run: {install_command('serve')}"
 
 
@@ -40,34 +40,40 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of ``tele serve``."""
     parser.epilog = EPILOG
     add_model_arguments(parser)
-    parser.add_argument("--host", default="127.0.0.1", help="address to listen at (127.0.0.1: this machine only)")
-    parser.add_argument("--port", type=int, default=8000, help="port to listen at (8000); 0 takes any free one")
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen on (127.0.0.1: this machine only)")
+    parser.add_argument("--port", type=int, default=8000, help="port to listen on (8000); 0: any free one")
     parser.add_argument("--name", metavar="NAME", help="the model's name to clients (default: the checkpoint's folder)")
     keys = parser.add_mutually_exclusive_group()
-    keys.add_argument("--api-key", metavar="KEY", help="clients must send it; on a shared machine others may see it")
-    keys.add_argument("--api-key-file", metavar="F", help="the same, from a file with a key a line")
+    keys.add_argument(
+        "--api-key", metavar="KEY", help="key that clients must send; visible to other users of the machine"
+    )
+    keys.add_argument("--api-key-file", metavar="F", help="file of such keys, one per line")
     parser.add_argument(
         "--allowed-host",
         action="append",
         default=[],
         metavar="NAME",
-        help="a name that clients may ask for beside this machine's own (may be given again; * allows any)",
+        help="host name that clients may use, beside local ones (may be given several times; *: any)",
     )
     parser.add_argument(
-        "--no-prompt-reuse", action="store_true", help="compute every prompt, though one before began alike"
+        "--no-prompt-reuse", action="store_true", help="compute every prompt anew, without the cache of common prefixes"
     )
     parser.add_argument("--max-len", type=int, metavar="N", help="tokens of prompt and answer (the model's max_seqlen)")
-    parser.add_argument("--max-prompt-tokens", type=int, metavar="N", help="of these, the prompt's (all but one)")
-    parser.add_argument("--max-new-tokens", type=int, metavar="N", help="of these, an answer's (all but one)")
-    parser.add_argument("--cache-tokens", type=int, metavar="N", help="keys and values kept, in tokens (4 x --max-len)")
-    parser.add_argument("--max-running", type=int, default=32, metavar="N", help="answers made at once (32)")
+    parser.add_argument("--max-prompt-tokens", type=int, metavar="N", help="tokens of a prompt (--max-len - 1)")
+    parser.add_argument("--max-new-tokens", type=int, metavar="N", help="tokens of an answer (--max-len - 1)")
+    parser.add_argument("--cache-tokens", type=int, metavar="N", help="size of the key-value cache (4 x --max-len)")
+    parser.add_argument("--max-running", type=int, default=32, metavar="N", help="answers generated at once (32)")
     parser.add_argument("--max-queue", type=int, default=128, metavar="N", help="answers that may wait (128)")
     parser.add_argument(
-        "--max-connections", type=int, metavar="N", help="open at once (128 more than answers made and waiting)"
+        "--max-connections", type=int, metavar="N", help="open connections (--max-running + --max-queue + 128)"
     )
-    parser.add_argument("--max-seconds", type=float, default=600.0, metavar="S", help="for a request, all told (600)")
-    parser.add_argument("--max-body", type=int, default=4 << 20, metavar="BYTES", help="of a request's body (4 MiB)")
-    parser.add_argument("--grace", type=float, default=30.0, metavar="S", help="to end running answers at the end (30)")
+    parser.add_argument("--max-seconds", type=float, default=600.0, metavar="S", help="time limit of a request (600)")
+    parser.add_argument(
+        "--max-body", type=int, default=4 << 20, metavar="BYTES", help="size of a request's body (4 MiB)"
+    )
+    parser.add_argument(
+        "--grace", type=float, default=30.0, metavar="S", help="time for running answers during shutdown (30)"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -105,7 +111,10 @@ def run(args: argparse.Namespace) -> int:
             file=sys.stderr,
         )
         if not keys and not is_local(listening):
-            print("note: everybody who reaches this address can use it; --api-key-file asks for a key", file=sys.stderr)
+            print(
+                "note: every client that reaches this address can use the server; --api-key-file requires a key",
+                file=sys.stderr,
+            )
 
         def ready() -> None:
             print(f"serving {served.name} at {address_of(opened)}", flush=True)
@@ -115,7 +124,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def check_options(args: argparse.Namespace) -> None:
-    """UserError on a number that makes no sense."""
+    """UserError for a number out of range."""
     for name in (
         "max_len",
         "max_prompt_tokens",
@@ -136,46 +145,50 @@ def check_options(args: argparse.Namespace) -> None:
 
 
 def read_keys(args: argparse.Namespace) -> list[str]:
-    """The keys of which a client must send one; none when everybody may ask."""
+    """The API keys, of which a client must send one; none if no key is required."""
     if args.api_key is not None:
         keys, source = [args.api_key], "--api-key"
     elif args.api_key_file is not None:
         source = f"--api-key-file {args.api_key_file}"
         try:
-            with open(args.api_key_file, "rb") as file:  # a pipe is as good as a file here
-                raw = file.read(MOST_KEYS + 1)
+            with open(args.api_key_file, "rb") as file:  # may be a pipe
+                raw = file.read(MAX_KEY_FILE_BYTES + 1)
             keys = raw.decode("utf-8").split()
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"{source}: cannot be read ({getattr(error, 'strerror', 'not UTF-8 text')})") from None
-        if len(raw) > MOST_KEYS:
-            raise UserError(f"{source}: has more than {MOST_KEYS} bytes; expected a key a line")
+        if len(raw) > MAX_KEY_FILE_BYTES:
+            raise UserError(
+                f"{source}: must have at most {MAX_KEY_FILE_BYTES} bytes, found more; give one key per line"
+            )
     else:
         return []
     if not keys or not all(key.isascii() and key.isprintable() and " " not in key and key for key in keys):
-        raise UserError(f"{source}: expected a key of letters, digits and signs, without spaces")
+        raise UserError(
+            f"{source}: a key must consist of printable ASCII characters without spaces, found none or others"
+        )
     return keys
 
 
 def cache_sizes(args: argparse.Namespace, config: ModelConfig) -> tuple[int, EngineLimits]:
-    """Pages of the cache, and the engine's limits. UserError when one does not fit the model or another one."""
+    """Number of cache pages, and the engine's limits. UserError when they do not fit the model or each other."""
     from telechat_twins.core.inference.engine import STEP_TOKENS, EngineLimits
     from telechat_twins.core.inference.pages import pool_size
 
     max_len = config.max_seqlen if args.max_len is None else args.max_len
     if max_len < 2:
-        raise UserError(f"--max-len: a prompt and its answer need 2 tokens at least, found {max_len}")
+        raise UserError(f"--max-len: must be at least 2, for a prompt and its answer, found {max_len}")
     cache = 4 * max_len if args.cache_tokens is None else args.cache_tokens
     if cache < max_len:
         raise UserError(
-            f"--cache-tokens: {cache} cannot hold one sequence of {max_len} tokens; give more, or a smaller --max-len"
+            f"--cache-tokens: must be at least --max-len, {max_len}, found {cache}; give more, or a smaller --max-len"
         )
     step_tokens = max(STEP_TOKENS, 2 * args.max_running)
     return pool_size(cache), EngineLimits(max_len=max_len, step_tokens=step_tokens, max_running=args.max_running)
 
 
 def warm_up(engine: Engine) -> None:
-    """Make two tokens, so that the first client does not wait for what is compiled or allocated on first use, and a
-    broken model is found now. UserError when its logits are not finite."""
+    """Generate two tokens, so that compilation and allocation on first use do not delay the first client and a broken
+    model is detected at the start. UserError when its logits are not finite."""
     from telechat_twins.core.inference.generation import generate
     from telechat_twins.core.inference.sampling import SamplingConfig
 
@@ -185,7 +198,7 @@ def warm_up(engine: Engine) -> None:
 
 
 def served_model(args: argparse.Namespace, model: Loaded, engine: Engine) -> Served:
-    """What clients are told of the model."""
+    """Description of the model for clients."""
     from telechat_twins.core.serve.job import Served
 
     about = json.dumps(
@@ -208,7 +221,7 @@ def served_model(args: argparse.Namespace, model: Loaded, engine: Engine) -> Ser
 
 
 def model_name(args: argparse.Namespace) -> str:
-    """The model's name to clients. UserError for one that cannot be printed."""
+    """The model's name for clients. UserError for one with unprintable characters."""
     name = args.name or Path(args.checkpoint).resolve().name
     if not name.isprintable() or not name.strip():
         raise UserError(f"--name: expected a name of printable characters, found {name!r}; give another")
@@ -216,7 +229,7 @@ def model_name(args: argparse.Namespace) -> str:
 
 
 def bytes_per_token(model: Loaded) -> int:
-    """Of keys and values, in all layers."""
+    """Bytes of keys and values per token, in all layers."""
     config = model.config
     width = config.head_dim * config.num_kv_heads * config.num_layers
     return 2 * width * {"fp64": 8, "fp32": 4, "amp": 4}.get(model.args.precision, 2)

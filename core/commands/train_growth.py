@@ -1,8 +1,9 @@
-"""`tele train --growth`: the stages of a growth schedule one after another, growing between them.
+"""`tele train --growth`: trains the stages of a growth schedule one after another, with growth between them.
 
-Under the run's folder stage N has a run folder of its own, ``N-name``, and the checkpoint it began from, ``N-grown``;
-beside them one metrics.jsonl and one loss.png of the whole run, and report.md and report.json, brought up to date after
-every stage. All of it follows from what is on disk, so a run that was stopped anywhere goes on with --resume auto.
+In the run's folder, stage N has a run folder of its own, ``N-name``, and the grown checkpoint that it starts from,
+``N-grown``. Beside them are metrics.jsonl and loss.png of the whole run, and report.md and report.json, which are
+rewritten after every stage. The state is derived from these files, so a run that was stopped at any moment continues
+with --resume auto.
 """
 
 from __future__ import annotations
@@ -29,12 +30,12 @@ from telechat_twins.core.types import JsonObject
 if TYPE_CHECKING:
     from telechat_twins.convert.growth.schedule import Stage
 
-_WAIT_S = 2.0
-_SHOWN = 20  # steps that a loss in the report is the mean of: single batches scatter more than a growth changes
+_WAIT_S = 2.0  # between two checks for node 0's grown checkpoint
+_SHOWN = 20  # steps over which a loss in the report is averaged: single batches scatter more than growth changes it
 
 
 def run(args: argparse.Namespace) -> int:
-    """All stages that are not done yet; the launcher's code of the first that fails or is interrupted."""
+    """Train all unfinished stages. Returns 0, or the launcher's code of the first that fails or is interrupted."""
     from telechat_twins.convert.growth.schedule import load_schedule
     from telechat_twins.core.data.blend import open_blend
     from telechat_twins.core.parallel.layout import check_layout
@@ -42,9 +43,12 @@ def run(args: argparse.Namespace) -> int:
 
     if args.layout is not None or args.nproc is not None:
         option = "--layout" if args.layout is not None else "--nproc"
-        raise UserError(f"{option}: every stage of {args.growth} has a layout of its own (`parallel:`)")
+        raise UserError(
+            f"{option}: cannot be combined with --growth, whose stages have layouts of their own; set `parallel:` in "
+            f"{args.growth}"
+        )
     if args.resume not in (None, "auto"):
-        raise UserError("--resume: with --growth only 'auto', which goes on from --out")
+        raise UserError("--resume: must be 'auto' with --growth, which continues the run in --out")
     stages = load_schedule(args.growth, args.config, [*args.set, *init_override(args.init)])
     for stage in stages:
         config = stage.config
@@ -57,8 +61,8 @@ def run(args: argparse.Namespace) -> int:
         )
         if config.parallel.world % args.nnodes:
             raise UserError(
-                f"--nnodes: {args.nnodes} machines cannot hold equal shares of the {config.parallel.world} ranks of "
-                f"stage '{stage.name}'"
+                f"--nnodes: must divide the {config.parallel.world} ranks of stage '{stage.name}', found {args.nnodes}"
+                "; give another number of machines"
             )
     first = stages[0].config
     open_blend(first.data, first.train.seed, first.model.num_tokens, first.model.filler_id)
@@ -67,7 +71,7 @@ def run(args: argparse.Namespace) -> int:
     require_free(out, what, name)
     held = any(not entry.name.startswith(NAME) for entry in out.iterdir()) if out.is_dir() else out.exists()
     if args.resume is None and held:
-        raise UserError(f"{what}: already holds a run; give another folder, or --resume auto to go on")
+        raise UserError(f"{what}: already has a run; give another folder, or --resume auto to continue it")
     with hold_folder(out, what, name):
         return _run(stages, out, args)
 
@@ -83,12 +87,12 @@ def _run(stages: Sequence[Stage], out: Path, args: argparse.Namespace) -> int:
 
 
 def folders(out: Path, number: int, stage: Stage) -> tuple[Path, Path]:
-    """(run of the stage, checkpoint that it begins from)."""
+    """(run folder of the stage, grown checkpoint that it starts from)."""
     return out / f"{number}-{stage.name}", out / f"{number}-grown"
 
 
 def _train(stages: Sequence[Stage], number: int, out: Path, args: argparse.Namespace) -> int:
-    """Stage ``number``, from wherever it is."""
+    """Train stage ``number`` from its start or its last checkpoint; the launcher's exit code."""
     from telechat_twins.core.launch.launcher import COLLECTIVE_TIMEOUT_S, launch
 
     stage = stages[number - 1]
@@ -126,12 +130,14 @@ def _reached(run: Path) -> int:
         return 0
     name = read_text(run / "latest", 4_096).strip()
     if not STEP_FOLDER.fullmatch(name):
-        raise UserError(f"{run / 'latest'}: damaged, {shown(name)} is no step folder; remove the stage's folder")
+        raise UserError(
+            f"{run / 'latest'}: damaged, must name a step folder, found {shown(name)}; remove the stage's folder"
+        )
     return int(name.removeprefix("step-"))
 
 
 def _grow(stage: Stage, before: Path, grown: Path, node_rank: int) -> None:
-    """Make the checkpoint that a stage begins from; machines other than the first wait until it is there."""
+    """Create the checkpoint that a stage starts from, on node 0; other nodes wait for it."""
     from telechat_twins.convert.growth.files import grow_checkpoint, grown_bytes, plan_checkpoint
     from telechat_twins.convert.growth.report import describe
     from telechat_twins.core.checkpoint.read import open_checkpoint
@@ -151,7 +157,7 @@ def _grow(stage: Stage, before: Path, grown: Path, node_rank: int) -> None:
 
 
 def _tell(stages: Sequence[Stage], out: Path, backend: str, whole: bool) -> None:
-    """The records of the whole run so far."""
+    """Write metrics, plot and reports of the whole run as far as it has come."""
     rows: list[list[Row]] = []
     for number, stage in enumerate(stages, 1):
         run, _ = folders(out, number, stage)
@@ -170,17 +176,17 @@ def _tell(stages: Sequence[Stage], out: Path, backend: str, whole: bool) -> None
 
 
 def summary(stages: Sequence[Stage], rows: Sequence[Sequence[Row]]) -> JsonObject:
-    """Stages as they were trained, and what the last size would have cost on all tokens.
+    """The stages as trained, and the cost of training the last size on all tokens.
 
-    Time is measured: the sum of the steps' times, and for the last size all tokens at the median pace of its own steps
-    without masks.
+    Times are measured: the sum of all steps, and for the last size the median time of its own steps without masks,
+    applied to all tokens.
     """
     from telechat_twins.convert.growth.schedule import cost
 
-    told = []
+    trained = []
     for stage, part in zip(stages, rows, strict=True):
         plain = [row["step_ms"] for row in part if "mask" not in row] or [row["step_ms"] for row in part]
-        told.append(
+        trained.append(
             {
                 "name": stage.name,
                 "parameters": stage.parameters,
@@ -196,16 +202,17 @@ def summary(stages: Sequence[Stage], rows: Sequence[Sequence[Row]]) -> JsonObjec
         )
     arithmetic = cost(stages)
     last = stages[-1]
-    pace = told[-1]["step_ms"] / 1000 / (last.tokens / (last.end - last.begin)) if told[-1]["step_ms"] else None
+    step_ms = trained[-1]["step_ms"]
+    seconds_per_token = step_ms / 1000 / (last.tokens / (last.end - last.begin)) if step_ms else None
     tokens = sum(stage.tokens for stage in stages)
     return {
-        "stages": told,
+        "stages": trained,
         "flops": arithmetic.by_parameters,
         "flops_from_scratch": arithmetic.scratch_by_parameters,
         "flops_saved": arithmetic.saved,
         "products_saved": 1.0 - arithmetic.by_products / arithmetic.scratch_by_products,
-        "seconds": sum(stage["seconds"] for stage in told),
-        "seconds_from_scratch": pace * tokens if pace else None,
+        "seconds": sum(stage["seconds"] for stage in trained),
+        "seconds_from_scratch": seconds_per_token * tokens if seconds_per_token else None,
     }
 
 
@@ -215,7 +222,7 @@ def _mean_loss(rows: Sequence[Row]) -> float | None:
 
 
 def to_markdown(report: JsonObject, backend: str) -> str:
-    """The report for people."""
+    """Markdown report of the whole run."""
     titles = {"ms": "MindSpore", "pt": "PyTorch"}
     lines = [
         f"# Growth with {titles[backend]}",
@@ -241,11 +248,11 @@ def to_markdown(report: JsonObject, backend: str) -> str:
         "",
         f"FLOPs by 6 x parameters x tokens, as the FLM-101B paper counts: {report['flops']:.4g} here, "
         f"{report['flops_from_scratch']:.4g} for the last size on all tokens: {report['flops_saved']:.1%} saved. "
-        f"Of the products alone, attention included: {report['products_saved']:.1%}.",
+        f"Counting matrix products only, attention included: {report['products_saved']:.1%}.",
     ]
     if scratch:
         lines.append(
-            f"Time of steps: {report['seconds']:.0f} s here; the last size at its own pace on all tokens would take "
-            f"{scratch:.0f} s: {1 - report['seconds'] / scratch:.1%} saved."
+            f"Time of steps: {report['seconds']:.0f} s here; the last size would take {scratch:.0f} s for all tokens "
+            f"at its own speed: {1 - report['seconds'] / scratch:.1%} saved."
         )
     return "\n".join(lines) + "\n"

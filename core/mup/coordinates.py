@@ -1,9 +1,10 @@
 """Coordinate check of muP: whether activations, and their changes in training, keep their size as the width grows.
 
-A few steps are trained at several widths. Under muP every coordinate of embedding, attention, ffn, stream and logits
-moves by an amount that does not depend on the width; with one set of numbers for all widths (the standard
-parametrisation, run for contrast) it moves the more, the wider the model. Sizes are means of absolute values, judged by
-the slope of their logarithm over that of the width: 0 is flat, 1/2 grows like a random sum, 1 like an aligned one.
+Models of several widths are trained for a few steps. Under muP the coordinates of embedding, attention, ffn, residual
+stream and logits change by an amount that does not depend on the width. With the same hyper-parameters at all widths
+(the standard parametrisation, measured for contrast) they change more in wider models. A size is a mean of absolute
+values; the criterion is the slope of its logarithm over that of the width: 0 is flat, 1/2 grows like a random sum, 1
+like an aligned one.
 """
 
 from __future__ import annotations
@@ -27,19 +28,23 @@ from telechat_twins.core.types import JsonObject
 GROUPS = ("embed", "attn", "ffn", "stream", "logits")
 MUP, STANDARD = "muP", "standard"
 
-# Between what was measured with the rules and without one of them. The shipped narrow recipes at the default widths
-# stay within 0.06, from width 64 on and after 3 updates mostly within 0.25; with any one rule left out, or the logits'
-# taken half, some slope is beyond 0.44 (docs/mup.md).
+# Bound on a slope that counts as flat, between the values measured with all rules and without one of them. With the
+# bundled narrow recipes slopes stay within 0.06 at the default widths, and mostly within 0.25 from width 64 on and
+# after 3 updates; with one rule left out, or the logits' rule applied by half, some slope exceeds 0.44 (docs/mup.md).
 FLAT = 0.3
-# With a head of constant deviation muP's logits start like 1 / sqrt(width), and small first changes of them may be so.
+# Under muP, with a head of constant standard deviation, logits start like 1 / sqrt(width), and their first small
+# changes may scale alike.
 LOGITS_LOW = -0.8
-GROWING = 0.5
+GROWING = 0.5  # slope that the standard parametrisation must reach somewhere, or the check would detect nothing
 
 
 @dataclass(frozen=True)
 class WidthRecord:
-    """One width in one parametrisation. ``scales`` and ``changes``, by group, one number for 0, 1 ... updates: the mean
-    of |x| and of |x - x at the start|, over the fixed batch and, where there are several, over layers."""
+    """Measurements of one width in one parametrisation.
+
+    ``scales`` and ``changes``, by group, with a value after 0, 1, ... updates: the means of |x| and of |x - x before
+    the first update| over the fixed batch and over layers. ``losses``: on the same batch.
+    """
 
     parametrisation: str
     width: int
@@ -50,7 +55,7 @@ class WidthRecord:
 
 @dataclass(frozen=True)
 class SlopeVerdict:
-    """The slope of ``group``'s size over the width, and the range it must lie in."""
+    """The slope of ``group``'s size over the width, and the range in which it must lie."""
 
     what: str
     group: str
@@ -64,7 +69,7 @@ class SlopeVerdict:
 
 
 def configs(narrow: RunConfig, widths: Sequence[int], rows: int, seq_len: int) -> list[tuple[str, RunConfig]]:
-    """(parametrisation, run) for every width: by muP from ``narrow``, and with narrow's numbers as they are."""
+    """(parametrisation, run) for every width: with ``narrow``'s hyper-parameters transferred by muP, and unchanged."""
     train = dataclasses.replace(narrow.train, global_batch=rows, micro_batch=rows, precision="fp32", recompute="none")
     data = dataclasses.replace(narrow.data, seq_len=seq_len)
     base = dataclasses.replace(narrow, train=train, data=data, parallel=Layout())
@@ -79,7 +84,7 @@ def configs(narrow: RunConfig, widths: Sequence[int], rows: int, seq_len: int) -
 
 
 def token_batch(vocab_size: int, rows: int, seq_len: int, seed: int) -> Batch:
-    """Random ids [rows, seq_len], as unequally frequent as words are: the k-th id has a share like 1 / k."""
+    """Random ids [rows, seq_len] with the frequencies of words (Zipf): that of the k-th id is proportional to 1 / k."""
     shares = 1.0 / np.arange(1, vocab_size + 1)
     ids = np.random.default_rng(seed).choice(vocab_size, (rows, seq_len), p=shares / shares.sum()).astype(np.int32)
     return Batch(ids, shift_labels(ids), np.tile(np.arange(seq_len, dtype=np.int32), (rows, 1)))
@@ -88,9 +93,9 @@ def token_batch(vocab_size: int, rows: int, seq_len: int, seed: int) -> Batch:
 def measure(
     backend: str, parametrisation: str, config: RunConfig, batch: Batch, steps: int, on_look: Callable[[], None]
 ) -> WidthRecord:
-    """Make the run's first ``steps`` updates, all on ``batch``, looking before each and after the last.
+    """Run the first ``steps`` updates, all on ``batch``, and measure before each and after the last.
 
-    ``on_look`` is called after each look.
+    ``on_look`` is called after each measurement.
     """
     trainer = backends.load(backend, "train").Trainer(config)
     to_numpy = backends.load(backend, "model").to_numpy
@@ -115,7 +120,7 @@ def measure(
 
 
 def group_of(name: str) -> str:
-    """The group of an activation as ``observed`` names it; ``layers.3`` is the stream after block 3."""
+    """The group of an activation by its name in ``observed``; ``layers.3`` is the stream after block 3."""
     last = name.rpartition(".")[2]
     return "stream" if last.isdigit() else last
 
@@ -130,7 +135,8 @@ def slope(records: Sequence[WidthRecord], kind: str, group: str, step: int) -> f
 
 
 def judge(records: Sequence[WidthRecord]) -> list[SlopeVerdict]:
-    """What must hold: flat at the start and flat in change after the last update under muP, growth in the contrast."""
+    """Slopes with their bounds: under muP, sizes at the start and changes after the last update must be flat; under the
+    standard parametrisation some change must grow."""
     mup = [record for record in records if record.parametrisation == MUP]
     contrast = [record for record in records if record.parametrisation == STANDARD]
     last = len(mup[0].losses) - 1
@@ -146,7 +152,7 @@ def judge(records: Sequence[WidthRecord]) -> list[SlopeVerdict]:
 
 
 def to_json(records: Sequence[WidthRecord], judged: Sequence[SlopeVerdict], facts: JsonObject) -> JsonObject:
-    """What check.json holds."""
+    """The contents of check.json."""
     rows = [
         {
             "what": one.what,

@@ -1,12 +1,13 @@
 """Loss prediction: the law L = a * C**b + c fitted to small models and extrapolated to larger ones.
 
-The law and its use with muP are those of muScaling and nanoLM (arXiv 2304.06875): models that differ in width alone,
-trained on the same data in the same order, each loss read at the same step. C is the number of parameters in millions
-(or the width: then a and b have other values, c the same meaning). c is the loss that no width gets below.
+The law and its use with muP are those of muScaling and nanoLM (arXiv 2304.06875): the models differ in width only and
+are trained on the same data in the same order, and their losses are taken at the same step. C is the number of
+parameters in millions (or the width, with other values of a and b and the same meaning of c). c is the limit of the
+loss at infinite width.
 
-The fit is least squares without weights. For a given b the best a and c are those of a straight line, so only b is
-searched, over its whole range (variable projection; Golub and Pereyra 1973). That needs no starting point and lands in
-the lowest minimum; the published scripts descend from (a, b, c) = (1, -1, 3) to the same one on their own tables.
+The fit is unweighted least squares. For a given b the best a and c follow from linear regression, so only b is
+searched, over its whole range (variable projection; Golub and Pereyra 1973). That needs no starting point and finds the
+global minimum; on their own tables, the published scripts reach the same one by descent from (a, b, c) = (1, -1, 3).
 """
 
 from __future__ import annotations
@@ -20,23 +21,23 @@ import numpy as np
 from telechat_twins.core.errors import UserError
 
 PARAMETERS = 3
-LEAST_POINTS = 4  # one more than parameters: without a residual there is no error to state
-LEVEL = 0.95
+LEAST_POINTS = 4  # one more than parameters: without a residual no error can be estimated
+LEVEL = 0.95  # probability of a prediction interval
 
-STEEPEST, FLATTEST = -8.0, -1e-3  # the range of b; beyond the flat end the law is a logarithm, which has no floor
+STEEPEST, FLATTEST = -8.0, -1e-3  # range of b; beyond the flat end the law is a logarithm, without a finite limit
 _GRID = 200
 _SECTIONS = 60
-_LEAST_EFFECT = 1e-30  # of a change of b by one on the losses, as a share of their spread
+_LEAST_EFFECT = 1e-30  # change of the losses when b changes by 1, as a fraction of their range
 _SHRINK = (math.sqrt(5) - 1) / 2
 
-# b two standard deviations from zero: nearer, and the data do not distinguish a curve with a floor from one without.
+# b must be two standard deviations from zero: otherwise the data do not tell a curve with a limit from one without.
 MOST_RELATIVE_SD = 0.5
 
 
 @dataclass(frozen=True)
 class Fit:
-    """The law through some points. The covariance is of (a * smallest**b, b, c): the fit divides sizes by the smallest,
-    so that powers lie between 0 and 1 and steep laws stay regular.
+    """A fitted law. The covariance is that of (a * smallest**b, b, c): the fit divides sizes by the smallest one, so
+    that powers lie between 0 and 1 and steep laws stay well-conditioned.
     """
 
     a: float
@@ -58,8 +59,8 @@ class Fit:
 
 @dataclass(frozen=True)
 class Forecast:
-    """The law at one size, the interval in which a single new measurement lies with probability LEVEL, and the loss
-    that was measured there, if it was.
+    """Predicted loss at one size, the interval in which a single new measurement lies with probability LEVEL, and the
+    measured loss, if any.
     """
 
     size: float
@@ -79,16 +80,16 @@ class Forecast:
 
 
 def fit_law(sizes: Sequence[float], losses: Sequence[float]) -> Fit:
-    """Least squares of ``losses`` [N] over ``sizes`` [N], N >= 4, sizes positive and all different.
+    """Least-squares fit of ``losses`` [N] over ``sizes`` [N], N >= 4, sizes positive and all different.
 
-    Standard deviations are those of the linearised problem, as scipy's curve_fit gives them: the residual variance
-    times the inverse of J^T J. Raises UserError for fewer points, other values, or losses that determine no curve.
+    Standard deviations are those of the linearised problem, as from scipy's curve_fit: the residual variance times the
+    inverse of J^T J. UserError for fewer points, invalid values, or losses that do not determine a curve.
     """
     size, loss = np.asarray(sizes, np.float64), np.asarray(losses, np.float64)
     if size.shape != loss.shape or size.ndim != 1:
         raise ValueError(f"sizes and losses: two vectors of one length, got {size.shape} and {loss.shape}")
     if len(size) < LEAST_POINTS:
-        raise UserError(f"{len(size)} points to fit; a, b, c and an error need at least {LEAST_POINTS}")
+        raise UserError(f"a fit of a, b, c and their errors needs at least {LEAST_POINTS} points, found {len(size)}")
     if not (np.isfinite(size).all() and (size > 0).all() and np.isfinite(loss).all()):
         raise UserError("sizes must be positive, sizes and losses finite numbers")
     if len(np.unique(size)) < len(size):
@@ -103,9 +104,9 @@ def fit_law(sizes: Sequence[float], losses: Sequence[float]) -> Fit:
     residual_sd = math.sqrt(float(residual @ residual) / (len(size) - PARAMETERS))
     jacobian = _jacobian(alpha, b, u)
     if np.abs(jacobian[:, 1]).max() < _LEAST_EFFECT * np.ptp(loss):
-        raise UserError("the points determine no curve (no exponent changes it); check the table")
+        raise UserError("the points do not determine a curve (its exponent has no effect); check the table")
     covariance = residual_sd**2 * _inverse_normal(jacobian)
-    # a = alpha * smallest**-b, so its variance mixes those of alpha and b.
+    # a = alpha * smallest**-b, so its variance follows from those of alpha and b (delta method).
     factor = smallest**-b
     to_a = factor * np.array([1.0, -alpha * math.log(smallest), 0.0])
     return Fit(
@@ -126,9 +127,10 @@ def fit_law(sizes: Sequence[float], losses: Sequence[float]) -> Fit:
 def forecast(fit: Fit, size: float, measured: float | None = None, level: float = LEVEL) -> Forecast:
     """The law at ``size`` with a prediction interval.
 
-    Half its width is Student's quantile of points - 3 degrees of freedom times sqrt(g^T covariance g + residual
-    variance), g the law's gradient in its parameters: what the fit does not know, and the scatter of one run around
-    the law. It is linearised, and it takes the law to hold; neither covers a change of regime beyond the fitted sizes.
+    Half its width is Student's quantile for points - 3 degrees of freedom times sqrt(g^T covariance g + residual
+    variance), where g is the law's gradient in its parameters: the uncertainty of the fit and the scatter of one run
+    around the law. The interval is linearised and assumes that the law holds, so it does not cover a change of regime
+    beyond the fitted sizes.
     """
     if not size > 0:
         raise ValueError(f"size: must be positive, got {size}")
@@ -141,7 +143,7 @@ def forecast(fit: Fit, size: float, measured: float | None = None, level: float 
 
 
 def weaknesses(fit: Fit, sizes: Sequence[float], losses: Sequence[float]) -> list[str]:
-    """Why a forecast from ``fit``, made from these points, deserves no trust; empty when nothing speaks against it."""
+    """Reasons to distrust a forecast from ``fit``, which was fitted to these points; empty if there are none."""
     found = []
     points = sorted(zip(sizes, losses, strict=True))
     rises = [(s, t) for (s, one), (t, two) in zip(points, points[1:], strict=False) if two > one]
@@ -151,9 +153,9 @@ def weaknesses(fit: Fit, sizes: Sequence[float], losses: Sequence[float]) -> lis
     if fit.a <= 0:
         found.append("the fitted loss rises with size (a is not positive)")
     if fit.b >= FLATTEST * 1.01:
-        found.append("the points show no floor: they fall like log(size) or faster, so c is arbitrary")
+        found.append("the points show no limit: they fall like log(size) or faster, so c is arbitrary")
     elif fit.b <= STEEPEST * 0.99:
-        found.append("the points fall to their floor at once (b at the end of its range), so b is arbitrary")
+        found.append("the points fall to their limit at once (b is at the end of its range), so b is arbitrary")
     if fit.b_sd > MOST_RELATIVE_SD * abs(fit.b):
         found.append(
             f"b is {fit.b:.3f} with a standard deviation of {fit.b_sd:.3g}, more than {MOST_RELATIVE_SD:.0%} of it: "
@@ -163,7 +165,7 @@ def weaknesses(fit: Fit, sizes: Sequence[float], losses: Sequence[float]) -> lis
 
 
 def student_quantile(level: float, freedom: int) -> float:
-    """t with P(-t < T < t) = ``level`` for Student's T of ``freedom`` >= 1 degrees of freedom."""
+    """t with P(-t < T < t) = ``level`` for Student's T with ``freedom`` >= 1 degrees of freedom."""
     if not 0 < level < 1 or freedom < 1:
         raise ValueError(f"level in (0, 1) and freedom >= 1, got {level} and {freedom}")
     low, high = 0.0, math.pi / 2
@@ -185,9 +187,9 @@ def _student_mass(theta: float, freedom: int) -> float:
 
 
 def _line(b: float, u: np.ndarray, loss: np.ndarray) -> tuple[float, float, np.ndarray]:
-    """The line offset + slope * z, z = (e^(b u) - 1) / b, nearest to ``loss``, and what it leaves over.
+    """Linear regression of ``loss`` on z = (e^(b u) - 1) / b: slope, offset and residual.
 
-    z, unlike e^(b u), stays a good regressor when b is almost zero.
+    Unlike e^(b u), z is not degenerate when b is almost zero.
     """
     z = np.expm1(b * u) / b
     centred = z - z.mean()
@@ -197,7 +199,7 @@ def _line(b: float, u: np.ndarray, loss: np.ndarray) -> tuple[float, float, np.n
 
 
 def _best_exponent(u: np.ndarray, loss: np.ndarray) -> float:
-    """The b in [STEEPEST, FLATTEST] of the smallest sum of squares: a grid, then golden sections around its best."""
+    """The b in [STEEPEST, FLATTEST] with the smallest sum of squares: a grid, then golden-section search."""
 
     def cost(b: float) -> float:
         residual = _line(b, u, loss)[2]
@@ -227,10 +229,10 @@ def _jacobian(alpha: float, b: float, u: np.ndarray) -> np.ndarray:
 
 
 def _inverse_normal(jacobian: np.ndarray) -> np.ndarray:
-    """(J^T J)^-1 by QR of J with its columns at unit length; UserError where J has not full rank."""
+    """(J^T J)^-1 by QR of J with columns scaled to unit length; UserError unless J has full rank."""
     lengths = np.linalg.norm(jacobian, axis=0)
     triangle = np.linalg.qr(jacobian / lengths, mode="r")
     if np.abs(np.diag(triangle)).min() < 1e-14:
-        raise UserError("the points determine no curve (its parameters are not identifiable); check the table")
+        raise UserError("the points do not determine a curve (its parameters are not identifiable); check the table")
     inverse = np.linalg.inv(triangle) / lengths[:, None]
     return inverse @ inverse.T

@@ -1,4 +1,4 @@
-"""Loss tables: losses over model size in CSV or YAML, one row or entry a model."""
+"""Loss tables: losses over model size in CSV or YAML, with one row or entry for each model."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from telechat_twins.core.files.foreign import MIB, read_text
 from telechat_twins.core.schema import load_yaml
 from telechat_twins.core.shown import printable, shown
 
-SIZES = ("parameters", "width")  # the first that is there is the size of the law
+SIZES = ("parameters", "width")  # the first one present is the size in the law
 COLUMNS = (*SIZES, "loss", "step")
-NOTES = ("title", "source")  # of a YAML table
-MAX_TABLE = MIB  # bytes
-SMALLEST, LARGEST = 1e-9, 1e13  # a trillion, counted in ones, is inside
+NOTES = ("title", "source")  # further keys of a YAML table
+MAX_TABLE_BYTES = MIB
+SMALLEST, LARGEST = 1e-9, 1e13  # of a size; includes a trillion parameters that are not given in millions
 
 
 @dataclass(frozen=True)
 class LossTable:
-    """Models by growing size. A loss of None asks for a forecast at that size."""
+    """Models in order of size. A loss of None asks for a forecast at that size."""
 
-    measure: str  # what ``sizes`` are: "parameters" (in millions) or "width"
+    measure: str  # meaning of ``sizes``: "parameters" (in millions) or "width"
     sizes: tuple[float, ...]
     losses: tuple[float | None, ...]
     widths: tuple[float, ...] | None = None
@@ -33,25 +33,25 @@ class LossTable:
 
     @property
     def measured(self) -> list[tuple[float, float]]:
-        """(size, loss) of the models that were trained."""
+        """(size, loss) of the models with a loss."""
         return [(size, loss) for size, loss in zip(self.sizes, self.losses, strict=True) if loss is not None]
 
 
 def read_loss_table(path: str | Path) -> LossTable:
-    """Read ``path``: .csv with a header line, or .yaml/.yml with a list a column.
+    """Read a table: .csv with a header line, or .yaml/.yml with a list for each column.
 
-    Columns: ``parameters`` (millions) or ``width``, or both; ``loss``; ``step``, which must be one and the same.
-    Lines of a CSV that begin with # are left out. Raises UserError, naming file and place, for anything else.
+    Columns: ``parameters`` (in millions) or ``width``, or both; ``loss``; ``step``, the same for all rows. Lines of a
+    CSV that begin with # are comments. UserError, naming file and line, for anything else.
     """
     path = Path(path)
     readers = {".csv": _read_csv, ".yaml": _read_yaml, ".yml": _read_yaml}
     if path.suffix.lower() not in readers:
-        raise UserError(f"{path}: a table is .csv or .yaml, found '{path.suffix or path.name}'")
+        raise UserError(f"{path}: a table must be .csv or .yaml, found '{path.suffix or path.name}'")
     columns, places, title = readers[path.suffix.lower()](path)
     measure = next((name for name in SIZES if name in columns), None)
     if measure is None or "loss" not in columns:
         missing = "loss" if measure else "parameters (in millions) or width"
-        raise UserError(f"{path}: no column {missing}; found {', '.join(columns) or 'nothing'}")
+        raise UserError(f"{path}: must have a column {missing}; found {', '.join(columns) or 'none'}")
     sizes = {}
     for name in SIZES:
         if name in columns:
@@ -74,16 +74,18 @@ def read_loss_table(path: str | Path) -> LossTable:
     )
 
 
-Columns = tuple[Mapping[str, Sequence[object]], list[str], str]  # values by column, where each row stands, title
+Columns = tuple[Mapping[str, Sequence[object]], list[str], str]  # values by column, place of each row, title
 
 
 def _read_csv(path: Path) -> Columns:
-    text = read_text(path, MAX_TABLE)
+    text = read_text(path, MAX_TABLE_BYTES)
     lines = [(n, line) for n, line in enumerate(text.splitlines(), 1) if line.strip() and not line.startswith("#")]
     if len(lines) < 2:
-        raise UserError(f"{path}: no rows; the first line names the columns, e.g. parameters,loss")
+        raise UserError(
+            f"{path}: must have rows below a first line that names the columns, e.g. parameters,loss; found none"
+        )
     try:
-        # Line by line: a quote left open must not swallow the lines after it.
+        # Line by line, so that an unclosed quote does not swallow the lines after it.
         rows = [next(csv.reader([line])) for _, line in lines]
     except csv.Error as error:
         raise UserError(f"{path}: not valid CSV ({error})") from None
@@ -91,7 +93,7 @@ def _read_csv(path: Path) -> Columns:
     _known(header, COLUMNS, path)
     for (number, _), row in zip(lines, rows, strict=True):
         if len(row) != len(header):
-            raise UserError(f"{path}:{number}: {len(row)} values under {len(header)} columns")
+            raise UserError(f"{path}:{number}: must have {len(header)} values, one for each column, found {len(row)}")
     columns = {name: [row[i].strip() for row in rows[1:]] for i, name in enumerate(header)}
     return columns, [f":{number}" for number, _ in lines[1:]], ""
 
@@ -110,7 +112,7 @@ def _read_yaml(path: Path) -> Columns:
     lengths = {name: len(values) for name, values in columns.items() if name != "step"}
     if len(set(lengths.values())) > 1:
         shown = ", ".join(f"{name} {length}" for name, length in lengths.items())
-        raise UserError(f"{path}: the lists differ in length: {shown}")
+        raise UserError(f"{path}: all lists must have the same length, found {shown}")
     rows = max(lengths.values(), default=0)
     return columns, [f": entry {n + 1}" for n in range(rows)], printable(str(tree.get("title", "")))
 
@@ -131,7 +133,9 @@ def _number(value: object, where: str) -> float:
     except (ValueError, OverflowError):
         raise UserError(f"{where}: expected a number, found {shown(value)}") from None
     if not math.isfinite(number):
-        raise UserError(f"{where}: {value} is not a finite number; leave the row out, or its loss empty to forecast it")
+        raise UserError(
+            f"{where}: must be a finite number, found {value}; leave the row out, or its loss empty to forecast it"
+        )
     return number
 
 
@@ -140,7 +144,7 @@ def _size(value: object, where: str) -> float:
     if number <= 0:
         raise UserError(f"{where}: must be positive, found {value}")
     if not SMALLEST <= number <= LARGEST:
-        raise UserError(f"{where}: {value} is out of range, {SMALLEST:g} to {LARGEST:g}; parameters are in millions")
+        raise UserError(f"{where}: must be {SMALLEST:g} to {LARGEST:g}, found {value}; parameters are in millions")
     return number
 
 
@@ -157,7 +161,7 @@ def _step(values: Sequence[object], path: Path) -> int | None:
     found = {_number(value, f"{path}: step") for value in values}
     if len(found) > 1:
         shown = ", ".join(f"{step:g}" for step in sorted(found))
-        raise UserError(f"{path}: losses at steps {shown}; a law holds at one step, give one table for each")
+        raise UserError(f"{path}: all losses must be of one step, found steps {shown}; give a table for each step")
     if any(step != int(step) or step < 0 for step in found):
         raise UserError(f"{path}: step: expected a whole number, found {found.pop():g}")
     return int(found.pop()) if found else None

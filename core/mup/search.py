@@ -1,9 +1,8 @@
-"""Hyper-parameter search on small models: its plan of runs, and the record that each leaves on disk.
+"""Hyper-parameter search on small models: the trials of a search, and their results on disk.
 
-A trial is one combination of hyper-parameters at one width from one seed, a run like any other in a folder of its own.
-What has been decided about a trial is in its result.json, written in one step when it has ended; a trial without one is
-begun, or goes on from its last checkpoint. So a search that was killed at any moment is gone on with by starting it
-again.
+A trial is one combination of hyper-parameters at one width with one seed, trained as an ordinary run in its own folder.
+Its result.json is written atomically when it ends; a trial without one is started, or resumed from its last checkpoint.
+So a search that was killed at any moment continues when it is started again.
 """
 
 from __future__ import annotations
@@ -29,15 +28,15 @@ from telechat_twins.core.schema import from_mapping, load_yaml, option
 from telechat_twins.core.types import JsonObject
 
 DONE, DIVERGED, FAILED = "done", "diverged", "failed"
-STOPPED = "training stopped at step"  # how core.train.loop begins when the numbers went wrong
+STOPPED = "training stopped at step"  # start of core.train.loop's message about losses that are not finite
 MAX_TRIALS = 2_000
-SAME = 1e-12  # relative: numbers that differ by less differ by the order in which they were computed
-STEP_COST = 2e9  # operations in which a step's fixed costs are expressed: what a tiny model's step takes anyway
+SAME = 1e-12  # relative difference that may come from the order of floating-point operations alone
+STEP_COST = 2e9  # fixed cost of a step in floating-point operations, for estimates of the remaining time
 
 
 @dataclass(frozen=True, kw_only=True)
 class Numbers:
-    """The seven searched hyper-parameters, at the config's width; without a value a number is the config's."""
+    """Values of the seven hyper-parameters at the config's width; None stands for the config's own value."""
 
     lr: float | None = option(None, help="peak rate of vector-like parameters", above=0.0)
     matrix_lr: float | None = option(None, help="peak rate of matrix-like parameters", above=0.0)
@@ -49,7 +48,7 @@ class Numbers:
 
     @property
     def label(self) -> str:
-        """The given values as a folder's name: ``lr0.003-matrix_lr0.002``; "config" without any."""
+        """Folder name made of the given values, e.g. ``lr0.003-matrix_lr0.002``; "config" if none is given."""
         given = {name: value for name, value in vars(self).items() if value is not None}
         return "-".join(f"{name}{value:.6g}" for name, value in given.items()) or "config"
 
@@ -59,7 +58,7 @@ NAMES = tuple(field.name for field in dataclasses.fields(Numbers))
 
 @dataclass(frozen=True, kw_only=True)
 class Grid:
-    """Values to combine, all with all; the fields are those of Numbers."""
+    """Values of each hyper-parameter, whose combinations are all tried; the fields are those of Numbers."""
 
     lr: list[float] = option([], help="values of lr", above=0.0)
     matrix_lr: list[float] = option([], help="values of matrix_lr", above=0.0)
@@ -72,29 +71,29 @@ class Grid:
 
 @dataclass(frozen=True, kw_only=True)
 class SearchConfig:
-    """A search as its YAML describes it."""
+    """Description of a search, read from its YAML file."""
 
-    config: str = option(help="the narrow model's run, a path from this file's folder")
-    set: list[str] = option([], help="overrides of it, as after --set: [train.steps=200]")
-    grid: Grid = option(Grid(), help="values to combine, all with all")
-    trials: list[Numbers] = option([], help="combinations one by one, besides the grid's")
-    widths: list[int] = option([], help="carry every combination over to each by muP; default: the config's", min=1)
-    seeds: list[int] = option([], help="every combination at each; default: the config's train.seed alone", min=0)
+    config: str = option(help="run of the narrow model; a path relative to this file's folder")
+    set: list[str] = option([], help="overrides of its options, as after --set: [train.steps=200]")
+    grid: Grid = option(Grid(), help="values whose combinations are all tried")
+    trials: list[Numbers] = option([], help="further single combinations")
+    widths: list[int] = option([], help="widths to which combinations are transferred by muP; default: config's", min=1)
+    seeds: list[int] = option([], help="seeds with which each combination is run; default: the config's", min=0)
     window: int = option(20, help="steps over which losses are averaged", min=2)
 
     def combinations(self) -> list[Numbers]:
-        """The grid's, then the trials', each once; without either, one combination without values."""
+        """Distinct combinations: the grid's, then the trials'. Without either, the config's own values."""
         axes = {name: values for name, values in vars(self.grid).items() if values}
         runs = math.prod([*map(len, axes.values()), max(1, len(self.widths)), max(1, len(self.seeds))])
         if runs > MAX_TRIALS:
-            raise UserError(f"grid: {runs} runs with all widths and seeds; a search has at most {MAX_TRIALS}")
+            raise UserError(f"grid: must make at most {MAX_TRIALS} runs with all widths and seeds, found {runs}")
         found = [Numbers(**dict(zip(axes, values, strict=True))) for values in itertools.product(*axes.values())]
         return list(dict.fromkeys([*(found if axes else []), *self.trials] or [Numbers()]))
 
 
 @dataclass(frozen=True)
 class Trial:
-    """One combination at one width from one seed: a run's whole config, in ``folder``."""
+    """One combination at one width with one seed: a complete run config and its folder."""
 
     numbers: Numbers
     width: int
@@ -103,12 +102,12 @@ class Trial:
 
     @property
     def name(self) -> str:
-        """The folder's: ``place``, then the seed where it is not the config's own."""
+        """Name of its folder: ``place``, followed by the seed unless it is the config's own."""
         return self.folder.name
 
     @property
     def place(self) -> str:
-        """Width and combination, what the trials of all seeds have in common: ``w128-lr0.003``."""
+        """Width and combination, common to the trials of all seeds, e.g. ``w128-lr0.003``."""
         return f"w{self.width}-{self.numbers.label}"
 
     @property
@@ -123,7 +122,7 @@ class Trial:
 
     @property
     def work(self) -> float:
-        """Operations of the whole run, for telling how long the rest will take."""
+        """Floating-point operations of the whole run, for estimates of the remaining time."""
         train, seq_len = self.config.train, self.config.data.seq_len
         step = flops_per_token(self.config.model, seq_len, causal=True) * train.global_batch * seq_len
         return train.steps * (step + STEP_COST)
@@ -131,14 +130,14 @@ class Trial:
 
 @dataclass(frozen=True)
 class Result:
-    """How a trial ended. ``reason``: of what went wrong, one line."""
+    """Outcome of a trial; ``reason``: cause of a failure in one line."""
 
     state: str
     reason: str = ""
 
 
 def read_search(path: str | Path) -> SearchConfig:
-    """The search in a YAML file; UserError names the field of a mistake."""
+    """The search in a YAML file; UserError names the invalid field."""
     path = bundled_file(path, "mup", "SEARCH")
     tree = load_yaml(path)
     try:
@@ -152,10 +151,10 @@ def read_search(path: str | Path) -> SearchConfig:
 
 
 def plan(search: SearchConfig, out: Path) -> list[Trial]:
-    """All trials, narrow ones first, the seeds of one combination in a row. UserError for widths or numbers that no run
-    can have.
+    """All trials in order of width, with the seeds of a combination next to each other. UserError for a width or a
+    value that a run cannot have.
 
-    Folders of the config's own seed do not name it, so a search that is given more seeds knows the trials it has.
+    Folder names leave out the config's own seed, so a search keeps its trials when further seeds are added.
     """
     base = load_run_config(search.config, search.set)
     if not base.train.steps:
@@ -170,19 +169,21 @@ def plan(search: SearchConfig, out: Path) -> list[Trial]:
             except UserError as error:
                 raise UserError(f"widths: {error}") from None
             model, optim = transfer(config.model, config.optim, shape)
-            load_model_config(model.to_dict())  # numbers carried over may leave their range
+            load_model_config(model.to_dict())  # transferred values may be out of range
             for seed in dict.fromkeys(search.seeds or [base.train.seed]):
                 train = dataclasses.replace(config.train, seed=seed)
                 whole = dataclasses.replace(config, model=model, optim=optim, train=train)
                 name = f"w{width}-{numbers.label}" + (f"-seed{seed}" if seed != base.train.seed else "")
                 made.append(Trial(numbers, width, whole, out / name))
     if any(trial.config.train.steps < 2 * search.window for trial in made):
-        raise UserError(f"window: {search.window} is more than half of the {base.train.steps} steps of a trial")
+        raise UserError(
+            f"window: must be at most half of the {base.train.steps} steps of a trial, found {search.window}"
+        )
     return made
 
 
 def applied(config: RunConfig, numbers: Numbers) -> RunConfig:
-    """``config`` with the combination's numbers, at the config's own width."""
+    """``config`` with the combination's values, at the config's own width."""
     optim = config.optim
     lr = optim.lr if numbers.lr is None else numbers.lr
     ratio = optim.min_lr / optim.lr if numbers.min_lr_ratio is None else numbers.min_lr_ratio
@@ -197,7 +198,7 @@ def applied(config: RunConfig, numbers: Numbers) -> RunConfig:
 
 
 def prepare(trials: Sequence[Trial], backend: str) -> None:
-    """Make every trial's folder with its run.yaml. UserError when one holds another run than it should."""
+    """Create every trial's folder with its run.yaml. UserError when a folder has a run with other values."""
     for trial in trials:
         wanted = {"backend": backend, **trial.config.to_dict()}
         file = trial.folder / "trial.json"
@@ -205,7 +206,7 @@ def prepare(trials: Sequence[Trial], backend: str) -> None:
             differing = _differences(load_json(file, "the description of a trial"), wanted)
             if differing:
                 raise UserError(
-                    f"--out: {trial.folder} was made with other numbers ({'; '.join(differing[:3])}); "
+                    f"--out: {trial.folder} has a trial with other values ({'; '.join(differing[:3])}); "
                     "give another folder, or remove that one"
                 )
             continue
@@ -215,21 +216,21 @@ def prepare(trials: Sequence[Trial], backend: str) -> None:
 
 
 def result_of(trial: Trial) -> Result | None:
-    """How the trial ended; None while it has not."""
+    """The outcome of a trial; None while it has not ended."""
     file = trial.folder / "result.json"
     if not file.exists():
         return None
     try:
         return Result(**load_json(file, "the result of a trial"))
     except TypeError:
-        raise UserError(f"{file}: damaged, not the result of a trial; remove it to run the trial again") from None
+        raise UserError(f"{file}: damaged, not the result of a trial; remove the file to run the trial again") from None
 
 
 def run_trial(backend: str, trial: Trial, look: Callable[[], None]) -> Result | None:
-    """Train the trial, from its last checkpoint if it has one, to its end; None when interrupted.
+    """Train a trial to its end, from its last checkpoint if it has one; None when interrupted.
 
-    ``look`` is called many times a second meanwhile. The checkpoints are removed once the result is on disk: what is
-    searched for is in metrics.jsonl.
+    ``look`` is called many times a second meanwhile. The checkpoints are removed after the result has been written: the
+    search needs metrics.jsonl only.
     """
     folder = trial.folder
     words = ["--config", str(folder / "run.yaml"), "--out", str(folder), "--resume", "auto"]
@@ -249,7 +250,7 @@ def run_trial(backend: str, trial: Trial, look: Callable[[], None]) -> Result | 
 
 
 def forget_checkpoints(folder: Path) -> None:
-    """Remove a run's checkpoints and the pointer to the last."""
+    """Remove a run's checkpoints and ``latest``."""
     (folder / "latest").unlink(missing_ok=True)
     for checkpoint in folder.glob("step-*"):
         remove_folder(checkpoint)
@@ -261,7 +262,8 @@ def _failed(folder: Path, rank: int) -> JsonObject | None:
 
 
 def _differences(old: JsonObject, new: JsonObject, prefix: str = "") -> list[str]:
-    """``path: old -> new`` of every leaf of ``new`` that ``old`` has otherwise; options born since do not count."""
+    """``path: old -> new`` for every leaf of ``new`` that has another value in ``old``; options unknown to ``old`` are
+    ignored."""
     lines = []
     for key, value in new.items():
         if isinstance(value, dict) and isinstance(old.get(key), dict):

@@ -1,4 +1,4 @@
-"""Plots of a search: the losses of all trials, loss over each number, and widths against each other."""
+"""Plots of a search: losses of all trials, loss over each hyper-parameter, and comparison of widths."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from telechat_twins.core.mup.search import DONE, Numbers
 from telechat_twins.core.mup.search_report import Report, ordered, over_seeds, varied, whole_widths
 from telechat_twins.core.train.metrics import Row, column
 
-CROWDED = 5  # more ticks of one number have their labels turned, or those of neighbours run into each other
+CROWDED = 5  # labels of more ticks are rotated, so that they do not overlap
 
 
 def plot(reports: Sequence[Report], window: int, out: Path) -> list[Path]:
-    """losses.png; hyperparameters.png where some were varied; widths.png where there are several. Curves are means over
-    seeds."""
+    """Write losses.png, hyperparameters.png if some were varied, and widths.png if there are several. Curves are means
+    over seeds."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -63,7 +63,8 @@ def _plot_losses(reports: Sequence[Report], window: int, path: Path) -> Path:
 
 
 def _plot_numbers(reports: Sequence[Report], names: Sequence[str], path: Path) -> Path:
-    """Loss over each varied number: a point a trial, a line through the best mean over seeds at each value."""
+    """Loss over each varied hyper-parameter: a point for each trial, and a line through the best mean over seeds at
+    each value."""
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(
@@ -92,7 +93,7 @@ def _plot_numbers(reports: Sequence[Report], names: Sequence[str], path: Path) -
 
 
 def _plot_widths(widths: dict[Numbers, list[Report]], window: int, path: Path) -> Path:
-    """Every width's loss, and how far it lies below that of the narrowest, of each combination."""
+    """For each combination, the loss at every width, and its difference from that of the narrowest."""
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(

@@ -1,7 +1,7 @@
-"""Search report: losses, the trend of the gradient norm, and whether wider was better, as text, csv and json.
+"""Search report: losses, the trend of the gradient norm, and whether wider models are better, as text, CSV and JSON.
 
-Everything is computed from the trials' metrics.jsonl, so that a report can be made anew at any time. A combination
-at a width is reported by the mean over its seeds, step by step; results.csv alone has a line a trial.
+Everything is computed from the trials' metrics.jsonl, so a report can be created again at any time. A combination at a
+width is reported by the mean over its seeds, step by step; only results.csv has a line for each trial.
 """
 
 from __future__ import annotations
@@ -22,18 +22,18 @@ from telechat_twins.core.mup.transfer import RULES, value_of
 from telechat_twins.core.train.metrics import Row, column, read_metrics
 from telechat_twins.core.types import JsonObject
 
-QUARTERS = 4  # of the steps after warm-up, whose median gradient norms make the trend
-SURE = 3.0  # standard errors by which a wider model must be worse before it is called so
-SURE_LEVEL = math.erf(SURE / math.sqrt(2.0))  # the same where the errors are estimated from few seeds: Student's
+QUARTERS = 4  # parts of the steps after warm-up, whose median gradient norms give the trend
+SURE = 3.0  # standard errors by which a difference must exceed zero to be significant
+SURE_LEVEL = math.erf(SURE / math.sqrt(2.0))  # the same as a probability, for Student's quantile with few seeds
 ONE_SEED = "one seed does not show the scatter of initial weights"
 
 
 @dataclass(frozen=True)
 class Report:
-    """One trial, or the mean of one combination at one width over its seeds; ``parts`` are then the seeds' reports.
+    """Report of one trial, or of the mean of a combination at one width over its seeds, whose reports are ``parts``.
 
-    ``loss``: the mean of the last steps; ``trend``: gradient norm of the last quarter after warm-up over the first's;
-    ``rising``: every quarter above the one before, the sign that the Tele-FLM report warns of.
+    ``loss``: mean over the last steps. ``trend``: gradient norm in the last quarter after warm-up over the first's.
+    ``rising``: it increases from each quarter to the next, which the Tele-FLM report names as a warning sign.
     """
 
     trial: Trial
@@ -50,7 +50,7 @@ class Report:
 
     @property
     def seeds(self) -> tuple[Report, ...]:
-        """The reports of its trials, one a seed."""
+        """The reports of its trials, one for each seed."""
         return self.parts or (self,)
 
     @property
@@ -61,17 +61,17 @@ class Report:
 
     @property
     def rose(self) -> bool:
-        """It ended above where it began: diverged, though no number was ever infinite."""
+        """Whether the loss ended above its start: the run diverged, though its numbers stayed finite."""
         return self.loss is not None and self.start is not None and self.loss > self.start
 
 
 @dataclass(frozen=True)
 class Wider:
-    """Two widths of one combination, step against step in windows after warm-up.
+    """Comparison of two widths of one combination, in windows of steps after warm-up.
 
-    ``better``: the share of windows in which the wider had the lower mean loss; ``surely``: in which it was lower
-    beyond noise; ``worse``: last steps of windows in which it was higher beyond noise; ``last``: loss of the wider less
-    that of the narrower in the last window, ``noise``: what is taken for noise there. None without a window.
+    ``better``: fraction of windows in which the wider model has the lower mean loss. ``surely``: fraction in which it
+    is lower beyond noise. ``worse``: last steps of windows in which it is higher beyond noise. ``last``: loss of the
+    wider minus that of the narrower in the last window, ``noise``: the noise level there; None if there is no window.
     """
 
     narrow: int
@@ -85,7 +85,7 @@ class Wider:
 
 
 def report_of(trial: Trial, window: int) -> Report:
-    """What there is of a trial so far."""
+    """Report of a trial as far as it has been trained."""
     result = result_of(trial)
     file = trial.folder / "metrics.jsonl"
     rows = read_metrics(file) if file.exists() else []
@@ -95,8 +95,8 @@ def report_of(trial: Trial, window: int) -> Report:
 
 
 def over_seeds(reports: Sequence[Report], window: int) -> list[Report]:
-    """One report of every combination at every width: its only trial's, or the mean over its seeds, step by step, as
-    far as all of them came. The state is that of the seed that fared worst."""
+    """One report for every combination at every width: that of its only trial, or the mean over its seeds, step by step
+    up to the step that all of them reached. The state is the worst of the seeds' states."""
     places: dict[tuple[int, Numbers], list[Report]] = {}
     for report in reports:
         places.setdefault((report.trial.width, report.trial.numbers), []).append(report)
@@ -138,7 +138,7 @@ def _report(
 
 
 def ordered(reports: Sequence[Report]) -> list[Report]:
-    """Whole runs by loss, then those that ended early, then those that have not ended."""
+    """Reports in this order: complete runs by loss, runs that ended early, runs that have not ended."""
     return sorted(reports, key=lambda r: (_rank(r.state), math.inf if r.loss is None else r.loss))
 
 
@@ -147,12 +147,13 @@ def _rank(state: str) -> int:
 
 
 def varied(trials: Sequence[Trial]) -> list[str]:
-    """The hyper-parameters that are not one and the same in all combinations, in the order of NAMES."""
+    """The hyper-parameters with different values among the trials, in the order of NAMES."""
     return [name for name in NAMES if len({getattr(trial.numbers, name) for trial in trials}) > 1]
 
 
 def whole_widths(reports: Sequence[Report], window: int) -> dict[Numbers, list[Report]]:
-    """By growing width the means of every combination of which at least two widths are whole runs from every seed."""
+    """Mean reports by combination, in order of width, of combinations that are complete for every seed at two widths or
+    more."""
     found: dict[Numbers, list[Report]] = {}
     for report in over_seeds(reports, window):
         if report.state == DONE:
@@ -161,18 +162,19 @@ def whole_widths(reports: Sequence[Report], window: int) -> dict[Numbers, list[R
 
 
 def judge_widths(reports: Sequence[Report], window: int) -> dict[Numbers, list[Wider]]:
-    """Neighbouring widths of every combination of which at least two widths are whole runs.
+    """Comparison of neighbouring widths, for every combination with at least two complete widths.
 
-    Widths of one seed saw the same batches, so their losses are compared in pairs, and the differences are averaged
-    over seeds: a window is worse when their mean is above SURE standard errors. From one seed the error is that of the
-    differences inside the window; it counts the drift there as noise, which errs on the side of calm, but knows nothing
-    of the luck of initial weights. From several seeds it is that of their scatter, which has both: see _luck.
+    Runs of one seed train on the same batches at all widths, so their losses are compared in pairs, and the differences
+    are averaged over seeds. A window counts as worse when the mean difference exceeds SURE standard errors. With one
+    seed the error is estimated from the differences inside the window: a drift inside it counts as noise, which makes
+    the test conservative, but the scatter due to initial weights is not included. With several seeds it is estimated
+    from the scatter between them, which includes both (_luck).
     """
     return {numbers: _neighbours(whole, window) for numbers, whole in whole_widths(reports, window).items()}
 
 
 def _neighbours(whole: Sequence[Report], window: int) -> list[Wider]:
-    """Pairs of widths; all whole runs of one combination have the same steps and seeds."""
+    """Comparisons of neighbouring widths of one combination, whose complete runs have the same steps and seeds."""
     first = whole[0].trial.warmup
     losses = np.array([[column(part.rows, "loss") for part in report.seeds] for report in whole])  # [width, seed, step]
     count = (losses.shape[2] - first) // window
@@ -199,12 +201,13 @@ def _neighbours(whole: Sequence[Report], window: int) -> list[Wider]:
 
 
 def _luck(means: np.ndarray) -> np.ndarray:
-    """By window, the difference of two widths' means over seeds that is still noise. ``means``: [width, seed, window].
+    """Largest difference, in each window, of two widths' means over seeds that counts as noise.
 
-    What is left of a loss without its width's mean and its seed's mean (the seed's batches, the same for all widths) is
-    luck: of initial weights, and of how a width takes these batches. Its deviation is taken to be one and the same for
-    all widths, since few seeds say little about a single one: an analysis of variance with seeds as blocks, whose
-    (widths - 1)(seeds - 1) degrees of freedom Student's quantile makes up for. Of two widths it is the paired t-test.
+    ``means``: [width, seed, window]. The residual of a loss after subtracting the mean of its width and the mean of its
+    seed (whose batches all widths share) is chance: initial weights, and how a width responds to these batches. Its
+    standard deviation is assumed equal for all widths, since few seeds say little about a single width. This is an
+    analysis of variance with seeds as blocks; Student's quantile accounts for its (widths - 1)(seeds - 1) degrees of
+    freedom. For two widths it is the paired t-test.
     """
     widths, seeds, _ = means.shape
     left = means - means.mean(axis=0) - means.mean(axis=1, keepdims=True) + means.mean(axis=(0, 1))
@@ -215,7 +218,7 @@ def _luck(means: np.ndarray) -> np.ndarray:
 
 
 def describe(reports: Sequence[Report], widths: dict[Numbers, list[Wider]], window: int) -> str:
-    """The text report: a table, best first, and the verdict on widths."""
+    """Text report: a table of combinations, the best first, and the comparison of widths."""
     means = over_seeds(reports, window)
     names = varied([report.trial for report in means])
     seeds = list(dict.fromkeys(report.trial.seed for report in reports))
@@ -226,23 +229,23 @@ def describe(reports: Sequence[Report], widths: dict[Numbers, list[Wider]], wind
     lines = ["  ".join(cell.rjust(n) for cell, n in zip(row, sizes, strict=True)).rstrip() for row in rows]
     lines.append(
         f"loss: mean of the last {window} steps; gradient norm: last quarter after warm-up over the first, "
-        "rising: every quarter above the one before"
+        "rising: it increases from each quarter to the next"
     )
     if several:
-        lines.append(f"all of the mean over seeds {_listed(seeds)}; +-: standard deviation of the loss between them")
+        lines.append(f"values are means over the seeds {_listed(seeds)}; +-: standard deviation of the loss over seeds")
     for numbers, pairs in widths.items():
         holds = not any(pair.worse for pair in pairs)
         lines += ["", f"wider is better ({numbers.label}): {'holds' if holds else 'DOES NOT HOLD'}"]
         for pair in pairs:
-            said = f"WORSE beyond it in the windows up to step {_listed(pair.worse)}"
+            worse = f"WORSE beyond noise in the windows up to step {_listed(pair.worse)}"
             share = f"better in {pair.better:.0%} of {pair.windows} windows of {window} steps"
-            ending = said if pair.worse else "never worse beyond it"
+            ending = worse if pair.worse else "never worse beyond noise"
             at_end = f"; at the end {pair.last:+.4f} (noise {pair.noise:.4f})" if pair.windows else ""
             surely = f"beyond noise in {pair.surely:.0%}"
             lines.append(f"  {pair.narrow} -> {pair.wide}: {share}, {surely}; {ending}{at_end}")
     if widths:
-        between = f"between {len(seeds)} seeds, all widths together"
-        lines.append(f"  noise: the scatter {between if several else f'inside a window; {ONE_SEED}'}")
+        between = f"between {len(seeds)} seeds, over all widths"
+        lines.append(f"  noise: estimated from the scatter {between if several else f'inside a window; {ONE_SEED}'}")
     return "\n".join(lines)
 
 
@@ -254,17 +257,17 @@ def _cells(report: Report, names: Sequence[str], several: bool) -> list[str]:
     numbers = (getattr(report.trial.numbers, name) for name in names)
     loss = "-" if report.loss is None else f"{report.loss:.4f}"
     trend = "-" if report.trend is None else f"x {report.trend:.2f}" + (" rising" if report.rising else "")
-    said = "" if report.state == DONE else f"{report.state} at step {report.steps}"
+    remark = "" if report.state == DONE else f"{report.state} at step {report.steps}"
     if report.rose:
-        said = f"{said or 'ended'} above its start"
-    said = f"{said}: {report.reason}" if report.reason else said
+        remark = f"{remark or 'ended'} above its start"
+    remark = f"{remark}: {report.reason}" if report.reason else remark
     shown = ("config's" if value is None else f"{value:.4g}" for value in numbers)
     scatter = ["-" if report.scatter is None else f"{report.scatter:.4f}"] * several
-    return [str(report.trial.width), *shown, loss, *scatter, trend, f"{report.seconds / 60:.1f}", said]
+    return [str(report.trial.width), *shown, loss, *scatter, trend, f"{report.seconds / 60:.1f}", remark]
 
 
 def to_json(reports: Sequence[Report], widths: dict[Numbers, list[Wider]], window: int) -> JsonObject:
-    """What results.json holds."""
+    """The contents of results.json."""
     return {
         "window": window,
         "trials": [_record(report) for report in ordered(reports)],
@@ -287,7 +290,7 @@ def to_json(reports: Sequence[Report], widths: dict[Numbers, list[Wider]], windo
 
 
 def _record(report: Report) -> JsonObject:
-    """One trial as plain values: the numbers at its own width too."""
+    """One trial as plain values, with the hyper-parameters at its own width, too."""
     trial = report.trial
     model, optim = trial.config.model, trial.config.optim
     return {
@@ -309,7 +312,7 @@ def _record(report: Report) -> JsonObject:
 
 
 def results_csv(reports: Sequence[Report]) -> str:
-    """A line a trial, best first."""
+    """The contents of results.csv: a line for each trial, the best first."""
     text = io.StringIO()
     records = [{k: v for k, v in _record(r).items() if k != "at this width"} for r in ordered(reports)]
     writer = csv.DictWriter(text, list(records[0]), lineterminator="\n")
@@ -319,8 +322,8 @@ def results_csv(reports: Sequence[Report]) -> str:
 
 
 def loss_tables(reports: Sequence[Report], window: int) -> dict[str, str]:
-    """losses.csv, as `tele mup predict` takes it, of a combination with at least two whole widths; losses-LABEL.csv
-    where there are several such combinations."""
+    """Loss tables for `tele mup predict` by file name: losses.csv, or a losses-LABEL.csv for each combination, of those
+    with at least two complete widths."""
     made = {}
     for numbers, whole in whole_widths(reports, window).items():
         seeds = [part.trial.seed for part in whole[0].seeds]

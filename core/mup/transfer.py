@@ -1,8 +1,8 @@
-"""muP transfer rules: hyper-parameters of a narrow model carried over to another width.
+"""muP transfer rules: hyper-parameters of a narrow model for a model of another width.
 
-r is the ratio of the widths. The form is that of table 8 of Tensor Programs V (Yang et al., arXiv 2203.03466), which
-mup, Mu-scaling and Megatron-LM have too: embeddings and head keep rate and deviation, and the logits are divided by r.
-Depth, data, batch and schedule must be the same; the head size stays, and with it attention's scale.
+r is the ratio of the widths. The rules are those of table 8 of Tensor Programs V (Yang et al., arXiv 2203.03466), as in
+mup, Mu-scaling and Megatron-LM: embeddings and head keep learning rate and standard deviation, and logits are divided
+by r. Depth, data, batch and schedule must be the same; the head size is kept, and with it the attention scale.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from telechat_twins.core.errors import UserError
 from telechat_twins.core.model.config import ModelConfig, load_model_config
 from telechat_twins.core.types import JsonObject
 
-DIGITS = 12  # of a transferred number: more than any search finds, fewer than a division leaves behind
+DIGITS = 12  # of a transferred value: more than a search determines, few enough to hide rounding of the division
 
 
 @dataclass(frozen=True)
 class TransferRule:
-    """``option`` (section.name) is multiplied by r ** ``power``; one without a value has that of ``default``."""
+    """Rule that multiplies ``option`` (section.name) by r ** ``power``; an unset option has ``default``'s value."""
 
     what: str
     option: str
@@ -42,18 +42,18 @@ RULES = (
     TransferRule("input multiplier", "model.input_mult", 0.0),
     TransferRule("logit multiplier", "model.logit_mult", -1.0),
     TransferRule("weight decay", "optim.weight_decay", 0.0),
-    # Decoupled decay acts through rate x decay, which so stays what it was.
+    # Decoupled weight decay acts through rate x decay, which this rule keeps constant.
     TransferRule("matrix weight decay", "optim.matrix_weight_decay", 1.0, "optim.weight_decay"),
 )
 
 
-# What a width or a rule of its own may change; everything else of a model is the same at all widths.
+# Options that depend on the width or have a rule; all other options of a model are the same at all widths.
 _WIDTH = ("hidden_size", "ffn_hidden_size", "num_heads", "num_kv_heads", "num_layers", "head_dim")
 _OWN = {*_WIDTH, *(rule.option.removeprefix("model.") for rule in RULES)}
 
 
 def value_of(rule: TransferRule, model: ModelConfig, optim: OptimConfig) -> float:
-    """The number of a rule's option in a config, where it has none that of its default."""
+    """The value of a rule's option in a config, or that of its default."""
     sections = {"model": model, "optim": optim}
     for option in (rule.option, rule.default):
         section, _, name = option.partition(".")
@@ -64,9 +64,9 @@ def value_of(rule: TransferRule, model: ModelConfig, optim: OptimConfig) -> floa
 
 
 def transfer(model: ModelConfig, optim: OptimConfig, target: ModelConfig) -> tuple[ModelConfig, OptimConfig]:
-    """``target`` and ``optim`` with the hyper-parameters of ``model`` and ``optim``, carried over to target's width.
+    """``target`` and ``optim`` with the hyper-parameters of ``model`` and ``optim`` transferred to the target's width.
 
-    At the same width nothing changes, so that a narrow model and its own transfer are the same run bit for bit.
+    At the same width all values are unchanged, so a narrow model and its transfer are the same run bit for bit.
     """
     r = target.hidden_size / model.hidden_size
     changes: dict[str, JsonObject] = {"model": {}, "optim": {}}
@@ -81,10 +81,10 @@ def transfer(model: ModelConfig, optim: OptimConfig, target: ModelConfig) -> tup
 
 
 def at_width(model: ModelConfig, width: int, ffn: int | None = None) -> ModelConfig:
-    """The shape of ``model`` at another width: more or fewer heads of the same size and grouping, ffn in proportion.
+    """``model`` at another width: more or fewer heads of the same size and grouping, and an ffn in proportion.
 
-    ``ffn``: its width, where it is not to be in proportion. Hyper-parameters stay; ``transfer`` changes them. Raises
-    UserError for a width that the heads or the ffn cannot have.
+    ``ffn``: width of the ffn, if it is not to be in proportion. Hyper-parameters are unchanged (see ``transfer``).
+    UserError for a width that is not a multiple of the heads' or has no whole ffn width.
     """
     heads, rest = divmod(width, model.head_dim)
     group = model.num_heads // model.num_kv_heads
@@ -98,35 +98,35 @@ def at_width(model: ModelConfig, width: int, ffn: int | None = None) -> ModelCon
             step = model.hidden_size // math.gcd(model.ffn_hidden_size, model.hidden_size)
             step = math.lcm(step, model.head_dim * group)
             raise UserError(
-                f"width {width}: an ffn of {model.ffn_hidden_size} at {model.hidden_size} has no whole width there; "
-                f"say which with --ffn, or take a multiple of {step}, nearest: {_nearest(width, step)}"
+                f"width {width}: an ffn in proportion ({model.ffn_hidden_size} at width {model.hidden_size}) must have "
+                f"a whole width; give one by --ffn, or take a multiple of {step}, nearest: {_nearest(width, step)}"
             )
     sizes = {"hidden_size": width, "ffn_hidden_size": ffn, "num_heads": heads, "num_kv_heads": heads // group}
     return load_model_config({**model.to_dict(), **sizes}, f"width {width}")
 
 
 def warnings(model: ModelConfig, target: ModelConfig) -> list[str]:
-    """What makes ``target`` differ from ``model`` in more than its width, of which muP's rules know nothing."""
+    """Differences between ``target`` and ``model`` beyond the width, which muP's rules do not cover."""
     found = []
     if model.num_layers != target.num_layers:
         found.append(
             f"depth {model.num_layers} -> {target.num_layers}: muP has no rule for depth; "
-            "the narrow model should have the layers of the wide one"
+            "the narrow model should have as many layers as the wide one"
         )
     if model.head_dim != target.head_dim:
         found.append(
-            f"head size {model.head_dim} -> {target.head_dim}: attention's scale is right at one head size only"
+            f"head size {model.head_dim} -> {target.head_dim}: the attention scale is correct for one head size only"
         )
     group, other = (one.num_heads // one.num_kv_heads for one in (model, target))
     if group != other:
-        found.append(f"query heads a kv head {group} -> {other}: not a matter of width")
+        found.append(f"query heads per kv head {group} -> {other}: not a difference in width")
     ratio = target.ffn_hidden_size * model.hidden_size / (model.ffn_hidden_size * target.hidden_size)
     if abs(ratio - 1) > 1e-9:
-        found.append(f"the ffn grows {ratio:.3f} times as much as the hidden size, whose ratio the rules take")
+        found.append(f"the ffn grows {ratio:.3f} times as much as the hidden size, by whose ratio the rules transfer")
     ours, theirs = model.to_dict(), target.to_dict()
     differing = [f"{n} {ours[n]} -> {theirs[n]}" for n in ours if n not in _OWN and ours[n] != theirs[n]]
     if differing:
-        found.append(f"{', '.join(differing)}: not a matter of width")
+        found.append(f"{', '.join(differing)}: not a difference in width")
     return found
 
 

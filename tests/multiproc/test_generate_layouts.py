@@ -68,7 +68,7 @@ def test_8_bits_are_the_same_in_a_layout(checkpoint: Path) -> None:
             ("--layout", "dp2"),
             "tele: --layout: generation has the axes tp, pp and ring only, found dp 2 in 'dp2'; leave it out",
         ),
-        (("--nproc", "2"), "tele: --nproc: 2 processes need a layout to share the work; add e.g. --layout tp2"),
+        (("--nproc", "2"), "tele: --nproc: 2 processes need a layout; add e.g. --layout tp2"),
         (("--layout", "tp16"), "tele: parallel.tp: 16 does not divide"),
     ],
 )

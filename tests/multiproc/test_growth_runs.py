@@ -156,7 +156,7 @@ def test_parity_sees_a_growth_gone_wrong(files: tuple[Path, Path], monkeypatch: 
             out[:, 5] = 0.0
 
     monkeypatch.setattr(telechat_twins.convert.growth.weights, "_place_old", lost)
-    assert "float64: logits as before" in broken(0)
+    assert "float64: logits unchanged" in broken(0)
     monkeypatch.setattr(telechat_twins.convert.growth.weights, "_place_old", real)
     rule = telechat_twins.convert.growth.weights._rule
 
@@ -167,7 +167,7 @@ def test_parity_sees_a_growth_gone_wrong(files: tuple[Path, Path], monkeypatch: 
         )  # fmt: skip
 
     monkeypatch.setattr(telechat_twins.convert.growth.weights, "_rule", random_writers)
-    assert "float64: logits as before" in broken(1)
+    assert "float64: logits unchanged" in broken(1)
 
 
 def change(number: int, **changes: Any) -> list[dict[str, Any]]:
@@ -214,15 +214,15 @@ def test_options_that_do_not_go_with_growth(
     for extra, says in (
         (["--layout", "tp2"], "--layout: every stage of"),
         (["--nproc", "2"], "--nproc: every stage of"),
-        (["--resume", str(tmp_path)], "--resume: with --growth only 'auto'"),
-        (["--nnodes", "3"], "--nnodes: 3 machines cannot hold equal shares of the 1 ranks of stage 'small'"),
+        (["--resume", str(tmp_path)], "--resume: must be 'auto' with --growth"),
+        (["--nnodes", "3"], "--nnodes: must divide the 1 ranks of stage 'small', found 3"),
     ):
         assert main([*arguments("pt", files, tmp_path / "out"), *extra]) == 2
         assert says in capsys.readouterr().err
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "kept.txt").write_text("mine")
     assert main(arguments("pt", files, tmp_path / "out")) == 2
-    assert "already holds a run" in capsys.readouterr().err
+    assert "already has a run" in capsys.readouterr().err
 
 
 def test_the_commands_of_the_page_run(

@@ -367,7 +367,7 @@ def test_a_node_may_be_given_by_name() -> None:
 def test_the_second_port_must_be_free_too() -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1] - 1
-        with pytest.raises(UserError, match=f"--master: port {port + 1}, the one after {port}, is needed too"):
+        with pytest.raises(UserError, match=rf"--master: port {port + 1} \(the given one plus 1\) is needed too"):
             meet(0, 2, "127.0.0.1", port, FACTS, 1.0)
 
 

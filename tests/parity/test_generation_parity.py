@@ -273,12 +273,12 @@ def test_generate_command_gives_text(backend, talking, capsys, tmp_path):
     [
         (("--ids", "1,x"), "--ids: entry 1 is 'x', not a token id"),
         (("--ids", "1,151"), "prompt: token id 151 at place 1 is outside the vocabulary of 151"),
-        (("--ids", "1", "--chat"), "--ids: are used as they are"),
+        (("--ids", "1", "--chat"), "--ids: cannot be combined with --chat or --allow-control"),
         (("--ids", "1", "--max-new-tokens", "0"), "--max-new-tokens: must be at least 1"),
-        (("--ids", "1", "--top-k", "5"), "--top-k: acts only on drawing; add --temperature"),
-        (("--ids", "1", "--temperature", "0.5", "--greedy"), "--greedy: contradicts --temperature 0.5"),
+        (("--ids", "1", "--top-k", "5"), "--top-k: needs --temperature, since it has no effect on greedy decoding"),
+        (("--ids", "1", "--temperature", "0.5", "--greedy"), "--greedy: cannot be combined with --temperature 0.5"),
         (("--ids", "1", "--temperature", "0.5", "--top-p", "2"), "sampling.top_p: must be at most 1.0"),
-        (("--ids", "1", "--samples", "3"), "--samples: greedy answers are all the same; add --temperature"),
+        (("--ids", "1", "--samples", "3"), "--samples: several need --temperature, since greedy answers are equal"),
         (("--ids", "1", "--logprobs", "3"), "--logprobs requires --json; add --json"),
         (("--ids", "1", "--logprobs", "152", "--json"), "logprobs: must be 0 to 151"),
         (("--ids", "1", "--stop", "x"), "stop: stop strings and text output need a tokenizer, found none"),
@@ -313,7 +313,7 @@ def test_chat_command_over_a_pipe(backend, talking, tmp_path):
     )
     errors = done.stderr.decode()
     assert done.returncode == 0, errors
-    assert "error: /nonsense: no such command" in errors
+    assert "error: /nonsense: unknown command" in errors
     row = json.loads(saved.read_text(encoding="utf-8"))
     assert row["system"] == "answers\n"
     assert [turn["content"] for turn in row["dialog"]][::2] == ["a", "\u6a21\u578b"]

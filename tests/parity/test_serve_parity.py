@@ -150,12 +150,14 @@ def test_mistakes_are_said_before_anything_is_loaded(model, tmp_path, capsys):
     assert "--port: must be 0 to 65535" in says("--port", "70000")
     assert "--max-running: must be at least 1" in says("--port", "0", "--max-running", "0")
     assert "--grace: must be 0 or more" in says("--port", "0", "--grace", "-1")
-    assert "--max-len: a prompt and its answer need 2 tokens" in says("--port", "0", "--max-len", "1")
-    assert "--cache-tokens: 100 cannot hold one sequence of 256" in says("--port", "0", "--cache-tokens", "100")
-    assert "--api-key: expected a key" in says("--port", "0", "--api-key", "two words")
+    assert "--max-len: must be at least 2, for a prompt and its answer, found 1" in says(
+        "--port", "0", "--max-len", "1"
+    )
+    assert "--cache-tokens: must be at least --max-len, 256, found 100" in says("--port", "0", "--cache-tokens", "100")
+    assert "--api-key: a key must consist of" in says("--port", "0", "--api-key", "two words")
     assert "keys.txt: cannot be read" in says("--port", "0", "--api-key-file", "keys.txt")
     (tmp_path / "empty").write_text("\n")
-    assert "empty: expected a key" in says("--port", "0", "--api-key-file", str(tmp_path / "empty"))
+    assert "empty: a key must consist of" in says("--port", "0", "--api-key-file", str(tmp_path / "empty"))
     with open(tmp_path / "endless", "wb") as file:
         file.truncate(1 << 40)
     assert "endless: has more than 1048576 bytes" in says("--port", "0", "--api-key-file", str(tmp_path / "endless"))

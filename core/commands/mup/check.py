@@ -32,18 +32,19 @@ from telechat_twins.core.mup.coordinates import (
 )
 
 FACTORS = (1, 2, 4, 8)
-ROWS, LONGEST = 4, 64
+ROWS, MAX_SEQ_LEN = 4, 64
 
 DESCRIPTION = f"""\
-Make a run's first updates at several widths and see whether activations keep their size: the test that muP is complete.
+Run the first updates of a training run at several widths and check that activations keep their size: the coordinate
+check of a complete muP implementation.
 
-Looked at are the embedding's output, what attention and ffn add to the stream, the stream after each block, and the
-logits: the mean of |x|, and of |x - x at the start|, before each update and after the last, on a fixed batch of random
-tokens (no data is needed). Widths are the config's times 1, 2, 4 and 8 unless --widths says others; its numbers are
-carried over as `tele mup transfer` does, and for contrast used unchanged at every width (standard parametrisation).
-The slope of log size over log width must lie within {FLAT} of 0 under muP, at the start and in change after the last
-update (of the logits from {LOGITS_LOW}: they start smaller in wider models), and for the contrast some change must grow
-by more than {GROWING}: a check that cannot see growth proves nothing. Exit code 1 when one of these is broken.
+Measured are the embedding's output, the outputs of attention and ffn, the residual stream after each block, and the
+logits: the means of |x| and of |x - x at the start|, before each update and after the last, on a fixed batch of random
+tokens (no data is needed). Widths are the config's times 1, 2, 4 and 8, or those of --widths. Its hyper-parameters are
+transferred as by `tele mup transfer`, and for contrast used unchanged at every width (standard parametrisation).
+Under muP the slope of log size over log width must lie within {FLAT} of 0, for sizes at the start and for changes after
+the last update (for logits from {LOGITS_LOW}, since they start smaller in wider models). In the contrast some change
+must grow by more than {GROWING}, which shows that the check can detect growth. Exit code 1 when a bound is broken.
 """
 EXAMPLES = """\
 examples:
@@ -62,7 +63,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--config",
         required=True,
         metavar="F",
-        help="the narrow model's run (file or bundled name); only model and optim count",
+        help="run of the narrow model (file or bundled name); only its model and optim sections are used",
     )
     parser.add_argument(
         "--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="override, e.g. optim.lr=1e-3"
@@ -87,7 +88,7 @@ def run(args: argparse.Namespace) -> int:
     if args.out:
         for name in ("check.json", "check.png"):
             writable_file(args.out / name, "--out")
-    seq_len = min(config.data.seq_len, LONGEST)
+    seq_len = min(config.data.seq_len, MAX_SEQ_LEN)
     try:
         runs = configs(config, sorted(widths), ROWS, seq_len)
     except UserError as error:
@@ -114,7 +115,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def describe(title: str, records: Sequence[WidthRecord], judged: Sequence[SlopeVerdict]) -> str:
-    """Slopes for people, and what is broken."""
+    """Text report of the slopes and of broken bounds."""
     last = len(records[0].losses) - 1
     sides = {name: [r for r in records if r.parametrisation == name] for name in (MUP, STANDARD)}
     heads = [f"{name}, {kind}" for name in sides for kind in ("start", f"change after {last}")]
@@ -140,7 +141,7 @@ def _range(one: SlopeVerdict) -> str:
 
 
 def plot(title: str, records: Sequence[WidthRecord], path: Path) -> Path:
-    """Mean change over width, a line an update, for every group; muP above, the contrast below."""
+    """Plot of the mean change over width by group, with a line for each update; muP above, the contrast below."""
     import matplotlib
 
     matplotlib.use("Agg")

@@ -1,4 +1,4 @@
-"""`tele mup predict`: the loss of a large width from those of small ones."""
+"""`tele mup predict`: predicts the loss of a wide model from those of narrower ones."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from telechat_twins.core.types import JsonObject
 DESCRIPTION = """\
 Fit L = a * C^b + c to the losses of small models and forecast those of larger ones.
 
-Train the same model at four or more widths: same depth, same data in the same order, same batch, hyper-parameters
-transferred by muP. Read every loss at the same step, better averaged over some steps around it: the scatter of a single
-step is an error of the fit. Write them into a table:
+Train the same model at four or more widths, with the same depth, the same data in the same order, the same batch, and
+hyper-parameters transferred by muP. Take all losses at the same step, preferably averaged over some steps around it,
+since the scatter of a single step becomes an error of the fit. Write them into a table:
 
   losses.csv                      losses.yaml
   width,parameters,loss           step: 20000
@@ -25,12 +25,12 @@ step is an error of the fit. Write them into a table:
   256,21.56,3.6054                loss: [3.9181, 3.6054, 3.4431, 3.3542, null]
   ...
 
-C is `parameters`, in millions, or `width` where there are none; a `step` must be the same in all rows. A row without a
-loss is forecast. --hold-out N keeps the N largest measured models out of the fit and compares the forecast with them:
-the test to pass before a forecast is believed. The interval is where one new measurement lies with 95 % probability if
-the law holds and runs scatter as the fitted ones do (Student's t, covariance of the fit plus residual variance,
-linearised). What speaks against a fit is said under the table. A model that was grown from a smaller one is on no such
-curve: it did not take the steps of its width.
+C is `parameters`, in millions, or `width` without that column; a `step` must be the same in all rows. A row without a
+loss is forecast. --hold-out N leaves the N largest measured models out of the fit and compares the forecast with them,
+a test to pass before relying on a forecast. A new measurement lies in the interval with 95 % probability if the law
+holds and runs scatter as the fitted ones do (Student's t, covariance of the fit plus residual variance, linearised).
+Reasons to distrust a fit are listed below the table. The law does not apply to a model that was grown from a smaller
+one, since it was not trained at its width from the start.
 """
 EXAMPLES = """\
 examples:
@@ -47,13 +47,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--hold-out",
         type=int,
         metavar="N",
-        help="largest measured models to forecast, not fit (default: 1; 0 where the table has rows without a loss)",
+        help="largest measured models to forecast instead of fit (1; 0 if the table has rows without a loss)",
     )
     parser.add_argument("--out", metavar="DIR", type=Path, help="write prediction.json and prediction.png here")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Fit, forecast, print; write with ``--out``."""
+    """Fit the law, forecast and print; with ``--out`` also write the results."""
     if args.out:
         for name in ("prediction.json", "prediction.png"):
             writable_file(args.out / name, "--out")
@@ -70,20 +70,22 @@ def run(args: argparse.Namespace) -> int:
 
 
 def predict(table: LossTable, hold_out: int, name: str) -> tuple[Fit, list[Forecast], list[str]]:
-    """The fit without the ``hold_out`` largest measured models, forecasts of these and of rows without a loss by
-    growing size, and what speaks against them. ``name`` is the table's in messages. UserError for too few points.
+    """The fit without the ``hold_out`` largest measured models; forecasts of these and of rows without a loss, in order
+    of size; and reasons to distrust them. ``name``: the table's name in messages. UserError for too few points.
     """
     if hold_out < 0:
         raise UserError(f"--hold-out: must be at least 0, found {hold_out}")
     measured = table.measured
     fitted, held = measured[: len(measured) - hold_out], measured[max(len(measured) - hold_out, 0) :]
     if len(measured) < LEAST_POINTS:
-        raise UserError(f"{name}: {len(measured)} losses; a fit needs at least {LEAST_POINTS}: train more widths")
+        raise UserError(
+            f"{name}: must have at least {LEAST_POINTS} losses for a fit, found {len(measured)}; train more widths"
+        )
     if len(fitted) < LEAST_POINTS:
         most = len(measured) - LEAST_POINTS
         raise UserError(
-            f"--hold-out {hold_out}: leaves {max(len(measured) - hold_out, 0)} of {len(measured)} losses in {name}, "
-            f"a fit needs {LEAST_POINTS}; hold out at most {most}"
+            f"--hold-out {hold_out}: must leave at least {LEAST_POINTS} of {len(measured)} losses in {name} for the "
+            f"fit, leaves {max(len(measured) - hold_out, 0)}; hold out at most {most}"
         )
     sizes, losses = [size for size, _ in fitted], [loss for _, loss in fitted]
     try:
@@ -96,7 +98,7 @@ def predict(table: LossTable, hold_out: int, name: str) -> tuple[Fit, list[Forec
 
 
 def describe(table: LossTable, fit: Fit, forecasts: list[Forecast], poor: list[str]) -> str:
-    """The table for people."""
+    """Text report of the fit and its forecasts."""
     step = f" at step {table.step}" if table.step is not None else ""
     lines = [
         f"{table.title}{step}: L = a * C^b + c over {fit.points} models, C = {_measure(table)}, "
@@ -115,7 +117,7 @@ def describe(table: LossTable, fit: Fit, forecasts: list[Forecast], poor: list[s
         lines.append("")
         lines += ["  ".join(t.rjust(n) for t, n in zip(row, sizes, strict=True)).rstrip() for row in rows]
     lines.append("")
-    lines += [f"poor fit: {reason}" for reason in poor] or ["nothing speaks against the fit"]
+    lines += [f"poor fit: {reason}" for reason in poor] or ["no weakness of the fit was found"]
     return "\n".join(lines)
 
 
@@ -133,7 +135,7 @@ def _measure(table: LossTable) -> str:
 
 
 def to_json(table: LossTable, fit: Fit, forecasts: list[Forecast], poor: list[str]) -> JsonObject:
-    """What prediction.json holds."""
+    """The contents of prediction.json."""
     names = ("a", "b", "c", "a_sd", "b_sd", "c_sd", "residual_sd", "points", "smallest", "largest")
     rows = [
         {

@@ -60,7 +60,7 @@ def run(args: argparse.Namespace) -> int:
     targets = _targets(args, config.model)
     if args.out:
         if len(targets) != 1:
-            raise UserError(f"--out: {len(targets)} widths; a run has one, give one --width")
+            raise UserError(f"--out: a run has one width, found {len(targets)}; give one --width")
         writable_file(args.out, "--out")
     found = [transfer(config.model, config.optim, target) for target in targets]
     print(table(Path(args.config).name, (config.model, config.optim), found))
@@ -78,10 +78,10 @@ def _targets(args: argparse.Namespace, model: ModelConfig) -> list[ModelConfig]:
         raise UserError(f"--ffn: must be at least 1, found {args.ffn}")
     if args.target:
         if args.ffn:
-            raise UserError("--ffn: the preset of --target has its own; give --width with it")
+            raise UserError("--ffn: cannot be combined with --target, whose preset has its own; give --width with it")
         return [load_model_config(args.target, "--target")]
     if args.ffn and len(args.width) > 1:
-        raise UserError(f"--ffn: one number for {len(args.width)} widths; give one --width")
+        raise UserError(f"--ffn: is the width of one target's ffn, found {len(args.width)} widths; give one --width")
     try:
         return [at_width(model, width, args.ffn) for width in args.width]
     except UserError as error:
@@ -92,7 +92,7 @@ Numbers = tuple[ModelConfig, OptimConfig]
 
 
 def table(name: str, narrow: Numbers, wide: Sequence[Numbers]) -> str:
-    """Every rule with the narrow model's number and those of the targets."""
+    """Table of all rules, with the values of the narrow model and of the targets."""
     columns = [narrow, *wide]
     base = narrow[0].hidden_size
     rows = [("", "option", "rule", f"width {base}", *(f"width {model.hidden_size}" for model, _ in wide))]
@@ -120,12 +120,12 @@ def number(value: float) -> str:
 
 
 def run_yaml(source: str, config: RunConfig, target: Numbers, out: Path) -> str:
-    """The YAML of ``config`` with the target's model and rates, its data paths as they are found from ``out``."""
+    """The YAML of ``config`` with the target's model and rates, and data paths relative to ``out``."""
     model, optim = target
     tree: JsonObject = {**config.to_dict(), "model": model.to_dict()}
     for name, value in vars(optim).items():
         tree["optim"][name] = value
-    # What is not said has its default; kernels are the machine's affair.
+    # Unset options keep their defaults; the choice of kernels depends on the machine.
     tree = {
         section: {k: v for k, v in values.items() if v is not None}
         for section, values in tree.items()
@@ -136,9 +136,9 @@ def run_yaml(source: str, config: RunConfig, target: Numbers, out: Path) -> str:
         one["path"] = os.path.relpath(one["path"], out.resolve().parent)
     ratio = model.hidden_size / config.model.hidden_size
     lines = [
-        f"# Carried over by muP from {Path(source).name}, width {config.model.hidden_size} to {model.hidden_size} "
+        f"# Transferred by muP from {Path(source).name}, width {config.model.hidden_size} to {model.hidden_size} "
         f"(r = {ratio:g}).",
-        "# `parallel:` and micro-batch are the narrow model's: set them for this one. Depth must be the same.",
+        "# `parallel:` and micro-batch are those of the narrow model: adapt them. Depth must be the same.",
     ]
     lines += [f"# warning: {line}" for line in warnings(config.model, model)]
     return "\n".join(lines) + "\n" + yaml.safe_dump(tree, sort_keys=False)

@@ -121,10 +121,10 @@ def test_spread():
         (["--steps", "0"], "--steps: must be at least 1"),
         (["--model", "telechat2-tyni"], "did you mean 'telechat2-tiny'"),
         (["--seq-len", "100000"], "max_seqlen"),
-        (["--layouts", "tp2"], "--layouts: belongs to `tele bench parallel`"),
-        (["--operators", "rope"], "--operators: belongs to `tele bench kernels`, not to `tele bench step`"),
-        (["--prompt", "3"], "--prompt: belongs to `tele bench decode`"),
-        (["--rows", "3"], "--rows: belongs to `tele bench decode`"),
+        (["--layouts", "tp2"], "--layouts: is an option of `tele bench parallel`"),
+        (["--operators", "rope"], "--operators: is an option of `tele bench kernels`, not of `tele bench step`"),
+        (["--prompt", "3"], "--prompt: is an option of `tele bench decode and serve`"),
+        (["--rows", "3"], "--rows: is an option of `tele bench decode`"),
         (["--backends", "eager", "--precision", "bf16"], "--precision bf16: the eager composition"),
     ],
 )
@@ -135,7 +135,10 @@ def test_mistakes_are_told_before_anything_starts(argv, message):
 
 def test_a_bad_out_is_found_before_measuring(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "file").write_text("")
-    for out, says in ((tmp_path / "file/x.json", "a file lies where its folder should be"), (tmp_path, "is a folder")):
+    for out, says in (
+        (tmp_path / "file/x.json", "there is a file in place of its folder"),
+        (tmp_path, "found a folder"),
+    ):
         assert main(["bench", "step", "--out", str(out)]) == 2
         error = capsys.readouterr().err
         assert error.startswith("tele: --out") and says in error and error.count("\n") == 1

@@ -109,7 +109,7 @@ def test_frameworks_take_turns_operator_by_operator(
     shown = capsys.readouterr().out
     assert shown.strip() == kernels_to_markdown(result)
     assert "| rope | forward | PyTorch | torch | 1.000 ms | copy 1.0 GB/s | 262 % | 0.50 |" in shown
-    with pytest.raises(UserError, match="--backends eager: belongs to `tele bench step`"):
+    with pytest.raises(UserError, match="--backends eager: is available for `tele bench step` only"):
         bench.run(parser.parse_args([*words, "--backends", "eager"]))
 
 

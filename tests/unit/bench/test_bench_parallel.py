@@ -412,9 +412,9 @@ def test_enough_cores_and_given_threads_are_said_too(launched, capsys, monkeypat
         (["--layouts", "tpp2"], "layout 'tpp2': unknown part 'tpp2'; did you mean 'tp2'"),
         (["--layouts", "tp2,pp2", "tp3"], "--layouts tp3: parallel.tp: 3 does not divide model.num_heads 4"),
         (["--layouts", "pp8"], "--layouts pp8: parallel.pp: 8 stages are more than model.num_layers 4"),
-        (["--layouts", "dp3"], "--layouts dp3: --micro-batches 4 .* give --micro-batches 6"),
+        (["--layouts", "dp3"], "--layouts dp3: --micro-batches must be a multiple of dp 3, found 4; give 6"),
         (["--layouts", "pp2.vpp2", "--micro-batches", "3"], "--layouts pp2.vpp2: .* multiple of pp 2"),
-        (["--layouts", ","], "--layouts: no layout given"),
+        (["--layouts", ","], "--layouts: must name at least one layout"),
         (["--micro-batches", "0"], "--micro-batches: must be at least 1"),
     ],
 )

@@ -120,10 +120,10 @@ def test_a_random_model_has_a_tokenizer_of_its_size(tmp_path):
     [
         (["serve", "--clients", "0"], "--clients: must be at least 1, found 0"),
         (["serve", "--new", "0"], "--new: must be at least 1, found 0"),
-        (["serve", "--rows", "2"], "--rows: belongs to `tele bench decode`, not to `tele bench serve`"),
-        (["decode", "--clients", "2"], "--clients: belongs to `tele bench serve`, not to `tele bench decode`"),
-        (["step", "--checkpoint", "x"], "--checkpoint: belongs to `tele bench serve`"),
-        (["serve", "--backends", "eager"], "--backends eager: belongs to `tele bench step`"),
+        (["serve", "--rows", "2"], "--rows: is an option of `tele bench decode`, not of `tele bench serve`"),
+        (["decode", "--clients", "2"], "--clients: is an option of `tele bench serve`, not of `tele bench decode`"),
+        (["step", "--checkpoint", "x"], "--checkpoint: is an option of `tele bench serve`"),
+        (["serve", "--backends", "eager"], "--backends eager: is available for `tele bench step` only"),
     ],
 )
 def test_mistakes(words, says):

@@ -28,10 +28,10 @@ def test_the_right_versions_pass() -> None:
 @pytest.mark.parametrize(
     ("versions", "mistake", "mend"),
     [
-        ({"numpy": "2.1.0"}, "numpy 2.1.0, 1.26.4 is needed", "'numpy==1.26.4'"),
-        ({"numpy": ""}, "numpy is not installed, 1.26.4 is needed", "'numpy==1.26.4'"),
-        ({"mindspore": "2.8.0"}, "mindspore 2.8.0, 2.9.0 is needed", "'mindspore==2.9.0'"),
-        ({"torch": "2.12.1+cu126"}, "torch 2.12.1+cu126, 2.13.0 is needed", "'torch==2.13.0'"),
+        ({"numpy": "2.1.0"}, "numpy must be 1.26.4, found 2.1.0", "'numpy==1.26.4'"),
+        ({"numpy": ""}, "numpy must be 1.26.4, found none", "'numpy==1.26.4'"),
+        ({"mindspore": "2.8.0"}, "mindspore must be 2.9.0, found 2.8.0", "'mindspore==2.9.0'"),
+        ({"torch": "2.12.1+cu126"}, "torch must be 2.13.0, found 2.12.1+cu126", "'torch==2.13.0'"),
     ],
 )
 def test_a_wrong_version_is_named_with_its_mend(versions: dict[str, str], mistake: str, mend: str) -> None:
@@ -41,7 +41,7 @@ def test_a_wrong_version_is_named_with_its_mend(versions: dict[str, str], mistak
 
 
 def test_wrong_python() -> None:
-    assert doctor.examine(having(), PINS, (3, 12, 1))["mistakes"] == ["Python 3.12.1 runs, 3.11 is needed"]
+    assert doctor.examine(having(), PINS, (3, 12, 1))["mistakes"] == ["Python must be 3.11, found 3.12.1"]
 
 
 def test_one_missing_backend_is_reported_but_no_mistake() -> None:
@@ -52,7 +52,7 @@ def test_one_missing_backend_is_reported_but_no_mistake() -> None:
 
 def test_no_backend_at_all_is_a_mistake() -> None:
     report = doctor.examine(having(mindspore="", torch=""), PINS, (3, 11, 9))
-    assert report["mistakes"] == ["neither mindspore nor torch is installed"]
+    assert report["mistakes"] == ["mindspore or torch must be installed, found neither"]
     assert "'mindspore==2.9.0' 'torch==2.13.0'" in report["mend"]
 
 
@@ -66,7 +66,7 @@ def test_exit_codes_and_the_one_line(monkeypatch: pytest.MonkeyPatch, capsys: py
     assert cli.main(["doctor", "--json"]) == 2
     out, err = capsys.readouterr()
     assert json.loads(out)["packages"]["numpy"] == {"installed": "2.0.2", "wanted": pins["numpy"]}
-    assert err.startswith("tele: numpy 2.0.2, 1.26.4 is needed. Run: ") and err.count("\n") == 1
+    assert err.startswith("tele: numpy must be 1.26.4, found 2.0.2. Run: ") and err.count("\n") == 1
 
 
 def test_the_pins_come_from_the_project() -> None:

@@ -65,10 +65,10 @@ ONES = np.ones((2, 5), np.float32)
         ({"input_ids": IDS, "labels": changed(IDS, (1, 0), -1)}, r"labels\[1, 0\] is -1, neither -100"),
         ({"input_ids": IDS, "labels": IDS, "loss_mask": changed(ONES, (1, 1), 0.5)}, r"loss_mask\[1, 1\] is 0.5"),
         ({"input_ids": IDS, "labels": IDS, "loss_mask": changed(ONES, (0, 0), np.nan)}, r"loss_mask\[0, 0\] is nan"),
-        ({"input_ids": IDS, "loss_mask": ONES}, "loss_mask without labels"),
-        ({"input_ids": IDS, "labels": np.full_like(IDS, IGNORE)}, "no label is left to predict"),
-        ({"input_ids": IDS, "labels": IDS, "loss_mask": 0 * ONES}, "no label is left to predict"),
-        ({"input_ids": IDS[:, :1], "labels": IDS[:, :1]}, "no label is left to predict"),
+        ({"input_ids": IDS, "loss_mask": ONES}, "loss_mask needs labels, found none"),
+        ({"input_ids": IDS, "labels": np.full_like(IDS, IGNORE)}, "at least one label must count in the loss"),
+        ({"input_ids": IDS, "labels": IDS, "loss_mask": 0 * ONES}, "at least one label must count in the loss"),
+        ({"input_ids": IDS[:, :1], "labels": IDS[:, :1]}, "at least one label must count in the loss"),
     ],
 )
 def test_bad_arrays_are_refused(arrays, message):
@@ -86,9 +86,9 @@ def test_other_arrays_are_named_and_left_out(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("names", "message"),
     [
-        (["input_ids", "lables"], "it has 'lables'; did you mean 'labels'"),
+        (["input_ids", "lables"], "unknown array 'lables'; did you mean 'labels'"),
         (["input_id"], "did you mean 'input_ids'"),
-        (["tokens"], "no input_ids in it; found: tokens"),
+        (["tokens"], "must have input_ids, found tokens"),
     ],
 )
 def test_misspelt_arrays_are_refused(tmp_path, names, message):
@@ -118,11 +118,11 @@ def test_torn_missing_and_foreign_files_are_refused(tmp_path):
 def test_output_places_are_checked_first(tmp_path):
     inputs = tmp_path / "f.safetensors"
     inputs.write_bytes(b"")
-    with pytest.raises(UserError, match="is a folder"):
+    with pytest.raises(UserError, match="must be a file, found a folder"):
         check_output(str(tmp_path), str(inputs))
     with pytest.raises(UserError, match="make it first"):
         check_output(str(tmp_path / "no" / "g"), str(inputs))
-    with pytest.raises(UserError, match="is the file of --inputs"):
+    with pytest.raises(UserError, match="must not be the file of --inputs"):
         check_output(str(tmp_path / "." / "f.safetensors"), str(inputs))
     assert check_output(str(tmp_path / "g"), str(inputs)) == tmp_path / "g"
 
@@ -132,7 +132,7 @@ def test_the_model_itself_is_never_the_output(tmp_path):
     weights.write_bytes(b"w")
     (tmp_path / "link").symlink_to(weights)
     for out in (weights, tmp_path / "link"):
-        with pytest.raises(UserError, match="is a file of the checkpoint itself"):
+        with pytest.raises(UserError, match="must not be a file of the checkpoint"):
             check_not_of_model(out, [tmp_path / "config.json", weights])
     for _ in range(2):  # an output of before, even beside the weights, may be written again
         check_not_of_model(other, [weights])
@@ -163,7 +163,7 @@ def test_output_is_whole_or_not_there(tmp_path, monkeypatch):
     [
         (None, 2, None, r"--nproc: 2 processes need a layout.*--layout tp2"),
         (None, 0, None, "--nproc: must be at least 1, found 0"),
-        ("tp2.pp2", 2, None, r"--nproc: 2 is not the 4 processes of layout pp2.tp2.*--nproc 4"),
+        ("tp2.pp2", 2, None, r"--nproc: must be 4, the processes of layout pp2.tp2, found 2"),
         ("tp2.qq2", None, None, "unknown part 'qq2'"),
         ("tp2", 2, -1.0, "--timeout: must be 0"),
         ("tp2", 2, float("nan"), "--timeout: must be 0"),

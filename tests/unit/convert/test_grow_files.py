@@ -214,7 +214,7 @@ def test_what_the_command_prints(tmp_path: Path, capsys: pytest.CaptureFixture[s
         (["--set", "hidden=40"], "target: unknown key 'hidden'; did you mean 'hidden_size'?"),
         (["--target", "telechat2-tinny"], "no model preset 'telechat2-tinny'; did you mean 'telechat2-tiny'?"),
         (["--target", "nothing.yaml"], "nothing.yaml: no such file"),
-        ([], "--target: name the sizes to grow to"),
+        ([], "--target: the sizes to grow to are required"),
         (
             ["--set", "hidden_size=40", "--depth", "0,x"],
             "blocks such as 0,0,1,2, found '0,x'",
@@ -237,9 +237,9 @@ def test_mistakes_are_one_line_and_exit_2(
 def test_places_that_cannot_be(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     source = write(tmp_path / "a", TINY)
     for arguments, says in (
-        ([str(source), str(source)], "SRC and DST lie in one another"),
-        ([str(source), str(source / "inside")], "SRC and DST lie in one another"),
-        ([str(source), str(tmp_path)], "SRC and DST lie in one another"),
+        ([str(source), str(source)], "DST must not contain SRC or lie inside it"),
+        ([str(source), str(source / "inside")], "DST must not contain SRC or lie inside it"),
+        ([str(source), str(tmp_path)], "DST must not contain SRC or lie inside it"),
         ([str(tmp_path / "none"), str(tmp_path / "b")], "no such folder"),
     ):
         assert main(["grow", *arguments, "--set", "hidden_size=40"]) == 2
@@ -248,7 +248,7 @@ def test_places_that_cannot_be(tmp_path: Path, capsys: pytest.CaptureFixture[str
     full.mkdir()
     (full / "notes.txt").write_text("mine")
     assert main(["grow", str(source), str(full), "--set", "hidden_size=40"]) == 2
-    assert "exists and is not empty" in capsys.readouterr().err
+    assert "DST must be new or empty, found files" in capsys.readouterr().err
     released = tmp_path / "released"
     released.mkdir()
     (released / "config.json").write_text(json.dumps({}))

@@ -25,7 +25,7 @@ from telechat_twins.core.files.foreign import (
 )
 from telechat_twins.core.files.protobuf import fields
 from telechat_twins.core.files.safetensors import MAX_HEADER, SafetensorsFile
-from telechat_twins.core.launch.nodes import _word
+from telechat_twins.core.launch.nodes import _parse_end
 from telechat_twins.core.model.config import ModelConfig, load_model_config
 from telechat_twins.core.near import nearest
 from telechat_twins.core.parallel.layout import Layout, parse_layout
@@ -282,5 +282,5 @@ def test_a_tensor_that_cannot_be_is_refused_in_one_line(tmp_path: Path, change: 
 
 
 def test_a_line_from_another_node_is_shown_as_text() -> None:
-    word = _word({"why": "lost\x1b[2J\nmore", "when": float("nan"), "code": 2}, 1)
+    word = _parse_end({"why": "lost\x1b[2J\nmore", "when": float("nan"), "code": 2}, 1)
     assert word.why == "lost\\x1b[2J\\nmore" and word.when > 0

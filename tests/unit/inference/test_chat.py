@@ -231,8 +231,8 @@ def test_saving_adds_to_the_file(tmp_path):
     ("line", "message"),
     [
         ("/save", "/save: give a file"),
-        ("/save nowhere.jsonl", "/save: there is nothing to save yet"),
-        ("/sing", "/sing: no such command"),
+        ("/save nowhere.jsonl", "/save: needs a conversation, found none"),
+        ("/sing", "/sing: unknown command"),
         ("a" * 200, "question: must fit into 74 tokens with the system prompt, beside an answer of 25; both take 202"),
     ],
 )
@@ -300,5 +300,5 @@ def test_piped_lines_must_be_utf8(monkeypatch):
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO("\u4f60\u597d\n".encode() + b"ab\xff\n")))
     lines = piped_lines()
     assert next(lines) == "\u4f60\u597d\n"
-    with pytest.raises(UserError, match=r"stdin:2: not UTF-8 text \(byte 2\)"):
+    with pytest.raises(UserError, match=r"stdin:2: must be UTF-8 text, found another byte at 2"):
         next(lines)

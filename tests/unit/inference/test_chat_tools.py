@@ -133,14 +133,14 @@ def test_tools_at_the_terminal(tmp_path, capsys):
     assert words[:2] == ["", "It rains."] and words[2].startswith("Let me look.")
     for line in (
         "(no tools; /tools FILE offers some)",
-        "(1 tools; the turns are forgotten)",
+        "(1 tools; history cleared)",
         json.dumps(TOOL),
         '(tool call 1 of 2: get_weather {"city": "Paris"})',
         '(tool call 2 of 2: get_weather {"city": "Paris"})',
         "(/result TEXT gives its result)",
-        "(and that of call 2?)",
-        "error: /result: the model has called no tool",
-        "(0 tools; the turns are forgotten)",
+        "(now give the result of call 2)",
+        "error: /result: needs a tool call in the last answer, found none; ask a question first",
+        "(0 tools; history cleared)",
     ):
         assert line in told.err.splitlines(), line
     assert told.err.count("(tool call") == 2

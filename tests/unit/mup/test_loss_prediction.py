@@ -171,7 +171,7 @@ def test_student_quantiles_of_the_printed_tables(freedom: int, quantile: float) 
     [
         ([4.0, 3.6, 3.7, 3.4, 3.3], "it rises from size 2 to 4"),
         ([3.0, 3.1, 3.3, 3.4, 3.45], "a is not positive"),
-        ([4.0, 3.9, 3.75, 3.5, 3.0], "show no floor"),
+        ([4.0, 3.9, 3.75, 3.5, 3.0], "show no limit"),
         ([4.0, 3.0, 3.0, 3.0, 3.0], "so b is arbitrary"),
         ([4.0, 3.95, 3.7, 3.7, 3.55], "do not determine how the loss flattens"),
     ],
@@ -213,8 +213,11 @@ FOUR = "1,4\n2,3.5\n4,3.2\n8,3.1\n"
 @pytest.mark.parametrize(
     ("text", "says"),
     [
-        (HEAD + "1,4\n2,3\n3,2\n", "3 losses; a fit needs at least 4"),
-        (HEAD + FOUR, "--hold-out 1: leaves 3 of 4 losses in losses.csv, a fit needs 4; hold out at most 0"),
+        (HEAD + "1,4\n2,3\n3,2\n", "must have at least 4 losses for a fit, found 3"),
+        (
+            HEAD + FOUR,
+            "--hold-out 1: must leave at least 4 of 4 losses in losses.csv for the fit, leaves 3; hold out at most 0",
+        ),
         (HEAD + FOUR + "0,3\n", "losses.csv:6: parameters: must be positive, found 0"),
         (HEAD + FOUR + "-2,3\n", "losses.csv:6: parameters: must be positive, found -2"),
         (HEAD + FOUR + "16,nan\n", "losses.csv:6: loss: nan is not a finite number"),
@@ -223,14 +226,14 @@ FOUR = "1,4\n2,3.5\n4,3.2\n8,3.1\n"
         (HEAD + FOUR + "16,-1\n", "losses.csv:6: loss: expected a loss between"),
         (HEAD + FOUR + "1e30,3\n", "out of range"),
         (HEAD + FOUR + "8,3\n", "parameters 8 appears twice"),
-        (HEAD + FOUR + '"16,3\n32,3\n', "losses.csv:6: 1 values under 2 columns"),
-        (HEAD + FOUR + "8\n", "losses.csv:6: 1 values under 2 columns"),
+        (HEAD + FOUR + '"16,3\n32,3\n', "losses.csv:6: must have 2 values, one for each column, found 1"),
+        (HEAD + FOUR + "8\n", "losses.csv:6: must have 2 values, one for each column, found 1"),
         (HEAD + "1,3\n2,3\n4,3\n8,3\n9,3\n", "losses.csv: the loss does not change with size"),
         ("parameters,los\n" + FOUR, "unknown column 'los'; legal: parameters, width, loss, step"),
         ("loss,loss\n" + FOUR, "column 'loss' appears twice"),
-        ("width,step\n" + FOUR, "no column loss"),
-        ("step,loss\n" + FOUR, "no column parameters (in millions) or width"),
-        ("width,loss,step\n1,4,10\n2,3,20\n", "losses at steps 10, 20; a law holds at one step"),
+        ("width,step\n" + FOUR, "must have a column loss"),
+        ("step,loss\n" + FOUR, "must have a column parameters (in millions) or width"),
+        ("width,loss,step\n1,4,10\n2,3,20\n", "all losses must be of one step, found steps 10, 20"),
         ("# nothing\n", "no rows"),
     ],
 )
@@ -247,7 +250,7 @@ def test_a_wrong_table_is_one_line(
     [
         ("[1, 2]", "expected 'parameters' or 'width' and 'loss'"),
         ("width: 3\nloss: [1]", "width: expected a list, found 3"),
-        ("width: [1, 2]\nloss: [1]", "the lists differ in length: width 2, loss 1"),
+        ("width: [1, 2]\nloss: [1]", "all lists must have the same length, found width 2, loss 1"),
         ("width: [1, 2, 4, true]\nloss: [4, 3, 2, 1]", "entry 4: width: expected a number, found True"),
         ("width: [1, 2, 4, 8]\nloss: [4, 3, .nan, 1]", "entry 3: loss: nan is not a finite number"),
         ("width: [1, 2", "not valid YAML"),
@@ -300,9 +303,9 @@ def test_wrong_options_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert "--hold-out: must be at least 0" in told([table, "--hold-out=-1"], capsys)
     assert "hold out at most 6" in told([table, "--hold-out", "99"], capsys)
     assert "no such file" in told([str(tmp_path / "gone.csv")], capsys)
-    assert "a table is .csv or .yaml, found '.txt'" in told([str(tmp_path / "losses.txt")], capsys)
+    assert "a table must be .csv or .yaml, found '.txt'" in told([str(tmp_path / "losses.txt")], capsys)
     (tmp_path / "file").write_text("")
-    assert "a file lies where its folder should be" in told([table, "--out", str(tmp_path / "file")], capsys)
+    assert "there is a file in place of its folder" in told([table, "--out", str(tmp_path / "file")], capsys)
     assert not list(tmp_path.glob("*.json"))
 
 
@@ -343,7 +346,7 @@ def test_a_row_without_a_loss_is_forecast(tmp_path: Path, capsys: pytest.Capture
 def test_a_poor_fit_and_a_miss_are_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["mup", "predict", str(TABLES / "nanolm-gpt-standard-7k.yaml")]) == 0
     out = capsys.readouterr().out
-    assert out.count("poor fit: ") == 2 and "nothing speaks" not in out
+    assert out.count("poor fit: ") == 2 and "no weakness" not in out
     text = (TABLES / "mu-scaling-gpt2-20k.yaml").read_text(encoding="utf-8").replace("3.0425", "3.2425")
     (tmp_path / "losses.yaml").write_text(text)
     assert cli.main(["mup", "predict", str(tmp_path / "losses.yaml"), "--hold-out", "3"]) == 0

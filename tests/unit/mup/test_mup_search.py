@@ -224,7 +224,7 @@ def test_trials_may_be_added_but_not_changed(
     capsys.readouterr()
     assert tele(folder) == 2
     error = capsys.readouterr().err
-    assert "w8-lr0.05-logit_mult1 was made with other numbers (train.seed: 1234 -> 5); give another folder" in error
+    assert "w8-lr0.05-logit_mult1 has a trial with other values (train.seed: 1234 -> 5); give another folder" in error
     assert order == ["w8-lr0.2"] and error.count("\n") == 1
 
 
@@ -307,7 +307,7 @@ def test_what_diverges_or_fails_is_recorded_and_not_fatal(
         ({"widths": [8, 10]}, "widths: width 10: must be a multiple of 4"),
         ({"seeds": [1, -2]}, "seeds[1]: must be at least 0"),
         ({"seeds": 3}, "seeds: expected a list"),
-        ({"window": 20}, "window: 20 is more than half of the 24 steps"),
+        ({"window": 20}, "window: must be at most half of the 24 steps of a trial, found 20"),
         ({"config": "gone.yaml"}, "gone.yaml: no such file"),
         ({"config": None}, "config: missing"),
         ({"set": ["train.stepz=3"]}, "train: unknown key 'stepz'"),

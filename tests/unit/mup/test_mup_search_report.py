@@ -74,10 +74,12 @@ def test_wider_is_better(folder: Path) -> None:
     ]
     text = describe(reports, judge_widths(reports, 4), 4)
     assert "wider is better (config): holds" in text
-    assert "8 -> 16: better in 100% of 5 windows of 4 steps, beyond noise in 100%; never worse beyond it; at" in text
+    assert "8 -> 16: better in 100% of 5 windows of 4 steps, beyond noise in 100%; never worse beyond noise; at" in text
     assert f"; at the end {pairs[0].last:+.4f} (noise {pairs[0].noise:.4f})" in text
     assert pairs[0].last == pytest.approx(-0.1, abs=0.01)
-    assert text.endswith("noise: the scatter inside a window; one seed does not show the scatter of initial weights")
+    assert text.endswith(
+        "noise: estimated from the scatter inside a window; one seed does not show the scatter of initial weights"
+    )
 
 
 def test_a_wider_model_that_falls_behind_is_seen(folder: Path) -> None:
@@ -139,8 +141,8 @@ def test_the_mean_over_seeds(folder: Path) -> None:
     said = describe(reports, judge_widths(reports, 4), 4).splitlines()
     assert said[0].split() == ["width", "loss", "+-", "gradient", "norm", "minutes"]
     assert said[1].split()[:3] == ["64", f"{means[3].loss:.4f}", f"{means[3].scatter:.4f}"] and len(said) == 13
-    assert said[6] == "all of the mean over seeds 0, 1, 2; +-: standard deviation of the loss between them"
-    assert said[-1] == "  noise: the scatter between 3 seeds, all widths together"
+    assert said[6] == "values are means over the seeds 0, 1, 2; +-: standard deviation of the loss over seeds"
+    assert said[-1] == "  noise: estimated from the scatter between 3 seeds, over all widths"
     record = to_json(reports, judge_widths(reports, 4), 4)["means over seeds"]
     assert record[0]["place"] == "w64-config" and record[0]["seeds"] == [0, 1, 2]
     assert [p.name for p in plot(reports, 4, folder)] == ["losses.png", "hyperparameters.png", "widths.png"]
