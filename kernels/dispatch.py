@@ -1,9 +1,9 @@
-"""Which implementation serves each operator, and why: one rule for both frameworks.
+"""Selection of the implementation of each operator, with the reason; the same rule for both frameworks.
 
-A framework's table (kernels/mindspore/ops.py, kernels/pytorch/ops.py) lists for every operator what could serve it on
-the device at hand, best first, and what stands in the way of each. A run may ask for another by name (``kernels:`` of
-a run configuration). Nothing falls back in silence: on an accelerator an operator whose own implementation is missing
-is an error, unless the run asked for the other one.
+The candidate table of a framework (kernels/mindspore/ops.py, kernels/pytorch/ops.py) lists the implementations of every
+operator on a device, best first, each with what prevents its use. A run can select another one by name (``kernels:`` in
+its configuration). There is no silent fallback: on an accelerator, an unavailable best implementation is an error
+unless the run selects another one.
 """
 
 from __future__ import annotations
@@ -16,13 +16,15 @@ from telechat_twins.core.errors import UserError
 
 
 class Candidate(NamedTuple):
-    """``implementation`` could serve; ``obstacle`` says in a clause why it cannot here, or is empty."""
+    """An implementation of an operator; ``obstacle``: why it is unavailable here, a clause, or empty."""
 
     implementation: str
     obstacle: str = ""
 
 
 class Choice(NamedTuple):
+    """The selected implementation of an operator; ``reason``: a clause for logs."""
+
     operator: str
     implementation: str
     reason: str
@@ -31,8 +33,8 @@ class Choice(NamedTuple):
 def choose(candidates: Mapping[str, Sequence[Candidate]], wanted: Mapping[str, str], device: str) -> dict[str, Choice]:
     """The choice for each operator of ``candidates`` (best first). ``wanted``: operator -> implementation or "auto".
 
-    Raises UserError when a wanted implementation is not there or cannot serve, and when on an accelerator the best one
-    cannot and nothing else was asked for. On the CPU the next one serves, and the reason says so.
+    Raises UserError when a selected implementation is unknown or unavailable, and when on an accelerator the best one
+    is unavailable and no other was selected. On the CPU the next one is used, and the reason says so.
     """
     return {
         operator: _choose(operator, candidates[operator], wanted.get(operator, "auto"), device)
@@ -47,26 +49,28 @@ def _choose(operator: str, candidates: Sequence[Candidate], wanted: str, device:
         for candidate in candidates:
             if candidate.implementation == wanted:
                 if candidate.obstacle:
-                    raise UserError(f"kernels.{operator}: {wanted} cannot serve on {device}: {candidate.obstacle}")
-                return Choice(operator, wanted, "asked for")
-        raise UserError(f"kernels.{operator}: {wanted!r} does not exist on {device}; there: {names}")
+                    raise UserError(f"kernels.{operator}: {wanted} is unavailable on {device}: {candidate.obstacle}")
+                return Choice(operator, wanted, "requested")
+        raise UserError(f"kernels.{operator}: {wanted!r} is not an implementation on {device}; use one of: {names}")
     best = candidates[0]
     if not best.obstacle:
         return Choice(operator, best.implementation, f"the best on {device}")
     if device != "CPU":
         others = [c.implementation for c in candidates if not c.obstacle]
-        way_out = f"; to go on with a slower one, set it to one of: {', '.join(others)}" if others else ""
-        raise UserError(f"kernels.{operator}: {best.implementation} cannot serve on {device}: {best.obstacle}{way_out}")
+        remedy = f"; to use a slower one, set it to one of: {', '.join(others)}" if others else ""
+        problem = f"{best.implementation} is unavailable on {device}: {best.obstacle}"
+        raise UserError(f"kernels.{operator}: {problem}{remedy}")
     for candidate in candidates[1:]:
         if not candidate.obstacle:
-            return Choice(operator, candidate.implementation, f"{best.implementation} cannot: {best.obstacle}")
-    raise UserError(f"kernels.{operator}: nothing can serve on {device}: {best.obstacle}")
+            reason = f"{best.implementation} is unavailable: {best.obstacle}"
+            return Choice(operator, candidate.implementation, reason)
+    raise UserError(f"kernels.{operator}: no implementation is available on {device}: {best.obstacle}")
 
 
 def describe(choices: Mapping[str, Choice], without_float64: Collection[str] = ()) -> list[str]:
-    """One line an implementation: "cpp: rms_norm, rope (the best on CPU)".
+    """One line per implementation: "cpp: rms_norm, rope (the best on CPU)".
 
-    ``without_float64``: of a model in float64, the implementations that have no such operators; "composite" serves.
+    ``without_float64``: for a model in float64, the implementations that lack it; "composite" replaces them.
     """
     groups: dict[tuple[str, str], list[str]] = {}
     for name, chosen, reason in choices.values():

@@ -1,4 +1,4 @@
-"""A matrix in 8-bit whole numbers, as either framework holds it."""
+"""Weight matrices in int8 with a scale per output channel, for tensors of either framework."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 
 class Int8(NamedTuple):
-    """values int8 [out, in] times factors float32 [out], one for each output (core.model.quantize)."""
+    """W[o, i] = values[o, i] * factors[o]: int8 [out, in] and float32 [out] (core.model.quantize)."""
 
     values: Any
     factors: Any

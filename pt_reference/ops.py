@@ -1,6 +1,6 @@
-"""The operators of the decoder in PyTorch; kernels/pytorch/ops.py knows what serves each of them.
+"""Operators of the decoder in PyTorch; kernels/pytorch/ops.py selects their implementations.
 
-Shapes: B batch, S queries, T keys, H heads, K kv heads, D head dim.
+Shapes: B batch, S queries, T keys, H heads, K kv heads, D head dim, E hidden, N rows, C columns of a vocabulary shard.
 """
 
 from __future__ import annotations
@@ -76,8 +76,8 @@ __all__ = [
     "swiglu",
 ]
 
-Visible: TypeAlias = KeyRanges | list[Block]  # what queries see, as the attention that serves wants it
-# What a block of keys shows, part by part: where the keys of each part are, and the run of them that a query sees.
+Visible: TypeAlias = KeyRanges | list[Block]  # visible keys, in the form of the selected attention
+# Visible keys of a block: for each part its slice of the keys and the key ranges within it.
 Parts: TypeAlias = list[tuple[slice, KeyRanges]]
 
 
@@ -93,15 +93,15 @@ class LinearLayer(Protocol):
 
 
 def device() -> torch.device:
-    """Where models of this process live: the accelerator if there is one."""
+    """Device of this process's models: the accelerator if there is one."""
     return torch.device(kernels.default_device())
 
 
 def attention_blocks(num_queries: int, num_keys: int, doc_ids: np.ndarray | None) -> Visible:
-    """Causal visibility inside documents in the form that ``attention`` takes, once a forward pass.
+    """Causal visibility inside documents in the form that ``attention`` takes; made once per forward pass.
 
-    Of blocks, one without a mask stands for plain causal attention of a whole sequence, for which PyTorch's own
-    operator needs none.
+    As blocks, a single one without a mask stands for causal attention of a whole sequence, a mode of PyTorch's
+    operator.
     """
     if not kernels.takes_blocks():
         return kernels.place_ranges(causal_ranges(num_queries, num_keys, doc_ids), device())
@@ -111,22 +111,22 @@ def attention_blocks(num_queries: int, num_keys: int, doc_ids: np.ndarray | None
 
 
 def place_pages(step: Step, page_size: int, dtype: torch.dtype) -> Pages:
-    """Where keys and values, in ``dtype``, of one step of generation go and lie, as ``paged_attention`` takes it."""
+    """Addressing of one generation step for ``paged_attention``, with keys and values in ``dtype``."""
     return torch_paged.place(step, page_size, dtype, device())
 
 
 def place_rows(slots: np.ndarray, page_size: int, dtype: torch.dtype) -> Tensor:
-    """Slots int32 [N] = page * page_size + place, as ``store_rows`` takes them for rows in ``dtype``."""
+    """Slots int32 [N] = page * page_size + place, in the form of ``store_rows`` for rows in ``dtype``."""
     return torch_paged.place_rows(slots, device())
 
 
 def linears(x: Tensor, dropped: Tensor | None, *layers: LinearLayer) -> tuple[Tensor, ...]:
-    """What each of several linear layers makes of x; ``dropped``: x as their adapters read it, None: x itself."""
+    """Outputs of several linear layers for the same x. ``dropped``: the input of their adapters; None: x itself."""
     return tuple(layer(x, dropped) for layer in layers)
 
 
 def positions(x: Tensor, wanted: Tensor) -> Tensor:
-    """x [1, S, E] -> the rows ``wanted`` int32 [W] of it, [1, W, E]."""
+    """Rows ``wanted`` int32 [W] of x [1, S, E]: [1, W, E]."""
     return x.index_select(1, wanted)
 
 
@@ -150,11 +150,11 @@ def attention(q: Tensor, k: Tensor, v: Tensor, visible: Visible) -> Tensor:
 
 
 def attention_block(q: Tensor, k: Tensor, v: Tensor, hidden: Parts | None) -> tuple[Tensor, Tensor]:
-    """Attention over one block of keys, so that blocks can be merged: out [B, H, S, D] and log-sum-exp [B, H, S, 1],
+    """Partial attention over one block of keys, for ``merge_blocks``: out [B, H, S, D] and log_sum_exp [B, H, S, 1],
     both in float32 or wider.
 
-    q [B, H, S, D], k and v [B, K, T, D]; ``hidden`` from ``hidden_keys``, or None when every query sees every key. A
-    query that sees none of the keys gets zeros and -inf, with which its output weighs nothing.
+    q [B, H, S, D], k and v [B, K, T, D]; ``hidden`` from ``hidden_keys``, or None when every query attends to every
+    key. A query without visible keys gives zeros and -inf, which have weight 0 when merged.
     """
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     out = log_sum_exp = None
@@ -164,7 +164,7 @@ def attention_block(q: Tensor, k: Tensor, v: Tensor, hidden: Parts | None) -> tu
             out, log_sum_exp = more, more_lse
         else:
             out, log_sum_exp = kernels.merge_blocks(out, log_sum_exp, more, more_lse)
-    assert out is not None and log_sum_exp is not None  # there is at least one part
+    assert out is not None and log_sum_exp is not None  # at least one part
     return out.transpose(1, 2), log_sum_exp[..., None]
 
 
@@ -178,11 +178,11 @@ def attention_block_backward(
     delta: Tensor,
     out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """dq, dk, dv of one block, from the *final* log-sum-exp [B, H, S, 1] and ``delta`` = sum(out * grad_out) over D.
+    """dq, dk, dv of one block, from the *final* log_sum_exp [B, H, S, 1] and ``delta`` = sum(out * grad_out) over D.
 
     With P = exp(scores - log_sum_exp), the block's part of the whole softmax: dV = P^T dO, dS = P * (dO V^T - delta),
     dQ = dS K / sqrt(D), dK = dS^T Q / sqrt(D) (FlashAttention, arXiv 2205.14135, appendix B). ``out``, the final
-    output [B, H, S, D], is for an operator that computes delta itself (CANN's).
+    output [B, H, S, D], is read only by an operator that computes delta itself (CANN's).
     """
     q, k, v, grad_out = (x.transpose(1, 2) for x in (q, k, v, grad_out))
     out = None if out is None else out.transpose(1, 2)
@@ -191,10 +191,10 @@ def attention_block_backward(
         found = kernels.attention_block_backward(
             grad_out, q, k[:, keys], v[:, keys], ranges, out, log_sum_exp[..., 0], delta[..., 0]
         )
-        if k.shape[1] != found[1].shape[1]:
+        if k.shape[1] != found[1].shape[1]:  # a part: its dk and dv [B, part, K, D] in their place among all keys
             whole = [torch.zeros(k.shape, dtype=d.dtype, device=d.device) for d in found[1:]]
-            for room, d in zip(whole, found[1:], strict=True):
-                room[:, keys] = d
+            for target, d in zip(whole, found[1:], strict=True):
+                target[:, keys] = d
             found = (found[0], *whole)
         sums = tuple(a + b for a, b in zip(sums, found, strict=True)) if sums else found
     return tuple(d.transpose(1, 2) for d in sums)  # type: ignore[return-value]
@@ -209,10 +209,10 @@ def merge_blocks(out: Tensor, log_sum_exp: Tensor, more: Tensor, more_lse: Tenso
 
 
 def hidden_keys(visible: np.ndarray) -> Parts:
-    """A mask bool [B or 1, S, T] in the form that attention_block takes; made once a pass.
+    """A mask bool [B or 1, S, T] in the form that ``attention_block`` takes; made once per forward pass.
 
-    Where a query's keys are not one run, as in a ring's own block when each document is zigzagged, they are one in each
-    half of the keys. ValueError for a mask that this does not hold for.
+    The visible keys of a query are contiguous, or contiguous in each half of the keys (the diagonal block of a ring
+    whose documents are split in zigzag order). Raises ValueError for any other mask.
     """
     num_keys = visible.shape[-1]
     try:
@@ -224,15 +224,16 @@ def hidden_keys(visible: np.ndarray) -> Parts:
 
 
 def key_ranges(ranges: np.ndarray, num_keys: int) -> Parts:
-    """Runs of keys int32 [B, S, 2], as core.model.visibility.KeyRanges has them, in the form that attention_block
-    takes."""
+    """Key ranges int32 [B, S, 2] (core.model.visibility.KeyRanges) in the form that ``attention_block`` takes."""
     return [(slice(0, num_keys), _placed(ranges, num_keys))]
 
 
 def shard_statistics(logits: Tensor, targets: Tensor, first: int, real: int) -> tuple[Tensor, Tensor]:
-    """log_sum_exp over the ``real`` columns of logits [N, C] and the target's logit where it is among them; [N] each.
+    """Statistics of a vocabulary shard, logits [N, C] of the columns [first, first + C): (log_sum_exp over the ``real``
+    first columns, the target's logit, 0 where another rank has it or it is IGNORE), both [N].
 
-    The columns are [first, first + C) of the vocabulary.
+    Over ranks, log_sum_exp = log(sum(exp(log_sum_exp of each rank))) and the target's logit is the sum: the token loss
+    is their difference.
     """
     return kernels.shard_statistics(logits, targets, first, real)
 
@@ -240,15 +241,15 @@ def shard_statistics(logits: Tensor, targets: Tensor, first: int, real: int) -> 
 def shard_gradient(
     logits: Tensor, targets: Tensor, first: int, real: int, log_sum_exp: Tensor, factor: Tensor
 ) -> Tensor:
-    """d (factor * sum of losses) / d logits [N, C], from the log_sum_exp [N] over all ranks.
+    """d (factor * sum of losses) / d logits [N, C] of a shard, from the log_sum_exp [N] over all ranks.
 
-    A fused operator writes it over the logits.
+    A fused operator overwrites the logits with it.
     """
     return kernels.shard_gradient(logits, targets, first, real, log_sum_exp, factor)
 
 
 def _placed(ranges: np.ndarray, num_keys: int) -> KeyRanges:
-    """With the kind that lets an operator use a mode of its own."""
+    """The ranges on the device, with the kind ("full", "causal") for which an operator has a mode without a mask."""
     kind = "ranges"
     if not ranges[..., 0].any():
         S = ranges.shape[1]
@@ -260,7 +261,7 @@ def _placed(ranges: np.ndarray, num_keys: int) -> KeyRanges:
 
 
 def _parts(q: Tensor, k: Tensor, hidden: Parts | None) -> Parts:
-    """``hidden``, or every key for every query of q [B, S, H, D], k [B, T, K, D]."""
+    """``hidden``, or the range of all keys for every query; q [B, S, H, D], k [B, T, K, D]."""
     if hidden is not None:
         return hidden
     return [

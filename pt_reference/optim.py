@@ -1,7 +1,8 @@
-"""AdamW with decoupled decay on fp32 masters; kernels/pytorch/ops.py knows what computes the update.
+"""AdamW with decoupled weight decay on flat fp32 master weights, optionally sharded (ZeRO-1).
 
-Weights, masters and states are flat vectors, one a bucket (core.parallel.sharding). A rank keeps masters and states of
-its part of each bucket only, and the ranks that share weights gather the updated parts.
+Weights, masters, m and v are flat vectors, one per bucket (core.parallel.sharding). A rank keeps the masters, m and v
+of its part of each bucket, and the ranks that share weights gather the updated parts. kernels/pytorch/ops.py selects
+the implementation of the update.
 """
 
 from __future__ import annotations
@@ -30,9 +31,9 @@ Read = Callable[[str, Box], np.ndarray]
 
 
 class AdamW:
-    """Owns the masters, their gradients and m, v. The model's weights are views of vectors that ``step`` refreshes.
+    """Masters, gradients, m and v of one rank. The model's weights are views of flat vectors that ``step`` refreshes.
 
-    Where the weights already have the master dtype the masters are views of the same vectors.
+    Where the weights already have the master dtype, the masters are views of the same vectors.
     """
 
     def __init__(
@@ -51,20 +52,22 @@ class AdamW:
         self.masters = [self._mine(number).to(dtype) for number in range(len(self._flat))]
         self._config, self._steps = config, 0
         self._m, self._v = ([torch.zeros_like(master) for master in self.masters] for _ in "mv")
-        # Buckets with entries that came to be by growth: the class of each, and after how many updates each class came.
+        # Buckets with entries added by growth: the birth class of each entry, and the updates made before each class.
         self._young: dict[int, tuple[Tensor, list[int]]] = {}
 
     @property
     def step_count(self) -> int:
-        """Updates made so far; Adam's bias correction depends on it."""
+        """Number of updates made, from which the bias correction follows."""
         return self._steps
 
     def reduce(self) -> None:
-        """Sum the accumulated gradients over ranks; what this rank keeps of them is in ``parts``."""
+        """Sum the accumulated gradients over ranks; this rank's share is in ``parts``."""
         self.parts = self.gradients.finish()
 
     def grad_norm(self) -> float:
-        """L2 norm over the gradients of all ranks; the parts are summed in float64, each parameter once."""
+        """L2 norm of the gradients of all ranks: squares summed in float64, each parameter once."""
+        # Sharded, every rank of the replicas has a part of its own; otherwise all have the same, and rank 0 counts it.
+        # A bucket of weights that several tensor or pipeline ranks hold is counted by its owner.
         counted = self.gradients.parts > 1 or self.mesh.replicas.rank == 0
         squares = [
             _sum_of_squares(part)
@@ -75,9 +78,9 @@ class AdamW:
         return math.sqrt(agree([mine], self.mesh.world, "sum")[0])
 
     def step(self, lr: float, grad_scale: float) -> None:
-        """One update with gradients times ``grad_scale``; the accumulators are empty afterwards.
+        """One update with gradients times ``grad_scale``; gradients are zero afterwards.
 
-        ``lr`` is that of the vector-like parameters; core.train.recipe has those of the other classes.
+        ``lr`` is the rate of vector-like parameters; core.train.recipe derives those of the other muP classes.
         """
         config, buckets = self._config, self.gradients
         self._steps += 1
@@ -86,7 +89,7 @@ class AdamW:
             rate, young = class_rate(config, lr, bucket.mup_class), self._still_young(number)
             decay = class_decay(config, bucket.decays, bucket.mup_class)
             scalars = AdamWStep(self._steps, rate, config.beta1, config.beta2, config.eps, decay, grad_scale)
-            same = mine.data_ptr() == master.data_ptr()
+            same = mine.data_ptr() == master.data_ptr()  # float32 weights are their own masters
             copy = None if same or young else mine
             kernels.adamw(master, part, self._m[number], self._v[number], scalars, copy)
             if young:
@@ -97,7 +100,10 @@ class AdamW:
         self._gather()
 
     def _still_young(self, number: int) -> bool:
-        """Whether a bucket has entries whose age shows in Adam's bias correction; forgets those that grew out of it."""
+        """Whether the bias correction of some entries of a bucket still differs from that of the oldest ones.
+
+        Once it does not, the bucket is treated as uniform from then on.
+        """
         if number not in self._young:
             return False
         births, dtype = self._young[number][1], str(self.masters[number].dtype).removeprefix("torch.")
@@ -107,7 +113,12 @@ class AdamW:
         return young
 
     def _correct(self, number: int, rate: float) -> None:
-        """Exchange the bias correction of young entries, after an update that took all for as old as the oldest."""
+        """Replace the bias correction of young entries, after an update that treated all entries as the oldest.
+
+        With c1(a) = 1 / (1 - beta1^a), c2(a) = 1 / sqrt(1 - beta2^a) and an entry's age a in updates, the update is
+        u(a) = m c1(a) / (sqrt(v) c2(a) + eps). Adding -rate * (u(a) - u(oldest)) exchanges one for the other, since m
+        and v do not depend on the age.
+        """
         (index, births), eps = self._young[number], self._config.eps
         master, m, root = self.masters[number], self._m[number], self._v[number].sqrt()
         first, second = corrections(self._config, self._steps)
@@ -122,13 +133,13 @@ class AdamW:
         self.gradients.discard()
 
     def load_masters(self, read: Read) -> None:
-        """Masters from ``read(name, box)``; the weights follow with ``refresh``, which every rank must call."""
+        """Load masters from ``read(name, box)``; ``refresh``, a collective of all ranks, then updates the weights."""
         self._stale = True
         for number, master in enumerate(self.masters):
             self._fill(master, number, read)
 
     def load_state(self, read: Read, step_count: int, history: Sequence[Growth] = ()) -> None:
-        """m and v from ``read("m.<name>", box)`` and ``read("v.<name>", box)``; ``history``: how the model grew."""
+        """Load m and v from ``read("m.<name>", box)`` and ``read("v.<name>", box)``; ``history``: all growths."""
         self._steps = step_count
         for number, vector in enumerate(self._m):
             classes = birth_classes(history, self._pieces(number), vector.numel())
@@ -150,7 +161,7 @@ class AdamW:
         yield from self._export(self.parts, "")
 
     def _flatten(self, weights: Mapping[str, nn.Parameter], number: int) -> Tensor:
-        """Move a bucket's weights into one vector of their dtype."""
+        """A bucket's weights moved into one vector of their dtype, of which they become views."""
         bucket = self.gradients.buckets[number]
         first = weights[bucket.segments[0].name]
         flat = torch.zeros(bucket.size, dtype=first.dtype, device=first.device)
@@ -173,7 +184,7 @@ class AdamW:
             vector[piece.first : piece.last].copy_(to_tensor(read(piece.name, piece.box)).flatten())
 
     def _export(self, vectors: list[Tensor], prefix: str) -> Iterator[TensorPiece]:
-        """The boxes that this rank, of all that hold them, writes; in the order of the model."""
+        """Boxes of the vectors that this rank writes, in the model's order; each is written by exactly one rank."""
         if self.gradients.parts == 1 and self.mesh.replicas.rank:
             return
         owned = [
@@ -193,7 +204,7 @@ class AdamW:
             )
 
     def refresh(self) -> None:
-        """Weights from masters, where these were loaded: own part first, then those of the other ranks."""
+        """Update the weights after masters were loaded: the own part, rounded, then those of the other ranks."""
         if not self._stale:
             return
         self._stale = False
@@ -204,13 +215,13 @@ class AdamW:
         self._gather()
 
     def _gather(self) -> None:
-        """The other ranks' parts of the weights."""
+        """Gather the updated parts of the weights of the other ranks."""
         if self.gradients.parts > 1:
             for number, flat in enumerate(self._flat):
                 flat.copy_(all_gather(self._mine(number), self.mesh.replicas, 0))
 
 
-_ROW = 1024
+_ROW = 1024  # elements summed in the vector's dtype before the sum goes on in float64
 
 
 def _below(read: Read, letter: str) -> Read:
@@ -218,8 +229,11 @@ def _below(read: Read, letter: str) -> Read:
 
 
 def _sum_of_squares(vector: Tensor) -> Tensor:
-    """Of a long vector, in float64 without a copy in it: each _ROW elements are summed as they are, which pairs them up
-    and costs a few units of float32 in the last place, of many that cancel; their sums are added in float64."""
+    """Sum of squares of a long vector, float64 [], without a float64 copy of the vector.
+
+    The squares of each row of _ROW elements are summed in the vector's dtype, with an error of a few units in the last
+    place that averages out over rows; the row sums are added in float64.
+    """
     if vector.dtype == torch.float64:
         return torch.linalg.vector_norm(vector).square()
     whole = vector.numel() // _ROW * _ROW

@@ -1,6 +1,6 @@
-"""The operators of the decoder in MindSpore; kernels/mindspore/ops.py knows what serves each of them.
+"""Operators of the decoder in MindSpore; kernels/mindspore/ops.py selects their implementations.
 
-Shapes: B batch, S queries, T keys, H heads, K kv heads, D head dim, E hidden.
+Shapes: B batch, S queries, T keys, H heads, K kv heads, D head dim, E hidden, N rows, C columns of a vocabulary shard.
 """
 
 from __future__ import annotations
@@ -82,8 +82,8 @@ __all__ = [
     "total",
 ]
 
-Visible: TypeAlias = Keys | list[Block]  # what queries see, as the attention that serves wants it
-# What a block of keys shows: part by part, where the keys of each part are and what a query sees of them; or a mask.
+Visible: TypeAlias = Keys | list[Block]  # visible keys, in the form of the selected attention
+# Visible keys of a block: for each part its slice of the keys and the key ranges within it; or an additive mask.
 Parts: TypeAlias = "list[tuple[slice, Keys]] | Tensor"
 
 
@@ -99,25 +99,25 @@ class LinearLayer(Protocol):
 
 
 def attention_blocks(num_queries: int, num_keys: int, doc_ids: np.ndarray | None) -> Visible:
-    """Causal visibility inside documents in the form that ``attention`` takes, once a forward pass."""
+    """Causal visibility inside documents in the form that ``attention`` takes; made once per forward pass."""
     keys = kernels.keys_on_device(causal_ranges(num_queries, num_keys, doc_ids))
     return _masked(causal_blocks(num_queries, num_keys, doc_ids)) if keys is None else keys
 
 
 def place_pages(step: Step, page_size: int, dtype: ms.Type) -> Pages:
-    """Where keys and values, in ``dtype``, of one step of generation go and lie, as ``paged_attention`` takes it."""
+    """Addressing of one generation step for ``paged_attention``, with keys and values in ``dtype``."""
     return mindspore_paged.place(step, page_size, dtype)
 
 
 def place_rows(slots: np.ndarray, page_size: int, dtype: ms.Type) -> mindspore_paged.Rows:
-    """Slots int32 [N] = page * page_size + place, as ``store_rows`` takes them for rows in ``dtype``."""
+    """Slots int32 [N] = page * page_size + place, in the form of ``store_rows`` for rows in ``dtype``."""
     return mindspore_paged.place_rows(slots, page_size, dtype)
 
 
 def linears(x: Tensor, dropped: Tensor | None, *layers: LinearLayer) -> tuple[Tensor, ...]:
-    """What each of several linear layers makes of x; of few rows in one call where an operator does that.
+    """Outputs of several linear layers for the same x; for few rows one fused call where available.
 
-    ``dropped``: x as their adapters read it, None: x itself.
+    ``dropped``: the input of their adapters; None: x itself.
     """
     found = None
     if all(layer.lora_a is None for layer in layers):
@@ -126,7 +126,7 @@ def linears(x: Tensor, dropped: Tensor | None, *layers: LinearLayer) -> tuple[Te
 
 
 def positions(x: Tensor, wanted: Tensor) -> Tensor:
-    """x [1, S, E] -> the rows ``wanted`` int32 [W] of it, [1, W, E]."""
+    """Rows ``wanted`` int32 [W] of x [1, S, E]: [1, W, E]."""
     return kernels.embedding(x[0], wanted)[None]
 
 
@@ -138,7 +138,7 @@ def masked_blocks(blocks: Iterable[Block], num_queries: int, num_keys: int) -> V
 
 
 def _masked(blocks: Iterable[Block]) -> list[Block]:
-    """With additive float32 masks [B or 1, 1, 1, q, keys]."""
+    """The blocks with additive float32 masks [B or 1, 1, 1, queries, keys]."""
     return [
         block._replace(visible=None if block.visible is None else composite.hidden_keys(block.visible))
         for block in blocks
@@ -148,8 +148,8 @@ def _masked(blocks: Iterable[Block]) -> list[Block]:
 def attention(q: Tensor, k: Tensor, v: Tensor, visible: Visible) -> Tensor:
     """Softmax attention, scale 1/sqrt(D), softmax in float32 or wider.
 
-    q [B, S, H, D], k and v [B, T, K, D] -> [B, S, H, D]. Query heads j*H/K .. (j+1)*H/K - 1 share kv head j, whose keys
-    are never repeated.
+    q [B, S, H, D], k and v [B, T, K, D] -> [B, S, H, D]. Query heads j*H/K .. (j+1)*H/K - 1 share kv head j; keys and
+    values are not repeated.
     """
     if not isinstance(visible, Keys):
         return composite.attention(q, k, v, visible)
@@ -159,10 +159,10 @@ def attention(q: Tensor, k: Tensor, v: Tensor, visible: Visible) -> Tensor:
 
 
 def hidden_keys(visible: np.ndarray) -> Parts:
-    """A mask bool [B or 1, S, T] in the form that attention_block takes; made once a pass.
+    """A mask bool [B or 1, S, T] in the form that ``attention_block`` takes; made once per forward pass.
 
-    Where a query's keys are not one run, as in a ring's own block when each document is zigzagged, they are one in each
-    half of the keys. ValueError for a mask that this does not hold for.
+    The visible keys of a query are contiguous, or contiguous in each half of the keys (the diagonal block of a ring
+    whose documents are split in zigzag order). Raises ValueError for any other mask.
     """
     if kernels.serving("attention") is None:
         return composite.hidden_keys(visible)
@@ -176,19 +176,18 @@ def hidden_keys(visible: np.ndarray) -> Parts:
 
 
 def key_ranges(ranges: np.ndarray, num_keys: int) -> Parts:
-    """Runs of keys int32 [B, S, 2], as core.model.visibility.KeyRanges has them, in the form that attention_block
-    takes."""
+    """Key ranges int32 [B, S, 2] (core.model.visibility.KeyRanges) in the form that ``attention_block`` takes."""
     if kernels.serving("attention") is None:
         return composite.hidden_keys(visible_keys(ranges, num_keys))
     return [(slice(0, num_keys), _placed(ranges, num_keys))]
 
 
 def attention_block(q: Tensor, k: Tensor, v: Tensor, hidden: Parts | None) -> tuple[Tensor, Tensor]:
-    """Attention over one block of keys, so that blocks can be merged: out [B, H, S, D] and log-sum-exp [B, H, S, 1],
+    """Partial attention over one block of keys, for ``merge_blocks``: out [B, H, S, D] and log_sum_exp [B, H, S, 1],
     both in float32 or wider.
 
-    q [B, H, S, D], k and v [B, K, T, D]; ``hidden`` from ``hidden_keys``, or None when every query sees every key. A
-    query that sees none of the keys gets zeros and -inf (composite: about -1e30), with which its output weighs nothing.
+    q [B, H, S, D], k and v [B, K, T, D]; ``hidden`` from ``hidden_keys``, or None when every query attends to every
+    key. A query without visible keys gives zeros and -inf (composite: about -1e30), which have weight 0 when merged.
     """
     parts = _parts(q, k, hidden)
     if parts is None or isinstance(parts, Tensor):
@@ -196,6 +195,7 @@ def attention_block(q: Tensor, k: Tensor, v: Tensor, hidden: Parts | None) -> tu
         return composite.attention_block(q, k, v, parts)
     out = log_sum_exp = None
     for rows, keys in parts:
+        # Fused operators take [B, S, H, D] and return log_sum_exp [B, H, S].
         turned = (_turned(x) for x in (q, k[:, :, rows], v[:, :, rows]))
         more, more_lse = keys.module.attention(*turned, keys.device, out_f32=True)
         more, more_lse = _turned(more), more_lse.reshape(*more_lse.shape, 1)
@@ -216,17 +216,18 @@ def attention_block_backward(
     delta: Tensor,
     out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """dq, dk, dv of one block, from the *final* log-sum-exp [B, H, S, 1] and ``delta`` = sum(out * grad_out) over D.
+    """dq, dk, dv of one block, from the *final* log_sum_exp [B, H, S, 1] and ``delta`` = sum(out * grad_out) over D.
 
     With P = exp(scores - log_sum_exp), the block's part of the whole softmax: dV = P^T dO, dS = P * (dO V^T - delta),
     dQ = dS K / sqrt(D), dK = dS^T Q / sqrt(D) (FlashAttention, arXiv 2205.14135, appendix B). ``out``, the final
-    output [B, H, S, D], is for an operator that computes delta itself (CANN's).
+    output [B, H, S, D], is read only by an operator that computes delta itself (CANN's).
     """
     parts = _parts(q, k, hidden)
     if parts is None or isinstance(parts, Tensor):
         q, k, v, grad_out = map(_wide, (q, k, v, grad_out))
         return composite.attention_block_backward(q, k, v, parts, log_sum_exp, grad_out, delta)
     statistics, dq, pieces = q.shape[:3], None, []
+    # Parts are disjoint slices of the keys: dq is their sum, dk and dv are their concatenation.
     for rows, keys in parts:
         turned = (_turned(x) for x in (grad_out, q, k[:, :, rows], v[:, :, rows]))
         final = None if out is None else ops.cast(_turned(out), q.dtype)
@@ -255,9 +256,11 @@ def merge_blocks(out: Tensor, log_sum_exp: Tensor, more: Tensor, more_lse: Tenso
 
 
 def shard_statistics(logits: Tensor, targets: Tensor, first: int, real: int) -> tuple[Tensor, Tensor]:
-    """log_sum_exp over the ``real`` columns of logits [N, C] and the target's logit where it is among them; [N] each.
+    """Statistics of a vocabulary shard, logits [N, C] of the columns [first, first + C): (log_sum_exp over the ``real``
+    first columns, the target's logit, 0 where another rank has it or it is IGNORE), both [N].
 
-    The columns are [first, first + C) of the vocabulary.
+    Over ranks, log_sum_exp = log(sum(exp(log_sum_exp of each rank))) and the target's logit is the sum: the token loss
+    is their difference.
     """
     module = kernels.serving("cross_entropy", logits.dtype)
     serve = composite.cross_entropy_forward if module is None else module.cross_entropy_forward
@@ -267,9 +270,9 @@ def shard_statistics(logits: Tensor, targets: Tensor, first: int, real: int) -> 
 def shard_gradient(
     logits: Tensor, targets: Tensor, first: int, real: int, log_sum_exp: Tensor, factor: Tensor
 ) -> Tensor:
-    """d (factor * sum of losses) / d logits [N, C], from the log_sum_exp [N] over all ranks.
+    """d (factor * sum of losses) / d logits [N, C] of a shard, from the log_sum_exp [N] over all ranks.
 
-    A fused operator writes it over the logits.
+    A fused operator overwrites the logits with it.
     """
     module = kernels.serving("cross_entropy", logits.dtype)
     if module is None:
@@ -278,17 +281,17 @@ def shard_gradient(
 
 
 def _turned(x: Tensor) -> Tensor:
-    """[B, H, S, D] <-> [B, S, H, D], a view."""
+    """[B, H, S, D] <-> [B, S, H, D]."""
     return ops.transpose(x, (0, 2, 1, 3))
 
 
 def _wide(x: Tensor) -> Tensor:
-    """Blocks are computed, and merged, in float32 or wider."""
+    """x in float32 or wider, the dtypes in which blocks are computed and merged."""
     return x if x.dtype in (ms.float32, ms.float64) else ops.cast(x, ms.float32)
 
 
 def _placed(ranges: np.ndarray, num_keys: int) -> Keys:
-    """With the kind that lets an operator use a mode of its own."""
+    """The ranges on the device, with the kind ("full", "causal") for which an operator has a mode without a mask."""
     kind, S = "ranges", ranges.shape[1]
     if not ranges[..., 0].any():
         if (ranges[..., 1] == num_keys).all():
@@ -296,12 +299,12 @@ def _placed(ranges: np.ndarray, num_keys: int) -> Keys:
         elif num_keys >= S and (ranges[..., 1] == np.arange(num_keys - S, num_keys) + 1).all():
             kind = "causal"
     keys = kernels.keys_on_device(KeyRanges(ranges, num_keys, kind))
-    assert keys is not None  # callers have asked whether a fused operator serves
+    assert keys is not None  # callers take this path only with a fused operator
     return keys
 
 
 def _parts(q: Tensor, k: Tensor, hidden: Parts | None) -> Parts | None:
-    """Parts where a fused operator serves, else the mask of a composite one, which serves float64 too."""
+    """``hidden`` for a fused operator, else the additive mask of the composite one, which also computes float64."""
     if isinstance(hidden, Tensor):
         return hidden
     if q.dtype == ms.float64:

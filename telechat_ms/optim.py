@@ -1,7 +1,7 @@
-"""AdamW with decoupled decay on flat fp32 masters.
+"""AdamW with decoupled weight decay on flat fp32 master weights, optionally sharded (ZeRO-1).
 
-Masters and states are flat vectors, one a bucket (core.parallel.sharding), so that an update is a handful of operators
-whatever the number of layers. A rank keeps its part of each bucket only, and the ranks that share weights gather the
+Masters, m and v are flat vectors, one per bucket (core.parallel.sharding): the number of operators of an update does
+not depend on the number of layers. A rank keeps its part of each bucket, and the ranks that share weights gather the
 updated parts.
 """
 
@@ -32,7 +32,7 @@ Read = Callable[[str, Box], np.ndarray]
 
 
 class AdamW:
-    """Owns the masters, their gradients and m, v. The model's weights are copies that ``step`` refreshes."""
+    """Masters, gradients, m and v of one rank. The model's weights are rounded copies that ``step`` refreshes."""
 
     def __init__(
         self,
@@ -46,17 +46,19 @@ class AdamW:
         self.dtype, self.step_count = dtype, 0
         self.gradients = GradientBuckets(weights, table, mesh, dtype, tells_classes_apart(config))
         self.parts: list[Tensor] = []  # gradients after ``reduce``
-        self._stale: set[int] = set()  # buckets whose masters changed and whose weights did not yet
+        self._stale: set[int] = set()  # buckets whose weights lag behind their masters
         self.masters, self.m, self.v = ([self._vector(number, kind) for number in self._numbers] for kind in "wmv")
-        # Buckets with entries that came to be by growth: the class of each, and after how many updates each class came.
+        # Buckets with entries added by growth: the birth class of each entry, and the updates made before each class.
         self._young: dict[int, tuple[Tensor, list[int]]] = {}
 
     def reduce(self) -> None:
-        """Sum the accumulated gradients over ranks; what this rank keeps of them is in ``parts``."""
+        """Sum the accumulated gradients over ranks; this rank's share is in ``parts``."""
         self.parts = self.gradients.finish()
 
     def grad_norm(self) -> float:
-        """L2 norm over the gradients of all ranks; the parts are summed in float64, each parameter once."""
+        """L2 norm of the gradients of all ranks: squares summed in float64, each parameter once."""
+        # Sharded, every rank of the replicas has a part of its own; otherwise all have the same, and rank 0 counts it.
+        # A bucket of weights that several tensor or pipeline ranks hold is counted by its owner.
         counted = self.gradients.parts > 1 or self.mesh.replicas.rank == 0
         squares = [
             self._square_sum(part)
@@ -67,13 +69,14 @@ class AdamW:
         return math.sqrt(agree([mine], self.mesh.world, "sum")[0])
 
     def _square_sum(self, part: Tensor) -> Tensor:
+        """Sum of squares of a flat vector, float64 [1] or []."""
         adder = self.gradients.adder
         return total(ops.square(ops.cast(part, ms.float64))) if adder is None else adder.square_sum(part)
 
     def step(self, lr: float, grad_scale: float) -> None:
-        """One update with gradients times ``grad_scale``; the accumulators are empty afterwards.
+        """One update with gradients times ``grad_scale``; gradients are zero afterwards.
 
-        ``lr`` is that of the vector-like parameters; core.train.recipe has those of the other classes.
+        ``lr`` is the rate of vector-like parameters; core.train.recipe derives those of the other muP classes.
         """
         self.step_count += 1
         config, fused = self.config, kernels.serving("adamw", self.dtype)
@@ -84,7 +87,7 @@ class AdamW:
             vectors = self.masters[number], self.parts[number], self.m[number], self.v[number]
             scalars = AdamWStep(self.step_count, rate, config.beta1, config.beta2, config.eps, decay, grad_scale)
             if fused is not None and self.gradients.adder is not None and self.gradients.parts == 1 and not young:
-                # The new weights are written where they belong while the masters are at hand.
+                # A pass per parameter over its segment of the bucket also writes the rounded weights.
                 for segment in bucket.segments:
                     place = {"first": segment.start, "grad_first": segment.start, "count": segment.size}
                     fused.adamw(*vectors, scalars, copy=self.weights[segment.name], **place)
@@ -97,7 +100,10 @@ class AdamW:
         self.refresh()
 
     def _still_young(self, number: int) -> bool:
-        """Whether a bucket has entries whose age shows in Adam's bias correction; forgets those that grew out of it."""
+        """Whether the bias correction of some entries of a bucket still differs from that of the oldest ones.
+
+        Once it does not, the bucket is treated as uniform from then on.
+        """
         if number not in self._young:
             return False
         births, dtype = self._young[number][1], str(self.dtype).lower()
@@ -107,7 +113,12 @@ class AdamW:
         return young
 
     def _correct(self, number: int, rate: float) -> None:
-        """Exchange the bias correction of young entries, after an update that took all for as old as the oldest."""
+        """Replace the bias correction of young entries, after an update that treated all entries as the oldest.
+
+        With c1(a) = 1 / (1 - beta1^a), c2(a) = 1 / sqrt(1 - beta2^a) and an entry's age a in updates, the update is
+        u(a) = m c1(a) / (sqrt(v) c2(a) + eps). Adding -rate * (u(a) - u(oldest)) exchanges one for the other, since m
+        and v do not depend on the age.
+        """
         index, births = self._young[number]
         master, m, root = self.masters[number], self.m[number], ops.sqrt(self.v[number])
 
@@ -125,13 +136,13 @@ class AdamW:
         self.gradients.discard()
 
     def load_masters(self, read: Read) -> None:
-        """Masters from ``read(name, box)``; the weights follow with ``refresh``, which every rank must call."""
+        """Load masters from ``read(name, box)``; ``refresh``, a collective of all ranks, then updates the weights."""
         self._stale = set(self._numbers)
         for number in self._numbers:
             self._fill(self.masters[number], number, read)
 
     def load_state(self, read: Read, step_count: int, history: Sequence[Growth] = ()) -> None:
-        """m and v from ``read("m.<name>", box)`` and ``read("v.<name>", box)``; ``history``: how the model grew."""
+        """Load m and v from ``read("m.<name>", box)`` and ``read("v.<name>", box)``; ``history``: all growths."""
         self.step_count = step_count
         for number in self._numbers:
             classes = birth_classes(history, self._pieces(number), self.m[number].size)
@@ -169,7 +180,7 @@ class AdamW:
         vector.set_data(Tensor(flat))
 
     def _export(self, vectors: list[Parameter] | list[Tensor], prefix: str) -> Iterator[TensorPiece]:
-        """The boxes that this rank, of all that hold them, writes; in the order of the model."""
+        """Boxes of the vectors that this rank writes, in the model's order; each is written by exactly one rank."""
         if self.gradients.parts == 1 and self.mesh.replicas.rank:
             return
         owned = [
@@ -189,7 +200,7 @@ class AdamW:
             )
 
     def refresh(self) -> None:
-        """Weights from masters, where these changed, rounded to their dtype before they travel."""
+        """Update the weights of buckets whose masters changed: rounded to the weights' dtype, then gathered."""
         for number in sorted(self._stale):
             master, bucket = self.masters[number], self.gradients.buckets[number]
             dtype = self.weights[bucket.segments[0].name].dtype
@@ -197,7 +208,7 @@ class AdamW:
             if self.gradients.parts > 1:
                 flat = all_gather(flat, self.mesh.replicas, 0)
             sizes = [segment.size for segment in bucket.segments]
-            rest = bucket.size - sum(sizes)
+            rest = bucket.size - sum(sizes)  # padding to a multiple of the number of parts
             pieces = ops.split(flat, [*sizes, rest] if rest else sizes)
             for segment, piece in zip(bucket.segments, pieces, strict=False):
                 weight = self.weights[segment.name]

@@ -1,9 +1,9 @@
-"""Attention on Ascend: flash attention with its gradient, the union of two blocks, and attention over a cache.
+"""Attention on Ascend: flash attention with its gradient, merging of blocks, and attention over a cache.
 
-CANN returns the softmax statistics of a row as its maximum and its sum, float32 and eight times over; log-sum-exp =
-maximum + log(sum). The gradient is given the log-sum-exp as the maximum and 1 as the sum, which is the same softmax, so
-the final log-sum-exp of a ring serves as well as a block's own. B batch, S queries, T keys, H heads, K kv heads, D head
-dim.
+CANN returns the softmax statistics of a row as its maximum and its sum, float32, each stored 8 times; log_sum_exp =
+maximum + log(sum). The gradient is called with softmax_max = log_sum_exp and softmax_sum = 1: the same softmax,
+exp(score - log_sum_exp) / 1, also for the final log_sum_exp of a ring. B batch, S queries, T keys, H heads,
+K kv heads, D head dim.
 """
 
 from __future__ import annotations
@@ -19,25 +19,29 @@ from telechat_twins.core.model.visibility import KeyRanges, causal_ranges
 from telechat_twins.kernels.ascend import calls as cann
 from telechat_twins.kernels.ascend import visibility as visibility
 
-LANES = 8  # how often CANN stores a softmax statistic
-HEAD_STEP = 16  # D must be a multiple of it; smaller heads are filled up with zeros, which change no score
+LANES = 8  # copies of each softmax statistic in CANN's layout
+HEAD_STEP = 16  # D must be a multiple; other heads are padded with zeros, which leave scores unchanged
 HALVES = (ms.float16, ms.bfloat16)
-_TINY = 2.0**-126  # the smallest normal float32: divides where a gradient row is zero, and its delta, too
-_NO_KEYS = -1.0e30  # the log-sum-exp of a row without keys where infinities would make NaN
+_TINY = 2.0**-126  # the smallest normal float32: divisor where a gradient row, and thus its delta, is zero
+_NO_KEYS = -1.0e30  # log_sum_exp of a row without keys, where -inf would give NaN
 
 
 class _Call(NamedTuple):
-    """A visibility.Plan with its tensors on the device."""
+    """A visibility.Plan with its tensors on the device.
+
+    ``seeing``: bool [B or 1, S], False for a query without visible keys. ``order``: int32 [B * S * H] of
+    visibility.statistic_order; ``back``: its inverse.
+    """
 
     plan: visibility.Plan
     mask: Tensor | None
-    seeing: Tensor | None  # bool [B or 1, S], False for a query without a key
-    order: Tensor | None  # int32 [B * S * H] of visibility.statistic_order
-    back: Tensor | None  # its inverse
+    seeing: Tensor | None
+    order: Tensor | None
+    back: Tensor | None
 
 
 class AscendRanges:
-    """KeyRanges for ``attention``; made once a forward pass. Masks and lengths are made at the first use of a shape."""
+    """KeyRanges for ``attention``, made once per forward pass; masks and lengths are cached by batch and heads."""
 
     def __init__(self, key_ranges: KeyRanges) -> None:
         self.key_ranges = key_ranges
@@ -64,9 +68,9 @@ def attention(
 ) -> tuple[Tensor, Tensor]:
     """q [B, S, H, D], k and v [B, T, K, D] -> out [B, S, H, D] in q's dtype, log_sum_exp [B, H, S] float32.
 
-    ``scale`` defaults to D^-0.5. With ``out_f32`` out is float32, with the precision that q's dtype left: the operator
-    rounds. One query that sees all keys, a step of decoding, goes to the operator for inference, which takes no
-    float32. A row without keys gives zeros and -inf. TypeError for dtypes, ValueError for shapes.
+    ``scale`` defaults to D^-0.5. With ``out_f32`` out is float32 with the precision of q's dtype: the operator rounds.
+    A single query that attends to all keys (decoding) uses the inference operator, which lacks float32. A row without
+    visible keys gives zeros and -inf. Raises TypeError for dtypes, ValueError for shapes.
     """
     _check(q, k, v, key_ranges)
     B, S, H, D = q.shape
@@ -80,14 +84,14 @@ def attention(
     options = _options(made, H, D, scale)
     top, total, _, out = cann.flash_attention(query, key, value, made.mask, *_lengths(made), **options)
     out = out.reshape(B, S, H, -1)[..., :D]
-    if made.order is None:
+    if made.order is None:  # BSND: statistics [B, H, S, 8]
         log_sum_exp = top[..., 0] + ops.log(total[..., 0])
-    else:
+    else:  # TND: [H, S, 8] of each document in turn
         flat = (top.reshape(-1, LANES)[:, 0] + ops.log(total.reshape(-1, LANES)[:, 0]))[made.order]
         log_sum_exp = ops.transpose(flat.reshape(B, S, H), (0, 2, 1))
     if made.seeing is not None:
         seen = ops.broadcast_to(made.seeing, (B, S))
-        wide = ops.cast(out, ms.float32)  # every device selects float32
+        wide = ops.cast(out, ms.float32)  # ops.where supports float32 on every device
         out = ops.cast(ops.where(seen[:, :, None, None], wide, ops.zeros_like(wide)), out.dtype)
         log_sum_exp = ops.where(seen[:, None], log_sum_exp, ops.full_like(log_sum_exp, -np.inf))
     return (ops.cast(out, ms.float32) if out_f32 else out), log_sum_exp
@@ -105,15 +109,15 @@ def attention_backward(
     delta: Tensor | None = None,
     out_f32: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """dq, dk, dv in the dtypes of q, k and v (float32 with ``out_f32``, rounded by the operator before).
+    """dq, dk, dv in the dtypes of q, k and v, or, rounded to these first, in float32 with ``out_f32``.
 
-    ``out`` and ``log_sum_exp`` [B, H, S] may be the final ones of a ring. CANN sums grad * out over D itself; of a
-    caller that has only that sum, ``delta`` [B, H, S], it gets an output with the same sum.
+    ``out`` and ``log_sum_exp`` [B, H, S] may be the final ones of a ring. CANN computes delta = sum(grad * out) over D
+    itself; from ``delta`` [B, H, S] alone, an ``out`` with the same sum is constructed.
     """
     _check(q, k, v, key_ranges)
     if out is None:
         if delta is None:
-            raise ValueError("delta: None without out; one of the two is needed")
+            raise ValueError("delta: got None without out, needs one of the two")
         out = _output_of(grad, delta)
     for name, x in (("grad", grad), ("out", out)):
         if x.shape != q.shape:
@@ -125,7 +129,7 @@ def attention_backward(
         gradients: tuple[Tensor, ...] = tuple(ops.zeros_like(x) for x in (q, k, v))
     else:
         made = _ranges(key_ranges).prepared(B, H)
-        # 0 for a row without keys: with its masked scores that makes weights of 0, -1e30 would make ones.
+        # A row without keys: its scores are about -1e30, so softmax_max = 0 gives weights 0, and -1e30 weights 1.
         top = ops.cast(log_sum_exp, ms.float32)
         top = ops.where(top > 0.5 * _NO_KEYS, top, ops.zeros_like(top))
         if made.back is None:
@@ -151,9 +155,9 @@ def attention_backward(
 
 
 def merge_blocks(out: Tensor, log_sum_exp: Tensor, more: Tensor, more_lse: Tensor) -> tuple[Tensor, Tensor]:
-    """Attention over the union of two sets of keys: out and more [B, S, H, D] float32, their log-sum-exp [B, H, S].
+    """Attention over the union of two sets of keys: out and more [B, S, H, D] float32, log-sum-exps [B, H, S].
 
-    Where neither has a key, zeros and -inf.
+    Zeros and -inf where neither set has a key.
     """
     for name, x, wanted in (("more", more, out.shape), ("more_lse", more_lse, log_sum_exp.shape)):
         if x.shape != wanted:
@@ -171,10 +175,11 @@ def merge_blocks(out: Tensor, log_sum_exp: Tensor, more: Tensor, more_lse: Tenso
 
 
 def cached_attention(q: Tensor, k: Tensor, v: Tensor, length: int, scale: float | None = None) -> Tensor:
-    """The last S of ``length`` positions against a cache k, v [B, capacity, K, D] of which ``length`` are filled.
+    """Causal attention of the last S of ``length`` positions over a cache k, v [B, capacity, K, D] with ``length``
+    filled rows; q [B, S, H, D] -> [B, S, H, D].
 
-    q [B, S, H, D] -> [B, S, H, D]. In float16 and bfloat16 one operator reads the whole cache in place; in float32, and
-    for several queries with a head that is no multiple of 16, the filled part goes through ``attention``.
+    In float16 and bfloat16 one operator reads the cache in place; in float32, and for several queries with D not a
+    multiple of 16, ``attention`` takes the filled part.
     """
     B, S, H, D = q.shape
     if not S <= length <= k.shape[1]:
@@ -186,19 +191,20 @@ def cached_attention(q: Tensor, k: Tensor, v: Tensor, length: int, scale: float 
 
 
 def store_rows(pages: Tensor, x: Tensor, slots: Tensor) -> None:
-    """Rows x [N, K, D] into pages [P, size, K, D], in place: row i at slots[i] = page * size + place, int64 [N]."""
+    """Write rows x [N, K, D] to pages [P, size, K, D], in place: row i at slots[i] = page * size + place, int64 [N]."""
     width = x.shape[1] * x.shape[2]
     cann.index_copy(pages.view(-1, width), 0, slots, x.reshape(-1, width))
 
 
 def takes_pages(pages: Tensor) -> bool:
-    """Whether ``single_queries`` reads pages [P, size, K, D] where they lie: CANN's limits for block tables."""
+    """Whether ``single_queries`` can read pages [P, size, K, D] in place: CANN's limits for block tables."""
     _, size, K, D = pages.shape
     return pages.dtype in HALVES and size % 16 == 0 and size <= 512 and K * D <= 65536 and pages.size < 2**31
 
 
 def single_queries(q: Tensor, k_pages: Tensor, v_pages: Tensor, lengths: list[int], tables: Tensor) -> Tensor:
-    """One query a row, q [R, 1, H, D], against the first lengths[r] keys in pages [P, size, K, D] by tables [R, M]."""
+    """Attention of one query per sequence, q [R, 1, H, D], over the first lengths[r] keys in pages [P, size, K, D] by
+    page tables [R, M]."""
     _, size, K, D = k_pages.shape
     keys, values = (pages.reshape(-1, size, K * D) for pages in (k_pages, v_pages))
     return cann.fused_infer_attention(
@@ -208,14 +214,14 @@ def single_queries(q: Tensor, k_pages: Tensor, v_pages: Tensor, lengths: list[in
 
 @cache
 def triangle() -> Tensor:
-    """The compressed causal mask, 4 MiB, made once a process."""
+    """The compressed causal mask, 4 MiB, made once per process."""
     return Tensor(visibility.triangle())
 
 
 def _infer(
     q: Tensor, k: Tensor, v: Tensor, length: int, scale: float | None, log_sum_exp: bool
 ) -> tuple[Tensor, Tensor]:
-    """The operator for inference: it splits long keys over the cores, which the one for training does not."""
+    """The inference operator, which divides long key sequences over the cores; the training operator does not."""
     B, S, H, D = q.shape
     return cann.fused_infer_attention(
         q,
@@ -252,7 +258,7 @@ def _ranges(key_ranges: AscendRanges | KeyRanges) -> AscendRanges:
 
 
 def _laid_out(x: Tensor, made: _Call) -> Tensor:
-    """x [B, S, H, D] with D filled up, as BSND or as TND."""
+    """x [B, S, H, D] with D padded to HEAD_STEP, in the layout BSND or TND."""
     rest = -x.shape[3] % HEAD_STEP
     if rest:
         x = ops.concat((x, ops.zeros((*x.shape[:3], rest), x.dtype)), -1)
@@ -273,12 +279,12 @@ def _options(made: _Call, num_heads: int, head_dim: int, scale: float | None) ->
 
 
 def _lanes(x: Tensor) -> Tensor:
-    """x [...] float32 eight times over, [..., 8]."""
+    """x [...] repeated to [..., LANES]."""
     return ops.broadcast_to(x.reshape(*x.shape, 1), (*x.shape, LANES))
 
 
 def _output_of(grad: Tensor, delta: Tensor) -> Tensor:
-    """An output whose product with grad sums to delta: the gradient reads no more of it."""
+    """An output o = grad * delta / sum(grad^2): sum(grad * o) over D is delta, all that the gradient uses of it."""
     wide = ops.cast(grad, ms.float32)
     squares = (wide * wide).sum(-1, keepdims=True)
     rows = ops.transpose(delta, (0, 2, 1)).reshape(squares.shape)
@@ -291,7 +297,7 @@ def _finite(log_sum_exp: Tensor) -> Tensor:
 
 def _check(q: Tensor, k: Tensor, v: Tensor, key_ranges: AscendRanges | KeyRanges | None) -> None:
     if q.dtype not in (*HALVES, ms.float32):
-        raise TypeError(f"q: {q.dtype}; Ascend's attention needs float16, bfloat16 or float32")
+        raise TypeError(f"q: {q.dtype}; needs float16, bfloat16 or float32")
     for name, x in (("k", k), ("v", v)):
         if x.dtype != q.dtype:
             raise TypeError(f"{name}: {x.dtype}; needs the dtype of q, {q.dtype}")

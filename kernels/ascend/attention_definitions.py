@@ -1,8 +1,8 @@
-"""CANN's attention operators in numpy: documented layouts of queries, keys and softmax statistics, documented masks.
+"""Numpy definitions of CANN's attention operators: documented layouts of operands and softmax statistics, and masks.
 
-A masked score is not minus infinity on the device but a large negative number, so a row whose keys are all masked gives
-the mean of the values: a caller that wants zeros must see to it, and here it shows when one does not. Sources in
-docs/ascend.md; argument names are those of kernels.ascend.calls.
+On the device a masked score is a large negative number, not minus infinity, so a row whose keys are all masked gives
+the mean of the values, here too: a caller that needs zeros must set them. docs/ascend.md names the sources; argument
+names are those of kernels.ascend.calls.
 """
 
 from __future__ import annotations
@@ -15,16 +15,16 @@ from numpy import ndarray as Array
 
 from telechat_twins.kernels.ascend.operands import HALVES, Operand, floats, need, same_dtype, same_shape
 
-_Lengths = tuple[list[int], list[int]]  # where the documents end among queries and keys; both empty without any
+_Lengths = tuple[list[int], list[int]]  # ends of the documents among queries and keys; both empty for BSND
 
 _MASKED = -1.0e30
-_COMPRESSED = (2048, 2048)  # the mask of the sparse modes 2 and 3, whatever S and T are
-_LANES = 8  # a softmax statistic is stored eight times over
+_COMPRESSED = (2048, 2048)  # the mask of sparse modes 2 and 3, for every S and T
+_LANES = 8  # copies of each softmax statistic
 _MOST_HEADS, _MOST_DOCUMENTS, _LARGEST_HEAD = 256, 1024, 512
 
 
 class _Part(NamedTuple):
-    """Queries and keys that meet; ``hidden``: bool that spreads to [B, N, S, T], or None."""
+    """Queries and keys of one document; ``hidden``: bool, broadcast to [B, N, S, T], or None."""
 
     batch: slice
     queries: slice
@@ -47,8 +47,8 @@ def fusion_attention(
 ) -> tuple[Operand, Operand, Operand, Operand]:
     """(softmax_max, softmax_sum, empty, attention_out).
 
-    BSND: statistics [B, N, S, 8]. TND: they are said to be [T, N, 8], but lie in memory as [N, S, 8] of each document,
-    one after another; with ``softmax_layout`` "TND", which only torch_npu offers, they are what they are said to be.
+    BSND: statistics [B, N, S, 8]. TND: the declared shape is [T, N, 8], but memory holds [N, S, 8] of each document in
+    turn; with ``softmax_layout`` "TND", which only torch_npu has, memory has the declared order.
     """
     lengths = (list(actual_seq_qlen or ()), list(actual_seq_kvlen or ()))
     q, k, v = _check(query, key, value, attn_mask, lengths, head_num, input_layout, sparse_mode)
@@ -194,7 +194,7 @@ def fused_infer_attention(
     block_table: Operand | None = None,
     block_size: int = 0,
 ) -> tuple[Operand, Operand]:
-    """(attention_out, log-sum-exp [B, N, S, 1] or one zero). Keys beyond a row's actual length are not read."""
+    """(attention_out, log_sum_exp [B, N, S, 1] or one zero). Keys beyond a row's actual length are not read."""
     same_dtype(query=query, key=key, value=value)
     if query.dtype not in HALVES:
         raise TypeError(f"query: {query.dtype}; needs one of {', '.join(HALVES)}")
@@ -202,7 +202,7 @@ def fused_infer_attention(
     B, S, N, D = query.value.shape
     same_shape(key=key, value=value)
     if block_table is not None:
-        need(S == 1, "query", query.value.shape, "one query a row with a block_table")
+        need(S == 1, "query", query.value.shape, "one query per row with a block_table")
         key, value = (_from_blocks(x, block_table, block_size, num_key_value_heads, D) for x in (key, value))
     need(num_heads == N, "num_heads", num_heads, f"{N}, the heads of the query")
     K = key.value.shape[2]
@@ -238,7 +238,7 @@ def fused_infer_attention(
 
 
 def _from_blocks(blocks: Operand, table: Operand, size: int, heads: int, head_dim: int) -> Operand:
-    """The rows that blocks [P, size, heads * head_dim] hold by a table [B, M], [B, M * size, heads, head_dim]."""
+    """Rows [B, M * size, heads, head_dim] gathered from blocks [P, size, heads * head_dim] by a table [B, M]."""
     need(size % 16 == 0 and 0 < size <= 512, "block_size", size, "a multiple of 16, 512 at most")
     need(table.dtype == "int32" and table.value.ndim == 2, "block_table", table.dtype, "int32 [B, blocks of a row]")
     width = heads * head_dim
@@ -298,7 +298,7 @@ def _check(
 
 
 def _check_compressed(name: str, mask: Operand | None) -> None:
-    """The modes 2 and 3 read a triangle that is the same for every S and T: True above the diagonal."""
+    """Check of the mask of sparse modes 2 and 3, the same for every S and T: True above the diagonal."""
     if mask is None:
         raise ValueError(f"{name}: None; needs the compressed mask {_COMPRESSED}")
     _check_mask_dtype(name, mask)
@@ -334,14 +334,14 @@ def _parts(
 
 
 def _scores(q: Array, k: Array, part: _Part, scale: float) -> Array:
-    """[B, N, S, T] of a part."""
+    """Scores [B, N, S, T] of a part."""
     keys = _spread(k[part.batch, part.keys], q.shape[2])
     scores = np.einsum("bshd,bthd->bhst", q[part.batch, part.queries], keys) * scale
     return scores if part.hidden is None else np.where(part.hidden, _MASKED, scores)
 
 
 def _stored(parts: list[Array], query: Operand, layout: str) -> Array:
-    """Statistics [B, N, S, 1] of the parts as the operator lays them out."""
+    """Statistics [B, N, S, 1] of the parts in the operator's layout."""
     if layout == "BSND":
         return np.repeat(parts[0], _LANES, -1)
     flat = np.concatenate([part.reshape(-1, 1) for part in parts])

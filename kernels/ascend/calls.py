@@ -1,6 +1,6 @@
-"""CANN's operators as MindSpore 2.9 offers them, one function each, all through ``kernels.ascend.rehearsal.call``.
+"""CANN operators of MindSpore 2.9, one function each, all called through ``kernels.ascend.rehearsal.call``.
 
-The functions take only the arguments that this project sets; the others keep the value that MindSpore documents.
+The functions take only the arguments that this project sets; the others have MindSpore's documented defaults.
 Argument names, and the order and form of the results, are those of mindspore.ops.auto_generate.gen_ops_prim.
 """
 
@@ -15,23 +15,23 @@ from mindspore.ops.auto_generate import gen_ops_prim as prim
 
 from telechat_twins.kernels.ascend.rehearsal import call
 
-ANY_DISTANCE = 2147483647  # pre_tokens and next_tokens where sparse_mode alone decides
+ANY_DISTANCE = 2147483647  # pre_tokens and next_tokens without effect: sparse_mode decides
 
 P = ParamSpec("P")
 R = TypeVar("R")
 
 
 def cann(name: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
-    """The function as a call of the operator ``name``: for real, or answered in a rehearsal."""
+    """Decorator of a function that calls the operator ``name``: on the device, or by its definition in a rehearsal."""
 
-    def through_the_door(function: Callable[P, R]) -> Callable[P, R]:
+    def decorate(function: Callable[P, R]) -> Callable[P, R]:
         @wraps(function)
         def calling(*args: P.args, **kwargs: P.kwargs) -> R:
             return call(name, function, *args, **kwargs)
 
         return calling
 
-    return through_the_door
+    return decorate
 
 
 @cann("RmsNorm")
@@ -64,13 +64,13 @@ def layer_norm(
 def layer_norm_grad(
     dy: Tensor, x: Tensor, normalized_shape: tuple[int, ...], mean: Tensor, rstd: Tensor, gamma: Tensor, beta: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(dx, dgamma, dbeta). MindSpore calls the fifth argument variance; it is the forward's third output."""
+    """(dx, dgamma, dbeta). The fifth argument, the forward's third output, is named variance in MindSpore."""
     return prim.LayerNormGradExt()(dy, x, normalized_shape, mean, rstd, gamma, beta)
 
 
 @cann("Swiglu")
 def swiglu(input: Tensor, dim: int) -> Tensor:
-    """silu of the first half of ``dim`` times the second."""
+    """silu of the first half along ``dim`` times the second half."""
     return ops.swiglu(input, dim)
 
 
@@ -94,13 +94,13 @@ def gelu_grad(grad: Tensor, input: Tensor, approximate: str) -> Tensor:
 
 @cann("RotaryPositionEmbedding")
 def rotary(x: Tensor, cos: Tensor, sin: Tensor, mode: int) -> Tensor:
-    """Mode 0 rotates halves, 1 neighbours; cos and sin have all D columns."""
+    """Rotary embedding; mode 0: half rotation, 1: interleaved pairs. cos and sin have all D columns."""
     return ops.rotary_position_embedding(x, cos, sin, mode)
 
 
 @cann("RotaryPositionEmbeddingGrad")
 def rotary_grad(dy: Tensor, cos: Tensor, sin: Tensor, mode: int) -> tuple[Tensor, Tensor, Tensor]:
-    """(dx, dcos, dsin); the last two mean something only when the forward's x is given, which is not done here."""
+    """(dx, dcos, dsin); the last two are undefined without the forward's x, which is not passed here."""
     return prim.RotaryPositionEmbeddingGrad()(dy, cos, sin, None, mode)
 
 
@@ -117,7 +117,7 @@ def flash_attention(
     input_layout: str,
     sparse_mode: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(softmax_max, softmax_sum, a result without meaning, attention_out)."""
+    """(softmax_max, softmax_sum, an unused result, attention_out)."""
     operator = _attention(head_num, scale_value, input_layout, sparse_mode)
     return operator(query, key, value, None, None, None, attn_mask, None, actual_seq_qlen, actual_seq_kvlen)
 
@@ -139,7 +139,7 @@ def flash_attention_grad(
     input_layout: str,
     sparse_mode: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(dq, dk, dv, a result without meaning)."""
+    """(dq, dk, dv, an unused result)."""
     operator = _attention_grad(head_num, scale_value, input_layout, sparse_mode)
     return operator(
         query,
@@ -187,9 +187,9 @@ def fused_infer_attention(
     block_table: Tensor | None = None,
     block_size: int = 0,
 ) -> tuple[Tensor, Tensor]:
-    """(attention_out, log-sum-exp float32 [B, N, S, 1], or one zero where the flag does not ask for it).
+    """(attention_out, log_sum_exp float32 [B, N, S, 1], or one zero without ``softmax_lse_flag``).
 
-    With ``block_table`` int32 [B, M], for one query a row: key and value are blocks [P, block_size, K * D].
+    With ``block_table`` int32 [B, M], for one query per row, key and value are blocks [P, block_size, K * D].
     """
     return ops.fused_infer_attention_score(
         query,
@@ -206,13 +206,13 @@ def fused_infer_attention(
         softmax_lse_flag=softmax_lse_flag,
         block_table=block_table,
         block_size=block_size,
-        inner_precise=0,  # the precise form; rows without a key do not occur
+        inner_precise=0,  # high precision; every row has a visible key
     )
 
 
 @cann("InplaceIndexCopy")
 def index_copy(input: Tensor, dim: int, index: Tensor, tensor: Tensor) -> Tensor:
-    """The rows ``tensor`` to the places ``index`` of ``input``, in place."""
+    """Write the rows ``tensor`` to the rows ``index`` of ``input``, in place."""
     return input.index_copy_(dim, index, tensor)
 
 
@@ -236,7 +236,7 @@ def adamw(
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Writes var, m and v in place. ``step`` [1] counts from 0: the operator adds 1 before the bias correction."""
-    # Without amsgrad nothing reads or writes max_v; mindspore.mint.optim.AdamW hands over v in its place, too.
+    # Without amsgrad max_v is neither read nor written; mindspore.mint.optim.AdamW passes v for it, too.
     return prim.AdamW()(var, m, v, v, gradient, step, lr, beta1, beta2, decay, eps, False, False)
 
 

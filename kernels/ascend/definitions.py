@@ -1,9 +1,9 @@
-"""CANN's operators in numpy, with the layouts and dtypes of their documented results, and their documented constraints.
+"""Numpy definitions of the CANN operators in use: documented result layouts and dtypes, documented constraints.
 
-What an Ascend would answer, but for rounding: values are computed in float64 and carry the name of the dtype that they
-are rounded to. What CANN's documentation asks of the arguments and MindSpore's checks on the CPU do not notice raises
-TypeError (dtypes) or ValueError here. The sources are named in docs/ascend.md. Argument names are those of
-kernels.ascend.calls; B batch, S queries, T keys, N heads, D head dim.
+Results are those of an Ascend up to rounding: values are float64 and carry the name of the dtype they are rounded to.
+Constraints that CANN documents and MindSpore's checks on the CPU do not cover raise TypeError (dtypes) or ValueError.
+docs/ascend.md names the sources. Argument names are those of kernels.ascend.calls; B batch, S queries, T keys, N heads,
+D head dim.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ __all__ = [
     "swiglu_grad",
 ]
 
-# MindSpore's name of an operator -> the function here.
+# MindSpore's operator name -> function of this module.
 NAMES = {
     "AdamW": "adamw",
     "AddRmsNorm": "add_rms_norm",
@@ -74,7 +74,7 @@ def rms_norm(x: Operand, gamma: Operand, epsilon: float) -> tuple[Operand, Opera
 
 
 def rms_norm_grad(dy: Operand, x: Operand, rstd: Operand, gamma: Operand) -> tuple[Operand, Operand]:
-    """From the given rstd, so that a wrong one makes a wrong answer."""
+    """(dx, dgamma), computed from the given rstd, so that a wrong rstd gives a wrong result."""
     floats(dy=dy, x=x, gamma=gamma)
     same_dtype(dy=dy, x=x, gamma=gamma)
     same_shape(dy=dy, x=x)
@@ -167,7 +167,7 @@ def rotary(x: Operand, cos: Operand, sin: Operand, mode: int) -> Operand:
 
 
 def rotary_grad(dy: Operand, cos: Operand, sin: Operand, mode: int) -> tuple[Operand, Operand, Operand]:
-    """Without the forward's x the gradients of cos and sin are not made: NaN here."""
+    """(dx, dcos, dsin); without the forward's x the last two are undefined, here NaN."""
     _check_rotary("dy", dy, cos, sin, mode)
     dx = Operand(dy.value * cos.value - _turned(dy.value * sin.value), dy.dtype)
     nothing = Operand(np.full(cos.value.shape, np.nan), dy.dtype)
@@ -175,16 +175,16 @@ def rotary_grad(dy: Operand, cos: Operand, sin: Operand, mode: int) -> tuple[Ope
 
 
 def index_copy(input: Operand, dim: int, index: Operand, tensor: Operand) -> tuple[Operand]:
-    """``input`` with the rows ``tensor`` at ``index``; what is left of two rows for one place is not known."""
+    """``input`` with the rows ``tensor`` at ``index``. Equal indices, undefined in CANN, are refused."""
     same_dtype(input=input, tensor=tensor)
     need(dim == 0 and index.value.ndim == 1, "index", index.value.shape, "one axis, along the first of input")
     need(index.dtype == "int64", "index", index.dtype, "int64")
-    need(len(set(index.value.tolist())) == len(index.value), "index", "one place twice", "each place once")
+    need(len(set(index.value.tolist())) == len(index.value), "index", "equal entries", "distinct entries")
     need(
         bool((index.value >= 0).all() and (index.value < len(input.value)).all()),
         "index",
         index.value.tolist(),
-        f"places from 0 to {len(input.value) - 1}",
+        f"indices from 0 to {len(input.value) - 1}",
     )
     out = input.value.copy()
     out[index.value] = tensor.value

@@ -1,4 +1,4 @@
-"""A tensor as the numpy definition of a CANN operator sees it, and the checks that the definitions share."""
+"""Operands of the numpy definitions of CANN operators, and the checks that the definitions share."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ FLOATS = (*HALVES, "float32")
 
 
 class Operand(NamedTuple):
-    """``value``: floating numbers in float64, others as they are; ``dtype``: the name of the tensor's own dtype."""
+    """``value``: floating-point elements as float64, others unchanged; ``dtype``: name of the tensor's dtype."""
 
     value: Array
     dtype: str
 
 
 def floats(**operands: Operand) -> None:
-    """TypeError naming the first operand that is not float16, bfloat16 or float32."""
+    """Raises TypeError naming the first operand that is not float16, bfloat16 or float32."""
     for name, operand in operands.items():
         if operand.dtype not in FLOATS:
             raise TypeError(f"{name}: {operand.dtype}; needs one of {', '.join(FLOATS)}")
 
 
 def same_dtype(**operands: Operand) -> None:
-    """TypeError naming the first operand whose dtype is not that of the first one."""
+    """Raises TypeError naming the first operand whose dtype differs from that of the first one."""
     (first, expected), *others = operands.items()
     for name, operand in others:
         if operand.dtype != expected.dtype:
@@ -33,7 +33,7 @@ def same_dtype(**operands: Operand) -> None:
 
 
 def same_shape(**operands: Operand) -> None:
-    """ValueError naming the first operand whose shape is not that of the first one."""
+    """Raises ValueError naming the first operand whose shape differs from that of the first one."""
     (first, expected), *others = operands.items()
     for name, operand in others:
         wanted = expected.value.shape
@@ -41,6 +41,6 @@ def same_shape(**operands: Operand) -> None:
 
 
 def need(holds: bool, name: str, found: object, wanted: str) -> None:
-    """ValueError "name: found; needs wanted" unless it ``holds``."""
+    """Raises ValueError "name: found; needs wanted" unless ``holds``."""
     if not holds:
         raise ValueError(f"{name}: {found}; needs {wanted}")

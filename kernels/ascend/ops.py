@@ -1,8 +1,8 @@
-"""The fused operators on Ascend, served by CANN through MindSpore. Not run on a device; rehearsed (docs/ascend.md).
+"""Fused operators on Ascend, implemented by CANN through MindSpore. Not run on a device; rehearsed (docs/ascend.md).
 
-Plain functions without autograd; ``*_backward`` take what the forward returned. Statistics are float32. Rounding is
-CANN's: an operator computes in float32 inside and rounds its result once, so that where the released model rounds
-between two steps (norm, then gain) there is one rounding less here. E hidden, N rows, F ffn, V vocab.
+Functions without autograd; each ``*_backward`` takes results of its forward. Statistics are float32. Rounding is
+CANN's: an operator computes in float32 and rounds its result once, so where the released model rounds between two
+steps (norm, then gain) there is one rounding less. E hidden, N rows, F ffn, V vocabulary.
 """
 
 from __future__ import annotations
@@ -57,7 +57,8 @@ __all__ = [
 
 
 class CannOperator(NamedTuple):
-    """Whether this file ``serves`` an operator, CANN's own by MindSpore's names, and what there is to say about it."""
+    """``serves``: whether this module implements the operator; ``calls``: CANN operators by MindSpore's names;
+    ``reason``: a remark for docs/ascend.md."""
 
     serves: bool
     calls: tuple[str, ...]
@@ -66,7 +67,7 @@ class CannOperator(NamedTuple):
 
 # By the names of core.config.KernelsConfig.
 CANN_OPERATORS = {
-    "linear": CannOperator(False, ("MatMul",), "the plain matrix product is CANN's own already"),
+    "linear": CannOperator(False, ("MatMul",), "MindSpore's matrix product already is CANN's"),
     "embedding": CannOperator(
         True, ("Gather", "EmbeddingDenseBackward"), "a fixed order of sums under mindspore.set_deterministic(True)"
     ),
@@ -82,7 +83,7 @@ CANN_OPERATORS = {
     "cross_entropy": CannOperator(
         False,
         ("CrossEntropyLoss", "CrossEntropyLossGrad"),
-        "CANN's makes a second tensor as large as the logits and knows no part of a vocabulary",
+        "CANN's allocates a second tensor of the size of the logits and does not support a vocabulary shard",
     ),
     "adamw": CannOperator(True, ("AdamW",), "scaling the gradient and the bfloat16 copy are passes of their own"),
 }
@@ -93,8 +94,8 @@ def rms_norm(
 ) -> tuple[Tensor, Tensor]:
     """x [..., E], weight [E] -> out [..., E] in ``out_dtype``, rstd [N] float32.
 
-    ``mask`` [E]: a growth mask (kernels.reference.rms_norm). With a = sqrt(mask * E / sum(mask)) it is the norm of
-    x * a with the gain weight * mask / a, which costs no other operator.
+    ``mask`` [E]: the growth mask of kernels.reference.rms_norm. With a = sqrt(mask * E / sum(mask)) the result is the
+    norm of x * a with gain weight * mask / a: mean((x a)^2) = sum(mask x^2) / sum(mask).
     """
     dtype = _wider(x.dtype, out_dtype)
     gain = weight
@@ -140,7 +141,7 @@ def add_rms_norm(
 def add_rms_norm_backward(
     grad: Tensor, grad_stream: Tensor, stream: Tensor, weight: Tensor, rstd: Tensor, mask: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """(d stream, which is that of x and of residual, in the dtype of stream; dweight [E] float32)."""
+    """(dstream in the dtype of stream, the gradient of both x and residual; dweight [E] float32)."""
     dx, dweight = rms_norm_backward(grad, stream, weight, rstd, mask)
     return dx + ops.cast(grad_stream, stream.dtype), dweight
 
@@ -150,7 +151,7 @@ def layer_norm(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """x [..., E], weight and bias [E] -> out in ``out_dtype``, mean [N] and rstd [N] float32.
 
-    With a growth mask [E], for which CANN has no operator, from plain operators.
+    With a growth mask [E], which CANN does not support, composed of MindSpore's primitive operators.
     """
     if mask is not None:
         wide = ops.cast(x, ms.float32)
@@ -179,7 +180,7 @@ def layer_norm_backward(
         dx = rstd * (g - share * g.sum(-1, keepdims=True) - n * share * (g * n).sum(-1, keepdims=True))
         rows = (-1, x.shape[-1])
         return ops.cast(dx, x.dtype), (grad * n).reshape(rows).sum(0), grad.reshape(rows).sum(0)
-    # In float32, so that the sums over all rows, which come in the dtype of the gain, are not rounded.
+    # In float32: the sums over all rows have the dtype of the gain and must not be rounded.
     wide, dy, gain = (ops.cast(t, ms.float32) for t in (x, grad, weight))
     dx, dweight, dbias = cann.layer_norm_grad(dy, wide, (x.shape[-1],), mean, rstd, gain, ops.zeros_like(gain))
     return ops.cast(dx, x.dtype), dweight, dbias
@@ -188,10 +189,11 @@ def layer_norm_backward(
 def rope_qk(
     q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, scale_q: Tensor | None = None, scale_k: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Half rotation of q [B, S, H, D] and k [B, S, K, D] by cos, sin [B or 1, S, 1, D/2] float32, in their dtypes.
+    """Rotary embedding, half rotation, of q [B, S, H, D] and k [B, S, K, D] by cos, sin [B or 1, S, 1, D/2] float32, in
+    their dtypes.
 
-    ``scale_q``, ``scale_k``, of the shape of cos, multiply both halves: they go into the tables. The gradient is the
-    same call with -sin, or ``rope_qk_backward``.
+    ``scale_q``, ``scale_k``, of the shape of cos, multiply both halves and are folded into the tables. The gradient is
+    the same call with -sin, or ``rope_qk_backward``.
     """
     return tuple(  # type: ignore[return-value]
         ops.cast(cann.rotary(ops.cast(x, cos.dtype), *_tables(cos, sin, scale), 0), x.dtype)
@@ -207,7 +209,7 @@ def rope_qk_backward(
     scale_q: Tensor | None = None,
     scale_k: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """From the gradients of both results and the forward's tables: (dq, dk)."""
+    """(dq, dk) from the gradients of both results and the forward's tables."""
     return tuple(  # type: ignore[return-value]
         ops.cast(cann.rotary_grad(ops.cast(x, cos.dtype), *_tables(cos, sin, scale), 0)[0], x.dtype)
         for x, scale in ((grad_q, scale_q), (grad_k, scale_k))
@@ -228,7 +230,7 @@ def swiglu_backward(grad: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Ten
 
 
 def gelu(x: Tensor) -> Tensor:
-    """The tanh form."""
+    """GELU, tanh form."""
     return cann.gelu(x, "tanh")
 
 
@@ -238,16 +240,16 @@ def gelu_backward(grad: Tensor, x: Tensor) -> Tensor:
 
 
 def embedding(table: Tensor, ids: Tensor) -> Tensor:
-    """table [V, E], ids [...] -> [..., E]; an operator that every device of MindSpore has."""
+    """table [V, E], ids [...] -> [..., E], by MindSpore's gather."""
     if table.dtype == ms.bfloat16 and ms.get_context("device_target") == "CPU":
-        return ops.cast(ops.gather(ops.cast(table, ms.float32), ids, 0), table.dtype)  # no bfloat16 there
+        return ops.cast(ops.gather(ops.cast(table, ms.float32), ids, 0), table.dtype)  # the CPU's lacks bfloat16
     return ops.gather(table, ids, 0)
 
 
 def embedding_backward(grad: Tensor, ids: Tensor, vocab_size: int) -> Tensor:
     """grad [..., E] summed by ids [...] into [V, E] float32.
 
-    The order of the sum is fixed only under mindspore.set_deterministic(True).
+    The order of summation is fixed only under mindspore.set_deterministic(True).
     """
     return cann.embedding_grad(ops.cast(grad, ms.float32), ids, vocab_size)
 
@@ -271,7 +273,7 @@ def adamw(master: Tensor, grad: Tensor, m: Tensor, v: Tensor, step: AdamWStep, c
 
 
 def _growth(mask: Tensor) -> tuple[Tensor, Tensor]:
-    """sqrt(mask * E / sum(mask)), for x, and sqrt(mask * sum(mask) / E), for the gain."""
+    """(sqrt(mask * E / sum(mask)), the factor of x; sqrt(mask * sum(mask) / E), the factor of the gain)."""
     share = mask.sum() / mask.shape[0]
     return ops.sqrt(mask / share), ops.sqrt(mask * share)
 
@@ -281,7 +283,7 @@ def _with_stream(normed: tuple[Tensor, Tensor], stream: Tensor) -> tuple[Tensor,
 
 
 def _tables(cos: Tensor, sin: Tensor, scale: Tensor | None) -> tuple[Tensor, Tensor]:
-    """CANN reads a table of all D columns; both halves of one turn by the same angle."""
+    """Tables [..., D] as CANN reads them; both halves rotate by the same angles."""
     if scale is not None:
         cos, sin = cos * scale, sin * scale
     return ops.concat((cos, cos), -1), ops.concat((sin, sin), -1)

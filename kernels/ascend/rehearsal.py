@@ -1,13 +1,12 @@
-"""Ascend's code path on a machine without an Ascend.
+"""Emulation of Ascend's code path on a machine without an Ascend.
 
-Every CANN operator is called through ``call``. On Ascend that is the call itself. In a ``rehearsal`` on MindSpore's CPU
-device the operator is called for real, too: MindSpore checks its arguments, dtypes and shapes as it would on Ascend and
-then finds no kernel for the device. Exactly that refusal is expected, any other outcome is an error; then the operator
-is answered by its definition in numpy (kernels.ascend.definitions), which also checks what CANN documents and MindSpore
-leaves to the device.
+Every CANN operator is called through ``call``, on Ascend a plain call. In a ``rehearsal`` on MindSpore's CPU device the
+operator is called too: MindSpore checks arguments, dtypes and shapes as on Ascend and then fails to find a kernel for
+the device. Any outcome but that failure is an error. The result then comes from the operator's numpy definition
+(kernels.ascend.definitions), which also checks the constraints that CANN documents and MindSpore leaves to the device.
 
-MindSpore runs operators in the background, and a failure can be reported once more at the next one: after each refusal
-the reports are read until none is left, so that none is taken for that of another operator.
+MindSpore runs operators asynchronously and may report a failure again at the next operator: after each expected failure
+the reports are drained, so that none is attributed to another operator.
 """
 
 from __future__ import annotations
@@ -26,13 +25,13 @@ from mindspore import Tensor
 from telechat_twins.kernels.ascend import definitions as ascend_definitions
 from telechat_twins.kernels.ascend.operands import Operand
 
-# How an operator that has no kernel for the CPU is refused, where the words are not those of all the others.
+# The message of an operator without a CPU kernel, where it differs from the usual one.
 REFUSALS = {"LayerNormExt": "Create kernelmod for op LayerNormExt failed"}
 IN_PLACE = {
     "AdamW": ("var", "m", "v"),
     "InplaceIndexCopy": ("input",),
 }  # the arguments that an operator overwrites, in the order of its results
-_PATIENCE, _PAUSE = 60.0, 0.002  # seconds: until the reports must have ended, and between two looks
+_DRAIN_TIMEOUT_S, _POLL_S = 60.0, 0.002  # until failure reports must have ended; between two polls
 
 Argument: TypeAlias = "Tensor | ms.Type | bool | int | float | str | Sequence[int] | Sequence[Tensor] | None"
 Results: TypeAlias = "Tensor | tuple[Tensor, ...]"
@@ -41,22 +40,22 @@ _counts: Counter[str] | None = None
 
 
 def rehearsing() -> bool:
-    """Whether CANN's operators are being answered by their definitions."""
+    """Whether CANN's operators are computed by their definitions."""
     return _counts is not None
 
 
 @contextmanager
 def rehearsal() -> Iterator[Counter[str]]:
-    """Inside, Ascend's code path runs on the CPU; yields how often each operator was called, by MindSpore's name.
+    """Context in which Ascend's code path runs on the CPU; yields the number of calls by MindSpore's operator name.
 
-    RuntimeError on another device, and when one is going on already.
+    Raises RuntimeError on another device, and inside another rehearsal.
     """
     global _counts
     device = ms.get_context("device_target")
     if device != "CPU":
-        raise RuntimeError(f"a rehearsal is for the CPU; on {device} the operators run themselves")
+        raise RuntimeError(f"rehearsal: needs MindSpore's CPU device, got {device}, where the operators themselves run")
     if _counts is not None:
-        raise RuntimeError("a rehearsal is going on already")
+        raise RuntimeError("rehearsal: already active; rehearsals do not nest")
     _counts = Counter()
     try:
         yield _counts
@@ -65,16 +64,17 @@ def rehearsal() -> Iterator[Counter[str]]:
 
 
 def call(name: str, operator: Callable[..., Results], *args: Argument, **kwargs: Argument) -> Any:
-    """``operator(*args, **kwargs)``; in a rehearsal, its refusal and then the answer of the definition ``name``.
+    """``operator(*args, **kwargs)``; in a rehearsal, its expected failure and then the result of the definition
+    ``name``.
 
-    Raises what MindSpore's own checks raise, TypeError or ValueError from the documented constraints, and RuntimeError
-    when the operator is not refused as one without a kernel is.
+    Raises the errors of MindSpore's own checks, TypeError or ValueError from the documented constraints, and
+    RuntimeError when the operator does not fail for lack of a kernel.
     """
     if _counts is None:
         return operator(*args, **kwargs)
     named = inspect.signature(operator).bind(*args, **kwargs).arguments
     operands = {key: _operand(value) if isinstance(value, Tensor) else value for key, value in named.items()}
-    _settle(name)  # what an operator before this one did is not this one's doing
+    _settle(name)  # raises failures of earlier operators before this one runs
     _expect_refusal(name, operator, args, kwargs)
     answers = getattr(ascend_definitions, ascend_definitions.NAMES[name])(**operands)
     _counts[name] += 1
@@ -101,13 +101,13 @@ def _expect_refusal(
         _settle(name, str(error).splitlines()[0])
         raise
     else:
-        raise RuntimeError(f"{name} ran on the CPU; a rehearsal expects it to be refused: {expected!r}")
+        raise RuntimeError(f"{name}: ran on the CPU; a rehearsal expects the failure {expected!r}")
     _settle(name, expected)
 
 
 def _settle(name: str, expected: str = "") -> None:
-    """Read until nothing fails any more. Raises a failure that is not the ``expected`` one."""
-    deadline = time.monotonic() + _PATIENCE
+    """Run a trivial operator until no failure is reported. Raises a failure other than ``expected``."""
+    deadline = time.monotonic() + _DRAIN_TIMEOUT_S
     while time.monotonic() < deadline:
         try:
             (Tensor(np.ones(1, np.float32)) + 1).asnumpy()
@@ -115,8 +115,8 @@ def _settle(name: str, expected: str = "") -> None:
         except Exception as error:
             if not expected or not _is(error, expected):
                 raise
-            time.sleep(_PAUSE)  # the thread that runs operators may still be on its way past the refused one
-    raise RuntimeError(f"{name}: its refusal is reported without end")
+            time.sleep(_POLL_S)  # MindSpore's executor thread may not have passed the failed operator yet
+    raise RuntimeError(f"{name}: its failure is still reported after {_DRAIN_TIMEOUT_S:.0f} s")
 
 
 def _is(error: Exception, expected: str) -> bool:

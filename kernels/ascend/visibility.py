@@ -1,6 +1,6 @@
-"""Which keys a query sees, in the forms that CANN's attention takes: a mode with the compressed mask, lengths, a mask.
+"""Visible keys in the forms of CANN's attention: a sparse mode with the compressed mask, document lengths, or a mask.
 
-Host side and numpy only, for MindSpore and for torch_npu.
+On the host and in numpy, for MindSpore and torch_npu.
 """
 
 from __future__ import annotations
@@ -11,15 +11,15 @@ import numpy as np
 
 from telechat_twins.core.model.visibility import KeyRanges
 
-COMPRESSED = 2048  # side of the triangle that the modes 2 and 3 read, whatever the lengths are
-ALL, MASK, LAST_SEES_LAST = 0, 1, 3  # sparse_mode: no mask; the mask given; causal, aligned at the last query and key
-MOST_DOCUMENTS = 1024
+COMPRESSED = 2048  # side of the triangular mask that sparse modes 2 and 3 read, for every length
+ALL, MASK, LAST_SEES_LAST = 0, 1, 3  # sparse_mode: no mask; the mask given; causal, last query aligned to last key
+MAX_DOCUMENTS = 1024  # of one TND call
 
 
 class Plan(NamedTuple):
-    """How one call is made. ``layout``: BSND, or TND with the ends of the documents among all B * S queries and B * T
-    keys. ``mask`` bool [B or 1, S, T], True where a key is hidden. ``blind`` bool [B or 1, S]: queries without a key,
-    None when there is none."""
+    """Arguments of one call. ``layout``: BSND, or TND with the ends of the documents among all B * S queries and B * T
+    keys. ``mask`` bool [B or 1, S, T], True where a key is hidden. ``blind`` bool [B or 1, S]: queries without visible
+    keys, or None."""
 
     layout: str
     sparse_mode: int
@@ -35,7 +35,7 @@ def triangle() -> np.ndarray:
 
 
 def plan(key_ranges: KeyRanges, batch: int) -> Plan:
-    """The call for ``batch`` rows; more than 1024 documents, too many for one TND call, are told by a mask."""
+    """The call for ``batch`` rows. More than MAX_DOCUMENTS documents are expressed as a mask."""
     ranges, T, kind = key_ranges
     rows, S = ranges.shape[:2]
     if rows not in (1, batch):
@@ -46,7 +46,7 @@ def plan(key_ranges: KeyRanges, batch: int) -> Plan:
         return Plan("BSND", LAST_SEES_LAST, None, None, None, None)
     if kind == "documents":
         query_ends, key_ends = _document_ends(np.broadcast_to(ranges, (batch, S, 2)), T)
-        if len(query_ends) <= MOST_DOCUMENTS:
+        if len(query_ends) <= MAX_DOCUMENTS:
             return Plan("TND", LAST_SEES_LAST, query_ends, key_ends, None, None)
     keys = np.arange(T)
     hidden = (keys < ranges[..., :1]) | (keys >= ranges[..., 1:])
@@ -55,9 +55,9 @@ def plan(key_ranges: KeyRanges, batch: int) -> Plan:
 
 
 def _document_ends(ranges: np.ndarray, num_keys: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Where each document ends among the queries and among the keys of all rows, laid one after another.
+    """End of each document among the concatenated queries and among the concatenated keys of all rows.
 
-    Keys before a row's first visible one are a document without queries.
+    Keys before a row's first visible key form a document without queries.
     """
     query_ends, key_ends = [], []
     for row, (first, last) in enumerate(ranges.transpose(0, 2, 1)):
@@ -72,9 +72,9 @@ def _document_ends(ranges: np.ndarray, num_keys: int) -> tuple[tuple[int, ...], 
 
 
 def statistic_order(query_ends: tuple[int, ...], num_heads: int) -> np.ndarray:
-    """int32 [T * N]: where the statistic of query t and head n, at t * N + n here, lies in a TND result.
+    """int32 [T * N]: position in a TND result of the softmax statistic of query t and head n, at index t * N + n.
 
-    The result is one [N, S, 8] after another, a document each.
+    The result is the concatenation of one [N, S, 8] per document.
     """
     order = np.empty((query_ends[-1], num_heads), np.int32)
     begin = 0

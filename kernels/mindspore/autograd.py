@@ -1,6 +1,6 @@
-"""The fused operators of MindSpore with their gradients: what each keeps for its backward is what its formula needs.
+"""Autograd functions over the fused operators, for MindSpore; each saves for its backward only what the formula needs.
 
-``module`` is the package that serves (kernels.cpu.ops or kernels.ascend.ops); both have the same functions. Gradients
+``module`` implements the operators (kernels.cpu.ops or kernels.ascend.ops); both have the same functions. Gradients
 of weights are summed in float32 and returned in the dtype of the weight.
 """
 
@@ -19,9 +19,10 @@ Gradients = tuple[Tensor | None, ...]
 
 
 class Linear(Function):
-    """x [N, in] @ weight [out, in]^T + bias; the three products of forward and backward, none transposed in memory.
+    """x [N, in] @ weight [out, in]^T + bias. Gradients that are not wanted are not computed.
 
-    Gradients that are not wanted are not computed, and x is kept for that of the weight alone.
+    y = x W^T, dx = dy W, dW = dy^T x: the operator reads transposed operands in place (``turn_a``, ``turn_w``). Saves
+    the weight in ``compute``, and x where dW is wanted.
     """
 
     @staticmethod
@@ -60,6 +61,8 @@ def turned_product(cpp: ModuleType, a: Tensor, w: Tensor, turn_a: bool = False) 
 
 
 class Embedding(Function):
+    """Rows of a table. Saves the ids."""
+
     @staticmethod
     def forward(ctx: Context, table: Tensor, ids: Tensor, module: ModuleType) -> Tensor:
         ctx.save_for_backward(ids)
@@ -73,6 +76,8 @@ class Embedding(Function):
 
 
 class RmsNorm(Function):
+    """Saves x, the weight and rstd [N]."""
+
     @staticmethod
     def forward(
         ctx: Context, x: Tensor, weight: Tensor, eps: float, compute: ms.Type, mask: Tensor | None, module: ModuleType
@@ -90,6 +95,8 @@ class RmsNorm(Function):
 
 
 class AddRmsNorm(Function):
+    """x + residual and its RMS norm. Saves the sum, the weight and rstd [N]; both inputs have one gradient."""
+
     @staticmethod
     def forward(
         ctx: Context,
@@ -114,6 +121,8 @@ class AddRmsNorm(Function):
 
 
 class LayerNorm(Function):
+    """Saves x, the weight, mean and rstd [N]."""
+
     @staticmethod
     def forward(
         ctx: Context,
@@ -138,6 +147,8 @@ class LayerNorm(Function):
 
 
 class Rope(Function):
+    """Rotary embedding of q and k. Saves the tables; the gradient is the rotation by the negative angle."""
+
     @staticmethod
     def forward(
         ctx: Context,
@@ -158,6 +169,8 @@ class Rope(Function):
 
 
 class Swiglu(Function):
+    """Saves gate and up; the backward recomputes silu."""
+
     @staticmethod
     def forward(ctx: Context, gate: Tensor, up: Tensor, module: ModuleType) -> Tensor:
         ctx.save_for_backward(gate, up)
@@ -170,6 +183,8 @@ class Swiglu(Function):
 
 
 class Gelu(Function):
+    """Saves x."""
+
     @staticmethod
     def forward(ctx: Context, x: Tensor, module: ModuleType) -> Tensor:
         ctx.save_for_backward(x)
@@ -182,7 +197,7 @@ class Gelu(Function):
 
 
 class Attention(Function):
-    """Attention of q over ``keys``."""
+    """Attention of q [B, S, H, D] over ``keys``. Saves q, k, v, out and log_sum_exp [B, H, S]; no scores."""
 
     @staticmethod
     def forward(ctx: Context, q: Tensor, k: Tensor, v: Tensor, keys: Keys) -> Tensor:
@@ -198,7 +213,7 @@ class Attention(Function):
 
 
 class CrossEntropy(Function):
-    """The gradient is written over the logits, which are gone afterwards: nothing else of their size is ever made."""
+    """Saves the logits [N, V], which the backward overwrites with their gradient: no second tensor of that size."""
 
     @staticmethod
     def forward(ctx: Context, logits: Tensor, targets: Tensor, z_loss: float, module: ModuleType) -> Tensor:

@@ -1,4 +1,4 @@
-"""Visible keys of a forward pass, as attention takes them."""
+"""Visible keys of a forward pass, placed for the implementation of attention."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from telechat_twins.kernels.reference import visible_keys
 
 
 class Keys(NamedTuple):
-    """Visible keys in the form of the module that serves attention, and as the ranges they were made from."""
+    """``device``: the form that ``module`` takes; ``ranges``: the key ranges [B or 1, S, 2] on the host."""
 
     device: Tensor | KeyRanges
     module: ModuleType
     ranges: KeyRanges
 
     def as_mask(self) -> Tensor:
-        """For composite operators, which serve float64: additive, [B or 1, 1, 1, S, T]."""
+        """The additive mask [B or 1, 1, 1, S, T] of the composite operators."""
         return composite.hidden_keys(visible_keys(self.ranges.ranges, self.ranges.num_keys))

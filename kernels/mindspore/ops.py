@@ -1,8 +1,9 @@
-"""Which implementation serves each operator of the MindSpore backend, and the operators themselves.
+"""Operators of the MindSpore backend and the selection of their implementations.
 
-On the CPU device C++ (kernels/cpu) serves, on Ascend CANN's own operators (kernels/ascend/ops.py); where neither does,
-and in float64, MindSpore's plain operators do (kernels/mindspore/composite.py). ``select`` sets the process's choice
-before models are built. B batch, S queries, T keys, H heads, K kv heads, D head dim, E channels, V vocabulary, N rows.
+The CPU device uses C++ (kernels/cpu), Ascend uses CANN's fused operators (kernels/ascend/ops.py); where neither is
+available, and in float64, the composite form is used (kernels/mindspore/composite.py). ``select`` sets the choice of
+the process before models are built. B batch, S queries, T keys, H heads, K kv heads, D head dim, E hidden,
+V vocabulary, N rows.
 """
 
 from __future__ import annotations
@@ -30,10 +31,10 @@ _modules: dict[str, ModuleType | None] = {}
 
 
 def select(wanted: Mapping[str, str] | None = None, device: str | None = None) -> dict[str, Choice]:
-    """Choose for this process: ``wanted`` names implementations by operator ("auto" or nothing: the best).
+    """Select the implementations of this process. ``wanted``: operator -> implementation or "auto", the best.
 
-    ``device``: "CPU", "Ascend" or "GPU"; the one that MindSpore computes on if not given, and Ascend in its rehearsal
-    (kernels/ascend/rehearsal.py). Raises UserError when what is wanted cannot serve there.
+    ``device``: "CPU", "Ascend" or "GPU"; default: MindSpore's current device, and Ascend in its rehearsal
+    (kernels/ascend/rehearsal.py). Raises UserError for an implementation that is unknown or unavailable there.
     """
     device = device or ("Ascend" if rehearsing() else str(ms.get_context("device_target")))
     found = choose(candidates(device), wanted or {}, device)
@@ -45,17 +46,17 @@ def select(wanted: Mapping[str, str] | None = None, device: str | None = None) -
 
 
 def choices() -> dict[str, Choice]:
-    """The choice of this process; the best of the device when ``select`` was not called."""
+    """The choices of this process; the best of the device without a call of ``select``."""
     return dict(_choices) if _choices else select()
 
 
 def described(dtype: ms.Type = ms.float32) -> list[str]:
-    """What serves the operators of this process on tensors of ``dtype``, and why, a line each."""
+    """Implementations of this process for tensors of ``dtype`` with reasons, one line each."""
     return describe(choices(), _WITHOUT_FLOAT64 if dtype == ms.float64 else ())
 
 
 def candidates(device: str) -> dict[str, list[Candidate]]:
-    """What could serve each operator on a device, best first."""
+    """Implementations of each operator on a device, best first."""
     table: dict[str, list[Candidate]] = {}
     for name in KERNEL_OPERATORS:
         plain = Candidate("composite")
@@ -93,7 +94,7 @@ def _module(implementation: str) -> ModuleType | None:
 
 
 def serving(operator: str, dtype: ms.Type = ms.float32) -> ModuleType | None:
-    """The module whose functions serve an operator on tensors of ``dtype``; None: composite."""
+    """The module that implements an operator for tensors of ``dtype``; None: composite."""
     if dtype == ms.float64:
         return None
     if not _choices:
@@ -102,7 +103,7 @@ def serving(operator: str, dtype: ms.Type = ms.float32) -> ModuleType | None:
 
 
 def limit_threads(threads: int) -> None:
-    """Let the C++ operators of this process use so many threads; others leave it as it is."""
+    """Set the number of threads of this process's C++ operators; other implementations have settings of their own."""
     from telechat_twins.kernels.cpu.engine import limit_threads as limit
 
     limit(threads)
@@ -127,8 +128,8 @@ def linear(x: Tensor, weight: Tensor | Int8, bias: Tensor | None, compute: ms.Ty
 def few_rows(
     x: Tensor, matrices: Sequence[tuple[Tensor | Int8, Tensor | None]], compute: ms.Type
 ) -> tuple[Tensor, ...] | None:
-    """``linear`` of one x with up to three (weight, bias), in one call, where an operator serves few rows without their
-    gradient; else None."""
+    """``linear`` of one x with up to three (weight, bias) in one call; None where the fused operator for few rows is
+    unavailable, x has too many rows, or a gradient is recorded."""
     cpp = serving("linear", compute)
     if cpp is None or x.dtype != compute or x.size > cpp.FEW * x.shape[-1] or recording():
         return None
@@ -153,9 +154,9 @@ def embedding(table: Tensor, input_ids: Tensor) -> Tensor:
 def rms_norm(
     x: Tensor, weight: Tensor, eps: float, stat: ms.Type, compute: ms.Type, mask: Tensor | None = None
 ) -> Tensor:
-    """x / sqrt(mean(x^2) + eps) in ``stat``, cast to ``compute``, then times weight [E]: the released order.
+    """x / sqrt(mean(x^2) + eps) in ``stat``, cast to ``compute``, then times weight [E]: the released models' order.
 
-    ``mask`` [E] in float32 is how far each channel has grown (kernels.reference.rms_norm).
+    ``mask`` float32 [E]: the growth mask of kernels.reference.rms_norm.
     """
     module = serving("rms_norm", stat)
     if module is None:
@@ -194,12 +195,10 @@ def layer_norm(
     mask: Tensor | None = None,
     counted: int | None = None,
 ) -> Tensor:
-    """(x - mean) / sqrt(var + eps) * weight [E] + bias [E] in ``stat``, cast to ``compute``; ``mask`` as above.
+    """(x - mean) / sqrt(var + eps) * weight [E] + bias [E] in ``stat``, cast to ``compute``.
 
-    One rounding, as torch.nn.LayerNorm, which FLM-101B is released with; the RMS norm rounds before its weight.
-
-    With ``counted``, mean and variance are those of the first so many channels (kernels.reference.layer_norm); no fused
-    operator has that, so plain ones serve.
+    One rounding, as in torch.nn.LayerNorm, which released FLM-101B uses; the RMS norm rounds before its weight.
+    ``mask`` and ``counted``: kernels.reference.layer_norm; with ``counted`` only the composite form exists.
     """
     if counted is not None:
         return composite.layer_norm(x, weight, bias, eps, stat, compute, mask, counted)
@@ -214,10 +213,8 @@ def layer_norm(
 def rope_qk(
     q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, scale_q: Tensor | None = None, scale_k: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Half rotation of q [B, S, H, D] and k [B, S, K, D] by cos, sin [B or 1, S, 1, D/2], in the tables' dtype.
-
-    ``scale_q``, ``scale_k``, shaped like the tables, multiply both halves afterwards (xPos).
-    """
+    """Rotary embedding, half rotation, of q [B, S, H, D] and k [B, S, K, D] by cos, sin [B or 1, S, 1, D/2], in the
+    tables' dtype. ``scale_q``, ``scale_k``, shaped like the tables, multiply both halves afterwards (xPos)."""
     module = serving("rope", cos.dtype)
     if module is None:
         return composite.rope(q, cos, sin, scale_q), composite.rope(k, cos, sin, scale_k)
@@ -235,7 +232,7 @@ def swiglu(gate: Tensor, up: Tensor, stat: ms.Type) -> Tensor:
 
 
 def gelu(x: Tensor) -> Tensor:
-    """The tanh form."""
+    """GELU, tanh form."""
     module = serving("gelu", x.dtype)
     if module is None:
         return composite.gelu(x)
@@ -244,14 +241,14 @@ def gelu(x: Tensor) -> Tensor:
 
 def add(stream: Tensor, branch: Tensor) -> Tensor:
     """stream + branch, in the dtype of ``stream``."""
-    module = serving("rms_norm", stream.dtype)  # which adds a branch, too
+    module = serving("rms_norm", stream.dtype)  # the residual sum belongs to add_rms_norm's implementation
     if recording() or module is None or not hasattr(module, "add"):
         return stream + ops.cast(branch, stream.dtype)
     return module.add(stream, branch)
 
 
 def keys_on_device(key_ranges: KeyRanges) -> Keys | None:
-    """Made once a forward pass and used by every layer; None when attention is composite and wants masks."""
+    """Visible keys for ``attention``, once per forward pass; None for composite attention, which takes masks."""
     module = serving("attention")
     return None if module is None else Keys(module.device_ranges(key_ranges), module, key_ranges)
 
@@ -262,9 +259,9 @@ def attention(q: Tensor, k: Tensor, v: Tensor, keys: Keys) -> Tensor:
 
 
 def cross_entropy(logits: Tensor, targets: Tensor, z_loss: float = 0.0) -> Tensor:
-    """Sum over positions of -log softmax(logits)[target] + z_loss * log-sum-exp^2; IGNORE counts nothing.
+    """Sum over positions of -log softmax(logits)[target] + z_loss * log_sum_exp^2; IGNORE contributes 0.
 
-    logits [B, S, V] in the loss dtype. A fused operator overwrites them in the backward pass.
+    logits [B, S, V] in the loss dtype, targets [B, S]. The backward pass of a fused operator overwrites the logits.
     """
     module = serving("cross_entropy", logits.dtype)
     if module is None:

@@ -1,7 +1,8 @@
-"""Attention over pages in MindSpore: an operator that reads them where they lie, or their keys gathered first.
+"""Paged attention in MindSpore: an operator that reads pages in place, or attention over gathered keys.
 
-Gathered, sequences with one query each, as in decoding, go together, filled up to the longest with the blank page's
-zeros; a piece of a prompt goes alone. N tokens, R sequences, T keys of the longest, H heads, K kv heads, D head dim.
+Gathered, the sequences with one query each (decoding) form one batch, padded to the longest with the blank page's
+zeros; a chunk of a prompt is a batch of its own. N tokens, R sequences, T keys of the longest, M pages of a table,
+H heads, K kv heads, D head dim.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from telechat_twins.kernels.reference import visible_keys
 
 
 class Keys(NamedTuple):
-    """The queries [first, last) of the step, where the keys that they see lie, ``slots`` [R, T], and which of them."""
+    """Queries [first, last) of a step, the ``slots`` [R, T] of their keys, and which of these are visible."""
 
     first: int
     last: int
@@ -29,17 +30,19 @@ class Keys(NamedTuple):
 
 
 class Rows(NamedTuple):
-    """Where new rows go: ``slots`` int64 [N] for an operator that stores them, for others ``runs`` of rows on one page
-    (first and last row, page, place)."""
+    """Destinations of new rows: ``slots`` int64 [N] for an operator that scatters rows; otherwise ``runs`` of rows that
+    are contiguous in one page, (first row, last row, page, place)."""
 
     slots: Tensor | None
     runs: list[tuple[int, int, int, int]]
 
 
 class Pages(NamedTuple):
-    """One step's places, made once and used by every layer: for an operator that reads pages itself, the arrays of the
-    step, ``slots`` [N], ``starts`` [R + 1], ``lengths`` [R], ``tables`` [R, M], of which others take the last; for the
-    others also ``rows`` and ``parts``."""
+    """Addressing of one step, computed once for all layers.
+
+    ``arrays`` on the device: ``slots`` [N], ``starts`` [R + 1], ``lengths`` [R], ``tables`` [R, M] for an operator
+    that reads pages, ``tables`` or nothing for others, which take ``rows`` and ``parts``.
+    """
 
     step: Step
     arrays: tuple[Tensor, ...]
@@ -48,15 +51,14 @@ class Pages(NamedTuple):
 
 
 def page_dtype(compute: ms.Type) -> ms.Type:
-    """What keys and values are kept in: the dtype that computes, but where this device cannot write to a part of such a
-    tensor, a wider one."""
+    """Dtype of the pages: ``compute``, or float32 where this device cannot write to a slice of a bfloat16 tensor."""
     module = kernels.serving("attention", compute)
     stuck = compute == ms.bfloat16 and not hasattr(module, "paged_attention") and not hasattr(module, "store_rows")
     return ms.float32 if stuck and ms.get_context("device_target") == "CPU" else compute
 
 
 def place(step: Step, page_size: int, dtype: ms.Type) -> Pages:
-    """What ``paged_attention`` needs of a step, whose keys and values are in ``dtype``."""
+    """Addressing of a step for ``paged_attention``, with keys and values in ``dtype``."""
     module = kernels.serving("attention", dtype)
     if hasattr(module, "paged_attention"):
         arrays = step.slots, step.starts, step.lengths, step.tables
@@ -66,7 +68,7 @@ def place(step: Step, page_size: int, dtype: ms.Type) -> Pages:
         lengths = step.lengths[first:last]
         slots = key_slots(step.tables[first:last], lengths, page_size)
         begin, end = int(step.starts[first]), int(step.starts[last])
-        # Single queries go together; a piece of a prompt goes alone.
+        # A group is all sequences with one query, which attends to the whole of its sequence, or one prompt's chunk.
         ranges = single_ranges(lengths) if end - begin == last - first else causal_ranges(end - begin, slots.shape[1])
         parts.append(Keys(begin, end, Tensor(slots), _visible(ranges, dtype)))
     tables = (Tensor(step.tables[: step.singles]),) if hasattr(module, "takes_pages") else ()
@@ -74,7 +76,7 @@ def place(step: Step, page_size: int, dtype: ms.Type) -> Pages:
 
 
 def place_rows(slots: np.ndarray, page_size: int, dtype: ms.Type) -> Rows:
-    """Slots int32 [N] in the form that ``store_rows`` takes for rows in ``dtype``."""
+    """Slots int32 [N] in the form of ``store_rows`` for rows in ``dtype``."""
     if hasattr(kernels.serving("attention", dtype), "store_rows"):
         return Rows(Tensor(slots.astype(np.int64)), [])
     return Rows(None, _runs(slots, page_size))
@@ -96,8 +98,8 @@ def rows_at(pages: Tensor, slots: Tensor) -> Tensor:
 
 
 def paged_attention(q: Tensor, k: Tensor, v: Tensor, k_pages: Tensor, v_pages: Tensor, places: Pages) -> Tensor:
-    """k and v [1, N, K, D] are stored in pages [P, size, K, D], in place; then causal attention of the last tokens of
-    sequences, q [1, N, H, D] -> the same: kernels.reference.paged_attention."""
+    """kernels.reference.paged_attention: writes k and v [1, N, K, D] to pages [P, size, K, D] in place, then causal
+    attention of the last tokens of each sequence, q [1, N, H, D] -> [1, N, H, D]."""
     module = kernels.serving("attention", q.dtype)
     step = places.step
     if module is not None and hasattr(module, "paged_attention"):

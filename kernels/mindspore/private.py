@@ -1,9 +1,9 @@
-"""Private names of MindSpore that this project uses, in one place.
+"""Private MindSpore names that this project uses.
 
 tests/unit/kernels/test_private_names.py fails when a release renames them or changes their signature.
 
-``Function`` is the class of operators with a gradient of their own. ``run_backward`` and ``executor`` belong to the
-engine under ``ms.grad``; they are None in a release that lacks them.
+``Function`` is the base class of custom autograd functions. ``run_backward`` and ``executor`` belong to the engine
+under ``ms.grad``; they are None in a release that lacks them.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from mindspore.mint.distributed import distributed
 
 
 class Context(Protocol):
-    """State of one call of a Function for its backward pass: saved tensors, and attributes of each operator's own."""
+    """State of one call of a Function for its backward pass: saved tensors and attributes set by the operator."""
 
     saved_tensors: tuple[Tensor, ...]
     needs_input_grad: tuple[bool, ...]
@@ -36,21 +36,23 @@ try:
 except ImportError:
 
     class Function:  # type: ignore[no-redef]
-        """Stands in where MindSpore has no such class; composite operators on one rank need none."""
+        """Placeholder for a MindSpore without custom autograd functions; composite operators on one rank need none."""
 
         @classmethod
         def apply(cls, *_: object) -> Tensor:
-            """Raises RuntimeError."""
-            raise RuntimeError(f"MindSpore {ms.__version__} has no custom gradients in PyNative mode; use 2.9.0")
+            """Always raises RuntimeError."""
+            raise RuntimeError(
+                f"custom gradients in PyNative mode: not in MindSpore {ms.__version__}; install MindSpore 2.9.0"
+            )
 
 else:
 
     class Function(_Function):  # type: ignore[no-redef]
-        """An operator with a gradient of its own: static ``forward(ctx, *inputs)`` and ``backward(ctx, *grads)``.
+        """Custom autograd function: static ``forward(ctx, *inputs)`` and ``backward(ctx, *grads)``.
 
-        MindSpore 2.9.0 and 2.10.0 never free the tuple ``ctx.needs_input_grad`` of a call: 40 + 8 n bytes for n inputs,
-        for ever. So every forward pass ends by putting the one empty tuple in its place, which frees it. Nothing here
-        reads it: a gradient that the engine does not want is dropped by the engine.
+        MindSpore 2.9.0 and 2.10.0 leak the tuple ``ctx.needs_input_grad`` of each call, 40 + 8 n bytes for n inputs.
+        Every forward pass therefore replaces it by the shared empty tuple, which frees it. No backward here reads it;
+        the engine drops gradients it does not need.
         """
 
         def __init_subclass__(cls, **options: object) -> None:
@@ -77,17 +79,17 @@ except ImportError:
 
 
 def recording() -> bool:
-    """Whether operators are recorded for a backward pass; True where this release cannot tell."""
+    """Whether operators are recorded for a backward pass; True where this release does not expose it."""
     return executor is None or executor.grad_flag()
 
 
 def import_extension(builder: ms.ops.CustomOpBuilder, library: Path) -> ModuleType:
-    """The module of a library that was compiled outside ``builder``, registered as MindSpore's own build does it."""
+    """The module of a library compiled outside ``builder``, registered in the way of MindSpore's own build."""
     return builder._import_module(str(library))
 
 
 def set_world_rank(rank: int) -> None:
-    """The rank that point-to-point calls of mint.distributed look up for this process on the CPU."""
+    """Set the rank that point-to-point calls of mint.distributed look up for this process on the CPU."""
     distributed._GROUP_RANK_CACHE["hccl_world_group"] = rank
 
 

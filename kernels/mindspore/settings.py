@@ -1,9 +1,9 @@
-"""How a process sets MindSpore up, by importing this before its first operator.
+"""MindSpore settings of a process; import this before its first operator.
 
-Both settings are for MindSpore's CPU device, whose operators are short. Idle OpenMP threads spin by default, and the
-asynchronous launch queue spins too; on a machine with few cores they take the processor from the thread that has work.
-Measured on two busy cores, a training step of telechat2-tiny cost 3.6 s of processor time as it comes and 0.5 s with
-both settings.
+Both settings are for MindSpore's CPU device, whose operators are short. By default idle OpenMP threads spin, and so
+does the asynchronous launch queue; on a machine with few cores they take processor time from the thread that computes.
+Measured on two busy cores, a training step of telechat2-tiny took 3.6 s of processor time with the defaults and 0.5 s
+with both settings.
 """
 
 import os

@@ -1,7 +1,7 @@
-"""Gradients for the primitives of an implementation package: autograd functions that keep no more than they need.
+"""Autograd functions over the fused operators, for PyTorch; each saves for its backward only what the formula needs.
 
-Every function takes the package first (kernels/pytorch/composite.py, torch_cpu.py, triton, torch_npu_ops.py), whose
-primitives have the same names and shapes in all of them.
+``package`` implements the operators (kernels.pytorch.composite, .cpu, .npu or kernels.triton.ops); all have the same
+functions.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from telechat_twins.core.model.visibility import KeyRanges
 
 
 class Linear(Function):
-    """Keeps x and weight."""
+    """x [..., in] @ weight [out, in]^T + bias. Saves x and the weight."""
 
     @staticmethod
     def forward(ctx: FunctionCtx, package: ModuleType, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -33,7 +33,7 @@ class Linear(Function):
 
 
 class Embedding(Function):
-    """Keeps the ids."""
+    """Rows of a table. Saves the ids."""
 
     @staticmethod
     def forward(ctx: FunctionCtx, package: ModuleType, table: Tensor, ids: Tensor) -> Tensor:
@@ -50,7 +50,7 @@ class Embedding(Function):
 
 
 class RmsNorm(Function):
-    """Keeps x, the weight and rstd [N]."""
+    """Saves x, the weight and rstd [N]."""
 
     @staticmethod
     def forward(
@@ -76,7 +76,7 @@ class RmsNorm(Function):
 
 
 class AddRmsNorm(Function):
-    """Keeps the sum, the weight and rstd [N]."""
+    """x + residual and its RMS norm. Saves the sum, the weight and rstd [N]; both inputs have one gradient."""
 
     @staticmethod
     def forward(
@@ -103,7 +103,7 @@ class AddRmsNorm(Function):
 
 
 class LayerNorm(Function):
-    """Keeps x, the weight, mean and rstd [N]."""
+    """Saves x, the weight, mean and rstd [N]."""
 
     @staticmethod
     def forward(
@@ -130,7 +130,7 @@ class LayerNorm(Function):
 
 
 class RopeQK(Function):
-    """Keeps the tables. The gradient is the rotation by the negative angle."""
+    """Rotary embedding of q and k. Saves the tables; the gradient is the rotation by the negative angle."""
 
     @staticmethod
     def forward(
@@ -155,7 +155,7 @@ class RopeQK(Function):
 
 
 class SwiGLU(Function):
-    """Keeps gate and up; silu is computed again."""
+    """Saves gate and up; the backward recomputes silu."""
 
     @staticmethod
     def forward(ctx: FunctionCtx, package: ModuleType, gate: Tensor, up: Tensor) -> Tensor:
@@ -170,7 +170,7 @@ class SwiGLU(Function):
 
 
 class Gelu(Function):
-    """Keeps x."""
+    """Saves x."""
 
     @staticmethod
     def forward(ctx: FunctionCtx, package: ModuleType, x: Tensor) -> Tensor:
@@ -185,7 +185,7 @@ class Gelu(Function):
 
 
 class Attention(Function):
-    """Keeps q, k, v, the output and the log-sum-exp [B, H, S]; no scores."""
+    """Attention of q [B, S, H, D] over visible keys. Saves q, k, v, out and log_sum_exp [B, H, S]; no scores."""
 
     @staticmethod
     def forward(
@@ -211,7 +211,7 @@ class Attention(Function):
 
 
 class CrossEntropy(Function):
-    """Keeps the logits [N, V], over which the gradient is written when ``in_place`` is true."""
+    """Saves the logits [N, V], which the backward overwrites with their gradient if ``in_place``."""
 
     @staticmethod
     def forward(

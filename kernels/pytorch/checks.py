@@ -1,4 +1,4 @@
-"""Arguments of the operators in PyTorch: what does not fit is told by its name, with what it got and what it needs."""
+"""Argument checks of the PyTorch operators; an error names the argument, what it got and what it needs."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from telechat_twins.core.model.visibility import KeyRanges
 
 
 def same_shape(name: str, x: Tensor, other: str, y: Tensor) -> None:
-    """ValueError unless ``x`` has the shape, and is on the device, of ``y``."""
+    """Raises ValueError unless ``x`` has the shape and device of ``y``."""
     if x.shape != y.shape:
         raise ValueError(f"{name}: got shape {tuple(x.shape)}, needs that of {other}, {tuple(y.shape)}")
     same_device(name, x, other, y)

@@ -1,7 +1,8 @@
-"""The primitives in PyTorch's plain operators, on any device: the form that the fused ones are measured against.
+"""Composite operators in PyTorch: primitive operators of the framework, on any device and in float64.
 
-Forward and backward without autograd, as kernels/reference.py defines them. Statistics are float32, float64 for float64
-inputs. B batch, S queries, T keys, H heads, K kv heads, D head dim, E hidden, N rows, C columns of the vocabulary.
+Explicit forward and backward without autograd, as defined in kernels/reference.py. Statistics are float32, float64 for
+float64 inputs. B batch, S queries, T keys, H heads, K kv heads, D head dim, E hidden, N rows, C columns of the
+vocabulary.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ def rms_norm(
 ) -> tuple[Tensor, Tensor]:
     """x [..., E], weight [E] -> out [..., E] in ``out_dtype`` and 1/sqrt(mean(x^2) + eps) [N].
 
-    x times that is rounded to ``out_dtype`` before it meets the weight: the released order.
+    The normalised x is rounded to ``out_dtype`` before the product with the weight: the released models' order.
     """
     statistic = wide(x.dtype)
     values = x.to(statistic)
@@ -61,7 +62,7 @@ def add_rms_norm(
 def add_rms_norm_backward(
     grad: Tensor, grad_stream: Tensor, stream: Tensor, weight: Tensor, rstd: Tensor, mask: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """(d stream, which is that of x and of residual; dweight)."""
+    """(dstream, the gradient of both x and residual; dweight)."""
     dx, dweight = rms_norm_backward(grad, stream, weight, rstd, mask)
     return dx + grad_stream, dweight
 
@@ -88,7 +89,7 @@ def counted_layer_norm(
     mask: Tensor | None,
     counted: int,
 ) -> Tensor:
-    """The layer norm whose mean and variance are those of the first ``counted`` channels, differentiable by PyTorch."""
+    """Layer norm with the mean and variance of the first ``counted`` channels, differentiated by autograd."""
     x = x.to(stat)
     x = x - x[..., :counted].mean(-1, keepdim=True)
     rstd = torch.rsqrt(x[..., :counted].square().mean(-1, keepdim=True) + eps)
@@ -135,7 +136,7 @@ _A, _B = math.sqrt(2.0 / math.pi), 0.044715
 
 
 def gelu(x: Tensor) -> Tensor:
-    """The tanh form."""
+    """GELU, tanh form."""
     values = x.to(wide(x.dtype))
     return (0.5 * values * (1.0 + torch.tanh(_A * (values + _B * values**3)))).to(x.dtype)
 
@@ -150,16 +151,16 @@ def gelu_backward(grad: Tensor, x: Tensor) -> Tensor:
 def attention(
     q: Tensor, k: Tensor, v: Tensor, key_ranges: KeyRanges, scale: float | None = None, out_f32: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """q [B, S, H, D], k and v [B, T, K, D] -> out [B, S, H, D] in the dtype of q, log-sum-exp [B, H, S].
+    """q [B, S, H, D], k and v [B, T, K, D] -> out [B, S, H, D] in the dtype of q, log_sum_exp [B, H, S].
 
-    ``key_ranges`` with its ranges as a tensor. All scores are made at once. A query without keys: zeros and -inf.
+    ``key_ranges`` holds a tensor. All scores exist at once. A query without visible keys gives zeros and -inf.
     ``out_f32``: the output in the statistics' dtype, for merging.
     """
     B, S, H, D = q.shape
     statistic = wide(q.dtype)
     scores = _scores(q, k, key_ranges, scale)
-    log_sum_exp = torch.logsumexp(scores, -1, keepdim=True)
-    weights = torch.exp(scores - finite(log_sum_exp))
+    log_sum_exp = torch.logsumexp(scores, -1, keepdim=True)  # [B, K, H/K * S, 1]
+    weights = torch.exp(scores - finite(log_sum_exp))  # a row without keys: exp(-inf - 0) = 0
     out = torch.matmul(weights, v.to(statistic).transpose(1, 2)).view(B, H, S, D).transpose(1, 2)
     return out.to(statistic if out_f32 else q.dtype), log_sum_exp.view(B, H, S)
 
@@ -176,9 +177,10 @@ def attention_backward(
     delta: Tensor | None = None,
     out_f32: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """dq, dk, dv. ``log_sum_exp`` [B, H, S] and ``out`` may be those over more keys than these (a ring's final ones).
+    """dq, dk, dv. ``log_sum_exp`` [B, H, S] and ``out`` may cover more keys than these (the final ones of a ring).
 
-    ``delta`` [B, H, S] = sum(grad * out) over D; ``out`` is not read when it is given.
+    ``delta`` [B, H, S] = sum(grad * out) over D; ``out`` is not read when it is given. Formulas:
+    kernels.reference.attention_backward.
     """
     B, S, H, D = q.shape
     K, statistic = k.shape[2], wide(q.dtype)
@@ -186,6 +188,7 @@ def attention_backward(
     if delta is None:
         assert out is not None
         delta = (grad.to(statistic) * out.to(statistic)).sum(-1).transpose(1, 2)
+    # The query heads of a kv head are stacked along the queries, [B, K, H/K * S, .], so dk and dv sum over them.
     dout = grad.to(statistic).transpose(1, 2).reshape(rows)
     weights = torch.exp(_scores(q, k, key_ranges, scale) - finite(log_sum_exp).reshape(rows))
     dv = torch.matmul(weights.transpose(-1, -2), dout)
@@ -197,9 +200,9 @@ def attention_backward(
 
 
 def merge_blocks(out: Tensor, log_sum_exp: Tensor, more: Tensor, more_lse: Tensor) -> tuple[Tensor, Tensor]:
-    """Attention over the union of two sets of keys; out, more [B, S, H, D], log-sum-exps [B, H, S].
+    """Attention over the union of two sets of keys; out, more [B, S, H, D], log-sum-exps a, b [B, H, S].
 
-    Written as out - sigmoid(b - a) * (out - more), which is exact where one side has no keys (-inf).
+    (e^a out + e^b more) / (e^a + e^b) = out - sigmoid(b - a) * (out - more), exact where one side has no keys (-inf).
     """
     apart = torch.where(more_lse == -torch.inf, -torch.inf, more_lse - log_sum_exp)
     share = torch.sigmoid(apart).transpose(1, 2)[..., None]
@@ -207,9 +210,8 @@ def merge_blocks(out: Tensor, log_sum_exp: Tensor, more: Tensor, more_lse: Tenso
 
 
 def cross_entropy_forward(logits: Tensor, targets: Tensor, first: int, real: int) -> tuple[Tensor, Tensor]:
-    """logits [N, C] of the columns [first, first + C), targets [N] -> (log-sum-exp of the ``real`` first columns, the
-    target's logit), both [N] in the statistics' dtype. The target's logit is 0 where it is IGNORE or another rank's.
-    """
+    """Statistics of a vocabulary shard, logits [N, C] of the columns [first, first + C): (log_sum_exp over the ``real``
+    first columns, the target's logit, 0 where another rank has it or it is IGNORE), both [N], float32 or wider."""
     values = logits.to(wide(logits.dtype))
     local, held = held_targets(targets, first, real)
     picked = values.gather(1, local[:, None])[:, 0].masked_fill(~held, 0.0)
@@ -228,7 +230,10 @@ def cross_entropy_backward(
     z_loss: float = 0.0,
     in_place: bool = True,
 ) -> Tensor:
-    """factor * d(sum of losses)/d logits [N, C]; here always a tensor of its own. ``log_sum_exp`` is over all ranks."""
+    """factor * d(sum of losses)/d logits [N, C], a new tensor whatever ``in_place``; ``log_sum_exp`` is over all ranks.
+
+    softmax * (1 + 2 z_loss log_sum_exp) - onehot(target), 0 in padding columns and in rows with target IGNORE.
+    """
     local, held = held_targets(targets, first, real)
     lse = log_sum_exp[:, None]
     grad = torch.exp(logits.to(log_sum_exp.dtype) - lse) * (1.0 + 2.0 * z_loss * lse)
@@ -238,7 +243,7 @@ def cross_entropy_backward(
 
 
 def held_targets(targets: Tensor, first: int, real: int) -> tuple[Tensor, Tensor]:
-    """(column of each target here, 0 where it is not; whether it is here), both [N]."""
+    """(column of each target in this shard, 0 where it is not in it; whether it is), both [N]."""
     local = targets.long() - first
     held = (targets != IGNORE) & (local >= 0) & (local < real)
     return local * held, held
@@ -263,7 +268,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 def linear_backward(
     grad: Tensor, x: Tensor, weight: Tensor, needs: tuple[bool, bool, bool]
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """(dx, dweight, dbias), None for what ``needs`` does not ask for."""
+    """(dx, dweight, dbias), None where ``needs`` is false."""
     rows = grad.reshape(-1, grad.shape[-1])
     return (
         torch.matmul(grad, weight) if needs[0] else None,
@@ -285,19 +290,19 @@ def adamw(master: Tensor, grad: Tensor, m: Tensor, v: Tensor, step: AdamWStep, c
 
 
 def finite(log_sum_exp: Tensor) -> Tensor:
-    """A log-sum-exp that scores can be subtracted from: 0 in place of -inf."""
+    """log_sum_exp with 0 in place of -inf, so that score - log_sum_exp is -inf and not NaN for a row without keys."""
     return log_sum_exp.masked_fill(log_sum_exp == -torch.inf, 0.0)
 
 
 def visible_keys(key_ranges: KeyRanges, first: int = 0, last: int | None = None) -> Tensor:
     """bool [B or 1, last - first, T] of the queries [first, last)."""
-    ranges: Tensor = key_ranges.ranges[:, first:last]  # on the device, so a tensor
+    ranges: Tensor = key_ranges.ranges[:, first:last]
     keys = torch.arange(key_ranges.num_keys, dtype=torch.int32, device=ranges.device)
     return (keys >= ranges[..., :1]) & (keys < ranges[..., 1:])
 
 
 def _scores(q: Tensor, k: Tensor, key_ranges: KeyRanges, scale: float | None) -> Tensor:
-    """[B, K, H/K * S, T] in the statistics' dtype, -inf where a key is hidden."""
+    """Scores [B, K, H/K * S, T] in the statistics' dtype, -inf for hidden keys."""
     B, S, H, D = q.shape
     K, statistic = k.shape[2], wide(q.dtype)
     grouped = q.to(statistic).transpose(1, 2).reshape(B, K, H // K * S, D)
@@ -321,5 +326,5 @@ def _mean(x: Tensor, mask: Tensor | None) -> Tensor:
 
 
 def _share(x: Tensor, mask: Tensor | None) -> Tensor | float:
-    """What each channel counts in a mean."""
+    """Weight of each channel in a mean: 1/E, or mask / sum(mask) [E]."""
     return 1.0 / x.shape[-1] if mask is None else mask / mask.sum()

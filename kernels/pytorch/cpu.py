@@ -1,8 +1,8 @@
-"""The primitives for PyTorch's CPU: its own fused kernels where it has them, else passes over rows that stay in cache.
+"""Operators for PyTorch's CPU: its fused kernels where they exist, otherwise passes over blocks of rows in cache.
 
-A plain composition makes a tensor for every intermediate; on a CPU most of its time goes into fetching fresh pages for
-them. Here rows are taken a few at a time and worked on in place. Same names, shapes and results as
-kernels/pytorch/composite.py, which also serves what is rare (growth masks).
+A composition of operators allocates a tensor per intermediate, and on a CPU most of its time is spent on page faults.
+Here blocks of rows are processed in place. Names, shapes and results are those of kernels/pytorch/composite.py, which
+handles the rare cases (growth masks).
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from telechat_twins.kernels.pytorch.composite import finite, held_targets, merge
 
 __all__ = ["merge_blocks"]  # and the functions below
 
-_AT_ONCE = 1 << 18  # elements of a row block: 1 MB of float32, what a core's second-level cache holds
-_SMALL = 1 << 16  # elements up to which calls cost more than passes, and the plain composition makes fewer
-_SCORES = 1 << 19  # elements of a block of attention scores
+_BLOCK = 1 << 18  # elements of a block of rows: 1 MiB of float32, the size of a core's second-level cache
+_SMALL = 1 << 16  # elements up to which the overhead of calls dominates, and the composite form makes fewer calls
+_SCORES = 1 << 19  # elements of a block of attention scores, 2 MiB of float32
 
 
 def rms_norm(
@@ -76,7 +76,8 @@ def add_rms_norm_backward(
 def _rms_norm_backward(
     grad: Tensor, more: Tensor | None, x: Tensor, weight: Tensor, rstd: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """``more`` is added to dx."""
+    """dx + ``more`` and dweight; per block, in place: d = g n -> dweight, then d = r (g w - n mean(g n w)), where
+    n = x r and g is the gradient."""
     E, statistic = x.shape[-1], wide(x.dtype)
     rows, grads = x.reshape(-1, E), grad.reshape(-1, E)
     extra = None if more is None else more.reshape(-1, E)
@@ -181,18 +182,21 @@ def gelu_backward(grad: Tensor, x: Tensor) -> Tensor:
 def attention(
     q: Tensor, k: Tensor, v: Tensor, key_ranges: KeyRanges, scale: float | None = None, out_f32: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """As in torch_composite, a kv head and a block of queries at a time, against the run of keys that these see: memory
-    is linear in the sequence, and hidden keys cost nothing."""
+    """Attention of kernels.pytorch.composite by kv head and block of queries, over the range of keys visible to the
+    block: memory is linear in the sequence length, and keys outside the range cost no time."""
     B, S, H, D = q.shape
     K, statistic = k.shape[2], wide(q.dtype)
     scale = D**-0.5 if scale is None else scale
     out = q.new_zeros((B, S, H, D), dtype=statistic if out_f32 else q.dtype)
     log_sum_exp = q.new_full((B, H, S), -torch.inf, dtype=statistic)
+    # G = H / K query heads per kv head, s = last - first queries, t keys of the range.
     for b, first, last, run, hidden in _query_blocks(key_ranges, B, S, H // K):
         for head, group in _head_groups(H, K):
-            rows = _grouped(q[b, first:last, group], statistic).mul_(scale)
-            scores = torch.mm(rows, k[b, run, head].t().to(statistic)).view(H // K, last - first, -1)
+            rows = _grouped(q[b, first:last, group], statistic).mul_(scale)  # [G * s, D]
+            scores = torch.mm(rows, k[b, run, head].t().to(statistic)).view(H // K, last - first, -1)  # [G, s, t]
             _hide(scores, hidden, -torch.inf)
+            # Softmax over all visible keys at once: max, exp in place, sum; division by the sum after the product
+            # with V, [G, s, D] instead of [G, s, t]. A row without keys has max 0, weights 0 and sum 0.
             top = finite(scores.amax(-1, keepdim=True))
             total = scores.sub_(top).exp_().sum(-1, keepdim=True)
             log_sum_exp[b, group, first:last] = (top + total.log())[..., 0]
@@ -223,13 +227,15 @@ def attention_backward(
     dk, dv = (q.new_zeros((B, K, T, D), dtype=statistic) for _ in "kv")
     for b, first, last, run, hidden in _query_blocks(key_ranges, B, S, 2 * (H // K)):
         for head, group in _head_groups(H, K):
-            rows = _grouped(q[b, first:last, group], statistic).mul_(scale)
-            dout = _grouped(grad[b, first:last, group], statistic)
-            keys, values = k[b, run, head].to(statistic), v[b, run, head].to(statistic)
+            rows = _grouped(q[b, first:last, group], statistic).mul_(scale)  # [G * s, D]
+            dout = _grouped(grad[b, first:last, group], statistic)  # [G * s, D]
+            keys, values = k[b, run, head].to(statistic), v[b, run, head].to(statistic)  # [t, D]
+            # P = exp(scale q k - log_sum_exp) [G * s, t]; dv and dk sum over the heads of the group and over blocks.
             weights = torch.mm(rows, keys.t())
             weights.sub_(finite(log_sum_exp[b, group, first:last]).reshape(-1, 1)).exp_()
             _hide(weights.view(H // K, last - first, -1), hidden, 0.0)
             dv[b, head, run].addmm_(weights.t(), dout)
+            # dS = P (dO V^T - delta); scale is in ``rows`` for dk, and multiplies dq.
             dscores = torch.mm(dout, values.t())
             dscores.sub_(delta[b, group, first:last].reshape(-1, 1)).mul_(weights)
             dk[b, head, run].addmm_(dscores.t(), rows)
@@ -259,10 +265,12 @@ def cross_entropy_backward(
     z_loss: float = 0.0,
     in_place: bool = True,
 ) -> Tensor:
-    """The gradient lies where the logits were when ``in_place`` is true."""
+    """factor * d(sum of losses)/d logits [N, C], which overwrites the logits if ``in_place``."""
     local, held = held_targets(targets, first, real)
     counted = (targets != IGNORE)[:, None]
     lse = log_sum_exp[:, None]
+    # d = factor * (1 + 2 z lse) * exp(logit - lse) - factor * onehot(target); exp(logit - lse) is the softmax over all
+    # ranks, lse being theirs.
     weight = factor * (1.0 + 2.0 * z_loss * lse)
     weight = weight.expand_as(lse) if isinstance(weight, Tensor) else torch.full_like(lse, weight)
     pick = -(held[:, None] * factor).to(lse.dtype)
@@ -289,7 +297,8 @@ def embedding_backward(grad: Tensor, ids: Tensor, vocab_size: int) -> Tensor:
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """oneDNN for float32, which on AMD's processors is faster than the BLAS behind F.linear (measured 1.2 times)."""
+    """x [..., in] @ weight [out, in]^T + bias. float32 uses oneDNN: measured 1.2 times as fast as F.linear's BLAS on an
+    AMD processor."""
     if x.dtype != torch.float32 or not x.numel():
         return F.linear(x, weight, bias)
     return private.mkldnn_linear(x, weight, bias)
@@ -307,10 +316,10 @@ def linear_backward(
 
 
 def adamw(master: Tensor, grad: Tensor, m: Tensor, v: Tensor, step: AdamWStep, copy: Tensor | None = None) -> None:
-    """PyTorch's fused AdamW, of any device that has it. ``grad`` is scaled in place."""
+    """PyTorch's fused AdamW, on every device that has it. ``grad`` is scaled in place."""
     scale = None
     if step.grad_scale != 1.0:
-        if grad.dtype == torch.float32:  # the kernel divides, by a float32
+        if grad.dtype == torch.float32:  # the kernel divides by a float32 loss scale
             scale = torch.tensor(1.0 / step.grad_scale, device=grad.device)
         else:
             grad.mul_(step.grad_scale)
@@ -337,38 +346,42 @@ def adamw(master: Tensor, grad: Tensor, m: Tensor, v: Tensor, step: AdamWStep, c
 
 
 def _blocks(rows: int, width: int) -> Iterator[tuple[int, int]]:
-    size = max(1, _AT_ONCE // max(width, 1))
+    """Ranges [first, last) of rows with about _BLOCK elements."""
+    size = max(1, _BLOCK // max(width, 1))
     for first in range(0, rows, size):
         yield first, min(first + size, rows)
 
 
 def _pieces(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """The tensors, all of one shape, flat and a block at a time; the ones to be written must be contiguous."""
+    """Blocks of _BLOCK elements of tensors of one shape, flattened; those to be written must be contiguous."""
     flat = [t.reshape(-1) for t in tensors]
-    for first in range(0, flat[0].numel(), _AT_ONCE):
-        yield tuple(t[first : first + _AT_ONCE] for t in flat)
+    for first in range(0, flat[0].numel(), _BLOCK):
+        yield tuple(t[first : first + _BLOCK] for t in flat)
 
 
 def _head_groups(num_heads: int, num_kv_heads: int) -> Iterator[tuple[int, slice]]:
-    """Each kv head with the query heads that share it."""
+    """Each kv head with the slice of query heads that share it."""
     size = num_heads // num_kv_heads
     for head in range(num_kv_heads):
         yield head, slice(head * size, (head + 1) * size)
 
 
 def _grouped(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """[s, g, D] -> a copy [g * s, D]: one query head after another."""
+    """[s, G, D] -> a copy [G * s, D], head by head."""
     return x.transpose(0, 1).to(dtype, copy=True, memory_format=torch.contiguous_format).view(-1, x.shape[2])
 
 
-Hidden = list[tuple[slice, Tensor]]  # keys of a run, and bool [s, keys] of those that are hidden
+Hidden = list[tuple[slice, Tensor]]  # slices of a key range, each with a mask bool [s, keys], true where hidden
 
 
 def _query_blocks(
     key_ranges: KeyRanges, batch: int, num_queries: int, heads: int
 ) -> Iterator[tuple[int, int, int, slice, Hidden]]:
-    """(row, first, last, run, hidden): queries [first, last) of a row, unless they see nothing, the run of keys they
-    need, and what of it some may not see. A block has about _SCORES scores in ``heads`` heads."""
+    """Blocks of queries with about _SCORES scores in ``heads`` heads: (row, first, last, run, hidden).
+
+    Queries [first, last) of batch row ``row``; ``run``: the union of their key ranges; ``hidden``: masks of the parts
+    of it that are not visible to all of them. Blocks without visible keys are skipped.
+    """
     ranges = key_ranges.ranges
     size = min(max(_SCORES // (heads * max(key_ranges.num_keys, 1)), 16), 256)
     for row in range(batch):
@@ -379,6 +392,7 @@ def _query_blocks(
             seen = end > begin
             if not bool(seen.any()):
                 continue
+            # Keys [low, high) are visible to some query of the block, keys [sure_low, sure_high) to every one.
             low, high = int(begin[seen].min()), int(end[seen].max())
             sure_low, sure_high = int(begin.max()), int(end.min())
             if sure_low >= sure_high or not bool(seen.all()):

@@ -1,4 +1,4 @@
-"""PyTorch's own fused operators, differentiated by PyTorch: "torch" on an accelerator, in part on the CPU too."""
+"""PyTorch's fused operators, differentiated by autograd: "torch" on an accelerator; the CPU uses its attention."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from telechat_twins.core.model.visibility import Block
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, out_dtype: torch.dtype) -> Tensor:
-    """The normalisation is fused; the product with the weight is its own pass, for the released order of rounding."""
+    """The normalisation is fused; the product with the weight is a pass of its own, for the released models' order of
+    rounding."""
     return F.rms_norm(x, (x.shape[-1],), None, eps).to(out_dtype) * weight.to(out_dtype)
 
 
@@ -26,15 +27,14 @@ def gelu(x: Tensor) -> Tensor:
 
 
 def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
-    """logits [N, V], targets [N]; the sum over rows, in float32 or wider."""
+    """Sum over rows of the token losses, logits [N, V], targets [N], in float32 or wider."""
     wide = logits if logits.dtype == torch.float64 else logits.float()
     return F.cross_entropy(wide, targets.long(), ignore_index=IGNORE, reduction="sum")
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, blocks: Sequence[Block]) -> Tensor:
-    """q [B, S, H, D], k and v [B, T, K, D] -> [B, S, H, D]; blocks as core.model.visibility makes them, masks as
-    tensors [B or 1, 1, q, keys]. A single block without a mask whose keys are its queries stands for plain causal
-    attention."""
+    """q [B, S, H, D], k and v [B, T, K, D] -> [B, S, H, D]; blocks of core.model.visibility with masks as tensors
+    [B or 1, 1, queries, keys]. A block without a mask and with as many keys as queries stands for causal attention."""
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
     out = [
         F.scaled_dot_product_attention(
@@ -51,8 +51,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor, blocks: Sequence[Block]) -> Tenso
 
 
 def full_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Every query sees every key, as in a step of decoding. The query heads of a kv head are taken as further queries
-    of it, so that keys and values are not repeated."""
+    """Attention without a mask. The query heads of a kv head are stacked as further queries of it, [B, K, H/K * S, D],
+    so that keys and values are not repeated."""
     B, S, H, D = q.shape
     rows = q.transpose(1, 2).reshape(B, k.shape[2], -1, D)
     out = F.scaled_dot_product_attention(rows, k.transpose(1, 2), v.transpose(1, 2))

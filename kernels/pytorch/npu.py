@@ -1,9 +1,9 @@
-"""The fused operators on Ascend for PyTorch, through torch_npu: kernels.ascend.ops in the twin. Not run on a device.
+"""Fused operators on Ascend for PyTorch, through torch_npu; the twin of kernels.ascend.ops. Not run on a device.
 
-Importing needs no torch_npu; a call without it raises UserError. Every call is checked against the recorded schemas of
-kernels.pytorch.npu_signatures and answered by the numpy definitions in the tests. Functions, shapes and dtypes are
-those of kernels.ascend.ops; what is not here is PyTorch's own operator, which torch_npu maps to CANN: matrix products,
-embedding lookup, cross entropy. B batch, S queries, T keys, H heads, K kv heads, D head dim, E hidden.
+torch_npu is imported by a call, which raises UserError without it. In the tests every call is checked against the
+schemas of kernels.pytorch.npu_signatures and computed by the numpy definitions. Functions, shapes and dtypes are those
+of kernels.ascend.ops. Matrix products, embedding lookup and cross-entropy are PyTorch's operators, which torch_npu maps
+to CANN. B batch, S queries, T keys, H heads, K kv heads, D head dim, E hidden, N rows.
 """
 
 from __future__ import annotations
@@ -21,20 +21,20 @@ from telechat_twins.core.model.visibility import KeyRanges, causal_ranges
 from telechat_twins.kernels.adamw import AdamWStep
 from telechat_twins.kernels.ascend import visibility as visibility
 
-LANES = 8
-HEAD_STEP = 16
+LANES = 8  # float32 copies of each softmax statistic that the attention operators read and write
+HEAD_STEP = 16  # a head dim of npu_fusion_attention is a multiple of this
 HALVES = (torch.float16, torch.bfloat16)
-_NO_KEYS = -1.0e30
+_NO_KEYS = -1.0e30  # log_sum_exp of a query without keys, where -inf would give NaN
 
 
 def operator(name: str) -> Callable[..., Any]:
-    """torch_npu's operator ``name``, "name.overload" for one that is not the first; UserError without torch_npu."""
+    """torch_npu's operator "name" or "name.overload"; raises UserError without torch_npu."""
     try:
         import torch_npu  # noqa: F401  (registers the operators)
     except (ImportError, OSError, RuntimeError) as error:
         raise UserError(
-            f"kernels: {name} is an operator of torch_npu, which cannot be imported here ({error}); "
-            "install torch_npu beside CANN on an Ascend machine, or ask for another implementation"
+            f"kernels: {name} needs torch_npu, which cannot be imported ({error}); install torch_npu beside CANN on an "
+            "Ascend machine, or select another implementation"
         ) from None
     packet, _, overload = name.partition(".")
     return getattr(getattr(torch.ops.npu, packet), overload or "default")
@@ -97,8 +97,8 @@ def add_rms_norm_backward(
 def rope_qk(
     q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, scale_q: Tensor | None = None, scale_k: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """As kernels.ascend.ops.rope_qk. The gradient is the same call with -sin: npu_rotary_mul_backward would also make
-    the gradients of the tables."""
+    """As kernels.ascend.ops.rope_qk. The gradient is the same call with -sin; npu_rotary_mul_backward also computes the
+    gradients of the tables."""
     turned = []
     for x, scale in ((q, scale_q), (k, scale_k)):
         tables = (cos, sin) if scale is None else (cos * scale, sin * scale)
@@ -122,7 +122,7 @@ def swiglu_backward(grad: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Ten
 
 
 def gelu(x: Tensor) -> Tensor:
-    """The tanh form."""
+    """GELU, tanh form."""
     return operator("npu_gelu")(x, approximate="tanh")
 
 
@@ -134,7 +134,7 @@ def gelu_backward(grad: Tensor, x: Tensor) -> Tensor:
 def attention(
     q: Tensor, k: Tensor, v: Tensor, key_ranges: KeyRanges, scale: float | None = None, out_f32: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """As kernels.ascend.ops.attention, from the host's KeyRanges."""
+    """As kernels.ascend.ops.attention; the key ranges are on the host."""
     B, S, H, D = _check(q, k, v, key_ranges)
     if k.shape[1] == 0:
         dtype = torch.float32 if out_f32 else q.dtype
@@ -179,7 +179,8 @@ def attention_backward(
     B, S, H, D = _check(q, k, v, key_ranges)
     if out is None:
         if delta is None:
-            raise ValueError("delta: None without out; one of the two is needed")
+            raise ValueError("delta: got None without out, needs one of the two")
+        # The operator computes delta = sum(dO * out) itself: out = dO * delta / sum(dO^2) gives it the same sum.
         wide = grad.float()
         squares = wide.square().sum(-1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
         out = wide * (delta.transpose(1, 2)[..., None] / squares)
@@ -191,7 +192,8 @@ def attention_backward(
         gradients: Sequence[Tensor] = [torch.zeros_like(x) for x in (q, k, v)]
     else:
         plan = visibility.plan(key_ranges, B)
-        # 0 for a row without keys: with its masked scores that makes weights of 0, -1e30 would make ones.
+        # P = exp(score - softmax_max) / softmax_sum with softmax_max = log_sum_exp and softmax_sum = 1. A row without
+        # keys has 0 in place of -inf: its masked scores then give weights 0.
         top = log_sum_exp.float().masked_fill(log_sum_exp == -np.inf, 0.0)
         if plan.layout == "TND":
             top = top.transpose(1, 2).reshape(B * S, H)
@@ -279,7 +281,7 @@ def _infer(
 
 @cache
 def triangle(device: torch.device) -> Tensor:
-    """The compressed causal mask, 4 MiB, made once a process and device."""
+    """The compressed causal mask, 4 MiB, made once per process and device."""
     return torch.from_numpy(visibility.triangle()).to(device)
 
 
@@ -292,7 +294,7 @@ def _mask(plan: visibility.Plan, device: torch.device) -> Tensor | None:
 
 
 def _lengths(plan: visibility.Plan) -> dict[str, int | str | list[int]]:
-    """The arguments that the layout and the mode decide; "TND" statistics are [T, H, 8] in memory, too."""
+    """Arguments given by layout and sparse mode. ``softmax_layout`` "TND": statistics are [T, H, 8] in memory."""
     if plan.query_ends is None or plan.key_ends is None:
         return {"sparse_mode": plan.sparse_mode}
     return {
@@ -322,7 +324,7 @@ def _growth(mask: Tensor) -> tuple[Tensor, Tensor]:
 def _wider(first: torch.dtype, second: torch.dtype) -> torch.dtype:
     for dtype in (first, second):
         if dtype not in (*HALVES, torch.float32):
-            raise TypeError(f"x: {dtype}; Ascend's operators need float16, bfloat16 or float32")
+            raise TypeError(f"x: {dtype}; needs float16, bfloat16 or float32")
     return first if first == second else torch.float32
 
 
@@ -333,7 +335,7 @@ def _same_shape(name: str, x: Tensor, other: str, y: Tensor) -> None:
 
 def _check(q: Tensor, k: Tensor, v: Tensor, key_ranges: KeyRanges | None) -> tuple[int, int, int, int]:
     if q.dtype not in (*HALVES, torch.float32):
-        raise TypeError(f"q: {q.dtype}; Ascend's attention needs float16, bfloat16 or float32")
+        raise TypeError(f"q: {q.dtype}; needs float16, bfloat16 or float32")
     B, S, H, D = q.shape
     for name, x in (("k", k), ("v", v)):
         if x.dtype != q.dtype:

@@ -1,8 +1,8 @@
-"""The schemas of torch_npu's operators that are called here, as torch_npu 2.13.0 declares them, and their check.
+"""Schemas of the torch_npu operators in use, as declared by torch_npu 2.13.0, and a check of calls against them.
 
 Source: torch_npu-2.13.0-cp311-cp311-manylinux_2_28_x86_64.whl, file
-torch_npu/csrc/aten/npu_native_functions_by_codegen.yaml (BSD 3-Clause, Huawei Technologies). torch_npu imports only
-where CANN is installed; against this table every call can be checked anywhere.
+torch_npu/csrc/aten/npu_native_functions_by_codegen.yaml (BSD 3-Clause, Huawei Technologies). torch_npu can be imported
+only where CANN is installed; this table makes calls checkable on any machine.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ class Schema(NamedTuple):
 
 
 def parse(declaration: str) -> Schema:
-    """A line of native_functions.yaml; ValueError when it cannot be read."""
+    """The schema of a declaration in native_functions.yaml syntax; raises ValueError for any other text."""
     match = re.fullmatch(r"([\w.]+)\((.*)\) -> (.*)", declaration)
     if match is None:
         raise ValueError(f"declaration: {declaration!r}; needs name(arguments) -> results")
@@ -111,10 +111,9 @@ _IS: dict[str, Callable[[object], bool]] = {
 
 
 def bind(name: str, args: tuple[object, ...], kwargs: Mapping[str, object], tensor: type) -> dict[str, object]:
-    """The arguments of a call by name, without the defaults.
+    """The arguments of a call by name, without defaults. ``tensor``: the class of tensors.
 
-    TypeError where the operator is not in the table, has no such argument, lacks one, or gets one of another type;
-    ``tensor`` is the class of a tensor.
+    Raises TypeError for an operator that is not in the table, an unknown or missing argument, or one of a wrong type.
     """
     if name not in SCHEMAS:
         raise TypeError(f"{name}: not an operator of the recorded table ({SOURCE})")

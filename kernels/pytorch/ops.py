@@ -1,15 +1,15 @@
-"""Which implementation serves each operator in PyTorch, and the operators with their gradients and checks of arguments.
+"""Operators of the PyTorch backend: argument checks, gradients, and the selection of their implementations.
 
-    device  best first
-    CPU     torch (PyTorch's fused kernels and passes that stay in cache, torch_cpu.py), composite
-    GPU     triton, torch (PyTorch's own fused operators, torch_native.py), composite
-    NPU     cann (torch_npu_ops.py), triton, composite
+    device  implementations, best first
+    CPU     torch (PyTorch's fused kernels, and blocked passes that stay in cache: cpu.py), composite
+    GPU     triton, torch (PyTorch's fused operators: native.py), composite
+    NPU     cann (npu.py), triton, composite
 
-``select`` is called once a process, before a model is built; without it the best ones serve. float64, in which other
-precisions are judged, is computed by the composite form on accelerators, whose fused kernels have none.
+``select`` is called once per process, before a model is built; the default is the best of the device. float64, the
+reference for the other precisions, uses the composite form on accelerators, whose fused kernels lack it.
 
-Shapes: B batch, S queries, T keys, H heads, K kv heads, D head dim, E hidden, N rows, C columns of the vocabulary.
-A wrong type or dtype of an argument raises TypeError; a wrong shape, head count or device ValueError.
+Shapes: B batch, S queries, T keys, H heads, K kv heads, D head dim, E hidden, V vocabulary, N rows, C columns of the
+vocabulary. A wrong type or dtype of an argument raises TypeError; a wrong shape, head count or device ValueError.
 """
 
 from __future__ import annotations
@@ -47,20 +47,21 @@ from telechat_twins.kernels.pytorch import (
 )
 
 DEVICES = {"cpu": "CPU", "cuda": "GPU", "npu": "NPU"}
-# What PyTorch itself has fused on a GPU; its matrix product and lookup serve every device.
+# Operators that PyTorch has fused on a GPU; its matrix product and lookup are used on every accelerator.
 _NATIVE = ("rms_norm", "layer_norm", "gelu", "attention", "cross_entropy", "adamw")
 _CANN = ("rms_norm", "rope", "swiglu", "gelu", "attention", "merge_blocks", "adamw")
 _ALWAYS_TORCH = ("linear", "embedding")
 _WITHOUT_FLOAT64 = ("triton", "cann")
 
-_state: dict[str, dict[str, Choice]] = {}  # "choices", once made
+_state: dict[str, dict[str, Choice]] = {}  # key "choices", set by ``select``
 
 
 def select(wanted: Mapping[str, str] | None = None, device: str | None = None) -> dict[str, Choice]:
-    """Choose for this process. ``wanted``: operator -> implementation or "auto", as core.config.KernelsConfig has them.
+    """Select the implementations of this process. ``wanted``: operator -> implementation or "auto", the fields of
+    core.config.KernelsConfig.
 
-    ``device`` is a device type of PyTorch ("cpu", "cuda", "npu"); by default the accelerator if there is one. Raises
-    UserError for an implementation that does not exist on the device or cannot serve.
+    ``device`` is a device type of PyTorch ("cpu", "cuda", "npu"); default: the accelerator if there is one. Raises
+    UserError for an implementation that is unknown or unavailable on the device.
     """
     kind = device or default_device()
     if kind not in DEVICES:
@@ -70,24 +71,24 @@ def select(wanted: Mapping[str, str] | None = None, device: str | None = None) -
 
 
 def choices() -> dict[str, Choice]:
-    """What serves each operator in this process."""
+    """The choices of this process; the best of the device without a call of ``select``."""
     return _state.get("choices") or select()
 
 
 def described(dtype: torch.dtype = torch.float32) -> list[str]:
-    """What serves the operators of this process on tensors of ``dtype``, and why, a line each."""
+    """Implementations of this process for tensors of ``dtype`` with reasons, one line each."""
     return describe(choices(), _WITHOUT_FLOAT64 if dtype == torch.float64 else ())
 
 
 def default_device() -> str:
-    """The device type that models of this process live on."""
+    """Device type of this process's models: the accelerator if there is one."""
     if torch.cuda.is_available():
         return "cuda"
     return "npu" if hasattr(torch, "npu") and torch.npu.is_available() else "cpu"
 
 
 def candidates(kind: str) -> dict[str, list[Candidate]]:
-    """What could serve each operator on a device type, best first."""
+    """Implementations of each operator on a device type, best first."""
     return {operator: _candidates(operator, kind) for operator in KERNEL_OPERATORS}
 
 
@@ -106,7 +107,10 @@ def _candidates(operator: str, kind: str) -> list[Candidate]:
 
 
 def serving(operator: str, x: Tensor) -> ModuleType:
-    """The module whose functions serve ``operator`` for tensors like ``x``; torch_native's are differentiable."""
+    """The module that implements ``operator`` for the dtype and device of ``x``.
+
+    The functions of kernels.pytorch.native are differentiable, those of the other modules have explicit backwards.
+    """
     implementation = choices()[operator].implementation
     if x.dtype == torch.float64 and implementation in _WITHOUT_FLOAT64:
         return torch_composite
@@ -124,7 +128,7 @@ def serving(operator: str, x: Tensor) -> ModuleType:
 
 
 def _judged(x: Tensor, stat: torch.dtype) -> Tensor:
-    """x for an operator whose statistics are in ``stat``: they are float32 or wider by themselves."""
+    """x, in float64 where statistics must be: operators compute them in float32, or in the dtype of a float64 x."""
     return x.to(stat) if stat == torch.float64 else x
 
 
@@ -165,16 +169,16 @@ def embedding(table: Tensor, input_ids: Tensor) -> Tensor:
 def rms_norm(
     x: Tensor, weight: Tensor, eps: float, stat: torch.dtype, compute: torch.dtype, mask: Tensor | None = None
 ) -> Tensor:
-    """x / sqrt(mean(x^2) + eps) in ``stat``, cast to ``compute``, then times weight [E]: the released order.
+    """x / sqrt(mean(x^2) + eps) in ``stat``, cast to ``compute``, then times weight [E]: the released models' order.
 
-    ``mask`` [E] in float32 is how far each channel has grown (kernels.reference.rms_norm).
+    ``mask`` float32 [E]: the growth mask of kernels.reference.rms_norm.
     """
     torch_checks.norm(x, weight, mask)
     x, package = _judged(x, stat), serving("rms_norm", x)
     if package is torch_native:
         if mask is None:
             return torch_native.rms_norm(x, weight, eps, compute)
-        raise UserError("kernels.rms_norm: torch has no growth mask; set triton or composite")
+        raise UserError("kernels.rms_norm: torch does not support growth masks; set triton or composite")
     if not torch.is_grad_enabled():
         return package.rms_norm(x, weight, eps, compute, mask)[0]
     return torch_autograd.RmsNorm.apply(package, x, weight, eps, compute, mask)
@@ -211,10 +215,10 @@ def layer_norm(
     mask: Tensor | None = None,
     counted: int | None = None,
 ) -> Tensor:
-    """(x - mean) / sqrt(var + eps) * weight + bias over the last axis of x in ``stat``, cast to ``compute``.
+    """(x - mean) / sqrt(var + eps) * weight [E] + bias [E] in ``stat``, cast to ``compute``.
 
-    With ``counted``, mean and variance are those of the first so many channels (kernels.reference.layer_norm); no fused
-    operator has that, so plain ones serve.
+    One rounding, as in torch.nn.LayerNorm, which released FLM-101B uses; the RMS norm rounds before its weight.
+    ``mask`` and ``counted``: kernels.reference.layer_norm; with ``counted`` only the composite form exists.
     """
     torch_checks.norm(x, weight, mask)
     torch_checks.same_shape("bias", bias, "weight", weight)
@@ -224,7 +228,7 @@ def layer_norm(
     if package is torch_native:
         if mask is None:
             return torch_native.layer_norm(x, weight, bias, eps, compute)
-        raise UserError("kernels.layer_norm: torch has no growth mask; set triton or composite")
+        raise UserError("kernels.layer_norm: torch does not support growth masks; set triton or composite")
     if not torch.is_grad_enabled():
         return package.layer_norm(x, weight, bias, eps, compute, mask)[0]
     return torch_autograd.LayerNorm.apply(package, x, weight, bias, eps, compute, mask)
@@ -233,10 +237,8 @@ def layer_norm(
 def rope_qk(
     q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, scale_q: Tensor | None = None, scale_k: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Half rotation of q [B, S, H, D] and k [B, S, K, D] by cos, sin [B or 1, S, 1, D/2], in the tables' dtype.
-
-    ``scale_q``, ``scale_k``, shaped like the tables, multiply both halves afterwards (xPos).
-    """
+    """Rotary embedding, half rotation, of q [B, S, H, D] and k [B, S, K, D] by cos, sin [B or 1, S, 1, D/2], in the
+    tables' dtype. ``scale_q``, ``scale_k``, shaped like the tables, multiply both halves afterwards (xPos)."""
     torch_checks.rope(q, k, cos, sin, scale_q, scale_k)
     package = serving("rope", q)
     if not torch.is_grad_enabled():
@@ -256,7 +258,7 @@ def swiglu(gate: Tensor, up: Tensor, stat: torch.dtype) -> Tensor:
 
 
 def gelu(x: Tensor) -> Tensor:
-    """The tanh form."""
+    """GELU, tanh form."""
     package = serving("gelu", x)
     if package is torch_native or not torch.is_grad_enabled():
         return package.gelu(x)
@@ -264,13 +266,13 @@ def gelu(x: Tensor) -> Tensor:
 
 
 def takes_blocks() -> bool:
-    """Whether attention wants core.model.visibility.Block with masks (PyTorch's own on a GPU) and not key ranges."""
+    """Whether attention takes core.model.visibility.Block with masks (PyTorch's on a GPU) instead of key ranges."""
     return choices()["attention"].implementation == "torch" and default_device() != "cpu"
 
 
 def place_ranges(key_ranges: KeyRanges, device: torch.device) -> KeyRanges:
-    """``key_ranges`` in the form that attention takes; made once a forward pass."""
-    if choices()["attention"].implementation == "cann":  # reads them on the host
+    """``key_ranges`` in the form that attention takes; placed once per forward pass."""
+    if choices()["attention"].implementation == "cann":  # reads the ranges on the host
         return key_ranges
     return key_ranges._replace(ranges=torch.from_numpy(key_ranges.ranges).to(device))
 
@@ -278,10 +280,10 @@ def place_ranges(key_ranges: KeyRanges, device: torch.device) -> KeyRanges:
 def attention(
     q: Tensor, k: Tensor, v: Tensor, visible: KeyRanges | Sequence[Block], scale: float | None = None
 ) -> Tensor:
-    """Softmax attention in float32 or wider. q [B, S, H, D], k and v [B, T, K, D] -> [B, S, H, D].
+    """Softmax attention, softmax in float32 or wider. q [B, S, H, D], k and v [B, T, K, D] -> [B, S, H, D].
 
-    Query heads j*H/K .. (j+1)*H/K - 1 share kv head j. ``visible`` is from ``place_ranges``, or where ``takes_blocks``
-    a list of blocks. A query without keys gives zeros.
+    Query heads j*H/K .. (j+1)*H/K - 1 share kv head j. ``visible`` is from ``place_ranges``, or a list of blocks where
+    ``takes_blocks``. ``scale`` multiplies the scores, default 1/sqrt(D). A query without visible keys gives zeros.
     """
     ranges = visible if isinstance(visible, KeyRanges) else None
     torch_checks.attention(q, k, v, ranges)
@@ -297,14 +299,17 @@ def attention(
 
 
 def _block_package(q: Tensor) -> ModuleType:
-    """What serves attention in blocks: PyTorch's own operators hand out no log-sum-exp."""
+    """The module for attention that returns a log_sum_exp, which PyTorch's own operators do not."""
     package = serving("attention", q)
     return torch_composite if package is torch_native else package
 
 
 def attention_block(q: Tensor, k: Tensor, v: Tensor, key_ranges: KeyRanges) -> tuple[Tensor, Tensor]:
-    """Attention over some of the keys, to be merged, without a gradient of its own: out [B, S, H, D] and log-sum-exp
-    [B, H, S], both in float32 or wider; zeros and -inf for a query that sees none of these keys."""
+    """Partial attention over some of the keys, for ``merge_blocks``; not differentiable.
+
+    out [B, S, H, D] and log_sum_exp [B, H, S], both in float32 or wider; zeros and -inf for a query without visible
+    keys.
+    """
     torch_checks.attention(q, k, v, key_ranges)
     return _block_package(q).attention(q, k, v, key_ranges, out_f32=True)
 
@@ -319,9 +324,9 @@ def attention_block_backward(
     log_sum_exp: Tensor,
     delta: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """dq, dk, dv in float32 or wider of one block, from the *final* output and log-sum-exp [B, H, S] of all blocks.
+    """dq, dk, dv of one block in float32 or wider, from the *final* output and log_sum_exp [B, H, S] of all blocks.
 
-    ``delta`` [B, H, S] is sum(out * grad) over D. Only CANN's operator reads ``out`` itself.
+    ``delta`` [B, H, S] is sum(out * grad) over D. Only CANN's operator reads ``out``.
     """
     torch_checks.attention(q, k, v, key_ranges)
     package = _block_package(q)
@@ -336,10 +341,10 @@ def merge_blocks(out: Tensor, log_sum_exp: Tensor, more: Tensor, more_lse: Tenso
 
 
 def cross_entropy(logits: Tensor, targets: Tensor, z_loss: float = 0.0) -> Tensor:
-    """Sum over positions of -log softmax(logits)[target] + z_loss * log-sum-exp^2, in float32 or wider.
+    """Sum over positions of -log softmax(logits)[target] + z_loss * log_sum_exp^2, in float32 or wider.
 
-    logits [..., V], targets [...]; IGNORE counts nothing. The gradient is written over logits that were computed, which
-    must not be needed then; those of a leaf stay.
+    logits [..., V], targets [...]; IGNORE contributes 0. The backward pass overwrites the logits with their gradient,
+    unless they are a leaf of autograd.
     """
     rows, targets = logits.flatten(0, -2), targets.flatten()
     torch_checks.cross_entropy(rows, targets, rows.shape[-1])
@@ -347,13 +352,13 @@ def cross_entropy(logits: Tensor, targets: Tensor, z_loss: float = 0.0) -> Tenso
     if package is torch_native:
         if not z_loss:
             return torch_native.cross_entropy(rows, targets)
-        raise UserError("kernels.cross_entropy: torch has no z-loss; set triton or composite")
+        raise UserError("kernels.cross_entropy: torch does not support a z-loss; set triton or composite")
     return torch_autograd.CrossEntropy.apply(package, rows, targets, z_loss, not logits.is_leaf)
 
 
 def shard_statistics(logits: Tensor, targets: Tensor, first: int, real: int) -> tuple[Tensor, Tensor]:
-    """Log-sum-exp over the ``real`` first columns of logits [N, C] and the target's logit where it is among them; both
-    [N] in float32 or wider. The columns are [first, first + C) of the vocabulary."""
+    """Statistics of a vocabulary shard, logits [N, C] of the columns [first, first + C): (log_sum_exp over the ``real``
+    first columns, the target's logit, 0 where another rank has it or it is IGNORE), both [N] in float32 or wider."""
     torch_checks.cross_entropy(logits, targets, real)
     return _shard_package(logits).cross_entropy_forward(logits, targets, first, real)
 
@@ -361,8 +366,10 @@ def shard_statistics(logits: Tensor, targets: Tensor, first: int, real: int) -> 
 def shard_gradient(
     logits: Tensor, targets: Tensor, first: int, real: int, log_sum_exp: Tensor, factor: Tensor, z_loss: float = 0.0
 ) -> Tensor:
-    """d (factor * sum of losses) / d logits [N, C], from the log_sum_exp [N] over all ranks; a fused operator writes it
-    over the logits."""
+    """d (factor * sum of losses) / d logits [N, C] of a shard, from the log_sum_exp [N] over all ranks.
+
+    A fused operator overwrites the logits with it.
+    """
     torch_checks.cross_entropy(logits, targets, real)
     return _shard_package(logits).cross_entropy_backward(logits, targets, first, real, log_sum_exp, factor, z_loss)
 
@@ -370,7 +377,9 @@ def shard_gradient(
 def _shard_package(logits: Tensor) -> ModuleType:
     package = serving("cross_entropy", logits)
     if package is torch_native:
-        raise UserError("kernels.cross_entropy: torch serves no part of a vocabulary; set triton or composite")
+        raise UserError(
+            "kernels.cross_entropy: torch does not support a vocabulary divided over ranks; set triton or composite"
+        )
     return package
 
 

@@ -1,7 +1,8 @@
-"""Attention over pages in PyTorch: the keys of each sequence gathered, then the operators that serve attention.
+"""Paged attention in PyTorch: attention over the gathered keys of each sequence.
 
-Sequences with one query each, as in decoding, go together, filled up to the longest with the blank page's zeros and a
-mask; a piece of a prompt goes alone. N tokens, R sequences, T keys of the longest, H heads, K kv heads, D head dim.
+The sequences with one query each (decoding) form one batch, padded to the longest with the blank page's zeros and
+masked; a chunk of a prompt is a batch of its own. N tokens, R sequences, T keys of the longest, H heads, K kv heads,
+D head dim.
 """
 
 from __future__ import annotations
@@ -19,8 +20,10 @@ from telechat_twins.kernels.pytorch import ops as kernels
 
 
 class Keys(NamedTuple):
-    """The queries [first, last) of the step, and where the keys that they see lie: ``slots`` [R, T]. ``visible`` as the
-    attention that serves wants it; for single queries on the CPU an additive mask [R, 1, 1, T]."""
+    """Queries [first, last) of a step, and the ``slots`` [R, T] of their keys.
+
+    ``visible`` has the form of the selected attention; for single queries on the CPU, an additive mask [R, 1, 1, T].
+    """
 
     first: int
     last: int
@@ -29,19 +32,19 @@ class Keys(NamedTuple):
 
 
 class Pages(NamedTuple):
-    """One step's places, made once and used by every layer. ``slots`` [N]: where new keys and values go."""
+    """Addressing of one step, computed once for all layers. ``slots`` [N]: destinations of new keys and values."""
 
     slots: Tensor
     parts: list[Keys]
 
 
 def page_dtype(compute: torch.dtype) -> torch.dtype:
-    """What keys and values are kept in: the dtype that computes."""
+    """Dtype of the pages: ``compute``."""
     return compute
 
 
 def place(step: Step, page_size: int, dtype: torch.dtype, device: torch.device) -> Pages:
-    """What ``paged_attention`` needs of a step, whose keys and values are in ``dtype``."""
+    """Addressing of a step for ``paged_attention``, with keys and values in ``dtype``."""
     parts = []
     for first, last in sequence_groups(step):
         lengths = step.lengths[first:last]
@@ -57,7 +60,7 @@ def place(step: Step, page_size: int, dtype: torch.dtype, device: torch.device) 
 
 
 def place_rows(slots: np.ndarray, device: torch.device) -> Tensor:
-    """Slots int32 [N] in the form that ``store_rows`` takes."""
+    """Slots int32 [N] in the form of ``store_rows``."""
     return _tensor(slots, device).long()
 
 
@@ -73,8 +76,8 @@ def rows_at(pages: Tensor, slots: Tensor) -> Tensor:
 
 
 def paged_attention(q: Tensor, k: Tensor, v: Tensor, k_pages: Tensor, v_pages: Tensor, places: Pages) -> Tensor:
-    """k and v [1, N, K, D] are stored in pages [P, size, K, D], in place; then causal attention of the last tokens of
-    sequences, q [1, N, H, D] -> the same: kernels.reference.paged_attention."""
+    """kernels.reference.paged_attention: writes k and v [1, N, K, D] to pages [P, size, K, D] in place, then causal
+    attention of the last tokens of each sequence, q [1, N, H, D] -> [1, N, H, D]."""
     store_rows(k_pages, k[0], places.slots)
     store_rows(v_pages, v[0], places.slots)
     out = [_attention(q[0, part.first : part.last], k_pages, v_pages, part) for part in places.parts]
@@ -86,7 +89,8 @@ def _attention(q: Tensor, k_pages: Tensor, v_pages: Tensor, keys: Keys) -> Tenso
     R, K = keys.slots.shape[0], k_pages.shape[2]
     k, v = rows_at(k_pages, keys.slots), rows_at(v_pages, keys.slots)
     if isinstance(keys.visible, Tensor):
-        # The query heads of a kv head are taken as queries of it, so that keys and values are not repeated.
+        # One query per sequence: the H/K query heads of a kv head become queries of it [R, K, H/K, D], so that keys
+        # and values are not repeated.
         rows = q.view(R, K, H // K, D)
         return F.scaled_dot_product_attention(rows, k.transpose(1, 2), v.transpose(1, 2), keys.visible).reshape(n, H, D)
     return kernels.attention(q.view(R, -1, H, D), k, v, keys.visible).reshape(n, H, D)

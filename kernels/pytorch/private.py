@@ -1,4 +1,4 @@
-"""Private names of PyTorch and Triton that this project uses, in one place.
+"""Private PyTorch and Triton names that this project uses.
 
 tests/unit/kernels/test_private_names.py fails when a release renames them or changes their signature.
 """
@@ -18,7 +18,7 @@ def has_mkldnn_linear() -> bool:
 
 
 def mkldnn_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """x [..., in] times weight [out, in] transposed, plus bias [out]; ``weight`` plain, or reordered for oneDNN."""
+    """x [..., in] @ weight [out, in]^T + bias [out]; ``weight`` dense, or reordered for oneDNN."""
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
 
 
@@ -33,7 +33,7 @@ def mkldnn_reorder(weight: Tensor) -> Tensor:
 
 
 def storage_key(x: Tensor) -> int:
-    """A number that all views of one storage share, also without data (device "meta"), while the storage lives."""
+    """Identifier shared by all views of one storage, also on device "meta"; valid while the storage is alive."""
     return x.untyped_storage()._cdata
 
 

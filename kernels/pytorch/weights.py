@@ -1,9 +1,9 @@
-"""Matrices in the forms that generation multiplies with on PyTorch's CPU, and in 8 bits anywhere.
+"""Weight matrices prepared for inference: layouts for few rows on PyTorch's CPU, and int8 on every device.
 
-A step of decoding multiplies few rows with every matrix of the model. For that the C++ operator of kernels/cpu serves,
-which reads a matrix once whatever the number of rows, and whose threads, unlike OpenMP's, neither spin for long nor
-sleep between two layers. Where it cannot be compiled, oneDNN has an order of its own for a matrix, in which few rows
-are faster. (PyTorch's own product of 8-bit weights reads beyond matrices of odd shapes and is not used.)
+A decoding step multiplies few rows by every matrix of the model. The C++ operator of kernels/cpu reads a matrix once
+for any number of rows, and its threads, unlike OpenMP's, neither spin for long nor sleep between two layers. Where it
+cannot be compiled, oneDNN reorders a matrix into a layout that is faster for few rows. (PyTorch's own product of int8
+weights reads beyond matrices of odd shapes and is not used.)
 """
 
 from __future__ import annotations
@@ -23,17 +23,17 @@ NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "f
 
 
 class Packed(NamedTuple):
-    """A matrix [out, in] in the order that oneDNN wants; nothing but ``linear`` can read it."""
+    """A matrix [out, in] in oneDNN's layout, which only ``linear`` can read."""
 
     data: Tensor
     shape: tuple[int, ...]
 
 
 class FewRows:
-    """A matrix [out, in], whole or in 8 bits, with a call of the C++ operator made ready for it."""
+    """A matrix [out, in], dense or int8, with a prepared call of the C++ operator for few rows."""
 
     def __init__(self, weight: Tensor | Int8, dtype: torch.dtype) -> None:
-        """``dtype`` of the rows that it will meet; a whole matrix has the same."""
+        """``dtype``: that of the rows it is multiplied by, and of a dense matrix."""
         from telechat_twins.kernels.cpu.engine import Call, describe_view
         from telechat_twins.kernels.cpu.ops import FEW
 
@@ -49,7 +49,7 @@ class FewRows:
                 describe_view(call.inputs[2], factors.data_ptr(), self.shape[:1], "float32")
 
     def linear(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        """x [..., in] times the matrix, plus bias [out], both of ``dtype``, summed in float32."""
+        """x [..., in] @ matrix^T + bias [out], both of ``dtype``, accumulated in float32."""
         outputs, columns = self.shape
         if x.numel() > self._most * columns:
             return _many_rows(x, self.weight, bias)
@@ -84,7 +84,7 @@ def prepared(weight: Tensor | Int8, compute: torch.dtype) -> Matrix:
 
 
 def linear(x: Tensor, weight: Packed | Int8 | FewRows, bias: Tensor | None) -> Tensor:
-    """x [..., in] times a matrix, plus bias [out] of the dtype of x, in that dtype, summed in float32."""
+    """x [..., in] @ weight^T + bias [out], all in the dtype of x, accumulated in float32."""
     if isinstance(weight, FewRows) and x.dtype == weight.dtype:
         return weight.linear(x, bias)
     if isinstance(weight, Packed):
@@ -96,14 +96,14 @@ def _many_rows(x: Tensor, weight: Tensor | Int8, bias: Tensor | None) -> Tensor:
     if isinstance(weight, Tensor):
         return torch_cpu.linear(x, weight, bias)
     values, factors = weight
-    # Whole numbers up to 127 are exact in every dtype; the factors come after the product.
+    # Integers up to 127 are exact in every dtype; the factor of an output channel multiplies its sum.
     out = F.linear(x, values.to(x.dtype)).to(factors.dtype) * factors
     return (out if bias is None else out + bias).to(x.dtype)
 
 
 @cache
 def _compiled() -> bool:
-    """Whether the operators of kernels/cpu are there."""
+    """Whether the operators of kernels/cpu can be compiled and loaded."""
     from telechat_twins.kernels.cpu.build import BuildError, load_plain
 
     try:

@@ -440,10 +440,10 @@ def test_what_does_not_fit_is_named(call: Callable[[], Any], error: type[Excepti
 def test_choices_of_the_devices() -> None:
     assert {choice.implementation for choice in pytorch.select().values()} == {"torch"}
     chosen = pytorch.select({"rms_norm": "composite"})
-    assert pytorch.choices() is chosen and chosen["rms_norm"].reason == "asked for"
+    assert pytorch.choices() is chosen and chosen["rms_norm"].reason == "requested"
     assert pytorch.serving("rms_norm", q4) is torch_composite and pytorch.serving("swiglu", q4) is torch_cpu
-    assert "composite: rms_norm (asked for)" in describe(chosen)
-    with pytest.raises(UserError, match="kernels.rope: 'cpp' does not exist on CPU; there: torch, composite"):
+    assert "composite: rms_norm (requested)" in describe(chosen)
+    with pytest.raises(UserError, match="kernels.rope: 'cpp' is not an implementation on CPU; use one of: torch, "):
         pytorch.select({"rope": "cpp"})
     with pytest.raises(ValueError, match="device: got 'tpu'"):
         pytorch.select({}, "tpu")
@@ -452,9 +452,9 @@ def test_choices_of_the_devices() -> None:
 
 def test_an_accelerator_without_its_kernels_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pytorch.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(UserError, match="kernels.embedding|kernels.rms_norm: triton cannot serve on GPU"):
+    with pytest.raises(UserError, match="kernels.embedding|kernels.rms_norm: triton is unavailable on GPU"):
         pytorch.select({}, "cuda")
-    with pytest.raises(UserError, match="torch_npu is not installed; to go on with a slower one"):
+    with pytest.raises(UserError, match="torch_npu is not installed; to use a slower one"):
         pytorch.select({}, "npu")
     wanted = {name: "composite" for name in pytorch.candidates("cuda")}
     assert {choice.implementation for choice in pytorch.select(wanted, "cuda").values()} == {"composite"}

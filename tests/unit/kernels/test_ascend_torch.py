@@ -278,7 +278,7 @@ def test_schemas_are_read_whole() -> None:
 
 def test_without_torch_npu_one_clear_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "torch_npu", None)
-    with pytest.raises(UserError, match=r"npu_gelu is an operator of torch_npu.*install torch_npu"):
+    with pytest.raises(UserError, match=r"npu_gelu needs torch_npu.*install torch_npu"):
         npu.gelu(torch.ones(2))
 
 

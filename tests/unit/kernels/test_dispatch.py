@@ -23,27 +23,27 @@ def test_the_best_serves() -> None:
 
 def test_a_run_may_ask_for_another() -> None:
     found = choose({"rope": [FUSED, PLAIN]}, {"rope": "composite"}, "Ascend")
-    assert found["rope"] == ("rope", "composite", "asked for")
+    assert found["rope"] == ("rope", "composite", "requested")
     assert choose({"rope": [FUSED, PLAIN]}, {"rope": "auto"}, "Ascend")["rope"].implementation == "cann"
 
 
 def test_on_an_accelerator_nothing_else_serves_in_silence() -> None:
-    with pytest.raises(UserError, match="kernels.rope: cann cannot serve on Ascend: the library.*one of: composite"):
+    with pytest.raises(UserError, match="kernels.rope: cann is unavailable on Ascend: the library.*one of: composite"):
         choose({"rope": [MISSING, PLAIN]}, {}, "Ascend")
-    with pytest.raises(UserError, match="kernels.rope: cann cannot serve"):
+    with pytest.raises(UserError, match="kernels.rope: cann is unavailable"):
         choose({"rope": [MISSING, PLAIN]}, {"rope": "cann"}, "Ascend")
     assert choose({"rope": [MISSING, PLAIN]}, {"rope": "composite"}, "Ascend")["rope"].implementation == "composite"
 
 
 def test_on_the_cpu_the_next_one_serves_and_says_why() -> None:
     found = choose({"rope": [MISSING, PLAIN]}, {}, "CPU")["rope"]
-    assert found.implementation == "composite" and found.reason == "cann cannot: the library is not installed"
+    assert found.implementation == "composite" and found.reason == "cann is unavailable: the library is not installed"
 
 
 def test_what_does_not_exist_is_refused_with_what_does() -> None:
-    with pytest.raises(UserError, match="kernels.rope: 'triton' does not exist on CPU; there: cann, composite"):
+    with pytest.raises(UserError, match="kernels.rope: 'triton' is not an implementation on CPU; use one of: cann, "):
         choose({"rope": [FUSED, PLAIN]}, {"rope": "triton"}, "CPU")
-    with pytest.raises(UserError, match="nothing can serve on CPU"):
+    with pytest.raises(UserError, match="no implementation is available on CPU"):
         choose({"rope": [MISSING]}, {}, "CPU")
 
 
@@ -70,6 +70,6 @@ def test_every_operator_has_a_table_on_the_cpu(framework: str) -> None:
     found = table.candidates(device)
     assert list(found) == list(KERNEL_OPERATORS)
     assert all(any(not c.obstacle for c in candidates) for candidates in found.values())
-    with pytest.raises(UserError, match="kernels.rope: 'cann' does not exist"):
+    with pytest.raises(UserError, match="kernels.rope: 'cann' is not an implementation"):
         table.select({"rope": "cann"}, device)
     table.select()
