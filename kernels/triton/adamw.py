@@ -1,4 +1,4 @@
-"""AdamW over flat float32 masters, in place, with the copy in the compute dtype written in the same pass."""
+"""AdamW update of flat float32 masters in place; the same pass writes the copy in the compute dtype."""
 
 from __future__ import annotations
 
@@ -33,7 +33,10 @@ def update(
     COPY: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """keep = 1 - lr * decay, rate = lr / (1 - beta1^step), rest = 1 - beta, root = 1 / sqrt(1 - beta2^step)."""
+    """master <- keep * master - rate * m / (root * sqrt(v) + eps), one BLOCK of elements at a time.
+
+    keep = 1 - lr * weight_decay, rate = lr / (1 - beta1^step), rest = 1 - beta, root = 1 / sqrt(1 - beta2^step).
+    """
     if SCALE_THERE:
         scale = scale * tl.load(scale_ptr).to(tl.float32)
     for block in range(tl.program_id(0), tl.cdiv(count, BLOCK), tl.num_programs(0)):

@@ -1,7 +1,11 @@
-"""Attention over ranges of keys, forward (FlashAttention-2, arXiv 2307.08691), and the merge of two blocks of a ring.
+"""Attention over key ranges, forward (FlashAttention-2, arXiv 2307.08691), and the merge of two blocks of a ring.
 
-A program takes a block of queries of one head and visits only the key blocks that one of its queries sees: first those
-that every one sees whole, without a mask, then the others. Query heads of a group read the same keys; none are copied.
+A program computes a block of queries of one head. It visits only key blocks with a key visible to one of its queries:
+first, without a mask, those visible in full to every query, then the others. The query heads of a group read the same
+keys and values.
+
+Letters: B batch, S queries, T keys, H heads, K kv heads, D head dim (HEAD_DIM; BLOCK_D: padded to a power of two),
+M = BLOCK_M queries and N = BLOCK_N keys of a tile.
 """
 
 from __future__ import annotations
@@ -17,7 +21,7 @@ from telechat_twins.kernels.triton.launch import check, heads_of, launch, tiles_
 
 LOG2_E = 1.4426950408889634
 _LN_2 = tl.constexpr(0.6931471805599453)
-_LOWEST = tl.constexpr(-1.0e30)  # below any score, and finite: a row that has seen nothing yet makes no NaN
+_LOWEST = tl.constexpr(-1.0e30)  # below any score, and finite: no NaN in a row without a visible key so far
 
 
 class KeyRanges(Protocol):
@@ -32,7 +36,7 @@ class KeyRanges(Protocol):
 
 @triton.jit
 def row_ranges(ranges_ptr, rows, there, T):
-    """Of each row: the first key it sees, the end of its keys, and whether it sees any."""
+    """Key range [start, end) of each row, clipped to [0, T), and whether it is not empty."""
     start = tl.maximum(tl.load(ranges_ptr + rows * 2, mask=there, other=0), 0)
     end = tl.minimum(tl.load(ranges_ptr + rows * 2 + 1, mask=there, other=0), T)
     return start, end, start < end
@@ -40,7 +44,11 @@ def row_ranges(ranges_ptr, rows, there, T):
 
 @triton.jit
 def key_blocks(start, end, sees, there, T, BLOCK_N: tl.constexpr):
-    """Keys [lo, hi) hold all that a row sees; of them [full_from, full_to), whole blocks, every row sees all."""
+    """The union [lo, hi) of the rows' key ranges, and the whole blocks [full_from, full_to) visible to every row.
+
+    Invariant: lo, full_from and full_to are multiples of BLOCK_N with lo <= full_from <= full_to, so that [lo,
+    full_from) and [full_to, hi) are the masked blocks before and after the full ones.
+    """
     lo = tl.min(tl.where(sees, start, T), 0) // BLOCK_N * BLOCK_N
     hi = tl.max(tl.where(sees, end, 0), 0)
     full_from = (tl.max(tl.where(there, start, 0), 0) + BLOCK_N - 1) // BLOCK_N * BLOCK_N
@@ -51,7 +59,7 @@ def key_blocks(start, end, sees, there, T, BLOCK_N: tl.constexpr):
 
 @triton.jit
 def tile(base, rows, there, stride, dims, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BOUND: tl.constexpr):
-    """A tile [rows, BLOCK_D] of a tensor whose channels are contiguous; 0 outside."""
+    """A tile [rows, BLOCK_D] of a tensor with contiguous channels, 0 outside; without BOUND all rows exist."""
     at = base + rows[:, None] * stride + dims[None, :]
     if HEAD_DIM == BLOCK_D:
         x = tl.load(at, mask=there[:, None], other=0.0) if BOUND else tl.load(at)
@@ -84,15 +92,19 @@ def _attend(
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """Takes in the key block at n0: the running maximum and sum [BLOCK_M] and output [BLOCK_M, BLOCK_D] in base 2."""
+    """One step of the online softmax over the key block at n0, in base 2: ``scale`` includes log2(e).
+
+    Invariant, over the keys so far: top [M] = max(s), total [M] = sum(2^(s - top)), acc [M, D] = sum(2^(s - top) v).
+    """
     steps = tl.arange(0, BLOCK_N)
     there = n0 + steps < T
     k = tile(k_base + tl.cast(n0, tl.int64) * k_step, steps, there, k_step, dims, HEAD_DIM, BLOCK_D, MASKED)
-    scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
+    scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale  # [M, N]
     if MASKED:
         keys = n0 + steps
         seen = (keys[None, :] >= start[:, None]) & (keys[None, :] < end[:, None])
         scores = tl.where(seen, scores, float("-inf"))
+    # A larger maximum rescales what was summed under the old one by 2^(old - new).
     larger = tl.maximum(top, tl.max(scores, 1))
     weights = tl.exp2(scores - larger[:, None])
     shrink = tl.exp2(top - larger)
@@ -136,7 +148,7 @@ def attention_forward(
     dims = tl.arange(0, BLOCK_D)
     steps = tl.arange(0, BLOCK_M)
     for task in range(tl.program_id(0), tasks, tl.num_programs(0)):
-        m0 = (blocks - 1 - task % blocks) * BLOCK_M  # the last queries see most and go first
+        m0 = (blocks - 1 - task % blocks) * BLOCK_M  # causal: the last queries have most keys and start first
         b = task // blocks // H
         h = task // blocks % H
         rows = m0 + steps
@@ -146,7 +158,7 @@ def attention_forward(
         q_base = q_ptr + tl.cast(b, tl.int64) * q_batch + tl.cast(h, tl.int64) * q_head
         k_base = k_ptr + tl.cast(b, tl.int64) * k_batch + tl.cast(h // GROUP, tl.int64) * k_head
         v_base = v_ptr + tl.cast(b, tl.int64) * v_batch + tl.cast(h // GROUP, tl.int64) * v_head
-        q = tile(q_base + tl.cast(m0, tl.int64) * q_step, steps, there, q_step, dims, HEAD_DIM, BLOCK_D, True)
+        q = tile(q_base + tl.cast(m0, tl.int64) * q_step, steps, there, q_step, dims, HEAD_DIM, BLOCK_D, True)  # [M, D]
         top = tl.full((BLOCK_M,), _LOWEST, tl.float32)
         total = tl.zeros((BLOCK_M,), tl.float32)
         acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
@@ -155,6 +167,7 @@ def attention_forward(
                 q, k_base, v_base, n0, k_step, v_step, start, end, T, dims, scale, top, total, acc,
                 False, PRECISION, HEAD_DIM, BLOCK_N, BLOCK_D,
             )  # fmt: skip
+        # The masked blocks, those before [full_from, full_to) and those after it, in one loop.
         before = (full_from - lo) // BLOCK_N
         after = tl.maximum(hi - full_to + BLOCK_N - 1, 0) // BLOCK_N
         for i in range(0, before + after):
@@ -163,6 +176,7 @@ def attention_forward(
                 q, k_base, v_base, n0, k_step, v_step, start, end, T, dims, scale, top, total, acc,
                 True, PRECISION, HEAD_DIM, BLOCK_N, BLOCK_D,
             )  # fmt: skip
+        # log_sum_exp = ln(2) (top + log2(total)); a row without keys has total 0 and gives zeros and -inf.
         safe = tl.where(total > 0.0, total, 1.0)
         lse = tl.where(total > 0.0, (top + tl.log2(safe)) * _LN_2, float("-inf"))
         tl.store(lse_ptr + tl.cast(b * H + h, tl.int64) * S + rows, lse, mask=there)
@@ -196,6 +210,7 @@ def merge(
         h = task // blocks % H
         there = m0 + steps < S
         lse_at = tl.cast(b * H + h, tl.int64) * S + m0 + steps
+        # (e^a out + e^c more) / (e^a + e^c), with both exponents relative to the larger one.
         a = tl.load(lse_ptr + lse_at, mask=there, other=0.0)
         c = tl.load(more_lse_ptr + lse_at, mask=there, other=0.0)
         top = tl.maximum(tl.maximum(a, c), _LOWEST)
@@ -218,11 +233,10 @@ def attention(
     """kernels.reference.attention: q [B, S, H, D], k and v [B, T, K, D] -> (out [B, S, H, D], log_sum_exp [B, H, S]).
 
     Query heads j*H/K .. (j+1)*H/K - 1 share kv head j. ``key_ranges`` is core.model.visibility.KeyRanges with
-    ``ranges`` an int32 tensor [B or 1, S, 2] on the device. out in the dtype of q, or float32 with ``out_f32``;
-    log_sum_exp float32.
-    A row without keys gives zeros and -inf. ``scale`` is D**-0.5 by default. The inputs may be views whose last axis
-    is contiguous. Float32 inputs are multiplied in float32, not in a shorter form. Raises TypeError or ValueError
-    naming the wrong argument.
+    ``ranges`` an int32 tensor [B or 1, S, 2] on the device. out has the dtype of q, or float32 with ``out_f32``;
+    log_sum_exp is float32. A row without visible keys gives zeros and -inf. ``scale`` defaults to D**-0.5. The inputs
+    may be views with a contiguous last axis. Float32 inputs are multiplied with float32 accuracy. Raises TypeError or
+    ValueError naming the wrong argument.
     """
     check_attention(q, k, v, key_ranges)
     q, k, v = heads_of(q), heads_of(k), heads_of(v)
@@ -252,9 +266,9 @@ def attention(
 
 
 def merge_blocks(out: Tensor, log_sum_exp: Tensor, more: Tensor, more_lse: Tensor) -> tuple[Tensor, Tensor]:
-    """kernels.reference.merge_blocks: out and more [B, S, H, D], log-sum-exps [B, H, S] float32 -> new ones, float32.
+    """kernels.reference.merge_blocks: out and more [B, S, H, D], log-sum-exps [B, H, S] float32 -> both, float32.
 
-    Where neither set has a key, zeros and -inf. Raises TypeError or ValueError naming the wrong argument.
+    Zeros and -inf where neither set has a key. Raises TypeError or ValueError naming the wrong argument.
     """
     check("out", out, (None, None, None, None))
     B, S, H, D = out.shape
@@ -281,6 +295,7 @@ def merge_blocks(out: Tensor, log_sum_exp: Tensor, more: Tensor, more_lse: Tenso
 
 
 def check_attention(q: Tensor, k: Tensor, v: Tensor, key_ranges: KeyRanges) -> None:
+    """Raises TypeError or ValueError naming the wrong argument of an attention call."""
     check("q", q, (None, None, None, None))
     B, S, H, D = q.shape
     if D == 0:
@@ -297,7 +312,7 @@ def check_attention(q: Tensor, k: Tensor, v: Tensor, key_ranges: KeyRanges) -> N
 
 
 def strides(**tensors: Tensor) -> dict[str, int]:
-    """Strides of batch, position and head of [B, S, H, D] tensors, under the names the kernels use."""
+    """Strides of batch, position and head of [B, S, H, D] tensors, under the kernels' argument names."""
     return {
         f"{name}_{axis}": x.stride(i) for name, x in tensors.items() for i, axis in enumerate(("batch", "step", "head"))
     }

@@ -1,8 +1,9 @@
-"""The gradient of attention (FlashAttention-2, arXiv 2307.08691) from the final output and log-sum-exp.
+"""Gradient of attention (FlashAttention-2, arXiv 2307.08691) from the final output and log_sum_exp.
 
-Two kernels and no atomic sums, so the same bits every time: one takes a block of queries and gives dq, the other takes
-a block of keys, sums over the query heads of its group, and gives dk and dv. With the log-sum-exp and output of a
-whole ring each block's part is exact.
+P = exp(scale q k - log_sum_exp), dP = dO V^T, dS = P (dP - delta) with delta = rowsum(dO * out); dQ = scale dS K,
+dK = scale dS^T Q, dV = P^T dO. Two kernels without atomic sums, hence deterministic: one computes dq of a block of
+queries, the other dk and dv of a block of keys, summed over the query heads of its group. With the log_sum_exp and
+output of a whole ring, the gradients of its blocks add up exactly. Letters as in attention.py.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from telechat_twins.kernels.triton.attention import (
 from telechat_twins.kernels.triton.launch import check, heads_of, launch, tiles_for
 
 _LOG2_E = tl.constexpr(LOG2_E)
-_SCAN = tl.constexpr(256)  # rows whose ranges are looked at together
+_SCAN = tl.constexpr(256)  # rows whose ranges are reduced together
 
 
 @triton.jit
@@ -63,7 +64,7 @@ def row_product(
 
 @triton.jit
 def _finite(lse):
-    """A row without keys has -inf; everything it would weigh is masked, so any number does."""
+    """log_sum_exp in base 2, with 0 for the -inf of a row without keys: its weights are masked in any case."""
     return tl.where(lse == float("-inf"), 0.0, lse) * _LOG2_E
 
 
@@ -90,17 +91,18 @@ def _query_part(
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
+    """dq [M, D] / scale of one query block, with the key block at n0 added."""
     steps = tl.arange(0, BLOCK_N)
     there = n0 + steps < T
     k = tile(k_base + tl.cast(n0, tl.int64) * k_step, steps, there, k_step, dims, HEAD_DIM, BLOCK_D, MASKED)
     v = tile(v_base + tl.cast(n0, tl.int64) * v_step, steps, there, v_step, dims, HEAD_DIM, BLOCK_D, MASKED)
-    weights = tl.exp2(tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale - lse[:, None])
+    weights = tl.exp2(tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale - lse[:, None])  # P [M, N]
     if MASKED:
         keys = n0 + steps
         seen = (keys[None, :] >= start[:, None]) & (keys[None, :] < end[:, None])
         weights = tl.where(seen, weights, 0.0)
-    d_weights = tl.dot(grad, tl.trans(v), input_precision=PRECISION)
-    d_scores = weights * (d_weights - delta[:, None])
+    d_weights = tl.dot(grad, tl.trans(v), input_precision=PRECISION)  # dP [M, N]
+    d_scores = weights * (d_weights - delta[:, None])  # dS [M, N]
     return dq + tl.dot(d_scores.to(k.dtype), k, input_precision=PRECISION)
 
 
@@ -181,8 +183,8 @@ def attention_dq(
 
 @triton.jit
 def query_rows(ranges_ptr, n0, n1, S, T, BLOCK_M: tl.constexpr):
-    """Queries [first, last) hold all that see a key of [n0, n1); from ``split`` on up to ``last`` every one sees all
-    of them. ``first`` and ``split`` are multiples of BLOCK_M."""
+    """The smallest interval [first, last) with all queries that attend to a key of [n0, n1), and a ``split`` from which
+    on each query before ``last`` attends to all of these keys. ``first`` and ``split`` are multiples of BLOCK_M."""
     first = S
     last = 0
     for scan in range(0, S, _SCAN):
@@ -229,7 +231,10 @@ def _key_part(
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """Everything transposed, keys along the rows, so that the sums over queries need no transposed weights."""
+    """dk / scale and dv [N, D] of one key block, with the query block at m0 added.
+
+    Scores are transposed, [N, M]: dv = P^T dO and dk = dS^T Q then need no transposed operand.
+    """
     steps = tl.arange(0, BLOCK_M)
     rows = m0 + steps
     there = rows < S
@@ -242,15 +247,15 @@ def _key_part(
     else:
         lse = _finite(tl.load(lse_ptr + row_base + rows))
         delta = tl.load(delta_ptr + row_base + rows)
-    weights = tl.exp2(tl.dot(k, tl.trans(q), input_precision=PRECISION) * scale - lse[None, :])
+    weights = tl.exp2(tl.dot(k, tl.trans(q), input_precision=PRECISION) * scale - lse[None, :])  # P^T [N, M]
     if MASKED:
         start, end, sees = row_ranges(ranges_ptr, rows, there, T)
         keys = n0 + tl.arange(0, BLOCK_N)
         seen = (keys[:, None] >= start[None, :]) & (keys[:, None] < end[None, :])
         weights = tl.where(seen, weights, 0.0)
     dv += tl.dot(weights.to(grad.dtype), grad, input_precision=PRECISION)
-    d_weights = tl.dot(v, tl.trans(grad), input_precision=PRECISION)
-    d_scores = weights * (d_weights - delta[None, :])
+    d_weights = tl.dot(v, tl.trans(grad), input_precision=PRECISION)  # dP^T [N, M]
+    d_scores = weights * (d_weights - delta[None, :])  # dS^T [N, M]
     dk += tl.dot(d_scores.to(q.dtype), q, input_precision=PRECISION)
     return dk, dv
 
@@ -296,13 +301,14 @@ def attention_dkdv(
     dims = tl.arange(0, BLOCK_D)
     steps = tl.arange(0, BLOCK_N)
     for task in range(tl.program_id(0), tasks, tl.num_programs(0)):
-        n0 = task % blocks * BLOCK_N  # the first keys are seen most and go first
+        n0 = task % blocks * BLOCK_N  # causal: the first keys have most queries and start first
         n = tl.cast(n0, tl.int64)
         b = tl.cast(task // blocks // K, tl.int64)
         kv = task // blocks % K
         there = n0 + steps < T
         own_ranges = ranges_ptr + b * ranges_batch
         first, split, last = query_rows(own_ranges, n0, tl.minimum(n0 + BLOCK_N, T), S, T, BLOCK_M)
+        # Masked blocks [first, split), full blocks [split, whole), and the incomplete block [whole, last), masked too.
         whole = tl.maximum(last // BLOCK_M * BLOCK_M, split)
         before = (split - first) // BLOCK_M
         after = tl.maximum(last - whole + BLOCK_M - 1, 0) // BLOCK_M
@@ -312,6 +318,7 @@ def attention_dkdv(
         v = tile(v_base, steps, there, v_step, dims, HEAD_DIM, BLOCK_D, True)
         dk = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
         dv = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
+        # Grouped heads: one kv head collects the gradients of its GROUP query heads.
         for h in range(kv * GROUP, (kv + 1) * GROUP):
             q_base = q_ptr + b * q_batch + tl.cast(h, tl.int64) * q_head
             grad_base = grad_ptr + b * grad_batch + tl.cast(h, tl.int64) * grad_head
@@ -345,11 +352,11 @@ def attention_backward(
     delta: Tensor | None = None,
     out_f32: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """kernels.reference.attention_backward: dq, dk, dv of the shapes and dtype of q, k, v, or float32 with ``out_f32``.
+    """kernels.reference.attention_backward: dq, dk, dv in the dtypes of q, k, v, or float32 with ``out_f32``.
 
-    grad and out [B, S, H, D] in any float dtype, log_sum_exp [B, H, S] float32: of these keys alone or the final ones
-    of a ring that these keys are a part of. ``delta`` [B, H, S] float32 = rowsum(grad * out) saves a ring computing it
-    for every block; then out may be None. Raises TypeError or ValueError naming the wrong argument.
+    grad and out [B, S, H, D] in any float dtype, log_sum_exp [B, H, S] float32: of these keys alone, or the final ones
+    of a ring that contains them. ``delta`` [B, H, S] float32 = rowsum(grad * out) replaces ``out``, so that a ring
+    computes it once. Raises TypeError or ValueError naming the wrong argument.
     """
     check_attention(q, k, v, key_ranges)
     check("grad", grad, q.shape, beside=q)
@@ -360,7 +367,7 @@ def attention_backward(
     if delta is not None:
         check("delta", delta, (B, H, S), (torch.float32,), beside=q)
     elif out is None:
-        raise ValueError("out: got None, needs the forward's output, or give delta")
+        raise ValueError("out: got None without delta, needs the forward's output")
     else:
         delta = attention_delta(grad, out)
     dq, dk, dv = (torch.empty(x.shape, dtype=torch.float32 if out_f32 else x.dtype, device=x.device) for x in (q, k, v))

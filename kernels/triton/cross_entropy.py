@@ -1,4 +1,9 @@
-"""Cross-entropy over the columns of the vocabulary that a rank holds; the gradient is written over the logits."""
+"""Cross-entropy over a rank's shard of the vocabulary; the gradient overwrites the logits.
+
+Rank r holds the columns [first, first + C), of which the first ``real`` are tokens. Forward: log_sum_exp over its
+columns and the target's logit, 0 if another rank has it; over ranks, lse = log(sum(exp(log_sum_exp))) and the logit is
+the sum. Backward, from the lse of all ranks: factor * (exp(x - lse) (1 + 2 z lse) - onehot(target)).
+"""
 
 from __future__ import annotations
 
@@ -17,8 +22,11 @@ _IGNORE = tl.constexpr(IGNORE)
 def row_log_sum(
     logits_ptr, targets_ptr, lse_ptr, picked_ptr, N, stride, first, real, STAGES: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """One pass over a row: a running maximum, and the sum of exponentials kept a lane so that only the maximum is
-    reduced for each block."""
+    """log_sum_exp and target's logit of a row in one pass (online softmax).
+
+    The running maximum is a scalar, the running sums of exponentials are a vector of BLOCK lanes: per block only the
+    maximum is reduced, and the lanes are added once at the end.
+    """
     for row in range(tl.program_id(0), N, tl.num_programs(0)):
         base = logits_ptr + tl.cast(row, tl.int64) * stride
         top = -1.0e38
@@ -64,7 +72,7 @@ def row_gradient(
         row = task // blocks
         columns = task % blocks * BLOCK + tl.arange(0, BLOCK)
         target = tl.load(targets_ptr + row)
-        log_sum = tl.load(lse_ptr + row)
+        log_sum = tl.load(lse_ptr + row)  # over all ranks
         counted = target != _IGNORE
         there = columns < C
         x = tl.load(logits_ptr + tl.cast(row, tl.int64) * stride + columns, mask=there, other=0.0).to(tl.float32)
@@ -78,8 +86,8 @@ def row_gradient(
 def cross_entropy_forward(logits: Tensor, targets: Tensor, first: int, real: int) -> tuple[Tensor, Tensor]:
     """kernels.reference.cross_entropy_shard: logits [N, C], targets [N] int -> (log_sum_exp, picked) [N] float32.
 
-    This rank holds the columns [first, first + C) of the vocabulary, of which those from ``real`` on stand for no
-    token. Raises TypeError or ValueError naming the wrong argument.
+    Columns [first, first + C) of the vocabulary; those from ``real`` on are padding. Raises TypeError or ValueError
+    naming the wrong argument.
     """
     logits = _check(logits, targets, first, real)
     N, C = logits.shape
@@ -112,12 +120,11 @@ def cross_entropy_backward(
 ) -> Tensor:
     """kernels.reference.cross_entropy_shard_backward times ``factor``, in the logits' dtype.
 
-    log_sum_exp [N] float32 over all ranks; factor a number or a tensor of one element. ``in_place`` writes over the
-    logits and returns them, so that no second tensor of their size is made; logits whose rows are not contiguous are
-    refused then (ValueError).
+    log_sum_exp [N] float32 over all ranks; factor a number or a tensor of one element. ``in_place`` overwrites and
+    returns the logits, without a second tensor of their size; their rows must be contiguous (ValueError).
     """
     if in_place and isinstance(logits, Tensor) and logits.ndim == 2 and logits.shape[1] > 1 and logits.stride(1) != 1:
-        raise ValueError(f"logits: got strides {logits.stride()}, needs neighbouring columns side by side in place")
+        raise ValueError(f"logits: got strides {logits.stride()}, needs contiguous columns with in_place")
     given, logits = logits, _check(logits, targets, first, real)
     N, C = logits.shape
     check("log_sum_exp", log_sum_exp, (N,), (torch.float32,), beside=logits)
@@ -148,7 +155,7 @@ def cross_entropy_backward(
 
 
 def _check(logits: Tensor, targets: Tensor, first: int, real: int) -> Tensor:
-    """The logits with neighbouring columns side by side."""
+    """The logits with contiguous columns, after the checks of all arguments."""
     check("logits", logits, (None, None))
     N, C = logits.shape
     if C == 0:

@@ -1,4 +1,4 @@
-"""The embedding and its gradient: every row of the table is summed by one program, in the order of the tokens."""
+"""Embedding lookup and its gradient; each row of the gradient is summed by one program, in the order of the tokens."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from telechat_twins.kernels.triton.launch import INTEGERS, check, launch, rows_o
 
 @triton.jit
 def gather_sum(grad_ptr, order_ptr, begin_ptr, out_ptr, V, E, grad_stride, ROWS: tl.constexpr, BLOCK: tl.constexpr):
-    """out [V, E]: row v is the sum of the rows order[begin[v]:begin[v + 1]] of grad."""
+    """out [V, E]: out[v] = sum of the rows order[begin[v] : begin[v + 1]] of grad."""
     blocks = tl.cdiv(E, BLOCK)
     for task in range(tl.program_id(0), V * blocks, tl.num_programs(0)):
         v = task // blocks
@@ -31,18 +31,18 @@ def gather_sum(grad_ptr, order_ptr, begin_ptr, out_ptr, V, E, grad_stride, ROWS:
 
 
 def embedding(table: Tensor, ids: Tensor) -> Tensor:
-    """table [V, E], ids [...] of int32 or int64 -> [..., E]: PyTorch's own gather, which is one pass already."""
+    """table [V, E], ids [...] of int32 or int64 -> [..., E], by PyTorch's gather, a single pass."""
     check("table", table, (None, None))
     check("ids", ids, dtypes=INTEGERS, beside=table)
     return table.index_select(0, ids.reshape(-1)).view(*ids.shape, table.shape[1])
 
 
 def embedding_backward(grad: Tensor, ids: Tensor, vocab_size: int) -> Tensor:
-    """grad [N, E] (or [..., E]) summed into rows by ids [N] (or [...]): float32 [vocab_size, E].
+    """grad [..., E] summed by ids [...] into float32 [vocab_size, E].
 
-    The same bits every time: tokens are sorted by id, stably, and each row is one program's. Ids outside the table
-    count nothing, so a rank that holds a part of it may give ids relative to its first row. Raises TypeError or
-    ValueError naming the wrong argument.
+    Deterministic: tokens are sorted by id, stably, and one program sums a row. Ids outside the table are ignored, so a
+    rank with a shard of it can pass ids relative to its first row. Raises TypeError or ValueError naming the wrong
+    argument.
     """
     check("grad", grad)
     if grad.ndim == 0 or grad.shape[-1] == 0:

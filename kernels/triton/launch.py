@@ -1,6 +1,6 @@
-"""Launching kernels on torch tensors: which target they are on, checks of arguments, and a record for lowering.
+"""Launch of Triton kernels on torch tensors: target, argument checks, and recording of launches for lowering.
 
-Nothing here imports torch_npu: an Ascend's tensors say "npu" themselves. Ascend and the GPU were not run on device.
+torch_npu is not imported here: Ascend's tensors have device type "npu". Ascend and GPU: not run on device.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ INTERPRETED = not isinstance(_nothing, triton.JITFunction)
 
 
 class Launch(NamedTuple):
-    """One launch as recorded: ``work`` pieces of it, ``arguments`` by name, ``constants`` that are compiled in."""
+    """A recorded launch: ``work`` tasks, runtime ``arguments`` by name, compile-time ``constants``."""
 
     kernel: triton.JITFunction
     work: int
@@ -41,6 +41,8 @@ class Launch(NamedTuple):
 
 
 class Recorder(NamedTuple):
+    """The launches recorded for a target."""
+
     target: Target
     launches: list[Launch]
 
@@ -50,7 +52,7 @@ _recorders: list[Recorder] = []
 
 @contextmanager
 def recording(target: Target) -> Iterator[list[Launch]]:
-    """Within it launches are written down for ``target`` instead of run; give the operators tensors on "meta"."""
+    """Context in which launches are recorded for ``target`` instead of run; operators take tensors on "meta"."""
     recorder = Recorder(target, [])
     _recorders.append(recorder)
     try:
@@ -60,7 +62,7 @@ def recording(target: Target) -> Iterator[list[Launch]]:
 
 
 def target_of(x: Tensor) -> Target:
-    """Where ``x`` is. RuntimeError on a device that no kernel here runs on."""
+    """The target of the device of ``x``. Raises RuntimeError for a device without Triton kernels."""
     if _recorders:
         return _recorders[-1].target
     if x.device.type == "cpu" and INTERPRETED:
@@ -83,6 +85,7 @@ def _device_target(kind: str, index: int) -> Target:
 
 
 def tiles_for(operator: str, x: Tensor, **sizes: int) -> Tiles:
+    """Tiles of ``operator`` for the dtype and device of ``x``."""
     return choose(operator, x.element_size(), sizes, target_of(x))
 
 
@@ -93,14 +96,14 @@ def launch(
     arguments: Mapping[str, Argument],
     **constants: int | str,
 ) -> None:
-    """Run ``kernel`` over ``work`` pieces, which programs take in turn. Without work nothing runs."""
+    """Run ``kernel`` over ``work`` tasks, which the programs take in turn; no launch for 0 tasks."""
     if work == 0:
         return
     known = {**tiles.constants, **constants}
     if _recorders:
         _recorders[-1].launches.append(Launch(kernel, work, dict(arguments), known, tiles))
         return
-    programs = min(work, tiles.most_programs) if tiles.most_programs else work
+    programs = programs_of(work, tiles)
     first = next(value for value in arguments.values() if isinstance(value, Tensor))
     if first.device.type == "cuda":
         here = torch.cuda.device(first.device)
@@ -112,18 +115,18 @@ def launch(
 
 
 def programs_of(work: int, tiles: Tiles) -> int:
-    """How many programs ``launch`` starts."""
-    return min(work, tiles.most_programs) if tiles.most_programs else work
+    """Number of programs that ``launch`` starts."""
+    return min(work, tiles.max_programs) if tiles.max_programs else work
 
 
 def rows_of(x: Tensor) -> Tensor:
-    """x [..., E] as [N, E] with neighbouring channels side by side: a view where one exists, else a copy."""
+    """x [..., E] as [N, E] with contiguous channels: a view where possible, else a copy."""
     flat = x.reshape(-1, x.shape[-1])
     return flat if flat.stride(-1) == 1 or flat.shape[-1] == 1 else flat.contiguous()
 
 
 def heads_of(x: Tensor) -> Tensor:
-    """x [B, S, H, D] with neighbouring channels side by side: itself, or a copy."""
+    """x [B, S, H, D] with contiguous channels: x itself, or a copy."""
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 
@@ -134,10 +137,8 @@ def check(
     dtypes: Sequence[torch.dtype] = FLOATS,
     beside: Tensor | None = None,
 ) -> None:
-    """A tensor of one of ``dtypes``, of ``shape`` (None: any length there), on the device of ``beside``.
-
-    Raises TypeError for what is no tensor or has another dtype, ValueError for a shape or device, naming ``name``.
-    """
+    """Check that ``value`` is a tensor of one of ``dtypes``, of ``shape`` (None: any length), on the device of
+    ``beside``. Raises TypeError for type and dtype, ValueError for shape and device, naming ``name``."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: got {type(value).__name__}, needs a torch tensor")
     if value.dtype not in dtypes:
@@ -152,7 +153,7 @@ def check(
 
 
 def check_last_axis(name: str, x: Tensor) -> None:
-    """A float tensor with at least one axis and at least one channel."""
+    """Check of a float tensor with at least one axis and one channel."""
     check(name, x)
     if x.ndim == 0 or x.shape[-1] == 0:
         raise ValueError(f"{name}: got shape {tuple(x.shape)}, needs at least one channel on its last axis")

@@ -1,9 +1,8 @@
-"""Compile every shipped configuration without a device: `python -m telechat_twins.kernels.triton.lower`.
+"""Compilation of every shipped configuration without a device: `python -m telechat_twins.kernels.triton.lower`.
 
-For Ascend910B3 down to linalg by triton-ascend (the last step, to machine code, needs CANN); with ``--gpu`` down to
-machine code for sm_90 by the triton that is installed. triton-ascend takes the name ``triton``, so it is installed into
-a folder of its own and put in front of the path of a child process. The outcome is kept there and holds as long as the
-sources and versions do.
+For Ascend910B3, triton-ascend lowers to linalg (the last step, to machine code, needs CANN); with ``--gpu``, the
+installed triton compiles to machine code for sm_90. triton-ascend is imported as ``triton``, so it is installed into a
+folder of its own, first on the path of a child process. The result is cached there by the hash of sources and versions.
 """
 
 from __future__ import annotations
@@ -29,12 +28,12 @@ ROOT = Path(__file__).resolve().parents[2]
 ENVIRONMENT = ROOT / "build" / "triton-ascend"
 REQUIREMENTS = ("triton-ascend==3.2.0", "pybind11==3.0.1")
 ASCEND = "Ascend910B3"
-SHARED_MEMORY = 227 * 1024  # bytes a program may use on sm_90
+SHARED_MEMORY = 227 * 1024  # bytes per program on sm_90
 _LEFT_OVER = re.compile(r"\btt\.(?!tensor_kind|divisibility)\w+")
 
 
 class Row(NamedTuple):
-    """``memory``: counted bytes of the unified buffer on Ascend, shared memory on a GPU. ``why`` is empty when fine."""
+    """``memory``: counted bytes of the unified buffer on Ascend, shared memory on a GPU. ``why``: the error, if any."""
 
     kernel: str
     dtypes: str
@@ -44,13 +43,13 @@ class Row(NamedTuple):
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """0 when every configuration compiles, 1 when one does not, 2 when triton-ascend cannot be had."""
+    """Exit code 0 when every configuration compiles, 1 when one does not, 2 when triton-ascend cannot be installed."""
     parser = argparse.ArgumentParser(
         prog="python -m telechat_twins.kernels.triton.lower", description=__doc__.splitlines()[0]
     )
     parser.add_argument("--gpu", action="store_true", help="for sm_90, with the installed triton")
-    parser.add_argument("--only", default="", help="only kernels whose name contains this; nothing is kept")
-    parser.add_argument("--one-each", action="store_true", help="one configuration of every kernel; nothing is kept")
+    parser.add_argument("--only", default="", help="only kernels whose name contains this; not cached")
+    parser.add_argument("--one-each", action="store_true", help="one configuration of every kernel; not cached")
     parser.add_argument("--inside", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     if options.inside:
@@ -69,20 +68,23 @@ def main(arguments: list[str] | None = None) -> int:
     print(table(rows, "shared memory" if options.gpu else "unified buffer"))
     bad = sum(bool(row.why) for row in rows)
     target = "sm_90" if options.gpu else ASCEND
-    spent = "as kept from before" if kept else f"{time.perf_counter() - start:.0f} s"
+    spent = "cached" if kept else f"{time.perf_counter() - start:.0f} s"
     print(f"{len(rows) - bad} of {len(rows)} configurations compile for {target} ({spent}); not run on device")
     return 1 if bad or not rows else 0
 
 
 def installed() -> bool:
-    """Whether the environment of this version is there, whole."""
+    """Whether the environment of this version is complete."""
     marker = ENVIRONMENT / "requirements.txt"
     return marker.exists() and marker.read_text().split() == list(REQUIREMENTS)
 
 
 def install() -> None:
-    """Make the environment unless it is there. Filled under another name and then renamed, so a broken installation
-    leaves nothing that looks whole, and of two at once one wins. CalledProcessError when pip fails."""
+    """Install the environment unless it is complete. Raises CalledProcessError when pip fails.
+
+    It is filled under a temporary name and renamed: an interrupted installation never looks complete, and of two
+    concurrent ones the first is used.
+    """
     if installed():
         return
     ENVIRONMENT.parent.mkdir(parents=True, exist_ok=True)
@@ -103,7 +105,7 @@ def install() -> None:
 
 
 def lower_for_ascend(only: str = "", one_each: bool = False) -> tuple[list[Row], bool]:
-    """The rows, and whether they were kept from before. Needs ``installed()``."""
+    """The rows, and whether they come from the cache. Requires ``installed()``."""
     whole = not only and not one_each
     rows = kept_rows() if whole else None
     if rows is not None:
@@ -124,7 +126,7 @@ def lower_for_ascend(only: str = "", one_each: bool = False) -> tuple[list[Row],
 
 
 def kept_rows() -> list[Row] | None:
-    """What a run over these very sources found, or None."""
+    """The cached result of a run over the present sources, or None."""
     outcome = ENVIRONMENT / "lowered.json"
     if not outcome.exists():
         return None
@@ -133,7 +135,7 @@ def kept_rows() -> list[Row] | None:
 
 
 def source_key() -> str:
-    """Changes with every source of this package and with the versions."""
+    """Hash of the sources of this package and of the versions."""
     digest = hashlib.sha256("\n".join(REQUIREMENTS).encode())
     for path in sorted(Path(__file__).parent.glob("*.py")):
         digest.update(path.read_bytes())
@@ -141,7 +143,7 @@ def source_key() -> str:
 
 
 def compile_all(gpu: bool, only: str = "", one_each: bool = False) -> list[Row]:
-    """Compile in this process, with the triton that it imports."""
+    """Compile in this process, with its triton."""
     from telechat_twins.kernels.triton import shipped
     from telechat_twins.kernels.triton.blocks import ASCEND_910B3, H200
 
@@ -155,15 +157,15 @@ def compile_all(gpu: bool, only: str = "", one_each: bool = False) -> list[Row]:
         memory, why = launch.tiles.buffer, ""
         try:
             memory = compile_one(launch, shipped.types(launch))
-        except Exception as failure:  # whatever a compiler raises becomes the row's reason
+        except Exception as failure:  # any error of the compiler becomes the row's reason
             why = reason(failure)
         rows.append(Row(name, shipped.dtypes_of(launch), config, memory, why))
     return rows
 
 
 def to_linalg(launch: Launch, types: dict[str, str]) -> int:
-    """Lower one launch by triton-ascend; the counted bytes of its tiles. Raises what the compiler raises, and
-    RuntimeError when an operation of Triton is left over."""
+    """Lower one launch by triton-ascend; returns the counted bytes of its tiles. Raises the compiler's errors, and
+    RuntimeError when an operation of Triton remains."""
     from triton.backends.ascend.compiler import AscendBackend
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -187,12 +189,12 @@ def to_linalg(launch: Launch, types: dict[str, str]) -> int:
     linalg = stages["ttadapter"](stages["ttir"](module, metadata), metadata)
     left = sorted(set(_LEFT_OVER.findall(linalg)))
     if left or "func.func @" not in linalg:
-        raise RuntimeError(f"left over: {', '.join(left) or 'no function'}")
+        raise RuntimeError(f"not lowered to linalg: {', '.join(left) or 'the function'}")
     return launch.tiles.buffer
 
 
 def to_machine_code(launch: Launch, types: dict[str, str]) -> int:
-    """Compile one launch for sm_90, which needs no GPU; its shared memory in bytes."""
+    """Compile one launch for sm_90, without a GPU; returns its shared memory in bytes."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -213,12 +215,12 @@ def to_machine_code(launch: Launch, types: dict[str, str]) -> int:
     options = {"num_warps": launch.tiles.warps, "num_stages": launch.tiles.stages}
     shared = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options).metadata.shared
     if shared > SHARED_MEMORY:
-        raise RuntimeError(f"{shared} bytes of shared memory, {SHARED_MEMORY} there")
+        raise RuntimeError(f"needs {shared} bytes of shared memory, sm_90 has {SHARED_MEMORY}")
     return shared
 
 
 def reason(failure: Exception) -> str:
-    """The first line that says something, of a compiler's message or of a failed tool's."""
+    """The first line with an error, else the first line, of the message of a compiler or tool."""
     text = failure.stderr if isinstance(failure, subprocess.CalledProcessError) else str(failure)
     text = text.decode(errors="replace") if isinstance(text, bytes) else text or ""
     lines = [line.strip() for line in text.splitlines() if line.strip()]
@@ -227,7 +229,7 @@ def reason(failure: Exception) -> str:
 
 
 def table(rows: list[Row], memory: str) -> str:
-    """Rows as aligned text, most memory first within a kernel."""
+    """The rows as aligned text, by kernel and descending memory."""
     heads = ("kernel", "dtypes", "config", memory, "ok")
     cells = [heads]
     for row in sorted(rows, key=lambda row: (row.kernel, -row.memory)):

@@ -1,9 +1,9 @@
-"""The Triton operators on MindSpore tensors on Ascend. Not run on device: only what is launched is checked.
+"""Triton operators on MindSpore tensors on Ascend. Not run on device: a test checks the launches.
 
-An operator is called once on torch tensors without data, which writes down its launches; the same launches then get
-MindSpore's tensors, which have the ``data_ptr`` and dtype names that triton-ascend asks for (MindSpore registers its
-dtypes with an installed triton). triton-ascend 3.2.0 takes device and stream from torch_npu, so torch and torch_npu
-must be installed beside MindSpore, and both streams are waited for: for operators that CANN lacks, not for small ones.
+The operator is called on torch tensors without data, which records its launches; these are repeated with MindSpore's
+tensors, whose ``data_ptr`` and dtype names triton-ascend accepts (MindSpore registers its dtypes with an installed
+triton). triton-ascend 3.2.0 takes device and stream from torch_npu, so torch and torch_npu must be installed beside
+MindSpore, and both streams are synchronised: suitable for operators that CANN lacks, not for small ones.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ TYPES = {
     ms.int64: torch.int64,
 }
 BACK = {there: here for here, there in TYPES.items()}
-# What these return is what their kernels write; the others finish with an operator of the framework.
+# Operators whose results are written by their kernels alone; the others end with an operator of the framework.
 OPERATORS = (
     "rms_norm",
     "add_rms_norm",
@@ -53,7 +53,7 @@ def call(operator: str, *arguments: Any, **options: Any) -> Any:
     """``kernels.triton.ops.<operator>`` on MindSpore tensors, with its arguments and results.
 
     ``key_ranges`` holds a MindSpore tensor; dtypes are MindSpore's. Raises ValueError for an operator not in OPERATORS,
-    TypeError for a dtype that no kernel takes, and what the operator itself raises.
+    TypeError for an unsupported dtype, and the operator's own errors.
     """
     import torch_npu  # noqa: F401  triton-ascend launches through it
     from triton.runtime import driver
@@ -69,7 +69,7 @@ def call(operator: str, *arguments: Any, **options: Any) -> Any:
 
 
 def prepare(operator: str, target: Target, *arguments: Any, **options: Any) -> tuple[Any, list[Launch]]:
-    """What ``call`` returns, still empty, and its launches with MindSpore's tensors in place."""
+    """The results of ``call``, uninitialised, and its launches with MindSpore's tensors as arguments."""
     if operator not in OPERATORS:
         raise ValueError(f"operator: got {operator!r}, needs one of {', '.join(OPERATORS)}")
     known: dict[int, Tensor] = {}
@@ -86,7 +86,7 @@ def prepare(operator: str, target: Target, *arguments: Any, **options: Any) -> t
 
 
 def _without_data(x: Any, known: dict[int, Tensor]) -> Any:
-    """A stand-in of a MindSpore tensor, found again by its storage, which views of it share."""
+    """A torch tensor without data in place of a MindSpore tensor, registered by its storage, which its views share."""
     if isinstance(x, KeyRanges):
         return x._replace(ranges=_without_data(x.ranges, known))
     if isinstance(x, ms.Type):
@@ -97,7 +97,7 @@ def _without_data(x: Any, known: dict[int, Tensor]) -> Any:
         x = x.contiguous()
     stand_in = torch.empty(x.shape, dtype=_torch_type(x.dtype), device="meta")
     known[storage_key(stand_in)] = x
-    known.setdefault(-len(known), stand_in)  # keeps the storage, and with it its number, alive
+    known.setdefault(-len(known), stand_in)  # keeps the storage alive, and thereby its key unique
     return stand_in
 
 

@@ -1,8 +1,8 @@
-"""rms_norm, add_rms_norm and layer_norm, with or without a growth mask, forward and backward.
+"""RMS norm, RMS norm of a residual sum, and layer norm, with an optional growth mask, forward and backward.
 
-One pass where a row fits in a tile: a program holds the row, so memory is read once. Wider rows go in blocks of
-columns and are read again for each pass. The weight's gradient is summed by each program over its own rows and then
-over programs, in an order that sizes and device fix, so it has the same bits every time.
+A row that fits in a tile is read once and held by its program (WHOLE); a wider one is processed in blocks of columns
+and read once per statistic. The weight's gradient is summed by each program over its rows and then over programs, in an
+order fixed by sizes and device, hence deterministic. N rows, E channels.
 """
 
 from __future__ import annotations
@@ -101,7 +101,7 @@ def norm_forward(
 
 @triton.jit
 def _vectors(weight_ptr, mask_ptr, columns, inside, MASKED: tl.constexpr):
-    """The weight and the growth [1, BLOCK] of a block of columns; 1 for the growth without a mask."""
+    """Weight and growth mask [1, BLOCK] of a block of columns; the mask is 1 if absent."""
     weight = tl.load(weight_ptr + columns, mask=inside, other=0.0).to(tl.float32)[None, :]
     growth = 1.0
     if MASKED:
@@ -111,7 +111,7 @@ def _vectors(weight_ptr, mask_ptr, columns, inside, MASKED: tl.constexpr):
 
 @triton.jit
 def _gradients(grad_at, x_at, seen, weight, growth, mean, rstd, CENTRED: tl.constexpr, MASKED: tl.constexpr):
-    """Of a tile: the output's gradient times the mask, that times the weight, and the normed input; 0 outside."""
+    """(grad * mask, grad * mask * weight, the normalised input) of a tile, 0 outside."""
     grad = tl.load(grad_at, mask=seen, other=0.0).to(tl.float32)
     x = tl.load(x_at, mask=seen, other=0.0).to(tl.float32)
     if MASKED:
@@ -146,6 +146,9 @@ def norm_backward(
     BLOCK: tl.constexpr,
     WHOLE: tl.constexpr,
 ):
+    # With n = (x - mean) * rstd, g = grad * mask * weight and c the channel weights of a mean:
+    # dx = rstd * (g - c * sum(g) - n * c * sum(g * n)), dweight = sum over rows of grad * mask * n. Without mean, the
+    # RMS norm, the term in sum(g) is absent.
     total = channels(mask_ptr, E, MASKED, BLOCK)
     if WHOLE:
         columns = tl.arange(0, BLOCK)
@@ -165,8 +168,8 @@ def norm_backward(
         mean = tl.zeros((ROWS,), tl.float32)
         if CENTRED:
             mean = tl.load(mean_ptr + rows, mask=there, other=0.0)
-        along = tl.zeros((ROWS,), tl.float32)  # sum of weighted * normed: the part of the gradient along the input
-        level = tl.zeros((ROWS,), tl.float32)  # sum of weighted: the part along the mean
+        along = tl.zeros((ROWS,), tl.float32)  # sum(g * n): the component along the input
+        level = tl.zeros((ROWS,), tl.float32)  # sum(g): the component along the mean
         if WHOLE:
             seen = there[:, None] & inside[None, :]
             grad, weighted, normed = _gradients(
@@ -237,8 +240,8 @@ def norm_weight(
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """dweight and dbias [parts, E] of rows too wide for a tile: a program takes a block of columns and every
-    parts-th tile of rows."""
+    """dweight and dbias [parts, E] for rows wider than a tile: a program sums a block of columns over every parts-th
+    tile of rows."""
     part = tl.program_id(0) % parts
     columns = tl.program_id(0) // parts * BLOCK + tl.arange(0, BLOCK)
     inside = columns < E
@@ -269,7 +272,7 @@ def norm_weight(
 def rms_norm(
     x: Tensor, weight: Tensor, eps: float, out_dtype: torch.dtype | None = None, mask: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """kernels.reference.rms_norm of x [..., E]: (out in ``out_dtype``, by default that of x; rstd [N] float32).
+    """kernels.reference.rms_norm of x [..., E]: (out in ``out_dtype``, default that of x; rstd [N] float32).
 
     weight [E], mask [E]. Statistics in float32. Raises TypeError or ValueError naming the wrong argument.
     """
@@ -287,7 +290,7 @@ def add_rms_norm(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """x + residual and its rms_norm: (out, stream in the residual's dtype, rstd [N] float32).
 
-    What is normed is the stream as rounded to its dtype, so that the backward sees the same numbers.
+    The norm is taken of the stream rounded to its dtype, the values that the backward reads.
     """
     check("residual", residual, x.shape if isinstance(x, Tensor) else None, beside=x)
     out, stream, _, rstd = _forward(x, residual, weight, None, eps, out_dtype, mask)
@@ -322,7 +325,7 @@ def rms_norm_backward(
 def add_rms_norm_backward(
     grad: Tensor, grad_stream: Tensor, stream: Tensor, weight: Tensor, rstd: Tensor, mask: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """From the gradients of out and of the stream: (dstream, which is that of x and of residual; dweight float32)."""
+    """From the gradients of out and of the stream: (dstream, the gradient of x and residual; dweight float32)."""
     check("grad_stream", grad_stream, stream.shape if isinstance(stream, Tensor) else None, beside=stream)
     dstream, dweight, _ = _backward(grad, grad_stream, stream, weight, None, rstd, mask)
     return dstream, dweight
@@ -407,7 +410,7 @@ def _backward(
     whole, work = bool(tiles.constants["WHOLE"]), triton.cdiv(N, tiles.constants["ROWS"])
     wide = tiles_for("norm_weight", _widest(x, grad), E=E)
     blocks = triton.cdiv(E, wide.constants["BLOCK"])
-    column_parts = max(1, min(triton.cdiv(N, wide.constants["ROWS"]), triton.cdiv(4 * tiles.most_programs, blocks)))
+    column_parts = max(1, min(triton.cdiv(N, wide.constants["ROWS"]), triton.cdiv(4 * tiles.max_programs, blocks)))
     parts = programs_of(work, tiles) if whole else column_parts
     dweight = torch.empty((parts, E), dtype=torch.float32, device=x.device)
     dbias = None if mean is None else torch.empty_like(dweight)

@@ -1,4 +1,4 @@
-"""Parts of the norm kernels: weights of channels in a mean, the residual sum, and scaling with its rounding."""
+"""Device functions of the norm kernels: channel weights of a mean, the residual sum, and scaling with its rounding."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import triton.language as tl
 
 @triton.jit
 def share_of(mask_ptr, columns, inside, total, MASKED: tl.constexpr):
-    """What a channel weighs in a mean, 0 outside the row: [1, BLOCK]."""
+    """Weight of each channel in a mean [1, BLOCK]: 1/E, or mask / sum(mask); 0 outside the row."""
     if MASKED:
         share = tl.load(mask_ptr + columns, mask=inside, other=0.0).to(tl.float32) / total
     else:
@@ -18,7 +18,7 @@ def share_of(mask_ptr, columns, inside, total, MASKED: tl.constexpr):
 
 @triton.jit
 def channels(mask_ptr, E, MASKED: tl.constexpr, BLOCK: tl.constexpr):
-    """The channels there are: E, or the sum of the mask; 1 where that is 0, so that nothing is divided by 0."""
+    """Number of channels: E, or sum(mask), with 1 in place of 0 as a divisor."""
     if MASKED:
         sums = tl.zeros((BLOCK,), tl.float32)
         for start in range(0, E, BLOCK):
@@ -33,7 +33,7 @@ def channels(mask_ptr, E, MASKED: tl.constexpr, BLOCK: tl.constexpr):
 
 @triton.jit
 def stream_of(x_ptr, residual_ptr, x_at, residual_at, seen, RESIDUAL: tl.constexpr):
-    """x, or x + residual rounded to the residual's dtype: what is stored is what is normed."""
+    """x, or x + residual rounded to the residual's dtype, so that the stored stream is the one that is normalised."""
     x = tl.load(x_ptr + x_at, mask=seen, other=0.0).to(tl.float32)
     if RESIDUAL:
         x += tl.load(residual_ptr + residual_at, mask=seen, other=0.0).to(tl.float32)
@@ -45,9 +45,9 @@ def stream_of(x_ptr, residual_ptr, x_at, residual_at, seen, RESIDUAL: tl.constex
 def scaled(
     normed, out_ptr, weight_ptr, bias_ptr, mask_ptr, columns, inside, CENTRED: tl.constexpr, MASKED: tl.constexpr
 ):
-    """normed [ROWS, BLOCK] times weight, plus bias, times the growth mask: float32, for one rounding when stored.
+    """(normed [ROWS, BLOCK] * weight + bias) * mask in float32, rounded once when stored.
 
-    Without a bias, the RMS norm, each step is rounded to the output's dtype, as TeleChat2's released code does.
+    The RMS norm, without bias, rounds each step to the output's dtype, as TeleChat2's released code does.
     """
     weight = tl.load(weight_ptr + columns, mask=inside, other=0.0).to(tl.float32)
     if CENTRED:
@@ -65,5 +65,5 @@ def scaled(
 
 @triton.jit
 def rounded(x, out_ptr):
-    """x rounded to the dtype that ``out_ptr`` points to, in float32."""
+    """x rounded to the dtype of ``out_ptr``, as float32."""
     return x.to(out_ptr.dtype.element_ty).to(tl.float32)

@@ -1,6 +1,6 @@
-"""The set of fused operators on torch tensors, plain functions without autograd (definitions: kernels.reference).
+"""Fused operators in Triton on torch tensors: functions without autograd (definitions: kernels.reference).
 
-On NVIDIA GPUs through triton, on Ascend through triton-ascend, on the CPU through Triton's interpreter for tests.
+NVIDIA GPUs through triton, Ascend through triton-ascend, and for tests the CPU through Triton's interpreter.
 """
 
 from __future__ import annotations

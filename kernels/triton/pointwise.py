@@ -1,4 +1,4 @@
-"""swiglu and gelu, forward and backward: one pass over memory, computed in float32."""
+"""SwiGLU and GELU, forward and backward, each one pass over memory, computed in float32."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from telechat_twins.kernels.triton.launch import check, launch, rows_of, tiles_f
 
 @triton.jit
 def _sigmoid(x):
-    return 1.0 / (1.0 + tl.exp(-x))  # exp may overflow to inf, and 1 / inf is the 0 that is right
+    return 1.0 / (1.0 + tl.exp(-x))  # exp overflows to inf for very negative x, and 1 / inf = 0 is the limit
 
 
 @triton.jit
 def _gelu_slope(x):
-    """2 u and its derivative, where gelu(x) = x * sigmoid(2 u), u = sqrt(2/pi) (x + 0.044715 x^3)."""
+    """2 u and its derivative, with gelu(x) = x * sigmoid(2 u), u = sqrt(2/pi) (x + 0.044715 x^3)."""
     square = x * x
     return 1.5957691216057308 * x * (1.0 + 0.044715 * square), 1.5957691216057308 * (1.0 + 0.134145 * square)
 
@@ -75,7 +75,7 @@ def gated_backward(
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
-    """silu(gate) * up in the dtype of gate; gate and up of one shape, also the two halves of one projection.
+    """silu(gate) * up in the dtype of gate; gate and up have one shape and may be the two halves of one projection.
 
     Raises TypeError or ValueError naming the wrong argument.
     """
@@ -95,7 +95,7 @@ def swiglu_backward(grad: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Ten
 
 
 def gelu(x: Tensor) -> Tensor:
-    """The tanh form of gelu, in the dtype of x."""
+    """GELU, tanh form, in the dtype of x."""
     check("x", x)
     return _forward(x, None)
 
@@ -107,7 +107,7 @@ def gelu_backward(grad: Tensor, x: Tensor) -> Tensor:
 
 
 def _flat(tensors: list[Tensor]) -> list[Tensor]:
-    """As one long row where all are contiguous, so that every block but one is full; else as rows."""
+    """The tensors as one row where all are contiguous, so that all blocks but one are full; else as rows."""
     if all(x.is_contiguous() for x in tensors):
         return [x.reshape(1, -1) for x in tensors]
     return [rows_of(x) for x in tensors]

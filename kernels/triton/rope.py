@@ -1,5 +1,7 @@
-"""Rotation of queries and keys in one launch, with xPos scales: a program takes a position, its angles once, then
-every head."""
+"""Rotary embedding of queries and keys in one launch, with optional xPos scales.
+
+A program computes one position: it loads the angles once and rotates every head by them.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,7 @@ from telechat_twins.kernels.triton.launch import check, heads_of, launch, tiles_
 
 @triton.jit
 def _turn(x_ptr, out_ptr, cos, sin, num_heads, head_stride, dims, there, HALF_DIM: tl.constexpr, HEADS: tl.constexpr):
-    """Rotates all heads of one position; x_ptr and out_ptr point at it."""
+    """Half rotation of all heads of one position, at x_ptr and out_ptr: (a, b) -> (a cos - b sin, b cos + a sin)."""
     for first in range(0, num_heads, HEADS):
         heads = first + tl.arange(0, HEADS)
         seen = (heads < num_heads)[:, None] & there[None, :]
@@ -88,10 +90,10 @@ def rotate(
 def rope_qk(
     q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, scale_q: Tensor | None = None, scale_k: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """kernels.reference.rope_qk: q [B, S, H, D] and k [B, S, K, D] rotated, in their own dtypes.
+    """kernels.reference.rope_qk of q [B, S, H, D] and k [B, S, K, D], in their own dtypes.
 
-    cos, sin and the xPos scales [B or 1, S, 1, D/2] float32; computed in float32. q and k may be views whose last axis
-    is contiguous, such as slices of one projection. Raises TypeError or ValueError naming the wrong argument.
+    cos, sin and the xPos scales [B or 1, S, 1, D/2] float32; computed in float32. q and k may be views with a
+    contiguous last axis, such as slices of one projection. Raises TypeError or ValueError naming the wrong argument.
     """
     return _rotate(q, k, cos, sin, scale_q, scale_k, inverse=False)
 

@@ -1,5 +1,7 @@
-"""Every configuration that ships: each operator called on tensors without data, so that what is compiled is exactly
-what the operator would launch for the sizes, dtypes and flags that occur."""
+"""Launches of all shipped configurations, recorded by calling each operator on tensors without data.
+
+Exactly the launches of the operators for the supported sizes, dtypes and flags are compiled.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,7 @@ from telechat_twins.kernels.triton.launch import Launch, recording
 
 FLOAT = torch.float32
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-HIDDEN = (64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)  # tiles follow the next power of two
+HIDDEN = (64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)  # tiles depend on the next power of two
 HEAD_DIMS = (64, 80, 96, 128, 256)
 HEADS = (8, 32, 64)
 TYPE_NAMES = {FLOAT: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.int32: "i32", torch.int64: "i64"}
@@ -25,7 +27,7 @@ _ROWS, _COLUMNS = 4096, 16384
 
 
 def launches(target: Target) -> list[Launch]:
-    """One launch for each distinct kernel, signature and set of constants, in the order of the operators."""
+    """One launch per distinct kernel, signature and set of constants, in the order of the operators."""
     found: dict[tuple, Launch] = {}
     for call in _calls():
         with recording(target) as recorded:
@@ -37,12 +39,12 @@ def launches(target: Target) -> list[Launch]:
 
 
 def types(launch: Launch) -> dict[str, str]:
-    """Argument -> type as Triton names it; "none" for an argument that is not there."""
+    """Argument -> Triton's name of its type; "none" for an absent argument."""
     return {name: _type(value) for name, value in launch.arguments.items()}
 
 
 def dtypes_of(launch: Launch) -> str:
-    """The dtypes of the tensors in the order of the arguments, neighbours that are equal named once."""
+    """Dtypes of the tensors in the order of the arguments, without consecutive repetitions."""
     names = [name[1:] for name in types(launch).values() if name.startswith("*")]
     return "/".join(name for i, name in enumerate(names) if i == 0 or name != names[i - 1])
 

@@ -92,7 +92,7 @@ def test_tiles_fit_whatever_the_sizes(operator: str, target: blocks.Target) -> N
             tiles = blocks.choose(operator, itemsize, sizes, target)
             numbers = [n for name, n in tiles.constants.items() if name not in ("PRECISION", "WHOLE")]
             assert all(n >= 1 and n & (n - 1) == 0 for n in numbers), tiles
-            assert tiles.buffer <= blocks.TILES_TAKE
+            assert tiles.buffer <= blocks.TILE_BUDGET
             assert (tiles.buffer > 0) == (target.kind == "ascend")
             if tiles.constants.get("WHOLE"):
                 assert tiles.constants["BLOCK"] >= E
@@ -100,9 +100,9 @@ def test_tiles_fit_whatever_the_sizes(operator: str, target: blocks.Target) -> N
 
 def test_tiles_too_large_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(blocks.RULES, "rope", lambda *_: blocks.Tiles({}, 1, 1, 1, blocks.UNIFIED_BUFFER))
-    with pytest.raises(AssertionError, match="beyond the .* bytes of the unified buffer"):
+    with pytest.raises(AssertionError, match="exceeds .* bytes of the unified buffer"):
         blocks.choose("rope", 2, {"D": 128, "H": 8}, blocks.ASCEND_910B3)
-    with pytest.raises(ValueError, match="operator: 'swish' is none of"):
+    with pytest.raises(ValueError, match="operator: got 'swish', needs one of"):
         blocks.choose("swish", 2, {}, blocks.ASCEND_910B3)
 
 
