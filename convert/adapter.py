@@ -11,7 +11,7 @@ import numpy as np
 from telechat_twins.convert.copy import DTYPES, cast
 from telechat_twins.convert.hf.peft import is_peft, open_peft
 from telechat_twins.convert.rounding import rounded
-from telechat_twins.convert.source import ModelSource
+from telechat_twins.convert.source import ModelSource, open_model
 from telechat_twins.core.checkpoint.adapter import A, Adapter, B, check_base, open_adapter
 from telechat_twins.core.errors import UserError
 from telechat_twins.core.files.atomic import standing
@@ -35,6 +35,11 @@ def open_any_adapter(path: str | Path, source: ModelSource, verify: bool = True)
         adapter = open_adapter(folder, verify)
     notes = check_base(adapter, config, source.read, model)
     return dataclasses.replace(adapter, notes=(*adapter.notes, *notes))
+
+
+def adapter_of(model: str, path: str) -> Adapter:
+    """The adapter at ``path`` of the model at ``model``, for a rank that needs parts; both were verified."""
+    return open_any_adapter(path, open_model(model, verify=False), verify=False)
 
 
 def merged(weight: np.ndarray, a: np.ndarray, b: np.ndarray, scale: float, dtype: np.dtype) -> np.ndarray:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import mindspore as ms
 import numpy as np
 from mindspore import Tensor
 
+from telechat_twins.core.inference.adapters import ReadPair
 from telechat_twins.core.inference.pages import PAGE_SIZE
 from telechat_twins.core.inference.ring_pages import RankStep, pages_of_rank, rank_step
 from telechat_twins.core.inference.runner import Step
@@ -16,6 +17,7 @@ from telechat_twins.core.model.position import RotaryRows
 from telechat_twins.core.model.quantize import Int8Matrix
 from telechat_twins.core.parallel.mesh import Mesh
 from telechat_twins.telechat_ms import ops
+from telechat_twins.telechat_ms.adapters import apply_adapters
 from telechat_twins.telechat_ms.collectives import broadcast
 from telechat_twins.telechat_ms.inference_parallel import spread
 from telechat_twins.telechat_ms.model import Decoder, Rope, to_numpy
@@ -38,11 +40,12 @@ class Runner:
         precision: str = "fp32",
         page_size: int = PAGE_SIZE,
         mesh: Mesh | None = None,
+        adapters: Sequence[ReadPair] = (),
     ) -> None:
         """Weights come from ``get(name)``, one at a time, as they are or in 8 bits (core.model.quantize);
         ``num_pages`` as core.inference.pages.PagePool counts them. With ``mesh`` this rank holds its part of the model
         (core.parallel.sharding.chunk_table) and of the pages (core.inference.ring_pages), and all ranks make the same
-        steps; ``get`` gives its part of the weights."""
+        steps; ``get`` and ``adapters`` (core.inference.adapters) give its part of the weights."""
         self.config, self.num_pages, self.page_size = config, num_pages, page_size
         self.mesh = mesh
         if mesh is None:
@@ -51,6 +54,7 @@ class Runner:
             (self.model,), _ = parallelize(config, mesh, precision)
         self.model.set_train(False)
         load_weights(self.model, get)
+        self._adapters = apply_adapters(self.model, adapters) if adapters else None
         if mesh is None or mesh.cp.size == 1:
             apply_paged_attention(self.model, num_pages, page_size)
         else:
@@ -72,6 +76,8 @@ class Runner:
 
     def _inputs(self, step: Step | RankStep, places: ops.Pages | Places) -> ModelInputs:
         """Ids, rotary tables, ``places`` and what is wanted, as the model takes them."""
+        if self._adapters is not None:
+            self._adapters.place(step.owners)
         rope = tuple(Tensor(table[None, :, None]) for table in self._rows.rows(step.positions, step.scaling_lengths))
         wanted = None if step.wants_all else Tensor(step.wanted)
         return Tensor(step.ids[None]), rope, places, wanted

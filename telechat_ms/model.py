@@ -57,9 +57,17 @@ class Shaped(Protocol):
     def index(self) -> tuple[slice, ...]: ...
 
 
+class Added(Protocol):
+    """Adapters of generation beside a linear layer (adapters.py)."""
+
+    def added(self, out: Tensor, x: Tensor) -> Tensor: ...
+
+
 class Linear(nn.Cell):
     """weight [out, in], where the released model has one bias [out], and an adapter lora_a [r, in], lora_b [out, r]
     where the table of shapes has one: W x + b + scale B A dropout(x)."""
+
+    served: Added | None = None
 
     def __init__(self, name: str, shapes: Shapes, dtypes: Dtypes, scale: float = 1.0) -> None:
         super().__init__()
@@ -76,7 +84,8 @@ class Linear(nn.Cell):
 
     def product(self, x: Tensor, dropped: Tensor | None, bias: Tensor | None) -> Tensor:
         if self.lora_a is None or self.lora_b is None:
-            return ops.linear(x, self.weight, bias, self.compute)
+            out = ops.linear(x, self.weight, bias, self.compute)
+            return out if self.served is None else self.served.added(out, x)
         adapter = self.lora_a, self.lora_b, self.scale
         return ops.adapted_linear(x, dropped, self.weight, bias, *adapter, self.compute)
 

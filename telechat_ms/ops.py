@@ -87,6 +87,12 @@ Visible: TypeAlias = Keys | list[Block]  # visible keys, in the form of the sele
 Parts: TypeAlias = "list[tuple[slice, Keys]] | Tensor"
 
 
+class ServedAdapters(Protocol):
+    """Adapters of generation beside a linear layer."""
+
+    def added(self, out: Tensor, x: Tensor) -> Tensor: ...
+
+
 class LinearLayer(Protocol):
     """A layer x @ weight^T + bias that computes in the dtype ``compute``, and its adapter, if any, of ``dropped``."""
 
@@ -94,6 +100,7 @@ class LinearLayer(Protocol):
     bias: Tensor | None
     compute: ms.Type
     lora_a: Tensor | None
+    served: ServedAdapters | None
 
     def __call__(self, x: Tensor, dropped: Tensor | None = None) -> Tensor: ...
 
@@ -122,7 +129,11 @@ def linears(x: Tensor, dropped: Tensor | None, *layers: LinearLayer) -> tuple[Te
     found = None
     if all(layer.lora_a is None for layer in layers):
         found = kernels.few_rows(x, [(layer.weight, layer.bias) for layer in layers], layers[0].compute)
-    return tuple(layer(x, dropped) for layer in layers) if found is None else found
+    if found is None:
+        return tuple(layer(x, dropped) for layer in layers)
+    return tuple(
+        out if layer.served is None else layer.served.added(out, x) for out, layer in zip(found, layers, strict=True)
+    )
 
 
 def positions(x: Tensor, wanted: Tensor) -> Tensor:

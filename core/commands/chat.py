@@ -13,7 +13,13 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING
 
-from telechat_twins.core.commands.options import add_model_arguments, add_sampling_arguments, load_model, sampling_from
+from telechat_twins.core.commands.options import (
+    add_adapter_argument,
+    add_model_arguments,
+    add_sampling_arguments,
+    load_model,
+    sampling_from,
+)
 from telechat_twins.core.data.chat_template import DEFAULT_SYSTEM
 from telechat_twins.core.errors import UserError
 from telechat_twins.core.files.foreign import parse_value, read_file
@@ -48,6 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of ``tele chat``."""
     parser.epilog = EPILOG
     add_model_arguments(parser)
+    add_adapter_argument(parser)
     parser.add_argument("--system", metavar="TEXT", help="system prompt (default: the template's own)")
     parser.add_argument(
         "--max-new-tokens", type=int, metavar="N", help="tokens of an answer (a quarter of max_seqlen, at most 1024)"
@@ -60,7 +67,7 @@ def run(args: argparse.Namespace) -> int:
     from telechat_twins.core.inference.chat import Chat, default_answer_length
 
     sampling = sampling_from(args)
-    model = load_model(args, "chat")
+    model = load_model(args, "chat", {} if args.adapter is None else {"": args.adapter})
     if args.max_new_tokens is None:
         args.max_new_tokens = default_answer_length(model.config)
     chat = Chat(
@@ -70,6 +77,7 @@ def run(args: argparse.Namespace) -> int:
         max_new_tokens=args.max_new_tokens,
         add_bos=args.add_bos,
         layout=model.layout,
+        adapter=len(model.adapters),
     )
     terminal = sys.stdin.isatty()
     if terminal:

@@ -14,7 +14,13 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from telechat_twins.core.commands.options import add_model_arguments, add_sampling_arguments, load_model, sampling_from
+from telechat_twins.core.commands.options import (
+    add_adapter_argument,
+    add_model_arguments,
+    add_sampling_arguments,
+    load_model,
+    sampling_from,
+)
 from telechat_twins.core.errors import UserError
 from telechat_twins.core.inference.load import Loaded
 from telechat_twins.core.model.xpos_range import check_xpos_range
@@ -35,6 +41,7 @@ examples:
   tele generate --backend pt --checkpoint model --prompt "1. " --temperature 0.8 --samples 3 --stop "2."
   tele generate --backend ms --checkpoint model --prompt "Once upon a time" --layout tp2.pp2
   tele generate --backend pt --checkpoint model --prompt-file book.txt --layout ring2
+  tele generate --backend ms --checkpoint model --adapter runs/sft-lora --chat --prompt "Hello"
 """
 
 
@@ -42,6 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of ``tele generate``."""
     parser.epilog = EPILOG
     add_model_arguments(parser)
+    add_adapter_argument(parser)
     source = parser.add_mutually_exclusive_group()
     source.add_argument("--prompt", metavar="TEXT", help="text to continue (default: read from stdin)")
     source.add_argument("--prompt-file", metavar="F", help="read the text from a file, without a final line end")
@@ -92,7 +100,8 @@ def run(args: argparse.Namespace) -> int:
     if ids is not None and (args.chat or args.allow_control):
         raise UserError("--ids: cannot be combined with --chat or --allow-control, which work on text; give one")
     text = _prompt_text(args) if ids is None else ""
-    model = load_model(args, None if ids is not None else "a text prompt")
+    adapters = {} if args.adapter is None else {"": args.adapter}
+    model = load_model(args, None if ids is not None else "a text prompt", adapters)
     check_layout(layout, model.config)
     if ids is None:
         assert model.tokenizer is not None  # load_model refuses a text prompt without one
@@ -151,6 +160,7 @@ def _request(args: argparse.Namespace, model: Loaded, ids: Sequence[int], sampli
         margins=args.json,
         # An answer is a text of its own; a raw continuation continues after the prompt's last word.
         text=("answer" if args.chat else "continuation") if has_text else "none",
+        adapter=len(model.adapters),
     )
 
 
@@ -180,6 +190,7 @@ def _by_ranks(
         request=request,
         tokenizer=None if model.tokenizer is None else str(Path(model.tokenizer.path).resolve()),
         control=args.control,
+        adapter=None if args.adapter is None else str(Path(args.adapter).resolve()),
     )
     write_job(folder / "job.json", job)
     code = 1

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import math
+import sys
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from telechat_twins.core import backends
@@ -13,6 +15,7 @@ from telechat_twins.core.inference.sampling import SamplingConfig, sampling_conf
 from telechat_twins.core.model.config import PRECISIONS
 from telechat_twins.core.model.quantize import QUANTIZATIONS
 from telechat_twins.core.parallel.layout import Layout, parse_layout
+from telechat_twins.core.shown import printable
 
 TEMPLATE_HELP = "auto: the folder's own chat template if it has one; builtin: TeleChat2's; or a file with a template"
 
@@ -111,9 +114,34 @@ def read_layout(text: str | None, nproc: int | None, timeout: float | None) -> L
     return layout
 
 
-def load_model(args: argparse.Namespace, need_tokenizer: str | None) -> Loaded:
-    """core.inference.load.load_model of ``args.checkpoint``: a release, a canonical checkpoint or a run's folder."""
-    from telechat_twins.convert.source import open_model
+def add_adapter_argument(parser: argparse.ArgumentParser) -> None:
+    """The adapter that a model is used with."""
+    parser.add_argument(
+        "--adapter", metavar="DIR", help="low-rank adapter (LoRA) of this model: trained here, or a PEFT folder"
+    )
+
+
+def load_model(
+    args: argparse.Namespace, need_tokenizer: str | None, adapters: Mapping[str, str] | None = None
+) -> Loaded:
+    """core.inference.load.load_model of ``args.checkpoint``: a release, a canonical checkpoint or a run's folder.
+
+    ``adapters``: name -> folder of those that the model is used with. UserError for an adapter of another model.
+    """
+    from telechat_twins.convert.adapter import open_any_adapter
+    from telechat_twins.convert.source import ModelSource, open_model
     from telechat_twins.core.inference import load
 
-    return load.load_model(args, need_tokenizer, open_model)
+    opened: list[ModelSource] = []
+
+    def open_source(path: str) -> ModelSource:
+        opened.append(open_model(path))
+        return opened[0]
+
+    loaded = load.load_model(args, need_tokenizer, open_source)
+    for name, path in (adapters or {}).items():
+        adapter = open_any_adapter(path, opened[0])
+        for note in adapter.notes:
+            print(f"note: {printable(note)}", file=sys.stderr)
+        loaded.adapters[name] = adapter
+    return loaded

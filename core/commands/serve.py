@@ -25,6 +25,7 @@ EPILOG = """\
 examples:
   tele serve --backend pt --checkpoint model
   tele serve --backend ms --checkpoint model --host 0.0.0.0 --api-key-file keys.txt --name telechat2-7b
+  tele serve --backend pt --checkpoint model --adapter law=runs/law --adapter code=peft/code
   curl http://127.0.0.1:8000/v1/chat/completions -H 'Content-Type: application/json' \\
     -d '{"model": "model", "messages": [{"role": "user", "content": "Hello"}]}'
 
@@ -43,6 +44,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (127.0.0.1: this machine only)")
     parser.add_argument("--port", type=int, default=8000, help="port to listen on (8000); 0: any free one")
     parser.add_argument("--name", metavar="NAME", help="the model's name to clients (default: the checkpoint's folder)")
+    parser.add_argument(
+        "--adapter",
+        action="append",
+        default=[],
+        metavar="NAME=DIR",
+        help="low-rank adapter (LoRA) of the model that clients get by this name: trained here, or a PEFT folder (may "
+        "be given again: answers through different adapters are made in one batch)",
+    )
     keys = parser.add_mutually_exclusive_group()
     keys.add_argument(
         "--api-key", metavar="KEY", help="key that clients must send; visible to other users of the machine"
@@ -89,14 +98,14 @@ def run(args: argparse.Namespace) -> int:
         raise UserError(MISSING) from None
 
     check_options(args)
-    model_name(args)
+    adapters = adapter_paths(args)
     keys = read_keys(args)
     connections = args.max_connections or SPARE_CONNECTIONS + args.max_running + args.max_queue
     allow_connections(connections)
     with open_socket(args.host, args.port) as opened:  # before the weights, which may take minutes
         listening = opened.getsockname()[0]
         hosts = allowed_hosts(listening, args.host, args.allowed_host)
-        model = load_model(args, "tele serve")
+        model = load_model(args, "tele serve", adapters)
         pages, engine_limits = cache_sizes(args, model.config)
         print(f"loading {args.checkpoint}", file=sys.stderr, flush=True)
         engine = model.engine_with(pages, engine_limits, reuse=not args.no_prompt_reuse)
@@ -117,7 +126,7 @@ def run(args: argparse.Namespace) -> int:
             )
 
         def ready() -> None:
-            print(f"serving {served.name} at {address_of(opened)}", flush=True)
+            print(f"serving {', '.join(served.names)} at {address_of(opened)}", flush=True)
 
         serve(app, service, opened, args.grace, ready, connections)
     return 0
@@ -217,7 +226,22 @@ def served_model(args: argparse.Namespace, model: Loaded, engine: Engine) -> Ser
         fingerprint="fp_" + hashlib.sha256(about.encode()).hexdigest()[:12],
         add_bos=args.add_bos,
         layout=model.layout,
+        adapters=tuple(model.adapters),
     )
+
+
+def adapter_paths(args: argparse.Namespace) -> dict[str, str]:
+    """Name -> folder of --adapter. UserError for one without a name, and for a name that is taken."""
+    name = model_name(args)
+    paths: dict[str, str] = {}
+    for given in args.adapter:
+        adapter, sign, path = given.partition("=")
+        if not sign or not path or not adapter.isprintable() or not adapter.strip():
+            raise UserError(f"--adapter: expected NAME=DIR, found {given!r}; give the name that clients ask for")
+        if adapter in (name, *paths):
+            raise UserError(f"--adapter: the name '{adapter}' is taken; give another")
+        paths[adapter] = path
+    return paths
 
 
 def model_name(args: argparse.Namespace) -> str:

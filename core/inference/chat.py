@@ -50,10 +50,11 @@ class Chat:
         tools: Sequence[JsonObject] | None = None,
         cut_question: bool = False,
         layout: ChatLayout | None = None,
+        adapter: int = 0,
     ) -> None:
         """``layout`` None: TeleChat2's, for a tokenizer that can hold it. ``system`` None: the template's default.
         ``max_new_tokens`` None: a quarter of max_seqlen, at most 1024. ``cut_question``: a question that is too long by
-        itself loses its beginning, as in the release; otherwise it is an error.
+        itself loses its beginning, as in the release; otherwise it is an error. ``adapter`` as in Request.
 
         UserError when the tokenizer does not fit the model or the layout, or the budget is below 3 tokens.
         """
@@ -66,7 +67,7 @@ class Chat:
         self.system, self.tools = system, tools
         self.sampling = sampling or SamplingConfig()
         self.max_new_tokens = default_answer_length(self.config) if max_new_tokens is None else max_new_tokens
-        self.add_bos, self.cut_question = add_bos, cut_question
+        self.add_bos, self.cut_question, self.adapter = add_bos, cut_question, adapter
         self.history: list[Message] = []
         self.stop_ids = turn_stops(self.tokenizer, self.config)
         self.finish_reason: str | None = None
@@ -120,6 +121,7 @@ class Chat:
             sampling=self.sampling,
             stop_ids=self.stop_ids,
             text="tools" if self.tools else "answer",
+            adapter=self.adapter,
         )
         self._stopped = False
         pieces = self._answer(new, answer(self.engine, request))

@@ -59,10 +59,11 @@ class Engine:
         rescale: str = "request",
         reuse: bool = True,
         limits: EngineLimits | None = None,
+        adapters: int = 0,
     ) -> None:
         """``rescale``: rotary scaling beyond the trained length, fixed for a request ("request") or, as in the released
         code, by the length at which each token is computed ("step"). ``reuse``: prompts with a common prefix share its
-        cached keys and values.
+        cached keys and values. ``adapters``: number of adapters that the runner has.
 
         ValueError for limits that leave no tokens of a step for prompts.
         """
@@ -74,6 +75,7 @@ class Engine:
                 f"step_tokens: must exceed max_running {self.limits.max_running}, or no token of a step is left for "
                 f"prompts; found {self.limits.step_tokens}"
             )
+        self.adapters = adapters
         self.runner, self.tokenizer, self.config = runner, tokenizer, runner.config
         self.pool = PagePool(runner.num_pages, runner.page_size)
         self.scheduler = Scheduler(
@@ -99,6 +101,8 @@ class Engine:
     def check(self, request: Request) -> None:
         """UserError for a request that is invalid, or too long for the context or the cache."""
         check_request(request, self.config.num_tokens, self.tokenizer is not None)
+        if not 0 <= request.adapter <= self.adapters:
+            raise UserError(f"adapter: there is no adapter {request.adapter}; this model is used with {self.adapters}")
         if request.total > self.max_len:
             what = "the context" if self.max_len < self.pool.capacity else "the cache"
             raise UserError(
@@ -235,6 +239,7 @@ class Engine:
             lengths=lengths,
             tables=tables,
             wanted=np.array(ends or [len(owner) - 1], np.int32),  # never empty: runners need one row at least
+            adapters=np.array([sample.request.adapter for sample, _ in plan], np.int32),
         )
 
 

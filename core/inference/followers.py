@@ -92,6 +92,7 @@ def decode(first: np.ndarray, rest: np.ndarray) -> Step:
         "lengths": (sequences,),
         "tables": (sequences, pages),
         "wanted": (wanted,),
+        "adapters": (sequences,),
     }
     parts, at = {}, 0
     for field in fields(Step):

@@ -10,8 +10,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from telechat_twins.core import backends
+from telechat_twins.core.checkpoint.adapter import Adapter
 from telechat_twins.core.checkpoint.source import WeightSource
 from telechat_twins.core.errors import UserError
+from telechat_twins.core.inference.adapters import pair_reader
 from telechat_twins.core.inference.pages import pool_size
 from telechat_twins.core.model.config import ModelConfig
 from telechat_twins.core.model.quantize import quantizing
@@ -27,13 +29,15 @@ from telechat_twins.core.model.config import with_table_dtype
 
 @dataclasses.dataclass
 class Loaded:
-    """An opened checkpoint with its configuration and tokenizer (None without one), from which engines are made."""
+    """An opened checkpoint with its configuration and tokenizer (None without one), from which engines are made.
+    ``adapters`` by name: their numbers (Request.adapter) count from 1 in this order."""
 
     args: argparse.Namespace
     source: WeightSource
     config: ModelConfig
     tokenizer: Tokenizer | None
     layout: ChatLayout | None = None  # of chats; None without a tokenizer, or for one that cannot hold a dialogue
+    adapters: dict[str, Adapter] = dataclasses.field(default_factory=dict)
 
     def engine(self, max_len: int, samples: int = 1) -> Engine:
         """An engine on the backend, with the weights loaded and a cache for ``samples`` sequences of ``max_len``."""
@@ -48,8 +52,16 @@ class Loaded:
             check_xpos_range(self.config, self.args.precision, limits.max_len)
         module = backends.load(self.args.backend, "generate")
         get = quantizing(self.config, self.source.tensor) if self.args.quantize == "int8" else self.source.tensor
-        runner = module.Runner(self.config, get, pages, self.args.precision)
-        return Engine(runner, self.tokenizer, rescale=self.args.rescale, reuse=reuse, limits=limits)
+        pairs = [pair_reader(adapter) for adapter in self.adapters.values()]
+        runner = module.Runner(self.config, get, pages, self.args.precision, adapters=pairs)
+        return Engine(
+            runner,
+            self.tokenizer,
+            rescale=self.args.rescale,
+            reuse=reuse,
+            limits=limits,
+            adapters=len(pairs),
+        )
 
     @staticmethod
     def pages(max_len: int, samples: int = 1) -> int:

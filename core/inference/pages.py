@@ -117,12 +117,17 @@ class PagePool:
         assert min(self._holders) >= 0 and self._holders[BLANK] == 0, "a page was given back too often"
 
 
-def first_name(salt: str) -> bytes:
-    """The ``before`` of a sequence's first page. Sequences share pages only if they have the same ``salt``.
+def first_name(salt: str, adapter: int = 0) -> bytes:
+    """The ``before`` of a sequence's first page. Sequences share pages only if they have the same ``salt`` and the
+    same ``adapter``.
 
-    Empty without a salt, else 32 bytes; names of pages have 16, so the two cannot be confused.
+    Empty without either, else 32 bytes; names of pages have 16, so the two cannot be confused.
     """
-    return hashlib.blake2b(salt.encode("utf-8", "surrogatepass"), digest_size=32).digest() if salt else b""
+    if not salt and not adapter:
+        return b""
+    # The adapter is a parameter of the hash, not part of the text: no salt equals another adapter's.
+    person = adapter.to_bytes(8, "little")
+    return hashlib.blake2b(salt.encode("utf-8", "surrogatepass"), digest_size=32, person=person).digest()
 
 
 def page_name(before: bytes, ids: Sequence[int], scaling: np.ndarray) -> bytes:

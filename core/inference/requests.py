@@ -33,7 +33,8 @@ class Request:
     log-probability and those of the N likeliest (None: neither). ``margins``: report the difference of the two largest
     scores. ``text``: "none"; "answer", a text of its own; "tools", an answer in which the control tokens around tool
     calls are written out; "continuation", whose first word keeps the space between it and the prompt. ``cache_salt``:
-    only prompts with the same salt share cached pages.
+    only prompts with the same salt share cached pages. ``adapter``: number of the adapter in use, 0 for none; only
+    prompts with the same adapter share cached pages.
     """
 
     prompt_ids: tuple[int, ...]
@@ -47,6 +48,7 @@ class Request:
     margins: bool = False
     text: str = "none"
     cache_salt: str = ""
+    adapter: int = 0
 
     @property
     def total(self) -> int:
@@ -194,7 +196,7 @@ class Sample:
             first = len(self._names) * self._page_size
             last = first + self._page_size
             scales = [scaling(int(length)) for length in self.scaling_lengths(first, last)]
-            before = self._names[-1] if self._names else first_name(self.request.cache_salt)
+            before = self._names[-1] if self._names else first_name(self.request.cache_salt, self.request.adapter)
             self._names.append(page_name(before, self.tokens[first:last], np.array(scales)))
         return self._names[page]
 

@@ -40,7 +40,8 @@ class RankStep:
     ``ids``, ``positions``, ``scaling_lengths`` int32 [n]. ``slots`` [m]: where the keys and values of the rank's m real
     tokens, the first of the n, are stored. ``wanted`` [w]: indices of tokens whose logits are wanted, padded likewise.
     ``order`` [W]: of the R * w rows of logits gathered from all ranks, the rows that the step wants. ``hops``: at hop h
-    this rank has the queries of rank - h, and these blocks say which of its keys they see.
+    this rank has the queries of rank - h, and these blocks say which of its keys they see. ``owners`` int32 [n]: the
+    adapter of each token.
     """
 
     ids: np.ndarray
@@ -50,6 +51,7 @@ class RankStep:
     wanted: np.ndarray
     order: np.ndarray
     hops: list[list[RingBlock]]
+    owners: np.ndarray
 
     @property
     def wants_all(self) -> bool:
@@ -88,6 +90,7 @@ def rank_step(step: Step, ranks: int, rank: int, page_size: int) -> RankStep:
         wanted=rows,
         order=order,
         hops=[_parts(step, tokens[(rank - hop) % ranks], keys) for hop in range(ranks)],
+        owners=step.owners[mine],
     )
 
 

@@ -22,7 +22,7 @@ class Step:
     [N]: where its keys and values are stored, page * page_size + offset. ``starts`` [R + 1]: sequence r has the tokens
     starts[r] .. starts[r + 1] - 1; sequences with a single token come first. ``lengths`` [R]: number of keys of a
     sequence, the new ones included. ``tables`` [R, M]: its pages, padded with the blank page. ``wanted`` [W]: indices
-    of the tokens whose logits are wanted, at least one.
+    of the tokens whose logits are wanted, at least one. ``adapters`` [R]: number of a sequence's adapter, 0 for none.
     """
 
     ids: np.ndarray
@@ -33,6 +33,12 @@ class Step:
     lengths: np.ndarray
     tables: np.ndarray
     wanted: np.ndarray
+    adapters: np.ndarray
+
+    @property
+    def owners(self) -> np.ndarray:
+        """The adapter of each token, [N]."""
+        return np.repeat(self.adapters, np.diff(self.starts))
 
     @property
     def wants_all(self) -> bool:

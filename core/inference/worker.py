@@ -11,12 +11,14 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from telechat_twins.core import backends
+from telechat_twins.core.checkpoint.adapter import Adapter
 from telechat_twins.core.checkpoint.source import OpenReader
 from telechat_twins.core.errors import UserError
+from telechat_twins.core.inference.adapters import pair_reader
 from telechat_twins.core.inference.engine import Engine
 from telechat_twins.core.inference.followers import Leader, follow, shard_reader
 from telechat_twins.core.inference.generation import answer
@@ -44,6 +46,7 @@ class GenerationJob:
     request: Request
     tokenizer: str | None
     control: str
+    adapter: str | None = None
 
 
 def inference_layout(text: str) -> Layout:
@@ -106,8 +109,11 @@ def _plain(event: Event) -> JsonObject:
     return values | {"choice": None if event.choice is None else list(event.choice)}
 
 
-def serve_rank(path: Path, open_reader: OpenReader) -> int:
-    """Run this rank's part of the job at ``path``; ``open_reader`` opens the weights."""
+OpenAdapter = Callable[[str, str], Adapter]  # (folder of the model, folder of the adapter)
+
+
+def serve_rank(path: Path, open_reader: OpenReader, open_adapter: OpenAdapter) -> int:
+    """Run this rank's part of the job at ``path``; the two functions open the weights and the adapter."""
     from telechat_twins.core.data.tokenizer import load_tokenizer
 
     job = read_job(path)
@@ -116,15 +122,18 @@ def serve_rank(path: Path, open_reader: OpenReader) -> int:
     table = chunk_table(job.config, layout, mesh.coord)
     get = shard_reader(job.config, table, open_reader(job.checkpoint), job.quantize)
     make = backends.load(job.backend, "generate").Runner
-    runner = make(job.config, get, job.pages, job.precision, mesh=mesh)
+    boxes = {name: shard.index for name, shard in table.items()}
+    adapters = [] if job.adapter is None else [pair_reader(open_adapter(job.checkpoint, job.adapter), boxes)]
+    runner = make(job.config, get, job.pages, job.precision, mesh=mesh, adapters=adapters)
     if mesh.rank:
         follow(runner)
     else:
         tokenizer = job.tokenizer and load_tokenizer(job.tokenizer, control=job.control, in_vocabulary=True)
         leader = Leader(runner)
+        engine = Engine(leader, tokenizer or None, rescale=job.rescale, adapters=len(adapters))
         events = []
         with open(path.parent / "text", "a", encoding="utf-8") as text:
-            for event in answer(Engine(leader, tokenizer or None, rescale=job.rescale), job.request):
+            for event in answer(engine, job.request):
                 events.append(event)
                 if event.sample == 0:
                     text.write(event.text)

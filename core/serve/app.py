@@ -85,14 +85,14 @@ def _add_state_routes(app: FastAPI, service: Service, served: Served, tenants: M
     @app.get("/v1/models")
     async def models(request: Request) -> Response:
         check_key(request, tenants)
-        return json_response({"object": "list", "data": [model_card(served)]})
+        return json_response({"object": "list", "data": [model_card(served, name) for name in served.names]})
 
     @app.get("/v1/models/{name:path}")
     async def model(request: Request, name: str) -> Response:
         check_key(request, tenants)
-        if name != served.name:
-            raise ApiError(404, f"The model {shown(name)} does not exist", "model", "model_not_found")
-        return json_response(model_card(served))
+        if name not in served.names:
+            raise ApiError(404, f"The model {shown(name)} does not exist; {served.has}", "model", "model_not_found")
+        return json_response(model_card(served, name))
 
 
 def _add_answer_routes(
@@ -151,14 +151,16 @@ def check_key(request: Request, tenants: Mapping[bytes, str]) -> str:
     return matches[0]
 
 
-def model_card(served: Served) -> JsonObject:
-    """The model's description in ``/v1/models``; ``max_model_len`` as in vLLM, from which clients learn the context."""
+def model_card(served: Served, name: str) -> JsonObject:
+    """Description in ``/v1/models`` of the model under one of its names; ``max_model_len``, from which clients learn
+    the context, and an adapter's ``parent`` as in vLLM."""
     return {
-        "id": served.name,
+        "id": name,
         "object": "model",
         "created": served.created,
         "owned_by": "tele serve",
         "max_model_len": served.context,
+        **({} if name == served.name else {"parent": served.name}),
     }
 
 

@@ -21,9 +21,9 @@ from telechat_twins.core.serve.job import (
     AnswerJob,
     Draft,
     Served,
-    check_model,
     read_bias,
     read_ignored,
+    read_model,
     read_salt,
     read_samples,
     read_sampling,
@@ -45,7 +45,7 @@ UNSUPPORTED = "is not supported by this server; leave it out"
 def read_chat(body: JsonObject, served: Served, tenant: str = "") -> Draft:
     """Draft of the chat request in ``body``; ApiError names the invalid field. ``tenant``: from check_key."""
     fields = Fields(body)
-    check_model(fields, served)
+    adapter = read_model(fields, served)
     if served.layout is None:
         raise ApiError(
             400, "this model's tokenizer has no chat tokens or template; use /v1/completions", code="no_chat_template"
@@ -84,6 +84,7 @@ def read_chat(body: JsonObject, served: Served, tenant: str = "") -> Draft:
             logprobs=logprobs,
             text="tools" if tools else "answer",
             cache_salt=salt,
+            adapter=adapter,
         )
         return AnswerJob((request,), ChatWriter(served.tokenizer, bool(tools)), stream, include_usage)
 

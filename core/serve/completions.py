@@ -13,9 +13,9 @@ from telechat_twins.core.serve.job import (
     AnswerJob,
     Draft,
     Served,
-    check_model,
     read_bias,
     read_ignored,
+    read_model,
     read_salt,
     read_samples,
     read_sampling,
@@ -36,7 +36,7 @@ MAX_PROMPTS = 128
 def read_completion(body: JsonObject, served: Served, tenant: str = "") -> Draft:
     """Draft of the completion request in ``body``; ApiError names the invalid field. ``tenant``: from check_key."""
     fields = Fields(body)
-    check_model(fields, served)
+    adapter = read_model(fields, served)
     stream, include_usage = read_stream(fields)
     samples, asked = read_samples(fields), fields.integer("max_tokens", 1, None)
     logprobs = fields.integer("logprobs", 0, MAX_LOGPROBS)
@@ -73,6 +73,7 @@ def read_completion(body: JsonObject, served: Served, tenant: str = "") -> Draft
                 logprobs=logprobs,
                 text="continuation",
                 cache_salt=salt,
+                adapter=adapter,
             )
             for ids in encoded
         )

@@ -48,7 +48,7 @@ class Exchange:
         self._head = {
             "id": job.writer.prefix + secrets.token_hex(12),
             "created": int(time.time()),
-            "model": served.name,
+            "model": served.names[job.adapter],
             "system_fingerprint": served.fingerprint,
         }
 

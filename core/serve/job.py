@@ -42,7 +42,7 @@ IGNORED: dict[str, type] = {
 @dataclass(frozen=True, kw_only=True)
 class Served:
     """The served model and its limits in tokens: ``context`` of prompt and answer together, ``max_prompt`` and
-    ``max_new`` of each."""
+    ``max_new`` of each. ``adapters``: names of the adapters that the model is offered with."""
 
     name: str
     config: ModelConfig
@@ -54,6 +54,17 @@ class Served:
     fingerprint: str
     add_bos: bool = False
     layout: ChatLayout | None = None  # None: the model holds no dialogues
+    adapters: tuple[str, ...] = ()
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names that a request's `model` may have; the index of a name is its adapter's number (Request.adapter)."""
+        return (self.name, *self.adapters)
+
+    @property
+    def has(self) -> str:
+        """The names in a message."""
+        return "this server has " + ", ".join(f"'{name}'" for name in self.names)
 
     @property
     def prompt_limit(self) -> str:
@@ -82,7 +93,7 @@ class Writer(Protocol):
 
 @dataclass(frozen=True)
 class AnswerJob:
-    """A request ready for the engine. ``requests``: one for each prompt, all with the same number of samples."""
+    """A request ready for the engine. ``requests``: one for each prompt, all with the same number of samples and the same adapter."""
 
     requests: tuple[Request, ...]
     writer: Writer
@@ -92,6 +103,10 @@ class AnswerJob:
     @property
     def samples(self) -> int:
         return self.requests[0].samples
+
+    @property
+    def adapter(self) -> int:
+        return self.requests[0].adapter
 
 
 @dataclass(frozen=True)
@@ -103,15 +118,15 @@ class Draft:
     encode: Callable[[], AnswerJob]
 
 
-def check_model(fields: Fields, served: Served) -> None:
-    """ApiError 404 for another model's name, as in the OpenAI API."""
+def read_model(fields: Fields, served: Served) -> int:
+    """Number of the adapter that the request names, 0 for the model itself; ApiError 404 for another model's name, as
+    in the OpenAI API."""
     name = fields.text("model")
     if name is None:
-        fields.refuse("model", f"is missing; this server has '{served.name}'", "missing_required_parameter")
-    if name != served.name:
-        raise ApiError(
-            404, f"The model {shown(name)} does not exist; this server has '{served.name}'", "model", "model_not_found"
-        )
+        fields.refuse("model", f"is missing; {served.has}", "missing_required_parameter")
+    if name not in served.names:
+        raise ApiError(404, f"The model {shown(name)} does not exist; {served.has}", "model", "model_not_found")
+    return served.names.index(name)
 
 
 def read_stream(fields: Fields) -> tuple[bool, bool]:

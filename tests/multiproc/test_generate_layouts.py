@@ -13,6 +13,11 @@ from pathlib import Path
 
 import pytest
 
+from telechat_twins.convert.source import open_model
+from telechat_twins.core import cli
+from telechat_twins.core.checkpoint.adapter import write_adapter
+from tests.support.adapters import modules, random_adapter
+
 ROOT = Path(__file__).resolve().parents[2]
 GOLDENS = ROOT / "tests" / "goldens"
 RUN = json.loads((GOLDENS / "generation" / "generation.json").read_text())["runs"][0]
@@ -26,6 +31,13 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     shutil.copy(GOLDENS / "telechat2_gqa" / "config.json", folder)
     shutil.copy(GOLDENS / "telechat2_gqa" / "weights.safetensors", folder / "model.safetensors")
     return folder
+
+
+@pytest.fixture(scope="module")
+def adapter(checkpoint: Path) -> Path:
+    source = open_model(checkpoint)
+    write_adapter(checkpoint / "adapter", random_adapter(source, modules(source.config, rank=3, alpha=1.5), 4))
+    return checkpoint / "adapter"
 
 
 def tele(*argv: object) -> subprocess.CompletedProcess[str]:
@@ -49,6 +61,22 @@ def test_tokens_are_those_of_one_process(checkpoint: Path, backend: str, layout:
     report = json.loads(done.stdout)
     assert report["ids"] == RUN["fp32table"]["tokens"][:30]
     assert max(abs(a - b) for a, b in zip(report["top2_margins"], RUN["fp32table"]["top2_margin"], strict=False)) < 5e-4
+
+
+@pytest.mark.parametrize(("backend", "layout"), [("ms", "tp2"), ("pt", "tp2.pp2"), ("pt", "ring2")])
+def test_an_adapter_is_the_same_in_a_layout(
+    checkpoint: Path, adapter: Path, backend: str, layout: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A of o and down is cut by columns, B of the others by rows; every stage has its layers', a ring each token's."""
+    pytest.importorskip({"ms": "mindspore", "pt": "torch"}[backend])
+    ids = ",".join(map(str, RUN["prompt"]))
+    common = ("--checkpoint", checkpoint, "--adapter", adapter, "--ids", ids, "--ignore-eos", "--json")
+    done = tele("--backend", backend, *common, "--max-new-tokens", 12, "--layout", layout)
+    assert done.returncode == 0, done.stderr
+    assert cli.main(["generate", "--backend", "pt", *map(str, common), "--max-new-tokens", "12"]) == 0
+    found, alone = json.loads(done.stdout), json.loads(capsys.readouterr().out)
+    assert found["ids"] == alone["ids"] != RUN["fp32table"]["tokens"][:12]
+    assert max(abs(a - b) for a, b in zip(found["top2_margins"], alone["top2_margins"], strict=True)) < 5e-4
 
 
 def test_8_bits_are_the_same_in_a_layout(checkpoint: Path) -> None:

@@ -44,6 +44,7 @@ def step_of(size: int, sequences: tuple[tuple[int, int], ...], seed: int) -> tup
         lengths=lengths,
         tables=tables,
         wanted=starts[1:] - 1,
+        adapters=np.zeros(len(sequences), np.int32),
     )
     return step, len(order) + 1
 

@@ -15,7 +15,11 @@ from pathlib import Path
 import psutil
 import pytest
 
+from telechat_twins.convert.hf.peft import write_peft
+from telechat_twins.convert.source import open_model
 from telechat_twins.core import cli
+from telechat_twins.core.checkpoint.adapter import write_adapter
+from tests.support.adapters import modules, random_adapter
 from tests.support.docs_workspace import add_release
 from tests.support.frameworks import BACKENDS
 from tests.support.serve_support import ask, process, until
@@ -35,10 +39,20 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def servers(model: Path):
+def adapters(model: Path) -> dict[str, str]:
+    """Two adapters of the model by name, one of them in PEFT's format."""
+    source = open_model(model)
+    write_adapter(model.parent / "first", random_adapter(source, modules(source.config, ("q", "v")), 1))
+    write_peft(random_adapter(source, modules(source.config, rank=3), 2), model.parent / "second")
+    return {name: str(model.parent / name) for name in ("first", "second")}
+
+
+@pytest.fixture(scope="module")
+def servers(model: Path, adapters: dict[str, str]):
     """Both backends side by side: backend -> (process, port)."""
     with ExitStack() as stack, ThreadPoolExecutor(2) as pool:
-        options = ("--checkpoint", str(model), "--cache-tokens", "4096", "--name", "tiny")
+        options = ["--checkpoint", str(model), "--cache-tokens", "4096", "--name", "tiny"]
+        options += [word for name, path in adapters.items() for word in ("--adapter", f"{name}={path}")]
         made = {name: process("--backend", name, *options) for name in BACKENDS}
         entered = {name: pool.submit(stack.enter_context, one) for name, one in made.items()}
         yield {name: one.result() for name, one in entered.items()}
@@ -66,6 +80,34 @@ def test_both_backends_and_generate_say_the_same(clients, model, capsys):
     words = ["generate", "--backend", "pt", "--checkpoint", str(model), "--prompt", PROMPTS[0]]
     assert cli.main([*words, "--max-new-tokens", "24", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["text"] == texts["pt"][0]
+
+
+def test_adapters_by_name_in_one_batch(clients, model, adapters, capsys):
+    """The model and two adapters of it asked at once, in both backends: each answers as `tele generate` with it."""
+    names = ("tiny", *adapters)
+
+    def told(client, name: str, prompt: str) -> str:
+        answer = client.completions.create(model=name, prompt=prompt, temperature=0, max_tokens=16)
+        assert answer.model == name
+        return answer.choices[0].text
+
+    asked = [(name, prompt) for prompt in PROMPTS for name in names]
+    texts = {}
+    for backend, client in clients.items():
+        with ThreadPoolExecutor(len(asked)) as pool:
+            texts[backend] = list(pool.map(lambda pair, client=client: told(client, *pair), asked))
+        cards = client.models.list().data
+        assert [card.id for card in cards] == list(names)
+        assert [getattr(card, "parent", None) for card in cards] == [None, "tiny", "tiny"]
+        with pytest.raises(openai.NotFoundError, match="third' does not exist; this server has 'tiny', 'first', 'sec"):
+            told(client, "third", "x")
+    assert texts["ms"] == texts["pt"]
+    for name, text in zip(names, texts["pt"], strict=False):
+        words = ["generate", "--backend", "pt", "--checkpoint", str(model), "--prompt", PROMPTS[0], "--json"]
+        chosen = [] if name == "tiny" else ["--adapter", adapters[name]]
+        assert cli.main([*words, "--max-new-tokens", "16", *chosen]) == 0
+        assert json.loads(capsys.readouterr().out)["text"] == text
+    assert len(set(texts["pt"][: len(names)])) == len(names)
 
 
 def test_both_backends_chat_alike(clients):
@@ -155,6 +197,9 @@ def test_mistakes_are_said_before_anything_is_loaded(model, tmp_path, capsys):
     )
     assert "--cache-tokens: must be at least --max-len, 256, found 100" in says("--port", "0", "--cache-tokens", "100")
     assert "--api-key: a key must consist of" in says("--port", "0", "--api-key", "two words")
+    assert "--adapter: expected NAME=DIR, found 'folder'" in says("--port", "0", "--adapter", "folder")
+    assert "--adapter: the name 'run' is taken" in says("--port", "0", "--adapter", "run=folder")
+    assert "folder: no such folder" in says("--port", "0", "--adapter", "a=folder")
     assert "keys.txt: cannot be read" in says("--port", "0", "--api-key-file", "keys.txt")
     (tmp_path / "empty").write_text("\n")
     assert "empty: a key must consist of" in says("--port", "0", "--api-key-file", str(tmp_path / "empty"))

@@ -144,12 +144,12 @@ class Feed:
     The pages are taken in a mixed order, so that neighbours in a sequence are none in memory.
     """
 
-    def __init__(self, runner: Runner, total: int, by_step: bool = False, seed: int = 0) -> None:
+    def __init__(self, runner: Runner, total: int, by_step: bool = False, seed: int = 0, adapter: int = 0) -> None:
         """``total`` and ``by_step`` decide the rotary scaling, as Sample.scaling_lengths has it: ``total`` is the
         planned end, or by step the prompt's length."""
         self.runner, self.total, self.by_step = runner, total, by_step
         pages = np.random.default_rng(seed).permutation(np.arange(1, runner.num_pages)).astype(np.int32)
-        self.table, self.length = pages, 0
+        self.table, self.length, self.adapter = pages, 0, adapter
 
     def extend(self, ids: Sequence[int]) -> np.ndarray:
         """Logits [V] after ``ids``."""
@@ -182,5 +182,6 @@ def feed(feeds: Sequence[Feed], pieces: Sequence[Sequence[int]]) -> np.ndarray:
         lengths=lengths,
         tables=tables,
         wanted=starts[1:] - 1,
+        adapters=np.array([f.adapter for f in feeds], np.int32),
     )
     return feeds[0].runner.run(step)

@@ -38,7 +38,13 @@ from tests.support.engine_support import PlainRunner, finish, tokens_of
 @given(tokens=st.integers(1, 600), sequences=st.integers(1, 40), pages=st.integers(1, 60), wanted=st.integers(1, 40))
 def test_a_step_comes_out_as_it_went_in(tokens, sequences, pages, wanted):
     random = np.random.default_rng(tokens)
-    shapes = {"starts": sequences + 1, "lengths": sequences, "tables": (sequences, pages), "wanted": wanted}
+    shapes = {
+        "starts": sequences + 1,
+        "lengths": sequences,
+        "tables": (sequences, pages),
+        "wanted": wanted,
+        "adapters": sequences,
+    }
     arrays = {
         field.name: random.integers(0, 2**31 - 1, shapes.get(field.name, tokens), np.int32) for field in fields(Step)
     }
@@ -177,6 +183,7 @@ def test_a_job_and_its_events_survive_the_files(tmp_path):
         request=request,
         tokenizer=None,
         control="chat",
+        adapter="folder",
     )
     write_job(tmp_path / "job.json", job)
     assert read_job(tmp_path / "job.json") == job
