@@ -24,7 +24,7 @@ from telechat_twins.core import cli
 from telechat_twins.core.config import RunConfig, load_run_config
 from telechat_twins.core.errors import UserError
 from telechat_twins.core.model.config import load_model_config
-from telechat_twins.core.train import script
+from telechat_twins.core.train.script import parser as script_parser
 from tests.house import NAME, PACKAGES, ROOT
 
 PAGES = ("README.md", "README.zh.md", *sorted(f"docs/{p.name}" for p in (ROOT / "docs").glob("*.md")))
@@ -240,7 +240,7 @@ def _raw(words: list[str]) -> None:
     script = next((i for i, word in enumerate(words) if word.endswith(".py")), None)
     if script is None or not (ROOT / words[script]).is_file():
         raise UserError("launches no script of this project")
-    options = script.parser().parse_args(words[script + 1 :])
+    options = script_parser().parse_args(words[script + 1 :])
     _run_config(options.config, options.set)
 
 
@@ -336,7 +336,7 @@ def all_options() -> frozenset[str]:
                 for inner in action.choices.values():
                     yield from walk(inner)
 
-    made = [*(parser(verb) for verb in cli.VERBS), script.parser()]
+    made = [*(parser(verb) for verb in cli.VERBS), script_parser()]
     return frozenset(["--help", "--version", *FOREIGN_OPTIONS, *(name for one in made for name in walk(one))])
 
 

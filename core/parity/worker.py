@@ -82,7 +82,6 @@ class Outcome:
 
     losses: list[float]
     norms: list[float] = field(default_factory=list)
-    log_probs: list[float] = field(default_factory=list)
     logits: np.ndarray | None = None
     gradients: dict[str, np.ndarray] = field(default_factory=dict)
     weights: dict[str, np.ndarray] = field(default_factory=dict)
@@ -91,6 +90,7 @@ class Outcome:
     seconds: list[float] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
     loss_scale: float = 1.0
+    log_probs: list[float] = field(default_factory=list)
 
 
 Around = Callable[[Task, str], AbstractContextManager[None]]

@@ -105,7 +105,7 @@ def test_logits_of_all_ranks_make_up_the_whole(tmp_path, layout, starts):
 
 
 def leave_numbers(folder, rank, loss=1.5):
-    record = {"losses": [loss], "norms": [2.0], "loss_scale": 1.0, "peak": 1, "seconds": 0.1}
+    record = {"losses": [loss], "norms": [2.0], "log_probs": [], "loss_scale": 1.0, "peak": 1, "seconds": 0.1}
     record["traffic"] = [["send", "x", 1, 8]]
     (folder / f"rank-{rank}.json").write_text(json.dumps(record))
 
