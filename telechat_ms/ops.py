@@ -87,7 +87,7 @@ Visible: TypeAlias = Keys | list[Block]  # visible keys, in the form of the sele
 Parts: TypeAlias = "list[tuple[slice, Keys]] | Tensor"
 
 
-class ServedAdapters(Protocol):
+class _ServedAdapters(Protocol):
     """Adapters of generation beside a linear layer."""
 
     def added(self, out: Tensor, x: Tensor) -> Tensor: ...
@@ -100,7 +100,7 @@ class LinearLayer(Protocol):
     bias: Tensor | None
     compute: ms.Type
     lora_a: Tensor | None
-    served: ServedAdapters | None
+    served: _ServedAdapters | None
 
     def __call__(self, x: Tensor, dropped: Tensor | None = None) -> Tensor: ...
 

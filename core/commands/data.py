@@ -80,6 +80,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     text.add_argument("--bos-token", metavar="NAME", help="what --bos writes, for a tokenizer without <_start>")
     text.add_argument("--eos-token", metavar="NAME", help="what ends documents, for a tokenizer without <_end>")
     text.add_argument("--text-key", default="text", metavar="NAME", help="the field of a row that holds the text")
+    _add_sample_arguments(parser)
+
+
+def _add_sample_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of dialogues, preference pairs and propositions."""
     sft = parser.add_argument_group("dialogues")
     sft.add_argument("--sft", choices=VARIANTS, help="pack dialogues with this loss mask and packing")
     sft.add_argument("--chat-template", default="auto", choices=("auto", "builtin"), help=TEMPLATE_HELP)

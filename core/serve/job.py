@@ -93,7 +93,7 @@ class Writer(Protocol):
 
 @dataclass(frozen=True)
 class AnswerJob:
-    """A request ready for the engine. ``requests``: one for each prompt, with equal numbers of samples and one adapter."""
+    """A request ready for the engine. ``requests``: one for each prompt, all with one adapter and as many samples."""
 
     requests: tuple[Request, ...]
     writer: Writer
