@@ -19,6 +19,7 @@ from telechat_twins.convert.source import open_model
 from telechat_twins.core.checkpoint.adapter import open_adapter, write_adapter
 from telechat_twins.core.commands import average, convert, merge
 from telechat_twins.core.errors import UserError
+from telechat_twins.core.files.safetensors import SafetensorsFile
 from tests.support.adapters import deltas, modules, random_adapter, tensors
 from tests.support.frameworks import GOLDENS
 
@@ -102,7 +103,7 @@ def test_convert_by_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     assert found.base.fingerprint == adapter.base.fingerprint and found.base.path == str(base)
     assert "6 linears" not in capsys.readouterr().err
     tele(convert, "--from", "canonical", "--to", "peft", tmp_path / "ours", peft, "--force", "--dtype", "bfloat16")
-    assert {a.dtype for a in load_file(peft / "adapter_model.safetensors").values()} == {BF16}
+    assert {info.code for info in SafetensorsFile(peft / "adapter_model.safetensors").tensors.values()} == {"BF16"}
     for words, says in (
         (["--from", "peft", "--to", "canonical", peft, tmp_path / "x"], "--base: peft does not say which model"),
         (["--from", "peft", "--to", "hf", peft, tmp_path / "x", "--base", base], "--to hf: .*`tele merge`"),
