@@ -21,7 +21,7 @@ from telechat_twins.core import backends
 from telechat_twins.core.config import OptimConfig
 from telechat_twins.core.model.init import init_weights
 from telechat_twins.core.parallel.layout import Layout
-from telechat_twins.core.parallel.schedule import peak_live
+from telechat_twins.core.parallel.schedule import actions, peak_live
 from telechat_twins.core.parallel.sequence import split_batch
 from telechat_twins.core.parallel.traffic import Traffic, expected_traffic
 from telechat_twins.core.parity.bounds import (
@@ -33,8 +33,9 @@ from telechat_twins.core.parity.bounds import (
     relative_frobenius,
     tolerances,
 )
-from telechat_twins.core.parity.worker import Outcome, Task, pad_rows, read_batch, row_multiple, run_alone
+from telechat_twins.core.parity.worker import Outcome, Task, pad_rows, read_batch, row_multiple, run_alone, run_config
 from telechat_twins.core.train.recipe import clip_factor, tells_classes_apart
+from telechat_twins.core.train.trainable import first_trained_stage
 
 EXACT = "pt"  # the backend of the float64 run
 # What a layout may add in fp32: sums in another order, over ranks and micro-batches. 17 u for the scalars; a gradient
@@ -116,8 +117,9 @@ def one_device(backend: str, task: Task, precision: str | None = None) -> Outcom
     batch = read_batch(task.batch)
     held = init_weights(task.model, task.seed, task.weights)
     precision = precision or task.precision
-    if batch.weights is not None or batch.reference is not None:
-        return _trainer_alone(backend, task, precision)  # forward.run knows plain means of token losses only
+    if batch.weights is not None or batch.reference is not None or task.lora is not None or task.freeze:
+        # forward.run knows plain means of token losses only, and parameters that are all trained.
+        return _trainer_alone(backend, task, precision)
     forward = backends.load(backend, "forward")
     result = forward.run(task.model, held.__getitem__, batch, precision, True)
     gradients = result["grads"]
@@ -147,11 +149,12 @@ def expected_of(task: Task) -> tuple[list[Traffic] | str, list[int]]:
     padded = pad_rows(batch, row_multiple(task))
     micro_batches = len(padded.input_ids) // (layout.dp * task.micro_batch)
     ranks = range(layout.world)
-    peaks = [
-        peak_live(layout.schedule, layout.pp, layout.virtual, micro_batches, layout.coord(rank).pp) for rank in ranks
-    ]
+    first = 0 if not task.freeze else first_trained_stage(run_config(task, *padded.input_ids.shape))
+    peaks = [_peak(layout, micro_batches, layout.coord(rank).pp, first) for rank in ranks]
     if task.recompute != "none":
         return f"messages are not counted: recompute {task.recompute} sends some of the forward's twice", peaks
+    if task.lora is not None or task.freeze:
+        return "messages are not counted: the backward pass ends at the first parameter that is trained", peaks
     starts = range(0, len(padded.input_ids), task.micro_batch)
     methods = {split_batch(padded.rows(i, i + task.micro_batch), layout, 0).visibility.method for i in starts}
     if len(methods) > 1:
@@ -168,6 +171,18 @@ def expected_of(task: Task) -> tuple[list[Traffic] | str, list[int]]:
     return traffic, peaks
 
 
+def _peak(layout: Layout, micro_batches: int, rank: int, first: int) -> int:
+    """Most graphs that a pipeline rank holds at once; stages before ``first`` make none."""
+    if first == 0:
+        return peak_live(layout.schedule, layout.pp, layout.virtual, micro_batches, rank)
+    live = peak = 0
+    for action in actions(layout.schedule, layout.pp, layout.virtual, micro_batches, rank):
+        if action.chunk * layout.pp + rank >= first:
+            live += 1 if action.kind == "F" else -1
+            peak = max(peak, live)
+    return peak
+
+
 def judge_layout(backend: str, task: Task, run: Outcome, references: References) -> LayoutReport:
     """Judge what the ranks of ``task`` left, with gradients kept; weights are judged where updates were made."""
     single, exact = references.single, references.exact
@@ -181,6 +196,9 @@ def judge_layout(backend: str, task: Task, run: Outcome, references: References)
     low = task.precision not in ("fp32", "fp64")
     gradients = _compare([o.gradients for o in (run, single, exact)], _gradient_limits(task, references, low))
     changes = [_moved(o.weights, references.initial) for o in (run, single, exact)] if task.steps else [{}, {}, {}]
+    constant = changes[0].keys() - run.gradients.keys()
+    bounds.append(_frozen([name for name in constant if np.any(changes[0][name])]))
+    changes = [{name: moved for name, moved in held.items() if name not in constant} for held in changes]
     weights = _compare(changes, _weight_limits(task, references, low))
     if low:
         bounds += _low_scalars(task, run, single, exact)
@@ -250,7 +268,8 @@ def _weight_limits(task: Task, references: References, low: bool) -> dict[str, f
     """
     single, limits = references.single, _gradient_limits(task, references, low)
     scale = clip_factor(single.norms[0], task.optim.clip_grad)
-    for name, weight in single.weights.items():
+    for name in limits.keys() & single.weights.keys():
+        weight = single.weights[name]
         moved = float(np.linalg.norm(weight - references.initial[name].astype(np.float64)))
         rounding = 2 * UNIT_ROUNDOFF[task.precision] * float(np.linalg.norm(weight)) / (moved or math.inf)
         magnified = 1 + scale * float(np.abs(single.gradients[name]).max()) / task.optim.eps
@@ -337,6 +356,12 @@ def _whole(actual: Mapping[str, np.ndarray], expected: Mapping[str, np.ndarray])
         return math.inf
     apart = {n: actual[n].astype(np.float64) - expected[n] for n in expected}
     return global_norm(apart) / global_norm(expected)
+
+
+def _frozen(moved: Sequence[str]) -> Bound:
+    """Of the weights without a gradient, those that updates changed."""
+    source = ", ".join(sorted(moved)[:3]) or "what is frozen has no gradient and no decay"
+    return Bound("frozen weights that moved", float(len(moved)), 0.0, source)
 
 
 def _messages(run: Outcome, expected: Sequence[Traffic]) -> Bound:

@@ -33,8 +33,10 @@ from telechat_twins.core.launch.worker import run_script
 from telechat_twins.core.model.batch import IGNORE, Batch
 from telechat_twins.core.model.config import PRECISIONS, ModelConfig
 from telechat_twins.core.model.init import init_tensor
+from telechat_twins.core.model.lora import LoraConfig, init_adapter, is_adapter
 from telechat_twins.core.parallel.layout import Coord, Layout
 from telechat_twins.core.parallel.sequence import LocalBatch, real_places, split_batch
+from telechat_twins.core.parallel.sharding import Box
 from telechat_twins.core.parallel.traffic import Traffic
 from telechat_twins.core.schema import from_mapping, option
 from telechat_twins.core.train.loss_scale import largest_magnitude, largest_scale
@@ -67,6 +69,8 @@ class Task:
     steps: int = option(0, help="optimizer updates on this batch; their weights are kept", min=0)
     optim: OptimConfig = option(OptimConfig(lr=1e-3), help="AdamW and clipping; the rate stays lr")
     preference: PreferenceConfig | None = option(None, help="of a batch of pairs, which has a reference")
+    lora: LoraConfig | None = option(None, help="adapters, which alone are trained")
+    freeze: list[str] = option([], help="as in a run")
 
 
 @dataclass(frozen=True)
@@ -158,8 +162,11 @@ def perform(backend: str, task: Task, folder: Path, open_reader: OpenReader | No
     batch = read_batch(task.batch)
     rows, seq_len = batch.input_ids.shape
     padded = pad_rows(batch, row_multiple(task))
-    trainer = backends.load(backend, "train").Trainer(_run_config(task, len(padded.input_ids), seq_len))
-    trainer.optimizer.load_masters(_reader(task, open_reader))
+    trainer = backends.load(backend, "train").Trainer(run_config(task, len(padded.input_ids), seq_len))
+    read = _reader(task, open_reader)
+    trainer.load_weights(read)
+    if task.lora is not None:
+        trainer.optimizer.load_masters(read)
     trainer.optimizer.refresh()  # now, so that the messages of the step are the step's
     first, count = trainer.share(len(padded.input_ids))
     mine = padded.rows(first, first + count)
@@ -279,7 +286,7 @@ def read_batch(path: str) -> Batch:
     return Batch(ids, targets, positions, *(file.read(n) if n in file.tensors else None for n in _OPTIONAL))
 
 
-def _run_config(task: Task, rows: int, seq_len: int) -> RunConfig:
+def run_config(task: Task, rows: int, seq_len: int) -> RunConfig:
     """A training run that has this task's rows as its global batch; the trainer does not look at its data."""
     length = max(2, min(seq_len, task.model.max_seqlen))
     return RunConfig(
@@ -292,6 +299,7 @@ def _run_config(task: Task, rows: int, seq_len: int) -> RunConfig:
             precision=task.precision,
             recompute=task.recompute,
             seed=task.seed,
+            freeze=task.freeze,
         ),
         optim=dataclasses.replace(
             task.optim,
@@ -304,12 +312,19 @@ def _run_config(task: Task, rows: int, seq_len: int) -> RunConfig:
         ),  # fmt: skip
         parallel=task.layout,
         preference=task.preference,
+        lora=task.lora,
     )
 
 
 def _reader(task: Task, open_reader: OpenReader | None) -> ReadBox:
     if task.weights in SCHEMES:
-        return lambda name, box: init_tensor(name, task.model, task.seed, box, task.weights)
+
+        def initial(name: str, box: Box) -> np.ndarray:
+            if task.lora is not None and is_adapter(name):
+                return init_adapter(name, task.model, task.lora, task.seed, box, task.weights)
+            return init_tensor(name, task.model, task.seed, box, task.weights)
+
+        return initial
     if open_reader is None:
         raise ValueError(
             f"weights: expected a scheme ({', '.join(SCHEMES)}), found the folder {task.weights}; start the ranks with "

@@ -123,6 +123,30 @@ def norm_gradient_not_summed(backend: str) -> Iterator[Change]:
     yield parallelize, "chunk_table", faulty
 
 
+def adapter_gradient_not_summed(backend: str) -> Iterator[Change]:
+    """Each tensor rank keeps its own part of the gradient of an A that all of them hold."""
+    parallelize = load(backend, "parallelize")
+    real = parallelize.chunk_table
+
+    def faulty(*args: Any) -> dict[str, Any]:
+        return {
+            name: dataclasses.replace(shard, sum_over=()) if name.endswith("q.lora_a") else shard
+            for name, shard in real(*args).items()
+        }
+
+    yield parallelize, "chunk_table", faulty
+
+
+def dropout_by_local_place(backend: str) -> Iterator[Change]:
+    """A context-parallel rank draws the adapters' masks by the places in its own part of a row."""
+    real = trainer.LoraDropout
+
+    def faulty(rate: float, seed: int, step: int, samples: np.ndarray, places: np.ndarray) -> Any:
+        return real(rate, seed, step, samples, np.broadcast_to(np.arange(places.shape[1]), places.shape))
+
+    yield trainer, "LoraDropout", faulty
+
+
 def norm_counted_by_every_rank(backend: str) -> Iterator[Change]:
     """Every tensor rank counts the parameters that all of them hold in the gradient norm."""
     adamw = load(backend, "optim").AdamW
@@ -163,7 +187,7 @@ def bias_added_by_every_rank(backend: str) -> Iterator[Change]:
     """The bias of a row-parallel product is added before the sum over ranks."""
     parallel = load(backend, "tensor_parallel")
 
-    def faulty(self: Any, x: Any) -> Any:
+    def faulty(self: Any, x: Any, dropped: Any = None) -> Any:
         return parallel._sum_parts(parallel.ops.linear(x, self.weight, self.bias, self.compute), self)
 
     yield parallel.RowParallel, {"ms": "construct", "pt": "forward"}[backend], faulty
@@ -249,6 +273,8 @@ FAULTS: dict[str, tuple[str, Callable[[str], Iterator[Change]], str]] = {
     "wrong zigzag half": ("ring2", wrong_zigzag_half, "loss"),
     "merge without log-sum-exp": ("ring2", merge_without_log_sum_exp, "loss"),
     "norm's gradient not summed": ("tp2", norm_gradient_not_summed, r"gradient \(.*norm\.weight\)"),
+    "adapter's gradient not summed": ("tp2:lora", adapter_gradient_not_summed, r"gradient \(.*q\.lora_a\)"),
+    "dropout by local place": ("ring2:lora", dropout_by_local_place, "loss"),
     "norm counted tp times": ("tp2", norm_counted_by_every_rank, "gradient norm"),
     "local token count": ("dp2", local_token_count, "loss"),
     "labels shifted after the split": ("ulysses2", label_shift_after_the_split, "loss"),

@@ -24,6 +24,7 @@ from telechat_twins.core.model.batch import Batch, shift_labels
 from telechat_twins.core.model.config import ModelConfig
 from telechat_twins.core.model.growth_mask import GrowthMask
 from telechat_twins.core.model.init import init_weights
+from telechat_twins.core.model.lora import TARGETS, LoraConfig, init_adapter, lora_table
 from telechat_twins.core.parallel.layout import Layout, parse_layout
 from telechat_twins.core.parity.bounds import compare_tensors, relative_frobenius
 from telechat_twins.core.parity.layouts import LayoutReport, References, judge_layout, one_device, smooth_optim
@@ -65,6 +66,8 @@ dp2:mup tp2:mup pp2:flm+tied+mup dp2:mup+bf16
 dp2:grown tp2:grown tp2.nosp:grown+full ring2:grown ulysses2:grown pp2:grown tp2:grown+bf16
 dp2:weights tp2:weights ring2:weights pp2:weights dp2:pairs tp2:pairs ring2:pairs pp2:pairs pp2.vpp2:pairs+fp64
 tp2:flm+grown pp2:flm+tied+grown tp2:zero pp2:tied+zero tp2:flm+zero
+dp2:lora tp2:lora tp2.nosp:lora ring2:lora pp2:lora tp2:flm+lora+full tp2:lora+bf16
+pp2:frozen pp2.vpp2:frozen dp2:frozen tp2:lora+fp64 ring2:lora+fp64
 dp2:fp64 tp2:fp64 pp2:fp64 ring2:selective+fp64 ring2:zigzag+fp64 ulysses2:gather+fp64
 dp2.nozero:flm+fp64 tp2.nosp:flm+fp64 ring2:flm+fp64 tp2:grown+fp64 pp2:flm+tied+grown+fp64 tp2:flm+zero+fp64
 """
@@ -73,6 +76,7 @@ dp2.tp2 dp2.ring2 dp2.ulysses2 dp2.pp2 dp2.pp2.vpp2
 tp2.ring2 tp2.ulysses2 tp2.pp2 tp2.pp2.vpp2
 ring2.ulysses2 ring2.pp2 ring2.pp2.vpp2 ulysses2.pp2 ulysses2.pp2.vpp2
 tp4 tp4.nosp:tied tp2.pp2.nosp:tied dp2.pp2.nozero:tied ring4:zigzag ring2.ulysses2:gather tp2.ring2:bf16 dp2.pp2:bf16
+tp2.pp2:lora+selective tp4:lora tp2.pp2:lora+fp64
 tp2.pp2:pairs tp2.ring2:pairs tp4:flm tp2.pp2:flm+selective tp4:grown tp2.pp2:flm+grown+selective tp4:tied+zero
 tp2.ring2:fp64 dp2.pp2.vpp2:fp64 tp4:flm+fp64 ring2.ulysses2:gather+fp64 tp2.pp2:flm+grown+selective+fp64
 """
@@ -100,8 +104,9 @@ class Case:
     (stages of 3 and 1 layers); zigzag and gather (documents kept apart, of lengths that fit a zigzag or not); full and
     selective recompute; flm (another family's operators); mup (matrix-like parameters have their own rate and decay);
     grown (in the middle of growth by masks); zero (norms that count some channels only, as growth without masks leaves
-    them); weights (token losses with weights); pairs (preference pairs); a precision (fp64: every number within 1e-12
-    of PyTorch's float64 on one device)."""
+    them); weights (token losses with weights); pairs (preference pairs); lora (adapters with dropout on every linear);
+    frozen (the embedding and the first blocks are); a precision (fp64: every number within 1e-12 of PyTorch's float64 on
+    one device)."""
 
     text: str
 
@@ -137,9 +142,22 @@ class Case:
         return MUP if "mup" in self.words else OPTIM
 
     @property
-    def reference(self) -> tuple[ModelConfig, str, OptimConfig]:
+    def lora(self) -> LoraConfig | None:
+        targets = [name for name in TARGETS if name != "gate" or "flm" not in self.words]
+        return LoraConfig(rank=3, alpha=4.5, dropout=0.2, targets=targets) if "lora" in self.words else None
+
+    @property
+    def reference(self) -> tuple[ModelConfig, str, OptimConfig, frozenset[str]]:
         """Cases with the same one are held against the same float64 run."""
-        return self.model, self.batch, self.optim
+        return self.model, self.batch, self.optim, frozenset(self.words & {"lora", "frozen"})
+
+    @property
+    def initial(self) -> dict[str, np.ndarray]:
+        adapters = {} if self.lora is None else lora_table(self.model, self.lora)
+        lora = self.lora or LoraConfig()
+        return init_weights(self.model, SEED, "strong") | {
+            name: init_adapter(name, self.model, lora, SEED, scheme="strong") for name in adapters
+        }
 
     def task(self, optim: OptimConfig, batch: str) -> Task:
         layout = self.layout
@@ -157,6 +175,8 @@ class Case:
             steps=2 if layout.dp > 1 or layout.world == 2 else 1,
             optim=optim,
             preference=PreferenceConfig(beta=0.02, label_smoothing=0.1) if "pairs" in self.words else None,
+            lora=self.lora,
+            freeze=["embed.weight", "layers.0.*", "layers.1.ffn.*"] if "frozen" in self.words else [],
         )
 
 
@@ -251,7 +271,7 @@ class Launches:
         key = (backend, case.precision, task.steps, *case.reference)
         if key not in self._single:
             self._single[key] = one_device(backend, task)
-        return References(self._single[key], exact, init_weights(case.model, SEED, "strong"))
+        return References(self._single[key], exact, case.initial)
 
     def exact(self, case: Case) -> tuple[Outcome, OptimConfig]:
         task = case.task(case.optim, self.batch(case.batch))
@@ -355,7 +375,8 @@ def check(launches: Launches, backend: str, case: Case, launched: dict[str, tupl
         assert max(scalars + tensors) <= 1e-12
     judged = {b.what for b in report.bounds}
     assert "ranks with more or fewer live graphs" in judged
-    assert ("messages unlike the formula" in judged) is not (case.words & {"full", "selective"} != set())
+    uncounted = case.words & {"full", "selective", "lora", "frozen"}
+    assert ("messages unlike the formula" in judged) is not (uncounted != set())
 
 
 @pytest.mark.parametrize("name", FAULTS)
