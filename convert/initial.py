@@ -19,6 +19,10 @@ def open_initial(path: str | Path, model: ModelConfig | None = None) -> ModelSou
     checked, ``verify`` hashes. UserError says what is wrong with the folder.
     """
     path = standing(Path(path))
+    if not path.exists():
+        raise UserError(
+            f"train.init: {path}: no such folder; give a released model, a checkpoint, a run or MindFormers' weights"
+        )
     if not is_mindformers(path):
         return open_model(path, verify=False)
     try:

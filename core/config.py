@@ -35,6 +35,9 @@ from telechat_twins.core.types import JsonObject
 class DataSourceConfig:
     path: str = option(help="folder written by `tele data`")
     weight: float = option(1.0, help="share of samples drawn from this source", above=0.0)
+    tokens: int | None = option(
+        None, help="tokens that the source will hold, for `tele plan` where the folder is not there yet", min=1
+    )
     loss_weight: float = option(1.0, help="factor of the token losses of this source's samples", above=0.0)
 
 
@@ -300,6 +303,8 @@ class RunConfig:
             )
 
     def _check_preference(self) -> None:
+        if self.train.stages:
+            raise UserError("train.stages: preference pairs are trained at one length; leave the stages out")
         if self.train.micro_batch % 2:
             raise UserError(
                 f"train.micro_batch: {self.train.micro_batch} is odd, and a preference pair is two neighbouring "
@@ -344,12 +349,12 @@ def bundled_file(spec: str | Path, kind: str, where: str) -> Path:
 
 
 def load_run_config(
-    path: str | Path, overrides: Sequence[str] = (), model_of: Callable[[str], ModelConfig] | None = None
+    path: str | Path, overrides: Sequence[str] = (), model_of: Callable[[str], ModelConfig | None] | None = None
 ) -> RunConfig:
     """Read a run's YAML, or a bundled run by name; apply ``--set`` overrides, validate.
 
-    ``model_of`` returns the model of a folder: where ``train.init`` is set, it gives the fields that ``model:`` does
-    not name.
+    ``model_of`` returns the model of a folder (None: unknown): where ``train.init`` is set, it gives the fields that
+    ``model:`` does not name.
 
     Relative paths of data and of ``train.init`` count from the file's folder. Those of a bundled run that was found by
     name count as if its configs/ were in the working folder: ../../data/tiny is ./data/tiny.

@@ -22,10 +22,11 @@ from __future__ import annotations
 
 import argparse
 import json
+from pathlib import Path
 
-from telechat_twins.core.config import load_run_config
+from telechat_twins.core.config import RunConfig, load_run_config
 from telechat_twins.core.errors import UserError
-from telechat_twins.core.model.config import PRECISIONS, load_model_config
+from telechat_twins.core.model.config import PRECISIONS, ModelConfig, load_model_config
 from telechat_twins.core.parallel.layout import Layout, check_layout, parse_layout
 from telechat_twins.core.parallel.memory import estimate
 from telechat_twins.core.types import JsonObject
@@ -66,7 +67,8 @@ def run(args: argparse.Namespace) -> int:
 
         return plan_growth.run(args)
     if args.config:
-        run_config = load_run_config(args.config)
+        run_config = load_run_config(args.config, model_of=_model_of)
+        mix = _mix(run_config)
         config, layout, train = run_config.model, run_config.parallel, run_config.train
         settings: JsonObject = {
             "seq_len": run_config.data.seq_len,
@@ -76,7 +78,7 @@ def run(args: argparse.Namespace) -> int:
             "recompute": train.recompute,
         }
     else:
-        config, layout = load_model_config(args.model), Layout()
+        config, layout, mix = load_model_config(args.model), Layout(), {}
         settings = {"seq_len": config.max_seqlen}
     if args.layout:
         layout = parse_layout(args.layout)
@@ -84,8 +86,46 @@ def run(args: argparse.Namespace) -> int:
     settings |= {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     check_layout(layout, config)
     plan = estimate(config, layout=layout, fused_attention=args.fused_attention, **settings)
-    print(json.dumps(plan, indent=1) if args.json else _text(args.model or args.config, plan))
+    plan |= {"data": {**mix, "sources": [{**vars(one), "epochs": one.epochs} for one in mix["sources"]]}} if mix else {}
+    text = _text(args.model or args.config, plan)
+    print(json.dumps(plan, indent=1) if args.json else "\n".join([text, *(_mix_text(mix) if mix else ())]))
     return 0
+
+
+def _model_of(init: str) -> ModelConfig | None:
+    """The model of ``train.init``; None where that is not on this machine and `model:` has to name it all."""
+    from telechat_twins.convert.initial import open_initial
+
+    return open_initial(init).config if Path(init).exists() else None
+
+
+def _mix(config: RunConfig) -> JsonObject:
+    """Steps and tokens of a run, and what it draws of each source; of a run in stages, by the stage.
+
+    Steps are null where they follow from data that is not packed yet.
+    """
+    from telechat_twins.core.data.mix import plan_mix, samples_of
+    from telechat_twins.core.train.recipe import with_steps
+    from telechat_twins.core.train.stages import plan_stages
+
+    samples = samples_of(config.data) if config.train.epochs is not None else None
+    if samples is not None:
+        config = with_steps(config, samples)[0]
+    steps = config.train.steps or None
+    stages = plan_stages(config)
+    tokens = sum((stage.end - stage.begin) * stage.tokens for stage in stages) if steps else None
+    sources = [share for s in stages for share in plan_mix(s.data, (s.end - s.begin) * s.tokens if steps else None)]
+    return {"steps": steps, "tokens": tokens, "epochs": config.train.epochs, "sources": sources}
+
+
+def _mix_text(mix: JsonObject) -> list[str]:
+    from telechat_twins.core.data.mix import describe_mix
+
+    if mix["steps"] is None:
+        head = f"data: {mix['epochs']:g} passes over the sources; steps follow once they are packed"
+    else:
+        head = f"data: {mix['steps']:,} steps, {mix['tokens']:,} tokens"
+    return ["", head, *describe_mix(mix["sources"])]
 
 
 def _text(name: str, plan: JsonObject) -> str:

@@ -8,14 +8,17 @@ from pathlib import Path
 import pytest
 
 from telechat_twins.core.config import OptimConfig, load_run_config, run_config_from_dict
+from telechat_twins.core.data.mix import describe_mix, plan_mix
 from telechat_twins.core.errors import UserError
 from telechat_twins.core.model.config import CONFIGS, load_model_config
 from telechat_twins.core.model.params import MATRIX, OUTPUT, VECTOR, parameter_table
+from telechat_twins.core.schema import load_yaml
 from telechat_twins.core.train.recipe import (
     class_decay,
     class_rate,
     clip_factor,
     learning_rate,
+    rate_at,
     tells_classes_apart,
     with_steps,
 )
@@ -106,10 +109,12 @@ def test_decay_on_matrices_only():
 
 @pytest.mark.parametrize("path", sorted((CONFIGS / "train").glob("*.yaml")), ids=lambda p: p.stem)
 def test_every_shipped_recipe_loads(path):
-    config = load_run_config(path)
-    assert config.model == load_model_config(path.stem)
-    rates = [learning_rate(config.optim, config.train.steps, s) for s in range(config.train.steps)]
-    assert max(rates) == config.optim.lr and rates[-1] == pytest.approx(config.optim.min_lr, rel=0.05)
+    config, _ = with_steps(load_run_config(path), 30_735)
+    assert config.model == load_model_config(load_yaml(path)["model"])
+    steps = config.train.schedule_steps or config.train.steps
+    rates = [learning_rate(config.optim, steps, s) for s in range(0, steps, max(1, steps // 5000))]
+    assert max(rates) == pytest.approx(config.optim.lr, rel=1e-3)
+    assert rate_at(config, steps - 1) == pytest.approx(config.optim.min_lr, abs=0.05 * config.optim.lr)
 
 
 def test_the_released_recipe_has_the_published_numbers():
@@ -120,6 +125,39 @@ def test_the_released_recipe_has_the_published_numbers():
         )
         assert config.optim == published
         assert config.data.seq_len == config.model.training_seqlen == 8192
+        # runner_config.batch_size 1 is MindFormers' micro-batch; data-parallel 8, and 8 micro-batches for 115B.
+        assert (config.train.micro_batch, config.train.global_batch) == (1, 64 if "115b" in name else 8)
+    layout = load_run_config("telechat2-115b").parallel
+    assert (layout.pp, layout.virtual, sum(layout.stage_layers), layout.stage_layers[-5:]) == (
+        8,
+        3,
+        96,
+        [5, 5, 5, 5, 3],
+    )
+
+
+def test_the_fine_tuning_recipes_have_the_published_numbers():
+    full, lora, mindformers, instruct = (
+        load_run_config(name)
+        for name in ("telechat2-7b-sft", "telechat2-7b-lora", "telechat2-7b-lora-mindformers", "flm-2-sft")
+    )
+    for config in (full, lora):
+        assert (config.optim.lr, config.optim.schedule, config.optim.warmup_ratio) == (3e-5, "cosine", 0.05)
+        train, ranks = config.train, config.parallel.dp
+        assert (train.epochs, train.micro_batch, train.global_batch // ranks, config.data.seq_len) == (1, 1, 4, 4096)
+    assert (lora.lora.rank, lora.lora.alpha, lora.lora.dropout, len(lora.lora.targets)) == (64, 16, 0.05, 7)
+    assert (mindformers.lora.rank, mindformers.lora.alpha, mindformers.lora.dropout) == (8, 16, 0.0)
+    assert tuple(mindformers.lora.targets) == ("q", "k", "v", "o")
+    assert (instruct.optim.lr, instruct.optim.min_lr, instruct.optim.schedule) == (2.7e-5, 1e-9, "linear")
+
+
+def test_the_mix_of_the_52b_has_the_published_epochs():
+    config = load_run_config("teleflm-52b-mix")
+    assert len(config.data.sources) == 11 and round(sum(s.weight for s in config.data.sources), 2) == 100.01
+    shares = plan_mix(config.data, config.train.steps * config.train.global_batch * 4096)
+    epochs = [1.0, 1.0, 0.8, 2.5, 1.0, 1.0, 1.0, 2.0, 1.0, 1.0, 2.5]
+    assert [share.epochs for share in shares] == pytest.approx(epochs, rel=1e-3)
+    assert describe_mix(shares)[3].split()[:2] == ["book", "7.169%"]
 
 
 def test_the_52b_recipe_has_the_published_numbers():
