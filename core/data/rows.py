@@ -11,8 +11,10 @@ from pathlib import Path
 from telechat_twins.core.data.forms.arrow_rows import dataset_rows, parquet_rows
 from telechat_twins.core.data.forms.csv_rows import csv_rows
 from telechat_twins.core.data.forms.find import find_inputs, skipped_inputs, total_bytes
-from telechat_twins.core.data.forms.formats import CSV, DATASET, PARQUET, SUFFIXES, TOKENS, TSV, form_of
-from telechat_twins.core.data.forms.json_rows import json_rows
+from telechat_twins.core.data.forms.formats import CSV, DATASET, JSON, LINES, PARQUET, SUFFIXES, TOKENS, TSV, form_of
+from telechat_twins.core.data.forms.json_items import LongItem
+from telechat_twins.core.data.forms.json_rows import json_rows, parse_row, row_place
+from telechat_twins.core.data.forms.long_rows import document_rows
 from telechat_twins.core.data.forms.streams import UTF8, OnBytes, RowAt
 from telechat_twins.core.data.forms.texts import Block, text_blocks
 from telechat_twins.core.data.kinds.fields import found_type, refuse_unread
@@ -67,8 +69,26 @@ def read_documents(
         yield from text_blocks(path, mark_keys(), on_bytes, encoding)
         return
     reading = reading if reading is not None else Reading()
-    for where, row in read_rows(path, on_bytes, encoding):
-        yield Block(where, _document(row, where, text_key, reading))
+    if form_of(path).name not in (LINES, JSON):
+        for where, row in read_rows(path, on_bytes, encoding):
+            yield Block(where, _document(row, where, text_key, reading))
+        return
+    for found in document_rows(path, text_key, on_bytes, encoding):
+        where = row_place(path, found.line, found.item)
+        if isinstance(found, LongItem):
+            yield from _long_document(found, where, text_key, reading)
+        else:
+            yield Block(where, _document(parse_row(found.data, where), where, text_key, reading))
+
+
+def _long_document(found: LongItem, where: str, text_key: str, reading: Reading) -> Iterator[Block]:
+    """The blocks of a row that is too long to be held."""
+    part, first = next(found.parts, ""), True
+    for following in found.parts:
+        yield Block(where, part, first, last=False)
+        part, first = following, False
+    _document({**found.others, text_key: ""} if found.found else found.others, where, text_key, reading)
+    yield Block(where, part, first)
 
 
 def _document(row: JsonObject, where: str, text_key: str, reading: Reading) -> str:

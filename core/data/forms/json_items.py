@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import codecs
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, NamedTuple
 
 from telechat_twins.core.errors import UserError
 from telechat_twins.core.files.foreign import MAX_LINE
+from telechat_twins.core.types import JsonObject
 
 BLOCK_BYTES = 1 << 20
 
@@ -28,66 +30,113 @@ class Item(NamedTuple):
     data: bytes
 
 
+@dataclass
+class LongItem:
+    """An object too large to be held: the parts of its text, and its other members, known once the parts are consumed.
+
+    ``found``: whether it has the text at all, by then.
+    """
+
+    line: int
+    item: int
+    parts: Iterator[str]
+    others: JsonObject
+    found: bool = False
+
+
 def json_items(file: IO[bytes], path: Path, limit: int = MAX_LINE) -> Iterator[Item]:
     """The elements of a JSON list, or JSON objects that follow one another with nothing but space between them.
 
     The elements are not parsed, so each must be judged by a parser. UserError for a file that is neither, for a list or
     an object that does not end, for text behind the list, and for an element of more than ``limit`` bytes.
     """
-    yield from _Splitter(file, path, limit).items()
+    for item in Splitter(file, path, limit).items():
+        assert isinstance(item, Item)  # there is no ``long``
+        yield item
 
 
-class _Splitter:
-    """What of the file lies in memory: ``held``, whose byte at ``begin`` is the file's byte at ``offset``."""
+class TooLong(UserError):
+    """An element of more bytes than the limit; the splitter still stands at its first byte."""
+
+
+class Splitter:
+    """A .json file as it is read.
+
+    ``held`` is what of it lies in memory; its byte at ``begin`` is the file's byte at ``offset``, in line ``line``.
+    """
 
     def __init__(self, file: IO[bytes], path: Path, limit: int):
         self.file, self.path, self.limit = file, path, limit
+        self.long: Callable[[int], LongItem] | None = None  # makes an element beyond the limit, by its number
         self.held = b""
         self.begin = self.offset = 0
         self.line = 1
 
-    def items(self) -> Iterator[Item]:
-        while len(self.held) < len(codecs.BOM_UTF8) and self._more():
+    def items(self) -> Iterator[Item | LongItem]:
+        """The elements; one beyond the limit is an error, or what ``long`` makes of it."""
+        while len(self.held) < len(codecs.BOM_UTF8) and self.more():
             pass
         if self.held.startswith(codecs.BOM_UTF8):
-            self._drop(len(codecs.BOM_UTF8))
-        opening = self._next_byte()
+            self.drop(len(codecs.BOM_UTF8))
+        opening = self.next_byte()
         if opening == b"[":
-            self._drop(1)
+            self.drop(1)
             yield from self._listed()
         elif opening == b"{":
             yield from self._one_after_another()
         elif opening:
-            raise self._wrong("not JSON rows; expected a list of objects, or objects")
+            raise self.wrong("not JSON rows; expected a list of objects, or objects")
 
-    def _listed(self) -> Iterator[Item]:
-        number, closed = 0, self._next_byte() == b"]"
+    def _listed(self) -> Iterator[Item | LongItem]:
+        number, closed = 0, self.next_byte() == b"]"
         if closed:
-            self._drop(1)
+            self.drop(1)
         while not closed:
             number += 1
-            self._next_byte()  # so that the line is the element's own
-            size = self._size(b",]", number)
+            self.next_byte()  # so that the line is the element's own
+            try:
+                size = self.size(b",]", number)
+            except TooLong:
+                yield from self._in_parts(number)
+                after = self.next_byte()
+                if after not in (b",", b"]"):
+                    raise self.wrong(f"item {number}: expected a comma or the end of the list behind it") from None
+                self.drop(1)
+                closed = after == b"]"
+                continue
             end = self.begin + size
             data, closed = self.held[self.begin : end].rstrip(_SPACE), self.held[end : end + 1] == b"]"
             if not data:
-                raise self._wrong(f"item {number}: a value is missing in the list")
+                raise self.wrong(f"item {number}: a value is missing in the list")
             yield Item(self.offset, self.line, number, data)
-            self._drop(size + 1)
-        if self._next_byte():
-            raise self._wrong("text behind the end of the list; expected one list")
+            self.drop(size + 1)
+        if self.next_byte():
+            raise self.wrong("text behind the end of the list; expected one list")
 
-    def _one_after_another(self) -> Iterator[Item]:
+    def _one_after_another(self) -> Iterator[Item | LongItem]:
         number = 0
-        while opening := self._next_byte():
+        while opening := self.next_byte():
             number += 1
             if opening != b"{":
-                raise self._wrong("expected an object, which begins with a brace")
-            size = self._size(b"}", number) + 1
+                raise self.wrong("expected an object, which begins with a brace")
+            try:
+                size = self.size(b"}", number) + 1
+            except TooLong:
+                yield from self._in_parts(number)
+                continue
             yield Item(self.offset, self.line, number, self.held[self.begin : self.begin + size])
-            self._drop(size)
+            self.drop(size)
 
-    def _size(self, closing: bytes, number: int) -> int:
+    def _in_parts(self, number: int) -> Iterator[LongItem]:
+        """An element beyond the limit, behind which the file is read on once all of it is consumed."""
+        if self.long is None:
+            raise self._too_long()
+        item = self.long(number)
+        yield item
+        for _ in item.parts:
+            pass
+
+    def size(self, closing: bytes, number: int) -> int:
         """How far from ``begin`` the first of ``closing`` is that lies outside of all brackets and strings opened."""
         depth = -1 if closing == b"}" else 0  # the element's own brace is one of them
         scanned, inside = 0, False
@@ -95,8 +144,8 @@ class _Splitter:
             found = (_INSIDE if inside else _OUTSIDE).search(self.held, self.begin + scanned)
             if found is None:
                 scanned = max(scanned, len(self.held) - self.begin)
-                if not self._more():
-                    raise self._wrong(f"item {number}: the file ends before it does")
+                if not self.more():
+                    raise self.wrong(f"item {number}: the file ends before it does")
                 continue
             byte = found[0]
             scanned = found.end() - self.begin
@@ -114,28 +163,29 @@ class _Splitter:
                 depth -= 1
         raise self._too_long()
 
-    def _next_byte(self) -> bytes:
+    def next_byte(self) -> bytes:
         """The next byte that is not white space, to which ``begin`` moves; nothing at the end of the file."""
         while True:
             found = _VISIBLE.search(self.held, self.begin)
-            self._drop((found.start() if found else len(self.held)) - self.begin)
-            if found or not self._more():
+            self.drop((found.start() if found else len(self.held)) - self.begin)
+            if found or not self.more():
                 return found[0] if found else b""
 
-    def _drop(self, count: int) -> None:
+    def drop(self, count: int) -> None:
         self.line += self.held.count(b"\n", self.begin, self.begin + count)
         self.offset += count
         self.begin += count
 
-    def _more(self) -> bool:
-        if len(self.held) - self.begin > self.limit:
+    def more(self, limit: int | None = None) -> bool:
+        """Read on; whether there was anything. TooLong where more than ``limit`` (default: its own) is held already."""
+        if len(self.held) - self.begin > (self.limit if limit is None else limit):
             raise self._too_long()
         chunk = self.file.read(BLOCK_BYTES)
         self.held, self.begin = self.held[self.begin :] + chunk, 0
         return bool(chunk)
 
-    def _too_long(self) -> UserError:
-        return self._wrong(f"a row of more than {self.limit} bytes; split it into several rows")
+    def _too_long(self) -> TooLong:
+        return TooLong(f"{self.path}:{self.line}: a row of more than {self.limit} bytes; split it into several rows")
 
-    def _wrong(self, what: str) -> UserError:
+    def wrong(self, what: str) -> UserError:
         return UserError(f"{self.path}:{self.line}: {what}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import bz2
 import csv
+import functools
 import gzip
 import json
 import lzma
@@ -17,6 +18,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from telechat_twins.core.data import rows as rows_module
+from telechat_twins.core.data.forms import json_items, long_rows
 from telechat_twins.core.data.forms.find import find_inputs, skipped_inputs, total_bytes
 from telechat_twins.core.data.forms.formats import SUFFIXES
 from telechat_twins.core.data.kinds.messages import Reading
@@ -353,3 +356,75 @@ def test_long_documents_of_every_form_encode_alike(tmp_path: Path) -> None:
         pack_text([tmp_path / name], out, tiny_tokenizer(), encoding=encoding, quiet=True)
         streams.append(PackedDataset(out).tokens.tolist())
     assert streams[0] == streams[1] == streams[2]
+
+
+# ---- rows that are longer than what is held
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json", "b.json"])
+def test_long_documents_are_read_in_parts(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(long_rows, "PART_BYTES", 64)
+    monkeypatch.setattr(long_rows, "_MOST", 256)
+    monkeypatch.setattr(json_items, "BLOCK_BYTES", 61)
+    draw = random.Random(0)
+    pieces = ("fox ", "\n", "\\", '"', "\u4e2d", "\U0001f608", "\t", "{[", "\\n", "\x01")
+    for trial in range(60):
+        rows = []
+        for n in range(draw.randint(1, 4)):
+            text = "".join(draw.choices(pieces if draw.random() < 0.7 else pieces[2:], k=draw.choice((3, 400, 900))))
+            rows.append(dict(draw.sample([("id", n), ("text", text), ("meta", {"a": [1, "}"]})], 3)))
+        dumped = [json.dumps(row, ensure_ascii=draw.random() < 0.5) for row in rows]
+        whole = {"a.jsonl": "\n".join(dumped), "a.json": f"[{', '.join(dumped)} ]", "b.json": " ".join(dumped)}[name]
+        (tmp_path / name).write_text(whole, encoding="utf-8")
+        texts: list[str] = []
+        reading, parts = Reading(), 0
+        with monkeypatch.context() as patch:
+            patch.setattr(rows_module, "document_rows", functools.partial(long_rows.document_rows, limit=200))
+            for block in read_documents(tmp_path / name, reading=reading):
+                texts += [block.text] if block.first else []
+                if not block.first:
+                    texts[-1] += block.text
+                    parts += 1
+        assert texts == [row["text"] for row in rows], trial
+        assert reading.left_out <= {"id", "meta"} and reading.kinds == {"text": len(rows)}
+        assert parts > 0 or all(len(one) < 400 for one in dumped)
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ('{"text": "LONG', "1: not valid JSON (the file ends inside a text)"),
+        ('{"text": "LONG"', "1: not valid JSON (expected a comma or a brace"),
+        ('{"text": "LONG", "note": "x"}', "1: key 'note' is not read"),
+        ('{"text": "LONG", "text": "x"}', "1: not valid JSON (key 'text' appears twice)"),
+        ('{"text": "LONG",}', "1: not valid JSON (expected a key"),
+        ('{"text": "LONG"} {}', "1: not valid JSON (more behind the object of this line)"),
+        ('{"text": "LONG\\ud800"}', "1: not valid JSON (an unpaired surrogate"),
+        ('{"text": "LONG\t"}', "1: not valid JSON (Invalid control character"),
+        ('{"id": "LONG", "txt": 1}', "1: expected text in field 'text'; keys found: id, txt"),
+        ('{"id": "LONGLONG"}', "1: a row of more than"),
+        ('["LONG"]', "1: expected a JSON object"),
+    ],
+)
+def test_long_rows_that_are_none_are_refused(
+    text: str, says: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rows_module, "document_rows", functools.partial(long_rows.document_rows, limit=404))
+    (tmp_path / "a.jsonl").write_text(text.replace("LONG", "fox " * 100))
+    with pytest.raises(UserError) as error:
+        list(read_documents(tmp_path / "a.jsonl"))
+    assert f"a.jsonl:{says}" in str(error.value)
+
+
+def test_a_long_row_takes_constant_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(long_rows, "PART_BYTES", 1 << 17)
+    monkeypatch.setattr(json_items, "BLOCK_BYTES", 1 << 17)
+    monkeypatch.setattr(rows_module, "document_rows", functools.partial(long_rows.document_rows, limit=1 << 19))
+    text, peaks = "The quick brown fox jumps over the lazy dog.\n" * 12_000, []
+    for copies in (2, 6):
+        (tmp_path / "a.json").write_text(json.dumps([{"text": text * copies, "id": 1}]))
+        tracemalloc.start()
+        assert sum(len(block.text) for block in read_documents(tmp_path / "a.json")) == copies * len(text)
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    assert peaks[1] < peaks[0] + 100_000, peaks
