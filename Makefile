@@ -11,7 +11,7 @@ SHELL := /bin/bash
         campaign-equivalence campaign-memory ascend-lower gpu-check mindformers-check asan lint format lock clean
 
 VENV ?= .venv
-EXTRAS := ms,pt,serve,data,dev
+EXTRAS := ms,pt,serve,data,tokenizers,dev
 WORKERS ?= 2
 PYTEST_ARGS ?=
 CAMPAIGN_ARGS ?=

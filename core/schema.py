@@ -168,6 +168,10 @@ class _Loader(yaml.SafeLoader):
             return self.refuse_ambiguous(node)
         return self.construct_yaml_bool(node)
 
+    def refuse_merge(self, node: yaml.ScalarNode) -> NoReturn:
+        reason = "'<<' merges mappings in YAML 1.1 and is a key in 1.2; write the keys out, or quote it to mean text"
+        raise yaml.constructor.ConstructorError(None, None, reason, node.start_mark)
+
     def refuse_ambiguous(self, node: yaml.ScalarNode) -> NoReturn:
         if node.value.lower() in ("yes", "no", "on", "off"):
             what = "is a truth value in some versions of YAML and text in others; write true or false, or quote it"
@@ -207,7 +211,7 @@ _UNCLEAR = re.compile(
     r"|^(yes|Yes|YES|no|No|NO|on|On|ON|off|Off|OFF)$"
 )
 _Loader.yaml_implicit_resolvers = {
-    first: [(tag, pattern) for tag, pattern in resolvers if tag in (_TAG + "null", _TAG + "merge", _TAG + "value")]
+    first: [(tag, pattern) for tag, pattern in resolvers if tag in (_TAG + "null", _TAG + "merge")]
     for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
 _Loader.add_implicit_resolver(_TAG + "int", _DECIMAL, list("-+0123456789"))
@@ -219,6 +223,7 @@ for _kind, _constructor in (
     (_TAG + "float", _Loader.construct_number),
     (_TAG + "bool", _Loader.construct_truth),
     (_AMBIGUOUS, _Loader.refuse_ambiguous),
+    (_TAG + "merge", _Loader.refuse_merge),
 ):
     _Loader.add_constructor(_kind, _constructor)
 

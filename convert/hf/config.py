@@ -329,6 +329,8 @@ def _fresh(config: ModelConfig) -> JsonObject:
         **token_keys(config),
         **{switch.names[0]: chosen(switch, getattr(config, switch.field)) for switch in form.switches},
     }
+    if form.theta == "rope_theta":  # where transformers 5 looks; older readers take the key beside it
+        result["rope_parameters"] = {"rope_theta": config.rope_theta, "rope_type": "default"}
     if form.mup:
         result.update(output_mult=config.logit_mult, mup_scale_factor=1.0)
     if config.family == "telechat2":

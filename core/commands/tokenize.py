@@ -37,6 +37,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     train.add_argument("inputs", nargs="+", metavar="INPUT", help="files, folders or quoted patterns")
     train.add_argument("--out", required=True, help="the tokenizer.model to write")
     train.add_argument("--vocab-size", type=int, required=True, help="pieces, control tokens and bytes included")
+    train.add_argument(
+        "--character-coverage",
+        type=float,
+        default=0.9995,
+        metavar="SHARE",
+        help="of the text's characters, frequent ones first, that get pieces (0.9995); lower it for a small vocabulary "
+        "of Chinese, e.g. 0.95 at 2048 pieces",
+    )
+    train.add_argument(
+        "--byte-fallback",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="write characters without a piece as their bytes, so that every text comes back (on); without, as <_unk>",
+    )
     train.add_argument("--max-bytes", type=int, default=1 << 28, help="text to train on at most; it is kept in memory")
     train.add_argument("--threads", type=int, default=1)
     train.add_argument(
@@ -76,7 +90,14 @@ def _train(args: argparse.Namespace) -> int:
         print(f"note: {note}", file=sys.stderr)
     begun = time.monotonic()
     texts = read_texts(args.inputs, args.max_bytes, args.ignore_key)
-    tokenizer = train_tokenizer(texts, out, args.vocab_size, threads=args.threads)
+    tokenizer = train_tokenizer(
+        texts,
+        out,
+        args.vocab_size,
+        threads=args.threads,
+        character_coverage=args.character_coverage,
+        byte_fallback=args.byte_fallback,
+    )
     print(f"{out}: {tokenizer.vocab_size} pieces in {time.monotonic() - begun:.1f} s, SHA-256 {tokenizer.sha256[:16]}")
     return 0
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import functools
 import io
 from collections.abc import Iterable, Iterator
@@ -17,7 +18,9 @@ from telechat_twins.core.files.atomic import new_file
 # Ids 4-17 behind <_unk> <_start> <_end> <_pad>, then from 18 the released order: digits, "_" 28, newline 29, tab 30.
 CONTROL_PIECES = (USER, BOT, SYSTEM, "<_observation>", "<_sep>", *(f"<_control{n}>" for n in range(1, 10)))
 LITERAL_PIECES = (*"0123456789", "_", "\n", "\t", "__", "___", "____")
-SMALLEST = 4 + len(CONTROL_PIECES) + len(LITERAL_PIECES) + 256
+FIXED = 4 + len(CONTROL_PIECES) + len(LITERAL_PIECES)
+SMALLEST = FIXED + 256
+LIBRARY_COVERAGE = 0.98  # below this SentencePiece refuses; the rare characters are taken out here
 
 _BLOCK = 4096
 
@@ -35,7 +38,6 @@ _train_bpe = functools.partial(
     pad_piece=PAD,
     control_symbols=list(CONTROL_PIECES),
     user_defined_symbols=list(LITERAL_PIECES),
-    byte_fallback=True,
     split_digits=True,
     allow_whitespace_only_pieces=True,
     normalization_rule_name="identity",
@@ -49,17 +51,26 @@ _train_bpe = functools.partial(
 
 
 def train_tokenizer(
-    texts: Iterable[str], path: str | Path, vocab_size: int, *, threads: int = 1, character_coverage: float = 0.9995
+    texts: Iterable[str],
+    path: str | Path,
+    vocab_size: int,
+    *,
+    threads: int = 1,
+    character_coverage: float = 0.9995,
+    byte_fallback: bool = True,
 ) -> Tokenizer:
     """Train on ``texts`` and write the model file ``path``; returns it loaded. The same texts give the same bytes.
 
-    SentencePiece keeps its training text in memory: give a sample of a large corpus, not all of it. UserError when
-    ``vocab_size`` is too small for the fixed pieces and the characters found, or larger than the text can fill, or
-    when there is no text.
+    ``character_coverage``: share of the text's characters that get pieces, the frequent ones first; the others are
+    written as bytes (``byte_fallback``), or unknown. Chinese has thousands of characters: 0.98 leaves about half of
+    them to the bytes. SentencePiece keeps its training text in memory, below 0.98 it is there twice: give a sample of a
+    large corpus, not all of it. UserError when ``vocab_size`` is too small for the fixed pieces and the characters
+    found, or larger than the text can fill, or when there is no text.
     """
-    if vocab_size <= SMALLEST:
-        raise UserError(f"vocab_size: must be above {SMALLEST} (control tokens, digits and bytes), found {vocab_size}")
+    _check(vocab_size, character_coverage, byte_fallback)
     blocks = _blocks(texts)
+    if character_coverage < LIBRARY_COVERAGE:
+        blocks, character_coverage = _covered(list(blocks), character_coverage), 1.0
     first = next(blocks, None)
     if first is None:
         raise UserError("tokenizer training: found no text; give at least one text that is not blank")
@@ -82,6 +93,7 @@ def train_tokenizer(
             model_writer=model,
             vocab_size=vocab_size,
             character_coverage=character_coverage,
+            byte_fallback=byte_fallback,
             num_threads=threads,
         )
     except (RuntimeError, OSError, UnicodeEncodeError) as error:
@@ -89,9 +101,36 @@ def train_tokenizer(
             raise stopped[0] from None
         # SentencePiece goes on to name an option of its own command, which is none of ours.
         reason = str(error).splitlines()[0].rpartition("] ")[2].partition(" or decrease character_coverage")[0]
+        if "required_chars" in reason:
+            rest = "the rest is written as bytes" if byte_fallback else "the rest becomes unknown"
+            reason += f". Or lower the character coverage ({rest})"
         raise UserError(f"vocab_size: {vocab_size} does not suit this text; SentencePiece reports: {reason}") from None
     _write(Path(path), model.getvalue())
     return load_tokenizer(path)
+
+
+def _check(vocab_size: int, coverage: float, byte_fallback: bool) -> None:
+    smallest = SMALLEST if byte_fallback else FIXED
+    if vocab_size <= smallest:
+        raise UserError(f"vocab_size: must be above {smallest} (control tokens, digits and bytes), found {vocab_size}")
+    if not 0 < coverage <= 1:
+        raise UserError(f"character_coverage: must be above 0 and at most 1, found {coverage:g}")
+
+
+def _covered(blocks: list[str], coverage: float) -> Iterator[str]:
+    """``blocks`` without their rare characters: of the others each, from the most frequent on, until they make up
+    ``coverage`` of the text. A newline takes the place of a rare one: a piece of its own, with which nothing merges."""
+    counts: collections.Counter[str] = collections.Counter()
+    for block in blocks:
+        counts.update(block)
+    total, kept, seen = counts.total(), set(LITERAL_PIECES), 0
+    for character, count in sorted(counts.items(), key=lambda entry: (-entry[1], entry[0])):
+        if seen >= coverage * total:
+            break
+        kept.add(character)
+        seen += count
+    rare = {ord(character): "\n" for character in counts.keys() - kept}
+    return (block.translate(rare) for block in blocks)
 
 
 def _write(path: Path, data: bytes) -> None:

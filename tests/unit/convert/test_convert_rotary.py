@@ -48,6 +48,14 @@ def test_every_name_is_read_and_written(case: str, family: str) -> None:
     assert "500000" not in json.dumps(written) and original == {**original, **SAME[case]}
 
 
+@pytest.mark.parametrize("family", ["teleflm", "telechat2_gqa"])
+def test_a_fresh_config_holds_the_base_for_old_and_new_readers(family: str) -> None:
+    config = read(family, rope_theta=5e5)[1]
+    written = write_config(config, None, None)
+    assert written["rope_theta"] == 5e5 and written["rope_parameters"] == HALF
+    assert read_config(written, "x")[0] == config
+
+
 @pytest.mark.parametrize("family", ["teleflm", "telechat2_gqa", "flm101b_like"])
 @pytest.mark.parametrize(
     "empty", [{}, {"rope_parameters": None}, {"rope_scaling": {}}, {"rope_parameters": {"rope_type": "default"}}]

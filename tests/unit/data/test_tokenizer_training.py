@@ -56,6 +56,30 @@ def test_refusals_leave_no_file(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+# Chinese has more characters than a small vocabulary has pieces: as here, where each comes once or twice.
+CHINESE = [
+    "春江水暖，岸边的柳树刚刚发芽，渔夫推开木窗，看见远山上还留着一层薄雪。",
+    "".join(chr(0x4E00 + n) for n in range(2500)),
+    "图书馆的灯一直亮到深夜，学生们在长桌旁安静地抄写笔记，窗外下着细雨。\n" * 200,
+]
+
+
+def test_chinese_fits_a_small_vocabulary_by_bytes(tmp_path):
+    with pytest.raises(UserError, match="lower the character coverage .the rest is written as bytes"):
+        train_tokenizer(CHINESE, tmp_path / "a.model", 2048)
+    tokenizer = train_tokenizer(CHINESE, tmp_path / "b.model", 345, character_coverage=0.72)
+    text = "".join(CHINESE)
+    ids = tokenizer.encode(text)
+    assert tokenizer.vocab_size == 345 and tokenizer.decode(ids) == text
+    pieces = {tokenizer.piece(i) for i in range(345)}
+    assert {"灯", "雨"} <= pieces and "\u5200" not in pieces  # the frequent ones; rare ones are three bytes each
+    assert len(tokenizer.encode(CHINESE[2])) < len(CHINESE[2]) / 2
+    without = train_tokenizer(CHINESE, tmp_path / "c.model", 90, character_coverage=0.72, byte_fallback=False)
+    assert without.encode("\u5200")[-1] == 0 and "<0x41>" not in {without.piece(i) for i in range(90)}
+    with pytest.raises(UserError, match="character_coverage: must be above 0 and at most 1"):
+        train_tokenizer(CHINESE, tmp_path / "d.model", 2048, character_coverage=98)
+
+
 @pytest.mark.parametrize("error", [UserError("rows.jsonl:3: not valid JSON"), KeyboardInterrupt()])
 def test_an_error_while_reading_is_not_swallowed(tmp_path, error):
     def texts():

@@ -17,7 +17,7 @@ def test_every_pin_of_the_project_is_locked_at_that_version() -> None:
     locked = dict(line.split("==") for line in (ROOT / "requirements.lock").read_text().splitlines() if line[0] != "#")
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
-    installed = [name for extra in ("ms", "pt", "serve", "data", "dev") for name in extras[extra]]
+    installed = [name for extra in ("ms", "pt", "serve", "data", "tokenizers", "dev") for name in extras[extra]]
     for requirement in [*project["dependencies"], *installed]:
         requirement, _, platform = requirement.partition(";")
         if platform:

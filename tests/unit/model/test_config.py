@@ -186,6 +186,14 @@ def test_a_value_that_versions_of_yaml_read_differently_is_refused(tmp_path: Pat
     assert load_yaml(tmp_path / "x.yaml") == {"a": value, "b": [value]}
 
 
+def test_a_merge_key_is_refused_by_name(tmp_path: Path) -> None:
+    (tmp_path / "x.yaml").write_text("a: &a {b: 1}\nc:\n  <<: *a\n")
+    with pytest.raises(UserError, match="x.yaml:3: .*'<<' merges mappings in YAML 1.1 .* write the keys out"):
+        load_yaml(tmp_path / "x.yaml")
+    (tmp_path / "x.yaml").write_text("'<<': =\n")
+    assert load_yaml(tmp_path / "x.yaml") == {"<<": "="}
+
+
 def test_decimal_numbers_and_text_are_what_they_look_like(tmp_path: Path) -> None:
     want = {
         **{"0": 0, "-0": 0, "+7": 7, "10": 10, "1.": 1.0, ".5": 0.5, "-.5e3": -500.0, "01.5": 1.5, "1.0e-05": 1e-5},

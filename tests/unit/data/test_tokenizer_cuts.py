@@ -1,0 +1,160 @@
+"""Exact cuts of long texts: the ids are those of SentencePiece for the whole text, in one process and in several."""
+
+from __future__ import annotations
+
+import io
+import random
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import sentencepiece
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from telechat_twins.core.data.encoders import parallel, spm
+from telechat_twins.core.data.encoders.cuts import make_cutter, read_specs
+from telechat_twins.core.data.encoders.parallel import encode_blocks
+from telechat_twins.core.data.tokenizer import load_tokenizer
+from telechat_twins.core.errors import UserError
+from tests.support.data_support import SENTENCES, tiny_tokenizer, tiny_tokenizer_path
+from tests.support.shared import shared_file
+
+PARTS = ["fox ", " fox", "  ", "\n", "\n\n", "\t", " \n", "add(", "中国", "，", "▁", "▁▁ ", "é", "😀", "12", "__"]
+TEXTS = st.lists(st.sampled_from(PARTS) | st.text(max_size=8), max_size=40).map("".join)
+
+
+def trained(folder: Path, name: str, **options: object) -> Path:
+    """A SentencePiece model of few pieces; options as its trainer has them."""
+    model = io.BytesIO()
+    settings = {"vocab_size": 400, "model_type": "bpe", "minloglevel": 2, **options}
+    texts = iter([*SENTENCES * 10, "aa bb  cc   dd\n\n x\ty " * 20])
+    sentencepiece.SentencePieceTrainer.train(sentence_iterator=texts, model_writer=model, **settings)
+    path = folder / f"{name}.model"
+    path.write_bytes(model.getvalue())
+    return path
+
+
+def long_texts(seed: int, count: int, size: int) -> list[str]:
+    """Real sentences, pieces that are hard to cut, and random characters of many scripts, mixed."""
+    rng = random.Random(seed)
+    wild = [chr(c) for c in (*range(0x20, 0x250), *range(0x2570, 0x2590), *range(0x4E00, 0x4E40), 0x3000, 0x1F600)]
+    made = []
+    for _ in range(count):
+        text = ""
+        while len(text) < size:
+            text += rng.choice([*SENTENCES, *PARTS, "".join(rng.choices(wild, k=9)), " " * rng.randrange(9)])
+        made.append(text)
+    return made
+
+
+IDENTITY = {"normalization_rule_name": "identity", "remove_extra_whitespaces": False}
+# What the cuts have to respect: pieces across spaces, unknown characters, no space in front, pieces of several symbols.
+CUT = {
+    "across_spaces": {**IDENTITY, "split_by_whitespace": False, "byte_fallback": True},
+    "no_bytes": {**IDENTITY, "character_coverage": 0.985, "vocab_size": 160},
+    "no_prefix": {**IDENTITY, "byte_fallback": True, "add_dummy_prefix": False},
+    "defined": {**IDENTITY, "byte_fallback": True, "user_defined_symbols": ["\n", "a\n", "x y", "____"]},
+    "space_pieces": {**IDENTITY, "byte_fallback": True, "allow_whitespace_only_pieces": True},
+}
+WHOLE = {
+    "unigram": {**IDENTITY, "model_type": "unigram", "byte_fallback": True, "hard_vocab_limit": False},
+    "nfkc": {"byte_fallback": True, "remove_extra_whitespaces": False},
+    "squeezed": {"normalization_rule_name": "identity", "byte_fallback": True},
+    "suffix": {**IDENTITY, "treat_whitespace_as_suffix": True, "byte_fallback": True},
+}
+
+
+@pytest.mark.parametrize("name", [*CUT, *WHOLE])
+def test_long_texts_encode_as_the_whole_or_are_not_cut(tmp_path, monkeypatch, name):
+    monkeypatch.setattr(spm, "_LONG", 0)
+    path = trained(tmp_path, name, **{**CUT, **WHOLE}[name])
+    tokenizer = load_tokenizer(path, "none")
+    library = sentencepiece.SentencePieceProcessor(model_file=str(path))
+    pieces = [library.id_to_piece(i) for i in range(library.get_piece_size())]
+    cutter = make_cutter(read_specs(path.read_bytes()), pieces)
+    assert (cutter is None) == (name in WHOLE)
+    texts = ["", " ", "\n", "▁", *long_texts(len(name), 6, 3000)]
+    for _ in range(2):  # the second time from the words that are remembered
+        assert [ids.tolist() for ids in tokenizer.encode_batch(texts)] == library.encode(texts)
+    for text in texts:
+        cut = tokenizer.last_cut(text)
+        assert not (cut and name in WHOLE)
+        if cut:
+            left, right = tokenizer.encode_batch([text[:cut], text[cut:]], [True, False])
+            assert [*left, *right] == library.encode(text)
+
+
+@settings(max_examples=150, deadline=None)
+@given(TEXTS)
+def test_any_text_encodes_as_the_whole(text):
+    tokenizer = tiny_tokenizer()
+    want = sentencepiece.SentencePieceProcessor(model_file=str(tiny_tokenizer_path())).encode(text)
+    assert tokenizer.encode_batch([text, "fox " * 6000])[0].tolist() == want
+    cut = tokenizer.last_cut(text)
+    left, right = tokenizer.encode_batch([text[:cut], text[cut:]], [True, False])
+    assert not cut or [*left, *right] == want
+
+
+def test_a_wrong_cut_would_be_noticed(tmp_path, monkeypatch):
+    """The planted fault: words cut at spaces by a model whose pieces go across them."""
+    path = trained(tmp_path, "x", **CUT["across_spaces"])
+    library = sentencepiece.SentencePieceProcessor(model_file=str(path))
+    pieces = [piece for i in range(library.get_piece_size()) if "\u2581" not in (piece := library.id_to_piece(i))[1:]]
+    wrong = make_cutter(read_specs(path.read_bytes()), pieces)
+    tokenizer = load_tokenizer(path, "none")
+    monkeypatch.setitem(tokenizer.__dict__, "_cutter", wrong)
+    texts = long_texts(3, 4, 30_000)
+    assert [ids.tolist() for ids in tokenizer.encode_batch(texts)] != library.encode(texts)
+
+
+def test_released_tokenizer_on_its_own_examples():
+    path = shared_file("data/telechat2/tokenizer.model")
+    tokenizer, library = load_tokenizer(path), sentencepiece.SentencePieceProcessor(model_file=str(path))
+    texts = [shared_file(f"data/telechat2/{name}.jsonl").read_text("utf-8") for name in ("demo_code", "demo_single")]
+    texts += long_texts(5, 2, 20_000)
+    assert [ids.tolist() for ids in tokenizer.encode_batch(texts)] == library.encode(texts)
+
+
+@dataclass(frozen=True)
+class Block:
+    where: str
+    text: str
+    first: bool = True
+    last: bool = True
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_blocks_and_workers_leave_no_trace(monkeypatch, workers):
+    monkeypatch.setattr(parallel, "_TASK", 500)
+    tokenizer, documents = tiny_tokenizer(), [*long_texts(9, 5, 2000), "", "中" * 700]
+    rng, blocks = random.Random(2), []
+    for number, text in enumerate(documents):
+        places = sorted({0, *(rng.randrange(len(text) + 1) for _ in range(9)), len(text)})
+        parts = [text[a:b] for a, b in zip(places, places[1:], strict=False)] or [""]
+        blocks += [Block(f"d{number}", p, n == 0, n == len(parts) - 1) for n, p in enumerate(parts)]
+    found: list[list[int]] = []
+    for part in encode_blocks(blocks, tokenizer, workers):
+        found += [[]] if part.first else []
+        found[-1] += part.ids.tolist()
+    assert found == [tokenizer.encode(text) for text in documents]
+
+
+def test_what_cannot_be_cut_is_refused(tmp_path, monkeypatch):
+    tokenizer = load_tokenizer(trained(tmp_path, "u", **WHOLE["unigram"]), "none")
+    monkeypatch.setattr(parallel, "_UNCUT", 100)
+    with pytest.raises(UserError, match="a.txt:1: more than 100 characters of one document"):
+        list(encode_blocks([Block("a.txt:1", "word " * 30, last=False)], tokenizer))
+
+
+def test_a_lost_worker_is_one_error(monkeypatch):
+    monkeypatch.setattr(parallel, "_TASK", 10)
+    monkeypatch.setattr(parallel, "_work", _dies)
+    with pytest.raises(UserError, match="a worker process ended"):
+        list(encode_blocks([Block("a", "some words of text") for _ in range(5)], tiny_tokenizer(), 2))
+
+
+def _dies(texts: object) -> None:
+    import os
+
+    os._exit(9)
