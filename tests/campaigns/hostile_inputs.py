@@ -14,7 +14,7 @@ import struct
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from telechat_twins.core.checkpoint.pieces import manifest_digest
 from telechat_twins.core.files.safetensors import file_sha256
@@ -291,62 +291,93 @@ def replace_listed(folder: Path, name: str, data: bytes) -> None:
     rewrite_manifest(folder, lambda manifest: manifest["files"].update({name: facts}))
 
 
+class Damage(NamedTuple):
+    """A checkpoint to damage: its manifest, one tensor of it, and a file outside of its folder."""
+
+    manifest: dict[str, Any]
+    tensor: dict[str, Any]
+    outside: Path
+
+    @property
+    def piece(self) -> dict[str, Any]:
+        return self.tensor["pieces"][0]
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """Size and hash of the file outside, as a manifest lists them."""
+        return {"size": self.outside.stat().st_size, "sha256": file_sha256(self.outside)}
+
+
+def _escape(rng: random.Random, it: Damage) -> None:
+    name = rng.choice(["../outside.json", str(it.outside), "assets/../../outside.json", "a\0b"])
+    it.manifest["files"][name] = it.facts
+
+
+def _link(rng: random.Random, it: Damage) -> None:
+    it.manifest["files"]["link.json"] = it.facts
+
+
+def _pieces(rng: random.Random, it: Damage) -> None:
+    it.tensor["pieces"] = rng.choice([[], None, 3, it.tensor["pieces"] * rng.choice([2, 20_000]), [{}], [[]]])
+
+
+def _sizes(rng: random.Random, it: Damage) -> None:
+    wrong = [[-1, 0], [2**62, 1], [10**39], [], None, [0] * 500, [1.0]]
+    it.piece[rng.choice(["offset", "extent"])] = rng.choice(wrong)
+
+
+def _shape(rng: random.Random, it: Damage) -> None:
+    it.tensor["shape"] = rng.choice([[2**61, 4], [-1], [0] * 1_000, "x", None, [10**30], [2**61] * 30])
+
+
+def _kinds(rng: random.Random, it: Damage) -> None:
+    it.manifest["tensors"] = rng.choice([{}, [], None, {"weights": 3}, {"weights": {}, "optimizer": []}])
+
+
+def _step(rng: random.Random, it: Damage) -> None:
+    it.manifest["step"] = rng.choice(["x", None, [], {}])
+
+
+def _version(rng: random.Random, it: Damage) -> None:
+    wrong = [2**70, "x" * 1_000_000, [[]] * 10_000, ESCAPES[0], None]
+    it.manifest[rng.choice(["version", "format"])] = rng.choice(wrong)
+
+
+def _unlisted(rng: random.Random, it: Damage) -> None:
+    it.piece["file"] = rng.choice(["nowhere.safetensors", "../outside.json", ESCAPES[1], "f" * 100_000])
+
+
+def _boxes(rng: random.Random, it: Damage) -> None:
+    """Thousands of boxes of one tensor, half of them along each axis."""
+    n, piece = rng.randint(1_000, 8_000), it.piece
+    boxes = it.manifest["tensors"]["optimizer"].setdefault("boxes", {**it.tensor, "shape": [n, 2 * n]})
+    across = [{**piece, "offset": [i, 0], "extent": [1, n]} for i in range(n)]
+    boxes["pieces"] = across + [{**piece, "offset": [0, n + i], "extent": [n, 1]} for i in range(n)]
+
+
+MANIFEST_DAMAGE: dict[str, Callable[[random.Random, Damage], None]] = {
+    "escape": _escape,
+    "link": _link,
+    "pieces": _pieces,
+    "sizes": _sizes,
+    "shape": _shape,
+    "kinds": _kinds,
+    "step": _step,
+    "version": _version,
+    "unlisted": _unlisted,
+    "boxes": _boxes,
+}
+
+
 def hostile_manifest(rng: random.Random, folder: Path) -> str:
-    """Damage a canonical checkpoint so that only our checks can notice; what was done."""
-    name = rng.choice(
-        [
-            "escape",
-            "link",
-            "pieces",
-            "sizes",
-            "shape",
-            "kinds",
-            "step",
-            "version",
-            "unlisted",
-            "boxes",
-            "model",
-            "trainer",
-            "text",
-        ]
-    )
+    """Damage a canonical checkpoint in a way that only our checks can notice, not the hashes. Returns what was done."""
+    name = rng.choice([*MANIFEST_DAMAGE, "model", "trainer", "text"])
     outside = folder.parent / "outside.json"
     outside.write_bytes((folder / "model.json").read_bytes())
-    facts = {"size": outside.stat().st_size, "sha256": file_sha256(outside)}
 
     def change(manifest: dict[str, Any]) -> None:
         weights = manifest["tensors"]["weights"]
-        tensor = weights[rng.choice(list(weights))]
-        piece = tensor["pieces"][0]
-        if name == "escape":
-            manifest["files"][rng.choice(["../outside.json", str(outside), "assets/../../outside.json", "a\0b"])] = (
-                facts
-            )
-        elif name == "link":
-            manifest["files"]["link.json"] = facts
-        elif name == "pieces":
-            tensor["pieces"] = rng.choice([[], None, 3, tensor["pieces"] * rng.choice([2, 20_000]), [{}], [[]]])
-        elif name == "sizes":
-            piece[rng.choice(["offset", "extent"])] = rng.choice(
-                [[-1, 0], [2**62, 1], [10**39], [], None, [0] * 500, [1.0]]
-            )
-        elif name == "shape":
-            tensor["shape"] = rng.choice([[2**61, 4], [-1], [0] * 1_000, "x", None, [10**30], [2**61] * 30])
-        elif name == "kinds":
-            manifest["tensors"] = rng.choice([{}, [], None, {"weights": 3}, {"weights": {}, "optimizer": []}])
-        elif name == "step":
-            manifest["step"] = rng.choice(["x", None, [], {}])
-        elif name == "version":
-            manifest[rng.choice(["version", "format"])] = rng.choice(
-                [2**70, "x" * 1_000_000, [[]] * 10_000, ESCAPES[0], None]
-            )
-        elif name == "unlisted":
-            piece["file"] = rng.choice(["nowhere.safetensors", "../outside.json", ESCAPES[1], "f" * 100_000])
-        elif name == "boxes":  # of one tensor, half of them along each axis
-            n = rng.randint(1_000, 8_000)
-            boxes = manifest["tensors"]["optimizer"].setdefault("boxes", {**tensor, "shape": [n, 2 * n]})
-            across = [{**piece, "offset": [i, 0], "extent": [1, n]} for i in range(n)]
-            boxes["pieces"] = across + [{**piece, "offset": [0, n + i], "extent": [n, 1]} for i in range(n)]
+        MANIFEST_DAMAGE[name](rng, Damage(manifest, weights[rng.choice(list(weights))], outside))
 
     if name == "link":
         (folder / "link.json").symlink_to(outside)

@@ -1,6 +1,6 @@
 """Every collective of both backends, in groups of 2, 3 and 4 of four real processes, against numpy.
 
-One launch a backend does all the checks (collective_checks.py), which leave their results by name; each is a test here.
+One launch for each backend runs all checks (collective_rank.py) and writes their results by name; each is a test here.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ import pytest
 
 from telechat_twins.core.errors import UserError
 from telechat_twins.core.launch.launcher import launch
-from tests.multiproc.collective_checks import CHECKS, WORLD
+from tests.multiproc.collective_rank import CHECKS, WORLD
 
-SCRIPT = Path(__file__).with_name("collective_checks.py")
+SCRIPT = Path(__file__).with_name("collective_rank.py")
 Results = tuple[int, list[dict[str, str]]]
 
 
