@@ -28,7 +28,7 @@ WIDER = 4.0
 
 
 def within(found: dict[str, float], limit: float) -> None:
-    assert all(error <= WIDER * limit for error in found.values()), found
+    assert found and all(error <= WIDER * limit for error in found.values()), found
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -212,8 +212,8 @@ def test_options_that_do_not_go_with_growth(
     files: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for extra, says in (
-        (["--layout", "tp2"], "--layout: every stage of"),
-        (["--nproc", "2"], "--nproc: every stage of"),
+        (["--layout", "tp2"], "--layout: cannot be combined with --growth"),
+        (["--nproc", "2"], "--nproc: cannot be combined with --growth"),
         (["--resume", str(tmp_path)], "--resume: must be 'auto' with --growth"),
         (["--nnodes", "3"], "--nnodes: must divide the 1 ranks of stage 'small', found 3"),
     ):

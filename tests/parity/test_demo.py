@@ -64,7 +64,7 @@ def test_the_export_is_a_released_folder(demo: Path) -> None:
 def test_a_folder_of_something_else_is_left_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "thesis.txt").write_text("x")
     assert main(["demo", "--out", str(tmp_path)]) == 2
-    assert "other than an earlier demo" in capsys.readouterr().err
+    assert "must be empty, new or an earlier demo's folder" in capsys.readouterr().err
     assert (tmp_path / "thesis.txt").read_text() == "x"
 
 

@@ -374,7 +374,7 @@ def test_forward_command_without_labels(backend, checkpoint, io, tmp_path):
     made = load_file(tmp_path / "out.safetensors")
     assert list(made) == ["logits"]
     assert relative_frobenius(made["logits"], io["fp32table.logits"]) < LOGITS
-    with pytest.raises(UserError, match="--grads: gradients are of the loss, and .* has no labels"):
+    with pytest.raises(UserError, match="--grads: gradients of the loss need labels, and .* has none"):
         tele("forward", "--backend", backend, "--checkpoint", checkpoint, *place, "--grads")
 
 

@@ -125,7 +125,10 @@ def test_spread():
         (["--operators", "rope"], "--operators: is an option of `tele bench kernels`, not of `tele bench step`"),
         (["--prompt", "3"], "--prompt: is an option of `tele bench decode and serve`"),
         (["--rows", "3"], "--rows: is an option of `tele bench decode`"),
-        (["--backends", "eager", "--precision", "bf16"], "--precision bf16: the eager composition"),
+        (
+            ["--backends", "eager", "--precision", "bf16"],
+            "--precision: must be fp32 for the eager composition, found bf16",
+        ),
     ],
 )
 def test_mistakes_are_told_before_anything_starts(argv, message):

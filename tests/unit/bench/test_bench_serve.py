@@ -95,7 +95,7 @@ def test_servers_take_turns_and_no_prompt_comes_twice(monkeypatch):
 def test_the_table(monkeypatch):
     text = serving_to_markdown(measured(monkeypatch))
     assert "| MindSpore | 4 | 40.0 | 100.0 ms | 100.0 ms | 20.0 ms | 20.0 ms | 25 % |" in text
-    assert text.endswith(HF_NOTE) and "of 4 sequences" in text
+    assert text.endswith(HF_NOTE) and "for 4 sequences" in text
 
 
 def test_what_a_client_sees(monkeypatch):

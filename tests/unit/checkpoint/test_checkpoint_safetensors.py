@@ -165,7 +165,7 @@ def test_hostile_json_is_refused(tmp_path, header, message):
 @pytest.mark.parametrize("length", [9, 100_000_001, 2**63, 2**64 - 1])
 def test_announced_header_longer_than_the_file_is_refused(tmp_path, length):
     (tmp_path / "a.safetensors").write_bytes(struct.pack("<Q", length) + b"{}      ")
-    with pytest.raises(UserError, match=f"a.safetensors: truncated .*{length} bytes is announced"):
+    with pytest.raises(UserError, match=f"a.safetensors: truncated, .* states a header of {length} bytes"):
         SafetensorsFile(tmp_path / "a.safetensors")
 
 

@@ -56,8 +56,14 @@ ONES = np.ones((2, 5), np.float32)
         ({"input_ids": IDS[:, :0]}, r"found \[2, 0\]"),
         ({"input_ids": IDS.astype(np.float32)}, "input_ids must be int32 or int64, found float32"),
         ({"input_ids": IDS, "labels": IDS.astype(np.int16)}, "labels must be int32 or int64, found int16"),
-        ({"input_ids": IDS, "labels": IDS[:, :4]}, r"labels has shape \[2, 4\], input_ids \[2, 5\]"),
-        ({"input_ids": IDS, "labels": IDS, "loss_mask": ONES[:1]}, r"loss_mask has shape \[1, 5\]"),
+        (
+            {"input_ids": IDS, "labels": IDS[:, :4]},
+            r"labels must have the shape of input_ids, \[2, 5\], found \[2, 4\]",
+        ),
+        (
+            {"input_ids": IDS, "labels": IDS, "loss_mask": ONES[:1]},
+            r"loss_mask must have the shape of input_ids, \[2, 5\], found \[1, 5\]",
+        ),
         ({"input_ids": changed(IDS, (1, 3), 64)}, r"input_ids\[1, 3\] is 64, outside the vocabulary of 64"),
         ({"input_ids": changed(IDS, (0, 1), -100)}, r"input_ids\[0, 1\] is -100, outside"),
         ({"input_ids": changed(IDS, (0, 1), 2**32 + 1)}, r"input_ids\[0, 1\] is 4294967297, outside"),
@@ -120,7 +126,7 @@ def test_output_places_are_checked_first(tmp_path):
     inputs.write_bytes(b"")
     with pytest.raises(UserError, match="must be a file, found a folder"):
         check_output(str(tmp_path), str(inputs))
-    with pytest.raises(UserError, match="make it first"):
+    with pytest.raises(UserError, match="create it first"):
         check_output(str(tmp_path / "no" / "g"), str(inputs))
     with pytest.raises(UserError, match="must not be the file of --inputs"):
         check_output(str(tmp_path / "." / "f.safetensors"), str(inputs))

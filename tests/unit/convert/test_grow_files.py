@@ -253,7 +253,7 @@ def test_places_that_cannot_be(tmp_path: Path, capsys: pytest.CaptureFixture[str
     released.mkdir()
     (released / "config.json").write_text(json.dumps({}))
     assert main(["grow", str(released), str(tmp_path / "b"), "--set", "hidden_size=40"]) == 2
-    assert "make a checkpoint of it first" in capsys.readouterr().err
+    assert "must be a canonical checkpoint, found a released folder" in capsys.readouterr().err
 
 
 def test_a_damaged_source_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -237,7 +237,7 @@ def test_memory_that_there_is_not_is_one_line(
 
     monkeypatch.setattr(cli, "_run", run)
     assert cli.main(["plan"]) == 2
-    assert capsys.readouterr().err.startswith("tele: out of memory (Unable to allocate 8.00 EiB); ask for less")
+    assert capsys.readouterr().err.startswith("tele: out of memory (Unable to allocate 8.00 EiB); use smaller sizes")
 
 
 def test_a_sample_of_the_campaign() -> None:

@@ -121,6 +121,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[Counter[str]]:
 
 
 def near(got: Any, truth: Any, dtype: str) -> None:
+    assert len(truth)
     for found, expected in zip(got, truth, strict=True):
         found = found.double().numpy()
         np.testing.assert_array_equal(np.isfinite(found), np.isfinite(expected))

@@ -61,7 +61,7 @@ def _true_bfloat16(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 def within(found: dict[str, float], limit: float) -> None:
-    assert all(error <= limit for error in found.values()), found
+    assert found and all(error <= limit for error in found.values()), found
 
 
 # Length 1, prime lengths, hidden sizes beside a multiple of the block (32 of the interpreter's), rows in one tile and

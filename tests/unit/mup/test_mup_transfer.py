@@ -126,7 +126,7 @@ def test_what_is_not_a_matter_of_width_is_warned_of() -> None:
     targets = {
         "depth 64 -> 32: muP has no rule for depth": replace(narrow, num_layers=32),
         "head size 128 -> 64": replace(narrow, num_heads=8, num_kv_heads=8, head_dim=64),
-        "query heads a kv head 1 -> 2": replace(narrow, num_kv_heads=2),
+        "query heads per kv head 1 -> 2": replace(narrow, num_kv_heads=2),
         "the ffn grows 1.016 times": replace(narrow, ffn_hidden_size=1365),
         "rope_theta 10000.0 -> 1000000.0, tied_embeddings False -> True: not": replace(
             narrow, tied_embeddings=True, rope_theta=1e6
@@ -162,7 +162,7 @@ def test_shapes_that_cannot_be() -> None:
     with pytest.raises(UserError, match=r"multiple of 64 \(head size 32 x 2 heads that share keys\); nearest: 128"):
         at_width(shared, 96)
     odd = replace(load_model_config("teleflm-tiny"), ffn_hidden_size=333)
-    with pytest.raises(UserError, match="no whole width there; say which with --ffn, or take a multiple of 128"):
+    with pytest.raises(UserError, match="must have a whole width; give one by --ffn, or take a multiple of 128"):
         at_width(odd, 192)
     assert at_width(odd, 192, 500).ffn_hidden_size == 500
 
