@@ -30,7 +30,7 @@ BASE = "composite"  # the implementation that ratios refer to
 def measure_kernels(
     names: list[str], operators: list[str], sizes: list[str], precision: str, calls: int, block: int, compiled: bool
 ) -> JsonObject:
-    """``calls`` timed calls of each implementation, ``block`` a turn; rows as ``summarise`` makes them."""
+    """Measure ``calls`` calls of each implementation, ``block`` a turn; the rows are those of ``summarise``."""
     rows: list[JsonObject] = []
     with ExitStack() as stack:
         options = {"precision": precision, "compile": compiled}
@@ -39,7 +39,7 @@ def measure_kernels(
             for name in names
         }
         made = {name: worker.implementation for name, worker in workers.items()}
-        # A bar on a terminal; in a log one line now and then.
+        # A bar on a terminal; in a log a line every few seconds.
         with tqdm(total=len(sizes) * len(operators), unit="operator", mininterval=5, file=sys.stderr) as bar:
             for size, operator in itertools.product(sizes, operators):
                 bar.set_postfix_str(f"{operator} {size}")
@@ -63,9 +63,12 @@ def measure_kernels(
 def summarise(
     backend: str, operator: str, size: str, limits: dict[str, OperatorCost], turns: list[JsonObject]
 ) -> list[JsonObject]:
-    """A row a direction and implementation. A turn: {"copy": [bytes/s], "read": [bytes/s], "matmul": [flop/s],
-    "contestants": {name: {"implementation": ..., "forward": [s], "backward": [s], "both": [s]}}}, the last two where it
-    has them. A share is taken turn by turn: the machine's bandwidth is not the same from minute to minute."""
+    """Table rows of an operator, one for each direction and implementation.
+
+    A turn is {"copy": [bytes/s], "read": [bytes/s], "matmul": [flop/s], "contestants": {name: {"implementation": ...,
+    "forward": [s], "backward": [s], "both": [s]}}}, the last two only where there is a gradient. Fractions of the limit
+    are taken turn by turn, since the machine's bandwidth changes from minute to minute.
+    """
     rows = []
     for direction, cost in limits.items():
         needs = {"copy": cost.bytes, "read": cost.read, "matmul": cost.flops}

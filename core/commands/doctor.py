@@ -130,7 +130,7 @@ def _beside(name: str) -> str | None:
 
 
 def _operators(backend: str) -> list[str]:
-    """What serves the operators of a backend, from a process that imports its framework; or why that is not known."""
+    """Implementations of a backend's operators, from a process that imports its framework; or why they are unknown."""
     command = [sys.executable, "-m", "telechat_twins.core.commands.doctor", backend]
     done = subprocess.run(command, capture_output=True, text=True, cwd=IMPORT_ROOT)
     if done.returncode == 0:

@@ -55,7 +55,7 @@ class RankStep:
 
     @property
     def wants_all(self) -> bool:
-        """As in Step."""
+        """Whether the logits of every token are wanted (Step.wants_all)."""
         return np.array_equal(self.wanted, np.arange(len(self.ids)))
 
 

@@ -184,7 +184,7 @@ def read_messages(fields: Fields, found: list[object] | None) -> list[JsonObject
             inner.refuse("role", "a system message must be the first message", "invalid_value")
         calls = inner.list("tool_calls")
         if calls and role != "assistant":
-            inner.refuse("tool_calls", "belongs to messages of the assistant")
+            inner.refuse("tool_calls", "is only allowed in messages of the assistant")
         content = _content(inner, may_miss=role == "assistant")
         if role == "tool" and not (messages and (messages[-1].get("tool_calls") or messages[-1]["role"] == "tool")):
             inner.refuse("role", "a tool message must follow the assistant's message with tool_calls", "invalid_value")
@@ -202,14 +202,16 @@ def read_messages(fields: Fields, found: list[object] | None) -> list[JsonObject
 
 
 def _content(fields: Fields, may_miss: bool) -> str | None:
-    """Text, or the texts of a list of parts, one after another."""
+    """A message's content: text, or the joined texts of a list of parts."""
     content = fields.any("content")
     if isinstance(content, list):
         texts = []
         for place, part in enumerate(content):
             if not (isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str)):
                 kind = shown(part.get("type")) if isinstance(part, dict) else shown(part)
-                fields.refuse("content", f"part {place} is {kind}; this model reads parts of type 'text'")
+                fields.refuse(
+                    "content", f"part {place} must be of type 'text', found {kind}; this model reads text only"
+                )
             texts.append(part["text"])
         content = "".join(texts)
     if content is None and may_miss:

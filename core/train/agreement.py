@@ -32,10 +32,10 @@ def meet(stepper: Agreeing) -> None:
 
 
 def run_on_all(stepper: Agreeing, action: Callable[[], T]) -> T:
-    """Run ``action`` on every rank; a UserError on one of them is raised on all, so that all exit with the same line.
+    """Run ``action`` on every rank. A UserError on one rank is raised on all, so that all exit with the same message.
 
-    Each path through it makes the same collective calls: a rank that succeeded still takes part in the exchange of the
-    error, or the failed rank would wait for it until the timeout.
+    Every path makes the same collective calls: a rank whose action succeeded must still take part in the exchange of
+    errors, or a failed rank would wait for it until the timeout.
     """
     try:
         result = action()
@@ -49,12 +49,14 @@ def run_on_all(stepper: Agreeing, action: Callable[[], T]) -> T:
 
 
 def raise_on_all(stepper: Agreeing, problem: str | None) -> None:
-    """UserError on every rank when one has a ``problem``: that of the lowest such rank, broadcast as numbers."""
+    """UserError on every rank if any has a ``problem``: the problem of the lowest such rank, broadcast as numbers."""
     world = stepper.world
+    # The lowest rank with a problem; ``world`` stands for none. The result is the same on all ranks, so either all
+    # return here or all make the calls below.
     speaker = int(stepper.agree([float(world if problem is None else stepper.rank)], "min")[0])
     if speaker == world:
         return
-    # A broadcast made of sums: every rank but the speaker adds zeros, so the sum is the speaker's bytes.
+    # A broadcast by sums: every rank but the speaker contributes zeros, so the sum is the speaker's bytes.
     text = (problem or "").encode() if stepper.rank == speaker else b""
     (length,) = stepper.agree([float(len(text))], "max")
     codes = stepper.agree([float(byte) for byte in text.ljust(int(length), b"\0")], "sum")
@@ -62,16 +64,21 @@ def raise_on_all(stepper: Agreeing, problem: str | None) -> None:
 
 
 def require_same_on_all(stepper: Agreeing, facts: JsonObject) -> None:
-    """UserError on every rank, naming the options and the ranks, unless all have the same facts."""
+    """UserError on every rank, naming the options and the ranks, unless ``facts`` are equal on all ranks."""
     leaves = dict(_leaves(facts))
+    # 1. Compare one digest of everything: it is equal on all ranks exactly if its minimum is its maximum. In the usual
+    #    case the check ends here, after two exchanges of nine numbers.
     whole = [float(len(leaves)), *_words(json.dumps(leaves))]
     if stepper.agree(whole, "min") == stepper.agree(whole, "max"):
         return
+    # 2. Find the options that differ, by a digest of each. Ranks with different numbers of options (different versions
+    #    of this program) could not exchange lists of equal length, so then no option is named.
     names: list[str] = []
     if stepper.agree(whole[:1], "min") == stepper.agree(whole[:1], "max"):
         each = [_words(f"{name}={value}")[0] for name, value in leaves.items()]
         low, high = stepper.agree(each, "min"), stepper.agree(each, "max")
         names = [name for name, a, b in zip(leaves, low, high, strict=True) if a != b]
+    # 3. Find the ranks that differ from rank 0: broadcast its digest (by a sum), then gather one flag from each rank.
     reference = stepper.agree(whole if stepper.rank == 0 else [0.0] * len(whole), "sum")
     mine = [float(rank == stepper.rank and whole != reference) for rank in range(stepper.world)]
     others = [str(rank) for rank, differs in enumerate(stepper.agree(mine, "sum")) if differs]

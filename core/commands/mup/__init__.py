@@ -1,9 +1,9 @@
-"""What small widths say about large ones: muP (maximal update parametrisation) from search to forecast.
+"""Tools for muP (maximal update parametrisation), which derives settings of wide models from narrow ones.
 
-transfer   hyper-parameters of a narrow model at another width, as a table and as a run's YAML
-check      whether activations keep their size over widths in training: red when a rule of muP is broken
-search     many small models over hyper-parameters and widths, one after another, resumable; tables and plots
-predict    the loss of a large width from those of small ones
+transfer   transfer hyper-parameters of a narrow model to another width, as a table and as a run's YAML
+check      check that activations keep their size over widths in training; fails when a rule of muP is broken
+search     train many small models with several hyper-parameters and widths, resumable; tables and plots
+predict    predict the loss of a wide model from those of narrower ones
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ import argparse
 from telechat_twins.core.commands.mup import check, predict, search, transfer
 
 ACTIONS = {
-    "transfer": (transfer, "carry hyper-parameters over to another width"),
-    "check": (check, "whether activations keep their size over widths; exit 1 when a rule of muP is broken"),
-    "search": (search, "train many small models over hyper-parameters and widths, resumable"),
-    "predict": (predict, "fit a loss law to small models, forecast larger ones"),
+    "transfer": (transfer, "transfer hyper-parameters to another width"),
+    "check": (check, "check that activations keep their size over widths; exit 1 when a rule of muP is broken"),
+    "search": (search, "train many small models with several hyper-parameters and widths, resumable"),
+    "predict": (predict, "fit a loss law to small models and forecast larger ones"),
 }
 EXAMPLES = """\
 examples:

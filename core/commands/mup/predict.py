@@ -188,7 +188,7 @@ def plot(table: LossTable, fit: Fit, forecasts: list[Forecast], poor: list[str],
         axis.plot(*zip(*asked, strict=True), "D", color="C1", markerfacecolor="none", label="forecast")
     shown = [loss for _, loss in [*fitted, *held, *asked]]
     margin = 0.15 * (max(shown) - min(shown)) or 0.1
-    # A band that a poor fit throws wide must not flatten the points.
+    # Limit the axis, so that the wide interval of a poor fit does not flatten the points.
     axis.set_ylim(min(shown) - 2 * margin, max(shown) + 2 * margin)
     axis.set_xscale("log")
     axis.xaxis.set_major_locator(ticker.LogLocator(subs=(1.0, 2.0, 5.0)))

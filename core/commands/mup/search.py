@@ -1,4 +1,4 @@
-"""`tele mup search`: many small models, one after another."""
+"""`tele mup search`: hyper-parameter search, which trains many small models one after another."""
 
 from __future__ import annotations
 
@@ -30,33 +30,33 @@ from telechat_twins.core.mup.search_report import describe, judge_widths, loss_t
 from telechat_twins.core.train.metrics import last_row
 from telechat_twins.core.train.progress import clock
 
-SOON = 0.2  # of a trial: before it, starting the processes is most of what has been timed
+SOON = 0.2  # fraction of a trial before which the time measured is mostly that of starting processes
 
 DESCRIPTION = """\
-Train small models over hyper-parameters and widths, one after another, and say which was best.
+Train small models with several hyper-parameters and widths, one after another, and report which were best.
 
 SEARCH is a YAML file:
 
-  config: ../train/teleflm-tiny.yaml   the narrow model's run, a path from the file's folder
-  set: [train.steps=200]               overrides of it
-  grid:                                every combination of these values (at the config's width)
+  config: ../train/teleflm-tiny.yaml   run of the narrow model; a path relative to this file's folder
+  set: [train.steps=200]               overrides of its options
+  grid:                                values whose combinations are all tried (at the config's width)
     lr: [1e-3, 3e-3]
     matrix_lr: [1e-3, 2e-3, 4e-3]
-  trials:                              combinations one by one, besides the grid's
+  trials:                              further single combinations
     - {lr: 2e-3, logit_mult: 1.0}
-  widths: [64, 128, 256]               every combination at each, carried over by muP (default: the config's)
-  seeds: [1, 2, 3]                     every combination from each, judged by their mean (default: the config's)
+  widths: [64, 128, 256]               widths to which combinations are transferred by muP (default: the config's)
+  seeds: [1, 2, 3]                     seeds over which each combination is averaged (default: the config's)
   window: 20                           steps over which losses are averaged
 
-The numbers are lr, matrix_lr, min_lr_ratio, init_std, matrix_init_std, input_mult and logit_mult. All trials of a seed
-see the same data in the same order; the seed also draws the initial weights, whose luck can be larger than what the
-numbers make of the loss. With several widths it is also said whether wider was better all the way, and losses.csv is
-written for `tele mup predict`.
+Hyper-parameters are lr, matrix_lr, min_lr_ratio, init_std, matrix_init_std, input_mult and logit_mult. All trials of a
+seed use the same data in the same order. The seed also determines the initial weights, whose effect on the loss can be
+larger than that of the hyper-parameters. With several widths the report states whether wider models were better
+throughout, and losses.csv is written for `tele mup predict`.
 
-Each trial is a run in a folder of its own under --out, and a search goes on where it was when it is started again:
-what has ended is kept, an interrupted trial resumes from its last checkpoint (checkpoint.every in the config), and one
-that failed for a reason other than its numbers is tried again. Trials and seeds may be added to the file; numbers may
-not be changed. What diverges is recorded and the next trial begins. Under --out: results.csv, results.json, losses.png,
+Each trial is a run in a folder of its own under --out. A search continues when it is started again: finished trials are
+kept, an interrupted trial resumes from its last checkpoint (checkpoint.every in the config), and a trial that failed
+for another reason than divergence is repeated. Trials and seeds may be added to the file; values may not be changed. A
+trial that diverges is recorded, and the next one begins. Under --out: results.csv, results.json, losses.png,
 hyperparameters.png, widths.png, losses.csv; checkpoints are removed when a trial has ended.
 """
 EXAMPLES = """\
@@ -70,13 +70,13 @@ examples:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of ``tele mup search``."""
     parser.description, parser.epilog = DESCRIPTION, EXAMPLES
-    parser.add_argument("search", metavar="SEARCH", help="YAML file, as above, or a bundled search's name")
+    parser.add_argument("search", metavar="SEARCH", help="YAML file as above, or name of a bundled search")
     parser.add_argument("--backend", required=True, choices=("ms", "pt"), help="ms: MindSpore, pt: PyTorch")
     parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="folder of the search")
 
 
 def run(args: argparse.Namespace) -> int:
-    """0 when every trial has ended, whatever came out; 130 when interrupted."""
+    """Run all trials. Returns 0 when every trial has ended, with whatever outcome; 130 when interrupted."""
     search = read_search(args.search)
     try:
         trials = plan(search, args.out)
@@ -94,7 +94,7 @@ def _search(trials: Sequence[Trial], window: int, backend: str, out: Path) -> in
     waiting = [t for t in trials if (result := result_of(t)) is None or result.state == FAILED]
     for trial in trials:
         if trial not in waiting:
-            forget_checkpoints(trial.folder)  # of a search that was killed before it could
+            forget_checkpoints(trial.folder)  # left by a search that was killed before it removed them
     before = len(trials) - len(waiting)
     print(f"{len(trials)} trials with {backends.TITLES[backend]}, {before} of them ended before", flush=True)
     progress = Progress(waiting)
@@ -102,7 +102,7 @@ def _search(trials: Sequence[Trial], window: int, backend: str, out: Path) -> in
         progress.begin(trial)
         result = run_trial(backend, trial, progress.look)
         if result is None:
-            print(f"interrupted in {trial.name}; the same command goes on from there", file=sys.stderr)
+            print(f"interrupted in {trial.name}; the same command continues from there", file=sys.stderr)
             return 130
         progress.end(result.state if not result.reason else f"{result.state}: {result.reason}")
         report(trials, window, out)
@@ -111,7 +111,7 @@ def _search(trials: Sequence[Trial], window: int, backend: str, out: Path) -> in
 
 
 def report(trials: Sequence[Trial], window: int, out: Path, plots: bool = False) -> str:
-    """Write everything that follows from the trials as they are; the text for the terminal."""
+    """Write all result files for the present state of the trials. Returns the text for the terminal."""
     reports = [report_of(trial, window) for trial in trials]
     widths = judge_widths(reports, window)
     write_text(out / "results.csv", results_csv(reports))
@@ -126,9 +126,9 @@ def report(trials: Sequence[Trial], window: int, out: Path, plots: bool = False)
 
 
 class Progress:
-    """One line for all trials: where the present one is and how long the rest will take.
+    """Progress line of a search: the state of the present trial and the estimated time for the rest.
 
-    On a terminal the line is written over; elsewhere lines come at growing intervals, as core.train.progress does.
+    On a terminal the line is overwritten; elsewhere lines are printed at growing intervals, as in core.train.progress.
     """
 
     def __init__(self, trials: Sequence[Trial], stream: TextIO | None = None) -> None:
@@ -136,17 +136,17 @@ class Progress:
         self._trials, self._place = list(trials), -1
         self._started = self._looked = self._printed = time.monotonic()
         self._done = 0.0  # work of the trials that ended in this session
-        self._resumed = 0  # steps that the present trial had made before
+        self._resumed = 0  # steps of the present trial from an earlier session
         self._width = 0
 
     def begin(self, trial: Trial) -> None:
-        """``trial`` starts now."""
+        """Note the start of ``trial``."""
         self._place = self._trials.index(trial)
         self._resumed = self._step(trial)
         self._show(f"{self._head()}: starting", stay=self._printed == self._started)
 
     def look(self) -> None:
-        """Called often; looks once a second."""
+        """Update the line, at most once a second; may be called often."""
         now = time.monotonic()
         if now - self._looked < 1.0:
             return
@@ -162,7 +162,7 @@ class Progress:
         self._show(f"{text}, {self._left(now, trial.work * made, row['step'] / steps)}", stay=False)
 
     def end(self, how: str) -> None:
-        """The present trial has ended."""
+        """Note the end of the present trial; ``how``: its outcome."""
         trial = self._trials[self._place]
         self._done += trial.work * (1 - self._resumed / trial.config.train.steps)
         self._show(f"{self._head()}: {how}, {self._left(time.monotonic(), 0.0, 1.0)}", stay=True)
@@ -171,7 +171,7 @@ class Progress:
         return f"trial {self._place + 1}/{len(self._trials)} {self._trials[self._place].name}"
 
     def _left(self, now: float, present: float, share: float) -> str:
-        """From the work done in this session and the time it took."""
+        """Estimate of the remaining time, from the work done in this session and the time it took."""
         after = self._trials[self._place + 1 :]
         rest = sum(trial.work for trial in after) + self._trials[self._place].work * (1 - share)
         done = self._done + present
@@ -182,7 +182,7 @@ class Progress:
         return f"about {clock(rest / done * (now - self._started))} left"
 
     def _step(self, trial: Trial) -> int:
-        """Steps that the trial will not make again: those of its last checkpoint."""
+        """Step of the trial's last checkpoint, from which it resumes; 0 without one."""
         saved = sorted(folder.name for folder in trial.folder.glob("step-*"))
         return int(saved[-1].removeprefix("step-")) if saved else 0
 

@@ -1,4 +1,4 @@
-"""`tele mup transfer`: a narrow model's hyper-parameters at another width."""
+"""`tele mup transfer`: transfers a narrow model's hyper-parameters to another width."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ from telechat_twins.core.mup.transfer import RULES, at_width, transfer, value_of
 from telechat_twins.core.types import JsonObject
 
 DESCRIPTION = """\
-Carry the hyper-parameters of a narrow model over to another width by the rules of muP, r being the ratio of widths:
+Transfer the hyper-parameters of a narrow model to another width by the rules of muP; r is the ratio of the widths:
 
-  vector-like   embedding, norms, biases    learning rate and standard deviation stay
+  vector-like   embedding, norms, biases    learning rate and standard deviation unchanged
   matrix-like   q, k, v, o, gate, up, down  learning rate / r, standard deviation / sqrt(r), weight decay x r
                                             (decoupled decay acts through their product)
   output        the head                    as vector-like; the logits' multiplier / r
 
-Heads keep their size and grow in number, so attention's scale stays. Depth, data, batch and schedule must be those of
-the narrow model: muP says nothing of them, and what differs is warned of. AdamW's eps stays one number; Megatron-LM
-divides it by r for matrix-like weights, which matters where gradients are as small as eps.
+Heads keep their size and grow in number, so the attention scale is unchanged. Depth, data, batch and schedule must be
+those of the narrow model, since muP has no rules for them; differences cause warnings. AdamW's eps is the same for all
+parameters; Megatron-LM divides it by r for matrix-like weights, which matters where gradients are as small as eps.
 
---config is the narrow model's run. The target is a width (heads, kv heads and ffn in proportion) or a preset's shape,
-whose own hyper-parameters are then ignored. --out writes a run's YAML for `tele train`: the narrow run's, with the
-target's model and rates. Set its `parallel:` and micro-batch for the larger model.
+--config is the run of the narrow model. The target is a width (with heads, kv heads and ffn in proportion) or the shape
+of a preset, whose own hyper-parameters are ignored. --out writes the YAML of a run for `tele train`: that of the narrow
+run with the target's model and rates. Adapt its `parallel:` and micro-batch to the larger model.
 """
 EXAMPLES = """\
 examples:
@@ -43,19 +43,19 @@ examples:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of ``tele mup transfer``."""
     parser.description, parser.epilog = DESCRIPTION, EXAMPLES
-    parser.add_argument("--config", required=True, metavar="F", help="the narrow model's run, as for `tele train`")
+    parser.add_argument("--config", required=True, metavar="F", help="run of the narrow model, as for `tele train`")
     parser.add_argument(
         "--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="override, e.g. optim.lr=1e-3"
     )
     where = parser.add_mutually_exclusive_group(required=True)
-    where.add_argument("--width", nargs="+", type=int, metavar="W", help="hidden sizes to carry the numbers to")
-    where.add_argument("--target", metavar="PRESET", help="a preset whose shape is the target")
+    where.add_argument("--width", nargs="+", type=int, metavar="W", help="hidden sizes to transfer to")
+    where.add_argument("--target", metavar="PRESET", help="preset with the shape to transfer to")
     parser.add_argument("--ffn", type=int, metavar="W", help="the target's ffn width (default: in proportion)")
     parser.add_argument("--out", metavar="F", help="write the target's run here (one target)")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print the table and the warnings; write the run."""
+    """Print the table and the warnings; with ``--out`` write the run."""
     config = load_run_config(args.config, args.set)
     targets = _targets(args, config.model)
     if args.out:
