@@ -1,10 +1,10 @@
-// Attention in blocks, forward and backward, with memory linear in the lengths; attention.h has the blocks.
+// Attention forward and backward in blocks (attention.h), with memory linear in the sequence lengths.
 #include "attention.h"
 
 namespace {
 
-// The rows of a head of a contiguous output, as floats to add to: the output itself where it is float32 and whole
-// vectors wide, else room that ``write`` copies from.
+// Float32 accumulator of the rows of one head of a contiguous output: the output itself where it is float32 with D in
+// whole vectors, else a buffer that ``write`` rounds into the output.
 struct Sums {
   float *data;
   int64_t stride;
@@ -37,16 +37,20 @@ struct Sums {
   bool direct_;
 };
 
-constexpr int64_t kPart = 1024;  // queries whose rows, and their transposes, are held at a time; whole blocks
+constexpr int64_t kPart = 1024;  // queries gathered and transposed at a time; a multiple of kQueries
 
-// Queries [first, last) of one head in the backward; queries and grads: of q and grad transposed, [blocks][D, lanes].
+// Queries [first, last) of one head in the backward pass. ``q``, ``grad``: rows [queries, D]; ``queries``, ``grads``:
+// the same transposed block by block, [blocks][D, lanes].
 struct Part {
   int64_t b, h, first, last;
   Rows q, grad;
   const float *queries, *grads;
 };
 
-// The part of the keys [from, to) in the gradients of some queries of a head, added to dq, dk and dv.
+// Contribution of the keys [from, to) and the queries of ``part`` to dq, dk and dv.
+//
+// P = exp(scale q k - log_sum_exp), dP = dO V^T, dS = scale P (dP - delta) with delta = rowsum(dO * O);
+// dV += P^T dO, dK += dS^T Q, dQ += dS K. Scores and their gradients are transposed, [keys, lanes].
 void backward_block(const Shapes &s, const View *in, const Part &part, int64_t from, int64_t to, float scale, float *dq,
                     int64_t ldq, const Sums &dk, const Sums &dv, Room &room) {
   const int64_t keys = to - from, at = (part.b * s.H + part.h) * s.S;
@@ -64,8 +68,8 @@ void backward_block(const Shapes &s, const View *in, const Part &part, int64_t f
       v = Rows(in[3], part.b, part.h / s.G, from, keys, room.v, true);
     }
     const float *queries = part.queries + row * s.D, *grads = part.grads + row * s.D;
-    gemm(keys, lanes, s.D, k.data, k.stride, 1, queries, lanes, weights, lanes, false);
-    gemm(keys, lanes, s.D, v.data, v.stride, 1, grads, lanes, d_scores, lanes, false);
+    gemm(keys, lanes, s.D, k.data, k.stride, 1, queries, lanes, weights, lanes, false);  // S^T; the scale is in queries
+    gemm(keys, lanes, s.D, v.data, v.stride, 1, grads, lanes, d_scores, lanes, false);   // dP^T = V dO^T
     if (!visible.whole(from, to)) hide(weights, keys, lanes, from, visible, kNone);
     for (int64_t j = 0; j < lanes; j += W) {
       const int rest = static_cast<int>(std::min<int64_t>(W, n - j));
@@ -80,14 +84,16 @@ void backward_block(const Shapes &s, const View *in, const Part &part, int64_t f
       }
     }
     const float *q = part.q.data + row * part.q.stride, *grad = part.grad.data + row * part.grad.stride;
+    // The sums over queries take P^T and dS^T as they are, the sum over keys takes dS^T by transposed strides.
     gemm(keys, s.Dp, n, weights, lanes, 1, grad, part.grad.stride, dv.data + from * dv.stride, dv.stride, true);
     gemm(keys, s.Dp, n, d_scores, lanes, 1, q, part.q.stride, dk.data + from * dk.stride, dk.stride, true);
     gemm(n, s.Dp, keys, d_scores, 1, lanes, k.data, k.stride, dq + row * ldq, ldq, true);
   }
 }
 
-// Gradients of one kv head and of the query heads that share it. ``hands`` threads take its blocks of keys in turns,
-// all but the first with a dq of their own.
+// Gradients of one kv head and of the G query heads that share it. ``hands`` threads take the blocks of keys in turns:
+// dk and dv of a block belong to one thread; dq is a sum over blocks of keys, so every thread but the first has a dq of
+// its own, and these are added in the order of the threads.
 void backward_head(const Shapes &s, const View *in, const View *out, int64_t b, int64_t kv, float scale, int64_t hands,
                    Room *rooms) {
   Room &room = rooms[0];
@@ -131,11 +137,11 @@ void backward_head(const Shapes &s, const View *in, const View *out, int64_t b, 
 KERNEL(attention, 4, 2, 1) {
   const Shapes s(in[0], in[1]);
   const float scale = static_cast<float>(scalar[0]);
-  std::vector<Room> rooms(threads_for(s.B * s.H * s.S, 1));  // a kernel runs on at most that many threads
-  // Few queries, as when decoding: the heads that share keys go through them together, so that each key is read once.
+  std::vector<Room> rooms(threads_for(s.B * s.H * s.S, 1));  // the maximum number of threads
+  // Few queries (decoding): the lanes hold the queries of all heads of a kv head, so that each key is read once.
   const bool few = s.S < W;
   const int64_t owners = few ? s.K : s.H, pairs = few ? s.G * s.S : s.S;
-  // The last blocks of a causal head see most keys, so they go first and the short ones fill the gaps at the end.
+  // Causal: the last blocks have most keys and start first; the short ones balance the threads at the end.
   const int64_t blocks = (pairs + kQueries - 1) / kQueries;
   parallel_items(s.B * owners * blocks, [&](int64_t item, int thread) {
     const int64_t owner = item / blocks, b = owner / owners, h = owner % owners, kv = few ? h : h / s.G;

@@ -1,23 +1,26 @@
-// What attention over a sequence and attention over pages share: a block of queries against keys and values as floats.
+// Blocked attention over float32 keys and values, shared by sequences (attention.cc) and pages (paged.cc).
 //
-// Queries are lanes. A block holds up to 64 queries of one head side by side, transposed: Q^T [D, queries]. Scores come
-// out as S^T [keys, queries], so the largest score and the sum of a query run down a column, without sums across lanes,
-// and the output accumulates as O^T [D, queries]; keys and values are used as they lie in memory. Query i of row b sees
-// the keys [range[b, i, 0], range[b, i, 1]); blocks of keys that no query of a block sees are never touched.
-// (Online softmax: Milakov and Gimelshein, arXiv 1805.02867; blocks and backward: Dao et al., arXiv 2205.14135.)
+// Queries are vector lanes. A block holds up to 64 queries, transposed: Q^T [D, queries]. Scores are S^T [keys,
+// queries], so the maximum and the sum of a query run down a column, without horizontal sums, and the output
+// accumulates as O^T [D, queries]; keys and values are read in place, neither packed nor repeated. Query i of batch row
+// b attends to the keys [range[b, i, 0], range[b, i, 1]); blocks of keys without a visible one are skipped. (Online
+// softmax: Milakov and Gimelshein, arXiv 1805.02867; blocks and backward: Dao et al., arXiv 2205.14135.)
 #pragma once
 
 #include "gemm.h"
 #include "types.h"
 
+// A block's scores, 96 keys x 64 queries of float32, take 24 KiB and fit in a 32 KiB first-level cache. 96 keys are 8
+// register tiles of 12 rows, 64 queries 2 pairs of 16-lane vectors (gemm.h).
 constexpr int64_t kQueries = 64, kKeys = 96;
-constexpr float kNone = -INFINITY;
+constexpr float kNone = -INFINITY;  // score of a hidden key, log_sum_exp of a query without visible keys
 
 inline int64_t padded(int64_t n) { return (n + W - 1) / W * W; }
 
-// Rows [first, first + rows) of one head as floats with D padded to whole vectors: the tensor itself where it is that.
-// ``together``: without other heads between them. A product that takes whole rows wants them so: those of a tensor begin
-// a power of two apart, each in a page of its own and all in the same few lines of the nearest cache.
+// Rows [first, first + rows) of one head as float32 with D padded to whole vectors: in place where the tensor has that
+// form, else copied to ``room``. ``together``: contiguous, without other heads between them. In a tensor the rows of a
+// head are a power of two apart and map to the same few cache sets and each to a page of its own, which slows a product
+// over many rows.
 struct Rows {
   const float *data = nullptr;
   int64_t stride = 0;
@@ -42,13 +45,13 @@ struct Rows {
   }
 };
 
-// The queries of a block, side by side in the lanes: of one head, or, where a head has few, of all heads that share keys.
+// The (head, query) pairs in the lanes of a block: queries of one head, or, for few queries, of all heads of a kv head.
 struct Lanes {
   int64_t n, padded;
   int32_t head[kQueries], query[kQueries];
 };
 
-// x [B, S, H, D] times ``scale`` into out [D, lanes], lanes of no query zero.
+// out [D, lanes] = scale * x [B, S, H, D] of the lanes, transposed in W x W blocks; unused lanes are zero.
 inline void transpose(const View &x, int64_t b, const Lanes &lanes, float scale, float *out) {
   const int64_t D = x.shape[3];
   with_type(x.dtype, [&](auto *t) {
@@ -77,7 +80,8 @@ inline void transpose(const View &x, int64_t b, const Lanes &lanes, float scale,
   });
 }
 
-// The key ranges of a block of queries, and what all and any of its queries see.
+// Key ranges of a block of queries, with an interval [any_first, any_last) that contains all of them and their
+// intersection [all_first, all_last).
 struct Visible {
   alignas(64) int32_t first[kQueries], last[kQueries];
   int64_t any_first, any_last, all_first, all_last;
@@ -93,13 +97,13 @@ struct Visible {
         any_first = std::min<int64_t>(any_first, first[q]), any_last = std::max<int64_t>(any_last, last[q]);
       }
     }
-    for (int64_t q = lanes.n; q < lanes.padded; q++) first[q] = last[q] = 0;  // lanes of no query
+    for (int64_t q = lanes.n; q < lanes.padded; q++) first[q] = last[q] = 0;  // unused lanes
   }
   bool whole(int64_t from, int64_t to) const { return all_first <= from && to <= all_last; }
   bool none(int64_t from, int64_t to) const { return to <= any_first || any_last <= from; }
 };
 
-// Scores of hidden keys to ``value``: scores [keys, lanes] of the keys from ``from`` on.
+// Set the scores [keys, lanes] of hidden keys to ``value``; row t is key from + t.
 inline void hide(float *scores, int64_t keys, int64_t lanes, int64_t from, const Visible &visible, float value) {
   for (int64_t j = 0; j < lanes; j += W) {
     vi first, last;
@@ -113,6 +117,8 @@ inline void hide(float *scores, int64_t keys, int64_t lanes, int64_t from, const
   }
 }
 
+// B batch, S queries, H heads, D head dim, T keys, K kv heads, G = H / K query heads per kv head, Dp: D in whole
+// vectors.
 struct Shapes {
   int64_t B, S, H, D, T, K, G, Dp;
   Shapes(const View &q, const View &k)
@@ -120,10 +126,11 @@ struct Shapes {
         Dp(padded(D)) {}
 };
 
+// Buffers of one thread, kept between blocks; ``keys`` and ``values`` are those of (batch, kv head) number ``head``.
 struct Room {
   Floats k, v, q, grad, queries, grads, scores, d_scores, out, dk, dv;
   Rows keys, values;
-  int64_t head = -1;  // whose keys and values they are
+  int64_t head = -1;
 };
 
 inline Lanes lanes_of_head(const Shapes &s, int64_t h, int64_t start) {
@@ -134,7 +141,7 @@ inline Lanes lanes_of_head(const Shapes &s, int64_t h, int64_t start) {
   return lanes;
 }
 
-// The pairs (head, query) from ``first`` on of the heads that share keys and values.
+// The pairs (head, query) number ``first`` and following of the G heads of kv head ``kv``, head by head.
 inline Lanes lanes_of_group(const Shapes &s, int64_t kv, int64_t first) {
   Lanes lanes;
   lanes.n = std::min(kQueries, s.G * s.S - first), lanes.padded = padded(lanes.n);
@@ -145,7 +152,8 @@ inline Lanes lanes_of_group(const Shapes &s, int64_t kv, int64_t first) {
   return lanes;
 }
 
-// Output rows and log-sum-exps of one block of queries.
+// Output rows and log_sum_exp of one block of queries. Invariant after each block of keys, per lane and over the keys
+// so far: top = max(s), total = sum(e^(s - top)), sums [D, lanes] = sum(e^(s - top) v).
 template <typename O>
 void forward_block(const Shapes &s, const View *in, const View *out, int64_t b, const Lanes &block, float scale,
                    Room &room) {
@@ -160,15 +168,16 @@ void forward_block(const Shapes &s, const View *in, const View *out, int64_t b, 
   std::memset(sums, 0, s.D * lanes * sizeof(float));
   for (int64_t from = visible.any_first; from < visible.any_last; from += kKeys) {
     const int64_t keys = std::min(kKeys, visible.any_last - from);
+    // S^T [keys, lanes] = K [keys, D] Q^T [D, lanes]; the scale is in Q^T.
     gemm(keys, lanes, s.D, k.data + from * k.stride, k.stride, 1, queries, lanes, scores, lanes, false);
     if (!visible.whole(from, from + keys)) hide(scores, keys, lanes, from, visible, kNone);
     for (int64_t j = 0; j < lanes; j += W) {
       const vf before = load(top + j);
       vf most = before;
       for (int64_t t = 0; t < keys; t++) most = maximum(load(scores + t * lanes + j), most);
-      const vf level = select(most == kNone, splat(0.0f), most);  // nothing seen yet: e^-inf, not e^NaN
-      const vf shrink = exponential(before - level);
-      vf sum = splat(0.0f);  // of this block alone, as in gemm.h
+      const vf level = select(most == kNone, splat(0.0f), most);  // no visible key so far: e^(-inf - 0) = 0, not NaN
+      const vf shrink = exponential(before - level);  // the factor of earlier sums under the new maximum
+      vf sum = splat(0.0f);  // a sum per block, added once, as in gemm.h
       for (int64_t t = 0; t < keys; t++) {
         float *p = scores + t * lanes + j;
         const vf e = exponential(load(p) - level);
@@ -178,6 +187,7 @@ void forward_block(const Shapes &s, const View *in, const View *out, int64_t b, 
       store(total + j, load(total + j) * shrink + sum), store(top + j, most);
       for (int64_t d = 0; d < s.D; d++) store(sums + d * lanes + j, load(sums + d * lanes + j) * shrink);
     }
+    // O^T [D, lanes] += V^T [D, keys] P^T [keys, lanes]: V is read transposed by its strides.
     gemm(s.D, lanes, keys, v.data + from * v.stride, 1, v.stride, scores, lanes, sums, lanes, true);
   }
   for (int64_t i = 0; i < block.n; i++) {
@@ -186,11 +196,12 @@ void forward_block(const Shapes &s, const View *in, const View *out, int64_t b, 
     const float inverse = total[i] == 0.0f ? 0.0f : 1.0f / total[i];
     top[i] = inverse;
   }
+  // O^T / total back to rows [query, head, D] in W x W blocks.
   float square[W * W];
   for (int64_t first = 0; first < block.n; first += W)
     for (int64_t d = 0; d < s.D; d += W) {
       const int n = static_cast<int>(std::min<int64_t>(W, s.D - d));
-      transpose_block(sums + d * lanes + first, lanes, square, W);  // beyond D: room that nobody reads
+      transpose_block(sums + d * lanes + first, lanes, square, W);  // rows beyond D are not stored
       for (int64_t l = 0; l < std::min<int64_t>(W, block.n - first); l++) {
         O *row = out[0].as<O>() + ((b * s.S + block.query[first + l]) * s.H + block.head[first + l]) * s.D;
         put(row + d, load(square + l * W) * top[first + l], n);

@@ -1,4 +1,4 @@
-// The kernels as MindSpore operators: one entry that runs any of them by number.
+// MindSpore binding: one operator that runs any kernel by number.
 #include <pybind11/stl.h>
 
 #include <string>
@@ -28,10 +28,10 @@ View view_of(const ms::Tensor &tensor) {
   view.dtype = -1;
   for (const auto &[type, code] : kDtypes)
     if (tensor.data_type() == type) view.dtype = code;
-  if (view.dtype < 0) throw std::invalid_argument("a tensor of a dtype that no kernel takes");
+  if (view.dtype < 0) throw std::invalid_argument("dtype: not one of the kernels' dtypes");
   const auto &shape = tensor.shape();
   const auto stride = tensor.stride();
-  if (shape.size() > 6) throw std::invalid_argument("a tensor of more than 6 axes");
+  if (shape.size() > 6) throw std::invalid_argument("shape: more than 6 axes");
   view.ndim = static_cast<int32_t>(shape.size());
   for (size_t i = 0; i < shape.size(); i++) view.shape[i] = shape[i], view.stride[i] = stride[i];
   view.data = tensor.GetDataPtr();
@@ -56,7 +56,7 @@ class Runner : public ms::pynative::PyboostRunner {
 
 using Specs = std::vector<std::pair<int, std::vector<int64_t>>>;
 
-// The first ``strided`` inputs come as they lie in memory; the others are made contiguous where they are not.
+// The first ``strided`` inputs keep their strides; the others are made contiguous.
 std::vector<ms::Tensor> launch(int number, std::vector<ms::Tensor> inputs, const Specs &specs,
                                const std::vector<double> &scalars, int strided) {
   std::vector<ms::Tensor> outputs;
@@ -87,7 +87,7 @@ pybind11::object run(int number, const std::vector<ms::Tensor> &inputs, const Sp
     case 1: return call<1>(number, inputs, specs, scalars, strided);
     case 2: return call<2>(number, inputs, specs, scalars, strided);
     case 3: return call<3>(number, inputs, specs, scalars, strided);
-    default: throw std::invalid_argument("a kernel has at most 3 outputs");
+    default: throw std::invalid_argument("outputs: more than 3");
   }
 }
 
@@ -101,6 +101,6 @@ std::tuple<int, int, int, int> find(const std::string &name) {
 
 PYBIND11_MODULE(MS_EXTENSION_NAME, m) {
   m.def("run", &run, "outputs of a kernel by its number");
-  m.def("find", &find, "number (-1: none), inputs, outputs and scalars of a kernel");
-  m.def("set_threads", &tele_set_threads, "threads that a kernel may use; 0: OMP_NUM_THREADS, or one a processor");
+  m.def("find", &find, "number (-1: unknown), and counts of inputs, outputs and scalars of a kernel");
+  m.def("set_threads", &tele_set_threads, "maximum threads of a kernel; 0: OMP_NUM_THREADS, or one per processor");
 }

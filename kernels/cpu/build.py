@@ -1,10 +1,10 @@
-"""Compile the C++ operators once, and keep them by the hash of all that they come from.
+"""Build of the C++ operators: compiled once, cached by a hash of sources, flags, compiler, processor and versions.
 
-Two libraries: ``load_extension`` gives them as operators of MindSpore, with its own flags and loader
-(``ops.CustomOpBuilder``); ``load_plain`` gives the bare kernels for numpy arrays, which tests and ``make asan`` use.
+Two libraries: ``load_extension`` provides MindSpore operators, with the flags and loader of ``ops.CustomOpBuilder``;
+``load_plain`` provides the kernels alone for numpy arrays and for memory by address.
 
-The compiler is called here and not through CustomOpBuilder.build, which needs ninja, rebuilds in every process, and
-guards its folder by a file that a killed build leaves behind.
+The compiler is called directly, because CustomOpBuilder.build requires ninja, rebuilds in every process, and locks its
+folder with a file that a killed build leaves behind.
 """
 
 from __future__ import annotations
@@ -42,15 +42,15 @@ KERNELS = (
 )
 NAME = "telechat_cpu_kernels"
 FLAGS = ("-O3", "-march=native", "-pthread", "-Wno-maybe-uninitialized")
-_KEPT = 4  # libraries of other sources or compilers that stay in the cache
+_KEPT = 4  # most recently used libraries of a name that stay in the cache
 
 
 class BuildError(RuntimeError):
-    """No library; the message says in one line what is missing or what the compiler said."""
+    """The library cannot be built; the message is one line: what is missing, or the compiler's error."""
 
 
 def compiler() -> str | None:
-    """The C++ compiler that would be used."""
+    """Path of the C++ compiler, None without one."""
     return next((path for name in ("g++", "c++", "clang++") if (path := shutil.which(name))), None)
 
 
@@ -75,10 +75,9 @@ def load_extension() -> ModuleType:
 
 @functools.cache
 def load_plain(*more: str) -> ctypes.CDLL:
-    """The kernels alone, for numpy arrays. Raises BuildError.
+    """The kernels without MindSpore. Raises BuildError.
 
-    ``more`` flags: ``-fsanitize=address`` (whose library must be preloaded), or fewer instructions than the processor
-    has, as ``-mno-avx512f``.
+    ``more``: additional flags, e.g. ``-fsanitize=address`` (whose library must be preloaded) or ``-mno-avx512f``.
     """
     flags = ["-std=c++17", "-fPIC", *FLAGS, *more]
     library = ctypes.CDLL(str(build("telechat_kernels", KERNELS, flags, ["-shared", "-pthread", *more], "")))
@@ -89,13 +88,13 @@ def load_plain(*more: str) -> ctypes.CDLL:
 
 
 def build(name: str, sources: Sequence[str], cflags: Sequence[str], ldflags: Sequence[str], extra: str) -> Path:
-    """The path of the library ``name`` made of ``sources`` of this folder: from the cache, or compiled into it.
+    """Path of the library ``name`` of ``sources`` in this folder, from the cache or compiled into it.
 
-    A process that finds another one compiling waits for it. The library appears under its name only when it is whole.
+    Concurrent processes wait for the one that compiles. The library is renamed into place when it is complete.
     """
     cxx = compiler()
     if cxx is None:
-        raise BuildError("no C++ compiler was found (g++, c++ or clang++); install one, e.g. the package g++")
+        raise BuildError("no C++ compiler found (g++, c++ or clang++); install one, e.g. the package g++")
     try:
         folder = cache_folder() / f"{name}-{_key(cxx, sources, cflags, ldflags, extra)}"
         library = folder / f"{name}.so"
@@ -112,13 +111,13 @@ def build(name: str, sources: Sequence[str], cflags: Sequence[str], ldflags: Seq
                 _compile(cxx, library, [FOLDER / source for source in sources], cflags, ldflags)
                 _forget_old(folder.parent, name)
     except OSError as error:
-        raise BuildError(f"no compiled library can be kept: {error}") from None
+        raise BuildError(f"the compiled library cannot be stored: {error}") from None
     return library
 
 
 @contextlib.contextmanager
 def _locked(path: Path) -> Iterator[None]:
-    """Holds a lock that the kernel lets go of when the holder dies."""
+    """Exclusive file lock, released by the operating system when its holder dies."""
     lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
     try:
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -135,22 +134,22 @@ def _compile(cxx: str, library: Path, sources: Sequence[Path], cflags: Sequence[
             list(pool.map(_call, commands))
         whole = Path(room) / library.name
         _call([cxx, *map(str, objects), *ldflags, "-o", str(whole)])
-        whole.chmod(0o700)  # whatever the umask: distrust() refuses what a group may write
+        whole.chmod(0o700)  # independent of the umask: distrust() refuses group-writable files
         os.replace(whole, library)
 
 
 def _call(command: list[str]) -> None:
-    # A sanitizer's library, preloaded for the kernels, would watch the compiler as well and slow it down many times.
+    # A sanitizer's library preloaded for the kernels would instrument the compiler too and slow it down many times.
     env = {name: value for name, value in os.environ.items() if name != "LD_PRELOAD"}
     done = subprocess.run(command, capture_output=True, text=True, env=env)
     if done.returncode:
-        lines = done.stderr.strip().splitlines() or ["it said nothing"]
+        lines = done.stderr.strip().splitlines() or ["no message"]
         first = next((line for line in lines if "error" in line), lines[-1])
         raise BuildError(f"{Path(command[0]).name} ended with code {done.returncode}: {first}")
 
 
 def _key(cxx: str, sources: Sequence[str], cflags: Sequence[str], ldflags: Sequence[str], extra: str) -> str:
-    """Of everything the library depends on: sources, flags, compiler, processor, versions."""
+    """Hash of everything the library depends on: sources, flags, compiler, processor, versions."""
     found = hashlib.sha256()
     for path in sorted({*(FOLDER / source for source in sources), *FOLDER.glob("*.h")}):
         found.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
@@ -161,7 +160,7 @@ def _key(cxx: str, sources: Sequence[str], cflags: Sequence[str], ldflags: Seque
 
 
 def _processor() -> str:
-    """What -march=native looks at: a home folder may be shared by machines of different kinds."""
+    """Model and features of the processor, on which -march=native depends: machines may share a home folder."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
@@ -176,14 +175,14 @@ def _python_include() -> str:
 
 
 def _forget_old(cache: Path, name: str) -> None:
-    """Keep the libraries used last."""
+    """Remove all but the most recently used libraries."""
     folders = sorted(cache.glob(f"{name}-*"), key=lambda folder: folder.stat().st_mtime, reverse=True)
     for folder in folders[_KEPT:]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
 def main() -> int:
-    """Compile what MindSpore needs, if it is not there; 1 with the reason when that fails: plain operators serve."""
+    """Compile MindSpore's library if necessary; exit code 1, with the reason, when that fails."""
     try:
         load_extension()
     except BuildError as error:

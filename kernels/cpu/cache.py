@@ -1,8 +1,8 @@
-"""The folder where compiled operators are kept, and whether what lies there may be loaded.
+"""Cache folder of the compiled operators, and the check that its content can be trusted.
 
-A library runs with the rights of whoever loads it, so nothing is loaded that another user could have put there or
-changed: the folder, the folder of a build and the library itself must belong to this user, be no link, and be writable
-by nobody else. What fails that is left alone, a private folder takes its place, and a note on stderr names both.
+A library runs with the user's rights, so a library that another user could have created or changed is not loaded: the
+cache, the folder of a build and the library must belong to this user, must not be symbolic links, and must not be
+writable by others. A folder that fails is left alone and replaced by a private one; a note on stderr names both.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ from collections.abc import Iterator
 from pathlib import Path
 
 NAME = "telechat-twins"
-_STAND_INS = 10  # names tried before one that nobody can foresee
+_STAND_INS = 10  # predictable names tried before a random one
 _OTHERS = stat.S_IWGRP | stat.S_IWOTH
 _said: set[str] = set()
 
 
 def cache_folder() -> Path:
-    """A folder of this user's own: in the cache folder of the home, or in the temporary one where that is read-only.
+    """The private cache folder: in the user's cache folder, or in the temporary folder if that is not writable.
 
-    OSError if neither can be written.
+    Raises OSError if neither is writable.
     """
     bases = [(base, NAME) for base in _homes()] + [(Path(tempfile.gettempdir()), f"{NAME}-{os.geteuid()}")]
     for base, name in bases:
@@ -36,11 +36,11 @@ def cache_folder() -> Path:
             return _own_folder(base.resolve(), name)
         except OSError:
             continue
-    raise OSError(f"none of {', '.join(str(base) for base, _ in bases)} can be written, or others can write them too")
+    raise OSError(f"{', '.join(str(base) for base, _ in bases)}: not writable, or writable by other users")
 
 
 def distrust(path: Path, folder: bool) -> str:
-    """Why ``path`` must not be loaded from, as a clause ("belongs to user 7"); empty if it may, or does not exist."""
+    """Why ``path`` must not be loaded, as a clause ("belongs to user 7"); empty if it may be, or does not exist."""
     try:
         found = _status(path)
     except FileNotFoundError:
@@ -57,9 +57,9 @@ def distrust(path: Path, folder: bool) -> str:
 
 
 def make_private(folder: Path) -> None:
-    """Make ``folder`` with mode 0700 unless it is there; what is there and cannot be trusted is renamed first.
+    """Create ``folder`` with mode 0700 if missing; an existing one that cannot be trusted is renamed first.
 
-    Its parent must be one that ``cache_folder`` gave. OSError if it cannot be trusted even then.
+    Its parent is a result of ``cache_folder``. Raises OSError if the folder cannot be trusted even then.
     """
     if why := distrust(folder, folder=True):
         aside = folder.with_name(f"untrusted-{os.getpid()}-{folder.name}")
@@ -73,28 +73,28 @@ def make_private(folder: Path) -> None:
 
 
 def say(note: str) -> None:
-    """A note on stderr, once in this process."""
+    """Print a note on stderr, once per process."""
     if note not in _said:
         _said.add(note)
         print(f"note: compiled operators: {note}", file=sys.stderr, flush=True)
 
 
 def _homes() -> Iterator[Path]:
-    """The user's cache folder, where there is one. A relative XDG_CACHE_HOME does not count, as its definition says."""
+    """The user's cache folder, if any; a relative XDG_CACHE_HOME is ignored, as the XDG specification requires."""
     given = os.environ.get("XDG_CACHE_HOME", "")
     if os.path.isabs(given):
         yield Path(given)
         return
-    with contextlib.suppress(RuntimeError):  # no HOME, and nobody in the user database
+    with contextlib.suppress(RuntimeError):  # neither HOME nor an entry in the user database
         yield Path.home() / ".cache"
 
 
 def _own_folder(base: Path, name: str) -> Path:
-    """``base``/``name``, or beside it the private folder that stands in for it. OSError if neither can be had."""
+    """``base``/``name``, or a private folder beside it in its place. Raises OSError if neither is possible."""
     if why := _open_to_others(base):
         say(f"{base} is not used: {why}")
         raise PermissionError(why)
-    # Every process tries the same names in the same order, so that all agree on one and the first compiles for all.
+    # Every process tries the same names in the same order, so that all use one folder and compile once.
     reason = ""
     for number in range(_STAND_INS):
         folder = base / (f"{name}-{number}" if number else name)
@@ -113,13 +113,13 @@ def _own_folder(base: Path, name: str) -> Path:
 
 
 def _open_to_others(folder: Path) -> str:
-    """Why other users could replace a folder made in ``folder`` (resolved), as a clause; empty if they cannot.
+    """Why other users could replace a folder in ``folder`` (resolved), as a clause; empty if they cannot.
 
-    Anyone who may write a folder may rename what is in it, unless it is sticky, as temporary folders are. The user's
-    private group may write: where every user has one, homes and what is in them are often made so.
+    Write permission on a folder allows renaming its entries, unless it is sticky (temporary folders). The user's
+    private group may have it: on systems with such groups, homes are often group-writable.
     """
-    # Whose folder holds another may rename that one. The owner of "/" owns the machine, or stands for its owner in a
-    # user namespace, where root has no number.
+    # The owner of a folder can rename its entries. The owner of "/" is root, or represents root in a user namespace
+    # where root is unmapped.
     trusted = {os.geteuid(), 0, _status(Path("/")).st_uid}
     for above in (folder, *folder.parents):
         found = _status(above)
@@ -133,7 +133,7 @@ def _open_to_others(folder: Path) -> str:
 
 
 def _private_group(gid: int) -> bool:
-    """Whether a group is root's, or the one of this user alone: of the user's own name and without other members."""
+    """Whether a group is root's, or this user's private one: primary, of the user's name, without other members."""
     if gid == 0:
         return True
     try:

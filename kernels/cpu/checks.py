@@ -1,6 +1,6 @@
-"""Checks of arguments for the CPU operators: dtypes and shapes, which the kernels themselves trust.
+"""Argument checks of the CPU operators: dtypes and shapes, which the kernels do not check.
 
-Each raises TypeError or ValueError that names the argument, what it is and what it must be.
+Each raises TypeError or ValueError naming the argument, its value and what it must be.
 """
 
 from __future__ import annotations
@@ -14,18 +14,19 @@ INTEGER = ("int32", "int64")
 
 
 def product(a: Array, w: Array, dtype: str, turn_a: bool, turn_w: bool) -> tuple[int, int]:
+    """(m, n) of a matrix product."""
     for name, x in (("a", a), ("w", w)):
         need(name, x, (dtype,), None)
         if len(x.shape) != 2:
             raise ValueError(f"{name}: shape {tuple(x.shape)}, needs two axes")
     (m, k), (n, inner) = a.shape[:: -1 if turn_a else 1], w.shape[:: -1 if turn_w else 1]
     if k != inner:
-        raise ValueError(f"w: inner length {inner} against {k} of a")
+        raise ValueError(f"w: inner length {inner}, needs {k}, that of a")
     return m, n
 
 
 def either(x: Array | None, other: Array) -> Array:
-    """What stands in the place of an argument that is not there; the kernel is told not to look."""
+    """x, or ``other`` as a placeholder of an absent argument, which the kernel does not read."""
     return other if x is None else x
 
 
@@ -37,7 +38,7 @@ def size_of(x: Array) -> int:
 
 
 def floats(**tensors: Array | None) -> Engine:
-    """The engine of these tensors, all floating point; None is no tensor."""
+    """The engine of these floating-point tensors; absent ones are None."""
     engine: Engine | None = None
     for name, x in tensors.items():
         if x is None:
@@ -54,6 +55,7 @@ def floats(**tensors: Array | None) -> Engine:
 
 
 def need(name: str, x: Array, dtypes: Sequence[str], shape: Sequence[int] | None) -> None:
+    """Check of dtype and, unless None, shape."""
     found = engine_of(x).name_of(x)
     if found not in dtypes:
         raise TypeError(f"{name}: {found}, needs {' or '.join(dtypes)}")
@@ -91,10 +93,10 @@ def attends(q: Array, k: Array, v: Array, ranges: Array) -> Engine:
             raise ValueError(f"{name}: shape {tuple(x.shape)}, needs [B, length, heads, D]")
     (B, S, H, D), (_, T, K, _) = q.shape, k.shape
     if tuple(k.shape) != (B, T, K, D):
-        raise ValueError(f"k: shape {tuple(k.shape)} beside q {tuple(q.shape)}; batch and head dim must be the same")
+        raise ValueError(f"k: shape {tuple(k.shape)}, needs batch and head dim of q, {tuple(q.shape)}")
     same(k=k, v=v)
     if K == 0 or H % K:
-        raise ValueError(f"k: {K} kv heads, which do not divide the {H} heads of q")
+        raise ValueError(f"k: {K} kv heads, needs a divisor of the {H} heads of q")
     need("ranges", ranges, ("int32",), None)
     if tuple(ranges.shape) not in ((B, S, 2), (1, S, 2)):
         raise ValueError(f"ranges: shape {tuple(ranges.shape)}, needs [{B} or 1, {S}, 2]")
@@ -107,7 +109,7 @@ def loss(logits: Array, targets: Array, first: int, real: int) -> Engine:
         raise ValueError(f"logits: shape {tuple(logits.shape)}, needs [N, C]")
     need("targets", targets, INTEGER, (logits.shape[0],))
     if not 0 <= real <= logits.shape[1]:
-        raise ValueError(f"real: {real} columns of {logits.shape[1]} stand for a token")
+        raise ValueError(f"real: {real}, needs 0 to the {logits.shape[1]} columns of logits")
     if first < 0:
-        raise ValueError(f"first: {first}, needs the first column's place in the vocabulary")
+        raise ValueError(f"first: {first}, needs 0 or more, the first column's index in the vocabulary")
     return e

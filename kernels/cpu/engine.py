@@ -1,4 +1,4 @@
-"""Engines that run a kernel: on MindSpore tensors through the extension, on numpy arrays through ctypes."""
+"""Engines that run C++ kernels: on MindSpore tensors through the extension, on numpy arrays through ctypes."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ if TYPE_CHECKING:
 
 Array: TypeAlias = "np.ndarray | ms.Tensor"
 DType: TypeAlias = "np.dtype | ms.Type"
-Spec: TypeAlias = tuple[DType, tuple[int, ...]]  # of an output
+Spec: TypeAlias = tuple[DType, tuple[int, ...]]  # dtype and shape of an output
 NAMES = ("float32", "bfloat16", "float16", "int32", "int64", "float64", "int8")  # in the order of kernel.h's Dtype
 AXES = 6
 
 
 def usual_threads() -> int:
-    """As other libraries count them: OMP_NUM_THREADS, or the processors that this process may use.
+    """Default number of threads: OMP_NUM_THREADS, or the processors of the process's affinity mask.
 
-    MindSpore sets that variable to 1 when it is imported, which the C library sees and Python's copy does not.
+    MindSpore sets the variable to 1 on import, in the C library's environment only: os.environ has the user's value.
     """
     asked = os.environ.get("OMP_NUM_THREADS", "")
     return int(asked) if asked.isdecimal() and int(asked) else len(os.sched_getaffinity(0))
@@ -53,7 +53,7 @@ class MindSporeEngine:
     def run(
         self, name: str, inputs: Sequence[Array], outputs: Sequence[Spec], scalars: Sequence[float], free: int
     ) -> Any:
-        """One tensor, or a tuple of them. The first ``free`` inputs may have strides; None where there is no output."""
+        """Run a kernel; returns its outputs: None, a tensor, or a tuple. The first ``free`` inputs may be strided."""
         codes = self._codes
         return self._run(self._numbers(name), inputs, [(codes[t], shape) for t, shape in outputs], scalars, free)
 
@@ -82,10 +82,10 @@ class View(ctypes.Structure):
 
 
 class NumpyEngine:
-    """Kernels on numpy arrays: what tests and the address sanitizer run."""
+    """Kernels on numpy arrays, for tests and the address sanitizer."""
 
     def __init__(self, *flags: str) -> None:
-        """``flags`` of the compiler beyond the usual ones, as load_plain takes them."""
+        """``flags``: additional compiler flags of ``load_plain``."""
         self._library = load_plain(*flags)
         types = [np.dtype(ml_dtypes.bfloat16 if name == "bfloat16" else name) for name in NAMES]
         self._codes = {dtype: code for code, dtype in enumerate(types)}
@@ -125,11 +125,13 @@ class NumpyEngine:
 
 
 class Call:
-    """A kernel on memory that somebody else owns, by address: for tensors of a framework without an engine of its own.
-    What stays from call to call is given once; arrays are contiguous."""
+    """Prepared call of a kernel on memory by address, for contiguous tensors of a framework without an engine.
+
+    Views and scalars that stay the same from call to call are set once.
+    """
 
     def __init__(self, name: str, inputs: int, outputs: int, scalars: Sequence[float]) -> None:
-        """KeyError for a kernel that is not there, ValueError for one with other numbers of arguments."""
+        """Raises KeyError for an unknown kernel, ValueError for wrong numbers of arguments."""
         library = load_plain()
         counts = [ctypes.c_int() for _ in range(3)]
         self._number = library.tele_kernel(name.encode(), *map(ctypes.byref, counts))
@@ -145,7 +147,7 @@ class Call:
 
 
 def describe_view(view: View, address: int, shape: Sequence[int], dtype: str) -> None:
-    """Let ``view`` be the contiguous array at ``address``; ``dtype`` is one of NAMES."""
+    """Set ``view`` to the contiguous array at ``address``; ``dtype`` is one of NAMES."""
     view.data, view.ndim, view.dtype = address, len(shape), NAMES.index(dtype)
     stride = 1
     for axis in reversed(range(len(shape))):
@@ -156,11 +158,11 @@ def describe_view(view: View, address: int, shape: Sequence[int], dtype: str) ->
 Engine: TypeAlias = MindSporeEngine | NumpyEngine
 
 _engines: dict[str, Engine] = {}
-_threads: list[int] = []  # the limit, for engines that are made later
+_threads: list[int] = []  # the limit set by limit_threads, applied to engines made later
 
 
 def engine_of(x: Array) -> Engine:
-    """The engine for tensors like x; made on first use."""
+    """The engine for the type of x, made on first use."""
     kind = "numpy" if isinstance(x, np.ndarray) else "mindspore"
     if kind not in _engines:
         _engines[kind] = NumpyEngine() if kind == "numpy" else MindSporeEngine()
@@ -170,12 +172,12 @@ def engine_of(x: Array) -> Engine:
 
 
 def use_engine(kind: str, engine: Engine) -> None:
-    """Serve tensors of ``kind`` ("numpy", "mindspore") by this engine: one of other flags."""
+    """Use ``engine`` for tensors of ``kind`` ("numpy", "mindspore"), e.g. one with other compiler flags."""
     _engines[kind] = engine
 
 
 def limit_threads(threads: int) -> None:
-    """Let every kernel of this process use at most so many threads."""
+    """Limit the threads of every kernel of this process."""
     _threads[:] = [threads]
     for engine in _engines.values():
         engine.set_threads(threads)

@@ -1,14 +1,18 @@
-// Small matrix products for blocks that lie in the caches: C[m, n] (+)= A[m, k] B[k, n].
+// Matrix products of blocks in cache: C[m, n] (+)= A[m, k] B[k, n].
 //
-// A is read element by element, with any strides, and spread over the lanes; rows of B and C are contiguous and n is a
-// multiple of the vector width. Attention lays its blocks out so that nothing needs to be packed. What is added to C is
-// summed by itself first: in one running sum over thousands of keys, rounding grows with their number.
+// A is read element by element, with any strides, and broadcast to the lanes; rows of B and C are contiguous and n is a
+// multiple of the vector width. Attention's layouts need no packing. The sum over k is taken in registers and then
+// added to C: a single running sum over thousands of keys would accumulate their rounding errors.
 #pragma once
 
 #include "vec.h"
 
-constexpr int kTileRows = W == 16 ? 12 : 4;  // rows of C held in registers, of two vectors each
+// Rows of a tile of C in registers, of two vectors each. AVX-512: 12 x 2 accumulators, 2 vectors of B and the broadcast
+// element of A are 27 of 32 registers; AVX2: 4 x 2 + 3 of 16.
+constexpr int kTileRows = W == 16 ? 12 : 4;
 
+// C tile [ROWS, VECTORS * W]: per step of k, VECTORS loads of B and ROWS broadcasts of A for ROWS * VECTORS
+// multiply-adds.
 template <int ROWS, int VECTORS>
 static inline void tile(int64_t k, const float *a, int64_t a_row, int64_t a_col, const float *b, int64_t ldb, float *c,
                         int64_t ldc, bool add) {
@@ -37,6 +41,7 @@ static inline void tile(int64_t k, const float *a, int64_t a_row, int64_t a_col,
     }
 }
 
+// ROWS rows of C, by pairs of vectors.
 template <int ROWS>
 static inline void strip(int64_t n, int64_t k, const float *a, int64_t a_row, int64_t a_col, const float *b, int64_t ldb,
                          float *c, int64_t ldc, bool add) {
@@ -45,7 +50,7 @@ static inline void strip(int64_t n, int64_t k, const float *a, int64_t a_row, in
   for (; j < n; j += W) tile<ROWS, 1>(k, a, a_row, a_col, b + j, ldb, c + j, ldc, add);
 }
 
-// A(i, p) = a[i * a_row + p * a_col].
+// C[m, n] = A B, or C += A B with ``add``; A(i, p) = a[i * a_row + p * a_col].
 static inline void gemm(int64_t m, int64_t n, int64_t k, const float *a, int64_t a_row, int64_t a_col, const float *b,
                         int64_t ldb, float *c, int64_t ldc, bool add) {
   int64_t i = 0;

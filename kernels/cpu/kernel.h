@@ -1,7 +1,7 @@
-// What every kernel file shares: the views that kernels get, their registry, and the parallel loop.
+// Common declarations of the kernels: tensor views, the registry, and parallel loops.
 //
-// A kernel is a plain function over views, free of MindSpore: bindings.cc hands it tensors, the tests hand it numpy
-// arrays through ctypes. Arguments are checked in Python (kernels/cpu/ops.py); a kernel trusts its views.
+// A kernel is a function over views, independent of MindSpore: bindings.cc passes tensors, the tests pass numpy arrays
+// through ctypes. Arguments are checked in Python (kernels/cpu/ops.py), not in a kernel.
 #pragma once
 
 #include <algorithm>
@@ -38,7 +38,7 @@ struct View {
   }
 };
 
-// Floats from the beginning of a line of the caches on: a load or store across two lines is two.
+// Allocator aligned to cache lines: a load or store that crosses a line costs two.
 template <typename T>
 struct OnLines {
   using value_type = T;
@@ -62,8 +62,8 @@ struct Registration {
   static void kernel_##name([[maybe_unused]] const View *in, [[maybe_unused]] const View *out, \
                             [[maybe_unused]] const double *scalar)
 
-// How many threads are worth their start for n items, and how many pieces they share: a few for each, since one that
-// loses its processor to somebody else (a framework's thread that waits by looking) would hold up all that is its own.
+// Threads worth starting for n items, at least ``grain`` items each, and the number of pieces they share: several per
+// thread, so that a thread that loses its processor, e.g. to a spinning thread of a framework, delays one piece only.
 int threads_for(int64_t n, int64_t grain);
 constexpr int64_t kTurns = 8;
 inline int pieces_for(int64_t n, int64_t grain) {
@@ -71,8 +71,8 @@ inline int pieces_for(int64_t n, int64_t grain) {
   return threads <= 1 ? 1 : static_cast<int>(std::min(threads * kTurns, n / std::max<int64_t>(1, grain)));
 }
 
-// body(first, last, piece) over [0, n), in pieces_for(n, grain) pieces, to whoever is free. The same pieces every time,
-// so that sums over them come out with the same bits.
+// body(first, last, piece) over [0, n) in pieces_for(n, grain) pieces, scheduled dynamically. The pieces are the same
+// in every call, so that sums over them are deterministic.
 template <typename Body>
 void parallel(int64_t n, int64_t grain, const Body &body) {
   const int pieces = pieces_for(n, grain);
@@ -91,7 +91,7 @@ void parallel(int64_t n, int64_t grain, const Body &body) {
   }, &context);
 }
 
-// body(item, hand) for every item, handed out as threads come free; no two threads have the same hand at a time.
+// body(item, hand) for every item, scheduled dynamically; ``hand`` numbers the threads, for buffers of their own.
 template <typename Body>
 void parallel_items(int64_t n, const Body &body) {
   const int threads = threads_for(n, 1);

@@ -1,19 +1,19 @@
-// Matrix products of bfloat16 operands with float32 sums, by the processor's own instruction where it has one.
+// Matrix products of bfloat16 operands with float32 sums, by AVX512-BF16 dot products where available.
 #include "types.h"
 
 namespace {
 
-constexpr int64_t kRows = 8;  // rows of x in registers, against two vectors of outputs
+constexpr int64_t kRows = 8;  // rows of x per register tile, times two vectors of outputs: 16 accumulators
 
-// C [m, n] = x [m, k] w [n, k]^T, packed in blocks. w is packed as [n / 2W][k / 2][2W][2]: pairs along k, which is what
-// the dot-product instruction takes; without it the pairs are widened.
+// w of C [m, n] = x [m, k] w [n, k]^T, packed as [n / 2W][k / 2][2W][2]: pairs along k, the operand of the dot-product
+// instruction; without it the pairs are widened to float32.
 struct Packed {
   std::vector<uint16_t> data;
   int64_t n, k, pairs, strips;
 };
 
 Packed pack(const View &w, bool transposed) {
-  // Rows of the packed matrix are outputs. transposed: w is [k, n] and not [n, k].
+  // Rows of the packed matrix are outputs; ``transposed``: w is [k, n].
   Packed p;
   p.n = transposed ? w.shape[1] : w.shape[0], p.k = transposed ? w.shape[0] : w.shape[1];
   p.pairs = (p.k + 1) / 2, p.strips = (p.n + 2 * W - 1) / (2 * W);
@@ -34,6 +34,7 @@ Packed pack(const View &w, bool transposed) {
   return p;
 }
 
+// sum + low(pair) * w[., 0] + high(pair) * w[., 1] per lane; ``pair`` holds two bfloat16 of x.
 inline vf dot_pairs(vf sum, uint32_t pair, const uint16_t *w) {
 #if defined(__AVX512BF16__)
   __m512bh a = (__m512bh)_mm512_set1_epi32(static_cast<int>(pair));
@@ -50,6 +51,7 @@ inline vf dot_pairs(vf sum, uint32_t pair, const uint16_t *w) {
 #endif
 }
 
+// out [ROWS, 2W] = x [ROWS, k] w^T of one strip of 2W outputs.
 template <int ROWS>
 void block(const uint32_t *x, int64_t pairs, const uint16_t *w, float *out) {
   vf sum[ROWS][2] = {};
@@ -73,7 +75,7 @@ KERNEL(matmul_bf16, 2, 1, 2) {
   const int64_t m = turned ? in[0].shape[1] : in[0].shape[0];
   const uint16_t *a = in[0].as<uint16_t>();
   const int64_t row = turned ? 1 : w.k, column = turned ? m : 1;
-  constexpr int64_t kBlock = 64;  // rows whose pairs stay in the second cache while the strips of w pass
+  constexpr int64_t kBlock = 64;  // rows whose pairs stay in L2 while the strips of w pass
   const int64_t blocks = (m + kBlock - 1) / kBlock;
   const bool by_rows = blocks >= threads_for(blocks * w.strips, 1);
   const int64_t items = by_rows ? blocks : w.strips;

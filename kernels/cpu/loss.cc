@@ -1,10 +1,12 @@
-// Cross-entropy over a shard of the vocabulary, token lookup and its gradient, AdamW.
+// Cross-entropy over a shard of the vocabulary, embedding and its gradient, AdamW.
 #include "types.h"
 
 namespace {
 constexpr int kIgnore = -100;
-constexpr int64_t kBlock = 1024;  // logits between two looks at the level
-constexpr float kFar = 5e8f;      // e^20: a block whose largest is at the level, or below it, stays far under this
+constexpr int64_t kBlock = 1024;  // logits between two checks of the level
+// Sum of a block, relative to the level, above which the level is raised: about e^20. A block with maximum at most the
+// level sums to at most kBlock.
+constexpr float kFar = 5e8f;
 
 template <typename T>
 float largest(const T *p, int64_t n) {
@@ -18,6 +20,7 @@ float largest(const T *p, int64_t n) {
   return max_lanes(most);
 }
 
+// log_sum_exp of the ``real`` columns and the target's logit of each row, reading the logits once.
 template <typename T>
 void statistics(const View &logits, const View &targets, int64_t first, int64_t real, float *lse, float *picked) {
   const int64_t columns = logits.columns();
@@ -27,8 +30,9 @@ void statistics(const View &logits, const View &targets, int64_t first, int64_t 
       const int64_t target = load_index(targets, row) - first;
       const bool held = load_index(targets, row) != kIgnore && target >= 0 && target < real;
       picked[row] = held ? scalar_load(p + target) : 0.0f;
-      // The exponentials are taken relative to a level that need not be the largest logit, only near it. A block whose
-      // sum says that some of it is far above raises the level, and is gone through again.
+      // Invariant: sum = sum of e^(x - level) over [0, from). The level is near the maximum but need not be it:
+      // initially the maximum of the first block. A block whose sum exceeds kFar raises the level to its maximum,
+      // rescales the sum by e^(old - new) and is repeated.
       float level = -INFINITY;
       double sum = 0;
       for (int64_t from = 0; from < real;) {
@@ -45,7 +49,7 @@ void statistics(const View &logits, const View &targets, int64_t first, int64_t 
         if (more > kFar) {
           const float top = largest(p + from, to - from);
           sum *= std::exp(double(level) - top), level = top;
-          continue;  // now relative to its own largest
+          continue;  // repeat relative to the new level
         }
         sum += more, from = to;
       }
@@ -63,8 +67,9 @@ KERNEL(cross_entropy_forward, 2, 2, 2) {
   });
 }
 
-// in: logits [N, C] (overwritten by their gradient unless there is an output), targets [N], log_sum_exp [N], factor [1];
-// out: dlogits or nothing; scalars: first, real, z_loss, in place
+// in: logits [N, C] (overwritten by their gradient unless there is an output), targets [N], log_sum_exp [N] over all
+// ranks, factor [1]; out: dlogits or nothing; scalars: first, real, z_loss.
+// dlogits = factor ((1 + 2 z lse) e^(x - lse) - onehot(target)); 0 in padding columns and rows with target kIgnore.
 static void cross_entropy_gradient(const View *in, const View &target_view, const double *scalar) {
   const int64_t columns = in[0].columns(), first = int64_t(scalar[0]), real = int64_t(scalar[1]);
   const float factor = *in[3].as<float>(), z = static_cast<float>(scalar[2]);
@@ -98,7 +103,7 @@ KERNEL(cross_entropy_backward_in_place, 4, 0, 3) { cross_entropy_gradient(in, in
 // in: table [V, E], ids [N]; out: rows [N, E]
 KERNEL(embedding, 2, 1, 0) {
   const int64_t columns = in[0].columns(), bytes = columns * (in[0].dtype == F32 ? 4 : 2);
-  const bool far = streams(out[0]) && bytes % 4 == 0;  // as floats: rows are copied as they are, whatever the type
+  const bool far = streams(out[0]) && bytes % 4 == 0;  // rows are copied as floats, whatever their dtype
   const auto of = [&](int64_t row) { return in[0].as<char>() + load_index(in[1], row) * bytes; };
   parallel(in[1].size(), std::max<int64_t>(1, 65536 / std::max<int64_t>(1, bytes)), [&](int64_t a, int64_t b, int) {
     for (int64_t row = a; row < b; row++) {
@@ -118,11 +123,11 @@ KERNEL(embedding, 2, 1, 0) {
   });
 }
 
-// in: grad [N, E], ids [N]; out: [V, E] float32, written once: the sums of the rows of each id, in the order of the
-// rows, whatever the number of threads, and zeros for the others.
+// in: grad [N, E], ids [N]; out: [V, E] float32, written once: for each id the sum of its rows, in the order of the
+// rows for any number of threads, and zeros for absent ids.
 KERNEL(embedding_backward, 2, 1, 0) {
   const int64_t columns = in[0].columns(), rows = in[1].size(), vocab = out[0].shape[0];
-  // The rows of id v are order[start[v]] to order[start[v + 1]].
+  // Counting sort: the rows of id v are order[start[v] .. start[v + 1]), ascending.
   std::vector<int64_t> start(vocab + 1, 0), order(rows);
   const auto held = [&](int64_t id) { return id >= 0 && id < vocab; };
   for (int64_t row = 0; row < rows; row++)
@@ -141,7 +146,7 @@ KERNEL(embedding_backward, 2, 1, 0) {
         const int64_t first = start[id], last = start[id + 1];
         const T *soon = last < start[b] ? grad + order[last] * columns : nullptr;
         if (first == last) {
-          const int64_t from = id;  // as most ids of a large vocabulary
+          const int64_t from = id;  // a range of absent ids, the majority in a large vocabulary
           while (id < b && start[id + 1] == first) id++;
           for (int64_t i = 0; soon && i < columns; i += 64 / sizeof(T)) ahead(soon + i, far);
           clear(to, (id - from) * columns, far);
@@ -160,9 +165,10 @@ KERNEL(embedding_backward, 2, 1, 0) {
   });
 }
 
-// in: master, m, v (flat float32, changed in place from element scalar[0] on), grad (its size says how many), copy
-// (weights in their dtype, as many as grad); scalars: first, lr, beta1, beta2, eps, 1 - lr * decay,
-// 1 / (1 - beta1^t), 1 / sqrt(1 - beta2^t), grad_scale, has copy, first element of grad, count
+// in: master, m, v (flat float32, ``count`` elements from ``first`` on updated in place), grad, copy (``count``
+// elements: the new weights in their dtype); scalars: first, lr, beta1, beta2, eps, 1 - lr * weight_decay, c1 = 1 / (1
+// - beta1^t), c2 = 1 / sqrt(1 - beta2^t), grad_scale, has copy, first element of grad, count. master <- (1 - lr wd)
+// master - lr c1 m / (c2 sqrt(v) + eps).
 KERNEL(adamw, 5, 0, 12) {
   const int64_t first = int64_t(scalar[0]), from = int64_t(scalar[10]), count = int64_t(scalar[11]);
   float *master = in[0].as<float>() + first, *m = in[1].as<float>() + first, *v = in[2].as<float>() + first;

@@ -1,18 +1,22 @@
-// float32 matrix products in the manner of BLIS (Van Zee and van de Geijn, 2015): B is copied into panels that the
-// registers take in order, so that a transposed operand costs nothing more, and a bias is where the sums begin. So is A,
-// unless C is so narrow that the copy would not pay: rows a power of two apart would push each other out of the cache.
+// float32 matrix products by the blocking of BLIS (Van Zee and van de Geijn, 2015).
+//
+// B [k, n] is packed into panels [depth][kColumns] in the order of use, which makes a transposed operand free; the bias
+// is the initial value of the sums. A is packed too, into panels [depth][kRows], because rows a power of two apart
+// evict each other from the cache, unless C is too narrow to amortise the copy.
 #include "kernel.h"
 #include "vec.h"
 
 namespace {
 
-constexpr int kRows = W == 16 ? 12 : 6, kVectors = 2;  // of a tile of C in registers
+// A tile of C in registers: AVX-512 12 x 2 accumulators + 2 vectors of B + 1 broadcast of A of 32 registers; AVX2
+// 6 x 2 + 3 of 16.
+constexpr int kRows = W == 16 ? 12 : 6, kVectors = 2;
 constexpr int kColumns = kVectors * W;
-constexpr int64_t kWorthCopying = 8;    // strips of C that use a copy of A
-constexpr int64_t kDepth = 192;         // of k at once: a panel of B of that depth stays in the first cache
-constexpr int64_t kBlock = 32 * kRows;  // rows of A that stay in the second
+constexpr int64_t kWorthCopying = 8;    // strips of C from which on packing A pays
+constexpr int64_t kDepth = 192;         // steps of k per pass: a panel of B (24 KiB with AVX-512) stays in L1
+constexpr int64_t kBlock = 32 * kRows;  // rows of A per pass: the packed block (288 KiB with AVX-512) stays in L2
 
-// Buffers that keep their memory between calls: fresh pages cost as much as the copy.
+// A buffer kept between calls: page faults on fresh memory cost as much as the packing.
 struct Buffer {
   float *room(size_t size) {
     if (held.size() < size + W) held.resize(size + W);
@@ -28,7 +32,7 @@ struct Operand {
   int64_t row, column;  // strides
 };
 
-// A rows [first, first + rows), k [from, from + depth) as panels [rows / kRows][depth][kRows], padded with zeros.
+// Rows [first, first + rows) and k [from, from + depth) of A as panels [rows / kRows][depth][kRows], zero-padded.
 void pack_a(const Operand &a, int64_t first, int64_t rows, int64_t from, int64_t depth, float *to) {
   for (int64_t panel = 0; panel < rows; panel += kRows) {
     const int64_t some = std::min<int64_t>(kRows, rows - panel);
@@ -49,7 +53,7 @@ void pack_a(const Operand &a, int64_t first, int64_t rows, int64_t from, int64_t
   }
 }
 
-// One strip of B, columns [first, first + kColumns), as [depth][kColumns] padded with zeros.
+// A strip of B, columns [first, first + kColumns), as a panel [depth][kColumns], zero-padded.
 void pack_b(const Operand &b, int64_t first, int64_t columns, int64_t from, int64_t depth, float *to) {
   const float *p = b.data + from * b.row + first * b.column;
   if (columns == kColumns && b.column == 1) {
@@ -68,7 +72,8 @@ void pack_b(const Operand &b, int64_t first, int64_t columns, int64_t from, int6
       for (int64_t j = done; j < depth; j++) to[j * kColumns + c] = 0.0f;
 }
 
-// C tile = begin + A rows * B panel, with ``begin`` the tile itself, a row for every row, or zero.
+// C tile [ROWS, kColumns] = begin + A [ROWS, depth] B panel, where ``begin`` is the tile itself, one row (a bias) for
+// all rows, or null for zero. Per step of k: 2 loads of B, ROWS broadcasts of A, 2 ROWS multiply-adds.
 template <int ROWS>
 inline void tile(int64_t depth, const float *a, int64_t a_row, int64_t a_column, const float *b, const float *begin,
                  int64_t begin_row, float *c, int64_t ldc) {
@@ -91,7 +96,8 @@ inline void tile(int64_t depth, const float *a, int64_t a_row, int64_t a_column,
     for (int j = 0; j < kVectors; j++) store(c + i * ldc + j * W, sum[i][j]);
 }
 
-// ``add``: the sums begin with what is in C, and there is no bias.
+// C [m, n] = A [m, k] B [k, n] + bias; ``add``: C += A B, without a bias. Loops: blocks of rows (A block in L2), depths of
+// k, strips of columns (B panel in L1), tiles of kRows rows (C in registers).
 void product(int64_t m, int64_t n, int64_t k, const Operand &a, const Operand &b, const float *bias, float *c,
              bool add = false) {
   const int64_t strips = (n + kColumns - 1) / kColumns;
@@ -104,7 +110,7 @@ void product(int64_t m, int64_t n, int64_t k, const Operand &a, const Operand &b
              panels + from * strips * kColumns + strip * depth * kColumns);
     }
   });
-  // Threads share the rows, or the columns where there are too few rows.
+  // Threads divide the rows, or the columns where there are too few rows.
   const int64_t row_panels = (m + kRows - 1) / kRows, threads = threads_for(row_panels * strips, 2);
   const bool by_rows = row_panels >= 2 * threads || row_panels >= strips;
   parallel(by_rows ? row_panels : strips, 1, [&](int64_t first, int64_t last, int) {
@@ -131,6 +137,7 @@ void product(int64_t m, int64_t n, int64_t k, const Operand &a, const Operand &b
               tile<kRows>(depth, at, a_row, a_column, panel, begin, from || add ? n : 0, to, n);
               continue;
             }
+            // An incomplete tile is computed into ``edge`` and its existing elements are copied.
             for (int64_t j = 0; j < kColumns; j++) start[j] = bias && !from && j < columns ? bias[column + j] : 0.0f;
             if (some == kRows)
               tile<kRows>(depth, at, a_row, a_column, panel, start, 0, edge, kColumns);
@@ -149,8 +156,8 @@ void product(int64_t m, int64_t n, int64_t k, const Operand &a, const Operand &b
 
 }  // namespace
 
-// in: a [m, k] or, with scalar[0], [k, m]; w [n, k] or, with scalar[1], [k, n]; bias [n]; all float32; out: a w^T + bias
-// [m, n]; scalars: turn a, turn w, has bias
+// in: a [m, k] or, with scalar[0], [k, m]; w [n, k] or, with scalar[1], [k, n]; bias [n]; all float32; out: a w^T +
+// bias [m, n]; scalars: turn a, turn w, has bias
 KERNEL(matmul, 3, 1, 3) {
   const bool turn_a = scalar[0] != 0, turn_w = scalar[1] != 0;
   const int64_t m = in[0].shape[turn_a ? 1 : 0], k = in[0].shape[turn_a ? 0 : 1], n = in[1].shape[turn_w ? 1 : 0];

@@ -1,5 +1,5 @@
-// rms_norm and layer_norm, forward and backward, alone or behind the residual sum, with the statistics of channels that
-// are still growing. One pass over memory: a row stays in the nearest cache between its statistics and its output.
+// RMS norm and layer norm, forward and backward, optionally of a residual sum and with a growth mask. One pass over
+// memory: a row stays in L1 between its statistics and its output. N rows, E channels.
 #include <tuple>
 
 #include "kernel.h"
@@ -9,7 +9,7 @@
 
 namespace {
 
-// weight (or mask) [E] as floats, with zeros behind: a vector may begin at any element.
+// weight (or mask) [E] as float32, followed by W zeros: a vector may begin at any element.
 Floats floats(const View &view) {
   const int64_t n = view.size();
   Floats out(n + W, 0.0f);
@@ -20,9 +20,10 @@ Floats floats(const View &view) {
   return out;
 }
 
+// The growth mask (kernels.reference.rms_norm): empty without one; total: its sum, or the number of channels.
 struct Growth {
-  Floats mask;  // empty: every channel is there
-  float total;              // sum of the mask, or the number of channels
+  Floats mask;
+  float total;
   explicit Growth(const View *view, int64_t columns) : total(static_cast<float>(columns)) {
     if (!view) return;
     mask = floats(*view);
@@ -32,21 +33,21 @@ struct Growth {
   }
 };
 
-// body(whether there is a mask) as a constant: the usual case has no trace of it.
+// body(std::bool_constant of whether there is a mask): the usual case is compiled without it.
 template <typename Body>
 void with_mask(const Growth &growth, const Body &body) {
   if (growth.mask.empty()) return body(std::false_type());
   body(std::true_type());
 }
 
-// One row through ``body(i, n)``: vectors of n = W elements and, at the end, the rest. ``head``: where the vectors of
-// an output begin; sums are taken from the row's beginning on, in the same order wherever it lies.
+// body(i, n) over one row: vectors of n = W elements and the rest. ``head``: offset of the output's aligned vectors;
+// sums use 0, so that their order does not depend on the address of the row.
 template <typename Body>
 __attribute__((always_inline)) inline void along(int64_t columns, const Body &body, int64_t head = 0) {
   by_vectors(0, columns, head, body);
 }
 
-// Sums over rows, a buffer a piece, added up in the order of the pieces.
+// Sums over rows [E]: one buffer per piece, added in the order of the pieces.
 class ColumnSums {
  public:
   ColumnSums(int64_t columns, int pieces)
@@ -67,7 +68,7 @@ class ColumnSums {
   int pieces_;
 };
 
-// Rows [first, last) as body(row, how many): four at a time share the loads and stores of the sums over rows.
+// body(row, count) over rows [first, last): four rows at a time share the loads and stores of the sums over rows.
 template <typename Body>
 void by_rows(int64_t first, int64_t last, const Body &body) {
   int64_t row = first;
@@ -75,9 +76,10 @@ void by_rows(int64_t first, int64_t last, const Body &body) {
   for (; row < last; row++) body(row, std::integral_constant<int, 1>());
 }
 
-constexpr int64_t kGrain = 8192;  // elements below which another thread costs more than it brings
+constexpr int64_t kGrain = 8192;  // elements that justify another thread
 int64_t row_grain(int64_t columns) { return std::max<int64_t>(1, kGrain / std::max<int64_t>(1, columns)); }
 
+// out = x * weight * mask / sqrt(mean(x^2) + eps); with a residual, of the stream x + residual.
 template <typename X, typename R, typename O>
 void rms_forward(const View &x, const View *residual, const View &weight, const View *mask, double eps, const View &out,
                  const View *stream, const View &rstd) {
@@ -91,7 +93,7 @@ void rms_forward(const View &x, const View *residual, const View &weight, const 
       O *po = out.as<O>() + row * columns;
       R *ps = stream ? stream->as<R>() + row * columns : nullptr;
       const R *pr = residual ? residual->as<R>() + row * columns : nullptr;
-      // The sum as it is rounded for the stream: the norm is of what the next layer sees.
+      // The stream rounded to its dtype: the norm is of the values that the next layer reads.
       const auto value = [&](int64_t i, int n) {
         const vf v = get(px + i, n);
         return ps ? rounded<R>(v + get(pr + i, n)) : v;
@@ -101,7 +103,7 @@ void rms_forward(const View &x, const View *residual, const View &weight, const 
         vf v = value(i, n);
         v = v * v;
         if (masked) v = v * load(&growth.mask[i]);
-        const vf sum = squares + v;  // compensated in pairs of lanes would be exact; two sums halve the error
+        const vf sum = squares + v;  // two alternating sums: shorter dependency chains, half the rounding error
         squares = more, more = sum;
         if (pr) ahead(px + columns + i, far);
       });
@@ -110,7 +112,7 @@ void rms_forward(const View &x, const View *residual, const View &weight, const 
       along(columns, [&](int64_t i, int n) INLINED {
         vf v = value(i, n);
         if (ps) put(ps + i, v, n, far);
-        v = rounded<O>(v * r) * load(&gain[i]);  // the released order: the norm is rounded before the gain
+        v = rounded<O>(v * r) * load(&gain[i]);  // the released models' order: rounded before the gain
         if (masked) v = v * load(&growth.mask[i]);
         put(po + i, v, n, far);
         if (pr) ahead(pr + columns + i, far);
@@ -121,6 +123,8 @@ void rms_forward(const View &x, const View *residual, const View &weight, const 
   });
 }
 
+// dx = r g - x r^3 c sum(g x) (+ grad_stream), dweight = sum over rows of grad mask x r, with g = grad weight mask and
+// c = mask / sum(mask). First pass: the sums over the row; second pass: dx.
 template <typename G, typename X>
 void rms_backward(const View &grad, const View *grad_stream, const View &x, const View &weight, const View *mask,
                   const View &rstd, const View &dx, const View &dweight) {
@@ -175,7 +179,7 @@ void rms_backward(const View &grad, const View *grad_stream, const View &x, cons
 
 }  // namespace
 
-// in: x, weight, mask (as often as scalar[1] says); out: normed, rstd; scalars: eps, has mask
+// in: x, weight, mask; out: normed, rstd; scalars: eps, has mask
 KERNEL(rms_norm, 3, 2, 2) {
   const View *mask = scalar[1] ? &in[2] : nullptr;
   with_types(in[0].dtype, out[0].dtype, [&](auto *x, auto *o) {
@@ -223,9 +227,9 @@ KERNEL(layer_norm, 4, 3, 2) {
         for (int64_t row = first; row < last; row++) {
           const X *px = in[0].as<X>() + row * columns;
           O *po = out[0].as<O>() + row * columns;
-          // sum, and sum of squares, of what lies above ``level``.
+          // (mean of x - level, mean of (x - level)^2).
           const auto above = [&](float level) {
-            vf sum = splat(0.0f), squares = sum, more = sum, others = sum;  // in turns: no addition waits for another
+            vf sum = splat(0.0f), squares = sum, more = sum, others = sum;  // two alternating sums each
             along(columns, [&](int64_t i, int n) INLINED {
               vf v = get(px + i, n) - level, weighed = v;
               if (n < W) v = weighed = clear_after(v, n);
@@ -235,8 +239,9 @@ KERNEL(layer_norm, 4, 3, 2) {
             });
             return std::pair(sum_lanes(sum + more) / growth.total, sum_lanes(squares + others) / growth.total);
           };
-          // One pass, from a level near the mean, which any few elements are likely to be. Where they turn out to be
-          // farther from it than most, differences of large numbers would be left, and a second pass is made from there.
+          // var = mean((x - level)^2) - (mean - level)^2 in one pass. It is accurate for a level near the mean; the
+          // level is the mean of the first W elements. Where (mean - level)^2 exceeds the variance, cancellation would
+          // lose precision, and a second pass uses the mean as the level.
           float mean = sum_lanes(get(px, W <= columns ? W : 1)) / (W <= columns ? W : 1);
           auto [shift, squares] = above(mean);
           mean += shift;
@@ -245,7 +250,7 @@ KERNEL(layer_norm, 4, 3, 2) {
           const float r = 1.0f / std::sqrt(variance + eps);
           out[1].as<float>()[row] = mean, out[2].as<float>()[row] = r;
           along(columns, [&](int64_t i, int n) INLINED {
-            // One rounding at the end, as torch.nn.LayerNorm; the RMS norm above rounds before its weight.
+            // One rounding at the end, as in torch.nn.LayerNorm; the RMS norm rounds before its weight.
             vf v = (get(px + i, n) - mean) * r * load(&gain[i]) + load(&offset[i]);
             if constexpr (masked) v = v * load(&growth.mask[i]);
             put(po + i, v, n, far);
@@ -258,7 +263,8 @@ KERNEL(layer_norm, 4, 3, 2) {
   });
 }
 
-// in: grad, x, weight, mean, rstd, mask; out: dx, dweight, dbias; scalars: has mask
+// in: grad, x, weight, mean, rstd, mask; out: dx, dweight, dbias; scalars: has mask.
+// dx = r (g - c sum(g) - n c sum(g n)) with n = (x - mean) r: level = c r sum(g), tilt = c r^3 sum(g (x - mean)).
 KERNEL(layer_norm_backward, 6, 3, 1) {
   const int64_t columns = in[1].columns(), rows = in[1].rows();
   const Floats gain = floats(in[2]);

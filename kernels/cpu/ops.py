@@ -1,10 +1,9 @@
-"""The CPU operators with their arguments checked: the same functions for MindSpore tensors and for numpy arrays.
+"""C++ operators on the CPU, with argument checks: the same functions for MindSpore tensors and numpy arrays.
 
-No gradients are recorded here (kernels/mindspore/ops.py does that); a ``_backward`` is a function like any other.
-Dtypes are the framework's own. Statistics and sums are float32 whatever the inputs are. Every function raises
-TypeError or ValueError that names the argument, what it is and what it must be; the kernels themselves trust their
-arguments.
-B batch, S queries, T keys, H heads, K kv heads, D head dim, E channels, V vocabulary, N rows.
+Functions without autograd (kernels/mindspore/ops.py records gradients). Dtypes are the framework's. Statistics and sums
+are float32 for all inputs. Every function raises TypeError or ValueError naming the argument, its value and what it
+must be; the kernels do not check again. B batch, S queries, T keys, H heads, K kv heads, D head dim, E hidden,
+V vocabulary, N rows, C columns of a vocabulary shard, P pages, R sequences, M pages of a table.
 """
 
 from __future__ import annotations
@@ -61,7 +60,7 @@ def add_rms_norm(
 def add_rms_norm_backward(
     grad: Array, grad_stream: Array, stream: Array, weight: Array, rstd: Array, mask: Array | None = None
 ) -> tuple[Array, Array]:
-    """(gradient of the stream, which is that of x and of the residual; dweight)."""
+    """(dstream, the gradient of both x and residual; dweight)."""
     return _rms_backward(grad, grad_stream, stream, weight, rstd, mask)
 
 
@@ -73,7 +72,7 @@ def _rms_backward(
     channels(x, weight=weight, mask=mask)
     need("rstd", rstd, ("float32",), x.shape[:-1])
     if grad_stream is not None and grad_stream.dtype != x.dtype:
-        raise TypeError(f"grad_stream: {grad_stream.dtype} for a stream that is {x.dtype}")
+        raise TypeError(f"grad_stream: {grad_stream.dtype}, needs the dtype of the stream, {x.dtype}")
     outputs = ((x.dtype, x.shape), (e.dtypes["float32"], weight.shape))
     inputs = (grad, x, weight, rstd, either(grad_stream, x), either(mask, weight))
     return e.run("rms_norm_backward", inputs, outputs, (grad_stream is not None, mask is not None), 0)
@@ -115,16 +114,16 @@ def rope_qk(
     scale_k: Array | None = None,
     sign: float = 1.0,
 ) -> tuple[Array, Array]:
-    """q [B, S, H, D] and k [B, S, K, D] rotated by cos, sin [B or 1, S, 1, D/2] float32, each in its dtype.
+    """Rotary embedding of q [B, S, H, D] and k [B, S, K, D] by cos, sin [B or 1, S, 1, D/2] float32, each in its dtype.
 
-    ``scale_q``, ``scale_k``, shaped like cos, multiply both halves (xPos). ``sign`` -1 turns back: the gradient.
+    ``scale_q``, ``scale_k``, shaped like cos, multiply both halves (xPos). ``sign`` -1: the inverse rotation.
     """
     e = floats(q=q, k=k)
     for name, x in (("q", q), ("k", k)):
         if len(x.shape) != 4 or x.shape[-1] % 2:
             raise ValueError(f"{name}: shape {tuple(x.shape)}, needs [B, S, heads, D] with an even D")
     if (k.shape[0], k.shape[1], k.shape[3]) != (q.shape[0], q.shape[1], q.shape[3]):
-        raise ValueError(f"k: shape {tuple(k.shape)} beside q {tuple(q.shape)}; only the heads may differ")
+        raise ValueError(f"k: shape {tuple(k.shape)}, needs that of q, {tuple(q.shape)}; only the heads may differ")
     B, S, _, D = q.shape
     for name, table in (("cos", cos), ("sin", sin), ("scale_q", scale_q), ("scale_k", scale_k)):
         if table is not None:
@@ -139,12 +138,12 @@ def rope_qk(
 def rope_qk_backward(
     grad_q: Array, grad_k: Array, cos: Array, sin: Array, scale_q: Array | None = None, scale_k: Array | None = None
 ) -> tuple[Array, Array]:
-    """The rotation back, with the same scales."""
+    """(dq, dk): the inverse rotation, with the same scales."""
     return rope_qk(grad_q, grad_k, cos, sin, scale_q, scale_k, -1.0)
 
 
 def swiglu(gate: Array, up: Array) -> Array:
-    """silu(gate) * up, in their dtype."""
+    """silu(gate) * up, both of one dtype."""
     e = floats(gate=gate, up=up)
     same(gate=gate, up=up)
     return e.run("swiglu", (gate, up), ((gate.dtype, gate.shape),), (), 0)
@@ -158,7 +157,7 @@ def swiglu_backward(grad: Array, gate: Array, up: Array) -> tuple[Array, Array]:
 
 
 def gelu(x: Array) -> Array:
-    """x/2 * (1 + tanh(sqrt(2/pi) * (x + 0.044715 x^3)))."""
+    """GELU, tanh form: x/2 * (1 + tanh(sqrt(2/pi) * (x + 0.044715 x^3)))."""
     return floats(x=x).run("gelu", (x,), ((x.dtype, x.shape),), (), 0)
 
 
@@ -170,7 +169,7 @@ def gelu_backward(grad: Array, x: Array) -> Array:
 
 
 def device_ranges(key_ranges: KeyRanges) -> Array:
-    """The form of what queries see that ``attention`` takes, as a MindSpore tensor."""
+    """The key ranges as a MindSpore tensor, in the form that ``attention`` takes."""
     from mindspore import Tensor
 
     return Tensor(np.ascontiguousarray(key_ranges.ranges, np.int32))
@@ -179,10 +178,10 @@ def device_ranges(key_ranges: KeyRanges) -> Array:
 def attention(
     q: Array, k: Array, v: Array, ranges: Array, scale: float | None = None, out_f32: bool = False
 ) -> tuple[Array, Array]:
-    """q [B, S, H, D], k and v [B, T, K, D], ranges int32 [B or 1, S, 2] (core.model.visibility.KeyRanges).
+    """Softmax attention: q [B, S, H, D], k and v [B, T, K, D], ranges int32 [B or 1, S, 2] (KeyRanges).
 
-    Returns out [B, S, H, D] in the dtype of q (float32 with ``out_f32``) and the log-sum-exp [B, H, S] float32; zeros
-    and -inf for a query that sees no key. ``scale`` of the scores: 1/sqrt(D) if not given.
+    Returns out [B, S, H, D] in the dtype of q (float32 with ``out_f32``) and log_sum_exp [B, H, S] float32; zeros and
+    -inf for a query without visible keys. ``scale`` of the scores defaults to 1/sqrt(D).
     """
     e = attends(q, k, v, ranges)
     B, S, H, D = q.shape
@@ -205,8 +204,8 @@ def attention_backward(
 ) -> tuple[Array, Array, Array]:
     """dq, dk, dv in the dtypes of q, k and v (float32 with ``out_f32``).
 
-    ``out`` and ``log_sum_exp`` may be those of an attention over more keys, of which these are a block, as in a ring;
-    ``delta`` [B, H, S], rowsum(grad * out), saves its computation where several blocks share it; then ``out`` is unused
+    ``out`` and ``log_sum_exp`` [B, H, S] may be those of attention over more keys, of which these are a block (a ring).
+    ``delta`` [B, H, S] = rowsum(grad * out) avoids its recomputation for each block; ``out`` is then unused.
     """
     e = attends(q, k, v, ranges)
     B, S, H, D = q.shape
@@ -232,7 +231,7 @@ def attention_delta(grad: Array, out: Array) -> Array:
 
 
 def merge_blocks(out: Array, log_sum_exp: Array, more: Array, more_lse: Array) -> tuple[Array, Array]:
-    """Attention over two sets of keys from attention over each: out [B, S, H, D], log_sum_exp [B, H, S], float32."""
+    """Attention over the union of two sets of keys: out, more [B, S, H, D], log-sum-exps [B, H, S], all float32."""
     e = floats(out=out)
     if len(out.shape) != 4:
         raise ValueError(f"out: shape {tuple(out.shape)}, needs [B, S, H, D]")
@@ -246,9 +245,9 @@ def merge_blocks(out: Array, log_sum_exp: Array, more: Array, more_lse: Array) -
 
 
 def cross_entropy_forward(logits: Array, targets: Array, first: int, real: int) -> tuple[Array, Array]:
-    """logits [N, C], the columns [first, first + C) of a vocabulary, of which ``real`` stand for a token.
+    """Statistics of a vocabulary shard: logits [N, C] of the columns [first, first + C), of which ``real`` are tokens.
 
-    Returns (log_sum_exp [N] over the real columns, picked [N]: the target's logit, or 0 where it is not among them).
+    Returns (log_sum_exp over the real columns; the target's logit, 0 where another rank has it or it is IGNORE), [N].
     """
     e = loss(logits, targets, first, real)
     rows = ((e.dtypes["float32"], (logits.shape[0],)),) * 2
@@ -265,12 +264,12 @@ def cross_entropy_backward(
     z_loss: float = 0.0,
     in_place: bool = True,
 ) -> Array:
-    """Gradient of factor [1] * (sum of losses + z_loss * lse^2); written over the logits unless told otherwise."""
+    """d (factor [1] * sum of (losses + z_loss * log_sum_exp^2)) / d logits; overwrites the logits if ``in_place``."""
     e = loss(logits, targets, first, real)
     need("log_sum_exp", log_sum_exp, ("float32",), (logits.shape[0],))
     need("factor", factor, ("float32",), None)
     if in_place and e.unit_stride(logits) is not logits:
-        raise ValueError("logits: not contiguous, and to be overwritten")
+        raise ValueError("logits: not contiguous, needs a contiguous tensor with in_place")
     inputs, scalars = (logits, targets, log_sum_exp, factor), (first, real, z_loss)
     if not in_place:
         return e.run("cross_entropy_backward", inputs, ((logits.dtype, logits.shape),), scalars, 0)
@@ -279,14 +278,14 @@ def cross_entropy_backward(
 
 
 def embedding(table: Array, ids: Array) -> Array:
-    """Rows of table [V, E] by ids of any shape; ids must lie in [0, V), which is not checked."""
+    """Rows of table [V, E] by ids [...]; ids in [0, V), which is not checked."""
     e = floats(table=table)
     need("ids", ids, INTEGER, None)
     return e.run("embedding", (table, ids), ((table.dtype, (*ids.shape, table.shape[-1])),), (), 0)
 
 
 def embedding_backward(grad: Array, ids: Array, vocab_size: int) -> Array:
-    """grad [..., E] summed by id into [V, E] float32, in the order of the rows; ids beyond V count nowhere."""
+    """grad [..., E] summed by id into [V, E] float32, in the order of the rows; ids outside [0, V) are ignored."""
     e = floats(grad=grad)
     need("ids", ids, INTEGER, tuple(grad.shape[:-1]))
     shape = (vocab_size, grad.shape[-1])
@@ -315,7 +314,7 @@ def column_sum(x: Array) -> Array:
 
 
 def square_sum(x: Array) -> Array:
-    """Sum of the squares of all elements, float64 [1]; the same bits whatever the number of threads."""
+    """Sum of the squares of all elements, float64 [1]; its bits do not depend on the number of threads."""
     e = floats(x=x)
     return e.run("square_sum", (x,), ((e.dtypes["float64"], (1,)),), (), 0)
 
@@ -326,12 +325,12 @@ def accumulate(into: Array, x: Array, first: int, add: bool) -> None:
     need("into", into, ("float32",), None)
     size = size_of(x)
     if first < 0 or first + size > size_of(into):
-        raise ValueError(f"first: elements {first} to {first + size} of a vector of {size_of(into)}")
+        raise ValueError(f"first: elements {first} to {first + size}, needs a range inside the {size_of(into)} of into")
     e.run("accumulate", (into, x), (), (first, add), 0)
 
 
 def matmul(a: Array, w: Array, bias: Array | None = None, turn_a: bool = False, turn_w: bool = False) -> Array:
-    """a [m, k] times w [n, k] transposed, plus bias [n], all float32; ``turn_``: a is [k, m], w is [k, n]."""
+    """a [m, k] @ w [n, k]^T + bias [n], all float32; with ``turn_a`` a is [k, m], with ``turn_w`` w is [k, n]."""
     e = floats(a=a, w=w, bias=bias)
     m, n = product(a, w, "float32", turn_a, turn_w)
     if bias is not None:
@@ -340,25 +339,25 @@ def matmul(a: Array, w: Array, bias: Array | None = None, turn_a: bool = False, 
 
 
 def matmul_bf16(a: Array, w: Array, out_dtype: DType, turn_a: bool = False, turn_w: bool = False) -> Array:
-    """The same of bfloat16 operands, without a bias, summed in float32."""
+    """``matmul`` of bfloat16 operands without a bias, accumulated in float32."""
     e = floats(a=a, w=w)
     m, n = product(a, w, "bfloat16", turn_a, turn_w)
     return e.run("matmul_bf16", (a, w), ((out_dtype, (m, n)),), (turn_a, turn_w), 0)
 
 
-FEW = 32  # rows up to which linear_rows is faster than a product that copies the matrix into panels first
+FEW = 32  # rows up to which linear_rows is faster than a product that packs the matrix into panels
 
 
 def linear_rows(x: Array, weight: Array, bias: Array | None = None, factors: Array | None = None) -> Array:
-    """x [..., k] @ weight [m, k]^T + bias [m] in the dtype of x, summed in float32, the matrix read once: for few rows.
+    """x [..., k] @ weight [m, k]^T + bias [m] in the dtype of x, accumulated in float32, for few rows.
 
-    ``weight`` has the dtype of x, or is int8 with a float32 factor for each output in ``factors`` [m].
+    ``weight``, read once, has the dtype of x, or is int8 with a float32 factor per output in ``factors`` [m].
     """
     return several_linear_rows(x, ((weight, bias, factors),))
 
 
 def several_linear_rows(x: Array, matrices: Sequence[tuple[Array, Array | None, Array | None]]) -> Array:
-    """linear_rows of one x with up to three (weight, bias, factors): a tuple, the result alone for one."""
+    """``linear_rows`` of one x with up to three (weight, bias, factors): a tuple of results, or the only result."""
     e = floats(x=x)
     name, columns, leading = e.name_of(x), x.shape[-1], tuple(x.shape[:-1])
     inputs: list[Array] = [x]
@@ -381,7 +380,7 @@ _SEVERAL = {1: "linear_rows", 2: "linear_rows_2", 3: "linear_rows_3"}
 
 
 def dequantize(weight: Array, factors: Array, dtype: DType) -> Array:
-    """weight int8 [m, k] times factors float32 [m], in ``dtype``."""
+    """weight int8 [m, k] * factors float32 [m], in ``dtype``."""
     e = engine_of(weight)
     need("weight", weight, ("int8",), None)
     need("factors", factors, ("float32",), tuple(weight.shape[:1]))
@@ -401,11 +400,11 @@ def paged_attention(
     singles: int,
     scale: float | None = None,
 ) -> Array:
-    """Stores k and v [1, N, K, D] in pages [P, size, K, D], in place; then kernels.reference.paged_attention of q
-    [1, N, H, D].
+    """kernels.reference.paged_attention: writes k and v [1, N, K, D] to pages [P, size, K, D] in place, then attention
+    of q [1, N, H, D].
 
     All of one dtype; slots [N], starts [R + 1], lengths [R], tables [R, M] int32; the first ``singles`` sequences have
-    one query each. Slots and tables must lead to pages that there are, and no starts beyond N, which is not checked.
+    one query each. That slots and tables are inside the pages and starts inside N is not checked.
     """
     e = floats(q=q, k=k, v=v, k_pages=k_pages, v_pages=v_pages)
     if len(q.shape) != 4 or q.shape[0] != 1 or len(k_pages.shape) != 4:
@@ -415,34 +414,36 @@ def paged_attention(
         if tuple(x.shape) != (1, N, K, D):
             raise ValueError(f"{name}: shape {tuple(x.shape)}, needs {(1, N, K, D)}")
     if K == 0 or H % K:
-        raise ValueError(f"k: {K} kv heads, which do not divide the {H} heads of q")
+        raise ValueError(f"k: {K} kv heads, needs a divisor of the {H} heads of q")
     same_shape(k_pages=k_pages, v_pages=v_pages)
     for name, x in (("k", k), ("v", v), ("k_pages", k_pages), ("v_pages", v_pages)):
         if x.dtype != q.dtype:
             raise TypeError(f"{name}: {e.name_of(x)}, needs the dtype of q, {e.name_of(q)}")
     for name, x in (("k_pages", k_pages), ("v_pages", v_pages)):
         if e.unit_stride(x) is not x:
-            raise ValueError(f"{name}: not contiguous, and to be written to")
+            raise ValueError(f"{name}: not contiguous, needs contiguous pages")
     R = lengths.shape[0]
     for name, x, shape in (("slots", slots, (N,)), ("starts", starts, (R + 1,)), ("lengths", lengths, (R,))):
         need(name, x, ("int32",), shape)
     need("tables", tables, ("int32",), (R, tables.shape[-1]))
     if not 0 <= singles <= R:
-        raise ValueError(f"singles: {singles} of {R} sequences")
+        raise ValueError(f"singles: {singles}, needs 0 to {R}, the number of sequences")
     inputs = (*map(e.unit_stride, (q, k, v)), k_pages, v_pages, slots, starts, lengths, tables)
     return e.run("paged_attention", inputs, ((q.dtype, q.shape),), (D**-0.5 if scale is None else scale, singles), 3)
 
 
 def store_rows(pages: Array, x: Array, slots: Array) -> None:
-    """Rows x [N, K, D] into pages [P, size, K, D] of their dtype, in place: row i at slots[i] = page * size + place,
-    int64 [N], which must lead to pages that there are; that is not checked."""
+    """Write rows x [N, K, D] to pages [P, size, K, D] of their dtype, in place.
+
+    Row i goes to slots[i] = page * size + place, int64 [N]. That slots are inside the pages is not checked.
+    """
     e = floats(x=x, pages=pages)
     if len(pages.shape) != 4 or tuple(x.shape[1:]) != tuple(pages.shape[2:]):
         raise ValueError(f"x: shape {tuple(x.shape)}, needs [N, K, D], with pages [P, size, K, D]")
     if pages.dtype != x.dtype:
         raise TypeError(f"pages: {e.name_of(pages)}, needs the dtype of x, {e.name_of(x)}")
     if e.unit_stride(pages) is not pages:
-        raise ValueError("pages: not contiguous, and to be written to")
+        raise ValueError("pages: not contiguous, needs contiguous pages")
     need("slots", slots, ("int64",), (x.shape[0],))
     e.run("store_rows", (e.unit_stride(x), pages, slots), (), (), 1)
 
@@ -458,21 +459,22 @@ def adamw(
     grad_first: int = 0,
     count: int | None = None,
 ) -> None:
-    """One update in place: ``count`` elements of the flat float32 master, m and v from ``first`` on.
+    """kernels.reference.adamw of ``count`` elements of the flat float32 master, m and v from ``first`` on, in place.
 
-    ``grad``: its elements from ``grad_first`` on; ``copy``: receives the new weights in its dtype. Formula:
-    kernels.reference.adamw.
+    The gradients are ``count`` elements of ``grad`` from ``grad_first`` on; ``copy``, of ``count`` elements, receives
+    the new master, rounded to the dtype of ``copy``. ``count`` defaults to the size of ``grad``.
     """
     e = floats(master=master, grad=grad, m=m, v=v, copy=copy)
     count = size_of(grad) if count is None else count
     for name, x in (("master", master), ("m", m), ("v", v)):
         need(name, x, ("float32",), tuple(master.shape))
         if first < 0 or first + count > size_of(x):
-            raise ValueError(f"{name}: elements {first} to {first + count} of {size_of(x)}")
+            raise ValueError(f"{name}: elements {first} to {first + count}, needs a range inside its {size_of(x)}")
     if grad_first < 0 or grad_first + count > size_of(grad):
-        raise ValueError(f"grad: elements {grad_first} to {grad_first + count} of {size_of(grad)}")
+        found = f"elements {grad_first} to {grad_first + count}"
+        raise ValueError(f"grad: {found}, needs a range inside its {size_of(grad)}")
     if copy is not None and size_of(copy) != count:
-        raise ValueError(f"copy: {size_of(copy)} elements for {count} new weights")
+        raise ValueError(f"copy: {size_of(copy)} elements, needs {count}")
     scalars = (
         first,
         step.lr,

@@ -1,14 +1,14 @@
-// Attention of the last tokens of several sequences, whose keys and values are kept in pages.
+// Paged attention: causal attention of the last tokens of several sequences over keys and values in pages.
 //
-// A sequence with one new token, as in decoding, reads its keys where they lie: scores of W keys at a time against every
-// head that shares them, then the values under their weights. Long ones are cut into runs of a fixed length, which are
-// merged in their order, so that the bits depend neither on the threads nor on the other sequences. A piece of a prompt
-// has its keys gathered, a head at a time, and goes through the blocks of attention.h.
+// A sequence with one query (decoding) reads its keys in place, W at a time, for all heads of a kv head, then the
+// values. Its keys are divided into runs of a fixed length, merged in order (flash decoding), so that the bits depend
+// neither on the number of threads nor on other sequences. For a chunk of a prompt the keys of a head are gathered and
+// go through the blocks of attention.h.
 #include "attention.h"
 
 namespace {
 
-constexpr int64_t kRun = 512;  // keys of a run
+constexpr int64_t kRun = 512;  // keys per run
 
 struct Paged {
   const View &q, &k, &v;
@@ -22,7 +22,7 @@ struct Paged {
   int64_t queries(int64_t r) const { return starts[r + 1] - starts[r]; }
 };
 
-// body(place, p): the elements of head ``kv`` at the positions [from, to) of sequence r, one after another.
+// body(t, p) for the positions t in [from, to) of sequence r, in order: p points to the D elements of head ``kv``.
 template <typename T, typename Body>
 inline void each_place(const Paged &a, const View &pages, int64_t r, int64_t kv, int64_t from, int64_t to,
                        const Body &body) {
@@ -35,7 +35,7 @@ inline void each_place(const Paged &a, const View &pages, int64_t r, int64_t kv,
   }
 }
 
-// The places of W keys, as floats: as they lie where they are whole float vectors, else in ``room`` [W, Dp].
+// Pointers to up to W rows as float32: in place where they are whole float vectors, else copied to ``room`` [W, Dp].
 template <typename T>
 inline void rows_of(const Paged &a, const View &pages, int64_t r, int64_t kv, int64_t from, int64_t to, float *room,
                     const float **rows) {
@@ -55,8 +55,8 @@ struct Scratch {
   Floats queries, scores, keys, zeros;
 };
 
-// The run [from, to) of the keys of one sequence's single query, in the G heads that share kv: for each head its largest
-// score, the sum of the weights e^(score - largest), and the weighted values: top [G], total [G], sums [G, Dp].
+// Partial attention of one sequence's single query over its keys [from, to), in the G heads of kv head ``kv``:
+// top [G] = max(score), total [G] = sum(e^(score - top)), sums [G, Dp] = sum(e^(score - top) v).
 template <typename T>
 void single_run(const Paged &a, int64_t r, int64_t kv, int64_t from, int64_t to, float scale, float *top, float *total,
                 float *sums, Scratch &s) {
@@ -72,6 +72,7 @@ void single_run(const Paged &a, int64_t r, int64_t kv, int64_t from, int64_t to,
     const int64_t some = std::min<int64_t>(W, n - t);
     rows_of<T>(a, a.k, r, kv, from + t, from + t + some, s.keys.data(), rows);
     for (int64_t i = some; i < W; i++) rows[i] = s.zeros.data();
+    // W dot products of a query with W keys in W registers, reduced together by sums_of_rows.
     for (int64_t g = 0; g < a.G; g++) {
       const float *query = &s.queries[g * Dp];
       vf dot[W] = {};
@@ -111,9 +112,10 @@ void single_run(const Paged &a, int64_t r, int64_t kv, int64_t from, int64_t to,
   }
 }
 
-// The singles [0, count) of a step.
+// Sequences [0, count) of a step, which have one query each: partial attention by (run, kv head), then the merge
+// out = sum(e^(top - max top) sums) / sum(e^(top - max top) total) over the runs of a sequence.
 void singles(const Paged &a, const View &out, int64_t count, float scale) {
-  std::vector<int64_t> first(count + 1, 0);  // runs of the sequences before
+  std::vector<int64_t> first(count + 1, 0);  // number of each sequence's first run
   for (int64_t r = 0; r < count; r++) first[r + 1] = first[r] + (a.lengths[r] + kRun - 1) / kRun;
   const int64_t runs = first[count], width = a.G * (a.Dp + 2);
   Floats parts(runs * a.K * width);
@@ -152,7 +154,7 @@ void singles(const Paged &a, const View &out, int64_t count, float scale) {
     }
 }
 
-// All keys or values of one head of a sequence, as floats, one after another.
+// All keys or values of one head of a sequence, gathered as float32 [length, Dp].
 Rows gathered(const Paged &a, const View &pages, int64_t r, int64_t kv, Floats &room) {
   const int64_t length = a.lengths[r];
   if (static_cast<int64_t>(room.size()) < length * a.Dp) room.resize(length * a.Dp);
@@ -174,7 +176,7 @@ View sequence_view(const View &x, int64_t first, int64_t count) {
   return view;
 }
 
-// A piece of a prompt: the queries of sequence r, causal.
+// A chunk of a prompt: the S queries of sequence r, causal over its keys: query i attends to [0, length - S + i + 1).
 void piece(const Paged &a, const View &out, int64_t r, float scale) {
   const int64_t S = a.queries(r), length = a.lengths[r];
   std::vector<int32_t> ends(2 * S);
@@ -207,7 +209,7 @@ void piece(const Paged &a, const View &out, int64_t r, float scale) {
 
 // in: q [1, N, H, D], k, v [1, N, K, D] (D contiguous, other axes strided), all of one dtype; k_pages, v_pages
 // [P, size, K, D] of it, in which k and v are stored first; slots int32 [N], starts int32 [R + 1], lengths int32 [R],
-// tables int32 [R, M]; out: [1, N, H, D]; scalars: scale of the scores, how many sequences, the first ones, have a single query
+// tables int32 [R, M]; out: [1, N, H, D]; scalars: scale of the scores, number of leading sequences with a single query
 KERNEL(paged_attention, 9, 1, 2) {
   const Paged a(in);
   const int32_t *slots = in[5].as<int32_t>();

@@ -1,11 +1,11 @@
-// Rotation of queries and keys, activations, biases, sums of squares: element by element.
+// Element-wise kernels and reductions: rotary embedding, activations, biases, sums of squares, merge of blocks.
 #include "types.h"
 
 namespace {
 
 constexpr int64_t kGrain = 8192;
 
-// The elements of an array like ``out``, in vectors that begin its lines; body(i, n).
+// body(i, n) over the elements of ``out``, in vectors aligned to its cache lines.
 template <typename T, typename Body>
 void over(const T *out, int64_t size, const Body &body) {
   const int64_t head = std::min(size, to_line(out)), vectors = std::max<int64_t>(1, (size - head + W - 1) / W);
@@ -28,7 +28,8 @@ vf gelu_gate(vf x) {
   return gate(x * (scale + (scale * kGeluB) * (x * x)));
 }
 
-// Rotation of one tensor [B, S, heads, D], strided, into a contiguous one. table: cos, sin, maybe scale.
+// Half rotation of a strided tensor [B, S, heads, D] into a contiguous one: (a, b) -> (a cos - b sin, b cos + a sin),
+// times ``scale`` where given.
 template <typename T>
 void rotate(const View &x, const View &cos, const View &sin, const View *scale, float sign, const View &out) {
   const int64_t S = x.shape[1], heads = x.shape[2], D = x.shape[3], half = D / 2;
@@ -115,7 +116,7 @@ KERNEL(gelu_backward, 2, 1, 0) {
     using T = std::remove_pointer_t<decltype(t)>;
     over(out[0].as<T>(), in[0].size(), [&](int64_t i, int n) {
       const vf d = get(in[0].as<T>() + i, n), x = get(in[1].as<T>() + i, n), s = gelu_gate(x);
-      // d/dx of x s(2u): s + x s (1 - s) 2u'. Far out s (1 - s) is 0 before u' overflows.
+      // d/dx of x s(2u) = s + x s (1 - s) 2u'. For large |x|, s (1 - s) is 0 before u' overflows.
       const vf ds = d * s, slope = (2.0f * kGeluA) + (6.0f * kGeluA * kGeluB) * (x * x);
       put(out[0].as<T>() + i, ds + (ds - ds * s) * x * slope, n, far);
     });
@@ -151,7 +152,7 @@ KERNEL(add_bias, 2, 0, 0) {
   });
 }
 
-// in: x [..., C]; out: sums over the rows [C] float32, by blocks of so many rows, whatever the number of threads.
+// in: x [..., C]; out: sums over the rows [C] float32, in blocks of kBlock rows, for any number of threads.
 KERNEL(column_sum, 1, 1, 0) {
   constexpr int64_t kBlock = 128;
   const int64_t columns = in[0].columns(), rows = in[0].rows(), stride = (columns + W - 1) / W * W;
@@ -177,7 +178,8 @@ KERNEL(column_sum, 1, 1, 0) {
   }
 }
 
-// in: x; out: sum of squares [1] float64, in blocks of a fixed size, so that the bits do not depend on the threads
+// in: x; out: sum of squares [1], squared and added in float64, in blocks of a fixed size, so that the bits do not
+// depend on the number of threads
 KERNEL(square_sum, 1, 1, 0) {
   constexpr int64_t kBlock = 4096;
   const int64_t size = in[0].size(), blocks = (size + kBlock - 1) / kBlock;
@@ -226,14 +228,14 @@ KERNEL(accumulate, 2, 0, 2) {
 }
 
 // log(1 + x) for 0 <= x <= 1, within 3 units in the last place: 2 artanh(z) = 2 z (1 + z^2/3 + z^4/5 + ...) with
-// z = x / (2 + x), the coefficients such that the largest error is least, 4e-09.
+// z = x / (2 + x); minimax coefficients, error 4e-09.
 static vf log_one_and(vf x) {
   const vf z = x * inverse(2.0f + x), u = z * z;
   return 2.0f * z + 2.0f * z * u * (0.333332081f + u * (0.200107636f + u * (0.140009027f + u * 0.140059934f)));
 }
 
-// What two blocks weigh in their union, by their log-sum-exps a and b; log_sum_exp of the union comes back. Nothing but
-// masked keys in both: -inf, and no weight for either.
+// log_sum_exp of the union of two blocks with log-sum-exps a and b: max + log(1 + e^(min - max)); the weights are
+// e^(a - union) and e^(b - union). Without visible keys in both: -inf and weights 0.
 static vf union_of(vf a, vf b, vf &weight_a, vf &weight_b) {
   const vf top = maximum(a, b), unknown = a + b, infinite = splat(INFINITY);
   const vi finite = absolute(top) < infinite, nan = (a != a) | (b != b);
@@ -247,7 +249,7 @@ static vf union_of(vf a, vf b, vf &weight_a, vf &weight_b) {
 // in: out, more [B, S, H, D] float32, log_sum_exp, more_lse [B, H, S] float32; out: out, log_sum_exp of the union
 KERNEL(merge_blocks, 4, 2, 0) {
   const int64_t B = in[0].shape[0], S = in[0].shape[1], H = in[0].shape[2], D = in[0].shape[3];
-  const int64_t groups = (S + W - 1) / W;  // of tokens, whose log-sum-exps lie beside each other
+  const int64_t groups = (S + W - 1) / W;  // groups of W tokens, whose log-sum-exps are contiguous
   const bool far = streams(out[0]);
   parallel(B * groups, std::max<int64_t>(1, kGrain / std::max<int64_t>(1, W * H * D)), [&](int64_t a, int64_t b, int) {
     Floats weights(2 * H * W);
@@ -266,7 +268,7 @@ KERNEL(merge_blocks, 4, 2, 0) {
         const int64_t token = (batch * S + from + t) * H * D;
         const float *x = in[0].as<float>() + token, *y = in[1].as<float>() + token;
         float *to = out[0].as<float>() + token;
-        // Vectors that fill a line of the output, wherever heads begin and end.
+        // Vectors aligned to cache lines of the output; one that crosses heads selects its weights per lane.
         const auto weight = [&](int64_t h, int which) { return splat(weights[(2 * h + which) * W + t]); };
         int64_t h = 0;
         by_vectors(0, H * D, to_line(to), [&](int64_t i, int n) {

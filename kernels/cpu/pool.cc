@@ -11,7 +11,7 @@
 
 namespace {
 
-constexpr auto kPatience = std::chrono::microseconds(200);  // longer than what lies between two kernels of a step
+constexpr auto kSpinTime = std::chrono::microseconds(200);  // longer than the interval between two kernels of a step
 
 inline void pause() {
 #if defined(__x86_64__)
@@ -19,6 +19,9 @@ inline void pause() {
 #endif
 }
 
+// Work-sharing pool with one job at a time. Protocol: ``state_`` holds the job's number (high half) and its next piece
+// (low half). The caller publishes the job's fields and then the state; a thread claims a piece by incrementing the
+// state with compare-and-swap. A claim fails once the job has changed, so fields read of an old job are never used.
 class Pool {
  public:
   void run(int64_t pieces, int threads, void (*piece)(void *, int64_t), void *context) {
@@ -43,15 +46,15 @@ class Pool {
         sched_yield();
       else
         pause();
-    state_.store(job << 32 | kNothing, std::memory_order_release);  // before anything of the job is overwritten
+    state_.store(job << 32 | kNothing, std::memory_order_release);  // no claims before the fields are overwritten
     busy_.store(false, std::memory_order_release);
   }
 
  private:
-  static constexpr uint64_t kNothing = 0xffffffff;  // as the next piece: there is none
+  static constexpr uint64_t kNothing = 0xffffffff;  // next piece of a job without pieces left
 
-  // One piece of the job that ``state`` belongs to; false when all of them are taken. What was read of a job that is
-  // over is not used: its state is no longer the state.
+  // Claims and runs one piece of the job of ``state``; false when none is left. The fields may be those of a later job,
+  // but then the compare-and-swap fails.
   bool take(uint64_t state) {
     while (static_cast<int64_t>(state & kNothing) < pieces_.load(std::memory_order_relaxed)) {
       const auto piece = piece_.load(std::memory_order_relaxed);
@@ -70,7 +73,7 @@ class Pool {
   void work(int number) {
     uint64_t seen = 0;
     for (;;) {
-      auto until = std::chrono::steady_clock::now() + kPatience;
+      auto until = std::chrono::steady_clock::now() + kSpinTime;
       uint64_t state;
       while ((state = state_.load(std::memory_order_acquire)) >> 32 == seen) {
         for (int i = 0; i < 32; i++) pause();
@@ -93,7 +96,7 @@ class Pool {
   std::atomic<bool> busy_{false};
   std::mutex sleep_;
   std::condition_variable wake_;
-  std::atomic<uint64_t> state_{kNothing};  // the number of the job, and in the low half its next piece
+  std::atomic<uint64_t> state_{kNothing};  // job number << 32 | next piece
   std::atomic<void (*)(void *, int64_t)> piece_{nullptr};
   std::atomic<void *> context_{nullptr};
   std::atomic<int64_t> pieces_{0}, done_{0};
@@ -101,7 +104,7 @@ class Pool {
   int workers_ = 0;
 };
 
-// Never destroyed: its threads end with the process. A forked child has none of them and gets a pool of its own.
+// Never destroyed: its threads end with the process. A forked child has no threads and gets a new pool.
 std::atomic<Pool *> pool{nullptr};
 
 Pool *the_pool() {

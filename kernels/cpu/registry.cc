@@ -1,4 +1,4 @@
-// The kernels by name, and the number of threads they use.
+// Registry of the kernels by name, and their number of threads.
 #include <sched.h>
 
 #include <cstdlib>
@@ -13,12 +13,12 @@ struct Entry {
   Kernel kernel;
 };
 std::vector<Entry> &entries() {
-  static std::vector<Entry> all;  // made on first use: registrations of other files may come before this file's
+  static std::vector<Entry> all;  // made on first use: other files' registrations may run before this file's statics
   return all;
 }
 int allowed_threads = 0;
 
-// As other libraries of the process count them: OMP_NUM_THREADS, or the processors that it may use.
+// OMP_NUM_THREADS, or the processors of the process's affinity mask, as other libraries count them.
 int default_threads() {
   const char *text = std::getenv("OMP_NUM_THREADS");
   const int asked = text ? std::atoi(text) : 0;

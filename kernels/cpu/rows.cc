@@ -1,13 +1,13 @@
-// Products of a few rows with a large matrix, as in decoding, where reading the matrix once is all that counts.
+// Products of few rows with a large matrix (decoding), bound by reading the matrix once.
 //
-// The matrix may be kept in a smaller type than the rows: 16 bits, or 8-bit whole numbers with a factor for each output.
-// It is taken by strips of W outputs; within one, blocks of rows and outputs whose W sums stay in registers. Every sum
-// runs along its row in the same order, whatever is computed beside it: the bits of a row do not depend on the others.
+// The matrix may have a smaller type than the rows: 16 bits, or int8 with a factor per output. It is processed in
+// strips of W outputs; within a strip, blocks of ROWS rows and W / ROWS outputs have their W sums in registers. Every
+// sum runs along its row in the same order, so the bits of a row do not depend on the other rows.
 #include "types.h"
 
 namespace {
 
-constexpr int64_t kItem = 32768;  // elements of the matrix that a thread takes at once
+constexpr int64_t kItem = 32768;  // elements of the matrix per task of a thread
 
 template <typename T>
 inline vf weights(const T *p) {
@@ -33,7 +33,7 @@ inline vf weights(const T *p, int n) {
   return weights(lanes);
 }
 
-// Lets x be loaded once: the compiler would rather load it again for every product that it goes into.
+// Keeps x in a register; otherwise the compiler reloads it for every product.
 inline void keep([[maybe_unused]] vf &x) {
 #if defined(__AVX512F__)
   asm("" : "+v"(x));
@@ -42,8 +42,8 @@ inline void keep([[maybe_unused]] vf &x) {
 #endif
 }
 
-// Sums of ROWS rows of x [., columns] with W / ROWS rows of w: lane r * (W / ROWS) + o. The outputs are taken a few at a
-// time: their addresses have to stay in registers, too.
+// Dot products of ROWS rows of x [., columns] with W / ROWS rows of w, in lane r * (W / ROWS) + o. At most 4 outputs at
+// a time, so that their addresses stay in general-purpose registers.
 template <int ROWS, typename T>
 inline vf block(const float *x, int64_t x_row, const T *w, int64_t columns, int64_t outputs) {
   constexpr int kOutputs = W / ROWS, kAtOnce = std::min(kOutputs, 4);
@@ -83,7 +83,7 @@ inline vf block(const float *x, int64_t x_row, const T *w, int64_t columns, int6
   return sums_of_rows(sums);
 }
 
-// One strip of outputs [first, first + some) for the rows [row, row + ROWS), into out [., W].
+// out [ROWS, W]: ROWS rows of x times a strip of ``some`` outputs.
 template <int ROWS, typename T>
 inline void strip(const float *x, int64_t x_row, const T *w, int64_t columns, int64_t some, float *out) {
   constexpr int kOutputs = W / ROWS;
@@ -95,6 +95,7 @@ inline void strip(const float *x, int64_t x_row, const T *w, int64_t columns, in
   }
 }
 
+// out [rows, outputs] = factor * (x w^T) + bias, strip by strip.
 template <typename T>
 void product(const float *x, int64_t rows, int64_t x_row, const View &w, const float *factor, const View *bias,
              const View &out) {
@@ -127,7 +128,7 @@ void product(const float *x, int64_t rows, int64_t x_row, const View &w, const f
 
 namespace {
 
-// The rows as floats, a whole number of vectors wide: as they are, or a copy.
+// The rows as float32, a whole number of vectors wide: in place, or a zero-padded copy.
 struct FloatRows {
   const float *data;
   int64_t rows, stride;
@@ -147,7 +148,7 @@ struct FloatRows {
   }
 };
 
-// given: a matrix, the factors of its outputs, its bias; has: factors, bias.
+// One matrix of the call. given: matrix, factors of its outputs, bias; has: whether there are factors, a bias.
 void one_matrix(const FloatRows &x, const View *given, const double *has, const View &out) {
   const float *factor = has[0] ? given[1].as<float>() : nullptr;
   const View *bias = has[1] ? &given[2] : nullptr;
@@ -173,7 +174,7 @@ KERNEL(linear_rows_3, 10, 3, 6) {
   for (int i = 0; i < 3; i++) one_matrix(x, in + 1 + 3 * i, scalar + 2 * i, out[i]);
 }
 
-// in: w int8 [m, k], factors float32 [m]; out: their product [m, k]
+// in: w int8 [m, k], factors float32 [m]; out: w * factors [m, k]
 KERNEL(dequantize, 2, 1, 0) {
   const int64_t rows = in[0].shape[0], columns = in[0].shape[1];
   with_type(out[0].dtype, [&](auto *t) {

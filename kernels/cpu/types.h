@@ -1,4 +1,4 @@
-// From a view's dtype to the C++ type, and loads and stores that know about tails, rounding and far memory.
+// Dispatch from a view's dtype to a C++ type, and loads and stores with tails, rounding and non-temporal stores.
 #pragma once
 
 #include <stdexcept>
@@ -7,7 +7,7 @@
 #include "kernel.h"
 #include "vec.h"
 
-// body(static_cast<T *>(nullptr)) with T the type of a floating-point dtype. Python refuses the other ones.
+// body(static_cast<T *>(nullptr)) with T the type of a floating-point dtype; others are refused in Python.
 template <typename Body>
 void with_type(int32_t dtype, const Body &body) {
   switch (dtype) {
@@ -41,8 +41,8 @@ static inline vf rounded(vf x) {
   return load(lanes);
 }
 
-// An output larger than the caches is not read back from them: writing past them saves the read of every line before
-// it is overwritten.
+// Whether an output is larger than the caches: it is then written with non-temporal stores, which save reading every
+// cache line before it is overwritten.
 constexpr int64_t kFarBytes = 8 << 20;
 static inline bool streams(const View &view) {
   const int64_t bytes = view.size() * (view.dtype == F32 ? 4 : view.dtype == F64 || view.dtype == I64 ? 8 : 2);
@@ -59,7 +59,7 @@ static inline void put(T *p, vf x, int n, bool far = false) {
     if constexpr (std::is_same_v<T, float>)
       if (reinterpret_cast<uintptr_t>(p) % 64 == 0) return _mm512_stream_ps(p, (__m512)x);
 #endif
-    // MindSpore's memory begins 16 bytes behind a line; the processor joins the pieces of one.
+    // MindSpore's memory begins 16 bytes after the start of a line; the processor combines the pieces of a line.
     __m128i pieces[std::max<size_t>(1, kPieces)];
     store(reinterpret_cast<T *>(pieces), x);
 #pragma GCC unroll 4
@@ -69,15 +69,15 @@ static inline void put(T *p, vf x, int n, bool far = false) {
 #endif
   store(p, x);
 }
-// Elements from p to the next line of the caches: vectors from there on are written with one store each, and read so
-// where the inputs lie as the output does, as MindSpore's do. 0 where no element begins a line.
+// Elements from p to the next cache line: vectors from there on are written with one store each, and loaded likewise
+// where inputs and output have the same alignment, as MindSpore's have. 0 where no element begins a line.
 template <typename T>
 static inline int64_t to_line(const T *p) {
   const uintptr_t beyond = reinterpret_cast<uintptr_t>(p) % 64;
   return beyond % sizeof(T) ? 0 : (64 - beyond) % 64 / sizeof(T);
 }
 
-// body(i, n) for the elements [first, last), n <= W at a time, whole vectors beginning ``head`` behind ``first``.
+// body(i, n) for the elements [first, last), n <= W at a time, with whole vectors from ``first`` + ``head`` on.
 template <typename Body>
 __attribute__((always_inline)) inline void by_vectors(int64_t first, int64_t last, int64_t head, const Body &body) {
   int64_t i = first, to = std::min(last, first + head);
@@ -92,15 +92,15 @@ __attribute__((always_inline)) inline void by_vectors(int64_t first, int64_t las
   }
 }
 
-// Memory that is read next, asked for while the present row is computed with and written: otherwise memory and
-// processor take turns. Of two inputs one is asked for in each pass over the row.
+// Prefetch of the next row during the computation of this one, so that memory and processor work in parallel. With two
+// passes over a row, each prefetches one of the inputs.
 template <typename T>
 static inline void ahead(const T *p, bool far) {
   if (far) __builtin_prefetch(p, 0, 2);
 }
 
-// Zeros. AMD's processors have an instruction for a line of them, which takes half the time of writing it past the
-// caches (measured: 55 to 77 GB/s and 27); a fence has to follow that, too.
+// Zero ``count`` elements. AMD's CLZERO clears a cache line in less than half the time of non-temporal stores
+// (measured: 55 to 77 GB/s and 27 GB/s) and needs a fence as they do.
 static inline void clear(float *p, int64_t count, bool far) {
 #if defined(__CLZERO__)
   if (far) {

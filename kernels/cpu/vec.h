@@ -1,7 +1,7 @@
-// One vector of floats, as wide as the processor that the file is compiled for, and what is done with it.
+// A vector of W floats, of the width of the target processor, and its operations.
 //
-// GCC's vector extensions: the compiler turns the operators into AVX-512, AVX2 or SSE instructions by -march. Tails are
-// loaded and stored through a small buffer, so no kernel reads or writes beyond its arrays.
+// GCC's vector extensions: the compiler emits AVX-512, AVX2 or SSE instructions by -march. Tails are loaded and stored
+// by masks or through a small buffer, so no kernel reads or writes beyond its arrays.
 #pragma once
 
 #include <cstdint>
@@ -39,7 +39,7 @@ static inline vi lane_numbers() {
   return x;
 }
 static inline vf select(vi mask, vf a, vf b) { return (vf)((mask & (vi)a) | (~mask & (vi)b)); }
-// Of a NaN, b.
+// maximum, minimum: b if either is NaN.
 #if defined(__AVX512F__)
 static inline vf maximum(vf a, vf b) { return (vf)_mm512_max_ps((__m512)a, (__m512)b); }
 static inline vf minimum(vf a, vf b) { return (vf)_mm512_min_ps((__m512)a, (__m512)b); }
@@ -137,6 +137,7 @@ inline void store_part(float *p, vf x, int n) {
 }
 #endif
 
+// Lanes l of a with bit S in l trade places with lanes l - S of b: one step of a transposition.
 template <int S>
 static inline void exchange(vf &a, vf &b) {
   vi first, second;
@@ -153,8 +154,8 @@ static inline void exchange_all(vf *rows) {
     if (!(i & S)) exchange<S>(rows[i], rows[i + S]);
 }
 
-// The W x W block at ``from``, whose rows are ``stride`` apart, transposed to ``to``: quarters change places, then
-// quarters of quarters.
+// to = transposed W x W block at ``from``, rows ``stride`` apart: off-diagonal quarters trade places, recursively, in
+// log2(W) steps on W registers.
 static inline void transpose_block(const float *from, int64_t stride, float *to, int64_t to_stride) {
   vf rows[W];
 #pragma GCC unroll 16
@@ -177,7 +178,8 @@ static inline float sum_lanes(vf x) {
     for (int i = 0; i < half; i++) lanes[i] += lanes[i + half];
   return lanes[0];
 }
-// Lane i of the result is the sum over the lanes of rows[i]; the rows are used up. Every sum is taken in the same order.
+// Lane i of the result is the sum of the lanes of rows[i], which are overwritten; all sums have the same order: halves
+// are exchanged and added, W - 1 additions for W sums.
 static inline vf sums_of_rows(vf *rows) {
 #pragma GCC unroll 4
   for (int half = W / 2; half; half /= 2)
@@ -203,7 +205,7 @@ static inline float max_lanes(vf x) {
 }
 
 #if defined(__AVX512F__)
-// 2^(j/32) for j = 0 to 31, as bits, less j << 18: adding k << 18, k = 32 n + j, gives the bits of 2^(k/32).
+// Bits of 2^(j/32), j = 0 .. 31, minus j << 18: adding k << 18 with k = 32 n + j gives the bits of 2^(k/32).
 alignas(64) static const int32_t kPowers[32] = {
     0x3f800000, 0x3f7ecd87, 0x3f7daac3, 0x3f7c980f, 0x3f7b95c2, 0x3f7aa43a, 0x3f79c3d3, 0x3f78f4f0, 0x3f7837f0,
     0x3f778d3a, 0x3f76f532, 0x3f767043, 0x3f75fed7, 0x3f75a15b, 0x3f75583f, 0x3f7523f6, 0x3f7504f3, 0x3f74fbaf,
@@ -211,17 +213,17 @@ alignas(64) static const int32_t kPowers[32] = {
     0x3f79b907, 0x3f7ac0c7, 0x3f7be4ba, 0x3f7d257d, 0x3f7e83b3,
 };
 
-// 2^(k/32) (1 + q), and 0 where ``kept`` is not set. k is in the low bits of ``t``, a number to which kShifter was added.
+// 2^(k/32) (1 + q), 0 where ``kept`` is not set. k is in the low bits of ``t`` = k/32 + kShifter.
 static inline vf power(vf t, vf q, __mmask16 kept = 0xffff) {
   const __m512i low = _mm512_load_si512(kPowers), high = _mm512_load_si512(kPowers + W), k = (__m512i)t;
   const __m512i bits = _mm512_add_epi32(_mm512_permutex2var_epi32(low, k, high), _mm512_slli_epi32(k, 18));
   const __m512 scale = (__m512)bits;
   return (vf)_mm512_maskz_fmadd_ps(kept, scale, (__m512)q, scale);
 }
-constexpr float kShifter = 393216.0f;  // 1.5 * 2^18: adding it rounds to 32nds, whose number is then in the low bits
-// e^r = 1 + r (kFirst + kSecond r), for |r| <= ln(2)/64, with the least largest error, 5e-08 relative.
+constexpr float kShifter = 393216.0f;  // 1.5 * 2^18: adding it rounds to multiples of 1/32, counted in the low bits
+// e^r = 1 + r (kFirst + kSecond r) for |r| <= ln(2)/64, minimax, relative error 5e-08.
 constexpr float kFirst = 1.00001466f, kSecond = 0.49999997f;
-constexpr float kLn2 = 0.693147182f;  // 1.9e-09 off, and n times that in e^x: a unit in the last place at |x| = 22
+constexpr float kLn2 = 0.693147182f;  // error 1.9e-09, times n in e^x: a unit in the last place at |x| = 22
 #endif
 constexpr float kLog2E = 1.44269504088896341f;
 
@@ -229,12 +231,12 @@ constexpr float kLog2E = 1.44269504088896341f;
 static inline vf exponential(vf x) {
 #if defined(__AVX512F__)
   const __mmask16 kept = _mm512_cmp_ps_mask((__m512)x, _mm512_set1_ps(-87.33654f), _CMP_NLT_UQ);
-  x = (vf)_mm512_min_ps(_mm512_set1_ps(88.37f), (__m512)x);  // of a NaN the second operand comes back
+  x = (vf)_mm512_min_ps(_mm512_set1_ps(88.37f), (__m512)x);  // returns the second operand for a NaN
   const vf t = x * kLog2E + kShifter, n = t - kShifter;
   const vf r = x - n * kLn2;
   return power(t, (r * kSecond + kFirst) * r, kept);
 #else
-  // x = n ln 2 + r with |r| <= ln(2)/2, and e^r = 1 + r + r^2 q(r), q of degree 4 with the least largest error, 3e-09.
+  // x = n ln 2 + r with |r| <= ln(2)/2, and e^r = 1 + r + r^2 q(r), q of degree 4, minimax, error 3e-09.
   const vf shifter = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
   const vi silent = x < splat(-87.33654f), nan = x != x;
   const vf given = x;
@@ -242,7 +244,7 @@ static inline vf exponential(vf x) {
   const vf t = x * 1.44269504088896341f + shifter;
   const vf n = t - shifter;
   vf r = x - n * 0.693359375f;  // ln 2 in two parts, the first exact in few bits
-  r = r + n * 2.12194440e-4f;
+  r = r + n * 2.12194440e-4f;  // Cody-Waite reduction
   vf p = splat(1.381459879e-03f);
   p = p * r + 8.368716575e-03f;
   p = p * r + 4.166838899e-02f;
@@ -255,7 +257,7 @@ static inline vf exponential(vf x) {
 #endif
 }
 
-// 1 / x within 1 unit in the last place, for 1 <= x < 2^127: an estimate of 14 bits and one step of Newton.
+// 1 / x within 1 unit in the last place, for 1 <= x < 2^127: a 14-bit estimate and one Newton step.
 static inline vf inverse(vf x) {
 #if defined(__AVX512F__)
   const vf y = (vf)_mm512_rcp14_ps((__m512)x);
@@ -265,10 +267,10 @@ static inline vf inverse(vf x) {
 #endif
 }
 
-// 1 / (1 + 2^x). Beyond 126 on either side it is as at 126; of a NaN, something between 0 and 1.
+// 1 / (1 + 2^x), with x clamped to [-126, 126]; for a NaN a number between 0 and 1.
 static inline vf gate(vf x) {
 #if defined(__AVX512DQ__)
-  x = (vf)_mm512_range_ps((__m512)x, _mm512_set1_ps(126.0f), 2);  // the smaller magnitude, with the sign of x
+  x = (vf)_mm512_range_ps((__m512)x, _mm512_set1_ps(126.0f), 2);  // min(|x|, 126) with the sign of x
   const vf t = x + kShifter, r = x - (t - kShifter);
   return inverse(1.0f + power(t, (r * (kSecond * kLn2 * kLn2) + kFirst * kLn2) * r));
 #else

@@ -1,7 +1,7 @@
 """Attention over pages in both frameworks, by every implementation that this machine has, against the definition.
 
 Errors are relative Frobenius norms against the float64 definition; the limit is eight times what float32 costs the
-definition itself, and in 16 bits a few roundings of the output (tests/support/cpu_kernel_checks.py).
+definition itself, and in 16 bits a few roundings of the output (tests/support/cpu_kernel_limits.py).
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ import pytest
 from telechat_twins.core.inference.runner import Step
 from telechat_twins.core.parity.bounds import relative_frobenius
 from telechat_twins.kernels import reference
-from tests.support.cpu_kernel_checks import FACTOR, PAGED, UNITS
+from tests.support.cpu_attention_checks import PAGED
+from tests.support.cpu_kernel_limits import FACTOR, UNITS
 from tests.support.frameworks import BACKENDS
 
 UNIT = {"float64": 2.0**-52, "float32": 2.0**-24, "float16": 2.0**-11, "bfloat16": 2.0**-8}

@@ -17,7 +17,8 @@ from telechat_twins.core.inference.runner import Step
 from telechat_twins.core.parity.bounds import relative_frobenius
 from telechat_twins.kernels import reference
 from tests.parity.test_paged_attention import SERVED, UNIT, choose, inputs, step_of  # noqa: F401
-from tests.support.cpu_kernel_checks import FACTOR, PAGED, UNITS
+from tests.support.cpu_attention_checks import PAGED
+from tests.support.cpu_kernel_limits import FACTOR, UNITS
 from tests.support.frameworks import BACKENDS
 
 RANKS = 3

@@ -306,12 +306,12 @@ MISTAKES = {
     "even D": lambda: ops.rope_qk(Q[..., :7], K[..., :7], Q, Q),
     "targets: float32": lambda: ops.cross_entropy_forward(ROWS, ROWS[:, 0], 0, 8),
     "targets: shape": lambda: ops.cross_entropy_forward(ROWS, np.zeros(4, np.int32), 0, 8),
-    "real: 9 columns of 8": lambda: ops.cross_entropy_forward(ROWS, np.zeros(3, np.int32), 0, 9),
+    "real: 9, needs 0 to the 8 columns": lambda: ops.cross_entropy_forward(ROWS, np.zeros(3, np.int32), 0, 9),
     "ids: float32": lambda: ops.embedding(ROWS, ROWS[0]),
-    r"copy: 9 elements for 8": lambda: ops.adamw(*[ROWS[0]] * 4, FIRST_STEP, copy=WIDE[0]),
-    "master: elements 4 to 12 of 8": lambda: ops.adamw(*[ROWS[0]] * 4, FIRST_STEP, first=4),
-    "first: elements 1 to 9 of a vector of 8": lambda: ops.accumulate(ROWS[0], ROWS[1], 1, True),
-    "w: inner length 9 against 8 of a": lambda: ops.matmul(ROWS, WIDE),
+    r"copy: 9 elements, needs 8": lambda: ops.adamw(*[ROWS[0]] * 4, FIRST_STEP, copy=WIDE[0]),
+    "master: elements 4 to 12, needs a range inside its 8": lambda: ops.adamw(*[ROWS[0]] * 4, FIRST_STEP, first=4),
+    "first: elements 1 to 9, needs a range inside the 8 of into": lambda: ops.accumulate(ROWS[0], ROWS[1], 1, True),
+    "w: inner length 9, needs 8, that of a": lambda: ops.matmul(ROWS, WIDE),
     "bias: shape": lambda: ops.matmul(ROWS, ROWS, ROWS[0]),
     r"weight: shape \(3, 9\), needs \(3, 8\)": lambda: ops.linear_rows(ROWS, WIDE),
     "weight: float16, needs float32": lambda: ops.linear_rows(ROWS, ROWS.astype(np.float16)),
@@ -323,13 +323,13 @@ MISTAKES = {
     "v: float16, needs the dtype of q": lambda: paged(v=K[:1].astype(np.float16)),
     "v_pages: shape": lambda: paged(v_pages=np.zeros((2, 4, 2, 8), np.float32)),
     "k_pages: not contiguous": lambda: paged(k_pages=np.zeros((3, 4, 2, 16), np.float32)[..., ::2]),
-    "k: 3 kv heads, which do not divide the 4 heads of q": lambda: paged(
+    "k: 3 kv heads, needs a divisor of the 4 heads of q": lambda: paged(
         k=Q[:1, :, :3], v=Q[:1, :, :3], k_pages=Q[:, :, :3], v_pages=Q[:, :, :3]
     ),
     "slots: int64": lambda: paged(slots=np.zeros(5, np.int64)),
     r"starts: shape \(1,\), needs \(2,\)": lambda: paged(starts=np.zeros(1, np.int32)),
     r"tables: shape \(2, 2\)": lambda: paged(tables=np.zeros((2, 2), np.int32)),
-    "singles: 2 of 1 sequences": lambda: paged(singles=2),
+    "singles: 2, needs 0 to 1": lambda: paged(singles=2),
     r"x: shape \(5, 2, 8\), needs \[N, K, D\]": lambda: ops.store_rows(Q, K[0], np.zeros(5, np.int64)),
     "pages: float16, needs the dtype of x": lambda: ops.store_rows(K.astype(np.float16), K[0], np.zeros(5, np.int64)),
     "pages: not contiguous": lambda: ops.store_rows(Q[..., ::2], Q[0, :, :, :4], np.zeros(5, np.int64)),
@@ -437,5 +437,5 @@ print(ops.swiglu(Tensor(np.ones(3, np.float32)), Tensor(np.ones(3, np.float32)),
     env["XDG_CACHE_HOME"] = str(tmp_path)
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, env=env)
     assert done.returncode == 0, done.stderr
-    reason = "no C++ compiler was found" if what == "no compiler" else "no room left"
+    reason = "no C++ compiler found" if what == "no compiler" else "no room left"
     assert "composite: " in done.stdout and reason in done.stdout and "0.731" in done.stdout
