@@ -1,8 +1,9 @@
-"""Every operator's definition in numpy, forward and backward, computed in the dtype of its inputs: the judge.
+"""Numpy definitions of the operators, forward and backward, computed in the dtype of their inputs.
 
-Give float64 to judge, float32 to see what rounding alone costs. B batch, S queries, T keys, H heads, K kv heads,
-D head dim, E hidden, V vocab, N rows. A ``_backward`` takes the gradient of the output and the forward's inputs and
-returns the gradients of the inputs in the forward's order.
+float64 inputs give the reference for every implementation, float32 inputs the rounding error of the definition itself.
+B batch, S queries, T keys, H heads, K kv heads, D head dim, E hidden, V vocabulary, N rows, C columns of a vocabulary
+shard. A ``_backward`` takes the gradient of the output and the forward's inputs, and returns the gradients of the
+inputs in the forward's order.
 """
 
 from __future__ import annotations
@@ -17,9 +18,9 @@ from telechat_twins.kernels.adamw import AdamWStep
 def rms_norm(x: Array, weight: Array, eps: float, mask: Array | None = None) -> Array:
     """x * weight / sqrt(mean(x^2) + eps) over the last axis.
 
-    ``mask`` [E], in [0, 1], is how far each channel has grown: statistics are weighted with it, mean(x^2) becomes
-    sum(mask * x^2) / sum(mask), and the output is multiplied by it. With zeros and ones the norm is exactly that of the
-    channels that are there (masked structural growth, arXiv 2305.02869).
+    ``mask`` [E] in [0, 1] is the growth mask (masked structural growth, arXiv 2305.02869): mean(x^2) becomes
+    sum(mask * x^2) / sum(mask), and the output is multiplied by the mask. With zeros and ones the result is exactly the
+    norm over the channels with mask 1.
     """
     out = x / np.sqrt(_mean(x * x, mask) + eps) * weight
     return out if mask is None else out * mask
@@ -28,7 +29,7 @@ def rms_norm(x: Array, weight: Array, eps: float, mask: Array | None = None) -> 
 def rms_norm_backward(
     grad: Array, x: Array, weight: Array, eps: float, mask: Array | None = None
 ) -> tuple[Array, Array]:
-    """With r = 1/sqrt(mean(x^2) + eps), g = grad * weight * mask, and c = mask / sum(mask) (1/E without a mask):
+    """(dx, dweight). With r = 1/sqrt(mean(x^2) + eps), g = grad * weight * mask, c = mask / sum(mask) (else 1/E):
 
     dx = r * g - x * r^3 * c * sum(g * x), dw = sum(grad * mask * x * r).
     """
@@ -44,7 +45,7 @@ def rms_norm_backward(
 def add_rms_norm(
     x: Array, residual: Array, weight: Array, eps: float, mask: Array | None = None
 ) -> tuple[Array, Array]:
-    """The stream x + residual, and its rms_norm: (normed, stream)."""
+    """(rms_norm of the stream, the stream x + residual)."""
     stream = x + residual
     return rms_norm(stream, weight, eps, mask), stream
 
@@ -52,7 +53,7 @@ def add_rms_norm(
 def add_rms_norm_backward(
     grad: Array, grad_stream: Array, stream: Array, weight: Array, eps: float, mask: Array | None = None
 ) -> tuple[Array, Array]:
-    """From the gradients of both outputs: (d stream, which is that of x and of residual; d weight)."""
+    """(dstream, the gradient of both x and residual; dweight) from the gradients of both outputs."""
     dx, dw = rms_norm_backward(grad, stream, weight, eps, mask)
     return dx + grad_stream, dw
 
@@ -62,8 +63,8 @@ def layer_norm(
 ) -> Array:
     """(x - mean) / sqrt(var + eps) * weight + bias over the last axis; ``mask`` as in rms_norm.
 
-    ``counted``: mean and variance are those of the first so many channels, and the mask acts on the output alone (a
-    model that grew without masks: a mean over all channels would not stay what it was).
+    ``counted``: mean and variance are those of the first ``counted`` channels, and the mask multiplies the output only
+    (a model grown without masks, whose function is preserved only by the mean over its old channels).
     """
     few, weights = (x, mask) if counted is None else (x[..., :counted], None)
     mean = _mean(few, weights)
@@ -74,11 +75,10 @@ def layer_norm(
 def layer_norm_backward(
     grad: Array, x: Array, weight: Array, eps: float, mask: Array | None = None, counted: int | None = None
 ) -> tuple[Array, Array, Array]:
-    """With n = (x - mean) * r, r = 1/sqrt(var + eps), g = grad * weight * mask, c = mask / sum(mask) (or 1/E):
+    """(dx, dweight, dbias). With r = 1/sqrt(var + eps), n = (x - mean) * r, g = grad * weight * mask and c = mask /
+    sum(mask) (else 1/E; with ``counted``, 1/counted on the first ``counted`` channels and 0 on the others):
 
-    dx = r * (g - c * sum(g) - n * c * sum(g * n)), dw = sum(grad * mask * n), db = sum(grad * mask). With a mask the
-    mean of n over c is 0 as it is without one, so the same two projections are taken out. With ``counted`` C, c is 1/C
-    on the first C channels and 0 on the others.
+    dx = r * (g - c * sum(g) - n * c * sum(g * n)), dw = sum(grad * mask * n), db = sum(grad * mask).
     """
     few, weights = (x, mask) if counted is None else (x[..., :counted], None)
     mean = _mean(few, weights)
@@ -102,17 +102,17 @@ def rope(x: Array, cos: Array, sin: Array) -> Array:
 
 
 def rope_backward(grad: Array, cos: Array, sin: Array) -> Array:
-    """The transposed rotation; a length-dependent attention scale inside cos and sin stays a factor."""
+    """The transposed rotation; an attention scale included in cos and sin remains a factor."""
     return rope(grad, cos, -sin)
 
 
 def rope_qk(
     q: Array, k: Array, cos: Array, sin: Array, scale_q: Array | None = None, scale_k: Array | None = None
 ) -> tuple[Array, Array]:
-    """rope of q [B, S, H, D] and of k [B, S, K, D] by cos, sin [B or 1, S, 1, D/2].
+    """Rotary embedding of q [B, S, H, D] and k [B, S, K, D] by cos, sin [B or 1, S, 1, D/2].
 
     ``scale_q``, ``scale_k`` [B or 1, S, 1, D/2] multiply both halves after the rotation (xPos, arXiv 2212.10554:
-    zeta^p and zeta^-p).
+    zeta^p and zeta^-p at position p).
     """
     q, k = rope(q, cos, sin), rope(k, cos, sin)
     if scale_q is not None:
@@ -146,7 +146,7 @@ _GELU_A, _GELU_B = 0.7978845608028654, 0.044715  # sqrt(2 / pi); Hendrycks and G
 
 
 def gelu(x: Array) -> Array:
-    """The tanh form: x/2 * (1 + tanh(sqrt(2/pi) * (x + 0.044715 x^3)))."""
+    """GELU, tanh form: x/2 * (1 + tanh(sqrt(2/pi) * (x + 0.044715 x^3)))."""
     return 0.5 * x * (1.0 + np.tanh(_GELU_A * (x + _GELU_B * x**3)))
 
 
@@ -156,7 +156,7 @@ def gelu_backward(grad: Array, x: Array) -> Array:
 
 
 def visible_keys(key_range: Array, num_keys: int) -> Array:
-    """bool [B or 1, S, T] of a ``key_range`` [B or 1, S, 2]: query i sees keys [key_range[i, 0], key_range[i, 1])."""
+    """Mask bool [B or 1, S, T] of ``key_range`` [B or 1, S, 2] (first, last): key t is visible if first <= t < last."""
     keys = np.arange(num_keys)
     return (keys >= key_range[..., :1]) & (keys < key_range[..., 1:])
 
@@ -164,13 +164,13 @@ def visible_keys(key_range: Array, num_keys: int) -> Array:
 def attention(q: Array, k: Array, v: Array, visible: Array) -> tuple[Array, Array]:
     """q [B, S, H, D], k and v [B, T, K, D], visible bool [B or 1, S, T] -> out [B, S, H, D], log_sum_exp [B, H, S].
 
-    Scores are q k / sqrt(D). A row that sees no key gives zeros and a log-sum-exp of -inf.
+    out = softmax(q k / sqrt(D)) v. A query without visible keys gives zeros and a log_sum_exp of -inf.
     """
-    scores = _scores(q, k, visible)  # [B, H, S, T]
+    scores = _scores(q, k, visible)  # [B, H, S, T], -inf where hidden
     top = np.max(scores, -1, keepdims=True)
-    top = np.where(np.isfinite(top), top, 0.0)
+    top = np.where(np.isfinite(top), top, 0.0)  # without visible keys: exp(-inf - 0) = 0
     weights = np.exp(scores - top)
-    total = weights.sum(-1, keepdims=True)
+    total = weights.sum(-1, keepdims=True)  # [B, H, S, 1]
     with np.errstate(divide="ignore"):
         log_sum_exp = (top + np.log(total))[..., 0]
     weights = weights / np.where(total == 0.0, 1.0, total)
@@ -180,23 +180,29 @@ def attention(q: Array, k: Array, v: Array, visible: Array) -> tuple[Array, Arra
 def attention_backward(
     grad: Array, q: Array, k: Array, v: Array, visible: Array, out: Array, log_sum_exp: Array
 ) -> tuple[Array, Array, Array]:
-    """P = exp(scores - log_sum_exp), dS = P * (dP - rowsum(grad * out)): FlashAttention (2022), Algorithm 4."""
+    """(dq, dk, dv) from the output and log_sum_exp [B, H, S] of these keys, or of a larger set that contains them.
+
+    P = exp(scores - log_sum_exp), dP = grad v^T, dS = P * (dP - rowsum(grad * out)), dq = dS k / sqrt(D), dk = dS^T q /
+    sqrt(D), dv = P^T grad (FlashAttention, arXiv 2205.14135, algorithm 4).
+    """
     H, K, D = q.shape[2], k.shape[2], q.shape[3]
     finite = np.where(np.isfinite(log_sum_exp), log_sum_exp, 0.0)
-    weights = np.exp(_scores(q, k, visible) - finite[..., None])
+    weights = np.exp(_scores(q, k, visible) - finite[..., None])  # P [B, H, S, T]
     d_weights = np.einsum("bshd,bthd->bhst", grad, _repeat(v, H))
     d_scores = weights * (d_weights - np.einsum("bshd,bshd->bhs", grad, out)[..., None]) / np.sqrt(q.dtype.type(D))
     dq = np.einsum("bhst,bthd->bshd", d_scores, _repeat(k, H))
     dk = np.einsum("bhst,bshd->bthd", d_scores, q)
     dv = np.einsum("bhst,bshd->bthd", weights, grad)
     B, T = k.shape[:2]
+    # Repeated heads [B, T, H, D] to kv heads [B, T, K, D]: the sum over the heads of a group.
     return dq, dk.reshape(B, T, K, H // K, D).sum(3), dv.reshape(B, T, K, H // K, D).sum(3)
 
 
 def merge_blocks(out: Array, log_sum_exp: Array, more: Array, more_lse: Array) -> tuple[Array, Array]:
     """Attention over the union of two sets of keys from attention over each; out [B, S, H, D], log_sum_exp [B, H, S].
 
-    Where neither set has a key, zeros and -inf.
+    With log-sum-exps a and b: joint = log(e^a + e^b), out = e^(a - joint) out + e^(b - joint) more; zeros and -inf
+    where neither set has a visible key.
     """
     joint = np.logaddexp(log_sum_exp, more_lse)
     safe = np.where(np.isfinite(joint), joint, 0.0)
@@ -215,9 +221,9 @@ def paged_attention(
     lengths: Array,
     tables: Array,
 ) -> Array:
-    """Causal attention of the last tokens of sequences whose keys and values are kept in pages, q [1, N, H, D].
+    """Paged attention: causal attention of the last tokens of sequences with keys and values in pages, q [1, N, H, D].
 
-    k and v [1, N, K, D] are stored first, in place: row i at slots[i] = page * size + place in k_pages and v_pages
+    k and v [1, N, K, D] are written first, in place: row i at slots[i] = page * size + place in k_pages and v_pages
     [P, size, K, D]. Sequence r has the queries starts[r] .. starts[r + 1] - 1, which are the last of its lengths[r]
     positions; position p is row p % size of page tables[r, p // size].
     """
@@ -234,9 +240,9 @@ def paged_attention(
 
 
 def cross_entropy(logits: Array, targets: Array, z_loss: float = 0.0) -> Array:
-    """Sum of -log softmax(logits)[target] + z_loss * lse^2 over the positions whose target is not IGNORE.
+    """Sum of -log softmax(logits)[target] + z_loss * lse^2 over the rows whose target is not IGNORE.
 
-    logits [N, V], targets [N]; lse is the row's log-sum-exp (the z-loss of PaLM, arXiv 2204.02311, section 5).
+    logits [N, V], targets [N]; lse: log_sum_exp of the row (the z-loss of PaLM, arXiv 2204.02311, section 5).
     """
     log_sum_exp = log_sum(logits)
     counted = targets != IGNORE
@@ -245,20 +251,22 @@ def cross_entropy(logits: Array, targets: Array, z_loss: float = 0.0) -> Array:
 
 
 def cross_entropy_backward(logits: Array, targets: Array, z_loss: float = 0.0) -> Array:
-    """softmax(logits) * (1 + 2 z_loss lse) - onehot(target) on the counted rows."""
+    """dlogits: softmax(logits) * (1 + 2 z_loss lse) - onehot(target), 0 in rows with target IGNORE."""
     return cross_entropy_shard_backward(logits, targets, 0, logits.shape[-1], log_sum(logits), z_loss)
 
 
 def log_sum(logits: Array) -> Array:
+    """log_sum_exp [N] over the columns of logits [N, C]."""
     top = logits.max(-1, keepdims=True)
     return top[:, 0] + np.log(np.exp(logits - top).sum(-1))
 
 
 def cross_entropy_shard(logits: Array, targets: Array, first: int, real: int) -> tuple[Array, Array]:
-    """What a rank that holds the columns [first, first + C) of the vocabulary contributes: (log_sum_exp, picked) [N].
+    """Statistics of a vocabulary shard, columns [first, first + C): (log_sum_exp, picked), both [N].
 
-    logits [N, C], of which the columns from ``real`` on stand for no token. ``picked`` is the target's logit, 0 where
-    the target is another rank's or IGNORE. Without a real column log_sum_exp is -inf.
+    logits [N, C], whose columns from ``real`` on are padding. ``picked`` is the target's logit, 0 where another rank
+    has it or it is IGNORE. Without a real column log_sum_exp is -inf. Over ranks: lse = log(sum(exp(log_sum_exp))), and
+    the token loss is lse - sum(picked).
     """
     local = targets - first
     held = (targets != IGNORE) & (local >= 0) & (local < real)
@@ -270,7 +278,7 @@ def cross_entropy_shard(logits: Array, targets: Array, first: int, real: int) ->
 def cross_entropy_shard_backward(
     logits: Array, targets: Array, first: int, real: int, log_sum_exp: Array, z_loss: float = 0.0
 ) -> Array:
-    """d (sum of losses) / d logits [N, C] from the log_sum_exp [N] over all ranks; zero in columns without a token."""
+    """d (sum of losses) / d logits [N, C] of a shard, from the log_sum_exp [N] over all ranks; 0 in padding columns."""
     local = targets - first
     counted = targets != IGNORE
     held = counted & (local >= 0) & (local < real)
@@ -328,7 +336,7 @@ def _scores(q: Array, k: Array, visible: Array) -> Array:
 
 
 def _repeat(kv: Array, num_heads: int) -> Array:
-    """Query heads j*H/K .. (j+1)*H/K - 1 share kv head j."""
+    """kv [B, T, K, D] -> [B, T, H, D]: query heads j*H/K .. (j+1)*H/K - 1 share kv head j."""
     return np.repeat(kv, num_heads // kv.shape[2], 2)
 
 

@@ -1,4 +1,4 @@
-"""Contestants of the operator benchmark, and how calls are timed."""
+"""Contestants of the operator benchmark, and their timing."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from telechat_twins.core.types import JsonObject
 Call = Callable[[], object]
 
 
-SHORT = 1e-2  # seconds: shorter calls are timed several at a time
+MIN_TIMED_S = 1e-2  # shorter calls are repeated within one measurement
 
 
 class Contestant(NamedTuple):
-    """``backward`` alone, or where a framework cannot take it apart ``both``: forward and backward in one call."""
+    """One implementation: ``forward`` and ``backward``, or ``both`` in one call where they cannot be separated."""
 
     implementation: str
     forward: Call
@@ -25,27 +25,27 @@ class Contestant(NamedTuple):
 
 
 class Bench(Protocol):
-    """One framework's side."""
+    """The benchmarks of one framework."""
 
     def about(self) -> JsonObject: ...
 
     def contestants(self, operator: str, size: Size) -> dict[str, Contestant]: ...
 
     def copy(self) -> tuple[Call, float]:
-        """A copy larger than any cache, and the bytes that it reads and writes."""
+        """A copy larger than any cache, and the number of bytes it reads and writes."""
 
     def read(self) -> tuple[Call, float]:
-        """Reading an array larger than any cache, and its bytes."""
+        """A reduction of an array larger than any cache, and its number of bytes."""
 
     def matmul(self) -> tuple[Call, float]:
-        """A large matrix product and its floating-point operations."""
+        """A large matrix product, and its number of floating-point operations."""
 
     def seconds(self, call: Call, count: int) -> float:
-        """The time of ``count`` calls, until the device is done."""
+        """Seconds of ``count`` calls, until the device has finished."""
 
 
 def host_seconds(call: Call, count: int, wait: Call = lambda: None) -> float:
-    """``count`` calls by the host's clock; ``wait`` returns when the device is done."""
+    """Seconds of ``count`` calls by the host's clock; ``wait`` returns when the device has finished."""
     wait()
     started = time.perf_counter()
     for _ in range(count):
@@ -55,8 +55,10 @@ def host_seconds(call: Call, count: int, wait: Call = lambda: None) -> float:
 
 
 def rest(longest: float = 0.5) -> None:
-    """Until this process's threads sleep, or ``longest`` seconds: those of MindSpore's own operators go on looking for
-    work for a tenth of a second, and would take a processor from whoever is measured next."""
+    """Wait until this process's threads sleep, at most ``longest`` seconds.
+
+    Threads of MindSpore's operators spin for 0.1 s after their work and would compete with the next measurement.
+    """
     until = time.perf_counter() + longest
     while time.perf_counter() < until:
         used = time.process_time()
@@ -66,7 +68,7 @@ def rest(longest: float = 0.5) -> None:
 
 
 class Timer:
-    """Calls that are warm, each with the number of calls that make one measurement long enough."""
+    """Warm calls, each with the number of repetitions of one measurement."""
 
     def __init__(self, bench: Bench, calls: dict[tuple[str, str], Call]) -> None:
         self.bench, self.calls = bench, calls
@@ -74,16 +76,16 @@ class Timer:
         for key, call in calls.items():
             bench.seconds(call, 2)
             once = bench.seconds(call, 1)
-            self.counts[key] = max(1, min(100, round(SHORT / max(once, 1e-7))))
-            self.warmups[key] = self.counts[key] if once < 10 * SHORT else 0
+            self.counts[key] = max(1, min(100, round(MIN_TIMED_S / max(once, 1e-7))))
+            self.warmups[key] = self.counts[key] if once < 10 * MIN_TIMED_S else 0
 
     def turn(self, rounds: int) -> dict[tuple[str, str], list[float]]:
-        """``rounds`` times each call in order; seconds of one call."""
+        """Seconds per call of ``rounds`` measurements of each call, in alternation."""
         found: dict[tuple[str, str], list[float]] = {key: [] for key in self.calls}
         for _ in range(rounds):
             for key, call in self.calls.items():
                 rest()
-                if self.warmups[key]:  # as within a step: threads awake, processors up to speed
+                if self.warmups[key]:  # the state within a training step: threads awake, full clock frequency
                     self.bench.seconds(call, self.warmups[key])
                 found[key].append(self.bench.seconds(call, self.counts[key]) / self.counts[key])
         return found

@@ -1,4 +1,4 @@
-"""The process of one backend for ``tele bench decode``: the engine, warm, makes tokens as ordered.
+"""Worker process of one backend for ``tele bench decode``: times decoding steps of the warm engine.
 
 python -m telechat_twins.kernels.bench.decode pt '{"model": "telechat2-mini", "rows": 8, "length": 36, ...}'
 {"rows": 8, "prompt": 16, "steps": 20}
@@ -26,7 +26,7 @@ from telechat_twins.kernels.bench.process import open_bench
 
 
 class Timed:
-    """A runner that remembers the seconds of its last step."""
+    """A runner that records the duration of its last step, ``seconds``."""
 
     def __init__(self, runner: Runner) -> None:
         self.config, self.num_pages, self.page_size = runner.config, runner.num_pages, runner.page_size
@@ -40,13 +40,13 @@ class Timed:
 
 
 def timed_steps(engine: Engine, runner: Timed, rows: int, prompt: int, count: int) -> dict[str, list[float]]:
-    """Seconds of each of ``count`` steps in which ``rows`` sequences get a token each, after prompts of ``prompt``
-    random tokens; and of them those outside the runner. The engine serves nobody else."""
+    """Seconds of each of ``count`` decoding steps of ``rows`` sequences after prompts of ``prompt`` random tokens:
+    "seconds" in total, "engine" outside the runner. The engine must be idle."""
     random = np.random.default_rng(0)
     for _ in range(rows):
         ids = tuple(random.integers(0, engine.config.vocab_size, prompt).tolist())
         engine.submit(Request(prompt_ids=ids, max_new_tokens=count + rows + 1))
-    while len(engine.step()) < rows:  # until every prompt is through
+    while len(engine.step()) < rows:  # until every prompt is prefilled
         pass
     seconds, outside = [], []
     for _ in range(count):
@@ -59,13 +59,13 @@ def timed_steps(engine: Engine, runner: Timed, rows: int, prompt: int, count: in
 
 
 def reading(bench: Bench) -> float:
-    """Bytes a second that this framework reads from memory, with all its threads."""
+    """Memory read bandwidth of this framework with all its threads, in bytes per second."""
     call, count = bench.read()
     return 3 * count / bench.seconds(call, 3)
 
 
 def main(argv: list[str]) -> int:
-    """The side of a backend."""
+    """Entry point of the worker: backend name and options as JSON."""
 
     def prepare() -> tuple[JsonObject, Handle]:
         name, options = argv[0], json.loads(argv[1])

@@ -1,10 +1,10 @@
-"""TeleChat2 as the released PyTorch code composes it, for comparison: separate operators, nothing fused.
+"""Baseline for training: TeleChat2 composed of separate PyTorch operators, as in the released code.
 
-Written anew from the released model's description. Keys and values come interleaved from one matrix and are repeated
-for their query heads; scores are a whole S x S matrix with an additive mask and a float32 softmax; the loss is taken
-from logits copied with a shift; AdamW is torch.optim's with foreach. Rotary tables are made once a run, not once a
-layer and step as released, which favours this side.
-``python -m telechat_twins.kernels.bench.eager eager OPTIONS`` serves ``tele bench step``.
+An independent implementation from the model's description. Keys and values are interleaved in one matrix and repeated
+for their query heads; scores are a full S x S matrix with an additive mask and a float32 softmax; the loss copies the
+logits with a shift; AdamW is torch.optim's with foreach. Rotary tables are computed once per run instead of once per
+layer and step, which favours this baseline.
+``python -m telechat_twins.kernels.bench.eager eager OPTIONS`` is a worker of ``tele bench step``.
 Shapes: B batch, S sequence, H heads, K kv heads, D head dim, E hidden, V vocabulary.
 """
 
@@ -99,13 +99,13 @@ class EagerModel(nn.Module):
         return self.lm_head(self.ln_f(x))
 
     def loss(self, input_ids: Tensor, labels: Tensor) -> Tensor:
-        """Mean cross-entropy of labels [B, S] that are shifted here: logits before position 1, labels from it on."""
+        """Mean cross-entropy of labels [B, S], shifted here: the logits of position i predict label i + 1."""
         logits = self(input_ids)
         shifted = logits[..., :-1, :].contiguous().view(-1, logits.shape[-1])
         return F.cross_entropy(shifted, labels[..., 1:].contiguous().view(-1))
 
     def load(self, get: Callable[[str], np.ndarray]) -> None:
-        """Every parameter from ``get(logical name)``."""
+        """Load every parameter from ``get(logical name)``."""
         with torch.no_grad():
             for name, parameter in self.named_parameters():
                 parameter.copy_(torch.from_numpy(released_tensor(name, self.config, get)))
@@ -145,7 +145,7 @@ _RENAMED = {
 
 
 def released_tensor(name: str, config: ModelConfig, get: Callable[[str], np.ndarray]) -> np.ndarray:
-    """The tensor of this model's parameter ``name`` from the logical ones; keys and values are interleaved by head."""
+    """This model's parameter ``name`` from the logical tensors; keys and values are interleaved by head."""
     if name in _RENAMED:
         return get(_RENAMED[name])
     _, number, rest = name.split(".", 2)
@@ -160,7 +160,7 @@ def released_tensor(name: str, config: ModelConfig, get: Callable[[str], np.ndar
 
 
 class EagerTrainer:
-    """core.bench.worker's view of a training step, in float32 on one process."""
+    """The Stepper of core.bench.worker for this model, in float32 on one process."""
 
     def __init__(self, config: RunConfig) -> None:
         if config.train.precision != "fp32":
@@ -180,7 +180,7 @@ class EagerTrainer:
         return 0, global_batch
 
     def gradients(self, batch: Batch, num_targets: int, loss_scale: float) -> float:
-        """As the released scripts train: the labels are the ids, and a row's last logits meet none."""
+        """Gradients with the released scripts' labels: the ids themselves; a row's last logits have no label."""
         ids = torch.from_numpy(batch.input_ids.astype(np.int64))
         size, total = self.config.train.micro_batch, 0.0
         for rows in ids.split(size):
@@ -194,7 +194,7 @@ class EagerTrainer:
         return float(torch.linalg.vector_norm(torch.stack(norms))) / loss_scale
 
     def update(self, lr: float, grad_scale: float) -> None:
-        """Clipping as torch.nn.utils.clip_grad_norm_ does it, then the optimizer."""
+        """Clip the gradients by ``grad_scale``, as torch.nn.utils.clip_grad_norm_ does, and update."""
         private.foreach_scale([p.grad for p in self.model.parameters()], grad_scale)
         for group in self.adamw.param_groups:
             group["lr"] = lr

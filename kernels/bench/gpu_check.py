@@ -1,10 +1,10 @@
-"""Everything that wants a GPU, in one command: its tests, the table of operators, and a training step of a real shape.
+"""All checks that need a GPU: the device tests, the operator benchmark, and a training step of a realistic shape.
 
     python -m telechat_twins.kernels.bench.gpu_check --out gpu-check.json
 
-The step is a TeleChat2 of 1 to 3 billion parameters at sequence 8192 in bf16: TFLOP/s and MFU against the vendor's
-dense bf16 peak, both with attention counted whole (the convention of published figures) and causal, and the kernels
-that the time goes to. Without a GPU it says so and ends with 2.
+The step is a TeleChat2 of 1 to 3 billion parameters at sequence length 8192 in bf16: TFLOP/s and MFU against the
+vendor's dense bf16 peak, with full attention (the convention of published figures) and with causal attention, and a
+profile by kernel. Without a GPU the exit code is 2.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from telechat_twins.core.types import JsonObject
 from telechat_twins.kernels.dispatch import describe
 from telechat_twins.kernels.pytorch import ops as pytorch
 
-# Dense bf16 FLOP/s as NVIDIA's data sheets give them (without sparsity), by a part of the device's name.
+# Dense bf16 peak in FLOP/s from NVIDIA's data sheets (without sparsity), by a substring of the device's name.
 PEAKS = {
     "H200": 989.4e12,
     "H100 PCIe": 756e12,
@@ -52,14 +52,14 @@ PEAKS = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", default="gpu-check.json", metavar="FILE", help="everything measured, as JSON")
-    parser.add_argument("--layers", type=int, default=18, metavar="L", help="of the 3B shape's 24 (18: 2.5 billion)")
-    parser.add_argument("--seq-len", type=int, default=8192, metavar="S", help="tokens a sequence (8192)")
-    parser.add_argument("--steps", type=int, default=8, metavar="N", help="training steps measured (8)")
-    parser.add_argument("--recompute", default="none", choices=("none", "selective", "full"), help="activations")
-    parser.add_argument("--calls", type=int, default=20, metavar="N", help="calls of each operator (20)")
-    parser.add_argument("--sizes", nargs="+", default=["gpu", "gpu-gqa"], help="of the operators (gpu gpu-gqa)")
-    parser.add_argument("--skip", nargs="+", default=[], choices=("tests", "kernels", "step"), help="leave these out")
+    parser.add_argument("--out", default="gpu-check.json", metavar="FILE", help="results as JSON")
+    parser.add_argument("--layers", type=int, default=18, metavar="L", help="layers of the 3B shape, at most 24 (18)")
+    parser.add_argument("--seq-len", type=int, default=8192, metavar="S", help="tokens per sequence (8192)")
+    parser.add_argument("--steps", type=int, default=8, metavar="N", help="measured training steps (8)")
+    parser.add_argument("--recompute", default="none", choices=("none", "selective", "full"), help="recomputation")
+    parser.add_argument("--calls", type=int, default=20, metavar="N", help="measured calls per operator (20)")
+    parser.add_argument("--sizes", nargs="+", default=["gpu", "gpu-gqa"], help="operator sizes (gpu gpu-gqa)")
+    parser.add_argument("--skip", nargs="+", default=[], choices=("tests", "kernels", "step"), help="parts to omit")
     args = parser.parse_args(argv)
     try:
         return check(args)
@@ -69,9 +69,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def check(args: argparse.Namespace) -> int:
-    """0 when the tests passed (or were left out)."""
+    """Exit code 0 when the tests passed or were omitted, else 1. Raises UserError without a GPU."""
     if not torch.cuda.is_available():
-        raise UserError("no GPU here, so nothing was run on device; repeat the command on a machine with one")
+        raise UserError("no GPU found, nothing was run on device; run this command on a machine with a GPU")
     writable_file(args.out, "--out")
     name = torch.cuda.get_device_name()
     result: JsonObject = {"device": name, "torch": torch.__version__, "cuda": torch.version.cuda}
@@ -84,7 +84,7 @@ def check(args: argparse.Namespace) -> int:
     if "kernels" not in args.skip:
         result["kernels"] = measure_kernels(["pt"], list(OPERATORS), args.sizes, "bf16", args.calls, 5, False)
         print(kernels_to_markdown(result["kernels"]))
-    write_text(Path(args.out), json.dumps(result, indent=1) + "\n")  # kept should the step not fit
+    write_text(Path(args.out), json.dumps(result, indent=1) + "\n")  # saved in case the step runs out of memory
     if "step" not in args.skip:
         result["step"] = measure_step(args.layers, args.seq_len, args.steps, args.recompute)
         print(step_to_markdown(result["step"]))
@@ -93,7 +93,7 @@ def check(args: argparse.Namespace) -> int:
 
 
 def step_config(layers: int, seq_len: int, recompute: str) -> RunConfig:
-    """The 3B shape with ``layers`` layers, one sequence a step, bf16."""
+    """The 3B shape with ``layers`` layers, one sequence per step, bf16."""
     return run_config_from_dict(
         {
             "model": {"preset": "telechat2-3b", "num_layers": layers},
@@ -111,10 +111,10 @@ def step_config(layers: int, seq_len: int, recompute: str) -> RunConfig:
 
 
 def measure_step(layers: int, seq_len: int, steps: int, recompute: str) -> JsonObject:
-    """Whole optimizer steps after three to warm up, and a profile of one more."""
+    """Durations of ``steps`` full optimizer steps after three warm-up steps, and a profile of one more."""
     config = step_config(layers, seq_len, recompute)
     train = backends.load("pt", "train")
-    # Speed does not depend on the weights' values, and billions of the usual ones take minutes to make.
+    # Speed does not depend on the weights' values; the usual initialisation of billions of weights takes minutes.
     vars(train)["init_tensor"] = quick_weights
     trainer = train.Trainer(config)
     warm = 3
@@ -149,7 +149,7 @@ def measure_step(layers: int, seq_len: int, steps: int, recompute: str) -> JsonO
 def quick_weights(
     name: str, config: ModelConfig, seed: int, box: tuple[slice, ...] | None = None, **_: object
 ) -> np.ndarray:
-    """Of the right shape and size: one block of normal numbers, repeated."""
+    """Weights of the right shape and scale: one block of normal samples, repeated."""
     from telechat_twins.core.model.params import parameter_table
 
     whole = parameter_table(config)[name].shape
@@ -161,7 +161,7 @@ def quick_weights(
 
 
 def profile(trainer: Stepper, config: RunConfig, step: int) -> list[JsonObject]:
-    """The kernels of one step, those that take longest first, with their share of the device's busy time."""
+    """Kernels of one step by descending time, with their share of the device's busy time."""
     activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
     started = time.perf_counter()
     with torch.profiler.profile(activities=activities) as found:
@@ -182,17 +182,17 @@ def profile(trainer: Stepper, config: RunConfig, step: int) -> list[JsonObject]:
         }
         for e in kernels[:25]
     ]
-    return [{"kernel": "all of them", "calls": 1, "ms": busy / 1e3, "share": 1.0, "wall_ms": wall * 1e3}, *rows]
+    return [{"kernel": "total", "calls": 1, "ms": busy / 1e3, "share": 1.0, "wall_ms": wall * 1e3}, *rows]
 
 
 def step_to_markdown(step: JsonObject) -> str:
-    """The step in two sentences and its profile as a table."""
+    """Summary of the step and its profile as a Markdown table."""
     if step["mfu"] is None:
-        share = "peak of this device not known"
+        share = "MFU unknown (no peak recorded for this device)"
     else:
         share = (
             f"MFU {100 * step['mfu']:.1f} % of the vendor's dense bf16 peak of {step['peak_tflops']:.0f} TFLOP/s "
-            f"({100 * step['mfu_causal']:.1f} % with attention counted causal)"
+            f"({100 * step['mfu_causal']:.1f} % with causal attention)"
         )
     lines = [
         "",

@@ -1,7 +1,7 @@
 """Baseline for decoding: Hugging Face's ``generate`` with its cache, on a Llama of the measured model's shapes.
 
-``python -m telechat_twins.kernels.bench.hf hf OPTIONS`` serves ``tele bench decode``; weights are random. The
-transformers library is not a dependency of this project; this file is used only where it is installed.
+``python -m telechat_twins.kernels.bench.hf hf OPTIONS`` is a worker of ``tele bench decode``; weights are random. The
+transformers library is not a dependency of this project; this module is used only where it is installed.
 """
 
 from __future__ import annotations
@@ -22,22 +22,22 @@ from telechat_twins.kernels.bench.process import open_bench
 
 
 def hide_checkout(path: list[str]) -> list[str]:
-    """``path`` without the entries that lead to this checkout.
+    """``path`` without the entries that resolve to this checkout.
 
-    transformers 5.0 to 5.9 takes the folder ``kernels`` there for Hugging Face's package of that name and fails on its
-    missing version. ``telechat_twins`` keeps a path of its own and is not affected.
+    transformers 5.0 to 5.9 mistakes the folder ``kernels`` there for Hugging Face's package of that name and fails on
+    its missing version. ``telechat_twins`` has a search path of its own and is not affected.
     """
     return [entry for entry in path if Path(entry or ".").resolve() != ROOT]
 
 
 sys.path[:] = hide_checkout(sys.path)
-import transformers  # noqa: E402  (after the path is clean)
+import transformers  # noqa: E402  (with the filtered path)
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def llama(config: ModelConfig, dtype: torch.dtype) -> transformers.LlamaForCausalLM:
-    """The model; what it lacks of TeleChat2, biases and length scaling, costs next to nothing."""
+    """A Llama of the model's shapes. It lacks TeleChat2's biases and length scaling, whose cost is negligible."""
     torch.manual_seed(0)
     made = transformers.LlamaConfig(
         vocab_size=config.vocab_size,
@@ -54,7 +54,7 @@ def llama(config: ModelConfig, dtype: torch.dtype) -> transformers.LlamaForCausa
 
 
 class Clock(transformers.StoppingCriteria):
-    """Notes when each token is there; stops nothing."""
+    """Records the time of each token; never stops the generation."""
 
     def __init__(self) -> None:
         self.ticks: list[float] = []
@@ -65,7 +65,7 @@ class Clock(transformers.StoppingCriteria):
 
 
 def timed_steps(model: transformers.LlamaForCausalLM, rows: int, prompt: int, count: int) -> list[float]:
-    """Seconds of each of ``count`` steps after the first token, of ``rows`` greedy sequences together."""
+    """Seconds of each of ``count`` steps after the first token, for a batch of ``rows`` greedy sequences."""
     torch.manual_seed(1)
     ids = torch.randint(0, model.config.vocab_size, (rows, prompt))
     clock = Clock()

@@ -1,6 +1,6 @@
-"""MindSpore's side of ``tele bench kernels``: the operators that a run would use, and their composite form.
+"""MindSpore benchmarks of ``tele bench kernels``: a run's operators, and their composite form.
 
-The composite form is differentiated by MindSpore, which runs its forward with every backward.
+The composite form is differentiated by MindSpore, which repeats its forward pass with every backward pass.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from telechat_twins.kernels.mindspore.private import executor
 
 DTYPES = {"fp32": ms.float32, "bf16": ms.bfloat16, "fp16": ms.float16}
 EPS = 1e-5
-LISTED = {"add_rms_norm": "rms_norm"}  # the table of choices knows operators by these names
+LISTED = {"add_rms_norm": "rms_norm"}  # benchmarked operator -> its name in the table of choices
 PRIMITIVE = {"rope": "rope_qk", "cross_entropy": "cross_entropy_forward"}
 
 Inputs: TypeAlias = list[Tensor]
@@ -34,6 +34,8 @@ Output: TypeAlias = Tensor | tuple[Tensor, ...] | None
 
 
 class MindSporeBench:
+    """The benchmarks of MindSpore (kernels.bench.contestant.Bench)."""
+
     def __init__(self, options: JsonObject) -> None:
         self.dtype = DTYPES.get(options["precision"], ms.float32)
         self.random = np.random.default_rng(0)
@@ -65,21 +67,23 @@ class MindSporeBench:
         return host_seconds(call, count, _wait)
 
     def contestants(self, operator: str, size: Size) -> dict[str, Contestant]:
-        """By name; "run" is what a run on this device would use, where that is not the composite form."""
+        """Implementations by name; "run" is that of a run on this device, if other than the composite form."""
         inputs = self._inputs(operator, size)
         listed = LISTED.get(operator, operator)
         module = kernels.serving(listed, self.dtype)
-        people = {}
+        contestants = {}
         title = kernels.choices()[listed].implementation
         if operator == "linear":
             if module is not None:
-                people["run"] = self._differentiated(title, lambda x, w, b: kernels.linear(x, w, b, self.dtype), inputs)
+                contestants["run"] = self._differentiated(
+                    title, lambda x, w, b: kernels.linear(x, w, b, self.dtype), inputs
+                )
         elif module is not None and hasattr(module, PRIMITIVE.get(operator, operator)):
-            people["run"] = Contestant(title, *_calls(module, operator, inputs, size))
+            contestants["run"] = Contestant(title, *_calls(module, operator, inputs, size))
         plain = self._plain(operator, size)
         if plain is not None:
-            people["composite"] = self._differentiated("composite", plain, inputs)
-        return people
+            contestants["composite"] = self._differentiated("composite", plain, inputs)
+        return contestants
 
     def _random(self, *shape: int, dtype: ms.Type | None = None) -> Tensor:
         return Tensor(self.random.standard_normal(shape, np.float32)).astype(dtype or self.dtype)
@@ -115,7 +119,7 @@ class MindSporeBench:
         return [Parameter(x) for x in (*vectors, vectors[2] * vectors[2])]
 
     def _plain(self, operator: str, size: Size) -> Callable[..., Output] | None:
-        """The composite form as a function of ``_inputs``, if there is one."""
+        """The composite form as a function of ``_inputs``, or None."""
         dtype, N = self.dtype, size.tokens
         blocks = [] if operator != "attention" else _masked(N)
         table: dict[str, Callable[..., Output]] = {
@@ -138,14 +142,14 @@ class MindSporeBench:
         return table.get(operator)
 
     def _differentiated(self, title: str, function: Callable[..., Output], inputs: Inputs) -> Contestant:
-        if function is _plain_adamw or len(inputs) == 4 and inputs[1].ndim == 3:  # an update; a merge of blocks
+        if function is _plain_adamw or len(inputs) == 4 and inputs[1].ndim == 3:  # AdamW; merge_blocks: forward only
             return Contestant(title, lambda: function(*inputs))
         wanted = tuple(at for at, x in enumerate(inputs) if at < 3 and x.ndim != 4 or at < 2 or len(inputs) == 3)
         wanted = tuple(at for at in wanted if inputs[at].dtype not in (ms.int32, ms.int64))
 
         def total(*arguments: Tensor) -> Tensor:
             out = function(*arguments)
-            assert out is not None  # only an update gives nothing
+            assert out is not None  # only AdamW returns None
             return sum(x.sum() for x in out) if isinstance(out, tuple) else out.sum()
 
         both = ms.value_and_grad(total, wanted)
@@ -153,7 +157,7 @@ class MindSporeBench:
 
 
 def _calls(module: ModuleType, operator: str, inputs: Inputs, size: Size) -> tuple[Call, Call | None]:
-    """Forward and backward of a fused operator; everything that both need is made beforehand."""
+    """Forward and backward calls of a fused operator, with all their inputs made beforehand."""
     m, x = module, inputs[0]
     if operator == "embedding":
         ids = inputs[1]
@@ -195,7 +199,7 @@ def _calls(module: ModuleType, operator: str, inputs: Inputs, size: Size) -> tup
         return lambda: m.merge_blocks(*inputs), None
     if operator == "cross_entropy":
         targets, columns = inputs[1], size.vocab
-        logits, factor = x.copy(), Tensor(np.ones(1, np.float32))  # the gradient is written over the logits
+        logits, factor = x.copy(), Tensor(np.ones(1, np.float32))  # logits: overwritten by their gradient
         lse = m.cross_entropy_forward(x, targets, 0, columns)[0]
         return (
             lambda: m.cross_entropy_forward(x, targets, 0, columns),
@@ -206,7 +210,7 @@ def _calls(module: ModuleType, operator: str, inputs: Inputs, size: Size) -> tup
 
 
 def _wait() -> None:
-    """Until all that was called is done; the CPU device has no public call for it."""
+    """Wait for all launched operators; MindSpore's CPU device has no public function for it."""
     if executor is not None:
         executor.sync()
     else:
@@ -221,7 +225,7 @@ def _masked(num_tokens: int) -> list[Block]:
 
 
 def _plain_adamw(master: Parameter, grad: Parameter, m: Parameter, v: Parameter) -> None:
-    """Update 10 in MindSpore's plain operators."""
+    """Update number 10 of AdamW in MindSpore's primitive operators."""
     mops.assign(m, 0.9 * m + 0.1 * grad)
     mops.assign(v, 0.95 * v + 0.05 * grad * grad)
     root = mops.sqrt(v / (1 - 0.95**10)) + 1e-8

@@ -1,4 +1,4 @@
-"""The process of one framework for ``tele bench kernels``: times its implementations of an operator, in turns.
+"""Worker process of one framework for ``tele bench kernels``: times its implementations of an operator in alternation.
 
 python -m telechat_twins.kernels.bench.process pt '{"precision": "fp32", "compile": false}'
 {"operator": "rms_norm", "size": "mini", "calls": 5}
@@ -16,29 +16,29 @@ from telechat_twins.kernels.bench.contestant import Bench, Timer
 
 
 def handle_orders(bench: Bench) -> Handle:
-    """Answers {"operator", "size", "calls"} as core.bench.kernels.summarise takes them."""
+    """Handler of orders {"operator", "size", "calls"}; answers in the form of core.bench.kernels.summarise."""
     yardsticks = {"copy": bench.copy(), "read": bench.read(), "matmul": bench.matmul()}
     ready: JsonObject = {}
 
     def handle(order: JsonObject) -> JsonObject:
         case = (order["operator"], order["size"])
         if ready.get("case") != case:
-            ready.clear()  # lets go of the tensors before the next ones are made
-            people = bench.contestants(order["operator"], SIZES[order["size"]])
+            ready.clear()  # frees the tensors before the next ones are allocated
+            contestants = bench.contestants(order["operator"], SIZES[order["size"]])
             calls = {("", what): call for what, (call, _) in yardsticks.items()}
-            for name, person in people.items():
+            for name, contestant in contestants.items():
                 for what in ("forward", "backward", "both"):
-                    if getattr(person, what) is not None:
-                        calls[name, what] = getattr(person, what)
-            ready.update(case=case, people=people, timer=Timer(bench, calls))
+                    if getattr(contestant, what) is not None:
+                        calls[name, what] = getattr(contestant, what)
+            ready.update(case=case, contestants=contestants, timer=Timer(bench, calls))
         found = ready["timer"].turn(order["calls"])
         answer = {}
-        for name, person in ready["people"].items():
-            answer[name] = {"implementation": person.implementation, "forward": found[name, "forward"]}
-            if person.backward is not None:
+        for name, contestant in ready["contestants"].items():
+            answer[name] = {"implementation": contestant.implementation, "forward": found[name, "forward"]}
+            if contestant.backward is not None:
                 pairs = zip(found[name, "forward"], found[name, "backward"], strict=True)
                 answer[name] |= {"backward": found[name, "backward"], "both": [a + b for a, b in pairs]}
-            if person.both is not None:
+            if contestant.both is not None:
                 answer[name]["both"] = found[name, "both"]
         return {
             **{what: [work / s for s in found["", what]] for what, (_, work) in yardsticks.items()},
@@ -49,13 +49,13 @@ def handle_orders(bench: Bench) -> Handle:
 
 
 def open_bench(name: str, options: JsonObject) -> Bench:
-    """The side of backend ``name``."""
+    """The benchmarks of backend ``name``."""
     if name == "pt":
         from telechat_twins.kernels.bench.pytorch import TorchBench
 
         return TorchBench(options)
     from telechat_twins.kernels.bench.mindspore import MindSporeBench
-    from telechat_twins.kernels.mindspore import settings as mindspore_settings  # noqa: F401  (first: as in a run)
+    from telechat_twins.kernels.mindspore import settings as mindspore_settings  # noqa: F401  (first, as in a run)
 
     return MindSporeBench(options)
 

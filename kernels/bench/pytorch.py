@@ -1,6 +1,7 @@
-"""PyTorch's side of ``tele bench kernels``: what a run would use, the composite form, eager autograd, torch.compile.
+"""PyTorch benchmarks of ``tele bench kernels``: a run's operator, the composite form, eager autograd, torch.compile.
 
-"eager" is the operator written as models are, differentiated by PyTorch; on a GPU "native" is PyTorch's own fused one.
+"eager" is the operator as model code usually writes it, differentiated by PyTorch; on a GPU, "native" is PyTorch's
+fused operator.
 """
 
 from __future__ import annotations
@@ -26,14 +27,16 @@ from telechat_twins.kernels.pytorch import ops as pytorch
 
 DTYPES = {"fp32": torch.float32, "fp64": torch.float64, "bf16": torch.bfloat16, "fp16": torch.float16}
 EPS = 1e-5
-LISTED = {"add_rms_norm": "rms_norm"}  # the table of choices knows operators by these names
+LISTED = {"add_rms_norm": "rms_norm"}  # benchmarked operator -> its name in the table of choices
 PRIMITIVE = {"rope": "rope_qk", "embedding": "embedding_backward", "cross_entropy": "cross_entropy_forward"}
 
-Inputs: TypeAlias = list[Tensor]  # of attention also the KeyRanges
+Inputs: TypeAlias = list[Tensor]  # for attention the last one is the KeyRanges
 Output: TypeAlias = Tensor | tuple[Tensor, ...]
 
 
 class TorchBench:
+    """The benchmarks of PyTorch (kernels.bench.contestant.Bench)."""
+
     def __init__(self, options: JsonObject) -> None:
         self.dtype = DTYPES.get(options["precision"], torch.float32)
         self.device = torch.device(pytorch.default_device())
@@ -73,25 +76,25 @@ class TorchBench:
         return started.elapsed_time(ended) / 1e3
 
     def contestants(self, operator: str, size: Size) -> dict[str, Contestant]:
-        """By name; the first is what a run on this device would use."""
+        """Implementations by name; "run" is that of a run on this device, if other than the composite form."""
         inputs = self._inputs(operator, size)
         implementation = pytorch.choices()[LISTED.get(operator, operator)].implementation
         package = pytorch.serving(LISTED.get(operator, operator), inputs[0])
-        people = {}
+        contestants = {}
         if package is torch_native or (operator == "attention" and package is torch_cpu):
-            people["run"] = self._differentiated(implementation, _native(operator), inputs)
+            contestants["run"] = self._differentiated(implementation, _native(operator), inputs)
         elif package is not torch_composite and hasattr(package, PRIMITIVE.get(operator, operator)):
-            people["run"] = self._primitive(implementation, package, operator, inputs)
+            contestants["run"] = self._primitive(implementation, package, operator, inputs)
         if self.device.type == "cuda" and package is not torch_native and operator in _NATIVE:
-            people["native"] = self._differentiated("PyTorch's own", _native(operator), inputs)
-        people["composite"] = self._primitive("composite", torch_composite, operator, inputs)
+            contestants["native"] = self._differentiated("PyTorch's own", _native(operator), inputs)
+        contestants["composite"] = self._primitive("composite", torch_composite, operator, inputs)
         if operator == "adamw":
-            people["eager"] = Contestant("torch.optim.AdamW, foreach", _foreach_adamw(inputs))
-            return people
-        people["eager"] = self._differentiated("eager", _EAGER[operator], inputs)
+            contestants["eager"] = Contestant("torch.optim.AdamW, foreach", _foreach_adamw(inputs))
+            return contestants
+        contestants["eager"] = self._differentiated("eager", _EAGER[operator], inputs)
         if self.compile:
-            people["compile"] = self._differentiated("torch.compile", torch.compile(_EAGER[operator]), inputs)
-        return people
+            contestants["compile"] = self._differentiated("torch.compile", torch.compile(_EAGER[operator]), inputs)
+        return contestants
 
     def _random(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
         return torch.randn(shape, device=self.device, dtype=dtype or self.dtype)
@@ -127,13 +130,13 @@ class TorchBench:
         return [*vectors, vectors[2].square()]
 
     def _primitive(self, title: str, package: ModuleType, operator: str, inputs: Inputs) -> Contestant:
-        """The package's own functions, without autograd."""
+        """The functions of ``package``, without autograd."""
         with torch.no_grad():
             forward, backward = _calls(package, operator, inputs)
         return Contestant(title, torch.no_grad()(forward), None if backward is None else torch.no_grad()(backward))
 
     def _differentiated(self, title: str, function: Callable[..., Output], inputs: Inputs) -> Contestant:
-        """A function that PyTorch differentiates, its backward over one graph again and again."""
+        """A function differentiated by PyTorch, with repeated backward passes over one retained graph."""
         leaves = [
             x.detach().clone().requires_grad_() if isinstance(x, Tensor) and x.is_floating_point() and at < 3 else x
             for at, x in enumerate(inputs)
@@ -154,7 +157,7 @@ class TorchBench:
 
 
 def _calls(package: ModuleType, operator: str, inputs: Inputs) -> tuple[Call, Call | None]:
-    """Forward and backward of a primitive; everything that both need is made beforehand."""
+    """Forward and backward calls of an operator, with all their inputs made beforehand."""
     p, x = package, inputs[0]
     if operator == "linear":
         _, weight, bias = inputs
@@ -198,7 +201,7 @@ def _calls(package: ModuleType, operator: str, inputs: Inputs) -> tuple[Call, Ca
         return lambda: p.gelu(x), lambda: p.gelu_backward(grad, x)
     if operator == "attention":
         _, k, v, ranges = inputs
-        placed = _host(ranges) if p.__name__.endswith("torch_npu_ops") else ranges
+        placed = _host(ranges) if p.__name__.endswith(".npu") else ranges  # CANN reads the ranges on the host
         grad = torch.ones_like(x)
         out, lse = p.attention(x, k, v, placed)
         return (
@@ -209,7 +212,7 @@ def _calls(package: ModuleType, operator: str, inputs: Inputs) -> tuple[Call, Ca
         return lambda: p.merge_blocks(*inputs), None
     if operator == "cross_entropy":
         targets, columns = inputs[1], x.shape[1]
-        logits = x.clone()  # the gradient is written over them
+        logits = x.clone()  # overwritten by their gradient
         lse = p.cross_entropy_forward(x, targets, 0, columns)[0]
         return (
             lambda: p.cross_entropy_forward(x, targets, 0, columns),
@@ -286,7 +289,7 @@ _NATIVE = ("rms_norm", "layer_norm", "gelu", "attention", "linear", "embedding")
 
 
 def _native(operator: str) -> Callable[..., Output]:
-    """PyTorch's own fused operator, as kernels/pytorch/ops.py calls it."""
+    """PyTorch's fused operator, called as in kernels/pytorch/ops.py."""
     return {
         "rms_norm": lambda x, weight: torch_native.rms_norm(x, weight, EPS, x.dtype),
         "add_rms_norm": lambda x, r, weight: (torch_native.rms_norm(x + r, weight, EPS, x.dtype), x + r),

@@ -127,7 +127,7 @@ def serving(operator: str, x: Tensor) -> ModuleType:
     return torch_cpu if x.device.type == "cpu" else torch_native
 
 
-def _judged(x: Tensor, stat: torch.dtype) -> Tensor:
+def _stat_input(x: Tensor, stat: torch.dtype) -> Tensor:
     """x, in float64 where statistics must be: operators compute them in float32, or in the dtype of a float64 x."""
     return x.to(stat) if stat == torch.float64 else x
 
@@ -174,7 +174,7 @@ def rms_norm(
     ``mask`` float32 [E]: the growth mask of kernels.reference.rms_norm.
     """
     torch_checks.norm(x, weight, mask)
-    x, package = _judged(x, stat), serving("rms_norm", x)
+    x, package = _stat_input(x, stat), serving("rms_norm", x)
     if package is torch_native:
         if mask is None:
             return torch_native.rms_norm(x, weight, eps, compute)
@@ -224,7 +224,7 @@ def layer_norm(
     torch_checks.same_shape("bias", bias, "weight", weight)
     if counted is not None:
         return torch_composite.counted_layer_norm(x, weight, bias, eps, stat, compute, mask, counted)
-    x, package = _judged(x, stat), serving("layer_norm", x)
+    x, package = _stat_input(x, stat), serving("layer_norm", x)
     if package is torch_native:
         if mask is None:
             return torch_native.layer_norm(x, weight, bias, eps, compute)
@@ -250,7 +250,7 @@ def swiglu(gate: Tensor, up: Tensor, stat: torch.dtype) -> Tensor:
     """silu(gate) * up in ``stat``, returned in the dtype of ``gate``."""
     torch_checks.same_shape("up", up, "gate", gate)
     torch_checks.same_dtype("up", up, "gate", gate)
-    wide_gate, wide_up = _judged(gate, stat), _judged(up, stat)
+    wide_gate, wide_up = _stat_input(gate, stat), _stat_input(up, stat)
     package = serving("swiglu", wide_gate)
     if not torch.is_grad_enabled():
         return package.swiglu(wide_gate, wide_up).to(gate.dtype)
