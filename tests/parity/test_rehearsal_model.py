@@ -21,7 +21,7 @@ from tests.parity.test_paged_attention import error as page_error
 from tests.parity.test_rehearsal import DTYPES, SPACING, tensor
 from tests.parity.test_ring_pages import error as ring_error
 from tests.parity.test_twins import CONFIG, batch, weights
-from tests.support.cpu_kernel_checks import PAGED
+from tests.support.cpu_attention_checks import PAGED
 from tests.support.engine_support import Feed
 from tests.support.growing import FAMILIES, grow, strong
 from tests.support.growing import batch as batch_of
