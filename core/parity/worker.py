@@ -41,6 +41,7 @@ from telechat_twins.core.parallel.traffic import Traffic
 from telechat_twins.core.schema import from_mapping, option
 from telechat_twins.core.train.loss_scale import largest_magnitude, largest_scale
 from telechat_twins.core.train.recipe import clip_factor
+from telechat_twins.core.train.trainer import BaseTrainer, Stage
 from telechat_twins.core.types import JsonObject
 
 SCRIPT = Path(__file__).resolve()
@@ -162,12 +163,7 @@ def perform(backend: str, task: Task, folder: Path, open_reader: OpenReader | No
     batch = read_batch(task.batch)
     rows, seq_len = batch.input_ids.shape
     padded = pad_rows(batch, row_multiple(task))
-    trainer = backends.load(backend, "train").Trainer(run_config(task, len(padded.input_ids), seq_len))
-    read = _reader(task, open_reader)
-    trainer.load_weights(read)
-    if task.lora is not None:
-        trainer.optimizer.load_masters(read)
-    trainer.optimizer.refresh()  # now, so that the messages of the step are the step's
+    trainer = _trainer(backend, task, run_config(task, len(padded.input_ids), seq_len), open_reader)
     first, count = trainer.share(len(padded.input_ids))
     mine = padded.rows(first, first + count)
     # A batch without targets has no loss, but its logits may be wanted.
@@ -219,6 +215,17 @@ def perform(backend: str, task: Task, folder: Path, open_reader: OpenReader | No
         "seconds": time.perf_counter() - started,
     }
     (folder / f"rank-{trainer.rank}.json").write_text(json.dumps(record), encoding="utf-8")
+
+
+def _trainer(backend: str, task: Task, config: RunConfig, open_reader: OpenReader | None) -> BaseTrainer[Stage]:
+    """The backend's trainer with the task's weights, and its adapters where it has any."""
+    trainer: BaseTrainer[Stage] = backends.load(backend, "train").Trainer(config)
+    read = _reader(task, open_reader)
+    trainer.load_weights(read)
+    if task.lora is not None:
+        trainer.optimizer.load_masters(read)
+    trainer.optimizer.refresh()  # now, so that the messages of the step are the step's
+    return trainer
 
 
 def collect(folder: Path, world: int = 1) -> Outcome:

@@ -92,6 +92,8 @@ class Optimizer(Protocol):
 
     def export_state(self) -> Iterator[TensorPiece]: ...
 
+    def export_gradients(self) -> Iterator[TensorPiece]: ...
+
 
 class BaseTrainer(ABC, Generic[S]):
     """core.train.stepper.Stepper of one rank, all but ``implementation``.
