@@ -38,6 +38,9 @@ SHELL = ("bash", "sh")
 NOT_RUN = {
     "tele serve --backend pt --checkpoint TeleChat2-7B": "serves until it is ended; "
     "tests/serve/test_serving_page.py runs the same line of its own page",
+    "tele generate --backend pt --checkpoint TeleChat2-7B --adapter law-peft --chat --prompt Hello": "run by "
+    "tests/parity/test_serve_parity.py::test_adapters_by_name_in_one_batch on a model of its own",
+    "tele serve --backend ms --checkpoint TeleChat2-7B --adapter law=law-peft --adapter code=runs/code": "likewise",
     "make demo": "minutes; its parts are in tests/parity, and it is run by hand before a release",
     "make test": "is what runs this",
     "make test-unit": "is what runs this",
@@ -90,7 +93,7 @@ RUN_ELSEWHERE = {
     "docs/mup.md": "tests/parity/test_mup_commands.py::test_the_commands_of_the_page_run",
 }
 
-LIGHT = ("doctor", "plan", "tokenize", "data", "convert", "mup")  # verbs that need no framework
+LIGHT = ("doctor", "plan", "tokenize", "data", "convert", "merge", "average", "mup")  # verbs that need no framework
 TRAINED = "runs/"  # a light verb on something that was trained goes with the training
 MINDSPORES = ("--file-format", ".ckpt")  # a light verb on MindSpore's own files needs it
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from telechat_twins.convert.copy import canonical_to_hf, hf_to_canonical
 from telechat_twins.convert.hf.folder import HfFolder
+from telechat_twins.convert.hf.peft import write_peft
 from telechat_twins.convert.source import CanonicalSource, open_model
 from telechat_twins.core.checkpoint.read import Contents, save_checkpoint
 from telechat_twins.core.data.prepare import pack_text
@@ -17,6 +18,7 @@ from telechat_twins.core.model.config import ModelConfig
 from telechat_twins.core.model.init import init_weights
 from tests import docs
 from tests.house import ROOT
+from tests.support.adapters import modules, random_adapter
 from tests.support.data_support import VOCAB_SIZE, dialogue_row, tiny_tokenizer_path, write_rows
 
 SOURCES = ("argparse.py", "ast.py", "inspect.py", "typing.py")  # enough text for 4096 pieces
@@ -41,7 +43,8 @@ def loss_table_of_the_page() -> str:
 
 
 def add_release(folder: Path) -> None:
-    """TeleChat2-7B (a stand-in of the same layout), run (the same as a canonical checkpoint), tokenizer.model."""
+    """TeleChat2-7B (a stand-in of the same layout), run (the same as a canonical checkpoint), tokenizer.model, and an
+    adapter of the model, law-peft."""
     config = ModelConfig(
         vocab_size=VOCAB_SIZE,
         hidden_size=32,
@@ -65,6 +68,8 @@ def add_release(folder: Path) -> None:
     canonical_to_hf(source, folder / "TeleChat2-7B", tokenizer=tiny_tokenizer_path())
     hf_to_canonical(HfFolder(folder / "TeleChat2-7B"), folder / "run")
     shutil.copy(tiny_tokenizer_path(), folder / "tokenizer.model")
+    release = open_model(folder / "TeleChat2-7B")
+    write_peft(random_adapter(release, modules(config, ("q", "k", "v"))), folder / "law-peft")
 
 
 def add_packed(folder: Path, text: Path) -> None:
