@@ -10,11 +10,16 @@ from telechat_twins.core.model.config import ModelConfig
 
 
 def logits(
-    config: ModelConfig, get: Callable[[str], np.ndarray], ids: np.ndarray, dtype: type = np.float64
+    config: ModelConfig,
+    get: Callable[[str], np.ndarray],
+    ids: np.ndarray,
+    dtype: type = np.float64,
+    more: Callable[[str, np.ndarray], np.ndarray | float] = lambda name, x: 0.0,
 ) -> np.ndarray:
     """TeleChat2's logits [B, S, V] in float64, written from the published formulas (S within the trained length).
 
-    In complex128 the imaginary parts carry a derivative: every step is analytic.
+    In complex128 the imaginary parts carry a derivative: every step is analytic. ``more(name, x)`` is added to the
+    product of x with the matrix ``name``.
     """
     length, dim, heads, groups = ids.shape[1], config.head_dim, config.num_heads, config.num_kv_heads
     angle = np.arange(length)[:, None] * config.rope_theta ** (-np.arange(0, dim, 2) / dim)
@@ -27,8 +32,11 @@ def logits(
     def norm(x, name):
         return x / np.sqrt((x**2).mean(-1, keepdims=True) + config.norm_eps) * weight(name)
 
+    def product(x, name):
+        return x @ weight(name).T + more(name, x)
+
     def project(x, name):
-        return (x @ weight(name).T).reshape(*x.shape[:2], -1, dim).transpose(0, 2, 1, 3)
+        return product(x, name).reshape(*x.shape[:2], -1, dim).transpose(0, 2, 1, 3)
 
     def rotate(x):
         return x * cos + np.concatenate([-x[..., dim // 2 :], x[..., : dim // 2]], -1) * sin
@@ -40,10 +48,10 @@ def logits(
         q, k, v = (project(h, f"{at}attn.{part}.weight") for part in "qkv")
         k, v = (np.repeat(part, heads // groups, axis=1) for part in (k, v))
         scores = rotate(q) @ rotate(k).swapaxes(-1, -2) / np.sqrt(dim) + hidden_from
-        scores = np.exp(scores - scores.max(-1, keepdims=True))
-        mixed = (scores / scores.sum(-1, keepdims=True) @ v).transpose(0, 2, 1, 3).reshape(x.shape)
-        x = x + mixed @ weight(at + "attn.o.weight").T + weight(at + "attn.o.bias")
+        scores = np.exp(scores - scores.real.max(-1, keepdims=True))
+        mixed = (scores / scores.sum(-1, keepdims=True) @ v).transpose(0, 2, 1, 3).reshape(*x.shape[:2], -1)
+        x = x + product(mixed, at + "attn.o.weight") + weight(at + "attn.o.bias")
         h = norm(x, at + "ffn_norm.weight")
-        gate, up = h @ weight(at + "ffn.gate.weight").T, h @ weight(at + "ffn.up.weight").T
-        x = x + (gate / (1 + np.exp(-gate)) * up) @ weight(at + "ffn.down.weight").T + weight(at + "ffn.down.bias")
+        gate, up = product(h, at + "ffn.gate.weight"), product(h, at + "ffn.up.weight")
+        x = x + product(gate / (1 + np.exp(-gate)) * up, at + "ffn.down.weight") + weight(at + "ffn.down.bias")
     return norm(x, "norm.weight") @ weight("head.weight").T
