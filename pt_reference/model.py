@@ -84,11 +84,16 @@ class Linear(nn.Module):
         return self.product(x, dropped, self.bias)
 
     def product(self, x: Tensor, dropped: Tensor | None, bias: Tensor | None) -> Tensor:
+        if (adapted := self.adapted(bias)) is not None:
+            return ops.adapted_linears(x, dropped, [adapted], self.compute)[0]
+        out = ops.linear(x, self.weight, bias, self.compute)
+        return out if self.served is None else self.served.added(out, x)
+
+    def adapted(self, bias: Tensor | None) -> ops.Adapted | None:
+        """The layer as ``ops.adapted_linears`` takes it; None without an adapter that is trained."""
         if self.lora_a is None or self.lora_b is None:
-            out = ops.linear(x, self.weight, bias, self.compute)
-            return out if self.served is None else self.served.added(out, x)
-        adapter = self.lora_a, self.lora_b, self.scale
-        return ops.adapted_linear(x, dropped, self.weight, bias, *adapter, self.compute)
+            return None
+        return ops.Adapted(self.weight, bias, self.lora_a, self.lora_b, self.scale)
 
 
 class Norm(nn.Module):

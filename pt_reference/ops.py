@@ -23,7 +23,7 @@ from telechat_twins.core.model.visibility import (
 )
 from telechat_twins.kernels.pytorch import ops as kernels
 from telechat_twins.kernels.pytorch import paged as torch_paged
-from telechat_twins.kernels.pytorch.adapters import adapted_linear
+from telechat_twins.kernels.pytorch.adapters import Adapted, adapted_linears
 from telechat_twins.kernels.pytorch.ops import (
     add,
     add_bias,
@@ -41,8 +41,9 @@ from telechat_twins.kernels.pytorch.ops import (
 from telechat_twins.kernels.pytorch.paged import Pages, page_dtype, paged_attention, rows_at, store_rows
 
 __all__ = [
+    "Adapted",
     "Pages",
-    "adapted_linear",
+    "adapted_linears",
     "add",
     "add_bias",
     "add_rms_norm",
@@ -87,7 +88,8 @@ class LinearLayer(Protocol):
     weight: Tensor
     bias: Tensor | None
     compute: torch.dtype
-    lora_a: Tensor | None
+
+    def adapted(self, bias: Tensor | None) -> Adapted | None: ...
 
     def __call__(self, x: Tensor, dropped: Tensor | None = None) -> Tensor: ...
 
@@ -122,7 +124,10 @@ def place_rows(slots: np.ndarray, page_size: int, dtype: torch.dtype) -> Tensor:
 
 def linears(x: Tensor, dropped: Tensor | None, *layers: LinearLayer) -> tuple[Tensor, ...]:
     """Outputs of several linear layers for the same x. ``dropped``: the input of their adapters; None: x itself."""
-    return tuple(layer(x, dropped) for layer in layers)
+    adapted = [layer.adapted(layer.bias) for layer in layers]
+    together = [one for one in adapted if one is not None]
+    found = iter(adapted_linears(x, dropped, together, layers[0].compute) if together else ())
+    return tuple(layer(x) if one is None else next(found) for layer, one in zip(layers, adapted, strict=True))
 
 
 def positions(x: Tensor, wanted: Tensor) -> Tensor:

@@ -25,7 +25,7 @@ from telechat_twins.kernels.int8 import Int8
 from telechat_twins.kernels.mindspore import composite as composite
 from telechat_twins.kernels.mindspore import ops as kernels
 from telechat_twins.kernels.mindspore import paged as mindspore_paged
-from telechat_twins.kernels.mindspore.adapters import adapted_linear
+from telechat_twins.kernels.mindspore.adapters import Adapted, adapted_linears
 from telechat_twins.kernels.mindspore.composite import accurate, add_bias, operand, total
 from telechat_twins.kernels.mindspore.ops import (
     Keys,
@@ -45,9 +45,10 @@ from telechat_twins.kernels.mindspore.paged import Pages, page_dtype, paged_atte
 from telechat_twins.kernels.reference import visible_keys
 
 __all__ = [
+    "Adapted",
     "Pages",
     "accurate",
-    "adapted_linear",
+    "adapted_linears",
     "add",
     "add_bias",
     "add_rms_norm",
@@ -99,8 +100,9 @@ class LinearLayer(Protocol):
     weight: Tensor | Int8
     bias: Tensor | None
     compute: ms.Type
-    lora_a: Tensor | None
     served: _ServedAdapters | None
+
+    def adapted(self, bias: Tensor | None) -> Adapted | None: ...
 
     def __call__(self, x: Tensor, dropped: Tensor | None = None) -> Tensor: ...
 
@@ -126,11 +128,13 @@ def linears(x: Tensor, dropped: Tensor | None, *layers: LinearLayer) -> tuple[Te
 
     ``dropped``: the input of their adapters; None: x itself.
     """
-    found = None
-    if all(layer.lora_a is None for layer in layers):
-        found = kernels.few_rows(x, [(layer.weight, layer.bias) for layer in layers], layers[0].compute)
+    adapted = [layer.adapted(layer.bias) for layer in layers]
+    if together := [one for one in adapted if one is not None]:
+        trained = iter(adapted_linears(x, dropped, together, layers[0].compute))
+        return tuple(layer(x) if one is None else next(trained) for layer, one in zip(layers, adapted, strict=True))
+    found = kernels.few_rows(x, [(layer.weight, layer.bias) for layer in layers], layers[0].compute)
     if found is None:
-        return tuple(layer(x, dropped) for layer in layers)
+        return tuple(layer(x) for layer in layers)
     return tuple(
         out if layer.served is None else layer.served.added(out, x) for out, layer in zip(found, layers, strict=True)
     )

@@ -1,12 +1,16 @@
-"""Linear layers with a low-rank adapter (core.model.lora): the frozen product and the adapter's in one operator.
+"""Linear layers with low-rank adapters (core.model.lora) that read one input: frozen products and adapters in one
+operator.
 
-The frozen matrix has no gradient, so its input is not kept; in float32 on the CPU the adapter's part is added into the
-product's result where that lies, forward and backward.
+A frozen matrix has no gradient, so its input is not kept for it. The adapters' A are multiplied as one matrix, whose
+rows they are: one thin product of x in place of one a layer, forward and backward. In float32 on the CPU their results,
+and the layers' shares of dx, are added where the frozen products lie.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from types import ModuleType
+from typing import NamedTuple
 
 import mindspore as ms
 from mindspore import Tensor, ops
@@ -18,80 +22,116 @@ from telechat_twins.kernels.mindspore.autograd import Gradients, turned_product
 from telechat_twins.kernels.mindspore.private import Context, Function
 
 
-def adapted_linear(
-    x: Tensor,
-    dropped: Tensor | None,
-    weight: Tensor | Int8,
-    bias: Tensor | None,
-    lora_a: Tensor,
-    lora_b: Tensor,
-    scale: float,
-    compute: ms.Type,
-) -> Tensor:
-    """x [..., in] @ weight [out, in]^T + bias + scale * dropped @ lora_a [r, in]^T @ lora_b [out, r]^T, in ``compute``.
+class Adapted(NamedTuple):
+    """weight [out, in] and bias [out] or None, frozen; lora_a [r, in], lora_b [out, r]; scale = alpha / rank."""
 
-    ``dropped``: x after dropout; None: x itself. ``weight`` and ``bias`` get no gradient.
+    weight: Tensor | Int8
+    bias: Tensor | None
+    lora_a: Tensor
+    lora_b: Tensor
+    scale: float
+
+
+def adapted_linears(
+    x: Tensor, dropped: Tensor | None, layers: Sequence[Adapted], compute: ms.Type
+) -> tuple[Tensor, ...]:
+    """Of each layer x [..., in] @ weight^T + bias + scale * dropped @ lora_a^T @ lora_b^T, in ``compute``.
+
+    ``dropped``: x after dropout; None: x itself. Weights and biases get no gradient. ValueError: unfit shapes.
     """
-    if lora_a.shape[1] != x.shape[-1] or lora_b.shape[1] != lora_a.shape[0]:
-        raise ValueError(
-            f"lora_a: shape {list(lora_a.shape)} and lora_b {list(lora_b.shape)}, need [r, {x.shape[-1]}] and [out, r]"
-        )
+    for layer in layers:
+        if layer.lora_a.shape[1] != x.shape[-1] or layer.lora_b.shape[1] != layer.lora_a.shape[0]:
+            raise ValueError(
+                f"lora_a: shape {list(layer.lora_a.shape)} and lora_b {list(layer.lora_b.shape)}, need "
+                f"[r, {x.shape[-1]}] and [out, r]"
+            )
     cpp = kernels.serving("linear", compute)
-    if cpp is None or compute == ms.float16 or isinstance(weight, Int8):
-        low = kernels.linear(x if dropped is None else dropped, lora_a, None, compute)
-        wide = composite.operand(low, compute)
-        low = ops.cast(wide * Tensor(scale, wide.dtype), compute)
-        return kernels.linear(x, weight, bias, compute) + kernels.linear(low, lora_b, None, compute)
+    if cpp is None or compute == ms.float16 or any(isinstance(layer.weight, Int8) for layer in layers):
+        return tuple(_composite(x, x if dropped is None else dropped, layer, compute) for layer in layers)
     rows = ops.cast(x, compute).reshape(-1, x.shape[-1])
-    other = rows if dropped is None else ops.cast(dropped, compute).reshape(-1, x.shape[-1])
-    out = AdaptedLinear.apply(rows, other, weight, bias, lora_a, lora_b, scale, compute, cpp, dropped is None)
-    return out.reshape(*x.shape[:-1], weight.shape[0])
+    read = rows if dropped is None else ops.cast(dropped, compute).reshape(-1, x.shape[-1])
+    frozen = [(layer.weight, layer.bias, layer.scale) for layer in layers]
+    factors = [factor for layer in layers for factor in (layer.lora_a, layer.lora_b)]
+    outs = AdaptedLinears.apply(rows, read, frozen, (compute, cpp, dropped is None), *factors)
+    outs = outs if isinstance(outs, tuple) else (outs,)
+    return tuple(out.reshape(*x.shape[:-1], out.shape[-1]) for out in outs)
 
 
-class AdaptedLinear(Function):
-    """x, dropped [N, in]; ``shared``: they are one tensor, whose whole gradient is then that of x.
+def _composite(x: Tensor, read: Tensor, layer: Adapted, compute: ms.Type) -> Tensor:
+    low = kernels.linear(read, layer.lora_a, None, compute)
+    wide = composite.operand(low, compute)
+    low = ops.cast(wide * Tensor(layer.scale, wide.dtype), compute)
+    return kernels.linear(x, layer.weight, layer.bias, compute) + kernels.linear(low, layer.lora_b, None, compute)
 
-    Keeps what the adapter reads, the matrices, and scale * dropped @ lora_a^T [N, r].
+
+Frozen = list[tuple[Tensor, Tensor | None, float]]  # weight, bias, scale
+
+
+class AdaptedLinears(Function):
+    """x, read [N, in]. ``options``: the dtype of computation, the package that serves, and whether ``read`` is x, whose
+    whole gradient is then that of x.
+
+    Keeps what the adapters read, the factors, and of each layer scale * read @ lora_a^T [N, r].
     """
 
     @staticmethod
     def forward(
         ctx: Context,
         x: Tensor,
-        dropped: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        lora_a: Tensor,
-        lora_b: Tensor,
-        scale: float,
-        compute: ms.Type,
-        cpp: ModuleType,
-        shared: bool,
-    ) -> Tensor:
-        ctx.wanted, ctx.numbers = [*ctx.needs_input_grad[:2]], (scale, shared, cpp, lora_a.dtype, lora_b.dtype)
-        weight, lora_a, lora_b = (ops.cast(matrix, compute) for matrix in (weight, lora_a, lora_b))
-        low = _product(cpp, dropped, lora_a)
-        low = low * Tensor(scale, low.dtype)
-        ctx.save_for_backward(dropped, weight, lora_a, lora_b, low)
-        out = _product(cpp, x, weight, None if bias is None else ops.cast(bias, compute))
-        return _plus_product(cpp, out, low, lora_b, False)
+        read: Tensor,
+        frozen: Frozen,
+        options: tuple[ms.Type, ModuleType, bool],
+        *factors: Tensor,
+    ) -> tuple[Tensor, ...]:
+        compute, cpp, _ = options
+        ctx.wanted, ctx.dtypes = [*ctx.needs_input_grad[:2]], [factor.dtype for factor in factors]
+        factors = tuple(ops.cast(factor, compute) for factor in factors)
+        low = _product(cpp, read, _stacked(factors))
+        lows, outs = [], []
+        for (weight, bias, scale), part, lora_b in zip(frozen, _columns(low, factors), factors[1::2], strict=True):
+            part = part * Tensor(scale, part.dtype)
+            bias = None if bias is None else ops.cast(bias, compute)
+            out = _product(cpp, x, ops.cast(weight, compute), bias)
+            outs.append(_plus_product(cpp, out, part, lora_b, False))
+            lows.append(part)
+        ctx.frozen, ctx.options = frozen, options
+        ctx.save_for_backward(read, *lows, *factors)
+        return tuple(outs) if len(outs) > 1 else outs[0]
 
     @staticmethod
-    def backward(ctx: Context, grad: Tensor) -> Gradients:
-        dropped, weight, lora_a, lora_b, low = ctx.saved_tensors
-        (wants_x, wants_dropped), (scale, shared, cpp, a_dtype, b_dtype) = ctx.wanted, ctx.numbers
-        dlow = turned_product(cpp, grad, lora_b)  # [N, out] times [out, r]
-        dlow = dlow * Tensor(scale, dlow.dtype)
-        da = ops.cast(turned_product(cpp, dlow, dropped, turn_a=True), a_dtype)
-        db = ops.cast(turned_product(cpp, grad, low, turn_a=True), b_dtype)
-        dx = ddropped = None
+    def backward(ctx: Context, *grads: Tensor) -> Gradients:
+        frozen, (compute, cpp, shared) = ctx.frozen, ctx.options
+        (read, *saved), (wants_x, wants_read) = ctx.saved_tensors, ctx.wanted
+        lows, factors = saved[: len(frozen)], saved[len(frozen) :]
+        # d(B A x): dB = dy^T (scale A x); d(A x) = scale dy B; dA = d(A x)^T x; dx = d(A x) A.
+        dbs = [turned_product(cpp, low, dy, turn_a=True).T for low, dy in zip(lows, grads, strict=True)]
+        dlows = [
+            turned_product(cpp, dy, lora_b) * Tensor(scale, dy.dtype)
+            for dy, lora_b, (_, _, scale) in zip(grads, factors[1::2], frozen, strict=True)
+        ]
+        dlow = dlows[0] if len(dlows) == 1 else ops.concat(dlows, 1)  # [N, layers * r]
+        das = ops.split(turned_product(cpp, dlow, read, turn_a=True), [a.shape[0] for a in factors[::2]])
+        dx = dread = None
         if wants_x:
-            dx = turned_product(cpp, grad, weight)
+            for dy, (weight, _, _) in zip(grads, frozen, strict=True):
+                weight = ops.cast(weight, compute)
+                dx = turned_product(cpp, dy, weight) if dx is None else _plus_product(cpp, dx, dy, weight, True)
             if shared:
-                dx = _plus_product(cpp, dx, dlow, lora_a, True)
-        if wants_dropped and not shared:
-            ddropped = turned_product(cpp, dlow, lora_a)
-        return dx, ddropped, None, None, da, db, None, None, None, None
+                dx = _plus_product(cpp, dx, dlow, _stacked(factors), True)
+        if wants_read and not shared:
+            dread = turned_product(cpp, dlow, _stacked(factors))
+        pairs = (d for pair in zip(das, dbs, strict=True) for d in pair)
+        return dx, dread, None, None, *(ops.cast(d, dtype) for d, dtype in zip(pairs, ctx.dtypes, strict=True))
+
+
+def _stacked(factors: Sequence[Tensor]) -> Tensor:
+    """The A of all layers as the rows of one matrix [layers * r, in]."""
+    return factors[0] if len(factors) == 2 else ops.concat(tuple(factors[::2]), 0)
+
+
+def _columns(low: Tensor, factors: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """The columns of each layer, [N, r]."""
+    return (low,) if len(factors) == 2 else ops.split(low, [a.shape[0] for a in factors[::2]], 1)
 
 
 def _product(cpp: ModuleType, a: Tensor, w: Tensor, bias: Tensor | None = None) -> Tensor:

@@ -1,10 +1,15 @@
-"""Linear layers with a low-rank adapter (core.model.lora): the frozen product and the adapter's in one operator.
+"""Linear layers with low-rank adapters (core.model.lora) that read one input: frozen products and adapters in one
+operator.
 
-The frozen matrix has no gradient, so its input is not kept; the adapter's part is added into the product's result where
-that lies, forward and backward.
+A frozen matrix has no gradient, so its input is not kept for it. The adapters' A are multiplied as one matrix, whose
+rows they are: one thin product of x in place of one a layer, forward and backward. Their results, and the layers'
+shares of dx, are added where the frozen products lie.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -15,85 +20,97 @@ from telechat_twins.kernels.pytorch import ops as kernels
 from telechat_twins.kernels.pytorch.weights import Matrix
 
 
-def adapted_linear(
-    x: Tensor,
-    dropped: Tensor | None,
-    weight: Matrix,
-    bias: Tensor | None,
-    lora_a: Tensor,
-    lora_b: Tensor,
-    scale: float,
-    compute: torch.dtype,
-) -> Tensor:
-    """x [..., in] @ weight [out, in]^T + bias + scale * dropped @ lora_a [r, in]^T @ lora_b [out, r]^T, in ``compute``.
+class Adapted(NamedTuple):
+    """weight [out, in] and bias [out] or None, frozen; lora_a [r, in], lora_b [out, r]; scale = alpha / rank."""
 
-    ``dropped``: x after dropout; None: x itself. ``weight`` and ``bias`` get no gradient.
+    weight: Matrix
+    bias: Tensor | None
+    lora_a: Tensor
+    lora_b: Tensor
+    scale: float
+
+
+def adapted_linears(
+    x: Tensor, dropped: Tensor | None, layers: Sequence[Adapted], compute: torch.dtype
+) -> tuple[Tensor, ...]:
+    """Of each layer x [..., in] @ weight^T + bias + scale * dropped @ lora_a^T @ lora_b^T, in ``compute``.
+
+    ``dropped``: x after dropout; None: x itself. Weights and biases get no gradient. ValueError: unfit shapes.
     """
-    x, lora_a, lora_b = x.to(compute), lora_a.to(compute), lora_b.to(compute)
+    for layer in layers:
+        if layer.lora_a.shape[1] != x.shape[-1] or layer.lora_b.shape[1] != layer.lora_a.shape[0]:
+            raise ValueError(
+                f"lora_a: shape {list(layer.lora_a.shape)} and lora_b {list(layer.lora_b.shape)}, need "
+                f"[r, {x.shape[-1]}] and [out, r]"
+            )
+    x = x.to(compute)
     dropped = None if dropped is None else dropped.to(compute)
-    if lora_a.shape[1] != x.shape[-1] or lora_b.shape[1] != lora_a.shape[0]:
-        raise ValueError(
-            f"lora_a: shape {list(lora_a.shape)} and lora_b {list(lora_b.shape)}, need [r, {x.shape[-1]}] and [out, r]"
-        )
+    frozen = [(layer.weight, layer.bias, layer.scale) for layer in layers]
+    factors = [factor.to(compute) for layer in layers for factor in (layer.lora_a, layer.lora_b)]
     if not torch.is_grad_enabled():
-        return _forward(x, dropped, weight, bias, lora_a, lora_b, scale, compute)[0]
-    return AdaptedLinear.apply(x, dropped, weight, bias, lora_a, lora_b, scale, compute)
+        return _forward(x, dropped, frozen, factors, compute)[0]
+    return AdaptedLinears.apply(x, dropped, frozen, compute, *factors)
 
 
-class AdaptedLinear(Function):
-    """Keeps what the adapter reads, the matrices, and dropped @ lora_a^T [N, r]."""
+Frozen = list[tuple[Matrix, Tensor | None, float]]  # weight, bias, scale
+
+
+class AdaptedLinears(Function):
+    """Keeps what the adapters read, the matrices, and dropped @ A^T [N, layers * r]."""
 
     @staticmethod
     def forward(
-        ctx: FunctionCtx,
-        x: Tensor,
-        dropped: Tensor | None,
-        weight: Matrix,
-        bias: Tensor | None,
-        lora_a: Tensor,
-        lora_b: Tensor,
-        scale: float,
-        compute: torch.dtype,
-    ) -> Tensor:
-        out, low = _forward(x, dropped, weight, bias, lora_a, lora_b, scale, compute)
-        ctx.scale, ctx.compute, ctx.shared = scale, compute, dropped is None
-        ctx.save_for_backward(x if dropped is None else dropped, weight, lora_a, lora_b, low)
-        return out
+        ctx: FunctionCtx, x: Tensor, dropped: Tensor | None, frozen: Frozen, compute: torch.dtype, *factors: Tensor
+    ) -> tuple[Tensor, ...]:
+        outs, low = _forward(x, dropped, frozen, factors, compute)
+        ctx.frozen, ctx.compute, ctx.shared = frozen, compute, dropped is None
+        ctx.save_for_backward(x if dropped is None else dropped, low, *factors)
+        return outs
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
-        read, weight, lora_a, lora_b, low = ctx.saved_tensors
+    def backward(ctx: FunctionCtx, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        read, low, *factors = ctx.saved_tensors
         wants_x, wants_dropped, *_ = ctx.needs_input_grad
-        rows = grad.reshape(-1, grad.shape[-1])  # [N, out]
-        dlow = torch.mm(rows, lora_b).mul_(ctx.scale)  # [N, r]
+        rows = [grad.reshape(-1, grad.shape[-1]) for grad in grads]  # each [N, out]
+        # d(B A x): dB = scale dy^T (A x); d(A x) = scale dy B; dA = d(A x)^T x; dx = d(A x) A.
+        dlow, parts, dbs = torch.empty_like(low), _columns(low, factors), []
+        for dy, part, dpart, lora_b, (_, _, scale) in zip(
+            rows, parts, _columns(dlow, factors), factors[1::2], ctx.frozen, strict=True
+        ):
+            dpart.copy_(torch.mm(dy, lora_b)).mul_(scale)
+            dbs.append(torch.mm(part.t(), dy).mul_(scale).t())
         da = torch.mm(dlow.t(), read.reshape(-1, read.shape[-1]))
-        db = torch.mm(rows.t(), low).mul_(ctx.scale)
+        das = da.split([lora_a.shape[0] for lora_a in factors[::2]])
+        stacked = torch.cat(factors[::2])
         dx = ddropped = None
         if wants_x:
-            dx = kernels.linear(rows, weight.t(), None, ctx.compute)
+            dx = kernels.linear(rows[0], ctx.frozen[0][0].t(), None, ctx.compute)
+            for dy, (weight, _, _) in zip(rows[1:], ctx.frozen[1:], strict=True):
+                dx += kernels.linear(dy, weight.t(), None, ctx.compute)
             if ctx.shared:
-                dx.addmm_(dlow, lora_a)
+                dx.addmm_(dlow, stacked)
             dx = dx.view(read.shape)
         if wants_dropped:
-            ddropped = torch.mm(dlow, lora_a).view(read.shape)
-        return dx, ddropped, None, None, da, db, None, None
+            ddropped = torch.mm(dlow, stacked).view(read.shape)
+        return dx, ddropped, None, None, *(d for pair in zip(das, dbs, strict=True) for d in pair)
 
 
 def _forward(
-    x: Tensor,
-    dropped: Tensor | None,
-    weight: Matrix,
-    bias: Tensor | None,
-    lora_a: Tensor,
-    lora_b: Tensor,
-    scale: float,
-    compute: torch.dtype,
-) -> tuple[Tensor, Tensor]:
-    """(result, dropped @ lora_a^T [N, r])."""
+    x: Tensor, dropped: Tensor | None, frozen: Frozen, factors: Sequence[Tensor], compute: torch.dtype
+) -> tuple[tuple[Tensor, ...], Tensor]:
+    """(results, dropped @ A^T [N, layers * r])."""
     with torch.no_grad():
-        out = kernels.linear(x, weight, bias, compute)
         read = x if dropped is None else dropped
-        low = F.linear(read.reshape(-1, read.shape[-1]), lora_a)
-        out.view(-1, out.shape[-1]).addmm_(low, lora_b.t(), alpha=scale)
-    return out, low
+        low = F.linear(read.reshape(-1, read.shape[-1]), torch.cat(tuple(factors[::2])))
+        outs = []
+        for (weight, bias, scale), part, lora_b in zip(frozen, _columns(low, factors), factors[1::2], strict=True):
+            out = kernels.linear(x, weight, bias, compute)
+            out.view(-1, out.shape[-1]).addmm_(part, lora_b.t(), alpha=scale)
+            outs.append(out)
+    return tuple(outs), low
+
+
+def _columns(low: Tensor, factors: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """The columns of each layer, [N, r]."""
+    return low.split([lora_a.shape[0] for lora_a in factors[::2]], dim=1)

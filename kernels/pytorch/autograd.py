@@ -17,12 +17,12 @@ from telechat_twins.core.model.visibility import KeyRanges
 
 
 class Linear(Function):
-    """x [..., in] @ weight [out, in]^T + bias. Saves x and the weight."""
+    """x [..., in] @ weight [out, in]^T + bias. Saves the weight, and x where the weight's gradient is wanted."""
 
     @staticmethod
     def forward(ctx: FunctionCtx, package: ModuleType, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.package = package
-        ctx.save_for_backward(x, weight)
+        ctx.save_for_backward(x if ctx.needs_input_grad[2] else None, weight)
         return package.linear(x, weight, bias)
 
     @staticmethod

@@ -305,12 +305,12 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def linear_backward(
-    grad: Tensor, x: Tensor, weight: Tensor, needs: tuple[bool, bool, bool]
+    grad: Tensor, x: Tensor | None, weight: Tensor, needs: tuple[bool, bool, bool]
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     rows = grad.reshape(-1, grad.shape[-1])
     return (
         linear(grad, weight.t()) if needs[0] else None,
-        torch.mm(rows.t(), x.reshape(-1, x.shape[-1])) if needs[1] else None,
+        torch.mm(rows.t(), x.reshape(-1, x.shape[-1])) if needs[1] and x is not None else None,
         rows.sum(0) if needs[2] else None,
     )
 

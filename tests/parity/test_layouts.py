@@ -105,7 +105,7 @@ class Case:
     selective recompute; flm (another family's operators); mup (matrix-like parameters have their own rate and decay);
     grown (in the middle of growth by masks); zero (norms that count some channels only, as growth without masks leaves
     them); weights (token losses with weights); pairs (preference pairs); lora (adapters with dropout on every linear);
-    frozen (the embedding and the first blocks); a precision (fp64: every number within 1e-12 of PyTorch's float64 on one
+    frozen (embedding and first blocks); a precision (fp64: every number within 1e-12 of PyTorch's float64 on one
     device)."""
 
     text: str
