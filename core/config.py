@@ -303,8 +303,6 @@ class RunConfig:
             )
 
     def _check_preference(self) -> None:
-        if self.train.stages:
-            raise UserError("train.stages: preference pairs are trained at one length; leave the stages out")
         if self.train.micro_batch % 2:
             raise UserError(
                 f"train.micro_batch: {self.train.micro_batch} is odd, and a preference pair is two neighbouring "

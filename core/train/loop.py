@@ -48,6 +48,7 @@ from telechat_twins.core.train.resume import (
     adopt_growth,
     checkpoint_to_resume,
     describe_resumption,
+    require_optimizer_state,
     require_same_model,
 )
 from telechat_twins.core.train.stages import (
@@ -69,7 +70,7 @@ from telechat_twins.core.train.start import (
     start_record,
 )
 from telechat_twins.core.train.stepper import Stepper, TrainState
-from telechat_twins.core.train.trainable import check_freeze, run_table
+from telechat_twins.core.train.trainable import check_freeze, run_table, trainable
 from telechat_twins.core.types import JsonObject
 
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -124,7 +125,7 @@ def _train(
     data = StagedData(config, open_blend)
     check_preference(config, data.first)
     config, padding = fit_run(config, data.first.vocab_size, data.first.end_token)
-    config, length = with_steps(config, sum(data.first.num_samples))
+    config, length = with_steps(config, data.rows_of_a_pass)
     alone = config.parallel.world == 1
     checkpoint = checkpoint_to_resume(folder, resume, verify=alone)
     require_base(config)
@@ -140,6 +141,8 @@ def _train(
         if alone:
             start.verify()
     check_freeze(run_table(config), config)
+    if checkpoint is not None:
+        require_optimizer_state(checkpoint, trainable(run_table(config), config))
     stepper = stepper_factory(config)
     require_same_on_all(stepper, {**config.to_dict(), "--out": str(folder), "--resume": resume})
     if config.parallel.world > 1:

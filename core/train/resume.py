@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 
 from telechat_twins.core.checkpoint.read import Checkpoint, open_checkpoint
@@ -55,6 +55,17 @@ def require_same_model(checkpoint: Checkpoint, config: RunConfig) -> None:
     if differing:
         raise UserError(
             f"model: not the model of {checkpoint.path}: {'; '.join(differing[:3])}; use the config it was trained with"
+        )
+
+
+def require_optimizer_state(checkpoint: Checkpoint, trained: Collection[str]) -> None:
+    """UserError for a parameter that trains now and was frozen in the run that wrote the checkpoint."""
+    held = set(checkpoint.names("optimizer"))
+    thawed = [name for name in checkpoint.names("weights") if name in trained and f"m.{name}" not in held]
+    if thawed:
+        raise UserError(
+            f"train.freeze: {thawed[0]} trains now and has no optimizer state in {checkpoint.path}, where it was "
+            f"frozen; freeze it again, or start a new run from these weights with --init {checkpoint.path}"
         )
 
 

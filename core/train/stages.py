@@ -109,6 +109,11 @@ class StagedData:
         if any(blend.tokenizer() != self.first.tokenizer() for blend in self.blends[1:]):
             raise UserError("train.stages: their sources were made by different tokenizers; pack all with one")
 
+    @property
+    def rows_of_a_pass(self) -> int:
+        """Rows of one pass over the sources; a preference pair is two."""
+        return sum(self.first.num_samples) * self.first.rows_per_sample
+
     def of(self, stage: Stage) -> Blend:
         return self.blends[stage.order]
 

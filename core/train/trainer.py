@@ -154,7 +154,8 @@ class BaseTrainer(ABC, Generic[S]):
         self.optimizer.refresh()
         pieces = self._pieces(batch)
         if backward:
-            pieces = [self._with_dropout(piece, n * self.micro_batch) for n, piece in enumerate(pieces)]
+            first = self.mesh.coord.dp * len(batch.input_ids)  # of the global batch's rows
+            pieces = [self._with_dropout(piece, first + n * self.micro_batch) for n, piece in enumerate(pieces)]
         self.optimizer.gradients.expect(len(pieces))
         if pairs is None:  # without an argument that a replaced ``run`` may not know
             loss = self.pipeline.run(pieces, num_targets, loss_scale, backward, watch)
@@ -250,14 +251,14 @@ class BaseTrainer(ABC, Generic[S]):
         return init_tensor(name, config.model, config.train.seed, box)
 
     def _with_dropout(self, local: LocalBatch, first: int) -> LocalBatch:
-        """A micro-batch whose rows are number ``first`` and on of this data-parallel rank's, with the adapters' masks.
+        """A micro-batch whose rows are number ``first`` and on of the global batch, with the adapters' dropout masks.
 
         The step is that of the optimizer, so a resumed run has the masks that an uninterrupted one would have.
         """
         lora, seed = self.config.lora, self.config.train.seed
         if lora is None or lora.dropout == 0.0:
             return local
-        rows = np.arange(len(local.input_ids)) + self.share(self.config.train.global_batch)[0] + first
+        rows = np.arange(len(local.input_ids)) + first
         return replace(local, dropout=LoraDropout(lora.dropout, seed, self.step, rows, local.index))
 
     def _frozen_pieces(self) -> Iterator[TensorPiece]:

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
+import numpy as np
 import pytest
 
+from telechat_twins.core.checkpoint.read import open_checkpoint, write_checkpoint
 from telechat_twins.core.errors import UserError
 from telechat_twins.core.model.params import parameter_table
+from telechat_twins.core.train.resume import require_optimizer_state
 from telechat_twins.core.train.trainable import check_freeze, trainable
 from tests.support.numpy_stepper import run_config
 
@@ -25,6 +30,16 @@ def test_patterns_name_parameters_by_their_logical_names() -> None:
     assert all(kept[name] is table[name] for name in kept)
     assert trainable(table, run_config()) == table
     check_freeze(table, config)
+
+
+def test_thawed_parameters_without_state_are_refused(tmp_path: Path) -> None:
+    weights = {name: np.zeros(spec.shape, "f4") for name, spec in parameter_table(run_config().model).items()}
+    state = {f"{letter}.{name}": array for letter in "mv" for name, array in weights.items() if name != "norm.weight"}
+    write_checkpoint(tmp_path / "c", 3, model={}, weights=weights.items(), optimizer=state.items(), trainer={})
+    checkpoint = open_checkpoint(tmp_path / "c")
+    require_optimizer_state(checkpoint, [name for name in weights if name != "norm.weight"])
+    with pytest.raises(UserError, match="norm.weight trains now and has no optimizer state .* --init"):
+        require_optimizer_state(checkpoint, list(weights))
 
 
 def test_a_pattern_without_a_parameter_and_a_model_without_one_are_refused() -> None:
