@@ -57,6 +57,8 @@ def stand_in_tokenizer(vocab_size: int) -> Any:
         vocab_size=vocab_size,
         model_bytes=model,
         sha256=hashlib.sha256(model).hexdigest(),
+        file_name="tokenizer.model",
+        eos_token_id=2,
         variant="chat",
         piece=lambda index: f"piece {index}",
     )
