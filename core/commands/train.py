@@ -106,8 +106,7 @@ def run(args: argparse.Namespace) -> int:
         from telechat_twins.core.commands import train_growth
 
         return train_growth.run(args)
-    if args.init is not None and args.resume not in (None, "auto"):
-        raise UserError("--init, --resume: both name what the run begins with; give one, or --resume auto")
+    _check_resume(args)
     out = Path(args.out or Path("runs") / f"{Path(args.config).stem}-{args.backend}")
     overrides = _layout_overrides(args.layout, args.config) + args.set + init_override(args.init)
     config = load_run_config(args.config, overrides, lambda init: model_of_run(init, out, args.resume, open_initial))
@@ -120,9 +119,7 @@ def run(args: argparse.Namespace) -> int:
     check_stages(config, nproc * args.nnodes)
     blend = StagedData(config, open_blend).first
     if config.train.init is not None and (args.resume is None or (args.resume == "auto" and is_new(out))):
-        open_start(fit_run(config, blend.vocab_size)[0], open_initial)
-    if args.resume not in (None, "auto") and not Path(args.resume).is_dir():
-        raise UserError(f"--resume: no folder {args.resume}; give a checkpoint or a run's folder, or 'auto'")
+        open_start(fit_run(config, blend.vocab_size, blend.end_token)[0], open_initial)
     if out.exists() and not out.is_dir():
         raise UserError(f"--out: {out} is a file; give a folder")
     what = f"--out {out}"
@@ -140,6 +137,22 @@ def run(args: argparse.Namespace) -> int:
         return launch(args.backend, script_args, nproc, out / "logs", **nodes, collective_timeout=timeout)
     except OSError as error:
         raise UserError(f"--out: cannot write to {out} ({error.strerror})") from None
+
+
+def _check_resume(args: argparse.Namespace) -> None:
+    """UserError for a ``--resume`` that names no training state, or stands beside an ``--init``."""
+    from telechat_twins.core.checkpoint.read import open_checkpoint
+    from telechat_twins.core.train.resume import require_training_state
+
+    if args.resume in (None, "auto"):
+        return
+    if args.init is not None:
+        raise UserError("--init, --resume: both name what the run begins with; give one, or --resume auto")
+    if not Path(args.resume).is_dir():
+        raise UserError(f"--resume: no folder {args.resume}; give a checkpoint or a run's folder, or 'auto'")
+    # What is no checkpoint at all, the run itself finds out.
+    if any((Path(args.resume) / name).is_file() for name in ("manifest.json", "latest")):
+        require_training_state(open_checkpoint(args.resume, verify=False))
 
 
 def _layout_overrides(text: str | None, config: str) -> list[str]:

@@ -30,12 +30,17 @@ def checkpoint_to_resume(out: Path, resume: str | None, verify: bool) -> Checkpo
     checkpoint = open_checkpoint(out if resume == "auto" else resume, verify)
     if checkpoint.path.resolve().parent != out.resolve():
         require_fresh(out)
+    require_training_state(checkpoint)
+    return checkpoint
+
+
+def require_training_state(checkpoint: Checkpoint) -> None:
+    """UserError for a checkpoint that holds weights only."""
     if checkpoint.trainer is None:
         raise UserError(
             f"{checkpoint.path}: holds weights but no trainer.json, so there is no training state to resume; start a "
-            f"new run from these weights with --init {resume}"
+            f"new run from these weights with --init {checkpoint.path}"
         )
-    return checkpoint
 
 
 def adopt_growth(checkpoint: Checkpoint, config: RunConfig) -> RunConfig:
