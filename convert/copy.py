@@ -29,6 +29,7 @@ from telechat_twins.convert.names import Binding, bind, mindformers_rules
 from telechat_twins.convert.places import require_place
 from telechat_twins.convert.source import HfSource, ModelSource, PlainSource
 from telechat_twins.core.checkpoint.read import MAX_FILE_BYTES, write_checkpoint
+from telechat_twins.core.data.encoders.special import FILES
 from telechat_twins.core.errors import UserError
 from telechat_twins.core.files.atomic import new_folder
 from telechat_twins.core.files.safetensors import dtype_code
@@ -81,8 +82,8 @@ def to_hf(
     """Write ``target`` as a release.
 
     Files are cut as in the release the model came from, unless ``max_shard_bytes`` is given. ``tokenizer`` (a
-    tokenizer.model) takes the place of the one the source carries. ``sums`` adds SHA256SUMS. UserError for a model the
-    format cannot hold.
+    tokenizer.model or tokenizer.json) takes the place of the one the source carries. ``sums`` adds SHA256SUMS.
+    UserError for a model the format cannot hold.
     """
     source = PlainSource(source)
     config, record = source.config, source.record
@@ -95,9 +96,9 @@ def to_hf(
     complete = record is None or tokenizer is not None
     assets = {asset.name: asset for asset in source.assets}
     if tokenizer is not None:
-        described = ("tokenizer", "special_tokens_map", "added_tokens")
+        described = ("tokenizer", "special_tokens_map", "added_tokens", "vocab.json", "merges.txt")
         assets = {name: asset for name, asset in assets.items() if not name.startswith(described)}
-        assets["tokenizer.model"] = tokenizer
+        assets[tokenizer.name if tokenizer.name in FILES else FILES[0]] = tokenizer
     read = _reader(source, bindings, dtype, on_bytes)
     write_folder(target, config, read, shards, record=record, assets=assets, complete=complete, sums=sums)
 

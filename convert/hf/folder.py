@@ -19,7 +19,7 @@ from telechat_twins.convert.hf.config import dump_config, read_config, token_key
 from telechat_twins.convert.hf.config_keys import end_ids
 from telechat_twins.convert.hf.shards import INDEX, open_shards, plain_name
 from telechat_twins.convert.hf.sums import check_sums, write_sums
-from telechat_twins.convert.hf.tokenizer import load_pieces, write_tokenizer_files
+from telechat_twins.convert.hf.tokenizer import load_pieces, write_library_config, write_tokenizer_files
 from telechat_twins.convert.names import bind, hf_prefix, released_table
 from telechat_twins.core.checkpoint.read import check_shapes
 from telechat_twins.core.errors import UserError
@@ -301,5 +301,9 @@ def _write_missing(folder: Path, config: ModelConfig) -> None:
     if not (folder / GENERATION).exists():
         text = dump_config({**token_keys(config), "do_sample": False})
         (folder / GENERATION).write_text(text, encoding="utf-8")
-    if (folder / "tokenizer.model").exists() and not (folder / "tokenizer_config.json").exists():
+    if (folder / "tokenizer_config.json").exists():
+        return
+    if (folder / "tokenizer.model").exists():
         write_tokenizer_files(folder, config)
+    elif (folder / "tokenizer.json").exists():
+        write_library_config(folder, config)

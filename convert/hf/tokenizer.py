@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from telechat_twins.core.data.chat_layout import CHAT_TEMPLATE
 from telechat_twins.core.data.control import ALIASES, BOT, END, USER
+from telechat_twins.core.data.tokenizer import load_tokenizer
 from telechat_twins.core.errors import UserError
 from telechat_twins.core.files.protobuf import fields
 from telechat_twins.core.model.config import ModelConfig
@@ -42,6 +43,27 @@ def write_tokenizer_files(folder: Path, config: ModelConfig) -> None:
     if exact is not None:
         (folder / "tokenizer.json").write_text(json.dumps(exact, ensure_ascii=False) + "\n", encoding="utf-8")
     described = describe_tokenizer(pieces, config, exact is not None)
+    text = json.dumps(described, indent=2, ensure_ascii=False) + "\n"
+    (folder / "tokenizer_config.json").write_text(text, encoding="utf-8")
+
+
+def write_library_config(folder: Path, config: ModelConfig) -> None:
+    """tokenizer_config.json for the tokenizer.json in ``folder``: the class that reads it, and the model's special
+    tokens. UserError if the file is not a tokenizer or has more tokens than the model's vocabulary."""
+    tokenizer = load_tokenizer(folder / "tokenizer.json", "auto")
+    if tokenizer.vocab_size > config.num_tokens:
+        raise UserError(
+            f"tokenizer.json: has {tokenizer.vocab_size} tokens, the model's vocab_size is {config.num_tokens}; give "
+            "the tokenizer the model was trained with"
+        )
+    ids = {"bos": config.bos_token_id, "eos": config.eos_token_id, "pad": config.pad_token_id}
+    described = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "clean_up_tokenization_spaces": False,
+        **{f"{kind}_token": tokenizer.piece(index) for kind, index in ids.items() if index is not None},
+        "model_max_length": config.max_seqlen,
+        **({"chat_template": CHAT_TEMPLATE} if tokenizer.control else {}),
+    }
     text = json.dumps(described, indent=2, ensure_ascii=False) + "\n"
     (folder / "tokenizer_config.json").write_text(text, encoding="utf-8")
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from telechat_twins.core.checkpoint.target import check_target
+from telechat_twins.core.data.encoders.special import find_tokenizer
 from telechat_twins.core.errors import UserError
 from telechat_twins.core.files.atomic import show_bytes, standing
 from telechat_twins.core.files.progress import Progress
@@ -65,7 +66,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="largest file, e.g. 5GB or 500MB (default: as in the release the model came from, else 5GB; "
         "canonical 4GiB)",
     )
-    parser.add_argument("--tokenizer", metavar="F", type=Path, help="tokenizer.model to put into a released folder")
+    parser.add_argument(
+        "--tokenizer", metavar="F", type=Path, help="tokenizer.model or tokenizer.json to put into a released folder"
+    )
     parser.add_argument(
         "--sums", action="store_true", help="put SHA256SUMS into a released folder; it is checked wherever it is read"
     )
@@ -170,7 +173,7 @@ def _convert(args: argparse.Namespace, limit: int | None) -> int:
                 on_bytes=bar.update,
                 **({"max_shard_bytes": limit} if limit else {}),
             )
-    if args.target_format == "hf" and not (args.target / "tokenizer.model").exists():
+    if args.target_format == "hf" and find_tokenizer(args.target) is None:
         print("note: the checkpoint carries no tokenizer; give --tokenizer to put one into the folder")
     seconds = time.monotonic() - started
     rate = show_bytes(int(total / seconds))

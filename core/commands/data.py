@@ -121,7 +121,8 @@ def run(args: argparse.Namespace) -> int:
     # Packed ids feed an embedding, so a control token beyond the vocabulary must not be made here.
     special = {"bos": args.bos_token, "eos": args.eos_token}
     tokenizer = load_tokenizer(args.tokenizer, control, in_vocabulary=True, special=special)
-    for note in assumed(tokenizer) if args.sft is None else check_training_layout(tokenizer, args.chat_template):
+    talks = args.sft is not None or args.preference
+    for note in check_training_layout(tokenizer, args.chat_template) if talks else assumed(tokenizer):
         print(f"note: {printable(note)}", file=sys.stderr)
     reading = Reading(frozenset(args.ignore_key), args.reasoning, args.kind)
     with hold_place(args.out, f"--out {args.out}"):

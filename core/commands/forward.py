@@ -77,6 +77,7 @@ def run(args: argparse.Namespace) -> int:
     """Read the inputs, compute, and write the output file atomically."""
     from telechat_twins.convert.source import open_model
     from telechat_twins.core.inference.generation import note_length
+    from telechat_twins.core.inference.load import without_padding
 
     out = check_output(args.out, args.inputs)
     layout = read_layout(args.layout, args.nproc, args.timeout)
@@ -86,7 +87,8 @@ def run(args: argparse.Namespace) -> int:
     for note in source.notes:
         print(f"note: {printable(note)}", file=sys.stderr)
     check_not_of_model(out, source.files())
-    config = with_table_dtype(source.config, args.table_dtype)
+    # By the tokenizer beside the weights, so that the loss is that of training (vocab_tokens).
+    config = without_padding(with_table_dtype(source.config, args.table_dtype), source.tokenizer_path, own=True)
     batch = make_batch(arrays, config, args.inputs)
     has_loss = "labels" in arrays
     if args.grads and not has_loss:

@@ -87,7 +87,7 @@ def load_model(
     config = with_table_dtype(source.config, args.table_dtype)
     say_xpos_range(config, args.precision, config.max_seqlen)
     path = args.tokenizer or source.tokenizer_path
-    config = _without_padding(config, path, own=args.tokenizer is None)
+    config = without_padding(config, path, own=args.tokenizer is None)
     if path is None and need_tokenizer:
         raise UserError(
             f"{args.checkpoint}: has no tokenizer, which {need_tokenizer} needs; give --tokenizer PATH, "
@@ -104,7 +104,7 @@ def load_model(
     return Loaded(args, source, config, tokenizer, layout)
 
 
-def _without_padding(config: ModelConfig, path: str | Path | None, own: bool) -> ModelConfig:
+def without_padding(config: ModelConfig, path: str | Path | None, own: bool) -> ModelConfig:
     """``config`` with its number of real tokens set by the tokenizer at ``path``: the other rows of the vocabulary are
     padding, which is noted on stderr."""
     from telechat_twins.core.data.tokenizer import load_tokenizer

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 
 from telechat_twins.convert.hf.config import dump_config, write_config
 from telechat_twins.convert.names import bind
@@ -88,3 +88,14 @@ def test_both_backends_choose_the_same(folder: Path, capsys: pytest.CaptureFixtu
     pytest.importorskip("torch")
     ms, pt = (generated(capsys, name, folder, "--ids", "9,8,7", "--ignore-eos")[0] for name in ("ms", "pt"))
     assert ms == pt
+
+
+def test_the_loss_of_a_forward_pass_leaves_padding_out(backend: str, folder: Path, tmp_path: Path) -> None:
+    """One of two loud padding rows would win by far: the loss over all rows is large, over the tokens it is not."""
+    ids = np.array([[5, 300, 301, 302, 2]], np.int32)
+    save_file({"input_ids": ids, "labels": np.roll(ids, -1, 1)}, tmp_path / "in.safetensors")
+    words = ["--checkpoint", str(folder), "--inputs", str(tmp_path / "in.safetensors")]
+    assert main(["forward", "--backend", backend, *words, "--out", str(tmp_path / "out.safetensors")]) == 0
+    found = load_file(tmp_path / "out.safetensors")
+    padding, tokens = found["logits"][..., VOCAB_SIZE:], found["logits"][..., :VOCAB_SIZE]
+    assert float(found["loss"]) < 8 and padding.max() < tokens.min()

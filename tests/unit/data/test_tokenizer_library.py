@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -9,12 +10,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from telechat_twins.convert.hf.tokenizer import tokenizer_json
+from telechat_twins.convert.hf.tokenizer import tokenizer_json, write_library_config
 from telechat_twins.core import cli
 from telechat_twins.core.data.encoders.parallel import encode_blocks
 from telechat_twins.core.data.packed import PackedDataset
 from telechat_twins.core.data.tokenizer import Tokenizer, assumed, load_tokenizer, special_ids
 from telechat_twins.core.errors import UserError
+from telechat_twins.core.model.config import load_model_config
 from tests.support.data_support import SENTENCES, tiny_tokenizer, tiny_tokenizer_path
 from tests.unit.data.test_tokenizer_cuts import TEXTS, Block, long_texts
 
@@ -147,3 +149,15 @@ def test_text_is_packed_and_found_again(gpt2, tmp_path, capsys):
     assert load_tokenizer(tmp_path / "out", "auto").encode("fox") == tokenizer.encode("fox")
     assert cli.main([*words[:-1], "--force", "--quiet", "--sft", "plain", "--seq-len", "64"]) != 0
     assert "this is a base model, which continues text" in capsys.readouterr().err
+
+
+def test_an_exported_folder_names_the_class_and_the_models_tokens(gpt2, tmp_path):
+    config = load_model_config({"preset": "flm-tiny", "vocab_size": 512, "vocab_tokens": 401})
+    config = dataclasses.replace(config, bos_token_id=400, eos_token_id=400, pad_token_id=None)
+    (tmp_path / "tokenizer.json").write_bytes(load_tokenizer(gpt2, "auto").model_bytes)
+    write_library_config(tmp_path, config)
+    about = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    assert about["eos_token"] == "<|endoftext|>" and "pad_token" not in about and "chat_template" not in about
+    assert load_tokenizer(tmp_path, "auto").eos_token_id == 400
+    with pytest.raises(UserError, match="has 401 tokens, the model's vocab_size is 400"):
+        write_library_config(tmp_path, dataclasses.replace(config, vocab_tokens=400, bos_token_id=1, eos_token_id=1))
