@@ -182,17 +182,18 @@ def attention_block_backward(
     dQ = dS K / sqrt(D), dK = dS^T Q / sqrt(D) (FlashAttention, arXiv 2205.14135, appendix B).
     """
     B, H, S, D = q.shape
-    rows = (B, k.shape[1], H // k.shape[1] * S, -1)
-    # P = softmax of the block * exp(block_lse - log_sum_exp): one factor per row, applied to dO and delta [.., rows, 1]
-    # in place of P [.., rows, T].
-    weights, block_lse = softmax_and_log_sum(_block_scores(q, k, hidden))
+    rows = (B, k.shape[1], H // k.shape[1] * S, -1)  # R = H/K * S: the query heads of a kv head are stacked
+    # P = softmax of the block * exp(block_lse - log_sum_exp): one factor per row [B, K, R, 1], applied to dO and delta
+    # in place of P.
+    weights_BKRT, block_lse = softmax_and_log_sum(_block_scores(q, k, hidden))
     factor = accurate(ops.exp, block_lse - log_sum_exp.reshape(rows))
-    grad_out = grad_out.reshape(rows) * factor
-    dv = ops.BatchMatMul(transpose_a=True)(weights, grad_out)
-    grad_scores = weights * (ops.BatchMatMul(transpose_b=True)(grad_out, v) - delta.reshape(rows) * factor)
-    grad_scores = grad_scores * Tensor(D**-0.5, q.dtype)
-    dq = ops.BatchMatMul()(grad_scores, k).reshape(q.shape)
-    dk = ops.BatchMatMul(transpose_a=True)(grad_scores, q.reshape(rows))
+    dout_BKRD = grad_out.reshape(rows) * factor
+    dv = ops.BatchMatMul(transpose_a=True)(weights_BKRT, dout_BKRD)
+    dweights_BKRT = ops.BatchMatMul(transpose_b=True)(dout_BKRD, v)
+    dscores_BKRT = weights_BKRT * (dweights_BKRT - delta.reshape(rows) * factor)
+    dscores_BKRT = dscores_BKRT * Tensor(D**-0.5, q.dtype)
+    dq = ops.BatchMatMul()(dscores_BKRT, k).reshape(q.shape)
+    dk = ops.BatchMatMul(transpose_a=True)(dscores_BKRT, q.reshape(rows))
     return dq, dk, dv
 
 

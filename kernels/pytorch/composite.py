@@ -158,10 +158,11 @@ def attention(
     """
     B, S, H, D = q.shape
     statistic = wide(q.dtype)
-    scores = _scores(q, k, key_ranges, scale)
-    log_sum_exp = torch.logsumexp(scores, -1, keepdim=True)  # [B, K, H/K * S, 1]
-    weights = torch.exp(scores - finite(log_sum_exp))  # a row without keys: exp(-inf - 0) = 0
-    out = torch.matmul(weights, v.to(statistic).transpose(1, 2)).view(B, H, S, D).transpose(1, 2)
+    scores_BKRT = _scores(q, k, key_ranges, scale)
+    log_sum_exp = torch.logsumexp(scores_BKRT, -1, keepdim=True)  # [B, K, R, 1]
+    weights_BKRT = torch.exp(scores_BKRT - finite(log_sum_exp))  # a row without keys: exp(-inf - 0) = 0
+    v_BKTD = v.to(statistic).transpose(1, 2)
+    out = torch.matmul(weights_BKRT, v_BKTD).view(B, H, S, D).transpose(1, 2)
     return out.to(statistic if out_f32 else q.dtype), log_sum_exp.view(B, H, S)
 
 
@@ -188,14 +189,14 @@ def attention_backward(
     if delta is None:
         assert out is not None
         delta = (grad.to(statistic) * out.to(statistic)).sum(-1).transpose(1, 2)
-    # The query heads of a kv head are stacked along the queries, [B, K, H/K * S, .], so dk and dv sum over them.
-    dout = grad.to(statistic).transpose(1, 2).reshape(rows)
-    weights = torch.exp(_scores(q, k, key_ranges, scale) - finite(log_sum_exp).reshape(rows))
-    dv = torch.matmul(weights.transpose(-1, -2), dout)
-    dweights = torch.matmul(dout, v.to(statistic).permute(0, 2, 3, 1))
-    dscores = weights * (dweights - delta.reshape(rows)) * (D**-0.5 if scale is None else scale)
-    dq = torch.matmul(dscores, k.to(statistic).transpose(1, 2)).view(B, H, S, D)
-    dk = torch.matmul(dscores.transpose(-1, -2), q.to(statistic).transpose(1, 2).reshape(rows))
+    # R = H/K * S: the query heads of a kv head are stacked along the queries, so that dk and dv sum over them.
+    dout_BKRD = grad.to(statistic).transpose(1, 2).reshape(rows)
+    weights_BKRT = torch.exp(_scores(q, k, key_ranges, scale) - finite(log_sum_exp).reshape(rows))
+    dv = torch.matmul(weights_BKRT.transpose(-1, -2), dout_BKRD)
+    dweights_BKRT = torch.matmul(dout_BKRD, v.to(statistic).permute(0, 2, 3, 1))
+    dscores_BKRT = weights_BKRT * (dweights_BKRT - delta.reshape(rows)) * (D**-0.5 if scale is None else scale)
+    dq = torch.matmul(dscores_BKRT, k.to(statistic).transpose(1, 2)).view(B, H, S, D)
+    dk = torch.matmul(dscores_BKRT.transpose(-1, -2), q.to(statistic).transpose(1, 2).reshape(rows))
     return tuple(d.transpose(1, 2).to(statistic if out_f32 else x.dtype) for d, x in ((dq, q), (dk, k), (dv, v)))  # type: ignore[return-value]
 
 
@@ -302,11 +303,11 @@ def visible_keys(key_ranges: KeyRanges, first: int = 0, last: int | None = None)
 
 
 def _scores(q: Tensor, k: Tensor, key_ranges: KeyRanges, scale: float | None) -> Tensor:
-    """Scores [B, K, H/K * S, T] in the statistics' dtype, -inf for hidden keys."""
+    """Scores [B, K, R, T], R = H/K * S, in the statistics' dtype, -inf for hidden keys."""
     B, S, H, D = q.shape
     K, statistic = k.shape[2], wide(q.dtype)
-    grouped = q.to(statistic).transpose(1, 2).reshape(B, K, H // K * S, D)
-    scores = torch.matmul(grouped, k.to(statistic).permute(0, 2, 3, 1)) * (D**-0.5 if scale is None else scale)
+    q_BKRD, k_BKDT = q.to(statistic).transpose(1, 2).reshape(B, K, H // K * S, D), k.to(statistic).permute(0, 2, 3, 1)
+    scores = torch.matmul(q_BKRD, k_BKDT) * (D**-0.5 if scale is None else scale)
     if key_ranges.kind == "full":
         return scores
     hidden = ~visible_keys(key_ranges)[:, None, None]
