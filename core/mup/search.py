@@ -129,7 +129,7 @@ class Trial:
 
 
 @dataclass(frozen=True)
-class Result:
+class TrialResult:
     """Outcome of a trial; ``reason``: cause of a failure in one line."""
 
     state: str
@@ -215,18 +215,18 @@ def prepare(trials: Sequence[Trial], backend: str) -> None:
         write_text(file, json.dumps(wanted, indent=1) + "\n")
 
 
-def result_of(trial: Trial) -> Result | None:
+def result_of(trial: Trial) -> TrialResult | None:
     """The outcome of a trial; None while it has not ended."""
     file = trial.folder / "result.json"
     if not file.exists():
         return None
     try:
-        return Result(**load_json(file, "the result of a trial"))
+        return TrialResult(**load_json(file, "the result of a trial"))
     except TypeError:
         raise UserError(f"{file}: damaged, not the result of a trial; remove the file to run the trial again") from None
 
 
-def run_trial(backend: str, trial: Trial, look: Callable[[], None]) -> Result | None:
+def run_trial(backend: str, trial: Trial, look: Callable[[], None]) -> TrialResult | None:
     """Train a trial to its end, from its last checkpoint if it has one; None when interrupted.
 
     ``look`` is called many times a second meanwhile. The checkpoints are removed after the result has been written: the
@@ -237,12 +237,12 @@ def run_trial(backend: str, trial: Trial, look: Callable[[], None]) -> Result | 
     code = launch(backend, words, trial.config.parallel.world, folder / "logs", instead=look)
     if code == 130:
         return None
-    result = Result(DONE)
+    result = TrialResult(DONE)
     if code:
         errors = [status["error"] for rank in range(trial.config.parallel.world) if (status := _failed(folder, rank))]
         stopped = next((line for line in errors if line.startswith(STOPPED)), None)
         reason = stopped or (errors[0] if errors else f"the launch ended with code {code}")
-        result = Result(DIVERGED if stopped else FAILED, reason.splitlines()[0])
+        result = TrialResult(DIVERGED if stopped else FAILED, reason.splitlines()[0])
     write_text(folder / "result.json", json.dumps(dataclasses.asdict(result)) + "\n")
     if result.state != FAILED:
         forget_checkpoints(folder)

@@ -8,13 +8,13 @@ from pathlib import Path
 import numpy as np
 
 from telechat_twins.core.mup.search import DONE, Numbers
-from telechat_twins.core.mup.search_report import Report, ordered, over_seeds, varied, whole_widths
+from telechat_twins.core.mup.search_report import TrialReport, ordered, over_seeds, varied, whole_widths
 from telechat_twins.core.train.metrics import Row, column
 
 CROWDED = 5  # labels of more ticks are rotated, so that they do not overlap
 
 
-def plot(reports: Sequence[Report], window: int, out: Path) -> list[Path]:
+def plot(reports: Sequence[TrialReport], window: int, out: Path) -> list[Path]:
     """Write losses.png, hyperparameters.png if some were varied, and widths.png if there are several. Curves are means
     over seeds."""
     import matplotlib
@@ -41,7 +41,7 @@ def _smooth(rows: Sequence[Row], window: int) -> tuple[list[int], np.ndarray]:
     return [row["step"] for row in rows[window - 1 :]], (sums[window:] - sums[:-window]) / window
 
 
-def _plot_losses(reports: Sequence[Report], window: int, path: Path) -> Path:
+def _plot_losses(reports: Sequence[TrialReport], window: int, path: Path) -> Path:
     from matplotlib import pyplot
 
     figure, (upper, lower) = pyplot.subplots(2, 1, sharex=True, figsize=(9, 8), layout="constrained")
@@ -62,7 +62,7 @@ def _plot_losses(reports: Sequence[Report], window: int, path: Path) -> Path:
     return path
 
 
-def _plot_numbers(reports: Sequence[Report], names: Sequence[str], path: Path) -> Path:
+def _plot_numbers(reports: Sequence[TrialReport], names: Sequence[str], path: Path) -> Path:
     """Loss over each varied hyper-parameter: a point for each trial, and a line through the best mean over seeds at
     each value."""
     from matplotlib import pyplot
@@ -92,7 +92,7 @@ def _plot_numbers(reports: Sequence[Report], names: Sequence[str], path: Path) -
     return path
 
 
-def _plot_widths(widths: dict[Numbers, list[Report]], window: int, path: Path) -> Path:
+def _plot_widths(widths: dict[Numbers, list[TrialReport]], window: int, path: Path) -> Path:
     """For each combination, the loss at every width, and its difference from that of the narrowest."""
     from matplotlib import pyplot
 

@@ -29,7 +29,7 @@ ONE_SEED = "one seed does not show the scatter of initial weights"
 
 
 @dataclass(frozen=True)
-class Report:
+class TrialReport:
     """Report of one trial, or of the mean of a combination at one width over its seeds, whose reports are ``parts``.
 
     ``loss``: mean over the last steps. ``trend``: gradient norm in the last quarter after warm-up over the first's.
@@ -46,10 +46,10 @@ class Report:
     rising: bool
     seconds: float
     rows: list[Row] = field(repr=False)
-    parts: tuple[Report, ...] = field(default=(), repr=False)
+    parts: tuple[TrialReport, ...] = field(default=(), repr=False)
 
     @property
-    def seeds(self) -> tuple[Report, ...]:
+    def seeds(self) -> tuple[TrialReport, ...]:
         """The reports of its trials, one for each seed."""
         return self.parts or (self,)
 
@@ -84,7 +84,7 @@ class Wider:
     noise: float | None
 
 
-def report_of(trial: Trial, window: int) -> Report:
+def report_of(trial: Trial, window: int) -> TrialReport:
     """Report of a trial as far as it has been trained."""
     result = result_of(trial)
     file = trial.folder / "metrics.jsonl"
@@ -94,16 +94,16 @@ def report_of(trial: Trial, window: int) -> Report:
     return _report(trial, state, result.reason if result else "", rows, seconds, window)
 
 
-def over_seeds(reports: Sequence[Report], window: int) -> list[Report]:
+def over_seeds(reports: Sequence[TrialReport], window: int) -> list[TrialReport]:
     """One report for every combination at every width: that of its only trial, or the mean over its seeds, step by step
     up to the step that all of them reached. The state is the worst of the seeds' states."""
-    places: dict[tuple[int, Numbers], list[Report]] = {}
+    places: dict[tuple[int, Numbers], list[TrialReport]] = {}
     for report in reports:
         places.setdefault((report.trial.width, report.trial.numbers), []).append(report)
     return [parts[0] if len(parts) == 1 else _mean(parts, window) for parts in places.values()]
 
 
-def _mean(parts: Sequence[Report], window: int) -> Report:
+def _mean(parts: Sequence[TrialReport], window: int) -> TrialReport:
     rows = [
         {"step": row["step"], **{key: float(np.mean(column([row, *others], key))) for key in ("loss", "grad_norm")}}
         for row, *others in zip(*(part.rows for part in parts), strict=False)
@@ -115,14 +115,20 @@ def _mean(parts: Sequence[Report], window: int) -> Report:
 
 
 def _report(
-    trial: Trial, state: str, reason: str, rows: list[Row], seconds: float, window: int, parts: tuple[Report, ...] = ()
-) -> Report:
+    trial: Trial,
+    state: str,
+    reason: str,
+    rows: list[Row],
+    seconds: float,
+    window: int,
+    parts: tuple[TrialReport, ...] = (),
+) -> TrialReport:
     losses = [loss for loss in column(rows, "loss") if math.isfinite(loss)]
     norms = [n for n in column(rows[trial.warmup :], "grad_norm") if math.isfinite(n)]
     quarters = np.array_split(np.array(norms), QUARTERS) if len(norms) >= 2 * QUARTERS else []
     medians = [float(np.median(quarter)) for quarter in quarters]
     usable = bool(medians) and min(medians) > 0
-    return Report(
+    return TrialReport(
         trial=trial,
         state=state,
         reason=reason,
@@ -137,7 +143,7 @@ def _report(
     )
 
 
-def ordered(reports: Sequence[Report]) -> list[Report]:
+def ordered(reports: Sequence[TrialReport]) -> list[TrialReport]:
     """Reports in this order: complete runs by loss, runs that ended early, runs that have not ended."""
     return sorted(reports, key=lambda r: (_rank(r.state), math.inf if r.loss is None else r.loss))
 
@@ -151,17 +157,17 @@ def varied(trials: Sequence[Trial]) -> list[str]:
     return [name for name in NAMES if len({getattr(trial.numbers, name) for trial in trials}) > 1]
 
 
-def whole_widths(reports: Sequence[Report], window: int) -> dict[Numbers, list[Report]]:
+def whole_widths(reports: Sequence[TrialReport], window: int) -> dict[Numbers, list[TrialReport]]:
     """Mean reports by combination, in order of width, of combinations that are complete for every seed at two widths or
     more."""
-    found: dict[Numbers, list[Report]] = {}
+    found: dict[Numbers, list[TrialReport]] = {}
     for report in over_seeds(reports, window):
         if report.state == DONE:
             found.setdefault(report.trial.numbers, []).append(report)
     return {numbers: sorted(whole, key=lambda r: r.trial.width) for numbers, whole in found.items() if len(whole) > 1}
 
 
-def judge_widths(reports: Sequence[Report], window: int) -> dict[Numbers, list[Wider]]:
+def judge_widths(reports: Sequence[TrialReport], window: int) -> dict[Numbers, list[Wider]]:
     """Comparison of neighbouring widths, for every combination with at least two complete widths.
 
     Runs of one seed train on the same batches at all widths, so their losses are compared in pairs, and the differences
@@ -173,7 +179,7 @@ def judge_widths(reports: Sequence[Report], window: int) -> dict[Numbers, list[W
     return {numbers: _neighbours(whole, window) for numbers, whole in whole_widths(reports, window).items()}
 
 
-def _neighbours(whole: Sequence[Report], window: int) -> list[Wider]:
+def _neighbours(whole: Sequence[TrialReport], window: int) -> list[Wider]:
     """Comparisons of neighbouring widths of one combination, whose complete runs have the same steps and seeds."""
     first = whole[0].trial.warmup
     losses = np.array([[column(part.rows, "loss") for part in report.seeds] for report in whole])  # [width, seed, step]
@@ -217,7 +223,7 @@ def _luck(means: np.ndarray) -> np.ndarray:
     return noise
 
 
-def describe(reports: Sequence[Report], widths: dict[Numbers, list[Wider]], window: int) -> str:
+def describe(reports: Sequence[TrialReport], widths: dict[Numbers, list[Wider]], window: int) -> str:
     """Text report: a table of combinations, the best first, and the comparison of widths."""
     means = over_seeds(reports, window)
     names = varied([report.trial for report in means])
@@ -253,7 +259,7 @@ def _listed(values: Sequence[int]) -> str:
     return ", ".join(map(str, values))
 
 
-def _cells(report: Report, names: Sequence[str], several: bool) -> list[str]:
+def _cells(report: TrialReport, names: Sequence[str], several: bool) -> list[str]:
     numbers = (getattr(report.trial.numbers, name) for name in names)
     loss = "-" if report.loss is None else f"{report.loss:.4f}"
     trend = "-" if report.trend is None else f"x {report.trend:.2f}" + (" rising" if report.rising else "")
@@ -266,7 +272,7 @@ def _cells(report: Report, names: Sequence[str], several: bool) -> list[str]:
     return [str(report.trial.width), *shown, loss, *scatter, trend, f"{report.seconds / 60:.1f}", remark]
 
 
-def to_json(reports: Sequence[Report], widths: dict[Numbers, list[Wider]], window: int) -> JsonObject:
+def to_json(reports: Sequence[TrialReport], widths: dict[Numbers, list[Wider]], window: int) -> JsonObject:
     """The contents of results.json."""
     return {
         "window": window,
@@ -289,7 +295,7 @@ def to_json(reports: Sequence[Report], widths: dict[Numbers, list[Wider]], windo
     }
 
 
-def _record(report: Report) -> JsonObject:
+def _record(report: TrialReport) -> JsonObject:
     """One trial as plain values, with the hyper-parameters at its own width, too."""
     trial = report.trial
     model, optim = trial.config.model, trial.config.optim
@@ -311,7 +317,7 @@ def _record(report: Report) -> JsonObject:
     }
 
 
-def results_csv(reports: Sequence[Report]) -> str:
+def results_csv(reports: Sequence[TrialReport]) -> str:
     """The contents of results.csv: a line for each trial, the best first."""
     text = io.StringIO()
     records = [{k: v for k, v in _record(r).items() if k != "at this width"} for r in ordered(reports)]
@@ -321,7 +327,7 @@ def results_csv(reports: Sequence[Report]) -> str:
     return text.getvalue()
 
 
-def loss_tables(reports: Sequence[Report], window: int) -> dict[str, str]:
+def loss_tables(reports: Sequence[TrialReport], window: int) -> dict[str, str]:
     """Loss tables for `tele mup predict` by file name: losses.csv, or a losses-LABEL.csv for each combination, of those
     with at least two complete widths."""
     made = {}

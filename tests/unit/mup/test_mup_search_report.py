@@ -44,7 +44,7 @@ def made_up(
     losses: dict[int, Callable[[int], float]],
     norm: Callable[[int], float] = lambda s: 1.0,
     luck: dict[int, list[float]] | None = None,
-) -> list[search_report.Report]:
+) -> list[search_report.TrialReport]:
     """Ended trials of given widths whose loss at step s is ``losses[width](s)``, with ``luck`` plus luck[width][i] from
     seed i, whose batches are also harder by i than the first's."""
     seeds = list(range(len(next(iter(luck.values()))))) if luck else None
