@@ -196,7 +196,10 @@ class PreferenceConfig:
 
     beta: float = option(0.1, help="strength with which the model is held to the reference", above=0.0)
     reference: str = option(
-        "once", help="log-probabilities of the initial weights: computed once before training", choices=("once",)
+        "once",
+        help="log-probabilities of the initial weights: of all pairs before training (once), or of each batch by the "
+        "base under the adapters (live, with lora)",
+        choices=("once", "live"),
     )
     label_smoothing: float = option(0.0, help="probability that a pair is labelled the wrong way round", min=0.0)
 
@@ -303,6 +306,13 @@ class RunConfig:
             )
 
     def _check_preference(self) -> None:
+        if self.preference is not None and self.preference.reference == "live" and self.lora is None:
+            raise UserError(
+                "preference.reference: live needs a base that training does not change; add a `lora:` section, or use "
+                "once"
+            )
+        if self.train.stages:
+            raise UserError("train.stages: preference pairs are trained at one length; leave the stages out")
         if self.train.micro_batch % 2:
             raise UserError(
                 f"train.micro_batch: {self.train.micro_batch} is odd, and a preference pair is two neighbouring "

@@ -237,7 +237,7 @@ class Decoder(nn.Cell):
         numbers = list(dict.fromkeys(name.split(".")[1] for name in shapes if name.startswith("layers.")))
         self.first, self.last = "0" in numbers, "norm.weight" in shapes
         self.embed = Embedding(shapes["embed.weight"], dtypes) if "embed.weight" in shapes else None
-        scale = 1.0 if lora is None else lora_scale(lora)
+        self.adapter_scale = scale = 1.0 if lora is None else lora_scale(lora)
         self.layers = nn.CellDict(
             {i: DecoderBlock(config, _below(i, shapes), dtypes, recompute, scale) for i in numbers}
         )
@@ -288,6 +288,14 @@ class Decoder(nn.Cell):
             logits = ops.linear(x, self.embed.weight, None, self.dtypes.compute)
         logits = multiplied(logits, self.config.logit_mult).astype(self.dtypes.stat)
         return logits if self.padding is None else logits + self.padding
+
+    def use_adapters(self, on: bool) -> None:
+        """Switch the adapters on, or off: the model is then its base, exactly."""
+        for block in self.layers.values():
+            attn, ffn = block.attn, block.ffn
+            for layer in (attn.q, attn.k, attn.v, attn.o, ffn.gate, ffn.up, ffn.down):
+                if layer is not None:
+                    layer.scale = self.adapter_scale if on else 0.0
 
     def set_mask(self, c: float | None) -> None:
         """Of a model with ``config.growth``: how far what is new counts from now on; None: all of it, no masks."""

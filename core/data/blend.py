@@ -79,6 +79,11 @@ class Blend:
         self.num_samples = [source.num_samples(data.seq_len) // self.rows_per_sample for source in self.sources]
         self._permutations: dict[int, tuple[int, Permutation]] = {}
 
+    @property
+    def num_rows(self) -> int:
+        """Rows of a pass of all sources, in which a run's global_batch counts."""
+        return sum(self.num_samples) * self.rows_per_sample
+
     def locate(self, sample: int) -> Place:
         """Where sample number ``sample`` (from 0, without end) of the global order comes from."""
         if sample < 0:

@@ -43,7 +43,7 @@ from telechat_twins.core.train.loss_scale import DynamicLossScale
 from telechat_twins.core.train.metrics import Row
 from telechat_twins.core.train.recipe import class_rate, clip_factor, rate_at, with_steps
 from telechat_twins.core.train.records import Records, Signals, header
-from telechat_twins.core.train.reference import Reference, check_preference, origin_of, prepare
+from telechat_twins.core.train.reference import Reference, check_preference, origin_of, prepare, with_live_reference
 from telechat_twins.core.train.resume import (
     adopt_growth,
     checkpoint_to_resume,
@@ -192,6 +192,8 @@ class _Run:
         self.notes: list[str] = [] if warning is None else [f"warning: {warning}"]
         self.history: tuple[Growth, ...] = ()
         self.lineage = Lineage()
+        # Whether the reference of preference pairs is the adapters' base, evaluated with each batch.
+        self.live = config.preference is not None and config.preference.reference == "live"
         self.adapter: AdapterRecord | None = None  # with its base, once that is read
         self.growth = config.model.growth  # None once its masks have done their work
 
@@ -240,7 +242,7 @@ class _Run:
             ended.callback(records.close)
             try:
                 caught = self._agree(signals)
-                if self.config.preference is not None:
+                if self.config.preference is not None and not self.live:
                     self._prepare_reference(signals, records)
                     caught = self._agree(signals)
                 while self.state.step < total and caught is None:
@@ -315,6 +317,8 @@ class _Run:
         self._set_mask(records)
         first, count = self.stepper.share(stage.global_batch)
         batch = self.data.of(stage).batch(state.samples - stage.drawn + first, count)
+        if self.live:
+            batch = with_live_reference(self.stepper, batch, first)
         # One divisor for the whole global batch: with masked targets, a mean of micro-batch means is another number.
         num_targets = self.stepper.count_targets(batch.num_terms)
         row: Row = {"step": state.step + 1, "loss": None, "grad_norm": None, "lr": lr}

@@ -9,6 +9,7 @@ weights have moved.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
@@ -22,6 +23,7 @@ from telechat_twins.core.data.blend import Blend
 from telechat_twins.core.errors import UserError
 from telechat_twins.core.files.atomic import write_text
 from telechat_twins.core.files.foreign import load_json
+from telechat_twins.core.model.batch import Batch
 from telechat_twins.core.train.agreement import meet, run_on_all
 from telechat_twins.core.train.stepper import Stepper
 from telechat_twins.core.types import JsonObject
@@ -37,8 +39,6 @@ def check_preference(config: RunConfig, blend: Blend) -> None:
             f"preference: needs pairs, and data.sources[0] {source.path} is of kind '{source.kind}'; "
             "pack chosen and rejected answers with `tele data --preference`, or leave the section out"
         )
-    if config.preference is not None and config.train.stages:
-        raise UserError("preference: cannot be combined with train.stages; train one length at a time")
     if config.preference is None and blend.pairs:
         raise UserError(
             f"data.sources[0]: {blend.sources[0].path} holds preference pairs; add a `preference:` section "
@@ -51,6 +51,12 @@ def origin_of(config: RunConfig, init: JsonObject | None) -> JsonObject:
     if init is not None:
         return {"init": init["fingerprint"]}
     return {"seed": config.train.seed, "model": config.model.to_dict()}
+
+
+def with_live_reference(stepper: Stepper, batch: Batch, first: int) -> Batch:
+    """``batch``, which is rows ``first`` and on of a global batch, with the log-probabilities of the adapters' base."""
+    found = stepper.log_probs(batch, base=True)
+    return dataclasses.replace(batch, reference=np.asarray(found[first : first + len(batch.input_ids)]))
 
 
 class Reference:

@@ -59,10 +59,11 @@ class Stepper(Protocol):
         ``reward_accuracy`` (share of pairs whose chosen answer has the higher reward)."""
         ...
 
-    def log_probs(self, batch: Batch) -> list[float]:
+    def log_probs(self, batch: Batch, base: bool = False) -> list[float]:
         """Log-probability (nats) of each row's targets under the present weights, of this rank's rows.
 
-        Returns those of all data-parallel ranks' rows, which must be equally many, one rank's after another's.
+        base: under the base of a run with ``lora``, without its adapters. Dropout is off in either case. Returns those
+        of all data-parallel ranks' rows, which must be equally many, one rank's after another's.
         """
         ...
 

@@ -34,6 +34,8 @@ class Stage(Protocol):
 
     def set_mask(self, c: float | None) -> None: ...
 
+    def use_adapters(self, on: bool) -> None: ...
+
     def load_weights(self, get: Callable[[str], np.ndarray], names: Collection[str]) -> None: ...
 
     def read_weight(self, name: str) -> np.ndarray: ...
@@ -185,11 +187,15 @@ class BaseTrainer(ABC, Generic[S]):
         self.preference_metrics = {"reward_margin": margin, "reward_accuracy": correct}
         return loss
 
-    def log_probs(self, batch: Batch) -> list[float]:
+    def log_probs(self, batch: Batch, base: bool = False) -> list[float]:
         """core.train.stepper.Stepper.log_probs."""
         self.optimizer.refresh()
         pieces, found = self._pieces(batch), RowSums([])
+        for stage in self.stages:
+            stage.use_adapters(not base)
         self.pipeline.run(pieces, 1, 1.0, False, None, found)
+        for stage in self.stages:
+            stage.use_adapters(True)
         # One rank of each data-parallel rank's model has them; the others join in with zeros.
         coord, rows = self.mesh.coord, len(batch.input_ids)
         mine = [0.0] * (rows * self.mesh.layout.dp)

@@ -15,6 +15,7 @@ from telechat_twins.core.config import DataConfig, OptimConfig, PreferenceConfig
 from telechat_twins.core.model.batch import IGNORE, Batch, shift_labels
 from telechat_twins.core.model.config import ModelConfig
 from telechat_twins.core.model.init import init_weights
+from telechat_twins.core.model.lora import LoraConfig, lora_table
 from telechat_twins.core.parity.bounds import compare_tensors
 from telechat_twins.core.train import preference
 from tests.campaigns.float64_decoder import Shape
@@ -30,6 +31,7 @@ SHAPE = Shape(
     family="teleflm", V=83, E=32, F=48, L=2, H=4, K=2, eps=1e-5, theta=10000.0, input_mult=1.2, logit_mult=0.7
 )
 B, S = 4, 21
+LORA = LoraConfig(rank=3, alpha=6.0, targets=["all-linear"])
 DPO = PreferenceConfig(beta=0.25, label_smoothing=0.1)
 # Measured: 2e-15 (fp64) and 6e-7 (fp32); a planted fault is beyond 1e-2.
 LIMITS = {"fp64": 1e-12, "fp32": 1e-5}
@@ -106,30 +108,50 @@ def weights() -> dict[str, np.ndarray]:
 
 
 @cache
-def truth(criterion: Criterion) -> dict[str, Any]:
-    given, held = batch(), {released(name): w.astype(np.float64) for name, w in weights().items()}
+def truth(criterion: Criterion, with_adapters: bool = False) -> dict[str, Any]:
+    given, held = batch(), merged() if with_adapters else {n: w.astype(np.float64) for n, w in weights().items()}
+    held = {released(name): w for name, w in held.items()}
     labels = np.full_like(given.targets, IGNORE)
     labels[:, 1:] = given.targets[:, :-1]
     found = run(SHAPE, held, Inputs(given.input_ids, labels), criterion=criterion)
     return found | {"grads": {name: found["grads"][released(name)] for name in weights()}}
 
 
-def trainer(backend: str, precision: str, config: PreferenceConfig | None, micro_batch: int = 2) -> Any:
+@cache
+def adapters() -> dict[str, np.ndarray]:
+    """Values of adapters of all linears, B too, as after some training."""
+    random = np.random.default_rng(11)
+    return {name: random.normal(0.0, 0.3, spec.shape) for name, spec in lora_table(MODEL, LORA).items()}
+
+
+def merged() -> dict[str, np.ndarray]:
+    """W + alpha / r B A of every linear with an adapter."""
+    held = {name: w.astype(np.float64) for name, w in weights().items()}
+    for name in {name.rpartition(".")[0] for name in adapters()}:
+        a, b = (adapters()[f"{name}.lora_{side}"] for side in "ab")
+        held[f"{name}.weight"] = held[f"{name}.weight"] + LORA.alpha / LORA.rank * b @ a
+    return held
+
+
+def trainer(backend: str, precision: str, config: PreferenceConfig | None, lora: LoraConfig | None = None) -> Any:
     made = load(backend, "train").Trainer(
         RunConfig(
             model=MODEL,
             data=DataConfig(sources=[], seq_len=S),
-            train=TrainConfig(steps=9, global_batch=B, micro_batch=micro_batch, precision=precision),
+            train=TrainConfig(steps=9, global_batch=B, micro_batch=2, precision=precision),
             optim=OptimConfig(lr=1e-3),
             preference=config,
+            lora=lora,
         )
     )
-    made.optimizer.load_masters(lambda name, box: weights()[name][box])
+    made.load_weights(lambda name, box: weights()[name][box])
+    if lora is not None:
+        made.optimizer.load_masters(lambda name, box: adapters()[name][box])
     return made
 
 
-def found(backend: str, given: Batch, precision: str = "fp64") -> dict[str, Any]:
-    made = trainer(backend, precision, None if given.reference is None else DPO)
+def found(backend: str, given: Batch, precision: str = "fp64", lora: LoraConfig | None = None) -> dict[str, Any]:
+    made = trainer(backend, precision, None if given.reference is None else DPO, lora)
     loss = made.gradients(given, given.num_terms, 1.0)
     gradients = {piece.name: np.array(piece.array, np.float64) for piece in made.optimizer.export_gradients()}
     return {"loss": loss, "grads": gradients, "metrics": made.preference_metrics}
@@ -147,6 +169,23 @@ def test_gradients_are_those_of_the_definitions(backend: str, precision: str) ->
         apart = distance(found(backend, given, precision), truth(criterion))
         print(f"{backend} {precision} {criterion.__name__}: {apart:.1e}")
         assert apart <= LIMITS[precision]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_adapters_learn_preferences(backend: str) -> None:
+    """Gradients of A and B from that of the merged weight: dA = s B^T dW, dB = s dW A^T. The live reference is what
+    the base without them says, and leaves them on."""
+    exact, scale = truth(dpo, with_adapters=True), LORA.alpha / LORA.rank
+    expected = {}
+    for name in adapters():
+        layer, _, side = name.rpartition(".")
+        a, b, dw = adapters()[f"{layer}.lora_a"], adapters()[f"{layer}.lora_b"], exact["grads"][f"{layer}.weight"]
+        expected[name] = scale * (b.T @ dw if side == "lora_a" else dw @ a.T)
+    assert distance(found(backend, pairs(), lora=LORA), exact | {"grads": expected}) <= LIMITS["fp64"]
+    made = trainer(backend, "fp64", DPO, LORA)
+    for what, base in ((truth(dpo), True), (exact, False)):
+        losses, _ = token_losses(what["logits"], batch().targets)
+        assert made.log_probs(pairs(), base=base) == pytest.approx(-losses.sum(1), rel=1e-12)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -12,9 +12,10 @@ import numpy as np
 import pytest
 
 from telechat_twins.core.backends import load
-from telechat_twins.core.config import RunConfig, run_config_from_dict
+from telechat_twins.core.config import OptimConfig, PreferenceConfig, RunConfig, run_config_from_dict
 from telechat_twins.core.data.blend import open_blend
 from telechat_twins.core.errors import UserError
+from telechat_twins.core.model.lora import LoraConfig
 from telechat_twins.core.parity.bounds import compare_traces
 from telechat_twins.core.train import loop, reference
 from telechat_twins.core.train.metrics import read_metrics
@@ -102,6 +103,21 @@ def test_a_resumed_run_reads_the_reference(
     (tmp_path / "run" / reference.VALUES).unlink()
     with pytest.raises(UserError, match="has no complete reference.bin for this data and these initial weights"):
         loop.train(trainer(backend), config, tmp_path / "third", resume=str(step))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_adapters_with_a_live_reference(backend: str, config: RunConfig, tmp_path: Path) -> None:
+    """The base under the adapters is the initial model: the run is that with the reference computed before."""
+    lora = LoraConfig(rank=2, alpha=4.0, dropout=0.1)
+    run = replace(config, lora=lora, train=replace(config.train, steps=4), optim=OptimConfig(lr=0.02))
+    loop.train(trainer(backend), run, tmp_path / "once")
+    live = replace(run, preference=PreferenceConfig(beta=0.5, reference="live"))
+    loop.train(trainer(backend), live, tmp_path / "live")
+    assert not (tmp_path / "live" / reference.VALUES).exists()
+    report = compare_traces(read_metrics(tmp_path / "live"), read_metrics(tmp_path / "once"))
+    assert [bound for bound in report.bounds if not bound.holds] == []
+    first, *_, last = read_metrics(tmp_path / "live")
+    assert abs(first["reward_margin"]) < 0.05 < last["reward_margin"], "dropout alone, then what was learnt"
 
 
 def test_an_interrupted_pass_goes_on(runs: dict[str, Path], config: RunConfig, tmp_path: Path) -> None:

@@ -56,7 +56,7 @@ class MemoryBlend:
 
     def __init__(self, seed: int, masked: bool = True, empty: tuple[int, ...] = ()) -> None:
         self.seed, self.masked, self.empty = seed, masked, empty
-        self.num_samples, self.rows_per_sample = [1000], 1
+        self.num_samples, self.rows_per_sample, self.num_rows = [1000], 1, 1000
         self.pairs = False
         self.vocab_size = VOCAB
         self.tokenizer_name, self.end_token = "tokenizer.model", None

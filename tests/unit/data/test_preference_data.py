@@ -79,7 +79,7 @@ def test_half_a_pair_is_damage(tmp_path: Path) -> None:
 def test_batches_hold_whole_pairs(tmp_path: Path) -> None:
     """Neighbouring rows share a prompt, each pair comes once an epoch, and any cut of the rows gives the same rows."""
     pairs = blend(config({"path": str(write_pairs(tmp_path / "p", VOCAB, LENGTH, pairs=10))}))
-    assert pairs.pairs and pairs.num_samples == [10]
+    assert pairs.pairs and pairs.num_samples == [10] and pairs.num_rows == 20
     epoch = pairs.batch(0, 20)
     assert epoch.weights is None and epoch.reference is None
     prompts = {tuple(row[:3]) for row in epoch.input_ids[0::2].tolist()}
@@ -143,4 +143,6 @@ def test_what_does_not_fit_together_is_refused(tmp_path: Path) -> None:
         config({"path": pairs, "loss_weight": 0.5}, **dpo)
     with pytest.raises(UserError, match="label_smoothing: 0.5 leaves no preference"):
         config({"path": pairs}, preference={"label_smoothing": 0.5})
+    with pytest.raises(UserError, match="preference.reference: live needs a base"):
+        config({"path": pairs}, preference={"reference": "live"})
     check_preference(run := config({"path": pairs}, **dpo), blend(run))
