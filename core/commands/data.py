@@ -62,6 +62,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--force", action="store_true", help="replace an existing packed folder")
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1, help="tokenizing processes for texts")
+    _add_row_options(parser)
+
+
+def _add_row_options(parser: argparse.ArgumentParser) -> None:
+    """The options of rows, and those of each use of them."""
     rows = parser.add_argument_group("rows")
     rows.add_argument("--kind", choices=KINDS, help="what every row is (default: judged by the keys of each row)")
     rows.add_argument("--encoding", default=UTF8, metavar="NAME", help="of text files, e.g. gb18030 (default: utf-8)")
@@ -74,6 +79,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=REASONING[0],
         help="reasoning_content of answers: refuse it, train on it in <think> tags before the answer, or leave it out",
     )
+    rows.add_argument("--chat-template", default="auto", choices=("auto", "builtin"), help=TEMPLATE_HELP)
     rows.add_argument("--seq-len", type=int, metavar="S", help="tokens a training sequence (needed for all but texts)")
     text = parser.add_argument_group("texts")
     text.add_argument("--bos", action="store_true", help="begin documents with <_start>; they always end with <_end>")
@@ -87,7 +93,6 @@ def _add_sample_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of dialogues, preference pairs and propositions."""
     sft = parser.add_argument_group("dialogues")
     sft.add_argument("--sft", choices=VARIANTS, help="pack dialogues with this loss mask and packing")
-    sft.add_argument("--chat-template", default="auto", choices=("auto", "builtin"), help=TEMPLATE_HELP)
     sft.add_argument("--no-template", action="store_true", help="deepspeed: build multi-turn rows without template")
     sft.add_argument("--in-order", action="store_true", help="mindformers: keep the order of the rows")
     sft.add_argument(
@@ -121,8 +126,8 @@ def run(args: argparse.Namespace) -> int:
     # Packed ids feed an embedding, so a control token beyond the vocabulary must not be made here.
     special = {"bos": args.bos_token, "eos": args.eos_token}
     tokenizer = load_tokenizer(args.tokenizer, control, in_vocabulary=True, special=special)
-    talks = args.sft is not None or args.preference
-    for note in check_training_layout(tokenizer, args.chat_template) if talks else assumed(tokenizer):
+    chats = _use(args) in (DIALOGUE, PREFERENCE)
+    for note in check_training_layout(tokenizer, args.chat_template) if chats else assumed(tokenizer):
         print(f"note: {printable(note)}", file=sys.stderr)
     reading = Reading(frozenset(args.ignore_key), args.reasoning, args.kind)
     with hold_place(args.out, f"--out {args.out}"):
@@ -330,11 +335,13 @@ def _check_options(args: argparse.Namespace, use: str) -> None:
             raise UserError(f"{name}: only with --sft {variant}")
     belongs = {
         "--seq-len": (args.seq_len is not None, (DIALOGUE, PREFERENCE, TEACHER)),
+        "--chat-template": (args.chat_template != "auto", (DIALOGUE, PREFERENCE)),
         "--reasoning": (args.reasoning != REASONING[0], (DIALOGUE, PREFERENCE)),
         "--drop-long": (args.drop_long, (PREFERENCE, TEACHER)),
         "--true-token": (args.true_token is not None, (TEACHER,)),
         "--false-token": (args.false_token is not None, (TEACHER,)),
         "--bos": (args.bos, (TEXT,)),
+        "--bos-token": (args.bos_token is not None, (TEXT,)),
         "--text-key": (args.text_key != "text", (TEXT,)),
     }
     options = {TEXT: "texts, without --sft", DIALOGUE: "--sft", PREFERENCE: "--preference", TEACHER: "--teacher"}

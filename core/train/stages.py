@@ -112,7 +112,7 @@ class StagedData:
     @property
     def rows_of_a_pass(self) -> int:
         """Rows of one pass over the sources; a preference pair is two."""
-        return sum(self.first.num_samples) * self.first.rows_per_sample
+        return self.first.num_rows
 
     def of(self, stage: Stage) -> Blend:
         return self.blends[stage.order]
