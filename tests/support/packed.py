@@ -60,7 +60,5 @@ def stand_in_tokenizer(vocab_size: int) -> Any:
         file_name="tokenizer.model",
         eos_token_id=2,
         variant="chat",
-        file_name="tokenizer.model",
-        eos_token_id=2,
         piece=lambda index: f"piece {index}",
     )
