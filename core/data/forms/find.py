@@ -41,7 +41,8 @@ def find_inputs(paths: Sequence[str | Path]) -> list[Path]:
         elif path.with_name(path.name + ".idx").is_file():
             files = [path.with_name(path.name + ".idx")]
         else:
-            files = [Path(p) for p in sorted(glob.glob(str(given), recursive=True)) if Path(p).is_file()]
+            matched = [Path(name) for name in sorted(glob.glob(str(given), recursive=True))]
+            files = [dataset_split(p) if p.is_dir() else p for p in matched if p.is_file() or is_dataset(p)]
         if not files:
             kinds = " ".join(SUFFIXES)
             raise UserError(f"{given}: no such file, and no folder or pattern with files in it (folders: {kinds})")

@@ -21,9 +21,9 @@ from telechat_twins.core.errors import UserError
 class DialogueFile(Sequence[Dialogue]):
     """The dialogues of several files, in order or by number.
 
-    Holds five integers a row and no text: JSON files in UTF-8 are read where they lie; rows of tables, of compressed
-    files and of other encodings are first written to a temporary file of JSON lines in ``spool`` (default: the
-    system's folder). ``on_bytes`` receives the size of every row that is read.
+    Holds five integers and a flag a row, and no text: JSON files in UTF-8 are read where they lie; rows of tables, of
+    compressed files and of other encodings are first written to a temporary file of JSON lines in ``spool`` (default:
+    the system's folder). ``on_bytes`` receives the size of every row that is read.
     """
 
     def __init__(
@@ -40,6 +40,9 @@ class DialogueFile(Sequence[Dialogue]):
         self._files = list(files)
         self._file, self._item = array("i"), array("q")
         self._offset, self._size, self._line = array("q"), array("q"), array("q")
+        # Rows are noticed once, though they may be read again.
+        self._again = Reading(self._reading.ignore, self._reading.reasoning, self._reading.kind)
+        self._seen = bytearray()
         self._handle: tuple[int, BinaryIO] | None = None
         self._spool: BinaryIO | None = None
         plain = check_encoding(encoding) in (UTF8, "utf-8-sig")
@@ -74,7 +77,9 @@ class DialogueFile(Sequence[Dialogue]):
         else:
             where = row_place(self._files[n], self._line[index], self._item[index])
             row = parse_row(data, where)
-        return parse_dialogue(row, where, reading=self._reading)
+        reading = self._again if self._seen[index] else self._reading
+        self._seen[index] = 1
+        return parse_dialogue(row, where, reading=reading)
 
     def close(self) -> None:
         """Close the file that is open; the next row opens its own again."""
@@ -97,6 +102,7 @@ class DialogueFile(Sequence[Dialogue]):
         self._size.append(size)
         self._line.append(line)
         self._item.append(item)
+        self._seen.append(0)
 
     def _keep(self, path: Path, encoding: str, spool: Path | None) -> None:
         if self._spool is None:
