@@ -11,7 +11,7 @@ from telechat_twins.convert.hf.folder import HfFolder
 from telechat_twins.convert.hf.peft import write_peft
 from telechat_twins.convert.source import CanonicalSource, open_model
 from telechat_twins.core.checkpoint.read import Contents, save_checkpoint
-from telechat_twins.core.data.prepare import pack_text
+from telechat_twins.core.data.prepare import pack_dialogues, pack_text
 from telechat_twins.core.data.tokenizer import load_tokenizer
 from telechat_twins.core.data.tokenizer_training import train_tokenizer
 from telechat_twins.core.model.config import ModelConfig
@@ -73,9 +73,12 @@ def add_release(folder: Path) -> None:
 
 
 def add_packed(folder: Path, text: Path) -> None:
-    """What the data commands of the README leave behind: tokenizer.model of 2048 pieces and data/tiny."""
+    """What the data commands of the README leave behind: a tokenizer of 2048 pieces, data/tiny and data/dialogues."""
     train_tokenizer((file.read_text(encoding="utf-8") for file in sorted(text.glob("*.py"))), folder / "t.model", 2048)
-    pack_text([text], folder / "data" / "tiny", load_tokenizer(folder / "t.model", in_vocabulary=True), quiet=True)
+    tokenizer = load_tokenizer(folder / "t.model", in_vocabulary=True)
+    pack_text([text], folder / "data" / "tiny", tokenizer, quiet=True)
+    dialogues = folder / "examples" / "dialogues.jsonl"
+    pack_dialogues([dialogues], folder / "data" / "dialogues", tokenizer, seq_len=256, quiet=True)
 
 
 def add_checkout(folder: Path) -> None:

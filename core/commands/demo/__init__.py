@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from telechat_twins.core import backends
+from telechat_twins.core.commands.demo.tuning import tune
 from telechat_twins.core.config import RunConfig, run_config_from_dict
 from telechat_twins.core.data.blend import open_blend
 from telechat_twins.core.data.demo_text import write_demo_text
@@ -108,6 +109,9 @@ def _run(args: argparse.Namespace, out: Path, began: float) -> int:
     opening, *_ = PackedDataset(config.data.sources[0].path).sample(0, config.data.seq_len, config.model.filler_id)
     apart = continuations(out / "hf", tokenizer, opening[:16])
 
+    _title("6  fine-tune the export with low-rank adapters: MindSpore, PyTorch from its checkpoint, merged")
+    tuned = tune(tokenizer, out, args.steps // 3, args.seed, train)
+
     _title("result")
     picture = plot_losses(rows, out / "loss.png", "telechat2-tiny, both backends")
     print(summary(report))
@@ -115,6 +119,8 @@ def _run(args: argparse.Namespace, out: Path, began: float) -> int:
         *(replace(bound, what=f"after the hand-over: {bound.what}") for bound in handover.bounds[1:]),
         Bound("greedy tokens that differ", float(apart), 0.0, f"same weights; near-ties below {NEAR_TIE:g} aside"),
     ]
+    if tuned is not None:
+        extra.append(Bound("merged model: answers that differ", float(tuned), 0.0, "same weights"))
     width = max(len(bound.what) for bound in extra)
     for bound in extra:
         mark = "ok    " if bound.holds else "BROKEN"
