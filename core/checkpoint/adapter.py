@@ -25,7 +25,7 @@ from telechat_twins.core.schema import from_mapping
 from telechat_twins.core.types import JsonObject
 
 A, B = "lora_a", "lora_b"
-# What a run decides, and not the model: an adapter fits whatever is chosen.
+# Settings that a run chooses freely: an adapter fits the model with any value of them.
 _OF_A_RUN = ("table_dtype", "max_seqlen", "end_token_ids", "init_std", "matrix_init_std")
 _OF_ROWS = ("vocab_size", "vocab_tokens")  # padding may be cut off or added; no adapter touches the vocabulary
 
@@ -57,7 +57,7 @@ class Adapter:
                 yield f"{module}.{half}", self.read(f"{module}.{half}").astype(np.float32)
 
     def entry(self) -> AdapterRecord:
-        """What model.json says of it."""
+        """The entry ``adapter`` of model.json that describes this adapter."""
         modules = list(self.modules.values())
         common = Counter((module.rank, module.alpha) for module in modules).most_common(1)[0][0]
         short = [name for name in TARGETS if any(module.name.endswith(f".{name}") for module in modules)]
@@ -102,7 +102,7 @@ def open_adapter(path: str | Path, verify: bool = True) -> Adapter:
         raise UserError(f"{checkpoint.path}: holds a whole model, not an adapter; give it as the checkpoint")
     values = checkpoint.model.get("config")
     if not isinstance(values, dict):
-        raise UserError(f"{where}: holds no config")
+        raise UserError(f"{where}: must hold the base's config under 'config', found none; restore the file")
     config = from_mapping(ModelConfig, values, f"{where}: config")
     modules = _modules(entry, config, where)
     found = {name: checkpoint.shape("weights", name) for name in checkpoint.names("weights")}
@@ -129,7 +129,9 @@ def _modules(entry: AdapterRecord, config: ModelConfig, where: str) -> dict[str,
         given = entry.modules
     listed = {module.name: module for module in given}
     if unknown := next((name for name in listed if name not in names), None):
-        raise UserError(f"{where}: adapter.modules: '{unknown}' is no linear layer of this model; restore the file")
+        raise UserError(
+            f"{where}: adapter.modules: must name linear layers of this model, found '{unknown}'; restore the file"
+        )
     if not listed or len(listed) < len(given):
         raise UserError(
             f"{where}: adapter: names {len(given)} layers, {len(listed)} of them different; restore the file"

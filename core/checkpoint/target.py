@@ -11,12 +11,12 @@ _DESCRIBED = ("manifest.json", "config.json", "model.json", "adapter_config.json
 
 
 def check_target(source: Path, target: Path, force: bool) -> None:
-    """Nothing may be lost: DST must be new or empty, or, with --force, a folder that is a model and nothing else."""
+    """Raise UserError unless DST is new or empty or, with --force, a folder that holds a model and nothing else."""
     if target.is_symlink() or (target.exists() and not target.is_dir()):
-        raise UserError(f"{target}: exists and is no folder; choose another DST")
+        raise UserError(f"{target}: DST must be a folder, found a file or a link there; choose another DST")
     inner, outer = source.resolve(), target.resolve()
     if inner == outer or inner in outer.parents or outer in inner.parents:
-        raise UserError(f"{target}: SRC and DST lie in one another; choose a DST outside {source}")
+        raise UserError(f"{target}: DST must not be, contain or lie in SRC; choose a DST outside {source}")
     if not target.exists() or not any(target.iterdir()):
         return
     if not force:
@@ -26,5 +26,5 @@ def check_target(source: Path, target: Path, force: bool) -> None:
     ours = re.compile(r"assets|rank_\d+")
     folders = [p.name for p in target.iterdir() if p.is_dir() and not ours.fullmatch(p.name)]
     if folders or not described or not weights:
-        found = f"it also holds '{folders[0]}'" if folders else "this folder holds none"
+        found = f"but this folder also holds '{folders[0]}'" if folders else "but this folder holds no model"
         raise UserError(f"{target}: --force replaces a model and nothing else, {found}; choose another DST")

@@ -28,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "checkpoints", metavar="CK", type=Path, nargs="+", help="released folders, canonical checkpoints, or runs"
     )
-    parser.add_argument("--out", metavar="DST", type=Path, required=True, help="folder to make")
+    parser.add_argument("--out", metavar="DST", type=Path, required=True, help="folder to write")
     parser.add_argument(
         "--weights", metavar="W", type=float, nargs="+", help="one for each checkpoint, 0 or more (default: all equal)"
     )
@@ -68,6 +68,8 @@ def _average(args: argparse.Namespace, weights: list[float]) -> int:
     total = weight_bytes(average)
     with Progress("averaging", total) as bar:
         write_like(sources[0], average, args.out, on_bytes=bar.update)
-    said = ", ".join(f"{weight:g} {source.path}" for weight, source in zip(weights, sources, strict=True))
-    print(f"wrote {args.out}: {show_bytes(total)} of tensors in {time.monotonic() - started:.1f} s ({printable(said)})")
+    parts = ", ".join(f"{weight:g} {source.path}" for weight, source in zip(weights, sources, strict=True))
+    print(
+        f"wrote {args.out}: {show_bytes(total)} of tensors in {time.monotonic() - started:.1f} s ({printable(parts)})"
+    )
     return 0

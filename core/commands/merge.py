@@ -27,7 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = EPILOG
     parser.add_argument("source", metavar="SRC", type=Path, help="released folder, canonical checkpoint, or run")
     parser.add_argument("adapter", metavar="ADAPTER", type=Path, help="adapter of a run here, or a PEFT folder")
-    parser.add_argument("target", metavar="DST", type=Path, help="folder to make")
+    parser.add_argument("target", metavar="DST", type=Path, help="folder to write")
     parser.add_argument(
         "--dtype", choices=("float32", "float16", "bfloat16"), help="store weights in this dtype (default: as they are)"
     )

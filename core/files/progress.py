@@ -6,7 +6,7 @@ import sys
 
 
 class Progress:
-    """A tqdm bar over bytes with rate and time left, on a terminal only: a log keeps its lines whole."""
+    """Progress bar over bytes with rate and time left; shown on a terminal only, so that logs stay readable."""
 
     def __init__(self, title: str, total: int) -> None:
         from tqdm import tqdm

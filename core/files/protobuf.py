@@ -1,4 +1,4 @@
-"""The fields of a protobuf message, without the protobuf package: MindSpore fails where that was imported before it."""
+"""Reader of protobuf messages without the protobuf package, whose import breaks a later import of MindSpore."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Bytes = TypeVar("Bytes", bytes, memoryview)
 def fields(data: Bytes) -> Iterator[tuple[int, int | Bytes]]:
     """(field number, value) in the order of the bytes: a whole number, or bytes of a string, message or float.
 
-    Of a memoryview they are memoryviews, nothing is copied. ValueError for bytes that are not a message.
+    The bytes of a memoryview are memoryviews: nothing is copied. ValueError for bytes that are not a message.
     """
     place = 0
     while place < len(data):

@@ -4,9 +4,9 @@
     {"name": "get_weather", "arguments": {"city": "Paris"}}
     </tool_call>
 
-The marks may be control tokens that were written out or plain text: older tokenizers have no such tokens. Where a block
-ends is decided by its JSON: a closing mark inside one of its strings is part of the string. A block that holds no call
-stays the text that it was.
+The marks may be control tokens written out, or plain text from older tokenizers that have no such tokens. The JSON of a
+block decides where the block ends: a closing mark inside one of its strings is part of the string. A block that holds
+no call is returned as text.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from telechat_twins.core.data.control import TOOL_CALL, TOOL_CALL_END
 
 @dataclass(frozen=True)
 class ToolCall:
-    """``arguments`` is the text of a JSON object."""
+    """A call of a function by the model; ``arguments`` is the text of a JSON object."""
 
     name: str
     arguments: str
@@ -32,10 +32,10 @@ _SLICE = 4096  # characters of a piece that are read at once
 
 
 class ToolCallStream:
-    """Pieces of text in, text and calls out as soon as each is certain.
+    """Incremental parser: takes pieces of text and returns text and calls as soon as each is certain.
 
-    White space beside a call belongs to the layout and is dropped. An answer that ends inside a block whose JSON is
-    whole has made that call: some models end without the closing mark.
+    White space beside a call belongs to the layout and is dropped. An answer that ends inside a block counts as a call
+    if the JSON of the block is complete: some models end without the closing mark.
     """
 
     def __init__(self) -> None:
@@ -47,7 +47,7 @@ class ToolCallStream:
     def push(self, piece: str) -> list[AnswerPart]:
         """What this piece makes certain."""
         parts: list[AnswerPart] = []
-        # Each block copies what is left of its piece, so that a long one costs the square of its length.
+        # Each block copies the rest of its piece; without slices, a long piece would cost the square of its length.
         for first in range(0, len(piece), _SLICE):
             part = piece[first : first + _SLICE]
             while part:

@@ -79,17 +79,17 @@ def test_what_is_in_the_way_is_kept(tmp_path, released):
 def test_force_replaces_models_only(tmp_path, released):
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis" / "chapter1.txt").write_text("years of work")
-    with pytest.raises(UserError, match="replaces a model and nothing else, this folder holds none"):
+    with pytest.raises(UserError, match="replaces a model and nothing else, but this folder holds no model"):
         to_canonical(released, tmp_path / "thesis", "--force")
     to_canonical(released, tmp_path / "c")
     (tmp_path / "c" / "notes").mkdir()
-    with pytest.raises(UserError, match="it also holds 'notes'"):
+    with pytest.raises(UserError, match="this folder also holds 'notes'"):
         to_canonical(released, tmp_path / "c", "--force")
     (tmp_path / "file").write_text("x")
-    with pytest.raises(UserError, match="is no folder"):
+    with pytest.raises(UserError, match="DST must be a folder"):
         to_canonical(released, tmp_path / "file", "--force")
     for inside in (released / "c", released, tmp_path):
-        with pytest.raises(UserError, match="lie in one another"):
+        with pytest.raises(UserError, match="DST must not be, contain or lie in SRC"):
             to_canonical(released, inside, "--force")
     assert (tmp_path / "thesis" / "chapter1.txt").read_text() == "years of work"
 

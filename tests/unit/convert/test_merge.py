@@ -133,7 +133,7 @@ def test_an_adapter_of_other_weights_is_refused(tmp_path: Path) -> None:
     (other / "config.json").write_text(json.dumps({**config, "input_mult": 2.0}))
     with pytest.raises(UserError, match=r"belongs to a model with input_mult 1.7, and .*other has 2.0"):
         tele(merge, other, tmp_path / "adapter", tmp_path / "x")
-    with pytest.raises(UserError, match="SRC and DST lie in one another"):
+    with pytest.raises(UserError, match="DST must not be, contain or lie in SRC"):
         tele(merge, base, tmp_path / "adapter", tmp_path / "adapter" / "x")
     with pytest.raises(UserError, match="is a released model, not an adapter"):
         tele(merge, base, other, tmp_path / "x")
