@@ -29,6 +29,7 @@ from telechat_twins.core.errors import UserError
 from telechat_twins.core.model.config import PRECISIONS, ModelConfig, load_model_config
 from telechat_twins.core.parallel.layout import Layout, check_layout, parse_layout
 from telechat_twins.core.parallel.memory import estimate
+from telechat_twins.core.train.trainable import constant_names, run_table
 from telechat_twins.core.types import JsonObject
 
 RECOMPUTE = ("none", "selective", "full")
@@ -76,6 +77,8 @@ def run(args: argparse.Namespace) -> int:
             "micro_batches": max(1, train.global_batch // (layout.dp * train.micro_batch)),
             "precision": train.precision,
             "recompute": train.recompute,
+            "lora": run_config.lora,
+            "constants": constant_names(run_table(run_config), run_config),
         }
     else:
         config, layout, mix = load_model_config(args.model), Layout(), {}

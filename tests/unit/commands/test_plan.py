@@ -9,7 +9,8 @@ import pytest
 from telechat_twins.core import cli
 from telechat_twins.core.config import load_run_config
 from telechat_twins.core.model.config import CONFIGS, load_model_config
-from telechat_twins.core.model.params import count_parameters
+from telechat_twins.core.model.lora import LoraConfig
+from telechat_twins.core.model.params import count_parameters, parameter_table
 from telechat_twins.core.parallel.layout import parse_layout
 from telechat_twins.core.parallel.memory import estimate
 
@@ -26,6 +27,27 @@ def test_parameters_and_states_by_hand() -> None:
     assert (memory["masters"], memory["gradients"], memory["optimizer"]) == (4 * total, 4 * total, 8 * total)
     assert memory["compute_copy"] == 0
     assert estimate(TINY, 64, precision="bf16")["memory_bytes"]["compute_copy"] == 2 * total
+
+
+def test_adapters_by_hand() -> None:
+    """The base in the compute dtype without states; an adapter's bytes are those of any parameter that is trained."""
+    lora = LoraConfig(rank=4, targets=["q", "down"])
+    base, adapters = count_parameters(TINY), 4 * 4 * (128 + 128 + 320 + 128)
+    for precision, width, copy in (("fp32", 4, 0), ("bf16", 2, 2)):
+        plan = estimate(TINY, 64, 1, precision, lora=lora, constants=list(parameter_table(TINY)))
+        assert plan["parameters"]["trained"] == plan["parameters"]["adapter"] == adapters
+        memory = plan["memory_bytes"]
+        assert (memory["masters"], memory["gradients"], memory["optimizer"]) == (
+            4 * adapters,
+            4 * adapters,
+            8 * adapters,
+        )
+        assert (memory["frozen"], memory["compute_copy"]) == (width * base, copy * adapters)
+    # Of the inputs of frozen products those of q, k and v and of down are kept for adapters, that of gate and up is not.
+    whole = estimate(TINY, 64, 1, "bf16")["memory_bytes"]["activations"]
+    assert whole - memory["activations"] == 64 * 2 * 4 * 128
+    flops = plan["flops_per_token"]["matrices"], estimate(TINY, 64)["flops_per_token"]["matrices"]
+    assert flops[0] == flops[1] * 2 // 3 + 6 * adapters
 
 
 def test_activations_by_hand() -> None:
