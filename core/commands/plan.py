@@ -70,16 +70,8 @@ def run(args: argparse.Namespace) -> int:
     if args.config:
         run_config = load_run_config(args.config, model_of=_model_of)
         mix = _mix(run_config)
-        config, layout, train = run_config.model, run_config.parallel, run_config.train
-        settings: JsonObject = {
-            "seq_len": run_config.data.seq_len,
-            "micro_batch": train.micro_batch,
-            "micro_batches": max(1, train.global_batch // (layout.dp * train.micro_batch)),
-            "precision": train.precision,
-            "recompute": train.recompute,
-            "lora": run_config.lora,
-            "constants": constant_names(run_table(run_config), run_config),
-        }
+        config, layout = run_config.model, run_config.parallel
+        settings = _settings(run_config)
     else:
         config, layout, mix = load_model_config(args.model), Layout(), {}
         settings = {"seq_len": config.max_seqlen}
@@ -95,6 +87,22 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
+def _settings(config: RunConfig) -> JsonObject:
+    """What memory depends on; of a run in stages, that of the stage with the most tokens in a forward pass."""
+    from telechat_twins.core.train.stages import plan_stages
+
+    stage = max(plan_stages(config), key=lambda one: one.micro_batch * one.data.seq_len)
+    return {
+        "seq_len": stage.data.seq_len,
+        "micro_batch": stage.micro_batch,
+        "micro_batches": max(1, stage.global_batch // (config.parallel.dp * stage.micro_batch)),
+        "precision": config.train.precision,
+        "recompute": config.train.recompute,
+        "lora": config.lora,
+        "constants": constant_names(run_table(config), config),
+    }
+
+
 def _model_of(init: str) -> ModelConfig | None:
     """The model of ``train.init``; None where that is not on this machine and `model:` has to name it all."""
     from telechat_twins.convert.initial import open_initial
@@ -108,11 +116,12 @@ def _mix(config: RunConfig) -> JsonObject:
     Steps are null where they follow from data that is not packed yet.
     """
     from telechat_twins.core.data.mix import plan_mix, samples_of
-    from telechat_twins.core.train.recipe import with_steps
     from telechat_twins.core.train.stages import plan_stages
 
     samples = samples_of(config.data) if config.train.epochs is not None else None
     if samples is not None:
+        from telechat_twins.core.train.recipe import with_steps
+
         config = with_steps(config, samples)[0]
     steps = config.train.steps or None
     stages = plan_stages(config)

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from telechat_twins.core.config import DataConfig, DataSourceConfig
-from telechat_twins.core.data.packed import PackedDataset
 
 
 @dataclass(frozen=True)
@@ -44,7 +43,7 @@ def samples_of(data: DataConfig) -> int | None:
     """Samples of one pass over all sources; None unless all are packed."""
     if not all(_packed(source) for source in data.sources):
         return None
-    return sum(PackedDataset(source.path).num_samples(data.seq_len) for source in data.sources)
+    return sum(_samples(source, data.seq_len) for source in data.sources)
 
 
 def describe_mix(shares: Sequence[SourceShare]) -> list[str]:
@@ -68,5 +67,11 @@ def _packed(source: DataSourceConfig) -> bool:
 
 def _held(source: DataSourceConfig, seq_len: int) -> tuple[int | None, bool]:
     if _packed(source):
-        return PackedDataset(source.path).num_samples(seq_len) * seq_len, True
+        return _samples(source, seq_len) * seq_len, True
     return source.tokens, False
+
+
+def _samples(source: DataSourceConfig, seq_len: int) -> int:
+    from telechat_twins.core.data.packed import PackedDataset  # not needed before the data are there
+
+    return PackedDataset(source.path).num_samples(seq_len)

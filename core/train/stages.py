@@ -14,16 +14,19 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, TypeAlias
 
 from telechat_twins.core.config import DataConfig, RunConfig
-from telechat_twins.core.data.blend import Blend
 from telechat_twins.core.errors import UserError
 from telechat_twins.core.model.config import ModelConfig
 from telechat_twins.core.model.position import attention_scale, scaled_base
 from telechat_twins.core.parallel.layout import check_layout
-from telechat_twins.core.train.stepper import TrainState
 
-OpenBlend = Callable[[DataConfig, int, int, int], Blend]  # core.data.blend.open_blend
+if TYPE_CHECKING:  # `tele plan` reads stages without a data set or a checkpoint
+    from telechat_twins.core.data.blend import Blend
+    from telechat_twins.core.train.stepper import TrainState
+
+OpenBlend: TypeAlias = "Callable[[DataConfig, int, int, int], Blend]"  # core.data.blend.open_blend
 
 
 @dataclass(frozen=True)
