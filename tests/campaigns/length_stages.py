@@ -4,7 +4,7 @@
 
 One run of telechat2-tiny in PyTorch, on the demo's texts: rows of 128 tokens, then of 512 (`train.stages`). The
 variants resume at the switch with that run's weights, optimizer and data, and parts of the length rule switched off.
-Writes length-stages.png and prints the mean loss of the first and of the last steps after the switch.
+Writes length-stages.png and prints how far each variant's loss lies above that run's, on the same batches.
 """
 
 from __future__ import annotations
@@ -54,35 +54,39 @@ def run_config(out: Path, before: int, after: int) -> RunConfig:
 
 
 def draw(curves: dict[str, list[Row]], switch: int, path: Path) -> None:
-    """Whole run on the left, the steps around the switch on the right; means of SHOWN steps."""
+    """The whole run on the left; on the right how far each variant's loss lies above it, on the same batches."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
     figure, (whole, near) = pyplot.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
-    for index, (name, rows) in enumerate(curves.items()):
-        losses = [row["loss"] for row in rows]
-        means = [statistics.fmean(losses[max(0, n - SHOWN + 1) : n + 1]) for n in range(len(losses))]
-        steps = [row["step"] for row in rows]
-        style = {"color": f"C{index}", "linewidth": 1.6}
-        whole.plot(steps, means, label=name, **style)
-        # From the switch on, means are taken of steps behind it only.
-        later = losses[switch:]
-        after = [statistics.fmean(later[max(0, n - SHOWN + 1) : n + 1]) for n in range(len(later))]
-        near.plot(steps[switch:], after, label=name, **style)
-        if index == 0:
-            near.plot(steps[switch - 60 : switch], means[switch - 60 : switch], color="0.4", linewidth=1.6)
-    for axis in (whole, near):
-        axis.axvline(switch + 0.5, color="0.5", linestyle=":", linewidth=1)
-        axis.grid(alpha=0.3)
-        axis.set_xlabel("step")
+    first, *others = curves
+    exact = [row["loss"] for row in curves[first]]
+    whole.plot(range(1, len(exact) + 1), means(exact), linewidth=1.6)
+    for index, name in enumerate(others, 1):
+        above = [row["loss"] - loss for row, loss in zip(curves[name][switch:], exact[switch:], strict=True)]
+        steps = range(1, len(above) + 1)
+        near.plot(steps, above, ".", color=f"C{index}", alpha=0.35, markersize=4)
+        near.plot(steps, means(above), color=f"C{index}", linewidth=1.6, label=name)
+    whole.axvline(switch + 0.5, color="0.5", linestyle=":", linewidth=1)
+    whole.set_xlabel("step")
     whole.set_ylabel(f"loss, mean of {SHOWN} steps (nats per token)")
-    whole.set_title(f"rows of {SHORT} tokens, then of {LONG}")
-    near.set_title("around the switch")
+    whole.set_title(f"{first}: rows of {SHORT} tokens, then of {LONG}", fontsize=11)
+    near.axhline(0.0, color="0.5", linewidth=1)
+    near.set_xlabel("steps after the switch")
+    near.set_ylabel("loss above that run's (nats per token)")
+    near.set_title(f"parts of the length rule left out (lines: means of {SHOWN} steps)", fontsize=11)
     near.legend()
+    for axis in (whole, near):
+        axis.grid(alpha=0.3)
     figure.savefig(path, dpi=110)
     pyplot.close(figure)
+
+
+def means(values: Sequence[float]) -> list[float]:
+    """Of each value and those up to SHOWN - 1 before it."""
+    return [statistics.fmean(values[max(0, n - SHOWN + 1) : n + 1]) for n in range(len(values))]
 
 
 def main() -> int:
@@ -105,10 +109,12 @@ def main() -> int:
             loop.train(trainer, config, folder, resume="auto" if (folder / "latest").exists() else str(switch))
         curves[name] = curves[first][: args.before] + read_metrics(folder)
     draw(curves, args.before, args.out / "length-stages.png")
+    exact = [row["loss"] for row in curves[first][args.before :]]
     for name, rows in curves.items():
         later = [row["loss"] for row in rows[args.before :]]
-        first_mean, last_mean = statistics.fmean(later[:SHOWN]), statistics.fmean(later[-SHOWN:])
-        print(f"{name:<32} first {SHOWN}: {first_mean:.4f}  last {SHOWN}: {last_mean:.4f}")
+        above = [loss - best for loss, best in zip(later, exact, strict=True)]
+        begin, end = statistics.fmean(above[:SHOWN]), statistics.fmean(above[-SHOWN:])
+        print(f"{name:<32} loss above: {begin:+.4f} in the first {SHOWN} steps, {end:+.4f} in the last")
     return 0
 
 
