@@ -68,6 +68,7 @@ from telechat_twins.core.train.start import (
     open_start,
     start_reader,
     start_record,
+    tokenizer_note,
 )
 from telechat_twins.core.train.stepper import Stepper, TrainState
 from telechat_twins.core.train.trainable import check_freeze, run_table, trainable
@@ -207,6 +208,8 @@ class _Run:
         self.lineage = lineage_of(source, self.stepper.rank == 0, record)
         if anew:
             self.notes += describe_start(source, record["fingerprint"])
+            data = self.data.first
+            self.notes += tokenizer_note(source, data.tokenizer_name, data.tokenizer())
 
     def load(self, checkpoint: Checkpoint) -> None:
         """Continue where ``checkpoint`` was taken; notes for the log say what differs from the run that wrote it."""

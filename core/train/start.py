@@ -141,6 +141,17 @@ def describe_start(source: WeightSource, digest: str) -> list[str]:
     return lines + [f"note: {note}" for note in source.notes]
 
 
+def tokenizer_note(source: WeightSource, name: str, packed: bytes) -> list[str]:
+    """A warning where the data were packed with another tokenizer (file ``name``) than the one beside the weights."""
+    own = next((path for path in source.assets if path.name == name), None)
+    if own is None or own.read_bytes() == packed:
+        return []
+    return [
+        f"warning: the data were packed with another {name} than {own}; ids may stand for other text than the weights "
+        f"have learnt. Pack with --tokenizer {own}"
+    ]
+
+
 def start_record(source: WeightSource) -> JsonObject:
     """``init`` of trainer.json."""
     return {"path": str(source.path.resolve()), "fingerprint": fingerprint(source.config, source.read)}

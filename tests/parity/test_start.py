@@ -138,6 +138,20 @@ def test_padding_and_length_may_differ(folder: Path, trainers: dict[str, type], 
     assert max(apart) < 1e-6  # measured 1e-7: the same model, its sums in another order
     head = open_checkpoint(tmp_path / "padded").read("weights", "head.weight")
     assert head.shape == (2100, MODEL.hidden_size) and not head[2048:].any()
+    to_hf(open_model(tmp_path / "padded"), tmp_path / "exported")
+    exported = open_model(tmp_path / "exported").config
+    assert (exported.vocab_size, exported.max_seqlen) == (2048, 4096), "the padding is left out, the length is kept"
+
+
+def test_data_of_another_tokenizer_is_noted(
+    folder: Path, trainers: dict[str, type], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = tmp_path / "tokenizer.model"
+    other.write_bytes(b"another one")
+    described = {"config": MODEL.to_dict()}
+    write_checkpoint(tmp_path / "base", 0, model=described, weights=WEIGHTS.items(), assets=[other])
+    loop.train(trainers["pt"], load(folder, f"train.init={tmp_path / 'base'}"), tmp_path / "out", None, open_initial)
+    assert "packed with another tokenizer.model than" in capsys.readouterr().err
 
 
 def test_weights_without_training_state_name_init(folder: Path, trainers: dict[str, type], tmp_path: Path) -> None:
