@@ -30,7 +30,7 @@ from telechat_twins.core.train.metrics import read_metrics
 from tests.support.packed import write_packed
 
 ROOT = Path(__file__).resolve().parents[2]
-SEQ_LEN, HALF, ALL = 32, 20, 40
+SEQ_LEN, HALF, LONGER, ALL = 32, 20, 30, 40  # steps: of the checkpoint, of the change of length, in all
 CLOCK = ("tokens_per_s", "step_ms")
 OTHER = {"ms": "pt", "pt": "ms"}
 TRIALS = [pytest.param(backend, 0, id=f"{backend}-0") for backend in ("ms", "pt")] + [
@@ -42,7 +42,7 @@ TRIALS = [pytest.param(backend, 0, id=f"{backend}-0") for backend in ("ms", "pt"
 
 class Tele:
     """`tele train` in a folder of its own; all runs share one config and begin with the weights of a release, which
-    gives the model as well: ranks of every layout read their own boxes of it."""
+    gives the model as well: ranks of every layout read their own boxes of it. Rows become longer on the way."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -53,7 +53,8 @@ class Tele:
         to_hf(open_model(folder / "canonical"), folder / "released")
         (folder / "run.yaml").write_text(
             f"data: {{sources: [{{path: packed}}], seq_len: {SEQ_LEN}}}\n"
-            f"train: {{init: released, steps: {ALL}, global_batch: 8, micro_batch: 4}}\n"
+            f"train: {{init: released, global_batch: 8, micro_batch: 4, stages: [{{steps: {LONGER}}}, "
+            f"{{steps: {ALL - LONGER}, seq_len: {SEQ_LEN + 16}, micro_batch: 2}}]}}\n"
             "optim: {lr: 1e-3, warmup_steps: 2}\n"
             f"checkpoint: {{every: {HALF}, keep_last: 9}}\n"
         )
@@ -132,6 +133,7 @@ def test_a_killed_worker_ends_the_job_and_nothing_is_lost(backend: str, trial: i
     name, layout = f"killed-{backend}-{trial}", chance.choice(["tp2", "dp2", "pp2", "cp2"])
     more = (
         "--set",
+        "train.stages=null",
         "train.steps=12",
         "checkpoint.every=2",
         f"checkpoint.asynchronous={chance.choice(['true', 'false'])}",
