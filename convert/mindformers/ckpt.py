@@ -21,7 +21,7 @@ import numpy as np
 from telechat_twins.convert.file_kind import UNKNOWN, kind_of
 from telechat_twins.core.errors import UserError
 from telechat_twins.core.files.protobuf import fields, varints
-from telechat_twins.core.files.safetensors import DTYPES, TensorInfo
+from telechat_twins.core.files.safetensors import DTYPES, Index, TensorInfo
 
 # MindSpore's names -> safetensors' and bytes an element. None: text, or packed; its length is not checked.
 _CODES = {"Float64": "F64", "Float32": "F32", "Float16": "F16", "BFloat16": "BF16"}
@@ -121,15 +121,15 @@ class CkptFile:
         if width is not None and size != math.prod(info.shape) * width:
             raise ValueError(f"'{name}' has {size} bytes for {info.code} {list(info.shape)}")
 
-    def read(self, name: str) -> np.ndarray:
-        """A tensor in its stored dtype, in memory of its own."""
+    def read(self, name: str, index: Index | None = None) -> np.ndarray:
+        """A tensor, or the box ``index`` of it, in its stored dtype, in memory of its own."""
         info = self.tensors[name]
         out, place = np.empty(info.shape, DTYPES[info.code]), 0
         target = out.reshape(-1).view(np.uint8)
         for part in self._parts[name]:
             target[place : place + len(part)] = part
             place += len(part)
-        return out
+        return out if index is None else out[index]
 
 
 def _tensor(message: memoryview) -> tuple[tuple[int, ...], str, memoryview]:

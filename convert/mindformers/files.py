@@ -21,7 +21,7 @@ from telechat_twins.convert.hf.folder import MAX_SHARD_BYTES, plan_shards
 from telechat_twins.convert.mindformers.ckpt import CkptFile, save_ckpt
 from telechat_twins.convert.names import Binding
 from telechat_twins.core.errors import UserError
-from telechat_twins.core.files.safetensors import SafetensorsFile, SafetensorsWriter, TensorInfo, header_room
+from telechat_twins.core.files.safetensors import Index, SafetensorsFile, SafetensorsWriter, TensorInfo, header_room
 
 NAME_MAP = "param_name_map.json"  # MindSpore's own name for it
 _METADATA = {"format": "ms"}
@@ -41,8 +41,8 @@ class TensorFile(Protocol):
     @property
     def tensors(self) -> Mapping[str, TensorInfo]: ...
 
-    def read(self, name: str) -> np.ndarray:
-        """A tensor in its stored dtype."""
+    def read(self, name: str, index: Index | None = None) -> np.ndarray:
+        """A tensor, or the box ``index`` of it, in its stored dtype."""
         ...
 
 

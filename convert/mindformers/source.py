@@ -15,7 +15,7 @@ import numpy as np
 from telechat_twins.convert.hf.folder import DTYPE_NAMES, check_record
 from telechat_twins.convert.mindformers.config import read_model_file
 from telechat_twins.convert.mindformers.files import Home, open_ranks, shared_axis, slice_shape
-from telechat_twins.convert.names import MINDFORMERS_FORMS, bind, is_derived, mindformers_rules, released_table
+from telechat_twins.convert.names import MINDFORMERS_FORMS, Box, bind, is_derived, mindformers_rules, released_table
 from telechat_twins.convert.places import require_place
 from telechat_twins.convert.source import ModelSource
 from telechat_twins.core.checkpoint.read import check_shapes
@@ -148,19 +148,32 @@ class MindFormersSource(ModelSource):
         """
         if self._last is None or self._last[0] != released:
             self._last = None  # or it would stay in memory beside the next one
-            self._last = (released, self._read(released))
+            everything = tuple(slice(0, size) for size in self.bindings[released].shape)
+            self._last = (released, self._read(released, everything))
         return self._last[1]
 
-    def _read(self, released: str) -> np.ndarray:
-        axis = self._axes[released]
+    def read(self, name: str, box: Box) -> np.ndarray:
+        if name not in self._holder:
+            raise UserError(f"{self.path}: the model has no tensor '{name}'")
+        binding = self._holder[name]
+        return binding.read(lambda part: self._read(binding.released, part), name, box, self.config)
+
+    def _read(self, released: str, box: Box) -> np.ndarray:
+        """A box of the whole tensor, from the parts of the ranks that it meets."""
+        axis, shape = self._axes[released], self.bindings[released].shape
         if axis is not None:
-            out = np.empty(self.bindings[released].shape, DTYPES[self.code(released)])
-            for place, home in zip(np.split(out, len(self.ranks), axis), self.ranks, strict=True):
-                place[...] = home[released].read(released)
+            out = np.empty([span.stop - span.start for span in box], DTYPES[self.code(released)])
+            size, span = shape[axis] // len(self.ranks), box[axis]
+            for rank, home in enumerate(self.ranks):
+                low, high = max(span.start, rank * size), min(span.stop, (rank + 1) * size)
+                if low < high:
+                    local = (*box[:axis], slice(low - rank * size, high - rank * size), *box[axis + 1 :])
+                    place = (*(slice(None),) * axis, slice(low - span.start, high - span.start))
+                    out[place] = home[released].read(released, local)
             return out
-        whole = self.ranks[0][released].read(released)
+        whole = self.ranks[0][released].read(released, box)
         for rank, home in enumerate(self.ranks[1:], 1):
-            if home[released].read(released).tobytes() != whole.tobytes():
+            if home[released].read(released, box).tobytes() != whole.tobytes():
                 raise UserError(
                     f"{home[released].path}: '{released}' of rank {rank} differs from rank 0's; every rank holds it "
                     "whole, so these are not the ranks of one checkpoint"
