@@ -13,6 +13,7 @@ bit, and is never cut.
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -79,20 +80,17 @@ def read_specs(data: bytes) -> Specs:
     return Specs(specs[_TRAINER], specs[_NORMALIZER])
 
 
-@dataclass(frozen=True)
 class Cutter:
     """The cuts of one model.
 
     ``words``: a text, in which spaces are spaces, as parts that encode one by one. ``short``: whether the parts are
-    words, which come again and again. ``pairs``: neighbours in a piece; ``known``: pieces; ``fallback``: characters
-    without a piece are bytes.
+    words, which come again and again.
     """
 
-    words: Callable[[str], list[str]]
-    short: bool
-    pairs: frozenset[str]
-    known: frozenset[str]
-    fallback: bool
+    def __init__(self, words: Callable[[str], list[str]], short: bool, pieces: frozenset[str], fallback: bool) -> None:
+        """``fallback``: characters without a piece are bytes."""
+        self.words, self.short = words, short
+        self._pieces, self._fallback = pieces, fallback
 
     def last(self, text: str) -> int:
         """The last place at which ``text`` may be cut; 0 without one."""
@@ -100,9 +98,14 @@ class Cutter:
         places = range(len(text) - 1, 0, -1)
         return next((place for place in places if self._may_cut(text[place - 1], text[place])), 0)
 
+    @functools.cached_property
+    def _pairs(self) -> frozenset[str]:
+        """Neighbours in a piece."""
+        return frozenset(piece[n : n + 2] for piece in self._pieces for n in range(len(piece) - 1))
+
     def _may_cut(self, left: str, right: str) -> bool:
-        known = self.fallback or left in self.known or right in self.known
-        return known and left + right not in self.pairs
+        known = self._fallback or left in self._pieces or right in self._pieces
+        return known and left + right not in self._pairs
 
 
 def make_cutter(specs: Specs, pieces: Iterable[str]) -> Cutter | None:
@@ -111,19 +114,20 @@ def make_cutter(specs: Specs, pieces: Iterable[str]) -> Cutter | None:
     if not (specs.is_bpe and specs.leaves_text):
         return None
     known = frozenset(pieces)
-    pairs = frozenset(piece[n : n + 2] for piece in known for n in range(len(piece) - 1))
-    joined = {character for pair in pairs for character in pair}
+    several = [piece for piece in known if len(piece) > 1]
+    joined = "\0".join(several)  # every pair of neighbours, quickly searched
+    if joined.count("\0") >= max(1, len(several)):  # a piece holds the separator
+        return None
 
     def certain(character: str) -> bool:
         return specs.byte_fallback or character in known
 
     alone = [character for character in _CANDIDATES if character not in joined and certain(character)]
     # A word begins with the spaces in front of it, so that no piece may have a space behind anything but a space.
-    by_words = certain(SPACE) and not any(pair[1] == SPACE != pair[0] for pair in pairs)
+    by_words = certain(SPACE) and re.search(f"[^\0{SPACE}]{SPACE}", joined) is None
     if not (alone or by_words):
         return None
     marks = "".join(map(re.escape, alone))
     either = f"[{marks}]|" if marks else ""
     pattern = re.compile(f" *[^ {marks}]+|{either} +" if by_words else f"[{marks}]|[^{marks}]+")
-
-    return Cutter(pattern.findall, by_words, pairs, known, specs.byte_fallback)
+    return Cutter(pattern.findall, by_words, known, specs.byte_fallback)
