@@ -13,16 +13,16 @@ bit, and is never cut.
 
 from __future__ import annotations
 
-import functools
-import re
-from collections.abc import Callable, Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass
+
+import numpy as np
 
 from telechat_twins.core.files.protobuf import fields
 
 SPACE = "\u2581"  # what SentencePiece writes for a space
-# Characters that are looked at as cuts of their own, where no piece joins them to anything.
-_CANDIDATES = "\n\t" + "".join(map(chr, range(33, 127))) + "，。、；：？！“”‘’（）《》【】…—·「」『』"
+_CODES = 0x110000
+_WINDOW = 4096  # characters at the end of a text that are looked at first
 
 # Of sentencepiece_model.proto: ModelProto, TrainerSpec, NormalizerSpec.
 _PIECE = 1 << 3 | 2
@@ -81,53 +81,67 @@ def read_specs(data: bytes) -> Specs:
 
 
 class Cutter:
-    """The cuts of one model.
+    """The cuts of one model: a bit for each pair of characters that are neighbours in a piece."""
 
-    ``words``: a text, in which spaces are spaces, as parts that encode one by one. ``short``: whether the parts are
-    words, which come again and again.
-    """
+    def __init__(self, pieces: Sequence[str], fallback: bool) -> None:
+        """``pieces``: those that text can become; ``fallback``: characters without a piece are bytes."""
+        codes = _codes("\0".join(pieces))
+        letters, places = np.unique(codes, return_inverse=True)
+        # Letters are numbered from 1 (NUL, between two pieces, comes first); 0 is any other character.
+        self._number = np.zeros(_CODES, np.int32)
+        self._number[letters[1:]] = np.arange(1, len(letters))
+        self._number[ord(" ")] = self._number[ord(SPACE)]
+        self._width = len(letters)
+        joined = np.zeros(self._width**2, bool)
+        joined[places[:-1] * self._width + places[1:]] = True
+        joined.reshape(self._width, self._width)[0] = joined.reshape(self._width, self._width)[:, 0] = False
+        self._joined = np.packbits(joined, bitorder="little")
+        self._known = None if fallback else self._singles(pieces)
 
-    def __init__(self, words: Callable[[str], list[str]], short: bool, pieces: frozenset[str], fallback: bool) -> None:
-        """``fallback``: characters without a piece are bytes."""
-        self.words, self.short = words, short
-        self._pieces, self._fallback = pieces, fallback
+    def words(self, text: str) -> list[str]:
+        """``text`` as parts that encode one by one."""
+        places = self._places(text)
+        return [text[begin:end] for begin, end in zip([0, *places], [*places, len(text)], strict=True)]
 
     def last(self, text: str) -> int:
         """The last place at which ``text`` may be cut; 0 without one."""
-        text = text.replace(" ", SPACE)
-        places = range(len(text) - 1, 0, -1)
-        return next((place for place in places if self._may_cut(text[place - 1], text[place])), 0)
+        size = _WINDOW
+        while True:
+            begin = max(0, len(text) - size)
+            if places := self._places(text[begin:]):
+                return begin + places[-1]
+            if not begin:
+                return 0
+            size *= 16
 
-    @functools.cached_property
-    def _pairs(self) -> frozenset[str]:
-        """Neighbours in a piece."""
-        return frozenset(piece[n : n + 2] for piece in self._pieces for n in range(len(piece) - 1))
+    def _places(self, text: str) -> list[int]:
+        if len(text) < 2:
+            return []
+        numbers = self._number[_codes(text)]
+        pairs = numbers[:-1].astype(np.int64) * self._width + numbers[1:]
+        free = (self._joined[pairs >> 3] >> (pairs & 7).astype(np.uint8) & 1) == 0
+        if self._known is not None:
+            certain = self._known[numbers]
+            free &= certain[:-1] | certain[1:]
+        found: list[int] = (np.flatnonzero(free) + 1).tolist()
+        return found
 
-    def _may_cut(self, left: str, right: str) -> bool:
-        known = self._fallback or left in self._pieces or right in self._pieces
-        return known and left + right not in self._pairs
+    def _singles(self, pieces: Sequence[str]) -> np.ndarray:
+        """By number, whether a character is a piece."""
+        known = np.zeros(self._width, bool)
+        known[self._number[[ord(piece) for piece in pieces if len(piece) == 1]]] = True
+        known[0] = False
+        return known
 
 
-def make_cutter(specs: Specs, pieces: Iterable[str]) -> Cutter | None:
+def make_cutter(specs: Specs, pieces: Sequence[str]) -> Cutter | None:
     """The exact cuts of a model; None where there are none that are known to be exact. ``pieces``: those that text can
     become, without control, unknown and byte pieces."""
-    if not (specs.is_bpe and specs.leaves_text):
+    if not (specs.is_bpe and specs.leaves_text and pieces) or any("\0" in piece for piece in pieces):
         return None
-    known = frozenset(pieces)
-    several = [piece for piece in known if len(piece) > 1]
-    joined = "\0".join(several)  # every pair of neighbours, quickly searched
-    if joined.count("\0") >= max(1, len(several)):  # a piece holds the separator
-        return None
+    return Cutter(pieces, specs.byte_fallback)
 
-    def certain(character: str) -> bool:
-        return specs.byte_fallback or character in known
 
-    alone = [character for character in _CANDIDATES if character not in joined and certain(character)]
-    # A word begins with the spaces in front of it, so that no piece may have a space behind anything but a space.
-    by_words = certain(SPACE) and re.search(f"[^\0{SPACE}]{SPACE}", joined) is None
-    if not (alone or by_words):
-        return None
-    marks = "".join(map(re.escape, alone))
-    either = f"[{marks}]|" if marks else ""
-    pattern = re.compile(f" *[^ {marks}]+|{either} +" if by_words else f"[{marks}]|[^{marks}]+")
-    return Cutter(pattern.findall, by_words, known, specs.byte_fallback)
+def _codes(text: str) -> np.ndarray:
+    """Code points, uint32."""
+    return np.frombuffer(text.encode("utf-32-le"), np.uint32)

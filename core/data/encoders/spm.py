@@ -6,6 +6,7 @@ import functools
 import hashlib
 from array import array
 from collections.abc import Iterable, Sequence
+from itertools import accumulate, chain
 from pathlib import Path
 
 import numpy as np
@@ -31,7 +32,7 @@ from telechat_twins.core.errors import UserError
 
 _LONG = 20_000  # characters from which finding the cuts pays
 _WORD = 32  # characters of a word that is remembered
-_WORDS = 1 << 17  # words remembered at most; about 20 MB
+_WORDS = 1 << 18  # words remembered at most; about 45 MB
 
 
 class SentencePieceTokenizer:
@@ -237,22 +238,20 @@ class SentencePieceTokenizer:
 
     def _encode_words(self, text: str, cutter: Cutter) -> np.ndarray:
         """int32 ids of a text that has its space in front, word by word; words met before are looked up."""
-        words = cutter.words(text.replace(SPACE, " "))
-        known = self._words
-        found = dict.fromkeys(words, b"")
-        missing = []
-        for word in found:
-            if (ids := known.get(word)) is None:
-                missing.append(word)
-            else:
-                found[word] = ids
-        if missing:
-            found.update(zip(missing, (array("i", ids).tobytes() for ids in self._inner.encode(missing)), strict=True))
-            if cutter.short:
-                if len(known) > _WORDS:  # threads of a server share the words, each with its own ``found``
-                    known.clear()
-                known.update((word, found[word]) for word in missing if len(word) <= _WORD)
-        return np.frombuffer(b"".join(map(found.__getitem__, words)), np.intc)
+        words, known = cutter.words(text), self._words
+        parts = list(map(known.get, words))  # held here: threads of a server share the words and may forget them
+        if None in parts:
+            missing = list(dict.fromkeys(word for word, ids in zip(words, parts, strict=True) if ids is None))
+            made = self._inner.encode(missing)
+            data = array("i", chain.from_iterable(made)).tobytes()
+            ends = [4 * end for end in accumulate(map(len, made))]
+            pieces = (data[begin:end] for begin, end in zip([0, *ends[:-1]], ends, strict=True))
+            fresh = dict(zip(missing, pieces, strict=True))
+            parts = [fresh[word] if ids is None else ids for word, ids in zip(words, parts, strict=True)]
+            if len(known) > _WORDS:
+                known.clear()
+            known.update((word, ids) for word, ids in fresh.items() if len(word) <= _WORD)
+        return np.frombuffer(b"".join(filter(None, parts)), np.intc)
 
     def _joined(self, ids: list[int]) -> str:
         out, segment, after_special = "", [], False
