@@ -20,6 +20,8 @@ from telechat_twins.core.types import JsonObject
 CONFIG = "adapter_config.json"
 ALL_LINEAR = "all-linear"
 MAX_PATTERN = 1000  # characters of a regular expression
+# What PEFT makes of the expressions of rank_pattern and alpha_pattern, and of layers_pattern.
+_ENDING, _BEFORE_LAYER, _ANY_LAYER = r"(.*\.)?({})$", r"(?:^|.*?\.){}\.(?P<idx>\d+)\.", r".*?\.{}\.(?P<idx>\d+)\."
 
 # Of the run that made the adapter, of the file itself, or of how training computes: nothing to do with B A x.
 _HARMLESS = (
@@ -113,19 +115,15 @@ def read_peft_config(values: JsonObject, where: str) -> PeftConfig:
             f"{where}: layers_to_transform: acts only where target_modules is a list, found {shown(target)}; write the "
             "layers into that expression"
         )
-    pattern = values.get("layers_pattern") or []
     return PeftConfig(
-        r=_rank(values.get("r") or 8, f"{where}: r"),
+        r=_rank(defaults["r"] if values.get("r") is None else values["r"], f"{where}: r"),
         alpha=_alpha(defaults["lora_alpha"] if values.get("lora_alpha") is None else values["lora_alpha"], where),
         dropout=_dropout(values.get("lora_dropout") or 0.0, where),
         rslora=values.get("use_rslora") is True,
         target_modules=_names(target, f"{where}: target_modules"),
         exclude_modules=_names(values.get("exclude_modules") or [], f"{where}: exclude_modules"),
         layers=tuple(layers),
-        layers_pattern=tuple(
-            _expression(text, f"{where}: layers_pattern")
-            for text in ([pattern] if isinstance(pattern, str) else pattern)
-        ),
+        layers_pattern=_layer_patterns(values.get("layers_pattern"), f"{where}: layers_pattern"),
         rank_pattern={k: _rank(v, f"{where}: rank_pattern: {k}") for k, v in _patterns(values, "rank_pattern", where)},
         alpha_pattern={
             k: _alpha(v, where, f"alpha_pattern: {k}") for k, v in _patterns(values, "alpha_pattern", where)
@@ -171,7 +169,14 @@ def _patterns(values: JsonObject, name: str, where: str) -> list[tuple[str, obje
     found = values.get(name) or {}
     if not isinstance(found, dict):
         raise UserError(f"{where}: {name}: expected layer names with numbers, found {shown(found)}")
-    return [(_expression(key, f"{where}: {name}"), value) for key, value in found.items()]
+    return [(_expression(key, f"{where}: {name}", _ENDING), value) for key, value in found.items()]
+
+
+def _layer_patterns(found: object, where: str) -> tuple[str, ...]:
+    patterns = [found] if isinstance(found, str) and found else found or []
+    if not isinstance(patterns, list):
+        raise UserError(f"{where}: expected names of the list of layers, found {shown(found)}")
+    return tuple(_expression(text, where, _BEFORE_LAYER) for text in patterns)
 
 
 def _names(found: object, where: str) -> str | tuple[str, ...]:
@@ -182,14 +187,14 @@ def _names(found: object, where: str) -> str | tuple[str, ...]:
     return tuple(found)
 
 
-def _expression(text: object, where: str) -> str:
-    """A regular expression of Python's, as PEFT uses them."""
+def _expression(text: object, where: str, used: str = "{}") -> str:
+    """A regular expression of Python's that is one too where PEFT puts it into ``used``."""
     if not isinstance(text, str) or len(text) > MAX_PATTERN:
         raise UserError(
             f"{where}: expected a regular expression of at most {MAX_PATTERN} characters, found {shown(text)}"
         )
     try:
-        re.compile(text)
+        re.compile(used.format(text))
     except (re.error, RecursionError, OverflowError) as error:
         raise UserError(f"{where}: {shown(text)} is no regular expression ({error})") from None
     return text
@@ -223,12 +228,11 @@ def _named(names: str | Sequence[str], module: str) -> bool:
 def _layer(module: str, patterns: Sequence[str]) -> int | None:
     """The layer number in a module's name: behind one of ``patterns``, or the first number between two dots."""
     for pattern in patterns or (r"[^.]*",):
-        start = rf"(?:^|.*?\.){pattern}" if patterns else rf".*?\.{pattern}"
-        if match := re.match(rf"{start}\.(?P<idx>\d+)\.", module):
+        if match := re.match((_BEFORE_LAYER if patterns else _ANY_LAYER).format(pattern), module):
             return int(match["idx"])
     return None
 
 
 def _first_match(patterns: Mapping[str, object], module: str) -> str:
     """The key that applies: the first in file order that matches the end of the name (PEFT's get_pattern_key)."""
-    return next((key for key in patterns if re.match(rf"(.*\.)?({key})$", module)), module)
+    return next((key for key in patterns if re.match(_ENDING.format(key), module)), module)

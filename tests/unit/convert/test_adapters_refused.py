@@ -34,6 +34,12 @@ KEYS: list[tuple[dict[str, Any], str]] = [
     ({"init_lora_weights": "loftq"}, "init_lora_weights: 'loftq' changes the base"),
     ({"some_new_scale": 2.0}, "some_new_scale: 2.0 is unknown here, and may change the result"),
     ({"r": 0.5}, "r: must be a whole number"),
+    ({"r": 0}, "r: must be a whole number from 1"),
+    (
+        {"layers_pattern": 3, "layers_to_transform": [0]},
+        "layers_pattern: expected names of the list of layers, found 3",
+    ),
+    ({"alpha_pattern": {"(?i)q_proj": 2}}, "alpha_pattern: .* is no regular expression"),
     ({"lora_alpha": 0}, "lora_alpha: must be a number above 0"),
     ({"lora_alpha": "16"}, "lora_alpha: must be a number above 0, found '16'"),
     ({"rank_pattern": {"q_proj(": 4}}, r"rank_pattern: 'q_proj\(' is no regular expression"),
