@@ -276,18 +276,17 @@ def wrong_blocks(root: Path, page: str) -> list[str]:
             ]
         elif fence.language == "yaml":
             tree = parse_yaml(text, page)
-            found = [_search(tree)] if "config" in tree else [_section(*section) for section in tree.items()]
-            complaints += [f"{page}:{fence.line}: {said}" for said in found if said]
+            found = _search(tree) if "config" in tree else _sections(tree)
+            complaints += [f"{page}:{fence.line}: {found}"] if found else []
     return complaints
 
 
-def _section(section: str, values: dict[str, Any]) -> str | None:
-    """What is wrong with one section of a run's YAML, judged inside a recipe that is right."""
+def _sections(values: dict[str, Any]) -> str | None:
+    """What is wrong with some sections of a run's YAML, judged together inside a recipe that is right."""
     from telechat_twins.core.config import run_config_from_dict
     from telechat_twins.core.schema import load_yaml
 
-    tree = load_yaml(ROOT / "configs" / "train" / "telechat2-7b.yaml")
-    tree[section] = values
+    tree = load_yaml(ROOT / "configs" / "train" / "telechat2-7b.yaml") | values
     try:
         run_config_from_dict(tree)
     except UserError as error:
