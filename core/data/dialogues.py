@@ -103,9 +103,9 @@ def slot_text(slots: Slots, slot: str) -> str:
     return text(slots.value(slot), slots.name(slot), slots.where)
 
 
-def history_of(slots: Slots) -> list[JsonObject]:
+def history_of(slots: Slots, reading: Reading) -> list[JsonObject]:
     """The messages of earlier turns; their answers are learnt as well."""
-    return turns_of_history(slots.value("history"), slots.where) if "history" in slots else []
+    return turns_of_history(slots.value("history"), slots.where, reading) if "history" in slots else []
 
 
 def instructed(slots: Slots, slot: str = "instruction") -> str:
@@ -124,7 +124,7 @@ def _conversation(slots: Slots, reading: Reading) -> _Read:
 
 
 def _alpaca(slots: Slots, reading: Reading) -> _Read:
-    question, answer, earlier = instructed(slots), slot_text(slots, "answer"), history_of(slots)
+    question, answer, earlier = instructed(slots), slot_text(slots, "answer"), history_of(slots, reading)
     if "instruction" in slots:
         return None, [*earlier, {"role": "user", "content": question}, {"role": "bot", "content": answer}]
     if slots.value("input") is None:
@@ -136,7 +136,7 @@ def _alpaca(slots: Slots, reading: Reading) -> _Read:
 def _query(slots: Slots, reading: Reading) -> _Read:
     question, answer = slot_text(slots, "question"), slot_text(slots, "answer")
     asked = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
-    return None, [*history_of(slots), *asked]
+    return None, [*history_of(slots, reading), *asked]
 
 
 def _completion(slots: Slots, reading: Reading) -> _Read:

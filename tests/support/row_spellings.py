@@ -132,10 +132,11 @@ def sharegpt(draw: random.Random) -> tuple[Conversation, JsonObject]:
     return meant, row
 
 
-def _with_history(meant: Conversation, row: JsonObject) -> JsonObject:
+def _with_history(draw: random.Random, meant: Conversation, row: JsonObject) -> JsonObject:
     earlier = meant.messages[:-2]
     pairs = [[asked["content"], said["content"]] for asked, said in zip(earlier[::2], earlier[1::2], strict=True)]
-    row |= {"history": pairs} if pairs else {}
+    if pairs:
+        row["history"] = draw.choice((pairs, json.dumps(pairs), [dict(message) for message in earlier]))
     return row | ({"system": meant.system} if meant.system is not None else {})
 
 
@@ -148,7 +149,7 @@ def alpaca(draw: random.Random) -> tuple[Conversation, JsonObject]:
         draw.choice(("input", "context")): given,
         draw.choice(("output", "response")): meant.messages[-1]["content"],
     }
-    return meant, _with_history(meant, row)
+    return meant, _with_history(draw, meant, row)
 
 
 def query(draw: random.Random) -> tuple[Conversation, JsonObject]:
@@ -157,7 +158,7 @@ def query(draw: random.Random) -> tuple[Conversation, JsonObject]:
         draw.choice(("query", "question")): meant.messages[-2]["content"],
         draw.choice(("response", "answer")): meant.messages[-1]["content"],
     }
-    return meant, _with_history(meant, row)
+    return meant, _with_history(draw, meant, row)
 
 
 def completion(draw: random.Random) -> tuple[Conversation, JsonObject]:

@@ -25,6 +25,7 @@ from telechat_twins.core.types import JsonObject
 _TEXTS = ("content", "value", "text")
 _ROWS = 64  # that become Python objects at a time
 _BUFFER = 1 << 20
+_DAMAGED = (OSError, KeyError, ValueError, OverflowError)  # what else the library raises where bytes were altered
 
 
 def parquet_rows(path: Path, on_bytes: OnBytes | None = None) -> Iterator[RowAt]:
@@ -41,7 +42,7 @@ def parquet_rows(path: Path, on_bytes: OnBytes | None = None) -> Iterator[RowAt]
                 if on_bytes:
                     on_bytes(size * number // total - reported)
                     reported = size * number // total
-    except (arrow.ArrowException, OSError) as error:
+    except (arrow.ArrowException, *_DAMAGED) as error:
         raise UserError(f"{path}: damaged, or not a Parquet file ({damage_of(error)})") from None
 
 
@@ -60,7 +61,7 @@ def dataset_rows(folder: Path, on_bytes: OnBytes | None = None) -> Iterator[RowA
                         for row in _rows(part, arrow, f"{path}: row {number + 1} or below"):
                             number += 1
                             yield f"{path}: row {number}", row
-        except (arrow.ArrowException, OSError, KeyError) as error:
+        except (arrow.ArrowException, *_DAMAGED) as error:
             raise UserError(f"{path}: damaged, or not of this dataset ({damage_of(error)})") from None
         if on_bytes:
             on_bytes(path.stat().st_size)
@@ -128,6 +129,7 @@ class _Batches:
 
 def _rows(batch: Any, arrow: Any, where: str) -> list[JsonObject]:
     fields = [(field.name, field.type, _holds_json(field.type, arrow)) for field in batch.schema]
+    batch.validate(full=True)  # offsets and text of altered files, on which the library would otherwise rely
     rows: list[JsonObject] = batch.to_pylist()
     for row in rows:
         for name, kind, mixed in fields:

@@ -270,10 +270,13 @@ def _call(value: object, place: int, name: str, where: str, reading: Reading) ->
     return call if value.get("id") is None else {**call, "id": value["id"]}
 
 
-def turns_of_history(value: object, where: str) -> list[JsonObject]:
-    """Earlier turns, each a question and its answer."""
+def turns_of_history(value: object, where: str, reading: Reading) -> list[JsonObject]:
+    """Earlier turns: pairs of a question and its answer, or messages."""
+    turns = json_list(value, "history", where)
+    if turns and isinstance(turns[0], dict):
+        return read_messages(turns, "history", where, reading)
     earlier: list[JsonObject] = []
-    for n, turn in enumerate(json_list(value, "history", where)):
+    for n, turn in enumerate(turns):
         if not isinstance(turn, list) or len(turn) != 2 or not all(isinstance(said, str) for said in turn):
             raise UserError(f"{where}: 'history[{n}]' must be a list of two texts, a question and its answer")
         earlier += [{"role": "user", "content": turn[0]}, {"role": "bot", "content": turn[1]}]

@@ -78,14 +78,14 @@ def _prompt(slots: Slots, reading: Reading) -> tuple[list[JsonObject], list[obje
             raise UserError(f"{slots.where}: '{slots.name('tools')}' and '{name}.tools' both hold tools; leave one out")
         return _as_context(messages), tools or inner
     if "prompt" not in slots:
-        return history_of(slots), tools
+        return history_of(slots, reading), tools
     if "input" in slots:
         question = [{"role": "user", "content": instructed(slots, "prompt")}]
-        return [*_as_context(history_of(slots)), *question], tools
+        return [*_as_context(history_of(slots, reading)), *question], tools
     value = slots.value("prompt")
     spoken = _transcript(value) if isinstance(value, str) else None
     asked = _as_context(spoken) if spoken else prompt_messages(slots, reading)
-    return [*_as_context(history_of(slots)), *asked], tools
+    return [*_as_context(history_of(slots, reading)), *asked], tools
 
 
 def _side(slots: Slots, slot: str, reading: Reading) -> list[JsonObject]:

@@ -64,7 +64,7 @@ def test_instruction_input_and_history_are_honoured() -> None:
         ({"instruction": "a", "output": "b", "history": 7}, "'history' must be a list, found int"),
         ({"instruction": "a", "output": "b", "history": [["c"]]}, "'history[0]' must be a list of two texts"),
         ({"instruction": "a", "output": "b", "history": [["c", 3]]}, "'history[0]' must be a list of two texts"),
-        ({"instruction": "a", "output": "b", "history": [{"role": "user"}]}, "'history[0]' must be a list of two"),
+        ({"instruction": "a", "output": "b", "history": [{"role": "user"}]}, "'history[0].content' must be text"),
         ({"instruction": ["a"], "output": "b"}, "'instruction' must be text, found list"),
         ({"instruction": None, "output": "b"}, "neither 'instruction' nor 'input' holds text"),
         ({"instruction": "a"}, "a row of no kind that is read: dialog (dialog); messages (messages)"),

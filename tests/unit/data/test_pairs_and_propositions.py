@@ -96,7 +96,7 @@ def test_pairs_are_trained_as_chat_shows_them(tmp_path: Path) -> None:
     ("name", "value"),
     [
         ("_as_context", lambda messages: messages),
-        ("history_of", lambda slots: []),
+        ("history_of", lambda *_: []),
         ("_side", lambda slots, slot, reading: [CHOSEN if slot == "rejected" else REJECTED]),
         ("system_of", lambda slots: None),
     ],
