@@ -23,7 +23,7 @@ from telechat_twins.core.files.foreign import load_json, parse_value
 from telechat_twins.core.types import JsonObject
 
 _TEXTS = ("content", "value", "text")
-_ROWS = 64  # that become Python objects at a time
+_ROWS = 16  # that become Python objects at a time
 _BUFFER = 1 << 20
 _DAMAGED = (OSError, KeyError, ValueError, OverflowError)  # what else the library raises where bytes were altered
 

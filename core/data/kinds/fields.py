@@ -78,7 +78,7 @@ def refuse_unread(
     """UserError for a key of ``value`` (called ``name``) that is none of ``known`` nor ``harmless``, by which something
     that the row says would be lost. Keys with empty values say nothing; ``left_out`` receives the harmless ones."""
     for key, given in value.items():
-        if is_empty(given) or key in known or key in ignore:
+        if key in known or is_empty(given) or key in ignore:
             continue
         if key in harmless:
             if left_out is not None:
@@ -93,7 +93,7 @@ def refuse_unread(
 
 def refuse_ignored(value: JsonObject, parts: Collection[str], name: str, where: str, ignore: Collection[str]) -> None:
     """UserError where ``ignore`` names a key of ``value`` that is one of ``parts``, of which the row consists."""
-    for key in value:
+    for key in ignore and value:
         if key in ignore and key in parts and not is_empty(value[key]):
             raise UserError(
                 f"{where}: --ignore-key {key} would leave out '{f'{name}.' * bool(name)}{key}', which is part of "

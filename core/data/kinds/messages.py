@@ -122,6 +122,9 @@ def _message(
     value: JsonObject, role: str, spelling: tuple[str, str], name: str, where: str, reading: Reading
 ) -> JsonObject:
     words = spelling[1]
+    if len(value) == 2 and words in value and role != CALL and not reading.ignore:
+        # Nearly every message: nothing but who speaks and what is said.
+        return {"role": role, "content": _content(value[words], f"{name}.{words}", where)}
     known = {*spelling, "name", *_WEIGHTS}.union(_OF_ANSWER if role in ANSWERS else ())
     known |= {"tool_call_id"} if role == "tool" else set()
     parts = {*spelling, "tool_calls", "function_call"}

@@ -6,6 +6,7 @@ name that is in use for it; a row fills it once.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Collection
 from dataclasses import dataclass, field
 
@@ -29,7 +30,7 @@ class Kind:
     marks: tuple[tuple[str, ...], ...]
     flags: frozenset[str] = field(default=frozenset())
 
-    @property
+    @functools.cached_property
     def keys(self) -> frozenset[str]:
         """Every key that is read."""
         return self.flags.union(*self.slots.values())
@@ -149,7 +150,7 @@ HARMLESS_OF_MESSAGE = frozenset(_HARMLESS_OF_MESSAGE.split())
 
 def is_empty(value: object) -> bool:
     """Whether a value says nothing: null, "", [] or {}."""
-    return value is None or value in ("", [], {})
+    return not value and (value is None or value == "" or value == [] or value == {})
 
 
 def kind_of(row: JsonObject, where: str, use: str, ignore: Collection[str] = (), forced: str | None = None) -> Kind:
@@ -163,10 +164,8 @@ def kind_of(row: JsonObject, where: str, use: str, ignore: Collection[str] = (),
         if not kind.marked_by(given):
             raise UserError(f"{where}: not a row of kind {forced} ({_wanted(kind)}); keys found: {keys_found(row)}")
         return kind
-    filled = {key for key in given if not is_empty(row[key])}
-    found = [kind for kind in USES[use] if kind.marked_by(filled)] or [
-        kind for kind in USES[use] if kind.marked_by(given)
-    ]
+    filled = frozenset(key for key in given if not is_empty(row[key]))
+    found = _marked(use, filled) or _marked(use, frozenset(given))
     if len(found) > 1:
         names = ", ".join(kind.name for kind in found)
         raise UserError(
@@ -178,6 +177,12 @@ def kind_of(row: JsonObject, where: str, use: str, ignore: Collection[str] = (),
     refuse_other_use(row, where, use, ignore)
     wanted = "; ".join(f"{kind.name} ({_wanted(kind)})" for kind in USES[use])
     raise UserError(f"{where}: a row of no kind that is read: {wanted}; keys found: {keys_found(row)}")
+
+
+@functools.lru_cache(maxsize=1024)
+def _marked(use: str, keys: frozenset[str]) -> tuple[Kind, ...]:
+    """The kinds for ``use`` that a row with these keys can be of; rows of a file mostly have the same keys."""
+    return tuple(kind for kind in USES[use] if kind.marked_by(keys))
 
 
 def refuse_other_use(row: JsonObject, where: str, use: str, ignore: Collection[str] = ()) -> None:
@@ -194,6 +199,8 @@ class Slots:
         self.kind, self.row, self.where = kind, row, where
         self._names: dict[str, str] = {}
         for slot, names in kind.slots.items():
+            if len(names) == 1 and names[0] not in row:
+                continue
             given = [name for name in names if name in row and name not in ignore and not is_empty(row[name])]
             if len(given) > 1:
                 raise UserError(
@@ -218,6 +225,8 @@ class Slots:
 
     def parts(self, ignore: Collection[str]) -> set[str]:
         """The keys that cannot be ignored: those of slots that nothing else fills."""
+        if not ignore:
+            return set()
         return {
             name
             for slot, names in self.kind.slots.items()
