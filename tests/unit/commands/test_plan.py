@@ -43,7 +43,7 @@ def test_adapters_by_hand() -> None:
             8 * adapters,
         )
         assert (memory["frozen"], memory["compute_copy"]) == (width * base, copy * adapters)
-    # Of the inputs of frozen products those of q, k and v and of down are kept for adapters, that of gate and up is not.
+    # Of the inputs of frozen products, those of q, k, v and of down are kept for adapters, that of gate and up is not.
     whole = estimate(TINY, 64, 1, "bf16")["memory_bytes"]["activations"]
     assert whole - memory["activations"] == 64 * 2 * 4 * 128
     flops = plan["flops_per_token"]["matrices"], estimate(TINY, 64)["flops_per_token"]["matrices"]
