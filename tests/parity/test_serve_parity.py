@@ -205,7 +205,9 @@ def test_mistakes_are_said_before_anything_is_loaded(model, tmp_path, capsys):
     assert "empty: a key must consist of" in says("--port", "0", "--api-key-file", str(tmp_path / "empty"))
     with open(tmp_path / "endless", "wb") as file:
         file.truncate(1 << 40)
-    assert "endless: has more than 1048576 bytes" in says("--port", "0", "--api-key-file", str(tmp_path / "endless"))
+    assert "endless: must have at most 1048576 bytes, found more" in says(
+        "--port", "0", "--api-key-file", str(tmp_path / "endless")
+    )
     from telechat_twins.core.data.tokenizer_training import train_tokenizer
 
     train_tokenizer(["some other text " * 50, *(f"w{n}" for n in range(300))], tmp_path / "other.model", 320)
