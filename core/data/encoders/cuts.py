@@ -22,6 +22,7 @@ from telechat_twins.core.files.protobuf import fields
 
 SPACE = "\u2581"  # what SentencePiece writes for a space
 _CODES = 0x110000
+_LETTERS = 30_000  # different characters in pieces of several: 112 MB of bits for their pairs
 _WINDOW = 4096  # characters at the end of a text that are looked at first
 
 # Of sentencepiece_model.proto: ModelProto, TrainerSpec, NormalizerSpec.
@@ -85,18 +86,23 @@ class Cutter:
 
     def __init__(self, pieces: Sequence[str], fallback: bool) -> None:
         """``pieces``: those that text can become; ``fallback``: characters without a piece are bytes."""
-        codes = _codes("\0".join(pieces))
-        letters, places = np.unique(codes, return_inverse=True)
-        # Letters are numbered from 1 (NUL, between two pieces, comes first); 0 is any other character.
+        several = [piece for piece in pieces if len(piece) > 1]
+        # NUL between two pieces; it comes first of the letters, and number 0 is any character that is in no pair.
+        letters, places = np.unique(_codes("\0" + "\0".join(several)), return_inverse=True)
         self._number = np.zeros(_CODES, np.int32)
         self._number[letters[1:]] = np.arange(1, len(letters))
-        self._number[ord(" ")] = self._number[ord(SPACE)]
         self._width = len(letters)
-        joined = np.zeros(self._width**2, bool)
-        joined[places[:-1] * self._width + places[1:]] = True
-        joined.reshape(self._width, self._width)[0] = joined.reshape(self._width, self._width)[:, 0] = False
-        self._joined = np.packbits(joined, bitorder="little")
-        self._known = None if fallback else self._singles(pieces)
+        left, right = places[:-1], places[1:]
+        pairs = np.unique((left * self._width + right)[(left > 0) & (right > 0)])
+        self._joined = np.zeros(self._width**2 // 8 + 1, np.uint8)
+        np.bitwise_or.at(self._joined, pairs >> 3, np.left_shift(1, pairs & 7).astype(np.uint8))
+        self._known: np.ndarray | None = None
+        if not fallback:
+            self._known = np.zeros(_CODES, bool)
+            self._known[[ord(piece) for piece in pieces if len(piece) == 1]] = True
+        for by_code in (self._number, self._known):
+            if by_code is not None:
+                by_code[ord(" ")] = by_code[ord(SPACE)]
 
     def words(self, text: str) -> list[str]:
         """``text`` as parts that encode one by one."""
@@ -117,21 +123,15 @@ class Cutter:
     def _places(self, text: str) -> list[int]:
         if len(text) < 2:
             return []
-        numbers = self._number[_codes(text)]
+        codes = _codes(text)
+        numbers = self._number[codes]
         pairs = numbers[:-1].astype(np.int64) * self._width + numbers[1:]
         free = (self._joined[pairs >> 3] >> (pairs & 7).astype(np.uint8) & 1) == 0
         if self._known is not None:
-            certain = self._known[numbers]
+            certain = self._known[codes]
             free &= certain[:-1] | certain[1:]
         found: list[int] = (np.flatnonzero(free) + 1).tolist()
         return found
-
-    def _singles(self, pieces: Sequence[str]) -> np.ndarray:
-        """By number, whether a character is a piece."""
-        known = np.zeros(self._width, bool)
-        known[self._number[[ord(piece) for piece in pieces if len(piece) == 1]]] = True
-        known[0] = False
-        return known
 
 
 def make_cutter(specs: Specs, pieces: Sequence[str]) -> Cutter | None:
@@ -139,7 +139,8 @@ def make_cutter(specs: Specs, pieces: Sequence[str]) -> Cutter | None:
     become, without control, unknown and byte pieces."""
     if not (specs.is_bpe and specs.leaves_text and pieces) or any("\0" in piece for piece in pieces):
         return None
-    return Cutter(pieces, specs.byte_fallback)
+    several = {character for piece in pieces if len(piece) > 1 for character in piece}
+    return Cutter(pieces, specs.byte_fallback) if len(several) < _LETTERS else None
 
 
 def _codes(text: str) -> np.ndarray:
