@@ -64,7 +64,8 @@ dp2:bf16 tp2:bf16 ring2:bf16 ulysses2:bf16 pp2:bf16 tp2:amp
 dp2:flm tp2:flm tp2.nosp:flm ring2:flm pp2:flm+tied tp2:flm+full ring2:flm+zigzag tp2:flm+bf16
 dp2:mup tp2:mup pp2:flm+tied+mup dp2:mup+bf16
 dp2:grown tp2:grown tp2.nosp:grown+full ring2:grown ulysses2:grown pp2:grown tp2:grown+bf16
-dp2:weights tp2:weights ring2:weights pp2:weights dp2:pairs tp2:pairs ring2:pairs pp2:pairs pp2.vpp2:pairs+fp64
+dp2:weights tp2:weights ring2:weights+gather pp2:weights dp2:pairs tp2:pairs ring2:pairs pp2:pairs+lora
+pp2.vpp2:pairs+fp64
 tp2:flm+grown pp2:flm+tied+grown tp2:zero pp2:tied+zero tp2:flm+zero
 dp2:lora tp2:lora tp2.nosp:lora ring2:lora pp2:lora tp2:flm+lora+full tp2:lora+bf16
 pp2:frozen pp2.vpp2:frozen dp2:frozen tp2:lora+fp64 ring2:lora+fp64
@@ -191,28 +192,27 @@ def world_of(case: Case) -> int:
 @cache
 def make_batch(kind: str) -> Batch:
     """4 rows of 61 tokens (64 where documents must fit a zigzag over 4), with unequal numbers of targets a row."""
-    rows, length = (3 if kind == "rows3" else 4), (64 if kind == "zigzag" else 61)
+    rows, length = (3 if kind == "rows3" else 4), (64 if "zigzag" in kind else 61)
     random = np.random.default_rng(3)
     ids = random.integers(0, MODEL.vocab_size, (rows, length)).astype(np.int32)
     targets = shift_labels(ids)
     for row in range(rows):
         targets[row, 5 : 5 + 7 * row] = -100
     positions = np.tile(np.arange(length, dtype=np.int32), (rows, 1))
-    if kind == "weights":
-        return Batch(ids, targets, positions, weights=random.uniform(0.1, 3.0, ids.shape).astype(np.float32))
+    weights = random.uniform(0.1, 3.0, ids.shape).astype(np.float32) if "weights" in kind else None
     if kind == "pairs":
         # About the log-probabilities of so many tokens, so that margins are neither tiny nor saturated.
         counted = (targets != -100).sum(1)
         return Batch(ids, targets, positions, reference=-6.0 * counted + random.normal(0.0, 3.0, rows))
-    if kind not in ("zigzag", "gather"):
-        return Batch(ids, targets, positions)
+    if "zigzag" not in kind and "gather" not in kind:
+        return Batch(ids, targets, positions, weights=weights)
     doc_ids = np.zeros_like(ids)
     for row in range(rows):
         # Each row is cut elsewhere; multiples of 16 fit the 2 * 8 chunks of a ring of 8.
-        for start in (16 * (1 + row % 3),) if kind == "zigzag" else (11 + row, 40):
+        for start in (16 * (1 + row % 3),) if "zigzag" in kind else (11 + row, 40):
             doc_ids[row, start:] += 1
             positions[row, start:] = np.arange(length - start)
-    return Batch(ids, targets, positions, doc_ids)
+    return Batch(ids, targets, positions, doc_ids, weights)
 
 
 # Goldens under layouts: (name, folder of the model, io, loss, gradients).
