@@ -42,6 +42,7 @@ GROUPS: dict[str, dict[str, str]] = {
         "chat": "chat with a model in the terminal",
         "serve": "serve a model over HTTP: the OpenAI API and a chat page",
         "forward": "compute logits, loss and gradients of given inputs",
+        "eval": "evaluate a model: P(true) of propositions and multiple choices",
     },
     "Check and exchange": {
         "parity": "compare both frameworks and report all differences; exit 1 on a broken bound",

@@ -24,7 +24,20 @@ if TYPE_CHECKING:
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
-    """Options of generate, chat and serve: the model, its backend, and how it is read."""
+    """Options of generate, chat and serve: the model, its backend, how it is read, and how it is prompted."""
+    add_checkpoint_arguments(parser)
+    parser.add_argument("--chat-template", default="auto", metavar="auto|builtin|FILE", help=TEMPLATE_HELP)
+    parser.add_argument(
+        "--rescale",
+        default="request",
+        choices=("request", "step"),
+        help="rotary base beyond the trained length: fixed for a request, or recomputed each step as released",
+    )
+    parser.add_argument("--add-bos", action="store_true", help="begin with <_start>, as in the 115B release's chat")
+
+
+def add_checkpoint_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of a model that is computed with: its backend, its files, and its arithmetic."""
     parser.add_argument(
         "--backend", required=True, choices=sorted(backends.BACKENDS), help="ms: MindSpore, pt: PyTorch"
     )
@@ -35,7 +48,6 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         help="tokenizer.model, tokenizer.json, vocab.json, or a folder (default: the one beside the checkpoint)",
     )
     parser.add_argument("--control", default="auto", choices=CONTROL_CHOICES, help="which control tokens text may name")
-    parser.add_argument("--chat-template", default="auto", metavar="auto|builtin|FILE", help=TEMPLATE_HELP)
     parser.add_argument("--precision", default="fp32", choices=PRECISIONS, help="arithmetic (fp32)")
     parser.add_argument(
         "--quantize",
@@ -43,14 +55,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         choices=QUANTIZATIONS,
         help="int8: linear layers in 8 bits, with a scale for each output channel (none)",
     )
-    parser.add_argument(
-        "--rescale",
-        default="request",
-        choices=("request", "step"),
-        help="rotary base beyond the trained length: fixed for a request, or recomputed each step as released",
-    )
     parser.add_argument("--table-dtype", choices=("float32", "float16"), help="rotary tables; float16 as released")
-    parser.add_argument("--add-bos", action="store_true", help="begin with <_start>, as in the 115B release's chat")
 
 
 def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:

@@ -98,9 +98,10 @@ def load_model(
     if path is not None and (need_tokenizer or args.tokenizer):
         tokenizer = load_tokenizer(path, control=args.control, in_vocabulary=True)
         check_vocabulary(tokenizer, config)
-        layout, notes = open_layout(tokenizer, args.chat_template, [Path(args.checkpoint)])
-        for note in notes:
-            print(f"note: {printable(note)}", file=sys.stderr)
+        if args.chat_template is not None:  # None: no chats, so a template that cannot be used is no obstacle
+            layout, notes = open_layout(tokenizer, args.chat_template, [Path(args.checkpoint)])
+            for note in notes:
+                print(f"note: {printable(note)}", file=sys.stderr)
     return Loaded(args, source, config, tokenizer, layout)
 
 

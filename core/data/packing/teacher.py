@@ -52,6 +52,11 @@ def class_tokens(tokenizer: Tokenizer, true_piece: str = TRUE_PIECE, false_piece
     return ClassTokens(found["--true-token"], found["--false-token"], true_piece, false_piece)
 
 
+def text_ids(proposition: Proposition, tokenizer: Tokenizer) -> list[int]:
+    """The ids after which a proposition's class token stands, in training and in evaluation."""
+    return tokenizer.encode(proposition.text)
+
+
 def pack_teacher(
     inputs: Sequence[str | Path],
     out: str | Path,
@@ -110,7 +115,7 @@ def _encoded(
 ) -> Iterator[list[int]]:
     """The ids of each proposition, its class token last."""
     for proposition in propositions:
-        ids = [*tokenizer.encode(proposition.text), tokens.of(proposition)]
+        ids = [*text_ids(proposition, tokenizer), tokens.of(proposition)]
         if len(ids) > seq_len:
             if not drop_long:
                 raise UserError(
