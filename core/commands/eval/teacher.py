@@ -94,10 +94,10 @@ def run(args: argparse.Namespace) -> int:
         sep="\n",
     )
     if args.out is not None:
-        names = ("backend", "checkpoint", "adapter", "precision", "quantize")
+        settings = ("backend", "checkpoint", "adapter", "precision", "quantize")
         pieces = [tokens.true_piece, tokens.false_piece]
         facts = {
-            **{name: getattr(args, name) for name in names},
+            **{name: getattr(args, name) for name in settings},
             "files": [str(file) for file in files],
             "class_tokens": {"true": tokens.true, "false": tokens.false, "pieces": pieces},
             **noticed(reading),
