@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
+from telechat_twins.convert.hf.expression import expression_cost, matches, matches_ending
 from telechat_twins.core.errors import UserError
 from telechat_twins.core.model.config import MAX_WIDTH
 from telechat_twins.core.shown import shown
@@ -20,8 +21,10 @@ from telechat_twins.core.types import JsonObject
 CONFIG = "adapter_config.json"
 ALL_LINEAR = "all-linear"
 MAX_PATTERN = 1000  # characters of a regular expression
-# What PEFT makes of the expressions of rank_pattern and alpha_pattern, and of layers_pattern.
-_ENDING, _BEFORE_LAYER, _ANY_LAYER = r"(.*\.)?({})$", r"(?:^|.*?\.){}\.(?P<idx>\d+)\.", r".*?\.{}\.(?P<idx>\d+)\."
+MAX_COST = 2000  # of the expressions of one key (convert.hf.expression): a second for a model of hundreds of layers
+_LAYERS = re.compile(r"\w{1,100}")  # of layers_pattern: a name, as PEFT's own are
+# Where PEFT finds a layer's number, behind a name of layers_pattern, and without one.
+_BEFORE_LAYER, _ANY_LAYER = r"(?:^|.*?\.){}\.(?P<idx>\d+)\.", r".*?\.[^.]*\.(?P<idx>\d+)\."
 
 # Of the run that made the adapter, of the file itself, or of how training computes: nothing to do with B A x.
 _HARMLESS = (
@@ -169,35 +172,47 @@ def _patterns(values: JsonObject, name: str, where: str) -> list[tuple[str, obje
     found = values.get(name) or {}
     if not isinstance(found, dict):
         raise UserError(f"{where}: {name}: expected layer names with numbers, found {shown(found)}")
-    return [(_expression(key, f"{where}: {name}", _ENDING), value) for key, value in found.items()]
+    _check_expressions(found, f"{where}: {name}")
+    return list(found.items())
 
 
 def _layer_patterns(found: object, where: str) -> tuple[str, ...]:
     patterns = [found] if isinstance(found, str) and found else found or []
     if not isinstance(patterns, list):
         raise UserError(f"{where}: expected names of the list of layers, found {shown(found)}")
-    return tuple(_expression(text, where, _BEFORE_LAYER) for text in patterns)
+    for text in patterns:
+        if not isinstance(text, str) or not _LAYERS.fullmatch(text):
+            raise UserError(f"{where}: expected names of at most 100 letters, digits and _, found {shown(text)}")
+    return tuple(patterns)
 
 
 def _names(found: object, where: str) -> str | tuple[str, ...]:
     if isinstance(found, str):
-        return found if found == ALL_LINEAR else _expression(found, where)
+        if found != ALL_LINEAR:
+            _check_expressions([found], where)
+        return found
     if not isinstance(found, list) or not all(isinstance(name, str) and name for name in found):
         raise UserError(f"{where}: expected names of layers or one expression, found {shown(found)}")
     return tuple(found)
 
 
-def _expression(text: object, where: str, used: str = "{}") -> str:
-    """A regular expression of Python's that is one too where PEFT puts it into ``used``."""
-    if not isinstance(text, str) or len(text) > MAX_PATTERN:
+def _check_expressions(texts: Iterable[object], where: str) -> None:
+    """UserError unless all are regular expressions whose match takes a bounded time (convert.hf.expression)."""
+    cost = 0
+    for text in texts:
+        if not isinstance(text, str) or len(text) > MAX_PATTERN:
+            raise UserError(
+                f"{where}: expected a regular expression of at most {MAX_PATTERN} characters, found {shown(text)}"
+            )
+        try:
+            cost += expression_cost(text)
+        except ValueError as error:
+            raise UserError(f"{where}: {shown(text)} {error}; name the layers in another way") from None
+    if cost > MAX_COST:
         raise UserError(
-            f"{where}: expected a regular expression of at most {MAX_PATTERN} characters, found {shown(text)}"
+            f"{where}: its expressions repeat too much (cost {cost}, at most {MAX_COST}); name the layers "
+            "in another way"
         )
-    try:
-        re.compile(used.format(text))
-    except (re.error, RecursionError, OverflowError) as error:
-        raise UserError(f"{where}: {shown(text)} is no regular expression ({error})") from None
-    return text
 
 
 def _rank(value: object, where: str) -> int:
@@ -221,18 +236,18 @@ def _dropout(value: object, where: str) -> float:
 def _named(names: str | Sequence[str], module: str) -> bool:
     """PEFT's rule: an expression for the whole name, or a list of names or of their last parts."""
     if isinstance(names, str):
-        return re.fullmatch(names, module) is not None
+        return matches(names, module)
     return any(module == name or module.endswith(f".{name}") for name in names)
 
 
 def _layer(module: str, patterns: Sequence[str]) -> int | None:
     """The layer number in a module's name: behind one of ``patterns``, or the first number between two dots."""
-    for pattern in patterns or (r"[^.]*",):
-        if match := re.match((_BEFORE_LAYER if patterns else _ANY_LAYER).format(pattern), module):
+    for found in [_BEFORE_LAYER.format(name) for name in patterns] or [_ANY_LAYER]:
+        if match := re.match(found, module):
             return int(match["idx"])
     return None
 
 
 def _first_match(patterns: Mapping[str, object], module: str) -> str:
     """The key that applies: the first in file order that matches the end of the name (PEFT's get_pattern_key)."""
-    return next((key for key in patterns if re.match(_ENDING.format(key), module)), module)
+    return next((key for key in patterns if matches_ending(key, module)), module)
