@@ -21,6 +21,9 @@ from telechat_twins.core.commands.options import (
     load_model,
     sampling_from,
 )
+from telechat_twins.core.data.forms.streams import UTF8
+from telechat_twins.core.data.kinds.messages import REASONING, Reading
+from telechat_twins.core.data.kinds.table import DIALOGUE, USES
 from telechat_twins.core.errors import UserError
 from telechat_twins.core.inference.load import Loaded
 from telechat_twins.core.model.xpos_range import check_xpos_range
@@ -42,6 +45,8 @@ examples:
   tele generate --backend ms --checkpoint model --prompt "Once upon a time" --layout tp2.pp2
   tele generate --backend pt --checkpoint model --prompt-file book.txt --layout ring2
   tele generate --backend ms --checkpoint model --adapter runs/sft-lora --chat --prompt "Hello"
+  tele generate --backend pt --checkpoint model --prompts questions.jsonl --samples 8 --temperature 0.8 \\
+    --score python:judge.py:score --out best.jsonl --preference-out pairs.jsonl
 """
 
 
@@ -54,6 +59,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     source.add_argument("--prompt", metavar="TEXT", help="text to continue (default: read from stdin)")
     source.add_argument("--prompt-file", metavar="F", help="read the text from a file, without a final line end")
     source.add_argument("--ids", metavar="1,2,3", help="token ids instead of text; no tokenizer is needed")
+    source.add_argument(
+        "--prompts",
+        nargs="+",
+        metavar="F",
+        help="rejection sampling: files of dialogue rows, whose last answer is sampled anew, or a question a line",
+    )
     parser.add_argument("--max-new-tokens", type=int, default=128, metavar="N", help="tokens to generate at most (128)")
     parser.add_argument("--chat", action="store_true", help="wrap the prompt as a user's question in the chat template")
     parser.add_argument(
@@ -80,6 +91,37 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--nproc", type=int, metavar="N", help="processes (default: as many as the layout needs)")
     parser.add_argument("--json", action="store_true", help="print one JSON object: ids, text, margins, finish_reason")
+    _add_rejection_arguments(parser)
+
+
+def _add_rejection_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of --prompts."""
+    group = parser.add_argument_group("rejection sampling (--prompts)")
+    group.add_argument(
+        "--score",
+        metavar="SPEC",
+        help="python:FILE.py:function, called with messages, answer and row; or 'command:CMD ...', which reads a JSON "
+        "object of these a line and writes a number a line",
+    )
+    group.add_argument("--out", metavar="F", help="rows that `tele data --sft` reads; repeat the command to resume")
+    group.add_argument("--keep", choices=("best",), help="which answer of a prompt is written to --out (best)")
+    group.add_argument(
+        "--preference-out", metavar="F", help="best and worst answers as rows that `tele data --preference` reads"
+    )
+    group.add_argument("--min-score", type=float, metavar="X", help="drop prompts whose best score is below it")
+    group.add_argument(
+        "--keep-cut", action="store_true", help="score answers that reached --max-new-tokens (default: leave them out)"
+    )
+    group.add_argument("--encoding", metavar="NAME", help="of text files and rows (utf-8)")
+    group.add_argument(
+        "--ignore-key", action="append", default=[], metavar="NAME", help="leave this key of rows out (repeatable)"
+    )
+    group.add_argument(
+        "--kind",
+        choices=[kind.name for kind in USES[DIALOGUE]],
+        help="what every row is (default: judged by the keys of each row)",
+    )
+    group.add_argument("--reasoning", choices=REASONING, help="reasoning of earlier answers, as in `tele data`")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -93,6 +135,9 @@ def run(args: argparse.Namespace) -> int:
         raise UserError(f"--max-new-tokens: must be at least 1, found {args.max_new_tokens}")
     if args.samples > 1 and sampling.greedy:
         raise UserError("--samples: several need --temperature, since greedy answers are equal; e.g. --temperature 0.7")
+    _check_mode(args)
+    if args.prompts:
+        return _reject(args, sampling)
     if args.logprobs is not None and not args.json:
         raise UserError("--logprobs requires --json; add --json")
     layout = _layout(args)
@@ -138,6 +183,96 @@ def run(args: argparse.Namespace) -> int:
         file=sys.stderr,
     )
     return 0
+
+
+_ONLY_PROMPTS = ["score", "out", "keep", "preference_out", "min_score", "keep_cut"]
+_ONLY_PROMPTS += ["encoding", "ignore_key", "kind", "reasoning"]
+_NOT_PROMPTS = ["allow_control", "ignore_eos", "logprobs", "layout", "nproc", "json"]
+
+
+def _check_mode(args: argparse.Namespace) -> None:
+    """UserError for options of rejection sampling without --prompts, and for those that it has no place for."""
+
+    def given(names: Sequence[str]) -> str | None:
+        values = {name: getattr(args, name) for name in names}
+        # By identity: 0 is a value that was given, and equals False.
+        name = next((name for name, v in values.items() if v is not None and v is not False and v != []), None)
+        return name and name.replace("_", "-")
+
+    if not args.prompts:
+        if name := given(_ONLY_PROMPTS):
+            raise UserError(f"--{name}: belongs to rejection sampling; give --prompts FILE, or leave it out")
+        return
+    if name := given(_NOT_PROMPTS):
+        raise UserError(f"--{name}: cannot be combined with --prompts; leave it out")
+    for name in ("score", "out"):
+        if getattr(args, name) is None:
+            raise UserError(f"--{name}: missing; --prompts needs a scorer (--score) and a file to write (--out)")
+    if args.preference_out and args.samples < 2:
+        raise UserError(f"--preference-out: needs two answers or more, found --samples {args.samples}; e.g. 8")
+    if args.preference_out and Path(args.preference_out).resolve() == Path(args.out).resolve():
+        raise UserError(f"--preference-out: must not be the file of --out, {args.out}; give another")
+
+
+def _reject(args: argparse.Namespace, sampling: SamplingConfig) -> int:
+    """Rejection sampling of every prompt of the files; prints the summary."""
+    from telechat_twins.core.data.chat_layout import require_layout
+    from telechat_twins.core.files.atomic import writable_file
+    from telechat_twins.core.inference.generation import turn_stops
+    from telechat_twins.core.inference.prompts import Prompt, prompt_encoder, read_prompts, survey
+    from telechat_twins.core.inference.rejection import Journal, Selection, deciding, draw, request_of, sample_prompts
+    from telechat_twins.core.inference.rejection import summary as summary_of
+    from telechat_twins.core.inference.requests import Request, check_request
+    from telechat_twins.core.inference.scorers import open_scorer
+    from telechat_twins.core.launch.run_lock import hold_place
+
+    selection = Selection(
+        Path(args.out), Path(args.preference_out) if args.preference_out else None, args.min_score, args.keep_cut
+    )
+    for option, path in (("--out", args.out), ("--preference-out", args.preference_out)):
+        if path:
+            writable_file(path, option)
+    model = load_model(args, "a text prompt", {} if args.adapter is None else {"": args.adapter})
+    assert model.tokenizer is not None  # load_model refuses a text prompt without one
+    layout = require_layout(model.tokenizer, model.layout)
+    encode = prompt_encoder(layout, model.config.bos_token_id if args.add_bos else None)
+
+    def prompts() -> Iterator[Prompt]:
+        reading = Reading(frozenset(args.ignore_key), args.reasoning or REASONING[0], args.kind)
+        return read_prompts(args.prompts, reading, args.encoding or UTF8)
+
+    found = survey(prompts(), encode)
+    template = Request(
+        prompt_ids=tuple(found.longest),
+        max_new_tokens=args.max_new_tokens,
+        sampling=sampling,
+        samples=args.samples,
+        stop_ids=turn_stops(model.tokenizer, model.config),
+        stop_texts=tuple(args.stop),
+        text="answer",
+        adapter=len(model.adapters),
+    )
+    check_request(template, model.config.num_tokens, True)  # before weights are read
+    with hold_place(args.out, f"--out {args.out}"), open_scorer(args.score, _to_stderr) as scorer:
+        journal = Journal(selection, deciding(model, found.digest, scorer.identity))
+        earlier = len(journal.records)
+        if earlier < found.count:
+            engine = model.engine(template.total, args.samples)
+            sample_prompts(
+                prompts(),
+                found.count,
+                lambda index, prompt: draw(engine, request_of(template, prompt, index, encode(prompt))),
+                scorer,
+                selection,
+                journal,
+            )
+    for line in summary_of(selection, journal.records, earlier):
+        print(line)
+    return 0
+
+
+def _to_stderr(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
 
 
 def _request(args: argparse.Namespace, model: Loaded, ids: Sequence[int], sampling: SamplingConfig) -> Request:

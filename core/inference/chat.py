@@ -160,7 +160,7 @@ class Chat:
             # After the reader stopped or Ctrl-C, too, what was shown joins the history. A failed turn leaves no trace.
             if not failed:
                 self.calls = calls
-                self.history += [*new, _assistant("".join(words), calls)]
+                self.history += [*new, assistant_message("".join(words), calls)]
 
     def _prompt(self, new: list[Message]) -> list[int]:
         """Token ids of the conversation, with as many of the newest turns as fit the budget."""
@@ -288,7 +288,8 @@ def _growing(pieces: Iterator[AnswerPart] | str, history: list[Message]) -> Iter
             yield piece, history
 
 
-def _assistant(words: str, calls: Sequence[ToolCall]) -> Message:
+def assistant_message(words: str, calls: Sequence[ToolCall]) -> Message:
+    """An answer's text and its tool calls as a message of the chat template."""
     message: Message = {"role": "assistant", "content": words}
     return {**message, "tool_calls": [_plain(call) for call in calls]} if calls else message
 

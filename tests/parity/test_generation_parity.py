@@ -16,6 +16,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 
 import numpy as np
@@ -435,6 +436,9 @@ def shown(talking, tmp_path, monkeypatch):
     (tmp_path / "TeleChat2-7B").symlink_to(talking)
     (tmp_path / "prompt.txt").write_text("a model\n", encoding="utf-8")
     (tmp_path / "questions.txt").write_text("a\nb\n", encoding="utf-8")
+    rows = ({"instruction": f"a model {n}", "output": "answers"} for n in range(2))
+    (tmp_path / "questions.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows), encoding="utf-8")
+    (tmp_path / "judge.py").write_text(textwrap.dedent(blocks("py")[0]), encoding="utf-8")
     ids = np.arange(12).reshape(2, 6)
     save_file({"input_ids": ids, "labels": ids}, tmp_path / "in.safetensors")
     monkeypatch.chdir(tmp_path)
@@ -443,7 +447,7 @@ def shown(talking, tmp_path, monkeypatch):
 
 def test_the_commands_of_the_page_run(shown, capfd, monkeypatch):
     commands = [line for block in blocks("bash") for line in block.splitlines()]
-    assert len(commands) == 8
+    assert len(commands) == 10
     for line in commands:
         feed, _, piped = line.rpartition(" | ")
         words, _, name = piped.partition(" < ")
@@ -454,6 +458,7 @@ def test_the_commands_of_the_page_run(shown, capfd, monkeypatch):
         assert cli.main(argv) == 0, capfd.readouterr().err
         assert capfd.readouterr().out or "--out" in argv
     assert (shown / "out.safetensors").exists()
+    assert (shown / "best.jsonl").read_text(encoding="utf-8").count("\n") == 2
 
 
 def test_the_python_of_the_page_runs(shown):
