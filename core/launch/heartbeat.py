@@ -113,7 +113,10 @@ def read_heartbeat(path: str | Path) -> HeartbeatRecord | None:
             tail = os.pread(handle, _TAIL.size, _TAIL_AT)
             body = os.pread(handle, _BODY.size, _HEAD.size)
             head = os.pread(handle, _HEAD.size, 0)
-            if len(tail) == _TAIL.size and _TAIL.unpack(tail)[0] == _HEAD.unpack(head)[0]:
+            # The head is written field by field, its number first: read after the rest of it, the number is that of the
+            # newest write whose fields the head may hold.
+            first = os.pread(handle, _TAIL.size, 0)
+            if len(tail) == _TAIL.size and tail == first == head[: _TAIL.size]:
                 return _record(head, body)
         return None
     except OSError:

@@ -284,7 +284,7 @@ def test_generate_command_gives_text(backend, talking, capsys, tmp_path):
         (("--ids", "1", "--logprobs", "152", "--json"), "logprobs: must be 0 to 151"),
         (("--ids", "1", "--stop", "x"), "stop: stop strings and text output need a tokenizer, found none"),
         (("--ids", "1", "--presence-penalty", "1e9"), "sampling.presence_penalty: must be at most 100"),
-        (("--prompt", "hello"), "has no tokenizer.model, which a text prompt needs"),
+        (("--prompt", "hello"), "has no tokenizer, which a text prompt needs"),
         (("--prompt-file", "nowhere.txt"), "--prompt-file nowhere.txt: cannot be read"),
     ],
 )

@@ -343,7 +343,6 @@ def test_layout_equals_one_device(launches: Launches, backend: str, case: Case) 
     check(launches, backend, case, launches.launched(backend, world_of(case), False))
 
 
-@pytest.mark.full
 @pytest.mark.parametrize("case", [c for c in cases(WORLD2 + WORLD4) if "pairs" in c.words], ids=lambda case: case.text)
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_log_probabilities_of_rows(launches: Launches, backend: str, case: Case) -> None:
@@ -354,6 +353,7 @@ def test_log_probabilities_of_rows(launches: Launches, backend: str, case: Case)
     np.testing.assert_allclose(outcome.log_probs, exact, rtol=1e-12 if case.precision == "fp64" else 1e-6)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("case", cases(FULL + FULL8), ids=lambda case: case.text)
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_layout_equals_one_device_in_full(launches: Launches, backend: str, case: Case) -> None:

@@ -52,7 +52,7 @@ def test_the_commands_of_the_page_run(workspace, capsys):
         assert json.loads(health) == {"status": "ok"} and "tele_running 0" in metrics
         run_python(port)
         # The example of `tele serve --help`.
-        example = EPILOG[EPILOG.index("curl") : EPILOG.index("\n\npaths")].replace("\\\n", "")
+        example = EPILOG[EPILOG.index("curl") : EPILOG.index("\n\nRoutes")].replace("\\\n", "")
         example = example.replace('"model": "model"', '"model": "TeleChat2-7B"')
         assert json.loads(told(example, port))["object"] == "chat.completion"
     words = [word for word in shlex.split(limited)[2:] if word not in ("--host", "0.0.0.0")]

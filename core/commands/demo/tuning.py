@@ -108,7 +108,7 @@ def _config(out: Path, packed: Path, steps: int, total: int, seed: int) -> RunCo
                 "micro_batch": 8,
                 "seed": seed,
             },
-            "optim": {"lr": 1e-2, "schedule": "linear", "warmup_steps": 2, "weight_decay": 0.0},
+            "optim": {"lr": 1e-2, "schedule": "linear", "warmup_steps": 1, "weight_decay": 0.0},
             "checkpoint": {"every": 0},
         }
     )

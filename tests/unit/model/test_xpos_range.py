@@ -138,6 +138,7 @@ def test_generation_refuses_before_weights_are_read(checkpoints, monkeypatch, ca
     pieces = SimpleNamespace(vocab_size=model.config.vocab_size)
     monkeypatch.setattr("telechat_twins.core.inference.chat.load_tokenizer", lambda *_, **__: pieces)
     monkeypatch.setattr("telechat_twins.core.inference.chat.check_vocabulary", lambda *_: None)
+    monkeypatch.setattr("telechat_twins.core.inference.chat.open_layout", lambda *_, **__: (None, []))
     with pytest.raises(UserError, match=REFUSED):
         ChatModel(model.source.__class__(_checkpoint(checkpoints / "far")), pytest.fail, "t", "auto", "fp16", "none")
 

@@ -272,7 +272,7 @@ def broken_in(report):
 
 def test_a_layout_that_only_rounds_otherwise_holds_every_bound(layout_task):
     report = judged_layout(layout_task, an_outcome(layout_task, 3e-7))
-    assert broken_in(report) == [] and len(report.bounds) == 11
+    assert broken_in(report) == [] and len(report.bounds) == 12
     assert report.live == [2, 1] and report.sent > 0 and report.notes == []
     assert report.gradients[0].apart < 1e-5 and len(report.gradients) == len(report.weights) == 25
 
@@ -367,7 +367,7 @@ def test_layouts_in_the_report(layout_task, tmp_path):
     run.traffic[0]["all_reduce", "tp"][0] += 1
     bad = dataclasses.replace(judged_layout(layout_task, run), layout="dp4", notes=["messages of what are not counted"])
     report = ParityReport({}, judged(a_run(3e-7)), None, [good, bad])
-    assert report.verdict.startswith("NOT EQUAL: 3 of 28 bounds broken: dp4, PyTorch: loss against one device")
+    assert report.verdict.startswith("NOT EQUAL: 3 of 30 bounds broken: dp4, PyTorch: loss against one device")
     text = to_markdown(report)
     assert "| ok | pp2.tp2 | PyTorch | " in text and "| **BROKEN** | dp4 | PyTorch | " in text
     assert "| **BROKEN** | dp4, PyTorch: messages unlike the formula | 1 | 0 | rank 0, all_reduce over tp" in text
