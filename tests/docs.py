@@ -41,8 +41,8 @@ NOT_RUN = {
     "tele generate --backend pt --checkpoint TeleChat2-7B --adapter law-peft --chat --prompt Hello": "run by "
     "tests/parity/test_serve_parity.py::test_adapters_by_name_in_one_batch on a model of its own",
     "tele serve --backend ms --checkpoint TeleChat2-7B --adapter law=law-peft --adapter code=runs/code": "likewise",
-    "tele train --backend ms --config F --set lora.rank=16 --init TeleChat2-7B --out runs/law": "F is the reader's; the "
-    "README's lines are run",
+    "tele train --backend ms --config F --set lora.rank=16 --init TeleChat2-7B --out runs/law": "F is the reader's; "
+    "the README's lines are run",
     "tele train --backend pt --config F --init TeleChat2-7B --out runs/tuned --resume auto": "likewise",
     "make demo": "minutes; its parts are in tests/parity, and it is run by hand before a release",
     "make test": "is what runs this",
