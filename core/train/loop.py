@@ -36,7 +36,6 @@ from telechat_twins.core.model.growth import Growth, read_history
 from telechat_twins.core.model.lora import AdapterBase, AdapterRecord, adapter_record
 from telechat_twins.core.model.params import MATRIX
 from telechat_twins.core.model.xpos_range import check_xpos_range
-from telechat_twins.core.train.adapter import describe_adapter, require_base, require_same_adapter, require_same_base
 from telechat_twins.core.train.agreement import meet, raise_on_all, require_same_on_all, run_on_all
 from telechat_twins.core.train.health import Health, TrainingStopped
 from telechat_twins.core.train.loss_scale import DynamicLossScale
@@ -49,6 +48,8 @@ from telechat_twins.core.train.resume import (
     checkpoint_to_resume,
     describe_resumption,
     require_optimizer_state,
+    require_same_adapter,
+    require_same_base,
     require_same_model,
 )
 from telechat_twins.core.train.stages import (
@@ -63,9 +64,11 @@ from telechat_twins.core.train.stages import (
 from telechat_twins.core.train.start import (
     Lineage,
     adopt_start,
+    describe_adapter,
     describe_start,
     lineage_of,
     open_start,
+    require_base,
     start_reader,
     start_record,
     tokenizer_note,

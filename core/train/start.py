@@ -22,6 +22,7 @@ from telechat_twins.core.checkpoint.source import OpenInitial, ReadBox, WeightSo
 from telechat_twins.core.config import RunConfig
 from telechat_twins.core.errors import UserError
 from telechat_twins.core.model.config import ModelConfig, load_model_config
+from telechat_twins.core.model.lora import AdapterRecord
 from telechat_twins.core.types import JsonObject
 
 # Fields of ModelConfig in which a run may differ from the model it starts from. None changes what the weights compute:
@@ -173,3 +174,22 @@ def start_reader(source: WeightSource, model: ModelConfig) -> ReadBox:
         return np.pad(held, ((0, box[0].stop - box[0].start - held.shape[0]), (0, 0)))
 
     return read
+
+
+def require_base(config: RunConfig) -> None:
+    """UserError for a run with `lora` that names no base."""
+    if config.lora is not None and config.train.init is None:
+        raise UserError(
+            "lora: adapters are trained on the weights of a model; set train.init (--init DIR) to that model, or leave "
+            "`lora:` out to train a model from its initial weights"
+        )
+
+
+def describe_adapter(record: AdapterRecord) -> str:
+    """A line for the log."""
+    lora, base = record.lora, record.base
+    dropout = f", dropout {lora.dropout:g}" if lora.dropout else ""
+    return (
+        f"trains adapters of rank {lora.rank}, alpha {lora.alpha:g}{dropout}, on {' '.join(lora.targets)} of "
+        f"{base.path} (fingerprint {base.fingerprint[:12]}), which is frozen"
+    )
