@@ -17,16 +17,16 @@ from telechat_twins.core.inference.generation import generate
 from telechat_twins.core.inference.pages import pool_size
 from telechat_twins.core.inference.sampling import sampling_config
 from telechat_twins.core.train.metrics import Row
+from telechat_twins.core.types import JsonObject
 
 DIALOGUES = (
     ("Who are you?", "I am a tiny TeleChat2."),
-    ("你是谁？", "我是一个很小的星辰模型。"),
     ("Which frameworks can train you?", "MindSpore and PyTorch."),
-    ("哪些框架可以训练你？", "MindSpore 和 PyTorch。"),
     ("What was changed in you?", "Only low-rank adapters."),
-    ("你的哪些权重变了？", "只有低秩适配器。"),
+    ("你好！", "你好！"),
 )
-ASKED = (0, 3)  # of DIALOGUES: the answers that are shown
+SYSTEM = "Be brief."  # the template's own text is longer than a sample
+ASKED = (0, 1)  # of DIALOGUES: the answers that are shown
 ANSWER_TOKENS = 40
 
 Train = Callable[[str, RunConfig, Path, str | None], list[Row]]
@@ -42,10 +42,7 @@ def tune(tokenizer: Tokenizer, out: Path, steps: int, seed: int, train: Train) -
     if not tokenizer.control:
         print("note: skipped, this tokenizer has no control tokens for dialogues")
         return None
-    rows = [
-        {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]}
-        for question, answer in DIALOGUES
-    ]
+    rows = [{"messages": [*_ask(question), {"role": "assistant", "content": answer}]} for question, answer in DIALOGUES]
     file, packed = out / "tuning.jsonl", out / "packed" / "tuning"
     write_text(file, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
     pack_dialogues([file], packed, tokenizer, seq_len=128, force=True, quiet=True)
@@ -79,10 +76,14 @@ def answers(model: Path, tokenizer: Tokenizer, backend: str) -> list[list[int]]:
     from telechat_twins.convert.source import open_model
 
     source = open_model(model)
-    prompts = [encode_chat(tokenizer, [{"role": "user", "content": DIALOGUES[n][0]}]) for n in ASKED]
+    prompts = [encode_chat(tokenizer, _ask(DIALOGUES[n][0])) for n in ASKED]
     pages = pool_size(max(map(len, prompts)) + ANSWER_TOKENS)
     engine = Engine(backends.load(backend, "generate").Runner(source.config, source.tensor, pages))
     return [_until_end(generate(engine, ids, sampling_config(), ANSWER_TOKENS).tokens, tokenizer) for ids in prompts]
+
+
+def _ask(question: str) -> list[JsonObject]:
+    return [{"role": "system", "content": SYSTEM}, {"role": "user", "content": question}]
 
 
 def _until_end(tokens: Sequence[int], tokenizer: Tokenizer) -> list[int]:
@@ -108,7 +109,7 @@ def _config(out: Path, packed: Path, steps: int, total: int, seed: int) -> RunCo
                 "micro_batch": 8,
                 "seed": seed,
             },
-            "optim": {"lr": 1e-2, "schedule": "linear", "warmup_steps": 1, "weight_decay": 0.0},
+            "optim": {"lr": 3e-3, "schedule": "linear", "warmup_steps": 1, "weight_decay": 0.0},
             "checkpoint": {"every": 0},
         }
     )
