@@ -43,7 +43,7 @@ def expression_cost(text: str) -> int:
         cost = _cost(tree, 0)
         matches(text, "")
     except (re.error, RecursionError, OverflowError) as error:
-        raise ValueError(f"is no regular expression ({error})") from None
+        raise ValueError(f"is not a regular expression ({error})") from None
     return cost + (not _is_plain(tree))
 
 

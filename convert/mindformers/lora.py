@@ -74,7 +74,7 @@ def open_lora(
         if any(name in halves for halves in found):
             pairs[name] = _pair(name, linear, found, alpha, path)
     if left := next((name for halves in found for name in halves if name not in linears), None):
-        raise UserError(f"{path}: has an adapter for '{left}', which is no linear layer of this model")
+        raise UserError(f"{path}: has an adapter for '{left}', which is not a linear layer of this model")
     others = sum(len(home) for home in homes) - sum(len(pair) for halves in found for pair in halves.values())
     if others:
         notes.append(f"{others} tensors that are no adapter's (the base, or the optimizer's) are not read")

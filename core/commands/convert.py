@@ -333,5 +333,5 @@ def parse_size(text: str) -> int:
     """``5GB`` or ``1.5GiB`` or ``1000000`` in bytes; UserError otherwise."""
     match = re.fullmatch(r"([0-9]{1,18}(?:\.[0-9]{1,18})?)\s*([A-Za-z]*)", text.strip())
     if not match or match[2].upper() not in _UNITS or float(match[1]) == 0:
-        raise UserError(f"--max-shard-size: {text!r} is no size; write e.g. 5GB, 500MB or 4GiB")
+        raise UserError(f"--max-shard-size: must be a size such as 5GB, 500MB or 4GiB, found {text!r}")
     return max(1, int(float(match[1]) * _UNITS[match[2].upper()]))

@@ -150,7 +150,7 @@ def _check_resume(args: argparse.Namespace) -> None:
         raise UserError("--init, --resume: both name what the run begins with; give one, or --resume auto")
     if not Path(args.resume).is_dir():
         raise UserError(f"--resume: no folder {args.resume}; give a checkpoint or a run's folder, or 'auto'")
-    # What is no checkpoint at all, the run itself finds out.
+    # Whether the folder is a checkpoint at all is checked by the run itself.
     if any((Path(args.resume) / name).is_file() for name in ("manifest.json", "latest")):
         require_training_state(open_checkpoint(args.resume, verify=False))
 
