@@ -13,6 +13,7 @@ import numpy as np
 from telechat_twins.convert.hf.folder import HfFolder, check_record
 from telechat_twins.convert.hf.sums import SUMS, check_sums
 from telechat_twins.convert.names import Box
+from telechat_twins.convert.rounding import rounded
 from telechat_twins.core.checkpoint.read import Checkpoint, check_shapes, open_checkpoint
 from telechat_twins.core.checkpoint.source import ReadBox
 from telechat_twins.core.data.encoders.special import find_tokenizer
@@ -227,7 +228,7 @@ class PlainSource(ModelSource):
         if name in ("embed.weight", "head.weight"):
             return array[: self.config.vocab_size]
         if self._gain != 1.0 and name.endswith("norm.weight"):
-            return (array.astype(np.float64) * self._gain).astype(array.dtype)
+            return rounded(array.astype(np.float64) * self._gain, array.dtype)
         return array
 
     def verify(self, share: tuple[int, int] = (0, 1)) -> None:

@@ -6,6 +6,7 @@ Limits as for TeleChat2 (tests/parity/test_goldens.py): on these cases too the o
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +17,7 @@ import pytest
 
 import telechat_twins.core.model.position
 from telechat_twins.convert.parity_rank import SCRIPT
+from telechat_twins.convert.source import open_model
 from telechat_twins.core.backends import load
 from telechat_twins.core.inference.pages import pool_size
 from telechat_twins.core.model.batch import IGNORE, Batch
@@ -43,6 +45,24 @@ def opened(case: str) -> tuple[ModelConfig, Any, dict[str, np.ndarray]]:
 def test_logits_and_losses(backend: str, case: str, loss: str) -> None:
     config, source, io = opened(case)
     check_forward(backend, config, source.tensor, io, "fp64", golden_batch(io, loss), loss)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_folder_that_transformers_5_saved_anew_computes_the_same(backend: str, tmp_path: Path) -> None:
+    """Its config.json keeps the rotary base in rope_parameters alone; taken as the usual 10000, it is another model."""
+    logits, given = {}, golden_batch(opened("teleflm")[2], "loss_mean")
+    half = {"rope_type": "default", "rope_theta": 5e5}
+    for name, keys in {"old": {"rope_theta": 5e5}, "new": {"rope_parameters": half}, "usual": {}}.items():
+        (tmp_path / name).mkdir()
+        golden_source("teleflm/weights.safetensors", "teleflm/config.json", str(tmp_path / name))
+        file = tmp_path / name / "config.json"
+        kept = {k: v for k, v in json.loads(file.read_text(encoding="utf-8")).items() if k != "rope_theta"}
+        file.unlink()  # a link to the golden file
+        file.write_text(json.dumps(kept | keys), encoding="utf-8")
+        source = open_model(tmp_path / name)
+        logits[name] = load(backend, "forward").run(source.config, source.tensor, given, "fp32")["logits"]
+    assert np.array_equal(logits["old"], logits["new"])
+    assert relative_frobenius(logits["usual"], logits["old"]) > 100 * LOGITS
 
 
 @pytest.mark.parametrize(("case", "loss", "file"), GRADIENTS)

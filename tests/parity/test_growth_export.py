@@ -5,10 +5,12 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
+import ml_dtypes
+import numpy as np
 import pytest
 
 from telechat_twins.convert.copy import canonical_to_hf
-from telechat_twins.convert.source import CanonicalSource, open_model
+from telechat_twins.convert.source import CanonicalSource, PlainSource, open_model
 from telechat_twins.core.checkpoint.read import open_checkpoint, write_checkpoint
 from telechat_twins.core.cli import main
 from telechat_twins.core.inference.pages import pool_size
@@ -51,6 +53,17 @@ def test_a_model_that_grew_without_masks_has_a_plain_form(family: str, tmp_path:
     assert relative_frobenius(after["grads"]["embed.weight"], grown["grads"]["embed.weight"][:53]) <= GRADIENT
     unfolded = run("pt", replace(plain.config, norm_eps=1e-5), exported, "fp64", given)
     assert relative_frobenius(unfolded["logits"], grown["logits"][..., :53]) > 10 * LOGITS
+
+
+def test_bfloat16_gains_are_rounded_once(tmp_path: Path) -> None:
+    """0.640625 * sqrt(256 / 446) lies 4e-9 above the middle of 0.484375 and 0.486328125; as a float32 it is the middle,
+    which goes to the even one."""
+    config = replace(PLAIN["telechat2"], hidden_size=446, norm_divisor=256.0)
+    gain = np.full(446, 0.640625, ml_dtypes.bfloat16)
+    weights = {n: gain if n == "norm.weight" else w.astype(gain.dtype) for n, w in strong(config).items()}
+    write_checkpoint(tmp_path / "grown", 7, model={"config": config.to_dict(), "grown": []}, weights=weights.items())
+    folded = PlainSource(open_model(tmp_path / "grown")).tensor("norm.weight")
+    assert folded.dtype == gain.dtype and (folded.astype(np.float64) == 0.486328125).all()
 
 
 @pytest.mark.parametrize("family", ["telechat2", "teleflm", "flm"])
