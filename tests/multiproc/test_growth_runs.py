@@ -18,7 +18,7 @@ import telechat_twins.convert.growth.weights
 from telechat_twins.convert.growth.schedule import cost, load_schedule
 from telechat_twins.core.checkpoint.read import open_checkpoint
 from telechat_twins.core.cli import main
-from telechat_twins.core.commands.parity_growth import growth_sections
+from telechat_twins.core.commands.parity.growth import growth_sections
 from telechat_twins.core.errors import UserError
 from telechat_twins.core.train.metrics import read_metrics
 from tests import docs

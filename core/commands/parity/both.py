@@ -1,4 +1,4 @@
-"""``tele parity``: compares both backends on one config, on one device and in layouts, against bounds."""
+"""``tele parity --config``: compares both backends on one config, on one device and in layouts, against bounds."""
 
 from __future__ import annotations
 
@@ -31,7 +31,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = EPILOG
     parser.add_argument(
         "--config",
-        required=True,
         metavar="F",
         help="YAML file of a training run, or the name of a bundled one; its model, data and recipe are used",
     )
@@ -68,16 +67,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def run(args: argparse.Namespace) -> int:
-    """Compare the backends, write the report, print its verdict and bounds; 1 when a bound is broken."""
+def check(args: argparse.Namespace) -> None:
+    """UserError for numbers of steps that make no sense."""
     if args.steps < 0:
         raise UserError(f"--steps: must be at least 0, found {args.steps}")
     if not 0 <= args.layout_steps <= 100:
         raise UserError(f"--layout-steps: must be from 0 to 100, found {args.layout_steps}")
-    if args.growth is not None:
-        from telechat_twins.core.commands import parity_growth
 
-        return parity_growth.run(args)
+
+def run(args: argparse.Namespace) -> int:
+    """Compare the backends, write the report, print its verdict and bounds; 1 when a bound is broken."""
     config = load_run_config(args.config, args.set)
     layouts = read_layouts(args.layouts, config)
     writable_file(Path(args.out) / "report.md", "--out")

@@ -1,0 +1,36 @@
+"""``tele parity``: compares both backends on one config, on one device and in layouts, against bounds.
+
+With an action it works with records of single runs, which may have been taken on different machines.
+"""
+
+from __future__ import annotations
+
+import argparse
+from types import ModuleType
+
+from telechat_twins.core.commands.parity import both, growth
+from telechat_twins.core.errors import UserError
+
+# Of each action its module and summary.
+ACTIONS: dict[str, tuple[ModuleType, str]] = {}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of the comparison of both backends, and the actions with their own options."""
+    both.add_arguments(parser)
+    if not ACTIONS:
+        return
+    actions = parser.add_subparsers(dest="action", metavar="{" + ",".join(ACTIONS) + "}")
+    for name, (module, summary) in ACTIONS.items():
+        module.add_arguments(actions.add_parser(name, help=summary))
+
+
+def run(args: argparse.Namespace) -> int:
+    """The exit code of the action, or of the comparison of both backends."""
+    if (action := getattr(args, "action", None)) is not None:
+        code: int = ACTIONS[action][0].run(args)
+        return code
+    if args.config is None:  # the parser does not require it, since an action may stand in its place
+        raise UserError("the following arguments are required: --config; see `tele parity --help`")
+    both.check(args)
+    return both.run(args) if args.growth is None else growth.run(args)
