@@ -11,6 +11,7 @@ N steps: the losses and gradient norms of two training runs, step by step.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TypedDict
@@ -90,16 +91,31 @@ def global_norm(gradients: Mapping[str, np.ndarray]) -> float:
 
 @dataclass(frozen=True)
 class Bound:
-    """A measured ``value`` that must not exceed ``limit``; ``source``: where the limit comes from."""
+    """A measured ``value`` that must not exceed ``limit``; ``source``: where the limit comes from.
+
+    ``key``: the bound's name for machines, the same in every run; by default made of ``what``, from which what may
+    differ between runs (a name in parentheses, the worse backend) is left out.
+    """
 
     what: str
     value: float
     limit: float
     source: str
+    key: str = ""
+
+    def __post_init__(self) -> None:
+        if not self.key:
+            object.__setattr__(self, "key", _key(self.what))
 
     @property
     def holds(self) -> bool:
         return self.value <= self.limit  # false for nan
+
+
+def _key(what: str) -> str:
+    """``what`` without parentheses and the worse backend, lower case, every other character a hyphen."""
+    stable = re.sub(r"\([^()]*\)|, (?:ms|pt)(?= against float64)", "", what)
+    return re.sub(r"[^a-z0-9._]+", "-", stable.lower()).strip("-")
 
 
 # fp32 errors were 3 to 6 times what one rounding of every weight does to the same quantity, in models of 3 to 5 blocks.
@@ -361,7 +377,7 @@ def compare_traces(
                     drift,
                     "4 x the distance of one of the runs from its float64 run: this recipe magnifies rounding",
                 )
-        bounds.append(Bound(f"{what}, steps 1 to {strict}", _max(apart[:strict]), limit, source))
+        bounds.append(Bound(f"{what}, steps 1 to {strict}", _max(apart[:strict]), limit, source, f"trace.{key}"))
     return TraceReport(steps, loss, norm, bounds)
 
 

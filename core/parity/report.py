@@ -1,24 +1,25 @@
-"""The parity report: verdict first, then each bound with its source, the worst gradients, the traces and their plot,
-and a row for every layout."""
+"""The report of a comparison of backends: verdict first, then each bound with its source, the worst gradients, the
+traces and their plot, and a row for every layout; as Markdown, HTML, JSON and JUnit XML."""
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from telechat_twins.core.backends import TITLES
-from telechat_twins.core.parity.bounds import (
-    STRICT_STEPS,
-    BatchReport,
-    Bound,
-    Judged,
-    TraceReport,
-)
+from telechat_twins.core.parity.bounds import BatchReport, Bound, Judged, TraceReport
+from telechat_twins.core.parity.document.data import to_data, write_data
+from telechat_twins.core.parity.document.html import write_html
+from telechat_twins.core.parity.document.junit import write_junit
+from telechat_twins.core.parity.document.markdown import BOUNDS_HEAD, bound_line, table_row
+from telechat_twins.core.parity.document.model import Cell, Document, Section, Table, verdict
+from telechat_twins.core.parity.document.versions import own_versions
 from telechat_twins.core.parity.layouts import LayoutReport, TensorError
-from telechat_twins.core.train.metrics import Row, column
+from telechat_twins.core.parity.traces import loss_plot, plot_traces, trace_plot
+from telechat_twins.core.shown import printable
+from telechat_twins.core.train.metrics import Row
 from telechat_twins.core.types import JsonObject
 
 WORST_SHOWN = 10
@@ -26,15 +27,16 @@ WORST_SHOWN = 10
 
 @dataclass(frozen=True)
 class ParityReport:
-    """``facts``: what was run, for the head of the report."""
+    """``facts``: what was run, for the head of the report. ``further``: comparisons beyond those of `tele parity`."""
 
     facts: dict[str, str]
     batch: BatchReport
     trace: TraceReport | None = None
     layouts: list[LayoutReport] = field(default_factory=list)
+    further: list[Section] = field(default_factory=list)
 
     def bounds(self) -> list[Bound]:
-        return self.own_bounds() + self.layout_bounds()
+        return self.own_bounds() + self.layout_bounds() + self.further_bounds()
 
     def own_bounds(self) -> list[Bound]:
         """Those of the backends themselves."""
@@ -48,30 +50,65 @@ class ParityReport:
             for bound in ([row.worst] if worst_only else row.bounds)
         ]
 
+    def further_bounds(self) -> list[Bound]:
+        return [
+            replace(bound, what=f"{section.title}: {bound.what}")
+            for section in self.further
+            for bound in section.bounds
+        ]
+
     @property
     def broken(self) -> list[Bound]:
         return [bound for bound in self.bounds() if not bound.holds]
 
     @property
     def verdict(self) -> str:
-        broken, total = self.broken, len(self.bounds())
-        if not broken:
-            return f"EQUAL: all {total} bounds hold"
-        return f"NOT EQUAL: {len(broken)} of {total} bounds broken: {'; '.join(b.what for b in broken)}"
+        return verdict(self.bounds())
+
+
+def to_document(report: ParityReport, runs: Mapping[str, Sequence[Row]] | None = None) -> Document:
+    """The report in the form that HTML, JSON and JUnit XML are written from; ``runs``: rows of each trace by label."""
+    sections = [Section("one batch", report.batch.bounds())]
+    if report.trace is not None:
+        sections.append(Section("training", report.trace.bounds))
+    sections += [Section(f"{row.layout}, {TITLES[row.backend]}", row.bounds) for row in report.layouts]
+    tables = [
+        _judged_table("One batch, against a float64 run", report.batch.quantities),
+        _judged_table("Gradients by share of their limit", report.batch.gradients),
+    ]
+    plots = []
+    if report.trace is not None and report.trace.steps:
+        plots = [*([loss_plot(runs)] if runs else []), trace_plot(report.trace)]
+    notes = [
+        *report.batch.names,
+        *(f"{r.layout}, {TITLES[r.backend]}: {note}" for r in report.layouts for note in r.notes),
+    ]
+    return Document(
+        "backends", "Parity of backends", report.facts, own_versions(), sections + report.further, tables, plots, notes
+    )
+
+
+def _judged_table(title: str, rows: Sequence[Judged]) -> Table:
+    names = list(rows[0].errors) if rows else []
+    head = ["quantity", *(f"{TITLES[b]}, relative error" for b in names), *(f"{TITLES[b]}, largest" for b in names)]
+    rows_of: list[list[Cell]] = [
+        [row.name, *(row.errors[b] for b in names), *(row.max_abs.get(b, "") for b in names), row.margin]
+        for row in rows
+    ]
+    return Table(title, [*head, "of its limit"], rows_of, "Relative Frobenius errors, and largest single differences.")
 
 
 def to_markdown(report: ParityReport, plot: str | None = None) -> str:
     """The report as Markdown; ``plot`` is the picture's file name beside it."""
-    lines = ["# Parity report", "", f"**{report.verdict}**", ""]
+    lines = ["# Parity report", "", f"**{printable(report.verdict)}**", ""]
     lines += [f"- {name}: {value}" for name, value in report.facts.items()]
     lines += [
         "",
         "## Bounds",
         "",
-        "| | quantity | measured | limit | where the limit comes from |",
-        "|---|---|---|---|---|",
+        BOUNDS_HEAD,
     ]
-    lines += [_bound_line(bound) for bound in report.own_bounds()]
+    lines += [bound_line(bound) for bound in [*report.own_bounds(), *report.further_bounds()]]
     if report.layouts:
         lines += ["", "## Layouts, against one device", "", *_layout_table(report.layouts)]
     lines += ["", "## One batch, against a float64 run", "", "Relative Frobenius errors.", ""]
@@ -87,11 +124,6 @@ def to_markdown(report: ParityReport, plot: str | None = None) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _bound_line(bound: Bound) -> str:
-    mark = "ok" if bound.holds else "**BROKEN**"
-    return f"| {mark} | {bound.what} | {bound.value:.3g} | {bound.limit:.3g} | {bound.source} |"
-
-
 def _layout_table(rows: Sequence[LayoutReport]) -> list[str]:
     """A row a layout and backend, and below it every broken bound and everything that was not judged."""
     head = ["", "layout", "backend", "loss", "gradient norm", "worst gradient", "worst change of a weight"]
@@ -99,7 +131,7 @@ def _layout_table(rows: Sequence[LayoutReport]) -> list[str]:
     lines = [
         "Relative distances: from one device of the same backend, and from float64. Live graphs: by pipeline rank.",
         "",
-        _cells(head),
+        table_row(head),
         "|" + "---|" * len(head),
     ]
     for row in rows:
@@ -109,11 +141,11 @@ def _layout_table(rows: Sequence[LayoutReport]) -> list[str]:
         cells += [f"{apart:.1e}, {error:.1e}" for apart, error in row.errors.values()]
         cells += [_farthest(row.gradients), _farthest(row.weights), worst.what, share]
         cells += [f"{row.sent}", " ".join(str(n) for n in row.live), f"{max(row.seconds):.1f}"]
-        lines.append(_cells(cells))
+        lines.append(table_row(cells))
     broken = [(row, bound) for row in rows for bound in row.broken]
     if broken:
-        lines += ["", "| | quantity | measured | limit | where the limit comes from |", "|---|---|---|---|---|"]
-        lines += [_bound_line(replace(b, what=f"{row.layout}, {TITLES[row.backend]}: {b.what}")) for row, b in broken]
+        lines += ["", BOUNDS_HEAD]
+        lines += [bound_line(replace(b, what=f"{row.layout}, {TITLES[row.backend]}: {b.what}")) for row, b in broken]
     notes = [f"- {row.layout}, {TITLES[row.backend]}: {note}" for row in rows for note in row.notes]
     return lines + ([""] + notes if notes else [])
 
@@ -131,13 +163,13 @@ def _table(rows: Sequence[Judged]) -> list[str]:
     backends = list(rows[0].errors)
     head = ["", *(f"{TITLES[b]} error" for b in backends), *(f"{TITLES[b]} max abs" for b in backends)]
     head += ["between the two"] if len(backends) == 2 else []
-    lines = [_cells([*head, "of its limit"]), "|" + "---|" * (len(head) + 1)]
+    lines = [table_row([*head, "of its limit"]), "|" + "---|" * (len(head) + 1)]
     for row in rows:
         cells = [f"`{row.name}`" if "." in row.name else row.name]
         cells += [f"{row.errors[b]:.2e}" for b in backends]
         cells += [f"{row.max_abs[b]:.2e}" if b in row.max_abs else "" for b in backends]
         cells += [f"{row.apart:.2e}"] if row.apart is not None else []
-        lines.append(_cells([*cells, f"{row.margin:.0%}" if math.isfinite(row.margin) else "BROKEN"]))
+        lines.append(table_row([*cells, f"{row.margin:.0%}" if math.isfinite(row.margin) else "BROKEN"]))
     return lines
 
 
@@ -158,93 +190,37 @@ def _trace_table(trace: TraceReport) -> list[str]:
     return lines
 
 
-def _cells(values: Sequence[str]) -> str:
-    return "| " + " | ".join(values) + " |"
-
-
-def to_json(report: ParityReport) -> JsonObject:
+def to_json(report: ParityReport, runs: Mapping[str, Sequence[Row]] | None = None) -> JsonObject:
     """Everything measured, all gradients and all steps; numbers that are not finite become text."""
-    data: JsonObject = {
-        "verdict": report.verdict,
-        "equal": not report.broken,
-        "facts": report.facts,
-        "bounds": [{**asdict(bound), "holds": bound.holds} for bound in report.bounds()],
-        "batch": asdict(report.batch),
-        "layouts": [asdict(row) for row in report.layouts],
-    }
+    details: JsonObject = {"batch": asdict(report.batch), "layouts": [asdict(row) for row in report.layouts]}
     if report.trace is not None:
-        data["trace"] = {"steps": report.trace.steps, "loss": report.trace.loss, "grad_norm": report.trace.grad_norm}
-    return {name: _finite(value) for name, value in data.items()}
+        trace = report.trace
+        details["trace"] = {"steps": trace.steps, "loss": trace.loss, "grad_norm": trace.grad_norm}
+    return to_data(to_document(report, runs), details)
 
 
-def _finite(value: object) -> object:
-    if isinstance(value, dict):
-        return {k: _finite(v) for k, v in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_finite(v) for v in value]
-    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def write_report(report: ParityReport, out: Path, runs: Mapping[str, Sequence[Row]] | None = None) -> Path:
-    """Write report.md, report.json and, with the ``runs`` of a trace, traces.png into ``out``; returns report.md."""
+def write_report(
+    report: ParityReport, out: Path, runs: Mapping[str, Sequence[Row]] | None = None, junit: str | Path | None = None
+) -> Path:
+    """Write report.md, report.html, report.json and, with the ``runs`` of a trace, traces.png into ``out``, and JUnit
+    XML into the file ``junit``; returns report.md."""
     out.mkdir(parents=True, exist_ok=True)
     plot = None
     if runs and report.trace is not None and report.trace.steps:
         plot = plot_traces(runs, report.trace, out / "traces.png").name
-    (out / "report.json").write_text(json.dumps(to_json(report), indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    document = to_document(report, runs)
+    write_html(document, out / "report.html")
+    write_data(to_json(report, runs), out / "report.json")
+    if junit is not None:
+        write_junit(document, junit)
     path = out / "report.md"
     path.write_text(to_markdown(report, plot), encoding="utf-8")
     return path
 
 
-def plot_traces(runs: Mapping[str, Sequence[Row]], trace: TraceReport, path: Path) -> Path:
-    """Two panels: the loss curves laid over each other, and the relative differences on a logarithmic axis."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, (upper, lower) = pyplot.subplots(2, 1, sharex=True, figsize=(9, 7), layout="constrained")
-    styles = [
-        {"color": "C0", "linewidth": 3, "alpha": 0.5},
-        {"color": "C1", "linewidth": 1.5, "linestyle": (0, (4, 3))},
-        {"color": "black", "linewidth": 0.7, "linestyle": ":"},  # the judge
-    ]
-    for style, (label, rows) in zip(styles, runs.items(), strict=False):
-        upper.plot([row["step"] for row in rows], column(rows, "loss"), label=label, **style)
-    upper.set_ylabel("loss (nats per token)")
-    upper.set_title("The same training in two frameworks")
-    upper.legend()
-    smallest = 1e-9  # equal to the last digit has no place on a logarithmic axis; draw it at the bottom
-    lower.semilogy(trace.steps, [max(v, smallest) for v in trace.loss], color="C2", label="loss")
-    lower.semilogy(
-        trace.steps, [max(v, smallest) for v in trace.grad_norm], color="C4", alpha=0.6, label="gradient norm"
-    )
-    last = trace.steps[min(len(trace.steps), STRICT_STEPS) - 1]
-    for name, color in (("gradient norm", "C4"), ("loss", "C2")):
-        for bound in trace.bounds:
-            if bound.what.startswith(f"{name}, steps"):
-                lower.hlines(
-                    bound.limit,
-                    trace.steps[0],
-                    last,
-                    color=color,
-                    linestyle=":",
-                    label=f"limit of {name}, {bound.limit:.2g}",
-                )
-    lower.set_ylabel("relative difference")
-    lower.set_xlabel("step")
-    lower.legend()
-    for axis in (upper, lower):
-        axis.grid(alpha=0.3)
-    figure.savefig(path, dpi=120)
-    pyplot.close(figure)
-    return path
-
-
 def summary(report: ParityReport) -> str:
     """Verdict, one line a bound and one line a layout, for the terminal."""
-    bounds = [*report.own_bounds(), *report.layout_bounds(worst_only=True)]
+    bounds = [*report.own_bounds(), *report.layout_bounds(worst_only=True), *report.further_bounds()]
     width = max(len(bound.what) for bound in bounds)
     lines = [report.verdict]
     for bound in bounds:

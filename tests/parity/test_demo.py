@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -11,6 +14,7 @@ from telechat_twins.convert.source import open_model
 from telechat_twins.core.cli import main
 from telechat_twins.core.data.demo_text import write_demo_text
 from telechat_twins.core.train.metrics import read_metrics
+from tests.support.parity_samples import breaks_schema
 
 QUESTIONS = ("What is a rotary position?", "为什么要归一化？", "How is a key shared?", "什么是梯度？")
 
@@ -38,7 +42,11 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
     sample.write_text("".join(f"You answer briefly. {text}\n" for text in texts), encoding="utf-8")
     assert main(["tokenize", "train", str(sample), "--out", str(tokenizer), "--vocab-size", "400"]) == 0
     words = ["--data", str(data), "--tokenizer", str(tokenizer), "--steps", "12", "--out", str(folder / "out")]
-    assert main(["demo", *words]) == 0
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        code = main(["demo", *words])
+    print(printed.getvalue())  # pytest shows it after a failure
+    assert code == 0
+    (folder / "out" / "printed.txt").write_text(printed.getvalue(), encoding="utf-8")
     return folder / "out"
 
 
@@ -48,6 +56,19 @@ def test_every_part_is_there(demo: Path) -> None:
     for name in ("parity/report.md", "parity/report.json", "loss.png", "hf/config.json", "hf/model.safetensors"):
         assert (demo / name).stat().st_size > 0, name
     assert len(read_metrics(demo / "ms")) == len(read_metrics(demo / "pt")) == 12
+
+
+def test_the_verdict_counts_the_bounds_that_are_listed_and_in_the_report(demo: Path) -> None:
+    """Those of the stages after training too: the hand-over, the export, the merged model."""
+    result = (demo / "printed.txt").read_text(encoding="utf-8").split("== result")[1]
+    listed = re.findall(r"^  (?:ok    |BROKEN)  (.*?)  +\S+  limit ", result, re.MULTILINE)
+    data = json.loads((demo / "parity" / "report.json").read_text())
+    assert f"EQUAL: all {len(listed)} bounds hold" in result and len(listed) == len(data["bounds"])
+    sections = {bound["section"] for bound in data["bounds"]}
+    assert {"one batch", "training", "after the hand-over", "export"} <= sections
+    assert "after the hand-over: loss, steps 1 to 2" in listed and "export: greedy tokens that differ" in listed
+    page = (demo / "parity" / "report.html").read_text(encoding="utf-8")
+    assert page.count("<tr data-key") == len(listed) and breaks_schema(demo / "parity" / "report.json") == []
 
 
 def test_pytorch_went_on_where_mindspore_stopped(demo: Path) -> None:

@@ -31,6 +31,7 @@ from telechat_twins.core.launch.launcher import launch
 from telechat_twins.core.launch.run_lock import NAME, hold_folder
 from telechat_twins.core.model.config import load_model_config
 from telechat_twins.core.parity.bounds import Bound, compare_traces
+from telechat_twins.core.parity.document.model import Section
 from telechat_twins.core.parity.report import ParityReport, summary, write_report
 from telechat_twins.core.parity.runs import compare_batch
 from telechat_twins.core.train.metrics import Row, plot_losses, read_metrics
@@ -96,8 +97,7 @@ def _run(args: argparse.Namespace, out: Path, began: float) -> int:
         "data": ", ".join(f"{Path(s.path).name} {s.weight:g}" for s in config.data.sources),
         "training": f"{args.steps} steps of {config.train.global_batch} x {config.data.seq_len} tokens, fp32",
     }
-    report = ParityReport(facts, batch_report, trace)
-    page = write_report(report, out / "parity", rows)
+    compared = dict(rows)
 
     _title("4  PyTorch continues from the MindSpore checkpoint, and for comparison from its own")
     more = replace(config, train=replace(config.train, steps=args.steps + args.steps // 6))
@@ -114,18 +114,16 @@ def _run(args: argparse.Namespace, out: Path, began: float) -> int:
 
     _title("result")
     picture = plot_losses(rows, out / "loss.png", "telechat2-tiny, both backends")
-    print(summary(report))
-    extra = [
-        *(replace(bound, what=f"after the hand-over: {bound.what}") for bound in handover.bounds[1:]),
-        Bound("greedy tokens that differ", float(apart), 0.0, f"same weights; near-ties below {NEAR_TIE:g} aside"),
+    differ = [
+        Bound("greedy tokens that differ", float(apart), 0.0, f"same weights; near-ties below {NEAR_TIE:g} aside")
     ]
+    further = [Section("after the hand-over", handover.bounds), Section("export", differ)]
     if tuned is not None:
-        extra.append(Bound("merged model: answers that differ", float(tuned), 0.0, "same weights"))
-    width = max(len(bound.what) for bound in extra)
-    for bound in extra:
-        mark = "ok    " if bound.holds else "BROKEN"
-        print(f"  {mark}  {bound.what:<{width}}  {bound.value:9.2e}  limit {bound.limit:.2e}")
-    broken = bool(report.broken) or not all(bound.holds for bound in extra)
+        further.append(Section("merged model", [Bound("answers that differ", float(tuned), 0.0, "same weights")]))
+    report = ParityReport(facts, batch_report, trace, further=further)
+    page = write_report(report, out / "parity", compared)
+    print(summary(report))
+    broken = bool(report.broken)
     minutes = (time.monotonic() - began) / 60
     write_text(out / "demo.json", json.dumps({"state": "done", "broken": broken, "minutes": round(minutes, 2)}))
     print(f"\nparity report  {page}\nloss curves    {picture}\nmodel          {out / 'hf'}   ({minutes:.1f} minutes)")
