@@ -1,0 +1,1 @@
+"""Localisation of the first wrong operator of two records: walk, replay and shrinking."""
