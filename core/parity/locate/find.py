@@ -1,0 +1,63 @@
+"""The first quantity of two records that is beyond its budget, in execution order, and the operators that made it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from telechat_twins.core.parity.locate.budget import Budget, Excess
+from telechat_twins.core.parity.locate.walk import Check, Suspect, checks
+from telechat_twins.core.parity.record.format import Record
+from telechat_twins.core.parity.record.sites import Site
+
+
+@dataclass(frozen=True)
+class Found:
+    """The first quantity beyond its budget. ``looked_at``: quantities within their budget before it; ``largest`` of
+    their errors over their limits."""
+
+    check: Check
+    excess: Excess
+    looked_at: int
+    largest: float
+
+    @property
+    def suspect(self) -> Suspect:
+        return self.check.suspects[0]
+
+    @property
+    def side(self) -> str:
+        """A or B; "A or B" where both, or where no float64 record says which."""
+        return self.excess.sides[0] if self.excess.sides in (["A"], ["B"]) else "A or B"
+
+
+@dataclass(frozen=True)
+class Walk:
+    """The result of looking at every quantity. ``found``: None when all are within their budgets. ``missing``: keys
+    that only one of the two records has."""
+
+    found: Found | None
+    looked_at: int
+    largest: float
+    missing: list[str]
+
+
+def locate(a: Record, b: Record, reference: Record | None, sites: Sequence[Site], num_layers: int) -> Walk:
+    """Walk two records of the same batch and weights until a quantity is beyond its budget."""
+    budget = Budget(a, b, reference, num_layers)
+    steps = sorted(set(a.header.steps) & set(b.header.steps))
+    missing = sorted(key for key in a.quantities.keys() ^ b.quantities.keys() if int(key.rpartition("@")[2]) in steps)
+    looked_at, largest = 0, 0.0
+    for check in checks(sites, _parameters(a), steps):
+        excess = budget.judge(check.kind, check.name, check.step)
+        if excess is None:
+            continue
+        if excess.sides:
+            return Walk(Found(check, excess, looked_at, largest), looked_at, largest, missing)
+        looked_at, largest = looked_at + 1, max(largest, excess.margin)
+    return Walk(None, looked_at, largest, missing)
+
+
+def _parameters(record: Record) -> list[str]:
+    kinds = ("weight_before", "gradient", "weight_after", "moment1", "moment2")
+    return list(dict.fromkeys(q.name for q in record.quantities.values() if q.kind in kinds))
