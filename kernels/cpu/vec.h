@@ -31,7 +31,17 @@ struct f16 {
   _Float16 value;
 };
 
-static inline vf splat(float x) { return vf{} + x; }
+// x in every lane. Not vf{} + x: the compiler must keep that addition, since -0.0 + 0.0 is 0.0, and a product's inner loop
+// then has an addition and a broadcast in registers where a broadcast from memory is an operand of the multiply-add.
+static inline vf splat(float x) {
+#if defined(__AVX512F__)
+  return (vf)_mm512_set1_ps(x);
+#elif defined(__AVX2__)
+  return (vf)_mm256_set1_ps(x);
+#else
+  return x - vf{};  // exact for every x, so that nothing of the subtraction remains
+#endif
+}
 static inline vi splat_int(int32_t x) { return vi{} + x; }
 static inline vi lane_numbers() {
   vi x;
