@@ -91,6 +91,9 @@ class TrainConfig:
     freeze: list[str] = option(
         [], help="parameters that stay as they are, as glob patterns on logical names, e.g. embed.weight, *.bias"
     )
+    record_every: int = option(
+        0, help="steps between records of a step (docs/records.md), in RUN/records; 0: none", min=0
+    )
 
     def __post_init__(self) -> None:
         if self.stages is not None:

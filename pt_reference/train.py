@@ -7,11 +7,14 @@ from __future__ import annotations
 
 import dataclasses
 import sys
+from contextlib import AbstractContextManager
 
 import torch
 
 from telechat_twins.convert.initial import open_initial
 from telechat_twins.core.config import RunConfig
+from telechat_twins.core.parity.record.observer import See
+from telechat_twins.core.parity.record.recorder import open_recorder
 from telechat_twins.core.train.script import main
 from telechat_twins.core.train.trainable import first_trained_stage, trainable
 from telechat_twins.core.train.trainer import BaseTrainer
@@ -20,6 +23,7 @@ from telechat_twins.pt_reference import ops
 from telechat_twins.pt_reference.collectives import agree
 from telechat_twins.pt_reference.mesh import leave
 from telechat_twins.pt_reference.model import Decoder, named_weights
+from telechat_twins.pt_reference.observe import observed
 from telechat_twins.pt_reference.optim import AdamW
 from telechat_twins.pt_reference.parallelize import open_mesh, parallelize
 from telechat_twins.pt_reference.pipeline import Pipeline
@@ -45,6 +49,9 @@ class Trainer(BaseTrainer[Decoder]):
         pipeline = Pipeline(stages, mesh, first_trained_stage(config))
         super().__init__(config, mesh, stages, table, pipeline, optimizer, agree)
 
+    def observed(self, see: See) -> AbstractContextManager[None]:
+        return observed(self.stages, see)
+
     def implementation(self) -> dict[str, str]:
         return {
             "backend": f"PyTorch {torch.__version__}",
@@ -54,6 +61,6 @@ class Trainer(BaseTrainer[Decoder]):
 
 
 if __name__ == "__main__":
-    code = main(Trainer, open_initial=open_initial)
+    code = main(Trainer, open_initial=open_initial, open_recorder=open_recorder)
     leave()  # not after an error: closed connections would make other ranks fail first
     sys.exit(code)

@@ -8,12 +8,15 @@ from __future__ import annotations
 import dataclasses
 import os
 import sys
+from contextlib import AbstractContextManager
 
 import telechat_twins.telechat_ms  # isort: skip  # noqa: F401  (prepares the process; must come before mindspore)
 import mindspore as ms
 
 from telechat_twins.convert.initial import open_initial
 from telechat_twins.core.config import RunConfig
+from telechat_twins.core.parity.record.observer import See
+from telechat_twins.core.parity.record.recorder import open_recorder
 from telechat_twins.core.train.script import main
 from telechat_twins.core.train.trainable import first_trained_stage, trainable
 from telechat_twins.core.train.trainer import BaseTrainer
@@ -21,6 +24,7 @@ from telechat_twins.kernels.mindspore import ops as kernels
 from telechat_twins.telechat_ms.collectives import agree
 from telechat_twins.telechat_ms.mesh import join, leave
 from telechat_twins.telechat_ms.model import Decoder, named_weights
+from telechat_twins.telechat_ms.observe import observed
 from telechat_twins.telechat_ms.optim import AdamW
 from telechat_twins.telechat_ms.parallelize import open_mesh, parallelize
 from telechat_twins.telechat_ms.pipeline import Pipeline
@@ -46,6 +50,9 @@ class Trainer(BaseTrainer[Decoder]):
         pipeline = Pipeline(stages, mesh, optimizer.gradients.add, first_trained_stage(config))
         super().__init__(config, mesh, stages, table, pipeline, optimizer, agree)
 
+    def observed(self, see: See) -> AbstractContextManager[None]:
+        return observed(self.stages, see)
+
     def implementation(self) -> dict[str, str]:
         return {
             "backend": f"MindSpore {ms.__version__}",
@@ -58,6 +65,6 @@ if __name__ == "__main__":
     if os.environ.get("MS_ROLE") == "MS_SCHED":
         join()  # msrun runs this file as its scheduler too, which stays in there until the workers have left
     else:
-        code = main(Trainer, open_initial=open_initial)
+        code = main(Trainer, open_initial=open_initial, open_recorder=open_recorder)
         leave()  # not after an error: closed connections would make other ranks fail first
         sys.exit(code)

@@ -73,7 +73,7 @@ from telechat_twins.core.train.start import (
     start_record,
     tokenizer_note,
 )
-from telechat_twins.core.train.stepper import Stepper, TrainState
+from telechat_twins.core.train.stepper import OpenRecorder, Stepper, StepRecorder, TrainState
 from telechat_twins.core.train.trainable import check_freeze, run_table, trainable
 from telechat_twins.core.types import JsonObject
 
@@ -83,10 +83,11 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class TrainResult:
-    """How ``train`` ended: at which step, with which checkpoint, and the signal that interrupted it, if one did."""
+    """How ``train`` ended: at which step, with which checkpoint (None: a recorder ended it), and the signal that
+    interrupted it, if one did."""
 
     step: int
-    checkpoint: Path
+    checkpoint: Path | None
     interrupted_by: int | None = None
 
 
@@ -96,21 +97,22 @@ def train(
     out: str | Path,
     resume: str | None = None,
     open_initial: OpenInitial | None = None,
+    open_recorder: OpenRecorder | None = None,
 ) -> TrainResult:
     """Train to ``config.train.steps`` and write everything under ``out``.
 
     ``resume``: None starts anew; "auto" continues from ``out``'s latest checkpoint if there is one; otherwise a
     checkpoint or run folder, of either backend and any layout. ``open_initial`` opens the model of ``train.init``,
-    whose weights a run begins with unless it resumes. Writes metrics.jsonl, tensorboard/, loss.png and step-*/
-    checkpoints. Raises UserError before the model is built for what the user can mend, TrainingStopped when the numbers
-    go wrong. SIGINT or SIGTERM, to any rank, ends the run after the current step with a checkpoint; a second signal
-    kills at once.
+    whose weights a run begins with unless it resumes; ``open_recorder`` what records some of its steps. Writes
+    metrics.jsonl, tensorboard/, loss.png and step-*/ checkpoints. Raises UserError before the model is built for what
+    the user can mend, TrainingStopped when the numbers go wrong. SIGINT or SIGTERM, to any rank, ends the run after the
+    current step with a checkpoint; a second signal kills at once.
 
     With more ranks than one, each calls this; ``out`` is one folder for all of them, and they raise or return alike.
     Rank 0 holds the folder's lock meanwhile: a second run there raises UserError.
     """
     with contextlib.ExitStack() as held:
-        return _train(stepper_factory, config, Path(out), resume, open_initial, held)
+        return _train(stepper_factory, config, Path(out), resume, open_initial, held, open_recorder)
 
 
 def _train(
@@ -120,6 +122,7 @@ def _train(
     resume: str | None,
     open_initial: OpenInitial | None,
     held: contextlib.ExitStack,
+    open_recorder: OpenRecorder | None = None,
 ) -> TrainResult:
     # Files only, and each rank finds the same in them: a refusal comes at once, before anything is built or joined.
     with _refused(folder):
@@ -154,6 +157,7 @@ def _train(
         run_on_all(stepper, lambda: _hold(folder, held) if stepper.rank == 0 else None)
     run = _Run(stepper, config, folder, data)
     run.notes += padding + length
+    run.recorder = None if open_recorder is None else open_recorder(config, folder)
     if not alone:
         share = (stepper.rank, stepper.world)
         for verify in [model.verify for model in (checkpoint, start) if model is not None]:
@@ -200,6 +204,7 @@ class _Run:
         self.live = config.preference is not None and config.preference.reference == "live"
         self.adapter: AdapterRecord | None = None  # with its base, once that is read
         self.growth = config.model.growth  # None once its masks have done their work
+        self.recorder: StepRecorder | None = None
 
     def start(self, source: WeightSource, anew: bool = True) -> None:
         """Begin with the weights of another model; ``anew``: no checkpoint of an adapter of it follows."""
@@ -239,6 +244,8 @@ class _Run:
     def go(self) -> TrainResult:
         """Run from the present state to the end, an interruption or a stop."""
         total, every = self.config.train.steps, self.config.checkpoint.every
+        last = None if self.recorder is None else self.recorder.last
+        total = total if last is None else min(total, last)
         first = self.stepper.rank == 0
         lines = (*header(self.stepper, self.config, self.stages, self.data, self.state), *self.notes) if first else ()
         with Signals(quiet=not first) as signals, contextlib.ExitStack() as ended:
@@ -254,10 +261,11 @@ class _Run:
                 while self.state.step < total and caught is None:
                     row = self.one_step(records)
                     caught = self._agree(signals, self._recorded(records, row))
-                    if every and self.state.step % every == 0:
+                    if every and self.state.step % every == 0 and last is None:
                         self.save(self.config.checkpoint.asynchronous)
                         caught = self._agree(signals)
-                self._save_unless_saved()
+                if last is None:
+                    self._save_unless_saved()
                 caught = self._agree(signals)
             except TrainingStopped as stop:
                 with contextlib.suppress(UserError, OSError):  # why training stopped matters more
@@ -271,8 +279,9 @@ class _Run:
                         self.saver.wait()
                 raise
         saved = self.saver.last
-        assert saved is not None
-        if caught is not None:
+        if last is not None:
+            records.note(f"recorded {self.state.step} steps")
+        elif caught is not None:
             records.note(
                 f"stopped by {signal.Signals(caught).name} after step {self.state.step}; "
                 f"saved {saved}. Go on with: --resume auto"
@@ -336,6 +345,9 @@ class _Run:
             row["matrix_lr"] = own
         if self.loss_scale is not None:
             row["loss_scale"] = self.loss_scale.scale
+        recorder = self.recorder if self.recorder is not None and self.recorder.wants(state.step + 1) else None
+        if recorder is not None:
+            recorder.before(self.stepper, state.step + 1, batch, first, stage.global_batch, self._model_config())
         if num_targets:
             skipped = self._accumulate_and_update(batch, num_targets, lr, row, records)
         else:
@@ -345,7 +357,10 @@ class _Run:
         tokens = stage.tokens
         self.state = TrainState(state.step + 1, state.samples + stage.global_batch, state.tokens + tokens)
         row |= {"tokens": self.state.tokens, "tokens_per_s": tokens / seconds, "step_ms": seconds * 1000}
-        return row | ({"skipped": True} if skipped else {})
+        row |= {"skipped": True} if skipped else {}
+        if recorder is not None and (note := recorder.after(row)) is not None:
+            records.note(note)
+        return row
 
     def _enter_stage(self, records: Records) -> Stage:
         """The stage of the next step; its length and batch are noted where it begins."""
@@ -383,6 +398,8 @@ class _Run:
         loss = self.stepper.gradients(batch, num_targets, scale)
         norm = self.stepper.grad_norm(scale)
         row["loss"], row["grad_norm"] = loss, norm
+        if self.recorder is not None and self.recorder.wants(step):
+            self.recorder.computed(loss, norm, scale)
         if self.config.preference is not None:
             row |= self.stepper.preference_metrics
 

@@ -15,7 +15,7 @@ from telechat_twins.core.train.health import TrainingStopped
 from telechat_twins.core.train.loop import train
 from telechat_twins.core.train.stages import check_stages
 from telechat_twins.core.train.start import init_override, model_of_run
-from telechat_twins.core.train.stepper import Stepper
+from telechat_twins.core.train.stepper import OpenRecorder, Stepper
 
 
 def parser() -> argparse.ArgumentParser:
@@ -42,6 +42,7 @@ def main(
     stepper_factory: Callable[[RunConfig], Stepper],
     argv: list[str] | None = None,
     open_initial: OpenInitial | None = None,
+    open_recorder: OpenRecorder | None = None,
 ) -> int:
     """What a backend's train.py does: parse ``argv``, train, return the exit code.
 
@@ -58,7 +59,7 @@ def main(
         )
         check_stages(config, launched_world()[1])
         try:
-            result = train(stepper_factory, config, out, args.resume, open_initial)
+            result = train(stepper_factory, config, out, args.resume, open_initial, open_recorder)
         except TrainingStopped as stop:
             raise SystemExit(str(stop)) from None
         return 0 if result.interrupted_by is None else 128 + result.interrupted_by

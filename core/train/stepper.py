@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol
 
 from telechat_twins.core.checkpoint.read import Checkpoint, TensorPiece
 from telechat_twins.core.checkpoint.source import ReadBox
+from telechat_twins.core.config import RunConfig
 from telechat_twins.core.model.batch import Batch
+from telechat_twins.core.types import JsonObject
 
 
 class Stepper(Protocol):
@@ -120,3 +123,35 @@ class TrainState:
     step: int = 0  # batches drawn, skipped ones included; drives the schedule
     samples: int = 0
     tokens: int = 0
+
+
+class StepRecorder(Protocol):
+    """Recorder of what chosen steps of a run compute (core.parity.record.recorder); all ranks call it alike.
+
+    ``last``: the step after which the run ends, without a checkpoint; None: it ends as any run does.
+    """
+
+    last: int | None
+
+    def wants(self, step: int) -> bool:
+        """Whether ``step``, from 1, is recorded."""
+        ...
+
+    def before(self, stepper: Stepper, step: int, batch: Batch, first: int, rows: int, model: JsonObject) -> None:
+        """A step begins: this rank's rows of its batch, the first of them number ``first`` of ``rows``; the model's
+        config with its present masks."""
+        ...
+
+    def computed(self, loss: float, norm: float, loss_scale: float) -> None:
+        """Loss and gradients are known, and the gradients still accumulated, times ``loss_scale``."""
+        ...
+
+    def after(self, row: JsonObject) -> str | None:
+        """The step has ended with this row of metrics; a line for the user, if there is anything to say."""
+        ...
+
+
+class OpenRecorder(Protocol):
+    """Opens the recorder of a run in the folder ``out``; None where nothing is recorded."""
+
+    def __call__(self, config: RunConfig, out: Path) -> StepRecorder | None: ...

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any, Generic, Protocol, TypeVar
 
@@ -25,6 +26,7 @@ from telechat_twins.core.train.trainable import constant_names
 
 Read = Callable[[str, Box], np.ndarray]  # (logical name, box of the whole tensor) -> the values inside
 Watch = Callable[[int, Any], None]  # (micro-batch, the backend's logits [B, s, V/tp])
+Observe = Callable[[Sequence[LocalBatch], float], AbstractContextManager[None]]  # (micro-batches, loss scale)
 
 
 class Stage(Protocol):
@@ -119,6 +121,7 @@ class BaseTrainer(ABC, Generic[S]):
         self.micro_batch = config.train.micro_batch
         self.pipeline, self.optimizer, self._agree = pipeline, optimizer, agree
         self.preference_metrics: dict[str, float] = {}
+        self.observe: Observe | None = None  # entered around the forward and backward passes of ``gradients``
         self._constants = constant_names(list(table), config)
         if config.lora is not None:
             self.optimizer.load_masters(self._initial)
@@ -159,10 +162,11 @@ class BaseTrainer(ABC, Generic[S]):
             first = self.mesh.coord.dp * len(batch.input_ids)  # of the global batch's rows
             pieces = [self._with_dropout(piece, first + n * self.micro_batch) for n, piece in enumerate(pieces)]
         self.optimizer.gradients.expect(len(pieces))
-        if pairs is None:  # without an argument that a replaced ``run`` may not know
-            loss = self.pipeline.run(pieces, num_targets, loss_scale, backward, watch)
-        else:
-            loss = self.pipeline.run(pieces, num_targets, loss_scale, backward, watch, pairs)
+        with nullcontext() if self.observe is None else self.observe(pieces, loss_scale):
+            if pairs is None:  # without an argument that a replaced ``run`` may not know
+                loss = self.pipeline.run(pieces, num_targets, loss_scale, backward, watch)
+            else:
+                loss = self.pipeline.run(pieces, num_targets, loss_scale, backward, watch, pairs)
         if backward:
             self.optimizer.reduce()
         if pairs is not None:
@@ -275,6 +279,10 @@ class BaseTrainer(ABC, Generic[S]):
                 if name in self._constants and shard.owner:
                     array = stage.read_weight(name)[: shard.index[0].stop - shard.index[0].start]
                     yield TensorPiece(name, array, tuple(s.start for s in shard.index), shard.whole)
+
+    @abstractmethod
+    def observed(self, see: Callable[..., None]) -> AbstractContextManager[None]:
+        """The backend's observe.observed of this rank's stages; ``see``: core.parity.record.observer.See."""
 
     @abstractmethod
     def implementation(self) -> dict[str, str]:

@@ -8,11 +8,13 @@ from __future__ import annotations
 import argparse
 from types import ModuleType
 
-from telechat_twins.core.commands.parity import both, growth
+from telechat_twins.core.commands.parity import both, growth, record
 from telechat_twins.core.errors import UserError
 
 # Of each action its module and summary.
-ACTIONS: dict[str, tuple[ModuleType, str]] = {}
+ACTIONS: dict[str, tuple[ModuleType, str]] = {
+    "record": (record, "record what some training steps compute, in a small folder"),
+}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -86,7 +86,7 @@ class Projection:
         if self.buckets < 1 or self.buckets & (self.buckets - 1):
             raise ValueError(f"buckets: must be a power of two, found {self.buckets}")
         columns = 0 if self.whole else matrix_shape(self.shape)[1]
-        hashed = _mixed(self._key("columns"), np.arange(columns))
+        hashed = mixed(self._key("columns"), np.arange(columns))
         object.__setattr__(self, "_columns", (_bucket(hashed, self.buckets), _sign(hashed)))
 
     @property
@@ -151,7 +151,7 @@ class Projection:
             places = rows[:, None] * matrix_shape(self.shape)[1] + np.arange(column, column + width)
             np.add.at(sketch, places.reshape(-1), values.reshape(-1))
             return
-        hashed = _mixed(self._key("rows"), rows)
+        hashed = mixed(self._key("rows"), rows)
         sign, bucket = _sign(hashed), _bucket(hashed, ROW_BUCKETS)
         shifts = self._shifts(int(rows[0]) // ROW_BLOCK)
         if len(rows) > ROW_BUCKETS:
@@ -169,7 +169,7 @@ class Projection:
     def _shifts(self, block: int) -> np.ndarray:
         """int64 [ROW_BUCKETS]: how far each bucket of a block of rows is shifted."""
         counter = np.arange(block * ROW_BUCKETS, (block + 1) * ROW_BUCKETS)
-        return _bucket(_mixed(self._key("blocks"), counter), self.buckets)
+        return _bucket(mixed(self._key("blocks"), counter), self.buckets)
 
     def _key(self, axis: str) -> np.uint64:
         digest = hashlib.sha256(f"record/{self.seed}/{self.name}/{axis}".encode()).digest()
@@ -205,7 +205,7 @@ def distance(a: np.ndarray, b: np.ndarray, shape: Sequence[int]) -> Distance:
     return Distance(value, value / most, value / least)
 
 
-def _mixed(key: np.uint64, counter: np.ndarray) -> np.ndarray:
+def mixed(key: np.uint64, counter: np.ndarray) -> np.ndarray:
     """uint64 of the shape of ``counter``: splitmix64 (Steele, Lea and Flood 2014) at key + counter."""
     z = counter.astype(np.uint64)
     with np.errstate(over="ignore"):

@@ -1,0 +1,121 @@
+"""Where the values of a site on one rank lie in the site's whole tensor, [B, S, ...] of the global batch.
+
+A backend's observe.py hands over what a model chunk computed for one micro-batch; here the layout is undone: rows of
+the data-parallel rank, zigzag places and padding of the sequence, shards of sequence parallelism, columns of tensor
+parallelism, copies that several ranks hold.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import numpy as np
+
+from telechat_twins.core.config import RunConfig
+from telechat_twins.core.model.config import ModelConfig
+from telechat_twins.core.parallel.layout import Coord, Layout
+from telechat_twins.core.parallel.sequence import LocalBatch
+from telechat_twins.core.parallel.sharding import kv_copies, padded_rows
+from telechat_twins.core.parity.record.sites import Site, sites
+from telechat_twins.core.parity.record.tally import Tally
+
+_COLUMNS = ("q", "rope_q", "core", "gate", "up", "act")  # split over tensor ranks by columns
+_KEYS = ("k", "v", "rope_k")  # likewise, and copied where there are more ranks than key heads
+
+
+class See(Protocol):
+    """Receiver of a site's value, or of its gradient, on this rank: [b, s, n] of micro-batch ``micro``."""
+
+    def __call__(self, site: str, micro: int, array: np.ndarray, dtype: str, gradient: bool) -> None: ...
+
+
+class Observer:
+    """``See`` of one step: adds what it is given to ``tally``.
+
+    batches: the rank's micro-batches. first, rows: the number of their first row in the global batch, and that batch's
+    rows. scale: gradients are divided by it (a loss scale).
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        coord: Coord,
+        batches: Sequence[LocalBatch],
+        first: int,
+        rows: int,
+        scale: float,
+        tally: Tally,
+    ) -> None:
+        self._model, self._layout, self._coord, self._tally = config.model, config.parallel, coord, tally
+        self._sites = {site.name: site for site in sites(config.model, config.lora)}
+        self._rows, self._scale = rows, scale
+        self._seq_len = batches[0].seq_len
+        self._places = [batch.index for batch in batches]
+        starts = np.cumsum([0, *(len(batch.input_ids) for batch in batches)])
+        self._first = [first + int(start) for start in starts]
+        self._seen: set[tuple[str, int, bool]] = set()
+
+    def __call__(self, site: str, micro: int, array: np.ndarray, dtype: str, gradient: bool) -> None:
+        """Once for each site, micro-batch and kind; what is computed again in a backward pass is not counted again."""
+        key = (site, micro, gradient)
+        if key in self._seen:
+            return
+        self._seen.add(key)
+        placed = self._columns(self._sites[site], array.shape[-1], gradient)
+        if placed is None:
+            return
+        column, width = placed
+        rows, real = self._matrix_rows(site, micro, array.shape)
+        values = array.reshape(-1, array.shape[-1])[:, :width]
+        values, rows = (values, rows) if real.all() else (values[real], rows[real])
+        if gradient and self._scale != 1.0:
+            values = values / np.asarray(self._scale, values.dtype)
+        kind = "activation_grad" if gradient else "activation"
+        shape = self._sites[site].shape(self._rows, self._seq_len)
+        self._tally.add(kind, site, shape, dtype, values, rows, column)
+
+    def _columns(self, site: Site, width: int, gradient: bool) -> tuple[int, int] | None:
+        """First column of a shard in the whole tensor, and how many of its columns count; None where another rank
+        counts these values, or where the gradient here is only a part of a sum over ranks."""
+        model, layout, t = self._model, self._layout, self._coord.tp
+        last = site.name.rpartition(".")[2]
+        if site.name == "logits":
+            first = t * padded_rows(model.vocab_size, layout.tp)
+            return first, max(0, min(width, model.num_tokens - first))
+        if last in _COLUMNS:
+            return t * width, width
+        if last in _KEYS:
+            copies = kv_copies(model, layout)
+            if t % copies or (gradient and copies > 1):
+                return None
+            return t // copies * width, width
+        # The stream: a slice of the positions of each tensor rank, or a copy of it.
+        return (0, width) if layout.sequence_parallel or t == 0 else None
+
+    def _matrix_rows(self, site: str, micro: int, shape: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+        """int64 [b * s]: rows of the site's matrix, b S + position; bool: whether they are not padding."""
+        places = self._places[micro]  # [b or 1, s]
+        last = site.rpartition(".")[2]
+        if self._split(last, site):
+            part = places.shape[1] // self._layout.tp
+            places = places[:, self._coord.tp * part : (self._coord.tp + 1) * part]
+        if places.shape[1] != shape[1]:
+            raise RuntimeError(f"{site}: {shape[1]} positions on this rank, its batch has {places.shape[1]}")
+        real = np.broadcast_to(places < self._seq_len, tuple(shape[:2])).reshape(-1)
+        numbers = self._first[micro] + np.arange(shape[0], dtype=np.int64)
+        return (numbers[:, None] * self._seq_len + places).reshape(-1), real
+
+    def _split(self, last: str, site: str) -> bool:
+        """Whether sequence parallelism splits the positions of a site."""
+        stream = last not in (*_COLUMNS, *_KEYS) and site != "logits"
+        return stream and self._layout.tp > 1 and self._layout.sequence_parallel
+
+
+def partial_gradients(model: ModelConfig, layout: Layout) -> str | None:
+    """A note for the record where some gradients of activations are not recorded."""
+    if kv_copies(model, layout) == 1:
+        return None
+    return (
+        "gradients of attn.k, attn.v and attn.rope_k are left out: tensor ranks share their heads, and each has a part"
+    )

@@ -1,0 +1,239 @@
+"""Recording of steps inside the training loop, on every rank, and the record that rank 0 writes.
+
+For a chosen step each rank adds up what it holds: weights before the step, activations and their gradients while the
+model runs, gradients once they are summed over ranks, weights and moments after the update. Its share goes into a file
+beside the record; when all ranks have written theirs, rank 0 joins them.
+"""
+
+from __future__ import annotations
+
+import platform
+import shutil
+from collections.abc import Callable, Collection, Iterable, Sequence
+from contextlib import AbstractContextManager
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+
+from telechat_twins.core import backends
+from telechat_twins.core.checkpoint.read import TensorPiece
+from telechat_twins.core.cli import version
+from telechat_twins.core.config import RunConfig
+from telechat_twins.core.errors import UserError
+from telechat_twins.core.model.batch import Batch
+from telechat_twins.core.model.config import ModelConfig
+from telechat_twins.core.parallel.sequence import LocalBatch
+from telechat_twins.core.parity.record.format import (
+    Header,
+    digest_of,
+    fitting_buckets,
+    quantity_key,
+    write_record,
+)
+from telechat_twins.core.parity.record.observer import Observer, partial_gradients
+from telechat_twins.core.parity.record.sites import SCALARS, sites
+from telechat_twins.core.parity.record.tally import (
+    Tally,
+    full_tensors,
+    join_tallies,
+    quantities,
+    read_share,
+    write_share,
+)
+from telechat_twins.core.schema import from_mapping
+from telechat_twins.core.train.agreement import meet, run_on_all
+from telechat_twins.core.train.stepper import Stepper
+from telechat_twins.core.train.trainable import run_table
+from telechat_twins.core.train.trainer import BaseTrainer
+from telechat_twins.core.types import JsonObject
+
+FOLDER = "records"  # of a run
+
+
+def step_folder(out: Path, step: int) -> Path:
+    """The record of a run's step."""
+    return out / FOLDER / f"step-{step:08d}"
+
+
+def quantity_order(config: RunConfig, step: int) -> list[str]:
+    """Keys of all quantities that a step of a run can have, in the order of a step: weights before, forward, backward,
+    gradients, moments, weights after."""
+    places = [site.name for site in sites(config.model, config.lora)]
+    parameters = list(run_table(config))
+    kinds = {
+        "weight_before": parameters,
+        "activation": places,
+        "activation_grad": [name for name in reversed(places) if name not in SCALARS],
+        "gradient": parameters,
+        "moment1": parameters,
+        "moment2": parameters,
+        "weight_after": parameters,
+    }
+    return [quantity_key(kind, name, step) for kind, names in kinds.items() for name in names]
+
+
+def open_recorder(config: RunConfig, out: Path) -> Recorder | None:
+    """The recorder of ``train.record_every``, if it is set."""
+    every = config.train.record_every
+    return Recorder(config, out, every=every) if every else None
+
+
+class Recorder:
+    """core.train.stepper.StepRecorder. Steps of ``at``, and every ``every``-th, are recorded in ``step_folder``.
+
+    full: see Tally. last: the run ends after that step, without a checkpoint.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        out: Path,
+        at: Collection[int] = (),
+        every: int = 0,
+        full: Sequence[str] = (),
+        last: int | None = None,
+    ) -> None:
+        self.last = last
+        self._config, self._out, self._at, self._every, self._full = config, out, frozenset(at), every, tuple(full)
+        self._buckets = fitting_buckets(len(quantity_order(config, 1)))
+        self._step: _RecordedStep | None = None
+
+    def wants(self, step: int) -> bool:
+        return step in self._at or bool(self._every and step % self._every == 0)
+
+    def before(self, stepper: Stepper, step: int, batch: Batch, first: int, rows: int, model: JsonObject) -> None:
+        if not isinstance(stepper, BaseTrainer):
+            raise TypeError(f"steps of a {type(stepper).__name__} cannot be recorded")
+        tally = Tally(step, self._buckets, full=self._full)
+        tally.add_batch(batch, first)
+        self._step = _RecordedStep(self._config, stepper, tally, first, rows, batch.input_ids.shape[1], model)
+        self._step.add("weight_before", stepper.weights())
+
+    def computed(self, loss: float, norm: float, loss_scale: float) -> None:
+        assert self._step is not None
+        self._step.computed(loss, norm, loss_scale)
+
+    def after(self, row: JsonObject) -> str | None:
+        assert self._step is not None
+        step, self._step = self._step, None
+        path = step_folder(self._out, step.tally.step)
+        step.finish(path, row)
+        return f"step {step.tally.step}: recorded in {path}"
+
+
+class _RecordedStep:
+    """One step on this rank. ``rows``, ``seq_len``: B and S of the global batch, whose row ``first`` is this rank's."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        trainer: BaseTrainer,  # type: ignore[type-arg]
+        tally: Tally,
+        first: int,
+        rows: int,
+        seq_len: int,
+        model: JsonObject,
+    ) -> None:
+        self.config, self.trainer, self.tally = config, trainer, tally
+        self.first, self.rows, self.seq_len, self.model = first, rows, seq_len, model
+        self.loss: float | None = None
+        self.norm: float | None = None
+        trainer.observe = self._observe
+
+    def _observe(self, batches: Sequence[LocalBatch], scale: float) -> AbstractContextManager[None]:
+        place = self.trainer.mesh.coord
+        return self.trainer.observed(Observer(self.config, place, batches, self.first, self.rows, scale, self.tally))
+
+    def add(self, kind: str, pieces: Iterable[TensorPiece], scale: float = 1.0) -> None:
+        """Add pieces of parameters, divided by ``scale``."""
+        for piece in pieces:
+            array = piece.array if scale == 1.0 else piece.array / np.asarray(scale, piece.array.dtype)
+            self.tally.add_box(kind, piece.name, piece.shape, array, piece.offset)
+
+    def computed(self, loss: float, norm: float, scale: float) -> None:
+        self.trainer.observe = None
+        self.add("gradient", self.trainer.optimizer.export_gradients(), scale)
+        self.loss, self.norm = loss, norm
+        if self.trainer.rank == 0:
+            self.tally.add_scalar("loss", loss)
+            self.tally.add_scalar("grad_norm", norm)
+
+    def finish(self, path: Path, row: JsonObject) -> None:
+        """Weights and moments after the update; the ranks' shares become the record at ``path``."""
+        self.trainer.observe = None
+        self.add("weight_after", self.trainer.weights())
+        for piece in self.trainer.optimizer_state():
+            letter, _, name = piece.name.partition(".")
+            kind = {"m": "moment1", "v": "moment2"}[letter]
+            self.tally.add_box(kind, name, piece.shape, piece.array, piece.offset)
+        shares = path.with_name(f".{path.name}-shares")
+        trainer, rank = self.trainer, self.trainer.rank
+        run_on_all(trainer, lambda: _refused(shares, lambda: shares.mkdir(parents=True, exist_ok=True)))
+        run_on_all(trainer, lambda: _refused(shares, partial(write_share, shares / str(rank), self.tally)))
+        run_on_all(trainer, lambda: self._join(shares, path, row) if rank == 0 else None)
+        meet(trainer)
+
+    def _join(self, shares: Path, path: Path, row: JsonObject) -> None:
+        step, buckets = self.tally.step, self.tally.buckets
+        tallies = [read_share(shares / str(rank), step, buckets) for rank in range(self.trainer.world)]
+        shutil.rmtree(shares, ignore_errors=True)
+        whole = join_tallies(tallies)
+        found = quantities(whole, quantity_order(self.config, step))
+        write_record(path, self._header(whole), [row], found, full_tensors(whole))
+
+    def _header(self, whole: Tally) -> Header:
+        config, implementation = self.config, self.trainer.implementation()
+        title, _, number = implementation["backend"].partition(" ")
+        names = {name: short for short, name in backends.TITLES.items()}
+        note = partial_gradients(config.model, config.parallel)
+        tree = {**config.to_dict(), "model": self.model}
+        return Header(
+            backend=names[title],
+            device=implementation["device"],
+            layout=config.parallel.name,
+            precision=config.train.precision,
+            versions={
+                "telechat-twins": version(),
+                "python": platform.python_version(),
+                "numpy": np.__version__,
+                title: number,
+            },
+            config=tree,
+            digests={
+                "weights": digest_of({name: str(value) for name, value in whole.checksums.items()}),
+                "batch": digest_of({str(number): digest for number, digest in whole.rows.items()}),
+                "config": config_digest(tree),
+            },
+            steps=[whole.step],
+            rows=self.rows,
+            seq_len=self.seq_len,
+            buckets=whole.buckets,
+            seed=whole.seed,
+            loss=_finite(self.loss),
+            grad_norm=_finite(self.norm),
+            notes=[] if note is None else [note],
+        )
+
+
+def config_digest(tree: JsonObject) -> str:
+    """Digest of what of a run decides its numbers: the model, the optimizer, the loss, seed and batch; neither layout
+    and precision nor files."""
+    train = {key: tree["train"][key] for key in ("global_batch", "seed", "freeze")}
+    rest = {key: tree[key] for key in ("optim", "lora", "preference")}
+    model = from_mapping(ModelConfig, tree["model"], "model").to_dict()
+    return digest_of({"model": model, "train": train, **rest})
+
+
+def _finite(value: float | None) -> float | None:
+    return value if value is not None and np.isfinite(value) else None
+
+
+def _refused(path: Path, action: Callable[[], None]) -> None:
+    """UserError in place of an OSError of ``action``."""
+    try:
+        action()
+    except OSError as error:
+        raise UserError(
+            f"{path}: cannot be written ({error.strerror}); free some space or give another folder"
+        ) from None

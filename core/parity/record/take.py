@@ -1,0 +1,194 @@
+"""``tele parity record``: launches some steps of a run, and makes one record of those that were recorded."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from telechat_twins.core.config import RunConfig
+from telechat_twins.core.errors import UserError
+from telechat_twins.core.files.atomic import show_bytes
+from telechat_twins.core.files.safetensors import DTYPES
+from telechat_twins.core.parallel.layout import Layout
+from telechat_twins.core.parallel.sharding import Shard, chunk_table
+from telechat_twins.core.parity.record.format import (
+    MAX_BYTES,
+    Quantity,
+    Record,
+    digest_of,
+    estimated_bytes,
+    fitting_buckets,
+    write_record,
+)
+from telechat_twins.core.parity.record.read import is_record, open_record, read_full
+from telechat_twins.core.parity.record.recorder import quantity_order, step_folder
+from telechat_twins.core.parity.record.sites import sites
+from telechat_twins.core.parity.record.sketch import Projection
+from telechat_twins.core.train.metrics import read_metrics
+from telechat_twins.core.train.trainable import run_table
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Wanted:
+    """What to record. ``steps``: how many the run makes; ``at``: those whose quantities are recorded; ``full``: glob
+    patterns of the tensors to keep whole; ``resume``: a checkpoint to begin with."""
+
+    steps: int
+    at: tuple[int, ...] = (1,)
+    full: tuple[str, ...] = ()
+    resume: str | None = None
+
+
+def check_wanted(config: RunConfig, out: Path, wanted: Wanted) -> None:
+    """UserError for a record that cannot be taken."""
+    if wanted.steps < 1:
+        raise UserError(f"--steps: must be at least 1, found {wanted.steps}")
+    if config.train.steps and wanted.steps > config.train.steps:
+        raise UserError(f"--steps: must be at most the run's train.steps {config.train.steps}, found {wanted.steps}")
+    outside = [step for step in wanted.at if wanted.resume is None and not 1 <= step <= wanted.steps]
+    if outside or not wanted.at:
+        raise UserError(f"--at: must name steps from 1 to --steps {wanted.steps}, found {outside or 'none'}")
+    fitting_buckets(len(quantity_order(config, 1)) * len(wanted.at), wanted.steps)
+    if out.is_symlink() or out.exists() and not (out.is_dir() and (is_record(out) or not any(out.iterdir()))):
+        raise UserError(f"--out {out}: must be a new folder, an empty one or a former record; give another folder")
+
+
+def take_record(backend: str, config: RunConfig, out: Path, wanted: Wanted, script: Path) -> Record:
+    """Run ``wanted.steps`` steps of ``config`` in its layout and write their record to ``out``.
+
+    ``script``: the rank script. Logs lie beside ``out`` while it runs, and stay there when it fails. Raises SystemExit
+    with the launcher's code when a rank fails, UserError as ``check_wanted``.
+    """
+    from telechat_twins.core.launch.launcher import launch
+
+    check_wanted(config, out, wanted)
+    work = out.absolute().with_name(f"{out.name}.work")
+    shutil.rmtree(work, ignore_errors=True)  # a former attempt's, by its name
+    try:
+        work.mkdir(parents=True)
+    except OSError as error:
+        raise UserError(f"--out {out}: cannot be written ({error.strerror}); give another folder") from None
+    job = {"backend": backend, "config": _resolved(config), **dataclasses.asdict(wanted)}
+    (work / "job.json").write_text(json.dumps(job), encoding="utf-8")
+    if code := launch(backend, [str(work / "job.json")], config.parallel.world, work / "logs", script=script):
+        raise SystemExit(code)
+    record = join_steps(work / "run", wanted.at, out)
+    shutil.rmtree(work, ignore_errors=True)
+    return record
+
+
+def join_steps(run: Path, at: Sequence[int], out: Path) -> Record:
+    """One record at ``out`` of the records of a run's steps ``at``, with the trace of the whole run."""
+    records = [open_record(step_folder(run, step)) for step in sorted(at)]
+    first, trace = records[0].header, read_metrics(run)
+    count = sum(len(record.quantities) for record in records)
+    buckets = fitting_buckets(count, len(trace))
+    held = [folded(q, buckets, first.seed) for record in records for q in record.quantities.values()]
+    batches = [record.header.digests["batch"] for record in records]
+    digests = {**first.digests, "batch": batches[0] if len(batches) == 1 else digest_of(batches)}
+    header = dataclasses.replace(
+        first, steps=[record.header.steps[0] for record in records], digests=digests, buckets=buckets
+    )
+    full = {key: read_full(record, key) for record in records for key in record.full}
+    return write_record(out, header, trace, held, full)
+
+
+def folded(quantity: Quantity, buckets: int, seed: int) -> Quantity:
+    """A quantity with a smaller K, as if it had been sketched with that: buckets that a shorter hash makes one are
+    added, and a tensor that was kept whole is sketched."""
+    have = len(quantity.sketch)
+    if have == buckets:
+        return quantity
+    if (size := math.prod(quantity.shape)) <= have:
+        values = quantity.sketch[:size].reshape(quantity.shape)
+        sketch = Projection(quantity.name, quantity.shape, buckets, seed).box(values, (0,) * values.ndim).sketch
+    else:
+        sketch = quantity.sketch.reshape(have // buckets, buckets).sum(axis=0)
+    return dataclasses.replace(quantity, sketch=sketch)
+
+
+@dataclasses.dataclass(frozen=True)
+class Rehearsal:
+    """What a record of a run would take: ``quantities`` of each recorded step, ``buckets`` (K), upper bounds in bytes
+    of the record, of the largest rank's share of a step, and of the values that its rank reads for a step."""
+
+    quantities: int
+    buckets: int
+    record: int
+    share: int
+    read: int
+    full: int
+
+    def lines(self) -> list[str]:
+        """For the terminal."""
+        rows = {
+            "quantities": f"{self.quantities:,} a recorded step, {self.buckets} numbers each",
+            "record": f"at most {show_bytes(self.record)}, limit {show_bytes(MAX_BYTES)}",
+            "full tensors": f"{show_bytes(self.full)} beside it" if self.full else "none",
+            "largest rank": f"a share of at most {show_bytes(self.share)} a step, from {show_bytes(self.read)}",
+        }
+        width = max(map(len, rows))
+        return [f"{name:<{width}}  {text}" for name, text in rows.items()]
+
+
+def rehearse(config: RunConfig, wanted: Wanted) -> Rehearsal:
+    """The sizes of a record, from shapes alone: nothing is allocated, and no data is read."""
+    import fnmatch
+
+    order = quantity_order(config, 1)
+    buckets = fitting_buckets(len(order) * len(wanted.at), wanted.steps)
+    shapes = {site.name: site.shape(config.train.global_batch, config.data.seq_len) for site in sites(config.model)}
+    shapes |= {name: spec.shape for name, spec in run_table(config).items()}
+    full = 0
+    for key in order:
+        name = key.partition(":")[2].rpartition("@")[0]
+        if any(fnmatch.fnmatchcase(text, pattern) for pattern in wanted.full for text in (name, key)):
+            full += math.prod(shapes[name]) * DTYPES["F32"].itemsize
+    shares, values = zip(
+        *(_rank_share(config, config.parallel, rank, buckets) for rank in _model_ranks(config)), strict=True
+    )
+    return Rehearsal(
+        quantities=len(order),
+        buckets=buckets,
+        record=estimated_bytes(len(order) * len(wanted.at), buckets, wanted.steps),
+        share=max(shares),
+        read=max(values),
+        full=full * len(wanted.at),
+    )
+
+
+def _model_ranks(config: RunConfig) -> tuple[int, ...]:
+    """Ranks that together hold one copy of the model: all others hold as much as one of them."""
+    return config.parallel.ranks("model", 0)
+
+
+def _rank_share(config: RunConfig, layout: Layout, rank: int, buckets: int) -> tuple[int, int]:
+    """Bytes of a rank's share of a step, and of the float32 values that make it."""
+    coord = layout.coord(rank)
+    held: dict[str, Shard] = {}
+    for chunk in range(layout.virtual):
+        held |= chunk_table(config.model, layout, coord, chunk, config.lora)
+    layers = {name.split(".")[1] for name in held if name.startswith("layers.")}
+    here = [s for s in sites(config.model, config.lora) if s.layer is None or str(s.layer) in layers]
+    rows = config.train.global_batch // layout.dp
+    places = -(-config.data.seq_len // layout.cp)
+    active = sum(rows * places * -(-(site.width or 1) // layout.tp) for site in here)
+    owned = sum(math.prod(shard.shape) for shard in held.values())
+    share = estimated_bytes(2 * len(here) + 5 * len(held), buckets)
+    return share, int(np.int64(4) * (2 * active + 5 * owned))
+
+
+def _resolved(config: RunConfig) -> dict[str, object]:
+    """The run as JSON, its data's paths absolute."""
+    tree = config.to_dict()
+    stages = [tree["data"], *(stage for stage in tree["train"]["stages"] or [] if stage["sources"] is not None)]
+    for section in stages:
+        for source in section["sources"]:
+            source["path"] = str(Path(source["path"]).resolve())
+    return tree

@@ -1,0 +1,218 @@
+"""Quantities of one rank while a step runs, their exchange between ranks, and the checksums of weights and batch.
+
+A rank adds the boxes that it holds. Of a quantity every element is added exactly once over all ranks: what several
+ranks hold alike, one of them adds. Rank 0 then joins the ranks' shares in the order of ranks, and a quantity whose
+elements do not add up to its shape is a defect of the layout's description (RuntimeError).
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import hashlib
+import json
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from telechat_twins.core.files.safetensors import SafetensorsFile
+from telechat_twins.core.model.batch import Batch
+from telechat_twins.core.parity.record.format import COLUMNS, Quantity, quantity, quantity_key
+from telechat_twins.core.parity.record.sketch import BUCKETS, Projection, Statistics, matrix_shape, mixed
+
+_OPTIONAL = ("doc_ids", "weights", "reference")
+
+
+@dataclass(frozen=True)
+class Part:
+    """Elements of a full tensor: ``array`` [n, m] at rows ``rows`` [n] of its matrix, from column ``column`` on."""
+
+    array: np.ndarray
+    rows: np.ndarray
+    column: int
+
+
+@dataclass
+class _Entry:
+    shape: tuple[int, ...]
+    dtype: str
+    statistics: Statistics
+
+
+@dataclass
+class Tally:
+    """What one rank recorded of one step. ``full``: glob patterns of the quantities whose tensors are kept whole, on
+    their names (``layers.3.*``) or keys (``gradient:*``)."""
+
+    step: int
+    buckets: int = BUCKETS
+    seed: int = 0
+    full: Sequence[str] = ()
+    entries: dict[str, _Entry] = field(default_factory=dict)
+    parts: dict[str, list[Part]] = field(default_factory=dict)
+    checksums: dict[str, int] = field(default_factory=dict)  # of the weights, by name
+    rows: dict[int, str] = field(default_factory=dict)  # digest of each row of the batch, by its number
+    _projections: dict[str, Projection] = field(default_factory=dict)
+
+    def add(
+        self, kind: str, name: str, shape: Sequence[int], dtype: str, array: np.ndarray, rows: np.ndarray, column: int
+    ) -> None:
+        """Add ``array`` [n, m]: rows ``rows`` of the matrix of a tensor of ``shape``, from column ``column`` on."""
+        key, whole = quantity_key(kind, name, self.step), tuple(shape)
+        projection = self._projections.get(name)
+        if projection is None or projection.shape != whole:
+            projection = self._projections[name] = Projection(name, whole, self.buckets, self.seed)
+        entry = self.entries.get(key)
+        if entry is None:
+            entry = self.entries[key] = _Entry(whole, dtype, projection.empty())
+        entry.statistics.merge(projection.slice(array, rows, column))
+        if any(fnmatch.fnmatchcase(text, pattern) for pattern in self.full for text in (name, key)):
+            self.parts.setdefault(key, []).append(Part(np.array(array), np.array(rows), column))
+
+    def add_box(
+        self, kind: str, name: str, shape: Sequence[int], array: np.ndarray, offset: Sequence[int], dtype: str = ""
+    ) -> None:
+        """Add the box of a parameter-like tensor that begins at ``offset``."""
+        columns = array.shape[-1] if array.ndim else 1
+        rows = np.zeros(1, np.int64)
+        for start, n, size in zip(offset[:-1], array.shape[:-1], shape[:-1], strict=True):
+            rows = (rows[:, None] * size + np.arange(start, start + n)).reshape(-1)
+        column = offset[-1] if offset else 0
+        self.add(kind, name, shape, dtype or array.dtype.name, array.reshape(len(rows), columns), rows, column)
+        if kind == "weight_before":
+            found = checksum(name, array.reshape(len(rows), columns), rows, column)
+            self.checksums[name] = (self.checksums.get(name, 0) + found) % (1 << 64)
+
+    def add_scalar(self, name: str, value: float) -> None:
+        """Add the loss or the gradient norm, a float64."""
+        self.add_box("activation", name, (), np.array(value, np.float64), ())
+
+    def add_batch(self, batch: Batch, first: int) -> None:
+        """Add the digests of a batch's rows, the first of which is number ``first`` of the global batch."""
+        for number in range(len(batch.input_ids)):
+            digest = hashlib.sha256()
+            for name in ("input_ids", "targets", "positions", *_OPTIONAL):
+                values = getattr(batch, name)
+                if values is not None:
+                    digest.update(name.encode() + np.ascontiguousarray(values[number]).tobytes())
+            self.rows[first + number] = digest.hexdigest()
+
+
+def checksum(name: str, array: np.ndarray, rows: np.ndarray, column: int) -> int:
+    """Sum, modulo 2^64, of the float32 bits of every element times odd hashes of its row and column: exact, and
+    additive over disjoint boxes in any order."""
+    key = np.uint64(int.from_bytes(hashlib.sha256(f"checksum/{name}".encode()).digest()[:8], "little"))
+    odd, down = np.uint64(1), np.uint64(0xD1B54A32D192ED03)
+    across = mixed(key, np.arange(column, column + array.shape[1])) | odd
+    with np.errstate(over="ignore"):
+        factors = mixed(key ^ down, rows) | odd
+        total = np.uint64(0)
+        for row, factor in _slabs(array, factors):
+            bits = np.ascontiguousarray(row, np.float32).view(np.uint32).astype(np.uint64) + odd
+            bits *= across
+            total += np.sum(bits.sum(axis=1, dtype=np.uint64) * factor, dtype=np.uint64)
+    return int(total)
+
+
+def _slabs(array: np.ndarray, factors: np.ndarray) -> Iterable[tuple[np.ndarray, np.ndarray]]:
+    """Rows of ``array`` with their factors, few enough at a time for a processor's cache."""
+    height = max(1, (1 << 16) // max(1, array.shape[1]))
+    for first in range(0, len(array), height):
+        yield array[first : first + height], factors[first : first + height]
+
+
+def write_share(path: Path, tally: Tally) -> None:
+    """A rank's part of a step's record in one file, for ``join_shares``."""
+    from safetensors.numpy import save_file
+
+    entries = list(tally.entries.items())
+    kinds = {"I64": np.int64, "F64": np.float64}
+    tensors = {
+        name: np.array([getattr(entry.statistics, name) for _, entry in entries], kinds[code])
+        for name, code in COLUMNS.items()
+    }
+    tensors["sketch"] = np.array([e.statistics.sketch for _, e in entries], np.float64).reshape(-1, tally.buckets)
+    for key, parts in tally.parts.items():
+        for number, part in enumerate(parts):
+            tensors[f"part/{number}/{key}"] = np.ascontiguousarray(part.array)
+            tensors[f"rows/{number}/{key}"] = np.append(part.rows.astype(np.int64), part.column)
+    table = {
+        "entries": [[key, list(entry.shape), entry.dtype] for key, entry in entries],
+        "parts": {key: len(parts) for key, parts in tally.parts.items()},
+        "checksums": {name: str(value) for name, value in tally.checksums.items()},
+        "rows": {str(number): digest for number, digest in tally.rows.items()},
+    }
+    beside = path.with_name(path.name + ".new")
+    save_file(tensors, beside, {"table": json.dumps(table)})
+    beside.replace(path)
+
+
+def read_share(path: Path, step: int, buckets: int) -> Tally:
+    """The tally that ``write_share`` kept."""
+    file = SafetensorsFile(path)
+    table = json.loads(file.metadata["table"])
+    columns = {name: file.read(name) for name in (*COLUMNS, "sketch")}
+    tally = Tally(step, buckets)
+    for number, (key, shape, dtype) in enumerate(table["entries"]):
+        numbers = {name: columns[name][number].item() for name in COLUMNS}
+        tally.entries[key] = _Entry(tuple(shape), dtype, Statistics(columns["sketch"][number], **numbers))
+    for key, count in table["parts"].items():
+        held = [(file.read(f"part/{n}/{key}"), file.read(f"rows/{n}/{key}")) for n in range(count)]
+        tally.parts[key] = [Part(array, rows[:-1], int(rows[-1])) for array, rows in held]
+    tally.checksums = {name: int(value) for name, value in table["checksums"].items()}
+    tally.rows = {int(number): digest for number, digest in table["rows"].items()}
+    return tally
+
+
+def join_tallies(tallies: Sequence[Tally]) -> Tally:
+    """All ranks' tallies of a step as one, added in the order of ranks."""
+    whole = Tally(tallies[0].step, tallies[0].buckets, tallies[0].seed)
+    for tally in tallies:
+        for key, entry in tally.entries.items():
+            if (held := whole.entries.get(key)) is None:
+                empty = Statistics(np.zeros(whole.buckets))
+                held = whole.entries[key] = _Entry(entry.shape, entry.dtype, empty)
+            if (held.shape, held.dtype) != (entry.shape, entry.dtype):
+                raise RuntimeError(
+                    f"{key}: {held.shape} {held.dtype} on one rank, {entry.shape} {entry.dtype} on another"
+                )
+            held.statistics.merge(entry.statistics)
+        for key, parts in tally.parts.items():
+            whole.parts.setdefault(key, []).extend(parts)
+        for name, value in tally.checksums.items():
+            whole.checksums[name] = (whole.checksums.get(name, 0) + value) % (1 << 64)
+        whole.rows |= tally.rows
+    return whole
+
+
+def quantities(tally: Tally, order: Sequence[str]) -> list[Quantity]:
+    """The quantities of a joined tally, in the order of ``order`` (keys); RuntimeError where elements are missing or
+    counted twice, or a key is not in ``order``."""
+    place = {key: number for number, key in enumerate(order)}
+    if unknown := tally.entries.keys() - place.keys():
+        raise RuntimeError(f"quantities without a place: {sorted(unknown)[:3]}")
+    found = []
+    for key in sorted(tally.entries, key=place.__getitem__):
+        entry = tally.entries[key]
+        kind, _, rest = key.partition(":")
+        name = rest.rpartition("@")[0]
+        if entry.statistics.count != math.prod(entry.shape):
+            raise RuntimeError(
+                f"{key}: the ranks recorded {entry.statistics.count} elements of a tensor of shape {list(entry.shape)}"
+            )
+        found.append(quantity(kind, name, tally.step, entry.shape, entry.dtype, entry.statistics))
+    return found
+
+
+def full_tensors(tally: Tally) -> dict[str, np.ndarray]:
+    """The tensors that were kept whole, put together; by key."""
+    found = {}
+    for key, parts in tally.parts.items():
+        shape = tally.entries[key].shape
+        whole = np.zeros(matrix_shape(shape), parts[0].array.dtype)
+        for part in parts:
+            whole[part.rows[:, None], np.arange(part.column, part.column + part.array.shape[1])] = part.array
+        found[key] = whole.reshape(shape)
+    return found
