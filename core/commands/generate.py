@@ -80,6 +80,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--logprobs", type=int, metavar="N", help="with --json: log-probability of each token and of the N likeliest"
     )
+    parser.add_argument(
+        "--prompt-logprobs",
+        type=int,
+        metavar="N",
+        help="with --json: the same of the prompt's tokens; --max-new-tokens may then be 0",
+    )
     add_sampling_arguments(parser)
     parser.add_argument(
         "--stream", action=argparse.BooleanOptionalAction, default=True, help="print text as it is generated (default)"
@@ -131,15 +137,11 @@ def run(args: argparse.Namespace) -> int:
     from telechat_twins.core.parallel.layout import check_layout
 
     sampling = sampling_from(args)
-    if args.max_new_tokens < 1:
-        raise UserError(f"--max-new-tokens: must be at least 1, found {args.max_new_tokens}")
     if args.samples > 1 and sampling.greedy:
         raise UserError("--samples: several need --temperature, since greedy answers are equal; e.g. --temperature 0.7")
     _check_mode(args)
     if args.prompts:
         return _reject(args, sampling)
-    if args.logprobs is not None and not args.json:
-        raise UserError("--logprobs requires --json; add --json")
     layout = _layout(args)
     ids = None if args.ids is None else parse_ids(args.ids)
     if ids is not None and (args.chat or args.allow_control):
@@ -187,11 +189,11 @@ def run(args: argparse.Namespace) -> int:
 
 _ONLY_PROMPTS = ["score", "out", "keep", "preference_out", "min_score", "keep_cut"]
 _ONLY_PROMPTS += ["encoding", "ignore_key", "kind", "reasoning"]
-_NOT_PROMPTS = ["allow_control", "ignore_eos", "logprobs", "layout", "nproc", "json"]
+_NOT_PROMPTS = ["allow_control", "ignore_eos", "logprobs", "prompt_logprobs", "layout", "nproc", "json"]
 
 
 def _check_mode(args: argparse.Namespace) -> None:
-    """UserError for options of rejection sampling without --prompts, and for those that it has no place for."""
+    """UserError for options that do not go together, those of rejection sampling among them."""
 
     def given(names: Sequence[str]) -> str | None:
         values = {name: getattr(args, name) for name in names}
@@ -199,9 +201,14 @@ def _check_mode(args: argparse.Namespace) -> None:
         name = next((name for name, v in values.items() if v is not None and v is not False and v != []), None)
         return name and name.replace("_", "-")
 
+    least = 1 if args.prompt_logprobs is None else 0
+    if args.max_new_tokens < least:
+        raise UserError(f"--max-new-tokens: must be at least {least}, found {args.max_new_tokens}")
     if not args.prompts:
         if name := given(_ONLY_PROMPTS):
             raise UserError(f"--{name}: belongs to rejection sampling; give --prompts FILE, or leave it out")
+        if not args.json and (name := given(["logprobs", "prompt_logprobs"])):
+            raise UserError(f"--{name} requires --json; add --json")
         return
     if name := given(_NOT_PROMPTS):
         raise UserError(f"--{name}: cannot be combined with --prompts; leave it out")
@@ -292,6 +299,7 @@ def _request(args: argparse.Namespace, model: Loaded, ids: Sequence[int], sampli
         stop_ids=stops,
         stop_texts=tuple(args.stop),
         logprobs=args.logprobs,
+        prompt_logprobs=args.prompt_logprobs,
         margins=args.json,
         # An answer is a text of its own; a raw continuation continues after the prompt's last word.
         text=("answer" if args.chat else "continuation") if has_text else "none",
@@ -390,6 +398,10 @@ def _report(args: argparse.Namespace, request: Request, made: list[Event], shown
         if request.logprobs is not None:
             report["logprobs"] = [choice.logprob for choice in choices]
             report["top_logprobs"] = [dict(choice.top) for choice in choices]
+        scores = next((event.scores for event in made if event.scores is not None), None)
+        if scores is not None:  # the first token follows nothing
+            report["prompt_logprobs"] = [None, *(choice.logprob for choice in scores.tokens)]
+            report["prompt_top_logprobs"] = [None, *(dict(choice.top) for choice in scores.tokens)]
         print(json.dumps(report, ensure_ascii=False))
     elif text is None:
         print(",".join(map(str, tokens)))

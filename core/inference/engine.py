@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
 STEP_TOKENS = 512
 MAX_RUNNING = 64
+SCORED_BYTES = 64 << 20  # of the float32 logits of prompts' tokens in a step
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,6 +85,7 @@ class Engine:
             self.limits.max_running,
             self.limits.step_tokens,
             reuse,
+            rows=max(1, SCORED_BYTES // (4 * self.config.vocab_size)),
         )
         self._rescale = rescale
         self._samples: dict[int, list[Sample]] = {}  # unfinished samples by request number
@@ -159,23 +161,38 @@ class Engine:
         if not plan:
             return events
         # 3. One forward pass over all these tokens. Their keys and values go into the samples' pages.
-        logits = self.runner.run(self._assembled(plan))  # [W, V], one row a sample whose last token was computed
+        step, places = self._assembled(plan)
+        logits = self.runner.run(step)  # [W, V]
         for sample, count in plan:
             self.scheduler.computed(sample, count)
         # 4. Choose a token for every sample that has no token left to compute. A sample in the middle of its prompt has
-        #    no row of logits yet. The rows are in the plan's order, as _assembled lists them in ``wanted``.
-        ready = [sample for sample, _ in plan if not sample.missing]
+        #    a row of logits only where tokens of the prompt are scored. The rows are in the plan's order.
         tokens = self.config.num_tokens  # logits beyond pad the vocabulary: no bias or temperature may draw them
-        for sample, row in zip(ready, logits[: len(ready)], strict=True):
-            try:
-                event = sample.take_token(sample.sampler.choose(row[:tokens], len(sample.tokens)))
-            except UserError as error:  # logits that are not finite: its keys and values may be damaged, too
-                self.scheduler.distrust(sample)
-                event = sample.end("error", str(error))
-            events.append(event)
+        first = 0
+        for (sample, _), wanted in zip(plan, places, strict=True):
+            rows = logits[first : first + len(wanted), :tokens]
+            first += len(wanted)
+            event = self._advanced(sample, rows, wanted)
+            if event is not None:
+                events.append(event)
             if sample.finished:
                 self._retire(sample)
         return events
+
+    def _advanced(self, sample: Sample, rows: np.ndarray, places: list[int]) -> Event | None:
+        """The event of a sample that has computed tokens, from the logits ``rows`` [W, V] at ``places``, if it has
+        one."""
+        try:
+            for row, place in zip(rows, places, strict=True):
+                sample.take_score(row, place)
+            if sample.missing:
+                return None
+            if not sample.request.max_new_tokens:
+                return sample.end("length")
+            return sample.take_token(sample.sampler.choose(rows[-1], len(sample.tokens)))
+        except UserError as error:  # logits that are not finite: its keys and values may be damaged, too
+            self.scheduler.distrust(sample)
+            return sample.end("error", str(error))
 
     def _take_orders(self) -> list[Event]:
         with self._news:
@@ -208,8 +225,9 @@ class Engine:
         if not others:
             del self._samples[sample.number]
 
-    def _assembled(self, plan: list[tuple[Sample, int]]) -> Step:
-        """The runner's input for a plan of R samples with N tokens in all."""
+    def _assembled(self, plan: list[tuple[Sample, int]]) -> tuple[Step, list[list[int]]]:
+        """The runner's input for a plan of R samples with N tokens in all, and the places of each sample whose logits
+        are wanted."""
         size = self.pool.page_size
         counts = np.array([count for _, count in plan])  # [R]
         starts = np.zeros(len(plan) + 1, np.int32)  # [R + 1]: sample r has the tokens starts[r] .. starts[r + 1] - 1
@@ -228,9 +246,13 @@ class Engine:
         owner = np.repeat(np.arange(len(plan)), counts)  # [N]: the sample of each token
         # A token's position: its place in the step, moved so that the sample's last token gets position lengths - 1.
         positions = (np.arange(len(owner), dtype=np.int32) + (lengths - starts[1:])[owner]).astype(np.int32)
-        # Logits are wanted after the last token of each sample that is complete with this step.
-        ends = [starts[row + 1] - 1 for row, (sample, count) in enumerate(plan) if sample.missing == count]
-        return Step(
+        # Logits are wanted after the last token of each sample that is complete with this step, and before each token
+        # of a prompt that is to be scored.
+        places = [sample.rows(sample.computed, sample.computed + count) for sample, count in plan]
+        wanted = [
+            starts[row] + place - sample.computed for row, (sample, _) in enumerate(plan) for place in places[row]
+        ]
+        step = Step(
             ids=np.array(ids, np.int32),
             positions=positions,
             scaling_lengths=np.concatenate(scaling),
@@ -238,9 +260,10 @@ class Engine:
             starts=starts,
             lengths=lengths,
             tables=tables,
-            wanted=np.array(ends or [len(owner) - 1], np.int32),  # never empty: runners need one row at least
+            wanted=np.array(wanted or [len(owner) - 1], np.int32),  # never empty: runners need one row at least
             adapters=np.array([sample.request.adapter for sample, _ in plan], np.int32),
         )
+        return step, places
 
 
 def stream(engine: Engine, request: Request) -> Generator[Event, None, None]:

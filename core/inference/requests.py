@@ -5,14 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
 from telechat_twins.core.data.control import TOOL_CALL, TOOL_CALL_END
 from telechat_twins.core.errors import UserError
 from telechat_twins.core.inference.pages import first_name, page_name
-from telechat_twins.core.inference.sampling import Sampler, SamplingConfig, TokenChoice
+from telechat_twins.core.inference.sampling import Sampler, SamplingConfig, TokenChoice, check_finite, log_probabilities
 from telechat_twins.core.inference.text_stream import StopText, text_stream
 
 if TYPE_CHECKING:
@@ -35,6 +35,10 @@ class Request:
     calls are written out; "continuation", whose first word keeps the space between it and the prompt. ``cache_salt``:
     only prompts with the same salt share cached pages. ``adapter``: number of the adapter in use, 0 for none; only
     prompts with the same adapter share cached pages.
+
+    ``prompt_logprobs``: report the log-probability of each token of the prompt from place ``scored_from`` on, and those
+    of the N likeliest in its place (None: neither). ``next_ids``: with it, report those of these tokens after the whole
+    prompt, too. With it ``max_new_tokens`` may be 0.
     """
 
     prompt_ids: tuple[int, ...]
@@ -49,6 +53,9 @@ class Request:
     text: str = "none"
     cache_salt: str = ""
     adapter: int = 0
+    prompt_logprobs: int | None = None
+    scored_from: int = 1
+    next_ids: tuple[int, ...] = ()
 
     @property
     def total(self) -> int:
@@ -66,6 +73,15 @@ class Usage:
     cached: int
 
 
+class PromptScores(NamedTuple):
+    """Log-probabilities of a prompt: ``tokens``, from place ``scored_from`` on; ``next``, of Request.next_ids after the
+    prompt, and ``next_top`` of the likeliest there."""
+
+    tokens: tuple[TokenChoice, ...]
+    next: tuple[float, ...] = ()
+    next_top: tuple[tuple[int, float], ...] = ()
+
+
 @dataclass(frozen=True)
 class Event:
     """A generated token, or the end, of one sample of a request.
@@ -74,7 +90,7 @@ class Event:
     character of several tokens comes with the last of them, and what may become a stop string is held back. ``offset``:
     characters of decoded text before the token's own, shown or not. The last event of a sample has ``usage`` and a
     ``finish_reason``: "stop" (``stop``: the stop token or string, which is not part of the text), "length", "cancelled"
-    or "error" (``error``: the message).
+    or "error" (``error``: the message). ``scores``: with the first event of a request's first sample, where asked for.
     """
 
     request: int
@@ -86,6 +102,7 @@ class Event:
     error: str | None = None
     usage: Usage | None = None
     offset: int = 0
+    scores: PromptScores | None = None
 
 
 def check_request(request: Request, vocab_size: int, has_tokenizer: bool) -> None:
@@ -93,12 +110,18 @@ def check_request(request: Request, vocab_size: int, has_tokenizer: bool) -> Non
     if not request.prompt_ids:
         raise UserError("prompt: must have at least one token; give some text, or --add-bos to begin from <_start>")
     check_ids("prompt", request.prompt_ids, vocab_size)
-    if request.max_new_tokens < 1:
-        raise UserError(f"max_new_tokens: must be at least 1, found {request.max_new_tokens}")
+    least = 1 if request.prompt_logprobs is None else 0
+    if request.max_new_tokens < least:
+        raise UserError(f"max_new_tokens: must be at least {least}, found {request.max_new_tokens}")
     if not 1 <= request.samples <= MAX_SAMPLES:
         raise UserError(f"samples: must be 1 to {MAX_SAMPLES}, found {request.samples}")
-    if request.logprobs is not None and not 0 <= request.logprobs <= vocab_size:
-        raise UserError(f"logprobs: must be 0 to {vocab_size}, the vocabulary, found {request.logprobs}")
+    for name in ("logprobs", "prompt_logprobs"):
+        count = getattr(request, name)
+        if count is not None and not 0 <= count <= vocab_size:
+            raise UserError(f"{name}: must be 0 to {vocab_size}, the vocabulary, found {count}")
+    if not 1 <= request.scored_from <= len(request.prompt_ids):
+        raise UserError(f"scored_from: must be 1 to {len(request.prompt_ids)}, found {request.scored_from}")
+    check_ids("next_ids", request.next_ids, vocab_size)
     if not all(request.stop_texts):
         raise UserError("stop: must not be an empty string, which would end every answer; leave it out")
     check_ids("logit_bias", request.logit_bias, vocab_size)
@@ -151,6 +174,9 @@ class Sample:
         self.cached: int | None = None
         self.leader: Sample | None = None
         self.finished = False
+        self._scores: list[TokenChoice] = []
+        self._next: tuple[tuple[float, ...], tuple[tuple[int, float], ...]] = ((), ())
+        self._reported = not self.scoring
         self._page_size, self._by_step = page_size, rescale == "step"
         self._names: list[bytes] = []
         self.sampler = Sampler(
@@ -167,6 +193,37 @@ class Sample:
     def missing(self) -> int:
         """Tokens whose keys and values are still to be computed. At 0 the next token can be chosen."""
         return len(self.tokens) - self.computed
+
+    @property
+    def scoring(self) -> bool:
+        """Whether log-probabilities of the prompt are wanted. A request's first sample alone reports them."""
+        return self.request.prompt_logprobs is not None and self.index == 0
+
+    @property
+    def first_row(self) -> int:
+        """The first place whose logits are still needed: that before the next token to score, else the last one."""
+        last = len(self.tokens) - 1
+        return min(last, self.request.scored_from + len(self._scores) - 1) if self.scoring else last
+
+    def rows(self, first: int, last: int) -> list[int]:
+        """The places among [first, last) whose logits are needed."""
+        scored = range(max(first, self.first_row), min(last, len(self.request.prompt_ids) - 1)) if self.scoring else ()
+        return [*scored, *([last - 1] if last == len(self.tokens) else [])]
+
+    def take_score(self, logits: np.ndarray, place: int) -> None:
+        """Record the log-probability of the prompt's token after ``place`` from the logits [V] there; after the whole
+        prompt, those of ``next_ids``. UserError for logits that are not finite."""
+        request = self.request
+        if place >= len(request.prompt_ids) or not self.scoring or self._reported:
+            return
+        check_finite(logits, place)
+        top = request.prompt_logprobs or 0
+        if place < len(request.prompt_ids) - 1:
+            token = request.prompt_ids[place + 1]
+            self._scores.append(TokenChoice(token, None, *log_probabilities(logits, token, top)))
+        elif request.next_ids:
+            found = [log_probabilities(logits, token, top if n == 0 else 0) for n, token in enumerate(request.next_ids)]
+            self._next = tuple(logprob for logprob, _ in found), found[0][1]
 
     @property
     def made(self) -> int:
@@ -221,7 +278,7 @@ class Sample:
         elif reason is not None:
             text += self._stops.flush()
         if reason is None:
-            return Event(self.number, self.index, choice, text, offset=offset)
+            return Event(self.number, self.index, choice, text, offset=offset, scores=self._report())
         return self._last(choice, text, reason, stop, offset=offset)
 
     def end(self, reason: str, error: str | None = None) -> Event:
@@ -242,4 +299,10 @@ class Sample:
     ) -> Event:
         self.finished = True
         usage = Usage(len(self.request.prompt_ids), self.made, self.cached or 0)
-        return Event(self.number, self.index, choice, text, reason, stop, error, usage, offset)
+        return Event(self.number, self.index, choice, text, reason, stop, error, usage, offset, self._report())
+
+    def _report(self) -> PromptScores | None:
+        if self._reported:
+            return None
+        self._reported = True
+        return PromptScores(tuple(self._scores), *self._next)

@@ -32,13 +32,16 @@ class Scheduler:
         max_samples: int,
         step_tokens: int,
         reuse: bool = True,
+        rows: int = 512,
     ) -> None:
-        """``scaling``: RotaryRows.scaling; ``max_samples``: that run at once; ``step_tokens``: budget of a step."""
+        """``scaling``: RotaryRows.scaling; ``max_samples``: that run at once; ``step_tokens``: budget of a step;
+        ``rows``: of logits in a step, at most, that score tokens of prompts."""
         self.pool, self.reuse = pool, reuse
         self.waiting: list[Sample] = []
         self.running: list[Sample] = []
         self.preemptions = 0
         self._scaling, self._max_samples, self._step_tokens = scaling, max_samples, step_tokens
+        self._rows = rows
 
     def add(self, sample: Sample) -> None:
         """Queue a sample."""
@@ -65,11 +68,14 @@ class Scheduler:
         one = [(sample, 1) for sample in self.running if sample.missing == 1]
         left = self._step_tokens - len(one)
         # 3. The rest of the budget goes to prompts that are being computed, in chunks.
-        several = []
+        several: list[tuple[Sample, int]] = []
+        rows = self._rows
         for sample in self.running:
             if sample.missing > 1 and left:
-                several.append((sample, min(sample.missing, left)))
-                left -= several[-1][1]
+                count = chunk(sample, left, rows)
+                if count:
+                    (one if count == 1 else several).append((sample, count))
+                left, rows = left - count, rows - scored(sample, count)
         # 4. What is left admits waiting samples in order of arrival: when the first one does not fit, smaller ones
         #    behind it do not overtake it, or it might wait forever (samples that wait for their leader's prompt are
         #    passed over). None is admitted in a step with a preemption: pages are short already.
@@ -77,9 +83,11 @@ class Scheduler:
             first = next((sample for sample in self.waiting if not sample.waits), None)
             if first is None or not self._admit(first):
                 break
-            count = min(first.missing, left)
+            count = chunk(first, left, rows)
+            if not count:
+                break  # the logits of a step are spent; it computes its prompt from the next step on
             (one if count == 1 else several).append((first, count))
-            left -= count
+            left, rows = left - count, rows - scored(first, count)
         return one + several
 
     def computed(self, sample: Sample, count: int) -> None:
@@ -109,9 +117,9 @@ class Scheduler:
     def _admit(self, sample: Sample) -> bool:
         """Move a waiting sample to the running ones, with pages for all its tokens; False when there are too few."""
         pool = self.pool
-        # Share the pages of the longest cached prefix. The page of the last token is left out: that token must be
-        # computed in any case, since its logits are needed.
-        for page in range((len(sample.tokens) - 1) // pool.page_size if self.reuse else 0):
+        # Share the pages of the longest cached prefix. The page of the last token is left out, or of the first one
+        # before a token to score: these must be computed in any case, since their logits are needed.
+        for page in range(sample.first_row // pool.page_size if self.reuse else 0):
             found = pool.find(sample.page_name(page, self._scaling))
             if found is None:
                 break
@@ -141,3 +149,17 @@ class Scheduler:
     def _free(self, sample: Sample) -> None:
         self.pool.give_back(sample.table[: sample.held].tolist())
         sample.held = sample.computed = 0
+
+
+def chunk(sample: Sample, left: int, rows: int) -> int:
+    """Tokens that a sample computes in a step with ``left`` tokens and ``rows`` rows of logits for scores."""
+    count = min(sample.missing, left)
+    if not sample.scoring:
+        return count
+    # Tokens before the first one to score need no row.
+    return min(count, max(sample.first_row - sample.computed, 0) + rows) if sample.missing > 1 else count
+
+
+def scored(sample: Sample, count: int) -> int:
+    """Rows of logits that the scores of the next ``count`` tokens of a sample need."""
+    return len(sample.rows(sample.computed, sample.computed + count)) if sample.scoring else 0

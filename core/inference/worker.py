@@ -22,7 +22,7 @@ from telechat_twins.core.inference.adapters import pair_reader
 from telechat_twins.core.inference.engine import Engine
 from telechat_twins.core.inference.followers import Leader, follow, shard_reader
 from telechat_twins.core.inference.generation import answer
-from telechat_twins.core.inference.requests import Event, Request, Usage
+from telechat_twins.core.inference.requests import Event, PromptScores, Request, Usage
 from telechat_twins.core.inference.sampling import SamplingConfig, TokenChoice
 from telechat_twins.core.model.config import ModelConfig
 from telechat_twins.core.parallel.layout import Layout, parse_layout
@@ -79,6 +79,7 @@ def read_job(path: Path) -> GenerationJob:
         "prompt_ids": tuple(request["prompt_ids"]),
         "stop_ids": frozenset(request["stop_ids"]),
         "stop_texts": tuple(request["stop_texts"]),
+        "next_ids": tuple(request["next_ids"]),
         "logit_bias": {int(token): value for token, value in request["logit_bias"].items()},
         "sampling": SamplingConfig(**request["sampling"]),
     }
@@ -96,17 +97,28 @@ def read_events(path: Path) -> list[Event]:
     found = []
     for values in json.loads(path.read_text(encoding="utf-8")):
         if values["choice"] is not None:
-            token, margin, logprob, top = values["choice"]
-            values["choice"] = TokenChoice(token, margin, logprob, tuple((i, p) for i, p in top))
+            values["choice"] = _choice(values["choice"])
+        if values["scores"] is not None:
+            tokens, following, top = values["scores"]
+            scores = PromptScores(tuple(map(_choice, tokens)), tuple(following), tuple((i, p) for i, p in top))
+            values["scores"] = scores
         if values["usage"] is not None:
             values["usage"] = Usage(**values["usage"])
         found.append(Event(**values))
     return found
 
 
+def _choice(values: tuple[int, float | None, float | None, list[tuple[int, float]]]) -> TokenChoice:
+    token, margin, logprob, top = values
+    return TokenChoice(token, margin, logprob, tuple((i, p) for i, p in top))
+
+
 def _plain(event: Event) -> JsonObject:
     values = dataclasses.asdict(event)
-    return values | {"choice": None if event.choice is None else list(event.choice)}
+    return values | {
+        "choice": None if event.choice is None else list(event.choice),
+        "scores": None if event.scores is None else list(event.scores),
+    }
 
 
 OpenAdapter = Callable[[str, str], Adapter]  # (folder of the model, folder of the adapter)

@@ -13,7 +13,7 @@ from telechat_twins.core.inference.requests import Event, Request
 from telechat_twins.core.inference.sampling import TokenChoice
 from telechat_twins.core.inference.tool_calls import ToolCall, ToolCallStream
 from telechat_twins.core.serve import strict_json
-from telechat_twins.core.serve.completions import token_text
+from telechat_twins.core.serve.echo import token_text
 from telechat_twins.core.serve.errors import ApiError, shown
 from telechat_twins.core.serve.fields import Fields
 from telechat_twins.core.serve.job import (

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from telechat_twins.core.inference.requests import Event, Request
+from telechat_twins.core.inference.requests import Event, PromptScores, Request
 from telechat_twins.core.inference.sampling import TokenChoice
+from telechat_twins.core.serve.echo import EchoedPrompt, echoed, token_text, top_texts
 from telechat_twins.core.serve.errors import shown
 from telechat_twins.core.serve.fields import Fields
 from telechat_twins.core.serve.job import (
@@ -38,18 +40,13 @@ def read_completion(body: JsonObject, served: Served, tenant: str = "") -> Draft
     fields = Fields(body)
     adapter = read_model(fields, served)
     stream, include_usage = read_stream(fields)
-    samples, asked = read_samples(fields), fields.integer("max_tokens", 1, None)
+    echo = fields.boolean("echo")
+    samples, asked = read_samples(fields), fields.integer("max_tokens", 0 if echo else 1, None)
     logprobs = fields.integer("logprobs", 0, MAX_LOGPROBS)
     sampling, stops = read_sampling(fields), read_stops(fields)
     bias = read_bias(fields, served.config.num_tokens)
     salt = read_salt(fields, tenant)
     ignore_eos = fields.boolean("ignore_eos")
-    if fields.boolean("echo"):
-        fields.refuse(
-            "echo",
-            "must be false: this server does not repeat the prompt; prepend it yourself",
-            "unsupported_parameter",
-        )
     fields.absent(
         ("best_of", "suffix"), "is not supported by this server; leave it out", {"best_of": samples, "suffix": ""}
     )
@@ -74,10 +71,15 @@ def read_completion(body: JsonObject, served: Served, tenant: str = "") -> Draft
                 text="continuation",
                 cache_salt=salt,
                 adapter=adapter,
+                # A prompt that is repeated without an answer is computed all the same, as one without scores.
+                prompt_logprobs=(logprobs or 0) if echo and (logprobs is not None or new == 0) else None,
+                scored_from=len(ids) if echo and logprobs is None else 1,
             )
             for ids in encoded
         )
-        return AnswerJob(requests, CompletionWriter(served.tokenizer), stream, include_usage)
+        repeated = [echoed(*pair, served) for pair in zip(prompts, encoded, strict=True)] if echo else []
+        writer = CompletionWriter(served.tokenizer, repeated, samples, logprobs is not None)
+        return AnswerJob(requests, writer, stream, include_usage)
 
     return Draft(len(prompts) * samples, encode)
 
@@ -132,27 +134,43 @@ def _is_id(value: object) -> bool:
 
 
 class CompletionWriter:
-    """Writer (core.serve.job.Writer) of completions."""
+    """Writer (core.serve.job.Writer) of completions. ``repeated``: the prompts, if they are to come before their
+    ``samples`` answers each, with their tokens' log-probabilities where ``scored``."""
 
     prefix, kind, chunk_kind = "cmpl-", "text_completion", "text_completion"
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        self._tokenizer = tokenizer
+    def __init__(
+        self, tokenizer: Tokenizer, repeated: Sequence[EchoedPrompt] = (), samples: int = 1, scored: bool = False
+    ) -> None:
+        self._tokenizer, self._repeated, self._samples, self._scored = tokenizer, repeated, samples, scored
+        self._scores: dict[int, PromptScores] = {}  # by prompt; with the first event of its first sample
         self._entries: dict[int, list[JsonObject]] = {}  # by answer
 
     def opening(self, index: int) -> list[JsonObject]:
         return []
 
     def push(self, index: int, event: Event) -> list[JsonObject]:
+        place, before, length = index // self._samples, [], 0
+        if self._repeated:
+            length = len(self._repeated[place].text)
+            if event.scores is not None:
+                self._scores[place] = event.scores
+            if index not in self._entries:
+                scores = self._scores.get(place) if self._scored else None
+                before = [self._repeated[place].entry(index, self._tokenizer, scores)]
         logprobs = None
-        # A stop token is not part of the answer.
-        if event.choice is not None and event.choice.logprob is not None and not isinstance(event.stop, int):
-            logprobs = self._logprobs(event.choice, event.offset)
-        if not (event.text or logprobs or event.finish_reason):
-            return []
-        entry = {"text": event.text, "index": index, "logprobs": logprobs, "finish_reason": event.finish_reason}
-        self._entries.setdefault(index, []).append(entry)
-        return [entry]
+        # A stop token is not part of the answer, but beside a prompt's tokens each generated one is listed: clients
+        # count them from the end.
+        hidden = isinstance(event.stop, int) and not self._repeated
+        if event.choice is not None and event.choice.logprob is not None and not hidden:
+            logprobs = self._logprobs(event.choice, length + event.offset)
+        made = before
+        if event.text or logprobs or event.finish_reason:
+            entry = {"text": event.text, "index": index, "logprobs": logprobs, "finish_reason": event.finish_reason}
+            made = [*before, entry]
+        if made:
+            self._entries.setdefault(index, []).extend(made)
+        return made
 
     def whole(self) -> list[JsonObject]:
         choices = []
@@ -173,24 +191,10 @@ class CompletionWriter:
 
     def _logprobs(self, choice: TokenChoice, offset: int) -> JsonObject:
         """Log-probabilities of one token. ``top_logprobs`` always has the drawn token, so it may have one entry more
-        than requested. It is keyed by text: of tokens with the same text it has the drawn one, else the likeliest."""
-        drawn = token_text(self._tokenizer, choice.token)
-        tops: dict[str, float | None] = {}
-        for token, logprob in choice.top:
-            tops.setdefault(token_text(self._tokenizer, token), logprob)
-        tops[drawn] = choice.logprob
+        than requested."""
         return {
-            "tokens": [drawn],
+            "tokens": [token_text(self._tokenizer, choice.token)],
             "token_logprobs": [choice.logprob],
-            "top_logprobs": [tops],
+            "top_logprobs": [top_texts(self._tokenizer, choice.token, choice.logprob, choice.top)],
             "text_offset": [offset],
         }
-
-
-def token_text(tokenizer: Tokenizer, token: int) -> str:
-    """A token as text; one whose bytes are not whole characters as ``bytes:\\\\xe4``, as in the OpenAI API."""
-    raw = tokenizer.token_bytes(token)
-    try:
-        return raw.decode("utf-8")
-    except UnicodeDecodeError:
-        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in raw)

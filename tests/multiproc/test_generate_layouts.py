@@ -52,14 +52,22 @@ def tele(*argv: object) -> subprocess.CompletedProcess[str]:
         *(("pt", layout) for layout in ("tp2", "pp2", "tp2.pp2", "ring2.pp2")),
     ],
 )
-def test_tokens_are_those_of_one_process(checkpoint: Path, backend: str, layout: str) -> None:
+def test_tokens_are_those_of_one_process(
+    checkpoint: Path, backend: str, layout: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """So are the log-probabilities of the prompt; its rotary scaling is that of the request's length."""
     pytest.importorskip({"ms": "mindspore", "pt": "torch"}[backend])
     ids = ",".join(map(str, RUN["prompt"]))
     common = ("--backend", backend, "--checkpoint", checkpoint, "--ids", ids, "--ignore-eos", "--json")
-    done = tele(*common, "--max-new-tokens", 30, "--layout", layout)
+    scored = ("--prompt-logprobs", 0)
+    done = tele(*common, *scored, "--max-new-tokens", 30, "--layout", layout)
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout)
     assert report["ids"] == RUN["fp32table"]["tokens"][:30]
+    argv = ("--backend", "pt", *common[2:], *scored, "--max-new-tokens", 30)
+    assert cli.main(["generate", *map(str, argv)]) == 0
+    alone = json.loads(capsys.readouterr().out)
+    assert report["prompt_logprobs"][1:] == pytest.approx(alone["prompt_logprobs"][1:], abs=5e-5)
     assert max(abs(a - b) for a, b in zip(report["top2_margins"], RUN["fp32table"]["top2_margin"], strict=False)) < 5e-4
 
 

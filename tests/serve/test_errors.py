@@ -87,7 +87,7 @@ WRONG = [
     (CHAT, chat_body(user=5), 400, "user", "expected a string, found 5"),
     (CHAT, chat_body(metadata="x"), 400, "metadata", "expected an object"),
     # what is not here
-    (COMPLETIONS, completion(echo=True), 400, "echo", "must be false: this server does not repeat the prompt"),
+    (COMPLETIONS, completion(max_tokens=0), 400, "max_tokens", "must be at least 1"),
     (COMPLETIONS, completion(best_of=3), 400, "best_of", "is not supported by this server"),
     (COMPLETIONS, completion(suffix="x"), 400, "suffix", "is not supported by this server"),
     (

@@ -398,3 +398,32 @@ def test_a_call_whose_arguments_hold_the_closing_mark(server):
     (streamed,) = [call for delta in deltas for call in delta.get("tool_calls", [])]
     assert streamed["function"] == call["function"]
     assert "".join(delta.get("content") or "" for delta in deltas) == ""
+
+
+def test_echo_repeats_the_prompt_with_its_log_probabilities(client):
+    tokenizer = tiny_tokenizer()
+    ids = tokenizer.encode("The quick brown fox")
+    plain = complete(client, "The quick brown fox", logprobs=1)
+    answer = complete(client, "The quick brown fox", logprobs=1, echo=True, n=2)
+    for choice in answer.choices:
+        assert choice.text == "The quick brown fox" + plain.choices[0].text
+        told = choice.logprobs
+        assert len(told.tokens) == len(told.token_logprobs) == len(told.text_offset) == len(ids) + 5
+        assert told.token_logprobs[0] is None and told.top_logprobs[0] is None
+        assert told.token_logprobs[len(ids) :] == plain.choices[0].logprobs.token_logprobs
+        shift = len("The quick brown fox")
+        assert told.text_offset[len(ids) :] == [shift + at for at in plain.choices[0].logprobs.text_offset]
+    # The log-probability of a prompt's token is that with which the prompt before it is continued.
+    whole = answer.choices[0].logprobs
+    again = client.completions.create(
+        model=NAME, prompt=ids[:-1], max_tokens=1, temperature=0, logprobs=20, logit_bias={str(ids[-1]): 100}
+    )
+    assert whole.token_logprobs[len(ids) - 1] == pytest.approx(again.choices[0].logprobs.token_logprobs[0], abs=1e-12)
+    # A prompt alone, as text and as ids; streamed, the prompt comes first.
+    alone = client.completions.create(model=NAME, prompt=["The quick", ids], max_tokens=0, echo=True)
+    assert [choice.text for choice in alone.choices] == ["The quick", tokenizer.decode(ids)]
+    assert alone.usage.completion_tokens == 0 and alone.choices[0].finish_reason == "length"
+    chunks = list(complete(client, "The quick brown fox", logprobs=1, echo=True, stream=True))
+    assert chunks[0].choices[0].text == "The quick brown fox"
+    tokens = [token for chunk in chunks if chunk.choices[0].logprobs for token in chunk.choices[0].logprobs.tokens]
+    assert tokens == whole.tokens

@@ -1,0 +1,117 @@
+"""Log-likelihoods of 500 prompts with shared contexts: both backends and a float64 run, whatever shares a step.
+
+A golden model's random tokens are unlikely: sums of 12 reach -120, where float32 logits leave 3e-5 (measured).
+"""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+
+from telechat_twins.core.backends import load
+from telechat_twins.core.cli import main
+from telechat_twins.core.inference.engine import Engine, EngineLimits
+from telechat_twins.core.inference.requests import Request
+from telechat_twins.core.model.batch import IGNORE, Batch
+from tests.support.engine_support import finish
+from tests.support.frameworks import BACKENDS, golden_source
+
+LIMIT = 1e-5
+CASE = "telechat2_gqa"
+Row = tuple[tuple[int, ...], int]  # ids, and the place from which they are scored
+
+
+def rows(vocab_size: int) -> list[Row]:
+    """125 contexts with four continuations each of 1 to 12 tokens."""
+    random = np.random.default_rng(5)
+    found = []
+    for _ in range(125):
+        context = random.integers(0, vocab_size, random.integers(1, 40)).tolist()
+        for _ in range(4):
+            ids = context + random.integers(0, vocab_size, random.integers(1, 13)).tolist()
+            found.append((tuple(ids), len(context)))
+    return found
+
+
+def likelihoods(engine: Engine, scored: list[Row]) -> tuple[np.ndarray, np.ndarray]:
+    """Sums of log-probabilities, and whether every token is the likeliest, by row."""
+    numbers = [
+        engine.submit(Request(prompt_ids=ids, max_new_tokens=0, prompt_logprobs=1, scored_from=first))
+        for ids, first in scored
+    ]
+    found = finish(engine)
+    sums, greedy = [], []
+    for number in numbers:
+        (event,) = found[number]
+        assert event.scores is not None
+        sums.append(sum(choice.logprob for choice in event.scores.tokens))
+        greedy.append(all(choice.top[0][0] == choice.token for choice in event.scores.tokens))
+    return np.array(sums), np.array(greedy)
+
+
+def judged(scored: list[Row]) -> np.ndarray:
+    """The same sums by whole passes in float64. Rows are padded on the right, within the trained length of 64, so that
+    padding changes neither what a token sees nor its rotary scaling."""
+    source = golden_source(f"{CASE}/weights.safetensors", f"{CASE}/config.json")
+    longest = max(len(ids) for ids, _ in scored)
+    sums = []
+    for start in range(0, len(scored), 100):
+        part = scored[start : start + 100]
+        rows = np.array([ids + (0,) * (longest - len(ids)) for ids, _ in part], np.int32)
+        places = np.broadcast_to(np.arange(longest, dtype=np.int32), rows.shape)
+        batch = Batch(rows, np.full_like(rows, IGNORE), places)
+        logits = load("pt", "forward").run(source.config, source.tensor, batch, "fp64", False)["logits"]
+        table = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+        for row, (ids, first) in zip(table, part, strict=True):
+            sums.append(sum(row[place - 1, ids[place]] for place in range(first, len(ids))))
+    return np.array(sums)
+
+
+def distance(found: np.ndarray, expected: np.ndarray) -> float:
+    """The largest difference, in units of its limit: 1e-5, or 1e-6 of a log-likelihood below -10."""
+    return float((np.abs(found - expected) / np.maximum(LIMIT, 1e-6 * np.abs(expected))).max())
+
+
+def test_500_log_likelihoods_are_those_of_float64_in_both_backends() -> None:
+    for framework in ("mindspore", "torch"):
+        pytest.importorskip(framework)
+    source = golden_source(f"{CASE}/weights.safetensors", f"{CASE}/config.json")
+    scored = rows(source.config.vocab_size)
+    expected = judged(scored)
+    found = {}
+    for backend in BACKENDS:
+        runner = load(backend, "generate").Runner(source.config, source.tensor, 400)
+        engine = Engine(runner, limits=EngineLimits(step_tokens=256, max_running=32))
+        found[backend] = likelihoods(engine, scored)
+        assert distance(found[backend][0], expected) < 1
+        # Another order, in other company, without reuse, with few rows of logits in a step.
+        order = np.random.default_rng(1).permutation(len(scored))[:100]
+        other = Engine(runner, reuse=False, limits=EngineLimits(step_tokens=40, max_running=5))
+        other.scheduler._rows = 3
+        again = likelihoods(other, [scored[n] for n in order])
+        assert distance(again[0], found[backend][0][order]) < 1
+        assert (again[1] == found[backend][1][order]).all()
+    assert distance(found["ms"][0], found["pt"][0]) < 1
+    assert (found["ms"][1] == found["pt"][1]).all()
+    # A score that is one place off is seen.
+    shifted = likelihoods(engine, [(ids, first - 1) for ids, first in scored[:20] if first > 1])[0]
+    assert np.abs(shifted - expected[:20][[first > 1 for _, first in scored[:20]]]).max() > 0.1
+
+
+def test_tele_generate_prints_the_scores_of_a_prompt(capsys: pytest.CaptureFixture[str], tmp_path) -> None:
+    pytest.importorskip("torch")
+    golden_source(f"{CASE}/weights.safetensors", f"{CASE}/config.json", str(tmp_path))
+    options = ["generate", "--backend", "pt", "--checkpoint", str(tmp_path), "--ignore-eos", "--json"]
+    assert main([*options, "--ids", "5,6,7", "--max-new-tokens", "1", "--logprobs", "0"]) == 0
+    made = json.loads(capsys.readouterr().out)
+    ids = f"5,6,7,{made['ids'][0]}"
+    assert main([*options, "--ids", ids, "--prompt-logprobs", "1", "--max-new-tokens", "0"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["ids"] == [] and found["prompt_logprobs"][0] is None
+    # The token that was chosen is as likely in the prompt as it was then.
+    assert found["prompt_logprobs"][3] == pytest.approx(made["logprobs"][0], abs=LIMIT)
+    assert found["prompt_top_logprobs"][3] == {str(made["ids"][0]): found["prompt_logprobs"][3]}
+    assert main([*options[:-1], "--ids", "5,6,7", "--prompt-logprobs", "1"]) == 2
+    assert "--prompt-logprobs requires --json" in capsys.readouterr().err
