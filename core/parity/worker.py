@@ -6,7 +6,7 @@
 A job is a list of tasks. Each is one model, one batch and one layout of as many ranks as were started; the ranks do
 them one after another, because starting takes longer than most tasks. Of task number I, rank R leaves its pieces of
 every tensor in ``I/<kind>/`` beside the job's file, what they are pieces of in ``I/<kind>/part-R.json``, and its
-numbers in ``I/rank-R.json``.
+numbers in ``I/rank-R.json``; a record of it is in ``I/records``.
 """
 
 from __future__ import annotations
@@ -38,6 +38,7 @@ from telechat_twins.core.parallel.layout import Coord, Layout
 from telechat_twins.core.parallel.sequence import LocalBatch, real_places, split_batch
 from telechat_twins.core.parallel.sharding import Box
 from telechat_twins.core.parallel.traffic import Traffic
+from telechat_twins.core.parity.record.recorder import Recorder
 from telechat_twins.core.schema import from_mapping, option
 from telechat_twins.core.train.loss_scale import largest_magnitude, largest_scale
 from telechat_twins.core.train.recipe import clip_factor
@@ -72,6 +73,7 @@ class Task:
     preference: PreferenceConfig | None = option(None, help="of a batch of pairs, which has a reference")
     lora: LoraConfig | None = option(None, help="adapters, which alone are trained")
     freeze: list[str] = option([], help="as in a run")
+    record: bool = option(False, help="record the first update (core.parity.record) under the results' folder")
 
 
 @dataclass(frozen=True)
@@ -188,6 +190,9 @@ def perform(backend: str, task: Task, folder: Path, open_reader: OpenReader | No
         seen.clear()
         losses[:] = [trainer.gradients(mine, targets, scale, backward, watch if task.logits else None)]
 
+    recorder = Recorder(trainer.config, folder, at=(1,)) if task.record else None
+    if recorder is not None:
+        recorder.before(trainer, 1, mine, first, len(padded.input_ids), task.model.to_dict())
     scale = _scaled(trainer, compute, backward and task.precision == "fp16")
     peak, traffic = trainer.pipeline.peak, _counted(sent)
     if task.logits:
@@ -200,9 +205,13 @@ def perform(backend: str, task: Task, folder: Path, open_reader: OpenReader | No
         if step:
             losses.append(trainer.gradients(mine, targets, scale))
         norms.append(trainer.grad_norm(scale))
+        if recorder is not None and not step:
+            recorder.computed(losses[0], norms[0], scale)
         trainer.update(task.optim.lr, clip_factor(norms[-1], task.optim.clip_grad) / scale)
         if step == 0:
             traffic = _counted(sent)
+            if recorder is not None:
+                recorder.after({"step": 1, "loss": losses[0], "grad_norm": norms[0], "lr": task.optim.lr})
     if task.steps:
         _write_pieces(folder, "weights", trainer.rank, trainer.weights())
     record = {

@@ -142,6 +142,7 @@ class _RecordedStep:
         trainer.observe = self._observe
 
     def _observe(self, batches: Sequence[LocalBatch], scale: float) -> AbstractContextManager[None]:
+        self.tally.forget("activation", "activation_grad")  # of gradients that were discarded
         place = self.trainer.mesh.coord
         return self.trainer.observed(Observer(self.config, place, batches, self.first, self.rows, scale, self.tally))
 

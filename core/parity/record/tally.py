@@ -71,6 +71,12 @@ class Tally:
         if any(fnmatch.fnmatchcase(text, pattern) for pattern in self.full for text in (name, key)):
             self.parts.setdefault(key, []).append(Part(np.array(array), np.array(rows), column))
 
+    def forget(self, *kinds: str) -> None:
+        """Drop what was added of these kinds."""
+        for held in (self.entries, self.parts):
+            for key in [key for key in held if key.partition(":")[0] in kinds]:
+                del held[key]
+
     def add_box(
         self, kind: str, name: str, shape: Sequence[int], array: np.ndarray, offset: Sequence[int], dtype: str = ""
     ) -> None:
