@@ -114,7 +114,7 @@ class Bound:
 
 def _key(what: str) -> str:
     """``what`` without parentheses and the worse backend, lower case, every other character a hyphen."""
-    stable = re.sub(r"\([^()]*\)|, (?:ms|pt)(?= against float64)", "", what)
+    stable = re.sub(r"\([^()]*\)|, (?:ms|pt|a|b)(?= against float64)", "", what)
     return re.sub(r"[^a-z0-9._]+", "-", stable.lower()).strip("-")
 
 

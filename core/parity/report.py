@@ -10,12 +10,11 @@ from pathlib import Path
 
 from telechat_twins.core.backends import TITLES
 from telechat_twins.core.parity.bounds import BatchReport, Bound, Judged, TraceReport
-from telechat_twins.core.parity.document.data import to_data, write_data
-from telechat_twins.core.parity.document.html import write_html
-from telechat_twins.core.parity.document.junit import write_junit
+from telechat_twins.core.parity.document.data import to_data
 from telechat_twins.core.parity.document.markdown import BOUNDS_HEAD, bound_line, table_row
 from telechat_twins.core.parity.document.model import Cell, Document, Section, Table, verdict
 from telechat_twins.core.parity.document.versions import own_versions
+from telechat_twins.core.parity.document.write import write_document
 from telechat_twins.core.parity.layouts import LayoutReport, TensorError
 from telechat_twins.core.parity.traces import loss_plot, plot_traces, trace_plot
 from telechat_twins.core.shown import printable
@@ -192,11 +191,15 @@ def _trace_table(trace: TraceReport) -> list[str]:
 
 def to_json(report: ParityReport, runs: Mapping[str, Sequence[Row]] | None = None) -> JsonObject:
     """Everything measured, all gradients and all steps; numbers that are not finite become text."""
+    return to_data(to_document(report, runs), _details(report))
+
+
+def _details(report: ParityReport) -> JsonObject:
     details: JsonObject = {"batch": asdict(report.batch), "layouts": [asdict(row) for row in report.layouts]}
     if report.trace is not None:
         trace = report.trace
         details["trace"] = {"steps": trace.steps, "loss": trace.loss, "grad_norm": trace.grad_norm}
-    return to_data(to_document(report, runs), details)
+    return details
 
 
 def write_report(
@@ -208,14 +211,7 @@ def write_report(
     plot = None
     if runs and report.trace is not None and report.trace.steps:
         plot = plot_traces(runs, report.trace, out / "traces.png").name
-    document = to_document(report, runs)
-    write_html(document, out / "report.html")
-    write_data(to_json(report, runs), out / "report.json")
-    if junit is not None:
-        write_junit(document, junit)
-    path = out / "report.md"
-    path.write_text(to_markdown(report, plot), encoding="utf-8")
-    return path
+    return write_document(to_document(report, runs), out, junit, _details(report), to_markdown(report, plot))
 
 
 def summary(report: ParityReport) -> str:

@@ -26,6 +26,7 @@ from tests.house import ROOT
 from tests.support.docs_workspace import add_checkout, add_packed, add_text
 from tests.support.frameworks import BACKENDS
 from tests.support.packed import write_packed
+from tests.support.parity_samples import breaks_schema
 
 VOCAB, SEQ_LEN = 211, 32
 SMALL = {"preset": "telechat2-tiny", "vocab_size": VOCAB, "hidden_size": 64, "ffn_hidden_size": 96, "num_layers": 2}
@@ -134,8 +135,9 @@ def test_parity_around_a_growth(files: tuple[Path, Path], tmp_path: Path, capsys
     assert "EQUAL: all" in told
     for title in ("before", "at c = 0", "at c = 0.4", "at c = 1", "6 steps after growth"):
         assert f"small to wide: {title}" in told
-    sections = json.loads((tmp_path / "parity" / "report.json").read_text())
-    assert len(sections) == 5
+    data = json.loads((tmp_path / "parity" / "report.json").read_text())
+    assert len({bound["section"] for bound in data["bounds"]}) == 5 and data["kind"] == "growth"
+    assert breaks_schema(tmp_path / "parity" / "report.json") == []
     assert "**EQUAL" in (tmp_path / "parity" / "report.md").read_text()
 
 

@@ -8,12 +8,13 @@ from __future__ import annotations
 import argparse
 from types import ModuleType
 
-from telechat_twins.core.commands.parity import both, growth, record
+from telechat_twins.core.commands.parity import both, compare, growth, record
 from telechat_twins.core.errors import UserError
 
 # Of each action its module and summary.
 ACTIONS: dict[str, tuple[ModuleType, str]] = {
     "record": (record, "record what some training steps compute, in a small folder"),
+    "compare": (compare, "judge two records, two runs or two forward results; exit 1 on a broken bound"),
 }
 
 

@@ -44,8 +44,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--steps", type=int, default=50, metavar="N", help="training steps to compare; 0: one batch only (50)"
     )
     parser.add_argument(
-        "--out", default="parity", metavar="DIR", help="folder for report.md, report.json and traces.png (parity)"
+        "--out",
+        default="parity",
+        metavar="DIR",
+        help="folder for report.html, report.md, report.json and traces.png (parity)",
     )
+    parser.add_argument("--junit", metavar="FILE", help="also write JUnit XML, a test case for every bound")
     parser.add_argument(
         "--backends",
         nargs="+",
@@ -68,9 +72,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def check(args: argparse.Namespace) -> None:
-    """UserError for numbers of steps that make no sense."""
+    """UserError for numbers of steps that make no sense, and for a file that cannot be written."""
     if args.steps < 0:
         raise UserError(f"--steps: must be at least 0, found {args.steps}")
+    if args.junit is not None:
+        writable_file(args.junit, "--junit")
     if not 0 <= args.layout_steps <= 100:
         raise UserError(f"--layout-steps: must be from 0 to 100, found {args.layout_steps}")
 
@@ -83,7 +89,7 @@ def run(args: argparse.Namespace) -> int:
     names = list(dict.fromkeys(args.backends))
     with hold_folder(args.out, f"--out {args.out}"):
         report, runs = make_report(config, Path(args.out), args.steps, names, args.weights, layouts, args.layout_steps)
-        path = write_report(report, Path(args.out), runs)
+        path = write_report(report, Path(args.out), runs, args.junit)
     print(summary(report))
     print(f"report: {path}")
     return 1 if report.broken else 0

@@ -11,10 +11,8 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -24,7 +22,7 @@ from telechat_twins.core import backends
 from telechat_twins.core.config import RunConfig
 from telechat_twins.core.data.blend import open_blend
 from telechat_twins.core.errors import UserError
-from telechat_twins.core.files.atomic import writable_file, write_text
+from telechat_twins.core.files.atomic import writable_file
 from telechat_twins.core.launch.run_lock import hold_folder
 from telechat_twins.core.model.batch import Batch
 from telechat_twins.core.model.config import ModelConfig
@@ -40,6 +38,9 @@ from telechat_twins.core.parity.bounds import (
     relative_frobenius,
     tolerances,
 )
+from telechat_twins.core.parity.document.model import Document, Section
+from telechat_twins.core.parity.document.versions import own_versions
+from telechat_twins.core.parity.document.write import write_document
 from telechat_twins.core.parity.layouts import EXACT
 from telechat_twins.core.parity.runs import compare_layouts, read_layouts, trace_rows
 
@@ -54,16 +55,8 @@ SMALL_STEPS = 10
 Weights = Mapping[str, np.ndarray]
 
 
-@dataclass(frozen=True)
-class Section:
-    """One comparison: its title and its bounds."""
-
-    title: str
-    bounds: list[Bound]
-
-
 def run(args: argparse.Namespace) -> int:
-    """Run all comparisons, write report.md and report.json, print every bound; 1 when one is broken."""
+    """Run all comparisons, write the report, print every bound; 1 when one is broken."""
     from telechat_twins.convert.growth.schedule import load_schedule
 
     stages = load_schedule(args.growth, args.config, args.set)
@@ -85,31 +78,17 @@ def _compare(args: argparse.Namespace, stages: Sequence[Stage], out: Path) -> in
             sections += layout_sections(stage, names, layouts, args.layout_steps, out)
         if args.steps:
             sections.append(training_section(before, stage, names, args.steps, out))
-    bounds = [bound for section in sections for bound in section.bounds]
-    broken = [bound for bound in bounds if not bound.holds]
-    verdict = f"EQUAL: all {len(bounds)} bounds hold" if not broken else f"NOT EQUAL: {len(broken)} bounds broken"
-    write_text(out / "report.md", to_markdown(verdict, sections))
-    write_text(out / "report.json", json.dumps([dataclasses.asdict(s) for s in sections], indent=1) + "\n")
-    print(verdict)
+    facts = {"schedule": args.growth, "backends": ", ".join(backends.TITLES[name] for name in names)}
+    document = Document("growth", "Parity under growth", facts, own_versions(), sections)
+    page = write_document(document, out, args.junit)
+    print(document.verdict)
     for section in sections:
         print(f"{section.title}")
         for bound in section.bounds:
             mark = "ok    " if bound.holds else "BROKEN"
             print(f"  {mark}  {bound.what:<58}{bound.value:9.2e}  limit {bound.limit:.2e}")
-    print(f"report: {out / 'report.md'}")
-    return 1 if broken else 0
-
-
-def to_markdown(verdict: str, sections: Sequence[Section]) -> str:
-    """Markdown report of all sections."""
-    lines = ["# Parity under growth", "", f"**{verdict}**"]
-    for section in sections:
-        lines += ["", f"## {section.title}", "", "| | quantity | measured | limit | where the limit comes from |"]
-        lines.append("|---|---|---|---|---|")
-        for bound in section.bounds:
-            mark = "ok" if bound.holds else "**BROKEN**"
-            lines.append(f"| {mark} | {bound.what} | {bound.value:.3g} | {bound.limit:.3g} | {bound.source} |")
-    return "\n".join(lines) + "\n"
+    print(f"report: {page}")
+    return 1 if document.broken else 0
 
 
 def growth_sections(before: Stage, stage: Stage, names: list[str]) -> list[Section]:

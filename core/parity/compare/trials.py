@@ -1,0 +1,214 @@
+"""The measures of a part of the quantities, each with its limits: distance, single element, smooth part, non-finite."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from telechat_twins.core.parity.bounds import FULL, UNIT_ROUNDOFF
+from telechat_twins.core.parity.compare import rules
+from telechat_twins.core.parity.compare.measures import Differences, differences, error_bars
+from telechat_twins.core.parity.compare.parts import Part
+from telechat_twins.core.parity.compare.rules import PEAK, PEAK_ELEMENTS, PEAK_FACTOR, PEAK_ULPS, SQUARE_PEAK, Rule
+from telechat_twins.core.parity.record.format import Record
+
+# Of normally distributed gradients with relative error e, the share within their own error of zero is about 0.8 e:
+# AdamW's first update of such an element, lr * sign(g), may have either sign.
+SIGNS, FEW = 0.8, 8
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One measure of every quantity of a part: ``value`` and ``limit`` float64 [n]. ``side``: whose error it is."""
+
+    measure: str
+    side: str
+    value: np.ndarray
+    limit: np.ndarray
+    source: str
+
+    def shares(self) -> np.ndarray:
+        """Value over limit; inf for a broken limit of 0, and for nan."""
+        with np.errstate(divide="ignore", invalid="ignore"):
+            share = np.where(self.value == 0.0, 0.0, self.value / self.limit)
+        return np.where(np.isnan(share), np.inf, share)
+
+
+def measures_of(part: Part, records: Mapping[str, Record], judge: str | None, layers: int, later: bool) -> list[Trial]:
+    """All measures of a part. ``judge``: the side that the errors are taken against; None: of the two from each other.
+    ``later``: after the first recorded step."""
+    rule_of = {
+        name: rules.rule(part.kind, records[name].header.precision, layers, 2 if later else 1) for name in ("a", "b")
+    }
+    made = _Against(part, records, rule_of, judge) if judge is not None else _Between(part, records, rule_of)
+    return list(made.trials())
+
+
+class _Measures:
+    """What both ways of judging share."""
+
+    def __init__(self, part: Part, records: Mapping[str, Record], rule_of: Mapping[str, Rule]) -> None:
+        self.part, self.records, self.rule_of = part, records, rule_of
+        buckets = next(iter(part.sides.values())).sketch.shape[1]
+        self.least, self.most = error_bars(part.counts, buckets)
+        self.precision = {name: records[name].header.precision for name in ("a", "b")}
+        self.unit = max(UNIT_ROUNDOFF[p] for p in self.precision.values())
+        self.full = all(precision in FULL for precision in self.precision.values())
+
+    def trials(self) -> Iterator[Trial]:
+        raise NotImplementedError
+
+    def apart(self, one: str, other: str) -> Differences:
+        """The differences of two sides, relative to the second, or where that is 0 to the first."""
+        a, b = self.part.sides[one], self.part.sides[other]
+        scale = np.where(b.norm > 0, b.norm, a.norm if other != "reference" else 0.0)
+        return differences(a, b, self.part.counts, scale)
+
+    def nonfinite(self, one: str, other: str, label: str) -> Trial:
+        a, b = self.part.sides[one].nonfinite, self.part.sides[other].nonfinite
+        return Trial("non-finite values", label, np.abs(a - b), np.zeros(len(a)), "as many as in the other")
+
+    def peaks(self, found: Differences, other_peak: np.ndarray | float, largest: np.ndarray, label: str) -> Trial:
+        """One wrong element stands out of the rounding of all others, unless it is of the size of its own rounding.
+
+        ``largest``: the largest element of the tensor, relative to its norm.
+        """
+        least = SQUARE_PEAK if self.part.kind == "moment2" else PEAK
+        ratio = PEAK_FACTOR * np.maximum(least, np.where(np.isfinite(other_peak), other_peak, PEAK))
+        limit = np.maximum(PEAK_ULPS * self.unit * largest, ratio * found.others)
+        limit = np.where(self.part.counts >= PEAK_ELEMENTS, limit, np.inf)
+        source = (
+            f"{PEAK_FACTOR:g} x the larger of {least:g} and the other's ratio x the root mean square of the other "
+            f"buckets, at least {PEAK_ULPS:g} u of the largest element"
+        )
+        return Trial("single element", label, found.largest, limit, source)
+
+    def largest(self, name: str) -> np.ndarray:
+        """The largest element of each tensor over its norm."""
+        column = self.part.sides[name]
+        size = np.maximum(np.abs(column.least), np.abs(column.most))
+        with np.errstate(divide="ignore", invalid="ignore"):
+            return np.where(column.norm > 0, size / column.norm, 0.0)
+
+    def storage(self, name: str) -> np.ndarray:
+        """What rounding the weights to their type does to their change: 2 u |w| / |change|."""
+        assert self.part.size is not None
+        with np.errstate(divide="ignore", invalid="ignore"):
+            share = 2 * self.part.stored[name] * self.part.size[name] / self.part.sides[name].norm
+        return np.where(self.part.sides[name].norm > 0, share, 0.0)
+
+    def signs(self, ceiling: float) -> tuple[np.ndarray, np.ndarray]:
+        """(most of a change's relative distance when updates of elements with a gradient of rounding size take the
+        other sign, whether these are so many that they are in every bucket).
+
+        ``ceiling``: of the gradient's relative error. The number of such elements is that expected, 4 standard
+        deviations and 3 more; each is off by twice the update.
+        """
+        counts = self.part.counts.astype(np.float64)
+        expected = np.minimum(SIGNS * ceiling, 1.0) * counts
+        elements = np.minimum(expected + 4 * np.sqrt(expected) + 3, counts)
+        return 2 * np.sqrt(elements / counts), elements > np.minimum(counts, 256) / 8
+
+
+class _Against(_Measures):
+    """Errors of each record against a third, or of one against the float64 one."""
+
+    def __init__(self, part: Part, records: Mapping[str, Record], rule_of: Mapping[str, Rule], judge: str) -> None:
+        super().__init__(part, records, rule_of)
+        self.judge = judge
+        self.names = [name for name in ("a", "b") if name != judge]
+        self.found = {name: self.apart(name, judge) for name in self.names}
+
+    def trials(self) -> Iterator[Trial]:
+        for name in self.names:
+            other = next((n for n in self.names if n != name), None)
+            if self.part.kind == "weight_before" and not self.part.change:
+                yield self.rounded_weights(name)
+            elif self.part.change:
+                yield from self.changes(name, other)
+            else:
+                yield self.distances(name, other)
+                peak = self.found[other].peak if other else PEAK
+                yield self.peaks(self.found[name], peak, self.largest(self.judge), name)
+            yield self.nonfinite(name, self.judge, name)
+
+    def rounded_weights(self, name: str) -> Trial:
+        """Equal weights before the first step differ by the rounding of what they are stored in."""
+        limit = self.most * np.maximum(self.part.stored[name], self.part.stored[self.judge])
+        return Trial("distance", name, self.found[name].distance, limit, "equal weights, rounded to their type")
+
+    def limit(self, name: str, other: str | None, values: np.ndarray | None, extra: np.ndarray | float) -> np.ndarray:
+        """The rule of every quantity, given the other record's ``values``."""
+        rule = self.rule_of[name]
+        ceiling = rule.ceiling + extra
+        if other is None or values is None:
+            return self.most * ceiling
+        high = values / self.least * (rule.unit / self.rule_of[other].unit)
+        return self.most * np.minimum(ceiling, rule.factor * np.maximum(rule.floor + extra, high))
+
+    def distances(self, name: str, other: str | None) -> Trial:
+        limit = self.limit(name, other, self.found[other].distance if other else None, 0.0)
+        return Trial("distance", name, self.found[name].distance, limit, self.source(name))
+
+    def source(self, name: str) -> str:
+        text = self.rule_of[name].source(self.precision[name])
+        if len(self.names) == 1:
+            text = f"at most {self.rule_of[name].ceiling:.3g} from the float64 record ({self.precision[name]})"
+        return f"{text}; up to x {self.most.max():g} for the sketch's error bar"
+
+    def changes(self, name: str, other: str | None) -> Iterator[Trial]:
+        found, rule = self.found[name], self.rule_of[name]
+        extra = self.storage(name)
+        signs, everywhere = self.signs(rule.ceiling)
+        wide = self.most * np.hypot(signs, rule.ceiling + extra)
+        text = f"of the change: 2 sqrt(share of elements whose gradient is rounding); {self.source(name)}"
+        if not self.full:  # the signs of many elements differ, equally many in both
+            values = self.found[other].distance if other else None
+            few = 2 * np.sqrt(FEW / self.part.counts)  # in a small tensor their number is chance
+            limit = np.minimum(wide, np.hypot(self.limit(name, other, values, extra), few))
+            yield Trial("distance", name, found.distance, limit, text)
+            return
+        yield Trial("distance", name, found.distance, wide, text)
+        values = self.found[other].smooth if other else None
+        limit = np.where(
+            everywhere | (self.part.counts < PEAK_ELEMENTS), np.inf, self.limit(name, other, values, extra)
+        )
+        yield Trial("smooth part", name, found.smooth, limit, f"of the change, without outliers: {self.source(name)}")
+
+
+class _Between(_Measures):
+    """The distance of the two records from each other."""
+
+    def trials(self) -> Iterator[Trial]:
+        found = self.apart("a", "b")
+        one, other = self.rule_of["a"], self.rule_of["b"]
+        names = " and ".join(dict.fromkeys(self.precision.values()))
+        if self.part.kind == "weight_before" and not self.part.change:
+            limit = self.most * np.maximum(self.part.stored["a"], self.part.stored["b"])
+            yield Trial("distance", "apart", found.distance, limit, "equal weights, rounded to their type")
+        elif self.part.change:
+            yield from self.changes(found, names)
+        else:
+            limit = self.most * rules.pair_limit(one, other, _median(found.distance))
+            text = f"{rules.pair_source(one, other, names)}; up to x {self.most.max():g} for the sketch's error bar"
+            yield Trial("distance", "apart", found.distance, limit, text)
+            yield self.peaks(found, PEAK, self.largest("b"), "apart")
+        yield self.nonfinite("a", "b", "apart")
+
+    def changes(self, found: Differences, names: str) -> Iterator[Trial]:
+        one, other = self.rule_of["a"], self.rule_of["b"]
+        extra = self.storage("a") + self.storage("b")
+        signs, everywhere = self.signs(one.ceiling + other.ceiling)
+        wide = self.most * np.hypot(signs, one.ceiling + other.ceiling + extra)
+        text = "of the change: 2 sqrt(share of elements whose gradient is rounding)"
+        yield Trial("distance", "apart", found.distance, wide, text)
+        limit = self.most * (rules.pair_limit(one, other, _median(found.smooth)) + extra)
+        limit = np.where(everywhere | (self.part.counts < PEAK_ELEMENTS), np.inf, limit)
+        text = f"of the change, without outliers: {rules.pair_source(one, other, names)}"
+        yield Trial("smooth part", "apart", found.smooth, limit, text)
+
+
+def _median(values: np.ndarray) -> float:
+    return float(np.median(values)) if len(values) else 0.0
