@@ -8,7 +8,7 @@ SHELL := /bin/bash
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .PHONY: help install demo test test-unit test-parallel-full soak operators campaigns campaign-kills campaign-corruption campaign-hostile \
-        campaign-equivalence campaign-memory ascend-lower gpu-check mindformers-check asan lint format lock clean
+        campaign-equivalence campaign-memory mutation relay ascend-lower gpu-check mindformers-check asan lint format lock clean
 
 VENV ?= .venv
 EXTRAS := ms,pt,serve,data,tokenizers,dev
@@ -34,6 +34,8 @@ help:
 	@echo "make test-parallel-full  every parallel layout of up to 8 processes, in both frameworks"
 	@echo "make soak       2,000 mixed requests and 5,000 invalid ones against the server (1 minute)"
 	@echo "make campaigns  kills, corruption, hostile inputs, random equivalence, memory; CAMPAIGN_ARGS reach each (an evening)"
+	@echo "make mutation   plant every fault of the catalogue in both twins; the share that the suite's bounds see (10 minutes)"
+	@echo "make relay      runs that change framework, layout, length, size or adapter midway, against their envelope (an hour)"
 	@echo "make operators  compile the C++ operators now and not on first use"
 	@echo "make ascend-lower  compile every Triton kernel for Ascend910B3 as far as a machine without one can (1 minute)"
 	@echo "make gpu-check  tests and benchmarks of a machine with a GPU; leaves gpu-check.json"
@@ -86,6 +88,12 @@ campaign-equivalence: operators
 
 campaign-memory: operators
 	$(RUN) -m tests.campaigns.memory $(CAMPAIGN_ARGS)
+
+mutation: operators
+	$(RUN) -m tests.mutation $(CAMPAIGN_ARGS)
+
+relay: operators
+	$(RUN) -m tests.campaigns.relay $(CAMPAIGN_ARGS)
 
 # Compiled before the tests: otherwise the first process that needs the operators compiles them within its time limit.
 operators: $(READY)

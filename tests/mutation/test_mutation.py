@@ -1,0 +1,55 @@
+"""A sample of the mutation score (`make mutation` plants the whole catalogue), and that the catalogue is what it says.
+
+The faults of several processes have a sample in tests/parity/test_layouts.py, which plants fifteen of them.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from tests.mutation.__main__ import family, record, score, summary
+from tests.mutation.catalogue import FAULTS, KINDS
+from tests.support.frameworks import BACKENDS
+
+LEAST = 60
+SAMPLE = (
+    "output bias missed",
+    "keys and values swapped",
+    "ignored targets counted",
+    "eps before the bias correction",
+    "warm up from zero",
+    "moments not resumed",
+    "new heads appended",
+    "slope without beta",
+    "statistics in bfloat16",
+)
+
+
+def test_the_catalogue() -> None:
+    """Enough faults of every kind, each with a text of its own; few that nothing sees, and these with a reason."""
+    kinds = Counter(fault.kind for fault in FAULTS.values())
+    assert len(FAULTS) >= LEAST and set(kinds) == set(KINDS)
+    assert all(fault.text and fault.bound for fault in FAULTS.values())
+    assert sum(bool(fault.survives) for fault in FAULTS.values()) <= 0.03 * len(FAULTS)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_sample_is_killed(backend: str, tmp_path: Path) -> None:
+    """By the bound that the catalogue names, and the checks hold without a fault."""
+    pytest.importorskip({"ms": "mindspore", "pt": "torch"}[backend])
+    faults = [fault for name, fault in FAULTS.items() if any(word in name for word in SAMPLE)]
+    assert len(faults) >= len(SAMPLE)
+    made = score(faults, [backend], tmp_path, show=False)
+    assert made.problems() == []
+    assert made.killed == len(faults)
+    report = record(made)
+    assert report["score"] == 1.0 and all(row["bound"] for row in report["faults"])
+    assert f"{len(faults)} of {len(faults)} killed" in summary(made)
+
+
+def test_a_bound_is_named_without_its_tensor() -> None:
+    assert family("gradient (layers.0.attn.q.weight) against float64") == "gradient against float64"
+    assert family("refused (ValueError: a\nb)") == "refused by the product"
