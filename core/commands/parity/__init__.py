@@ -8,21 +8,20 @@ from __future__ import annotations
 import argparse
 from types import ModuleType
 
-from telechat_twins.core.commands.parity import both, compare, growth, record
+from telechat_twins.core.commands.parity import both, compare, envelope, growth, record
 from telechat_twins.core.errors import UserError
 
 # Of each action its module and summary.
 ACTIONS: dict[str, tuple[ModuleType, str]] = {
     "record": (record, "record what some training steps compute, in a small folder"),
     "compare": (compare, "judge two records, two runs or two forward results; exit 1 on a broken bound"),
+    "envelope": (envelope, "measure how far an equal device's loss and gradient norm may drift"),
 }
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of the comparison of both backends, and the actions with their own options."""
     both.add_arguments(parser)
-    if not ACTIONS:
-        return
     actions = parser.add_subparsers(dest="action", metavar="{" + ",".join(ACTIONS) + "}")
     for name, (module, summary) in ACTIONS.items():
         module.add_arguments(actions.add_parser(name, help=summary))
