@@ -42,7 +42,7 @@ VERSION = 1
 COLUMNS = ("loss", "grad_norm")
 MARGIN, WINDOW, FLOOR = 4.0, 5, 16.0
 RULE = (
-    f"limit[t] = {MARGIN:g} x the largest relative deviation of the K noisy runs from the centre in steps t-{WINDOW} to "
+    f"limit[t] = {MARGIN:g} x the largest relative deviation of the K noisy runs from the centre, steps t-{WINDOW} to "
     f"t+{WINDOW}, at least {FLOOR:g} u"
 )
 
@@ -102,9 +102,7 @@ class Envelope:
         tree = asdict(self)
         limits = {key: [x if math.isfinite(x) else None for x in values] for key, values in tree.pop("limits").items()}
         tree["centre"] = {key: [None if math.isnan(x) else x for x in values] for key, values in self.centre.items()}
-        band = {
-            key: {"low": [None if x is None else -x for x in limits[key]], "high": limits[key]} for key in COLUMNS
-        }
+        band = {key: {"low": [None if x is None else -x for x in limits[key]], "high": limits[key]} for key in COLUMNS}
         return {"format": "tele-envelope", "version": VERSION, "rule": RULE, **tree, **band}
 
 
@@ -215,13 +213,16 @@ def read_envelope(path: str | Path) -> Envelope:
         centre = {key: [_or(x, math.nan) for x in tree["centre"][key]] for key in COLUMNS}
         limits = {key: [_or(x, math.inf) for x in tree[key]["high"]] for key in COLUMNS}
         found = Envelope(
-            **{name: str(tree[name]) for name in ("precision", "backend", "config")},
-            **{name: int(tree[name]) for name in ("runs", "seed")},
+            precision=str(tree["precision"]),
+            backend=str(tree["backend"]),
+            config=str(tree["config"]),
+            runs=int(tree["runs"]),
+            seed=int(tree["seed"]),
             noise=float(tree["noise"]),
             steps=steps,
             centre=centre,
             limits=limits,
-        )  # type: ignore[arg-type]
+        )
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"{path}: not an envelope ({error!r}); write it with `tele parity envelope`") from None
     columns = [*found.centre.values(), *found.limits.values()]

@@ -49,7 +49,7 @@ def recipe(folder: Path, steps: int, lr: float) -> RunConfig:
                 "seq_len": LENGTH,
             },
             "train": {"steps": steps, "global_batch": 4, "micro_batch": 4},
-            "optim": {"lr": lr, "min_lr": lr / 10, "warmup_steps": 20},
+            "optim": {"lr": lr, "min_lr": lr / 10, "warmup_steps": min(20, steps - 1)},
         }
     )
 
