@@ -11,24 +11,31 @@ the random signs E|s|^2 = |A|^2 (count sketch of Charikar, Chen and Farach-Colto
 tensor sketch of Pham and Pagh 2013): |s(A) - s(B)| estimates the Frobenius norm |A - B|. A wrong element falls into
 exactly one bucket, in full size. A tensor of at most K elements is kept whole in place of a sketch.
 
-One row in ROW_BLOCK is hashed to one of ROW_BUCKETS shifts of its block, so that a block of rows is first reduced by a
-matrix product; docs/records.md defines every bit of the hash.
+Four rows in a block of ROW_BLOCK have the same r, so that they are added before their columns are hashed: that is most
+of the work. docs/records.md defines every bit of the hash.
 """
 
 from __future__ import annotations
 
 import hashlib
 import math
+import os
 from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import cache
+from typing import NamedTuple
 
 import numpy as np
 
 BUCKETS = 256  # K of a record that is not too large for it
 LEAST_BUCKETS = 32
-ROW_BLOCK, ROW_BUCKETS = 128, 16
+ROW_BLOCK, ROWS_A_BUCKET = 128, 4
+ROW_BUCKETS = ROW_BLOCK // ROWS_A_BUCKET
 LARGEST = 1e150  # larger magnitudes count as non-finite: their squares must not overflow a float64
-_TILE = 1 << 17  # elements converted to float64 at once: few enough for a processor's cache
+_TILE = 1 << 16  # elements converted to float64 at once: few enough for a processor's cache
+_CHUNK = 1 << 19  # elements that one thread adds up; the sums of chunks are added in their order
+_MOST_THREADS = 8
 _SIGN, _BUCKET_BITS = np.uint64(63), np.uint64(32)
 
 
@@ -72,6 +79,16 @@ def matrix_shape(shape: Sequence[int]) -> tuple[int, int]:
     return (math.prod(shape[:-1]), shape[-1]) if shape else (1, 1)
 
 
+class _Run(NamedTuple):
+    """Rows of one block: their numbers, places in the block's permutation and signs, [n] each; the shifts of the
+    block's buckets."""
+
+    rows: np.ndarray
+    places: np.ndarray
+    signs: np.ndarray
+    shifts: np.ndarray
+
+
 @dataclass(frozen=True)
 class Projection:
     """The sketch's hash for tensors of one name and shape, whatever they are (value, gradient, moment)."""
@@ -83,11 +100,11 @@ class Projection:
     _columns: tuple[np.ndarray, np.ndarray] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        if self.buckets < 1 or self.buckets & (self.buckets - 1):
-            raise ValueError(f"buckets: must be a power of two, found {self.buckets}")
+        if not 1 <= self.buckets <= BUCKETS or self.buckets & (self.buckets - 1):
+            raise ValueError(f"buckets: must be a power of two of at most {BUCKETS}, found {self.buckets}")
         columns = 0 if self.whole else matrix_shape(self.shape)[1]
         hashed = mixed(self._key("columns"), np.arange(columns))
-        object.__setattr__(self, "_columns", (_bucket(hashed, self.buckets), _sign(hashed)))
+        object.__setattr__(self, "_columns", (_bucket(hashed, self.buckets).astype(np.uint8), _sign(hashed)))
 
     @property
     def whole(self) -> bool:
@@ -113,63 +130,77 @@ class Projection:
 
     def slice(self, array: np.ndarray, rows: np.ndarray, column: int) -> Statistics:
         """Statistics of ``array`` [n, m]: its row i is row ``rows[i]`` of the tensor's matrix, its first column is
-        number ``column``."""
-        found, width = self.empty(), array.shape[1]
-        # Rows of one block of the hash that lie together in the array; sums are over them in this order.
+        number ``column``. The order of the sums depends on the shape alone, not on the number of threads."""
+        # Runs of rows of one block of the hash, in the order of the array.
         cuts = [0, *(np.flatnonzero(np.diff(rows // ROW_BLOCK)) + 1).tolist(), len(rows)]
-        for first, last in zip(cuts, cuts[1:], strict=False):
-            step = max(1, _TILE // max(1, last - first))
-            for start in range(0, width, step) if last > first else ():
-                part = array[first:last, start : start + step]
-                self._add(found, part, rows[first:last], column + start)
+        runs = [(first, last) for first, last in zip(cuts, cuts[1:], strict=False) if first < last]
+        many = max(1, _CHUNK // max(1, ROW_BLOCK * array.shape[1]))
+        chunks = [runs[first : first + many] for first in range(0, len(runs), many)]
+        if len(chunks) > 1 and threads() > 1:
+            found = _pool().map(lambda chunk: self._chunk(array, rows, column, chunk), chunks)
+        else:
+            found = map(lambda chunk: self._chunk(array, rows, column, chunk), chunks)
+        return merged(found, self.buckets)
+
+    def _chunk(
+        self, array: np.ndarray, rows: np.ndarray, column: int, runs: Sequence[tuple[int, int]]
+    ) -> Statistics:
+        found, width = self.empty(), array.shape[1]
+        blocks = np.array([rows[first] // ROW_BLOCK for first, _ in runs], np.int64)
+        # Of each block a random affine permutation of its places, and a shift for each bucket of the permuted places.
+        factors = mixed(self._key("blocks"), blocks)
+        wanted = blocks[:, None] * ROW_BUCKETS + np.arange(ROW_BUCKETS)
+        shifts = _bucket(mixed(self._key("shifts"), wanted), self.buckets)
+        first, last = runs[0][0], runs[-1][1]
+        signs = _sign(mixed(self._key("rows"), rows[first:last]))
+        scratch = np.empty(_TILE)
+        for number, (start, stop) in enumerate(runs):
+            run = _Run(
+                rows[start:stop], _permuted(rows[start:stop], int(factors[number])), signs[start - first : stop - first],
+                shifts[number],
+            )  # fmt: skip
+            for left in range(0, width, _TILE // ROW_BLOCK):
+                part = array[start:stop, left : left + _TILE // ROW_BLOCK]
+                if self.whole or len(part) <= ROW_BUCKETS:
+                    values = part.astype(np.float64)
+                    _count(found, part, values)
+                    self._add_rows(found.sketch, values, run, column + left)
+                else:
+                    self._add_block(found, part, run, column + left, scratch)
         return found
 
-    def _add(self, found: Statistics, part: np.ndarray, rows: np.ndarray, column: int) -> None:
-        """Add ``part`` [n, m], rows of one block of the hash."""
-        values = np.ascontiguousarray(part, np.float64)
-        flat = values.reshape(-1)
-        with np.errstate(over="ignore", invalid="ignore"):
-            norm2 = float(flat @ flat)
-        if not norm2 < LARGEST**2:
-            bad = ~(np.abs(flat) < LARGEST)
-            found.nonfinite += int(bad.sum())
-            flat = np.where(bad, 0.0, flat)
-            values, norm2 = flat.reshape(values.shape), float(flat @ flat)
-            kept = flat[~bad]
-        else:
-            kept = part
-        found.count += flat.size
-        found.norm2 += norm2
-        found.sum += float(flat.sum())
-        if kept.size:
-            found.min, found.max = min(found.min, float(kept.min())), max(found.max, float(kept.max()))
-        self._project(found.sketch, values, rows, column)
+    def _add_block(self, found: Statistics, part: np.ndarray, run: _Run, column: int, scratch: np.ndarray) -> None:
+        """Add ``part`` [n, m], rows of one block; rows of a bucket are added to one row first."""
+        m = part.shape[1]
+        block = scratch[: ROW_BLOCK * m].reshape(ROW_BLOCK, m)
+        signs = np.zeros(ROW_BLOCK)
+        if len(part) < ROW_BLOCK:
+            block[...] = 0.0
+        block[run.places], signs[run.places] = part, run.signs
+        _count(found, part, block)
+        # [32, 1, 4] @ [32, 4, m]
+        joined = np.matmul(
+            signs.reshape(ROW_BUCKETS, 1, ROWS_A_BUCKET), block.reshape(ROW_BUCKETS, ROWS_A_BUCKET, m)
+        ).reshape(ROW_BUCKETS, m)
+        self._scatter(found.sketch, joined, run.shifts, column)
 
-    def _project(self, sketch: np.ndarray, values: np.ndarray, rows: np.ndarray, column: int) -> None:
-        width = values.shape[1]
+    def _add_rows(self, sketch: np.ndarray, values: np.ndarray, run: _Run, column: int) -> None:
+        """Add ``values`` float64 [n, m], which are changed: row by row, or element by element where all are kept."""
         if self.whole:
-            places = rows[:, None] * matrix_shape(self.shape)[1] + np.arange(column, column + width)
-            np.add.at(sketch, places.reshape(-1), values.reshape(-1))
+            at = run.rows[:, None] * matrix_shape(self.shape)[1] + np.arange(column, column + values.shape[1])
+            sketch[at.reshape(-1)] += values.reshape(-1)
             return
-        hashed = mixed(self._key("rows"), rows)
-        sign, bucket = _sign(hashed), _bucket(hashed, ROW_BUCKETS)
-        shifts = self._shifts(int(rows[0]) // ROW_BLOCK)
-        if len(rows) > ROW_BUCKETS:
-            # [16, n] @ [n, m]: rows of one bucket, with their signs, become one row.
-            reduce = np.zeros((ROW_BUCKETS, len(rows)))
-            reduce[bucket, np.arange(len(rows))] = sign
-            signed = reduce @ values
-        else:
-            signed, shifts = values * sign[:, None], shifts[bucket]
-        shift, sign = (array[column : column + width] for array in self._columns)
-        signed *= sign
-        places = (shifts[:, None] + shift) & (self.buckets - 1)
-        sketch += np.bincount(places.reshape(-1), signed.reshape(-1), self.buckets)
+        values *= run.signs[:, None]
+        self._scatter(sketch, values, run.shifts[run.places // ROWS_A_BUCKET], column)
 
-    def _shifts(self, block: int) -> np.ndarray:
-        """int64 [ROW_BUCKETS]: how far each bucket of a block of rows is shifted."""
-        counter = np.arange(block * ROW_BUCKETS, (block + 1) * ROW_BUCKETS)
-        return _bucket(mixed(self._key("blocks"), counter), self.buckets)
+    def _scatter(self, sketch: np.ndarray, values: np.ndarray, shifts: np.ndarray, column: int) -> None:
+        """Add ``values`` [n, m], which are changed, to the buckets of their rows' ``shifts`` [n] and their columns."""
+        buckets, signs = (array[column : column + values.shape[1]] for array in self._columns)
+        values *= signs
+        at = shifts.astype(np.uint8)[:, None] + buckets  # modulo 256, of which K is a divisor
+        if self.buckets < BUCKETS:
+            at &= np.uint8(self.buckets - 1)
+        sketch += np.bincount(at.reshape(-1), values.reshape(-1), self.buckets)
 
     def _key(self, axis: str) -> np.uint64:
         digest = hashlib.sha256(f"record/{self.seed}/{self.name}/{axis}".encode()).digest()
@@ -203,6 +234,46 @@ def distance(a: np.ndarray, b: np.ndarray, shape: Sequence[int]) -> Distance:
         return Distance(value, value, value)
     least, most = SPREAD[len(a)]
     return Distance(value, value / most, value / least)
+
+
+def threads() -> int:
+    """Threads that add up a large tensor: as many as the process may use, by OMP_NUM_THREADS where that is set."""
+    given = os.environ.get("OMP_NUM_THREADS", "")
+    own = int(given) if given.isdecimal() and int(given) else len(os.sched_getaffinity(0))
+    return min(own, _MOST_THREADS)
+
+
+@cache
+def _pool() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(threads(), thread_name_prefix="sketch")
+
+
+def _count(found: Statistics, part: np.ndarray, values: np.ndarray) -> None:
+    """Add the sums over ``part`` [n, m]. ``values``: it in float64, its rows in any order, perhaps with rows of zeros;
+    what is not finite becomes 0 there."""
+    found.count += part.size
+    with np.errstate(over="ignore", invalid="ignore"):
+        norm2 = _row_dots(values, values)
+    if not norm2 < LARGEST:  # cheap to know of all others that each is finite, and its square too
+        bad = ~(np.abs(values) < LARGEST)
+        found.nonfinite += int(bad.sum())
+        values[bad] = 0.0
+        norm2 = _row_dots(values, values)
+        part = part[np.abs(part.astype(np.float64)) < LARGEST]
+    found.norm2 += norm2
+    found.sum += _row_dots(values, np.ones((1, values.shape[1])))
+    if part.size:
+        found.min, found.max = min(found.min, float(part.min())), max(found.max, float(part.max()))
+
+
+def _row_dots(a: np.ndarray, b: np.ndarray) -> float:
+    """Sum of a * b [n, m]: row by row, so that no library splits a row among a number of threads."""
+    return float(np.matmul(a[:, None, :], b[:, :, None]).sum())
+
+
+def _permuted(rows: np.ndarray, factor: int) -> np.ndarray:
+    """int64 [n]: place of each row in its block, 0 to ROW_BLOCK - 1, by the affine permutation of ``factor``."""
+    return (rows * (factor & (ROW_BLOCK - 1) | 1) + (factor >> 32)) & (ROW_BLOCK - 1)
 
 
 def mixed(key: np.uint64, counter: np.ndarray) -> np.ndarray:
