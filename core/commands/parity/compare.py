@@ -6,6 +6,7 @@ import argparse
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from telechat_twins.core.errors import UserError
 from telechat_twins.core.files.atomic import writable_file
@@ -22,6 +23,9 @@ from telechat_twins.core.parity.record.read import open_record
 from telechat_twins.core.shown import printable
 from telechat_twins.core.train.metrics import read_metrics
 from telechat_twins.core.types import JsonObject
+
+if TYPE_CHECKING:
+    from telechat_twins.core.parity.envelope import Envelope
 
 DESCRIPTION = """\
 Compare two records of `tele parity record`, two run folders (metrics.jsonl) or two outputs of `tele forward`. Backends,
@@ -47,6 +51,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("one", metavar="A", help="a record, a run folder, or an output of `tele forward`")
     parser.add_argument("other", metavar="B", help="another of the same kind")
     parser.add_argument("--reference", metavar="R", help="a third, of higher precision (fp64), that judges both")
+    parser.add_argument(
+        "--envelope",
+        metavar="E",
+        help="file of `tele parity envelope`: judges loss and gradient norm of every step of long traces",
+    )
     parser.add_argument(
         "--precision",
         choices=PRECISIONS,
@@ -84,10 +93,11 @@ def _records(paths: dict[str, str], args: argparse.Namespace) -> Result:
     records = {name: open_record(path) for name, path in paths.items()}
     compared = compare_records(records["a"], records["b"], records.get("reference"))
     precisions = {name: records[name].header.precision for name in ("a", "b")}
+    envelope = _envelope(args)
     trace: TraceReport | None = None
     notes: list[str] = []
     if all(record.trace for record in records.values()):
-        trace, notes = judge_traces({name: record.trace for name, record in records.items()}, precisions)
+        trace, notes = judge_traces({name: record.trace for name, record in records.items()}, precisions, envelope)
     return Result(to_document(records, compared, trace, notes), details(compared, trace))
 
 
@@ -96,13 +106,23 @@ def _runs(paths: dict[str, str], args: argparse.Namespace) -> Result:
     for name, path in paths.items():
         if not rows[name]:
             raise UserError(f"{path}: must have at least one step, found none; wait for the run's first step")
-    trace, notes = judge_traces(rows, {name: args.precision for name in ("a", "b")})
+    trace, notes = judge_traces(rows, {name: args.precision for name in ("a", "b")}, _envelope(args))
     facts = {name.upper() if len(name) == 1 else name: f"{len(rows[name])} steps ({paths[name]})" for name in paths}
     document = run_document(rows, facts | {"precision": args.precision}, trace, notes)
     return Result(document, {"trace": {"steps": trace.steps, "loss": trace.loss, "grad_norm": trace.grad_norm}})
 
 
+def _envelope(args: argparse.Namespace) -> Envelope | None:
+    if args.envelope is None:
+        return None
+    from telechat_twins.core.parity.envelope import read_envelope  # it can also measure one: half a second of imports
+
+    return read_envelope(args.envelope)
+
+
 def _forward(paths: dict[str, str], args: argparse.Namespace) -> Result:
+    if args.envelope is not None:
+        raise UserError("--envelope: judges records and runs; outputs of `tele forward` have no steps, leave it out")
     dumps = {name: read_dump(path) for name, path in paths.items()}
     report, sections = judge_dumps(dumps, args.precision)
     facts = {name.upper() if len(name) == 1 else name: path for name, path in paths.items()}

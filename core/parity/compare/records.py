@@ -66,24 +66,31 @@ class Comparison:
 
 
 def check_digests(sides: dict[str, Record]) -> None:
-    """UserError naming the digest and the records where weights or batch are not the same, or the steps have none in
-    common."""
+    """UserError naming the digest and the records where the weights before the first step or the batches of the
+    recorded steps are not the same."""
     one, *others = sides.values()
     for other in others:
+        pair = f"{one.path} and {other.path}"
         for what, meaning in (("weights", "the weights before the first step"), ("batch", "the recorded batches")):
-            if one.header.digests[what] != other.header.digests[what]:
-                raise UserError(
-                    f"{one.path} and {other.path}: digest of {what} must be equal, found "
-                    f"{one.header.digests[what][:12]} and {other.header.digests[what][:12]}: {meaning} differ, so "
-                    "that their results cannot be compared; record both from the same ones"
-                )
+            if one.header.digests[what] == other.header.digests[what]:
+                continue
+            way = "record both from the same ones"
+            if what == "batch" and one.header.steps != other.header.steps:
+                way = f"steps {_numbers(one)} and {_numbers(other)} were recorded; record the same steps of both (--at)"
+            raise UserError(
+                f"{pair}: digest of {what} must be equal, found {one.header.digests[what][:12]} and "
+                f"{other.header.digests[what][:12]}: {meaning} differ, so that their results cannot be compared; {way}"
+            )
         if one.header.seed != other.header.seed:
             raise UserError(
-                f"{one.path} and {other.path}: seed of the sketches must be equal, found {one.header.seed} and "
-                f"{other.header.seed}; record one of them again"
+                f"{pair}: seed of the sketches must be equal, found {one.header.seed} and {other.header.seed}; record "
+                "one of them again"
             )
-        if not set(one.header.steps) & set(other.header.steps):
-            raise UserError(f"{one.path} and {other.path}: must have a recorded step in common, found none")
+
+
+def _numbers(record: Record) -> str:
+    steps = record.header.steps
+    return ", ".join(map(str, steps if len(steps) <= 4 else [*steps[:3], "..."]))
 
 
 def choose_reference(a: Record, b: Record, reference: Record | None) -> str | None:

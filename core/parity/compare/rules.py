@@ -42,7 +42,7 @@ RATIO_FULL, RATIO_LOW = 8.0, 4.0
 # numbers it is 4.5 at most once in 600 quantities; twice the larger of 4 and the other record's ratio is allowed, and
 # 32 u of the tensor's largest element, which its own rounding can be.
 PEAK, PEAK_FACTOR, PEAK_ULPS = 4.0, 2.0, 32.0
-SQUARE_PEAK = 6.0  # of second moments: squares have a longer tail
+SQUARE_PEAK = 8.0  # of second moments, and twice as many u: squares have a longer tail
 PEAK_ELEMENTS = 32  # fewer have no distribution
 
 
@@ -55,13 +55,6 @@ class Rule:
     ceiling: float
     unit: float
     ratio: float
-
-    def against_reference(self, other_high: float | None, other_unit: float) -> float:
-        """The limit of one record's error; ``other_high``: the other's error at the upper end of its error bar, None
-        where it is the reference itself."""
-        if other_high is None or math.isnan(other_high):
-            return self.ceiling
-        return min(self.ceiling, self.factor * max(self.floor, other_high * self.unit / other_unit))
 
     def source(self, precision: str) -> str:
         u = self.unit

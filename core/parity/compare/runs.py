@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
+from telechat_twins.core.errors import UserError
 from telechat_twins.core.parity.bounds import (
     FULL,
     TraceReport,
@@ -15,16 +17,26 @@ from telechat_twins.core.parity.document.versions import own_versions
 from telechat_twins.core.parity.traces import loss_plot, trace_plot
 from telechat_twins.core.train.metrics import Row
 
+if TYPE_CHECKING:
+    from telechat_twins.core.parity.envelope import Envelope
+
 LABELS = {"a": "A", "b": "B", "reference": "reference"}
+LEAST_STEPS = 10  # fewer distances have no root mean square to speak of
 MEASURED_ONLY = (
     "loss and gradient norm of the steps are measured, not judged: runs of {} need a --reference of higher precision "
     "or an --envelope"
 )
 
 
-def judge_traces(rows: Mapping[str, Sequence[Row]], precisions: Mapping[str, str]) -> tuple[TraceReport, list[str]]:
+def judge_traces(
+    rows: Mapping[str, Sequence[Row]], precisions: Mapping[str, str], envelope: Envelope | None = None
+) -> tuple[TraceReport, list[str]]:
     """The comparison of rows "a" and "b", with "reference" if given, over the steps that all have, and notes of what
-    was left out or not judged. ``precisions``: of "a" and "b"."""
+    was left out or not judged. ``precisions``: of "a" and "b". ``envelope``: the band in which equal devices stay,
+    which then judges every step in place of the fixed limits.
+
+    UserError when the envelope is of another precision.
+    """
     steps = set.intersection(*({row["step"] for row in held} for held in rows.values()))
     common = {name: [row for row in held if row["step"] in steps] for name, held in rows.items()}
     notes = [
@@ -32,19 +44,36 @@ def judge_traces(rows: Mapping[str, Sequence[Row]], precisions: Mapping[str, str
         for name, held in rows.items()
         if len(common[name]) < len(held)
     ]
-    if not steps:
-        return compare_traces(common["a"], common["b"]), notes
     a, b, exact = common["a"], common["b"], common.get("reference")
-    low = [p for p in precisions.values() if p not in FULL]
-    if not low:
+    if not steps:
+        return compare_traces(a, b), notes
+    if envelope is not None:
+        return _by_envelope(a, b, precisions, envelope), notes
+    if all(precision in FULL for precision in precisions.values()):
         coarsest = "fp32" if "fp32" in precisions.values() else "fp64"
         return compare_traces(a, b, exact, coarsest), notes
-    report = compare_low_precision_traces(a, b, exact) if exact is not None else compare_traces(a, b)
-    if exact is None or len(set(precisions.values())) > 1:
+    if exact is None or len(set(precisions.values())) > 1 or len(a) < LEAST_STEPS:
         # Only schedule and tokens: in 16 bits runs need not agree step by step, nor runs of two precisions.
-        report = TraceReport(report.steps, report.loss, report.grad_norm, report.bounds[:1])
-        notes.append(MEASURED_ONLY.format(" and ".join(dict.fromkeys(precisions.values()))))
-    return report, notes
+        if len(a) >= LEAST_STEPS:
+            notes.append(MEASURED_ONLY.format(" and ".join(dict.fromkeys(precisions.values()))))
+        return _schedule_only(compare_traces(a, b)), notes
+    return compare_low_precision_traces(a, b, exact), notes
+
+
+def _schedule_only(report: TraceReport) -> TraceReport:
+    return TraceReport(report.steps, report.loss, report.grad_norm, report.bounds[:1])
+
+
+def _by_envelope(a: Sequence[Row], b: Sequence[Row], precisions: Mapping[str, str], envelope: Envelope) -> TraceReport:
+    found = set(precisions.values())
+    if found != {envelope.precision}:
+        raise UserError(
+            f"--envelope: must be of the precision that is compared, {' and '.join(sorted(found))}, found "
+            f"{envelope.precision}; measure it with --set train.precision={min(found)}"
+        )
+    report = _schedule_only(compare_traces(a, b))
+    bounds = [*report.bounds, *envelope.bounds(a, against=b)]
+    return TraceReport(report.steps, report.loss, report.grad_norm, bounds)
 
 
 def run_document(

@@ -16,7 +16,7 @@ from telechat_twins.core.parity.record.format import Record
 
 # Of normally distributed gradients with relative error e, the share within their own error of zero is about 0.8 e:
 # AdamW's first update of such an element, lr * sign(g), may have either sign.
-SIGNS, FEW = 0.8, 8
+SIGNS, FEW = 0.8, 0.5
 
 
 @dataclass(frozen=True)
@@ -42,15 +42,15 @@ def measures_of(part: Part, records: Mapping[str, Record], judge: str | None, la
     rule_of = {
         name: rules.rule(part.kind, records[name].header.precision, layers, 2 if later else 1) for name in ("a", "b")
     }
-    made = _Against(part, records, rule_of, judge) if judge is not None else _Between(part, records, rule_of)
-    return list(made.trials())
+    made = _Between(part, records, rule_of, later)
+    return list((_Against(part, records, rule_of, later, judge) if judge is not None else made).trials())
 
 
 class _Measures:
     """What both ways of judging share."""
 
-    def __init__(self, part: Part, records: Mapping[str, Record], rule_of: Mapping[str, Rule]) -> None:
-        self.part, self.records, self.rule_of = part, records, rule_of
+    def __init__(self, part: Part, records: Mapping[str, Record], rule_of: Mapping[str, Rule], later: bool) -> None:
+        self.part, self.rule_of, self.later = part, rule_of, later
         buckets = next(iter(part.sides.values())).sketch.shape[1]
         self.least, self.most = error_bars(part.counts, buckets)
         self.precision = {name: records[name].header.precision for name in ("a", "b")}
@@ -75,13 +75,16 @@ class _Measures:
 
         ``largest``: the largest element of the tensor, relative to its norm.
         """
-        least = SQUARE_PEAK if self.part.kind == "moment2" else PEAK
+        square = self.part.kind == "moment2"
+        least, ulps = (SQUARE_PEAK, 2 * PEAK_ULPS) if square else (PEAK, PEAK_ULPS)
         ratio = PEAK_FACTOR * np.maximum(least, np.where(np.isfinite(other_peak), other_peak, PEAK))
-        limit = np.maximum(PEAK_ULPS * self.unit * largest, ratio * found.others)
-        limit = np.where(self.part.counts >= PEAK_ELEMENTS, limit, np.inf)
+        limit = np.maximum(ulps * self.unit * largest, ratio * found.others)
+        # After an update a weight whose gradient is rounding may differ by twice the update, alone among all.
+        judged = (self.part.counts >= PEAK_ELEMENTS) & (not self.later)
+        limit = np.where(judged, limit, np.inf)
         source = (
             f"{PEAK_FACTOR:g} x the larger of {least:g} and the other's ratio x the root mean square of the other "
-            f"buckets, at least {PEAK_ULPS:g} u of the largest element"
+            f"buckets, at least {ulps:g} u of the largest element"
         )
         return Trial("single element", label, found.largest, limit, source)
 
@@ -115,8 +118,10 @@ class _Measures:
 class _Against(_Measures):
     """Errors of each record against a third, or of one against the float64 one."""
 
-    def __init__(self, part: Part, records: Mapping[str, Record], rule_of: Mapping[str, Rule], judge: str) -> None:
-        super().__init__(part, records, rule_of)
+    def __init__(
+        self, part: Part, records: Mapping[str, Record], rule_of: Mapping[str, Rule], later: bool, judge: str
+    ) -> None:
+        super().__init__(part, records, rule_of, later)
         self.judge = judge
         self.names = [name for name in ("a", "b") if name != judge]
         self.found = {name: self.apart(name, judge) for name in self.names}
@@ -139,18 +144,21 @@ class _Against(_Measures):
         limit = self.most * np.maximum(self.part.stored[name], self.part.stored[self.judge])
         return Trial("distance", name, self.found[name].distance, limit, "equal weights, rounded to their type")
 
-    def limit(self, name: str, other: str | None, values: np.ndarray | None, extra: np.ndarray | float) -> np.ndarray:
-        """The rule of every quantity, given the other record's ``values``."""
-        rule = self.rule_of[name]
-        ceiling = rule.ceiling + extra
-        if other is None or values is None:
-            return self.most * ceiling
-        high = values / self.least * (rule.unit / self.rule_of[other].unit)
-        return self.most * np.minimum(ceiling, rule.factor * np.maximum(rule.floor + extra, high))
-
     def distances(self, name: str, other: str | None) -> Trial:
-        limit = self.limit(name, other, self.found[other].distance if other else None, 0.0)
+        rule = self.rule_of[name]
+        limit = self.limit(name, self.found[other].distance if other else None, rule.ceiling, rule.floor)
         return Trial("distance", name, self.found[name].distance, limit, self.source(name))
+
+    def limit(
+        self, name: str, values: np.ndarray | None, ceiling: np.ndarray | float, floor: np.ndarray | float
+    ) -> np.ndarray:
+        """The rule of every quantity. ``values``: the other record's errors, None where that is the judge."""
+        rule = self.rule_of[name]
+        if values is None:
+            return self.most * ceiling
+        other = self.rule_of["b" if name == "a" else "a"]
+        high = values / self.least * (rule.unit / other.unit)
+        return self.most * np.minimum(ceiling, rule.factor * np.maximum(floor, high))
 
     def source(self, name: str) -> str:
         text = self.rule_of[name].source(self.precision[name])
@@ -159,22 +167,20 @@ class _Against(_Measures):
         return f"{text}; up to x {self.most.max():g} for the sketch's error bar"
 
     def changes(self, name: str, other: str | None) -> Iterator[Trial]:
-        found, rule = self.found[name], self.rule_of[name]
-        extra = self.storage(name)
+        found, rule, extra = self.found[name], self.rule_of[name], self.storage(name)
         signs, everywhere = self.signs(rule.ceiling)
-        wide = self.most * np.hypot(signs, rule.ceiling + extra)
-        text = f"of the change: 2 sqrt(share of elements whose gradient is rounding); {self.source(name)}"
-        if not self.full:  # the signs of many elements differ, equally many in both
+        wide = np.hypot(signs, rule.ceiling + extra)
+        text = f"of the change, at most 2 sqrt(share of elements whose gradient is rounding), {wide.max():.2g}"
+        if not self.full:  # so many signs differ that their share is the same in both
+            few = 2 * np.sqrt(FEW / self.part.counts)  # but in a small tensor their number is chance
             values = self.found[other].distance if other else None
-            few = 2 * np.sqrt(FEW / self.part.counts)  # in a small tensor their number is chance
-            limit = np.minimum(wide, np.hypot(self.limit(name, other, values, extra), few))
-            yield Trial("distance", name, found.distance, limit, text)
+            limit = self.limit(name, values, wide, np.hypot(few, rule.floor + extra))
+            yield Trial("distance", name, found.distance, limit, f"{text}; {self.source(name)}")
             return
-        yield Trial("distance", name, found.distance, wide, text)
+        yield Trial("distance", name, found.distance, self.most * wide, text)
         values = self.found[other].smooth if other else None
-        limit = np.where(
-            everywhere | (self.part.counts < PEAK_ELEMENTS), np.inf, self.limit(name, other, values, extra)
-        )
+        limit = self.limit(name, values, rule.ceiling + extra, rule.floor + extra)
+        limit = np.where(everywhere | (self.part.counts < PEAK_ELEMENTS), np.inf, limit)
         yield Trial("smooth part", name, found.smooth, limit, f"of the change, without outliers: {self.source(name)}")
 
 

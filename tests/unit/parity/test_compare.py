@@ -19,6 +19,7 @@ from safetensors.numpy import save_file
 from telechat_twins.core.cli import main
 from telechat_twins.core.parity.compare.measures import differences, side
 from telechat_twins.core.parity.compare.records import Comparison, compare_records
+from telechat_twins.core.parity.envelope import Envelope, write_envelope
 from telechat_twins.core.parity.record.format import Record
 from tests.support.parity_samples import breaks_schema, trace
 from tests.support.record_pairs import Fault, altered, record, rounded, step_tensors, write
@@ -160,7 +161,11 @@ def test_records_of_other_weights_or_batches_are_refused(
         assert main(["parity", "compare", *paths, "--out", str(tmp_path / "out")]) == 2
         error = capsys.readouterr().err
         assert f"digest of {what} must be equal, found " in error and "abababababab" in error
-        assert error.count("\n") == 1
+        assert error.count("\n") == 1 and "(--at)" not in error
+    steps = dataclasses.replace(other, header=dataclasses.replace(other.header, steps=[1, 2]))
+    write(tmp_path / "steps", steps)
+    assert main(["parity", "compare", str(tmp_path / "steps"), step.folder("a-fp32"), "--out", str(tmp_path)]) == 2
+    assert ("steps 1, 2 and 1 were recorded; record the same steps" in capsys.readouterr().err) == (what == "batch")
     assert not (tmp_path / "out" / "report.json").exists()
 
 
@@ -231,9 +236,9 @@ def test_the_command_without_a_framework(step: Step, tmp_path: Path) -> None:
     assert page.index("NOT EQUAL") < page.index("<table") and page.count("<svg") >= 4
 
 
-def a_run(folder: Path, change: Callable[[dict], dict] = lambda row: row) -> str:
+def a_run(folder: Path, change: Callable[[dict], dict] = lambda row: row, steps: int = 60) -> str:
     folder.mkdir(parents=True)
-    rows = [change(row) for row in trace()]
+    rows = [change(row) for row in trace(steps)]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return str(folder)
 
@@ -267,3 +272,46 @@ def test_run_folders_and_forward_results(tmp_path: Path, capsys: pytest.CaptureF
     save_file({key: x for key, x in noise.items() if key != "grad.h.0.w"}, files["less"])
     for extra in ([], ["--reference", files["exact"]]):
         assert [compare(files["a"], files[name], *extra) for name in ("b", "wrong", "less")] == [0, 1, 1]
+
+
+def test_long_traces_are_judged_by_an_envelope(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Step by step: a fixed limit judges 50 steps only, and fails runs of a recipe that magnifies rounding."""
+    rows = trace(200)
+    band = [1e-6 * math.exp(step / 20) for step in range(1, 201)]
+    envelope = Envelope(
+        precision="fp32",
+        backend="pt",
+        runs=4,
+        seed=0,
+        noise=1e-7,
+        config="",
+        steps=[row["step"] for row in rows],
+        centre={key: [row[key] for row in rows] for key in ("loss", "grad_norm")},
+        limits={"loss": band, "grad_norm": band},
+    )
+    write_envelope(envelope, tmp_path / "e.json")
+
+    def drifting(share: float, only: int | None = None) -> Callable[[dict], dict]:
+        def change(row: dict) -> dict:
+            there = only is None or row["step"] == only
+            return row | {"loss": row["loss"] * (1 + there * share * band[row["step"] - 1])}
+
+        return change
+
+    runs = {
+        "plain": a_run(tmp_path / "plain", steps=200),
+        "equal": a_run(tmp_path / "equal", drifting(0.9), 200),
+        "late": a_run(tmp_path / "late", drifting(1.5, only=190), 200),
+        "short": a_run(tmp_path / "short", steps=190),
+    }
+    words = ["--envelope", str(tmp_path / "e.json"), "--out", str(tmp_path / "out")]
+    codes = {name: main(["parity", "compare", run, runs["plain"], *words]) for name, run in runs.items()}
+    assert codes == {"plain": 0, "equal": 0, "late": 1, "short": 1}
+    data = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert [bound["key"] for bound in data["bounds"] if not bound["holds"]] == ["trace/envelope.steps"]
+    assert breaks_schema(tmp_path / "out" / "report.json") == []
+    fixed = [main(["parity", "compare", runs[name], runs["plain"], *words[2:]]) for name in ("late", "equal")]
+    assert fixed == [0, 0], "without it nothing after step 50 is judged"
+    capsys.readouterr()
+    assert main(["parity", "compare", runs["plain"], runs["late"], *words, "--precision", "bf16"]) == 2
+    assert "must be of the precision that is compared, bf16, found fp32" in capsys.readouterr().err
