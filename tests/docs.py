@@ -63,6 +63,11 @@ NOT_RUN = {
     "tests/parity/test_parity_command.py::test_one_batch_in_low_precision",
     "tele parity --config configs/train/telechat2-tiny.yaml --steps 0 --layouts tp2,pp2,ring2,ulysses2,dp2 "
     "--out parity-layouts": "minutes; tests/parity/test_layouts.py runs these layouts and more",
+    "tele parity record --backend ms --config F --steps 50 --out records/npu": "F is the reader's",
+    "tele parity record --backend pt --config F --steps 50 --out records/gpu": "likewise",
+    "tele parity record --backend pt --config F --steps 50 --set train.precision=fp64 --out records/fp64": "likewise",
+    "tele parity compare records/npu records/gpu --reference records/fp64 --junit parity.xml": "compares those; "
+    "tests/unit/parity/test_compare.py::test_the_command_without_a_framework runs it",
     "tele bench parallel --model telechat2-tiny --layouts single,tp2,pp2 --steps 4": "a minute; "
     "tests/unit/bench/test_bench_parallel.py runs its parts",
     "tele train --backend pt --config configs/train/telechat2-tiny.yaml --layout pp2 --out runs/pp2": "the same "
@@ -218,7 +223,7 @@ def _tele(words: list[str]) -> None:
     if not words or words[0] not in cli.VERBS:
         raise UserError(f"no command 'tele {' '.join(words[:1])}'")
     options = parser(words[0]).parse_args(words[1:])
-    if hasattr(options, "set") and hasattr(options, "config"):
+    if hasattr(options, "set") and getattr(options, "config", None) is not None:
         # A model's file that a command before has written is not here.
         _run_config(options.config, [text for text in options.set if not text.startswith("model=")])
     if isinstance(getattr(options, "model", None), str):

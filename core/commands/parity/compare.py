@@ -35,7 +35,7 @@ Exit code 0 when all bounds hold, 1 when one is broken, 2 when the input is wron
 """
 EXAMPLES = """\
 examples:
-  tele parity compare records/npu records/gpu --reference records/judge
+  tele parity compare records/npu records/gpu --reference records/fp64
       every quantity against a float64 record
   tele parity compare runs/npu runs/gpu --envelope envelope.json --junit parity.xml
       two long runs, judged by the band in which equal devices stay

@@ -147,4 +147,4 @@ def _order_plot(compared: Comparison, kind: str) -> Plot | None:
     curves = [Curve(labels[name], places, [row.errors[name] for row in rows], dots=True) for name in names]
     curves += [Curve("limit", places, [min(row.limits.values()) for row in rows])]
     title = f"{KIND_TITLES[kind].capitalize()}: relative distances in the order of execution"
-    return Plot(title, "place in the order", "relative distance", curves, logarithmic=True)
+    return Plot(title, "place in the order, step after step", "relative distance", curves, logarithmic=True)

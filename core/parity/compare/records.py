@@ -26,9 +26,9 @@ PARAMETER_KINDS = ("gradient", "weight_before", "weight_after", "moment1", "mome
 @dataclass(frozen=True)
 class Measured:
     """One quantity. ``errors`` and ``limits``: of the distance, by side ("a", "b") from the reference, or "apart", of
-    the two from each other. ``value`` and ``limit``: of the measure that is nearest to its limit, ``measure`` of
-    ``side``: "distance", "single element", "smooth part" or "non-finite values". ``source``: where the limit comes
-    from."""
+    the two from each other. ``value`` and ``limit``: of the worst broken measure, where all hold of the distance;
+    ``measure`` of ``side`` is "distance", "single element", "smooth part" or "non-finite values". ``source``: where
+    the limit comes from. ``shares``: by measure, value over limit of the worse side."""
 
     key: str
     kind: str
@@ -41,6 +41,7 @@ class Measured:
     value: float
     limit: float
     source: str
+    shares: dict[str, float]
 
     @property
     def holds(self) -> bool:
@@ -135,16 +136,20 @@ def compare_records(a: Record, b: Record, reference: Record | None = None) -> Co
     judged: dict[str, Measured] = {}
     first = min(a.quantities[key].step for key in common) if common else 1
     for part in parts(common, sides):
-        for row in _rows(part, judge, measures_of(part, sides, judge, layers, part.step > first)):
+        for row in _rows(part, measures_of(part, sides, judge, layers, part.step > first)):
             judged[row.key] = row
     return Comparison([judged[key] for key in common], judge, missing, shapes, differing_settings(a, b), notes)
 
 
-def _rows(part: Part, judge: str | None, trials: Sequence[Trial]) -> Iterator[Measured]:
-    """Every quantity of a part by whichever of its measures is nearest to its limit; a broken one before all others."""
+def _rows(part: Part, trials: Sequence[Trial]) -> Iterator[Measured]:
+    """Every quantity of a part by its worst broken measure, or where all hold by its distance."""
     distances = [trial for trial in trials if trial.measure == "distance"]
     shares = np.array([trial.shares() for trial in trials])
-    worst = shares.argmax(axis=0)
+    plain = np.array([trial.measure in ("distance", "smooth part") for trial in trials])
+    worst = np.where(shares > 1.0, 2.0 + shares, np.where(plain[:, None], shares, -1.0)).argmax(axis=0)
+    measures = list(dict.fromkeys(trial.measure for trial in trials))
+    of_measure = [[n for n, trial in enumerate(trials) if trial.measure == measure] for measure in measures]
+    largest = np.array([shares[rows].max(axis=0) for rows in of_measure])
     for index, key in enumerate(part.keys):
         trial = trials[worst[index]]
         kind, _, rest = key.partition(":")
@@ -160,6 +165,7 @@ def _rows(part: Part, judge: str | None, trials: Sequence[Trial]) -> Iterator[Me
             value=float(trial.value[index]),
             limit=float(trial.limit[index]),
             source=trial.source,
+            shares={measure: float(largest[n, index]) for n, measure in enumerate(measures)},
         )
 
 

@@ -52,18 +52,26 @@ def _body(document: Document) -> Iterator[str]:
     mood, sign = ("bad", "\u2717") if document.broken else ("good", "\u2713")
     yield f'<p class="verdict {mood}" id="verdict">{sign} {text(document.verdict)}</p>'
     yield _pairs(document.facts)
-    yield "<h2>Bounds</h2>"
+    parts = {"bounds": "Bounds", "notes": "Notes" if document.notes else "", "plots": "Plots" if document.plots else ""}
+    parts |= {f"table-{number}": table.title for number, table in enumerate(document.tables)}
+    links = (f'<a href="#part-{name}">{text(title)}</a>' for name, title in parts.items() if title)
+    yield f'<nav>{"".join(links)}<a href="#part-versions">Versions</a></nav>'
+    yield '<h2 id="part-bounds">Bounds</h2>'
     yield from _bounds(document)
     if document.notes:
-        yield "<h2>Notes</h2>\n<ul>" + "".join(f"<li>{text(note)}</li>" for note in document.notes) + "</ul>"
+        yield (
+            '<h2 id="part-notes">Notes</h2>\n<ul>'
+            + "".join(f"<li>{text(note)}</li>" for note in document.notes)
+            + "</ul>"
+        )
     if document.plots:
-        yield '<h2>Plots</h2>\n<div class="plots">'
+        yield '<h2 id="part-plots">Plots</h2>\n<div class="plots">'
         yield from map(to_figure, document.plots)
         yield "</div>"
-    for table in document.tables:
-        yield f"<h2>{text(table.title)}</h2>"
+    for number, table in enumerate(document.tables):
+        yield f'<h2 id="part-table-{number}">{text(table.title)}</h2>'
         yield from _table(table)
-    yield "<h2>Versions</h2>"
+    yield '<h2 id="part-versions">Versions</h2>'
     yield _pairs(document.versions)
 
 

@@ -164,6 +164,7 @@ def _legend(plot: Plot) -> Iterator[str]:
     for number, curve in enumerate(plot.curves):
         zeros = sum(value == 0.0 for value in curve.y) if plot.logarithmic else 0
         note = f" (exactly equal: {zeros} of {len(curve.y)}, marked below)" if zeros else ""
-        yield f'<span><i class="c{number % COLORS}"></i>{text(curve.label + note)}</span>'
+        style = f"dot c{number % COLORS}" if curve.dots else f"c{number % COLORS}"
+        yield f'<span><i class="{style}"></i>{text(curve.label + note)}</span>'
     for limit in plot.limits:
         yield f'<span><i class="limit"></i>{text(limit.label)}</span>'
