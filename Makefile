@@ -8,7 +8,7 @@ SHELL := /bin/bash
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .PHONY: help install demo test test-unit test-parallel-full soak operators campaigns campaign-kills campaign-corruption campaign-hostile \
-        campaign-equivalence campaign-memory mutation relay ascend-lower gpu-check mindformers-check asan lint format lock clean
+        campaign-equivalence campaign-memory mutation locate relay ascend-lower gpu-check mindformers-check asan lint format lock clean
 
 VENV ?= .venv
 EXTRAS := ms,pt,serve,data,tokenizers,dev
@@ -35,6 +35,7 @@ help:
 	@echo "make soak       2,000 mixed requests and 5,000 invalid ones against the server (1 minute)"
 	@echo "make campaigns  kills, corruption, hostile inputs, random equivalence, memory; CAMPAIGN_ARGS reach each (an evening)"
 	@echo "make mutation   plant every fault of the catalogue in both twins; the share that the suite's bounds see (10 minutes)"
+	@echo "make locate     name the operator and layer of 90 planted faults in each twin, from records (6 minutes)"
 	@echo "make relay      runs that change framework, layout, length, size or adapter midway, against their envelope (an hour)"
 	@echo "make operators  compile the C++ operators now and not on first use"
 	@echo "make ascend-lower  compile every Triton kernel for Ascend910B3 as far as a machine without one can (1 minute)"
@@ -91,6 +92,9 @@ campaign-memory: operators
 
 mutation: operators
 	$(RUN) -m tests.mutation $(CAMPAIGN_ARGS)
+
+locate: operators
+	$(RUN) -m tests.campaigns.locate $(CAMPAIGN_ARGS)
 
 relay: operators
 	$(RUN) -m tests.campaigns.relay $(CAMPAIGN_ARGS)

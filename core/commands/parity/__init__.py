@@ -8,13 +8,14 @@ from __future__ import annotations
 import argparse
 from types import ModuleType
 
-from telechat_twins.core.commands.parity import both, compare, envelope, growth, record
+from telechat_twins.core.commands.parity import both, compare, envelope, growth, locate, record
 from telechat_twins.core.errors import UserError
 
 # Of each action its module and summary.
 ACTIONS: dict[str, tuple[ModuleType, str]] = {
     "record": (record, "record what some training steps compute, in a small folder"),
     "compare": (compare, "judge two records, two runs or two forward results; exit 1 on a broken bound"),
+    "locate": (locate, "name the first wrong operator of two records, and replay it"),
     "envelope": (envelope, "measure how far an equal device's loss and gradient norm may drift"),
 }
 

@@ -14,14 +14,17 @@ from telechat_twins.core.errors import UserError
 from telechat_twins.core.parity.bounds import FULL, UNIT_ROUNDOFF
 from telechat_twins.core.parity.record.format import Quantity, Record, quantity_key
 from telechat_twins.core.parity.record.sketch import distance
+from telechat_twins.core.parity.record.take import folded
 
 # In u, for models of up to four blocks; deeper ones sqrt(L / 4) as much (docs/locate.md has the measurements).
-FLOORS = {"forward": 32.0, "backward": 64.0}
-HALF_FLOORS = {"forward": 6.0, "backward": 8.0}
-RATIO, HALF_RATIO = 8.0, 2.5
+FLOORS = {"forward": 32.0, "backward": 64.0, "update": 256.0}
+HALF_FLOORS = {"forward": 6.0, "backward": 10.0, "update": 10.0}
+RATIO, HALF_RATIO = 6.0, 2.5
 # Beyond this many times the floor a side is at fault even where the other is as far: both may share a fault.
 CEILING = 64.0
 BIAS_SHARE = 1e-3
+# AdamW divides a gradient by its own size: where that is rounding alone, the update may have either sign.
+_STAGES = {"activation": "forward", "weight_before": "forward", "weight_after": "update"}
 
 
 @dataclass(frozen=True)
@@ -53,13 +56,13 @@ class Budget:
     def __init__(self, a: Record, b: Record, reference: Record | None, num_layers: int) -> None:
         self.sides, self.reference = {"A": a, "B": b}, reference
         self.depth = math.sqrt(max(num_layers, 4) / 4)
-        others = [b] if reference is None else [b, reference]
-        for name, other in zip(("B", "--reference"), others, strict=False):
-            if (other.header.buckets, other.header.seed) != (a.header.buckets, a.header.seed):
-                raise UserError(
-                    f"{other.path}: sketches must have A's {a.header.buckets} buckets and seed {a.header.seed}, found "
-                    f"{other.header.buckets} and {other.header.seed} in {name}; record it with the same steps and seed"
-                )
+        records = [a, b, *([] if reference is None else [reference])]
+        if len({record.header.seed for record in records}) > 1:
+            raise UserError(
+                f"{b.path}: the sketches of all records must have one seed, found "
+                f"{', '.join(str(record.header.seed) for record in records)}; take the records again"
+            )
+        self.buckets, self.seed = min(record.header.buckets for record in records), a.header.seed
 
     def judge(self, kind: str, name: str, step: int) -> Excess | None:
         """The quantity's errors and limits; None where a record lacks it."""
@@ -93,15 +96,14 @@ class Budget:
 
     def _floor(self, kind: str, name: str, precision: str) -> float:
         floors = FLOORS if precision in FULL else HALF_FLOORS
-        return floors["forward" if kind in ("activation", "weight_before") else "backward"] * (
-            UNIT_ROUNDOFF[precision] * self.depth
-        )
+        return floors[_STAGES.get(kind, "backward")] * UNIT_ROUNDOFF[precision] * self.depth
 
     def _error(self, quantity: Quantity, judge: Quantity) -> float:
         """Relative distance; inf where not the same number of elements is finite."""
         if quantity.nonfinite != judge.nonfinite:
             return math.inf
-        apart = distance(quantity.sketch, judge.sketch, judge.shape).value
+        one, other = (folded(q, self.buckets, self.seed) for q in (quantity, judge))
+        apart = distance(one.sketch, other.sketch, judge.shape).value
         size = self._size(judge)
         if size == 0.0:
             return math.inf if apart else 0.0

@@ -15,7 +15,7 @@ import numpy as np
 
 from telechat_twins.core import backends
 from telechat_twins.core.parity.bounds import UNIT_ROUNDOFF
-from telechat_twins.core.parity.locate.case import Case, Replayed
+from telechat_twins.core.parity.locate.case import Arrays, Case, Replayed
 
 FACTOR = 6.0
 FLOOR = 8.0  # u
@@ -44,6 +44,11 @@ class Measured:
         return self.error <= self.limit  # false for nan
 
     @property
+    def share(self) -> float:
+        """Error over limit; infinite where the error is not a number."""
+        return math.inf if math.isnan(self.error) else self.error / self.limit
+
+    @property
     def fails(self) -> bool:
         """The definition has a value, and the operator is not at it."""
         return math.isfinite(self.limit) and not self.holds
@@ -64,7 +69,7 @@ class Verdict:
     @property
     def worst(self) -> Measured:
         """The row with the largest error for its limit; nan before all."""
-        return max(self.rows, key=lambda row: math.inf if math.isnan(row.error) else row.error / row.limit)
+        return max(self.rows, key=lambda row: row.share)
 
     def text(self) -> str:
         """The verdict in one line."""
@@ -83,9 +88,15 @@ def judge(case: Case, backend: str) -> Verdict:
 
 
 def measure(case: Case, replay: Replay, define: Define) -> list[Measured]:
-    """Error and limit of every output and gradient."""
+    """Error and limit of every output and gradient of a replay."""
     with np.errstate(all="ignore"):  # a faulty operator's numbers may overflow
         got = replay(case).all()
+    return compare(case, got, define)
+
+
+def compare(case: Case, got: Arrays, define: Define) -> list[Measured]:
+    """Error and limit of each of ``got``: outputs by name, the gradient of input x as ``d x``."""
+    with np.errstate(all="ignore"):
         exact, rough = define(case, np.float64).all(), define(case, np.float32).all()
     came_in = math.sqrt(sum(float(np.square(g, dtype=np.float64).sum()) for g in case.grads.values()))
     rows = []

@@ -1,0 +1,176 @@
+"""``tele parity locate``: names the first operator of two records that is beyond its budget, and replays it."""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+from pathlib import Path
+
+from telechat_twins.core import backends
+from telechat_twins.core.errors import UserError
+from telechat_twins.core.files.atomic import writable_file
+from telechat_twins.core.model.batch import Batch
+from telechat_twins.core.parity.compare.records import choose_reference
+from telechat_twins.core.parity.locate.examine import Examined, examine, needed
+from telechat_twins.core.parity.locate.find import Found, Walk, locate
+from telechat_twins.core.parity.locate.recipe import Setting
+from telechat_twins.core.parity.locate.report import (
+    culprit,
+    smaller,
+    to_json,
+    walk_lines,
+    write_json,
+    write_reproduction,
+)
+from telechat_twins.core.parity.locate.rerun import again, batch_of, exact, run_of, setting_of, untrained_weights
+from telechat_twins.core.parity.record.format import Record
+from telechat_twins.core.parity.record.read import open_record
+from telechat_twins.core.parity.record.sites import sites
+
+DESCRIPTION = """\
+Walk two records of `tele parity record` forward, backward and through the update, and name the first quantity beyond
+its budget, with its operator and layer. Where the records hold that operator's whole tensors and a backend is
+installed, replay it alone to tell whether the operator or its inputs are wrong, and shrink a failing input to a small
+file with a script that runs it again.
+
+Exit code 0 when nothing is beyond its budget, 1 when something is, 2 when the input is wrong.
+"""
+EXAMPLES = """\
+examples:
+  tele parity locate records/npu records/gpu --reference records/judge
+  tele parity locate records/npu records/gpu --rerun
+      make the float64 record here, and the whole tensors where a side's backend is installed
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of ``tele parity locate``."""
+    parser.description, parser.epilog = DESCRIPTION, EXAMPLES
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("one", metavar="A", help="a record")
+    parser.add_argument("other", metavar="B", help="a record of the same weights and batch")
+    parser.add_argument("--reference", metavar="R", help="their float64 record, from which the budgets come")
+    parser.add_argument(
+        "--rerun", action="store_true", help="run the records' config again here for what is missing; needs its data"
+    )
+    parser.add_argument(
+        "--out", default="locate", metavar="DIR", help="folder for locate.json and a failing input (locate)"
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Locate, print and write what was found; 1 when something was."""
+    out = Path(args.out)
+    writable_file(out / "locate.json", "--out")
+    records = {"A": open_record(args.one), "B": open_record(args.other)}
+    reference = None if args.reference is None else open_record(args.reference)
+    notes = _check(records, reference)
+    if reference is None and args.rerun:
+        reference = _exact(records, out)
+    if reference is None:
+        notes.append("no float64 record: the two sides are held against each other; give --reference or --rerun")
+    walk = _walk(records, reference)
+    print("\n".join(walk_lines(walk)))
+    examined: list[Examined] = []
+    if walk.found is not None:
+        examined = _examined(walk.found, records, args, out, notes)
+    print("\n".join(f"note: {note}" for note in notes) + ("\n" if notes else ""), end="")
+    write_json(out / "locate.json", to_json(walk, examined, notes))
+    return 0 if walk.found is None else 1
+
+
+def _check(records: dict[str, Record], reference: Record | None) -> list[str]:
+    """UserError for records that cannot be held against each other; notes on what differs."""
+    a, b = records["A"], records["B"]
+    choose_reference(a, b, reference)
+    others = [b] if reference is None else [b, reference]
+    notes = []
+    for other in others:
+        if other.header.digests["batch"] != a.header.digests["batch"]:
+            raise UserError(f"{a.path} and {other.path}: batches must be the same ones, found two; record both again")
+        if not set(other.header.steps) & set(a.header.steps):
+            raise UserError(f"{a.path} and {other.path}: must have a recorded step in common, found none")
+        if other.header.digests["weights"] != a.header.digests["weights"]:
+            notes.append(f"{a.path} and {other.path} began with different weights")
+    return notes
+
+
+def _walk(records: dict[str, Record], reference: Record | None) -> Walk:
+    config = run_of(records["B"])
+    places = sites(config.model, config.lora)
+    return locate(records["A"], records["B"], reference, places, config.model.num_layers)
+
+
+def _exact(records: dict[str, Record], out: Path) -> Record:
+    from telechat_twins.convert.record_rank import SCRIPT
+
+    backend = next((name for name in ("pt", "ms") if _installed(name)), None)
+    if backend is None:
+        raise UserError("--rerun: needs an installed backend; run: " + backends.install_command("pt"))
+    return exact(records["B"], backend, out / "reference", SCRIPT)
+
+
+def _installed(backend: str) -> bool:
+    try:
+        backends.load(backend, "replay")
+    except UserError:
+        return False
+    return True
+
+
+def _examined(
+    found: Found, records: dict[str, Record], args: argparse.Namespace, out: Path, notes: list[str]
+) -> list[Examined]:
+    """Replay the suspects, and leave a small failing input; print what comes of it."""
+    from telechat_twins.convert.initial import open_initial
+
+    step, record = found.check.step, records["B"]
+    weight = untrained_weights(run_of(record), open_initial)
+    setting = setting_of(record, step, _batch(record, step, notes), weight)
+    if args.rerun:
+        records = _with_whole_tensors(found, setting, records, out)
+    examined = examine(found, setting, records)
+    for one in examined:
+        print(one.text())
+    if any(one.missing for one in examined):
+        _print_commands(found, setting, records)
+    wrong = culprit(examined)
+    if wrong is not None and wrong.replayed is not None:
+        verdict = wrong.replayed
+        case = smaller(verdict)
+        script = write_reproduction(out, case, verdict.backend, backends.TITLES[verdict.backend])
+        print(f"an input of {case.size} numbers on which it fails: {script.parent}; run: python {script}")
+    return examined
+
+
+def _batch(record: Record, step: int, notes: list[str]) -> Batch | None:
+    """The batch of the step where the run's data is here."""
+    try:
+        return batch_of(run_of(record), record, step)
+    except UserError as error:
+        notes.append(f"the batch is not at hand: {error}")
+        return None
+
+
+def _with_whole_tensors(found: Found, setting: Setting, records: dict[str, Record], out: Path) -> dict[str, Record]:
+    """The records, those of installed backends taken again with what a replay of the suspects needs."""
+    from telechat_twins.convert.record_rank import SCRIPT
+
+    full = needed(found.check.suspects, setting)
+    return {
+        side: again(record, full, out / side.lower(), SCRIPT) if full and _installed(record.header.backend) else record
+        for side, record in records.items()
+    }
+
+
+def _print_commands(found: Found, setting: Setting, records: dict[str, Record]) -> None:
+    """How each site records what a replay needs."""
+    full = " ".join(shlex.quote(pattern) for pattern in needed(found.check.suspects, setting))
+    print("to replay it, record these tensors in full at each site, with the same config, and locate again:")
+    for side, record in records.items():
+        header = record.header
+        steps, at = max(header.steps), " ".join(map(str, header.steps))
+        print(
+            f"  {side}: tele parity record --backend {header.backend} --config CONFIG --layout {header.layout} "
+            f"--set train.precision={header.precision} --steps {steps} --at {at} --out {record.path} --full {full}"
+        )

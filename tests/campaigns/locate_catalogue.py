@@ -1,0 +1,569 @@
+"""Catalogue of the faults that `tele parity locate` must name: operator, layer and direction of each.
+
+x input, w weight, b bias, f the framework, real the right function. The two blocks of the models are 0 and 1.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from telechat_twins.core.backends import load
+from telechat_twins.core.model.batch import IGNORE
+from telechat_twins.core.train import trainer
+from tests.campaigns.located_faults import FORWARD, Framework, fault, linear_fault, operator_fault
+
+Changes = Iterator[tuple[Any, str, Any]]
+
+
+def _root_of_mean(f: Framework, x: Any, eps: float, axis: int = -1) -> Any:
+    return (f.mean(x * x, axis) + eps) ** 0.5
+
+
+# Norms: x, gain, eps, stat, compute, mask.
+for where, layer in (("attn_norm", 0), ("attn_norm", 1)):
+    site = f"layers.{layer}.{where}"
+    if layer == 0:
+        operator_fault(
+            "eps of another release",
+            "rms_norm",
+            "rms_norm",
+            site,
+            lambda f, real, x, w, eps, *r: real(x, w, 10 * eps, *r),
+        )
+        operator_fault("gain plus one", "rms_norm", "rms_norm", site, lambda f, real, x, w, *r: real(x, w + 1.0, *r))
+        operator_fault(
+            "statistics over positions",
+            "rms_norm",
+            "rms_norm",
+            site,
+            lambda f, real, x, w, eps, *r: x / _root_of_mean(f, x, eps, 1) * w,
+        )
+        operator_fault(
+            "statistics as constants",
+            "rms_norm",
+            "rms_norm",
+            site,
+            lambda f, real, x, w, eps, *r: x / f.constant(_root_of_mean(f, x, eps)) * w,
+            backward=True,
+        )
+    else:
+        operator_fault(
+            "mean subtracted", "rms_norm", "rms_norm", site, lambda f, real, x, *r: real(x - f.mean(x, -1), *r)
+        )
+        operator_fault(
+            "statistics in bfloat16",
+            "rms_norm",
+            "rms_norm",
+            site,
+            lambda f, real, x, w, eps, *r: x / f.rounded(_root_of_mean(f, x, eps)) * w,
+        )
+        operator_fault(
+            "norm of the stream before",
+            "rms_norm",
+            "rms_norm",
+            site,
+            lambda f, real, x, *r: real(f.before(x) + x * 0.0, *r),
+        )
+        operator_fault(
+            "gain without gradient",
+            "rms_norm",
+            "rms_norm",
+            site,
+            lambda f, real, x, w, *r: real(x, f.frozen(w), *r),
+            backward=True,
+        )
+operator_fault(
+    "last norm without its last channel",
+    "rms_norm",
+    "rms_norm",
+    "norm",
+    lambda f, real, x, *r: real(f.without_last(x, -1), *r),
+)
+
+# Sum and norm: x, residual, gain, eps, stat, compute, mask -> (normed, stream).
+operator_fault(
+    "second norm's eps",
+    "add_rms_norm",
+    "rms_norm",
+    "layers.1.ffn_norm",
+    lambda f, real, x, y, w, eps, *r: (real(x, y, w, eps * 10, *r)[0], real(x, y, w, eps, *r)[1]),
+)
+operator_fault(
+    "second norm of the stream before attention",
+    "add_rms_norm",
+    "rms_norm",
+    "layers.0.ffn_norm",
+    lambda f, real, x, y, *r: (real(x * 0.0, y, *r)[0], real(x, y, *r)[1]),
+)
+operator_fault(
+    "attention without residual",
+    "add_rms_norm",
+    "add",
+    "layers.0.attn_sum",
+    lambda f, real, x, y, *r: real(x, y * 0.0, *r),
+)
+operator_fault(
+    "stream in bfloat16 after attention",
+    "add_rms_norm",
+    "add",
+    "layers.1.attn_sum",
+    lambda f, real, x, y, *r: (real(x, y, *r)[0], f.rounded(real(x, y, *r)[1])),
+)
+operator_fault(
+    "second norm's gain gradient doubled",
+    "add_rms_norm",
+    "rms_norm",
+    "layers.0.ffn_norm",
+    lambda f, real, x, y, w, *r: real(x, y, 2.0 * w, *r),
+    backward=True,
+)
+
+# Linear layers: x, weight, bias, compute.
+linear_fault("q transposed", "layers.0.attn.q", lambda f, real, x, w, b, c: real(x, w.swapaxes(0, 1), b, c))
+linear_fault("k in bfloat16", "layers.1.attn.k", lambda f, real, x, w, b, c: real(f.rounded(x), f.rounded(w), b, c))
+linear_fault("v halves swapped", "layers.0.attn.v", lambda f, real, x, w, b, c: f.swapped(real(x, w, b, c), -1))
+linear_fault("v heads off by one", "layers.1.attn.v", lambda f, real, x, w, b, c: f.rolled(real(x, w, b, c), -1, 32))
+linear_fault("o bias missed", "layers.0.attn.o", lambda f, real, x, w, b, c: real(x, w, b * 0.0, c))
+linear_fault("o bias twice", "layers.1.attn.o", lambda f, real, x, w, b, c: real(x, w, b + b, c))
+linear_fault(
+    "gate remainder dropped", "layers.0.ffn.gate", lambda f, real, x, w, b, c: real(f.without_last(x, -1), w, b, c)
+)
+linear_fault("up of the block before", "layers.1.ffn.up", lambda f, real, x, w, b, c: real(x * 1.01, w, b, c))
+linear_fault("down bias missed", "layers.1.ffn.down", lambda f, real, x, w, b, c: real(x, w, b * 0.0, c))
+linear_fault("down scaled by depth", "layers.0.ffn.down", lambda f, real, x, w, b, c: real(x, w, b, c) * 0.5)
+linear_fault("head in bfloat16", "logits", lambda f, real, x, w, b, c: f.rounded(real(x, w, b, c)))
+linear_fault("head rows off by one", "logits", lambda f, real, x, w, b, c: real(x, f.rolled(w, 0), b, c))
+linear_fault(
+    "q weight's gradient halved", "layers.1.attn.q", lambda f, real, x, w, b, c: real(x, w * 0.5, b, c), backward=True
+)
+linear_fault(
+    "o input's gradient transposed",
+    "layers.0.attn.o",
+    lambda f, real, x, w, b, c: real(x, f.constant(w).swapaxes(0, 1), b * 0.0, c) + real(f.constant(x), w, None, c),
+    backward=True,
+)
+linear_fault(
+    "o bias without gradient",
+    "layers.1.attn.o",
+    lambda f, real, x, w, b, c: real(x, w, f.frozen(b), c),
+    backward=True,
+)
+linear_fault(
+    "down gradient of all rows but the last",
+    "layers.0.ffn.down",
+    lambda f, real, x, w, b, c: real(f.without_last(x, 0), w, b, c),
+    backward=True,
+)
+linear_fault(
+    "gate gradient in bfloat16",
+    "layers.1.ffn.gate",
+    lambda f, real, x, w, b, c: f.rounded(real(x, f.rounded(w), b, c)),
+    backward=True,
+)
+linear_fault("head's gradient doubled", "logits", lambda f, real, x, w, b, c: real(x, w * 2.0, b, c), backward=True)
+
+# Rotary positions: q, k, cos, sin.
+operator_fault(
+    "positions off by one",
+    "rope_qk",
+    "rope",
+    "layers.0.attn.rope_q",
+    lambda f, real, q, k, *t: real(q, k, *(f.rolled(table, 1) for table in t)),
+)
+operator_fault(
+    "keys not rotated", "rope_qk", "rope", "layers.1.attn.rope_k", lambda f, real, q, k, *t: (real(q, k, *t)[0], k)
+)
+operator_fault(
+    "queries one position on",
+    "rope_qk",
+    "rope",
+    "layers.1.attn.rope_q",
+    lambda f, real, q, k, *t: (real(q, k, *(f.rolled(table, 1) for table in t))[0], real(q, k, *t)[1]),
+)
+operator_fault(
+    "rotation reversed", "rope_qk", "rope", "layers.0.attn.rope_q", lambda f, real, q, k, a, b: real(q, k, a, -b)
+)
+operator_fault(
+    "key halves swapped",
+    "rope_qk",
+    "rope",
+    "layers.0.attn.rope_k",
+    lambda f, real, q, k, *t: (real(q, k, *t)[0], real(q, f.swapped(k, -1), *t)[1]),
+)
+operator_fault(
+    "rotary tables in float16",
+    "rope_qk",
+    "rope",
+    "layers.1.attn.rope_q",
+    lambda f, real, q, k, *t: real(q, k, *(f.rounded(table, "float16") for table in t)),
+)
+operator_fault(
+    "last position not rotated",
+    "rope_qk",
+    "rope",
+    "layers.0.attn.rope_q",
+    lambda f, real, q, k, a, b: real(q, k, a, f.without_last(b, 1)),
+)
+operator_fault(
+    "rotation's gradient not transposed",
+    "rope_qk",
+    "rope",
+    "layers.1.attn.rope_q",
+    lambda f, real, q, k, a, b: real(q, k, a, -b),
+    backward=True,
+)
+
+# Attention: q, k, v, visible.
+operator_fault(
+    "attention scale missed",
+    "attention",
+    "attention",
+    "layers.1.attn.core",
+    lambda f, real, q, k, v, s: real(q * 32**0.5, k, v, s),
+)
+operator_fault(
+    "attention scale twice",
+    "attention",
+    "attention",
+    "layers.0.attn.core",
+    lambda f, real, q, k, v, s: real(q * 32**-0.5, k, v, s),
+)
+operator_fault(
+    "next key visible",
+    "attention",
+    "attention",
+    "layers.1.attn.core",
+    lambda f, real, q, k, v, s: real(q, f.rolled(k, 1), f.rolled(v, 1), s),
+)
+operator_fault(
+    "kv heads swapped",
+    "attention",
+    "attention",
+    "layers.0.attn.core",
+    lambda f, real, q, k, v, s: real(q, f.swapped(k, 2), f.swapped(v, 2), s),
+)
+operator_fault(
+    "keys and values swapped",
+    "attention",
+    "attention",
+    "layers.1.attn.core",
+    lambda f, real, q, k, v, s: real(q, v, k, s),
+)
+operator_fault(
+    "keys of another row",
+    "attention",
+    "attention",
+    "layers.0.attn.core",
+    lambda f, real, q, k, v, s: real(q, f.rolled(k, 0), v, s),
+)
+operator_fault(
+    "keys of the block before",
+    "attention",
+    "attention",
+    "layers.1.attn.core",
+    lambda f, real, q, k, v, s: real(q, f.before(k) + k * 0.0, v, s),
+)
+operator_fault(
+    "attention's output in bfloat16",
+    "attention",
+    "attention",
+    "layers.0.attn.core",
+    lambda f, real, *args: f.rounded(real(*args)),
+)
+operator_fault(
+    "last query dropped",
+    "attention",
+    "attention",
+    "layers.1.attn.core",
+    lambda f, real, *args: f.without_last(real(*args), 1),
+)
+operator_fault(
+    "gradient of keys without scale",
+    "attention",
+    "attention",
+    "layers.0.attn.core",
+    lambda f, real, q, k, v, s: real(q * 2.0, k, v, s),
+    backward=True,
+)
+operator_fault(
+    "gradient of values of one head a group",
+    "attention",
+    "attention",
+    "layers.1.attn.core",
+    lambda f, real, q, k, v, s: f.without_last(real(q, k, v, s), 2),
+    backward=True,
+)
+
+# Activation and sums.
+operator_fault("gate and up swapped", "swiglu", "swiglu", "layers.0.ffn.act", lambda f, real, g, u, s: real(u, g, s))
+operator_fault(
+    "gelu gate", "swiglu", "swiglu", "layers.1.ffn.act", lambda f, real, g, u, s: g * f.sigmoid(g * 1.702) * u
+)
+operator_fault(
+    "silu in bfloat16", "swiglu", "swiglu", "layers.0.ffn.act", lambda f, real, g, u, s: real(f.rounded(g), u, s)
+)
+operator_fault(
+    "silu's slope as sigmoid",
+    "swiglu",
+    "swiglu",
+    "layers.1.ffn.act",
+    lambda f, real, g, u, s: g * f.constant(f.sigmoid(g)) * u,
+    backward=True,
+)
+operator_fault("ffn without residual", "add", "add", "layers.1", lambda f, real, x, y: real(x * 0.0, y))
+operator_fault("branch added twice", "add", "add", "layers.0", lambda f, real, x, y: real(real(x, y), y))
+operator_fault("stream in bfloat16", "add", "add", "layers.0", lambda f, real, x, y: f.rounded(real(x, y)))
+operator_fault("stale stream", "add", "add", "layers.1", lambda f, real, x, y: real(f.before(x) + x * 0.0, y))
+operator_fault(
+    "branch's gradient halved", "add", "add", "layers.1", lambda f, real, x, y: real(x, y * 0.5), backward=True
+)
+
+# The embedding, outside of the blocks.
+operator_fault(
+    "row of the token after", "embedding", "embedding", "embed", lambda f, real, w, ids: real(f.rolled(w, 0), ids)
+)
+operator_fault(
+    "embedding in bfloat16", "embedding", "embedding", "embed", lambda f, real, w, ids: f.rounded(real(w, ids))
+)
+operator_fault(
+    "embedding's gradient of all rows but the last",
+    "embedding",
+    "embedding",
+    "embed",
+    lambda f, real, w, ids: f.without_last(real(w, ids), 0),
+    backward=True,
+)
+
+# The loss: logits, targets.
+operator_fault(
+    "logits of the loss in bfloat16",
+    "cross_entropy",
+    "cross_entropy",
+    "loss",
+    lambda f, real, x, t: real(f.rounded(x), t),
+)
+operator_fault(
+    "targets one position on", "cross_entropy", "cross_entropy", "loss", lambda f, real, x, t: real(x, f.rolled(t, 1))
+)
+operator_fault(
+    "softmax's gradient without the target",
+    "cross_entropy",
+    "cross_entropy",
+    "loss",
+    lambda f, real, x, t: real(x, f.rolled(t, 1)),
+    backward=True,
+)
+
+
+# Layer norms, gelu, xPos and biases of FLM-101B.
+def _flm(name: str, function: str, operator: str, site: str, wrong: Any, backward: bool = False) -> None:
+    operator_fault(name, function, operator, site, wrong, backward=backward, preset="flm-tiny")
+
+
+_flm(
+    "unbiased variance",
+    "layer_norm",
+    "layer_norm",
+    "layers.0.attn_norm",
+    lambda f, real, x, w, *r: real(x, w * 0.996, *r),
+)
+_flm(
+    "layer norm's bias missed", "layer_norm", "layer_norm", "norm", lambda f, real, x, w, b, *r: real(x, w, b * 0.0, *r)
+)
+_flm("gelu by sigmoid", "gelu", "gelu", "layers.1.ffn.act", lambda f, real, x: x * f.sigmoid(x * 1.702))
+_flm(
+    "xpos scales swapped",
+    "rope_qk",
+    "rope",
+    "layers.1.attn.rope_q",
+    lambda f, real, q, k, c, s, a, b: real(q, k, c, s, b, a),
+)
+_flm(
+    "xpos scales missed", "rope_qk", "rope", "layers.0.attn.rope_q", lambda f, real, q, k, c, s, a, b: real(q, k, c, s)
+)
+_flm(
+    "gelu's gradient of relu",
+    "gelu",
+    "gelu",
+    "layers.0.ffn.act",
+    lambda f, real, x: x * f.constant(f.sigmoid(9.0 * x)),
+    True,
+)
+linear_fault("q bias missed", "layers.1.attn.q", lambda f, real, x, w, b, c: real(x, w, b * 0.0, c), preset="flm-tiny")
+linear_fault("up bias twice", "layers.0.ffn.up", lambda f, real, x, w, b, c: real(x, w, b + b, c), preset="flm-tiny")
+
+
+def _reversed_everywhere(backend: str) -> Changes:
+    ops = load(backend, "ops")
+    real = ops.rope_qk
+    yield ops, "rope_qk", lambda q, k, cos, sin, *scales: real(q, k, cos, -sin, *scales)
+
+
+fault("rotation reversed everywhere", "rope", "layers.0.attn.rope_q", "forward", _reversed_everywhere)
+
+
+# The optimizer, the schedule and the loss's divisor: methods of core and of the twins.
+def _adamw(wrong: Any) -> Any:
+    """A plant that replaces the scalars of an update: ``wrong(step)`` returns others."""
+
+    def plant(backend: str) -> Changes:
+        optim = load(backend, "optim")
+        real = optim.AdamWStep
+        yield optim, "AdamWStep", lambda *args: wrong(real(*args))
+
+    return plant
+
+
+def _update(name: str, **changes: Any) -> None:
+    def wrong(step: Any) -> Any:
+        return dataclasses.replace(step, **{key: value(step) for key, value in changes.items()})
+
+    fault(name, "adamw", "embed.weight", "update", _adamw(wrong))
+
+
+_update("betas swapped", beta1=lambda s: s.beta2, beta2=lambda s: s.beta1)
+_update("bias correction missed", step=lambda s: 10_000)
+_update("weight decay missed", weight_decay=lambda s: 0.0)
+_update("eps of another recipe", eps=lambda s: 1e-4)
+_update("clipping ignored", grad_scale=lambda s: 1.0)
+_update("learning rate doubled", lr=lambda s: 2 * s.lr)
+
+
+def _norm_of_one_bucket(backend: str) -> Changes:
+    adamw = load(backend, "optim").AdamW
+    real = adamw.grad_norm
+
+    def wrong(self: Any) -> float:
+        kept, self.parts = self.parts, self.parts[:1]
+        buckets, self.gradients.buckets = self.gradients.buckets, self.gradients.buckets[:1]
+        try:
+            return float(real(self))
+        finally:
+            self.parts, self.gradients.buckets = kept, buckets
+
+    yield adamw, "grad_norm", wrong
+
+
+fault("norm of one bucket", "norm", "grad_norm", "backward", _norm_of_one_bucket)
+
+
+def _targets(wrong: Any) -> Any:
+    def plant(backend: str) -> Changes:
+        real = trainer.split_batch
+
+        def split(batch: Any, layout: Any, rank: int) -> Any:
+            return real(dataclasses.replace(batch, targets=wrong(batch.targets.copy())), layout, rank)
+
+        yield trainer, "split_batch", split
+
+    return plant
+
+
+def _last_row_ignored(targets: np.ndarray) -> np.ndarray:
+    targets[-1] = IGNORE
+    return targets
+
+
+fault("targets of the last row ignored", "cross_entropy", "loss", "forward", _targets(_last_row_ignored))
+fault(
+    "targets of row zero in every row",
+    "cross_entropy",
+    "loss",
+    "forward",
+    _targets(lambda t: np.repeat(t[:1], len(t), 0)),
+)
+
+
+def _count(backend: str) -> Changes:
+    real = trainer.BaseTrainer.count_targets
+    yield trainer.BaseTrainer, "count_targets", lambda self, count: real(self, count) + 1
+
+
+fault("one target too many counted", "cross_entropy", "loss", "forward", _count)
+
+
+def _documents(backend: str) -> Changes:
+    ops = load(backend, "ops")
+    real = ops.attention_blocks
+    yield ops, "attention_blocks", lambda queries, keys, ids: real(queries, keys, None)
+
+
+fault("documents see each other", "attention", "layers.0.attn.core", "forward", _documents, case="documents")
+
+
+# Growth masks, adapters, and padding of the vocabulary.
+def _mask(which: int) -> Any:
+    def plant(backend: str) -> Changes:
+        model = load(backend, "model")
+        real = model.masks
+        yield model, "masks", lambda *args: tuple(None if n == which else x for n, x in enumerate(real(*args)))
+
+    return plant
+
+
+fault("channels without mask", "rms_norm", "layers.0.attn_norm", "forward", _mask(0), case="growth")
+fault("heads without mask", "attention", "layers.0.attn.core", "forward", _mask(1), case="growth")
+fault("neurons without mask", "swiglu", "layers.0.ffn.act", "forward", _mask(2), case="growth")
+
+
+def _new_block(backend: str) -> Changes:
+    block = load(backend, "model").DecoderBlock
+    real = getattr(block, FORWARD[backend])
+
+    def wrong(self: Any, *args: Any) -> Any:
+        kept, self.mask = self.mask, None
+        try:
+            return real(self, *args)
+        finally:
+            self.mask = kept
+
+    yield block, FORWARD[backend], wrong
+
+
+fault("new block without identity", "add", "layers.1", "forward", _new_block, case="growth")
+
+
+def _adapter_scale(backend: str) -> Changes:
+    yield load(backend, "model"), "lora_scale", lambda lora: 1.0
+
+
+fault("adapter's scale missed", "linear", "layers.0.attn.q", "forward", _adapter_scale, case="lora")
+
+
+def _adapters(wrong: Any) -> Any:
+    def plant(backend: str) -> Changes:
+        ops = load(backend, "ops")
+        framework, real = Framework(backend), ops.adapted_linears
+        yield (
+            ops,
+            "adapted_linears",
+            lambda x, dropped, layers, compute: wrong(framework, real, x, dropped, layers, compute),
+        )
+
+    return plant
+
+
+fault(
+    "adapter's A without gradient",
+    "linear",
+    "layers.1.ffn.down",
+    "backward",
+    _adapters(
+        lambda f, real, x, d, layers, c: real(x, d, [one._replace(lora_a=f.frozen(one.lora_a)) for one in layers], c)
+    ),
+    case="lora",
+)
+
+
+def _beta(backend: str) -> Changes:
+    from telechat_twins.core.train import preference
+
+    real = preference.pair_loss
+    yield preference, "pair_loss", lambda log_probs, reference, beta, *r: real(log_probs, reference, 2 * beta, *r)
+
+
+fault("beta of preference doubled", "cross_entropy", "loss", "forward", _beta, case="pairs")
