@@ -63,11 +63,31 @@ class Runner(Protocol):
         """Store keys and values of the new tokens. Returns the logits [W, V] float32 of the wanted ones."""
 
 
-def sequence_groups(step: Step) -> list[tuple[int, int]]:
-    """Ranges [first, last) of sequences whose attention is one call: all with a single token together, and each of the
-    others alone."""
-    singles = step.singles
-    return [*([(0, singles)] if singles else []), *((r, r + 1) for r in range(singles, len(step.lengths)))]
+def sequence_groups(step: Step) -> list[np.ndarray]:
+    """Sequences whose attention over gathered keys is one call, as indices [r]: those with a single token in groups of
+    similar length, and each of the others alone.
+
+    In a group every length is more than half of the longest, so that keys padded to the longest are at most twice the
+    sum of the lengths: one long sequence does not multiply the cost of all the others.
+    """
+    groups: list[np.ndarray] = []
+    longest_first = np.argsort(-step.lengths[: step.singles], kind="stable")
+    while len(longest_first):
+        lengths = step.lengths[longest_first]
+        similar = max(1, np.count_nonzero(2 * lengths > lengths[0]))
+        groups.append(np.sort(longest_first[:similar]))
+        longest_first = longest_first[similar:]
+    return [*groups, *(np.array([r]) for r in range(step.singles, len(step.lengths)))]
+
+
+def single_order(step: Step, groups: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray] | None:
+    """The permutation of the tokens [N] int32 that puts those of each group of ``sequence_groups`` together, and its
+    inverse; None if they are together already. Only sequences with a single token move."""
+    order = np.arange(len(step.ids), dtype=np.int32)
+    order[: step.singles] = np.concatenate([order[:0], *(group for group in groups if group[0] < step.singles)])
+    if (np.diff(order) == 1).all():
+        return None
+    return order, np.argsort(order).astype(np.int32)
 
 
 def key_slots(tables: np.ndarray, lengths: np.ndarray, page_size: int) -> np.ndarray:

@@ -1,8 +1,8 @@
 """Paged attention in MindSpore: an operator that reads pages in place, or attention over gathered keys.
 
-Gathered, the sequences with one query each (decoding) form one batch, padded to the longest with the blank page's
-zeros; a chunk of a prompt is a batch of its own. N tokens, R sequences, T keys of the longest, M pages of a table,
-H heads, K kv heads, D head dim.
+Gathered, the sequences with one query each (decoding) form batches of similar length, padded to their longest with the
+blank page's zeros; a chunk of a prompt is a batch of its own. N tokens, R sequences, T keys of the longest, M pages of
+a table, H heads, K kv heads, D head dim.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import mindspore as ms
 import numpy as np
 from mindspore import Tensor, ops
 
-from telechat_twins.core.inference.runner import Step, key_slots, sequence_groups
+from telechat_twins.core.inference.runner import Step, key_slots, sequence_groups, single_order
 from telechat_twins.core.model.visibility import Block, KeyRanges, causal_ranges, single_ranges
 from telechat_twins.kernels.mindspore import composite as composite
 from telechat_twins.kernels.mindspore import ops as kernels
@@ -21,7 +21,8 @@ from telechat_twins.kernels.reference import visible_keys
 
 
 class Keys(NamedTuple):
-    """Queries [first, last) of a step, the ``slots`` [R, T] of their keys, and which of these are visible."""
+    """Queries [first, last) of a step, in the order of its groups, the ``slots`` [R, T] of their keys, and which of
+    these are visible."""
 
     first: int
     last: int
@@ -41,13 +42,15 @@ class Pages(NamedTuple):
     """Addressing of one step, computed once for all layers.
 
     ``arrays`` on the device: ``slots`` [N], ``starts`` [R + 1], ``lengths`` [R], ``tables`` [R, M] for an operator
-    that reads pages, ``tables`` or nothing for others, which take ``rows`` and ``parts``.
+    that reads pages, ``tables`` or nothing for others, which take ``rows`` and ``parts``. ``order``: the tokens in the
+    order of the parts and its inverse, int32 [N] each; None: the step's own order.
     """
 
     step: Step
     arrays: tuple[Tensor, ...]
     rows: Rows | None
     parts: list[Keys]
+    order: tuple[Tensor, Tensor] | None = None
 
 
 def page_dtype(compute: ms.Type) -> ms.Type:
@@ -63,16 +66,18 @@ def place(step: Step, page_size: int, dtype: ms.Type) -> Pages:
     if hasattr(module, "paged_attention"):
         arrays = step.slots, step.starts, step.lengths, step.tables
         return Pages(step, tuple(map(Tensor, arrays)), None, [])
-    parts = []
-    for first, last in sequence_groups(step):
-        lengths = step.lengths[first:last]
-        slots = key_slots(step.tables[first:last], lengths, page_size)
-        begin, end = int(step.starts[first]), int(step.starts[last])
-        # A group is all sequences with one query, which attends to the whole of its sequence, or one prompt's chunk.
-        ranges = single_ranges(lengths) if end - begin == last - first else causal_ranges(end - begin, slots.shape[1])
-        parts.append(Keys(begin, end, Tensor(slots), _visible(ranges, dtype)))
+    groups, parts, begin = sequence_groups(step), [], 0
+    for group in groups:
+        lengths, tokens = step.lengths[group], int(np.sum(step.starts[group + 1] - step.starts[group]))
+        slots = key_slots(step.tables[group], lengths, page_size)
+        # A group is sequences with one query, which attends to the whole of its sequence, or one prompt's chunk.
+        ranges = single_ranges(lengths) if tokens == len(group) else causal_ranges(tokens, slots.shape[1])
+        parts.append(Keys(begin, begin + tokens, Tensor(slots), _visible(ranges, dtype)))
+        begin += tokens
+    order = single_order(step, groups)
     tables = (Tensor(step.tables[: step.singles]),) if hasattr(module, "takes_pages") else ()
-    return Pages(step, tables, place_rows(step.slots, page_size, dtype), parts)
+    placed = None if order is None else (Tensor(order[0]), Tensor(order[1]))
+    return Pages(step, tables, place_rows(step.slots, page_size, dtype), parts, placed)
 
 
 def place_rows(slots: np.ndarray, page_size: int, dtype: ms.Type) -> Rows:
@@ -107,21 +112,22 @@ def paged_attention(q: Tensor, k: Tensor, v: Tensor, k_pages: Tensor, v_pages: T
     assert places.rows is not None  # place() makes them unless an operator stores the rows itself
     store_rows(k_pages, k[0], places.rows)
     store_rows(v_pages, v[0], places.rows)
-    out = []
-    for part in places.parts:
-        queries = q[0, part.first : part.last]
-        if (
-            part.last <= step.singles
-            and module is not None
-            and hasattr(module, "takes_pages")
-            and module.takes_pages(k_pages)
-        ):
-            lengths, (tables,) = step.lengths[: step.singles].tolist(), places.arrays
-            queries = queries.reshape(-1, 1, *q.shape[2:])
-            out.append(module.single_queries(queries, k_pages, v_pages, lengths, tables).reshape(-1, *q.shape[2:]))
-        else:
-            out.append(_attention(queries, k_pages, v_pages, part))
-    return (out[0] if len(out) == 1 else ops.concat(out, 0))[None]
+    out, parts, order = [], places.parts, places.order
+    if places.arrays and step.singles and module is not None and module.takes_pages(k_pages):
+        # Single queries read their pages in place, in the step's order; only chunks of prompts are gathered.
+        lengths, (tables,) = step.lengths[: step.singles].tolist(), places.arrays
+        queries = q[0, : step.singles].reshape(-1, 1, *q.shape[2:])
+        out.append(module.single_queries(queries, k_pages, v_pages, lengths, tables).reshape(-1, *q.shape[2:]))
+        parts, order = [part for part in parts if part.first >= step.singles], None
+    queries = q[0] if order is None else _rows(q[0], order[0])
+    out += [_attention(queries[part.first : part.last], k_pages, v_pages, part) for part in parts]
+    whole = out[0] if len(out) == 1 else ops.concat(out, 0)
+    return (whole if order is None else _rows(whole, order[1]))[None]
+
+
+def _rows(x: Tensor, order: Tensor) -> Tensor:
+    """Rows of x [N, H, D] in an order [N]."""
+    return kernels.embedding(x.reshape(x.shape[0], -1), order).reshape(x.shape)
 
 
 def _attention(q: Tensor, k_pages: Tensor, v_pages: Tensor, keys: Keys) -> Tensor:

@@ -1,26 +1,27 @@
-"""Paged attention in PyTorch: attention over the gathered keys of each sequence.
+"""Paged attention in PyTorch: the C++ operator that reads pages in place, or attention over gathered keys.
 
-The sequences with one query each (decoding) form one batch, padded to the longest with the blank page's zeros and
-masked; a chunk of a prompt is a batch of its own. N tokens, R sequences, T keys of the longest, H heads, K kv heads,
-D head dim.
+On a CPU with a C++ compiler the operator of kernels/cpu serves the default choice. Elsewhere the sequences with one
+query each (decoding) form batches of similar length, padded to their longest with the blank page's zeros and masked; a
+chunk of a prompt is a batch of its own. N tokens, R sequences, T keys of the longest, H heads, K kv heads, D head dim.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from telechat_twins.core.inference.runner import Step, key_slots, sequence_groups
+from telechat_twins.core.inference.runner import Step, key_slots, sequence_groups, single_order
 from telechat_twins.core.model.visibility import Block, KeyRanges, causal_ranges, single_ranges
 from telechat_twins.kernels.pytorch import ops as kernels
+from telechat_twins.kernels.pytorch.pages_in_place import PagesInPlace, reads_pages
 
 
 class Keys(NamedTuple):
-    """Queries [first, last) of a step, and the ``slots`` [R, T] of their keys.
+    """Queries [first, last) of a step, in the order of its groups, and the ``slots`` [R, T] of their keys.
 
     ``visible`` has the form of the selected attention; for single queries on the CPU, an additive mask [R, 1, 1, T].
     """
@@ -31,11 +32,16 @@ class Keys(NamedTuple):
     visible: KeyRanges | list[Block] | Tensor
 
 
-class Pages(NamedTuple):
-    """Addressing of one step, computed once for all layers. ``slots`` [N]: destinations of new keys and values."""
+class Gathered(NamedTuple):
+    """Addressing of one step for attention over gathered keys. ``slots`` [N]: destinations of new keys and values;
+    ``order``: the tokens in the order of the groups and its inverse, int32 [N] each; None: the step's own order."""
 
     slots: Tensor
+    order: tuple[Tensor, Tensor] | None
     parts: list[Keys]
+
+
+Pages: TypeAlias = PagesInPlace | Gathered  # addressing of one step, computed once for all layers
 
 
 def page_dtype(compute: torch.dtype) -> torch.dtype:
@@ -45,18 +51,22 @@ def page_dtype(compute: torch.dtype) -> torch.dtype:
 
 def place(step: Step, page_size: int, dtype: torch.dtype, device: torch.device) -> Pages:
     """Addressing of a step for ``paged_attention``, with keys and values in ``dtype``."""
-    parts = []
-    for first, last in sequence_groups(step):
-        lengths = step.lengths[first:last]
-        slots = key_slots(step.tables[first:last], lengths, page_size)
-        begin, end = int(step.starts[first]), int(step.starts[last])
+    if kernels.choices()["attention"].implementation == "torch" and reads_pages(dtype, device):
+        return PagesInPlace(step)
+    groups, parts, begin = sequence_groups(step), [], 0
+    for group in groups:
+        lengths, tokens = step.lengths[group], int(np.sum(step.starts[group + 1] - step.starts[group]))
+        slots = key_slots(step.tables[group], lengths, page_size)
         visible: KeyRanges | list[Block] | Tensor
-        if end - begin == last - first:
+        if tokens == len(group):
             visible = _single_visible(lengths, dtype, device)
         else:
-            visible = _visible(causal_ranges(end - begin, slots.shape[1]), device)
-        parts.append(Keys(begin, end, _tensor(slots, device), visible))
-    return Pages(place_rows(step.slots, device), parts)
+            visible = _visible(causal_ranges(tokens, slots.shape[1]), device)
+        parts.append(Keys(begin, begin + tokens, _tensor(slots, device), visible))
+        begin += tokens
+    order = single_order(step, groups)
+    placed = None if order is None else (_tensor(order[0], device), _tensor(order[1], device))
+    return Gathered(place_rows(step.slots, device), placed, parts)
 
 
 def place_rows(slots: np.ndarray, device: torch.device) -> Tensor:
@@ -78,10 +88,14 @@ def rows_at(pages: Tensor, slots: Tensor) -> Tensor:
 def paged_attention(q: Tensor, k: Tensor, v: Tensor, k_pages: Tensor, v_pages: Tensor, places: Pages) -> Tensor:
     """kernels.reference.paged_attention: writes k and v [1, N, K, D] to pages [P, size, K, D] in place, then causal
     attention of the last tokens of each sequence, q [1, N, H, D] -> [1, N, H, D]."""
+    if isinstance(places, PagesInPlace):
+        return places.attention(q, k, v, k_pages, v_pages)
     store_rows(k_pages, k[0], places.slots)
     store_rows(v_pages, v[0], places.slots)
-    out = [_attention(q[0, part.first : part.last], k_pages, v_pages, part) for part in places.parts]
-    return (out[0] if len(out) == 1 else torch.cat(out))[None]
+    queries = q[0] if places.order is None else q[0].index_select(0, places.order[0])
+    out = [_attention(queries[part.first : part.last], k_pages, v_pages, part) for part in places.parts]
+    whole = out[0] if len(out) == 1 else torch.cat(out)
+    return (whole if places.order is None else whole.index_select(0, places.order[1]))[None]
 
 
 def _attention(q: Tensor, k_pages: Tensor, v_pages: Tensor, keys: Keys) -> Tensor:

@@ -71,10 +71,10 @@ def prepared(weight: Tensor | Int8, compute: torch.dtype) -> Matrix:
     """``weight`` for products with rows of dtype ``compute``, without gradients."""
     if isinstance(weight, Int8):
         fits = weight.values.device.type == "cpu" and compute in NAMES
-        return FewRows(weight, compute) if fits and _compiled() else weight
+        return FewRows(weight, compute) if fits and compiled() else weight
     if weight.device.type != "cpu" or compute not in NAMES or weight.dtype != compute:
         return weight
-    if _compiled():
+    if compiled():
         return FewRows(weight.detach(), compute)
     if not private.has_mkldnn_linear() or compute == torch.float16:
         return weight
@@ -102,7 +102,7 @@ def _many_rows(x: Tensor, weight: Tensor | Int8, bias: Tensor | None) -> Tensor:
 
 
 @cache
-def _compiled() -> bool:
+def compiled() -> bool:
     """Whether the operators of kernels/cpu can be compiled and loaded."""
     from telechat_twins.kernels.cpu.build import BuildError, load_plain
 

@@ -7,6 +7,7 @@ definition itself, and in 16 bits a few roundings of the output (tests/support/c
 from __future__ import annotations
 
 import dataclasses
+import importlib
 from collections.abc import Callable
 from typing import Any
 
@@ -21,7 +22,7 @@ from tests.support.cpu_kernel_limits import FACTOR, UNITS
 from tests.support.frameworks import BACKENDS
 
 UNIT = {"float64": 2.0**-52, "float32": 2.0**-24, "float16": 2.0**-11, "bfloat16": 2.0**-8}
-SERVED = [("ms", "auto"), ("ms", "composite"), ("pt", "auto"), ("pt", "composite")]
+SERVED = [("ms", "auto"), ("ms", "composite"), ("pt", "auto"), ("pt", "gathered"), ("pt", "composite")]
 
 
 def step_of(size: int, sequences: tuple[tuple[int, int], ...], seed: int) -> tuple[Step, int]:
@@ -70,11 +71,16 @@ def run(backend: str, step: Step, arrays: list[np.ndarray], dtype: str) -> list[
 
 
 @pytest.fixture
-def choose() -> Any:
-    """Let an implementation of attention serve in a backend until the test ends."""
+def choose(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Let an implementation of attention serve in a backend until the test ends; "gathered" is PyTorch's own without
+    the C++ operator, as on a machine without a compiler."""
     chosen = []
 
     def select(backend: str, implementation: str) -> None:
+        if implementation == "gathered":
+            torch_paged = pytest.importorskip("telechat_twins.kernels.pytorch.paged")
+            monkeypatch.setattr(torch_paged, "reads_pages", lambda *_: False)
+            return
         if backend == "ms":
             pytest.importorskip("mindspore")
             from telechat_twins.kernels.mindspore import ops as kernels
@@ -168,3 +174,29 @@ def test_what_nobody_wrote_reaches_no_other_sequence() -> None:
         for room in arrays[3:]:
             room.reshape(-1, K, D)[~used] = np.nan
         assert np.isfinite(run(backend, step, arrays, "float32")[0]).all(), backend
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_gathered_keys_are_linear_in_the_sum_of_lengths(
+    choose: Callable[[str, str], None], monkeypatch: pytest.MonkeyPatch, backend: str
+) -> None:
+    """One long sequence among short ones: few keys are padding, the answers are right, and those of the groups returned
+    in the groups' order are found out."""
+    choose(backend, {"ms": "composite", "pt": "gathered"}[backend])
+    case = 4, 4, 2, 8, ((1, 12), (1, 300), (1, 7), (1, 9), (1, 40), (1, 3), (5, 20))
+    step, _ = step_of(4, case[-1], 3)
+    twin, dtype = (
+        ("telechat_ms", pytest.importorskip("mindspore").float32)
+        if backend == "ms"
+        else ("pt_reference", pytest.importorskip("torch").float32)
+    )
+    ops = importlib.import_module(f"telechat_twins.{twin}.ops")
+    gathered = sum(int(np.prod(part.slots.shape)) for part in ops.place_pages(step, 4, dtype).parts)
+    assert gathered <= 1.2 * step.lengths.sum()
+    found, limit = error(backend, case, "float32")
+    assert found <= limit
+    kind = {"ms": "mindspore", "pt": "pytorch"}[backend]
+    paged = importlib.import_module(f"telechat_twins.kernels.{kind}.paged")
+    monkeypatch.setattr(paged, "single_order", lambda *_: None)
+    found, limit = error(backend, case, "float32")
+    assert found > 100 * limit

@@ -40,7 +40,7 @@ def made(dtype: Any, whole: bool, outputs: int, columns: int) -> tuple[Any, np.n
 @pytest.mark.parametrize("whole", [True, False])
 @pytest.mark.parametrize("dtype", LIMITS)
 def test_every_form_is_a_product(monkeypatch: pytest.MonkeyPatch, dtype: Any, whole: bool, compiled: bool) -> None:
-    monkeypatch.setattr(torch_weights, "_compiled", lambda: compiled)
+    monkeypatch.setattr(torch_weights, "compiled", lambda: compiled)
     for rows, outputs, columns in ((1, 1, 1), (1, 33, 17), (5, 64, 128), (32, 100, 96), (33, 70, 64), (200, 31, 48)):
         weight, exact = made(dtype, whole, outputs, columns)
         form = torch_weights.prepared(weight, dtype)
@@ -62,7 +62,7 @@ def test_what_has_no_better_form_stays_as_it_is(monkeypatch: pytest.MonkeyPatch)
     assert torch_weights.prepared(wide, torch.float64) is wide
     single = torch.ones(3, 4)
     assert torch_weights.prepared(single, torch.bfloat16) is single  # weights in float32, products in bfloat16
-    monkeypatch.setattr(torch_weights, "_compiled", lambda: False)
+    monkeypatch.setattr(torch_weights, "compiled", lambda: False)
     half = single.half()
     assert torch_weights.prepared(half, torch.float16) is half
     assert isinstance(torch_weights.prepared(single, torch.float32), torch_weights.Packed)
