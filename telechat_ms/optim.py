@@ -32,7 +32,11 @@ Read = Callable[[str, Box], np.ndarray]
 
 
 class AdamW:
-    """Masters, gradients, m and v of one rank. The model's weights are rounded copies that ``step`` refreshes."""
+    """Masters, gradients, m and v of one rank. The model's weights are rounded copies that ``step`` refreshes.
+
+    Where the weights have the master dtype and the C++ operator updates all of a bucket in place, the weights are views
+    of the masters, and there is one storage for both.
+    """
 
     def __init__(
         self,
@@ -47,7 +51,11 @@ class AdamW:
         self.gradients = GradientBuckets(weights, table, mesh, dtype, tells_classes_apart(config))
         self.parts: list[Tensor] = []  # gradients after ``reduce``
         self._stale: set[int] = set()  # buckets whose weights lag behind their masters
+        self._arrays: dict[str, np.ndarray] = {}  # the storage of vectors on the CPU, by name
         self.masters, self.m, self.v = ([self._vector(number, kind) for number in self._numbers] for kind in "wmv")
+        for number in self._numbers:
+            if self._shared(number):
+                self._tie(number)
         # Buckets with entries added by growth: the birth class of each entry, and the updates made before each class.
         self._young: dict[int, tuple[Tensor, list[int]]] = {}
 
@@ -86,7 +94,11 @@ class AdamW:
             young = self._still_young(number)
             vectors = self.masters[number], self.parts[number], self.m[number], self.v[number]
             scalars = AdamWStep(self.step_count, rate, config.beta1, config.beta2, config.eps, decay, grad_scale)
-            if fused is not None and self.gradients.adder is not None and self.gradients.parts == 1 and not young:
+            if fused is not None and self._shared(number):
+                fused.adamw(*vectors, scalars)
+                if young:
+                    self._correct(number, rate)
+            elif fused is not None and self.gradients.adder is not None and self.gradients.parts == 1 and not young:
                 # A pass per parameter over its segment of the bucket also writes the rounded weights.
                 for segment in bucket.segments:
                     place = {"first": segment.start, "grad_first": segment.start, "count": segment.size}
@@ -129,7 +141,7 @@ class AdamW:
         taken = update(0)
         for number_of_class, born in enumerate(births[1:], 1):
             own = ops.cast(index == number_of_class, self.dtype)
-            master.set_data(master - (update(born) - taken) * own * Tensor(rate, self.dtype))
+            ops.assign(master, master - (update(born) - taken) * own * Tensor(rate, self.dtype))
 
     def discard(self) -> None:
         self.parts = []
@@ -167,17 +179,33 @@ class AdamW:
         return range(len(self.gradients.buckets))
 
     def _vector(self, number: int, kind: str) -> Parameter:
+        """A vector of zeros for this rank's part of a bucket."""
         size = self.gradients.buckets[number].size // self.gradients.parts
-        return Parameter(ms.mint.zeros(size, dtype=self.dtype), name=f"{kind}{number}")
+        if self.gradients.adder is None:
+            return Parameter(ms.mint.zeros(size, dtype=self.dtype), name=f"{kind}{number}")
+        # On the CPU the storage is an array of numpy, which ``_fill`` writes in place: Parameter(zeros) and an assigned
+        # tensor would each leave a second copy of the vector in MindSpore's memory pool.
+        array = _aligned_zeros(size, str(self.dtype).lower())
+        vector = Parameter(ms.mint.empty(1, dtype=self.dtype), name=f"{kind}{number}")
+        vector.set_data(Tensor.from_numpy(array))
+        if vector.data_ptr() != array.ctypes.data:
+            raise RuntimeError(f"{kind}{number}: Tensor.from_numpy copied; MindSpore 2.9.0 shares the array")
+        self._arrays[f"{kind}{number}"] = array
+        return vector
 
     def _pieces(self, number: int) -> Iterator[FlatPiece]:
         yield from flat_pieces(self.gradients.buckets[number], self.table, self.gradients.part, self.gradients.parts)
 
     def _fill(self, vector: Parameter, number: int, read: Read) -> None:
-        flat = np.zeros(vector.shape, str(self.dtype).lower())
+        array = self._arrays.get(vector.name)
+        if array is not None:
+            vector[:1].asnumpy()  # waits for the operators that still read or write the storage
+        flat = np.empty(vector.shape, str(self.dtype).lower()) if array is None else array
+        flat[:] = 0
         for piece in self._pieces(number):
             flat[piece.first : piece.last] = read(piece.name, piece.box).reshape(-1)
-        vector.set_data(Tensor(flat))
+        if array is None:
+            vector.set_data(Tensor(flat))
 
     def _export(self, vectors: list[Parameter] | list[Tensor], prefix: str) -> Iterator[TensorPiece]:
         """Boxes of the vectors that this rank writes, in the model's order; each is written by exactly one rank."""
@@ -199,9 +227,27 @@ class AdamW:
                 self.table[piece.name].whole,
             )
 
+    def _shared(self, number: int) -> bool:
+        """Whether the weights of a bucket are views of its master. Only with the operator of the CPU: plain operators
+        replace a vector's storage."""
+        weight = self.weights[self.gradients.buckets[number].segments[0].name]
+        return self.gradients.adder is not None and self.gradients.parts == 1 and weight.dtype == self.dtype
+
+    def _tie(self, number: int) -> None:
+        """Make the weights of a bucket views of its master."""
+        for segment in self.gradients.buckets[number].segments:
+            weight = self.weights[segment.name]
+            view = self.masters[number][segment.start : segment.start + segment.size].view(weight.shape)
+            weight.set_data(view)
+            if weight.data_ptr() != view.data_ptr():
+                raise RuntimeError(f"{segment.name}: Parameter.set_data copied a view; MindSpore 2.9.0 keeps it")
+
     def refresh(self) -> None:
         """Update the weights of buckets whose masters changed: rounded to the weights' dtype, then gathered."""
         for number in sorted(self._stale):
+            if self._shared(number):
+                self._tie(number)
+                continue
             master, bucket = self.masters[number], self.gradients.buckets[number]
             dtype = self.weights[bucket.segments[0].name].dtype
             flat: Tensor = ops.cast(master, dtype)
@@ -214,3 +260,10 @@ class AdamW:
                 weight = self.weights[segment.name]
                 weight.set_data(piece.reshape(weight.shape).contiguous())
         self._stale.clear()
+
+
+def _aligned_zeros(size: int, dtype: str) -> np.ndarray:
+    """Zeros that begin at a cache line, for loads and stores that do not cross one."""
+    room = np.zeros(size + 64 // np.dtype(dtype).itemsize, dtype)
+    first = -room.ctypes.data % 64 // room.itemsize
+    return room[first : first + size]

@@ -5,6 +5,7 @@ Limits are those the golden was stored with, taken from its float32 run against 
 
 from __future__ import annotations
 
+import importlib
 import json
 from typing import Any
 
@@ -58,7 +59,8 @@ def run_trace(backend: str, case: str = GQA, table_dtype: str = "float32", **opt
         rows["lr"].append(lr)
         trainer.update(lr, clip_factor(rows["grad_norm"][-1], config.optim.clip_grad))
     assert trainer.step == steps
-    return {**rows, "weights": source.export({piece.name: piece.array for piece in trainer.weights()})}
+    weights = source.export({piece.name: piece.array for piece in trainer.weights()})
+    return {**rows, "weights": weights, "trainer": trainer}
 
 
 def check_trace(got: dict[str, Any], case: str = GQA, variant: str = "fp32table") -> None:
@@ -83,6 +85,32 @@ def check_trace(got: dict[str, Any], case: str = GQA, variant: str = "fp32table"
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_optimizer_trace(backend: str, case: str) -> None:
     check_trace(run_trace(backend, case), case)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_float32_weights_and_masters_are_one_storage(backend: str) -> None:
+    """Every weight lies inside the masters, also after updates: there is no second copy of the model."""
+    trainer = run_trace(backend)["trainer"]
+    model = importlib.import_module(type(trainer.stages[0]).__module__)
+    masters = [(x.data_ptr(), x.data_ptr() + 4 * int(np.prod(x.shape))) for x in trainer.optimizer.masters]
+    for name, weight in model.named_weights(trainer.stages[0]).items():
+        first = weight.data_ptr()
+        assert any(low <= first and first + 4 * int(np.prod(weight.shape)) <= high for low, high in masters), name
+
+
+def test_weights_apart_from_their_masters_are_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    optim = pytest.importorskip("telechat_twins.telechat_ms.optim")
+    real = optim.AdamW._tie
+
+    def untied(self: Any, number: int) -> None:
+        real(self, number)
+        for segment in self.gradients.buckets[number].segments:
+            weight = self.weights[segment.name]
+            weight.set_data(weight + 0.0)
+
+    monkeypatch.setattr(optim.AdamW, "_tie", untied)
+    with pytest.raises(AssertionError):
+        check_trace(run_trace("ms"))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
