@@ -190,9 +190,7 @@ def perform(backend: str, task: Task, folder: Path, open_reader: OpenReader | No
         seen.clear()
         losses[:] = [trainer.gradients(mine, targets, scale, backward, watch if task.logits else None)]
 
-    recorder = Recorder(trainer.config, folder, at=(1,)) if task.record else None
-    if recorder is not None:
-        recorder.before(trainer, 1, mine, first, len(padded.input_ids), task.model.to_dict())
+    recorder = _recorder(trainer, task, folder, mine, (first, len(padded.input_ids)))
     scale = _scaled(trainer, compute, backward and task.precision == "fp16")
     peak, traffic = trainer.pipeline.peak, _counted(sent)
     if task.logits:
@@ -205,13 +203,9 @@ def perform(backend: str, task: Task, folder: Path, open_reader: OpenReader | No
         if step:
             losses.append(trainer.gradients(mine, targets, scale))
         norms.append(trainer.grad_norm(scale))
-        if recorder is not None and not step:
-            recorder.computed(losses[0], norms[0], scale)
-        trainer.update(task.optim.lr, clip_factor(norms[-1], task.optim.clip_grad) / scale)
+        _update(trainer, task, losses, norms, scale, None if step else recorder)
         if step == 0:
             traffic = _counted(sent)
-            if recorder is not None:
-                recorder.after({"step": 1, "loss": losses[0], "grad_norm": norms[0], "lr": task.optim.lr})
     if task.steps:
         _write_pieces(folder, "weights", trainer.rank, trainer.weights())
     record = {
@@ -224,6 +218,33 @@ def perform(backend: str, task: Task, folder: Path, open_reader: OpenReader | No
         "seconds": time.perf_counter() - started,
     }
     (folder / f"rank-{trainer.rank}.json").write_text(json.dumps(record), encoding="utf-8")
+
+
+def _recorder(
+    trainer: BaseTrainer[Stage], task: Task, folder: Path, mine: Batch, share: tuple[int, int]
+) -> Recorder | None:
+    """The recorder of the task's first update, where it has one. ``share``: this rank's first row, and all rows."""
+    if not task.record:
+        return None
+    recorder = Recorder(trainer.config, folder, at=(1,))
+    recorder.before(trainer, 1, mine, *share, task.model.to_dict())
+    return recorder
+
+
+def _update(
+    trainer: BaseTrainer[Stage],
+    task: Task,
+    losses: Sequence[float],
+    norms: Sequence[float],
+    scale: float,
+    recorder: Recorder | None,
+) -> None:
+    """One update from the gradients whose norm is the last of ``norms``; the recorder sees the step around it."""
+    if recorder is not None:
+        recorder.computed(losses[0], norms[0], scale)
+    trainer.update(task.optim.lr, clip_factor(norms[-1], task.optim.clip_grad) / scale)
+    if recorder is not None:
+        recorder.after({"step": 1, "loss": losses[0], "grad_norm": norms[0], "lr": task.optim.lr})
 
 
 def _trainer(backend: str, task: Task, config: RunConfig, open_reader: OpenReader | None) -> BaseTrainer[Stage]:
