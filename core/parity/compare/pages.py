@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
 
 from telechat_twins.core.backends import TITLES
@@ -74,7 +73,7 @@ def details(compared: Comparison, trace: TraceReport | None) -> JsonObject:
     """Keys of report.json of this kind of report."""
     found: JsonObject = {
         "reference": compared.reference,
-        "quantities": [dataclasses.asdict(row) | {"holds": row.holds} for row in compared.quantities],
+        "quantities": [_plain(row) for row in compared.quantities],
         "missing": compared.missing,
         "shapes": compared.shapes,
         "settings": compared.configs,
@@ -82,6 +81,11 @@ def details(compared: Comparison, trace: TraceReport | None) -> JsonObject:
     if trace is not None:
         found["trace"] = {"steps": trace.steps, "loss": trace.loss, "grad_norm": trace.grad_norm}
     return found
+
+
+def _plain(row: Measured) -> JsonObject:
+    """A row of report.json; its source is in the bound."""
+    return {name: value for name, value in vars(row).items() if name != "source"} | {"holds": row.holds}
 
 
 def _bound(row: Measured, several: bool, reference: str | None) -> Bound:

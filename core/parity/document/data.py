@@ -42,7 +42,12 @@ def to_data(document: Document, details: JsonObject | None = None) -> JsonObject
         ],
         "notes": document.notes,
     }
-    return {name: _finite(value) for name, value in (data | (details or {})).items()}
+    data |= details or {}
+    try:
+        json.dumps(data, allow_nan=False)
+    except ValueError:
+        return {name: _finite(value) for name, value in data.items()}
+    return data
 
 
 def keyed(document: Document) -> list[tuple[str, str, Bound]]:
@@ -63,8 +68,15 @@ def slug(text: str) -> str:
 
 
 def write_data(data: JsonObject, path: Path) -> None:
-    """Write report.json."""
-    write_text(path, json.dumps(data, indent=1, allow_nan=False) + "\n")
+    """Write report.json: a line a key, and in lists a line an item, so that two files can be compared line by line."""
+    lines = [f"{json.dumps(name)}: {_lines(value)}" for name, value in data.items()]
+    write_text(path, "{\n" + ",\n".join(lines) + "\n}\n")
+
+
+def _lines(value: object) -> str:
+    if not isinstance(value, list) or not value:
+        return json.dumps(value, allow_nan=False)
+    return "[\n " + ",\n ".join(json.dumps(item, allow_nan=False) for item in value) + "\n]"
 
 
 def _finite(value: object) -> object:
