@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from telechat_twins.core.parity.bounds import FULL, UNIT_ROUNDOFF
+from telechat_twins.core.parity.bounds import FULL
 from telechat_twins.core.parity.compare import rules
 from telechat_twins.core.parity.compare.measures import Differences, differences, error_bars
 from telechat_twins.core.parity.compare.parts import Part
@@ -17,6 +17,8 @@ from telechat_twins.core.parity.record.format import Record
 # Of normally distributed gradients with relative error e, the share within their own error of zero is about 0.8 e:
 # AdamW's first update of such an element, lr * sign(g), may have either sign.
 SIGNS, FEW = 0.8, 0.5
+# Without a reference: norms of equal tensors differ by at most 0.6 of their distance (measured), and distances by 3.
+PAIR_NORM = 2.0
 
 
 @dataclass(frozen=True)
@@ -54,8 +56,6 @@ class _Measures:
         buckets = next(iter(part.sides.values())).sketch.shape[1]
         self.least, self.most = error_bars(part.counts, buckets)
         self.precision = {name: records[name].header.precision for name in ("a", "b")}
-        self.unit = max(UNIT_ROUNDOFF[p] for p in self.precision.values())
-        self.full = all(precision in FULL for precision in self.precision.values())
 
     def trials(self) -> Iterator[Trial]:
         raise NotImplementedError
@@ -70,7 +70,14 @@ class _Measures:
         a, b = self.part.sides[one].nonfinite, self.part.sides[other].nonfinite
         return Trial("non-finite values", label, np.abs(a - b), np.zeros(len(a)), "as many as in the other")
 
-    def peaks(self, found: Differences, other_peak: np.ndarray | float, largest: np.ndarray, label: str) -> Trial:
+    def judged_alone(self) -> np.ndarray:
+        """bool [n]: tensors of which single elements and norms are judged. After an update a weight whose gradient is
+        rounding may differ by twice the update, alone among all."""
+        return (self.part.counts >= PEAK_ELEMENTS) & (not self.later)
+
+    def peaks(
+        self, found: Differences, other_peak: np.ndarray | float, largest: np.ndarray, unit: float, label: str
+    ) -> Trial:
         """One wrong element stands out of the rounding of all others, unless it is of the size of its own rounding.
 
         ``largest``: the largest element of the tensor, relative to its norm.
@@ -78,15 +85,19 @@ class _Measures:
         square = self.part.kind == "moment2"
         least, ulps = (SQUARE_PEAK, 2 * PEAK_ULPS) if square else (PEAK, PEAK_ULPS)
         ratio = PEAK_FACTOR * np.maximum(least, np.where(np.isfinite(other_peak), other_peak, PEAK))
-        limit = np.maximum(ulps * self.unit * largest, ratio * found.others)
-        # After an update a weight whose gradient is rounding may differ by twice the update, alone among all.
-        judged = (self.part.counts >= PEAK_ELEMENTS) & (not self.later)
-        limit = np.where(judged, limit, np.inf)
+        limit = np.maximum(ulps * unit * largest, ratio * found.others)
+        limit = np.where(self.judged_alone(), limit, np.inf)
         source = (
             f"{PEAK_FACTOR:g} x the larger of {least:g} and the other's ratio x the root mean square of the other "
             f"buckets, at least {ulps:g} u of the largest element"
         )
         return Trial("single element", label, found.largest, limit, source)
+
+    def norms(self, one: str, other: str) -> np.ndarray:
+        """Relative differences of the norms, which are exact: a factor shows in them long before the distance."""
+        a, b = self.part.sides[one].norm, self.part.sides[other].norm
+        with np.errstate(divide="ignore", invalid="ignore"):
+            return np.where(a == b, 0.0, np.abs(a - b) / b)
 
     def largest(self, name: str) -> np.ndarray:
         """The largest element of each tensor over its norm."""
@@ -136,7 +147,9 @@ class _Against(_Measures):
             else:
                 yield self.distances(name, other)
                 peak = self.found[other].peak if other else PEAK
-                yield self.peaks(self.found[name], peak, self.largest(self.judge), name)
+                yield self.peaks(self.found[name], peak, self.largest(self.judge), self.rule_of[name].unit, name)
+                if other:
+                    yield self.factors(name, other)
             yield self.nonfinite(name, self.judge, name)
 
     def rounded_weights(self, name: str) -> Trial:
@@ -160,6 +173,16 @@ class _Against(_Measures):
         high = values / self.least * (rule.unit / other.unit)
         return self.most * np.minimum(ceiling, rule.factor * np.maximum(floor, high))
 
+    def factors(self, name: str, other: str) -> Trial:
+        """The norm's error: that of rounding is a part of the distance, so the other's distance bounds it."""
+        rule = self.rule_of[name]
+        scale = rule.unit / self.rule_of[other].unit
+        high, norms = self.found[other].distance / self.least * scale, self.norms(other, self.judge) * scale
+        limit = np.minimum(rule.ceiling, np.maximum.reduce([rule.factor * norms, high, np.full(len(high), rule.floor)]))
+        limit = np.where(self.judged_alone(), limit, np.inf)
+        source = f"the other's distance, {rule.factor:g} x its norm's error, at least {rule.floor / rule.unit:g} u"
+        return Trial("norm", name, self.norms(name, self.judge), limit, source)
+
     def source(self, name: str) -> str:
         text = self.rule_of[name].source(self.precision[name])
         if len(self.names) == 1:
@@ -171,7 +194,7 @@ class _Against(_Measures):
         signs, everywhere = self.signs(rule.ceiling)
         wide = np.hypot(signs, rule.ceiling + extra)
         text = f"of the change, at most 2 sqrt(share of elements whose gradient is rounding), {wide.max():.2g}"
-        if not self.full:  # so many signs differ that their share is the same in both
+        if self.precision[name] not in FULL:  # so many signs differ that their share is the same in both
             few = 2 * np.sqrt(FEW / self.part.counts)  # but in a small tensor their number is chance
             values = self.found[other].distance if other else None
             limit = self.limit(name, values, wide, np.hypot(few, rule.floor + extra))
@@ -200,7 +223,13 @@ class _Between(_Measures):
             limit = self.most * rules.pair_limit(one, other, _median(found.distance))
             text = f"{rules.pair_source(one, other, names)}; up to x {self.most.max():g} for the sketch's error bar"
             yield Trial("distance", "apart", found.distance, limit, text)
-            yield self.peaks(found, PEAK, self.largest("b"), "apart")
+            yield self.peaks(found, PEAK, self.largest("b"), max(one.unit, other.unit), "apart")
+            limit = PAIR_NORM * np.maximum(one.floor + other.floor, np.full(len(limit), _median(found.distance)))
+            limit = np.where(self.judged_alone(), limit, np.inf)
+            text = (
+                f"{PAIR_NORM:g} x the median distance of its kind, at least {PAIR_NORM * (one.floor + other.floor):.3g}"
+            )
+            yield Trial("norm", "apart", self.norms("a", "b"), limit, text)
         yield self.nonfinite("a", "b", "apart")
 
     def changes(self, found: Differences, names: str) -> Iterator[Trial]:

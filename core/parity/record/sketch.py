@@ -142,9 +142,7 @@ class Projection:
             found = map(lambda chunk: self._chunk(array, rows, column, chunk), chunks)
         return merged(found, self.buckets)
 
-    def _chunk(
-        self, array: np.ndarray, rows: np.ndarray, column: int, runs: Sequence[tuple[int, int]]
-    ) -> Statistics:
+    def _chunk(self, array: np.ndarray, rows: np.ndarray, column: int, runs: Sequence[tuple[int, int]]) -> Statistics:
         found, width = self.empty(), array.shape[1]
         blocks = np.array([rows[first] // ROW_BLOCK for first, _ in runs], np.int64)
         # Of each block a random affine permutation of its places, and a shift for each bucket of the permuted places.

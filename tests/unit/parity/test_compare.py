@@ -93,7 +93,7 @@ FAULTS: list[tuple[str, Fault, bool]] = [
     ("activation:loss@1", scaled(1 + 2e-6), False),
     ("activation_grad:layers.0.ffn.act@1", scaled(0.5), True),
     (Q, lambda x: x.T.copy(), True),
-    (Q, scaled(1 + 4e-6), False),
+    (Q, scaled(1 + 1e-6), False),
     (Q, element, True),
     ("gradient:layers.0.attn_norm.weight@1", scaled(1 + 1e-4), True),
     ("moment2:layers.1.attn.q.weight@1", lambda x: np.sqrt(x), True),
