@@ -81,6 +81,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--steps", type=int, default=300, help="of each run (300)")
     parser.add_argument("--lr", type=float, default=6e-3, help="peak learning rate (6e-3)")
     parser.add_argument("--runs", type=int, default=6, help="noisy runs, K (6)")
+    parser.add_argument("--wrong", nargs="*", default=list(WRONG), metavar="FAULT", help="wrong ports (five)")
     parser.add_argument("--out", type=Path, default=Path("drift"), help="folder: envelope.json, runs.json, drift.png")
     args = parser.parse_args(argv)
     args.out.mkdir(parents=True, exist_ok=True)
@@ -91,7 +92,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             write_envelope(measure("pt", config, args.runs, 1, say=lambda line: print(line, flush=True)), kept)
         envelope, file = read_envelope(kept), args.out / "runs.json"
         runs: dict[str, list[Row]] = json.loads(file.read_text()) if file.exists() else {}
-        for label in (RIGHT, *WRONG):
+        for label in (RIGHT, *args.wrong):
             if label in runs:
                 continue
             if label == RIGHT:
