@@ -76,6 +76,34 @@ def judged(envelope: Envelope, rows: Sequence[Row]) -> dict[str, Any]:
     return found
 
 
+def draw(folders: Sequence[Path], titles: Sequence[str], labels: Sequence[str], path: Path) -> None:
+    """The distances of losses of two recipes side by side, with their envelopes and the 2 % line; ``labels``: which
+    ports."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(1, 2, sharey=True, figsize=(11, 4.6), layout="constrained")
+    for axis, folder, title in zip(axes, folders, titles, strict=True):
+        envelope, runs = read_envelope(folder / "envelope.json"), json.loads((folder / "runs.json").read_text())
+        limits = envelope.limits["loss"]
+        axis.fill_between(envelope.steps, 1e-8, limits, color="0.85", linewidth=0, label="envelope of equal devices")
+        for number, label in enumerate(labels):
+            far = [max(1e-8, x) for x in apart(envelope, runs[label], "loss")]
+            axis.plot(envelope.steps, far, color=f"C{number}", linewidth=1.2, label=label)
+        axis.axhline(RULES["2 %"], color="black", linestyle=":", linewidth=1.2, label="2 %")
+        axis.set_yscale("log")
+        axis.set_ylim(1e-8, 1.0)
+        axis.set_xlabel("step")
+        axis.set_title(title, fontsize=11)
+        axis.grid(alpha=0.3)
+    axes[0].set_ylabel("loss: relative distance from the centre run")
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=5)
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.campaigns.drift", description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=300, help="of each run (300)")
@@ -83,8 +111,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--runs", type=int, default=6, help="noisy runs, K (6)")
     parser.add_argument("--wrong", nargs="*", default=list(WRONG), metavar="FAULT", help="wrong ports (five)")
     parser.add_argument("--out", type=Path, default=Path("drift"), help="folder: envelope.json, runs.json, drift.png")
+    parser.add_argument(
+        "--draw", nargs=2, type=Path, metavar=("COOL", "HOT"), help="only draw --out/drift.png of these"
+    )
     args = parser.parse_args(argv)
     args.out.mkdir(parents=True, exist_ok=True)
+    if args.draw:
+        titles = (
+            "a wrong port stays below 2 %, and leaves the envelope",
+            "a right port exceeds 2 %, within the envelope",
+        )
+        draw(args.draw, titles, (RIGHT, "eps of another release", "gains and biases decay"), args.out / "drift.png")
+        return 0
     with tempfile.TemporaryDirectory(prefix="tele-drift-") as folder:
         config = recipe(Path(folder), args.steps, args.lr)
         kept = args.out / "envelope.json"

@@ -39,13 +39,17 @@ class Score:
     verdicts: dict[tuple[str, str], Verdict] = field(default_factory=dict)
     controls: dict[tuple[str, str], list[Bound]] = field(default_factory=dict)
 
+    def seen(self, backend: str, name: str) -> bool:
+        """Whether a fault broke a bound that its entry names: a launch that fails for another reason kills nothing."""
+        return any(re.search(FAULTS[name].bound, bound.what) for bound in self.verdicts[backend, name].broken)
+
     @property
     def killed(self) -> int:
-        return sum(bool(verdict.broken) for verdict in self.verdicts.values())
+        return sum(self.seen(*key) for key in self.verdicts)
 
     @property
     def survivors(self) -> list[tuple[str, Fault]]:
-        return [(backend, FAULTS[name]) for (backend, name), v in self.verdicts.items() if not v.broken]
+        return [(backend, FAULTS[name]) for backend, name in self.verdicts if not self.seen(backend, name)]
 
     def problems(self) -> list[str]:
         """What must not be: see the module's docstring."""
@@ -60,7 +64,7 @@ class Score:
                 found.append(f"{TITLES[backend]}: '{name}' survives {fault.check}; give it a bound or a reason")
             elif verdict.broken and fault.survives:
                 found.append(f"{TITLES[backend]}: '{name}' is said to survive, but breaks {verdict.broken[0].what}")
-            elif verdict.broken and not any(re.search(fault.bound, bound.what) for bound in verdict.broken):
+            elif verdict.broken and not self.seen(backend, name):
                 found.append(
                     f"{TITLES[backend]}: '{name}' breaks {first_line(verdict.broken[0].what)}, not {fault.bound}"
                 )
@@ -103,10 +107,10 @@ def summary(made: Score) -> str:
     """The share killed, by kind and by bound, and the smallest margins."""
     total = len(made.verdicts)
     kinds, seen, bounds = Counter[str](), Counter[str](), Counter[str]()
-    for (_, name), verdict in made.verdicts.items():
+    for (backend, name), verdict in made.verdicts.items():
         kinds[FAULTS[name].kind] += 1
-        seen[FAULTS[name].kind] += bool(verdict.broken)
-        if verdict.broken:
+        seen[FAULTS[name].kind] += made.seen(backend, name)
+        if made.seen(backend, name):
             bounds[family(verdict.broken[0].what)] += 1
     lines = [f"{'kind':<14}{'planted':>8}{'killed':>8}"]
     lines += [f"{kind:<14}{kinds[kind]:>8}{seen[kind]:>8}  {KINDS[kind]}" for kind in KINDS if kinds[kind]]
@@ -145,7 +149,7 @@ def record(made: Score) -> dict[str, Any]:
                 "kind": fault.kind,
                 "check": fault.check,
                 "backend": backend,
-                "killed": bool(verdict.broken),
+                "killed": made.seen(backend, name),
                 "bounds": [bound.what for bound in verdict.broken],
                 "bound": worst and worst.what,
                 "value": worst and (worst.value if math.isfinite(worst.value) else str(worst.value)),

@@ -10,8 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.mutation.__main__ import family, record, score, summary
+from telechat_twins.core.parity.bounds import Bound
+from tests.mutation.__main__ import Score, family, record, score, summary
 from tests.mutation.catalogue import FAULTS, KINDS
+from tests.mutation.checks import Verdict
 from tests.support.frameworks import BACKENDS
 
 LEAST = 60
@@ -48,6 +50,16 @@ def test_a_sample_is_killed(backend: str, tmp_path: Path) -> None:
     report = record(made)
     assert report["score"] == 1.0 and all(row["bound"] for row in report["faults"])
     assert f"{len(faults)} of {len(faults)} killed" in summary(made)
+
+
+def test_only_the_named_bounds_kill() -> None:
+    """A launch that failed, or a bound that the entry does not name, is a survivor and a problem."""
+    name = "rotation reversed"
+    for what, killed in (("the launch did not reach this task", 0), ("loss against float64", 1)):
+        made = Score({("pt", name): Verdict([Bound(what, 2.0, 1.0, "")])})
+        assert made.killed == killed and len(made.problems()) == 1 - killed
+        assert record(made)["faults"][0]["killed"] is bool(killed)
+    assert Score({("pt", name): Verdict([])}).survivors == [("pt", FAULTS[name])]
 
 
 def test_a_bound_is_named_without_its_tensor() -> None:
