@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -214,6 +215,46 @@ class PreferenceConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class HeldOutSourceConfig:
+    path: str = option(help="folder written by `tele data`, of text that is not trained on")
+    name: str | None = option(None, help="in the records; default: the folder's name")
+
+    @property
+    def label(self) -> str:
+        return self.name or Path(self.path).name
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalConfig:
+    """Loss on held-out text during training (core.train.heldout)."""
+
+    sources: list[HeldOutSourceConfig] = option(help="packed folders to evaluate on, each {path, name}")
+    every: int = option(0, help="evaluate after every N steps, and always after the last; 0: only there", min=0)
+    batches: int = option(8, help="global batches of each source, always the same rows; or all that it has", min=1)
+    metric: str = option(
+        "loss", help="what keep_best and patience compare: loss, the mean of the sources, or NAME/bits_per_byte of one"
+    )
+    keep_best: bool = option(False, help="also keep the checkpoint of the best evaluation, which the file best names")
+    patience: int = option(0, help="end the run after N evaluations in a row without a better one; 0: never", min=0)
+
+    def __post_init__(self) -> None:
+        labels = [source.label for source in self.sources]
+        if not 1 <= len(labels) <= 16:
+            raise UserError(f"eval.sources: must be 1 to 16 folders, found {len(labels)}")
+        for number, label in enumerate(labels):
+            if not re.fullmatch(r"[\w.-]{1,40}", label, re.ASCII) or label in labels[:number]:
+                raise UserError(
+                    f"eval.sources[{number}].name: must be 1 to 40 letters, digits, '.', '-' or '_' and unlike the "
+                    f"others' names, found '{label[:60]}'; give it a name"
+                )
+        metrics = ["loss", *(f"{label}/{kind}" for label in labels for kind in ("loss", "bits_per_byte"))]
+        if self.metric not in metrics:
+            raise UserError(f"eval.metric: must be one of {', '.join(metrics)}; found '{self.metric}'")
+        if (self.keep_best or self.patience) and not self.every:
+            raise UserError("eval.every: must be set, since keep_best and patience compare evaluations; e.g. 100")
+
+
+@dataclass(frozen=True, kw_only=True)
 class CheckpointConfig:
     every: int = option(0, help="save every N steps; 0 saves only at the end", min=0)
     keep_last: int = option(2, help="checkpoints kept", min=1)
@@ -273,6 +314,7 @@ class RunConfig:
         KernelsConfig(), help="which implementation serves each operator; default: the best"
     )
     preference: PreferenceConfig | None = option(None, help="train on preference pairs; default: on next tokens")
+    eval: EvalConfig | None = option(None, help="loss on held-out text while training; default: none")
     checkpoint: CheckpointConfig = option(CheckpointConfig(), help="saving")
     health: HealthConfig = option(HealthConfig(), help="what to do when training goes wrong")
 
@@ -415,7 +457,7 @@ def _anchor_paths(tree: JsonObject, folder: Path, normalise: bool = False) -> No
         path = str(folder / train["init"])
         train["init"] = os.path.normpath(path) if normalise else path
     stages = train.get("stages") if isinstance(train, dict) else None
-    for holder in (data, *(stages if isinstance(stages, list) else ())):
+    for holder in (data, tree.get("eval"), *(stages if isinstance(stages, list) else ())):
         _anchor_sources(holder, folder, normalise)
 
 

@@ -11,6 +11,7 @@ from telechat_twins.core.checkpoint.notice import Notice
 from telechat_twins.core.files.atomic import mark_lives, remove_folder
 
 STEP_FOLDER = re.compile(r"step-(\d{8,})")
+BEST = "best"  # file of a run, which names a step folder as ``latest`` does
 _NUMBER = re.compile(r'^ "number": (\d{1,18}),$', re.MULTILINE)
 _LEFT = re.compile(r"\.saving-step-\d{8,}\.json|\.(latest|\.?saving-step-\d{8,}\.json)-\d+")
 
@@ -36,18 +37,28 @@ def save_number(folder: Path) -> int:
 
 
 def prune(root: Path, newest: Path, keep_last: int) -> None:
-    """Remove all checkpoints of a run but ``newest`` and the ``keep_last`` - 1 saved before it.
+    """Remove all checkpoints of a run but ``newest``, the ``keep_last`` - 1 saved before it, and the best one.
 
     The order is that of the save numbers. Steps would be wrong, since a run may return to an earlier step, and so would
     file times, since clocks are set and files copied. Checkpoints without a number count as the oldest, by file time.
     """
-    others = [p for p in step_folders(root) if p != newest]
+    kept = {newest.name, best_name(root)}
+    others = [p for p in step_folders(root) if p.name not in kept]
     others.sort(key=lambda p: (save_number(p), (p / "manifest.json").stat().st_mtime_ns, p.name), reverse=True)
     for folder in others[max(keep_last - 1, 0) :]:
         try:
             remove_folder(folder)
         except OSError as error:
             _log.warning("%s: old checkpoint could not be removed (%s)", folder, error.strerror)
+
+
+def best_name(root: Path) -> str | None:
+    """Name of the step folder that the run's file ``best`` names, if there is one (core.train.heldout)."""
+    try:
+        with open(root / BEST, encoding="utf-8") as file:
+            return file.read(100).strip()
+    except (OSError, ValueError):
+        return None
 
 
 def forget_notices(folder: Path) -> None:

@@ -38,6 +38,8 @@ from telechat_twins.core.model.params import MATRIX
 from telechat_twins.core.model.xpos_range import check_xpos_range
 from telechat_twins.core.train.agreement import meet, raise_on_all, require_same_on_all, run_on_all
 from telechat_twins.core.train.health import Health, TrainingStopped
+from telechat_twins.core.train.heldout.evaluate import HeldOut
+from telechat_twins.core.train.heldout.sources import open_held_out
 from telechat_twins.core.train.loss_scale import DynamicLossScale
 from telechat_twins.core.train.metrics import Row
 from telechat_twins.core.train.recipe import class_rate, clip_factor, rate_at, with_steps
@@ -133,6 +135,7 @@ def _train(
     check_preference(config, data.first)
     config, padding = fit_run(config, data.first.vocab_size, data.first.end_token)
     config, length = with_steps(config, data.rows_of_a_pass)
+    held_out = HeldOut(config, open_held_out(config, data.first))
     alone = config.parallel.world == 1
     checkpoint = checkpoint_to_resume(folder, resume, verify=alone)
     require_base(config)
@@ -155,7 +158,7 @@ def _train(
     if config.parallel.world > 1:
         # Not before the ranks have met: only then does each know which it is, however it was started.
         run_on_all(stepper, lambda: _hold(folder, held) if stepper.rank == 0 else None)
-    run = _Run(stepper, config, folder, data)
+    run = _Run(stepper, config, folder, data, held_out)
     run.notes += padding + length
     run.recorder = None if open_recorder is None else open_recorder(config, folder)
     if not alone:
@@ -186,8 +189,8 @@ def _hold(folder: Path, held: contextlib.ExitStack) -> None:
 class _Run:
     """One training run on one rank: the loop's state and its outputs."""
 
-    def __init__(self, stepper: Stepper, config: RunConfig, out: Path, data: StagedData) -> None:
-        self.stepper, self.config, self.out, self.data = stepper, config, out, data
+    def __init__(self, stepper: Stepper, config: RunConfig, out: Path, data: StagedData, held_out: HeldOut) -> None:
+        self.stepper, self.config, self.out, self.data, self.held_out = stepper, config, out, data, held_out
         self.stages = plan_stages(config)
         self.stage: Stage | None = None  # that of the last step made
         self.state = TrainState()
@@ -230,6 +233,7 @@ class _Run:
             raise RuntimeError(f"stepper is at update {self.stepper.step}, checkpoint at {trainer['optimizer_steps']}")
         self.state = TrainState(trainer["step"], trainer["samples"], trainer["tokens"])
         self.health.load(trainer["health"])
+        self.held_out.load(trainer)
         self.lineage = lineage_of(checkpoint, self.stepper.rank == 0)
         self.history = read_history(checkpoint.model, str(checkpoint.path / "model.json"))
         if self.loss_scale is not None and trainer["loss_scale"] is not None:
@@ -258,10 +262,18 @@ class _Run:
                 if self.config.preference is not None and not self.live:
                     self._prepare_reference(signals, records)
                     caught = self._agree(signals)
-                while self.state.step < total and caught is None:
+                while self.state.step < total and caught is None and not self.held_out.exhausted:
                     row = self.one_step(records)
+                    best = self.held_out.evaluate(row, self.stepper, records.note)
                     caught = self._agree(signals, self._recorded(records, row))
-                    if every and self.state.step % every == 0 and last is None:
+                    if last is not None:
+                        continue  # a recording saves nothing
+                    if best:
+                        self.save(asynchronous=False)
+                        run_on_all(
+                            self.stepper, lambda: self.held_out.mark(self.out, self.saver.last, self.stepper.rank)
+                        )
+                    elif every and self.state.step % every == 0:
                         self.save(self.config.checkpoint.asynchronous)
                         caught = self._agree(signals)
                 if last is None:
@@ -287,7 +299,8 @@ class _Run:
                 f"saved {saved}. Go on with: --resume auto"
             )
         else:
-            records.note(f"finished {self.state.step} steps; checkpoint {saved}; plot {self.out / 'loss.png'}")
+            plot = self.out / "loss.png"
+            records.note(f"{self.held_out.ending}finished {self.state.step} steps; checkpoint {saved}; plot {plot}")
         return TrainResult(self.state.step, saved, caught)
 
     def _prepare_reference(self, signals: Signals, records: Records) -> None:
@@ -448,6 +461,7 @@ class _Run:
             "data_digest": self._digest(),
             "loss_scale": self.loss_scale.to_dict() if self.loss_scale else None,
             "health": self.health.to_dict(),
+            **self.held_out.trainer_entries,
             # The only randomness is the initial weights and the data order, both functions of this seed and a counter.
             "seed": self.config.train.seed,
             "backend": stepper.implementation().get("backend", "unknown"),

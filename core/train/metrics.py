@@ -9,13 +9,18 @@ import statistics
 from collections import deque
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from telechat_twins.core.errors import UserError
 from telechat_twins.core.files.foreign import lines, open_regular, parse_json
 from telechat_twins.core.types import JsonObject
 
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
 Row = JsonObject
 
+HELD_OUT = "eval/"  # begins the columns of held-out sources: eval/NAME/loss, .../perplexity, .../bits_per_byte
 _SMOOTH_FROM = 250  # steps from which a plot shows a running mean
 LONGEST_ROW = 4096  # bytes: a row has a few hundred
 
@@ -150,6 +155,7 @@ def plot_losses(
             axis.plot(steps, column(rows, key), **style | thin)
             if smooth and key != "lr":
                 axis.plot(steps, _running_mean(column(rows, key), len(rows) // 50), label=label, **style)
+        _plot_held_out(axes[0], label, rows)
         if any("matrix_lr" in row for row in rows):
             axes[2].plot(steps, column(rows, "matrix_lr"), label="matrix-like", **style | {"linestyle": ":"})
             axes[2].legend()
@@ -174,11 +180,19 @@ def plot_losses(
     axes[0].legend()
     axes[0].set_title(title)
     axes[2].set_xlabel("step")
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)
     pyplot.close(figure)
-    return path
+    return Path(path)
+
+
+def _plot_held_out(axis: Axes, label: str, rows: Sequence[Row]) -> None:
+    """Points of the losses on held-out sources."""
+    for name in sorted({key for row in rows for key in row if key.startswith(HELD_OUT) and key.endswith("/loss")}):
+        judged = [row for row in rows if name in row]
+        text = f"{label}: held out, {name.removeprefix(HELD_OUT).removesuffix('/loss')}"
+        places = [row["step"] for row in judged]
+        axis.plot(places, column(judged, name), marker="o", markersize=3, linewidth=0.8, label=text)
 
 
 def _running_mean(values: Sequence[float], width: int) -> list[float]:

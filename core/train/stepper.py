@@ -70,6 +70,11 @@ class Stepper(Protocol):
         """
         ...
 
+    def held_out_loss(self, batch: Batch, num_targets: int) -> float:
+        """Mean token loss of a global batch under the present weights, of which this rank gives its rows; forward only,
+        without dropout. ``num_targets``: of the global batch."""
+        ...
+
     def set_mask(self, c: float | None) -> None:
         """Mask value of a growing model (``config.model.growth``) from now on; None removes the masks."""
         ...

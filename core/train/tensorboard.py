@@ -15,7 +15,7 @@ import struct
 import time
 from pathlib import Path
 
-from telechat_twins.core.train.metrics import Row
+from telechat_twins.core.train.metrics import HELD_OUT, Row
 
 TAGS = {
     "loss": "train/loss",
@@ -49,7 +49,8 @@ class TensorBoard:
 
     def step(self, row: Row) -> None:
         """One point per number of the row; what is missing or not finite is left out."""
-        values = [(tag, row[key]) for key, tag in TAGS.items() if row.get(key) is not None and math.isfinite(row[key])]
+        tags = {**TAGS, **{key: key for key in row if key.startswith(HELD_OUT)}}
+        values = [(tag, row[key]) for key, tag in tags.items() if row.get(key) is not None and math.isfinite(row[key])]
         summary = b"".join(_message(1, _text(1, tag) + _float(2, value)) for tag, value in values)
         self._write(row["step"], _message(5, summary))
 

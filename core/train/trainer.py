@@ -207,6 +207,12 @@ class BaseTrainer(ABC, Generic[S]):
             mine[coord.dp * rows : (coord.dp + 1) * rows] = found.found
         return self.agree(mine, "sum")
 
+    def held_out_loss(self, batch: Batch, num_targets: int) -> float:
+        """core.train.stepper.Stepper.held_out_loss."""
+        self.optimizer.refresh()
+        loss = self.pipeline.run(self._pieces(batch), num_targets, 1.0, False)
+        return self.agree([loss if self.mesh.coord.tp == 0 else 0.0], "sum")[0]
+
     def set_mask(self, c: float | None) -> None:
         for stage in self.stages:
             stage.set_mask(c)

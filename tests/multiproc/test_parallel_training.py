@@ -27,6 +27,7 @@ from telechat_twins.core.model.config import load_model_config
 from telechat_twins.core.model.init import init_weights
 from telechat_twins.core.parity.bounds import TRACE_LIMIT, compare_tensors, compare_traces
 from telechat_twins.core.train.metrics import read_metrics
+from tests.support.data_support import VOCAB_SIZE, tiny_tokenizer
 from tests.support.packed import write_packed
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -46,8 +47,9 @@ class Tele:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        write_packed(folder / "packed", 2048, SEQ_LEN)
-        model = load_model_config({"preset": "telechat2-tiny", "num_layers": 2})
+        for name, sequences in (("packed", 400), ("held", 13)):
+            write_packed(folder / name, VOCAB_SIZE, SEQ_LEN, sequences, sequences, tiny_tokenizer())
+        model = load_model_config({"preset": "telechat2-tiny", "num_layers": 2, "vocab_size": VOCAB_SIZE})
         weights = init_weights(model, 1234).items()
         write_checkpoint(folder / "canonical", 0, model={"config": model.to_dict()}, weights=weights)
         to_hf(open_model(folder / "canonical"), folder / "released")
@@ -56,6 +58,7 @@ class Tele:
             f"train: {{init: released, global_batch: 8, micro_batch: 4, stages: [{{steps: {LONGER}}}, "
             f"{{steps: {ALL - LONGER}, seq_len: {SEQ_LEN + 16}, micro_batch: 2}}]}}\n"
             "optim: {lr: 1e-3, warmup_steps: 2}\n"
+            "eval: {sources: [{path: held}], every: 15}\n"
             f"checkpoint: {{every: {HALF}, keep_last: 9}}\n"
         )
 
@@ -100,6 +103,16 @@ def without_clock(rows: list[dict]) -> list[dict]:
 
 def test_a_layout_trains_like_one_process(first_half: tuple[str, Path], single: Path) -> None:
     assert broken(first_half[1], single) == []
+
+
+def test_held_out_losses_are_those_of_one_process(first_half: tuple[str, Path], single: Path) -> None:
+    """13 rows in batches of 8, over ranks; the run's own limit, since the weights differ by that."""
+    found, judge = ([row for row in read_metrics(run) if "eval/held/loss" in row] for run in (first_half[1], single))
+    assert [row["step"] for row in found] == [row["step"] for row in judge] == [15, 30, 40]
+    for row, one in zip(found, judge, strict=True):
+        for key in ("loss", "perplexity", "bits_per_byte"):
+            assert row[f"eval/held/{key}"] == pytest.approx(one[f"eval/held/{key}"], rel=10 * TRACE_LIMIT)
+    assert judge[-1]["eval/held/loss"] < judge[0]["eval/held/loss"]
 
 
 def test_resume_in_the_other_backend_at_another_layout(first_half: tuple[str, Path], single: Path, tele: Tele) -> None:

@@ -199,6 +199,12 @@ class NumpyStepper:
         self.grads["norm.weight"] += probabilities.sum(0)
         return float(loss)
 
+    def held_out_loss(self, batch, num_targets):
+        kept = {name: grad.copy() for name, grad in self.grads.items()}
+        loss = self._micro_batch(batch, num_targets, 1.0)
+        self.grads = kept
+        return self.agree([loss], "sum")[0]
+
     def set_mask(self, c):
         self.masks.append(c)
 

@@ -13,15 +13,16 @@ from telechat_twins.core.data.packed import PackedWriter
 from telechat_twins.core.data.preference import PreferenceWriter
 
 
-def write_packed(folder: Path, vocab_size: int, seq_len: int, sequences: int = 400, seed: int = 0) -> Path:
+def write_packed(
+    folder: Path, vocab_size: int, seq_len: int, sequences: int = 400, seed: int = 0, tokenizer: Any = None
+) -> Path:
     """Write ``folder`` as fine-tuning data: the next id is a few further than the last, with a jump now and then.
 
     Each sequence counts from another position on, so that micro-batches have different numbers of targets: a mean over
     local tokens is then not the mean over the global batch. Returns ``folder``.
     """
-    stand_in = stand_in_tokenizer(vocab_size)
     random = np.random.default_rng(seed)
-    with PackedWriter(folder, stand_in, "sft") as writer:
+    with PackedWriter(folder, tokenizer or stand_in_tokenizer(vocab_size), "sft") as writer:
         for _ in range(sequences):
             length = seq_len + 1
             steps = np.where(
