@@ -42,7 +42,7 @@ GROUPS: dict[str, dict[str, str]] = {
         "chat": "chat with a model in the terminal",
         "serve": "serve a model over HTTP: the OpenAI API and a chat page",
         "forward": "compute logits, loss and gradients of given inputs",
-        "eval": "evaluate a model: P(true) of propositions and multiple choices",
+        "eval": "evaluate a model: tasks of lm-evaluation-harness, P(true) of propositions",
     },
     "Check and exchange": {
         "parity": "compare both frameworks and report all differences; exit 1 on a broken bound",
@@ -176,8 +176,9 @@ def _run(words: list[str]) -> int:
     command = importlib.import_module(f"telechat_twins.core.commands.{verb}")
     parser = Parser(prog=f"tele {verb}", description=command.__doc__ or VERBS[verb])
     command.add_arguments(parser)
+    arranged = getattr(command, "arranged", None)  # a verb whose first word may be left out
     try:
-        options = parser.parse_args(rest)
+        options = parser.parse_args(rest if arranged is None else arranged(rest))
     except SystemExit as stop:  # --help
         return int(stop.code or 0)
     return command.run(options)

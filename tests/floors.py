@@ -20,7 +20,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("config",),
     ("data",),
     ("train", "inference"),
-    ("serve", "parity", "bench", "mup"),
+    ("serve", "parity", "bench", "mup", "eval"),
     ("commands",),
 )
 # Rooms of the second floor that use each other, one way: the command line and the launcher write files;

@@ -7,7 +7,8 @@ multiplied by 0 between A and B).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import hashlib
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -46,6 +47,16 @@ def pair_reader(adapter: Adapter, boxes: Mapping[str, tuple[slice, ...]] | None 
         return Pair(a.astype(np.float32), (b * module.scale).astype(np.float32))
 
     return read
+
+
+def adapters_digest(adapters: Iterable[Adapter]) -> str | None:
+    """Hex SHA-256 of the tensors of all adapters; None without any."""
+    digest, some = hashlib.sha256(), False
+    for adapter in adapters:
+        some = True
+        for name, value in adapter.tensors():
+            digest.update(f"{name} {value.shape}".encode() + value.tobytes())
+    return digest.hexdigest() if some else None
 
 
 def used_adapters(owners: np.ndarray) -> list[tuple[int, np.ndarray | None]]:

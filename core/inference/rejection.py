@@ -24,6 +24,7 @@ from tqdm import tqdm
 from telechat_twins.core.checkpoint.fingerprint import fingerprint
 from telechat_twins.core.errors import UserError
 from telechat_twins.core.files.atomic import write_text
+from telechat_twins.core.inference.adapters import adapters_digest
 from telechat_twins.core.inference.engine import Engine
 from telechat_twins.core.inference.generation import answer
 from telechat_twins.core.inference.load import Loaded
@@ -126,10 +127,6 @@ def deciding(model: Loaded, prompts: str, scorer: JsonObject) -> JsonObject:
 
     ``model.args``: the options of ``tele generate``.
     """
-    adapters = hashlib.sha256()
-    for adapter in model.adapters.values():
-        for name, value in adapter.tensors():
-            adapters.update(f"{name} {value.shape}".encode() + value.tobytes())
     pairs = model.args.preference_out
     return {
         **{name: getattr(model.args, name) for name in _DECIDING.split()},
@@ -137,7 +134,7 @@ def deciding(model: Loaded, prompts: str, scorer: JsonObject) -> JsonObject:
         "prompts": prompts,
         "score": scorer,
         "weights": fingerprint(model.source.config, model.source.read),
-        "adapter": adapters.hexdigest() if model.adapters else None,
+        "adapter": adapters_digest(model.adapters.values()),
         "tokenizer": None if model.tokenizer is None else model.tokenizer.sha256,
     }
 

@@ -1,17 +1,25 @@
 """Evaluation of models.
 
+run        scores on tasks of lm-evaluation-harness; `tele eval --tasks ...` means it, too
 teacher    P(true) of propositions and multiple choices with a class token (eFLM): accuracy, log loss, calibration
 """
 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 
+from telechat_twins.core.commands.eval import run as harness
 from telechat_twins.core.commands.eval import teacher
 
-ACTIONS = {"teacher": (teacher, "P(true) of propositions and multiple choices: accuracy, log loss, calibration")}
+ACTIONS = {
+    "run": (harness, "scores on tasks of lm-evaluation-harness; the word may be left out"),
+    "teacher": (teacher, "P(true) of propositions and multiple choices: accuracy, log loss, calibration"),
+}
 EXAMPLES = """\
 examples:
+  tele eval --backend pt --checkpoint TeleFLM-52B --tasks open-llm --data datasets --out scores
+  tele eval --backends ms pt --checkpoint model --tasks mmlu --limit 100 --out scores
   tele eval teacher --backend pt --checkpoint runs/first propositions.jsonl --out results.json
 """
 
@@ -22,6 +30,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     actions = parser.add_subparsers(dest="action", required=True, metavar="{" + ",".join(ACTIONS) + "}")
     for name, (module, summary) in ACTIONS.items():
         module.add_arguments(actions.add_parser(name, help=summary))
+
+
+def arranged(words: Sequence[str]) -> list[str]:
+    """The command's words with the action that options without one mean."""
+    is_option = bool(words) and words[0].startswith("-") and words[0] not in ("-h", "--help")
+    return ["run", *words] if is_option else list(words)
 
 
 def run(args: argparse.Namespace) -> int:

@@ -1,0 +1,95 @@
+"""Comparison of two evaluations item by item: log-likelihoods, choices and texts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from telechat_twins.core.errors import UserError
+from telechat_twins.core.types import JsonObject
+
+SHOWN = 20  # flips and different texts that are listed for a task
+
+
+def compare_items(first: Sequence[JsonObject], second: Sequence[JsonObject]) -> JsonObject:
+    """By task: number of items, largest and mean difference of log-likelihoods, flipped choices with the margin by
+    which each side chose, different texts, and items of which a metric differs.
+
+    UserError where the two did not evaluate the same items.
+    """
+    left, right = _by_item(first), _by_item(second)
+    if left.keys() != right.keys():
+        apart = sorted(left.keys() ^ right.keys())[0]
+        raise UserError(f"the two evaluations have different items, e.g. {apart[0]} item {apart[1]}; repeat both")
+    tasks: dict[str, JsonObject] = {}
+    for key, row in left.items():
+        entry = tasks.setdefault(row["task"], _empty())
+        _add(entry, row, right[key])
+    for entry in tasks.values():
+        apart = entry.pop("differences")
+        entry["likelihoods"] = len(apart)
+        entry["largest_difference"] = max(apart, default=None)
+        entry["mean_difference"] = float(np.mean(apart)) if apart else None
+    return tasks
+
+
+def _empty() -> JsonObject:
+    return {"items": 0, "differences": [], "flips": [], "flipped": 0, "texts": [], "different_texts": 0, "metrics": 0}
+
+
+def _by_item(rows: Sequence[JsonObject]) -> dict[tuple[str, int, str, str], JsonObject]:
+    return {(row["task"], row["item"], row["filter"], row["hash"]): row for row in rows}
+
+
+def _add(entry: JsonObject, left: JsonObject, right: JsonObject) -> None:
+    entry["items"] += 1
+    entry["metrics"] += left["metrics"] != right["metrics"]
+    sides = [[_likelihood(answer) for answer in row["answers"]] for row in (left, right)]
+    ours, theirs = ([value for value in side if value is not None] for side in sides)
+    if len(ours) == len(left["answers"]):
+        entry["differences"] += [abs(a - b) for a, b in zip(ours, theirs, strict=True)]
+        if len(ours) > 1 and int(np.argmax(ours)) != int(np.argmax(theirs)):
+            entry["flipped"] += 1
+            flip = {"item": left["item"], "choices": [int(np.argmax(ours)), int(np.argmax(theirs))]}
+            _listed(entry["flips"], flip | {"margins": [margin(ours), margin(theirs)]})
+    elif left["answers"] != right["answers"]:
+        entry["different_texts"] += 1
+        _listed(entry["texts"], {"item": left["item"], "answers": [left["answers"], right["answers"]]})
+
+
+def _listed(found: list[JsonObject], entry: JsonObject) -> None:
+    if len(found) < SHOWN:
+        found.append(entry)
+
+
+def margin(values: Sequence[float]) -> float:
+    """The largest minus the second largest: by how much a choice was ahead."""
+    ordered = sorted(values)
+    return ordered[-1] - ordered[-2]
+
+
+def _likelihood(answer: object) -> float | None:
+    """The log-likelihood in an answer: [log-likelihood, greedy], or a number; None in a text."""
+    if isinstance(answer, list) and answer and isinstance(answer[0], (int, float)):
+        return float(answer[0])
+    return float(answer) if isinstance(answer, (int, float)) and not isinstance(answer, bool) else None
+
+
+def lines(names: tuple[str, str], tasks: Mapping[str, JsonObject]) -> list[str]:
+    """The lines of the console."""
+    found = [f"{' against '.join(names)}, item by item:"]
+    for name, entry in tasks.items():
+        parts = [f"{entry['items']} items"]
+        if entry["likelihoods"]:
+            parts.append(f"log-likelihoods differ by at most {entry['largest_difference']:.2e}")
+            parts.append(f"{entry['flipped']} choices flipped")
+        if entry["different_texts"] or not entry["likelihoods"]:
+            parts.append(f"{entry['different_texts']} different texts")
+        found.append(f"  {name}: " + ", ".join(parts))
+        for flip in entry["flips"]:
+            found.append(
+                f"    item {flip['item']}: choice {flip['choices'][0]} by {flip['margins'][0]:.2e}, "
+                f"{flip['choices'][1]} by {flip['margins'][1]:.2e}"
+            )
+    return found

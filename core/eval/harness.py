@@ -1,0 +1,131 @@
+"""Run of lm-evaluation-harness's tasks on a model: which tasks there are, one task after another, and their results."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from telechat_twins.core.backends import install_command
+from telechat_twins.core.errors import UserError
+from telechat_twins.core.eval.local_data import local_data
+from telechat_twins.core.eval.presets import PRESETS, TaskPlan
+from telechat_twins.core.near import nearest
+from telechat_twins.core.types import JsonObject
+
+if TYPE_CHECKING:
+    from lm_eval.tasks import TaskManager
+
+    from telechat_twins.core.eval.adapter import EngineModel
+
+OWN_TASKS = Path(__file__).with_name("task_files")
+BOOTSTRAPS = 1000  # for the standard errors of metrics that are not means
+UNSAFE = ("humaneval", "mbpp")  # run the code that the model writes
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """How tasks are run. ``data``: folder of local data sets; ``limit``: items of each task, all by default; ``chat``:
+    in the chat template, ``multiturn`` with examples as earlier turns, ``system`` as its system text; ``unsafe``: tasks
+    may execute code that the model wrote."""
+
+    data: Path | None = None
+    limit: int | None = None
+    chat: bool = False
+    multiturn: bool = False
+    system: str | None = None
+    unsafe: bool = False
+
+
+def require_harness() -> None:
+    """UserError where lm-evaluation-harness is not installed, or in another version than the adapter is written for."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        found = version("lm_eval")
+    except PackageNotFoundError:
+        raise UserError(f"lm-evaluation-harness is not installed; run: {install_command('eval')}") from None
+    if found.split(".")[:2] != ["0", "4"]:
+        raise UserError(f"lm_eval: must be 0.4, found {found}; run: {install_command('eval')}")
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+
+
+def plan_tasks(texts: Sequence[str], shots: int | None) -> list[TaskPlan]:
+    """The tasks of names and presets, each once; ``shots`` replaces those of a preset."""
+    plans: dict[str, TaskPlan] = {}
+    for name in (name for text in texts for name in text.split(",") if name):
+        for plan in PRESETS.get(name, (TaskPlan(name),)):
+            plans.setdefault(plan.name, plan if shots is None else TaskPlan(plan.name, shots, plan.metric))
+    if not plans:
+        raise UserError(f"--tasks: names at least one task or preset ({', '.join(PRESETS)})")
+    return list(plans.values())
+
+
+def open_tasks(plans: Sequence[TaskPlan], include: Sequence[Path]) -> TaskManager:
+    """The harness's index of tasks. UserError names an unknown task and the nearest known one.
+
+    The harness's own 14,000 take seconds to index, and are left out where ours and ``include`` have all that is named.
+    """
+    from lm_eval.tasks import TaskManager
+
+    for folder in include:
+        if not folder.is_dir():
+            raise UserError(f"--include {folder}: no such folder")
+    paths = [OWN_TASKS, *include]
+    manager = TaskManager(include_path=paths, include_defaults=False)
+    if any(plan.name not in manager.task_index for plan in plans):
+        manager = TaskManager(include_path=paths)
+    for plan in plans:
+        if plan.name not in manager.task_index:
+            near = nearest(plan.name, [*manager.all_tasks, *PRESETS])
+            hint = f"did you mean '{near}'?" if near else "`lm-eval ls tasks` lists the harness's"
+            raise UserError(f"--tasks: unknown task '{plan.name}'; {hint}")
+    return manager
+
+
+def run_task(plan: TaskPlan, model: EngineModel, manager: TaskManager, options: RunOptions) -> JsonObject:
+    """The harness's results of one task or group: ``results``, ``samples``, ``n-shot``, ``versions``.
+
+    UserError for data that the task cannot read, with its place where that is known.
+    """
+    from lm_eval.evaluator import simple_evaluate
+
+    if any(plan.name.startswith(name) for name in UNSAFE) and not options.unsafe:
+        raise UserError(f"{plan.name}: executes code that the model writes; in a sandbox, add --run-unsafe-code")
+    with local_data(options.data), _task_errors(plan.name, options.data):
+        found = simple_evaluate(
+            model=model,
+            tasks=[plan.name],
+            num_fewshot=plan.shots,
+            limit=options.limit,
+            bootstrap_iters=BOOTSTRAPS,
+            log_samples=True,
+            system_instruction=options.system,
+            apply_chat_template=options.chat,
+            fewshot_as_multiturn=options.chat and options.multiturn,
+            task_manager=manager,
+            confirm_run_unsafe_code=options.unsafe,
+        )
+    assert found is not None  # a model of rank 0
+    return dict(found)
+
+
+@contextlib.contextmanager
+def _task_errors(name: str, data: Path | None) -> Iterator[None]:
+    """UserError in place of what a task raises over data of another schema, or over a data set that is not there."""
+    from jinja2 import UndefinedError
+
+    try:
+        yield
+    except UserError:
+        raise
+    except (KeyError, UndefinedError) as error:
+        raise UserError(f"{name}: its data lack the field {error}; compare a row with the data set's fields") from None
+    except (ConnectionError, FileNotFoundError) as error:
+        where = "" if data is None else f" below --data {data}"
+        raise UserError(
+            f"{name}: its data set cannot be read{where} ({str(error)[:120]}); give a local copy with --data DIR"
+        ) from None

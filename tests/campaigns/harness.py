@@ -1,0 +1,170 @@
+"""The adapter against lm-evaluation-harness's own ``hf`` model, on an exported Tele-FLM that transformers opens.
+
+    python -m tests.campaigns.harness [--items N] [--requests N]
+
+needs lm_eval 0.4.13 with datasets 4.8.5, pyarrow 21.0.0 and pandas 2.3.3, and transformers 5.24.0. Two parts:
+
+agreement   three kinds of task (multiple choice, rolling, generation): log-likelihoods within 1e-5 (of up to 255
+            tokens: 1e-6 of their size), the same choices and texts
+throughput  N requests of multiple choice on a model of telechat2-mini's sizes, by both in turns with the same batch
+            size and threads: requests a second, and the ratio of each round. Four choices share a question; with five
+            examples all questions share these, too
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+from lm_eval.api.instance import Instance
+from lm_eval.models.huggingface import HFLM
+
+from telechat_twins.convert.source import open_model
+from telechat_twins.core.backends import load
+from telechat_twins.core.data.tokenizer import load_tokenizer
+from telechat_twins.core.eval.adapter import EngineModel, Served
+from telechat_twins.core.eval.compare import compare_items
+from telechat_twins.core.eval.harness import RunOptions, open_tasks, plan_tasks, require_harness, run_task
+from telechat_twins.core.eval.journal import Journal
+from telechat_twins.core.eval.results import items
+from telechat_twins.core.eval.scorer import Scorer
+from telechat_twins.core.inference.engine import Engine, EngineLimits
+from telechat_twins.core.inference.pages import pool_size
+from tests.support.harness_support import KINDS, WORDS, as_llama, write_llama, write_tasks
+
+MINI = dict(hidden_size=512, ffn_hidden_size=1408, num_layers=8, num_heads=8, num_kv_heads=2)
+MINI |= dict(training_seqlen=1024, base_seqlen=1024, max_seqlen=1024)
+ROUNDS, BATCH = 3, 32
+
+
+@contextlib.contextmanager
+def silent(_: str, __: int) -> Iterator[object]:
+    class Bar:
+        def update(self, n: int = 1) -> None:
+            pass
+
+    yield Bar()
+
+
+def ours(folder: Path, journal: Journal, backend: str = "pt", max_running: int = 64) -> EngineModel:
+    source = open_model(str(folder))
+    tokenizer = load_tokenizer(folder, in_vocabulary=True)
+    config, max_len = source.config, source.config.training_seqlen
+    runner = load(backend, "generate").Runner(config, source.tensor, pool_size(16 * max_len))
+    limits = EngineLimits(max_len=max_len + 1, max_running=max_running)
+    engine = Engine(runner, tokenizer, limits=limits)
+    return EngineModel(Served(config, tokenizer, max_len, config.stop_ids), Scorer(engine), journal, silent)
+
+
+def agreement(root: Path, count: int) -> bool:
+    folder = write_llama(root / "model")
+    llama = as_llama(folder, root / "llama")
+    tasks = write_tasks(root / "tasks", count)
+    plans = plan_tasks([f"made_{kind}" for kind in KINDS], None)
+    manager = open_tasks(plans, [tasks])
+    options = RunOptions(data=tasks / "data")
+    # The prefix of a text without context and the end of text are the model's own; hf takes both from the tokenizer.
+    theirs = HFLM(pretrained=str(llama), device="cpu", batch_size=BATCH, max_length=256, dtype="float32")
+    good = True
+    for plan in plans:
+        rows = {"hf": list(items(run_task(plan, theirs, manager, options)))}
+        for backend in ("pt", "ms"):
+            with Journal(root / f"{backend}-{plan.name}.jsonl", {}) as journal:
+                model = ours(folder, journal, backend)
+                rows[backend] = list(items(run_task(plan, model, manager, options)))
+            found = compare_items(rows["hf"], rows[backend])[plan.name]
+            largest = found["largest_difference"]
+            scale = max(np.abs(_likelihoods(rows["hf"])), default=1.0)
+            # transformers turns every byte of a run of byte tokens that is not UTF-8 into a mark, line ends included,
+            # so that no stop string is found in it; random weights write such runs.
+            texts = [text for text in found["texts"] if "\ufffd" not in text["answers"][0][0]]
+            holds = not found["flipped"] and not texts
+            for text in texts:
+                print(f"  item {text['item']}: {text['answers'][0]!r} by hf, {text['answers'][1]!r} by {backend}")
+            holds = holds and (largest is None or largest <= max(1e-5, 1e-6 * scale))
+            print(
+                f"{plan.name}, {backend} against hf: {found['items']} items, largest difference {largest} of "
+                f"log-likelihoods down to -{scale:.0f}, {found['flipped']} choices and {len(texts)} texts "
+                f"differ: {'holds' if holds else 'BROKEN'}"
+            )
+            good = good and holds
+    return good
+
+
+def _likelihoods(rows: list[dict]) -> list[float]:
+    answers = [answer for row in rows for answer in row["answers"]]
+    return [answer[0] if isinstance(answer, list) else answer for answer in answers if not isinstance(answer, str)]
+
+
+def multiple_choice(count: int, shots: int) -> list[Instance]:
+    """Questions of about 60 words with four answers each, after ``shots`` examples that all share."""
+    rng = np.random.default_rng(0)
+
+    def text(n: int) -> str:
+        return " ".join(rng.choice(WORDS, n))
+
+    def question() -> str:
+        return f"Question: {text(60)}\nAnswer:"
+
+    examples = "".join(f"{question()} {text(3)}\n\n" for _ in range(shots))
+    requests = []
+    for number in range(count // 4):
+        context = examples + question()
+        for choice in range(4):
+            pair = (context, " " + text(int(rng.integers(1, 6))))
+            requests.append(Instance("loglikelihood", {}, pair, choice, metadata=("made", number, 1)))
+    return requests
+
+
+def throughput(root: Path, count: int, shots: int) -> float:
+    folder, llama = root / "mini", root / "mini-llama"
+    if not folder.exists():
+        as_llama(write_llama(folder, **MINI), llama)
+    requests = multiple_choice(count, shots)
+    theirs = HFLM(pretrained=str(llama), device="cpu", batch_size=BATCH, max_length=1024, dtype="float32")
+    rates: dict[str, list[float]] = {"engine": [], "hf": []}
+    found: dict[str, list[tuple[float, bool]]] = {}
+    for number in range(ROUNDS):
+        with Journal(root / f"mini-{shots}-{number}.jsonl", {}) as journal:
+            model = ours(folder, journal, max_running=BATCH)
+            for name, lm in (("engine", model), ("hf", theirs)):
+                started, used = time.perf_counter(), time.process_time()
+                found[name] = lm.loglikelihood(requests, disable_tqdm=True)
+                rates[name].append(len(requests) / (time.perf_counter() - started))
+                cpu = len(requests) / (time.process_time() - used)
+                print(f"round {number}: {name} {rates[name][-1]:.1f} requests/s, {cpu:.1f} a CPU second", flush=True)
+    apart = max(abs(a[0] - b[0]) for a, b in zip(found["engine"], found["hf"], strict=True))
+    ratios = [a / b for a, b in zip(rates["engine"], rates["hf"], strict=True)]
+    threads = os.environ.get("OMP_NUM_THREADS", "default")
+    rounds = ", ".join(f"{ratio:.2f}" for ratio in ratios)
+    print(
+        f"{len(requests)} requests, {shots} examples, batch size {BATCH}, {threads} threads: "
+        f"{statistics.median(ratios):.2f} times hf (rounds {rounds}); log-likelihoods differ by at most {apart:.1e}"
+    )
+    return statistics.median(ratios)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--items", type=int, default=40)
+    parser.add_argument("--requests", type=int, default=1000)
+    args = parser.parse_args()
+    require_harness()
+    with tempfile.TemporaryDirectory(prefix="tele-harness-") as folder:
+        good = not args.items or agreement(Path(folder), args.items)
+        if args.requests:
+            throughput(Path(folder), args.requests, 0)
+            good = throughput(Path(folder), args.requests, 5) >= 3 and good
+    return 0 if good else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,112 @@
+"""`tele eval` on lm-evaluation-harness in both backends: three kinds of task on local files, results, and refusals.
+
+The agreement with the harness's own ``hf`` model is tests/campaigns/harness.py's, since that needs transformers.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from telechat_twins.core.cli import main
+from telechat_twins.core.eval.compare import compare_items
+from telechat_twins.core.types import JsonObject
+from tests.support.harness_support import write_llama, write_tasks
+
+pytest.importorskip("lm_eval", reason="lm-evaluation-harness is in the extra eval")
+
+KINDS = ["made_choices", "made_rolling", "made_answers"]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("harness")
+    write_llama(root / "model", num_layers=2)
+    write_tasks(root / "tasks", items=8, context=8)
+    return root
+
+
+def tele(place: Path, out: str, *more: str, tasks: tuple[str, ...] = tuple(KINDS), backend: str = "pt") -> int:
+    options = ["--checkpoint", str(place / "model"), "--include", str(place / "tasks"), "--quiet"]
+    which = [] if "--backends" in more else ["--backend", backend]
+    data = ["--data", str(place / "tasks" / "data")] if "--data" not in more else []
+    return main(["eval", *which, *options, *data, "--tasks", *tasks, "--out", str(place / out), *more])
+
+
+def rows(out: Path) -> list[JsonObject]:
+    return [json.loads(line) for line in (out / "items.jsonl").read_text().splitlines()]
+
+
+def test_both_backends_give_the_same_items(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("mindspore")
+    assert tele(place, "both", "--backends", "ms", "pt") == 0
+    shown = capsys.readouterr().out
+    differences = json.loads((place / "both" / "differences.json").read_text())["tasks"]
+    assert list(differences) == KINDS and "ms against pt, item by item" in shown
+    for name, found in differences.items():
+        assert found["items"] == 8 and found["flipped"] == found["different_texts"] == 0
+        assert found["largest_difference"] is None or found["largest_difference"] < (
+            2e-3 if "rolling" in name else 1e-5
+        )
+    results = [json.loads((place / "both" / backend / "results.json").read_text()) for backend in ("ms", "pt")]
+    for task in KINDS:
+        assert results[0]["tasks"][task]["score"] == pytest.approx(results[1]["tasks"][task]["score"], rel=1e-5)
+        assert results[0]["tasks"][task]["items"] == 8
+    assert results[0]["tasks"]["made_choices"]["shots"] == 2
+
+
+def test_an_interrupted_evaluation_continues(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert tele(place, "once", tasks=("made_choices",)) == 0
+    whole = rows(place / "once")
+    journal = place / "once" / "journal.jsonl"
+    lines = journal.read_bytes().splitlines(keepends=True)
+    journal.write_bytes(b"".join(lines[:10]) + lines[10][:7])
+    capsys.readouterr()
+    assert tele(place, "once", tasks=("made_choices,made_answers",)) == 0
+    assert "note: 9 answers of an earlier run are used again" in capsys.readouterr().err
+    found = compare_items(whole, rows(place / "once")[: len(whole)])["made_choices"]
+    assert found["flipped"] == 0 and found["largest_difference"] < 1e-5  # of sums in other company
+    assert len(journal.read_bytes().splitlines()) > len(lines)
+    assert tele(place, "once", "--precision", "bf16", tasks=("made_choices",)) == 2
+    assert "was begun with other options (precision)" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("more", "tasks", "message"),
+    [
+        ((), ("made_choice",), "unknown task 'made_choice'; did you mean 'made_choices'?"),
+        (("--data", "nowhere"), ("made_choices",), "--data nowhere: no such folder"),
+        (("--include", "nowhere"), ("made_choices",), "--include nowhere: no such folder"),
+        (("--system", "s"), ("made_choices",), "add --chat"),
+        (("--max-len", "0"), ("made_choices",), "--max-len: must be at least 1, found 0"),
+        (("--max-len", "12"), ("made_answers",), "max_gen_toks: must be 1 to 11, found 12"),
+        (("--backends", "pt", "pt"), ("made_choices",), "--backend: give ms or pt"),
+    ],
+)
+def test_what_cannot_be_evaluated_is_one_line(
+    place: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, more, tasks, message
+) -> None:
+    if "unknown" in message:  # the harness's own 14,000 tasks take long to index
+        from lm_eval.tasks import TaskManager
+
+        own = TaskManager.__init__
+        monkeypatch.setattr(TaskManager, "__init__", lambda self, **o: own(self, **{**o, "include_defaults": False}))
+    assert tele(place, "refused", *more, tasks=tasks) == 2
+    error = capsys.readouterr().err
+    assert message in error and "Traceback" not in error
+
+
+def test_data_of_another_schema_name_the_field(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name, text, message in (
+        ("schema", '{"question": "x", "choices": ["a", "b"], "gold": 0}\n', "its data lack the field"),
+        ("json", '{"q": 1}\n{"q"\n', "test.jsonl:2: not JSON"),
+    ):
+        folder = tmp_path / name / "made" / "choices"
+        folder.mkdir(parents=True)
+        (folder / "test.jsonl").write_text(text)
+        assert tele(place, name, "--data", str(tmp_path / name), tasks=("made_choices",)) == 2
+        assert message in capsys.readouterr().err
+    assert tele(place, "empty", "--data", str(tmp_path), tasks=("made_choices",)) == 2
+    assert "has no split; put <split>.jsonl there" in capsys.readouterr().err

@@ -1,0 +1,124 @@
+"""The journal of answers, the table of results, the comparison of two evaluations, and local data sets."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from telechat_twins.core.errors import UserError
+from telechat_twins.core.eval.compare import compare_items, lines
+from telechat_twins.core.eval.journal import Journal, digest_of
+from telechat_twins.core.eval.local_data import read_records
+from telechat_twins.core.eval.presets import PRESETS, TaskPlan
+from telechat_twins.core.eval.results import items, summarised, table, write_results
+from telechat_twins.core.types import JsonObject
+
+FOUND: JsonObject = {
+    "results": {
+        "made": {"alias": "made", "sample_len": 2, "acc,none": 0.5, "acc_stderr,none": 0.25, "acc_norm,none": 1.0},
+        "made_part": {"alias": " - part", "acc,none": 0.5},
+    },
+    "n-shot": {"made": 5},
+    "samples": {
+        "made_part": [
+            {
+                "doc_id": n,
+                "filter": "none",
+                "doc_hash": f"h{n}",
+                "target": 1,
+                "filtered_resps": [(-1.5, False), (-1.0, True)],
+                "metrics": ["acc"],
+                "acc": 1.0,
+            }
+            for n in range(2)
+        ]
+    },
+}
+
+
+def test_a_journal_continues_after_a_torn_line(tmp_path: Path) -> None:
+    path, identity = tmp_path / "journal.jsonl", {"weights": "a", "precision": "fp32"}
+    key = digest_of("likelihood", (1, 2), (3,))
+    assert key != digest_of("likelihood", (1,), (2, 3))
+    with Journal(path, identity) as journal:
+        journal.put(key, [-1.5, True])
+        journal.put("other", "text \ud800 \u4f60")
+    with path.open("ab") as file:
+        file.write(b'["torn", [-2.')
+    with Journal(path, identity) as journal:
+        assert journal.found == {key: [-1.5, True], "other": "text \ud800 \u4f60"} and journal.earlier == 2
+        journal.put("third", 1.0)
+    assert len(path.read_bytes().splitlines()) == 4
+    with pytest.raises(UserError, match=r"was begun with other options \(precision\)"):
+        Journal(path, {**identity, "precision": "bf16"})
+    path.write_text(path.read_text(errors="replace").replace('["third"', "third"))
+    with pytest.raises(UserError, match="damaged; remove it"):
+        Journal(path, identity)
+
+
+def test_results_are_written_beside_the_published_scores(tmp_path: Path) -> None:
+    plan = TaskPlan("made", 5, "acc", {"Tele-FLM": 64.0})
+    entry = summarised(plan, FOUND)
+    assert (entry["score"], entry["stderr"], entry["shots"], entry["items"]) == (0.5, 0.25, 5, 2)
+    assert entry["parts"] == {"made_part": {"acc,none": 0.5}} and "sample_len" not in entry["metrics"]
+    assert summarised(TaskPlan("made", metric="acc_norm"), FOUND)["score"] == 1.0
+    facts = {"checkpoint": "m", "backend": "pt", "precision": "fp32"}
+    write_results(tmp_path, facts, {"made": entry}, list(items(FOUND)))
+    text = (tmp_path / "results.md").read_text()
+    assert "| task | shots | metric | items | score | ± stderr | Tele-FLM |" in text
+    assert "| made | 5 | acc | 2 | 50.00 | 25.00 | 64.0 |" in text
+    assert json.loads((tmp_path / "results.json").read_text())["tasks"]["made"]["score"] == 0.5
+    first = json.loads((tmp_path / "items.jsonl").read_text().splitlines()[0])
+    assert first["answers"] == [[-1.5, False], [-1.0, True]] and first["metrics"] == {"acc": 1.0}
+    assert "50.00" in table({"made": entry})[1] and "(Tele-FLM 64.0)" in table({"made": entry})[1]
+
+
+def row(item: int, *answers: object, task: str = "t") -> JsonObject:
+    return {"task": task, "item": item, "filter": "none", "hash": str(item), "answers": list(answers), "metrics": {}}
+
+
+def test_differences_are_found_item_by_item() -> None:
+    left = [row(0, [-1.0, True], [-2.0, False]), row(1, [-1.0, True], [-1.1, False]), row(0, "a", task="g")]
+    right = [row(0, [-1.0, True], [-2.5, False]), row(1, [-1.2, False], [-1.1, True]), row(0, "b", task="g")]
+    found = compare_items(left, right)
+    assert found["t"]["largest_difference"] == pytest.approx(0.5) and found["t"]["likelihoods"] == 4
+    (flip,) = found["t"]["flips"]
+    assert flip["item"] == 1 and flip["choices"] == [0, 1] and flip["margins"] == pytest.approx([0.1, 0.1])
+    assert found["g"]["different_texts"] == 1 and found["g"]["largest_difference"] is None
+    shown = "\n".join(lines(("ms", "pt"), found))
+    assert "1 choices flipped" in shown and "item 1: choice 0 by 1.00e-01, 1 by 1.00e-01" in shown
+    assert compare_items(left, left)["t"]["flipped"] == 0
+    # A rolling likelihood is a number of its own.
+    assert compare_items([row(0, -5.0)], [row(0, -5.25)])["t"]["largest_difference"] == 0.25
+    with pytest.raises(UserError, match="different items, e.g. t item 1"):
+        compare_items(left, [right[0], right[2]])
+
+
+def test_local_rows_are_read_and_refused_with_their_line(tmp_path: Path) -> None:
+    file = tmp_path / "test.jsonl"
+    file.write_text('{"date": "2024-01-02", "n": "12"}\n\n{"date": "x", "n": "true"}\n')
+    assert read_records(file) == [{"date": "2024-01-02", "n": "12"}, {"date": "x", "n": "true"}]
+    (tmp_path / "a.json").write_text('[{"a": 1}, {"a": 2}]')
+    (tmp_path / "a.csv").write_text("a,b\n1,2\n")
+    assert read_records(tmp_path / "a.json") == [{"a": 1}, {"a": 2}]
+    assert read_records(tmp_path / "a.csv") == [{"a": "1", "b": "2"}]
+    for text, message in (
+        ('{"a": 1}\n{a}\n', ":2: not JSON"),
+        ("[1]\n", ":1: expected an object, found list"),
+        ("", "no row"),
+    ):
+        file.write_text(text)
+        with pytest.raises(UserError, match=message):
+            read_records(file)
+
+
+def test_presets_have_the_published_shots_and_scores() -> None:
+    open_llm = {plan.name: plan for plan in PRESETS["open-llm"]}
+    assert (open_llm["arc_challenge"].shots, open_llm["arc_challenge"].metric) == (25, "acc_norm")
+    assert (open_llm["bbh"].shots, open_llm["gsm8k"].shots, open_llm["truthfulqa_mc2"].shots) == (3, 5, 0)
+    average = sum(plan.published["Tele-FLM"] for plan in open_llm.values()) / len(open_llm)
+    assert round(average, 2) == 56.60  # the average that the table prints
+    average = sum(plan.published["Tele-FLM"] for plan in PRESETS["teleflm-zh"]) / 5
+    assert round(average, 2) == 71.13
