@@ -1,41 +1,90 @@
-// Matrix products of bfloat16 operands with float32 sums, by AVX512-BF16 dot products where available.
+// Matrix products of bfloat16 operands with float32 sums: by AMX tiles where the processor has them and the system
+// grants their state, by AVX512-BF16 dot products, or widened to float32.
+//
+// Both operands are packed in pairs along k, which is what either instruction multiplies: w once per call, rows of a by
+// blocks. Sums over k run in one order, by kDepth pairs, whatever the threads: the bits do not depend on their number.
+#include "tiles.h"
 #include "types.h"
 
 namespace {
 
-constexpr int64_t kRows = 8;  // rows of x per register tile, times two vectors of outputs: 16 accumulators
+constexpr int64_t kRows = W == 16 ? 12 : 4;  // rows of x per register tile, times two vectors of outputs
+constexpr int64_t kDepth = 256;   // pairs per pass: a strip of w (32 KiB with AVX-512) stays in L1
+constexpr int64_t kBlock = 192;   // rows per pass, half of it for long k, so that they stay in L2
+constexpr int64_t kWidth = 2 * W;  // outputs of a strip
 
-// w of C [m, n] = x [m, k] w [n, k]^T, packed as [n / 2W][k / 2][2W][2]: pairs along k, the operand of the dot-product
-// instruction; without it the pairs are widened to float32.
-struct Packed {
-  std::vector<uint16_t> data;
-  int64_t n, k, pairs, strips;
+// A buffer of pairs kept between calls: page faults on fresh memory cost as much as the packing.
+struct Buffer {
+  uint32_t *room(size_t size) {
+    if (held.size() < size) held.resize(size);
+    return reinterpret_cast<uint32_t *>(held.data());
+  }
+  Floats held;
+};
+thread_local Buffer packed_w, packed_a;
+
+// A matrix of bfloat16 whose element (i, p) is data[i * row + p * column]; p runs along k.
+struct Operand {
+  const uint16_t *data;
+  int64_t row, column, k;
+
+  uint32_t pair(int64_t i, int64_t p) const {
+    const uint16_t *at = data + i * row + 2 * p * column;
+    return at[0] | (2 * p + 1 < k ? uint32_t(at[column]) << 16 : 0);
+  }
 };
 
-Packed pack(const View &w, bool transposed) {
-  // Rows of the packed matrix are outputs; ``transposed``: w is [k, n].
-  Packed p;
-  p.n = transposed ? w.shape[1] : w.shape[0], p.k = transposed ? w.shape[0] : w.shape[1];
-  p.pairs = (p.k + 1) / 2, p.strips = (p.n + 2 * W - 1) / (2 * W);
-  p.data.assign(p.strips * p.pairs * 4 * W, 0);
-  const uint16_t *from = w.as<uint16_t>();
-  const int64_t row = transposed ? 1 : p.k, column = transposed ? p.n : 1;
-  parallel(p.strips, 1, [&](int64_t a, int64_t b, int) {
-    for (int64_t strip = a; strip < b; strip++)
-      for (int64_t pair = 0; pair < p.pairs; pair++)
-        for (int64_t j = 0; j < 2 * W; j++) {
-          const int64_t o = strip * 2 * W + j;
-          if (o >= p.n) continue;
-          uint16_t *to = &p.data[((strip * p.pairs + pair) * 2 * W + j) * 2];
-          to[0] = from[o * row + 2 * pair * column];
-          if (2 * pair + 1 < p.k) to[1] = from[o * row + (2 * pair + 1) * column];
-        }
-  });
-  return p;
+// to [W, W] (rows to_row apart) = the pairs [from, from + W) of rows [first, first + W), all of which exist, with the
+// pairs in rows (``down``) or the matrix's rows in rows. Bits are only moved: a NaN stays what it is.
+inline void pack_block(const Operand &x, int64_t first, int64_t from, bool down, uint32_t *to, int64_t to_row) {
+  if (x.column == 1) {  // pairs lie together in memory; rows are W of them
+    const uint16_t *at = x.data + first * x.row + 2 * from;
+    if (down && x.row % 2 == 0) {
+      transpose_block(reinterpret_cast<const float *>(at), x.row / 2, reinterpret_cast<float *>(to), to_row);
+      return;
+    }
+    alignas(64) uint32_t square[W * W];
+    uint32_t *rows = down ? square : to;
+    const int64_t stride = down ? W : to_row;
+    for (int64_t i = 0; i < W; i++) std::memcpy(rows + i * stride, at + i * x.row, W * sizeof(uint32_t));
+    if (down) transpose_block(reinterpret_cast<float *>(square), W, reinterpret_cast<float *>(to), to_row);
+    return;
+  }
+  // Elements of different rows lie together: two steps of k are woven into W pairs.
+  alignas(64) uint32_t square[W * W];
+  uint32_t *pairs = down ? to : square;
+  const int64_t stride = down ? to_row : W;
+  for (int64_t p = 0; p < W; p++) {
+    const uint16_t *low = x.data + first * x.row + 2 * (from + p) * x.column;
+    vh a, b;
+    std::memcpy(&a, low, sizeof a), std::memcpy(&b, low + x.column, sizeof b);
+    const vu woven = __builtin_convertvector(a, vu) | __builtin_convertvector(b, vu) << 16;
+    std::memcpy(pairs + p * stride, &woven, sizeof woven);
+  }
+  if (!down) transpose_block(reinterpret_cast<float *>(square), W, reinterpret_cast<float *>(to), to_row);
+}
+
+// Pairs [0, pairs) of the ``count`` rows from ``first`` on, of ``rows`` places for them; what does not exist is zero.
+// down: to [pairs, rows], else [rows, pairs], its rows to_row apart.
+void pack(const Operand &x, int64_t first, int64_t count, int64_t rows, int64_t pairs, bool down, uint32_t *to,
+          int64_t to_row) {
+  const int64_t whole = x.k / 2 / W * W;  // pairs in whole blocks
+  for (int64_t i = 0; i < rows; i += W)
+    for (int64_t p = 0; p < pairs; p += W) {
+      uint32_t *block = down ? to + p * to_row + i : to + i * to_row + p;
+      if (i + W <= count && p + W <= whole) {
+        pack_block(x, first + i, p, down, block, to_row);
+        continue;
+      }
+      for (int64_t r = 0; r < std::min<int64_t>(W, rows - i); r++)
+        for (int64_t c = 0; c < std::min<int64_t>(W, pairs - p); c++)
+          block[down ? c * to_row + r : r * to_row + c] =
+            i + r < count && 2 * (p + c) < x.k ? x.pair(first + i + r, p + c) : 0;
+    }
 }
 
 // sum + low(pair) * w[., 0] + high(pair) * w[., 1] per lane; ``pair`` holds two bfloat16 of x.
-inline vf dot_pairs(vf sum, uint32_t pair, const uint16_t *w) {
+inline vf dot_pairs(vf sum, uint32_t pair, const uint32_t *w) {
 #if defined(__AVX512BF16__)
   __m512bh a = (__m512bh)_mm512_set1_epi32(static_cast<int>(pair));
   __m512bh b = (__m512bh)_mm512_loadu_si512(w);
@@ -46,23 +95,45 @@ inline vf dot_pairs(vf sum, uint32_t pair, const uint16_t *w) {
   const uint32_t low = pair << 16, high = pair & 0xffff0000u;
   float first, second;
   std::memcpy(&first, &low, 4), std::memcpy(&second, &high, 4);
-  sum += (vf)(both << 16) * first;
-  return sum + (vf)(both & 0xffff0000u) * second;
+  sum += (vf)(both << 16) * splat(first);
+  return sum + (vf)(both & 0xffff0000u) * splat(second);
 #endif
 }
 
-// out [ROWS, 2W] = x [ROWS, k] w^T of one strip of 2W outputs.
+// c [ROWS, kWidth] (+)= x [ROWS, pairs] w [pairs, kWidth].
 template <int ROWS>
-void block(const uint32_t *x, int64_t pairs, const uint16_t *w, float *out) {
-  vf sum[ROWS][2] = {};
-  for (int64_t p = 0; p < pairs; p++, w += 4 * W)
-#pragma GCC unroll 8
-    for (int i = 0; i < ROWS; i++) {
-      const uint32_t pair = x[i * pairs + p];
-      sum[i][0] = dot_pairs(sum[i][0], pair, w), sum[i][1] = dot_pairs(sum[i][1], pair, w + 2 * W);
-    }
+void block(const uint32_t *x, int64_t x_row, const uint32_t *w, int64_t pairs, float *c, bool add) {
+  vf sum[ROWS][2];
+#pragma GCC unroll 12
   for (int i = 0; i < ROWS; i++)
-    for (int j = 0; j < 2; j++) store(out + (i * 2 + j) * W, sum[i][j]);
+#pragma GCC unroll 2
+    for (int j = 0; j < 2; j++) sum[i][j] = add ? load(c + i * kWidth + j * W) : splat(0.0f);
+  for (int64_t p = 0; p < pairs; p++, w += kWidth)
+#pragma GCC unroll 12
+    for (int i = 0; i < ROWS; i++) {
+      const uint32_t pair = x[i * x_row + p];
+      sum[i][0] = dot_pairs(sum[i][0], pair, w), sum[i][1] = dot_pairs(sum[i][1], pair, w + W);
+    }
+#pragma GCC unroll 12
+  for (int i = 0; i < ROWS; i++)
+#pragma GCC unroll 2
+    for (int j = 0; j < 2; j++) store(c + i * kWidth + j * W, sum[i][j]);
+}
+
+// c [rows, kWidth] = x [rows, pairs] w [pairs, kWidth]; by tiles, rows are a multiple of two tiles'.
+void strip(const uint32_t *x, int64_t x_row, const uint32_t *w, int64_t rows, int64_t pairs, float *c, bool tiles) {
+  for (int64_t from = 0; from < pairs; from += kDepth) {
+    const int64_t depth = std::min(kDepth, pairs - from);
+    const uint32_t *strip = w + from * kWidth;
+    if (tiles) {
+      for (int64_t i = 0; i < rows; i += kTilePair)
+        multiply_tiles(x + i * x_row + from, x_row, strip, depth, c + i * kWidth, from > 0);
+      continue;
+    }
+    int64_t i = 0;
+    for (; i + kRows <= rows; i += kRows) block<kRows>(x + i * x_row + from, x_row, strip, depth, c + i * kWidth, from > 0);
+    for (; i < rows; i++) block<1>(x + i * x_row + from, x_row, strip, depth, c + i * kWidth, from > 0);
+  }
 }
 
 }  // namespace
@@ -70,42 +141,38 @@ void block(const uint32_t *x, int64_t pairs, const uint16_t *w, float *out) {
 // in: a [m, k] or, with scalar[0], [k, m]; w [n, k] or, with scalar[1], [k, n]; both bfloat16; out: [m, n] in the dtype
 // of the output, sums in float32
 KERNEL(matmul_bf16, 2, 1, 2) {
-  const bool turned = scalar[0] != 0;
-  const Packed w = pack(in[1], scalar[1] != 0);
-  const int64_t m = turned ? in[0].shape[1] : in[0].shape[0];
-  const uint16_t *a = in[0].as<uint16_t>();
-  const int64_t row = turned ? 1 : w.k, column = turned ? m : 1;
-  constexpr int64_t kBlock = 64;  // rows whose pairs stay in L2 while the strips of w pass
-  const int64_t blocks = (m + kBlock - 1) / kBlock;
-  const bool by_rows = blocks >= threads_for(blocks * w.strips, 1);
-  const int64_t items = by_rows ? blocks : w.strips;
-  parallel(items, 1, [&](int64_t first, int64_t last, int) {
-    std::vector<uint32_t> x(kBlock * w.pairs);
-    float sums[kRows * 2 * W];
+  const bool turn_a = scalar[0] != 0, turn_w = scalar[1] != 0;
+  const int64_t m = in[0].shape[turn_a ? 1 : 0], k = in[0].shape[turn_a ? 0 : 1], n = in[1].shape[turn_w ? 1 : 0];
+  const Operand a{in[0].as<uint16_t>(), turn_a ? 1 : k, turn_a ? m : 1, k};
+  const Operand b{in[1].as<uint16_t>(), turn_w ? 1 : k, turn_w ? n : 1, k};
+  const bool tiles = has_tiles();
+  const int64_t pairs = std::max<int64_t>(1, (k + 31) / 32) * 16;  // whole tiles
+  const int64_t height = pairs <= 1024 ? kBlock : kBlock / 2;
+  const int64_t strips = (n + kWidth - 1) / kWidth, blocks = (m + height - 1) / height;
+  uint32_t *w = packed_w.room(strips * kWidth * pairs);
+  parallel(strips, 4, [&](int64_t first, int64_t last, int) {
+    for (int64_t s = first; s < last; s++)
+      pack(b, s * kWidth, std::min(kWidth, n - s * kWidth), kWidth, pairs, true, w + s * kWidth * pairs, kWidth);
+  });
+  const bool by_rows = blocks >= threads_for(blocks * strips, 1);
+  const int64_t x_row = pairs + 16;  // rows a power of two apart would share few sets of the cache
+  parallel(by_rows ? blocks : strips, 1, [&](int64_t first, int64_t last, int) {
+    uint32_t *x = packed_a.room(height * x_row);
+    alignas(64) float sums[kBlock * kWidth];
+    const Tiles configured(tiles);
     for (int64_t at = by_rows ? first : 0; at < (by_rows ? last : blocks); at++) {
-      const int64_t from = at * kBlock, rows = std::min(kBlock, m - from);
-      for (int64_t i = 0; i < rows; i++)
-        for (int64_t p = 0; p < w.pairs; p++) {
-          const uint32_t low = a[(from + i) * row + 2 * p * column];
-          const uint32_t high = 2 * p + 1 < w.k ? a[(from + i) * row + (2 * p + 1) * column] : 0;
-          x[i * w.pairs + p] = low | high << 16;
-        }
-      for (int64_t strip = by_rows ? 0 : first; strip < (by_rows ? w.strips : last); strip++) {
-        const uint16_t *ws = &w.data[strip * w.pairs * 4 * W];
-        const int64_t columns = std::min<int64_t>(2 * W, w.n - strip * 2 * W);
-        for (int64_t i = 0; i < rows; i += kRows) {
-          const int64_t some = std::min(kRows, rows - i);
-          if (some == kRows)
-            block<kRows>(&x[i * w.pairs], w.pairs, ws, sums);
-          else
-            for (int64_t r = 0; r < some; r++) block<1>(&x[(i + r) * w.pairs], w.pairs, ws, sums + r * 2 * W);
-          with_type(out[0].dtype, [&](auto *t) {
-            auto *o = out[0].as<std::remove_pointer_t<decltype(t)>>() + (from + i) * w.n + strip * 2 * W;
-            for (int64_t r = 0; r < some; r++)
-              for (int64_t j = 0; j < columns; j += W)
-                put(o + r * w.n + j, load(sums + r * 2 * W + j), static_cast<int>(std::min<int64_t>(W, columns - j)));
-          });
-        }
+      const int64_t from = at * height, rows = std::min(height, m - from);
+      const int64_t places = tiles ? (rows + kTilePair - 1) / kTilePair * kTilePair : rows;
+      pack(a, from, rows, places, pairs, false, x, x_row);
+      for (int64_t s = by_rows ? 0 : first; s < (by_rows ? strips : last); s++) {
+        strip(x, x_row, w + s * kWidth * pairs, places, pairs, sums, tiles);
+        const int64_t columns = std::min(kWidth, n - s * kWidth);
+        with_type(out[0].dtype, [&](auto *t) {
+          auto *o = out[0].as<std::remove_pointer_t<decltype(t)>>() + from * n + s * kWidth;
+          for (int64_t r = 0; r < rows; r++)
+            for (int64_t j = 0; j < columns; j += W)
+              put(o + r * n + j, load(sums + r * kWidth + j), static_cast<int>(std::min<int64_t>(W, columns - j)));
+        });
       }
     }
   });

@@ -257,7 +257,8 @@ def rows_and_updates(rng: np.random.Generator, dtype: np.dtype = F32) -> Iterato
 
 def products(rng: np.random.Generator) -> Iterator[Finding]:
     """In float32, and of bfloat16 operands, which are rounded before and summed in float32."""
-    for m, n, k in ((1, 1, 1), (3, 5, 7), (64, 32, 64), (67, 131, 33), (9, 64, 129), (200, 70, 500), (13, 300, 193)):
+    shapes = (1, 1, 1), (3, 5, 7), (64, 32, 64), (67, 131, 33), (9, 64, 129), (200, 70, 500), (13, 300, 193)
+    for m, n, k in (*shapes, (230, 40, 1100), (100, 33, 2200)):
         for dtype in (F32, HALF["bfloat16"]):
             a, w = rng.normal(size=(m, k)).astype(dtype), rng.normal(size=(n, k)).astype(dtype)
             bias = rng.normal(size=n).astype(np.float32)

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import pytest
 
@@ -25,10 +26,13 @@ F32 = np.dtype(np.float32)
 pytestmark = pytest.mark.skipif(build.compiler() is None, reason="no C++ compiler; composite operators serve then")
 
 
-@pytest.fixture(scope="module", params=["as many instructions as there are", "-mno-avx512f", "-mno-avx512bf16"])
+PRODUCTS_ONLY = ("-mno-amx-tile", "-mno-amx-tile -mno-avx512bf16")
+
+
+@pytest.fixture(scope="module", params=["as many instructions as there are", "-mno-avx512f", *PRODUCTS_ONLY])
 def instructions(request: pytest.FixtureRequest) -> Iterator[str]:
     """The kernels for this processor, and for a lesser one."""
-    flags = () if request.param.startswith("as") else (request.param,)
+    flags = () if request.param.startswith("as") else tuple(request.param.split())
     if flags and "avx512" not in Path("/proc/cpuinfo").read_text():
         pytest.skip("this processor has no AVX-512 to do without")
     before = engine.engine_of(np.zeros(1))
@@ -39,7 +43,7 @@ def instructions(request: pytest.FixtureRequest) -> Iterator[str]:
 
 @pytest.mark.parametrize("name", checks.CHECKS)
 def test_kernels_equal_their_definitions(instructions: str, name: str) -> None:
-    if instructions == "-mno-avx512bf16" and name != "products":
+    if instructions in PRODUCTS_ONLY and name != "products":
         pytest.skip("only products use these instructions")
     assert checks.broken(name) == []
 
@@ -154,7 +158,7 @@ def test_planted_faults_are_caught(monkeypatch: pytest.MonkeyPatch, fault: str) 
 
 
 def test_the_same_bits_whatever_the_number_of_threads() -> None:
-    """Of sums over rows: what a run at another number of cores must not change."""
+    """Of products and sums over rows: what a run at another number of cores must not change."""
     x, ids = random(1000, 70), np.random.default_rng(0).integers(0, 50, 1000).astype(np.int32)
     grad = random(1000, 300)
 
@@ -162,11 +166,13 @@ def test_the_same_bits_whatever_the_number_of_threads() -> None:
     q, k = x[:8, :64].reshape(1, 1, 8, 64), x[:2, :64].reshape(1, 1, 2, 64)
     place = np.array([1599], np.int32), np.array([0, 1], np.int32), np.array([1600], np.int32)
     table = np.arange(100, dtype=np.int32)[None]
+    narrow = [a.astype(ml_dtypes.bfloat16) for a in (x[:, :70], grad[:, :100])]
 
     def sums() -> list[np.ndarray]:
         attended = ops.paged_attention(q, k, k, *pages, *place, table, 1)
         rows = ops.linear_rows(x[:7], grad[:70].T.copy()[:90, :70])
-        return [ops.column_sum(x), ops.square_sum(x), ops.embedding_backward(grad, ids, 50), attended, rows]
+        made = [ops.matmul(x, grad, None, True, True), ops.matmul_bf16(*narrow, F32, True, True)]  # sums over k = 1,000
+        return [ops.column_sum(x), ops.square_sum(x), ops.embedding_backward(grad, ids, 50), attended, rows, *made]
 
     found = []
     for threads in (1, 2, 3):
