@@ -266,14 +266,12 @@ class _Run:
                     row = self.one_step(records)
                     best = self.held_out.evaluate(row, self.stepper, records.note)
                     caught = self._agree(signals, self._recorded(records, row))
-                    if last is not None:
-                        continue  # a recording saves nothing
-                    if best:
+                    if best and last is None:  # a recording saves nothing
                         self.save(asynchronous=False)
                         run_on_all(
                             self.stepper, lambda: self.held_out.mark(self.out, self.saver.last, self.stepper.rank)
                         )
-                    elif every and self.state.step % every == 0:
+                    elif every and self.state.step % every == 0 and last is None:
                         self.save(self.config.checkpoint.asynchronous)
                         caught = self._agree(signals)
                 if last is None:
