@@ -30,7 +30,7 @@ def main() -> int:
         path.parent / "run",
         job["resume"],
         open_initial,
-        lambda config, out: Recorder(config, out, at=job["at"], full=job["full"], last=job["steps"]),
+        lambda config, out: Recorder(config, out, at=job["at"], full=job["full"], last=job["steps"], rows=job["rows"]),
     )
     backends.load(job["backend"], "mesh").leave()
     return 0

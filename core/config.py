@@ -95,6 +95,9 @@ class TrainConfig:
     record_every: int = option(
         0, help="steps between records of a step (docs/records.md), in RUN/records; 0: none", min=0
     )
+    record_rows: int = option(
+        0, help="rows of the global batch, from the first, whose activations a record has; 0: all", min=0
+    )
 
     def __post_init__(self) -> None:
         if self.stages is not None:

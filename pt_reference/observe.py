@@ -8,8 +8,8 @@ from contextlib import AbstractContextManager
 import numpy as np
 from torch import Tensor
 
-from telechat_twins.core.parity.record.observer import See
 from telechat_twins.core.parity.record.taps import Place, Taps, TensorOps
+from telechat_twins.core.train.trainer import See
 from telechat_twins.pt_reference import model, ops
 from telechat_twins.pt_reference.model import Decoder
 from telechat_twins.pt_reference.tensor_parallel import RowParallel

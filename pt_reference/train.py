@@ -13,11 +13,10 @@ import torch
 
 from telechat_twins.convert.initial import open_initial
 from telechat_twins.core.config import RunConfig
-from telechat_twins.core.parity.record.observer import See
 from telechat_twins.core.parity.record.recorder import open_recorder
 from telechat_twins.core.train.script import main
 from telechat_twins.core.train.trainable import first_trained_stage, trainable
-from telechat_twins.core.train.trainer import BaseTrainer
+from telechat_twins.core.train.trainer import BaseTrainer, See
 from telechat_twins.kernels.pytorch import ops as kernels
 from telechat_twins.pt_reference import ops
 from telechat_twins.pt_reference.collectives import agree

@@ -11,8 +11,8 @@ from mindspore import Tensor
 from mindspore import ops as mops
 
 from telechat_twins.core.errors import UserError
-from telechat_twins.core.parity.record.observer import See
 from telechat_twins.core.parity.record.taps import Place, Taps, TensorOps
+from telechat_twins.core.train.trainer import See
 from telechat_twins.telechat_ms import autograd, model, ops
 from telechat_twins.telechat_ms.model import Decoder
 from telechat_twins.telechat_ms.tensor_parallel import RowParallel

@@ -15,11 +15,10 @@ import mindspore as ms
 
 from telechat_twins.convert.initial import open_initial
 from telechat_twins.core.config import RunConfig
-from telechat_twins.core.parity.record.observer import See
 from telechat_twins.core.parity.record.recorder import open_recorder
 from telechat_twins.core.train.script import main
 from telechat_twins.core.train.trainable import first_trained_stage, trainable
-from telechat_twins.core.train.trainer import BaseTrainer
+from telechat_twins.core.train.trainer import BaseTrainer, See
 from telechat_twins.kernels.mindspore import ops as kernels
 from telechat_twins.telechat_ms.collectives import agree
 from telechat_twins.telechat_ms.mesh import join, leave

@@ -29,6 +29,17 @@ Watch = Callable[[int, Any], None]  # (micro-batch, the backend's logits [B, s, 
 Observe = Callable[[Sequence[LocalBatch], float], AbstractContextManager[None]]  # (micro-batches, loss scale)
 
 
+class See(Protocol):
+    """Receiver of the value of a site (core.parity.record.sites), or of its gradient: this rank's [b, s, n] of
+    micro-batch ``micro``."""
+
+    def wants(self, micro: int) -> bool:
+        """Whether anything of this micro-batch is recorded."""
+        ...
+
+    def __call__(self, site: str, micro: int, array: np.ndarray, dtype: str, gradient: bool) -> None: ...
+
+
 class Stage(Protocol):
     """A chunk of the model that this rank holds; telechat_ms.model and pt_reference.model describe the methods."""
 
@@ -287,8 +298,8 @@ class BaseTrainer(ABC, Generic[S]):
                     yield TensorPiece(name, array, tuple(s.start for s in shard.index), shard.whole)
 
     @abstractmethod
-    def observed(self, see: Callable[..., None]) -> AbstractContextManager[None]:
-        """The backend's observe.observed of this rank's stages; ``see``: core.parity.record.observer.See."""
+    def observed(self, see: See) -> AbstractContextManager[None]:
+        """The backend's observe.observed of this rank's stages."""
 
     @abstractmethod
     def implementation(self) -> dict[str, str]:

@@ -1,5 +1,6 @@
 """Many ranks against one device: loss, gradient norm, every gradient by name, weights after updates, the messages
-sent and the graphs held, for every layout in both backends; and the released code's numbers under layouts.
+sent and the graphs held, for every layout in both backends; the records of some; and the released code's numbers under
+layouts.
 
 Starting processes takes longer than a layout on a tiny model, so each backend starts once for each number of processes
 and its ranks do all layouts, and all planted faults, one after another. The comparison is core.parity.layouts's, which
@@ -28,10 +29,14 @@ from telechat_twins.core.model.lora import TARGETS, LoraConfig, init_adapter, lo
 from telechat_twins.core.parallel.layout import Layout, parse_layout
 from telechat_twins.core.parity.bounds import compare_tensors, relative_frobenius
 from telechat_twins.core.parity.layouts import LayoutReport, References, judge_layout, one_device, smooth_optim
-from telechat_twins.core.parity.worker import Outcome, Task, collect, launch_tasks, write_batch
+from telechat_twins.core.parity.record.format import KINDS, Record
+from telechat_twins.core.parity.record.read import open_record
+from telechat_twins.core.parity.record.recorder import step_folder
+from telechat_twins.core.parity.worker import Outcome, Task, collect, launch_tasks, run_alone, write_batch
 from tests.parity.layout_faults import FAULTS
 from tests.parity.test_goldens import GRADIENT, LOGITS, LOSS
 from tests.support.frameworks import BACKENDS, golden_arrays, golden_batch, golden_source
+from tests.support.records import apart
 
 # 307 is prime, so that no tp divides the vocabulary; 2 kv heads are fewer than tp 4; ffn 96 and 8 heads divide by 8.
 MODEL = ModelConfig(
@@ -80,6 +85,11 @@ tp4 tp4.nosp:tied tp2.pp2.nosp:tied dp2.pp2.nozero:tied ring4:zigzag ring2.ulyss
 tp2.pp2:lora+selective tp4:lora tp2.pp2:lora+fp64
 tp2.pp2:pairs tp2.ring2:pairs tp4:flm tp2.pp2:flm+selective tp4:grown tp2.pp2:flm+grown+selective tp4:tied+zero
 tp2.ring2:fp64 dp2.pp2.vpp2:fp64 tp4:flm+fp64 ring2.ulysses2:gather+fp64 tp2.pp2:flm+grown+selective+fp64
+"""
+# Of these the first update is recorded: every axis, and what a site's place in its whole tensor depends on.
+RECORDED = """
+dp2 tp2 ring2 ulysses2 pp2 pp2.vpp2 tp2.nosp tp2:full ring2:zigzag ring2:gather ring2:selective pp2:flm+tied
+tp2:grown tp2:lora dp2:pairs tp2:flm+grown tp2:fp64 tp2.pp2 tp2.pp2:lora+selective
 """
 FULL = """
 dp2.pp2.gpipe tp2.pp2.gpipe ring2.pp2.gpipe ulysses2.pp2.gpipe
@@ -178,6 +188,7 @@ class Case:
             preference=PreferenceConfig(beta=0.02, label_smoothing=0.1) if "pairs" in self.words else None,
             lora=self.lora,
             freeze=["embed.weight", "layers.0.*", "layers.1.ffn.*"] if "frozen" in self.words else [],
+            record=self.text in RECORDED.split(),
         )
 
 
@@ -259,6 +270,23 @@ class Launches:
         self._exact: dict[tuple[Any, ...], tuple[Outcome, OptimConfig]] = {}
         self._single: dict[tuple[Any, ...], Outcome] = {}
         self._goldens: dict[str, Golden] = {}
+        self._recorded: dict[tuple[Any, ...], Record] = {}
+
+    def record(self, backend: str, world: int, name: str) -> Record:
+        """What a task recorded."""
+        number = list(self.launched(backend, world, False)).index(name)
+        return open_record(step_folder(self.folder / f"{backend}-{world}" / str(number), 1))
+
+    def record_of_one(self, backend: str, case: Case) -> Record:
+        """The record of one device, all rows in one micro-batch, nothing computed again."""
+        key = backend, case.precision, *case.reference
+        if key not in self._recorded:
+            task = case.task(self.exact(case)[1], self.batch(case.batch))
+            task = replace(task, layout=Layout(), micro_batch=4, recompute="none", steps=1, record=True)
+            folder = self.folder / f"{backend}-one-{len(self._recorded)}"
+            run_alone(backend, task, folder)
+            self._recorded[key] = open_record(step_folder(folder, 1))
+        return self._recorded[key]
 
     def report(self, backend: str, case: Case, launched: dict[str, tuple[Task, Outcome]], name: str) -> LayoutReport:
         assert name in launched, "its launch ended before; see the first failing test"
@@ -341,6 +369,26 @@ def broken(report: LayoutReport) -> list[str]:
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_layout_equals_one_device(launches: Launches, backend: str, case: Case) -> None:
     check(launches, backend, case, launches.launched(backend, world_of(case), False))
+
+
+@pytest.mark.parametrize("case", cases(RECORDED), ids=lambda case: case.text)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_record_of_a_layout_equals_that_of_one_device(launches: Launches, backend: str, case: Case) -> None:
+    """Activations, their gradients, gradients, weights and moments, from which the layout is undone."""
+    one, many = launches.record_of_one(backend, case), launches.record(backend, world_of(case), case.text)
+    assert one.header.digests == many.header.digests and many.header.layout == case.layout.name
+    assert many.quantities.keys() == one.quantities.keys()
+    kinds = {key.partition(":")[0] for key in one.quantities}
+    assert kinds == set(KINDS)
+    worst = max(apart(one, many).items(), key=lambda item: item[1])
+    assert worst[1] <= (1e-12 if case.precision == "fp64" else 1e-5), worst
+
+
+@pytest.mark.parametrize("name", [name for name, (layout, _, _) in FAULTS.items() if layout in RECORDED.split()])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_record_of_a_planted_fault_differs(launches: Launches, backend: str, name: str) -> None:
+    one = launches.record_of_one(backend, Case(FAULTS[name][0]))
+    assert max(apart(one, launches.record(backend, 2, name)).values()) > 1e-3
 
 
 @pytest.mark.parametrize("case", [c for c in cases(WORLD2 + WORLD4) if "pairs" in c.words], ids=lambda case: case.text)

@@ -54,7 +54,7 @@ def synthetic_record(
     *,
     backend: str = "pt",
     precision: str = "fp32",
-    layout: str = "one",
+    layout: str = "single",
     rows: int = 2,
     seq_len: int = 16,
     seed: int = 0,
@@ -98,3 +98,17 @@ def synthetic_record(
         for step in range(1, steps + 1)
     ]
     return write_record(path, header, trace, (sketched(key, values) for key, values in held.items()))
+
+
+def apart(a: Record, b: Record) -> dict[str, float]:
+    """Relative distance of every quantity that both records have: the largest of those of sketches, norms and extremes;
+    infinite where counts differ."""
+    found = {}
+    for key in a.quantities.keys() & b.quantities.keys():
+        x, y = a.quantities[key], b.quantities[key]
+        if (x.shape, x.count, x.nonfinite) != (y.shape, y.count, y.nonfinite):
+            found[key] = float("inf")
+            continue
+        gaps = [float(np.linalg.norm(x.sketch - y.sketch)), x.norm - y.norm, x.min - y.min, x.max - y.max]
+        found[key] = max(map(abs, gaps)) / (x.norm or 1.0)
+    return found

@@ -57,6 +57,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="PATTERN",
         help="also keep these tensors whole, e.g. 'layers.3.*' or 'gradient:embed.weight@1'",
     )
+    parser.add_argument(
+        "--rows",
+        type=int,
+        default=0,
+        metavar="B",
+        help="record the activations of the first B rows of the global batch only (all)",
+    )
     parser.add_argument("--resume", metavar="DIR", help="begin with this checkpoint, its optimizer included")
     parser.add_argument("--out", default="record", metavar="REC", help="folder of the record (record)")
     parser.add_argument("--dry", action="store_true", help="only print the sizes; needs neither weights nor data")
@@ -71,9 +78,11 @@ def run(args: argparse.Namespace) -> int:
     if args.resume is not None:
         first = _resumed_step(args.resume)
     at = tuple(sorted({first + step for step in args.at}))
-    wanted = Wanted(steps=first + args.steps, at=at, full=tuple(args.full), resume=args.resume)
+    wanted = Wanted(steps=first + args.steps, at=at, full=tuple(args.full), resume=args.resume, rows=args.rows)
     if args.steps < 1:
         raise UserError(f"--steps: must be at least 1, found {args.steps}")
+    if args.rows < 0:
+        raise UserError(f"--rows: must be at least 0 (all), found {args.rows}")
     check_wanted(config, out, wanted)
     if args.dry:
         print("\n".join(rehearse(config, wanted).lines()))

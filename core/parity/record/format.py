@@ -114,8 +114,9 @@ class Header:
     RunConfig.to_dict gives it. ``digests``: ``weights`` before the first recorded step, ``batch`` of the recorded steps
     and ``config`` (of what decides the numbers: neither layout nor precision), each in hexadecimal and independent of
     layout and backend. ``steps``: those whose quantities are recorded; the trace has all. ``rows`` and ``seq_len``: B
-    and S of the first recorded step's global batch. ``buckets`` and ``seed``: K and the seed of the sketches.
-    ``loss``, ``grad_norm``: of the first recorded step. ``notes``: what a reader should know.
+    and S of the recorded activations, which are those of the first rows of the global batch.
+    ``buckets`` and ``seed``: K and the seed of the sketches. ``loss``, ``grad_norm``: of the first recorded step.
+    ``notes``: what a reader should know.
     """
 
     backend: str

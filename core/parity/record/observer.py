@@ -8,7 +8,6 @@ parallelism, copies that several ranks hold.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
 
 import numpy as np
 
@@ -24,17 +23,11 @@ _COLUMNS = ("q", "rope_q", "core", "gate", "up", "act")  # split over tensor ran
 _KEYS = ("k", "v", "rope_k")  # likewise, and copied where there are more ranks than key heads
 
 
-class See(Protocol):
-    """Receiver of a site's value, or of its gradient, on this rank: [b, s, n] of micro-batch ``micro``."""
-
-    def __call__(self, site: str, micro: int, array: np.ndarray, dtype: str, gradient: bool) -> None: ...
-
-
 class Observer:
-    """``See`` of one step: adds what it is given to ``tally``.
+    """core.train.trainer.See of one step: adds what it is given to ``tally``.
 
-    batches: the rank's micro-batches. first, rows: the number of their first row in the global batch, and that batch's
-    rows. scale: gradients are divided by it (a loss scale).
+    batches: the rank's micro-batches. first: the number of their first row in the global batch. rows: the rows of the
+    global batch, from the first, that are recorded. scale: gradients are divided by it (a loss scale).
     """
 
     def __init__(
@@ -55,6 +48,9 @@ class Observer:
         starts = np.cumsum([0, *(len(batch.input_ids) for batch in batches)])
         self._first = [first + int(start) for start in starts]
         self._seen: set[tuple[str, int, bool]] = set()
+
+    def wants(self, micro: int) -> bool:
+        return self._first[micro] < self._rows
 
     def __call__(self, site: str, micro: int, array: np.ndarray, dtype: str, gradient: bool) -> None:
         """Once for each site, micro-batch and kind; what is computed again in a backward pass is not counted again."""
@@ -94,7 +90,7 @@ class Observer:
         return (0, width) if layout.sequence_parallel or t == 0 else None
 
     def _matrix_rows(self, site: str, micro: int, shape: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
-        """int64 [b * s]: rows of the site's matrix, b S + position; bool: whether they are not padding."""
+        """int64 [b * s]: rows of the site's matrix, b S + position; bool: whether they are recorded and no padding."""
         places = self._places[micro]  # [b or 1, s]
         last = site.rpartition(".")[2]
         if self._split(last, site):
@@ -102,9 +98,9 @@ class Observer:
             places = places[:, self._coord.tp * part : (self._coord.tp + 1) * part]
         if places.shape[1] != shape[1]:
             raise RuntimeError(f"{site}: {shape[1]} positions on this rank, its batch has {places.shape[1]}")
-        real = np.broadcast_to(places < self._seq_len, tuple(shape[:2])).reshape(-1)
-        numbers = self._first[micro] + np.arange(shape[0], dtype=np.int64)
-        return (numbers[:, None] * self._seq_len + places).reshape(-1), real
+        numbers = self._first[micro] + np.arange(shape[0], dtype=np.int64)[:, None]
+        real = np.broadcast_to((places < self._seq_len) & (numbers < self._rows), tuple(shape[:2])).reshape(-1)
+        return (numbers * self._seq_len + places).reshape(-1), real
 
     def _split(self, last: str, site: str) -> bool:
         """Whether sequence parallelism splits the positions of a site."""

@@ -75,14 +75,15 @@ def quantity_order(config: RunConfig, step: int) -> list[str]:
 
 def open_recorder(config: RunConfig, out: Path) -> Recorder | None:
     """The recorder of ``train.record_every``, if it is set."""
-    every = config.train.record_every
-    return Recorder(config, out, every=every) if every else None
+    every, rows = config.train.record_every, config.train.record_rows
+    return Recorder(config, out, every=every, rows=rows) if every else None
 
 
 class Recorder:
     """core.train.stepper.StepRecorder. Steps of ``at``, and every ``every``-th, are recorded in ``step_folder``.
 
-    full: see Tally. last: the run ends after that step, without a checkpoint.
+    full: see Tally. last: the run ends after that step, without a checkpoint. rows: of the global batch, from the
+    first, whose activations are recorded; 0: all.
     """
 
     def __init__(
@@ -93,8 +94,9 @@ class Recorder:
         every: int = 0,
         full: Sequence[str] = (),
         last: int | None = None,
+        rows: int = 0,
     ) -> None:
-        self.last = last
+        self.last, self._rows = last, rows
         self._config, self._out, self._at, self._every, self._full = config, out, frozenset(at), every, tuple(full)
         self._buckets = fitting_buckets(len(quantity_order(config, 1)))
         self._step: _RecordedStep | None = None
@@ -107,6 +109,7 @@ class Recorder:
             raise TypeError(f"steps of a {type(stepper).__name__} cannot be recorded")
         tally = Tally(step, self._buckets, full=self._full)
         tally.add_batch(batch, first)
+        rows = min(rows, self._rows or rows)
         self._step = _RecordedStep(self._config, stepper, tally, first, rows, batch.input_ids.shape[1], model)
         self._step.add("weight_before", stepper.weights())
 
@@ -123,7 +126,8 @@ class Recorder:
 
 
 class _RecordedStep:
-    """One step on this rank. ``rows``, ``seq_len``: B and S of the global batch, whose row ``first`` is this rank's."""
+    """One step on this rank. ``rows``, ``seq_len``: B and S of the recorded activations; ``first``: number of this
+    rank's first row in the global batch."""
 
     def __init__(
         self,

@@ -15,7 +15,6 @@ from telechat_twins.core.config import RunConfig
 from telechat_twins.core.errors import UserError
 from telechat_twins.core.files.atomic import show_bytes
 from telechat_twins.core.files.safetensors import DTYPES
-from telechat_twins.core.parallel.layout import Layout
 from telechat_twins.core.parallel.sharding import Shard, chunk_table
 from telechat_twins.core.parity.record.format import (
     MAX_BYTES,
@@ -37,12 +36,14 @@ from telechat_twins.core.train.trainable import run_table
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Wanted:
     """What to record. ``steps``: how many the run makes; ``at``: those whose quantities are recorded; ``full``: glob
-    patterns of the tensors to keep whole; ``resume``: a checkpoint to begin with."""
+    patterns of the tensors to keep whole; ``resume``: a checkpoint to begin with; ``rows``: of the global batch, from
+    the first, whose activations are recorded, 0 for all."""
 
     steps: int
     at: tuple[int, ...] = (1,)
     full: tuple[str, ...] = ()
     resume: str | None = None
+    rows: int = 0
 
 
 def check_wanted(config: RunConfig, out: Path, wanted: Wanted) -> None:
@@ -115,15 +116,17 @@ def folded(quantity: Quantity, buckets: int, seed: int) -> Quantity:
 
 @dataclasses.dataclass(frozen=True)
 class Rehearsal:
-    """What a record of a run would take: ``quantities`` of each recorded step, ``buckets`` (K), upper bounds in bytes
-    of the record, of the largest rank's share of a step, and of the values that its rank reads for a step."""
+    """What a record of a run would take: ``quantities`` of each recorded step, ``buckets`` (K), and upper bounds in
+    bytes: of the ``record``, of its ``full`` tensors, of the ranks' ``shares`` of a step (the smallest and the
+    largest), and of the float32 values that a rank adds up for a step (the most, ``read``)."""
 
     quantities: int
     buckets: int
     record: int
-    share: int
-    read: int
     full: int
+    ranks: int
+    shares: tuple[int, int]
+    read: int
 
     def lines(self) -> list[str]:
         """For the terminal."""
@@ -131,7 +134,8 @@ class Rehearsal:
             "quantities": f"{self.quantities:,} a recorded step, {self.buckets} numbers each",
             "record": f"at most {show_bytes(self.record)}, limit {show_bytes(MAX_BYTES)}",
             "full tensors": f"{show_bytes(self.full)} beside it" if self.full else "none",
-            "largest rank": f"a share of at most {show_bytes(self.share)} a step, from {show_bytes(self.read)}",
+            "ranks": f"{self.ranks:,}, with shares of {' to '.join(map(show_bytes, self.shares))} a step",
+            "values": f"at most {show_bytes(self.read)} summed up by a rank in a recorded step",
         }
         width = max(map(len, rows))
         return [f"{name:<{width}}  {text}" for name, text in rows.items()]
@@ -143,23 +147,23 @@ def rehearse(config: RunConfig, wanted: Wanted) -> Rehearsal:
 
     order = quantity_order(config, 1)
     buckets = fitting_buckets(len(order) * len(wanted.at), wanted.steps)
-    shapes = {site.name: site.shape(config.train.global_batch, config.data.seq_len) for site in sites(config.model)}
+    rows = min(config.train.global_batch, wanted.rows or config.train.global_batch)
+    shapes = {site.name: site.shape(rows, config.data.seq_len) for site in sites(config.model)}
     shapes |= {name: spec.shape for name, spec in run_table(config).items()}
     full = 0
     for key in order:
         name = key.partition(":")[2].rpartition("@")[0]
         if any(fnmatch.fnmatchcase(text, pattern) for pattern in wanted.full for text in (name, key)):
             full += math.prod(shapes[name]) * DTYPES["F32"].itemsize
-    shares, values = zip(
-        *(_rank_share(config, config.parallel, rank, buckets) for rank in _model_ranks(config)), strict=True
-    )
+    shares, values = zip(*(_rank_share(config, rows, rank, buckets) for rank in _model_ranks(config)), strict=True)
     return Rehearsal(
         quantities=len(order),
         buckets=buckets,
         record=estimated_bytes(len(order) * len(wanted.at), buckets, wanted.steps),
-        share=max(shares),
-        read=max(values),
         full=full * len(wanted.at),
+        ranks=config.parallel.world,
+        shares=(min(shares), max(shares)),
+        read=max(values),
     )
 
 
@@ -168,18 +172,20 @@ def _model_ranks(config: RunConfig) -> tuple[int, ...]:
     return config.parallel.ranks("model", 0)
 
 
-def _rank_share(config: RunConfig, layout: Layout, rank: int, buckets: int) -> tuple[int, int]:
+def _rank_share(config: RunConfig, rows: int, rank: int, buckets: int) -> tuple[int, int]:
     """Bytes of a rank's share of a step, and of the float32 values that make it."""
+    layout = config.parallel
     coord = layout.coord(rank)
     held: dict[str, Shard] = {}
     for chunk in range(layout.virtual):
         held |= chunk_table(config.model, layout, coord, chunk, config.lora)
     layers = {name.split(".")[1] for name in held if name.startswith("layers.")}
     here = [s for s in sites(config.model, config.lora) if s.layer is None or str(s.layer) in layers]
-    rows = config.train.global_batch // layout.dp
+    rows = min(rows, config.train.global_batch // layout.dp)
     places = -(-config.data.seq_len // layout.cp)
     active = sum(rows * places * -(-(site.width or 1) // layout.tp) for site in here)
-    owned = sum(math.prod(shard.shape) for shard in held.values())
+    shards = layout.dp * layout.cp if layout.zero1 else 1
+    owned = sum(math.prod(shard.shape) for shard in held.values()) // shards
     share = estimated_bytes(2 * len(here) + 5 * len(held), buckets)
     return share, int(np.int64(4) * (2 * active + 5 * owned))
 

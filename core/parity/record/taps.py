@@ -12,7 +12,7 @@ from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 
-from telechat_twins.core.parity.record.observer import See
+from telechat_twins.core.train.trainer import See
 
 T = TypeVar("T")  # a backend's tensor
 Method = Callable[..., Any]
@@ -99,7 +99,8 @@ class Taps(Generic[T]):
         """A chunk: its calls are counted; the last one's output is the logits."""
 
         def wrapped(stage: Chunk, x: T, *args: Any, **options: Any) -> T:
-            self._micro, self._calls[id(stage)] = self._calls[id(stage)], self._calls[id(stage)] + 1
+            micro = self._calls[id(stage)]
+            self._calls[id(stage)], self._micro = micro + 1, micro if self._see.wants(micro) else -1
             try:
                 out: T = run(stage, x, *args, **options)
                 if stage.last:

@@ -1,0 +1,155 @@
+"""Sketches against their definition, their error bars over 1,000 trials, and single wrong elements."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+
+from telechat_twins.core.parity.record import sketch
+from telechat_twins.core.parity.record.sketch import (
+    BUCKETS,
+    Projection,
+    Statistics,
+    distance,
+    matrix_shape,
+    merged,
+    mixed,
+)
+
+TRIALS = 1000
+
+
+def defined(values: np.ndarray, projection: Projection) -> np.ndarray:
+    """The sketch element by element, as docs/records.md defines it."""
+    rows, columns = matrix_shape(values.shape)
+    A, K = values.reshape(rows, columns).astype(np.float64), projection.buckets
+    if rows * columns <= K:
+        return np.pad(A.reshape(-1), (0, K - A.size))
+    found = np.zeros(K)
+
+    def hashed(axis: str, counter: int) -> int:
+        return int(mixed(projection._key(axis), np.array([counter]))[0])
+
+    def sign(number: int) -> int:
+        return 1 - 2 * (number >> 63)
+
+    across = [hashed("columns", j) for j in range(columns)]
+    for i in range(rows):
+        factor = hashed("blocks", i // 128)
+        place = (i * (factor % 128 | 1) + (factor >> 32)) % 128
+        shift, down = hashed("shifts", i // 128 * 32 + place // 4) >> 32, sign(hashed("rows", i))
+        for j in range(columns):
+            found[(shift + (across[j] >> 32)) % K] += down * sign(across[j]) * A[i, j]
+    return found
+
+
+@pytest.mark.parametrize("shape", [(), (5,), (700,), (261, 7), (33, 40), (3, 50, 8)])
+@pytest.mark.parametrize("buckets", [256, 32])
+def test_a_sketch_is_its_definition_and_adds_up_over_slices(shape, buckets):
+    values = np.random.default_rng(0).standard_normal(shape).astype(np.float32)
+    projection = Projection("layers.0.attn.q", shape, buckets, seed=3)
+    whole = projection.box(values, (0,) * values.ndim)
+    np.testing.assert_allclose(whole.sketch, defined(values, projection), rtol=0, atol=1e-12 * math.sqrt(values.size))
+    wide = values.astype(np.float64)
+    assert (whole.count, whole.nonfinite, whole.min, whole.max) == (values.size, 0, values.min(), values.max())
+    np.testing.assert_allclose([whole.norm2, whole.sum], [(wide**2).sum(), wide.sum()], rtol=1e-12, atol=1e-12)
+    if not shape:
+        return
+    axis = len(shape) - 1
+    for cut in {1, shape[axis] // 2, shape[0] // 3} - {0}:
+        for along in {0, axis}:
+            parts = np.split(values, [cut], axis=along) if cut < shape[along] else [values]
+            starts = [tuple(cut if i == along and n else 0 for i in range(len(shape))) for n in range(len(parts))]
+            joined = merged((projection.box(p, s) for p, s in zip(parts, starts, strict=True)), buckets)
+            np.testing.assert_allclose(joined.sketch, whole.sketch, rtol=0, atol=1e-11)
+            assert (joined.count, joined.min, joined.max) == (whole.count, whole.min, whole.max)
+
+
+def test_rows_may_come_in_any_order_and_on_any_number_of_threads(monkeypatch):
+    random = np.random.default_rng(1)
+    values = random.standard_normal((2000, 600)).astype(np.float32)
+    projection, rows = Projection("embed", values.shape), np.arange(2000)
+    straight = projection.slice(values, rows, 0)
+    monkeypatch.setattr(sketch, "threads", lambda: 1)
+    alone = projection.slice(values, rows, 0)
+    np.testing.assert_array_equal(alone.sketch, straight.sketch)
+    assert alone.norm2 == straight.norm2
+    order = random.permutation(2000)
+    np.testing.assert_allclose(projection.slice(values[order], rows[order], 0).sketch, straight.sketch, atol=1e-10)
+
+
+def test_values_that_are_not_finite_are_counted_and_left_out():
+    values = np.ones((300, 20), np.float32)
+    values[3, 4], values[200, 0], values[299, 19] = np.nan, np.inf, -np.inf
+    found = Projection("x", values.shape).box(values, (0, 0))
+    finite = np.where(np.isfinite(values), values, 0)
+    same = Projection("x", values.shape).box(finite, (0, 0))
+    assert (found.count, found.nonfinite, found.norm2, found.min, found.max) == (6000, 3, 5997.0, 1.0, 1.0)
+    np.testing.assert_array_equal(found.sketch, same.sketch)
+    assert Projection("x", (2,)).box(np.array([np.nan, 1e200]), (0,)).nonfinite == 2
+    huge = Projection("x", (400,)).box(np.full(400, 1e149), (0,))
+    assert huge.nonfinite == 0 and math.isfinite(huge.norm2)
+
+
+def differences(shape: tuple[int, int], random: np.random.Generator) -> dict[str, np.ndarray]:
+    """Kinds of differences that faults and roundings make."""
+    rows, columns = shape
+    row, column, few, block = (np.zeros(shape) for _ in range(4))
+    row[random.integers(rows)] = random.standard_normal(columns)
+    column[:, random.integers(columns)] = random.standard_normal(rows)
+    few.reshape(-1)[random.choice(few.size, 10, replace=False)] = random.standard_normal(10)
+    at = random.integers(rows // 2), random.integers(columns // 2)
+    block[at[0] : at[0] + rows // 4, at[1] : at[1] + columns // 4] = 1.0
+    return {
+        "rounding": random.standard_normal(shape),
+        "rank one": np.outer(random.standard_normal(rows), random.standard_normal(columns)),
+        "a constant": np.ones(shape),
+        "one row": row,
+        "one column": column,
+        "ten elements": few,
+        "a block": block,
+    }
+
+
+@pytest.mark.parametrize("buckets", [256, 32])
+def test_error_bars_hold_in_99_percent_of_trials(buckets):
+    shape, outside = (64, 48), dict.fromkeys(differences((64, 48), np.random.default_rng(0)), 0)
+    random = np.random.default_rng(2)
+    for trial in range(TRIALS):
+        projection = Projection(f"layers.{trial}", shape, buckets)
+        for kind, apart in differences(shape, random).items():  # sketches are linear: what they differ from is the same
+            found = distance(projection.box(apart, (0, 0)).sketch, np.zeros(buckets), shape)
+            outside[kind] += not found.low <= np.linalg.norm(apart) <= found.high
+    assert max(outside.values()) <= TRIALS // 100, outside
+
+
+def test_a_single_wrong_element_is_seen_through_the_roundings_of_another_backend():
+    """A relative error of 1e-3 in one element of a gradient, against roundings of 2e-7 everywhere, in a matrix of the
+    size of the tiny models'; seen means further apart in any statistic than roundings ever were."""
+    random, seen = np.random.default_rng(4), 0
+    shape = (128, 192)
+    for trial in range(TRIALS // 2):
+        projection = Projection(f"layers.{trial}.attn.q.weight", shape)
+        gradient = random.standard_normal(shape)
+        other, third = (gradient * (1 + 2e-7 * random.standard_normal(shape)) for _ in range(2))
+        place = tuple(random.integers(n) for n in shape)
+        third[place] *= 1 + 1e-3
+        first, equal, wrong = (projection.box(g, (0, 0)) for g in (gradient, other, third))
+        seen += signature(first, wrong) > 1.5 * signature(first, equal)
+    assert seen >= 0.95 * (TRIALS // 2), seen
+
+
+def signature(a: Statistics, b: Statistics) -> float:
+    """The largest difference of a bucket, or of an extreme."""
+    return float(np.abs(a.sketch - b.sketch).max())
+
+
+def test_sketches_of_another_size_are_not_compared():
+    with pytest.raises(ValueError, match="cannot be compared"):
+        distance(np.zeros(BUCKETS), np.zeros(32), (1000,))
+    with pytest.raises(ValueError, match="power of two"):
+        Projection("x", (3,), 48)
+    with pytest.raises(ValueError, match="not inside"):
+        Projection("x", (3, 4)).box(np.zeros((2, 2)), (2, 0))
