@@ -239,7 +239,8 @@ class _Between(_Measures):
         wide = self.most * np.hypot(signs, one.ceiling + other.ceiling + extra)
         text = "of the change: 2 sqrt(share of elements whose gradient is rounding)"
         yield Trial("distance", "apart", found.distance, wide, text)
-        limit = self.most * (rules.pair_limit(one, other, _median(found.smooth)) + extra)
+        # Twice the median: gradients of some biases are small differences, and their updates as uncertain.
+        limit = self.most * (rules.pair_limit(one, other, 2 * _median(found.smooth)) + extra)
         limit = np.where(everywhere | (self.part.counts < PEAK_ELEMENTS), np.inf, limit)
         text = f"of the change, without outliers: {rules.pair_source(one, other, names)}"
         yield Trial("smooth part", "apart", found.smooth, limit, text)
