@@ -42,7 +42,7 @@ RATIO_FULL, RATIO_LOW = 8.0, 4.0
 # numbers it is 4.5 at most once in 600 quantities; twice the larger of 4 and the other record's ratio is allowed, and
 # 32 u of the tensor's largest element, which its own rounding can be.
 PEAK, PEAK_FACTOR, PEAK_ULPS = 4.0, 2.0, 32.0
-SQUARE_PEAK = 8.0  # of second moments, and twice as many u: squares have a longer tail
+LONG_PEAK = 8.0  # where tails are long: squares, and single elements of tensors that are kept whole
 PEAK_ELEMENTS = 32  # fewer have no distribution
 
 

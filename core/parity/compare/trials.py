@@ -11,7 +11,7 @@ from telechat_twins.core.parity.bounds import FULL
 from telechat_twins.core.parity.compare import rules
 from telechat_twins.core.parity.compare.measures import Differences, differences, error_bars
 from telechat_twins.core.parity.compare.parts import Part
-from telechat_twins.core.parity.compare.rules import PEAK, PEAK_ELEMENTS, PEAK_FACTOR, PEAK_ULPS, SQUARE_PEAK, Rule
+from telechat_twins.core.parity.compare.rules import LONG_PEAK, PEAK, PEAK_ELEMENTS, PEAK_FACTOR, PEAK_ULPS, Rule
 from telechat_twins.core.parity.record.format import Record
 
 # Of normally distributed gradients with relative error e, the share within their own error of zero is about 0.8 e:
@@ -53,8 +53,8 @@ class _Measures:
 
     def __init__(self, part: Part, records: Mapping[str, Record], rule_of: Mapping[str, Rule], later: bool) -> None:
         self.part, self.rule_of, self.later = part, rule_of, later
-        buckets = next(iter(part.sides.values())).sketch.shape[1]
-        self.least, self.most = error_bars(part.counts, buckets)
+        self.buckets = next(iter(part.sides.values())).sketch.shape[1]
+        self.least, self.most = error_bars(part.counts, self.buckets)
         self.precision = {name: records[name].header.precision for name in ("a", "b")}
 
     def trials(self) -> Iterator[Trial]:
@@ -83,13 +83,16 @@ class _Measures:
         ``largest``: the largest element of the tensor, relative to its norm.
         """
         square = self.part.kind == "moment2"
-        least, ulps = (SQUARE_PEAK, 2 * PEAK_ULPS) if square else (PEAK, PEAK_ULPS)
+        # Elements differ in size; buckets are sums of many and nearly normal.
+        whole = self.part.counts <= self.buckets
+        least = np.where(whole | square, LONG_PEAK, PEAK)
+        ulps = 2 * PEAK_ULPS if square else PEAK_ULPS
         ratio = PEAK_FACTOR * np.maximum(least, np.where(np.isfinite(other_peak), other_peak, PEAK))
         limit = np.maximum(ulps * unit * largest, ratio * found.others)
         limit = np.where(self.judged_alone(), limit, np.inf)
         source = (
-            f"{PEAK_FACTOR:g} x the larger of {least:g} and the other's ratio x the root mean square of the other "
-            f"buckets, at least {ulps:g} u of the largest element"
+            f"{PEAK_FACTOR:g} x the larger of {PEAK:g} (second moments and tensors kept whole: {LONG_PEAK:g}) and the "
+            f"other's ratio x the root mean square of the other buckets, at least {ulps:g} u of the largest element"
         )
         return Trial("single element", label, found.largest, limit, source)
 
@@ -178,6 +181,7 @@ class _Against(_Measures):
         rule = self.rule_of[name]
         scale = rule.unit / self.rule_of[other].unit
         high, norms = self.found[other].distance / self.least * scale, self.norms(other, self.judge) * scale
+        high = 2 * high if self.part.kind == "moment2" else high  # a few large elements make its norm
         limit = np.minimum(rule.ceiling, np.maximum.reduce([rule.factor * norms, high, np.full(len(high), rule.floor)]))
         limit = np.where(self.judged_alone(), limit, np.inf)
         source = f"the other's distance, {rule.factor:g} x its norm's error, at least {rule.floor / rule.unit:g} u"
