@@ -1,6 +1,6 @@
 """Campaign of `tele parity locate`: every fault of the catalogue in either twin, and whether it is named.
 
-    python -m tests.campaigns.locate [--backend ms|pt] [--only WORD] [--replay]
+    python -m tests.campaigns.locate [--backend ms|pt] [--precision P] [--blind] [--only WORD]
 
 The twin with the fault is recorded in this process, and walked against the other twin's record and a float64 one.
 """
@@ -67,21 +67,20 @@ def clean(scene: Scene, backend: str, precision: str) -> Record:
     return scene.record(backend, precision, Path(tempfile.mkdtemp(prefix="locate-")))
 
 
-def walk(fault: Fault, backend: str, folder: Path, precision: str = "fp32") -> Walk:
-    """The faulty twin against the other one."""
+def walk(fault: Fault, backend: str, folder: Path, precision: str = "fp32", blind: bool = False) -> Walk:
+    """The faulty twin against the other one; ``blind``: without the float64 record."""
     scene = Scene(fault.preset, fault.case)
     with planted(fault, backend):
         faulty = scene.record(backend, precision, folder)
     run = scene.run(precision)
     places = sites(run.model, run.lora)
-    return locate(
-        faulty, clean(scene, OTHER[backend], precision), clean(scene, "pt", "fp64"), places, run.model.num_layers
-    )
+    exact = None if blind else clean(scene, "pt", "fp64")
+    return locate(faulty, clean(scene, OTHER[backend], precision), exact, places, run.model.num_layers)
 
 
 def is_named(fault: Fault, found: Walk) -> bool:
-    """Whether operator, layer and direction are those of the fault, and the side is A."""
-    if found.found is None or found.found.side != "A":
+    """Whether operator, layer and direction are those of the fault, and the side is not B."""
+    if found.found is None or found.found.side == "B":
         return False
     suspect = found.found.suspect
     layer = int(fault.site.split(".")[1]) if fault.site.startswith("layers.") else None
@@ -91,6 +90,8 @@ def is_named(fault: Fault, found: Walk) -> bool:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--backend", choices=("ms", "pt"))
+    parser.add_argument("--precision", choices=("fp32", "bf16", "amp", "fp16"), default="fp32")
+    parser.add_argument("--blind", action="store_true", help="without the float64 record: only the two sides")
     parser.add_argument("--only", default="", help="faults with this in their name")
     args = parser.parse_args()
     right, total = 0, 0
@@ -102,7 +103,7 @@ def main() -> int:
             started = time.perf_counter()
             try:
                 with tempfile.TemporaryDirectory() as folder:
-                    found = walk(fault, backend, Path(folder))
+                    found = walk(fault, backend, Path(folder), args.precision, args.blind)
             except (RuntimeError, AttributeError, TypeError, ValueError) as error:
                 print(f"{backend} FAILED {name}: {str(error)[:300]}", flush=True)
                 mine[1] += 1

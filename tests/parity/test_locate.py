@@ -5,12 +5,15 @@ A sample of tests/campaigns/locate_catalogue.py; the whole of it is `make locate
 
 from __future__ import annotations
 
+import json
 import runpy
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from telechat_twins.core import cli
+from telechat_twins.core.config import load_run_config
 from telechat_twins.core.model.init import init_tensor
 from telechat_twins.core.model.params import parameter_table
 from telechat_twins.core.parity.locate.case import read_case
@@ -117,6 +120,25 @@ def test_a_wrong_operator_is_replayed_and_shrunk(backend: str, tmp_path: Path) -
         assert len(script.read_text().splitlines()) == 10
         assert run_script(script) == 1
     assert run_script(script) == 0
+
+
+def test_the_command_names_the_operator_and_says_what_to_record(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    scene, out = Scene("telechat2-tiny", ""), tmp_path / "out"
+    with planted(catalogue()["v halves swapped"], "pt"):
+        faulty = scene.record("pt", "fp32", tmp_path / "a")
+    right, exact = clean(scene, "ms", "fp32"), clean(scene, "pt", "fp64")
+    paths = [str(record.path) for record in (faulty, right)]
+    judged = ["--reference", str(exact.path)]
+    assert cli.main(["parity", "locate", *paths, *judged, "--out", str(out)]) == 1
+    said = capsys.readouterr().out
+    assert "linear, forward, layer 0 (layers.0.attn.v)" in said and "  side      A" in said
+    assert f"--backend ms --config {out / 'b.yaml'} --steps 1 --at 1 --out B --full 'activation:layers.0" in said
+    assert load_run_config(str(out / "b.yaml"), []) == scene.run("fp32")
+    found = json.loads((out / "locate.json").read_text())["found"]
+    assert (found["operator"], found["layer"], found["side"]) == ("linear", 0, "A")
+    assert cli.main(["parity", "locate", paths[1], paths[1], *judged, "--out", str(out)]) == 0
+    assert cli.main(["parity", "locate", *paths, "--out", str(out)]) == 1
+    assert "  side      A or B" in capsys.readouterr().out
 
 
 def run_script(script: Path) -> int:

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import json
 import shlex
 from pathlib import Path
 
 from telechat_twins.core import backends
 from telechat_twins.core.errors import UserError
-from telechat_twins.core.files.atomic import writable_file
+from telechat_twins.core.files.atomic import new_file, writable_file
 from telechat_twins.core.model.batch import Batch
-from telechat_twins.core.parity.compare.records import choose_reference
+from telechat_twins.core.parity.compare.records import choose_reference, differing_settings
 from telechat_twins.core.parity.locate.examine import Examined, examine, needed
 from telechat_twins.core.parity.locate.find import Found, Walk, locate
 from telechat_twins.core.parity.locate.recipe import Setting
@@ -92,6 +93,8 @@ def _check(records: dict[str, Record], reference: Record | None) -> list[str]:
             raise UserError(f"{a.path} and {other.path}: must have a recorded step in common, found none")
         if other.header.digests["weights"] != a.header.digests["weights"]:
             notes.append(f"{a.path} and {other.path} began with different weights")
+    if different := differing_settings(a, b):
+        notes.append(f"settings of A and B that differ: {', '.join(different)}")
     return notes
 
 
@@ -133,7 +136,7 @@ def _examined(
     for one in examined:
         print(one.text())
     if any(one.missing for one in examined):
-        _print_commands(found, setting, records)
+        _print_commands(found, setting, records, out)
     wrong = culprit(examined)
     if wrong is not None and wrong.replayed is not None:
         verdict = wrong.replayed
@@ -163,14 +166,14 @@ def _with_whole_tensors(found: Found, setting: Setting, records: dict[str, Recor
     }
 
 
-def _print_commands(found: Found, setting: Setting, records: dict[str, Record]) -> None:
-    """How each site records what a replay needs."""
+def _print_commands(found: Found, setting: Setting, records: dict[str, Record], out: Path) -> None:
+    """How each site records what a replay needs; its config lies in ``out``."""
     full = " ".join(shlex.quote(pattern) for pattern in needed(found.check.suspects, setting))
-    print("to replay it, record these tensors in full at each site, with the same config, and locate again:")
+    print("to replay it, record these tensors in full at each site, and locate again:")
     for side, record in records.items():
-        header = record.header
-        steps, at = max(header.steps), " ".join(map(str, header.steps))
-        print(
-            f"  {side}: tele parity record --backend {header.backend} --config CONFIG --layout {header.layout} "
-            f"--set train.precision={header.precision} --steps {steps} --at {at} --out {record.path} --full {full}"
-        )
+        header, config = record.header, out / f"{side.lower()}.yaml"
+        with new_file(config) as beside:
+            beside.write_text(json.dumps(run_of(record).to_dict(), indent=1), encoding="utf-8")  # which YAML reads
+        steps = f"--steps {max(header.steps)} --at {' '.join(map(str, header.steps))}"
+        what = f"--backend {header.backend} --config {config} {steps} --out {side} --full {full}"
+        print(f"  {side}: tele parity record {what}")

@@ -1,14 +1,14 @@
 """Budget of every quantity: how far rounding alone may take it from a float64 run, and who exceeds it.
 
 The error of a side is |side - reference| / |reference|, estimated from the sketches. It is within budget up to a few
-unit roundoffs of the side's precision, or up to a few times the other side's error (both scaled by their u): where the
+unit roundoffs of the side's precision, or up to a few times the better side's error (both scaled by their u): where the
 model magnifies rounding it does so on both sides. Without a reference the two sides are held against each other.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from telechat_twins.core.errors import UserError
 from telechat_twins.core.parity.bounds import FULL, UNIT_ROUNDOFF
@@ -17,14 +17,15 @@ from telechat_twins.core.parity.record.sketch import distance
 from telechat_twins.core.parity.record.take import folded
 
 # In u, for models of up to four blocks; deeper ones sqrt(L / 4) as much (docs/locate.md has the measurements).
-FLOORS = {"forward": 32.0, "backward": 64.0, "update": 256.0}
-HALF_FLOORS = {"forward": 6.0, "backward": 10.0, "update": 10.0}
+FLOORS = {"forward": 32.0, "backward": 64.0, "scalar": 16.0}
+HALF_FLOORS = {"forward": 6.0, "backward": 10.0, "scalar": 1.0}
 RATIO, HALF_RATIO = 6.0, 2.5
 # Beyond this many times the floor a side is at fault even where the other is as far: both may share a fault.
 CEILING = 64.0
 BIAS_SHARE = 1e-3
-# AdamW divides a gradient by its own size: where that is rounding alone, the update may have either sign.
-_STAGES = {"activation": "forward", "weight_before": "forward", "weight_after": "update"}
+LATER = 8  # floors grow with the step up to that one
+# The weight itself is rounded to float32, which counts HELD times in its change.
+HELD = 4.0
 
 
 @dataclass(frozen=True)
@@ -65,9 +66,9 @@ class Budget:
         self.buckets, self.seed = min(record.header.buckets for record in records), a.header.seed
 
     def judge(self, kind: str, name: str, step: int) -> Excess | None:
-        """The quantity's errors and limits; None where a record lacks it."""
+        """The quantity's errors and limits; None where a record lacks it. Of weights after a step, of their change."""
         key = quantity_key(kind, name, step)
-        found = {side: record.quantities.get(key) for side, record in self.sides.items()}
+        found = {side: _quantity(record, kind, name, step) for side, record in self.sides.items()}
         held = {side: quantity for side, quantity in found.items() if quantity is not None}
         if len(held) < 2:
             return None
@@ -75,10 +76,9 @@ class Budget:
         if len(shapes) > 1:
             return Excess(key, dict.fromkeys(held, math.inf), dict.fromkeys(held, 0.0))
         nonfinite = {side: quantity.nonfinite for side, quantity in held.items()}
-        size_b = held["B"].norm
-        factor = held["A"].norm / size_b if size_b else math.nan
-        floors = {side: self._floor(kind, name, record.header.precision) for side, record in self.sides.items()}
-        judge = None if self.reference is None else self.reference.quantities.get(key)
+        factor = held["A"].norm / held["B"].norm if held["B"].norm else math.nan
+        floors = {side: self._floor(quantity, self.sides[side]) for side, quantity in held.items()}
+        judge = None if self.reference is None else _quantity(self.reference, kind, name, step)
         if judge is None or judge.shape not in shapes:
             error = self._error(held["A"], held["B"])
             return Excess(key, {"A-B": error}, {"A-B": RATIO * max(floors.values())}, nonfinite, factor)
@@ -86,17 +86,36 @@ class Budget:
         return Excess(key, errors, self._limits(errors, floors), nonfinite, factor)
 
     def _limits(self, errors: dict[str, float], floors: dict[str, float]) -> dict[str, float]:
+        """A few times the better side's error, each in its own unit roundoff."""
+        u = {side: UNIT_ROUNDOFF[record.header.precision] for side, record in self.sides.items()}
+        better = min((errors[side] / u[side] for side in errors if not math.isnan(errors[side])), default=0.0)
         limits = {}
-        for side, other in (("A", "B"), ("B", "A")):
-            u, of_other = (UNIT_ROUNDOFF[self.sides[s].header.precision] for s in (side, other))
-            ratio = RATIO if self.sides[side].header.precision in FULL else HALF_RATIO
-            allowed = max(floors[side], ratio * errors[other] * u / of_other)
-            limits[side] = min(allowed, CEILING * floors[side])
+        for side, record in self.sides.items():
+            ratio = RATIO if record.header.precision in FULL else HALF_RATIO
+            limits[side] = min(max(floors[side], ratio * better * u[side]), CEILING * floors[side])
         return limits
 
-    def _floor(self, kind: str, name: str, precision: str) -> float:
+    def _floor(self, quantity: Quantity, record: Record) -> float:
+        """Of a later step more: its weights have been rounded, and so have their updates."""
+        precision = record.header.precision
         floors = FLOORS if precision in FULL else HALF_FLOORS
-        return floors[_STAGES.get(kind, "backward")] * UNIT_ROUNDOFF[precision] * self.depth
+        if not quantity.shape:
+            stage = "scalar"
+        else:
+            stage = "forward" if quantity.kind in ("activation", "weight_before") else "backward"
+        floor = floors[stage] * UNIT_ROUNDOFF[precision] * self.depth * min(quantity.step, LATER)
+        return floor if quantity.kind != "weight_after" else self._of_change(floor, quantity, record)
+
+    def _of_change(self, gradient: float, quantity: Quantity, record: Record) -> float:
+        """The floor of a weight's change, from its gradient's e. AdamW divides a gradient by its own size: a share of
+        about e of the elements has an update of either sign, so that the norm of the difference is up to 2 sqrt(e) of
+        the update's; in 16-bit precisions it may be one element of a short vector."""
+        precision = record.header.precision
+        floor = 2.0 * math.sqrt(gradient) + (0.0 if precision in FULL else 2.0 / math.sqrt(quantity.count))
+        before = record.quantities.get(quantity_key("weight_before", quantity.name, quantity.step))
+        if before is None or not quantity.norm2:
+            return floor
+        return floor + HELD * UNIT_ROUNDOFF["fp64" if precision == "fp64" else "fp32"] * before.norm / quantity.norm
 
     def _error(self, quantity: Quantity, judge: Quantity) -> float:
         """Relative distance; inf where not the same number of elements is finite."""
@@ -118,3 +137,13 @@ class Budget:
         source = self.reference or self.sides["B"]
         output = source.quantities.get(quantity_key("activation_grad", layer, judge.step))
         return judge.norm if output is None else max(judge.norm, BIAS_SHARE * output.norm)
+
+
+def _quantity(record: Record, kind: str, name: str, step: int) -> Quantity | None:
+    """A quantity of a record; of weights after a step the change that the step made, its norm estimated."""
+    found = record.quantities.get(quantity_key(kind, name, step))
+    before = record.quantities.get(quantity_key("weight_before", name, step))
+    if kind != "weight_after" or found is None or before is None or before.shape != found.shape:
+        return found
+    change = found.sketch - before.sketch
+    return replace(found, sketch=change, norm2=float(change @ change))
