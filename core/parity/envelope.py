@@ -8,8 +8,8 @@ run is made without noise (the centre) and K times with rounding noise in every 
     limit[t] = MARGIN * max over k and over the steps t - WINDOW .. t + WINDOW of d, at least FLOOR u
 
 The window is there because two runs may meet at one step by chance; MARGIN because K runs are not the largest of all,
-and because an operator sums in another order and is then off by several roundings, not by one. FLOOR u is that of sums
-in another order, before anything has been magnified. The file is JSON; docs/mutation.md describes its keys.
+and because an operator sums in another order and is then off by several roundings, not by one. FLOOR u is that of the
+two columns' own sums in another order, before anything has been magnified: u is that of float32, in fp64 of float64. The file is JSON; docs/mutation.md describes its keys.
 """
 
 from __future__ import annotations
@@ -109,7 +109,7 @@ class Envelope:
 def limits_of(deviations: Mapping[str, Sequence[Sequence[float]]], precision: str) -> dict[str, list[float]]:
     """The rule: limits [steps] by column, from relative deviations [K][steps] by column. A deviation that is no number
     makes its window's limit infinite."""
-    floor = FLOOR * UNIT_ROUNDOFF[precision]
+    floor = FLOOR * UNIT_ROUNDOFF["fp64" if precision == "fp64" else "fp32"]
     found = {}
     for key, runs in deviations.items():
         largest = [max(math.inf if math.isnan(x) else x for x in at) for at in zip(*runs, strict=True)]

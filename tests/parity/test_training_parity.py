@@ -96,6 +96,10 @@ def test_resume_is_bit_equal(config, trainers, runs, backend, tmp_path):
     assert whole.keys() == resumed.keys()
     differing = [key for key in whole if whole[key].tobytes() != resumed[key].tobytes()]
     assert differing == []
+    # What neither rows nor weights of the last steps show: the window by which spikes are judged, the loss scale.
+    states = [open_checkpoint(path).trainer for path in (runs[backend], tmp_path)]
+    for key in ("step", "samples", "tokens", "optimizer_steps", "loss_scale", "health"):
+        assert states[0][key] == states[1][key], key
 
 
 @pytest.mark.parametrize(("source", "target"), [("ms", "pt"), ("pt", "ms")])

@@ -49,8 +49,9 @@ def test_the_rule() -> None:
     """The largest of all runs within a window, times the margin; never below sums in another order."""
     limits = envelope().limits["loss"]
     assert limits[0] == MARGIN * GROWING[WINDOW] and limits[-1] == MARGIN * GROWING[-1]
-    quiet = limits_of({"loss": [[0.0] * 3]}, "bf16")["loss"]
-    assert quiet == [FLOOR * UNIT_ROUNDOFF["bf16"]] * 3
+    for precision, sums in (("bf16", "fp32"), ("fp32", "fp32"), ("fp64", "fp64")):
+        quiet = limits_of({"loss": [[0.0] * 3]}, precision)["loss"]
+        assert quiet == [FLOOR * UNIT_ROUNDOFF[sums]] * 3
     assert limits_of({"loss": [[0.0, math.nan, 0.0]]}, "fp32")["loss"] == [math.inf] * 3
 
 
