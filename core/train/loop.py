@@ -247,9 +247,8 @@ class _Run:
 
     def go(self) -> TrainResult:
         """Run from the present state to the end, an interruption or a stop."""
-        total, every = self.config.train.steps, self.config.checkpoint.every
-        last = None if self.recorder is None else self.recorder.last
-        total = total if last is None else min(total, last)
+        every, last = self.config.checkpoint.every, None if self.recorder is None else self.recorder.last
+        total = min(self.config.train.steps, last or self.config.train.steps)
         first = self.stepper.rank == 0
         lines = (*header(self.stepper, self.config, self.stages, self.data, self.state), *self.notes) if first else ()
         with Signals(quiet=not first) as signals, contextlib.ExitStack() as ended:
@@ -356,9 +355,8 @@ class _Run:
             row["matrix_lr"] = own
         if self.loss_scale is not None:
             row["loss_scale"] = self.loss_scale.scale
-        recorder = self.recorder if self.recorder is not None and self.recorder.wants(state.step + 1) else None
-        if recorder is not None:
-            recorder.before(self.stepper, state.step + 1, batch, first, stage.global_batch, self._model_config())
+        if self.recorder is not None:
+            self.recorder.before(self.stepper, state.step + 1, batch, first, stage.global_batch, self._model_config())
         if num_targets:
             skipped = self._accumulate_and_update(batch, num_targets, lr, row, records)
         else:
@@ -369,7 +367,7 @@ class _Run:
         self.state = TrainState(state.step + 1, state.samples + stage.global_batch, state.tokens + tokens)
         row |= {"tokens": self.state.tokens, "tokens_per_s": tokens / seconds, "step_ms": seconds * 1000}
         row |= {"skipped": True} if skipped else {}
-        if recorder is not None and (note := recorder.after(row)) is not None:
+        if self.recorder is not None and (note := self.recorder.after(row)) is not None:
             records.note(note)
         return row
 
@@ -409,7 +407,7 @@ class _Run:
         loss = self.stepper.gradients(batch, num_targets, scale)
         norm = self.stepper.grad_norm(scale)
         row["loss"], row["grad_norm"] = loss, norm
-        if self.recorder is not None and self.recorder.wants(step):
+        if self.recorder is not None:
             self.recorder.computed(loss, norm, scale)
         if self.config.preference is not None:
             row |= self.stepper.preference_metrics

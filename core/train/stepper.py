@@ -131,20 +131,17 @@ class TrainState:
 
 
 class StepRecorder(Protocol):
-    """Recorder of what chosen steps of a run compute (core.parity.record.recorder); all ranks call it alike.
+    """Recorder of what chosen steps of a run compute (core.parity.record.recorder); all ranks call it alike, in every
+    step.
 
     ``last``: the step after which the run ends, without a checkpoint; None: it ends as any run does.
     """
 
     last: int | None
 
-    def wants(self, step: int) -> bool:
-        """Whether ``step``, from 1, is recorded."""
-        ...
-
     def before(self, stepper: Stepper, step: int, batch: Batch, first: int, rows: int, model: JsonObject) -> None:
-        """A step begins: this rank's rows of its batch, the first of them number ``first`` of ``rows``; the model's
-        config with its present masks."""
+        """A step, from 1, begins: this rank's rows of its batch, the first of them number ``first`` of ``rows``; the
+        model's config with its present masks."""
         ...
 
     def computed(self, loss: float, norm: float, loss_scale: float) -> None:

@@ -105,6 +105,8 @@ class Recorder:
         return step in self._at or bool(self._every and step % self._every == 0)
 
     def before(self, stepper: Stepper, step: int, batch: Batch, first: int, rows: int, model: JsonObject) -> None:
+        if not self.wants(step):
+            return
         if not isinstance(stepper, BaseTrainer):
             raise TypeError(f"steps of a {type(stepper).__name__} cannot be recorded")
         tally = Tally(step, self._buckets, full=self._full)
@@ -114,11 +116,12 @@ class Recorder:
         self._step.add("weight_before", stepper.weights())
 
     def computed(self, loss: float, norm: float, loss_scale: float) -> None:
-        assert self._step is not None
-        self._step.computed(loss, norm, loss_scale)
+        if self._step is not None:
+            self._step.computed(loss, norm, loss_scale)
 
     def after(self, row: JsonObject) -> str | None:
-        assert self._step is not None
+        if self._step is None:
+            return None
         step, self._step = self._step, None
         path = step_folder(self._out, step.tally.step)
         step.finish(path, row)
