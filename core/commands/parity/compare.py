@@ -16,7 +16,7 @@ from telechat_twins.core.parity.compare.dumps import dump_document, judge_dumps,
 from telechat_twins.core.parity.compare.inputs import Kind, common_kind
 from telechat_twins.core.parity.compare.pages import details, to_document
 from telechat_twins.core.parity.compare.records import compare_records
-from telechat_twins.core.parity.compare.runs import judge_traces, run_document
+from telechat_twins.core.parity.compare.runs import checked, judge_traces, run_document
 from telechat_twins.core.parity.document.model import Document, share
 from telechat_twins.core.parity.document.write import write_document
 from telechat_twins.core.parity.record.read import open_record
@@ -97,12 +97,12 @@ def _records(paths: dict[str, str], args: argparse.Namespace) -> Result:
     trace: TraceReport | None = None
     notes: list[str] = []
     if all(record.trace for record in records.values()):
-        trace, notes = judge_traces({name: record.trace for name, record in records.items()}, precisions, envelope)
+        trace, notes = judge_traces({n: checked(r.trace, r.path) for n, r in records.items()}, precisions, envelope)
     return Result(to_document(records, compared, trace, notes), details(compared, trace))
 
 
 def _runs(paths: dict[str, str], args: argparse.Namespace) -> Result:
-    rows = {name: read_metrics(path) for name, path in paths.items()}
+    rows = {name: checked(read_metrics(path), path) for name, path in paths.items()}
     for name, path in paths.items():
         if not rows[name]:
             raise UserError(f"{path}: must have at least one step, found none; wait for the run's first step")

@@ -30,6 +30,8 @@ def read_dump(path: str) -> dict[str, np.ndarray]:
     names = list(file.tensors)
     if "logits" not in names or any(n not in ("logits", "loss") and not n.startswith(PREFIX) for n in names):
         raise UserError(f"{path}: must hold logits, loss and grad.<name>, as `tele forward` writes; found {names[:5]}")
+    if "loss" in names and file.info("loss").shape not in ((), (1,)):
+        raise UserError(f"{path}: loss must be one number, found shape {list(file.info('loss').shape)}")
     return {name: file.read(name) for name in names}
 
 
@@ -48,7 +50,7 @@ def judge_dumps(dumps: Mapping[str, dict[str, np.ndarray]], precision: str) -> t
 
 def _result(dump: Mapping[str, np.ndarray]) -> BatchResult:
     grads = {name.removeprefix(PREFIX): array for name, array in dump.items() if name.startswith(PREFIX)}
-    return {"logits": dump["logits"], "loss": float(dump.get("loss", np.array(0.0))), "grads": grads}
+    return {"logits": dump["logits"], "loss": float(dump.get("loss", np.array(0.0)).reshape(())), "grads": grads}
 
 
 def _apart(

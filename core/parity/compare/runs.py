@@ -15,17 +15,44 @@ from telechat_twins.core.parity.bounds import (
 from telechat_twins.core.parity.document.model import Document, Section
 from telechat_twins.core.parity.document.versions import own_versions
 from telechat_twins.core.parity.traces import loss_plot, trace_plot
+from telechat_twins.core.shown import shown
 from telechat_twins.core.train.metrics import Row
 
 if TYPE_CHECKING:
     from telechat_twins.core.parity.envelope import Envelope
 
 LABELS = {"a": "A", "b": "B", "reference": "reference"}
+MEASURED, SCHEDULED = ("loss", "grad_norm"), ("lr", "matrix_lr", "tokens")
+LARGEST = 1e300  # beyond it differences overflow; a loss that is not finite is null
 LEAST_STEPS = 10  # fewer distances have no root mean square to speak of
 MEASURED_ONLY = (
     "loss and gradient norm of the steps are measured, not judged: runs of {} need a --reference of higher precision "
     "or an --envelope"
 )
+
+
+def checked(rows: Sequence[Row], path: object) -> list[Row]:
+    """The columns of rows of metrics that are compared, from a file that may come from anywhere.
+
+    UserError, naming file, step and key, for steps that do not rise and for values other than numbers and null. A
+    null learning rate or number of tokens counts as absent.
+    """
+    found: list[Row] = []
+    for row in rows:
+        if type(row["step"]) is not int or found and row["step"] <= found[-1]["step"]:
+            raise UserError(
+                f"{path}: steps must be whole numbers that rise, found {shown(row['step'])}; remove the line, or "
+                "resume the run, which drops rows that it makes again"
+            )
+        kept: Row = {"step": row["step"]}
+        for key in (*MEASURED, *SCHEDULED):
+            value = row.get(key)
+            if value is not None and (type(value) not in (int, float) or abs(value) > LARGEST):
+                raise UserError(f"{path}: step {row['step']}: {key} must be a number or null, found {shown(value)}")
+            if value is not None or key in MEASURED:
+                kept[key] = value
+        found.append(kept)
+    return found
 
 
 def judge_traces(

@@ -169,6 +169,10 @@ def test_records_of_other_weights_or_batches_are_refused(
     assert not (tmp_path / "out" / "report.json").exists()
 
 
+# Run folders of other programs: name, key, value.
+ODD = [("text", "loss", "low"), ("list", "lr", [1]), ("still", "step", 7), ("huge", "tokens", 1e305)]
+
+
 def test_other_mistakes_are_one_line_and_exit_code_2(
     step: Step, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -177,7 +181,15 @@ def test_other_mistakes_are_one_line_and_exit_code_2(
     (run / "metrics.jsonl").write_text("")
     save_file({"weight": np.zeros(2, np.float32)}, dump)
     a, b = step.folder("a-fp32"), step.folder("b-fp32")
+    odd = [a_run(tmp_path / name, lambda row, key=key, value=value: row | {key: value}) for name, key, value in ODD]
+    save_file({"logits": np.zeros((2, 3)), "loss": np.zeros(2)}, tmp_path / "losses.safetensors")
+    losses = str(tmp_path / "losses.safetensors")
     for words, says in (
+        ([odd[0], odd[0]], "step 1: loss must be a number or null, found 'low'"),
+        ([odd[1], odd[1]], "step 1: lr must be a number or null, found [1]"),
+        ([odd[2], odd[2]], "steps must be whole numbers that rise, found 7"),
+        ([odd[3], odd[3]], "step 1: tokens must be a number or null, found"),
+        ([losses, losses], "loss must be one number, found shape [2]"),
         ([a, str(run)], "must be of the same kind as"),
         ([a, str(tmp_path / "gone")], "no such file"),
         ([str(run), str(run)], "must have at least one step, found none"),
@@ -255,7 +267,9 @@ def test_run_folders_and_forward_results(tmp_path: Path, capsys: pytest.CaptureF
     near = a_run(tmp_path / "near", lambda row: row | {"loss": row["loss"] * (1 + 5e-5)})
     far = a_run(tmp_path / "far", lambda row: row | {"loss": row["loss"] * (1 + 2e-4)})
     other = a_run(tmp_path / "rate", lambda row: row | {"lr": row["lr"] * 1.01})
-    assert [compare(plain, run) for run in (plain, near, far, other)] == [0, 0, 1, 1]
+    skipped = a_run(tmp_path / "null", lambda row: row | dict.fromkeys(("loss", "lr", "grad_norm")))
+    assert [compare(plain, run) for run in (plain, near, far, other, skipped)] == [0, 0, 1, 1, 1]
+    assert compare(skipped, skipped) == 0
     assert compare(plain, far, "--precision", "bf16") == 0
     assert "measured, not judged" in capsys.readouterr().out
     assert compare(far, near, "--precision", "bf16", "--reference", plain) == 1, "4 times as far from the reference"
