@@ -23,6 +23,7 @@ KIND_TITLES = {
     "moment2": "second moments",
 }
 LABELS = {"a": "A", "b": "B", "reference": "reference"}
+ALIKE = 4.0  # errors within this factor
 LISTED = 50  # names of quantities that a note lists
 
 
@@ -136,8 +137,26 @@ def _notes(records: Mapping[str, Record], compared: Comparison) -> list[str]:
             more = f" and {len(keys) - LISTED} more" if len(keys) > LISTED else ""
             found.append(f"{LABELS[name]} lacks {len(keys)} quantities: {', '.join(keys[:LISTED])}{more}")
     found += [f"the runs' settings differ: {text}" for text in compared.configs[:LISTED]]
-    found += compared.notes
+    found += [*compared.notes, *_both_alike(compared)]
     return found + [f"{LABELS[name]}: {note}" for name, record in records.items() for note in record.header.notes]
+
+
+def _both_alike(compared: Comparison) -> list[str]:
+    """A note when both records are beyond their ceilings by about as much."""
+    alike = [
+        row.key
+        for row in compared.quantities
+        if len(row.errors) == 2
+        and all(row.errors[name] > row.limits[name] for name in row.errors)
+        and max(row.errors.values()) < ALIKE * min(row.errors.values())
+    ]
+    if not alike:
+        return []
+    return [
+        f"{len(alike)} quantities, first {alike[0]}, are beyond their ceilings in both records by about as much: both "
+        "are wrong in the same way, or the model magnifies rounding more than those that ceilings were measured on; "
+        "record with other initial weights or data, where only the first of the two stays"
+    ]
 
 
 def _order_plot(compared: Comparison, kind: str) -> Plot | None:

@@ -18,6 +18,7 @@ from safetensors.numpy import save_file
 
 from telechat_twins.core.cli import main
 from telechat_twins.core.parity.compare.measures import differences, side
+from telechat_twins.core.parity.compare.pages import to_document
 from telechat_twins.core.parity.compare.records import Comparison, compare_records
 from telechat_twins.core.parity.envelope import Envelope, write_envelope
 from telechat_twins.core.parity.record.format import Record
@@ -119,7 +120,10 @@ def test_a_planted_fault_breaks_its_bound_and_no_other(step: Step, key: str, fau
 def test_a_fault_that_both_share_needs_the_reference(step: Step) -> None:
     names = ("a-fp32", "b-fp32")
     both = [altered(step.records[name], step.arrays[name], {UP: scaled(1.001)}) for name in names]
-    assert broken(compare_records(*both, step.records["exact"])) == [UP]
+    found = compare_records(*both, step.records["exact"])
+    sides = {"a": both[0], "b": both[1], "reference": step.records["exact"]}
+    assert broken(found) == [UP]
+    assert [UP in note for note in to_document(sides, found, None, []).notes] == [True], "a note names what both exceed"
     assert broken(compare_records(*both)) == [], "which the page says"
 
 
