@@ -68,6 +68,9 @@ NOT_RUN = {
     "tele parity record --backend pt --config F --steps 50 --set train.precision=fp64 --out records/fp64": "likewise",
     "tele parity compare records/npu records/gpu --reference records/fp64 --junit parity.xml": "compares those; "
     "tests/unit/parity/test_compare.py::test_the_command_without_a_framework runs it",
+    "tele parity locate records/npu records/gpu --reference records/fp64": "the records are of the reader's; "
+    "tests/parity/test_locate.py::test_the_command_names_the_operator_and_says_what_to_record runs it",
+    "make locate": "six minutes; tests/parity/test_locate.py runs a sample of it",
     "tele bench parallel --model telechat2-tiny --layouts single,tp2,pp2 --steps 4": "a minute; "
     "tests/unit/bench/test_bench_parallel.py runs its parts",
     "tele train --backend pt --config configs/train/telechat2-tiny.yaml --layout pp2 --out runs/pp2": "the same "

@@ -35,9 +35,9 @@ def records(tmp_path_factory: pytest.TempPathFactory) -> tuple[Record, Record, R
 
 
 def planted_at(record: Record, key: str) -> Record:
-    """The record with the tensor ``key`` too large by a thousandth."""
+    """The record with the tensor ``key`` too large by a tenth."""
     q = record.quantities[key]
-    wrong = replace(q, sketch=q.sketch * 1.001, norm2=q.norm2 * 1.001**2)
+    wrong = replace(q, sketch=q.sketch * 1.1, norm2=q.norm2 * 1.1**2)
     return replace(record, quantities={**record.quantities, key: wrong})
 
 
