@@ -433,6 +433,20 @@ _update("clipping ignored", grad_scale=lambda s: 1.0)
 _update("learning rate doubled", lr=lambda s: 2 * s.lr)
 
 
+def _gradients_in_bfloat16(backend: str) -> Changes:
+    adamw, framework = load(backend, "optim").AdamW, Framework(backend)
+    real = adamw.reduce
+
+    def wrong(self: Any) -> None:
+        real(self)
+        self.parts = [framework.rounded(part) for part in self.parts]
+
+    yield adamw, "reduce", wrong
+
+
+fault("gradients summed in bfloat16", "gradient_sum", "head.weight", "backward", _gradients_in_bfloat16)
+
+
 def _norm_of_one_bucket(backend: str) -> Changes:
     adamw = load(backend, "optim").AdamW
     real = adamw.grad_norm

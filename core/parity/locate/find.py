@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from telechat_twins.core.parity.locate.budget import Budget, Excess
 from telechat_twins.core.parity.locate.walk import Check, Suspect, checks
 from telechat_twins.core.parity.record.format import Record
 from telechat_twins.core.parity.record.sites import Site
+
+GRADIENT_SUM = "gradient_sum"
+MOST = 0.5  # share of the gradients beyond which their sum is the first suspect
 
 
 @dataclass(frozen=True)
@@ -53,9 +56,27 @@ def locate(a: Record, b: Record, reference: Record | None, sites: Sequence[Site]
         if excess is None:
             continue
         if excess.sides:
+            check = _widened(check, budget, sites, a)
             return Walk(Found(check, excess, looked_at, largest), looked_at, largest, missing)
         looked_at, largest = looked_at + 1, max(largest, excess.margin)
     return Walk(None, looked_at, largest, missing)
+
+
+def _widened(check: Check, budget: Budget, sites: Sequence[Site], record: Record) -> Check:
+    """The check with what is common to all gradients as the first suspect, where most of them are beyond their budgets
+    although every gradient of an activation is within its own: the sum over micro-batches and ranks."""
+    if check.kind != "gradient":
+        return check
+    beyond = dict[str, list[bool]]()
+    for other in checks(sites, _parameters(record), [check.step]):
+        if other.kind in ("gradient", "activation_grad"):
+            excess = budget.judge(other.kind, other.name, other.step)
+            if excess is not None:
+                beyond.setdefault(other.kind, []).append(bool(excess.sides))
+    gradients = beyond["gradient"]
+    if any(beyond.get("activation_grad", ())) or sum(gradients) <= len(gradients) * MOST:
+        return check
+    return replace(check, suspects=(Suspect(GRADIENT_SUM, check.name, check.suspects[0].direction), *check.suspects))
 
 
 def _parameters(record: Record) -> list[str]:

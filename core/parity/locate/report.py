@@ -41,6 +41,8 @@ def walk_lines(walk: Walk) -> list[str]:
         f"  error     {errors}",
         f"  before it {found.looked_at} quantities within budget, the largest at {found.largest:.2f} of it",
     ]
+    if abs(excess.factor - 1.0) > 0.01:  # false for nan
+        lines.append(f"  size      the norm of A is {excess.factor:.4g} x that of B")
     if any(excess.nonfinite.values()):
         lines.append("  not finite " + ", ".join(f"{side}: {count}" for side, count in excess.nonfinite.items()))
     others = [f"{other.operator} ({other.site})" for other in found.check.suspects[1:]]
