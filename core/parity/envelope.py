@@ -9,7 +9,8 @@ run is made without noise (the centre) and K times with rounding noise in every 
 
 The window is there because two runs may meet at one step by chance; MARGIN because K runs are not the largest of all,
 and because an operator sums in another order and is then off by several roundings, not by one. FLOOR u is that of the
-two columns' own sums in another order, before anything has been magnified: u is that of float32, in fp64 of float64. The file is JSON; docs/mutation.md describes its keys.
+sums that make the two columns, in another order, before anything has been magnified: u is float32's, in fp64 float64's.
+The file is JSON; docs/mutation.md describes its keys.
 """
 
 from __future__ import annotations
