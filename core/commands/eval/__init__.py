@@ -1,6 +1,7 @@
 """Evaluation of models.
 
 run        scores on tasks of lm-evaluation-harness; `tele eval --tasks ...` means it, too
+iq         scores on the IQ suites of the FLM-101B paper; iq-tasks writes them as a folder of tasks
 teacher    P(true) of propositions and multiple choices with a class token (eFLM): accuracy, log loss, calibration
 """
 
@@ -9,11 +10,13 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
+from telechat_twins.core.commands.eval import iq, iq_tasks, teacher
 from telechat_twins.core.commands.eval import run as harness
-from telechat_twins.core.commands.eval import teacher
 
 ACTIONS = {
     "run": (harness, "scores on tasks of lm-evaluation-harness; the word may be left out"),
+    "iq": (iq, "scores on the IQ suites of the FLM-101B paper"),
+    "iq-tasks": (iq_tasks, "the IQ suites as a folder of lm-evaluation-harness tasks"),
     "teacher": (teacher, "P(true) of propositions and multiple choices: accuracy, log loss, calibration"),
 }
 EXAMPLES = """\

@@ -54,6 +54,17 @@ _DECIDING = ["precision", "quantize", "table_dtype", "rescale", "add_bos", "chat
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of ``tele eval``."""
     parser.description, parser.epilog = DESCRIPTION, EXAMPLES
+    presets = ", ".join(PRESETS)
+    parser.add_argument("--tasks", nargs="+", required=True, metavar="T", help=f"tasks, or presets: {presets}")
+    parser.add_argument("--include", nargs="+", default=[], metavar="DIR", help="folders of further task files")
+    parser.add_argument(
+        "--shots", type=int, metavar="N", help="examples in the prompt (default: the preset's or task's)"
+    )
+    add_run_arguments(parser)
+
+
+def add_run_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of every evaluation that the harness runs: the model, its input, and the results."""
     add_checkpoint_arguments(parser)
     for action in parser._actions:
         if action.dest == "backend":
@@ -62,14 +73,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--backends", nargs="+", choices=sorted(backends.BACKENDS), help="several, and their differences item by item"
     )
     add_adapter_argument(parser)
-    presets = ", ".join(PRESETS)
-    parser.add_argument("--tasks", nargs="+", required=True, metavar="T", help=f"tasks, or presets: {presets}")
     parser.add_argument("--out", required=True, metavar="DIR", help="folder of the results")
     parser.add_argument("--data", metavar="DIR", help="local data sets instead of the Hugging Face hub; docs say how")
-    parser.add_argument("--include", nargs="+", default=[], metavar="DIR", help="folders of further task files")
-    parser.add_argument(
-        "--shots", type=int, metavar="N", help="examples in the prompt (default: the preset's or task's)"
-    )
     parser.add_argument("--limit", type=int, metavar="N", help="only the first N items of each task")
     parser.add_argument("--chat", action="store_true", help="contexts as a user's question in the chat template")
     parser.add_argument("--chat-template", default="auto", metavar="auto|builtin|FILE", help=TEMPLATE_HELP)
@@ -88,20 +93,30 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Exit code 0; UserError for options, tasks, data and a model that do not go together."""
+    names = check_options(args)
+    if args.shots is not None and args.shots < 0:
+        raise UserError(f"--shots: must be at least 0, found {args.shots}")
+    require_harness()
+    plans = plan_tasks(args.tasks, args.shots)
+    return evaluate(args, names, plans, open_tasks(plans, [Path(folder) for folder in args.include]))
+
+
+def check_options(args: argparse.Namespace) -> list[str]:
+    """The backends; UserError for options that do not go together."""
     names = args.backends or ([args.backend] if args.backend else [])
     if not names or (args.backends and args.backend) or len(set(names)) < len(names):
         raise UserError("--backend: give ms or pt, or --backends ms pt for both and their differences")
-    for name in ("shots", "limit", "max_len", "max_running", "cache_tokens"):
+    for name in ("limit", "max_len", "max_running", "cache_tokens"):
         value = getattr(args, name)
-        if value is not None and value < (0 if name == "shots" else 1):
-            raise UserError(
-                f"--{name.replace('_', '-')}: must be at least {0 if name == 'shots' else 1}, found {value}"
-            )
+        if value is not None and value < 1:
+            raise UserError(f"--{name.replace('_', '-')}: must be at least 1, found {value}")
     if (args.system or args.multiturn) and not args.chat:
         raise UserError("--system, --multiturn: belong to the chat template; add --chat")
-    require_harness()
-    plans = plan_tasks(args.tasks, args.shots)
-    manager = open_tasks(plans, [Path(folder) for folder in args.include])
+    return list(names)
+
+
+def evaluate(args: argparse.Namespace, names: list[str], plans: list[TaskPlan], manager: TaskManager) -> int:
+    """Run the tasks with each backend, and compare two; exit code 0."""
     found: dict[str, list[JsonObject]] = {}
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
@@ -179,7 +194,7 @@ def _facts(args: argparse.Namespace, model: Loaded) -> JsonObject:
         "tokenizer": model.tokenizer.sha256,
         **{name: getattr(args, name) for name in _DECIDING},
     }
-    settings = ("backend", "checkpoint", "adapter", "precision", "quantize", "chat", "shots", "limit")
+    settings = ("backend", "checkpoint", "adapter", "precision", "quantize", "chat", "limit")
     return {
         **{name: getattr(args, name) for name in settings},
         "versions": {name: version(name) for name in ("lm_eval", "datasets", "numpy")},
