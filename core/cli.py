@@ -76,6 +76,9 @@ class Parser(argparse.ArgumentParser):
 
     def parse_args(self, args=None, namespace=None):  # type: ignore[no-untyped-def, override]
         args = sys.argv[1:] if args is None else list(args)
+        default = self.get_default("default_action")  # of a verb with actions, that of options without one
+        if default and args and args[0].startswith("-") and args[0] not in ("-h", "--help"):
+            args = [default, *args]
         if self._subparsers is None:
             # Checked before argparse reports a required option as missing that is only misspelt.
             before_values = args[: args.index("--")] if "--" in args else args
@@ -176,9 +179,8 @@ def _run(words: list[str]) -> int:
     command = importlib.import_module(f"telechat_twins.core.commands.{verb}")
     parser = Parser(prog=f"tele {verb}", description=command.__doc__ or VERBS[verb])
     command.add_arguments(parser)
-    arranged = getattr(command, "arranged", None)  # a verb whose first word may be left out
     try:
-        options = parser.parse_args(rest if arranged is None else arranged(rest))
+        options = parser.parse_args(rest)
     except SystemExit as stop:  # --help
         return int(stop.code or 0)
     return command.run(options)

@@ -13,8 +13,6 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-import numpy as np
-
 from telechat_twins.core.errors import UserError
 from telechat_twins.core.inference.engine import Engine
 from telechat_twins.core.inference.requests import Event, PromptScores, Request
@@ -170,8 +168,3 @@ def truncated(pair: Pair, length: int) -> Pair:
         )
     kept = (pair.context + pair.continuation)[-(length + 1) :]
     return Pair(kept[: len(kept) - len(pair.continuation)], pair.continuation)
-
-
-def perplexity_bits(logprob: float, size: int) -> float:
-    """Bits per byte of a text of ``size`` bytes whose log-likelihood is ``logprob`` nats."""
-    return -logprob / size / float(np.log(2.0))

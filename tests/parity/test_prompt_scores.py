@@ -6,17 +6,22 @@ A golden model's random tokens are unlikely: sums of 12 reach -120, where float3
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
 
+from telechat_twins.convert.source import open_model
 from telechat_twins.core.backends import load
 from telechat_twins.core.cli import main
+from telechat_twins.core.eval.scorer import rolling_windows
 from telechat_twins.core.inference.engine import Engine, EngineLimits
 from telechat_twins.core.inference.requests import Request
 from telechat_twins.core.model.batch import IGNORE, Batch
+from tests.support.data_support import tiny_tokenizer
 from tests.support.engine_support import finish
 from tests.support.frameworks import BACKENDS, golden_source
+from tests.support.harness_support import write_llama
 
 LIMIT = 1e-5
 CASE = "telechat2_gqa"
@@ -115,3 +120,43 @@ def test_tele_generate_prints_the_scores_of_a_prompt(capsys: pytest.CaptureFixtu
     assert found["prompt_top_logprobs"][3] == {str(made["ids"][0]): found["prompt_logprobs"][3]}
     assert main([*options[:-1], "--ids", "5,6,7", "--prompt-logprobs", "1"]) == 2
     assert "--prompt-logprobs requires --json" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_bits_per_byte_are_those_of_the_definition(backend: str, tmp_path: Path, capsys) -> None:
+    """Of two domains, one with a text longer than the window, against a pass of PyTorch in float64 a window."""
+    pytest.importorskip({"ms": "mindspore", "pt": "torch"}[backend])
+    folder = write_llama(tmp_path / "model", num_layers=1)
+    texts = {"A": ["The quick brown fox. ", "中国电信的语言模型"], "B": ["word " * 150]}
+    for name, some in texts.items():
+        lines = "".join(json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in some)
+        (tmp_path / f"{name}.jsonl").write_text(lines, encoding="utf-8")
+    domains = [f"--domain={name}={tmp_path / name}.jsonl" for name in texts]
+    options = ["--checkpoint", str(folder), "--max-len", "64", "--weights", "3:1", "--out", str(tmp_path / "out.json")]
+    assert main(["eval", "bpb", "--backend", backend, "--quiet", *options, *domains]) == 0
+    found = json.loads((tmp_path / "out.json").read_text())
+    source, tokenizer = open_model(str(folder)), tiny_tokenizer()
+    expected = {}
+    for name, some in texts.items():
+        total = size = 0.0
+        for text in some:
+            size += len(text.encode())
+            for window in rolling_windows(tokenizer.encode(text), source.config.bos_token_id, 64):
+                ids = np.asarray([window.context + window.continuation], np.int32)
+                places = np.arange(ids.shape[1], dtype=np.int32)[None]
+                batch = Batch(ids, np.full_like(ids, IGNORE), places)
+                logits = load("pt", "forward").run(source.config, source.tensor, batch, "fp64", False)["logits"][0]
+                table = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+                first = len(window.context)
+                total -= sum(table[place - 1, ids[0, place]] for place in range(first, ids.shape[1]))
+        expected[name] = total / size / np.log(2)
+        assert found["domains"][name]["bits_per_byte"] == pytest.approx(expected[name], rel=1e-6)
+    assert found["weighted"] == pytest.approx((3 * expected["A"] + expected["B"]) / 4, rel=1e-6)
+    assert f"weighted{found['weighted']:>20.4f}" in capsys.readouterr().out
+    for more, message in (
+        (["--weights", "f-prop"], "'A' has no weight; the weights are those of WebText"),
+        (["--weights", "1:x"], "or 2 numbers above 0"),
+        (["--domain", "A"], "expected NAME=FILES"),
+    ):
+        assert main(["eval", "bpb", "--backend", backend, *options, *domains, *more]) == 2
+        assert message in capsys.readouterr().err

@@ -2,21 +2,22 @@
 
 run        scores on tasks of lm-evaluation-harness; `tele eval --tasks ...` means it, too
 iq         scores on the IQ suites of the FLM-101B paper; iq-tasks writes them as a folder of tasks
+bpb        bits per byte of texts, by domain and weighted as in the Tele-FLM report
 teacher    P(true) of propositions and multiple choices with a class token (eFLM): accuracy, log loss, calibration
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
 
-from telechat_twins.core.commands.eval import iq, iq_tasks, teacher
+from telechat_twins.core.commands.eval import bpb, iq, iq_tasks, teacher
 from telechat_twins.core.commands.eval import run as harness
 
 ACTIONS = {
     "run": (harness, "scores on tasks of lm-evaluation-harness; the word may be left out"),
     "iq": (iq, "scores on the IQ suites of the FLM-101B paper"),
     "iq-tasks": (iq_tasks, "the IQ suites as a folder of lm-evaluation-harness tasks"),
+    "bpb": (bpb, "bits per byte of texts, by domain and weighted"),
     "teacher": (teacher, "P(true) of propositions and multiple choices: accuracy, log loss, calibration"),
 }
 EXAMPLES = """\
@@ -30,15 +31,10 @@ examples:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The actions of ``tele eval``, each with its own options."""
     parser.epilog = EXAMPLES
+    parser.set_defaults(default_action="run")
     actions = parser.add_subparsers(dest="action", required=True, metavar="{" + ",".join(ACTIONS) + "}")
     for name, (module, summary) in ACTIONS.items():
         module.add_arguments(actions.add_parser(name, help=summary))
-
-
-def arranged(words: Sequence[str]) -> list[str]:
-    """The command's words with the action that options without one mean."""
-    is_option = bool(words) and words[0].startswith("-") and words[0] not in ("-h", "--help")
-    return ["run", *words] if is_option else list(words)
 
 
 def run(args: argparse.Namespace) -> int:
