@@ -126,6 +126,34 @@ def add_adapter_argument(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_harness_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of every evaluation that the harness runs: the model, its input, and the results."""
+    add_checkpoint_arguments(parser)
+    for action in parser._actions:
+        if action.dest == "backend":
+            action.required = False  # or --backends
+    parser.add_argument(
+        "--backends", nargs="+", choices=sorted(backends.BACKENDS), help="several, and their differences item by item"
+    )
+    add_adapter_argument(parser)
+    parser.add_argument("--out", required=True, metavar="DIR", help="folder of the results")
+    parser.add_argument("--data", metavar="DIR", help="local data sets instead of the Hugging Face hub; docs say how")
+    parser.add_argument("--limit", type=int, metavar="N", help="only the first N items of each task")
+    parser.add_argument("--chat", action="store_true", help="contexts as a user's question in the chat template")
+    parser.add_argument("--chat-template", default="auto", metavar="auto|builtin|FILE", help=TEMPLATE_HELP)
+    parser.add_argument("--multiturn", action="store_true", help="with --chat: examples as earlier turns")
+    parser.add_argument("--system", metavar="TEXT", help="with --chat: system text")
+    parser.add_argument("--add-bos", action="store_true", help="begin every context with <_start>")
+    parser.add_argument(
+        "--max-len", type=int, metavar="N", help="tokens of context and answer together (default: the trained length)"
+    )
+    parser.add_argument("--max-running", type=int, default=64, metavar="N", help="sequences computed together (64)")
+    parser.add_argument("--cache-tokens", type=int, metavar="N", help="size of the cache (default: 16 full contexts)")
+    parser.add_argument("--run-unsafe-code", action="store_true", help="let tasks execute code that the model writes")
+    parser.add_argument("--quiet", action="store_true", help="no progress bars")
+    parser.set_defaults(rescale="request")
+
+
 def load_model(
     args: argparse.Namespace, need_tokenizer: str | None, adapters: Mapping[str, str] | None = None
 ) -> Loaded:

@@ -6,9 +6,10 @@ import argparse
 from pathlib import Path
 
 from telechat_twins.core.commands.eval.iq_tasks import add_generator_arguments, written
-from telechat_twins.core.commands.eval.run import add_run_arguments, check_options, evaluate
+from telechat_twins.core.commands.options import add_harness_arguments, load_model
 from telechat_twins.core.eval.harness import open_tasks, require_harness
 from telechat_twins.core.eval.iq.tasks import plans
+from telechat_twins.core.eval.session import check_options, evaluate
 
 DESCRIPTION = """\
 The IQ suites of the FLM-101B paper (section 5): counting, two replacements, head and tail, full repeating, head
@@ -25,7 +26,7 @@ examples:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of ``tele eval iq``."""
     parser.description, parser.epilog = DESCRIPTION, EXAMPLES
-    add_run_arguments(parser)
+    add_harness_arguments(parser)
     add_generator_arguments(parser)
 
 
@@ -36,4 +37,4 @@ def run(args: argparse.Namespace) -> int:
     folder = Path(args.out) / "iq-tasks"
     written(args, folder)
     tasks = [file.stem for file in sorted(folder.glob("iq_*.yaml"))]
-    return evaluate(args, names, plans(tasks), open_tasks(plans(tasks), [folder]))
+    return evaluate(args, names, plans(tasks), open_tasks(plans(tasks), [folder]), load_model)

@@ -1,0 +1,153 @@
+"""An evaluation by the harness from its options: model, journal, tasks one after another, results, two backends."""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from tqdm import tqdm
+
+from telechat_twins.core.errors import UserError
+from telechat_twins.core.eval.compare import compare_items, lines
+from telechat_twins.core.eval.harness import RunOptions, run_task
+from telechat_twins.core.eval.journal import Journal
+from telechat_twins.core.eval.presets import TaskPlan
+from telechat_twins.core.eval.results import items, summarised, table, write_results
+from telechat_twins.core.files.atomic import write_text
+from telechat_twins.core.inference.engine import EngineLimits
+from telechat_twins.core.inference.generation import note_length
+from telechat_twins.core.inference.load import Loaded
+from telechat_twins.core.launch.run_lock import hold_folder
+from telechat_twins.core.types import JsonObject
+
+if TYPE_CHECKING:
+    from lm_eval.tasks import TaskManager
+
+LoadModel = Callable[[argparse.Namespace, str | None, Mapping[str, str]], Loaded]
+_DECIDING = ["precision", "quantize", "table_dtype", "rescale", "add_bos", "chat_template", "max_len"]
+
+
+def check_options(args: argparse.Namespace) -> list[str]:
+    """The backends; UserError for options that do not go together."""
+    names = args.backends or ([args.backend] if args.backend else [])
+    if not names or (args.backends and args.backend) or len(set(names)) < len(names):
+        raise UserError("--backend: give ms or pt, or --backends ms pt for both and their differences")
+    for name in ("limit", "max_len", "max_running", "cache_tokens"):
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            raise UserError(f"--{name.replace('_', '-')}: must be at least 1, found {value}")
+    if (args.system or args.multiturn) and not args.chat:
+        raise UserError("--system, --multiturn: belong to the chat template; add --chat")
+    return list(names)
+
+
+def evaluate(
+    args: argparse.Namespace, names: list[str], plans: list[TaskPlan], manager: TaskManager, load_model: LoadModel
+) -> int:
+    """Run the tasks with each backend, and compare two; exit code 0. ``load_model``: core.commands.options's."""
+    found: dict[str, list[JsonObject]] = {}
+    out = Path(args.out)
+    out.mkdir(parents=True, exist_ok=True)
+    with hold_folder(out, f"--out {out}"):
+        for name in names:
+            one = copy.copy(args)
+            one.backend = name
+            found[name] = _evaluate(one, plans, manager, out / name if len(names) > 1 else out, load_model)
+        if len(names) > 1:
+            _compare(out, (names[0], names[1]), found)
+    return 0
+
+
+def _evaluate(
+    args: argparse.Namespace, plans: list[TaskPlan], manager: TaskManager, out: Path, load_model: LoadModel
+) -> list[JsonObject]:
+    """Run all tasks with one backend; the items of all."""
+    from telechat_twins.core.eval.adapter import EngineModel, Served
+    from telechat_twins.core.eval.scorer import Scorer
+    from telechat_twins.core.inference.generation import turn_stops
+
+    model = load_model(args, "a text of a task", {} if args.adapter is None else {"": args.adapter})
+    assert model.tokenizer is not None  # load_model refuses a checkpoint without one
+    config, max_len = model.config, args.max_len or model.config.training_seqlen
+    note_length(config, max_len)
+    facts = _facts(args, model)
+    out.mkdir(parents=True, exist_ok=True)
+    options = RunOptions(
+        data=Path(args.data) if args.data else None,
+        limit=args.limit,
+        chat=args.chat,
+        multiturn=args.multiturn,
+        system=args.system,
+        unsafe=args.run_unsafe_code,
+    )
+    stops = turn_stops(model.tokenizer, config) if args.chat else config.stop_ids
+    served = Served(config, model.tokenizer, max_len, stops, model.layout if args.chat else None, args.add_bos)
+    tasks: dict[str, JsonObject] = {}
+    rows: list[JsonObject] = []
+    with Journal(out / "journal.jsonl", facts["identity"]) as journal:
+        if journal.earlier:
+            print(f"note: {journal.earlier} answers of an earlier run are used again", file=sys.stderr)
+        limits = EngineLimits(max_len=max_len + 1, max_running=args.max_running)
+        engine = model.engine_with(_pages(model, args, max_len + 1), limits)
+        adapter = EngineModel(served, Scorer(engine, len(model.adapters)), journal, _bars(args.quiet))
+        for plan in plans:
+            adapter.cut = 0
+            found = run_task(plan, adapter, manager, options)
+            tasks[plan.name] = {**summarised(plan, found), "cut": adapter.cut}
+            rows += items(found)
+            if adapter.cut:
+                note = f"{plan.name}: {adapter.cut} requests were cut from the left to {max_len} tokens (--max-len)"
+                print(f"note: {note}", file=sys.stderr)
+            write_results(out, facts, tasks, rows)  # after each task: nothing is lost
+    print(*table(tasks), sep="\n")
+    return rows
+
+
+def _pages(model: Loaded, args: argparse.Namespace, max_len: int) -> int:
+    """Pages of the cache, at least for one whole context."""
+    tokens = max(args.cache_tokens or 16 * max_len, max_len)
+    return model.pages(tokens)
+
+
+def _facts(args: argparse.Namespace, model: Loaded) -> JsonObject:
+    """What results.json says of model and options; ``identity`` is all that answers depend on."""
+    from importlib.metadata import version
+
+    from telechat_twins.core.checkpoint.fingerprint import fingerprint
+    from telechat_twins.core.inference.adapters import adapters_digest
+
+    assert model.tokenizer is not None
+    identity = {
+        "backend": args.backend,
+        "weights": fingerprint(model.source.config, model.source.read),
+        "adapter": adapters_digest(model.adapters.values()),
+        "tokenizer": model.tokenizer.sha256,
+        **{name: getattr(args, name) for name in _DECIDING},
+    }
+    settings = ("backend", "checkpoint", "adapter", "precision", "quantize", "chat", "limit")
+    return {
+        **{name: getattr(args, name) for name in settings},
+        "versions": {name: version(name) for name in ("lm_eval", "datasets", "numpy")},
+        "identity": identity,
+    }
+
+
+def _bars(quiet: bool):  # type: ignore[no-untyped-def]  # adapter.OpenBar, which is not imported here
+    @contextmanager
+    def bar(what: str, total: int) -> Iterator[tqdm]:
+        with tqdm(total=total, desc=what, disable=quiet, delay=1.0) as made:
+            yield made
+
+    return bar
+
+
+def _compare(out: Path, names: tuple[str, str], found: dict[str, list[JsonObject]]) -> None:
+    tasks = compare_items(found[names[0]], found[names[1]])
+    print(*lines(names, tasks), sep="\n")
+    write_text(out / "differences.json", json.dumps({"backends": names, "tasks": tasks}, indent=2) + "\n")
