@@ -96,7 +96,9 @@ class TrainConfig:
         0, help="steps between records of a step (docs/records.md), in RUN/records; 0: none", min=0
     )
     record_rows: int = option(
-        0, help="rows of the global batch, from the first, whose activations a record has; 0: all", min=0
+        0,
+        help="rows of the global batch, from the first, whose activations a record has; 0: as many as cost little",
+        min=0,
     )
 
     def __post_init__(self) -> None:

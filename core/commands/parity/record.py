@@ -62,7 +62,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=int,
         default=0,
         metavar="B",
-        help="record the activations of the first B rows of the global batch only (all)",
+        help="record the activations of the first B rows of the global batch (default: as many as cost little)",
     )
     parser.add_argument("--resume", metavar="DIR", help="begin with this checkpoint, its optimizer included")
     parser.add_argument("--out", default="record", metavar="REC", help="folder of the record (record)")
@@ -82,7 +82,7 @@ def run(args: argparse.Namespace) -> int:
     if args.steps < 1:
         raise UserError(f"--steps: must be at least 1, found {args.steps}")
     if args.rows < 0:
-        raise UserError(f"--rows: must be at least 0 (all), found {args.rows}")
+        raise UserError(f"--rows: must be at least 1, or 0 for as many as cost little, found {args.rows}")
     check_wanted(config, out, wanted)
     if args.dry:
         print("\n".join(rehearse(config, wanted).lines()))

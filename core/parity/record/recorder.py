@@ -49,11 +49,24 @@ from telechat_twins.core.train.trainer import BaseTrainer
 from telechat_twins.core.types import JsonObject
 
 FOLDER = "records"  # of a run
+# Activations are recorded of so many rows of a batch that they and their gradients have at most as many elements as the
+# five kinds of parameters, or LEAST: a recorded step then takes no longer for the former than for the latter.
+LEAST = 1 << 25
 
 
 def step_folder(out: Path, step: int) -> Path:
     """The record of a run's step."""
     return out / FOLDER / f"step-{step:08d}"
+
+
+def rows_recorded(config: RunConfig, rows: int, seq_len: int, wanted: int = 0) -> int:
+    """How many rows of a global batch, from the first, have their activations recorded: ``wanted``, or, for 0, as many
+    as cost little beside the parameters."""
+    if wanted:
+        return min(rows, wanted)
+    places = sum(site.width or 0 for site in sites(config.model, config.lora))
+    parameters = 5 * sum(spec.size for spec in run_table(config).values())
+    return max(1, min(rows, max(parameters, LEAST) // (2 * places * seq_len)))
 
 
 def quantity_order(config: RunConfig, step: int) -> list[str]:
@@ -83,7 +96,7 @@ class Recorder:
     """core.train.stepper.StepRecorder. Steps of ``at``, and every ``every``-th, are recorded in ``step_folder``.
 
     full: see Tally. last: the run ends after that step, without a checkpoint. rows: of the global batch, from the
-    first, whose activations are recorded; 0: all.
+    first, whose activations are recorded; 0: as ``rows_recorded`` says.
     """
 
     def __init__(
@@ -111,8 +124,10 @@ class Recorder:
             raise TypeError(f"steps of a {type(stepper).__name__} cannot be recorded")
         tally = Tally(step, self._buckets, full=self._full)
         tally.add_batch(batch, first)
-        rows = min(rows, self._rows or rows)
-        self._step = _RecordedStep(self._config, stepper, tally, first, rows, batch.input_ids.shape[1], model)
+        seq_len = batch.input_ids.shape[1]
+        kept = rows_recorded(self._config, rows, seq_len, self._rows)
+        notes = [] if kept == rows else [f"activations are those of the first {kept} of {rows} rows of the batch"]
+        self._step = _RecordedStep(self._config, stepper, tally, first, kept, seq_len, model, notes)
         self._step.add("weight_before", stepper.weights())
 
     def computed(self, loss: float, norm: float, loss_scale: float) -> None:
@@ -141,9 +156,10 @@ class _RecordedStep:
         rows: int,
         seq_len: int,
         model: JsonObject,
+        notes: list[str],
     ) -> None:
         self.config, self.trainer, self.tally = config, trainer, tally
-        self.first, self.rows, self.seq_len, self.model = first, rows, seq_len, model
+        self.first, self.rows, self.seq_len, self.model, self.notes = first, rows, seq_len, model, notes
         self.loss: float | None = None
         self.norm: float | None = None
         trainer.observe = self._observe
@@ -220,7 +236,7 @@ class _RecordedStep:
             seed=whole.seed,
             loss=_finite(self.loss),
             grad_norm=_finite(self.norm),
-            notes=[] if note is None else [note],
+            notes=[*self.notes, *([] if note is None else [note])],
         )
 
 

@@ -26,7 +26,7 @@ from telechat_twins.core.parity.record.format import (
     write_record,
 )
 from telechat_twins.core.parity.record.read import is_record, open_record, read_full
-from telechat_twins.core.parity.record.recorder import quantity_order, step_folder
+from telechat_twins.core.parity.record.recorder import quantity_order, rows_recorded, step_folder
 from telechat_twins.core.parity.record.sites import sites
 from telechat_twins.core.parity.record.sketch import Projection
 from telechat_twins.core.train.metrics import read_metrics
@@ -37,7 +37,7 @@ from telechat_twins.core.train.trainable import run_table
 class Wanted:
     """What to record. ``steps``: how many the run makes; ``at``: those whose quantities are recorded; ``full``: glob
     patterns of the tensors to keep whole; ``resume``: a checkpoint to begin with; ``rows``: of the global batch, from
-    the first, whose activations are recorded, 0 for all."""
+    the first, whose activations are recorded; 0: core.parity.record.recorder.rows_recorded."""
 
     steps: int
     at: tuple[int, ...] = (1,)
@@ -147,7 +147,7 @@ def rehearse(config: RunConfig, wanted: Wanted) -> Rehearsal:
 
     order = quantity_order(config, 1)
     buckets = fitting_buckets(len(order) * len(wanted.at), wanted.steps)
-    rows = min(config.train.global_batch, wanted.rows or config.train.global_batch)
+    rows = rows_recorded(config, config.train.global_batch, config.data.seq_len, wanted.rows)
     shapes = {site.name: site.shape(rows, config.data.seq_len) for site in sites(config.model)}
     shapes |= {name: spec.shape for name, spec in run_table(config).items()}
     full = 0
