@@ -7,8 +7,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from telechat_twins.core.parity.record.format import Quantity, Record
-from telechat_twins.core.parity.record.sketch import SPREAD, Projection
+from telechat_twins.core.parity.record.format import Record
+from telechat_twins.core.parity.record.sketch import SPREAD
+from telechat_twins.core.parity.record.take import folded
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,9 @@ class Differences:
 def side(record: Record, keys: Sequence[str], buckets: int) -> Side:
     """The columns of ``keys`` in a record, with sketches of ``buckets`` numbers."""
     held = [record.quantities[key] for key in keys]
-    sketch = np.array([_folded(q, buckets, record.header.seed) for q in held], np.float64).reshape(len(held), buckets)
+    sketch = np.array([folded(q, buckets, record.header.seed).sketch for q in held], np.float64).reshape(
+        len(held), buckets
+    )
     return Side(
         sketch,
         np.array([q.norm for q in held], np.float64),
@@ -56,18 +59,6 @@ def side(record: Record, keys: Sequence[str], buckets: int) -> Side:
     )
 
 
-def _folded(quantity: Quantity, buckets: int, seed: int) -> np.ndarray:
-    """A sketch of fewer buckets: buckets are numbers modulo a power of two, so that adding up those that coincide is
-    the sketch of the smaller number. A tensor that was kept whole is sketched here."""
-    held = quantity.sketch
-    if len(held) == buckets or quantity.count <= buckets:
-        return held[:buckets]
-    if quantity.count <= len(held):
-        projection = Projection(quantity.name, quantity.shape, buckets, seed)
-        return projection.box(held[: quantity.count].reshape(quantity.shape), (0,) * len(quantity.shape)).sketch
-    return held.reshape(-1, buckets).sum(axis=0)
-
-
 def differences(one: Side, other: Side, counts: np.ndarray, scale: np.ndarray) -> Differences:
     """Of two sides over the same quantities of ``counts`` elements, relative to ``scale`` [n]; where a scale is 0,
     an error is 0 or inf."""
@@ -75,17 +66,32 @@ def differences(one: Side, other: Side, counts: np.ndarray, scale: np.ndarray) -
     buckets = apart.shape[1]
     used = np.minimum(counts, buckets)
     squares = np.square(apart).sum(axis=1)
-    largest = apart.max(axis=1, initial=0.0)
+    largest, others = _peak(apart, used)
     proven = np.maximum.reduce(
         [np.abs(one.norm - other.norm), np.abs(one.least - other.least), np.abs(one.most - other.most)]
     )
-    others = np.sqrt(np.maximum(squares - np.square(largest), 0.0) / np.maximum(used - 1, 1))
     return Differences(
         _over(np.maximum(np.sqrt(squares), proven), scale),
         _over(largest, scale),
         _over(others, scale),
         _over(_median(apart, used) * np.sqrt(used) / 0.6745, scale),
     )
+
+
+def own_peak(column: Side, counts: np.ndarray) -> np.ndarray:
+    """float64 [n]: the largest bucket of the tensors themselves over the root mean square of their others; where single
+    elements stand out of a tensor, so does their rounding."""
+    sizes = np.abs(column.sketch)
+    largest, others = _peak(sizes, np.minimum(counts, sizes.shape[1]))
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return np.where(others > 0, largest / others, 0.0)
+
+
+def _peak(sizes: np.ndarray, used: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The largest bucket of each row, and the root mean square of its other ``used`` - 1."""
+    largest = sizes.max(axis=1, initial=0.0)
+    rest = np.maximum(np.square(sizes).sum(axis=1) - np.square(largest), 0.0)
+    return largest, np.sqrt(rest / np.maximum(used - 1, 1))
 
 
 def _median(apart: np.ndarray, used: np.ndarray) -> np.ndarray:

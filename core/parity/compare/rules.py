@@ -36,13 +36,15 @@ _LOW: dict[str, tuple[float, float, float]] = {
     "weight_after": (4, 2, 64),
 }
 # After an update the records are at different weights: elements whose gradient is rounding move either way.
-_LATER_FULL, _LATER_LOW, _LATER_FACTOR = 100.0, 4.0, 2.0
+_LATER_FULL, _LATER_LOW, _LATER_FACTOR, _LATER_RATIO = 100.0, 4.0, 2.0, 4.0
 RATIO_FULL, RATIO_LOW = 8.0, 4.0
 # A single wrong element: the largest bucket of the difference over the others' root mean square. Among 256 normal
-# numbers it is 4.5 at most once in 600 quantities; twice the larger of 4 and the other record's ratio is allowed, and
-# 32 u of the tensor's largest element, which its own rounding can be.
-PEAK, PEAK_FACTOR, PEAK_ULPS = 4.0, 2.0, 32.0
-LONG_PEAK = 8.0  # where tails are long: squares, and single elements of tensors that are kept whole
+# numbers it is 4.5 at most once in 600 quantities. Twice the largest of these, of the other record's and of the
+# tensor's own ratio is allowed, and the largest element's share of the distance's limit, which its own rounding can be.
+# Rounding of probabilities (the gradient of the logits) and of squares is in a few large elements.
+PEAKS = {"activation": 4.0, "activation_grad": 8.0, "gradient": 4.0, "moment1": 4.0, "moment2": 16.0}
+PEAKS |= dict.fromkeys(("weight_before", "weight_after"), 8.0)
+WHOLE_PEAK, PEAK_FACTOR = 8.0, 2.0
 PEAK_ELEMENTS = 32  # fewer have no distribution
 
 
@@ -68,10 +70,12 @@ def rule(kind: str, precision: str, num_layers: int, step: int = 1) -> Rule:
     """The rule for a kind of quantity; ``step``: 1 for the first recorded step."""
     full = precision in FULL
     factor, floor, ceiling = (_FULL if full else _LOW)[kind]
+    ratio = RATIO_FULL if full else RATIO_LOW
     if step > 1:
         factor, ceiling = factor * _LATER_FACTOR, ceiling * (_LATER_FULL if full else _LATER_LOW)
+        ratio *= _LATER_RATIO
     unit, depth = UNIT_ROUNDOFF[precision], math.sqrt(max(num_layers, 4) / 4)
-    return Rule(factor, floor * unit, ceiling * unit * depth, unit, RATIO_FULL if full else RATIO_LOW)
+    return Rule(factor, floor * unit, ceiling * unit * depth, unit, ratio)
 
 
 def pair_limit(one: Rule, other: Rule, median: float) -> float:

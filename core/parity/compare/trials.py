@@ -9,9 +9,9 @@ import numpy as np
 
 from telechat_twins.core.parity.bounds import FULL
 from telechat_twins.core.parity.compare import rules
-from telechat_twins.core.parity.compare.measures import Differences, differences, error_bars
+from telechat_twins.core.parity.compare.measures import Differences, differences, error_bars, own_peak
 from telechat_twins.core.parity.compare.parts import Part
-from telechat_twins.core.parity.compare.rules import LONG_PEAK, PEAK, PEAK_ELEMENTS, PEAK_FACTOR, PEAK_ULPS, Rule
+from telechat_twins.core.parity.compare.rules import PEAK_ELEMENTS, PEAK_FACTOR, PEAKS, WHOLE_PEAK, Rule
 from telechat_twins.core.parity.record.format import Record
 
 # Of normally distributed gradients with relative error e, the share within their own error of zero is about 0.8 e:
@@ -76,23 +76,24 @@ class _Measures:
         return (self.part.counts >= PEAK_ELEMENTS) & (not self.later)
 
     def peaks(
-        self, found: Differences, other_peak: np.ndarray | float, largest: np.ndarray, unit: float, label: str
+        self, found: Differences, other_peak: np.ndarray | float, judge: str, whole: np.ndarray, label: str
     ) -> Trial:
         """One wrong element stands out of the rounding of all others, unless it is of the size of its own rounding.
 
-        ``largest``: the largest element of the tensor, relative to its norm.
+        ``judge``: the side whose tensors say how large their elements are; the largest may have its share of the
+        distance's limit, ``whole``.
         """
-        square = self.part.kind == "moment2"
-        # Elements differ in size; buckets are sums of many and nearly normal.
-        whole = self.part.counts <= self.buckets
-        least = np.where(whole | square, LONG_PEAK, PEAK)
-        ulps = 2 * PEAK_ULPS if square else PEAK_ULPS
-        ratio = PEAK_FACTOR * np.maximum(least, np.where(np.isfinite(other_peak), other_peak, PEAK))
-        limit = np.maximum(ulps * unit * largest, ratio * found.others)
+        kind = self.part.kind
+        # Elements of a tensor that is kept whole differ in size; buckets are sums of many and nearly normal.
+        least = np.where(self.part.counts <= self.buckets, max(WHOLE_PEAK, PEAKS[kind]), PEAKS[kind])
+        peak = np.maximum(own_peak(self.part.sides[judge], self.part.counts), least)
+        ratio = PEAK_FACTOR * np.maximum(peak, np.where(np.isfinite(other_peak), other_peak, 0.0))
+        limit = np.maximum(whole * self.largest(judge), ratio * found.others)
         limit = np.where(self.judged_alone(), limit, np.inf)
         source = (
-            f"{PEAK_FACTOR:g} x the larger of {PEAK:g} (second moments and tensors kept whole: {LONG_PEAK:g}) and the "
-            f"other's ratio x the root mean square of the other buckets, at least {ulps:g} u of the largest element"
+            f"{PEAK_FACTOR:g} x the largest of {PEAKS[kind]:g} (tensors kept whole: {WHOLE_PEAK:g}) and the same ratio "
+            "of the other record and of the tensor itself x the root mean square of the other buckets, at least "
+            "the largest element's share of the distance's limit"
         )
         return Trial("single element", label, found.largest, limit, source)
 
@@ -148,9 +149,10 @@ class _Against(_Measures):
             elif self.part.change:
                 yield from self.changes(name, other)
             else:
-                yield self.distances(name, other)
-                peak = self.found[other].peak if other else PEAK
-                yield self.peaks(self.found[name], peak, self.largest(self.judge), self.rule_of[name].unit, name)
+                distance = self.distances(name, other)
+                yield distance
+                peak = self.found[other].peak if other else 0.0
+                yield self.peaks(self.found[name], peak, self.judge, distance.limit, name)
                 if other:
                     yield self.factors(name, other)
             yield self.nonfinite(name, self.judge, name)
@@ -227,7 +229,7 @@ class _Between(_Measures):
             limit = self.most * rules.pair_limit(one, other, _median(found.distance))
             text = f"{rules.pair_source(one, other, names)}; up to x {self.most.max():g} for the sketch's error bar"
             yield Trial("distance", "apart", found.distance, limit, text)
-            yield self.peaks(found, PEAK, self.largest("b"), max(one.unit, other.unit), "apart")
+            yield self.peaks(found, 0.0, "b", limit, "apart")
             limit = PAIR_NORM * np.maximum(one.floor + other.floor, np.full(len(limit), _median(found.distance)))
             limit = np.where(self.judged_alone(), limit, np.inf)
             text = (
