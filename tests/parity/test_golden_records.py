@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from telechat_twins.core.parity.compare.records import compare_records
 from telechat_twins.core.parity.record.read import open_record
 from tests.support.frameworks import BACKENDS
 from tests.support.golden_records import FOLDER, models, smaller, take
@@ -24,3 +25,5 @@ def test_a_record_equals_its_golden(backend: str, name: str, tmp_path: Path) -> 
     assert list(found.quantities) == list(golden.quantities)
     far = sorted(apart(golden, found).items(), key=lambda item: -item[1])
     assert far[0][1] <= LIMIT, far[:5]
+    judged = compare_records(found, golden)
+    assert judged.reference == "b" and judged.first_broken is None, judged.first_broken

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -86,6 +87,10 @@ def run(args: argparse.Namespace) -> int:
     write_document(result.document, Path(args.out), args.junit, result.details)
     print(summary(result.document))
     print(f"report: {Path(args.out) / 'report.html'}")
+    if kind == "records" and result.document.broken:
+        reference = [] if args.reference is None else ["--reference", args.reference]
+        words = ["tele", "parity", "locate", args.one, args.other, *reference]
+        print(printable(f"go on with {shlex.join(words)}"))
     return 1 if result.document.broken else 0
 
 

@@ -238,6 +238,7 @@ def test_the_command_without_a_framework(step: Step, tmp_path: Path) -> None:
     assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 2.0, "processor time in seconds"
     assert done.stdout.startswith("NOT EQUAL: 3 of ")
     assert f"first beyond its bound: {CORE}, in execution order" in done.stdout
+    assert f"go on with tele parity locate {words[0]} {words[1]} --reference {words[3]}" in done.stdout
     assert breaks_schema(tmp_path / "out" / "report.json") == []
     data = json.loads((tmp_path / "out" / "report.json").read_text())
     wrong = {bound["key"] for bound in data["bounds"] if not bound["holds"]}
