@@ -122,6 +122,31 @@ operator_fault(
     backward=True,
 )
 
+operator_fault(
+    "second norm's statistics as constants",
+    "add_rms_norm",
+    "rms_norm",
+    "layers.1.ffn_norm",
+    lambda f, real, x, y, w, eps, *r: ((x + y) / f.constant(_root_of_mean(f, x + y, eps)) * w, x + y),
+    backward=True,
+)
+operator_fault(
+    "residual's gradient lost at attention",
+    "add_rms_norm",
+    "add",
+    "layers.1.attn_sum",
+    lambda f, real, x, y, *r: real(x, f.frozen(y), *r),
+    backward=True,
+)
+operator_fault(
+    "residual's gradient lost at the ffn",
+    "add",
+    "add",
+    "layers.0",
+    lambda f, real, x, y: real(f.frozen(x), y),
+    backward=True,
+)
+
 # Linear layers: x, weight, bias, compute.
 linear_fault("q transposed", "layers.0.attn.q", lambda f, real, x, w, b, c: real(x, w.swapaxes(0, 1), b, c))
 linear_fault("k in bfloat16", "layers.1.attn.k", lambda f, real, x, w, b, c: real(f.rounded(x), f.rounded(w), b, c))

@@ -7,10 +7,11 @@ from dataclasses import dataclass, replace
 
 from telechat_twins.core.parity.locate.budget import Budget, Excess
 from telechat_twins.core.parity.locate.walk import Check, Suspect, checks
-from telechat_twins.core.parity.record.format import Record
+from telechat_twins.core.parity.record.format import Record, quantity_key
 from telechat_twins.core.parity.record.sites import Site
 
 GRADIENT_SUM = "gradient_sum"
+SAME = 1e-3  # relative
 MOST = 0.5  # share of the gradients beyond which their sum is the first suspect
 
 
@@ -56,7 +57,7 @@ def locate(a: Record, b: Record, reference: Record | None, sites: Sequence[Site]
         if excess is None:
             continue
         if excess.sides:
-            check = _widened(check, budget, sites, a)
+            check = _reordered(_widened(check, budget, sites, a), budget, sites)
             return Walk(Found(check, excess, looked_at, largest), looked_at, largest, missing)
         looked_at, largest = looked_at + 1, max(largest, excess.margin)
     return Walk(None, looked_at, largest, missing)
@@ -77,6 +78,25 @@ def _widened(check: Check, budget: Budget, sites: Sequence[Site], record: Record
     if any(beyond.get("activation_grad", ())) or sum(gradients) <= len(gradients) * MOST:
         return check
     return replace(check, suspects=(Suspect(GRADIENT_SUM, check.name, check.suspects[0].direction), *check.suspects))
+
+
+def _reordered(check: Check, budget: Budget, sites: Sequence[Site]) -> Check:
+    """The check with a sum as the first suspect, where what a gradient lacks, or has too much, is what the sum passes
+    on: the sums of their elements are equal to a thousandth."""
+    branches = {site.name: site.inputs[1] for site in sites if site.operator == "add"}
+    if check.kind != "activation_grad" or len(check.suspects) < 2:
+        return check
+    key = check.key
+    exact = (budget.reference or budget.sides["B"]).quantities.get(key)
+    for suspect in (one for one in check.suspects if one.site in branches):
+        for record in budget.sides.values():
+            found = record.quantities.get(key)
+            passed = record.quantities.get(quantity_key("activation_grad", branches[suspect.site], check.step))
+            if found is None or passed is None or exact is None or not passed.sum:
+                continue
+            if min(abs((found.sum - exact.sum) / passed.sum - times) for times in (-1.0, 1.0)) < SAME:
+                return replace(check, suspects=(suspect, *(one for one in check.suspects if one != suspect)))
+    return check
 
 
 def _parameters(record: Record) -> list[str]:

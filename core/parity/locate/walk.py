@@ -76,7 +76,7 @@ def readers(sites: Sequence[Site]) -> dict[str, list[Site]]:
 
 
 def _backward(sites: Sequence[Site], step: int) -> Iterator[Check]:
-    names, by_input = {site.name for site in sites}, readers(sites)
+    names, by_input = {site.name for site in sites}, _backward_readers(sites)
     for site in reversed(sites):
         ready = [name for name in site.inputs if by_input[name][0] is site]
         weights = [name for name in ready if name not in names]
@@ -84,3 +84,16 @@ def _backward(sites: Sequence[Site], step: int) -> Iterator[Check]:
             read = sorted(by_input[name], key=lambda reader: (reader.operator in _PLAIN, sites.index(reader)))
             suspects = tuple(Suspect(reader.operator, reader.name, BACKWARD) for reader in read)
             yield Check("activation_grad" if name in names else "gradient", name, step, suspects)
+
+
+def _backward_readers(sites: Sequence[Site]) -> dict[str, list[Site]]:
+    """``readers`` as gradients are recorded. The sum after attention and the RMS norm that reads it are one operator:
+    the recorded gradient of the sum is what other readers send back, that of the attention's output has the norm's
+    part as well."""
+    found, places = readers(sites), {site.name: site for site in sites}
+    for site in sites:
+        total = places.get(site.inputs[0]) if site.operator == "rms_norm" else None
+        if total is not None and total.name.endswith(".attn_sum"):
+            found[total.name].remove(site)
+            found[total.inputs[1]].append(site)
+    return found
