@@ -145,3 +145,16 @@ def run_script(script: Path) -> int:
     with pytest.raises(SystemExit) as left:
         runpy.run_path(str(script), run_name="__main__")
     return int(left.value.code or 0)
+
+
+@pytest.mark.parametrize(
+    ("preset", "precision"), [("telechat2-tiny", "fp32"), ("flm-tiny", "fp32"), ("flm-tiny", "bf16")]
+)
+def test_right_twins_have_nothing_to_locate(preset: str, precision: str) -> None:
+    """And no error comes near its limit."""
+    scene = Scene(preset, "")
+    ms, pt = (clean(scene, backend, precision) for backend in BACKENDS)
+    for exact in (clean(scene, "pt", "fp64"), None):
+        walk = locate(ms, pt, exact, sites(scene.run("fp32").model), 2)
+        assert walk.found is None and not walk.missing
+        assert walk.looked_at == len(ms.quantities) and walk.largest < 0.75
