@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from telechat_twins.core.parity.bounds import Bound
-from tests.mutation.catalogue import FAULTS, KINDS
+from tests.mutation.catalogue import FAULTS, KINDS, LAYOUTS, in_layout, named
 from tests.mutation.checks import Checks, Verdict
 from tests.mutation.fault import Fault
 from tests.support.frameworks import BACKENDS
@@ -41,7 +41,7 @@ class Score:
 
     def seen(self, backend: str, name: str) -> bool:
         """Whether a fault broke a bound that its entry names: a launch that fails for another reason kills nothing."""
-        return any(re.search(FAULTS[name].bound, bound.what) for bound in self.verdicts[backend, name].broken)
+        return any(re.search(_fault(name).bound, bound.what) for bound in self.verdicts[backend, name].broken)
 
     @property
     def killed(self) -> int:
@@ -49,7 +49,7 @@ class Score:
 
     @property
     def survivors(self) -> list[tuple[str, Fault]]:
-        return [(backend, FAULTS[name]) for backend, name in self.verdicts if not self.seen(backend, name)]
+        return [(backend, _fault(name)) for backend, name in self.verdicts if not self.seen(backend, name)]
 
     def problems(self) -> list[str]:
         """What must not be: see the module's docstring."""
@@ -59,7 +59,7 @@ class Score:
             if not all(bound.holds for bound in bounds)
         ]
         for (backend, name), verdict in self.verdicts.items():
-            fault = FAULTS[name]
+            fault = _fault(name)
             if not verdict.broken and not fault.survives:
                 found.append(f"{TITLES[backend]}: '{name}' survives {fault.check}; give it a bound or a reason")
             elif verdict.broken and fault.survives:
@@ -69,6 +69,12 @@ class Score:
                     f"{TITLES[backend]}: '{name}' breaks {first_line(verdict.broken[0].what)}, not {fault.bound}"
                 )
         return found
+
+
+def _fault(name: str) -> Fault:
+    found = named(name)
+    assert found is not None  # verdicts have the names of faults
+    return found
 
 
 def score(faults: Sequence[Fault], backends: Sequence[str], folder: Path, show: bool = True) -> Score:
@@ -108,8 +114,8 @@ def summary(made: Score) -> str:
     total = len(made.verdicts)
     kinds, seen, bounds = Counter[str](), Counter[str](), Counter[str]()
     for (backend, name), verdict in made.verdicts.items():
-        kinds[FAULTS[name].kind] += 1
-        seen[FAULTS[name].kind] += made.seen(backend, name)
+        kinds[_fault(name).kind] += 1
+        seen[_fault(name).kind] += made.seen(backend, name)
         if made.seen(backend, name):
             bounds[family(verdict.broken[0].what)] += 1
     lines = [f"{'kind':<14}{'planted':>8}{'killed':>8}"]
@@ -141,7 +147,7 @@ def record(made: Score) -> dict[str, Any]:
     """The report as JSON values; margins of equalities are null."""
     rows = []
     for (backend, name), verdict in made.verdicts.items():
-        fault, worst = FAULTS[name], verdict.broken[0] if verdict.broken else None
+        fault, worst = _fault(name), verdict.broken[0] if verdict.broken else None
         rows.append(
             {
                 "fault": name,
@@ -166,10 +172,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.mutation", description=__doc__.splitlines()[0])
     parser.add_argument("--only", metavar="PATTERN", help="faults whose name, kind or check contains this pattern")
     parser.add_argument("--backends", nargs="+", choices=BACKENDS, default=list(BACKENDS), help="twins (ms pt)")
+    parser.add_argument(
+        "--layouts",
+        nargs="*",
+        choices=LAYOUTS,
+        default=list(LAYOUTS),
+        help="plant faults of the model's arithmetic here, too",
+    )
     parser.add_argument("--out", type=Path, metavar="FILE", help="write the report as JSON here")
     parser.add_argument("--list", action="store_true", help="print the catalogue and plant nothing")
     args = parser.parse_args(argv)
-    faults = [f for f in FAULTS.values() if not args.only or re.search(args.only, f"{f.name} | {f.kind} | {f.check}")]
+    faults = [*FAULTS.values(), *(fault for layout in args.layouts for fault in in_layout(FAULTS.values(), layout))]
+    faults = [f for f in faults if not args.only or re.search(args.only, f"{f.name} | {f.kind} | {f.check}")]
     if args.list:
         print("\n".join(f"{f.kind:<12}{f.check:<24}{f.name}: {f.text}" for f in faults))
         return 0

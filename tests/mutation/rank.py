@@ -15,7 +15,7 @@ from tests.mutation.fault import planted
 
 def around(task: worker.Task, backend: str) -> AbstractContextManager[None]:
     """The process as the task wants it."""
-    return planted(catalogue.FAULTS.get(task.name), backend)
+    return planted(catalogue.named(task.name), backend)
 
 
 def main() -> int:
