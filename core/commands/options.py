@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 import math
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from telechat_twins.core import backends
@@ -20,6 +21,7 @@ from telechat_twins.core.shown import printable
 TEMPLATE_HELP = "auto: the folder's own chat template if it has one; builtin: TeleChat2's; or a file with a template"
 
 if TYPE_CHECKING:
+    from telechat_twins.core.eval.presets import TaskPlan
     from telechat_twins.core.inference.load import Loaded
 
 
@@ -149,9 +151,24 @@ def add_harness_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--max-running", type=int, default=64, metavar="N", help="sequences computed together (64)")
     parser.add_argument("--cache-tokens", type=int, metavar="N", help="size of the cache (default: 16 full contexts)")
+    parser.add_argument("--layout", metavar="TEXT", help="divide the model among processes (tp2, tp2.pp2, ring2)")
     parser.add_argument("--run-unsafe-code", action="store_true", help="let tasks execute code that the model writes")
     parser.add_argument("--quiet", action="store_true", help="no progress bars")
     parser.set_defaults(rescale="request")
+
+
+def launch_evaluation(args: argparse.Namespace, plans: Sequence[TaskPlan], include: Sequence[Path]) -> int:
+    """Evaluate in the processes of a layout (core.eval.ranks); the launcher's exit code. Their logs are below --out."""
+    from telechat_twins.convert.evaluation_rank import SCRIPT
+    from telechat_twins.core.eval.ranks import write_job
+    from telechat_twins.core.inference.worker import inference_layout
+    from telechat_twins.core.launch.launcher import launch
+
+    out = Path(args.out)
+    out.mkdir(parents=True, exist_ok=True)
+    write_job(out / "job.json", args, plans, include)
+    world = inference_layout(args.layout).world
+    return launch(args.backend, [str(out / "job.json")], world, out / "logs", script=SCRIPT)
 
 
 def load_model(

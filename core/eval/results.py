@@ -67,6 +67,12 @@ def write_results(folder: Path, facts: JsonObject, tasks: Mapping[str, JsonObjec
     write_text(folder / "results.md", markdown(facts, tasks))
 
 
+def read_items(folder: Path) -> list[JsonObject]:
+    """The items that write_results wrote."""
+    with open(folder / "items.jsonl", encoding="utf-8") as file:
+        return [json.loads(line) for line in file]
+
+
 def markdown(facts: JsonObject, tasks: Mapping[str, JsonObject]) -> str:
     """The table of results, beside the published scores."""
     models = list(dict.fromkeys(model for task in tasks.values() for model in task["published"]))

@@ -6,7 +6,7 @@ import argparse
 import copy
 import json
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,14 +15,15 @@ from tqdm import tqdm
 
 from telechat_twins.core.errors import UserError
 from telechat_twins.core.eval.compare import compare_items, lines
-from telechat_twins.core.eval.harness import RunOptions, run_task
+from telechat_twins.core.eval.harness import RunOptions, open_tasks, run_task
 from telechat_twins.core.eval.journal import Journal
 from telechat_twins.core.eval.presets import TaskPlan
-from telechat_twins.core.eval.results import items, summarised, table, write_results
+from telechat_twins.core.eval.results import items, read_items, summarised, table, write_results
 from telechat_twins.core.files.atomic import write_text
-from telechat_twins.core.inference.engine import EngineLimits
+from telechat_twins.core.inference.engine import Engine, EngineLimits
 from telechat_twins.core.inference.generation import note_length
 from telechat_twins.core.inference.load import Loaded
+from telechat_twins.core.inference.worker import inference_layout
 from telechat_twins.core.launch.run_lock import hold_folder
 from telechat_twins.core.types import JsonObject
 
@@ -30,6 +31,8 @@ if TYPE_CHECKING:
     from lm_eval.tasks import TaskManager
 
 LoadModel = Callable[[argparse.Namespace, str | None, Mapping[str, str]], Loaded]
+LaunchRanks = Callable[[argparse.Namespace, Sequence[TaskPlan], Sequence[Path]], int]
+MakeEngine = Callable[[Loaded, EngineLimits], Engine]
 _DECIDING = ["precision", "quantize", "table_dtype", "rescale", "add_bos", "chat_template", "max_len"]
 
 
@@ -48,44 +51,60 @@ def check_options(args: argparse.Namespace) -> list[str]:
 
 
 def evaluate(
-    args: argparse.Namespace, names: list[str], plans: list[TaskPlan], manager: TaskManager, load_model: LoadModel
+    args: argparse.Namespace,
+    names: Sequence[str],
+    plans: Sequence[TaskPlan],
+    include: Sequence[Path],
+    load_model: LoadModel,
+    launch: LaunchRanks,
 ) -> int:
-    """Run the tasks with each backend, and compare two; exit code 0. ``load_model``: core.commands.options's."""
+    """Run the tasks with each backend, in processes where a layout is given, and compare two; the exit code.
+
+    ``load_model``: core.commands.options's; ``launch``: runs the ranks of a job file.
+    """
+    manager = open_tasks(plans, include)
     found: dict[str, list[JsonObject]] = {}
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
     with hold_folder(out, f"--out {out}"):
         for name in names:
             one = copy.copy(args)
-            one.backend = name
-            found[name] = _evaluate(one, plans, manager, out / name if len(names) > 1 else out, load_model)
+            one.backend, one.out = name, str(out / name if len(names) > 1 else out)
+            if args.layout is not None and inference_layout(args.layout).world > 1:
+                code = launch(one, plans, include)
+                if code:
+                    return code
+                found[name] = read_items(Path(one.out))
+            else:
+                model = load_model(one, "a text of a task", {} if args.adapter is None else {"": args.adapter})
+                found[name] = evaluate_one(one, plans, manager, Path(one.out), model, _engine_of(one))
         if len(names) > 1:
             _compare(out, (names[0], names[1]), found)
     return 0
 
 
-def _evaluate(
-    args: argparse.Namespace, plans: list[TaskPlan], manager: TaskManager, out: Path, load_model: LoadModel
+def _engine_of(args: argparse.Namespace) -> MakeEngine:
+    return lambda model, limits: model.engine_with(cache_pages(model, args), limits)
+
+
+def evaluate_one(
+    args: argparse.Namespace,
+    plans: Sequence[TaskPlan],
+    manager: TaskManager,
+    out: Path,
+    model: Loaded,
+    make_engine: MakeEngine,
 ) -> list[JsonObject]:
-    """Run all tasks with one backend; the items of all."""
+    """Run all tasks with one model; the items of all."""
     from telechat_twins.core.eval.adapter import EngineModel, Served
     from telechat_twins.core.eval.scorer import Scorer
     from telechat_twins.core.inference.generation import turn_stops
 
-    model = load_model(args, "a text of a task", {} if args.adapter is None else {"": args.adapter})
     assert model.tokenizer is not None  # load_model refuses a checkpoint without one
-    config, max_len = model.config, args.max_len or model.config.training_seqlen
+    config, max_len = model.config, context_of(model, args)
     note_length(config, max_len)
     facts = _facts(args, model)
     out.mkdir(parents=True, exist_ok=True)
-    options = RunOptions(
-        data=Path(args.data) if args.data else None,
-        limit=args.limit,
-        chat=args.chat,
-        multiturn=args.multiturn,
-        system=args.system,
-        unsafe=args.run_unsafe_code,
-    )
     stops = turn_stops(model.tokenizer, config) if args.chat else config.stop_ids
     served = Served(config, model.tokenizer, max_len, stops, model.layout if args.chat else None, args.add_bos)
     tasks: dict[str, JsonObject] = {}
@@ -93,12 +112,11 @@ def _evaluate(
     with Journal(out / "journal.jsonl", facts["identity"]) as journal:
         if journal.earlier:
             print(f"note: {journal.earlier} answers of an earlier run are used again", file=sys.stderr)
-        limits = EngineLimits(max_len=max_len + 1, max_running=args.max_running)
-        engine = model.engine_with(_pages(model, args, max_len + 1), limits)
+        engine = make_engine(model, EngineLimits(max_len=max_len + 1, max_running=args.max_running))
         adapter = EngineModel(served, Scorer(engine, len(model.adapters)), journal, _bars(args.quiet))
         for plan in plans:
             adapter.cut = 0
-            found = run_task(plan, adapter, manager, options)
+            found = run_task(plan, adapter, manager, _options(args))
             tasks[plan.name] = {**summarised(plan, found), "cut": adapter.cut}
             rows += items(found)
             if adapter.cut:
@@ -109,10 +127,26 @@ def _evaluate(
     return rows
 
 
-def _pages(model: Loaded, args: argparse.Namespace, max_len: int) -> int:
+def _options(args: argparse.Namespace) -> RunOptions:
+    return RunOptions(
+        data=Path(args.data) if args.data else None,
+        limit=args.limit,
+        chat=args.chat,
+        multiturn=args.multiturn,
+        system=args.system,
+        unsafe=args.run_unsafe_code,
+    )
+
+
+def context_of(model: Loaded, args: argparse.Namespace) -> int:
+    """Tokens of context and answer together."""
+    return int(args.max_len or model.config.training_seqlen)
+
+
+def cache_pages(model: Loaded, args: argparse.Namespace) -> int:
     """Pages of the cache, at least for one whole context."""
-    tokens = max(args.cache_tokens or 16 * max_len, max_len)
-    return model.pages(tokens)
+    longest = context_of(model, args) + 1
+    return model.pages(max(args.cache_tokens or 16 * longest, longest))
 
 
 def _facts(args: argparse.Namespace, model: Loaded) -> JsonObject:

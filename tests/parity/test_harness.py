@@ -73,6 +73,15 @@ def test_an_interrupted_evaluation_continues(place: Path, capsys: pytest.Capture
     assert "was begun with other options (precision)" in capsys.readouterr().err
 
 
+@pytest.mark.slow
+def test_a_layout_gives_the_same_answers(place: Path) -> None:
+    assert tele(place, "alone") == tele(place, "tp2", "--layout", "tp2") == 0
+    for name, found in compare_items(rows(place / "alone"), rows(place / "tp2")).items():
+        assert found["items"] == 8 and found["flipped"] == found["different_texts"] == 0
+        largest = found["largest_difference"]
+        assert largest is None or largest < (2e-3 if "rolling" in name else 1e-5)
+
+
 @pytest.mark.parametrize(
     ("more", "tasks", "message"),
     [
@@ -83,6 +92,7 @@ def test_an_interrupted_evaluation_continues(place: Path, capsys: pytest.Capture
         (("--max-len", "0"), ("made_choices",), "--max-len: must be at least 1, found 0"),
         (("--max-len", "12"), ("made_answers",), "max_gen_toks: must be 1 to 11, found 12"),
         (("--backends", "pt", "pt"), ("made_choices",), "--backend: give ms or pt"),
+        (("--layout", "dp2"), ("made_choices",), "generation has the axes tp, pp and ring only"),
     ],
 )
 def test_what_cannot_be_evaluated_is_one_line(

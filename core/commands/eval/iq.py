@@ -6,8 +6,8 @@ import argparse
 from pathlib import Path
 
 from telechat_twins.core.commands.eval.iq_tasks import add_generator_arguments, written
-from telechat_twins.core.commands.options import add_harness_arguments, load_model
-from telechat_twins.core.eval.harness import open_tasks, require_harness
+from telechat_twins.core.commands.options import add_harness_arguments, launch_evaluation, load_model
+from telechat_twins.core.eval.harness import require_harness
 from telechat_twins.core.eval.iq.tasks import plans
 from telechat_twins.core.eval.session import check_options, evaluate
 
@@ -37,4 +37,4 @@ def run(args: argparse.Namespace) -> int:
     folder = Path(args.out) / "iq-tasks"
     written(args, folder)
     tasks = [file.stem for file in sorted(folder.glob("iq_*.yaml"))]
-    return evaluate(args, names, plans(tasks), open_tasks(plans(tasks), [folder]), load_model)
+    return evaluate(args, names, plans(tasks), [folder], load_model, launch_evaluation)

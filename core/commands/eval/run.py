@@ -5,9 +5,9 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from telechat_twins.core.commands.options import add_harness_arguments, load_model
+from telechat_twins.core.commands.options import add_harness_arguments, launch_evaluation, load_model
 from telechat_twins.core.errors import UserError
-from telechat_twins.core.eval.harness import open_tasks, plan_tasks, require_harness
+from telechat_twins.core.eval.harness import plan_tasks, require_harness
 from telechat_twins.core.eval.presets import PRESETS
 from telechat_twins.core.eval.session import check_options, evaluate
 
@@ -43,4 +43,5 @@ def run(args: argparse.Namespace) -> int:
         raise UserError(f"--shots: must be at least 0, found {args.shots}")
     require_harness()
     plans = plan_tasks(args.tasks, args.shots)
-    return evaluate(args, names, plans, open_tasks(plans, [Path(folder) for folder in args.include]), load_model)
+    include = [Path(folder) for folder in args.include]
+    return evaluate(args, names, plans, include, load_model, launch_evaluation)
