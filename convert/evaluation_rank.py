@@ -14,7 +14,5 @@ from telechat_twins.core.commands.options import load_model
 from telechat_twins.core.eval.ranks import serve_rank
 from telechat_twins.core.launch.worker import run_script
 
-SCRIPT = Path(__file__).resolve()
-
 if __name__ == "__main__":
     raise SystemExit(run_script(lambda: serve_rank(Path(sys.argv[1]), load_model, weight_reader, adapter_of)))

@@ -159,8 +159,8 @@ def add_harness_arguments(parser: argparse.ArgumentParser) -> None:
 
 def launch_evaluation(args: argparse.Namespace, plans: Sequence[TaskPlan], include: Sequence[Path]) -> int:
     """Evaluate in the processes of a layout (core.eval.ranks); the launcher's exit code. Their logs are below --out."""
-    from telechat_twins.convert.evaluation_rank import SCRIPT
     from telechat_twins.core.eval.ranks import write_job
+    from telechat_twins.core.files import ROOT
     from telechat_twins.core.inference.worker import inference_layout
     from telechat_twins.core.launch.launcher import launch
 
@@ -168,7 +168,8 @@ def launch_evaluation(args: argparse.Namespace, plans: Sequence[TaskPlan], inclu
     out.mkdir(parents=True, exist_ok=True)
     write_job(out / "job.json", args, plans, include)
     world = inference_layout(args.layout).world
-    return launch(args.backend, [str(out / "job.json")], world, out / "logs", script=SCRIPT)
+    script = ROOT / "convert" / "evaluation_rank.py"  # by its path: it imports this file
+    return launch(args.backend, [str(out / "job.json")], world, out / "logs", script=script)
 
 
 def load_model(
