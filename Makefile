@@ -8,7 +8,7 @@ SHELL := /bin/bash
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .PHONY: help install demo test test-unit test-parallel-full soak operators campaigns campaign-kills campaign-corruption campaign-hostile \
-        campaign-equivalence campaign-memory mutation locate relay ascend-lower gpu-check mindformers-check asan lint format lock clean
+        campaign-equivalence campaign-memory mutation locate relay eval-check ascend-lower gpu-check mindformers-check asan lint format lock clean
 
 VENV ?= .venv
 EXTRAS := ms,pt,serve,data,tokenizers,dev
@@ -37,6 +37,7 @@ help:
 	@echo "make mutation   plant every fault of the catalogue in both twins; the share that the suite's bounds see (10 minutes)"
 	@echo "make locate     name the operator and layer of 90 planted faults in each twin, from records (6 minutes)"
 	@echo "make relay      runs that change framework, layout, length, size or adapter midway, against their envelope (an hour)"
+	@echo "make eval-check  train a small model on two IQ tasks and see its scores rise, in both frameworks (10 minutes)"
 	@echo "make operators  compile the C++ operators now and not on first use"
 	@echo "make ascend-lower  compile every Triton kernel for Ascend910B3 as far as a machine without one can (1 minute)"
 	@echo "make gpu-check  tests and benchmarks of a machine with a GPU; leaves gpu-check.json"
@@ -79,6 +80,9 @@ campaign-kills: operators
 
 campaign-corruption: operators
 	$(RUN) -m tests.campaigns.corruption $(CAMPAIGN_ARGS)
+
+eval-check: operators
+	$(RUN) -m tests.campaigns.eval_check $(CAMPAIGN_ARGS)
 
 campaign-hostile: operators
 	$(RUN) -m tests.campaigns.hostile_files $(CAMPAIGN_ARGS)

@@ -103,7 +103,7 @@ def test_what_cannot_be_evaluated_is_one_line(
 
         own = TaskManager.__init__
         monkeypatch.setattr(TaskManager, "__init__", lambda self, **o: own(self, **{**o, "include_defaults": False}))
-    assert tele(place, "refused", *more, tasks=tasks) == 2
+    assert tele(place, f"refused-{'-'.join(more)}", *more, tasks=tasks) == 2
     error = capsys.readouterr().err
     assert message in error and "Traceback" not in error
 
