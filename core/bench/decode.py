@@ -13,7 +13,7 @@ import statistics
 from contextlib import ExitStack
 
 from telechat_twins.core import backends
-from telechat_twins.core.bench.step import facts, machine
+from telechat_twins.core.bench.step import facts, machine, model_name
 from telechat_twins.core.bench.worker import Worker, bench_config, paired_ratios, spread
 from telechat_twins.core.model.config import ModelConfig
 from telechat_twins.core.model.params import parameter_table
@@ -126,7 +126,7 @@ def decode_to_markdown(result: JsonObject) -> str:
     options = result["options"]
     weights = ", the backends' weights in int8" if options.get("quantize") == "int8" else ""
     lines = [
-        f"`{options['model']}` ({result['parameters']:,} parameters), {options['precision']}{weights}, greedy, after "
+        f"{model_name(options)} ({result['parameters']:,} parameters), {options['precision']}{weights}, greedy, after "
         f"prompts of {result['prompt']} tokens; {machine(result)}; contestants in turns, all warm.",
         "",
         "| contestant | sequences | a step, median | middle 80 % | tokens/s | times Hugging Face's | times one "

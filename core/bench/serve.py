@@ -26,7 +26,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from telechat_twins.core.bench.decode import HF, TITLES, contestants
-from telechat_twins.core.bench.step import facts, machine
+from telechat_twins.core.bench.step import facts, machine, model_name
 from telechat_twins.core.bench.worker import Worker
 from telechat_twins.core.checkpoint.save import Contents, save_checkpoint
 from telechat_twins.core.data.tokenizer_training import train_tokenizer
@@ -204,7 +204,7 @@ def serving_to_markdown(result: JsonObject) -> str:
     options = result["options"]
     weights = ", weights in int8" if options["quantize"] == "int8" else ""
     lines = [
-        f"`{options['model']}` ({result['parameters']:,} parameters), {options['precision']}{weights}, prompts of "
+        f"{model_name(options)} ({result['parameters']:,} parameters), {options['precision']}{weights}, prompts of "
         f"{result['prompt']} tokens, answers of {result['new']}; {machine(result)}, which the clients share; "
         "contestants in turns, all warm.",
         "",

@@ -113,9 +113,14 @@ def task(result: JsonObject) -> str:
     """Description of the measured training step."""
     options = result["options"]
     return (
-        f"`{options['model']}` ({result['parameters']:,} parameters), {options['precision']}, "
+        f"{model_name(options)} ({result['parameters']:,} parameters), {options['precision']}, "
         f"{options['micro_batches']} x {options['micro_batch']} x {options['seq_len']} tokens a step"
     )
+
+
+def model_name(options: JsonObject) -> str:
+    """The measured model's preset or file, as code in Markdown."""
+    return f"`{Path(options['model']).name}`"
 
 
 def machine(result: JsonObject) -> str:

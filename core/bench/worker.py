@@ -24,14 +24,22 @@ import numpy as np
 
 from telechat_twins.core import backends
 from telechat_twins.core.config import RunConfig, run_config_from_dict
+from telechat_twins.core.errors import UserError
 from telechat_twins.core.files import IMPORT_ROOT
 from telechat_twins.core.launch.worker import die_with_parent
 from telechat_twins.core.model.batch import Batch
+from telechat_twins.core.model.config import load_model_config
 from telechat_twins.core.parallel.layout import parse_layout
 from telechat_twins.core.types import JsonObject
 
 EAGER = "eager"  # the released code's composition in PyTorch, kernels/bench/eager.py
-TITLES = {**backends.TITLES, EAGER: "the eager composition"}
+# transformers' Llama of the same shapes, kernels/bench/hf_step.py, and the same through torch.compile.
+HF_STEP = {"hf": "transformers", "hf-compile": "compiled transformers"}
+TITLES = {**backends.TITLES, EAGER: "the eager composition", **HF_STEP}
+_MODULES = {
+    EAGER: "telechat_twins.kernels.bench.eager",
+    **dict.fromkeys(HF_STEP, "telechat_twins.kernels.bench.hf_step"),
+}
 
 # Idle OpenMP threads sleep instead of spinning, on both backends (MindSpore's launches set this anyway): with another
 # process on 2 cores, spinning made PyTorch's step tens of times slower. The user's own setting takes precedence.
@@ -57,8 +65,16 @@ class Trainer(Protocol):
 def bench_config(options: JsonObject) -> RunConfig:
     """A training run on random tokens: ``model``, ``seq_len``, ``micro_batch``, ``micro_batches``, ``precision``.
 
-    ``layout``: the text of a parallel layout; without it, one process.
+    ``layout``: the text of a parallel layout; without it, one process. UserError for a sequence above the model's
+    length.
     """
+    model, length = load_model_config(options["model"]), options["seq_len"]
+    if length > model.max_seqlen:
+        raise UserError(
+            f"--seq-len, or prompt and new tokens: {length} is above max_seqlen {model.max_seqlen} of "
+            f"{options['model']}; give --model FILE.yaml with the lines `preset: {options['model']}` and "
+            f"`max_seqlen: {length}`, or shorten it"
+        )
     return run_config_from_dict(
         {
             "model": {"preset": options["model"]},
@@ -128,9 +144,7 @@ class Worker:
     ) -> None:
         """``env``: replaces this process's environment; ``module``: the program, by default one that trains."""
         self.name = name
-        module = module or (
-            "telechat_twins.kernels.bench.eager" if name == EAGER else "telechat_twins.core.bench.worker"
-        )
+        module = module or _MODULES.get(name, "telechat_twins.core.bench.worker")
         self._process = subprocess.Popen(
             [sys.executable, "-m", module, name, json.dumps(options)],
             stdin=subprocess.PIPE,

@@ -1,6 +1,7 @@
 """Benchmarks. Contestants run in processes of their own and take turns, so that ratios are valid on a shared machine.
 
-step      a training step in MindSpore, in PyTorch and, with `--backends ms pt eager`, of the released PyTorch code.
+step      a training step in MindSpore, in PyTorch and, with `--backends ms pt eager`, of the released PyTorch code;
+          with `--peers hf hf-compile` also of transformers' Llama of the same shapes, plain and through torch.compile.
 decode    tokens generated one by one, for one sequence and for several at once; also with Hugging Face's generate, on
           a model of the same shapes, if transformers is installed.
 serve     1, 8 and 32 concurrent clients of ``tele serve``: tokens/s, time to the first text, cache in use; also with
@@ -23,6 +24,7 @@ Examples:
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import os
 import shutil
@@ -38,7 +40,7 @@ from telechat_twins.core.bench.kernels import OPERATORS, SIZES, kernels_to_markd
 from telechat_twins.core.bench.report import layouts_to_markdown
 from telechat_twins.core.bench.serve import measure_serving, serving_to_markdown, write_model
 from telechat_twins.core.bench.step import facts, measure, to_markdown
-from telechat_twins.core.bench.worker import EAGER, bench_config
+from telechat_twins.core.bench.worker import EAGER, HF_STEP, bench_config
 from telechat_twins.core.errors import UserError
 from telechat_twins.core.files.atomic import writable_file, write_text
 from telechat_twins.core.model.config import PRECISIONS, preset_names
@@ -68,6 +70,7 @@ ONLY: dict[str, tuple[str, ...]] = {
     "operators": ("kernels",),
     "sizes": ("kernels",),
     "compile": ("kernels",),
+    "peers": ("step",),
 }
 
 
@@ -75,7 +78,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of ``tele bench``."""
     parser.add_argument("what", choices=tuple(DEFAULTS), help="what to measure, as above")
     parser.add_argument(
-        "--model", default="telechat2-tiny", metavar="PRESET", help=f"one of {', '.join(preset_names())}"
+        "--model",
+        default="telechat2-tiny",
+        metavar="PRESET",
+        help=f"one of {', '.join(preset_names())}, or a YAML file of a model",
     )
     parser.add_argument("--seq-len", type=int, default=128, metavar="S", help="tokens per sequence (128)")
     parser.add_argument("--micro-batch", type=int, metavar="B", help="sequences per forward pass (step 4, parallel 2)")
@@ -107,6 +113,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=["ms", "pt"],
         help=f"contestants (ms pt); for step also {EAGER}: the operators of the released PyTorch code",
     )
+    _add_special(parser)
+    parser.add_argument("--layouts", nargs="+", metavar="L", help=f"parallel: with commas or spaces ({LAYOUTS})")
+    parser.add_argument("--out", metavar="FILE", help="also write all measurements as JSON")
+
+
+def _add_special(parser: argparse.ArgumentParser) -> None:
+    """The options of single benchmarks."""
+    parser.add_argument(
+        "--peers",
+        nargs="+",
+        choices=sorted(HF_STEP),
+        help="step: further contestants, from the transformers library if it is installed; hf-compile takes a minute",
+    )
     parser.add_argument(
         "--prompt", type=int, metavar="P", help="decode, serve: tokens before the measured ones (decode 16, serve 64)"
     )
@@ -126,8 +145,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--compile", action="store_true", default=None, help="kernels: also torch.compile, which takes minutes to start"
     )
-    parser.add_argument("--layouts", nargs="+", metavar="L", help=f"parallel: with commas or spaces ({LAYOUTS})")
-    parser.add_argument("--out", metavar="FILE", help="also write all measurements as JSON")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -135,6 +152,8 @@ def run(args: argparse.Namespace) -> int:
     _settle(args)
     names = _backends(args)
     options = {name: getattr(args, name) for name in ("model", "seq_len", "micro_batch", "micro_batches", "precision")}
+    if options["model"].endswith((".yaml", ".yml")):
+        options["model"] = str(Path(options["model"]).resolve())  # workers start in another folder
     bench_config(options)  # an invalid option is reported here, once, instead of by every worker
     layouts = checked_layouts(args.layouts or [LAYOUTS], options) if args.what == "parallel" else []
     if args.out:
@@ -183,7 +202,11 @@ def _backends(args: argparse.Namespace) -> list[str]:
             f"--precision: must be fp32 for the {EAGER} composition, found {args.precision}; leave {EAGER} out of "
             "--backends, or take fp32"
         )
-    return names
+    if args.peers and args.precision not in ("fp32", "bf16"):
+        raise UserError(f"--peers: need --precision fp32 or bf16, found {args.precision}; take one of these")
+    if args.peers and importlib.util.find_spec("transformers") is None:
+        raise UserError("--peers: needs the transformers library, which is not installed; pip install transformers")
+    return [*names, *dict.fromkeys(args.peers or [])]
 
 
 def _measured(

@@ -110,6 +110,22 @@ def test_three_contestants_have_three_ratios(monkeypatch, capsys):
     assert "MindSpore takes 1.25 times the eager composition's step time" in shown
 
 
+def test_a_model_file_is_found_by_workers_that_start_elsewhere(monkeypatch, tmp_path, capsys):
+    given = []
+
+    class Worker(TwoWorkers):
+        def __init__(self, name, options):
+            super().__init__(name, options)
+            given.append(options["model"])
+
+    monkeypatch.setattr(bench_step, "Worker", Worker)
+    (tmp_path / "long.yaml").write_text("preset: telechat2-tiny\nmax_seqlen: 4096\n")
+    monkeypatch.chdir(tmp_path)
+    assert bench.run(arguments("--steps", "1", "--block", "1", "--seq-len", "4096", "--model", "long.yaml")) == 0
+    assert given == [str(tmp_path / "long.yaml")] * 2
+    assert "`long.yaml` (" in capsys.readouterr().out
+
+
 def test_spread():
     assert spread([3.0]) == {"median": 3.0, "low": 3.0, "high": 3.0}
     assert spread(list(range(1, 21))) == {"median": 10.5, "low": 3, "high": 18}
@@ -120,7 +136,8 @@ def test_spread():
     [
         (["--steps", "0"], "--steps: must be at least 1"),
         (["--model", "telechat2-tyni"], "did you mean 'telechat2-tiny'"),
-        (["--seq-len", "100000"], "max_seqlen"),
+        (["--seq-len", "100000"], r"100000 is above max_seqlen \d+ of telechat2-tiny; give --model FILE.yaml"),
+        (["--peers", "hf", "--precision", "fp16"], "--peers: need"),
         (["--layouts", "tp2"], "--layouts: is an option of `tele bench parallel`"),
         (["--operators", "rope"], "--operators: is an option of `tele bench kernels`, not of `tele bench step`"),
         (["--prompt", "3"], "--prompt: is an option of `tele bench decode and serve`"),
