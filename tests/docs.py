@@ -71,6 +71,23 @@ NOT_RUN = {
     "tele parity locate records/npu records/gpu --reference records/fp64": "the records are of the reader's; "
     "tests/parity/test_locate.py::test_the_command_names_the_operator_and_says_what_to_record runs it",
     "make locate": "six minutes; tests/parity/test_locate.py runs a sample of it",
+    "make mutation": "ten minutes; tests/mutation/test_mutation.py runs a sample of it",
+    "make mutation CAMPAIGN_ARGS='--only \"group\" --backends pt'": "likewise",
+    "make mutation CAMPAIGN_ARGS='--out mutation.json'": "likewise",
+    "make relay": "an hour; tests/parity/test_relay.py runs one schedule",
+    "make relay CAMPAIGN_ARGS='--segments 50 --seed 7 --ranks 0'": "likewise",
+    "tele parity envelope --config F --backend pt --steps 300 --out envelope.json": "F is the reader's; "
+    "tests/parity/test_envelope.py runs a shorter one",
+    "tele parity compare A B --envelope envelope.json": "A and B are the reader's; "
+    "tests/unit/parity/test_compare.py runs the command",
+    "tele eval --backend pt --checkpoint TeleFLM-52B --tasks open-llm --data datasets --out scores": "the data "
+    "sets are the reader's; tests/parity/test_harness.py runs tasks of its own",
+    "tele eval --backends ms pt --checkpoint model --tasks mmlu arc_challenge --limit 100 --out scores": "likewise",
+    "tele eval iq --backends ms pt --checkpoint model --rows superglue-and-clue --out scores-iq": "likewise",
+    "tele eval bpb --backend pt --checkpoint model --domain mine=held-out.jsonl": "the texts are the reader's; the "
+    "README's line is run",
+    "tele eval bpb --backend ms --checkpoint TeleFLM-52B --weights chinese --domain WebText=web.jsonl "
+    "--domain Code=code": "likewise",
     "tele bench parallel --model telechat2-tiny --layouts single,tp2,pp2 --steps 4": "a minute; "
     "tests/unit/bench/test_bench_parallel.py runs its parts",
     "tele train --backend pt --config configs/train/telechat2-tiny.yaml --layout pp2 --out runs/pp2": "the same "

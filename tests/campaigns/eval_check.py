@@ -4,8 +4,8 @@
 
 Trains a model of 0.6 million parameters with PyTorch on items of full repeating and head slicing (of other seeds than
 those that are scored), evaluates checkpoints on 100 items of each in both backends, and prints the share that is right
-with its 95 % interval (Wilson). It fails where the last interval does not lie above chance, which is that of random letters
-in an answer of the right length, or where the backends do not get the same items right.
+with its 95 % interval (Wilson). It fails where the last interval does not lie above chance (that of random letters
+in an answer of the right length), or where the backends do not get the same items right.
 """
 
 from __future__ import annotations
