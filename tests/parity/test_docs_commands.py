@@ -84,7 +84,8 @@ def test_the_commands_run(workspace: Path, monkeypatch: pytest.MonkeyPatch, capf
     """In the order of the page; the raw launchers, on which nothing builds, beside the commands that follow them."""
     monkeypatch.chdir(workspace)
     shown = docs.to_run("parity")
-    alone = {"docs/benchmarks.md", "docs/kernels.md", "docs/convert.md", "docs/records.md"}  # their lines need no earlier page
+    # Pages whose lines need no earlier page.
+    alone = {"docs/benchmarks.md", "docs/kernels.md", "docs/convert.md", "docs/records.md"}
     assert {c.page for c in shown} - alone == {"README.md"}, "a page whose lines build on one another needs a folder"
     with ExitStack() as stack:
         beside = []
