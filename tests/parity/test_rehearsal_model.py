@@ -13,11 +13,13 @@ from typing import Any
 import numpy as np
 import pytest
 
+from telechat_twins.core.inference.runner import sequence_groups
 from telechat_twins.core.parity.bounds import compare_tensors, relative_frobenius
 from telechat_twins.kernels.dispatch import Candidate
 from tests.parity.test_growth import target_of
 from tests.parity.test_optimizer_trace import check_trace, run_trace
 from tests.parity.test_paged_attention import error as page_error
+from tests.parity.test_paged_attention import step_of
 from tests.parity.test_rehearsal import DTYPES, SPACING, tensor
 from tests.parity.test_ring_pages import error as ring_error
 from tests.parity.test_twins import CONFIG, batch, weights
@@ -124,7 +126,8 @@ def test_generation_on_ascends_code_path(on_cann: Any, precision: str) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_pages_on_ascends_code_path(on_cann: Any, dtype: str) -> None:
-    """Single queries by CANN's block tables in 16 bits, pieces of prompts by gathered keys; stored in place."""
+    """Single queries by CANN's block tables in 16 bits; in float32, and for pieces of prompts, by gathered keys in
+    groups of similar length; stored in place."""
     for case in (case for case in PAGED if case[0] % 16 == 0):
         before = on_cann.copy()
         found, limit = page_error("ms", case, dtype)
@@ -132,9 +135,10 @@ def test_pages_on_ascends_code_path(on_cann: Any, dtype: str) -> None:
         called = on_cann - before
         singles = sum(n == 1 for n, _ in case[4])
         assert called["InplaceIndexCopy"] == 2
-        served = called["FusedInferAttentionScore"] + called["FlashAttentionScore"]
-        assert served == (singles > 0) + len(case[4]) - singles
-        assert called["FusedInferAttentionScore"] == (dtype != "float32" and singles > 0)
+        in_place = dtype != "float32" and singles > 0
+        groups = len(sequence_groups(step_of(case[0], case[4], 0)[0]))
+        assert called["FusedInferAttentionScore"] == in_place
+        assert called["FlashAttentionScore"] == (len(case[4]) - singles if in_place else groups)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
