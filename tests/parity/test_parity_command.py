@@ -12,7 +12,7 @@ from telechat_twins.core.commands import bench, forward, parity
 from telechat_twins.core.errors import UserError
 from telechat_twins.core.parity import runs
 from telechat_twins.core.parity.bounds import compare_tensors, relative_frobenius
-from telechat_twins.core.parity.report import ParityReport
+from telechat_twins.core.parity.report import ParityReport, summary
 from tests.parity.test_goldens import GRADIENT, LOGITS, LOSS
 from tests.support.frameworks import golden_arrays, golden_source
 from tests.support.packed import write_packed
@@ -85,7 +85,7 @@ def test_a_fault_in_one_backend_is_exit_code_1(config, tmp_path, capsys, monkeyp
             return self.forward.run(model, wrong if precision == "fp32" else get, batch, precision, grads)
 
     real = backends.load
-    monkeypatch.setattr(parity.backends, "load", lambda name, module: Faulty(real(name, module)))
+    monkeypatch.setattr(backends, "load", lambda name, module: Faulty(real(name, module)))
     assert run(parity, "--config", config, "--steps", 0, "--backends", "pt", "--out", tmp_path) == 1
     assert capsys.readouterr().out.startswith("NOT EQUAL: ")
     assert (tmp_path / "report.md").read_text().splitlines()[2].startswith("**NOT EQUAL: ")
@@ -163,7 +163,7 @@ def test_mistakes(config, tmp_path):
 def test_summary_is_one_line_a_bound():
     from telechat_twins.core.parity.bounds import BatchReport
 
-    text = parity.summary(ParityReport({}, BatchReport([], [], ["ms lacks norm.weight"])))
+    text = summary(ParityReport({}, BatchReport([], [], ["ms lacks norm.weight"])))
     assert text.splitlines()[0].startswith("NOT EQUAL") and len(text.splitlines()) == 2 and "BROKEN" in text
 
 
