@@ -9,6 +9,7 @@ import threading
 import numpy as np
 import pytest
 
+from telechat_twins.core.checkpoint import notice as checkpoint_notice
 from telechat_twins.core.checkpoint import save as checkpoint_save
 from telechat_twins.core.checkpoint.read import Contents, Saver, SaveRanks, TensorPiece
 from telechat_twins.core.errors import UserError
@@ -131,7 +132,8 @@ def test_a_notice_that_cannot_be_read_for_a_moment_is_no_outcome(tmp_path, monke
 
 def test_rank_0_that_vanishes_without_a_word(tmp_path, monkeypatch):
     """Rank 1 ends with one line, whichever of the traces it happened to see before they were gone."""
-    monkeypatch.setattr(checkpoint_save, "VISIBILITY_S", 0.3)
+    for module in (checkpoint_save, checkpoint_notice):
+        monkeypatch.setattr(module, "VISIBILITY_S", 0.3)
     real = checkpoint_save.Notice.refuse
     monkeypatch.setattr(checkpoint_save.Notice, "refuse", lambda notice, told: (real(notice, told), notice.withdraw()))
     results = save(tmp_path, 2, weights=lambda rank: failing(0, 2, RuntimeError("lost")) if rank == 0 else None)

@@ -14,6 +14,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+from telechat_twins.core.checkpoint import notice as checkpoint_notice
 from telechat_twins.core.checkpoint import save as checkpoint_save
 from telechat_twins.core.checkpoint.pieces import tiling_fault
 from telechat_twins.core.checkpoint.read import Contents, SaveRanks, TensorPiece, open_checkpoint, save_checkpoint
@@ -322,7 +323,8 @@ def test_a_rank_that_is_never_ready(tmp_path):
 
 
 def test_a_folder_that_is_not_shared_is_named(tmp_path, monkeypatch):
-    monkeypatch.setattr(checkpoint_save, "VISIBILITY_S", 0.3)
+    for module in (checkpoint_save, checkpoint_notice):
+        monkeypatch.setattr(module, "VISIBILITY_S", 0.3)
     cluster = Cluster(2, timeout_s=20)
 
     def one(rank):
