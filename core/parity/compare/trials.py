@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
@@ -48,7 +49,7 @@ def measures_of(part: Part, records: Mapping[str, Record], judge: str | None, la
     return list((_Against(part, records, rule_of, later, judge) if judge is not None else made).trials())
 
 
-class _Measures:
+class _Measures(ABC):
     """What both ways of judging share."""
 
     def __init__(self, part: Part, records: Mapping[str, Record], rule_of: Mapping[str, Rule], later: bool) -> None:
@@ -57,8 +58,9 @@ class _Measures:
         self.least, self.most = error_bars(part.counts, self.buckets)
         self.precision = {name: records[name].header.precision for name in ("a", "b")}
 
+    @abstractmethod
     def trials(self) -> Iterator[Trial]:
-        raise NotImplementedError
+        """Every measured value with its limit."""
 
     def apart(self, one: str, other: str) -> Differences:
         """The differences of two sides, relative to the second, or where that is 0 to the first."""
