@@ -19,7 +19,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("parallel", "checkpoint"),
     ("config",),
     ("data",),
-    ("train", "inference"),
+    ("train", "inference", "planner"),
     ("serve", "parity", "bench", "mup", "eval"),
     ("commands",),
 )
@@ -117,7 +117,7 @@ def flat(root: Path) -> list[str]:
 def commands_are_leaves(root: Path) -> list[str]:
     """Modules that import a command; what two commands share is library code in its room, or core/commands/options.py.
 
-    A command's own parts (plan_growth of plan, mup/search of mup) are not commands of their own.
+    A command's own parts (plan/growth of plan, mup/search of mup) are not commands of their own.
     """
     return [
         f"{name}: imports the command {target} (line {line})"

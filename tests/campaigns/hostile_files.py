@@ -31,7 +31,7 @@ from tests.campaigns.hostile_cases import Bench
 from tests.campaigns.hostile_inputs import Case
 
 # What the verbs import, loaded once so that no trial pays for it.
-VERBS = ("convert", "data", "forward", "grow", "mup.predict", "mup.search", "plan", "plan_growth", "tokenize", "train")
+VERBS = ("convert", "data", "forward", "grow", "mup.predict", "mup.search", "plan", "plan.growth", "tokenize", "train")
 CONVERT = ("copy", "growth.files", "growth.schedule", "hf.folder", "mindformers.source")
 CPU_S, MEMORY_MB, WALL_S = 2.0, 200.0, 60.0
 ADDRESS_SPACE = 4 << 30  # above what is mapped already: a runaway ends in MemoryError and not in the machine's

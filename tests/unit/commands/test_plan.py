@@ -12,7 +12,7 @@ from telechat_twins.core.model.config import CONFIGS, load_model_config
 from telechat_twins.core.model.lora import LoraConfig
 from telechat_twins.core.model.params import count_parameters, parameter_table
 from telechat_twins.core.parallel.layout import parse_layout
-from telechat_twins.core.parallel.memory import estimate
+from telechat_twins.core.planner.memory.estimate import estimate
 
 TINY = load_model_config("telechat2-tiny")
 

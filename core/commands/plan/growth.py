@@ -20,7 +20,7 @@ _OF_THE_STAGES = ("layout", "seq_len", "micro_batch", "micro_batches", "precisio
 def run(args: argparse.Namespace) -> int:
     from telechat_twins.convert.growth.schedule import cost, load_schedule
     from telechat_twins.core.parallel.layout import check_layout
-    from telechat_twins.core.parallel.memory import estimate
+    from telechat_twins.core.planner.memory.estimate import estimate
 
     if args.config is None:
         raise UserError("--growth: requires --config; give the run that the schedule belongs to")
