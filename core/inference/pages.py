@@ -38,6 +38,7 @@ class PagePool:
         self._names: dict[int, bytes] = {}
         self._named: dict[bytes, int] = {}
         self._idle: OrderedDict[int, None] = OrderedDict()  # named pages without a holder, least recently used first
+        self.gains = 0  # count of the changes that can let a waiting sequence fit: see Scheduler._fits
 
     @property
     def available(self) -> int:
@@ -83,6 +84,7 @@ class PagePool:
             self._holders[page] -= 1
             if self._holders[page]:
                 continue
+            self.gains += 1
             if page in self._names:
                 self._idle[page] = None
             else:
@@ -92,6 +94,7 @@ class PagePool:
         """Name a full page, so that ``find`` returns it. If another page has the name, nothing is changed."""
         if name not in self._named and page not in self._names:
             self._named[name], self._names[page] = page, name
+            self.gains += 1
 
     def forget(self, pages: Iterable[int]) -> None:
         """Remove the names of held pages, so that no other sequence finds them."""

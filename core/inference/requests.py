@@ -172,6 +172,7 @@ class Sample:
         self.computed, self.held = 0, 0
         self.table = np.zeros(-(-request.total // page_size), np.int32)
         self.cached: int | None = None
+        self.fitting: float = math.inf  # Scheduler._fits: no supply of pages beyond this plus the pool's gains
         self.leader: Sample | None = None
         self.finished = False
         self._scores: list[TokenChoice] = []

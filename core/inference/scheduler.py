@@ -116,29 +116,50 @@ class Scheduler:
 
     def _admit(self, sample: Sample) -> bool:
         """Move a waiting sample to the running ones, with pages for all its tokens; False when there are too few."""
-        pool = self.pool
-        # Share the pages of the longest cached prefix. The page of the last token is left out, or of the first one
-        # before a token to score: these must be computed in any case, since their logits are needed.
-        for page in range(sample.first_row // pool.page_size if self.reuse else 0):
-            found = pool.find(sample.page_name(page, self._scaling))
-            if found is None:
-                break
-            pool.share(found)
-            sample.table[sample.held] = found
-            sample.held += 1
-        found_tokens = sample.held * pool.page_size
-        # Beside its own pages, one must be left for each running sample. Otherwise the next of them that needs a page
-        # would preempt this one, the youngest, right away.
-        if pool.available < pool.pages_for(len(sample.tokens)) - sample.held + len(self.running):
-            self._free(sample)
+        found = self._fits(sample)
+        if found is None:
             return False
+        for page in found:
+            self.pool.share(page)
+        sample.table[: len(found)] = found
+        sample.held = len(found)
         self._grow(sample)
-        sample.computed = found_tokens
+        sample.computed = len(found) * self.pool.page_size
         if sample.cached is None:
-            sample.cached = min(found_tokens, len(sample.request.prompt_ids))
+            sample.cached = min(sample.computed, len(sample.request.prompt_ids))
         self.waiting.remove(sample)
         bisect.insort(self.running, sample, key=ORDER)
         return True
+
+    def _fits(self, sample: Sample) -> list[int] | None:
+        """The pages of the longest cached prefix of a waiting sample, if the pool has pages for the rest of it; else
+        None.
+
+        A refused sample is asked about again in every step, so the walk along its prefix is not repeated before it can
+        succeed. Let S be the available pages and the found ones that others hold: sharing a page costs S nothing, since
+        an idle page is available as well. The sample fits when S reaches its pages and one for each running sample. S
+        grows by one with each of the pool's ``gains``, so after a refusal that many are to come first. (By more only
+        where the lost beginning of a prefix is named anew; the sample then waits for pages given back.)
+        """
+        pool = self.pool
+        # Beside its own pages, one must be left for each running sample. Otherwise the next of them that needs a page
+        # would preempt this one, the youngest, right away.
+        wanted = pool.pages_for(len(sample.tokens)) + len(self.running)
+        if wanted - sample.fitting > pool.gains:
+            return None
+        # The page of the last token is left out, or of the first one before a token to score: these must be computed in
+        # any case, since their logits are needed.
+        found: list[int] = []
+        for place in range(sample.first_row // pool.page_size if self.reuse else 0):
+            page = pool.find(sample.page_name(place, self._scaling))
+            if page is None:
+                break
+            found.append(page)
+        supply = pool.available + sum(pool.holders(page) > 0 for page in found)
+        if supply < wanted:
+            sample.fitting = supply - pool.gains
+            return None
+        return found
 
     def _preempt(self, sample: Sample) -> None:
         self.preemptions += 1

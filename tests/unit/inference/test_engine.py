@@ -162,6 +162,31 @@ def test_waiting_requests_are_served_in_their_order():
 # What prompts have in common
 
 
+def test_a_request_that_waits_for_pages_costs_nothing_in_each_step(monkeypatch: pytest.MonkeyPatch):
+    counts = {"find": 0, "share": 0, "give_back": 0}
+    for name in counts:
+
+        def counted(self, *args, name=name, real=getattr(PagePool, name)):
+            counts[name] += 1
+            return real(self, *args)
+
+        monkeypatch.setattr(PagePool, name, counted)
+    engine = Engine(PlainRunner(num_pages=41))
+    first = request(seed=1, prompt=100, new=60)
+    running = engine.submit(first)
+    engine.step()
+    # 12 of its 38 pages are found in the cache; of the 40 in all, the other request leaves 15 and fewer.
+    second = replace(first, prompt_ids=first.prompt_ids[:50] + ids(2, 100), max_new_tokens=10)
+    waiting = engine.submit(second)
+    events: list = []
+    while not any(event.request == running and event.finish_reason for event in events):
+        assert counts["share"] == 0 and counts["give_back"] == 0
+        events += engine.step()
+    assert 0 < counts["find"] <= 3 * 13, "its prefix is walked along in every step"
+    assert [tokens_of(finish(engine)[waiting])] == alone(second)
+    assert counts["share"] == 12
+
+
 def test_a_shared_beginning_is_computed_once():
     runner = PlainRunner()
     engine = Engine(runner)
