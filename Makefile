@@ -58,6 +58,8 @@ demo: $(READY)
 # with more, idle OpenMP threads of one worker spin on the core the other worker needs (measured: ten times slower).
 test test-unit test-parallel-full: export OMP_NUM_THREADS := 1
 test test-unit test-parallel-full: export OMP_WAIT_POLICY := PASSIVE
+# Hundreds of processes import the same files; where this is set, each would compile them again (half a second).
+test test-unit test-parallel-full: export PYTHONDONTWRITEBYTECODE :=
 test: lint operators
 	$(RUN) -m tests.size_report
 	$(RUN) -m pytest tests -m "not full" -n $(WORKERS) --dist loadfile --durations=15 $(PYTEST_ARGS)

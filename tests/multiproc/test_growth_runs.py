@@ -25,6 +25,7 @@ from tests import docs
 from tests.house import ROOT
 from tests.support.docs_workspace import add_checkout, add_packed, add_text
 from tests.support.frameworks import BACKENDS
+from tests.support.launching import one_rank_here
 from tests.support.packed import write_packed
 from tests.support.parity_samples import breaks_schema
 
@@ -235,6 +236,7 @@ def test_the_commands_of_the_page_run(
     add_packed(tmp_path, tmp_path / "corpus")
     add_checkout(tmp_path)
     monkeypatch.chdir(tmp_path)
+    one_rank_here(monkeypatch)
     shorter = ["--set", "train.steps=2", "train.global_batch=2", "train.micro_batch=2", "optim.warmup_steps=0"]
     first = ["train", "--backend", "pt", "--config", "configs/train/telechat2-tiny.yaml", "--out", "runs/first"]
     assert main([*first, *shorter]) == 0

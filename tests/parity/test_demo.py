@@ -14,6 +14,7 @@ from telechat_twins.convert.source import open_model
 from telechat_twins.core.cli import main
 from telechat_twins.core.data.demo_text import write_demo_text
 from telechat_twins.core.train.metrics import read_metrics
+from tests.support.launching import one_rank_here
 from tests.support.parity_samples import breaks_schema
 
 QUESTIONS = ("What is a rotary position?", "为什么要归一化？", "How is a key shared?", "什么是梯度？")
@@ -42,7 +43,8 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
     sample.write_text("".join(f"You answer briefly. {text}\n" for text in texts), encoding="utf-8")
     assert main(["tokenize", "train", str(sample), "--out", str(tokenizer), "--vocab-size", "400"]) == 0
     words = ["--data", str(data), "--tokenizer", str(tokenizer), "--steps", "12", "--out", str(folder / "out")]
-    with contextlib.redirect_stdout(io.StringIO()) as printed:
+    with contextlib.redirect_stdout(io.StringIO()) as printed, pytest.MonkeyPatch.context() as patch:
+        one_rank_here(patch, real=("ms", "pt"))
         code = main(["demo", *words])
     print(printed.getvalue())  # pytest shows it after a failure
     assert code == 0

@@ -22,6 +22,7 @@ from telechat_twins.core.train.metrics import read_metrics
 from tests import docs
 from tests.house import ROOT
 from tests.support.docs_workspace import add_checkout, add_packed, add_release, add_text
+from tests.support.launching import one_rank_here
 
 SHORTER = ("--set", "train.steps=2", "optim.warmup_steps=0", "train.global_batch=2", "train.micro_batch=2")
 RESUMED = ("train.steps=4",)
@@ -81,8 +82,12 @@ def launched(command: docs.Command) -> Iterator[subprocess.Popen[bytes]]:
 
 
 def test_the_commands_run(workspace: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
-    """In the order of the page; the raw launchers, on which nothing builds, beside the commands that follow them."""
+    """In the order of the page; the raw launchers, on which nothing builds, beside the commands that follow them.
+
+    The raw launchers and the layouts start processes; a run of one rank takes place here.
+    """
     monkeypatch.chdir(workspace)
+    one_rank_here(monkeypatch)
     shown = docs.to_run("parity")
     # Pages whose lines need no earlier page.
     alone = {"docs/benchmarks.md", "docs/kernels.md", "docs/convert.md", "docs/records.md"}

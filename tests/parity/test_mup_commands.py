@@ -12,6 +12,7 @@ import yaml
 from tests import docs
 from tests.house import ROOT
 from tests.support.docs_workspace import add_checkout, add_packed, add_text
+from tests.support.launching import one_rank_here
 
 SHORT = ["train.steps=12", "optim.warmup_steps=2", "train.global_batch=2", "train.micro_batch=2", "data.seq_len=32"]
 SMALL = ("--steps", "2", "--widths", "64", "128", "192", "--set", "model.num_layers=1")
@@ -39,6 +40,7 @@ def test_the_commands_of_the_page_run(
     workspace: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(workspace)
+    one_rank_here(monkeypatch, real=("pt",))
     shown = docs.commands(ROOT, "docs/mup.md")
     assert {command.words[2] for command in shown if command.words[:2] == ("tele", "mup")} == {
         "transfer", "check", "search", "predict",
