@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from telechat_twins.core.model.config import ModelConfig
-from telechat_twins.core.model.params import parameter_table
+from telechat_twins.core.model.params import block_table
 
 
 def flops_per_token(config: ModelConfig, seq_len: int, causal: bool = False) -> float:
@@ -14,8 +14,8 @@ def flops_per_token(config: ModelConfig, seq_len: int, causal: bool = False) -> 
     layer forward, times 3; ``causal`` counts only the half below the diagonal. The default counts the full square, the
     convention of published MFU figures, so that figures compare. Recomputation is not counted.
     """
-    head = "embedding" if config.tied_embeddings else "head"
-    matmul = sum(spec.size for spec in parameter_table(config).values() if spec.kind in ("matrix", head))
+    block = sum(spec.size for spec in block_table(config).values() if spec.kind == "matrix")
+    matmul = config.num_layers * block + config.vocab_size * config.hidden_size
     attention = 12.0 * config.num_layers * config.num_heads * config.head_dim * seq_len
     return 6.0 * matmul + (attention / 2 if causal else attention)
 

@@ -1,0 +1,103 @@
+"""Machine files: peaks, memory, links and measured efficiencies of a device and its node, each with its source."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from telechat_twins.core.errors import UserError
+from telechat_twins.core.model.config import CONFIGS
+from telechat_twins.core.near import nearest
+from telechat_twins.core.schema import from_mapping, load_yaml, option
+
+MACHINES = CONFIGS / "machines"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Figure:
+    """A number with its source; the unit is that of the field that holds it."""
+
+    value: float = option(help="the number, in the unit of its field", above=0.0)
+    source: str = option(help="where the number is from: a document, or the command that measured it")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LinkSpec:
+    """A link as one device sees it."""
+
+    bandwidth: Figure = option(help="GB/s that a device sends, in one direction")
+    latency: Figure = option(help="microseconds of one hop of a message")
+    efficiency: Figure = option(help="share of the bandwidth that large collectives reach")
+    call: float = option(0.0, help="microseconds of a collective beyond its hops", min=0.0)
+    message_bandwidth: float | None = option(
+        None, help="GB/s of a message between two devices; default: bandwidth x efficiency", above=0.0
+    )
+    message_latency: float | None = option(
+        None, help="microseconds of a message between two devices; default: latency", min=0.0
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Efficiency:
+    """Shares of the peak that operators reach, by class and shape, and the error of predictions made with them.
+
+    A product [m, k] x [k, n] reaches ``matmul`` m/(m + tile) k/(k + tile) n/(n + tile) of the peak.
+    """
+
+    matmul: float = option(help="share of the peak that a large matrix product reaches", above=0.0, max=1.0)
+    attention: float = option(help="share of the peak that fused attention reaches", above=0.0, max=1.0)
+    memory: float = option(help="share of the memory bandwidth that elementwise operators reach", above=0.0, max=1.0)
+    tile: float = option(help="size of a dimension at which a product reaches half of its share", min=0.0)
+    launch: float = option(help="microseconds between operators", min=0.0)
+    overlap: float = option(1.0, help="share of a transfer that runs beside computation", min=0.0, max=1.0)
+    error: float = option(help="half-width of the interval of a predicted time, as a share", min=0.0, max=0.9)
+    source: str = option(help="the runs that were fitted or the measurements, and the command that repeats it")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Machine:
+    """A cluster of equal nodes. ``shared_cores``: a CPU, whose ranks divide the node's cores among themselves."""
+
+    name: str = option(help="as on the command line")
+    title: str = option(help="the product's name")
+    devices_per_node: int = option(help="devices of a node", min=1, max=4096)
+    peak_bf16: Figure = option(help="TFLOP/s of a device in bf16 and fp16, dense")
+    peak_fp32: Figure = option(help="TFLOP/s of a device in fp32")
+    memory: Figure = option(help="GiB of device memory")
+    memory_bandwidth: Figure = option(help="GB/s of device memory")
+    node: LinkSpec = option(help="links between the devices of a node")
+    cluster: LinkSpec = option(help="links between nodes, of one device")
+    power: Figure = option(help="watts of a device under load, with its share of the node")
+    efficiency: Efficiency = option(help="shares of the peaks that programs reach")
+    shared_cores: bool = option(False, help="a CPU: ranks on a node divide its cores")
+    core_exponent: float = option(1.0, help="a CPU: a rank with c cores is c ** exponent as fast", min=0.0, max=1.0)
+
+    def peak(self, precision: str) -> float:
+        """FLOP/s of a device in the products of a ``precision`` mode of training."""
+        half = precision in ("bf16", "fp16", "amp")
+        return (self.peak_bf16 if half else self.peak_fp32).value * 1e12 / (2.0 if precision == "fp64" else 1.0)
+
+    @property
+    def memory_bytes(self) -> float:
+        """Memory of a device in bytes."""
+        return self.memory.value * 2**30
+
+
+def machine_names() -> list[str]:
+    """Names of the machine files that come with the program."""
+    return sorted(path.stem for path in MACHINES.glob("*.yaml"))
+
+
+def load_machine(name_or_path: str) -> Machine:
+    """The machine of a bundled name (``atlas-800t-a2``) or of a YAML file of that form.
+
+    UserError names the nearest bundled machine for an unknown name, and the key for a value out of range.
+    """
+    path = Path(name_or_path)
+    if path.suffix not in (".yaml", ".yml"):
+        if name_or_path not in machine_names():
+            near = nearest(name_or_path, machine_names(), cutoff=0.4)
+            hint = f"did you mean '{near}'?" if near else f"there are: {', '.join(machine_names())}"
+            raise UserError(f"--machine: no machine '{name_or_path}'; {hint} A file's name ends in .yaml")
+        path = MACHINES / f"{name_or_path}.yaml"
+    return from_mapping(Machine, load_yaml(path), path.name)

@@ -1,0 +1,276 @@
+"""Time of an optimizer step of a layout on a machine.
+
+A micro-batch through a stage costs its operators (operators.py) and the transfers that its ranks wait for; the
+pipeline is played with the lists of actions that the backends execute (pipeline.py); then come gradient sums as far as
+the last backward does not hide them, the update and the gather of weights (gradients.py). Bytes are those of
+core.parallel.traffic.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from telechat_twins.core.model.config import ModelConfig
+from telechat_twins.core.model.flops import flops_per_token
+from telechat_twins.core.parallel.layout import Layout, stage_layers
+from telechat_twins.core.parallel.traffic import (
+    Traffic,
+    ends_bytes,
+    gather_bytes,
+    ring_bytes,
+    tensor_bytes,
+    ulysses_bytes,
+)
+from telechat_twins.core.planner.machine import Machine
+from telechat_twins.core.planner.time.gradients import Tail, held, tail
+from telechat_twins.core.planner.time.operators import Cost, Passes, Rates, Shape, block_passes, ends_passes
+from telechat_twins.core.planner.time.pipeline import Played, play
+from telechat_twins.core.planner.time.transfers import Ways
+from telechat_twins.core.planner.time.work import OURS, Practice, Work
+
+# Collectives of a few host numbers a step: targets, loss, gradient norm (core.train.trainer).
+_AGREEMENTS = 3
+
+
+@dataclass(frozen=True)
+class StepTime:
+    """Forecast of one optimizer step.
+
+    ``seconds`` with its interval ``low`` .. ``high``. ``tflops``: model TFLOP/s of a device by
+    core.model.flops.flops_per_token, without recomputation; ``mfu``: their share of ``peak_tflops``. ``bubble``: share
+    of the pipeline ranks' time spent waiting. ``exposed``: seconds a step that the ranks wait for transfers along tp,
+    cp, pp and dp. ``breakdown``: seconds of the busiest pipeline rank by class of operator, transfer and waiting; they
+    add up to ``seconds``. ``forward`` and ``backward``: seconds of a micro-batch in each global stage, ``message``
+    between two stages, ``tail`` after the pipeline.
+    """
+
+    seconds: float
+    low: float
+    high: float
+    tokens_per_s: float
+    tokens_per_s_per_device: float
+    tflops: float
+    peak_tflops: float
+    mfu: float
+    bubble: float
+    exposed: Mapping[str, float]
+    breakdown: Mapping[str, float]
+    forward: tuple[float, ...]
+    backward: tuple[float, ...]
+    message: float
+    tail: Tail
+
+
+class Stage(NamedTuple):
+    """A micro-batch through one global stage: operators, and seconds of waiting for tp and cp, forward and backward."""
+
+    forward: Cost
+    backward: Cost
+    tp: tuple[float, float]
+    cp: tuple[float, float]
+
+    @property
+    def seconds(self) -> tuple[float, float]:
+        """Forward and backward, with their transfers."""
+        return (
+            self.forward.seconds + self.tp[0] + self.cp[0],
+            self.backward.seconds + self.tp[1] + self.cp[1],
+        )
+
+
+def step_time(model: ModelConfig, layout: Layout, work: Work, machine: Machine, practice: Practice = OURS) -> StepTime:
+    """Time of one step of ``work`` in ``layout`` on ``machine``; the layout must fit the model (check_layout)."""
+    ways = Ways(model, layout, machine)
+    rates = Rates.of(machine, work.precision, layout.world)
+    shape = Shape.of(model, layout, work)
+    stages = stage_costs(model, layout, work, machine, practice, ways, rates, shape)
+    overlap = machine.efficiency.overlap
+    stream = shape.tokens // shape.spread * model.hidden_size * shape.widths.residual
+    message = ways.ways["forward_out"].seconds("send", 1, stream) if layout.pp > 1 else 0.0
+    # The part of a message that does not run beside computation occupies its sender.
+    forward = [stage.seconds[0] for stage in stages]
+    backward = [stage.seconds[1] for stage in stages]
+    blocked = (1.0 - overlap) * message
+    forward = [seconds + blocked * (g < layout.stages - 1) for g, seconds in enumerate(forward)]
+    backward = [seconds + blocked * (g > 0) for g, seconds in enumerate(backward)]
+    pipeline = layout.schedule, layout.pp, layout.virtual, work.micro_batches
+    played = play(*pipeline, forward, backward, overlap * message)
+    tails = [
+        tail(
+            held(model, layout, rank, work.precision, work.by_class),
+            played.last_backward[rank],
+            layout,
+            shape.widths,
+            ways,
+            rates,
+            practice,
+            overlap,
+        )
+        for rank in range(layout.pp)
+    ]
+    return _summed(model, layout, work, machine, ways, stages, played, tails, message, forward, backward)
+
+
+def stage_costs(
+    model: ModelConfig,
+    layout: Layout,
+    work: Work,
+    machine: Machine,
+    practice: Practice,
+    ways: Ways,
+    rates: Rates,
+    shape: Shape,
+) -> list[Stage]:
+    """Costs of a micro-batch in each global stage."""
+    block = block_passes(model, layout, work, rates, practice, shape)
+    ends = ends_passes(model, layout, rates, practice, shape)
+    tp = _halves(ways, _tensor_traffic(model, layout, shape), practice, 1.0 - practice.tp_overlap)
+    cp = _context_wait(model, layout, work, machine, ways, shape, block)
+    again, tp_again, cp_again = _repeated(work, block, tp, cp)
+    kinds: dict[tuple[int, bool, bool], Stage] = {}
+    stages = []
+    for g, layers in enumerate(stage_layers(layout, model)):
+        key = len(layers), g == 0, g == layout.stages - 1
+        if key not in kinds:
+            n, first, last = key
+            positions = shape.tokens
+            meeting = ends_bytes(layout, positions, model.hidden_size, shape.widths, first, last)
+            edge = _halves(ways, meeting, practice, 1.0)
+            forward, backward = block.forward.times(n), block.backward.plus(again).times(n)
+            for name, here in (("first", first), ("last", last)):
+                if here:
+                    forward, backward = forward.plus(ends[name].forward), backward.plus(ends[name].backward)
+            kinds[key] = Stage(
+                forward,
+                backward,
+                (n * tp[0] + edge[0], n * (tp[1] + tp_again) + edge[1]),
+                (n * cp[0], n * (cp[1] + cp_again)),
+            )
+        stages.append(kinds[key])
+    return stages
+
+
+def _repeated(work: Work, block: Passes, tp: tuple[float, float], cp: tuple[float, float]) -> tuple[Cost, float, float]:
+    """What the backward of a block computes again, and the transfers that it repeats."""
+    share = work.recompute_share
+    if work.recompute == "full":
+        return block.forward.times(share), share * tp[0], share * cp[0]
+    if work.recompute == "selective":
+        return block.again.times(share), 0.0, share * cp[0]
+    return Cost(), 0.0, 0.0
+
+
+def _tensor_traffic(model: ModelConfig, layout: Layout, shape: Shape) -> Traffic:
+    """Of both halves of a block, forward and backward."""
+    half = tensor_bytes(layout, shape.tokens * model.hidden_size, shape.widths.compute)
+    return {key: [2 * calls, 2 * payload] for key, (calls, payload) in half.items()}
+
+
+def _halves(ways: Ways, traffic: Traffic, practice: Practice, share: float) -> tuple[float, float]:
+    """Seconds of the forward's and the backward's half of ``traffic``, of which ``share`` is waited for."""
+    total = 0.0
+    for (op, group), (calls, payload) in traffic.items():
+        width = practice.sum_bytes
+        scale = width / 4.0 if width is not None and op in ("all_reduce", "reduce_scatter") else 1.0
+        total += ways.ways[group].seconds(op, calls, scale * payload)
+    return 0.5 * share * total, 0.5 * share * total
+
+
+def _context_wait(
+    model: ModelConfig, layout: Layout, work: Work, machine: Machine, ways: Ways, shape: Shape, block: Passes
+) -> tuple[float, float]:
+    """Seconds that a block waits for context-parallel transfers, forward and backward.
+
+    Ulysses' exchanges hide nothing. In a ring of R ranks, each of R steps attends to one block of keys while the next
+    is on its way; in the backward the sums of the gradients of keys travel along, one step behind, and the last hop
+    waits for nothing else.
+    """
+    if layout.cp == 1:
+        return 0.0, 0.0
+    a = shape.widths.compute
+    places = shape.tokens * model.head_dim
+    exchange = ways.seconds(ulysses_bytes(layout, places, shape.heads, shape.kv_heads, a)) / 2
+    kv = shape.kv_heads if shape.kv_heads % layout.ulysses == 0 else layout.ulysses
+    keys = 2 * shape.tokens * kv * model.head_dim  # of a ring rank: ulysses times the places, 1/ulysses of the heads
+    ring = layout.ring
+    if ring == 1 or work.method == "allgather":
+        meeting = ways.seconds(gather_bytes(ring, keys, a)) / 2
+        return exchange + meeting, exchange + meeting
+    way, overlap = ways.ways["ring"], machine.efficiency.overlap
+    sums = max(a, 4)
+    assert ring_bytes(ring, keys, a)["shift", "ring"][1] == keys * (2 * (ring - 1) * a + ring * sums)
+    hop, home = way.seconds("shift", 1, keys * a), way.seconds("shift", 1, keys * sums)
+    step = block.forward.attention / ring
+    back = block.backward.attention / ring
+    forward = (ring - 1) * _exposed(hop, step, overlap)
+    # Step 0 sends keys only; the sums of step i travel beside step i + 1; the last ones beside nothing.
+    backward = _exposed(hop, back, overlap) + (ring - 2) * _exposed(hop + home, back, overlap)
+    backward += _exposed(home, back, overlap) + home
+    return exchange + forward, exchange + backward
+
+
+def _exposed(transfer: float, computing: float, overlap: float) -> float:
+    """What is left of a transfer that ``overlap`` of it may run beside ``computing`` seconds."""
+    return max(transfer - computing, (1.0 - overlap) * transfer, 0.0)
+
+
+def _summed(
+    model: ModelConfig,
+    layout: Layout,
+    work: Work,
+    machine: Machine,
+    ways: Ways,
+    stages: list[Stage],
+    played: Played,
+    tails: list[Tail],
+    message: float,
+    forward: list[float],
+    backward: list[float],
+) -> StepTime:
+    # The norm of all gradients is where all ranks meet; then each updates and gathers.
+    reduced = max(end + one.reduce for end, one in zip(played.ends, tails, strict=True))
+    after = max(one.update + one.gather for one in tails)
+    agreement = _AGREEMENTS * ways.ways["world"].seconds("all_reduce", 1, 8)
+    seconds = reduced + after + agreement
+    rank = max(range(layout.pp), key=played.busy.__getitem__)
+    mine = range(rank, layout.stages, layout.pp)
+    m = work.micro_batches
+    parts = {
+        name: m * sum(getattr(stages[g].forward, name) + getattr(stages[g].backward, name) for g in mine)
+        for name in Cost._fields
+    }
+    tp, cp = (m * sum(sum(getattr(stages[g], axis)) for g in mine) for axis in ("tp", "cp"))
+    update = max(one.update for one in tails)
+    dp = max(0.0, reduced - played.seconds) + after - update + agreement
+    silent = play(layout.schedule, layout.pp, layout.virtual, m, *_without(stages))
+    exposed = {"tp": tp, "cp": cp, "pp": max(0.0, played.seconds - silent.seconds), "dp": dp}
+    breakdown = {**parts, "optimizer": update, "tp": tp, "cp": cp, "dp": dp}
+    breakdown["pipeline"] = seconds - sum(breakdown.values())
+    tokens = work.tokens(layout.dp)
+    per_device = tokens / seconds / layout.world
+    flops = per_device * flops_per_token(model, work.seq_len)
+    peak, error = machine.peak(work.precision), machine.efficiency.error
+    return StepTime(
+        seconds=seconds,
+        low=seconds * (1.0 - error),
+        high=seconds * (1.0 + error),
+        tokens_per_s=tokens / seconds,
+        tokens_per_s_per_device=per_device,
+        tflops=flops / 1e12,
+        peak_tflops=peak / 1e12,
+        mfu=flops / peak,
+        bubble=played.bubble,
+        exposed=exposed,
+        breakdown=breakdown,
+        forward=tuple(forward),
+        backward=tuple(backward),
+        message=machine.efficiency.overlap * message,
+        tail=max(tails, key=lambda one: one.reduce + one.update + one.gather),
+    )
+
+
+def _without(stages: list[Stage]) -> tuple[list[float], list[float]]:
+    """Seconds of the stages, for messages that take no time."""
+    return [stage.seconds[0] for stage in stages], [stage.seconds[1] for stage in stages]
