@@ -13,6 +13,7 @@ from telechat_twins.core.launch.worker import run_script
 from telechat_twins.core.launch.world import launched_world
 from telechat_twins.core.train.health import TrainingStopped
 from telechat_twins.core.train.loop import train
+from telechat_twins.core.train.run.hooks import OpenHooks
 from telechat_twins.core.train.stages import check_stages
 from telechat_twins.core.train.start import init_override, model_of_run
 from telechat_twins.core.train.stepper import OpenRecorder, Stepper
@@ -43,6 +44,7 @@ def main(
     argv: list[str] | None = None,
     open_initial: OpenInitial | None = None,
     open_recorder: OpenRecorder | None = None,
+    open_hooks: OpenHooks | None = None,
 ) -> int:
     """What a backend's train.py does: parse ``argv``, train, return the exit code.
 
@@ -59,7 +61,7 @@ def main(
         )
         check_stages(config, launched_world()[1])
         try:
-            result = train(stepper_factory, config, out, args.resume, open_initial, open_recorder)
+            result = train(stepper_factory, config, out, args.resume, open_initial, open_recorder, open_hooks)
         except TrainingStopped as stop:
             raise SystemExit(str(stop)) from None
         return 0 if result.interrupted_by is None else 128 + result.interrupted_by

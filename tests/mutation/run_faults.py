@@ -14,9 +14,11 @@ from telechat_twins.core.config import OptimConfig
 from telechat_twins.core.data.blend import Blend
 from telechat_twins.core.model import growth, growth_mask, masks
 from telechat_twins.core.model.growth_mask import GrowthMask
-from telechat_twins.core.train import loop, recipe, trainer
+from telechat_twins.core.train import recipe, trainer
 from telechat_twins.core.train.health import Health
 from telechat_twins.core.train.preference import PairObjective
+from telechat_twins.core.train.run import state as run_state
+from telechat_twins.core.train.run import step as run_step
 from tests.mutation.fault import FORWARD, Change, fault
 from tests.parity import test_optimizer_trace
 
@@ -117,13 +119,13 @@ def batches_overlap_by_one(backend: str) -> Changes:
 
 def _load(wrong: Callable[[Any, Any], None]) -> Changes:
     """``wrong(run, checkpoint)`` after a run has been loaded."""
-    real = loop._Run.load
+    real = run_state.Run.load
 
     def load_run(self: Any, checkpoint: Any) -> None:
         real(self, checkpoint)
         wrong(self, checkpoint)
 
-    yield loop._Run, "load", load_run
+    yield run_state.Run, "load", load_run
 
 
 def _state(backend: str, wrong: Callable[..., Any]) -> Changes:
@@ -192,8 +194,8 @@ def tokens_counted_anew(backend: str) -> Changes:
 @fault("resume", "resume plain", "rows|tensors")
 def schedule_begins_again(backend: str) -> Changes:
     """A resumed run warms up from its own first step."""
-    real = loop.rate_at
-    yield loop, "rate_at", lambda config, step, *rest: real(config, step - 3, *rest)
+    real = run_step.rate_at
+    yield run_step, "rate_at", lambda config, step, *rest: real(config, step - 3, *rest)
 
 
 @fault("resume", "resume plain", "run's state")
@@ -332,8 +334,8 @@ def mask_one_step_ahead(backend: str) -> Changes:
 @fault("growth", "growth run", "mask|rate")
 def warm_up_after_growth_missed(backend: str) -> Changes:
     """The rate goes on as if nothing had grown."""
-    real = loop.rate_at
-    yield loop, "rate_at", lambda config, step, grown_at=None: real(config, step)
+    real = run_step.rate_at
+    yield run_step, "rate_at", lambda config, step, grown_at=None: real(config, step)
 
 
 @fault("growth", "growth run", "tensors|moments")

@@ -12,6 +12,8 @@ from telechat_twins.core.checkpoint.read import open_checkpoint
 from telechat_twins.core.model.growth import Growth, sizes_of
 from telechat_twins.core.train import loop, records
 from telechat_twins.core.train.metrics import read_metrics
+from telechat_twins.core.train.run import state as run_state
+from telechat_twins.core.train.run.hooks import Hook
 from tests.support.numpy_stepper import SEQ_LEN, MemoryBlend, NumpyStepper, run_config
 
 
@@ -88,7 +90,7 @@ def test_a_grown_model_warms_up_again_from_the_step_it_grew_at(tmp_path, monkeyp
     sizes = sizes_of(run_config().model)
     grown = Growth(method="zero", step=5, optimizer_steps=5, seed=0, before=sizes, after=sizes, layers=(0,))
     older = dataclasses.replace(grown, step=1)
-    monkeypatch.setattr(loop, "read_history", lambda model, where: (older, grown))
+    monkeypatch.setattr(run_state, "read_history", lambda model, where: (older, grown))
     loop.train(NumpyStepper, run_config(train__steps=12, optim=optim), tmp_path, resume="auto")
     rates = [row["lr"] for row in read_metrics(tmp_path)]
     assert rates[:7] == before
@@ -100,3 +102,37 @@ def test_a_grown_model_warms_up_again_from_the_step_it_grew_at(tmp_path, monkeyp
         warm = min(1.0, (step - 5 + 1) / 4)
         whole = cosine(0.04, step - 2, 10) if restart is None else cosine(restart, max(0, step - 9), 3)
         assert rates[step] == pytest.approx(warm * whole, rel=1e-14), step
+
+
+class Watcher(Hook):
+    """Notes what it is called with."""
+
+    def __init__(self) -> None:
+        self.seen: list[tuple[str, int, object]] = []
+
+    def before_step(self, step):
+        self.seen.append(("before", step, None))
+
+    def after_step(self, row, saves, note):
+        row["extra"] = row["step"] / 2
+        self.seen.append(("after", row["step"], saves))
+
+    def at_checkpoint(self, step, folder, note):
+        self.seen.append(("checkpoint", step, (folder / "manifest.json").is_file()))
+
+    def close(self):
+        self.seen.append(("close", 0, None))
+
+
+def test_a_hook_takes_part_in_every_step_and_checkpoint(tmp_path):
+    hook = Watcher()
+    config = run_config(train__steps=5, checkpoint={"every": 2})
+    loop.train(NumpyStepper, config, tmp_path, open_hooks=lambda config, out, stepper: [hook])
+    after = [("before", n, None) for n in range(1, 6)]
+    saved = {2: True, 4: True, 5: True}
+    expected = []
+    for step in range(1, 6):
+        expected += [after[step - 1], ("after", step, step in saved)]
+        expected += [("checkpoint", step, True)] if step in saved else []
+    assert hook.seen == [*expected, ("close", 0, None)]
+    assert [row["extra"] for row in read_metrics(tmp_path)] == [n / 2 for n in range(1, 6)]
