@@ -17,6 +17,7 @@ from telechat_twins.core.commands.options import (
     add_adapter_argument,
     add_model_arguments,
     add_sampling_arguments,
+    given_sampling,
     load_model,
     sampling_from,
 )
@@ -57,7 +58,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_adapter_argument(parser)
     parser.add_argument("--system", metavar="TEXT", help="system prompt (default: the template's own)")
     parser.add_argument(
-        "--max-new-tokens", type=int, metavar="N", help="tokens of an answer (a quarter of max_seqlen, at most 1024)"
+        "--max-new-tokens",
+        type=int,
+        metavar="N",
+        help="tokens of an answer (default: as --generation-config, or a quarter of max_seqlen, at most 1024)",
     )
     add_sampling_arguments(parser)
 
@@ -66,15 +70,17 @@ def run(args: argparse.Namespace) -> int:
     """Run a conversation until /exit or the end of input. Answers go to stdout, everything else to stderr."""
     from telechat_twins.core.inference.chat import Chat, default_answer_length
 
-    sampling = sampling_from(args)
+    given_sampling(args)  # before the weights are verified
     model = load_model(args, "chat", {} if args.adapter is None else {"": args.adapter})
+    sampling = sampling_from(args, model.settings)
     if args.max_new_tokens is None:
-        args.max_new_tokens = default_answer_length(model.config)
+        args.max_new_tokens = default_answer_length(model.config, model.settings)
     chat = Chat(
         model.engine(model.config.max_seqlen),
         system=args.system,
         sampling=sampling,
         max_new_tokens=args.max_new_tokens,
+        stops=model.settings.stops,
         add_bos=args.add_bos,
         layout=model.layout,
         adapter=len(model.adapters),

@@ -18,6 +18,7 @@ from telechat_twins.core.commands.options import (
     add_adapter_argument,
     add_model_arguments,
     add_sampling_arguments,
+    given_sampling,
     load_model,
     sampling_from,
 )
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
     from telechat_twins.core.inference.sampling import SamplingConfig
     from telechat_twins.core.parallel.layout import Layout
 
+DEFAULT_NEW = 128  # tokens
 MAX_PROMPT_BYTES = 1 << 22  # about a million tokens
 
 EPILOG = """\
@@ -65,7 +67,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="F",
         help="rejection sampling: files of dialogue rows, whose last answer is sampled anew, or a question a line",
     )
-    parser.add_argument("--max-new-tokens", type=int, default=128, metavar="N", help="tokens to generate at most (128)")
+    parser.add_argument(
+        "--max-new-tokens",
+        type=int,
+        metavar="N",
+        help="tokens to generate at most (default: as --generation-config, or 128)",
+    )
     parser.add_argument("--chat", action="store_true", help="wrap the prompt as a user's question in the chat template")
     parser.add_argument(
         "--allow-control", action="store_true", help="encode names of control tokens, e.g. <_user>, as these tokens"
@@ -136,12 +143,11 @@ def run(args: argparse.Namespace) -> int:
     from telechat_twins.core.inference.requests import check_request
     from telechat_twins.core.parallel.layout import check_layout
 
-    sampling = sampling_from(args)
-    if args.samples > 1 and sampling.greedy:
-        raise UserError("--samples: several need --temperature, since greedy answers are equal; e.g. --temperature 0.7")
+    # Before the weights are verified; without a temperature, the model's settings may draw.
+    _check_samples(args, given_sampling(args).get("temperature") == 0)
     _check_mode(args)
     if args.prompts:
-        return _reject(args, sampling)
+        return _reject(args)
     layout = _layout(args)
     ids = None if args.ids is None else parse_ids(args.ids)
     if ids is not None and (args.chat or args.allow_control):
@@ -149,13 +155,14 @@ def run(args: argparse.Namespace) -> int:
     text = _prompt_text(args) if ids is None else ""
     adapters = {} if args.adapter is None else {"": args.adapter}
     model = load_model(args, None if ids is not None else "a text prompt", adapters)
+    sampling = _sampling(args, model)
     check_layout(layout, model.config)
     if ids is None:
         assert model.tokenizer is not None  # load_model refuses a text prompt without one
         ids = _encode(model, text, args)
     if args.add_bos and not (args.chat and ids[:1] == [model.config.bos_token_id]):
         ids = [model.config.bos_token_id, *ids]
-
+    _default_length(args, model, len(ids))
     request = _request(args, model, ids, sampling)
     has_text = model.tokenizer is not None
     check_request(request, model.config.num_tokens, has_text)  # before weights are read
@@ -187,6 +194,25 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
+def _sampling(args: argparse.Namespace, model: Loaded) -> SamplingConfig:
+    """The sampling of the options and the model's settings; UserError for several samples that would be equal."""
+    sampling = sampling_from(args, model.settings)
+    args.stop = args.stop or list(model.settings.stops if model.tokenizer else ())
+    _check_samples(args, sampling.greedy)
+    return sampling
+
+
+def _check_samples(args: argparse.Namespace, greedy: bool) -> None:
+    if args.samples > 1 and greedy:
+        raise UserError("--samples: several need --temperature, since greedy answers are equal; e.g. --temperature 0.7")
+
+
+def _default_length(args: argparse.Namespace, model: Loaded, prompt: int) -> None:
+    """Set --max-new-tokens where it is not given, for a prompt of ``prompt`` tokens."""
+    if args.max_new_tokens is None:
+        args.max_new_tokens = model.settings.new_tokens(prompt, DEFAULT_NEW, model.config.training_seqlen)
+
+
 _ONLY_PROMPTS = ["score", "out", "keep", "preference_out", "min_score", "keep_cut"]
 _ONLY_PROMPTS += ["encoding", "ignore_key", "kind", "reasoning"]
 _NOT_PROMPTS = ["allow_control", "ignore_eos", "logprobs", "prompt_logprobs", "layout", "nproc", "json"]
@@ -202,7 +228,7 @@ def _check_mode(args: argparse.Namespace) -> None:
         return name and name.replace("_", "-")
 
     least = 1 if args.prompt_logprobs is None else 0
-    if args.max_new_tokens < least:
+    if args.max_new_tokens is not None and args.max_new_tokens < least:
         raise UserError(f"--max-new-tokens: must be at least {least}, found {args.max_new_tokens}")
     if not args.prompts:
         if name := given(_ONLY_PROMPTS):
@@ -221,7 +247,7 @@ def _check_mode(args: argparse.Namespace) -> None:
         raise UserError(f"--preference-out: must not be the file of --out, {args.out}; give another")
 
 
-def _reject(args: argparse.Namespace, sampling: SamplingConfig) -> int:
+def _reject(args: argparse.Namespace) -> int:
     """Rejection sampling of every prompt of the files; prints the summary."""
     from telechat_twins.core.data.chat_layout import require_layout
     from telechat_twins.core.files.atomic import writable_file
@@ -241,6 +267,7 @@ def _reject(args: argparse.Namespace, sampling: SamplingConfig) -> int:
             writable_file(path, option)
     model = load_model(args, "a text prompt", {} if args.adapter is None else {"": args.adapter})
     assert model.tokenizer is not None  # load_model refuses a text prompt without one
+    sampling = _sampling(args, model)
     layout = require_layout(model.tokenizer, model.layout)
     encode = prompt_encoder(layout, model.config.bos_token_id if args.add_bos else None)
 
@@ -249,6 +276,7 @@ def _reject(args: argparse.Namespace, sampling: SamplingConfig) -> int:
         return read_prompts(args.prompts, reading, args.encoding or UTF8)
 
     found = survey(prompts(), encode)
+    _default_length(args, model, len(found.longest))
     template = Request(
         prompt_ids=tuple(found.longest),
         max_new_tokens=args.max_new_tokens,

@@ -12,11 +12,13 @@ from typing import TYPE_CHECKING
 from telechat_twins.core import backends
 from telechat_twins.core.data.control import CONTROL_CHOICES
 from telechat_twins.core.errors import UserError
+from telechat_twins.core.inference.decoding.settings import Settings
 from telechat_twins.core.inference.sampling import SamplingConfig, sampling_config
 from telechat_twins.core.model.config import PRECISIONS
 from telechat_twins.core.model.quantize import QUANTIZATIONS
 from telechat_twins.core.parallel.layout import Layout, parse_layout
 from telechat_twins.core.shown import printable
+from telechat_twins.core.types import JsonObject
 
 TEMPLATE_HELP = "auto: the folder's own chat template if it has one; builtin: TeleChat2's; or a file with a template"
 
@@ -36,6 +38,12 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         help="rotary base beyond the trained length: fixed for a request, or recomputed each step as released",
     )
     parser.add_argument("--add-bos", action="store_true", help="begin with <_start>, as in the 115B release's chat")
+    parser.add_argument(
+        "--generation-config",
+        default="auto",
+        metavar="auto|none|FILE",
+        help="defaults of sampling and length: those of the model's generation_config.json (auto), none, or a file's",
+    )
 
 
 def add_checkpoint_arguments(parser: argparse.ArgumentParser) -> None:
@@ -61,8 +69,13 @@ def add_checkpoint_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
-    """Options of sampling; greedy unless a temperature is given."""
-    parser.add_argument("--temperature", type=float, metavar="T", help="above 0 draws tokens (default 0: greedy)")
+    """Options of sampling; greedy unless a temperature is given, or the model's generation_config.json draws."""
+    parser.add_argument(
+        "--temperature",
+        type=float,
+        metavar="T",
+        help="above 0 draws tokens (default: as --generation-config, or greedy)",
+    )
     parser.add_argument("--top-k", type=int, metavar="K", help="draw from the K likeliest tokens")
     parser.add_argument(
         "--top-p", type=float, metavar="P", help="draw from the likeliest tokens with this total probability"
@@ -70,7 +83,7 @@ def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--min-p", type=float, metavar="P", help="draw from tokens at least P times as likely as the likeliest"
     )
-    parser.add_argument("--repetition-penalty", type=float, default=1.0, metavar="R", help="above 1: less repetition")
+    parser.add_argument("--repetition-penalty", type=float, metavar="R", help="above 1: less repetition")
     parser.add_argument(
         "--presence-penalty",
         type=float,
@@ -82,26 +95,45 @@ def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
         "--frequency-penalty", type=float, default=0.0, metavar="R", help="the same, once for each occurrence"
     )
     parser.add_argument("--seed", type=int, default=0, help="seed of the random draws (0)")
-    parser.add_argument("--greedy", action="store_true", help="take the likeliest token (the default)")
+    parser.add_argument("--greedy", action="store_true", help="take the likeliest token")
 
 
-def sampling_from(args: argparse.Namespace) -> SamplingConfig:
-    """The SamplingConfig of the options; UserError where they contradict each other."""
+def given_sampling(args: argparse.Namespace) -> JsonObject:
+    """The fields of SamplingConfig that the options set; UserError where they contradict each other or are out of
+    range."""
     if args.greedy and args.temperature:
         raise UserError(f"--greedy: cannot be combined with --temperature {args.temperature}; give one of them")
-    drawing = {"top_k": args.top_k, "top_p": args.top_p, "min_p": args.min_p}
-    given = {name: value for name, value in drawing.items() if value is not None}
-    if given and (args.greedy or args.temperature is None):
-        name = next(iter(given)).replace("_", "-")
-        raise UserError(f"--{name}: needs --temperature, since it has no effect on greedy decoding; add e.g. 0.7")
-    return sampling_config(
-        temperature=args.temperature or 0.0,
-        repetition_penalty=args.repetition_penalty,
-        presence_penalty=args.presence_penalty,
-        frequency_penalty=args.frequency_penalty,
-        seed=args.seed,
-        **given,
-    )
+    names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+    given = {name: value for name in names if (value := getattr(args, name)) is not None}
+    if args.greedy:
+        given["temperature"] = 0.0
+    given |= {name: getattr(args, name) for name in ("presence_penalty", "frequency_penalty", "seed")}
+    sampling_config(**given)
+    return given
+
+
+def sampling_from(args: argparse.Namespace, settings: Settings) -> SamplingConfig:
+    """The SamplingConfig of the options and, where they are silent, of the model's settings; what is taken from these
+    is noted on stderr. UserError as ``given_sampling``, and for an option without effect on greedy decoding.
+
+    ``args`` then holds what was taken, for the records of a run.
+    """
+    given = given_sampling(args)
+    config = settings.resolve(given, draws=False)
+    idle = [name for name in ("top_k", "top_p", "min_p") if config.greedy and name in given]
+    if idle and (args.greedy or args.temperature is None):
+        raise UserError(
+            f"--{idle[0].replace('_', '-')}: needs --temperature, since it has no effect on greedy decoding; add e.g. "
+            "0.7"
+        )
+    said = {**given, **{name: True for name in ("max_new_tokens", "stop") if getattr(args, name, None)}}
+    for note in settings.note(said, draws=False):
+        print(f"note: {printable(note)}", file=sys.stderr)
+    for name in ("temperature", *settings.sampling):
+        if getattr(args, name) is None and getattr(config, name) != getattr(SamplingConfig(), name):
+            setattr(args, name, getattr(config, name))
+    args.repetition_penalty = config.repetition_penalty
+    return config
 
 
 def read_layout(text: str | None, nproc: int | None, timeout: float | None) -> Layout:

@@ -15,6 +15,7 @@ from telechat_twins.core.backends import install_command
 from telechat_twins.core.commands.options import add_model_arguments, load_model
 from telechat_twins.core.errors import UserError
 from telechat_twins.core.inference.load import Loaded
+from telechat_twins.core.shown import printable
 
 if TYPE_CHECKING:
     from telechat_twins.core.inference.engine import Engine, EngineLimits
@@ -106,6 +107,8 @@ def run(args: argparse.Namespace) -> int:
         listening = opened.getsockname()[0]
         hosts = allowed_hosts(listening, args.host, args.allowed_host)
         model = load_model(args, "tele serve", adapters)
+        for note in model.settings.note({}, draws=True):
+            print(f"note: {printable(note)}", file=sys.stderr)
         pages, engine_limits = cache_sizes(args, model.config)
         print(f"loading {args.checkpoint}", file=sys.stderr, flush=True)
         engine = model.engine_with(pages, engine_limits, reuse=not args.no_prompt_reuse)
@@ -227,6 +230,7 @@ def served_model(args: argparse.Namespace, model: Loaded, engine: Engine) -> Ser
         add_bos=args.add_bos,
         layout=model.layout,
         adapters=tuple(model.adapters),
+        settings=model.settings,
     )
 
 

@@ -17,16 +17,18 @@ from telechat_twins.core.data.control import USER
 from telechat_twins.core.data.tokenizer import check_vocabulary, load_tokenizer
 from telechat_twins.core.data.vocabulary import fit_vocabulary
 from telechat_twins.core.errors import UserError
+from telechat_twins.core.inference.decoding.settings import AUTO, Settings, find_settings
 from telechat_twins.core.inference.engine import Engine
 from telechat_twins.core.inference.generation import answer, turn_stops
 from telechat_twins.core.inference.pages import pool_size
 from telechat_twins.core.inference.requests import Event, Request
 from telechat_twins.core.inference.runner import Runner
-from telechat_twins.core.inference.sampling import SamplingConfig, sampling_config
+from telechat_twins.core.inference.sampling import SamplingConfig
 from telechat_twins.core.inference.tool_calls import AnswerPart, ToolCall, ToolCallStream
 from telechat_twins.core.model.config import ModelConfig
 from telechat_twins.core.model.quantize import quantizing
 from telechat_twins.core.model.xpos_range import say_xpos_range
+from telechat_twins.core.shown import printable
 from telechat_twins.core.types import JsonObject
 
 Message = JsonObject
@@ -51,10 +53,12 @@ class Chat:
         cut_question: bool = False,
         layout: ChatLayout | None = None,
         adapter: int = 0,
+        stops: Sequence[str] = (),
     ) -> None:
         """``layout`` None: TeleChat2's, for a tokenizer that can hold it. ``system`` None: the template's default.
         ``max_new_tokens`` None: a quarter of max_seqlen, at most 1024. ``cut_question``: a question that is too long by
-        itself loses its beginning, as in the release; otherwise it is an error. ``adapter`` as in Request.
+        itself loses its beginning, as in the release; otherwise it is an error. ``adapter`` as in Request; ``stops``:
+        strings that end an answer.
 
         UserError when the tokenizer does not fit the model or the layout, or the budget is below 3 tokens.
         """
@@ -69,7 +73,7 @@ class Chat:
         self.max_new_tokens = default_answer_length(self.config) if max_new_tokens is None else max_new_tokens
         self.add_bos, self.cut_question, self.adapter = add_bos, cut_question, adapter
         self.history: list[Message] = []
-        self.stop_ids = turn_stops(self.tokenizer, self.config)
+        self.stop_ids, self._stops = turn_stops(self.tokenizer, self.config), tuple(stops)
         self.finish_reason: str | None = None
         self.calls: list[ToolCall] = []
         self._stopped = False
@@ -120,6 +124,7 @@ class Chat:
             max_new_tokens=self.max_new_tokens,
             sampling=self.sampling,
             stop_ids=self.stop_ids,
+            stop_texts=self._stops,
             text="tools" if self.tools else "answer",
             adapter=self.adapter,
         )
@@ -226,6 +231,9 @@ class ChatModel:
         self.layout, notes = open_layout(self.tokenizer, folders=beside)
         for note in notes:
             print(f"note: {note}", file=sys.stderr)
+        self.settings = find_settings(AUTO, source.assets, self.config)
+        for note in self.settings.note({}, draws=False):
+            print(f"note: {printable(note)}", file=sys.stderr)
         say_xpos_range(self.config, precision, self.config.max_seqlen)
         get = quantizing(self.config, source.tensor) if quantize == "int8" else source.tensor
         self.engine = Engine(
@@ -249,19 +257,24 @@ class ChatModel:
         begin with a system message. The returned history is a new list that ends with this question and its answer,
         which grows while streaming; tool calls are in it as "tool_calls". The prompt is built as by ``tele chat``: chat
         template, oldest turns left out when it is full. As in the release, a question that is too long by itself loses
-        its beginning (noted on stderr). ``sampling``: fields of core.inference.sampling.SamplingConfig; greedy by
-        default.
+        its beginning (noted on stderr). ``sampling``: fields of core.inference.sampling.SamplingConfig; those left out,
+        and ``max_new_tokens``, are as in the model's generation_config.json, else greedy.
 
         UserError for an empty question, an invalid message or option, and when ``max_new_tokens`` leaves less than 3
         tokens for the prompt.
         """
+        if max_new_tokens is None:
+            max_new_tokens = default_answer_length(self.config, self.settings)
         before = [dict(message) for message in history or ()]
         system = before[0]["content"] if before and before[0].get("role") == "system" else None
         talk = Chat(
             self.engine,
             system=system,
-            sampling=sampling_config(**sampling),
-            max_new_tokens=max_new_tokens,
+            sampling=self.settings.resolve(sampling, draws=False),
+            max_new_tokens=default_answer_length(self.config, self.settings)
+            if max_new_tokens is None
+            else max_new_tokens,
+            stops=self.settings.stops,
             add_bos=add_bos,
             tools=tools,
             cut_question=True,
@@ -308,6 +321,9 @@ def _last_question(turns: Sequence[Message]) -> int:
     return next((n for n, turn in enumerate(reversed(turns), 1) if turn["role"] == "user"), 0)
 
 
-def default_answer_length(config: ModelConfig) -> int:
-    """Default length of a chat answer in tokens: a quarter of max_seqlen, between 1 and 1024."""
+def default_answer_length(config: ModelConfig, settings: Settings | None = None) -> int:
+    """Default length of a chat answer in tokens: max_new_tokens of ``settings``, at most half of max_seqlen, so that a
+    conversation has room; else a quarter of max_seqlen, between 1 and 1024."""
+    if settings is not None and settings.max_new_tokens is not None:
+        return max(1, min(settings.max_new_tokens, config.max_seqlen // 2))
     return max(1, min(1024, config.max_seqlen // 4))

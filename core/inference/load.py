@@ -14,6 +14,7 @@ from telechat_twins.core.checkpoint.adapter import Adapter
 from telechat_twins.core.checkpoint.source import WeightSource
 from telechat_twins.core.errors import UserError
 from telechat_twins.core.inference.adapters import pair_reader
+from telechat_twins.core.inference.decoding.settings import NONE, Settings, find_settings
 from telechat_twins.core.inference.pages import pool_size
 from telechat_twins.core.model.config import ModelConfig
 from telechat_twins.core.model.quantize import quantizing
@@ -38,6 +39,7 @@ class Loaded:
     tokenizer: Tokenizer | None
     layout: ChatLayout | None = None  # of chats; None without a tokenizer, or for one that cannot hold a dialogue
     adapters: dict[str, Adapter] = dataclasses.field(default_factory=dict)
+    settings: Settings = dataclasses.field(default_factory=Settings)  # of the release, as --generation-config chooses
 
     def engine(self, max_len: int, samples: int = 1) -> Engine:
         """An engine on the backend, with the weights loaded and a cache for ``samples`` sequences of ``max_len``."""
@@ -102,7 +104,9 @@ def load_model(
             layout, notes = open_layout(tokenizer, args.chat_template, [Path(args.checkpoint)])
             for note in notes:
                 print(f"note: {printable(note)}", file=sys.stderr)
-    return Loaded(args, source, config, tokenizer, layout)
+    # Evaluations have their own settings and no such option.
+    settings = find_settings(getattr(args, "generation_config", NONE), source.assets, config)
+    return Loaded(args, source, config, tokenizer, layout, settings=settings)
 
 
 def without_padding(config: ModelConfig, path: str | Path | None, own: bool) -> ModelConfig:

@@ -13,6 +13,7 @@ from fastapi.responses import HTMLResponse, PlainTextResponse, Response
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp
 
+from telechat_twins.core.inference.decoding.settings import SAMPLING
 from telechat_twins.core.serve.chat import read_chat
 from telechat_twins.core.serve.completions import read_completion
 from telechat_twins.core.serve.errors import ApiError, shown
@@ -153,13 +154,16 @@ def check_key(request: Request, tenants: Mapping[bytes, str]) -> str:
 
 def model_card(served: Served, name: str) -> JsonObject:
     """Description in ``/v1/models`` of the model under one of its names; ``max_model_len``, from which clients learn
-    the context, and an adapter's ``parent`` as in vLLM."""
+    the context, and an adapter's ``parent`` as in vLLM. ``default_sampling``: of a request without sampling
+    options; the page shows it."""
+    sampling = served.settings.resolve({}, draws=True)
     return {
         "id": name,
         "object": "model",
         "created": served.created,
         "owned_by": "tele serve",
         "max_model_len": served.context,
+        "default_sampling": {name: getattr(sampling, name) for name in SAMPLING},
         **({} if name == served.name else {"parent": served.name}),
     }
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
 from telechat_twins.core.inference.chat import default_answer_length
+from telechat_twins.core.inference.decoding.settings import Settings
 from telechat_twins.core.inference.requests import MAX_BIAS, MAX_SAMPLES, Event, Request
-from telechat_twins.core.inference.sampling import SamplingConfig, sampling_config
+from telechat_twins.core.inference.sampling import SamplingConfig
 from telechat_twins.core.model.config import ModelConfig
 from telechat_twins.core.serve.errors import ApiError, shown
 from telechat_twins.core.serve.fields import Fields
@@ -42,7 +43,8 @@ IGNORED: dict[str, type] = {
 @dataclass(frozen=True, kw_only=True)
 class Served:
     """The served model and its limits in tokens: ``context`` of prompt and answer together, ``max_prompt`` and
-    ``max_new`` of each. ``adapters``: names of the adapters that the model is offered with."""
+    ``max_new`` of each. ``adapters``: names of the adapters that the model is offered with. ``settings``: defaults of
+    requests, from the model's generation_config.json."""
 
     name: str
     config: ModelConfig
@@ -55,6 +57,7 @@ class Served:
     add_bos: bool = False
     layout: ChatLayout | None = None  # None: the model holds no dialogues
     adapters: tuple[str, ...] = ()
+    settings: Settings = field(default_factory=Settings)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -143,23 +146,24 @@ def read_stream(fields: Fields) -> tuple[bool, bool]:
     return stream, include
 
 
-def read_sampling(fields: Fields) -> SamplingConfig:
-    """The sampling options. The defaults are the OpenAI API's: temperature 1 and a random seed."""
+def read_sampling(fields: Fields, settings: Settings) -> SamplingConfig:
+    """The sampling options. What a request leaves out is as in the model's ``settings``, else the OpenAI API's default:
+    temperature 1. The seed is random by default."""
     seed, top_k = fields.integer("seed", -SEEDS, 2 * SEEDS - 1), fields.integer("top_k", -1, None)
-    given: dict[str, float | None] = {
+    found: dict[str, float | None] = {
         "temperature": fields.number("temperature", 0.0, 2.0),
         "top_p": fields.number("top_p", 0.0, 1.0),
         "min_p": fields.number("min_p", 0.0, 1.0),
         "repetition_penalty": fields.number("repetition_penalty", 0.01, 100.0),
         "presence_penalty": fields.number("presence_penalty", -2.0, 2.0),
         "frequency_penalty": fields.number("frequency_penalty", -2.0, 2.0),
+        "top_k": None if top_k is None else max(top_k, 0),
     }
-    values = {"temperature": 1.0, **{name: value for name, value in given.items() if value is not None}}
-    # The OpenAI API allows top_p 0, which keeps the likeliest token only; any small share does the same.
-    values["top_p"] = max(values.get("top_p", 1.0), 1e-9)
-    return sampling_config(
-        **values, top_k=max(top_k or 0, 0), seed=secrets.randbits(63) if seed is None else seed % (2 * SEEDS)
-    )
+    given: JsonObject = {name: value for name, value in found.items() if value is not None}
+    if "top_p" in given:  # the OpenAI API allows 0, which keeps the likeliest token only; any small share does the same
+        given["top_p"] = max(given["top_p"], 1e-9)
+    given["seed"] = secrets.randbits(63) if seed is None else seed % (2 * SEEDS)
+    return settings.resolve(given, draws=True)
 
 
 def read_ignored(fields: Fields) -> None:
@@ -168,11 +172,11 @@ def read_ignored(fields: Fields) -> None:
         {str: fields.text, bool: fields.boolean, dict: fields.object}[kind](name)
 
 
-def read_stops(fields: Fields) -> tuple[str, ...]:
-    """The stop strings: none, one or several."""
+def read_stops(fields: Fields, settings: Settings) -> tuple[str, ...]:
+    """The stop strings: none, one or several; by default those of the model's ``settings``."""
     found = fields.any("stop")
     if found is None:
-        return ()
+        return settings.stops
     stops = [found] if isinstance(found, str) else found
     if not isinstance(stops, list) or not all(isinstance(stop, str) for stop in stops):
         fields.refuse("stop", f"expected a string or a list of strings, found {shown(found)}", "invalid_type")
@@ -216,7 +220,8 @@ def room(served: Served, prompts: Sequence[Sequence[int]], asked: int | None, de
     """Token limit of each answer: ``asked``, or else ``default`` as far as it fits.
 
     ``default`` None: what the prompt leaves of the trained length, since a request's total length decides the rotary
-    scaling; for a prompt beyond the trained length, the default of ``tele chat``. ApiError 400, in the OpenAI API's
+    scaling; for a prompt beyond the trained length, the default of ``tele chat``. The model's settings come before
+    ``default``. ApiError 400, in the OpenAI API's
     wording, when a prompt or the requested tokens do not fit the context.
     """
     longest = max(map(len, prompts))
@@ -230,8 +235,10 @@ def room(served: Served, prompts: Sequence[Sequence[int]], asked: int | None, de
         )
     free = min(served.context - longest, served.max_new)
     if asked is None:
-        within = served.config.training_seqlen - longest
-        return min(free, default or (within if within > 0 else default_answer_length(served.config)))
+        trained = served.config.training_seqlen
+        within = trained - longest
+        fits = default or (within if within > 0 else default_answer_length(served.config))
+        return min(free, served.settings.new_tokens(longest, fits, trained))
     if longest + asked > served.context:
         raise ApiError(
             400,

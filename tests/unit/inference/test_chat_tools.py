@@ -175,6 +175,7 @@ class Source:
     """A model without weights."""
 
     tokenizer_path = tiny_tokenizer_path()
+    assets = ()
 
     def __init__(self, config=CONFIG):
         self.config = config

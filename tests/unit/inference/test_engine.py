@@ -164,13 +164,18 @@ def test_waiting_requests_are_served_in_their_order():
 
 def test_a_request_that_waits_for_pages_costs_nothing_in_each_step(monkeypatch: pytest.MonkeyPatch):
     counts = {"find": 0, "share": 0, "give_back": 0}
-    for name in counts:
 
-        def counted(self, *args, name=name, real=getattr(PagePool, name)):
+    def count(name: str) -> None:
+        real = getattr(PagePool, name)
+
+        def counted(*args):
             counts[name] += 1
-            return real(self, *args)
+            return real(*args)
 
         monkeypatch.setattr(PagePool, name, counted)
+
+    for name in counts:
+        count(name)
     engine = Engine(PlainRunner(num_pages=41))
     first = request(seed=1, prompt=100, new=60)
     running = engine.submit(first)

@@ -323,7 +323,7 @@ REJECT = ["--prompts", "rows.jsonl", "--score", "python:judge.py:score", "--out"
         ([*REJECT, "--json"], "--json: cannot be combined with --prompts"),
         ([*REJECT, "--layout", "tp2"], "--layout: cannot be combined with --prompts"),
         ([*REJECT, "--preference-out", "pairs.jsonl"], "needs two answers or more, found --samples 1"),
-        ([*REJECT, "--samples", "2"], "--samples: several need --temperature"),
+        ([*REJECT, "--samples", "2", "--greedy"], "--samples: several need --temperature"),
         ([*REJECT, "--samples", "2", "--temperature", "1", "--preference-out", "./best.jsonl"], "not be the file of"),
         ([*REJECT, "--min-score", "nan"], "--min-score: nan is out of range"),
     ],
