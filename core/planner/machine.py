@@ -67,6 +67,7 @@ class Machine:
     memory_bandwidth: Figure = option(help="GB/s of device memory")
     node: LinkSpec = option(help="links between the devices of a node")
     cluster: LinkSpec = option(help="links between nodes, of one device")
+    scaling: Figure = option(help="share of time that each doubling of the devices beyond a node adds (stragglers)")
     power: Figure = option(help="watts of a device under load, with its share of the node")
     efficiency: Efficiency = option(help="shares of the peaks that programs reach")
     shared_cores: bool = option(False, help="a CPU: ranks on a node divide its cores")

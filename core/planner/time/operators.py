@@ -7,6 +7,7 @@ divided. Attention counts the causal half of the pairs.
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -18,11 +19,12 @@ from telechat_twins.core.parallel.traffic import Widths
 from telechat_twins.core.planner.machine import Machine
 from telechat_twins.core.planner.time.work import Practice, Work
 
-# Elementwise passes over the scores of attention that is not fused, in bytes an element beside the products' own
-# reading and writing: softmax reads and writes, and so does dropout with its mask.
+# Bytes an element of the scores of attention that is not fused: the first product writes, softmax reads and writes,
+# dropout reads, writes and keeps a mask of one byte, the second product reads; all else has 2 bytes.
 _SCORE_BYTES = 13.0
-# The backward of fused attention has 5 products (scores again, their gradient, dq, dk, dv) for the forward's 2.
-_ATTENTION_BACKWARD = 2.5
+# The backward of fused attention has 5 products (scores again, their gradient, dq, dk, dv) for the forward's 2; without
+# fusion the scores are kept, or made again by recomputation.
+_ATTENTION_BACKWARD = {True: 2.5, False: 2.0}
 
 
 class Cost(NamedTuple):
@@ -105,16 +107,19 @@ class Shape:
     widths: Widths
 
     @classmethod
-    def of(cls, model: ModelConfig, layout: Layout, work: Work) -> Shape:
+    def of(cls, model: ModelConfig, layout: Layout, work: Work, practice: Practice) -> Shape:
         """Sizes after padding the sequence as the layout needs it."""
         length = work.seq_len + -work.seq_len % sequence_multiple(layout)
+        widths = Widths.of(work.precision)
+        if practice.stream_in_compute:
+            widths = dataclasses.replace(widths, residual=widths.compute)
         return cls(
             work.micro_batch * length // layout.cp,
             length,
             layout.tp if layout.sequence_parallel else 1,
             model.num_heads // layout.tp,
             max(model.num_kv_heads // layout.tp, 1),
-            Widths.of(work.precision),
+            widths,
         )
 
 
@@ -132,16 +137,21 @@ def block_passes(
     weights = sum(k * n for k, n in matrices)
     stream = t * E / shape.spread
     # norm; sum and norm; sum. Rotation of queries and keys. Activation.
-    passes = stream * (r + a) + stream * (2 * a + 2 * r) + stream * (2 * r + a) + 2 * a * t * (H + K) * D
+    rotation = t * (H + K) * D * (2 * a if practice.rotary_bytes is None else practice.rotary_bytes)
+    passes = stream * (r + a) + stream * (2 * a + 2 * r) + stream * (2 * r + a) + rotation
     activation = a * t * F * (gates + 1)
-    back = stream * (2 * r + a) + stream * (3 * r + 2 * a) + stream * 2 * r + 2 * a * t * (H + K) * D
+    back = stream * (2 * r + a) + stream * (3 * r + 2 * a) + stream * 2 * r + rotation
     back += a * t * F * (2 * gates + 1) + weights * _accumulated(shape.widths, practice)
     cast = weights * (shape.widths.weight + a) if shape.widths.weight != a else 0
-    attention = attention_pass(t, shape.length, H, D, a, work.fused_attention, rates)
-    again = Cost(0.0, attention, rates.stream(activation) if practice.selective == "core" else 0.0)
+    attention = attention_pass(t, shape.length, H, D, a, work.fused_attention, rates) / practice.attention
+    again = Cost(
+        0.0,
+        attention if practice.selective != "activation" else 0.0,
+        rates.stream(activation) if practice.selective != "attention" else 0.0,
+    )
     return Passes(
         Cost(forward, attention, rates.stream(passes + activation + cast, 6)),
-        Cost(backward, attention * _ATTENTION_BACKWARD, rates.stream(back + cast, 8 + len(matrices))),
+        Cost(backward, attention * _ATTENTION_BACKWARD[work.fused_attention], rates.stream(back + cast, 8 + len(matrices))),
         again,
     )
 
@@ -153,7 +163,7 @@ def attention_pass(t: float, length: int, heads: int, head_dim: int, width: int,
         return 2.0 * pairs * head_dim / rates.attention + rates.launch
     # Without fusion the whole square is computed, as two batched products with a short inner or outer dimension.
     products = rates.product(t, head_dim, length, 0) + rates.product(t, length, head_dim, 0)
-    return heads * (products - 2 * rates.launch) + rates.stream(pairs * (_SCORE_BYTES + 2 * width), 4)
+    return heads * (products - 2 * rates.launch) + rates.stream(pairs * _SCORE_BYTES * width / 2, 4)
 
 
 def ends_passes(

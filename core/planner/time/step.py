@@ -8,6 +8,7 @@ core.parallel.traffic.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -84,7 +85,7 @@ def step_time(model: ModelConfig, layout: Layout, work: Work, machine: Machine, 
     """Time of one step of ``work`` in ``layout`` on ``machine``; the layout must fit the model (check_layout)."""
     ways = Ways(model, layout, machine)
     rates = Rates.of(machine, work.precision, layout.world)
-    shape = Shape.of(model, layout, work)
+    shape = Shape.of(model, layout, work, practice)
     stages = stage_costs(model, layout, work, machine, practice, ways, rates, shape)
     overlap = machine.efficiency.overlap
     stream = shape.tokens // shape.spread * model.hidden_size * shape.widths.residual
@@ -129,6 +130,7 @@ def stage_costs(
     tp = _halves(ways, _tensor_traffic(model, layout, shape), practice, 1.0 - practice.tp_overlap)
     cp = _context_wait(model, layout, work, machine, ways, shape, block)
     again, tp_again, cp_again = _repeated(work, block, tp, cp)
+    tp_again += practice.gathers_again * _gathers(ways, model, layout, shape, practice)
     kinds: dict[tuple[int, bool, bool], Stage] = {}
     stages = []
     for g, layers in enumerate(stage_layers(layout, model)):
@@ -176,6 +178,12 @@ def _halves(ways: Ways, traffic: Traffic, practice: Practice, share: float) -> t
         scale = width / 4.0 if width is not None and op in ("all_reduce", "reduce_scatter") else 1.0
         total += ways.ways[group].seconds(op, calls, scale * payload)
     return 0.5 * share * total, 0.5 * share * total
+
+
+def _gathers(ways: Ways, model: ModelConfig, layout: Layout, shape: Shape, practice: Practice) -> float:
+    """Seconds of waiting for the gathers of a block's forward."""
+    traffic = {key: row for key, row in _tensor_traffic(model, layout, shape).items() if key[0] == "all_gather"}
+    return _halves(ways, traffic, practice, 1.0 - practice.tp_overlap)[0]
 
 
 def _context_wait(
@@ -233,7 +241,8 @@ def _summed(
     reduced = max(end + one.reduce for end, one in zip(played.ends, tails, strict=True))
     after = max(one.update + one.gather for one in tails)
     agreement = _AGREEMENTS * ways.ways["world"].seconds("all_reduce", 1, 8)
-    seconds = reduced + after + agreement
+    together = reduced + after + agreement
+    seconds = together * _stretch(machine, layout.world)
     rank = max(range(layout.pp), key=played.busy.__getitem__)
     mine = range(rank, layout.stages, layout.pp)
     m = work.micro_batches
@@ -247,7 +256,7 @@ def _summed(
     silent = play(layout.schedule, layout.pp, layout.virtual, m, *_without(stages))
     exposed = {"tp": tp, "cp": cp, "pp": max(0.0, played.seconds - silent.seconds), "dp": dp}
     breakdown = {**parts, "optimizer": update, "tp": tp, "cp": cp, "dp": dp}
-    breakdown["pipeline"] = seconds - sum(breakdown.values())
+    breakdown |= {"pipeline": together - sum(breakdown.values()), "stragglers": seconds - together}
     tokens = work.tokens(layout.dp)
     per_device = tokens / seconds / layout.world
     flops = per_device * flops_per_token(model, work.seq_len)
@@ -269,6 +278,11 @@ def _summed(
         message=machine.efficiency.overlap * message,
         tail=max(tails, key=lambda one: one.reduce + one.update + one.gather),
     )
+
+
+def _stretch(machine: Machine, world: int) -> float:
+    """How much longer ``world`` devices take than a node, waiting for the slowest of them."""
+    return 1.0 + machine.scaling.value * max(0.0, math.log2(world / machine.devices_per_node))
 
 
 def _without(stages: list[Stage]) -> tuple[list[float], list[float]]:
