@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from telechat_twins.core.planner.machine import Machine, load_machine
 from telechat_twins.core.planner.published import Forecast, Run, forecast, published_runs
+
 
 @dataclass(frozen=True)
 class Family:
@@ -37,13 +38,16 @@ class Fit:
     held_out: Sequence[Forecast]
 
     @property
-    def error(self) -> float:
-        """The interval's half-width: the largest error of a held-out run, at least 5 %."""
-        return max(0.05, *(abs(one.measured / one.predicted - 1.0) for one in self.held_out))
+    def interval(self) -> tuple[float, float]:
+        """Shares by which held-out runs were at most faster and slower than predicted: at least 5 % each, and 15 %
+        where fewer than three tested the fit."""
+        errors = [one.error for one in self.held_out]
+        least = 0.05 if len(errors) >= 3 else 0.15
+        return max(least, -min(errors)), max(least, max(errors))
 
 
 def fit(family: str) -> Fit:
-    """Least squares of log throughput over the runs marked ``fit`` of ``family``, one parameter after the other."""
+    """Least squares of log throughput over the runs marked ``fit`` of ``family``."""
     about = FAMILIES[family]
     runs = [run for run in published_runs() if run.machine in about.machines]
     mine, held = ([run for run in runs if run.use == use] for use in ("fit", "held-out"))
@@ -55,22 +59,32 @@ def fit(family: str) -> Fit:
     def loss(values: Mapping[str, float]) -> float:
         return sum(math.log(one.predicted / one.measured) ** 2 for one in forecasts(values, mine))
 
-    values = {name: sum(limits) / 2.0 for name, limits in about.fitted.items()}
-    for _ in range(1 if len(values) == 1 else 8):
-        for name, limits in about.fitted.items():
-            values[name] = _smallest(lambda x, name=name: loss({**values, name: x}), *limits)
-    values = {name: round(value, 3) for name, value in values.items()}
+    values = {name: round(value, 3) for name, value in _fitted(list(about.fitted.items()), {}, loss).items()}
     return Fit(family, values, forecasts(values, mine), forecasts(values, held))
 
 
 def with_efficiency(machine: Machine, values: Mapping[str, float]) -> Machine:
     """``machine`` with other efficiencies."""
-    return dataclasses.replace(machine, efficiency=dataclasses.replace(machine.efficiency, **values))
+    return dataclasses.replace(machine, efficiency=dataclasses.replace(machine.efficiency, **dict[str, Any](values)))
 
 
-def typical_error(forecasts: Sequence[Forecast]) -> float:
-    """Median of the absolute errors."""
-    return statistics.median(abs(one.error) for one in forecasts)
+def _fitted(
+    ranges: list[tuple[str, tuple[float, float]]],
+    given: Mapping[str, float],
+    loss: Callable[[Mapping[str, float]], float],
+) -> dict[str, float]:
+    """Values in ``ranges`` with the smallest loss beside ``given``: a search in the first parameter, each of whose
+    points is the best of a search in the others."""
+    if not ranges:
+        return {}
+    (name, limits), *rest = ranges
+
+    def best(value: float) -> float:
+        here = {**given, name: value}
+        return loss({**here, **_fitted(rest, here, loss)})
+
+    value = _smallest(best, *limits)
+    return {name: value, **_fitted(rest, {**given, name: value}, loss)}
 
 
 def _smallest(function: Callable[[float], float], low: float, high: float) -> float:

@@ -50,7 +50,8 @@ class Efficiency:
     tile: float = option(help="size of a dimension at which a product reaches half of its share", min=0.0)
     launch: float = option(help="microseconds between operators", min=0.0)
     overlap: float = option(1.0, help="share of a transfer that runs beside computation", min=0.0, max=1.0)
-    error: float = option(help="half-width of the interval of a predicted time, as a share", min=0.0, max=0.9)
+    faster: float = option(help="share by which a held-out run was at most faster than predicted", min=0.0, max=0.9)
+    slower: float = option(help="share by which a held-out run was at most slower than predicted", min=0.0, max=9.0)
     source: str = option(help="the runs that were fitted or the measurements, and the command that repeats it")
 
 
@@ -75,8 +76,15 @@ class Machine:
 
     def peak(self, precision: str) -> float:
         """FLOP/s of a device in the products of a ``precision`` mode of training."""
-        half = precision in ("bf16", "fp16", "amp")
-        return (self.peak_bf16 if half else self.peak_fp32).value * 1e12 / (2.0 if precision == "fp64" else 1.0)
+        return self._peak(precision).value * 1e12 / (2.0 if precision == "fp64" else 1.0)
+
+    def peak_source(self, precision: str) -> str:
+        """The peak with its unit and source, in words."""
+        figure = self._peak(precision)
+        return f"{figure.value:g} TFLOP/s ({figure.source})"
+
+    def _peak(self, precision: str) -> Figure:
+        return self.peak_bf16 if precision in ("bf16", "fp16", "amp") else self.peak_fp32
 
     @property
     def memory_bytes(self) -> float:

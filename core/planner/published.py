@@ -19,10 +19,10 @@ from telechat_twins.core.types import JsonObject
 PUBLISHED = CONFIGS / "planner" / "published.yaml"
 
 # Megatron-LM sums bf16 activations in bf16 and adds gradients to the accumulator inside the product. MindFormers sums
-# in bf16 too and casts the embeddings' output to the dtype of products; its selective recomputation names the activation.
-# FLM's training program is unpublished, a modification of Megatron-LM; its released model rotates with xPos in plain
-# operators: for each element 7 passes of 2 and 4 bytes, 52 bytes in all. Its FlashAttention of 2023 was the first, half
-# as fast as the second (arXiv 2307.08691), of which the machine file tells.
+# in bf16 too, and casts the embeddings' output to the dtype of products; its selective recomputation names the
+# activation. FLM's training program is unpublished, a modification of Megatron-LM; its released model rotates with xPos
+# in plain operators: for each element 7 passes of 2 and 4 bytes, 52 bytes in all. Its FlashAttention of 2023 was the
+# first, half as fast as the second (arXiv 2307.08691), which the machine file describes.
 PRACTICES = {
     "megatron-flm": Practice(
         name="Megatron-FLM",
@@ -100,9 +100,7 @@ def parts_of(run: Run) -> tuple[ModelConfig, Layout, Work, Practice]:
     check_layout(layout, model, seq_len=run.seq_len)
     names = ("seq_len", "micro_batch", "micro_batches", "precision", "recompute", "recompute_share", "fused_attention")
     work = Work(**{name: getattr(run, name) for name in names})
-    practice = dataclasses.replace(
-        PRACTICES[run.practice], tp_overlap=run.tp_overlap, gathers_again=run.gathers_again
-    )
+    practice = dataclasses.replace(PRACTICES[run.practice], tp_overlap=run.tp_overlap, gathers_again=run.gathers_again)
     return model, layout, work, practice
 
 

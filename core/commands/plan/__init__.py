@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import argparse
 
-from telechat_twins.core.commands.plan import training
+from telechat_twins.core.commands.plan import time, training, validate
 from telechat_twins.core.errors import UserError
 from telechat_twins.core.model.config import PRECISIONS
 
@@ -34,6 +34,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     what.add_argument("--model", metavar="PRESET", help="a preset, e.g. telechat2-7b")
     what.add_argument(
         "--config", metavar="F", help="YAML or name of a run, whose model, layout, lengths and precision are used"
+    )
+    what.add_argument(
+        "--validate", action="store_true", help="forecast published runs, and print the errors (docs/planning.md)"
     )
     parser.add_argument(
         "--growth",
@@ -49,6 +52,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--precision", choices=PRECISIONS, help="default bf16")
     parser.add_argument("--recompute", choices=RECOMPUTE, help="default none")
     parser.add_argument("--fused-attention", action="store_true", help="attention keeps no probabilities")
+    time.add_arguments(parser)
+    validate.add_arguments(parser)
     parser.add_argument("--json", action="store_true", help="print JSON")
 
 
@@ -57,6 +62,9 @@ def run(args: argparse.Namespace) -> int:
         value = getattr(args, name)
         if value is not None and value < 1:
             raise UserError(f"--{name.replace('_', '-')}: must be at least 1, found {value}")
+    time.check(args)
+    if args.validate:
+        return validate.run(args)
     if args.growth is not None:
         from telechat_twins.core.commands.plan import growth
 

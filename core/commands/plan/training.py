@@ -22,6 +22,7 @@ def run(args: argparse.Namespace) -> int:
         config, layout = run_config.model, run_config.parallel
         settings = _settings(run_config)
     else:
+        run_config = None
         config, layout, mix = load_model_config(args.model), Layout(), {}
         settings = {"seq_len": config.max_seqlen}
     if args.layout:
@@ -32,8 +33,37 @@ def run(args: argparse.Namespace) -> int:
     plan = estimate(config, layout=layout, fused_attention=args.fused_attention, **settings)
     plan |= {"data": {**mix, "sources": [{**vars(one), "epochs": one.epochs} for one in mix["sources"]]}} if mix else {}
     text = _text(args.model or args.config, plan)
+    if args.machine is not None:
+        lines, plan["time"] = _time(args, run_config, config, layout, settings)
+        text = "\n".join([text, *lines])
     print(json.dumps(plan, indent=1) if args.json else "\n".join([text, *(_mix_text(mix) if mix else ())]))
     return 0
+
+
+def _time(
+    args: argparse.Namespace, run: RunConfig | None, model: ModelConfig, layout: Layout, settings: JsonObject
+) -> tuple[list[str], JsonObject]:
+    """The step's time on ``--machine``, as text and JSON; writes ``--trace`` and ``--timeline``."""
+    from telechat_twins.core.planner.machine import load_machine
+    from telechat_twins.core.planner.time import report, timeline
+    from telechat_twins.core.planner.time.step import step_time
+    from telechat_twins.core.planner.time.work import Work
+    from telechat_twins.core.train.recipe import tells_classes_apart
+
+    if run is not None:
+        report.require_forecast(args.config, run.lora, run.train.freeze, run.preference)
+    machine = load_machine(args.machine)
+    named = {name: value for name, value in settings.items() if name not in ("lora", "constants")}
+    by_class = run is not None and tells_classes_apart(run.optim)
+    work = Work(**{"micro_batches": layout.stages, **named}, by_class=by_class)
+    step = step_time(model, layout, work, machine)
+    title = f"{Path(args.model or args.config).stem}, {layout.name}, on {machine.title}"
+    if args.trace is not None:
+        timeline.write_trace(Path(args.trace), layout, work, step, title)
+    if args.timeline is not None:
+        timeline.draw(Path(args.timeline), layout, work, step, title)
+    found = report.report(model, layout, work, machine, step, args.tokens)
+    return report.describe(found, machine.title), found
 
 
 def _settings(config: RunConfig) -> JsonObject:

@@ -151,7 +151,11 @@ def block_passes(
     )
     return Passes(
         Cost(forward, attention, rates.stream(passes + activation + cast, 6)),
-        Cost(backward, attention * _ATTENTION_BACKWARD[work.fused_attention], rates.stream(back + cast, 8 + len(matrices))),
+        Cost(
+            backward,
+            attention * _ATTENTION_BACKWARD[work.fused_attention],
+            rates.stream(back + cast, 8 + len(matrices)),
+        ),
         again,
     )
 

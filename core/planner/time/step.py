@@ -44,7 +44,7 @@ class StepTime:
     of the pipeline ranks' time spent waiting. ``exposed``: seconds a step that the ranks wait for transfers along tp,
     cp, pp and dp. ``breakdown``: seconds of the busiest pipeline rank by class of operator, transfer and waiting; they
     add up to ``seconds``. ``forward`` and ``backward``: seconds of a micro-batch in each global stage, ``message``
-    between two stages, ``tail`` after the pipeline.
+    between two stages, ``tails`` of each pipeline rank after its last backward.
     """
 
     seconds: float
@@ -61,7 +61,7 @@ class StepTime:
     forward: tuple[float, ...]
     backward: tuple[float, ...]
     message: float
-    tail: Tail
+    tails: tuple[Tail, ...]
 
 
 class Stage(NamedTuple):
@@ -260,11 +260,11 @@ def _summed(
     tokens = work.tokens(layout.dp)
     per_device = tokens / seconds / layout.world
     flops = per_device * flops_per_token(model, work.seq_len)
-    peak, error = machine.peak(work.precision), machine.efficiency.error
+    peak = machine.peak(work.precision)
     return StepTime(
         seconds=seconds,
-        low=seconds * (1.0 - error),
-        high=seconds * (1.0 + error),
+        low=seconds * (1.0 - machine.efficiency.faster),
+        high=seconds * (1.0 + machine.efficiency.slower),
         tokens_per_s=tokens / seconds,
         tokens_per_s_per_device=per_device,
         tflops=flops / 1e12,
@@ -276,7 +276,7 @@ def _summed(
         forward=tuple(forward),
         backward=tuple(backward),
         message=machine.efficiency.overlap * message,
-        tail=max(tails, key=lambda one: one.reduce + one.update + one.gather),
+        tails=tuple(tails),
     )
 
 

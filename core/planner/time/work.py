@@ -38,11 +38,11 @@ class Practice:
     ``sum_bytes``: width of an element in sums over tensor and context ranks; None: as core.parallel.traffic, float32 or
     wider. ``gradient_bytes``: the same for gradients. ``tp_overlap``: share of tensor-parallel transfers that runs
     beside computation. ``fused_accumulation``: the product that makes a gradient adds to the accumulator itself.
-    ``selective``: what selective recomputation repeats: "core" (attention and activation), "attention" or "activation".
-    ``gathers_again``: share of the layers whose gathers along tp are repeated in the backward, beside full
-    recomputation. ``stream_in_compute``: with amp, too, the stream between blocks has the dtype of products. ``rotary_bytes``:
-    bytes that the rotation of an element moves in one direction, 2 x the width of products
-    (one operator) by default. ``attention``: speed of its fused attention, relative to the machine's.
+    ``selective``: what selective recomputation repeats: "core" (attention and activation), "attention" or
+    "activation". ``gathers_again``: share of the layers whose gathers along tp are repeated in the backward, beside
+    full recomputation. ``stream_in_compute``: with amp, too, the stream between blocks has the dtype of products.
+    ``rotary_bytes``: bytes that the rotation of an element moves in one direction; by default those of one operator,
+    2 x the width of products. ``attention``: speed of its fused attention, relative to the machine's.
     """
 
     name: str = "this program"
