@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from functools import lru_cache
+from collections.abc import Hashable, Sequence
 from typing import NamedTuple
 
 from telechat_twins.core.model.config import ModelConfig
@@ -32,43 +32,40 @@ class Tail(NamedTuple):
     gather: float
 
 
-def held(model: ModelConfig, layout: Layout, rank: int, precision: str, by_class: bool) -> Held:
-    """Elements and bucket traffic of pipeline rank ``rank``; worked out once for all layouts with the same shards."""
-    shards = Shards(
-        _Key(model),
-        layout.pp,
-        layout.tp,
-        layout.virtual,
-        layout.sequence_parallel,
-        tuple(layout.stage_layers),
-        rank,
-    )
-    return _held(shards, layout.dp * layout.cp, layout.zero1, layout.bucket_mb, precision, by_class)
+def held(model: ModelConfig, layout: Layout, counts: Sequence[int], rank: int, precision: str, by_class: bool) -> Held:
+    """Elements and bucket traffic of pipeline rank ``rank``; ``counts``: layers of each global stage.
+
+    Worked out once for all ranks and layouts with the same shards: only how many layers a chunk has, and whether it has
+    the embedding or the head, tells them apart.
+    """
+    last = layout.stages - 1
+    kinds = tuple((counts[g], g == 0, g == last) for g in range(rank, layout.stages, layout.pp))
+    shards = _Key(model), layout.tp, layout.sequence_parallel, layout.pp > 1, kinds
+    key = *shards, layout.dp * layout.cp, layout.zero1, layout.bucket_mb, precision, by_class
+    if key not in _HELD:
+        if len(_HELD) >= _MOST_HELD:
+            _HELD.clear()
+        chunks, table = _tables(shards, model, layout, rank), dict[str, Shard]()
+        for here in chunks:
+            table |= here
+        sizes = tuple(sum(math.prod(shard.shape) for shard in here.values()) for here in chunks)
+        _HELD[key] = Held(sizes, gradient_bytes(layout, table, Widths.of(precision), by_class))
+    return _HELD[key]
 
 
-class Shards(NamedTuple):
-    """What decides a pipeline rank's shards."""
+def _tables(shards: Hashable, model: ModelConfig, layout: Layout, rank: int) -> tuple[dict[str, Shard], ...]:
+    """The parameters of each chunk of a pipeline rank."""
+    if shards not in _TABLES:
+        if len(_TABLES) >= _MOST_TABLES:
+            _TABLES.clear()
+        place = Coord(rank, 0, 0, 0)
+        _TABLES[shards] = tuple(chunk_table(model, layout, place, chunk) for chunk in range(layout.virtual))
+    return _TABLES[shards]
 
-    model: _Key
-    pp: int
-    tp: int
-    virtual: int
-    sequence_parallel: bool
-    counts: tuple[int, ...]
-    rank: int
 
-    def layout(self, replicas: int = 1, zero1: bool = True, bucket_mb: float = 25.0) -> Layout:
-        """A layout with these shards, and so many ranks that hold them."""
-        return Layout(
-            pp=self.pp,
-            tp=self.tp,
-            dp=replicas,
-            virtual=self.virtual,
-            sequence_parallel=self.sequence_parallel,
-            stage_layers=list(self.counts),
-            zero1=zero1,
-            bucket_mb=bucket_mb,
-        )
+_MOST_HELD, _MOST_TABLES = 8192, 256
+_HELD: dict[Hashable, Held] = {}
+_TABLES: dict[Hashable, tuple[dict[str, Shard], ...]] = {}
 
 
 class _Key:
@@ -86,27 +83,6 @@ class _Key:
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, _Key) and self.key == other.key
-
-
-@lru_cache(maxsize=1024)
-def _tables(shards: Shards) -> tuple[dict[str, Shard], ...]:
-    """The parameters of each chunk of a pipeline rank."""
-    layout, place = shards.layout(), Coord(shards.rank, 0, 0, 0)
-    return tuple(chunk_table(shards.model.model, layout, place, chunk) for chunk in range(shards.virtual))
-
-
-@lru_cache(maxsize=8192)
-def _held(shards: Shards, replicas: int, zero1: bool, bucket_mb: float, precision: str, by_class: bool) -> Held:
-    chunks, table = _tables(shards), dict[str, Shard]()
-    for here in chunks:
-        table |= here
-    layout = shards.layout(replicas, zero1, bucket_mb)
-    sizes = tuple(sum(_elements(shard) for shard in here.values()) for here in chunks)
-    return Held(sizes, gradient_bytes(layout, table, Widths.of(precision), by_class))
-
-
-def _elements(shard: Shard) -> int:
-    return math.prod(shard.shape)
 
 
 def tail(

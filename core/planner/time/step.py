@@ -16,18 +16,12 @@ from typing import NamedTuple
 from telechat_twins.core.model.config import ModelConfig
 from telechat_twins.core.model.flops import flops_per_token
 from telechat_twins.core.parallel.layout import Layout, stage_layers
-from telechat_twins.core.parallel.traffic import (
-    Traffic,
-    ends_bytes,
-    gather_bytes,
-    ring_bytes,
-    tensor_bytes,
-    ulysses_bytes,
-)
+from telechat_twins.core.parallel.traffic import Traffic
 from telechat_twins.core.planner.machine import Machine
 from telechat_twins.core.planner.time.gradients import Tail, held, tail
 from telechat_twins.core.planner.time.operators import Cost, Passes, Rates, Shape, block_passes, ends_passes
 from telechat_twins.core.planner.time.pipeline import Played, play
+from telechat_twins.core.planner.time.traffic import BlockTraffic, block_traffic, ends_traffic, message_bytes
 from telechat_twins.core.planner.time.transfers import Ways
 from telechat_twins.core.planner.time.work import OURS, Practice, Work
 
@@ -86,10 +80,10 @@ def step_time(model: ModelConfig, layout: Layout, work: Work, machine: Machine, 
     ways = Ways(model, layout, machine)
     rates = Rates.of(machine, work.precision, layout.world)
     shape = Shape.of(model, layout, work, practice)
-    stages = stage_costs(model, layout, work, machine, practice, ways, rates, shape)
+    counts = [len(layers) for layers in stage_layers(layout, model)]
+    stages = stage_costs(model, layout, work, machine, practice, ways, rates, shape, counts)
     overlap = machine.efficiency.overlap
-    stream = shape.tokens // shape.spread * model.hidden_size * shape.widths.residual
-    message = ways.ways["forward_out"].seconds("send", 1, stream) if layout.pp > 1 else 0.0
+    message = ways.ways["forward_out"].seconds("send", 1, message_bytes(model, shape))
     # The part of a message that does not run beside computation occupies its sender.
     forward = [stage.seconds[0] for stage in stages]
     backward = [stage.seconds[1] for stage in stages]
@@ -100,7 +94,7 @@ def step_time(model: ModelConfig, layout: Layout, work: Work, machine: Machine, 
     played = play(*pipeline, forward, backward, overlap * message)
     tails = [
         tail(
-            held(model, layout, rank, work.precision, work.by_class),
+            held(model, layout, counts, rank, work.precision, work.by_class),
             played.last_backward[rank],
             layout,
             shape.widths,
@@ -123,23 +117,24 @@ def stage_costs(
     ways: Ways,
     rates: Rates,
     shape: Shape,
+    counts: list[int],
 ) -> list[Stage]:
-    """Costs of a micro-batch in each global stage."""
+    """Costs of a micro-batch in each global stage, which has ``counts`` layers."""
     block = block_passes(model, layout, work, rates, practice, shape)
     ends = ends_passes(model, layout, rates, practice, shape)
-    tp = _halves(ways, _tensor_traffic(model, layout, shape), practice, 1.0 - practice.tp_overlap)
-    cp = _context_wait(model, layout, work, machine, ways, shape, block)
+    sent, waited = block_traffic(model, layout, work, shape), 1.0 - practice.tp_overlap
+    tp = _halves(ways, sent.tensor, practice, waited)
+    cp = _context_wait(layout, work, machine, ways, shape, block, sent)
     again, tp_again, cp_again = _repeated(work, block, tp, cp)
-    tp_again += practice.gathers_again * _gathers(ways, model, layout, shape, practice)
+    gathers = {key: row for key, row in sent.tensor.items() if key[0] == "all_gather"}
+    tp_again += practice.gathers_again * _halves(ways, gathers, practice, waited)[0]
     kinds: dict[tuple[int, bool, bool], Stage] = {}
     stages = []
-    for g, layers in enumerate(stage_layers(layout, model)):
-        key = len(layers), g == 0, g == layout.stages - 1
+    for g, layers in enumerate(counts):
+        key = layers, g == 0, g == layout.stages - 1
         if key not in kinds:
             n, first, last = key
-            positions = shape.tokens
-            meeting = ends_bytes(layout, positions, model.hidden_size, shape.widths, first, last)
-            edge = _halves(ways, meeting, practice, 1.0)
+            edge = _halves(ways, ends_traffic(model, layout, shape, g), practice, 1.0)
             forward, backward = block.forward.times(n), block.backward.plus(again).times(n)
             for name, here in (("first", first), ("last", last)):
                 if here:
@@ -164,12 +159,6 @@ def _repeated(work: Work, block: Passes, tp: tuple[float, float], cp: tuple[floa
     return Cost(), 0.0, 0.0
 
 
-def _tensor_traffic(model: ModelConfig, layout: Layout, shape: Shape) -> Traffic:
-    """Of both halves of a block, forward and backward."""
-    half = tensor_bytes(layout, shape.tokens * model.hidden_size, shape.widths.compute)
-    return {key: [2 * calls, 2 * payload] for key, (calls, payload) in half.items()}
-
-
 def _halves(ways: Ways, traffic: Traffic, practice: Practice, share: float) -> tuple[float, float]:
     """Seconds of the forward's and the backward's half of ``traffic``, of which ``share`` is waited for."""
     total = 0.0
@@ -180,14 +169,14 @@ def _halves(ways: Ways, traffic: Traffic, practice: Practice, share: float) -> t
     return 0.5 * share * total, 0.5 * share * total
 
 
-def _gathers(ways: Ways, model: ModelConfig, layout: Layout, shape: Shape, practice: Practice) -> float:
-    """Seconds of waiting for the gathers of a block's forward."""
-    traffic = {key: row for key, row in _tensor_traffic(model, layout, shape).items() if key[0] == "all_gather"}
-    return _halves(ways, traffic, practice, 1.0 - practice.tp_overlap)[0]
-
-
 def _context_wait(
-    model: ModelConfig, layout: Layout, work: Work, machine: Machine, ways: Ways, shape: Shape, block: Passes
+    layout: Layout,
+    work: Work,
+    machine: Machine,
+    ways: Ways,
+    shape: Shape,
+    block: Passes,
+    sent: BlockTraffic,
 ) -> tuple[float, float]:
     """Seconds that a block waits for context-parallel transfers, forward and backward.
 
@@ -197,21 +186,14 @@ def _context_wait(
     """
     if layout.cp == 1:
         return 0.0, 0.0
-    a = shape.widths.compute
-    places = shape.tokens * model.head_dim
-    exchange = ways.seconds(ulysses_bytes(layout, places, shape.heads, shape.kv_heads, a)) / 2
-    kv = shape.kv_heads if shape.kv_heads % layout.ulysses == 0 else layout.ulysses
-    keys = 2 * shape.tokens * kv * model.head_dim  # of a ring rank: ulysses times the places, 1/ulysses of the heads
+    exchange = ways.seconds(sent.ulysses) / 2
     ring = layout.ring
     if ring == 1 or work.method == "allgather":
-        meeting = ways.seconds(gather_bytes(ring, keys, a)) / 2
+        meeting = ways.seconds(sent.ring) / 2
         return exchange + meeting, exchange + meeting
-    way, overlap = ways.ways["ring"], machine.efficiency.overlap
-    sums = max(a, 4)
-    assert ring_bytes(ring, keys, a)["shift", "ring"][1] == keys * (2 * (ring - 1) * a + ring * sums)
-    hop, home = way.seconds("shift", 1, keys * a), way.seconds("shift", 1, keys * sums)
-    step = block.forward.attention / ring
-    back = block.backward.attention / ring
+    way, overlap, a = ways.ways["ring"], machine.efficiency.overlap, shape.widths.compute
+    hop, home = way.seconds("shift", 1, sent.keys * a), way.seconds("shift", 1, sent.keys * max(a, 4))
+    step, back = block.forward.attention / ring, block.backward.attention / ring
     forward = (ring - 1) * _exposed(hop, step, overlap)
     # Step 0 sends keys only; the sums of step i travel beside step i + 1; the last ones beside nothing.
     backward = _exposed(hop, back, overlap) + (ring - 2) * _exposed(hop + home, back, overlap)
