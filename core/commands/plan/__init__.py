@@ -1,18 +1,23 @@
 """Estimate parameters, memory and arithmetic of training a model, on one device or on each rank of a layout.
 
-No weights are created. Memory per device in bytes (without overhead of allocator, workspace and framework); P is the
-number of parameters on the rank, n the number of ranks that divide optimizer states (dp x cp with ZeRO-1, else 1):
-  fp32 masters     4 P / n                   (8 P / n in fp64)
-  weights          2 P in bf16 and fp16; 4 P where n > 1; else the masters are the weights
+No weights are created. Memory per device in bytes, without the framework's own; P is the number of parameters on the
+rank, n the number of ranks that divide optimizer states (dp x cp with ZeRO-1, else 1):
+  masters          4 P / n in fp32           (8 P / n in fp64)
+  compute_copy     2 P in bf16 and fp16; 4 P in fp32 and amp where n > 1, else the masters are the weights
   gradients        4 P, summed in fp32       (8 P in fp64)
-  AdamW m and v    8 P / n                   (16 P / n in fp64)
-  activations      graphs * tokens * a * L * layer + tokens * 3 * 4 V / tp. A layer keeps for its backward: inputs
-                   (split over tp with sequence parallelism) and outputs of two norms (4 E), queries and attention
-                   output (2 H D / tp), keys and values (2 K D / tp), gate, up, silu and product (4 F / tp), and H S
-                   probabilities, unless attention is fused or runs on a ring. Logits, their gradient and one working
-                   copy are fp32 (8 bytes in fp64). ``graphs``: micro-batches that the pipeline schedule keeps alive
-  recompute full   keeps E values per layer and token, and one whole layer at a time; selective drops the probabilities
-a is the width of the compute dtype in bytes: 4 in fp32, 2 in bf16, fp16 and amp, 8 in fp64.
+  optimizer        8 P / n, m and v          (16 P / n in fp64)
+  buffers          4 P / n: the sums after a reduce-scatter (4 P without ZeRO-1); gradients that the stage before has
+                   not used yet; rotary tables of the micro-batches
+  activations      what is kept for backward passes when the most micro-batches are alive on the rank. A layer keeps of
+                   each position, in the compute dtype: inputs (in the stream's dtype, split over tp with sequence
+                   parallelism) and outputs of two norms, 4 E; queries and attention's output, 2 H D / tp; keys and
+                   values, 2 K D / tp; gate, up and their product, 3 F / tp; with amp also its matrices once more. A
+                   float32 statistic a head and norm. H S / tp probabilities, unless attention is fused or on a ring
+  recompute full   keeps the layer's input; selective drops what is inside attention. What `tele train` executes
+  workspace        temporaries at the peak: a layer computed again, gradients inside a layer, or, in MindSpore, the
+                   gradients that a backward pass returns together
+  --recompute-lists  lists of operators and layers as MindFormers takes them, for planning only
+Beside the sum stands a margin of 5 % for the fragmentation of the allocator.
 
 Arithmetic: 6 floating-point operations per token and matrix entry (2 forward, 4 backward; the embedding is a look-up
 and does not count), plus causal attention with 6 H D S per layer and token.
@@ -51,6 +56,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--precision", choices=PRECISIONS, help="default bf16")
     parser.add_argument("--recompute", choices=RECOMPUTE, help="default none")
+    parser.add_argument(
+        "--recompute-lists",
+        metavar="R",
+        help="MindFormers' section recompute_config, a YAML file or a bundled name, in place of --recompute",
+    )
     parser.add_argument("--fused-attention", action="store_true", help="attention keeps no probabilities")
     time.add_arguments(parser)
     validate.add_arguments(parser)

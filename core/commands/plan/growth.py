@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 _STATE_BYTES = 12  # of a checkpoint per parameter: fp32 masters, m and v
 # Options of `tele plan` that every stage of a schedule sets itself.
-_OF_THE_STAGES = ("layout", "seq_len", "micro_batch", "micro_batches", "precision", "recompute")
+_OF_THE_STAGES = ("layout", "seq_len", "micro_batch", "micro_batches", "precision", "recompute", "recompute_lists")
 
 
 def run(args: argparse.Namespace) -> int:

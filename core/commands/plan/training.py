@@ -7,9 +7,11 @@ import json
 from pathlib import Path
 
 from telechat_twins.core.config import RunConfig, load_run_config
+from telechat_twins.core.errors import UserError
 from telechat_twins.core.model.config import ModelConfig, load_model_config
-from telechat_twins.core.parallel.layout import Layout, check_layout, parse_layout
+from telechat_twins.core.parallel.layout import Layout, check_layout, parse_layout, stage_layers
 from telechat_twins.core.planner.memory.estimate import estimate
+from telechat_twins.core.planner.memory.recompute import RecomputeLists, bundled_lists, load_lists
 from telechat_twins.core.train.trainable import constant_names, run_table
 from telechat_twins.core.types import JsonObject
 
@@ -30,7 +32,13 @@ def run(args: argparse.Namespace) -> int:
     names = ("seq_len", "micro_batch", "micro_batches", "precision", "recompute")
     settings |= {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     check_layout(layout, config)
+    if args.recompute_lists is not None:
+        if args.machine is not None:
+            raise UserError("--recompute-lists: gives memory, and no time; leave --machine out, or give --recompute")
+        settings["lists"] = _lists(args.recompute_lists, layout, config)
     plan = estimate(config, layout=layout, fused_attention=args.fused_attention, **settings)
+    if args.config and settings.get("lists") is None and (name := _name_of(args.config)) in bundled_lists():
+        plan["published"] = _published(name, config, layout, settings)
     plan |= {"data": {**mix, "sources": [{**vars(one), "epochs": one.epochs} for one in mix["sources"]]}} if mix else {}
     text = _text(args.model or args.config, plan)
     if args.machine is not None:
@@ -64,6 +72,25 @@ def _time(
         timeline.draw(Path(args.timeline), layout, work, step, title)
     found = report.report(model, layout, work, machine, step, args.tokens)
     return report.describe(found, machine.title), found
+
+
+def _lists(name: str, layout: Layout, config: ModelConfig) -> RecomputeLists:
+    return load_lists(name, layout, stage_layers(layout, config))
+
+
+def _name_of(config: str) -> str:
+    """Name under which the recomputation lists of a run's recipe are bundled."""
+    return Path(config).stem
+
+
+def _published(name: str, config: ModelConfig, layout: Layout, settings: JsonObject) -> JsonObject:
+    """Memory of the fullest rank as the recipe was published, with lists of operators that `tele train` lacks."""
+    given = {**settings, "lists": _lists(name, layout, config)}
+    modes = {
+        precision: estimate(config, fused_attention=True, layout=layout, **{**given, "precision": precision})
+        for precision in ("amp", "bf16")
+    }
+    return {"lists": name, **{precision: plan["memory_bytes"]["total"] for precision, plan in modes.items()}}
 
 
 def _settings(config: RunConfig) -> JsonObject:
@@ -133,6 +160,14 @@ def _text(name: str, plan: JsonObject) -> str:
         ]
     lines += ["", "memory while training" + (", the fullest rank" if len(ranks) > 1 else "")]
     lines += [f"  {use:<14}{size / 2**30:>14.3f} GiB" for use, size in plan["memory_bytes"].items()]
+    lines += [f"  {'margin':<14}{plan['margin_bytes'] / 2**30:>14.3f} GiB beside, for fragmentation"]
+    if "published" in plan:
+        given = plan["published"]
+        lines += [
+            "",
+            f"as published, with MindFormers' lists (--recompute-lists {given['lists']}, fused attention): "
+            f"fullest rank {given['amp'] / 1e9:.1f} GB in amp (O1), {given['bf16'] / 1e9:.1f} GB in bf16 (O2)",
+        ]
     lines += ["", "floating-point operations per token, forward and backward"]
     lines += [f"  {part:<14}{count:>18.4g}" for part, count in plan["flops_per_token"].items()]
     return "\n".join(lines)

@@ -3,16 +3,163 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
 
 from telechat_twins.core.model.config import ModelConfig
 from telechat_twins.core.model.flops import flops_per_token
 from telechat_twins.core.model.lora import LoraConfig, lora_table
 from telechat_twins.core.model.params import parameter_table
-from telechat_twins.core.parallel.layout import Coord, Layout
+from telechat_twins.core.parallel.layout import Layout, stage_layers
 from telechat_twins.core.parallel.schedule import bubble_formula, peak_live
-from telechat_twins.core.parallel.sharding import Shard, chunk_table, padded_rows
+from telechat_twins.core.parallel.sharding import Shard
+from telechat_twins.core.parallel.traffic import Widths
+from telechat_twins.core.planner.memory.activations import (
+    Kept,
+    block_kept,
+    block_workspace,
+    cast_bytes,
+    core_bytes,
+    ends_kept,
+    input_bytes,
+    probability_bytes,
+    ring_workspace,
+    total,
+)
+from telechat_twins.core.planner.memory.executor import MINDFORMERS, MINDSPORE, Executor
+from telechat_twins.core.planner.memory.live import live_graphs
+from telechat_twins.core.planner.memory.recompute import RecomputeLists
+from telechat_twins.core.planner.memory.states import Held, held_by, states_bytes
 from telechat_twins.core.types import JsonObject
+
+# Share of the estimate by which allocators exceed it: freed blocks of several sizes are cached and not returned. It is
+# stated beside the estimate, not inside it; the search keeps it free.
+FRAGMENTATION = 0.05
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a step computes, beside model and layout.
+
+    ``fused``: attention keeps no probabilities; ``lists``: MindFormers' recomputation in place of ``recompute``.
+    """
+
+    seq_len: int
+    micro_batch: int = 1
+    micro_batches: int = 1
+    precision: str = "bf16"
+    recompute: str = "none"
+    fused: bool = True
+    executor: Executor = MINDSPORE
+    lists: RecomputeLists | None = None
+
+
+@dataclass(frozen=True)
+class RankMemory:
+    """Bytes by use on a pipeline rank. ``activations``: kept for backward passes when the most graphs are alive;
+    ``workspace``: what the moment of the peak needs beside."""
+
+    layers: int
+    graphs: int
+    held: Held
+    states: dict[str, int]
+    activations: int
+    workspace: int
+
+    @property
+    def uses(self) -> dict[str, int]:
+        return {**self.states, "activations": self.activations, "workspace": self.workspace}
+
+    @property
+    def total(self) -> int:
+        return sum(self.states.values()) + self.activations + self.workspace
+
+
+def rank_memory(
+    config: ModelConfig,
+    layout: Layout,
+    rank: int,
+    work: Work,
+    held: Held,
+    layers: Sequence[int],
+    kept: Sequence[Kept],
+    extra: float = 0.0,
+) -> RankMemory:
+    """The peak of one pipeline rank with ``layers`` blocks in each of its chunks, each of which keeps ``kept``.
+
+    ``extra``: bytes a position and block that adapters add to ``kept`` or, negative, spare. The peak is the largest of
+    three moments: a backward begins, with the most graphs alive; it is inside a block; it ends, when a framework that
+    returns its gradients together holds them all (``late_gradients``).
+    """
+    widths = Widths.of(work.precision)
+    padded = padded_length(work.seq_len, layout)
+    positions = work.micro_batch * padded // layout.cp
+    last = rank == layout.pp - 1
+    entry = input_bytes(config, layout, widths)
+    norm, logits = ends_kept(config, layout, widths, work.executor, last)
+    cast, head_cast = cast_bytes(config, layout, widths, work.executor)
+    chunks = [
+        positions * _chunk_kept(work, chunk, rank, count, kept, entry, extra) + _cast_blocks(work, count) * cast
+        for chunk, count in enumerate(layers)
+    ]
+    if layout.pp > 1:  # a stage's result stays until its gradient arrives
+        chunks = [one + positions * entry for one in chunks]
+    if last:  # the last chunk's graph ends in the head and the loss
+        chunks[-1] += positions * (norm + logits - entry * (layout.pp > 1)) + head_cast
+    sets = live_graphs(layout.schedule, layout.pp, layout.virtual, work.micro_batches, rank)
+    alive = max(sum(n * size for n, size in zip(one, chunks, strict=True)) for one in sets)
+
+    whole = total(kept) + extra
+    again = whole if work.recompute == "full" or work.lists is not None and any(map(any, work.lists.full)) else 0.0
+    if work.recompute == "selective" and work.lists is None:
+        alive += positions * probability_bytes(kept)  # of the layer whose attention is computed again
+    inside = again + block_workspace(config, layout, widths) + ring_workspace(config, layout, widths) - logits
+    largest = held.largest * widths.weight
+    begins, within, ends = float(largest if last else 0), positions * inside + largest, 0.0
+    within += cast if again else 0
+    if work.executor.late_gradients:
+        begins, within = 0.0, within - largest
+        ends = held.trained / layout.virtual * widths.weight - min(chunks)
+    states = states_bytes(held, layout, widths, work.executor)
+    messages, tables = 0, padded // layout.cp * config.head_dim * max(widths.stat, 4)
+    if work.executor.eager_messages:
+        tables *= work.micro_batches
+    if (
+        work.executor.eager_messages and layout.pp > 1 and rank > 0
+    ):  # gradients sent back stay until the rank before has used them
+        messages = peak_live(layout.schedule, layout.pp, layout.virtual, work.micro_batches, rank - 1)
+    states["buffers"] += int(messages * positions * entry) + tables
+    graphs = peak_live(layout.schedule, layout.pp, layout.virtual, work.micro_batches, rank)
+    workspace = max(begins, within, ends, 0.0)
+    return RankMemory(sum(layers), graphs, held, states, int(alive), int(workspace))
+
+
+def padded_length(seq_len: int, layout: Layout) -> int:
+    """Places of a row: ``seq_len`` padded as core.parallel.sequence does (which imports numpy)."""
+    chunks = 2 * layout.ring if layout.ring > 1 else 1
+    spread = layout.tp if layout.sequence_parallel else 1
+    return seq_len + -seq_len % math.lcm(chunks * layout.ulysses, layout.cp * spread)
+
+
+def _chunk_kept(
+    work: Work, chunk: int, rank: int, layers: int, kept: Sequence[Kept], entry: float, extra: float
+) -> float:
+    """Bytes a position that a graph of a chunk with ``layers`` blocks keeps."""
+    if work.lists is not None:
+        lists, sizes = work.lists, 0.0
+        for layer in range(layers):
+            found = lists.kept(chunk, rank, layer, kept)
+            sizes += total(found) + extra if found else entry  # already divided with sequence parallelism
+        return sizes
+    if work.recompute == "full":
+        return layers * entry
+    whole = total(kept) + extra
+    return layers * (whole - core_bytes(kept) if work.recompute == "selective" else whole)
+
+
+def _cast_blocks(work: Work, layers: int) -> int:
+    """Blocks of a chunk whose graphs keep casts of their matrices: recomputation makes them again."""
+    return 0 if work.recompute == "full" and work.lists is None else layers
 
 
 def estimate(
@@ -26,120 +173,99 @@ def estimate(
     micro_batches: int | None = None,
     lora: LoraConfig | None = None,
     constants: Collection[str] = (),
+    executor: Executor = MINDSPORE,
+    lists: RecomputeLists | None = None,
 ) -> JsonObject:
     """Parameters by class, bytes by use and floating-point operations per token.
 
-    ``memory_bytes`` is that of the pipeline rank that needs the most, ``ranks`` that of each. ``_memory`` has the
-    formulas. ``lora`` adds adapters; ``constants`` are the logical names of what is not trained
-    (core.train.trainable.constant_names): held in the compute dtype, without gradients and optimizer state.
+    ``memory_bytes`` is that of the pipeline rank that needs the most, ``ranks`` that of each. ``lora`` adds adapters;
+    ``constants`` are the logical names of what is not trained (core.train.trainable.constant_names): held in the
+    compute dtype, without gradients and optimizer state. ``lists`` stand in the place of ``recompute``.
     """
     layout = layout or Layout()
     micro_batches = micro_batches or layout.stages
+    if lists is not None:
+        executor = MINDFORMERS
+    work = Work(seq_len, micro_batch, micro_batches, precision, recompute, fused_attention, executor, lists)
     by_class: dict[str, int] = {}
     whole = parameter_table(config) | ({} if lora is None else lora_table(config, lora))
     frozen = frozenset(constants)
     for spec in whole.values():
         by_class[spec.kind] = by_class.get(spec.kind, 0) + spec.size
-    total = sum(by_class.values())
-    settings = seq_len, micro_batch, micro_batches, precision, recompute, fused_attention
-    ranks = [_memory(config, layout, rank, *settings, lora, frozen) for rank in range(layout.pp)]
-    memory = max(ranks, key=lambda rank: sum(rank["memory_bytes"].values()))["memory_bytes"]
+    parameters = sum(by_class.values())
+    ranks = ranks_of(config, layout, work, lora, frozen)
+    fullest = max(ranks, key=lambda rank: rank.total)
     matmul = 6 * (by_class["matrix"] + by_class.get("head", by_class["embedding"]))
     attention = flops_per_token(config, seq_len, causal=True) - matmul
     # A frozen matrix has no gradient of its own: two products in place of three. An adapter has all three.
     matmul += 6 * by_class.get("adapter", 0)
     matmul -= 2 * sum(whole[name].size for name in frozen if whole[name].kind in ("matrix", "head"))
-    trained = {"trained": total - sum(whole[name].size for name in frozen)} if frozen else {}
+    trained = {"trained": parameters - sum(whole[name].size for name in frozen)} if frozen else {}
     return {
         "estimate": True,
         "settings": {
             "seq_len": seq_len,
             "micro_batch": micro_batch,
             "precision": precision,
-            "recompute": recompute,
+            "recompute": recompute if lists is None else "MindFormers' lists",
             "fused_attention": fused_attention,
             "layout": layout.name,
             **({"lora": f"rank {lora.rank} on {' '.join(lora.targets)}"} if lora is not None else {}),
         },
-        "parameters": {**by_class, "total": total, **trained},
-        "memory_bytes": {**memory, "total": sum(memory.values())},
-        "ranks": ranks,
+        "parameters": {**by_class, "total": parameters, **trained},
+        "memory_bytes": {**fullest.uses, "total": fullest.total},
+        "margin_bytes": int(FRAGMENTATION * fullest.total),
+        "ranks": [_described(number, rank) for number, rank in enumerate(ranks)],
         "bubble": bubble_formula(layout.schedule, layout.pp, layout.virtual, micro_batches),
         "flops_per_token": {"matrices": matmul, "attention": attention, "total": matmul + attention},
     }
 
 
-def _memory(
+def ranks_of(
     config: ModelConfig,
     layout: Layout,
-    rank: int,
-    seq_len: int,
-    micro_batch: int,
-    micro_batches: int,
-    precision: str,
-    recompute: str,
-    fused_attention: bool,
-    lora: LoraConfig | None,
-    constants: frozenset[str],
-) -> JsonObject:
-    """Parameters, layers and bytes by use of pipeline rank ``rank``."""
-    table: dict[str, Shard] = {}
-    for chunk in range(layout.virtual):
-        table |= chunk_table(config, layout, Coord(rank, 0, 0, 0), chunk, lora)
-    held = sum(math.prod(shard.shape) for shard in table.values())
-    trained = sum(math.prod(shard.shape) for name, shard in table.items() if name not in constants)
-    layers = len({name.split(".")[1] for name in table if name.startswith("layers.")})
-    E, F, V = config.hidden_size, config.ffn_hidden_size, padded_rows(config.vocab_size, layout.tp)
-    HD, KD = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-    tp, spread = layout.tp, layout.tp if layout.sequence_parallel else 1
-    parts = layout.dp * layout.cp if layout.zero1 else 1
-    master = 8 if precision == "fp64" else 4
-    width = {"fp32": 4, "fp64": 8}.get(precision, 2)
-    tokens = seq_len * micro_batch // layout.cp
+    work: Work,
+    lora: LoraConfig | None = None,
+    constants: frozenset[str] = frozenset(),
+) -> list[RankMemory]:
+    """The peak of every pipeline rank."""
+    widths = Widths.of(work.precision)
+    kept = block_kept(config, layout, widths, work.executor, work.seq_len, work.fused)
+    stages = [len(layers) for layers in stage_layers(layout, config)]
+    found = []
+    for rank in range(layout.pp):
+        held, table = held_by(config, layout, rank, widths, lora, constants)
+        extra = _adapted(config, table, constants, layout.tp, widths, lora)
+        found.append(rank_memory(config, layout, rank, work, held, stages[rank :: layout.pp], kept, extra))
+    return found
 
-    linear = 2 * E // spread + 2 * E + (2 * HD + 2 * KD + 4 * F) // tp - _unkept(config, table, constants, tp)
-    if lora is not None and lora.dropout:
-        linear += (2 * E + (HD + F) // tp) // 4  # a byte an element: which of the adapters' inputs are kept
-    keeps_none = fused_attention or layout.ring > 1
-    probabilities = 0 if keeps_none else config.num_heads // tp // layout.ulysses * seq_len * layout.ulysses
-    whole_layer = linear + probabilities
-    graphs = peak_live(layout.schedule, layout.pp, layout.virtual, micro_batches, rank)
-    graph_layers = graphs * layers / layout.virtual
-    if recompute == "full":
-        kept = graph_layers * E / spread + whole_layer
-    elif recompute == "selective":
-        kept = graph_layers * linear + probabilities
-    else:
-        kept = graph_layers * whole_layer
-    half = precision in ("bf16", "fp16")
-    logits = 3 * max(master, 4) * V if "norm.weight" in table else 0
-    memory = {
-        "masters": master * trained // parts,
-        "compute_copy": 2 * trained if half else master * trained if parts > 1 else 0,
-        **({"frozen": _frozen_bytes(table, constants, precision, width)} if constants else {}),
-        "gradients": master * trained,
-        "optimizer": 2 * master * trained // parts,
-        "activations": int(tokens * (width * kept + logits)),
+
+def _described(number: int, rank: RankMemory) -> JsonObject:
+    return {
+        "pipeline_rank": number,
+        "layers": rank.layers,
+        "graphs": rank.graphs,
+        "parameters": rank.held.parameters,
+        "memory_bytes": rank.uses,
     }
-    return {"pipeline_rank": rank, "layers": layers, "graphs": graphs, "parameters": held, "memory_bytes": memory}
 
 
-def _frozen_bytes(table: dict[str, Shard], constants: frozenset[str], precision: str, width: int) -> int:
-    """Matrices are in the dtype that products are computed in; with amp everything else is float32."""
-    wide = 4 if precision == "amp" else width
-    held = ((name, shard) for name, shard in table.items() if name in constants)
-    return sum(
-        math.prod(shard.shape) * (wide if len(shard.shape) == 1 or name == "embed.weight" else width)
-        for name, shard in held
-    )
+def _adapted(
+    config: ModelConfig,
+    table: dict[str, Shard],
+    constants: frozenset[str],
+    tp: int,
+    widths: Widths,
+    lora: LoraConfig | None,
+) -> float:
+    """Bytes a position and block that adapters keep beside, less those of inputs that no gradient of a weight needs.
 
-
-def _unkept(config: ModelConfig, table: dict[str, Shard], constants: frozenset[str], tp: int) -> int:
-    """Elements a token and layer that no gradient of a weight needs: the inputs of linears that are frozen and have no
-    adapter, a mean over the layers held. The attention's output is kept for the attention itself."""
-    sizes = {("q", "k", "v"): config.hidden_size, ("gate", "up"): config.hidden_size}
-    sizes[("down",)] = config.ffn_hidden_size // tp
-    readers = {module: modules for modules in sizes for module in modules}
+    An adapter keeps its low-rank product, and with dropout a byte for each element of its inputs. Spared are the inputs
+    of frozen linears without an adapter, a mean over the layers held; the attention's output stays for the attention.
+    """
+    inputs = {("q", "k", "v"): config.hidden_size, ("gate", "up"): config.hidden_size}
+    inputs[("down",)] = config.ffn_hidden_size // tp
+    readers = {module: modules for modules in inputs for module in modules}
     blocks = [name.split(".") for name in table if name.startswith("layers.")]
     needed = {
         (parts[1], readers[parts[-2]])
@@ -147,4 +273,12 @@ def _unkept(config: ModelConfig, table: dict[str, Shard], constants: frozenset[s
         if parts[-2] in readers and parts[-1] != "bias" and ".".join(parts) not in constants
     }
     layers = max(1, len({parts[1] for parts in blocks}))
-    return sum(sizes.values()) - sum(sizes[modules] for _, modules in needed) // layers
+    spared = sum(inputs.values()) - sum(inputs[modules] for _, modules in needed) / layers
+    more = 0.0
+    if lora is not None:
+        low = sum(parts[-1] == "lora_a" for parts in blocks) / layers * lora.rank
+        more = low * widths.compute
+        if lora.dropout:
+            read = 2 * config.hidden_size + (config.num_heads * config.head_dim + config.ffn_hidden_size) / tp
+            more += read * (widths.compute + 1)
+    return more - spared * widths.compute

@@ -1,0 +1,41 @@
+"""What differs between programs that execute the same training step: which tensors they keep, and for how long."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Executor:
+    """One program and its operators.
+
+    ``statistics``: float32 numbers that fused attention keeps of each head and position. ``keeps_silu``: silu(gate) is
+    kept beside gate, up and the product, instead of being computed again. ``late_gradients``: the gradients of a
+    backward pass exist together, until they are accumulated at its end; otherwise one at a time.
+    ``views``: masters of the weights' own dtype are views of the weights also where ZeRO-1 divides them.
+    ``casts``: where weights are wider than products, every graph keeps copies of its matrices in the products' dtype;
+    otherwise one copy of all stands during the step (the gather of ZeRO-1 moves the narrow ones).
+    ``eager_messages``: gradients sent to the stage before, and rotary tables of every micro-batch, stay for the step.
+    ``wide_logits``: logits are turned into float32 before the loss; ``logit_copies``: float32 tensors of their size.
+    """
+
+    name: str
+    statistics: int = 1
+    keeps_silu: bool = False
+    late_gradients: bool = False
+    views: bool = False
+    casts: bool = True
+    eager_messages: bool = True
+    wide_logits: bool = False
+    logit_copies: int = 1
+
+
+MINDSPORE = Executor("ms", late_gradients=True, wide_logits=True)
+PYTORCH = Executor("pt", views=True)
+# MindSpore's static graph with MindFormers' TeleChat2: silu and mul are operators of their own; CANN's flash attention
+# keeps the maximum and the sum of a row's softmax eight times each; parameters' gradients are accumulated one by one.
+MINDFORMERS = Executor(
+    "mindformers", statistics=16, keeps_silu=True, casts=False, eager_messages=False, wide_logits=True, logit_copies=3
+)
+
+EXECUTORS = {one.name: one for one in (MINDSPORE, PYTORCH, MINDFORMERS)}
