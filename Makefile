@@ -51,7 +51,7 @@ help:
 
 install: $(READY)
 
-demo: $(READY)
+demo: operators
 	$(RUN) -m telechat_twins.core.cli demo
 
 # loadfile keeps the tests of a file in one process, so that what a file launches is launched once. One thread each:

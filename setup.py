@@ -1,6 +1,6 @@
 """What is installed: the folders of the repository as packages of telechat_twins (telechat_twins/__init__.py says why).
 
-configs/ travels as data, where core.files.ROOT leads to it, and so does the page that is the demo's Chinese text. Tests
+configs/ travels as data, where core.files.ROOT leads to it, and so do the pages that are the demo's Chinese text. Tests
 stay in the repository.
 """
 
@@ -10,7 +10,7 @@ from setuptools import find_namespace_packages, setup
 from setuptools.command.build_py import build_py
 
 FOLDERS = ("core", "convert", "kernels", "telechat_ms", "pt_reference", "configs")
-PAGES = ("README.zh.md",)  # core/data/demo_text.py reads it
+PAGES = ("docs/tour.zh.md", "docs/maturity.zh.md", "docs/telechat2.zh.md")  # core/data/demo_text.py reads them
 
 
 class BuildWithPages(build_py):
@@ -20,7 +20,9 @@ class BuildWithPages(build_py):
         super().run()
         if not self.editable_mode:
             for page in PAGES:
-                self.copy_file(page, str(Path(self.build_lib) / "telechat_twins" / page))
+                target = Path(self.build_lib) / "telechat_twins" / page
+                self.mkpath(str(target.parent))
+                self.copy_file(page, str(target))
 
 
 found = find_namespace_packages(include=[pattern for folder in FOLDERS for pattern in (folder, f"{folder}.*")])

@@ -27,8 +27,8 @@ from telechat_twins.core.model.config import load_model_config
 from telechat_twins.core.train.script import parser as script_parser
 from tests.house import NAME, PACKAGES, ROOT
 
-PAGES = ("README.md", "README.zh.md", *sorted(f"docs/{p.name}" for p in (ROOT / "docs").glob("*.md")))
-TWINS = ("README.md", "README.zh.md")  # the same commands in both, so one of them is run
+PAGES = ("README.md", "README.zh.md", *sorted(str(p.relative_to(ROOT)) for p in (ROOT / "docs").rglob("*.md")))
+PAIRS = tuple((page, page.replace(".md", ".zh.md")) for page in PAGES if not page.endswith(".zh.md"))
 OTHERS = ("CONTRIBUTING.md", "CHANGELOG.md")  # links are followed, commands checked, nothing is run
 
 PROGRAMS = ("tele", "make", "msrun", "torchrun", "source", "printf", "curl")
@@ -36,13 +36,14 @@ SHELL = ("bash", "sh")
 
 # What no test runs as it stands, and why. Options, config keys and files of these are checked all the same.
 NOT_RUN = {
-    "tele serve --backend pt --checkpoint TeleChat2-7B": "serves until it is ended; "
-    "tests/serve/test_serving_page.py runs the same line of its own page",
+    "tele serve --backend pt --checkpoint demo/hf": "serves until it is ended; tests/serve/test_serving_page.py runs "
+    "the lines of its own page",
+    "tele serve --backend pt --checkpoint demo/hf --adapter mine=runs/lora": "likewise",
     "tele generate --backend pt --checkpoint TeleChat2-7B --adapter law-peft --chat --prompt Hello": "run by "
     "tests/parity/test_serve_parity.py::test_adapters_by_name_in_one_batch on a model of its own",
     "tele serve --backend ms --checkpoint TeleChat2-7B --adapter law=law-peft --adapter code=runs/code": "likewise",
     "tele train --backend ms --config F --set lora.rank=16 --init TeleChat2-7B --out runs/law": "F is the reader's; "
-    "the README's lines are run",
+    "the README's line is run",
     "tele train --backend pt --config F --init TeleChat2-7B --out runs/tuned --resume auto": "likewise",
     "make demo": "minutes; its parts are in tests/parity, and it is run by hand before a release",
     "make test": "is what runs this",
@@ -55,8 +56,6 @@ NOT_RUN = {
     "make campaign-kills": "an evening; tests/multiproc/test_kills.py runs a sample of it",
     "make install": "installs; continuous integration begins with it",
     "source .venv/bin/activate": "the shell's own; the tests run inside the environment",
-    "tele train --backend pt --config configs/train/telechat2-tiny.yaml --out runs/second "
-    "--set train.steps=100 optim.lr=1e-3": "the same launch as the resume below it",
     "tele parity --config configs/train/telechat2-tiny.yaml --steps 50 --out parity": "three launches; "
     "tests/parity/test_parity_command.py::test_one_batch_and_three_steps runs a shorter one",
     "tele parity --config configs/train/telechat2-tiny.yaml --steps 0 --set train.precision=bf16": "run by "
@@ -126,7 +125,8 @@ TRAINED = "runs/"  # a light verb on something that was trained goes with the tr
 MINDSPORES = ("--file-format", ".ckpt")  # a light verb on MindSpore's own files needs it
 
 # Options in the text that are other programs'.
-FOREIGN_OPTIONS = ("--trust-remote-code", "--logdir")  # vLLM, TensorBoard
+# vLLM, TensorBoard, Megatron-LM
+FOREIGN_OPTIONS = ("--trust-remote-code", "--logdir", "--use-mup", "--dist-ckpt-optim-fully-reshardable")
 FOLDERS = "|".join((*PACKAGES, NAME, "configs", "docs", "findings", "tests"))
 # A path, and names after it: `core/train/recipe.py`: `learning_rate`, `class_rate`
 PLACE = re.compile(rf"`((?:{FOLDERS})/[\w./-]*)`((?:[:,] `\w+`)*)")

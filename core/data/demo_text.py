@@ -1,4 +1,4 @@
-"""Demo corpus available wherever Python is: its documentation and standard library, and this project's Chinese page."""
+"""Demo corpus available wherever Python is: its documentation and standard library, and this project's Chinese pages."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from telechat_twins.core.errors import UserError
 from telechat_twins.core.files import ROOT
 from telechat_twins.core.files.atomic import write_text
 
-CHINESE_PAGES = ("README.zh.md",)
+CHINESE_PAGES = ("docs/tour.zh.md", "docs/maturity.zh.md", "docs/telechat2.zh.md")
 CODE_BYTES = 600_000
 
 

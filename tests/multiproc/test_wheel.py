@@ -21,6 +21,7 @@ from pathlib import Path
 
 import pytest
 
+from telechat_twins.core.data.demo_text import CHINESE_PAGES
 from tests.house import ROOT
 
 FOLDERS = ("core", "convert", "kernels", "telechat_ms", "pt_reference", "configs", "telechat_twins")
@@ -83,8 +84,9 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Installed:
     source.mkdir()
     for name in FOLDERS:
         shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("pyproject.toml", "setup.py", "LICENSE", "README.md", "README.zh.md"):
-        shutil.copy(ROOT / name, source)
+    (source / "docs").mkdir()
+    for name in ("pyproject.toml", "setup.py", "LICENSE", "README.md", *CHINESE_PAGES):
+        shutil.copy(ROOT / name, source / name)
     pip("wheel", "-q", "--no-deps", "--no-build-isolation", "-w", str(folder / "dist"), str(source))
     (wheel,) = (folder / "dist").glob("*.whl")
     made = Installed(wheel, folder / "site", folder / "work", folder / "loaded")

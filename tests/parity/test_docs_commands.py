@@ -21,7 +21,7 @@ import pytest
 from telechat_twins.core.train.metrics import read_metrics
 from tests import docs
 from tests.house import ROOT
-from tests.support.docs_workspace import add_checkout, add_packed, add_release, add_text
+from tests.support.docs_workspace import add_checkout, add_demo, add_packed, add_release, add_text
 from tests.support.launching import one_rank_here
 
 SHORTER = ("--set", "train.steps=2", "optim.warmup_steps=0", "train.global_batch=2", "train.micro_batch=2")
@@ -36,7 +36,8 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("docs")
     add_text(folder)
     add_release(folder)
-    add_packed(folder, folder / "corpus")
+    add_demo(folder)
+    add_packed(folder)
     add_checkout(folder)
     return folder
 
@@ -91,7 +92,8 @@ def test_the_commands_run(workspace: Path, monkeypatch: pytest.MonkeyPatch, capf
     shown = docs.to_run("parity")
     # Pages whose lines need no earlier page.
     alone = {"docs/benchmarks.md", "docs/kernels.md", "docs/convert.md", "docs/records.md"}
-    assert {c.page for c in shown} - alone == {"README.md"}, "a page whose lines build on one another needs a folder"
+    together = {"README.md", "docs/tour.md"}
+    assert {c.page for c in shown} - alone == together, "a page whose lines build on one another needs a folder"
     with ExitStack() as stack:
         beside = []
         for command in map(shorter, shown):

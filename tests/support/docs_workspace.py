@@ -14,7 +14,7 @@ from telechat_twins.core.checkpoint.read import Contents, save_checkpoint
 from telechat_twins.core.data.prepare import pack_dialogues, pack_text
 from telechat_twins.core.data.tokenizer import load_tokenizer
 from telechat_twins.core.data.tokenizer_training import train_tokenizer
-from telechat_twins.core.model.config import ModelConfig
+from telechat_twins.core.model.config import ModelConfig, load_model_config
 from telechat_twins.core.model.init import init_weights
 from tests import docs
 from tests.house import ROOT
@@ -72,11 +72,38 @@ def add_release(folder: Path) -> None:
     write_peft(random_adapter(release, modules(config, ("q", "k", "v"))), folder / "law-peft")
 
 
-def add_packed(folder: Path, text: Path) -> None:
-    """What the data commands of the README leave behind: a tokenizer of 2048 pieces, data/tiny and data/dialogues."""
-    train_tokenizer((file.read_text(encoding="utf-8") for file in sorted(text.glob("*.py"))), folder / "t.model", 2048)
-    tokenizer = load_tokenizer(folder / "t.model", in_vocabulary=True)
-    pack_text([text], folder / "data" / "tiny", tokenizer, quiet=True)
+def add_demo(folder: Path) -> None:
+    """What `make demo` leaves behind, of less text and untrained: demo/text, tokenizer.model, tuning.jsonl and hf."""
+    demo = folder / "demo"
+    (demo / "text").mkdir(parents=True)
+    texts = [(folder / "corpus" / name).read_text(encoding="utf-8") for name in SOURCES]
+    write_rows(demo / "text" / "code.jsonl", [{"text": text} for text in texts])
+    train_tokenizer(texts, demo / "tokenizer.model", 2048)
+    write_rows(demo / "tuning.jsonl", [{"messages": _turns(n)} for n in range(8)])
+    config = load_model_config("telechat2-tiny")
+    made = save_checkpoint(
+        folder / "made-demo",
+        0,
+        Contents(model={"config": config.to_dict()}, weights=init_weights(config, 0, "strong").items(), trainer={}),
+        keep_last=1,
+    )
+    source = open_model(made)
+    assert isinstance(source, CanonicalSource)
+    canonical_to_hf(source, demo / "hf", tokenizer=demo / "tokenizer.model")
+
+
+def _turns(n: int) -> list[dict[str, str]]:
+    return [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": f"What is {n}?"},
+        {"role": "assistant", "content": "A number."},
+    ]
+
+
+def add_packed(folder: Path) -> None:
+    """What the data commands of the README leave behind, from what add_demo made: data/tiny and data/dialogues."""
+    tokenizer = load_tokenizer(folder / "demo" / "tokenizer.model", in_vocabulary=True)
+    pack_text([folder / "demo" / "text"], folder / "data" / "tiny", tokenizer, quiet=True)
     dialogues = folder / "examples" / "dialogues.jsonl"
     pack_dialogues([dialogues], folder / "data" / "dialogues", tokenizer, seq_len=256, quiet=True)
 

@@ -10,9 +10,10 @@ from pathlib import Path
 import pytest
 
 from telechat_twins.core import cli
+from telechat_twins.core.data.demo_text import CHINESE_PAGES
 from tests import docs
 from tests.house import ROOT
-from tests.support.docs_workspace import add_release, add_text
+from tests.support.docs_workspace import add_demo, add_release, add_text
 
 
 @pytest.mark.parametrize("page", [*docs.PAGES, *docs.OTHERS])
@@ -95,38 +96,26 @@ def test_a_right_page_passes(tmp_path: Path) -> None:
     assert (found[1].stdin_text, found[1].stdin_file) == ("a # b", "F")
 
 
-def test_both_readmes_show_the_same_commands() -> None:
-    english, chinese = ([c.text for c in docs.commands(ROOT, page)] for page in docs.TWINS)
-    assert english == chinese
-
-
-@pytest.mark.parametrize("page", docs.TWINS)
-def test_every_verb_is_in_the_readme(page: str) -> None:
-    text = (ROOT / page).read_text(encoding="utf-8")
-    assert [verb for verb in cli.VERBS if not re.search(rf"\btele {verb}\b", text)] == []
-
-
 def test_every_page_is_in_the_index() -> None:
     index = (ROOT / "docs" / "index.md").read_text(encoding="utf-8")
-    pages = [p.name for p in (ROOT / "docs").glob("*.md") if p.name != "index.md"]
-    assert [name for name in pages if f"({name})" not in index] == []
+    pages = [page.removeprefix("docs/") for page, _ in docs.PAIRS if page.startswith("docs/")]
+    assert [name for name in pages if name != "index.md" and f"({name})" not in index] == []
 
 
-def test_the_chinese_page_is_text_enough_for_the_demo() -> None:
-    text = (ROOT / "README.zh.md").read_text(encoding="utf-8")
-    assert len(text.encode()) > 5000 and text.count("\n## ") >= 4
-    assert len(re.findall(r"[\u4e00-\u9fff]", text)) > 2000
+def test_the_chinese_pages_are_text_enough_for_the_demo() -> None:
+    text = "".join((ROOT / page).read_text(encoding="utf-8") for page in CHINESE_PAGES)
+    assert len(text.encode()) > 20000 and text.count("\n## ") >= 12
+    assert len(re.findall(r"[\u4e00-\u9fff]", text)) > 4000
 
 
-def test_the_readme_shows_a_real_demo_and_measured_numbers() -> None:
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
+def test_the_pages_show_a_real_demo_and_measured_numbers() -> None:
     shown = {}
-    for name in ("demo output", "measured"):
-        parts = text.split(f"<!-- {name} -->")
-        assert len(parts) == 3, f"README.md: '<!-- {name} -->' opens and closes one place"
+    for page, name in (("docs/demo.md", "demo output"), ("docs/maturity.md", "measured")):
+        parts = (ROOT / page).read_text(encoding="utf-8").split(f"<!-- {name} -->")
+        assert len(parts) == 3, f"{page}: '<!-- {name} -->' opens and closes one place"
         shown[name] = parts[1]
-    assert "== result" in shown["demo output"], "README.md: paste the output of `make demo` between its marks"
-    assert "tokens/s" in shown["measured"], "README.md: paste the table of `tele bench step` between its marks"
+    assert "== result" in shown["demo output"], "docs/demo.md: paste the output of `make demo` between its marks"
+    assert "tokens/s" in shown["measured"], "docs/maturity.md: paste the table of `tele bench step` between its marks"
 
 
 def test_what_is_not_run_is_shown_and_names_tests_that_exist() -> None:
@@ -145,15 +134,17 @@ def test_the_light_commands_run(
     shown = [c for c in docs.to_run("unit") if c.page == page]
     add_text(tmp_path)
     add_release(tmp_path)
+    if any("demo/" in c.text for c in shown):
+        add_demo(tmp_path)
     if any("tokenize train" in c.text for c in shown):
-        (tmp_path / "tokenizer.model").unlink()
+        (tmp_path / "tokenizer.model").unlink(missing_ok=True)
     monkeypatch.chdir(tmp_path)
     for command in shown:
         assert docs.run(command, monkeypatch) == 0, f"{command.where}: {command.text}\n{capsys.readouterr().err}"
         assert capsys.readouterr().out, f"{command.where}: printed nothing"
-    if page == "README.md":
-        copied = {p.name: p.read_bytes() for p in Path("TeleChat2-7B-copy").iterdir()}
-        assert copied == {p.name: p.read_bytes() for p in Path("TeleChat2-7B").iterdir()}
+    if page == "docs/tour.md":
+        copied = {p.name: p.read_bytes() for p in Path("hf-again").iterdir()}
+        assert copied == {p.name: p.read_bytes() for p in Path("demo/hf").iterdir()}
 
 
 def test_the_python_of_the_checkpoint_page_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,26 @@
+"""Hooks of the documentation's site: links that lead out of docs/, which the site does not hold.
+
+On a page of the repository `../README.md` is the front page; on the site that is index. Other files of the repository
+are named, not linked.
+"""
+
+from __future__ import annotations
+
+import re
+
+OUTSIDE = re.compile(r"\[([^\]]*)\]\((?:\.\./)+([\w./-]*)(?:#[\w-]*)?\)")
+
+
+def on_page_markdown(markdown: str, page: object, **_: object) -> str:
+    """The page's text with links into the repository replaced; links within docs/ stay."""
+    folder = getattr(page, "file").src_uri.count("/")
+
+    def inside(found: re.Match[str]) -> str:
+        text, target = found[1], found[2]
+        if found[0].count("../") <= folder:  # from reference/ to a page of docs/
+            return found[0]
+        if target in ("README.md", "README.zh.md"):
+            return f"[{text}]({'index.zh.md' if target.endswith('.zh.md') else 'index.md'})"
+        return f"{text} (`{target}`)"
+
+    return OUTSIDE.sub(inside, markdown)
