@@ -30,6 +30,7 @@ from telechat_twins.core.near import nearest
 from telechat_twins.core.parallel.layout import Layout
 from telechat_twins.core.schema import from_mapping, load_yaml, option, set_dotted
 from telechat_twins.core.types import JsonObject
+from telechat_twins.core.watching import TRACKERS, ProfileConfig, check_watching
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,6 +101,13 @@ class TrainConfig:
         help="rows of the global batch, from the first, whose activations a record has; 0: as many as cost little",
         min=0,
     )
+    profile: ProfileConfig | None = option(
+        None, help="{from, steps}: steps that the profiler records, in RUN/profile; default: none"
+    )
+    peak_tflops: float | None = option(
+        None, help="peak TFLOP/s of one device at this precision, of which the MFU is a share", above=0.0
+    )
+    machine: str | None = option(None, help="in its place: a machine file, or a bundled one's name, e.g. h100-sxm")
 
     def __post_init__(self) -> None:
         if self.stages is not None:
@@ -322,6 +330,7 @@ class RunConfig:
     eval: EvalConfig | None = option(None, help="loss on held-out text while training; default: none")
     checkpoint: CheckpointConfig = option(CheckpointConfig(), help="saving")
     health: HealthConfig = option(HealthConfig(), help="what to do when training goes wrong")
+    track: list[str] = option(["tensorboard"], help="where the metrics go besides metrics.jsonl", choices=TRACKERS)
 
     def __post_init__(self) -> None:
         lengths = {"data.seq_len": self.data.seq_len}
@@ -339,6 +348,7 @@ class RunConfig:
             self._check_preference()
         if self.lora is not None:
             check_lora(self.model, self.lora)
+        check_watching(self.track, self.train.peak_tflops, self.train.machine)
         if self.train.steps:
             self._check_schedule(self.train.schedule_steps or self.train.steps)
 
@@ -378,6 +388,8 @@ class RunConfig:
     def to_dict(self) -> JsonObject:
         """The mapping as JSON gives it back."""
         values = {**dataclasses.asdict(self), "model": self.model.to_dict()}
+        if (profile := values["train"]["profile"]) is not None:
+            values["train"]["profile"] = {"from": profile.pop("from_"), **profile}
         if not self.train.steps:
             del values["train"]["steps"]
         return values

@@ -49,7 +49,8 @@ def from_mapping(cls: type[T], data: object, where: str) -> T:
     """
     if not isinstance(data, Mapping):
         raise UserError(f"{where or 'config'}: expected a mapping of options, found {_found(data)}")
-    fields = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    # A field named by a word of Python ends in "_", which its key in a file does not: `from`.
+    fields = {f.name.removesuffix("_"): f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
     for key in data:
         if key not in fields:
             near = nearest(key, fields, cutoff=0.5)
@@ -60,7 +61,7 @@ def from_mapping(cls: type[T], data: object, where: str) -> T:
     for name, f in fields.items():
         path = f"{where}.{name}" if where else name
         if name in data:
-            values[name] = _check(hints[name], data[name], path, f.metadata)
+            values[f.name] = _check(hints[f.name], data[name], path, f.metadata)
         elif f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING:
             raise UserError(f"{path}: missing; {f.metadata.get('help', 'it has no default')}")
     return cls(**values)

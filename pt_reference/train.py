@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import dataclasses
 import sys
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
 
 import torch
 
@@ -50,6 +52,16 @@ class Trainer(BaseTrainer[Decoder]):
 
     def observed(self, see: See) -> AbstractContextManager[None]:
         return observed(self.stages, see)
+
+    def device_peak(self) -> int:
+        return torch.cuda.max_memory_allocated() if ops.device().type == "cuda" else 0
+
+    @contextmanager
+    def profiled(self, folder: Path, steps: int) -> Iterator[Callable[[], object]]:
+        activities = torch.profiler.supported_activities()
+        with torch.profiler.profile(activities=activities, record_shapes=True, profile_memory=True) as profiler:
+            yield profiler.step
+        profiler.export_chrome_trace(str(folder / f"rank-{self.rank}.json"))
 
     def implementation(self) -> dict[str, str]:
         return {

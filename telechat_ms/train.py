@@ -8,10 +8,13 @@ from __future__ import annotations
 import dataclasses
 import os
 import sys
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
 
 import telechat_twins.telechat_ms  # isort: skip  # noqa: F401  (prepares the process; must come before mindspore)
 import mindspore as ms
+from mindspore import profiler
 
 from telechat_twins.convert.initial import open_initial
 from telechat_twins.core.config import RunConfig
@@ -19,6 +22,7 @@ from telechat_twins.core.parity.record.recorder import open_recorder
 from telechat_twins.core.train.script import main
 from telechat_twins.core.train.trainable import first_trained_stage, trainable
 from telechat_twins.core.train.trainer import BaseTrainer, See
+from telechat_twins.core.train.watch.profile import convert_trace
 from telechat_twins.kernels.mindspore import ops as kernels
 from telechat_twins.telechat_ms.collectives import agree
 from telechat_twins.telechat_ms.mesh import join, leave
@@ -51,6 +55,19 @@ class Trainer(BaseTrainer[Decoder]):
 
     def observed(self, see: See) -> AbstractContextManager[None]:
         return observed(self.stages, see)
+
+    def device_peak(self) -> int:
+        return 0 if ms.get_context("device_target") == "CPU" else ms.runtime.max_memory_allocated()
+
+    @contextmanager
+    def profiled(self, folder: Path, steps: int) -> Iterator[Callable[[], object]]:
+        kinds = profiler.ProfilerActivity
+        activities = [kinds.CPU] if ms.get_context("device_target") == "CPU" else [kinds.CPU, kinds.NPU]
+        raw = folder / f"mindspore-rank-{self.rank}"
+        ready = profiler.tensorboard_trace_handler(str(raw))
+        with profiler.profile(activities=activities, on_trace_ready=ready, start_profile=False) as recording:
+            yield recording.step
+        convert_trace(raw, folder / f"rank-{self.rank}.json")
 
     def implementation(self) -> dict[str, str]:
         return {

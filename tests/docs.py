@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from telechat_twins.core import cli
-from telechat_twins.core.config import RunConfig, load_run_config
+from telechat_twins.core.config import ProfileConfig, RunConfig, load_run_config
 from telechat_twins.core.errors import UserError
 from telechat_twins.core.model.config import load_model_config
 from telechat_twins.core.train.script import parser as script_parser
@@ -378,7 +378,9 @@ def all_keys() -> frozenset[str]:
     sections = typing.get_type_hints(RunConfig)
     # A section that may be absent is ``Section | None``.
     kinds = {s: next(iter(typing.get_args(kind)), kind) for s, kind in sections.items()}
-    return frozenset(f"{s}.{f.name}" for s, kind in kinds.items() for f in dataclasses.fields(kind))
+    groups = {s: dataclasses.fields(kind) for s, kind in kinds.items() if dataclasses.is_dataclass(kind)}
+    inner = {"train.profile": dataclasses.fields(ProfileConfig)}
+    return frozenset(f"{s}.{f.name.removesuffix('_')}" for s, found in {**groups, **inner}.items() for f in found)
 
 
 def wrong_links(root: Path, page: str) -> list[str]:

@@ -16,7 +16,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("errors",),
     ("schema", "backends", "cli", "files", "launch"),
     ("model",),
-    ("parallel", "checkpoint"),
+    ("parallel", "checkpoint", "watching"),
     ("config",),
     ("data",),
     ("train", "inference", "planner"),

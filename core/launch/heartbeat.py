@@ -65,6 +65,8 @@ class Heartbeat:
         self._depth = 0
         self._started = 0.0
         self._bodies: dict[tuple[str, str], tuple[Sequence[int], bytes]] = {}
+        self._entered = 0.0
+        self.waited_s = 0.0  # inside collectives so far, on the monotonic clock
 
     def enter(self, op: str, group: str, ranks: Sequence[int]) -> None:
         """Record that this rank enters ``op`` and waits for ``ranks``. Of nested collectives the outermost counts."""
@@ -76,6 +78,7 @@ class Heartbeat:
         body = known[1] if known is not None and known[0] is ranks else self._body(op, group, ranks)
         self._sequence += 1
         self._started = time.time()
+        self._entered = time.perf_counter()
         # Head first, tail last: between the two writes a reader sees different sequence numbers and reads again.
         _HEAD.pack_into(self._map, 0, self._sequence, 1, self._started)
         self._map[_HEAD.size : _TAIL_AT] = body
@@ -88,6 +91,7 @@ class Heartbeat:
         self._depth -= 1
         if self._depth:
             return
+        self.waited_s += time.perf_counter() - self._entered
         self._sequence += 1
         _HEAD.pack_into(self._map, 0, self._sequence, 0, self._started)
         _TAIL.pack_into(self._map, _TAIL_AT, self._sequence)

@@ -45,10 +45,11 @@ from telechat_twins.core.train.run.hooks import OpenHooks
 from telechat_twins.core.train.run.saving import save, save_unless_saved, step_folder, way_back
 from telechat_twins.core.train.run.state import Run
 from telechat_twins.core.train.run.step import one_step
-from telechat_twins.core.train.stages import StagedData, marks
+from telechat_twins.core.train.stages import StagedData
 from telechat_twins.core.train.start import adopt_start, open_start, require_base
 from telechat_twins.core.train.stepper import OpenRecorder, Stepper
 from telechat_twins.core.train.trainable import check_freeze, run_table, trainable
+from telechat_twins.core.train.watch.profile import open_profile
 
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -134,6 +135,7 @@ def _train(
     run = Run(stepper, config, folder, data, held_out)
     run.notes += padding + length
     run.recorder = None if open_recorder is None else open_recorder(config, folder)
+    run.hooks += run_on_all(stepper, lambda: open_profile(config, folder, stepper))
     if open_hooks is not None:
         run.hooks += run_on_all(stepper, lambda: open_hooks(config, folder, stepper))
     if not alone:
@@ -168,9 +170,7 @@ def _go(run: Run) -> TrainResult:
     first = run.stepper.rank == 0
     lines = (*header(run.stepper, run.config, run.stages, run.data, run.state), *run.notes) if first else ()
     with Signals(quiet=not first) as signals, contextlib.ExitStack() as ended:
-        records = run_on_all(
-            run.stepper, lambda: Records(run.out, total, run.state.step, first, lines, marks(run.stages))
-        )
+        records = run_on_all(run.stepper, lambda: Records(run, total, first, lines))
         ended.callback(records.close)
         for hook in run.hooks:
             ended.callback(hook.close)
@@ -247,8 +247,9 @@ def _prepare_reference(run: Run, signals: Signals, records: Records) -> None:
 def _agree(run: Run, signals: Signals, problem: str | None = None) -> int | None:
     """The signal that some rank has caught, if any. Raises on all ranks when one has a ``problem``, or when the
     save in the background has failed on one."""
-    mine = [signals.caught or 0, problem is not None, run.saver.failed]
-    caught, stuck, failed = run.stepper.agree([float(number) for number in mine], "max")
+    mine = [signals.caught or 0, problem is not None, run.saver.failed, *run.meter.memory]
+    caught, stuck, failed, *memory = run.stepper.agree([float(number) for number in mine], "max")
+    run.meter.largest = memory
     if stuck:
         raise_on_all(run.stepper, problem)
     if failed:

@@ -12,14 +12,21 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from telechat_twins.core.errors import UserError
+from telechat_twins.core.files.atomic import new_file
 from telechat_twins.core.files.foreign import lines, open_regular, parse_json
 from telechat_twins.core.types import JsonObject
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 Row = JsonObject
 
+# Columns that measure the machine: they differ between two runs that are equal in every other number.
+MEASURED = frozenset(
+    ("tokens_per_s", "step_ms", "tokens_per_s_device", "mfu", "data_share", "comm_share")
+    + ("host_peak_gib", "device_peak_gib", "eta_s")
+)
 HELD_OUT = "eval/"  # begins the columns of held-out sources: eval/NAME/loss, .../perplexity, .../bits_per_byte
 _SMOOTH_FROM = 250  # steps from which a plot shows a running mean
 LONGEST_ROW = 4096  # bytes: a row has a few hundred
@@ -180,10 +187,15 @@ def plot_losses(
     axes[0].legend()
     axes[0].set_title(title)
     axes[2].set_xlabel("step")
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120)
+    _save(figure, Path(path))
     pyplot.close(figure)
     return Path(path)
+
+
+def _save(figure: Figure, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with new_file(path) as beside:  # a viewer of a live run never sees half a picture
+        figure.savefig(beside, dpi=120, format="png")
 
 
 def _plot_held_out(axis: Axes, label: str, rows: Sequence[Row]) -> None:

@@ -36,14 +36,17 @@ class Console:
         else:
             print(text, file=self._stream, flush=True)
 
-    def step(self, row: Row) -> None:
-        """Show one finished step."""
+    def measure(self, row: Row) -> None:
+        """Count one finished step in the estimate of the time left."""
         self._done = row["step"]
         self._seconds.append(row["step_ms"] / 1000)
+
+    def step(self, row: Row) -> None:
+        """Show one finished step, which has been measured."""
         if self._bar is not None:
             self._bar.set_postfix_str(
                 f"loss {_number(row['loss'], '.4f')}, grad {_number(row['grad_norm'], '.3g')}, "
-                f"{row['tokens_per_s']:,.0f} tok/s",
+                f"{row['tokens_per_s']:,.0f} tok/s" + "".join(f", {part}" for part in usage(row)),
                 refresh=False,
             )
             self._bar.update(1)
@@ -74,8 +77,22 @@ def format_row(row: Row, total: int, seconds_left: float) -> str:
         f"lr {row['lr']:.2e}",
         f"{row['tokens_per_s']:,.0f} tok/s",
         f"eta {clock(seconds_left)}",
+        *usage(row),
     ]
     return "  ".join(parts)
+
+
+def usage(row: Row) -> list[str]:
+    """How the machine is used, as far as a run measures it: MFU, device memory, communication; data only where a step
+    waits for it noticeably."""
+    parts = [f"mfu {row['mfu']:.1%}"] if "mfu" in row else []
+    if "device_peak_gib" in row:
+        parts.append(f"mem {row['device_peak_gib']:.1f} GiB")
+    if "comm_share" in row:
+        parts.append(f"comm {row['comm_share']:.0%}")
+    if row.get("data_share", 0.0) >= 0.25 and row["step_ms"] >= 20:
+        parts.append(f"data {row['data_share']:.0%}")
+    return parts
 
 
 def _number(value: float | None, form: str) -> str:

@@ -1,4 +1,4 @@
-"""Outputs of a run other than checkpoints (console, metrics.jsonl, TensorBoard, plot), and its signal handlers."""
+"""Outputs of a run other than checkpoints (console, metrics.jsonl, trackers, plot), and its signal handlers."""
 
 from __future__ import annotations
 
@@ -6,8 +6,7 @@ import contextlib
 import os
 import signal
 import threading
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 from types import FrameType
 
 from telechat_twins.core.config import RunConfig
@@ -16,34 +15,31 @@ from telechat_twins.core.model.params import count_parameters
 from telechat_twins.core.parallel.schedule import bubble_formula
 from telechat_twins.core.train.metrics import MetricsLog, Row, plot_losses, read_metrics
 from telechat_twins.core.train.progress import Console
-from telechat_twins.core.train.stages import Stage, StagedData, stage_of
+from telechat_twins.core.train.run.state import Run
+from telechat_twins.core.train.stages import Stage, StagedData, marks, stage_of
 from telechat_twins.core.train.stepper import Stepper, TrainState
-from telechat_twins.core.train.tensorboard import TensorBoard
+from telechat_twins.core.train.track.open import open_trackers
+from telechat_twins.core.train.watch.environment import write_environment
+from telechat_twins.core.train.watch.refresh import PlotRefresher
 
 
 class Records:
-    """What a run leaves besides checkpoints: lines on the console, metrics.jsonl, TensorBoard, the plot.
+    """What a run leaves besides checkpoints: lines on the console, metrics.jsonl, config and versions, trackers, plot.
 
-    Only rank 0 (``active``) keeps them. ``lines`` are shown first; ``marks`` are lines of the plot at steps.
+    Only rank 0 (``active``) keeps them. ``lines`` are shown first.
     """
 
-    def __init__(
-        self,
-        out: Path,
-        total: int,
-        done: int,
-        active: bool,
-        lines: tuple[str, ...],
-        marks: Mapping[int, str] | None = None,
-    ) -> None:
-        self._out, self._active, self._marks = out, active, dict(marks or {})
+    def __init__(self, run: Run, total: int, active: bool, lines: tuple[str, ...]) -> None:
+        self._out, self._active, self._marks, done = run.out, active, marks(run.stages), run.state.step
         if not active:
             return
         self._console = Console(total, done)
         for line in lines:
             self.note(line)
-        self._log = MetricsLog(out / "metrics.jsonl", done)
-        self._board = TensorBoard(out / "tensorboard", done)
+        self._log = MetricsLog(run.out / "metrics.jsonl", done)
+        write_environment(run.out, run.config, run.stepper.implementation(), done)
+        self._trackers = open_trackers(run.config, run.out, done, self.note)
+        self._plot = PlotRefresher(run.out, self._marks)
 
     def note(self, text: str) -> None:
         """A line that stays on the console."""
@@ -53,15 +49,21 @@ class Records:
     def step(self, row: Row) -> None:
         """Show and keep one step."""
         if self._active:
+            self._console.measure(row)
+            row["eta_s"] = self._console.seconds_left()
             self._log.append(row)
-            self._board.step(row)
+            for tracker in self._trackers:
+                tracker.step(row)
             self._console.step(row)
+            self._plot.look()
 
     def close(self) -> None:
         """End the files and draw the plot."""
         if not self._active:
             return
-        self._board.close()
+        for tracker in self._trackers:
+            tracker.close()
+        self._plot.close()
         self._console.close()
         self._log.close()
         rows = read_metrics(self._out)

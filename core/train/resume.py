@@ -17,6 +17,7 @@ from telechat_twins.core.schema import from_mapping
 from telechat_twins.core.train.metrics import require_fresh
 from telechat_twins.core.train.recipe import rate_at
 from telechat_twins.core.types import JsonObject
+from telechat_twins.core.watching import OBSERVING
 
 
 def checkpoint_to_resume(out: Path, resume: str | None, verify: bool) -> Checkpoint | None:
@@ -92,8 +93,9 @@ def describe_resumption(checkpoint: Checkpoint, config: RunConfig, history: Sequ
         lines.append(f"note: written at {written}, now {now}: goes on within rounding, not bit for bit")
     if trainer["data_digest"] != digest:
         lines.append("warning: the data differs from what this checkpoint was trained on")
+    passed_over = OBSERVING if written == now else ("parallel.", *OBSERVING)
     for line in differences(with_defaults(run_config_from_dict, trainer["config"]), config.to_dict()):
-        if written == now or not line.startswith("parallel."):
+        if not line.startswith(passed_over):
             lines.append(f"warning: changed since the checkpoint: {line}")
     return lines
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -114,6 +115,15 @@ class Stepper(Protocol):
     @property
     def step(self) -> int:
         """Updates made so far, for Adam's bias correction. Skipped steps do not count."""
+        ...
+
+    def device_peak(self) -> int:
+        """Most bytes that tensors have taken on this rank's accelerator so far; 0 on a CPU."""
+        ...
+
+    def profiled(self, folder: Path, steps: int) -> AbstractContextManager[Callable[[], object]]:
+        """The framework's profiler over ``steps`` steps, each of which ends with a call of what this yields. On leaving
+        it writes the trace of this rank into ``folder``."""
         ...
 
     def implementation(self) -> dict[str, str]:

@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar
 
 import numpy as np
@@ -300,6 +301,14 @@ class BaseTrainer(ABC, Generic[S]):
     @abstractmethod
     def observed(self, see: See) -> AbstractContextManager[None]:
         """The backend's observe.observed of this rank's stages."""
+
+    @abstractmethod
+    def device_peak(self) -> int:
+        """core.train.stepper.Stepper.device_peak."""
+
+    @abstractmethod
+    def profiled(self, folder: Path, steps: int) -> AbstractContextManager[Callable[[], object]]:
+        """core.train.stepper.Stepper.profiled."""
 
     @abstractmethod
     def implementation(self) -> dict[str, str]:

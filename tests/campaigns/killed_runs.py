@@ -12,7 +12,7 @@ from typing import Any
 
 from telechat_twins.core.checkpoint.read import open_checkpoint
 from telechat_twins.core.errors import UserError
-from telechat_twins.core.train.metrics import read_metrics
+from telechat_twins.core.train.metrics import MEASURED, read_metrics
 from tests.campaigns.killing import Trial, family, finish, kill, leftovers, orphans, shows, start, wait_until
 from tests.support.packed import write_packed
 
@@ -20,7 +20,6 @@ STEPS, EVERY, KEEP, SEQ_LEN = 24, 2, 2, 16
 LAYOUTS = {"pt": ("single", "tp2", "dp2"), "ms": ("single", "tp2")}
 MOMENTS = ("starting", "spawning", "resuming", "training", "saving", "removing", "finishing")
 LEAVE = 600  # seconds for a launch to end after a kill
-CLOCK = ("tokens_per_s", "step_ms")
 
 
 @dataclass
@@ -198,7 +197,7 @@ def facts(out: Path) -> dict[str, Any]:
     checkpoint = open_checkpoint(out)
     trainer = dict(checkpoint.trainer or {})
     trainer["config"] = {k: v for k, v in trainer["config"].items() if k != "checkpoint"}
-    rows = [{k: v for k, v in row.items() if k not in CLOCK} for row in read_metrics(out)]
+    rows = [{k: v for k, v in row.items() if k not in MEASURED} for row in read_metrics(out)]
     tensors = {
         f"{kind} {name}": checkpoint.read(kind, name).tobytes()
         for kind in ("weights", "optimizer")

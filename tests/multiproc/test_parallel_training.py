@@ -26,13 +26,12 @@ from telechat_twins.core.checkpoint.read import open_checkpoint, write_checkpoin
 from telechat_twins.core.model.config import load_model_config
 from telechat_twins.core.model.init import init_weights
 from telechat_twins.core.parity.bounds import TRACE_LIMIT, compare_tensors, compare_traces
-from telechat_twins.core.train.metrics import read_metrics
+from telechat_twins.core.train.metrics import MEASURED, read_metrics
 from tests.support.data_support import VOCAB_SIZE, tiny_tokenizer
 from tests.support.packed import write_packed
 
 ROOT = Path(__file__).resolve().parents[2]
 SEQ_LEN, HALF, LONGER, ALL = 32, 20, 30, 40  # steps: of the checkpoint, of the change of length, in all
-CLOCK = ("tokens_per_s", "step_ms")
 OTHER = {"ms": "pt", "pt": "ms"}
 TRIALS = [pytest.param(backend, 0, id=f"{backend}-0") for backend in ("ms", "pt")] + [
     pytest.param(backend, trial, id=f"{backend}-{trial}", marks=pytest.mark.full)
@@ -98,7 +97,7 @@ def broken(part: Path, whole: Path, first: int = 0) -> list[str]:
 
 
 def without_clock(rows: list[dict]) -> list[dict]:
-    return [{k: v for k, v in row.items() if k not in CLOCK} for row in rows]
+    return [{k: v for k, v in row.items() if k not in MEASURED} for row in rows]
 
 
 def test_a_layout_trains_like_one_process(first_half: tuple[str, Path], single: Path) -> None:

@@ -38,7 +38,7 @@ from telechat_twins.core.parity.bounds import Bound, compare_tensors, compare_tr
 from telechat_twins.core.parity.layouts import judge_layout
 from telechat_twins.core.parity.worker import Outcome, Task, collect, launch_tasks, run_alone
 from telechat_twins.core.train import loop, records
-from telechat_twins.core.train.metrics import read_metrics
+from telechat_twins.core.train.metrics import MEASURED, read_metrics
 from tests.mutation.fault import Fault, planted
 from tests.parity import test_growth, test_growth_training, test_layouts, test_optimizer_trace
 from tests.support.frameworks import GOLDENS, golden_arrays
@@ -46,7 +46,6 @@ from tests.support.growing import FAMILIES
 from tests.support.packed import write_packed, write_pairs
 
 RANK = Path(__file__).with_name("rank.py")
-CLOCK = ("tokens_per_s", "step_ms")
 STATE = ("step", "samples", "tokens", "optimizer_steps", "loss_scale", "health")  # of trainer.json
 LENGTH, VOCAB, STEPS, SAVED = 32, 128, 6, 3
 GROWN_AT, GROWN_STEPS, GROWN_SAVED, ANNEAL, REWARM = 4, 10, 8, 8, 3
@@ -273,7 +272,7 @@ def train(backend: str, config: RunConfig, out: Path, resume: Path | None = None
 
 def numbers(out: Path) -> list[dict[str, Any]]:
     """A run's rows of metrics, without its clock."""
-    return [{key: value for key, value in row.items() if key not in CLOCK} for row in read_metrics(out)]
+    return [{key: value for key, value in row.items() if key not in MEASURED} for row in read_metrics(out)]
 
 
 def final_weights(out: Path) -> Mapping[str, np.ndarray]:

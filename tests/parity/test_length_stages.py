@@ -17,7 +17,7 @@ from telechat_twins.core.errors import UserError
 from telechat_twins.core.model.config import load_model_config
 from telechat_twins.core.model.init import init_weights
 from telechat_twins.core.train import loop
-from telechat_twins.core.train.metrics import Row, read_metrics
+from telechat_twins.core.train.metrics import MEASURED, Row, read_metrics
 from tests.support.packed import write_packed
 
 BATCH = {"global_batch": 8, "micro_batch": 4, "seed": 7}
@@ -59,7 +59,7 @@ def staged(packed: dict[int, str], **train: object) -> RunConfig:
 
 
 def numbers(out: Path) -> list[Row]:
-    return [{k: v for k, v in row.items() if k not in ("tokens_per_s", "step_ms")} for row in read_metrics(out)]
+    return [{k: v for k, v in row.items() if k not in MEASURED} for row in read_metrics(out)]
 
 
 @pytest.fixture(scope="module", params=["ms", "pt"])

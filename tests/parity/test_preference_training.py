@@ -19,13 +19,12 @@ from telechat_twins.core.errors import UserError
 from telechat_twins.core.model.lora import LoraConfig
 from telechat_twins.core.parity.bounds import compare_traces
 from telechat_twins.core.train import loop, reference
-from telechat_twins.core.train.metrics import read_metrics
+from telechat_twins.core.train.metrics import MEASURED, read_metrics
 from telechat_twins.core.train.preference import PairObjective
 from tests.support.frameworks import BACKENDS
 from tests.support.packed import write_pairs
 
 LENGTH, STEPS, SAVED = 32, 12, 5
-CLOCK = ("tokens_per_s", "step_ms")
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +58,7 @@ def trainer(backend: str) -> Any:
 
 
 def numbers(out: Path) -> list[dict[str, Any]]:
-    return [{key: value for key, value in row.items() if key not in CLOCK} for row in read_metrics(out)]
+    return [{key: value for key, value in row.items() if key not in MEASURED} for row in read_metrics(out)]
 
 
 def values(out: Path) -> np.ndarray:

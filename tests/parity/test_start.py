@@ -22,7 +22,7 @@ from telechat_twins.core.errors import UserError
 from telechat_twins.core.model.config import load_model_config
 from telechat_twins.core.model.init import init_weights
 from telechat_twins.core.train import loop, records, script
-from telechat_twins.core.train.metrics import read_metrics
+from telechat_twins.core.train.metrics import MEASURED, read_metrics
 from tests.support.packed import write_packed
 
 SEQ_LEN = 32
@@ -70,7 +70,7 @@ def load(folder: Path, *overrides: str) -> RunConfig:
 
 
 def numbers(out: Path) -> list[dict]:
-    return [{k: v for k, v in row.items() if k not in ("tokens_per_s", "step_ms")} for row in read_metrics(out)]
+    return [{k: v for k, v in row.items() if k not in MEASURED} for row in read_metrics(out)]
 
 
 @pytest.mark.parametrize("backend", ["ms", "pt"])

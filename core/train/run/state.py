@@ -27,6 +27,7 @@ from telechat_twins.core.train.start import (
     tokenizer_note,
 )
 from telechat_twins.core.train.stepper import Stepper, StepRecorder, TrainState
+from telechat_twins.core.train.watch.meter import Meter
 from telechat_twins.core.types import JsonObject
 
 
@@ -53,6 +54,7 @@ class Run:
         self.growth = config.model.growth  # None once its masks have done their work
         self.recorder: StepRecorder | None = None
         self.hooks: list[Hook] = []
+        self.meter = Meter(config, stepper)
 
     def start(self, source: WeightSource, anew: bool = True) -> None:
         """Begin with the weights of another model; ``anew``: no checkpoint of an adapter of it follows."""

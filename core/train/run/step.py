@@ -26,7 +26,9 @@ def one_step(run: Run, records: Records) -> Row:
     lr = rate_at(run.config, state.step, grown_at)
     _set_mask(run, records)
     first, count = run.stepper.share(stage.global_batch)
+    run.meter.begin()
     batch = run.data.of(stage).batch(state.samples - stage.drawn + first, count)
+    loaded = time.perf_counter() - started
     if run.live:
         batch = with_live_reference(run.stepper, batch, first)
     # One divisor for the whole global batch: with masked targets, a mean of micro-batch means is another number.
@@ -51,6 +53,7 @@ def one_step(run: Run, records: Records) -> Row:
     tokens = stage.tokens
     run.state = TrainState(state.step + 1, state.samples + stage.global_batch, state.tokens + tokens)
     row |= {"tokens": run.state.tokens, "tokens_per_s": tokens / seconds, "step_ms": seconds * 1000}
+    row |= run.meter.columns(stage, seconds, loaded)
     row |= {"skipped": True} if skipped else {}
     if run.recorder is not None and (note := run.recorder.after(row)) is not None:
         records.note(note)

@@ -17,7 +17,7 @@ from telechat_twins.core.train import loop, records
 from telechat_twins.core.train.heldout import evaluate, sources
 from telechat_twins.core.train.heldout.evaluate import HeldOut, figures
 from telechat_twins.core.train.heldout.sources import byte_lengths, open_held_out
-from telechat_twins.core.train.metrics import plot_losses, read_metrics
+from telechat_twins.core.train.metrics import MEASURED, plot_losses, read_metrics
 from tests.support.data_support import VOCAB_SIZE, tiny_tokenizer
 from tests.support.numpy_stepper import SEQ_LEN, VOCAB, Cluster, MemoryBlend, NumpyStepper, run_config
 from tests.support.packed import write_packed, write_pairs
@@ -86,14 +86,13 @@ def test_training_is_not_changed_and_a_resumed_run_is_the_same(held: None, tmp_p
     config = run_config(eval=section, checkpoint={"every": 3, "keep_last": 99})
     loop.train(NumpyStepper, run_config(checkpoint={"every": 3, "keep_last": 99}), tmp_path / "without")
     loop.train(NumpyStepper, config, tmp_path / "whole")
-    clock = ("tokens_per_s", "step_ms")
     rows = [
-        [{k: v for k, v in row.items() if k not in clock} for row in read_metrics(tmp_path / run)]
+        [{k: v for k, v in row.items() if k not in MEASURED} for row in read_metrics(tmp_path / run)]
         for run in ("without", "whole")
     ]
     assert rows[0] == [{k: v for k, v in row.items() if not k.startswith("eval/")} for row in rows[1]]
     loop.train(NumpyStepper, config, tmp_path / "later", resume=str(tmp_path / "whole" / "step-00000006"))
-    later = [{k: v for k, v in row.items() if k not in clock} for row in read_metrics(tmp_path / "later")]
+    later = [{k: v for k, v in row.items() if k not in MEASURED} for row in read_metrics(tmp_path / "later")]
     assert later == rows[1][6:]
     ends = [open_checkpoint(tmp_path / run).trainer["held_out"] for run in ("whole", "later")]
     assert ends[0] == ends[1] and ends[0]["step"] == 12

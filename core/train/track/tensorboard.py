@@ -8,27 +8,14 @@ event.proto and summary.proto).
 
 from __future__ import annotations
 
-import math
 import os
 import socket
 import struct
 import time
 from pathlib import Path
 
-from telechat_twins.core.train.metrics import HELD_OUT, Row
-
-TAGS = {
-    "loss": "train/loss",
-    "grad_norm": "train/grad_norm",
-    "lr": "train/learning_rate",
-    "matrix_lr": "train/matrix_learning_rate",
-    "loss_scale": "train/loss_scale",
-    "mask": "train/growth_mask",
-    "reward_margin": "train/reward_margin",
-    "reward_accuracy": "train/reward_accuracy",
-    "tokens_per_s": "speed/tokens_per_s",
-    "step_ms": "speed/step_ms",
-}
+from telechat_twins.core.train.metrics import Row
+from telechat_twins.core.train.track.tags import points
 
 
 class TensorBoard:
@@ -49,9 +36,7 @@ class TensorBoard:
 
     def step(self, row: Row) -> None:
         """One point per number of the row; what is missing or not finite is left out."""
-        tags = {**TAGS, **{key: key for key in row if key.startswith(HELD_OUT)}}
-        values = [(tag, row[key]) for key, tag in tags.items() if row.get(key) is not None and math.isfinite(row[key])]
-        summary = b"".join(_message(1, _text(1, tag) + _float(2, value)) for tag, value in values)
+        summary = b"".join(_message(1, _text(1, tag) + _float(2, value)) for tag, value in points(row).items())
         self._write(row["step"], _message(5, summary))
 
     def close(self) -> None:
