@@ -251,11 +251,10 @@ def _reject(args: argparse.Namespace) -> int:
     """Rejection sampling of every prompt of the files; prints the summary."""
     from telechat_twins.core.data.chat_layout import require_layout
     from telechat_twins.core.files.atomic import writable_file
-    from telechat_twins.core.inference.generation import turn_stops
     from telechat_twins.core.inference.prompts import Prompt, prompt_encoder, read_prompts, survey
     from telechat_twins.core.inference.rejection import Journal, Selection, deciding, draw, request_of, sample_prompts
     from telechat_twins.core.inference.rejection import summary as summary_of
-    from telechat_twins.core.inference.requests import Request, check_request
+    from telechat_twins.core.inference.requests import Request, check_request, turn_stops
     from telechat_twins.core.inference.scorers import open_scorer
     from telechat_twins.core.launch.run_lock import hold_place
 
@@ -312,8 +311,7 @@ def _to_stderr(text: str) -> None:
 
 def _request(args: argparse.Namespace, model: Loaded, ids: Sequence[int], sampling: SamplingConfig) -> Request:
     """The engine's request for a prompt's ids, with the options."""
-    from telechat_twins.core.inference.generation import turn_stops
-    from telechat_twins.core.inference.requests import Request
+    from telechat_twins.core.inference.requests import Request, turn_stops
 
     stops: frozenset[int] = frozenset()
     if not args.ignore_eos:

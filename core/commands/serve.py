@@ -113,6 +113,10 @@ def run(args: argparse.Namespace) -> int:
         print(f"loading {args.checkpoint}", file=sys.stderr, flush=True)
         engine = model.engine_with(pages, engine_limits, reuse=not args.no_prompt_reuse)
         warm_up(engine)
+        try:
+            engine.grammars.prepare()
+        except UserError as error:
+            print(f"note: formats of answers and forced tool calls are refused: {error}", file=sys.stderr)
         served = served_model(args, model, engine)
         service = Service(engine, args.max_queue)
         app = create_app(service, served, HttpLimits(body=args.max_body, seconds=args.max_seconds), keys, hosts)
@@ -231,6 +235,7 @@ def served_model(args: argparse.Namespace, model: Loaded, engine: Engine) -> Ser
         layout=model.layout,
         adapters=tuple(model.adapters),
         settings=model.settings,
+        grammars=engine.grammars,
     )
 
 

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 BUILT_IN, AUTO = "builtin", "auto"
 MAX_TEMPLATE = MIB
+_GIVEN = ("messages", "tools", "documents", "add_generation_prompt", "raise_exception", "strftime_now")
 
 # The layout of core.data.chat_template, for those who render it from a template. {%- and -%} eat the lines' ends.
 CHAT_TEMPLATE = """\
@@ -71,10 +72,17 @@ _SAME = {
 
 
 class ChatLayout(Protocol):
-    """How a conversation becomes ids. ``name``: where the layout comes from, for messages."""
+    """How a conversation becomes ids. ``name``: where the layout comes from, for messages. ``variables``: names of
+    further values that it reads. ``reads``: keys of messages and other names that it mentions."""
 
     @property
     def name(self) -> str: ...
+
+    @property
+    def variables(self) -> frozenset[str]: ...
+
+    @property
+    def reads(self) -> frozenset[str]: ...
 
     def encode(
         self,
@@ -82,10 +90,16 @@ class ChatLayout(Protocol):
         tools: Sequence[object] | None = None,
         add_generation_prompt: bool = True,
         allow_control: Allow = False,
+        variables: JsonObject | None = None,
     ) -> list[int]:
         """The ids. UserError for messages that the layout cannot hold."""
 
-    def texts(self, messages: Sequence[JsonObject], tools: Sequence[object] | None = None) -> list[str]:
+    def texts(
+        self,
+        messages: Sequence[JsonObject],
+        tools: Sequence[object] | None = None,
+        variables: JsonObject | None = None,
+    ) -> list[str]:
         """The ordinary text in the prompt, in order."""
 
 
@@ -95,6 +109,8 @@ class BuiltInLayout:
 
     tokenizer: Tokenizer
     name: str = "TeleChat2's built-in layout"
+    variables: frozenset[str] = frozenset()
+    reads: frozenset[str] = frozenset()
 
     def encode(
         self,
@@ -102,11 +118,17 @@ class BuiltInLayout:
         tools: Sequence[object] | None = None,
         add_generation_prompt: bool = True,
         allow_control: Allow = False,
+        variables: JsonObject | None = None,
     ) -> list[int]:
-        """As core.data.chat_template.encode_chat."""
+        """As core.data.chat_template.encode_chat; there are no ``variables``."""
         return encode_chat(self.tokenizer, messages, tools, add_generation_prompt, allow_control)
 
-    def texts(self, messages: Sequence[JsonObject], tools: Sequence[object] | None = None) -> list[str]:
+    def texts(
+        self,
+        messages: Sequence[JsonObject],
+        tools: Sequence[object] | None = None,
+        variables: JsonObject | None = None,
+    ) -> list[str]:
         """The ordinary text in the prompt, in order."""
         return [part.text for part in chat_parts(messages, tools) if not part.control]
 
@@ -118,7 +140,10 @@ class TemplateLayout:
         self.name, self._tokenizer = name, tokenizer
         self._silent = {**tokenizer.silent, **tokenizer.control}
         self._splitter = Splitter(tuple(ControlToken(text, index) for text, index in self._silent.items()))
-        self._render = _compiled(template, name, _token_names(tokenizer))
+        tokens = _token_names(tokenizer)
+        self._render = _compiled(template, name, tokens)
+        found, self.reads = _names_in(template)
+        self.variables = found - {*_GIVEN, *tokens}
 
     def encode(
         self,
@@ -126,11 +151,12 @@ class TemplateLayout:
         tools: Sequence[object] | None = None,
         add_generation_prompt: bool = True,
         allow_control: Allow = False,
+        variables: JsonObject | None = None,
     ) -> list[int]:
         """The rendered text as ids. Control tokens are those that the template itself writes; with ``allow_control``
-        those in contents count as well (a collection: those names)."""
+        those in contents count as well (a collection: those names). ``variables``: further values for it."""
         names = () if allow_control is True else set(self._silent) - set(allow_control or ())
-        mark, text = self._marked(messages, tools, add_generation_prompt, names)
+        mark, text = self._marked(messages, tools, add_generation_prompt, names, variables)
         ids: list[int] = []
         for segment in self._splitter.split(text):
             if isinstance(segment, ControlToken):
@@ -143,26 +169,36 @@ class TemplateLayout:
         self, messages: Sequence[JsonObject], tools: Sequence[object] | None = None, add_generation_prompt: bool = True
     ) -> str:
         """The prompt as text."""
-        return self._render(_standard(messages), tools, add_generation_prompt)
+        return self._render(_standard(messages), tools, add_generation_prompt, {})
 
-    def texts(self, messages: Sequence[JsonObject], tools: Sequence[object] | None = None) -> list[str]:
+    def texts(
+        self,
+        messages: Sequence[JsonObject],
+        tools: Sequence[object] | None = None,
+        variables: JsonObject | None = None,
+    ) -> list[str]:
         """The ordinary text in the prompt, in order."""
-        mark, text = self._marked(messages, tools, True, self._silent)
+        mark, text = self._marked(messages, tools, True, self._silent, variables)
         return [s.replace(mark, "") for s in self._splitter.split(text) if isinstance(s, str)]
 
     def _marked(
-        self, messages: Sequence[JsonObject], tools: Sequence[object] | None, prompt: bool, names: Collection[str]
+        self,
+        messages: Sequence[JsonObject],
+        tools: Sequence[object] | None,
+        prompt: bool,
+        names: Collection[str],
+        variables: JsonObject | None,
     ) -> tuple[str, str]:
         """(a character that no message holds, the rendered text in which that breaks ``names`` within contents)."""
-        given = [_standard(messages), list(tools or ())]
+        given = [_standard(messages), list(tools or ()), dict(variables or {})]
         written = json.dumps(given, ensure_ascii=False)
         # Noncharacters: no text means anything by them, and a template passes them on like any other.
         mark = next((chr(c) for c in range(0xFDD0, 0xFDF0) if chr(c) not in written), None)
         if mark is None:
             raise UserError("messages: hold all the noncharacters U+FDD0 to U+FDEF; leave one of them out")
         ordered = sorted(names, key=len, reverse=True)
-        inside, offered = (_break(some, ordered, mark) for some in given)
-        return mark, self._render(inside, offered or None, prompt)
+        inside, offered, values = (_break(some, ordered, mark) for some in given)
+        return mark, self._render(inside, offered or None, prompt, values)
 
 
 def open_layout(
@@ -308,8 +344,19 @@ def _token_names(tokenizer: Tokenizer) -> dict[str, str]:
     return names
 
 
-def _compiled(template: str, name: str, variables: Mapping[str, str]) -> Callable[[object, object, bool], str]:
-    """A function (messages, tools, add_generation_prompt) -> text. UserError names the template in what fails."""
+def _names_in(template: str) -> tuple[frozenset[str], frozenset[str]]:
+    """Variables that a template reads and does not set, and all names and texts that it mentions."""
+    from jinja2 import meta, nodes
+
+    tree = _environment().parse(template)
+    constants = (node.value for node in tree.find_all(nodes.Const) if isinstance(node.value, str))
+    attributes = (node.attr for node in tree.find_all(nodes.Getattr))
+    return frozenset(meta.find_undeclared_variables(tree)), frozenset((*constants, *attributes))
+
+
+def _compiled(template: str, name: str, tokens: Mapping[str, str]) -> Callable[[object, object, bool, object], str]:
+    """A function (messages, tools, add_generation_prompt, variables) -> text. UserError names the template in what
+    fails."""
     try:
         import jinja2
     except ModuleNotFoundError:
@@ -322,11 +369,10 @@ def _compiled(template: str, name: str, variables: Mapping[str, str]) -> Callabl
     except jinja2.TemplateError as error:
         raise UserError(f"{name}: not a template that Jinja2 can read ({printable(str(error), 200)})") from None
 
-    def render_with(messages: object, tools: object, prompt: bool) -> str:
+    def render_with(messages: object, tools: object, prompt: bool, variables: object) -> str:
+        values = {"messages": messages, "tools": tools, "documents": None, "add_generation_prompt": prompt}
         try:
-            return compiled.render(
-                messages=messages, tools=tools, documents=None, add_generation_prompt=prompt, **variables
-            )
+            return compiled.render({**tokens, **(variables if isinstance(variables, dict) else {}), **values})
         except (jinja2.TemplateError, TypeError, ValueError, LookupError, ArithmeticError, AttributeError) as error:
             raise UserError(f"{name}: cannot render these messages ({printable(str(error), 200)})") from None
 

@@ -98,7 +98,7 @@ def evaluate_one(
     """Run all tasks with one model; the items of all."""
     from telechat_twins.core.eval.adapter import EngineModel, Served
     from telechat_twins.core.eval.scorer import Scorer
-    from telechat_twins.core.inference.generation import turn_stops
+    from telechat_twins.core.inference.requests import turn_stops
 
     assert model.tokenizer is not None  # load_model refuses a checkpoint without one
     config, max_len = model.config, context_of(model, args)

@@ -19,9 +19,9 @@ from telechat_twins.core.data.vocabulary import fit_vocabulary
 from telechat_twins.core.errors import UserError
 from telechat_twins.core.inference.decoding.settings import AUTO, Settings, find_settings
 from telechat_twins.core.inference.engine import Engine
-from telechat_twins.core.inference.generation import answer, turn_stops
+from telechat_twins.core.inference.generation import answer
 from telechat_twins.core.inference.pages import pool_size
-from telechat_twins.core.inference.requests import Event, Request
+from telechat_twins.core.inference.requests import Event, Request, turn_stops
 from telechat_twins.core.inference.runner import Runner
 from telechat_twins.core.inference.sampling import SamplingConfig
 from telechat_twins.core.inference.tool_calls import AnswerPart, ToolCall, ToolCallStream

@@ -21,8 +21,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from telechat_twins.core.errors import UserError
+from telechat_twins.core.inference.decoding.grammar import Grammars
 from telechat_twins.core.inference.pages import PagePool
-from telechat_twins.core.inference.requests import RESCALES, Event, Request, Sample, check_request
+from telechat_twins.core.inference.requests import RESCALES, Event, Request, Sample, check_request, turn_stops
 from telechat_twins.core.inference.runner import Runner, Step
 from telechat_twins.core.inference.scheduler import Scheduler
 from telechat_twins.core.model.position import RotaryRows
@@ -87,6 +88,8 @@ class Engine:
             reuse,
             rows=max(1, SCORED_BYTES // (4 * self.config.vocab_size)),
         )
+        ends = self.config.stop_ids if tokenizer is None else turn_stops(tokenizer, self.config)
+        self.grammars = Grammars(tokenizer, self.config.num_tokens, ends)
         self._rescale = rescale
         self._samples: dict[int, list[Sample]] = {}  # unfinished samples by request number
         # Submissions and cancellations (None) from other threads, in their order; the next step takes them.
@@ -105,6 +108,8 @@ class Engine:
         check_request(request, self.config.num_tokens, self.tokenizer is not None)
         if not 0 <= request.adapter <= self.adapters:
             raise UserError(f"adapter: there is no adapter {request.adapter}; this model is used with {self.adapters}")
+        if request.grammar is not None:
+            self.grammars.check(request.grammar)
         if request.total > self.max_len:
             what = "the context" if self.max_len < self.pool.capacity else "the cache"
             raise UserError(
@@ -210,7 +215,12 @@ class Engine:
     def _arrive(self, number: int, request: Request) -> None:
         samples: list[Sample] = []
         for index in range(request.samples):
-            sample = Sample(number, request, index, self._arrivals, self.pool.page_size, self._rescale, self.tokenizer)
+            constraint = None
+            if request.grammar is not None:
+                constraint = self.grammars.constraint(request.grammar, request.stop_ids)
+            sample = Sample(
+                number, request, index, self._arrivals, self.pool.page_size, self._rescale, self.tokenizer, constraint
+            )
             self._arrivals += 1
             if index and self.scheduler.reuse:
                 sample.leader = samples[0]  # computes the prompt; this sample waits and then shares its pages

@@ -11,7 +11,6 @@ from contextlib import closing
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from telechat_twins.core.data.control import BOT, END, START, SYSTEM, USER
 from telechat_twins.core.errors import UserError
 from telechat_twins.core.inference.engine import Engine, stream
 from telechat_twins.core.inference.requests import Event, Request
@@ -19,11 +18,7 @@ from telechat_twins.core.inference.sampling import SamplingConfig
 from telechat_twins.core.model.config import ModelConfig
 
 if TYPE_CHECKING:
-    from telechat_twins.core.data.tokenizer import Tokenizer
-
-# Control tokens that end an answer: beside <_end>, those that open a turn, since a model that opens the next turn has
-# finished its own.
-TURN_TOKENS = (END, USER, START, BOT, SYSTEM)
+    pass
 
 
 @dataclass
@@ -103,8 +98,3 @@ def note_length(config: ModelConfig, length: int) -> None:
         "rotary positions are scaled to it (NTK-aware), and quality may fall",
         file=sys.stderr,
     )
-
-
-def turn_stops(tokenizer: Tokenizer, config: ModelConfig) -> frozenset[int]:
-    """Ids that end an answer: the end of text and every control token that opens or closes a turn."""
-    return frozenset({*config.stop_ids, *(tokenizer.control[t] for t in TURN_TOKENS if t in tokenizer.control)})

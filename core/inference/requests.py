@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from telechat_twins.core.data.control import TOOL_CALL, TOOL_CALL_END
+from telechat_twins.core.data.control import BOT, END, START, SYSTEM, TOOL_CALL, TOOL_CALL_END, USER
 from telechat_twins.core.errors import UserError
 from telechat_twins.core.inference.pages import first_name, page_name
 from telechat_twins.core.inference.sampling import Sampler, SamplingConfig, TokenChoice, check_finite, log_probabilities
@@ -17,9 +17,14 @@ from telechat_twins.core.inference.text_stream import StopText, text_stream
 
 if TYPE_CHECKING:
     from telechat_twins.core.data.tokenizer import Tokenizer
+    from telechat_twins.core.inference.decoding.grammar import Constraint
+    from telechat_twins.core.model.config import ModelConfig
 
 RESCALES = ("request", "step")
 TEXTS = ("none", "answer", "tools", "continuation")
+# Control tokens that end an answer: beside <_end>, those that open a turn, since a model that opens the next turn has
+# finished its own.
+TURN_TOKENS = (END, USER, START, BOT, SYSTEM)
 MAX_SAMPLES = 128
 MAX_BIAS = 100.0
 
@@ -34,7 +39,8 @@ class Request:
     scores. ``text``: "none"; "answer", a text of its own; "tools", an answer in which the control tokens around tool
     calls are written out; "continuation", whose first word keeps the space between it and the prompt. ``cache_salt``:
     only prompts with the same salt share cached pages. ``adapter``: number of the adapter in use, 0 for none; only
-    prompts with the same adapter share cached pages.
+    prompts with the same adapter share cached pages. ``grammar``: which answers are possible (core.inference.decoding.
+    grammar); one that is complete ends.
 
     ``prompt_logprobs``: report the log-probability of each token of the prompt from place ``scored_from`` on, and those
     of the N likeliest in its place (None: neither). ``next_ids``: with it, report those of these tokens after the whole
@@ -56,6 +62,7 @@ class Request:
     prompt_logprobs: int | None = None
     scored_from: int = 1
     next_ids: tuple[int, ...] = ()
+    grammar: str | None = None
 
     @property
     def total(self) -> int:
@@ -89,7 +96,8 @@ class Event:
     ``choice``: the generated token, None when the sample ends without one. ``text``: the new text that may be shown; a
     character of several tokens comes with the last of them, and what may become a stop string is held back. ``offset``:
     characters of decoded text before the token's own, shown or not. The last event of a sample has ``usage`` and a
-    ``finish_reason``: "stop" (``stop``: the stop token or string, which is not part of the text), "length", "cancelled"
+    ``finish_reason``: "stop" (``stop``: the stop token or string, which is not part of the text; None at the end of a
+    grammar), "length", "cancelled"
     or "error" (``error``: the message). ``scores``: with the first event of a request's first sample, where asked for.
     """
 
@@ -143,6 +151,11 @@ def check_ids(name: str, ids: Iterable[int], vocab_size: int) -> list[int]:
     return checked
 
 
+def turn_stops(tokenizer: Tokenizer, config: ModelConfig) -> frozenset[int]:
+    """Ids that end an answer: the end of text and every control token that opens or closes a turn."""
+    return frozenset({*config.stop_ids, *(tokenizer.control[t] for t in TURN_TOKENS if t in tokenizer.control)})
+
+
 def call_marks(tokenizer: Tokenizer) -> dict[int, str]:
     """The control tokens around a tool call, by id; none where the tokenizer has none."""
     silent = {**tokenizer.silent, **tokenizer.control}
@@ -166,6 +179,7 @@ class Sample:
         page_size: int,
         rescale: str,
         tokenizer: Tokenizer | None,
+        constraint: Constraint | None = None,
     ) -> None:
         self.number, self.request, self.index, self.order = number, request, index, order
         self.tokens = list(request.prompt_ids)
@@ -181,7 +195,7 @@ class Sample:
         self._page_size, self._by_step = page_size, rescale == "step"
         self._names: list[bytes] = []
         self.sampler = Sampler(
-            request.sampling, self.tokens, index, request.logit_bias, request.margins, request.logprobs
+            request.sampling, self.tokens, index, request.logit_bias, request.margins, request.logprobs, constraint
         )
         self._stops = StopText(request.stop_texts)
         self._text = None
@@ -269,8 +283,11 @@ class Sample:
         elif self._text is not None:
             text = self._stops.push(self._text.push(choice.token))
             offset = self._text.start
-        if reason is None and self._stops.found is None and self.made == self.request.max_new_tokens:
-            reason = "length"
+        if reason is None and self._stops.found is None:
+            if self.sampler.complete:
+                reason = "stop"
+            elif self.made == self.request.max_new_tokens:
+                reason = "length"
         # At the end the decoder's held-back bytes come out, which may complete a stop string: then that is the reason.
         if reason is not None and self._text is not None:
             text += self._stops.push(self._text.flush())

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
@@ -68,6 +68,17 @@ class TokenChoice(NamedTuple):
     top: tuple[tuple[int, float], ...] = ()
 
 
+class TokenMask(Protocol):
+    """What may be chosen next, as core.inference.decoding.grammar.Constraint has it."""
+
+    @property
+    def complete(self) -> bool: ...
+
+    def mask(self, scores: np.ndarray) -> np.ndarray: ...
+
+    def take(self, token: int) -> None: ...
+
+
 class Sampler:
     """Sampler of one sequence: its options, its random numbers, and the tokens that its penalties act on."""
 
@@ -79,10 +90,13 @@ class Sampler:
         bias: Mapping[int, float] | None = None,
         margins: bool = False,
         logprobs: int | None = None,
+        constraint: TokenMask | None = None,
     ) -> None:
         """``sample``: index among several answers to one prompt; ``bias`` is added to logits, by token id; ``margins``:
-        report them; ``logprobs``: report the chosen token's and those of the N likeliest."""
+        report them; ``logprobs``: report the chosen token's and those of the N likeliest; ``constraint``: the tokens
+        that may be chosen."""
         self.config, self.margins, self.logprobs = config, margins, logprobs
+        self._constraint = constraint
         self._draws = Draws(config.seed, sample)
         self._history = History(prompt) if config.penalises else None
         self._bias = None
@@ -92,19 +106,28 @@ class Sampler:
     def choose(self, logits: np.ndarray, position: int) -> TokenChoice:
         """The token for ``position`` (counted from the start of the prompt) from logits [V].
 
-        UserError when the logits are not finite.
+        UserError when the logits are not finite, or the constraint allows no token.
         """
         check_finite(logits, position - 1)
         config, scores = self.config, logits
         if self._history is not None or self._bias is not None:
             scores = adjust(logits, config, self._history, self._bias)
+        if self._constraint is not None:
+            scores = self._constraint.mask(scores)
         token = int(np.argmax(scores)) if config.greedy else draw(scores, config, self._draws.at(position))
         if self._history is not None:
             self._history.add(token)
+        if self._constraint is not None:
+            self._constraint.take(token)
         margin = top2_margin(scores) if self.margins else None
         if self.logprobs is None:
             return TokenChoice(token, margin)
         return TokenChoice(token, margin, *log_probabilities(logits, token, self.logprobs))
+
+    @property
+    def complete(self) -> bool:
+        """Whether the constraint allows nothing more."""
+        return self._constraint is not None and self._constraint.complete
 
 
 class History:

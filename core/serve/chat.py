@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import contextlib
-import re
 import secrets
 from typing import TYPE_CHECKING
 
 from telechat_twins.core.errors import UserError
-from telechat_twins.core.inference.generation import turn_stops
-from telechat_twins.core.inference.requests import Event, Request
+from telechat_twins.core.inference.requests import Event, Request, turn_stops
 from telechat_twins.core.inference.sampling import TokenChoice
 from telechat_twins.core.inference.tool_calls import ToolCall, ToolCallStream
 from telechat_twins.core.serve import strict_json
+from telechat_twins.core.serve.constraint import grammar_of, read_format, read_tools
 from telechat_twins.core.serve.echo import token_text
 from telechat_twins.core.serve.errors import ApiError, shown
 from telechat_twins.core.serve.fields import Fields
@@ -22,6 +21,7 @@ from telechat_twins.core.serve.job import (
     Draft,
     Served,
     read_bias,
+    read_ends,
     read_ignored,
     read_model,
     read_salt,
@@ -35,10 +35,11 @@ from telechat_twins.core.serve.length import check_length, too_long
 from telechat_twins.core.types import JsonObject
 
 if TYPE_CHECKING:
+    from telechat_twins.core.data.chat_layout import ChatLayout
     from telechat_twins.core.data.tokenizer import Tokenizer
 
 ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant", "tool": "tool"}
-TOOL_NAME = re.compile(r"[a-zA-Z0-9_-]{1,64}")
+THOUGHT = "<think>\n{}\n</think>\n\n{}"
 UNSUPPORTED = "is not supported by this server; leave it out"
 
 
@@ -54,50 +55,56 @@ def read_chat(body: JsonObject, served: Served, tenant: str = "") -> Draft:
     samples, asked = read_samples(fields), _asked_tokens(fields)
     logprobs = _read_logprobs(fields)
     sampling, stops = read_sampling(fields, served.settings), read_stops(fields, served.settings)
-    bias = read_bias(fields, served.config.num_tokens)
+    bias, ends = read_bias(fields, served.config.num_tokens), read_ends(fields, served.config.num_tokens)
     salt = read_salt(fields, tenant)
     ignore_eos = fields.boolean("ignore_eos")
     fields.absent(("audio", "function_call", "functions", "reasoning_effort", "verbosity"), UNSUPPORTED)
     fields.absent(("web_search_options", "moderation"), UNSUPPORTED)
     fields.absent(("modalities",), "must be ['text']: this model generates text only", {"modalities": ["text"]})
-    _only_text(fields)
+    schema, variables = read_format(fields), fields.object("chat_template_kwargs")
     read_ignored(fields)
     found = fields.list("messages")
     # Each message and each tool takes at least one token, so too many of them cannot fit.
     for param, parts in (("messages", found), ("tools", fields.list("tools"))):
         if parts and len(parts) >= served.context:
             raise too_long(served, param, f"have {len(parts)} parts of a token or more")
-    tools = read_tools(fields)
+    use = read_tools(fields)
+    tools = use.tools
     fields.done()
-    messages = read_messages(fields, found)
+    messages = read_messages(fields, found, served.layout)
+    check_variables(fields, variables, served.layout)
 
     def encode() -> AnswerJob:
-        ids = _encode(messages, tools, served)
+        grammar = grammar_of(served, schema, use)
+        ids = _encode(messages, tools, variables, served)
         request = Request(
             prompt_ids=tuple(ids),
             max_new_tokens=room(served, [ids], asked, None, "messages"),
             sampling=sampling,
             samples=samples,
-            stop_ids=frozenset() if ignore_eos else turn_stops(served.tokenizer, served.config),
+            stop_ids=ends | (frozenset() if ignore_eos else turn_stops(served.tokenizer, served.config)),
             stop_texts=stops,
             logit_bias=bias,
             logprobs=logprobs,
             text="tools" if tools else "answer",
             cache_salt=salt,
             adapter=adapter,
+            grammar=grammar,
         )
         return AnswerJob((request,), ChatWriter(served.tokenizer, bool(tools)), stream, include_usage)
 
     return Draft(samples, encode)
 
 
-def _encode(messages: list[JsonObject], tools: list[JsonObject] | None, served: Served) -> list[int]:
+def _encode(
+    messages: list[JsonObject], tools: list[JsonObject] | None, variables: JsonObject | None, served: Served
+) -> list[int]:
     """Token ids of the prompt. ApiError when its length alone shows that it is too long, or the chat template has no
     form for it."""
     assert served.layout is not None  # read_chat refuses a model without one
     try:
-        check_length(served, served.layout.texts(messages, tools), "messages")
-        ids = served.layout.encode(messages, tools)
+        check_length(served, served.layout.texts(messages, tools, variables), "messages")
+        ids = served.layout.encode(messages, tools, variables=variables)
     except UserError as error:
         raise ApiError(400, str(error), "messages", "invalid_value") from None
     bos = [served.config.bos_token_id]
@@ -118,57 +125,23 @@ def _read_logprobs(fields: Fields) -> int | None:
     return (top or 0) if wanted else None
 
 
-def _only_text(fields: Fields) -> None:
-    wanted = fields.object("response_format")
-    if wanted is not None and wanted.get("type") != "text":
-        fields.refuse(
-            "response_format",
-            "must be {'type': 'text'}: this server cannot enforce a format; ask for it in the prompt",
-            "unsupported_parameter",
-        )
-
-
-def read_tools(fields: Fields) -> list[JsonObject] | None:
-    """The tools for the prompt; None when the model has none or may not call any."""
-    tools, choice = fields.list("tools"), fields.any("tool_choice")
-    if fields.any("parallel_tool_calls") not in (None, True):
-        fields.refuse(
-            "parallel_tool_calls",
-            "must be true: this server cannot limit the number of calls; use the first one only",
-            "unsupported_parameter",
-        )
-    checked: list[JsonObject] = []
-    for place, tool in enumerate(tools or ()):
-        where = f"tools[{place}]"
-        function = tool.get("function") if isinstance(tool, dict) and tool.get("type") == "function" else None
-        if not isinstance(tool, dict) or not isinstance(function, dict):
-            raise ApiError(
-                400, f"{where}: expected {{'type': 'function', 'function': {{...}}}}, found {shown(tool)}", where
+def check_variables(fields: Fields, variables: JsonObject | None, layout: ChatLayout) -> None:
+    """Refuse ``chat_template_kwargs`` that the chat template does not read."""
+    for name in variables or ():
+        if name not in layout.variables:
+            known = ", ".join(sorted(layout.variables)) or "none"
+            fields.refuse(
+                "chat_template_kwargs",
+                f"{shown(name)} has no effect on this model's chat template, {layout.name}, which reads {known}; leave "
+                "it out",
+                "unsupported_parameter",
             )
-        name = function.get("name")
-        if not isinstance(name, str) or not TOOL_NAME.fullmatch(name):
-            raise ApiError(
-                400, f"{where}.function.name: expected 1 to 64 of a-z, A-Z, 0-9, _ and -, found {shown(name)}", where
-            )
-        for key, kind in (("description", str), ("parameters", dict)):
-            if not isinstance(function.get(key), (kind, type(None))):
-                raise ApiError(400, f"{where}.function.{key}: has the wrong type, {shown(function[key])}", where)
-        checked.append(tool)
-    if choice is None or (choice == "auto" and tools):
-        return checked or None
-    if choice == "none":
-        return None
-    if not tools:
-        fields.refuse("tool_choice", "is only allowed with tools")
-    fields.refuse(
-        "tool_choice",
-        "must be 'none' or 'auto': this server cannot force a call; ask for it in the prompt",
-        "unsupported_parameter",
-    )
 
 
-def read_messages(fields: Fields, found: list[object] | None) -> list[JsonObject]:
-    """OpenAI messages in the form of core.data.chat_template, with contents joined to one text."""
+def read_messages(fields: Fields, found: list[object] | None, layout: ChatLayout) -> list[JsonObject]:
+    """OpenAI messages in the form of core.data.chat_template, with contents joined to one text. An answer's reasoning
+    stays a part of its own where the chat template reads it, and is written in front of the answer as in training
+    data (`tele data --reasoning think`) otherwise."""
     if not found:
         fields.refuse("messages", "must have at least one message", "missing_required_parameter")
     messages: list[JsonObject] = []
@@ -188,17 +161,32 @@ def read_messages(fields: Fields, found: list[object] | None) -> list[JsonObject
         content = _content(inner, may_miss=role == "assistant")
         if role == "tool" and not (messages and (messages[-1].get("tool_calls") or messages[-1]["role"] == "tool")):
             inner.refuse("role", "a tool message must follow the assistant's message with tool_calls", "invalid_value")
+        reasoning = _reasoning(inner, role == "assistant")
         for name in ("tool_call_id", "name", "refusal"):
             inner.text(name)
         inner.list("annotations")
         inner.absent(("audio", "function_call"), UNSUPPORTED)
         inner.done()
         messages.append({"role": ROLES[role], "content": content})
+        if reasoning and "reasoning_content" in layout.reads:
+            messages[-1]["reasoning_content"] = reasoning
+        elif reasoning:
+            messages[-1]["content"] = THOUGHT.format(reasoning.strip("\n"), content or "")
         if calls:
             messages[-1]["tool_calls"] = [_call(f"{where}.tool_calls[{n}]", call) for n, call in enumerate(calls)]
     if not any(message["role"] == "user" for message in messages):
         fields.refuse("messages", "needs a message of role user, found none", "invalid_value")
     return messages
+
+
+def _reasoning(fields: Fields, answer: bool) -> str | None:
+    """The reasoning of an answer that a client sends back, under either of the names that servers give it."""
+    found = {name: text for name in ("reasoning_content", "reasoning") if (text := fields.text(name))}
+    if found and not answer:
+        fields.refuse(next(iter(found)), "is only allowed in messages of the assistant")
+    if len(set(found.values())) > 1:
+        fields.refuse("reasoning", "differs from reasoning_content; give one of the two")
+    return next(iter(found.values()), None)
 
 
 def _content(fields: Fields, may_miss: bool) -> str | None:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from telechat_twins.core.inference.requests import Event, PromptScores, Request
 from telechat_twins.core.inference.sampling import TokenChoice
+from telechat_twins.core.serve.constraint import ToolUse, grammar_of, read_format
 from telechat_twins.core.serve.echo import EchoedPrompt, echoed, token_text, top_texts
 from telechat_twins.core.serve.errors import shown
 from telechat_twins.core.serve.fields import Fields
@@ -16,6 +17,7 @@ from telechat_twins.core.serve.job import (
     Draft,
     Served,
     read_bias,
+    read_ends,
     read_ignored,
     read_model,
     read_salt,
@@ -44,7 +46,8 @@ def read_completion(body: JsonObject, served: Served, tenant: str = "") -> Draft
     samples, asked = read_samples(fields), fields.integer("max_tokens", 0 if echo else 1, None)
     logprobs = fields.integer("logprobs", 0, MAX_LOGPROBS)
     sampling, stops = read_sampling(fields, served.settings), read_stops(fields, served.settings)
-    bias = read_bias(fields, served.config.num_tokens)
+    bias, ends = read_bias(fields, served.config.num_tokens), read_ends(fields, served.config.num_tokens)
+    schema = read_format(fields)
     salt = read_salt(fields, tenant)
     ignore_eos = fields.boolean("ignore_eos")
     fields.absent(
@@ -56,6 +59,7 @@ def read_completion(body: JsonObject, served: Served, tenant: str = "") -> Draft
     prompts = read_prompts(fields, found, served)
 
     def encode() -> AnswerJob:
+        grammar = grammar_of(served, schema, ToolUse())
         encoded = [_encode(prompt, served) for prompt in prompts]
         new = room(served, encoded, asked, DEFAULT_NEW, "prompt")
         requests = tuple(
@@ -64,13 +68,14 @@ def read_completion(body: JsonObject, served: Served, tenant: str = "") -> Draft
                 max_new_tokens=new,
                 sampling=sampling,
                 samples=samples,
-                stop_ids=frozenset() if ignore_eos else served.config.stop_ids,
+                stop_ids=ends | (frozenset() if ignore_eos else served.config.stop_ids),
                 stop_texts=stops,
                 logit_bias=bias,
                 logprobs=logprobs,
                 text="continuation",
                 cache_salt=salt,
                 adapter=adapter,
+                grammar=grammar,
                 # A prompt that is repeated without an answer is computed all the same, as one without scores.
                 prompt_logprobs=(logprobs or 0) if echo and (logprobs is not None or new == 0) else None,
                 scored_from=len(ids) if echo and logprobs is None else 1,

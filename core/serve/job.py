@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
 from telechat_twins.core.inference.chat import default_answer_length
+from telechat_twins.core.inference.decoding.grammar import Grammars
 from telechat_twins.core.inference.decoding.settings import Settings
 from telechat_twins.core.inference.requests import MAX_BIAS, MAX_SAMPLES, Event, Request
 from telechat_twins.core.inference.sampling import SamplingConfig
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 
 MAX_STOPS = 16
 MAX_STOP_CHARACTERS = 1000  # of a stop string: each new text is compared with all of its prefixes
+MAX_END_IDS = 64
 MAX_LOGPROBS = 20
 MAX_BIASED = 1024  # entries of logit_bias
 MAX_SALT_CHARACTERS = 256
@@ -44,7 +46,7 @@ IGNORED: dict[str, type] = {
 class Served:
     """The served model and its limits in tokens: ``context`` of prompt and answer together, ``max_prompt`` and
     ``max_new`` of each. ``adapters``: names of the adapters that the model is offered with. ``settings``: defaults of
-    requests, from the model's generation_config.json."""
+    requests, from the model's generation_config.json. ``grammars``: the engine's."""
 
     name: str
     config: ModelConfig
@@ -58,6 +60,7 @@ class Served:
     layout: ChatLayout | None = None  # None: the model holds no dialogues
     adapters: tuple[str, ...] = ()
     settings: Settings = field(default_factory=Settings)
+    grammars: Grammars
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -210,6 +213,21 @@ def read_bias(fields: Fields, vocab_size: int) -> dict[int, float]:
             fields.refuse("logit_bias", f"{where} must be a number from -100 to 100, found {shown(value)}")
         bias[int(key)] = float(value)
     return bias
+
+
+def read_ends(fields: Fields, vocab_size: int) -> frozenset[int]:
+    """``stop_token_ids``: further tokens that end an answer and are not part of it."""
+    found = fields.list("stop_token_ids") or []
+    if len(found) > MAX_END_IDS:
+        message = f"must have at most {MAX_END_IDS} tokens, found {len(found)}"
+        fields.refuse("stop_token_ids", message, "invalid_value")
+    ends: set[int] = set()
+    for token in found:
+        if not isinstance(token, int) or isinstance(token, bool) or not 0 <= token < vocab_size:
+            message = f"{shown(token)} is not a token id of this vocabulary of {vocab_size}"
+            fields.refuse("stop_token_ids", message, "invalid_value")
+        ends.add(token)
+    return frozenset(ends)
 
 
 def read_samples(fields: Fields) -> int:

@@ -19,6 +19,8 @@ from tests.support.serve_support import NAME, Running, ask, chat_body, running
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 USER = {"role": "user", "content": "hello"}
 TOOL = {"type": "function", "function": {"name": "f"}}
+OTHER = {"type": "function", "function": {"name": "g"}}
+SCHEMA = {"type": "json_schema", "json_schema": {"name": "form", "schema": {"type": "object"}}}
 CALLS = {
     "role": "assistant",
     "content": None,
@@ -90,24 +92,50 @@ WRONG = [
     (COMPLETIONS, completion(max_tokens=0), 400, "max_tokens", "must be at least 1"),
     (COMPLETIONS, completion(best_of=3), 400, "best_of", "is not supported by this server"),
     (COMPLETIONS, completion(suffix="x"), 400, "suffix", "is not supported by this server"),
+    (CHAT, chat_body(response_format={"type": "xml"}), 400, "response_format.type", "must be 'text', 'json_object' or"),
+    (CHAT, chat_body(response_format={"type": "json_schema"}), 400, "response_format.json_schema", "is missing"),
+    (CHAT, chat_body(response_format=SCHEMA | {"x": 1}), 400, "response_format.x", "Unknown parameter"),
     (
         CHAT,
-        chat_body(response_format={"type": "json_object"}),
+        chat_body(response_format={"type": "json_schema", "json_schema": {"name": "a b", "schema": {}}}),
         400,
-        "response_format",
-        "this server cannot enforce a format",
+        "response_format.json_schema.name",
+        "expected 1 to 64 of a-z",
+    ),
+    (
+        CHAT,
+        chat_body(response_format=SCHEMA | {"type": "text"}),
+        400,
+        "response_format.json_schema",
+        "is only allowed with",
+    ),
+    (CHAT, chat_body(stop_token_ids=[600]), 400, "stop_token_ids", "600 is not a token id of this vocabulary of 600"),
+    (CHAT, chat_body(stop_token_ids=[True]), 400, "stop_token_ids", "true is not a token id"),
+    (CHAT, chat_body(stop_token_ids=[5] * 65), 400, "stop_token_ids", "must have at most 64 tokens, found 65"),
+    (
+        CHAT,
+        chat_body(chat_template_kwargs={"enable_thinking": False}),
+        400,
+        "chat_template_kwargs",
+        "'enable_thinking' has no effect on this model's chat template, TeleChat2's built-in layout, which reads none",
     ),
     (CHAT, chat_body(modalities=["audio"]), 400, "modalities", "this model generates text only"),
     (CHAT, chat_body(functions=[]), 400, "functions", "is not supported by this server"),
-    (CHAT, chat_body(tools=[TOOL], tool_choice="required"), 400, "tool_choice", "must be 'none' or 'auto'"),
-    (CHAT, chat_body(tools=[TOOL], tool_choice=TOOL), 400, "tool_choice", "must be 'none' or 'auto'"),
+    (
+        CHAT,
+        chat_body(tools=[TOOL], tool_choice="sometimes"),
+        400,
+        "tool_choice",
+        "must be 'none', 'auto', 'required', or",
+    ),
+    (CHAT, chat_body(tools=[TOOL], tool_choice=OTHER), 400, "tool_choice", "names 'g', which is not one of the tools"),
     (CHAT, chat_body(tool_choice="auto"), 400, "tool_choice", "is only allowed with tools"),
     (
         CHAT,
         chat_body(tools=[TOOL], parallel_tool_calls=False),
         400,
         "parallel_tool_calls",
-        "this server cannot limit the number of calls",
+        "this server does not limit their number",
     ),
     # tools
     (CHAT, chat_body(tools={}), 400, "tools", "expected a list"),

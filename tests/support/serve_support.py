@@ -23,9 +23,9 @@ from starlette.types import ASGIApp
 
 from telechat_twins.core.data.chat_layout import open_layout
 from telechat_twins.core.data.tokenizer import Tokenizer
+from telechat_twins.core.inference.decoding.settings import Settings
 from telechat_twins.core.inference.engine import Engine, EngineLimits
 from telechat_twins.core.inference.runner import Runner
-from telechat_twins.core.model.config import ModelConfig
 from telechat_twins.core.types import JsonObject
 from tests.house import ROOT
 from tests.support.data_support import tiny_tokenizer
@@ -77,6 +77,7 @@ def running(
     hosts: Hosts | None = Hosts(),  # noqa: B008  (it is never changed)
     connections: int = 64,
     reuse: bool = True,
+    settings: Settings | None = None,
 ) -> Iterator[Running]:
     """Serve until the block is left; ``narrow``: on connections that hold little.
 
@@ -86,7 +87,7 @@ def running(
     tokenizer = tokenizer or tiny_tokenizer(in_vocabulary=True)
     limits = EngineLimits(max_len=CONTEXT, max_running=max_running)
     service = Service(Engine(runner, tokenizer, reuse=reuse, limits=limits), max_queue)
-    served = served_model(runner.config, tokenizer, max_prompt, max_new)
+    served = served_model(service.engine, tokenizer, max_prompt, max_new, settings)
     app = create_app(service, served, HttpLimits(body=body, seconds=seconds), keys, hosts)
     with open_socket("127.0.0.1", 0) as opened:
         if narrow:
@@ -98,12 +99,16 @@ def running(
         assert pool.available == pool.num_pages - 1, "a page was left behind"
 
 
-def served_model(config: ModelConfig, tokenizer: Tokenizer, max_prompt: int, max_new: int) -> Served:
+def served_model(
+    engine: Engine, tokenizer: Tokenizer, max_prompt: int, max_new: int, settings: Settings | None = None
+) -> Served:
     """The tiny model as clients see it."""
     return Served(
         layout=open_layout(tokenizer)[0],
+        grammars=engine.grammars,
+        settings=settings or Settings(),
         name=NAME,
-        config=config,
+        config=engine.config,
         tokenizer=tokenizer,
         context=CONTEXT,
         max_prompt=max_prompt,

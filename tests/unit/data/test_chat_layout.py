@@ -108,6 +108,23 @@ def test_what_transformers_gives_a_template():
     assert layout.render(messages) == '<_start>{"x": "<b>\'\u4e2d"}'
 
 
+def test_a_template_reads_further_values():
+    template = (
+        "{% set mine = 1 %}{% for m in messages %}{% if m.reasoning_content and keep %}({{ m['reasoning_content'] }})"
+        "{% endif %}<_user>{{ m.content }}{% endfor %}{{ prefix }}{{ strftime_now }}{{ eos_token }}{{ tools }}"
+    )
+    tokenizer = tiny_tokenizer()
+    layout = TemplateLayout(tokenizer, template, "t")
+    assert layout.variables == {"keep", "prefix"} and {"reasoning_content", "content"} <= layout.reads
+    messages = [{"role": "user", "content": "fox", "reasoning_content": "r"}]
+    plain = TemplateLayout(tokenizer, template.replace("{{ strftime_now }}{{ eos_token }}{{ tools }}", ""), "t")
+    assert plain.encode(messages) == plain.encode(messages, variables={"keep": False}) == [4, *tokenizer.encode("fox")]
+    # A value is text, whatever it names, and none replaces what every template is given.
+    kept = plain.encode(messages, variables={"keep": True, "prefix": "<_end>", "messages": []})
+    assert kept == [*tokenizer.encode("(r)"), 4, *tokenizer.encode("fox<_end>")]
+    assert BuiltInLayout(tokenizer).variables == frozenset()
+
+
 @pytest.mark.parametrize(
     ("template", "says"),
     [

@@ -10,8 +10,7 @@ import pytest
 from telechat_twins.core.data.vocabulary import fit_run, fit_vocabulary
 from telechat_twins.core.errors import UserError
 from telechat_twins.core.inference.engine import Engine
-from telechat_twins.core.inference.generation import turn_stops
-from telechat_twins.core.inference.requests import Request
+from telechat_twins.core.inference.requests import Request, turn_stops
 from telechat_twins.core.inference.sampling import sampling_config
 from telechat_twins.core.model.config import load_model_config
 from telechat_twins.core.train import loop

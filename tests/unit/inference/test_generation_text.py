@@ -11,7 +11,7 @@ from telechat_twins.core.data.tokenizer import load_tokenizer
 from telechat_twins.core.data.tokenizer_training import train_tokenizer
 from telechat_twins.core.inference.chat import Chat
 from telechat_twins.core.inference.engine import Engine
-from telechat_twins.core.inference.generation import turn_stops
+from telechat_twins.core.inference.requests import turn_stops
 from telechat_twins.core.inference.text_stream import text_stream
 from telechat_twins.core.model.config import load_model_config
 from tests.support.engine_support import Speller

@@ -19,7 +19,6 @@ from telechat_twins.core.data.sft import encode_dialogue
 from telechat_twins.core.errors import UserError
 from telechat_twins.core.inference import scorers
 from telechat_twins.core.inference.engine import Engine
-from telechat_twins.core.inference.generation import turn_stops
 from telechat_twins.core.inference.prompts import Prompt, prompt_encoder, read_prompts, survey
 from telechat_twins.core.inference.rejection import (
     Answer,
@@ -30,7 +29,7 @@ from telechat_twins.core.inference.rejection import (
     sample_prompts,
     summary,
 )
-from telechat_twins.core.inference.requests import Request
+from telechat_twins.core.inference.requests import Request, turn_stops
 from telechat_twins.core.inference.sampling import sampling_config
 from telechat_twins.core.inference.scorers import open_scorer
 from tests.support.engine_support import Replier

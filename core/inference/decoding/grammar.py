@@ -1,0 +1,221 @@
+"""Constrained decoding: the tokens that a grammar allows next, by llguidance.
+
+A grammar is a text in llguidance's dialect of Lark, whose rules may be JSON schemas. It speaks of the bytes of the
+answer; llguidance knows the bytes of every token and, by an Earley parser over derivatives of regular expressions,
+which tokens continue a text that the grammar can still complete. Which of them is chosen is the sampler's matter.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import threading
+from collections import OrderedDict
+from collections.abc import Collection, Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from telechat_twins.core.backends import install_command
+from telechat_twins.core.data.control import TOOL_CALL, TOOL_CALL_END
+from telechat_twins.core.errors import UserError
+from telechat_twins.core.shown import printable
+from telechat_twins.core.types import JsonObject
+
+if TYPE_CHECKING:
+    from llguidance import LLMatcher, LLTokenizer
+
+    from telechat_twins.core.data.tokenizer import Tokenizer
+
+KEPT_GRAMMARS = 64  # compiled ones
+# White space between the parts of JSON. llguidance's own pattern has no end, and a weak model may never leave it.
+WHITE_SPACE = r"[ \n]{1,32}"
+ANY_OBJECT: JsonObject = {"type": "object"}
+UNKNOWN = ("<unk>", "<UNK>")  # pieces for what a vocabulary cannot write; their text is not their name
+MIDDLE = "\x02"  # a character that no word begins with
+Schema = JsonObject | bool
+
+
+class Grammars:
+    """Compiler of grammars over one tokenizer. Its methods may be called from any thread."""
+
+    def __init__(self, tokenizer: Tokenizer | None, tokens: int, ends: Collection[int]) -> None:
+        """``tokens``: of the vocabulary, without padding. ``ends``: those that may end an answer where its grammar is
+        complete."""
+        self._tokenizer, self._size, self._ends = tokenizer, tokens, sorted(ends)
+        self._vocabulary: LLTokenizer | None = None
+        self._compiled: OrderedDict[str, LLMatcher] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def prepare(self) -> None:
+        """Read the vocabulary, about a second for 100,000 tokens; otherwise the first grammar does. UserError without
+        llguidance or a tokenizer."""
+        with self._lock:
+            if self._vocabulary is None:
+                self._vocabulary = self._read_vocabulary()
+
+    def check(self, grammar: str) -> None:
+        """UserError with llguidance's reason for a grammar that it cannot follow."""
+        self._matcher(grammar)
+
+    def constraint(self, grammar: str, stop_ids: Collection[int]) -> Constraint:
+        """The state of a new answer under ``grammar``, which ends at ``stop_ids``. UserError as ``check``."""
+        return Constraint(self._matcher(grammar).deep_copy(), self._size, self._ends, stop_ids)
+
+    def _matcher(self, grammar: str) -> LLMatcher:
+        self.prepare()
+        from llguidance import LLMatcher
+
+        with self._lock:
+            if grammar in self._compiled:
+                self._compiled.move_to_end(grammar)
+                return self._compiled[grammar]
+        assert self._vocabulary is not None
+        made = LLMatcher(self._vocabulary, grammar, log_level=0)
+        if made.is_error():
+            raise UserError(f"the grammar cannot be followed ({_reason(made.get_error())})")
+        with self._lock:
+            self._compiled[grammar] = made
+            while len(self._compiled) > KEPT_GRAMMARS:
+                self._compiled.popitem(last=False)
+        return made
+
+    def _read_vocabulary(self) -> LLTokenizer:
+        try:
+            from llguidance import LLTokenizer, TokenizerWrapper
+        except ModuleNotFoundError:
+            raise UserError(
+                f"constrained decoding needs llguidance, which is not installed; run: {install_command('serve')}"
+            ) from None
+        if self._tokenizer is None:
+            raise UserError("constrained decoding needs a tokenizer, found none; give --tokenizer")
+        return LLTokenizer(
+            TokenizerWrapper(_Words(self._tokenizer, self._size, self._ends[0])),
+            n_vocab=self._size,
+            eos_token=self._ends,
+            slices=LLTokenizer.json_slices(),
+        )
+
+
+class _Words:
+    """The vocabulary as llguidance's TokenizerWrapper reads it."""
+
+    def __init__(self, tokenizer: Tokenizer, size: int, end: int) -> None:
+        unknown = [index for name in UNKNOWN if (index := tokenizer.token_id(name)) is not None]
+        silent = {*tokenizer.silent.values(), *tokenizer.control.values(), *unknown}
+        self.eos_token_id, self.bos_token_id = end, None
+        self.special_token_ids = sorted(index for index in silent if index < size)
+        self.tokens = [tokenizer.token_bytes(index) for index in range(size)]
+        silenced = set(self.special_token_ids)
+        self._ids = {word: index for index, word in enumerate(self.tokens) if word and index not in silenced}
+        self._longest = max(map(len, self._ids))
+        self._tokenizer = tokenizer
+
+    def __call__(self, text: str | bytes) -> list[int]:
+        """The ids of a text in the middle of an answer; where a grammar leaves one text only, llguidance allows no
+        other tokens than these. Their bytes must be the text's: llguidance does not compare them."""
+        if isinstance(text, bytes):
+            raise TypeError("text: must be str, found bytes")  # llguidance asks which of the two it may pass
+        wanted = text.encode()
+        # Behind a character of its own, so that SentencePiece puts no space before the text.
+        ids = self._tokenizer.encode(MIDDLE + text)
+        for first in range(1, min(len(ids), 4) + 1):
+            if b"".join(self.tokens[index] for index in ids[:first]).lstrip() == MIDDLE.encode():
+                if b"".join(self.tokens[index] for index in ids[first:]) == wanted:
+                    return ids[first:]
+                break
+        return self._greedy(wanted)
+
+    def _greedy(self, wanted: bytes) -> list[int]:
+        """The longest words first, up to what the vocabulary cannot write."""
+        ids: list[int] = []
+        place = 0
+        while place < len(wanted):
+            lengths = range(min(self._longest, len(wanted) - place), 0, -1)
+            found = next((n for n in lengths if wanted[place : place + n] in self._ids), None)
+            if found is None:
+                break
+            ids.append(self._ids[wanted[place : place + found]])
+            place += found
+        return ids
+
+
+class Constraint:
+    """The state of one answer under its grammar. ``complete``: nothing more can follow."""
+
+    def __init__(self, matcher: LLMatcher, size: int, ends: Sequence[int], stop_ids: Collection[int]) -> None:
+        self._matcher, self._size = matcher, size
+        self._ends, self._stop_ids = list(ends), set(stop_ids)
+        self._wrong_ends = [end for end in ends if end not in self._stop_ids]
+
+    def mask(self, scores: np.ndarray) -> np.ndarray:
+        """Scores float64 [V] from scores [V], minus infinity for every token that the grammar does not allow next.
+
+        UserError where it allows none: the vocabulary cannot write what the grammar asks for, or it is too complex.
+        """
+        bits = np.frombuffer(self._matcher.compute_bitmask(), np.uint8)
+        allowed = np.unpackbits(bits, count=self._size, bitorder="little").view(bool)
+        allowed[self._wrong_ends] = False
+        if self._matcher.is_error() or not allowed.any():
+            reason = _reason(self._matcher.get_error()) or "no token of the vocabulary continues it"
+            raise UserError(f"the answer's grammar cannot be followed any further ({reason})")
+        return np.where(allowed, scores.astype(np.float64), -np.inf)
+
+    def take(self, token: int) -> None:
+        """Append a token that ``mask`` allowed."""
+        if token not in self._stop_ids:
+            self._matcher.consume_token(token)
+
+    @property
+    def complete(self) -> bool:
+        return bool(self._matcher.is_stopped())
+
+
+def answer_grammar(schema: Schema | None, calls: str | None, tokenizer: Tokenizer) -> str:
+    """The grammar of an answer: JSON of ``schema``, or tool calls by the rules ``calls`` (``call_rules``), or either
+    where both are given."""
+    ways = [way for way, given in (("json_value", schema), ("calls", calls)) if given is not None]
+    lines = [f"start: {_lead(tokenizer)}({' | '.join(ways)})"]
+    if schema is not None:
+        lines.append(_json_rule("json_value", schema))
+    return "\n".join([*lines, calls or ""]) + "\n"
+
+
+def call_rules(functions: Mapping[str, Schema], several: bool, tokenizer: Tokenizer) -> str:
+    """The rule ``calls``: a call of one of ``functions`` (name -> schema of its arguments) in the layout of the chat
+    template, and with ``several`` any number of them, one a line."""
+    silent = {**tokenizer.silent, **tokenizer.control}
+
+    def mark(name: str) -> str:
+        return f"<[{silent[name]}]>" if name in silent else json.dumps(name)
+
+    named = []
+    arguments = []
+    for number, (name, schema) in enumerate(functions.items()):
+        head = json.dumps(f'\n{{"name": "{name}", "arguments": ')
+        named.append(f"{head} arguments_{number}")
+        arguments.append(_json_rule(f"arguments_{number}", schema))
+    close = json.dumps("}\n")
+    call = f"call: {mark(TOOL_CALL)} {_lead(tokenizer)}({' | '.join(named)}) {close} {mark(TOOL_CALL_END)}"
+    more = f' ({_lead(tokenizer)}"\\n" call)*' if several else ""
+    return "\n".join([f"calls: call{more}", call, *arguments])
+
+
+def _json_rule(name: str, schema: Schema) -> str:
+    body = {} if schema is True else schema
+    if not isinstance(body, dict):
+        raise UserError("the schema false allows no value; give an object")
+    if "x-guidance" in body:
+        raise UserError("the key x-guidance is llguidance's own and not part of JSON Schema; leave it out")
+    return f"{name}: %json {json.dumps({**body, 'x-guidance': {'whitespace_pattern': WHITE_SPACE}})}"
+
+
+def _lead(tokenizer: Tokenizer) -> str:
+    """A space that SentencePiece's tokenizers put at the beginning of a text, and drop when they decode it."""
+    return '" "? ' if tokenizer.token_bytes(tokenizer.encode("{")[0]).startswith(b" ") else ""
+
+
+def _reason(text: str) -> str:
+    """The reason in llguidance's message, without its place in the grammar, the grammar, and the parser's state."""
+    text = re.split(r"\n<state>|\n\s*1 \| ", text)[0]
+    return printable(" ".join(re.sub(r"^at \d+\(\d+\): (failed to compile JSON schema: )?", "", text).split()), 300)
