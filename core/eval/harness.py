@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,6 +12,7 @@ from telechat_twins.core.backends import install_command
 from telechat_twins.core.errors import UserError
 from telechat_twins.core.eval.local_data import local_data
 from telechat_twins.core.eval.presets import PRESETS, TaskPlan
+from telechat_twins.core.eval.task_errors import task_errors
 from telechat_twins.core.near import nearest
 from telechat_twins.core.types import JsonObject
 
@@ -95,7 +95,7 @@ def run_task(plan: TaskPlan, model: EngineModel, manager: TaskManager, options: 
 
     if any(plan.name.startswith(name) for name in UNSAFE) and not options.unsafe:
         raise UserError(f"{plan.name}: executes code that the model writes; in a sandbox, add --run-unsafe-code")
-    with local_data(options.data), _task_errors(plan.name, options.data):
+    with local_data(options.data) as sets, task_errors(plan.name, options.data, sets):
         found = simple_evaluate(
             model=model,
             tasks=[plan.name],
@@ -111,21 +111,3 @@ def run_task(plan: TaskPlan, model: EngineModel, manager: TaskManager, options: 
         )
     assert found is not None  # a model of rank 0
     return dict(found)
-
-
-@contextlib.contextmanager
-def _task_errors(name: str, data: Path | None) -> Iterator[None]:
-    """UserError in place of what a task raises over data of another schema, or over a data set that is not there."""
-    from jinja2 import UndefinedError
-
-    try:
-        yield
-    except UserError:
-        raise
-    except (KeyError, UndefinedError) as error:
-        raise UserError(f"{name}: its data lack the field {error}; compare a row with the data set's fields") from None
-    except (ConnectionError, FileNotFoundError) as error:
-        where = "" if data is None else f" below --data {data}"
-        raise UserError(
-            f"{name}: its data set cannot be read{where} ({str(error)[:120]}); give a local copy with --data DIR"
-        ) from None

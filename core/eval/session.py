@@ -16,6 +16,7 @@ from tqdm import tqdm
 from telechat_twins.core.errors import UserError
 from telechat_twins.core.eval.compare import compare_items, lines
 from telechat_twins.core.eval.harness import RunOptions, open_tasks, run_task
+from telechat_twins.core.eval.identity import identity_of
 from telechat_twins.core.eval.journal import Journal
 from telechat_twins.core.eval.presets import TaskPlan
 from telechat_twins.core.eval.results import items, read_items, summarised, table, write_results
@@ -33,7 +34,6 @@ if TYPE_CHECKING:
 LoadModel = Callable[[argparse.Namespace, str | None, Mapping[str, str]], Loaded]
 LaunchRanks = Callable[[argparse.Namespace, Sequence[TaskPlan], Sequence[Path]], int]
 MakeEngine = Callable[[Loaded, EngineLimits], Engine]
-_DECIDING = ["precision", "quantize", "table_dtype", "rescale", "add_bos", "chat_template", "max_len"]
 
 
 def check_options(args: argparse.Namespace) -> list[str]:
@@ -153,22 +153,11 @@ def _facts(args: argparse.Namespace, model: Loaded) -> JsonObject:
     """What results.json says of model and options; ``identity`` is all that answers depend on."""
     from importlib.metadata import version
 
-    from telechat_twins.core.checkpoint.fingerprint import fingerprint
-    from telechat_twins.core.inference.adapters import adapters_digest
-
-    assert model.tokenizer is not None
-    identity = {
-        "backend": args.backend,
-        "weights": fingerprint(model.source.config, model.source.read),
-        "adapter": adapters_digest(model.adapters.values()),
-        "tokenizer": model.tokenizer.sha256,
-        **{name: getattr(args, name) for name in _DECIDING},
-    }
     settings = ("backend", "checkpoint", "adapter", "precision", "quantize", "chat", "limit")
     return {
         **{name: getattr(args, name) for name in settings},
         "versions": {name: version(name) for name in ("lm_eval", "datasets", "numpy")},
-        "identity": identity,
+        "identity": identity_of(args, model),
     }
 
 

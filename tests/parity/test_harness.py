@@ -17,6 +17,7 @@ from tests.support.harness_support import write_llama, write_tasks
 
 pytest.importorskip("lm_eval", reason="lm-evaluation-harness is in the extra eval")
 
+GOOD = '{"q": "x%d", "choices": ["a", "b"], "gold": %d}\n'
 KINDS = ["made_choices", "made_rolling", "made_answers"]
 
 
@@ -110,8 +111,15 @@ def test_what_cannot_be_evaluated_is_one_line(
 
 def test_data_of_another_schema_name_the_field(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for name, text, message in (
-        ("schema", '{"question": "x", "choices": ["a", "b"], "gold": 0}\n', "its data lack the field"),
+        (
+            "schema",
+            '{"question": "x", "choices": ["a", "b"], "gold": 0}\n',
+            "test.jsonl:1: lacks the field 'q', which the task",
+        ),
         ("json", '{"q": 1}\n{"q"\n', "test.jsonl:2: not JSON"),
+        ("keys", '{"q": "a"}\n{"q": "b", "gold": 1}\n', "test.jsonl:2: has a field 'gold'; every row must have"),
+        ("types", '{"q": "a"}\n{"q": 1}\n', "test.jsonl: 2: q: must have one type in all rows, found int here and str"),
+        ("range", "".join([GOOD % (n, 7 * (n > 3)) for n in range(5)]), "test.jsonl:5: its process_results does not"),
     ):
         folder = tmp_path / name / "made" / "choices"
         folder.mkdir(parents=True)

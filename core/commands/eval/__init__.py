@@ -3,6 +3,7 @@
 run        scores on tasks of lm-evaluation-harness; `tele eval --tasks ...` means it, too
 iq         scores on the IQ suites of the FLM-101B paper; iq-tasks writes them as a folder of tasks
 bpb        bits per byte of texts, by domain and weighted as in the Tele-FLM report
+answers    answers to AlignBench's and MT-bench's questions in their formats, and continuations of prompts
 teacher    P(true) of propositions and multiple choices with a class token (eFLM): accuracy, log loss, calibration
 """
 
@@ -10,7 +11,7 @@ from __future__ import annotations
 
 import argparse
 
-from telechat_twins.core.commands.eval import bpb, iq, iq_tasks, teacher
+from telechat_twins.core.commands.eval import answers, bpb, iq, iq_tasks, teacher
 from telechat_twins.core.commands.eval import run as harness
 
 ACTIONS = {
@@ -18,6 +19,7 @@ ACTIONS = {
     "iq": (iq, "scores on the IQ suites of the FLM-101B paper"),
     "iq-tasks": (iq_tasks, "the IQ suites as a folder of lm-evaluation-harness tasks"),
     "bpb": (bpb, "bits per byte of texts, by domain and weighted"),
+    "answers": (answers, "answers to AlignBench's or MT-bench's questions, as their judges read them"),
     "teacher": (teacher, "P(true) of propositions and multiple choices: accuracy, log loss, calibration"),
 }
 EXAMPLES = """\

@@ -86,22 +86,22 @@ SOURCES: dict[str, Source] = {
 
 
 def symbolic_items(name: str, file: Path, options: IQOptions) -> list[Item]:
-    """The items of one source. UserError names file and row of what lacks a field or has another label; rows without
+    """The items of one source. UserError names file and line of what lacks a field or has another label; rows without
     an agreed label ("-", as in OCNLI) are left out."""
     source, rows = SOURCES[name], []
-    for number, row in enumerate(read_records(file), 1):
+    for where, row in read_records(file):
         missing = [field for field in source.fields if field not in row]
         if missing:
-            raise UserError(f"{file}: row {number} lacks '{missing[0]}'; {name} needs {', '.join(source.fields)}")
+            raise UserError(f"{where}: lacks the field '{missing[0]}'; {name} needs {', '.join(source.fields)}")
         label = str(row["label"]).lower()
         if label == "-":
             continue
         if label not in source.labels:
-            raise UserError(f"{file}: row {number} has the label '{label[:40]}', not one of {', '.join(source.labels)}")
+            raise UserError(f"{where}: has the label '{label[:40]}', not one of {', '.join(source.labels)}")
         try:
             rows.append((source.text(row), source.labels[label]))
         except (KeyError, TypeError):
-            raise UserError(f"{file}: row {number} lacks a span of its target") from None
+            raise UserError(f"{where}: lacks a span of its target") from None
     names = list(dict.fromkeys(source.labels.values()))
     for label in names:
         if sum(found == label for _, found in rows) <= options.shots_a_label:

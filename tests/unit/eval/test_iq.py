@@ -197,8 +197,8 @@ def test_symbols_stand_for_the_labels(name: str, tmp_path: Path) -> None:
 def test_rows_of_another_schema_are_refused(tmp_path: Path) -> None:
     file = tmp_path / "rte.jsonl"
     for row, message in (
-        ({"premise": "a", "label": "entailment"}, "row 1 lacks 'hypothesis'"),
-        ({"premise": "a", "hypothesis": "b", "label": "maybe"}, "row 1 has the label 'maybe'"),
+        ({"premise": "a", "label": "entailment"}, "rte.jsonl:1: lacks the field 'hypothesis'"),
+        ({"premise": "a", "hypothesis": "b", "label": "maybe"}, "rte.jsonl:1: has the label 'maybe'"),
         ({"premise": "a", "hypothesis": "b", "label": "entailment"}, "too few rows of label"),
     ):
         file.write_text(json.dumps(row))

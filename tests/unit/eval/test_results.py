@@ -99,11 +99,11 @@ def test_differences_are_found_item_by_item() -> None:
 def test_local_rows_are_read_and_refused_with_their_line(tmp_path: Path) -> None:
     file = tmp_path / "test.jsonl"
     file.write_text('{"date": "2024-01-02", "n": "12"}\n\n{"date": "x", "n": "true"}\n')
-    assert read_records(file) == [{"date": "2024-01-02", "n": "12"}, {"date": "x", "n": "true"}]
+    assert [row for _, row in read_records(file)] == [{"date": "2024-01-02", "n": "12"}, {"date": "x", "n": "true"}]
     (tmp_path / "a.json").write_text('[{"a": 1}, {"a": 2}]')
     (tmp_path / "a.csv").write_text("a,b\n1,2\n")
-    assert read_records(tmp_path / "a.json") == [{"a": 1}, {"a": 2}]
-    assert read_records(tmp_path / "a.csv") == [{"a": "1", "b": "2"}]
+    assert [row for _, row in read_records(tmp_path / "a.json")] == [{"a": 1}, {"a": 2}]
+    assert read_records(tmp_path / "a.csv") == [(f"{tmp_path}/a.csv:2", {"a": "1", "b": "2"})]
     for text, message in (
         ('{"a": 1}\n{a}\n', ":2: not JSON"),
         ("[1]\n", ":1: expected an object, found list"),

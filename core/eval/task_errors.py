@@ -1,0 +1,105 @@
+"""Errors of a task over data of another schema, as one line that names file, line and field.
+
+A task's templates and functions run inside the harness, which lets their exceptions through. Which row they were about
+is in the frames of the traceback: the harness and its tasks call a row ``doc``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from types import TracebackType
+
+from telechat_twins.core.errors import UserError
+from telechat_twins.core.eval.local_data import LocalSets
+from telechat_twins.core.types import JsonObject
+
+_OURS = "telechat_twins."  # an error inside the model is not the data's
+_STEPS = ("doc_to_text", "doc_to_target", "doc_to_choice", "process_docs", "process_results")
+
+
+class _OutOfRange(logging.Handler):
+    """Refusal of a right answer that is not among the choices: the harness only warns, and counts the item as wrong."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if "Label index was not" in record.getMessage():
+            raise ValueError("the right answer is not among the choices")
+
+
+@contextlib.contextmanager
+def _labels_judged() -> Iterator[None]:
+    logger, handler = logging.getLogger("lm_eval.api.task"), _OutOfRange(logging.WARNING)
+    before = logger.level, logger.propagate
+    logger.setLevel(logging.WARNING)
+    logger.addHandler(handler)
+    logger.propagate = False
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(before[0])
+        logger.propagate = before[1]
+
+
+@contextlib.contextmanager
+def task_errors(name: str, data: Path | None, sets: LocalSets) -> Iterator[None]:
+    """UserError in place of what a task raises over data of another schema, or over a data set that is not there."""
+    try:
+        with _labels_judged():
+            yield
+    except UserError:
+        raise
+    except ImportError as error:
+        raise UserError(
+            f"{name}: needs a Python module that is not installed ({error}); install it, or the extra of lm_eval that "
+            "has it, e.g. lm_eval[ifeval]"
+        ) from None
+    except (ConnectionError, FileNotFoundError) as error:
+        where = "" if data is None else f" below --data {data}"
+        raise UserError(
+            f"{name}: its data set or metric cannot be read{where} ({str(error)[:120]}); give local copies with --data"
+        ) from None
+    except Exception as error:
+        found = _row_of(error.__traceback__, sets)
+        if found is None:
+            raise
+        doc, place, step, template = found
+        raise UserError(f"{place or name}: {_problem(error, doc, step, template)} (task {name})") from None
+
+
+def _row_of(trace: TracebackType | None, sets: LocalSets) -> tuple[JsonObject, str | None, str, str] | None:
+    """The row in the innermost frame that has one, with its place, the task's step and that step's template."""
+    found: tuple[JsonObject, str | None] | None = None
+    step = template = ""
+    while trace is not None:
+        frame = trace.tb_frame
+        inside = frame.f_globals.get("__name__", "")
+        if inside.startswith(_OURS + "core.eval.adapter"):
+            return None
+        doc = frame.f_locals.get("doc")
+        if isinstance(doc, Mapping) and inside != "lm_eval.evaluator":
+            row = dict(doc)
+            place = sets.place_of(row)
+            if place is not None or found is None or found[1] is None:
+                found = row, place
+        if frame.f_code.co_name in _STEPS:
+            step = frame.f_code.co_name
+            template = str(getattr(getattr(frame.f_locals.get("self"), "config", None), step, None) or "")
+        trace = trace.tb_next
+    return None if found is None else (*found, step, template)
+
+
+def _problem(error: Exception, doc: JsonObject, step: str, template: str) -> str:
+    """What does not fit, with the field."""
+    has = ", ".join(map(str, doc))[:120]
+    missing = re.match(r"'(.+?)' is undefined|'.*' has no attribute '(.+?)'", str(error))
+    if isinstance(error, KeyError) and error.args and isinstance(error.args[0], str):
+        return f"lacks the field '{error.args[0]}', which the task uses; the row has {has}"
+    if missing is not None:
+        return f"lacks the field '{missing[1] or missing[2]}', which the task uses; the row has {has}"
+    used = [name for name in map(str, doc) if re.search(rf"\b{re.escape(name)}\b", template)] or list(map(str, doc))
+    values = ", ".join(f"{name} = {str(doc[name])[:40]!r}" for name in used[:4])
+    return f"its {step or 'row'} does not fit the task ({str(error)[:120] or type(error).__name__}); it has {values}"
