@@ -192,7 +192,7 @@ TELECHAT2_HF = (
     rule("lm_head.weight", "head.weight"),
 )
 
-# Llama's names, without a bias anywhere.
+# Llama's names, without a bias anywhere: Tele-FLM and, as a rule, TeleChat3.
 TELEFLM_HF = (
     rule("model.embed_tokens.weight", "embed.weight"),
     rule("model.layers.{i}.input_layernorm.weight", "layers.{i}.attn_norm.weight"),
@@ -202,6 +202,17 @@ TELEFLM_HF = (
     rule("model.norm.weight", "norm.weight"),
     rule("lm_head.weight", "head.weight"),
 )
+
+
+def telechat3_hf(config: ModelConfig) -> tuple[Rule, ...]:
+    """Llama's names as TeleChat3 has them: none, or every linear of the blocks, with a bias."""
+    if config.biases == "none":
+        return TELEFLM_HF
+    biases = (
+        *(rule(f"model.layers.{{i}}.self_attn.{x}_proj.bias", f"layers.{{i}}.attn.{x}.bias") for x in "qkvo"),
+        *(rule(f"model.layers.{{i}}.mlp.{x}_proj.bias", f"layers.{{i}}.ffn.{x}.bias") for x in ("gate", "up", "down")),
+    )
+    return (*TELEFLM_HF[:-2], *biases, *TELEFLM_HF[-2:])
 
 
 def flm_hf(config: ModelConfig) -> tuple[Rule, ...]:
@@ -309,12 +320,14 @@ def hf_rules(config: ModelConfig) -> tuple[Rule, ...]:
     """The table of the release that the model's family has."""
     if config.family == "flm":
         return flm_hf(config)
+    if config.family == "telechat3":
+        return telechat3_hf(config)
     return TELEFLM_HF if config.family == "teleflm" else TELECHAT2_HF
 
 
 def hf_prefix(config: ModelConfig) -> str:
     """What every name but the head's begins with in the release; some copies lack it."""
-    return "model." if config.family == "teleflm" else "transformer."
+    return "model." if config.family in ("teleflm", "telechat3") else "transformer."
 
 
 @dataclass(frozen=True)

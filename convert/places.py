@@ -34,6 +34,11 @@ _TELECHAT2 = {
     "tied_embeddings": (False,),
 }
 _TELEFLM = {**_TELECHAT2, "biases": ("none",), "position": ("rope",), "input_mult": ANY, "logit_mult": ANY}
+_YARN = dict.fromkeys(("yarn_factor", "yarn_fast", "yarn_slow", "yarn_mscale"), ANY)
+_TELECHAT3 = {
+    **_TELEFLM, **_YARN, "biases": ("none", "all"), "position": ("rope", "yarn"), "tied_embeddings": (False, True),
+    "input_mult": (1.0,), "logit_mult": (1.0,),
+}  # fmt: skip
 _FLM = {
     "norm": ANY,
     "activation": ANY,
@@ -52,6 +57,7 @@ PLACES: dict[tuple[str, str], Mapping[str, tuple[object, ...] | None]] = {
     ("hf", "telechat2"): _TELECHAT2,
     ("hf", "teleflm"): _TELEFLM,
     ("hf", "flm"): _FLM,
+    ("hf", "telechat3"): _TELECHAT3,
     ("plain", "telechat2"): _TELECHAT2,
     ("qkv_concat", "telechat2"): _TELECHAT2,
     ("mcore", "telechat2"): _TELECHAT2,

@@ -10,7 +10,9 @@ from dataclasses import dataclass
 
 from telechat_twins.convert.hf.config_keys import Key, Switch, choose, chosen, defaulted, read_keys, take, token_ids
 from telechat_twins.convert.hf.config_refused import GATED, Refused, check_refused, check_sizes, unknown_note
-from telechat_twins.convert.hf.config_rotary import read_theta, write_theta
+from telechat_twins.convert.hf.config_rotary import SECTIONS, read_position, read_theta, write_theta
+from telechat_twins.convert.hf.config_yarn import FIELDS as YARN_FIELDS
+from telechat_twins.convert.hf.config_yarn import section_of
 from telechat_twins.convert.places import NTK_THETA_LENGTH, require_place
 from telechat_twins.core.errors import UserError
 from telechat_twins.core.model.config import ModelConfig
@@ -81,7 +83,7 @@ _KEYS = (
 
 _TELECHAT2_REFUSED: Refused = {
     "tie_word_embeddings": ((False, None), "a head tied to the embedding is not supported; TeleChat2 stores both"),
-    "model_type": (("telechat", "telechat2", None), "this converter reads TeleChat2, Tele-FLM and FLM"),
+    "model_type": (("telechat", "telechat2", None), "this converter reads TeleChat2, TeleChat3, Tele-FLM, FLM, Llama"),
     "use_mup": ((False, None), "TeleChat2 has no muP multipliers"),
     **dict.fromkeys(("input_mult", "output_mult", "mup_scale_factor"), ((1, None), "TeleChat2 has no muP multipliers")),
     **GATED,
@@ -150,6 +152,24 @@ _TELEFLM = _Format(
     },
 )
 
+# TeleChat3's format is Llama's, with its own type of YaRN. A fresh file is a Llama's, which readers have built in.
+_TELECHAT3 = _Format(
+    keys=(*(key for key in _TELEFLM.keys if key.field != "input_mult"),),
+    switches=(
+        Switch("biases", ("attention_bias", "mlp_bias"), ((False, "none"), (True, "all")), False, quiet=True),
+        Switch("tied_embeddings", ("tie_word_embeddings",), ((False, False), (True, True)), False, quiet=True),
+    ),
+    refused={name: rule for name, rule in GATED.items() if name != "attention_bias"},
+    fresh={
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "attention_dropout": 0.0,
+        "hidden_act": "silu",
+        "pretraining_tp": 1,
+        "use_cache": True,
+    },
+)
+
 _FLM = _Format(
     keys=(
         Key("vocab_size", ("vocab_size",), int),
@@ -203,15 +223,18 @@ _FLM = _Format(
 )
 
 _LLAMA = ("num_hidden_layers", "num_attention_heads", "intermediate_size", "rms_norm_eps")
-_FORMATS = {"telechat2": _TELECHAT2, "teleflm": _TELEFLM, "flm": _FLM}
+_FORMATS = {"telechat2": _TELECHAT2, "teleflm": _TELEFLM, "flm": _FLM, "telechat3": _TELECHAT3}
 _OUTPUT = Key("logit_mult", ("output_mult",), float)
 _WIDTHS = Key("logit_mult", ("mup_scale_factor",), float)
 
 
 def family_of(released: JsonObject) -> str:
-    """The family whose format a config.json has; TeleChat-52B calls itself telechat but is written as FLM."""
+    """The family whose format a config.json has; TeleChat-52B calls itself telechat but is written as FLM, and a Llama
+    has TeleChat3's."""
     if released.get("model_type") == "TeleFLM":
         return "teleflm"
+    if released.get("model_type") in ("telechat3", "llama"):
+        return "telechat3"
     return "flm" if released.get("model_type") == "flm" or "n_embd" in released else "telechat2"
 
 
@@ -233,6 +256,8 @@ def read_config(released: JsonObject, where: str) -> tuple[ModelConfig, list[str
     for switch in form.switches:
         values[switch.field], said = choose(released, switch, where)
         notes += said
+    if family == "telechat3":
+        values |= read_position(released, where)
     position = values.get("position", "ntk")
     theta = read_theta(released, position, where)
     if theta is None:
@@ -309,6 +334,8 @@ def _update(result: JsonObject, original: JsonObject, config: ModelConfig, form:
             result.update(dict.fromkeys(present or switch.names[:1], chosen(switch, getattr(config, switch.field))))
     if config.rope_theta != before.rope_theta:
         write_theta(result, config.rope_theta, form.theta)
+    if any(getattr(config, field) != getattr(before, field) for field in (*YARN_FIELDS, "base_seqlen")):
+        result.update({**dict.fromkeys(SECTIONS), **_sections(config)} if config.family == "telechat3" else {})
     # Which further tokens end generation is the release's word, in config.json or generation_config.json.
     result.update({k: v for k, v in token_keys(config).items() if getattr(config, k) != getattr(before, k)})
     for name in ("head_dim", "kv_channels"):
@@ -318,6 +345,13 @@ def _update(result: JsonObject, original: JsonObject, config: ModelConfig, form:
         result["num_key_value_heads"] = config.num_heads
     if form.mup and config.logit_mult != before.logit_mult:
         result.update(output_mult=config.logit_mult, mup_scale_factor=1.0)
+
+
+def _sections(config: ModelConfig) -> JsonObject:
+    """The rotary sections of a fresh config.json: transformers 5 reads the first, others the second."""
+    if config.position == "yarn":
+        return {name: section_of(config) for name in SECTIONS}
+    return {"rope_parameters": {"rope_theta": config.rope_theta, "rope_type": "default"}}
 
 
 def _fresh(config: ModelConfig) -> JsonObject:
@@ -330,13 +364,15 @@ def _fresh(config: ModelConfig) -> JsonObject:
         **{switch.names[0]: chosen(switch, getattr(config, switch.field)) for switch in form.switches},
     }
     if form.theta == "rope_theta":  # where transformers 5 looks; older readers take the key beside it
-        result["rope_parameters"] = {"rope_theta": config.rope_theta, "rope_type": "default"}
+        result |= _sections(config)
     if form.mup:
         result.update(output_mult=config.logit_mult, mup_scale_factor=1.0)
     if config.family == "telechat2":
         result["max_position_embeddings"] = config.max_seqlen
         # Llama's names for the same, which the GGUF converter of the release reads and others fall back on.
         result |= {name: getattr(config, key.field) for key in form.keys for name in key.names[1:] if name in _LLAMA}
+    if config.family == "telechat3":
+        result["mlp_bias"] = result["attention_bias"]
     if config.family == "flm" and config.norm == "rmsnorm":  # TeleChat-52B
         result.update(architectures=["TELECHAT"], model_type="telechat")
     return result

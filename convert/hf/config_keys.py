@@ -33,13 +33,14 @@ class Key:
 class Switch:
     """A field of ModelConfig that a release stores as a choice: its names, released value -> our value, its default.
 
-    The first released value that stands for ours is written.
+    The first released value that stands for ours is written. A ``quiet`` default is taken without a note.
     """
 
     field: str
     names: tuple[str, ...]
     values: tuple[tuple[object, object], ...]
     default: object = REQUIRED
+    quiet: bool = False
 
 
 def take(released: JsonObject, key: Key, where: str) -> int | float | None:
@@ -84,7 +85,7 @@ def choose(released: JsonObject, switch: Switch, where: str) -> tuple[object, li
     if switch.default is REQUIRED:
         raise UserError(f"{where}: {switch.names[0]} is missing; it has no safe default, add it")
     mine = next(ours for theirs, ours in switch.values if theirs == switch.default)
-    return mine, [defaulted(switch.names[0], switch.default)]
+    return mine, [] if switch.quiet else [defaulted(switch.names[0], switch.default)]
 
 
 def chosen(switch: Switch, mine: object) -> object:

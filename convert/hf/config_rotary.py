@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from telechat_twins.convert.hf.config_keys import agreed, number
+from telechat_twins.convert.hf.config_yarn import SCALES, kind_of, read_yarn
 from telechat_twins.core.errors import UserError
 from telechat_twins.core.types import JsonObject
 
@@ -31,9 +32,15 @@ def read_theta(released: JsonObject, position: str, where: str) -> float | None:
     a model with this ``position`` (of ModelConfig) does not have."""
     given = {name: released[name] for name in THETA_NAMES if released.get(name) is not None}
     for path, section in _sections(released, where):
-        _check_section(section, path, position, where)
+        if position != "yarn" or kind_of(section) not in SCALES:
+            _check_section(section, path, position, where)
         given |= {f"{path}.{name}": section[name] for name in THETA_NAMES if section.get(name) is not None}
     return agreed({name: number(value, float, name, where) for name, value in given.items()}, where)
+
+
+def read_position(released: JsonObject, where: str) -> JsonObject:
+    """Fields of ModelConfig that say how a model of Llama's format rotates, the base aside."""
+    return read_yarn(_sections(released, where), THETA_NAMES, where)
 
 
 def write_theta(released: JsonObject, theta: float, name: str) -> None:

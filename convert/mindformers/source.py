@@ -6,6 +6,7 @@ whole tensors and that what each holds whole is the same on all.
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -84,8 +85,8 @@ def _check_layout(said: object, where: str) -> None:
 
 
 def _agree(given: ModelConfig, own: ModelConfig, option: str, where: Path) -> None:
-    for name, value in own.to_dict().items():
-        if (theirs := given.to_dict()[name]) != value:
+    for name, value in dataclasses.asdict(own).items():
+        if (theirs := getattr(given, name)) != getattr(own, name):
             raise UserError(f"{option}: has {name} {theirs}, but {where} says {value}; leave {option} out")
 
 

@@ -26,6 +26,7 @@ MAX_ROWS, MAX_WIDTH, MAX_HEADS, MAX_LAYERS, MAX_LENGTH = 1 << 22, 1 << 20, 1 << 
 MAX_PRESETS = 8  # files that refer to one another
 
 
+_YARN = ("yarn_factor", "yarn_fast", "yarn_slow", "yarn_mscale")
 PRECISIONS = ("fp32", "bf16", "amp", "fp16", "fp64")
 
 
@@ -35,8 +36,8 @@ class ModelConfig:
 
     family: str = option(
         "telechat2",
-        help="whose released format and names the model has; flm: TeleChat-52B and FLM-101B",
-        choices=("telechat2", "teleflm", "flm"),
+        help="whose released format and names the model has; flm: TeleChat-52B and FLM-101B; telechat3: Llama's",
+        choices=("telechat2", "teleflm", "flm", "telechat3"),
     )
     vocab_size: int = option(help="V, rows of the embedding and of the head", min=1, max=MAX_ROWS)
     hidden_size: int = option(help="E, width of the residual stream", min=1, max=MAX_WIDTH)
@@ -62,15 +63,24 @@ class ModelConfig:
     )
     position: str = option(
         "ntk",
-        help="rotary; ntk, ntk-theta: length scaling of TeleChat2, of TeleChat-52B; xpos: decay with distance",
-        choices=("ntk", "ntk-theta", "rope", "xpos"),
+        help="rotary; ntk, ntk-theta: length scaling of TeleChat2, of TeleChat-52B; xpos: decay with distance; "
+        "yarn: stretched slow channels at every length (TeleChat3)",
+        choices=("ntk", "ntk-theta", "rope", "xpos", "yarn"),
     )
     rope_theta: float = option(10000.0, help="rotary base before NTK scaling", above=0.0)
     xpos_scale_base: float = option(512.0, help="xpos: distance over which a channel decays by its rate", above=0.0)
+    yarn_factor: float = option(1.0, help="yarn: base_seqlen positions stand for so many times as many", min=1.0)
+    yarn_fast: float = option(32.0, help="yarn: channels that turn more often within base_seqlen stay", above=0.0)
+    yarn_slow: float = option(1.0, help="yarn: channels that turn less often are stretched in full", above=0.0)
+    yarn_mscale: float = option(
+        0.07, help="yarn: cos and sin are multiplied by this times ln(yarn_factor), plus 1 (others' YaRN: 0.1)", min=0.0
+    )
     input_mult: float = option(1.0, help="multiplies the embedding's output (muP)", above=0.0)
     logit_mult: float = option(1.0, help="multiplies the logits [output_mult / mup_scale_factor] (muP)", above=0.0)
     training_seqlen: int = option(help="length beyond which attention scaling acts", min=1, max=MAX_LENGTH)
-    base_seqlen: int = option(help="length beyond which the rotary base grows", min=1, max=MAX_LENGTH)
+    base_seqlen: int = option(
+        help="length beyond which the rotary base grows; yarn: length before stretching", min=1, max=MAX_LENGTH
+    )
     max_seqlen: int = option(help="length the model was trained to handle [seq_length]", min=1, max=MAX_LENGTH)
     init_std: float = option(0.02, help="standard deviation of initial weights [initializer_range]", above=0.0)
     matrix_init_std: float | None = option(
@@ -113,6 +123,10 @@ class ModelConfig:
                 f"model.num_heads: head size {self.head_dim} (= {self.hidden_size} / {self.num_heads}) is odd; "
                 "rotary positions need an even head size"
             )
+        if self.position == "yarn" and self.rope_theta <= 1.0:
+            raise UserError(f"model.rope_theta: {self.rope_theta:g} must be above 1 for position yarn")
+        if self.yarn_slow >= self.yarn_fast:
+            raise UserError(f"model.yarn_slow: {self.yarn_slow:g} must be below yarn_fast {self.yarn_fast:g}")
         if self.num_tokens > self.vocab_size:
             raise UserError(f"model.vocab_tokens: {self.vocab_tokens} is above vocab_size {self.vocab_size}")
         ids = {name: (getattr(self, name),) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
@@ -161,8 +175,13 @@ class ModelConfig:
         return None if self.norm_divisor is None or self.norm == "rmsnorm" else int(self.norm_divisor)
 
     def to_dict(self) -> JsonObject:
-        """The mapping as JSON gives it back."""
-        return {**dataclasses.asdict(self), "end_token_ids": list(self.end_token_ids)}
+        """The mapping as JSON gives it back. YaRN's fields are in it only where they are not the defaults of a model
+        without YaRN, so that the digests of configs older than these fields stay."""
+        values = {**dataclasses.asdict(self), "end_token_ids": list(self.end_token_ids)}
+        if self.position != "yarn":
+            defaults = {field.name: field.default for field in dataclasses.fields(self) if field.name in _YARN}
+            values = {name: value for name, value in values.items() if name not in _YARN or value != defaults[name]}
+        return values
 
 
 def preset_names() -> list[str]:

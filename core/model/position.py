@@ -1,9 +1,13 @@
-"""Rotary position tables in numpy, one source for both backends: plain, with length scaling, and xPos.
+"""Rotary position tables in numpy, one source for both backends: plain, with length scaling, YaRN, and xPos.
 
 TeleChat2, past the trained length two things change, in training and in inference alike (released modeling_telechat.py,
 RotaryEmbedding): the rotary base grows in steps (NTK-aware), and cos and sin are multiplied by an attention scale, so
 that attention logits grow by its square. In TeleChat-52B the base grows by the same steps without TeleChat2's exponent,
 and nothing else. Other models rotate plainly at any length.
+
+YaRN (Peng et al., arXiv 2309.00071) stretches positions once and for all lengths: channels that turn often within
+base_seqlen stay, slow ones turn yarn_factor times slower, those between are mixed. cos and sin are multiplied by
+yarn_mscale * ln(yarn_factor) + 1, where TeleChat3 has 0.07 in place of the paper's 0.1.
 
 xPos (Sun et al., arXiv 2212.10554) lets a channel of the product of query m and key n decay as zeta^((m - n) / base).
 The released FLM code centres the exponents on the keys at hand, which cancels in the product; here their origin is
@@ -38,7 +42,10 @@ def scaled_base(config: ModelConfig, seq_len: int) -> float:
 
 
 def attention_scale(config: ModelConfig, seq_len: int) -> float:
-    """The released ``mscale``: 0.1 * ln(S / training_seqlen) + 1 beyond the trained length, else 1; ntk only."""
+    """The released ``mscale``. ntk: 0.1 * ln(S / training_seqlen) + 1 beyond the trained length, else 1; yarn: the same
+    at every length; else 1."""
+    if config.position == "yarn":
+        return config.yarn_mscale * math.log(config.yarn_factor) + 1.0
     if config.position != "ntk":
         return 1.0
     ratio = max(seq_len, config.training_seqlen) / config.training_seqlen
@@ -67,8 +74,30 @@ def _circle(config: ModelConfig, positions: np.ndarray, base: float, dtype: type
     # steps (power, reciprocal, angle) stay where the released float32 code has them.
     period = (base ** exponent.astype(np.float64)).astype(dtype)
     frequency = dtype(1) / period  # [D/2]
+    if config.position == "yarn":
+        kept = yarn_kept(config, base, dtype)
+        frequency = dtype(1) / (dtype(config.yarn_factor) * period) * (1 - kept) + frequency * kept
     angle = (np.asarray(positions).astype(dtype)[..., None] * frequency).astype(np.float64)
     return np.cos(angle).astype(dtype), np.sin(angle).astype(dtype)
+
+
+def yarn_kept(config: ModelConfig, base: float, dtype: type = np.float32) -> np.ndarray:
+    """How far each channel keeps its frequency under YaRN: [D/2] from 1 (fast) down to 0 (stretched in full).
+
+    Channel i turns base_seqlen / (2 pi base^(2i/D)) times within base_seqlen, so n turns belong to channel
+    D ln(base_seqlen / (2 pi n)) / (2 ln base). Between the channels of yarn_fast and yarn_slow turns, rounded outwards,
+    the share falls linearly.
+    """
+    dim = config.head_dim
+
+    def channel(turns: float) -> float:
+        return dim * math.log(config.base_seqlen / (turns * 2 * math.pi)) / (2 * math.log(base))
+
+    low = max(math.floor(channel(config.yarn_fast)), 0)
+    high = min(math.ceil(channel(config.yarn_slow)), dim - 1)
+    # The published code widens an empty range by 0.001.
+    ramp = (np.arange(dim // 2).astype(dtype) - dtype(low)) / dtype(high - low or 0.001)
+    return dtype(1) - np.clip(ramp, 0, 1)
 
 
 def xpos_scales(

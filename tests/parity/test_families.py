@@ -1,4 +1,6 @@
-"""Tele-FLM, TeleChat-52B and FLM-101B against numbers of the original implementations: one device, cached, in layouts.
+"""The other families against numbers of the original implementations: one device, cached, in layouts.
+
+Tele-FLM, TeleChat-52B, FLM-101B and TeleChat3, whose numbers are those of transformers' Llama with its scale of YaRN.
 
 Limits as for TeleChat2 (tests/parity/test_goldens.py): on these cases too the original's own float32 logits lie 5e-7 to
 2e-6 from its float64 run, and the smallest planted fault moves logits by 2e-3 of their spread or more.
@@ -30,7 +32,7 @@ from tests.parity.test_goldens import GRADIENT, LOGITS, LOSS, check_forward, che
 from tests.support.engine_support import Feed
 from tests.support.frameworks import BACKENDS, golden_arrays, golden_batch, golden_source
 
-CASES = ("teleflm", "telechat52b_like", "flm101b_like")
+CASES = ("teleflm", "telechat52b_like", "flm101b_like", "telechat3")
 GRADIENTS = [*((case, "loss_mean", "grads") for case in CASES), ("teleflm", "loss_masked", "grads_masked_loss")]
 
 
@@ -105,6 +107,11 @@ FAULTS: dict[str, tuple[str, dict[str, Any], Callable[[Get], Get]]] = {
     "norm biases missed": ("flm101b_like", {}, zeroed("norm.bias")),
     "query, key and value biases missed": ("flm101b_like", {}, zeroed("q.bias", "k.bias", "v.bias")),
     "ffn input bias missed": ("flm101b_like", {}, zeroed("up.bias")),
+    "plain rotation for yarn": ("telechat3", {"position": "rope"}, zeroed()),
+    "another factor of yarn": ("telechat3", {"yarn_factor": 4.01}, zeroed()),
+    "the usual scale of yarn": ("telechat3", {"yarn_mscale": 0.1}, zeroed()),
+    "ramp of yarn one channel off": ("telechat3", {"yarn_slow": 0.3}, zeroed()),
+    "rotary base of yarn's range": ("telechat3", {"base_seqlen": 400}, zeroed()),
 }
 
 
@@ -171,12 +178,12 @@ def test_an_origin_that_moves_with_the_keys_spoils_the_cache(backend: str, monke
 
 
 LAYOUTS = ("tp2", "tp2.nosp", "pp2", "ring2", "ulysses2", "dp2")
-IN_LAYOUTS = ("teleflm", "flm101b_like")
+IN_LAYOUTS = ("teleflm", "flm101b_like", "telechat3")
 
 
 @pytest.fixture(scope="module", params=BACKENDS)
 def launched(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], Any]:
-    """Both models in every layout of two processes, in one launch a backend."""
+    """The models in every layout of two processes, in one launch a backend."""
     folder = tmp_path_factory.mktemp(request.param)
     tasks, keys = [], []
     for case in IN_LAYOUTS:

@@ -94,7 +94,7 @@ REFUSED = {
     "tied": ({"tie_word_embeddings": True}, "tie_word_embeddings is True; a head tied"),
     "norm after embedding": ({"embed_layernorm": True}, "embed_layernorm is True"),
     "post norm": ({"apply_residual_connection_post_layernorm": True}, "is not supported"),
-    "another model": ({"model_type": "llama"}, "model_type is 'llama'"),
+    "another model": ({"model_type": "qwen2"}, "model_type is 'qwen2'"),
     "quantised": ({"quantization_config": {"bits": 4}}, "quantised weights are not supported"),
     "scaled": ({"rope_scaling": {"factor": 3.0, "rope_type": "dynamic"}}, "rope_scaling .* is not supported"),
     "text": ({"n_layer": "3"}, "n_layer should be a whole number, found '3'"),

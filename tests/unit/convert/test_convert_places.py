@@ -22,7 +22,7 @@ def test_every_preset_has_its_place(preset: str) -> None:
     config = load_model_config(preset)
     forms = {form for form in TITLES if why_not(config, form) is None}
     legacy = {"plain", "qkv_concat", "mcore"}
-    expected = {"telechat2": {"hf", *legacy}, "teleflm": {"hf"}, "flm": {"hf"}}[config.family]
+    expected = {"telechat2": {"hf", *legacy}, "teleflm": {"hf"}, "flm": {"hf"}, "telechat3": {"hf"}}[config.family]
     assert forms == expected | ({"qkv_concat"} if preset == "telechat-52b" else set())
 
 
@@ -42,6 +42,9 @@ REFUSED = [
     ("flm-tiny", "qkv_concat", {}, "model.norm: layernorm has no place in MindFormers' qkv_concat form of family flm"),
     ("flm-tiny", "hf", {"num_kv_heads": 2}, "model.num_kv_heads: 2 has no place in the released format of family flm"),
     ("telechat-52b", "qkv_concat", {"input_mult": 2.0}, "model.input_mult: 2.0 has no place"),
+    ("telechat3-tiny", "hf", {"biases": "outputs"}, "model.biases: outputs has no place in the released format of"),
+    ("telechat3-tiny", "hf", {"position": "ntk"}, "model.position: ntk has no place in the released format of family"),
+    ("teleflm-tiny", "hf", {"position": "yarn"}, "model.position: yarn has no place in the released format of family"),
     ("telechat-52b", "plain", {}, "model.family: flm has no place in MindFormers' plain form"),
 ]
 

@@ -8,6 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from telechat_twins.core.errors import UserError
 from telechat_twins.core.model.config import load_model_config
 from telechat_twins.core.model.position import (
     RotaryRows,
@@ -41,6 +42,29 @@ def test_the_52b_grows_its_base_by_a_rule_of_its_own() -> None:
         assert (scaled_base(config, S), attention_scale(config, S)) == (row["theta"], 1.0), row
         frequency = rope_tables(config, np.array([1]), S, np.float64)[1][0, 1]  # sine of position 1, second pair
         assert np.arcsin(frequency) == pytest.approx(row["theta"] ** (-2 / config.head_dim), rel=1e-12)
+
+
+def test_yarn_equals_the_papers_formulas() -> None:
+    """In float64 to rounding, in float32 to its own; lookups for cached steps are the same rows."""
+    config = load_model_config("telechat3-36b")
+    positions = np.array([0, 1, 777, 8191, 8192, 32767])
+    dim, base = config.head_dim, config.rope_theta
+    channel = np.arange(dim // 2)
+    turns = config.base_seqlen / (2 * np.pi * base ** (2 * channel / dim))  # within the first 8192 positions
+    low, high = np.flatnonzero(turns <= 32)[0] - 1, np.flatnonzero(turns < 1)[0]  # rounded outwards
+    frequency = base ** (-2 * channel / dim)
+    frequency = frequency / 4 + np.clip((high - channel) / (high - low), 0, 1) * (frequency - frequency / 4)
+    scale = 0.07 * np.log(4) + 1
+    for dtype, limit in ((np.float64, 1e-10), (np.float32, 4e-3)):
+        cos, sin = rope_tables(config, positions, 9, dtype)
+        assert np.abs(cos - scale * np.cos(positions[:, None] * frequency)).max() < limit
+        assert np.abs(sin - scale * np.sin(positions[:, None] * frequency)).max() < limit
+    rows = RotaryRows(config).rows(positions, np.full(len(positions), 40000))
+    assert all(map(np.array_equal, rows, rope_tables(config, positions, 40000)))
+    with pytest.raises(UserError, match="yarn_slow: 32 must be below yarn_fast 32"):
+        replace(config, yarn_slow=32.0)
+    with pytest.raises(UserError, match="rope_theta: 1 must be above 1"):
+        replace(config, rope_theta=1.0)
 
 
 @pytest.mark.parametrize(
