@@ -36,6 +36,7 @@ EXAMPLES = (
     "examples:\n"
     "  tele convert --from hf --to canonical TeleChat2-7B checkpoints/7b\n"
     "  tele convert --from canonical --to hf runs/first exported --dtype bfloat16\n"
+    "  tele convert --from hf --to hf TeleChat2-7B 7b-llama --llama\n"
     "  tele convert --from hf --to mindformers TeleChat2-7B 7b-ms --file-format ckpt\n"
     "  tele convert --from hf --to mindformers TeleChat2-115B 115b-mp8 --qkv-concat --mp 8\n"
     "  tele convert --from mindformers --to canonical 115b-mp8 checkpoints/115b\n"
@@ -71,6 +72,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--sums", action="store_true", help="put SHA256SUMS into a released folder; it is checked wherever it is read"
+    )
+    parser.add_argument(
+        "--llama",
+        action="store_true",
+        help="DST, a released folder: the Llama that computes the same, for readers without a class for the model",
     )
     parser.add_argument("--force", action="store_true", help="replace the model in DST, if it holds one")
     _add_mindformers_arguments(parser)
@@ -145,12 +151,15 @@ def run(args: argparse.Namespace) -> int:
 
 def _convert(args: argparse.Namespace, limit: int | None) -> int:
     from telechat_twins.convert.copy import to_canonical, to_hf, to_mindformers, weight_bytes
+    from telechat_twins.convert.llama import LlamaSource
     from telechat_twins.convert.source import PlainSource
 
     started = time.monotonic()
     source = _open(args)
     if args.target_format != "canonical":
         source = PlainSource(source)
+    if args.llama:
+        source = LlamaSource(source)
     for note in source.notes:
         print(f"note: {printable(note)}")
     total = weight_bytes(source, args.dtype)
@@ -184,7 +193,9 @@ def _convert(args: argparse.Namespace, limit: int | None) -> int:
 def check_options(args: argparse.Namespace) -> None:
     """UserError for options that do not go together."""
     to, fro = args.target_format, args.source_format
-    if fro == to and fro != "mindformers":
+    if args.llama and to != "hf":
+        raise UserError("--llama: goes with --to hf; the others have no form of a Llama")
+    if fro == to and fro != "mindformers" and not args.llama:
         raise UserError(f"--to {to}: is what SRC is already; choose another of {', '.join(FORMATS)}")
     if args.tokenizer and to != "hf":
         raise UserError("--tokenizer: goes with --to hf; the others keep the release's own")
@@ -269,6 +280,7 @@ def _check_adapter_options(args: argparse.Namespace, adapter: bool) -> None:
     if fro in ("peft", "mindformers") and args.base is None:
         raise UserError(f"--base: {fro} does not say which model the adapter belongs to; give its folder")
     unfit = {"--max-shard-size": args.max_shard_size, "--whole": args.whole, "--model": args.model,
+             "--llama": args.llama,
              "--config": args.config, "--src-mp": args.src_mp if to != "mindformers" else None}  # fmt: skip
     for option, given in unfit.items():
         if given:
