@@ -6,7 +6,6 @@ import asyncio
 import hashlib
 import hmac
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
 from fastapi import FastAPI, Request
 from fastapi.responses import HTMLResponse, PlainTextResponse, Response
@@ -22,10 +21,9 @@ from telechat_twins.core.serve.guard import NO_PAGE, Guard
 from telechat_twins.core.serve.hosts import Hosts
 from telechat_twins.core.serve.intake import HttpLimits, Intake, Read
 from telechat_twins.core.serve.job import Served
+from telechat_twins.core.serve.page import chat_page
 from telechat_twins.core.serve.service import Service
 from telechat_twins.core.types import JsonObject
-
-PAGE_POLICY = f"{NO_PAGE}; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'; img-src data:"
 
 
 def create_app(
@@ -67,11 +65,12 @@ def _add_error_handlers(app: FastAPI) -> None:
 
 def _add_state_routes(app: FastAPI, service: Service, served: Served, tenants: Mapping[bytes, str]) -> None:
     """Routes of the chat page, health, metrics and model cards."""
-    page = Path(__file__).with_name("page.html").read_text(encoding="utf-8")
+    page = chat_page()
+    page_headers = {"Content-Security-Policy": f"{NO_PAGE}; {page.policy}", "Cache-Control": "no-cache"}
 
     @app.get("/")
-    async def chat_page() -> Response:
-        return HTMLResponse(page, headers={"Content-Security-Policy": PAGE_POLICY, "Cache-Control": "no-cache"})
+    async def root() -> Response:
+        return HTMLResponse(page.html, headers=page_headers)
 
     @app.get("/health")
     async def health() -> Response:

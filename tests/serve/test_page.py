@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import importlib.util
+import json
 from pathlib import Path
 
 import pytest
 
+from telechat_twins.core.inference.decoding.settings import read_settings
+from telechat_twins.core.inference.sampling import sampling_config
+from tests.house import ROOT
 from tests.support.browser import Browser, browser, missing
-from tests.support.engine_support import CONTEXT
+from tests.support.engine_support import CHAT_CONFIG, CONTEXT
 from tests.support.serve_support import NAME, Running, ask, running
 
 pytestmark = pytest.mark.skipif(missing() is not None, reason=str(missing()))
@@ -32,8 +37,20 @@ def window(tmp_path_factory):
 
 @pytest.fixture
 def page(server: Running, window: Browser):
+    return opened(window, server)
+
+
+def opened(window: Browser, server: Running) -> Browser:
+    """The page without a conversation of an earlier visit."""
     window.open(server.url + "/")
-    assert window.until(lambda: window.texts("h1")[0].startswith(NAME))
+    window.run("localStorage.clear()")
+    return again(window, server)
+
+
+def again(window: Browser, server: Running, name: str = NAME) -> Browser:
+    """The page after a reload."""
+    window.open(server.url + "/")
+    assert window.until(lambda: window.texts("h1")[0].startswith(name))
     return window
 
 
@@ -55,7 +72,7 @@ def test_the_page_is_one_file_that_loads_nothing_else(server):
 
 
 def test_a_talk(page: Browser, server: Running):
-    assert page.texts("h1 small") == [f"{CONTEXT} tokens"]
+    assert page.texts("h1 small") == [f"{CONTEXT:,} tokens"]
     say(page, "first")
     assert idle(page)
     page.type("#question", "two lines\ue008\ue007\ue000of it")  # Shift+Enter begins a new line
@@ -145,7 +162,137 @@ def test_a_server_with_a_key(window: Browser):
         assert window.texts(".assistant") == ["You said: hello"]
     say(window, "anybody?")
     assert idle(window)
-    assert len(window.texts(".error")) == 2, "a server that is gone"
+    assert window.texts(".error") == ["the server cannot be reached"]
+
+
+def test_the_conversation_outlives_a_reload(page: Browser, server: Running):
+    say(page, "first")
+    assert idle(page)
+    again(page, server)
+    assert page.texts(".turn") == ["first", "You said: first"]
+    assert "tokens/s" in page.texts(".stats")[0] and "of 2,048 tokens of context left" in page.texts("#left")[0]
+    say(page, "second")
+    assert idle(page)
+    asked = next(p for p in reversed(server.runner.prefixes) if p[-1] == 5)
+    assert "You said: first" in server.runner.tokenizer.decode(asked)
+    page.click("#new")
+    assert page.texts(".turn") == [] and page.texts("#left") == [""]
+    assert again(page, server).texts(".turn") == []
+    page.run('localStorage.setItem(\'tele.talk\', \'{"turns": [1, {"role": "x"}], "used": "y"}\')')
+    assert again(page, server).texts(".turn") == [], "another program's value in its place"
+
+
+def test_answers_are_made_anew_and_questions_edited(page: Browser, server: Running):
+    for question in ("first", "second"):
+        say(page, question)
+        assert idle(page)
+    assert len(page.texts(".regenerate")) == 1, "only the last answer"
+    before = len([p for p in server.runner.prefixes if p[-1] == 5])
+    page.type(".regenerate", "\ue007")  # by keyboard
+    assert page.until(lambda: len([p for p in server.runner.prefixes if p[-1] == 5]) == before + 1) and idle(page)
+    assert page.texts(".turn") == ["first", "You said: first", "second", "You said: second"]
+    page.click(".edit")
+    assert page.visible("#editing") and page.run("return document.activeElement.id") == "question"
+    page.type("#question", "\ue00c")  # Escape leaves everything as it was
+    assert not page.visible("#editing") and len(page.texts(".turn")) == 4
+    page.click(".edit")
+    page.type("#question", "!\ue007")
+    assert idle(page)
+    assert page.texts(".turn") == ["first!", "You said: first!"]
+    # An answer that cannot be made anew stays.
+    server.runner.failing.append(RuntimeError("planted"))
+    page.click(".regenerate")
+    assert idle(page)
+    assert page.texts(".turn:not(.error)") == ["first!", "You said: first!"] and page.texts(".error")
+    page.run("navigator.clipboard.writeText = (text) => { window.copied = text; return Promise.resolve(); }")
+    page.click(".message:not(.mine) .copy")
+    assert page.until(lambda: page.run("return window.copied") == "You said: first!")
+    assert page.texts("#news") == ["Copied"]
+
+
+def test_escape_stops_an_answer(page: Browser):
+    say(page, "long")
+    assert page.until(lambda: len(page.texts(".assistant")[0]) > 5)
+    page.type("#question", "\ue00c")
+    assert idle(page) and page.texts(".note") == ["stopped"]
+
+
+def test_a_full_context_offers_a_new_chat(page: Browser):
+    assert not page.visible("#full")
+    page.run("document.getElementById('question').value = '\u00e9 ?'.repeat(2000)")
+    page.click("#send")
+    assert idle(page)
+    assert "maximum context length is 2048" in page.texts(".error")[0] and page.visible("#full")
+    page.click("#fresh")
+    assert not page.visible("#full") and page.texts(".error") == []
+
+
+def test_it_speaks_the_language_of_its_user(page: Browser, server: Running):
+    words = json.loads((ROOT / "core" / "serve" / "page" / "words.json").read_text(encoding="utf-8"))
+    assert words["en"].keys() == words["zh"].keys()
+    assert page.texts("#send") == ["Send"] and page.run("return document.documentElement.lang") == "en"
+    page.language("zh-CN")
+    opened(page, server)
+    assert page.texts("#send") == [words["zh"]["send"]] and page.run("return document.documentElement.lang") == "zh-CN"
+    page.run("const s = document.getElementById('language'); s.value = 'en'; s.dispatchEvent(new Event('change'))")
+    assert page.texts("#send") == ["Send"]
+    assert again(page, server).texts("#send") == ["Send"], "the choice outlives a reload"
+    page.language("en-US")
+
+
+def test_models_and_sampling_are_chosen(window: Browser):
+    settings = read_settings({"do_sample": True, "temperature": 0.5, "top_k": 9}, "file", CHAT_CONFIG)
+    with running(reply, settings=settings, adapters=("law",)) as server:
+        opened(window, server)
+        window.click("summary")
+        assert window.texts("#which option") == [NAME, "law"] and window.visible("#which")
+        shown = "return [...arguments].map(id => document.getElementById(id).placeholder)"
+        assert window.run(shown, "temperature", "top_k", "top_p", "repetition_penalty") == ["0.5", "9", "1", "1"]
+        window.run("const s = document.getElementById('which'); s.value = 'law'; s.dispatchEvent(new Event('change'))")
+        for name, value in (("top_p", "0.5"), ("top_k", "3"), ("repetition_penalty", "1.1"), ("seed", "4")):
+            window.type(f"#{name}", value)
+        asked: list = []
+        submit = server.engine.submit
+        server.engine.submit = lambda request: asked.append(request) or submit(request)
+        say(window, "hello")
+        assert idle(window)
+        expected = sampling_config(temperature=0.5, top_p=0.5, top_k=3, repetition_penalty=1.1, seed=4)
+        assert (asked[0].adapter, asked[0].sampling) == (1, expected)
+        again(window, server, "law")
+
+
+@pytest.mark.parametrize("dark", [False, True])
+def test_axe_finds_nothing(page: Browser, server: Running, dark: bool):
+    """Accessibility by axe in each state of the page; nothing is loaded from elsewhere, and the console is empty."""
+    found = importlib.util.find_spec("axe_core_python")
+    if found is None:
+        pytest.skip("axe-core-python is in the extra dev")
+    axe = (Path(found.submodule_search_locations[0]) / "axe.min.js").read_text(encoding="utf-8")
+    page.log()
+    page.dark(dark)
+    for width, language in ((390, "zh"), (1280, "en")):
+        page.size(width, 800)
+        page.run("const s = document.getElementById('language'); s.value = arguments[0]", language)
+        page.run("document.getElementById('language').dispatchEvent(new Event('change'))")
+        say(page, "What is a model?")
+        assert idle(page)
+        page.click("summary")
+        page.click(".edit")
+        page.run("document.getElementById('full').hidden = false")
+        assert violations(page, axe) == []
+        page.click("summary")
+        page.click("#cancel")
+    assert page.run("return performance.getEntriesByType('resource').every(e => e.name.startsWith(location.origin))")
+    assert page.log() == []
+    page.run("document.getElementById('new').textContent = ''")  # a planted fault
+    assert [name for name, *_ in violations(page, axe)] == ["button-name"]
+
+
+def violations(page: Browser, axe: str) -> list[list[object]]:
+    """What axe finds: rule, impact, and the elements."""
+    return page.run(
+        axe + "; return axe.run(document).then(r => r.violations.map(v => [v.id, v.impact, v.nodes.map(n => n.html)]))"
+    )
 
 
 @pytest.mark.parametrize("dark", [False, True])
@@ -165,7 +312,18 @@ def test_it_can_be_read(page: Browser, dark: bool, width: int, tmp_path: Path):
     assert page.run("return document.documentElement.scrollWidth <= window.innerWidth"), (
         "it has to be scrolled sideways"
     )
-    for selector in (".user", ".assistant", ".error", "#send", "summary", "h1 small", "#question", ".settings label"):
+    for selector in (
+        ".user",
+        ".assistant",
+        ".error",
+        "#send",
+        "summary",
+        "h1 small",
+        "#question",
+        ".settings label",
+        ".copy",
+        "#left",
+    ):
         assert contrast(page, selector) > 4.5, f"{selector}: less than WCAG asks for text"
 
 

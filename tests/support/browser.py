@@ -68,6 +68,12 @@ class Browser:
         features = [{"name": "prefers-color-scheme", "value": "dark" if dark else "light"}]
         self._call("POST", "/goog/cdp/execute", {"cmd": "Emulation.setEmulatedMedia", "params": {"features": features}})
 
+    def language(self, name: str) -> None:
+        """The browser's language, as pages see it from the next one on."""
+        agent = self.run("return navigator.userAgent")
+        params = {"userAgent": agent, "acceptLanguage": name}
+        self._call("POST", "/goog/cdp/execute", {"cmd": "Emulation.setUserAgentOverride", "params": params})
+
     def size(self, width: int, height: int) -> None:
         self._call("POST", "/window/rect", {"width": width, "height": height})
 

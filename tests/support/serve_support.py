@@ -78,6 +78,7 @@ def running(
     connections: int = 64,
     reuse: bool = True,
     settings: Settings | None = None,
+    adapters: tuple[str, ...] = (),
 ) -> Iterator[Running]:
     """Serve until the block is left; ``narrow``: on connections that hold little.
 
@@ -86,8 +87,8 @@ def running(
     runner = runner or Replier(reply, pause)
     tokenizer = tokenizer or tiny_tokenizer(in_vocabulary=True)
     limits = EngineLimits(max_len=CONTEXT, max_running=max_running)
-    service = Service(Engine(runner, tokenizer, reuse=reuse, limits=limits), max_queue)
-    served = served_model(service.engine, tokenizer, max_prompt, max_new, settings)
+    service = Service(Engine(runner, tokenizer, reuse=reuse, limits=limits, adapters=len(adapters)), max_queue)
+    served = served_model(service.engine, tokenizer, max_prompt, max_new, settings, adapters)
     app = create_app(service, served, HttpLimits(body=body, seconds=seconds), keys, hosts)
     with open_socket("127.0.0.1", 0) as opened:
         if narrow:
@@ -100,13 +101,19 @@ def running(
 
 
 def served_model(
-    engine: Engine, tokenizer: Tokenizer, max_prompt: int, max_new: int, settings: Settings | None = None
+    engine: Engine,
+    tokenizer: Tokenizer,
+    max_prompt: int,
+    max_new: int,
+    settings: Settings | None = None,
+    adapters: tuple[str, ...] = (),
 ) -> Served:
     """The tiny model as clients see it."""
     return Served(
         layout=open_layout(tokenizer)[0],
         grammars=engine.grammars,
         settings=settings or Settings(),
+        adapters=adapters,
         name=NAME,
         config=engine.config,
         tokenizer=tokenizer,
