@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import secrets
+from functools import partial
 from typing import TYPE_CHECKING
 
 from telechat_twins.core.errors import UserError
@@ -15,6 +16,7 @@ from telechat_twins.core.serve.constraint import grammar_of, read_format, read_t
 from telechat_twins.core.serve.echo import token_text
 from telechat_twins.core.serve.errors import ApiError, shown
 from telechat_twins.core.serve.fields import Fields
+from telechat_twins.core.serve.frames import ChoicesFrame
 from telechat_twins.core.serve.job import (
     MAX_LOGPROBS,
     AnswerJob,
@@ -91,7 +93,8 @@ def read_chat(body: JsonObject, served: Served, tenant: str = "") -> Draft:
             adapter=adapter,
             grammar=grammar,
         )
-        return AnswerJob((request,), ChatWriter(served.tokenizer, bool(tools)), stream, include_usage)
+        writer = ChatWriter(served.tokenizer, bool(tools))
+        return AnswerJob((request,), partial(ChoicesFrame, writer, include_usage), stream)
 
     return Draft(samples, encode)
 
@@ -224,7 +227,7 @@ def _call(where: str, call: object) -> JsonObject:
 
 
 class ChatWriter:
-    """Writer (core.serve.job.Writer) of chat completions."""
+    """Writer (core.serve.frames.Writer) of chat completions."""
 
     prefix, kind, chunk_kind = "chatcmpl-", "chat.completion", "chat.completion.chunk"
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import TYPE_CHECKING
 
 from telechat_twins.core.inference.requests import Event, PromptScores, Request
@@ -11,6 +12,7 @@ from telechat_twins.core.serve.constraint import ToolUse, grammar_of, read_forma
 from telechat_twins.core.serve.echo import EchoedPrompt, echoed, token_text, top_texts
 from telechat_twins.core.serve.errors import shown
 from telechat_twins.core.serve.fields import Fields
+from telechat_twins.core.serve.frames import ChoicesFrame
 from telechat_twins.core.serve.job import (
     MAX_LOGPROBS,
     AnswerJob,
@@ -84,7 +86,7 @@ def read_completion(body: JsonObject, served: Served, tenant: str = "") -> Draft
         )
         repeated = [echoed(*pair, served) for pair in zip(prompts, encoded, strict=True)] if echo else []
         writer = CompletionWriter(served.tokenizer, repeated, samples, logprobs is not None)
-        return AnswerJob(requests, writer, stream, include_usage)
+        return AnswerJob(requests, partial(ChoicesFrame, writer, include_usage), stream)
 
     return Draft(len(prompts) * samples, encode)
 
@@ -139,7 +141,7 @@ def _is_id(value: object) -> bool:
 
 
 class CompletionWriter:
-    """Writer (core.serve.job.Writer) of completions. ``repeated``: the prompts, if they are to come before their
+    """Writer (core.serve.frames.Writer) of completions. ``repeated``: the prompts, if they are to come before their
     ``samples`` answers each, with their tokens' log-probabilities where ``scored``."""
 
     prefix, kind, chunk_kind = "cmpl-", "text_completion", "text_completion"

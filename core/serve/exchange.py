@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import secrets
 import time
 from collections.abc import AsyncGenerator, Callable, Coroutine, Mapping
@@ -16,6 +15,7 @@ from starlette.types import Receive, Scope, Send
 
 from telechat_twins.core.inference.requests import Usage
 from telechat_twins.core.serve.errors import ApiError
+from telechat_twins.core.serve.frames import Head, to_json
 from telechat_twins.core.serve.job import AnswerJob, Served
 from telechat_twins.core.serve.service import Ticket
 from telechat_twins.core.types import JsonObject
@@ -45,12 +45,8 @@ class Exchange:
         self.deadline = deadline
         self._usages: dict[int, Usage] = {}
         self._outcome: str | None = "client_gone"  # replaced when the response ends in any other way; None once counted
-        self._head = {
-            "id": job.writer.prefix + secrets.token_hex(12),
-            "created": int(time.time()),
-            "model": served.names[job.adapter],
-            "system_fingerprint": served.fingerprint,
-        }
+        head = Head(secrets.token_hex(12), int(time.time()), served.names[job.adapter], served.fingerprint)
+        self._frame = job.frame(head)
 
     async def whole(self, request: Request) -> Response:
         """The whole answer as one response. ApiError when it fails, ClientGone when the client disconnects."""
@@ -62,30 +58,26 @@ class Exchange:
             raise
         finally:
             self.close()
-        writer = self._job.writer
-        return json_response({"object": writer.kind, **self._head, "choices": writer.whole(), "usage": self._usage()})
+        return json_response(self._frame.whole(self._usage()))
 
     async def _collect(self) -> None:
-        async with aclosing(self._entries()) as entries:
-            async for _ in entries:
+        async with aclosing(self._sent()) as parts:
+            async for _ in parts:
                 pass
 
     async def lines(self) -> AsyncGenerator[bytes, None]:
         """The answer as server-sent events; an error is sent as the last of them. Call ``close`` afterwards."""
         try:
-            async with aclosing(self._entries()) as entries:
-                opening = [e for index in range(self._answers) for e in self._job.writer.opening(index)]
-                yield b"".join(map(self._chunk, opening))
-                async for made in entries:
-                    if made:
-                        yield b"".join(map(self._chunk, made))
-            if self._job.include_usage:
-                yield self._chunk(None)
-            yield b"data: [DONE]\n\n"
+            async with aclosing(self._sent()) as parts:
+                yield self._frame.opening(self._answers)
+                async for part in parts:
+                    if part:
+                        yield part
+            yield self._frame.closing(self._usage())
             self._outcome = "ok"
         except ApiError as error:
             self._outcome = outcome_of(error)
-            yield b"data: " + to_json(error.body()) + b"\n\n"
+            yield self._frame.failed(error)
 
     def close(self) -> None:
         """Count the outcome and cancel what still runs for the client. Further calls have no effect."""
@@ -98,41 +90,28 @@ class Exchange:
     def _answers(self) -> int:
         return len(self._job.requests) * self._job.samples
 
-    async def _entries(self) -> AsyncGenerator[list[JsonObject], None]:
-        """For each step, the entries of ``choices`` that a stream sends."""
+    async def _sent(self) -> AsyncGenerator[bytes, None]:
+        """For each step, what a stream sends."""
         try:
             async with aclosing(self._ticket.batches(self.deadline)) as batches:
                 async for batch in batches:
-                    made = []
+                    made = b""
                     for place, event in batch:
                         index = place * self._job.samples + event.sample
                         if event.usage is not None:
                             self._usages[index] = event.usage
-                        made += self._job.writer.push(index, event)
+                        made += self._frame.push(index, event)
                     yield made
         except TimeoutError:
             raise ApiError(
                 504, f"the answer was not complete after {self._seconds:g} s, this server's time limit", code="timeout"
             ) from None
 
-    def _chunk(self, entry: JsonObject | None) -> bytes:
-        """One server-sent event with an entry; None gives the final event, which has the usage."""
-        chunk = {"object": self._job.writer.chunk_kind, **self._head, "choices": [] if entry is None else [entry]}
-        if self._job.include_usage:
-            chunk["usage"] = self._usage() if entry is None else None
-        return b"data: " + to_json(chunk) + b"\n\n"
-
-    def _usage(self) -> JsonObject:
+    def _usage(self) -> Usage:
         """Token counts of all answers. A prompt counts once, however many answers it has."""
         first = [usage for index, usage in self._usages.items() if index % self._job.samples == 0]
-        prompt = sum(usage.prompt for usage in first)
         made = sum(usage.completion for usage in self._usages.values())
-        return {
-            "prompt_tokens": prompt,
-            "completion_tokens": made,
-            "total_tokens": prompt + made,
-            "prompt_tokens_details": {"cached_tokens": sum(usage.cached for usage in first)},
-        }
+        return Usage(sum(usage.prompt for usage in first), made, sum(usage.cached for usage in first))
 
 
 class EventStream(Response):
@@ -187,8 +166,3 @@ def outcome_of(error: ApiError) -> str:
 
 def json_response(found: JsonObject, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
     return Response(to_json(found), status, headers, "application/json")
-
-
-def to_json(found: JsonObject) -> bytes:
-    """Compact JSON in UTF-8. A lone surrogate, which may come from a client's value in a message, stays an escape."""
-    return json.dumps(found, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "backslashreplace")

@@ -5,16 +5,17 @@ from __future__ import annotations
 import secrets
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 from telechat_twins.core.inference.chat import default_answer_length
 from telechat_twins.core.inference.decoding.grammar import Grammars
 from telechat_twins.core.inference.decoding.settings import Settings
-from telechat_twins.core.inference.requests import MAX_BIAS, MAX_SAMPLES, Event, Request
+from telechat_twins.core.inference.requests import MAX_BIAS, MAX_SAMPLES, Request
 from telechat_twins.core.inference.sampling import SamplingConfig
 from telechat_twins.core.model.config import ModelConfig
 from telechat_twins.core.serve.errors import ApiError, shown
 from telechat_twins.core.serve.fields import Fields
+from telechat_twins.core.serve.frames import Frame, Head
 from telechat_twins.core.types import JsonObject
 
 if TYPE_CHECKING:
@@ -80,31 +81,14 @@ class Served:
         return f"This server takes prompts of at most {self.max_prompt} tokens"
 
 
-class Writer(Protocol):
-    """Formatter of a job's answers for its endpoint. ``index``: number of an answer among those of all prompts."""
-
-    prefix: str  # of the id
-    kind: str  # of object
-    chunk_kind: str
-
-    def opening(self, index: int) -> list[JsonObject]:
-        """The entries of ``choices`` that a stream sends before an answer's first token."""
-
-    def push(self, index: int, event: Event) -> list[JsonObject]:
-        """The entries of ``choices`` that a stream sends for an event."""
-
-    def whole(self) -> list[JsonObject]:
-        """``choices`` of the answer that was not streamed, from all that was pushed."""
-
-
 @dataclass(frozen=True)
 class AnswerJob:
-    """A request ready for the engine. ``requests``: one for each prompt, all with one adapter and as many samples."""
+    """A request ready for the engine. ``requests``: one for each prompt, all with one adapter and as many samples.
+    ``frame``: makes the layout of its response."""
 
     requests: tuple[Request, ...]
-    writer: Writer
+    frame: Callable[[Head], Frame]
     stream: bool
-    include_usage: bool
 
     @property
     def samples(self) -> int:

@@ -17,7 +17,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from uvicorn.server import ServerState
 
 from telechat_twins.core.serve.errors import ApiError
-from telechat_twins.core.serve.exchange import to_json
+from telechat_twins.core.serve.frames import to_json
 from telechat_twins.core.types import JsonObject
 
 HEADER_SECONDS = 10.0
