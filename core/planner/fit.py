@@ -59,7 +59,7 @@ def fit(family: str) -> Fit:
     def loss(values: Mapping[str, float]) -> float:
         return sum(math.log(one.predicted / one.measured) ** 2 for one in forecasts(values, mine))
 
-    values = {name: round(value, 3) for name, value in _fitted(list(about.fitted.items()), {}, loss).items()}
+    values = {name: round(value, 3) for name, value in fitted(list(about.fitted.items()), {}, loss).items()}
     return Fit(family, values, forecasts(values, mine), forecasts(values, held))
 
 
@@ -68,10 +68,11 @@ def with_efficiency(machine: Machine, values: Mapping[str, float]) -> Machine:
     return dataclasses.replace(machine, efficiency=dataclasses.replace(machine.efficiency, **dict[str, Any](values)))
 
 
-def _fitted(
+def fitted(
     ranges: list[tuple[str, tuple[float, float]]],
     given: Mapping[str, float],
     loss: Callable[[Mapping[str, float]], float],
+    steps: int = 20,
 ) -> dict[str, float]:
     """Values in ``ranges`` with the smallest loss beside ``given``: a search in the first parameter, each of whose
     points is the best of a search in the others."""
@@ -81,24 +82,25 @@ def _fitted(
 
     def best(value: float) -> float:
         here = {**given, name: value}
-        return loss({**here, **_fitted(rest, here, loss)})
+        return loss({**here, **fitted(rest, here, loss, steps)})
 
-    value = _smallest(best, *limits)
-    return {name: value, **_fitted(rest, {**given, name: value}, loss)}
+    value = _smallest(best, *limits, steps)
+    return {name: value, **fitted(rest, {**given, name: value}, loss, steps)}
 
 
-def _smallest(function: Callable[[float], float], low: float, high: float) -> float:
-    """Where a function with one minimum between ``low`` and ``high`` is smallest: golden-section search to 0.0005."""
-    ratio = (math.sqrt(5.0) - 1.0) / 2.0
+def _smallest(function: Callable[[float], float], low: float, high: float, steps: int) -> float:
+    """Where a function with one minimum between ``low`` and ``high`` is smallest: golden-section search on a
+    logarithmic scale, whose interval ``steps`` steps shorten by 0.618 each."""
+    ratio, low, high = (math.sqrt(5.0) - 1.0) / 2.0, math.log(low), math.log(high)
     a, b = high - ratio * (high - low), low + ratio * (high - low)
-    at_a, at_b = function(a), function(b)
-    while high - low > 5e-4:
+    at_a, at_b = function(math.exp(a)), function(math.exp(b))
+    for _ in range(steps):
         if at_a < at_b:
             high, b, at_b = b, a, at_a
             a = high - ratio * (high - low)
-            at_a = function(a)
+            at_a = function(math.exp(a))
         else:
             low, a, at_a = a, b, at_b
             b = low + ratio * (high - low)
-            at_b = function(b)
-    return (low + high) / 2.0
+            at_b = function(math.exp(b))
+    return math.exp((low + high) / 2.0)

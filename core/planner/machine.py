@@ -11,6 +11,7 @@ from telechat_twins.core.near import nearest
 from telechat_twins.core.schema import from_mapping, load_yaml, option
 
 MACHINES = CONFIGS / "machines"
+OPERATIONS = ("all_reduce", "all_gather", "reduce_scatter", "all_to_all", "shift", "send")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,31 +23,35 @@ class Figure:
 
 
 @dataclass(frozen=True, kw_only=True)
+class OperationSpec:
+    """A collective as it was measured, in place of a link's bandwidth and latency."""
+
+    op: str = option(help="as in core.parallel.traffic", choices=OPERATIONS)
+    latency: float = option(help="microseconds of a call with little data", min=0.0)
+    bandwidth: float = option(help="GB/s that a rank sends by a ring algorithm", above=0.0)
+
+
+@dataclass(frozen=True, kw_only=True)
 class LinkSpec:
     """A link as one device sees it."""
 
     bandwidth: Figure = option(help="GB/s that a device sends, in one direction")
     latency: Figure = option(help="microseconds of one hop of a message")
     efficiency: Figure = option(help="share of the bandwidth that large collectives reach")
-    call: float = option(0.0, help="microseconds of a collective beyond its hops", min=0.0)
-    message_bandwidth: float | None = option(
-        None, help="GB/s of a message between two devices; default: bandwidth x efficiency", above=0.0
-    )
-    message_latency: float | None = option(
-        None, help="microseconds of a message between two devices; default: latency", min=0.0
-    )
+    measured: list[OperationSpec] = option([], help="operations that were measured, which then have precedence")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Efficiency:
     """Shares of the peak that operators reach, by class and shape, and the error of predictions made with them.
 
-    A product [m, k] x [k, n] reaches ``matmul`` m/(m + tile) k/(k + tile) n/(n + tile) of the peak.
+    A share may be above 1 where another program measured the peak. A product [m, k] x [k, n] reaches
+    ``matmul`` m/(m + tile) k/(k + tile) n/(n + tile) of the peak.
     """
 
-    matmul: float = option(help="share of the peak that a large matrix product reaches", above=0.0, max=1.0)
-    attention: float = option(help="share of the peak that fused attention reaches", above=0.0, max=1.0)
-    memory: float = option(help="share of the memory bandwidth that elementwise operators reach", above=0.0, max=1.0)
+    matmul: float = option(help="share of the peak that a large matrix product reaches", above=0.0, max=10.0)
+    attention: float = option(help="share of the peak that fused attention reaches", above=0.0, max=10.0)
+    memory: float = option(help="share of the memory bandwidth that elementwise operators reach", above=0.0, max=10.0)
     tile: float = option(help="size of a dimension at which a product reaches half of its share", min=0.0)
     launch: float = option(help="microseconds between operators", min=0.0)
     overlap: float = option(1.0, help="share of a transfer that runs beside computation", min=0.0, max=1.0)
@@ -71,6 +76,7 @@ class Machine:
     scaling: Figure = option(help="share of time that each doubling of the devices beyond a node adds (stragglers)")
     power: Figure = option(help="watts of a device under load, with its share of the node")
     efficiency: Efficiency = option(help="shares of the peaks that programs reach")
+    backend: str | None = option(None, help="a CPU: the backend that was measured", choices=("ms", "pt"))
     shared_cores: bool = option(False, help="a CPU: ranks on a node divide its cores")
     core_exponent: float = option(1.0, help="a CPU: a rank with c cores is c ** exponent as fast", min=0.0, max=1.0)
 
@@ -109,4 +115,9 @@ def load_machine(name_or_path: str) -> Machine:
             hint = f"did you mean '{near}'?" if near else f"there are: {', '.join(machine_names())}"
             raise UserError(f"--machine: no machine '{name_or_path}'; {hint} A file's name ends in .yaml")
         path = MACHINES / f"{name_or_path}.yaml"
-    return from_mapping(Machine, load_yaml(path), path.name)
+    return machine_from(load_yaml(path), path.name)
+
+
+def machine_from(values: object, where: str) -> Machine:
+    """The machine of a mapping in the form of the files; ``where`` is named in errors."""
+    return from_mapping(Machine, values, where)

@@ -27,7 +27,7 @@ from __future__ import annotations
 
 import argparse
 
-from telechat_twins.core.commands.plan import time, training, validate
+from telechat_twins.core.commands.plan import calibrate, time, training, validate
 from telechat_twins.core.errors import UserError
 from telechat_twins.core.model.config import PRECISIONS
 
@@ -42,6 +42,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     what.add_argument(
         "--validate", action="store_true", help="forecast published runs, and print the errors (docs/planning.md)"
+    )
+    what.add_argument(
+        "--calibrate", action="store_true", help="measure this computer for a minute, and write its machine file"
     )
     parser.add_argument(
         "--growth",
@@ -64,6 +67,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--fused-attention", action="store_true", help="attention keeps no probabilities")
     time.add_arguments(parser)
     validate.add_arguments(parser)
+    calibrate.add_arguments(parser)
     parser.add_argument("--json", action="store_true", help="print JSON")
 
 
@@ -75,6 +79,8 @@ def run(args: argparse.Namespace) -> int:
     time.check(args)
     if args.validate:
         return validate.run(args)
+    if args.calibrate:
+        return calibrate.run(args)
     if args.growth is not None:
         from telechat_twins.core.commands.plan import growth
 

@@ -7,6 +7,19 @@ from pathlib import Path
 
 from telechat_twins.core.errors import UserError
 
+# Options that plan a run.
+_OF_A_PLAN = (
+    "growth",
+    "layout",
+    "seq_len",
+    "micro_batch",
+    "micro_batches",
+    "precision",
+    "recompute",
+    "fused_attention",
+    "machine",
+)
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """``--machine`` and the options that need it."""
@@ -22,9 +35,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def check(args: argparse.Namespace) -> None:
     """UserError for options that need another, and for values out of range."""
-    for name, needed in (("fit", "validate"), ("plot", "validate")):
+    owned = {"fit": "validate", "plot": "validate", "backend": "calibrate", "out": "calibrate"}
+    for name, needed in owned.items():
         if getattr(args, name) not in (None, False) and not getattr(args, needed):
             raise UserError(f"--{name}: belongs to --{needed}; add it, or leave --{name} out")
+    alone = next((name for name in ("validate", "calibrate") if getattr(args, name)), None)
+    for name in _OF_A_PLAN if alone else ():
+        if getattr(args, name) not in (None, False):
+            raise UserError(f"--{name.replace('_', '-')}: has no meaning with --{alone}; leave it out")
     for name in ("tokens", "trace", "timeline"):
         if getattr(args, name) is not None and args.machine is None:
             raise UserError(f"--{name}: needs --machine; name the machine to forecast, e.g. --machine atlas-800t-a2")

@@ -17,14 +17,13 @@ GIGA, MICRO = 1e9, 1e-6
 
 @dataclass(frozen=True)
 class Way:
-    """How a group's members reach each other: bytes per second and seconds a hop, for collectives and for messages."""
+    """How a group's members reach each other: bytes per second and seconds a hop. ``measured``: seconds a call and
+    bytes per second of the operations that have figures of their own."""
 
     size: int
     bandwidth: float
     latency: float
-    call: float
-    message_bandwidth: float
-    message_latency: float
+    measured: Mapping[str, tuple[float, float]]
 
     def seconds(self, op: str, calls: float, payload: float) -> float:
         """Time of ``calls`` of ``op`` (as in core.parallel.traffic) that pass in ``payload`` bytes in all.
@@ -33,10 +32,12 @@ class Way:
         """
         if self.size == 1 or not calls:
             return 0.0
-        if op in ("shift", "send"):
-            return calls * self.message_latency + payload / self.message_bandwidth
-        hops = math.ceil(math.log2(self.size)) * (2 if op == "all_reduce" else 1)
-        return calls * (self.call + hops * self.latency) + wire_bytes(op, self.size, 1) * payload / self.bandwidth
+        moved = wire_bytes(op, self.size, 1) * payload
+        if op in self.measured:
+            latency, bandwidth = self.measured[op]
+            return calls * latency + moved / bandwidth
+        hops = 1 if op in ("shift", "send") else math.ceil(math.log2(self.size)) * (2 if op == "all_reduce" else 1)
+        return calls * hops * self.latency + moved / self.bandwidth
 
 
 class Ways:
@@ -76,10 +77,10 @@ def _way(machine: Machine, size: int, stride: int) -> Way:
     if members > 1:
         # The members on one node send over all their ports, and exchange the parts inside the node.
         bandwidth = min(bandwidth * members, _reached(machine.node))
-    message = bandwidth if link.message_bandwidth is None else link.message_bandwidth * GIGA
-    hop = link.latency.value * MICRO
-    late = hop if link.message_latency is None else link.message_latency * MICRO
-    return Way(size, bandwidth, hop, link.call * MICRO, message, late)
+    own = {one.op: (one.latency * MICRO, one.bandwidth * GIGA) for one in link.measured}
+    if "shift" in own:
+        own.setdefault("send", own["shift"])
+    return Way(size, bandwidth, link.latency.value * MICRO, own)
 
 
 def _reached(link: LinkSpec) -> float:
