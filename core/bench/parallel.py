@@ -33,6 +33,9 @@ from telechat_twins.core.parallel.schedule import bubble, bubble_formula
 from telechat_twins.core.parallel.sequence import split_batch, visible_pairs
 from telechat_twins.core.parallel.sharding import Shard, chunk_table, kv_copies, plan_buckets
 from telechat_twins.core.parallel.traffic import Traffic, Widths, expected_traffic, wire_bytes
+from telechat_twins.core.planner.machine import Machine
+from telechat_twins.core.planner.time.step import step_time
+from telechat_twins.core.planner.time.work import work_of
 from telechat_twins.core.train.recipe import tells_classes_apart
 from telechat_twins.core.types import JsonObject
 
@@ -281,6 +284,14 @@ def summarise(options: JsonObject, text: str, records: Sequence[RankRecord], sin
         "pipeline": pipeline_row(config, records) if layout.pp > 1 else None,
         "ring": ring_row(config) if layout.ring > 1 else None,
     }
+
+
+def forecast_of(options: JsonObject, text: str, machine: Machine) -> JsonObject:
+    """The forecast of a step in layout ``text`` on ``machine``: seconds, and the shares of its classes."""
+    config = bench_config({**options, "layout": text})
+    work = work_of(config, tells_classes_apart(config.optim))
+    step = step_time(config.model, config.parallel, work, machine)
+    return {"machine": machine.name, "seconds": step.seconds, "breakdown": dict(step.breakdown)}
 
 
 def traffic_of(config: RunConfig, rank: int) -> Traffic:

@@ -53,11 +53,41 @@ def layouts_to_markdown(result: JsonObject) -> str:
         "for call and byte for byte with `expected_traffic` on every rank; `on the wire` is what ring "
         "algorithms make of it. Optimizer states: masters, m and v. The losses after the warm-up are the single "
         f"process's within {max(row['loss_difference'] for row in rows):.0e}.",
+        *_forecasts(rows),
         *_pipelines(rows),
         *_rings(rows),
         *_disagreements(rows),
     ]
     return "\n".join(lines)
+
+
+def _forecasts(rows: list[JsonObject]) -> list[str]:
+    """Measured steps beside those that the planner forecasts, with the order in which layouts are fast."""
+    known = [row for row in rows if row.get("forecast") is not None]
+    if not known:
+        return []
+    lines = []
+    for row in known:
+        median = spread([s for turn in row["seconds"] for s in turn])["median"]
+        found = row["forecast"]
+        largest = sorted(found["breakdown"].items(), key=lambda one: -one[1])[:3]
+        cells = [
+            backends.TITLES[row["backend"]],
+            row["layout"],
+            f"{median * 1e3:.1f} ms",
+            f"{found['seconds'] * 1e3:.1f} ms",
+            f"{found['seconds'] / median - 1.0:+.0%}",
+            ", ".join(f"{name} {seconds / found['seconds']:.0%}" for name, seconds in largest),
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return [
+        "",
+        "| backend | layout | step, measured | forecast | error | largest parts of the forecast |",
+        "|---|---|---|---|---|---|",
+        *lines,
+        "",
+        f"Forecast by `tele plan` for {', '.join(dict.fromkeys(row['forecast']['machine'] for row in known))}.",
+    ]
 
 
 def _pipelines(rows: list[JsonObject]) -> list[str]:

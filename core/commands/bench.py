@@ -46,6 +46,7 @@ from telechat_twins.core.files.atomic import writable_file, write_text
 from telechat_twins.core.model.config import PRECISIONS, preset_names
 from telechat_twins.core.model.params import count_parameters
 from telechat_twins.core.model.quantize import QUANTIZATIONS
+from telechat_twins.core.planner.machine import Machine, load_machine
 from telechat_twins.core.types import JsonObject
 
 LAYOUTS = "single,tp2,pp2,ring2,ulysses2,dp2"
@@ -71,6 +72,7 @@ ONLY: dict[str, tuple[str, ...]] = {
     "sizes": ("kernels",),
     "compile": ("kernels",),
     "peers": ("step",),
+    "machine": ("parallel",),
 }
 
 
@@ -115,6 +117,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     _add_special(parser)
     parser.add_argument("--layouts", nargs="+", metavar="L", help=f"parallel: with commas or spaces ({LAYOUTS})")
+    parser.add_argument(
+        "--machine",
+        nargs="+",
+        metavar="M",
+        help="parallel: machine files of `tele plan --calibrate`; the forecast stands beside each backend's times",
+    )
     parser.add_argument("--out", metavar="FILE", help="also write all measurements as JSON")
 
 
@@ -217,7 +225,8 @@ def _measured(
         result = measure_growth(args.steps)
         text = growth_to_markdown(result)
     elif args.what == "parallel":
-        result = measure_layouts(options, layouts, names, args.steps, args.block)
+        machines = [load_machine(name) for name in args.machine or ()]
+        result = measure_layouts(options, layouts, names, args.steps, args.block, machines)
         text = layouts_to_markdown(result)
     elif args.what == "decode":
         options["quantize"] = args.quantize or "none"
@@ -286,9 +295,19 @@ def checked_layouts(words: Sequence[str], options: JsonObject) -> list[str]:
     return list(found.values())
 
 
-def measure_layouts(options: JsonObject, layouts: list[str], names: list[str], steps: int, block: int) -> JsonObject:
-    """Measure all layouts: one launch for each backend and number of processes, in which its layouts take turns."""
-    from telechat_twins.core.bench.parallel import RankRecord, summarise, worlds
+def measure_layouts(
+    options: JsonObject,
+    layouts: list[str],
+    names: list[str],
+    steps: int,
+    block: int,
+    machines: Sequence[Machine] = (),
+) -> JsonObject:
+    """Measure all layouts: one launch for each backend and number of processes, in which its layouts take turns.
+
+    ``machines``: forecast each layout on the first of these that was measured with its backend, or with none.
+    """
+    from telechat_twins.core.bench.parallel import RankRecord, forecast_of, summarise, worlds
 
     rows, made = [], {}
     groups = worlds(layouts)
@@ -301,6 +320,8 @@ def measure_layouts(options: JsonObject, layouts: list[str], names: list[str], s
             for text in texts:
                 records = [RankRecord(**rank["layouts"][text]) for rank in ranks]
                 row = summarise(options, text, records, single)
+                own = next((machine for machine in machines if machine.backend in (None, name)), None)
+                row["forecast"] = None if own is None else forecast_of(options, text, own)
                 rows.append({"backend": name, "device": made[name]["device"], "single": single, **row})
     order = {text: number for number, text in enumerate(layouts)}
     rows.sort(key=lambda row: (names.index(row["backend"]), order[row["layout"]]))

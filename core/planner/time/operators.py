@@ -71,8 +71,8 @@ class Rates:
         """Rates in a ``precision`` mode, where ``world`` ranks may share a CPU's cores."""
         share = 1.0
         if machine.shared_cores:
-            cores = max(1.0, machine.devices_per_node / min(world, machine.devices_per_node))
-            share = cores**machine.core_exponent
+            cores = machine.devices_per_node / world
+            share = cores**machine.core_exponent if cores > 1.0 else cores  # below one core, ranks take turns
         peak, efficiency = machine.peak(precision) * share, machine.efficiency
         memory = machine.memory_bandwidth.value * 1e9 * efficiency.memory * share
         return cls(
