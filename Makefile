@@ -7,7 +7,7 @@
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install demo test test-unit test-parallel-full soak operators campaigns campaign-kills campaign-corruption campaign-hostile \
+.PHONY: help install demo docs reference test test-unit test-parallel-full soak operators campaigns campaign-kills campaign-corruption campaign-hostile \
         campaign-equivalence campaign-memory mutation locate relay eval-check ascend-lower gpu-check mindformers-check asan lint format lock clean
 
 VENV ?= .venv
@@ -17,6 +17,7 @@ PYTEST_ARGS ?=
 CAMPAIGN_ARGS ?=
 GPU_ARGS ?=
 MINDFORMERS_VENV ?= build/mindformers
+DOCS_VENV ?= build/docs-venv
 
 # PYTHON is used only from make's command line: the variable is often set in environments for other reasons.
 ifeq ($(origin PYTHON),command line)
@@ -28,9 +29,9 @@ READY := $(VENV)/.installed
 endif
 
 help:
-	@echo "make demo       train in both frameworks, compare, resume across, generate (about 6 minutes on 2 cores)"
+	@echo "make demo       train in both frameworks, compare, resume across, generate (4 minutes on 2 cores once installed)"
 	@echo "make test       lint and all tests but the full matrix of layouts (about 30 minutes on 2 cores)"
-	@echo "make test-unit  the fast tests (under a minute)"
+	@echo "make test-unit  the fast tests (about a minute)"
 	@echo "make test-parallel-full  every parallel layout of up to 8 processes, in both frameworks"
 	@echo "make soak       2,000 mixed requests and 5,000 invalid ones against the server (1 minute)"
 	@echo "make campaigns  kills, corruption, hostile inputs, random equivalence, memory; CAMPAIGN_ARGS reach each (an evening)"
@@ -44,6 +45,8 @@ help:
 	@echo "make mindformers-check  converted weights in MindFormers' own networks, in an environment of its own"
 	@echo "make asan       the C++ operators under the address sanitizer (2 minutes)"
 	@echo "make lint       ruff and mypy"
+	@echo "make docs       the documentation as a site in English and Chinese, into build/site (1 minute)"
+	@echo "make reference  write docs/reference and the figures of the README anew from the program"
 	@echo "make format     let ruff rewrite the files"
 	@echo "make install    only create $(VENV) and install into it"
 	@echo "make lock       write requirements.lock anew from pyproject.toml"
@@ -141,6 +144,24 @@ lint: $(READY)
 	mkdir -p build/types/telechat_twins
 	ln -sfn $(foreach folder,core convert kernels telechat_ms pt_reference,../../../$(folder)) build/types/telechat_twins/
 	$(RUN) -m mypy
+
+reference: $(READY)
+	$(RUN) docs/reference.py
+	$(RUN) docs/figure.py
+
+# In a separate environment: the site needs nothing of the program but its pages.
+docs: reference $(DOCS_VENV)/.installed
+	NO_MKDOCS_2_WARNING=1 $(DOCS_VENV)/bin/python -m mkdocs build --strict
+
+$(DOCS_VENV)/.installed: pyproject.toml | $(READY)
+	@if [ -e "$(DOCS_VENV)" ] && [ ! -f "$(DOCS_VENV)/pyvenv.cfg" ]; then \
+	    echo "make: DOCS_VENV $(DOCS_VENV) is not a virtual environment; choose another folder" >&2; exit 2; \
+	fi
+	rm -rf "$(DOCS_VENV)"
+	$(RUN) -m venv --without-pip "$(DOCS_VENV)"
+	$(RUN) -m pip --python "$(DOCS_VENV)/bin/python" install -q --disable-pip-version-check \
+	    $$($(RUN) -c "import tomllib; print(*tomllib.load(open('pyproject.toml', 'rb'))['project']['optional-dependencies']['docs'])")
+	touch "$@"
 
 format: $(READY)
 	$(RUN) -m ruff check --fix .

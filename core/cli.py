@@ -11,6 +11,7 @@ import sys
 import tomllib
 import traceback
 from collections.abc import Sequence
+from types import ModuleType
 from typing import NoReturn
 
 from telechat_twins.core.errors import UserError
@@ -20,6 +21,7 @@ from telechat_twins.core.shown import controls_shown, printable, shown
 
 DISTRIBUTION = "telechat-twins"
 LARGEST = 1 << 63  # bound on whole numbers of options
+ALIASES = {"mindspore": "ms", "torch": "pt", "pytorch": "pt"}  # other names of backends, for hints
 
 GROUPS: dict[str, dict[str, str]] = {
     "Start here": {
@@ -60,6 +62,8 @@ Examples:
   tele train --backend pt --config telechat2-tiny --resume runs/first --set train.steps=400
   tele generate --backend pt --checkpoint runs/first --prompt "Once upon a time"
   tele VERB --help
+  tele --version
+  eval "$(tele --print-completion bash)"     # or zsh: options and verbs with the Tab key
 
 Exit codes: 0 success; 2 an error in the input (one line says how to fix it); 1 anything else.
 The command can also be called as `python -m telechat_twins.core.cli`."""
@@ -93,6 +97,17 @@ class Parser(argparse.ArgumentParser):
                 if type(number) is int and abs(number) >= LARGEST or type(number) is float and math.isnan(number):
                     self.error(f"argument --{name.replace('_', '-')}: {shown(number)} is out of range")
         return parsed
+
+    def _check_value(self, action: argparse.Action, value: object) -> None:
+        """argparse's own check of a value against its choices, with a hint at the nearest legal one."""
+        try:
+            super()._check_value(action, value)  # type: ignore[misc]
+        except argparse.ArgumentError as refused:
+            legal = [str(choice) for choice in action.choices or ()]
+            word = str(value).lower()
+            near = ALIASES[word] if ALIASES.get(word) in legal else nearest(word, legal, cutoff=0.5)
+            hint = f"; did you mean '{near}'?" if near else ""
+            raise argparse.ArgumentError(action, refused.message + hint) from None
 
     def _known(self) -> list[str]:
         return list(self._option_string_actions)
@@ -162,6 +177,11 @@ def version() -> str:
     return installed(DISTRIBUTION)
 
 
+def command_module(verb: str) -> ModuleType:
+    """The module of core/commands that defines a verb: `add_arguments(parser)` and `run(options)`."""
+    return importlib.import_module(f"telechat_twins.core.commands.{verb}")
+
+
 def _run(words: list[str]) -> int:
     if not words or words[0] in ("-h", "--help", "help"):
         if len(words) > 1 and words[0] == "help":
@@ -171,12 +191,15 @@ def _run(words: list[str]) -> int:
     if words[0] in ("-V", "--version"):
         print(f"tele {version()}")
         return 0
+    if words[0] == "--print-completion":
+        print(command_module("completion").script(words[1] if len(words) > 1 else ""))
+        return 0
     verb, *rest = words
     if verb not in VERBS:
         near = nearest(verb, VERBS, cutoff=0.5)
         hint = f"did you mean 'tele {near}'?" if near else f"legal: {', '.join(VERBS)}"
         raise UserError(f"unknown command '{verb}'; {hint}")
-    command = importlib.import_module(f"telechat_twins.core.commands.{verb}")
+    command = command_module(verb)
     parser = Parser(prog=f"tele {verb}", description=command.__doc__ or VERBS[verb])
     command.add_arguments(parser)
     try:

@@ -1,13 +1,12 @@
 """The figure of the README: two twins around one core, as SVG in English and in Chinese.
 
-`python docs/figure.py` writes docs/twins.svg and docs/twins.zh.svg; `--check` compares them with what it would write.
+`python docs/figure.py` writes docs/twins.svg and docs/twins.zh.svg; a test compares them with what it would write.
 The colours follow the reader's light or dark mode by a media query inside the file, so one file serves both; text is
 drawn by the reader's own fonts, and nothing is loaded from elsewhere.
 """
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 WIDTH, HEIGHT = 860, 330
@@ -18,10 +17,12 @@ STYLE = """
   .box { fill: #f6f8fa; stroke: #818b98; stroke-width: 1.2 }
   .ms { fill: #ddf4ff; stroke: #0969da } .pt { fill: #fff1e5; stroke: #bc4c00 } .core { fill: #dafbe1; stroke: #1a7f37 }
   .line { stroke: #59636e; stroke-width: 1.6; fill: none; marker-end: url(#tip) } .tip { fill: #59636e }
-  .equal { stroke: #8250df; stroke-width: 2; stroke-dasharray: 5 4; fill: none } .equals { fill: #8250df; font-weight: 600 }
+  .equal { stroke: #8250df; stroke-width: 2; stroke-dasharray: 5 4; fill: none } 
+  .equals { fill: #8250df; font-weight: 600 }
   @media (prefers-color-scheme: dark) {
     text { fill: #e6edf3 } .small { fill: #9198a1 } .box { fill: #151b23; stroke: #656c76 }
-    .ms { fill: #0c2d4d; stroke: #4493f8 } .pt { fill: #3d2210; stroke: #f0883e } .core { fill: #0f2f1a; stroke: #3fb950 }
+    .ms { fill: #0c2d4d; stroke: #4493f8 } .pt { fill: #3d2210; stroke: #f0883e }
+    .core { fill: #0f2f1a; stroke: #3fb950 }
     .line { stroke: #9198a1 } .tip { fill: #9198a1 } .equal { stroke: #ab7df8 } .equals { fill: #ab7df8 }
   }"""
 
@@ -104,18 +105,12 @@ def figure(words: dict[str, str | tuple[str, ...]]) -> str:
     return "\n".join([head, f"<title>{words['alt']}</title>", f"<style>{STYLE}\n</style>", tip, *parts, "</svg>", ""])
 
 
-def main() -> int:
-    """Write both files; with --check, 1 if one of them is not what would be written."""
-    here = Path(__file__).parent
-    files = {here / "twins.svg": figure(ENGLISH), here / "twins.zh.svg": figure(CHINESE)}
-    if "--check" in sys.argv[1:]:
-        stale = [path.name for path, text in files.items() if path.read_text(encoding="utf-8") != text]
-        print("\n".join(f"{name} is not what docs/figure.py writes; run it" for name in stale), end="")
-        return 1 if stale else 0
-    for path, text in files.items():
-        path.write_text(text, encoding="utf-8")
-    return 0
+def pages() -> dict[Path, str]:
+    """Path -> content of both files."""
+    here = Path(__file__).resolve().parent
+    return {here / "twins.svg": figure(ENGLISH), here / "twins.zh.svg": figure(CHINESE)}
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    for path, text in pages().items():
+        path.write_text(text, encoding="utf-8")

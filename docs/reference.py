@@ -1,14 +1,13 @@
 """The reference pages, written from the program: keys of a run's YAML from the schema, options from the parsers.
 
 `python docs/reference.py` writes docs/reference/config.md, cli.md and their Chinese editions, which have the same
-tables under Chinese titles; help texts stay as the program prints them. `--check` compares and writes nothing.
+tables under Chinese titles; help texts stay as the program prints them. A test compares the pages with what this writes.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
-import importlib
 import inspect
 import sys
 import types
@@ -25,7 +24,6 @@ from telechat_twins.core.config import RunConfig  # noqa: E402
 from telechat_twins.core.mup.search import SearchConfig  # noqa: E402
 
 FOLDER = ROOT / "docs" / "reference"
-WIDTH = "100"  # of help texts, whatever terminal this runs in
 
 WORDS = {
     "en": {
@@ -46,11 +44,13 @@ WORDS = {
     },
     "zh": {
         "config": "配置参考",
-        "config_intro": "`tele train --config` 所读 YAML 文件的全部键，由 `docs/reference.py` 根据配置模式（`core/config.py`: "
-        "`RunConfig`）生成。不认识的键会被拒绝，超出“合法值”一列的值也会被拒绝。`--set section.key=value` 覆盖一个键。“默认值”一列的 required 表示必须给出。"
+        "config_intro": "`tele train --config` 所读 YAML 文件的全部键，由 `docs/reference.py` 根据配置模式"
+        "（`core/config.py`: `RunConfig`）生成。不认识的键会被拒绝，超出“合法值”一列的值也会被拒绝。"
+        "`--set section.key=value` 覆盖一个键。“默认值”一列的 required 表示必须给出。"
         "各节怎样配合，见[训练](../training.zh.md)。说明文字与程序输出的相同，保留英文。",
         "cli": "命令参考",
-        "cli_intro": "每个子命令的全部选项，由 `docs/reference.py` 根据解析器生成，与 `tele VERB --help` 的输出相同，说明文字保留英文。"
+        "cli_intro": "每个子命令的全部选项，由 `docs/reference.py` 根据解析器生成，"
+        "与 `tele VERB --help` 的输出相同，说明文字保留英文。"
         "退出码：0 成功；1 意外的错误或超限；2 输入有误。",
         "keys": ("键", "类型", "默认值", "合法值", "说明"),
         "options": ("选项", "默认值", "说明"),
@@ -161,7 +161,7 @@ def cli_page(words: Words) -> str:
     lines = [f"# {words['cli']}", "", words["cli_intro"], ""]
     for verbs in cli.GROUPS.values():
         for verb in verbs:
-            command = importlib.import_module(f"telechat_twins.core.commands.{verb}")
+            command = cli.command_module(verb)
             parser = cli.Parser(prog=f"tele {verb}", description=command.__doc__ or verbs[verb])
             command.add_arguments(parser)
             for level, inner, summary in _parsers(parser):
@@ -229,19 +229,7 @@ def pages() -> dict[Path, str]:
     return made
 
 
-def main() -> int:
-    """Write the pages; with --check, 1 if one of them is not what would be written."""
-    made = pages()
-    if "--check" in sys.argv[1:]:
-        stale = [p.name for p, text in made.items() if not p.is_file() or p.read_text(encoding="utf-8") != text]
-        for name in stale:
-            print(f"docs/reference/{name} is not what docs/reference.py writes; run it")
-        return 1 if stale else 0
-    FOLDER.mkdir(exist_ok=True)
-    for path, text in made.items():
-        path.write_text(text, encoding="utf-8")
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    FOLDER.mkdir(exist_ok=True)
+    for path, text in pages().items():
+        path.write_text(text, encoding="utf-8")

@@ -7,13 +7,22 @@ are named, not linked.
 from __future__ import annotations
 
 import re
+from typing import Protocol
 
 OUTSIDE = re.compile(r"\[([^\]]*)\]\((?:\.\./)+([\w./-]*)(?:#[\w-]*)?\)")
 
 
-def on_page_markdown(markdown: str, page: object, **_: object) -> str:
+class File(Protocol):
+    src_uri: str
+
+
+class Page(Protocol):
+    file: File
+
+
+def on_page_markdown(markdown: str, page: Page, **_: object) -> str:
     """The page's text with links into the repository replaced; links within docs/ stay."""
-    folder = getattr(page, "file").src_uri.count("/")
+    folder = page.file.src_uri.count("/")
 
     def inside(found: re.Match[str]) -> str:
         text, target = found[1], found[2]

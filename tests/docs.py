@@ -56,6 +56,8 @@ NOT_RUN = {
     "make campaign-kills": "an evening; tests/multiproc/test_kills.py runs a sample of it",
     "make install": "installs; continuous integration begins with it",
     "source .venv/bin/activate": "the shell's own; the tests run inside the environment",
+    "tele train --backend pt --config configs/train/telechat2-tiny.yaml --out runs/second "
+    "--set train.steps=100 optim.lr=1e-3": "the same launch as the README's resume",
     "tele parity --config configs/train/telechat2-tiny.yaml --steps 50 --out parity": "three launches; "
     "tests/parity/test_parity_command.py::test_one_batch_and_three_steps runs a shorter one",
     "tele parity --config configs/train/telechat2-tiny.yaml --steps 0 --set train.precision=bf16": "run by "
@@ -367,7 +369,9 @@ def all_options() -> frozenset[str]:
                     yield from walk(inner)
 
     made = [*(parser(verb) for verb in cli.VERBS), script_parser()]
-    return frozenset(["--help", "--version", *FOREIGN_OPTIONS, *(name for one in made for name in walk(one))])
+    return frozenset(
+        ["--help", "--version", "--print-completion", *FOREIGN_OPTIONS, *(name for one in made for name in walk(one))]
+    )
 
 
 @cache

@@ -1,4 +1,4 @@
-"""Demo corpus available wherever Python is: its documentation and standard library, and this project's Chinese pages."""
+"""Demo corpus available wherever Python is: its documentation and sources, and Chinese pages of this project."""
 
 from __future__ import annotations
 

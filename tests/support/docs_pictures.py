@@ -46,7 +46,9 @@ def chat(window: Browser, demo: Path) -> None:
         window.size(900, 560)
         window.open(f"http://127.0.0.1:{port}/")
         assert window.until(lambda: bool(window.texts("h1"))), "the page did not open"
-        window.run("document.querySelector('#temperature').value = 0; document.querySelector('#system').value = 'Be brief.'")
+        window.run(
+            "document.querySelector('#temperature').value = 0; document.querySelector('#system').value = 'Be brief.'"
+        )
         for question in QUESTIONS:
             window.type("#question", question + "\ue007")
             assert window.until(lambda: window.visible("#send") and not window.visible("#stop"), 60)
