@@ -1,7 +1,7 @@
 """The reference pages, written from the program: keys of a run's YAML from the schema, options from the parsers.
 
 `python docs/reference.py` writes docs/reference/config.md, cli.md and their Chinese editions, which have the same
-tables under Chinese titles; help texts stay as the program prints them. A test compares the pages with what this writes.
+tables under Chinese titles; help texts stay as the program prints them. A test compares the pages with it.
 """
 
 from __future__ import annotations
@@ -81,9 +81,12 @@ def config_page(words: Words) -> str:
     hints = typing.get_type_hints(RunConfig)
     for field in dataclasses.fields(RunConfig):
         kind = _dataclass_in(hints[field.name])
-        assert kind is not None, field.name
         lines += [f"## {field.name}", "", cell(field.metadata["help"]) + ".", ""]
-        lines += _keys(kind, field.name, words)
+        if kind is not None:
+            lines += _keys(kind, field.name, words)
+            continue
+        row = (f"`{field.name}`", _type(hints[field.name]), _default(field), _legal(field.metadata))
+        lines += table(words["keys"], [(*row, cell(field.metadata["help"]))])
     lines += [f"## {words['search']}", "", words["search_intro"], "", *_keys(SearchConfig, "", words)]
     return "\n".join(lines).rstrip() + "\n"
 

@@ -85,6 +85,11 @@ NOT_RUN = {
     "sets are the reader's; tests/parity/test_harness.py runs tasks of its own",
     "tele eval --backends ms pt --checkpoint model --tasks mmlu arc_challenge --limit 100 --out scores": "likewise",
     "tele eval iq --backends ms pt --checkpoint model --rows superglue-and-clue --out scores-iq": "likewise",
+    "tele eval answers --backend pt --checkpoint TeleChat2-7B --format alignbench --questions data_release.jsonl "
+    "--out model_answer/TeleChat2-7B.jsonl": "the questions are the benchmark's; tests/parity/test_answers.py runs the "
+    "command on questions of ours",
+    "tele eval answers --backend ms --checkpoint runs/sft --format mt-bench --questions question.jsonl "
+    "--out data/mt_bench/model_answer/sft.jsonl": "likewise",
     "tele eval bpb --backend pt --checkpoint model --domain mine=held-out.jsonl": "the texts are the reader's; the "
     "README's line is run",
     "tele eval bpb --backend ms --checkpoint TeleFLM-52B --weights chinese --domain WebText=web.jsonl "

@@ -23,8 +23,9 @@ from telechat_twins.core.eval.identity import identity_of
 from telechat_twins.core.eval.journal import Journal
 from telechat_twins.core.eval.scorer import Scorer
 from telechat_twins.core.inference.engine import EngineLimits
-from telechat_twins.core.inference.generation import note_length, turn_stops
+from telechat_twins.core.inference.generation import note_length
 from telechat_twins.core.inference.load import Loaded
+from telechat_twins.core.inference.requests import turn_stops
 from telechat_twins.core.launch.run_lock import hold_place
 
 DESCRIPTION = """\
