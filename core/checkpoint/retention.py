@@ -8,7 +8,10 @@ import re
 from pathlib import Path
 
 from telechat_twins.core.checkpoint.notice import Notice
+from telechat_twins.core.errors import UserError
 from telechat_twins.core.files.atomic import mark_lives, remove_folder
+from telechat_twins.core.files.foreign import read_text
+from telechat_twins.core.shown import shown
 
 STEP_FOLDER = re.compile(r"step-(\d{8,})")
 BEST = "best"  # file of a run, which names a step folder as ``latest`` does
@@ -21,6 +24,18 @@ _log = logging.getLogger(__name__)
 def step_folders(root: Path) -> list[Path]:
     """The step folders of a run."""
     return [p for p in root.iterdir() if STEP_FOLDER.fullmatch(p.name) and (p / "manifest.json").is_file()]
+
+
+def saved_step(root: Path) -> int:
+    """The step of a run's latest checkpoint; 0 without one. UserError for a file ``latest`` that names none."""
+    if not (root / "latest").is_file():
+        return 0
+    name = read_text(root / "latest", 4_096).strip()
+    if not STEP_FOLDER.fullmatch(name):
+        raise UserError(
+            f"{root / 'latest'}: damaged, must name a step folder, found {shown(name)}; remove the folder it lies in"
+        )
+    return int(name.removeprefix("step-"))
 
 
 def save_number(folder: Path) -> int:

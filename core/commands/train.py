@@ -84,6 +84,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--node-rank", type=int, default=0, metavar="N", help="which of them this is, from 0")
     parser.add_argument("--master", metavar="HOST:PORT", help="node 0, as the others reach it")
     parser.add_argument(
+        "--restarts",
+        type=int,
+        default=0,
+        metavar="N",
+        help="start again from the latest checkpoint, at most N times, after a rank, a launcher or a machine has died; "
+        "not after a mistake of yours, Ctrl-C, or training that stopped itself (default 0)",
+    )
+    parser.add_argument(
         "--timeout",
         type=float,
         metavar="SECONDS",
@@ -93,15 +101,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     from telechat_twins.convert.initial import open_initial
+    from telechat_twins.core.checkpoint.retention import saved_step
     from telechat_twins.core.config import load_run_config
     from telechat_twins.core.data.blend import open_blend
     from telechat_twins.core.data.vocabulary import fit_run
-    from telechat_twins.core.launch.command import check_nodes
+    from telechat_twins.core.launch.command import check_nodes, node_logs
     from telechat_twins.core.launch.launcher import COLLECTIVE_TIMEOUT_S, launch
+    from telechat_twins.core.launch.restarts import launch_with_restarts
     from telechat_twins.core.launch.run_lock import RELEASE_WAIT_S, require_free
+    from telechat_twins.core.launch.worker import STOPPED
     from telechat_twins.core.train.stages import StagedData, check_stages
     from telechat_twins.core.train.start import init_override, is_new, model_of_run, open_start
+    from telechat_twins.core.train.track.open import require_trackers
+    from telechat_twins.core.train.watch.peak import peak_flops
 
+    if args.restarts < 0:
+        raise UserError(f"--restarts: must be 0 or more, found {args.restarts}")
     if args.growth is not None:
         from telechat_twins.core.commands import train_growth
 
@@ -117,24 +132,30 @@ def run(args: argparse.Namespace) -> int:
         raise UserError(f"--timeout: must be 0 (never) or a number of seconds above it, found {timeout:g}")
     # A launcher takes seconds to start; what can be refused is refused before that.
     check_stages(config, nproc * args.nnodes)
+    peak_flops(config)
+    require_trackers(config.track)
     blend = StagedData(config, open_blend).first
     if config.train.init is not None and (args.resume is None or (args.resume == "auto" and is_new(out))):
         open_start(fit_run(config, blend.vocab_size, blend.end_token)[0], open_initial)
     if out.exists() and not out.is_dir():
         raise UserError(f"--out: {out} is a file; give a folder")
     what = f"--out {out}"
-    require_free(out / (f"logs-node{args.node_rank}" if args.node_rank else "logs"), what)
+    require_free(node_logs(out / "logs", args.node_rank), what)
     if not args.node_rank:
         require_free(out, what, patience=RELEASE_WAIT_S)  # rank 0's own, which a raw msrun or torchrun has, too
     _keep_earlier_run(out, args.resume)
     script_args = ["--config", args.config, "--out", str(out)]
     for assignment in overrides:
         script_args += ["--set", assignment]
-    if args.resume:
-        script_args += ["--resume", args.resume]
     nodes = {"nnodes": args.nnodes, "node_rank": args.node_rank, "master": args.master}
+
+    def start(resume: str | None) -> int:
+        words = [*script_args, *(["--resume", resume] if resume else [])]
+        return launch(args.backend, words, nproc, out / "logs", **nodes, collective_timeout=timeout, stopped=STOPPED)
+
+    logs = node_logs(out / "logs", args.node_rank)
     try:
-        return launch(args.backend, script_args, nproc, out / "logs", **nodes, collective_timeout=timeout)
+        return launch_with_restarts(start, args.restarts, args.resume, logs, lambda: saved_step(out))
     except OSError as error:
         raise UserError(f"--out: cannot write to {out} ({error.strerror})") from None
 

@@ -18,12 +18,10 @@ from typing import TYPE_CHECKING
 
 import yaml
 
-from telechat_twins.core.checkpoint.retention import STEP_FOLDER
+from telechat_twins.core.checkpoint.retention import saved_step
 from telechat_twins.core.errors import UserError
 from telechat_twins.core.files.atomic import write_text
-from telechat_twins.core.files.foreign import read_text
 from telechat_twins.core.launch.run_lock import NAME, hold_folder, require_free
-from telechat_twins.core.shown import shown
 from telechat_twins.core.train.metrics import Row, plot_losses, read_metrics
 from telechat_twins.core.types import JsonObject
 
@@ -93,11 +91,14 @@ def folders(out: Path, number: int, stage: Stage) -> tuple[Path, Path]:
 
 def _train(stages: Sequence[Stage], number: int, out: Path, args: argparse.Namespace) -> int:
     """Train stage ``number`` from its start or its last checkpoint; the launcher's exit code."""
+    from telechat_twins.core.launch.command import node_logs
     from telechat_twins.core.launch.launcher import COLLECTIVE_TIMEOUT_S, launch
+    from telechat_twins.core.launch.restarts import launch_with_restarts
+    from telechat_twins.core.launch.worker import STOPPED
 
     stage = stages[number - 1]
     run, grown = folders(out, number, stage)
-    if _reached(run) >= stage.end:
+    if saved_step(run) >= stage.end:
         return 0
     if stage.plan is not None and not (grown / "manifest.json").is_file():
         _grow(stage, folders(out, number - 1, stages[number - 2])[0], grown, args.node_rank)
@@ -107,33 +108,32 @@ def _train(stages: Sequence[Stage], number: int, out: Path, args: argparse.Names
     run.mkdir(parents=True, exist_ok=True)
     write_text(run / "config.yaml", yaml.safe_dump(tree, sort_keys=False))
     begun = (run / "latest").exists()
-    resume = ["--resume", "auto" if begun or stage.plan is None else str(grown)]
     print(
         f"\n== stage {number}, {stage.name}: steps {stage.begin + 1} to {stage.end}, {stage.config.parallel.name}",
         flush=True,
     )
-    return launch(
-        args.backend,
-        ["--config", str(run / "config.yaml"), "--out", str(run), *resume],
-        stage.config.parallel.world // args.nnodes,
-        run / "logs",
-        nnodes=args.nnodes,
-        node_rank=args.node_rank,
-        master=args.master,
-        collective_timeout=COLLECTIVE_TIMEOUT_S if args.timeout is None else args.timeout,
-    )
+    logs = run / "logs"
 
-
-def _reached(run: Path) -> int:
-    """The step of a run's latest checkpoint; 0 without one."""
-    if not (run / "latest").is_file():
-        return 0
-    name = read_text(run / "latest", 4_096).strip()
-    if not STEP_FOLDER.fullmatch(name):
-        raise UserError(
-            f"{run / 'latest'}: damaged, must name a step folder, found {shown(name)}; remove the stage's folder"
+    def start(resume: str | None) -> int:
+        return launch(
+            args.backend,
+            ["--config", str(run / "config.yaml"), "--out", str(run), "--resume", resume or "auto"],
+            stage.config.parallel.world // args.nnodes,
+            logs,
+            nnodes=args.nnodes,
+            node_rank=args.node_rank,
+            master=args.master,
+            collective_timeout=COLLECTIVE_TIMEOUT_S if args.timeout is None else args.timeout,
+            stopped=STOPPED,
         )
-    return int(name.removeprefix("step-"))
+
+    return launch_with_restarts(
+        start,
+        args.restarts,
+        "auto" if begun or stage.plan is None else str(grown),
+        node_logs(logs, args.node_rank),
+        lambda: saved_step(run),
+    )
 
 
 def _grow(stage: Stage, before: Path, grown: Path, node_rank: int) -> None:

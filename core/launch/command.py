@@ -50,6 +50,11 @@ class LaunchPlan:
         return range(self.node_rank * self.nproc, (self.node_rank + 1) * self.nproc)
 
 
+def node_logs(logs: str | Path, node_rank: int) -> Path:
+    """Folder of one node's logs: ``logs`` for node 0, ``logs-nodeN`` beside it for node N."""
+    return Path(f"{logs}-node{node_rank}" if node_rank else logs)
+
+
 def check_nodes(nproc: int, nnodes: int, node_rank: int, master: str | None) -> tuple[str, int]:
     """(host, port) of node 0, ("127.0.0.1", 0) on one machine. UserError names the option that is out of range."""
     for name, number in (("--nproc", nproc), ("--nnodes", nnodes)):

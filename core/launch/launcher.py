@@ -33,6 +33,7 @@ from telechat_twins.core.launch.command import (
     check_port,
     command,
     environment,
+    node_logs,
 )
 from telechat_twins.core.launch.heartbeat import Waits
 from telechat_twins.core.launch.nodes import RENDEZVOUS_S, JobEnd, Nodes, bind, meet
@@ -40,7 +41,7 @@ from telechat_twins.core.launch.processes import Deaths, ProcessTree, lives, sig
 from telechat_twins.core.launch.run_lock import hold_folder
 from telechat_twins.core.launch.screen import Screen, last_lines
 from telechat_twins.core.launch.stacks import dump_stacks, read_bytes
-from telechat_twins.core.launch.worker import SCHEDULER, read_status, stack_path
+from telechat_twins.core.launch.worker import SCHEDULER, STOPPED, read_status, stack_path
 from telechat_twins.core.types import JsonObject
 
 # Longest time of a rank in one collective. Below the 10 minutes after which NCCL's own watchdog ends a rank without
@@ -72,6 +73,7 @@ def launch(
     master: str | None = None,
     collective_timeout: float = COLLECTIVE_TIMEOUT_S,
     instead: Callable[[], None] | None = None,
+    stopped: int = 1,
 ) -> int:
     """Run ``script`` (default: the backend's train.py) in ``nproc`` processes and wait for the end.
 
@@ -79,6 +81,8 @@ def launch(
     inside one collective for ``collective_timeout`` seconds (0: no limit; stderr says who waits where); 2 when the
     failing rank met a UserError (its one line is on stderr); 130 after Ctrl-C or SIGTERM. When this function returns,
     no process it started is left.
+
+    ``stopped``: the code for training that ended itself, which another start would not change.
 
     ``instead`` is called many times a second in place of showing rank 0's output, which then stays in its log only.
 
@@ -95,7 +99,7 @@ def launch(
     if importlib.util.find_spec(FRAMEWORK[backend]) is None:
         raise UserError(f"backend {backend}: {FRAMEWORK[backend]} is not installed here; see `tele doctor`")
     host, port = check_nodes(nproc, nnodes, node_rank, master)
-    folder = Path(f"{log_dir}-node{node_rank}" if node_rank else log_dir).resolve()
+    folder = node_logs(log_dir, node_rank).resolve()
     path = Path(script or SCRIPTS[backend]).resolve()
     plan = LaunchPlan(backend, path, tuple(script_args), nproc, folder, nnodes, node_rank, host, port)
     env = environment(plan)
@@ -110,12 +114,13 @@ def launch(
             return 130
         with nodes:
             try:
-                return _run(plan, env, nodes, limits, instead)
+                code = _run(plan, env, nodes, limits, instead)
             except _PortTaken:
                 print("tele: the port chosen for msrun was taken meanwhile; starting once more", file=sys.stderr)
-                return _run(plan, env, nodes, limits, instead, again=True)
+                code = _run(plan, env, nodes, limits, instead, again=True)
             finally:
                 shutil.rmtree(folder / TORCHRUN_LOGS, ignore_errors=True)
+    return stopped if code == STOPPED else code
 
 
 @dataclass(frozen=True)
@@ -351,7 +356,8 @@ def _report(run: _Running, failed: JsonObject, statuses: list[JsonObject | None]
     elif failed["state"] == "running":
         why, code = f"rank {rank} was killed or crashed (no Python error)", 1
     else:
-        why, code = f"rank {rank} failed: {failed['error']}", failed["code"] if failed["code"] in (2, 130) else 1
+        code = failed["code"] if failed["code"] in (2, STOPPED, 130) else 1
+        why = f"rank {rank} failed: {failed['error']}"
     run.nodes.end(code, why, failed["when"])
     if rank == here:
         screen.show(news + screen.read(), last=True)

@@ -21,6 +21,7 @@ from contextlib import suppress
 from typing import NamedTuple
 
 from telechat_twins.core.errors import UserError
+from telechat_twins.core.launch.worker import STOPPED
 from telechat_twins.core.shown import printable, shown
 from telechat_twins.core.types import JsonObject
 
@@ -334,7 +335,7 @@ def _parse_end(received: object, node: int) -> JobEnd:
     code, when = message.get("code"), message.get("when")
     return JobEnd(
         node=message["node"] if isinstance(message.get("node"), int) else node,
-        code=code if code in (1, 2, 130) else 1,
+        code=code if code in (1, 2, STOPPED, 130) else 1,
         why=printable(str(message.get("why", "no reason given"))[:MAX_REASON_CHARACTERS]),
         when=when if isinstance(when, float) and math.isfinite(when) else time.time(),
         hang=message.get("hang") is True,

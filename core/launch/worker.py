@@ -42,7 +42,13 @@ from telechat_twins.core.types import JsonObject  # noqa: E402
 SCHEDULER = "scheduler"  # in the place of a rank number: msrun's scheduler writes a status file too
 PEER_WAIT_S = 150.0  # a failed or interrupted rank waits this long for the others; above the launcher's own limits
 
+STOPPED = 3  # code in a status file, and of a launch that asks for it: training ended itself on purpose
+
 _supervised = False
+
+
+class SelfEnded(SystemExit):
+    """End of a script on purpose, with its message: another start would end in the same way. Exit code 1."""
 
 
 def run_script(main: Callable[[], int | None]) -> int:
@@ -200,6 +206,9 @@ def _wait_for_the_others(status_dir: Path, rank: int) -> None:
 def _run(script: str) -> tuple[int, JsonObject]:
     try:
         runpy.run_path(script, run_name="__main__")
+    except SelfEnded as stop:
+        print(stop.code, file=sys.stderr)
+        return STOPPED, {"message": str(stop.code)}
     except SystemExit as stop:
         if isinstance(stop.code, str):
             print(stop.code, file=sys.stderr)

@@ -25,7 +25,7 @@ Row = JsonObject
 # Columns that measure the machine: they differ between two runs that are equal in every other number.
 MEASURED = frozenset(
     ("tokens_per_s", "step_ms", "tokens_per_s_device", "mfu", "data_share", "comm_share")
-    + ("host_peak_gib", "device_peak_gib", "eta_s")
+    + ("host_peak_gib", "device_peak_gib", "eta_s", "restarts")
 )
 HELD_OUT = "eval/"  # begins the columns of held-out sources: eval/NAME/loss, .../perplexity, .../bits_per_byte
 _SMOOTH_FROM = 250  # steps from which a plot shows a running mean

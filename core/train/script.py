@@ -9,7 +9,7 @@ from pathlib import Path
 from telechat_twins.core.checkpoint.source import OpenInitial
 from telechat_twins.core.cli import Parser
 from telechat_twins.core.config import RunConfig, load_run_config
-from telechat_twins.core.launch.worker import run_script
+from telechat_twins.core.launch.worker import SelfEnded, run_script
 from telechat_twins.core.launch.world import launched_world
 from telechat_twins.core.train.health import TrainingStopped
 from telechat_twins.core.train.loop import train
@@ -63,7 +63,7 @@ def main(
         try:
             result = train(stepper_factory, config, out, args.resume, open_initial, open_recorder, open_hooks)
         except TrainingStopped as stop:
-            raise SystemExit(str(stop)) from None
+            raise SelfEnded(str(stop)) from None
         return 0 if result.interrupted_by is None else 128 + result.interrupted_by
 
     return run_script(run)

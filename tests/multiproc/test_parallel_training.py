@@ -23,10 +23,13 @@ import pytest
 from telechat_twins.convert.copy import to_hf
 from telechat_twins.convert.source import open_model
 from telechat_twins.core.checkpoint.read import open_checkpoint, write_checkpoint
+from telechat_twins.core.checkpoint.retention import saved_step
 from telechat_twins.core.model.config import load_model_config
 from telechat_twins.core.model.init import init_weights
 from telechat_twins.core.parity.bounds import TRACE_LIMIT, compare_tensors, compare_traces
 from telechat_twins.core.train.metrics import MEASURED, read_metrics
+from telechat_twins.core.train.watch.environment import read_environment
+from tests.multiproc.test_nodes import free_ports
 from tests.support.data_support import VOCAB_SIZE, tiny_tokenizer
 from tests.support.packed import write_packed
 
@@ -177,3 +180,42 @@ def test_a_killed_worker_ends_the_job_and_nothing_is_lost(backend: str, trial: i
     resumed = tele.train(backend, layout, name, "--resume", "auto", *more)
     rows_now = read_metrics(resumed)
     assert [row["step"] for row in rows_now] == list(range(1, 13))
+
+
+@pytest.mark.parametrize("backend", ["ms", "pt"])
+def test_a_rank_killed_on_one_of_two_nodes_is_restarted_to_the_same_bits(backend: str, tele: Tele) -> None:
+    """``--restarts 2`` on two nodes of one machine: weights, moments and rows of a run that was left alone."""
+    short = ("--set", "train.stages=null", "train.steps=8", "checkpoint.every=2", "eval=null")
+    out, port = tele.folder / f"restarted-{backend}", free_ports()
+    nodes = ["--nnodes", "2", "--master", f"127.0.0.1:{port}", "--restarts", "2"]
+    jobs = [
+        subprocess.Popen(
+            tele.command(backend, "dp2", out.name, *nodes, "--node-rank", str(node), *short),
+            cwd=ROOT,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for node in (0, 1)
+    ]
+    victim = out / "logs-node1" / "status_1.json"
+    deadline = time.monotonic() + 200
+    while time.monotonic() < deadline and saved_step(out) < 2:
+        assert all(job.poll() is None for job in jobs), [job.communicate() for job in jobs if job.poll() is not None]
+        time.sleep(0.02)
+    os.kill(json.loads(victim.read_text())["pid"], signal.SIGKILL)
+    said = [job.communicate(timeout=200)[0] for job in jobs]
+    assert [job.returncode for job in jobs] == [0, 0], "\n".join(said)
+    for text in said:
+        assert re.search(r"tele: restart 1 of 2 in 2 s, from the checkpoint of step [246] \(the launch", text), text
+    assert (out / "logs" / "attempt-0" / "worker_0.log").exists()
+    rows = read_metrics(out)
+    assert [row["step"] for row in rows] == list(range(1, 9))
+    assert rows[0].get("restarts") is None and rows[-1]["restarts"] == 1
+    assert [start["restarts"] for start in read_environment(out)] == [0, 1]
+    alone = tele.train(backend, "dp2", f"alone-{backend}", *short)
+    assert without_clock(rows) == without_clock(read_metrics(alone))
+    a, b = open_checkpoint(out), open_checkpoint(alone)
+    for kind in ("weights", "optimizer"):
+        for name in a.names(kind):
+            assert a.read(kind, name).tobytes() == b.read(kind, name).tobytes(), name

@@ -23,6 +23,7 @@ TAGS = {
     "data_share": "speed/data_share",
     "comm_share": "speed/comm_share",
     "eta_s": "speed/eta_s",
+    "restarts": "speed/restarts",
     "host_peak_gib": "memory/host_peak_gib",
     "device_peak_gib": "memory/device_peak_gib",
 }

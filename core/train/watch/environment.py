@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
-import os
 import platform
 import shlex
 import socket
@@ -25,6 +24,7 @@ from telechat_twins.core.config import RunConfig
 from telechat_twins.core.files import IN_CHECKOUT, ROOT
 from telechat_twins.core.files.atomic import write_text
 from telechat_twins.core.files.foreign import parse_json
+from telechat_twins.core.launch.restarts import restarts_before
 from telechat_twins.core.types import JsonObject
 
 CONFIG, ENVIRONMENT = "run.yaml", "environment.json"
@@ -53,7 +53,7 @@ def _start(config: RunConfig, implementation: Mapping[str, str], step: int) -> J
     return {
         "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "step": step,
-        "attempt": int(os.environ.get(ATTEMPT, "0")),
+        "restarts": restarts_before(),
         **implementation,
         "layout": config.parallel.name,
         "host": socket.gethostname(),
@@ -62,9 +62,6 @@ def _start(config: RunConfig, implementation: Mapping[str, str], step: int) -> J
         **({"commit": commit} if (commit := _commit()) else {}),
         "command": shlex.join(sys.argv)[:2000],
     }
-
-
-ATTEMPT = "TELE_ATTEMPT"  # restarts of `tele train --restarts` before this start
 
 
 def _versions() -> dict[str, str]:

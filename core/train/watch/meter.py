@@ -11,6 +11,7 @@ from typing import Protocol
 
 from telechat_twins.core.config import RunConfig
 from telechat_twins.core.launch.heartbeat import open_heartbeat
+from telechat_twins.core.launch.restarts import restarts_before
 from telechat_twins.core.model.flops import flops_per_token
 from telechat_twins.core.train.metrics import Row
 from telechat_twins.core.train.stages import Stage
@@ -34,6 +35,7 @@ class Meter:
         self._config, self._stepper = config, stepper
         self._peak = peak_flops(config)
         self._heartbeat = open_heartbeat() if stepper.world > 1 else None
+        self._restarts = restarts_before()
         self._waited = 0.0
         self._flops: dict[int, float] = {}  # row length -> FLOPs a token
         self.memory = self._read_memory()  # of this rank, as of its last step
@@ -52,6 +54,8 @@ class Meter:
             row["tokens_per_s_device"] = tokens_per_s / world
         if self._peak is not None:
             row["mfu"] = tokens_per_s * self._flops_per_token(stage.data.seq_len) / self._peak
+        if self._restarts:
+            row["restarts"] = self._restarts
         row["data_share"] = loaded / seconds
         if self._heartbeat is not None:
             row["comm_share"] = (self._heartbeat.waited_s - self._waited) / seconds

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,8 @@ import telechat_twins.core.data.blend
 import telechat_twins.core.launch.launcher
 from telechat_twins.core import cli
 from telechat_twins.core.config import load_run_config
+from telechat_twins.core.launch import restarts
+from telechat_twins.core.launch.worker import STOPPED
 from telechat_twins.core.parallel.layout import parse_layout
 
 
@@ -54,6 +57,7 @@ def test_everything_is_passed_on(config: Path, launched: list[Any], tmp_path: Pa
         "node_rank": 0,
         "master": None,
         "collective_timeout": telechat_twins.core.launch.launcher.COLLECTIVE_TIMEOUT_S,
+        "stopped": STOPPED,
     }
     assert launched == [("pt", passed, 1, tmp_path / "out" / "logs", alone)]
 
@@ -166,7 +170,7 @@ def test_nodes_share_the_layout(config: Path, launched: list[Any], tmp_path: Pat
     words = ["train", "--backend", "ms", "--config", str(config), "--out", str(tmp_path / "out"), "--layout", "dp2.tp2"]
     nodes = ["--nnodes", "2", "--node-rank", "1", "--master", "10.0.0.1:29500", "--timeout", "30"]
     assert cli.main([*words, *nodes]) == 0
-    named = {"nnodes": 2, "node_rank": 1, "master": "10.0.0.1:29500", "collective_timeout": 30.0}
+    named = {"nnodes": 2, "node_rank": 1, "master": "10.0.0.1:29500", "collective_timeout": 30.0, "stopped": STOPPED}
     assert launched[0][2:] == (2, tmp_path / "out" / "logs", named)
     assert cli.main([*words, *nodes, "--nproc", "2"]) == 0
 
@@ -177,3 +181,40 @@ def test_the_help_names_the_default_timeout(capsys: pytest.CaptureFixture[str]) 
     assert f"(default {telechat_twins.core.launch.launcher.COLLECTIVE_TIMEOUT_S:g}; 0: never)" in text
     examples = [word for word in re.findall(r"--layout (\S+)", text) if not word.startswith("TEXT")]
     assert [parse_layout(word).world for word in examples] == [4, 16, 16]
+
+
+def test_a_death_is_followed_by_starts_from_the_latest_checkpoint(
+    config: Path, launched: list[Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Two deaths, the second after a checkpoint; the third start ends the run. Each keeps its logs."""
+    out, attempts = config.parent / "out", []
+    monkeypatch.setattr(restarts, "FIRST_PAUSE_S", 0.01)
+
+    def launch(backend: str, words: list[str], nproc: int, logs: Path, **named: Any) -> int:
+        attempts.append((words[4:], os.environ["TELE_ATTEMPT"]))
+        logs.mkdir(parents=True, exist_ok=True)
+        (logs / "worker_0.log").write_text(str(len(attempts)))
+        if len(attempts) == 2:
+            (out / "latest").write_text("step-00000004\n")
+        return 0 if len(attempts) == 3 else 1
+
+    monkeypatch.setattr(telechat_twins.core.launch.launcher, "launch", launch)
+    words = ["train", "--backend", "pt", "--config", str(config), "--out", str(out)]
+    assert cli.main([*words, "--restarts", "2"]) == 0
+    assert attempts == [([], "0"), (["--resume", "auto"], "1"), (["--resume", "auto"], "2")]
+    assert [(out / "logs" / f"attempt-{n}" / "worker_0.log").read_text() for n in (0, 1)] == ["1", "2"]
+    said = capsys.readouterr().err
+    assert "restart 1 of 2 in 0 s, from the beginning, since there is no checkpoint" in said
+    assert "restart 2 of 2 in 0 s, from the checkpoint of step 4 (the launch ended with code 1)" in said
+    assert "TELE_ATTEMPT" not in os.environ
+
+
+@pytest.mark.parametrize(("code", "ends"), [(2, 2), (130, 130), (STOPPED, 1)])
+def test_what_another_start_would_not_change_is_final(
+    code: int, ends: int, config: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    codes = [code, 0]
+    monkeypatch.setattr(telechat_twins.core.launch.launcher, "launch", lambda *_, **__: codes.pop(0))
+    words = ["train", "--backend", "pt", "--config", str(config), "--out", str(config.parent / "out")]
+    assert cli.main([*words, "--restarts", "3"]) == ends
+    assert codes == [0]
