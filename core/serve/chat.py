@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import secrets
+from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
 
 from telechat_twins.core.errors import UserError
+from telechat_twins.core.inference.decoding.grammar import Schema
 from telechat_twins.core.inference.requests import Event, Request, turn_stops
 from telechat_twins.core.inference.sampling import TokenChoice
 from telechat_twins.core.inference.tool_calls import ToolCall, ToolCallStream
 from telechat_twins.core.serve import strict_json
-from telechat_twins.core.serve.constraint import grammar_of, read_format, read_tools
+from telechat_twins.core.serve.constraint import ToolUse, grammar_of, read_format, read_tools
 from telechat_twins.core.serve.echo import token_text
 from telechat_twins.core.serve.errors import ApiError, shown
 from telechat_twins.core.serve.fields import Fields
@@ -20,16 +22,11 @@ from telechat_twins.core.serve.frames import ChoicesFrame
 from telechat_twins.core.serve.job import (
     MAX_LOGPROBS,
     AnswerJob,
+    AnswerOptions,
     Draft,
     Served,
-    read_bias,
-    read_ends,
-    read_ignored,
-    read_model,
-    read_salt,
+    read_options,
     read_samples,
-    read_sampling,
-    read_stops,
     read_stream,
     room,
 )
@@ -48,70 +45,105 @@ UNSUPPORTED = "is not supported by this server; leave it out"
 def read_chat(body: JsonObject, served: Served, tenant: str = "") -> Draft:
     """Draft of the chat request in ``body``; ApiError names the invalid field. ``tenant``: from check_key."""
     fields = Fields(body)
-    adapter = read_model(fields, served)
-    if served.layout is None:
-        raise ApiError(
-            400, "this model's tokenizer has no chat tokens or template; use /v1/completions", code="no_chat_template"
-        )
+    options, layout = read_options(fields, served, tenant), layout_of(served)
     stream, include_usage = read_stream(fields)
     samples, asked = read_samples(fields), _asked_tokens(fields)
     logprobs = _read_logprobs(fields)
-    sampling, stops = read_sampling(fields, served.settings), read_stops(fields, served.settings)
-    bias, ends = read_bias(fields, served.config.num_tokens), read_ends(fields, served.config.num_tokens)
-    salt = read_salt(fields, tenant)
-    ignore_eos = fields.boolean("ignore_eos")
     fields.absent(("audio", "function_call", "functions", "reasoning_effort", "verbosity"), UNSUPPORTED)
     fields.absent(("web_search_options", "moderation"), UNSUPPORTED)
     fields.absent(("modalities",), "must be ['text']: this model generates text only", {"modalities": ["text"]})
     schema, variables = read_format(fields), fields.object("chat_template_kwargs")
-    read_ignored(fields)
     found = fields.list("messages")
-    # Each message and each tool takes at least one token, so too many of them cannot fit.
-    for param, parts in (("messages", found), ("tools", fields.list("tools"))):
-        if parts and len(parts) >= served.context:
-            raise too_long(served, param, f"have {len(parts)} parts of a token or more")
+    check_parts(fields, served, "messages")
     use = read_tools(fields)
-    tools = use.tools
     fields.done()
-    messages = read_messages(fields, found, served.layout)
-    check_variables(fields, variables, served.layout)
+    messages = read_messages(fields, found, layout)
+    check_variables(fields, variables, layout)
+    conversation = Conversation(
+        served=served,
+        options=options,
+        messages=messages,
+        use=use,
+        schema=schema,
+        variables=variables,
+        asked=asked,
+        samples=samples,
+        logprobs=logprobs,
+    )
 
     def encode() -> AnswerJob:
-        grammar = grammar_of(served, schema, use)
-        ids = _encode(messages, tools, variables, served)
-        request = Request(
-            prompt_ids=tuple(ids),
-            max_new_tokens=room(served, [ids], asked, None, "messages"),
-            sampling=sampling,
-            samples=samples,
-            stop_ids=ends | (frozenset() if ignore_eos else turn_stops(served.tokenizer, served.config)),
-            stop_texts=stops,
-            logit_bias=bias,
-            logprobs=logprobs,
-            text="tools" if tools else "answer",
-            cache_salt=salt,
-            adapter=adapter,
-            grammar=grammar,
-        )
-        writer = ChatWriter(served.tokenizer, bool(tools))
-        return AnswerJob((request,), partial(ChoicesFrame, writer, include_usage), stream)
+        writer = ChatWriter(served.tokenizer, bool(use.tools))
+        return AnswerJob((conversation.request(),), partial(ChoicesFrame, writer, include_usage), stream)
 
     return Draft(samples, encode)
 
 
-def _encode(
-    messages: list[JsonObject], tools: list[JsonObject] | None, variables: JsonObject | None, served: Served
-) -> list[int]:
-    """Token ids of the prompt. ApiError when its length alone shows that it is too long, or the chat template has no
-    form for it."""
-    assert served.layout is not None  # read_chat refuses a model without one
-    try:
-        check_length(served, served.layout.texts(messages, tools, variables), "messages")
-        ids = served.layout.encode(messages, tools, variables=variables)
-    except UserError as error:
-        raise ApiError(400, str(error), "messages", "invalid_value") from None
-    bos = [served.config.bos_token_id]
-    return [*bos, *ids] if served.add_bos and ids[:1] != bos else ids
+def layout_of(served: Served) -> ChatLayout:
+    """The model's chat layout; ApiError 400 for one that holds no dialogues."""
+    if served.layout is None:
+        raise ApiError(
+            400, "this model's tokenizer has no chat tokens or template; use /v1/completions", code="no_chat_template"
+        )
+    return served.layout
+
+
+def check_parts(fields: Fields, served: Served, param: str) -> None:
+    """ApiError where there are more messages or tools than can fit: each takes at least one token."""
+    for name in (param, "tools"):
+        parts = fields.any(name)
+        if isinstance(parts, list) and len(parts) >= served.context:
+            raise too_long(served, name, f"have {len(parts)} parts of a token or more")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Conversation:
+    """A conversation that the model is to continue, as read from a request. ``param`` and ``limit``: the fields of the
+    messages and of ``asked``, the limit on the answer's tokens; ``variables``: for the chat template."""
+
+    served: Served
+    options: AnswerOptions
+    messages: list[JsonObject]
+    use: ToolUse
+    schema: Schema | None
+    variables: JsonObject | None
+    asked: int | None
+    samples: int = 1
+    logprobs: int | None = None
+    param: str = "messages"
+    limit: str = "max_tokens"
+
+    def request(self) -> Request:
+        """The engine's request. ApiError for a prompt that is too long, and for a schema that cannot be enforced."""
+        served, options = self.served, self.options
+        grammar = grammar_of(served, self.schema, self.use)
+        ids = self._encode()
+        return Request(
+            prompt_ids=tuple(ids),
+            max_new_tokens=room(served, [ids], self.asked, None, self.param, self.limit),
+            sampling=options.sampling,
+            samples=self.samples,
+            stop_ids=options.stop_ids(turn_stops(served.tokenizer, served.config)),
+            stop_texts=options.stops,
+            logit_bias=options.bias,
+            logprobs=self.logprobs,
+            text="tools" if self.use.tools else "answer",
+            cache_salt=options.salt,
+            adapter=options.adapter,
+            grammar=grammar,
+        )
+
+    def _encode(self) -> list[int]:
+        """Token ids of the prompt. ApiError when its length alone shows that it is too long, or the chat template has
+        no form for it."""
+        served, tools = self.served, self.use.tools
+        layout = layout_of(served)
+        try:
+            check_length(served, layout.texts(self.messages, tools, self.variables), self.param)
+            ids = layout.encode(self.messages, tools, variables=self.variables)
+        except UserError as error:
+            raise ApiError(400, str(error), self.param, "invalid_value") from None
+        bos = [served.config.bos_token_id]
+        return [*bos, *ids] if served.add_bos and ids[:1] != bos else ids
 
 
 def _asked_tokens(fields: Fields) -> int | None:

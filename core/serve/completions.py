@@ -18,14 +18,8 @@ from telechat_twins.core.serve.job import (
     AnswerJob,
     Draft,
     Served,
-    read_bias,
-    read_ends,
-    read_ignored,
-    read_model,
-    read_salt,
+    read_options,
     read_samples,
-    read_sampling,
-    read_stops,
     read_stream,
     room,
 )
@@ -42,20 +36,15 @@ MAX_PROMPTS = 128
 def read_completion(body: JsonObject, served: Served, tenant: str = "") -> Draft:
     """Draft of the completion request in ``body``; ApiError names the invalid field. ``tenant``: from check_key."""
     fields = Fields(body)
-    adapter = read_model(fields, served)
+    options = read_options(fields, served, tenant)
     stream, include_usage = read_stream(fields)
     echo = fields.boolean("echo")
     samples, asked = read_samples(fields), fields.integer("max_tokens", 0 if echo else 1, None)
     logprobs = fields.integer("logprobs", 0, MAX_LOGPROBS)
-    sampling, stops = read_sampling(fields, served.settings), read_stops(fields, served.settings)
-    bias, ends = read_bias(fields, served.config.num_tokens), read_ends(fields, served.config.num_tokens)
     schema = read_format(fields)
-    salt = read_salt(fields, tenant)
-    ignore_eos = fields.boolean("ignore_eos")
     fields.absent(
         ("best_of", "suffix"), "is not supported by this server; leave it out", {"best_of": samples, "suffix": ""}
     )
-    read_ignored(fields)
     found = fields.any("prompt")
     fields.done()
     prompts = read_prompts(fields, found, served)
@@ -68,15 +57,15 @@ def read_completion(body: JsonObject, served: Served, tenant: str = "") -> Draft
             Request(
                 prompt_ids=tuple(ids),
                 max_new_tokens=new,
-                sampling=sampling,
+                sampling=options.sampling,
                 samples=samples,
-                stop_ids=ends | (frozenset() if ignore_eos else served.config.stop_ids),
-                stop_texts=stops,
-                logit_bias=bias,
+                stop_ids=options.stop_ids(served.config.stop_ids),
+                stop_texts=options.stops,
+                logit_bias=options.bias,
                 logprobs=logprobs,
                 text="continuation",
-                cache_salt=salt,
-                adapter=adapter,
+                cache_salt=options.salt,
+                adapter=options.adapter,
                 grammar=grammar,
                 # A prompt that is repeated without an answer is computed all the same, as one without scores.
                 prompt_logprobs=(logprobs or 0) if echo and (logprobs is not None or new == 0) else None,

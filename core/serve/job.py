@@ -108,6 +108,38 @@ class Draft:
     encode: Callable[[], AnswerJob]
 
 
+@dataclass(frozen=True, kw_only=True)
+class AnswerOptions:
+    """What every endpoint lets a request say about its answers; the fields are those of Request."""
+
+    adapter: int
+    sampling: SamplingConfig
+    stops: tuple[str, ...]
+    ends: frozenset[int]
+    bias: dict[int, float]
+    salt: str
+    ignore_eos: bool
+
+    def stop_ids(self, usual: frozenset[int]) -> frozenset[int]:
+        """The tokens that end an answer which ``usual`` ones do unless they are ignored."""
+        return self.ends | (frozenset() if self.ignore_eos else usual)
+
+
+def read_options(fields: Fields, served: Served, tenant: str) -> AnswerOptions:
+    """The options in a request of ``tenant``. Other fields that every endpoint ignores are checked as well."""
+    options = AnswerOptions(
+        adapter=read_model(fields, served),
+        sampling=read_sampling(fields, served.settings),
+        stops=read_stops(fields, served.settings),
+        ends=read_ends(fields, served.config.num_tokens),
+        bias=read_bias(fields, served.config.num_tokens),
+        salt=read_salt(fields, tenant),
+        ignore_eos=fields.boolean("ignore_eos"),
+    )
+    read_ignored(fields)
+    return options
+
+
 def read_model(fields: Fields, served: Served) -> int:
     """Number of the adapter that the request names, 0 for the model itself; ApiError 404 for another model's name, as
     in the OpenAI API."""
@@ -218,12 +250,19 @@ def read_samples(fields: Fields) -> int:
     return fields.integer("n", 1, MAX_SAMPLES) or 1
 
 
-def room(served: Served, prompts: Sequence[Sequence[int]], asked: int | None, default: int | None, param: str) -> int:
+def room(
+    served: Served,
+    prompts: Sequence[Sequence[int]],
+    asked: int | None,
+    default: int | None,
+    param: str,
+    limit: str = "max_tokens",
+) -> int:
     """Token limit of each answer: ``asked``, or else ``default`` as far as it fits.
 
     ``default`` None: what the prompt leaves of the trained length, since a request's total length decides the rotary
     scaling; for a prompt beyond the trained length, the default of ``tele chat``. The model's settings come before
-    ``default``. ApiError 400, in the OpenAI API's
+    ``default``. ``param`` and ``limit``: the fields of the prompts and of ``asked``. ApiError 400, in the OpenAI API's
     wording, when a prompt or the requested tokens do not fit the context.
     """
     longest = max(map(len, prompts))
@@ -253,8 +292,8 @@ def room(served: Served, prompts: Sequence[Sequence[int]], asked: int | None, de
     if asked > served.max_new:
         raise ApiError(
             400,
-            f"max_tokens is too large: {asked}. This server generates at most {served.max_new} tokens per answer.",
-            "max_tokens",
+            f"{limit} is too large: {asked}. This server generates at most {served.max_new} tokens per answer.",
+            limit,
             "invalid_value",
         )
     return asked
