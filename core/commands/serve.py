@@ -30,7 +30,7 @@ examples:
   curl http://127.0.0.1:8000/v1/chat/completions -H 'Content-Type: application/json' \\
     -d '{"model": "model", "messages": [{"role": "user", "content": "Hello"}]}'
 
-Routes: /v1/chat/completions, /v1/completions, /v1/models, /health, /metrics, and / for the chat page.
+Routes: /v1/chat/completions, /v1/responses, /v1/completions, /v1/models, /health, /metrics, and / for the chat page.
 On SIGTERM or Ctrl-C new requests get 503, and running ones have --grace seconds; a second signal ends them at once."""
 
 MAX_KEY_FILE_BYTES = 1 << 20

@@ -22,6 +22,7 @@ from telechat_twins.core.serve.hosts import Hosts
 from telechat_twins.core.serve.intake import HttpLimits, Intake, Read
 from telechat_twins.core.serve.job import Served
 from telechat_twins.core.serve.page import chat_page
+from telechat_twins.core.serve.responses.request import read_response
 from telechat_twins.core.serve.service import Service
 from telechat_twins.core.types import JsonObject
 
@@ -98,7 +99,7 @@ def _add_state_routes(app: FastAPI, service: Service, served: Served, tenants: M
 def _add_answer_routes(
     app: FastAPI, service: Service, served: Served, limits: HttpLimits, tenants: Mapping[bytes, str]
 ) -> None:
-    """Routes of the two generating endpoints."""
+    """Routes of the generating endpoints."""
     intake = Intake(service, served, limits)
 
     async def answer(request: Request, endpoint: str, read: Read) -> Response:
@@ -125,6 +126,10 @@ def _add_answer_routes(
     @app.post("/v1/chat/completions")
     async def chat_completions(request: Request) -> Response:
         return await answer(request, "chat", read_chat)
+
+    @app.post("/v1/responses")
+    async def responses(request: Request) -> Response:
+        return await answer(request, "responses", read_response)
 
 
 def check_key(request: Request, tenants: Mapping[bytes, str]) -> str:

@@ -208,7 +208,7 @@ def read_messages(fields: Fields, found: list[object] | None, layout: ChatLayout
         elif reasoning:
             messages[-1]["content"] = THOUGHT.format(reasoning.strip("\n"), content or "")
         if calls:
-            messages[-1]["tool_calls"] = [_call(f"{where}.tool_calls[{n}]", call) for n, call in enumerate(calls)]
+            messages[-1]["tool_calls"] = [tool_call(f"{where}.tool_calls[{n}]", call) for n, call in enumerate(calls)]
     if not any(message["role"] == "user" for message in messages):
         fields.refuse("messages", "needs a message of role user, found none", "invalid_value")
     return messages
@@ -244,7 +244,7 @@ def _content(fields: Fields, may_miss: bool) -> str | None:
     return content
 
 
-def _call(where: str, call: object) -> JsonObject:
+def tool_call(where: str, call: object) -> JsonObject:
     """A tool call with its arguments as an object, which the template expects; clients send them as JSON text."""
     function = call.get("function") if isinstance(call, dict) else None
     if not isinstance(function, dict) or not isinstance(function.get("name"), str):
