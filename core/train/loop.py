@@ -16,7 +16,7 @@ import contextlib
 import errno
 import functools
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,6 +29,7 @@ from telechat_twins.core.launch.run_lock import RELEASE_WAIT_S, hold_folder
 from telechat_twins.core.train.agreement import raise_on_all, require_same_on_all, run_on_all
 from telechat_twins.core.train.health import TrainingStopped
 from telechat_twins.core.train.heldout.evaluate import HeldOut
+from telechat_twins.core.train.heldout.scores import open_scores
 from telechat_twins.core.train.heldout.sources import open_held_out
 from telechat_twins.core.train.metrics import Row
 from telechat_twins.core.train.recipe import with_steps
@@ -41,7 +42,7 @@ from telechat_twins.core.train.resume import (
     require_same_adapter,
     require_same_model,
 )
-from telechat_twins.core.train.run.hooks import OpenHooks
+from telechat_twins.core.train.run.hooks import Hook, OpenHooks
 from telechat_twins.core.train.run.saving import save, save_unless_saved, step_folder, way_back
 from telechat_twins.core.train.run.state import Run
 from telechat_twins.core.train.run.step import one_step
@@ -136,6 +137,7 @@ def _train(
     run.notes += padding + length
     run.recorder = None if open_recorder is None else open_recorder(config, folder)
     run.hooks += run_on_all(stepper, lambda: open_profile(config, folder, stepper))
+    run.hooks += run_on_all(stepper, lambda: open_scores(config, folder, stepper))
     if open_hooks is not None:
         run.hooks += run_on_all(stepper, lambda: open_hooks(config, folder, stepper))
     if not alone:
@@ -209,6 +211,8 @@ def _steps(run: Run, signals: Signals, records: Records, total: int, saves: bool
     if run.config.preference is not None and not run.live:
         _prepare_reference(run, signals, records)
         caught = _agree(run, signals)
+    if run.saver.last is not None and run.saver.last == step_folder(run):
+        _judge(run, signals, records, [hook for hook in run.hooks if hook.unfinished(run.state.step)])
     while run.state.step < total and caught is None and not run.held_out.exhausted:
         for hook in run.hooks:
             hook.before_step(run.state.step + 1)
@@ -221,19 +225,33 @@ def _steps(run: Run, signals: Signals, records: Records, total: int, saves: bool
         if best and saves:
             save(run, asynchronous=False)
             run_on_all(run.stepper, lambda: run.held_out.mark(run.out, run.saver.last, run.stepper.rank))
-            _at_checkpoint(run, records)
+            _at_checkpoint(run, signals, records)
         elif due and saves:
             save(run, run.config.checkpoint.asynchronous)
-            _at_checkpoint(run, records)
+            _at_checkpoint(run, signals, records)
             caught = _agree(run, signals)
     if saves and save_unless_saved(run):
-        _at_checkpoint(run, records)
+        _at_checkpoint(run, signals, records)
     return _agree(run, signals)
 
 
-def _at_checkpoint(run: Run, records: Records) -> None:
+def _at_checkpoint(run: Run, signals: Signals, records: Records) -> None:
     for hook in run.hooks:
         hook.at_checkpoint(run.state.step, step_folder(run), records.note)
+    _judge(run, signals, records, [hook for hook in run.hooks if hook.judges])
+
+
+def _judge(run: Run, signals: Signals, records: Records, hooks: Sequence[Hook]) -> None:
+    """Let ``hooks`` evaluate the last checkpoint, unless the run is ending by a signal."""
+    if not hooks or _agree(run, signals) is not None:
+        return
+    run_on_all(run.stepper, run.saver.wait)
+    step = run.state.step
+    for hook in hooks:
+        row = hook.judge(step, step_folder(run), records.note, lambda: _agree(run, signals) is not None)
+        if _agree(run, signals) is None:
+            run_on_all(run.stepper, functools.partial(records.more, step, row))
+            hook.judged(step)
 
 
 def _prepare_reference(run: Run, signals: Signals, records: Records) -> None:

@@ -28,12 +28,14 @@ MEASURED = frozenset(
     + ("host_peak_gib", "device_peak_gib", "eta_s", "restarts")
 )
 HELD_OUT = "eval/"  # begins the columns of held-out sources: eval/NAME/loss, .../perplexity, .../bits_per_byte
+TASKS = "tasks/"  # begins the scores of tasks at checkpoints: tasks/NAME/METRIC, and tasks/NAME/stderr
 _SMOOTH_FROM = 250  # steps from which a plot shows a running mean
 LONGEST_ROW = 4096  # bytes: a row has a few hundred
 
 
 class MetricsLog:
-    """metrics.jsonl: one JSON object a line, one line a step, steps 1, 2, 3 ... even over interruptions.
+    """metrics.jsonl: one JSON object a line, one line a step, steps 1, 2, 3 ... even over interruptions. Figures that
+    come after a step has been recorded are a further line with its number.
 
     ``keep_until``: rows of later steps are dropped at opening, because a run resumed from the checkpoint of that step
     makes them again; the file then reads as one uninterrupted run.
@@ -75,7 +77,7 @@ def _line(row: Row) -> bytes:
 
 
 def read_metrics(path: str | Path) -> list[Row]:
-    """All rows of a metrics.jsonl (or of the one in a run's folder), in order.
+    """All rows of a metrics.jsonl (or of the one in a run's folder), in order, further lines of a step joined to it.
 
     A last line without its newline is what a killed process leaves, and is dropped; any other bad line is a UserError
     naming file and line.
@@ -83,7 +85,7 @@ def read_metrics(path: str | Path) -> list[Row]:
     path = Path(path)
     if path.is_dir():
         path = path / "metrics.jsonl"
-    rows = []
+    rows: list[Row] = []
     with open_regular(path, "no such file; a training run writes it") as file:
         for number, line in enumerate(lines(file, path, LONGEST_ROW), 1):
             if not line.endswith(b"\n"):
@@ -93,7 +95,10 @@ def read_metrics(path: str | Path) -> list[Row]:
                 row["step"] = int(row["step"])
             except (ValueError, KeyError, TypeError):
                 raise UserError(f"{path}:{number}: not a row of metrics; remove the line") from None
-            rows.append(row)
+            if rows and rows[-1]["step"] == row["step"] and "loss" not in row:
+                rows[-1] |= row
+            else:
+                rows.append(row)
     return rows
 
 
@@ -104,11 +109,12 @@ def last_step(path: str | Path) -> int:
 
 
 def last_row(path: str | Path) -> Row | None:
-    """The last whole row of a metrics.jsonl that may be growing, without reading all of it; None when there is none."""
+    """The last whole row of a step in a metrics.jsonl that may be growing, without reading all of it; None when there
+    is none."""
     try:
         with open(path, "rb") as file:
-            file.seek(max(0, file.seek(0, os.SEEK_END) - LONGEST_ROW))
-            found = file.read().split(b"\n")[:-1]
+            file.seek(max(0, file.seek(0, os.SEEK_END) - 4 * LONGEST_ROW))
+            found = [line for line in file.read().split(b"\n")[:-1] if b'"loss": ' in line]
     except FileNotFoundError:
         return None
     try:
@@ -131,25 +137,36 @@ def column(rows: Sequence[Row], key: str) -> list[float]:
     return [float("nan") if row.get(key) is None else float(row[key]) for row in rows]
 
 
+PANELS = (  # column, name, height
+    ("loss", "loss (nats per token)", 3.0),
+    ("grad_norm", "gradient norm\n(before clipping)", 1.6),
+    ("lr", "learning rate", 1.0),
+)
+SCORES = (TASKS, "scores of tasks", 1.6)
+
+
 def plot_losses(
     runs: Mapping[str, Sequence[Row]], path: str | Path, title: str, marks: Mapping[int, str] | None = None
 ) -> Path:
     """Draw loss, gradient norm and learning rate over steps for each labelled run into a PNG; returns its path.
 
     Steps that made no update (skipped) are marked on the loss curve; ``marks`` are lines at steps, with what they say.
+    Where checkpoints were scored on tasks, a panel shows the scores with their standard errors.
     """
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    panels = (
-        ("loss", "loss (nats per token)"),
-        ("grad_norm", "gradient norm\n(before clipping)"),
-        ("lr", "learning rate"),
-    )
+    scored = any(key.startswith(TASKS) for rows in runs.values() for row in rows for key in row)
+    panels = PANELS + (SCORES,) * scored
     figure, axes = pyplot.subplots(
-        3, 1, sharex=True, figsize=(9, 8), gridspec_kw={"height_ratios": [3, 1.6, 1]}, layout="constrained"
+        len(panels),
+        1,
+        sharex=True,
+        figsize=(9, 8 + 2 * scored),
+        gridspec_kw={"height_ratios": [height for _, _, height in panels]},
+        layout="constrained",
     )
     for index, (label, rows) in enumerate(runs.items()):
         steps = [row["step"] for row in rows]
@@ -157,12 +174,14 @@ def plot_losses(
         style = {"color": f"C{index}", "linestyle": "-" if index == 0 else (0, (4, 3)), "linewidth": 1.6}
         # Of a long run single steps are a grey band; what they are around is a running mean.
         smooth = len(rows) >= _SMOOTH_FROM
-        for axis, (key, _) in zip(axes, panels, strict=True):
+        for axis, (key, _, _) in zip(axes, PANELS, strict=False):
             thin = {"alpha": 0.3, "linewidth": 0.8} if smooth and key != "lr" else {"label": label}
             axis.plot(steps, column(rows, key), **style | thin)
             if smooth and key != "lr":
                 axis.plot(steps, _running_mean(column(rows, key), len(rows) // 50), label=label, **style)
         _plot_held_out(axes[0], label, rows)
+        if scored:
+            _plot_scores(axes[-1], label, rows)
         if any("matrix_lr" in row for row in rows):
             axes[2].plot(steps, column(rows, "matrix_lr"), label="matrix-like", **style | {"linestyle": ":"})
             axes[2].legend()
@@ -177,7 +196,7 @@ def plot_losses(
         axes[0].text(
             step, 0.98, f" {text}", transform=axes[0].get_xaxis_transform(), va="top", color="0.35", fontsize=9
         )
-    for axis, (_, name) in zip(axes, panels, strict=True):
+    for axis, (_, name, _) in zip(axes, panels, strict=True):
         axis.set_ylabel(name)
         axis.grid(alpha=0.3)
     norms = [n for rows in runs.values() for n in column(rows, "grad_norm") if n > 0]
@@ -186,7 +205,7 @@ def plot_losses(
     axes[2].ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
     axes[0].legend()
     axes[0].set_title(title)
-    axes[2].set_xlabel("step")
+    axes[-1].set_xlabel("step")
     _save(figure, Path(path))
     pyplot.close(figure)
     return Path(path)
@@ -205,6 +224,18 @@ def _plot_held_out(axis: Axes, label: str, rows: Sequence[Row]) -> None:
         text = f"{label}: held out, {name.removeprefix(HELD_OUT).removesuffix('/loss')}"
         places = [row["step"] for row in judged]
         axis.plot(places, column(judged, name), marker="o", markersize=3, linewidth=0.8, label=text)
+
+
+def _plot_scores(axis: Axes, label: str, rows: Sequence[Row]) -> None:
+    """Points of the scores of tasks, with their standard errors."""
+    for key in sorted({key for row in rows for key in row if key.startswith(TASKS) and not key.endswith("/stderr")}):
+        judged = [row for row in rows if key in row]
+        name, _, metric = key.removeprefix(TASKS).rpartition("/")
+        error = [row.get(f"{TASKS}{name}/stderr") or 0.0 for row in judged]
+        places = [row["step"] for row in judged]
+        text = f"{label}: {name} ({metric})"
+        axis.errorbar(places, column(judged, key), error, marker="o", markersize=3, linewidth=0.8, label=text)
+    axis.legend(fontsize=8)
 
 
 def _running_mean(values: Sequence[float], width: int) -> list[float]:

@@ -19,8 +19,11 @@ from telechat_twins.core.train.run.state import Run
 from telechat_twins.core.train.stages import Stage, StagedData, marks, stage_of
 from telechat_twins.core.train.stepper import Stepper, TrainState
 from telechat_twins.core.train.track.open import open_trackers
+from telechat_twins.core.train.track.tensorboard import TensorBoard
 from telechat_twins.core.train.watch.environment import write_environment
 from telechat_twins.core.train.watch.refresh import PlotRefresher
+
+FEW = 24  # columns of a further row, so that none is too long to be read
 
 
 class Records:
@@ -56,6 +59,20 @@ class Records:
                 tracker.step(row)
             self._console.step(row)
             self._plot.look()
+
+    def more(self, step: int, row: Row) -> None:
+        """Keep further figures of a step that has been recorded, as rows of their own; texts go to TensorBoard."""
+        if self._active:
+            texts = {key: value for key, value in row.items() if isinstance(value, str)}
+            for tracker in self._trackers:
+                if texts and isinstance(tracker, TensorBoard):
+                    tracker.texts(step, texts)
+            items = [(key, value) for key, value in row.items() if key not in texts]
+            for first in range(0, len(items), FEW):
+                part = {"step": step, **dict(items[first : first + FEW])}
+                self._log.append(part)
+                for tracker in self._trackers:
+                    tracker.step(part)
 
     def close(self) -> None:
         """End the files and draw the plot."""

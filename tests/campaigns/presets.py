@@ -84,7 +84,8 @@ ROWS: dict[str, dict[str, object]] = {
     },
 }
 METRIC = '''
-import datasets, evaluate
+import datasets
+import evaluate
 
 class CodeEval(evaluate.Metric):
     """Stand-in of the hub's code_eval: runs nothing, and calls every program wrong."""

@@ -91,7 +91,7 @@ class HeldOut:
         """Add the figures to a step's row where an evaluation is due. True where its checkpoint is to be kept as the
         best."""
         given, step, train = self._eval, row["step"], self._config.train
-        if given is None or (step != train.steps and (not given.every or step % given.every)):
+        if given is None or not self._sources or (step != train.steps and (not given.every or step % given.every)):
             return False
         metrics = held_out_metrics(self._sources, stepper, train.global_batch, train.micro_batch)
         row |= metrics

@@ -18,7 +18,11 @@ class Hook:
 
     The methods here do nothing: a hook overrides those that it needs. A UserError must be raised on all ranks
     (core.train.agreement.run_on_all).
+
+    ``judges``: ``judge`` evaluates checkpoints, which takes long: each is finished on the disk before it is called.
     """
+
+    judges = False
 
     def before_step(self, step: int) -> None:
         """Step ``step``, from 1, is about to begin."""
@@ -30,6 +34,19 @@ class Hook:
     def at_checkpoint(self, step: int, folder: Path, note: Note) -> None:
         """The checkpoint of ``step`` in ``folder`` has been written, or is being written in the background
         (``checkpoint.asynchronous``); the weights are still those in it."""
+
+    def judge(self, step: int, checkpoint: Path, note: Note, stopped: Callable[[], bool]) -> Row:
+        """The figures of the checkpoint of ``step``, which are recorded as a further row of that step. ``stopped``:
+        whether a signal came meanwhile; a collective, as all ranks call it. ``judged`` follows when they are kept."""
+        return {}
+
+    def judged(self, step: int) -> None:
+        """The figures of ``judge`` have been recorded."""
+
+    def unfinished(self, step: int) -> bool:
+        """Whether an interrupted run began to judge the checkpoint of ``step`` and did not finish; the same on all
+        ranks."""
+        return False
 
     def close(self) -> None:
         """The run has ended, in whatever way."""

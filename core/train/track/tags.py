@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from telechat_twins.core.train.metrics import HELD_OUT, Row
+from telechat_twins.core.train.metrics import HELD_OUT, TASKS, Row
 
 TAGS = {
     "loss": "train/loss",
@@ -32,6 +32,6 @@ TAGS = {
 def points(row: Row) -> dict[str, float]:
     """Tag -> value of one row's columns, those of held-out sources and of tasks (``eval/...``) under their own names;
     what is missing or not finite is left out."""
-    tags = {**TAGS, **{key: key for key in row if key.startswith(HELD_OUT)}}
+    tags = {**TAGS, **{key: key for key in row if key.startswith((HELD_OUT, TASKS))}}
     values = {tag: row[key] for key, tag in tags.items() if row.get(key) is not None}
     return {tag: float(value) for tag, value in values.items() if math.isfinite(value)}

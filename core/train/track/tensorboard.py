@@ -1,7 +1,7 @@
-"""Writer of TensorBoard event files: scalars only, without dependencies.
+"""Writer of TensorBoard event files: scalars and texts, without dependencies.
 
 Every ready-made writer imports protobuf, and MindSpore 2.9's own protobuf messages refuse to load in a process where
-protobuf was imported first. Four kinds of message are all that scalars need, so they are encoded here. The format:
+protobuf was imported first. Few kinds of message are all that these need, so they are encoded here. The format:
 records of [length u64][masked CRC-32C of length][data][masked CRC-32C of data], each holding one Event (tensorflow's
 event.proto and summary.proto).
 """
@@ -12,6 +12,7 @@ import os
 import socket
 import struct
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 from telechat_twins.core.train.metrics import Row
@@ -38,6 +39,14 @@ class TensorBoard:
         """One point per number of the row; what is missing or not finite is left out."""
         summary = b"".join(_message(1, _text(1, tag) + _float(2, value)) for tag, value in points(row).items())
         self._write(row["step"], _message(5, summary))
+
+    def texts(self, step: int, found: Mapping[str, str]) -> None:
+        """Texts by tag, for TensorBoard's page of texts."""
+        values = [
+            _message(1, _text(1, tag) + _message(8, _STRING + _text(8, text)) + _message(9, _TEXT_PAGE))
+            for tag, text in found.items()
+        ]
+        self._write(step, _message(5, b"".join(values)))
 
     def close(self) -> None:
         self._file.close()
@@ -76,6 +85,10 @@ def _message(field: int, content: bytes) -> bytes:
 
 def _text(field: int, value: str) -> bytes:
     return _message(field, value.encode())
+
+
+_STRING = _integer(1, 7)  # the data type of a tensor of strings; without a shape it is a single one
+_TEXT_PAGE = _message(1, _text(1, "text"))  # metadata: the plugin that shows it
 
 
 def _crc_table() -> list[int]:

@@ -142,7 +142,7 @@ def test_the_figures_are_drawn_and_go_to_tensorboard(held, tmp_path) -> None:
 @pytest.mark.parametrize(
     ("section", "message"),
     [
-        ({"sources": []}, "eval.sources: must be 1 to 16 folders, found 0"),
+        ({"sources": []}, r"eval.sources: must be 1 to 16 folders \(or give tasks or samples\), found 0"),
         ({"sources": [{"path": "a/b c"}]}, r"eval.sources\[0\].name: must be 1 to 40 letters.*found 'b c'"),
         ({"sources": [{"path": "a/x"}, {"path": "b/x"}]}, r"eval.sources\[1\].name: .* unlike the others' names"),
         (

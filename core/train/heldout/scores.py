@@ -1,0 +1,215 @@
+"""Scores of tasks and continued prompts at a run's checkpoints (``eval.tasks``, ``eval.samples``).
+
+Each checkpoint is evaluated by processes of its own, `tele eval` and `tele eval answers`, which read it from the disk:
+so an evaluation may use any task and layout, cannot damage the run, and is what the command gives later. Training waits
+meanwhile. The other ranks wait outside of collectives, so that no rank counts as hung, and all of them agree every
+moment whether rank 0 has finished. An evaluation that fails is a warning: training goes on.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from telechat_twins.core.backends import install_command
+from telechat_twins.core.config import EvalConfig, RunConfig
+from telechat_twins.core.errors import UserError
+from telechat_twins.core.files.atomic import write_text
+from telechat_twins.core.launch.command import RANK_VARIABLES
+from telechat_twins.core.shown import printable
+from telechat_twins.core.train.agreement import run_on_all
+from telechat_twins.core.train.metrics import TASKS, Row
+from telechat_twins.core.train.run.hooks import Hook, Note
+from telechat_twins.core.train.stepper import Stepper
+from telechat_twins.core.types import JsonObject
+
+FOLDER = "evaluations"  # of a run; a folder a step below it
+DONE = "finished"  # file of a step's folder, once all of it is in the records
+SAMPLES = "samples.jsonl"
+BACKENDS = {"mindspore": "ms", "pytorch": "pt"}
+MOMENT_S = 0.5  # between two looks at an evaluation
+SHOWN = 160  # characters of a continuation on the console
+Command = Callable[[list[str]], list[str]]  # words of `tele` -> command line
+
+
+def tele(words: list[str]) -> list[str]:
+    """The command line of `tele` in this installation."""
+    return [sys.executable, "-m", "telechat_twins.core.cli", *words]
+
+
+def open_scores(config: RunConfig, out: Path, stepper: Stepper, command: Command = tele) -> list[Hook]:
+    """The hook of a run that has tasks or samples to evaluate. UserError for what every evaluation would fail by."""
+    given = config.eval
+    if given is None or not (given.tasks or given.samples):
+        return []
+    if given.tasks and command is tele and importlib.util.find_spec("lm_eval") is None:
+        raise UserError(f"eval.tasks: lm-evaluation-harness is not installed; run: {install_command('eval')}")
+    for key, folders in (("task_data", [given.task_data]), ("task_include", given.task_include)):
+        for folder in folders:
+            if folder is not None and not Path(folder).is_dir():
+                raise UserError(f"eval.{key}: {folder}: no such folder; give one that every node sees")
+    return [CheckpointScores(config, given, out / FOLDER, stepper, command)]
+
+
+class CheckpointScores(Hook):
+    """Evaluation of every checkpoint of a run, in processes that rank 0 starts."""
+
+    judges = True
+
+    def __init__(self, config: RunConfig, given: EvalConfig, folder: Path, stepper: Stepper, command: Command) -> None:
+        self._config, self._eval, self._folder, self._stepper, self._command = config, given, folder, stepper, command
+
+    def unfinished(self, step: int) -> bool:
+        folder = self._of(step)
+        return folder.is_dir() and not (folder / DONE).is_file()
+
+    def judge(self, step: int, checkpoint: Path, note: Note, stopped: Callable[[], bool]) -> Row:
+        row: Row = {}
+        if self._stepper.rank == 0:
+            self._of(step).mkdir(parents=True, exist_ok=True)
+        jobs = [("tasks", self._task_words), ("samples", self._sample_words)]
+        for name, words in jobs:
+            if not getattr(self._eval, name):
+                continue
+            problem = self._run(step, name, words(step, checkpoint), stopped)
+            if stopped():
+                return row
+            if self._stepper.rank == 0:
+                read = self._scores if name == "tasks" else self._texts
+                try:
+                    row |= read(step, note) if problem is None else {}
+                except (OSError, ValueError, KeyError) as error:
+                    problem = f"{type(error).__name__}: {error}"
+                if problem is not None:
+                    note(f"warning: step {step}: eval.{name} could not be evaluated ({problem}); training goes on")
+        return row
+
+    def judged(self, step: int) -> None:
+        if self._stepper.rank == 0:
+            with contextlib.suppress(OSError):
+                write_text(self._of(step) / DONE, "")
+
+    def _of(self, step: int) -> Path:
+        return self._folder / f"step-{step:08d}"
+
+    def _run(self, step: int, name: str, words: list[str], stopped: Callable[[], bool]) -> str | None:
+        """Run one command to its end, on rank 0; the reason if it fails. All ranks return at the same time."""
+        log = self._of(step) / f"{name}.log"
+        process: subprocess.Popen[bytes] | None = None
+
+        def start() -> None:
+            nonlocal process
+            if self._stepper.rank == 0:
+                env = {key: value for key, value in os.environ.items() if key not in RANK_VARIABLES}
+                with open(log, "wb") as file:
+                    process = subprocess.Popen(
+                        self._command(words), stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT, env=env
+                    )
+
+        run_on_all(self._stepper, start)
+        wait = 0.01
+        while True:
+            running = process is not None and process.poll() is None
+            if not self._stepper.agree([float(running)], "max")[0]:
+                break
+            if stopped():
+                break
+            time.sleep(wait)
+            wait = min(2 * wait, MOMENT_S)
+        if process is None:
+            return None
+        if process.poll() is None:
+            process.terminate()
+        code = process.wait()
+        return None if code == 0 else f"exit code {code}: {_last_line(log)}"
+
+    def _model_words(self, checkpoint: Path) -> list[str]:
+        backend = BACKENDS[self._stepper.implementation().get("backend", "").split()[0].lower()]
+        train = self._config.train
+        adapter = self._config.lora is not None  # its checkpoint holds the adapter alone
+        model = ["--checkpoint", str(train.init), "--adapter", str(checkpoint)] if adapter else ["--checkpoint"]
+        model += [] if adapter else [str(checkpoint)]
+        return ["--backend", backend, *model, "--precision", train.precision, "--quiet"]
+
+    def _task_words(self, step: int, checkpoint: Path) -> list[str]:
+        given = self._eval
+        words = ["eval", *self._model_words(checkpoint), "--out", str(self._of(step) / "tasks")]
+        options: Sequence[tuple[str, Sequence[object]]] = (
+            ("--tasks", given.tasks),
+            ("--data", [given.task_data]),
+            ("--include", given.task_include),
+            ("--limit", [given.task_limit]),
+            ("--shots", [given.task_shots]),
+            ("--layout", [given.task_layout]),
+        )
+        for option, values in options:
+            kept = [str(value) for value in values if value is not None]
+            words += [option, *kept] if kept else []
+        return words
+
+    def _sample_words(self, step: int, checkpoint: Path) -> list[str]:
+        questions, out = self._of(step) / "prompts.jsonl", self._of(step) / SAMPLES
+        if self._stepper.rank == 0:
+            rows = [json.dumps({"prompt": prompt}, ensure_ascii=False) + "\n" for prompt in self._eval.samples]
+            write_text(questions, "".join(rows))
+        words = [
+            "eval",
+            "answers",
+            *self._model_words(checkpoint),
+            "--format",
+            "prompts",
+            "--questions",
+            str(questions),
+        ]
+        return [*words, "--out", str(out), "--max-new-tokens", str(self._eval.sample_tokens)]
+
+    def _scores(self, step: int, note: Note) -> Row:
+        """The columns of a finished evaluation: each task's score, and its standard error where it has one."""
+        results: JsonObject = json.loads((self._of(step) / "tasks" / "results.json").read_text(encoding="utf-8"))
+        row: Row = {}
+        parts = []
+        for name, task in results["tasks"].items():
+            if task["score"] is None:
+                continue
+            metric = str(task["metric"]).partition(",")[0]
+            row[f"{TASKS}{name}/{metric}"] = float(task["score"])
+            error = task["stderr"]
+            if error is not None:
+                row[f"{TASKS}{name}/stderr"] = float(error)
+            spread = "" if error is None else f" ± {error:.4f}"
+            parts.append(f"{name} {metric} {task['score']:.4f}{spread}")
+        note(f"tasks after step {step}: " + "; ".join(parts))
+        return row
+
+    def _texts(self, step: int, note: Note) -> Row:
+        """The continuations, as texts by the number of their prompt; the console shows their beginnings."""
+        rows = samples_of(self._of(step))
+        for row in rows:
+            text = row["text"] if len(row["text"]) <= SHOWN else row["text"][:SHOWN] + " ..."
+            note(f"sample after step {step}: {printable(row['prompt'], SHOWN)} -> {printable(text)}")
+        return {f"samples/{number}": row["prompt"] + row["text"] for number, row in enumerate(rows)}
+
+
+def samples_of(folder: Path) -> list[JsonObject]:
+    """The rows of a step's continuations, each with ``prompt`` and ``text``; none where there are none."""
+    file = folder / SAMPLES
+    if not file.is_file():
+        return []
+    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+
+
+def _last_line(log: Path) -> str:
+    """The last line of a log that says something."""
+    with contextlib.suppress(OSError):
+        lines = [line.strip() for line in log.read_text(encoding="utf-8", errors="replace").splitlines()]
+        said = [line for line in lines if line]
+        if said:
+            return printable(said[-1], 300)
+    return f"see {log}"

@@ -1,0 +1,163 @@
+"""Tasks and samples at checkpoints, with the numpy trainer and a stand-in for `tele eval`."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from telechat_twins.core.config import run_config_from_dict
+from telechat_twins.core.errors import UserError
+from telechat_twins.core.train import loop, records
+from telechat_twins.core.train.heldout import scores
+from telechat_twins.core.train.heldout.scores import open_scores
+from telechat_twins.core.train.metrics import last_row, plot_losses, read_metrics
+from tests.support.numpy_stepper import Cluster, MemoryBlend, NumpyStepper, run_config
+
+# What `tele` would do: a score that grows with the step, and a continuation; it checks that the checkpoint is there.
+STAND_IN = """
+import json, sys, pathlib
+words = sys.argv[1:]
+option = lambda name: words[words.index(name) + 1]
+step = int(pathlib.Path(option("--checkpoint")).name.removeprefix("step-"))
+assert (pathlib.Path(option("--checkpoint")) / "manifest.json").is_file()
+print("words", json.dumps(words))
+if step == FAILS:
+    sys.exit("tele: no such task")
+out = pathlib.Path(option("--out"))
+if "answers" in words:
+    prompts = [json.loads(line)["prompt"] for line in open(option("--questions"))]
+    out.write_text("".join(json.dumps({"prompt": p, "text": f" after {step}"}) + "\\n" for p in prompts))
+else:
+    out.mkdir()
+    entry = lambda error: {"score": step / 100, "stderr": error, "metric": "acc,none"}
+    (out / "results.json").write_text(json.dumps({"tasks": {"arc": entry(0.5), "rolling": entry(None)}}))
+"""
+GIVEN = {"tasks": ["arc", "rolling"], "task_limit": 3, "samples": ["Once", "你"], "sample_tokens": 5}
+
+
+class Stepper(NumpyStepper):
+    def implementation(self):
+        return {"backend": "PyTorch 0", "device": "cpu"}
+
+
+@pytest.fixture(autouse=True)
+def in_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loop, "open_blend", lambda data, seed, vocab_size, pad_token_id: MemoryBlend(seed))
+    monkeypatch.setattr(records, "plot_losses", lambda runs, path, title, marks: path)
+    monkeypatch.setattr(scores, "MOMENT_S", 0.05)
+
+
+def stand_in(monkeypatch: pytest.MonkeyPatch, code: str) -> None:
+    real = open_scores
+
+    def opened(config, out, stepper):
+        return real(config, out, stepper, lambda words: [sys.executable, "-S", "-c", code, *words])
+
+    monkeypatch.setattr(loop, "open_scores", opened)
+
+
+def config_of(**more):
+    return run_config(train__steps=5, checkpoint={"every": 2}, eval=GIVEN | more)
+
+
+def test_every_checkpoint_is_scored_and_a_failure_is_a_warning(tmp_path, monkeypatch, capsys):
+    stand_in(monkeypatch, STAND_IN.replace("FAILS", "4"))
+    loop.train(Stepper, config_of(), tmp_path)
+    rows = read_metrics(tmp_path)
+    assert [row["step"] for row in rows] == [1, 2, 3, 4, 5] and all("loss" in row for row in rows)
+    found = {row["step"]: {key: row[key] for key in row if key.startswith("tasks/")} for row in rows}
+    columns = {"tasks/arc/acc": 0.05, "tasks/arc/stderr": 0.5, "tasks/rolling/acc": 0.05}
+    assert found == {1: {}, 2: {key: 0.5 if "err" in key else 0.02 for key in columns}, 3: {}, 4: {}, 5: columns}
+    said = capsys.readouterr().err
+    assert "tasks after step 2: arc acc 0.0200 ± 0.5000; rolling acc 0.0200" in said
+    assert "sample after step 5: Once ->  after 5" in said and "sample after step 5: 你 ->  after 5" in said
+    for name in ("tasks", "samples"):
+        assert f"step 4: eval.{name} could not be evaluated (exit code 1: tele: no such task); training goes" in said
+    (words,) = (json.loads(line[6:]) for line in _log(tmp_path, 2, "tasks").splitlines())
+    folder = tmp_path / "evaluations" / "step-00000002"
+    assert words == [
+        *("eval", "--backend", "pt", "--checkpoint", str(tmp_path / "step-00000002"), "--precision", "fp32", "--quiet"),
+        *("--out", str(folder / "tasks"), "--tasks", "arc", "rolling", "--limit", "3"),
+    ]
+    last = last_row(tmp_path / "metrics.jsonl")
+    assert last is not None and last["step"] == 5 and "loss" in last
+    plot_losses({"run": rows}, tmp_path / "loss.png", "scores")  # with the panel of scores
+    # TensorBoard's own reader gives these scalars and texts (checked by hand: it cannot be imported beside MindSpore).
+    (events,) = (tmp_path / "tensorboard").iterdir()
+    for text in ("tasks/arc/acc", "samples/1", "你 after 2", "你 after 5"):
+        assert text.encode() in events.read_bytes()
+
+
+def _log(run: Path, step: int, name: str) -> str:
+    return (run / "evaluations" / f"step-{step:08d}" / f"{name}.log").read_text()
+
+
+def test_an_interrupted_evaluation_is_finished_by_the_resumed_run(tmp_path, monkeypatch):
+    """A run that ends in an evaluation begins it anew when it goes on; one that had finished stays as it is."""
+    stand_in(monkeypatch, STAND_IN.replace("FAILS", "-1"))
+    loop.train(Stepper, config_of(), tmp_path)
+    whole = (tmp_path / "metrics.jsonl").read_text()
+    mark = tmp_path / "evaluations" / "step-00000005" / "finished"
+    mark.unlink()
+    for part in (tmp_path / "evaluations" / "step-00000005" / "tasks").iterdir():
+        part.unlink()
+    (tmp_path / "evaluations" / "step-00000005" / "tasks").rmdir()
+    kept = [line for line in whole.splitlines(keepends=True) if "tasks/" not in line or '"step": 2' in line]
+    (tmp_path / "metrics.jsonl").write_text("".join(kept))
+    loop.train(Stepper, config_of(), tmp_path, resume="auto")
+    assert mark.is_file() and read_metrics(tmp_path)[4]["tasks/arc/acc"] == 0.05
+    before = mark.stat().st_mtime_ns
+    loop.train(Stepper, config_of(), tmp_path, resume="auto")
+    assert mark.stat().st_mtime_ns == before
+
+
+def test_all_ranks_wait_for_rank_0(tmp_path, monkeypatch):
+    stand_in(monkeypatch, STAND_IN.replace("FAILS", "-1"))
+    cluster = Cluster(2)
+    parallel = config_of(tasks=["arc"], samples=[]).to_dict() | {"parallel": {"dp": 2}}
+    config = run_config_from_dict(parallel)
+
+    def on_rank(rank: int):
+        return loop.train(lambda config: Stepper(config, cluster=cluster, rank=rank), config, tmp_path)
+
+    results = cluster.run(on_rank)
+    assert [result.step for result in results] == [5, 5]
+    assert [row["step"] for row in read_metrics(tmp_path) if "tasks/arc/acc" in row] == [2, 4, 5]
+
+
+def test_a_signal_ends_the_evaluation_and_the_run(tmp_path, monkeypatch, capsys):
+    """The stand-in interrupts its parent and would then take a minute; the resumed run scores that checkpoint."""
+    stand_in(monkeypatch, "import os, time; os.kill(os.getppid(), 15); time.sleep(60)")
+    started = time.monotonic()
+    result = loop.train(Stepper, config_of(), tmp_path)
+    assert (result.step, result.interrupted_by) == (2, 15) and time.monotonic() - started < 30
+    assert "could not be evaluated" not in capsys.readouterr().err
+    stand_in(monkeypatch, STAND_IN.replace("FAILS", "-1"))
+    loop.train(Stepper, config_of(), tmp_path, resume="auto")
+    assert [row["step"] for row in read_metrics(tmp_path) if "tasks/arc/acc" in row] == [2, 4, 5]
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"tasks": ["arc"], "task_data": "nowhere"}, "eval.task_data: nowhere: no such folder"),
+        ({"tasks": ["arc"], "every": 5}, "eval.every, keep_best, patience: need held-out text"),
+        ({"samples": ["a"], "task_data": "x"}, "belong to eval.tasks"),
+        ({}, "eval.sources: must be 1 to 16 folders"),
+    ],
+)
+def test_what_cannot_be_evaluated_is_refused_before_training(tmp_path, monkeypatch, given, message):
+    stand_in(monkeypatch, STAND_IN)
+    with pytest.raises(UserError) as caught:
+        loop.train(Stepper, run_config(eval=given), tmp_path)
+    assert message in str(caught.value)
+
+
+def test_a_missing_harness_is_said_at_once(tmp_path, monkeypatch):
+    monkeypatch.setattr(scores.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match="eval.tasks: lm-evaluation-harness is not installed; run: pip install"):
+        loop.train(Stepper, run_config_from_dict(run_config(eval={"tasks": ["arc"]}).to_dict()), tmp_path)
