@@ -27,7 +27,7 @@ from __future__ import annotations
 
 import argparse
 
-from telechat_twins.core.commands.plan import calibrate, time, training, validate
+from telechat_twins.core.commands.plan import calibrate, cost, search, time, training, validate
 from telechat_twins.core.errors import UserError
 from telechat_twins.core.model.config import PRECISIONS
 
@@ -68,6 +68,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     time.add_arguments(parser)
     validate.add_arguments(parser)
     calibrate.add_arguments(parser)
+    search.add_arguments(parser)
+    cost.add_arguments(parser)
     parser.add_argument("--json", action="store_true", help="print JSON")
 
 
@@ -77,10 +79,14 @@ def run(args: argparse.Namespace) -> int:
         if value is not None and value < 1:
             raise UserError(f"--{name.replace('_', '-')}: must be at least 1, found {value}")
     time.check(args)
+    cost.check(args)
+    search.check(args)
     if args.validate:
         return validate.run(args)
     if args.calibrate:
         return calibrate.run(args)
+    if args.search:
+        return search.run(args)
     if args.growth is not None:
         from telechat_twins.core.commands.plan import growth
 

@@ -18,6 +18,10 @@ _OF_A_PLAN = (
     "recompute",
     "fused_attention",
     "machine",
+    "recompute_lists",
+    "search",
+    "cost",
+    "budget",
 )
 
 
@@ -27,7 +31,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--machine", metavar="M", help="forecast the step's time on this machine: a bundled name or a YAML file"
     )
     parser.add_argument(
-        "--tokens", type=float, metavar="N", help="with --machine: days and energy for so many tokens, e.g. 2e12"
+        "--tokens",
+        type=float,
+        metavar="N",
+        help="with --machine: days and energy for so many tokens, e.g. 2e12; with --cost: what they cost",
     )
     parser.add_argument("--trace", metavar="FILE", help="with --machine: write the simulated step as a Chrome trace")
     parser.add_argument("--timeline", metavar="FILE", help="with --machine: draw the simulated step (.png)")
@@ -44,7 +51,7 @@ def check(args: argparse.Namespace) -> None:
         if getattr(args, name) not in (None, False):
             raise UserError(f"--{name.replace('_', '-')}: has no meaning with --{alone}; leave it out")
     for name in ("tokens", "trace", "timeline"):
-        if getattr(args, name) is not None and args.machine is None:
+        if getattr(args, name) is not None and args.machine is None and not (name == "tokens" and args.cost):
             raise UserError(f"--{name}: needs --machine; name the machine to forecast, e.g. --machine atlas-800t-a2")
     if args.tokens is not None and not 0 < args.tokens < 1e18:
         raise UserError(f"--tokens: must be above 0 and below 1e18, found {args.tokens:g}")

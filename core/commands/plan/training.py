@@ -6,6 +6,7 @@ import argparse
 import json
 from pathlib import Path
 
+from telechat_twins.core.commands.plan import cost
 from telechat_twins.core.config import RunConfig, load_run_config
 from telechat_twins.core.errors import UserError
 from telechat_twins.core.model.config import ModelConfig, load_model_config
@@ -41,6 +42,9 @@ def run(args: argparse.Namespace) -> int:
         plan["published"] = _published(name, config, layout, settings)
     plan |= {"data": {**mix, "sources": [{**vars(one), "epochs": one.epochs} for one in mix["sources"]]}} if mix else {}
     text = _text(args.model or args.config, plan)
+    if args.cost or args.budget is not None:
+        more, found = cost.report(args, config, settings["seq_len"], plan["parameters"]["total"])
+        text, plan = "\n".join([text, *more]), plan | found
     if args.machine is not None:
         lines, plan["time"] = _time(args, run_config, config, layout, settings)
         text = "\n".join([text, *lines])

@@ -118,8 +118,8 @@ def rank_memory(
     begins, within, ends = float(largest if last else 0), positions * inside + largest, 0.0
     within += cast if again else 0
     if work.executor.late_gradients:
-        # The blocks of freed activations are cached by the framework's pool, and the gradients, of other sizes, find
-        # them only in part; they are counted as if they found none.
+        # The framework's pool caches the blocks of freed activations. Gradients, of other sizes, find them only in
+        # part; they are counted as if they found none.
         begins, within, ends = 0.0, within - largest, held.trained / layout.virtual * widths.weight
     states = states_bytes(held, layout, widths, work.executor)
     messages, tables = 0, padded // layout.cp * config.head_dim * max(widths.stat, 4)

@@ -224,7 +224,7 @@ def _summed(
     after = max(one.update + one.gather for one in tails)
     agreement = _AGREEMENTS * ways.ways["world"].seconds("all_reduce", 1, 8)
     together = reduced + after + agreement
-    seconds = together * _stretch(machine, layout.world)
+    seconds = together * stretch(machine, layout.world)
     rank = max(range(layout.pp), key=played.busy.__getitem__)
     mine = range(rank, layout.stages, layout.pp)
     m = work.micro_batches
@@ -262,7 +262,7 @@ def _summed(
     )
 
 
-def _stretch(machine: Machine, world: int) -> float:
+def stretch(machine: Machine, world: int) -> float:
     """How much longer ``world`` devices take than a node, waiting for the slowest of them."""
     return 1.0 + machine.scaling.value * max(0.0, math.log2(world / machine.devices_per_node))
 

@@ -1,0 +1,145 @@
+"""`tele plan --search`: the best legal layout for training a model, or for serving it, on a number of devices."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+
+from telechat_twins.core.config import RunConfig, load_run_config
+from telechat_twins.core.errors import UserError
+from telechat_twins.core.model.config import ModelConfig, load_model_config
+from telechat_twins.core.planner.machine import Machine, load_machine
+from telechat_twins.core.planner.search import report
+from telechat_twins.core.planner.search.best import search
+from telechat_twins.core.planner.search.question import Found, Question
+
+TOKENS_A_STEP = 1 << 22  # where neither --global-batch nor a run says so
+
+
+def run(args: argparse.Namespace) -> int:
+    """Search, and print the result; 1 when nothing fits."""
+    machine = load_machine(args.machine)
+    config = None if args.config is None else load_run_config(args.config)
+    model = load_model_config(args.model) if config is None else config.model
+    name = args.model or args.config
+    if args.target is not None:
+        return _serve(args, model, machine, name)
+    question = _question(args, model, machine, config)
+    shown = _Progress()
+    found = search(question, shown)
+    shown.end()
+    if args.json:
+        print(json.dumps(report.described(question, found), indent=1))
+    else:
+        print("\n".join(report.text(question, found, name)))
+    return 0 if found.plans else 1
+
+
+def _question(args: argparse.Namespace, model: ModelConfig, machine: Machine, config: RunConfig | None) -> Question:
+    seq_len = args.seq_len or (model.max_seqlen if config is None else config.data.seq_len)
+    batch = args.global_batch or (max(1, TOKENS_A_STEP // seq_len) if config is None else config.train.global_batch)
+    precision = args.precision or ("bf16" if config is None else config.train.precision)
+    return Question(
+        model,
+        machine,
+        args.devices,
+        seq_len,
+        batch,
+        precision,
+        args.memory,
+        args.micro_batch or 16,
+        1 + (10 if args.top is None else args.top),
+    )
+
+
+def _serve(args: argparse.Namespace, model: ModelConfig, machine: Machine, name: str) -> int:
+    from telechat_twins.core.planner.search import serving
+
+    question = serving.Serving(
+        model,
+        machine,
+        args.devices,
+        args.prompt_len,
+        args.answer_len,
+        args.target,
+        args.quantize or "none",
+        args.memory,
+        1 + (10 if args.top is None else args.top),
+    )
+    plans = serving.search(question)
+    found = [serving.described(plan) for plan in plans]
+    print(json.dumps(found, indent=1) if args.json else "\n".join(serving.text(question, plans, name)))
+    return 0 if plans else 1
+
+
+class _Progress:
+    """A line on a terminal that counts simulated plans, and names the best so far."""
+
+    def __init__(self) -> None:
+        self.shown = sys.stderr.isatty()
+
+    def __call__(self, found: Found) -> None:
+        if self.shown and found.plans:
+            best = found.plans[0]
+            counts = f"{found.considered:,} plans, {found.timed:,} simulated"
+            line = f"{counts}; best {best.layout.name}, {best.time.seconds:.4g} s"
+            print(f"\r{line:<100}", end="", file=sys.stderr, flush=True)
+
+    def end(self) -> None:
+        """Remove the line."""
+        if self.shown:
+            print(f"\r{'':<100}\r", end="", file=sys.stderr, flush=True)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of the search."""
+    parser.add_argument(
+        "--search", action="store_true", help="find the best layout for --devices of --machine: docs/parallel.md"
+    )
+    parser.add_argument("--devices", type=int, metavar="N", help="with --search: devices to use at most")
+    parser.add_argument(
+        "--global-batch", type=int, metavar="B", help="with --search: sequences a step (default: 4 Mi tokens)"
+    )
+    parser.add_argument(
+        "--memory", type=float, metavar="GIB", help="with --search: memory of a device (default: the machine's less 4)"
+    )
+    parser.add_argument("--top", type=int, metavar="N", help="with --search: further plans to explain (default 10)")
+    parser.add_argument(
+        "--target", choices=("latency", "throughput"), help="with --search: serve instead of train, for this target"
+    )
+    parser.add_argument("--prompt-len", type=int, default=1024, metavar="P", help="with --target: tokens of a prompt")
+    parser.add_argument("--answer-len", type=int, default=256, metavar="A", help="with --target: tokens of an answer")
+    parser.add_argument("--quantize", choices=("none", "int8"), help="with --target: weights (default none: bf16)")
+
+
+def check(args: argparse.Namespace) -> None:
+    """UserError for options that need another, and for values out of range."""
+    for name in ("devices", "global_batch", "memory", "top", "target"):
+        if getattr(args, name) is not None and not args.search:
+            raise UserError(f"--{name.replace('_', '-')}: belongs to --search; add it, or leave it out")
+    if not args.search:
+        return
+    for name in ("machine", "devices"):
+        if getattr(args, name) is None:
+            raise UserError(f"--search: needs --{name}, e.g. --machine atlas-800t-a2 --devices 512")
+    if args.model is None and args.config is None:
+        raise UserError("--search: needs --model or --config")
+    for name in ("layout", "recompute", "recompute_lists", "growth", "micro_batches", "trace", "timeline", "tokens"):
+        if getattr(args, name) is not None:
+            raise UserError(
+                f"--{name.replace('_', '-')}: cannot be combined with --search, which finds it; leave it out"
+            )
+    for name, most in (
+        ("devices", 1 << 16),
+        ("global_batch", 1 << 20),
+        ("prompt_len", 1 << 24),
+        ("answer_len", 1 << 24),
+    ):
+        value = getattr(args, name)
+        if value is not None and not 1 <= value <= most:
+            raise UserError(f"--{name.replace('_', '-')}: must be from 1 to {most}, found {value}")
+    if args.top is not None and not 0 <= args.top <= 100:
+        raise UserError(f"--top: must be from 0 to 100, found {args.top}")
+    if args.memory is not None and not 0.0 < args.memory < 1e6:
+        raise UserError(f"--memory: must be above 0 and below 1e6 GiB, found {args.memory:g}")
