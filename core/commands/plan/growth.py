@@ -60,15 +60,79 @@ def run(args: argparse.Namespace) -> int:
             }
         )
     arithmetic = cost(stages)
-    report = {
+    report: JsonObject = {
         "stages": rows,
         "flops": arithmetic.by_parameters,
         "flops_from_scratch": arithmetic.scratch_by_parameters,
         "flops_saved": arithmetic.saved,
         "products_saved": 1.0 - arithmetic.by_products / arithmetic.scratch_by_products,
     }
+    if args.machine is not None:
+        report["time"] = _time(args.machine, stages)
     print(json.dumps(report, indent=1) if args.json else _text(report, stages))
     return 0
+
+
+def _time(name: str, stages: list[Stage]) -> JsonObject:
+    """Days, device hours and energy of every stage, and of the last size trained on all tokens in its layout."""
+    from telechat_twins.core.planner.machine import load_machine
+    from telechat_twins.core.planner.time.step import step_time
+    from telechat_twins.core.planner.time.work import work_of
+    from telechat_twins.core.train.recipe import tells_classes_apart
+
+    machine = load_machine(name)
+
+    def taken(stage: Stage, tokens: float) -> JsonObject:
+        config = stage.config
+        work = work_of(config, tells_classes_apart(config.optim))
+        step = step_time(config.model, config.parallel, work, machine)
+        seconds, devices = tokens / step.tokens_per_s, config.parallel.world
+        return {
+            "seconds_a_step": step.seconds,
+            "tokens_per_s_per_device": step.tokens_per_s_per_device,
+            "mfu": step.mfu,
+            "days": seconds / 86400.0,
+            "device_hours": seconds * devices / 3600.0,
+            "megawatt_hours": seconds * devices * machine.power.value / 3.6e9,
+        }
+
+    rows = [{"name": stage.name, **taken(stage, stage.tokens)} for stage in stages]
+    scratch = taken(stages[-1], sum(stage.tokens for stage in stages))
+    sums = {unit: sum(row[unit] for row in rows) for unit in ("days", "device_hours", "megawatt_hours")}
+    saved = 1.0 - sums["device_hours"] / scratch["device_hours"]
+    return {
+        "machine": machine.title,
+        "stages": rows,
+        "grown": sums,
+        "from_scratch": scratch,
+        "device_hours_saved": saved,
+    }
+
+
+def _time_lines(found: JsonObject) -> list[str]:
+    row = "{:>12}{:>14}{:>10}{:>8}{:>10}{:>15}{:>10}"
+    titles = ("stage", "s a step", "tok/s/dev", "MFU", "days", "device hours", "MWh")
+    lines = ["", f"time on {found['machine']}", row.format(*titles)]
+    for name, one in [*((r["name"], r) for r in found["stages"]), ("from scratch", found["from_scratch"])]:
+        lines.append(
+            row.format(
+                name,
+                f"{one['seconds_a_step']:.4g}",
+                f"{one['tokens_per_s_per_device']:,.0f}",
+                f"{one['mfu']:.1%}",
+                f"{one['days']:,.2f}",
+                f"{one['device_hours']:,.0f}",
+                f"{one['megawatt_hours']:,.1f}",
+            )
+        )
+    grown = found["grown"]
+    lines.append(
+        f"grown: {grown['days']:,.1f} days, {grown['device_hours']:,.0f} device hours, "
+        f"{grown['megawatt_hours']:,.1f} MWh; of the last size's device hours on all tokens "
+        f"{found['device_hours_saved']:.1%} saved, {1 / (1 - found['device_hours_saved']):.2f} times less. "
+        "Restarts and growth itself are not counted."
+    )
+    return lines
 
 
 def _text(report: JsonObject, stages: list[Stage]) -> str:
@@ -100,6 +164,8 @@ def _text(report: JsonObject, stages: list[Stage]) -> str:
         f"{report['products_saved']:.1%} saved.",
         "Memory per device: that of the fullest rank; see `tele plan --help`. Checkpoint: masters, m and v.",
     ]
+    if "time" in report:
+        lines += _time_lines(report["time"])
     for before, stage in zip(stages, stages[1:], strict=False):
         assert stage.plan is not None
         lines += ["", f"growth from {before.name} to {stage.name}, at step {stage.begin:,}", describe(stage.plan)]
