@@ -5,20 +5,27 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from typing import TYPE_CHECKING
 
-from telechat_twins.core.config import RunConfig, load_run_config
 from telechat_twins.core.errors import UserError
-from telechat_twins.core.model.config import ModelConfig, load_model_config
-from telechat_twins.core.planner.machine import Machine, load_machine
-from telechat_twins.core.planner.search import report
-from telechat_twins.core.planner.search.best import search
-from telechat_twins.core.planner.search.question import Found, Question
+
+if TYPE_CHECKING:  # what a search needs is imported when there is one
+    from telechat_twins.core.config import RunConfig
+    from telechat_twins.core.model.config import ModelConfig
+    from telechat_twins.core.planner.machine import Machine
+    from telechat_twins.core.planner.search.question import Found, Question
 
 TOKENS_A_STEP = 1 << 22  # where neither --global-batch nor a run says so
 
 
 def run(args: argparse.Namespace) -> int:
     """Search, and print the result; 1 when nothing fits."""
+    from telechat_twins.core.config import load_run_config
+    from telechat_twins.core.model.config import load_model_config
+    from telechat_twins.core.planner.machine import load_machine
+    from telechat_twins.core.planner.search import report
+    from telechat_twins.core.planner.search.best import search
+
     machine = load_machine(args.machine)
     config = None if args.config is None else load_run_config(args.config)
     model = load_model_config(args.model) if config is None else config.model
@@ -37,6 +44,8 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _question(args: argparse.Namespace, model: ModelConfig, machine: Machine, config: RunConfig | None) -> Question:
+    from telechat_twins.core.planner.search.question import Question
+
     seq_len = args.seq_len or (model.max_seqlen if config is None else config.data.seq_len)
     batch = args.global_batch or (max(1, TOKENS_A_STEP // seq_len) if config is None else config.train.global_batch)
     precision = args.precision or ("bf16" if config is None else config.train.precision)
