@@ -8,7 +8,7 @@ SHELL := /bin/bash
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .PHONY: help install demo docs reference test test-unit test-parallel-full soak operators campaigns campaign-kills campaign-corruption campaign-hostile \
-        campaign-equivalence campaign-memory mutation locate relay eval-check ascend-lower gpu-check mindformers-check asan lint format lock clean
+        campaign-equivalence campaign-memory mutation locate relay eval-check ascend-lower gpu-check mindformers-check plan-check plan-table asan lint format lock clean
 
 VENV ?= .venv
 EXTRAS := ms,pt,serve,data,tokenizers,dev
@@ -43,6 +43,8 @@ help:
 	@echo "make ascend-lower  compile every Triton kernel for Ascend910B3 as far as a machine without one can (1 minute)"
 	@echo "make gpu-check  tests and benchmarks of a machine with a GPU; leaves gpu-check.json"
 	@echo "make mindformers-check  converted weights in MindFormers' own networks, in an environment of its own"
+	@echo "make plan-check  measured against predicted peak memory of 20 small trainings in both frameworks (an hour)"
+	@echo "make plan-table  search the tables of best layouts in docs/parallel.md anew (2 minutes)"
 	@echo "make asan       the C++ operators under the address sanitizer (2 minutes)"
 	@echo "make lint       ruff and mypy"
 	@echo "make docs       the documentation as a site in English and Chinese, into build/site (1 minute)"
@@ -95,6 +97,12 @@ campaign-hostile: operators
 
 campaign-equivalence: operators
 	$(RUN) -m tests.campaigns.equivalence $(CAMPAIGN_ARGS)
+
+plan-check: operators
+	$(RUN) -m tests.campaigns.plan_check $(CAMPAIGN_ARGS)
+
+plan-table:
+	$(RUN) -m tests.campaigns.plan_table $(CAMPAIGN_ARGS)
 
 campaign-memory: operators
 	$(RUN) -m tests.campaigns.memory $(CAMPAIGN_ARGS)

@@ -56,7 +56,8 @@ class Serving:
 @dataclass(frozen=True)
 class ServingPlan:
     """``replicas`` of tp x pp ranks, each with ``sequences`` at a time on a stage. Seconds to the first token of an
-    idle replica, and of a token with all sequences running; tokens a second of all replicas; bytes of a device."""
+    idle replica, and of a token with all sequences running; tokens a second of all replicas; bytes of a device, and of
+    one sequence's keys and values at its full length."""
 
     tp: int
     pp: int
@@ -67,6 +68,7 @@ class ServingPlan:
     latency: float
     throughput: float
     memory: int
+    cache: int
 
     @property
     def name(self) -> str:
@@ -120,6 +122,7 @@ def _plan(question: Serving, tp: int, pp: int) -> ServingPlan | None:
         prompt + question.answer * alone,
         throughput(batch),
         int(fixed + batch * each),
+        each // pp,
     )
 
 
@@ -182,6 +185,7 @@ def described(plan: ServingPlan) -> JsonObject:
         "latency_seconds": plan.latency,
         "tokens_per_s": plan.throughput,
         "memory_bytes": plan.memory,
+        "sequence_cache_bytes": plan.cache,
     }
 
 
@@ -195,8 +199,8 @@ def text(question: Serving, plans: list[ServingPlan], model: str) -> list[str]:
     ]
     if not plans:
         return [*lines, f"none fits {question.limit / 2**30:.1f} GiB a device"]
-    row = "  {:<12}{:>9}{:>11}{:>13}{:>13}{:>12}{:>13}{:>8}"
-    titles = ("replica", "replicas", "sequences", "first token", "token", "latency", "tokens/s", "GiB")
+    row = "  {:<12}{:>9}{:>11}{:>13}{:>13}{:>12}{:>13}{:>8}{:>12}"
+    titles = ("replica", "replicas", "sequences", "first token", "token", "latency", "tokens/s", "GiB", "MiB a seq.")
     lines.append(row.format(*titles))
     for plan in plans:
         lines.append(
@@ -209,9 +213,14 @@ def text(question: Serving, plans: list[ServingPlan], model: str) -> list[str]:
                 f"{plan.latency:,.2f} s",
                 f"{plan.throughput:,.0f}",
                 f"{plan.memory / 2**30:.1f}",
+                f"{plan.cache / 2**20:,.0f}",
             )
         )
-    lines += ["", "first token and latency: of one request on an idle replica; token: with all sequences running"]
+    lines += [
+        "",
+        "first token and latency: of one request on an idle replica; token: with all sequences running; "
+        "MiB a seq.: keys and values of a whole sequence on a device",
+    ]
     best = plans[0]
     lines.append(f"tele serve --checkpoint F --layout {best.name}, on each replica")
     return lines
