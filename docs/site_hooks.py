@@ -33,3 +33,9 @@ def on_page_markdown(markdown: str, page: Page, **_: object) -> str:
         return f"{text} (`{target}`)"
 
     return OUTSIDE.sub(inside, markdown)
+
+
+def on_post_page(output: str, **_: object) -> str:
+    """The page without its head's list of translations, for each of which Material's script would ask the host for a
+    site map that is not there; the menu of languages stays."""
+    return re.sub(r"<link rel=\"?alternate\"?[^>]*>", "", output)

@@ -1,7 +1,7 @@
-"""Check this machine: package versions, compiler, processor, memory, devices, launchers, operators.
+"""Check this machine: package versions, extras, compiler, processor, memory, disk, devices, launchers, operators.
 
 Each installed framework reports, in a process of its own, which implementation runs each operator and why. The C++
-operators are compiled if they have not been yet.
+operators are compiled if they have not been yet. Each line is printed as soon as it is known.
 
 Exit code 0 when at least one backend can run and no version is wrong. Exit code 2, with the pip command that fixes it,
 when a version is wrong or no backend is installed. A single missing backend is reported, but is not an error.
@@ -18,6 +18,7 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 import tomllib
 from collections.abc import Callable
 from pathlib import Path
@@ -30,6 +31,14 @@ from telechat_twins.core.types import JsonObject
 
 BACKENDS = {"ms": "mindspore", "pt": "torch"}
 OPTIONAL = ("mindformers", "torch-npu")
+NOT_LISTED = (
+    "ms",
+    "pt",
+    "mindformers",
+    "npu",
+    "dev",
+)  # extras whose packages have lines of their own, or are for tests
+CANN_FOLDERS = ("/usr/local/Ascend/ascend-toolkit/latest", "/usr/local/Ascend/cann", "/usr/local/Ascend/latest")
 PYTHON = (3, 11)
 
 
@@ -38,14 +47,34 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    report = examine(ask=True)
     if args.json:
+        report = examine(ask=True)
         print(json.dumps(report, indent=1))
     else:
-        print(_text(report))
+        report = examine()
+        print(_text(report), flush=True)
+        _print_operators([name for name, package in BACKENDS.items() if report["packages"][package]["installed"]])
     if report["mistakes"]:
         raise UserError("; ".join(report["mistakes"]) + (f". Run: {report['mend']}" if report["mend"] else ""))
     return 0
+
+
+def _print_operators(names: list[str]) -> None:
+    """Print the implementations of operators, backend by backend, with a line before what takes long."""
+    for name in names:
+        if name == "ms" and _compiler():
+            what = "the C++ operators of MindSpore's CPU device, which takes half a minute once on a machine"
+            print(f"compiling     {what}", end="", flush=True)
+            began = time.monotonic()
+            done = subprocess.run([sys.executable, "-m", "telechat_twins.kernels.cpu.build"], cwd=IMPORT_ROOT)
+            state = "ready" if done.returncode == 0 else "failed, see above"
+            print(f" ... {state} after {time.monotonic() - began:.0f} s", flush=True)
+        for i, line in enumerate(_operators(name)):
+            print(f"{f'{backends.TITLES[name]} ops' if i == 0 else '':<13} {line}", flush=True)
+
+
+def _compiler() -> str | None:
+    return next((path for name in ("c++", "g++", "clang++") if (path := shutil.which(name))), None)
 
 
 def installed_version(package: str) -> str | None:
@@ -56,16 +85,38 @@ def installed_version(package: str) -> str | None:
         return None
 
 
-def pinned_versions() -> dict[str, str]:
-    """Package -> the exact version asked for, from pyproject.toml in a checkout, else from the package's metadata."""
+def requirements() -> dict[str, list[str]]:
+    """Extra ("" for what is always needed) -> its requirements, from pyproject.toml in a checkout, else from the
+    package's metadata."""
     source = ROOT / "pyproject.toml"
     if source.is_file():
         project = tomllib.loads(source.read_text(encoding="utf-8"))["project"]
-        wanted = [*project["dependencies"], *(r for extra in project["optional-dependencies"].values() for r in extra)]
-    else:
-        wanted = importlib.metadata.requires(DISTRIBUTION) or []
-    pins = (re.match(r"([\w.-]+)(?:\[[^]]*\])?\s*==\s*([\w.+!]+)", line) for line in wanted)
+        return {"": project["dependencies"], **project["optional-dependencies"]}
+    found: dict[str, list[str]] = {}
+    for line in importlib.metadata.requires(DISTRIBUTION) or []:
+        extra = re.search(r"extra == ['\"]([\w-]+)['\"]", line)
+        found.setdefault(extra[1] if extra else "", []).append(line)
+    return found
+
+
+def _pins(lines: list[str]) -> dict[str, str]:
+    pins = (re.match(r"([\w.-]+)(?:\[[^]]*\])?\s*==\s*([\w.+!]+)", line) for line in lines)
     return {pin[1].lower().replace("_", "-"): pin[2] for pin in pins if pin}
+
+
+def pinned_versions() -> dict[str, str]:
+    """Package -> the exact version asked for, of all requirements."""
+    return _pins([line for lines in requirements().values() for line in lines])
+
+
+def _extras(installed: Callable[[str], str | None]) -> JsonObject:
+    """Extra -> the packages that it lacks, and the command that installs it."""
+    found: JsonObject = {}
+    for extra, lines in requirements().items():
+        if extra and extra not in NOT_LISTED:
+            lacks = [name for name in _pins(lines) if installed(name) is None]
+            found[extra] = {"missing": lacks, "install": backends.install_command(extra) if lacks else None}
+    return found
 
 
 def examine(
@@ -101,7 +152,8 @@ def examine(
     return {
         "python": {"version": ".".join(map(str, python)), "executable": sys.executable},
         "packages": packages,
-        "compiler": next((path for name in ("c++", "g++", "clang++") if (path := shutil.which(name))), None),
+        "extras": _extras(installed),
+        "compiler": _compiler(),
         "launchers": {"ms": _beside("msrun"), "pt": _beside("torchrun")},
         "operators": {name: _operators(name) for name in BACKENDS if packages[BACKENDS[name]]["installed"] and ask},
         "machine": _machine(),
@@ -151,7 +203,20 @@ def _machine() -> JsonObject:
         "cpu_flags": sorted(flags & {"avx2", "avx512f", "avx512_bf16", "amx_bf16", "amx_tile"}),
         "ascend_devices": len([d for d in devices.glob("davinci*") if d.name[7:].isdigit()]),
         "nvidia_devices": len([d for d in devices.glob("nvidia*") if d.name[6:].isdigit()]),
+        "cann": _cann(),
+        "disk_free_gib": round(shutil.disk_usage(Path.cwd()).free / 2**30, 1),
     }
+
+
+def _cann() -> JsonObject | None:
+    """Folder and version of the CANN toolkit, or None."""
+    named = [os.environ.get(name, "") for name in ("ASCEND_HOME_PATH", "ASCEND_TOOLKIT_HOME")]
+    for folder in filter(None, [*named, *CANN_FOLDERS]):
+        if Path(folder).is_dir():
+            told = "".join(_read(str(file)) for file in sorted(Path(folder).glob("*/version.info"))[:1])
+            version = re.search(r"^[Vv]ersion\s*=\s*(\S+)", told, flags=re.MULTILINE)
+            return {"folder": folder, "version": version[1] if version else None}
+    return None
 
 
 def _read(path: str) -> str:
@@ -177,6 +242,7 @@ def _text(report: JsonObject) -> str:
         else:
             note = f"{found}  (tested with {wanted})"
         lines.append(f"{name:<13} {note}")
+    lines += _extra_lines(report["extras"])
     lines.append(f"C++ compiler  {report['compiler'] or 'none found; fused operators for MindSpore on CPU need one'}")
     for backend, tool in (("ms", "msrun"), ("pt", "torchrun")):
         lines.append(f"{tool:<13} {report['launchers'][backend] or 'none found'}")
@@ -184,7 +250,14 @@ def _text(report: JsonObject) -> str:
     bf16 = "yes" if {"avx512_bf16", "amx_bf16"} & set(machine["cpu_flags"]) else "no"
     lines.append(f"processor     {machine['system']}, {machine['cores']} cores, bf16 instructions: {bf16}")
     lines.append(f"memory        {machine['memory_gib']} GiB")
+    lines.append(f"disk          {machine['disk_free_gib']} GiB free in this folder")
     lines.append(f"devices       {machine['ascend_devices']} Ascend, {machine['nvidia_devices']} NVIDIA")
+    cann = machine["cann"]
+    lines.append(
+        f"CANN          {cann['version'] or 'version unknown'}  {cann['folder']}"
+        if cann
+        else "CANN          none found"
+    )
     for backend, described in report["operators"].items():
         for i, line in enumerate(described):
             title = f"{backends.TITLES[backend]} ops" if i == 0 else ""
@@ -192,6 +265,16 @@ def _text(report: JsonObject) -> str:
     for name, command in report["missing_backends"].items():
         lines.append(f"to add {name}: {command}")
     return "\n".join(lines)
+
+
+def _extra_lines(extras: JsonObject) -> list[str]:
+    """A line for each extra: installed, or what it lacks and how to install it."""
+    lines = []
+    for i, (extra, entry) in enumerate(extras.items()):
+        lacks = ", ".join(entry["missing"])
+        state = f"lacks {lacks}: {entry['install']}" if lacks else "installed"
+        lines.append(f"{'extras' if i == 0 else '':<13} {extra:<11} {state}")
+    return lines
 
 
 if __name__ == "__main__":

@@ -154,3 +154,28 @@ def test_a_script_parses_its_own_command_line(monkeypatch: pytest.MonkeyPatch) -
 
     monkeypatch.setattr("sys.argv", ["train.py", "--config", "run.yaml"])
     assert parser().parse_args().config == "run.yaml"
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["train", "--backend", "mindspore"], "did you mean 'ms'?"),
+        (["train", "--backend", "PyTorch"], "did you mean 'pt'?"),
+        (["plan", "--model", "telechat-7b"], "did you mean 'telechat2-7b'?"),
+        (["train", "--backend", "ms", "--config", "telechat2-tny"], "did you mean 'telechat2-tiny'?"),
+        (["--print-completion", "bsh"], "did you mean 'bash'?"),
+    ],
+)
+def test_near_misses_get_a_hint(words: list[str], says: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(words) == 2
+    assert says in capsys.readouterr().err
+
+
+def test_completion_knows_every_verb(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The parser that shtab turns into a script; shtab itself is an extra."""
+    parser = cli.command_module("completion").whole_parser()
+    (verbs,) = (action.choices for action in parser._actions if action.dest == "verb")
+    assert list(verbs) == list(cli.VERBS) and "--layout" in verbs["train"].format_help()
+    monkeypatch.setitem(sys.modules, "shtab", None)
+    with pytest.raises(UserError, match="needs the package shtab"):
+        cli.command_module("completion").script("bash")

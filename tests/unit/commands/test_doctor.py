@@ -6,6 +6,7 @@ import json
 import re
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
@@ -72,3 +73,15 @@ def test_exit_codes_and_the_one_line(monkeypatch: pytest.MonkeyPatch, capsys: py
 def test_the_pins_come_from_the_project() -> None:
     pins = doctor.pinned_versions()
     assert pins["numpy"].startswith("1.26.") and {"mindspore", "torch", "ml-dtypes", "mindformers"} <= pins.keys()
+
+
+def test_extras_disk_and_cann_are_listed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "runtime").mkdir()
+    (tmp_path / "runtime" / "version.info").write_text("Version=8.5.0\n")
+    monkeypatch.setenv("ASCEND_HOME_PATH", str(tmp_path))
+    report = doctor.examine(having(fastapi="1", uvicorn="1", llguidance="1"), PINS, (3, 11, 9))
+    assert report["extras"]["serve"] == {"missing": [], "install": None}
+    assert report["extras"]["eval"]["missing"][0] == "lm-eval" and "[eval]" in report["extras"]["eval"]["install"]
+    text = doctor._text(report)
+    assert re.search(r"serve +installed", text) and re.search(r"eval +lacks lm-eval, ", text)
+    assert re.search(r"disk +[\d.]+ GiB free", text) and f"CANN          8.5.0  {tmp_path}" in text
