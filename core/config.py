@@ -477,14 +477,10 @@ def run_config_from_dict(tree: JsonObject, base: ModelConfig | None = None) -> R
 
 
 def _anchor_paths(tree: JsonObject, folder: Path, normalise: bool = False) -> None:
-    """Make the paths of sources and of train.init absolute, counted from ``folder``.
-
-    ``normalise`` when that folder may not exist.
-    """
+    """Make paths of sources and train.init absolute, from ``folder``; ``normalise`` when that may not exist."""
     train, data = tree.get("train"), tree.get("data")
     if isinstance(train, dict) and isinstance(train.get("init"), str):
-        path = str(folder / train["init"])
-        train["init"] = os.path.normpath(path) if normalise else path
+        train["init"] = _joined(folder, train["init"], normalise)
     stages = train.get("stages") if isinstance(train, dict) else None
     for holder in (data, tree.get("eval"), *(stages if isinstance(stages, list) else ())):
         _anchor_sources(holder, folder, normalise)
@@ -493,5 +489,11 @@ def _anchor_paths(tree: JsonObject, folder: Path, normalise: bool = False) -> No
 def _anchor_sources(holder: object, folder: Path, normalise: bool) -> None:
     for source in holder.get("sources") or [] if isinstance(holder, dict) else []:
         if isinstance(source, dict) and isinstance(source.get("path"), str):
-            path = str(folder / source["path"])
-            source["path"] = os.path.normpath(path) if normalise else path
+            source["path"] = _joined(folder, source["path"], normalise)
+
+
+def _joined(folder: Path, path: str, normalise: bool) -> str:
+    """``folder``/``path``; a "../" that begins ``path`` is taken off ``folder``, which is resolved: no detours shown."""
+    while path.startswith("../"):
+        folder, path = folder.parent, path[3:].lstrip("/")
+    return os.path.normpath(folder / path) if normalise else str(folder / path)
