@@ -108,10 +108,11 @@ def require_fitting_model(source: WeightSource, model: ModelConfig) -> None:
     """UserError, naming the first field that differs, unless the run's model computes what the source's does."""
     theirs, ours = source.config.to_dict(), model.to_dict()
     for name in (field.name for field in dataclasses.fields(ModelConfig)):
-        if name not in FREE and name != "growth" and theirs[name] != ours[name]:
+        # A field that says nothing may be absent from a mapping.
+        if name not in FREE and name != "growth" and theirs.get(name) != ours.get(name):
             raise UserError(
-                f"model.{name}: the run has {ours[name]}, {source.path} has {theirs[name]}; leave `model:` out to "
-                f"take the model of train.init. Only {', '.join(FREE)} may differ"
+                f"model.{name}: the run has {ours.get(name)}, {source.path} has {theirs.get(name)}; leave `model:` out "
+                f"to take the model of train.init. Only {', '.join(FREE)} may differ"
             )
     if model.num_tokens > source.config.vocab_size:
         raise UserError(
