@@ -37,6 +37,7 @@ GROUPS: dict[str, dict[str, str]] = {
         "grow": "enlarge a trained model, optimizer included, without changing its function",
         "plan": "estimate parameters, memory and arithmetic of training a model",
         "mup": "transfer hyper-parameters, and predict losses, from small widths to large ones",
+        "plot": "lay the metrics of runs side by side: PNG, SVG, one HTML page with zoom",
         "bench": "measure tokens/s and step time of both frameworks, paired",
     },
     "Use": {

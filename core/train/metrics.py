@@ -178,7 +178,7 @@ def plot_losses(
             thin = {"alpha": 0.3, "linewidth": 0.8} if smooth and key != "lr" else {"label": label}
             axis.plot(steps, column(rows, key), **style | thin)
             if smooth and key != "lr":
-                axis.plot(steps, _running_mean(column(rows, key), len(rows) // 50), label=label, **style)
+                axis.plot(steps, running_mean(column(rows, key), len(rows) // 50), label=label, **style)
         _plot_held_out(axes[0], label, rows)
         if scored:
             _plot_scores(axes[-1], label, rows)
@@ -238,7 +238,7 @@ def _plot_scores(axis: Axes, label: str, rows: Sequence[Row]) -> None:
     axis.legend(fontsize=8)
 
 
-def _running_mean(values: Sequence[float], width: int) -> list[float]:
+def running_mean(values: Sequence[float], width: int) -> list[float]:
     """Of each value and up to ``width`` before it; nan counts for nothing."""
     means, window = [], deque[float](maxlen=width)
     for value in values:

@@ -184,30 +184,34 @@ def test_a_killed_worker_ends_the_job_and_nothing_is_lost(backend: str, trial: i
 
 @pytest.mark.parametrize("backend", ["ms", "pt"])
 def test_a_rank_killed_on_one_of_two_nodes_is_restarted_to_the_same_bits(backend: str, tele: Tele) -> None:
-    """``--restarts 2`` on two nodes of one machine: weights, moments and rows of a run that was left alone."""
+    """``--restarts 2`` on two nodes of one machine, by the launch lines of deploy/ssh: weights, moments and rows of a
+    run that was left alone."""
     short = ("--set", "train.stages=null", "train.steps=8", "checkpoint.every=2", "eval=null")
-    out, port = tele.folder / f"restarted-{backend}", free_ports()
-    nodes = ["--nnodes", "2", "--master", f"127.0.0.1:{port}", "--restarts", "2"]
-    jobs = [
-        subprocess.Popen(
-            tele.command(backend, "dp2", out.name, *nodes, "--node-rank", str(node), *short),
-            cwd=ROOT,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for node in (0, 1)
-    ]
+    out = tele.folder / f"restarted-{backend}"
+    programs = tele.folder / "programs"
+    programs.mkdir(exist_ok=True)
+    (programs / "ssh").write_text('#!/usr/bin/env bash\nexec bash -c "${*: -1}"\n')
+    (programs / "ssh").chmod(0o755)
+    program, *words = tele.command(backend, "dp2", out.name, "--restarts", "2", *short)
+    env = {
+        **os.environ,
+        "PATH": f"{programs}{os.pathsep}{os.environ['PATH']}",
+        "HOSTS": "127.0.0.1 127.0.0.1",
+        "PORT": str(free_ports()),
+        "TELE": f"{program} -m telechat_twins.core.cli",
+    }
+    script = [str(ROOT / "deploy" / "ssh" / "train.sh"), *words[words.index("train") + 1 :]]
+    job = subprocess.Popen(script, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     victim = out / "logs-node1" / "status_1.json"
     deadline = time.monotonic() + 200
     while time.monotonic() < deadline and saved_step(out) < 2:
-        assert all(job.poll() is None for job in jobs), [job.communicate() for job in jobs if job.poll() is not None]
+        assert job.poll() is None, job.communicate()
         time.sleep(0.02)
     os.kill(json.loads(victim.read_text())["pid"], signal.SIGKILL)
-    said = [job.communicate(timeout=200)[0] for job in jobs]
-    assert [job.returncode for job in jobs] == [0, 0], "\n".join(said)
-    for text in said:
-        assert re.search(r"tele: restart 1 of 2 in 2 s, from the checkpoint of step [246] \(the launch", text), text
+    said = job.communicate(timeout=200)[0]
+    assert job.returncode == 0, said
+    found = re.findall(r"tele: restart 1 of 2 in 2 s, from the checkpoint of step [246] \(the launch", said)
+    assert len(found) == 2, said
     assert (out / "logs" / "attempt-0" / "worker_0.log").exists()
     rows = read_metrics(out)
     assert [row["step"] for row in rows] == list(range(1, 9))

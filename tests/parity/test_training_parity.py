@@ -4,6 +4,7 @@ The loop is the shipped one, on packed data on disk, in this process; launching 
 """
 
 import dataclasses
+import json
 import shutil
 import sys
 
@@ -12,7 +13,7 @@ import pytest
 
 from telechat_twins.core import backends
 from telechat_twins.core.checkpoint.read import open_checkpoint
-from telechat_twins.core.config import DataSourceConfig, run_config_from_dict
+from telechat_twins.core.config import DataSourceConfig, ProfileConfig, run_config_from_dict
 from telechat_twins.core.data.blend import open_blend
 from telechat_twins.core.model.batch import IGNORE, Batch
 from telechat_twins.core.parity.bounds import STRICT_STEPS, TRACE_LIMIT, compare_tensors, compare_traces
@@ -21,6 +22,7 @@ from telechat_twins.core.train.heldout.evaluate import held_out_metrics
 from telechat_twins.core.train.heldout.sources import HeldOutSource
 from telechat_twins.core.train.metrics import MEASURED, read_metrics
 from tests.support.packed import write_packed
+from tests.support.traces import check_trace
 
 STEPS, SAVED, SEQ_LEN = 200, 190, 64
 
@@ -89,7 +91,13 @@ def test_checkpoints_agree_in_names_and_shapes(runs):
 
 @pytest.mark.parametrize("backend", ["ms", "pt"])
 def test_resume_is_bit_equal(config, trainers, runs, backend, tmp_path):
-    loop.train(trainers[backend], config, tmp_path, resume=str(runs[backend] / f"step-{SAVED:08d}"))
+    """With two of its steps profiled, which changes nothing; the trace is in the form that Perfetto reads."""
+    profile = ProfileConfig(from_=SAVED + 2, steps=2)
+    profiled = dataclasses.replace(config, train=dataclasses.replace(config.train, profile=profile))
+    loop.train(trainers[backend], profiled, tmp_path, resume=str(runs[backend] / f"step-{SAVED:08d}"))
+    trace = tmp_path / "profile" / f"step-{SAVED + 2:08d}" / "rank-0.json"
+    events = check_trace(json.loads(trace.read_text()))
+    assert len({event["name"] for event in events}) > 1  # the C++ operators of MindSpore on a CPU are not in its trace
     assert numbers(tmp_path) == numbers(runs[backend])[SAVED:]
     whole, resumed = tensors(runs[backend]), tensors(tmp_path)
     assert whole.keys() == resumed.keys()
