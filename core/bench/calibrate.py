@@ -32,7 +32,7 @@ from telechat_twins.core.bench.worker import Worker
 from telechat_twins.core.launch.worker import run_script
 from telechat_twins.core.model.config import ModelConfig, load_model_config
 from telechat_twins.core.parallel.layout import Layout
-from telechat_twins.core.planner.fit import fitted, with_efficiency
+from telechat_twins.core.planner.fit import with_efficiency
 from telechat_twins.core.planner.machine import Machine, machine_from
 from telechat_twins.core.planner.time.step import step_time
 from telechat_twins.core.planner.time.work import Work
@@ -49,6 +49,7 @@ STEPS = (
 SIZES = (1 << 12, 1 << 16, 1 << 20)  # bytes a rank passes in
 CALLS = 12
 RANGES = {"matmul": (0.02, 3.0), "memory": (0.02, 3.0), "launch": (0.5, 400.0)}
+_ROUNDS = 25
 Point = tuple[str, int, int, int]
 
 
@@ -112,10 +113,10 @@ def calibrate(backend: str, name: str) -> JsonObject:
 def describe(backend: str, name: str, cores: int, operations: Mapping[str, Sequence[float]]) -> JsonObject:
     """The machine file but for what is fitted; peaks are those of numpy, which need not be the backend's."""
     how = f"measured by tele plan --calibrate --backend {backend}"
-    n = 1024
+    n = 512
     a = np.ones((n, n), np.float32)
     product = 2.0 * n**3 / _median(lambda: a @ a) / 1e12
-    wide = np.ones(1 << 24, np.float32)
+    wide = np.ones(1 << 23, np.float32)
     copy = 2.0 * wide.nbytes / _median(wide.copy) / 1e9
     peak = {"value": round(product, 4), "source": f"{how}: numpy's product of {n} x {n} float32 matrices"}
     rows = [_operation(op, seconds) for op, seconds in operations.items()]
@@ -133,7 +134,7 @@ def describe(backend: str, name: str, cores: int, operations: Mapping[str, Seque
         "peak_bf16": peak,
         "peak_fp32": peak,
         "memory": {"value": round(memory / cores / 2**30, 3), "source": "the operating system, divided by the cores"},
-        "memory_bandwidth": {"value": round(copy, 3), "source": f"{how}: numpy's copy of 64 MiB"},
+        "memory_bandwidth": {"value": round(copy, 3), "source": f"{how}: numpy's copy of 32 MiB"},
         "node": link,
         "cluster": link,
         "scaling": {"value": 1e-6, "source": "one machine"},
@@ -193,22 +194,38 @@ def measure_steps(backend: str, cores: int) -> tuple[dict[Point, float], dict[Po
 
 
 def _steps(worker: Worker) -> list[float]:
-    """Seconds of steps of about three seconds in all, after two that are not counted."""
+    """Seconds of steps, about two seconds in all, after two that are not counted."""
     first = worker.steps(2)["seconds"][1]
-    return worker.steps(max(3, min(30, round(3.0 / first))))["seconds"]
+    return worker.steps(max(3, min(30, round(2.0 / first))))["seconds"]
 
 
 def fit_steps(machine: Machine, measured: Mapping[Point, float], world: int) -> dict[str, float]:
-    """Rates of products and of memory, and microseconds between operators, that forecast ``measured`` best."""
+    """Rates of products and of memory, and microseconds between operators, that forecast ``measured`` best.
 
-    def loss(values: Mapping[str, float]) -> float:
-        given = {**values, "attention": values["matmul"]} if "matmul" in values else dict(values)
-        pairs = _forecasts(with_efficiency(machine, given), measured, world)
-        return sum(math.log(forecast / seconds) ** 2 for forecast, seconds in pairs)
+    Damped Gauss-Newton on the logarithms of both, which keeps to RANGES.
+    """
+    low, high = (np.log([limits[side] for limits in RANGES.values()]) for side in (0, 1))
 
-    found = fitted(list(RANGES.items()), {}, loss, steps=10)
-    found["attention"] = found["matmul"]
-    return {name: round(value, 4) for name, value in found.items()}
+    def values_of(x: np.ndarray) -> dict[str, float]:
+        found = dict(zip(RANGES, np.exp(x).tolist(), strict=True))
+        return {**found, "attention": found["matmul"]}
+
+    def errors(x: np.ndarray) -> np.ndarray:
+        pairs = _forecasts(with_efficiency(machine, values_of(x)), measured, world)
+        return np.array([math.log(forecast / seconds) for forecast, seconds in pairs])
+
+    x, damping = np.log([0.5, 0.5, 20.0]), 1e-2
+    best = errors(x)
+    for _ in range(_ROUNDS):
+        slopes = np.stack([(errors(x + step) - best) / 1e-3 for step in 1e-3 * np.eye(len(x))], axis=1)
+        move = np.linalg.solve(slopes.T @ slopes + damping * np.eye(len(x)), -slopes.T @ best)
+        there = np.clip(x + move, low, high)
+        found = errors(there)
+        if found @ found < best @ best:
+            x, best, damping = there, found, damping / 3.0
+        else:
+            damping *= 5.0
+    return {name: round(value, 4) for name, value in values_of(x).items()}
 
 
 def _forecasts(machine: Machine, measured: Mapping[Point, float], world: int) -> list[tuple[float, float]]:

@@ -59,7 +59,7 @@ def fit(family: str) -> Fit:
     def loss(values: Mapping[str, float]) -> float:
         return sum(math.log(one.predicted / one.measured) ** 2 for one in forecasts(values, mine))
 
-    values = {name: round(value, 3) for name, value in fitted(list(about.fitted.items()), {}, loss).items()}
+    values = {name: round(value, 3) for name, value in _fitted(list(about.fitted.items()), {}, loss).items()}
     return Fit(family, values, forecasts(values, mine), forecasts(values, held))
 
 
@@ -68,11 +68,10 @@ def with_efficiency(machine: Machine, values: Mapping[str, float]) -> Machine:
     return dataclasses.replace(machine, efficiency=dataclasses.replace(machine.efficiency, **dict[str, Any](values)))
 
 
-def fitted(
+def _fitted(
     ranges: list[tuple[str, tuple[float, float]]],
     given: Mapping[str, float],
     loss: Callable[[Mapping[str, float]], float],
-    steps: int = 20,
 ) -> dict[str, float]:
     """Values in ``ranges`` with the smallest loss beside ``given``: a search in the first parameter, each of whose
     points is the best of a search in the others."""
@@ -82,19 +81,19 @@ def fitted(
 
     def best(value: float) -> float:
         here = {**given, name: value}
-        return loss({**here, **fitted(rest, here, loss, steps)})
+        return loss({**here, **_fitted(rest, here, loss)})
 
-    value = _smallest(best, *limits, steps)
-    return {name: value, **fitted(rest, {**given, name: value}, loss, steps)}
+    value = _smallest(best, *limits)
+    return {name: value, **_fitted(rest, {**given, name: value}, loss)}
 
 
-def _smallest(function: Callable[[float], float], low: float, high: float, steps: int) -> float:
+def _smallest(function: Callable[[float], float], low: float, high: float) -> float:
     """Where a function with one minimum between ``low`` and ``high`` is smallest: golden-section search on a
-    logarithmic scale, whose interval ``steps`` steps shorten by 0.618 each."""
+    logarithmic scale, to 0.01 %."""
     ratio, low, high = (math.sqrt(5.0) - 1.0) / 2.0, math.log(low), math.log(high)
     a, b = high - ratio * (high - low), low + ratio * (high - low)
     at_a, at_b = function(math.exp(a)), function(math.exp(b))
-    for _ in range(steps):
+    for _ in range(20):
         if at_a < at_b:
             high, b, at_b = b, a, at_a
             a = high - ratio * (high - low)

@@ -22,6 +22,8 @@ from telechat_twins.core.planner.published import forecast, published_runs
 from telechat_twins.core.planner.time import pipeline, timeline, traffic
 from telechat_twins.core.planner.time.step import step_time
 from telechat_twins.core.planner.time.work import Work
+from telechat_twins.core.planner.validation import table
+from tests.house import ROOT
 
 TINY = load_model_config("telechat2-tiny")
 ATLAS = load_machine("atlas-800t-a2")
@@ -181,6 +183,13 @@ def test_stored_efficiencies_are_those_that_fit(family: str) -> None:
         for field, value in found.values.items():
             assert getattr(load_machine(name).efficiency, field) == pytest.approx(value, abs=2e-3)
     assert not {one.run.name for one in found.fitted} & {one.run.name for one in found.held_out}
+
+
+def test_the_page_shows_the_forecasts_of_today() -> None:
+    lines = table([forecast(run) for run in published_runs()])
+    for page in ("planning.md", "planning.zh.md"):
+        text = (ROOT / "docs" / page).read_text(encoding="utf-8")
+        assert text.partition("<!-- table -->\n")[2].partition("\n<!-- end -->")[0].splitlines() == lines
 
 
 def test_the_breakdown_adds_up_and_the_trace_holds_the_schedule(tmp_path: Path) -> None:
