@@ -41,6 +41,6 @@ def _dtype(x: Tensor) -> str:
     return str(x.dtype).removeprefix("torch.")
 
 
-def _watch(x: Tensor, hook: Callable[[Tensor], None]) -> None:
+def _watch(x: Tensor, hook: Callable[[Tensor | None], None]) -> None:
     if x.requires_grad:
         x.register_hook(hook)

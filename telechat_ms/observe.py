@@ -49,6 +49,6 @@ def _dtype(x: Tensor) -> str:
     return str(x.dtype).lower()
 
 
-def _watch(x: Tensor, hook: Callable[[Tensor], None]) -> None:
+def _watch(x: Tensor, hook: Callable[[Tensor | None], None]) -> None:
     with suppress(RuntimeError):  # of a tensor that takes no part in a backward pass
         x.register_hook(hook)

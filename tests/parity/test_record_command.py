@@ -16,6 +16,7 @@ from telechat_twins.core.parity.record.read import open_record, read_full
 from telechat_twins.core.parity.record.recorder import open_recorder
 from telechat_twins.core.parity.record.sketch import Projection
 from telechat_twins.core.train.loop import train
+from tests.support.launching import one_rank_here
 from tests.support.packed import write_packed
 from tests.support.records import apart
 
@@ -94,6 +95,15 @@ def test_what_cannot_be_recorded_is_refused_before_anything_starts(config, capfd
     assert cli.main(["parity", "record", "--backend", "pt", "--config", str(config), *words]) == 2
     shown = capfd.readouterr().err
     assert message in shown and shown.count("\n") == 1
+
+
+def test_a_mistake_that_a_rank_finds_leaves_nothing_behind(config, tmp_path, capfd, monkeypatch):
+    one_rank_here(monkeypatch)
+    words = ["--backend", "pt", "--config", str(config), "--out", str(tmp_path / "rec")]
+    with pytest.raises(SystemExit, match="^2$"):
+        cli.main(["parity", "record", *words, "--set", "data.sources=[{path: nowhere}]"])
+    assert "no such packed folder" in capfd.readouterr().err
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_rehearsal_prints_the_sizes(capfd):

@@ -9,11 +9,12 @@ itself does so.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from telechat_twins.core import backends
 from telechat_twins.core.errors import UserError
 from telechat_twins.core.model.config import PRECISIONS
+from telechat_twins.core.parity.compare.records import differing_settings
 from telechat_twins.core.parity.locate.case import Arrays, Case
 from telechat_twins.core.parity.locate.find import Found
 from telechat_twins.core.parity.locate.recipe import (
@@ -32,13 +33,15 @@ from telechat_twins.core.parity.locate.verdict import Define, Measured, Verdict,
 from telechat_twins.core.parity.locate.walk import Suspect
 from telechat_twins.core.parity.record.format import Record
 
-OPERATOR, CALL, INPUTS, UNKNOWN = "operator", "call", "inputs", "unknown"
+DECISIVE = ("model.", "optim.", "lora", "preference", "kernels.", "train.seed", "train.global_batch", "train.freeze")
+OPERATOR, CALL, INPUTS, SETTINGS, UNKNOWN = "operator", "call", "inputs", "settings", "unknown"
 
 
 @dataclass(frozen=True)
 class Examined:
     """One suspect. ``recorded``: worst measurement of each side's record; ``replayed``: the operator alone.
-    ``missing``: whole tensors that are needed, by side. ``why_not``: why it cannot be replayed."""
+    ``missing``: whole tensors that are needed, by side. ``why_not``: why it cannot be replayed. ``unlike``: settings in
+    which the runs of A and B differ, "key: A -> B"."""
 
     suspect: Suspect
     side: str
@@ -46,16 +49,20 @@ class Examined:
     replayed: Verdict | None = None
     missing: dict[str, list[str]] = field(default_factory=dict)
     why_not: str = ""
+    unlike: tuple[str, ...] = ()
 
     @property
     def verdict(self) -> str:
-        """operator: wrong alone as well; call: right alone, wrong in the run; inputs: right in both; unknown."""
+        """operator: wrong alone as well; call: right alone, wrong in the run; unknown. Right in both: settings, where
+        the runs of A and B differ in theirs, else inputs."""
         if self.replayed is not None and not self.replayed.holds:
             return OPERATOR
         mine = self.recorded.get(self.side)
         if mine is None or self.replayed is None:
             return UNKNOWN
-        return INPUTS if mine.holds else CALL
+        if not mine.holds:
+            return CALL
+        return SETTINGS if self.unlike else INPUTS
 
     def text(self) -> str:
         """The verdict as a sentence."""
@@ -79,15 +86,31 @@ class Examined:
                 f"{mine.error:.2g} from the float64 result on its own inputs, limit {mine.limit:.2g}. Look at what "
                 "calls it: arguments, buffers, the layout's sums, or the program of that run"
             )
-        if self.verdict == INPUTS:
-            return f"{name}: right alone in {where} ({measured}) and in the run: its inputs make the difference"
+        if self.verdict in (INPUTS, SETTINGS):
+            cause = "its inputs make the difference"
+            if self.unlike:
+                cause = f"the settings of A and B differ, and make the difference: {', '.join(self.unlike)}"
+            return f"{name}: right alone in {where} ({measured}) and in the run: {cause}"
         return f"{name}: right alone in {where} ({measured}); the run's own inputs are not recorded in full"
 
 
 def examine(found: Found, setting: Setting, records: dict[str, Record]) -> list[Examined]:
     """Every suspect of the first wrong quantity, in the order of suspicion. ``records``: A and B."""
     sides = [found.side] if found.side in records else list(records)
-    return [_examine(suspect, side, setting, records) for side in sides for suspect in found.check.suspects]
+    unlike = _unlike(records["A"], records["B"])
+    return [
+        replace(_examine(suspect, side, setting, records), unlike=unlike)
+        for side in sides
+        for suspect in found.check.suspects
+    ]
+
+
+def _unlike(a: Record, b: Record) -> tuple[str, ...]:
+    """Settings that decide numbers and differ; steps, folders and intervals do not."""
+    found = [line for line in differing_settings(a, b) if line.startswith(DECISIVE)]
+    if a.header.precision != b.header.precision:
+        found.append(f"train.precision: {a.header.precision} -> {b.header.precision}")
+    return tuple(found)
 
 
 def needed(suspects: Sequence[Suspect], setting: Setting) -> list[str]:

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 
 from telechat_twins.core.config import RunConfig
-from telechat_twins.core.files.safetensors import SafetensorsFile
 from telechat_twins.core.model.batch import Batch
 from telechat_twins.core.model.lora import lora_scale, lora_table
 from telechat_twins.core.model.masks import masks
@@ -20,7 +20,7 @@ from telechat_twins.core.model.params import parameter_table
 from telechat_twins.core.model.position import rope_tables, xpos_scales
 from telechat_twins.core.parity.locate.case import Arrays, Case, Settings
 from telechat_twins.core.parity.locate.walk import BACKWARD, FORWARD, UPDATE, Suspect, readers
-from telechat_twins.core.parity.record.format import FULL, Record, quantity_key
+from telechat_twins.core.parity.record.format import Record, quantity_key
 from telechat_twins.core.parity.record.read import read_full
 from telechat_twins.core.parity.record.sites import Site, sites
 from telechat_twins.core.train.recipe import class_decay, class_rate, clip_factor
@@ -105,18 +105,8 @@ def frozen(made: Recipe, record: Record, step: int) -> list[str]:
 
 
 def whole_tensors(record: Record) -> Read:
-    """A reader of a record's whole tensors, by key, which checks their file once."""
-    checked: list[SafetensorsFile] = []
-
-    def read(key: str) -> np.ndarray:
-        if checked:
-            return checked[0].read(key)
-        array = read_full(record, key)
-        assert record.path is not None  # of a record with whole tensors
-        checked.append(SafetensorsFile(record.path / FULL))
-        return array
-
-    return read
+    """A reader of a record's whole tensors, by key."""
+    return partial(read_full, record)
 
 
 def fill(

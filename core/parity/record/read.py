@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import os
 import re
@@ -87,9 +88,19 @@ def read_full(record: Record, key: str) -> np.ndarray:
     """A full tensor of a record, by its quantity's key; UserError where the record does not hold it, or altered."""
     if record.path is None or key not in record.full:
         raise UserError(f"{record.path}: does not hold '{key}' in full; record it with --full")
-    tree = load_json(record.path / HEADER, "the header of a record")
-    _check_file(record.path / FULL, tree["files"][FULL])
+    try:
+        state = os.stat(record.path / FULL)
+    except OSError as error:
+        raise UserError(f"{record.path / FULL}: cannot be read ({error.strerror}); {_AGAIN}") from None
+    _check_full(record.path, state.st_ino, state.st_size, state.st_mtime_ns, state.st_ctime_ns)
     return SafetensorsFile(record.path / FULL).read(key)
+
+
+@functools.lru_cache(maxsize=16)
+def _check_full(folder: Path, *state: int) -> None:
+    """Check the file of full tensors once for each ``state``, which a change of the file changes: it may be large."""
+    tree = load_json(folder / HEADER, "the header of a record")
+    _check_file(folder / FULL, tree["files"][FULL])
 
 
 def _header(tree: JsonObject, where: Path) -> Header:

@@ -32,6 +32,8 @@ from telechat_twins.core.parity.record.sketch import Projection
 from telechat_twins.core.train.metrics import read_metrics
 from telechat_twins.core.train.trainable import run_table
 
+USER_ERROR = 2  # the launcher's code for a mistake of the user's
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Wanted:
@@ -63,8 +65,9 @@ def check_wanted(config: RunConfig, out: Path, wanted: Wanted) -> None:
 def take_record(backend: str, config: RunConfig, out: Path, wanted: Wanted, script: Path) -> Record:
     """Run ``wanted.steps`` steps of ``config`` in its layout and write their record to ``out``.
 
-    ``script``: the rank script. Logs lie beside ``out`` while it runs, and stay there when it fails. Raises SystemExit
-    with the launcher's code when a rank fails, UserError as ``check_wanted``.
+    ``script``: the rank script. Logs lie beside ``out`` while it runs, and stay there when it fails, unless the cause
+    is a mistake of the user's, which is reported in full. Raises SystemExit with the launcher's code when a rank fails,
+    UserError as ``check_wanted``.
     """
     from telechat_twins.core.launch.launcher import launch
 
@@ -77,10 +80,16 @@ def take_record(backend: str, config: RunConfig, out: Path, wanted: Wanted, scri
         raise UserError(f"--out {out}: cannot be written ({error.strerror}); give another folder") from None
     job = {"backend": backend, "config": _resolved(config), **dataclasses.asdict(wanted)}
     (work / "job.json").write_text(json.dumps(job), encoding="utf-8")
-    if code := launch(backend, [str(work / "job.json")], config.parallel.world, work / "logs", script=script):
+    try:
+        code = launch(backend, [str(work / "job.json")], config.parallel.world, work / "logs", script=script)
+        record = None if code else join_steps(work / "run", wanted.at, out)
+    except UserError:
+        shutil.rmtree(work, ignore_errors=True)
+        raise
+    if code in (0, USER_ERROR):
+        shutil.rmtree(work, ignore_errors=True)
+    if record is None:
         raise SystemExit(code)
-    record = join_steps(work / "run", wanted.at, out)
-    shutil.rmtree(work, ignore_errors=True)
     return record
 
 

@@ -41,11 +41,11 @@ class Chunk(Protocol):
 class TensorOps(NamedTuple, Generic[T]):
     """What the taps need of a backend's tensors. ``values``: as numpy, perhaps on the same memory, 16-bit floats as
     float32. ``dtype``: its name. ``watch(x, hook)``: call ``hook`` with the gradient of x by all its consumers, if x
-    takes part in a backward pass."""
+    takes part in a backward pass; with None where a consumer's backward gives x no gradient."""
 
     values: Callable[[T], np.ndarray]
     dtype: Callable[[T], str]
-    watch: Callable[[T, Callable[[T], None]], None]
+    watch: Callable[[T, Callable[[T | None], None]], None]
 
 
 class Place(NamedTuple):
@@ -92,8 +92,13 @@ class Taps(Generic[T]):
             values = tensors.values(tensor)
             see(site, micro, values.reshape(*values.shape[:2], -1), tensors.dtype(tensor), gradient)
 
+        def pass_gradient(gradient: T | None) -> None:
+            # Without a gradient the record lacks the quantity, which a comparison reports by name.
+            if gradient is not None:
+                pass_on(gradient, True)
+
         pass_on(x, False)
-        tensors.watch(x, lambda gradient: pass_on(gradient, True))
+        tensors.watch(x, pass_gradient)
 
     def decoder(self, run: Method) -> Method:
         """A chunk: its calls are counted; the last one's output is the logits."""

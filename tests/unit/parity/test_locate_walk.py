@@ -9,7 +9,11 @@ import numpy as np
 import pytest
 
 from telechat_twins.core.config import load_run_config
+from telechat_twins.core.parity.locate.case import Case
+from telechat_twins.core.parity.locate.examine import Examined
 from telechat_twins.core.parity.locate.find import locate
+from telechat_twins.core.parity.locate.verdict import Measured, Verdict
+from telechat_twins.core.parity.locate.walk import Suspect
 from telechat_twins.core.parity.record.format import Record
 from telechat_twins.core.parity.record.sites import sites
 from tests.support.records import synthetic_record
@@ -85,6 +89,16 @@ def test_a_fault_of_both_sides_is_named(records) -> None:
     key = "activation:layers.1.attn.core@1"
     walk = locate(planted_at(a, key), planted_at(b, key), exact, PLACES, CONFIG.model.num_layers)
     assert walk.found is not None and walk.found.check.key == key and walk.found.side == "A or B"
+
+
+def test_a_verdict_tells_settings_from_inputs() -> None:
+    """An operator that is right alone and in the run: what differs is its inputs, or what its run was given."""
+    held, case = Measured("out", 1e-8, 1e-7), Case("rms_norm", {}, {}, "fp32")
+    one = Examined(Suspect("rms_norm", "norm", "forward"), "A", {"A": held, "B": held}, Verdict(case, "pt", [held]))
+    assert one.verdict == "inputs" and "its inputs make the difference" in one.text()
+    one = replace(one, unlike=("model.norm_eps: 1e-05 -> 1e-06",))
+    assert one.verdict == "settings"
+    assert "the settings of A and B differ, and make the difference: model.norm_eps: 1e-05 -> 1e-06" in one.text()
 
 
 def test_a_number_that_is_not_finite_is_beyond_every_budget(records) -> None:

@@ -7,6 +7,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -16,12 +17,14 @@ from safetensors.numpy import load_file, save_file
 from telechat_twins.core.config import load_run_config
 from telechat_twins.core.errors import UserError
 from telechat_twins.core.files.atomic import show_bytes
+from telechat_twins.core.parity.record import read
 from telechat_twins.core.parity.record.format import MAX_BYTES, Record, estimated_bytes, fitting_buckets, write_record
 from telechat_twins.core.parity.record.read import open_record, read_full
 from telechat_twins.core.parity.record.recorder import quantity_order
 from telechat_twins.core.parity.record.sites import sites
 from telechat_twins.core.parity.record.sketch import BUCKETS, Projection
 from telechat_twins.core.parity.record.take import Wanted, folded, rehearse
+from telechat_twins.core.parity.record.taps import Taps, TensorOps
 from tests.support.records import sketched, synthetic_record
 
 
@@ -38,22 +41,28 @@ def folder(written: Record, tmp_path: Path) -> Path:
 
 
 def test_a_record_is_read_as_it_was_written(written):
-    read = open_record(written.path)
-    assert (read.header, read.trace, list(read.quantities)) == (written.header, written.trace, list(written.quantities))
+    found = open_record(written.path)
+    assert (found.header, found.trace) == (written.header, written.trace)
+    assert list(found.quantities) == list(written.quantities)
     for key, row in written.quantities.items():
-        assert read.quantities[key] == row and key == row.key
-        np.testing.assert_array_equal(read.quantities[key].sketch, row.sketch)
+        assert found.quantities[key] == row and key == row.key
+        np.testing.assert_array_equal(found.quantities[key].sketch, row.sketch)
     assert sum(file.stat().st_size for file in written.path.iterdir()) < 1_000_000
 
 
-def test_full_tensors_stand_beside_the_sketches(written, tmp_path):
+def test_full_tensors_stand_beside_the_sketches(written, tmp_path, monkeypatch):
     key = "gradient:norm.weight@1"
     shape = written.quantities[key].shape
     values = np.arange(np.prod(shape), dtype=np.float32).reshape(shape)
     write_record(tmp_path / "rec", written.header, written.trace, written.quantities.values(), {key: values})
     record = open_record(tmp_path / "rec")
     assert record.full == {key: shape}
-    np.testing.assert_array_equal(read_full(record, key), values)
+    hashed: list[Path] = []
+    real = read.file_sha256
+    monkeypatch.setattr(read, "file_sha256", lambda path: hashed.append(path) or real(path))
+    for _ in range(2):
+        np.testing.assert_array_equal(read_full(record, key), values)
+    assert len(hashed) == 1, "checked once while the file is the same"
     with pytest.raises(UserError, match="does not hold 'gradient:embed.weight@1' in full"):
         read_full(record, "gradient:embed.weight@1")
     data = bytearray((tmp_path / "rec" / "full.safetensors").read_bytes())
@@ -61,6 +70,29 @@ def test_full_tensors_stand_beside_the_sketches(written, tmp_path):
     (tmp_path / "rec" / "full.safetensors").write_bytes(data)
     with pytest.raises(UserError, match="SHA-256"):
         read_full(record, key)
+    (tmp_path / "rec" / "full.safetensors").unlink()
+    with pytest.raises(UserError, match="full.safetensors: cannot be read"):
+        read_full(record, key)
+
+
+def test_a_site_that_gets_no_gradient_is_left_out() -> None:
+    """A framework's hook may bring None, where what reads the tensor gives it no gradient."""
+    seen = []
+
+    class See:
+        def wants(self, micro: int) -> bool:
+            return True
+
+        def __call__(self, site: str, micro: int, array: np.ndarray, dtype: str, gradient: bool) -> None:
+            seen.append((site, gradient))
+
+    for gradient, expected in ((None, [False]), (np.ones((1, 2, 3)), [False, True])):
+        seen.clear()
+        tensors = TensorOps(np.asarray, lambda x: "float32", lambda x, hook, g=gradient: hook(g))
+        stage = SimpleNamespace(norm=object(), last=True, layers={})
+        taps = Taps([stage], See(), tensors)
+        taps.decoder(lambda stage, x: x)(stage, np.zeros((1, 2, 3)))
+        assert seen == [("logits", known) for known in expected]
 
 
 Change = Callable[[Path], None]
