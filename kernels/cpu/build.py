@@ -74,13 +74,13 @@ def load_extension() -> ModuleType:
 
 
 @functools.cache
-def load_plain(*more: str) -> ctypes.CDLL:
-    """The kernels without MindSpore. Raises BuildError.
+def load_plain(*more: str, sources: tuple[str, ...] = KERNELS) -> ctypes.CDLL:
+    """The kernels of ``sources`` without MindSpore. Raises BuildError.
 
     ``more``: additional flags, e.g. ``-fsanitize=address`` (whose library must be preloaded) or ``-mno-avx512f``.
     """
     flags = ["-std=c++17", "-fPIC", *FLAGS, *more]
-    library = ctypes.CDLL(str(build("telechat_kernels", KERNELS, flags, ["-shared", "-pthread", *more], "")))
+    library = ctypes.CDLL(str(build("telechat_kernels", sources, flags, ["-shared", "-pthread", *more], "")))
     library.tele_kernel.argtypes = [ctypes.c_char_p, *[ctypes.POINTER(ctypes.c_int)] * 3]
     library.tele_run.argtypes = [ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p]
     library.tele_run.restype = None

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import ml_dtypes
 import numpy as np
 
-from telechat_twins.kernels.cpu.build import load_extension, load_plain
+from telechat_twins.kernels.cpu.build import KERNELS, load_extension, load_plain
 
 if TYPE_CHECKING:
     import mindspore as ms
@@ -84,9 +84,9 @@ class View(ctypes.Structure):
 class NumpyEngine:
     """Kernels on numpy arrays, for tests and the address sanitizer."""
 
-    def __init__(self, *flags: str) -> None:
-        """``flags``: additional compiler flags of ``load_plain``."""
-        self._library = load_plain(*flags)
+    def __init__(self, *flags: str, sources: tuple[str, ...] = KERNELS) -> None:
+        """``flags``, ``sources``: see ``load_plain``."""
+        self._library = load_plain(*flags, sources=sources)
         types = [np.dtype(ml_dtypes.bfloat16 if name == "bfloat16" else name) for name in NAMES]
         self._codes = {dtype: code for code, dtype in enumerate(types)}
         self.dtypes = dict(zip(NAMES, types, strict=True))
