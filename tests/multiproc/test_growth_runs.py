@@ -75,9 +75,14 @@ def arguments(backend: str, files: tuple[Path, Path], out: Path) -> list[str]:
 
 @pytest.fixture(scope="module")
 def grown(files: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """The whole schedule in both backends; PyTorch's was interrupted in the second stage and gone on with."""
+    """The whole schedule in both backends; PyTorch's was interrupted in the second stage and gone on with.
+
+    MindSpore's first stage, of one rank, takes place here; all others are launched.
+    """
     runs = {name: tmp_path_factory.mktemp(name) / "out" for name in BACKENDS}
-    assert main(arguments("ms", files, runs["ms"])) == 0
+    with pytest.MonkeyPatch.context() as patch:
+        one_rank_here(patch)
+        assert main(arguments("ms", files, runs["ms"])) == 0
     command = [sys.executable, "-m", "telechat_twins.core.cli", *arguments("pt", files, runs["pt"])]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True) as process:
         assert process.stdout is not None
@@ -126,7 +131,10 @@ def test_a_finished_run_has_nothing_left_to_do(grown: dict[str, Path], files: tu
     assert (grown["pt"] / "3-deep" / "metrics.jsonl").stat().st_mtime_ns == before
 
 
-def test_parity_around_a_growth(files: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_parity_around_a_growth(
+    files: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one_rank_here(monkeypatch)
     schedule = tmp_path / "growth.yaml"
     stages = [STAGES[0], {key: value for key, value in STAGES[1].items() if key != "parallel"}]
     schedule.write_text(yaml.safe_dump({"stages": stages}))

@@ -15,6 +15,7 @@ from telechat_twins.core.parity.bounds import compare_tensors, relative_frobeniu
 from telechat_twins.core.parity.report import ParityReport, summary
 from tests.parity.test_goldens import GRADIENT, LOGITS, LOSS
 from tests.support.frameworks import golden_arrays, golden_source
+from tests.support.launching import one_rank_here
 from tests.support.packed import write_packed
 
 SEQ_LEN = 32
@@ -42,7 +43,8 @@ def run(module, *argv):
     return module.run(parser.parse_args([str(a) for a in argv]))
 
 
-def test_one_batch_and_three_steps(config, tmp_path, capsys):
+def test_one_batch_and_three_steps(config, tmp_path, capsys, monkeypatch):
+    one_rank_here(monkeypatch, real=("ms",))
     assert run(parity, "--config", config, "--steps", 3, "--out", tmp_path) == 0
     shown = capsys.readouterr().out
     assert "EQUAL: all 9 bounds hold" in shown and f"report: {tmp_path / 'report.md'}" in shown
