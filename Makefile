@@ -13,6 +13,7 @@ SHELL := /bin/bash
 VENV ?= .venv
 EXTRAS := ms,pt,serve,data,tokenizers,dev
 WORKERS ?= 2
+DISTRIBUTED = -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 PYTEST_ARGS ?=
 CAMPAIGN_ARGS ?=
 GPU_ARGS ?=
@@ -59,18 +60,19 @@ install: $(READY)
 demo: operators
 	$(RUN) -m telechat_twins.core.cli demo
 
-# loadfile keeps the tests of a file in one process, so that what a file launches is launched once. One thread each:
-# with more, idle OpenMP threads of one worker spin on the core the other worker needs (measured: ten times slower).
+# loadfile keeps the tests of a file in one process, so that what a file launches is launched once; tests/conftest.py
+# gives the order of the files. One thread each: with more, idle OpenMP threads of one worker spin on the core that the
+# other worker needs (measured: ten times slower).
 test test-unit test-parallel-full: export OMP_NUM_THREADS := 1
 test test-unit test-parallel-full: export OMP_WAIT_POLICY := PASSIVE
 # Hundreds of processes import the same files; where this is set, each would compile them again (half a second).
 test test-unit test-parallel-full: export PYTHONDONTWRITEBYTECODE :=
 test: lint operators
 	$(RUN) -m tests.size_report
-	$(RUN) -m pytest tests -m "not full" -n $(WORKERS) --dist loadfile --durations=15 $(PYTEST_ARGS)
+	$(RUN) -m pytest tests -m "not full" $(DISTRIBUTED) --durations=15 $(PYTEST_ARGS)
 
 test-unit: operators
-	$(RUN) -m pytest tests/unit -n $(WORKERS) --dist loadfile --durations=5 $(PYTEST_ARGS)
+	$(RUN) -m pytest tests/unit $(DISTRIBUTED) --durations=5 $(PYTEST_ARGS)
 
 # One launch at a time: eight processes already share the cores.
 test-parallel-full: operators

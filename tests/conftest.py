@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
+import pytest
 from hypothesis import settings
 
 # Tests run two at a time on few cores; spinning OpenMP threads would keep the other test waiting. Must be set before
@@ -13,3 +15,39 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 # The same examples in every run: a failure can be repeated, and a slow machine is not a failure.
 settings.register_profile("house", deadline=None, derandomize=True, max_examples=50)
 settings.load_profile("house")
+
+# Files of half a minute and more, longest first, those of many processes between the others. Started last, one of them
+# would leave the other workers without work: see pytest_collection_modifyitems.
+LONG_FILES = (
+    "parity/test_layouts.py",
+    "parity/test_docs_commands.py",
+    "multiproc/test_growth_runs.py",
+    "parity/test_locate.py",
+    "multiproc/test_parallel_training.py",
+    "parity/test_golden_records.py",
+    "multiproc/test_launch_real.py",
+    "parity/test_training_parity.py",
+    "parity/test_mup_search.py",
+    "unit/kernels/test_cpu_kernels.py",
+    "multiproc/test_nodes.py",
+    "parity/test_generation_parity.py",
+    "multiproc/test_wheel.py",
+    "mutation/test_mutation.py",
+    "parity/test_families.py",
+    "parity/test_relay.py",
+    "multiproc/test_kills.py",
+    "parity/test_demo.py",
+    "multiproc/test_collectives.py",
+    "unit/house/test_docs.py",
+    "parity/test_mup_commands.py",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put long files first. Workers take whole files in this order (``--no-loadscope-reorder``), so that they all end
+    with short ones. UsageError for a file that is not there."""
+    folder = Path(__file__).parent
+    place = {folder / name: number for number, name in enumerate(LONG_FILES)}
+    if lost := [str(path) for path in place if not path.is_file()]:
+        raise pytest.UsageError(f"tests/conftest.py: LONG_FILES names files that are not there: {', '.join(lost)}")
+    items.sort(key=lambda item: place.get(item.path, len(place)))
