@@ -255,12 +255,9 @@ def _quantities(path: Path, table: list[Entry], header: Header) -> dict[str, Qua
         if not np.isfinite(array).all():
             raise UserError(f"{path}: {name} must be finite everywhere; {_AGAIN}")
     quantities: dict[str, Quantity] = {}
-    for number, entry in enumerate(table):
-        numbers = {name: columns[name][number].item() for name in COLUMNS}
-        kind, name, step, shape, dtype = entry
-        row = Quantity(
-            kind=kind, name=name, step=step, shape=shape, dtype=dtype, sketch=columns["sketch"][number], **numbers
-        )
+    statistics = zip(*(columns[name].tolist() for name in COLUMNS), strict=True)  # in the order of Quantity's fields
+    for entry, numbers, sketch in zip(table, statistics, columns["sketch"], strict=True):
+        row = Quantity(*entry, *numbers, sketch)
         if (
             row.count != math.prod(row.shape)
             or not 0 <= row.nonfinite <= row.count
