@@ -205,11 +205,15 @@ def launch_evaluation(args: argparse.Namespace, plans: Sequence[TaskPlan], inclu
 
 
 def load_model(
-    args: argparse.Namespace, need_tokenizer: str | None, adapters: Mapping[str, str] | None = None
+    args: argparse.Namespace,
+    need_tokenizer: str | None,
+    adapters: Mapping[str, str] | None = None,
+    verify: bool = True,
 ) -> Loaded:
     """core.inference.load.load_model of ``args.checkpoint``: a release, a canonical checkpoint or a run's folder.
 
-    ``adapters``: name -> folder of those that the model is used with. UserError for an adapter of another model.
+    ``adapters``: name -> folder of those that the model is used with. ``verify``: hash the model's files. UserError for
+    an adapter of another model.
     """
     from telechat_twins.convert.adapter import open_any_adapter
     from telechat_twins.convert.source import ModelSource, open_model
@@ -218,7 +222,7 @@ def load_model(
     opened: list[ModelSource] = []
 
     def open_source(path: str) -> ModelSource:
-        opened.append(open_model(path))
+        opened.append(open_model(path, verify))
         return opened[0]
 
     loaded = load.load_model(args, need_tokenizer, open_source)

@@ -23,7 +23,7 @@ from telechat_twins.core.parallel.sharding import Shard
 
 WORDS = 1024  # int32 of the first block, its header included
 HEADER = 8
-STEP, STOP = 1, 2
+STEP, STOP, IDLE = 1, 2, 3
 
 
 class SharedRunner(Runner, Protocol):
@@ -48,6 +48,12 @@ class Leader:
             self._runner.share(rest)
         return self._runner.run(step)
 
+    def idle(self) -> None:
+        """Broadcast that there is nothing to do, so that no rank waits for longer than a collective may take."""
+        words = np.zeros(WORDS, np.int32)
+        words[0] = IDLE
+        self._runner.share(words)
+
     def close(self) -> None:
         """Broadcast STOP, which ends ``follow`` on the other ranks."""
         words = np.zeros(WORDS, np.int32)
@@ -61,6 +67,8 @@ def follow(runner: SharedRunner) -> None:
         first = runner.share(np.zeros(WORDS, np.int32))
         if first[0] == STOP:
             return
+        if first[0] == IDLE:
+            continue
         rest = max(0, int(first[1]) - (WORDS - HEADER))
         more = runner.share(np.zeros(rest, np.int32)) if rest else np.empty(0, np.int32)
         runner.run(decode(first, more))

@@ -12,7 +12,7 @@ import math
 import threading
 import time
 import traceback
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 
 from telechat_twins.core.errors import UserError
 from telechat_twins.core.inference.engine import Engine
@@ -24,19 +24,21 @@ StepEvents = list[tuple[int, Event]]  # events of one step, with the index of th
 
 ENGINE_FAILED = "internal engine error while serving this request; see the server log"
 NO_SUCH_REQUEST = -1
+IDLE_S = 20.0  # without a request, before other ranks are told so; far below the limit of a collective
 
 
 class Service:
     """Service of one engine, which nothing else may step between ``start`` and ``close``."""
 
-    def __init__(self, engine: Engine, max_queue: int) -> None:
-        """``max_queue``: answers that may wait, beside those that the engine runs at once."""
+    def __init__(self, engine: Engine, max_queue: int, idle: Callable[[], None] | None = None) -> None:
+        """``max_queue``: answers that may wait, beside those that the engine runs at once. ``idle`` is called by the
+        engine's thread after every IDLE_S seconds without a request."""
         self.engine, self.metrics = engine, Metrics()
         self.max_open = engine.limits.max_running + max_queue
         self.draining = False
         self._waiting: dict[int, tuple[Ticket, int]] = {}  # ticket and index in it, by the engine's request number
         self._tickets: dict[Ticket, int] = {}  # open tickets, with the number of answers they asked for
-        self._closing = False
+        self._closing, self._when_idle = False, idle
         self._idle = asyncio.Event()
         self._idle.set()
         self._thread = threading.Thread(target=self._steps, name="engine")
@@ -138,8 +140,10 @@ class Service:
 
     def _steps(self) -> None:
         while not self._closing:
-            self.engine.wait()
+            busy = self.engine.wait(None if self._when_idle is None else IDLE_S)
             try:
+                if not busy and self._when_idle is not None:
+                    self._when_idle()
                 events = self.engine.step()
             except Exception:
                 # A failed step ends its requests, but not the server.

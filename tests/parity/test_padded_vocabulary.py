@@ -17,9 +17,12 @@ from telechat_twins.convert.source import open_model
 from telechat_twins.core import backends
 from telechat_twins.core.cli import main
 from telechat_twins.core.commands import serve
+from telechat_twins.core.commands.options import load_model
 from telechat_twins.core.inference.chat import ChatModel
 from telechat_twins.core.model.config import load_model_config
 from telechat_twins.core.model.init import init_weights
+from telechat_twins.core.serve.process.options import cache_sizes
+from telechat_twins.core.serve.process.run import served_model, warm_up
 from tests.support.data_support import VOCAB_SIZE, tiny_tokenizer_path
 
 ROWS = VOCAB_SIZE + 64
@@ -74,10 +77,10 @@ def test_no_command_draws_padding(backend: str, folder: Path, capsys: pytest.Cap
     parser = argparse.ArgumentParser()
     serve.add_arguments(parser)
     args = parser.parse_args(["--backend", backend, "--checkpoint", str(folder)])
-    model = serve.load_model(args, "tele serve")
-    engine = model.engine_with(*serve.cache_sizes(args, model.config))
-    serve.warm_up(engine)
-    served = serve.served_model(args, model, engine)
+    model = load_model(args, "tele serve")
+    engine = model.engine_with(*cache_sizes(args, model.config))
+    warm_up(engine)
+    served = served_model(args, model, engine)
     assert served.config.num_tokens == VOCAB_SIZE and served.config.stop_ids == {2, 5}
     assert main(["generate", "--backend", backend, "--checkpoint", str(folder), "--ids", f"9,{VOCAB_SIZE}"]) == 2
     assert f"token id {VOCAB_SIZE} at place 1 is outside the vocabulary of {VOCAB_SIZE}" in capsys.readouterr().err

@@ -16,9 +16,12 @@ from telechat_twins.convert.hf.config import dump_config, write_config
 from telechat_twins.convert.names import bind
 from telechat_twins.core.cli import main
 from telechat_twins.core.commands import serve
+from telechat_twins.core.commands.options import load_model
 from telechat_twins.core.inference.sampling import sampling_config
 from telechat_twins.core.model.config import load_model_config
 from telechat_twins.core.model.init import init_weights
+from telechat_twins.core.serve.process.options import cache_sizes
+from telechat_twins.core.serve.process.run import served_model
 from tests.support.data_support import VOCAB_SIZE, tiny_tokenizer_path
 
 SETTINGS = {"do_sample": True, "temperature": 0.9, "top_k": 7, "max_new_tokens": 6, "pad_token_id": 3, "num_beams": 3}
@@ -68,6 +71,6 @@ def test_every_door_takes_the_release_at_its_word(
     parser = argparse.ArgumentParser()
     serve.add_arguments(parser)
     args = parser.parse_args(words)
-    model = serve.load_model(args, "tele serve")
-    served = serve.served_model(args, model, model.engine_with(*serve.cache_sizes(args, model.config)))
+    model = load_model(args, "tele serve")
+    served = served_model(args, model, model.engine_with(*cache_sizes(args, model.config)))
     assert served.settings.resolve({}, draws=True) == sampling_config(temperature=0.9, top_k=7)

@@ -103,6 +103,7 @@ def test_followers_make_the_leaders_steps_until_they_are_let_go():
     ]
     numbers = [engine.submit(request) for request in asked]
     found = finish(engine)
+    leader.idle()
     leader.close()
     for thread in threads:
         thread.join(20)
