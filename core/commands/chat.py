@@ -22,8 +22,10 @@ from telechat_twins.core.commands.options import (
     sampling_from,
 )
 from telechat_twins.core.data.chat_template import DEFAULT_SYSTEM
+from telechat_twins.core.data.control import THINK, THINK_END
 from telechat_twins.core.errors import UserError
 from telechat_twins.core.files.foreign import parse_value, read_file
+from telechat_twins.core.inference.text_stream import Thought
 from telechat_twins.core.shown import controls_shown, printable
 from telechat_twins.core.types import JsonObject
 
@@ -135,9 +137,13 @@ def piped_lines() -> Iterator[str]:
 
 def _answer(chat: Chat, pieces: Iterable[AnswerPart]) -> None:
     terminal = sys.stdout.isatty()
+    thinking = False
     with _interrupt_calls(chat.stop):
         for piece in pieces:
             if isinstance(piece, str):
+                if thinking != isinstance(piece, Thought):  # reasoning is shown between its marks
+                    thinking = not thinking
+                    print(f"{THINK}\n" if thinking else f"\n{THINK_END}\n\n", end="")
                 print(controls_shown(piece) if terminal else piece, end="", flush=True)
     print(flush=True)
     if chat.finish_reason == "length":

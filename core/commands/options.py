@@ -20,7 +20,10 @@ from telechat_twins.core.parallel.layout import Layout, parse_layout
 from telechat_twins.core.shown import printable
 from telechat_twins.core.types import JsonObject
 
-TEMPLATE_HELP = "auto: the folder's own chat template if it has one; builtin: TeleChat2's; or a file with a template"
+TEMPLATE_HELP = (
+    "auto: the folder's own chat template if it has one; builtin: TeleChat2's; thinking: the same for models that "
+    "reason in <think> tags first (T1, TeleChat3-Thinking); or a file with a template"
+)
 
 if TYPE_CHECKING:
     from telechat_twins.core.eval.presets import TaskPlan
@@ -30,7 +33,7 @@ if TYPE_CHECKING:
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of generate, chat and serve: the model, its backend, how it is read, and how it is prompted."""
     add_checkpoint_arguments(parser)
-    parser.add_argument("--chat-template", default="auto", metavar="auto|builtin|FILE", help=TEMPLATE_HELP)
+    parser.add_argument("--chat-template", default="auto", metavar="auto|builtin|thinking|FILE", help=TEMPLATE_HELP)
     parser.add_argument(
         "--rescale",
         default="request",
@@ -174,7 +177,7 @@ def add_harness_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data", metavar="DIR", help="local data sets instead of the Hugging Face hub; docs say how")
     parser.add_argument("--limit", type=int, metavar="N", help="only the first N items of each task")
     parser.add_argument("--chat", action="store_true", help="contexts as a user's question in the chat template")
-    parser.add_argument("--chat-template", default="auto", metavar="auto|builtin|FILE", help=TEMPLATE_HELP)
+    parser.add_argument("--chat-template", default="auto", metavar="auto|builtin|thinking|FILE", help=TEMPLATE_HELP)
     parser.add_argument("--multiturn", action="store_true", help="with --chat: examples as earlier turns")
     parser.add_argument("--system", metavar="TEXT", help="with --chat: system text")
     parser.add_argument("--add-bos", action="store_true", help="begin every context with <_start>")

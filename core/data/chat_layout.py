@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, NoReturn, Protocol
 
 from telechat_twins.core.backends import install_command
 from telechat_twins.core.data.chat_template import DEFAULT_SYSTEM, chat_parts, encode_chat, render
-from telechat_twins.core.data.control import ControlToken, Splitter
+from telechat_twins.core.data.control import THINK, ControlToken, Splitter
 from telechat_twins.core.data.tokenizer import Allow, Tokenizer
 from telechat_twins.core.errors import UserError
 from telechat_twins.core.files.foreign import MIB, load_json, read_text
@@ -28,7 +28,7 @@ from telechat_twins.core.types import JsonObject
 if TYPE_CHECKING:
     from jinja2 import Environment
 
-BUILT_IN, AUTO = "builtin", "auto"
+BUILT_IN, THINKING, AUTO = "builtin", "thinking", "auto"
 MAX_TEMPLATE = MIB
 _GIVEN = ("messages", "tools", "documents", "add_generation_prompt", "raise_exception", "strftime_now")
 
@@ -102,15 +102,19 @@ class ChatLayout(Protocol):
     ) -> list[str]:
         """The ordinary text in the prompt, in order."""
 
+    def thinks(self, variables: JsonObject | None = None) -> bool:
+        """Whether the prompt opens <think>, so that an answer begins with reasoning."""
+
 
 @dataclass(frozen=True)
 class BuiltInLayout:
-    """TeleChat2's layout, written in Python."""
+    """TeleChat2's layout, written in Python; ``thinking``: that of models that reason first."""
 
     tokenizer: Tokenizer
     name: str = "TeleChat2's built-in layout"
     variables: frozenset[str] = frozenset()
     reads: frozenset[str] = frozenset()
+    thinking: bool = False
 
     def encode(
         self,
@@ -121,7 +125,7 @@ class BuiltInLayout:
         variables: JsonObject | None = None,
     ) -> list[int]:
         """As core.data.chat_template.encode_chat; there are no ``variables``."""
-        return encode_chat(self.tokenizer, messages, tools, add_generation_prompt, allow_control)
+        return encode_chat(self.tokenizer, messages, tools, add_generation_prompt, allow_control, self.thinking)
 
     def texts(
         self,
@@ -130,7 +134,11 @@ class BuiltInLayout:
         variables: JsonObject | None = None,
     ) -> list[str]:
         """The ordinary text in the prompt, in order."""
-        return [part.text for part in chat_parts(messages, tools) if not part.control]
+        return [part.text for part in chat_parts(messages, tools, thinking=self.thinking) if not part.control]
+
+    def thinks(self, variables: JsonObject | None = None) -> bool:
+        """Whether the prompt opens <think>, so that an answer begins with reasoning."""
+        return self.thinking
 
 
 class TemplateLayout:
@@ -171,6 +179,14 @@ class TemplateLayout:
         """The prompt as text."""
         return self._render(_standard(messages), tools, add_generation_prompt, {})
 
+    def thinks(self, variables: JsonObject | None = None) -> bool:
+        """Whether the prompt opens <think>, so that an answer begins with reasoning."""
+        try:
+            prompt = self._render(_standard([{"role": "user", "content": "?"}]), None, True, dict(variables or {}))
+        except UserError:  # a template that wants more than a question
+            return False
+        return prompt.rstrip("\n").endswith(THINK)
+
     def texts(
         self,
         messages: Sequence[JsonObject],
@@ -207,12 +223,13 @@ def open_layout(
     """The layout of a model's chats, and notes on it; None for a tokenizer without dialogue pieces or a template.
 
     ``choice``: "auto" looks for a template beside the tokenizer and in ``folders``, "builtin" takes TeleChat2's layout,
-    anything else is a file with a template. UserError for a template that cannot be used.
+    "thinking" the same with answers that begin with reasoning, anything else is a file with a template. UserError for a
+    template that cannot be used.
     """
-    if choice == BUILT_IN:
+    if choice in (BUILT_IN, THINKING):
         if not tokenizer.control:
-            raise UserError(f"--chat-template builtin: {no_dialogue(tokenizer)}")
-        return BuiltInLayout(tokenizer), []
+            raise UserError(f"--chat-template {choice}: {no_dialogue(tokenizer)}")
+        return BuiltInLayout(tokenizer, thinking=choice == THINKING), []
     if choice != AUTO:
         return TemplateLayout(tokenizer, read_text(choice, MAX_TEMPLATE), choice), []
     found = find_template([tokenizer.path.parent, *folders])

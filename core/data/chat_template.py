@@ -6,6 +6,10 @@ A message is {"role", "content"} with role system, user, assistant or bot (may c
 objects or the JSON text of one; with "weight" 0 it is context and not an ``answer``), or tool. As in the released
 template a system message counts only where it comes first and is passed over elsewhere; commands refuse it there.
 
+Models that reason (T1, TeleChat3-Thinking) write <think>\nREASONING\n</think>\n\n before the answer: ``thinking`` puts
+<think>\n behind the last <_bot>, and the reasoning of earlier answers is left out, as their templates do. The marks are
+control tokens where the tokenizer has them, else text.
+
 ``render`` gives the released text; ``encode_chat`` gives ids in which only the layout's own control tokens are control
 tokens, whatever strings the contents hold.
 """
@@ -20,6 +24,8 @@ from telechat_twins.core.data.control import (
     BOT,
     END,
     SYSTEM,
+    THINK,
+    THINK_END,
     TOOL_CALL,
     TOOL_CALL_END,
     TOOL_RESPONSE,
@@ -51,9 +57,10 @@ def render(
     messages: Sequence[JsonObject],
     tools: Sequence[object] | None = None,
     add_generation_prompt: bool = True,
+    thinking: bool = False,
 ) -> str:
     """The chat as text, character for character as the released template renders it."""
-    return "".join(part.text for part in chat_parts(messages, tools, add_generation_prompt))
+    return "".join(part.text for part in chat_parts(messages, tools, add_generation_prompt, thinking))
 
 
 def encode_chat(
@@ -62,6 +69,7 @@ def encode_chat(
     tools: Sequence[object] | None = None,
     add_generation_prompt: bool = True,
     allow_control: Allow = False,
+    thinking: bool = False,
 ) -> list[int]:
     """The chat as ids.
 
@@ -70,8 +78,8 @@ def encode_chat(
     names lets only those through.
     """
     if allow_control is True:
-        return tokenizer.encode(render(messages, tools, add_generation_prompt), allow_control=True)
-    return encode_parts(tokenizer, chat_parts(messages, tools, add_generation_prompt), allow_control)[0]
+        return tokenizer.encode(render(messages, tools, add_generation_prompt, thinking), allow_control=True)
+    return encode_parts(tokenizer, chat_parts(messages, tools, add_generation_prompt, thinking), allow_control)[0]
 
 
 def encode_parts(
@@ -95,9 +103,10 @@ def encode_parts(
             text = ""
 
     for part in parts:
-        if part.control:
+        if part.control and (part.text not in (THINK, THINK_END) or part.text in tokenizer.silent):
             close()
-            ids.append(tokenizer.control_id(part.text))
+            thought = tokenizer.silent.get(part.text)
+            ids.append(tokenizer.control_id(part.text) if thought is None else thought)
             mask.append(int(part.answer))
         else:
             if text and part.answer != answer:
@@ -112,6 +121,7 @@ def chat_parts(
     messages: Sequence[JsonObject],
     tools: Sequence[object] | None = None,
     add_generation_prompt: bool = True,
+    thinking: bool = False,
 ) -> list[Part]:
     """The chat as parts. UserError names the message whose role or content is not usable."""
     if not messages:
@@ -124,11 +134,12 @@ def chat_parts(
         if role == "user":
             parts += [Part(USER, control=True), Part(message["content"])]
         elif role in ("assistant", "bot"):
-            parts += _assistant_parts(message)
+            parts += _assistant_parts(message, thinking)
         elif role == "tool":
             parts += _tool_parts(message, follows_tool=n > 0 and messages[n - 1]["role"] == "tool")
     if add_generation_prompt:
         parts.append(Part(BOT, control=True))
+        parts += [Part(THINK, control=True), Part("\n")] if thinking else []
     return [part for part in parts if part.text]
 
 
@@ -151,9 +162,21 @@ def _system_parts(first: JsonObject, tools: Sequence[object] | None) -> list[Par
     return [*parts, Part(TOOL_CALL_END, control=True), Part("\n\n")]
 
 
-def _assistant_parts(message: JsonObject) -> list[Part]:
+def without_thought(text: str) -> str:
+    """An answer without the reasoning in front of it: what follows the last </think>, its beginning stripped."""
+    before, mark, after = text.rpartition(THINK_END)
+    return after.lstrip() if mark else text
+
+
+def _assistant_parts(message: JsonObject, thinking: bool) -> list[Part]:
     learnt = message.get("weight") != 0
-    parts = [Part(BOT, control=True), Part(message.get("content") or "", answer=learnt)]
+    content = message.get("content") or ""
+    parts = [Part(BOT, control=True)]
+    if message.get("thought"):  # core.data.kinds.messages: the content begins with <think>
+        thought, _, content = content.removeprefix(THINK).partition(THINK_END)
+        parts += [Part(THINK, control=True, answer=learnt), Part(thought, answer=learnt)]
+        parts.append(Part(THINK_END, control=True, answer=learnt))
+    parts.append(Part(without_thought(content) if thinking else content, answer=learnt))
     for n, call in enumerate(message.get("tool_calls") or ()):
         call = call.get("function", call)
         try:

@@ -14,6 +14,7 @@ START, END, PAD = "<_start>", "<_end>", "<_pad>"
 USER, BOT, SYSTEM = "<_user>", "<_bot>", "<_system>"
 TOOL_CALL, TOOL_CALL_END = "<tool_call>", "</tool_call>"
 TOOL_RESPONSE, TOOL_RESPONSE_END = "<tool_response>", "</tool_response>"
+THINK, THINK_END = "<think>", "</think>"  # pieces of TeleChat3's tokenizer; elsewhere ordinary text
 TOOL_TOKENS = (TOOL_CALL, TOOL_CALL_END, TOOL_RESPONSE, TOOL_RESPONSE_END)
 
 # The 115B file calls ids 9-12 <_control1..4>; later releases give them these names.

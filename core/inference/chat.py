@@ -24,6 +24,7 @@ from telechat_twins.core.inference.pages import pool_size
 from telechat_twins.core.inference.requests import Event, Request, turn_stops
 from telechat_twins.core.inference.runner import Runner
 from telechat_twins.core.inference.sampling import SamplingConfig
+from telechat_twins.core.inference.text_stream import Thought, ThoughtStream
 from telechat_twins.core.inference.tool_calls import AnswerPart, ToolCall, ToolCallStream
 from telechat_twins.core.model.config import ModelConfig
 from telechat_twins.core.model.quantize import quantizing
@@ -88,7 +89,8 @@ class Chat:
             )
 
     def ask(self, question: str, stream: bool = False) -> str | Iterator[AnswerPart]:
-        """The answer's text; with ``stream``, an iterator over its pieces as they are generated, tool calls included.
+        """The answer's text; with ``stream``, an iterator over its pieces as they are generated, tool calls included,
+        and a reasoning model's Thoughts, which join neither the text nor the history.
 
         The question and its answer, complete or interrupted, are appended to the history. UserError for an empty
         question and for one that is too long for the budget; the history is then unchanged.
@@ -130,18 +132,23 @@ class Chat:
         )
         self._stopped = False
         pieces = self._answer(new, answer(self.engine, request))
-        return pieces if stream else "".join(piece for piece in pieces if isinstance(piece, str))
+        if stream:
+            return pieces
+        return "".join(piece for piece in pieces if isinstance(piece, str) and not isinstance(piece, Thought))
 
     def _answer(self, new: list[Message], events: Generator[Event, None, None]) -> Iterator[AnswerPart]:
         words: list[str] = []
         calls: list[ToolCall] = []
         parser = ToolCallStream() if self.tools else None
+        thoughts = ThoughtStream() if self.layout.thinks() else None
         self.finish_reason = "interrupted"
         failed = False
 
         def emit(parts: Sequence[AnswerPart]) -> Iterator[AnswerPart]:
             for part in parts:
-                if isinstance(part, str):
+                if isinstance(part, Thought):
+                    pass
+                elif isinstance(part, str):
                     words.append(part)
                 else:
                     calls.append(part)
@@ -150,12 +157,16 @@ class Chat:
         try:
             with closing(events):
                 for event in events:
-                    if event.text:
-                        yield from emit([event.text] if parser is None else parser.push(event.text))
+                    for text in [event.text] if thoughts is None else thoughts.push(event.text):
+                        if isinstance(text, Thought):
+                            yield text
+                        elif text:
+                            yield from emit([text] if parser is None else parser.push(text))
                     if event.finish_reason is not None:
                         self.finish_reason = event.finish_reason
                     elif self._stopped:
                         break
+                yield from emit([] if thoughts is None else thoughts.flush())
                 if parser is not None:
                     yield from emit(parser.flush())
         except Exception:
@@ -286,14 +297,16 @@ class ChatModel:
         growing = _growing(pieces, grown)
         if stream:
             return growing
-        return "".join(delta for delta, _ in growing), grown
+        return "".join(delta for delta, _ in growing if not isinstance(delta, Thought)), grown
 
 
 def _growing(pieces: Iterator[AnswerPart] | str, history: list[Message]) -> Iterator[tuple[str, list[Message]]]:
     """(piece of text, history) for each piece of the answer, after it was appended to the last message."""
     last = history[-1]
     for piece in pieces:
-        if isinstance(piece, ToolCall):
+        if isinstance(piece, Thought):
+            yield piece, history
+        elif isinstance(piece, ToolCall):
             last.setdefault("tool_calls", []).append(_plain(piece))
             yield "", history
         else:

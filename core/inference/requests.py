@@ -9,7 +9,17 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from telechat_twins.core.data.control import BOT, END, START, SYSTEM, TOOL_CALL, TOOL_CALL_END, USER
+from telechat_twins.core.data.control import (
+    BOT,
+    END,
+    START,
+    SYSTEM,
+    THINK,
+    THINK_END,
+    TOOL_CALL,
+    TOOL_CALL_END,
+    USER,
+)
 from telechat_twins.core.errors import UserError
 from telechat_twins.core.inference.pages import first_name, page_name
 from telechat_twins.core.inference.sampling import Sampler, SamplingConfig, TokenChoice, check_finite, log_probabilities
@@ -156,10 +166,11 @@ def turn_stops(tokenizer: Tokenizer, config: ModelConfig) -> frozenset[int]:
     return frozenset({*config.stop_ids, *(tokenizer.control[t] for t in TURN_TOKENS if t in tokenizer.control)})
 
 
-def call_marks(tokenizer: Tokenizer) -> dict[int, str]:
-    """The control tokens around a tool call, by id; none where the tokenizer has none."""
-    silent = {**tokenizer.silent, **tokenizer.control}
-    return {silent[name]: name for name in (TOOL_CALL, TOOL_CALL_END) if name in silent}
+def shown_marks(tokenizer: Tokenizer, text: str) -> dict[int, str] | None:
+    """The control tokens that an answer shows, by id: around reasoning and, in one with tools, around tool calls."""
+    names = {"answer": (THINK, THINK_END), "tools": (THINK, THINK_END, TOOL_CALL, TOOL_CALL_END)}.get(text, ())
+    silent = {**tokenizer.silent, **tokenizer.control} if names else {}
+    return {silent[name]: name for name in names if name in silent} or None
 
 
 class Sample:
@@ -202,7 +213,7 @@ class Sample:
         if request.text != "none" or request.stop_texts:
             assert tokenizer is not None  # check_request refuses text and stop strings without one
             context = self.tokens if request.text == "continuation" else ()
-            self._text = text_stream(tokenizer, context, call_marks(tokenizer) if request.text == "tools" else None)
+            self._text = text_stream(tokenizer, context, shown_marks(tokenizer, request.text))
 
     @property
     def missing(self) -> int:

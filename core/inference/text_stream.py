@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Protocol
 
+from telechat_twins.core.data.control import THINK_END
+
 if TYPE_CHECKING:
     from telechat_twins.core.data.tokenizer import Tokenizer
 
@@ -73,6 +75,47 @@ class ShownControl:
 
     def flush(self) -> str:
         return self._stream.flush()
+
+
+class Thought(str):
+    """Text that a model reasons with before its answer."""
+
+
+class ThoughtStream:
+    """Splits an answer that begins inside <think>: reasoning up to </think>, then the answer. The white space at either
+    side of the mark belongs to the layout and is dropped; an answer without the mark is all reasoning."""
+
+    def __init__(self) -> None:
+        self._held = ""  # white space and, perhaps, the beginning of the mark
+        self._answering, self._begun = False, False
+
+    def push(self, piece: str) -> list[str]:
+        """What this piece makes certain: Thoughts, then plain text."""
+        if self._answering:
+            return self._answer(piece)
+        text, self._held = self._held + piece, ""
+        if not self._begun:
+            text = text.lstrip()
+        thought, mark, rest = text.partition(THINK_END)
+        if not mark:
+            kept = next((n for n in range(len(THINK_END) - 1, 0, -1) if text.endswith(THINK_END[:n])), 0)
+            certain = text[: len(text) - kept].rstrip()
+            thought, self._held = certain, text[len(certain) :]
+        else:
+            thought, self._answering = thought.rstrip(), True
+        parts: list[str] = [Thought(thought)] if thought else []
+        self._begun = bool(parts or self._begun) and not self._answering
+        return [*parts, *self._answer(rest)]
+
+    def flush(self) -> list[str]:
+        """What is left at the end: the beginning of a mark that did not come."""
+        held, self._held = self._held, ""
+        return [Thought(held)] if held.strip() else []
+
+    def _answer(self, text: str) -> list[str]:
+        text = text if self._begun else text.lstrip()
+        self._begun = bool(text or self._begun)
+        return [text] if text else []
 
 
 class StopText:

@@ -12,6 +12,7 @@ from telechat_twins.core.errors import UserError
 from telechat_twins.core.inference.decoding.grammar import Schema
 from telechat_twins.core.inference.requests import Event, Request, turn_stops
 from telechat_twins.core.inference.sampling import TokenChoice
+from telechat_twins.core.inference.text_stream import Thought, ThoughtStream
 from telechat_twins.core.inference.tool_calls import ToolCall, ToolCallStream
 from telechat_twins.core.serve import strict_json
 from telechat_twins.core.serve.constraint import ToolUse, grammar_of, read_format, read_tools
@@ -72,7 +73,7 @@ def read_chat(body: JsonObject, served: Served, tenant: str = "") -> Draft:
     )
 
     def encode() -> AnswerJob:
-        writer = ChatWriter(served.tokenizer, bool(use.tools))
+        writer = ChatWriter(served.tokenizer, bool(use.tools), layout.thinks(variables))
         return AnswerJob((conversation.request(),), partial(ChoicesFrame, writer, include_usage), stream)
 
     return Draft(samples, encode)
@@ -263,15 +264,15 @@ class ChatWriter:
 
     prefix, kind, chunk_kind = "chatcmpl-", "chat.completion", "chat.completion.chunk"
 
-    def __init__(self, tokenizer: Tokenizer, tools: bool) -> None:
-        self._tokenizer, self._tools = tokenizer, tools
+    def __init__(self, tokenizer: Tokenizer, tools: bool, thinking: bool = False) -> None:
+        self._tokenizer, self._tools, self._thinking = tokenizer, tools, thinking
         self._answers: dict[int, _Answer] = {}
 
     def opening(self, index: int) -> list[JsonObject]:
         return [_entry(index, {"role": "assistant", "content": ""})]
 
     def push(self, index: int, event: Event) -> list[JsonObject]:
-        answer = self._answers.setdefault(index, _Answer(self._tools))
+        answer = self._answers.setdefault(index, _Answer(self._tools, self._thinking))
         logprobs: JsonObject | None = None
         # A stop token is not part of the answer.
         if event.choice is not None and event.choice.logprob is not None and not isinstance(event.stop, int):
@@ -290,6 +291,8 @@ class ChatWriter:
         for index, answer in sorted(self._answers.items()):
             text = "".join(answer.words)
             message: JsonObject = {"role": "assistant", "content": text, "refusal": None}
+            if self._thinking:
+                message["reasoning_content"] = "".join(answer.thoughts)
             if answer.calls:
                 message |= {"content": text or None, "tool_calls": answer.calls}
             logprobs = {"content": answer.logprobs, "refusal": None} if answer.logprobs else None
@@ -309,21 +312,30 @@ class ChatWriter:
 class _Answer:
     """One answer as far as it has been generated."""
 
-    def __init__(self, tools: bool) -> None:
+    def __init__(self, tools: bool, thinking: bool = False) -> None:
         self.words: list[str] = []
+        self.thoughts: list[str] = []
         self.calls: list[JsonObject] = []
         self.logprobs: list[JsonObject] = []
         self.finish_reason: str | None = None
         self._stream = ToolCallStream() if tools else None
+        self._thoughts = ThoughtStream() if thinking else None
 
     def take(self, event: Event) -> list[JsonObject]:
         """Append an event. Returns the deltas that a stream sends for it."""
-        parts: list[str | ToolCall] = [event.text] if event.text else []
+        deltas: list[JsonObject] = []
+        texts = [event.text] if event.text else []
+        if self._thoughts is not None:
+            texts = self._thoughts.push(event.text)
+            texts += self._thoughts.flush() if event.finish_reason is not None else []
+            self.thoughts += (thoughts := [text for text in texts if isinstance(text, Thought)])
+            deltas += [{"reasoning_content": thought} for thought in thoughts]
+            texts = [text for text in texts if not isinstance(text, Thought)]
+        parts: list[str | ToolCall] = list(texts)
         if self._stream is not None:
-            parts = self._stream.push(event.text)
+            parts = self._stream.push("".join(texts))
             if event.finish_reason is not None:
                 parts += self._stream.flush()
-        deltas: list[JsonObject] = []
         for part in parts:
             if isinstance(part, str):
                 self.words.append(part)

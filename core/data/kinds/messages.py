@@ -185,7 +185,9 @@ def _reasoned(given: JsonObject, content: str | None, name: str, where: str, rea
             "--reasoning think, or leave it out with --reasoning leave-out"
         )
     thought = text(given[reasons[0]], f"{name}.{reasons[0]}", where).strip("\n")
-    return {"content": f"<think>\n{thought}\n</think>\n\n{content or ''}"}
+    if "</think>" in thought:
+        raise UserError(f"{where}: '{name}.{reasons[0]}' holds </think>, which ends it; take it out")
+    return {"content": f"<think>\n{thought}\n</think>\n\n{content or ''}", "thought": True}
 
 
 def _weight(given: JsonObject, name: str, where: str, answer: bool) -> bool:

@@ -26,8 +26,9 @@ def published() -> dict[str, tuple[int, ...]]:
     return {name: tuple(entry["shape"]) for name, entry in tensors.items()}
 
 
-def test_names_and_shapes_of_the_115b(published):
-    config = load_model_config("telechat2-115b")
+@pytest.mark.parametrize("preset", ["telechat2-115b", "telechat2.5-115b", "t1-115b"])
+def test_names_and_shapes_of_the_115b(published, preset):
+    config = load_model_config(preset)
     table = released_table(bind(config), config)
     assert len(published) == 963
     check_shapes(table, published)

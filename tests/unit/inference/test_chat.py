@@ -34,6 +34,7 @@ class CharTokenizer:
     """One token a byte, after the control tokens."""
 
     path, vocab_size, control, anchor = "toy", SIZE, {name: i for i, name in enumerate(NAMES)}, FIRST + ord("a")
+    silent = control
 
     def encode(self, text, add_bos=False, allow_control=False):
         assert not allow_control
@@ -52,7 +53,7 @@ class CharTokenizer:
         return bytes(t - FIRST for t in ids if t >= FIRST).decode(errors="replace")
 
 
-def fake_encode_chat(tokenizer, messages, tools=None, prompt=True, allow_control=False):
+def fake_encode_chat(tokenizer, messages, tools=None, prompt=True, allow_control=False, thinking=False):
     """The template's shape: system, then turns, then the opening of the answer."""
     ids, marks = [], {"system": SYSTEM, "user": USER, "assistant": BOT}
     for message in messages:

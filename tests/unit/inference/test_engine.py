@@ -279,6 +279,7 @@ class Letters:
     """A tokenizer of one letter a token."""
 
     control: dict[str, int] = {}
+    silent: dict[str, int] = {}
     anchor = 0
 
     def decode(self, ids, skip_special=False):
