@@ -146,7 +146,7 @@ def to_mindformers(
             write_ranks(building, bindings, specs, mp, read, file_format)
         model = {**_model(source), "mindformers": {"form": form, "mp": mp, "whole": whole or mp == 1}}
         (building / MODEL).write_text(json.dumps(model, indent=1) + "\n", encoding="utf-8")
-        if form == "mcore":
+        if form.startswith("mcore"):
             (building / "config.json").write_text(dump_config(write_config(config, None, dtype)), encoding="utf-8")
         else:
             (building / "model_config.yaml").write_text(model_yaml(config, form), encoding="utf-8")

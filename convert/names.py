@@ -108,7 +108,8 @@ class RowsByRank:
 
     def read(self, read: Read, part: int, box: Box, config: ModelConfig) -> np.ndarray:
         # The rows of a whole part: heads of q, k and v, or channels of gate and up.
-        rows = config.ffn_hidden_size if len(self.shares) == 2 else self.shares[part] * config.head_dim
+        attention = self.shares[part] * config.head_dim * (config.num_kv_heads // self.shares[-1])
+        rows = config.ffn_hidden_size if len(self.shares) == 2 else attention
         unit = rows // (self.ranks * self.shares[part])
         block, before = unit * self.shares[part], unit * sum(self.shares[:part])
         return _gather_rows(read, box, block, unit * sum(self.shares), before)
@@ -117,6 +118,8 @@ class RowsByRank:
 def _gather_rows(read: Read, box: Box, block: int, stride: int, before: int) -> np.ndarray:
     """Rows ``box[0]`` of a part whose blocks of ``block`` rows lie every ``stride`` rows, from row ``before`` on."""
     first, last = box[0].start, box[0].stop
+    if block == 1:  # rows in turn: one read of all of them
+        return read((slice(first * stride, last * stride), *box[1:]))[before::stride]
     pieces = []
     for number in range(first // block, max(first // block + 1, -(-last // block))):
         low, high = max(first, number * block), min(last, (number + 1) * block)
@@ -245,21 +248,43 @@ def flm_hf(config: ModelConfig) -> tuple[Rule, ...]:
     )
 
 
-MINDFORMERS_FORMS = ("plain", "qkv_concat", "mcore")
+MINDFORMERS_FORMS = ("plain", "qkv_concat", "mcore", "mcore_train")
 
 
 def mindformers_rules(config: ModelConfig, form: str, mp: int = 1) -> tuple[Rule, ...]:
-    """The table of MindFormers' checkpoints of TeleChat2 and TeleChat-52B.
+    """The table of MindFormers' checkpoints of TeleChat2, TeleChat-52B and TeleChat3.
 
-    ``form``: plain (research/telechat2, training and inference), qkv_concat (its inference with fused projections, and
-    all of research/telechat, where TeleChat-52B has no other), mcore (mindformers.models.telechat2). ``mp``: the ranks
-    for which the rows of fused projections are ordered.
+    ``form``: plain (research/telechat2 and telechat3, training and inference), qkv_concat (their inference with fused
+    projections, and all of research/telechat, where TeleChat-52B has no other), mcore (mindformers.models, inference),
+    mcore_train (its training, TeleChat3 only). ``mp``: the ranks for which the rows of fused projections are ordered.
 
     Source: mindspore-lab/mindformers at fd4deeb research/telechat2/convert_weight.py and convert_reversed.py, and
     research/telechat/convert_weight_torch_to_ms.py (TeleChat-52B, ``--mp``); the wheel mindformers 1.9.0
     mindformers/models/telechat2/utils.py. MindFormers has no way back from qkv_concat; here it is the same table.
+    TeleChat3: Tele-AI/TeleChat3 at 242aeb5 mindformers_telechat3/research/telechat3/convert_weight.py; the wheel
+    mindformers 2.1.0 mindformers/models/telechat3/utils.py and parallel_core/utils/model_mixin.py.
     """
-    return TELECHAT2_MCORE if form == "mcore" else _mindformers(config, form == "qkv_concat", mp)
+    if form == "mcore_train":
+        return _mcore_train(config)
+    if form == "mcore":
+        return tuple(r for r in TELECHAT2_MCORE if config.biases == "outputs" or not r.released.endswith(".bias"))
+    return _mindformers(config, form == "qkv_concat", mp)
+
+
+def _mcore_train(config: ModelConfig) -> tuple[Rule, ...]:
+    """linear_qkv has, of each group in turn, its query heads, its key head, its value head (Megatron's order and
+    MindFormers' default); linear_fc1 has rows of gate and up in turn."""
+    K, at, to = config.num_kv_heads, "decoder.layers.{i}.", "layers.{i}."
+    q, k, v = (f"{to}attn.{part}.weight" for part in "qkv")
+    gate, up = f"{to}ffn.gate.weight", f"{to}ffn.up.weight"
+    qkv, fc1 = RowsByRank(K, (config.num_heads // K, 1, 1)), RowsByRank(config.ffn_hidden_size, (1, 1))
+    kept = [r for r in TELECHAT2_MCORE if not r.released.endswith((".bias", "linear_q.weight", "hidden.weight"))]
+    fused = {
+        "linear_k": rule(f"{at}self_attention.linear_qkv.weight", q, k, v, transform=qkv),
+        "gating": rule(f"{at}mlp.linear_fc1.weight", gate, up, transform=fc1),
+    }
+    named = ((r, r.released.split(".")[-2]) for r in kept)
+    return tuple(fused.get(name, r) for r, name in named if name != "linear_v")
 
 
 def _mindformers(config: ModelConfig, fused: bool, mp: int) -> tuple[Rule, ...]:
@@ -276,9 +301,11 @@ def _mindformers(config: ModelConfig, fused: bool, mp: int) -> tuple[Rule, ...]:
             rule(f"{at}feed_forward.w_gate_hidden.weight", gate, up, transform=RowsByRank(mp, (1, 1)), axis=0),
         )
     else:
+        packed = (rule(f"{at}attention.wk_v.weight", k, v, transform=InterleavedKeyValue(), axis=0),)
+        apart = (rule(f"{at}attention.wk.weight", k, axis=0), rule(f"{at}attention.wv.weight", v, axis=0))
         inputs = (
             rule(f"{at}attention.wq.weight", q, axis=0),
-            rule(f"{at}attention.wk_v.weight", k, v, transform=InterleavedKeyValue(), axis=0),
+            *(apart if config.family == "telechat3" else packed),
             rule(f"{at}feed_forward.w1.weight", gate, axis=0),
             rule(f"{at}feed_forward.w3.weight", up, axis=0),
         )

@@ -39,6 +39,7 @@ _TELECHAT3 = {
     **_TELEFLM, **_YARN, "biases": ("none", "all"), "position": ("rope", "yarn"), "tied_embeddings": (False, True),
     "input_mult": (1.0,), "logit_mult": (1.0,),
 }  # fmt: skip
+_TELECHAT3_MINDFORMERS = {**_TELECHAT3, "biases": ("none",), "tied_embeddings": (False,)}
 _FLM = {
     "norm": ANY,
     "activation": ANY,
@@ -62,12 +63,16 @@ PLACES: dict[tuple[str, str], Mapping[str, tuple[object, ...] | None]] = {
     ("qkv_concat", "telechat2"): _TELECHAT2,
     ("mcore", "telechat2"): _TELECHAT2,
     ("qkv_concat", "flm"): _TELECHAT_52B,
+    ("plain", "telechat3"): _TELECHAT3_MINDFORMERS,
+    ("mcore", "telechat3"): _TELECHAT3_MINDFORMERS,
+    ("mcore_train", "telechat3"): _TELECHAT3_MINDFORMERS,
 }
 TITLES = {
     "hf": "the released format",
     "plain": "MindFormers' plain form",
     "qkv_concat": "MindFormers' qkv_concat form",
     "mcore": "MindFormers' mcore form",
+    "mcore_train": "MindFormers' mcore form of training",
 }
 
 

@@ -1,4 +1,4 @@
-"""MindFormers' ``model_config`` (a section of its YAML) <-> ModelConfig: TeleChat2 and TeleChat-52B.
+"""MindFormers' ``model_config`` (a section of its YAML) <-> ModelConfig: TeleChat2, TeleChat-52B and TeleChat3.
 
 Its checkpoints say nothing of the model they belong to; the number of heads cannot be read from the weights.
 """
@@ -12,7 +12,7 @@ import yaml
 from telechat_twins.convert.hf.config import read_config
 from telechat_twins.convert.hf.config_keys import Key, defaulted, read_keys, take, token_ids
 from telechat_twins.convert.hf.config_refused import check_refused
-from telechat_twins.convert.hf.config_rotary import read_theta
+from telechat_twins.convert.hf.config_rotary import read_position, read_theta
 from telechat_twins.convert.places import NTK_THETA_LENGTH, require_place
 from telechat_twins.core.errors import UserError
 from telechat_twins.core.files.safetensors import load_json
@@ -25,14 +25,14 @@ _KEYS = (
     Key("vocab_size", ("vocab_size",), int),
     Key("hidden_size", ("hidden_size",), int),
     Key("ffn_hidden_size", ("intermediate_size",), int),
-    Key("num_layers", ("num_layers",), int),
-    Key("num_heads", ("num_heads",), int),
-    Key("num_kv_heads", ("n_kv_heads",), int, "num_heads"),
+    Key("num_layers", ("num_layers", "num_hidden_layers"), int),
+    Key("num_heads", ("num_heads", "num_attention_heads"), int),
+    Key("num_kv_heads", ("n_kv_heads", "num_key_value_heads"), int, "num_heads"),
     Key("norm_eps", ("rms_norm_eps",), float),
-    Key("max_seqlen", ("seq_length", "max_position_embedding"), int),
+    Key("max_seqlen", ("seq_length", "max_position_embedding", "max_position_embeddings"), int),
     Key("training_seqlen", ("pretrain_seqlen",), int, "max_seqlen", quiet=True),
     Key("base_seqlen", ("base_seqlen",), int, "training_seqlen", quiet=True),
-    Key("init_std", ("sigma",), float, 0.0048, quiet=True),
+    Key("init_std", ("sigma", "initializer_range"), float, 0.0048, quiet=True),
 )
 _TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 _OUTPUT = Key("logit_mult", ("output_mult",), float)
@@ -40,6 +40,7 @@ _WIDTHS = Key("logit_mult", ("mup_scale_factor",), float)
 _FIXED: dict[str, JsonObject] = {
     "telechat2": {},
     "flm": {"biases": "none", "position": "ntk-theta"},
+    "telechat3": {"biases": "none", "position": "rope"},
 }
 _REFUSED = {
     "qkv_has_bias": ((False, None), "biases of queries, keys and values are not supported"),
@@ -72,14 +73,16 @@ def read_model_file(path: Path) -> tuple[ModelConfig, list[str]]:
 
 def read_model_section(section: JsonObject, where: str) -> tuple[ModelConfig, list[str]]:
     """ModelConfig from ``model.model_config``; UserError starting with ``where`` for what this decoder does not do."""
-    family = "flm" if section.get("use_mup") or section.get("net_name") == "telechat_52b" else "telechat2"
-    check_refused(section, _REFUSED, where)
+    family = _family(section)
+    check_refused(section, {**_REFUSED, **(_YARN if family == "telechat3" else {})}, where)
     biased = family == "telechat2"
     for name in ("wo_has_bias", "out_proj_has_bias"):
         if section.get(name) not in (biased, None):
             raise UserError(f"{where}: {name} is {section[name]!r}; a model of family {family} has it {biased}")
     found, notes = read_keys(section, _KEYS, where)
     values: JsonObject = {"family": family, **_FIXED[family], **found}
+    if family == "telechat3":
+        values |= _rotation(section, where)
     theta = read_theta(section, values.get("position", "ntk"), where)
     if theta is None:
         theta = 10000.0
@@ -108,17 +111,62 @@ def read_model_section(section: JsonObject, where: str) -> tuple[ModelConfig, li
         raise UserError(f"{where}: {error}") from None
 
 
+def _family(section: JsonObject) -> str:
+    name = str(section.get("net_name", ""))
+    if section.get("model_type") == "telechat3" or name.startswith("telechat3"):
+        return "telechat3"
+    return "flm" if section.get("use_mup") or name == "telechat_52b" else "telechat2"
+
+
+_YARN = {"extend_method": (("None", "YARN", None), "only None and YARN are TeleChat3's")}
+
+
+def _rotation(section: JsonObject, where: str) -> JsonObject:
+    """YaRN as a release's section, or as ``extend_method: YARN`` with ``scaling_factor``; else plain at any length."""
+    fields = read_position(section, where)
+    scaling = section.get("scaling_factor")
+    if fields["position"] == "rope" and section.get("extend_method") == "YARN":
+        if not isinstance(scaling, dict):
+            raise UserError(f"{where}: extend_method YARN needs a mapping scaling_factor, found {scaling!r}")
+        # The published code divides by no scale of mscale_all_dim, and multiplies 0.07 by mscale.
+        kept = {key: value for key, value in scaling.items() if key not in ("mscale", "mscale_all_dim")}
+        fields = read_position({"rope_scaling": {"type": "telechat3-yarn", **kept}}, where)
+        fields["yarn_mscale"] *= scaling.get("mscale", 1.0)
+    if fields["position"] == "rope":
+        length = take(section, _KEYS[7], where)
+        fields |= {"training_seqlen": length, "base_seqlen": length}
+    return fields
+
+
 def model_yaml(config: ModelConfig, form: str) -> str:
     """The text of a YAML with the ``model.model_config`` that goes with a checkpoint in a form (plain, qkv_concat)."""
+    said = "# What belongs under model.model_config in the YAML that MindFormers runs this checkpoint with.\n"
+    return said + yaml.safe_dump({"model": {"model_config": model_section(config, form)}}, sort_keys=False)
+
+
+def model_section(config: ModelConfig, form: str) -> JsonObject:
+    """``model.model_config`` of a model in a form; UserError for a model that the form cannot hold."""
+    form = "qkv_concat" if config.family == "flm" else form
     require_place(config, form)
     section: JsonObject = {"type": "TelechatConfig"}
     section |= {key.names[0]: getattr(config, key.field) for key in _KEYS}
     # The further tokens that end generation are in model.json beside it: MindFormers' config has one.
     section |= {"theta": config.rope_theta, **{name: getattr(config, name) for name in _TOKENS}}
-    if config.family == "flm":
+    if config.family == "telechat3":
+        section |= {
+            "net_name": "telechat3_36b",
+            "out_proj_has_bias": False,
+            "qkv_concat": False,
+            "extend_method": "None",
+        }
+        if config.position == "yarn":
+            scaling = {"factor": config.yarn_factor, "original_max_position_embeddings": config.base_seqlen}
+            scaling |= {"beta_fast": config.yarn_fast, "beta_slow": config.yarn_slow}
+            scaling |= {"mscale": round(config.yarn_mscale / 0.07, 12), "mscale_all_dim": 1.0}
+            section |= {"extend_method": "YARN", "scaling_factor": scaling}
+    elif config.family == "flm":
         section |= {"net_name": "telechat_52b", "use_mup": True, "output_mult": config.logit_mult}
         section |= {"mup_scale_factor": 1.0, "wo_has_bias": False}
     else:
         section |= {"wo_has_bias": True, "out_proj_has_bias": True, "qkv_concat": form == "qkv_concat"}
-    said = "# What belongs under model.model_config in the YAML that MindFormers runs this checkpoint with.\n"
-    return said + yaml.safe_dump({"model": {"model_config": section}}, sort_keys=False)
+    return section

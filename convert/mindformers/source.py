@@ -31,7 +31,12 @@ from telechat_twins.core.types import JsonObject
 # What this converter leaves beside the weights: config, form and ranks, the release it came from; its small files.
 MODEL, ASSETS = "model.json", "assets"
 
-_SIGNS = {"mcore": "decoder.layers.", "qkv_concat": ".attention.w_qkv.", "plain": ".attention.wk_v."}
+_SIGNS = {
+    "mcore_train": ".self_attention.linear_qkv.",
+    "mcore": "decoder.layers.",
+    "qkv_concat": ".attention.w_qkv.",
+    "plain": ".attention.wk_v.",
+}
 _WEIGHTS = ("model.", "lm_head.", "embedding.", "decoder.", "output_layer.")
 _CACHES = (".key_cache", ".value_cache")
 
@@ -102,11 +107,16 @@ class MindFormersSource(ModelSource):
         self.config, self.record = known.config, known.record
         homes = open_ranks(self.path)
         self.ranks = [{name: file for name, file in home.items() if _is_weight(name)} for home in homes]
-        self.form = _form(self.ranks, homes, self.path)
+        self.form = _form(self.ranks, homes, self.path, self.config.family)
         require_place(self.config, self.form)
         notes = list(known.notes)
         self.mp = _ranks_of(self, known, mp, option, notes)
         check_mp(self.config, self.mp, option)
+        if self.form == "mcore_train":
+            notes.append(
+                "linear_qkv is taken as groups of query, key and value heads, linear_fc1 as rows of gate and up in "
+                "turn: use_contiguous_weight_layout_attention False, use_interleaved_weight_layout_mlp True (defaults)"
+            )
         others = [name for name in homes[0] if not _is_weight(name)]
         if others:
             notes.append(f"{len(others)} tensors that are not weights are skipped ({others[0]}, ...)")
@@ -210,12 +220,14 @@ def _is_weight(name: str) -> bool:
     return name.startswith(_WEIGHTS) and not name.endswith(_CACHES) and not is_derived(name)
 
 
-def _form(ranks: list[Home], homes: list[Home], path: Path) -> str:
+def _form(ranks: list[Home], homes: list[Home], path: Path, family: str) -> str:
     names = [name for home in ranks for name in home]
     for form, sign in _SIGNS.items():
         if any(sign in name for name in names):
             return form
     if any(".attention.wk." in name for name in names):
+        if family == "telechat3":
+            return "plain"
         raise UserError(f"{path}: has Llama's attention.wk and attention.wv; TeleChat2 packs them in attention.wk_v")
     if any(name.startswith("transformer.") for name in homes[0]):
         raise UserError(f"{path}: has the names of a release; use --from hf")

@@ -41,6 +41,7 @@ EXAMPLES = (
     "  tele convert --from hf --to mindformers TeleChat2-115B 115b-mp8 --qkv-concat --mp 8\n"
     "  tele convert --from mindformers --to canonical 115b-mp8 checkpoints/115b\n"
     "  tele convert --from mindformers --to hf telechat_7b.ckpt TeleChat2-7B-new --model telechat2-7b\n"
+    "  tele convert --from mindformers --to canonical finetune_telechat_7b.yaml 7b.yaml\n"
     "  tele convert --from peft --to canonical peft-adapter adapters/7b --base TeleChat2-7B\n"
     "  tele convert --from canonical --to peft runs/lora peft-adapter"
 )
@@ -55,7 +56,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "source",
         metavar="SRC",
         type=Path,
-        help="released folder, checkpoint, run (its latest), or MindFormers file or folder",
+        help="released folder, checkpoint, run (its latest), MindFormers file or folder, or a run's .yaml, ours or its",
     )
     parser.add_argument("target", metavar="DST", type=Path, help="folder to make")
     parser.add_argument(
@@ -100,6 +101,11 @@ def _add_mindformers_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="DST: the names of MindFormers' newer networks (mindformers.models.telechat2)",
     )
+    forms.add_argument(
+        "--mcore-train",
+        action="store_true",
+        help="DST: those of its training networks, with linear_qkv and linear_fc1 (TeleChat3)",
+    )
     group.add_argument(
         "--mp",
         metavar="N",
@@ -139,6 +145,8 @@ def _add_adapter_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Convert; prints one line per fact on stdout, progress on stderr. UserError for anything the user can mend."""
+    if args.source.suffix in (".yaml", ".yml"):
+        return _convert_run(args)
     check_options(args)
     limit = parse_size(args.max_shard_size) if args.max_shard_size else None
     check_target(args.source, args.target, args.force)  # before a folder is made for the lock
@@ -147,6 +155,31 @@ def run(args: argparse.Namespace) -> int:
         adapter = _is_adapter(args)
         _check_adapter_options(args, adapter)
         return _convert_adapter(args) if adapter else _convert(args, limit)
+
+
+def _convert_run(args: argparse.Namespace) -> int:
+    """Convert a run's YAML, MindFormers' or ours, into the other's; prints what became of every key."""
+    from telechat_twins.convert.mindformers.run_config import dump_yaml, from_mindformers, to_mindformers_yaml
+    from telechat_twins.core.config import load_run_config, run_config_from_dict
+    from telechat_twins.core.schema import load_yaml
+
+    ways = {("mindformers", "canonical"), ("canonical", "mindformers")}
+    if (args.source_format, args.target_format) not in ways or args.target.suffix not in (".yaml", ".yml"):
+        raise UserError(
+            "SRC is a run's .yaml: give a .yaml as DST, with --from mindformers --to canonical or the other way round"
+        )
+    if args.target.exists() and not args.force:
+        raise UserError(f"{args.target}: exists already; give --force to replace it")
+    if args.source_format == "mindformers":
+        found = from_mindformers(load_yaml(args.source), str(args.source))
+        run_config_from_dict(found.values)  # what would be refused by a run is refused here
+    else:
+        found = to_mindformers_yaml(load_run_config(args.source))
+    for line in found.report().splitlines():
+        print(printable(line, longest=None))
+    args.target.write_text(dump_yaml(found, f"Converted from {printable(args.source.name)}."), encoding="utf-8")
+    print(f"wrote {args.target}: {len(found.carried)} keys carried, {len(found.left)} not")
+    return 0
 
 
 def _convert(args: argparse.Namespace, limit: int | None) -> int:
@@ -174,7 +207,7 @@ def _convert(args: argparse.Namespace, limit: int | None) -> int:
             to_mindformers(
                 source,
                 args.target,
-                "mcore" if args.mcore else "qkv_concat" if fused else "plain",
+                "mcore_train" if args.mcore_train else "mcore" if args.mcore else "qkv_concat" if fused else "plain",
                 args.mp or 1,
                 whole=args.whole,
                 file_format=args.file_format or "safetensors",
@@ -204,7 +237,12 @@ def check_options(args: argparse.Namespace) -> None:
         raise UserError(f"--sums: goes with --to hf; {why}")
     if args.tokenizer and not args.tokenizer.is_file():
         raise UserError(f"--tokenizer: {args.tokenizer}: no such file")
-    written = {"--qkv-concat": args.qkv_concat, "--mcore": args.mcore, "--whole": args.whole}
+    written = {
+        "--qkv-concat": args.qkv_concat,
+        "--mcore": args.mcore,
+        "--mcore-train": args.mcore_train,
+        "--whole": args.whole,
+    }
     for option, given in {**written, "--file-format": args.file_format}.items():
         if given and to != "mindformers":
             raise UserError(f"{option}: goes with --to mindformers")
@@ -221,7 +259,7 @@ def check_options(args: argparse.Namespace) -> None:
         if given is not None and given < 1:
             raise UserError(f"{option} {given}: must be at least 1")
     ranks = to == "mindformers" and args.mp is not None and args.mp > 1
-    if args.mcore and ranks:
+    if (args.mcore or args.mcore_train) and ranks:
         raise UserError("--mp: the loader of --mcore cuts whole tensors for its ranks by itself; leave --mp away")
     if args.whole and not ranks:
         raise UserError("--whole: without --mp 2 or more DST is whole anyway; leave it away, or say for how many ranks")
@@ -280,7 +318,7 @@ def _check_adapter_options(args: argparse.Namespace, adapter: bool) -> None:
     if fro in ("peft", "mindformers") and args.base is None:
         raise UserError(f"--base: {fro} does not say which model the adapter belongs to; give its folder")
     unfit = {"--max-shard-size": args.max_shard_size, "--whole": args.whole, "--model": args.model,
-             "--llama": args.llama,
+             "--llama": args.llama, "--mcore-train": args.mcore_train,
              "--config": args.config, "--src-mp": args.src_mp if to != "mindformers" else None}  # fmt: skip
     for option, given in unfit.items():
         if given:

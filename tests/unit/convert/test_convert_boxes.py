@@ -10,11 +10,12 @@ import pytest
 from telechat_twins.convert.copy import to_mindformers
 from telechat_twins.convert.initial import is_mindformers, open_initial
 from telechat_twins.convert.mindformers.source import MindFormersSource
-from telechat_twins.convert.names import MINDFORMERS_FORMS, bind, mindformers_rules
+from telechat_twins.convert.names import bind, mindformers_rules
 from telechat_twins.convert.source import HfSource, open_model
 from telechat_twins.core.model.params import parameter_table
 from tests.support.frameworks import GOLDENS, golden_source
 
+FORMS = ("plain", "qkv_concat", "mcore")
 FAMILIES = ("telechat2_gqa", "teleflm", "telechat52b_like", "flm101b_like")
 
 
@@ -53,7 +54,7 @@ def test_boxes_of_a_release(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
             assert sum(taken) == whole[box].size, "reads the box and nothing else"
 
 
-@pytest.mark.parametrize("form", MINDFORMERS_FORMS)
+@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("mp", [1, 2])
 def test_boxes_of_every_packing_of_mindformers(form: str, mp: int) -> None:
     source = open_model(GOLDENS / "telechat2_gqa")

@@ -19,7 +19,7 @@ from telechat_twins.convert.copy import to_canonical, to_hf, to_mindformers
 from telechat_twins.convert.hf.folder import HfFolder
 from telechat_twins.convert.mindformers.files import shared_axis, slices
 from telechat_twins.convert.mindformers.source import Known, MindFormersSource
-from telechat_twins.convert.names import MINDFORMERS_FORMS, InterleavedKeyValue, RowsByRank, bind, mindformers_rules
+from telechat_twins.convert.names import InterleavedKeyValue, RowsByRank, bind, mindformers_rules
 from telechat_twins.convert.source import HfSource, ModelSource, open_model
 from telechat_twins.core.files.safetensors import SafetensorsFile
 from telechat_twins.core.model.config import ModelConfig, load_model_config
@@ -28,6 +28,7 @@ from tests.support.frameworks import GOLDENS, golden_source
 from tests.support.numpy_decoder import logits
 
 CASES = ("telechat2_gqa", "telechat2_mha")
+FORMS = ("plain", "qkv_concat", "mcore")  # of TeleChat2
 
 
 def released(case: str) -> ModelSource:
@@ -100,7 +101,7 @@ def test_published_ranks_are_read(case: str, mp: int, tmp_path: Path) -> None:
     assert all(exported[name].tobytes() == source.released(name).tobytes() for name in source.bindings)
 
 
-@pytest.mark.parametrize("form", MINDFORMERS_FORMS)
+@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("case", CASES)
 def test_release_to_mindformers_and_back_is_the_same_files(case: str, form: str, tmp_path: Path) -> None:
     golden_source(f"{case}/weights.safetensors", f"{case}/config.json", str(_made(tmp_path / "hf")))
@@ -188,7 +189,7 @@ def numbered(config: ModelConfig) -> dict[str, np.ndarray]:
 def test_any_shape_is_packed_as_described(made: tuple[ModelConfig, int]) -> None:
     config, mp = made
     weights = numbered(config)
-    for form in MINDFORMERS_FORMS:
+    for form in FORMS:
         bindings = bind(config, mindformers_rules(config, form, mp))
         assert sorted(part for b in bindings.values() for part in b.logical) == sorted(weights)
         for name, binding in bindings.items():

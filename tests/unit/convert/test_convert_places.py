@@ -22,7 +22,9 @@ def test_every_preset_has_its_place(preset: str) -> None:
     config = load_model_config(preset)
     forms = {form for form in TITLES if why_not(config, form) is None}
     legacy = {"plain", "qkv_concat", "mcore"}
-    expected = {"telechat2": {"hf", *legacy}, "teleflm": {"hf"}, "flm": {"hf"}, "telechat3": {"hf"}}[config.family]
+    telechat3 = {"hf", "plain", "mcore", "mcore_train"}
+    families = {"telechat2": {"hf", *legacy}, "teleflm": {"hf"}, "flm": {"hf"}, "telechat3": telechat3}
+    expected = families[config.family]
     assert forms == expected | ({"qkv_concat"} if preset == "telechat-52b" else set())
 
 
@@ -44,6 +46,18 @@ REFUSED = [
     ("telechat-52b", "qkv_concat", {"input_mult": 2.0}, "model.input_mult: 2.0 has no place"),
     ("telechat3-tiny", "hf", {"biases": "outputs"}, "model.biases: outputs has no place in the released format of"),
     ("telechat3-tiny", "hf", {"position": "ntk"}, "model.position: ntk has no place in the released format of family"),
+    (
+        "telechat2-tiny",
+        "mcore_train",
+        {},
+        "model.family: telechat2 has no place in MindFormers' mcore form of training",
+    ),
+    (
+        "telechat3-tiny",
+        "mcore",
+        {"biases": "all"},
+        "model.biases: all has no place in MindFormers' mcore form of family",
+    ),
     ("teleflm-tiny", "hf", {"position": "yarn"}, "model.position: yarn has no place in the released format of family"),
     ("telechat-52b", "plain", {}, "model.family: flm has no place in MindFormers' plain form"),
 ]
@@ -65,8 +79,9 @@ def test_a_field_that_no_table_names_has_no_place() -> None:
         grown_from: tuple[int, ...] = dataclasses.field(default_factory=tuple)
 
     plain = Later(**load_model_config("telechat2-tiny").to_dict())
-    assert all(why_not(plain, form) is None for form in TITLES)
-    for form in TITLES:
+    forms = [form for form, family in PLACES if family == "telechat2"]
+    assert all(why_not(plain, form) is None for form in forms)
+    for form in forms:
         reason = why_not(replace(plain, another_norm=2.0), form)
         assert reason is not None and reason.startswith("model.another_norm: 2.0 has no place in ")
         assert reason.endswith("which has 1.0")

@@ -9,10 +9,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from safetensors.numpy import load_file
 
-from telechat_twins.convert.copy import canonical_to_hf, hf_to_canonical
+from telechat_twins.convert.copy import canonical_to_hf, hf_to_canonical, to_mindformers
 from telechat_twins.convert.hf.config import read_config, write_config
 from telechat_twins.convert.hf.folder import HfFolder
+from telechat_twins.convert.mindformers.config import read_model_file, read_model_section
+from telechat_twins.convert.mindformers.source import Known, MindFormersSource
 from telechat_twins.convert.names import bind
 from telechat_twins.convert.source import open_model
 from telechat_twins.core.checkpoint.read import write_checkpoint
@@ -20,7 +23,7 @@ from telechat_twins.core.errors import UserError
 from telechat_twins.core.model.config import ModelConfig, load_model_config
 from telechat_twins.core.model.params import count_parameters, parameter_table
 from telechat_twins.core.types import JsonObject
-from tests.support.frameworks import GOLDENS
+from tests.support.frameworks import GOLDENS, golden_source
 
 # Of the released TeleChat3-36B-Thinking.
 SECTION: JsonObject = {
@@ -135,3 +138,60 @@ def test_files_there_and_back(tmp_path: Path) -> None:
     source = open_model(tmp_path / "biased")
     assert source.config == config and "model.layers.1.mlp.gate_proj.bias" in bind(config)
     assert all(np.array_equal(source.tensor(name), array) for name, array in weights.items())
+
+
+@pytest.mark.parametrize("form", ["plain", "mcore", "mcore_train"])
+def test_mindformers_there_and_back(form: str, tmp_path: Path) -> None:
+    source = golden_source("telechat3/weights.safetensors", "telechat3/config.json")
+    source.record, source.assets = None, ()
+    to_mindformers(source, tmp_path / "ms", form)
+    back = MindFormersSource(tmp_path / "ms", Known(tmp_path / "ms"))
+    assert (back.form, back.config) == (form, source.config)
+    for name, array in source.logical():
+        assert np.array_equal(back.tensor(name), array), name
+        box = tuple(slice(size // 4, size) for size in array.shape)
+        assert np.array_equal(back.read(name, box), array[box]), name
+    if form == "plain":
+        assert read_model_file(tmp_path / "ms" / "model_config.yaml")[0] == source.config
+
+
+def test_the_fused_matrices_of_training_are_in_mindformers_order(tmp_path: Path) -> None:
+    """As its converter writes them (parallel_core/utils/model_mixin.py), here in loops."""
+    source = golden_source("telechat3/weights.safetensors", "telechat3/config.json")
+    to_mindformers(source, tmp_path / "ms", "mcore_train")
+    stored = load_file(tmp_path / "ms" / "model.safetensors")
+    config = source.config
+    D, per = config.head_dim, config.num_heads // config.num_kv_heads
+    names = ("attn.q", "attn.k", "attn.v", "ffn.gate", "ffn.up")
+    q, k, v, gate, up = (source.tensor(f"layers.1.{name}.weight") for name in names)
+    rows: list[np.ndarray] = []
+    for group in range(config.num_kv_heads):
+        head = slice(group * D, (group + 1) * D)
+        rows += [*q[group * per * D : (group + 1) * per * D], *k[head], *v[head]]
+    assert np.array_equal(stored["decoder.layers.1.self_attention.linear_qkv.weight"], np.array(rows))
+    turns = [row for pair in zip(gate, up, strict=True) for row in pair]
+    assert np.array_equal(stored["decoder.layers.1.mlp.linear_fc1.weight"], np.array(turns))
+    assert not np.array_equal(rows, np.concatenate([q, k, v]))  # the contiguous order is another matrix
+
+
+def test_sections_of_mindformers_yaml() -> None:
+    """The published finetune_telechat3_36b.yaml (extend_method None), its YARN, and 2.1's mcore names."""
+    legacy: JsonObject = {
+        "net_name": "telechat3_36b", "seq_length": 8192, "hidden_size": 6144, "num_layers": 64, "num_heads": 48,
+        "n_kv_heads": 8, "sigma": 0.0048, "vocab_size": 131072, "rms_norm_eps": 1e-5, "bos_token_id": 1,
+        "eos_token_id": 2, "pad_token_id": 3, "out_proj_has_bias": False, "intermediate_size": 24576, "theta": 10000,
+        "extend_method": "None",
+        "scaling_factor": {"beta_fast": 32.0, "beta_slow": 1.0, "factor": 16.0, "mscale": 1.0, "mscale_all_dim": 1.0,
+                           "original_max_position_embeddings": 8192},
+    }  # fmt: skip
+    config = read_model_section(legacy, "f.yaml")[0]
+    assert (config.family, config.position, config.biases, config.max_seqlen) == ("telechat3", "rope", "none", 8192)
+    yarn = read_model_section({**legacy, "extend_method": "YARN"}, "f.yaml")[0]
+    assert (yarn.position, yarn.yarn_factor, yarn.base_seqlen, yarn.yarn_mscale) == ("yarn", 16.0, 8192, 0.07)
+    mcore = {
+        "model_type": "telechat3", "num_hidden_layers": 64, "num_attention_heads": 48, "num_key_value_heads": 8,
+        "hidden_size": 6144, "intermediate_size": 24576, "max_position_embeddings": 8192, "seq_length": 8192,
+        "vocab_size": 131072, "rms_norm_eps": 1e-5, "rope_theta": 10000, "bos_token_id": 1, "eos_token_id": 2,
+        "pad_token_id": 3, "attention_bias": False, "initializer_range": 0.0048,
+    }  # fmt: skip
+    assert read_model_section(mcore, "f.yaml")[0] == config

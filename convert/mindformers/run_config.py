@@ -1,0 +1,358 @@
+"""A MindFormers run (its YAML for ``run_mindformer.py``) <-> a run's config here, key by key.
+
+Every key of the source is either carried or listed with the reason why it is not; none is passed over. MindFormers'
+global batch is batch_size x data_parallel x micro_batch_num x micro_batch_interleave_num, and runner_config.batch_size
+takes the place of train_dataset.batch_size (mindformers/dataset/utils.py, base_trainer.py).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+import yaml
+
+from telechat_twins.convert.mindformers.config import model_section, read_model_section
+from telechat_twins.core.config import RunConfig
+from telechat_twins.core.errors import UserError
+from telechat_twins.core.shown import shown
+from telechat_twins.core.types import JsonObject
+
+SCHEDULES = {"CosineWithWarmUpLR": "cosine", "LinearWithWarmUpLR": "linear", "ConstantWarmUpLR": "constant"}
+UNNAMED_DATA = "data/packed"
+
+
+@dataclass
+class Carried:
+    """``values``: the mapping of the other side's YAML. ``carried``: key -> where it went. ``left``: key -> why not."""
+
+    values: JsonObject = field(default_factory=dict)
+    carried: dict[str, str] = field(default_factory=dict)
+    left: dict[str, str] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+    def put(self, key: str, target: str, value: object) -> None:
+        """Carry ``key`` to the dotted path ``target``."""
+        *path, last = target.split(".")
+        place = self.values
+        for part in path:
+            place = place.setdefault(part, {})
+        place[last] = value
+        self.carried[key] = target
+
+    def report(self) -> str:
+        """One line a key: carried, or not carried and why; then the notes."""
+        lines = [f"carried: {key} -> {target}" for key, target in self.carried.items()]
+        lines += [f"not carried: {key}: {reason}" for key, reason in self.left.items()]
+        return "\n".join([*lines, *(f"note: {note}" for note in self.notes)])
+
+
+# Keys without a counterpart: pattern of the dotted key -> reason. The first that fits counts.
+_LEFT = (
+    (r"output_dir|load_checkpoint|resume_training|src_strategy_path_or_dir|auto_trans_ckpt|only_save_strategy"
+     r"|load_ckpt_format|ignore_data_skip|remote_save_url|transform_process_num",
+     "folders are options of tele train (--out, --init, --resume); layouts are changed on loading"),
+    (r"run_mode|trainer\..*|use_legacy|train_precision_sync", "the command says what is run"),
+    (r"runner_config\.(sink_mode|sink_size)|context\..*|parallel\..*|use_parallel|parallel_speed_up.*",
+     "of MindSpore's graph mode and device; here each step is launched from Python"),
+    (r"train_dataset\.batch_size", "runner_config.batch_size takes its place in MindFormers"),
+    (r"(train|eval)_dataset(_task)?\..*|do_eval|eval_.*|metric\..*",
+     "MindRecord and Megatron data are packed anew with tele data; data.sources is to be filled in"),
+    (r"processor\..*", "the tokenizer is packed with the data"),
+    (r"parallel_config\.(vocab_emb_dp|gradient_aggregation_group|expert_parallel|use_seq_parallel_.*|context_parallel_algo)"
+     r"|micro_batch_interleave_num", "a schedule of the graph compiler; the global batch holds its factor"),
+    (r"recompute_config\..*", "finer than none, selective and full"),
+    (r"callbacks.*|profile.*|init_start_profile|monitor_config.*|tensorboard.*", "metrics and profiles are options"),
+    (r"runner_wrapper\..*", "losses are not scaled in fp32 and bf16"),
+    (r"model\.arch.*|model\.model_config\.(type|auto_register|auto_map.*|arch.*|batch_size|use_past.*|block_size|num_blocks"
+     r"|is_dynamic|max_decode_length|repetition_penalty|top_k|top_p|do_sample|temperature|checkpoint_name_or_path"
+     r"|model_type|architectures|net_name|return_.*|qkv_concat|use_rope_slice)",
+     "of MindFormers' classes and of generation"),
+    (r"model\.model_config\..*", "says nothing of the arithmetic, or what this decoder does anyway"),
+    (r"auto_tune|filepath_prefix|autotune_per_step|layer_scale|layer_decay|lr_scale_factor|lr_scale|moe_config.*"
+     r"|swap_config.*", "unused by language models, or of a tool of MindFormers"),
+)  # fmt: skip
+
+
+def from_mindformers(tree: JsonObject, where: str) -> Carried:
+    """Our mapping from a MindFormers YAML. UserError for a model or value that cannot be trained here."""
+    out = Carried()
+    flat = dict(_flat(tree))
+    section = _mapping(tree, "model", where).get("model_config")
+    if not isinstance(section, dict):
+        raise UserError(
+            f"{where}: has no section model.model_config; give the .yaml that MindFormers runs a model with"
+        )
+    # seq_length is that of the run's rows; the model may reach further.
+    reach = {key for key in ("max_position_embedding", "max_position_embeddings") if section.get(key)}
+    kept = {key: value for key, value in section.items() if key != "seq_length" or not reach}
+    model, notes = read_model_section(kept, where)
+    out.notes += notes
+    out.values["model"] = model.to_dict()
+    out.carried["model.model_config"] = "model"
+    out.put("model.model_config.seq_length", "data.seq_len", section.get("seq_length", model.max_seqlen))
+    out.values["data"] = {"sources": [{"path": UNNAMED_DATA}], **out.values["data"]}
+    _batches(flat, out, where)
+    _schedule(flat, out, where)
+    for key, target, convert in _SIMPLE:
+        if flat.get(key) is not None and key not in out.left:
+            out.put(key, target, convert(flat[key]))
+    _stages(flat, section, model.num_layers, out)
+    _precision(section, flat, out)
+    _callbacks(tree.get("callbacks"), out)
+    _lora(section.get("pet_config") or _mapping(tree, "model", where).get("pet_config"), out, where)
+    held = {*out.carried}
+    for key in flat:
+        if key not in held and key not in out.left and not _inside(key, section):
+            out.left[key] = _reason(key, where)
+    return out
+
+
+_SIMPLE: tuple[tuple[str, str, Callable[..., object]], ...] = (
+    ("seed", "train.seed", int),
+    ("optimizer.eps", "optim.eps", float),
+    ("optimizer.weight_decay", "optim.weight_decay", float),
+    ("lr_schedule.learning_rate", "optim.lr", float),
+    ("lr_schedule.lr_end", "optim.min_lr", float),
+    ("lr_schedule.warmup_steps", "optim.warmup_steps", int),
+    ("lr_schedule.warmup_ratio", "optim.warmup_ratio", float),
+    ("parallel_config.data_parallel", "parallel.dp", int),
+    ("parallel_config.model_parallel", "parallel.tp", int),
+    ("parallel_config.pipeline_stage", "parallel.pp", int),
+    ("parallel_config.context_parallel", "parallel.cp", int),
+    ("parallel_config.use_seq_parallel", "parallel.sequence_parallel", bool),
+    ("parallel.enable_parallel_optimizer", "parallel.zero1", bool),
+    ("model.model_config.pp_interleave_num", "parallel.virtual", int),
+)
+
+
+def _batches(flat: JsonObject, out: Carried, where: str) -> None:
+    micro = flat.get("runner_config.batch_size") or flat.get("train_dataset.batch_size")
+    if micro is None:
+        raise UserError(
+            f"{where}: runner_config.batch_size is missing; it says how many sequences a device holds, add it"
+        )
+    pieces = flat.get("parallel_config.micro_batch_num") or 1
+    # Without a pipeline MindFormers has no micro-batches.
+    count = int(pieces) if (flat.get("parallel_config.pipeline_stage") or 1) > 1 else 1
+    count *= int(flat.get("micro_batch_interleave_num") or 1) * int(
+        flat.get("runner_config.gradient_accumulation_steps") or 1
+    )
+    ranks = int(flat.get("parallel_config.data_parallel") or 1)
+    out.put("runner_config.batch_size", "train.micro_batch", int(micro))
+    out.put("parallel_config.micro_batch_num", "train.global_batch", int(micro) * ranks * count)
+    if "runner_config.gradient_accumulation_steps" in flat:
+        out.carried["runner_config.gradient_accumulation_steps"] = "train.global_batch"
+    if "micro_batch_interleave_num" in flat:
+        out.carried["micro_batch_interleave_num"] = "train.global_batch"
+    steps = flat.get("lr_schedule.total_steps")
+    if isinstance(steps, int) and steps > 0:
+        out.put("lr_schedule.total_steps", "train.steps", steps)
+        out.left["runner_config.epochs"] = "lr_schedule.total_steps says when the run ends"
+    elif flat.get("runner_config.epochs"):
+        out.put("runner_config.epochs", "train.epochs", float(flat["runner_config.epochs"]))
+        if steps is not None:
+            out.carried["lr_schedule.total_steps"] = "train.epochs"  # -1: the length of the data
+
+
+def _schedule(flat: JsonObject, out: Carried, where: str) -> None:
+    kind = flat.get("lr_schedule.type")
+    if kind is not None:
+        if kind not in SCHEDULES:
+            raise UserError(f"{where}: lr_schedule.type {shown(kind)} is not one of {', '.join(SCHEDULES)}")
+        out.put("lr_schedule.type", "optim.schedule", SCHEDULES[str(kind)])
+    if flat.get("optimizer.type") not in ("AdamW", "FP32StateAdamWeightDecay", "adamw", None):
+        raise UserError(
+            f"{where}: optimizer.type {shown(flat['optimizer.type'])} is not AdamW, which is all there is here"
+        )
+    if "optimizer.type" in flat:
+        out.carried["optimizer.type"] = "optim"
+    betas = flat.get("optimizer.betas")
+    if isinstance(betas, list) and len(betas) == 2:
+        out.put("optimizer.betas", "optim.beta1", float(betas[0]))
+        out.put("optimizer.betas", "optim.beta2", float(betas[1]))
+        out.carried["optimizer.betas"] = "optim.beta1, optim.beta2"
+    clipped = flat.get("runner_wrapper.use_clip_grad")
+    if clipped is not None:
+        limit = float(flat.get("runner_wrapper.max_grad_norm") or 1.0) if clipped else 0.0
+        out.put("runner_wrapper.use_clip_grad", "optim.clip_grad", limit)
+        if "runner_wrapper.max_grad_norm" in flat:
+            out.carried["runner_wrapper.max_grad_norm"] = "optim.clip_grad"
+    if kind == "ConstantWarmUpLR" and flat.get("lr_schedule.lr_end") is not None:
+        out.left["lr_schedule.lr_end"] = "a constant schedule does not reach it"
+
+
+def _precision(section: JsonObject, flat: JsonObject, out: Carried) -> None:
+    compute = section.get("compute_dtype")
+    weights = section.get("param_init_type", section.get("params_dtype"))
+    names = {("bfloat16", "float32"): "amp", ("bfloat16", "bfloat16"): "bf16", ("float32", "float32"): "fp32"}
+    found = names.get((str(compute), str(weights)))
+    if found is not None:
+        out.put("model.model_config.compute_dtype", "train.precision", found)
+    else:
+        out.left["model.model_config.compute_dtype"] = f"{compute} with weights in {weights} is no precision here"
+    recompute, selective = flat.get("recompute_config.recompute"), flat.get("recompute_config.select_recompute")
+    kind = "full" if recompute and recompute is not False else "selective" if selective else "none"
+    out.put("recompute_config.recompute", "train.recompute", kind)
+    if "recompute_config.select_recompute" in flat:
+        out.carried["recompute_config.select_recompute"] = "train.recompute"
+
+
+def _callbacks(callbacks: object, out: Carried) -> None:
+    targets = {"save_checkpoint_steps": "checkpoint.every", "keep_checkpoint_max": "checkpoint.keep_last"}
+    for one in callbacks if isinstance(callbacks, list) else ():
+        if isinstance(one, dict) and one.get("type") == "CheckpointMonitor":
+            for key, target in targets.items():
+                if one.get(key):
+                    out.put(f"callbacks.CheckpointMonitor.{key}", target, int(one[key]))
+
+
+def _stages(flat: JsonObject, section: JsonObject, layers: int, out: Carried) -> None:
+    """``offset``: by how many layers each pipeline stage differs from an equal share, of each chunk in turn."""
+    key, offset = "model.model_config.offset", section.get("offset")
+    if offset is None:
+        return
+    ranks, chunks = int(flat.get("parallel_config.pipeline_stage") or 1), int(section.get("pp_interleave_num") or 1)
+    rows = offset if isinstance(offset, list) else []
+    flat_offset = [n for row in rows for n in (row if isinstance(row, list) else [row])]
+    stages = [layers // (ranks * chunks) + n for n in flat_offset]
+    if rows and len(stages) == ranks * chunks and sum(stages) == layers:
+        out.put(key, "parallel.stage_layers", stages)
+    else:
+        out.left[key] = "an equal share of the layers a stage" if not rows else f"does not make up {layers} layers"
+
+
+def _lora(pet: object, out: Carried, where: str) -> None:
+    if not isinstance(pet, dict):
+        return
+    if pet.get("pet_type") != "lora":
+        raise UserError(
+            f"{where}: pet_config.pet_type {shown(pet.get('pet_type'))} is not lora, which is all there is here"
+        )
+    targets = [name.strip(".*") for name in str(pet.get("target_modules", "")).split("|") if name]
+    out.put("model.model_config.pet_config", "lora", {
+        "rank": pet.get("lora_rank", 8), "alpha": pet.get("lora_alpha", 16), "dropout": pet.get("lora_dropout", 0.0),
+        "targets": targets,
+    })  # fmt: skip
+
+
+def to_mindformers_yaml(config: RunConfig) -> Carried:
+    """MindFormers' mapping from a run's config, over the recipe of its repository. UserError for a model that it does
+    not have."""
+    out = Carried()
+    section = {**model_section(config.model, "plain"), "max_position_embedding": config.model.max_seqlen}
+    out.put("model", "model.model_config", section)
+    ranks, train, optim, layout = config.parallel.dp, config.train, config.optim, config.parallel
+    pieces = train.global_batch // (train.micro_batch * ranks)
+    pieces_key = "parallel_config.micro_batch_num" if layout.pp > 1 else "runner_config.gradient_accumulation_steps"
+    for key, target, value in (
+        ("train.seed", "seed", train.seed),
+        ("train.micro_batch", "runner_config.batch_size", train.micro_batch),
+        ("train.global_batch", pieces_key, pieces),
+        ("data.seq_len", "model.model_config.seq_length", config.data.seq_len),
+        ("optim.beta1", "optimizer.betas", [optim.beta1, optim.beta2]),
+        ("optim.eps", "optimizer.eps", optim.eps),
+        ("optim.weight_decay", "optimizer.weight_decay", optim.weight_decay),
+        ("optim.lr", "lr_schedule.learning_rate", optim.lr),
+        ("optim.min_lr", "lr_schedule.lr_end", optim.min_lr),
+        ("optim.warmup_steps", "lr_schedule.warmup_steps", optim.warmup_steps),
+        ("optim.clip_grad", "runner_wrapper.use_clip_grad", optim.clip_grad > 0),
+        ("parallel.dp", "parallel_config.data_parallel", layout.dp),
+        ("parallel.tp", "parallel_config.model_parallel", layout.tp),
+        ("parallel.pp", "parallel_config.pipeline_stage", layout.pp),
+        ("parallel.cp", "parallel_config.context_parallel", layout.cp),
+        ("parallel.sequence_parallel", "parallel_config.use_seq_parallel", layout.sequence_parallel),
+        ("parallel.zero1", "parallel.enable_parallel_optimizer", layout.zero1),
+        ("train.recompute", "recompute_config.recompute", train.recompute == "full"),
+        ("checkpoint.every", "callbacks", [{
+            "type": "CheckpointMonitor", "save_checkpoint_steps": config.checkpoint.every or 1000,
+            "keep_checkpoint_max": config.checkpoint.keep_last,
+        }]),
+    ):  # fmt: skip
+        out.put(key, target, value)
+    out.values["optimizer"]["type"] = "AdamW"
+    out.carried |= {"optim.beta2": "optimizer.betas", "checkpoint.keep_last": "callbacks"}
+    schedules = {ours: theirs for theirs, ours in SCHEDULES.items()}
+    if optim.schedule in schedules:
+        out.put("optim.schedule", "lr_schedule.type", schedules[optim.schedule])
+    else:
+        out.left["optim.schedule"] = f"MindFormers has no {optim.schedule}"
+    if layout.stage_layers:
+        share, rows = config.model.num_layers // layout.stages, layout.stage_layers
+        offset = [[n - share for n in rows[at : at + layout.pp]] for at in range(0, len(rows), layout.pp)]
+        out.put("parallel.stage_layers", "model.model_config.offset", offset if layout.virtual > 1 else offset[0])
+    if layout.virtual > 1:
+        out.put("parallel.virtual", "model.model_config.pp_interleave_num", layout.virtual)
+    if train.recompute == "selective":
+        out.put("train.recompute", "recompute_config.select_recompute", True)
+    if train.epochs is not None:
+        out.put("train.epochs", "runner_config.epochs", train.epochs)
+        out.values["lr_schedule"]["total_steps"] = -1
+    else:
+        out.put("train.steps", "lr_schedule.total_steps", train.steps)
+    types = {"amp": ("bfloat16", "float32"), "bf16": ("bfloat16", "bfloat16"), "fp32": ("float32", "float32")}
+    if train.precision in types:
+        compute, weights = types[train.precision]
+        out.put("train.precision", "model.model_config.compute_dtype", compute)
+        out.values["model"]["model_config"]["param_init_type"] = weights
+    else:
+        out.left["train.precision"] = f"MindFormers has no {train.precision}"
+    if config.lora is not None:
+        out.left["lora"] = "give --base and convert the adapter; pet_config is written by hand"
+    defaults = RunConfig.__dataclass_fields__
+    for key in _flat_keys(config.to_dict()):
+        held = any(key == one or key.startswith(f"{one}.") for one in out.carried)
+        if not held and key not in out.left and key.partition(".")[0] in defaults:
+            out.left[key] = (
+                "has no counterpart in MindFormers"
+                if not key.startswith("data.sources")
+                else "pack MindRecord data with its own tools"
+            )
+    return out
+
+
+def dump_yaml(carried: Carried, comment: str) -> str:
+    """The text of a YAML: what was not carried, as comments in front."""
+    left = "".join(f"#   {key}: {reason}\n" for key, reason in carried.left.items())
+    return f"# {comment}\n# Not carried:\n{left}" + yaml.safe_dump(carried.values, sort_keys=False, allow_unicode=True)
+
+
+def _flat(tree: object, path: str = "") -> Iterator[tuple[str, object]]:
+    if isinstance(tree, dict) and tree:
+        for key, value in tree.items():
+            yield from _flat(value, f"{path}.{key}" if path else str(key))
+    else:
+        yield path, tree
+
+
+def _flat_keys(tree: JsonObject) -> list[str]:
+    return [key for key, _ in _flat(tree)]
+
+
+def _mapping(tree: JsonObject, key: str, where: str) -> JsonObject:
+    value = tree.get(key)
+    if not isinstance(value, dict):
+        raise UserError(f"{where}: has no section {key}; give the .yaml that MindFormers runs a model with")
+    return value
+
+
+# Keys of model_config that are fields of the model.
+_MODEL_KEYS = re.compile(
+    r"model\.model_config\.(vocab_size|hidden_size|intermediate_size|num_layers|num_hidden_layers|num_heads"
+    r"|num_attention_heads|n_kv_heads|num_key_value_heads|rms_norm_eps|seq_length|max_position_embeddings?"
+    r"|pretrain_seqlen|base_seqlen|sigma|initializer_range|theta|rope_theta|(bos|eos|pad)_token_id|extend_method"
+    r"|scaling_factor.*|rope_scaling.*|output_mult|mup_scale_factor|use_mup|(wo|out_proj|qkv)_has_bias|attention_bias"
+    r"|add_bias_linear|tie_word_embeddings|hidden_act|param_init_type|params_dtype|pet_config.*)"
+)
+
+
+def _inside(key: str, section: JsonObject) -> bool:
+    return _MODEL_KEYS.fullmatch(key) is not None or key.startswith("model.pet_config")
+
+
+def _reason(key: str, where: str) -> str:
+    for pattern, reason in _LEFT:
+        if re.fullmatch(pattern, key):
+            return reason
+    return "not known here; see whether the run needs it"

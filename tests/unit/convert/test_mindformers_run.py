@@ -1,0 +1,132 @@
+"""A MindFormers run's YAML and a run's config here: what is carried, what is listed, the same run on the way back."""
+
+from __future__ import annotations
+
+import argparse
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from telechat_twins.convert.mindformers.run_config import from_mindformers, to_mindformers_yaml
+from telechat_twins.core.commands import convert
+from telechat_twins.core.config import load_run_config, run_config_from_dict
+from telechat_twins.core.errors import UserError
+from tests.house import ROOT
+
+# The numbers of TeleChat2-115B's published recipe, without the keys that say nothing here.
+RECIPE: dict[str, Any] = {
+    "seed": 0, "output_dir": "./output", "run_mode": "finetune",
+    "runner_config": {"epochs": 10, "batch_size": 1, "sink_mode": True},
+    "optimizer": {"type": "AdamW", "betas": [0.9, 0.95], "eps": 1e-8, "weight_decay": 0.1},
+    "lr_schedule": {"type": "CosineWithWarmUpLR", "learning_rate": 1.5e-4, "lr_end": 1.5e-5, "warmup_ratio": 0.0,
+                    "total_steps": -1},
+    "train_dataset": {"batch_size": 6, "data_loader": {"type": "MindDataset", "dataset_dir": ""}},
+    "parallel": {"enable_parallel_optimizer": True, "full_batch": True},
+    "parallel_config": {"data_parallel": 8, "model_parallel": 8, "pipeline_stage": 8, "use_seq_parallel": True,
+                        "micro_batch_num": 8},
+    "micro_batch_interleave_num": 1,
+    "recompute_config": {"recompute": False, "select_recompute": True},
+    "callbacks": [{"type": "CheckpointMonitor", "save_checkpoint_steps": 1500, "keep_checkpoint_max": 300}],
+    "runner_wrapper": {"type": "MFTrainOneStepCell", "use_clip_grad": True},
+    "model": {"model_config": {
+        "type": "TelechatConfig", "seq_length": 8192, "hidden_size": 8192, "num_layers": 96, "num_heads": 64,
+        "n_kv_heads": 8, "vocab_size": 131072, "rms_norm_eps": 1e-5, "bos_token_id": 1, "eos_token_id": 2,
+        "pad_token_id": 3, "intermediate_size": 40960, "compute_dtype": "bfloat16", "param_init_type": "float32",
+        "pp_interleave_num": 3,
+        "offset": [[-1, -1, 0, 0, 0, 0, 0, 0], [-1, 0, 0, 0, 0, 0, 0, 0], [0, 0, 0, 1, 1, 1, 1, -1]],
+    }},
+    "wild_guess": 3,
+}  # fmt: skip
+# Sums of the published offsets: 24 stages of 4 layers, changed by them.
+STAGES = [3, 3, *[4] * 6, 3, *[4] * 7, 4, 4, 4, 5, 5, 5, 5, 3]
+
+
+def changed(path: str, value: object) -> dict[str, Any]:
+    tree = copy.deepcopy(RECIPE)
+    *parents, last = path.split(".")
+    place = tree
+    for key in parents:
+        place = place[key]
+    place[last] = value
+    return tree
+
+
+def test_the_published_recipe() -> None:
+    found = from_mindformers(RECIPE, "f.yaml")
+    run = run_config_from_dict(found.values)
+    assert (run.train.micro_batch, run.train.global_batch) == (1, 64)  # not the 6 of train_dataset
+    assert (run.parallel.dp, run.parallel.tp, run.parallel.pp, run.parallel.virtual) == (8, 8, 8, 3)
+    assert run.parallel.stage_layers == STAGES and sum(STAGES) == run.model.num_layers
+    assert (run.train.epochs, run.train.recompute, run.train.precision) == (10, "selective", "amp")
+    assert (run.optim.lr, run.optim.min_lr, run.optim.schedule, run.optim.clip_grad) == (1.5e-4, 1.5e-5, "cosine", 1.0)
+    assert (run.checkpoint.every, run.checkpoint.keep_last, run.model.norm_eps) == (1500, 300, 1e-5)
+
+
+def test_every_key_is_carried_or_listed() -> None:
+    found = from_mindformers(RECIPE, "f.yaml")
+    assert found.left["train_dataset.batch_size"] == "runner_config.batch_size takes its place in MindFormers"
+    assert found.left["wild_guess"] == "not known here; see whether the run needs it"
+    assert "folders are options" in found.left["output_dir"]
+    assert not set(found.left) & set(found.carried)
+    assert "not carried: wild_guess: not known here" in found.report()
+
+
+OTHERS = {
+    "a constant schedule has no end": ("lr_schedule.type", "ConstantWarmUpLR", "optim", {"schedule": "constant"}),
+    "steps before epochs": ("lr_schedule.total_steps", 500, "train", {"steps": 500}),
+    "no pipeline, no micro-batches": ("parallel_config.pipeline_stage", 1, "train", {"global_batch": 8}),
+    "interleaved micro-batches": ("micro_batch_interleave_num", 2, "train", {"global_batch": 128}),
+    "accumulation": ("runner_config.gradient_accumulation_steps", 4, "train", {"global_batch": 256}),
+    "no clipping": ("runner_wrapper.use_clip_grad", False, "optim", {"clip_grad": 0.0}),
+}
+
+
+@pytest.mark.parametrize("case", OTHERS)
+def test_other_values(case: str) -> None:
+    path, value, section, expected = OTHERS[case]
+    values = from_mindformers(changed(path, value), "f.yaml").values[section]
+    assert {key: values.get(key) for key in expected} == expected
+    assert case != "a constant schedule has no end" or "min_lr" not in values
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "message"),
+    [
+        ("optimizer.type", "Came", "optimizer.type .*Came.* is not AdamW"),
+        ("lr_schedule.type", "PolynomialWithWarmUpLR", "lr_schedule.type .*Polynomial.*is not one of Cosine"),
+        ("model.model_config.moe_config", {"expert_num": 16}, "mixtures of experts are not supported"),
+    ],
+)
+def test_what_cannot_be_trained_here_is_refused(path: str, value: object, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        from_mindformers(changed(path, value), "f.yaml")
+
+
+@pytest.mark.parametrize("run", ["telechat2-115b", "telechat2-7b", "telechat2-tiny"])
+def test_ours_there_and_back(run: str) -> None:
+    config = load_run_config(ROOT / "configs" / "train" / f"{run}.yaml")
+    theirs = to_mindformers_yaml(config)
+    again = run_config_from_dict(from_mindformers(theirs.values, "f.yaml").values)
+    assert again.model == config.model
+    for section in ("train", "optim", "parallel"):
+        for key, value in vars(getattr(config, section)).items():
+            if f"{section}.{key}" in theirs.carried:
+                assert getattr(getattr(again, section), key) == value, (section, key)
+    assert theirs.left["health.window"] == "has no counterpart in MindFormers"
+
+
+def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(RECIPE))
+    parser = argparse.ArgumentParser()
+    convert.add_arguments(parser)
+    words = ["--from", "mindformers", "--to", "canonical", str(tmp_path / "run.yaml"), str(tmp_path / "ours.yaml")]
+    assert convert.run(parser.parse_args(words)) == 0
+    assert load_run_config(tmp_path / "ours.yaml").train.global_batch == 64
+    assert "carried: seed -> train.seed" in capsys.readouterr().out
+    with pytest.raises(UserError, match="ours.yaml: exists already; give --force"):
+        convert.run(parser.parse_args(words))
+    with pytest.raises(UserError, match="SRC is a run's .yaml: give a .yaml as DST"):
+        convert.run(parser.parse_args([*words[:5], str(tmp_path / "folder")]))
