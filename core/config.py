@@ -493,7 +493,7 @@ def _anchor_sources(holder: object, folder: Path, normalise: bool) -> None:
 
 
 def _joined(folder: Path, path: str, normalise: bool) -> str:
-    """``folder``/``path``; a "../" that begins ``path`` is taken off ``folder``, which is resolved: no detours shown."""
+    """``folder``/``path``; a "../" that begins ``path`` is taken off the resolved ``folder``: no detours shown."""
     while path.startswith("../"):
         folder, path = folder.parent, path[3:].lstrip("/")
     return os.path.normpath(folder / path) if normalise else str(folder / path)

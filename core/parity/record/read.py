@@ -256,8 +256,10 @@ def _quantities(path: Path, table: list[Entry], header: Header) -> dict[str, Qua
             raise UserError(f"{path}: {name} must be finite everywhere; {_AGAIN}")
     quantities: dict[str, Quantity] = {}
     statistics = zip(*(columns[name].tolist() for name in COLUMNS), strict=True)  # in the order of Quantity's fields
-    for entry, numbers, sketch in zip(table, statistics, columns["sketch"], strict=True):
-        row = Quantity(*entry, *numbers, sketch)
+    for entry, (size, nonfinite, norm2, total, least, largest), sketch in zip(
+        table, statistics, columns["sketch"], strict=True
+    ):
+        row = Quantity(*entry, size, nonfinite, norm2, total, least, largest, sketch)
         if (
             row.count != math.prod(row.shape)
             or not 0 <= row.nonfinite <= row.count
