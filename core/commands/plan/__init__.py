@@ -53,7 +53,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--layout", metavar="TEXT", help="layout, e.g. tp8.pp8.dp8: estimate each pipeline rank")
     parser.add_argument("--seq-len", type=int, metavar="S", help="tokens per sample (default: the model's max_seqlen)")
-    parser.add_argument("--micro-batch", type=int, metavar="B", help="samples per forward pass (default 1)")
+    parser.add_argument(
+        "--micro-batch",
+        type=int,
+        metavar="B",
+        help="samples per forward pass (default 1); with --search the most that are tried (default 16)",
+    )
     parser.add_argument(
         "--micro-batches", type=int, metavar="M", help="forward passes per step and rank (default: pp x virtual)"
     )

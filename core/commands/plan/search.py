@@ -25,9 +25,12 @@ def run(args: argparse.Namespace) -> int:
     from telechat_twins.core.planner.machine import load_machine
     from telechat_twins.core.planner.search import report
     from telechat_twins.core.planner.search.best import search
+    from telechat_twins.core.planner.time.report import require_forecast
 
     machine = load_machine(args.machine)
     config = None if args.config is None else load_run_config(args.config)
+    if config is not None:
+        require_forecast(args.config, config.lora, config.train.freeze, config.preference)
     model = load_model_config(args.model) if config is None else config.model
     name = args.model or args.config
     if args.target is not None:
