@@ -28,6 +28,16 @@ MODELS = (
 )
 DEVICES = (8, 64, 512)
 LONG = (("telechat2-7b", 131072), ("telechat2-7b", 1048576), ("telechat2-115b", 131072), ("telechat2-115b", 1048576))
+CHINESE = {
+    "model, sequence": "模型，序列",
+    "published": "公开的",
+    "does not fit": "放不下",
+    "| model |": "| 模型 |",
+    "sequence |": "序列 |",
+    "best on 512 devices": "512 个设备上最佳",
+    "waits for cp": "等待 cp",
+    "| step |": "| 一步 |",
+}
 TOKENS = {8: 1 << 19, 64: 1 << 22, 512: 1 << 22}  # of a step
 
 
@@ -80,6 +90,13 @@ def placed(page: str, table: str, lines: list[str]) -> str:
     return "\n".join([head + BEGIN.format(table), *lines, END]) + tail
 
 
+def translated(lines: list[str]) -> list[str]:
+    """A table with its words in Chinese."""
+    for word, chinese in CHINESE.items():
+        lines = [line.replace(word, chinese) for line in lines]
+    return lines
+
+
 def main() -> int:
     """Make the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -92,7 +109,7 @@ def main() -> int:
         if Path(path).exists():
             page = path.read_text(encoding="utf-8")
             for name, lines in tables.items():
-                page = placed(page, name, lines)
+                page = placed(page, name, translated(lines) if path.name.endswith(".zh.md") else lines)
             path.write_text(page, encoding="utf-8")
     return 0
 

@@ -112,7 +112,7 @@ def _time(name: str, stages: list[Stage]) -> JsonObject:
 def _time_lines(found: JsonObject) -> list[str]:
     row = "{:>12}{:>14}{:>10}{:>8}{:>10}{:>15}{:>10}"
     titles = ("stage", "s a step", "tok/s/dev", "MFU", "days", "device hours", "MWh")
-    lines = ["", f"time on {found['machine']}", row.format(*titles)]
+    lines = ["", f"time on nodes of {found['machine']}", row.format(*titles)]
     for name, one in [*((r["name"], r) for r in found["stages"]), ("from scratch", found["from_scratch"])]:
         lines.append(
             row.format(
