@@ -55,8 +55,8 @@ NOT_RUN = {
     "make campaign-corruption CAMPAIGN_ARGS='--trials 100 --seed 5000'": "likewise",
     "make campaign-memory": "a quarter of an hour; tests/unit/train/test_memory_campaign.py runs a short one",
     "make campaign-kills": "an evening; tests/multiproc/test_kills.py runs a sample of it",
-    "tele plan --search --model telechat2-115b --devices 512 --machine atlas-800t-a2 --seq-len 8192 --global-batch 512": "a "
-    "quarter of a minute; tests/unit/planner/test_search.py makes smaller ones",
+    "tele plan --search --model telechat2-115b --devices 512 --machine atlas-800t-a2 --seq-len 8192 "
+    "--global-batch 512": "a quarter of a minute; tests/unit/planner/test_search.py makes smaller ones",
     "make install": "installs; continuous integration begins with it",
     "source .venv/bin/activate": "the shell's own; the tests run inside the environment",
     "tele train --backend pt --config configs/train/telechat2-tiny.yaml --out runs/second "
