@@ -98,7 +98,7 @@ def _keys(kind: type, prefix: str, words: Words) -> list[str]:
     for field in dataclasses.fields(kind):
         if not field.init:
             continue
-        name = f"{prefix}.{field.name}" if prefix else field.name
+        name = f"{prefix}.{field.name.removesuffix('_')}" if prefix else field.name
         help_text = field.metadata.get("help", "")
         rows.append((f"`{name}`", _type(hints[field.name]), _default(field), _legal(field.metadata), cell(help_text)))
         below = _dataclass_in(hints[field.name])

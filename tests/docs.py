@@ -136,7 +136,10 @@ MINDSPORES = ("--file-format", ".ckpt")  # a light verb on MindSpore's own files
 
 # Options in the text that are other programs'.
 # vLLM, TensorBoard, Megatron-LM
-FOREIGN_OPTIONS = ("--trust-remote-code", "--logdir", "--use-mup", "--dist-ckpt-optim-fully-reshardable")
+FOREIGN_OPTIONS = (
+    *("--trust-remote-code", "--logdir", "--use-mup", "--dist-ckpt-optim-fully-reshardable"),
+    *("--backend-store-uri", "--build-arg", "--shm-size", "--ipc", "--requeue", "--max-restarts"),
+)
 FOLDERS = "|".join((*PACKAGES, NAME, "configs", "docs", "findings", "tests"))
 # A path, and names after it: `core/train/recipe.py`: `learning_rate`, `class_rate`
 PLACE = re.compile(rf"`((?:{FOLDERS})/[\w./-]*)`((?:[:,] `\w+`)*)")

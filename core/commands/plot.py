@@ -48,7 +48,7 @@ def run(args: argparse.Namespace) -> int:
     shown = panels(runs, columns, args.against, args.difference)
     marks: dict[float, str] = {}
     for one in runs:
-        places = {row["step"]: float(row.get(args.against) or row["step"]) for row in one.rows}
+        places = {row["step"]: float(row[args.against]) for row in one.rows if args.against in row}
         marks |= {places[step]: text for step, text in one.marks.items() if step in places}
     paths = [Path(f"{args.out}.{suffix}") for suffix in ("png", "svg", "html")]
     for path in paths:

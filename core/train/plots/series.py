@@ -131,10 +131,10 @@ def _curves(runs: Sequence[Series], name: str, against: str) -> list[Curve]:
 
 
 def _differences(runs: Sequence[Series], name: str, against: str) -> list[Curve]:
-    first = {row["step"]: _number(row, name) for row in runs[0].rows}
+    first = {row["step"]: _number(row, name) for row in runs[0].rows if name in row}
     made = []
     for run in runs[1:]:
-        rows = [row for row in run.rows if first.get(row["step"])]
+        rows = [row for row in run.rows if name in row and first.get(row["step"])]
         values = [abs(_number(row, name) / first[row["step"]] - 1.0) for row in rows]
         # The axis is logarithmic: no difference is a gap.
         made.append(_curve(run.label, rows, against, [value or math.nan for value in values]))
