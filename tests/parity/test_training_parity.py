@@ -97,7 +97,9 @@ def test_resume_is_bit_equal(config, trainers, runs, backend, tmp_path):
     loop.train(trainers[backend], profiled, tmp_path, resume=str(runs[backend] / f"step-{SAVED:08d}"))
     trace = tmp_path / "profile" / f"step-{SAVED + 2:08d}" / "rank-0.json"
     events = check_trace(json.loads(trace.read_text()))
-    assert len({event["name"] for event in events}) > 1  # the C++ operators of MindSpore on a CPU are not in its trace
+    names = {event["name"] for event in events}
+    # The C++ operators, which MindSpore runs on a CPU, are not in its own trace.
+    assert "Linear" in names if backend == "pt" else names
     assert numbers(tmp_path) == numbers(runs[backend])[SAVED:]
     whole, resumed = tensors(runs[backend]), tensors(tmp_path)
     assert whole.keys() == resumed.keys()

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from telechat_twins.core.errors import UserError
 from telechat_twins.core.files.foreign import parse_json
-from telechat_twins.core.train.metrics import HELD_OUT, Row, read_metrics
+from telechat_twins.core.train.metrics import HELD_OUT, TASKS, Row, read_metrics
 
 TITLES = {
     "loss": "loss (nats per token)",
@@ -102,9 +102,8 @@ def _marks(folder: Path, rows: Sequence[Row]) -> dict[int, str]:
 
 
 def panels(runs: Sequence[Series], columns: Sequence[str], against: str, difference: bool) -> list[Panel]:
-    """A panel a column that some run has, then held-out losses, then with ``difference`` the relative differences of
-    loss and gradient norm from the first run."""
-    held = sorted({key for run in runs for row in run.rows for key in row if key.startswith(HELD_OUT)})
+    """A panel a column that some run has, then held-out losses and scores of tasks, then with ``difference`` the
+    relative differences of loss and gradient norm from the first run."""
     known = {key for run in runs for row in run.rows for key in row} - {"step"}
     for name in columns:
         if name not in known:
@@ -112,8 +111,8 @@ def panels(runs: Sequence[Series], columns: Sequence[str], against: str, differe
     made = [Panel(TITLES.get(name, name), _curves(runs, name, against)) for name in columns]
     made += [
         Panel(name.removeprefix(HELD_OUT), _curves(runs, name, against))
-        for name in held
-        if name.endswith("/loss") and name not in columns
+        for name in sorted(known)
+        if _is_evaluation(name) and name not in columns
     ]
     if difference:
         for name in ("loss", "grad_norm"):
@@ -122,11 +121,18 @@ def panels(runs: Sequence[Series], columns: Sequence[str], against: str, differe
     return made
 
 
+def _is_evaluation(name: str) -> bool:
+    """Whether a column is a held-out loss or the score of a task."""
+    return (name.startswith(HELD_OUT) and name.endswith("/loss")) or (
+        name.startswith(TASKS) and not name.endswith("/stderr")
+    )
+
+
 def _curves(runs: Sequence[Series], name: str, against: str) -> list[Curve]:
     made = []
     for run in runs:
         if rows := [row for row in run.rows if name in row]:
-            made.append(_curve(run.label, rows, against, [_number(row, name) for row in rows]))
+            made.append(_curve(run, rows, against, [_number(row, name) for row in rows]))
     return made
 
 
@@ -137,7 +143,7 @@ def _differences(runs: Sequence[Series], name: str, against: str) -> list[Curve]
         rows = [row for row in run.rows if name in row and first.get(row["step"])]
         values = [abs(_number(row, name) / first[row["step"]] - 1.0) for row in rows]
         # The axis is logarithmic: no difference is a gap.
-        made.append(_curve(run.label, rows, against, [value or math.nan for value in values]))
+        made.append(_curve(run, rows, against, [value or math.nan for value in values]))
     return made
 
 
@@ -146,9 +152,12 @@ def _number(row: Row, name: str) -> float:
     return float(value) if isinstance(value, (int, float)) else math.nan
 
 
-def _curve(label: str, rows: Sequence[Row], against: str, y: list[float]) -> Curve:
+def _curve(run: Series, rows: Sequence[Row], against: str, y: list[float]) -> Curve:
     """At most MOST_POINTS: the lowest and the highest value of each of equal parts, so that no spike is lost."""
-    x = [_number(row, against) for row in rows]
+    label = run.label
+    # The scores of a checkpoint are in a row of their own, without the tokens so far.
+    places = {row["step"]: _number(row, against) for row in run.rows if against in row}
+    x = [places.get(row["step"], math.nan) for row in rows]
     parts = MOST_POINTS // 2
     if len(x) <= MOST_POINTS:
         return Curve(label, x, y)

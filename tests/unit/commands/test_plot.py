@@ -25,6 +25,8 @@ def write_run(folder: Path, steps: int = 40, shift: float = 0.0, **more: float) 
                 row |= {"loss": None, "skipped": True}
             held = {"eval/web/loss": 3.0} if step % 10 == 0 else {}
             log.append(row | held | more)
+            if step == steps:  # a checkpoint's scores come later, in a row of their own
+                log.append({"step": step, "tasks/arc/acc": 0.5, "tasks/arc/stderr": 0.1})
     return folder
 
 
@@ -39,10 +41,17 @@ def test_runs_growth_and_a_parity_job(tmp_path: Path, capsys: pytest.CaptureFixt
     assert [run.label for run in runs] == ["first", "grown", "parity/ms", "parity/pt"]
     assert runs[1].marks == {1: "small", 21: "large"}
     shown = panels(runs, ["loss", "mfu"], "tokens", True)
-    assert [panel.title.split()[0] for panel in shown] == ["loss", "MFU", "web/loss", "relative", "relative"]
+    assert [panel.title.split()[0] for panel in shown] == [
+        "loss",
+        "MFU",
+        "web/loss",
+        "tasks/arc/acc",
+        *["relative"] * 2,
+    ]
     assert [curve.label for curve in shown[1].curves] == ["first"]
     assert shown[0].curves[0].x[:2] == [64.0, 128.0] and math.isnan(shown[0].curves[0].y[6])
-    last = shown[3].curves[-1]
+    assert (shown[3].curves[0].x, shown[3].curves[0].y) == ([40 * 64.0], [0.5])
+    last = shown[4].curves[-1]
     assert last.label == "parity/pt" and last.y[0] == pytest.approx(1e-6 / runs[0].rows[0]["loss"])
     out = tmp_path / "shown" / "plot"
     words = ["plot", *(str(tmp_path / name) for name in ("first", "grown", "parity")), "--out", str(out)]
@@ -94,7 +103,7 @@ def test_the_page_zooms_in_a_browser(tmp_path: Path) -> None:
     with browser.browser(tmp_path / "profile") as window:
         window.open(out.with_suffix(".html").as_uri())
         assert window.texts("h2")[:3] == ["loss (nats per token)", "MFU", "web/loss"]
-        assert window.run("return document.querySelectorAll('path.curve').length") == 8
+        assert window.run("return document.querySelectorAll('path.curve').length") == 10
         before = window.run("return span.slice()")
         window.run(
             "const svg = document.querySelector('svg'), box = svg.getBoundingClientRect();"
@@ -109,5 +118,5 @@ def test_the_page_zooms_in_a_browser(tmp_path: Path) -> None:
         window.click("#all")
         window.click("#runs button:nth-child(2)")
         assert window.run("return span.slice()") == before
-        assert window.run("return document.querySelectorAll('path.curve').length") == 3
+        assert window.run("return document.querySelectorAll('path.curve').length") == 4
         assert window.log() == []
