@@ -178,24 +178,30 @@ def measure_collectives(backend: str) -> dict[str, list[float]]:
 
 def measure_steps(backend: str, cores: int) -> tuple[dict[Point, float], dict[Point, float]]:
     """Seconds of each of STEPS: with a process on every core at once, and of one process with all cores."""
-    crowded, alone = {}, {}
-    for point in STEPS:
-        options = dict(zip(("model", "seq_len", "micro_batch", "micro_batches"), point, strict=True))
-        options["precision"] = "fp32"
-        single = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
-        with ExitStack() as stack, ThreadPoolExecutor(cores) as pool:
-            workers = [stack.enter_context(Worker(backend, options, single)) for _ in range(cores)]
-            crowded[point] = statistics.median(s for row in pool.map(_steps, workers) for s in row)
-        if cores > 1:
-            every = {**single, "OMP_NUM_THREADS": str(cores)}
-            with Worker(backend, options, every) as worker:
-                alone[point] = statistics.median(_steps(worker))
-    return crowded, alone or dict(crowded)
+    single = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
+    crowded = _medians(backend, [single] * cores)
+    return crowded, _medians(backend, [{**single, "OMP_NUM_THREADS": str(cores)}]) if cores > 1 else dict(crowded)
 
 
-def _steps(worker: Worker) -> list[float]:
-    """Seconds of steps, about two seconds in all, after two that are not counted."""
-    first = worker.steps(2)["seconds"][1]
+def _medians(backend: str, environments: Sequence[Mapping[str, str]]) -> dict[Point, float]:
+    """Median seconds of each of STEPS, of processes in these environments that run at the same time."""
+    found = {}
+    with ExitStack() as stack, ThreadPoolExecutor(len(environments)) as pool:
+        workers = [stack.enter_context(Worker(backend, _options(STEPS[0]), env)) for env in environments]
+        for point in STEPS:
+            rows = pool.map(lambda worker, point=point: _steps(worker, point), workers)  # type: ignore[misc]
+            found[point] = statistics.median(seconds for row in rows for seconds in row)
+    return found
+
+
+def _options(point: Point) -> JsonObject:
+    names = ("model", "seq_len", "micro_batch", "micro_batches")
+    return {**dict(zip(names, point, strict=True)), "precision": "fp32"}
+
+
+def _steps(worker: Worker, point: Point) -> list[float]:
+    """Seconds of each step, of about two seconds of steps after two that are not counted."""
+    first = worker.other_steps(_options(point), 2)["seconds"][1]
     return worker.steps(max(3, min(30, round(2.0 / first))))["seconds"]
 
 

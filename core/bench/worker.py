@@ -173,6 +173,10 @@ class Worker:
         """Run ``count`` steps; {"seconds": [...], "loss": ...}."""
         return self.ask({"steps": count})
 
+    def other_steps(self, options: JsonObject, count: int) -> JsonObject:
+        """``steps`` of a new trainer, with other options than this worker was made with."""
+        return self.ask({"options": options, "steps": count})
+
     def ask(self, order: JsonObject) -> JsonObject:
         """The answer to an order; the worker runs while all others are stopped."""
         assert self._process.stdin is not None
@@ -215,7 +219,10 @@ def serve(argv: Sequence[str], build: Callable[[str, RunConfig], Trainer]) -> in
         trainer, done = build(argv[0], config), 0
 
         def handle(order: JsonObject) -> JsonObject:
-            nonlocal done
+            nonlocal config, trainer, done
+            if "options" in order:  # another model or batch from here on
+                config = bench_config(order["options"])
+                trainer, done = build(argv[0], config), 0
             seconds, loss = timed_steps(trainer, config, done, order["steps"])
             done += order["steps"]
             return {"seconds": seconds, "loss": loss}
