@@ -162,9 +162,11 @@ class Constraint:
         return np.where(allowed, scores.astype(np.float64), -np.inf)
 
     def take(self, token: int) -> None:
-        """Append a token that ``mask`` allowed."""
-        if token not in self._stop_ids:
-            self._matcher.consume_token(token)
+        """Append a token that ``mask`` allowed. UserError where the grammar refuses it after all, which would otherwise
+        look like a complete answer."""
+        if token not in self._stop_ids and not self._matcher.consume_token(token):
+            reason = _reason(self._matcher.get_error())
+            raise UserError(f"the answer's grammar refuses token {token}, which it had allowed ({reason})")
 
     @property
     def complete(self) -> bool:
