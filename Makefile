@@ -8,7 +8,7 @@ SHELL := /bin/bash
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .PHONY: help install demo docs reference test test-unit test-parallel-full soak operators campaigns campaign-kills campaign-corruption campaign-hostile \
-        campaign-equivalence campaign-memory mutation locate relay eval-check ascend-lower gpu-check mindformers-check plan-check plan-table asan lint format lock clean
+        campaign-equivalence campaign-memory mutation locate relay eval-check ascend-lower gpu-check mindformers-check matrix plan-check plan-table asan lint format lock clean
 
 VENV ?= .venv
 EXTRAS := ms,pt,serve,data,tokenizers,dev
@@ -17,6 +17,7 @@ DISTRIBUTED = -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 PYTEST_ARGS ?=
 CAMPAIGN_ARGS ?=
 GPU_ARGS ?=
+MATRIX_ARGS ?=
 MINDFORMERS_VENV ?= build/mindformers
 DOCS_VENV ?= build/docs-venv
 
@@ -46,6 +47,7 @@ help:
 	@echo "make mindformers-check  converted weights in MindFormers' own networks, in an environment of its own"
 	@echo "make plan-check  measured against predicted peak memory of 20 small trainings in both frameworks (an hour)"
 	@echo "make plan-table  search the tables of best layouts in docs/parallel.md anew (2 minutes)"
+	@echo "make matrix     goldens, parity, conversion and exports in environments of other versions; writes docs/matrix.md"
 	@echo "make asan       the C++ operators under the address sanitizer (2 minutes)"
 	@echo "make lint       ruff and mypy"
 	@echo "make docs       the documentation as a site in English and Chinese, into build/site (1 minute)"
@@ -127,6 +129,9 @@ ascend-lower: $(READY)
 
 gpu-check: $(READY)
 	$(RUN) -m telechat_twins.kernels.bench.gpu_check --out gpu-check.json $(GPU_ARGS)
+
+matrix: operators
+	$(RUN) -m tests.campaigns.matrix $(MATRIX_ARGS)
 
 # In a separate environment: MindFormers pins transformers and other packages that this project does not need.
 mindformers-check: $(MINDFORMERS_VENV)/.installed

@@ -57,6 +57,12 @@ NOT_RUN = {
     "make campaign-kills": "an evening; tests/multiproc/test_kills.py runs a sample of it",
     "tele plan --search --model telechat2-115b --devices 512 --machine atlas-800t-a2 --seq-len 8192 "
     "--global-batch 512": "a quarter of a minute; tests/unit/planner/test_search.py makes smaller ones",
+    'make matrix MATRIX_ARGS="--cells mindspore-2.10 transformers-5"': "installs other versions; run by hand",
+    "tele convert --from mindformers --to canonical finetune_telechat_7b.yaml 7b.yaml": "the file is the reader's; "
+    "tests/unit/convert/test_mindformers_run.py runs one",
+    "tele convert --from canonical --to mindformers 7b.yaml finetune_again.yaml": "likewise",
+    "tele convert --from mindformers --to canonical rank_folders ckpt --config finetune_telechat_7b.yaml": "likewise; "
+    "the conversion itself is run by tests/unit/convert/test_convert_mindformers.py",
     "make install": "installs; continuous integration begins with it",
     "source .venv/bin/activate": "the shell's own; the tests run inside the environment",
     "tele train --backend pt --config configs/train/telechat2-tiny.yaml --out runs/second "

@@ -3,8 +3,9 @@
 Each installed framework reports, in a process of its own, which implementation runs each operator and why. The C++
 operators are compiled if they have not been yet. Each line is printed as soon as it is known.
 
-Exit code 0 when at least one backend can run and no version is wrong. Exit code 2, with the pip command that fixes it,
-when a version is wrong or no backend is installed. A single missing backend is reported, but is not an error.
+Exit code 0 when at least one backend can run. Exit code 2, with the pip command that fixes it, when numpy's or Python's
+version is wrong or no backend is installed. A single missing backend is reported, but is not an error; a framework
+outside the tested versions gets a warning.
 """
 
 from __future__ import annotations
@@ -40,6 +41,8 @@ NOT_LISTED = (
 )  # extras whose packages have lines of their own, or are for tests
 CANN_FOLDERS = ("/usr/local/Ascend/ascend-toolkit/latest", "/usr/local/Ascend/cann", "/usr/local/Ascend/latest")
 PYTHON = (3, 11)
+# Versions beside the pinned ones in which `make matrix` passed (docs/matrix.md). Others may work: they get a warning.
+TESTED = {"mindspore": ("2.10.0",), "torch": ("2.14.1",)}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -127,7 +130,7 @@ def examine(
     ask: bool = False,
 ) -> JsonObject:
     """All findings as plain values. ``mistakes`` is empty if the environment can be used; ``mend``: a command that
-    fixes them.
+    fixes them. ``warnings``: frameworks of versions that no test ran with.
 
     ``ask``: also report the implementations of operators, which imports the frameworks.
     """
@@ -135,14 +138,18 @@ def examine(
     packages = {}
     for name in ("numpy", *BACKENDS.values(), "safetensors", "ml-dtypes", "sentencepiece", *OPTIONAL):
         packages[name] = {"installed": installed(name), "wanted": pins.get(name)}
-    mistakes, install = [], []
+    mistakes, install, warnings = [], [], []
     if python[:2] != PYTHON:
         mistakes.append(f"Python must be {PYTHON[0]}.{PYTHON[1]}, found {'.'.join(map(str, python))}")
     for name in ("numpy", *BACKENDS.values()):
         found, wanted = packages[name]["installed"], packages[name]["wanted"]
         if wanted is None or (found is None and name != "numpy"):
             continue
-        if not _serves(found, wanted, minor_only=name == "numpy"):
+        if name != "numpy":
+            if found is not None and not _tested(name, found, wanted):
+                known = ", ".join((wanted, *TESTED.get(name, ())))
+                warnings.append(f"{name} {found} is not among the tested versions ({known}); see docs/matrix.md")
+        elif not _serves(found, wanted, minor_only=True):
             mistakes.append(f"{name} must be {wanted}, found {found or 'none'}")
             install.append(f"{name}=={wanted}")
     if all(packages[name]["installed"] is None for name in BACKENDS.values()):
@@ -158,9 +165,15 @@ def examine(
         "operators": {name: _operators(name) for name in BACKENDS if packages[BACKENDS[name]]["installed"] and ask},
         "machine": _machine(),
         "mistakes": mistakes,
+        "warnings": warnings,
         "mend": _pip(install) if install else None,
         "missing_backends": {name: _pip([f"{name}=={pins[name]}"]) for name in missing if name in pins},
     }
+
+
+def _tested(name: str, found: str, wanted: str) -> bool:
+    """Whether tests ran with this version of a framework: the pinned one, or one of the matrix."""
+    return any(_serves(found, version) for version in (wanted, *TESTED.get(name, ())))
 
 
 def _serves(found: str | None, wanted: str, minor_only: bool = False) -> bool:
@@ -233,11 +246,12 @@ def _text(report: JsonObject) -> str:
         if name in OPTIONAL and found is None:
             continue
         serves = wanted is None or _serves(found, wanted, minor_only=name == "numpy")
+        serves = serves or (found is not None and wanted is not None and _tested(name, found, wanted))
         if found is None:
             note = f"not installed (supported: {wanted})"
         elif serves:
             note = f"{found}  ok"
-        elif name in ("numpy", *BACKENDS.values()):
+        elif name == "numpy":
             note = f"{found}  WRONG, must be {wanted}"
         else:
             note = f"{found}  (tested with {wanted})"
@@ -264,6 +278,7 @@ def _text(report: JsonObject) -> str:
             lines.append(f"{title:<13} {line}")
     for name, command in report["missing_backends"].items():
         lines.append(f"to add {name}: {command}")
+    lines += [f"warning: {warning}" for warning in report["warnings"]]
     return "\n".join(lines)
 
 
