@@ -42,9 +42,9 @@ def serve_model(
     allow_connections(connections)
     listening = opened.getsockname()[0]
     hosts = allowed_hosts(listening, args.host, args.allowed_host)
+    pages, engine_limits = cache_sizes(args, model.config)
     for note in model.settings.note({}, draws=True):
         print(f"note: {printable(note)}", file=sys.stderr)
-    pages, engine_limits = cache_sizes(args, model.config)
     print(f"loading {args.checkpoint}", file=sys.stderr, flush=True)
     engine = make_engine(pages, engine_limits)
     warm_up(engine)
