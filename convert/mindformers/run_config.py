@@ -271,6 +271,22 @@ def to_mindformers_yaml(config: RunConfig) -> Carried:
         }]),
     ):  # fmt: skip
         out.put(key, target, value)
+    _put_rest(config, out)
+    defaults = RunConfig.__dataclass_fields__
+    for key in _flat_keys(config.to_dict()):
+        held = any(key == one or key.startswith(f"{one}.") for one in out.carried)
+        if not held and key not in out.left and key.partition(".")[0] in defaults:
+            out.left[key] = (
+                "has no counterpart in MindFormers"
+                if not key.startswith("data.sources")
+                else "pack MindRecord data with its own tools"
+            )
+    return out
+
+
+def _put_rest(config: RunConfig, out: Carried) -> None:
+    """What MindFormers spells in several keys, or has no word for."""
+    train, optim, layout = config.train, config.optim, config.parallel
     out.values["optimizer"]["type"] = "AdamW"
     out.carried |= {"optim.beta2": "optimizer.betas", "checkpoint.keep_last": "callbacks"}
     schedules = {ours: theirs for theirs, ours in SCHEDULES.items()}
@@ -300,16 +316,6 @@ def to_mindformers_yaml(config: RunConfig) -> Carried:
         out.left["train.precision"] = f"MindFormers has no {train.precision}"
     if config.lora is not None:
         out.left["lora"] = "give --base and convert the adapter; pet_config is written by hand"
-    defaults = RunConfig.__dataclass_fields__
-    for key in _flat_keys(config.to_dict()):
-        held = any(key == one or key.startswith(f"{one}.") for one in out.carried)
-        if not held and key not in out.left and key.partition(".")[0] in defaults:
-            out.left[key] = (
-                "has no counterpart in MindFormers"
-                if not key.startswith("data.sources")
-                else "pack MindRecord data with its own tools"
-            )
-    return out
 
 
 def dump_yaml(carried: Carried, comment: str) -> str:
