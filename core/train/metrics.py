@@ -190,12 +190,7 @@ def plot_losses(
             axes[0].plot(
                 [row["step"] for row in skipped], column(skipped, "loss"), "x", color="C3", label=f"{label}: skipped"
             )
-    for step, text in (marks or {}).items():
-        for axis in axes:
-            axis.axvline(step, color="0.5", linewidth=0.9, linestyle=":")
-        axes[0].text(
-            step, 0.98, f" {text}", transform=axes[0].get_xaxis_transform(), va="top", color="0.35", fontsize=9
-        )
+    _plot_marks(axes, marks or {})
     for axis, (_, name, _) in zip(axes, panels, strict=True):
         axis.set_ylabel(name)
         axis.grid(alpha=0.3)
@@ -215,6 +210,16 @@ def _save(figure: Figure, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with new_file(path) as beside:  # a viewer of a live run never sees half a picture
         figure.savefig(beside, dpi=120, format="png")
+
+
+def _plot_marks(axes: Sequence[Axes], marks: Mapping[int, str]) -> None:
+    """Lines at steps, with what they say."""
+    for step, text in marks.items():
+        for axis in axes:
+            axis.axvline(step, color="0.5", linewidth=0.9, linestyle=":")
+        axes[0].text(
+            step, 0.98, f" {text}", transform=axes[0].get_xaxis_transform(), va="top", color="0.35", fontsize=9
+        )
 
 
 def _plot_held_out(axis: Axes, label: str, rows: Sequence[Row]) -> None:
