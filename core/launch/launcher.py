@@ -82,7 +82,8 @@ def launch(
     failing rank met a UserError (its one line is on stderr); 130 after Ctrl-C or SIGTERM. When this function returns,
     no process it started is left.
 
-    ``stopped``: the code for training that ended itself, which another start would not change. ``instead`` is called many times a second in place of showing rank 0's output, which then stays in its log only.
+    ``stopped``: the code for training that ended itself, which another start would not change. ``instead`` is called
+    many times a second in place of showing rank 0's output, which then stays in its log only.
 
     Several machines: each calls this with the same ``nnodes``, ``nproc`` and ``master`` ("host:port" of node 0, which
     uses port + 1 too) and with its own ``node_rank``. They wait for each other and together run nnodes * nproc ranks.
