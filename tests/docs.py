@@ -37,6 +37,10 @@ SHELL = ("bash", "sh")
 
 # What no test runs as it stands, and why. Options, config keys and files of these are checked all the same.
 NOT_RUN = {
+    "tele plan --calibrate --backend pt --out cpu-pt.yaml": "a minute of measurements; "
+    "tests/unit/bench/test_calibrate.py runs its parts",
+    "tele bench parallel --backends pt --machine cpu-pt.yaml --layouts single,tp2,pp2,pp2.vpp2,ring2,dp2 --steps 6": "a "
+    "minute, and the machine file is of the line above; tests/unit/bench/test_calibrate.py prints the forecast",
     "tele serve --backend pt --checkpoint demo/hf": "serves until it is ended; tests/serve/test_serving_page.py runs "
     "the lines of its own page",
     "tele serve --backend pt --checkpoint demo/hf --adapter mine=runs/lora": "likewise",
