@@ -39,7 +39,7 @@ SHELL = ("bash", "sh")
 NOT_RUN = {
     "tele plan --calibrate --backend pt --out cpu-pt.yaml": "a minute of measurements; "
     "tests/unit/bench/test_calibrate.py runs its parts",
-    "tele bench parallel --backends pt --machine cpu-pt.yaml --layouts single,tp2,pp2,pp2.vpp2,ring2,dp2 --steps 6": "a "
+    "tele bench parallel --backends pt --machine cpu-pt.yaml --layouts single,tp2,pp2,pp2.vpp2,ring2,dp2": "a "
     "minute, and the machine file is of the line above; tests/unit/bench/test_calibrate.py prints the forecast",
     "tele serve --backend pt --checkpoint demo/hf": "serves until it is ended; tests/serve/test_serving_page.py runs "
     "the lines of its own page",
