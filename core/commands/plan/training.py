@@ -6,7 +6,6 @@ import argparse
 import json
 from pathlib import Path
 
-from telechat_twins.core.commands.plan import cost
 from telechat_twins.core.config import RunConfig, load_run_config
 from telechat_twins.core.errors import UserError
 from telechat_twins.core.model.config import ModelConfig, load_model_config
@@ -43,7 +42,10 @@ def run(args: argparse.Namespace) -> int:
     plan |= {"data": {**mix, "sources": [{**vars(one), "epochs": one.epochs} for one in mix["sources"]]}} if mix else {}
     text = _text(args.model or args.config, plan)
     if args.cost or args.budget is not None:
-        more, found = cost.report(args, config, settings["seq_len"], plan["parameters"]["total"])
+        from telechat_twins.core.planner.cost.report import Asked, report
+
+        asked = Asked(args.tokens if args.cost else None, args.languages or (), args.budget)
+        more, found = report(asked, config, settings["seq_len"], plan["parameters"]["total"])
         text, plan = "\n".join([text, *more]), plan | found
     if args.machine is not None:
         lines, plan["time"] = _time(args, run_config, config, layout, settings)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import runpy
+import shutil
 import textwrap
 from pathlib import Path
 
@@ -135,6 +136,8 @@ def test_the_light_commands_run(
     add_release(tmp_path)
     if any("demo/" in c.text for c in shown):
         add_demo(tmp_path)
+    if any("configs/" in c.text for c in shown):
+        shutil.copytree(ROOT / "configs", tmp_path / "configs")
     if any("tokenize train" in c.text for c in shown):
         (tmp_path / "tokenizer.model").unlink(missing_ok=True)
     monkeypatch.chdir(tmp_path)
