@@ -30,9 +30,9 @@ PRODUCTS_ONLY = ("-mno-amx-tile", "-mno-amx-tile -mno-avx512bf16")
 PRODUCTS = ("registry.cc", "pool.cc", "matmul.cc", "linear.cc")  # a tenth of the time that all of them take to compile
 
 
-@pytest.fixture(scope="module", params=["as many instructions as there are", "-mno-avx512f", *PRODUCTS_ONLY])
+@pytest.fixture(scope="module", params=[*PRODUCTS_ONLY, "-mno-avx512f", "as many instructions as there are"])
 def instructions(request: pytest.FixtureRequest) -> Iterator[str]:
-    """The kernels for this processor, and for a lesser one."""
+    """The kernels for this processor, and for lesser ones. The last stay in use to the end of this file."""
     flags = () if request.param.startswith("as") else tuple(request.param.split())
     if flags and "avx512" not in Path("/proc/cpuinfo").read_text():
         pytest.skip("this processor has no AVX-512 to do without")
