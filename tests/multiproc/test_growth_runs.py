@@ -23,7 +23,7 @@ from telechat_twins.core.errors import UserError
 from telechat_twins.core.train.metrics import read_metrics
 from tests import docs
 from tests.house import ROOT
-from tests.support.docs_workspace import add_checkout, add_packed, add_text
+from tests.support.docs_workspace import add_checkout, add_demo, add_packed, add_text
 from tests.support.frameworks import BACKENDS
 from tests.support.launching import one_rank_here
 from tests.support.packed import write_packed
@@ -241,7 +241,8 @@ def test_the_commands_of_the_page_run(
 ) -> None:
     """docs/growth.md in its order, with fewer steps and, of the schedules, their first and last stage."""
     add_text(tmp_path)
-    add_packed(tmp_path, tmp_path / "corpus")
+    add_demo(tmp_path)
+    add_packed(tmp_path)
     add_checkout(tmp_path)
     monkeypatch.chdir(tmp_path)
     one_rank_here(monkeypatch)

@@ -11,7 +11,7 @@ import yaml
 
 from tests import docs
 from tests.house import ROOT
-from tests.support.docs_workspace import add_checkout, add_packed, add_text
+from tests.support.docs_workspace import add_checkout, add_demo, add_packed, add_text
 from tests.support.launching import one_rank_here
 
 SHORT = ["train.steps=12", "optim.warmup_steps=2", "train.global_batch=2", "train.micro_batch=2", "data.seq_len=32"]
@@ -25,7 +25,8 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     pytest.importorskip("torch")
     folder = tmp_path_factory.mktemp("mup")
     add_text(folder)
-    add_packed(folder, folder / "corpus")
+    add_demo(folder)
+    add_packed(folder)
     add_checkout(folder)
     for path in (folder / "configs" / "mup").glob("*.yaml"):
         tree = yaml.safe_load(path.read_text())

@@ -127,7 +127,7 @@ def run_yaml(source: str, config: RunConfig, target: Numbers, out: Path) -> str:
         tree["optim"][name] = value
     # Unset options keep their defaults; the choice of kernels depends on the machine.
     tree = {
-        section: {k: v for k, v in values.items() if v is not None}
+        section: {k: v for k, v in values.items() if v is not None} if isinstance(values, dict) else values
         for section, values in tree.items()
         if values is not None
     }
