@@ -37,6 +37,19 @@ SHELL = ("bash", "sh")
 
 # What no test runs as it stands, and why. Options, config keys and files of these are checked all the same.
 NOT_RUN = {
+    "torchrun --nnodes 2 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint node1:29500 --max-restarts 3 "
+    "pt_reference/train.py --config F --out DIR --resume auto": "sixteen devices; "
+    "tests/parity/test_docs_commands.py::test_the_launchers_know_their_options reads its options",
+    "msrun --worker_num=16 --local_worker_num=8 --master_addr=node1 --master_port=29500 --node_rank=0 --join=True "
+    "--log_dir=LOGS telechat_ms/train.py --config F --out DIR --resume auto": "likewise",
+    "tele train --backend pt --config F --out runs/first --set train.profile.from=20 train.profile.steps=2": "the file "
+    "is the reader's; tests/parity/test_training_parity.py profiles a run",
+    "tele train --backend pt --config F --out runs/first --resume auto --restarts 3": "likewise; "
+    "tests/multiproc/test_parallel_training.py starts a killed run again",
+    "tele plot runs/lr-1e-4 runs/lr-3e-4 --columns loss grad_norm mfu --out compared": "the runs are the reader's; "
+    "tests/unit/commands/test_plot.py draws some",
+    "tele plot runs/ms runs/pt --difference": "likewise",
+    "tele plot runs/grown --against tokens": "likewise",
     "tele plan --calibrate --backend pt --out cpu-pt.yaml": "a minute of measurements; "
     "tests/unit/bench/test_calibrate.py runs its parts",
     "tele bench parallel --backends pt --machine cpu-pt.yaml --layouts single,tp2,pp2,pp2.vpp2,ring2,dp2": "a "
