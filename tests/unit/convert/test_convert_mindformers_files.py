@@ -180,7 +180,7 @@ YAML = {"type": "TelechatConfig", "seq_length": 64, "hidden_size": 48, "num_laye
         "vocab_size": 151, "rms_norm_eps": 1e-5, "intermediate_size": 80}  # fmt: skip
 BAD_YAML = {
     "no epsilon": ({"rms_norm_eps": None}, "rms_norm_eps is missing; it has no safe default"),
-    "no heads": ({"num_heads": None}, "num_heads is missing"),
+    "no heads": ({"num_heads": None}, "num_heads or num_attention_heads is missing"),
     "biases": ({"qkv_has_bias": True}, "qkv_has_bias is True"),
     "no output bias": ({"wo_has_bias": False}, "wo_has_bias is False; a model of family telechat2 has it True"),
     "interpolated": ({"extend_method": "PI"}, "extend_method is 'PI'"),

@@ -60,7 +60,7 @@ def test_it_learns_and_records_every_step(tmp_path, capsys):
     rows = read_metrics(tmp_path)
     assert [r["step"] for r in rows] == list(range(1, 31))
     assert set(rows[0]) == {"step", "loss", "grad_norm", "lr", "tokens", *MEASURED} - {
-        *("mfu", "device_peak_gib", "comm_share", "tokens_per_s_device")  # no peak, no device, no ranks
+        *("mfu", "device_peak_gib", "comm_share", "tokens_per_s_device", "restarts")  # no peak, device, ranks, deaths
     }
     assert rows[-1]["loss"] < 0.8 * rows[0]["loss"]
     assert [r["tokens"] for r in rows[:2]] == [4 * SEQ_LEN, 8 * SEQ_LEN]
