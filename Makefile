@@ -32,7 +32,7 @@ endif
 
 help:
 	@echo "make demo       train in both frameworks, compare, resume across, generate (4 minutes on 2 cores once installed)"
-	@echo "make test       lint and all tests but the full matrix of layouts (about 25 minutes on 2 cores)"
+	@echo "make test       lint and all tests but the full matrix of layouts (26 minutes on 2 cores once installed)"
 	@echo "make test-unit  the fast tests (about a minute)"
 	@echo "make test-parallel-full  every parallel layout of up to 8 processes, in both frameworks"
 	@echo "make soak       2,000 mixed requests and 5,000 invalid ones against the server (1 minute)"
