@@ -8,6 +8,8 @@ The twin with the fault is recorded in this process, and walked against the othe
 from __future__ import annotations
 
 import argparse
+import atexit
+import shutil
 import tempfile
 import time
 from dataclasses import dataclass, replace
@@ -63,8 +65,10 @@ class Scene:
 
 @cache
 def clean(scene: Scene, backend: str, precision: str) -> Record:
-    """The record without a fault."""
-    return scene.record(backend, precision, Path(tempfile.mkdtemp(prefix="locate-")))
+    """The record without a fault, in a temporary folder that lasts as long as this process."""
+    folder = tempfile.mkdtemp(prefix="locate-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return scene.record(backend, precision, Path(folder))
 
 
 def walk(fault: Fault, backend: str, folder: Path, precision: str = "fp32", blind: bool = False) -> Walk:
