@@ -16,6 +16,13 @@ RESERVE_GIB = 4.0
 POLICIES = ("none", "selective", "full")
 
 
+def usable_bytes(machine: Machine, memory_gib: float | None) -> float:
+    """Bytes that the estimate of a plan may have, so that with its margin it fits ``memory_gib`` (None: all of a device
+    but RESERVE_GIB)."""
+    gib = machine.memory.value - RESERVE_GIB if memory_gib is None else memory_gib
+    return gib * 2**30 / (1.0 + FRAGMENTATION)
+
+
 @dataclass(frozen=True)
 class Question:
     """The best way to train ``model`` on at most ``devices`` devices of ``machine``, at ``global_batch`` sequences of
@@ -35,8 +42,7 @@ class Question:
     @property
     def limit(self) -> float:
         """Bytes that the estimate of a plan may have, so that with its margin it fits."""
-        gib = self.machine.memory.value - RESERVE_GIB if self.memory_gib is None else self.memory_gib
-        return gib * 2**30 / (1.0 + FRAGMENTATION)
+        return usable_bytes(self.machine, self.memory_gib)
 
 
 @dataclass(frozen=True)

@@ -20,9 +20,8 @@ from telechat_twins.core.model.config import ModelConfig
 from telechat_twins.core.parallel.layout import Layout, check_layout
 from telechat_twins.core.parallel.sharding import padded_rows
 from telechat_twins.core.planner.machine import Machine
-from telechat_twins.core.planner.memory.estimate import FRAGMENTATION
 from telechat_twins.core.planner.memory.inference import cache_bytes, weight_bytes, working_bytes
-from telechat_twins.core.planner.search.question import RESERVE_GIB
+from telechat_twins.core.planner.search.question import usable_bytes
 from telechat_twins.core.planner.time.operators import Rates
 from telechat_twins.core.planner.time.transfers import Ways
 from telechat_twins.core.types import JsonObject
@@ -49,8 +48,7 @@ class Serving:
     @property
     def limit(self) -> float:
         """Bytes that an estimate may have, so that with its margin it fits."""
-        gib = self.machine.memory.value - RESERVE_GIB if self.memory_gib is None else self.memory_gib
-        return gib * 2**30 / (1.0 + FRAGMENTATION)
+        return usable_bytes(self.machine, self.memory_gib)
 
 
 @dataclass(frozen=True)
