@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 
 import pytest
 
@@ -16,12 +17,13 @@ from telechat_twins.core.planner.memory.estimate import ranks_of
 from telechat_twins.core.planner.memory.inference import weight_bytes
 from telechat_twins.core.planner.search.best import search
 from telechat_twins.core.planner.search.bounds import Bounds
-from telechat_twins.core.planner.search.question import POLICIES, Question
+from telechat_twins.core.planner.search.question import POLICIES, Plan, Question
 from telechat_twins.core.planner.search.serving import Serving
 from telechat_twins.core.planner.search.serving import search as serve
 from telechat_twins.core.planner.search.space import Space
 from telechat_twins.core.planner.time.step import step_time
 from telechat_twins.core.planner.time.work import Work
+from tests.campaigns import plan_table
 
 SMALL = dataclasses.replace(load_model_config("telechat2-7b"), num_layers=6)
 QUESTION = Question(SMALL, load_machine("atlas-800t-a2"), 8, 8192, 8, memory_gib=14.0, most_samples=2, top=4)
@@ -125,3 +127,31 @@ def test_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert "belongs to --search" in capsys.readouterr().err
     assert cli.main([*SEARCH, "--devices", "1", "--memory", "4"]) == 1
     assert "none fits" in capsys.readouterr().out
+
+
+CELL = re.compile(r"`(?P<layout>[^`]+)`(?: x(?P<samples>\d+))?(?: (?P<again>[sf]))?, \d+%, \d+ GiB")
+
+
+def planned(name: str, seq_len: int, devices: int, written: re.Match[str]) -> Plan:
+    """The plan that a cell of the tables names, estimated anew."""
+    model, layout = load_model_config(name), parse_layout(written["layout"])
+    samples, rows = int(written["samples"] or 1), max(1, plan_table.TOKENS[devices] // seq_len)
+    recompute = {None: "none", "s": "selective", "f": "full"}[written["again"]]
+    micro_batches = rows // (layout.dp * samples)
+    work = Work(seq_len=seq_len, micro_batch=samples, micro_batches=micro_batches, recompute=recompute)
+    memory = MemoryWork(seq_len, samples, micro_batches, "bf16", recompute)
+    fullest = max(ranks_of(model, layout, memory), key=lambda rank: rank.total)
+    return Plan(layout, work, step_time(model, layout, work, load_machine(plan_table.MACHINE)), fullest)
+
+
+def test_tables_of_best_layouts_in_the_docs_are_current() -> None:
+    page = plan_table.PAGES[0].read_text(encoding="utf-8")
+    questions = [(n, s, d) for n, s, _ in plan_table.MODELS for d in plan_table.DEVICES]
+    questions += [(n, s, 512) for n, s in plan_table.LONG]
+    cells = [c.strip() for row in page.splitlines() if re.match(r"\| (tele|flm)", row) for c in row.split("|")[3:]]
+    cells = [cell for cell in cells if CELL.fullmatch(cell) or cell == "does not fit"]
+    assert len(cells) == len(questions)
+    for question, cell in zip(questions, cells, strict=True):
+        if written := CELL.fullmatch(cell):
+            assert plan_table.cell(planned(*question, written)) == cell, f"{question}: run `make plan-table`"
+    assert plan_table.cell(plan_table.best("telechat2-7b", 8192, 8)) == cells[0], "run `make plan-table`"
