@@ -8,7 +8,7 @@ SHELL := /bin/bash
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .PHONY: help install demo docs reference test test-unit test-parallel-full soak operators campaigns campaign-kills campaign-corruption campaign-hostile \
-        campaign-equivalence campaign-memory mutation locate relay eval-check ascend-lower gpu-check mindformers-check matrix plan-check plan-table asan lint format lock clean
+        campaign-equivalence campaign-memory mutation locate relay eval-check ascend-lower gpu-check mindformers-check matrix docs-check plan-check plan-table asan lint format lock clean
 
 VENV ?= .venv
 EXTRAS := ms,pt,serve,data,tokenizers,dev
@@ -51,6 +51,7 @@ help:
 	@echo "make asan       the C++ operators under the address sanitizer (2 minutes)"
 	@echo "make lint       ruff and mypy"
 	@echo "make docs       the documentation as a site in English and Chinese, into build/site (1 minute)"
+	@echo "make docs-check that site in a browser: accessibility, console, requests elsewhere, width (4 minutes)"
 	@echo "make reference  write docs/reference and the figures of the README anew from the program"
 	@echo "make format     let ruff rewrite the files"
 	@echo "make install    only create $(VENV) and install into it"
@@ -104,6 +105,9 @@ campaign-equivalence: operators
 
 plan-check: operators
 	$(RUN) -m tests.campaigns.plan_check $(CAMPAIGN_ARGS)
+
+docs-check: docs
+	$(RUN) -m tests.campaigns.docs_site $(CAMPAIGN_ARGS)
 
 plan-table:
 	$(RUN) -m tests.campaigns.plan_table $(CAMPAIGN_ARGS)

@@ -37,8 +37,12 @@ class Browser:
     def _call(self, method: str, path: str, body: dict[str, Any] | None = None) -> Any:
         raw = None if body is None else json.dumps(body).encode()
         request = urllib.request.Request(self._base + path, raw, {"Content-Type": "application/json"}, method=method)
-        with urllib.request.urlopen(request, timeout=60) as response:
+        with urllib.request.urlopen(request, timeout=180) as response:
             return json.loads(response.read())["value"]
+
+    def patience(self, seconds: float) -> None:
+        """Time that a script may take, 30 seconds by default."""
+        self._call("POST", "/timeouts", {"script": int(1000 * seconds)})
 
     def open(self, url: str) -> None:
         self._call("POST", "/url", {"url": url})
