@@ -20,8 +20,8 @@ def write_pages(results: Mapping[str, Mapping[str, Any]]) -> None:
 
 
 BEGIN, END = "<!-- results -->", "<!-- end of results -->"
-_ENGLISH = ("cell", "versions", "passed", "failed", "skipped", "minutes", "not run")
-_CHINESE = ("环境", "版本", "通过", "失败", "跳过", "分钟", "未运行")
+_ENGLISH = ("cell", "versions", "passed", "failed", "skipped", "processor minutes", "not run", "cannot be installed")
+_CHINESE = ("环境", "版本", "通过", "失败", "跳过", "处理器分钟", "未运行", "无法安装")
 
 
 def _table(results: Mapping[str, Mapping[str, Any]], words: tuple[str, ...]) -> str:
@@ -29,9 +29,9 @@ def _table(results: Mapping[str, Mapping[str, Any]], words: tuple[str, ...]) -> 
     for cell in CELLS:
         found = results.get(cell.name)
         if found is None or not found["versions"]:
-            lines.append(f"| {cell.name} | {', '.join(cell.packages)} | {words[6]} | | | |")
+            lines.append(f"| {cell.name} | {', '.join(cell.packages)} | {words[6 if found is None else 7]} | | | |")
             continue
         versions = ", ".join(f"{name} {version}" for name, version in found["versions"].items())
         counts = found["tests"] - len(found["failed"]), len(found["failed"]), found["skipped"]
-        lines.append(f"| {cell.name} | {versions} | {' | '.join(map(str, counts))} | {found['seconds'] / 60:.1f} |")
+        lines.append(f"| {cell.name} | {versions} | {' | '.join(map(str, counts))} | {found['processor_s'] / 60:.1f} |")
     return "\n".join(lines) + "\n"
