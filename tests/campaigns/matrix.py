@@ -3,7 +3,7 @@
     python -m tests.campaigns.matrix [--cells NAME ...] [--keep] [--again] [--page] [--ci]
 
 For each cell of tests/campaigns/matrix_cells.py an environment is made under build/matrix, its tests run, the result
-goes to build/matrix/results, and one line is printed. A cell whose result stands for this commit and these
+and pytest's output go to build/matrix/results, and one line is printed. A cell whose result stands for this commit and these
 requirements is not run again (--again does), so an interrupted run goes on where it was. An environment is removed
 after its tests unless --keep is given: each takes up to 5 GB. --page writes docs/matrix.md and docs/matrix.zh.md from
 the results that stand. The exit code is 1 when a test failed or an environment could not be made that the cells do
@@ -114,16 +114,16 @@ def run(cell: Cell) -> dict[str, Any]:
     """Make the environment and run the tests; a mapping for JSON."""
     python = environment(cell)
     started, used = time.monotonic(), processor_s()
-    report = RESULTS / f"{cell.name}.xml"
-    done = subprocess.run(
-        [str(python), "-m", "pytest", *cell.tests, "-q", "-p", "no:cacheprovider", f"--junitxml={report}"],
-        cwd=ROOT, env=_variables(cell), capture_output=True, text=True, check=False,
-    )  # fmt: skip
+    report, log = RESULTS / f"{cell.name}.xml", RESULTS / f"{cell.name}.log"
+    report.unlink(missing_ok=True)
+    command = [str(python), "-m", "pytest", *cell.tests, "-v", "-p", "no:cacheprovider", f"--junitxml={report}"]
+    with log.open("w") as output:
+        done = subprocess.run(command, cwd=ROOT, env=_variables(cell), stdout=output, stderr=output, check=False)
     used = processor_s() - used
     versions = json.loads(
         subprocess.run([str(python), "-c", VERSIONS], capture_output=True, text=True, check=True).stdout
     )
-    counts, failed = _counts(report, done.stdout)
+    counts, failed = _counts(report, log.read_text())
     seconds = round(time.monotonic() - started)
     return {"versions": versions, **counts, "failed": failed, "seconds": seconds, "processor_s": round(used, 1),
             "exit": done.returncode}  # fmt: skip

@@ -39,7 +39,7 @@ class Cell:
 
 CELLS = (
     Cell("mindspore-2.10", ("mindspore==2.10.0", "torch", "tokenizers"),
-         (*GOLDENS, *PARITY, *AUTOGRAD, *RELEASES, *MINDSPORE_FILES, *EXPORTS)),
+         (*GOLDENS, *PARITY, *AUTOGRAD, *RELEASES, *MINDSPORE_FILES, *EXPORTS), "ms"),
     Cell("torch-2.12", ("torch==2.12.1", "tokenizers"), (*GOLDENS, *RELEASES, *EXPORTS), "pt", ("setuptools",)),
     Cell("torch-2.14", ("torch==2.14.1", "tokenizers"), (*GOLDENS, *RELEASES, *EXPORTS), "pt"),
     Cell("transformers-4.57", ("torch", "transformers==4.57.1"), EXPORTS, "pt", ("tokenizers", "huggingface-hub")),
