@@ -5,7 +5,7 @@ Shapes: B batch, S queries, T keys, H heads, K kv heads, D head dim, E hidden, N
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Protocol, TypeAlias
 
 import numpy as np
@@ -122,11 +122,14 @@ def place_rows(slots: np.ndarray, page_size: int, dtype: torch.dtype) -> Tensor:
     return torch_paged.place_rows(slots, device())
 
 
-def linears(x: Tensor, dropped: Tensor | None, *layers: LinearLayer) -> tuple[Tensor, ...]:
-    """Outputs of several linear layers for the same x. ``dropped``: the input of their adapters; None: x itself."""
+def linears(
+    x: Tensor, dropped: Tensor | None, *layers: LinearLayer, again: Callable[[], Tensor] | None = None
+) -> tuple[Tensor, ...]:
+    """Outputs of several linear layers for the same x. ``dropped``: the input of their adapters; None: x itself.
+    ``again`` computes x a second time, so that adapters need not keep it."""
     adapted = [layer.adapted(layer.bias) for layer in layers]
     together = [one for one in adapted if one is not None]
-    found = iter(adapted_linears(x, dropped, together, layers[0].compute) if together else ())
+    found = iter(adapted_linears(x, dropped, together, layers[0].compute, again) if together else ())
     return tuple(layer(x) if one is None else next(found) for layer, one in zip(layers, adapted, strict=True))
 
 

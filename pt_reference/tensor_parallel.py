@@ -49,6 +49,9 @@ class NormBeforeColumns(Norm):
     def forward(self, x: Tensor) -> Tensor:
         return self._spread(super().forward(x))
 
+    def again(self, x: Tensor) -> None:
+        """Positions would have to be gathered anew: layers keep what they read."""
+
     def after_sum(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
         x, stream = super().after_sum(x, residual)
         return self._spread(x), stream

@@ -44,6 +44,7 @@ class Dtypes:
 
 
 Shapes = Mapping[str, tuple[int, ...]]  # parameter name -> shape
+Again = Callable[[], Tensor]  # computes a tensor a second time, without gradients
 Rope = tuple[Tensor, ...]  # cos, sin and, with xPos, the scales of queries and keys: each [B or 1, S, 1, D/2]
 
 
@@ -112,16 +113,23 @@ class Norm(nn.Cell):
         self.mask: Tensor | None = None
 
     def construct(self, x: Tensor) -> Tensor:
+        return self._of(x)
+
+    def _of(self, x: Tensor) -> Tensor:
         gain, stat, compute = self._gain(), self.dtypes.stat, self.dtypes.compute
         if self.bias is not None:
             return ops.layer_norm(x, gain, self.bias, self.eps, stat, compute, self.mask, self.counted)
         return ops.rms_norm(x, gain, self.eps, stat, compute, self.mask)
 
+    def again(self, x: Tensor) -> Again | None:
+        """Computes the norm of x anew, bit for bit, for layers that would otherwise keep it; None: they keep it."""
+        return lambda: self._of(x)
+
     def after_sum(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
         """The norm of residual + x, and that sum: (normed, stream)."""
         if self.bias is not None:
             stream = residual + x.astype(residual.dtype)
-            return Norm.construct(self, stream), stream
+            return self._of(stream), stream
         stat, compute = self.dtypes.stat, self.dtypes.compute
         return ops.add_rms_norm(x, residual, self._gain(), self.eps, stat, compute, self.mask)
 
@@ -150,10 +158,18 @@ class Attention(nn.Cell):
         self.mask: Tensor | None = None  # [H * D], over heads
         self.q, self.k, self.v, self.o = (Linear(f"attn.{name}", shapes, dtypes, scale) for name in "qkvo")
 
-    def construct(self, x: Tensor, rope: Rope, blocks: ops.Visible, dropout: BlockDropout | None = None) -> Tensor:
+    def construct(
+        self,
+        x: Tensor,
+        rope: Rope,
+        blocks: ops.Visible,
+        dropout: BlockDropout | None = None,
+        again: Again | None = None,
+    ) -> Tensor:
         B, S, _ = x.shape
         # Query heads H and kv heads K of this rank: [B, S, E] -> [B, S, H, D] and twice [B, S, K, D].
-        projected = ops.linears(x, dropped(x, dropout, "q", self.q, self.k, self.v), self.q, self.k, self.v)
+        layers = (self.q, self.k, self.v)
+        projected = ops.linears(x, dropped(x, dropout, "q", *layers), *layers, again=again)
         q, k, v = (part.reshape(B, S, -1, self.head_dim) for part in projected)
         # Positions enter by rotation alone, of queries and keys.
         q, k = ops.rope_qk(q, k, *rope)
@@ -176,12 +192,12 @@ class FeedForward(nn.Cell):
         self.gate = Linear("ffn.gate", shapes, dtypes, scale) if "ffn.gate.weight" in shapes else None
         self.up, self.down = (Linear(f"ffn.{name}", shapes, dtypes, scale) for name in ("up", "down"))
 
-    def construct(self, x: Tensor, dropout: BlockDropout | None = None) -> Tensor:
+    def construct(self, x: Tensor, dropout: BlockDropout | None = None, again: Again | None = None) -> Tensor:
         core: Callable[..., Tensor]
         inputs: tuple[object, ...]
         layers = [layer for layer in (self.gate, self.up) if layer is not None]
         # [B, S, E] -> one or two of [B, S, F]
-        projected = ops.linears(x, dropped(x, dropout, "up", *layers), *layers)
+        projected = ops.linears(x, dropped(x, dropout, "up", *layers), *layers, again=again)
         core, inputs = (ops.gelu, projected) if self.gate is None else (ops.swiglu, (*projected, self.stat))
         again = self.recompute_core and self.training
         out = masked(autograd.recompute(core, *inputs) if again else core(*inputs), self.mask)  # [B, S, F]
@@ -193,7 +209,7 @@ class DecoderBlock(nn.Cell):
 
     def __init__(self, config: ModelConfig, shapes: Shapes, dtypes: Dtypes, recompute: str, scale: float) -> None:
         super().__init__()
-        self.residual = dtypes.residual
+        self.residual, self.recomputed = dtypes.residual, recompute == "full"
         self.mask: float | None = None  # of a new block
         self.attn_norm = Norm("attn_norm", shapes, config, dtypes)
         self.attn = Attention(shapes, config.head_dim, dtypes, recompute, scale)
@@ -202,12 +218,17 @@ class DecoderBlock(nn.Cell):
 
     def construct(self, x: Tensor, rope: Rope, blocks: ops.Visible, dropout: BlockDropout | None = None) -> Tensor:
         """The stream x [B, S, E] -> the stream after both branches."""
-        branch = self.attn(self.attn_norm(x), rope, blocks, dropout)
+        branch = self.attn(self.attn_norm(x), rope, blocks, dropout, self._again(self.attn_norm, x))
         # The sum and the norm that reads it are one operator: the stream is read and written once.
         normed, stream = self.ffn_norm.after_sum(branch, x)
-        out = ops.add(stream, self.ffn(normed, dropout))
+        out = ops.add(stream, self.ffn(normed, dropout, self._again(self.ffn_norm, stream)))
         # A new block of a growing model begins as the identity.
         return out if self.mask is None else multiplied(out, self.mask) + multiplied(x, 1.0 - self.mask)
+
+    def _again(self, norm: Norm, x: Tensor) -> Again | None:
+        """Adapters take from the stream what they read, which the norm keeps anyway. Where the block keeps its input
+        only, so do they."""
+        return None if self.recomputed else norm.again(x)
 
 
 class Decoder(nn.Cell):

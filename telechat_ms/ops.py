@@ -5,7 +5,7 @@ Shapes: B batch, S queries, T keys, H heads, K kv heads, D head dim, E hidden, N
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Protocol, TypeAlias
 
 import mindspore as ms
@@ -123,14 +123,17 @@ def place_rows(slots: np.ndarray, page_size: int, dtype: ms.Type) -> mindspore_p
     return mindspore_paged.place_rows(slots, page_size, dtype)
 
 
-def linears(x: Tensor, dropped: Tensor | None, *layers: LinearLayer) -> tuple[Tensor, ...]:
+def linears(
+    x: Tensor, dropped: Tensor | None, *layers: LinearLayer, again: Callable[[], Tensor] | None = None
+) -> tuple[Tensor, ...]:
     """Outputs of several linear layers for the same x; for few rows one fused call where available.
 
-    ``dropped``: the input of their adapters; None: x itself.
+    ``dropped``: the input of their adapters; None: x itself. ``again`` computes x a second time, so that adapters need
+    not keep it.
     """
     adapted = [layer.adapted(layer.bias) for layer in layers]
     if together := [one for one in adapted if one is not None]:
-        trained = iter(adapted_linears(x, dropped, together, layers[0].compute))
+        trained = iter(adapted_linears(x, dropped, together, layers[0].compute, again))
         return tuple(layer(x) if one is None else next(trained) for layer, one in zip(layers, adapted, strict=True))
     found = kernels.few_rows(x, [(layer.weight, layer.bias) for layer in layers], layers[0].compute)
     if found is None:

@@ -47,6 +47,9 @@ class NormBeforeColumns(Norm):
     def construct(self, x: Tensor) -> Tensor:
         return self._spread(super().construct(x))
 
+    def again(self, x: Tensor) -> None:
+        """Positions would have to be gathered anew: layers keep what they read."""
+
     def after_sum(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
         x, stream = super().after_sum(x, residual)
         return self._spread(x), stream

@@ -8,7 +8,7 @@ and the layers' shares of dx, are added where the frozen products lie.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import NamedTuple
 
@@ -22,6 +22,9 @@ from telechat_twins.kernels.mindspore.autograd import Gradients, turned_product
 from telechat_twins.kernels.mindspore.private import Context, Function
 
 
+Again = Callable[[], Tensor]
+
+
 class Adapted(NamedTuple):
     """weight [out, in] and bias [out] or None, frozen; lora_a [r, in], lora_b [out, r]; scale = alpha / rank."""
 
@@ -33,11 +36,16 @@ class Adapted(NamedTuple):
 
 
 def adapted_linears(
-    x: Tensor, dropped: Tensor | None, layers: Sequence[Adapted], compute: ms.Type
+    x: Tensor,
+    dropped: Tensor | None,
+    layers: Sequence[Adapted],
+    compute: ms.Type,
+    again: Again | None = None,
 ) -> tuple[Tensor, ...]:
     """Of each layer x [..., in] @ weight^T + bias + scale * dropped @ lora_a^T @ lora_b^T, in ``compute``.
 
-    ``dropped``: x after dropout; None: x itself. Weights and biases get no gradient. ValueError: unfit shapes.
+    ``dropped``: x after dropout; None: x itself. ``again`` computes x anew, bit for bit; the backward pass then calls
+    it where it would otherwise have kept x. Weights and biases get no gradient. ValueError: unfit shapes.
     """
     for layer in layers:
         if layer.lora_a.shape[1] != x.shape[-1] or layer.lora_b.shape[1] != layer.lora_a.shape[0]:
@@ -52,7 +60,7 @@ def adapted_linears(
     read = rows if dropped is None else ops.cast(dropped, compute).reshape(-1, x.shape[-1])
     frozen = [(layer.weight, layer.bias, layer.scale) for layer in layers]
     factors = [factor for layer in layers for factor in (layer.lora_a, layer.lora_b)]
-    outs = AdaptedLinears.apply(rows, read, frozen, (compute, cpp, dropped is None), *factors)
+    outs = AdaptedLinears.apply(rows, read, frozen, (compute, cpp, dropped is None, again), *factors)
     outs = outs if isinstance(outs, tuple) else (outs,)
     return tuple(out.reshape(*x.shape[:-1], out.shape[-1]) for out in outs)
 
@@ -65,13 +73,15 @@ def _composite(x: Tensor, read: Tensor, layer: Adapted, compute: ms.Type) -> Ten
 
 
 Frozen = list[tuple[Tensor, Tensor | None, float]]  # weight, bias, scale
+Options = tuple[ms.Type, ModuleType, bool, Again | None]
 
 
 class AdaptedLinears(Function):
-    """x, read [N, in]. ``options``: the dtype of computation, the package that serves, and whether ``read`` is x, whose
-    whole gradient is then that of x.
+    """x, read [N, in]. ``options``: the dtype of computation, the package that serves, whether ``read`` is x, whose
+    whole gradient is then that of x, and how to compute x again.
 
-    Keeps what the adapters read, the factors, and of each layer scale * read @ lora_a^T [N, r].
+    Keeps what the adapters read, unless it can be computed again, the factors, and of each layer
+    scale * read @ lora_a^T [N, r].
     """
 
     @staticmethod
@@ -80,10 +90,10 @@ class AdaptedLinears(Function):
         x: Tensor,
         read: Tensor,
         frozen: Frozen,
-        options: tuple[ms.Type, ModuleType, bool],
+        options: Options,
         *factors: Tensor,
     ) -> tuple[Tensor, ...]:
-        compute, cpp, _ = options
+        compute, cpp, shared, again = options
         ctx.wanted, ctx.dtypes = [*ctx.needs_input_grad[:2]], [factor.dtype for factor in factors]
         factors = tuple(ops.cast(factor, compute) for factor in factors)
         low = _product(cpp, read, _stacked(factors))
@@ -95,14 +105,22 @@ class AdaptedLinears(Function):
             outs.append(_plus_product(cpp, out, part, lora_b, False))
             lows.append(part)
         ctx.frozen, ctx.options = frozen, options
-        ctx.save_for_backward(read, *lows, *factors)
+        kept = () if shared and again is not None else (read,)
+        ctx.save_for_backward(*lows, *factors, *kept)
         return tuple(outs) if len(outs) > 1 else outs[0]
 
     @staticmethod
     def backward(ctx: Context, *grads: Tensor) -> Gradients:
-        frozen, (compute, cpp, shared) = ctx.frozen, ctx.options
-        (read, *saved), (wants_x, wants_read) = ctx.saved_tensors, ctx.wanted
-        lows, factors = saved[: len(frozen)], saved[len(frozen) :]
+        frozen, (compute, cpp, shared, again) = ctx.frozen, ctx.options
+        saved, (wants_x, wants_read) = ctx.saved_tensors, ctx.wanted
+        count = len(frozen)
+        lows, factors, kept = saved[:count], saved[count : 3 * count], saved[3 * count :]
+        if kept:
+            read = kept[0]
+        else:
+            assert again is not None
+            read = ops.cast(again(), compute)
+            read = read.reshape(-1, read.shape[-1])
         # d(B A x): dB = dy^T (scale A x); d(A x) = scale dy B; dA = d(A x)^T x; dx = d(A x) A.
         dbs = [turned_product(cpp, low, dy, turn_a=True).T for low, dy in zip(lows, grads, strict=True)]
         dlows = [

@@ -8,7 +8,7 @@ shares of dx, are added where the frozen products lie.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -18,6 +18,9 @@ from torch.autograd.function import Function, FunctionCtx, once_differentiable
 
 from telechat_twins.kernels.pytorch import ops as kernels
 from telechat_twins.kernels.pytorch.weights import Matrix
+
+
+Again = Callable[[], Tensor]
 
 
 class Adapted(NamedTuple):
@@ -31,11 +34,16 @@ class Adapted(NamedTuple):
 
 
 def adapted_linears(
-    x: Tensor, dropped: Tensor | None, layers: Sequence[Adapted], compute: torch.dtype
+    x: Tensor,
+    dropped: Tensor | None,
+    layers: Sequence[Adapted],
+    compute: torch.dtype,
+    again: Again | None = None,
 ) -> tuple[Tensor, ...]:
     """Of each layer x [..., in] @ weight^T + bias + scale * dropped @ lora_a^T @ lora_b^T, in ``compute``.
 
-    ``dropped``: x after dropout; None: x itself. Weights and biases get no gradient. ValueError: unfit shapes.
+    ``dropped``: x after dropout; None: x itself. ``again`` computes x anew, bit for bit; the backward pass then calls
+    it where it would otherwise have kept x. Weights and biases get no gradient. ValueError: unfit shapes.
     """
     for layer in layers:
         if layer.lora_a.shape[1] != x.shape[-1] or layer.lora_b.shape[1] != layer.lora_a.shape[0]:
@@ -49,28 +57,34 @@ def adapted_linears(
     factors = [factor.to(compute) for layer in layers for factor in (layer.lora_a, layer.lora_b)]
     if not torch.is_grad_enabled():
         return _forward(x, dropped, frozen, factors, compute)[0]
-    return AdaptedLinears.apply(x, dropped, frozen, compute, *factors)
+    return AdaptedLinears.apply(x, dropped, frozen, (compute, again), *factors)
 
 
 Frozen = list[tuple[Matrix, Tensor | None, float]]  # weight, bias, scale
+Options = tuple[torch.dtype, Again | None]
 
 
 class AdaptedLinears(Function):
-    """Keeps what the adapters read, the matrices, and dropped @ A^T [N, layers * r]."""
+    """Keeps what the adapters read, unless it can be computed again, the matrices, and dropped @ A^T [N, layers * r].
+    """
 
     @staticmethod
     def forward(
-        ctx: FunctionCtx, x: Tensor, dropped: Tensor | None, frozen: Frozen, compute: torch.dtype, *factors: Tensor
+        ctx: FunctionCtx, x: Tensor, dropped: Tensor | None, frozen: Frozen, options: Options, *factors: Tensor
     ) -> tuple[Tensor, ...]:
+        compute, again = options
         outs, low = _forward(x, dropped, frozen, factors, compute)
         ctx.frozen, ctx.compute, ctx.shared = frozen, compute, dropped is None
-        ctx.save_for_backward(x if dropped is None else dropped, low, *factors)
+        ctx.again = again if ctx.shared else None
+        ctx.save_for_backward(None if ctx.again is not None else x if dropped is None else dropped, low, *factors)
         return outs
 
     @staticmethod
     @once_differentiable
     def backward(ctx: FunctionCtx, *grads: Tensor) -> tuple[Tensor | None, ...]:
         read, low, *factors = ctx.saved_tensors
+        if ctx.again is not None:
+            read, ctx.again = ctx.again().to(ctx.compute), None
         wants_x, wants_dropped, *_ = ctx.needs_input_grad
         rows = [grad.reshape(-1, grad.shape[-1]) for grad in grads]  # each [N, out]
         # d(B A x): dB = scale dy^T (A x); d(A x) = scale dy B; dA = d(A x)^T x; dx = d(A x) A.

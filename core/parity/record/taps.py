@@ -165,8 +165,8 @@ class Taps(Generic[T]):
     def linears(self, run: Method) -> Method:
         """The operator of several linear layers that read the same."""
 
-        def wrapped(x: T, dropped: T | None, *layers: object) -> tuple[T, ...]:
-            found: tuple[T, ...] = run(x, dropped, *layers)
+        def wrapped(x: T, dropped: T | None, *layers: object, again: object = None) -> tuple[T, ...]:
+            found: tuple[T, ...] = run(x, dropped, *layers, again=again)
             for layer, out in zip(layers, found, strict=True):
                 self._tap(self._names[id(layer)], out)
             return found
