@@ -9,8 +9,8 @@ import ast
 import os
 import re
 import subprocess
-from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -116,15 +116,41 @@ def _types(node: ast.AST) -> bool:
     return isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING"
 
 
-def imports_of(path: Path) -> list[Import]:
-    found: list[Import] = []
+@dataclass(frozen=True)
+class Call:
+    """``name``: dotted, "" where it has none. ``allow_pickle`` and ``shell``: whether that is anything but False."""
+
+    name: str
+    line: int
+    allow_pickle: bool | None  # None: not given
+    shell: bool
+
+
+@dataclass(frozen=True)
+class Source:
+    """What several rules ask of a file; it is parsed once for all of them."""
+
+    imports: list[Import]
+    calls: list[Call]
+    functions: list[tuple[str, int, int]]  # name, line, number of lines
+
+
+def source_of(path: Path) -> Source:
+    about = path.stat()
+    return _source(path, about.st_mtime_ns, about.st_size)
+
+
+@cache
+def _source(path: Path, _changed: int, _size: int) -> Source:
+    made = Source([], [], [])
 
     def add(name: str, line: int, lazy: bool) -> None:
         ours = name.removeprefix(f"{NAME}.")
-        found.append(Import(ours, line, lazy, bare=name == ours and name.partition(".")[0] in PACKAGES))
+        made.imports.append(Import(ours, line, lazy, bare=name == ours and name.partition(".")[0] in PACKAGES))
 
     def visit(node: ast.AST, lazy: bool) -> None:
         for child in ast.iter_child_nodes(node):
+            inner = lazy
             if isinstance(child, ast.Import):
                 for alias in child.names:
                     add(alias.name, child.lineno, lazy)
@@ -134,12 +160,32 @@ def imports_of(path: Path) -> list[Import]:
                 if not child.level:
                     for alias in child.names:
                         add(f"{base}.{alias.name}", child.lineno, lazy)
-            visit(
-                child, lazy or isinstance(child, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)) or _types(child)
-            )
+            elif isinstance(child, ast.Call):
+                made.calls.append(_call(child))
+            elif isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
+                inner = True
+                if not isinstance(child, ast.Lambda):
+                    lines = (child.end_lineno or 0) - child.lineno + 1
+                    made.functions.append((child.name, child.lineno, lines))
+            visit(child, inner or _types(child))
 
     visit(_tree(path), False)
-    return found
+    return made
+
+
+def _call(node: ast.Call) -> Call:
+    parts: list[str] = []
+    target: ast.expr = node.func
+    while isinstance(target, ast.Attribute):
+        parts.append(target.attr)
+        target = target.value
+    name = ".".join([target.id, *reversed(parts)]) if isinstance(target, ast.Name) else ""
+    keywords = {k.arg: not (isinstance(k.value, ast.Constant) and k.value.value is False) for k in node.keywords}
+    return Call(name, node.lineno, keywords.get("allow_pickle"), keywords.get("shell", False))
+
+
+def imports_of(path: Path) -> list[Import]:
+    return source_of(path).imports
 
 
 def wrong_imports(root: Path) -> list[str]:
@@ -163,9 +209,9 @@ def wrong_imports(root: Path) -> list[str]:
                 if where.startswith(twin) and found.name.startswith(others) and not shared:
                     complaints.append(f"{where}:{found.line}: imports the other framework's {found.name}")
         if not where.startswith(DYNAMIC_IMPORTS):
-            for call, name in _calls(path):
-                if name.rpartition(".")[2] in ("import_module", "__import__"):
-                    complaints.append(f"{where}:{call.lineno}: loads a module by name; core.backends.load is the door")
+            for call in source_of(path).calls:
+                if call.name.rpartition(".")[2] in ("import_module", "__import__"):
+                    complaints.append(f"{where}:{call.line}: loads a module by name; core.backends.load is the door")
     return complaints
 
 
@@ -243,17 +289,14 @@ def unsafe_calls(root: Path) -> list[str]:
         for found in imports_of(path):
             if found.top in BANNED_MODULES:
                 complaints.append(f"{where}:{found.line}: imports {found.name}; nothing here is pickled")
-        for call, name in _calls(path):
+        for call in source_of(path).calls:
+            name = call.name
             if name in BANNED_CALLS and not (name == "yaml.load" and where == "core/schema.py"):
-                complaints.append(f"{where}:{call.lineno}: {name} {BANNED_CALLS[name]}")
-            keywords = {k.arg: k.value for k in call.keywords}
-            pickles = keywords.get("allow_pickle")
-            safe = isinstance(pickles, ast.Constant) and pickles.value is False
-            if (name in ("np.load", "numpy.load") or pickles is not None) and not safe:
-                complaints.append(f"{where}:{call.lineno}: {name} needs allow_pickle=False")
-            shell = keywords.get("shell")
-            if shell is not None and not (isinstance(shell, ast.Constant) and shell.value is False):
-                complaints.append(f"{where}:{call.lineno}: {name} with shell=True; give a list")
+                complaints.append(f"{where}:{call.line}: {name} {BANNED_CALLS[name]}")
+            if call.allow_pickle or (name in ("np.load", "numpy.load") and call.allow_pickle is None):
+                complaints.append(f"{where}:{call.line}: {name} needs allow_pickle=False")
+            if call.shell:
+                complaints.append(f"{where}:{call.line}: {name} with shell=True; give a list")
     return complaints
 
 
@@ -297,32 +340,16 @@ def too_long(root: Path) -> list[str]:
 def long_functions(root: Path) -> list[str]:
     """Functions that do not fit on a screen; a kernel may, its loop nest is one thought."""
     return [
-        f"{path.relative_to(root).as_posix()}:{node.lineno}: {node.name} has {lines} lines, at most {FUNCTION_LINES}"
+        f"{path.relative_to(root).as_posix()}:{line}: {name} has {lines} lines, at most {FUNCTION_LINES}"
         for path in python_files(root)
         if path.relative_to(root).parts[0] != "kernels"
-        for node in ast.walk(_tree(path))
-        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
-        and (lines := (node.end_lineno or 0) - node.lineno + 1) > FUNCTION_LINES
+        for name, line, lines in source_of(path).functions
+        if lines > FUNCTION_LINES
     ]
 
 
 def _tree(path: Path) -> ast.Module:
     return ast.parse(path.read_text(encoding="utf-8"), filename=str(path))
-
-
-def _calls(path: Path) -> Iterator[tuple[ast.Call, str]]:
-    """Each call with its dotted name, "" where it has none."""
-    for node in ast.walk(_tree(path)):
-        if isinstance(node, ast.Call):
-            parts: list[str] = []
-            target: ast.expr = node.func
-            while isinstance(target, ast.Attribute):
-                parts.append(target.attr)
-                target = target.value
-            if isinstance(target, ast.Name):
-                yield node, ".".join([target.id, *reversed(parts)])
-            else:
-                yield node, ""
 
 
 def _public(path: Path) -> set[str]:
