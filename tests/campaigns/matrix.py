@@ -3,11 +3,11 @@
     python -m tests.campaigns.matrix [--cells NAME ...] [--keep] [--again] [--page] [--ci]
 
 For each cell of tests/campaigns/matrix_cells.py an environment is made under build/matrix, its tests run, the result
-and pytest's output go to build/matrix/results, and one line is printed. A cell whose result stands for this commit and these
-requirements is not run again (--again does), so an interrupted run goes on where it was. An environment is removed
-after its tests unless --keep is given: each takes up to 5 GB. --page writes docs/matrix.md and docs/matrix.zh.md from
-the results that stand. The exit code is 1 when a test failed or an environment could not be made that the cells do
-not expect to fail.
+and pytest's output go to build/matrix/results, and one line is printed. A cell whose result stands for this commit and
+these requirements is not run again (--again does), so an interrupted run goes on where it was. An environment is
+removed after its tests unless --keep is given: each takes up to 5 GB. --page writes docs/matrix.md and
+docs/matrix.zh.md from the results that stand. The exit code is 1 when a test failed or an environment could not be
+made that the cells do not expect to fail.
 
 --ci runs the tests of CI_CELL alone, in an environment that sees the packages of the running one and adds only what
 differs: seconds in place of minutes. Neither result nor page is written. Where pip cannot install it within

@@ -1,0 +1,156 @@
+"""Exported folders in vLLM and llama.cpp, each in an environment of its own, against this project's float64 logits.
+
+    python -m tests.campaigns.foreign_readers FOLDER [--vllm PYTHON] [--gguf PYTHON --converter convert_hf_to_gguf.py]
+                                              [--llama-cpp PYTHON]
+
+FOLDER gets one exported model of Tele-FLM (as the Llama that computes the same, its multipliers folded) and one of
+TeleChat3, each with random weights of about a million parameters and a trained tokenizer.
+
+--vllm: an interpreter with vLLM for the CPU; its log-probabilities of a prompt are compared. --gguf: an interpreter
+with what llama.cpp's converter needs (torch, transformers, sentencepiece, gguf); the converter writes a float32 GGUF
+file, whose tensors are compared with the exported ones. --llama-cpp: an interpreter with llama-cpp-python, which
+computes the log-probabilities from that file.
+
+One line of JSON is printed for each reader and model: ``difference`` is the relative Frobenius distance of the
+log-probabilities. The exit code is 1 above BOUND.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+
+from telechat_twins.convert.copy import to_hf
+from telechat_twins.convert.llama import LlamaSource
+from telechat_twins.convert.source import open_model
+from telechat_twins.core.backends import load
+from telechat_twins.core.checkpoint.save import write_checkpoint
+from telechat_twins.core.model.batch import IGNORE, Batch
+from telechat_twins.core.model.config import load_model_config
+from telechat_twins.core.model.init import init_weights
+from telechat_twins.core.parity.bounds import relative_frobenius
+from tests.support.data_support import VOCAB_SIZE, tiny_tokenizer_path
+
+MODELS: dict[str, dict[str, object]] = {
+    "teleflm": {"preset": "teleflm-tiny", "input_mult": 1.7, "logit_mult": 0.7},
+    "telechat3": {"preset": "telechat3-tiny"},
+}
+TOKENS = 96  # beyond TeleChat3's 64 base positions
+BOUND = 2e-6  # float32 against float64, as for the goldens' logits
+
+VLLM = """
+import json, os, sys
+os.environ.update(VLLM_ENABLE_V1_MULTIPROCESSING="0", VLLM_CPU_KVCACHE_SPACE="1", VLLM_CPU_OMP_THREADS_BIND="nobind")
+import numpy as np
+from vllm import LLM, SamplingParams
+folder, ids, out = sys.argv[1], json.loads(sys.argv[2]), sys.argv[3]
+model = LLM(folder, dtype="float32", enforce_eager=True, max_model_len=128, max_num_seqs=1, max_logprobs=-1, seed=0)
+size = model.llm_engine.model_config.get_vocab_size()
+wanted = SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=size, logprobs=size)
+done = model.generate({"prompt_token_ids": ids}, wanted)[0]
+rows = [*done.prompt_logprobs[1:], done.outputs[0].logprobs[0]]
+np.save(out, np.array([[row[token].logprob for token in range(size)] for row in rows]))
+"""
+
+GGUF = """
+import sys
+import numpy as np
+from gguf import GGUFReader
+np.savez(sys.argv[2], **{t.name: t.data for t in GGUFReader(sys.argv[1]).tensors})
+"""
+
+LLAMA_CPP = """
+import json, sys
+import numpy as np
+import llama_cpp
+file, ids, out = sys.argv[1], json.loads(sys.argv[2]), sys.argv[3]
+float32 = llama_cpp.GGML_TYPE_F32
+model = llama_cpp.Llama(file, n_ctx=128, n_batch=128, logits_all=True, type_k=float32, type_v=float32, n_gpu_layers=0,
+                        n_threads=1, verbose=False)
+model.eval(ids)
+np.save(out, np.array(model.scores[: len(ids)]))
+"""
+
+
+def make(name: str, folder: Path) -> tuple[Path, list[int], np.ndarray]:
+    """(exported folder, ids of a prompt, float64 log-probabilities ``[tokens, vocabulary]`` of the PyTorch twin)."""
+    config = load_model_config({**MODELS[name], "vocab_size": VOCAB_SIZE})
+    weights = init_weights(config, 3, "strong").items()
+    canonical, target = folder / f"{name}-canonical", folder / name
+    write_checkpoint(canonical, 0, model={"config": config.to_dict()}, weights=weights, assets=[tiny_tokenizer_path()])
+    source = open_model(canonical)
+    to_hf(LlamaSource(source) if name == "teleflm" else source, target)
+    ids = np.random.default_rng(5).integers(4, VOCAB_SIZE, (1, TOKENS)).astype(np.int32)
+    places = np.arange(TOKENS, dtype=np.int32)[None]
+    batch = Batch(ids, np.full_like(ids, IGNORE), places)
+    logits = load("pt", "forward").run(source.config, source.tensor, batch, "fp64", False)["logits"][0]
+    return target, ids[0].tolist(), log_probabilities(logits)
+
+
+def log_probabilities(logits: np.ndarray) -> np.ndarray:
+    """log-softmax over the last axis in float64."""
+    logits = logits.astype(np.float64)
+    logits = logits - logits.max(-1, keepdims=True)
+    return logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+
+
+def call(python: str, *words: str) -> None:
+    """Run an interpreter without this project's path; RuntimeError with the end of its output."""
+    variables = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    done = subprocess.run([python, *words], env=variables, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(f"{words[0][:60]!r} ended with {done.returncode}: {(done.stderr or done.stdout)[-3000:]}")
+
+
+def same_tensors(exported: Path, file: Path) -> int:
+    """Count the tensors of a GGUF file, all of which must be exported ones; rows of queries and keys are permuted there
+    within a head. RuntimeError for one that differs."""
+    model, stored = open_model(exported), np.load(file)
+    expected = {name: array.astype(np.float32) for name, array in model.logical()}
+    left = [np.sort(array.ravel()) for array in expected.values()]
+    for name in stored.files:
+        values = np.sort(stored[name].ravel())
+        if name != "rope_freqs.weight" and not any(np.array_equal(values, other) for other in left):
+            raise RuntimeError(f"{file}: {name} equals no exported tensor")
+    return len(stored.files)
+
+
+def judge(reader: str, name: str, found: np.ndarray, truth: np.ndarray) -> bool:
+    """Print the distance; whether it is within BOUND."""
+    distance = relative_frobenius(log_probabilities(found), truth)
+    print(json.dumps({"reader": reader, "model": name, "difference": float(f"{distance:.3g}")}), flush=True)
+    return bool(distance <= BOUND)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("folder", type=Path)
+    for reader in ("--vllm", "--gguf", "--converter", "--llama-cpp"):
+        parser.add_argument(reader)
+    args = parser.parse_args()
+    good = True
+    for name in MODELS:
+        folder, ids, truth = make(name, args.folder)
+        out, file, words = str(args.folder / f"{name}.npy"), str(args.folder / f"{name}.gguf"), json.dumps(ids)
+        if args.vllm:
+            call(args.vllm, "-c", VLLM, str(folder), words, out)
+            good &= judge("vLLM", name, np.load(out), truth)
+        if args.gguf:
+            call(args.gguf, args.converter, str(folder), "--outfile", file, "--outtype", "f32")
+            call(args.gguf, "-c", GGUF, file, file + ".npz")
+            tensors = same_tensors(folder, Path(file + ".npz"))
+            print(json.dumps({"reader": "convert_hf_to_gguf.py", "model": name, "tensors": tensors}), flush=True)
+        if args.llama_cpp:
+            call(args.llama_cpp, "-c", LLAMA_CPP, file, words, out)
+            good &= judge("llama.cpp", name, np.load(out), truth)
+    return int(not good)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
