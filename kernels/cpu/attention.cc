@@ -1,5 +1,8 @@
-// Attention forward and backward in blocks (attention.h), with memory linear in the sequence lengths.
-#include "attention.h"
+// Attention forward and backward in blocks, with memory linear in the sequence lengths: by matrix tiles
+// (attention_tiles.h) where the processor has them and the system grants their state, else by vectors (attention.h).
+#include <memory>
+
+#include "attention_tiles_backward.h"
 
 namespace {
 
@@ -91,11 +94,11 @@ void backward_block(const Shapes &s, const View *in, const Part &part, int64_t f
   }
 }
 
-// Gradients of one kv head and of the G query heads that share it. ``hands`` threads take the blocks of keys in turns:
-// dk and dv of a block belong to one thread; dq is a sum over blocks of keys, so every thread but the first has a dq of
-// its own, and these are added in the order of the threads.
+// Gradients of one kv head and of the G query heads that share it. ``hands`` take the blocks of keys in turns: dk and dv
+// of a block belong to one hand; dq is a sum over blocks of keys, so every hand but the first has a dq of its own, and
+// these are added in the order of the hands, by one thread or several (``alone``) with the same bits.
 void backward_head(const Shapes &s, const View *in, const View *out, int64_t b, int64_t kv, float scale, int64_t hands,
-                   Room *rooms) {
+                   bool alone, Room *rooms) {
   Room &room = rooms[0];
   const Sums dk(out[1], b, kv, room.dk), dv(out[2], b, kv, room.dv);
   room.queries.resize(s.D * kPart), room.grads.resize(s.D * kPart);
@@ -111,13 +114,17 @@ void backward_head(const Shapes &s, const View *in, const View *out, int64_t b, 
       }
       const Part part{b, h, first, last, Rows(in[1], b, h, first, rows, room.q, true),
                       Rows(in[0], b, h, first, rows, room.grad, true), room.queries.data(), room.grads.data()};
-      parallel_items(hands, [&](int64_t hand, int) {
+      const auto work = [&](int64_t hand, int thread) {
         float *to = dq.data + first * dq.stride;
         int64_t stride = dq.stride;
         if (hand) own[hand - 1].assign(rows * s.Dp, 0.0f), to = own[hand - 1].data(), stride = s.Dp;
         for (int64_t from = hand * kKeys; from < s.T; from += hands * kKeys)
-          backward_block(s, in, part, from, std::min(s.T, from + kKeys), scale, to, stride, dk, dv, rooms[hand]);
-      });
+          backward_block(s, in, part, from, std::min(s.T, from + kKeys), scale, to, stride, dk, dv, rooms[thread]);
+      };
+      if (alone)
+        for (int64_t hand = 0; hand < hands; hand++) work(hand, 0);
+      else
+        parallel_items(hands, work);
       for (const auto &more : own)
         for (int64_t r = 0; r < rows; r++)
           for (int64_t i = 0; i < s.Dp; i += W) {
@@ -137,6 +144,11 @@ void backward_head(const Shapes &s, const View *in, const View *out, int64_t b, 
 KERNEL(attention, 4, 2, 1) {
   const Shapes s(in[0], in[1]);
   const float scale = static_cast<float>(scalar[0]);
+#ifdef ATTENTION_TILES
+  if (in_tiles(s, scale))
+    return in[0].dtype == BF16 && in[1].dtype == BF16 ? forward_tiles<1>(s, in, out, scale)
+                                                      : forward_tiles<3>(s, in, out, scale);
+#endif
   std::vector<Room> rooms(threads_for(s.B * s.H * s.S, 1));  // the maximum number of threads
   // Few queries (decoding): the lanes hold the queries of all heads of a kv head, so that each key is read once.
   const bool few = s.S < W;
@@ -162,16 +174,22 @@ KERNEL(attention, 4, 2, 1) {
 KERNEL(attention_backward, 7, 3, 1) {
   const Shapes s(in[1], in[2]);
   const float scale = static_cast<float>(scalar[0]);
-  const int64_t tasks = s.B * s.K, threads = threads_for(s.B * s.H * s.S, 1);
-  std::vector<Room> rooms(threads);
-  if (tasks >= threads) {
+  const int64_t tasks = s.B * s.K, hands = hands_for(s);
+#ifdef ATTENTION_TILES
+  if (in_tiles(s, scale))
+    return in[0].dtype == BF16 && in[1].dtype == BF16 && in[2].dtype == BF16
+               ? backward_tiles<1>(s, in, out, scale, hands)
+               : backward_tiles<3>(s, in, out, scale, hands);
+#endif
+  const bool alone = divides(tasks);
+  std::vector<Room> rooms(threads_for(alone ? tasks : hands, 1));
+  if (alone)
     parallel_items(tasks, [&](int64_t item, int thread) {
-      backward_head(s, in, out, item / s.K, item % s.K, scale, 1, &rooms[thread]);
+      backward_head(s, in, out, item / s.K, item % s.K, scale, hands, true, &rooms[thread]);
     });
-  } else {
+  else
     for (int64_t item = 0; item < tasks; item++)
-      backward_head(s, in, out, item / s.K, item % s.K, scale, threads, rooms.data());
-  }
+      backward_head(s, in, out, item / s.K, item % s.K, scale, hands, false, rooms.data());
 }
 
 // in: grad, out [B, S, H, D]; out: rowsum(grad * out) [B, H, S] float32

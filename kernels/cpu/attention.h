@@ -126,6 +126,19 @@ struct Shapes {
         Dp(padded(D)) {}
 };
 
+// Threads divide the kv heads where that balances, else the work inside each: whether ``tasks`` equal ones do.
+inline bool divides(int64_t tasks) {
+  const int64_t threads = threads_for(tasks, 1), most = threads_for(int64_t{1} << 30, 1);
+  return threads == most && (tasks % most == 0 || tasks >= 8 * most);
+}
+
+// Number of sums of dq in the backward pass, at most one per 512 keys: work for several threads where there are few kv
+// heads.
+inline int64_t hands_for(const Shapes &s) {
+  const int64_t tasks = std::max<int64_t>(1, s.B * s.K);
+  return std::max<int64_t>(1, std::min(s.T / 512, (8 + tasks - 1) / tasks));
+}
+
 // Buffers of one thread, kept between blocks; ``keys`` and ``values`` are those of (batch, kv head) number ``head``.
 struct Room {
   Floats k, v, q, grad, queries, grads, scores, d_scores, out, dk, dv;

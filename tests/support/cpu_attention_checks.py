@@ -23,6 +23,8 @@ ATTENTION = (  # B, S, T, H, K, D
     (1, 130, 200, 2, 2, 40),
     (1, 64, 64, 8, 2, 128),
     (1, 199, 199, 3, 1, 17),
+    (1, 290, 545, 2, 1, 33),  # several passes of queries and of keys, each with a rest
+    (1, 40, 1100, 4, 1, 16),  # sums of dq over parts of the keys
 )
 
 

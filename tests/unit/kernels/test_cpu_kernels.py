@@ -27,7 +27,8 @@ pytestmark = pytest.mark.skipif(build.compiler() is None, reason="no C++ compile
 
 
 PRODUCTS_ONLY = ("-mno-amx-tile", "-mno-amx-tile -mno-avx512bf16")
-PRODUCTS = ("registry.cc", "pool.cc", "matmul.cc", "linear.cc")  # a tenth of the time that all of them take to compile
+# A fifth of the time that all of them take to compile.
+PRODUCTS = ("registry.cc", "pool.cc", "matmul.cc", "linear.cc", "attention.cc")
 
 
 @pytest.fixture(scope="module", params=[*PRODUCTS_ONLY, "-mno-avx512f", "as many instructions as there are"])
@@ -45,8 +46,8 @@ def instructions(request: pytest.FixtureRequest) -> Iterator[str]:
 
 @pytest.mark.parametrize("name", checks.CHECKS)
 def test_kernels_equal_their_definitions(instructions: str, name: str) -> None:
-    if instructions in PRODUCTS_ONLY and name != "products":
-        pytest.skip("only products use these instructions")
+    if instructions in PRODUCTS_ONLY and not name.startswith(("products", "attention")):
+        pytest.skip("only products and attention use these instructions")
     assert checks.broken(name) == []
 
 
@@ -95,6 +96,17 @@ def shift_range(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ops, "attention", faulty)
 
 
+def two_parts_of_three(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Queries of 16 bits: what a product of float32 in bfloat16 parts would compute without the third part."""
+    real = ops.attention
+
+    def faulty(q: np.ndarray, *args: Any, **options: Any) -> Any:
+        short = (np.ascontiguousarray(q, np.float32).view(np.int32) & ~0xFF).view(np.float32)
+        return real(short.astype(q.dtype), *args, **options)
+
+    monkeypatch.setattr(ops, "attention", faulty)
+
+
 def forget_mask(monkeypatch: pytest.MonkeyPatch) -> None:
     real = ops.rms_norm_backward
     monkeypatch.setattr(ops, "rms_norm_backward", lambda grad, x, w, rstd, mask=None: real(grad, x, w, rstd))
@@ -132,6 +144,7 @@ FAULTS = {
     "a wrong log-sum-exp": ("attention", spoil_lse),
     "a wrong log-sum-exp in a ring": ("ring", spoil_lse),
     "a range one short": ("attention", shift_range),
+    "two parts of three": ("attention", two_parts_of_three),
     "a dropped tail of a norm": ("norms", lambda m: drop_tail(m, "rms_norm")),
     "a dropped tail of swiglu": ("pointwise", lambda m: drop_tail(m, "swiglu")),
     "a dropped tail of gelu": ("pointwise", lambda m: drop_tail(m, "gelu")),
@@ -169,12 +182,16 @@ def test_the_same_bits_whatever_the_number_of_threads() -> None:
     place = np.array([1599], np.int32), np.array([0, 1], np.int32), np.array([1600], np.int32)
     table = np.arange(100, dtype=np.int32)[None]
     narrow = [a.astype(ml_dtypes.bfloat16) for a in (x[:, :70], grad[:, :100])]
+    keys, ranges = random(1, 1100, 1, 64), causal_ranges(70, 1100).ranges
 
     def sums() -> list[np.ndarray]:
         attended = ops.paged_attention(q, k, k, *pages, *place, table, 1)
+        queries = np.ascontiguousarray(grad[:70, :128]).reshape(1, 70, 2, 64)
+        out, lse = ops.attention(queries, keys, keys, ranges)
+        gradients = ops.attention_backward(out, queries, keys, keys, ranges, out, lse)
         rows = ops.linear_rows(x[:7], grad[:70].T.copy()[:90, :70])
         made = [ops.matmul(x, grad, None, True, True), ops.matmul_bf16(*narrow, F32, True, True)]  # sums over k = 1,000
-        return [ops.column_sum(x), ops.square_sum(x), ops.embedding_backward(grad, ids, 50), attended, rows, *made]
+        return [ops.column_sum(x), ops.square_sum(x), ops.embedding_backward(grad, ids, 50), attended, rows, *made, *gradients]
 
     found = []
     for threads in (1, 2, 3):
