@@ -19,6 +19,7 @@ from telechat_twins.core.launch.worker import die_with_parent
 
 INTERRUPTING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 POLL_S = 0.05  # between two checks of processes that are ending
+SEARCH_S = 0.5  # between two searches for new processes while all goes well
 TERM_GRACE_S = 1.5  # between SIGTERM and SIGKILL
 
 
@@ -63,6 +64,7 @@ class ProcessTree:
         finally:
             os.close(theirs)
         self.known = {self.launcher.pid: psutil.Process(self.launcher.pid)}
+        self._searched = 0.0
 
     def __enter__(self) -> ProcessTree:
         return self
@@ -71,13 +73,28 @@ class ProcessTree:
         self.end()
 
     def look(self) -> None:
-        """Record the child processes that have appeared since the last call."""
+        """Record the child processes that have appeared, SEARCH_S after the last search or later."""
+        if time.monotonic() - self._searched >= SEARCH_S:
+            self._search()
+
+    def _search(self) -> None:
+        """Record the child processes that have appeared.
+
+        To find the children of one process, the table of all processes of the machine is read (4 ms with 165 of them),
+        so those found below another are not asked. While the launcher lives, which comes first, it alone is.
+        """
+        self._searched = time.monotonic()
+        below: set[int] = set()
         for process in list(self.known.values()):
+            if process.pid in below:
+                continue
             with suppress(psutil.Error):
-                self.known.update({child.pid: child for child in process.children(recursive=True)})
+                found = {child.pid: child for child in process.children(recursive=True)}
+                self.known.update(found)
+                below.update(found)
 
     def alive(self) -> list[psutil.Process]:
-        self.look()
+        self._search()
         return [p for p in self.known.values() if lives(p)]
 
     def end(self) -> None:
