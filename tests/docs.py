@@ -140,6 +140,13 @@ NOT_RUN = {
     "pt_reference/train.py --config F --out DIR": "likewise",
     "tele bench step --model telechat2-mini --seq-len 256 --micro-batch 4 --out bench.json": "a minute; "
     "tests/parity/test_parity_command.py::test_bench_with_real_workers runs a smaller model",
+    "tele bench step --model telechat2-tiny --seq-len 32 --micro-batch 1 --steps 2 --block 1 --backends pt eager": "as "
+    "there, of ms and pt; tests/parity/test_bench_eager.py has the eager model's steps",
+    "tele train --backend ms --config configs/train/telechat2-tiny.yaml --layout tp2.pp2 --out runs/many "
+    "--set train.steps=4 optim.warmup_steps=1": "run by tests/multiproc/test_parallel_training.py"
+    "::test_resume_in_the_other_backend_at_another_layout on a model of its own",
+    "tele train --backend pt --config configs/train/telechat2-tiny.yaml --layout dp2.ring2 --out runs/many-on "
+    "--resume runs/many --set train.steps=8 optim.warmup_steps=1": "likewise",
     "msrun --worker_num=1 --local_worker_num=1 --join=True --log_dir=LOGS telechat_ms/train.py "
     "--config F --out DIR": "F and DIR are the reader's; the README's line is run",
     "torchrun --nproc-per-node=1 pt_reference/train.py --config F --out DIR": "F and DIR are the reader's; the "

@@ -26,7 +26,6 @@ from tests.support.launching import one_rank_here
 
 SHORTER = ("--set", "train.steps=2", "optim.warmup_steps=0", "train.global_batch=2", "train.micro_batch=2")
 RESUMED = ("train.steps=4",)
-MANY = ("train.global_batch=4",)  # enough for two data-parallel ranks, or two micro-batches of a pipeline
 
 
 @pytest.fixture(scope="module")
@@ -49,11 +48,7 @@ def shorter(command: docs.Command) -> docs.Command:
             command, words=(*command.words, "--max-new-tokens", "4"), stdin_text="hello\n/exit\n"
         )
     if "train" in command.words or command.words[0] != "tele":
-        more = (
-            *SHORTER,
-            *(RESUMED if "--resume" in command.words else ()),
-            *(MANY if "--layout" in command.words else ()),
-        )
+        more = (*SHORTER, *(RESUMED if "--resume" in command.words else ()))
         return dataclasses.replace(command, words=(*command.words, *more))
     return command
 
@@ -85,7 +80,7 @@ def launched(command: docs.Command) -> Iterator[subprocess.Popen[bytes]]:
 def test_the_commands_run(workspace: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
     """In the order of the page; the raw launchers, on which nothing builds, beside the commands that follow them.
 
-    The raw launchers and the layouts start processes; a run of one rank takes place here.
+    The raw launchers start processes; a run of one rank takes place here.
     """
     monkeypatch.chdir(workspace)
     one_rank_here(monkeypatch)

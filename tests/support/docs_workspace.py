@@ -78,7 +78,7 @@ def add_demo(folder: Path) -> None:
     (demo / "text").mkdir(parents=True)
     texts = [(folder / "corpus" / name).read_text(encoding="utf-8") for name in SOURCES]
     write_rows(demo / "text" / "code.jsonl", [{"text": text} for text in texts])
-    train_tokenizer(texts, demo / "tokenizer.model", 2048)
+    _tokenizer(demo / "tokenizer.model", tuple(texts))
     write_rows(demo / "tuning.jsonl", [{"messages": _turns(n)} for n in range(8)])
     config = load_model_config("telechat2-tiny")
     made = save_checkpoint(
@@ -90,6 +90,17 @@ def add_demo(folder: Path) -> None:
     source = open_model(made)
     assert isinstance(source, CanonicalSource)
     canonical_to_hf(source, demo / "hf", tokenizer=demo / "tokenizer.model")
+
+
+_trained: dict[tuple[str, ...], bytes] = {}
+
+
+def _tokenizer(path: Path, texts: tuple[str, ...]) -> None:
+    """2,048 pieces of ``texts``, trained once for all workspaces of this process."""
+    if texts not in _trained:
+        train_tokenizer(texts, path, 2048)
+        _trained[texts] = path.read_bytes()
+    path.write_bytes(_trained[texts])
 
 
 def _turns(n: int) -> list[dict[str, str]]:
