@@ -1,4 +1,7 @@
-"""`tele train --growth` and `tele parity --growth` as they are called: real launches of both backends."""
+"""`tele train --growth` and `tele parity --growth` as they are called, with ranks of both backends.
+
+The interrupted run has launches of its own; all other layouts share their ranks (tests.support.warm_ranks).
+"""
 
 from __future__ import annotations
 
@@ -28,6 +31,7 @@ from tests.support.frameworks import BACKENDS
 from tests.support.launching import one_rank_here
 from tests.support.packed import write_packed
 from tests.support.parity_samples import breaks_schema
+from tests.support.warm_ranks import Pool
 
 VOCAB, SEQ_LEN = 211, 32
 SMALL = {"preset": "telechat2-tiny", "vocab_size": VOCAB, "hidden_size": 64, "ffn_hidden_size": 96, "num_layers": 2}
@@ -74,14 +78,11 @@ def arguments(backend: str, files: tuple[Path, Path], out: Path) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def grown(files: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """The whole schedule in both backends; PyTorch's was interrupted in the second stage and gone on with.
-
-    MindSpore's first stage, of one rank, takes place here; all others are launched.
-    """
+def grown(files: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory, pool: Pool) -> dict[str, Path]:
+    """The whole schedule in both backends; PyTorch's was interrupted in the second stage and gone on with."""
     runs = {name: tmp_path_factory.mktemp(name) / "out" for name in BACKENDS}
     with pytest.MonkeyPatch.context() as patch:
-        one_rank_here(patch)
+        one_rank_here(patch, pool=pool)
         assert main(arguments("ms", files, runs["ms"])) == 0
     command = [sys.executable, "-m", "telechat_twins.core.cli", *arguments("pt", files, runs["pt"])]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True) as process:
@@ -95,7 +96,9 @@ def grown(files: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) ->
     begun = len(read_metrics(runs["pt"] / "2-wide"))
     assert 1 <= begun < 6
     assert not (runs["pt"] / "3-deep").exists()
-    assert main([*arguments("pt", files, runs["pt"]), "--resume", "auto"]) == 0
+    with pytest.MonkeyPatch.context() as patch:
+        one_rank_here(patch, pool=pool)
+        assert main([*arguments("pt", files, runs["pt"]), "--resume", "auto"]) == 0
     return runs
 
 
@@ -237,7 +240,7 @@ def test_options_that_do_not_go_with_growth(
 
 
 def test_the_commands_of_the_page_run(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], pool: Pool
 ) -> None:
     """docs/growth.md in its order, with fewer steps and, of the schedules, their first and last stage."""
     add_text(tmp_path)
@@ -245,7 +248,7 @@ def test_the_commands_of_the_page_run(
     add_packed(tmp_path)
     add_checkout(tmp_path)
     monkeypatch.chdir(tmp_path)
-    one_rank_here(monkeypatch)
+    one_rank_here(monkeypatch, pool=pool)
     shorter = ["--set", "train.steps=2", "train.global_batch=2", "train.micro_batch=2", "optim.warmup_steps=0"]
     first = ["train", "--backend", "pt", "--config", "configs/train/telechat2-tiny.yaml", "--out", "runs/first"]
     assert main([*first, *shorter]) == 0
