@@ -32,7 +32,8 @@ BUILT_IN, THINKING, AUTO = "builtin", "thinking", "auto"
 MAX_TEMPLATE = MIB
 _GIVEN = ("messages", "tools", "documents", "add_generation_prompt", "raise_exception", "strftime_now")
 
-# The layout of core.data.chat_template, for those who render it from a template. {%- and -%} eat the lines' ends.
+# The layout of core.data.chat_template, for those who render it from a template. {%- and -%} eat the lines' ends. No
+# empty tuple: llama.cpp's reader of templates refuses it, and with it the model.
 CHAT_TEMPLATE = """\
 {%- set told = messages[0]['role'] == 'system' -%}
 {{- '<_system>' + (messages[0]['content'] if told else SYSTEM) -}}
@@ -50,7 +51,7 @@ CHAT_TEMPLATE = """\
 {{- '<_user>' + message['content'] -}}
 {%- elif message['role'] in ('assistant', 'bot') -%}
 {{- '<_bot>' + (message['content'] or '') -}}
-{%- for call in message['tool_calls'] or () -%}
+{%- for call in message['tool_calls'] or [] -%}
 {%- set call = call['function'] or call -%}
 {{- ('' if loop.first else '\\n') + '<tool_call>\\n{"name": "' + call['name'] + '", "arguments": ' -}}
 {%- set given = call['arguments'] -%}
@@ -68,6 +69,7 @@ CHAT_TEMPLATE = """\
 _SAME = {
     "da986f30ef575d7b3663eab2c837553d0fb1046893d5b07b582244f97ccfa063",
     "e8580912557cffb4ffed61304b2d5fd295fc3f4fa37d9f9eff3725b29a9281fc",
+    "613c0fc4121fc33e2714193e3533b535dbfd1d4b810dd9aa7e2753c52e2944a2",
 }
 
 
