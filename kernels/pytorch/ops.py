@@ -1,7 +1,8 @@
 """Operators of the PyTorch backend: argument checks, gradients, and the selection of their implementations.
 
     device  implementations, best first
-    CPU     torch (PyTorch's fused kernels, and blocked passes that stay in cache: cpu.py), composite
+    CPU     torch (PyTorch's fused kernels, and blocked passes that stay in cache: cpu.py), composite; attention first
+            by cpp (kernels/cpu by address: attention_in_cpp.py)
     GPU     triton, torch (PyTorch's fused operators: native.py), composite
     NPU     cann (npu.py), triton, composite
 
@@ -27,6 +28,10 @@ from telechat_twins.core.model.visibility import Block, KeyRanges
 from telechat_twins.kernels.adamw import AdamWStep
 from telechat_twins.kernels.dispatch import Candidate, Choice, choose, describe
 from telechat_twins.kernels.pytorch import (
+    attention_in_cpp,
+    private,
+)
+from telechat_twins.kernels.pytorch import (
     autograd as torch_autograd,
 )
 from telechat_twins.kernels.pytorch import (
@@ -41,7 +46,6 @@ from telechat_twins.kernels.pytorch import (
 from telechat_twins.kernels.pytorch import (
     native as torch_native,
 )
-from telechat_twins.kernels.pytorch import private
 from telechat_twins.kernels.pytorch import (
     weights as torch_weights,
 )
@@ -77,7 +81,10 @@ def choices() -> dict[str, Choice]:
 
 def described(dtype: torch.dtype = torch.float32) -> list[str]:
     """Implementations of this process for tensors of ``dtype`` with reasons, one line each."""
-    return describe(choices(), _WITHOUT_FLOAT64 if dtype == torch.float64 else ())
+    found = choices()
+    if dtype == torch.float64 and found["attention"].implementation == "cpp":
+        found = {**found, "attention": Choice("attention", "torch", "cpp has no float64")}
+    return describe(found, _WITHOUT_FLOAT64 if dtype == torch.float64 else ())
 
 
 def default_device() -> str:
@@ -96,7 +103,8 @@ def _candidates(operator: str, kind: str) -> list[Candidate]:
     composite = Candidate("composite")
     if kind == "cpu":
         without = "" if operator != "linear" or private.has_mkldnn_linear() else "this PyTorch has no oneDNN"
-        return [Candidate("torch", without), composite]
+        compiled = [Candidate("cpp", attention_in_cpp.obstacle())] if operator == "attention" else []
+        return [*compiled, Candidate("torch", without), composite]
     if operator in _ALWAYS_TORCH:
         return [Candidate("torch"), composite]
     triton = Candidate("triton", "" if importlib.util.find_spec("triton") else "triton is not installed")
@@ -124,6 +132,8 @@ def serving(operator: str, x: Tensor) -> ModuleType:
         return torch_npu_ops
     if implementation == "composite":
         return torch_composite
+    if implementation == "cpp" and x.dtype in attention_in_cpp.SERVED:
+        return attention_in_cpp
     return torch_cpu if x.device.type == "cpu" else torch_native
 
 

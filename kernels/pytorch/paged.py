@@ -51,7 +51,7 @@ def page_dtype(compute: torch.dtype) -> torch.dtype:
 
 def place(step: Step, page_size: int, dtype: torch.dtype, device: torch.device) -> Pages:
     """Addressing of a step for ``paged_attention``, with keys and values in ``dtype``."""
-    if kernels.choices()["attention"].implementation == "torch" and reads_pages(dtype, device):
+    if kernels.choices()["attention"].implementation in ("cpp", "torch") and reads_pages(dtype, device):
         return PagesInPlace(step)
     groups, parts, begin = sequence_groups(step), [], 0
     for group in groups:
@@ -111,7 +111,7 @@ def _attention(q: Tensor, k_pages: Tensor, v_pages: Tensor, keys: Keys) -> Tenso
 
 
 def _single_visible(lengths: np.ndarray, dtype: torch.dtype, device: torch.device) -> KeyRanges | list[Block] | Tensor:
-    if kernels.choices()["attention"].implementation == "torch" and device.type == "cpu":
+    if kernels.choices()["attention"].implementation in ("cpp", "torch") and device.type == "cpu":
         hidden = np.arange(lengths.max()) >= lengths[:, None]
         return torch.from_numpy(np.where(hidden, -np.inf, 0.0)[:, None, None]).to(dtype)
     return _visible(single_ranges(lengths), device)

@@ -21,6 +21,7 @@ from telechat_twins.core.parity.bounds import relative_frobenius
 from telechat_twins.kernels import reference
 from telechat_twins.kernels.adamw import AdamWStep
 from telechat_twins.kernels.dispatch import describe
+from telechat_twins.kernels.pytorch import attention_in_cpp
 from telechat_twins.kernels.pytorch import composite as torch_composite
 from telechat_twins.kernels.pytorch import cpu as torch_cpu
 from telechat_twins.kernels.pytorch import ops as pytorch
@@ -28,6 +29,7 @@ from telechat_twins.pt_reference import ops
 from telechat_twins.pt_reference.model import to_numpy
 
 PACKAGES = {"torch": torch_cpu, "composite": torch_composite}
+ATTENTION_PACKAGES = {"cpp": attention_in_cpp, **PACKAGES}
 FACTOR, FLOOR = 6.0, 8 * 2.0**-24
 EPS = 1e-5
 Arrays = dict[str, np.ndarray]
@@ -188,7 +190,7 @@ ATTENTION = {
 
 
 @pytest.mark.parametrize("name", ATTENTION)
-@pytest.mark.parametrize("package", PACKAGES.values(), ids=PACKAGES)
+@pytest.mark.parametrize("package", ATTENTION_PACKAGES.values(), ids=ATTENTION_PACKAGES)
 def test_attention_and_its_gradient(package: ModuleType, name: str) -> None:
     kind, B, S, T, H, K, D = ATTENTION[name]
     arrays = [draw(B, S, H, D), draw(B, T, K, D, seed=1), draw(B, T, K, D, seed=2), draw(B, S, H, D, seed=3)]
@@ -216,7 +218,7 @@ def test_attention_and_its_gradient(package: ModuleType, name: str) -> None:
         assert {line.partition(":")[0] for line in broken(got, define)} >= {"dk", "dv"}
 
 
-@pytest.mark.parametrize("package", PACKAGES.values(), ids=PACKAGES)
+@pytest.mark.parametrize("package", ATTENTION_PACKAGES.values(), ids=ATTENTION_PACKAGES)
 def test_blocks_of_keys_merge_to_the_whole(package: ModuleType) -> None:
     q, k, v = draw(2, 9, 4, 8), draw(2, 12, 2, 8, seed=1), draw(2, 12, 2, 8, seed=2)
     visible = np.ones((1, 9, 12), bool)
@@ -438,7 +440,13 @@ def test_what_does_not_fit_is_named(call: Callable[[], Any], error: type[Excepti
 
 
 def test_choices_of_the_devices() -> None:
-    assert {choice.implementation for choice in pytorch.select().values()} == {"torch"}
+    assert {op: c.implementation for op, c in pytorch.select().items() if c.implementation != "torch"} == {
+        "attention": "cpp"
+    }
+    assert (
+        pytorch.serving("attention", q4) is attention_in_cpp and pytorch.serving("attention", q4.double()) is torch_cpu
+    )
+    assert "torch: attention (cpp has no float64)" in pytorch.described(torch.float64)
     chosen = pytorch.select({"rms_norm": "composite"})
     assert pytorch.choices() is chosen and chosen["rms_norm"].reason == "requested"
     assert pytorch.serving("rms_norm", q4) is torch_composite and pytorch.serving("swiglu", q4) is torch_cpu

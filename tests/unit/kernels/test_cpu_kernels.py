@@ -191,7 +191,15 @@ def test_the_same_bits_whatever_the_number_of_threads() -> None:
         gradients = ops.attention_backward(out, queries, keys, keys, ranges, out, lse)
         rows = ops.linear_rows(x[:7], grad[:70].T.copy()[:90, :70])
         made = [ops.matmul(x, grad, None, True, True), ops.matmul_bf16(*narrow, F32, True, True)]  # sums over k = 1,000
-        return [ops.column_sum(x), ops.square_sum(x), ops.embedding_backward(grad, ids, 50), attended, rows, *made, *gradients]
+        return [
+            ops.column_sum(x),
+            ops.square_sum(x),
+            ops.embedding_backward(grad, ids, 50),
+            attended,
+            rows,
+            *made,
+            *gradients,
+        ]
 
     found = []
     for threads in (1, 2, 3):

@@ -1,0 +1,95 @@
+"""Attention on PyTorch's CPU by the C++ operators of kernels/cpu, called by address: "cpp" of the operator attention.
+
+Names, shapes and results are those of kernels/pytorch/composite.py; statistics and sums are float32 for float32,
+bfloat16 and float16, and other dtypes are not served. Arguments are those that kernels/pytorch/checks.py has passed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from telechat_twins.core.model.visibility import KeyRanges
+from telechat_twins.kernels.pytorch.composite import merge_blocks
+from telechat_twins.kernels.pytorch.weights import NAMES as FLOATING
+
+__all__ = ["merge_blocks"]  # and the functions below
+
+NAMES = {**FLOATING, torch.int32: "int32"}
+SERVED = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@cache
+def obstacle() -> str:
+    """Why the operators cannot be compiled or loaded here, a clause; empty if they can."""
+    from telechat_twins.kernels.cpu.build import BuildError, load_plain
+
+    try:
+        load_plain()
+    except BuildError as error:
+        return str(error)
+    return ""
+
+
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, key_ranges: KeyRanges, scale: float | None = None, out_f32: bool = False
+) -> tuple[Tensor, Tensor]:
+    B, S, H, D = q.shape
+    out = q.new_empty((B, S, H, D), dtype=torch.float32 if out_f32 else q.dtype)
+    log_sum_exp = q.new_empty((B, H, S), dtype=torch.float32)
+    inputs = (*map(_unit_stride, (q, k, v)), key_ranges.ranges.contiguous())
+    _run("attention", inputs, (out, log_sum_exp), (D**-0.5 if scale is None else scale,))
+    return out, log_sum_exp
+
+
+def attention_backward(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    key_ranges: KeyRanges,
+    out: Tensor | None,
+    log_sum_exp: Tensor,
+    scale: float | None = None,
+    delta: Tensor | None = None,
+    out_f32: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
+    B, S, H, D = q.shape
+    grad = _unit_stride(grad)
+    if delta is None:
+        assert out is not None
+        delta = q.new_empty((B, H, S), dtype=torch.float32)
+        _run("attention_delta", (grad, _unit_stride(out)), (delta,), ())
+    dq, dk, dv = (x.new_empty(x.shape, dtype=torch.float32 if out_f32 else x.dtype) for x in (q, k, v))
+    wide = (log_sum_exp.to(torch.float32).contiguous(), delta.to(torch.float32).contiguous())
+    inputs = (grad, *map(_unit_stride, (q, k, v)), key_ranges.ranges.contiguous(), *wide)
+    _run("attention_backward", inputs, (dq, dk, dv), (D**-0.5 if scale is None else scale,))
+    return dq, dk, dv
+
+
+def _unit_stride(x: Tensor) -> Tensor:
+    """x, or a copy whose last axis is contiguous."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _run(name: str, inputs: Sequence[Tensor], outputs: Sequence[Tensor], scalars: Sequence[float]) -> None:
+    """Run a kernel on tensors that may be strided except along the last axis; outputs are contiguous."""
+    from telechat_twins.kernels.cpu.engine import Call
+
+    call = Call(name, len(inputs), len(outputs), scalars)
+    for views, tensors in ((call.inputs, inputs), (call.outputs, outputs)):
+        for view, x in zip(views, tensors, strict=True):
+            view.data, view.ndim, view.dtype = x.data_ptr(), x.ndim, _codes()[x.dtype]
+            for axis in range(x.ndim):
+                view.shape[axis], view.stride[axis] = x.shape[axis], x.stride(axis)
+    call.run()
+
+
+@cache
+def _codes() -> dict[torch.dtype, int]:
+    from telechat_twins.kernels.cpu.engine import NAMES as codes
+
+    return {dtype: codes.index(name) for dtype, name in NAMES.items()}
