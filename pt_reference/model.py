@@ -45,7 +45,7 @@ class Dtypes:
 
 
 Shapes = Mapping[str, tuple[int, ...]]  # parameter name -> shape
-Again = Callable[[], Tensor]  # computes a tensor a second time, without gradients
+Again = ops.Again
 Rope = tuple[Tensor, ...]  # cos, sin and, with xPos, the scales of queries and keys: each [B or 1, S, 1, D/2]
 
 
@@ -80,14 +80,15 @@ class Linear(nn.Module):
             for kind in ("bias", "lora_a", "lora_b")
         )
 
-    def forward(self, x: Tensor, dropped: Tensor | None = None) -> Tensor:
-        """x [B, S, in] -> [B, S, out]; ``dropped``: x as the adapter reads it, by default x itself."""
-        return self.product(x, dropped, self.bias)
+    def forward(self, x: Tensor, dropped: Tensor | None = None, again: Again | None = None) -> Tensor:
+        """x [B, S, in] -> [B, S, out]; ``dropped``: x as the adapter reads it, by default x itself. ``again`` computes
+        x anew, for a backward pass that need not keep it then."""
+        return self.product(x, dropped, self.bias, again)
 
-    def product(self, x: Tensor, dropped: Tensor | None, bias: Tensor | None) -> Tensor:
+    def product(self, x: Tensor, dropped: Tensor | None, bias: Tensor | None, again: Again | None) -> Tensor:
         if (adapted := self.adapted(bias)) is not None:
-            return ops.adapted_linears(x, dropped, [adapted], self.compute)[0]
-        out = ops.linear(x, self.weight, bias, self.compute)
+            return ops.adapted_linears(x, dropped, [adapted], self.compute, again)[0]
+        out = ops.linear(x, self.weight, bias, self.compute, again)
         return out if self.served is None else self.served.added(out, x)
 
     def adapted(self, bias: Tensor | None) -> ops.Adapted | None:
@@ -200,9 +201,12 @@ class FeedForward(nn.Module):
         # [B, S, E] -> one or two of [B, S, F]
         projected = ops.linears(x, dropped(x, dropout, "up", *layers), *layers, again=again)
         core, inputs = (ops.gelu, projected) if self.gate is None else (ops.swiglu, (*projected, self.stat))
-        again = self.recompute_core and self.training
-        out = masked(checkpoint(core, *inputs, use_reentrant=False) if again else core(*inputs), self.mask)  # [B, S, F]
-        return self.down(out, dropped(out, dropout, "down", self.down))
+        core_again = None if again is None else lambda: masked(core(*inputs), self.mask)
+        checkpointed = self.recompute_core and self.training
+        out = masked(
+            checkpoint(core, *inputs, use_reentrant=False) if checkpointed else core(*inputs), self.mask
+        )  # [B, S, F]
+        return self.down(out, dropped(out, dropout, "down", self.down), core_again)
 
 
 class DecoderBlock(nn.Module):

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from telechat_twins.core.inference.runner import Step
+from telechat_twins.core.model.recomputed import Recomputed
 from telechat_twins.core.model.visibility import (
     Block,
     KeyRanges,
@@ -81,6 +82,8 @@ Visible: TypeAlias = KeyRanges | list[Block]  # visible keys, in the form of the
 # Visible keys of a block: for each part its slice of the keys and the key ranges within it.
 Parts: TypeAlias = list[tuple[slice, KeyRanges]]
 
+Again: TypeAlias = Callable[[], Tensor]  # computes a tensor a second time, without gradients
+
 
 class LinearLayer(Protocol):
     """A layer x @ weight^T + bias that computes in the dtype ``compute``, and its adapter, if any, of ``dropped``."""
@@ -91,7 +94,7 @@ class LinearLayer(Protocol):
 
     def adapted(self, bias: Tensor | None) -> Adapted | None: ...
 
-    def __call__(self, x: Tensor, dropped: Tensor | None = None) -> Tensor: ...
+    def __call__(self, x: Tensor, dropped: Tensor | None = None, again: Again | None = None) -> Tensor: ...
 
 
 def device() -> torch.device:
@@ -122,15 +125,17 @@ def place_rows(slots: np.ndarray, page_size: int, dtype: torch.dtype) -> Tensor:
     return torch_paged.place_rows(slots, device())
 
 
-def linears(
-    x: Tensor, dropped: Tensor | None, *layers: LinearLayer, again: Callable[[], Tensor] | None = None
-) -> tuple[Tensor, ...]:
+def linears(x: Tensor, dropped: Tensor | None, *layers: LinearLayer, again: Again | None = None) -> tuple[Tensor, ...]:
     """Outputs of several linear layers for the same x. ``dropped``: the input of their adapters; None: x itself.
-    ``again`` computes x a second time, so that adapters need not keep it."""
+    ``again`` computes x a second time, so that no backward pass need keep it."""
     adapted = [layer.adapted(layer.bias) for layer in layers]
     together = [one for one in adapted if one is not None]
+    if again is not None:
+        again = Recomputed(again, len(layers) - len(together) + bool(together))
     found = iter(adapted_linears(x, dropped, together, layers[0].compute, again) if together else ())
-    return tuple(layer(x) if one is None else next(found) for layer, one in zip(layers, adapted, strict=True))
+    return tuple(
+        layer(x, None, again) if one is None else next(found) for layer, one in zip(layers, adapted, strict=True)
+    )
 
 
 def positions(x: Tensor, wanted: Tensor) -> Tensor:

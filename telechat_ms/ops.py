@@ -13,6 +13,7 @@ import numpy as np
 from mindspore import Tensor, ops
 
 from telechat_twins.core.inference.runner import Step
+from telechat_twins.core.model.recomputed import Recomputed
 from telechat_twins.core.model.visibility import (
     Block,
     KeyRanges,
@@ -94,6 +95,9 @@ class _ServedAdapters(Protocol):
     def added(self, out: Tensor, x: Tensor) -> Tensor: ...
 
 
+Again: TypeAlias = Callable[[], Tensor]  # computes a tensor a second time, without gradients
+
+
 class LinearLayer(Protocol):
     """A layer x @ weight^T + bias that computes in the dtype ``compute``, and its adapter, if any, of ``dropped``."""
 
@@ -104,7 +108,7 @@ class LinearLayer(Protocol):
 
     def adapted(self, bias: Tensor | None) -> Adapted | None: ...
 
-    def __call__(self, x: Tensor, dropped: Tensor | None = None) -> Tensor: ...
+    def __call__(self, x: Tensor, dropped: Tensor | None = None, again: Again | None = None) -> Tensor: ...
 
 
 def attention_blocks(num_queries: int, num_keys: int, doc_ids: np.ndarray | None) -> Visible:
@@ -123,21 +127,24 @@ def place_rows(slots: np.ndarray, page_size: int, dtype: ms.Type) -> mindspore_p
     return mindspore_paged.place_rows(slots, page_size, dtype)
 
 
-def linears(
-    x: Tensor, dropped: Tensor | None, *layers: LinearLayer, again: Callable[[], Tensor] | None = None
-) -> tuple[Tensor, ...]:
+def linears(x: Tensor, dropped: Tensor | None, *layers: LinearLayer, again: Again | None = None) -> tuple[Tensor, ...]:
     """Outputs of several linear layers for the same x; for few rows one fused call where available.
 
-    ``dropped``: the input of their adapters; None: x itself. ``again`` computes x a second time, so that adapters need
-    not keep it.
+    ``dropped``: the input of their adapters; None: x itself. ``again`` computes x a second time, so that no backward
+    pass need keep it.
     """
     adapted = [layer.adapted(layer.bias) for layer in layers]
-    if together := [one for one in adapted if one is not None]:
+    together = [one for one in adapted if one is not None]
+    if again is not None:
+        again = Recomputed(again, len(layers) - len(together) + bool(together))
+    if together:
         trained = iter(adapted_linears(x, dropped, together, layers[0].compute, again))
-        return tuple(layer(x) if one is None else next(trained) for layer, one in zip(layers, adapted, strict=True))
+        return tuple(
+            layer(x, None, again) if one is None else next(trained) for layer, one in zip(layers, adapted, strict=True)
+        )
     found = kernels.few_rows(x, [(layer.weight, layer.bias) for layer in layers], layers[0].compute)
     if found is None:
-        return tuple(layer(x) for layer in layers)
+        return tuple(layer(x, None, again) for layer in layers)
     return tuple(
         out if layer.served is None else layer.served.added(out, x) for out, layer in zip(found, layers, strict=True)
     )

@@ -17,7 +17,7 @@ from telechat_twins.core.parallel.mesh import Group, Mesh
 from telechat_twins.telechat_ms import ops
 from telechat_twins.telechat_ms.autograd import Context, Function
 from telechat_twins.telechat_ms.collectives import all_reduce, copy_to, gather_sequence, reduce_from, scatter_sum
-from telechat_twins.telechat_ms.model import Decoder, Embedding, Linear, Norm
+from telechat_twins.telechat_ms.model import Again, Decoder, Embedding, Linear, Norm
 
 SEQUENCE = 1  # the axis of positions in [B, S, E]
 
@@ -67,9 +67,9 @@ class RowParallel(Linear):
         self.lora_a, self.lora_b, self.scale = linear.lora_a, linear.lora_b, linear.scale
         self.group, self.sequence_parallel = mesh.tp, mesh.layout.sequence_parallel
 
-    def construct(self, x: Tensor, dropped: Tensor | None = None) -> Tensor:
+    def construct(self, x: Tensor, dropped: Tensor | None = None, again: Again | None = None) -> Tensor:
         # The adapter's A holds this rank's columns and B is whole: B (A x) of the parts is summed with W x.
-        x = _sum_parts(self.product(x, dropped, None), self)
+        x = _sum_parts(self.product(x, dropped, None, again), self)
         return x if self.bias is None else ops.add_bias(x, self.bias, self.compute)
 
 

@@ -6,6 +6,7 @@ of weights are summed in float32 and returned in the dtype of the weight.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from types import ModuleType
 
 import mindspore as ms
@@ -22,17 +23,24 @@ class Linear(Function):
     """x [N, in] @ weight [out, in]^T + bias. Gradients that are not wanted are not computed.
 
     y = x W^T, dx = dy W, dW = dy^T x: the operator reads transposed operands in place (``turn_a``, ``turn_w``). Saves
-    the weight in ``compute``, and x where dW is wanted.
+    the weight in ``compute`` and, where dW is wanted, x, or how to compute it ``again``.
     """
 
     @staticmethod
     def forward(
-        ctx: Context, x: Tensor, weight: Tensor, bias: Tensor | None, compute: ms.Type, cpp: ModuleType
+        ctx: Context,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        compute: ms.Type,
+        cpp: ModuleType,
+        again: Callable[[], Tensor] | None = None,
     ) -> Tensor:
         x, wide = ops.cast(x, compute), ops.cast(weight, compute)
         # Wanted are the gradients of x, of the weight and of the bias.
         ctx.wanted = [*ctx.needs_input_grad[:3]]
-        ctx.save_for_backward(x if ctx.wanted[1] else wide, wide)
+        ctx.again = again if ctx.wanted[1] else None
+        ctx.save_for_backward(x if ctx.wanted[1] and again is None else wide, wide)
         ctx.dtypes, ctx.cpp = (weight.dtype, None if bias is None else bias.dtype), cpp
         bias = None if bias is None else ops.cast(bias, compute)
         if compute == ms.float32:
@@ -46,11 +54,13 @@ class Linear(Function):
         wants_x, wants_weight, wants_bias = ctx.wanted
         dx = turned_product(cpp, grad, weight) if wants_x else None
         dweight = dbias = None
+        if ctx.again is not None:
+            x, ctx.again = ops.cast(ctx.again(), grad.dtype).reshape(-1, weight.shape[1]), None
         if wants_weight:
             dweight = ops.cast(turned_product(cpp, grad, x, turn_a=True), ctx.dtypes[0])
         if wants_bias:
             dbias = ops.cast(cpp.column_sum(grad), ctx.dtypes[1])
-        return dx, dweight, dbias, None, None
+        return dx, dweight, dbias, None, None, None
 
 
 def turned_product(cpp: ModuleType, a: Tensor, w: Tensor, turn_a: bool = False) -> Tensor:

@@ -8,7 +8,7 @@ V vocabulary, N rows.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import ModuleType
 
 import mindspore as ms
@@ -109,8 +109,17 @@ def limit_threads(threads: int) -> None:
     limit(threads)
 
 
-def linear(x: Tensor, weight: Tensor | Int8, bias: Tensor | None, compute: ms.Type) -> Tensor:
-    """x [..., in] @ weight [out, in]^T + bias, operands and result in ``compute``, accumulated in float32 or wider."""
+def linear(
+    x: Tensor,
+    weight: Tensor | Int8,
+    bias: Tensor | None,
+    compute: ms.Type,
+    again: Callable[[], Tensor] | None = None,
+) -> Tensor:
+    """x [..., in] @ weight [out, in]^T + bias, operands and result in ``compute``, accumulated in float32 or wider.
+
+    ``again`` computes x anew, bit for bit: on a CPU the backward pass calls it where it would otherwise have kept x.
+    """
     few = few_rows(x, [(weight, bias)], compute)
     if few is not None:
         return few[0]
@@ -122,7 +131,7 @@ def linear(x: Tensor, weight: Tensor | Int8, bias: Tensor | None, compute: ms.Ty
     flat = ops.cast(x, compute).reshape(-1, x.shape[-1])
     if compute == ms.float16:
         return composite.linear(x, weight, bias, compute)
-    return autograd.Linear.apply(flat, weight, bias, compute, cpp).reshape(*x.shape[:-1], weight.shape[0])
+    return autograd.Linear.apply(flat, weight, bias, compute, cpp, again).reshape(*x.shape[:-1], weight.shape[0])
 
 
 def few_rows(

@@ -6,6 +6,7 @@ functions.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from types import ModuleType
 
 import torch
@@ -17,19 +18,31 @@ from telechat_twins.core.model.visibility import KeyRanges
 
 
 class Linear(Function):
-    """x [..., in] @ weight [out, in]^T + bias. Saves the weight, and x where the weight's gradient is wanted."""
+    """x [..., in] @ weight [out, in]^T + bias.
+
+    Saves the weight and, where the weight's gradient is wanted, x, or how to compute it ``again``.
+    """
 
     @staticmethod
-    def forward(ctx: FunctionCtx, package: ModuleType, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        ctx.package = package
-        ctx.save_for_backward(x if ctx.needs_input_grad[2] else None, weight)
+    def forward(
+        ctx: FunctionCtx,
+        package: ModuleType,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        again: Callable[[], Tensor] | None = None,
+    ) -> Tensor:
+        ctx.package, ctx.again = package, again if ctx.needs_input_grad[2] else None
+        ctx.save_for_backward(x if ctx.needs_input_grad[2] and again is None else None, weight)
         return package.linear(x, weight, bias)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
-        return None, *ctx.package.linear_backward(grad, x, weight, ctx.needs_input_grad[1:])
+        if ctx.again is not None:
+            x, ctx.again = ctx.again().to(weight.dtype), None
+        return None, *ctx.package.linear_backward(grad, x, weight, ctx.needs_input_grad[1:4]), None
 
 
 class Embedding(Function):

@@ -16,7 +16,7 @@ vocabulary. A wrong type or dtype of an argument raises TypeError; a wrong shape
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import ModuleType
 
 import torch
@@ -142,8 +142,17 @@ def _stat_input(x: Tensor, stat: torch.dtype) -> Tensor:
     return x.to(stat) if stat == torch.float64 else x
 
 
-def linear(x: Tensor, weight: torch_weights.Matrix, bias: Tensor | None, compute: torch.dtype) -> Tensor:
-    """x [..., in] @ weight [out, in]^T + bias, operands and result in ``compute``, accumulated in float32 or wider."""
+def linear(
+    x: Tensor,
+    weight: torch_weights.Matrix,
+    bias: Tensor | None,
+    compute: torch.dtype,
+    again: Callable[[], Tensor] | None = None,
+) -> Tensor:
+    """x [..., in] @ weight [out, in]^T + bias, operands and result in ``compute``, accumulated in float32 or wider.
+
+    ``again`` computes x anew, bit for bit: on a CPU the backward pass calls it where it would otherwise have kept x.
+    """
     x, bias = x.to(compute), None if bias is None else bias.to(compute)
     if not isinstance(weight, Tensor):
         return torch_weights.linear(x, weight, bias)
@@ -152,7 +161,7 @@ def linear(x: Tensor, weight: torch_weights.Matrix, bias: Tensor | None, compute
     if serving("linear", x) is torch_cpu:
         if not torch.is_grad_enabled():
             return torch_cpu.linear(x, weight, bias)
-        return torch_autograd.Linear.apply(torch_cpu, x, weight, bias)
+        return torch_autograd.Linear.apply(torch_cpu, x, weight, bias, again)
     return torch_composite.linear(x, weight, bias)
 
 
