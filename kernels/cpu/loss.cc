@@ -165,6 +165,11 @@ KERNEL(embedding_backward, 2, 1, 0) {
   });
 }
 
+// The part of a float64 scalar that its float32 ``x`` leaves out. A factor that is the same for all elements must not be
+// rounded to float32 alone: its error moves all weights one way, as another learning rate would, and training magnifies
+// that far more than the rounding of single elements.
+inline float rest(double exact, float x) { return static_cast<float>(exact - x); }
+
 // in: master, m, v (flat float32, ``count`` elements from ``first`` on updated in place), grad, copy (``count``
 // elements: the new weights in their dtype); scalars: first, lr, beta1, beta2, eps, 1 - lr * weight_decay, c1 = 1 / (1
 // - beta1^t), c2 = 1 / sqrt(1 - beta2^t), grad_scale, has copy, first element of grad, count. master <- (1 - lr wd)
@@ -172,8 +177,11 @@ KERNEL(embedding_backward, 2, 1, 0) {
 KERNEL(adamw, 5, 0, 12) {
   const int64_t first = int64_t(scalar[0]), from = int64_t(scalar[10]), count = int64_t(scalar[11]);
   float *master = in[0].as<float>() + first, *m = in[1].as<float>() + first, *v = in[2].as<float>() + first;
-  const float lr = scalar[1], b1 = scalar[2], b2 = scalar[3], eps = scalar[4], keep = scalar[5], c1 = scalar[6],
-              c2 = scalar[7], scale = scalar[8], a1 = 1.0 - scalar[2], a2 = 1.0 - scalar[3];
+  // The quotient is taken by c2: lr c1 / c2 is one factor, in two parts, as are beta1 and beta2.
+  const double exact_rate = scalar[1] * scalar[6] / scalar[7];
+  const float b1 = scalar[2], b2 = scalar[3], a1 = 1.0 - scalar[2], a2 = 1.0 - scalar[3], scale = scalar[8],
+              eps = scalar[4] / scalar[7], rate = exact_rate, decay = 1.0 - scalar[5];
+  const float b1_rest = rest(scalar[2], b1), b2_rest = rest(scalar[3], b2), rate_rest = rest(exact_rate, rate);
   with_types(in[3].dtype, in[4].dtype, [&](auto *tg, auto *tc) {
     using G = std::remove_pointer_t<decltype(tg)>;
     using C = std::remove_pointer_t<decltype(tc)>;
@@ -184,9 +192,10 @@ KERNEL(adamw, 5, 0, 12) {
       for (int64_t vec = a; vec < b; vec++) {
         const int64_t i = vec * W;
         const int n = static_cast<int>(std::min<int64_t>(W, count - i));
-        const vf g = get(grad + i, n) * scale;
-        const vf mi = get(m + i, n) * b1 + g * a1, vi2 = get(v + i, n) * b2 + g * g * a2;
-        const vf w = get(master + i, n) * keep - (mi * c1) / (square_root(vi2) * c2 + eps) * lr;
+        const vf g = get(grad + i, n) * scale, m0 = get(m + i, n), v0 = get(v + i, n), w0 = get(master + i, n);
+        const vf mi = m0 * b1 + (m0 * b1_rest + g * a1), vi2 = v0 * b2 + (v0 * b2_rest + g * g * a2);
+        const vf u = mi / (square_root(vi2) + eps);
+        const vf w = w0 - (w0 * decay + (u * rate + u * rate_rest));
         put(m + i, mi, n), put(v + i, vi2, n), put(master + i, w, n);
         if (copy) put(copy + i, w, n);
       }
