@@ -78,10 +78,11 @@ def describe_tokenizer(pieces: SentencePieceProcessor, config: ModelConfig, exac
     how: JsonObject = {"tokenizer_class": "PreTrainedTokenizerFast"}
     if not exact:
         how = {"tokenizer_class": "LlamaTokenizer", "use_fast": False, "legacy": True}
-        how |= {"add_bos_token": False, "add_eos_token": False}
     talks = {USER, BOT, END} <= set(special.values())
     return {
         **how,
+        "add_bos_token": False,  # llama.cpp adds it where this is missing
+        "add_eos_token": False,
         "clean_up_tokenization_spaces": False,
         "added_tokens_decoder": {str(i): {"content": name, **_FLAGS} for i, name in special.items()},
         **{

@@ -46,7 +46,7 @@ def in_mindformers(folder: Path, program: str, *words: object) -> dict[str, Any]
     """Run a program that prints one line of JSON; MindFormers leaves logs where it runs."""
     ended = subprocess.run(
         [sys.executable, "-c", PREPARE + program, *map(str, words)],
-        cwd=folder, capture_output=True, text=True, timeout=300, check=False,
+        cwd=folder, capture_output=True, text=True, timeout=1200, check=False,
     )  # fmt: skip
     assert ended.returncode == 0, ended.stderr[-3000:]
     found: dict[str, Any] = json.loads(ended.stdout.splitlines()[-1])
