@@ -8,8 +8,8 @@ TeleChat3, each with random weights of about a million parameters and a trained 
 
 --vllm: an interpreter with vLLM for the CPU; its log-probabilities of a prompt are compared. --gguf: an interpreter
 with what llama.cpp's converter needs (torch, transformers, sentencepiece, gguf); the converter writes a float32 GGUF
-file, whose tensors are compared with the exported ones. --llama-cpp: an interpreter with llama-cpp-python, which
-computes the log-probabilities from that file.
+file, whose tensors are compared with the exported ones. --llama-cpp: an interpreter with xllamacpp, llama.cpp as a
+wheel, which computes the log-probabilities from that file; the keys and values of its cache are float32.
 
 One line of JSON is printed for each reader and model: ``difference`` is the relative Frobenius distance of the
 log-probabilities. The exit code is 1 above BOUND.
@@ -68,13 +68,46 @@ np.savez(sys.argv[2], **{t.name: t.data for t in GGUFReader(sys.argv[1]).tensors
 LLAMA_CPP = """
 import json, sys
 import numpy as np
-import llama_cpp
-file, ids, out = sys.argv[1], json.loads(sys.argv[2]), sys.argv[3]
-float32 = llama_cpp.GGML_TYPE_F32
-model = llama_cpp.Llama(file, n_ctx=128, n_batch=128, logits_all=True, type_k=float32, type_v=float32, n_gpu_layers=0,
-                        n_threads=1, verbose=False)
-model.eval(ids)
-np.save(out, np.array(model.scores[: len(ids)]))
+import xllamacpp
+file, ids, out, size = sys.argv[1], json.loads(sys.argv[2]), sys.argv[3], int(sys.argv[4])
+settings = xllamacpp.CommonParams()
+settings.model.path = file
+settings.n_ctx = settings.n_batch = settings.n_ubatch = 256
+settings.n_parallel, settings.n_gpu_layers, settings.warmup, settings.cpuparams.n_threads = 1, 0, False, 1
+settings.cache_type_k = settings.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
+settings.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
+server = xllamacpp.Server(settings)
+rows = np.full((len(ids), size), np.nan)
+for count in range(1, len(ids) + 1):
+    for seed in range(100):  # a drawn end of text is answered without probabilities
+        asked = {"prompt": ids[:count], "n_predict": 1, "n_probs": size, "seed": seed, "cache_prompt": False}
+        if (given := server.handle_completions(asked)["choices"][0]["logprobs"]) is not None:
+            break
+    for entry in given["content"][0]["top_logprobs"]:
+        rows[count - 1, entry["id"]] = entry["logprob"]
+np.save(out, rows)
+"""
+
+# llama.cpp's YaRN reads its factor on cos and sin from attn_factor, relative to the usual 0.1 ln(factor) + 1, while the
+# converter writes attention_factor under yarn_attn_factor, which llama.cpp computes anew (findings/). `llama-server
+# --override-kv` does the same as this program.
+ATTN_FACTOR = """
+import sys
+from gguf import GGUFReader, GGUFValueType, GGUFWriter
+source, target, key, value = sys.argv[1:]
+read = GGUFReader(source)
+write = GGUFWriter(target, read.fields["general.architecture"].contents())
+for name, field in read.fields.items():
+    if not name.startswith("GGUF.") and name != "general.architecture":
+        kind = field.types[0]
+        write.add_key_value(name, field.contents(), kind, field.types[-1] if kind == GGUFValueType.ARRAY else None)
+write.add_float32(key, float(value))
+for tensor in read.tensors:
+    write.add_tensor(tensor.name, tensor.data, raw_dtype=tensor.tensor_type)
+write.write_header_to_file()
+write.write_kv_data_to_file()
+write.write_tensors_to_file()
+write.close()
 """
 
 
@@ -147,7 +180,11 @@ def main() -> int:
             tensors = same_tensors(folder, Path(file + ".npz"))
             print(json.dumps({"reader": "convert_hf_to_gguf.py", "model": name, "tensors": tensors}), flush=True)
         if args.llama_cpp:
-            call(args.llama_cpp, "-c", LLAMA_CPP, file, words, out)
+            rope = json.loads((folder / "config.json").read_text()).get("rope_parameters") or {}
+            if "attn_factor" in rope:
+                key, source, file = "llama.rope.scaling.attn_factor", file, file + ".scaled.gguf"
+                call(args.gguf, "-c", ATTN_FACTOR, source, file, key, str(rope["attn_factor"]))
+            call(args.llama_cpp, "-c", LLAMA_CPP, file, words, out, str(VOCAB_SIZE))
             good &= judge("llama.cpp", name, np.load(out), truth)
     return int(not good)
 

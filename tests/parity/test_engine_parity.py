@@ -126,8 +126,8 @@ def test_company_changes_no_tokens(backend: str, case: str, rescale: str) -> Non
 
 
 def test_both_backends_choose_the_same_tokens() -> None:
-    for framework in ("mindspore", "torch"):
-        pytest.importorskip(framework)
+    if len(BACKENDS) < 2:
+        pytest.skip("needs both backends")
     for case in CASES:
         source = golden_source(f"{case}/weights.safetensors", f"{case}/config.json")
         asked = requests(source.config)
