@@ -6,7 +6,7 @@ import argparse
 import os
 import sys
 
-from telechat_twins.core.data.chat_layout import check_training_layout
+from telechat_twins.core.data.chat_layout import ChatLayout, open_training_layout
 from telechat_twins.core.data.control import CONTROL_CHOICES, START
 from telechat_twins.core.data.forms.streams import UTF8, check_encoding
 from telechat_twins.core.data.kinds.messages import REASONING, Reading
@@ -126,8 +126,8 @@ def run(args: argparse.Namespace) -> int:
     # Packed ids feed an embedding, so a control token beyond the vocabulary must not be made here.
     special = {"bos": args.bos_token, "eos": args.eos_token}
     tokenizer = load_tokenizer(args.tokenizer, control, in_vocabulary=True, special=special)
-    chats = _use(args) in (DIALOGUE, PREFERENCE)
-    for note in check_training_layout(tokenizer, args.chat_template) if chats else assumed(tokenizer):
+    args.layout, notes = _layout(args, tokenizer)
+    for note in notes:
         print(f"note: {printable(note)}", file=sys.stderr)
     reading = Reading(frozenset(args.ignore_key), args.reasoning, args.kind)
     with hold_place(args.out, f"--out {args.out}"):
@@ -135,6 +135,13 @@ def run(args: argparse.Namespace) -> int:
         _print_reading(args, reading)
         _print_samples(args, meta, tokenizer)
     return 0
+
+
+def _layout(args: argparse.Namespace, tokenizer: Tokenizer) -> tuple[ChatLayout | None, list[str]]:
+    """The layout of dialogues, where rows are dialogues, and notes on the tokenizer."""
+    if _use(args) not in (DIALOGUE, PREFERENCE):
+        return None, assumed(tokenizer)
+    return open_training_layout(tokenizer, args.chat_template, own=args.sft == "plain")
 
 
 def _use(args: argparse.Namespace) -> str:
@@ -226,6 +233,7 @@ def _pack_sft(args: argparse.Namespace, tokenizer: Tokenizer, reading: Reading) 
         template=not args.no_template,
         shuffle_seed=seed,
         start_token="" if args.no_start else START,
+        layout=args.layout,
         reading=reading,
         encoding=args.encoding,
         force=args.force,

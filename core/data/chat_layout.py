@@ -8,28 +8,26 @@ a control token's name written in one does not become the token.
 
 from __future__ import annotations
 
-import datetime
 import hashlib
 import json
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn, Protocol
+from typing import Protocol
 
-from telechat_twins.core.backends import install_command
-from telechat_twins.core.data.chat_template import DEFAULT_SYSTEM, chat_parts, encode_chat, render
+from telechat_twins.core.data.chat_template import DEFAULT_SYSTEM, chat_parts, encode_chat, encode_parts, render
 from telechat_twins.core.data.control import THINK, ControlToken, Splitter
+from telechat_twins.core.data.encoders.jinja import Render, compiled_template, names_in
 from telechat_twins.core.data.tokenizer import Allow, Tokenizer
 from telechat_twins.core.errors import UserError
 from telechat_twins.core.files.foreign import MIB, load_json, read_text
-from telechat_twins.core.shown import printable
 from telechat_twins.core.types import JsonObject
-
-if TYPE_CHECKING:
-    from jinja2 import Environment
 
 BUILT_IN, THINKING, AUTO = "builtin", "thinking", "auto"
 MAX_TEMPLATE = MIB
+# What a template marks as the model's words is put between these two while answers are sought; noncharacters.
+_BEGIN, _END = "\ufdee", "\ufdef"
 _GIVEN = ("messages", "tools", "documents", "add_generation_prompt", "raise_exception", "strftime_now")
 
 # The layout of core.data.chat_template, for those who render it from a template. {%- and -%} eat the lines' ends. No
@@ -107,6 +105,12 @@ class ChatLayout(Protocol):
     def thinks(self, variables: JsonObject | None = None) -> bool:
         """Whether the prompt opens <think>, so that an answer begins with reasoning."""
 
+    def encode_answers(
+        self, messages: Sequence[JsonObject], tools: Sequence[object] | None = None, allow_control: Allow = False
+    ) -> tuple[list[int], list[int]]:
+        """A conversation to train on as (ids, mask): 1 where the model speaks, but for answers of ``weight`` 0. Up to
+        each answer the ids are those of ``encode``. UserError where the layout cannot promise that."""
+
 
 @dataclass(frozen=True)
 class BuiltInLayout:
@@ -142,6 +146,12 @@ class BuiltInLayout:
         """Whether the prompt opens <think>, so that an answer begins with reasoning."""
         return self.thinking
 
+    def encode_answers(
+        self, messages: Sequence[JsonObject], tools: Sequence[object] | None = None, allow_control: Allow = False
+    ) -> tuple[list[int], list[int]]:
+        """Answers, their calls of tools, and <_end>."""
+        return encode_parts(self.tokenizer, chat_parts(messages, tools, add_generation_prompt=False), allow_control)
+
 
 class TemplateLayout:
     """A Jinja template, rendered in Jinja2's sandbox. UserError when it cannot be parsed or Jinja2 is missing."""
@@ -151,8 +161,10 @@ class TemplateLayout:
         self._silent = {**tokenizer.silent, **tokenizer.control}
         self._splitter = Splitter(tuple(ControlToken(text, index) for text, index in self._silent.items()))
         tokens = _token_names(tokenizer)
-        self._render = _compiled(template, name, tokens)
-        found, self.reads = _names_in(template)
+        self._render = compiled_template(template, name, tokens)
+        marks = "generation" in template  # perhaps
+        self._with_marks = compiled_template(template, name, tokens, (_BEGIN, _END)) if marks else None
+        found, self.reads = names_in(template)
         self.variables = found - {*_GIVEN, *tokens}
 
     def encode(
@@ -167,6 +179,9 @@ class TemplateLayout:
         those in contents count as well (a collection: those names). ``variables``: further values for it."""
         names = () if allow_control is True else set(self._silent) - set(allow_control or ())
         mark, text = self._marked(messages, tools, add_generation_prompt, names, variables)
+        return self._ids(text, mark)
+
+    def _ids(self, text: str, mark: str) -> list[int]:
         ids: list[int] = []
         for segment in self._splitter.split(text):
             if isinstance(segment, ControlToken):
@@ -174,6 +189,67 @@ class TemplateLayout:
             elif plain := segment.replace(mark, ""):
                 ids += self._tokenizer.encode(plain)
         return ids
+
+    def encode_answers(
+        self, messages: Sequence[JsonObject], tools: Sequence[object] | None = None, allow_control: Allow = False
+    ) -> tuple[list[int], list[int]]:
+        """What the template marks by {% generation %}; without marks what follows the prompt, up to the last control
+        token where only space follows that."""
+        names = set(self._silent) - set(() if allow_control is True else allow_control or ())
+        mark, whole = self._marked(messages, tools, False, names, None)
+        ids: list[int] = []
+        mask: list[int] = []
+        at = 0
+        for n, begin, end in self._answers(messages, tools, names, mark, whole):
+            learnt = messages[n].get("weight") != 0
+            ids += self._ids(whole[at:begin], mark)
+            if learnt and ids != self.encode(messages[:n], tools, True, allow_control):
+                raise UserError(
+                    f"{self.name}: the text before message {n}, an answer, is not the prompt that a chat would have "
+                    "there, so that the model would learn another one; give --chat-template builtin"
+                )
+            mask += [0] * (len(ids) - len(mask))
+            ids += self._ids(whole[begin:end], mark)
+            mask += [int(learnt)] * (len(ids) - len(mask))
+            at = end
+        ids += self._ids(whole[at:], mark)
+        return ids, mask + [0] * (len(ids) - len(mask))
+
+    def _answers(
+        self,
+        messages: Sequence[JsonObject],
+        tools: Sequence[object] | None,
+        names: Collection[str],
+        mark: str,
+        whole: str,
+    ) -> list[tuple[int, int, int]]:
+        """(number of the message, begin, end in ``whole``) of each answer."""
+        numbers = [n for n, message in enumerate(messages) if message.get("role") in ("assistant", "bot")]
+        if self._with_marks is not None:
+            text = self._marked(messages, tools, False, names, None, self._with_marks)[1]
+            pieces = [part for piece in text.split(_BEGIN) for part in piece.split(_END)]
+            signs = [sign for sign in text if sign in (_BEGIN, _END)]
+            if signs == [_BEGIN, _END] * len(numbers) and "".join(pieces) == whole:
+                places = [0, *accumulate(map(len, pieces))]
+                return [(n, places[2 * k + 1], places[2 * k + 2]) for k, n in enumerate(numbers)]
+            if signs:
+                raise UserError(f"{self.name}: its {{% generation %}} does not hold one answer each; use builtin")
+        found = []
+        for n in numbers:
+            before = self._marked(messages[:n], tools, True, names, None)[1]
+            after = self._marked(messages[: n + 1], tools, False, names, None)[1]
+            if not (whole.startswith(after) and after.startswith(before)):
+                raise UserError(
+                    f"{self.name}: renders message {n}, an answer, otherwise once more follows it, and does not mark "
+                    "answers by {% generation %}; give --chat-template builtin"
+                )
+            last = size = 0
+            for segment in self._splitter.split(after[len(before) :]):
+                size += len(segment.text if isinstance(segment, ControlToken) else segment)
+                last = size if isinstance(segment, ControlToken) else last
+            rest = after[len(before) + last :].replace(mark, "")
+            found.append((n, len(before), len(after) if rest.strip() or not last else len(before) + last))
+        return found
 
     def render(
         self, messages: Sequence[JsonObject], tools: Sequence[object] | None = None, add_generation_prompt: bool = True
@@ -206,17 +282,18 @@ class TemplateLayout:
         prompt: bool,
         names: Collection[str],
         variables: JsonObject | None,
+        render: Render | None = None,
     ) -> tuple[str, str]:
         """(a character that no message holds, the rendered text in which that breaks ``names`` within contents)."""
         given = [_standard(messages), list(tools or ()), dict(variables or {})]
         written = json.dumps(given, ensure_ascii=False)
         # Noncharacters: no text means anything by them, and a template passes them on like any other.
-        mark = next((chr(c) for c in range(0xFDD0, 0xFDF0) if chr(c) not in written), None)
-        if mark is None:
-            raise UserError("messages: hold all the noncharacters U+FDD0 to U+FDEF; leave one of them out")
+        mark = next((chr(c) for c in range(0xFDD0, ord(_BEGIN)) if chr(c) not in written), None)
+        if mark is None or _BEGIN in written or _END in written:
+            raise UserError("messages: hold the noncharacters U+FDEE or U+FDEF, or all others; leave them out")
         ordered = sorted(names, key=len, reverse=True)
         inside, offered, values = (_break(some, ordered, mark) for some in given)
-        return mark, self._render(inside, offered or None, prompt, values)
+        return mark, (render or self._render)(inside, offered or None, prompt, values)
 
 
 def open_layout(
@@ -253,17 +330,18 @@ def require_layout(tokenizer: Tokenizer, layout: ChatLayout | None) -> ChatLayou
     return layout
 
 
-def check_training_layout(tokenizer: Tokenizer, choice: str = AUTO) -> list[str]:
-    """UserError unless dialogues can be packed by this tokenizer: they are packed in TeleChat2's layout only, so a
-    model whose chats follow a template of its own would be trained on another one."""
+def open_training_layout(tokenizer: Tokenizer, choice: str = AUTO, own: bool = True) -> tuple[ChatLayout, list[str]]:
+    """The layout of dialogues that this tokenizer packs, which is that of its chats, and notes on it. UserError for a
+    template of the model's own unless ``own`` allows one."""
     layout, notes = open_layout(tokenizer, choice)
     layout = require_layout(tokenizer, layout)
-    if not isinstance(layout, BuiltInLayout):
+    if not own and not isinstance(layout, BuiltInLayout):
         raise UserError(
-            "--sft: dialogues are packed in TeleChat2's built-in layout, and chats with this model follow "
-            f"{layout.name}, which differs; give --chat-template builtin to train the built-in one"
+            "--sft deepspeed, --sft mindformers and --preference pack dialogues in TeleChat2's built-in layout, and "
+            f"chats with this model follow {layout.name}, which differs; use --sft plain, or give --chat-template "
+            "builtin to train the built-in one"
         )
-    return notes
+    return layout, notes
 
 
 def no_dialogue(tokenizer: Tokenizer) -> str:
@@ -361,76 +439,3 @@ def _token_names(tokenizer: Tokenizer) -> dict[str, str]:
         except UserError:
             names[f"{kind}_token"] = ""
     return names
-
-
-def _names_in(template: str) -> tuple[frozenset[str], frozenset[str]]:
-    """Variables that a template reads and does not set, and all names and texts that it mentions."""
-    from jinja2 import meta, nodes
-
-    tree = _environment().parse(template)
-    constants = (node.value for node in tree.find_all(nodes.Const) if isinstance(node.value, str))
-    attributes = (node.attr for node in tree.find_all(nodes.Getattr))
-    return frozenset(meta.find_undeclared_variables(tree)), frozenset((*constants, *attributes))
-
-
-def _compiled(template: str, name: str, tokens: Mapping[str, str]) -> Callable[[object, object, bool, object], str]:
-    """A function (messages, tools, add_generation_prompt, variables) -> text. UserError names the template in what
-    fails."""
-    try:
-        import jinja2
-    except ModuleNotFoundError:
-        raise UserError(
-            f"{name}: differs from TeleChat2's built-in layout and is rendered by Jinja2, which is not installed; run: "
-            f"{install_command('tokenizers')}, or give --chat-template builtin"
-        ) from None
-    try:
-        compiled = _environment().from_string(template)
-    except jinja2.TemplateError as error:
-        raise UserError(f"{name}: not a template that Jinja2 can read ({printable(str(error), 200)})") from None
-
-    def render_with(messages: object, tools: object, prompt: bool, variables: object) -> str:
-        values = {"messages": messages, "tools": tools, "documents": None, "add_generation_prompt": prompt}
-        try:
-            return compiled.render({**tokens, **(variables if isinstance(variables, dict) else {}), **values})
-        except (jinja2.TemplateError, TypeError, ValueError, LookupError, ArithmeticError, AttributeError) as error:
-            raise UserError(f"{name}: cannot render these messages ({printable(str(error), 200)})") from None
-
-    return render_with
-
-
-def _environment() -> Environment:
-    """Jinja2's sandbox with what transformers gives its templates."""
-    import jinja2
-    from jinja2.ext import Extension, loopcontrols
-    from jinja2.nodes import CallBlock, Node
-    from jinja2.parser import Parser
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-    class Generation(Extension):
-        """{% generation %}: what the model is to write; it changes no text."""
-
-        tags = {"generation"}
-
-        def parse(self, parser: Parser) -> Node | list[Node]:
-            line = next(parser.stream).lineno
-            body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-            return CallBlock(self.call_method("_inside"), [], [], body).set_lineno(line)
-
-        def _inside(self, caller: Callable[[], str]) -> str:
-            return caller()
-
-    def raise_exception(message: str) -> NoReturn:
-        raise jinja2.TemplateError(message)
-
-    def tojson(value: object, ensure_ascii: bool = False, indent: int | None = None, **options: object) -> str:
-        separators, sort_keys = options.get("separators"), bool(options.get("sort_keys", False))
-        found = tuple(separators) if isinstance(separators, (list, tuple)) else None
-        return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=found, sort_keys=sort_keys)
-
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols]
-    )
-    environment.filters["tojson"] = tojson
-    environment.globals["raise_exception"] = raise_exception
-    environment.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
-    return environment

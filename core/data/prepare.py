@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
+from telechat_twins.core.data.chat_layout import ChatLayout
 from telechat_twins.core.data.control import START
 from telechat_twins.core.data.dialogues import parse_dialogue
 from telechat_twins.core.data.encoders.parallel import encode_blocks
@@ -121,6 +122,7 @@ def pack_dialogues(
     template: bool = True,
     shuffle_seed: int | None = MINDFORMERS_SEED,
     start_token: str = START,
+    layout: ChatLayout | None = None,
     reading: Reading | None = None,
     encoding: str = UTF8,
     force: bool = False,
@@ -129,9 +131,10 @@ def pack_dialogues(
     """Dialogues -> packed folder ``out`` of kind "sft" with loss masks; returns its meta.
 
     ``variant`` is one of core.data.sft.VARIANTS; ``template`` applies to "deepspeed", ``shuffle_seed`` and
-    ``start_token`` to "mindformers". ``reading`` has the options of rows and receives what is noticed in them.
-    DeepSpeed sequences are stored cut to ``seq_len``, as the released collator cuts them. Load the tokenizer with
-    ``in_vocabulary=True``: an id outside the vocabulary is refused here.
+    ``start_token`` to "mindformers", ``layout`` (of the model's chats; None: TeleChat2's) to "plain". ``reading`` has
+    the options of rows and receives what is noticed in them. DeepSpeed sequences are stored cut to ``seq_len``, as the
+    released collator cuts them. Load the tokenizer with ``in_vocabulary=True``: an id outside the vocabulary is refused
+    here.
     """
     files = _dialogue_files(inputs, variant, seq_len)
     counts = Counts()
@@ -149,7 +152,7 @@ def pack_dialogues(
                 for file in files
                 for where, row in read_rows(file, bar.update, encoding)
             )
-            sequences = plain_sequences(rows, tokenizer, seq_len, counts)
+            sequences = plain_sequences(rows, tokenizer, seq_len, counts, layout)
         elif variant == "deepspeed":
             indexed = DialogueFile(files, bar.update, (), reading, encoding, spool)
             sequences = _deepspeed(indexed, tokenizer, seq_len, template, counts)

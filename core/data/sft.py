@@ -16,7 +16,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from telechat_twins.core.data.chat_template import chat_parts, encode_parts, render
+from telechat_twins.core.data.chat_layout import BuiltInLayout, ChatLayout, TemplateLayout
+from telechat_twins.core.data.chat_template import render
 from telechat_twins.core.data.control import BOT, END, PAD, START, SYSTEM, TOOL_TOKENS, USER
 from telechat_twins.core.data.dialogues import Dialogue
 from telechat_twins.core.data.tokenizer import Tokenizer
@@ -52,11 +53,13 @@ class Counts:
 # ---------------------------------------------------------------------------------------------------------- plain
 
 
-def encode_dialogue(tokenizer: Tokenizer, dialogue: Dialogue) -> tuple[list[int], list[int]]:
+def encode_dialogue(
+    tokenizer: Tokenizer, dialogue: Dialogue, layout: ChatLayout | None = None
+) -> tuple[list[int], list[int]]:
     """One dialogue in the chat layout -> (ids, mask); mask 1 on answers (tool calls included) and their <_end>.
 
     Answers of weight 0 are context, with mask 0. Contents are ordinary text, except that the four tool tags count as
-    control tokens where the row says so (``tags``).
+    control tokens where the row says so (``tags``). ``layout``: of the model's chats; None: TeleChat2's.
     """
     messages = dialogue.messages
     if dialogue.system is not None:
@@ -64,14 +67,20 @@ def encode_dialogue(tokenizer: Tokenizer, dialogue: Dialogue) -> tuple[list[int]
         system = dialogue.system.removesuffix("\n") if dialogue.released else dialogue.system
         messages = [{"role": "system", "content": system}, *messages]
     try:
-        parts = chat_parts(messages, dialogue.tools, add_generation_prompt=False)
+        allowed = TOOL_TOKENS if dialogue.tags else False
+        if isinstance(layout, TemplateLayout) and any(message.get("thought") for message in messages):
+            raise UserError(f"reasoning_content: has no known place in {layout.name}; give --reasoning leave-out")
+        return (layout or BuiltInLayout(tokenizer)).encode_answers(messages, dialogue.tools, allowed)
     except UserError as error:
         raise UserError(f"{dialogue.where}: {error}") from None
-    return encode_parts(tokenizer, parts, TOOL_TOKENS if dialogue.tags else False)
 
 
 def plain_sequences(
-    dialogues: Iterable[Dialogue], tokenizer: Tokenizer, max_length: int, counts: Counts | None = None
+    dialogues: Iterable[Dialogue],
+    tokenizer: Tokenizer,
+    max_length: int,
+    counts: Counts | None = None,
+    layout: ChatLayout | None = None,
 ) -> Iterator[TrainingSequence]:
     """Rows in order, packed while they fit into ``max_length``; a row that does not fit starts the next pack.
 
@@ -91,7 +100,7 @@ def plain_sequences(
             starts.clear()
 
     for dialogue in dialogues:
-        ids, mask = encode_dialogue(tokenizer, dialogue)
+        ids, mask = encode_dialogue(tokenizer, dialogue, layout)
         counts.rows += 1
         if len(ids) > max_length:
             yield from take()

@@ -6,6 +6,7 @@ import json
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from telechat_twins.core import cli
@@ -14,11 +15,13 @@ from telechat_twins.core.data.chat_layout import (
     CHAT_TEMPLATE,
     BuiltInLayout,
     TemplateLayout,
-    check_training_layout,
     open_layout,
+    open_training_layout,
     require_layout,
 )
 from telechat_twins.core.data.chat_template import encode_chat
+from telechat_twins.core.data.dialogues import parse_dialogue
+from telechat_twins.core.data.sft import encode_dialogue
 from telechat_twins.core.data.tokenizer import load_tokenizer
 from telechat_twins.core.errors import UserError
 from tests.support.data_support import tiny_tokenizer, tiny_tokenizer_path
@@ -49,9 +52,11 @@ def test_a_template_of_its_own_is_rendered_and_said(tmp_path, name):
     want = tokenizer.encode("<_user>Q: fox<_bot>", allow_control=True)
     assert layout is not None and layout.encode(ASK) == want and name in notes[0]
     assert layout_of(tmp_path, "builtin")[0].encode(ASK) == encode_chat(tokenizer, ASK)
-    with pytest.raises(UserError, match="chats with this model follow .*chat_template"):
-        check_training_layout(load_tokenizer(tmp_path))
-    assert check_training_layout(load_tokenizer(tmp_path), "builtin") == []
+    with pytest.raises(UserError, match="chats with this model follow .*chat_template.* use --sft plain"):
+        open_training_layout(load_tokenizer(tmp_path), own=False)
+    assert isinstance(open_training_layout(load_tokenizer(tmp_path))[0], TemplateLayout)
+    built_in, notes = open_training_layout(load_tokenizer(tmp_path), "builtin", own=False)
+    assert isinstance(built_in, BuiltInLayout) and notes == []
 
 
 def test_of_several_templates_the_default_is_taken(tmp_path):
@@ -154,3 +159,62 @@ def test_a_base_model_is_refused_with_the_way_out(tmp_path, capsys):
     said = capsys.readouterr()
     assert said.out.split() == list(map(str, tiny_tokenizer().encode("<_user>Q: fox<_bot>", allow_control=True)))
     assert "differs from TeleChat2's built-in layout" in said.err and chat_layout.BUILT_IN in said.err
+
+
+TALK = [
+    {"role": "system", "content": "brief <_end>"},
+    {"role": "user", "content": "the quick fox"},
+    {"role": "assistant", "content": "jumps"},
+    {"role": "user", "content": "over <_bot>"},
+    {"role": "bot", "content": "the dog", "weight": 0},
+    {"role": "user", "content": "lazy"},
+    {"role": "assistant", "content": " a dog. "},
+]
+TURNS = (
+    "{% for m in messages %}<_user>{{ m.role }}: {{ m.content if m.role != 'assistant' }}"
+    "{% if m.role == 'assistant' %}<_bot>SAID\n{% endif %}{% endfor %}{% if add_generation_prompt %}"
+    "<_user>assistant: <_bot>{% endif %}"
+)
+SAID = "{{ m.content }}<_end>"
+STABLE, MARKED = (TURNS.replace("SAID", said) for said in (SAID, "{% generation %}" + SAID + "{% endgeneration %}"))
+
+
+@pytest.mark.parametrize("template", [STABLE, MARKED], ids=["by prompts", "by marks"])
+def test_what_is_trained_in_a_template_is_what_a_chat_shows(template):
+    tokenizer = tiny_tokenizer()
+    layout = TemplateLayout(tokenizer, template, "t")
+    ids, mask = layout.encode_answers(TALK)
+    assert ids == layout.encode(TALK, add_generation_prompt=False)
+    said = [tokenizer.encode(TALK[n]["content"]) + [tokenizer.eos_token_id] for n in (2, 6)]
+    assert [i for i, learnt in zip(ids, mask, strict=True) if learnt] == said[0] + said[1]
+    for n, answer in zip((2, 6), said, strict=True):
+        prompt = layout.encode(TALK[:n])
+        assert ids[: len(prompt)] == prompt and ids[len(prompt) :][: len(answer)] == answer
+        assert mask[len(prompt) - 1] == 0 and all(mask[len(prompt) :][: len(answer)])
+
+
+@pytest.mark.parametrize(
+    ("template", "says"),
+    [
+        # Earlier answers are shortened; a prompt that no conversation has; marks around the question.
+        (STABLE.replace(SAID, "{{ m.content if loop.last else '...' }}<_end>"), "otherwise once more follows"),
+        (MARKED.replace("assistant: <_bot>", "assistant:<_bot>"), "is not the prompt that a chat would have"),
+        (MARKED.replace("{% for", "{% generation %}{{ x }}{% endgeneration %}{% for"), "one answer each"),
+    ],
+)
+def test_a_template_that_cannot_be_trained_is_refused(template, says):
+    with pytest.raises(UserError, match=says):
+        TemplateLayout(tiny_tokenizer(), template, "t").encode_answers(TALK)
+
+
+def test_dialogues_are_packed_in_the_template_of_the_folder(tmp_path):
+    source = tmp_path / "rows.jsonl"
+    source.write_text(json.dumps({"messages": TALK[1:4]}) + "\n", encoding="utf-8")
+    model, out = folder_with(tmp_path / "model", STABLE), tmp_path / "out"
+    options = ["--tokenizer", str(model), "--out", str(out), "--sft", "plain", "--seq-len", "128"]
+    assert cli.main(["data", str(source), *options]) == 0
+    want = open_training_layout(load_tokenizer(model))[0].encode_answers(TALK[1:4])
+    found = (np.fromfile(out / name, dtype).tolist() for name, dtype in (("tokens.bin", "<u2"), ("mask.bin", "u1")))
+    assert tuple(found) == want
+    # A fault: the built-in layout for a model whose chats follow another one.
+    assert encode_dialogue(load_tokenizer(model), parse_dialogue({"messages": TALK[1:4]}, "row")) != want

@@ -1,0 +1,90 @@
+"""Chat templates in Jinja2's sandbox, with the names and filters that transformers gives them."""
+
+from __future__ import annotations
+
+import datetime
+import json
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, NoReturn
+
+from telechat_twins.core.backends import install_command
+from telechat_twins.core.errors import UserError
+from telechat_twins.core.shown import printable
+
+if TYPE_CHECKING:
+    from jinja2 import Environment
+
+# (messages, tools, add_generation_prompt, variables) -> text
+Render = Callable[[object, object, bool, object], str]
+
+
+def names_in(template: str) -> tuple[frozenset[str], frozenset[str]]:
+    """Variables that a template reads and does not set, and all names and texts that it mentions."""
+    from jinja2 import meta, nodes
+
+    tree = _environment().parse(template)
+    constants = (node.value for node in tree.find_all(nodes.Const) if isinstance(node.value, str))
+    attributes = (node.attr for node in tree.find_all(nodes.Getattr))
+    return frozenset(meta.find_undeclared_variables(tree)), frozenset((*constants, *attributes))
+
+
+def compiled_template(template: str, name: str, tokens: Mapping[str, str], marks: tuple[str, str] = ("", "")) -> Render:
+    """``marks`` go around what the template marks by {% generation %}. UserError names the template in what fails."""
+    try:
+        import jinja2
+    except ModuleNotFoundError:
+        raise UserError(
+            f"{name}: differs from TeleChat2's built-in layout and is rendered by Jinja2, which is not installed; run: "
+            f"{install_command('tokenizers')}, or give --chat-template builtin"
+        ) from None
+    try:
+        compiled = _environment(marks).from_string(template)
+    except jinja2.TemplateError as error:
+        raise UserError(f"{name}: not a template that Jinja2 can read ({printable(str(error), 200)})") from None
+
+    def render_with(messages: object, tools: object, prompt: bool, variables: object) -> str:
+        values = {"messages": messages, "tools": tools, "documents": None, "add_generation_prompt": prompt}
+        try:
+            return compiled.render({**tokens, **(variables if isinstance(variables, dict) else {}), **values})
+        except (jinja2.TemplateError, TypeError, ValueError, LookupError, ArithmeticError, AttributeError) as error:
+            raise UserError(f"{name}: cannot render these messages ({printable(str(error), 200)})") from None
+
+    return render_with
+
+
+def _environment(marks: tuple[str, str] = ("", "")) -> Environment:
+    """Jinja2's sandbox with what transformers gives its templates."""
+    import jinja2
+    from jinja2.ext import Extension, loopcontrols
+    from jinja2.nodes import CallBlock, Node
+    from jinja2.parser import Parser
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    class Generation(Extension):
+        """{% generation %}: what the model is to write; it changes no text but for ``marks``."""
+
+        tags = {"generation"}
+
+        def parse(self, parser: Parser) -> Node | list[Node]:
+            line = next(parser.stream).lineno
+            body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+            return CallBlock(self.call_method("_inside"), [], [], body).set_lineno(line)
+
+        def _inside(self, caller: Callable[[], str]) -> str:
+            return marks[0] + caller() + marks[1]
+
+    def raise_exception(message: str) -> NoReturn:
+        raise jinja2.TemplateError(message)
+
+    def tojson(value: object, ensure_ascii: bool = False, indent: int | None = None, **options: object) -> str:
+        separators, sort_keys = options.get("separators"), bool(options.get("sort_keys", False))
+        found = tuple(separators) if isinstance(separators, (list, tuple)) else None
+        return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=found, sort_keys=sort_keys)
+
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols]
+    )
+    environment.filters["tojson"] = tojson
+    environment.globals["raise_exception"] = raise_exception
+    environment.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
+    return environment
