@@ -25,6 +25,8 @@ from telechat_twins.core.model.visibility import (
 from telechat_twins.kernels.pytorch import ops as kernels
 from telechat_twins.kernels.pytorch import paged as torch_paged
 from telechat_twins.kernels.pytorch.adapters import Adapted, adapted_linears
+from telechat_twins.kernels.pytorch.head_loss import FrozenHead, frozen_head_loss
+from telechat_twins.kernels.pytorch.head_loss import serves as serves_head
 from telechat_twins.kernels.pytorch.ops import (
     add,
     add_bias,
@@ -43,6 +45,7 @@ from telechat_twins.kernels.pytorch.paged import Pages, page_dtype, paged_attent
 
 __all__ = [
     "Adapted",
+    "FrozenHead",
     "Pages",
     "adapted_linears",
     "add",
@@ -56,6 +59,7 @@ __all__ = [
     "cross_entropy",
     "device",
     "embedding",
+    "frozen_head_loss",
     "gelu",
     "hidden_keys",
     "key_ranges",
@@ -72,6 +76,7 @@ __all__ = [
     "rms_norm",
     "rope_qk",
     "rows_at",
+    "serves_head",
     "shard_gradient",
     "shard_statistics",
     "store_rows",

@@ -33,12 +33,14 @@ class Pipeline:
     """``stages``: the model chunks of this rank. ``first_trained``: the first stage of the whole pipeline that has a
     trainable parameter (core.train.trainable); those before it run forward only.
 
+    ``whole_logits``: the logits of every micro-batch are observed, so that they must exist.
+
     Of the last run: ``peak``, most graphs that were alive at once; ``waited``, seconds spent waiting for other stages.
     """
 
     def __init__(self, stages: Sequence[Decoder], mesh: Mesh, first_trained: int = 0) -> None:
         self.stages, self.mesh, self.peak, self.waited = list(stages), mesh, 0, 0.0
-        self.first_trained = first_trained
+        self.first_trained, self.whole_logits = first_trained, False
 
     def run(
         self,
@@ -56,6 +58,7 @@ class Pipeline:
         ``watch(micro, logits)`` sees the logits [B, s, V/tp] where they are made.
         """
         step = _Step(self.stages, self.mesh, batches, num_targets, loss_scale, watch, objective, self.first_trained)
+        step.whole_logits = self.whole_logits
         layout = self.mesh.layout
         self.peak = 0
         with torch.set_grad_enabled(backward):
@@ -95,7 +98,7 @@ class _Step:
         self.sent: dict[tuple[int, int], Handle[Tensor]] = {}
         self.sent_back: deque[Handle[Tensor]] = deque()
         self.losses: list[Tensor] = []
-        self.waited = 0.0
+        self.waited, self.whole_logits = 0.0, False
 
     def forward(self, action: Action) -> None:
         micro, chunk = action.micro, action.chunk
@@ -107,11 +110,12 @@ class _Step:
         else:
             x = self._receive(micro, used(self.mesh.forward_in))
             x.requires_grad_(self.after_trained[chunk] > 0)
-        out = stage(x, self.ropes[micro], self.plans[micro], dropout=batch.dropout)
+        targets = self._targets(stage, batch)
+        out = stage(x, self.ropes[micro], self.plans[micro], dropout=batch.dropout, targets=targets)
         if stage.last:
             if self.watch is not None:
                 self.watch(micro, out)
-            out = self._loss(out, batch, stage.config.vocab_size)
+            out = out / self.num_targets if targets is not None else self._loss(out, batch, stage.config.vocab_size)
             self.losses.append(out.detach())
         else:
             self.sent[micro, chunk] = send(out, used(self.mesh.forward_out))
@@ -135,6 +139,13 @@ class _Step:
             # Where a gradient came back the message has arrived; where none does, the next stage is at this
             # micro-batch's backward at the latest.
             self.sent.pop((micro, chunk)).wait()
+
+    def _targets(self, stage: Decoder, batch: LocalBatch) -> Tensor | None:
+        """The targets, where the stage can compute the loss by itself and only its sum is wanted, for gradients."""
+        plain = self.watch is None and self.objective is None and batch.weights is None and not self.whole_logits
+        if not (plain and torch.is_grad_enabled() and self.mesh.tp.size == 1 and stage.loss_head is not None):
+            return None
+        return torch.from_numpy(batch.targets).to(ops.device())
 
     def _loss(self, logits: Tensor, batch: LocalBatch, vocab_size: int) -> Tensor:
         """What this micro-batch adds to the loss, or a scalar with the gradient of what it adds to the objective."""

@@ -282,6 +282,7 @@ class Decoder(nn.Cell):
         blocks: ops.Visible,
         wanted: Tensor | None = None,
         dropout: LoraDropout | None = None,
+        targets: Tensor | None = None,
     ) -> Tensor:
         """Ids [B, S], ``rope`` tables, ``ops.attention_blocks`` -> logits [B, S, V] in the ``stat`` dtype.
 
@@ -289,6 +290,7 @@ class Decoder(nn.Cell):
 
         A part of the model takes a hidden state [B, S, E] instead of ids, or returns one. ``wanted`` int32 [W]: of the
         positions 0 .. S-1 only these have their logits computed. ``dropout``: the masks of the adapters' inputs.
+        ``targets`` [B, S]: the sum of the token losses in place of logits, where ``loss_head`` is not None.
         """
         if self.first and self.embed is not None:
             x = multiplied(self.embed(x), self.config.input_mult)  # [B, S, E]
@@ -304,6 +306,9 @@ class Decoder(nn.Cell):
         if wanted is not None:
             x = ops.positions(x, wanted)
         x = self.norm(x)
+        if targets is not None:
+            assert self.loss_head is not None  # by contract
+            return ops.frozen_head_loss(x, self.loss_head, targets)
         if self.head is not None:
             logits = self.head(x)
         else:
@@ -311,6 +316,15 @@ class Decoder(nn.Cell):
             logits = ops.linear(x, self.embed.weight, None, self.dtypes.compute)
         logits = multiplied(logits, self.config.logit_mult).astype(self.dtypes.stat)
         return logits if self.padding is None else logits + self.padding
+
+    @property
+    def loss_head(self) -> ops.FrozenHead | None:
+        """The head whose loss can be computed without the logits of a whole micro-batch; None: it cannot."""
+        layer = self.embed if self.head is None else self.head
+        if not self.last or layer is None or getattr(layer, "bias", None) is not None:
+            return None
+        head = ops.FrozenHead(layer.weight, self.config.logit_mult, self.padding)
+        return head if ops.serves_head(head) else None
 
     def use_adapters(self, on: bool) -> None:
         """Switch the adapters on, or off: the model is then its base, exactly."""

@@ -28,6 +28,8 @@ from telechat_twins.kernels.mindspore import ops as kernels
 from telechat_twins.kernels.mindspore import paged as mindspore_paged
 from telechat_twins.kernels.mindspore.adapters import Adapted, adapted_linears
 from telechat_twins.kernels.mindspore.composite import accurate, add_bias, operand, total
+from telechat_twins.kernels.mindspore.head_loss import FrozenHead, frozen_head_loss
+from telechat_twins.kernels.mindspore.head_loss import serves as serves_head
 from telechat_twins.kernels.mindspore.ops import (
     Keys,
     add,
@@ -47,6 +49,7 @@ from telechat_twins.kernels.reference import visible_keys
 
 __all__ = [
     "Adapted",
+    "FrozenHead",
     "Pages",
     "accurate",
     "adapted_linears",
@@ -60,6 +63,7 @@ __all__ = [
     "described",
     "cross_entropy",
     "embedding",
+    "frozen_head_loss",
     "gelu",
     "hidden_keys",
     "key_ranges",
@@ -77,6 +81,7 @@ __all__ = [
     "rms_norm",
     "rope_qk",
     "rows_at",
+    "serves_head",
     "shard_gradient",
     "shard_statistics",
     "store_rows",

@@ -18,7 +18,7 @@ from telechat_twins.core.parallel.objective import RowObjective
 from telechat_twins.core.parallel.schedule import Action, actions, peak_live
 from telechat_twins.core.parallel.sequence import LocalBatch
 from telechat_twins.core.parallel.transfer import Handle
-from telechat_twins.telechat_ms.autograd import Recorded, record
+from telechat_twins.telechat_ms.autograd import ENGINE, Recorded, record
 from telechat_twins.telechat_ms.collectives import recv, send
 from telechat_twins.telechat_ms.context_parallel import attention_plan
 from telechat_twins.telechat_ms.losses import row_surrogate, weighted_cross_entropy
@@ -34,12 +34,14 @@ class Pipeline:
     ``first_trained``: the first stage of the whole pipeline that has a trainable parameter (core.train.trainable);
     those before it run forward only.
 
+    ``whole_logits``: the logits of every micro-batch are observed, so that they must exist.
+
     Of the last run: ``peak``, most graphs that were alive at once; ``waited``, seconds spent waiting for other stages.
     """
 
     def __init__(self, stages: Sequence[Decoder], mesh: Mesh, take: Take, first_trained: int = 0) -> None:
         self.stages, self.mesh, self.take, self.peak, self.waited = list(stages), mesh, take, 0, 0.0
-        self.first_trained = first_trained
+        self.first_trained, self.whole_logits = first_trained, False
 
     def run(
         self,
@@ -60,6 +62,7 @@ class Pipeline:
         step = _Step(
             self.stages, self.mesh, batches, num_targets, loss_scale, watch, objective, take, self.first_trained
         )
+        step.whole_logits = self.whole_logits
         layout = self.mesh.layout
         self.peak = 0
         for action in actions(layout.schedule, layout.pp, layout.virtual, len(batches), self.mesh.coord.pp):
@@ -102,7 +105,7 @@ class _Step:
         self.sent: dict[tuple[int, int], Handle[Tensor]] = {}
         self.sent_back: deque[Handle[Tensor]] = deque()
         self.losses: list[Tensor] = []
-        self.waited = 0.0
+        self.waited, self.whole_logits = 0.0, False
 
     def forward(self, action: Action) -> None:
         micro, chunk = action.micro, action.chunk
@@ -110,10 +113,15 @@ class _Step:
         # The first chunk starts from token ids, every other one from the stream [B, s, E] of the chunk before it.
         given = Tensor(batch.input_ids) if stage.first else self._receive(micro, used(self.mesh.forward_in))
 
+        targets = self._targets(stage, batch)
+
         def run(x: Tensor | None) -> Tensor:
-            out = stage(given if x is None else x, self.ropes[micro], self.plans[micro], dropout=batch.dropout)
+            given_x = given if x is None else x
+            out = stage(given_x, self.ropes[micro], self.plans[micro], dropout=batch.dropout, targets=targets)
             if not stage.last:
                 return out
+            if targets is not None:
+                return out / Tensor(self.num_targets, out.dtype)
             if self.watch is not None:
                 self.watch(micro, out)
             return self._loss(out, batch, stage.config.vocab_size)
@@ -150,6 +158,15 @@ class _Step:
             # Where a gradient came back the message has arrived; where none does, the next stage is at this
             # micro-batch's backward at the latest.
             self.sent.pop((micro, chunk)).wait()
+
+    def _targets(self, stage: Decoder, batch: LocalBatch) -> Tensor | None:
+        """The targets, where the stage can compute the loss by itself and only its sum is wanted, for gradients."""
+        plain = self.watch is None and self.objective is None and batch.weights is None and not self.whole_logits
+        # A pass that public functions run twice (telechat_ms.autograd) has the plain loss.
+        plain = plain and ENGINE == "recorded"
+        if not (plain and self.take is not None and self.mesh.tp.size == 1 and stage.loss_head is not None):
+            return None
+        return Tensor(batch.targets)
 
     def _loss(self, logits: Tensor, batch: LocalBatch, vocab_size: int) -> Tensor:
         """What this micro-batch adds to the loss, or a scalar with the gradient of what it adds to the objective."""

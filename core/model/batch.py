@@ -49,6 +49,13 @@ class Batch:
         )
 
 
+def head_blocks(rows: int, vocab_size: int) -> list[slice]:
+    """Blocks of rows whose logits are computed together: about 2^20 numbers, and at least 128 rows, so that the head's
+    matrix is not read more often than its products hide."""
+    count = max(128, (1 << 20) // vocab_size)
+    return [slice(first, min(first + count, rows)) for first in range(0, rows, count)]
+
+
 def shift_labels(labels: np.ndarray, loss_mask: np.ndarray | None = None) -> np.ndarray:
     """Hugging Face labels [B, S] (same positions as the inputs, IGNORE to skip) -> targets [B, S] int32.
 

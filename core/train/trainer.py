@@ -63,6 +63,7 @@ class Pipeline(Protocol):
 
     peak: int
     waited: float
+    whole_logits: bool
 
     def run(
         self,
@@ -174,6 +175,7 @@ class BaseTrainer(ABC, Generic[S]):
             first = self.mesh.coord.dp * len(batch.input_ids)  # of the global batch's rows
             pieces = [self._with_dropout(piece, first + n * self.micro_batch) for n, piece in enumerate(pieces)]
         self.optimizer.gradients.expect(len(pieces))
+        self.pipeline.whole_logits = self.observe is not None
         with nullcontext() if self.observe is None else self.observe(pieces, loss_scale):
             if pairs is None:  # without an argument that a replaced ``run`` may not know
                 loss = self.pipeline.run(pieces, num_targets, loss_scale, backward, watch)

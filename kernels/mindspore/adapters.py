@@ -21,7 +21,6 @@ from telechat_twins.kernels.mindspore import ops as kernels
 from telechat_twins.kernels.mindspore.autograd import Gradients, turned_product
 from telechat_twins.kernels.mindspore.private import Context, Function
 
-
 Again = Callable[[], Tensor]
 
 

@@ -19,7 +19,6 @@ from torch.autograd.function import Function, FunctionCtx, once_differentiable
 from telechat_twins.kernels.pytorch import ops as kernels
 from telechat_twins.kernels.pytorch.weights import Matrix
 
-
 Again = Callable[[], Tensor]
 
 
@@ -65,8 +64,7 @@ Options = tuple[torch.dtype, Again | None]
 
 
 class AdaptedLinears(Function):
-    """Keeps what the adapters read, unless it can be computed again, the matrices, and dropped @ A^T [N, layers * r].
-    """
+    """Keeps what adapters read, unless it can be computed again, the matrices, and dropped @ A^T [N, layers * r]."""
 
     @staticmethod
     def forward(
