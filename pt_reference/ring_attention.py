@@ -9,13 +9,12 @@ arXiv 2310.01889; zigzag order as in the ring-flash-attention project). The prob
 
 from __future__ import annotations
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
 from telechat_twins.core.parallel.mesh import Group
-from telechat_twins.core.parallel.sequence import Visibility, mask_between, visible_part
+from telechat_twins.core.parallel.sequence import Visibility, ranges_between, visible_part
 from telechat_twins.core.parallel.transfer import Handle
 from telechat_twins.pt_reference import ops
 from telechat_twins.pt_reference.collectives import start_shift
@@ -25,10 +24,8 @@ def ring_masks(visibility: Visibility, group: Group) -> list[ops.Parts | None]:
     """What is hidden from this rank's queries of the keys it meets at each of the R steps; made once a forward pass."""
     masks: list[ops.Parts | None] = []
     for step in range(group.size):
-        mask = mask_between(visibility, group.rank, (group.rank - step) % group.size)
-        if isinstance(mask, str):
-            mask = np.tri(visibility.length, dtype=bool)[None]
-        masks.append(None if mask is None else ops.hidden_keys(mask))
+        parts = ranges_between(visibility, group.rank, (group.rank - step) % group.size)
+        masks.append(None if parts is None else ops.key_parts(parts))
     return masks
 
 

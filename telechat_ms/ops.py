@@ -5,7 +5,7 @@ Shapes: B batch, S queries, T keys, H heads, K kv heads, D head dim, E hidden, N
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Protocol, TypeAlias
 
 import mindspore as ms
@@ -66,6 +66,7 @@ __all__ = [
     "frozen_head_loss",
     "gelu",
     "hidden_keys",
+    "key_parts",
     "key_ranges",
     "layer_norm",
     "linear",
@@ -202,14 +203,22 @@ def hidden_keys(visible: np.ndarray) -> Parts:
     except ValueError:
         halves = slice(0, num_keys // 2), slice(num_keys // 2, num_keys)
         parts = [(half, mask_ranges(visible[..., half])) for half in halves]
-    return [(keys, _placed(ranges, keys.stop - keys.start)) for keys, ranges in parts]
+    return key_parts(parts)
 
 
 def key_ranges(ranges: np.ndarray, num_keys: int) -> Parts:
     """Key ranges int32 [B, S, 2] (core.model.visibility.KeyRanges) in the form that ``attention_block`` takes."""
+    return key_parts([(slice(0, num_keys), ranges)])
+
+
+def key_parts(parts: Sequence[tuple[slice, np.ndarray]]) -> Parts:
+    """Key ranges [B, S, 2] of parts of the keys (core.parallel.sequence.ranges_between) in the form that
+    ``attention_block`` takes."""
     if kernels.serving("attention") is None:
-        return composite.hidden_keys(visible_keys(ranges, num_keys))
-    return [(slice(0, num_keys), _placed(ranges, num_keys))]
+        return composite.hidden_keys(
+            np.concatenate([visible_keys(ranges, keys.stop - keys.start) for keys, ranges in parts], -1)
+        )
+    return [(keys, _placed(ranges, keys.stop - keys.start)) for keys, ranges in parts]
 
 
 def attention_block(q: Tensor, k: Tensor, v: Tensor, hidden: Parts | None) -> tuple[Tensor, Tensor]:

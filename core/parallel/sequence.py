@@ -27,7 +27,7 @@ import numpy as np
 
 from telechat_twins.core.model.batch import IGNORE, Batch
 from telechat_twins.core.model.lora_dropout import LoraDropout
-from telechat_twins.core.model.visibility import Block
+from telechat_twins.core.model.visibility import Block, causal_ranges
 from telechat_twins.core.parallel.layout import Layout
 
 
@@ -179,23 +179,58 @@ def visible_part(q_rank: int, k_rank: int, length: int) -> tuple[slice, slice]:
     return queries, slice(0, half if k_rank < q_rank else length)
 
 
-def mask_between(visibility: Visibility, q_rank: int, k_rank: int) -> None | str | np.ndarray:
-    """Mask between the queries and the keys of ``visible_part`` of two ring ranks, for the methods "ring" and "plain".
+KeyParts = list[tuple[slice, np.ndarray]]
 
-    Returns None (all keys are visible), "causal" (the usual triangle, since local order is row order), or bool
-    [B, queries, keys]. Every query sees at least one key.
+
+def ranges_between(visibility: Visibility, q_rank: int, k_rank: int) -> KeyParts | None:
+    """Keys that the queries of ``visible_part`` of one ring rank see of another's, for the methods "ring" and "plain".
+
+    None: all of them. Else parts of the keys with the range int32 [B or 1, queries, 2] that each query sees of a part,
+    counted in it: one part, or both halves of the keys where the documents are split in zigzag order. Every query sees
+    at least one key. No array of queries x keys is made: of a million tokens in ranges of 8 bytes, not of a terabyte.
     """
     if visibility.method == "allgather":
         raise ValueError("gathered keys have no blocks between ranks; see query_blocks")
     if visibility.doc_ids is None:
-        return "causal" if q_rank == k_rank else None
+        # Local order is row order.
+        length = visibility.length
+        return [(slice(0, length), causal_ranges(length, length).ranges)] if q_rank == k_rank else None
     queries, keys = visible_part(q_rank, k_rank, visibility.length)
-    q_docs, k_docs = visibility.doc_ids[q_rank][:, queries], visibility.doc_ids[k_rank][:, keys]
-    visible = q_docs[:, :, None] == k_docs[:, None, :]
-    if q_rank == k_rank:
-        places = visibility.index[q_rank]
-        visible &= places[:, :, None] >= places[:, None, :]
-    return visible
+    same, half = q_rank == k_rank, visibility.length // 2
+    halves = [part for part in (slice(0, half), slice(half, visibility.length)) if part.start < keys.stop]
+    found = [_document_ranges(visibility, (q_rank, queries), (k_rank, part), same) for part in halves]
+    if len(found) == 1:
+        return [(keys, found[0])]
+    # One range of each query where what it sees of the halves meets in their middle.
+    (first, last), (start, stop) = (np.moveaxis(ranges, -1, 0) for ranges in found)
+    none, nothing = first == last, start == stop
+    if not (none | nothing | ((last == half) & (start == 0))).all():
+        return [(part, ranges) for part, ranges in zip(halves, found, strict=True)]
+    begin = np.where(none, np.where(nothing, 0, half + start), first)
+    return [(keys, np.stack((begin, np.where(nothing, last, half + stop)), -1))]
+
+
+def _document_ranges(
+    visibility: Visibility, query: tuple[int, slice], key: tuple[int, slice], same: bool
+) -> np.ndarray:
+    """int32 [B, queries, 2]: keys of each query's document in a half of a rank's keys, in which documents are runs and
+    places rise; ``same``: those that are not after the query, of the same rank."""
+    assert visibility.doc_ids is not None
+    q_docs, k_docs = (visibility.doc_ids[rank][:, part] for rank, part in (query, key))
+    q_places, k_places = (visibility.index[rank][:, part] for rank, part in (query, key))
+    ranges = np.zeros((*q_docs.shape, 2), np.int32)
+    for row, (wanted, held) in enumerate(zip(q_docs, k_docs, strict=True)):
+        documents, first, count = np.unique(held, return_index=True, return_counts=True)
+        if np.count_nonzero(np.diff(held)) + 1 != len(documents):
+            raise ValueError("doc_ids: the keys of a document must follow each other in each half of a rank's")
+        at = np.minimum(np.searchsorted(documents, wanted), len(documents) - 1)
+        begin, end = first[at], first[at] + count[at]
+        if same:
+            places = k_places[row % len(k_places)]
+            end = np.minimum(end, np.searchsorted(places, q_places[row % len(q_places)], side="right"))
+        seen = (documents[at] == wanted) & (begin < end)
+        ranges[row] = np.where(seen[:, None], np.stack((begin, end), -1), 0)
+    return ranges
 
 
 def gather_order(visibility: Visibility) -> list[tuple[int, int]]:
@@ -242,11 +277,11 @@ def visible_pairs(visibility: Visibility, q_rank: int) -> list[float]:
         return [full + sum(float(b.visible.sum()) / len(b.visible) for b in blocks if b.visible is not None)]
     n, pairs = visibility.length, []
     for k_rank in range(visibility.ring):
-        mask = mask_between(visibility, q_rank, k_rank)
-        if isinstance(mask, np.ndarray):
-            pairs.append(float(mask.sum()) / len(mask))
+        parts = ranges_between(visibility, q_rank, k_rank)
+        if parts is None:
+            pairs.append(n * n / 2)
         else:
-            pairs.append(n * (n + 1) / 2 if mask == "causal" else n * n / 2)
+            pairs.append(sum(float((ranges[..., 1] - ranges[..., 0]).sum()) / len(ranges) for _, ranges in parts))
     return pairs
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -13,8 +14,8 @@ from telechat_twins.core.parallel.layout import Layout, parse_layout
 from telechat_twins.core.parallel.sequence import (
     Visibility,
     gather_order,
-    mask_between,
     query_blocks,
+    ranges_between,
     real_places,
     sequence_multiple,
     split_batch,
@@ -89,21 +90,35 @@ def ring_mask(visibility, rows):
     seen = np.zeros((rows, ring * visibility.length, ring * visibility.length), bool)
     for q_rank in range(ring):
         for k_rank in range(ring):
-            mask = mask_between(visibility, q_rank, k_rank)
+            parts = ranges_between(visibility, q_rank, k_rank)
             queries, keys = sequence.visible_part(q_rank, k_rank, visibility.length)
             for row in range(rows):
                 q = visibility.index[q_rank][row % visibility.index.shape[1]][queries]
                 k = visibility.index[k_rank][row % visibility.index.shape[1]][keys]
-                if mask is None:
-                    block = np.ones((len(q), len(k)), bool)
-                elif isinstance(mask, str):
-                    assert mask == "causal"
-                    block = np.tri(len(q), dtype=bool)
-                else:
-                    block = mask[row % len(mask)]
+                block = np.ones((len(q), len(k)), bool)
+                for part, ranges in parts or ():
+                    first, last = (ranges[row % len(ranges)][:, end, None] for end in (0, 1))
+                    places = np.arange(len(k))[part] - part.start
+                    block[:, part] = (places >= first) & (places < last)
                 assert block.any(axis=1).all(), "a query without keys has no log-sum-exp"
                 seen[row][np.ix_(q, k)] |= block
     return seen
+
+
+@pytest.mark.parametrize("documents", [False, True])
+def test_ranges_of_a_long_ring_are_small(documents):
+    """131,072 tokens a rank, whose mask would have 17 GB: the ranges have 8 bytes a query."""
+    ring, length = 2, 1 << 17
+    data = batch(ring * length, lengths=[[ring * length // 8] * 8] if documents else None, rows=1)
+    visibility = split_batch(data, Layout(cp=ring), 0).visibility
+    tracemalloc.start()
+    try:
+        made = [ranges_between(visibility, 0, rank) for rank in range(ring)]
+        assert tracemalloc.get_traced_memory()[1] < 64 * length * 2
+    finally:
+        tracemalloc.stop()
+    assert [part.stop - part.start for part, _ in made[0]] == ([length // 2] * 2 if documents else [length])
+    assert {ranges.shape for _, ranges in made[0]} == {(1, length, 2)} and (made[1] is None) == (not documents)
 
 
 def gathered_mask(visibility, rows):
@@ -216,7 +231,7 @@ def test_other_documents_are_gathered(ring, seq_len, lengths):
     np.testing.assert_array_equal(gathered_mask(visibility, 2), full_mask(visibility, 2))
     assert len(gather_order(visibility)) == 2 * ring - 1  # the last rank's two chunks are neighbours
     with pytest.raises(ValueError, match="query_blocks"):
-        mask_between(visibility, 0, 0)
+        ranges_between(visibility, 0, 0)
     needed = sum(visible_pairs(visibility, r)[0] for r in range(ring))
     assert needed == full_mask(visibility, 2).sum() / 2
 
