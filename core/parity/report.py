@@ -10,7 +10,7 @@ from pathlib import Path
 
 from telechat_twins.core.backends import TITLES
 from telechat_twins.core.parity.bounds import BatchReport, Bound, Judged, TraceReport
-from telechat_twins.core.parity.document.data import to_data
+from telechat_twins.core.parity.document.data import finite, to_data
 from telechat_twins.core.parity.document.markdown import BOUNDS_HEAD, bound_line, table_row
 from telechat_twins.core.parity.document.model import Cell, Document, Section, Table, verdict
 from telechat_twins.core.parity.document.versions import own_versions
@@ -191,7 +191,7 @@ def _trace_table(trace: TraceReport) -> list[str]:
 
 def to_json(report: ParityReport, runs: Mapping[str, Sequence[Row]] | None = None) -> JsonObject:
     """Everything measured, all gradients and all steps; numbers that are not finite become text."""
-    return to_data(to_document(report, runs), _details(report))
+    return finite(to_data(to_document(report, runs), _details(report)))
 
 
 def _details(report: ParityReport) -> JsonObject:

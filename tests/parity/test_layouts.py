@@ -90,7 +90,7 @@ tp2.ring2:fp64 dp2.pp2.vpp2:fp64 tp4:flm+fp64 ring2.ulysses2:gather+fp64 tp2.pp2
 # Of these the first update is recorded: every axis, and what a site's place in its whole tensor depends on.
 RECORDED = """
 dp2 tp2 ring2 ulysses2 pp2 pp2.vpp2 tp2.nosp tp2:full ring2:zigzag ring2:gather ring2:selective pp2:flm+tied
-tp2:grown tp2:lora dp2:pairs tp2:flm+grown tp2:fp64 tp2.pp2 tp2.pp2:lora+selective
+tp2:grown tp2:lora dp2:pairs tp2:flm+grown tp2:fp64 tp2.pp2 tp2.pp2:lora+selective tp4
 """
 FULL = """
 pp2.gpipe:uneven ulysses2:gather ulysses2:bf16 ulysses2:grown tp2.nosp:flm ring2:flm ring2:flm+zigzag dp2:mup+bf16

@@ -16,10 +16,10 @@ from telechat_twins.core.config import OptimConfig
 from telechat_twins.core.model.batch import Batch, shift_labels
 from telechat_twins.core.model.config import ModelConfig, load_model_config
 from telechat_twins.core.parallel.layout import Layout
+from telechat_twins.core.parity.record.fold import folded
 from telechat_twins.core.parity.record.format import Record, write_record
 from telechat_twins.core.parity.record.read import open_record
 from telechat_twins.core.parity.record.recorder import step_folder
-from telechat_twins.core.parity.record.take import folded
 from telechat_twins.core.parity.worker import Task, run_alone, write_batch
 
 FOLDER = Path(__file__).resolve().parent.parent / "goldens" / "records"

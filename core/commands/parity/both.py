@@ -7,78 +7,12 @@ from pathlib import Path
 
 from telechat_twins.core import backends
 from telechat_twins.core.config import RunConfig, load_run_config
-from telechat_twins.core.errors import UserError
 from telechat_twins.core.files.atomic import writable_file
 from telechat_twins.core.launch.run_lock import hold_folder
 from telechat_twins.core.parallel.layout import Layout
 from telechat_twins.core.parity.report import ParityReport, summary, write_report
 from telechat_twins.core.parity.runs import LAYOUT_ROWS, compare_batch, compare_layouts, compare_training, read_layouts
 from telechat_twins.core.train.metrics import Row
-
-EPILOG = """\
-examples:
-  tele parity --config F --steps 50
-      compare both backends: on one batch, then over 50 training steps
-  tele parity --config F --steps 0 --layouts tp2,ring2,pp2,tp2.pp2
-      also compare each of these layouts, in each backend, with one device (layouts: see `tele train --help`)
-  tele parity --config F --growth flm-replica --steps 20 --layouts tp2
-      compare before, at and after every growth of a schedule: the function is preserved, and the backends are equal
-"""
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of ``tele parity``."""
-    parser.epilog = EPILOG
-    parser.add_argument(
-        "--config",
-        metavar="F",
-        help="YAML file of a training run, or the name of a bundled one; its model, data and recipe are used",
-    )
-    parser.add_argument(
-        "--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="override, e.g. train.precision=bf16"
-    )
-    parser.add_argument(
-        "--growth", metavar="G", help="growth schedule: compare before, at and after each of its growths"
-    )
-    parser.add_argument(
-        "--steps", type=int, default=50, metavar="N", help="training steps to compare; 0: one batch only (50)"
-    )
-    parser.add_argument(
-        "--out",
-        default="parity",
-        metavar="DIR",
-        help="folder for report.html, report.md, report.json and traces.png (parity)",
-    )
-    parser.add_argument("--junit", metavar="FILE", help="also write JUnit XML, a test case for every bound")
-    parser.add_argument(
-        "--backends",
-        nargs="+",
-        choices=sorted(backends.BACKENDS),
-        default=["ms", "pt"],
-        help="backends to compare (ms pt)",
-    )
-    parser.add_argument(
-        "--weights",
-        choices=("strong", "normal"),
-        default="strong",
-        help="weights of the one-batch comparison: strong (large, random biases and gains) or as initialised",
-    )
-    parser.add_argument(
-        "--layouts", nargs="+", default=[], metavar="L,...", help="compare these with one device, e.g. tp2,pp2,tp2.pp2"
-    )
-    parser.add_argument(
-        "--layout-steps", type=int, default=2, metavar="N", help="optimizer updates in each layout, 0 to 100 (2)"
-    )
-
-
-def check(args: argparse.Namespace) -> None:
-    """UserError for numbers of steps that make no sense, and for a file that cannot be written."""
-    if args.steps < 0:
-        raise UserError(f"--steps: must be at least 0, found {args.steps}")
-    if args.junit is not None:
-        writable_file(args.junit, "--junit")
-    if not 0 <= args.layout_steps <= 100:
-        raise UserError(f"--layout-steps: must be from 0 to 100, found {args.layout_steps}")
 
 
 def run(args: argparse.Namespace) -> int:

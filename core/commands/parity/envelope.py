@@ -6,43 +6,9 @@ import argparse
 from dataclasses import replace
 from pathlib import Path
 
-from telechat_twins.core import backends
 from telechat_twins.core.config import RunConfig, load_run_config
 from telechat_twins.core.errors import UserError
 from telechat_twins.core.files.atomic import writable_file
-
-DESCRIPTION = """\
-Train a run once as it is and K times with rounding noise in every operator's output, and write the band in which an
-equal device's loss and gradient norm stay, step by step. Training magnifies rounding; how much depends on the recipe
-and on the step, so a fixed limit is too wide early and too narrow late. All runs are made on one device, in this
-process, one after another. `tele parity compare --envelope FILE` judges long traces by it.
-"""
-EXAMPLES = """\
-examples:
-  tele parity envelope --config F --backend pt --steps 300 --out envelope.json
-  tele parity envelope --config F --backend ms --runs 12 --set train.precision=bf16 --out envelope.json
-"""
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of ``tele parity envelope``."""
-    parser.description, parser.epilog = DESCRIPTION, EXAMPLES
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument(
-        "--config", required=True, metavar="F", help="YAML file of a training run, or the name of a bundled one"
-    )
-    parser.add_argument(
-        "--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="override, e.g. train.precision=bf16"
-    )
-    parser.add_argument(
-        "--backend", required=True, choices=sorted(backends.BACKENDS), help="ms: MindSpore, pt: PyTorch"
-    )
-    parser.add_argument(
-        "--steps", type=int, metavar="N", help="only the first N steps, on the whole run's schedule (train.steps)"
-    )
-    parser.add_argument("--runs", type=int, default=8, metavar="K", help="noisy runs, 2 to 100 (8)")
-    parser.add_argument("--noise-seed", type=int, default=1, metavar="S", help="of the first noisy run's noise (1)")
-    parser.add_argument("--out", required=True, metavar="FILE", help="the envelope, JSON; FILE.png shows it")
 
 
 def run(args: argparse.Namespace) -> int:

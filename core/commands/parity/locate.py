@@ -28,36 +28,6 @@ from telechat_twins.core.parity.record.format import Record
 from telechat_twins.core.parity.record.read import open_record
 from telechat_twins.core.parity.record.sites import sites
 
-DESCRIPTION = """\
-Walk two records of `tele parity record` forward, backward and through the update, and name the first quantity beyond
-its budget, with its operator and layer. Where the records hold that operator's whole tensors and a backend is
-installed, replay it alone to tell whether the operator or its inputs are wrong, and shrink a failing input to a small
-file with a script that runs it again.
-
-Exit code 0 when nothing is beyond its budget, 1 when something is, 2 when the input is wrong.
-"""
-EXAMPLES = """\
-examples:
-  tele parity locate records/npu records/gpu --reference records/judge
-  tele parity locate records/npu records/gpu --rerun
-      make the float64 record here, and the whole tensors where a side's backend is installed
-"""
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of ``tele parity locate``."""
-    parser.description, parser.epilog = DESCRIPTION, EXAMPLES
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("one", metavar="A", help="a record")
-    parser.add_argument("other", metavar="B", help="a record of the same weights and batch")
-    parser.add_argument("--reference", metavar="R", help="their float64 record, from which the budgets come")
-    parser.add_argument(
-        "--rerun", action="store_true", help="run the records' config again here for what is missing; needs its data"
-    )
-    parser.add_argument(
-        "--out", default="locate", metavar="DIR", help="folder for locate.json and a failing input (locate)"
-    )
-
 
 def run(args: argparse.Namespace) -> int:
     """Locate, print and write what was found; 1 when something was."""

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from telechat_twins.core.parity.record.fold import folded
 from telechat_twins.core.parity.record.format import Record
 from telechat_twins.core.parity.record.sketch import SPREAD
-from telechat_twins.core.parity.record.take import folded
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ def differences(one: Side, other: Side, counts: np.ndarray, scale: np.ndarray) -
     buckets = apart.shape[1]
     used = np.minimum(counts, buckets)
     squares = np.square(apart).sum(axis=1)
-    largest, others = _peak(apart, used)
+    largest, others = peaks(apart, used)
     proven = np.maximum.reduce(
         [np.abs(one.norm - other.norm), np.abs(one.least - other.least), np.abs(one.most - other.most)]
     )
@@ -82,12 +82,17 @@ def own_peak(column: Side, counts: np.ndarray) -> np.ndarray:
     """float64 [n]: the largest bucket of the tensors themselves over the root mean square of their others; where single
     elements stand out of a tensor, so does their rounding."""
     sizes = np.abs(column.sketch)
-    largest, others = _peak(sizes, np.minimum(counts, sizes.shape[1]))
+    return own_peaks(sizes, np.minimum(counts, sizes.shape[1]))
+
+
+def own_peaks(sizes: np.ndarray, used: np.ndarray) -> np.ndarray:
+    """float64 [n]: the largest magnitude of each row [n, K] over the root mean square of its others, of ``used``."""
+    largest, others = peaks(sizes, used)
     with np.errstate(divide="ignore", invalid="ignore"):
         return np.where(others > 0, largest / others, 0.0)
 
 
-def _peak(sizes: np.ndarray, used: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def peaks(sizes: np.ndarray, used: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """The largest bucket of each row, and the root mean square of its other ``used`` - 1."""
     largest = sizes.max(axis=1, initial=0.0)
     rest = np.maximum(np.square(sizes).sum(axis=1) - np.square(largest), 0.0)

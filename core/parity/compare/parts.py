@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
+from telechat_twins.core.parity.compare.blocks import BlockSums, block_sums
 from telechat_twins.core.parity.compare.measures import Side, side
 from telechat_twins.core.parity.record.format import KINDS, Record, quantity_key
 
@@ -18,7 +19,8 @@ STORED = {"float64": 2.0**-53, "float32": 2.0**-24, "bfloat16": 2.0**-8, "float1
 class Part:
     """Quantities of one kind and step. ``counts`` int64 [n]: elements. ``sides``: by "a", "b" and "reference".
     ``stored``: by side, unit roundoff of the type of each tensor [n]. ``change``: the columns are changes of weights
-    since the first recorded step, whose norms ``size`` are those of the weights, by side."""
+    since the first recorded step, whose norms ``size`` are those of the weights, by side. ``blocks``: of gradients, by
+    number."""
 
     kind: str
     step: int
@@ -28,6 +30,7 @@ class Part:
     stored: dict[str, np.ndarray]
     change: bool = False
     size: dict[str, np.ndarray] | None = None
+    blocks: dict[int, BlockSums] = field(default_factory=dict)
 
 
 def parts(common: Sequence[str], records: Mapping[str, Record]) -> Iterator[Part]:
@@ -57,7 +60,8 @@ def _part(kind: str, step: int, keys: list[str], records: Mapping[str, Record], 
     columns = {name: side(record, keys, buckets) for name, record in records.items()}
     stored = {name: np.array([STORED[r.quantities[key].dtype] for key in keys]) for name, r in records.items()}
     if base is None:
-        return Part(kind, step, keys, counts, columns, stored)
+        blocks = block_sums(keys, records) if kind == "gradient" else {}
+        return Part(kind, step, keys, counts, columns, stored, blocks=blocks)
     bases = [quantity_key("weight_before", some[key].name, base) for key in keys]
     changed = {n: _change(columns[n], side(record, bases, buckets)) for n, record in records.items()}
     return Part(kind, step, keys, counts, changed, stored, True, {n: column.norm for n, column in columns.items()})

@@ -45,6 +45,9 @@ RATIO_FULL, RATIO_LOW = 8.0, 4.0
 PEAKS = {"activation": 4.0, "activation_grad": 8.0, "gradient": 4.0, "moment1": 4.0, "moment2": 16.0}
 PEAKS |= dict.fromkeys(("weight_before", "weight_after"), 8.0)
 WHOLE_PEAK, PEAK_FACTOR = 8.0, 2.0
+# The largest error of a block of a gradient over what its row and column let expect; and what a block may be off by of
+# its own sum, in units of what rounding makes of the whole tensor.
+BLOCK_PEAK, BLOCK_SHARE = 6.0, 4.0
 PEAK_ELEMENTS = 32  # fewer have no distribution
 
 

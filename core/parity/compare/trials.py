@@ -10,9 +10,18 @@ import numpy as np
 
 from telechat_twins.core.parity.bounds import FULL
 from telechat_twins.core.parity.compare import rules
+from telechat_twins.core.parity.compare.blocks import worst_block
 from telechat_twins.core.parity.compare.measures import Differences, differences, error_bars, own_peak
 from telechat_twins.core.parity.compare.parts import Part
-from telechat_twins.core.parity.compare.rules import PEAK_ELEMENTS, PEAK_FACTOR, PEAKS, WHOLE_PEAK, Rule
+from telechat_twins.core.parity.compare.rules import (
+    BLOCK_PEAK,
+    BLOCK_SHARE,
+    PEAK_ELEMENTS,
+    PEAK_FACTOR,
+    PEAKS,
+    WHOLE_PEAK,
+    Rule,
+)
 from telechat_twins.core.parity.record.format import Record
 
 # Of normally distributed gradients with relative error e, the share within their own error of zero is about 0.8 e:
@@ -20,6 +29,7 @@ from telechat_twins.core.parity.record.format import Record
 SIGNS, FEW = 0.8, 0.5
 # Without a reference: norms of equal tensors differ by at most 0.6 of their distance (measured), and distances by 3.
 PAIR_NORM = 2.0
+BLOCKS = f"{PEAK_FACTOR * BLOCK_PEAK:g} x what the other blocks of the row and the column let expect"
 
 
 @dataclass(frozen=True)
@@ -90,7 +100,7 @@ class _Measures(ABC):
         least = np.where(self.part.counts <= self.buckets, max(WHOLE_PEAK, PEAKS[kind]), PEAKS[kind])
         peak = np.maximum(own_peak(self.part.sides[judge], self.part.counts), least)
         ratio = PEAK_FACTOR * np.maximum(peak, np.where(np.isfinite(other_peak), other_peak, 0.0))
-        limit = np.maximum(whole * self.largest(judge), ratio * found.others)
+        limit = np.maximum(self.share(whole, found, label) * self.largest(judge), ratio * found.others)
         limit = np.where(self.judged_alone(), limit, np.inf)
         source = (
             f"{PEAK_FACTOR:g} x the largest of {PEAKS[kind]:g} (tensors kept whole: {WHOLE_PEAK:g}) and the same ratio "
@@ -98,6 +108,28 @@ class _Measures(ABC):
             "the largest element's share of the distance's limit"
         )
         return Trial("single element", label, found.largest, limit, source)
+
+    def share(self, whole: np.ndarray, found: Differences, label: str) -> np.ndarray:
+        """What an element may be off by of itself: ``whole``, the limit of the tensor's distance; of gradients that are
+        judged by single elements no more than BLOCK_SHARE times what rounding makes of the whole tensor."""
+        if self.part.kind != "gradient":
+            return whole
+        floor = max(rule.floor for name, rule in self.rule_of.items() if label in (name, "apart"))
+        return np.minimum(whole, BLOCK_SHARE * np.maximum(found.smooth, floor))
+
+    def in_blocks(
+        self, whole: Trial, limits: np.ndarray, found: Differences, one: str, judge: str, third: str | None
+    ) -> Trial:
+        """The single elements of gradients that have block sums by these; ``limits``: of the distances."""
+        if not self.part.blocks or self.later:
+            return whole
+        value, limit = whole.value.copy(), whole.limit.copy()
+        shares = self.share(limits, found, whole.side)
+        for number, sums in self.part.blocks.items():
+            norm = self.part.sides[judge].norm[number] or self.part.sides[one].norm[number]
+            error, allowed = worst_block(sums, one, judge, third, float(shares[number]))
+            value[number], limit[number] = (error / norm, allowed / norm) if norm else (0.0, 0.0)
+        return Trial(whole.measure, whole.side, value, limit, f"{whole.source}; where there are block sums, {BLOCKS}")
 
     def norms(self, one: str, other: str) -> np.ndarray:
         """Relative differences of the norms, which are exact: a factor shows in them long before the distance."""
@@ -154,7 +186,8 @@ class _Against(_Measures):
                 distance = self.distances(name, other)
                 yield distance
                 peak = self.found[other].peak if other else 0.0
-                yield self.peaks(self.found[name], peak, self.judge, distance.limit, name)
+                single = self.peaks(self.found[name], peak, self.judge, distance.limit, name)
+                yield self.in_blocks(single, distance.limit, self.found[name], name, self.judge, other)
                 if other:
                     yield self.factors(name, other)
             yield self.nonfinite(name, self.judge, name)
@@ -231,7 +264,7 @@ class _Between(_Measures):
             limit = self.most * rules.pair_limit(one, other, _median(found.distance))
             text = f"{rules.pair_source(one, other, names)}; up to x {self.most.max():g} for the sketch's error bar"
             yield Trial("distance", "apart", found.distance, limit, text)
-            yield self.peaks(found, 0.0, "b", limit, "apart")
+            yield self.in_blocks(self.peaks(found, 0.0, "b", limit, "apart"), limit, found, "a", "b", None)
             limit = PAIR_NORM * np.maximum(one.floor + other.floor, np.full(len(limit), _median(found.distance)))
             limit = np.where(self.judged_alone(), limit, np.inf)
             text = (

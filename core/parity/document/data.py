@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import uuid
 from pathlib import Path
 
 from telechat_twins.core.files.atomic import write_text
@@ -16,10 +17,7 @@ FORMAT, VERSION = "telechat-twins parity report", 1
 
 
 def to_data(document: Document, details: JsonObject | None = None) -> JsonObject:
-    """The document as JSON values, and ``details``, keys that only this kind of report has.
-
-    Numbers that are not finite become the texts "nan", "inf" and "-inf", since JSON has none.
-    """
+    """The document as values of JSON, and ``details``, keys that only this kind of report has; numbers may be nan."""
     data: JsonObject = {
         "format": FORMAT,
         "version": VERSION,
@@ -43,10 +41,6 @@ def to_data(document: Document, details: JsonObject | None = None) -> JsonObject
         "notes": document.notes,
     }
     data |= details or {}
-    try:
-        json.dumps(data, allow_nan=False)
-    except ValueError:
-        return {name: _finite(value) for name, value in data.items()}
     return data
 
 
@@ -54,9 +48,10 @@ def keyed(document: Document) -> list[tuple[str, str, Bound]]:
     """(key, section, bound) of every bound. A key is "SECTION/BOUND", unique in the report: a second bound of the same
     key gets the suffix "-2"."""
     seen: dict[str, int] = {}
+    slugs = {section.title: slug(section.title) for section in document.sections}
     found = []
     for section, bound in document.bounds():
-        key = f"{slug(section)}/{bound.key}"
+        key = f"{slugs[section]}/{bound.key}"
         seen[key] = seen.get(key, 0) + 1
         found.append((key if seen[key] == 1 else f"{key}-{seen[key]}", section, bound))
     return found
@@ -68,16 +63,34 @@ def slug(text: str) -> str:
 
 
 def write_data(data: JsonObject, path: Path) -> None:
-    """Write report.json: a line a key, and in lists a line an item, so that two files can be compared line by line."""
+    """Write report.json: a line a key, and in lists a line an item, so that two files can be compared line by line.
+
+    Numbers that are not finite become the texts "nan", "inf" and "-inf", since JSON has none.
+    """
     lines = [f"{json.dumps(name)}: {_lines(value)}" for name, value in data.items()]
     write_text(path, "{\n" + ",\n".join(lines) + "\n}\n")
 
 
+def finite(data: JsonObject) -> JsonObject:
+    """``data`` with texts in the place of numbers that are not finite."""
+    return {name: _finite(value) for name, value in data.items()}
+
+
 def _lines(value: object) -> str:
+    try:
+        return _encoded(value)
+    except ValueError:
+        return _encoded(_finite(value))
+
+
+def _encoded(value: object) -> str:
+    """ValueError for numbers that are not finite."""
     if not isinstance(value, list) or not value:
         return json.dumps(value, allow_nan=False)
-    encode = json.JSONEncoder(allow_nan=False).encode  # json.dumps makes an encoder for each of thousands of items
-    return "[\n " + ",\n ".join(map(encode, value)) + "\n]"
+    # One call for thousands of items: an item of no other meaning, which becomes a line break, stands between them.
+    mark = uuid.uuid4().hex
+    text = json.dumps([part for item in value for part in (item, mark)][:-1], allow_nan=False)
+    return "[\n " + text[1:-1].replace(f', "{mark}", ', ",\n ") + "\n]"
 
 
 def _finite(value: object) -> object:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
 
 from telechat_twins.core.parity.bounds import Bound
 
@@ -83,11 +84,12 @@ class Document:
         """Every bound with its section's title."""
         return ((section.title, bound) for section in self.sections for bound in section.bounds)
 
-    @property
+    @cached_property
     def broken(self) -> list[Bound]:
+        """The bounds that do not hold; every part of a report asks for them."""
         return [bound for _, bound in self.bounds() if not bound.holds]
 
-    @property
+    @cached_property
     def verdict(self) -> str:
         return verdict([bound for _, bound in self.bounds()])
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from html import escape
 
 from telechat_twins.core.parity.document.model import Curve, Plot
@@ -50,6 +51,7 @@ class _Axis:
         return [n * step for n in range(first, math.floor(self.high / step + 1e-9) + 1)]
 
 
+@lru_cache(maxsize=8192)  # titles, labels and sources come back in every row
 def text(raw: str) -> str:
     """``raw`` for an HTML page: nothing in it is markup or an unprintable character."""
     return escape(printable(raw, None))

@@ -12,9 +12,9 @@ from dataclasses import dataclass, field, replace
 
 from telechat_twins.core.errors import UserError
 from telechat_twins.core.parity.bounds import FULL, UNIT_ROUNDOFF
+from telechat_twins.core.parity.record.fold import folded
 from telechat_twins.core.parity.record.format import Quantity, Record, quantity_key
 from telechat_twins.core.parity.record.sketch import distance
-from telechat_twins.core.parity.record.take import folded
 
 # In u, for models of up to four blocks; deeper ones sqrt(L / 4) as much (docs/locate.md has the measurements).
 FLOORS = {"forward": 32.0, "backward": 64.0, "scalar": 16.0}

@@ -17,6 +17,7 @@ import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -27,7 +28,7 @@ from telechat_twins.core.files.safetensors import file_sha256
 from telechat_twins.core.parity.record.sketch import BUCKETS, LEAST_BUCKETS, Statistics
 from telechat_twins.core.types import JsonObject
 
-FORMAT, VERSION = "tele-record", 1
+FORMAT, VERSION, READABLE = "tele-record", 2, (1, 2)
 MAX_BYTES = 32_000_000  # of a record without its full tensors
 KINDS = (
     "activation",
@@ -46,8 +47,13 @@ HEADER, TRACE, TABLE, SKETCHES, FULL = (
     "sketches.safetensors",
     "full.safetensors",
 )
+BLOCKS = ("block_rows", "block_columns")  # I64 columns: of the block sums of each tensor, 0 without
 COLUMNS = {"count": "I64", "nonfinite": "I64", "norm2": "F64", "sum": "F64", "min": "F64", "max": "F64"}
-_ROW_BYTES, _ENTRY_BYTES, _REST = 8 * len(COLUMNS), 200, 1_000_000  # a row without its sketch; upper bounds of the rest
+_ROW_BYTES, _ENTRY_BYTES, _REST = (
+    8 * (len(COLUMNS) + len(BLOCKS)),
+    200,
+    1_000_000,
+)  # a row without its sketch; upper bounds of the rest
 
 
 @dataclass(frozen=True)
@@ -55,7 +61,8 @@ class Quantity:
     """One tensor of one step. ``shape``: of the whole tensor, [] for a scalar. ``dtype``: of what was recorded, before
     it was added up in float64. ``count``: elements, ``nonfinite`` of them not finite (or above sketch.LARGEST), which
     the other numbers leave out: ``norm2`` (sum of squares), ``sum``, ``min``, ``max`` (0 without any) and ``sketch``
-    float64 [K], as core.parity.record.sketch defines it."""
+    float64 [K], as core.parity.record.sketch defines it; of large gradients also ``blocks``
+    float32, their block sums."""
 
     kind: str
     name: str
@@ -69,8 +76,9 @@ class Quantity:
     min: float
     max: float
     sketch: np.ndarray = field(repr=False, compare=False)
+    blocks: np.ndarray | None = field(default=None, repr=False, compare=False)
 
-    @property
+    @cached_property
     def key(self) -> str:
         """``kind:name@step``."""
         return quantity_key(self.kind, self.name, self.step)
@@ -86,8 +94,16 @@ def quantity_key(kind: str, name: str, step: int) -> str:
     return f"{kind}:{name}@{step}"
 
 
-def quantity(kind: str, name: str, step: int, shape: Sequence[int], dtype: str, statistics: Statistics) -> Quantity:
-    """A quantity from the statistics of the whole tensor."""
+def quantity(
+    kind: str,
+    name: str,
+    step: int,
+    shape: Sequence[int],
+    dtype: str,
+    statistics: Statistics,
+    blocks: np.ndarray | None = None,
+) -> Quantity:
+    """A quantity from the statistics of the whole tensor, and its block sums."""
     empty = statistics.nonfinite == statistics.count
     return Quantity(
         kind=kind,
@@ -102,6 +118,7 @@ def quantity(kind: str, name: str, step: int, shape: Sequence[int], dtype: str, 
         min=0.0 if empty else statistics.min,
         max=0.0 if empty else statistics.max,
         sketch=statistics.sketch,
+        blocks=None if blocks is None else blocks.astype(np.float32),
     )
 
 
@@ -169,6 +186,11 @@ def estimated_bytes(rows: int, buckets: int, trace_rows: int = 1) -> int:
     return rows * (_ROW_BYTES + 8 * buckets + _ENTRY_BYTES) + 400 * trace_rows + _REST
 
 
+def blocks_room(rows: int, buckets: int, trace_rows: int = 1) -> int:
+    """Bytes that a record of ``rows`` quantities leaves for the block sums of gradients."""
+    return MAX_BYTES - estimated_bytes(rows, buckets, trace_rows)
+
+
 def write_record(
     path: Path,
     header: Header,
@@ -216,7 +238,14 @@ def digest_of(value: object) -> str:
 def _columns(held: Sequence[Quantity], buckets: int) -> dict[str, np.ndarray]:
     kinds = {"I64": np.int64, "F64": np.float64}
     columns = {name: np.array([getattr(q, name) for q in held], kinds[code]) for name, code in COLUMNS.items()}
-    return {**columns, "sketch": np.array([q.sketch for q in held], np.float64).reshape(len(held), buckets)}
+    shapes = np.array([(0, 0) if q.blocks is None else q.blocks.shape for q in held], np.int64).reshape(-1, 2)
+    blocks = [q.blocks.reshape(-1) for q in held if q.blocks is not None]
+    return {
+        **columns,
+        "sketch": np.array([q.sketch for q in held], np.float64).reshape(len(held), buckets),
+        **{name: np.ascontiguousarray(shapes[:, axis]) for axis, name in enumerate(BLOCKS)},
+        "blocks": np.concatenate(blocks or [np.zeros(0)], dtype=np.float32, casting="same_kind"),
+    }
 
 
 def _write_tensors(path: Path, tensors: Mapping[str, np.ndarray]) -> None:

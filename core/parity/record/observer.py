@@ -12,8 +12,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from telechat_twins.core.config import RunConfig
-from telechat_twins.core.model.config import ModelConfig
-from telechat_twins.core.parallel.layout import Coord, Layout
+from telechat_twins.core.parallel.layout import Coord
 from telechat_twins.core.parallel.sequence import LocalBatch
 from telechat_twins.core.parallel.sharding import kv_copies, padded_rows
 from telechat_twins.core.parity.record.sites import Site, sites
@@ -69,11 +68,14 @@ class Observer:
             values = values / np.asarray(self._scale, values.dtype)
         kind = "activation_grad" if gradient else "activation"
         shape = self._sites[site].shape(self._rows, self._seq_len)
-        self._tally.add(kind, site, shape, dtype, values, rows, column)
+        # Ranks that share a key head have equal keys, and each the part of their gradient that its own queries give.
+        summand = gradient and site.rpartition(".")[2] in _KEYS and kv_copies(self._model, self._layout) > 1
+        add = self._tally.add_summand if summand else self._tally.add
+        add(kind, site, shape, dtype, values, rows, column)
 
     def _columns(self, site: Site, width: int, gradient: bool) -> tuple[int, int] | None:
         """First column of a shard in the whole tensor, and how many of its columns count; None where another rank
-        counts these values, or where the gradient here is only a part of a sum over ranks."""
+        counts these values."""
         model, layout, t = self._model, self._layout, self._coord.tp
         last = site.name.rpartition(".")[2]
         if site.name == "logits":
@@ -83,7 +85,7 @@ class Observer:
             return t * width, width
         if last in _KEYS:
             copies = kv_copies(model, layout)
-            if t % copies or (gradient and copies > 1):
+            if t % copies and not gradient:
                 return None
             return t // copies * width, width
         # The stream: a slice of the positions of each tensor rank, or a copy of it.
@@ -106,12 +108,3 @@ class Observer:
         """Whether sequence parallelism splits the positions of a site."""
         stream = last not in (*_COLUMNS, *_KEYS) and site != "logits"
         return stream and self._layout.tp > 1 and self._layout.sequence_parallel
-
-
-def partial_gradients(model: ModelConfig, layout: Layout) -> str | None:
-    """A note for the record where some gradients of activations are not recorded."""
-    if kv_copies(model, layout) == 1:
-        return None
-    return (
-        "gradients of attn.k, attn.v and attn.rope_k are left out: tensor ranks share their heads, and each has a part"
-    )

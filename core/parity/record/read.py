@@ -17,7 +17,9 @@ from telechat_twins.core.files.foreign import lines as read_lines
 from telechat_twins.core.files.foreign import load_json, open_regular, parse_json, read_file
 from telechat_twins.core.files.safetensors import SafetensorsFile, file_sha256
 from telechat_twins.core.model.config import PRECISIONS
+from telechat_twins.core.parity.record.blocks import grid_with
 from telechat_twins.core.parity.record.format import (
+    BLOCKS,
     COLUMNS,
     DTYPES,
     FORMAT,
@@ -25,15 +27,15 @@ from telechat_twins.core.parity.record.format import (
     HEADER,
     KINDS,
     MAX_BYTES,
+    READABLE,
     SKETCHES,
     TABLE,
     TRACE,
-    VERSION,
     Header,
     Quantity,
     Record,
 )
-from telechat_twins.core.parity.record.sketch import BUCKETS, LEAST_BUCKETS
+from telechat_twins.core.parity.record.sketch import BUCKETS, LEAST_BUCKETS, matrix_shape
 from telechat_twins.core.shown import shown
 from telechat_twins.core.train.metrics import LONGEST_ROW
 from telechat_twins.core.types import JsonObject
@@ -41,6 +43,7 @@ from telechat_twins.core.types import JsonObject
 _NAME = re.compile(r"[A-Za-z0-9_]+(\.[A-Za-z0-9_]+)*")
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 _LONGEST_NAME, _MOST_AXES, _MOST = 200, 8, 1 << 62
+_ENTRY_KEYS = {"kind", "name", "step", "shape", "dtype"}
 _AGAIN = "take the record again, or copy it again"
 
 
@@ -64,15 +67,16 @@ def open_record(path: str | Path) -> Record:
         raise UserError(
             f"{folder / HEADER}: format must be '{FORMAT}', found {shown(tree.get('format'))}; not a record"
         )
-    if tree.get("version") != VERSION:
+    if type(tree.get("version")) is not int or tree["version"] not in READABLE:
+        wanted = " or ".join(map(str, READABLE))
         raise UserError(
-            f"{folder / HEADER}: version must be {VERSION}, found {shown(tree.get('version'))}; read it with the "
+            f"{folder / HEADER}: version must be {wanted}, found {shown(tree.get('version'))}; read it with the "
             "version of this program that wrote it, or take it again"
         )
     header = _header(tree, folder / HEADER)
     _check_files(folder, tree.get("files"))
     table = _table(folder / TABLE, header)
-    quantities = _quantities(folder / SKETCHES, table, header)
+    quantities = _quantities(folder / SKETCHES, table, header, tree["version"])
     shapes = {}
     if (folder / FULL).exists():
         shapes = {key: info.shape for key, info in SafetensorsFile(folder / FULL).tensors.items()}
@@ -216,21 +220,27 @@ def _table(path: Path, header: Header) -> list[Entry]:
     return table
 
 
+@functools.lru_cache(maxsize=1 << 14)
+def _is_name(name: str) -> bool:
+    """Whether a text, of bounded length, is a logical name: each comes back for several kinds and records."""
+    return _NAME.fullmatch(name) is not None
+
+
 def _entry_fault(row: object, steps: set[int]) -> str | None:
     """What is wrong with one row of the table."""
-    if not isinstance(row, dict) or set(row) != {"kind", "name", "step", "shape", "dtype"}:
+    if not isinstance(row, dict) or row.keys() != _ENTRY_KEYS:
         return f"must have kind, name, step, shape and dtype, found {shown(row)}"
     kind, name, step, shape, dtype = row["kind"], row["name"], row["step"], row["shape"], row["dtype"]
     if kind not in KINDS:
         return f"kind: must be one of {', '.join(KINDS)}, found {shown(kind)}"
-    if not isinstance(name, str) or len(name) > _LONGEST_NAME or not _NAME.fullmatch(name):
+    if not isinstance(name, str) or len(name) > _LONGEST_NAME or not _is_name(name):
         return f"name: must be a logical name such as layers.0.attn.q, found {shown(name)}"
     if type(step) is not int or step not in steps:
         return f"step: must be one of the record's steps, found {shown(step)}"
     if (
         not isinstance(shape, list)
         or len(shape) > _MOST_AXES
-        or any(type(n) is not int or not 0 < n < _MOST for n in shape)
+        or not all(map(_is_size, shape))
         or math.prod(shape) >= _MOST
     ):
         return f"shape: must be at most {_MOST_AXES} positive numbers, found {shown(shape)}"
@@ -239,9 +249,17 @@ def _entry_fault(row: object, steps: set[int]) -> str | None:
     return None
 
 
-def _quantities(path: Path, table: list[Entry], header: Header) -> dict[str, Quantity]:
+def _is_size(number: object) -> bool:
+    return type(number) is int and 0 < number < _MOST
+
+
+def _quantities(path: Path, table: list[Entry], header: Header, version: int) -> dict[str, Quantity]:
     file, count = SafetensorsFile(path), len(table)
-    wanted = {**{name: (code, (count,)) for name, code in COLUMNS.items()}, "sketch": ("F64", (count, header.buckets))}
+    wanted: dict[str, tuple[str, tuple[int, ...]]] = {name: (code, (count,)) for name, code in COLUMNS.items()}
+    wanted["sketch"] = ("F64", (count, header.buckets))
+    if version > 1:
+        number = file.tensors["blocks"].shape[:1] if "blocks" in file.tensors else ()
+        wanted |= {**dict.fromkeys(BLOCKS, ("I64", (count,))), "blocks": ("F32", number)}
     if set(file.tensors) != set(wanted):
         raise UserError(f"{path}: must hold {', '.join(wanted)}, found {shown(sorted(file.tensors))}; {_AGAIN}")
     for name, (code, shape) in wanted.items():
@@ -254,12 +272,13 @@ def _quantities(path: Path, table: list[Entry], header: Header) -> dict[str, Qua
     for name, array in columns.items():
         if not np.isfinite(array).all():
             raise UserError(f"{path}: {name} must be finite everywhere; {_AGAIN}")
+    blocks = _blocks(path, table, columns) if version > 1 else [None] * count
     quantities: dict[str, Quantity] = {}
     statistics = zip(*(columns[name].tolist() for name in COLUMNS), strict=True)  # in the order of Quantity's fields
-    for entry, (size, nonfinite, norm2, total, least, largest), sketch in zip(
-        table, statistics, columns["sketch"], strict=True
+    for entry, (size, nonfinite, norm2, total, least, largest), sketch, parts in zip(
+        table, statistics, columns["sketch"], blocks, strict=True
     ):
-        row = Quantity(*entry, size, nonfinite, norm2, total, least, largest, sketch)
+        row = Quantity(*entry, size, nonfinite, norm2, total, least, largest, sketch, parts)
         if (
             row.count != math.prod(row.shape)
             or not 0 <= row.nonfinite <= row.count
@@ -273,6 +292,23 @@ def _quantities(path: Path, table: list[Entry], header: Header) -> dict[str, Qua
             raise UserError(f"{path}: {row.key} stands twice in {TABLE}; {_AGAIN}")
         quantities[row.key] = row
     return quantities
+
+
+def _blocks(path: Path, table: list[Entry], columns: dict[str, np.ndarray]) -> list[np.ndarray | None]:
+    """The block sums of each tensor, None without."""
+    found, first, sums = list[np.ndarray | None](), 0, columns["blocks"]
+    for entry, *shape in zip(table, *(columns[name].tolist() for name in BLOCKS), strict=True):
+        if shape == [0, 0]:
+            found.append(None)
+            continue
+        last = first + max(0, shape[0]) * max(0, shape[1])
+        if not first < last <= len(sums) or grid_with(matrix_shape(entry[3]), shape) is None:
+            raise UserError(f"{path}: {entry[1]} of {list(entry[3])} cannot have {shape} blocks; {_AGAIN}")
+        found.append(sums[first:last].reshape(shape))
+        first = last
+    if first != len(sums):
+        raise UserError(f"{path}: must hold the sums of {first} blocks, found {len(sums)}; {_AGAIN}")
+    return found
 
 
 def _trace(path: Path) -> list[JsonObject]:

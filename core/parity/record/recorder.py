@@ -24,15 +24,18 @@ from telechat_twins.core.errors import UserError
 from telechat_twins.core.model.batch import Batch
 from telechat_twins.core.model.config import ModelConfig
 from telechat_twins.core.parallel.sequence import LocalBatch
+from telechat_twins.core.parity.record.blocks import Grid, fitting_grids
 from telechat_twins.core.parity.record.format import (
     Header,
+    blocks_room,
     digest_of,
     fitting_buckets,
     quantity_key,
     write_record,
 )
-from telechat_twins.core.parity.record.observer import Observer, partial_gradients
+from telechat_twins.core.parity.record.observer import Observer
 from telechat_twins.core.parity.record.sites import SCALARS, sites
+from telechat_twins.core.parity.record.sketch import matrix_shape
 from telechat_twins.core.parity.record.tally import (
     Tally,
     full_tensors,
@@ -86,6 +89,14 @@ def quantity_order(config: RunConfig, step: int) -> list[str]:
     return [quantity_key(kind, name, step) for kind, names in kinds.items() for name in names]
 
 
+def fitting_sketches(config: RunConfig, steps: int = 1) -> tuple[int, dict[str, Grid]]:
+    """K of a record of ``steps`` steps of a run, and the blocks of its large gradients by name."""
+    rows = len(quantity_order(config, 1)) * steps
+    buckets = fitting_buckets(rows)
+    shapes = {name: matrix_shape(spec.shape) for name, spec in run_table(config).items()}
+    return buckets, fitting_grids(shapes, blocks_room(rows, buckets) // steps)
+
+
 def open_recorder(config: RunConfig, out: Path) -> Recorder | None:
     """The recorder of ``train.record_every``, if it is set."""
     every, rows = config.train.record_every, config.train.record_rows
@@ -111,7 +122,7 @@ class Recorder:
     ) -> None:
         self.last, self._rows = last, rows
         self._config, self._out, self._at, self._every, self._full = config, out, frozenset(at), every, tuple(full)
-        self._buckets = fitting_buckets(len(quantity_order(config, 1)))
+        self._buckets, self._grids = fitting_sketches(config)
         self._step: _RecordedStep | None = None
 
     def wants(self, step: int) -> bool:
@@ -122,7 +133,7 @@ class Recorder:
             return
         if not isinstance(stepper, BaseTrainer):
             raise TypeError(f"steps of a {type(stepper).__name__} cannot be recorded")
-        tally = Tally(step, self._buckets, full=self._full)
+        tally = Tally(step, self._buckets, full=self._full, grids=self._grids)
         tally.add_batch(batch, first)
         seq_len = batch.input_ids.shape[1]
         kept = rows_recorded(self._config, rows, seq_len, self._rows)
@@ -210,7 +221,6 @@ class _RecordedStep:
         config, implementation = self.config, self.trainer.implementation()
         title, _, number = implementation["backend"].partition(" ")
         names = {name: short for short, name in backends.TITLES.items()}
-        note = partial_gradients(config.model, config.parallel)
         tree = {**config.to_dict(), "model": self.model}
         return Header(
             backend=names[title],
@@ -236,7 +246,7 @@ class _RecordedStep:
             seed=whole.seed,
             loss=_finite(self.loss),
             grad_norm=_finite(self.norm),
-            notes=[*self.notes, *([] if note is None else [note])],
+            notes=self.notes,
         )
 
 

@@ -6,7 +6,7 @@ import dataclasses
 import json
 import math
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -16,19 +16,20 @@ from telechat_twins.core.errors import UserError
 from telechat_twins.core.files.atomic import show_bytes
 from telechat_twins.core.files.safetensors import DTYPES
 from telechat_twins.core.parallel.sharding import Shard, chunk_table
+from telechat_twins.core.parity.record.blocks import Grid, blocks_bytes
+from telechat_twins.core.parity.record.fold import fitted, folded
 from telechat_twins.core.parity.record.format import (
     MAX_BYTES,
-    Quantity,
     Record,
+    blocks_room,
     digest_of,
     estimated_bytes,
     fitting_buckets,
     write_record,
 )
 from telechat_twins.core.parity.record.read import is_record, open_record, read_full
-from telechat_twins.core.parity.record.recorder import quantity_order, rows_recorded, step_folder
+from telechat_twins.core.parity.record.recorder import fitting_sketches, quantity_order, rows_recorded, step_folder
 from telechat_twins.core.parity.record.sites import sites
-from telechat_twins.core.parity.record.sketch import Projection
 from telechat_twins.core.train.metrics import read_metrics
 from telechat_twins.core.train.trainable import run_table
 
@@ -100,6 +101,7 @@ def join_steps(run: Path, at: Sequence[int], out: Path) -> Record:
     count = sum(len(record.quantities) for record in records)
     buckets = fitting_buckets(count, len(trace))
     held = [folded(q, buckets, first.seed) for record in records for q in record.quantities.values()]
+    held = fitted(held, blocks_room(count, buckets, len(trace)))
     batches = [record.header.digests["batch"] for record in records]
     digests = {**first.digests, "batch": batches[0] if len(batches) == 1 else digest_of(batches)}
     header = dataclasses.replace(
@@ -109,28 +111,16 @@ def join_steps(run: Path, at: Sequence[int], out: Path) -> Record:
     return write_record(out, header, trace, held, full)
 
 
-def folded(quantity: Quantity, buckets: int, seed: int) -> Quantity:
-    """A quantity with a smaller K, as if it had been sketched with that: buckets that a shorter hash makes one are
-    added, and a tensor that was kept whole is sketched."""
-    have = len(quantity.sketch)
-    if have == buckets:
-        return quantity
-    if (size := math.prod(quantity.shape)) <= have:
-        values = quantity.sketch[:size].reshape(quantity.shape)
-        sketch = Projection(quantity.name, quantity.shape, buckets, seed).box(values, (0,) * values.ndim).sketch
-    else:
-        sketch = quantity.sketch.reshape(have // buckets, buckets).sum(axis=0)
-    return dataclasses.replace(quantity, sketch=sketch)
-
-
 @dataclasses.dataclass(frozen=True)
 class Rehearsal:
-    """What a record of a run would take: ``quantities`` of each recorded step, ``buckets`` (K), and upper bounds in
-    bytes: of the ``record``, of its ``full`` tensors, of the ranks' ``shares`` of a step (the smallest and the
-    largest), and of the float32 values that a rank adds up for a step (the most, ``read``)."""
+    """What a record of a run would take: ``quantities`` of each recorded step, ``buckets`` (K), elements of a
+    ``block`` of large gradients (0: none has blocks), and upper bounds in bytes: of the ``record``, of its ``full``
+    tensors, of the ranks' ``shares`` of a step (the smallest and the largest), and of the float32 values that a rank
+    adds up for a step (the most, ``read``)."""
 
     quantities: int
     buckets: int
+    block: int
     record: int
     full: int
     ranks: int
@@ -141,6 +131,7 @@ class Rehearsal:
         """For the terminal."""
         rows = {
             "quantities": f"{self.quantities:,} a recorded step, {self.buckets} numbers each",
+            "blocks": f"of {self.block:,} elements of large gradients" if self.block else "none",
             "record": f"at most {show_bytes(self.record)}, limit {show_bytes(MAX_BYTES)}",
             "full tensors": f"{show_bytes(self.full)} beside it" if self.full else "none",
             "ranks": f"{self.ranks:,}, with shares of {' to '.join(map(show_bytes, self.shares))} a step",
@@ -155,7 +146,8 @@ def rehearse(config: RunConfig, wanted: Wanted) -> Rehearsal:
     import fnmatch
 
     order = quantity_order(config, 1)
-    buckets = fitting_buckets(len(order) * len(wanted.at), wanted.steps)
+    buckets, grids = fitting_sketches(config, len(wanted.at))
+    sums = sum(blocks_bytes(grid.blocks) for grid in grids.values())
     rows = rows_recorded(config, config.train.global_batch, config.data.seq_len, wanted.rows)
     shapes = {site.name: site.shape(rows, config.data.seq_len) for site in sites(config.model)}
     shapes |= {name: spec.shape for name, spec in run_table(config).items()}
@@ -164,11 +156,14 @@ def rehearse(config: RunConfig, wanted: Wanted) -> Rehearsal:
         name = key.partition(":")[2].rpartition("@")[0]
         if any(fnmatch.fnmatchcase(text, pattern) for pattern in wanted.full for text in (name, key)):
             full += math.prod(shapes[name]) * DTYPES["F32"].itemsize
-    shares, values = zip(*(_rank_share(config, rows, rank, buckets) for rank in _model_ranks(config)), strict=True)
+    shares, values = zip(
+        *(_rank_share(config, rows, rank, buckets, grids) for rank in _model_ranks(config)), strict=True
+    )
     return Rehearsal(
         quantities=len(order),
         buckets=buckets,
-        record=estimated_bytes(len(order) * len(wanted.at), buckets, wanted.steps),
+        block=max((grid.height * grid.width for grid in grids.values()), default=0),
+        record=estimated_bytes(len(order) * len(wanted.at), buckets, wanted.steps) + sums * len(wanted.at),
         full=full * len(wanted.at),
         ranks=config.parallel.world,
         shares=(min(shares), max(shares)),
@@ -181,7 +176,7 @@ def _model_ranks(config: RunConfig) -> tuple[int, ...]:
     return config.parallel.ranks("model", 0)
 
 
-def _rank_share(config: RunConfig, rows: int, rank: int, buckets: int) -> tuple[int, int]:
+def _rank_share(config: RunConfig, rows: int, rank: int, buckets: int, grids: Mapping[str, Grid]) -> tuple[int, int]:
     """Bytes of a rank's share of a step, and of the float32 values that make it."""
     layout = config.parallel
     coord = layout.coord(rank)
@@ -196,6 +191,7 @@ def _rank_share(config: RunConfig, rows: int, rank: int, buckets: int) -> tuple[
     shards = layout.dp * layout.cp if layout.zero1 else 1
     owned = sum(math.prod(shard.shape) for shard in held.values()) // shards
     share = estimated_bytes(2 * len(here) + 5 * len(held), buckets)
+    share += 2 * sum(blocks_bytes(grid.blocks) for name, grid in grids.items() if name in held)  # in float64
     return share, int(np.int64(4) * (2 * active + 5 * owned))
 
 

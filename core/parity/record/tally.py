@@ -11,7 +11,7 @@ import fnmatch
 import hashlib
 import json
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -19,6 +19,7 @@ import numpy as np
 
 from telechat_twins.core.files.safetensors import SafetensorsFile
 from telechat_twins.core.model.batch import Batch
+from telechat_twins.core.parity.record.blocks import Grid
 from telechat_twins.core.parity.record.format import COLUMNS, Quantity, quantity, quantity_key
 from telechat_twins.core.parity.record.sketch import BUCKETS, Projection, Statistics, matrix_shape, mixed
 
@@ -35,10 +36,20 @@ class Part:
 
 
 @dataclass
+class Summands:
+    """Elements of a quantity of which several ranks have one summand each; their statistics are those of the sum."""
+
+    shape: tuple[int, ...]
+    dtype: str
+    parts: list[Part] = field(default_factory=list)
+
+
+@dataclass
 class _Entry:
     shape: tuple[int, ...]
     dtype: str
     statistics: Statistics
+    blocks: np.ndarray | None = None
 
 
 @dataclass
@@ -50,8 +61,10 @@ class Tally:
     buckets: int = BUCKETS
     seed: int = 0
     full: Sequence[str] = ()
+    grids: Mapping[str, Grid] = field(default_factory=dict)
     entries: dict[str, _Entry] = field(default_factory=dict)
     parts: dict[str, list[Part]] = field(default_factory=dict)
+    summands: dict[str, Summands] = field(default_factory=dict)
     checksums: dict[str, int] = field(default_factory=dict)  # of the weights, by name
     rows: dict[int, str] = field(default_factory=dict)  # digest of each row of the batch, by its number
     _projections: dict[str, Projection] = field(default_factory=dict)
@@ -68,12 +81,23 @@ class Tally:
         if entry is None:
             entry = self.entries[key] = _Entry(whole, dtype, projection.empty())
         entry.statistics.merge(projection.slice(array, rows, column))
+        if kind == "gradient" and (grid := self.grids.get(name)) is not None:
+            if entry.blocks is None:
+                entry.blocks = np.zeros(grid.blocks)
+            grid.add(entry.blocks, array, rows, column)
         if any(fnmatch.fnmatchcase(text, pattern) for pattern in self.full for text in (name, key)):
             self.parts.setdefault(key, []).append(Part(np.array(array), np.array(rows), column))
 
+    def add_summand(
+        self, kind: str, name: str, shape: Sequence[int], dtype: str, array: np.ndarray, rows: np.ndarray, column: int
+    ) -> None:
+        """As ``add``, of elements that are the sum of what several ranks add: kept until all have."""
+        held = self.summands.setdefault(quantity_key(kind, name, self.step), Summands(tuple(shape), dtype))
+        held.parts.append(Part(np.array(array), np.array(rows), column))
+
     def forget(self, *kinds: str) -> None:
         """Drop what was added of these kinds."""
-        for held in (self.entries, self.parts):
+        for held in (self.entries, self.parts, self.summands):
             for key in [key for key in held if key.partition(":")[0] in kinds]:
                 del held[key]
 
@@ -140,11 +164,20 @@ def write_share(path: Path, tally: Tally) -> None:
         for name, code in COLUMNS.items()
     }
     tensors["sketch"] = np.array([e.statistics.sketch for _, e in entries], np.float64).reshape(-1, tally.buckets)
+    for key, entry in entries:
+        if entry.blocks is not None:
+            tensors[f"blocks/{key}"] = entry.blocks
     for key, parts in tally.parts.items():
         for number, part in enumerate(parts):
             tensors[f"part/{number}/{key}"] = np.ascontiguousarray(part.array)
             tensors[f"rows/{number}/{key}"] = np.append(part.rows.astype(np.int64), part.column)
+    for key, summands in tally.summands.items():
+        for number, part in enumerate(summands.parts):
+            tensors[f"summand/{number}/{key}"] = np.ascontiguousarray(part.array)
+            tensors[f"places/{number}/{key}"] = np.append(part.rows.astype(np.int64), part.column)
     table = {
+        "full": list(tally.full),
+        "summands": {key: [list(s.shape), s.dtype, len(s.parts)] for key, s in tally.summands.items()},
         "entries": [[key, list(entry.shape), entry.dtype] for key, entry in entries],
         "parts": {key: len(parts) for key, parts in tally.parts.items()},
         "checksums": {name: str(value) for name, value in tally.checksums.items()},
@@ -160,13 +193,17 @@ def read_share(path: Path, step: int, buckets: int) -> Tally:
     file = SafetensorsFile(path)
     table = json.loads(file.metadata["table"])
     columns = {name: file.read(name) for name in (*COLUMNS, "sketch")}
-    tally = Tally(step, buckets)
+    tally = Tally(step, buckets, full=table["full"])
     for number, (key, shape, dtype) in enumerate(table["entries"]):
         numbers = {name: columns[name][number].item() for name in COLUMNS}
-        tally.entries[key] = _Entry(tuple(shape), dtype, Statistics(columns["sketch"][number], **numbers))
+        blocks = file.read(f"blocks/{key}") if f"blocks/{key}" in file.tensors else None
+        tally.entries[key] = _Entry(tuple(shape), dtype, Statistics(columns["sketch"][number], **numbers), blocks)
     for key, count in table["parts"].items():
         held = [(file.read(f"part/{n}/{key}"), file.read(f"rows/{n}/{key}")) for n in range(count)]
         tally.parts[key] = [Part(array, rows[:-1], int(rows[-1])) for array, rows in held]
+    for key, (shape, dtype, count) in table["summands"].items():
+        held = [(file.read(f"summand/{n}/{key}"), file.read(f"places/{n}/{key}")) for n in range(count)]
+        tally.summands[key] = Summands(tuple(shape), dtype, [Part(a, rows[:-1], int(rows[-1])) for a, rows in held])
     tally.checksums = {name: int(value) for name, value in table["checksums"].items()}
     tally.rows = {int(number): digest for number, digest in table["rows"].items()}
     return tally
@@ -174,7 +211,7 @@ def read_share(path: Path, step: int, buckets: int) -> Tally:
 
 def join_tallies(tallies: Sequence[Tally]) -> Tally:
     """All ranks' tallies of a step as one, added in the order of ranks."""
-    whole = Tally(tallies[0].step, tallies[0].buckets, tallies[0].seed)
+    whole = Tally(tallies[0].step, tallies[0].buckets, tallies[0].seed, full=tallies[0].full)
     for tally in tallies:
         for key, entry in tally.entries.items():
             if (held := whole.entries.get(key)) is None:
@@ -185,12 +222,32 @@ def join_tallies(tallies: Sequence[Tally]) -> Tally:
                     f"{key}: {held.shape} {held.dtype} on one rank, {entry.shape} {entry.dtype} on another"
                 )
             held.statistics.merge(entry.statistics)
+            if entry.blocks is not None:
+                held.blocks = entry.blocks if held.blocks is None else held.blocks + entry.blocks
         for key, parts in tally.parts.items():
             whole.parts.setdefault(key, []).extend(parts)
         for name, value in tally.checksums.items():
             whole.checksums[name] = (whole.checksums.get(name, 0) + value) % (1 << 64)
         whole.rows |= tally.rows
+    _add_sums(whole, tallies)
     return whole
+
+
+def _add_sums(whole: Tally, tallies: Sequence[Tally]) -> None:
+    """Add the sums, in the order of ranks, of what several ranks have summands of."""
+    for key in dict.fromkeys(key for tally in tallies for key in tally.summands):
+        held = [tally.summands[key] for tally in tallies if key in tally.summands]
+        sums = dict[tuple[bytes, int, int], Part]()
+        for part in (part for summands in held for part in summands.parts):
+            place = (part.rows.tobytes(), part.column, part.array.shape[1])
+            if place in sums:
+                np.add(sums[place].array, part.array, out=sums[place].array)
+            else:
+                sums[place] = Part(part.array.astype(np.float64), part.rows, part.column)
+        kind, _, rest = key.partition(":")
+        for part in sums.values():
+            name = rest.rpartition("@")[0]
+            whole.add(kind, name, held[0].shape, held[0].dtype, part.array, part.rows, part.column)
 
 
 def quantities(tally: Tally, order: Sequence[str]) -> list[Quantity]:
@@ -208,7 +265,7 @@ def quantities(tally: Tally, order: Sequence[str]) -> list[Quantity]:
             raise RuntimeError(
                 f"{key}: the ranks recorded {entry.statistics.count} elements of a tensor of shape {list(entry.shape)}"
             )
-        found.append(quantity(kind, name, tally.step, entry.shape, entry.dtype, entry.statistics))
+        found.append(quantity(kind, name, tally.step, entry.shape, entry.dtype, entry.statistics, entry.blocks))
     return found
 
 

@@ -18,12 +18,13 @@ from telechat_twins.core.config import load_run_config
 from telechat_twins.core.errors import UserError
 from telechat_twins.core.files.atomic import show_bytes
 from telechat_twins.core.parity.record import read
+from telechat_twins.core.parity.record.fold import folded
 from telechat_twins.core.parity.record.format import MAX_BYTES, Record, estimated_bytes, fitting_buckets, write_record
 from telechat_twins.core.parity.record.read import open_record, read_full
 from telechat_twins.core.parity.record.recorder import quantity_order
 from telechat_twins.core.parity.record.sites import sites
 from telechat_twins.core.parity.record.sketch import BUCKETS, Projection
-from telechat_twins.core.parity.record.take import Wanted, folded, rehearse
+from telechat_twins.core.parity.record.take import Wanted, rehearse
 from telechat_twins.core.parity.record.taps import Taps, TensorOps
 from tests.support.records import sketched, synthetic_record
 
@@ -159,7 +160,7 @@ HOSTILE: dict[str, tuple[Change, str]] = {
     "no header": (lambda f: (f / "record.json").unlink(), "record.json: no such file"),
     "header cut": (cut("record.json"), "record.json: damaged"),
     "header of another format": (header(lambda t: t.update(format="x")), "format must be"),
-    "another version": (header(lambda t: t.update(version=2)), "version must be 1, found 2"),
+    "another version": (header(lambda t: t.update(version=3)), "version must be 1 or 2, found 3"),
     "unknown key": (header(lambda t: t.update(more=1)), "unknown key 'more'"),
     "missing key": (header(lambda t: t.pop("layout")), "layout is missing"),
     "key of another type": (header(lambda t: t.update(rows="4")), "rows: must be of type int"),

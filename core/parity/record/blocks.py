@@ -1,0 +1,117 @@
+"""Block sums of large gradients, beside the sketch: few elements each, so that a single wrong one stands out.
+
+The matrix of a gradient [rows, columns] is cut into blocks of ``height`` x ``width`` elements, whose sums are kept. How
+small the blocks are is decided by the bytes that a record may have, alike for all gradients of a run: a model of ten
+million elements has blocks of SMALLEST, one of a hundred billion has blocks of many thousands.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from telechat_twins.core.parity.record.sketch import LARGEST
+
+SMALLEST = 4  # elements of a block; blocks of up to WIDEST are parts of one row
+WIDEST = 16
+LEAST_SIDE = 8  # rows and columns of blocks, so that each has a distribution
+LARGE = 4096  # elements of a tensor; in the sketch of a smaller one a bucket has fewer than a block
+HIGHEST = 128  # rows of a block
+_NUMBER = 4  # bytes
+_TILE = 1 << 16  # elements converted to float64 at once
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Height and width of the blocks of a matrix, powers of two, and its own ``shape``, rows and columns."""
+
+    height: int
+    width: int
+    shape: tuple[int, int]
+
+    @property
+    def blocks(self) -> tuple[int, int]:
+        """Rows and columns of blocks."""
+        return -(-self.shape[0] // self.height), -(-self.shape[1] // self.width)
+
+    def add(self, sums: np.ndarray, array: np.ndarray, rows: np.ndarray, column: int) -> None:
+        """Add ``array`` [n, m] of any float dtype, rows ``rows`` of the matrix from ``column`` on, to ``sums`` float64
+        [blocks]; elements that the sketch leaves out are left out."""
+        places = np.arange(column, column + array.shape[1]) // self.width
+        starts = np.flatnonzero(np.diff(places, prepend=-1))
+        even = column % self.width == 0 and array.shape[1] % self.width == 0
+        ones, height = np.ones(self.width), max(1, _TILE // array.shape[1])
+        for first in range(0, len(array), height):
+            values = array[first : first + height].astype(np.float64)
+            with np.errstate(invalid="ignore"):
+                if not np.abs(values).max(initial=0.0) < LARGEST:
+                    values[~(np.abs(values) < LARGEST)] = 0.0
+            if even:
+                across = (values.reshape(-1, self.width) @ ones).reshape(len(values), len(starts))
+            else:
+                across = np.add.reduceat(values, starts, axis=1)
+            at = rows[first : first + height] // self.height
+            mine = sums[:, places[0] : places[0] + len(starts)]
+            if self.height == 1 and (at[1:] > at[:-1]).all():
+                mine[at] += across
+            else:
+                np.add.at(mine, at, across)
+
+
+def grid_of(shape: tuple[int, int], size: int) -> Grid | None:
+    """Blocks of ``size`` elements, a power of two; None for matrices of too few of them."""
+    width = min(size, WIDEST)
+    height = 1
+    while height * width < size:
+        if height >= HIGHEST or width <= height:
+            width *= 2
+        else:
+            height *= 2
+    grid = Grid(height, width, shape)
+    return grid if math.prod(shape) > LARGE and min(grid.blocks) >= LEAST_SIDE else None
+
+
+def grid_with(shape: tuple[int, int], blocks: Sequence[int]) -> Grid | None:
+    """The grid of so many rows and columns of blocks; None where none has."""
+    sides = []
+    for size, number in zip(shape, blocks, strict=True):
+        side = 1
+        while -(-size // side) > number:
+            side *= 2
+        sides.append(side)
+    found = Grid(sides[0], sides[1], shape)
+    return found if found.blocks == tuple(blocks) else None
+
+
+def fitting_grids(shapes: Mapping[str, tuple[int, int]], room: int) -> dict[str, Grid]:
+    """Grids by name, of the smallest blocks with which all fit into ``room`` bytes."""
+    size = SMALLEST
+    while True:
+        found = {name: grid for name, shape in shapes.items() if (grid := grid_of(shape, size)) is not None}
+        if sum(blocks_bytes(grid.blocks) for grid in found.values()) <= room:
+            return found
+        size *= 2
+
+
+def blocks_bytes(blocks: tuple[int, ...]) -> int:
+    """Bytes of the block sums of a tensor in a record."""
+    return math.prod(blocks) * _NUMBER
+
+
+def coarser(sums: np.ndarray, shape: tuple[int, int]) -> np.ndarray | None:
+    """The sums of blocks of twice the size, those that ``grid_of`` would give; None where these are too few."""
+    grid = grid_with(shape, sums.shape)
+    assert grid is not None
+    larger = grid_of(shape, 2 * grid.height * grid.width)
+    return None if larger is None else joined(sums, larger.blocks)
+
+
+def joined(sums: np.ndarray, wanted: tuple[int, int]) -> np.ndarray:
+    """Neighbouring blocks added until there are ``wanted`` rows and columns of them."""
+    for axis in (0, 1):
+        while sums.shape[axis] > wanted[axis]:
+            sums = np.add.reduceat(sums, np.arange(0, sums.shape[axis], 2), axis)
+    return sums
