@@ -121,6 +121,7 @@ mutation: operators
 
 locate: operators
 	$(RUN) -m tests.campaigns.locate $(CAMPAIGN_ARGS)
+	$(RUN) -m tests.campaigns.locate_layouts
 
 relay: operators
 	$(RUN) -m tests.campaigns.relay $(CAMPAIGN_ARGS)

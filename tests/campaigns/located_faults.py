@@ -113,12 +113,13 @@ def _changed(owner: Any, name: str, value: Any) -> Iterator[None]:
 
 
 def _tracked(backend: str, framework: Framework) -> Iterator[tuple[Any, str, Any]]:
-    """The changes that keep ``framework.layer``: blocks run in order, once a pass."""
+    """The changes that keep ``framework.layer``: the blocks of a stage run in order, once a pass."""
     model, method = load(backend, "model"), FORWARD[backend]
     block, decoder = (getattr(kind, method) for kind in (model.DecoderBlock, model.Decoder))
 
     def run_decoder(self: Any, *args: Any, **options: Any) -> Any:
-        framework.layer, framework.count = -1, -1
+        # A stage of a pipeline begins with a later block.
+        framework.layer, framework.count = -1, min((int(n) for n, _ in self.layers.items()), default=0) - 1
         return decoder(self, *args, **options)
 
     def run_block(self: Any, *args: Any, **options: Any) -> Any:
