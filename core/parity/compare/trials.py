@@ -100,7 +100,7 @@ class _Measures(ABC):
         least = np.where(self.part.counts <= self.buckets, max(WHOLE_PEAK, PEAKS[kind]), PEAKS[kind])
         peak = np.maximum(own_peak(self.part.sides[judge], self.part.counts), least)
         ratio = PEAK_FACTOR * np.maximum(peak, np.where(np.isfinite(other_peak), other_peak, 0.0))
-        limit = np.maximum(self.share(whole, found, label) * self.largest(judge), ratio * found.others)
+        limit = np.maximum(whole * self.largest(judge), ratio * found.others)
         limit = np.where(self.judged_alone(), limit, np.inf)
         source = (
             f"{PEAK_FACTOR:g} x the largest of {PEAKS[kind]:g} (tensors kept whole: {WHOLE_PEAK:g}) and the same ratio "
@@ -109,14 +109,6 @@ class _Measures(ABC):
         )
         return Trial("single element", label, found.largest, limit, source)
 
-    def share(self, whole: np.ndarray, found: Differences, label: str) -> np.ndarray:
-        """What an element may be off by of itself: ``whole``, the limit of the tensor's distance; of gradients that are
-        judged by single elements no more than BLOCK_SHARE times what rounding makes of the whole tensor."""
-        if self.part.kind != "gradient":
-            return whole
-        floor = max(rule.floor for name, rule in self.rule_of.items() if label in (name, "apart"))
-        return np.minimum(whole, BLOCK_SHARE * np.maximum(found.smooth, floor))
-
     def in_blocks(
         self, whole: Trial, limits: np.ndarray, found: Differences, one: str, judge: str, third: str | None
     ) -> Trial:
@@ -124,7 +116,7 @@ class _Measures(ABC):
         if not self.part.blocks or self.later:
             return whole
         value, limit = whole.value.copy(), whole.limit.copy()
-        shares = self.share(limits, found, whole.side)
+        shares = np.minimum(limits, BLOCK_SHARE * np.maximum(found.smooth, self.rule_of[one].floor))
         for number, sums in self.part.blocks.items():
             norm = self.part.sides[judge].norm[number] or self.part.sides[one].norm[number]
             error, allowed = worst_block(sums, one, judge, third, float(shares[number]))
