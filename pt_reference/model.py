@@ -231,8 +231,8 @@ class DecoderBlock(nn.Module):
         return out if self.mask is None else multiplied(out, self.mask) + multiplied(x, 1.0 - self.mask)
 
     def _again(self, norm: Norm, x: Tensor) -> Again | None:
-        """Adapters take from the stream what they read, which the norm keeps anyway. Where the block keeps its input
-        only, so do they."""
+        """How the layers behind the norm compute their input again, from the stream, which the norm keeps anyway; None
+        where the block itself is computed again and keeps only its input."""
         return None if self.recomputed else norm.again(x)
 
 
