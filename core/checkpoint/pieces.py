@@ -145,7 +145,9 @@ class PieceWriter:
             self._counts[kind] += 1
             path = self.folder / f"{kind}-{self._stem}{self._counts[kind]:05d}.safetensors"
             if self._spool and kind in self._planned:
-                self._open[kind] = StreamedSafetensors(path, next(self._planned[kind], {}), self._spool)
+                # The room of a file that is not planned, so that both kinds of save give the same bytes.
+                specs = next(self._planned[kind], {})
+                self._open[kind] = StreamedSafetensors(path, specs, self._spool, _HEADER_ROOM)
             else:
                 self._open[kind] = SafetensorsWriter(path, _HEADER_ROOM)
         return self._open[kind]

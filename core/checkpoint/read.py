@@ -7,7 +7,10 @@ described in docs/checkpoints.md.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import os
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -196,22 +199,38 @@ class Checkpoint:
         ``share`` = (rank, ranks): verify only this rank's part of the files; the parts of all ranks are about equal in
         bytes and together complete. UserError names the file, with the expected and the found hash.
         """
-        names = set(sorted(self._sizes, key=lambda name: (self._sizes[name][0], name))[share[0] :: share[1]])
-        for name, (_, expected) in self._sizes.items():
-            if name not in names:
-                continue
-            found = file_sha256(self._inside(name), on_bytes)
-            if found != expected:
-                raise UserError(
-                    f"{self.path / name}: altered: SHA-256 should be {expected}, found {found}; "
-                    "use another checkpoint or restore this file"
-                )
+        names = sorted(self._sizes, key=lambda name: (self._sizes[name][0], name))[share[0] :: share[1]]
+        self._check_hashes(names, on_bytes)
+        own = set(names)
         for kind in KINDS:
             for name, entry in self._entries[kind].items():
                 self._places(kind, name, entry)
                 for piece in entry.pieces:
-                    if piece.file in names:
+                    if piece.file in own:
                         self._file(piece, entry)
+
+    def _check_hashes(self, names: Sequence[str], on_bytes: Callable[[int], object] | None) -> None:
+        """Hash the files, each in a thread of as many as there are processors; hashlib and reading let others run."""
+        lock = threading.Lock()
+
+        def count(size: int) -> None:
+            if on_bytes:
+                with lock:
+                    on_bytes(size)
+
+        with ThreadPoolExecutor(len(os.sched_getaffinity(0)), "verify") as pool:
+            # The largest file first, so that no thread begins it when the others have ended.
+            found = {name: pool.submit(file_sha256, self._inside(name), count) for name in reversed(names)}
+            try:
+                for name in names:
+                    if (digest := found[name].result()) != (expected := self._sizes[name][1]):
+                        raise UserError(
+                            f"{self.path / name}: altered: SHA-256 should be {expected}, found {digest}; "
+                            "use another checkpoint or restore this file"
+                        )
+            except BaseException:
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
 
     def _entry(self, kind: str, name: str) -> Entry:
         if name not in self._entries[kind]:

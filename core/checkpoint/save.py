@@ -68,6 +68,10 @@ class Contents:
     the next is requested. ``model`` and ``trainer``: JSON values. ``assets``: small files (tokenizer) kept with it.
     Every rank gives the pieces that it owns; of the other fields, rank 0's values are saved. The pieces of all ranks
     must cover each element of every tensor exactly once.
+
+    ``planned``: this rank's pieces of both kinds, if they are known in advance. They are then hashed while they are
+    written, past the page cache, and weights and optimizer are written in turns, so that both end together; otherwise
+    one after the other, each file hashed when it is complete.
     """
 
     model: JsonObject
@@ -77,6 +81,7 @@ class Contents:
     assets: Sequence[Path | Asset] = ()
     max_file_bytes: int = MAX_FILE_BYTES
     ranks: SaveRanks = ALONE
+    planned: Mapping[str, Planned] | None = None
 
 
 def save_checkpoint(root: str | Path, step: int, contents: Contents, *, keep_last: int) -> Path:
@@ -106,7 +111,7 @@ def begin_save(root: str | Path, step: int, contents: Contents, *, keep_last: in
     def number() -> int:
         return 1 + max(map(save_number, step_folders(folder.parent)), default=0)
 
-    return _begin(_Save(folder, step, contents, _streams(contents), publish, number=number))
+    return _begin(_Save(folder, step, contents, _streams(contents), publish, number))
 
 
 def write_checkpoint(
@@ -121,16 +126,9 @@ def write_checkpoint(
     max_file_bytes: int = MAX_FILE_BYTES,
     planned: Mapping[str, Planned] | None = None,
 ) -> Path:
-    """Write one checkpoint folder atomically, from one process, without ``latest`` and pruning; fields as in Contents.
-
-    ``planned``: the pieces of both kinds, if they are known in advance. They are then written past the page cache, and
-    weights and optimizer are written in turns, so that both end together; otherwise one after the other.
-    """
-    contents = Contents(model, weights, optimizer, trainer, assets, max_file_bytes)
-    streams = _streams(contents)
-    for kind, plan in (planned or {}).items():
-        streams[kind].size = plan.nbytes
-    return _begin(_Save(Path(folder), step, contents, streams, lambda: None, planned))()
+    """Write one checkpoint folder atomically, from one process, without ``latest`` and pruning; see Contents."""
+    contents = Contents(model, weights, optimizer, trainer, assets, max_file_bytes, planned=planned)
+    return _begin(_Save(Path(folder), step, contents, _streams(contents), lambda: None))()
 
 
 class Saver:
@@ -156,7 +154,10 @@ class Saver:
         """
         self.wait()
         if asynchronous:
-            contents = replace(contents, weights=copied(contents.weights), optimizer=copied(contents.optimizer))
+            weights, weights_plan = copied(contents.weights)
+            optimizer, optimizer_plan = copied(contents.optimizer)
+            plans = {"weights": weights_plan, "optimizer": optimizer_plan}
+            contents = replace(contents, weights=weights, optimizer=optimizer, planned=plans)
         finish = begin_save(root, step, contents, keep_last=keep_last)
         if not asynchronous:
             self.last = finish()
@@ -191,7 +192,6 @@ class _Save:
     contents: Contents
     streams: dict[str, Stream]
     publish: Callable[[], None]
-    planned: Mapping[str, Planned] | None = None
     number: Callable[[], int | None] = lambda: None  # the save's number in its run
 
     @property
@@ -209,7 +209,7 @@ class _Save:
         self, folder: Path, rank: int | None = None, watch: Callable[[], None] | None = None
     ) -> JsonObject:
         """Write all pieces of this rank to ``folder``; returns their description. ``watch`` is called between them."""
-        with PieceWriter(folder, self.contents.max_file_bytes, rank, self.planned) as writer:
+        with PieceWriter(folder, self.contents.max_file_bytes, rank, self.contents.planned) as writer:
             for kind, piece in in_turns(self.streams):
                 writer.add(kind, piece)
                 del piece  # otherwise it stays in memory while the next one is made
@@ -238,7 +238,10 @@ class _Save:
 
 
 def _streams(contents: Contents) -> dict[str, Stream]:
-    return {"weights": Stream(contents.weights), "optimizer": Stream(contents.optimizer)}
+    streams = {"weights": Stream(contents.weights), "optimizer": Stream(contents.optimizer)}
+    for kind, plan in (contents.planned or {}).items():
+        streams[kind].size = plan.nbytes
+    return streams
 
 
 def _begin(save: _Save) -> Callable[[], Path]:

@@ -1,13 +1,13 @@
-"""Streams of checkpoint pieces: counting, interleaving, and copying for an asynchronous save."""
+"""Streams of checkpoint pieces: counting, interleaving, planning, and copying for an asynchronous save."""
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 import numpy as np
 
-from telechat_twins.core.checkpoint.pieces import TensorPiece, Tensors, whole
+from telechat_twins.core.checkpoint.pieces import PieceSpec, Planned, TensorPiece, Tensors, whole
 
 
 class Stream:
@@ -57,12 +57,22 @@ def in_turns(streams: Mapping[str, Stream]) -> Iterator[tuple[str, TensorPiece]]
         del piece
 
 
-def copied(tensors: Tensors) -> Iterator[TensorPiece]:
-    """The pieces with copied arrays. All copies are made at once, and each is released after it has been taken."""
+def copied(tensors: Tensors) -> tuple[Iterator[TensorPiece], Planned]:
+    """The pieces with copied arrays, and their plan. All copies are made at once, and each is released after it has
+    been taken."""
     kept = deque(piece._replace(array=np.array(piece.array)) for piece in Stream(tensors))
+    plan = planned(kept)
 
     def taken() -> Iterator[TensorPiece]:
         while kept:
             yield kept.popleft()
 
-    return taken()
+    return taken(), plan
+
+
+def planned(pieces: Iterable[TensorPiece]) -> Planned:
+    """The plan of pieces that are all there, for a writer past the page cache."""
+    # A rank's empty part of a tensor that is not empty is not written (PieceWriter.add).
+    written = [piece for piece in pieces if piece.array.size or 0 in piece.shape]
+    specs = [PieceSpec(p.name, p.array.dtype, tuple(p.offset), p.array.shape, tuple(p.shape)) for p in written]
+    return Planned(specs, sum(spec.nbytes for spec in specs))

@@ -190,14 +190,17 @@ class StreamedSafetensors:
     """Writer of a file whose tensors and their order are known in advance. The header is written first, so the hash is
     computed while writing and the page cache is not needed.
 
-    ``specs``: name -> dtype code, shape. Tensors begin at multiples of 4096 bytes. ``finish`` or ``abandon`` ends it.
+    ``specs``: name -> dtype code, shape; the data begins at a multiple of 4096 bytes. ``least_room``: bytes kept for
+    the header at least. ``finish`` or ``abandon`` ends it.
     """
 
-    def __init__(self, path: str | Path, specs: Mapping[str, tuple[str, tuple[int, ...]]], spool: Spool) -> None:
+    def __init__(
+        self, path: str | Path, specs: Mapping[str, tuple[str, tuple[int, ...]]], spool: Spool, least_room: int = 0
+    ) -> None:
         self.path = Path(path)
         self._left = iter(specs.items())
         self._next = next(self._left, None)
-        room = -(-(header_room(specs) + 8) // BLOCK) * BLOCK - 8
+        room = -(-(max(header_room(specs), least_room) + 8) // BLOCK) * BLOCK - 8
         self._file = DirectFile(self.path, spool)
         header = struct.pack("<Q", room) + _encode(_entries(specs)).ljust(room)
         self._file.write(np.frombuffer(header, np.uint8))

@@ -13,7 +13,7 @@ from telechat_twins.core.checkpoint import notice as checkpoint_notice
 from telechat_twins.core.checkpoint import save as checkpoint_save
 from telechat_twins.core.checkpoint.read import Contents, Saver, SaveRanks, TensorPiece
 from telechat_twins.core.errors import UserError
-from telechat_twins.core.files.safetensors import SafetensorsWriter
+from telechat_twins.core.files.direct_io import DirectFile
 from tests.support.numpy_stepper import Cluster
 from tests.unit.checkpoint.test_checkpoint_ranks import TENSORS, arguments, assert_complete, failing, names, save
 
@@ -23,14 +23,14 @@ class Gate:
 
     def __init__(self, monkeypatch):
         self.open, self.reached = threading.Event(), threading.Event()
-        real = SafetensorsWriter._write
+        real = DirectFile.store
 
-        def write(writer, data):
+        def store(file, data, place):
             self.reached.set()
             assert self.open.wait(20)
-            real(writer, data)
+            real(file, data, place)
 
-        monkeypatch.setattr(SafetensorsWriter, "_write", write)
+        monkeypatch.setattr(DirectFile, "store", store)
 
 
 def test_a_save_in_the_background_is_of_the_moment_it_was_asked_for(tmp_path, monkeypatch):
@@ -66,7 +66,7 @@ def test_one_save_at_a_time(tmp_path, monkeypatch):
 
 
 def test_the_error_of_a_background_save_comes_up_once(tmp_path, monkeypatch):
-    def full(writer, data):
+    def full(file, data, place):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     saver, contents = Saver(), Contents({}, TENSORS.items(), trainer={})
@@ -74,7 +74,7 @@ def test_the_error_of_a_background_save_comes_up_once(tmp_path, monkeypatch):
     saver.wait()
     for surfaces in ("wait", "save"):
         with monkeypatch.context() as patch:
-            patch.setattr(SafetensorsWriter, "_write", full)
+            patch.setattr(DirectFile, "store", full)
             saver.save(tmp_path, 2, contents, keep_last=3, asynchronous=True)
             saver._thread.join(20)
         assert saver.failed
