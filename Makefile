@@ -7,7 +7,7 @@
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install demo docs reference test test-unit test-parallel-full soak operators campaigns campaign-kills campaign-corruption campaign-hostile \
+.PHONY: help install demo bench docs reference test test-unit test-parallel-full soak operators campaigns campaign-kills campaign-corruption campaign-hostile \
         campaign-equivalence campaign-memory mutation locate relay eval-check ascend-lower gpu-check mindformers-check matrix matrix-ci docs-check plan-check plan-table asan lint format lock clean
 
 VENV ?= .venv
@@ -16,6 +16,7 @@ WORKERS ?= 2
 DISTRIBUTED = -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 PYTEST_ARGS ?=
 CAMPAIGN_ARGS ?=
+BENCH_ARGS ?=
 GPU_ARGS ?=
 MATRIX_ARGS ?=
 MINDFORMERS_VENV ?= build/mindformers
@@ -41,6 +42,7 @@ help:
 	@echo "make locate     name the operator and layer of 90 planted faults in each twin, from records (6 minutes)"
 	@echo "make relay      runs that change framework, layout, length, size or adapter midway, against their envelope (an hour)"
 	@echo "make eval-check  train a small model on two IQ tasks and see its scores rise, in both frameworks (10 minutes)"
+	@echo "make bench      all tables of tele bench, small to large, and bench.json; BENCH_ARGS='--only step save' (an hour)"
 	@echo "make operators  compile the C++ operators now and not on first use"
 	@echo "make ascend-lower  compile every Triton kernel for Ascend910B3 as far as a machine without one can (1 minute)"
 	@echo "make gpu-check  tests and benchmarks of a machine with a GPU; leaves gpu-check.json"
@@ -63,6 +65,9 @@ install: $(READY)
 
 demo: operators
 	$(RUN) -m telechat_twins.core.cli demo
+
+bench: operators
+	$(RUN) -m telechat_twins.core.bench.suite $(BENCH_ARGS)
 
 # loadfile keeps the tests of a file in one process, so that what a file launches is launched once; tests/conftest.py
 # gives the order of the files. One thread each: with more, idle OpenMP threads of one worker spin on the core that the

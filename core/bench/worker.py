@@ -12,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import resource
 import signal
 import statistics
 import subprocess
@@ -215,11 +216,14 @@ def serve(argv: Sequence[str], build: Callable[[str, RunConfig], Trainer]) -> in
     """Run a worker that trains with the trainer from ``build(name, config)``."""
 
     def prepare() -> tuple[JsonObject, Handle]:
-        config = bench_config(json.loads(argv[1]))
+        config, imports = bench_config(json.loads(argv[1])), _peak_bytes()
         trainer, done = build(argv[0], config), 0
 
         def handle(order: JsonObject) -> JsonObject:
             nonlocal config, trainer, done
+            if "memory" in order:
+                device = getattr(trainer, "device_peak", lambda: 0)()
+                return {"imports": imports, "peak": _peak_bytes() - imports, "device": device}
             if "options" in order:  # another model or batch from here on
                 config = bench_config(order["options"])
                 trainer, done = build(argv[0], config), 0
@@ -232,8 +236,14 @@ def serve(argv: Sequence[str], build: Callable[[str, RunConfig], Trainer]) -> in
     return answer_orders(prepare)
 
 
+def _peak_bytes() -> int:
+    """Largest resident memory of this process so far."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
 def main(argv: list[str]) -> int:
-    return serve(argv, lambda name, config: backends.load(name, "train").Trainer(config))
+    module = backends.load(argv[0], "train")  # before the memory of the imports is read
+    return serve(argv, lambda name, config: module.Trainer(config))
 
 
 if __name__ == "__main__":

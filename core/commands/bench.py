@@ -2,6 +2,8 @@
 
 step      a training step in MindSpore, in PyTorch and, with `--backends ms pt eager`, of the released PyTorch code;
           with `--peers hf hf-compile` also of transformers' Llama of the same shapes, plain and through torch.compile.
+memory    peak memory of a training step above that of the imports, of each contestant in a process of its own, beside
+          the estimate of `tele plan`; `--peers hf` adds transformers with its fused AdamW.
 decode    tokens generated one by one, for one sequence and for several at once; also with Hugging Face's generate, on
           a model of the same shapes, if transformers is installed.
 serve     1, 8 and 32 concurrent clients of ``tele serve``: tokens/s, time to the first text, cache in use; also with
@@ -9,15 +11,19 @@ serve     1, 8 and 32 concurrent clients of ``tele serve``: tokens/s, time to th
 kernels   every operator, forward and backward, against the machine's limits: bytes moved against the measured copy
           bandwidth, floating-point operations against the measured rate of a matrix product.
 grow      `tele grow` on a checkpoint of 2 GB, against writing as many bytes to the disk of the working folder.
+save      saving and verified loading of a checkpoint of --megabytes, against safetensors' save_file and load_file, on
+          the disk of the working folder; and how long an asynchronous save holds training up.
 parallel  layouts (see ``tele train --help``) in turns, and in every round a single process with the same batch. Also
           bytes passed to collectives against the formula, the pipeline's bubble against theory, the balance of the
           ring, and the optimizer states on a rank.
 Examples:
   tele bench step --model telechat2-mini --seq-len 1024 --micro-batch 1 --backends ms pt eager
+  tele bench memory --model telechat2-mini --seq-len 1024 --peers hf
   tele bench decode --model telechat2-mini
   tele bench serve --model telechat2-mini --backends ms pt --out serve.json
   tele bench kernels --operators rms_norm swiglu --sizes mini
   tele bench grow
+  tele bench save --megabytes 1000 --steps 3
   tele bench parallel --layouts tp2,pp2,dp2,dp2.nozero --backends pt --steps 10
 """
 
@@ -37,7 +43,9 @@ from telechat_twins.core import backends
 from telechat_twins.core.bench.decode import decode_to_markdown, measure_decode
 from telechat_twins.core.bench.grow import growth_to_markdown, measure_growth
 from telechat_twins.core.bench.kernels import OPERATORS, SIZES, kernels_to_markdown, measure_kernels
+from telechat_twins.core.bench.memory import measure_memory, memory_to_markdown
 from telechat_twins.core.bench.report import layouts_to_markdown
+from telechat_twins.core.bench.save import measure_saving, saving_to_markdown
 from telechat_twins.core.bench.serve import measure_serving, serving_to_markdown, write_model
 from telechat_twins.core.bench.step import facts, measure, to_markdown
 from telechat_twins.core.bench.worker import EAGER, HF_STEP, bench_config
@@ -53,11 +61,13 @@ LAYOUTS = "single,tp2,pp2,ring2,ulysses2,dp2"
 # Defaults that differ between the benchmarks.
 DEFAULTS: dict[str, JsonObject] = {
     "step": {"micro_batch": 4, "micro_batches": 1, "steps": 30, "block": 5},
+    "memory": {"micro_batch": 1, "micro_batches": 1, "steps": 3, "block": 1},
     "decode": {"micro_batch": 1, "micro_batches": 1, "steps": 200, "block": 20},
     "serve": {"micro_batch": 1, "micro_batches": 1, "steps": 1, "block": 1},
     "kernels": {"micro_batch": 1, "micro_batches": 1, "steps": 15, "block": 5},
     "parallel": {"micro_batch": 2, "micro_batches": 4, "steps": 10, "block": 2},
     "grow": {"micro_batch": 1, "micro_batches": 1, "steps": 3, "block": 1},
+    "save": {"micro_batch": 1, "micro_batches": 1, "steps": 3, "block": 1},
 }
 # Options that only some benchmarks have.
 ONLY: dict[str, tuple[str, ...]] = {
@@ -71,7 +81,8 @@ ONLY: dict[str, tuple[str, ...]] = {
     "operators": ("kernels",),
     "sizes": ("kernels",),
     "compile": ("kernels",),
-    "peers": ("step",),
+    "peers": ("step", "memory"),
+    "megabytes": ("save",),
     "machine": ("parallel",),
 }
 
@@ -97,7 +108,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--steps",
         type=int,
         metavar="N",
-        help="steps, tokens, calls or rounds measured (step 30, decode 200, kernels 15, parallel 10, grow 3)",
+        help="steps, tokens, calls or rounds measured (step 30, decode 200, kernels 15, parallel 10, others 3)",
     )
     parser.add_argument(
         "--block",
@@ -132,7 +143,10 @@ def _add_special(parser: argparse.ArgumentParser) -> None:
         "--peers",
         nargs="+",
         choices=sorted(HF_STEP),
-        help="step: further contestants, from the transformers library if it is installed; hf-compile takes a minute",
+        help="step, memory: further contestants, from the transformers library if installed; hf-compile takes a minute",
+    )
+    parser.add_argument(
+        "--megabytes", type=int, metavar="M", help="save: size of the checkpoint, a third of it weights (1000)"
     )
     parser.add_argument(
         "--prompt", type=int, metavar="P", help="decode, serve: tokens before the measured ones (decode 16, serve 64)"
@@ -186,9 +200,10 @@ def _settle(args: argparse.Namespace) -> None:
             setattr(args, name, value)
     args.prompt = {"serve": 64}.get(args.what, 16) if args.prompt is None else args.prompt
     args.new = 32 if args.new is None else args.new
+    args.megabytes = 1000 if args.megabytes is None else args.megabytes
     args.clients = list(dict.fromkeys(args.clients or [1, 8, 32]))
     args.rows = list(dict.fromkeys(args.rows or [1, 8]))
-    for name in ("seq_len", "micro_batch", "micro_batches", "steps", "block", "prompt", "new"):
+    for name in ("seq_len", "micro_batch", "micro_batches", "steps", "block", "prompt", "new", "megabytes"):
         if getattr(args, name) < 1:
             raise UserError(f"--{name.replace('_', '-')}: must be at least 1, found {getattr(args, name)}")
     for name in ("rows", "clients"):
@@ -224,6 +239,12 @@ def _measured(
     if args.what == "grow":
         result = measure_growth(args.steps)
         text = growth_to_markdown(result)
+    elif args.what == "save":
+        result = measure_saving(args.megabytes * 1_000_000, args.steps)
+        text = saving_to_markdown(result)
+    elif args.what == "memory":
+        result = measure_memory(options, names, args.steps)
+        text = memory_to_markdown(result)
     elif args.what == "parallel":
         machines = [load_machine(name) for name in args.machine or ()]
         result = measure_layouts(options, layouts, names, args.steps, args.block, machines)

@@ -1,0 +1,121 @@
+"""Checkpoint benchmark (``tele bench save``): saving and verified loading, against the safetensors library.
+
+Both save the same arrays to the working folder's disk and read them back, in turns. The library writes one file without
+a hash and does not wait for the disk; a checkpoint is hashed, synced and renamed, and its hashes are checked on the way
+back. Times are of the wall clock and of the process's threads together.
+"""
+
+from __future__ import annotations
+
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from itertools import starmap
+from pathlib import Path
+
+import numpy as np
+
+from telechat_twins.core.bench.step import machine, processor
+from telechat_twins.core.checkpoint.read import Contents, open_checkpoint, whole
+from telechat_twins.core.checkpoint.save import Saver
+from telechat_twins.core.checkpoint.streams import planned
+from telechat_twins.core.types import JsonObject
+
+TENSOR = (1024, 4096)  # float32, 16.8 MB
+TITLES = {
+    "ours_save": "checkpoint, hashed and synced",
+    "library_save": "safetensors save_file",
+    "synced_save": "safetensors save_file and fsync",
+    "ours_load": "checkpoint, verified and read",
+    "library_load": "safetensors load_file",
+    "begin": "asynchronous save, until training goes on",
+}
+
+
+def measure_saving(size: int, rounds: int) -> JsonObject:
+    """Save and load about ``size`` bytes ``rounds`` times; medians of (wall, processor) seconds by operation."""
+    from safetensors.numpy import load_file, save_file
+
+    random = np.random.default_rng(0)
+    count = max(3, size // (4 * TENSOR[0] * TENSOR[1]))
+    arrays = {f"t{i}": random.random(TENSOR, np.float32) for i in range(count)}
+    weights = list(arrays.items())[: count // 3]  # of a training checkpoint m and v are two thirds
+    states = list(arrays.items())[count // 3 :]
+    plans = {"weights": planned(starmap(whole, weights)), "optimizer": planned(starmap(whole, states))}
+    taken: dict[str, list[tuple[float, float]]] = {name: [] for name in TITLES}
+    with tempfile.TemporaryDirectory(prefix="tele-bench-save-", dir=Path.cwd()) as name:
+        folder = Path(name)
+
+        def ours(asynchronous: bool = False) -> Saver:
+            saver = Saver()
+            contents = Contents({"config": {}}, weights, states, planned=None if asynchronous else plans)
+            saver.save(folder / "run", 1, contents, keep_last=1, asynchronous=asynchronous)
+            return saver
+
+        def read() -> None:
+            found = open_checkpoint(folder / "run")
+            for kind in ("weights", "optimizer"):
+                for tensor in found.names(kind):
+                    found.read(kind, tensor)
+
+        plain = folder / "plain.safetensors"
+        for _ in range(rounds):
+            taken["ours_save"].append(_timed(ours))
+            taken["library_save"].append(_timed(lambda: save_file(arrays, plain)))
+            taken["synced_save"].append(_timed(lambda: (save_file(arrays, plain), _sync(plain))))
+            taken["ours_load"].append(_timed(read))
+            taken["library_load"].append(_timed(lambda: load_file(plain)))
+            began: list[Saver] = []
+            taken["begin"].append(_timed(lambda began=began: began.append(ours(True))))
+            began[0].wait()
+    medians = {
+        name: [statistics.median(column) for column in zip(*found, strict=True)] for name, found in taken.items()
+    }
+    return {
+        "machine": {"cores": len(os.sched_getaffinity(0)), "processor": processor()},
+        "bytes": 4 * TENSOR[0] * TENSOR[1] * count,
+        "rounds": rounds,
+        "seconds": medians,
+        "ratios": {
+            "save / save_file": medians["ours_save"][0] / medians["library_save"][0],
+            "save / save_file and fsync": medians["ours_save"][0] / medians["synced_save"][0],
+            "load / load_file": medians["ours_load"][0] / medians["library_load"][0],
+        },
+    }
+
+
+def saving_to_markdown(result: JsonObject) -> str:
+    """Markdown table of the operations, and the ratios."""
+    size = result["bytes"]
+    rows = [
+        f"| {title} | {wall:.2f} s | {busy:.2f} s | {size / wall / 1e6:,.0f} MB/s |"
+        for title, (wall, busy) in ((TITLES[name], times) for name, times in result["seconds"].items())
+    ]
+    ratios = "; ".join(f"{name} {ratio:.2f}" for name, ratio in result["ratios"].items())
+    return "\n".join(
+        [
+            f"{size / 1e9:.2f} GB in float32; {machine(result)}; {result['rounds']} rounds in turns, medians.",
+            "",
+            "| operation | time | processor time | rate |",
+            "|---|---|---|---|",
+            *rows,
+            "",
+            f"Ratios of times: {ratios}.",
+        ]
+    )
+
+
+def _timed(call: Callable[[], object]) -> tuple[float, float]:
+    wall, busy = time.perf_counter(), time.process_time()
+    call()
+    return time.perf_counter() - wall, time.process_time() - busy
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
