@@ -61,15 +61,21 @@ def measure_saving(size: int, rounds: int) -> JsonObject:
                     found.read(kind, tensor)
 
         plain = folder / "plain.safetensors"
+
+        def synced() -> None:
+            save_file(arrays, plain)
+            _sync(plain)
+
         for _ in range(rounds):
             taken["ours_save"].append(_timed(ours))
             taken["library_save"].append(_timed(lambda: save_file(arrays, plain)))
-            taken["synced_save"].append(_timed(lambda: (save_file(arrays, plain), _sync(plain))))
+            taken["synced_save"].append(_timed(synced))
             taken["ours_load"].append(_timed(read))
             taken["library_load"].append(_timed(lambda: load_file(plain)))
-            began: list[Saver] = []
-            taken["begin"].append(_timed(lambda began=began: began.append(ours(True))))
-            began[0].wait()
+            wall, busy = time.perf_counter(), time.process_time()
+            saver = ours(True)
+            taken["begin"].append((time.perf_counter() - wall, time.process_time() - busy))
+            saver.wait()
     medians = {
         name: [statistics.median(column) for column in zip(*found, strict=True)] for name, found in taken.items()
     }
