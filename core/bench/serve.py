@@ -1,9 +1,10 @@
 """Serving benchmark (``tele bench serve``): concurrent clients of ``tele serve``, each sending one request at a time.
 
-Contestants are a server on each backend and, where the transformers library is installed, Hugging Face's ``generate``
-(kernels/bench/hf.py) on a batch that starts and ends together, without HTTP and without counting the prompts. They take
-turns and are stopped in between, as in ``tele bench step``. The clients are threads of this process and share the
-machine with the server.
+Prompts and answers have unequal lengths, drawn by a seed that all contestants share. Contestants are a server on each
+backend and, where the transformers library is installed, Hugging Face's ``generate`` (kernels/bench/hf.py) on static
+batches of the same requests: a batch is padded to its longest prompt and runs until its longest answer ends, without
+HTTP. They take turns and are stopped in between, as in ``tele bench step``. The clients are threads of this process and
+share the machine with the server.
 """
 
 from __future__ import annotations
@@ -59,6 +60,19 @@ def write_model(folder: Path, config: ModelConfig) -> Path:
     )
 
 
+def requests_of(clients: int, prompt: int, new: int, seed: int) -> list[list[tuple[int, int]]]:
+    """The requests of each client, (tokens of the prompt, tokens of the answer).
+
+    Each length is drawn evenly from a quarter of the longest, ``prompt`` or ``new``, up to it.
+    """
+    rng = random.Random(seed)
+    each = max(2, REQUESTS // clients)
+    return [
+        [(rng.randint(-(-prompt // 4), prompt), rng.randint(-(-new // 4), new)) for _ in range(each)]
+        for _ in range(clients)
+    ]
+
+
 class ServerProcess:
     """``tele serve`` in its own process, stopped between its turns and ended with the ``with`` block."""
 
@@ -82,20 +96,22 @@ class ServerProcess:
         self._process.communicate()
 
     def turn(self, clients: int, prompt: int, new: int, vocab_size: int, seed: int) -> JsonObject:
-        """One turn of ``clients`` concurrent clients.
+        """One turn of ``clients`` concurrent clients with the requests of ``requests_of``.
 
         Returns ``seconds`` in all, ``first``: seconds to each answer's first text, ``next``: seconds between texts,
         ``tokens`` generated, ``cache``: the largest fraction of the cache in use. ``seed``: of the random prompts; a
         seed used before would find its prompts in the cache.
         """
         self._process.send_signal(signal.SIGCONT)
-        over, shares, requests = threading.Event(), [0.0], max(2, REQUESTS // clients)
-        rng = random.Random(seed)
-        prompts = [[rng.randrange(vocab_size) for _ in range(prompt)] for _ in range(clients * requests)]
+        over, shares = threading.Event(), [0.0]
+        rng = random.Random(-seed - 1)
+        wanted = [
+            [([rng.randrange(vocab_size) for _ in range(length)], made) for length, made in mine]
+            for mine in requests_of(clients, prompt, new, seed)
+        ]
 
         def client(number: int) -> list[tuple[list[float], int]]:
-            mine = prompts[number * requests : (number + 1) * requests]
-            return [answer_times(self.port, ids, new) for ids in mine]
+            return [answer_times(self.port, ids, made) for ids, made in wanted[number]]
 
         def look() -> None:
             while not over.wait(CACHE_POLL_S):
@@ -159,7 +175,7 @@ def measure_serving(
     config: ModelConfig,
 ) -> JsonObject:
     """Measure ROUNDS turns of each contestant for each number in ``clients``, after one that is not counted; prompts
-    have ``prompt`` random tokens, answers ``new`` tokens."""
+    have up to ``prompt`` random tokens, answers up to ``new`` (``requests_of``)."""
     everybody, notes = contestants(names)
     turns: dict[tuple[str, int], list[JsonObject]] = {(name, count): [] for name in everybody for count in clients}
     words = ["--checkpoint", str(checkpoint), "--name", MODEL, "--precision", options["precision"]]
@@ -174,11 +190,11 @@ def measure_serving(
         for number in range(-1, ROUNDS):
             for name in everybody if number % 2 else reversed(everybody):
                 for count in clients:
+                    seed = 1000 * number + count
                     if name == HF:
-                        answer = hf.ask({"rows": count, "prompt": prompt, "steps": new - 1})
-                        found = {"seconds": sum(answer["seconds"]), "tokens": count * (new - 1)}
+                        # A batch is the requests that all clients have out at a time.
+                        found = hf.ask({"batches": list(zip(*requests_of(count, prompt, new, seed), strict=True))})
                     else:
-                        seed = 1000 * number + count
                         found = servers[name].turn(count, prompt, new, config.vocab_size, seed)
                     if number >= 0:
                         turns[name, count].append(found)
@@ -205,8 +221,8 @@ def serving_to_markdown(result: JsonObject) -> str:
     weights = ", weights in int8" if options["quantize"] == "int8" else ""
     lines = [
         f"{model_name(options)} ({result['parameters']:,} parameters), {options['precision']}{weights}, prompts of "
-        f"{result['prompt']} tokens, answers of {result['new']}; {machine(result)}, which the clients share; "
-        "contestants in turns, all warm.",
+        f"{-(-result['prompt'] // 4)} to {result['prompt']} tokens, answers of {-(-result['new'] // 4)} to "
+        f"{result['new']}; {machine(result)}, which the clients share; contestants in turns, all warm.",
         "",
         "| contestant | clients | tokens/s | first text, p50 | p99 | next text, p50 | p99 | cache held |",
         "|---|---|---|---|---|---|---|---|",
@@ -226,9 +242,10 @@ def serving_to_markdown(result: JsonObject) -> str:
             *lines,
             "",
             f"{ROUNDS} turns, each with {REQUESTS} requests of all clients together and at least two of each, streamed "
-            "over HTTP. `first text`: time from a request to the first piece of its answer. `next text`: time between "
-            "pieces; a token gives a piece unless it is only part of a character. `cache held`: the largest use of a "
-            f"cache for {max(row['clients'] for row in result['rows'])} sequences.",
+            "over HTTP; Hugging Face's `generate` has the same requests in static batches of as many as there are "
+            "clients, without HTTP. `first text`: time from a request to the first piece of its answer. `next text`: "
+            "time between pieces; a token gives a piece unless it is only part of a character. `cache held`: the "
+            f"largest use of a cache for {max(row['clients'] for row in result['rows'])} sequences.",
             *result["notes"],
         ]
     )

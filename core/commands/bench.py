@@ -149,14 +149,17 @@ def _add_special(parser: argparse.ArgumentParser) -> None:
         "--megabytes", type=int, metavar="M", help="save: size of the checkpoint, a third of it weights (1000)"
     )
     parser.add_argument(
-        "--prompt", type=int, metavar="P", help="decode, serve: tokens before the measured ones (decode 16, serve 64)"
+        "--prompt",
+        type=int,
+        metavar="P",
+        help="decode: tokens before the measured ones (16); serve: of the longest prompt (64)",
     )
     parser.add_argument("--rows", type=int, nargs="+", metavar="R", help="decode: sequences that share a step (1 8)")
     parser.add_argument(
         "--quantize", choices=QUANTIZATIONS, metavar="Q", help="decode, serve: weights of the backends in int8 (none)"
     )
     parser.add_argument("--clients", type=int, nargs="+", metavar="C", help="serve: concurrent clients (1 8 32)")
-    parser.add_argument("--new", type=int, metavar="N", help="serve: tokens of an answer (32)")
+    parser.add_argument("--new", type=int, metavar="N", help="serve: tokens of the longest answer (32)")
     parser.add_argument("--checkpoint", metavar="DIR", help="serve: measure this model in place of a random --model")
     parser.add_argument(
         "--operators", nargs="+", choices=sorted(OPERATORS), metavar="O", help="kernels: some of " + " ".join(OPERATORS)

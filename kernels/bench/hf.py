@@ -1,7 +1,8 @@
-"""Baseline for decoding: Hugging Face's ``generate`` with its cache, on a Llama of the measured model's shapes.
+"""Baseline for decoding and serving: Hugging Face's ``generate`` with its cache.
 
-``python -m telechat_twins.kernels.bench.hf hf OPTIONS`` is a worker of ``tele bench decode``; weights are random. The
-transformers library is not a dependency of this project; this module is used only where it is installed.
+``python -m telechat_twins.kernels.bench.hf hf OPTIONS`` is a worker of ``tele bench decode`` and ``serve``: a Llama of
+the measured model's shapes with random weights. The transformers library is not a dependency of this project; this
+module is used only where it is installed.
 """
 
 from __future__ import annotations
@@ -81,6 +82,24 @@ def timed_steps(model: transformers.LlamaForCausalLM, rows: int, prompt: int, co
     return [last - first for first, last in zip(clock.ticks, clock.ticks[1:], strict=False)]
 
 
+def static_batches(model: transformers.LlamaForCausalLM, batches: list[list[tuple[int, int]]]) -> JsonObject:
+    """``seconds`` for all batches of (prompt's tokens, answer's tokens), one after another, and the ``tokens`` asked
+    for: each batch is padded on the left to its longest prompt and runs until its longest answer ends."""
+    torch.manual_seed(1)
+    began = time.perf_counter()
+    for requests in batches:
+        longest, new = (max(lengths) for lengths in zip(*requests, strict=True))
+        ids = torch.randint(0, model.config.vocab_size, (len(requests), longest))
+        lengths = torch.tensor([length for length, _ in requests])
+        mask = (torch.arange(longest) >= longest - lengths[:, None]).long()
+        options = {"max_new_tokens": new, "min_new_tokens": new, "do_sample": False, "pad_token_id": 0}
+        model.generate(ids, attention_mask=mask, **options)
+    return {
+        "seconds": time.perf_counter() - began,
+        "tokens": sum(made for requests in batches for _, made in requests),
+    }
+
+
 def main(argv: list[str]) -> int:
     def prepare() -> tuple[JsonObject, Handle]:
         options = json.loads(argv[1])
@@ -88,6 +107,8 @@ def main(argv: list[str]) -> int:
         bench = open_bench("pt", {**options, "compile": False})
 
         def handle(order: JsonObject) -> JsonObject:
+            if "batches" in order:
+                return static_batches(model, order["batches"])
             return {
                 "seconds": timed_steps(model, order["rows"], order["prompt"], order["steps"]),
                 "read": reading(bench),

@@ -47,6 +47,15 @@ def test_turns_are_summed_up():
     assert summarise([{"seconds": 2.0, "tokens": 6}]) == {"tokens_per_s": 3.0}
 
 
+def test_requests_are_unequal_and_the_same_for_all_contestants():
+    found = bench_serve.requests_of(32, 64, 32, 7)
+    assert found == bench_serve.requests_of(32, 64, 32, 7) != bench_serve.requests_of(32, 64, 32, 8)
+    assert [len(mine) for mine in found] == [2] * 32
+    for lengths, longest in zip(zip(*(one for mine in found for one in mine), strict=True), (64, 32), strict=True):
+        assert longest // 4 <= min(lengths) < longest / 2 < max(lengths) <= longest
+    assert bench_serve.requests_of(1, 1, 1, 0) == [[(1, 1)] * bench_serve.REQUESTS]
+
+
 class Made:
     """Stand for the server processes: PyTorch's takes twice as long."""
 
