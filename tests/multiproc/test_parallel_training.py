@@ -2,7 +2,7 @@
 
 A run of one process is the judge. Rounding differs between layouts, and updates let it grow: the bound on a trace is
 that of two backends (core.parity.bounds.TRACE_LIMIT, 1e-4 relative, of which 40 steps use 2e-5). At the same layout a
-resumed run must give the same bits.
+resumed run must give the same bits. The runs that nothing disturbs share their ranks (tests.support.warm_ranks).
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from telechat_twins.convert.copy import to_hf
 from telechat_twins.convert.source import open_model
 from telechat_twins.core.checkpoint.read import open_checkpoint, write_checkpoint
 from telechat_twins.core.checkpoint.retention import saved_step
+from telechat_twins.core.cli import main
 from telechat_twins.core.model.config import load_model_config
 from telechat_twins.core.model.init import init_weights
 from telechat_twins.core.parity.bounds import TRACE_LIMIT, compare_tensors, compare_traces
@@ -31,7 +32,9 @@ from telechat_twins.core.train.metrics import MEASURED, read_metrics
 from telechat_twins.core.train.watch.environment import read_environment
 from tests.multiproc.test_nodes import free_ports
 from tests.support.data_support import VOCAB_SIZE, tiny_tokenizer
+from tests.support.launching import one_rank_here
 from tests.support.packed import write_packed
+from tests.support.warm_ranks import Pool
 
 ROOT = Path(__file__).resolve().parents[2]
 SEQ_LEN, HALF, LONGER, ALL = 32, 12, 18, 24  # steps: of the checkpoint, of the change of length, in all
@@ -47,8 +50,8 @@ class Tele:
     """`tele train` in a folder of its own; all runs share one config and begin with the weights of a release, which
     gives the model as well: ranks of every layout read their own boxes of it. Rows become longer on the way."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, pool: Pool) -> None:
+        self.folder, self.pool = folder, pool
         for name, sequences in (("packed", 400), ("held", 13)):
             write_packed(folder / name, VOCAB_SIZE, SEQ_LEN, sequences, sequences, tiny_tokenizer())
         model = load_model_config({"preset": "telechat2-tiny", "num_layers": 2, "vocab_size": VOCAB_SIZE})
@@ -69,16 +72,16 @@ class Tele:
         return [*train, "--config", str(self.folder / "run.yaml"), "--out", str(self.folder / name), *more]
 
     def train(self, backend: str, layout: str, name: str, *more: str) -> Path:
-        done = subprocess.run(
-            self.command(backend, layout, name, *more), cwd=ROOT, capture_output=True, text=True, timeout=280
-        )
-        assert done.returncode == 0, done.stderr[-3000:] + done.stdout[-1000:]
+        with pytest.MonkeyPatch.context() as patch:
+            one_rank_here(patch, pool=self.pool)
+            patch.chdir(ROOT)
+            assert main(self.command(backend, layout, name, *more)[3:]) == 0
         return self.folder / name
 
 
 @pytest.fixture(scope="module")
-def tele(tmp_path_factory: pytest.TempPathFactory) -> Tele:
-    return Tele(tmp_path_factory.mktemp("parallel"))
+def tele(tmp_path_factory: pytest.TempPathFactory, pool: Pool) -> Tele:
+    return Tele(tmp_path_factory.mktemp("parallel"), pool)
 
 
 @pytest.fixture(scope="module")
