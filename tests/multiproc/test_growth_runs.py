@@ -265,7 +265,7 @@ def test_the_commands_of_the_page_run(
         if "train" in command.words:
             more = [*shorter, *([] if "--growth" in command.words else ["train.steps=4", "optim.rewarmup_steps=1"])]
         elif "parity" in command.words:
-            more = ["--set", "train.global_batch=2", "train.micro_batch=2", "--steps", "2"]
+            more = ["--set", "train.global_batch=2", "train.micro_batch=2", "data.seq_len=64", "--steps", "2"]
         code = docs.run(replace(command, words=(*command.words, *more)), monkeypatch)
         assert code == 0, f"{command.where}: {command.text}\n{capsys.readouterr()}"
     assert read_metrics(Path("runs/large"))[0]["mask"] == 0.0
