@@ -13,6 +13,7 @@ from numpy import ndarray as Array
 
 from telechat_twins.core.model.batch import IGNORE
 from telechat_twins.kernels.adamw import AdamWStep
+from telechat_twins.kernels.int8 import GROUP, LEAST
 
 
 def rms_norm(x: Array, weight: Array, eps: float, mask: Array | None = None) -> Array:
@@ -304,6 +305,19 @@ def linear(x: Array, weight: Array, bias: Array | None = None) -> Array:
     """x [..., in] @ weight [out, in]^T + bias [out]."""
     out = x @ weight.T
     return out if bias is None else out + bias
+
+
+def quantized_rows(x: Array) -> Array:
+    """x [..., k] as the products with int8 matrices round it: in groups of GROUP columns, round(127 x / m) m / 127 with
+    m the group's largest magnitude; the quotient is taken in float32, the product in the dtype of x."""
+    out = np.empty_like(x)
+    for first in range(0, x.shape[-1], GROUP):
+        part = x[..., first : first + GROUP]
+        most = np.abs(part).max(-1, keepdims=True, initial=0.0).astype(np.float32)
+        quotient = np.divide(np.float32(127.0), most, out=np.zeros_like(most), where=most >= LEAST)
+        whole = np.rint(part.astype(np.float32) * quotient)
+        out[..., first : first + GROUP] = whole.astype(x.dtype) * (most / np.float32(127.0)).astype(x.dtype)
+    return out
 
 
 def linear_backward(grad: Array, x: Array, weight: Array) -> tuple[Array, Array, Array]:

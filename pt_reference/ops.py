@@ -42,6 +42,7 @@ from telechat_twins.kernels.pytorch.ops import (
     swiglu,
 )
 from telechat_twins.kernels.pytorch.paged import Pages, page_dtype, paged_attention, rows_at, store_rows
+from telechat_twins.kernels.pytorch.weights import Matrix, several
 
 __all__ = [
     "Adapted",
@@ -91,12 +92,19 @@ Parts: TypeAlias = list[tuple[slice, KeyRanges]]
 Again: TypeAlias = Callable[[], Tensor]  # computes a tensor a second time, without gradients
 
 
+class _ServedAdapters(Protocol):
+    """Adapters of generation beside a linear layer."""
+
+    def added(self, out: Tensor, x: Tensor) -> Tensor: ...
+
+
 class LinearLayer(Protocol):
     """A layer x @ weight^T + bias that computes in the dtype ``compute``, and its adapter, if any, of ``dropped``."""
 
-    weight: Tensor
+    weight: Matrix
     bias: Tensor | None
     compute: torch.dtype
+    served: _ServedAdapters | None
 
     def adapted(self, bias: Tensor | None) -> Adapted | None: ...
 
@@ -132,10 +140,17 @@ def place_rows(slots: np.ndarray, page_size: int, dtype: torch.dtype) -> Tensor:
 
 
 def linears(x: Tensor, dropped: Tensor | None, *layers: LinearLayer, again: Again | None = None) -> tuple[Tensor, ...]:
-    """Outputs of several linear layers for the same x. ``dropped``: the input of their adapters; None: x itself.
-    ``again`` computes x a second time, so that no backward pass need keep it."""
+    """Outputs of several linear layers for the same x; for few rows one fused call where available.
+
+    ``dropped``: the input of their adapters; None: x itself. ``again`` computes x a second time, so that no backward
+    pass need keep it.
+    """
     adapted = [layer.adapted(layer.bias) for layer in layers]
     together = [one for one in adapted if one is not None]
+    if not together and (few := several(x, [layer.weight for layer in layers], [layer.bias for layer in layers])):
+        return tuple(
+            out if layer.served is None else layer.served.added(out, x) for out, layer in zip(few, layers, strict=True)
+        )
     if again is not None:
         again = Recomputed(again, len(layers) - len(together) + bool(together))
     found = iter(adapted_linears(x, dropped, together, layers[0].compute, again) if together else ())

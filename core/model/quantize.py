@@ -1,8 +1,9 @@
-"""Weight-only int8 quantisation for generation, in numpy, so that both backends hold identical weights.
+"""int8 quantisation of weights for generation, in numpy, so that both backends hold identical weights.
 
 Only matrices of linear layers, the head included, are quantised: they are what a step of decoding reads. Each output
-channel has a factor of its own, its largest weight over 127; zero stays zero. Activations, norms, biases, embeddings,
-keys and values stay as they are, and products are taken of whole numbers that became floating-point ones.
+channel has a factor of its own, its largest weight over 127; zero stays zero. Norms, biases, embeddings, keys and
+values stay as they are. A CPU with compiled operators multiplies in integers and rounds the rows that meet these
+matrices too (kernels/int8.py); elsewhere products are taken of whole numbers that became floating-point ones.
 """
 
 from __future__ import annotations

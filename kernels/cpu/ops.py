@@ -351,7 +351,8 @@ FEW = 32  # rows up to which linear_rows is faster than a product that packs the
 def linear_rows(x: Array, weight: Array, bias: Array | None = None, factors: Array | None = None) -> Array:
     """x [..., k] @ weight [m, k]^T + bias [m] in the dtype of x, accumulated in float32, for few rows.
 
-    ``weight``, read once, has the dtype of x, or is int8 with a float32 factor per output in ``factors`` [m].
+    ``weight``, read once, has the dtype of x, or is int8 with a float32 factor per output in ``factors`` [m]; x is then
+    rounded to 8 bits (kernels.reference.quantized_rows), and any number of rows is served well.
     """
     return several_linear_rows(x, ((weight, bias, factors),))
 

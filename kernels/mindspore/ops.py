@@ -120,6 +120,8 @@ def linear(
 
     ``again`` computes x anew, bit for bit: on a CPU the backward pass calls it where it would otherwise have kept x.
     """
+    if isinstance(weight, Int8):
+        x = ops.cast(x, compute)
     few = few_rows(x, [(weight, bias)], compute)
     if few is not None:
         return few[0]
@@ -138,9 +140,12 @@ def few_rows(
     x: Tensor, matrices: Sequence[tuple[Tensor | Int8, Tensor | None]], compute: ms.Type
 ) -> tuple[Tensor, ...] | None:
     """``linear`` of one x with up to three (weight, bias) in one call; None where the fused operator for few rows is
-    unavailable, x has too many rows, or a gradient is recorded."""
+    unavailable, x has too many rows for a matrix that is not int8, or a gradient is recorded."""
     cpp = serving("linear", compute)
-    if cpp is None or x.dtype != compute or x.size > cpp.FEW * x.shape[-1] or recording():
+    if cpp is None or x.dtype != compute or recording():
+        return None
+    # The operator rounds rows that meet int8 matrices; a row must not depend on how many others there are.
+    if x.size > cpp.FEW * x.shape[-1] and not all(isinstance(weight, Int8) for weight, _ in matrices):
         return None
     given = []
     for weight, bias in matrices:

@@ -276,29 +276,34 @@ def products(rng: np.random.Generator) -> Iterator[Finding]:
 
 
 def few_rows(rng: np.random.Generator, dtype: np.dtype = F32) -> Iterator[Finding]:
-    """Products of few rows: the matrix in their dtype, and in int8 with a factor for each output."""
-    for m, n, k in ((1, 1, 1), (2, 3, 5), (3, 16, 16), (5, 33, 17), (8, 70, 131), (13, 100, 512), (32, 31, 200)):
+    """Products of few rows: the matrix in their dtype; in int8 with a factor for each output, and the rows rounded."""
+    sizes = ((1, 1, 1), (2, 3, 5), (3, 16, 16), (5, 33, 17), (8, 70, 131), (13, 100, 512), (32, 31, 200))
+    for m, n, k in sizes:
         x, w, bias = (rng.normal(size=s).astype(dtype) for s in ((m, k), (n, k), n))
         w8, factors = rng.integers(-127, 128, (n, k)).astype(np.int8), rng.uniform(0.001, 0.1, n).astype(np.float32)
         for b in (None, bias):
             cases = {
-                "rows": (ops.linear_rows(x, w, b), lambda kind: w.astype(kind)),
+                "rows": (ops.linear_rows(x, w, b), lambda kind: (x.astype(kind), w.astype(kind))),
                 "int8 rows": (
                     ops.linear_rows(x, w8, b, factors),
-                    lambda kind: w8.astype(kind) * factors.astype(kind)[:, None],
+                    lambda kind: (
+                        reference.quantized_rows(x.astype(kind)),
+                        w8.astype(kind) * factors.astype(kind)[:, None],
+                    ),
                 ),
             }
-            for name, (got, matrix) in cases.items():
-                define = lambda kind, matrix=matrix: reference.linear(  # noqa: E731
-                    x.astype(kind), matrix(kind), None if b is None else b.astype(kind)
+            for name, (got, operands) in cases.items():
+                define = lambda kind, operands=operands: reference.linear(  # noqa: E731
+                    *operands(kind), None if b is None else b.astype(kind)
                 )
                 yield judged(f"{name} {(m, n, k)} {dtype}", got, define, dtype)
         got = ops.dequantize(w8, factors, dtype)
         yield judged(f"dequantize {n}", got, lambda kind: w8.astype(kind) * factors.astype(kind)[:, None], dtype)
         # A row's bits are its own.
-        whole = ops.linear_rows(x, w, bias)
-        alone = np.concatenate([ops.linear_rows(x[i : i + 1], w, bias) for i in range(m)])
-        np.testing.assert_array_equal(whole.view(np.uint8), alone.view(np.uint8))
+        for matrix in ((w, bias), (w8, bias, factors)):
+            whole = ops.linear_rows(x, *matrix)
+            alone = np.concatenate([ops.linear_rows(x[i : i + 1], *matrix) for i in range(m)])
+            np.testing.assert_array_equal(whole.view(np.uint8), alone.view(np.uint8))
 
 
 CHECKS: dict[str, Callable[[np.random.Generator], Iterator[Finding]]] = {

@@ -140,6 +140,16 @@ def one_factor_for_all(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ops, "linear_rows", faulty)
 
 
+def one_scale_for_the_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = ops.linear_rows
+
+    def faulty(x: Any, weight: Any, bias: Any = None, factors: Any = None) -> Any:
+        scale = np.abs(x).max() / 127 if factors is not None else 0
+        return real((np.rint(x / scale) * scale).astype(x.dtype) if scale else x, weight, bias, factors)
+
+    monkeypatch.setattr(ops, "linear_rows", faulty)
+
+
 FAULTS = {
     "a wrong log-sum-exp": ("attention", spoil_lse),
     "a wrong log-sum-exp in a ring": ("ring", spoil_lse),
@@ -156,6 +166,7 @@ FAULTS = {
     "a z-loss forgotten": ("loss", forget_scale),
     "a dropped tail of few rows": ("few rows", lambda m: drop_tail(m, "linear_rows")),
     "one factor for all outputs": ("few rows", one_factor_for_all),
+    "rows rounded with one scale for all": ("few rows", one_scale_for_the_row),
     "another sequence's pages": ("pages", mix_tables),
     "values not stored": ("pages", forget_to_store),
 }
