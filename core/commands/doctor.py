@@ -41,8 +41,8 @@ NOT_LISTED = (
 )  # extras whose packages have lines of their own, or are for tests
 CANN_FOLDERS = ("/usr/local/Ascend/ascend-toolkit/latest", "/usr/local/Ascend/cann", "/usr/local/Ascend/latest")
 PYTHON = (3, 11)
-# Versions beside the pinned ones that tests passed with (docs/matrix.md). Others may work: they get a warning.
-TESTED: dict[str, tuple[str, ...]] = {}  # beside the pins: versions whose cell of docs/matrix.md has passed
+# Versions beside the pinned ones whose cell of docs/matrix.md has passed. Others may work: they get a warning.
+TESTED: dict[str, tuple[str, ...]] = {"mindspore": ("2.10.0",), "torch": ("2.14.1",)}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

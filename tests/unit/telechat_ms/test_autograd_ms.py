@@ -90,7 +90,8 @@ class Halved(Function):
 
 @pytest.mark.parametrize("backward", [False, True])
 def test_a_custom_gradient_keeps_nothing_of_a_call(backward: bool) -> None:
-    """MindSpore itself keeps a tuple of every call: one block of Python's allocator, 1000 here without ours."""
+    """MindSpore itself keeps a tuple of every call: one block of Python's allocator, 500 in each round without ours.
+    MindSpore 2.10.0 also allocates some 950 blocks once, in its first thousand calls; the last round has none."""
     weight = Parameter(draw(3))
 
     def call() -> None:
@@ -100,12 +101,15 @@ def test_a_custom_gradient_keeps_nothing_of_a_call(backward: bool) -> None:
 
     for _ in range(100):
         call()
-    gc.collect()
-    before = sys.getallocatedblocks()
-    for _ in range(1000):
-        call()
-    gc.collect()
-    assert sys.getallocatedblocks() - before < 500
+    grown = []
+    for _ in range(3):
+        gc.collect()
+        before = sys.getallocatedblocks()
+        for _ in range(500):
+            call()
+        gc.collect()
+        grown.append(sys.getallocatedblocks() - before)
+    assert min(grown) < 250, grown
 
 
 @pytest.mark.parametrize(("engine", "wanted"), [("recorded", "record_engine"), ("recomputed", "record_public")])
