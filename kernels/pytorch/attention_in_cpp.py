@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cache
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -40,7 +41,7 @@ def attention(
     B, S, H, D = q.shape
     out = q.new_empty((B, S, H, D), dtype=torch.float32 if out_f32 else q.dtype)
     log_sum_exp = q.new_empty((B, H, S), dtype=torch.float32)
-    inputs = (*map(_unit_stride, (q, k, v)), key_ranges.ranges.contiguous())
+    inputs = (*map(_unit_stride, (q, k, v)), _ranges(key_ranges))
     _run("attention", inputs, (out, log_sum_exp), (D**-0.5 if scale is None else scale,))
     return out, log_sum_exp
 
@@ -65,9 +66,14 @@ def attention_backward(
         _run("attention_delta", (grad, _unit_stride(out)), (delta,), ())
     dq, dk, dv = (x.new_empty(x.shape, dtype=torch.float32 if out_f32 else x.dtype) for x in (q, k, v))
     wide = (log_sum_exp.to(torch.float32).contiguous(), delta.to(torch.float32).contiguous())
-    inputs = (grad, *map(_unit_stride, (q, k, v)), key_ranges.ranges.contiguous(), *wide)
+    inputs = (grad, *map(_unit_stride, (q, k, v)), _ranges(key_ranges), *wide)
     _run("attention_backward", inputs, (dq, dk, dv), (D**-0.5 if scale is None else scale,))
     return dq, dk, dv
+
+
+def _ranges(key_ranges: KeyRanges) -> Tensor:
+    """The ranges, which ``place_ranges`` made a tensor."""
+    return cast(Tensor, key_ranges.ranges).contiguous()
 
 
 def _unit_stride(x: Tensor) -> Tensor:
