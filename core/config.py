@@ -293,7 +293,7 @@ class HealthConfig:
     window: int = option(50, help="steps in the running median", min=2)
 
 
-IMPLEMENTATIONS = ("auto", "composite", "cpp", "triton", "cann", "torch")
+IMPLEMENTATIONS = ("auto", "composite", "cpp", "amx", "triton", "cann", "torch")
 
 
 def _kernel(what: str) -> str:
@@ -305,8 +305,8 @@ def _kernel(what: str) -> str:
 class KernelsConfig:
     """Which implementation serves an operator; "auto" takes the best of the device (kernels/dispatch.py).
 
-    composite: the framework's plain operators; cpp: kernels/cpu; triton: kernels/triton; cann: Ascend's own; torch:
-    PyTorch's own fused operators.
+    composite: the framework's plain operators; cpp: kernels/cpu; amx: kernels/cpu with float32 products in matrix
+    tiles; triton: kernels/triton; cann: Ascend's own; torch: PyTorch's own fused operators.
     """
 
     linear: str = _kernel("matrix products with their biases")

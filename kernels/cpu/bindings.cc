@@ -12,6 +12,8 @@ extern "C" {
 int tele_kernel(const char *name, int *inputs, int *outputs, int *scalars);
 void tele_run(int number, const View *in, const View *out, const double *scalars);
 void tele_set_threads(int threads);
+int tele_has_split();
+void tele_refuse_split(int refuse);
 }
 
 namespace {
@@ -102,5 +104,7 @@ std::tuple<int, int, int, int> find(const std::string &name) {
 PYBIND11_MODULE(MS_EXTENSION_NAME, m) {
   m.def("run", &run, "outputs of a kernel by its number");
   m.def("find", &find, "number (-1: unknown), and counts of inputs, outputs and scalars of a kernel");
+  m.def("has_split", [] { return tele_has_split() != 0; }, "whether float32 products can use matrix tiles");
+  m.def("refuse_split", [](bool refuse) { tele_refuse_split(refuse); }, "float32 products without matrix tiles");
   m.def("set_threads", &tele_set_threads, "maximum threads of a kernel; 0: OMP_NUM_THREADS, or one per processor");
 }

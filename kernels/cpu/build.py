@@ -37,6 +37,7 @@ KERNELS = (
     "attention.cc",
     "paged.cc",
     "matmul.cc",
+    "split_matmul.cc",
     "linear.cc",
     "rows.cc",
 )

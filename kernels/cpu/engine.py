@@ -6,6 +6,7 @@ import ctypes
 import functools
 import os
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import ml_dtypes
@@ -68,6 +69,9 @@ class MindSporeEngine:
     def set_threads(self, threads: int) -> None:
         self._module.set_threads(threads)
 
+    def refuse_split(self, refuse: bool) -> None:
+        self._module.refuse_split(refuse)
+
 
 class View(ctypes.Structure):
     """struct View of kernel.h."""
@@ -123,6 +127,9 @@ class NumpyEngine:
     def set_threads(self, threads: int) -> None:
         self._library.tele_set_threads(threads)
 
+    def refuse_split(self, refuse: bool) -> None:
+        self._library.tele_refuse_split(refuse)
+
 
 class Call:
     """Prepared call of a kernel on memory by address, for contiguous tensors of a framework without an engine.
@@ -159,6 +166,7 @@ Engine: TypeAlias = MindSporeEngine | NumpyEngine
 
 _engines: dict[str, Engine] = {}
 _threads: list[int] = []  # the limit set by limit_threads, applied to engines made later
+_refused: list[bool] = []  # the choice of choose_split, likewise
 
 
 def engine_of(x: Array) -> Engine:
@@ -168,6 +176,8 @@ def engine_of(x: Array) -> Engine:
         _engines[kind] = NumpyEngine() if kind == "numpy" else MindSporeEngine()
         for threads in _threads:
             _engines[kind].set_threads(threads)
+        for refuse in _refused:
+            _engines[kind].refuse_split(refuse)
     return _engines[kind]
 
 
@@ -181,3 +191,25 @@ def limit_threads(threads: int) -> None:
     _threads[:] = [threads]
     for engine in _engines.values():
         engine.set_threads(threads)
+
+
+def choose_split(split: bool) -> None:
+    """Whether float32 products of this process use matrix tiles, where there are any (kernels/cpu/split_matmul.cc)."""
+    _refused[:] = [not split]
+    for engine in _engines.values():
+        engine.refuse_split(not split)
+
+
+def tiles_obstacle(kind: str) -> str:
+    """Why the library of ``kind`` ("numpy", "mindspore") cannot use matrix tiles here, a clause; empty where it can.
+
+    Raises BuildError where the library cannot be compiled, which on a processor without tiles is not tried.
+    """
+    try:
+        features = Path("/proc/cpuinfo").read_text().split()
+    except OSError:
+        features = []
+    if not {"amx_bf16", "amx_tile", "avx512bw"} <= set(features):
+        return "the processor has no AMX tiles of bfloat16"
+    granted = load_extension().has_split() if kind == "mindspore" else load_plain().tele_has_split()
+    return "" if granted else "the system does not grant AMX tiles, or the compiler does not know them"

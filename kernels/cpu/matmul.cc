@@ -1,9 +1,10 @@
-// float32 matrix products by the blocking of BLIS (Van Zee and van de Geijn, 2015).
+// float32 matrix products by multiply-adds, in the blocking of BLIS (Van Zee and van de Geijn, 2015); split_matmul.cc
+// computes them where the processor has matrix tiles.
 //
 // B [k, n] is packed into panels [depth][kColumns] in the order of use, which makes a transposed operand free; the bias
 // is the initial value of the sums. A is packed too, into panels [depth][kRows], because rows a power of two apart
 // evict each other from the cache, unless C is too narrow to amortise the copy.
-#include "kernel.h"
+#include "matmul.h"
 #include "vec.h"
 
 namespace {
@@ -16,21 +17,7 @@ constexpr int64_t kWorthCopying = 8;    // strips of C from which on packing A p
 constexpr int64_t kDepth = 192;         // steps of k per pass: a panel of B (24 KiB with AVX-512) stays in L1
 constexpr int64_t kBlock = 32 * kRows;  // rows of A per pass: the packed block (288 KiB with AVX-512) stays in L2
 
-// A buffer kept between calls: page faults on fresh memory cost as much as the packing.
-struct Buffer {
-  float *room(size_t size) {
-    if (held.size() < size + W) held.resize(size + W);
-    const auto at = reinterpret_cast<uintptr_t>(held.data());
-    return held.data() + (-at % (W * sizeof(float))) / sizeof(float);
-  }
-  Floats held;
-};
-thread_local Buffer packed_a, packed_b;
-
-struct Operand {
-  const float *data;
-  int64_t row, column;  // strides
-};
+thread_local FloatBuffer packed_a, packed_b;
 
 // Rows [first, first + rows) and k [from, from + depth) of A as panels [rows / kRows][depth][kRows], zero-padded.
 void pack_a(const Operand &a, int64_t first, int64_t rows, int64_t from, int64_t depth, float *to) {
@@ -100,6 +87,7 @@ inline void tile(int64_t depth, const float *a, int64_t a_row, int64_t a_column,
 // k, strips of columns (B panel in L1), tiles of kRows rows (C in registers).
 void product(int64_t m, int64_t n, int64_t k, const Operand &a, const Operand &b, const float *bias, float *c,
              bool add = false) {
+  if (split_serves()) return split_product(m, n, k, a, {b.data, b.column, b.row}, bias, c, add);
   const int64_t strips = (n + kColumns - 1) / kColumns;
   float *panels = packed_b.room(strips * kColumns * k);
   const int64_t depths = (k + kDepth - 1) / kDepth;

@@ -24,7 +24,7 @@ from telechat_twins.kernels.mindspore import composite as composite
 from telechat_twins.kernels.mindspore.keys import Keys as Keys
 from telechat_twins.kernels.mindspore.private import recording
 
-_WITHOUT_FLOAT64 = ("cpp", "cann")
+_WITHOUT_FLOAT64 = ("cpp", "amx", "cann")
 
 _choices: dict[str, Choice] = {}
 _modules: dict[str, ModuleType | None] = {}
@@ -38,6 +38,10 @@ def select(wanted: Mapping[str, str] | None = None, device: str | None = None) -
     """
     device = device or ("Ascend" if rehearsing() else str(ms.get_context("device_target")))
     found = choose(candidates(device), wanted or {}, device)
+    if device == "CPU":
+        from telechat_twins.kernels.cpu.engine import choose_split
+
+        choose_split(found["linear"].implementation == "amx")
     _choices.clear()
     _choices.update(found)
     _modules.clear()
@@ -61,7 +65,9 @@ def candidates(device: str) -> dict[str, list[Candidate]]:
     for name in KERNEL_OPERATORS:
         plain = Candidate("composite")
         if device == "CPU":
-            table[name] = [Candidate("cpp", _cpp_obstacle()), plain]
+            cpp = Candidate("cpp", _cpp_obstacle())
+            tiles = [Candidate("amx", cpp.obstacle or _tiles_obstacle())] if name == "linear" else []
+            table[name] = [*tiles, cpp, plain]
         elif device == "Ascend":
             from telechat_twins.kernels.ascend.ops import CANN_OPERATORS
 
@@ -69,6 +75,12 @@ def candidates(device: str) -> dict[str, list[Candidate]]:
         else:
             table[name] = [plain]
     return table
+
+
+def _tiles_obstacle() -> str:
+    from telechat_twins.kernels.cpu.engine import tiles_obstacle
+
+    return tiles_obstacle("mindspore")
 
 
 def _cpp_obstacle() -> str:
@@ -82,7 +94,7 @@ def _cpp_obstacle() -> str:
 
 
 def _module(implementation: str) -> ModuleType | None:
-    if implementation == "cpp":
+    if implementation in ("cpp", "amx"):
         from telechat_twins.kernels.cpu import ops as cpp
 
         return cpp

@@ -1,8 +1,8 @@
 """Operators of the PyTorch backend: argument checks, gradients, and the selection of their implementations.
 
     device  implementations, best first
-    CPU     torch (PyTorch's fused kernels, and blocked passes that stay in cache: cpu.py), composite; attention first
-            by cpp (kernels/cpu by address: attention_in_cpp.py)
+    CPU     amx (products in matrix tiles: tiles.py), cpp (attention: kernels/cpu by address, attention_in_cpp.py), torch
+            (PyTorch's fused kernels, and blocked passes that stay in cache: cpu.py), composite
     GPU     triton, torch (PyTorch's fused operators: native.py), composite
     NPU     cann (npu.py), triton, composite
 
@@ -47,6 +47,9 @@ from telechat_twins.kernels.pytorch import (
     native as torch_native,
 )
 from telechat_twins.kernels.pytorch import (
+    tiles as torch_tiles,
+)
+from telechat_twins.kernels.pytorch import (
     weights as torch_weights,
 )
 
@@ -71,6 +74,7 @@ def select(wanted: Mapping[str, str] | None = None, device: str | None = None) -
     if kind not in DEVICES:
         raise ValueError(f"device: got {kind!r}, needs one of {', '.join(DEVICES)}")
     _state["choices"] = choose(candidates(kind), wanted or {}, DEVICES[kind])
+    torch_tiles.choose(_state["choices"]["linear"].implementation == "amx")
     return _state["choices"]
 
 
@@ -82,8 +86,10 @@ def choices() -> dict[str, Choice]:
 def described(dtype: torch.dtype = torch.float32) -> list[str]:
     """Implementations of this process for tensors of ``dtype`` with reasons, one line each."""
     found = choices()
-    if dtype == torch.float64 and found["attention"].implementation == "cpp":
-        found = {**found, "attention": Choice("attention", "torch", "cpp has no float64")}
+    if dtype == torch.float64:
+        for name in ("attention", "linear"):
+            if (used := found[name].implementation) in ("cpp", "amx"):
+                found = {**found, name: Choice(name, "torch", f"{used} has no float64")}
     return describe(found, _WITHOUT_FLOAT64 if dtype == torch.float64 else ())
 
 
@@ -104,7 +110,8 @@ def _candidates(operator: str, kind: str) -> list[Candidate]:
     if kind == "cpu":
         without = "" if operator != "linear" or private.has_mkldnn_linear() else "this PyTorch has no oneDNN"
         compiled = [Candidate("cpp", attention_in_cpp.obstacle())] if operator == "attention" else []
-        return [*compiled, Candidate("torch", without), composite]
+        tiles = [Candidate("amx", torch_tiles.obstacle())] if operator == "linear" else []
+        return [*compiled, *tiles, Candidate("torch", without), composite]
     if operator in _ALWAYS_TORCH:
         return [Candidate("torch"), composite]
     triton = Candidate("triton", "" if importlib.util.find_spec("triton") else "triton is not installed")
@@ -134,6 +141,8 @@ def serving(operator: str, x: Tensor) -> ModuleType:
         return torch_composite
     if implementation == "cpp" and x.dtype in attention_in_cpp.SERVED:
         return attention_in_cpp
+    if implementation == "amx":
+        return torch_tiles
     return torch_cpu if x.device.type == "cpu" else torch_native
 
 
@@ -158,10 +167,11 @@ def linear(
         return torch_weights.linear(x, weight, bias)
     weight = weight.to(compute)
     torch_checks.linear(x, weight, bias)
-    if serving("linear", x) is torch_cpu:
+    package = serving("linear", x)
+    if package in (torch_cpu, torch_tiles):
         if not torch.is_grad_enabled():
-            return torch_cpu.linear(x, weight, bias)
-        return torch_autograd.Linear.apply(torch_cpu, x, weight, bias, again)
+            return package.linear(x, weight, bias)
+        return torch_autograd.Linear.apply(package, x, weight, bias, again)
     return torch_composite.linear(x, weight, bias)
 
 

@@ -17,8 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from telechat_twins.kernels.int8 import Int8
-from telechat_twins.kernels.pytorch import cpu as torch_cpu
 from telechat_twins.kernels.pytorch import private
+from telechat_twins.kernels.pytorch import tiles as torch_tiles
 
 if TYPE_CHECKING:
     from telechat_twins.kernels.cpu.engine import View
@@ -164,7 +164,7 @@ def several(x: Tensor, matrices: Sequence[Matrix], biases: Sequence[Tensor | Non
 
 def _many_rows(x: Tensor, weight: Tensor | Int8, bias: Tensor | None) -> Tensor:
     if isinstance(weight, Tensor):
-        return torch_cpu.linear(x, weight, bias)
+        return torch_tiles.linear(x, weight, bias)
     values, factors = weight
     # Integers up to 127 are exact in every dtype; the factor of an output channel multiplies its sum.
     out = F.linear(x, values.to(x.dtype)).to(factors.dtype) * factors

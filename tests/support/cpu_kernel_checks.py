@@ -17,6 +17,7 @@ from telechat_twins.core.parity.bounds import relative_frobenius
 from telechat_twins.kernels import reference
 from telechat_twins.kernels.adamw import AdamWStep
 from telechat_twins.kernels.cpu import ops
+from telechat_twins.kernels.cpu.products import matmul_add
 from tests.support.cpu_attention_checks import attention, pages, ring
 from tests.support.cpu_kernel_limits import F32, HALF, UNIT, UNITS, WIDTHS, Finding, judged
 
@@ -275,6 +276,30 @@ def products(rng: np.random.Generator) -> Iterator[Finding]:
                         yield judged(name, ops.matmul_bf16(*given, F32, turn_a, turn_w), plain)
 
 
+def hard_products(rng: np.random.Generator) -> Iterator[Finding]:
+    """float32 products element by element, relative to |a| |w|: rows of scales far apart, sums that cancel, the largest
+    numbers, long sums, a row that is not finite, and a product added to a matrix."""
+    for m, n, k, turned in ((40, 70, 100, False), (33, 35, 2200, True)):
+        a, w = (rng.normal(size=(rows, k)) * 10.0 ** rng.uniform(-14, 14, (rows, 1)) for rows in (m, n))
+        half = k // 2
+        a[::2, half:], w[::2, half:] = -a[::2, :half], w[::2, :half] * (1 + 2.0**-16)
+        a[1, ::3], a[2] = 3.4e38, np.inf
+        w[1] = rng.normal(size=k) * 1e-6
+        a, w, c = a.astype(np.float32), w.astype(np.float32), rng.normal(size=(m, n)).astype(np.float32)
+        given = [np.ascontiguousarray(x.T) for x in (a, w)] if turned else [a, w]
+        got, added = ops.matmul(*given, None, turned, turned), matmul_add(c.copy(), a, given[1], turned)
+        assert not np.isfinite(got[2]).any(), "a row with infinities: finite"
+        rows = [i for i in range(m) if i != 2]
+        wide_a, wide_w = a[rows].astype(np.float64), w.astype(np.float64)
+        truth, size = wide_a @ wide_w.T, abs(wide_a) @ abs(wide_w).T
+        seen = size < 1e38  # the others are beyond float32
+        # Adding to a matrix rounds at the matrix's size with every term.
+        wide_c, limit = c[rows].astype(np.float64), UNITS * UNIT[F32]
+        for name, result, begin, most in (("", got, 0.0, limit), (" added", added, wide_c, limit * k**0.5 / 2)):
+            error = abs(result[rows] - (truth + begin))[seen] / (size + abs(begin))[seen]
+            yield f"hard product {(m, n, k)}{name}", float(np.nan_to_num(error, nan=np.inf).max()), most
+
+
 def few_rows(rng: np.random.Generator, dtype: np.dtype = F32) -> Iterator[Finding]:
     """Products of few rows: the matrix in their dtype; in int8 with a factor for each output, and the rows rounded."""
     sizes = ((1, 1, 1), (2, 3, 5), (3, 16, 16), (5, 33, 17), (8, 70, 131), (13, 100, 512), (32, 31, 200))
@@ -319,6 +344,7 @@ CHECKS: dict[str, Callable[[np.random.Generator], Iterator[Finding]]] = {
     "loss": loss,
     "rows and updates": rows_and_updates,
     "products": products,
+    "hard products": hard_products,
     "few rows": few_rows,
     "pages": pages,
     **{

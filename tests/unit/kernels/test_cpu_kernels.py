@@ -28,7 +28,7 @@ pytestmark = pytest.mark.skipif(build.compiler() is None, reason="no C++ compile
 
 PRODUCTS_ONLY = ("-mno-amx-tile", "-mno-amx-tile -mno-avx512bf16")
 # A fifth of the time that all of them take to compile.
-PRODUCTS = ("registry.cc", "pool.cc", "matmul.cc", "linear.cc", "attention.cc")
+PRODUCTS = ("registry.cc", "pool.cc", "matmul.cc", "split_matmul.cc", "linear.cc", "attention.cc")
 
 
 @pytest.fixture(scope="module", params=[*PRODUCTS_ONLY, "-mno-avx512f", "as many instructions as there are"])
@@ -46,7 +46,7 @@ def instructions(request: pytest.FixtureRequest) -> Iterator[str]:
 
 @pytest.mark.parametrize("name", checks.CHECKS)
 def test_kernels_equal_their_definitions(instructions: str, name: str) -> None:
-    if instructions in PRODUCTS_ONLY and not name.startswith(("products", "attention")):
+    if instructions in PRODUCTS_ONLY and not name.startswith(("products", "hard products", "attention")):
         pytest.skip("only products and attention use these instructions")
     assert checks.broken(name) == []
 
@@ -150,7 +150,21 @@ def one_scale_for_the_row(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ops, "linear_rows", faulty)
 
 
+def drop_term(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without the product of the second bfloat16 part of a and the first of w."""
+    real = ops.matmul
+
+    def faulty(a: Any, w: Any, bias: Any = None, turn_a: bool = False, turn_w: bool = False) -> Any:
+        a = np.where(np.isfinite(a), a, 0.0).astype(F32)
+        rounded = a.astype(ml_dtypes.bfloat16).astype(F32)
+        second, first = ((x.astype(ml_dtypes.bfloat16).astype(F32)) for x in (a - rounded, w))
+        return real(a, w, bias, turn_a, turn_w) - real(second, first, None, turn_a, turn_w)
+
+    monkeypatch.setattr(ops, "matmul", faulty)
+
+
 FAULTS = {
+    "a dropped term of a product in parts": ("hard products", drop_term),
     "a wrong log-sum-exp": ("attention", spoil_lse),
     "a wrong log-sum-exp in a ring": ("ring", spoil_lse),
     "a range one short": ("attention", shift_range),
