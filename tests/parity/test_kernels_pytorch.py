@@ -351,6 +351,29 @@ def test_adamw_with_scale_and_copy(package: ModuleType) -> None:
         assert broken({**got, "master": late}, define)
 
 
+@pytest.mark.skipif(bool(torch_tiles.obstacle()), reason="without AMX tiles, torch serves")
+def test_linear_in_tiles() -> None:
+    """Passed by address: each gradient by itself, dy strided; the second call reuses the first."""
+    pytorch.select()
+    assert pytorch.serving("linear", q4) is torch_tiles
+    for seed in (0, 1):
+        x, weight, bias, grad = (draw(*shape, seed=seed) for shape in ((2, 13, 70), (40, 70), (40,), (2, 40, 13)))
+
+        def define(dtype: type, given: tuple[np.ndarray, ...] = (x, weight, bias, grad)) -> Arrays:
+            a, w, b, g = (t.astype(dtype) for t in given)
+            dx, dw, db = reference.linear_backward(g.swapaxes(1, 2), a, w)
+            return {"out": reference.linear(a, w, b), "dx": dx, "dw": dw, "db": db}
+
+        inputs = [tensor(t).requires_grad_() for t in (x, weight, bias)]
+        out = pytorch.linear(*inputs, torch.float32)
+        out.backward(tensor(grad).transpose(1, 2))
+        named = zip(("dx", "dw", "db"), inputs, strict=True)
+        got = numpy_of(out=out.detach(), **{name: t.grad for name, t in named if t.grad is not None})
+        assert len(got) == 4 and not broken(got, define)
+        got["dw"][-1] *= 1 + 1e-3
+        assert broken(got, define)
+
+
 @pytest.mark.parametrize("package", PACKAGES.values(), ids=PACKAGES)
 def test_linear_and_embedding(package: ModuleType) -> None:
     x, weight, bias, grad = draw(2, 13, 37), draw(29, 37, seed=1), draw(29, seed=2), draw(2, 13, 29, seed=3)
