@@ -1,8 +1,8 @@
 """Operators of the PyTorch backend: argument checks, gradients, and the selection of their implementations.
 
     device  implementations, best first
-    CPU     amx (products in matrix tiles: tiles.py), cpp (attention: kernels/cpu by address, attention_in_cpp.py), torch
-            (PyTorch's fused kernels, and blocked passes that stay in cache: cpu.py), composite
+    CPU     amx (products in matrix tiles: tiles.py), cpp (attention: kernels/cpu by address, attention_in_cpp.py),
+            torch (PyTorch's fused kernels, and blocked passes that stay in cache: cpu.py), composite
     GPU     triton, torch (PyTorch's fused operators: native.py), composite
     NPU     cann (npu.py), triton, composite
 
