@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from telechat_twins.convert.mindformers.source import MODEL, Known, MindFormersSource, is_mindformers_name
-from telechat_twins.convert.source import ModelSource, open_model
 from telechat_twins.core.errors import UserError
 from telechat_twins.core.files.atomic import standing
 from telechat_twins.core.files.safetensors import SafetensorsFile, load_json
 from telechat_twins.core.model.config import ModelConfig
+
+# The readers of models are imported when one is opened: most runs begin without, and the imports take half a second.
+if TYPE_CHECKING:
+    from telechat_twins.convert.source import ModelSource
 
 
 def open_initial(path: str | Path, model: ModelConfig | None = None) -> ModelSource:
@@ -18,6 +21,9 @@ def open_initial(path: str | Path, model: ModelConfig | None = None) -> ModelSou
     ``model``: the run's own, for a MindFormers checkpoint that does not say which model it is. Headers and sizes are
     checked, ``verify`` hashes. UserError says what is wrong with the folder.
     """
+    from telechat_twins.convert.mindformers.source import MODEL, Known, MindFormersSource
+    from telechat_twins.convert.source import open_model
+
     path = standing(Path(path))
     if not path.exists():
         raise UserError(
@@ -38,6 +44,8 @@ def open_initial(path: str | Path, model: ModelConfig | None = None) -> ModelSou
 
 def is_mindformers(path: Path) -> bool:
     """Whether a folder (or file) holds weights under MindFormers' names, or in its folders of ranks."""
+    from telechat_twins.convert.mindformers.source import MODEL, is_mindformers_name
+
     if path.is_file():
         return path.suffix in (".ckpt", ".safetensors")
     if not path.is_dir() or (path / "manifest.json").is_file() or (path / "latest").is_file():
