@@ -23,6 +23,7 @@ from telechat_twins.core.files.protobuf import fields
 SPACE = "\u2581"  # what SentencePiece writes for a space
 _CODES = 0x110000
 _LETTERS = 30_000  # different characters in pieces of several: 112 MB of bits for their pairs
+_TRIAL, _RETRY = 1 << 14, 1 << 22  # characters by which a way of encoding is judged, and after which it is again
 _WINDOW = 4096  # characters at the end of a text that are looked at first
 
 # Of sentencepiece_model.proto: ModelProto, TrainerSpec, NormalizerSpec.
@@ -106,23 +107,29 @@ class Cutter:
 
     def words(self, text: str) -> list[str]:
         """``text`` as parts that encode one by one."""
+        return _parts(text, self._places(text).tolist())
+
+    def stretches(self, text: str, size: int) -> list[str]:
+        """``text`` as parts of about ``size`` characters that encode one by one."""
         places = self._places(text)
-        return [text[begin:end] for begin, end in zip([0, *places], [*places, len(text)], strict=True)]
+        at = np.unique(np.searchsorted(places, np.arange(size, len(text), size)))
+        return _parts(text, places[at[at < len(places)]].tolist())
 
     def last(self, text: str) -> int:
         """The last place at which ``text`` may be cut; 0 without one."""
         size = _WINDOW
         while True:
             begin = max(0, len(text) - size)
-            if places := self._places(text[begin:]):
-                return begin + places[-1]
+            places = self._places(text[begin:])
+            if len(places):
+                return begin + int(places[-1])
             if not begin:
                 return 0
             size *= 16
 
-    def _places(self, text: str) -> list[int]:
+    def _places(self, text: str) -> np.ndarray:
         if len(text) < 2:
-            return []
+            return np.zeros(0, np.int64)
         codes = _codes(text)
         numbers = self._number[codes]
         pairs = numbers[:-1].astype(np.int64) * self._width + numbers[1:]
@@ -130,8 +137,38 @@ class Cutter:
         if self._known is not None:
             certain = self._known[codes]
             free &= certain[:-1] | certain[1:]
-        found: list[int] = (np.flatnonzero(free) + 1).tolist()
-        return found
+        return np.flatnonzero(free) + 1
+
+
+def _parts(text: str, places: list[int]) -> list[str]:
+    return [text[begin:end] for begin, end in zip([0, *places], [*places, len(text)], strict=True)]
+
+
+class Paces:
+    """Which of several ways of encoding is fastest on the texts at hand: the time of each a character, and now and then
+    a text for one that was slower, because memory of words grows and texts change. All have the same result."""
+
+    def __init__(self, ways: int) -> None:
+        self._seconds, self._characters = [0.0] * ways, [0] * ways
+        self._since = 0  # characters since a slower way was tried
+
+    def choose(self) -> int:
+        for way, characters in enumerate(self._characters):
+            if characters < _TRIAL:
+                return way
+        rates = [s / c for s, c in zip(self._seconds, self._characters, strict=True)]
+        best = rates.index(min(rates))
+        if self._since < _RETRY:
+            return best
+        self._since = 0
+        other = (best + 1) % len(rates)
+        self._seconds[other], self._characters[other] = 0.0, 0  # what it was like before the last texts
+        return other
+
+    def took(self, way: int, characters: int, seconds: float) -> None:
+        self._characters[way] += characters
+        self._seconds[way] += seconds
+        self._since += characters
 
 
 def make_cutter(specs: Specs, pieces: Sequence[str]) -> Cutter | None:
