@@ -62,7 +62,9 @@ def pack_text(
     tokens = [file for file in files if form_of(file).name == TOKENS]
     if tokens and add_bos:
         raise UserError(f"{tokens[0]}: holds token ids, which are taken as they are; leave --bos out")
-    bos, eos = [tokenizer.bos_token_id] if add_bos else [], [tokenizer.eos_token_id]
+    none = np.zeros(0, np.int64)
+    bos = np.array([tokenizer.bos_token_id], np.int64) if add_bos else none
+    eos = np.array([tokenizer.eos_token_id], np.int64)
     with (
         PackedWriter(out, tokenizer, "text", force) as writer,
         progress_bar("tokenizing", total_bytes(files), quiet) as bar,
@@ -77,10 +79,8 @@ def pack_text(
         for part in encode_blocks(blocks, tokenizer, threads):
             if part.first:
                 writer.start_document()
-                writer.add_tokens(bos)
-            writer.add_tokens(part.ids, part.where)
-            if part.last:
-                writer.add_tokens(eos)
+            ids = (bos if part.first else none, part.ids, eos if part.last else none)
+            writer.add_tokens(np.concatenate(ids), part.where)
         unended = _copy_tokens(tokens, writer, tokenizer, bar)
         facts = {"inputs": len(files), "add_bos": add_bos, **noticed(reading)}
         return writer.finish({**facts, "documents_without_end": unended} if tokens else facts)
