@@ -165,6 +165,13 @@ class Paces:
         self._seconds[other], self._characters[other] = 0.0, 0  # what it was like before the last texts
         return other
 
+    def texts(self, texts: Sequence[str]) -> int:
+        """How many of ``texts`` the way just chosen is to have: all, or enough to judge it by."""
+        if min(self._characters) >= _TRIAL:
+            return len(texts)
+        sizes = np.cumsum([len(text) for text in texts])
+        return min(len(texts), int(np.searchsorted(sizes, _TRIAL)) + 1)
+
     def took(self, way: int, characters: int, seconds: float) -> None:
         self._characters[way] += characters
         self._seconds[way] += seconds

@@ -242,12 +242,15 @@ class SentencePieceTokenizer:
     def _encode_cut(self, texts: Sequence[str], cutter: Cutter) -> list[np.ndarray]:
         """int32 ids of texts that have their spaces in front, in the way that is fastest for such texts: word by word
         where words come again, in stretches where most are new (Chinese)."""
-        way, started = self._paces.choose(), time.perf_counter()
-        if way == 0:
-            found = [self._encode_words(text, cutter) for text in texts]
-        else:
-            found = self._encode_stretches(texts, cutter)
-        self._paces.took(way, sum(map(len, texts)), time.perf_counter() - started)
+        found: list[np.ndarray] = []
+        while len(found) < len(texts):
+            way, started = self._paces.choose(), time.perf_counter()
+            some = texts[len(found) : len(found) + self._paces.texts(texts[len(found) :])]
+            if way == 0:
+                found += [self._encode_words(text, cutter) for text in some]
+            else:
+                found += self._encode_stretches(some, cutter)
+            self._paces.took(way, sum(map(len, some)), time.perf_counter() - started)
         return found
 
     def _encode_stretches(self, texts: Sequence[str], cutter: Cutter) -> list[np.ndarray]:
