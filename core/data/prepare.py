@@ -132,14 +132,12 @@ def pack_dialogues(
 
     ``variant`` is one of core.data.sft.VARIANTS; ``template`` applies to "deepspeed", ``shuffle_seed`` and
     ``start_token`` to "mindformers", ``layout`` (of the model's chats; None: TeleChat2's) to "plain". ``reading`` has
-    the options of rows and receives what is noticed in them. DeepSpeed sequences are stored cut to ``seq_len``, as the
-    released collator cuts them. Load the tokenizer with ``in_vocabulary=True``: an id outside the vocabulary is refused
-    here.
+    the options of rows and receives what is noticed. DeepSpeed sequences are stored cut to ``seq_len``, as the released
+    collator cuts them. Load the tokenizer with ``in_vocabulary=True``: an id outside the vocabulary is refused here.
     """
     files = _dialogue_files(inputs, variant, seq_len)
     counts = Counts()
     reading = reading if reading is not None else Reading()
-    spool = Path(out).absolute().parent
     # The DeepSpeed pipeline groups by system text, so it reads every row once to see it and once to use it.
     passes = 2 if variant == "deepspeed" else 1
     with (
@@ -153,12 +151,12 @@ def pack_dialogues(
                 for where, row in read_rows(file, bar.update, encoding)
             )
             sequences = plain_sequences(rows, tokenizer, seq_len, counts, layout)
-        elif variant == "deepspeed":
-            indexed = DialogueFile(files, bar.update, (), reading, encoding, spool)
-            sequences = _deepspeed(indexed, tokenizer, seq_len, template, counts)
         else:
-            indexed = DialogueFile(files, bar.update, (), reading, encoding, spool)
-            sequences = mindformers_packs(indexed, tokenizer, seq_len, shuffle_seed, start_token, counts)
+            indexed = DialogueFile(files, bar.update, (), reading, encoding, Path(out).absolute().parent)
+            if variant == "deepspeed":
+                sequences = _deepspeed(indexed, tokenizer, seq_len, template, counts)
+            else:
+                sequences = mindformers_packs(indexed, tokenizer, seq_len, shuffle_seed, start_token, counts)
         for number, sequence in enumerate(sequences):
             writer.add_sequence(sequence.ids, sequence.loss_mask, sequence.starts, f"sequence {number}")
         return writer.finish(
