@@ -144,7 +144,7 @@ def call(python: str, *words: str) -> None:
 def same_tensors(exported: Path, file: Path) -> int:
     """Count the tensors of a GGUF file, all of which must be exported ones; rows of queries and keys are permuted there
     within a head. RuntimeError for one that differs."""
-    model, stored = open_model(exported), np.load(file)
+    model, stored = open_model(exported), np.load(file, allow_pickle=False)
     expected = {name: array.astype(np.float32) for name, array in model.logical()}
     left = [np.sort(array.ravel()) for array in expected.values()]
     for name in stored.files:
@@ -173,7 +173,7 @@ def main() -> int:
         out, file, words = str(args.folder / f"{name}.npy"), str(args.folder / f"{name}.gguf"), json.dumps(ids)
         if args.vllm:
             call(args.vllm, "-c", VLLM, str(folder), words, out)
-            good &= judge("vLLM", name, np.load(out), truth)
+            good &= judge("vLLM", name, np.load(out, allow_pickle=False), truth)
         if args.gguf:
             call(args.gguf, args.converter, str(folder), "--outfile", file, "--outtype", "f32")
             call(args.gguf, "-c", GGUF, file, file + ".npz")
@@ -185,7 +185,7 @@ def main() -> int:
                 key, source, file = "llama.rope.scaling.attn_factor", file, file + ".scaled.gguf"
                 call(args.gguf, "-c", ATTN_FACTOR, source, file, key, str(rope["attn_factor"]))
             call(args.llama_cpp, "-c", LLAMA_CPP, file, words, out, str(VOCAB_SIZE))
-            good &= judge("llama.cpp", name, np.load(out), truth)
+            good &= judge("llama.cpp", name, np.load(out, allow_pickle=False), truth)
     return int(not good)
 
 
