@@ -117,11 +117,12 @@ def build(name: str, sources: Sequence[str], cflags: Sequence[str], ldflags: Seq
 
 
 @contextlib.contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """Exclusive file lock, released by the operating system when its holder dies."""
+def _locked(path: Path, wait: bool = True) -> Iterator[None]:
+    """Exclusive file lock, released by the operating system when its holder dies. Without ``wait``, BlockingIOError
+    where another process has it."""
     lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+        fcntl.flock(lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         yield
     finally:
         os.close(lock)
@@ -176,10 +177,11 @@ def _python_include() -> str:
 
 
 def _forget_old(cache: Path, name: str) -> None:
-    """Remove all but the most recently used libraries."""
+    """Remove all but the most recently used libraries, and leave alone what another process is compiling."""
     folders = sorted(cache.glob(f"{name}-*"), key=lambda folder: folder.stat().st_mtime, reverse=True)
     for folder in folders[_KEPT:]:
-        shutil.rmtree(folder, ignore_errors=True)
+        with contextlib.suppress(OSError), _locked(folder / "lock", wait=False):
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def main() -> int:
