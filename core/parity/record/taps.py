@@ -149,14 +149,14 @@ class Taps(Generic[T]):
     def row_parallel(self, run: Method) -> Method:
         """The layers ``o`` and ``down``, on one rank or on several; other linear layers pass."""
 
-        def wrapped(layer: object, x: T, dropped: T | None = None) -> T:
+        def wrapped(layer: object, x: T, *more: Any) -> T:
             name = self._names.get(id(layer), "")
             group, _, last = name.rpartition(".")
             if last not in BEFORE:
-                other: T = run(layer, x, dropped)
+                other: T = run(layer, x, *more)
                 return other
             self._tap(f"{group}.{BEFORE[last]}", x)
-            out: T = run(layer, x, dropped)
+            out: T = run(layer, x, *more)
             self._tap(name, out)
             return out
 
