@@ -12,7 +12,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import resource
 import signal
 import statistics
 import subprocess
@@ -27,6 +26,7 @@ from telechat_twins.core import backends
 from telechat_twins.core.config import RunConfig, run_config_from_dict
 from telechat_twins.core.errors import UserError
 from telechat_twins.core.files import IMPORT_ROOT
+from telechat_twins.core.launch.memory import largest_resident
 from telechat_twins.core.launch.worker import die_with_parent
 from telechat_twins.core.model.batch import Batch
 from telechat_twins.core.model.config import load_model_config
@@ -216,14 +216,14 @@ def serve(argv: Sequence[str], build: Callable[[str, RunConfig], Trainer]) -> in
     """Run a worker that trains with the trainer from ``build(name, config)``."""
 
     def prepare() -> tuple[JsonObject, Handle]:
-        config, imports = bench_config(json.loads(argv[1])), _peak_bytes()
+        config, imports = bench_config(json.loads(argv[1])), largest_resident()
         trainer, done = build(argv[0], config), 0
 
         def handle(order: JsonObject) -> JsonObject:
             nonlocal config, trainer, done
             if "memory" in order:
                 device = getattr(trainer, "device_peak", lambda: 0)()
-                return {"imports": imports, "peak": _peak_bytes() - imports, "device": device}
+                return {"imports": imports, "peak": largest_resident() - imports, "device": device}
             if "options" in order:  # another model or batch from here on
                 config = bench_config(order["options"])
                 trainer, done = build(argv[0], config), 0
@@ -234,11 +234,6 @@ def serve(argv: Sequence[str], build: Callable[[str, RunConfig], Trainer]) -> in
         return trainer.implementation(), handle
 
     return answer_orders(prepare)
-
-
-def _peak_bytes() -> int:
-    """Largest resident memory of this process so far."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def main(argv: list[str]) -> int:

@@ -6,11 +6,11 @@ anyway, so its figures are those of all ranks up to the step before, and of rank
 
 from __future__ import annotations
 
-import resource
 from typing import Protocol
 
 from telechat_twins.core.config import RunConfig
 from telechat_twins.core.launch.heartbeat import open_heartbeat
+from telechat_twins.core.launch.memory import largest_resident
 from telechat_twins.core.launch.restarts import restarts_before
 from telechat_twins.core.model.flops import flops_per_token
 from telechat_twins.core.train.metrics import Row
@@ -68,7 +68,7 @@ class Meter:
 
     def _read_memory(self) -> list[float]:
         """Bytes: the largest resident set of this process so far, and Stepper.device_peak."""
-        return [resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024.0, float(self._stepper.device_peak())]
+        return [float(largest_resident()), float(self._stepper.device_peak())]
 
     def _flops_per_token(self, seq_len: int) -> float:
         if seq_len not in self._flops:
