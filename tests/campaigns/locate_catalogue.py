@@ -580,7 +580,7 @@ def _adapters(wrong: Any) -> Any:
         yield (
             ops,
             "adapted_linears",
-            lambda x, dropped, layers, compute: wrong(framework, real, x, dropped, layers, compute),
+            lambda x, dropped, layers, compute, again=None: wrong(framework, real, x, dropped, layers, compute),
         )
 
     return plant

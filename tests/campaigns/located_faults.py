@@ -183,17 +183,17 @@ def _in_linear(path: str, wrong: Wrong, layer: int, backward: bool) -> Call:
                     if module is not None:
                         names[id(module)] = f"{part}.{name}"
 
-        def run(self: Any, x: Any, dropped: Any, bias: Any) -> Any:
+        def run(self: Any, x: Any, dropped: Any, bias: Any, again: Any) -> Any:
             here = names.get(id(self), "head") == path
             active[0] = here and framework.layer == layer
             try:
-                return product(self, x, dropped, bias)
+                return product(self, x, dropped, bias, again)
             finally:
                 active[0] = False
 
-        def call(x: Any, weight: Any, bias: Any, compute: Any) -> Any:
+        def call(x: Any, weight: Any, bias: Any, compute: Any, again: Any = None) -> Any:
             if not active[0]:
-                return real(x, weight, bias, compute)
+                return real(x, weight, bias, compute, again)
             active[0] = False
             if backward:
                 return _backward_of(
@@ -205,7 +205,7 @@ def _in_linear(path: str, wrong: Wrong, layer: int, backward: bool) -> Call:
         yield model.Linear, "product", run
         yield ops, "linear", call
         if linears is not None:
-            yield ops, "linears", lambda x, dropped, *layers: tuple(one(x, dropped) for one in layers)
+            yield ops, "linears", lambda x, dropped, *layers, again=None: tuple(one(x, dropped) for one in layers)
 
     return plant
 

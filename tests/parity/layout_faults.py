@@ -187,7 +187,7 @@ def bias_added_by_every_rank(backend: str) -> Iterator[Change]:
     """The bias of a row-parallel product is added before the sum over ranks."""
     parallel = load(backend, "tensor_parallel")
 
-    def faulty(self: Any, x: Any, dropped: Any = None) -> Any:
+    def faulty(self: Any, x: Any, dropped: Any = None, again: Any = None) -> Any:
         return parallel._sum_parts(parallel.ops.linear(x, self.weight, self.bias, self.compute), self)
 
     yield parallel.RowParallel, {"ms": "construct", "pt": "forward"}[backend], faulty
