@@ -9,7 +9,7 @@ from __future__ import annotations
 from telechat_twins.core.bench.step import facts, machine, task
 from telechat_twins.core.bench.worker import TITLES, Worker, bench_config
 from telechat_twins.core.planner.memory.estimate import estimate
-from telechat_twins.core.planner.memory.executor import EXECUTORS
+from telechat_twins.core.planner.memory.executor import EXECUTORS, on_cpu
 from telechat_twins.core.types import JsonObject
 
 
@@ -20,12 +20,12 @@ def measure_memory(options: JsonObject, names: list[str], steps: int) -> JsonObj
         with Worker(name, options) as worker:
             worker.steps(steps)
             found[name] = {"implementation": worker.implementation, **worker.ask({"memory": True})}
-        found[name]["estimate"] = estimated(name, options)
+        found[name]["estimate"] = estimated(name, options, on_host=not found[name]["device"])
     return {**facts(options), "steps": steps, "contestants": found}
 
 
-def estimated(name: str, options: JsonObject) -> int | None:
-    """`tele plan`'s bytes for the step; None for a contestant that it does not describe."""
+def estimated(name: str, options: JsonObject, on_host: bool) -> int | None:
+    """`tele plan`'s bytes for the step, ``on_host``: on a CPU; None for a contestant that it does not describe."""
     if name not in EXECUTORS:
         return None
     config = bench_config(options)
@@ -36,7 +36,7 @@ def estimated(name: str, options: JsonObject) -> int | None:
         config.train.precision,
         fused_attention=True,
         micro_batches=options["micro_batches"],
-        executor=EXECUTORS[name],
+        executor=on_cpu(EXECUTORS[name]) if on_host else EXECUTORS[name],
     )
     return int(plan["memory_bytes"]["total"])
 

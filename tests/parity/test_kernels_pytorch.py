@@ -470,7 +470,7 @@ def test_choices_of_the_devices() -> None:
     assert (
         pytorch.serving("attention", q4) is attention_in_cpp and pytorch.serving("attention", q4.double()) is torch_cpu
     )
-    assert "attention (cpp has no float64)" in pytorch.described(torch.float64)
+    assert "torch: attention (cpp has no float64)" in pytorch.described(torch.float64)
     chosen = pytorch.select({"rms_norm": "composite"})
     assert pytorch.choices() is chosen and chosen["rms_norm"].reason == "requested"
     assert pytorch.serving("rms_norm", q4) is torch_composite and pytorch.serving("swiglu", q4) is torch_cpu

@@ -1,7 +1,9 @@
 """Generation with weights in 8 bits: the arithmetic of both backends against float64 over the same whole numbers.
 
-What remains is the rounding of float32, so the limits are those of weights that were not quantised. How far 8 bits lie
-from the given weights is measured, not judged: docs/generation.md has the figures, and the range is held here.
+The rows that meet an 8-bit matrix are rounded to 8 bits too, in float64 as in float32. A value within float32's
+rounding of the middle between two whole numbers goes either way, which moves logits by up to a hundredth (FLIP). In
+some of three prompts there is none, and what remains is the rounding of float32. How far 8 bits lie from the given
+weights is measured, not judged: docs/generation.md has the figures, and the range is held here.
 """
 
 from __future__ import annotations
@@ -20,11 +22,15 @@ from telechat_twins.core.inference.generation import generate
 from telechat_twins.core.inference.sampling import sampling_config
 from telechat_twins.core.model.quantize import Int8Matrix, quantizing
 from telechat_twins.core.parity.bounds import relative_frobenius
+from telechat_twins.kernels.reference import quantized_rows
 from tests.parity.test_engine_parity import CASES, LOGITS, whole_logits
 from tests.support.engine_support import Feed
 from tests.support.frameworks import BACKENDS, golden_source
 
 UNIT = {"fp32": 2.0**-24, "bf16": 2.0**-8, "fp16": 2.0**-11}
+
+
+FLIP = 2e-2  # relative, of logits
 
 
 class Whole:
@@ -39,6 +45,22 @@ class Whole:
         if isinstance(found, Int8Matrix):
             return found.values.astype(np.float64) * found.factors.astype(np.float64)[:, None]
         return found
+
+
+def judged(backend: str, source: Any, ids: list[int], monkeypatch: pytest.MonkeyPatch) -> np.ndarray:
+    """Logits of the whole numbers in float64, with rows rounded before 8-bit matrices as kernels.reference defines."""
+    ops, config = load(backend, "ops"), source.config
+    real, tied = ops.linear, config.vocab_size if config.tied_embeddings else -1
+
+    def linear(x: Any, weight: Any, bias: Any, compute: Any, again: Any = None) -> Any:
+        if weight.shape[0] != tied:
+            rounded = quantized_rows(x.detach().numpy() if backend == "pt" else x.asnumpy())
+            x = type(x)(rounded) if backend == "ms" else x.new_tensor(rounded)
+        return real(x, weight, bias, compute)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ops, "linear", linear)
+        return whole_logits(backend, config, Whole(source), ids, "fp64")
 
 
 def opened(case: str) -> Any:
@@ -60,29 +82,37 @@ def cached_rows(runner: Any, ids: list[int]) -> tuple[list[int], np.ndarray]:
     return places, np.stack(rows)
 
 
+def prompts(source: Any) -> list[list[int]]:
+    return [np.random.default_rng(n).integers(0, source.config.vocab_size, 60).tolist() for n in (5, 6, 7)]
+
+
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_logits_are_those_of_the_whole_numbers(backend: str, case: str) -> None:
-    source = opened(case)
-    ids = np.random.default_rng(5).integers(0, source.config.vocab_size, 60).tolist()
-    judge = whole_logits(backend, source.config, Whole(source), ids, "fp64")
-    places, rows = cached_rows(runner_of(backend, source), ids)
-    assert relative_frobenius(rows, judge[places]) < LOGITS
+def test_logits_are_those_of_the_whole_numbers(backend: str, case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    source, found = opened(case), []
+    runner = runner_of(backend, source)
+    for ids in prompts(source):
+        places, rows = cached_rows(runner, ids)
+        found.append(relative_frobenius(rows, judged(backend, source, ids, monkeypatch)[places]))
+    assert min(found) < LOGITS and max(found) < FLIP
     plain = whole_logits(backend, source.config, source, ids, "fp64")
-    assert 1e-3 < relative_frobenius(rows, plain[places]) < 3e-2
+    assert 1e-3 < relative_frobenius(rows, plain[places]) < 5e-2
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_half_precisions_round_as_without(backend: str, precision: str) -> None:
-    """In 16 bits the activations' rounding is what counts: at most half as much again as with plain weights."""
+    """In 16 bits the roundings of activations to 16 and to 8 bits add up: at most half as much again as their root of
+    squares."""
     source = opened("telechat2_gqa")
-    ids = np.random.default_rng(5).integers(0, source.config.vocab_size, 60).tolist()
+    ids = prompts(source)[0]
     judge = whole_logits(backend, source.config, Whole(source), ids, "fp64")
     places, rows = cached_rows(runner_of(backend, source, precision), ids)
+    _, eight = cached_rows(runner_of(backend, source), ids)
     plain = load(backend, "generate").Runner(source.config, Whole(source).tensor, 9, precision)
-    _, expected = cached_rows(plain, ids)
-    assert relative_frobenius(rows, judge[places]) < 1.5 * relative_frobenius(expected, judge[places])
+    _, sixteen = cached_rows(plain, ids)
+    parts = [relative_frobenius(found, judge[places]) for found in (eight, sixteen)]
+    assert relative_frobenius(rows, judge[places]) < 1.5 * float(np.hypot(*parts))
 
 
 def test_both_backends_choose_the_same_tokens() -> None:
@@ -99,7 +129,7 @@ def test_a_factor_for_the_whole_matrix_is_caught(monkeypatch: pytest.MonkeyPatch
     pytest.importorskip("torch")
     source = opened("telechat2_gqa")
     ids = np.random.default_rng(5).integers(0, source.config.vocab_size, 60).tolist()
-    judge = whole_logits("pt", source.config, Whole(source), ids, "fp64")
+    judge = judged("pt", source, ids, monkeypatch)
     real = quantizing(source.config, source.tensor)
 
     def faulty(name: str) -> Any:
@@ -110,7 +140,7 @@ def test_a_factor_for_the_whole_matrix_is_caught(monkeypatch: pytest.MonkeyPatch
 
     runner = load("pt", "generate").Runner(source.config, faulty, 9)
     places, rows = cached_rows(runner, ids)
-    assert relative_frobenius(rows, judge[places]) > 100 * LOGITS
+    assert relative_frobenius(rows, judge[places]) > 5 * FLIP
 
 
 MEMORY = """

@@ -19,6 +19,9 @@ from telechat_twins.core.planner.memory.executor import Executor
 STATISTIC = 4  # bytes of a float32 statistic
 
 
+RECOMPUTED = ("attention_norm.norm", "ffn_norm.norm", "feed_forward.mul")  # with Executor.recomputes_inputs
+
+
 class Kept(NamedTuple):
     """A tensor kept for the backward: ``elements`` a position, ``width`` bytes each.
 
@@ -77,7 +80,7 @@ def block_kept(
         kept.append(Kept("attention.exchanged", HD, widths.compute))  # the output before it goes back to its positions
     if not fused and layout.ring == 1:
         kept.append(Kept("attention.probabilities", config.num_heads / tp * seq_len, widths.compute))
-    return kept
+    return [one for one in kept if not (executor.recomputes_inputs and one.site in RECOMPUTED)]
 
 
 def total(kept: Iterable[Kept]) -> float:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True)
@@ -16,7 +16,9 @@ class Executor:
     ``casts``: where weights are wider than products, every graph keeps copies of its matrices in the products' dtype;
     otherwise one copy of all stands during the step (the gather of ZeRO-1 moves the narrow ones).
     ``eager_messages``: gradients sent to the stage before, and rotary tables of every micro-batch, stay for the step.
-    ``wide_logits``: logits are turned into float32 before the loss; ``logit_copies``: float32 tensors of their size.
+    ``recomputes_inputs``: linear layers compute their inputs again (norms, the activation's product), as the twins do
+    on a CPU. ``wide_logits``: logits are turned into float32 before the loss; ``logit_copies``: float32 tensors of
+    their size.
     """
 
     name: str
@@ -28,6 +30,7 @@ class Executor:
     eager_messages: bool = True
     wide_logits: bool = False
     logit_copies: int = 1
+    recomputes_inputs: bool = False
 
 
 MINDSPORE = Executor("ms", late_gradients=True, wide_logits=True)
@@ -39,3 +42,8 @@ MINDFORMERS = Executor(
 )
 
 EXECUTORS = {one.name: one for one in (MINDSPORE, PYTORCH, MINDFORMERS)}
+
+
+def on_cpu(executor: Executor) -> Executor:
+    """The same program on a CPU."""
+    return replace(executor, recomputes_inputs=executor.name in ("ms", "pt"))

@@ -21,7 +21,7 @@ from telechat_twins.core.launch.launcher import launch
 from telechat_twins.core.model.lora import LoraConfig
 from telechat_twins.core.parallel.layout import parse_layout
 from telechat_twins.core.planner.memory.estimate import Work, ranks_of
-from telechat_twins.core.planner.memory.executor import EXECUTORS
+from telechat_twins.core.planner.memory.executor import EXECUTORS, on_cpu
 from telechat_twins.core.train.trainable import constant_names, run_table
 from telechat_twins.core.types import JsonObject
 from tests.campaigns.plan_check.rank import trial_config
@@ -153,7 +153,7 @@ def predict(backend: str, trial: JsonObject) -> list[int]:
         trial["precision"],
         trial["recompute"],
         True,
-        EXECUTORS[backend],
+        on_cpu(EXECUTORS[backend]),
     )
     constants = frozenset(constant_names(run_table(config), config))
     ranks = ranks_of(config.model, layout, work, lora, constants)
