@@ -54,7 +54,7 @@ help:
 	@echo "make asan       the C++ operators under the address sanitizer (2 minutes)"
 	@echo "make lint       ruff and mypy"
 	@echo "make docs       the documentation as a site in English and Chinese, into build/site (1 minute)"
-	@echo "make docs-check that site in a browser: accessibility, console, requests elsewhere, width (4 minutes)"
+	@echo "make docs-check that site in a browser: accessibility, console, requests elsewhere, width"
 	@echo "make reference  write docs/reference and the figures of the README anew from the program"
 	@echo "make format     let ruff rewrite the files"
 	@echo "make install    only create $(VENV) and install into it"
