@@ -171,7 +171,7 @@ def test_slurm_starts_every_node(tmp_path: Path) -> None:
     assert dict(options)["ntasks-per-node"] == "1" and dict(options)["signal"] == "TERM@180", "or two launchers a node"
     assert text.index("#SBATCH") < text.index("set -euo"), "sbatch stops at the first command"
     srun = 'while [[ $1 == --* ]]; do shift; done\nfor node in 0 1; do SLURM_NODEID=$node "$@"; done'
-    env = stubs(tmp_path, scontrol='printf "node7\\nnode8\\n"', srun=srun)
+    env = stubs(tmp_path, scontrol="echo node7; sleep 0.1; echo node8", srun=srun)
     env |= {"SLURM_JOB_NODELIST": "node[7-8]", "SLURM_JOB_ID": "70001", "SLURM_NNODES": "2"}
     words = ["--backend", "pt", "--config", "telechat2-7b", "--layout", "tp8.dp2", "--out", "runs/first"]
     done = subprocess.run([script, *words], env=env, capture_output=True, text=True)

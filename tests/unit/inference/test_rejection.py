@@ -257,7 +257,9 @@ def test_a_run_that_was_cut_off_resumes_without_a_trace(tmp_path):
     [
         ("print('x', flush=True); sys.stdin.read()", "wrote 'x', not a number"),
         ("sys.stdin.readline(); sys.exit('no model')", "ended with exit code 1 at .*rows.jsonl:1; .*: no model"),
-        ("print('1\\n2\\n3', flush=True); sys.stdin.read()", "wrote 2 more|found '2'"),
+        ("sys.stdin.readline(); print('1\\n2\\n3', flush=True); sys.stdin.read()", "wrote 2 more"),
+        # Lines before the first question: read before it is asked, or taken for its answer with two left over.
+        ("print('1\\n2\\n3', flush=True); sys.stdin.read()", r"found '1\\n' before|wrote 2 more"),
     ],
 )
 def test_a_command_that_breaks_the_protocol(tmp_path, code, message):
