@@ -28,7 +28,7 @@ from telechat_twins.core.model.lora import LoraConfig, check_lora
 from telechat_twins.core.model.xpos_range import check_xpos_range
 from telechat_twins.core.near import nearest
 from telechat_twins.core.parallel.layout import Layout
-from telechat_twins.core.schema import from_mapping, load_yaml, option, set_dotted
+from telechat_twins.core.schema import from_mapping, in_file, load_yaml, option, set_dotted
 from telechat_twins.core.types import JsonObject
 from telechat_twins.core.watching import TRACKERS, ProfileConfig, check_watching
 
@@ -436,16 +436,18 @@ def load_run_config(
     """Read a run's YAML, or a bundled run by name; apply ``--set`` overrides, validate.
 
     ``model_of`` returns the model of a folder (None: unknown): where ``train.init`` is set, it gives the fields that
-    ``model:`` does not name.
-
-    Relative paths of data and of ``train.init`` count from the file's folder. Those of a bundled run that was found by
-    name count as if its configs/ were in the working folder: ../../data/tiny is ./data/tiny.
+    ``model:`` does not name. UserError names the file and the line of a key, too.
+    Relative paths of data and of ``train.init`` count from the file's folder, or where a bundled run was found by name
+    as if its configs/ were in the working folder: ../../data/tiny is ./data/tiny.
     """
     tree = load_run_tree(path, overrides)
     train = tree.get("train")
     init = train.get("init") if isinstance(train, dict) else None
     base = model_of(init) if model_of is not None and isinstance(init, str) else None
-    return run_config_from_dict(tree, base)
+    try:
+        return run_config_from_dict(tree, base)
+    except UserError as error:
+        raise UserError(in_file(str(error), bundled_file(path, "train", "--config"), overrides)) from None
 
 
 def load_run_tree(path: str | Path, overrides: Sequence[str] = ()) -> JsonObject:
@@ -459,10 +461,8 @@ def load_run_tree(path: str | Path, overrides: Sequence[str] = ()) -> JsonObject
     folder = file.resolve().parent
     if isinstance(tree.get("model"), dict) and isinstance(tree["model"].get("preset"), str):
         tree["model"]["preset"] = _beside(tree["model"]["preset"], folder)
-    if is_bundled_name(path):
-        _anchor_paths(tree, Path.cwd() / "configs" / "train", normalise=True)
-    else:
-        _anchor_paths(tree, folder)
+    bundled = is_bundled_name(path)
+    _anchor_paths(tree, Path.cwd() / "configs" / "train" if bundled else folder, normalise=bundled)
     for assignment in overrides:
         set_dotted(tree, assignment)
     return tree
@@ -487,7 +487,8 @@ def _anchor_paths(tree: JsonObject, folder: Path, normalise: bool = False) -> No
 
 
 def _anchor_sources(holder: object, folder: Path, normalise: bool) -> None:
-    for source in holder.get("sources") or [] if isinstance(holder, dict) else []:
+    sources = holder.get("sources") if isinstance(holder, dict) else None
+    for source in sources if isinstance(sources, list) else []:
         if isinstance(source, dict) and isinstance(source.get("path"), str):
             source["path"] = _joined(folder, source["path"], normalise)
 

@@ -12,7 +12,7 @@ import math
 import re
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, TypeAlias, TypeVar
 
@@ -98,6 +98,8 @@ def parse_yaml(text: str, where: str, lines: bool = False) -> YamlValue:
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f":{mark.line + 1}" if lines and mark else ""
+        if lines and isinstance(error, yaml.reader.ReaderError):
+            line = f":{text.count(chr(10), 0, error.position) + 1}"
         # A parser's error has a problem, the reader's (a character that may not stand in YAML) a reason.
         reason = getattr(error, "problem", None) or getattr(error, "reason", None) or str(error).splitlines()[0]
         raise UserError(f"{where}{line}: not valid YAML ({reason})") from None
@@ -109,6 +111,31 @@ def parse_yaml(text: str, where: str, lines: bool = False) -> YamlValue:
         raise UserError(f"{where}: not valid YAML ({reason})") from None
 
 
+def in_file(message: str, path: str | Path, overrides: Sequence[str] = ()) -> str:
+    """A message of ``from_mapping`` with "file:line" of the key that it names in front; with the file alone for a key
+    that is not there, and as it is for one that an override ("a.b=value") sets."""
+    found = _NAMED.match(message)
+    words = _WORDS.findall(found[1]) if found and found[1] != "config" else []
+    words += [found[2]] if found and found[2] else []
+    given = [_WORDS.findall(override.partition("=")[0]) for override in overrides]
+    if any(key == words[: len(key)] or words == key[: len(words)] for key in given):
+        return message
+    node, line = yaml.compose(read_text(path, MAX_YAML), Loader=_Loader), ""
+    for word in words:
+        if isinstance(node, yaml.MappingNode):
+            pairs = [(key, value) for key, value in node.value if key.value == word]
+        elif isinstance(node, yaml.SequenceNode) and word.isdecimal():
+            pairs = [(value, value) for value in node.value[int(word) : int(word) + 1]]
+        else:
+            pairs = []
+        if not pairs:
+            break
+        line, node = f":{pairs[0][0].start_mark.line + 1}", pairs[0][1]
+    return f"{path}{line}: {message}"
+
+
+_NAMED = re.compile(r"([\w.\[\]]+)(?:,[\w., ]+)?: (?:unknown key '([^']*)')?")
+_WORDS = re.compile(r"[^.\[\]]+")
 _NUMBERS = ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float")
 
 

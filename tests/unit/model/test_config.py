@@ -210,6 +210,35 @@ def test_exponent_without_a_point_is_a_number(tmp_path: Path) -> None:
     assert load_yaml(tmp_path / "x.yaml") == {"a": 1e-5, "b": 3e8, "c": -2000.0, "d": "1e-5x"}
 
 
+@pytest.mark.parametrize(
+    ("line", "text", "says"),
+    [
+        (3, "data: {seq_len: 64,\n  sources: 5}", "data.sources: expected a list, found int 5"),
+        (5, "data:\n  seq_len: 64\n  sources:\n  - p", "data.sources[0]: expected a mapping"),
+        (2, "trian: {}", "config: unknown key 'trian'; did you mean 'train'?"),
+        (3, "train:\n  stepz: 5", "train: unknown key 'stepz'; did you mean 'steps'?"),
+        (2, "train: {steps: 1, micro_batch: 3, global_batch: 4}", "train.micro_batch: 3 does not divide"),
+        (2, "eval: {sources: 1}", "eval.sources: expected a list, found int 1"),
+        (3, "model:\n  vocab_size: x", "model.vocab_size: expected a whole number, found str 'x'"),
+        (1, "optim: {beta1: 2}", "optim.lr: missing"),
+    ],
+)
+def test_a_value_that_cannot_be_is_named_with_its_file_and_line(
+    line: int, text: str, says: str, tmp_path: Path
+) -> None:
+    import yaml
+
+    whole = {key: value for key, value in RUN.items() if not text.startswith(f"{key}:")}
+    file = tmp_path / "run.yaml"
+    file.write_text(f"{'# a run' * (line > 1)}\n{text}\n{yaml.safe_dump(whole)}".lstrip())
+    with pytest.raises(UserError) as error:
+        load_run_config(file)
+    assert str(error.value).startswith(f"{file}:{line}: {says}")
+    file.write_text(yaml.safe_dump(RUN))
+    with pytest.raises(UserError, match="^train.steps: must be at least 1"):  # what --set gives is not in the file
+        load_run_config(file, ["train.steps=0"])
+
+
 def test_set_overrides_and_relative_paths(tmp_path: Path) -> None:
     import yaml
 
