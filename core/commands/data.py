@@ -7,7 +7,7 @@ import os
 import sys
 
 from telechat_twins.core.data.chat_layout import ChatLayout, open_training_layout
-from telechat_twins.core.data.control import CONTROL_CHOICES, START
+from telechat_twins.core.data.control import CONTROL_CHOICES, END, START
 from telechat_twins.core.data.forms.streams import UTF8, check_encoding
 from telechat_twins.core.data.kinds.messages import REASONING, Reading
 from telechat_twins.core.data.kinds.table import DIALOGUE, KINDS, OPTION, PREFERENCE, TEACHER, TEXT
@@ -126,6 +126,7 @@ def run(args: argparse.Namespace) -> int:
     # Packed ids feed an embedding, so a control token beyond the vocabulary must not be made here.
     special = {"bos": args.bos_token, "eos": args.eos_token}
     tokenizer = load_tokenizer(args.tokenizer, control, in_vocabulary=True, special=special)
+    _check_special(args, tokenizer)
     args.layout, notes = _layout(args, tokenizer)
     for note in notes:
         print(f"note: {printable(note)}", file=sys.stderr)
@@ -135,6 +136,17 @@ def run(args: argparse.Namespace) -> int:
         _print_reading(args, reading)
         _print_samples(args, meta, tokenizer)
     return 0
+
+
+def _check_special(args: argparse.Namespace, tokenizer: Tokenizer) -> None:
+    """UserError for a beginning or an end of documents that a tokenizer with TeleChat2's pieces would not write."""
+    for option, given, own in (("--bos-token", args.bos_token, START), ("--eos-token", args.eos_token, END)):
+        if given not in (None, own) and tokenizer.control:
+            what = "begin" if own == START else "end"
+            raise UserError(
+                f"{option} {given}: documents of a tokenizer with TeleChat2's pieces {what} with {own}; leave the "
+                "option out, or add --control none"
+            )
 
 
 def _layout(args: argparse.Namespace, tokenizer: Tokenizer) -> tuple[ChatLayout | None, list[str]]:
@@ -352,6 +364,10 @@ def _check_options(args: argparse.Namespace, use: str) -> None:
         "--bos-token": (args.bos_token is not None, (TEXT,)),
         "--text-key": (args.text_key != "text", (TEXT,)),
     }
+    if args.bos_token is not None and use == TEXT and not args.bos:
+        raise UserError("--bos-token: only with --bos, which begins documents with it")
+    if use == TEXT and args.text_key in args.ignore_key:
+        raise UserError(f"--ignore-key {args.text_key}: is the field of the document itself (--text-key)")
     options = {TEXT: "texts, without --sft", DIALOGUE: "--sft", PREFERENCE: "--preference", TEACHER: "--teacher"}
     for name, (given, uses) in belongs.items():
         if given and use not in uses:

@@ -31,7 +31,7 @@ def find_inputs(paths: Sequence[str | Path]) -> list[Path]:
     ``paths``, and by name inside a folder or glob. ``skipped_inputs`` lists what a folder holds besides. UserError when
     one of ``paths`` yields nothing, names a file that is not read, or cannot be searched.
     """
-    found: dict[Path, None] = {}
+    found: dict[str, Path] = {}  # by the whole path, so that no file is read twice under two spellings
     for given in paths:
         path = Path(given)
         if path.is_file():
@@ -49,8 +49,9 @@ def find_inputs(paths: Sequence[str | Path]) -> list[Path]:
         for file in files:
             if reason := why_unread(file):
                 raise UserError(f"{file}: {reason}")
-        found.update(dict.fromkeys(_index_of(file) for file in files))
-    return list(found)
+        for file in map(_index_of, files):
+            found.setdefault(os.path.abspath(file), file)
+    return list(found.values())
 
 
 def skipped_inputs(paths: Sequence[str | Path]) -> list[str]:

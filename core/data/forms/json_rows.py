@@ -15,6 +15,8 @@ from telechat_twins.core.errors import UserError
 from telechat_twins.core.files.foreign import MAX_LINE, MAX_LINE_VALUES, check_size, lines, parse_value
 from telechat_twins.core.types import JsonObject
 
+_HEAD = 64  # bytes of a line that show whether it begins a list
+
 
 class RawRow(NamedTuple):
     """A row's bytes, where they begin in the stream, their line, and the place in a list (from 1; 0: not in one)."""
@@ -35,8 +37,9 @@ def row_place(path: Path, line: int, item: int) -> str:
 
 def raw_rows(path: Path, on_bytes: OnBytes | None = None, encoding: str = UTF8) -> Iterator[RawRow]:
     """The rows of a file, unparsed: the non-blank lines of a .jsonl file, or what a .json file holds."""
+    spread = is_spread(path, encoding)
     with open_stream(path, on_bytes, encoding) as file:
-        if form_of(path).name == JSON:
+        if spread:
             for place in json_items(file, path):
                 yield RawRow(place.offset, place.line, place.item, place.data)
             return
@@ -45,6 +48,17 @@ def raw_rows(path: Path, on_bytes: OnBytes | None = None, encoding: str = UTF8) 
             if line.strip():
                 yield RawRow(offset, number, 0, line)
             offset += len(line)
+
+
+def is_spread(path: Path, encoding: str = UTF8) -> bool:
+    """Whether rows are the items of a list, or objects over several lines: in .json files, and in .jsonl files whose
+    first line with text begins a list, or is a brace alone, and thus not a row."""
+    if form_of(path).name == JSON:
+        return True
+    with open_stream(path, None, encoding) as file:
+        heads = (line.removeprefix(codecs.BOM_UTF8).strip() for line in iter(lambda: file.readline(_HEAD), b""))
+        head = next(filter(None, heads), b"")
+    return head.startswith(b"[") or head == b"{"
 
 
 def json_rows(path: Path, on_bytes: OnBytes | None = None, encoding: str = UTF8) -> Iterator[RowAt]:

@@ -7,9 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
-from telechat_twins.core.data.forms.formats import JSON, form_of
 from telechat_twins.core.data.forms.json_items import Item, LongItem, Splitter
-from telechat_twins.core.data.forms.json_rows import RawRow, row_place
+from telechat_twins.core.data.forms.json_rows import RawRow, is_spread, row_place
 from telechat_twins.core.data.forms.streams import UTF8, OnBytes, not_utf8, open_stream
 from telechat_twins.core.errors import UserError
 from telechat_twins.core.files.foreign import MAX_LINE, parse_value
@@ -29,8 +28,9 @@ def document_rows(
 
     A part ends behind a line break where there is one within 4 MiB. Each long row must be consumed before the next.
     """
+    spread = is_spread(path, encoding)
     with open_stream(path, on_bytes, encoding) as file:
-        if form_of(path).name == JSON:
+        if spread:
             splitter = Splitter(file, path, limit)
             splitter.long = lambda number: _long(splitter, number, number, text_key)
             for item in splitter.items():

@@ -24,6 +24,15 @@ _ZSTD_CHUNK = 1 << 10  # compressed bytes at a time, of which at most 32 MiB com
 _DAMAGED = (EOFError, OSError, zlib.error, lzma.LZMAError)
 _BOMS = {codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16"}
 
+_MAGIC = {  # what other files begin with -> their name and suffix
+    b"\x1f\x8b": "gzip (.gz)",
+    b"\x28\xb5\x2f\xfd": "Zstandard (.zst)",
+    b"\xfd7zXZ\0": "xz (.xz)",
+    b"BZh": "bzip2 (.bz2)",
+    b"PK\3\4": "an archive (.zip)",
+    b"%PDF": "a PDF (.pdf)",
+}
+
 
 def missing(library: str, path: Path, error: ImportError) -> UserError:
     """The error for a file whose reader is not installed: it names the extra that brings it."""
@@ -76,6 +85,8 @@ def not_utf8(head: bytes) -> str:
     """The end of a message about bytes that are not UTF-8: how to name the encoding."""
     if name := next((name for bom, name in _BOMS.items() if head.startswith(bom)), ""):
         return f"not UTF-8 but {name}; add --encoding {name}"
+    if kind := next((kind for magic, kind in _MAGIC.items() if head.startswith(magic)), ""):
+        return f"not a text; its first bytes are those of {kind}, so give it the suffix that says so"
     return "not UTF-8; name the file's encoding, e.g. --encoding gb18030"
 
 

@@ -6,6 +6,7 @@ the object that the server renders. An assistant's message with weight 0 is cont
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -91,8 +92,18 @@ def read_tools(value: object, name: str, where: str) -> list[object] | None:
     """The tools of a row; ``functions`` of the older interface become tools. None when absent."""
     if is_empty(value):
         return None
-    tools = json_list(value, name, where)
+    tools: list[object] = [_tool(tool, f"{name}[{n}]", where) for n, tool in enumerate(json_list(value, name, where))]
     return [{"type": "function", "function": tool} for tool in tools] if name.endswith("functions") else tools
+
+
+def _tool(value: object, name: str, where: str) -> JsonObject:
+    """A tool's description: an object, or its JSON text (as columns of tables hold them)."""
+    if isinstance(value, str):
+        with contextlib.suppress(ValueError):
+            value = parse_value(value.encode())
+    if not isinstance(value, dict):
+        raise UserError(f"{where}: '{name}' must be an object that describes a tool, found {shown(value)}")
+    return value
 
 
 def _read(value: object, name: str, where: str, reading: Reading) -> list[JsonObject]:

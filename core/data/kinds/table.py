@@ -62,7 +62,7 @@ KINDS: dict[str, Kind] = {
             {
                 "instruction": ("instruction",),
                 "input": ("input", "context"),
-                "answer": ("output", "response"),
+                "answer": ("output", "response", "answer"),
                 **_HISTORY,
                 **_SETTING,
             },
@@ -72,13 +72,13 @@ KINDS: dict[str, Kind] = {
         Kind(
             "query",
             DIALOGUE,
-            {"question": ("query", "question"), "answer": ("response", "answer"), **_HISTORY, **_SETTING},
+            {"question": ("query", "question"), "answer": ("response", "answer", "output"), **_HISTORY, **_SETTING},
             (("question", "answer"),),
         ),
         Kind(
             "completion",
             DIALOGUE,
-            {"prompt": ("prompt",), "answer": ("completion", "response"), **_SETTING},
+            {"prompt": ("prompt",), "answer": ("completion", "response", "answer", "output"), **_SETTING},
             (("prompt", "answer"),),
         ),
         Kind(

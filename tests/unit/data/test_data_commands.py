@@ -96,6 +96,8 @@ def test_patterns_and_order(tmp_path):
         (tmp_path / name).write_text('{"text": "x"}\n')
     assert [p.name for p in find_inputs([tmp_path / "*.jsonl"])] == ["a.jsonl", "b.jsonl"]
     assert [p.name for p in find_inputs([tmp_path / "c.txt", tmp_path])] == ["c.txt", "a.jsonl", "b.jsonl"]
+    (tmp_path / "sub").mkdir()
+    assert len(find_inputs([tmp_path / "a.jsonl", tmp_path / "sub" / ".." / "a.jsonl"])) == 1
 
 
 # ---- dialogues
@@ -238,6 +240,9 @@ def test_empty_inputs(tmp_path):
         (["--no-start"], "--no-start: only with --sft mindformers"),
         (["--sft", "plain", "--seq-len", "64", "--bos"], "--bos: only with texts"),
         (["--sft", "mindformers", "--seq-len", "64", "--no-template"], "--no-template: only with --sft deepspeed"),
+        (["--bos-token", "<_user>"], "--bos-token: only with --bos"),
+        (["--eos-token", "<_user>"], "--eos-token <_user>: documents of a tokenizer with .* end with <_end>"),
+        (["--ignore-key", "text"], "--ignore-key text: is the field of the document"),
         (["--threads", "0"], "--threads: must be at least 1"),
         (
             ["--control", "none", "--eos-token", "<none>"],

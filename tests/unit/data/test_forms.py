@@ -83,13 +83,15 @@ def test_every_form_gives_the_same_rows(tmp_path: Path) -> None:
         "d.jsonl.gz": gzip.compress(data[:100]) + gzip.compress(data[100:]),
         "e.ndjson.XZ": lzma.compress(data[:100]) + lzma.compress(data[100:]),
         "f.json.bz2": bz2.compress(json.dumps(ROWS).encode()),
+        "i.jsonl": b"\xef\xbb\xbf\r\n" + json.dumps(ROWS).encode(),
+        "j.ndjson.gz": gzip.compress(b"\n".join(json.dumps(row, indent=1).encode() for row in ROWS)),
     }
     for name, contents in files.items():
         (tmp_path / name).write_bytes(contents)
     write_csv(tmp_path / "g.csv", ROWS, encoding="utf-8-sig")
     write_csv(tmp_path / "h.TSV", ROWS, "\t")
     found = find_inputs([tmp_path])
-    assert len(found) == 8 and skipped_inputs([tmp_path]) == []
+    assert len(found) == 10 and skipped_inputs([tmp_path]) == []
     for path in found:
         seen = 0
 
@@ -213,11 +215,13 @@ def test_bytes_of_another_encoding_are_named_by_line(tmp_path: Path) -> None:
     (tmp_path / "c.jsonl").write_bytes(chinese.encode("utf-16"))
     (tmp_path / "d.txt").write_bytes("fox\nfox\n".encode("utf-16-le"))
     (tmp_path / "e.jsonl").write_bytes(chinese.encode())
+    (tmp_path / "f.jsonl").write_bytes(gzip.compress(chinese.encode()))
     for name, says in (
         ("a.jsonl", r"a.jsonl:2: not UTF-8; name the file's encoding, e.g. --encoding gb18030"),
         ("b.csv", r"b.csv:3: not UTF-8; name"),
         ("c.jsonl", r"c.jsonl:1: not UTF-8 but utf-16; add --encoding utf-16"),
         ("d.txt", r"d.txt:1: a zero byte, so not a text; is it UTF-16\?"),
+        ("f.jsonl", r"f.jsonl:1: not a text; its first bytes are those of gzip \(.gz\)"),
     ):
         with pytest.raises(UserError, match=says):
             tele_data(tmp_path / name, "--out", tmp_path / "out")
@@ -403,7 +407,7 @@ def test_long_documents_are_read_in_parts(name: str, tmp_path: Path, monkeypatch
         ('{"text": "LONG\t"}', "1: not valid JSON (Invalid control character"),
         ('{"id": "LONG", "txt": 1}', "1: expected text in field 'text'; keys found: id, txt"),
         ('{"id": "LONGLONG"}', "1: a row of more than"),
-        ('["LONG"]', "1: expected a JSON object"),
+        ('["LONG"]', "1: item 1: expected a JSON object"),
     ],
 )
 def test_long_rows_that_are_none_are_refused(

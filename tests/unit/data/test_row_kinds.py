@@ -118,6 +118,13 @@ def test_names_of_roles_in_use() -> None:
     assert answered[2] == {"role": "tool", "content": "3"}
 
 
+def test_answers_under_the_names_of_other_kinds_and_tools_as_texts() -> None:
+    for asked, said in (("instruction", "answer"), ("question", "output"), ("prompt", "answer"), ("prompt", "output")):
+        assert [m["content"] for m in read({asked: "q", said: "a"})] == ["q", "a"]
+    made = parse_dialogue({"messages": [ASKED, SAID], "tools": ['{"name": "f"}', {"name": "g"}]}, "rows:1")
+    assert made.tools == [{"name": "f"}, {"name": "g"}]
+
+
 def test_reasoning_is_refused_trained_or_left_out() -> None:
     row = {"messages": [ASKED, {**SAID, "reasoning_content": "\nhm\n"}]}
     with pytest.raises(UserError, match=r"rows:1: 'messages\[1\].reasoning_content' has no place .* --reasoning think"):
@@ -144,6 +151,7 @@ def test_reasoning_is_refused_trained_or_left_out() -> None:
         ({"conversations": "not json"}, "'conversations' is text but not a JSON list"),
         ({"messages": [ASKED, SAID, {"role": "developer", "content": "rhyme"}, ASKED, SAID]}, "second system message"),
         ({"system": "s", "conversations": [{"from": "system", "value": "t"}]}, "'conversations[0]' is a second system"),
+        ({"messages": [ASKED, SAID], "tools": ["f"]}, "'tools[0]' must be an object that describes a tool, found 'f'"),
         ({"query": "q", "response": ["a"]}, "'response' must be text, found list"),
         ({"prompt": "p", "completion": [ASKED, SAID], "suffix": "s"}, "key 'suffix' is not read"),
         ({"instruction": "a", "output": "b", "messages": [ASKED, SAID]}, "several kinds (messages, alpaca)"),
