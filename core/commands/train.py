@@ -137,8 +137,7 @@ def run(args: argparse.Namespace) -> int:
     blend = StagedData(config, open_blend).first
     if config.train.init is not None and (args.resume is None or (args.resume == "auto" and is_new(out))):
         open_start(fit_run(config, blend.vocab_size, blend.end_token)[0], open_initial)
-    if out.exists() and not out.is_dir():
-        raise UserError(f"--out: {out} is a file; give a folder")
+    _check_out(out, config.train.init)
     what = f"--out {out}"
     require_free(node_logs(out / "logs", args.node_rank), what)
     if not args.node_rank:
@@ -158,6 +157,17 @@ def run(args: argparse.Namespace) -> int:
         return launch_with_restarts(start, args.restarts, args.resume, logs, lambda: saved_step(out))
     except OSError as error:
         raise UserError(f"--out: cannot write to {out} ({error.strerror})") from None
+
+
+def _check_out(out: Path, init: str | None) -> None:
+    """UserError for a file, and for a folder that holds what is read: packed data, or the model to begin with."""
+    from telechat_twins.core.data.packed import is_packed
+
+    if out.exists() and not out.is_dir():
+        raise UserError(f"--out: {out} is a file; give a folder")
+    if is_packed(out) or (init is not None and out.resolve() == Path(init).resolve()):
+        what = "packed data" if is_packed(out) else "the model of --init"
+        raise UserError(f"--out: {out} holds {what}; give the run a folder of its own")
 
 
 def _check_resume(args: argparse.Namespace) -> None:

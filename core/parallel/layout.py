@@ -263,6 +263,9 @@ def _hint(part: str, name: str, size: str) -> str:
         return "'single' cannot be combined with other parts"
     if name in _SIZED:
         return f"did you mean '{name}2'?"
+    parts = re.findall(r"[a-z]+[0-9]*", part)
+    if len(parts) > 1 and all(one.rstrip("0123456789") in (*_SIZED, *_WORDS) for one in parts):
+        return f"parts are joined by dots; did you mean '{'.'.join(parts)}'?"
     if near := nearest(name, [*_SIZED, *_WORDS, "single"], cutoff=0.5):
         return f"did you mean '{near}{(size or '2') if near in _SIZED else ''}'?"
     return f"legal parts: {', '.join(f'{axis}N' for axis in _SIZED)}, {', '.join(_WORDS)}, single"

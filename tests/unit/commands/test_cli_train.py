@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 import re
 from pathlib import Path
@@ -15,6 +16,7 @@ import telechat_twins.core.data.blend
 import telechat_twins.core.launch.launcher
 from telechat_twins.core import cli
 from telechat_twins.core.config import load_run_config
+from telechat_twins.core.data.packed_files import FORMAT
 from telechat_twins.core.launch import restarts
 from telechat_twins.core.launch.worker import STOPPED
 from telechat_twins.core.parallel.layout import parse_layout
@@ -93,11 +95,20 @@ def test_default_folder_is_named_after_config_and_backend(config: Path, launched
         (["--timeout", "-1"], "--timeout: must be 0 (never) or a number of seconds above it, found -1"),
         (["--timeout", "nan"], "--timeout: nan is out of range"),
         (["--resume", "nowhere"], "--resume: no folder nowhere"),
+        (["--out", "packed"], "--out: packed holds packed data; give the run a folder of its own"),
     ],
 )
 def test_mistakes_stop_before_the_launch(
-    extra: list[str], says: str, config: Path, launched: list[Any], capsys: pytest.CaptureFixture[str]
+    extra: list[str],
+    says: str,
+    config: Path,
+    launched: list[Any],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.chdir(config.parent)
+    Path("packed").mkdir()
+    Path("packed/meta.json").write_text(json.dumps({"format": FORMAT}))
     assert cli.main(["train", "--backend", "ms", "--config", str(config), *extra]) == 2
     err = capsys.readouterr().err
     assert says in err and err.count("\n") == 1

@@ -98,6 +98,8 @@ def test_text_and_layout(text, fields, name):
         ("ulyses4", "did you mean 'ulysses4'?"),
         ("gpipe2", "did you mean 'gpipe'?"),
         ("", "legal parts: ppN, dpN"),
+        ("dp2tp3", "did you mean 'dp2.tp3'?"),
+        ("pp2-dp2,nosp", "did you mean 'pp2.dp2.nosp'?"),
         ("pp2..tp2", "unknown part ''"),
         ("tp2.single", "'single' cannot be combined with other parts"),
         ("pp2.tp2.pp2", "'pp' appears twice"),
