@@ -52,12 +52,27 @@ EVERYWHERE: Refused = {
     **_each("attention_chunk_size chunk_attention_size", _NONE, "attention within chunks is not supported"),
     **_each("attn_logit_softcapping final_logit_softcapping attn_logit_softcap final_logit_softcap", _NONE,
             "capped logits are not supported"),
-    **_each("query_pre_attn_scalar attention_multiplier attention_scale", _NONE,
+    **_each("clip_qkv", _NONE, "clipped queries, keys and values are not supported"),
+    **_each("is_causal", (True, None), "only decoders are supported"),
+    **_each("use_bidirectional_attention bidirectional_attention bidirectional", _NO, "only decoders are supported"),
+    **_each("attn_temperature_tuning", _NO, "queries scaled by their position are not supported"),
+    **_each("attention_sinks use_attention_sinks num_attention_sinks", (False, None, 0),
+            "attention sinks are not supported"),
+    **_each("lm_head_bias head_bias", _NO, "a bias of the head is not supported"),
+    **_each("post_norm use_post_norm sandwich_norm use_sandwich_norm", _NO,
+            "a norm behind attention or ffn is not supported"),
+    **_each("final_norm use_final_norm", (True, None), "a model without its last norm is not supported"),
+    **_each("zero_centered_gamma layernorm_zero_centered_gamma rms_norm_add_unit_offset norm_unit_offset", _NO,
+            "norms whose weight is one more than what is stored are not supported"),
+    **_each("query_pre_attn_scalar attention_multiplier attention_scale softmax_scale attn_scale query_scale", _NONE,
             "attention is scaled by the root of the head size here"),
-    **_each("embedding_multiplier residual_multiplier logits_scaling logit_scale scale_emb scale_depth", _ONE,
+    **_each("embedding_multiplier residual_multiplier residual_scale logits_scaling logit_scale scale_emb scale_depth",
+            _ONE,
             "multipliers under this name are not supported"),
     **_each("qk_norm use_qk_norm qk_layernorm qk_layer_norm", _NO, "norms of queries and keys are not supported"),
-    **_each("num_experts num_local_experts n_routed_experts moe_num_experts num_moe_experts", (None, 0),
+    **_each("scale_embedding scale_embeddings normalize_embeddings", _NO, "scaled embeddings are not supported"),
+    **_each("num_experts num_local_experts n_routed_experts n_shared_experts moe_num_experts num_moe_experts "
+            "num_experts_per_tok moe_intermediate_size", (None, 0),
             "mixtures of experts are not supported"),
     **_each("kv_lora_rank q_lora_rank", _NONE, "latent attention is not supported"),
     **_each("pruned_heads", (None, {}), "pruned heads are not supported"),
@@ -65,12 +80,15 @@ EVERYWHERE: Refused = {
 }  # fmt: skip
 
 GATED: Refused = {
-    **_each("hidden_act activation_function activation", ("silu", "swish", "swiglu", None),
-            "the ffn of this family is gated by silu"),
+    **_each("hidden_act hidden_activation activation_function activation mlp_activation",
+            ("silu", "swish", "swiglu", None), "the ffn of this family is gated by silu"),
     **_each("attention_bias qkv_bias add_qkv_bias use_qkv_bias qkv_has_bias", _NO,
             "biases of queries, keys and values are not supported"),
     **_each("rotary_use_xpos", _NO, "xPos is not supported in this family"),
     **_each("scale_attn_by_inverse_layer_idx", _NO, "attention scaled by the layer's number is not supported"),
+    **_each("norm_type normalization", ("rmsnorm", "rms_norm", "RMSNorm", None),
+            "the norms of this family are RMSNorm"),
+    **_each("norm_bias layernorm_bias layer_norm_bias", _NO, "the norms of this family have no bias"),
     **_each("use_RMSNorm", (True, None), "the norms of this family are RMSNorm"),
 }  # fmt: skip
 
@@ -124,7 +142,7 @@ def check_sizes(released: JsonObject, hidden_size: int, num_heads: int, kv_heads
 
 
 def unknown_note(released: JsonObject, known: Iterable[str], where: str) -> list[str]:
-    """A note that names the unknown keys; none without such keys.
+    """A note that names the unknown keys, whose values are not read; none without such keys.
 
     UserError for one that names the rotation, since its value would change the arithmetic; null, false and empty values
     pass.
@@ -140,4 +158,4 @@ def unknown_note(released: JsonObject, known: Iterable[str], where: str) -> list
     if not strange:
         return []
     more = f" and {len(strange) - 8} more" if len(strange) > 8 else ""
-    return [f"keys that are not known here and change nothing: {', '.join(map(repr, strange[:8]))}{more}"]
+    return [f"keys that are not known here are not read: {', '.join(map(repr, strange[:8]))}{more}"]

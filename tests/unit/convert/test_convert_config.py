@@ -124,6 +124,13 @@ REFUSED = {
     "layer types": ({"layer_types": ["full_attention", "sliding_attention", "full_attention"]}, "layer_types is"),
     "capped": ({"attn_logit_softcapping": 30.0}, "attn_logit_softcapping is 30.0"),
     "experts": ({"num_experts": 8}, "mixtures of experts are not supported"),
+    "experts a token": ({"num_experts_per_tok": 2}, "mixtures of experts are not supported"),
+    "clipped": ({"clip_qkv": 8.0}, "clip_qkv is 8.0; clipped queries"),
+    "another gate's name": ({"hidden_activation": "gelu_pytorch_tanh"}, "gated by silu"),
+    "another norm": ({"norm_type": "layernorm"}, "norm_type is 'layernorm'; the norms of this family are RMSNorm"),
+    "both ways": ({"is_causal": False}, "is_causal is False; only decoders"),
+    "head bias": ({"lm_head_bias": True}, "a bias of the head"),
+    "softmax": ({"softmax_scale": 0.5}, "attention is scaled by the root"),
     "qk norm": ({"use_qk_norm": True}, "norms of queries and keys"),
     "two norms": ({"rms_norm_eps": 1e-6}, "layer_norm_epsilon 1e-05 and rms_norm_eps 1e-06 contradict"),
     "two widths": ({"n_embed": 96}, "hidden_size 48 and n_embed 96 contradict"),
@@ -171,5 +178,5 @@ def test_tokens_that_end_and_no_padding():
 
 def test_keys_that_nothing_reads_are_named():
     assert read(rope_theta=1e4, something="new", other=1)[1] == [
-        "keys that are not known here and change nothing: 'something', 'other'"
+        "keys that are not known here are not read: 'something', 'other'"
     ]
