@@ -210,9 +210,37 @@ def read_messages(fields: Fields, found: list[object] | None, layout: ChatLayout
             messages[-1]["content"] = THOUGHT.format(reasoning.strip("\n"), content or "")
         if calls:
             messages[-1]["tool_calls"] = [tool_call(f"{where}.tool_calls[{n}]", call) for n, call in enumerate(calls)]
+        if calls:
+            messages[-1]["call_ids"] = [call.get("id") for call in calls if isinstance(call, dict)]
+        if role == "tool":
+            messages[-1]["call_ids"] = [inner.text("tool_call_id")]
+    order_results(messages, "messages")
     if not any(message["role"] == "user" for message in messages):
         fields.refuse("messages", "needs a message of role user, found none", "invalid_value")
     return messages
+
+
+def order_results(messages: list[JsonObject], param: str) -> None:
+    """Put the results of tools into the order of their calls, which alone says whose they are in the layout, and take
+    the ids ("call_ids") off the messages. ApiError for a result of no call, and where one before it is missing."""
+    ids = [message.pop("call_ids", None) for message in messages]
+    for place, calls in enumerate(ids):
+        if not calls or messages[place]["role"] == "tool" or not all(isinstance(one, str) for one in calls):
+            continue
+        end = place + 1
+        while end < len(messages) and messages[end]["role"] == "tool":
+            end += 1
+        given = [ids[n][0] for n in range(place + 1, end)]
+        if len(set(calls)) < len(calls) or None in given:
+            continue  # told apart by their order alone
+        if strange := next((one for one in given if one not in calls), None):
+            raise ApiError(400, f"{param}: {shown(strange)} is the id of no call before it", param, "invalid_value")
+        order = sorted(range(len(given)), key=lambda n: calls.index(given[n]))
+        messages[place + 1 : end] = [messages[place + 1 + n] for n in order]
+        for wanted, found in zip(calls, (given[n] for n in order), strict=False):
+            if wanted != found:
+                message = f"the result of the call {shown(wanted)} is missing or there twice; give one of each call"
+                raise ApiError(400, f"{param}: {message}", param, "invalid_value")
 
 
 def _reasoning(fields: Fields, answer: bool) -> str | None:

@@ -108,6 +108,9 @@ def check_kind(request: Request, most: int) -> None:
     if kind != "application/json":
         # Also keeps out pages of other sites: a browser sends this type to another site only if that site permits it.
         raise ApiError(415, f"Content-Type: must be application/json, found {shown(kind)}; send JSON with that header")
+    coding = request.headers.get("content-encoding", "identity")
+    if coding.lower() != "identity":
+        raise ApiError(415, f"Content-Encoding: must be identity, found {shown(coding)}; send the body as it is")
     declared = request.headers.get("content-length", "")
     if declared.isdecimal() and (len(declared) > 18 or int(declared) > most):
         raise too_large(most)

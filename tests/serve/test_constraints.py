@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 
+import numpy as np
 import pytest
 
 from telechat_twins.core.errors import UserError
@@ -11,6 +12,7 @@ from telechat_twins.core.inference.decoding.grammar import Constraint, Grammars,
 from telechat_twins.core.inference.engine import Engine, EngineLimits
 from telechat_twins.core.inference.requests import Request
 from telechat_twins.core.inference.sampling import sampling_config
+from telechat_twins.core.types import JsonObject
 from tests.support.data_support import tiny_tokenizer
 from tests.support.engine_support import CHAT_CONFIG, PlainRunner, finish, tokens_of
 from tests.support.serve_support import NAME, ask, chat_body, running
@@ -242,3 +244,34 @@ def test_what_the_vocabulary_cannot_write_is_refused_with_its_reason():
         answer_grammar({"x-guidance": {}}, None, tokenizer)
     with pytest.raises(UserError, match="the grammar cannot be followed \\(Invalid type: foo"):
         Grammars(tokenizer, 600, {2}).check(answer_grammar({"type": "foo"}, None, tokenizer))
+
+
+CIRCLES: list[JsonObject] = [
+    {"$ref": "#"},
+    {"allOf": [{"type": "object"}, {"$ref": "#"}]},
+    {"anyOf": [{"$ref": "#/anyOf/1"}, {"$ref": "#/anyOf/0"}]},
+    {
+        "properties": {"a": {"$ref": "#/$defs/b~1c"}},
+        "$defs": {"b/c": {"$ref": "#/$defs/d"}, "d": {"$ref": "#/$defs/b~1c"}},
+    },
+]
+TREES: list[JsonObject] = [
+    {"anyOf": [{"$ref": "#"}, {"type": "null"}]},
+    {"anyOf": [{"$ref": "#/$defs/a"}, {"type": "null"}], "$defs": {"a": {"$ref": "#"}}},
+    {"type": "object", "properties": {"next": {"anyOf": [{"$ref": "#"}, {"type": "null"}]}}, "required": ["next"]},
+    {"$ref": "#/$defs/a", "$defs": {"a": {"type": "array", "items": {"$ref": "#/$defs/a"}}}},
+]
+
+
+@pytest.mark.parametrize("schema", CIRCLES)
+def test_a_reference_that_leads_back_to_itself_is_refused(schema: JsonObject) -> None:
+    with pytest.raises(UserError, match=r"the grammar cannot be followed \(a \$ref leads back to itself"):
+        answer_grammar(schema, None, tiny_tokenizer(in_vocabulary=True))
+
+
+def test_references_that_values_stand_between_are_followed() -> None:
+    tokenizer = tiny_tokenizer(in_vocabulary=True)
+    grammars = Grammars(tokenizer, tokenizer.vocab_size, {2})
+    for schema in TREES:
+        grammar = answer_grammar(schema, None, tokenizer)
+        assert np.isfinite(grammars.constraint(grammar, {2}).mask(np.zeros(tokenizer.vocab_size))).any()

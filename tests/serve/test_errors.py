@@ -26,6 +26,11 @@ CALLS = {
     "content": None,
     "tool_calls": [{"id": "a", "type": "function", "function": {"name": "f", "arguments": "{}"}}],
 }
+TWO = {**CALLS, "tool_calls": [{**CALLS["tool_calls"][0], "id": number} for number in "ab"]}
+
+
+def result(number: str) -> dict:
+    return {"role": "tool", "tool_call_id": number, "content": f"of {number}"}
 
 
 @pytest.fixture(scope="module")
@@ -225,6 +230,8 @@ WRONG = [
         "messages[1].tool_calls[0]",
         "expected the text of a JSON object",
     ),
+    (CHAT, talk(USER, CALLS, result("b")), 400, "messages", "'b' is the id of"),
+    (CHAT, talk(USER, TWO, result("b")), 400, "messages", "the result of the call 'a' is missing or there twice"),
     (CHAT, talk({**USER, "content": "word " * 3000}), 400, "messages", "Please reduce the length of the messages."),
     # bodies
     (CHAT, b"", 400, None, "body: not valid JSON"),

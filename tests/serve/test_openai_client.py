@@ -190,6 +190,20 @@ def test_results_of_tools_go_back_to_the_model(client, server):
     assert '"arguments": {"city": "Paris"}' in asked, "the arguments went in as text in text"
 
 
+def test_results_take_the_order_of_the_calls_that_they_answer(client, server):
+    function = {"name": "f", "arguments": "{}"}
+    calls = [{"id": number, "type": "function", "function": function} for number in "ab"]
+    results = [{"role": "tool", "tool_call_id": number, "content": f"of {number}"} for number in "ba"]
+    talk = [{"role": "user", "content": "weather?"}, {"role": "assistant", "content": None, "tool_calls": calls}]
+    client.chat.completions.create(model=NAME, messages=talk + results, temperature=0)
+    items = [{"type": "function_call", "call_id": number, **function} for number in "ab"]
+    items += [{"type": "function_call_output", "call_id": number, "output": f"of {number}"} for number in "ba"]
+    client.responses.create(model=NAME, input=[talk[0], *items], temperature=0)
+    decode = tiny_tokenizer(in_vocabulary=True).decode
+    asked = [text for p in server.runner.prefixes if p[-1] == 5 and "of b" in (text := decode(p))]
+    assert len(asked) == 2 and all(text.index("of a") < text.index("of b") for text in asked)
+
+
 def test_without_tools_nothing_is_read_as_a_call(client, server):
     for options in ({}, {"tools": TOOLS, "tool_choice": "none"}):
         (choice,) = chat(client, "weather?", **options).choices

@@ -13,6 +13,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING
+from urllib.parse import unquote
 
 import numpy as np
 
@@ -209,7 +210,59 @@ def _json_rule(name: str, schema: Schema) -> str:
         raise UserError("the schema false allows no value; give an object")
     if "x-guidance" in body:
         raise UserError("the key x-guidance is llguidance's own and not part of JSON Schema; leave it out")
+    _refuse_circles(body)
     return f"{name}: %json {json.dumps({**body, 'x-guidance': {'whitespace_pattern': WHITE_SPACE}})}"
+
+
+def _refuse_circles(schema: JsonObject) -> None:
+    """UserError for a reference that leads back to itself before any value begins, which llguidance takes for a grammar
+    and then cannot follow."""
+    nodes: list[JsonObject] = []
+    stack: list[object] = [schema]
+    while stack:
+        node = stack.pop()
+        stack += node.values() if isinstance(node, dict) else node if isinstance(node, list) else ()
+        nodes += [node] if isinstance(node, dict) else []
+    # The least set of nodes where a value can begin: each that waits for others is judged anew when one of them joins.
+    needs = {id(node): _needs(node, schema) for node in nodes}
+    waiting: dict[int, list[int]] = {}
+    for place, (parts, ways) in needs.items():
+        for other in (*parts, *ways):
+            waiting.setdefault(other, []).append(place)
+    begin: set[int] = set()
+    judged = set(needs)
+    while judged:
+        joined = {
+            place
+            for place in judged
+            if begin.issuperset(needs[place][0]) and (not needs[place][1] or not begin.isdisjoint(needs[place][1]))
+        }
+        begin |= joined
+        judged = {place for other in joined for place in waiting.get(other, ())} - begin
+    if len(begin) < len(needs):
+        raise UserError("the grammar cannot be followed (a $ref leads back to itself before any value begins)")
+
+
+def _needs(node: JsonObject, schema: JsonObject) -> tuple[list[int], list[int]]:
+    """(places that must all let a value begin for ``node`` to do so, places of which one must)."""
+    parts = [_pointed(schema, node["$ref"])] if isinstance(node.get("$ref"), str) else []
+    parts += node["allOf"] if isinstance(node.get("allOf"), list) else []
+    ways = node.get("anyOf") or node.get("oneOf")
+    alternatives = ways if isinstance(ways, list) and all(isinstance(way, dict) for way in ways) else []
+    return [id(part) for part in parts if isinstance(part, dict)], [id(way) for way in alternatives]
+
+
+def _pointed(schema: JsonObject, reference: str) -> object:
+    """What a local reference points at; None for any other, of which llguidance itself says what is wrong."""
+    place, *keys = reference.split("/")
+    node: object = schema if place == "#" else None
+    for key in keys:
+        key = unquote(key).replace("~1", "/").replace("~0", "~")
+        if isinstance(node, list) and key.isdecimal() and int(key) < len(node):
+            node = node[int(key)]
+        else:
+            node = node.get(key) if isinstance(node, dict) else None
+    return node
 
 
 def _lead(tokenizer: Tokenizer) -> str:

@@ -14,6 +14,7 @@ from telechat_twins.core.serve.chat import (
     check_parts,
     check_variables,
     layout_of,
+    order_results,
     tool_call,
 )
 from telechat_twins.core.serve.constraint import ToolUse, read_schema, read_tools
@@ -144,6 +145,7 @@ def read_input(fields: Fields, found: object, instructions: str | None) -> list[
         if not isinstance(item, dict):
             raise ApiError(400, f"{where}: expected an object, found {shown(item)}", where, "invalid_type")
         _add_item(Fields(item, where), messages)
+    order_results(messages, "input")
     if not any(message["role"] == "user" for message in messages):
         fields.refuse("input", "needs a message of role user, found none", "invalid_value")
     return messages
@@ -163,17 +165,18 @@ def _add_item(item: Fields, messages: list[JsonObject]) -> None:
             item.refuse("role", "a system message must be the first item, without instructions", "invalid_value")
         messages.append({"role": ROLES[role], "content": _text(item, "content")})
     elif kind == "function_call":
-        item.text("call_id")
+        number = item.text("call_id")
         call = {"name": item.text("name"), "arguments": item.text("arguments")}
         if last.get("role") != "assistant":
             last = {"role": "assistant", "content": None}
             messages.append(last)
         last.setdefault("tool_calls", []).append(tool_call(item.name("arguments"), {"function": call}))
+        last.setdefault("call_ids", []).append(number)
     elif kind == "function_call_output":
-        item.text("call_id")
+        number = item.text("call_id")
         if not last.get("tool_calls") and last.get("role") != "tool":
             item.refuse("type", "a function_call_output must follow a function_call", "invalid_value")
-        messages.append({"role": "tool", "content": _text(item, "output")})
+        messages.append({"role": "tool", "content": _text(item, "output"), "call_ids": [number]})
     else:
         item.refuse(
             "type",
