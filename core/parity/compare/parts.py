@@ -9,6 +9,7 @@ import numpy as np
 
 from telechat_twins.core.parity.compare.blocks import BlockSums, block_sums
 from telechat_twins.core.parity.compare.measures import Side, side
+from telechat_twins.core.parity.compare.updates import Updates, updates
 from telechat_twins.core.parity.record.format import KINDS, Record, quantity_key
 
 # Unit roundoff of the types that tensors are stored in.
@@ -18,7 +19,7 @@ STORED = {"float64": 2.0**-53, "float32": 2.0**-24, "bfloat16": 2.0**-8, "float1
 @dataclass(frozen=True)
 class Part:
     """Quantities of one kind and step. ``counts`` int64 [n]: elements. ``sides``: by "a", "b" and "reference".
-    ``stored``: by side, unit roundoff of the type of each tensor [n]. ``change``: the columns are changes of weights
+    ``stored``: by side, unit roundoff of the type of each tensor [n]. ``updates``: the columns are changes of weights
     since the first recorded step, whose norms ``size`` are those of the weights, by side. ``blocks``: of gradients, by
     number."""
 
@@ -28,7 +29,7 @@ class Part:
     counts: np.ndarray
     sides: dict[str, Side]
     stored: dict[str, np.ndarray]
-    change: bool = False
+    updates: Updates | None = None
     size: dict[str, np.ndarray] | None = None
     blocks: dict[int, BlockSums] = field(default_factory=dict)
 
@@ -63,8 +64,10 @@ def _part(kind: str, step: int, keys: list[str], records: Mapping[str, Record], 
         blocks = block_sums(keys, records) if kind == "gradient" else {}
         return Part(kind, step, keys, counts, columns, stored, blocks=blocks)
     bases = [quantity_key("weight_before", some[key].name, base) for key in keys]
-    changed = {n: _change(columns[n], side(record, bases, buckets)) for n, record in records.items()}
-    return Part(kind, step, keys, counts, changed, stored, True, {n: column.norm for n, column in columns.items()})
+    made = updates(keys, bases, records, buckets)
+    changed = {n: _change(columns[n], made.start[n]) for n in records}
+    size = {n: column.norm for n, column in columns.items()}
+    return Part(kind, step, keys, counts, changed, stored, made, size)
 
 
 def _change(after: Side, before: Side) -> Side:

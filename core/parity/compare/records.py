@@ -27,7 +27,8 @@ PARAMETER_KINDS = ("gradient", "weight_before", "weight_after", "moment1", "mome
 class Measured:
     """One quantity. ``errors`` and ``limits``: of the distance, by side ("a", "b") from the reference, or "apart", of
     the two from each other. ``value`` and ``limit``: of the worst broken measure, where all hold of the distance;
-    ``measure`` of ``side`` is "distance", "norm", "single element", "smooth part" or "non-finite values".
+    ``measure`` of ``side`` is "distance", "norm", "single element", "smooth part", "along the update", "along the
+    weights" or "non-finite values".
     ``source``: where the limit comes from. ``shares``: by measure, value over limit of the worse side."""
 
     key: str

@@ -22,6 +22,7 @@ from telechat_twins.core.parity.compare.rules import (
     WHOLE_PEAK,
     Rule,
 )
+from telechat_twins.core.parity.compare.updates import CHANCE, Updates, parts_along
 from telechat_twins.core.parity.record.format import Record
 
 # Of normally distributed gradients with relative error e, the share within their own error of zero is about 0.8 e:
@@ -29,6 +30,7 @@ from telechat_twins.core.parity.record.format import Record
 SIGNS, FEW = 0.8, 0.5
 # Without a reference: norms of equal tensors differ by at most 0.6 of their distance (measured), and distances by 3.
 PAIR_NORM = 2.0
+MAGNIFIED = "x up to {:.3g}, by which updates of small elements magnify the gradient's rounding"
 BLOCKS = f"{PEAK_FACTOR * BLOCK_PEAK:g} x what the other blocks of the row and the column let expect"
 
 
@@ -77,6 +79,32 @@ class _Measures(ABC):
         a, b = self.part.sides[one], self.part.sides[other]
         scale = np.where(b.norm > 0, b.norm, a.norm if other != "reference" else 0.0)
         return differences(a, b, self.part.counts, scale)
+
+    def gradients_apart(self, made: Updates, one: str, other: str) -> np.ndarray:
+        """float64 [n]: the relative errors, at the upper end of their error bars, of the gradients that made a change;
+        inf where they were not recorded."""
+        if made.gradients is None:
+            return np.full(len(self.part.keys), np.inf)
+        a, b = made.gradients[one], made.gradients[other]
+        return differences(a, b, self.part.counts, b.norm).distance / self.least
+
+    def along(
+        self, one: str, other: str, made: Updates, floor: float, extra: np.ndarray, label: str
+    ) -> Iterator[Trial]:
+        """The parts of the difference of two changes along the change and along the weights, relative to the change:
+        factors of the update and of the decay. ``extra``: what storage rounds, which may have a direction: a weight
+        that does not decay is moved by one of two numbers, and rounded alike for all elements of an exponent."""
+        change = self.part.sides[other]
+        apart, least = self.part.sides[one].sketch - change.sketch, floor + extra
+        for measure, direction in (("along the update", change), ("along the weights", made.start[other])):
+            value, chance = parts_along(apart, direction.sketch, self.part.counts)
+            with np.errstate(divide="ignore", invalid="ignore"):
+                value, chance = (np.where(x == 0.0, 0.0, x / change.norm) for x in (value, chance))
+            limit = np.where(self.judged_alone(), np.maximum(least, chance), np.inf)
+            text = (
+                f"{CHANCE:g} deviations of what is left has by chance, at least {floor / self.rule_of[one].unit:.3g} u"
+            )
+            yield Trial(measure, label, value, limit, f"part of the change: {text} and what storage rounds")
 
     def nonfinite(self, one: str, other: str, label: str) -> Trial:
         a, b = self.part.sides[one].nonfinite, self.part.sides[other].nonfinite
@@ -143,7 +171,7 @@ class _Measures(ABC):
             share = 2 * self.part.stored[name] * self.part.size[name] / self.part.sides[name].norm
         return np.where(self.part.sides[name].norm > 0, share, 0.0)
 
-    def signs(self, ceiling: float) -> tuple[np.ndarray, np.ndarray]:
+    def signs(self, ceiling: np.ndarray | float) -> tuple[np.ndarray, np.ndarray]:
         """(most of a change's relative distance when updates of elements with a gradient of rounding size take the
         other sign, whether these are so many that they are in every bucket).
 
@@ -170,10 +198,10 @@ class _Against(_Measures):
     def trials(self) -> Iterator[Trial]:
         for name in self.names:
             other = next((n for n in self.names if n != name), None)
-            if self.part.kind == "weight_before" and not self.part.change:
+            if self.part.kind == "weight_before" and self.part.updates is None:
                 yield self.rounded_weights(name)
-            elif self.part.change:
-                yield from self.changes(name, other)
+            elif self.part.updates is not None:
+                yield from self.changes(name, other, self.part.updates)
             else:
                 distance = self.distances(name, other)
                 yield distance
@@ -222,10 +250,9 @@ class _Against(_Measures):
             text = f"at most {self.rule_of[name].ceiling:.3g} from the float64 record ({self.precision[name]})"
         return f"{text}; up to x {self.most.max():g} for the sketch's error bar"
 
-    def changes(self, name: str, other: str | None) -> Iterator[Trial]:
+    def changes(self, name: str, other: str | None, made: Updates) -> Iterator[Trial]:
         found, rule, extra = self.found[name], self.rule_of[name], self.storage(name)
-        signs, everywhere = self.signs(rule.ceiling)
-        wide = np.hypot(signs, rule.ceiling + extra)
+        wide = np.hypot(self.signs(rule.ceiling)[0], rule.ceiling + extra)
         text = f"of the change, at most 2 sqrt(share of elements whose gradient is rounding), {wide.max():.2g}"
         if self.precision[name] not in FULL:  # so many signs differ that their share is the same in both
             few = 2 * np.sqrt(FEW / self.part.counts)  # but in a small tensor their number is chance
@@ -234,10 +261,15 @@ class _Against(_Measures):
             yield Trial("distance", name, found.distance, limit, f"{text}; {self.source(name)}")
             return
         yield Trial("distance", name, found.distance, self.most * wide, text)
+        gain, error = made.gain[self.judge], self.gradients_apart(made, name, self.judge)
+        explained = np.minimum(rule.ceiling, rule.factor * np.maximum(rule.floor, error))
         values = self.found[other].smooth if other else None
-        limit = self.limit(name, values, rule.ceiling + extra, rule.floor + extra)
+        limit = self.limit(name, values, gain * explained + extra, gain * rule.floor + extra)
+        everywhere = self.signs(explained)[1]
         limit = np.where(everywhere | (self.part.counts < PEAK_ELEMENTS), np.inf, limit)
-        yield Trial("smooth part", name, found.smooth, limit, f"of the change, without outliers: {self.source(name)}")
+        text = f"of the change, without outliers: {self.source(name)}, and {rule.factor:g} x the gradient's error"
+        yield Trial("smooth part", name, found.smooth, limit, f"{text}; {MAGNIFIED.format(gain.max())}")
+        yield from self.along(name, self.judge, made, rule.floor, extra, name)
 
 
 class _Between(_Measures):
@@ -247,11 +279,11 @@ class _Between(_Measures):
         found = self.apart("a", "b")
         one, other = self.rule_of["a"], self.rule_of["b"]
         names = " and ".join(dict.fromkeys(self.precision.values()))
-        if self.part.kind == "weight_before" and not self.part.change:
+        if self.part.kind == "weight_before" and self.part.updates is None:
             limit = self.most * np.maximum(self.part.stored["a"], self.part.stored["b"])
             yield Trial("distance", "apart", found.distance, limit, "equal weights, rounded to their type")
-        elif self.part.change:
-            yield from self.changes(found, names)
+        elif self.part.updates is not None:
+            yield from self.changes(found, names, self.part.updates)
         else:
             limit = self.most * rules.pair_limit(one, other, _median(found.distance))
             text = f"{rules.pair_source(one, other, names)}; up to x {self.most.max():g} for the sketch's error bar"
@@ -265,18 +297,22 @@ class _Between(_Measures):
             yield Trial("norm", "apart", self.norms("a", "b"), limit, text)
         yield self.nonfinite("a", "b", "apart")
 
-    def changes(self, found: Differences, names: str) -> Iterator[Trial]:
+    def changes(self, found: Differences, names: str, made: Updates) -> Iterator[Trial]:
         one, other = self.rule_of["a"], self.rule_of["b"]
         extra = self.storage("a") + self.storage("b")
-        signs, everywhere = self.signs(one.ceiling + other.ceiling)
-        wide = self.most * np.hypot(signs, one.ceiling + other.ceiling + extra)
+        most = one.ceiling + other.ceiling
+        wide = self.most * np.hypot(self.signs(most)[0], most + extra)
         text = "of the change: 2 sqrt(share of elements whose gradient is rounding)"
         yield Trial("distance", "apart", found.distance, wide, text)
         # Twice the median: gradients of some biases are small differences, and their updates as uncertain.
-        limit = self.most * (rules.pair_limit(one, other, 2 * _median(found.smooth)) + extra)
+        gain = np.maximum(made.gain["a"], made.gain["b"])
+        limit = self.most * (gain * rules.pair_limit(one, other, 2 * _median(found.smooth / gain)) + extra)
+        everywhere = self.signs(np.minimum(most, self.gradients_apart(made, "a", "b")))[1]
         limit = np.where(everywhere | (self.part.counts < PEAK_ELEMENTS), np.inf, limit)
         text = f"of the change, without outliers: {rules.pair_source(one, other, names)}"
-        yield Trial("smooth part", "apart", found.smooth, limit, text)
+        yield Trial("smooth part", "apart", found.smooth, limit, f"{text}; {MAGNIFIED.format(gain.max())}")
+        if all(precision in FULL for precision in self.precision.values()):
+            yield from self.along("a", "b", made, max(one.floor, other.floor), extra, "apart")
 
 
 def _median(values: np.ndarray) -> float:
