@@ -17,6 +17,9 @@ examples:
 RUN is the folder of a run, its metrics.jsonl, or a folder whose subfolders are runs. The page needs no network."""
 
 
+SUFFIXES = (".png", ".svg", ".html")
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of ``tele plot``."""
     parser.epilog = EPILOG
@@ -50,7 +53,9 @@ def run(args: argparse.Namespace) -> int:
     for one in runs:
         places = {row["step"]: float(row[args.against]) for row in one.rows if args.against in row}
         marks |= {places[step]: text for step, text in one.marks.items() if step in places}
-    paths = [Path(f"{args.out}.{suffix}") for suffix in ("png", "svg", "html")]
+    name = Path(args.out)
+    name = name.with_suffix("") if name.suffix in SUFFIXES else name
+    paths = [Path(f"{name}{suffix}") for suffix in SUFFIXES]
     for path in paths:
         writable_file(path, "--out")
     title = " \u00b7 ".join(one.label for one in runs[:6]) + (f" and {len(runs) - 6} more" if len(runs) > 6 else "")

@@ -112,7 +112,7 @@ def load_machine(name_or_path: str) -> Machine:
     if path.suffix not in (".yaml", ".yml"):
         if name_or_path not in machine_names():
             near = nearest(name_or_path, machine_names(), cutoff=0.4)
-            hint = f"did you mean '{near}'?" if near else f"there are: {', '.join(machine_names())}"
+            hint = f"did you mean '{near}'?" if near else f"there are: {', '.join(machine_names())}."
             raise UserError(f"--machine: no machine '{name_or_path}'; {hint} A file's name ends in .yaml")
         path = MACHINES / f"{name_or_path}.yaml"
     return machine_from(load_yaml(path), path.name)

@@ -34,7 +34,15 @@ from telechat_twins.core.model.config import PRECISIONS
 RECOMPUTE = ("none", "selective", "full")
 
 
+EPILOG = """\
+examples:
+  tele plan --model telechat2-115b --layout tp8.pp8.dp8 --seq-len 8192 --recompute full
+  tele plan --config telechat2-7b --machine h200-sxm --tokens 1e12
+  tele plan --model telechat2-7b --search --machine h200-sxm --devices 8 --global-batch 512"""
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.epilog = EPILOG
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--model", metavar="PRESET", help="a preset, e.g. telechat2-7b")
     what.add_argument(
