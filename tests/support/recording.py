@@ -50,16 +50,22 @@ def random_batch(config: RunConfig, documents: bool = False) -> Batch:
 
 
 def record_step(
-    backend: str, config: RunConfig, folder: Path, full: Sequence[str] = (), batch: Batch | None = None, steps: int = 1
+    backend: str,
+    config: RunConfig,
+    folder: Path,
+    full: Sequence[str] = (),
+    batch: Batch | None = None,
+    steps: int = 1,
+    weights: str = "strong",
 ) -> Record:
-    """The record of step ``steps`` of a run with strong weights of seed 0."""
+    """The record of step ``steps`` of a run with ``weights`` (strong, normal) of seed 0."""
     batch = random_batch(config) if batch is None else batch
     trainer = load(backend, "train").Trainer(config)
 
     def read(name: str, box: tuple[slice, ...]) -> np.ndarray:
         if config.lora is not None and is_adapter(name):
-            return init_adapter(name, config.model, config.lora, 0, box, "strong")
-        return init_tensor(name, config.model, 0, box, "strong")
+            return init_adapter(name, config.model, config.lora, 0, box, weights)
+        return init_tensor(name, config.model, 0, box, weights)
 
     trainer.load_weights(read)
     if config.lora is not None:
@@ -70,7 +76,7 @@ def record_step(
         targets = trainer.count_targets(batch.num_terms)
         wanted = recorder.wants(step)
         if wanted:
-            recorder.before(trainer, step, batch, 0, ROWS, config.model.to_dict())
+            recorder.before(trainer, step, batch, 0, len(batch.input_ids), config.model.to_dict())
         loss = trainer.gradients(batch, targets, 1.0)
         norm = trainer.grad_norm(1.0)
         if wanted:

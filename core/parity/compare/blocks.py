@@ -1,9 +1,12 @@
-"""Single wrong elements of large gradients, from their block sums.
+"""Single wrong elements of gradients, from their block sums.
 
 A gradient is a sum of products of two vectors, and its rounding error is about as large as the product of a scale of
 its row and one of its column. So the error of a block is measured by the root mean squares of the errors in its row
 and in its column of blocks, without the largest of each: a wrong element does not excuse itself. It is expected to be
 at least half of the smaller of the two.
+
+The elements of small gradients, and blocks of vectors, have only each other. Where single channels are far larger than
+the others, their roundings are too: without a third side, the largest may be as uneven as the gradient itself.
 """
 
 from __future__ import annotations
@@ -13,7 +16,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from telechat_twins.core.parity.compare.rules import BLOCK_PEAK, PEAK_FACTOR
-from telechat_twins.core.parity.record.blocks import joined
+from telechat_twins.core.parity.record.blocks import LARGE, LEAST_SIDE, joined
 from telechat_twins.core.parity.record.format import Record
 
 BlockSums = dict[str, np.ndarray]  # by side, of one gradient: float64 [rows, columns of blocks]
@@ -36,12 +39,13 @@ def worst_block(sums: BlockSums, one: str, judge: str, third: str | None, share:
 
     ``third``: the side whose errors may be as uneven. ``share``: of the sum of a block itself that may be its error.
     """
-    apart = np.abs(sums[one] - sums[judge])
+    apart, size = np.abs(sums[one] - sums[judge]), np.abs(sums[judge])
     uneven = BLOCK_PEAK
     if third is not None:
         other = np.abs(sums[third] - sums[judge])
         uneven = max(uneven, float(_over(other, expected(other)).max()))
-    size = np.abs(sums[judge])
+    elif size.size <= LARGE or min(size.shape) < LEAST_SIDE:
+        uneven = max(uneven, float(size.max()) / (_of_others(size) or 1.0))
     limit = np.maximum(PEAK_FACTOR * uneven * expected(apart), max(share, _STORED) * size)
     worst = int(_over(apart, limit).argmax())
     return float(apart.reshape(-1)[worst]), float(limit.reshape(-1)[worst])
@@ -50,13 +54,21 @@ def worst_block(sums: BlockSums, one: str, judge: str, third: str | None, share:
 def expected(apart: np.ndarray) -> np.ndarray:
     """The size of each error [R, C], of magnitude ``apart``, by the others of its row and column."""
     squares = np.square(apart)
+    if min(apart.shape) < LEAST_SIDE:
+        return np.broadcast_to(_of_others(apart), apart.shape)
     rows, columns = (
         np.sqrt((squares.sum(axis, keepdims=True) - squares.max(axis, keepdims=True)) / (squares.shape[axis] - 1))
         for axis in (1, 0)
     )
-    whole = np.sqrt((squares.sum() - squares.max()) / (squares.size - 1))
+    whole = _of_others(apart)
     least = np.minimum(rows, columns) / 2
     return least if whole == 0 else np.maximum(rows * (columns / whole), least)
+
+
+def _of_others(sizes: np.ndarray) -> float:
+    """Root mean square of all but the largest."""
+    squares = np.square(sizes)
+    return float(np.sqrt((squares.sum() - squares.max()) / max(squares.size - 1, 1)))
 
 
 def _over(error: np.ndarray, limit: np.ndarray) -> np.ndarray:

@@ -1,8 +1,9 @@
-"""Block sums of large gradients, beside the sketch: few elements each, so that a single wrong one stands out.
+"""Block sums of gradients, beside the sketch: few elements each, so that a single wrong one stands out.
 
 The matrix of a gradient [rows, columns] is cut into blocks of ``height`` x ``width`` elements, whose sums are kept. How
-small the blocks are is decided by the bytes that a record may have, alike for all gradients of a run: a model of ten
-million elements has blocks of SMALLEST, one of a hundred billion has blocks of many thousands.
+small the blocks are is decided by the bytes that a record may have, alike for all large gradients of a run: a model of
+ten million elements has blocks of SMALLEST, one of a hundred billion has blocks of many thousands. Small gradients
+have blocks of one element, and longer vectors of SMALLEST: biases and gains, which need few bytes in any model.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ from telechat_twins.core.parity.record.sketch import LARGEST
 SMALLEST = 4  # elements of a block; blocks of up to WIDEST are parts of one row
 WIDEST = 16
 LEAST_SIDE = 8  # rows and columns of blocks, so that each has a distribution
-LARGE = 4096  # elements of a tensor; in the sketch of a smaller one a bucket has fewer than a block
+LARGE = 4096  # elements; tensors of up to so many are kept whole
+FINE_SHARE = 0.5  # of the room for blocks that small tensors and vectors may take, all of them or none
 HIGHEST = 128  # rows of a block
 _NUMBER = 4  # bytes
 _TILE = 1 << 16  # elements converted to float64 at once
@@ -62,7 +64,7 @@ class Grid:
 
 
 def grid_of(shape: tuple[int, int], size: int) -> Grid | None:
-    """Blocks of ``size`` elements, a power of two; None for matrices of too few of them."""
+    """Blocks of ``size`` elements, a power of two, of a large matrix; None for those of too few of them."""
     width = min(size, WIDEST)
     height = 1
     while height * width < size:
@@ -71,7 +73,7 @@ def grid_of(shape: tuple[int, int], size: int) -> Grid | None:
         else:
             height *= 2
     grid = Grid(height, width, shape)
-    return grid if math.prod(shape) > LARGE and min(grid.blocks) >= LEAST_SIDE else None
+    return grid if fine_grid(shape) is None and min(grid.blocks) >= LEAST_SIDE else None
 
 
 def grid_with(shape: tuple[int, int], blocks: Sequence[int]) -> Grid | None:
@@ -86,8 +88,25 @@ def grid_with(shape: tuple[int, int], blocks: Sequence[int]) -> Grid | None:
     return found if found.blocks == tuple(blocks) else None
 
 
+def fine_grid(shape: tuple[int, int]) -> Grid | None:
+    """Blocks of a small tensor or a vector, alike in all models; None for large matrices."""
+    if math.prod(shape) <= LARGE:
+        return Grid(1, 1, shape)
+    return Grid(1, SMALLEST, shape) if shape[0] < LEAST_SIDE <= shape[1] else None
+
+
 def fitting_grids(shapes: Mapping[str, tuple[int, int]], room: int) -> dict[str, Grid]:
     """Grids by name, of the smallest blocks with which all fit into ``room`` bytes."""
+    fine = {name: grid for name, shape in shapes.items() if (grid := fine_grid(shape)) is not None}
+    taken = sum(blocks_bytes(grid.blocks) for grid in fine.values())
+    large = {name: shape for name, shape in shapes.items() if name not in fine}
+    if taken > FINE_SHARE * room:
+        fine, taken = {}, 0
+    both = fine | _fitting(large, room - taken)
+    return {name: both[name] for name in shapes if name in both}
+
+
+def _fitting(shapes: Mapping[str, tuple[int, int]], room: int) -> dict[str, Grid]:
     size = SMALLEST
     while True:
         found = {name: grid for name, shape in shapes.items() if (grid := grid_of(shape, size)) is not None}
@@ -102,7 +121,8 @@ def blocks_bytes(blocks: tuple[int, ...]) -> int:
 
 
 def coarser(sums: np.ndarray, shape: tuple[int, int]) -> np.ndarray | None:
-    """The sums of blocks of twice the size, those that ``grid_of`` would give; None where these are too few."""
+    """The sums of a large matrix in blocks of twice the size, those that ``grid_of`` would give; None where these are
+    too few."""
     grid = grid_with(shape, sums.shape)
     assert grid is not None
     larger = grid_of(shape, 2 * grid.height * grid.width)

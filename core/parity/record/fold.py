@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
-from telechat_twins.core.parity.record.blocks import blocks_bytes, coarser
+from telechat_twins.core.parity.record.blocks import FINE_SHARE, blocks_bytes, coarser, fine_grid
 from telechat_twins.core.parity.record.format import Quantity
 from telechat_twins.core.parity.record.sketch import Projection, matrix_shape
 
@@ -26,10 +26,19 @@ def folded(quantity: Quantity, buckets: int, seed: int) -> Quantity:
 
 
 def fitted(quantities: Sequence[Quantity], room: int) -> list[Quantity]:
-    """Quantities whose blocks are joined, those of all alike, until their sums fit into ``room`` bytes."""
+    """Quantities whose blocks are joined, those of all large matrices alike, until their sums fit into ``room`` bytes;
+    small ones and vectors lose theirs where these would take too much of it."""
     held = list(quantities)
-    while sum(blocks_bytes(q.blocks.shape) for q in held if q.blocks is not None) > room:
+    fine = {place for place, one in enumerate(held) if one.blocks is not None and fine_grid(matrix_shape(one.shape))}
+    if _bytes(held[place] for place in fine) > FINE_SHARE * room:
+        for place in fine:
+            held[place] = dataclasses.replace(held[place], blocks=None)
+    while _bytes(held) > room:
         for place, one in enumerate(held):
-            if one.blocks is not None:
+            if one.blocks is not None and place not in fine:
                 held[place] = dataclasses.replace(one, blocks=coarser(one.blocks, matrix_shape(one.shape)))
     return held
+
+
+def _bytes(quantities: Iterable[Quantity]) -> int:
+    return sum(blocks_bytes(q.blocks.shape) for q in quantities if q.blocks is not None)

@@ -28,7 +28,7 @@ from telechat_twins.core.files.safetensors import file_sha256
 from telechat_twins.core.parity.record.sketch import BUCKETS, LEAST_BUCKETS, Statistics
 from telechat_twins.core.types import JsonObject
 
-FORMAT, VERSION, READABLE = "tele-record", 2, (1, 2)
+FORMAT, VERSION, READABLE = "tele-record", 3, (1, 2, 3)
 MAX_BYTES = 32_000_000  # of a record without its full tensors
 KINDS = (
     "activation",

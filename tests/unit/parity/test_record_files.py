@@ -160,7 +160,7 @@ HOSTILE: dict[str, tuple[Change, str]] = {
     "no header": (lambda f: (f / "record.json").unlink(), "record.json: no such file"),
     "header cut": (cut("record.json"), "record.json: damaged"),
     "header of another format": (header(lambda t: t.update(format="x")), "format must be"),
-    "another version": (header(lambda t: t.update(version=3)), "version must be 1 or 2, found 3"),
+    "another version": (header(lambda t: t.update(version=4)), "version must be 1 or 2 or 3, found 4"),
     "unknown key": (header(lambda t: t.update(more=1)), "unknown key 'more'"),
     "missing key": (header(lambda t: t.pop("layout")), "layout is missing"),
     "key of another type": (header(lambda t: t.update(rows="4")), "rows: must be of type int"),

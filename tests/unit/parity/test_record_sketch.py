@@ -9,7 +9,17 @@ import pytest
 
 from telechat_twins.core.parity.compare.blocks import worst_block
 from telechat_twins.core.parity.record import sketch
-from telechat_twins.core.parity.record.blocks import SMALLEST, Grid, coarser, grid_of, grid_with
+from telechat_twins.core.parity.record.blocks import (
+    SMALLEST,
+    Grid,
+    coarser,
+    fine_grid,
+    fitting_grids,
+    grid_of,
+    grid_with,
+)
+from telechat_twins.core.parity.record.fold import fitted
+from telechat_twins.core.parity.record.format import quantity
 from telechat_twins.core.parity.record.sketch import (
     BUCKETS,
     Projection,
@@ -197,6 +207,47 @@ def test_a_single_wrong_element_breaks_the_limit_of_its_block(rows):
         error, limit = worst_block(held | {"a": wrong}, "a", "reference", "b", 1e-5)
         seen += error > limit
     assert seen >= 0.95 * (TRIALS // 10), seen
+
+
+@pytest.mark.parametrize("size", [64, 1408, 4096])
+def test_a_single_wrong_element_of_a_vector_is_seen(size):
+    """Gradients of biases and gains, some channels far larger than the others and rounded as much worse; elements
+    above a fiftieth of the root mean square."""
+    random, shape = np.random.default_rng(8), (1, size)
+    scale = np.exp(0.5 * random.standard_normal(shape))
+    scale[0, ::32] *= 5
+    gradient = scale * random.standard_normal(shape)
+    sides = {name: gradient + 10 * 2.0**-24 * scale * random.standard_normal(shape) for name in "ab"}
+    grid = fine_grid(shape)
+    sums = {name: x.reshape(grid.blocks[1], -1).sum(1)[None] for name, x in (sides | {"reference": gradient}).items()}
+    large = np.flatnonzero(np.abs(gradient[0]) > np.sqrt(np.mean(gradient**2)) / 50)
+    for third in ("b", None):
+        judge = "reference" if third else "b"
+        error, limit = worst_block(sums, "a", judge, third, 1e-5)
+        assert error < limit
+        seen = 0
+        for _ in range(TRIALS // 10):
+            wrong, at = sums["a"].copy(), int(random.choice(large))
+            wrong[0, at // grid.width] += 1e-3 * gradient[0, at]
+            error, limit = worst_block(sums | {"a": wrong}, "a", judge, third, 1e-5)
+            seen += error > limit
+        assert seen >= 0.95 * (TRIALS // 10), (third, seen)
+
+
+def test_small_tensors_and_vectors_have_fine_blocks_where_there_is_room():
+    shapes = {"bias": (1, 8192), "gain": (1, 512), "q": (512, 512), "small": (32, 64)}
+    fine = {"bias": (1, 2048), "gain": (1, 512), "small": (32, 64)}
+    found = {room: fitting_grids(shapes, room) for room in (1 << 20, 1 << 16, 1 << 12)}
+    held = {room: {name: grid.blocks for name, grid in grids.items()} for room, grids in found.items()}
+    assert held[1 << 20] == fine | {"q": (512, 128)} and held[1 << 16] == fine | {"q": (256, 32)}
+    assert held[1 << 12] == {"q": (32, 32)}, "no room: large matrices first"
+    made = []
+    for name, grid in found[1 << 20].items():
+        statistics = Projection(name, shapes[name]).empty()
+        made.append(quantity("gradient", name, 1, shapes[name], "float32", statistics, np.zeros(grid.blocks)))
+    for room in (1 << 16, 1 << 12):
+        again = {q.name: q.blocks.shape for q in fitted(made, room) if q.blocks is not None}
+        assert again == held[room]
 
 
 def signature(a: Statistics, b: Statistics) -> float:
