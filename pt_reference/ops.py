@@ -41,7 +41,7 @@ from telechat_twins.kernels.pytorch.ops import (
     rope_qk,
     swiglu,
 )
-from telechat_twins.kernels.pytorch.paged import Pages, page_dtype, paged_attention, rows_at, store_rows
+from telechat_twins.kernels.pytorch.paged import Pages, page_dtype, paged_attention, rows_at, short_page, store_rows
 from telechat_twins.kernels.pytorch.weights import Matrix, several
 
 __all__ = [
@@ -81,6 +81,7 @@ __all__ = [
     "serves_head",
     "shard_gradient",
     "shard_statistics",
+    "short_page",
     "store_rows",
     "swiglu",
 ]

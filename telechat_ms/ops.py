@@ -44,7 +44,7 @@ from telechat_twins.kernels.mindspore.ops import (
     rope_qk,
     swiglu,
 )
-from telechat_twins.kernels.mindspore.paged import Pages, page_dtype, paged_attention, rows_at, store_rows
+from telechat_twins.kernels.mindspore.paged import Pages, page_dtype, paged_attention, rows_at, short_page, store_rows
 from telechat_twins.kernels.reference import visible_keys
 
 __all__ = [
@@ -85,6 +85,7 @@ __all__ = [
     "serves_head",
     "shard_gradient",
     "shard_statistics",
+    "short_page",
     "store_rows",
     "swiglu",
     "total",

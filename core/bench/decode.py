@@ -1,7 +1,8 @@
 """Decoding benchmark (``tele bench decode``): one token a step, for a single sequence and for a batch.
 
 Contestants are the engine on each backend and, where the transformers library is installed, Hugging Face's ``generate``
-with its cache, on a model of the same shapes in PyTorch (kernels/bench/hf.py). They run in turns, as in ``tele bench
+with its cache, on a model of the same shapes in PyTorch (kernels/bench/hf.py), and on demand llama.cpp
+(kernels/bench/llama_cpp.py). They run in turns, as in ``tele bench
 step``. The limit of a step is the time to read the bytes that it must read, every weight matrix once and the keys and
 values of each sequence, at the bandwidth measured in the same process.
 """
@@ -14,7 +15,7 @@ from contextlib import ExitStack
 
 from telechat_twins.core import backends
 from telechat_twins.core.bench.step import facts, machine, model_name
-from telechat_twins.core.bench.worker import Worker, bench_config, paired_ratios, spread
+from telechat_twins.core.bench.worker import LLAMA_CPP, Worker, bench_config, paired_ratios, spread
 from telechat_twins.core.model.config import ModelConfig
 from telechat_twins.core.model.params import parameter_table
 from telechat_twins.core.model.precision import PRECISION
@@ -22,8 +23,9 @@ from telechat_twins.core.model.quantize import LINEAR
 from telechat_twins.core.types import JsonObject
 
 HF = "hf"
-TITLES = {**backends.TITLES, HF: "Hugging Face generate"}
-_MODULE, _HF_MODULE = "telechat_twins.kernels.bench.decode", "telechat_twins.kernels.bench.hf"
+TITLES = {**backends.TITLES, HF: "Hugging Face generate", LLAMA_CPP: LLAMA_CPP}
+_MODULE = "telechat_twins.kernels.bench.decode"
+_MODULES = {HF: "telechat_twins.kernels.bench.hf", LLAMA_CPP: "telechat_twins.kernels.bench.llama_cpp"}
 _BYTES = {"float32": 4, "float64": 8, "bfloat16": 2, "float16": 2}
 
 Turns = dict[tuple[str, int], list[JsonObject]]
@@ -31,6 +33,7 @@ Turns = dict[tuple[str, int], list[JsonObject]]
 
 def contestants(names: list[str]) -> tuple[list[str], list[str]]:
     """The contestants: ``names`` and, if transformers is installed, Hugging Face's; otherwise a note on its absence."""
+    names = [name for name in names if name != HF]
     if importlib.util.find_spec("transformers") is not None:
         return [*names, HF], []
     return names, [f"{TITLES[HF]}: not measured (transformers is not installed here)."]
@@ -43,14 +46,14 @@ def measure_decode(
     prompts of ``prompt`` tokens and one turn that is not counted."""
     names, notes = contestants(names)
     options = {**options, "rows": max(rows), "length": prompt + block}
-    turns: Turns = {(name, count): [] for name in names for count in rows}
+    turns: Turns = {(name, count): [] for name in names for count in rows if _takes(name, count)}
     with ExitStack() as stack:
-        modules = {name: _HF_MODULE if name == HF else _MODULE for name in names}
+        modules = {name: _MODULES.get(name, _MODULE) for name in names}
         workers = {name: stack.enter_context(Worker(name, options, module=modules[name])) for name in names}
         made = {name: worker.implementation for name, worker in workers.items()}
         for number in range(-1, -(-steps // block)):
             for name in names if number % 2 == 0 else reversed(names):
-                for count in rows:
+                for count in (count for count in rows if _takes(name, count)):
                     left = block if number < 0 else min(block, steps - number * block)
                     answer = workers[name].ask({"rows": count, "prompt": prompt, "steps": left})
                     if number >= 0:
@@ -70,7 +73,12 @@ def measure_decode(
                     read,
                 ),
                 "ratios": {
-                    "hf": _ratio(turns, (HF, count), (name, count)) if HF in names and name != HF else None,
+                    **{
+                        peer: _ratio(turns, (peer, count), (name, count))
+                        if (peer, count) in turns and name != peer
+                        else None
+                        for peer in (HF, LLAMA_CPP)
+                    },
                     "one": _ratio(turns, (name, rows[0]), (name, count)) if count != rows[0] else None,
                 },
             }
@@ -83,6 +91,11 @@ def measure_decode(
         "read_bytes_per_s": read,
         "rows": table,
     }
+
+
+def _takes(name: str, rows: int) -> bool:
+    """llama.cpp is measured with one sequence."""
+    return name != LLAMA_CPP or rows == 1
 
 
 def _ratio(turns: Turns, first: tuple[str, int], second: tuple[str, int]) -> dict[str, float]:
@@ -125,23 +138,25 @@ def decode_to_markdown(result: JsonObject) -> str:
     """Markdown table with a row for each contestant and number of sequences."""
     options = result["options"]
     weights = ", the backends' weights in int8" if options.get("quantize") == "int8" else ""
+    compared = [peer for peer in (HF, LLAMA_CPP) if peer == HF or peer in result["implementations"]]
+    heads = [f"times {'Hugging Face' if peer == HF else peer}'s" for peer in compared]
     lines = [
         f"{model_name(options)} ({result['parameters']:,} parameters), {options['precision']}{weights}, greedy, after "
         f"prompts of {result['prompt']} tokens; {machine(result)}; contestants in turns, all warm.",
         "",
-        "| contestant | sequences | a step, median | middle 80 % | tokens/s | times Hugging Face's | times one "
+        f"| contestant | sequences | a step, median | middle 80 % | tokens/s | {' | '.join(heads)} | times one "
         "| of the reading limit | outside the model |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "|---" * (8 + len(heads)) + "|",
     ]
     for row in result["rows"]:
-        hf, one = row["ratios"]["hf"], row["ratios"]["one"]
+        one, ratios = row["ratios"]["one"], [row["ratios"][peer] for peer in compared]
         cells = [
             TITLES[row["contestant"]],
             row["rows"],
             f"{row['median'] * 1e3:.2f} ms",
             f"{row['low'] * 1e3:.2f} to {row['high'] * 1e3:.2f} ms",
             f"{row['rows'] / row['median']:.1f}",
-            "-" if hf is None else f"{hf['median']:.2f} ({hf['low']:.2f} to {hf['high']:.2f})",
+            *("-" if r is None else f"{r['median']:.2f} ({r['low']:.2f} to {r['high']:.2f})" for r in ratios),
             "-" if one is None else f"{one['median']:.2f}",
             f"{100 * row['share']:.0f} %",
             f"{100 * row['engine_share']:.1f} %" if "engine_share" in row else "-",

@@ -36,7 +36,8 @@ from telechat_twins.core.types import JsonObject
 EAGER = "eager"  # the released code's composition in PyTorch, kernels/bench/eager.py
 # transformers' Llama of the same shapes, kernels/bench/hf_step.py, and the same through torch.compile.
 HF_STEP = {"hf": "transformers", "hf-compile": "compiled transformers"}
-TITLES = {**backends.TITLES, EAGER: "the eager composition", **HF_STEP}
+LLAMA_CPP = "llama.cpp"  # decodes a Llama of the same shapes, kernels/bench/llama_cpp.py
+TITLES = {**backends.TITLES, EAGER: "the eager composition", **HF_STEP, LLAMA_CPP: LLAMA_CPP}
 _MODULES = {
     EAGER: "telechat_twins.kernels.bench.eager",
     **dict.fromkeys(HF_STEP, "telechat_twins.kernels.bench.hf_step"),

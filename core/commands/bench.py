@@ -5,7 +5,7 @@ step      a training step in MindSpore, in PyTorch and, with `--backends ms pt e
 memory    peak memory of a training step above that of the imports, of each contestant in a process of its own, beside
           the estimate of `tele plan`; `--peers hf` adds transformers with its fused AdamW.
 decode    tokens generated one by one, for one sequence and for several at once; also with Hugging Face's generate, on
-          a model of the same shapes, if transformers is installed.
+          a model of the same shapes, if transformers is installed; with `--peers llama.cpp` also with llama.cpp.
 serve     1, 8 and 32 concurrent clients of ``tele serve``: tokens/s, time to the first text, cache in use; also with
           Hugging Face's generate, as for decode.
 kernels   every operator, forward and backward, against the machine's limits: bytes moved against the measured copy
@@ -48,7 +48,7 @@ from telechat_twins.core.bench.report import layouts_to_markdown
 from telechat_twins.core.bench.save import measure_saving, saving_to_markdown
 from telechat_twins.core.bench.serve import measure_serving, serving_to_markdown, write_model
 from telechat_twins.core.bench.step import facts, measure, to_markdown
-from telechat_twins.core.bench.worker import EAGER, HF_STEP, bench_config
+from telechat_twins.core.bench.worker import EAGER, HF_STEP, LLAMA_CPP, bench_config
 from telechat_twins.core.errors import UserError
 from telechat_twins.core.files.atomic import writable_file, write_text
 from telechat_twins.core.model.config import PRECISIONS, preset_names
@@ -81,7 +81,7 @@ ONLY: dict[str, tuple[str, ...]] = {
     "operators": ("kernels",),
     "sizes": ("kernels",),
     "compile": ("kernels",),
-    "peers": ("step", "memory"),
+    "peers": ("step", "memory", "decode"),
     "megabytes": ("save",),
     "machine": ("parallel",),
 }
@@ -142,8 +142,9 @@ def _add_special(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--peers",
         nargs="+",
-        choices=sorted(HF_STEP),
-        help="step, memory: further contestants, from the transformers library if installed; hf-compile takes a minute",
+        choices=sorted((*HF_STEP, LLAMA_CPP)),
+        help="step, memory: further contestants, from the transformers library if installed (hf-compile takes a "
+        "minute); decode: llama.cpp, on one sequence, with F32, BF16 or Q8_0 weights as --precision and --quantize say",
     )
     parser.add_argument(
         "--megabytes", type=int, metavar="M", help="save: size of the checkpoint, a third of it weights (1000)"
@@ -230,9 +231,24 @@ def _backends(args: argparse.Namespace) -> list[str]:
         )
     if args.peers and args.precision not in ("fp32", "bf16"):
         raise UserError(f"--peers: need --precision fp32 or bf16, found {args.precision}; take one of these")
-    if args.peers and importlib.util.find_spec("transformers") is None:
-        raise UserError("--peers: needs the transformers library, which is not installed; pip install transformers")
+    _check_peers(args)
     return [*names, *dict.fromkeys(args.peers or [])]
+
+
+def _check_peers(args: argparse.Namespace) -> None:
+    """UserError for a peer that the benchmark does not have, or whose packages are not installed."""
+    offered = ("hf", LLAMA_CPP) if args.what == "decode" else tuple(HF_STEP)
+    for name in args.peers or ():
+        if name not in offered:
+            raise UserError(f"--peers {name}: `tele bench {args.what}` has {' and '.join(offered)}; take one of these")
+    needed = ["transformers"] if set(args.peers or ()) & set(HF_STEP) else []
+    if LLAMA_CPP in (args.peers or ()):
+        needed += ["xllamacpp", "gguf"]
+        if 1 not in args.rows:
+            raise UserError(f"--peers {LLAMA_CPP}: is measured with one sequence; add 1 to --rows")
+    missing = [name for name in needed if importlib.util.find_spec(name) is None]
+    if missing:
+        raise UserError(f"--peers: needs {' and '.join(missing)}, not installed here; pip install {' '.join(missing)}")
 
 
 def _measured(

@@ -10,11 +10,14 @@ from telechat_twins.core.errors import UserError
 from telechat_twins.core.types import JsonObject
 
 SHOWN = 20  # flips and different texts that are listed for a task
+# How far a backend's float32 log-likelihood may be from exact arithmetic, in nats and as a share of its size
+# (docs/evaluation.md, "How exact").
+ROUNDING, RELATIVE_ROUNDING = 1e-5, 1e-6
 
 
 def compare_items(first: Sequence[JsonObject], second: Sequence[JsonObject]) -> JsonObject:
     """By task: number of items, largest and mean difference of log-likelihoods, flipped choices with the margin by
-    which each side chose, different texts, and items of which a metric differs.
+    which each side chose and how many rounding does not explain, different texts, and items of which a metric differs.
 
     UserError where the two did not evaluate the same items.
     """
@@ -35,7 +38,8 @@ def compare_items(first: Sequence[JsonObject], second: Sequence[JsonObject]) -> 
 
 
 def _empty() -> JsonObject:
-    return {"items": 0, "differences": [], "flips": [], "flipped": 0, "texts": [], "different_texts": 0, "metrics": 0}
+    counts = dict.fromkeys(("items", "flipped", "beyond_rounding", "different_texts", "metrics"), 0)
+    return {**counts, "differences": [], "flips": [], "texts": []}
 
 
 def _by_item(rows: Sequence[JsonObject]) -> dict[tuple[str, int, str, str], JsonObject]:
@@ -51,8 +55,10 @@ def _add(entry: JsonObject, left: JsonObject, right: JsonObject) -> None:
         entry["differences"] += [abs(a - b) for a, b in zip(ours, theirs, strict=True)]
         if len(ours) > 1 and int(np.argmax(ours)) != int(np.argmax(theirs)):
             entry["flipped"] += 1
+            entry["beyond_rounding"] += not by_rounding(ours, theirs)
             flip = {"item": left["item"], "choices": [int(np.argmax(ours)), int(np.argmax(theirs))]}
-            _listed(entry["flips"], flip | {"margins": [margin(ours), margin(theirs)]})
+            flip |= {"margins": [margin(ours), margin(theirs)], "by_rounding": by_rounding(ours, theirs)}
+            _listed(entry["flips"], flip)
     elif left["answers"] != right["answers"]:
         entry["different_texts"] += 1
         _listed(entry["texts"], {"item": left["item"], "answers": [left["answers"], right["answers"]]})
@@ -69,6 +75,14 @@ def margin(values: Sequence[float]) -> float:
     return ordered[-1] - ordered[-2]
 
 
+def by_rounding(ours: Sequence[float], theirs: Sequence[float]) -> bool:
+    """Whether float32's rounding explains a flip from choice a to b: what both sides together are ahead by, (ours[a] -
+    ours[b]) + (theirs[b] - theirs[a]), consists of four log-likelihoods' distances from exact arithmetic."""
+    a, b = int(np.argmax(ours)), int(np.argmax(theirs))
+    four = (ours[a], ours[b], theirs[a], theirs[b])
+    return four[0] - four[1] + four[3] - four[2] <= sum(max(ROUNDING, RELATIVE_ROUNDING * abs(x)) for x in four)
+
+
 def _likelihood(answer: object) -> float | None:
     """The log-likelihood in an answer: [log-likelihood, greedy], or a number; None in a text."""
     if isinstance(answer, list) and answer and isinstance(answer[0], (int, float)):
@@ -83,7 +97,8 @@ def lines(names: tuple[str, str], tasks: Mapping[str, JsonObject]) -> list[str]:
         parts = [f"{entry['items']} items"]
         if entry["likelihoods"]:
             parts.append(f"log-likelihoods differ by at most {entry['largest_difference']:.2e}")
-            parts.append(f"{entry['flipped']} choices flipped")
+            more = f", {entry['beyond_rounding']} of them by more than float32 rounds" if entry["flipped"] else ""
+            parts.append(f"{entry['flipped']} choices flipped{more}")
         if entry["different_texts"] or not entry["likelihoods"]:
             parts.append(f"{entry['different_texts']} different texts")
         found.append(f"  {name}: " + ", ".join(parts))

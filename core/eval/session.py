@@ -24,6 +24,7 @@ from telechat_twins.core.files.atomic import write_text
 from telechat_twins.core.inference.engine import Engine, EngineLimits
 from telechat_twins.core.inference.generation import note_length
 from telechat_twins.core.inference.load import Loaded
+from telechat_twins.core.inference.pages import PAGE_SIZE
 from telechat_twins.core.inference.worker import inference_layout
 from telechat_twins.core.launch.run_lock import hold_folder
 from telechat_twins.core.types import JsonObject
@@ -33,6 +34,8 @@ if TYPE_CHECKING:
 
 LoadModel = Callable[[argparse.Namespace, str | None, Mapping[str, str]], Loaded]
 LaunchRanks = Callable[[argparse.Namespace, Sequence[TaskPlan], Sequence[Path]], int]
+STEP_TOKENS = 1024  # of prompts in a step: a product packs its weights once for all of them
+
 MakeEngine = Callable[[Loaded, EngineLimits], Engine]
 
 
@@ -84,7 +87,11 @@ def evaluate(
 
 
 def _engine_of(args: argparse.Namespace) -> MakeEngine:
-    return lambda model, limits: model.engine_with(cache_pages(model, args), limits)
+    def made(model: Loaded, limits: EngineLimits) -> Engine:
+        size = model.short_page
+        return model.engine_with(cache_pages(model, args, size), limits, page_size=size)
+
+    return made
 
 
 def evaluate_one(
@@ -112,7 +119,9 @@ def evaluate_one(
     with Journal(out / "journal.jsonl", facts["identity"]) as journal:
         if journal.earlier:
             print(f"note: {journal.earlier} answers of an earlier run are used again", file=sys.stderr)
-        engine = make_engine(model, EngineLimits(max_len=max_len + 1, max_running=args.max_running))
+        engine = make_engine(
+            model, EngineLimits(max_len=max_len + 1, max_running=args.max_running, step_tokens=STEP_TOKENS)
+        )
         adapter = EngineModel(served, Scorer(engine, len(model.adapters)), journal, _bars(args.quiet))
         for plan in plans:
             adapter.cut = 0
@@ -143,10 +152,10 @@ def context_of(model: Loaded, args: argparse.Namespace) -> int:
     return int(args.max_len or model.config.training_seqlen)
 
 
-def cache_pages(model: Loaded, args: argparse.Namespace) -> int:
+def cache_pages(model: Loaded, args: argparse.Namespace, page_size: int = PAGE_SIZE) -> int:
     """Pages of the cache, at least for one whole context."""
     longest = context_of(model, args) + 1
-    return model.pages(max(args.cache_tokens or 16 * longest, longest))
+    return model.pages(max(args.cache_tokens or 16 * longest, longest), page_size=page_size)
 
 
 def _facts(args: argparse.Namespace, model: Loaded) -> JsonObject:

@@ -15,7 +15,7 @@ from telechat_twins.core.checkpoint.source import WeightSource
 from telechat_twins.core.errors import UserError
 from telechat_twins.core.inference.adapters import pair_reader
 from telechat_twins.core.inference.decoding.settings import NONE, Settings, find_settings
-from telechat_twins.core.inference.pages import pool_size
+from telechat_twins.core.inference.pages import PAGE_SIZE, pool_size
 from telechat_twins.core.model.config import ModelConfig
 from telechat_twins.core.model.quantize import quantizing
 from telechat_twins.core.model.xpos_range import check_xpos_range, say_xpos_range
@@ -46,7 +46,9 @@ class Loaded:
         check_xpos_range(self.config, self.args.precision, max_len)
         return self.engine_with(self.pages(max_len, samples))
 
-    def engine_with(self, pages: int, limits: EngineLimits | None = None, reuse: bool = True) -> Engine:
+    def engine_with(
+        self, pages: int, limits: EngineLimits | None = None, reuse: bool = True, page_size: int = PAGE_SIZE
+    ) -> Engine:
         """An engine on the backend, with the weights loaded and a cache of ``pages`` pages; ``reuse`` as in Engine."""
         from telechat_twins.core.inference.engine import Engine
 
@@ -55,7 +57,7 @@ class Loaded:
         module = backends.load(self.args.backend, "generate")
         get = quantizing(self.config, self.source.tensor) if self.args.quantize == "int8" else self.source.tensor
         pairs = [pair_reader(adapter) for adapter in self.adapters.values()]
-        runner = module.Runner(self.config, get, pages, self.args.precision, adapters=pairs)
+        runner = module.Runner(self.config, get, pages, self.args.precision, page_size, adapters=pairs)
         return Engine(
             runner,
             self.tokenizer,
@@ -66,9 +68,14 @@ class Loaded:
         )
 
     @staticmethod
-    def pages(max_len: int, samples: int = 1) -> int:
+    def pages(max_len: int, samples: int = 1, page_size: int = PAGE_SIZE) -> int:
         """Pages of a cache for ``samples`` sequences of ``max_len`` tokens, the blank page included."""
-        return samples * (pool_size(max_len) - 1) + 1
+        return samples * (pool_size(max_len, page_size) - 1) + 1
+
+    @property
+    def short_page(self) -> int:
+        """Tokens of a page, for many sequences with common beginnings: what the backend's device reads well."""
+        return int(backends.load(self.args.backend, "generate").short_page())
 
 
 def load_model(

@@ -13,6 +13,7 @@ import mindspore as ms
 import numpy as np
 from mindspore import Tensor, ops
 
+from telechat_twins.core.inference.pages import PAGE_SIZE
 from telechat_twins.core.inference.runner import Step, key_slots, sequence_groups, single_order
 from telechat_twins.core.model.visibility import Block, KeyRanges, causal_ranges, single_ranges
 from telechat_twins.kernels.mindspore import composite as composite
@@ -58,6 +59,12 @@ def page_dtype(compute: ms.Type) -> ms.Type:
     module = kernels.serving("attention", compute)
     stuck = compute == ms.bfloat16 and not hasattr(module, "paged_attention") and not hasattr(module, "store_rows")
     return ms.float32 if stuck and ms.get_context("device_target") == "CPU" else compute
+
+
+def short_page() -> int:
+    """Tokens of the shortest pages that cost attention nothing: on a CPU a quarter of the usual, so that sequences with
+    a common beginning compute up to three tokens of it again, not fifteen. CANN reads multiples of 16."""
+    return PAGE_SIZE // 4 if ms.get_context("device_target") == "CPU" else PAGE_SIZE
 
 
 def place(step: Step, page_size: int, dtype: ms.Type) -> Pages:

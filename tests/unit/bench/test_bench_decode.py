@@ -9,6 +9,7 @@ import pytest
 
 from telechat_twins.core.bench import decode as bench_decode
 from telechat_twins.core.bench.decode import HF, least_bytes
+from telechat_twins.core.bench.worker import LLAMA_CPP
 from telechat_twins.core.commands import bench
 from telechat_twins.core.errors import UserError
 from telechat_twins.core.inference.engine import Engine
@@ -16,15 +17,18 @@ from telechat_twins.core.model.config import load_model_config
 from telechat_twins.kernels.bench.decode import Timed, timed_steps
 from tests.support.engine_support import PlainRunner
 
+HF_LIBRARY = "transformers"
+
 
 class Contestants:
     """Stand for the worker processes: a step takes longer with more sequences, and from round to round."""
 
-    seconds = {"ms": 0.010, "pt": 0.020, HF: 0.030}
+    seconds = {"ms": 0.010, "pt": 0.020, HF: 0.030, LLAMA_CPP: 0.008}
+    modules = {HF: "hf", LLAMA_CPP: "llama_cpp"}
     turns: list[tuple[str, int, int]] = []
 
     def __init__(self, name, options, module):
-        assert module == ("telechat_twins.kernels.bench.hf" if name == HF else "telechat_twins.kernels.bench.decode")
+        assert module == f"telechat_twins.kernels.bench.{self.modules.get(name, 'decode')}"
         assert options["rows"] == 8
         self.name, self.implementation = name, {"backend": f"{name} 1.0"}
         self.done = 0
@@ -40,7 +44,7 @@ class Contestants:
         self.done += 1
         step = self.seconds[self.name] * (2 if order["rows"] == 8 else 1) * (1 + self.done // 2 / 10)
         found = {"seconds": [step] * order["steps"], "read": 1e10 if self.name == "pt" else 5e9}
-        return found if self.name == HF else {**found, "engine": [step / 50] * order["steps"]}
+        return found if self.name in self.modules else {**found, "engine": [step / 50] * order["steps"]}
 
 
 def arguments(*argv):
@@ -80,6 +84,30 @@ def test_contestants_take_turns_and_ratios_are_of_tokens_a_second(workers, insta
     else:
         assert rows["ms", 1]["ratios"]["hf"] is None
         assert "Hugging Face generate: not measured (transformers is not installed here)." in shown
+
+
+def test_llama_cpp_takes_part_on_demand_with_one_sequence(workers, monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(bench_decode.importlib.util, "find_spec", lambda name: None if name == HF_LIBRARY else object())
+    out = tmp_path / "decode.json"
+    options = ("--steps", "2", "--block", "2", "--backends", "pt", "--peers", LLAMA_CPP, "--out", str(out))
+    assert bench.run(arguments(*options)) == 0
+    assert [turn[:2] for turn in workers[:3]] == [(LLAMA_CPP, 1), ("pt", 1), ("pt", 8)]
+    rows = {(row["contestant"], row["rows"]): row for row in json.loads(out.read_text())["rows"]}
+    assert rows["pt", 1]["ratios"][LLAMA_CPP]["median"] == pytest.approx(0.4, rel=0.1)
+    assert rows["pt", 8]["ratios"][LLAMA_CPP] is None and (LLAMA_CPP, 8) not in rows
+    assert "times llama.cpp's" in capsys.readouterr().out
+    workers.clear()
+    for more, message in (
+        (["--rows", "8"], "add 1 to --rows"),
+        (["--peers", "hf-compile"], "`tele bench decode` has hf and llama.cpp"),
+        (["--peers", "hf"], "needs transformers, not installed here"),
+    ):
+        with pytest.raises(UserError, match=message):
+            bench.run(arguments("--peers", LLAMA_CPP, *more))
+    monkeypatch.setattr(bench_decode.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match="needs xllamacpp and gguf, not installed here; pip install xllamacpp gguf"):
+        bench.run(arguments("--peers", LLAMA_CPP))
+    assert workers == []
 
 
 def test_the_bytes_of_a_step():

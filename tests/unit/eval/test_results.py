@@ -89,7 +89,10 @@ def test_differences_are_found_item_by_item() -> None:
     assert found["g"]["different_texts"] == 1 and found["g"]["largest_difference"] is None
     shown = "\n".join(lines(("ms", "pt"), found))
     assert "1 choices flipped" in shown and "item 1: choice 0 by 1.00e-01, 1 by 1.00e-01" in shown
+    assert found["t"]["beyond_rounding"] == 1 and not flip["by_rounding"]
     assert compare_items(left, left)["t"]["flipped"] == 0
+    near = compare_items([row(0, [-50.0, True], [-50.00004, False])], [row(0, [-50.00004, True], [-50.0, False])])["t"]
+    assert (near["flipped"], near["beyond_rounding"]) == (1, 0)  # 8e-5 of four times 5e-5
     # A rolling likelihood is a number of its own.
     assert compare_items([row(0, -5.0)], [row(0, -5.25)])["t"]["largest_difference"] == 0.25
     with pytest.raises(UserError, match="different items, e.g. t item 1"):
