@@ -59,9 +59,18 @@ def test_a_template_of_its_own_is_rendered_and_said(tmp_path, name):
     assert isinstance(built_in, BuiltInLayout) and notes == []
 
 
-def test_of_several_templates_the_default_is_taken(tmp_path):
-    named = [{"name": "tool_use", "template": "x"}, {"name": "default", "template": OWN}]
-    assert isinstance(layout_of(folder_with(tmp_path, named))[0], TemplateLayout)
+def test_of_several_templates_tools_choose(tmp_path):
+    with_tools = "\n{{ tools | length }}\n  {% if tools %}<_user>{% endif %}\n"
+    named = [{"name": "tool_use", "template": with_tools}, {"name": "default", "template": OWN}]
+    folders = [folder_with(tmp_path / "list", named), folder_with(tmp_path / "files", OWN, "chat_template.jinja")]
+    (folders[1] / "additional_chat_templates").mkdir()
+    (folders[1] / "additional_chat_templates" / "tool_use.jinja").write_text(with_tools)
+    alone = TemplateLayout(tiny_tokenizer(), with_tools, "alone")
+    for folder in folders:
+        layout = layout_of(folder)[0]
+        assert isinstance(layout, TemplateLayout)
+        assert layout.render(ASK) == "<_user>Q: fox<_bot>"
+        assert layout.render(ASK, [{}, {}]) == alone.render(ASK, [{}, {}]) == "\n2\n<_user>"
     with pytest.raises(UserError, match="or a list with one named 'default'"):
         layout_of(folder_with(tmp_path, named[:1]))
 
