@@ -17,7 +17,7 @@ from typing import NoReturn
 from telechat_twins.core.errors import UserError
 from telechat_twins.core.files import ROOT
 from telechat_twins.core.near import nearest
-from telechat_twins.core.shown import controls_shown, printable, shown
+from telechat_twins.core.shown import controls_shown, escape_unencodable, printable, shown
 
 DISTRIBUTION = "telechat-twins"
 LARGEST = 1 << 63  # bound on whole numbers of options
@@ -121,6 +121,7 @@ class Parser(argparse.ArgumentParser):
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb. Returns its exit code; a UserError becomes one line on stderr and 2, Ctrl-C 130, a bug 1."""
     words = list(sys.argv[1:] if argv is None else argv)
+    escape_unencodable()
     try:
         return _run(words)
     except UserError as error:

@@ -7,8 +7,12 @@ reorder the text around it.
 
 from __future__ import annotations
 
+import codecs
+import io
+import json
 import re
 import reprlib
+import sys
 
 LONGEST = 2_000  # characters of one message
 _HEAD, _TAIL = 1_400, 500  # characters kept of a longer one: its start says where and what, its end what to do
@@ -29,6 +33,20 @@ def printable(text: str, longest: int | None = LONGEST) -> str:
     if text.isprintable():
         return text
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
+
+
+def escape_unencodable() -> None:
+    """Make stdout write a character that its encoding lacks as JSON escapes it, where printing it would be an error: a
+    terminal in GBK has neither Korean nor emoji, and bytes of a file's name may be no text."""
+    codecs.register_error("json_escape", _escaped)
+    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
+        sys.stdout.reconfigure(errors="json_escape")
+
+
+def _escaped(error: UnicodeError) -> tuple[str, int]:
+    if not isinstance(error, UnicodeEncodeError):
+        raise error
+    return json.dumps(error.object[error.start : error.end])[1:-1], error.end
 
 
 def controls_shown(text: str) -> str:

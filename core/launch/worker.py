@@ -36,7 +36,7 @@ if __name__ == "__main__":
 
 from telechat_twins.core.errors import UserError  # noqa: E402
 from telechat_twins.core.launch.heartbeat import heartbeat_path, place_heartbeat  # noqa: E402
-from telechat_twins.core.shown import controls_shown, printable  # noqa: E402
+from telechat_twins.core.shown import controls_shown, escape_unencodable, printable  # noqa: E402
 from telechat_twins.core.types import JsonObject  # noqa: E402
 
 SCHEDULER = "scheduler"  # in the place of a rank number: msrun's scheduler writes a status file too
@@ -169,6 +169,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     rank = int(os.environ.get("RANK_ID") or os.environ.get("RANK") or 0)
     if options.output_file:
         _redirect(options.output_file.format(rank=rank))
+    escape_unencodable()
     if options.terminal and rank == 0:
         _pretend_terminal()
     _supervised = True

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import json
+import os
 import subprocess
 import sys
 import types
@@ -147,6 +149,17 @@ def test_a_reader_that_leaves_early_is_no_error() -> None:
     tele.stdout.close()
     assert tele.stderr.read() == b""
     assert tele.wait() == 1
+
+
+@pytest.mark.parametrize("encoding", ["gbk", "ascii", "utf-8"])
+def test_what_the_terminal_cannot_write_is_escaped(encoding: str) -> None:
+    said = "\u4e2d\u27e6\U0001f600\udcff"
+    made = (
+        f"import sys; from telechat_twins.core import cli; cli.overview = lambda: {ascii(said)}; sys.exit(cli.main([]))"
+    )
+    environment = {**os.environ, "PYTHONIOENCODING": encoding}
+    done = subprocess.run([sys.executable, "-c", made], cwd=ROOT, env=environment, capture_output=True, check=True)
+    assert json.loads(f'"{done.stdout.decode(encoding).rstrip()}"') == said
 
 
 def test_a_script_parses_its_own_command_line(monkeypatch: pytest.MonkeyPatch) -> None:
