@@ -42,7 +42,7 @@ def row_surrogate(
 
 
 def _token_losses(logits: Tensor, batch: LocalBatch, vocab_size: int, mesh: Mesh) -> Tensor:
-    flat = logits.reshape(-1, logits.shape[-1])
+    flat = ops.wide(logits).reshape(-1, logits.shape[-1])
     return TokenLosses.apply(flat, Tensor(batch.targets.reshape(-1)), vocab_size, mesh.tp)
 
 

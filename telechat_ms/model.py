@@ -129,8 +129,8 @@ class Norm(nn.Cell):
     def after_sum(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
         """The norm of residual + x, and that sum: (normed, stream)."""
         if self.bias is not None:
-            stream = residual + x.astype(residual.dtype)
-            return self._of(stream), stream
+            read, stream = ops.shared(ops.add(residual, x), 2)
+            return self._of(read), stream
         stat, compute = self.dtypes.stat, self.dtypes.compute
         return ops.add_rms_norm(x, residual, self._gain(), self.eps, stat, compute, self.mask)
 
@@ -220,7 +220,8 @@ class DecoderBlock(nn.Cell):
 
     def construct(self, x: Tensor, rope: Rope, blocks: ops.Visible, dropout: BlockDropout | None = None) -> Tensor:
         """The stream x [B, S, E] -> the stream after both branches."""
-        branch = self.attn(self.attn_norm(x), rope, blocks, dropout, self._again(self.attn_norm, x))
+        read, x = ops.shared(x, 2)
+        branch = self.attn(self.attn_norm(read), rope, blocks, dropout, self._again(self.attn_norm, read))
         # The sum and the norm that reads it are one operator: the stream is read and written once.
         normed, stream = self.ffn_norm.after_sum(branch, x)
         out = ops.add(stream, self.ffn(normed, dropout, self._again(self.ffn_norm, stream)))
@@ -284,7 +285,8 @@ class Decoder(nn.Cell):
         dropout: LoraDropout | None = None,
         targets: Tensor | None = None,
     ) -> Tensor:
-        """Ids [B, S], ``rope`` tables, ``ops.attention_blocks`` -> logits [B, S, V] in the ``stat`` dtype.
+        """Ids [B, S], ``rope`` tables, ``ops.attention_blocks`` -> logits [B, S, V] in the ``stat`` dtype, or
+        as ``ops.loss_logits`` leaves them.
 
         The output multiplier is applied in the ``compute`` dtype, as TeleChat-52B's released code does.
 
@@ -314,7 +316,7 @@ class Decoder(nn.Cell):
         else:
             assert self.embed is not None  # tied
             logits = ops.linear(x, self.embed.weight, None, self.dtypes.compute)
-        logits = multiplied(logits, self.config.logit_mult).astype(self.dtypes.stat)
+        logits = ops.loss_logits(multiplied(logits, self.config.logit_mult), self.dtypes.stat)
         return logits if self.padding is None else logits + self.padding
 
     @property

@@ -40,8 +40,10 @@ from telechat_twins.kernels.mindspore.ops import (
     gelu,
     layer_norm,
     linear,
+    loss_logits,
     rms_norm,
     rope_qk,
+    shared,
     swiglu,
 )
 from telechat_twins.kernels.mindspore.paged import Pages, page_dtype, paged_attention, rows_at, short_page, store_rows
@@ -71,6 +73,7 @@ __all__ = [
     "layer_norm",
     "linear",
     "linears",
+    "loss_logits",
     "masked_blocks",
     "merge_blocks",
     "operand",
@@ -85,10 +88,12 @@ __all__ = [
     "serves_head",
     "shard_gradient",
     "shard_statistics",
+    "shared",
     "short_page",
     "store_rows",
     "swiglu",
     "total",
+    "wide",
 ]
 
 Visible: TypeAlias = Keys | list[Block]  # visible keys, in the form of the selected attention
@@ -151,7 +156,8 @@ def linears(x: Tensor, dropped: Tensor | None, *layers: LinearLayer, again: Agai
         )
     found = kernels.few_rows(x, [(layer.weight, layer.bias) for layer in layers], layers[0].compute)
     if found is None:
-        return tuple(layer(x, None, again) for layer in layers)
+        reads = shared(x, len(layers))
+        return tuple(layer(read, None, again) for layer, read in zip(layers, reads, strict=True))
     return tuple(
         out if layer.served is None else layer.served.added(out, x) for out, layer in zip(found, layers, strict=True)
     )
@@ -231,7 +237,7 @@ def attention_block(q: Tensor, k: Tensor, v: Tensor, hidden: Parts | None) -> tu
     """
     parts = _parts(q, k, hidden)
     if parts is None or isinstance(parts, Tensor):
-        q, k, v = map(_wide, (q, k, v))
+        q, k, v = map(wide, (q, k, v))
         return composite.attention_block(q, k, v, parts)
     out = log_sum_exp = None
     for rows, keys in parts:
@@ -264,7 +270,7 @@ def attention_block_backward(
     """
     parts = _parts(q, k, hidden)
     if parts is None or isinstance(parts, Tensor):
-        q, k, v, grad_out = map(_wide, (q, k, v, grad_out))
+        q, k, v, grad_out = map(wide, (q, k, v, grad_out))
         return composite.attention_block_backward(q, k, v, parts, log_sum_exp, grad_out, delta)
     statistics, dq, pieces = q.shape[:3], None, []
     # Parts are disjoint slices of the keys: dq is their sum, dk and dv are their concatenation.
@@ -325,7 +331,7 @@ def _turned(x: Tensor) -> Tensor:
     return ops.transpose(x, (0, 2, 1, 3))
 
 
-def _wide(x: Tensor) -> Tensor:
+def wide(x: Tensor) -> Tensor:
     """x in float32 or wider, the dtypes in which blocks are computed and merged."""
     return x if x.dtype in (ms.float32, ms.float64) else ops.cast(x, ms.float32)
 

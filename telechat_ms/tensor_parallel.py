@@ -102,7 +102,7 @@ def cross_entropy(logits: Tensor, targets: Tensor, vocab_size: int, mesh: Mesh) 
     """
     if mesh.tp.size == 1:
         return ops.cross_entropy(logits, targets)
-    flat = logits.reshape(-1, logits.shape[-1])
+    flat = ops.wide(logits).reshape(-1, logits.shape[-1])
     return VocabParallelCrossEntropy.apply(flat, targets.reshape(-1), vocab_size, mesh.tp)
 
 

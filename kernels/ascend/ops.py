@@ -246,12 +246,12 @@ def embedding(table: Tensor, ids: Tensor) -> Tensor:
     return ops.gather(table, ids, 0)
 
 
-def embedding_backward(grad: Tensor, ids: Tensor, vocab_size: int) -> Tensor:
-    """grad [..., E] summed by ids [...] into [V, E] float32.
+def embedding_backward(grad: Tensor, ids: Tensor, vocab_size: int, dtype: ms.Type = ms.float32) -> Tensor:
+    """grad [..., E] summed by ids [...] into [V, E], in float32, the sums rounded to ``dtype``.
 
     The order of summation is fixed only under mindspore.set_deterministic(True).
     """
-    return cann.embedding_grad(ops.cast(grad, ms.float32), ids, vocab_size)
+    return ops.cast(cann.embedding_grad(ops.cast(grad, ms.float32), ids, vocab_size), dtype)
 
 
 def adamw(master: Tensor, grad: Tensor, m: Tensor, v: Tensor, step: AdamWStep, copy: Tensor | None = None) -> None:

@@ -123,8 +123,8 @@ KERNEL(embedding, 2, 1, 0) {
   });
 }
 
-// in: grad [N, E], ids [N]; out: [V, E] float32, written once: for each id the sum of its rows, in the order of the
-// rows for any number of threads, and zeros for absent ids.
+// in: grad [N, E], ids [N]; out: [V, E], written once: for each id the float32 sum of its rows, in the order of the
+// rows for any number of threads, rounded to the dtype of the output, and zeros for absent ids.
 KERNEL(embedding_backward, 2, 1, 0) {
   const int64_t columns = in[0].columns(), rows = in[1].size(), vocab = out[0].shape[0];
   // Counting sort: the rows of id v are order[start[v] .. start[v + 1]), ascending.
@@ -137,12 +137,13 @@ KERNEL(embedding_backward, 2, 1, 0) {
   for (int64_t row = 0; row < rows; row++)
     if (const int64_t id = load_index(in[1], row); held(id)) order[next[id]++] = row;
   const bool far = streams(out[0]);
-  with_type(in[0].dtype, [&](auto *t) {
+  with_types(in[0].dtype, out[0].dtype, [&](auto *t, auto *o) {
     using T = std::remove_pointer_t<decltype(t)>;
+    using O = std::remove_pointer_t<decltype(o)>;
     const T *grad = in[0].as<T>();
     parallel(vocab, std::max<int64_t>(1, 65536 / std::max<int64_t>(1, columns)), [&](int64_t a, int64_t b, int) {
       for (int64_t id = a; id < b;) {
-        float *to = out[0].as<float>() + id * columns;
+        O *to = out[0].as<O>() + id * columns;
         const int64_t first = start[id], last = start[id + 1];
         const T *soon = last < start[b] ? grad + order[last] * columns : nullptr;
         if (first == last) {

@@ -29,6 +29,9 @@ from telechat_twins.kernels.cpu.checks import (
     size_of,
 )
 from telechat_twins.kernels.cpu.engine import Array, DType, Spec, engine_of
+from telechat_twins.kernels.cpu.pointwise import add as add
+from telechat_twins.kernels.cpu.pointwise import add_bias as add_bias
+from telechat_twins.kernels.cpu.pointwise import cast as cast
 
 
 def rms_norm(x: Array, weight: Array, eps: float, out_dtype: DType, mask: Array | None = None) -> tuple[Array, Array]:
@@ -284,27 +287,13 @@ def embedding(table: Array, ids: Array) -> Array:
     return e.run("embedding", (table, ids), ((table.dtype, (*ids.shape, table.shape[-1])),), (), 0)
 
 
-def embedding_backward(grad: Array, ids: Array, vocab_size: int) -> Array:
-    """grad [..., E] summed by id into [V, E] float32, in the order of the rows; ids outside [0, V) are ignored."""
+def embedding_backward(grad: Array, ids: Array, vocab_size: int, dtype: DType | None = None) -> Array:
+    """grad [..., E] summed by id into [V, E], in float32 and the order of the rows; ids outside [0, V) are ignored.
+    The sums are rounded to ``dtype``, default float32."""
     e = floats(grad=grad)
     need("ids", ids, INTEGER, tuple(grad.shape[:-1]))
     shape = (vocab_size, grad.shape[-1])
-    return e.run("embedding_backward", (grad, ids), ((e.dtypes["float32"], shape),), (), 0)
-
-
-def add(x: Array, y: Array) -> Array:
-    """x + y of one shape, in the dtype of x."""
-    e = floats(x=x, y=y)
-    same_shape(x=x, y=y)
-    return e.run("add", (x, y), ((x.dtype, x.shape),), (), 0)
-
-
-def add_bias(x: Array, bias: Array) -> Array:
-    """x [..., E] with bias [E] added, in place; returns x."""
-    e = floats(x=x, bias=bias)
-    channels(x, bias=bias)
-    e.run("add_bias", (x, bias), (), (), 0)
-    return x
+    return e.run("embedding_backward", (grad, ids), ((dtype or e.dtypes["float32"], shape),), (), 0)
 
 
 def column_sum(x: Array) -> Array:

@@ -123,6 +123,18 @@ KERNEL(gelu_backward, 2, 1, 0) {
   });
 }
 
+// in: x; out: x in the dtype of the output
+KERNEL(cast, 1, 1, 0) {
+  const bool far = streams(out[0]);
+  with_types(in[0].dtype, out[0].dtype, [&](auto *tx, auto *to) {
+    using X = std::remove_pointer_t<decltype(tx)>;
+    using O = std::remove_pointer_t<decltype(to)>;
+    over(out[0].as<O>(), in[0].size(), [&](int64_t i, int n) {
+      put(out[0].as<O>() + i, get(in[0].as<X>() + i, n), n, far);
+    });
+  });
+}
+
 // in: x, y of one shape; out: x + y in the dtype of x
 KERNEL(add, 2, 1, 0) {
   const bool far = streams(out[0]);

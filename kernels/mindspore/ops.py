@@ -142,9 +142,9 @@ def linear(
         weight = composite.dequantize(*weight, compute) if cpp is None else cpp.dequantize(*weight, compute)
     if cpp is None:
         return composite.linear(x, weight, bias, compute)
-    flat = ops.cast(x, compute).reshape(-1, x.shape[-1])
     if compute == ms.float16:
         return composite.linear(x, weight, bias, compute)
+    flat = x.reshape(-1, x.shape[-1])
     return autograd.Linear.apply(flat, weight, bias, compute, cpp, again).reshape(*x.shape[:-1], weight.shape[0])
 
 
@@ -267,10 +267,35 @@ def gelu(x: Tensor) -> Tensor:
 
 def add(stream: Tensor, branch: Tensor) -> Tensor:
     """stream + branch, in the dtype of ``stream``."""
-    module = serving("rms_norm", stream.dtype)  # the residual sum belongs to add_rms_norm's implementation
-    if recording() or module is None or not hasattr(module, "add"):
+    module = _adding(stream)
+    if module is None:
         return stream + ops.cast(branch, stream.dtype)
-    return module.add(stream, branch)
+    return autograd.Add.apply(stream, branch, module) if recording() else module.add(stream, branch)
+
+
+def shared(x: Tensor, count: int) -> tuple[Tensor, ...]:
+    """x for ``count`` readers in the forward pass, where this saves the engine's sums of their gradients."""
+    module = _adding(x)
+    if count == 1 or module is None or not recording():
+        return (x,) * count
+    return autograd.Shared.apply(x, count, module)
+
+
+def _adding(x: Tensor) -> ModuleType | None:
+    """The module with an operator that adds tensors like x; the residual sum belongs to add_rms_norm's."""
+    module = serving("rms_norm", x.dtype)
+    return module if hasattr(module, "add") else None
+
+
+def loss_logits(logits: Tensor, stat: ms.Type) -> Tensor:
+    """Logits in the dtype of the loss, ``stat``; as they are where they are differentiated and the operators of the
+    loss read and write their dtype themselves, which gives the same bits."""
+    return logits if recording() and _takes_narrow(logits) else logits.astype(stat)
+
+
+def _takes_narrow(logits: Tensor) -> bool:
+    module = serving("cross_entropy", logits.dtype)
+    return module is not None and logits.dtype in (ms.bfloat16, ms.float16)
 
 
 def keys_on_device(key_ranges: KeyRanges) -> Keys | None:

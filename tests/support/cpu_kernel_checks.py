@@ -169,6 +169,10 @@ def pointwise(rng: np.random.Generator, dtype: np.dtype = F32) -> Iterator[Findi
         )
         biased = ops.add_bias(rows.copy(), up[0, 0])
         yield judged(f"add_bias {width}", biased, lambda kind: rows.astype(kind) + up[0, 0].astype(kind), dtype)
+        for other in (F32, dtype):
+            wide = rows.astype(F32) * np.float32(1.001)
+            np.testing.assert_array_equal(ops.cast(wide, other), wide.astype(other))
+            np.testing.assert_array_equal(ops.cast(rows, other), rows.astype(other))
         summed = ops.add(rows, rows[::-1])
         yield judged(f"add {width}", summed, lambda kind: rows.astype(kind) + rows[::-1].astype(kind), dtype)
         into = np.ones(width + 5, np.float32)
@@ -236,6 +240,8 @@ def rows_and_updates(rng: np.random.Generator, dtype: np.dtype = F32) -> Iterato
         grad = rng.normal(size=(2, 9, width)).astype(dtype)
         define = lambda kind: reference.embedding_backward(grad.astype(kind), ids, 19)  # noqa: E731
         yield judged(f"embedding_backward {width}", ops.embedding_backward(grad, ids, 19), define)
+        rounded = ops.embedding_backward(grad, ids, 19, dtype)
+        np.testing.assert_array_equal(rounded, ops.embedding_backward(grad, ids, 19).astype(dtype))
         master, m, v = (rng.normal(size=width + 8).astype(np.float32) for _ in range(3))
         g, v = rng.normal(size=width + 3).astype(dtype), abs(v)
         scalars = AdamWStep(3, 1e-2, 0.9, 0.95, 1e-8, 0.1, 0.5)

@@ -325,3 +325,35 @@ def test_how_often_the_forward_pass_runs(recorder: Recorder, runs: int) -> None:
     Scaled.runs = 0
     recorder(lambda t: Scaled.apply(net(t), 1.0), x, net.weights()).backward(grad)
     assert Scaled.runs == runs
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("fault", [None, "a reader's gradient left out", "a branch's gradient left out"])
+def test_gradients_of_readers_and_sums(dtype: str, fault: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """x read three times and added to a branch in another dtype: the gradients of float64, and faults are seen."""
+    from telechat_twins.kernels.mindspore import autograd as operators
+    from telechat_twins.kernels.mindspore import ops as kernels
+
+    if kernels.serving("rms_norm") is None:
+        pytest.skip("without a C++ compiler the engine adds gradients itself")
+    if fault == "a reader's gradient left out":
+        real = operators.Shared.backward
+        monkeypatch.setattr(operators.Shared, "backward", staticmethod(lambda ctx, *grads: real(ctx, *grads[1:])))
+    if fault == "a branch's gradient left out":
+        other = operators.Add.backward
+        monkeypatch.setattr(operators.Add, "backward", staticmethod(lambda ctx, grad: (grad, other(ctx, grad)[1] * 0, None)))
+    draws = np.random.default_rng(3).standard_normal((5, 4, 33))
+    weight, *factors = (Tensor(a.astype(np.float32)).astype(getattr(ms, dtype)) for a in draws)
+    weight, factors[3] = Parameter(weight.astype(ms.float32)), factors[3].astype(ms.float32)
+
+    def run(_: Tensor | None) -> Tensor:
+        x = kernels.add(factors[3], weight).astype(getattr(ms, dtype))
+        first, second, third = kernels.shared(x, 3)
+        products = ((first, factors[0]), (second, factors[1]), (third, factors[2]))
+        return sum((a.astype(ms.float32) * b.astype(ms.float32)).sum() for a, b in products)
+
+    (found,) = record(run, None, [weight]).backward(Tensor(1.0))[1]
+    wanted = sum(f.astype(ms.float32).asnumpy().astype(np.float64) for f in factors[:3])
+    error = abs(found.astype(ms.float32).asnumpy() - wanted).max() / abs(wanted).max()
+    unit = 2.0**-8 if dtype == "bfloat16" else 2.0**-24
+    assert bool(error < 4 * unit) is (fault is None), error
