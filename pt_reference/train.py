@@ -16,10 +16,12 @@ import torch
 from telechat_twins.convert.initial import open_initial
 from telechat_twins.core.config import RunConfig
 from telechat_twins.core.parity.record.recorder import open_recorder
+from telechat_twins.core.parity.record.sums import provide_sums
 from telechat_twins.core.train.script import main
 from telechat_twins.core.train.trainable import first_trained_stage, trainable
 from telechat_twins.core.train.trainer import BaseTrainer, See
 from telechat_twins.kernels.pytorch import ops as kernels
+from telechat_twins.kernels.sums import open_sums
 from telechat_twins.pt_reference import ops
 from telechat_twins.pt_reference.collectives import agree
 from telechat_twins.pt_reference.mesh import leave
@@ -35,6 +37,7 @@ class Trainer(BaseTrainer[Decoder]):
 
     def __init__(self, config: RunConfig) -> None:
         kernels.select(dataclasses.asdict(config.kernels))
+        provide_sums(open_sums)
         mesh = open_mesh(config.model, config.parallel)
         stages, table = parallelize(
             config.model,

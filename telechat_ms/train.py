@@ -19,11 +19,13 @@ from mindspore import profiler
 from telechat_twins.convert.initial import open_initial
 from telechat_twins.core.config import RunConfig
 from telechat_twins.core.parity.record.recorder import open_recorder
+from telechat_twins.core.parity.record.sums import provide_sums
 from telechat_twins.core.train.script import main
 from telechat_twins.core.train.trainable import first_trained_stage, trainable
 from telechat_twins.core.train.trainer import BaseTrainer, See
 from telechat_twins.core.train.watch.profile import convert_trace
 from telechat_twins.kernels.mindspore import ops as kernels
+from telechat_twins.kernels.sums import open_sums
 from telechat_twins.telechat_ms.collectives import agree
 from telechat_twins.telechat_ms.mesh import join, leave
 from telechat_twins.telechat_ms.model import Decoder, named_weights
@@ -38,6 +40,7 @@ class Trainer(BaseTrainer[Decoder]):
 
     def __init__(self, config: RunConfig) -> None:
         kernels.select(dataclasses.asdict(config.kernels))
+        provide_sums(open_sums)
         mesh = open_mesh(config.model, config.parallel)
         stages, table = parallelize(
             config.model,

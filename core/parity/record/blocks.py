@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from telechat_twins.core.parity.record.sketch import LARGEST
+from telechat_twins.core.parity.record.sums import Sums
 
 SMALLEST = 4  # elements of a block; blocks of up to WIDEST are parts of one row
 WIDEST = 16
@@ -39,28 +40,41 @@ class Grid:
         """Rows and columns of blocks."""
         return -(-self.shape[0] // self.height), -(-self.shape[1] // self.width)
 
-    def add(self, sums: np.ndarray, array: np.ndarray, rows: np.ndarray, column: int) -> None:
+    def add(
+        self, sums: np.ndarray, array: np.ndarray, rows: np.ndarray, column: int, compiled: Sums | None = None
+    ) -> None:
         """Add ``array`` [n, m] of any float dtype, rows ``rows`` of the matrix from ``column`` on, to ``sums`` float64
-        [blocks]; elements that the sketch leaves out are left out."""
+        [blocks]; elements that the sketch leaves out are left out. ``compiled`` does not change a bit of it."""
         places = np.arange(column, column + array.shape[1]) // self.width
         starts = np.flatnonzero(np.diff(places, prepend=-1))
         even = column % self.width == 0 and array.shape[1] % self.width == 0
-        ones, height = np.ones(self.width), max(1, _TILE // array.shape[1])
+        height = max(1, _TILE // array.shape[1])
         for first in range(0, len(array), height):
-            values = array[first : first + height].astype(np.float64)
-            with np.errstate(invalid="ignore"):
-                if not np.abs(values).max(initial=0.0) < LARGEST:
-                    values[~(np.abs(values) < LARGEST)] = 0.0
-            if even:
-                across = (values.reshape(-1, self.width) @ ones).reshape(len(values), len(starts))
+            part = array[first : first + height]
+            if even and compiled is not None and compiled.serves(part):
+                across = compiled.row_blocks(part, self.width)
+            elif even:
+                values = _finite(part)
+                across = values[:, 0 :: self.width].copy()
+                for place in range(1, self.width):
+                    across += values[:, place :: self.width]
             else:
-                across = np.add.reduceat(values, starts, axis=1)
+                across = np.add.reduceat(_finite(part), starts, axis=1)
             at = rows[first : first + height] // self.height
             mine = sums[:, places[0] : places[0] + len(starts)]
             if self.height == 1 and (at[1:] > at[:-1]).all():
                 mine[at] += across
             else:
                 np.add.at(mine, at, across)
+
+
+def _finite(array: np.ndarray) -> np.ndarray:
+    """In float64, with 0 for what the sketch leaves out."""
+    values = array.astype(np.float64)
+    with np.errstate(invalid="ignore"):
+        if not np.abs(values).max(initial=0.0) < LARGEST:
+            values[~(np.abs(values) < LARGEST)] = 0.0
+    return values
 
 
 def grid_of(shape: tuple[int, int], size: int) -> Grid | None:

@@ -36,6 +36,7 @@ from telechat_twins.core.parity.record.format import (
 from telechat_twins.core.parity.record.observer import Observer
 from telechat_twins.core.parity.record.sites import SCALARS, sites
 from telechat_twins.core.parity.record.sketch import matrix_shape
+from telechat_twins.core.parity.record.sums import provided_sums
 from telechat_twins.core.parity.record.tally import (
     Tally,
     full_tensors,
@@ -133,7 +134,7 @@ class Recorder:
             return
         if not isinstance(stepper, BaseTrainer):
             raise TypeError(f"steps of a {type(stepper).__name__} cannot be recorded")
-        tally = Tally(step, self._buckets, full=self._full, grids=self._grids)
+        tally = Tally(step, self._buckets, full=self._full, grids=self._grids, sums=provided_sums())
         tally.add_batch(batch, first)
         seq_len = batch.input_ids.shape[1]
         kept = rows_recorded(self._config, rows, seq_len, self._rows)

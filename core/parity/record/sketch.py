@@ -28,6 +28,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from telechat_twins.core.parity.record.sums import Sums
+
 BUCKETS = 256  # K of a record that is not too large for it
 LEAST_BUCKETS = 32
 ROW_BLOCK, ROWS_A_BUCKET = 128, 4
@@ -97,14 +99,16 @@ class Projection:
     shape: tuple[int, ...]
     buckets: int = BUCKETS
     seed: int = 0
-    _columns: tuple[np.ndarray, np.ndarray] = field(init=False, repr=False, compare=False)
+    _columns: tuple[np.ndarray, np.ndarray] = field(init=False, repr=False, compare=False)  # uint8, float32
 
     def __post_init__(self) -> None:
         if not 1 <= self.buckets <= BUCKETS or self.buckets & (self.buckets - 1):
             raise ValueError(f"buckets: must be a power of two of at most {BUCKETS}, found {self.buckets}")
         columns = 0 if self.whole else matrix_shape(self.shape)[1]
         hashed = mixed(self._key("columns"), np.arange(columns))
-        object.__setattr__(self, "_columns", (_bucket(hashed, self.buckets).astype(np.uint8), _sign(hashed)))
+        object.__setattr__(
+            self, "_columns", (_bucket(hashed, self.buckets).astype(np.uint8), _sign(hashed).astype(np.float32))
+        )
 
     @property
     def whole(self) -> bool:
@@ -128,19 +132,35 @@ class Projection:
             rows = (rows[:, None] * size + np.arange(start, start + n)).reshape(-1)
         return self.slice(array.reshape(len(rows), array.shape[-1]), rows, offset[-1])
 
-    def slice(self, array: np.ndarray, rows: np.ndarray, column: int) -> Statistics:
+    def slice(self, array: np.ndarray, rows: np.ndarray, column: int, sums: Sums | None = None) -> Statistics:
         """Statistics of ``array`` [n, m]: its row i is row ``rows[i]`` of the tensor's matrix, its first column is
-        number ``column``. The order of the sums depends on the shape alone, not on the number of threads."""
+        number ``column``. The order of the sums depends on the shape alone: neither on the number of threads, nor on
+        whether ``sums`` computes them."""
         # Runs of rows of one block of the hash, in the order of the array.
         cuts = [0, *(np.flatnonzero(np.diff(rows // ROW_BLOCK)) + 1).tolist(), len(rows)]
         runs = [(first, last) for first, last in zip(cuts, cuts[1:], strict=False) if first < last]
         many = max(1, _CHUNK // max(1, ROW_BLOCK * array.shape[1]))
         chunks = [runs[first : first + many] for first in range(0, len(runs), many)]
+        if sums is not None and not self.whole and sums.serves(array):
+            return self._compiled(array, rows, column, [0, *(chunk[-1][1] for chunk in chunks)], sums)
         if len(chunks) > 1 and threads() > 1:
             found = _pool().map(lambda chunk: self._chunk(array, rows, column, chunk), chunks)
         else:
             found = map(lambda chunk: self._chunk(array, rows, column, chunk), chunks)
         return merged(found, self.buckets)
+
+    def _compiled(
+        self, array: np.ndarray, rows: np.ndarray, column: int, starts: Sequence[int], sums: Sums
+    ) -> Statistics:
+        keys = np.array([self._key(axis) for axis in ("blocks", "shifts", "rows")])
+        buckets, signs = (values[column : column + array.shape[1]] for values in self._columns)
+        made = sums.sketch(array, rows, np.array(starts, np.int64), keys, buckets, signs, self.buckets)
+        counts = (np.diff(starts) * array.shape[1]).tolist()
+        parts = (
+            Statistics(row[: self.buckets], count, int(row[self.buckets]), *row[self.buckets + 1 :].tolist())
+            for row, count in zip(made, counts, strict=True)
+        )
+        return merged(parts, self.buckets)
 
     def _chunk(self, array: np.ndarray, rows: np.ndarray, column: int, runs: Sequence[tuple[int, int]]) -> Statistics:
         found, width = self.empty(), array.shape[1]
@@ -175,10 +195,10 @@ class Projection:
             block[...] = 0.0
         block[run.places], signs[run.places] = part, run.signs
         _count(found, part, block)
-        # [32, 1, 4] @ [32, 4, m]
-        joined = np.matmul(
-            signs.reshape(ROW_BUCKETS, 1, ROWS_A_BUCKET), block.reshape(ROW_BUCKETS, ROWS_A_BUCKET, m)
-        ).reshape(ROW_BUCKETS, m)
+        block *= signs[:, None]
+        joined = block[0::ROWS_A_BUCKET]
+        for row in range(1, ROWS_A_BUCKET):
+            joined += block[row::ROWS_A_BUCKET]
         self._scatter(found.sketch, joined, run.shifts, column)
 
     def _add_rows(self, sketch: np.ndarray, values: np.ndarray, run: _Run, column: int) -> None:
@@ -250,22 +270,24 @@ def _count(found: Statistics, part: np.ndarray, values: np.ndarray) -> None:
     what is not finite becomes 0 there."""
     found.count += part.size
     with np.errstate(over="ignore", invalid="ignore"):
-        norm2 = _row_dots(values, values)
+        norm2 = _total(values * values)
     if not norm2 < LARGEST:  # cheap to know of all others that each is finite, and its square too
         bad = ~(np.abs(values) < LARGEST)
         found.nonfinite += int(bad.sum())
         values[bad] = 0.0
-        norm2 = _row_dots(values, values)
+        norm2 = _total(values * values)
         part = part[np.abs(part.astype(np.float64)) < LARGEST]
     found.norm2 += norm2
-    found.sum += _row_dots(values, np.ones((1, values.shape[1])))
+    found.sum += _total(values)
     if part.size:
         found.min, found.max = min(found.min, float(part.min())), max(found.max, float(part.max()))
 
 
-def _row_dots(a: np.ndarray, b: np.ndarray) -> float:
-    """Sum of a * b [n, m]: row by row, so that no library splits a row among a number of threads."""
-    return float(np.matmul(a[:, None, :], b[:, :, None]).sum())
+def _total(values: np.ndarray) -> float:
+    """Sum of ``values`` [n, m]: of each column from above, then of these from the left."""
+    if values.shape[1] == 1:
+        return float(np.add.accumulate(values[:, 0])[-1])  # numpy adds up a single column in pairs
+    return float(np.add.accumulate(np.add.reduce(values, axis=0))[-1])
 
 
 def _permuted(rows: np.ndarray, factor: int) -> np.ndarray:

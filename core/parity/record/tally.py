@@ -22,6 +22,7 @@ from telechat_twins.core.model.batch import Batch
 from telechat_twins.core.parity.record.blocks import Grid
 from telechat_twins.core.parity.record.format import COLUMNS, Quantity, quantity, quantity_key
 from telechat_twins.core.parity.record.sketch import BUCKETS, Projection, Statistics, matrix_shape, mixed
+from telechat_twins.core.parity.record.sums import Sums
 
 _OPTIONAL = ("doc_ids", "weights", "reference")
 
@@ -55,13 +56,14 @@ class _Entry:
 @dataclass
 class Tally:
     """What one rank recorded of one step. ``full``: glob patterns of the quantities whose tensors are kept whole, on
-    their names (``layers.3.*``) or keys (``gradient:*``)."""
+    their names (``layers.3.*``) or keys (``gradient:*``). ``sums``: a backend's, in place of numpy."""
 
     step: int
     buckets: int = BUCKETS
     seed: int = 0
     full: Sequence[str] = ()
     grids: Mapping[str, Grid] = field(default_factory=dict)
+    sums: Sums | None = None
     entries: dict[str, _Entry] = field(default_factory=dict)
     parts: dict[str, list[Part]] = field(default_factory=dict)
     summands: dict[str, Summands] = field(default_factory=dict)
@@ -80,11 +82,11 @@ class Tally:
         entry = self.entries.get(key)
         if entry is None:
             entry = self.entries[key] = _Entry(whole, dtype, projection.empty())
-        entry.statistics.merge(projection.slice(array, rows, column))
+        entry.statistics.merge(projection.slice(array, rows, column, self.sums))
         if kind == "gradient" and (grid := self.grids.get(name)) is not None:
             if entry.blocks is None:
                 entry.blocks = np.zeros(grid.blocks)
-            grid.add(entry.blocks, array, rows, column)
+            grid.add(entry.blocks, array, rows, column, self.sums)
         if any(fnmatch.fnmatchcase(text, pattern) for pattern in self.full for text in (name, key)):
             self.parts.setdefault(key, []).append(Part(np.array(array), np.array(rows), column))
 
@@ -112,7 +114,7 @@ class Tally:
         column = offset[-1] if offset else 0
         self.add(kind, name, shape, dtype or array.dtype.name, array.reshape(len(rows), columns), rows, column)
         if kind == "weight_before":
-            found = checksum(name, array.reshape(len(rows), columns), rows, column)
+            found = checksum(name, array.reshape(len(rows), columns), rows, column, self.sums)
             self.checksums[name] = (self.checksums.get(name, 0) + found) % (1 << 64)
 
     def add_scalar(self, name: str, value: float) -> None:
@@ -130,7 +132,7 @@ class Tally:
             self.rows[first + number] = digest.hexdigest()
 
 
-def checksum(name: str, array: np.ndarray, rows: np.ndarray, column: int) -> int:
+def checksum(name: str, array: np.ndarray, rows: np.ndarray, column: int, sums: Sums | None = None) -> int:
     """Sum, modulo 2^64, of the float32 bits of every element times odd hashes of its row and column: exact, and
     additive over disjoint boxes in any order."""
     key = np.uint64(int.from_bytes(hashlib.sha256(f"checksum/{name}".encode()).digest()[:8], "little"))
@@ -138,6 +140,8 @@ def checksum(name: str, array: np.ndarray, rows: np.ndarray, column: int) -> int
     across = mixed(key, np.arange(column, column + array.shape[1])) | odd
     with np.errstate(over="ignore"):
         factors = mixed(key ^ down, rows) | odd
+        if sums is not None and sums.serves(array):
+            return int(np.sum(sums.checksums(array, across, factors), dtype=np.uint64))
         total = np.uint64(0)
         for row, factor in _slabs(array, factors):
             bits = np.ascontiguousarray(row, np.float32).view(np.uint32).astype(np.uint64) + odd

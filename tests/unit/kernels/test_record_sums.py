@@ -1,0 +1,85 @@
+"""The compiled sums of records against numpy's definitions: the same bits, on every path and number of threads."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from telechat_twins.core.parity.record.blocks import Grid
+from telechat_twins.core.parity.record.sketch import Projection, Statistics
+from telechat_twins.core.parity.record.tally import checksum
+from telechat_twins.kernels.cpu.build import BuildError
+from telechat_twins.kernels.sums import CompiledSums
+
+# Rows and columns of a tensor; rows and first column of the part that is added.
+PARTS = {
+    "a block and more": ((300, 1100), np.arange(300), 0),
+    "one column": ((5000, 1), np.arange(5000), 0),
+    "a few rows of a slice": ((700, 40), np.arange(260, 290), 7),
+    "rows in any order": ((700, 33), np.random.default_rng(1).permutation(700)[:500], 3),
+    "many chunks": ((3000, 700), np.arange(3000), 0),
+    "a vector": ((1, 5000), np.arange(1), 0),
+}
+
+
+@pytest.fixture(scope="module", params=["", "-mno-avx512f", "-march=x86-64"])
+def compiled(request: pytest.FixtureRequest) -> CompiledSums:
+    flags = [request.param] if request.param else []
+    if flags and "avx512" not in Path("/proc/cpuinfo").read_text():
+        pytest.skip("the processor's own path is one of these")
+    try:
+        return CompiledSums(*flags)
+    except BuildError as error:
+        pytest.skip(str(error))
+
+
+def values_of(shape: tuple[int, int], rows: np.ndarray, column: int, wrong: bool) -> np.ndarray:
+    random = np.random.default_rng(0)
+    values = (random.standard_normal(shape) * np.exp(3 * random.standard_normal(shape))).astype(np.float32)
+    if wrong:
+        values[rows[0], -1], values[rows[-1], column] = np.nan, -np.inf
+    return values[rows, column:]
+
+
+def same(a: Statistics, b: Statistics) -> bool:
+    return np.array_equal(a.sketch, b.sketch) and vars(a) | {"sketch": 0} == vars(b) | {"sketch": 0}
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_sketches_have_the_bits_of_numpy(compiled: CompiledSums, part: str) -> None:
+    shape, rows, column = PARTS[part]
+    for buckets, wrong in ((256, False), (256, True), (64, False)):
+        values, projection = values_of(shape, rows, column, wrong), Projection("layers.0.attn.q", shape, buckets)
+        expected = projection.slice(values, rows, column)
+        for threads in (1, 3):
+            compiled.set_threads(threads)
+            found = projection.slice(values, rows, column, compiled)
+            assert same(found, expected), (buckets, wrong, threads)
+        assert expected.nonfinite == (2 if wrong else 0)
+    wrong_sign = Projection("layers.0.attn.k", shape, 64).slice(values, rows, column, compiled)
+    assert not same(wrong_sign, expected)
+    wide = np.repeat(values, 2, axis=0)[::2]  # rows with a stride
+    assert same(projection.slice(wide, rows, column, compiled), expected)
+
+
+@pytest.mark.parametrize("grid", [Grid(1, 4, (300, 1100)), Grid(4, 16, (300, 1100)), Grid(1, 1, (300, 1100))])
+def test_block_sums_and_checksums_have_the_bits_of_numpy(compiled: CompiledSums, grid: Grid) -> None:
+    values = values_of(grid.shape, np.arange(300), 0, True)[:, :1088]
+    for rows in (np.arange(300), np.random.default_rng(2).permutation(300)):
+        one, other = np.zeros(grid.blocks), np.zeros(grid.blocks)
+        grid.add(one, values, rows, 0)
+        grid.add(other, values, rows, 0, compiled)
+        np.testing.assert_array_equal(one, other)
+        assert np.isfinite(one).all() and one.any()
+        assert checksum("w", values, rows, 3, compiled) == checksum("w", values, rows, 3)
+    changed = values.copy()
+    changed[17, 5] = np.nextafter(changed[17, 5], np.float32(9))
+    assert checksum("w", changed, rows, 3, compiled) != checksum("w", values, rows, 3)
+
+
+def test_other_types_are_left_to_numpy(compiled: CompiledSums) -> None:
+    values = np.ones((40, 50), np.float32)
+    assert compiled.serves(values) and not compiled.serves(values.astype(np.float64))
+    assert not compiled.serves(values.T) and not compiled.serves(values[:0])
