@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
 
@@ -58,9 +60,17 @@ def in_turns(streams: Mapping[str, Stream]) -> Iterator[tuple[str, TensorPiece]]
 
 
 def copied(tensors: Tensors) -> tuple[Iterator[TensorPiece], Planned]:
-    """The pieces with copied arrays, and their plan. All copies are made at once, and each is released after it has
-    been taken."""
-    kept = deque(piece._replace(array=np.array(piece.array)) for piece in Stream(tensors))
+    """The pieces with copied arrays, and their plan. All copies are made at once, by as many threads as there are
+    processors, at most four (faults on new memory take longer than the copying); each is released after it has been
+    taken."""
+    count = min(4, len(os.sched_getaffinity(0)))
+    with ThreadPoolExecutor(count, "copy-tensor") as pool:
+        copies: deque[Future[TensorPiece]] = deque()
+        for piece in Stream(tensors):
+            if len(copies) >= 2 * count:  # pieces that their stream makes itself must not all wait to be copied
+                copies[-2 * count].result()
+            copies.append(pool.submit(_copy, piece))
+        kept = deque(copy.result() for copy in copies)
     plan = planned(kept)
 
     def taken() -> Iterator[TensorPiece]:
@@ -68,6 +78,10 @@ def copied(tensors: Tensors) -> tuple[Iterator[TensorPiece], Planned]:
             yield kept.popleft()
 
     return taken(), plan
+
+
+def _copy(piece: TensorPiece) -> TensorPiece:
+    return piece._replace(array=np.array(piece.array))
 
 
 def planned(pieces: Iterable[TensorPiece]) -> Planned:

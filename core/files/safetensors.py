@@ -12,11 +12,13 @@ end; ``__metadata__`` holds text to text.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import math
 import os
 import struct
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, TypeGuard
@@ -54,6 +56,7 @@ MAX_HEADER = MAX_JSON  # a third of the library's limit of 100 MB: a parsed head
 MAX_DIMENSIONS = 32  # supported by every version of numpy
 MAX_SIZE = 1 << 63  # elements along an axis, and bytes of a file
 _CHUNK = 16 << 20
+_PART = 4 << 20  # bytes of a tensor that are worth a thread
 
 Index = tuple[slice, ...]
 
@@ -118,6 +121,21 @@ class SafetensorsFile:
         return out
 
     def _fill(self, handle: int, target: memoryview, begin: int, name: str) -> None:
+        """Read ``target`` from ``begin`` on, a long one in parts by as many threads as there are processors, at most
+        four: a read from the page cache takes as long as the faults on new memory, which processors share."""
+        count = min(4, len(os.sched_getaffinity(0)), len(target) // _PART)
+        if count < 2:
+            return self._fill_part(handle, target, begin, name)
+        cuts = [len(target) * i // count for i in range(count + 1)]
+        with ThreadPoolExecutor(count, "read-tensor") as pool:
+            parts = [
+                pool.submit(self._fill_part, handle, target[low:high], begin + low, name)
+                for low, high in itertools.pairwise(cuts)
+            ]
+        for part in parts:
+            part.result()
+
+    def _fill_part(self, handle: int, target: memoryview, begin: int, name: str) -> None:
         done = 0
         while done < len(target):
             got = os.preadv(handle, [target[done : done + _CHUNK]], begin + done)
