@@ -233,8 +233,8 @@ def order_results(messages: list[JsonObject], param: str) -> None:
         given = [ids[n][0] for n in range(place + 1, end)]
         if len(set(calls)) < len(calls) or None in given:
             continue  # told apart by their order alone
-        if strange := next((one for one in given if one not in calls), None):
-            raise ApiError(400, f"{param}: {shown(strange)} is the id of no call before it", param, "invalid_value")
+        if strange := [one for one in given if one not in calls]:
+            raise ApiError(400, f"{param}: {shown(strange[0])} is the id of no call before it", param, "invalid_value")
         order = sorted(range(len(given)), key=lambda n: calls.index(given[n]))
         messages[place + 1 : end] = [messages[place + 1 + n] for n in order]
         for wanted, found in zip(calls, (given[n] for n in order), strict=False):

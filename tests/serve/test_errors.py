@@ -230,6 +230,7 @@ WRONG = [
         "messages[1].tool_calls[0]",
         "expected the text of a JSON object",
     ),
+    (CHAT, talk(USER, CALLS, result("")), 400, "messages", "'' is the id of no call"),
     (CHAT, talk(USER, CALLS, result("b")), 400, "messages", "'b' is the id of"),
     (CHAT, talk(USER, TWO, result("b")), 400, "messages", "the result of the call 'a' is missing or there twice"),
     (CHAT, talk({**USER, "content": "word " * 3000}), 400, "messages", "Please reduce the length of the messages."),

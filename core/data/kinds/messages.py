@@ -228,7 +228,7 @@ def _content(value: object, name: str, where: str) -> str:
             texts.append(part)
             continue
         kind = part.get("type") if isinstance(part, dict) else None
-        if not isinstance(part, dict) or kind not in _PART_TEXTS:
+        if not isinstance(part, dict) or not isinstance(kind, str) or kind not in _PART_TEXTS:
             raise UserError(f"{where}: '{name}[{n}]' is {shown(kind or part)}; only parts of type 'text' can be learnt")
         refuse_unread(part, ("type", "text"), f"{name}[{n}]", where, (), ("annotations", "cache_control", "index"))
         texts.append(text(part.get("text"), f"{name}[{n}].text", where))
