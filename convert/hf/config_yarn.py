@@ -37,9 +37,10 @@ _NEUTRAL: dict[str, tuple[object, ...]] = {
 }
 
 
-def kind_of(section: Mapping[str, object]) -> object:
-    """The type of a section under either name; None where it has none."""
-    return section.get("rope_type", section.get("type"))
+def kind_of(section: Mapping[str, object]) -> str | None:
+    """The type of a section under either name; None where it has none that is a text."""
+    kind = section.get("rope_type", section.get("type"))
+    return kind if isinstance(kind, str) else None
 
 
 def read_yarn(sections: Iterable[tuple[str, JsonObject]], theta_names: Iterable[str], where: str) -> JsonObject:

@@ -371,7 +371,7 @@ def _one_template(value: object, where: str) -> str:
     """The template of tokenizer_config.json: text, or of several named ones the default, with tools "tool_use"."""
     with_tools = None
     if isinstance(value, list):
-        named = {one.get("name"): one.get("template") for one in value if isinstance(one, dict)}
+        named = {str(one.get("name")): one.get("template") for one in value if isinstance(one, dict)}
         value, with_tools = named.get("default"), named.get("tool_use")
     for one in (value, "" if with_tools is None else with_tools):
         if not isinstance(one, str) or len(one) > MAX_TEMPLATE:

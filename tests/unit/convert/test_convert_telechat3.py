@@ -91,6 +91,7 @@ REFUSED: dict[str, tuple[JsonObject, str]] = {
     "DeepSeek's scales": ({"mscale": 1.0, "mscale_all_dim": 1.0}, "mscale 1.0 is not supported; write the"),
     "no truncation": ({"truncate": False}, "truncate False is not supported"),
     "a number for a switch": ({"truncate": 1}, "truncate 1 is not"),
+    "a list for a type": ({"rope_type": ["yarn"]}, r"rope_scaling\.rope_type should be text, found \['yarn'\]"),
     "an unknown entry": ({"gamma": 2}, "gamma 2 is not supported"),
     "two scales": ({"attention_factor": 1.2, "attn_factor": 1.0}, "attention_factor 1.2 and attn_factor 1.0 contra"),
     "a shrinking scale": ({"attention_factor": 0.9}, "a scale of 0.9 at factor 4 is not supported"),

@@ -72,7 +72,7 @@ def test_of_several_templates_tools_choose(tmp_path):
         assert layout.render(ASK) == "<_user>Q: fox<_bot>"
         assert layout.render(ASK, [{}, {}]) == alone.render(ASK, [{}, {}]) == "\n2\n<_user>"
     with pytest.raises(UserError, match="or a list with one named 'default'"):
-        layout_of(folder_with(tmp_path, named[:1]))
+        layout_of(folder_with(tmp_path, [*named[:1], {"name": ["default"], "template": OWN}]))
 
 
 def test_templates_that_say_the_same_change_nothing(tmp_path, monkeypatch):
