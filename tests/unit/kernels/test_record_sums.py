@@ -19,16 +19,16 @@ PARTS = {
     "one column": ((5000, 1), np.arange(5000), 0),
     "a few rows of a slice": ((700, 40), np.arange(260, 290), 7),
     "rows in any order": ((700, 33), np.random.default_rng(1).permutation(700)[:500], 3),
-    "many chunks": ((3000, 700), np.arange(3000), 0),
+    "many chunks": ((1400, 700), np.arange(1400), 0),
     "a vector": ((1, 5000), np.arange(1), 0),
 }
 
 
-@pytest.fixture(scope="module", params=["", "-mno-avx512f", "-march=x86-64"])
+@pytest.fixture(scope="module", params=["", "-march=x86-64"])
 def compiled(request: pytest.FixtureRequest) -> CompiledSums:
     flags = [request.param] if request.param else []
-    if flags and "avx512" not in Path("/proc/cpuinfo").read_text():
-        pytest.skip("the processor's own path is one of these")
+    if flags and "avx2" not in Path("/proc/cpuinfo").read_text():
+        pytest.skip("the processor's own path is this one")
     try:
         return CompiledSums(*flags)
     except BuildError as error:
