@@ -22,6 +22,8 @@ COLOURS = {
     "weight gather": "#e45756",
 }
 
+_WIDTH = 12.0  # inches of the picture
+
 
 class Event(NamedTuple):
     """``start`` and ``end`` in seconds of the step; ``micro`` and ``chunk`` are -1 outside the pipeline."""
@@ -73,7 +75,9 @@ def trace(layout: Layout, work: Work, step: StepTime, title: str) -> JsonObject:
             "cat": event.name,
         }
         if event.micro >= 0:
-            row |= {"name": f"{event.name} {event.micro}", "args": {"micro": event.micro, "chunk": event.chunk}}
+            chunk = f" chunk {event.chunk}" if layout.virtual > 1 else ""
+            name = f"{event.name} {event.micro}{chunk}"
+            row |= {"name": name, "args": {"micro": event.micro, "chunk": event.chunk}}
         rows.append(row)
     return {"traceEvents": rows, "displayTimeUnit": "ms"}
 
@@ -84,26 +88,31 @@ def write_trace(path: Path, layout: Layout, work: Work, step: StepTime, title: s
 
 
 def draw(path: Path, layout: Layout, work: Work, step: StepTime, title: str) -> None:
-    """Draw the step as a picture: a bar for each pipeline rank."""
+    """Draw the step as a picture: a row for each pipeline rank; passes have the number of their micro-batch where it
+    fits, and are the paler the later their chunk."""
+    from matplotlib.colors import to_rgb
     from matplotlib.figure import Figure
+    from matplotlib.patches import Patch
 
-    figure = Figure(figsize=(12, 1.2 + 0.4 * layout.pp), layout="constrained")
+    figure = Figure(figsize=(_WIDTH, 1.5 + 0.4 * layout.pp), layout="constrained")
     axes = figure.subplots()
     found = events(layout, work, step)
-    for name, colour in COLOURS.items():
-        for rank in range(layout.pp):
-            bars = [(e.start, e.end - e.start) for e in found if e.rank == rank and e.name == name]
-            axes.broken_barh(
-                bars,
-                (rank - 0.4, 0.8),
-                facecolors=colour,
-                edgecolor="white",
-                linewidth=0.3,
-                label=name if rank == 0 and bars else None,
-            )
-    axes.set_yticks(range(layout.pp), [f"rank {rank}" for rank in range(layout.pp)])
-    axes.invert_yaxis()
+    end = max(event.end for event in found)
+    for event in found:
+        pale = 0.45 * max(event.chunk, 0) / layout.virtual
+        colour = tuple(pale + (1.0 - pale) * part for part in to_rgb(COLOURS[event.name]))
+        span = (event.start, event.end - event.start)
+        axes.broken_barh([span], (event.rank - 0.4, 0.8), facecolors=[colour], edgecolor="white", linewidth=0.3)
+        if event.micro >= 0 and span[1] / end * _WIDTH > 0.09 * len(str(event.micro)):
+            middle = event.start + span[1] / 2
+            axes.text(middle, event.rank, str(event.micro), ha="center", va="center", fontsize=7, clip_on=True)
+    names = [name for name in COLOURS if any(event.name == name for event in found)]
+    axes.set_xlim(0.0, end)
+    axes.set_ylim(layout.pp - 0.5, -0.5)
+    axes.set_yticks(range(layout.pp))
+    axes.set_ylabel("pipeline rank")
     axes.set_xlabel("seconds")
-    axes.set_title(title)
-    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.25), ncols=len(COLOURS), frameon=False)
+    axes.set_title(title if layout.virtual == 1 else f"{title}; chunk 0 darkest", fontsize=11)
+    handles = [Patch(color=COLOURS[name], label=name) for name in names]
+    figure.legend(handles=handles, loc="outside lower center", ncols=len(names), frameon=False)
     figure.savefig(path, dpi=120)

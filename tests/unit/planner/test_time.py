@@ -209,7 +209,7 @@ def test_the_breakdown_adds_up_and_the_trace_holds_the_schedule(tmp_path: Path) 
     for rank in range(4):
         names = [row["name"] for row in rows if row["ph"] == "X" and row["tid"] == rank and "args" in row]
         words = {"F": "forward", "B": "backward"}
-        assert names == [f"{words[a.kind]} {a.micro}" for a in schedule.actions("1f1b", 4, 2, 8, rank)]
+        assert names == [f"{words[a.kind]} {a.micro} chunk {a.chunk}" for a in schedule.actions("1f1b", 4, 2, 8, rank)]
     end = max(row["ts"] + row["dur"] for row in rows if row["ph"] == "X")
     assert end * 1e-6 <= step.seconds
 
