@@ -80,7 +80,8 @@ def block_kept(
         kept.append(Kept("attention.exchanged", HD, widths.compute))  # the output before it goes back to its positions
     if not fused and layout.ring == 1:
         kept.append(Kept("attention.probabilities", config.num_heads / tp * seq_len, widths.compute))
-    return [one for one in kept if not (executor.recomputes_inputs and one.site in RECOMPUTED)]
+    again = executor.recomputes_inputs and tp == 1  # tensor ranks would have to gather their positions anew
+    return [one for one in kept if not (again and one.site in RECOMPUTED)]
 
 
 def total(kept: Iterable[Kept]) -> float:
@@ -121,6 +122,11 @@ def ends_kept(
     if executor.wide_logits and widths.compute < 4:
         logits += columns * widths.compute  # their gradient in the compute dtype, which the head's products read
     return norm, logits
+
+
+def logit_gradient(config: ModelConfig, layout: Layout, widths: Widths) -> int:
+    """Bytes a position of the gradient of logits that were turned into float32."""
+    return padded_rows(config.vocab_size, layout.tp) * max(widths.compute, 4)
 
 
 def block_workspace(config: ModelConfig, layout: Layout, widths: Widths) -> float:

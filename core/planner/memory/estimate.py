@@ -22,6 +22,7 @@ from telechat_twins.core.planner.memory.activations import (
     core_bytes,
     ends_kept,
     input_bytes,
+    logit_gradient,
     probability_bytes,
     ring_workspace,
     total,
@@ -113,15 +114,13 @@ def rank_memory(
     again = whole if work.recompute == "full" or work.lists is not None and any(map(any, work.lists.full)) else 0.0
     if work.recompute == "selective" and work.lists is None:
         alive += positions * probability_bytes(kept)  # of the layer whose attention is computed again
-    inside = again + block_workspace(config, layout, widths) + ring_workspace(config, layout, widths) - logits
-    largest = held.largest * widths.weight
-    begins, within, ends = float(largest if last else 0), positions * inside + largest, 0.0
-    within += cast if again else 0
-    if work.executor.late_gradients:
-        # The framework's pool caches the blocks of freed activations. Gradients, of other sizes, find them only in
-        # part; they are counted as if they found none.
-        begins, within, ends = 0.0, within - largest, held.trained / layout.virtual * widths.weight
     states = states_bytes(held, layout, widths, work.executor)
+    head = logits if last else None
+    if work.executor.reuses_freed:
+        workspace = _workspace_on_cpu(config, layout, work, held, states["buffers"], again, alive, last)
+        states["buffers"] = work.executor.library
+    else:
+        workspace = _workspace(config, layout, work, held, again, cast, head)
     messages, tables = 0, padded // layout.cp * config.head_dim * max(widths.stat, 4)
     if work.executor.eager_messages:
         tables *= work.micro_batches
@@ -131,8 +130,44 @@ def rank_memory(
         messages = peak_live(layout.schedule, layout.pp, layout.virtual, work.micro_batches, rank - 1)
     states["buffers"] += int(messages * positions * entry) + tables
     graphs = peak_live(layout.schedule, layout.pp, layout.virtual, work.micro_batches, rank)
-    workspace = max(begins, within, ends, 0.0)
     return RankMemory(sum(layers), graphs, held, states, int(alive), int(workspace))
+
+
+def _workspace(
+    config: ModelConfig, layout: Layout, work: Work, held: Held, again: float, cast: int, logits: float | None
+) -> float:
+    """Bytes beside the activations at the peak. ``again``: bytes a position of a block that is computed again, and
+    ``cast`` of its matrices' copies; ``logits``: bytes a position of the head's, None on a rank without it."""
+    widths = Widths.of(work.precision)
+    positions = work.micro_batch * padded_length(work.seq_len, layout) // layout.cp
+    inside = again + block_workspace(config, layout, widths) + ring_workspace(config, layout, widths) - (logits or 0.0)
+    largest = held.largest * widths.weight
+    within = positions * inside + (cast if again else 0)
+    if work.executor.late_gradients:
+        # The framework's pool caches the blocks of freed activations. Gradients, of other sizes, find them only in
+        # part; they are counted as if they found none.
+        return max(within, held.trained / layout.virtual * widths.weight, 0.0)
+    return max(0.0 if logits is None else float(largest), within + largest, 0.0)
+
+
+def _workspace_on_cpu(
+    config: ModelConfig, layout: Layout, work: Work, held: Held, sums: int, again: float, alive: float, last: bool
+) -> float:
+    """``_workspace`` where what comes after a backward pass reuses what it freed: ``sums`` over the ranks that share
+    weights and, where a pass returns its gradients together, these and the copies that are sent, count only as far as
+    they exceed the activations ``alive``."""
+    widths, executor = Widths.of(work.precision), work.executor
+    positions = work.micro_batch * padded_length(work.seq_len, layout) // layout.cp
+    if not executor.late_gradients:
+        _, logits = ends_kept(config, layout, widths, executor, last)
+        cast = cast_bytes(config, layout, widths, executor)[0]
+        return max(_workspace(config, layout, work, held, again, cast, logits if last else None), sums - alive)
+    copies = held.trained * widths.master if layout.dp * layout.cp > 1 and layout.zero1 else 0
+    after = held.trained * widths.weight + copies + sums
+    # Blocks of a pool for one size do not serve another: the gradient of the logits stays beside what is inside a
+    # block.
+    inside = logit_gradient(config, layout, widths) if last else block_workspace(config, layout, widths)
+    return max(positions * (again + inside + ring_workspace(config, layout, widths)), after - alive)
 
 
 def padded_length(seq_len: int, layout: Layout) -> int:

@@ -17,8 +17,10 @@ class Executor:
     otherwise one copy of all stands during the step (the gather of ZeRO-1 moves the narrow ones).
     ``eager_messages``: gradients sent to the stage before, and rotary tables of every micro-batch, stay for the step.
     ``recomputes_inputs``: linear layers compute their inputs again (norms, the activation's product), as the twins do
-    on a CPU. ``wide_logits``: logits are turned into float32 before the loss; ``logit_copies``: float32 tensors of
-    their size.
+    on a CPU. ``reuses_freed``: what comes after a backward pass, gradients that it returns and sums over ranks, takes
+    the place of activations that it freed; otherwise it is counted beside them. ``library``: bytes that the operators'
+    libraries keep, compiled code and scratch. Both were measured on CPUs only. ``wide_logits``: logits are turned into
+    float32 before the loss; ``logit_copies``: float32 tensors of their size.
     """
 
     name: str
@@ -31,6 +33,8 @@ class Executor:
     wide_logits: bool = False
     logit_copies: int = 1
     recomputes_inputs: bool = False
+    reuses_freed: bool = False
+    library: int = 0
 
 
 MINDSPORE = Executor("ms", late_gradients=True, wide_logits=True)
@@ -46,4 +50,9 @@ EXECUTORS = {one.name: one for one in (MINDSPORE, PYTORCH, MINDFORMERS)}
 
 def on_cpu(executor: Executor) -> Executor:
     """The same program on a CPU."""
-    return replace(executor, recomputes_inputs=executor.name in ("ms", "pt"))
+    twin = executor.name in _LIBRARY
+    return replace(executor, recomputes_inputs=twin, reuses_freed=twin, library=_LIBRARY.get(executor.name, 0))
+
+
+# Resident memory of a process that is in no tensor, above that of its first step with a narrow model.
+_LIBRARY = {"ms": 25_000_000, "pt": 14_000_000}
