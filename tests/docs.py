@@ -50,6 +50,8 @@ NOT_RUN = {
     "tests/unit/commands/test_plot.py draws some",
     "tele plot runs/ms runs/pt --difference": "likewise",
     "tele plot runs/grown --against tokens": "likewise",
+    "tele bench parallel --calibrate --layouts single,tp2,pp2,pp2.vpp2,ring2,dp2": "minutes; "
+    "tests/unit/bench/test_calibrate.py and test_bench_parallel.py run its parts",
     "tele plan --calibrate --backend pt --out cpu-pt.yaml": "a minute of measurements; "
     "tests/unit/bench/test_calibrate.py runs its parts",
     "tele bench parallel --backends pt --machine cpu-pt.yaml --layouts single,tp2,pp2,pp2.vpp2,ring2,dp2": "a "

@@ -1,10 +1,10 @@
 """Machine file of this computer's cores, from a minute of measurements (``tele plan --calibrate``).
 
-    core/bench/calibrate.py BACKEND FOLDER       (one of two ranks, under msrun or torchrun)
+    core/bench/calibrate.py BACKEND FOLDER       (a rank, under msrun or torchrun)
 
-Two ranks time the collectives of a step, by operation and size. Then single processes train small models: as many at
-once as there are cores, one core each, and one alone with all of them. The rates of products and memory and the time
-between operators are those with which core.planner.time forecasts these steps best.
+core.bench.probes takes the times. From them follow, each from its own: collectives by operation and size; the host's
+time of a block, of the ends, of a step, and of what tp and a ring add; the update. Only the rates of products, of
+attention and of memory are fitted together, to the phases of small models in one process.
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from functools import cache
 from pathlib import Path
@@ -27,104 +26,306 @@ from pathlib import Path
 import numpy as np
 
 from telechat_twins.core import backends
+from telechat_twins.core.bench.probes import (
+    DEPTHS,
+    NARROW_DEPTHS,
+    NARROW_MICRO_BATCHES,
+    SIZES,
+    Probes,
+    alone_models,
+    narrow,
+    outside_a_launch,
+    small_models,
+)
 from telechat_twins.core.bench.step import processor
-from telechat_twins.core.bench.worker import Worker
+from telechat_twins.core.bench.worker import PROCESSOR, bench_config
 from telechat_twins.core.launch.worker import run_script
-from telechat_twins.core.model.config import ModelConfig, load_model_config
+from telechat_twins.core.model.config import ModelConfig
+from telechat_twins.core.model.params import count_parameters
 from telechat_twins.core.parallel.layout import Layout
+from telechat_twins.core.parallel.traffic import Widths
 from telechat_twins.core.planner.fit import with_efficiency
 from telechat_twins.core.planner.machine import Machine, machine_from
-from telechat_twins.core.planner.time.step import step_time
-from telechat_twins.core.planner.time.work import Work
+from telechat_twins.core.planner.time.gradients import updated_bytes
+from telechat_twins.core.planner.time.operators import Rates, Shape, block_passes, ends_passes
+from telechat_twins.core.planner.time.traffic import block_traffic
+from telechat_twins.core.planner.time.transfers import Ways
+from telechat_twins.core.planner.time.work import OURS, Work, work_of
 from telechat_twins.core.types import JsonObject
 
-MODEL = "telechat2-tiny"
-# (model, tokens a sample, samples, micro-batches): small and larger products, short and long attention.
-STEPS = (
-    ("telechat2-tiny", 64, 1, 4),
-    ("telechat2-tiny", 256, 4, 1),
-    ("telechat2-mini", 128, 1, 1),
-    ("telechat2-mini", 512, 1, 1),
-)
-SIZES = (1 << 12, 1 << 16, 1 << 20)  # bytes a rank passes in
-CALLS = 12
-RANGES = {"matmul": (0.02, 3.0), "memory": (0.02, 3.0), "launch": (0.5, 400.0)}
-_ROUNDS = 25
-Point = tuple[str, int, int, int]
+OPTIONS = {"model": "telechat2-tiny", "seq_len": 128, "micro_batch": 2, "micro_batches": 4, "precision": "fp32"}
+ROUNDS = 6
+RANGES = {"matmul": (0.01, 10.0), "memory": (0.01, 10.0), "attention": (0.002, 10.0), "tile": (0.5, 200.0)}
+OPERATORS = 13  # of a block's forward, for `launch`
+_FIT_ROUNDS, _HOST_ROUNDS = 30, 3
+Pair = tuple[float, float]  # seconds of a forward, and of a forward with its backward, of a whole step
 
 
 def main() -> int:
-    """Entry point of a rank: times the collectives and writes them to FOLDER/rank_<rank>.json."""
+    """Entry point of a rank: takes all probes in rounds, and writes them to FOLDER/rank_<rank>.json."""
     backend, folder = sys.argv[1], Path(sys.argv[2])
-    collectives, model = (backends.load(backend, name) for name in ("collectives", "model"))
-    mesh = backends.load(backend, "parallelize").open_mesh(load_model_config(MODEL), Layout(dp=2))
-    found: dict[str, list[float]] = {}
-    for op, call in _calls(collectives, mesh.replicas).items():
-        for size in SIZES:
-            x = model.to_tensor(np.ones((size // 256, 64), np.float32))
-            found.setdefault(op, []).append(_median(lambda call=call, x=x: call(x)))  # type: ignore[misc]
-    (folder / f"rank_{mesh.rank}.json").write_text(json.dumps(found), encoding="utf-8")
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read when the framework is loaded; see core.bench.worker
+    rank, world = backends.load(backend, "mesh").join()
+    with ExitStack() as stack:
+        probes = Probes(backend, OPTIONS, rank, world, stack, outside_a_launch())
+        for _ in range(ROUNDS):
+            probes.turn()
+    (folder / f"rank_{rank}.json").write_text(json.dumps(probes.raw()), encoding="utf-8")
     return 0
-
-
-def _calls(collectives: object, group: object) -> dict[str, Callable[[object], object]]:
-    """The collectives of a step, by their names in core.parallel.traffic; a message takes what a shift does."""
-    get = {name: getattr(collectives, name) for name in ("all_reduce", "all_gather", "reduce_scatter", "all_to_all")}
-    shift = collectives.start_shift  # type: ignore[attr-defined]
-    return {
-        "all_reduce": lambda x: get["all_reduce"](x, group),
-        "all_gather": lambda x: get["all_gather"](x, group, 0),
-        "reduce_scatter": lambda x: get["reduce_scatter"](x, group, 0),
-        "all_to_all": lambda x: get["all_to_all"](x, group, 0, 0),
-        "shift": lambda x: shift(x, group).wait(),
-    }
-
-
-def _median(call: Callable[[], object]) -> float:
-    call()
-    seconds = []
-    for _ in range(CALLS):
-        started = time.perf_counter()
-        call()
-        seconds.append(time.perf_counter() - started)
-    return statistics.median(seconds)
 
 
 def calibrate(backend: str, name: str) -> JsonObject:
     """Measure this machine with ``backend``; the mapping of a machine file."""
+    from telechat_twins.core.launch.launcher import launch
+
+    world = min(2, len(os.sched_getaffinity(0)))
+    folder = Path(tempfile.mkdtemp(prefix="tele-calibrate-"))
+    code = launch(backend, [backend, str(folder)], world, folder / "logs", script=__file__, instead=lambda: None)
+    if code:
+        raise SystemExit(code)  # the launch has printed the reason, and its logs are kept
+    ranks = [json.loads((folder / f"rank_{rank}.json").read_text(encoding="utf-8")) for rank in range(world)]
+    shutil.rmtree(folder)
+    return fitted(backend, name, OPTIONS, ranks)
+
+
+def fitted(
+    backend: str,
+    name: str,
+    options: JsonObject,
+    ranks: Sequence[JsonObject],
+    clock: str = "",
+    typical: Callable[[Sequence[float]], float] = statistics.median,
+) -> JsonObject:
+    """The mapping of a machine file, from the raw times of all ranks.
+
+    ``clock``: "" for the wall's, PROCESSOR for the time that a process spent on processors; ``typical``: of several
+    times of the same.
+    """
     cores = len(os.sched_getaffinity(0))
-    crowded, alone = measure_steps(backend, cores)
-    found = describe(backend, name, cores, measure_collectives(backend) if cores > 1 else {})
+    place = int(clock == PROCESSOR)
+    operations = {
+        op: [
+            max(typical([times[place] for times in rank["collectives"][op][size]]) for rank in ranks)
+            for size in range(len(SIZES))
+        ]
+        for op in ranks[0]["collectives"]
+    }
+    found = describe(backend, name, cores, operations)
+    crowd, alone, layouts = (
+        {
+            key: {phase: typical(phases[phase + clock]) for phase in ("forward", "gradients", "update")}
+            for key, phases in ranks[0][part].items()
+        }
+        for part in ("crowd", "alone", "layouts")
+    )
+    measured = {key: (crowd[key]["forward"], crowd[key]["gradients"]) for key in crowd if not key.startswith("narrow")}
+    found["host"], wasted = host_times(crowd, options)
+    narrow_host = dict(found["host"])
+    for _ in range(_HOST_ROUNDS):
+        found["efficiency"] |= fit_rates(machine_from(found, name), options, measured, cores, wasted)
+        # The little that the narrow model's operators have to do is not the host's time.
+        done = narrow_work(machine_from(found, name), options, cores)
+        found["host"] |= {key: max(0.0, round(narrow_host[key] - us, 2)) for key, us in done.items()}
+    found["efficiency"]["launch"] = round(found["host"]["block_forward"] / OPERATORS, 2)
     machine = machine_from(found, name)
-    values = fit_steps(machine, crowded, world=cores)
-    found["efficiency"] |= values
-    machine = machine_from(found, name)
-    errors = [forecast / seconds - 1.0 for forecast, seconds in _forecasts(machine, crowded, cores)]
-    found["efficiency"] |= {"faster": round(max(0.1, *errors), 3), "slower": round(max(0.1, *(-e for e in errors)), 3)}
+    errors = [a / b - 1.0 for a, b in pairs(machine, options, measured, cores, wasted)]
+    found["efficiency"] |= {
+        "faster": round(min(0.9, max(0.1, *errors)), 3),
+        "slower": round(min(9.0, max(0.1, *(-e for e in errors))), 3),
+    }
     # With all cores the rates of a process are larger by a power of their number.
-    exponents = [
-        (x, sum(math.log(a / b) ** 2 for a, b in _forecasts(dataclasses.replace(machine, core_exponent=x), alone, 1)))
-        for x in (i / 100 for i in range(0, 101, 2))
-    ]
-    found["core_exponent"] = min(exponents, key=lambda one: one[1])[0]
+    whole = {key: (alone[key]["forward"], alone[key]["gradients"]) for key in alone_models(options)}
+    exponents = [x / 100 for x in range(0, 101, 2)]
+    found["core_exponent"] = min(
+        exponents,
+        key=lambda x: sum(
+            math.log(a / b) ** 2
+            for a, b in pairs(dataclasses.replace(machine, core_exponent=x), options, whole, 1, wasted)
+        ),
+    )
+    if layouts:
+        found["host"] |= added_by_layouts(machine_from(found, name), options, crowd, layouts)
     return found
 
 
+def machines_of(backend: str, options: JsonObject, ranks: Sequence[JsonObject]) -> tuple[Machine, Machine]:
+    """The machine by both clocks: the wall's, and the processors' (whose times forecast a rank's work, not a step)."""
+    wall, processor = (
+        machine_from(fitted(backend, f"this machine, {backend}", options, ranks, clock), "--calibrate")
+        for clock in ("", PROCESSOR)
+    )
+    return wall, processor
+
+
+def host_times(crowd: Mapping[str, Mapping[str, float]], options: JsonObject) -> tuple[JsonObject, Pair]:
+    """Section ``host`` from the narrow models, and the seconds that a step takes beside its micro-batches, in a forward
+    alone and with a backward."""
+    few, many = NARROW_MICRO_BATCHES
+    shallow, deep = NARROW_DEPTHS
+    each = {}  # of a micro-batch, by depth and phase
+    wasted: dict[str, list[float]] = {}
+    for phase in ("forward", "gradients"):
+        for depth in NARROW_DEPTHS:
+            one, four = (crowd[f"narrow {depth} x{count}"][phase] for count in NARROW_MICRO_BATCHES)
+            each[depth, phase] = max(0.0, (four - one) / (many - few))
+            wasted.setdefault(phase, []).append(max(0.0, one - few * each[depth, phase]))
+    beside = {phase: statistics.median(times) for phase, times in wasted.items()}
+    block = {phase: max(0.0, each[deep, phase] - each[shallow, phase]) / (deep - shallow) for phase in beside}
+    ends = {phase: max(0.0, each[shallow, phase] - shallow * block[phase]) for phase in beside}
+    update, bandwidth = _update_times(crowd, options)
+    us = {
+        "block_forward": block["forward"],
+        "block_backward": max(0.0, block["gradients"] - block["forward"]),
+        "ends_forward": ends["forward"],
+        "ends_backward": max(0.0, ends["gradients"] - ends["forward"]),
+        "step": beside["gradients"],
+        "update": update,
+    }
+    host: JsonObject = {name: round(seconds * 1e6, 2) for name, seconds in us.items()}
+    host |= {"exchange": 0.0, "ring_forward": 0.0, "ring_backward": 0.0}
+    host["update_bandwidth"] = round(bandwidth / 1e9, 4)
+    host["source"] = "models of 32 channels and 8 tokens, in two depths and numbers of micro-batches"
+    return host, (beside["forward"], beside["gradients"])
+
+
+def _update_times(crowd: Mapping[str, Mapping[str, float]], options: JsonObject) -> tuple[float, float]:
+    """Seconds of norm and update without parameters, and bytes per second, from a small and a larger model."""
+    names = f"narrow {NARROW_DEPTHS[0]} x{NARROW_MICRO_BATCHES[0]}", f"whole {DEPTHS[-1]}"
+    few, many = (crowd[name]["update"] for name in names)
+    small, large = (
+        updated_bytes(count_parameters(model), 1, Widths.of(options["precision"]))
+        for model, _ in _works(json.dumps(options), names)
+    )
+    bandwidth = (large - small) / max(many - few, 1e-7)
+    return max(0.0, few - small / bandwidth), bandwidth
+
+
+def narrow_work(machine: Machine, options: JsonObject, world: int) -> dict[str, float]:
+    """Microseconds of the operators of a narrow model's micro-batch, by the names of core.planner.machine.Host."""
+    ((model, work),) = _works(json.dumps(options), (f"narrow {NARROW_DEPTHS[0]} x{NARROW_MICRO_BATCHES[0]}",))
+    layout = Layout()
+    rates, shape = Rates.of(machine, work.precision, world), Shape.of(model, layout, work, OURS)
+    block = block_passes(model, layout, work, rates, OURS, shape)
+    ends = ends_passes(model, layout, rates, OURS, shape)
+    costs = {
+        "block_forward": block.forward,
+        "block_backward": block.backward,
+        "ends_forward": ends["first"].forward.plus(ends["last"].forward),
+        "ends_backward": ends["first"].backward.plus(ends["last"].backward),
+    }
+    return {name: 1e6 * (cost.seconds - cost.host) for name, cost in costs.items()}
+
+
+def added_by_layouts(
+    machine: Machine,
+    options: JsonObject,
+    crowd: Mapping[str, Mapping[str, float]],
+    layouts: Mapping[str, Mapping[str, float]],
+) -> JsonObject:
+    """What tp and a ring add to a block of the narrow model, beside the collectives themselves, in microseconds."""
+    many = NARROW_MICRO_BATCHES[-1]
+
+    def block(times: Callable[[int], Mapping[str, float]]) -> Pair:
+        """Forward and backward of a block."""
+        shallow, deep = (times(depth) for depth in NARROW_DEPTHS)
+        count = many * (NARROW_DEPTHS[1] - NARROW_DEPTHS[0])
+        forward = (deep["forward"] - shallow["forward"]) / count
+        return forward, (deep["gradients"] - shallow["gradients"]) / count - forward
+
+    plain = block(lambda depth: crowd[f"narrow {depth} x{many}"])
+    cut = {name: block(lambda depth, name=name: layouts[f"{name} {depth}"]) for name in ("tp2", "ring2")}  # type: ignore[misc]
+    config = bench_config(narrow(options, 1, many, "tp2"))
+    work = work_of(config)
+    shape = Shape.of(config.model, config.parallel, work, OURS)
+    sent = block_traffic(config.model, config.parallel, work, shape).tensor
+    calls = sum(count for count, _ in sent.values())
+    transfers = Ways(config.model, config.parallel, machine).seconds(sent)
+    exchange = (sum(cut["tp2"]) - sum(plain) - transfers) / calls
+    hop = Ways(config.model, Layout(cp=2), machine).ways["ring"].seconds("shift", 1, SIZES[0])
+    # A ring of two sends keys once forward; backward keys once and their gradients twice.
+    ring = [(cut["ring2"][i] - plain[i] - hops * hop) / 2 for i, hops in enumerate((1, 3))]
+    found = {"exchange": exchange, "ring_forward": ring[0], "ring_backward": ring[1]}
+    return {name: round(max(0.0, seconds) * 1e6, 2) for name, seconds in found.items()}
+
+
+def pairs(
+    machine: Machine, options: JsonObject, measured: Mapping[str, Pair], world: int, wasted: Pair
+) -> list[tuple[float, float]]:
+    """(forecast, measured) seconds of forwards, and of forwards with backwards, where ``world`` processes share the
+    cores."""
+    found = []
+    for (model, work), seconds in zip(_works(json.dumps(options), tuple(measured)), measured.values(), strict=True):
+        for forecast, true, beside in zip(_forecast(machine, model, work, world), seconds, wasted, strict=True):
+            found.append((forecast + beside, true))
+    return found
+
+
+@cache
+def _works(options: str, names: Sequence[str]) -> list[tuple[ModelConfig, Work]]:
+    """Model and work of the small models ``names``."""
+    models = small_models(json.loads(options))
+    configs = [bench_config(models[name]) for name in names]
+    return [(config.model, work_of(config)) for config in configs]
+
+
+def _forecast(machine: Machine, model: ModelConfig, work: Work, world: int) -> Pair:
+    """Seconds of all micro-batches of a step in one process, forward and with the backward."""
+    layout = Layout()
+    rates, shape = Rates.of(machine, work.precision, world), Shape.of(model, layout, work, OURS)
+    block = block_passes(model, layout, work, rates, OURS, shape)
+    ends = ends_passes(model, layout, rates, OURS, shape).values()
+    n, m = model.num_layers, work.micro_batches
+    forward = m * (n * block.forward.seconds + sum(end.forward.seconds for end in ends))
+    return forward, forward + m * (n * block.backward.seconds + sum(end.backward.seconds for end in ends))
+
+
+def fit_rates(
+    machine: Machine, options: JsonObject, measured: Mapping[str, Pair], world: int, wasted: Pair
+) -> dict[str, float]:
+    """Rates of products, memory and attention that forecast ``measured`` best.
+
+    Damped Gauss-Newton on the logarithms of both, which keeps to RANGES.
+    """
+    low, high = (np.log([limits[side] for limits in RANGES.values()]) for side in (0, 1))
+
+    def values_of(x: np.ndarray) -> dict[str, float]:
+        return dict(zip(RANGES, np.exp(x).tolist(), strict=True))
+
+    def errors(x: np.ndarray) -> np.ndarray:
+        found = pairs(with_efficiency(machine, values_of(x)), options, measured, world, wasted)
+        return np.array([math.log(forecast / seconds) for forecast, seconds in found])
+
+    x, damping = np.log([0.5, 0.5, 0.2, 16.0]), 1e-2
+    best = errors(x)
+    for _ in range(_FIT_ROUNDS):
+        slopes = np.stack([(errors(x + step) - best) / 1e-3 for step in 1e-3 * np.eye(len(x))], axis=1)
+        move = np.linalg.solve(slopes.T @ slopes + damping * np.eye(len(x)), -slopes.T @ best)
+        there = np.clip(x + move, low, high)
+        found = errors(there)
+        if found @ found < best @ best:
+            x, best, damping = there, found, damping / 3.0
+        else:
+            damping *= 5.0
+    return {name: round(value, 4) for name, value in values_of(x).items()}
+
+
 def describe(backend: str, name: str, cores: int, operations: Mapping[str, Sequence[float]]) -> JsonObject:
-    """The machine file but for what is fitted; peaks are those of numpy, which need not be the backend's."""
+    """The machine file but for what is fitted; peaks are those of numpy, which need not be the backend's.
+
+    ``operations``: seconds of each of SIZES, by collective.
+    """
     how = f"measured by tele plan --calibrate --backend {backend}"
     n = 512
     a = np.ones((n, n), np.float32)
-    product = 2.0 * n**3 / _median(lambda: a @ a) / 1e12
+    product = 2.0 * n**3 / _best(lambda: a @ a) / 1e12
     wide = np.ones(1 << 23, np.float32)
-    copy = 2.0 * wide.nbytes / _median(wide.copy) / 1e9
+    copy = 2.0 * wide.nbytes / _best(wide.copy) / 1e9
     peak = {"value": round(product, 4), "source": f"{how}: numpy's product of {n} x {n} float32 matrices"}
-    rows = [_operation(op, seconds) for op, seconds in operations.items()]
     link = {
         "bandwidth": {"value": 1.0, "source": f"{how}; `measured` has precedence"},
         "latency": {"value": 100.0, "source": f"{how}; `measured` has precedence"},
-        "efficiency": {"value": 1.0, "source": "measured bandwidths need none"},
-        "measured": rows,
+        "efficiency": {"value": 1.0, "source": "measured times need none"},
+        "measured": [_operation(op, seconds) for op, seconds in operations.items()],
     }
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return {
@@ -140,14 +341,13 @@ def describe(backend: str, name: str, cores: int, operations: Mapping[str, Seque
         "scaling": {"value": 1e-6, "source": "one machine"},
         "power": {"value": 10.0, "source": "assumed, watts a core"},
         "efficiency": {
-            **dict.fromkeys(("matmul", "memory"), 0.5),
-            "attention": 0.5,
+            **dict.fromkeys(("matmul", "attention", "memory"), 0.5),
             "tile": 16.0,
             "launch": 20.0,
             "overlap": 0.0,
             "faster": 0.1,
             "slower": 0.1,
-            "source": f"{how}; attention as products; tile assumed; nothing overlaps, since all share the cores",
+            "source": f"{how}: phases of small models in one process; nothing overlaps, since all share the cores",
         },
         "backend": backend,
         "shared_cores": True,
@@ -155,102 +355,29 @@ def describe(backend: str, name: str, cores: int, operations: Mapping[str, Seque
     }
 
 
+def _best(call: Callable[[], object]) -> float:
+    """Processor time of the shortest of some calls: a yardstick, of which `matmul` and `memory` are shares."""
+    seconds = []
+    for _ in range(12):
+        started = time.process_time()
+        call()
+        seconds.append(time.process_time() - started)
+    return max(min(seconds), 1e-6)
+
+
 def _operation(op: str, seconds: Sequence[float]) -> JsonObject:
-    """Latency and bandwidth of an operation: the smallest size is all latency, the largest decides the bandwidth."""
+    """A collective as it was measured at each of SIZES. Times rise with the size; the wire's latency and bandwidth are
+    those of the smallest and the largest."""
+    times = np.maximum.accumulate(np.maximum(seconds, 1e-7))
     moved = {"all_reduce": 1.0, "all_gather": 1.0, "reduce_scatter": 0.5, "all_to_all": 0.5, "shift": 1.0}[op]
-    latency = max(seconds[0], 1e-7)
-    per_byte = max((seconds[-1] - seconds[0]) / (moved * (SIZES[-1] - SIZES[0])), 1e-13)
-    return {"op": op, "latency": round(latency * 1e6, 2), "bandwidth": round(1e-9 / per_byte, 4)}
-
-
-def measure_collectives(backend: str) -> dict[str, list[float]]:
-    """Seconds of each operation between two ranks, for each of SIZES."""
-    from telechat_twins.core.launch.launcher import launch
-
-    folder = Path(tempfile.mkdtemp(prefix="tele-calibrate-"))
-    code = launch(backend, [backend, str(folder)], 2, folder / "logs", script=__file__, instead=lambda: None)
-    if code:
-        raise SystemExit(code)  # the launch has printed the reason, and its logs are kept
-    ranks = [json.loads((folder / f"rank_{rank}.json").read_text(encoding="utf-8")) for rank in range(2)]
-    shutil.rmtree(folder)
-    return {op: [max(pair) for pair in zip(*(rank[op] for rank in ranks), strict=True)] for op in ranks[0]}
-
-
-def measure_steps(backend: str, cores: int) -> tuple[dict[Point, float], dict[Point, float]]:
-    """Seconds of each of STEPS: with a process on every core at once, and of one process with all cores."""
-    single = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
-    crowded = _medians(backend, [single] * cores)
-    return crowded, _medians(backend, [{**single, "OMP_NUM_THREADS": str(cores)}]) if cores > 1 else dict(crowded)
-
-
-def _medians(backend: str, environments: Sequence[Mapping[str, str]]) -> dict[Point, float]:
-    """Median seconds of each of STEPS, of processes in these environments that run at the same time."""
-    found = {}
-    with ExitStack() as stack, ThreadPoolExecutor(len(environments)) as pool:
-        workers = [stack.enter_context(Worker(backend, _options(STEPS[0]), env)) for env in environments]
-        for point in STEPS:
-            rows = pool.map(lambda worker, point=point: _steps(worker, point), workers)  # type: ignore[misc]
-            found[point] = statistics.median(seconds for row in rows for seconds in row)
-    return found
-
-
-def _options(point: Point) -> JsonObject:
-    names = ("model", "seq_len", "micro_batch", "micro_batches")
-    return {**dict(zip(names, point, strict=True)), "precision": "fp32"}
-
-
-def _steps(worker: Worker, point: Point) -> list[float]:
-    """Seconds of each step, of about two seconds of steps after two that are not counted."""
-    first = worker.other_steps(_options(point), 2)["seconds"][1]
-    return worker.steps(max(3, min(30, round(2.0 / first))))["seconds"]
-
-
-def fit_steps(machine: Machine, measured: Mapping[Point, float], world: int) -> dict[str, float]:
-    """Rates of products and of memory, and microseconds between operators, that forecast ``measured`` best.
-
-    Damped Gauss-Newton on the logarithms of both, which keeps to RANGES.
-    """
-    low, high = (np.log([limits[side] for limits in RANGES.values()]) for side in (0, 1))
-
-    def values_of(x: np.ndarray) -> dict[str, float]:
-        found = dict(zip(RANGES, np.exp(x).tolist(), strict=True))
-        return {**found, "attention": found["matmul"]}
-
-    def errors(x: np.ndarray) -> np.ndarray:
-        pairs = _forecasts(with_efficiency(machine, values_of(x)), measured, world)
-        return np.array([math.log(forecast / seconds) for forecast, seconds in pairs])
-
-    x, damping = np.log([0.5, 0.5, 20.0]), 1e-2
-    best = errors(x)
-    for _ in range(_ROUNDS):
-        slopes = np.stack([(errors(x + step) - best) / 1e-3 for step in 1e-3 * np.eye(len(x))], axis=1)
-        move = np.linalg.solve(slopes.T @ slopes + damping * np.eye(len(x)), -slopes.T @ best)
-        there = np.clip(x + move, low, high)
-        found = errors(there)
-        if found @ found < best @ best:
-            x, best, damping = there, found, damping / 3.0
-        else:
-            damping *= 5.0
-    return {name: round(value, 4) for name, value in values_of(x).items()}
-
-
-def _forecasts(machine: Machine, measured: Mapping[Point, float], world: int) -> list[tuple[float, float]]:
-    """(forecast, measured) seconds; ``world`` processes share the cores."""
-    here = dataclasses.replace(machine, devices_per_node=max(1, machine.devices_per_node // world))
-    return [
-        (step_time(_model(point[0]), Layout(), _work(point), here).seconds, seconds)
-        for point, seconds in measured.items()
-    ]
-
-
-@cache
-def _model(name: str) -> ModelConfig:
-    return load_model_config(name)
-
-
-def _work(point: Point) -> Work:
-    _, seq_len, micro_batch, micro_batches = point
-    return Work(seq_len=seq_len, micro_batch=micro_batch, micro_batches=micro_batches, precision="fp32")
+    per_byte = max((times[-1] - times[0]) / (moved * (SIZES[-1] - SIZES[0])), 1e-13)
+    return {
+        "op": op,
+        "latency": round(float(times[0]) * 1e6, 2),
+        "bandwidth": round(1e-9 / float(per_byte), 4),
+        "sizes": list(SIZES),
+        "microseconds": [round(float(one) * 1e6, 2) for one in times],
+    }
 
 
 if __name__ == "__main__":

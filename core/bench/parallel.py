@@ -22,9 +22,9 @@ from pathlib import Path
 from typing import Protocol
 
 from telechat_twins.core import backends
-from telechat_twins.core.bench.worker import Worker, bench_config, paired_ratios, random_batch, timed_steps
+from telechat_twins.core.bench.probes import Probes, outside_a_launch
+from telechat_twins.core.bench.worker import Worker, bench_config, clocks, paired_ratios, random_batch, timed_steps
 from telechat_twins.core.config import RunConfig
-from telechat_twins.core.launch.command import RANK_VARIABLES
 from telechat_twins.core.launch.worker import run_script
 from telechat_twins.core.model.batch import Batch
 from telechat_twins.core.model.config import ModelConfig
@@ -57,7 +57,8 @@ class RankRecord:
 
     ``seconds`` of each step, a list for each turn; ``spans`` of each step's pipeline run, ``forwards`` of runs without
     a backward; ``sent`` in one step: (operation, group, calls, bytes); ``states``: bytes of masters, m and v; ``peak``:
-    largest number of graphs alive at once; ``loss`` after the warm-up.
+    largest number of graphs alive at once; ``loss`` after the warm-up; ``processor``: seconds that this process spent
+    on processors in a step, a mean for each turn.
     """
 
     seconds: list[list[float]] = field(default_factory=list)
@@ -67,6 +68,7 @@ class RankRecord:
     states: int = 0
     peak: int = 0
     loss: float = 0.0
+    processor: list[float] = field(default_factory=list)
 
 
 class Pipeline(Protocol):
@@ -96,6 +98,9 @@ class ParallelTrainer(Protocol):
 
     @property
     def rank(self) -> int: ...
+
+    @property
+    def world(self) -> int: ...
 
     @property
     def pipeline(self) -> Pipeline: ...
@@ -156,7 +161,9 @@ class LayoutTrial:
 
     def turn(self, count: int) -> None:
         """``count`` timed steps, and for a pipeline one forward without a backward."""
+        _, started = clocks()
         self.record.seconds.append(self._steps(count)[0])
+        self.record.processor.append((clocks()[1] - started) / count)
         self.record.spans += self._runs
         self.record.peak = self.trainer.pipeline.peak
         if self.config.parallel.pp > 1:
@@ -198,21 +205,34 @@ def main() -> int:
     with ExitStack() as stack:
         single = None
         if trainer.rank == 0:
-            single = stack.enter_context(Worker(backend, plan["options"], _alone(plan["threads"])))
+            single = stack.enter_context(Worker(backend, plan["options"], outside_a_launch(plan["threads"])))
+        probes = None
+        if plan.get("calibrate"):
+            probes = Probes(
+                backend, plan["options"], trainer.rank, trainer.world, stack, outside_a_launch(plan["threads"])
+            )
         # An all-reduce of one number serves as the barrier.
-        found = take_turns(trials, single, lambda: trainer.agree([0.0], "max"), plan["steps"], plan["block"])
+        found = take_turns(trials, single, lambda: trainer.agree([0.0], "max"), plan["steps"], plan["block"], probes)
+    if probes is not None:
+        found["calibration"] = probes.raw()
     found["implementation"] = trainer.implementation()
     rank_path(folder, trainer.rank).write_text(json.dumps(found), encoding="utf-8")
     return 0
 
 
 def take_turns(
-    trials: Mapping[str, LayoutTrial], single: Single | None, meet: Callable[[], object], steps: int, block: int
+    trials: Mapping[str, LayoutTrial],
+    single: Single | None,
+    meet: Callable[[], object],
+    steps: int,
+    block: int,
+    probes: Probes | None = None,
 ) -> JsonObject:
     """Warm-up of one step and one block, then ``steps`` steps of each layout in blocks; every other round is in reverse
     order.
 
     ``single``: the core.bench.worker.Worker that takes turns, too, on rank 0; None on other ranks. ``meet``: a barrier.
+    ``probes`` of a calibration take a turn in every round, so that what slows the machine for a while slows both.
     """
     seconds: list[list[float]] = []
     loss = 0.0
@@ -232,6 +252,8 @@ def take_turns(
             elif single is not None:
                 seconds.append(single.steps(count)["seconds"])
             meet()
+        if probes is not None:
+            probes.turn()
         if single is not None:
             latest = {name: trial.record.seconds[-1] for name, trial in trials.items()}
             shown = [f"{name} {statistics.median(times) * 1e3:.0f}" for name, times in latest.items()]
@@ -244,12 +266,6 @@ def take_turns(
         "single": {"seconds": seconds, "loss": loss},
         "layouts": {name: asdict(trial.record) for name, trial in trials.items()},
     }
-
-
-def _alone(threads: str | None) -> dict[str, str]:
-    """Environment for a process outside of the launch; ``threads``: OMP_NUM_THREADS as it was before it."""
-    env = {name: value for name, value in os.environ.items() if name not in (*RANK_VARIABLES, "OMP_NUM_THREADS")}
-    return env if threads is None else env | {"OMP_NUM_THREADS": threads}
 
 
 def summarise(options: JsonObject, text: str, records: Sequence[RankRecord], single: JsonObject) -> dict:
@@ -271,6 +287,7 @@ def summarise(options: JsonObject, text: str, records: Sequence[RankRecord], sin
         "layout": text,
         "world": layout.world,
         "seconds": seconds,
+        "processor": [r.processor for r in records],
         "ratios": paired_ratios(seconds, single["seconds"]),
         "loss_difference": max(abs(r.loss - single["loss"]) for r in records) / abs(single["loss"]),
         "traffic": {
@@ -287,11 +304,26 @@ def summarise(options: JsonObject, text: str, records: Sequence[RankRecord], sin
 
 
 def forecast_of(options: JsonObject, text: str, machine: Machine) -> JsonObject:
-    """The forecast of a step in layout ``text`` on ``machine``: seconds, and the shares of its classes."""
+    """The forecast of a step in layout ``text`` on ``machine``: seconds, those in which the busiest rank works, and the
+    shares of its classes."""
     config = bench_config({**options, "layout": text})
     work = work_of(config, tells_classes_apart(config.optim))
     step = step_time(config.model, config.parallel, work, machine)
-    return {"machine": machine.name, "seconds": step.seconds, "breakdown": dict(step.breakdown)}
+    breakdown = dict(step.breakdown)
+    working = sum(seconds for name, seconds in breakdown.items() if name not in ("pipeline", "stragglers"))
+    return {"machine": machine.name, "seconds": step.seconds, "working": working, "breakdown": breakdown}
+
+
+def forecasts_of(
+    options: JsonObject, text: str, wall: Machine | None, processor: Machine | None = None
+) -> JsonObject | None:
+    """``forecast_of`` layout ``text`` by a calibration with the wall's clock, if there is one; with ``working`` of one
+    with the processors' clock, if there is one."""
+    if wall is None:
+        return None
+    found = forecast_of(options, text, wall)
+    found["working"] = None if processor is None else forecast_of(options, text, processor)["working"]
+    return found
 
 
 def traffic_of(config: RunConfig, rank: int) -> Traffic:

@@ -71,23 +71,53 @@ def _forecasts(rows: list[JsonObject]) -> list[str]:
         median = spread([s for turn in row["seconds"] for s in turn])["median"]
         found = row["forecast"]
         largest = sorted(found["breakdown"].items(), key=lambda one: -one[1])[:3]
+        busy = max((spread(turns)["median"] for turns in row.get("processor", []) if turns), default=0.0)
+        working = found.get("working")
         cells = [
             backends.TITLES[row["backend"]],
             row["layout"],
             f"{median * 1e3:.1f} ms",
             f"{found['seconds'] * 1e3:.1f} ms",
             f"{found['seconds'] / median - 1.0:+.0%}",
+            f"{busy * 1e3:.1f} ms" if busy else "-",
+            f"{working / busy - 1.0:+.0%}" if working and busy else "-",
             ", ".join(f"{name} {seconds / found['seconds']:.0%}" for name, seconds in largest),
         ]
         lines.append(f"| {' | '.join(cells)} |")
     return [
         "",
-        "| backend | layout | step, measured | forecast | error | largest parts of the forecast |",
-        "|---|---|---|---|---|---|",
+        "| backend | layout | step, measured | forecast | error | on processors, busiest rank | forecast's error "
+        "| largest parts of the forecast |",
+        "|---|---|---|---|---|---|---|---|",
         *lines,
         "",
         f"Forecast by `tele plan` for {', '.join(dict.fromkeys(row['forecast']['machine'] for row in known))}.",
+        *_orders(known),
     ]
+
+
+def _orders(rows: list[JsonObject]) -> list[str]:
+    """Whether the forecast puts the layouts of each backend in the order of the measured times."""
+    lines = []
+    for backend in dict.fromkeys(row["backend"] for row in rows):
+        mine = {
+            row["layout"]: (spread([s for turn in row["seconds"] for s in turn])["median"], row["forecast"]["seconds"])
+            for row in rows
+            if row["backend"] == backend
+        }
+        wrong = [
+            f"{a} before {b}"
+            for a, (true_a, found_a) in mine.items()
+            for b, (true_b, found_b) in mine.items()
+            # Times that differ by less than 5 % have no order.
+            if found_a < found_b and true_a > 1.05 * true_b
+        ]
+        order = ", ".join(sorted(mine, key=lambda name: mine[name][1]))
+        lines.append(
+            f"{backends.TITLES[backend]}, fastest first by the forecast: {order}; "
+            + (f"measured otherwise: {', '.join(wrong)}." if wrong else "as measured.")
+        )
+    return ["", *lines]
 
 
 def _pipelines(rows: list[JsonObject]) -> list[str]:

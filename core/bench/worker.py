@@ -18,7 +18,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Protocol
+from typing import Protocol, cast
 
 import numpy as np
 
@@ -47,6 +47,8 @@ _MODULES = {
 # process on 2 cores, spinning made PyTorch's step tens of times slower. The user's own setting takes precedence.
 QUIET = {"OMP_WAIT_POLICY": "PASSIVE"}
 
+PROCESSOR = " processor"
+
 Handle = Callable[[JsonObject], JsonObject]
 
 
@@ -64,13 +66,19 @@ class Trainer(Protocol):
     def implementation(self) -> dict[str, str]: ...
 
 
+class PhasedTrainer(Trainer, Protocol):
+    """A backend's trainer, which can also run forward alone."""
+
+    def gradients(self, batch: Batch, num_targets: int, loss_scale: float, /, backward: bool = True) -> float: ...
+
+
 def bench_config(options: JsonObject) -> RunConfig:
     """A training run on random tokens: ``model``, ``seq_len``, ``micro_batch``, ``micro_batches``, ``precision``.
 
-    ``layout``: the text of a parallel layout; without it, one process. UserError for a sequence above the model's
-    length.
+    ``layout``: the text of a parallel layout; without it, one process. ``overrides``: fields of the model that differ
+    from those of the preset. UserError for a sequence above the model's length.
     """
-    model, length = load_model_config(options["model"]), options["seq_len"]
+    model, length = load_model_config(options["model"]), options["seq_len"]  # overrides leave max_seqlen as it is
     if length > model.max_seqlen:
         raise UserError(
             f"--seq-len, or prompt and new tokens: {length} is above max_seqlen {model.max_seqlen} of "
@@ -79,7 +87,7 @@ def bench_config(options: JsonObject) -> RunConfig:
         )
     return run_config_from_dict(
         {
-            "model": {"preset": options["model"]},
+            "model": {"preset": options["model"], **options.get("overrides", {})},
             "data": {"sources": [{"path": "random tokens"}], "seq_len": options["seq_len"]},
             "train": {
                 "steps": 1_000_000,
@@ -116,6 +124,32 @@ def timed_steps(trainer: Trainer, config: RunConfig, first: int, count: int) -> 
         trainer.update(1e-4, min(1.0, 1.0 / (norm + 1e-6)))
         seconds.append(time.perf_counter() - started)
     return seconds, loss
+
+
+def timed_phases(trainer: PhasedTrainer, config: RunConfig, count: int) -> dict[str, list[float]]:
+    """Seconds of ``count`` steps by phase: ``gradients`` (forward and backward of all micro-batches), ``update`` (norm
+    and update), and ``forward``, a forward alone; and by phase with " processor", this process's time on processors."""
+    phases = "gradients", "update", "forward"
+    found: dict[str, list[float]] = {name + clock: [] for name in phases for clock in ("", PROCESSOR)}
+    start, rows = trainer.share(config.train.global_batch)
+    for step in range(count):
+        batch = random_batch(config, step)
+        mine, marks = batch.rows(start, start + rows), [clocks()]
+        trainer.gradients(mine, batch.num_targets, 1.0)
+        marks.append(clocks())
+        trainer.update(1e-4, min(1.0, 1.0 / (trainer.grad_norm(1.0) + 1e-6)))
+        marks.append(clocks())
+        trainer.gradients(mine, batch.num_targets, 1.0, False)
+        marks.append(clocks())
+        for name, started, ended in zip(phases, marks, marks[1:], strict=False):
+            for clock, before, after in zip(("", PROCESSOR), started, ended, strict=True):
+                found[name + clock].append(after - before)
+    return found
+
+
+def clocks() -> tuple[float, float]:
+    """Now: the wall's clock, and the time that this process, all its threads, has spent on processors."""
+    return time.perf_counter(), time.process_time()
 
 
 def paired_ratios(first: Sequence[Sequence[float]], second: Sequence[Sequence[float]]) -> list[float]:
@@ -179,6 +213,10 @@ class Worker:
         """``steps`` of a new trainer, with other options than this worker was made with."""
         return self.ask({"options": options, "steps": count})
 
+    def phases(self, options: JsonObject, count: int) -> dict[str, list[float]]:
+        """``timed_phases`` of a trainer with ``options``, which stays for later calls."""
+        return self.ask({"phases": count, "options": options})
+
     def ask(self, order: JsonObject) -> JsonObject:
         """The answer to an order; the worker runs while all others are stopped."""
         assert self._process.stdin is not None
@@ -219,12 +257,20 @@ def serve(argv: Sequence[str], build: Callable[[str, RunConfig], Trainer]) -> in
     def prepare() -> tuple[JsonObject, Handle]:
         config, imports = bench_config(json.loads(argv[1])), largest_resident()
         trainer, done = build(argv[0], config), 0
+        others: dict[str, tuple[PhasedTrainer, RunConfig]] = {}
 
         def handle(order: JsonObject) -> JsonObject:
             nonlocal config, trainer, done
             if "memory" in order:
                 device = getattr(trainer, "device_peak", lambda: 0)()
                 return {"imports": imports, "peak": largest_resident() - imports, "device": device}
+            if "phases" in order:
+                key = json.dumps(order["options"])
+                if key not in others:
+                    other = bench_config(order["options"])
+                    others[key] = cast("PhasedTrainer", build(argv[0], other)), other
+                    timed_phases(*others[key], 1)
+                return timed_phases(*others[key], order["phases"])
             if "options" in order:  # another model or batch from here on
                 config = bench_config(order["options"])
                 trainer, done = build(argv[0], config), 0

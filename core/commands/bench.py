@@ -84,6 +84,7 @@ ONLY: dict[str, tuple[str, ...]] = {
     "peers": ("step", "memory", "decode"),
     "megabytes": ("save",),
     "machine": ("parallel",),
+    "calibrate": ("parallel",),
 }
 
 
@@ -133,6 +134,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         metavar="M",
         help="parallel: machine files of `tele plan --calibrate`; the forecast stands beside each backend's times",
+    )
+    parser.add_argument(
+        "--calibrate",
+        action="store_true",
+        default=None,
+        help="parallel: measure this machine in turns with the layouts, and print the forecast beside the times",
     )
     parser.add_argument("--out", metavar="FILE", help="also write all measurements as JSON")
 
@@ -199,6 +206,8 @@ def _settle(args: argparse.Namespace) -> None:
                 f"--{name}: is an option of `tele bench {' and '.join(owners)}`, not of `tele bench {args.what}`; "
                 "leave it out"
             )
+    if args.calibrate and args.machine:
+        raise UserError("--calibrate: measures the machine in place of --machine's file; leave one of them out")
     for name, value in DEFAULTS[args.what].items():
         if getattr(args, name) is None:
             setattr(args, name, value)
@@ -266,7 +275,7 @@ def _measured(
         text = memory_to_markdown(result)
     elif args.what == "parallel":
         machines = [load_machine(name) for name in args.machine or ()]
-        result = measure_layouts(options, layouts, names, args.steps, args.block, machines)
+        result = measure_layouts(options, layouts, names, args.steps, args.block, machines, bool(args.calibrate))
         text = layouts_to_markdown(result)
     elif args.what == "decode":
         options["quantize"] = args.quantize or "none"
@@ -342,36 +351,44 @@ def measure_layouts(
     steps: int,
     block: int,
     machines: Sequence[Machine] = (),
+    calibrate: bool = False,
 ) -> JsonObject:
     """Measure all layouts: one launch for each backend and number of processes, in which its layouts take turns.
 
     ``machines``: forecast each layout on the first of these that was measured with its backend, or with none.
+    ``calibrate``: on this machine as it was measured in the layout's own launch.
     """
-    from telechat_twins.core.bench.parallel import RankRecord, forecast_of, summarise, worlds
+    from telechat_twins.core.bench.calibrate import machines_of
+    from telechat_twins.core.bench.parallel import RankRecord, forecasts_of, summarise, worlds
 
     rows, made = [], {}
+    calibrations: dict[str, list[JsonObject]] = {}
     groups = worlds(layouts)
     for name in names:
         for world, texts in groups.items():
             title = f"{backends.TITLES[name]}, {world} process{'es' if world > 1 else ''}"
             print(f"{title}: {', '.join(texts)}", file=sys.stderr, flush=True)
-            ranks = _launched(name, world, options, texts, steps, block)
+            ranks = _launched(name, world, options, texts, steps, block, calibrate)
             single, made[name] = ranks[0]["single"], ranks[0]["implementation"]
+            own = next((machine for machine in machines if machine.backend in (None, name)), None)
+            measured: tuple[Machine | None, Machine | None] = own, None
+            if calibrate:
+                calibrations[f"{name} {world}"] = found = [rank["calibration"] for rank in ranks]
+                measured = machines_of(name, options, found)
             for text in texts:
                 records = [RankRecord(**rank["layouts"][text]) for rank in ranks]
                 row = summarise(options, text, records, single)
-                own = next((machine for machine in machines if machine.backend in (None, name)), None)
-                row["forecast"] = None if own is None else forecast_of(options, text, own)
+                row["forecast"] = forecasts_of(options, text, *measured)
                 rows.append({"backend": name, "device": made[name]["device"], "single": single, **row})
     order = {text: number for number, text in enumerate(layouts)}
     rows.sort(key=lambda row: (names.index(row["backend"]), order[row["layout"]]))
     about = facts(options)
     about["machine"]["threads"] = os.environ.get("OMP_NUM_THREADS")
-    return {**about, "implementations": made, "rows": rows}
+    return {**about, "implementations": made, "rows": rows, "calibrations": calibrations}
 
 
 def _launched(
-    name: str, world: int, options: JsonObject, layouts: list[str], steps: int, block: int
+    name: str, world: int, options: JsonObject, layouts: list[str], steps: int, block: int, calibrate: bool = False
 ) -> list[JsonObject]:
     """Run core/bench/parallel.py in ``world`` processes. Returns the ranks' records."""
     from telechat_twins.core.bench import parallel as bench_parallel
@@ -384,6 +401,7 @@ def _launched(
         "steps": steps,
         "block": block,
         "threads": os.environ.get("OMP_NUM_THREADS"),
+        "calibrate": calibrate,
     }
     bench_parallel.plan_path(folder).write_text(json.dumps(plan), encoding="utf-8")
     code = launch(name, [name, str(folder)], world, folder / "logs", script=bench_parallel.__file__)

@@ -29,6 +29,15 @@ class OperationSpec:
     op: str = option(help="as in core.parallel.traffic", choices=OPERATIONS)
     latency: float = option(help="microseconds of a call with little data", min=0.0)
     bandwidth: float = option(help="GB/s that a rank sends by a ring algorithm", above=0.0)
+    sizes: list[int] = option([], help="bytes that a rank passed in, in rising order; between them one interpolates")
+    microseconds: list[float] = option([], help="of a call of each of `sizes`, in place of latency and bandwidth")
+
+    def __post_init__(self) -> None:
+        if len(self.sizes) != len(self.microseconds) or sorted(set(self.sizes)) != self.sizes:
+            raise UserError(
+                f"measured {self.op}: must have as many `microseconds` as `sizes`, which rise; found "
+                f"{len(self.microseconds)} and {self.sizes}"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,6 +70,26 @@ class Efficiency:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Host:
+    """Microseconds of a host that starts operators one by one, beside the operators' own work; in place of `launch`.
+
+    Each was measured by itself, on a model so narrow that its operators have nothing to do.
+    """
+
+    block_forward: float = option(help="a decoder block's forward, of a micro-batch", min=0.0)
+    block_backward: float = option(help="its backward", min=0.0)
+    ends_forward: float = option(help="embedding, head and loss together, of a micro-batch", min=0.0)
+    ends_backward: float = option(help="their backward", min=0.0)
+    step: float = option(help="what a step takes beside its micro-batches", min=0.0)
+    update: float = option(help="norm of the gradients, and update", min=0.0)
+    exchange: float = option(help="a collective inside a layer, beside the collective", min=0.0)
+    ring_forward: float = option(help="a ring's step of a block's forward, beside its message", min=0.0)
+    ring_backward: float = option(help="a ring's step of a block's backward", min=0.0)
+    update_bandwidth: float = option(help="GB/s that norm and update move", above=0.0)
+    source: str = option(help="the command that measured it")
+
+
+@dataclass(frozen=True, kw_only=True)
 class Machine:
     """A cluster of equal nodes. ``shared_cores``: a CPU, whose ranks divide the node's cores among themselves."""
 
@@ -79,6 +108,7 @@ class Machine:
     backend: str | None = option(None, help="a CPU: the backend that was measured", choices=("ms", "pt"))
     shared_cores: bool = option(False, help="a CPU: ranks on a node divide its cores")
     core_exponent: float = option(1.0, help="a CPU: a rank with c cores is c ** exponent as fast", min=0.0, max=1.0)
+    host: Host | None = option(None, help="a CPU: time of the host beside the operators, in place of `launch`")
 
     def peak(self, precision: str) -> float:
         """FLOP/s of a device in the products of a ``precision`` mode of training."""

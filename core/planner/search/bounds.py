@@ -17,6 +17,7 @@ from typing import NamedTuple
 from telechat_twins.core.parallel.layout import Layout
 from telechat_twins.core.parallel.traffic import Widths
 from telechat_twins.core.planner.search.question import Question
+from telechat_twins.core.planner.time.gradients import updated_bytes
 from telechat_twins.core.planner.time.operators import Rates, Shape
 from telechat_twins.core.planner.time.step import stage_costs, stretch
 from telechat_twins.core.planner.time.transfers import Way, Ways
@@ -89,12 +90,11 @@ class Bounds:
         """Seconds in which a rank with ``elements`` parameters updates its part of them and gathers the others."""
         widths, parts = Widths.of(self.question.precision), layout.dp * layout.cp
         rates = Rates.of(self.question.machine, self.question.precision, layout.world)
-        moved = elements / parts * (8.0 * widths.master + widths.weight) + elements * widths.master
         key = layout.tp, parts
         if key not in self._replicas:
             self._replicas[key] = Ways(self.question.model, layout, self.question.machine).ways["replicas"]
         gather = self._replicas[key].seconds("all_gather", 1, elements / parts * widths.weight)
-        return rates.stream(moved, 4) + gather
+        return rates.update(updated_bytes(elements, parts, widths)) + gather
 
     def seconds(self, layout: Layout, counts: Sequence[int], micro_batches: int, parts: Parts) -> float:
         """A bound on the passes through a pipeline whose global stages have ``counts`` layers."""

@@ -154,7 +154,7 @@ class _Costs:
     def _block(self, rows: int) -> float:
         seconds = sum(self._product(rows, k, n) for k, n in self.matrices)
         elementwise = rows * (6 * self.question.model.hidden_size + 3 * self.matrices[3][0]) * WIDTH
-        seconds += elementwise / self.rates.memory + OPERATORS * self.rates.launch
+        seconds += elementwise / self.rates.memory + OPERATORS * self.question.machine.efficiency.launch * 1e-6
         return seconds + self.ways["tp"].seconds("all_reduce", 2, 2 * rows * self.question.model.hidden_size * WIDTH)
 
     def _product(self, rows: int, k: int, n: int, quantized: bool = True) -> float:

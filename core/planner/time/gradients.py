@@ -120,8 +120,13 @@ def tail(
         # What does not run beside the pass is sent after it.
         done = max(done, stop + (1.0 - overlap) * part)
     parts = layout.dp * layout.cp if layout.zero1 else 1
-    # AdamW reads master, m, v and gradient, writes the first three and the weight; the accumulator is cleared.
-    moved = total / parts * (7.0 * widths.master + widths.weight) + total * widths.master
-    # The norm reads the gradients once more.
-    moved += total / parts * widths.master
-    return Tail(max(0.0, done - end) + sums, sums, rates.stream(moved, 4), gather)
+    return Tail(max(0.0, done - end) + sums, sums, rates.update(updated_bytes(total, parts, widths)), gather)
+
+
+def updated_bytes(elements: float, parts: int, widths: Widths) -> float:
+    """Bytes that norm and update of a rank move, which updates 1/``parts`` of its ``elements``.
+
+    AdamW reads master, m, v and gradient, writes the first three and the weight; the norm reads the gradients once
+    more; the accumulator is cleared.
+    """
+    return elements / parts * (8.0 * widths.master + widths.weight) + elements * widths.master

@@ -16,7 +16,7 @@ from telechat_twins.core.parallel.layout import Layout
 from telechat_twins.core.parallel.sequence import sequence_multiple
 from telechat_twins.core.parallel.sharding import padded_rows
 from telechat_twins.core.parallel.traffic import Widths
-from telechat_twins.core.planner.machine import Machine
+from telechat_twins.core.planner.machine import Host, Machine
 from telechat_twins.core.planner.time.work import Practice, Work
 
 # Bytes an element of the scores of attention that is not fused: the first product writes, softmax reads and writes,
@@ -33,6 +33,7 @@ class Cost(NamedTuple):
     matmul: float = 0.0
     attention: float = 0.0
     elementwise: float = 0.0
+    host: float = 0.0
 
     def plus(self, *others: Cost) -> Cost:
         """The sum of costs, by class."""
@@ -45,7 +46,35 @@ class Cost(NamedTuple):
     @property
     def seconds(self) -> float:
         """The sum of all classes."""
-        return self.matmul + self.attention + self.elementwise
+        return self.matmul + self.attention + self.elementwise + self.host
+
+
+@dataclass(frozen=True)
+class HostTimes:
+    """Seconds that the host takes beside the operators (core.planner.machine.Host); zeros on devices that work through
+    a queue of operators."""
+
+    block: tuple[float, float] = (0.0, 0.0)
+    ends: tuple[float, float] = (0.0, 0.0)
+    ring: tuple[float, float] = (0.0, 0.0)
+    step: float = 0.0
+    update: float = 0.0
+    exchange: float = 0.0
+
+    @classmethod
+    def of(cls, host: Host | None, cores: float) -> HostTimes:
+        """The times of a rank with ``cores`` cores: below one, ranks take turns."""
+        if host is None:
+            return cls()
+        us = 1e-6 / min(1.0, cores)
+        return cls(
+            (us * host.block_forward, us * host.block_backward),
+            (us * host.ends_forward, us * host.ends_backward),
+            (us * host.ring_forward, us * host.ring_backward),
+            us * host.step,
+            us * host.update,
+            us * host.exchange,
+        )
 
 
 class Passes(NamedTuple):
@@ -58,18 +87,21 @@ class Passes(NamedTuple):
 
 @dataclass(frozen=True)
 class Rates:
-    """What a rank reaches on ``machine``: FLOP/s of products and attention, bytes per second, seconds an operator."""
+    """What a rank reaches on ``machine``: FLOP/s of products and attention, bytes per second (``updates``: of norm and
+    update of the optimizer), seconds an operator, and those of the host."""
 
     products: float
     attention: float
     memory: float
     tile: float
     launch: float
+    updates: float
+    host: HostTimes
 
     @classmethod
     def of(cls, machine: Machine, precision: str, world: int) -> Rates:
         """Rates in a ``precision`` mode, where ``world`` ranks may share a CPU's cores."""
-        share = 1.0
+        share = cores = 1.0
         if machine.shared_cores:
             cores = machine.devices_per_node / world
             share = cores**machine.core_exponent if cores > 1.0 else cores  # below one core, ranks take turns
@@ -80,7 +112,9 @@ class Rates:
             peak * efficiency.attention,
             memory,
             efficiency.tile,
-            efficiency.launch * 1e-6,
+            efficiency.launch * 1e-6 if machine.host is None else 0.0,
+            memory if machine.host is None else machine.host.update_bandwidth * 1e9 * share,
+            HostTimes.of(machine.host, cores),
         )
 
     def product(self, m: float, k: float, n: float, width: int) -> float:
@@ -93,6 +127,10 @@ class Rates:
     def stream(self, size: float, operators: int = 1) -> float:
         """Seconds of ``operators`` elementwise operators that move ``size`` bytes in all."""
         return size / self.memory + operators * self.launch
+
+    def update(self, size: float) -> float:
+        """Seconds of norm and update, which move ``size`` bytes in all."""
+        return size / self.updates + 4 * self.launch + self.host.update
 
 
 @dataclass(frozen=True)
@@ -150,11 +188,12 @@ def block_passes(
         rates.stream(activation) if practice.selective != "attention" else 0.0,
     )
     return Passes(
-        Cost(forward, attention, rates.stream(passes + activation + cast, 6)),
+        Cost(forward, attention, rates.stream(passes + activation + cast, 6), rates.host.block[0]),
         Cost(
             backward,
             attention * _ATTENTION_BACKWARD[work.fused_attention],
             rates.stream(back + cast, 8 + len(matrices)),
+            rates.host.block[1],
         ),
         again,
     )
@@ -188,8 +227,8 @@ def ends_passes(
             Cost(0.0, 0.0, rates.stream(t * E * (r + 2 * stat) + V * E * (2 * stat + shape.widths.weight), 3)),
         ),
         "last": Passes(
-            Cost(head, 0.0, rates.stream(norm + t * V * (2 * a + stat), 5)),
-            Cost(back, 0.0, rates.stream(2 * norm + t * V * (a + stat) + adds, 6)),
+            Cost(head, 0.0, rates.stream(norm + t * V * (2 * a + stat), 5), rates.host.ends[0]),
+            Cost(back, 0.0, rates.stream(2 * norm + t * V * (a + stat) + adds, 6), rates.host.ends[1]),
         ),
     }
 

@@ -19,7 +19,7 @@ from telechat_twins.core.parallel.layout import Layout, stage_layers
 from telechat_twins.core.parallel.traffic import Traffic
 from telechat_twins.core.planner.machine import Machine
 from telechat_twins.core.planner.time.gradients import Tail, held, tail
-from telechat_twins.core.planner.time.operators import Cost, Passes, Rates, Shape, block_passes, ends_passes
+from telechat_twins.core.planner.time.operators import Cost, HostTimes, Passes, Rates, Shape, block_passes, ends_passes
 from telechat_twins.core.planner.time.pipeline import Played, play
 from telechat_twins.core.planner.time.traffic import BlockTraffic, block_traffic, ends_traffic, message_bytes
 from telechat_twins.core.planner.time.transfers import Ways
@@ -105,7 +105,8 @@ def step_time(model: ModelConfig, layout: Layout, work: Work, machine: Machine, 
         )
         for rank in range(layout.pp)
     ]
-    return _summed(model, layout, work, machine, ways, stages, played, tails, message, forward, backward)
+    host = rates.host.step
+    return _summed(model, layout, work, machine, ways, stages, played, tails, message, forward, backward, host)
 
 
 def stage_costs(
@@ -123,18 +124,19 @@ def stage_costs(
     block = block_passes(model, layout, work, rates, practice, shape)
     ends = ends_passes(model, layout, rates, practice, shape)
     sent, waited = block_traffic(model, layout, work, shape), 1.0 - practice.tp_overlap
-    tp = _halves(ways, sent.tensor, practice, waited)
-    cp = _context_wait(layout, work, machine, ways, shape, block, sent)
+    exchange = rates.host.exchange
+    tp = _halves(ways, sent.tensor, practice, waited, exchange)
+    cp = _context_wait(layout, work, machine, ways, shape, block, sent, rates.host)
     again, tp_again, cp_again = _repeated(work, block, tp, cp)
     gathers = {key: row for key, row in sent.tensor.items() if key[0] == "all_gather"}
-    tp_again += practice.gathers_again * _halves(ways, gathers, practice, waited)[0]
+    tp_again += practice.gathers_again * _halves(ways, gathers, practice, waited, exchange)[0]
     kinds: dict[tuple[int, bool, bool], Stage] = {}
     stages = []
     for g, layers in enumerate(counts):
         key = layers, g == 0, g == layout.stages - 1
         if key not in kinds:
             n, first, last = key
-            edge = _halves(ways, ends_traffic(model, layout, shape, g), practice, 1.0)
+            edge = _halves(ways, ends_traffic(model, layout, shape, g), practice, 1.0, exchange)
             forward, backward = block.forward.times(n), block.backward.plus(again).times(n)
             for name, here in (("first", first), ("last", last)):
                 if here:
@@ -159,13 +161,14 @@ def _repeated(work: Work, block: Passes, tp: tuple[float, float], cp: tuple[floa
     return Cost(), 0.0, 0.0
 
 
-def _halves(ways: Ways, traffic: Traffic, practice: Practice, share: float) -> tuple[float, float]:
-    """Seconds of the forward's and the backward's half of ``traffic``, of which ``share`` is waited for."""
+def _halves(ways: Ways, traffic: Traffic, practice: Practice, share: float, exchange: float) -> tuple[float, float]:
+    """Seconds of the forward's and the backward's half of ``traffic``, of which ``share`` is waited for; ``exchange``:
+    seconds of the host beside each call."""
     total = 0.0
     for (op, group), (calls, payload) in traffic.items():
         width = practice.sum_bytes
         scale = width / 4.0 if width is not None and op in ("all_reduce", "reduce_scatter") else 1.0
-        total += ways.ways[group].seconds(op, calls, scale * payload)
+        total += ways.ways[group].seconds(op, calls, scale * payload) + calls * exchange
     return 0.5 * share * total, 0.5 * share * total
 
 
@@ -177,6 +180,7 @@ def _context_wait(
     shape: Shape,
     block: Passes,
     sent: BlockTraffic,
+    host: HostTimes,
 ) -> tuple[float, float]:
     """Seconds that a block waits for context-parallel transfers, forward and backward.
 
@@ -186,7 +190,7 @@ def _context_wait(
     """
     if layout.cp == 1:
         return 0.0, 0.0
-    exchange = ways.seconds(sent.ulysses) / 2
+    exchange = (ways.seconds(sent.ulysses) + host.exchange * sum(calls for calls, _ in sent.ulysses.values())) / 2
     ring = layout.ring
     if ring == 1 or work.method == "allgather":
         meeting = ways.seconds(sent.ring) / 2
@@ -198,7 +202,7 @@ def _context_wait(
     # Step 0 sends keys only; the sums of step i travel beside step i + 1; the last ones beside nothing.
     backward = _exposed(hop, back, overlap) + (ring - 2) * _exposed(hop + home, back, overlap)
     backward += _exposed(home, back, overlap) + home
-    return exchange + forward, exchange + backward
+    return exchange + forward + ring * host.ring[0], exchange + backward + ring * host.ring[1]
 
 
 def _exposed(transfer: float, computing: float, overlap: float) -> float:
@@ -218,12 +222,13 @@ def _summed(
     message: float,
     forward: list[float],
     backward: list[float],
+    host: float,
 ) -> StepTime:
     # The norm of all gradients is where all ranks meet; then each updates and gathers.
     reduced = max(end + one.reduce for end, one in zip(played.ends, tails, strict=True))
     after = max(one.update + one.gather for one in tails)
     agreement = _AGREEMENTS * ways.ways["world"].seconds("all_reduce", 1, 8)
-    together = reduced + after + agreement
+    together = reduced + after + agreement + host
     seconds = together * stretch(machine, layout.world)
     rank = max(range(layout.pp), key=played.busy.__getitem__)
     mine = range(rank, layout.stages, layout.pp)
@@ -232,6 +237,7 @@ def _summed(
         name: m * sum(getattr(stages[g].forward, name) + getattr(stages[g].backward, name) for g in mine)
         for name in Cost._fields
     }
+    parts["host"] += host
     tp, cp = (m * sum(sum(getattr(stages[g], axis)) for g in mine) for axis in ("tp", "cp"))
     update = max(one.update for one in tails)
     dp = max(0.0, reduced - played.seconds) + after - update + agreement

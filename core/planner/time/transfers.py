@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -10,20 +11,20 @@ from telechat_twins.core.model.config import ModelConfig
 from telechat_twins.core.parallel.layout import Layout
 from telechat_twins.core.parallel.sharding import kv_copies
 from telechat_twins.core.parallel.traffic import wire_bytes
-from telechat_twins.core.planner.machine import LinkSpec, Machine
+from telechat_twins.core.planner.machine import LinkSpec, Machine, OperationSpec
 
 GIGA, MICRO = 1e9, 1e-6
 
 
 @dataclass(frozen=True)
 class Way:
-    """How a group's members reach each other: bytes per second and seconds a hop. ``measured``: seconds a call and
-    bytes per second of the operations that have figures of their own."""
+    """How a group's members reach each other: bytes per second and seconds a hop. ``measured``: the operations that
+    have figures of their own."""
 
     size: int
     bandwidth: float
     latency: float
-    measured: Mapping[str, tuple[float, float]]
+    measured: Mapping[str, OperationSpec]
 
     def seconds(self, op: str, calls: float, payload: float) -> float:
         """Time of ``calls`` of ``op`` (as in core.parallel.traffic) that pass in ``payload`` bytes in all.
@@ -34,10 +35,22 @@ class Way:
             return 0.0
         moved = wire_bytes(op, self.size, 1) * payload
         if op in self.measured:
-            latency, bandwidth = self.measured[op]
-            return calls * latency + moved / bandwidth
+            own = self.measured[op]
+            if own.sizes:
+                return calls * MICRO * interpolated(own.sizes, own.microseconds, payload / calls)
+            return calls * own.latency * MICRO + moved / (own.bandwidth * GIGA)
         hops = 1 if op in ("shift", "send") else math.ceil(math.log2(self.size)) * (2 if op == "all_reduce" else 1)
         return calls * hops * self.latency + moved / self.bandwidth
+
+
+def interpolated(sizes: Sequence[int], times: Sequence[float], size: float) -> float:
+    """The time of a message of ``size`` bytes: linear between the sizes measured and beyond the largest, constant below
+    the smallest."""
+    if size <= sizes[0] or len(sizes) == 1:
+        return times[0]
+    after = min(bisect_left(sizes, size), len(sizes) - 1)
+    slope = (times[after] - times[after - 1]) / (sizes[after] - sizes[after - 1])
+    return times[after - 1] + max(0.0, slope) * (size - sizes[after - 1])
 
 
 class Ways:
@@ -77,7 +90,7 @@ def _way(machine: Machine, size: int, stride: int) -> Way:
     if members > 1:
         # The members on one node send over all their ports, and exchange the parts inside the node.
         bandwidth = min(bandwidth * members, _reached(machine.node))
-    own = {one.op: (one.latency * MICRO, one.bandwidth * GIGA) for one in link.measured}
+    own = {one.op: one for one in link.measured}
     if "shift" in own:
         own.setdefault("send", own["shift"])
     return Way(size, bandwidth, link.latency.value * MICRO, own)

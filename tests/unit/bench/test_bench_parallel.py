@@ -21,6 +21,7 @@ from telechat_twins.core.bench.parallel import (
     states_of,
     summarise,
 )
+from telechat_twins.core.bench.probes import outside_a_launch
 from telechat_twins.core.bench.worker import bench_config
 from telechat_twins.core.cli import main
 from telechat_twins.core.commands import bench
@@ -263,9 +264,11 @@ def test_turns_change_their_order_and_all_meet_after_each(capsys):
     assert found["single"] == {"seconds": [[0.5, 0.5], [0.5, 0.5], [0.5]], "loss": 7.0}
     assert found["layouts"]["pp2"]["seconds"] == [[0.25, 0.25], [0.25, 0.25], [0.25]]
     assert "round 2 of 3, ms a step: tp2 250, pp2 250; one process alone 500" in capsys.readouterr().out
-    # Another rank: nobody beside it, nothing said, but the same meetings.
+    # Another rank: nobody beside it, nothing said, but the same meetings. Probes of a calibration come in every round.
     log.clear()
-    assert bench_parallel.take_turns({"tp2": Noted("tp2")}, None, meet, 1, 1)["single"]["seconds"] == []
+    probes = SimpleNamespace(turn=lambda: log.append("probes"))
+    assert bench_parallel.take_turns({"tp2": Noted("tp2")}, None, meet, 1, 1, probes)["single"]["seconds"] == []
+    assert log.count("probes") == 1
     assert log.count("barrier") == 4 and capsys.readouterr().out == ""
 
 
@@ -312,9 +315,9 @@ def test_a_rank_from_plan_to_record(tmp_path, monkeypatch):
 def test_the_single_process_does_not_think_it_is_a_rank(monkeypatch):
     for name in ("RANK", "WORLD_SIZE", "MS_ROLE", "OMP_NUM_THREADS"):
         monkeypatch.setenv(name, "1")
-    env = bench_parallel._alone(None)
+    env = outside_a_launch(None)
     assert not {"RANK", "WORLD_SIZE", "MS_ROLE", "OMP_NUM_THREADS"} & env.keys() and "PATH" in env
-    assert bench_parallel._alone("3")["OMP_NUM_THREADS"] == "3"
+    assert outside_a_launch("3")["OMP_NUM_THREADS"] == "3"
 
 
 def arguments(*argv):
@@ -328,7 +331,7 @@ def launched(monkeypatch):
     """Launches answered with canned records; the launches asked for."""
     asked = []
 
-    def answer(name, world, options, layouts, steps, block):
+    def answer(name, world, options, layouts, steps, block, calibrate):
         asked.append((name, world, tuple(layouts), steps, block))
         by_rank = {text: canned(text) for text in layouts}
         return [

@@ -1,8 +1,10 @@
-"""Calibration without a clock: rates that made up measurements are found again, and the file is one of a machine."""
+"""Calibration without a clock: rates and host times that made up measurements are found again by both clocks, and the
+file is one of a machine."""
 
 from __future__ import annotations
 
 import dataclasses
+import random
 from functools import cache
 from pathlib import Path
 
@@ -11,51 +13,118 @@ import yaml
 
 from telechat_twins.core.bench import calibrate
 from telechat_twins.core.bench.parallel import forecast_of
+from telechat_twins.core.bench.probes import NARROW_DEPTHS, PROBED, SIZES, Times, alone_models, narrow, small_models
 from telechat_twins.core.bench.report import layouts_to_markdown
+from telechat_twins.core.bench.worker import PROCESSOR, bench_config
 from telechat_twins.core.planner.fit import with_efficiency
 from telechat_twins.core.planner.machine import Machine, load_machine, machine_from
+from telechat_twins.core.planner.time.step import step_time
+from telechat_twins.core.planner.time.transfers import interpolated
+from telechat_twins.core.planner.time.work import work_of
+from telechat_twins.core.types import JsonObject
 
 OPERATIONS = {
-    op: [200e-6, 300e-6, 2200e-6] for op in ("all_reduce", "all_gather", "reduce_scatter", "all_to_all", "shift")
+    op: [200e-6] * 4 + [300e-6, 700e-6, 2200e-6]
+    for op in ("all_reduce", "all_gather", "reduce_scatter", "all_to_all", "shift")
 }
-TRUE = {"matmul": 0.6, "attention": 0.6, "memory": 0.3, "launch": 15.0}
+TRUE = {"matmul": 0.6, "attention": 0.4, "memory": 0.3, "tile": 24.0}
+HOST = {
+    "block_forward": 300.0,
+    "block_backward": 800.0,
+    "ends_forward": 200.0,
+    "ends_backward": 250.0,
+    "step": 400.0,
+    "update": 500.0,
+    "exchange": 40.0,
+    "ring_forward": 90.0,
+    "ring_backward": 150.0,
+    "update_bandwidth": 8.0,
+    "source": "planted",
+}
+
+
+@pytest.fixture(autouse=True)
+def yardstick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """numpy's product and copy take the same on every machine."""
+    monkeypatch.setattr(calibrate, "_best", lambda _: 4e-3)
+    machine.cache_clear()
 
 
 @cache
 def machine() -> Machine:
-    return with_efficiency(machine_from(calibrate.describe("pt", "mine", 2, OPERATIONS), "mine"), TRUE)
+    plain = calibrate.describe("pt", "mine", 2, OPERATIONS)
+    return with_efficiency(machine_from({**plain, "host": HOST, "core_exponent": 0.5}, "mine"), TRUE)
 
 
-def test_planted_rates_are_found(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Steps as a machine of known rates takes them; a file of what is found forecasts them."""
-    truth = dataclasses.replace(machine(), core_exponent=0.5)
-    steps = {
-        world: {point: seconds for point, (seconds, _) in zip(calibrate.STEPS, pairs, strict=True)}
-        for world in (1, 2)
-        for pairs in [calibrate._forecasts(truth, dict.fromkeys(calibrate.STEPS, 1.0), world)]
+def phases(options: JsonObject, world: int) -> dict[str, float]:
+    """What the planted machine takes for the phases of a step; on ``world`` ranks that share the cores."""
+    config = bench_config(options)
+    here = dataclasses.replace(machine(), devices_per_node=2 // world)
+    step = step_time(config.model, config.parallel, work_of(config), machine() if config.parallel.world > 1 else here)
+    m = work_of(config).micro_batches
+    forward, both = m * sum(step.forward), m * (sum(step.forward) + sum(step.backward))
+    beside = HOST["step"] * 1e-6  # type: ignore[operator]
+    return {"forward": forward + beside, "gradients": both + beside, "update": step.tails[0].update}
+
+
+def raw(slower: float = 1.0) -> list[JsonObject]:
+    """Records of both ranks, with noise that a median takes out; the processors' clock runs ``slower``."""
+    rng = random.Random(0)
+
+    def times(found: dict[str, float]) -> Times:
+        noise = (1.0, 1.0, 1.0, rng.uniform(1, 9), 0.99)
+        noisy = {phase: [seconds * one for one in noise] for phase, seconds in found.items()}
+        return noisy | {phase + PROCESSOR: [slower * one for one in row] for phase, row in noisy.items()}
+
+    options = calibrate.OPTIONS
+    calls = {op: [[(one, slower * one)] * 3 for one in row] for op, row in OPERATIONS.items()}
+    layouts = {
+        f"{layout} {layers}": times(phases(narrow(options, layers, 4, layout), 2))
+        for layout in PROBED
+        for layers in NARROW_DEPTHS
     }
-    monkeypatch.setattr(calibrate, "measure_steps", lambda *_: (steps[2], steps[1]))
-    monkeypatch.setattr(calibrate, "measure_collectives", lambda *_: OPERATIONS)
+    crowd = {name: times(phases(one, 2)) for name, one in small_models(options).items()}
+    alone = {name: times(phases(one, 1)) for name, one in alone_models(options).items()}
+    return [{"collectives": calls, "layouts": layouts, "crowd": crowd, "alone": alone}] * 2
+
+
+def test_planted_rates_and_host_times_are_found(tmp_path: Path) -> None:
+    """From phases as a machine of known rates takes them; a file of what is found forecasts layouts as that machine."""
     path = tmp_path / "mine.yaml"
-    path.write_text(yaml.safe_dump(calibrate.calibrate("pt", "mine")))
+    path.write_text(yaml.safe_dump(calibrate.fitted("pt", "mine", calibrate.OPTIONS, raw())))
     found = load_machine(str(path))
-    assert found.core_exponent == pytest.approx(0.5, abs=0.05) and found.backend == "pt"
-    for world in (1, 2):
-        for forecast, seconds in calibrate._forecasts(found, steps[world], world):
-            assert forecast == pytest.approx(seconds, rel=0.05)
-    slow = with_efficiency(found, {"matmul": 0.7 * found.efficiency.matmul})
-    assert any(a > 1.05 * b for a, b in calibrate._forecasts(slow, steps[2], 2))  # a planted fault
+    assert found.core_exponent == pytest.approx(0.5, abs=0.05) and found.backend == "pt" and found.host is not None
+    for name in ("block_forward", "block_backward", "step", "update", "ring_forward", "ring_backward"):
+        assert getattr(found.host, name) == pytest.approx(HOST[name], rel=0.1, abs=20.0), name
+    options = {**calibrate.OPTIONS, "seq_len": 64}
+    for text in ("single", "tp2", "pp2", "pp2.vpp2", "ring2", "dp2"):
+        true, forecast = (forecast_of(options, text, one)["seconds"] for one in (machine(), found))
+        assert forecast == pytest.approx(true, rel=0.06), text
+    host = dataclasses.replace(found.host, block_backward=2 * found.host.block_backward)
+    slow = dataclasses.replace(found, host=host)
+    assert forecast_of(options, "tp2", slow)["seconds"] > 1.06 * forecast_of(options, "tp2", machine())["seconds"]
 
 
-def test_operations_are_a_latency_and_a_bandwidth() -> None:
-    row = calibrate._operation("reduce_scatter", [1e-4, 1e-4, 1e-4 + (calibrate.SIZES[-1] - calibrate.SIZES[0]) / 2e9])
-    assert row["latency"] == pytest.approx(100.0) and row["bandwidth"] == pytest.approx(1.0)
+def test_the_two_clocks_give_two_machines() -> None:
+    wall, processor = calibrate.machines_of("pt", calibrate.OPTIONS, raw(slower=2.0))
+    assert wall.host is not None and processor.host is not None
+    assert processor.host.block_backward == pytest.approx(2 * wall.host.block_backward, rel=0.01)
+    assert processor.node.measured[0].microseconds == [2 * one for one in wall.node.measured[0].microseconds]
+
+
+def test_collectives_are_read_between_the_sizes_measured() -> None:
+    row = calibrate._operation("reduce_scatter", [1e-4, 0.9e-4, *([1e-4] * 4), 1e-4 + (SIZES[-1] - SIZES[0]) / 2e9])
+    assert row["latency"] == pytest.approx(100.0) and row["bandwidth"] == pytest.approx(1.0, rel=0.01)
+    assert row["microseconds"][1] == 100.0  # a larger message is not the faster one
+    sizes, times = [10, 20, 40], [5.0, 6.0, 10.0]
+    assert [interpolated(sizes, times, x) for x in (1, 10, 15, 30, 60)] == [5.0, 5.0, 5.5, 8.0, 14.0]
 
 
 def test_the_table_has_the_forecast_beside_the_measured_times() -> None:
     options = {"model": "telechat2-tiny", "seq_len": 32, "micro_batch": 1, "micro_batches": 4, "precision": "fp32"}
     forecasts = {text: forecast_of(options, text, machine()) for text in ("single", "tp2", "pp2", "dp2", "ring2")}
     assert forecasts["tp2"]["seconds"] > forecasts["dp2"]["seconds"]  # many small messages against a few
+    assert forecasts["pp2"]["working"] < forecasts["pp2"]["seconds"]  # a rank waits for the other
     row = {
         "backend": "pt",
         "layout": "tp2",
@@ -68,8 +137,11 @@ def test_the_table_has_the_forecast_beside_the_measured_times() -> None:
         "states": {"held": [1], "formula": [1]},
         "pipeline": None,
         "ring": None,
-        "forecast": {**forecasts["tp2"], "seconds": 0.12},
+        "processor": [[0.08], [0.05]],
+        "forecast": {**forecasts["tp2"], "seconds": 0.12, "working": 0.088},
     }
+    other = {**row, "layout": "dp2", "seconds": [[0.05]], "forecast": {**row["forecast"], "seconds": 0.13}}
     about = {"cores": 2, "processor": "a processor", "threads": None}
-    text = layouts_to_markdown({"options": options, "machine": about, "parameters": 10, "rows": [row]})
-    assert "| 100.0 ms | 120.0 ms | +20% |" in text
+    text = layouts_to_markdown({"options": options, "machine": about, "parameters": 10, "rows": [row, other]})
+    assert "| 100.0 ms | 120.0 ms | +20% | 80.0 ms | +10% |" in text
+    assert "fastest first by the forecast: tp2, dp2; measured otherwise: tp2 before dp2." in text
