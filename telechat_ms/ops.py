@@ -27,7 +27,7 @@ from telechat_twins.kernels.mindspore import composite as composite
 from telechat_twins.kernels.mindspore import ops as kernels
 from telechat_twins.kernels.mindspore import paged as mindspore_paged
 from telechat_twins.kernels.mindspore.adapters import Adapted, adapted_linears
-from telechat_twins.kernels.mindspore.composite import accurate, add_bias, operand, total
+from telechat_twins.kernels.mindspore.composite import accurate, add_bias, operand, total, wide
 from telechat_twins.kernels.mindspore.head_loss import FrozenHead, frozen_head_loss
 from telechat_twins.kernels.mindspore.head_loss import serves as serves_head
 from telechat_twins.kernels.mindspore.ops import (
@@ -329,11 +329,6 @@ def shard_gradient(
 def _turned(x: Tensor) -> Tensor:
     """[B, H, S, D] <-> [B, S, H, D]."""
     return ops.transpose(x, (0, 2, 1, 3))
-
-
-def wide(x: Tensor) -> Tensor:
-    """x in float32 or wider, the dtypes in which blocks are computed and merged."""
-    return x if x.dtype in (ms.float32, ms.float64) else ops.cast(x, ms.float32)
 
 
 def _placed(ranges: np.ndarray, num_keys: int) -> Keys:

@@ -321,6 +321,11 @@ def total_loss(losses: Tensor, targets: Tensor) -> Tensor:
     return Tensor((values * (targets.asnumpy() != IGNORE)).sum(dtype=np.float64).astype(values.dtype))
 
 
+def wide(x: Tensor) -> Tensor:
+    """x in float32 or wider, the dtypes in which blocks are computed and merged."""
+    return x if x.dtype in (ms.float32, ms.float64) else ops.cast(x, ms.float32)
+
+
 def total(x: Tensor) -> Tensor:
     """Deterministic sum of all elements, in the dtype of x.
 

@@ -341,7 +341,9 @@ def test_gradients_of_readers_and_sums(dtype: str, fault: str | None, monkeypatc
         monkeypatch.setattr(operators.Shared, "backward", staticmethod(lambda ctx, *grads: real(ctx, *grads[1:])))
     if fault == "a branch's gradient left out":
         other = operators.Add.backward
-        monkeypatch.setattr(operators.Add, "backward", staticmethod(lambda ctx, grad: (grad, other(ctx, grad)[1] * 0, None)))
+        monkeypatch.setattr(
+            operators.Add, "backward", staticmethod(lambda ctx, grad: (grad, other(ctx, grad)[1] * 0, None))
+        )
     draws = np.random.default_rng(3).standard_normal((5, 4, 33))
     weight, *factors = (Tensor(a.astype(np.float32)).astype(getattr(ms, dtype)) for a in draws)
     weight, factors[3] = Parameter(weight.astype(ms.float32)), factors[3].astype(ms.float32)
