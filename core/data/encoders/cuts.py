@@ -22,8 +22,9 @@ from telechat_twins.core.files.protobuf import fields
 
 SPACE = "\u2581"  # what SentencePiece writes for a space
 _CODES = 0x110000
-_LETTERS = 30_000  # different characters in pieces of several: 112 MB of bits for their pairs
-_TRIAL, _RETRY = 1 << 14, 1 << 22  # characters by which a way of encoding is judged, and after which it is again
+NUMBER_BITS, KEYED = 15, 4  # of a letter's number, and letters of a word that has a key of 60 bits
+NO_KEY = np.iinfo(np.int64).min
+_LETTERS = 30_000  # below 2^15; different characters in pieces of several: 112 MB of bits for their pairs
 _WINDOW = 4096  # characters at the end of a text that are looked at first
 
 # Of sentencepiece_model.proto: ModelProto, TrainerSpec, NormalizerSpec.
@@ -105,15 +106,31 @@ class Cutter:
             if by_code is not None:
                 by_code[ord(" ")] = by_code[ord(SPACE)]
 
-    def words(self, text: str) -> list[str]:
-        """``text`` as parts that encode one by one."""
-        return _parts(text, self._places(text).tolist())
+    def keyed_words(self, text: str, ends: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Of texts written one after the other: where each word begins, and its key, int64.
 
-    def stretches(self, text: str, size: int) -> list[str]:
-        """``text`` as parts of about ``size`` characters that encode one by one."""
-        places = self._places(text)
-        at = np.unique(np.searchsorted(places, np.arange(size, len(text), size)))
-        return _parts(text, places[at[at < len(places)]].tolist())
+        ``ends``: of the texts in ``text``, which is not empty. Words of the same key have the same ids; NO_KEY: longer
+        than KEYED characters, or of several characters of which one is in no pair, so that it has no number.
+        """
+        codes = _codes(text)
+        numbers = np.zeros(len(codes) + KEYED, np.int64)
+        numbers[: len(codes)] = self._number[codes]
+        cut = np.ones(len(codes), bool)
+        cut[1:] = self._free(codes, numbers[: len(codes)])
+        cut[ends[ends < len(codes)]] = True
+        begins = np.flatnonzero(cut)
+        sizes = np.diff(begins, append=len(codes))
+        keys, letters = numbers[begins], np.ones(len(begins), bool)
+        letters &= keys > 0
+        for place in range(1, KEYED):
+            several = np.flatnonzero(sizes > place)
+            more = numbers[begins[several] + place]
+            keys[several] |= more << (NUMBER_BITS * place)
+            letters[several] &= more > 0
+        keys[~letters | (sizes > KEYED)] = NO_KEY
+        single = sizes == 1
+        keys[single] = -1 - codes[begins[single]].astype(np.int64)
+        return begins, keys
 
     def last(self, text: str) -> int:
         """The last place at which ``text`` may be cut; 0 without one."""
@@ -131,51 +148,16 @@ class Cutter:
         if len(text) < 2:
             return np.zeros(0, np.int64)
         codes = _codes(text)
-        numbers = self._number[codes]
+        return np.flatnonzero(self._free(codes, self._number[codes])) + 1
+
+    def _free(self, codes: np.ndarray, numbers: np.ndarray) -> np.ndarray:
+        """Whether a text may be cut in front of each character but the first."""
         pairs = numbers[:-1].astype(np.int64) * self._width + numbers[1:]
         free = (self._joined[pairs >> 3] >> (pairs & 7).astype(np.uint8) & 1) == 0
         if self._known is not None:
             certain = self._known[codes]
             free &= certain[:-1] | certain[1:]
-        return np.flatnonzero(free) + 1
-
-
-def _parts(text: str, places: list[int]) -> list[str]:
-    return [text[begin:end] for begin, end in zip([0, *places], [*places, len(text)], strict=True)]
-
-
-class Paces:
-    """Which of several ways of encoding is fastest on the texts at hand: the time of each a character, and now and then
-    a text for one that was slower, because memory of words grows and texts change. All have the same result."""
-
-    def __init__(self, ways: int) -> None:
-        self._seconds, self._characters = [0.0] * ways, [0] * ways
-        self._since = 0  # characters since a slower way was tried
-
-    def choose(self) -> int:
-        for way, characters in enumerate(self._characters):
-            if characters < _TRIAL:
-                return way
-        rates = [s / c for s, c in zip(self._seconds, self._characters, strict=True)]
-        best = rates.index(min(rates))
-        if self._since < _RETRY:
-            return best
-        self._since = 0
-        other = (best + 1) % len(rates)
-        self._seconds[other], self._characters[other] = 0.0, 0  # what it was like before the last texts
-        return other
-
-    def texts(self, texts: Sequence[str]) -> int:
-        """How many of ``texts`` the way just chosen is to have: all, or enough to judge it by."""
-        if min(self._characters) >= _TRIAL:
-            return len(texts)
-        sizes = np.cumsum([len(text) for text in texts])
-        return min(len(texts), int(np.searchsorted(sizes, _TRIAL)) + 1)
-
-    def took(self, way: int, characters: int, seconds: float) -> None:
-        self._characters[way] += characters
-        self._seconds[way] += seconds
-        self._since += characters
+        return free
 
 
 def make_cutter(specs: Specs, pieces: Sequence[str]) -> Cutter | None:

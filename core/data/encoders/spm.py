@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import time
-from array import array
 from collections.abc import Iterable, Sequence
-from itertools import accumulate, chain, islice
 from pathlib import Path
 
 import numpy as np
@@ -27,14 +24,12 @@ from telechat_twins.core.data.control import (
     Splitter,
 )
 from telechat_twins.core.data.detokenizer import StreamDecoder
-from telechat_twins.core.data.encoders.cuts import SPACE, WITHOUT_PREFIX, Cutter, Paces, Specs, make_cutter, read_specs
+from telechat_twins.core.data.encoders.cuts import SPACE, WITHOUT_PREFIX, Cutter, Specs, make_cutter, read_specs
 from telechat_twins.core.data.encoders.special import SpecialTokens, encodable, missing_control, missing_special
+from telechat_twins.core.data.encoders.words import Words
 from telechat_twins.core.errors import UserError
 
 _LONG = 20_000  # characters from which finding the cuts pays
-_STRETCH = 256  # characters, where words are not worth remembering
-_WORD = 32  # characters of a word that is remembered
-_WORDS = 1 << 18  # words remembered at most; about 45 MB
 
 
 class SentencePieceTokenizer:
@@ -83,8 +78,6 @@ class SentencePieceTokenizer:
         self._splitter = Splitter(table.tokens)
         self._special = {t.id: t.text for t in table.tokens}
         self.special = special or SpecialTokens()
-        self._words: dict[str, bytes] = {}
-        self._paces = Paces(2)
 
     @property
     def matched(self) -> dict[str, int]:
@@ -142,12 +135,12 @@ class SentencePieceTokenizer:
             encodable(text)
         starts = [True] * len(texts) if begins is None else begins
         # Of little text the ids are there before the cuts are known.
-        cutter = None if all(starts) and sum(map(len, texts)) < _LONG else self._cutter
-        if cutter is None:
+        words = None if all(starts) and sum(map(len, texts)) < _LONG else self._words
+        if words is None:
             return [np.asarray(ids, np.int32) for ids in self._pieces.encode(list(texts))] if texts else []
         prefix = " " if self._specs.adds_prefix else ""
         pairs = zip(texts, starts, strict=True)
-        return self._encode_cut([(prefix if start and text else "") + text for text, start in pairs], cutter)
+        return words.encode([(prefix if start and text else "") + text for text, start in pairs])
 
     def last_cut(self, text: str) -> int:
         """The last place at which ``text`` may be cut into two that encode as the whole does; 0 if none is certain."""
@@ -239,42 +232,10 @@ class SentencePieceTokenizer:
         """The same model without the space in front of a text."""
         return sentencepiece.SentencePieceProcessor(model_proto=self.model_bytes + WITHOUT_PREFIX)
 
-    def _encode_cut(self, texts: Sequence[str], cutter: Cutter) -> list[np.ndarray]:
-        """int32 ids of texts that have their spaces in front, in the way that is fastest for such texts: word by word
-        where words come again, in stretches where most are new (Chinese)."""
-        found: list[np.ndarray] = []
-        while len(found) < len(texts):
-            way, started = self._paces.choose(), time.perf_counter()
-            some = texts[len(found) : len(found) + self._paces.texts(texts[len(found) :])]
-            if way == 0:
-                found += [self._encode_words(text, cutter) for text in some]
-            else:
-                found += self._encode_stretches(some, cutter)
-            self._paces.took(way, sum(map(len, some)), time.perf_counter() - started)
-        return found
-
-    def _encode_stretches(self, texts: Sequence[str], cutter: Cutter) -> list[np.ndarray]:
-        """All stretches in one call of the library, which starts threads at each."""
-        stretches = [cutter.stretches(text, _STRETCH) if len(text) > _STRETCH else [text] for text in texts]
-        made = iter(self._inner.encode([part for parts in stretches for part in parts]))
-        return [np.fromiter(chain.from_iterable(islice(made, len(parts))), np.int32) for parts in stretches]
-
-    def _encode_words(self, text: str, cutter: Cutter) -> np.ndarray:
-        """int32 ids of a text that has its space in front, word by word; words met before are looked up."""
-        words, known = cutter.words(text), self._words
-        parts = list(map(known.get, words))  # held here: threads of a server share the words and may forget them
-        if None in parts:
-            missing = list(dict.fromkeys(word for word, ids in zip(words, parts, strict=True) if ids is None))
-            made = self._inner.encode(missing)
-            data = array("i", chain.from_iterable(made)).tobytes()
-            ends = [4 * end for end in accumulate(map(len, made))]
-            pieces = (data[begin:end] for begin, end in zip([0, *ends[:-1]], ends, strict=True))
-            fresh = dict(zip(missing, pieces, strict=True))
-            parts = [fresh[word] if ids is None else ids for word, ids in zip(words, parts, strict=True)]
-            if len(known) > _WORDS:
-                known.clear()
-            known.update((word, ids) for word, ids in fresh.items() if len(word) <= _WORD)
-        return np.frombuffer(b"".join(filter(None, parts)), np.intc)
+    @functools.cached_property
+    def _words(self) -> Words | None:
+        """Encodes word by word; None for a model without exact cuts."""
+        return None if self._cutter is None else Words(self._cutter, self._inner.encode)
 
     def _joined(self, ids: list[int]) -> str:
         out, segment, after_special = "", [], False

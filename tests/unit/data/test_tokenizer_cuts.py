@@ -12,8 +12,8 @@ import sentencepiece
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from telechat_twins.core.data.encoders import parallel, spm
-from telechat_twins.core.data.encoders.cuts import Paces, make_cutter, read_specs
+from telechat_twins.core.data.encoders import cuts, parallel, spm, words
+from telechat_twins.core.data.encoders.cuts import make_cutter, read_specs
 from telechat_twins.core.data.encoders.parallel import encode_blocks
 from telechat_twins.core.data.tokenizer import load_tokenizer
 from telechat_twins.core.errors import UserError
@@ -75,10 +75,13 @@ def test_long_texts_encode_as_the_whole_or_are_not_cut(tmp_path, monkeypatch, na
     cutter = make_cutter(read_specs(path.read_bytes()), pieces)
     assert (cutter is None) == (name in WHOLE)
     texts = ["", " ", "\n", "▁", *long_texts(len(name), 6, 3000)]
-    # The second time from the words that are remembered, the third in stretches.
-    for way in (0, 0, 1):
-        monkeypatch.setattr(Paces, "choose", lambda _, way=way: way)
-        monkeypatch.setattr(spm, "_STRETCH", 40)
+    # The second time from the words that are remembered, then with a table in which keys displace each other, whose
+    # words are forgotten after each of many parts.
+    for places in (19, 19, 3):
+        if places == 3:
+            for constant, value in (("_PLACES", places), ("_IDS", 50), ("_WORDS", 20), ("_CHARACTERS", 500)):
+                monkeypatch.setattr(words, constant, value)
+            tokenizer.__dict__.pop("_words", None)
         assert [ids.tolist() for ids in tokenizer.encode_batch(texts)] == library.encode(texts)
     for text in texts:
         cut = tokenizer.last_cut(text)
@@ -93,11 +96,7 @@ def test_long_texts_encode_as_the_whole_or_are_not_cut(tmp_path, monkeypatch, na
 def test_any_text_encodes_as_the_whole(text):
     tokenizer = tiny_tokenizer()
     want = sentencepiece.SentencePieceProcessor(model_file=str(tiny_tokenizer_path())).encode(text)
-    for way in (0, 1):
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(Paces, "choose", lambda _, way=way: way)
-            patch.setattr(spm, "_STRETCH", 3)
-            assert tokenizer.encode_batch([text, "fox " * 6000])[0].tolist() == want
+    assert tokenizer.encode_batch([text, "fox " * 6000])[0].tolist() == want
     cut = tokenizer.last_cut(text)
     left, right = tokenizer.encode_batch([text[:cut], text[cut:]], [True, False])
     assert not cut or [*left, *right] == want
@@ -112,9 +111,17 @@ def test_a_wrong_cut_would_be_noticed(tmp_path, monkeypatch):
     tokenizer = load_tokenizer(path, "none")
     monkeypatch.setitem(tokenizer.__dict__, "_cutter", wrong)
     texts = long_texts(3, 4, 30_000)
-    for way in (0, 1):
-        monkeypatch.setattr(Paces, "choose", lambda _, way=way: way)
-        assert [ids.tolist() for ids in tokenizer.encode_batch(texts)] != library.encode(texts)
+    assert [ids.tolist() for ids in tokenizer.encode_batch(texts)] != library.encode(texts)
+
+
+def test_keys_that_overlap_would_be_noticed(monkeypatch):
+    """The planted fault: keys without the letters' order, so that words of the same letters have one key."""
+    tokenizer, texts = load_tokenizer(tiny_tokenizer_path()), ["it ti in ni on no. " * 3000]
+    library = sentencepiece.SentencePieceProcessor(model_file=str(tiny_tokenizer_path()))
+    assert [ids.tolist() for ids in tokenizer.encode_batch(texts)] == library.encode(texts)
+    monkeypatch.setattr(cuts, "NUMBER_BITS", 0)
+    tokenizer.__dict__.pop("_words")
+    assert [ids.tolist() for ids in tokenizer.encode_batch(texts)] != library.encode(texts)
 
 
 def test_released_tokenizer_on_its_own_examples():
@@ -167,20 +174,3 @@ def _dies(texts: object) -> None:
     import os
 
     os._exit(9)
-
-
-def test_the_way_that_is_faster_is_taken_and_the_slower_one_tried_again() -> None:
-    paces, costs = Paces(2), [2.0, 1.0]
-
-    def taken(times: int) -> list[int]:
-        ways = []
-        for _ in range(times):
-            ways.append(paces.choose())
-            paces.took(ways[-1], 1 << 16, costs[ways[-1]])
-        return ways
-
-    assert taken(4) == [0, 1, 1, 1]
-    later = taken(100)
-    assert 0 in later and later.count(1) > 95
-    costs[1] = 5.0  # other texts follow
-    assert taken(200)[-50:].count(0) > 45
