@@ -8,7 +8,7 @@ takes the place of train_dataset.batch_size (mindformers/dataset/utils.py, base_
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import yaml
@@ -93,6 +93,7 @@ def from_mindformers(tree: JsonObject, where: str) -> Carried:
     out.carried["model.model_config"] = "model"
     out.put("model.model_config.seq_length", "data.seq_len", section.get("seq_length", model.max_seqlen))
     out.values["data"] = {"sources": [{"path": UNNAMED_DATA}], **out.values["data"]}
+    _check_kinds(flat, where)
     _batches(flat, out, where)
     _schedule(flat, out, where)
     for key, target, convert in _SIMPLE:
@@ -100,7 +101,7 @@ def from_mindformers(tree: JsonObject, where: str) -> Carried:
             out.put(key, target, convert(flat[key]))
     _stages(flat, section, model.num_layers, out)
     _precision(section, flat, out)
-    _callbacks(tree.get("callbacks"), out)
+    _callbacks(tree.get("callbacks"), out, where)
     _lora(section.get("pet_config") or _mapping(tree, "model", where).get("pet_config"), out, where)
     held = {*out.carried}
     for key in flat:
@@ -109,7 +110,7 @@ def from_mindformers(tree: JsonObject, where: str) -> Carried:
     return out
 
 
-_SIMPLE: tuple[tuple[str, str, Callable[..., object]], ...] = (
+_SIMPLE: tuple[tuple[str, str, type], ...] = (
     ("seed", "train.seed", int),
     ("optimizer.eps", "optim.eps", float),
     ("optimizer.weight_decay", "optim.weight_decay", float),
@@ -125,6 +126,35 @@ _SIMPLE: tuple[tuple[str, str, Callable[..., object]], ...] = (
     ("parallel.enable_parallel_optimizer", "parallel.zero1", bool),
     ("model.model_config.pp_interleave_num", "parallel.virtual", int),
 )
+
+
+_WHOLE = (
+    "runner_config.batch_size", "train_dataset.batch_size", "runner_config.gradient_accumulation_steps",
+    "parallel_config.micro_batch_num", "micro_batch_interleave_num",
+)  # fmt: skip
+_KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "a name"}
+
+
+def _check(value: object, kind: type, key: str, where: str) -> None:
+    """UserError for a value that is not of its kind: what a quoted number or a list means is not guessed."""
+    legal = (int, float) if kind is float else (kind,)
+    if not isinstance(value, legal) or isinstance(value, bool) != (kind is bool):
+        raise UserError(f"{where}: {key} must be {_KINDS[kind]}, found {shown(value)}")
+
+
+def _check_kinds(flat: JsonObject, where: str) -> None:
+    """UserError for a key that is carried whose value is of another kind."""
+    kinds = {key: kind for key, _, kind in _SIMPLE} | dict.fromkeys(_WHOLE, int)
+    kinds |= {"runner_config.epochs": float, "runner_wrapper.max_grad_norm": float, "lr_schedule.type": str}
+    kinds |= {"optimizer.type": str, "runner_wrapper.use_clip_grad": bool}
+    for key, kind in kinds.items():
+        if flat.get(key) is not None:
+            _check(flat[key], kind, key, where)
+    for key, kind in (("optimizer.betas", float), ("model.model_config.offset", int)):
+        found = flat.get(key)
+        for row in found if isinstance(found, list) else ():
+            for one in row if isinstance(row, list) and kind is int else [row]:  # offset has a row for each chunk
+                _check(one, kind, key, where)
 
 
 def _batches(flat: JsonObject, out: Carried, where: str) -> None:
@@ -199,12 +229,13 @@ def _precision(section: JsonObject, flat: JsonObject, out: Carried) -> None:
         out.carried["recompute_config.select_recompute"] = "train.recompute"
 
 
-def _callbacks(callbacks: object, out: Carried) -> None:
+def _callbacks(callbacks: object, out: Carried, where: str) -> None:
     targets = {"save_checkpoint_steps": "checkpoint.every", "keep_checkpoint_max": "checkpoint.keep_last"}
     for one in callbacks if isinstance(callbacks, list) else ():
         if isinstance(one, dict) and one.get("type") == "CheckpointMonitor":
             for key, target in targets.items():
                 if one.get(key):
+                    _check(one[key], int, f"callbacks: {key}", where)
                     out.put(f"callbacks.CheckpointMonitor.{key}", target, int(one[key]))
 
 

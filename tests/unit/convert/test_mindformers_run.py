@@ -95,6 +95,11 @@ def test_other_values(case: str) -> None:
 @pytest.mark.parametrize(
     ("path", "value", "message"),
     [
+        ("runner_config.batch_size", "4", "runner_config.batch_size must be a whole number, found '4'"),
+        ("parallel_config.data_parallel", [2], r"data_parallel must be a whole number, found \[2\]"),
+        ("parallel_config.use_seq_parallel", "False", "use_seq_parallel must be true or false, found 'False'"),
+        ("optimizer.betas", [0.9, [0.95]], r"optimizer.betas must be a number, found \[0.95\]"),
+        ("lr_schedule.type", ["x"], r"lr_schedule.type must be a name, found \['x'\]"),
         ("optimizer.type", "Came", "optimizer.type .*Came.* is not AdamW"),
         ("lr_schedule.type", "PolynomialWithWarmUpLR", "lr_schedule.type .*Polynomial.*is not one of Cosine"),
         ("model.model_config.moe_config", {"expert_num": 16}, "mixtures of experts are not supported"),
