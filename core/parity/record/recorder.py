@@ -203,8 +203,11 @@ class _RecordedStep:
             letter, _, name = piece.name.partition(".")
             kind = {"m": "moment1", "v": "moment2"}[letter]
             self.tally.add_box(kind, name, piece.shape, piece.array, piece.offset)
-        shares = path.with_name(f".{path.name}-shares")
         trainer, rank = self.trainer, self.trainer.rank
+        if trainer.world == 1:
+            self._write(path, [self.tally], row)
+            return
+        shares = path.with_name(f".{path.name}-shares")
         run_on_all(trainer, lambda: _refused(shares, lambda: shares.mkdir(parents=True, exist_ok=True)))
         run_on_all(trainer, lambda: _refused(shares, partial(write_share, shares / str(rank), self.tally)))
         run_on_all(trainer, lambda: self._join(shares, path, row) if rank == 0 else None)
@@ -214,8 +217,11 @@ class _RecordedStep:
         step, buckets = self.tally.step, self.tally.buckets
         tallies = [read_share(shares / str(rank), step, buckets) for rank in range(self.trainer.world)]
         shutil.rmtree(shares, ignore_errors=True)
+        self._write(path, tallies, row)
+
+    def _write(self, path: Path, tallies: Sequence[Tally], row: JsonObject) -> None:
         whole = join_tallies(tallies)
-        found = quantities(whole, quantity_order(self.config, step))
+        found = quantities(whole, quantity_order(self.config, self.tally.step))
         write_record(path, self._header(whole), [row], found, full_tensors(whole))
 
     def _header(self, whole: Tally) -> Header:
