@@ -118,7 +118,8 @@ def rank_memory(
     head = logits if last else None
     if work.executor.reuses_freed:
         workspace = _workspace_on_cpu(config, layout, work, held, states["buffers"], again, alive, last)
-        states["buffers"] = work.executor.library
+        bucket = min(int(layout.bucket_mb * 2**20), held.trained * widths.master) if layout.dp * layout.cp > 1 else 0
+        states["buffers"] = work.executor.library + work.executor.message_copies * bucket
     else:
         workspace = _workspace(config, layout, work, held, again, cast, head)
     messages, tables = 0, padded // layout.cp * config.head_dim * max(widths.stat, 4)

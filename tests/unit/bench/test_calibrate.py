@@ -13,7 +13,17 @@ import yaml
 
 from telechat_twins.core.bench import calibrate
 from telechat_twins.core.bench.parallel import forecast_of
-from telechat_twins.core.bench.probes import NARROW_DEPTHS, PROBED, SIZES, Times, alone_models, narrow, small_models
+from telechat_twins.core.bench.probes import (
+    DEPTHS,
+    NARROW_DEPTHS,
+    PROBED,
+    SIZES,
+    Times,
+    alone_models,
+    narrow,
+    ring_attention,
+    small_models,
+)
 from telechat_twins.core.bench.report import layouts_to_markdown
 from telechat_twins.core.bench.worker import PROCESSOR, bench_config
 from telechat_twins.core.planner.fit import with_efficiency
@@ -38,6 +48,8 @@ HOST = {
     "exchange": 40.0,
     "ring_forward": 90.0,
     "ring_backward": 150.0,
+    "ring_forward_mb": 800.0,
+    "ring_backward_mb": 2400.0,
     "update_bandwidth": 8.0,
     "source": "planted",
 }
@@ -83,6 +95,7 @@ def raw(slower: float = 1.0) -> list[JsonObject]:
         for layout in PROBED
         for layers in NARROW_DEPTHS
     }
+    layouts |= {f"ring2 attention {n}": times(phases(ring_attention(options, n), 2)) for n in DEPTHS}
     crowd = {name: times(phases(one, 2)) for name, one in small_models(options).items()}
     alone = {name: times(phases(one, 1)) for name, one in alone_models(options).items()}
     return [{"collectives": calls, "layouts": layouts, "crowd": crowd, "alone": alone}] * 2

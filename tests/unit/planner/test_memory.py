@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 
 import numpy as np
 import pytest
@@ -19,6 +20,8 @@ from telechat_twins.core.planner.memory.executor import MINDFORMERS, PYTORCH, on
 from telechat_twins.core.planner.memory.live import live_graphs
 from telechat_twins.core.planner.memory.recompute import resolve
 from telechat_twins.core.planner.memory.states import held_by, held_quickly, part_sizes
+from tests.campaigns.plan_check import __main__ as plan_check
+from tests.house import ROOT
 
 TINY = load_model_config("telechat2-tiny")
 BIG = load_model_config("telechat2-115b")
@@ -127,3 +130,28 @@ def test_lists_of_layers_and_operators() -> None:
     ):
         with pytest.raises(UserError, match=word):
             resolve(section, layout, [2, 2, 2, 2], "R")
+
+
+def page_rows(page: str) -> list[list[tuple[int, int]]]:
+    """(measured, predicted) MB of both frameworks in each row of the page's table of trials."""
+    text = (ROOT / "docs" / page).read_text(encoding="utf-8")
+    found = [re.findall(r"([\d,]+), ([\d,]+) MB \| [+-]", line) for line in text.splitlines()]
+    return [[(int(a.replace(",", "")), int(b.replace(",", ""))) for a, b in row] for row in found if row]
+
+
+@pytest.mark.parametrize("page", ["parallel.md", "parallel.zh.md"])
+def test_the_page_shows_the_predictions_of_today(page: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And all trials of `make plan-check`, measured, lie within its limit; without what was measured they do not."""
+    rows = page_rows(page)
+    assert len(rows) == len(plan_check.TRIALS)
+
+    def predictions(trial: int, backend: str) -> set[int]:
+        found = plan_check.predict(backend, {**plan_check.PLAIN, **plan_check.TRIALS[trial]})
+        return {round(one / 1e6) for one in found}
+
+    for trial, row in enumerate(rows):
+        for backend, (measured, predicted) in zip(("ms", "pt"), row, strict=True):
+            assert predicted in predictions(trial, backend), f"{trial} {backend}"
+            assert abs(predicted / measured - 1.0) <= plan_check.LIMIT
+    monkeypatch.setattr(plan_check, "on_cpu", lambda executor: executor)
+    assert rows[14][0][1] not in predictions(14, "ms")
