@@ -35,6 +35,7 @@ from telechat_twins.core.bench.probes import (
     alone_models,
     narrow,
     outside_a_launch,
+    ring_attention,
     small_models,
 )
 from telechat_twins.core.bench.step import processor
@@ -48,6 +49,7 @@ from telechat_twins.core.planner.fit import with_efficiency
 from telechat_twins.core.planner.machine import Machine, machine_from
 from telechat_twins.core.planner.time.gradients import updated_bytes
 from telechat_twins.core.planner.time.operators import Rates, Shape, block_passes, ends_passes
+from telechat_twins.core.planner.time.step import stage_costs
 from telechat_twins.core.planner.time.traffic import block_traffic
 from telechat_twins.core.planner.time.transfers import Ways
 from telechat_twins.core.planner.time.work import OURS, Work, work_of
@@ -145,6 +147,7 @@ def fitted(
     )
     if layouts:
         found["host"] |= added_by_layouts(machine_from(found, name), options, crowd, layouts)
+        found["host"] |= added_by_queries(machine_from(found, name), options, layouts)
     return found
 
 
@@ -248,6 +251,33 @@ def added_by_layouts(
     return {name: round(max(0.0, seconds) * 1e6, 2) for name, seconds in found.items()}
 
 
+def added_by_queries(
+    machine: Machine, options: JsonObject, layouts: Mapping[str, Mapping[str, float]]
+) -> dict[str, float]:
+    """Microseconds a MB of queries that a ring's step takes beyond attention, messages and what it adds to the narrow
+    model: merging, copies, and the slower attention to blocks of keys."""
+    config = bench_config(ring_attention(options, DEPTHS[0]))
+    model, layout, work = config.model, config.parallel, work_of(config)
+    rates, shape, ways = (
+        Rates.of(machine, work.precision, 2),
+        Shape.of(model, layout, work, OURS),
+        Ways(model, layout, machine),
+    )
+    stages = [
+        stage_costs(model, layout, work, machine, OURS, ways, rates, shape, [layers])[0].seconds for layers in DEPTHS
+    ]
+    shallow, deep = (layouts[f"ring2 attention {layers}"] for layers in DEPTHS)
+    count = DEPTHS[1] - DEPTHS[0]
+    forward = (deep["forward"] - shallow["forward"]) / count / work.micro_batches
+    both = (deep["gradients"] - shallow["gradients"]) / count / work.micro_batches
+    queries = 4e-6 * shape.tokens * shape.heads * model.head_dim
+    found = {}
+    for name, side, measured in (("ring_forward_mb", 0, forward), ("ring_backward_mb", 1, both - forward)):
+        forecast = (stages[1][side] - stages[0][side]) / count
+        found[name] = round(max(0.0, measured - forecast) * 1e6 / layout.ring / queries, 2)
+    return found
+
+
 def pairs(
     machine: Machine, options: JsonObject, measured: Mapping[str, Pair], world: int, wasted: Pair
 ) -> list[tuple[float, float]]:
@@ -330,7 +360,7 @@ def describe(backend: str, name: str, cores: int, operations: Mapping[str, Seque
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return {
         "name": name,
-        "title": f"{cores} cores of {processor()}",
+        "title": f"{cores} cores of {_described_processor()}",
         "devices_per_node": cores,
         "peak_bf16": peak,
         "peak_fp32": peak,
@@ -353,6 +383,18 @@ def describe(backend: str, name: str, cores: int, operations: Mapping[str, Seque
         "shared_cores": True,
         "core_exponent": 1.0,
     }
+
+
+def _described_processor() -> str:
+    """The processor's name, with family, model and the widest operations, since virtual machines hide its name."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return processor()
+    found = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
+    wide = [flag for flag in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if flag in found.get("flags", "").split()]
+    known = [f"{key.removeprefix('cpu ')} {found[key]}" for key in ("cpu family", "model") if key in found]
+    return f"{processor()} ({', '.join([*known, *wide])})" if known or wide else processor()
 
 
 def _best(call: Callable[[], object]) -> float:

@@ -64,11 +64,13 @@ def small_models(options: JsonObject) -> dict[str, JsonObject]:
         "ffn_hidden_size": max(1, model.ffn_hidden_size // 2),
         "vocab_size": max(1, model.vocab_size // 2),
     }
+    attention = {**NARROW, **{name: getattr(model, name) for name in ("num_heads", "num_kv_heads", "head_dim")}}
     variants: dict[str, tuple[JsonObject, JsonObject]] = {
         "whole": ({}, {}),
         "short": ({}, {"seq_len": max(1, options["seq_len"] // 2)}),
         "more": ({}, {"micro_batch": 2 * options["micro_batch"]}),
         "half": (half, {}),
+        "attention": (attention, {}),  # of the whole model, with little beside it
     }
     found = {}
     for name, (overrides, changes) in variants.items():
@@ -92,6 +94,11 @@ def narrow(options: JsonObject, layers: int, micro_batches: int, layout: str = "
         "precision": options["precision"],
         "layout": layout,
     }
+
+
+def ring_attention(options: JsonObject, layers: int) -> JsonObject:
+    """Options of the model with little beside attention, on a ring."""
+    return {**small_models(options)[f"attention {layers}"], "layout": "ring2"}
 
 
 def alone_models(options: JsonObject) -> dict[str, JsonObject]:
@@ -128,6 +135,9 @@ class Probes:
                 for layers in NARROW_DEPTHS:
                     chosen = narrow(options, layers, NARROW_MICRO_BATCHES[-1], layout)
                     self._trainers[f"{layout} {layers}"] = train.Trainer(bench_config(chosen)), chosen
+            for layers in DEPTHS:
+                chosen = ring_attention(options, layers)
+                self._trainers[f"ring2 attention {layers}"] = train.Trainer(bench_config(chosen)), chosen
         self._workers: list[Worker] = []
         self._single: Worker | None = None
         if rank == 0:

@@ -126,7 +126,7 @@ def stage_costs(
     sent, waited = block_traffic(model, layout, work, shape), 1.0 - practice.tp_overlap
     exchange = rates.host.exchange
     tp = _halves(ways, sent.tensor, practice, waited, exchange)
-    cp = _context_wait(layout, work, machine, ways, shape, block, sent, rates.host)
+    cp = _context_wait(layout, work, machine, ways, shape, block, sent, rates.host, model.head_dim)
     again, tp_again, cp_again = _repeated(work, block, tp, cp)
     gathers = {key: row for key, row in sent.tensor.items() if key[0] == "all_gather"}
     tp_again += practice.gathers_again * _halves(ways, gathers, practice, waited, exchange)[0]
@@ -181,6 +181,7 @@ def _context_wait(
     block: Passes,
     sent: BlockTraffic,
     host: HostTimes,
+    head_dim: int,
 ) -> tuple[float, float]:
     """Seconds that a block waits for context-parallel transfers, forward and backward.
 
@@ -202,7 +203,9 @@ def _context_wait(
     # Step 0 sends keys only; the sums of step i travel beside step i + 1; the last ones beside nothing.
     backward = _exposed(hop, back, overlap) + (ring - 2) * _exposed(hop + home, back, overlap)
     backward += _exposed(home, back, overlap) + home
-    return exchange + forward + ring * host.ring[0], exchange + backward + ring * host.ring[1]
+    queries = 4 * shape.tokens * shape.heads * head_dim
+    steps = [ring * (a_step + queries * a_byte) for a_step, a_byte in zip(host.ring, host.ring_byte, strict=True)]
+    return exchange + forward + steps[0], exchange + backward + steps[1]
 
 
 def _exposed(transfer: float, computing: float, overlap: float) -> float:
