@@ -79,6 +79,12 @@ def measure_decode(
                         else None
                         for peer in (HF, LLAMA_CPP)
                     },
+                    **{
+                        f"prompt {peer}": spread(paired_ratios(*_prompts(turns, (name, count), (peer, count))))
+                        if (peer, count) in turns and name != peer
+                        else None
+                        for peer in (HF, LLAMA_CPP)
+                    },
                     "one": _ratio(turns, (name, rows[0]), (name, count)) if count != rows[0] else None,
                 },
             }
@@ -91,6 +97,10 @@ def measure_decode(
         "read_bytes_per_s": read,
         "rows": table,
     }
+
+
+def _prompts(turns: Turns, *keys: tuple[str, int]) -> list[list[list[float]]]:
+    return [[turn["prompt"] for turn in turns[key]] for key in keys]
 
 
 def _takes(name: str, rows: int) -> bool:
@@ -106,10 +116,12 @@ def _ratio(turns: Turns, first: tuple[str, int], second: tuple[str, int]) -> dic
 
 def summarise(turns: list[JsonObject], least: int, read: float) -> JsonObject:
     """Statistics of one contestant. A turn is {"seconds": [...] of each step, "engine": [...] of these outside the
-    model}. ``least``: bytes that a step must read; ``read``: bytes that can be read in a second."""
+    model, "prompt": [seconds to the first tokens]}. ``least``: bytes that a step must read; ``read``: bytes that can be
+    read in a second."""
     seconds = [s for turn in turns for s in turn["seconds"]]
     step = spread(seconds)
-    found = {**step, "bytes": least, "share": least / read / step["median"]}
+    prompt = spread([s for turn in turns for s in turn["prompt"]])
+    found = {**step, "prompt": prompt, "bytes": least, "share": least / read / step["median"]}
     if "engine" in turns[0]:
         pairs = [(e, s) for turn in turns for e, s in zip(turn["engine"], turn["seconds"], strict=True)]
         found["engine_share"] = statistics.median(e / s for e, s in pairs)
@@ -134,32 +146,40 @@ def least_bytes(config: ModelConfig, precision: str, rows: int, length: int, qua
     return weights + rows * cache * _BYTES[names.compute]
 
 
+def _spread(found: dict[str, float] | None) -> str:
+    return "-" if found is None else f"{found['median']:.2f} ({found['low']:.2f} to {found['high']:.2f})"
+
+
 def decode_to_markdown(result: JsonObject) -> str:
     """Markdown table with a row for each contestant and number of sequences."""
     options = result["options"]
     weights = ", the backends' weights in int8" if options.get("quantize") == "int8" else ""
     compared = [peer for peer in (HF, LLAMA_CPP) if peer == HF or peer in result["implementations"]]
-    heads = [f"times {'Hugging Face' if peer == HF else peer}'s" for peer in compared]
+    peers = [f"{'Hugging Face' if peer == HF else peer}'s" for peer in compared]
+    heads, slower = [f"times {peer}" for peer in peers], [f"of {peer}" for peer in peers]
     lines = [
         f"{model_name(options)} ({result['parameters']:,} parameters), {options['precision']}{weights}, greedy, after "
         f"prompts of {result['prompt']} tokens; {machine(result)}; contestants in turns, all warm.",
         "",
         f"| contestant | sequences | a step, median | middle 80 % | tokens/s | {' | '.join(heads)} | times one "
-        "| of the reading limit | outside the model |",
-        "|---" * (8 + len(heads)) + "|",
+        f"| of the reading limit | outside the model | prompt, median | {' | '.join(slower)} |",
+        "|---" * (9 + 2 * len(heads)) + "|",
     ]
     for row in result["rows"]:
         one, ratios = row["ratios"]["one"], [row["ratios"][peer] for peer in compared]
+        prompts = [row["ratios"][f"prompt {peer}"] for peer in compared]
         cells = [
             TITLES[row["contestant"]],
             row["rows"],
             f"{row['median'] * 1e3:.2f} ms",
             f"{row['low'] * 1e3:.2f} to {row['high'] * 1e3:.2f} ms",
             f"{row['rows'] / row['median']:.1f}",
-            *("-" if r is None else f"{r['median']:.2f} ({r['low']:.2f} to {r['high']:.2f})" for r in ratios),
+            *map(_spread, ratios),
             "-" if one is None else f"{one['median']:.2f}",
             f"{100 * row['share']:.0f} %",
             f"{100 * row['engine_share']:.1f} %" if "engine_share" in row else "-",
+            f"{row['prompt']['median'] * 1e3:.2f} ms",
+            *map(_spread, prompts),
         ]
         lines.append(f"| {' | '.join(map(str, cells))} |")
     return "\n".join(
@@ -169,7 +189,8 @@ def decode_to_markdown(result: JsonObject) -> str:
             "`times`: tokens per second over those of the other, or of one sequence, turn by turn (range of the middle "
             "80 %). `of the reading limit`: the time to read a step's weights, keys and values at the bandwidth "
             f"measured alongside ({result['read_bytes_per_s'] / 1e9:.1f} GB/s), over the step's time. `outside the "
-            "model`: scheduling, sampling and events.",
+            "model`: scheduling, sampling and events. `prompt`: from the request to the first tokens of all sequences, "
+            "and its share of the peer's time.",
             *result["notes"],
         ]
     )

@@ -41,13 +41,16 @@ class Timed:
 
 def timed_steps(engine: Engine, runner: Timed, rows: int, prompt: int, count: int) -> dict[str, list[float]]:
     """Seconds of each of ``count`` decoding steps of ``rows`` sequences after prompts of ``prompt`` random tokens:
-    "seconds" in total, "engine" outside the runner. The engine must be idle."""
+    "seconds" in total, "engine" outside the runner; "prompt": [seconds of all prompts, to their first tokens]. The
+    engine must be idle."""
     random = np.random.default_rng(0)
     for _ in range(rows):
         ids = tuple(random.integers(0, engine.config.vocab_size, prompt).tolist())
         engine.submit(Request(prompt_ids=ids, max_new_tokens=count + rows + 1))
+    began = time.perf_counter()
     while len(engine.step()) < rows:  # until every prompt is prefilled
         pass
+    prefilled = time.perf_counter() - began
     seconds, outside = [], []
     for _ in range(count):
         started = time.perf_counter()
@@ -55,7 +58,7 @@ def timed_steps(engine: Engine, runner: Timed, rows: int, prompt: int, count: in
         seconds.append(time.perf_counter() - started)
         outside.append(seconds[-1] - runner.seconds)
     engine.cancel_all()
-    return {"seconds": seconds, "engine": outside}
+    return {"seconds": seconds, "engine": outside, "prompt": [prefilled]}
 
 
 def reading(bench: Bench) -> float:

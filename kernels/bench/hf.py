@@ -65,11 +65,12 @@ class Clock(transformers.StoppingCriteria):
         return torch.zeros(len(input_ids), dtype=torch.bool)
 
 
-def timed_steps(model: transformers.LlamaForCausalLM, rows: int, prompt: int, count: int) -> list[float]:
-    """Seconds of each of ``count`` steps after the first token, for a batch of ``rows`` greedy sequences."""
+def timed_steps(model: transformers.LlamaForCausalLM, rows: int, prompt: int, count: int) -> dict[str, list[float]]:
+    """ "seconds" of each of ``count`` steps after the first token, for a batch of ``rows`` greedy sequences, and
+    "prompt": [seconds to the first token]."""
     torch.manual_seed(1)
     ids = torch.randint(0, model.config.vocab_size, (rows, prompt))
-    clock = Clock()
+    clock, began = Clock(), time.perf_counter()
     model.generate(
         ids,
         attention_mask=torch.ones_like(ids),
@@ -79,7 +80,8 @@ def timed_steps(model: transformers.LlamaForCausalLM, rows: int, prompt: int, co
         pad_token_id=0,
         stopping_criteria=transformers.StoppingCriteriaList([clock]),
     )
-    return [last - first for first, last in zip(clock.ticks, clock.ticks[1:], strict=False)]
+    steps = [last - first for first, last in zip(clock.ticks, clock.ticks[1:], strict=False)]
+    return {"seconds": steps, "prompt": [clock.ticks[0] - began]}
 
 
 def static_batches(model: transformers.LlamaForCausalLM, batches: list[list[tuple[int, int]]]) -> JsonObject:
@@ -109,10 +111,7 @@ def main(argv: list[str]) -> int:
         def handle(order: JsonObject) -> JsonObject:
             if "batches" in order:
                 return static_batches(model, order["batches"])
-            return {
-                "seconds": timed_steps(model, order["rows"], order["prompt"], order["steps"]),
-                "read": reading(bench),
-            }
+            return {**timed_steps(model, order["rows"], order["prompt"], order["steps"]), "read": reading(bench)}
 
         return {"backend": f"transformers {transformers.__version__}, PyTorch {torch.__version__}"}, handle
 

@@ -89,15 +89,16 @@ def opened(file: Path, length: int, kind: str) -> xllamacpp.Server:
     return xllamacpp.Server(settings)
 
 
-def step_seconds(server: xllamacpp.Server, config: ModelConfig, prompt: int, count: int) -> float:
-    """Mean seconds of a token over ``count`` greedy steps after ``prompt`` random tokens, by llama.cpp's own clock."""
+def step_seconds(server: xllamacpp.Server, config: ModelConfig, prompt: int, count: int) -> tuple[float, float]:
+    """Mean seconds of a token over ``count`` greedy steps after ``prompt`` random tokens, and the seconds of these, by
+    llama.cpp's own clock."""
     first = min(3 + BYTES, config.vocab_size - 1)  # no control tokens
     ids = np.random.default_rng(1).integers(first, config.vocab_size, prompt).tolist()
     asked = {"prompt": ids, "n_predict": count, "ignore_eos": True, "temperature": 0.0, "cache_prompt": False}
     timings = server.handle_completions(asked)["timings"]
     if timings["predicted_n"] != count:
         raise RuntimeError(f"llama.cpp made {timings['predicted_n']} tokens, not the {count} asked for")
-    return float(timings["predicted_ms"]) / 1e3 / count
+    return float(timings["predicted_ms"]) / 1e3 / count, float(timings["prompt_ms"]) / 1e3
 
 
 def main(argv: list[str]) -> int:
@@ -114,8 +115,8 @@ def main(argv: list[str]) -> int:
         bench = open_bench("pt", {**options, "compile": False})
 
         def handle(order: JsonObject) -> JsonObject:
-            mean = step_seconds(server, config, order["prompt"], order["steps"])
-            return {"seconds": [mean] * order["steps"], "read": reading(bench)}
+            mean, prompt = step_seconds(server, config, order["prompt"], order["steps"])
+            return {"seconds": [mean] * order["steps"], "prompt": [prompt], "read": reading(bench)}
 
         return {"backend": f"llama.cpp {TYPES[kind].name} (xllamacpp {version('xllamacpp')})"}, handle
 

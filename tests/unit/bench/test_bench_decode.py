@@ -43,7 +43,7 @@ class Contestants:
         self.turns.append((self.name, order["rows"], order["steps"]))
         self.done += 1
         step = self.seconds[self.name] * (2 if order["rows"] == 8 else 1) * (1 + self.done // 2 / 10)
-        found = {"seconds": [step] * order["steps"], "read": 1e10 if self.name == "pt" else 5e9}
+        found = {"seconds": [step] * order["steps"], "prompt": [step * 4], "read": 1e10 if self.name == "pt" else 5e9}
         return found if self.name in self.modules else {**found, "engine": [step / 50] * order["steps"]}
 
 
@@ -81,6 +81,8 @@ def test_contestants_take_turns_and_ratios_are_of_tokens_a_second(workers, insta
     if installed:
         assert rows["ms", 1]["ratios"]["hf"]["median"] == pytest.approx(3.0)
         assert "| Hugging Face generate | 8 |" in shown and "3.00 (3.00 to 3.00)" in shown
+        assert rows["ms", 1]["ratios"]["prompt hf"]["median"] == pytest.approx(1 / 3)
+        assert rows["ms", 1]["prompt"]["median"] == pytest.approx(4 * rows["ms", 1]["median"])
     else:
         assert rows["ms", 1]["ratios"]["hf"] is None
         assert "Hugging Face generate: not measured (transformers is not installed here)." in shown
