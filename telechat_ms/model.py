@@ -129,8 +129,8 @@ class Norm(nn.Cell):
     def after_sum(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
         """The norm of residual + x, and that sum: (normed, stream)."""
         if self.bias is not None:
-            read, stream = ops.shared(ops.add(residual, x), 2)
-            return self._of(read), stream
+            stream = ops.add(residual, x)
+            return self._of(stream), stream
         stat, compute = self.dtypes.stat, self.dtypes.compute
         return ops.add_rms_norm(x, residual, self._gain(), self.eps, stat, compute, self.mask)
 
