@@ -36,6 +36,7 @@ class Words:
     def __init__(self, cutter: Cutter, encode: Encode) -> None:
         self._cutter, self._encode, self._lock = cutter, encode, threading.Lock()
         self._long: dict[str, bytes] = {}
+        self._ids: np.ndarray  # of the short words, one word's after the other's
         self._forget()
 
     def encode(self, texts: Sequence[str]) -> list[np.ndarray]:
