@@ -100,7 +100,8 @@ def _config(out: Path, packed: Path, steps: int, total: int, seed: int) -> RunCo
         {
             "model": model,
             "lora": {"rank": 16, "alpha": 32, "targets": ["all-linear"]},
-            "data": {"sources": [{"path": str(packed.resolve())}], "seq_len": 128},
+            # Isolated, so that a row is trained as it is asked: from position 0 on, without the rows packed before it.
+            "data": {"sources": [{"path": str(packed.resolve())}], "seq_len": 128, "isolate_documents": True},
             "train": {
                 "init": str((out / "hf").resolve()),
                 "steps": steps,
