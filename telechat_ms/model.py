@@ -316,8 +316,10 @@ class Decoder(nn.Cell):
         else:
             assert self.embed is not None  # tied
             logits = ops.linear(x, self.embed.weight, None, self.dtypes.compute)
-        logits = ops.loss_logits(multiplied(logits, self.config.logit_mult), self.dtypes.stat)
-        return logits if self.padding is None else logits + self.padding
+        logits = multiplied(logits, self.config.logit_mult)
+        if self.padding is not None:
+            return logits.astype(self.dtypes.stat) + self.padding
+        return ops.loss_logits(logits, self.dtypes.stat)
 
     @property
     def loss_head(self) -> ops.FrozenHead | None:
