@@ -27,7 +27,7 @@ from telechat_twins.core.parallel.layout import Layout
 from telechat_twins.core.types import JsonObject
 
 OPERATIONS = ("all_reduce", "all_gather", "reduce_scatter", "all_to_all", "shift")
-SIZES = (1 << 10, 1 << 13, 1 << 15, 1 << 17, 1 << 19, 1 << 21, 1 << 23)  # bytes a rank passes in
+SIZES = (1 << 11, 1 << 13, 1 << 15, 1 << 17, 1 << 19, 1 << 21, 1 << 23)  # bytes a rank passes in
 CALLS, FEW_CALLS, LARGE = 12, 4, 1 << 19
 DEPTHS = (1, 3)
 NARROW_DEPTHS = (1, 5)
@@ -155,7 +155,7 @@ class Probes:
             rows = self.collectives.setdefault(op, [[] for _ in SIZES])
             for row, size in zip(rows, SIZES, strict=True):
                 assert convert is not None
-                x = convert(np.ones((size // 256, 64), np.float32))
+                x = convert(np.ones((2, size // 512, 64), np.float32))
                 row.append(_medians(call, x, FEW_CALLS if size >= LARGE else CALLS))
         for name, (trainer, chosen) in self._trainers.items():
             _add(self.layouts.setdefault(name, {}), timed_phases(trainer, bench_config(chosen), REPEATS))
@@ -193,15 +193,15 @@ def outside_a_launch(threads: str | None = None) -> dict[str, str]:
 
 def _calls(backend: str, world: int) -> tuple[dict[str, Callable[[object], object]], Callable[[], object]]:
     """The collectives of a step, by their names in core.parallel.traffic, and a barrier; a message takes what a shift
-    does."""
+    does. Along the second axis, the sequence, as layers use them: its pieces are not contiguous."""
     collectives = backends.load(backend, "collectives")
     mesh = backends.load(backend, "parallelize").open_mesh(load_model_config("telechat2-tiny"), Layout(dp=world))
     group: Group = mesh.replicas
     calls = {
         "all_reduce": lambda x: collectives.all_reduce(x, group),
-        "all_gather": lambda x: collectives.all_gather(x, group, 0),
-        "reduce_scatter": lambda x: collectives.reduce_scatter(x, group, 0),
-        "all_to_all": lambda x: collectives.all_to_all(x, group, 0, 0),
+        "all_gather": lambda x: collectives.all_gather(x, group, 1),
+        "reduce_scatter": lambda x: collectives.reduce_scatter(x, group, 1),
+        "all_to_all": lambda x: collectives.all_to_all(x, group, 1, 1),
         "shift": lambda x: collectives.start_shift(x, group).wait(),
     }
     return calls, lambda: collectives.barrier(group)
