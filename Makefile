@@ -32,7 +32,7 @@ READY := $(VENV)/.installed
 endif
 
 help:
-	@echo "make demo       train in both frameworks, compare, resume across, generate (4 minutes on 2 cores once installed)"
+	@echo "make demo       train in both frameworks, compare, resume across, generate (3 minutes on 2 cores once installed)"
 	@echo "make test       lint and all tests but the full matrix of layouts (26 minutes on 2 cores once installed)"
 	@echo "make test-unit  the fast tests (about a minute)"
 	@echo "make test-parallel-full  every parallel layout of up to 8 processes, in both frameworks"

@@ -25,6 +25,7 @@ from telechat_twins.kernels.bench.decode import reading
 from telechat_twins.kernels.bench.process import open_bench
 from telechat_twins.kernels.cpu.engine import usual_threads
 
+ERRORS = 1  # llama.cpp's level of messages; by default it writes ten lines a turn
 BYTES = 256  # pieces of single bytes, which a tokenizer of kind "llama" needs
 TYPES = {
     "fp32": gguf.GGMLQuantizationType.F32,
@@ -82,6 +83,7 @@ def opened(file: Path, length: int, kind: str) -> xllamacpp.Server:
     an fp32 run, else float16, its default."""
     settings = xllamacpp.CommonParams()
     settings.model.path = str(file)
+    settings.verbosity = ERRORS
     settings.n_ctx, settings.n_parallel, settings.n_gpu_layers, settings.warmup = max(length, 256), 1, 0, True
     settings.cpuparams.n_threads = settings.cpuparams_batch.n_threads = usual_threads()
     if kind == "fp32":
