@@ -60,6 +60,7 @@ class EngineModel(TemplateLM):
         self._served, self._scorer, self._journal, self._bar = served, scorer, journal, bar
         self._rendered: dict[str, list[int]] = {}  # conversations in the chat template, with their ids
         self.cut = 0  # requests that were cut from the left
+        self.crossed = 0  # requests with a token over the border of context and continuation
 
     @property
     def eot_token_id(self) -> int:
@@ -102,6 +103,16 @@ class EngineModel(TemplateLM):
         if self._served.layout is None:
             raise UserError("--chat: this model has no chat template; give --chat-template FILE, or leave --chat out")
         return self._served.layout
+
+    def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
+        """Ids of both as the harness divides them: the ids of the context, and of the whole text those behind as many.
+
+        Where a token lies over the border, these are not the whole text's: a part of the continuation is not scored, or
+        is read twice. The harness's scores are defined so; such requests are counted.
+        """
+        first, second = super()._encode_pair(context, continuation)
+        self.crossed += self.tok_encode(context + continuation)[: len(first)] != first
+        return first, second
 
     def _loglikelihood_tokens(
         self, requests: Sequence[tuple[object, list[int], list[int]]], disable_tqdm: bool = False, **_: object

@@ -124,13 +124,16 @@ def evaluate_one(
         )
         adapter = EngineModel(served, Scorer(engine, len(model.adapters)), journal, _bars(args.quiet))
         for plan in plans:
-            adapter.cut = 0
+            adapter.cut = adapter.crossed = 0
             found = run_task(plan, adapter, manager, _options(args))
-            tasks[plan.name] = {**summarised(plan, found), "cut": adapter.cut}
+            tasks[plan.name] = {**summarised(plan, found), "cut": adapter.cut, "crossed": adapter.crossed}
             rows += items(found)
             if adapter.cut:
                 note = f"{plan.name}: {adapter.cut} requests were cut from the left to {max_len} tokens (--max-len)"
                 print(f"note: {note}", file=sys.stderr)
+            if adapter.crossed:
+                note = f"{plan.name}: in {adapter.crossed} requests a token lies over the border of context and choice"
+                print(f"note: {note}; the harness then scores a part of the choice", file=sys.stderr)
             write_results(out, facts, tasks, rows)  # after each task: nothing is lost
     print(*table(tasks), sep="\n")
     return rows

@@ -82,6 +82,18 @@ def test_log_likelihoods_are_those_of_the_texts_ids(harness, tmp_path) -> None:
         made.ask("loglikelihood", (TEXTS[0], ""))
 
 
+def test_tokens_over_the_border_of_context_and_choice_are_counted(harness, tmp_path) -> None:
+    made = Made(harness, tmp_path)
+    made.ask("loglikelihood", (TEXTS[0], TEXTS[1]), (TEXTS[0] + " ", TEXTS[1][1:]))
+    assert made.model.crossed == 0
+    context, choice = TEXTS[0][:-1], TEXTS[0][-1] + TEXTS[1]
+    first, whole = made.tokenizer.encode(context), made.tokenizer.encode(context + choice)
+    assert whole[: len(first)] != first, "no token lies over the border"
+    (found,) = made.ask("loglikelihood", (context, choice))
+    assert made.model.crossed == 1
+    assert found[0] == pytest.approx(logprob([*first, *whole[len(first) :]], len(first))[0], rel=1e-6)
+
+
 def test_rolling_likelihoods_count_every_token_once(harness, tmp_path) -> None:
     made = Made(harness, tmp_path, max_len=10)
     text = " ".join(["the quick brown fox"] * 6)
