@@ -23,6 +23,10 @@ Operation = Callable[[Tensor], Tensor]
 
 _REDUCE = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX}
 _HOST: dict[str, Callable[..., np.ndarray]] = {"sum": np.sum, "max": np.max, "min": np.min}
+# Names that PyTorch 2.13 gave these two; 2.12 has only the older ones, which later versions warn of at every call.
+_SINGLE = hasattr(dist, "all_gather_single")
+_all_gather_into: Callable[..., dist.Work] = dist.all_gather_single if _SINGLE else dist.all_gather_into_tensor
+_reduce_scatter_into: Callable[..., dist.Work] = dist.reduce_scatter_single if _SINGLE else dist.reduce_scatter_tensor
 
 TRAFFIC = TrafficCounter()
 
@@ -70,7 +74,7 @@ def start_reduce_scatter(x: Tensor, group: Group, axis: int) -> Handle[Tensor]:
     wide = _sent(_pieces("reduce_scatter", x, group, axis), summed=True)
     TRAFFIC.add("reduce_scatter", group.name, wide.nbytes)
     out = torch.empty_like(wide[0])
-    work = dist.reduce_scatter_single(out.view(-1), wide.view(-1), group=group.handle, async_op=True)
+    work = _reduce_scatter_into(out.view(-1), wide.view(-1), group=group.handle, async_op=True)
     return Handle("reduce_scatter", group, (work,), lambda: out.to(x.dtype), kept=wide)
 
 
@@ -198,7 +202,7 @@ def _gather(op: str, x: Tensor, group: Group, axis: int) -> Tensor:
     sent = _sent(x)
     TRAFFIC.add(op, group.name, sent.nbytes)
     out = sent.new_empty((group.size, *sent.shape))
-    work = dist.all_gather_single(out.view(-1), sent.view(-1), group=group.handle, async_op=True)
+    work = _all_gather_into(out.view(-1), sent.view(-1), group=group.handle, async_op=True)
     joined = Handle(op, group, (work,), out, kept=sent).wait()
     return joined.flatten(0, 1) if axis == 0 else torch.cat(joined.unbind(0), axis)
 
