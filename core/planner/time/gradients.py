@@ -32,20 +32,30 @@ class Tail(NamedTuple):
     gather: float
 
 
-def held(model: ModelConfig, layout: Layout, counts: Sequence[int], rank: int, precision: str, by_class: bool) -> Held:
-    """Elements and bucket traffic of pipeline rank ``rank``; ``counts``: layers of each global stage.
+def held(
+    model: ModelConfig,
+    layout: Layout,
+    counts: Sequence[int],
+    rank: int,
+    precision: str,
+    by_class: bool,
+    tensor: int | None = None,
+) -> Held:
+    """Elements and bucket traffic of pipeline rank ``rank``; ``counts``: layers of each global stage. ``tensor``: the
+    tensor rank, by default the last one; ranks hold equally much, in buckets that may differ by one.
 
     Worked out once for all ranks and layouts with the same shards: only how many layers a chunk has, and whether it has
     the embedding or the head, tells them apart.
     """
+    tensor = layout.tp - 1 if tensor is None else tensor
     last = layout.stages - 1
     kinds = tuple((counts[g], g == 0, g == last) for g in range(rank, layout.stages, layout.pp))
-    shards = _Key(model), layout.tp, layout.sequence_parallel, layout.pp > 1, kinds
+    shards = _Key(model), layout.tp, tensor, layout.sequence_parallel, layout.pp > 1, kinds
     key = *shards, layout.dp * layout.cp, layout.zero1, layout.bucket_mb, precision, by_class
     if key not in _HELD:
         if len(_HELD) >= _MOST_HELD:
             _HELD.clear()
-        chunks, table = _tables(shards, model, layout, rank), dict[str, Shard]()
+        chunks, table = _tables(shards, model, layout, Coord(rank, 0, 0, tensor)), dict[str, Shard]()
         for here in chunks:
             table |= here
         sizes = tuple(sum(math.prod(shard.shape) for shard in here.values()) for here in chunks)
@@ -53,12 +63,11 @@ def held(model: ModelConfig, layout: Layout, counts: Sequence[int], rank: int, p
     return _HELD[key]
 
 
-def _tables(shards: Hashable, model: ModelConfig, layout: Layout, rank: int) -> tuple[dict[str, Shard], ...]:
-    """The parameters of each chunk of a pipeline rank."""
+def _tables(shards: Hashable, model: ModelConfig, layout: Layout, place: Coord) -> tuple[dict[str, Shard], ...]:
+    """The parameters of each chunk of a rank."""
     if shards not in _TABLES:
         if len(_TABLES) >= _MOST_TABLES:
             _TABLES.clear()
-        place = Coord(rank, 0, 0, 0)
         _TABLES[shards] = tuple(chunk_table(model, layout, place, chunk) for chunk in range(layout.virtual))
     return _TABLES[shards]
 

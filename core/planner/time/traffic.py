@@ -62,7 +62,8 @@ def message_bytes(model: ModelConfig, shape: Shape) -> int:
 
 def step_traffic(model: ModelConfig, layout: Layout, work: Work, rank: int) -> Traffic:
     """Messages of ``rank`` in a step without recomputation."""
-    shape, place = Shape.of(model, layout, work, OURS), layout.coord(rank).pp
+    shape, coord = Shape.of(model, layout, work, OURS), layout.coord(rank)
+    place = coord.pp
     block = block_traffic(model, layout, work, shape)
     total: Traffic = {}
     counts = [len(layers) for layers in stage_layers(layout, model)]
@@ -71,7 +72,7 @@ def step_traffic(model: ModelConfig, layout: Layout, work: Work, rank: int) -> T
             _add(total, part, counts[stage] * work.micro_batches)
         _add(total, ends_traffic(model, layout, shape, stage), work.micro_batches)
     _add(total, pipeline_bytes(layout, work.micro_batches, place, message_bytes(model, shape)), 1)
-    _add(total, held(model, layout, counts, place, work.precision, work.by_class).traffic, 1)
+    _add(total, held(model, layout, counts, place, work.precision, work.by_class, coord.tp).traffic, 1)
     return total
 
 

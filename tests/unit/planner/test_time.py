@@ -15,7 +15,7 @@ import pytest
 
 from telechat_twins.core import cli
 from telechat_twins.core.errors import UserError
-from telechat_twins.core.model.config import load_model_config
+from telechat_twins.core.model.config import ModelConfig, load_model_config
 from telechat_twins.core.parallel import schedule
 from telechat_twins.core.parallel.layout import parse_layout
 from telechat_twins.core.parallel.traffic import expected_traffic
@@ -99,15 +99,15 @@ def test_another_order_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [span.action for span in found[0]] != schedule.actions("1f1b", 4, 1, 6, 0)
 
 
-def differs(name: str, precision: str) -> list[str]:
+def differs(name: str, precision: str, model: ModelConfig = TINY) -> list[str]:
     layout = parse_layout(name)
     work = Work(seq_len=50, micro_batch=2, micro_batches=4, precision=precision)
     wrong = []
     for rank in range(layout.world):
         exact = expected_traffic(
-            TINY, layout, seq_len=50, micro_batch=2, micro_batches=4, rank=rank, precision=precision
+            model, layout, seq_len=50, micro_batch=2, micro_batches=4, rank=rank, precision=precision
         )
-        found = traffic.step_traffic(TINY, layout, work, rank)
+        found = traffic.step_traffic(model, layout, work, rank)
         wrong += [f"{name} {key}" for key in exact.keys() | found.keys() if exact.get(key) != found.get(key)]
     return wrong
 
@@ -115,6 +115,9 @@ def differs(name: str, precision: str) -> list[str]:
 def test_bytes_are_those_of_the_traffic_formulas(monkeypatch: pytest.MonkeyPatch) -> None:
     """On every rank, by operation and group, in calls and bytes; without the ring's last hop it would not be so."""
     assert [line for name in LAYOUTS for precision in ("fp32", "amp") for line in differs(name, precision)] == []
+    # Of a model with biases, tensor rank 0 has a bucket less than the others.
+    biased = dataclasses.replace(load_model_config("flm-16b"), num_layers=8)
+    assert differs("dp2.tp2.nosp.nozero", "fp32", biased) == differs("pp2.dp2.tp4.nosp", "bf16", biased) == []
     monkeypatch.setattr(traffic, "ring_bytes", lambda ring, elements, width: {("shift", "ring"): [3 * ring - 3, 1]})
     assert differs("ring2.tp2", "fp32")
 
@@ -247,6 +250,8 @@ def test_mistakes_are_named(capsys: pytest.CaptureFixture[str], tmp_path: Path) 
         (["--model", "telechat2-7b", "--tokens", "1e12"], "needs --machine"),
         (["--model", "telechat2-7b", "--fit"], "belongs to --validate"),
         (["--config", "configs/train/telechat2-7b-lora.yaml", "--machine", "h100-sxm"], "without lora"),
+        (["--model", "telechat2-7b", "--layout", "pp2.vpp2", "--micro-batches", "3"], "multiple of pp 2"),
+        (["--model", "telechat2-7b", "--layout", ""], "unknown part"),
     ):
         assert cli.main(["plan", *words]) == 2
         assert hint in capsys.readouterr().err
