@@ -27,11 +27,12 @@ def run(args: argparse.Namespace) -> int:
         run_config = None
         config, layout, mix = load_model_config(args.model), Layout(), {}
         settings = {"seq_len": config.max_seqlen}
-    if args.layout:
+    if args.layout is not None:
         layout = parse_layout(args.layout)
     names = ("seq_len", "micro_batch", "micro_batches", "precision", "recompute")
     settings |= {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     check_layout(layout, config)
+    _check_micro_batches(layout, settings)
     if args.recompute_lists is not None:
         if args.machine is not None:
             raise UserError("--recompute-lists: gives memory, and no time; leave --machine out, or give --recompute")
@@ -52,6 +53,17 @@ def run(args: argparse.Namespace) -> int:
         text = "\n".join([text, *lines])
     print(json.dumps(plan, indent=1) if args.json else "\n".join([text, *(_mix_text(mix) if mix else ())]))
     return 0
+
+
+def _check_micro_batches(layout: Layout, settings: JsonObject) -> None:
+    """UserError for a number of micro-batches that interleaving cannot schedule; where none is given, pp x virtual."""
+    count = settings.get("micro_batches", layout.stages)
+    if layout.virtual > 1 and count % layout.pp:
+        near = max(1, round(count / layout.pp)) * layout.pp
+        raise UserError(
+            f"--micro-batches: {layout.name} needs a multiple of pp {layout.pp} for interleaving, found {count}; "
+            f"give {near}"
+        )
 
 
 def _time(
