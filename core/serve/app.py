@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 
 from fastapi import FastAPI, Request
 from fastapi.responses import HTMLResponse, PlainTextResponse, Response
+from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp
 
@@ -39,6 +40,9 @@ def create_app(
     app = FastAPI(title="tele serve", docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False)
     _add_error_handlers(app)
     _add_state_routes(app, service, served, tenants)
+    for route in app.routes:
+        if isinstance(route, APIRoute) and route.methods and "GET" in route.methods:
+            route.methods.add("HEAD")  # load balancers ask so; the HTTP server sends no body
     _add_answer_routes(app, service, served, limits, tenants)
     return Guard(app, hosts)
 

@@ -330,6 +330,14 @@ def test_other_places_have_errors_of_the_same_form(server, method, path, status)
     assert (answer.status, answer.error["message"]) == (status, f"this server has no route {method} '{path}'")
 
 
+def test_head_is_answered_like_get_without_a_body(server):
+    for path in ("/", "/health", "/metrics", "/v1/models", f"/v1/models/{NAME}", "/v1/models/other"):
+        head, get = ask(server.port, path, method="HEAD"), ask(server.port, path)
+        assert (head.status, head.raw) == (get.status, b"")
+        assert head.headers["content-type"] == get.headers["content-type"]
+    assert ask(server.port, CHAT, method="HEAD").status == 405
+
+
 def test_only_json_is_read(server):
     for kind in ("text/plain", "application/x-www-form-urlencoded", ""):
         answer = ask(server.port, CHAT, chat_body(), headers={"Content-Type": kind})
