@@ -89,6 +89,11 @@ class ThoughtStream:
         self._held = ""  # white space and, perhaps, the beginning of the mark
         self._answering, self._begun = False, False
 
+    @property
+    def reasoning(self) -> bool:
+        """Whether the mark at the end of the reasoning has not come yet."""
+        return not self._answering
+
     def push(self, piece: str) -> list[str]:
         """What this piece makes certain: Thoughts, then plain text."""
         if self._answering:

@@ -73,7 +73,7 @@ def read_chat(body: JsonObject, served: Served, tenant: str = "") -> Draft:
     )
 
     def encode() -> AnswerJob:
-        writer = ChatWriter(served.tokenizer, bool(use.tools), layout.thinks(variables))
+        writer = ChatWriter(served.tokenizer, bool(use.tools), conversation.thinks)
         return AnswerJob((conversation.request(),), partial(ChoicesFrame, writer, include_usage), stream)
 
     return Draft(samples, encode)
@@ -113,10 +113,15 @@ class Conversation:
     param: str = "messages"
     limit: str = "max_tokens"
 
+    @property
+    def thinks(self) -> bool:
+        """Whether the answer begins with reasoning."""
+        return layout_of(self.served).thinks(self.variables)
+
     def request(self) -> Request:
         """The engine's request. ApiError for a prompt that is too long, and for a schema that cannot be enforced."""
         served, options = self.served, self.options
-        grammar = grammar_of(served, self.schema, self.use)
+        grammar = grammar_of(served, self.schema, self.use, self.thinks)
         ids = self._encode()
         return Request(
             prompt_ids=tuple(ids),
@@ -204,20 +209,28 @@ def read_messages(fields: Fields, found: list[object] | None, layout: ChatLayout
         inner.absent(("audio", "function_call"), UNSUPPORTED)
         inner.done()
         messages.append({"role": ROLES[role], "content": content})
-        if reasoning and "reasoning_content" in layout.reads:
+        if reasoning:
             messages[-1]["reasoning_content"] = reasoning
-        elif reasoning:
-            messages[-1]["content"] = THOUGHT.format(reasoning.strip("\n"), content or "")
         if calls:
             messages[-1]["tool_calls"] = [tool_call(f"{where}.tool_calls[{n}]", call) for n, call in enumerate(calls)]
         if calls:
             messages[-1]["call_ids"] = [call.get("id") for call in calls if isinstance(call, dict)]
         if role == "tool":
             messages[-1]["call_ids"] = [inner.text("tool_call_id")]
+    write_reasoning(messages, layout)
     order_results(messages, "messages")
     if not any(message["role"] == "user" for message in messages):
         fields.refuse("messages", "needs a message of role user, found none", "invalid_value")
     return messages
+
+
+def write_reasoning(messages: list[JsonObject], layout: ChatLayout) -> None:
+    """Put the reasoning of answers ("reasoning_content") in front of their texts, where the chat template does not read
+    it by itself."""
+    for message in messages:
+        if "reasoning_content" in message and "reasoning_content" not in layout.reads:
+            thought = message.pop("reasoning_content").strip("\n")
+            message["content"] = THOUGHT.format(thought, message["content"] or "")
 
 
 def order_results(messages: list[JsonObject], param: str) -> None:

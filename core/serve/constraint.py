@@ -118,8 +118,9 @@ def read_schema(fields: Fields) -> Schema:
     return schema
 
 
-def grammar_of(served: Served, schema: Schema | None, use: ToolUse) -> str | None:
+def grammar_of(served: Served, schema: Schema | None, use: ToolUse, thinking: bool = False) -> str | None:
     """The grammar of an answer; None where every text is allowed. ApiError names the schema that cannot be enforced.
+    ``thinking``: the answer begins with reasoning, which is free.
 
     Compiles the grammar, which may take some time.
     """
@@ -136,7 +137,7 @@ def grammar_of(served: Served, schema: Schema | None, use: ToolUse) -> str | Non
         places = use.forced or range(len(tools))
         functions = {str(tools[place]["function"]["name"]): _parameters(tools[place]) for place in places}
         calls = call_rules(functions, use.several, served.tokenizer)
-    grammar = answer_grammar(None if use.forced else schema, calls, served.tokenizer)
+    grammar = answer_grammar(None if use.forced else schema, calls, served.tokenizer, thinking)
     served.grammars.check(grammar)
     return grammar
 

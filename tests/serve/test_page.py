@@ -182,6 +182,47 @@ def test_the_conversation_outlives_a_reload(page: Browser, server: Running):
     assert again(page, server).texts(".turn") == [], "another program's value in its place"
 
 
+def test_settings_outlive_a_reload_and_are_seen_to(page: Browser, server: Running):
+    assert page.texts("#set") == ["Settings"]
+    page.click("summary")
+    page.type("#system", "Be kind.")
+    page.type("#temperature", "0.3")
+    page.type("#key", "secret")
+    assert page.texts("#set") == ["Settings (2 changed)"]
+    again(page, server)
+    assert page.texts("#set") == ["Settings (2 changed)"] and not page.visible("#system")
+    say(page, "hello")
+    assert idle(page)
+    asked = next(p for p in reversed(server.runner.prefixes) if p[-1] == 5)
+    assert "Be kind." in server.runner.tokenizer.decode(asked)
+    assert page.run("return document.getElementById('key').value") == "", "the key is not stored"
+
+
+def test_reasoning_is_shown_apart_and_not_sent_back(window: Browser):
+    def thoughtful(question: str) -> str:
+        return "Hm, <b>so</b>. " * 20 + ("" if question == "ponder" else f"\n</think>\n\nYou said: {question}")
+
+    with running(thoughtful, pause=0.01, thinking=True) as server:
+        opened(window, server)
+        say(window, "first")
+        assert window.until(lambda: 5 < len("".join(window.texts(".thought div"))) < 200), "it does not stream"
+        assert window.run("return document.querySelector('.thought').open")
+        assert idle(window)
+        (thought,) = window.texts(".thought div")
+        assert thought == ("Hm, <b>so</b>. " * 20).strip() and window.texts(".assistant") == ["You said: first"]
+        assert not window.run("return document.querySelector('.thought').open")
+        again(window, server)
+        assert window.texts(".thought div") == [thought]
+        say(window, "ponder")
+        assert idle(window)
+        asked = next(p for p in reversed(server.runner.prefixes) if p[-1 - server.runner.opening] == 5)
+        assert "Hm" not in server.runner.tokenizer.decode(asked)
+        assert window.texts(".error") == [] and len(window.texts(".thought div")) == 2, "reasoning alone is kept"
+        say(window, "third")
+        assert idle(window)
+        assert window.texts(".assistant") == ["You said: first", "", "You said: third"]
+
+
 def test_answers_are_made_anew_and_questions_edited(page: Browser, server: Running):
     for question in ("first", "second"):
         say(page, question)

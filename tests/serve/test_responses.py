@@ -113,7 +113,13 @@ def test_formats_and_forced_calls():
         ({"text": {"format": {"type": "xml"}}}, "text.format.type", "must be 'text', 'json_object'"),
         ({"tools": [{"type": "web_search"}]}, "tools[0]", "must be of type 'function', found 'web_search'"),
         ({"tools": TOOLS, "tool_choice": {"type": "function", "name": "g"}}, "tool_choice", "names 'g', which is not"),
-        ({"input": [{"type": "reasoning", "summary": []}]}, "input[0].type", "found 'reasoning'"),
+        ({"input": [{"type": "item_reference", "id": "x"}]}, "input[0].type", "found 'item_reference'"),
+        ({"input": [{"type": "reasoning", "summary": []}]}, "input[0].content", "expected the reasoning's text"),
+        (
+            {"input": [{"type": "reasoning", "content": "x", "encrypted_content": "y"}]},
+            "input[0].encrypted_content",
+            "cannot be read by this server",
+        ),
         ({"input": [{"role": "user", "content": [{"type": "input_image"}]}]}, "input[0].content", "reads text only"),
         ({"input": [{"role": "assistant", "content": "x"}]}, "input", "needs a message of role user"),
         (

@@ -97,10 +97,14 @@ class Replier(PlainRunner):
     """Answers the last question of a chat with ``reply(question)``, token for token, and an end; anything that is no
     chat with the fixed pseudo-random continuation of PlainRunner. Every step takes ``pause`` seconds."""
 
-    def __init__(self, reply: Callable[[str], str], pause: float = 0.0, num_pages: int = 513) -> None:
+    def __init__(
+        self, reply: Callable[[str], str], pause: float = 0.0, num_pages: int = 513, thinking: bool = False
+    ) -> None:
+        """``thinking``: the prompt opens <think>, and the reply goes on from there."""
         super().__init__(CHAT_CONFIG, num_pages=num_pages, page_size=16)
         self.reply, self.pause = reply, pause
         self.tokenizer = tiny_tokenizer(in_vocabulary=True)
+        self.opening = len(self.tokenizer.encode("<think>\n")) if thinking else 0
         self.failing: list[Exception] = []  # what the next steps raise
 
     def run(self, step: Step) -> np.ndarray:
@@ -115,6 +119,7 @@ class Replier(PlainRunner):
             return super().answer(prefix, lengths)
         begin = len(prefix) - prefix[::-1].index(control["<_bot>"])
         asked = prefix[: begin - 1]
+        begin += self.opening
         question = asked[len(asked) - asked[::-1].index(control["<_user>"]) :]
         text = self.reply(self.tokenizer.decode(question, skip_special=False))
         said = [*self.tokenizer.encode(text, allow_control=(TOOL_CALL, TOOL_CALL_END)), control["<_end>"]]

@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 import pytest
 from starlette.types import ASGIApp
 
-from telechat_twins.core.data.chat_layout import open_layout
+from telechat_twins.core.data.chat_layout import AUTO, THINKING, open_layout
 from telechat_twins.core.data.tokenizer import Tokenizer
 from telechat_twins.core.inference.decoding.settings import Settings
 from telechat_twins.core.inference.engine import Engine, EngineLimits
@@ -79,16 +79,18 @@ def running(
     reuse: bool = True,
     settings: Settings | None = None,
     adapters: tuple[str, ...] = (),
+    thinking: bool = False,
 ) -> Iterator[Running]:
-    """Serve until the block is left; ``narrow``: on connections that hold little.
+    """Serve until the block is left; ``narrow``: on connections that hold little; ``thinking``: the prompt opens
+    <think>.
 
     AssertionError when a page or a thread is left behind.
     """
-    runner = runner or Replier(reply, pause)
+    runner = runner or Replier(reply, pause, thinking=thinking)
     tokenizer = tokenizer or tiny_tokenizer(in_vocabulary=True)
     limits = EngineLimits(max_len=CONTEXT, max_running=max_running)
     service = Service(Engine(runner, tokenizer, reuse=reuse, limits=limits, adapters=len(adapters)), max_queue)
-    served = served_model(service.engine, tokenizer, max_prompt, max_new, settings, adapters)
+    served = served_model(service.engine, tokenizer, max_prompt, max_new, settings, adapters, thinking)
     app = create_app(service, served, HttpLimits(body=body, seconds=seconds), keys, hosts)
     with open_socket("127.0.0.1", 0) as opened:
         if narrow:
@@ -107,10 +109,11 @@ def served_model(
     max_new: int,
     settings: Settings | None = None,
     adapters: tuple[str, ...] = (),
+    thinking: bool = False,
 ) -> Served:
     """The tiny model as clients see it."""
     return Served(
-        layout=open_layout(tokenizer)[0],
+        layout=open_layout(tokenizer, THINKING if thinking else AUTO)[0],
         grammars=engine.grammars,
         settings=settings or Settings(),
         adapters=adapters,

@@ -18,7 +18,7 @@ from urllib.parse import unquote
 import numpy as np
 
 from telechat_twins.core.backends import install_command
-from telechat_twins.core.data.control import TOOL_CALL, TOOL_CALL_END
+from telechat_twins.core.data.control import THINK_END, TOOL_CALL, TOOL_CALL_END
 from telechat_twins.core.errors import UserError
 from telechat_twins.core.shown import printable
 from telechat_twins.core.types import JsonObject
@@ -174,14 +174,26 @@ class Constraint:
         return bool(self._matcher.is_stopped())
 
 
-def answer_grammar(schema: Schema | None, calls: str | None, tokenizer: Tokenizer) -> str:
+def answer_grammar(schema: Schema | None, calls: str | None, tokenizer: Tokenizer, thinking: bool = False) -> str:
     """The grammar of an answer: JSON of ``schema``, or tool calls by the rules ``calls`` (``call_rules``), or either
-    where both are given."""
+    where both are given. ``thinking``: the answer begins inside <think>, whose text is free."""
     ways = [way for way, given in (("json_value", schema), ("calls", calls)) if given is not None]
-    lines = [f"start: {_lead(tokenizer)}({' | '.join(ways)})"]
+    if thinking:
+        lines = [f"start: thought ({' | '.join(ways)})", *_thought(tokenizer)]
+    else:
+        lines = [f"start: {_lead(tokenizer)}({' | '.join(ways)})"]
     if schema is not None:
         lines.append(_json_rule("json_value", schema))
     return "\n".join([*lines, calls or ""]) + "\n"
+
+
+def _thought(tokenizer: Tokenizer) -> list[str]:
+    """The rule ``thought``: any text up to </think>, and the white space that the layout has behind it."""
+    if THINK_END in tokenizer.silent:
+        rules = [f"thought: FREE <[{tokenizer.silent[THINK_END]}]> GAP?", "FREE: /(?s:.*)/"]
+    else:
+        rules = ["thought: free GAP?", f"free[suffix={json.dumps(THINK_END)}]: /(?s:.*)/"]
+    return [*rules, r"GAP: /[ \n]{1,4}/"]
 
 
 def call_rules(functions: Mapping[str, Schema], several: bool, tokenizer: Tokenizer) -> str:

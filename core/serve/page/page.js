@@ -1,8 +1,9 @@
 const at = (id) => document.getElementById(id);
 const KEPT_TURNS = 500;
 const NUMBERS = ["temperature", "top_p", "top_k", "repetition_penalty", "seed"];
+const SETTINGS = ["system", "tokens", ...NUMBERS];
 // model: the name that requests give. cards: the server's models. turns: the conversation, {role, content} and for an
-// answer also {note, stats}. used: tokens of the context that the last answer and its prompt took. running: the
+// answer also {thought, note, stats}; a thought, with which some models begin, is shown and not sent back. used: tokens of the context that the last answer and its prompt took. running: the
 // AbortController of the answer that is being written. edited: the place of the question that is being edited.
 let model = "", cards = [], turns = [], used = 0, running = null, edited = null, language = "en";
 
@@ -25,10 +26,11 @@ function speak(next) {
     element.setAttribute("aria-label", say(element.dataset.label));
   showModel();
   showLeft();
+  showSettings();
   if (!running) render();
 }
 
-// ---- storage: the conversation and the language outlive a reload; the API key does not ----
+// ---- storage: the conversation, the settings and the language outlive a reload; the API key does not ----
 
 function recall(key) {
   try { return JSON.parse(localStorage.getItem("tele." + key)); } catch { return null; }
@@ -48,6 +50,13 @@ function restore() {
   if (found && Array.isArray(found.turns)) turns = found.turns.filter(known);
   used = found && Number.isFinite(found.used) ? found.used : 0;
   model = found && typeof found.model === "string" ? found.model : "";
+  const set = recall("settings") || {};
+  for (const name of SETTINGS) if (typeof set[name] === "string") at(name).value = set[name];
+}
+
+function keepSettings() {
+  keep("settings", Object.fromEntries(SETTINGS.map((name) => [name, at(name).value])));
+  showSettings();
 }
 
 // ---- what is shown ----
@@ -90,10 +99,23 @@ function message(turn, place, complete = true) {
   whole.setAttribute("aria-label", say(mine ? "you" : "assistant"));
   box.className = "turn " + turn.role;
   box.textContent = turn.content;
+  if (turn.thought) whole.append(thoughtBox(turn.thought, !turn.content));
   whole.append(box);
   if (complete) whole.append(actions(turn, place));
   append(whole);
   if (turn.note) show("note", say(turn.note));
+  return whole;
+}
+
+// What the model reasoned before it answered, folded away once the answer begins.
+function thoughtBox(text, open) {
+  const whole = document.createElement("details"), head = document.createElement("summary");
+  const box = document.createElement("div");
+  whole.className = "thought";
+  whole.open = open;
+  head.textContent = say("thought");
+  box.textContent = text;
+  whole.append(head, box);
   return whole;
 }
 
@@ -143,6 +165,12 @@ function showLeft() {
   at("left").textContent = found && used ? say("left", {n: count(left), all: count(found.max_model_len)}) : "";
   // The next question needs room, and its answer too.
   at("full").hidden = !(found && used && left < Math.max(8, found.max_model_len / 64));
+}
+
+// Settings that outlived a reload shall not act unseen.
+function showSettings() {
+  const n = SETTINGS.filter((name) => at(name).value.trim()).length;
+  at("set").textContent = n ? say("settingsSet", {n}) : say("settings");
 }
 
 function busy(now) {
@@ -238,6 +266,13 @@ async function* events(response) {
   }
 }
 
+// Add to what stands above an answer's box.
+function think(turn, box, text) {
+  if (!turn.thought) box.before(thoughtBox("", true));
+  turn.thought = (turn.thought || "") + text;
+  box.previousSibling.lastChild.append(text);
+}
+
 // The answer to the last question. Its text so far is in turn.content, also when it fails.
 async function stream(turn, box, signal) {
   let first = 0, pieces = 0, reason = null, usage = null;
@@ -248,12 +283,15 @@ async function stream(turn, box, signal) {
     const choice = event.choices[0];
     if (!choice) continue;
     reason = choice.finish_reason || reason;
-    if (!choice.delta.content) continue;
+    const {content, reasoning_content: thought} = choice.delta;
+    if (!content && !thought) continue;
     first = first || performance.now();
     pieces += 1;
     const down = nearEnd();
-    turn.content += choice.delta.content;
-    box.append(choice.delta.content);
+    if (thought) think(turn, box, thought);
+    if (content && !turn.content && turn.thought) box.previousSibling.open = false;
+    turn.content += content || "";
+    if (content) box.append(content);
     if (down) follow();
   }
   if (usage) {
@@ -270,7 +308,7 @@ async function answer(before) {
   const stopper = running = new AbortController();
   const turn = {role: "assistant", content: ""};
   render();
-  const box = message(turn, turns.length, false).firstChild;
+  const box = message(turn, turns.length, false).lastChild;
   box.classList.add("running");
   follow();
   busy(true);
@@ -283,7 +321,7 @@ async function answer(before) {
   if (running !== stopper) return;  // a new chat has begun
   running = null;
   if (stopper.signal.aborted) turn.note = "stopped";
-  if (turn.content) {
+  if (turn.content || turn.thought) {
     turns.push(turn);
   } else if (failed || stopper.signal.aborted) {
     // No answer has begun: the question does not join the conversation and can be sent again.
@@ -298,7 +336,7 @@ async function answer(before) {
   keepTalk();
   render();
   if (failed) show("error", failed.message);
-  else if (!turn.content) show("note", say(turn.note || "empty"));
+  else if (!turn.content && !turn.thought) show("note", say(turn.note || "empty"));
   else at("news").textContent = say("done");
   showLeft();
   if (failed && failed.code === "context_length_exceeded") at("full").hidden = false;
@@ -371,6 +409,7 @@ document.addEventListener("keydown", (event) => {
   else if (edited !== null) at("cancel").click();
 });
 at("question").addEventListener("input", fit);
+at("settings").addEventListener("input", keepSettings);
 at("settings").addEventListener("submit", (event) => event.preventDefault());
 at("stop").addEventListener("click", () => { if (running) running.abort(); });
 at("cancel").addEventListener("click", () => { endEdit(); at("question").value = ""; fit(); at("question").focus(); });

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
+from typing import TYPE_CHECKING
 
 from telechat_twins.core.inference.decoding.grammar import ANY_OBJECT, Schema
 from telechat_twins.core.serve.chat import (
@@ -16,6 +17,7 @@ from telechat_twins.core.serve.chat import (
     layout_of,
     order_results,
     tool_call,
+    write_reasoning,
 )
 from telechat_twins.core.serve.constraint import ToolUse, read_schema, read_tools
 from telechat_twins.core.serve.errors import ApiError, shown
@@ -24,7 +26,10 @@ from telechat_twins.core.serve.job import AnswerJob, Draft, Served, read_options
 from telechat_twins.core.serve.responses.frame import ResponseFrame
 from telechat_twins.core.types import JsonObject
 
-TEXTS = ("input_text", "output_text", "text")
+if TYPE_CHECKING:
+    from telechat_twins.core.data.chat_layout import ChatLayout
+
+TEXTS = ("input_text", "output_text", "reasoning_text", "text")
 STATELESS = "is not supported: this server stores no responses; send the whole conversation as input"
 # Fields of the API that are not honoured, with the values at which they ask for nothing.
 NEUTRAL: JsonObject = {
@@ -62,7 +67,7 @@ def read_response(body: JsonObject, served: Served, tenant: str = "") -> Draft:
     conversation = Conversation(
         served=served,
         options=options,
-        messages=read_input(fields, found, instructions),
+        messages=read_input(fields, found, instructions, layout),
         use=use,
         schema=schema,
         variables=variables,
@@ -83,7 +88,8 @@ def read_response(body: JsonObject, served: Served, tenant: str = "") -> Draft:
     }
 
     def encode() -> AnswerJob:
-        return AnswerJob((conversation.request(),), partial(ResponseFrame, bool(use.tools), echo), stream)
+        frame = partial(ResponseFrame, bool(use.tools), conversation.thinks, echo)
+        return AnswerJob((conversation.request(),), frame, stream)
 
     return Draft(1, encode)
 
@@ -133,9 +139,9 @@ def _read_tools(fields: Fields) -> ToolUse:
     return read_tools(Fields({"tools": tools or None, "tool_choice": choice, "parallel_tool_calls": several}))
 
 
-def read_input(fields: Fields, found: object, instructions: str | None) -> list[JsonObject]:
+def read_input(fields: Fields, found: object, instructions: str | None, layout: ChatLayout) -> list[JsonObject]:
     """``instructions`` and the items of ``input`` as messages of core.data.chat_template. Calls that follow an
-    assistant's message, or each other, belong to one message."""
+    assistant's message, or each other, belong to one message, and so does the reasoning before them."""
     items = [{"role": "user", "content": found}] if isinstance(found, str) else found
     if not isinstance(items, list) or not items:
         fields.refuse("input", f"expected a string or a list of items, found {shown(found)}", "invalid_type")
@@ -145,6 +151,7 @@ def read_input(fields: Fields, found: object, instructions: str | None) -> list[
         if not isinstance(item, dict):
             raise ApiError(400, f"{where}: expected an object, found {shown(item)}", where, "invalid_type")
         _add_item(Fields(item, where), messages)
+    write_reasoning(messages, layout)
     order_results(messages, "input")
     if not any(message["role"] == "user" for message in messages):
         fields.refuse("input", "needs a message of role user, found none", "invalid_value")
@@ -163,7 +170,19 @@ def _add_item(item: Fields, messages: list[JsonObject]) -> None:
             item.refuse("role", f"{shown(role)} is not one of user, assistant, system, developer", "invalid_value")
         if ROLES[role] == "system" and messages:
             item.refuse("role", "a system message must be the first item, without instructions", "invalid_value")
-        messages.append({"role": ROLES[role], "content": _text(item, "content")})
+        content = _text(item, "content")
+        if role == "assistant" and last.get("reasoning_content") and last["content"] is None and "call_ids" not in last:
+            last["content"] = content
+        else:
+            messages.append({"role": ROLES[role], "content": content})
+    elif kind == "reasoning":
+        if item.text("encrypted_content"):
+            item.refuse("encrypted_content", "cannot be read by this server; leave the item out")
+        item.list("summary")
+        if item.any("content") is None:
+            item.refuse("content", "expected the reasoning's text, found none; leave the item out", "invalid_value")
+        thought = _text(item, "content")
+        messages.append({"role": "assistant", "content": None, "reasoning_content": thought})
     elif kind == "function_call":
         number = item.text("call_id")
         call = {"name": item.text("name"), "arguments": item.text("arguments")}
@@ -180,7 +199,7 @@ def _add_item(item: Fields, messages: list[JsonObject]) -> None:
     else:
         item.refuse(
             "type",
-            f"must be 'message', 'function_call' or 'function_call_output', found {shown(kind)}",
+            f"must be 'message', 'reasoning', 'function_call' or 'function_call_output', found {shown(kind)}",
             "unsupported_parameter",
         )
     item.done()
