@@ -281,6 +281,8 @@ def _print_reading(args: argparse.Namespace, reading: Reading) -> None:
         print(f"context: {reading.context} answers of weight 0 are shown to the model and not learnt")
     if reading.unanswered:
         print(f"nothing to learn: {reading.unanswered} rows have no answer")
+    for what, (count, first) in reading.noticed.items():
+        print(f"look at: {count} {what} (first: {printable(first)})")
     if reading.named:
         print(f"left out: the speaker's name of {reading.named} messages, for which the chat layout has no place")
     if reading.left_out:

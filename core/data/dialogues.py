@@ -72,6 +72,7 @@ def parse_dialogue(
     called = any(m.get("tool_calls") or m["role"] == "tool" for m in messages)
     tool = flag(row, "tool", bool(tools) or called, where)
     reading.without_system += system is None
+    reading.notice_empty(messages, where)
     reading.unanswered += not any(m["role"] in ANSWERS and m.get("weight", 1) for m in messages)
     return Dialogue(
         where,
@@ -140,7 +141,8 @@ def _query(slots: Slots, reading: Reading) -> _Read:
 
 
 def _completion(slots: Slots, reading: Reading) -> _Read:
-    return None, [*prompt_messages(slots, reading), *answer_messages(slots, "answer", reading)]
+    earlier = history_of(slots, reading)
+    return None, [*earlier, *prompt_messages(slots, reading), *answer_messages(slots, "answer", reading)]
 
 
 def prompt_messages(slots: Slots, reading: Reading) -> list[JsonObject]:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
 
+from telechat_twins.core.data.kinds.turns import order_of_results
 from telechat_twins.core.errors import UserError
 from telechat_twins.core.inference.decoding.grammar import Schema
 from telechat_twins.core.inference.requests import Event, Request, turn_stops
@@ -244,16 +245,11 @@ def order_results(messages: list[JsonObject], param: str) -> None:
         while end < len(messages) and messages[end]["role"] == "tool":
             end += 1
         given = [ids[n][0] for n in range(place + 1, end)]
-        if len(set(calls)) < len(calls) or None in given:
-            continue  # told apart by their order alone
-        if strange := [one for one in given if one not in calls]:
-            raise ApiError(400, f"{param}: {shown(strange[0])} is the id of no call before it", param, "invalid_value")
-        order = sorted(range(len(given)), key=lambda n: calls.index(given[n]))
+        try:
+            order = order_of_results(calls, given)
+        except ValueError as error:
+            raise ApiError(400, f"{param}: {error}", param, "invalid_value") from None
         messages[place + 1 : end] = [messages[place + 1 + n] for n in order]
-        for wanted, found in zip(calls, (given[n] for n in order), strict=False):
-            if wanted != found:
-                message = f"the result of the call {shown(wanted)} is missing or there twice; give one of each call"
-                raise ApiError(400, f"{param}: {message}", param, "invalid_value")
 
 
 def _reasoning(fields: Fields, answer: bool) -> str | None:

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from telechat_twins.core.data.chat_template import tool_arguments
 from telechat_twins.core.data.kinds.fields import json_list, listed, refuse_ignored, refuse_unread, text
 from telechat_twins.core.data.kinds.table import HARMLESS_OF_MESSAGE, is_empty
+from telechat_twins.core.data.kinds.turns import JOINS, whole_turns
 from telechat_twins.core.errors import UserError
 from telechat_twins.core.files.foreign import parse_value
 from telechat_twins.core.shown import shown
@@ -31,7 +32,7 @@ ANSWERS = ("assistant", "bot")
 REASONING = ("refuse", "think", "leave-out")
 
 _SPEAKER, _WORDS = ("role", "from"), ("content", "value")
-_WEIGHTS = ("weight", "loss", "train")
+_WEIGHTS = ("weight", "loss", "train", "training")
 _REASONS = ("reasoning_content", "reasoning", "thinking")
 _OF_ANSWER = ("tool_calls", "function_call", *_WEIGHTS, *_REASONS)
 _PART_TEXTS = {"text": "text", "input_text": "text", "output_text": "text"}
@@ -45,7 +46,8 @@ class Reading:
     ``ignore``: keys to leave out. ``reasoning``: one of REASONING, for an assistant's reasoning beside its answer.
     ``left_out``: harmless keys that were met. ``named``: messages with a speaker's name, which the layout has no place
     for. ``kinds``: rows of each kind. ``without_system``: rows that get the layout's own system text. ``context``:
-    answers of weight 0. ``unanswered``: dialogues without an answer to learn.
+    answers of weight 0. ``unanswered``: dialogues without an answer to learn. ``noticed``: what is read as it
+    stands, though hardly meant -> (how many, where the first is).
     """
 
     ignore: frozenset[str] = frozenset()
@@ -57,20 +59,29 @@ class Reading:
     without_system: int = 0
     context: int = 0
     unanswered: int = 0
+    noticed: dict[str, tuple[int, str]] = field(default_factory=dict)
+
+    def notice(self, what: str, where: str) -> None:
+        """Count something that stands at ``where``."""
+        count, first = self.noticed.get(what, (0, where))
+        self.noticed[what] = count + 1, first
+
+    def notice_empty(self, messages: Sequence[JsonObject], where: str) -> None:
+        """Count questions without text, and answers without text and calls."""
+        for message in messages:
+            if (message["content"] or "").strip() or message.get("tool_calls"):
+                continue
+            if message["role"] == "user":
+                self.notice("questions hold no text", where)
+            elif message["role"] in ANSWERS:
+                self.notice("answers hold no text, and teach a model to say nothing", where)
 
 
 def read_messages(value: object, name: str, where: str, reading: Reading) -> list[JsonObject]:
     """The messages of a list, called ``name`` in messages of errors. UserError for what is malformed or not read."""
-    messages: list[JsonObject] = []
-    calls: list[JsonObject] = []  # those that the results below answer, one after another
-    for n, given in enumerate(json_list(value, name, where)):
-        for message in _read(given, f"{name}[{n}]", where, reading):
-            if message["role"] == "tool":
-                _check_result(message, calls.pop(0) if calls else {}, f"{name}[{n}]", where)
-            else:
-                calls = list(message.get("tool_calls", ()))
-            messages.append(message)
-    return messages
+    given = enumerate(json_list(value, name, where))
+    read = ((one, f"{name}[{n}]") for n, said in given for one in _read(said, f"{name}[{n}]", where, reading))
+    return whole_turns(read, where)
 
 
 def with_system(
@@ -114,7 +125,7 @@ def _read(value: object, name: str, where: str, reading: Reading) -> list[JsonOb
         return [{"role": "user", "content": asked}, {"role": "assistant", "content": said}]
     speaker, words = _spelling(value, name, where)
     assert isinstance(value, dict)
-    role = ROLES.get(value[speaker])
+    role = ROLES.get(value[speaker]) or ROLES.get(value[speaker].strip().lower())
     if role is None:
         raise UserError(f"{where}: '{name}.{speaker}' is {shown(value[speaker])}; legal: {', '.join(ROLES)}")
     return [_message(value, role, (speaker, words), name, where, reading)]
@@ -146,7 +157,7 @@ def _message(
     if role == CALL:
         calls = enumerate(_calls_in(given[words], name, words, where))
         made = [_call(call, n, f"{name}.{words}", where, reading) for n, call in calls]
-        message = {"role": "assistant", "content": "", "tool_calls": made}
+        message = {"role": "assistant", "content": "", "tool_calls": made, JOINS: True}
     elif role in ANSWERS:
         message |= _answer(given, words, name, where, reading)
     else:
@@ -222,6 +233,10 @@ def _content(value: object, name: str, where: str) -> str:
     """Text, or the texts of a list of parts, one after another."""
     if not isinstance(value, list):
         return text(value, name, where)
+    if len(value) > 1 and all(isinstance(part, str) for part in value):
+        raise UserError(
+            f"{where}: '{name}' is a list of {len(value)} texts, which may be alternatives; choose one, or join them"
+        )
     texts = []
     for n, part in enumerate(value):
         if isinstance(part, str):
@@ -245,19 +260,9 @@ def _calls_in(value: object, name: str, words: str, where: str) -> list[object]:
             raise UserError(
                 f"{where}: '{name}.{words}' must be a call as JSON, {{name, arguments}} ({reason})"
             ) from None
+    if value in (None, [], {}):
+        raise UserError(f"{where}: '{name}.{words}' holds no call; leave the message out")
     return value if isinstance(value, list) else [value]
-
-
-def _check_result(message: JsonObject, call: JsonObject, name: str, where: str) -> None:
-    """The layout gives results no names: they belong to the calls by their order alone, which names may contradict."""
-    for key, wanted in (("tool_call_id", call.get("id")), ("name", call.get("name"))):
-        given = message.pop(key, None)
-        if given is not None and given != wanted and not (wanted is None and key == "tool_call_id" and call):
-            expected = f"{wanted!r}" if wanted is not None else "no call"
-            raise UserError(
-                f"{where}: '{name}.{key}' is {given!r}, but in its place {expected} is answered; results must stand "
-                "in the order of their calls"
-            )
 
 
 def _call(value: object, place: int, name: str, where: str, reading: Reading) -> JsonObject:

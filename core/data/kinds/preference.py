@@ -18,7 +18,7 @@ from telechat_twins.core.data.dialogues import (
     system_of,
     tools_of,
 )
-from telechat_twins.core.data.kinds.fields import json_or_text, refuse_unread
+from telechat_twins.core.data.kinds.fields import json_or_text, refuse_unread, text
 from telechat_twins.core.data.kinds.judged import read_slots
 from telechat_twins.core.data.kinds.messages import ANSWERS, Reading, read_messages, read_tools, with_system
 from telechat_twins.core.data.kinds.table import PREFERENCE, Slots
@@ -59,7 +59,13 @@ def parse_preference(row: JsonObject, where: str, reading: Reading) -> Pair:
         raise UserError(f"{where}: no prompt; give it as {names}, or as messages at the beginning of both answers")
     for slot, answer in (("chosen", chosen), ("rejected", rejected)):
         with_system(answer, "", slots.name(slot), where)
+        if not any(message["role"] in ANSWERS and message.get("weight", 1) for message in answer):
+            raise UserError(f"{where}: '{slots.name(slot)}' has weight 0, but the answers of a pair are what is learnt")
+    if _said(chosen) == _said(rejected):
+        reading.notice("pairs have the same answer twice, and teach nothing", where)
     reading.without_system += system is None
+    for part in (prompt, chosen, rejected):
+        reading.notice_empty(part, where)
     sides = [
         Dialogue(where, [*prompt, *answer], system, tools, multiturn=len(prompt) > 1) for answer in (chosen, rejected)
     ]
@@ -78,7 +84,8 @@ def _prompt(slots: Slots, reading: Reading) -> tuple[list[JsonObject], list[obje
             raise UserError(f"{slots.where}: '{slots.name('tools')}' and '{name}.tools' both hold tools; leave one out")
         return _as_context(messages), tools or inner
     if "prompt" not in slots:
-        return history_of(slots, reading), tools
+        asked = [{"role": "user", "content": text(given, slots.name("input"), slots.where)}] if "input" in slots else []
+        return [*_as_context(history_of(slots, reading)), *asked], tools
     if "input" in slots:
         question = [{"role": "user", "content": instructed(slots, "prompt")}]
         return [*_as_context(history_of(slots, reading)), *question], tools

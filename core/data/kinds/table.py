@@ -78,7 +78,7 @@ KINDS: dict[str, Kind] = {
         Kind(
             "completion",
             DIALOGUE,
-            {"prompt": ("prompt",), "answer": ("completion", "response", "answer", "output"), **_SETTING},
+            {"prompt": ("prompt",), "answer": ("completion", "response", "answer", "output"), **_HISTORY, **_SETTING},
             (("prompt", "answer"),),
         ),
         Kind(
@@ -130,7 +130,8 @@ message_id thread_id doc_id docid ids __index_level_0__ hash md5 sha sha1 sha256
 source sources src origin data_source dataset dataset_name data_name corpus subset split config file file_name
 filename file_path filepath path url uri link repo repo_name domain dump crawl license licence copyright citation
 lang language languages language_score lang_score script locale
-category categories subcategory topic topics task task_name task_type type_of_task tag tags label_source difficulty
+category categories subcategory topic topics task task_name task_type type_of_task type kind tag tags label_source
+difficulty
 level grade subject
 date time timestamp created created_at created_time create_time updated_at added version revision
 meta metadata meta_data stats
@@ -258,8 +259,8 @@ def _wanted(kind: Kind) -> str:
 
 def _is_a(kind: Kind) -> str:
     return {
-        TEXT: "a text, not a dialogue",
-        DIALOGUE: "a dialogue, not a text",
+        TEXT: "a text",
+        DIALOGUE: "a dialogue",
         PREFERENCE: "a pair of a chosen and a rejected answer",
         TEACHER: f"a teacher's {kind.name}",
     }[kind.use]

@@ -98,11 +98,12 @@ def _answer(slots: Slots, choices: list[tuple[str, str]]) -> int:
         found = {value} if 0 <= value < len(choices) else set()
     elif isinstance(value, str):
         word = value.strip()
-        found = {n for n, label in enumerate(labels) if label == word} | {
-            n for n, said in enumerate(texts) if said == value
-        }
-        if not found and word.isascii() and word.isdigit() and int(word) < len(choices):
-            found = {int(word)}
+        found = {n for n, label in enumerate(labels) if label == word}
+        numbered = bool(found) and word.isdigit()  # the row's own labels, as in ARC; a number says nothing else then
+        if not numbered:
+            found |= {n for n, said in enumerate(texts) if said == value}
+        if not numbered and word.isascii() and word.isdigit() and int(word) < len(choices):
+            found.add(int(word))
     else:
         raise UserError(f"{where}: '{name}' must be a number or text, found {found_type(value)}")
     if len(found) != 1:

@@ -167,7 +167,7 @@ def test_malformed_rows_are_named_by_file_and_line(tmp_path):
         ('{"txt": "a"}', "rows.jsonl:3: expected text in field 'text'; keys found: txt"),
         ('{"text": 5}', "rows.jsonl:3: expected text in field 'text'"),
         ('{"text": "a\\ud800"}', "rows.jsonl:3: not valid JSON (an unpaired surrogate escape)"),
-        ('{"dialog": []}', "rows.jsonl:3: a dialogue, not a text; pack dialogues with --sft"),
+        ('{"dialog": []}', "rows.jsonl:3: a dialogue; pack dialogues with --sft"),
         ("[" * 100000, "rows.jsonl:3: not valid JSON"),
         (
             '{"text": "a", "n": ' + "9" * 5000 + "}",
@@ -194,7 +194,7 @@ def test_malformed_dialogues_are_named_by_file_and_line(tmp_path):
         ({"dialog": [turn], "system": 3}, "'system' must be text"),
         ({"messages": [turn], "tools": "[1"}, "'tools' is text but not a JSON list"),
         ({"input": "a", "output": None}, "'output' must be text"),
-        ({"text": "a"}, "a text, not a dialogue"),
+        ({"text": "a"}, "a text"),
         ({"question": "a"}, "a row of no kind that is read: dialog (dialog); messages (messages)"),
     ]
     for variant in ("plain", "deepspeed", "mindformers"):

@@ -204,10 +204,11 @@ def test_results_stand_in_the_order_of_their_calls() -> None:
     row = dialogue(messages=[ASKED, said, *results, SAID])
     assert [set(m) for m in row.messages[2:4]] == [{"role", "content"}] * 2
     for wrong, says in (
-        ([ASKED, said, *results[::-1], SAID], r"'messages\[2\].tool_call_id' is 'b', but in its place 'a'"),
+        ([ASKED, said, results[1]], r"'messages\[2\].tool_call_id': the result of the call 'a' is missing"),
         ([ASKED, said, {**results[0], "name": "g"}], r"'messages\[2\].name' is 'g', but in its place 'f'"),
-        ([ASKED, results[0]], r"'messages\[1\].tool_call_id' is 'a', but in its place no call"),
-        ([ASKED, said, *results, results[0]], r"'messages\[4\].tool_call_id' is 'a', but in its place no call"),
+        ([ASKED, results[0]], r"'messages\[1\].tool_call_id': 'a' is the id of no call before it"),
+        ([ASKED, said, *results, results[0]], r"the result of the call 'b' is missing or there twice"),
+        ([ASKED, said, *results, results[1]], r"the result of the call 'b' is missing or there twice"),
     ):
         with pytest.raises(UserError, match=says):
             dialogue(messages=wrong)

@@ -132,7 +132,7 @@ def test_transcripts_are_taken_apart() -> None:
         ({"prompt": ASKED, "chosen": GOOD, "rejected": 3}, "'rejected' must be text, found int"),
         ({"prompt": ASKED, "chosen": GOOD, "rejected": GOOD}, "same"),
         ({"prompt": ASKED, "chosen": GOOD, "rejected": "bad " * 200}, "at most 400 fit"),
-        ({"query": ASKED, "response": GOOD}, "a dialogue, not a text; pack dialogues with --sft"),
+        ({"query": ASKED, "response": GOOD}, "a dialogue; pack dialogues with --sft"),
         ({"input": {"messages": [USER], "n": 1}, "chosen": GOOD, "rejected": BAD}, "key 'input.n' is not read"),
     ],
 )
@@ -200,7 +200,7 @@ def test_propositions_end_with_their_class(tmp_path: Path, capsys: pytest.Captur
         ({"text": "a", "label": "maybe"}, "'label' must be true or false (also 1 or 0, yes or no), found 'maybe'"),
         ({"text": "", "label": 1}, "'text' is empty; a proposition needs a text"),
         ({"text": "a", "label": 1, "weight": 2}, "key 'weight' is not read"),
-        ({"text": "a"}, "a text, not a dialogue; pack texts without --sft"),
+        ({"text": "a"}, "a text; pack texts without --sft"),
         ({"question": "q", "choices": ["x", "y"], "answer": 2}, "which names none of the choices; legal: 0 to 1, A, B"),
         ({"question": "q", "choices": ["x", "x"], "answer": "x"}, "which names several of the choices"),
         ({"question": "q", "choices": ["x"], "answer": 0}, "must hold two choices or more, found 1"),
