@@ -120,7 +120,7 @@ def run(args: argparse.Namespace) -> int:
     if args.show is not None and args.out is None and args.tokenizer is None:
         return _show_packed(args)
     _check(args)
-    for note in skipped_inputs(args.inputs):
+    for note in skipped_inputs(args.inputs, rows=_use(args) != TEXT):
         print(f"note: {note}", file=sys.stderr)
     control = args.control or ("mindformers" if args.sft == "mindformers" else "auto")
     # Packed ids feed an embedding, so a control token beyond the vocabulary must not be made here.

@@ -40,7 +40,7 @@ def read_rows(path: Path, on_bytes: OnBytes | None = None, encoding: str = UTF8)
 
 def row_files(inputs: Sequence[str | Path], what: str) -> list[Path]:
     """The inputs that paths name, all of which must hold rows; ``what`` is made of them."""
-    files = find_inputs(inputs)
+    files = find_inputs(inputs, rows=True)
     for file in files:
         if not form_of(file).holds_rows:
             kinds = " ".join(suffix for suffix in SUFFIXES if form_of(Path("x" + suffix)).holds_rows)

@@ -7,10 +7,12 @@ never be drawn, and training takes them out of the softmax (``ModelConfig.vocab_
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 
 from telechat_twins.core.config import RunConfig
 from telechat_twins.core.errors import UserError
 from telechat_twins.core.model.config import ModelConfig
+from telechat_twins.core.shown import shown
 
 _ROWS = 64  # of padding, which even a small vocabulary may have
 _SHARE = 8  # a vocabulary may be padded by one part in so many before the tokenizer looks like another model's
@@ -22,11 +24,14 @@ def most_padding(rows: int, pieces: int, own: bool) -> int:
     return pieces if own else max(_ROWS, rows // _SHARE)
 
 
-def fit_vocabulary(config: ModelConfig, pieces: int, own: bool) -> tuple[ModelConfig, str | None]:
+def fit_vocabulary(
+    config: ModelConfig, pieces: int, own: bool, added: Mapping[str, int | None] | None = None
+) -> tuple[ModelConfig, str | None]:
     """``config`` with ``vocab_tokens`` set where a tokenizer of so many pieces leaves padding rows, and a note on it.
 
     Unchanged, without a note, where the config itself sets ``vocab_tokens`` and where the tokenizer does not fit:
-    then ``num_tokens`` differs from ``pieces``, which the caller refuses.
+    then ``num_tokens`` differs from ``pieces``, which the caller refuses. ``added``: name -> id of tokens that files
+    beside the tokenizer add (core.data.encoders.special); UserError for one whose row would be taken for padding.
     """
     padding = config.vocab_size - pieces
     ids = (config.bos_token_id, config.filler_id, *config.stop_ids)
@@ -34,6 +39,12 @@ def fit_vocabulary(config: ModelConfig, pieces: int, own: bool) -> tuple[ModelCo
         return config, None
     if max(ids) >= pieces:
         return config, None
+    for name, index in (added or {}).items():
+        if index is not None and pieces <= index < config.vocab_size:
+            raise UserError(
+                f"tokenizer: {shown(name)} was added with id {index}, behind the {pieces} pieces that are read, so its "
+                "row is no padding; give the tokenizer.json that holds it, which transformers writes"
+            )
     return dataclasses.replace(config, vocab_tokens=pieces), (
         f"the vocabulary has {config.vocab_size} rows and the tokenizer {pieces} pieces: the last {padding} rows are "
         "padding and are never predicted (model.vocab_tokens)"

@@ -125,10 +125,10 @@ def without_padding(config: ModelConfig, path: str | Path | None, own: bool) -> 
     if path is None:
         return config
     try:
-        pieces = load_tokenizer(path, control="none").vocab_size
+        tokenizer = load_tokenizer(path, control="none")
     except UserError:
         return config  # where text is needed, load_model refuses this tokenizer; without text it is no obstacle
-    config, note = fit_vocabulary(config, pieces, own)
+    config, note = fit_vocabulary(config, tokenizer.vocab_size, own, tokenizer.special.added)
     if note is not None:
         print(f"note: {note}", file=sys.stderr)
     return config

@@ -69,7 +69,7 @@ def run(args: argparse.Namespace) -> int:
     check_encoding(args.encoding)
     if args.out is not None:
         writable_file(args.out, "--out")
-    for note in skipped_inputs(args.files):
+    for note in skipped_inputs(args.files, rows=True):
         print(f"note: {note}", file=sys.stderr)
     files = row_files(args.files, "propositions")
     model = load_model(args, "a proposition", {} if args.adapter is None else {"": args.adapter})

@@ -72,6 +72,8 @@ class LibraryTokenizer:
         self._library = library
         self._library.no_padding()
         self._library.no_truncation()
+        if getattr(self._library.model, "dropout", None):
+            self._library.model.dropout = None  # of BPE's training: it leaves merges out at random
         self._library.encode_special_tokens = True  # names of special tokens in text are text
         vocabulary: dict[str, int] = library.get_vocab(with_added_tokens=True)
         if not vocabulary:

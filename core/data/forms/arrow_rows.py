@@ -6,6 +6,7 @@ What such columns do to a row, and what is made of it here:
   are left out. A null that a tool call's argument really had cannot be told from them.
 - Columns of mixed types hold JSON text (extension type ``arrow.json``), also deep inside of others; it is parsed. There
   datasets stores the text "12" as 12: a number or a truth value that is a message's text is given back as written.
+- A map is an object; datasets and other tools store them where keys differ from row to row.
 - Columns of dates hold timestamps; these stay objects that no reader takes for text.
 """
 
@@ -20,6 +21,7 @@ from telechat_twins.core.data.forms.formats import STATE
 from telechat_twins.core.data.forms.streams import OnBytes, RowAt, damage_of, missing
 from telechat_twins.core.errors import UserError
 from telechat_twins.core.files.foreign import load_json, parse_value
+from telechat_twins.core.shown import printable
 from telechat_twins.core.types import JsonObject
 
 _TEXTS = ("content", "value", "text")
@@ -129,8 +131,10 @@ class _Batches:
 
 def _rows(batch: Any, arrow: Any, where: str) -> list[JsonObject]:
     fields = [(field.name, field.type, _holds_json(field.type, arrow)) for field in batch.schema]
+    if twice := [name for name in batch.schema.names if batch.schema.names.count(name) > 1]:
+        raise UserError(f"{where}: two columns are named '{printable(twice[0], 80)}'; rename one")
     batch.validate(full=True)  # offsets and text of altered files, on which the library would otherwise rely
-    rows: list[JsonObject] = batch.to_pylist()
+    rows: list[JsonObject] = batch.to_pylist(maps_as_pydicts="strict")
     for row in rows:
         for name, kind, mixed in fields:
             row[name] = _plain(row[name], name, kind if mixed else None, where)
@@ -151,7 +155,7 @@ def _plain(value: object, key: str, kind: Any, where: str) -> object:
         members = {}
         for name, member in value.items():
             if member is not None:
-                members[name] = _plain(member, name, kind.field(name).type if kind is not None else None, where)
+                members[name] = _plain(member, name, _member_type(kind, name), where)
         return members
     if isinstance(value, list):
         inner = kind.value_type if kind is not None else None
@@ -160,6 +164,13 @@ def _plain(value: object, key: str, kind: Any, where: str) -> object:
         parsed = _parsed(str(value), where)
         return value if key in _TEXTS and isinstance(parsed, int | float) else parsed
     return value
+
+
+def _member_type(kind: Any, name: str) -> Any:
+    """The type of a member of a struct, or of a map, whose members all have one."""
+    if kind is None:
+        return None
+    return kind.item_type if hasattr(kind, "item_type") else kind.field(name).type
 
 
 def _parsed(value: str, where: str) -> object:

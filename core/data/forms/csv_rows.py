@@ -80,6 +80,11 @@ def csv_rows(path: Path, on_bytes: OnBytes | None = None, encoding: str = UTF8) 
 def _names(cells: list[str], where: str) -> list[str]:
     if cells[0].lstrip().startswith(("{", "[")):
         raise UserError(f"{where}: holds JSON rows, not a table; name it .jsonl (a row a line) or .json (a list)")
+    if len(cells) > 1 and all(name.startswith(" ") for name in cells[1:]):
+        raise UserError(
+            f"{where}: a space behind each separator, which would begin every text and hide its quotation marks; "
+            "write the table without them"
+        )
     names = [name.strip() for name in cells]
     names[0] = names[0] or UNNAMED
     if len(names) == 1 and any(mark in names[0] for mark in ",;\t"):

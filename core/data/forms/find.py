@@ -24,12 +24,13 @@ from telechat_twins.core.errors import UserError
 _NAMED = 10  # skipped files that are named for one reason; the rest are counted
 
 
-def find_inputs(paths: Sequence[str | Path]) -> list[Path]:
+def find_inputs(paths: Sequence[str | Path], rows: bool = False) -> list[Path]:
     """Files, folders (searched through, by suffix) and globs -> sorted inputs without repetition.
 
     An input is a file, a folder of ``save_to_disk``, or the .idx file of Megatron's pair. The order is that of
-    ``paths``, and by name inside a folder or glob. ``skipped_inputs`` lists what a folder holds besides. UserError when
-    one of ``paths`` yields nothing, names a file that is not read, or cannot be searched.
+    ``paths``, and by name inside a folder or glob. ``rows``: folders are searched for files of rows alone, so that the
+    README beside them is none. ``skipped_inputs`` lists what a folder holds besides. UserError when one of ``paths``
+    yields nothing, names a file that is not read, or cannot be searched.
     """
     found: dict[str, Path] = {}  # by the whole path, so that no file is read twice under two spellings
     for given in paths:
@@ -37,7 +38,7 @@ def find_inputs(paths: Sequence[str | Path]) -> list[Path]:
         if path.is_file():
             files = [path]
         elif path.is_dir():
-            files = [dataset_split(path)] if is_dataset(path) else _inside(path)[0]
+            files = [dataset_split(path)] if is_dataset(path) else _inside(path, rows)[0]
         elif path.with_name(path.name + ".idx").is_file():
             files = [path.with_name(path.name + ".idx")]
         else:
@@ -54,13 +55,13 @@ def find_inputs(paths: Sequence[str | Path]) -> list[Path]:
     return list(found.values())
 
 
-def skipped_inputs(paths: Sequence[str | Path]) -> list[str]:
+def skipped_inputs(paths: Sequence[str | Path], rows: bool = False) -> list[str]:
     """A line for each folder of ``paths`` with files that ``find_inputs`` does not take: which, and why not."""
     notes = []
     for path in map(Path, paths):
         if not path.is_dir() or is_dataset(path):
             continue
-        taken, others, hidden = _inside(path)
+        taken, others, hidden = _inside(path, rows)
         reasons: dict[str, list[str]] = {}
         for file, reason in others.items():
             reasons.setdefault(reason, []).append(str(file.relative_to(path)))
@@ -93,7 +94,7 @@ def _index_of(path: Path) -> Path:
     return path.with_suffix(".idx") if path.is_file() and form_of(path).name == TOKENS else path
 
 
-def _inside(folder: Path) -> tuple[list[Path], dict[Path, str], int]:
+def _inside(folder: Path, rows: bool) -> tuple[list[Path], dict[Path, str], int]:
     """(inputs of known forms, what else there is with the reason, number of hidden files) anywhere under a folder.
 
     Not searched: links to folders and packed folders, which are among the second, and hidden folders, whose names begin
@@ -120,18 +121,18 @@ def _inside(folder: Path) -> tuple[list[Path], dict[Path, str], int]:
         folders[:] = [name for name in folders if not name.startswith(".")]
         others |= {link: "a link to a folder" for link in (here / name for name in folders) if link.is_symlink()}
         for file in (here / name for name in names if not name.startswith(".")):
-            if reason := _why_not(file):
+            if reason := _why_not(file, rows):
                 others[file] = reason
             elif file.suffix.lower() != ".bin":  # whose .idx is the input
                 taken.append(file)
     return sorted(taken), dict(sorted(others.items())), hidden
 
 
-def _why_not(file: Path) -> str:
+def _why_not(file: Path, rows: bool) -> str:
     if not file.is_file():
         return "not a file"
     if file.suffix.lower() == ".idx" and not file.with_suffix(".bin").is_file():
         return "without its .bin file"
-    if known_form(file):
-        return ""
+    if form := known_form(file):
+        return "no rows" if rows and not form.holds_rows else ""
     return why_unread(file) or ("a suffix that is not known" if file.suffix else "no suffix")

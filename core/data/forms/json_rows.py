@@ -79,6 +79,8 @@ def parse_row(data: bytes, where: str) -> JsonObject:
     except UnicodeDecodeError:
         raise UserError(f"{where}: {not_utf8(data)}") from None
     except json.JSONDecodeError as error:
+        if b"\0" in data:
+            raise UserError(f"{where}: a zero byte, so not UTF-8 text; is it UTF-16? (--encoding utf-16-le)") from None
         line = f"line {error.lineno} of the row, " if error.lineno > 1 else ""
         raise UserError(f"{where}: not valid JSON ({error.msg} at {line}column {error.colno})") from None
     except ValueError as error:

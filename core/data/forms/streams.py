@@ -7,6 +7,7 @@ import codecs
 import gzip
 import io
 import lzma
+import os
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -22,7 +23,13 @@ OnBytes = Callable[[int], object]
 _CHUNK = 1 << 18
 _ZSTD_CHUNK = 1 << 10  # compressed bytes at a time, of which at most 32 MiB come out
 _DAMAGED = (EOFError, OSError, zlib.error, lzma.LZMAError)
-_BOMS = {codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16"}
+# UTF-32's mark begins with UTF-16's.
+_BOMS = {
+    codecs.BOM_UTF32_LE: "utf-32",
+    codecs.BOM_UTF32_BE: "utf-32",
+    codecs.BOM_UTF16_LE: "utf-16",
+    codecs.BOM_UTF16_BE: "utf-16",
+}
 
 _MAGIC = {  # what other files begin with -> their name and suffix
     b"\x1f\x8b": "gzip (.gz)",
@@ -99,6 +106,9 @@ class _Counting(io.RawIOBase):
     def readable(self) -> bool:
         return True
 
+    def fileno(self) -> int:
+        return self._file.fileno()
+
     def readinto(self, buffer: bytearray) -> int:  # type: ignore[override]
         count: int = self._file.readinto(buffer)  # type: ignore[attr-defined]
         self._on_bytes(count)
@@ -141,6 +151,8 @@ def _read(file: IO[bytes]) -> Iterator[bytes]:
 
 def _unpacked(file: IO[bytes], suffix: str, path: Path) -> Iterator[bytes]:
     """What a compressed file holds, members and frames that follow one another included."""
+    if not os.fstat(file.fileno()).st_size:
+        raise _damaged(path, suffix, "it is empty")
     if suffix == ".zst":
         yield from _zstandard(file, path)
         return

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection
 
 from telechat_twins.core.data.kinds.table import is_empty
@@ -27,6 +28,20 @@ def listed(value: object, name: str, where: str) -> list[object]:
     if not isinstance(value, list):
         raise UserError(f"{where}: '{name}' must be a list, found {found_type(value)}")
     return value
+
+
+def json_value(value: object, name: str, where: str) -> None:
+    """UserError for what JSON cannot say, anywhere in ``value``: tables have dates, bytes, NaN and decimals."""
+    if isinstance(value, dict):
+        for key, member in value.items():
+            json_value(member, f"{name}.{key}", where)
+    elif isinstance(value, list):
+        for n, member in enumerate(value):
+            json_value(member, f"{name}[{n}]", where)
+    elif isinstance(value, float) and not math.isfinite(value):
+        raise UserError(f"{where}: '{printable(name, 80)}' is {value}, which is no number in JSON")
+    elif value is not None and not isinstance(value, str | bool | int | float):
+        raise UserError(f"{where}: '{printable(name, 80)}' is of type {found_type(value)}, which JSON cannot say")
 
 
 def json_list(value: object, name: str, where: str) -> list[object]:

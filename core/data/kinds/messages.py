@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from telechat_twins.core.data.chat_template import tool_arguments
-from telechat_twins.core.data.kinds.fields import json_list, listed, refuse_ignored, refuse_unread, text
+from telechat_twins.core.data.kinds.fields import json_list, json_value, listed, refuse_ignored, refuse_unread, text
 from telechat_twins.core.data.kinds.table import HARMLESS_OF_MESSAGE, is_empty
 from telechat_twins.core.data.kinds.turns import JOINS, whole_turns
 from telechat_twins.core.errors import UserError
@@ -114,6 +114,7 @@ def _tool(value: object, name: str, where: str) -> JsonObject:
             value = parse_value(value.encode())
     if not isinstance(value, dict):
         raise UserError(f"{where}: '{name}' must be an object that describes a tool, found {shown(value)}")
+    json_value(value, name, where)
     return value
 
 
@@ -287,6 +288,7 @@ def _call(value: object, place: int, name: str, where: str, reading: Reading) ->
         arguments = tool_arguments({} if given is None else given)
     except ValueError as error:
         raise UserError(f"{where}: '{name}.arguments' {error}") from None
+    json_value(arguments, f"{name}.arguments", where)
     call: JsonObject = {"name": inner["name"], "arguments": arguments}
     return call if value.get("id") is None else {**call, "id": value["id"]}
 

@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 
 from telechat_twins.core.data import rows as rows_module
+from telechat_twins.core.data.dialogues import parse_dialogue
 from telechat_twins.core.data.forms import json_items, long_rows
 from telechat_twins.core.data.forms.find import find_inputs, skipped_inputs, total_bytes
 from telechat_twins.core.data.forms.formats import SUFFIXES
@@ -163,6 +164,34 @@ def test_what_columns_do_to_messages_is_undone(tmp_path: Path) -> None:
         list(read_documents(save_to_disk(tmp_path / "dated", [dated])))
 
 
+def test_maps_are_objects_and_what_json_cannot_say_is_refused(tmp_path: Path) -> None:
+    """Arguments of calls that differ from row to row are maps in tables; NaN and dates are in no call."""
+    pa, parquet = arrow(), pytest.importorskip("pyarrow.parquet")
+
+    def calls(kind: Any, value: object, file: str) -> Path:
+        call = pa.struct([("name", pa.string()), ("arguments", kind)])
+        message = pa.struct([("role", pa.string()), ("content", pa.string()), ("tool_calls", pa.list_(call))])
+        said = {"role": "assistant", "content": None, "tool_calls": [{"name": "f", "arguments": value}]}
+        rows = pa.array([[{"role": "user", "content": "q", "tool_calls": None}, said]], pa.list_(message))
+        parquet.write_table(pa.table({"messages": rows}), tmp_path / file)
+        return tmp_path / file
+
+    [row] = rows_of(calls(pa.map_(pa.string(), pa.string()), [("city", "x")], "a.parquet"))
+    assert row["messages"][1]["tool_calls"][0]["arguments"] == {"city": "x"}
+    for kind, value, says in (
+        (pa.float64(), float("nan"), "is nan, which is no number in JSON"),
+        (pa.timestamp("us"), datetime(2024, 1, 2), "is of type datetime .*, which JSON cannot say"),
+        (pa.binary(), b"x", "is of type bytes, which JSON cannot say"),
+    ):
+        [(where, row)] = read_rows(calls(pa.struct([("a", kind)]), {"a": value}, "b.parquet"))
+        with pytest.raises(UserError, match=rf"b.parquet: row 1: 'messages\[1\].tool_calls\[0\].arguments.a' {says}"):
+            parse_dialogue(row, where)
+    twice = pa.Table.from_arrays([pa.array(["a"]), pa.array(["b"]), pa.array(["c"])], ["query", "response", "response"])
+    parquet.write_table(twice, tmp_path / "c.parquet")
+    with pytest.raises(UserError, match="c.parquet: row 1 or below: two columns are named 'response'"):
+        rows_of(tmp_path / "c.parquet")
+
+
 def test_tables_are_packed_like_lines(tmp_path: Path) -> None:
     rows = [
         {"messages": MESSAGES, "system": "be kind"},
@@ -216,11 +245,15 @@ def test_bytes_of_another_encoding_are_named_by_line(tmp_path: Path) -> None:
     (tmp_path / "d.txt").write_bytes("fox\nfox\n".encode("utf-16-le"))
     (tmp_path / "e.jsonl").write_bytes(chinese.encode())
     (tmp_path / "f.jsonl").write_bytes(gzip.compress(chinese.encode()))
+    (tmp_path / "g.jsonl").write_bytes(chinese.encode("utf-32"))
+    (tmp_path / "h.jsonl").write_bytes('{"text": "fox"}\n'.encode("utf-16-le"))
     for name, says in (
         ("a.jsonl", r"a.jsonl:2: not UTF-8; name the file's encoding, e.g. --encoding gb18030"),
         ("b.csv", r"b.csv:3: not UTF-8; name"),
         ("c.jsonl", r"c.jsonl:1: not UTF-8 but utf-16; add --encoding utf-16"),
         ("d.txt", r"d.txt:1: a zero byte, so not a text; is it UTF-16\?"),
+        ("g.jsonl", r"g.jsonl:1: not UTF-8 but utf-32; add --encoding utf-32"),
+        ("h.jsonl", r"h.jsonl:1: a zero byte, so not UTF-8 text; is it UTF-16\?"),
         ("f.jsonl", r"f.jsonl:1: not a text; its first bytes are those of gzip \(.gz\)"),
     ):
         with pytest.raises(UserError, match=says):
@@ -244,6 +277,14 @@ def test_files_that_are_cut_off_are_refused(suffix: str, tmp_path: Path) -> None
         rows_of(tmp_path / f"a.jsonl{suffix}")
 
 
+@pytest.mark.parametrize("suffix", [".gz", ".xz", ".bz2", ".zst"])
+def test_an_empty_compressed_file_is_no_file_without_rows(suffix: str, tmp_path: Path) -> None:
+    (tmp_path / f"a.jsonl{suffix}").touch()
+    for on_bytes in (None, lambda _: None):
+        with pytest.raises(UserError, match=rf"not a whole {suffix} file \(it is empty\)"):
+            list(read_rows(tmp_path / f"a.jsonl{suffix}", on_bytes))
+
+
 @pytest.mark.parametrize(
     ("text", "says"),
     [
@@ -254,6 +295,7 @@ def test_files_that_are_cut_off_are_refused(suffix: str, tmp_path: Path) -> None
         ("text,text\nfox,1\n", ":1: two columns are named 'text'"),
         ("text,,id\na,b,c\n", ":1: column 2 has no name"),
         ("text;id\nfox;1\n", ":1: one column, named 'text;id'; cells are separated by commas"),
+        ('text, id\n"fox, dog", 1\n', ":1: a space behind each separator"),
         ("text,note\nfox,1\n", ":2: key 'note' is not read"),
         ('text\n"fox\nfox"\n\nfox\n"a" b\n', ":6: not a table"),
     ],
@@ -432,3 +474,18 @@ def test_a_long_row_takes_constant_memory(tmp_path: Path, monkeypatch: pytest.Mo
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
     assert peaks[1] < peaks[0] + 100_000, peaks
+
+
+def test_a_folder_is_searched_for_rows_where_rows_are_packed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "set"
+    folder.mkdir()
+    write_rows(folder / "a.jsonl", ROWS)
+    (folder / "README.md").write_text("A card.")
+    write_megatron(folder / "b.idx", [[[1]]])
+    assert tele_data(folder, "--out", tmp_path / "out", "--sft", "plain", "--seq-len", "2048") == 0
+    said = capsys.readouterr()
+    assert "README.md, b.bin, b.idx (no rows); read: 1" in said.err and "70 rows" in said.out
+    with pytest.raises(UserError, match=r"README.md: dialogues are read from files of rows"):
+        tele_data(folder / "README.md", "--out", tmp_path / "out", "--sft", "plain", "--seq-len", "2048", "--force")

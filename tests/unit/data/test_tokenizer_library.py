@@ -161,3 +161,12 @@ def test_an_exported_folder_names_the_class_and_the_models_tokens(gpt2, tmp_path
     assert load_tokenizer(tmp_path, "auto").eos_token_id == 400
     with pytest.raises(UserError, match="has 401 tokens, the model's vocab_size is 400"):
         write_library_config(tmp_path, dataclasses.replace(config, vocab_tokens=400, bos_token_id=1, eos_token_id=1))
+
+
+def test_dropout_of_a_tokenizers_training_changes_no_ids(gpt2, tmp_path):
+    library = tokenizers.ByteLevelBPETokenizer(str(gpt2 / "vocab.json"), str(gpt2 / "merges.txt"), dropout=0.9)
+    library.save(str(tmp_path / "tokenizer.json"))
+    tokenizer = load_tokenizer(tmp_path / "tokenizer.json", "none")
+    wanted = tokenizers.ByteLevelBPETokenizer(str(gpt2 / "vocab.json"), str(gpt2 / "merges.txt"))
+    for text in SENTENCES * 3:
+        assert tokenizer.encode(text) == wanted.encode(text).ids

@@ -33,6 +33,15 @@ def test_which_rows_are_padding() -> None:
     assert fit_vocabulary(ends, 2048, own=True) == (ends, None)  # a row that a token of the config stands in
 
 
+def test_the_row_of_an_added_token_is_no_padding() -> None:
+    """A fine-tune's added_tokens.json names tokens that tokenizer.model does not have, and their rows are trained."""
+    config = load_model_config({"preset": "telechat2-tiny", "vocab_size": 2112})
+    with pytest.raises(UserError, match=r"'<\|im_end\|>' was added with id 2048, behind the 2048 pieces that are read"):
+        fit_vocabulary(config, 2048, True, {"<_user>": 4, "<|im_end|>": 2048})
+    # What transformers adds to a release: <unk>, of which TeleChat2 has no row.
+    assert fit_vocabulary(config, 2048, True, {"<unk>": 2112, "<_user>": 4, "<x>": None})[0].vocab_tokens == 2048
+
+
 def padded_logits(ids: object, vocab_size: int) -> np.ndarray:
     """The padding rows are the likeliest by far."""
     logits = np.linspace(0.0, 1.0, vocab_size, dtype=np.float32)
