@@ -1,7 +1,8 @@
 """The built documentation in a real browser, page by page: `make docs-check`, after `make docs`.
 
 Every page in both languages, light on a desktop and dark on a phone: what axe finds (accessibility), messages in the
-console, requests to other hosts, and pages that scroll sideways. Exits with 1 if there is anything.
+console, requests to other hosts, and pages that scroll sideways; then that the search finds words of both languages.
+Exits with 1 if there is anything.
 """
 
 from __future__ import annotations
@@ -25,6 +26,12 @@ ELSEWHERE = (
     "return performance.getEntriesByType('resource').map(e => e.name).filter(n => !n.startsWith(location.origin))"
 )
 WIDER = "return document.documentElement.scrollWidth - window.innerWidth"
+# A page, what is typed into its search, and the title of a page that has to be among what is found.
+SEARCHES = (
+    ("serving", "checkpoint", "Checkpoints"),
+    ("zh/serving", "学习率", "训练"),
+    ("zh/serving", "词表", "分词器"),
+)
 AXE = (
     "; return axe.run(document).then(r => r.violations.map(v => v.id + ' (' + v.impact + ') at '"
     " + v.nodes.slice(0, 3).map(n => n.html.slice(0, 160)).join(' | ') + ' [' + v.nodes.length + ']'))"
@@ -71,6 +78,23 @@ def faults(window: Browser, address: str, axe: str) -> list[str]:
     return found + [f"console: {message}" for message in window.log()]
 
 
+def unfound(window: Browser, base: str) -> list[str]:
+    """The searches that do not find what they should."""
+    titles = "return [...document.querySelectorAll('.md-search-result__item h1')].map(e => e.textContent)"
+    missed = []
+    for page, words, title in SEARCHES:
+        window.open(f"{base}/{page}/")
+        window.run("document.querySelector('.md-search__input').focus()")
+        window.type(".md-search__input", words)
+
+        def found(title: str = title) -> bool:
+            return any(title in one.replace("\u200b", "") for one in window.run(titles))
+
+        if not window.until(found, 30):
+            missed.append(f"a search for {words} on {page} does not find {title}")
+    return missed
+
+
 def main() -> int:
     """Look at every page."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -95,8 +119,10 @@ def main() -> int:
                 print("".join(f"       {one}\n" for one in found), end="")
                 if args.pictures:
                     window.picture(args.pictures / f"{name.replace('/', '-')}-{width}.png")
-    print(f"{len(names)} pages, {len(VIEWS)} views: {bad} with faults")
-    return int(bad > 0)
+        missed = unfound(window, base)
+    print("".join(f"FAULT {one}\n" for one in missed), end="")
+    print(f"{len(names)} pages, {len(VIEWS)} views: {bad} with faults; {len(SEARCHES)} searches: {len(missed)} in vain")
+    return int(bad > 0 or bool(missed))
 
 
 if __name__ == "__main__":
