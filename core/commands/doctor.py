@@ -64,14 +64,14 @@ def run(args: argparse.Namespace) -> int:
 
 def _print_operators(names: list[str]) -> None:
     """Print the implementations of operators, backend by backend, with a line before what takes long."""
+    if names and _compiler():
+        what = "the C++ operators of the CPU, which takes half a minute for each backend once on a machine"
+        print(f"compiling     {what}", end="", flush=True)
+        began = time.monotonic()
+        done = subprocess.run([sys.executable, "-m", "telechat_twins.kernels.cpu.build"], cwd=IMPORT_ROOT)
+        state = "ready" if done.returncode == 0 else "failed, see above"
+        print(f" ... {state} after {time.monotonic() - began:.0f} s", flush=True)
     for name in names:
-        if name == "ms" and _compiler():
-            what = "the C++ operators of MindSpore's CPU device, which takes half a minute once on a machine"
-            print(f"compiling     {what}", end="", flush=True)
-            began = time.monotonic()
-            done = subprocess.run([sys.executable, "-m", "telechat_twins.kernels.cpu.build"], cwd=IMPORT_ROOT)
-            state = "ready" if done.returncode == 0 else "failed, see above"
-            print(f" ... {state} after {time.monotonic() - began:.0f} s", flush=True)
         for i, line in enumerate(_operators(name)):
             print(f"{f'{backends.TITLES[name]} ops' if i == 0 else '':<13} {line}", flush=True)
 

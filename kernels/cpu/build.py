@@ -15,6 +15,7 @@ import ctypes
 import fcntl
 import functools
 import hashlib
+import importlib.util
 import os
 import platform
 import shutil
@@ -185,11 +186,14 @@ def _forget_old(cache: Path, name: str) -> None:
 
 
 def main() -> int:
-    """Compile MindSpore's library if necessary; exit code 1, with the reason, when that fails."""
+    """Compile the libraries of both twins if necessary, MindSpore's where it is installed; exit code 1, with the
+    reason, when that fails."""
     try:
-        load_extension()
+        load_plain()
+        if importlib.util.find_spec("mindspore") is not None:
+            load_extension()
     except BuildError as error:
-        print(f"no C++ operators for MindSpore's CPU device: {error}", file=sys.stderr)
+        print(f"no C++ operators for the CPU: {error}", file=sys.stderr)
         return 1
     return 0
 

@@ -288,3 +288,13 @@ def test_starts_at_once_agree_on_one_stand_in(tmp_path: Path, monkeypatch: pytes
     told = [process.communicate() for process in started]
     assert len({out for out, _ in told}) == 1 and "telechat-twins-1" in told[0][0]
     assert sum("building" in err for _, err in told) == 1
+
+
+@pytest.mark.parametrize("installed", [True, False])
+def test_the_command_compiles_what_each_twin_loads(installed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[str] = []
+    monkeypatch.setattr(build.importlib.util, "find_spec", lambda name: object() if installed else None)
+    for name in ("load_plain", "load_extension"):
+        monkeypatch.setattr(build, name, lambda name=name: made.append(name))
+    assert build.main() == 0
+    assert made == (["load_plain", "load_extension"] if installed else ["load_plain"])
