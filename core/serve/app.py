@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import hmac
+import re
 from collections.abc import Mapping, Sequence
 
 from fastapi import FastAPI, Request
@@ -56,7 +57,12 @@ def _add_error_handlers(app: FastAPI) -> None:
 
     @app.exception_handler(HTTPException)
     async def no_route(request: Request, error: HTTPException) -> Response:
-        message = f"this server has no route {request.method} {shown(request.url.path)}"
+        path = request.url.path
+        message = f"this server has no route {request.method} {shown(path)}"
+        # A base_url without /v1, or with it twice.
+        meant = "/v1" + re.sub(r"^(/v1)+(?=/)", "", path)
+        if error.status_code == 404 and meant != path and meant in {getattr(route, "path", "") for route in app.routes}:
+            message += f"; did you mean {meant}?"
         return error_response(ApiError(error.status_code, message, headers=error.headers))
 
     @app.exception_handler(ClientGone)

@@ -330,6 +330,12 @@ def test_other_places_have_errors_of_the_same_form(server, method, path, status)
     assert (answer.status, answer.error["message"]) == (status, f"this server has no route {method} '{path}'")
 
 
+@pytest.mark.parametrize("path", ["/chat/completions", "/v1/v1/chat/completions"])
+def test_a_wrong_base_url_is_mended(server, path):
+    answer = ask(server.port, path, chat_body())
+    assert answer.status == 404 and answer.error["message"].endswith(f"'{path}'; did you mean {CHAT}?")
+
+
 def test_head_is_answered_like_get_without_a_body(server):
     for path in ("/", "/health", "/metrics", "/v1/models", f"/v1/models/{NAME}", "/v1/models/other"):
         head, get = ask(server.port, path, method="HEAD"), ask(server.port, path)

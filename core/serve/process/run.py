@@ -68,7 +68,13 @@ def serve_model(
         )
 
     def ready() -> None:
-        print(f"serving {', '.join(served.names)} at {address_of(opened)}", flush=True)
+        address = address_of(opened)
+        print(f"serving {', '.join(served.names)} at {address}", flush=True)
+        print(
+            f"a browser gets the chat page there; OpenAI clients take base_url {address}/v1; Ctrl-C ends the server",
+            file=sys.stderr,
+            flush=True,
+        )
 
     serve(app, service, opened, args.grace, ready, connections)
 
