@@ -305,6 +305,11 @@ class ChatWriter:
         self._tokenizer, self._tools, self._thinking = tokenizer, tools, thinking
         self._answers: dict[int, _Answer] = {}
 
+    @property
+    def reasoned(self) -> int | None:
+        """Tokens of the answers' reasoning so far, its end included; None where no answer begins with reasoning."""
+        return sum(answer.reasoned for answer in self._answers.values()) if self._thinking else None
+
     def opening(self, index: int) -> list[JsonObject]:
         return [_entry(index, {"role": "assistant", "content": ""})]
 
@@ -352,6 +357,7 @@ class _Answer:
     def __init__(self, tools: bool, thinking: bool = False) -> None:
         self.words: list[str] = []
         self.thoughts: list[str] = []
+        self.reasoned = 0  # tokens
         self.calls: list[JsonObject] = []
         self.logprobs: list[JsonObject] = []
         self.finish_reason: str | None = None
@@ -363,6 +369,7 @@ class _Answer:
         deltas: list[JsonObject] = []
         texts = [event.text] if event.text else []
         if self._thoughts is not None:
+            self.reasoned += self._thoughts.reasoning and event.choice is not None
             texts = self._thoughts.push(event.text)
             texts += self._thoughts.flush() if event.finish_reason is not None else []
             self.thoughts += (thoughts := [text for text in texts if isinstance(text, Thought)])

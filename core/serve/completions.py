@@ -134,6 +134,7 @@ class CompletionWriter:
     ``samples`` answers each, with their tokens' log-probabilities where ``scored``."""
 
     prefix, kind, chunk_kind = "cmpl-", "text_completion", "text_completion"
+    reasoned = None
 
     def __init__(
         self, tokenizer: Tokenizer, repeated: Sequence[EchoedPrompt] = (), samples: int = 1, scored: bool = False

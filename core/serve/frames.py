@@ -47,6 +47,10 @@ class Writer(Protocol):
     kind: str  # of object
     chunk_kind: str
 
+    @property
+    def reasoned(self) -> int | None:
+        """Tokens of the answers' reasoning so far, its end included; None where no answer begins with reasoning."""
+
     def opening(self, index: int) -> list[JsonObject]:
         """The entries of ``choices`` that a stream sends before an answer's first token."""
 
@@ -83,23 +87,24 @@ class ChoicesFrame:
 
     def whole(self, usage: Usage) -> JsonObject:
         choices = self._writer.whole()
-        return {"object": self._writer.kind, **self._head, "choices": choices, "usage": usage_object(usage)}
+        return {"object": self._writer.kind, **self._head, "choices": choices, "usage": self._usage(usage)}
+
+    def _usage(self, usage: Usage) -> JsonObject:
+        reasoned = self._writer.reasoned
+        return {
+            "prompt_tokens": usage.prompt,
+            "completion_tokens": usage.completion,
+            "total_tokens": usage.prompt + usage.completion,
+            "prompt_tokens_details": {"cached_tokens": usage.cached},
+            **({} if reasoned is None else {"completion_tokens_details": {"reasoning_tokens": reasoned}}),
+        }
 
     def _chunk(self, entry: JsonObject | None, usage: Usage | None = None) -> bytes:
         """One server-sent event with an entry; None gives the final event, which has the usage."""
         chunk = {"object": self._writer.chunk_kind, **self._head, "choices": [] if entry is None else [entry]}
         if self._include_usage:
-            chunk["usage"] = None if usage is None else usage_object(usage)
+            chunk["usage"] = None if usage is None else self._usage(usage)
         return b"data: " + to_json(chunk) + b"\n\n"
-
-
-def usage_object(usage: Usage) -> JsonObject:
-    return {
-        "prompt_tokens": usage.prompt,
-        "completion_tokens": usage.completion,
-        "total_tokens": usage.prompt + usage.completion,
-        "prompt_tokens_details": {"cached_tokens": usage.cached},
-    }
 
 
 def to_json(found: JsonObject) -> bytes:

@@ -45,8 +45,12 @@ def client(server: Running):
 
 def test_chat_keeps_it_apart(client):
     asked = {"model": NAME, "messages": [{"role": "user", "content": "hello"}], "temperature": 0}
-    message = client.chat.completions.create(**asked).choices[0].message
+    whole = client.chat.completions.create(**asked)
+    message, usage = whole.choices[0].message, whole.usage
     assert (message.reasoning_content, message.content) == ("They ask, {so} I answer.", "You said: hello")
+    said = TOKENIZER.encode(reply("hello"))
+    ends = next(n for n in range(len(said)) if "</think>" in TOKENIZER.decode(said[:n]))
+    assert usage.completion_tokens_details.reasoning_tokens == ends and usage.completion_tokens == len(said) + 1
     deltas = [chunk.choices[0].delta for chunk in client.chat.completions.create(**asked, stream=True)]
     assert "".join(getattr(delta, "reasoning_content", None) or "" for delta in deltas) == message.reasoning_content
     assert "".join(delta.content or "" for delta in deltas) == message.content
