@@ -93,6 +93,10 @@ def set_dotted(tree: JsonObject, assignment: str) -> None:
 
 def parse_yaml(text: str, where: str, lines: bool = False) -> YamlValue:
     """One YAML document; UserError on anything the loader stumbles over, with the line number if ``lines``."""
+    if found := _ONLY_IN_11.search(text):
+        line = f":{text.count(chr(10), 0, found.start()) + 1}" if lines else ""
+        code = f"U+{ord(found[0]):04X}"
+        raise UserError(f"{where}{line}: not valid YAML ({code} ends a line in some versions of YAML; take it out)")
     try:
         return yaml.load(text, Loader=_Loader)
     except yaml.YAMLError as error:
@@ -144,7 +148,7 @@ class _Loader(yaml.SafeLoader):
 
     Whole numbers are decimal, ``1e-5`` is a number, a date is text. What the two versions read differently (``010``,
     ``0x1F``, ``1_000``, ``1:30``, ``yes``) is refused unless quoted. Refused as well are aliases that make a small
-    document a large or an endless one.
+    document a large or an endless one, keys that are no text, and tags of other values.
     """
 
     _composed = _depth = 0
@@ -170,6 +174,9 @@ class _Loader(yaml.SafeLoader):
             raise yaml.constructor.ConstructorError(
                 None, None, f"a number of {len(node.value)} characters", node.start_mark
             )
+        if isinstance(node.value, str) and _SURROGATE.search(node.value):
+            reason = "half of a surrogate pair, which no text can hold"
+            raise yaml.constructor.ConstructorError(None, None, reason, node.start_mark)
         return super().construct_scalar(node)
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
@@ -178,6 +185,9 @@ class _Loader(yaml.SafeLoader):
             if not isinstance(key_node, yaml.ScalarNode):
                 raise yaml.constructor.ConstructorError(None, None, "a key must be a word", key_node.start_mark)
             key = self.construct_object(key_node, deep=True)
+            if not isinstance(key, str):
+                reason = f"a key must be text, found {key_node.value or 'nothing'}; quote it to mean text"
+                raise yaml.constructor.ConstructorError(None, None, reason, key_node.start_mark)
             if key in seen:
                 raise yaml.constructor.ConstructorError(None, None, f"key '{key}' appears twice", key_node.start_mark)
             seen.add(key)
@@ -195,6 +205,12 @@ class _Loader(yaml.SafeLoader):
         if not _TRUTH.match(node.value):
             return self.refuse_ambiguous(node)
         return self.construct_yaml_bool(node)
+
+    def construct_nothing(self, node: yaml.ScalarNode) -> None:
+        """null, also where the tag was written out."""
+        if node.value not in ("", "~", "null", "Null", "NULL"):
+            reason = f"{shown(node.value)} is not null; write null, or the text without the tag"
+            raise yaml.constructor.ConstructorError(None, None, reason, node.start_mark)
 
     def refuse_merge(self, node: yaml.ScalarNode) -> NoReturn:
         reason = "'<<' merges mappings in YAML 1.1 and is a key in 1.2; write the keys out, or quote it to mean text"
@@ -231,6 +247,9 @@ _FLOAT = re.compile(
     r"^[-+]?([0-9]+\.[0-9]*([eE][-+]?[0-9]+)?|\.[0-9]+([eE][-+]?[0-9]+)?|[0-9]+[eE][-+]?[0-9]+"
     r"|\.inf|\.Inf|\.INF)$|^(\.nan|\.NaN|\.NAN)$"
 )
+# Line ends of YAML 1.1 alone.
+_ONLY_IN_11 = re.compile("[\x85\u2028\u2029]")
+_SURROGATE = re.compile("[\ud800-\udfff]")
 _TRUTH = re.compile(r"^(true|True|TRUE|false|False|FALSE)$")
 # Octal, hexadecimal and binary, with digit separators or leading zeros, base 60, and YAML 1.1's other truth values.
 _UNCLEAR = re.compile(
@@ -246,7 +265,14 @@ _Loader.add_implicit_resolver(_TAG + "int", _DECIMAL, list("-+0123456789"))
 _Loader.add_implicit_resolver(_TAG + "float", _FLOAT, list("-+.0123456789"))
 _Loader.add_implicit_resolver(_TAG + "bool", _TRUTH, list("tTfF"))
 _Loader.add_implicit_resolver(_AMBIGUOUS, _UNCLEAR, list("-+.0123456789yYnNoO"))
+# The values of YAML 1.2; 1.1 has sets, dates and bytes as well, which no option is.
+_Loader.yaml_constructors = {
+    kind: constructor
+    for kind, constructor in yaml.SafeLoader.yaml_constructors.items()
+    if kind is None or kind in (_TAG + "str", _TAG + "seq", _TAG + "map")
+}
 for _kind, _constructor in (
+    (_TAG + "null", _Loader.construct_nothing),
     (_TAG + "int", _Loader.construct_number),
     (_TAG + "float", _Loader.construct_number),
     (_TAG + "bool", _Loader.construct_truth),
