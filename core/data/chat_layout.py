@@ -18,7 +18,7 @@ from typing import Protocol
 
 from telechat_twins.core.data.chat_template import DEFAULT_SYSTEM, chat_parts, encode_chat, encode_parts, render
 from telechat_twins.core.data.control import THINK, ControlToken, Splitter
-from telechat_twins.core.data.encoders.jinja import Render, compiled_template, names_in
+from telechat_twins.core.data.encoders.jinja import Render, compiled_template, lost_in, names_in
 from telechat_twins.core.data.tokenizer import Allow, Tokenizer
 from telechat_twins.core.errors import UserError
 from telechat_twins.core.files.foreign import MIB, load_json, read_text
@@ -293,7 +293,10 @@ class TemplateLayout:
             raise UserError("messages: hold the noncharacters U+FDEE or U+FDEF, or all others; leave them out")
         ordered = sorted(names, key=len, reverse=True)
         inside, offered, values = (_break(some, ordered, mark) for some in given)
-        return mark, (render or self._render)(inside, offered or None, prompt, values)
+        text = (render or self._render)(inside, offered or None, prompt, values)
+        if lost := lost_in(text, inside, offered):
+            raise UserError(f"{self.name}: leaves out {lost}; give another template, or --chat-template builtin")
+        return mark, text
 
 
 def open_layout(
@@ -444,8 +447,9 @@ def _break(value: object, names: Sequence[str], mark: str) -> object:
 
 
 def _token_names(tokenizer: Tokenizer) -> dict[str, str]:
-    """bos_token, eos_token and pad_token, as templates name them; empty text where there is none."""
-    names = {}
+    """Tokens as templates name them: bos_token, eos_token and pad_token, empty text where there is none; and others
+    that the files beside the tokenizer name (unk_token, sep_token)."""
+    names = dict(tokenizer.special.names)
     for kind in ("bos", "eos", "pad"):
         try:
             names[f"{kind}_token"] = tokenizer.piece(getattr(tokenizer, f"{kind}_token_id"))

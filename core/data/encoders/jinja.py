@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 from telechat_twins.core.backends import install_command
 from telechat_twins.core.errors import UserError
-from telechat_twins.core.shown import printable
+from telechat_twins.core.shown import printable, shown
 
 if TYPE_CHECKING:
     from jinja2 import Environment
@@ -26,6 +26,31 @@ def names_in(template: str) -> tuple[frozenset[str], frozenset[str]]:
     constants = (node.value for node in tree.find_all(nodes.Const) if isinstance(node.value, str))
     attributes = (node.attr for node in tree.find_all(nodes.Getattr))
     return frozenset(meta.find_undeclared_variables(tree)), frozenset((*constants, *attributes))
+
+
+def lost_in(text: str, messages: object, tools: object) -> str:
+    """What of ``messages`` and ``tools`` a rendered ``text`` does not show, "" if nothing: a template that reads a
+    message's content as a list of parts, or knows no tools, leaves them out without an error. What the assistant says
+    is not looked for, since templates shorten earlier reasoning."""
+    for n, message in enumerate(messages if isinstance(messages, list) else []):
+        content = message.get("content")
+        if message.get("role") != "assistant" and isinstance(content, str) and not _shows(text, content):
+            return f"what message {n}, of role {message.get('role')}, says"
+        for call in message.get("tool_calls") or ():
+            if not _shows(text, str(call["function"]["name"])):
+                return f"the call of a tool in message {n}"
+    for tool in tools if isinstance(tools, list) else []:
+        inner = tool.get("function", tool) if isinstance(tool, dict) else {}
+        name = inner.get("name") if isinstance(inner, dict) else None
+        if isinstance(name, str) and not _shows(text, name):
+            return f"the tool {shown(name)}"
+    return ""
+
+
+def _shows(text: str, content: str) -> bool:
+    """Whether a text has a content in it: stripped, or as JSON writes it."""
+    said = content.strip()
+    return said in text or any(json.dumps(said, ensure_ascii=escape)[1:-1] in text for escape in (False, True))
 
 
 def compiled_template(template: str, name: str, tokens: Mapping[str, str], marks: tuple[str, str] = ("", "")) -> Render:

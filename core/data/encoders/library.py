@@ -295,7 +295,7 @@ def open_vocabulary(
         added, given = {GPT2_END: None}, dict(special.given)
         for kind in ("bos", "eos"):
             given.setdefault(kind, (GPT2_END, str(vocabulary)))
-        special = SpecialTokens(given, added)
+        special = SpecialTokens(given, added, special.names)
         notes.append(f"no file names special tokens; {GPT2_END} begins and ends texts, as in GPT-2's tokenizer")
     _add(library, AddedToken, added, vocabulary)
     data = library.to_str().encode()

@@ -30,10 +30,12 @@ TOKENIZER_CONFIG, SPECIAL_MAP, ADDED, CONFIG = (
 @dataclass(frozen=True)
 class SpecialTokens:
     """``given``: "bos", "eos" or "pad" -> (the token's name or id, where that was found). ``added``: name -> id of
-    further tokens that the files beside the tokenizer describe (id None: behind the last one)."""
+    further tokens that the files beside the tokenizer describe (id None: behind the last one). ``names``: what the
+    files call a token, such as "unk_token" -> its name."""
 
     given: Mapping[str, tuple[str | int, str]] = field(default_factory=dict)
     added: Mapping[str, int | None] = field(default_factory=dict)
+    names: Mapping[str, str] = field(default_factory=dict)
 
     def id_of(self, kind: str, token_id: Callable[[str], int | None], size: int, path: Path) -> int | None:
         """The id of a kind of token, None where nothing names it; UserError for a token that does not exist."""
@@ -57,6 +59,7 @@ def read_special(folder: Path, options: Mapping[str, str | None] | None = None) 
     """
     given: dict[str, tuple[str | int, str]] = {}
     added: dict[str, int | None] = {}
+    names: dict[str, str] = {}
     for kind, name in (options or {}).items():
         if name is not None:
             given[kind] = (name, f"--{kind}-token")
@@ -66,6 +69,7 @@ def read_special(folder: Path, options: Mapping[str, str | None] | None = None) 
             name = _name(value)
             if name is None or not key.endswith("_token"):
                 continue
+            names.setdefault(key, name)
             kind = key.removesuffix("_token")
             if kind in KINDS:
                 given.setdefault(kind, (name, str(folder / source)))
@@ -87,7 +91,7 @@ def read_special(folder: Path, options: Mapping[str, str | None] | None = None) 
         first = value[0] if isinstance(value, list) and value else value
         if key != kind and kind in KINDS and isinstance(first, int) and not isinstance(first, bool):
             given.setdefault(kind, (first, str(folder / CONFIG)))
-    return SpecialTokens(given, added)
+    return SpecialTokens(given, added, names)
 
 
 def find_tokenizer(folder: Path, among: Iterable[Path] | None = None) -> Path | None:

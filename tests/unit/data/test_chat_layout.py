@@ -31,6 +31,8 @@ pytest.importorskip("jinja2")
 
 OWN = "{% for m in messages %}<_user>Q: {{ m['content'] }}<_bot>{% endfor %}"
 ASK = [{"role": "user", "content": "fox"}]
+CALL = {"name": "look_up", "arguments": {}}
+CALLED = [*ASK, {"role": "assistant", "content": None, "tool_calls": [CALL]}]
 
 
 def folder_with(folder: Path, template: object, name: str = "tokenizer_config.json") -> Path:
@@ -227,3 +229,41 @@ def test_dialogues_are_packed_in_the_template_of_the_folder(tmp_path):
     assert tuple(found) == want
     # A fault: the built-in layout for a model whose chats follow another one.
     assert encode_dialogue(load_tokenizer(model), parse_dialogue({"messages": TALK[1:4]}, "row")) != want
+
+
+@pytest.mark.parametrize(
+    ("template", "talk", "tools", "says"),
+    [
+        ("{% for m in messages %}{% for p in m.content %}{{ p.text }}{% endfor %}{% endfor %}", ASK, None, "message 0"),
+        ("{{ '' }}", ASK, None, "what message 0, of role user, says"),
+        (
+            "{% for m in messages %}{% if m.role == 'user' %}{{ m.content }}{% endif %}{% endfor %}",
+            CALLED,
+            None,
+            "call",
+        ),
+        (OWN, ASK, [{"type": "function", "function": {"name": "look_up"}}], "the tool 'look_up'"),
+    ],
+)
+def test_a_template_that_leaves_out_what_it_is_given_is_refused(template, talk, tools, says):
+    """Jinja2 renders what it does not find as nothing: templates of models that see read lists of parts."""
+    layout = TemplateLayout(tiny_tokenizer(), template, "t")
+    for encode in (layout.encode, layout.encode_answers, layout.texts):
+        with pytest.raises(UserError, match=f"t: leaves out .*{says}.*--chat-template builtin"):
+            encode(talk, tools)
+
+
+def test_contents_may_be_stripped_or_written_as_json():
+    shown = "{{ m.content.strip() if m.role == 'user' else m.content | tojson }}"
+    template = "{% for m in messages %}<_user>" + shown + "{% endfor %}"
+    talk = [{"role": "user", "content": " q\n"}, {"role": "tool", "content": 'say "\u4e2d" <_end>\n'}]
+    assert TemplateLayout(tiny_tokenizer(), template, "t").encode(talk)
+
+
+def test_a_template_is_given_the_tokens_that_files_name(tmp_path):
+    folder = folder_with(tmp_path, "{{ unk_token }}{{ sep_token }}" + OWN)
+    described = json.loads((folder / "tokenizer_config.json").read_text()) | {"unk_token": "<u>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(described))
+    (folder / "special_tokens_map.json").write_text(json.dumps({"sep_token": {"content": "<_sep>"}}))
+    layout, _ = open_layout(load_tokenizer(folder))
+    assert isinstance(layout, TemplateLayout) and layout.render(ASK).startswith("<u><_sep>")
