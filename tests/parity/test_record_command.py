@@ -50,6 +50,8 @@ def test_a_command_and_a_run_in_progress_record_the_same(config, tmp_path, capfd
     assert record.header.loss == record.trace[1]["loss"] == record.quantities["activation:loss@2"].sum
     assert sum(f.stat().st_size for f in out.iterdir() if f.name != "full.safetensors") < MAX_BYTES
     assert [path.name for path in tmp_path.iterdir()] == ["rec"]  # no checkpoint, and nothing of the run is left
+    assert cli.main(["parity", "record", *words]) == 2 and open_record(out).full
+    assert "holds a record; give another folder, or --force to replace it" in capfd.readouterr().err
     # Whole tensors are what was sketched.
     assert {"activation:layers.1.ffn.act@4", "gradient:embed.weight@2", "moment2:layers.1.ffn.up.weight@2"} <= set(
         record.full

@@ -155,6 +155,7 @@ def record_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--resume", metavar="DIR", help="begin with this checkpoint, its optimizer included")
     parser.add_argument("--out", default="record", metavar="REC", help="folder of the record (record)")
+    parser.add_argument("--force", action="store_true", help="replace a record that is there")
     parser.add_argument("--dry", action="store_true", help="only print the sizes; needs neither weights nor data")
 
 

@@ -10,6 +10,7 @@ from telechat_twins.core.config import RunConfig, load_run_config
 from telechat_twins.core.errors import UserError
 from telechat_twins.core.files.atomic import show_bytes
 from telechat_twins.core.parallel.layout import check_layout, parse_layout
+from telechat_twins.core.parity.record.read import is_record
 from telechat_twins.core.parity.record.take import Wanted, check_wanted, rehearse, take_record
 
 
@@ -31,6 +32,8 @@ def run(args: argparse.Namespace) -> int:
     if args.dry:
         print("\n".join(rehearse(config, wanted).lines()))
         return 0
+    if is_record(out) and not args.force:
+        raise UserError(f"--out {out}: holds a record; give another folder, or --force to replace it")
     record = take_record(args.backend, config, out, wanted, SCRIPT)
     size = sum(file.stat().st_size for file in out.iterdir())
     print(f"{len(record.quantities):,} quantities and {len(record.trace):,} steps in {out}: {show_bytes(size)}")
