@@ -15,7 +15,7 @@ import reprlib
 import sys
 
 LONGEST = 2_000  # characters of one message
-_HEAD, _TAIL = 1_400, 500  # characters kept of a longer one: its start says where and what, its end what to do
+_HEAD, _TAIL = 0.7, 0.25  # share kept of a longer one: its start says where and what, its end what to do
 _CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # without tab and line feed
 _DIGITS = 40  # of a whole number that is written out; 2**128 has 39
 
@@ -28,8 +28,9 @@ def printable(text: str, longest: int | None = LONGEST) -> str:
     invisible spaces. Applying it twice has no further effect.
     """
     if longest is not None and len(text) > longest:
-        left_out = len(text) - _HEAD - _TAIL
-        return f"{printable(text[:_HEAD])} ... ({left_out} characters) ... {printable(text[-_TAIL:])}"
+        head, tail = int(longest * _HEAD), int(longest * _TAIL)
+        left_out = len(text) - head - tail
+        return f"{printable(text[:head])} ... ({left_out} characters) ... {printable(text[-tail:])}"
     if text.isprintable():
         return text
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)

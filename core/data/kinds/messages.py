@@ -282,7 +282,7 @@ def _call(value: object, place: int, name: str, where: str, reading: Reading) ->
         raise UserError(f"{where}: '{name}.name' must be text, found {type(inner.get('name')).__name__}")
     for key, wanted in (("type", "function"), ("index", place)):
         if value.get(key) is not None and value[key] != wanted:
-            raise UserError(f"{where}: '{name}': '{key}' must be {wanted!r}, found {value[key]!r}")
+            raise UserError(f"{where}: '{name}': '{key}' must be {wanted!r}, found {shown(value[key])}")
     try:
         given = inner.get("arguments")
         arguments = tool_arguments({} if given is None else given)

@@ -12,7 +12,7 @@ from telechat_twins.core.data.kinds.judged import read_slots
 from telechat_twins.core.data.kinds.messages import Reading
 from telechat_twins.core.data.kinds.table import TEACHER, Slots, is_empty
 from telechat_twins.core.errors import UserError
-from telechat_twins.core.shown import shown
+from telechat_twins.core.shown import printable, shown
 from telechat_twins.core.types import JsonObject
 
 _TRUE = ("true", "yes", "1", "correct", "\u6b63\u786e", "\u5bf9", "\u662f")
@@ -73,7 +73,12 @@ def _choices(slots: Slots) -> list[tuple[str, str]]:
     if isinstance(value, dict):
         if set(value) == {"text", "label"}:  # as ARC writes them
             labels = json_list(value["label"], f"{name}.label", where)
-            pairs = list(zip(map(str, labels), json_list(value["text"], f"{name}.text", where), strict=False))
+            if strange := [label for label in labels if not isinstance(label, str | int)]:
+                raise UserError(f"{where}: '{name}.label' must hold texts or numbers, found {shown(strange[0])}")
+            texts = json_list(value["text"], f"{name}.text", where)
+            if len(texts) != len(labels):
+                raise UserError(f"{where}: '{name}' has {len(labels)} labels and {len(texts)} texts; give one of each")
+            pairs = list(zip(map(str, labels), texts, strict=True))
         else:
             pairs = [(key, one) for key, one in value.items() if not is_empty(one)]
     else:
@@ -110,6 +115,6 @@ def _answer(slots: Slots, choices: list[tuple[str, str]]) -> int:
         what = "several" if found else "none"
         raise UserError(
             f"{where}: '{name}' is {shown(value)}, which names {what} of the choices; legal: 0 to {len(choices) - 1}, "
-            f"{', '.join(labels)}, or the text of one"
+            f"{printable(', '.join(labels), 200)}, or the text of one"
         )
     return found.pop()

@@ -80,8 +80,8 @@ def _check_result(message: JsonObject, call: JsonObject, name: str, where: str) 
     for key, wanted in (("tool_call_id", call.get("id")), ("name", call.get("name"))):
         given = message.pop(key, None)
         if given is not None and given != wanted and not (wanted is None and key == "tool_call_id" and call):
-            expected = f"{wanted!r}" if wanted is not None else "no call"
+            expected = shown(wanted) if wanted is not None else "no call"
             raise UserError(
-                f"{where}: '{name}.{key}' is {given!r}, but in its place {expected} is answered; results must stand "
-                "in the order of their calls"
+                f"{where}: '{name}.{key}' is {shown(given)}, but in its place {expected} is answered; results must "
+                "stand in the order of their calls"
             )

@@ -116,6 +116,6 @@ class DialogueFile(Sequence[Dialogue]):
                 raise UserError(f"{path}: no room for a temporary copy of its rows ({error.strerror})") from None
 
 
-def _typed(value: object) -> list[str]:
+def _typed(value: object) -> dict[str, None]:
     """For a date or bytes of a table: what a reader that wants text refuses; only one that reads it minds."""
-    return [type(value).__name__]
+    return {type(value).__name__: None}

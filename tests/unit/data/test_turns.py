@@ -76,6 +76,20 @@ def test_results_stand_as_the_server_puts_them() -> None:
     assert 0 < refused < 60
 
 
+def test_messages_of_mistakes_are_short_whatever_stands_there() -> None:
+    long: list[object] = [{"a": "x" * 50}] * 50
+    said = {"role": "assistant", "content": "", "tool_calls": [{**F, "type": long}]}
+    rows = [[ASKED, said], [ASKED, {**said, "tool_calls": [F]}, {"role": "tool", "content": "1", "name": long}]]
+    for messages in rows:
+        with pytest.raises(UserError) as error:
+            parse_dialogue({"messages": messages}, "rows:1")
+        assert len(str(error.value)) < 800
+    choices = {"text": ["a", "b"], "label": [json.dumps(long), "B"]}
+    with pytest.raises(UserError) as error:
+        parse_propositions({"question": "q", "choices": choices, "answer": "C"}, "rows:1", Reading())
+    assert len(str(error.value)) < 800
+
+
 def test_names_of_roles_in_any_case_and_texts_that_may_be_alternatives() -> None:
     row = {"conversations": [{"from": "Human", "value": "q"}, {"from": " GPT", "value": ["a"]}]}
     assert shown(row) == shown({"messages": [ASKED, SAID]})
@@ -112,5 +126,11 @@ def test_an_answer_that_is_one_choice_by_its_text_and_another_by_its_place_is_re
     row = {"question": "1 + 1?", "choices": ["1", "2", "3"], "answer": "2"}
     with pytest.raises(UserError, match="rows:1: 'answer' is '2', which names several of the choices"):
         parse_propositions(row, "rows:1", Reading())
+    for wrong, says in (
+        ({"text": ["1", "2", "3"], "label": ["A", "B"]}, "2 labels and 3 texts"),
+        ({"text": ["1", "2"], "label": ["A", {"B": 1}]}, "must hold texts or numbers"),
+    ):
+        with pytest.raises(UserError, match=says):
+            parse_propositions({**row, "choices": wrong, "answer": "A"}, "rows:1", Reading())
     labelled = {**row, "choices": {"text": ["1", "2"], "label": ["1", "2"]}}
     assert [one.true for one in parse_propositions(labelled, "rows:1", Reading())] == [False, True]

@@ -52,6 +52,15 @@ def test_names_are_shown_without_control_characters(text: str, safe: str) -> Non
     assert str(UserError(f"again: {UserError(text)}")) == f"again: {safe}"
 
 
+@pytest.mark.parametrize("longest", [80, 200, LONGEST])
+def test_a_long_text_is_cut_to_the_length_that_was_asked_for(longest: int) -> None:
+    text = "".join(chr(0x4E00 + n) for n in range(3 * longest))
+    for size in (longest, longest + 1, 2 * longest, 3 * longest):
+        cut = printable(text[:size], longest)
+        assert len(cut) <= longest + 30 and cut[: longest // 2] == text[: longest // 2]
+        assert (cut == text[:size]) == (size == longest) and cut.endswith(text[size - longest // 5 : size])
+
+
 def test_a_text_for_the_terminal_keeps_its_lines() -> None:
     assert controls_shown("a\n\tb \u200d\u3000\x1b[2J\x07\x9b\r") == "a\n\tb \u200d\u3000\\x1b[2J\\x07\\x9b\\r"
 
