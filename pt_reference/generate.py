@@ -16,6 +16,7 @@ from telechat_twins.core.model.config import ModelConfig
 from telechat_twins.core.model.position import RotaryRows
 from telechat_twins.core.model.quantize import Int8Matrix
 from telechat_twins.core.parallel.mesh import Mesh
+from telechat_twins.kernels.pytorch.decoding import decoder_program
 from telechat_twins.pt_reference import ops
 from telechat_twins.pt_reference.adapters import apply_adapters
 from telechat_twins.pt_reference.collectives import broadcast
@@ -25,7 +26,7 @@ from telechat_twins.pt_reference.ops import short_page
 from telechat_twins.pt_reference.paged_attention import apply_paged_attention
 from telechat_twins.pt_reference.parallelize import parallelize
 from telechat_twins.pt_reference.ring_pages import Places, apply_ring_pages, place_step
-from telechat_twins.pt_reference.weights import load_weights
+from telechat_twins.pt_reference.weights import held_weight, load_weights
 
 __all__ = ["Runner", "short_page"]
 
@@ -62,11 +63,24 @@ class Runner:
             apply_paged_attention(self.model, num_pages, page_size)
         else:
             apply_ring_pages(self.model, pages_of_rank(num_pages, mesh.cp.size), page_size, mesh.cp)
+        # Steps of few tokens in one call, where it serves.
+        self.program = None
+        if mesh is None and not adapters:
+            dtypes = self.model.dtypes
+            caches = [block.attn.core for block in self.model.layers.values()]
+            self.program = decoder_program(
+                config,
+                (dtypes.weight, dtypes.compute, dtypes.residual),
+                lambda name: held_weight(self.model, name),
+                [(cache.k, cache.v) for cache in caches],
+            )
         self._rows = RotaryRows(config, np.float64 if self.model.dtypes.stat == torch.float64 else np.float32)
 
     @torch.inference_mode()
     def run(self, step: Step) -> np.ndarray:
         """Store keys and values of the new tokens; logits [W, V] float32 of the wanted ones."""
+        if self.program is not None and self.program.takes(step):
+            return self.program.run(step, self._rows.rows(step.positions, step.scaling_lengths))
         if self.mesh is None:
             pages = ops.place_pages(step, self.page_size, self.model.dtypes.compute)
             return to_numpy(self.model(*self._inputs(step, pages))[0])

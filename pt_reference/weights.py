@@ -9,7 +9,7 @@ import torch
 
 from telechat_twins.core.model.quantize import Int8Matrix
 from telechat_twins.kernels.int8 import Int8
-from telechat_twins.kernels.pytorch.weights import prepared
+from telechat_twins.kernels.pytorch.weights import Matrix, prepared
 from telechat_twins.pt_reference import ops
 from telechat_twins.pt_reference.model import Decoder, Linear, named_weights, submodule, to_tensor
 
@@ -31,3 +31,9 @@ def load_weights(model: Decoder, get: Callable[[str], np.ndarray | Int8Matrix]) 
             if matrix is not parameter:
                 del layer.weight
                 layer.weight = matrix
+
+
+def held_weight(model: Decoder, name: str) -> Matrix:
+    """The parameter ``name``, or what took its place."""
+    layer, _, kind = name.rpartition(".")
+    return getattr(submodule(model, layer), kind)

@@ -16,6 +16,7 @@ from telechat_twins.core.model.config import ModelConfig
 from telechat_twins.core.model.position import RotaryRows
 from telechat_twins.core.model.quantize import Int8Matrix
 from telechat_twins.core.parallel.mesh import Mesh
+from telechat_twins.kernels.mindspore.decoding import decoder_program
 from telechat_twins.telechat_ms import ops
 from telechat_twins.telechat_ms.adapters import apply_adapters
 from telechat_twins.telechat_ms.collectives import broadcast
@@ -25,7 +26,7 @@ from telechat_twins.telechat_ms.ops import short_page
 from telechat_twins.telechat_ms.paged_attention import apply_paged_attention
 from telechat_twins.telechat_ms.parallelize import parallelize
 from telechat_twins.telechat_ms.ring_pages import Places, apply_ring_pages, place_step
-from telechat_twins.telechat_ms.weights import load_weights
+from telechat_twins.telechat_ms.weights import held_weight, load_weights
 
 __all__ = ["Runner", "short_page"]
 
@@ -62,10 +63,23 @@ class Runner:
             apply_paged_attention(self.model, num_pages, page_size)
         else:
             apply_ring_pages(self.model, pages_of_rank(num_pages, mesh.cp.size), page_size, mesh.cp)
+        # Steps of few tokens in one call, where it serves.
+        self.program = None
+        if mesh is None and not adapters:
+            dtypes = self.model.dtypes
+            caches = [block.attn.core for block in self.model.layers.values()]
+            self.program = decoder_program(
+                config,
+                (dtypes.weight, dtypes.compute, dtypes.residual),
+                lambda name: held_weight(self.model, name),
+                [(cache.k, cache.v) for cache in caches],
+            )
         self._rows = RotaryRows(config, np.float64 if self.model.dtypes.stat == ms.float64 else np.float32)
 
     def run(self, step: Step) -> np.ndarray:
         """Store keys and values of the new tokens; logits [W, V] float32 of the wanted ones."""
+        if self.program is not None and self.program.takes(step):
+            return self.program.run(step, self._rows.rows(step.positions, step.scaling_lengths))
         if self.mesh is None:
             pages = ops.place_pages(step, self.page_size, self.model.dtypes.compute)
             return to_numpy(self.model(*self._inputs(step, pages)))[0]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import numpy as np
+from mindspore import Tensor
 
 from telechat_twins.core.model.quantize import Int8Matrix
 from telechat_twins.kernels.int8 import Int8
@@ -22,3 +23,9 @@ def load_weights(model: Decoder, get: Callable[[str], np.ndarray | Int8Matrix]) 
             layer.weight = Int8(to_tensor(found.values), to_tensor(found.factors))
         else:
             parameter.set_data(to_tensor(found).astype(model.dtypes.weight))
+
+
+def held_weight(model: Decoder, name: str) -> Tensor | Int8:
+    """The parameter ``name``, or what took its place."""
+    layer, _, kind = name.rpartition(".")
+    return getattr(submodule(model, layer), kind)

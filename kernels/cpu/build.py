@@ -32,6 +32,7 @@ FOLDER = Path(__file__).resolve().parent
 KERNELS = (
     "registry.cc",
     "pool.cc",
+    "program.cc",
     "norm.cc",
     "pointwise.cc",
     "loss.cc",
@@ -76,13 +77,24 @@ def load_extension() -> ModuleType:
 
 
 @functools.cache
+def extension_library() -> ctypes.CDLL:
+    """The kernels of ``load_extension`` by address: the same library, with its threads and their number."""
+    found = load_extension().__file__
+    assert found is not None  # a library's module
+    return _declared(ctypes.CDLL(found))
+
+
+@functools.cache
 def load_plain(*more: str, sources: tuple[str, ...] = KERNELS) -> ctypes.CDLL:
     """The kernels of ``sources`` without MindSpore. Raises BuildError.
 
     ``more``: additional flags, e.g. ``-fsanitize=address`` (whose library must be preloaded) or ``-mno-avx512f``.
     """
     flags = ["-std=c++17", "-fPIC", *FLAGS, *more]
-    library = ctypes.CDLL(str(build("telechat_kernels", sources, flags, ["-shared", "-pthread", *more], "")))
+    return _declared(ctypes.CDLL(str(build("telechat_kernels", sources, flags, ["-shared", "-pthread", *more], ""))))
+
+
+def _declared(library: ctypes.CDLL) -> ctypes.CDLL:
     library.tele_kernel.argtypes = [ctypes.c_char_p, *[ctypes.POINTER(ctypes.c_int)] * 3]
     library.tele_run.argtypes = [ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p]
     library.tele_run.restype = None

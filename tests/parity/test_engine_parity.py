@@ -17,7 +17,6 @@ from telechat_twins.core.backends import load
 from telechat_twins.core.inference.engine import Engine, EngineLimits
 from telechat_twins.core.inference.pages import pool_size
 from telechat_twins.core.inference.requests import Request
-from telechat_twins.core.inference.runner import Step
 from telechat_twins.core.inference.sampling import SamplingConfig, sampling_config
 from telechat_twins.core.model.batch import IGNORE, Batch
 from telechat_twins.core.model.config import ModelConfig
@@ -145,13 +144,9 @@ def first_table_for_all(monkeypatch: pytest.MonkeyPatch, backend: str) -> None:
 
 
 def pages_of_another_sequence(monkeypatch: pytest.MonkeyPatch, backend: str) -> None:
-    ops = load(backend, "ops")
-    real = ops.place_pages
-
-    def faulty(step: Step, *more: Any) -> Any:
-        return real(replace(step, tables=np.roll(step.tables, 1, 0)), *more)
-
-    monkeypatch.setattr(ops, "place_pages", faulty)
+    runner = load(backend, "generate").Runner
+    real = runner.run
+    monkeypatch.setattr(runner, "run", lambda self, step: real(self, replace(step, tables=np.roll(step.tables, 1, 0))))
 
 
 FAULTS: dict[str, Callable[[pytest.MonkeyPatch, str], None]] = {
