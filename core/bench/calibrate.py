@@ -3,7 +3,8 @@
     core/bench/calibrate.py BACKEND FOLDER       (a rank, under msrun or torchrun)
 
 core.bench.probes takes the times. From them follow, each from its own: collectives by operation and size; the host's
-time of a block, of the ends, of a step, and of what tp and a ring add; the update. Only the rates of products, of
+time of a block, of the ends, of a step, and of what tp and a ring add; by how much a process alone is faster; the
+update. Only the rates of products, of
 attention and of memory are fitted together, to the phases of small models in one process.
 """
 
@@ -32,7 +33,6 @@ from telechat_twins.core.bench.probes import (
     NARROW_MICRO_BATCHES,
     SIZES,
     Probes,
-    alone_models,
     narrow,
     outside_a_launch,
     ring_attention,
@@ -122,6 +122,7 @@ def fitted(
     )
     measured = {key: (crowd[key]["forward"], crowd[key]["gradients"]) for key in crowd if not key.startswith("narrow")}
     found["host"], wasted = host_times(crowd, options)
+    found["host"]["exponent"] = host_exponent(crowd, alone, cores)
     narrow_host = dict(found["host"])
     for _ in range(_HOST_ROUNDS):
         found["efficiency"] |= fit_rates(machine_from(found, name), options, measured, cores, wasted)
@@ -135,16 +136,7 @@ def fitted(
         "faster": round(min(0.9, max(0.1, *errors)), 3),
         "slower": round(min(9.0, max(0.1, *(-e for e in errors))), 3),
     }
-    # With all cores the rates of a process are larger by a power of their number.
-    whole = {key: (alone[key]["forward"], alone[key]["gradients"]) for key in alone_models(options)}
-    exponents = [x / 100 for x in range(0, 101, 2)]
-    found["core_exponent"] = min(
-        exponents,
-        key=lambda x: sum(
-            math.log(a / b) ** 2
-            for a, b in pairs(dataclasses.replace(machine, core_exponent=x), options, whole, 1, wasted)
-        ),
-    )
+    found["core_exponent"] = rates_exponent(machine, options, alone, wasted)
     if layouts:
         found["host"] |= added_by_layouts(machine_from(found, name), options, crowd, layouts)
         found["host"] |= added_by_queries(machine_from(found, name), options, layouts)
@@ -189,6 +181,34 @@ def host_times(crowd: Mapping[str, Mapping[str, float]], options: JsonObject) ->
     host["update_bandwidth"] = round(bandwidth / 1e9, 4)
     host["source"] = "models of 32 channels and 8 tokens, in two depths and numbers of micro-batches"
     return host, (beside["forward"], beside["gradients"])
+
+
+def host_exponent(
+    crowd: Mapping[str, Mapping[str, float]], alone: Mapping[str, Mapping[str, float]], cores: int
+) -> float:
+    """The power of the number of cores by which the host is faster in a process that has all of them to itself."""
+    names = [name for name in alone if name.startswith("narrow")]
+    if cores == 1 or not names:
+        return 0.0
+    ratio = statistics.fmean(math.log(crowd[name]["gradients"] / alone[name]["gradients"]) for name in names)
+    return round(min(1.0, max(0.0, ratio / math.log(cores))), 3)
+
+
+def rates_exponent(
+    machine: Machine, options: JsonObject, alone: Mapping[str, Mapping[str, float]], wasted: Pair
+) -> float:
+    """Likewise for the rates of products, attention and memory, after the host's time has been taken off."""
+    assert machine.host is not None
+    whole = {key: (alone[key]["forward"], alone[key]["gradients"]) for key in alone if key.startswith("whole")}
+    faster = machine.devices_per_node**machine.host.exponent
+    beside = wasted[0] / faster, wasted[1] / faster
+    return min(
+        (x / 100 for x in range(0, 101, 2)),
+        key=lambda x: sum(
+            math.log(a / b) ** 2
+            for a, b in pairs(dataclasses.replace(machine, core_exponent=x), options, whole, 1, beside)
+        ),
+    )
 
 
 def _update_times(crowd: Mapping[str, Mapping[str, float]], options: JsonObject) -> tuple[float, float]:

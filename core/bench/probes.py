@@ -102,8 +102,8 @@ def ring_attention(options: JsonObject, layers: int) -> JsonObject:
 
 
 def alone_models(options: JsonObject) -> dict[str, JsonObject]:
-    """Those that are measured once more in one process with all cores."""
-    return {name: one for name, one in small_models(options).items() if name.startswith("whole")}
+    """Those that are measured once more in one process with all cores: the whole and the narrow ones."""
+    return {name: one for name, one in small_models(options).items() if name.startswith(("whole", "narrow"))}
 
 
 class Probes:

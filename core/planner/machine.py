@@ -87,6 +87,7 @@ class Host:
     ring_backward: float = option(help="a ring's step of a block's backward", min=0.0)
     ring_forward_mb: float = option(0.0, help="more of it for each MB of float32 queries", min=0.0)
     ring_backward_mb: float = option(0.0, help="likewise, of the backward", min=0.0)
+    exponent: float = option(0.0, help="all of it is c ** exponent as fast in a process with c cores", min=0.0, max=1.0)
     update_bandwidth: float = option(help="GB/s that norm and update move", above=0.0)
     source: str = option(help="the command that measured it")
 

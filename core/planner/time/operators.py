@@ -64,10 +64,11 @@ class HostTimes:
 
     @classmethod
     def of(cls, host: Host | None, cores: float) -> HostTimes:
-        """The times of a rank with ``cores`` cores: below one, ranks take turns."""
+        """The times of a rank with ``cores`` cores: below one, ranks take turns; above, it shares its core's caches
+        and clock with no other."""
         if host is None:
             return cls()
-        us = 1e-6 / min(1.0, cores)
+        us = 1e-6 / (cores**host.exponent if cores > 1.0 else cores)
         return cls(
             (us * host.block_forward, us * host.block_backward),
             (us * host.ends_forward, us * host.ends_backward),

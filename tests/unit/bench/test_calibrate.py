@@ -51,6 +51,7 @@ HOST = {
     "ring_forward_mb": 800.0,
     "ring_backward_mb": 2400.0,
     "update_bandwidth": 8.0,
+    "exponent": 0.4,
     "source": "planted",
 }
 
@@ -75,7 +76,7 @@ def phases(options: JsonObject, world: int) -> dict[str, float]:
     step = step_time(config.model, config.parallel, work_of(config), machine() if config.parallel.world > 1 else here)
     m = work_of(config).micro_batches
     forward, both = m * sum(step.forward), m * (sum(step.forward) + sum(step.backward))
-    beside = HOST["step"] * 1e-6  # type: ignore[operator]
+    beside = HOST["step"] * 1e-6 / (2 // world) ** HOST["exponent"]  # type: ignore[operator]
     return {"forward": forward + beside, "gradients": both + beside, "update": step.tails[0].update}
 
 
@@ -107,6 +108,7 @@ def test_planted_rates_and_host_times_are_found(tmp_path: Path) -> None:
     path.write_text(yaml.safe_dump(calibrate.fitted("pt", "mine", calibrate.OPTIONS, raw())))
     found = load_machine(str(path))
     assert found.core_exponent == pytest.approx(0.5, abs=0.05) and found.backend == "pt" and found.host is not None
+    assert found.host.exponent == pytest.approx(0.4, abs=0.03)
     for name in ("block_forward", "block_backward", "step", "update", "ring_forward", "ring_backward"):
         assert getattr(found.host, name) == pytest.approx(HOST[name], rel=0.1, abs=20.0), name
     options = {**calibrate.OPTIONS, "seq_len": 64}
