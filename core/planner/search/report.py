@@ -110,7 +110,7 @@ def _spent(plan: Plan) -> dict[str, float]:
         "waiting for tp": parts["tp"],
         "waiting for cp": parts["cp"],
         "waiting for dp": parts["dp"],
-        "pipeline (bubble, messages)": parts["pipeline"],
+        "pipeline (bubble, messages)": parts["pipeline"] + parts["pp"],
         "optimizer": parts["optimizer"],
     }
 

@@ -36,9 +36,10 @@ class StepTime:
     ``seconds`` with its interval ``low`` .. ``high``. ``tflops``: model TFLOP/s of a device by
     core.model.flops.flops_per_token, without recomputation; ``mfu``: their share of ``peak_tflops``. ``bubble``: share
     of the pipeline ranks' time spent waiting. ``exposed``: seconds a step that the ranks wait for transfers along tp,
-    cp, pp and dp. ``breakdown``: seconds of the busiest pipeline rank by class of operator, transfer and waiting; they
-    add up to ``seconds``. ``forward`` and ``backward``: seconds of a micro-batch in each global stage, ``message``
-    between two stages, ``tails`` of each pipeline rank after its last backward.
+    cp, pp and dp. ``breakdown``: seconds of the busiest pipeline rank by class of operator, transfer and waiting
+    ("pp": messages that occupy it; "pipeline": other stages); they add up to ``seconds``. ``forward`` and ``backward``:
+    seconds of a micro-batch in each global stage, ``message`` between two stages, ``tails`` of each pipeline rank after
+    its last backward.
     """
 
     seconds: float
@@ -106,7 +107,8 @@ def step_time(model: ModelConfig, layout: Layout, work: Work, machine: Machine, 
         for rank in range(layout.pp)
     ]
     host = rates.host.step
-    return _summed(model, layout, work, machine, ways, stages, played, tails, message, forward, backward, host)
+    times = forward, backward, message, blocked
+    return _summed(model, layout, work, machine, ways, stages, played, tails, times, host)
 
 
 def stage_costs(
@@ -222,11 +224,10 @@ def _summed(
     stages: list[Stage],
     played: Played,
     tails: list[Tail],
-    message: float,
-    forward: list[float],
-    backward: list[float],
+    times: tuple[list[float], list[float], float, float],
     host: float,
 ) -> StepTime:
+    forward, backward, message, blocked = times
     # The norm of all gradients is where all ranks meet; then each updates and gathers.
     reduced = max(end + one.reduce for end, one in zip(played.ends, tails, strict=True))
     after = max(one.update + one.gather for one in tails)
@@ -246,7 +247,8 @@ def _summed(
     dp = max(0.0, reduced - played.seconds) + after - update + agreement
     silent = play(layout.schedule, layout.pp, layout.virtual, m, *_without(stages))
     exposed = {"tp": tp, "cp": cp, "pp": max(0.0, played.seconds - silent.seconds), "dp": dp}
-    breakdown = {**parts, "optimizer": update, "tp": tp, "cp": cp, "dp": dp}
+    sent = m * sum((g < layout.stages - 1) + (g > 0) for g in mine)
+    breakdown = {**parts, "optimizer": update, "tp": tp, "cp": cp, "dp": dp, "pp": sent * blocked}
     breakdown |= {"pipeline": together - sum(breakdown.values()), "stragglers": seconds - together}
     tokens = work.tokens(layout.dp)
     per_device = tokens / seconds / layout.world

@@ -140,6 +140,7 @@ def test_the_table_has_the_forecast_beside_the_measured_times() -> None:
     forecasts = {text: forecast_of(options, text, machine()) for text in ("single", "tp2", "pp2", "dp2", "ring2")}
     assert forecasts["tp2"]["seconds"] > forecasts["dp2"]["seconds"]  # many small messages against a few
     assert forecasts["pp2"]["working"] < forecasts["pp2"]["seconds"]  # a rank waits for the other
+    assert forecasts["pp2"]["breakdown"]["pp"] == pytest.approx(4 * 200e-6)  # and is busy with the messages it sends
     row = {
         "backend": "pt",
         "layout": "tp2",
