@@ -20,7 +20,7 @@ from telechat_twins.core.parallel import schedule
 from telechat_twins.core.parallel.layout import parse_layout
 from telechat_twins.core.parallel.traffic import expected_traffic
 from telechat_twins.core.planner.fit import FAMILIES, fit
-from telechat_twins.core.planner.machine import Machine, load_machine, machine_names
+from telechat_twins.core.planner.machine import OPERATIONS, Machine, load_machine, machine_names
 from telechat_twins.core.planner.published import Forecast, forecast, published_runs
 from telechat_twins.core.planner.time import pipeline, timeline, traffic
 from telechat_twins.core.planner.time.step import step_time
@@ -226,6 +226,24 @@ def test_the_command(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None
     assert (tmp_path / "t.png").read_bytes().startswith(b"\x89PNG")
     assert cli.main(argv) == 0
     assert "MFU" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("backend", ["pt", "ms"])
+def test_the_bundled_calibrations_of_a_cpu(backend: str) -> None:
+    """They are of the backend they name, have each collective measured, and rank layouts as two cores must."""
+    name = f"cpu-epyc-{backend}"
+    machine = load_machine(name)
+    assert (machine.backend, machine.shared_cores, machine.devices_per_node) == (backend, True, 2)
+    assert {one.op for one in machine.node.measured} == {op for op in OPERATIONS if op != "send"}
+    assert machine.host is not None and machine.host.block_backward > machine.host.block_forward > 0.0
+    assert "tele plan --calibrate" in machine.efficiency.source
+    work = Work(seq_len=128, micro_batch=2, micro_batches=4, precision="fp32")
+    half = dataclasses.replace(work, micro_batches=2)
+    alone, data, pipe, tensor = (
+        step_time(TINY, parse_layout(layout), given, machine).seconds
+        for layout, given in (("single", work), ("dp2", half), ("pp2", work), ("tp2", work))
+    )
+    assert alone / 2 < data < alone and data < tensor and alone / 2 < pipe
 
 
 def test_a_plan_without_a_machine_loads_nothing_of_the_forecast() -> None:
