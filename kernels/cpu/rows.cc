@@ -78,7 +78,7 @@ inline __m512bh pairs_of(const uint16_t *p, int64_t n = PairedRows::kStep) {
 }
 
 // As below, by dot products of bfloat16 pairs with float32 sums.
-template <int ROWS>
+template <int ROWS, bool AHEAD>
 inline vf block(const PairedRows &x, int64_t r, const bf16 *w, int64_t outputs) {
   constexpr int kOutputs = W / ROWS, kAtOnce = std::min(kOutputs, 4);
   const uint16_t *row = x.data + r * x.stride;
@@ -93,6 +93,7 @@ inline vf block(const PairedRows &x, int64_t r, const bf16 *w, int64_t outputs) 
 #pragma GCC unroll 8
       for (int o = 0; o < kAtOnce; o++) {
         const __m512bh factors = pairs_of(rows[o] + i, n);
+        if constexpr (AHEAD) __builtin_prefetch(rows[o] + kAtOnce * x.columns + i);
 #pragma GCC unroll 8
         for (int k = 0; k < ROWS; k++)
           sum[k][o] = _mm512_dpbf16_ps(sum[k][o], factors, (__m512bh)_mm512_loadu_si512(row + k * x.stride + i));
@@ -122,8 +123,9 @@ inline void keep([[maybe_unused]] vf &x) {
 }
 
 // Dot products of ROWS rows of x, from first_row on, with W / ROWS rows of w, in lane r * (W / ROWS) + o. At most 4
-// outputs at a time, so that their addresses stay in general-purpose registers.
-template <int ROWS, typename T>
+// outputs at a time, so that their addresses stay in general-purpose registers. AHEAD: the next outputs' rows of w are
+// prefetched, since rows of w are streams too short for the processor's own prefetch to find the next ones.
+template <int ROWS, bool AHEAD, typename T>
 inline vf block(const FloatRows &given, int64_t first_row, const T *w, int64_t outputs) {
   constexpr int kOutputs = W / ROWS, kAtOnce = std::min(kOutputs, 4);
   const int64_t x_row = given.stride, columns = given.columns;
@@ -143,8 +145,7 @@ inline vf block(const FloatRows &given, int64_t first_row, const T *w, int64_t o
       for (int o = 0; o < kAtOnce; o++) {
         vf factor = weights(rows[o] + i);
         keep(factor);
-        // Two rows of outputs are streams too short for the processor's own prefetch of the next two.
-        if constexpr (ROWS > 4) __builtin_prefetch(rows[o] + kAtOnce * columns + i);
+        if constexpr (AHEAD) __builtin_prefetch(rows[o] + kAtOnce * columns + i);
 #pragma GCC unroll 8
         for (int r = 0; r < ROWS; r++) sum[r][o] += value[r] * factor;
       }
@@ -166,13 +167,15 @@ inline vf block(const FloatRows &given, int64_t first_row, const T *w, int64_t o
   return sums_of_rows(sums);
 }
 
-// out [ROWS, W]: ROWS rows of x, from row r on, times a strip of ``some`` outputs.
+// out [ROWS, W]: ROWS rows of x, from row r on, times a strip of ``some`` outputs. Only the first rows find the strip
+// outside the caches.
 template <int ROWS, typename X, typename T>
 inline void strip(const X &x, int64_t r, const T *w, int64_t some, float *out) {
   constexpr int kOutputs = W / ROWS;
   for (int64_t o = 0; o < some; o += kOutputs) {
     float lanes[W];
-    store(lanes, block<ROWS>(x, r, w + o * x.columns, some - o));
+    const T *from = w + o * x.columns;
+    store(lanes, r ? block<ROWS, false>(x, r, from, some - o) : block<ROWS, true>(x, r, from, some - o));
     for (int i = 0; i < ROWS; i++)
       for (int j = 0; j < kOutputs; j++) out[i * W + o + j] = lanes[i * kOutputs + j];
   }

@@ -160,8 +160,9 @@ struct QuantizedRows {
   }
 };
 
-// Products of ROWS rows, from row r on, with W / ROWS rows of w, in lane row * (W / ROWS) + output.
-template <int ROWS>
+// Products of ROWS rows, from row r on, with W / ROWS rows of w, in lane row * (W / ROWS) + output. AHEAD: the next
+// outputs' rows of w are prefetched (rows.cc).
+template <int ROWS, bool AHEAD>
 inline vf block(const QuantizedRows &x, int64_t r, const int8_t *w, int64_t outputs) {
   constexpr int kOutputs = W / ROWS, kAtOnce = std::min(kOutputs, 4);
   const int64_t columns = x.columns;
@@ -186,6 +187,7 @@ inline vf block(const QuantizedRows &x, int64_t r, const int8_t *w, int64_t outp
 #pragma GCC unroll 8
         for (int o = 0; o < kAtOnce; o++) {
           const Bytes factors = factors_of(rows[o] + c, kBytes);
+          if constexpr (AHEAD) __builtin_prefetch(rows[o] + kAtOnce * columns + c);
 #pragma GCC unroll 8
           for (int i = 0; i < ROWS; i++) exact[i][o] = dot(exact[i][o], factors, row + i * x.stride + c);
         }
