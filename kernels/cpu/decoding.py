@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import ctypes
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -56,17 +56,49 @@ def serves(config: ModelConfig, dtypes: Sequence[str]) -> bool:
     return plain and len(set(dtypes)) == 1 and dtypes[0] in DTYPES
 
 
-class DecoderProgram:
-    """The program of one decoder with its weights and pages."""
+class DecoderPrograms:
+    """One decoder with its weights and pages: a program of the kernels of few rows and, with ``many``, another whose
+    products take any number, as MindSpore's operators have them."""
 
-    def __init__(self, library: ctypes.CDLL, config: ModelConfig, dtype: str, held: Held, pages: Pages) -> None:
+    def __init__(
+        self, library: ctypes.CDLL, config: ModelConfig, dtype: str, held: Held, pages: Pages, many: bool = False
+    ) -> None:
         """``held`` gives every parameter of core.model.params.parameter_table, vectors and dense matrices in ``dtype``,
-        one of DTYPES, as the pages are. TypeError or ValueError for others."""
-        self._config, self._dtype = config, dtype
-        self._program = Program(library)
-        self._table = parameter_table(config)
-        self.matrices = {name: _checked(name, held(name), spec.shape, dtype) for name, spec in self._table.items()}
+        one of DTYPES, as the pages are. ValueError for others."""
+        table = parameter_table(config)
+        self.matrices = {name: _checked(name, held(name), spec.shape, dtype) for name, spec in table.items()}
         self.pages = [_checked_pages(pair, config, dtype) for pair in pages]
+        kinds = (False, True) if many and dtype != "float16" else (False,)
+        self._programs = [DecoderProgram(library, config, dtype, self.matrices, self.pages, kind) for kind in kinds]
+
+    def takes(self, step: Step) -> bool:
+        """Whether there is a program for as many tokens as these."""
+        return any(program.takes(step) for program in self._programs)
+
+    def run(self, step: Step, rope: Sequence[np.ndarray]) -> np.ndarray:
+        """Logits [W, V] float32; ``rope``: cos, sin and, with xPos, the scales, float32 [N, D/2] each. ValueError for a
+        step that ``takes`` refuses."""
+        for program in self._programs:
+            if program.takes(step):
+                return program.run(step, rope)
+        raise ValueError(f"step: {len(step.ids)} tokens, {len(step.wanted)} of them wanted, which no program takes")
+
+
+class DecoderProgram:
+    """One program of ``DecoderPrograms``; with ``many`` its dense products take any number of rows."""
+
+    def __init__(
+        self,
+        library: ctypes.CDLL,
+        config: ModelConfig,
+        dtype: str,
+        matrices: Mapping[str, Matrix],
+        pages: Pages,
+        many: bool,
+    ) -> None:
+        self._config, self._dtype, self._many = config, dtype, many
+        self._program = Program(library)
+        self._table, self._matrices, self._pages = parameter_table(config), matrices, pages
         self._fixed: list[tuple[int, Memory]] = []
         self._widths: dict[int, tuple[int, ...]] = {}  # of an activation's view: the axes behind N or W
         self._last: set[int] = set()  # activations of the wanted tokens alone
@@ -75,17 +107,17 @@ class DecoderProgram:
         self._rows = (0, 0)
         self._shapes: dict[int, tuple[int, ...]] = {}  # of the last step's arrays
         linear = [name for name, spec in self._table.items() if spec.kind in ("matrix", "head")]
-        whole = not config.tied_embeddings and all(self.matrices[name].factors is not None for name in linear)
+        whole = not config.tied_embeddings and all(self._matrices[name].factors is not None for name in linear)
         # The kernel of few rows serves any number that meet int8 matrices (kernels/cpu/ops.py).
-        self.most_rows = math.inf if whole else FEW
+        self._most = math.inf if whole else FEW
         self._record()
 
     def takes(self, step: Step) -> bool:
-        """Whether the kernels of few rows serve as many tokens as these."""
-        return len(step.ids) <= self.most_rows
+        if self._many:  # the head is a product of few rows
+            return len(step.wanted) <= FEW
+        return len(step.ids) <= self._most
 
     def run(self, step: Step, rope: Sequence[np.ndarray]) -> np.ndarray:
-        """Logits [W, V] float32; ``rope``: cos, sin and, with xPos, the scales, float32 [N, D/2] each."""
         tokens, wanted = len(step.ids), len(step.wanted)
         if (tokens, wanted) != self._rows:
             self._place_rows(tokens, wanted)
@@ -138,13 +170,14 @@ class DecoderProgram:
         if config.input_mult != 1.0:
             factor = p.scalar(config.input_mult)
             p.add("scaled", [self._stream, self._none], [self._stream], [factor, self._zero])
-        for number, pages in enumerate(self.pages):
+        for number, pages in enumerate(self._pages):
             self._block(f"layers.{number}.", [self._fix(memory) for memory in pages], heads, turned, places, tables)
         rows, normed = (self._rows_of(self._dtype, E, wanted=True) for _ in range(2))
         found = self._rows_of(self._dtype, config.vocab_size, wanted=True)
         p.add("embedding", [self._stream, wanted], [rows], [])
         self._norm("norm", rows, normed)
-        self._linears(normed, ["embed" if config.tied_embeddings else "head"], [found])
+        head = (*self._matrix("embed.weight" if config.tied_embeddings else "head.weight"), self._none)
+        self._few_rows(normed, [head], [found])
         bias, added = padding_bias(config, 0, config.vocab_size), self._none
         if bias is not None:
             padding = np.ascontiguousarray(bias, np.float32)
@@ -203,18 +236,42 @@ class DecoderProgram:
         self._program.add("add_rms_norm", inputs, [*outputs, self._statistics[0]], [self._eps, self._zero])
 
     def _linears(self, x: int, names: Sequence[str], outputs: Sequence[int]) -> None:
-        """Products of x with the matrices of up to three layers, in one kernel."""
+        """Products of x [N, in] with the matrices of up to three layers, of few rows in one kernel."""
+        layers = [(*self._matrix(f"{name}.weight"), self._bias(name)) for name in names]
+        if self._many and all(factors == self._none for _, factors, _ in layers):
+            for layer, out in zip(layers, outputs, strict=True):
+                self._product(x, layer, out)
+            return
+        self._few_rows(x, layers, outputs)
+
+    def _few_rows(self, x: int, layers: Sequence[tuple[int, int, int]], outputs: Sequence[int]) -> None:
         inputs, scalars = [x], []
-        for name in names:
-            values, factors = self._matrix(f"{name}.weight")
-            biased = f"{name}.bias" in self._table
-            inputs += [values, factors, self._matrix(f"{name}.bias")[0] if biased else self._none]
-            scalars += [self._zero if factors == self._none else self._one, self._one if biased else self._zero]
-        self._program.add(f"linear_rows_{len(names)}" if len(names) > 1 else "linear_rows", inputs, outputs, scalars)
+        for layer in layers:
+            inputs += layer
+            scalars += [self._flag(view) for view in layer[1:]]
+        self._program.add(f"linear_rows_{len(layers)}" if len(layers) > 1 else "linear_rows", inputs, outputs, scalars)
+
+    def _product(self, x: int, layer: tuple[int, int, int], out: int) -> None:
+        """As kernels.mindspore.autograd.Linear multiplies."""
+        matrix, _, bias = layer
+        plain = [self._zero, self._zero]  # neither operand is transposed
+        if self._dtype == "float32":
+            self._program.add("matmul", [x, matrix, bias], [out], [*plain, self._flag(bias)])
+            return
+        self._program.add("matmul_bf16", [x, matrix], [out], plain)
+        if bias != self._none:
+            self._program.add("add_bias", [out, bias], [], [])
+
+    def _bias(self, name: str) -> int:
+        return self._matrix(f"{name}.bias")[0] if f"{name}.bias" in self._table else self._none
+
+    def _flag(self, view: int) -> int:
+        """The scalar that says whether there is such an input."""
+        return self._zero if view == self._none else self._one
 
     def _matrix(self, name: str) -> tuple[int, int]:
         """Views of a parameter's values and factors."""
-        values, factors = self.matrices[name]
+        values, factors = self._matrices[name]
         return self._fix(values), self._none if factors is None else self._fix(factors)
 
     def _fix(self, memory: Memory) -> int:

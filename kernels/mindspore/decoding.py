@@ -8,7 +8,7 @@ import mindspore as ms
 from mindspore import Tensor
 
 from telechat_twins.core.model.config import ModelConfig
-from telechat_twins.kernels.cpu.decoding import DecoderProgram, Matrix, Memory, serves
+from telechat_twins.kernels.cpu.decoding import DecoderPrograms, Matrix, Memory, serves
 from telechat_twins.kernels.cpu.engine import engine_of
 from telechat_twins.kernels.int8 import Int8
 from telechat_twins.kernels.mindspore.ops import choices
@@ -19,7 +19,7 @@ def decoder_program(
     dtypes: Sequence[ms.Type],
     held: Callable[[str], Tensor | Int8],
     pages: Sequence[tuple[Tensor, Tensor]],
-) -> DecoderProgram | None:
+) -> DecoderPrograms | None:
     """A decoder with its ``pages`` as one call; None where its kernels do not serve: elsewhere than on a CPU, in mixed
     precision or float64, with growth masks, or where a run selected a composite operator.
 
@@ -36,7 +36,8 @@ def decoder_program(
         found = held(name)
         return Matrix(*map(_memory, found)) if isinstance(found, Int8) else Matrix(_memory(found))
 
-    return DecoderProgram(extension_library(), config, names[0], matrix, [(_memory(k), _memory(v)) for k, v in pages])
+    places = [(_memory(k), _memory(v)) for k, v in pages]
+    return DecoderPrograms(extension_library(), config, names[0], matrix, places, many=True)
 
 
 def _memory(x: Tensor) -> Memory:

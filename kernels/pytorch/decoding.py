@@ -14,7 +14,7 @@ from telechat_twins.kernels.pytorch.ops import choices, default_device
 from telechat_twins.kernels.pytorch.weights import NAMES, FewRows, Matrix, compiled
 
 if TYPE_CHECKING:
-    from telechat_twins.kernels.cpu.decoding import DecoderProgram, Memory
+    from telechat_twins.kernels.cpu.decoding import DecoderPrograms, Memory
 
 
 def decoder_program(
@@ -22,7 +22,7 @@ def decoder_program(
     dtypes: Sequence[torch.dtype],
     held: Callable[[str], Matrix],
     pages: Sequence[tuple[Tensor, Tensor]],
-) -> DecoderProgram | None:
+) -> DecoderPrograms | None:
     """A decoder with its ``pages`` as one call; None where its kernels do not serve: elsewhere than on a CPU, in mixed
     precision or float64, with growth masks, or where a run selected a composite operator.
 
@@ -46,7 +46,7 @@ def decoder_program(
         return cpu_decoding.Matrix(*map(_memory, parts))
 
     places = [(_memory(k), _memory(v)) for k, v in pages]
-    return cpu_decoding.DecoderProgram(load_plain(), config, names[0], matrix, places)
+    return cpu_decoding.DecoderPrograms(load_plain(), config, names[0], matrix, places)
 
 
 def _memory(x: Tensor) -> Memory:
