@@ -204,6 +204,7 @@ def test_reasoning_is_shown_apart_and_not_sent_back(window: Browser):
 
     with running(thoughtful, pause=0.01, thinking=True) as server:
         opened(window, server)
+        window.log()  # what earlier tests left there
         say(window, "first")
         assert window.until(lambda: 5 < len("".join(window.texts(".thought div"))) < 200), "it does not stream"
         assert window.run("return document.querySelector('.thought').open")
@@ -221,6 +222,9 @@ def test_reasoning_is_shown_apart_and_not_sent_back(window: Browser):
         say(window, "third")
         assert idle(window)
         assert window.texts(".assistant") == ["You said: first", "", "You said: third"]
+        window.type(".thought summary", " ")  # by keyboard
+        assert window.run("return document.querySelector('.thought').open")
+        assert violations(window, axe_source()) == [] and window.log() == []
 
 
 def test_answers_are_made_anew_and_questions_edited(page: Browser, server: Running):
@@ -305,10 +309,7 @@ def test_models_and_sampling_are_chosen(window: Browser):
 @pytest.mark.parametrize("dark", [False, True])
 def test_axe_finds_nothing(page: Browser, server: Running, dark: bool):
     """Accessibility by axe in each state of the page; nothing is loaded from elsewhere, and the console is empty."""
-    found = importlib.util.find_spec("axe_core_python")
-    if found is None:
-        pytest.skip("axe-core-python is in the extra dev")
-    axe = (Path(found.submodule_search_locations[0]) / "axe.min.js").read_text(encoding="utf-8")
+    axe = axe_source()
     page.log()
     page.dark(dark)
     for width, language in ((390, "zh"), (1280, "en")):
@@ -327,6 +328,13 @@ def test_axe_finds_nothing(page: Browser, server: Running, dark: bool):
     assert page.log() == []
     page.run("document.getElementById('new').textContent = ''")  # a planted fault
     assert [name for name, *_ in violations(page, axe)] == ["button-name"]
+
+
+def axe_source() -> str:
+    found = importlib.util.find_spec("axe_core_python")
+    if found is None or not found.submodule_search_locations:
+        pytest.skip("axe-core-python is in the extra dev")
+    return (Path(found.submodule_search_locations[0]) / "axe.min.js").read_text(encoding="utf-8")
 
 
 def violations(page: Browser, axe: str) -> list[list[object]]:
