@@ -7,6 +7,7 @@ import errno
 import importlib
 import math
 import os
+import re
 import sys
 import tomllib
 import traceback
@@ -21,6 +22,10 @@ from telechat_twins.core.shown import controls_shown, escape_unencodable, printa
 
 DISTRIBUTION = "telechat-twins"
 LARGEST = 1 << 63  # bound on whole numbers of options
+# How PyTorch's allocators and MindSpore's begin the RuntimeError of a refusal.
+_ALLOCATORS = re.compile(
+    r"can't allocate memory: you tried to allocate \d+ bytes|CUDA out of memory|^Allocate memory failed"
+)
 ALIASES = {"mindspore": "ms", "torch": "pt", "pytorch": "pt"}  # other names of backends, for hints
 
 GROUPS: dict[str, dict[str, str]] = {
@@ -160,13 +165,17 @@ def _refused(error: Exception) -> str | None:
     """
     if isinstance(error, MemoryError):
         return f"out of memory ({str(error) or 'allocation failed'}); use smaller sizes, or a larger machine"
+    refusal = _ALLOCATORS.search(str(error))
+    if isinstance(error, RuntimeError) and refusal is not None:
+        return f"out of memory ({refusal[0]}); use smaller sizes, or a larger machine"
     refused = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG}
     full = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
     if not isinstance(error, OSError) or error.errno not in refused | full:
         return None
     what = error.filename if isinstance(error.filename, str) else "output"
-    way = "free some space" if error.errno in full else "change its permissions"
-    return f"{what}: {error.strerror}; {way} or choose another path"
+    ways = {errno.EACCES: "change its permissions or ", errno.EPERM: "change its permissions or "}
+    ways |= dict.fromkeys(full, "free some space or ")
+    return f"{what}: {error.strerror}; {ways.get(error.errno, '')}choose another path"
 
 
 def version() -> str:

@@ -181,8 +181,8 @@ class EngineModel(TemplateLM):
         new = int(new)
         if not 0 < new < self.max_length:
             raise UserError(
-                f"max_gen_toks: must be 1 to {self.max_length - 1}, found {new}; give --max-len, or --gen-tokens for "
-                "shorter answers"
+                f"max_gen_toks: must be 1 to {self.max_length - 1}, found {new}; give a larger --max-len, or the task "
+                "fewer tokens in its generation_kwargs"
             )
         ids = self.tok_encode(context) or [self.prefix_token_id]
         self.cut += len(ids) > self.max_length - new

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -30,7 +31,7 @@ UNSAFE = ("humaneval", "mbpp")  # run the code that the model writes
 class RunOptions:
     """How tasks are run. ``data``: folder of local data sets; ``limit``: items of each task, all by default; ``chat``:
     in the chat template, ``multiturn`` with examples as earlier turns, ``system`` as its system text; ``unsafe``: tasks
-    may execute code that the model wrote."""
+    may execute code that the model wrote; ``quiet``: without the harness's progress bars."""
 
     data: Path | None = None
     limit: int | None = None
@@ -38,10 +39,12 @@ class RunOptions:
     multiturn: bool = False
     system: str | None = None
     unsafe: bool = False
+    quiet: bool = False
 
 
 def require_harness() -> None:
-    """UserError where lm-evaluation-harness is not installed, or in another version than the adapter is written for."""
+    """UserError where lm-evaluation-harness is not installed, in another version than the adapter is written for, or
+    beside packages that it cannot be imported with."""
     from importlib.metadata import PackageNotFoundError, version
 
     try:
@@ -50,6 +53,10 @@ def require_harness() -> None:
         raise UserError(f"lm-evaluation-harness is not installed; run: {install_command('eval')}") from None
     if found.split(".")[:2] != ["0", "4"]:
         raise UserError(f"lm_eval: must be 0.4, found {found}; run: {install_command('eval')}")
+    try:
+        import datasets  # noqa: F401  # its pyarrow, where it is newer than the extra's, refuses numpy 1.26
+    except ImportError as error:
+        raise UserError(f"lm_eval: cannot be used here ({error}); run: {install_command('eval')}") from None
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
 
 
@@ -73,7 +80,8 @@ def open_tasks(plans: Sequence[TaskPlan], include: Sequence[Path]) -> TaskManage
 
     for folder in include:
         if not folder.is_dir():
-            raise UserError(f"--include {folder}: no such folder")
+            found = f"is a file; give {folder.parent}, which holds it" if folder.is_file() else "no such folder"
+            raise UserError(f"--include {folder}: {found}")
     paths = [OWN_TASKS, *include]
     manager = TaskManager(include_path=paths, include_defaults=False)
     if any(plan.name not in manager.task_index for plan in plans):
@@ -95,7 +103,7 @@ def run_task(plan: TaskPlan, model: EngineModel, manager: TaskManager, options: 
 
     if any(plan.name.startswith(name) for name in UNSAFE) and not options.unsafe:
         raise UserError(f"{plan.name}: executes code that the model writes; in a sandbox, add --run-unsafe-code")
-    with local_data(options.data) as sets, task_errors(plan.name, options.data, sets):
+    with _bars(options.quiet), local_data(options.data) as sets, task_errors(plan.name, options.data, sets):
         found = simple_evaluate(
             model=model,
             tasks=[plan.name],
@@ -111,3 +119,24 @@ def run_task(plan: TaskPlan, model: EngineModel, manager: TaskManager, options: 
         )
     assert found is not None  # a model of rank 0
     return dict(found)
+
+
+@contextlib.contextmanager
+def _bars(quiet: bool) -> Iterator[None]:
+    """The harness's own bars, which it has no option for, as they are or not at all."""
+    import lm_eval.api.model
+    import lm_eval.api.task
+
+    modules = (lm_eval.api.model, lm_eval.api.task)
+    before = [module.tqdm for module in modules]
+
+    def silent(rows: Iterable[object], **_: object) -> Iterable[object]:
+        return rows
+
+    for module in modules if quiet else ():
+        module.tqdm = silent
+    try:
+        yield
+    finally:
+        for module, bar in zip(modules, before, strict=True):
+            module.tqdm = bar

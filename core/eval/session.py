@@ -147,6 +147,7 @@ def _options(args: argparse.Namespace) -> RunOptions:
         multiturn=args.multiturn,
         system=args.system,
         unsafe=args.run_unsafe_code,
+        quiet=args.quiet,
     )
 
 

@@ -18,6 +18,7 @@ from telechat_twins.core.eval.local_data import LocalSets
 from telechat_twins.core.types import JsonObject
 
 _OURS = "telechat_twins."  # an error inside the model is not the data's
+_TOO_FEW = re.compile(r"samples requested exceeds the \d+|[Ss]ample larger than population|no documents available for")
 _STEPS = ("doc_to_text", "doc_to_target", "doc_to_choice", "process_docs", "process_results")
 
 
@@ -63,6 +64,11 @@ def task_errors(name: str, data: Path | None, sets: LocalSets) -> Iterator[None]
             f"{name}: its data set or metric cannot be read{where} ({str(error)[:120]}); give local copies with --data"
         ) from None
     except Exception as error:
+        if _TOO_FEW.search(str(error)):
+            raise UserError(
+                f"{name}: there are fewer rows to give as examples than the task wants; give a smaller --shots, or "
+                "more rows in the split that it takes them from"
+            ) from None
         found = _row_of(error.__traceback__, sets)
         if found is None:
             raise

@@ -6,6 +6,7 @@ The agreement with the harness's own ``hf`` model is tests/campaigns/harness.py'
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -91,7 +92,12 @@ def test_a_layout_gives_the_same_answers(place: Path) -> None:
         (("--include", "nowhere"), ("made_choices",), "--include nowhere: no such folder"),
         (("--system", "s"), ("made_choices",), "add --chat"),
         (("--max-len", "0"), ("made_choices",), "--max-len: must be at least 1, found 0"),
-        (("--max-len", "12"), ("made_answers",), "max_gen_toks: must be 1 to 11, found 12"),
+        (
+            ("--max-len", "12"),
+            ("made_answers",),
+            "max_gen_toks: must be 1 to 11, found 12; give a larger --max-len, or",
+        ),
+        (("--shots", "8"), ("made_choices",), "made_choices: there are fewer rows to give as examples than the task"),
         (("--backends", "pt", "pt"), ("made_choices",), "--backend: give ms or pt"),
         (("--layout", "dp2"), ("made_choices",), "generation has the axes tp, pp and ring only"),
     ],
@@ -106,7 +112,21 @@ def test_what_cannot_be_evaluated_is_one_line(
         monkeypatch.setattr(TaskManager, "__init__", lambda self, **o: own(self, **{**o, "include_defaults": False}))
     assert tele(place, f"refused-{'-'.join(more)}", *more, tasks=tasks) == 2
     error = capsys.readouterr().err
-    assert message in error and "Traceback" not in error
+    assert message in error and "Traceback" not in error and len(error.splitlines()) == 1
+
+
+def test_a_task_file_in_place_of_its_folder(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = place / "tasks" / "choices.yaml"
+    assert tele(place, "file", "--include", str(file), tasks=("made_choices",)) == 2
+    assert f"--include {file}: is a file; give {place / 'tasks'}, which holds it" in capsys.readouterr().err
+
+
+def test_packages_that_the_harness_cannot_be_imported_with(
+    place: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    assert tele(place, "packages") == 2
+    assert "lm_eval: cannot be used here (import of datasets halted" in capsys.readouterr().err
 
 
 def test_data_of_another_schema_name_the_field(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -62,7 +62,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--temperature", type=float, metavar="T", help="of every question (default: by category)")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the first choice; the next has N + 1 (0)")
     parser.add_argument("--system", metavar="TEXT", help="system text of chats (default: the template's own)")
-    parser.add_argument("--chat-template", default="auto", metavar="auto|builtin|FILE", help=TEMPLATE_HELP)
+    parser.add_argument("--chat-template", default="auto", metavar="auto|builtin|thinking|FILE", help=TEMPLATE_HELP)
     parser.add_argument("--add-bos", action="store_true", help="begin every prompt with <_start>")
     parser.add_argument(
         "--max-len", type=int, metavar="N", help="tokens of prompt and answer together (default: the trained length)"

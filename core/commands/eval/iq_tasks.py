@@ -54,7 +54,10 @@ def written(args: argparse.Namespace, folder: Path) -> list[str]:
         raise UserError(f"--size: must be at least 1, found {args.size}")
     if args.shots_a_label < 1:
         raise UserError(f"--shots-a-label: must be at least 1, found {args.shots_a_label}")
-    if len(set(args.letters)) < 2 or any(letter.isspace() for letter in args.letters):
-        raise UserError(f"--letters: must be two different characters or more, none of them a space; '{args.letters}'")
+    alone = len(set(args.letters)) == len(args.letters) > 1
+    if not alone or any(letter.isspace() for letter in args.letters):
+        raise UserError(
+            f"--letters: must be two characters or more, each once and none of them a space; found '{args.letters}'"
+        )
     options = IQOptions(seed=args.seed, letters=args.letters, shots_a_label=args.shots_a_label)
     return write_tasks(folder, options, args.size, args.languages, Path(args.rows) if args.rows else None)

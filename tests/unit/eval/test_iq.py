@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from telechat_twins.core.cli import main
 from telechat_twins.core.errors import UserError
 from telechat_twins.core.eval.iq import patterns
 from telechat_twins.core.eval.iq.items import LANGUAGES, Draw, IQOptions, Item, Suite
@@ -228,3 +229,11 @@ def test_a_suite_with_too_few_items_says_so() -> None:
     one = Suite("one", lambda draw, options, language: Item("p", "a"), 2, 0)
     with pytest.raises(UserError, match="one: has no 2 different items"):
         list(generate(one, "en", IQOptions()))
+
+
+@pytest.mark.parametrize("letters", ["a", "aab", "a b"])
+def test_an_alphabet_has_each_letter_once(letters: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["eval", "iq-tasks", "--out", str(tmp_path / "tasks"), "--letters", letters]) == 2
+    assert f"--letters: must be two characters or more, each once and none of them a space; found '{letters}'" in (
+        capsys.readouterr().err
+    )

@@ -249,6 +249,17 @@ def test_memory_that_there_is_not_is_one_line(
     assert capsys.readouterr().err.startswith("tele: out of memory (Unable to allocate 8.00 EiB); use smaller sizes")
 
 
+@pytest.mark.parametrize("framework", ["torch", "mindspore.mint"])
+def test_a_frameworks_refusal_of_memory_is_one_line(
+    framework: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    zeros = pytest.importorskip(framework).zeros
+    monkeypatch.setattr(cli, "_run", lambda words: int(zeros((1 << 56,)).sum()))
+    assert cli.main(["plan"]) == 2
+    told = capsys.readouterr().err.splitlines()[-1]
+    assert told.startswith("tele: out of memory (") and told.endswith("; use smaller sizes, or a larger machine")
+
+
 def test_a_sample_of_the_campaign() -> None:
     told: list[str] = []
     outcomes = campaign(40, seed=11, say=told.append)
