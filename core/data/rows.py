@@ -71,14 +71,21 @@ def read_documents(
     reading = reading if reading is not None else Reading()
     if form_of(path).name not in (LINES, JSON):
         for where, row in read_rows(path, on_bytes, encoding):
-            yield Block(where, _document(row, where, text_key, reading))
+            yield _row_block(row, where, text_key, reading)
         return
     for found in document_rows(path, text_key, on_bytes, encoding):
         where = row_place(path, found.line, found.item)
         if isinstance(found, LongItem):
             yield from _long_document(found, where, text_key, reading)
         else:
-            yield Block(where, _document(parse_row(found.data, where), where, text_key, reading))
+            yield _row_block(parse_row(found.data, where), where, text_key, reading)
+
+
+def _row_block(row: JsonObject, where: str, text_key: str, reading: Reading) -> Block:
+    text = _document(row, where, text_key, reading)
+    if not text:
+        reading.notice("texts are empty, and no documents", where)
+    return Block(where, text)
 
 
 def _long_document(found: LongItem, where: str, text_key: str, reading: Reading) -> Iterator[Block]:

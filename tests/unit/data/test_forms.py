@@ -476,6 +476,17 @@ def test_a_long_row_takes_constant_memory(tmp_path: Path, monkeypatch: pytest.Mo
     assert peaks[1] < peaks[0] + 100_000, peaks
 
 
+def test_empty_texts_are_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [{"text": "fox"}, {"text": ""}, {"text": " "}, {"text": ""}]
+    for source in (
+        write_rows(tmp_path / "a.jsonl", rows),
+        write_csv(tmp_path / "a.csv", [{**r, "id": 1} for r in rows]),
+    ):
+        assert tele_data(source, "--out", tmp_path / "out", "--force") == 0
+        said = capsys.readouterr().out
+        assert f"look at: 2 texts are empty, and no documents (first: {source}:" in said and "2 documents" in said
+
+
 def test_a_folder_is_searched_for_rows_where_rows_are_packed(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
