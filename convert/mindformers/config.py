@@ -52,6 +52,18 @@ _REFUSED = {
     ),
     "hidden_act": (("silu", "swiglu", None), "the ffn of these models is gated by silu"),
     "moe_config": ((None,), "mixtures of experts are not supported"),
+    # Names of MindFormers' newer networks (TransformerConfig), in which TeleChat3 is trained.
+    "untie_embeddings_and_output_weights": ((True, None), "a head tied to the embedding is not supported"),
+    "gated_linear_unit": ((True, None), "the ffn of these models is gated by silu"),
+    "normalization": (("RMSNorm", "FusedRMSNorm", None), "the norms of these models are RMSNorm"),
+    "multi_latent_attention": ((False, None), "latent attention is not supported"),
+    "rotary_percent": ((1, None), "a rotation of part of a head's channels is not supported"),
+    "mtp_num_layers": ((0, None), "layers that predict further tokens are not supported"),
+    "window_size": ((None,), "a window of attention is not supported"),
+    **dict.fromkeys(
+        ("add_qkv_bias", "attention_bias"),
+        ((False, None), "biases of queries, keys and values are not supported"),
+    ),
 }
 
 
@@ -118,7 +130,10 @@ def _family(section: JsonObject) -> str:
     return "flm" if section.get("use_mup") or name == "telechat_52b" else "telechat2"
 
 
-_YARN = {"extend_method": (("None", "YARN", None), "only None and YARN are TeleChat3's")}
+_YARN = {
+    "extend_method": (("None", "YARN", None), "only None and YARN are TeleChat3's"),
+    "add_bias_linear": ((False, None), "TeleChat3 has no biases"),
+}
 
 
 def _rotation(section: JsonObject, where: str) -> JsonObject:

@@ -69,6 +69,7 @@ _LEFT = (
      r"|is_dynamic|max_decode_length|repetition_penalty|top_k|top_p|do_sample|temperature|checkpoint_name_or_path"
      r"|model_type|architectures|net_name|return_.*|qkv_concat|use_rope_slice)",
      "of MindFormers' classes and of generation"),
+    (r"model\.model_config\..*dropout.*", "dropout is not applied here, whatever its value"),
     (r"model\.model_config\..*", "says nothing of the arithmetic, or what this decoder does anyway"),
     (r"auto_tune|filepath_prefix|autotune_per_step|layer_scale|layer_decay|lr_scale_factor|lr_scale|moe_config.*"
      r"|swap_config.*", "unused by language models, or of a tool of MindFormers"),

@@ -103,11 +103,31 @@ def test_other_values(case: str) -> None:
         ("optimizer.type", "Came", "optimizer.type .*Came.* is not AdamW"),
         ("lr_schedule.type", "PolynomialWithWarmUpLR", "lr_schedule.type .*Polynomial.*is not one of Cosine"),
         ("model.model_config.moe_config", {"expert_num": 16}, "mixtures of experts are not supported"),
+        ("model.model_config.untie_embeddings_and_output_weights", False, "a head tied to the embedding is not"),
+        ("model.model_config.gated_linear_unit", False, "the ffn of these models is gated by silu"),
+        ("model.model_config.normalization", "LayerNorm", "the norms of these models are RMSNorm"),
+        ("model.model_config.multi_latent_attention", True, "latent attention is not supported"),
+        ("model.model_config.rotary_percent", 0.5, "a rotation of part of a head's channels is not supported"),
+        ("model.model_config.mtp_num_layers", 1, "layers that predict further tokens are not supported"),
+        ("model.model_config.window_size", [128, 0], "a window of attention is not supported"),
+        ("model.model_config.add_qkv_bias", True, "biases of queries, keys and values are not supported"),
     ],
 )
 def test_what_cannot_be_trained_here_is_refused(path: str, value: object, message: str) -> None:
     with pytest.raises(UserError, match=message):
         from_mindformers(changed(path, value), "f.yaml")
+
+
+def test_dropout_is_listed_as_not_applied() -> None:
+    found = from_mindformers(changed("model.model_config.hidden_dropout_prob", 0.1), "f.yaml")
+    assert found.left["model.model_config.hidden_dropout_prob"] == "dropout is not applied here, whatever its value"
+
+
+def test_biases_of_telechat3_are_refused() -> None:
+    tree = changed("model.model_config.model_type", "telechat3")
+    tree["model"]["model_config"]["add_bias_linear"] = True
+    with pytest.raises(UserError, match="add_bias_linear is True; TeleChat3 has no biases"):
+        from_mindformers(tree, "f.yaml")
 
 
 @pytest.mark.parametrize("run", ["telechat2-115b", "telechat2-7b", "telechat2-tiny"])
