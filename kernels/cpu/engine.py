@@ -94,15 +94,21 @@ class NumpyEngine:
         types = [np.dtype(ml_dtypes.bfloat16 if name == "bfloat16" else name) for name in NAMES]
         self._codes = {dtype: code for code, dtype in enumerate(types)}
         self.dtypes = dict(zip(NAMES, types, strict=True))
+        self._numbers = functools.cache(self._find)
 
-    def run(
-        self, name: str, inputs: Sequence[Array], outputs: Sequence[Spec], scalars: Sequence[float], free: int
-    ) -> Any:
+    def _find(self, name: str) -> tuple[int, tuple[int, ...]]:
+        """A kernel's number; how many inputs, outputs and scalars it takes."""
         counts = [ctypes.c_int() for _ in range(3)]
         number = self._library.tele_kernel(name.encode(), *map(ctypes.byref, counts))
         if number < 0:
             raise KeyError(f"no kernel is named {name!r}")
-        if [c.value for c in counts] != [len(inputs), len(outputs), len(scalars)]:
+        return number, tuple(c.value for c in counts)
+
+    def run(
+        self, name: str, inputs: Sequence[Array], outputs: Sequence[Spec], scalars: Sequence[float], free: int
+    ) -> Any:
+        number, counts = self._numbers(name)
+        if counts != (len(inputs), len(outputs), len(scalars)):
             raise ValueError(f"{name}: {len(inputs)}, {len(outputs)}, {len(scalars)} arguments for {counts}")
         given = [x if i < free else np.ascontiguousarray(x) for i, x in enumerate(inputs)]
         made = [np.empty(shape, dtype) for dtype, shape in outputs]

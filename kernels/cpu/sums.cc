@@ -53,22 +53,27 @@ struct Sums {
   }
 };
 
-// Room of one thread: sums by column, a joined row, a row of zeros, and a tile without what is not finite.
+// Room of one thread: sums by column, a joined row, a row of zeros, and, once it is needed, a tile without what is not
+// finite.
 struct Room {
   alignas(64) double squares[kTile], sums[kTile], joined[kTile];
-  alignas(64) float zeros[kTile], clean[kRows * kTile];
+  alignas(64) float zeros[kTile];
+  Floats clean;
   double added[256];
   float least, most;
 };
 
 // room.joined = the sum of N rows with their signs, times the columns' signs; adds to squares and sums by column, and
-// to the extremes of all rows.
+// to the extremes of all rows. ``next``: N rows that come after these, fetched meanwhile: the rows of a block are read in
+// a random order, which no processor foresees.
 template <int N, bool EXTREMES>
-void join(const float *const *rows, const double *signs, const float *columns, int64_t m, Room &room) {
+void join(const float *const *rows, const float *const *next, const double *signs, const float *columns, int64_t m, Room &room) {
   int64_t j = 0;
   vs least, most;
   for (int l = 0; l < kLanes; l++) least[l] = room.least, most[l] = room.most;
   for (; j + kLanes <= m; j += kLanes) {
+    if (!(j & kLanes))
+      for (int r = 0; r < N; r++) __builtin_prefetch(next[r] + j);
     vd joined{}, squares = get<vd>(room.squares + j), sums = get<vd>(room.sums + j);
 #pragma GCC unroll 4
     for (int r = 0; r < N; r++) {
@@ -126,13 +131,14 @@ struct Matrix {
     for (int g = 0; g < tile.count; g++) {
       const int first = g * tile.group;
       const float *const *rows = tile.rows + first;
+      const float *const *next = g + 1 < tile.count ? rows + tile.group : rows;
       const double *signs_of = tile.signs + first;
       if (tile.group == 1) {
-        join<1, EXTREMES>(rows, signs_of, signs + left, m, room);
+        join<1, EXTREMES>(rows, next, signs_of, signs + left, m, room);
       } else if (tile.there[first] && tile.there[first + 1] && tile.there[first + 2] && tile.there[first + 3]) {
-        join<kGroup, EXTREMES>(rows, signs_of, signs + left, m, room);
+        join<kGroup, EXTREMES>(rows, next, signs_of, signs + left, m, room);
       } else {
-        join<kGroup, false>(rows, signs_of, signs + left, m, room);
+        join<kGroup, false>(rows, next, signs_of, signs + left, m, room);
         for (int r = 0; EXTREMES && r < kGroup; r++)
           for (int64_t j = 0; tile.there[first + r] && j < m; j++)
             room.least = std::min(room.least, rows[r][j]), room.most = std::max(room.most, rows[r][j]);
@@ -172,10 +178,11 @@ struct Matrix {
   // Replaces the rows by copies in which what is not finite is 0, takes the extremes of the rest, and counts the former.
   static int64_t without_nonfinite(Tile &tile, int64_t m, Room &room) {
     int64_t bad = 0;
+    room.clean.resize(kRows * kTile);
     room.least = std::numeric_limits<float>::infinity(), room.most = -room.least;
     for (int i = 0; i < tile.count * tile.group; i++) {
       if (!tile.there[i]) continue;
-      float *copy = room.clean + i * kTile;
+      float *copy = room.clean.data() + i * kTile;
       for (int64_t j = 0; j < m; j++) {
         const float x = tile.rows[i][j];
         const bool fine = std::abs(x) < std::numeric_limits<float>::infinity();

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from telechat_twins.core.parity.record.sketch import LARGEST
+from telechat_twins.core.parity.record.sketch import LARGEST, in_turn
 from telechat_twins.core.parity.record.sums import Sums
 
 SMALLEST = 4  # elements of a block; blocks of up to WIDEST are parts of one row
@@ -24,7 +24,7 @@ LARGE = 4096  # elements; tensors of up to so many are kept whole
 FINE_SHARE = 0.5  # of the room for blocks that small tensors and vectors may take, all of them or none
 HIGHEST = 128  # rows of a block
 _NUMBER = 4  # bytes
-_TILE = 1 << 16  # elements converted to float64 at once
+_TILE, _COMPILED_TILE = 1 << 16, 1 << 18  # elements converted to float64 at once; added up by one compiled call
 
 
 @dataclass(frozen=True)
@@ -48,10 +48,11 @@ class Grid:
         places = np.arange(column, column + array.shape[1]) // self.width
         starts = np.flatnonzero(np.diff(places, prepend=-1))
         even = column % self.width == 0 and array.shape[1] % self.width == 0
-        height = max(1, _TILE // array.shape[1])
+        compiled = compiled if even and compiled is not None and compiled.serves(array) else None
+        height = max(1, (_TILE if compiled is None else _COMPILED_TILE) // array.shape[1])
         for first in range(0, len(array), height):
             part = array[first : first + height]
-            if even and compiled is not None and compiled.serves(part):
+            if compiled is not None:
                 across = compiled.row_blocks(part, self.width)
             elif even:
                 values = _finite(part)
@@ -62,7 +63,9 @@ class Grid:
                 across = np.add.reduceat(_finite(part), starts, axis=1)
             at = rows[first : first + height] // self.height
             mine = sums[:, places[0] : places[0] + len(starts)]
-            if self.height == 1 and (at[1:] > at[:-1]).all():
+            if self.height == 1 and in_turn(at):
+                mine[at[0] : at[0] + len(at)] += across
+            elif self.height == 1 and (at[1:] > at[:-1]).all():
                 mine[at] += across
             else:
                 np.add.at(mine, at, across)

@@ -63,7 +63,7 @@ class Observer:
         column, width = placed
         rows, real = self._matrix_rows(site, micro, array.shape)
         values = array.reshape(-1, array.shape[-1])[:, :width]
-        values, rows = (values, rows) if real.all() else (values[real], rows[real])
+        values, rows = values[real], rows[real]
         if gradient and self._scale != 1.0:
             values = values / np.asarray(self._scale, values.dtype)
         kind = "activation_grad" if gradient else "activation"
@@ -91,8 +91,9 @@ class Observer:
         # The stream: a slice of the positions of each tensor rank, or a copy of it.
         return (0, width) if layout.sequence_parallel or t == 0 else None
 
-    def _matrix_rows(self, site: str, micro: int, shape: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
-        """int64 [b * s]: rows of the site's matrix, b S + position; bool: whether they are recorded and no padding."""
+    def _matrix_rows(self, site: str, micro: int, shape: Sequence[int]) -> tuple[np.ndarray, slice | np.ndarray]:
+        """int64 [b * s]: rows of the site's matrix, b S + position; those that are recorded and no padding, as a slice
+        where they come first and as bool [b * s] otherwise."""
         places = self._places[micro]  # [b or 1, s]
         last = site.rpartition(".")[2]
         if self._split(last, site):
@@ -102,7 +103,8 @@ class Observer:
             raise RuntimeError(f"{site}: {shape[1]} positions on this rank, its batch has {places.shape[1]}")
         numbers = self._first[micro] + np.arange(shape[0], dtype=np.int64)[:, None]
         real = np.broadcast_to((places < self._seq_len) & (numbers < self._rows), tuple(shape[:2])).reshape(-1)
-        return (numbers * self._seq_len + places).reshape(-1), real
+        count = int(np.count_nonzero(real))
+        return (numbers * self._seq_len + places).reshape(-1), slice(count) if real[:count].all() else real
 
     def _split(self, last: str, site: str) -> bool:
         """Whether sequence parallelism splits the positions of a site."""

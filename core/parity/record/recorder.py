@@ -35,7 +35,7 @@ from telechat_twins.core.parity.record.format import (
 )
 from telechat_twins.core.parity.record.observer import Observer
 from telechat_twins.core.parity.record.sites import SCALARS, sites
-from telechat_twins.core.parity.record.sketch import matrix_shape
+from telechat_twins.core.parity.record.sketch import Projection, matrix_shape
 from telechat_twins.core.parity.record.sums import provided_sums
 from telechat_twins.core.parity.record.tally import (
     Tally,
@@ -124,6 +124,7 @@ class Recorder:
         self.last, self._rows = last, rows
         self._config, self._out, self._at, self._every, self._full = config, out, frozenset(at), every, tuple(full)
         self._buckets, self._grids = fitting_sketches(config)
+        self._projections: dict[str, Projection] = {}
         self._step: _RecordedStep | None = None
 
     def wants(self, step: int) -> bool:
@@ -134,7 +135,14 @@ class Recorder:
             return
         if not isinstance(stepper, BaseTrainer):
             raise TypeError(f"steps of a {type(stepper).__name__} cannot be recorded")
-        tally = Tally(step, self._buckets, full=self._full, grids=self._grids, sums=provided_sums())
+        tally = Tally(
+            step,
+            self._buckets,
+            full=self._full,
+            grids=self._grids,
+            sums=provided_sums(),
+            projections=self._projections,
+        )
         tally.add_batch(batch, first)
         seq_len = batch.input_ids.shape[1]
         kept = rows_recorded(self._config, rows, seq_len, self._rows)

@@ -23,7 +23,7 @@ import os
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, cached_property
 from typing import NamedTuple
 
 import numpy as np
@@ -136,13 +136,11 @@ class Projection:
         """Statistics of ``array`` [n, m]: its row i is row ``rows[i]`` of the tensor's matrix, its first column is
         number ``column``. The order of the sums depends on the shape alone: neither on the number of threads, nor on
         whether ``sums`` computes them."""
-        # Runs of rows of one block of the hash, in the order of the array.
-        cuts = [0, *(np.flatnonzero(np.diff(rows // ROW_BLOCK)) + 1).tolist(), len(rows)]
-        runs = [(first, last) for first, last in zip(cuts, cuts[1:], strict=False) if first < last]
-        many = max(1, _CHUNK // max(1, ROW_BLOCK * array.shape[1]))
-        chunks = [runs[first : first + many] for first in range(0, len(runs), many)]
+        cuts, many = _cuts(rows), max(1, _CHUNK // max(1, ROW_BLOCK * array.shape[1]))
         if sums is not None and not self.whole and sums.serves(array):
-            return self._compiled(array, rows, column, [0, *(chunk[-1][1] for chunk in chunks)], sums)
+            return self._compiled(array, rows, column, [*cuts[:-1:many], len(rows)], sums)
+        runs = list(zip(cuts, cuts[1:], strict=False))
+        chunks = [runs[first : first + many] for first in range(0, len(runs), many)]
         if len(chunks) > 1 and threads() > 1:
             found = _pool().map(lambda chunk: self._chunk(array, rows, column, chunk), chunks)
         else:
@@ -152,9 +150,8 @@ class Projection:
     def _compiled(
         self, array: np.ndarray, rows: np.ndarray, column: int, starts: Sequence[int], sums: Sums
     ) -> Statistics:
-        keys = np.array([self._key(axis) for axis in ("blocks", "shifts", "rows")])
         buckets, signs = (values[column : column + array.shape[1]] for values in self._columns)
-        made = sums.sketch(array, rows, np.array(starts, np.int64), keys, buckets, signs, self.buckets)
+        made = sums.sketch(array, rows, np.array(starts, np.int64), self._keys, buckets, signs, self.buckets)
         counts = (np.diff(starts) * array.shape[1]).tolist()
         parts = (
             Statistics(row[: self.buckets], count, int(row[self.buckets]), *row[self.buckets + 1 :].tolist())
@@ -219,6 +216,11 @@ class Projection:
             at &= np.uint8(self.buckets - 1)
         sketch += np.bincount(at.reshape(-1), values.reshape(-1), self.buckets)
 
+    @cached_property
+    def _keys(self) -> np.ndarray:
+        """uint64 [3]: of the hashes of blocks, shifts and rows."""
+        return np.array([self._key(axis) for axis in ("blocks", "shifts", "rows")])
+
     def _key(self, axis: str) -> np.uint64:
         digest = hashlib.sha256(f"record/{self.seed}/{self.name}/{axis}".encode()).digest()
         return np.uint64(int.from_bytes(digest[:8], "little"))
@@ -251,6 +253,20 @@ def distance(a: np.ndarray, b: np.ndarray, shape: Sequence[int]) -> Distance:
         return Distance(value, value, value)
     least, most = SPREAD[len(a)]
     return Distance(value, value / most, value / least)
+
+
+def in_turn(rows: np.ndarray) -> bool:
+    """Whether numbers [n], of at least one row, count on by one."""
+    return bool(int(rows[-1]) - int(rows[0]) == len(rows) - 1 and (rows[1:] > rows[:-1]).all())
+
+
+def _cuts(rows: np.ndarray) -> list[int]:
+    """Where the runs of rows of one block of the hash begin in the array, from 0, and its end."""
+    if not len(rows):
+        return [0]
+    if in_turn(rows):
+        return [0, *range(ROW_BLOCK - int(rows[0]) % ROW_BLOCK, len(rows), ROW_BLOCK), len(rows)]
+    return [0, *(np.flatnonzero(np.diff(rows // ROW_BLOCK)) + 1).tolist(), len(rows)]
 
 
 def threads() -> int:

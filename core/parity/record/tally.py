@@ -13,6 +13,7 @@ import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -64,25 +65,27 @@ class Tally:
     full: Sequence[str] = ()
     grids: Mapping[str, Grid] = field(default_factory=dict)
     sums: Sums | None = None
+    projections: dict[str, Projection] = field(default_factory=dict)
     entries: dict[str, _Entry] = field(default_factory=dict)
     parts: dict[str, list[Part]] = field(default_factory=dict)
     summands: dict[str, Summands] = field(default_factory=dict)
     checksums: dict[str, int] = field(default_factory=dict)  # of the weights, by name
     rows: dict[int, str] = field(default_factory=dict)  # digest of each row of the batch, by its number
-    _projections: dict[str, Projection] = field(default_factory=dict)
 
     def add(
         self, kind: str, name: str, shape: Sequence[int], dtype: str, array: np.ndarray, rows: np.ndarray, column: int
     ) -> None:
         """Add ``array`` [n, m]: rows ``rows`` of the matrix of a tensor of ``shape``, from column ``column`` on."""
         key, whole = quantity_key(kind, name, self.step), tuple(shape)
-        projection = self._projections.get(name)
+        projection = self.projections.get(name)
         if projection is None or projection.shape != whole:
-            projection = self._projections[name] = Projection(name, whole, self.buckets, self.seed)
+            projection = self.projections[name] = Projection(name, whole, self.buckets, self.seed)
+        found = projection.slice(array, rows, column, self.sums)
         entry = self.entries.get(key)
         if entry is None:
-            entry = self.entries[key] = _Entry(whole, dtype, projection.empty())
-        entry.statistics.merge(projection.slice(array, rows, column, self.sums))
+            entry = self.entries[key] = _Entry(whole, dtype, found)
+        else:
+            entry.statistics.merge(found)
         if kind == "gradient" and (grid := self.grids.get(name)) is not None:
             if entry.blocks is None:
                 entry.blocks = np.zeros(grid.blocks)
@@ -112,9 +115,10 @@ class Tally:
         for start, n, size in zip(offset[:-1], array.shape[:-1], shape[:-1], strict=True):
             rows = (rows[:, None] * size + np.arange(start, start + n)).reshape(-1)
         column = offset[-1] if offset else 0
-        self.add(kind, name, shape, dtype or array.dtype.name, array.reshape(len(rows), columns), rows, column)
+        values = array.reshape(len(rows), columns)
+        self.add(kind, name, shape, dtype or _dtype_name(array.dtype), values, rows, column)
         if kind == "weight_before":
-            found = checksum(name, array.reshape(len(rows), columns), rows, column, self.sums)
+            found = checksum(name, values, rows, column, self.sums)
             self.checksums[name] = (self.checksums.get(name, 0) + found) % (1 << 64)
 
     def add_scalar(self, name: str, value: float) -> None:
@@ -130,6 +134,11 @@ class Tally:
                 if values is not None:
                     digest.update(name.encode() + np.ascontiguousarray(values[number]).tobytes())
             self.rows[first + number] = digest.hexdigest()
+
+
+@cache
+def _dtype_name(dtype: np.dtype) -> str:
+    return dtype.name
 
 
 def checksum(name: str, array: np.ndarray, rows: np.ndarray, column: int, sums: Sums | None = None) -> int:
