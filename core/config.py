@@ -7,9 +7,7 @@ B batch, S sequence, H heads, K kv heads, D head dim, E hidden, F ffn, V vocab, 
 from __future__ import annotations
 
 import dataclasses
-import math
 import os
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +27,11 @@ from telechat_twins.core.model.xpos_range import check_xpos_range
 from telechat_twins.core.near import nearest
 from telechat_twins.core.parallel.layout import Layout
 from telechat_twins.core.schema import from_mapping, in_file, load_yaml, option, set_dotted
+from telechat_twins.core.sections.evaluation import EvalConfig as EvalConfig
+from telechat_twins.core.sections.evaluation import HeldOutSourceConfig as HeldOutSourceConfig
+from telechat_twins.core.sections.optim import SCHEDULES as SCHEDULES
+from telechat_twins.core.sections.optim import OptimConfig as OptimConfig
+from telechat_twins.core.sections.optim import PreferenceConfig as PreferenceConfig
 from telechat_twins.core.types import JsonObject
 from telechat_twins.core.watching import TRACKERS, ProfileConfig, check_watching
 
@@ -140,143 +143,6 @@ class TrainConfig:
                     f"train.stages[{number}].micro_batch: {micro} does not divide global_batch {batch}; nearest that "
                     f"does: {_nearest_divisor(batch, micro)}"
                 )
-
-
-SCHEDULES = ("cosine", "linear", "constant", "wsd")
-
-
-@dataclass(frozen=True, kw_only=True)
-class OptimConfig:
-    lr: float = option(help="peak learning rate", above=0.0)
-    min_lr: float = option(0.0, help="learning rate at the end of the schedule", min=0.0)
-    schedule: str = option(
-        "cosine",
-        help="after warm-up: cosine or linear to min_lr; constant; wsd: constant, then a decay to min_lr at the end",
-        choices=SCHEDULES,
-    )
-    decay_steps: int | None = option(None, help="wsd: steps of the decay at the end of the schedule", min=1)
-    decay_ratio: float | None = option(
-        None, help="wsd: the same as a share of the schedule's steps; default 0.1", above=0.0, max=1.0
-    )
-    decay_shape: str = option(
-        "linear", help="wsd: form of the decay; sqrt: 1 - sqrt(progress)", choices=("linear", "cosine", "sqrt")
-    )
-    matrix_lr: float | None = option(
-        None, help="peak for matrix-like weights (attention and ffn) under muP, same schedule; default: lr", above=0.0
-    )
-    warmup_steps: int = option(0, help="linear warm-up: step s < warmup uses lr*(s+1)/warmup", min=0)
-    warmup_ratio: float | None = option(
-        None, help="the same as a share of the schedule's steps, rounded up; in place of warmup_steps", min=0.0, max=1.0
-    )
-    rewarmup_steps: int = option(0, help="the same once more after the model has grown", min=0)
-    restart_lr: float | None = option(
-        None, help="after the model has grown, a new cosine from here; default: the old one goes on", above=0.0
-    )
-    beta1: float = option(0.9, help="AdamW", min=0.0, max=0.999999)
-    beta2: float = option(0.95, help="AdamW", min=0.0, max=0.9999999)
-    eps: float = option(1e-8, help="AdamW", above=0.0)
-    weight_decay: float = option(0.1, help="decoupled, on matrices only", min=0.0)
-    matrix_weight_decay: float | None = option(
-        None, help="that of matrix-like weights under muP; default: weight_decay", min=0.0
-    )
-    clip_grad: float = option(1.0, help="global gradient norm limit; 0 switches clipping off", min=0.0)
-
-    def __post_init__(self) -> None:
-        if self.min_lr > self.lr:
-            raise UserError(f"optim.min_lr: {self.min_lr} is above the peak optim.lr {self.lr}")
-        if self.restart_lr is not None and self.min_lr > self.restart_lr:
-            raise UserError(f"optim.min_lr: {self.min_lr} is above optim.restart_lr {self.restart_lr}")
-        if self.schedule == "constant" and self.min_lr:
-            raise UserError(f"optim.min_lr: {self.min_lr} is never reached by schedule constant; leave it out")
-        if self.warmup_steps and self.warmup_ratio is not None:
-            raise UserError("optim.warmup_ratio, optim.warmup_steps: both say how long warm-up is; give one")
-        if self.decay_steps is not None and self.decay_ratio is not None:
-            raise UserError("optim.decay_ratio, optim.decay_steps: both say how long the decay is; give one")
-        for name, default in (("decay_steps", None), ("decay_ratio", None), ("decay_shape", "linear")):
-            if self.schedule != "wsd" and getattr(self, name) != default:
-                raise UserError(f"optim.{name}: belongs to schedule wsd, found schedule {self.schedule}; leave it out")
-
-    def warmup(self, schedule_steps: int) -> int:
-        """Steps of warm-up in a schedule of so many steps."""
-        return self.warmup_steps if self.warmup_ratio is None else math.ceil(self.warmup_ratio * schedule_steps)
-
-    def decay(self, schedule_steps: int) -> int:
-        """Steps of the decay at the end of a wsd schedule of so many steps."""
-        if self.decay_steps is not None:
-            return self.decay_steps
-        return math.ceil((0.1 if self.decay_ratio is None else self.decay_ratio) * schedule_steps)
-
-
-@dataclass(frozen=True, kw_only=True)
-class PreferenceConfig:
-    """Direct preference optimisation (DPO, arXiv 2305.18290) on pairs of `tele data --preference`."""
-
-    beta: float = option(0.1, help="strength with which the model is held to the reference", above=0.0)
-    reference: str = option(
-        "once",
-        help="log-probabilities of the initial weights: of all pairs before training (once), or of each batch by the "
-        "base under the adapters (live, with lora)",
-        choices=("once", "live"),
-    )
-    label_smoothing: float = option(0.0, help="probability that a pair is labelled the wrong way round", min=0.0)
-
-    def __post_init__(self) -> None:
-        if self.label_smoothing >= 0.5:
-            raise UserError(
-                f"preference.label_smoothing: {self.label_smoothing} leaves no preference; give less than 0.5"
-            )
-
-
-@dataclass(frozen=True, kw_only=True)
-class HeldOutSourceConfig:
-    path: str = option(help="folder written by `tele data`, of text that is not trained on")
-    name: str | None = option(None, help="in the records; default: the folder's name")
-
-    @property
-    def label(self) -> str:
-        return self.name or Path(self.path).name
-
-
-@dataclass(frozen=True, kw_only=True)
-class EvalConfig:
-    """Evaluation during training (core.train.heldout): loss on held-out text; tasks and samples at checkpoints."""
-
-    sources: list[HeldOutSourceConfig] = option([], help="packed folders to evaluate on, each {path, name}")
-    every: int = option(0, help="evaluate after every N steps, and always after the last; 0: only there", min=0)
-    batches: int = option(8, help="global batches of each source, always the same rows; or all that it has", min=1)
-    metric: str = option(
-        "loss", help="what keep_best and patience compare: loss, the mean of the sources, or NAME/bits_per_byte of one"
-    )
-    keep_best: bool = option(False, help="also keep the checkpoint of the best evaluation, which the file best names")
-    patience: int = option(0, help="end the run after N evaluations in a row without a better one; 0: never", min=0)
-    tasks: list[str] = option([], help="tasks or presets of `tele eval`, scored at every checkpoint")
-    task_data: str | None = option(None, help="folder of the tasks' local data sets, as --data of `tele eval`")
-    task_include: list[str] = option([], help="folders of further task files")
-    task_limit: int | None = option(None, help="items of each task; default: all", min=1)
-    task_shots: int | None = option(None, help="examples in the prompt; default: the preset's or task's", min=0)
-    task_layout: str | None = option(None, help="processes that a checkpoint is evaluated in, e.g. tp2; default: one")
-    samples: list[str] = option([], help="prompts that every checkpoint continues, greedily")
-    sample_tokens: int = option(64, help="tokens of a continuation", min=1)
-
-    def __post_init__(self) -> None:
-        labels = [source.label for source in self.sources]
-        if len(labels) > 16 or not (labels or self.tasks or self.samples):
-            raise UserError(f"eval.sources: must be 1 to 16 folders (or give tasks or samples), found {len(labels)}")
-        if not labels and (self.every or self.keep_best or self.patience):
-            raise UserError("eval.every, keep_best, patience: need held-out text; give eval.sources, or leave them out")
-        if not self.tasks and (self.task_data or self.task_include or self.task_layout):
-            raise UserError("eval.task_data, task_include, task_layout: belong to eval.tasks; give its tasks")
-        for number, label in enumerate(labels):
-            if not re.fullmatch(r"[\w.-]{1,40}", label, re.ASCII) or label in labels[:number]:
-                raise UserError(
-                    f"eval.sources[{number}].name: must be 1 to 40 letters, digits, '.', '-' or '_' and unlike the "
-                    f"others' names, found '{label[:60]}'; give it a name"
-                )
-        metrics = ["loss", *(f"{label}/{kind}" for label in labels for kind in ("loss", "bits_per_byte"))]
-        if self.metric not in metrics:
-            raise UserError(f"eval.metric: must be one of {', '.join(metrics)}; found '{self.metric}'")
-        if (self.keep_best or self.patience) and not self.every:
-            raise UserError("eval.every: must be set, since keep_best and patience compare evaluations; e.g. 100")
 
 
 @dataclass(frozen=True, kw_only=True)
