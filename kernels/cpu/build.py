@@ -41,6 +41,7 @@ KERNELS = (
     "matmul.cc",
     "split_matmul.cc",
     "linear.cc",
+    "low_rank.cc",
     "rows.cc",
 )
 NAME = "telechat_cpu_kernels"

@@ -1,9 +1,9 @@
 """Linear layers with low-rank adapters (core.model.lora) that read one input: frozen products and adapters in one
 operator.
 
-A frozen matrix has no gradient, so its input is not kept for it. The adapters' A are multiplied as one matrix, whose
-rows they are: one thin product of x in place of one a layer, forward and backward. In float32 on the CPU their results,
-and the layers' shares of dx, are added where the frozen products lie.
+A frozen matrix has no gradient, so its input is not kept for it. In float32 on the CPU an adapter is one operator
+forward and one backward, which add where the frozen products lie. Otherwise the adapters' A are multiplied as one
+matrix, whose rows they are: one thin product of x in place of one a layer.
 """
 
 from __future__ import annotations
@@ -15,10 +15,11 @@ from typing import NamedTuple
 import mindspore as ms
 from mindspore import Tensor, ops
 
+from telechat_twins.kernels.cpu.products import low_rank, low_rank_backward, matmul_add
 from telechat_twins.kernels.int8 import Int8
 from telechat_twins.kernels.mindspore import composite as composite
 from telechat_twins.kernels.mindspore import ops as kernels
-from telechat_twins.kernels.mindspore.autograd import Gradients, turned_product
+from telechat_twins.kernels.mindspore.autograd import Gradients, converted, turned_product
 from telechat_twins.kernels.mindspore.private import Context, Function
 
 Again = Callable[[], Tensor]
@@ -55,11 +56,12 @@ def adapted_linears(
     cpp = kernels.serving("linear", compute)
     if cpp is None or compute == ms.float16 or any(isinstance(layer.weight, Int8) for layer in layers):
         return tuple(_composite(x, x if dropped is None else dropped, layer, compute) for layer in layers)
-    rows = ops.cast(x, compute).reshape(-1, x.shape[-1])
-    read = rows if dropped is None else ops.cast(dropped, compute).reshape(-1, x.shape[-1])
+    rows = converted(cpp, x, compute).reshape(-1, x.shape[-1])
+    read = rows if dropped is None else converted(cpp, dropped, compute).reshape(-1, x.shape[-1])
     frozen = [(layer.weight, layer.bias, layer.scale) for layer in layers]
     factors = [factor for layer in layers for factor in (layer.lora_a, layer.lora_b)]
-    outs = AdaptedLinears.apply(rows, read, frozen, (compute, cpp, dropped is None, again), *factors)
+    function = LowRankLinears if compute == ms.float32 else AdaptedLinears
+    outs = function.apply(rows, read, frozen, (compute, cpp, dropped is None, again), *factors)
     outs = outs if isinstance(outs, tuple) else (outs,)
     return tuple(out.reshape(*x.shape[:-1], out.shape[-1]) for out in outs)
 
@@ -75,9 +77,57 @@ Frozen = list[tuple[Tensor, Tensor | None, float]]  # weight, bias, scale
 Options = tuple[ms.Type, ModuleType, bool, Again | None]
 
 
+class LowRankLinears(Function):
+    """The layers in float32: arguments as of ``AdaptedLinears``, which keeps the same.
+
+    The gradients of the layers' x are sums in the order of the layers, to which the adapters' are added.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Context, x: Tensor, read: Tensor, frozen: Frozen, options: Options, *factors: Tensor
+    ) -> tuple[Tensor, ...]:
+        _, cpp, shared, again = options
+        ctx.wanted, ctx.dtypes = [*ctx.needs_input_grad[:2]], [factor.dtype for factor in factors]
+        factors = tuple(converted(cpp, factor, ms.float32) for factor in factors)
+        lows, outs = [], []
+        for (weight, bias, scale), lora_a, lora_b in zip(frozen, factors[::2], factors[1::2], strict=True):
+            bias = None if bias is None else converted(cpp, bias, ms.float32)
+            outs.append(cpp.matmul(x, converted(cpp, weight, ms.float32), bias))
+            lows.append(low_rank(outs[-1], read, lora_a, lora_b, scale))
+        ctx.frozen, ctx.options = frozen, options
+        kept = () if shared and again is not None else (read,)
+        ctx.save_for_backward(*lows, *factors, *kept)
+        return tuple(outs) if len(outs) > 1 else outs[0]
+
+    @staticmethod
+    def backward(ctx: Context, *grads: Tensor) -> Gradients:
+        frozen, (_, cpp, shared, again) = ctx.frozen, ctx.options
+        saved, (wants_x, wants_read), count = ctx.saved_tensors, ctx.wanted, len(ctx.frozen)
+        lows, factors, kept = saved[:count], saved[count : 3 * count], saved[3 * count :]
+        read = kept[0] if kept else converted(cpp, again(), ms.float32).reshape(-1, factors[0].shape[1])
+        dx = dread = None
+        if wants_x:
+            for dy, (weight, _, _) in zip(grads, frozen, strict=True):
+                weight = converted(cpp, weight, ms.float32)
+                dx = turned_product(cpp, dy, weight) if dx is None else matmul_add(dx, dy, weight, True)
+        if wants_read and not shared:
+            dread = ops.zeros_like(read)
+        pairs: list[Tensor] = []
+        into = dx if shared else dread
+        for dy, low, lora_a, lora_b, (_, _, scale) in zip(
+            grads, lows, factors[::2], factors[1::2], frozen, strict=True
+        ):
+            pairs += low_rank_backward(into, dy, read, low, lora_a, lora_b, scale)
+        found = (converted(cpp, d, dtype) for d, dtype in zip(pairs, ctx.dtypes, strict=True))
+        return dx, dread, None, None, *found
+
+
 class AdaptedLinears(Function):
-    """x, read [N, in]. ``options``: the dtype of computation, the package that serves, whether ``read`` is x, whose
-    whole gradient is then that of x, and how to compute x again.
+    """The layers in bfloat16; x, read [N, in].
+
+    ``options``: the dtype of computation, the package that serves, whether ``read`` is x, whose whole gradient is then
+    that of x, and how to compute x again.
 
     Keeps what the adapters read, unless it can be computed again, the factors, and of each layer
     scale * read @ lora_a^T [N, r].
@@ -152,17 +202,11 @@ def _columns(low: Tensor, factors: Sequence[Tensor]) -> tuple[Tensor, ...]:
 
 
 def _product(cpp: ModuleType, a: Tensor, w: Tensor, bias: Tensor | None = None) -> Tensor:
-    """a [m, k] times w [n, k] transposed, plus bias [n], in the dtype of a."""
-    if a.dtype == ms.float32:
-        return cpp.matmul(a, w, bias)
+    """a [m, k] times w [n, k] transposed, plus bias [n], in the dtype of a, bfloat16."""
     out = cpp.matmul_bf16(a, w, a.dtype)
     return out if bias is None else cpp.add_bias(out, bias)
 
 
 def _plus_product(cpp: ModuleType, c: Tensor, a: Tensor, w: Tensor, turn_w: bool) -> Tensor:
     """c [m, n] plus a [m, k] times w [n, k] transposed, or with ``turn_w`` w [k, n]; c is used up."""
-    if c.dtype == ms.float32:
-        from telechat_twins.kernels.cpu.products import matmul_add
-
-        return matmul_add(c, a, w, turn_w)
     return cpp.add(c, cpp.matmul_bf16(a, w, c.dtype, turn_w=turn_w))

@@ -17,7 +17,7 @@ from telechat_twins.core.parity.bounds import relative_frobenius
 from telechat_twins.kernels import reference
 from telechat_twins.kernels.adamw import AdamWStep
 from telechat_twins.kernels.cpu import ops
-from telechat_twins.kernels.cpu.products import matmul_add
+from telechat_twins.kernels.cpu.products import low_rank, low_rank_backward, matmul_add
 from tests.support.cpu_attention_checks import attention, pages, ring
 from tests.support.cpu_kernel_limits import F32, HALF, UNIT, UNITS, WIDTHS, Finding, judged
 
@@ -306,6 +306,31 @@ def hard_products(rng: np.random.Generator) -> Iterator[Finding]:
             yield f"hard product {(m, n, k)}{name}", float(np.nan_to_num(error, nan=np.inf).max()), most
 
 
+def adapter_products(rng: np.random.Generator) -> Iterator[Finding]:
+    """Products of low-rank adapters, r above and below what registers hold, and their gradients, added and written."""
+    for m, k, n, r in ((150, 96, 70, 8), (37, 45, 33, 3), (1, 7, 5, 1), (66, 32, 64, 11)):
+        shapes = {"x": (m, k), "a": (r, k), "b": (n, r), "y": (m, n), "dy": (m, n), "dx": (m, k)}
+        held = {name: rng.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
+        x, a, b, y, dy, begin = held.values()
+        out, scale = y.copy(), 1.75
+        low = low_rank(out, x, a, b, scale)
+        written, added = np.empty_like(begin), begin.copy()
+        da, db = low_rank_backward(added, dy, x, low, a, b, scale)
+        again = [low_rank_backward(into, dy, x, low, a, b, scale, False) for into in (written, None)]
+        assert all(np.array_equal(da, other) and np.array_equal(db, last) for other, last in again), "gradients differ"
+
+        def truth(kind: type, held: dict[str, np.ndarray] = held, scale: float = scale) -> dict[str, np.ndarray]:
+            x, a, b, y, dy, begin = (value.astype(kind) for value in held.values())
+            low, dlow = kind(scale) * (x @ a.T), kind(scale) * (dy @ b)
+            found = {"low": low, "out": y + low @ b.T, "da": dlow.T @ x, "db": dy.T @ low}
+            return found | {"written": dlow @ a, "added": begin + dlow @ a}
+
+        got = {"low": low, "out": out, "da": da, "db": db, "written": written, "added": added}
+        for name, value in got.items():
+            exact = lambda kind, name=name, truth=truth: truth(kind)[name]  # noqa: E731
+            yield judged(f"low rank {(m, k, n, r)} {name}", value, exact)
+
+
 def few_rows(rng: np.random.Generator, dtype: np.dtype = F32) -> Iterator[Finding]:
     """Products of few rows: the matrix in their dtype; in int8 with a factor for each output, and the rows rounded."""
     sizes = ((1, 1, 1), (2, 3, 5), (3, 16, 16), (5, 33, 17), (8, 70, 131), (13, 100, 512), (32, 31, 200))
@@ -351,6 +376,7 @@ CHECKS: dict[str, Callable[[np.random.Generator], Iterator[Finding]]] = {
     "rows and updates": rows_and_updates,
     "products": products,
     "hard products": hard_products,
+    "adapter products": adapter_products,
     "few rows": few_rows,
     "pages": pages,
     **{
