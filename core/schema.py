@@ -334,6 +334,7 @@ def _is(value: object, kind: Any) -> bool:
 
 def _name(kind: object) -> str:
     names: dict[object, str] = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
+    names[dict] = "a mapping"
     return names.get(kind, str(kind))
 
 

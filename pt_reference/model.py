@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Mapping
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -45,6 +45,8 @@ class Dtypes:
 
 
 Shapes = Mapping[str, tuple[int, ...]]  # parameter name -> shape
+Scales = Mapping[str, float]  # name of a linear with an adapter -> what B A x is multiplied by
+T = TypeVar("T")
 Again = ops.Again
 Rope = tuple[Tensor, ...]  # cos, sin and, with xPos, the scales of queries and keys: each [B or 1, S, 1, D/2]
 
@@ -71,9 +73,9 @@ class Linear(nn.Module):
 
     served: Added | None = None
 
-    def __init__(self, name: str, shapes: Shapes, dtypes: Dtypes, scale: float = 1.0) -> None:
+    def __init__(self, name: str, shapes: Shapes, dtypes: Dtypes, scales: Scales | None = None) -> None:
         super().__init__()
-        self.compute, self.scale = dtypes.compute, scale
+        self.compute, self.scale = dtypes.compute, (scales or {}).get(name, 1.0)
         self.weight = empty_parameter(shapes[f"{name}.weight"], dtypes.weight)
         self.bias, self.lora_a, self.lora_b = (
             empty_parameter(shapes[f"{name}.{kind}"], dtypes.weight) if f"{name}.{kind}" in shapes else None
@@ -153,12 +155,12 @@ class Attention(nn.Module):
     """``core`` is what q, k and v meet in; a layout may put one there that spans several processes, generation one that
     keeps k and v."""
 
-    def __init__(self, shapes: Shapes, head_dim: int, dtypes: Dtypes, recompute: str, scale: float) -> None:
+    def __init__(self, shapes: Shapes, head_dim: int, dtypes: Dtypes, recompute: str, scales: Scales) -> None:
         super().__init__()
         self.head_dim, self.core = head_dim, ops.attention
         self.recompute_core = recompute == "selective"
         self.mask: Tensor | None = None  # [H * D], over heads
-        self.q, self.k, self.v, self.o = (Linear(f"attn.{name}", shapes, dtypes, scale) for name in "qkvo")
+        self.q, self.k, self.v, self.o = (Linear(f"attn.{name}", shapes, dtypes, scales) for name in "qkvo")
 
     def forward(
         self,
@@ -187,12 +189,12 @@ class Attention(nn.Module):
 class FeedForward(nn.Module):
     """With a gate silu(gate) * up, without one gelu(up)."""
 
-    def __init__(self, shapes: Shapes, dtypes: Dtypes, recompute: str, scale: float) -> None:
+    def __init__(self, shapes: Shapes, dtypes: Dtypes, recompute: str, scales: Scales) -> None:
         super().__init__()
         self.stat, self.recompute_core = dtypes.stat, recompute == "selective"
         self.mask: Tensor | None = None  # [F]
-        self.gate = Linear("ffn.gate", shapes, dtypes, scale) if "ffn.gate.weight" in shapes else None
-        self.up, self.down = (Linear(f"ffn.{name}", shapes, dtypes, scale) for name in ("up", "down"))
+        self.gate = Linear("ffn.gate", shapes, dtypes, scales) if "ffn.gate.weight" in shapes else None
+        self.up, self.down = (Linear(f"ffn.{name}", shapes, dtypes, scales) for name in ("up", "down"))
 
     def forward(self, x: Tensor, dropout: BlockDropout | None = None, again: Again | None = None) -> Tensor:
         core: Callable[..., Tensor]
@@ -212,14 +214,14 @@ class FeedForward(nn.Module):
 class DecoderBlock(nn.Module):
     """Pre-norm: both branches read the norm and add to the stream."""
 
-    def __init__(self, config: ModelConfig, shapes: Shapes, dtypes: Dtypes, recompute: str, scale: float) -> None:
+    def __init__(self, config: ModelConfig, shapes: Shapes, dtypes: Dtypes, recompute: str, scales: Scales) -> None:
         super().__init__()
         self.residual, self.recomputed = dtypes.residual, recompute == "full"
         self.mask: float | None = None  # of a new block
         self.attn_norm = Norm("attn_norm", shapes, config, dtypes)
-        self.attn = Attention(shapes, config.head_dim, dtypes, recompute, scale)
+        self.attn = Attention(shapes, config.head_dim, dtypes, recompute, scales)
         self.ffn_norm = Norm("ffn_norm", shapes, config, dtypes)
-        self.ffn = FeedForward(shapes, dtypes, recompute, scale)
+        self.ffn = FeedForward(shapes, dtypes, recompute, scales)
 
     def forward(self, x: Tensor, rope: Rope, blocks: ops.Visible, dropout: BlockDropout | None = None) -> Tensor:
         """The stream x [B, S, E] -> the stream after both branches."""
@@ -263,9 +265,13 @@ class Decoder(nn.Module):
         numbers = list(dict.fromkeys(name.split(".")[1] for name in shapes if name.startswith("layers.")))
         self.first, self.last = "0" in numbers, "norm.weight" in shapes
         self.embed = Embedding(shapes["embed.weight"], dtypes) if "embed.weight" in shapes else None
-        self.adapter_scale = scale = 1.0 if lora is None else lora_scale(lora)
+        adapted = [] if lora is None else [name.removesuffix(".lora_a") for name in shapes if name.endswith(".lora_a")]
+        self.adapter_scales = {name: lora_scale(lora, name) for name in adapted if lora is not None}
         self.layers = nn.ModuleDict(
-            {i: DecoderBlock(config, _below(i, shapes), dtypes, recompute, scale) for i in numbers}
+            {
+                i: DecoderBlock(config, _below(i, shapes), dtypes, recompute, _below(i, self.adapter_scales))
+                for i in numbers
+            }
         )
         self.norm = Norm("norm", shapes, config, dtypes) if self.last else None
         self.head = Linear("head", shapes, dtypes) if "head.weight" in shapes else None
@@ -331,11 +337,8 @@ class Decoder(nn.Module):
 
     def use_adapters(self, on: bool) -> None:
         """Switch the adapters on, or off: the model is then its base, exactly."""
-        for block in self.layers.values():
-            attn, ffn = block.attn, block.ffn
-            for layer in (attn.q, attn.k, attn.v, attn.o, ffn.gate, ffn.up, ffn.down):
-                if layer is not None:
-                    layer.scale = self.adapter_scale if on else 0.0
+        for name, scale in self.adapter_scales.items():
+            submodule(self, name).scale = scale if on else 0.0
 
     def set_mask(self, c: float | None) -> None:
         """Of a model with ``config.growth``: how far what is new counts from now on; None: all of it, no masks."""
@@ -433,7 +436,7 @@ def to_numpy(tensor: Tensor) -> np.ndarray:
     return np.array(held) if tensor.grad_fn is not None and tensor.device.type == "cpu" else held.numpy()
 
 
-def _below(number: str, shapes: Shapes) -> Shapes:
-    """The shapes of one decoder block, by their names inside the block."""
+def _below(number: str, entries: Mapping[str, T]) -> dict[str, T]:
+    """The shapes, or the scales, of one decoder block, by their names inside the block."""
     start = f"layers.{number}."
-    return {name.removeprefix(start): shape for name, shape in shapes.items() if name.startswith(start)}
+    return {name.removeprefix(start): entry for name, entry in entries.items() if name.startswith(start)}

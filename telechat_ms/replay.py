@@ -107,7 +107,7 @@ def _linear(case: Case, x: Tensors, dtypes: Dtypes) -> Tensors:
 
 
 def _adapted_linear(case: Case, x: Tensors, dtypes: Dtypes) -> Tensors:
-    module = Linear("layer", _shapes(case, "layer"), dtypes, case.setting("scale"))
+    module = Linear("layer", _shapes(case, "layer"), dtypes, {"layer": case.setting("scale")})
     _filled(module, x)
     return {"out": module(x["x"], x.get("dropped"))}
 

@@ -122,11 +122,7 @@ def open_adapter(path: str | Path, verify: bool = True) -> Adapter:
 
 def _modules(entry: AdapterRecord, config: ModelConfig, where: str) -> dict[str, AdapterModule]:
     names = linear_names(config)
-    if entry.modules is None:
-        targets = tuple(f".{name}" for name in entry.lora.targets)
-        given = [AdapterModule(name=n, rank=entry.rank, alpha=entry.alpha) for n in names if n.endswith(targets)]
-    else:
-        given = entry.modules
+    given = list(entry.adapters(config).values()) if entry.modules is None else entry.modules
     listed = {module.name: module for module in given}
     if unknown := next((name for name in listed if name not in names), None):
         raise UserError(

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 
 import numpy as np
 
@@ -20,6 +21,7 @@ from telechat_twins.core.model.init import draw_normal
 from telechat_twins.core.model.params import ParamSpec, block_table
 from telechat_twins.core.near import nearest
 from telechat_twins.core.schema import from_mapping, option
+from telechat_twins.core.shown import shown
 from telechat_twins.core.types import JsonObject
 
 TARGETS = ("q", "k", "v", "o", "gate", "up", "down")  # in the order of the model's parameters
@@ -63,6 +65,11 @@ class LoraConfig:
         help="linears with an adapter: q k v o gate up down, or their names in a release (q_proj, key_value, wo, "
         "all-linear, .*wq|.*wo)",
     )
+    rank_pattern: dict = option(
+        {}, help="other ranks by layer: a name as in targets, or a pattern of logical names (layers.[0-3].*) -> rank"
+    )
+    alpha_pattern: dict = option({}, help="other alphas by layer, as rank_pattern")
+    use_rslora: bool = option(False, help="multiply B A x by alpha / sqrt(rank) instead (arXiv 2312.03732)")
 
     def __post_init__(self) -> None:
         named = {name for target in self.targets for name in _resolved(target)}
@@ -70,6 +77,25 @@ class LoraConfig:
             raise UserError(f"lora.targets: names no linear; give some of {', '.join(TARGETS)}")
         # Frozen: the list is replaced once, by the short names in the model's order, whatever was written.
         object.__setattr__(self, "targets", [name for name in TARGETS if name in named])
+        for kind, patterns in (("rank_pattern", self.rank_pattern), ("alpha_pattern", self.alpha_pattern)):
+            if other := [key for key in patterns if not isinstance(key, str)]:
+                raise UserError(f"lora.{kind}: {shown(other[0])} is no name of a layer; quote it if it is")
+        for pattern, rank in self.rank_pattern.items():
+            if type(rank) is not int or not 1 <= rank <= MAX_WIDTH:
+                raise UserError(f"lora.rank_pattern: {shown(pattern)}: needs a whole number, found {shown(rank)}")
+        for pattern, alpha in self.alpha_pattern.items():
+            if type(alpha) not in (int, float) or not 0 < alpha < 1e30:
+                raise UserError(f"lora.alpha_pattern: {shown(pattern)}: needs a number above 0, found {shown(alpha)}")
+        object.__setattr__(self, "alpha_pattern", {name: float(alpha) for name, alpha in self.alpha_pattern.items()})
+
+    def rank_of(self, layer: str) -> int:
+        """The rank of the adapter of a linear layer by its logical name, layers.3.attn.q."""
+        return next((rank for name, rank in self.rank_pattern.items() if _matches(name, layer)), self.rank)
+
+    def alpha_of(self, layer: str) -> float:
+        """Rank times what B A x is multiplied by: alpha, and with ``use_rslora`` alpha sqrt(rank)."""
+        alpha = next((alpha for name, alpha in self.alpha_pattern.items() if _matches(name, layer)), self.alpha)
+        return alpha * math.sqrt(self.rank_of(layer)) if self.use_rslora else alpha
 
     def to_dict(self) -> JsonObject:
         return dataclasses.asdict(self)
@@ -89,9 +115,27 @@ def _resolved(target: str) -> Iterable[str]:
             raise UserError(f"lora.targets: '{word.strip()}' is not a linear layer that takes an adapter; {hint}")
 
 
-def lora_scale(lora: LoraConfig) -> float:
-    """What B A x is multiplied by."""
-    return lora.alpha / lora.rank
+def _matches(pattern: str, layer: str) -> bool:
+    """Whether an entry of ``rank_pattern`` or ``alpha_pattern`` is for a layer: the name of a linear in every block, or
+    a glob pattern on its logical name."""
+    short = layer.rpartition(".")[2]
+    return short == pattern or short in ALIASES.get(pattern, ()) or fnmatchcase(layer, pattern)
+
+
+def lora_scale(lora: LoraConfig, layer: str) -> float:
+    """What B A x of a linear layer, by its logical name, is multiplied by."""
+    return lora.alpha_of(layer) / lora.rank_of(layer)
+
+
+def ranks_in(table: Mapping[str, ParamSpec]) -> list[int]:
+    """The rank of every adapter in a table of parameters."""
+    return [spec.shape[0] for name, spec in table.items() if name.endswith(".lora_a")]
+
+
+def described_ranks(lora: LoraConfig | AdapterRecord, ranks: Iterable[int]) -> str:
+    """rank 8 on q v; with several ``ranks`` in use rank 4 to 16 on q v."""
+    least, most = min(ranks := list(ranks), default=lora.rank), max(ranks, default=lora.rank)
+    return f"rank {least}{'' if least == most else f' to {most}'} on {' '.join(lora.targets)}"
 
 
 def check_lora(config: ModelConfig, lora: LoraConfig) -> None:
@@ -104,6 +148,34 @@ def check_lora(config: ModelConfig, lora: LoraConfig) -> None:
     if config.activation != "swiglu" and "gate" in lora.targets:
         there = [name for name in TARGETS if name != "gate"]
         raise UserError(f"lora.targets: 'gate', but this model's {config.activation} has none; give {', '.join(there)}")
+    _check_patterns(config, lora)
+
+
+def _check_patterns(config: ModelConfig, lora: LoraConfig) -> None:
+    """UserError for a pattern that acts on no adapter, and for two that give one adapter different values: no result
+    may hang on the order of keys, which files do not keep."""
+    layers = [name for name in _linears(config) if name.rpartition(".")[2] in lora.targets]
+    for kind, patterns in (("rank_pattern", lora.rank_pattern), ("alpha_pattern", lora.alpha_pattern)):
+        given: dict[str, str] = {}
+        for pattern, value in patterns.items():
+            found = [layer for layer in layers if _matches(pattern, layer)]
+            if not found:
+                near = nearest(pattern, [*lora.targets, *layers])
+                hint = f"did you mean '{near}'?" if near else f"there are: {layers[0]}, ..., {layers[-1]}"
+                raise UserError(f"lora.{kind}: {shown(pattern)} names no layer with an adapter; {hint}")
+            for layer in found:
+                other = given.setdefault(layer, pattern)
+                if patterns[other] != value:
+                    raise UserError(
+                        f"lora.{kind}: '{other}' gives {layer} {patterns[other]:g} and '{pattern}' {value:g}; let one "
+                        "of them leave it out"
+                    )
+
+
+def _linears(config: ModelConfig) -> list[str]:
+    """Logical names of the linears of every block that can have an adapter."""
+    names = [n.removesuffix(".weight") for n, spec in block_table(config).items() if spec.kind == "matrix"]
+    return [f"layers.{i}.{name}" for i in range(config.num_layers) for name in names]
 
 
 def lora_table(config: ModelConfig, lora: LoraConfig, layers: Iterable[int] | None = None) -> dict[str, ParamSpec]:
@@ -120,8 +192,9 @@ def lora_table(config: ModelConfig, lora: LoraConfig, layers: Iterable[int] | No
     table = {}
     for i in range(config.num_layers) if layers is None else sorted(layers):
         for name, (rows, columns) in block.items():
-            table[f"layers.{i}.{name}.lora_a"] = ParamSpec((lora.rank, columns), "adapter")
-            table[f"layers.{i}.{name}.lora_b"] = ParamSpec((rows, lora.rank), "adapter")
+            layer = f"layers.{i}.{name}"
+            table[f"{layer}.lora_a"] = ParamSpec((lora.rank_of(layer), columns), "adapter")
+            table[f"{layer}.lora_b"] = ParamSpec((rows, lora.rank_of(layer)), "adapter")
     return table
 
 
@@ -196,23 +269,31 @@ class AdapterRecord:
     base: AdapterBase = option(help="the model it belongs to")
     modules: list[AdapterModule] | None = option(None, help="every adapter, where rank and alpha differ among them")
 
-    @property
-    def lora(self) -> LoraConfig:
-        """What training goes on with. UserError for adapters that differ in rank, alpha or targets among layers."""
+    def adapters(self, config: ModelConfig) -> dict[str, AdapterModule]:
+        """Every adapter by its layer's logical name, in the model's order where ``modules`` does not list them."""
         if self.modules is not None:
-            raise UserError(
-                "adapter.modules: these adapters differ in rank, alpha or targets from layer to layer, and training "
-                "has one of each; use them as they are (--adapter), or merge them and train a new adapter"
-            )
-        return LoraConfig(rank=self.rank, alpha=self.alpha, dropout=self.dropout, targets=self.targets)
+            return {module.name: module for module in self.modules}
+        names = [name for name in _linears(config) if name.rpartition(".")[2] in self.targets]
+        return {name: AdapterModule(name=name, rank=self.rank, alpha=self.alpha) for name in names}
 
     def to_dict(self) -> JsonObject:
         values = dataclasses.asdict(self)
         return {name: value for name, value in values.items() if value is not None}
 
 
-def adapter_record(lora: LoraConfig, base: AdapterBase) -> AdapterRecord:
-    return AdapterRecord(**lora.to_dict(), base=base)
+def adapter_record(config: ModelConfig, lora: LoraConfig, base: AdapterBase) -> AdapterRecord:
+    """The record of a run's adapters: alphas with ``use_rslora`` in them."""
+    layers = [name.removesuffix(".lora_a") for name in lora_table(config, lora) if name.endswith(".lora_a")]
+    modules = [AdapterModule(name=name, rank=lora.rank_of(name), alpha=lora.alpha_of(name)) for name in layers]
+    alike = len({(module.rank, module.alpha) for module in modules}) == 1
+    return AdapterRecord(
+        rank=modules[0].rank if alike else lora.rank,
+        alpha=modules[0].alpha if alike else lora.alpha,
+        dropout=lora.dropout,
+        targets=lora.targets,
+        base=base,
+        modules=None if alike else modules,
+    )
 
 
 def read_adapter(model: JsonObject, where: str) -> AdapterRecord | None:

@@ -12,7 +12,7 @@ from telechat_twins.core.errors import UserError
 from telechat_twins.core.model.config import ModelConfig, load_model_config
 from telechat_twins.core.model.growth import Growth
 from telechat_twins.core.model.growth_mask import GrowthMask
-from telechat_twins.core.model.lora import AdapterRecord, read_adapter
+from telechat_twins.core.model.lora import AdapterRecord, adapter_record, read_adapter
 from telechat_twins.core.schema import from_mapping
 from telechat_twins.core.train.metrics import require_fresh
 from telechat_twins.core.train.recipe import rate_at
@@ -163,10 +163,24 @@ def require_same_adapter(checkpoint: Checkpoint, config: RunConfig) -> None:
             f"{checkpoint.path} holds an adapter of {held.base.path}; resume it with the `lora:` it was trained with "
             f"(rank {held.rank}, alpha {held.alpha:g}, targets {' '.join(held.targets)})"
         )
-    for name in ("rank", "alpha", "targets"):
-        theirs, mine = getattr(held, name), getattr(ours, name)
-        if theirs != mine:
-            raise UserError(f"lora.{name}: the run has {mine}, the adapter of {checkpoint.path} {theirs}; set {theirs}")
+    mine = adapter_record(config.model, ours, held.base)
+    if held.modules is None and mine.modules is None:
+        for name in ("rank", "alpha", "targets"):
+            theirs, here = getattr(held, name), getattr(mine, name)
+            if theirs != here:
+                raise UserError(
+                    f"lora.{name}: the run has {here}, the adapter of {checkpoint.path} {theirs}; set {theirs}"
+                )
+        return
+    theirs, here = held.adapters(config.model), mine.adapters(config.model)
+    for layer in dict.fromkeys([*theirs, *here]):
+        if theirs.get(layer) != here.get(layer):
+            pair = here.get(layer), theirs.get(layer)
+            said = [f"rank {found.rank}, alpha {found.alpha:g}" if found else "no adapter" for found in pair]
+            raise UserError(
+                f"lora: the run gives {layer} {said[0]}, the adapter of {checkpoint.path} {said[1]}; set lora.rank, "
+                "alpha, targets, rank_pattern and alpha_pattern as they were"
+            )
 
 
 def require_same_base(checkpoint: Checkpoint, record: AdapterRecord) -> None:

@@ -22,7 +22,7 @@ from telechat_twins.core.checkpoint.source import OpenInitial, ReadBox, WeightSo
 from telechat_twins.core.config import RunConfig
 from telechat_twins.core.errors import UserError
 from telechat_twins.core.model.config import ModelConfig, load_model_config
-from telechat_twins.core.model.lora import AdapterRecord
+from telechat_twins.core.model.lora import AdapterRecord, described_ranks
 from telechat_twins.core.types import JsonObject
 
 # Fields of ModelConfig in which a run may differ from the model it starts from. None changes what the weights compute:
@@ -188,9 +188,11 @@ def require_base(config: RunConfig) -> None:
 
 def describe_adapter(record: AdapterRecord) -> str:
     """A line for the log."""
-    lora, base = record.lora, record.base
-    dropout = f", dropout {lora.dropout:g}" if lora.dropout else ""
+    base, modules = record.base, record.modules or []
+    dropout = f", dropout {record.dropout:g}" if record.dropout else ""
+    alphas = [module.alpha for module in modules] or [record.alpha]
+    alpha = f"{min(alphas):g}{'' if min(alphas) == max(alphas) else f' to {max(alphas):g}'}"
     return (
-        f"trains adapters of rank {lora.rank}, alpha {lora.alpha:g}{dropout}, on {' '.join(lora.targets)} of "
+        f"trains adapters of {described_ranks(record, [m.rank for m in modules])}, alpha {alpha}{dropout}, of "
         f"{base.path} (fingerprint {base.fingerprint[:12]}), which is frozen"
     )

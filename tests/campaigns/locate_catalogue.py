@@ -567,7 +567,7 @@ fault("new block without identity", "add", "layers.1", "forward", _new_block, ca
 
 
 def _adapter_scale(backend: str) -> Changes:
-    yield load(backend, "model"), "lora_scale", lambda lora: 1.0
+    yield load(backend, "model"), "lora_scale", lambda *_: 1.0
 
 
 fault("adapter's scale missed", "linear", "layers.0.attn.q", "forward", _adapter_scale, case="lora")

@@ -15,9 +15,11 @@ import numpy as np
 import pytest
 
 from telechat_twins.convert.copy import to_hf
+from telechat_twins.convert.hf.peft import open_peft, write_peft
 from telechat_twins.convert.initial import open_initial
 from telechat_twins.convert.source import open_model
 from telechat_twins.core import backends
+from telechat_twins.core.checkpoint.adapter import open_adapter
 from telechat_twins.core.checkpoint.fingerprint import fingerprint
 from telechat_twins.core.checkpoint.read import open_checkpoint, write_checkpoint
 from telechat_twins.core.config import RunConfig, run_config_from_dict
@@ -157,6 +159,48 @@ def test_dropped_masks_of_another_step_turn_it_red(
     assert worst(computed(trainers[backend](run_config("fp32"))), exact) > 1e-2
 
 
+PATTERNS = LoraConfig(
+    rank=2, alpha=3.0, targets=["all-linear"], use_rslora=True, rank_pattern={"q": 4, "layers.1.ffn.*": 3},
+    alpha_pattern={"layers.0.attn.[vo]": 5.0},
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_ranks_and_alphas_by_layer(trainers: dict[str, type], backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Gradients as of one rank, each within its bound; a missed pattern and alpha / rank in place of its root turn
+    the comparison red."""
+    monkeypatch.setattr(f"{__name__}.LORA", PATTERNS)
+    held = weights()
+    assert {n: w.shape[0] for n, w in held.items() if n.endswith("lora_a")} == {
+        f"layers.{i}.{part}.lora_a": 4 if part == "attn.q" else 3 if i and part.startswith("ffn") else 2
+        for i in range(2)
+        for part in (*(f"attn.{name}" for name in "qkvo"), "ffn.gate", "ffn.up", "ffn.down")
+    }
+    found = computed(trainers[backend](run_config("fp32", lora=PATTERNS)))
+    assert worst(found, numpy_lora.gradients(MODEL, PATTERNS, held, small_batch())) <= LIMITS["fp32"]
+    for other in ({"alpha_pattern": {}}, {"use_rslora": False}):
+        wrong = dataclasses.replace(PATTERNS, **other)
+        assert worst(found, numpy_lora.gradients(MODEL, wrong, held, small_batch())) > 1e-2
+
+
+@pytest.mark.parametrize(
+    ("patterns", "says"),
+    [
+        ({"rank_pattern": {"gate": 4}}, "lora.rank_pattern: 'gate' names no layer with an adapter"),
+        ({"rank_pattern": {"layers.7.*": 4}}, "lora.rank_pattern: 'layers.7..' names no layer"),
+        ({"rank_pattern": {"q": 4, "layers.0.*": 2}}, "'q' gives layers.0.attn.q 4 and 'layers.0..' 2"),
+        ({"rank_pattern": {"q": 4.5}}, "lora.rank_pattern: 'q': needs a whole number"),
+        ({"alpha_pattern": {"q": 0}}, "lora.alpha_pattern: 'q': needs a number above 0"),
+        ({"alpha_pattern": {"q": True}}, "lora.alpha_pattern: 'q': needs a number above 0"),
+        ({"rank_pattern": {0: 4}}, "lora.rank_pattern: 0 is no name of a layer"),
+        ({"rank_pattern": [4]}, "lora.rank_pattern: expected a mapping, found list"),
+    ],
+)
+def test_patterns_that_mean_nothing_are_refused(patterns: dict[str, Any], says: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=says):
+        tuning(tmp_path, **{"targets": ["q", "v"], **patterns})
+
+
 def test_masks_do_not_depend_on_how_they_are_cut() -> None:
     whole = LoraDropout(0.3, 1, 2, np.arange(6), np.arange(50)[None])
     part = LoraDropout(0.3, 1, 2, np.arange(2, 4), np.array([[3, 40, 7]]))
@@ -216,13 +260,15 @@ def test_a_checkpoint_holds_the_adapter_and_names_its_base(runs: Path) -> None:
     record = read_adapter(checkpoint.model, "model.json")
     assert record is not None
     config = tuning(runs)
-    assert record.lora == config.lora
+    lora = config.lora
+    assert lora is not None
+    assert (record.rank, record.alpha, record.dropout, record.targets) == (4, 8.0, 0.1, lora.targets)
     base = open_model(runs / "base")
     assert record.base.path == str(runs / "base")
     assert record.base.fingerprint == fingerprint(base.config, base.read)
     released = open_model(runs / "released")
     assert record.base.fingerprint == fingerprint(released.config, released.read)
-    assert checkpoint.names("weights") == list(lora_table(config.model, record.lora))
+    assert checkpoint.names("weights") == list(lora_table(config.model, lora))
     assert sorted(checkpoint.names("optimizer")) == sorted(
         f"{m}.{n}" for n in checkpoint.names("weights") for m in "mv"
     )
@@ -241,6 +287,34 @@ def test_resume(runs: Path, trainers: dict[str, type], source: str, target: str,
     ends = [open_checkpoint(place) for place in (tmp_path / "on", runs / source)]
     a, b = ({n: end.read("weights", n) for n in end.names("weights")} for end in ends)
     assert compare_tensors(a, b).worst() <= (0.0 if source == target else 1e-3)
+
+
+@pytest.mark.parametrize(("source", "target"), [("ms", "pt"), ("pt", "ms")])
+def test_adapters_of_several_ranks_are_resumed_and_go_to_peft(
+    folder: Path, trainers: dict[str, type], source: str, target: str, tmp_path: Path
+) -> None:
+    """Saved by one backend, resumed by the other, written for PEFT and read back: ranks and scales as they were."""
+    patterns = {"rank_pattern": {"q": 6, "down": 2}, "alpha_pattern": {"layers.1.*": 5.0}, "use_rslora": True}
+    config = tuning(folder, dropout=0.0, **patterns)
+    short = dataclasses.replace(config, train=dataclasses.replace(config.train, steps=6, schedule_steps=STEPS))
+    loop.train(trainers[source], short, tmp_path / "first", open_initial=open_initial)
+    adapter = open_adapter(tmp_path / "first")
+    expected = {
+        n.removesuffix(".lora_a"): s.shape[0] for n, s in lora_table(config.model, config.lora).items() if "_a" in n
+    }
+    assert {name: module.rank for name, module in adapter.modules.items()} == expected
+    assert adapter.modules["layers.1.attn.q"].scale == pytest.approx(5.0 / 6**0.5, rel=1e-12)
+    write_peft(adapter, tmp_path / "peft")
+    back = open_peft(tmp_path / "peft", config.model)
+    for name, module in adapter.modules.items():
+        rank = back.modules[name].rank
+        assert (rank, back.modules[name].scale) == (module.rank, pytest.approx(module.scale, rel=1e-12))
+    longer = dataclasses.replace(config, train=dataclasses.replace(config.train, steps=8, schedule_steps=STEPS))
+    loop.train(trainers[target], longer, tmp_path / "on", str(tmp_path / "first"), open_initial)
+    assert len(read_metrics(tmp_path / "on")) == 2
+    other = tuning(folder, dropout=0.0, **{**patterns, "rank_pattern": {"q": 6}})
+    with pytest.raises(UserError, match="gives layers.0.ffn.down rank 4, .* rank 2, .*rank_pattern"):
+        loop.train(trainers[target], other, tmp_path / "no", str(tmp_path / "first"), open_initial)
 
 
 def test_refusals_name_what_to_do(runs: Path, trainers: dict[str, type], tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from fnmatch import fnmatch
 
 import numpy as np
 
@@ -23,7 +24,8 @@ def loss(
     batch: Batch,
     dropout: LoraDropout | None = None,
 ) -> np.complex128:
-    """Mean token loss of base and adapters ``weights``; y = W x + b + (alpha / r) B A dropout(x)."""
+    """Mean token loss of base and adapters ``weights``; y = W x + b + (alpha / r) B A dropout(x),
+    alpha / sqrt(r) with use_rslora."""
     columns = slice(0, config.num_heads * config.head_dim), slice(0, config.ffn_hidden_size)
 
     def adapted(name: str, x: np.ndarray) -> np.ndarray:
@@ -35,7 +37,12 @@ def loss(
             block: BlockDropout = dropout.block(int(layer), config.hidden_size, columns)
             source = target if target in INPUTS else SHARED[target]
             x = np.where(block.keep(source), x / (1.0 - dropout.threshold / 65536), 0.0)
-        return lora.alpha / lora.rank * (x @ weights[f"{at}.lora_a"].T @ weights[f"{at}.lora_b"].T)
+        rank, alpha = (
+            next((value for name, value in patterns.items() if fnmatch(at, f"*{name}")), usual)
+            for patterns, usual in ((lora.rank_pattern, lora.rank), (lora.alpha_pattern, lora.alpha))
+        )
+        scale = alpha / np.sqrt(rank) if lora.use_rslora else alpha / rank
+        return scale * (x @ weights[f"{at}.lora_a"].T @ weights[f"{at}.lora_b"].T)
 
     found = logits(config, weights.__getitem__, batch.input_ids, np.complex128, adapted)
     # The imaginary part is so small that the largest real part is the largest.

@@ -266,7 +266,8 @@ def _linear(suspect: Suspect, site: Site, setting: Setting) -> Recipe:
     assert lora is not None
     if lora.dropout:
         return _impossible(suspect, "the dropout of its adapter is drawn anew at every step")
-    return _built(suspect, site, setting, "adapted_linear", inputs, settings={"scale": lora_scale(lora)})
+    layer = site.inputs[1].rpartition(".")[0]
+    return _built(suspect, site, setting, "adapted_linear", inputs, settings={"scale": lora_scale(lora, layer)})
 
 
 def _heads(kind: str, name: str, setting: Setting, groups: int) -> Wanted:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from telechat_twins.core.model.config import ModelConfig
 from telechat_twins.core.model.flops import flops_per_token
-from telechat_twins.core.model.lora import LoraConfig, lora_table
+from telechat_twins.core.model.lora import LoraConfig, described_ranks, lora_table, ranks_in
 from telechat_twins.core.model.params import parameter_table
 from telechat_twins.core.parallel.layout import Layout, stage_layers
 from telechat_twins.core.parallel.schedule import bubble_formula, peak_live
@@ -247,7 +247,7 @@ def estimate(
             "recompute": recompute if lists is None else "MindFormers' lists",
             "fused_attention": fused_attention,
             "layout": layout.name,
-            **({"lora": f"rank {lora.rank} on {' '.join(lora.targets)}"} if lora is not None else {}),
+            **({} if lora is None else {"lora": described_ranks(lora, ranks_in(whole))}),
         },
         "parameters": {**by_class, "total": parameters, **trained},
         "memory_bytes": {**fullest.uses, "total": fullest.total},
@@ -313,7 +313,7 @@ def _adapted(
     spared = sum(inputs.values()) - sum(inputs[modules] for _, modules in needed) / layers
     more = 0.0
     if lora is not None:
-        low = sum(parts[-1] == "lora_a" for parts in blocks) / layers * lora.rank
+        low = sum(shard.shape[0] for name, shard in table.items() if name.endswith(".lora_a")) / layers
         more = low * widths.compute
         if lora.dropout:
             read = 2 * config.hidden_size + (config.num_heads * config.head_dim + config.ffn_hidden_size) / tp

@@ -61,7 +61,7 @@ class Run:
         self.stepper.load_weights(start_reader(source, self.config.model))
         record = start_record(source)
         if self.config.lora is not None:
-            self.adapter = adapter_record(self.config.lora, AdapterBase(**record))
+            self.adapter = adapter_record(self.config.model, self.config.lora, AdapterBase(**record))
             self.notes.append(describe_adapter(self.adapter))
         self.lineage = lineage_of(source, self.stepper.rank == 0, record)
         if anew:
