@@ -17,6 +17,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("schema", "backends", "cli", "files", "launch"),
     ("model",),
     ("parallel", "checkpoint", "watching"),
+    ("sections",),
     ("config",),
     ("data",),
     ("train", "inference", "planner"),
