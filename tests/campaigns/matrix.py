@@ -78,8 +78,10 @@ def _install(cell: Cell, folder: Path, *options: str, limit_s: float | None = No
     except subprocess.TimeoutExpired:
         raise RuntimeError(f"pip was not ready after {limit_s} s") from None
     if done.returncode:
-        errors = [line for line in done.stderr.splitlines() if line.startswith("ERROR")] or ["no message"]
-        raise RuntimeError(errors[0])
+        errors = [line for line in done.stderr.splitlines() if line.startswith("ERROR")]
+        # Of other versions of Python: the reason is the next line.
+        told = [line for line in errors if not line.startswith("ERROR: Ignored")] or ["no message"]
+        raise RuntimeError(told[0])
 
 
 def run_in_ci() -> int:

@@ -46,7 +46,8 @@ CELLS = (
     Cell("transformers-5", ("torch", "transformers==5.24.0"), EXPORTS, "pt", ("tokenizers", "huggingface-hub")),
     Cell("mindformers-1.9", ("mindspore", "mindformers==1.9.0"), ("tests/parity/test_mindformers_wheel.py",), "ms",
          MINDFORMERS_CHOOSES),
-    Cell("mindformers-2.1", ("mindspore", "mindformers==2.1.0"), ("tests/parity/test_mindformers_wheel.py",), "ms",
+    # Without mindspore beside it, so that pip names the version that is missing and not a conflict of the two.
+    Cell("mindformers-2.1", ("mindformers==2.1.0",), ("tests/parity/test_mindformers_wheel.py",), "ms",
          ("mindspore", *MINDFORMERS_CHOOSES), "mindspore~=2.11"),
 )  # fmt: skip
 
