@@ -16,6 +16,10 @@ if TYPE_CHECKING:  # what a search needs is imported when there is one
     from telechat_twins.core.planner.search.question import Found, Question
 
 TOKENS_A_STEP = 1 << 22  # where neither --global-batch nor a run says so
+_FOUND = ("layout", "recompute", "recompute_lists", "growth", "micro_batches", "trace", "timeline", "tokens")
+_OF_ONE_PLAN = ("budget", "fused_attention")  # a search takes attention to be fused
+_OF_TRAINING = ("global_batch", "micro_batch", "seq_len", "precision")
+_OF_SERVING = ("prompt_len", "answer_len", "quantize")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -72,8 +76,8 @@ def _serve(args: argparse.Namespace, model: ModelConfig, machine: Machine, name:
         model,
         machine,
         args.devices,
-        args.prompt_len,
-        args.answer_len,
+        1024 if args.prompt_len is None else args.prompt_len,
+        256 if args.answer_len is None else args.answer_len,
         args.target,
         args.quantize or "none",
         args.memory,
@@ -120,16 +124,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--target", choices=("latency", "throughput"), help="with --search: serve instead of train, for this target"
     )
-    parser.add_argument("--prompt-len", type=int, default=1024, metavar="P", help="with --target: tokens of a prompt")
-    parser.add_argument("--answer-len", type=int, default=256, metavar="A", help="with --target: tokens of an answer")
+    parser.add_argument("--prompt-len", type=int, metavar="P", help="with --target: tokens of a prompt (1024)")
+    parser.add_argument("--answer-len", type=int, metavar="A", help="with --target: tokens of an answer (256)")
     parser.add_argument("--quantize", choices=("none", "int8"), help="with --target: weights (default none: bf16)")
+
+
+def _flag(name: str) -> str:
+    """An option as it is written, from its name in the parsed arguments."""
+    return f"--{name.replace('_', '-')}"
 
 
 def check(args: argparse.Namespace) -> None:
     """UserError for options that need another, and for values out of range."""
     for name in ("devices", "global_batch", "memory", "top", "target"):
         if getattr(args, name) is not None and not args.search:
-            raise UserError(f"--{name.replace('_', '-')}: belongs to --search; add it, or leave it out")
+            raise UserError(f"{_flag(name)}: belongs to --search; add it, or leave it out")
+    for name in _OF_SERVING if args.target is None else ():
+        if getattr(args, name) is not None:
+            raise UserError(
+                f"{_flag(name)}: belongs to --search --target, which serves; add it, or leave {_flag(name)} out"
+            )
     if not args.search:
         return
     for name in ("machine", "devices"):
@@ -137,11 +151,15 @@ def check(args: argparse.Namespace) -> None:
             raise UserError(f"--search: needs --{name}, e.g. --machine atlas-800t-a2 --devices 512")
     if args.model is None and args.config is None:
         raise UserError("--search: needs --model or --config")
-    for name in ("layout", "recompute", "recompute_lists", "growth", "micro_batches", "trace", "timeline", "tokens"):
+    for name in _FOUND:
         if getattr(args, name) is not None:
-            raise UserError(
-                f"--{name.replace('_', '-')}: cannot be combined with --search, which finds it; leave it out"
-            )
+            raise UserError(f"{_flag(name)}: cannot be combined with --search, which finds it; leave it out")
+    for name in _OF_ONE_PLAN:
+        if getattr(args, name) not in (None, False):
+            raise UserError(f"{_flag(name)}: is for a plan without --search; leave one of them out")
+    for name in _OF_TRAINING if args.target is not None else ():
+        if getattr(args, name) is not None:
+            raise UserError(f"{_flag(name)}: is of training, and has no meaning with --target; leave it out")
     for name, most in (
         ("devices", 1 << 16),
         ("global_batch", 1 << 20),
@@ -150,7 +168,7 @@ def check(args: argparse.Namespace) -> None:
     ):
         value = getattr(args, name)
         if value is not None and not 1 <= value <= most:
-            raise UserError(f"--{name.replace('_', '-')}: must be from 1 to {most}, found {value}")
+            raise UserError(f"{_flag(name)}: must be from 1 to {most}, found {value}")
     if args.top is not None and not 0 <= args.top <= 100:
         raise UserError(f"--top: must be from 0 to 100, found {args.top}")
     if args.memory is not None and not 0.0 < args.memory < 1e6:

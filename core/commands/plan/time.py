@@ -50,15 +50,15 @@ def check(args: argparse.Namespace) -> None:
     for name in _OF_A_PLAN if alone else ():
         if getattr(args, name) not in (None, False):
             raise UserError(f"--{name.replace('_', '-')}: has no meaning with --{alone}; leave it out")
-    for name in ("tokens", "trace", "timeline"):
-        if getattr(args, name) is not None and args.machine is None and not (name == "tokens" and args.cost):
-            raise UserError(f"--{name}: needs --machine; name the machine to forecast, e.g. --machine atlas-800t-a2")
-    for name in ("tokens", "trace", "timeline") if args.growth is not None else ():
+    for name in ("tokens", "trace", "timeline", "budget") if args.growth is not None else ():
         if getattr(args, name) is not None:
             raise UserError(
                 f"--{name}: is for a run of one size, and --growth has several with tokens of their own; leave it out, "
-                "or plan a stage's run without --growth"
+                "or plan that size without --growth"
             )
+    for name in ("tokens", "trace", "timeline"):
+        if getattr(args, name) is not None and args.machine is None and not (name == "tokens" and args.cost):
+            raise UserError(f"--{name}: needs --machine; name the machine to forecast, e.g. --machine atlas-800t-a2")
     if args.tokens is not None and not 0 < args.tokens < 1e18:
         raise UserError(f"--tokens: must be above 0 and below 1e18, found {args.tokens:g}")
     for name in ("trace", "timeline", "plot"):

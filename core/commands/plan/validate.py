@@ -6,6 +6,8 @@ import argparse
 import json
 from pathlib import Path
 
+from telechat_twins.core.errors import UserError
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of ``--validate``."""
@@ -21,6 +23,8 @@ def run(args: argparse.Namespace) -> int:
     from telechat_twins.core.planner.published import forecast, published_runs
     from telechat_twins.core.planner.validation import draw, fit_lines, table
 
+    if args.fit and args.json:
+        raise UserError("--fit: is printed as text only; leave --json out")
     forecasts = [forecast(run) for run in published_runs()]
     if args.plot is not None:
         draw(Path(args.plot), forecasts)

@@ -63,11 +63,13 @@ def describe(found: JsonObject, title: str) -> list[str]:
     """The forecast as lines of text."""
     low, high = found["interval"]
     total = found["seconds"]
+    rate = found["tflops_per_device"]
+    digits = 1 if rate >= 1.0 else 3  # a processor has a hundredth of a TFLOP/s
     lines = [
         "",
         f"time of a step on {found['devices']} devices of {title}: {total:.4g} s, between {low:.4g} and {high:.4g} s",
         f"  {found['tokens_per_s']:,.0f} tokens/s, {found['tokens_per_s_per_device']:,.1f} on each device; "
-        f"{found['tflops_per_device']:.1f} model TFLOP/s a device, MFU {found['mfu']:.1%} of {found['peak_tflops']:g}",
+        f"{rate:.{digits}f} model TFLOP/s a device, MFU {found['mfu']:.1%} of {found['peak_tflops']:g}",
         f"  pipeline bubble {found['bubble']:.1%}; waiting for transfers: "
         + ", ".join(f"{axis} {seconds / total:.1%}" for axis, seconds in found["exposed_seconds"].items()),
         "  the busiest pipeline rank's time:",

@@ -139,7 +139,8 @@ def test_growth_honours_or_refuses_the_options_of_one_size(capsys: pytest.Captur
     for option, value in (("--layout", "tp2"), ("--seq-len", "64"), ("--precision", "fp32"), ("--micro-batches", "3")):
         assert cli.main([*GROWTH, option, value]) == 2
         assert f"{option}: cannot be combined with --growth" in capsys.readouterr().err
-    for option, value in (("--tokens", "1e12"), ("--trace", "step.json"), ("--timeline", "step.png")):
+    lone = ("--tokens", "1e12"), ("--trace", "step.json"), ("--timeline", "step.png"), ("--budget", "1e20")
+    for option, value in lone:
         assert cli.main([*GROWTH, "--machine", "a800-80g-sxm", option, value]) == 2
         assert f"{option}: is for a run of one size" in capsys.readouterr().err
 

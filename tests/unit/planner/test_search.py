@@ -120,6 +120,10 @@ def test_command(capsys: pytest.CaptureFixture[str]) -> None:
         (["--layout", "tp2"], "cannot be combined with --search"),
         (["--devices", "0"], "from 1"),
         (["--memory", "0"], "above 0"),
+        (["--budget", "1e20"], "without --search"),
+        (["--fused-attention"], "without --search"),
+        (["--quantize", "int8"], "--quantize: belongs to --search --target"),
+        (["--target", "latency"], "--global-batch: is of training"),
     ):
         assert cli.main([*words, *wrong]) == 2
         assert message in capsys.readouterr().err
