@@ -113,8 +113,8 @@ def raises(error: BaseException) -> object:
     [
         (UserError("data.path: no such folder; write one"), 2, "tele: data.path: no such folder; write one\n"),
         (KeyboardInterrupt(), 130, ""),
-        (OSError(30, "Read-only file system", "out/x"), 2, "tele: out/x: Read-only file system; change"),
-        (NotADirectoryError(20, "Not a directory", "file/x"), 2, "tele: file/x: Not a directory; change"),
+        (OSError(30, "Read-only file system", "out/x"), 2, "tele: out/x: Read-only file system; choose"),
+        (NotADirectoryError(20, "Not a directory", "file/x"), 2, "tele: file/x: Not a directory; choose"),
         (OSError(28, "No space left on device"), 2, "tele: output: No space left on device; free some space"),
         (ModuleNotFoundError("no", name="mindspore"), 2, "tele: mindspore is not installed here; `tele doctor` says"),
     ],

@@ -13,6 +13,7 @@ from safetensors.numpy import save_file
 from telechat_twins.core.checkpoint.read import whole, write_checkpoint
 from telechat_twins.core.commands import forward, generate
 from telechat_twins.core.config import run_config_from_dict
+from telechat_twins.core.data.encoders.special import SpecialTokens
 from telechat_twins.core.errors import UserError
 from telechat_twins.core.inference.chat import ChatModel
 from telechat_twins.core.model.config import load_model_config
@@ -135,7 +136,7 @@ def test_generation_refuses_before_weights_are_read(checkpoints, monkeypatch, ca
     assert "xpos_scale_base 300" in capsys.readouterr().err
     with pytest.raises(UserError, match="fp16 holds 2"):
         model.engine(6000)  # longer than max_seqlen
-    pieces = SimpleNamespace(vocab_size=model.config.vocab_size)
+    pieces = SimpleNamespace(vocab_size=model.config.vocab_size, special=SpecialTokens())
     monkeypatch.setattr("telechat_twins.core.inference.chat.load_tokenizer", lambda *_, **__: pieces)
     monkeypatch.setattr("telechat_twins.core.inference.chat.check_vocabulary", lambda *_: None)
     monkeypatch.setattr("telechat_twins.core.inference.chat.open_layout", lambda *_, **__: (None, []))
