@@ -10,7 +10,8 @@ from torch import Tensor
 
 from telechat_twins.core.inference.adapters import ReadPair, used_adapters
 from telechat_twins.pt_reference import ops
-from telechat_twins.pt_reference.model import Decoder, Linear, to_tensor
+from telechat_twins.pt_reference.model import Decoder, Linear
+from telechat_twins.pt_reference.weights import to_tensor
 
 
 class StepAdapters:

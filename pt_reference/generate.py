@@ -21,12 +21,12 @@ from telechat_twins.pt_reference import ops
 from telechat_twins.pt_reference.adapters import apply_adapters
 from telechat_twins.pt_reference.collectives import broadcast
 from telechat_twins.pt_reference.inference_parallel import spread
-from telechat_twins.pt_reference.model import Decoder, Rope, to_numpy
+from telechat_twins.pt_reference.model import Decoder, Rope
 from telechat_twins.pt_reference.ops import short_page
 from telechat_twins.pt_reference.paged_attention import apply_paged_attention
 from telechat_twins.pt_reference.parallelize import parallelize
 from telechat_twins.pt_reference.ring_pages import Places, apply_ring_pages, place_step
-from telechat_twins.pt_reference.weights import held_weight, load_weights
+from telechat_twins.pt_reference.weights import held_weight, load_weights, to_numpy
 
 __all__ = ["Runner", "short_page"]
 

@@ -32,6 +32,15 @@ from telechat_twins.core.model.params import parameter_table
 from telechat_twins.core.model.position import rope_tables, xpos_scales
 from telechat_twins.core.model.precision import PRECISION
 from telechat_twins.pt_reference import ops
+from telechat_twins.pt_reference.weights import (
+    empty_parameter,
+    masked,
+    multiplied,
+    named_weights,
+    submodule,
+    to_numpy,
+    to_tensor,
+)
 
 
 class Dtypes:
@@ -373,67 +382,12 @@ class Decoder(nn.Module):
         return to_numpy(named_weights(self)[name])
 
 
-def empty_parameter(shape: tuple[int, ...], dtype: torch.dtype) -> nn.Parameter:
-    """An uninitialised parameter; its name comes from its place in the model."""
-    return nn.Parameter(torch.empty(shape, dtype=dtype))
-
-
 def dropped(x: Tensor, dropout: BlockDropout | None, target: str, *layers: Linear) -> Tensor | None:
     """x [B, S, n] as the adapters of ``layers``, which all read it, see it in training; None: as it is."""
     if dropout is None or all(layer.lora_a is None for layer in layers):
         return None
     keep = torch.from_numpy(dropout.keep(target)).to(x.device)
     return torch.where(keep, x * dropout.factor, 0.0)
-
-
-def freeze(model: Decoder, trainable: Collection[str]) -> None:
-    """Make constants of the parameters that are not named. Where matrix products would round a frozen matrix to their
-    operands' dtype each time, it is held in that dtype."""
-    for name, parameter in named_weights(model).items():
-        if name in trainable:
-            continue
-        layer, _, kind = name.rpartition(".")
-        module = submodule(model, layer)
-        if isinstance(module, Linear) and parameter.ndim == 2 and parameter.dtype != module.compute:
-            parameter = empty_parameter(tuple(parameter.shape), module.compute)
-            setattr(module, kind, parameter)
-        parameter.requires_grad_(False)
-
-
-def submodule(model: nn.Module, path: str) -> nn.Module:
-    """The module at a dotted path: layers.3.attn.q."""
-    return model.get_submodule(path)
-
-
-def masked(x: Tensor, mask: Tensor | None) -> Tensor:
-    """x [..., n] times a growth mask [n] in the dtype of x."""
-    return x if mask is None else x * mask.to(x.dtype)
-
-
-def multiplied(x: Tensor, factor: float) -> Tensor:
-    """x * factor, with the factor in float32 or wider and one rounding to the dtype of x."""
-    return x if factor == 1.0 else x * factor
-
-
-def named_weights(model: Decoder) -> dict[str, nn.Parameter]:
-    """Parameters by logical name, in the order of the table that the model was built from."""
-    held = dict(model.named_parameters())
-    return {name: held[name] for name in model.names}
-
-
-def to_tensor(array: np.ndarray) -> Tensor:
-    """numpy to torch without loss; bfloat16 travels as its bits because numpy has no such type of its own."""
-    if array.dtype.name == "bfloat16":
-        return torch.from_numpy(np.array(array.view(np.int16))).view(torch.bfloat16)
-    return torch.from_numpy(np.array(array))
-
-
-def to_numpy(tensor: Tensor) -> np.ndarray:
-    """torch to numpy; 16-bit floats become float32 (exact). What a backward pass may still write over is copied."""
-    held = tensor.detach().cpu()
-    if held.dtype in (torch.bfloat16, torch.float16):
-        return held.float().numpy()
-    return np.array(held) if tensor.grad_fn is not None and tensor.device.type == "cpu" else held.numpy()
 
 
 def _below(number: str, entries: Mapping[str, T]) -> dict[str, T]:

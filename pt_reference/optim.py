@@ -25,7 +25,7 @@ from telechat_twins.kernels.adamw import AdamWStep
 from telechat_twins.kernels.pytorch import ops as kernels
 from telechat_twins.pt_reference.collectives import agree, all_gather
 from telechat_twins.pt_reference.data_parallel import GradientBuckets, owned_range
-from telechat_twins.pt_reference.model import to_numpy, to_tensor
+from telechat_twins.pt_reference.weights import to_numpy, to_tensor
 
 Read = Callable[[str, Box], np.ndarray]
 

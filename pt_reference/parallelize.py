@@ -13,8 +13,9 @@ from telechat_twins.core.parallel.sharding import Shard, chunk_table, is_tied_ac
 from telechat_twins.pt_reference import ops
 from telechat_twins.pt_reference.context_parallel import apply_context_parallel
 from telechat_twins.pt_reference.mesh import join, make_mesh
-from telechat_twins.pt_reference.model import Decoder, freeze
+from telechat_twins.pt_reference.model import Decoder
 from telechat_twins.pt_reference.tensor_parallel import apply_tensor_parallel
+from telechat_twins.pt_reference.weights import freeze
 
 
 def open_mesh(config: ModelConfig, layout: Layout) -> Mesh:

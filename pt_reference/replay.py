@@ -19,16 +19,8 @@ from telechat_twins.kernels.pytorch import ops as kernels
 from telechat_twins.kernels.replay import define as define
 from telechat_twins.pt_reference import ops
 from telechat_twins.pt_reference.losses import TokenLosses
-from telechat_twins.pt_reference.model import (
-    Dtypes,
-    Embedding,
-    Linear,
-    Norm,
-    masked,
-    multiplied,
-    to_numpy,
-    to_tensor,
-)
+from telechat_twins.pt_reference.model import Dtypes, Embedding, Linear, Norm
+from telechat_twins.pt_reference.weights import masked, multiplied, to_numpy, to_tensor
 
 Tensors = dict[str, Tensor]
 

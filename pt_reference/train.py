@@ -25,11 +25,12 @@ from telechat_twins.kernels.sums import open_sums
 from telechat_twins.pt_reference import ops
 from telechat_twins.pt_reference.collectives import agree
 from telechat_twins.pt_reference.mesh import leave
-from telechat_twins.pt_reference.model import Decoder, named_weights
+from telechat_twins.pt_reference.model import Decoder
 from telechat_twins.pt_reference.observe import observed
 from telechat_twins.pt_reference.optim import AdamW
 from telechat_twins.pt_reference.parallelize import open_mesh, parallelize
 from telechat_twins.pt_reference.pipeline import Pipeline
+from telechat_twins.pt_reference.weights import named_weights
 
 
 class Trainer(BaseTrainer[Decoder]):

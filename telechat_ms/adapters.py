@@ -10,7 +10,8 @@ from mindspore import Tensor
 
 from telechat_twins.core.inference.adapters import ReadPair, used_adapters
 from telechat_twins.telechat_ms import ops
-from telechat_twins.telechat_ms.model import Decoder, Linear, submodule, to_tensor
+from telechat_twins.telechat_ms.model import Decoder, Linear
+from telechat_twins.telechat_ms.weights import submodule, to_tensor
 
 
 class StepAdapters:

@@ -13,7 +13,8 @@ from telechat_twins.core.model.config import ModelConfig
 from telechat_twins.core.train.loss_scale import gradients_of_batch
 from telechat_twins.core.types import JsonObject
 from telechat_twins.telechat_ms import ops
-from telechat_twins.telechat_ms.model import Decoder, named_weights, to_numpy
+from telechat_twins.telechat_ms.model import Decoder
+from telechat_twins.telechat_ms.weights import named_weights, to_numpy
 
 
 def batch_logits(model: Decoder, batch: Batch) -> Tensor:

@@ -21,12 +21,12 @@ from telechat_twins.telechat_ms import ops
 from telechat_twins.telechat_ms.adapters import apply_adapters
 from telechat_twins.telechat_ms.collectives import broadcast
 from telechat_twins.telechat_ms.inference_parallel import spread
-from telechat_twins.telechat_ms.model import Decoder, Rope, to_numpy
+from telechat_twins.telechat_ms.model import Decoder, Rope
 from telechat_twins.telechat_ms.ops import short_page
 from telechat_twins.telechat_ms.paged_attention import apply_paged_attention
 from telechat_twins.telechat_ms.parallelize import parallelize
 from telechat_twins.telechat_ms.ring_pages import Places, apply_ring_pages, place_step
-from telechat_twins.telechat_ms.weights import held_weight, load_weights
+from telechat_twins.telechat_ms.weights import held_weight, load_weights, to_numpy
 
 __all__ = ["Runner", "short_page"]
 

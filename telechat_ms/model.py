@@ -21,7 +21,7 @@ from typing import Protocol, TypeVar
 
 import mindspore as ms
 import numpy as np
-from mindspore import Parameter, Tensor, nn
+from mindspore import Tensor, nn
 
 from telechat_twins.core.model.config import ModelConfig
 from telechat_twins.core.model.lora import LoraConfig, lora_scale, lora_table
@@ -31,6 +31,15 @@ from telechat_twins.core.model.params import parameter_table
 from telechat_twins.core.model.position import rope_tables, xpos_scales
 from telechat_twins.core.model.precision import PRECISION
 from telechat_twins.telechat_ms import autograd, ops
+from telechat_twins.telechat_ms.weights import (
+    empty_parameter,
+    masked,
+    multiplied,
+    named_weights,
+    submodule,
+    to_numpy,
+    to_tensor,
+)
 
 
 class Dtypes:
@@ -372,69 +381,12 @@ class Decoder(nn.Cell):
         return to_numpy(named_weights(self)[name])
 
 
-def empty_parameter(shape: tuple[int, ...], dtype: ms.Type) -> Parameter:
-    """An uninitialised parameter; its name comes from its place in the model."""
-    return Parameter(ms.mint.empty(shape, dtype=dtype))
-
-
 def dropped(x: Tensor, dropout: BlockDropout | None, target: str, *layers: Linear) -> Tensor | None:
     """x [B, S, n] as the adapters of ``layers``, which all read it, see it in training; None: as it is."""
     if dropout is None or all(layer.lora_a is None for layer in layers):
         return None
     kept = Tensor(dropout.keep(target)).astype(x.dtype)
     return multiplied(x, dropout.factor) * kept
-
-
-def freeze(model: Decoder, trainable: Collection[str]) -> None:
-    """Make constants of the parameters that are not named. Where matrix products would round a frozen matrix to their
-    operands' dtype each time, it is held in that dtype."""
-    for name, parameter in named_weights(model).items():
-        if name in trainable:
-            continue
-        layer, _, kind = name.rpartition(".")
-        module = submodule(model, layer)
-        if isinstance(module, Linear) and parameter.ndim == 2 and parameter.dtype != module.compute:
-            parameter = empty_parameter(tuple(parameter.shape), module.compute)
-            setattr(module, kind, parameter)
-        parameter.requires_grad = False
-
-
-def submodule(model: nn.Cell, path: str) -> nn.Cell:
-    """The cell at a dotted path: layers.3.attn.q."""
-    found = model
-    for part in path.split("."):
-        found = found[part] if isinstance(found, nn.CellDict) else getattr(found, part)
-    return found
-
-
-def masked(x: Tensor, mask: Tensor | None) -> Tensor:
-    """x [..., n] times a growth mask [n] in the dtype of x."""
-    return x if mask is None else x * mask.astype(x.dtype)
-
-
-def multiplied(x: Tensor, factor: float) -> Tensor:
-    """x * factor, with the factor in float32 or wider and one rounding to the dtype of x, as PyTorch multiplies."""
-    if factor == 1.0:
-        return x
-    if x.dtype in (ms.bfloat16, ms.float16):  # a factor in the dtype of x would be rounded before the product is
-        return (x.astype(ms.float32) * Tensor(factor, ms.float32)).astype(x.dtype)
-    return x * Tensor(factor, x.dtype)
-
-
-def named_weights(model: Decoder) -> dict[str, Parameter]:
-    """Parameters by logical name, in the order of the table that the model was built from."""
-    held = dict(model.parameters_and_names())
-    return {name: held[name] for name in model.names}
-
-
-def to_tensor(array: np.ndarray) -> Tensor:
-    """numpy to MindSpore without loss."""
-    return Tensor(np.ascontiguousarray(array))
-
-
-def to_numpy(tensor: Tensor) -> np.ndarray:
-    """MindSpore to numpy, a copy: a backward pass may write over logits. bfloat16 becomes float32 (exact)."""
-    return np.array((tensor.astype(ms.float32) if tensor.dtype == ms.bfloat16 else tensor).asnumpy())
 
 
 def _below(number: str, entries: Mapping[str, T]) -> dict[str, T]:

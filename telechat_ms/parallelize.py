@@ -12,8 +12,9 @@ from telechat_twins.core.parallel.mesh import Mesh
 from telechat_twins.core.parallel.sharding import Shard, chunk_table, is_tied_across, kv_copies
 from telechat_twins.telechat_ms.context_parallel import apply_context_parallel
 from telechat_twins.telechat_ms.mesh import join, make_mesh
-from telechat_twins.telechat_ms.model import Decoder, freeze
+from telechat_twins.telechat_ms.model import Decoder
 from telechat_twins.telechat_ms.tensor_parallel import apply_tensor_parallel
+from telechat_twins.telechat_ms.weights import freeze
 
 
 def open_mesh(config: ModelConfig, layout: Layout) -> Mesh:

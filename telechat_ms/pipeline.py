@@ -22,8 +22,9 @@ from telechat_twins.telechat_ms.autograd import ENGINE, Recorded, record
 from telechat_twins.telechat_ms.collectives import recv, send
 from telechat_twins.telechat_ms.context_parallel import attention_plan
 from telechat_twins.telechat_ms.losses import row_surrogate, weighted_cross_entropy
-from telechat_twins.telechat_ms.model import Decoder, named_weights
+from telechat_twins.telechat_ms.model import Decoder
 from telechat_twins.telechat_ms.tensor_parallel import cross_entropy
+from telechat_twins.telechat_ms.weights import named_weights
 
 Watch = Callable[[int, Tensor], None]
 Take = Callable[[Sequence[str], Sequence[Tensor]], None]

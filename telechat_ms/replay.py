@@ -20,16 +20,8 @@ from telechat_twins.kernels.mindspore import ops as kernels
 from telechat_twins.kernels.replay import define as define
 from telechat_twins.telechat_ms import ops
 from telechat_twins.telechat_ms.losses import TokenLosses
-from telechat_twins.telechat_ms.model import (
-    Dtypes,
-    Embedding,
-    Linear,
-    Norm,
-    masked,
-    multiplied,
-    to_numpy,
-    to_tensor,
-)
+from telechat_twins.telechat_ms.model import Dtypes, Embedding, Linear, Norm
+from telechat_twins.telechat_ms.weights import masked, multiplied, to_numpy, to_tensor
 
 Tensors = dict[str, Tensor]
 

@@ -28,11 +28,12 @@ from telechat_twins.kernels.mindspore import ops as kernels
 from telechat_twins.kernels.sums import open_sums
 from telechat_twins.telechat_ms.collectives import agree
 from telechat_twins.telechat_ms.mesh import join, leave
-from telechat_twins.telechat_ms.model import Decoder, named_weights
+from telechat_twins.telechat_ms.model import Decoder
 from telechat_twins.telechat_ms.observe import observed
 from telechat_twins.telechat_ms.optim import AdamW
 from telechat_twins.telechat_ms.parallelize import open_mesh, parallelize
 from telechat_twins.telechat_ms.pipeline import Pipeline
+from telechat_twins.telechat_ms.weights import named_weights
 
 
 class Trainer(BaseTrainer[Decoder]):

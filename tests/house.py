@@ -60,9 +60,11 @@ TWIN_EXCEPTIONS: dict[str, str] = {
     "telechat_ms/pipeline.py:Pipeline.__init__": "MindSpore returns gradients, PyTorch hands them to hooks",
 }
 
-# The model of this project is one file; a parallel strategy is one file; the rest is bounded by 500, tests by 700.
-BUDGETS = {"model.py": 400, "parallelize.py": 300}
+# The model of this project is one file, below 400 lines whatever family comes; a parallel strategy is one file. These
+# budgets but the model's are guidelines; what holds is 500, and 700 for tests.
+BUDGETS = {"model.py": 399, "parallelize.py": 300}
 PARALLEL = re.compile(r"(tensor_parallel|ring_attention|ulysses|pipeline|data_parallel|mesh)\.py$")
+MODELS = tuple(f"{twin}/model.py" for twin in TWINS)
 MOST_LINES, TEST_LINES = 500, 700
 FUNCTION_LINES = 60
 
@@ -332,8 +334,8 @@ def sizes(root: Path) -> list[tuple[str, int, int]]:
 def too_long(root: Path) -> list[str]:
     return [
         f"{where}: {lines} lines, at most {most}"
-        for where, lines, _ in sizes(root)
-        if lines > (most := TEST_LINES if where.startswith("tests/") else MOST_LINES)
+        for where, lines, budget in sizes(root)
+        if lines > (most := budget if where in MODELS else TEST_LINES if where.startswith("tests/") else MOST_LINES)
     ]
 
 

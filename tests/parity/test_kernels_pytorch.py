@@ -27,7 +27,7 @@ from telechat_twins.kernels.pytorch import cpu as torch_cpu
 from telechat_twins.kernels.pytorch import ops as pytorch
 from telechat_twins.kernels.pytorch import tiles as torch_tiles
 from telechat_twins.pt_reference import ops
-from telechat_twins.pt_reference.model import to_numpy
+from telechat_twins.pt_reference.weights import to_numpy
 
 PACKAGES = {"torch": torch_cpu, "composite": torch_composite}
 ATTENTION_PACKAGES = {"cpp": attention_in_cpp, **PACKAGES}

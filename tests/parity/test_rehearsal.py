@@ -28,7 +28,7 @@ from telechat_twins.kernels.ascend import attention as ascend_attention  # noqa:
 from telechat_twins.kernels.ascend import ops as ascend  # noqa: E402
 from telechat_twins.kernels.ascend import rehearsal  # noqa: E402
 from telechat_twins.telechat_ms.autograd import Function  # noqa: E402
-from telechat_twins.telechat_ms.model import to_numpy  # noqa: E402
+from telechat_twins.telechat_ms.weights import to_numpy  # noqa: E402
 
 SPACING = {"float32": 2.0**-23, "float16": 2.0**-10, "bfloat16": 2.0**-7}
 DTYPES = list(SPACING)

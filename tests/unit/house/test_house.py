@@ -236,6 +236,11 @@ def test_an_exception_that_is_not_needed_is_found(tmp_path: Path, monkeypatch: p
     assert [c.partition(": ")[0] for c in complaints] == ["telechat_ms/model.py:gone"]
 
 
+def test_a_model_of_400_lines_is_found(tmp_path: Path) -> None:
+    root = plant(tmp_path, {"telechat_ms/model.py": "x = 1\n" * 400, "pt_reference/model.py": "x = 1\n" * 399})
+    assert house.too_long(root) == ["telechat_ms/model.py: 400 lines, at most 399"]
+
+
 def test_size_report_marks_what_is_over_budget(tmp_path: Path) -> None:
     root = plant(tmp_path, {"telechat_ms/model.py": "x = 1\n" * 401, "telechat_ms/ulysses.py": "x = 1\n" * 300})
     text = report(house.sizes(root))
