@@ -138,6 +138,22 @@ def in_file(message: str, path: str | Path, overrides: Sequence[str] = ()) -> st
     return f"{path}{line}: {message}"
 
 
+def key_lines(path: str | Path) -> dict[str, int]:
+    """Dotted key of every mapping of a YAML file -> its line, from 1; keys inside lists are left out."""
+    lines: dict[str, int] = {}
+    ways = [("", yaml.compose(read_text(path, MAX_YAML), Loader=_Loader))]
+    seen: set[int] = set()  # an alias may be written a million times, or lead back to itself
+    while ways:
+        start, node = ways.pop()
+        if not isinstance(node, yaml.MappingNode) or id(node) in seen:
+            continue
+        seen.add(id(node))
+        for key, value in node.value:
+            lines[f"{start}{key.value}"] = key.start_mark.line + 1
+            ways.append((f"{start}{key.value}.", value))
+    return lines
+
+
 _NAMED = re.compile(r"([\w.\[\]]+)(?:,[\w., ]+)?: (?:unknown key '([^']*)')?")
 _WORDS = re.compile(r"[^.\[\]]+")
 _NUMBERS = ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float")

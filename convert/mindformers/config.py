@@ -5,34 +5,38 @@ Its checkpoints say nothing of the model they belong to; the number of heads can
 
 from __future__ import annotations
 
+import contextlib
+import re
+from collections.abc import Iterator
 from pathlib import Path
 
 import yaml
 
 from telechat_twins.convert.hf.config import read_config
 from telechat_twins.convert.hf.config_keys import Key, defaulted, read_keys, take, token_ids
-from telechat_twins.convert.hf.config_refused import check_refused
-from telechat_twins.convert.hf.config_rotary import read_position, read_theta
+from telechat_twins.convert.hf.config_refused import Refused, check_refused, check_sizes
+from telechat_twins.convert.hf.config_rotary import SECTIONS, THETA_NAMES, read_position, read_theta
+from telechat_twins.convert.mindformers.model_keys import NEUTRAL, SECTION, refuse_unknown
 from telechat_twins.convert.places import NTK_THETA_LENGTH, require_place
 from telechat_twins.core.errors import UserError
 from telechat_twins.core.files.safetensors import load_json
 from telechat_twins.core.model.config import ModelConfig
-from telechat_twins.core.schema import from_mapping, load_yaml
+from telechat_twins.core.schema import from_mapping, key_lines, load_yaml
 from telechat_twins.core.types import JsonObject
 
 # Defaults are those of research/telechat2/telechat_config.py.
 _KEYS = (
     Key("vocab_size", ("vocab_size",), int),
     Key("hidden_size", ("hidden_size",), int),
-    Key("ffn_hidden_size", ("intermediate_size",), int),
+    Key("ffn_hidden_size", ("intermediate_size", "ffn_hidden_size"), int),
     Key("num_layers", ("num_layers", "num_hidden_layers"), int),
     Key("num_heads", ("num_heads", "num_attention_heads"), int),
-    Key("num_kv_heads", ("n_kv_heads", "num_key_value_heads"), int, "num_heads"),
-    Key("norm_eps", ("rms_norm_eps",), float),
+    Key("num_kv_heads", ("n_kv_heads", "num_key_value_heads", "num_query_groups"), int, "num_heads"),
+    Key("norm_eps", ("rms_norm_eps", "layernorm_epsilon"), float),
     Key("max_seqlen", ("seq_length", "max_position_embedding", "max_position_embeddings"), int),
-    Key("training_seqlen", ("pretrain_seqlen",), int, "max_seqlen", quiet=True),
+    Key("training_seqlen", ("pretrain_seqlen", "training_seqlen"), int, "max_seqlen", quiet=True),
     Key("base_seqlen", ("base_seqlen",), int, "training_seqlen", quiet=True),
-    Key("init_std", ("sigma", "initializer_range"), float, 0.0048, quiet=True),
+    Key("init_std", ("sigma", "initializer_range", "init_method_std"), float, 0.0048, quiet=True),
 )
 _TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 _OUTPUT = Key("logit_mult", ("output_mult",), float)
@@ -42,28 +46,19 @@ _FIXED: dict[str, JsonObject] = {
     "flm": {"biases": "none", "position": "ntk-theta"},
     "telechat3": {"biases": "none", "position": "rope"},
 }
-_REFUSED = {
-    "qkv_has_bias": ((False, None), "biases of queries, keys and values are not supported"),
-    "tie_word_embeddings": ((False, None), "a head tied to the embedding is not supported"),
-    "quant": (("", None), "quantised weights are not supported"),
-    "extend_method": (
-        ("None", "DYNAMIC_NTK", None),
-        "only None and DYNAMIC_NTK are TeleChat2's; set theta to the base that the model was trained with",
-    ),
-    "hidden_act": (("silu", "swiglu", None), "the ffn of these models is gated by silu"),
-    "moe_config": ((None,), "mixtures of experts are not supported"),
-    # Names of MindFormers' newer networks (TransformerConfig), in which TeleChat3 is trained.
-    "untie_embeddings_and_output_weights": ((True, None), "a head tied to the embedding is not supported"),
-    "gated_linear_unit": ((True, None), "the ffn of these models is gated by silu"),
-    "normalization": (("RMSNorm", "FusedRMSNorm", None), "the norms of these models are RMSNorm"),
-    "multi_latent_attention": ((False, None), "latent attention is not supported"),
-    "rotary_percent": ((1, None), "a rotation of part of a head's channels is not supported"),
-    "mtp_num_layers": ((0, None), "layers that predict further tokens are not supported"),
-    "window_size": ((None,), "a window of attention is not supported"),
-    **dict.fromkeys(
-        ("add_qkv_bias", "attention_bias"),
-        ((False, None), "biases of queries, keys and values are not supported"),
-    ),
+# Keys that are fields of the model, or are checked against them.
+FIELDS = frozenset(
+    (
+        *(name for key in (*_KEYS, _OUTPUT, _WIDTHS) for name in key.names),
+        *("use_mup", "scaling_factor", "pet_config", *_TOKENS, *THETA_NAMES, *SECTIONS),
+        *("wo_has_bias", "attn_proj_has_bias", "out_proj_has_bias", "add_mlp_fc2_bias_linear", "add_bias_linear"),
+        *("head_dim", "kv_channels"),
+    )
+)
+# Orders of the rows of MindFormers 2.x's trained matrices, of which the defaults are read.
+_ORDERS: Refused = {
+    **{"use_contiguous_weight_layout_attention": ((False, None), "linear_qkv is read in the order of False")},
+    **{"use_interleaved_weight_layout_mlp": ((True, None), "linear_fc1 is read in the order of True")},
 }
 
 
@@ -80,18 +75,41 @@ def read_model_file(path: Path) -> tuple[ModelConfig, list[str]]:
         raise UserError(
             f"{path}: has no section model.model_config; give the .yaml that MindFormers runs the model with"
         )
-    return read_model_section(section, str(path))
+    with lines_of(path):
+        check_refused(section, _ORDERS, str(path))
+        return read_model_section(section, str(path))
+
+
+@contextlib.contextmanager
+def lines_of(path: Path) -> Iterator[None]:
+    """Put the line of the key that a UserError names ("PATH: KEY ...") behind the path, where the file has that key."""
+    try:
+        yield
+    except UserError as error:
+        message = str(error)
+        named = re.match(r"'?([\w.]+)", message.removeprefix(f"{path}: "))
+        if named is None or not message.startswith(f"{path}: "):
+            raise
+        lines = key_lines(path)
+        # The model's own checks say model.num_heads. A key of the model goes before one of that name elsewhere.
+        name = named[1].removeprefix("model.")
+        found = [dotted for dotted in lines if f".{dotted}".endswith(f".{name}")]
+        found.sort(key=lambda dotted: not dotted.startswith(SECTION))
+        line = f":{lines[found[0]]}" if found else ""
+        raise UserError(f"{path}{line}: {message.removeprefix(f'{path}: ')}") from None
 
 
 def read_model_section(section: JsonObject, where: str) -> tuple[ModelConfig, list[str]]:
     """ModelConfig from ``model.model_config``; UserError starting with ``where`` for what this decoder does not do."""
     family = _family(section)
-    check_refused(section, {**_REFUSED, **(_YARN if family == "telechat3" else {})}, where)
+    check_refused(section, {**NEUTRAL, **(_YARN if family == "telechat3" else {})}, where)
+    refuse_unknown(section, FIELDS, where)
     biased = family == "telechat2"
-    for name in ("wo_has_bias", "out_proj_has_bias"):
+    for name in ("wo_has_bias", "attn_proj_has_bias", "out_proj_has_bias", "add_mlp_fc2_bias_linear"):
         if section.get(name) not in (biased, None):
             raise UserError(f"{where}: {name} is {section[name]!r}; a model of family {family} has it {biased}")
     found, notes = read_keys(section, _KEYS, where)
+    check_sizes(section, found["hidden_size"], found["num_heads"], found["num_kv_heads"], where)
     values: JsonObject = {"family": family, **_FIXED[family], **found}
     if family == "telechat3":
         values |= _rotation(section, where)

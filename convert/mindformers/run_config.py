@@ -13,7 +13,8 @@ from dataclasses import dataclass, field
 
 import yaml
 
-from telechat_twins.convert.mindformers.config import model_section, read_model_section
+from telechat_twins.convert.mindformers.config import FIELDS, model_section, read_model_section
+from telechat_twins.convert.mindformers.model_keys import SECTION, reason_of
 from telechat_twins.core.config import RunConfig
 from telechat_twins.core.errors import UserError
 from telechat_twins.core.shown import shown
@@ -65,12 +66,7 @@ _LEFT = (
     (r"recompute_config\..*", "finer than none, selective and full"),
     (r"callbacks.*|profile.*|init_start_profile|monitor_config.*|tensorboard.*", "metrics and profiles are options"),
     (r"runner_wrapper\..*", "losses are not scaled in fp32 and bf16"),
-    (r"model\.arch.*|model\.model_config\.(type|auto_register|auto_map.*|arch.*|batch_size|use_past.*|block_size|num_blocks"
-     r"|is_dynamic|max_decode_length|repetition_penalty|top_k|top_p|do_sample|temperature|checkpoint_name_or_path"
-     r"|model_type|architectures|net_name|return_.*|qkv_concat|use_rope_slice)",
-     "of MindFormers' classes and of generation"),
-    (r"model\.model_config\..*dropout.*", "dropout is not applied here, whatever its value"),
-    (r"model\.model_config\..*", "says nothing of the arithmetic, or what this decoder does anyway"),
+    (r"model\.arch.*", "of MindFormers' classes and of generation"),
     (r"auto_tune|filepath_prefix|autotune_per_step|layer_scale|layer_decay|lr_scale_factor|lr_scale|moe_config.*"
      r"|swap_config.*", "unused by language models, or of a tool of MindFormers"),
 )  # fmt: skip
@@ -106,8 +102,8 @@ def from_mindformers(tree: JsonObject, where: str) -> Carried:
     _lora(section.get("pet_config") or _mapping(tree, "model", where).get("pet_config"), out, where)
     held = {*out.carried}
     for key in flat:
-        if key not in held and key not in out.left and not _inside(key, section):
-            out.left[key] = _reason(key, where)
+        if key not in held and key not in out.left and not _inside(key):
+            out.left[key] = _reason(key)
     return out
 
 
@@ -375,21 +371,19 @@ def _mapping(tree: JsonObject, key: str, where: str) -> JsonObject:
     return value
 
 
-# Keys of model_config that are fields of the model.
-_MODEL_KEYS = re.compile(
-    r"model\.model_config\.(vocab_size|hidden_size|intermediate_size|num_layers|num_hidden_layers|num_heads"
-    r"|num_attention_heads|n_kv_heads|num_key_value_heads|rms_norm_eps|seq_length|max_position_embeddings?"
-    r"|pretrain_seqlen|base_seqlen|sigma|initializer_range|theta|rope_theta|(bos|eos|pad)_token_id|extend_method"
-    r"|scaling_factor.*|rope_scaling.*|output_mult|mup_scale_factor|use_mup|(wo|out_proj|qkv)_has_bias|attention_bias"
-    r"|add_bias_linear|tie_word_embeddings|hidden_act|param_init_type|params_dtype|pet_config.*)"
-)
+def _inside(key: str) -> bool:
+    """Whether a key is in the model itself: a field of it, or one of its adapters."""
+    return _name_in_section(key) in FIELDS or key.startswith("model.pet_config")
 
 
-def _inside(key: str, section: JsonObject) -> bool:
-    return _MODEL_KEYS.fullmatch(key) is not None or key.startswith("model.pet_config")
+def _name_in_section(key: str) -> str:
+    """Of a dotted key in the model's section its first part there; "" for a key elsewhere."""
+    return key.removeprefix(f"{SECTION}.").partition(".")[0] if key.startswith(f"{SECTION}.") else ""
 
 
-def _reason(key: str, where: str) -> str:
+def _reason(key: str) -> str:
+    if name := _name_in_section(key):
+        return reason_of(name) or "has no value"  # another one is refused
     for pattern, reason in _LEFT:
         if re.fullmatch(pattern, key):
             return reason

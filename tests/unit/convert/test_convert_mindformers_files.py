@@ -179,7 +179,7 @@ def test_yaml_there_and_back(preset: str, tmp_path: Path) -> None:
 YAML = {"type": "TelechatConfig", "seq_length": 64, "hidden_size": 48, "num_layers": 3, "num_heads": 8, "n_kv_heads": 4,
         "vocab_size": 151, "rms_norm_eps": 1e-5, "intermediate_size": 80}  # fmt: skip
 BAD_YAML = {
-    "no epsilon": ({"rms_norm_eps": None}, "rms_norm_eps is missing; it has no safe default"),
+    "no epsilon": ({"rms_norm_eps": None}, "rms_norm_eps or layernorm_epsilon is missing; it has no safe default"),
     "no heads": ({"num_heads": None}, "num_heads or num_attention_heads is missing"),
     "biases": ({"qkv_has_bias": True}, "qkv_has_bias is True"),
     "no output bias": ({"wo_has_bias": False}, "wo_has_bias is False; a model of family telechat2 has it True"),
@@ -188,6 +188,14 @@ BAD_YAML = {
     "part of the channels": ({"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5"),
     "a multiplied base": ({"rope_ratio": 8}, "rope_ratio is 8"),
     "experts": ({"moe_config": {"expert_num": 16}}, "moe_config is"),
+    "a window": ({"window_size": [128, 0]}, "window_size is"),
+    "an unknown key": (
+        {"attention_temprature": 3},
+        "'attention_temprature' is 3; no key of model.model_config has this",
+    ),
+    "a mistyped key": ({"rms_norm_epss": 3}, "so it may change the arithmetic; did you mean 'rms_norm_eps'"),
+    "another head size": ({"head_dim": 8}, "head_dim is 8, but hidden_size / heads is 6"),
+    "another order of rows": ({"use_contiguous_weight_layout_attention": True}, "read in the order of False"),
     "heads": ({"num_heads": 7}, "num_heads: 7 does not divide"),
     "no multiplier": ({"use_mup": True}, "output_mult or mup_scale_factor is missing"),
 }
@@ -199,7 +207,9 @@ def test_bad_yaml_is_refused(case: str, tmp_path: Path) -> None:
     (tmp_path / "m.yaml").write_text(yaml.safe_dump({"model": {"model_config": {**YAML, **change}}}))
     with pytest.raises(UserError, match=says) as caught:
         read_model_file(tmp_path / "m.yaml")
-    assert str(caught.value).startswith(f"{tmp_path}/m.yaml: ") and "\n" not in str(caught.value)
+    line = sorted({**YAML, **change}).index(next(iter(change))) + 3  # safe_dump sorts, behind two headings
+    told = "" if case == "no multiplier" else f":{line}"  # which names the keys that are not there
+    assert str(caught.value).startswith(f"{tmp_path}/m.yaml{told}: ") and "\n" not in str(caught.value)
 
 
 def test_defaults_of_the_yaml(tmp_path: Path) -> None:

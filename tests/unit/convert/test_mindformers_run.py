@@ -118,6 +118,33 @@ def test_what_cannot_be_trained_here_is_refused(path: str, value: object, messag
         from_mindformers(changed(path, value), "f.yaml")
 
 
+def test_a_key_of_the_model_that_is_not_known_is_refused_with_its_line(tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(changed("model.model_config.attention_temprature", 2)))
+    lines = (tmp_path / "run.yaml").read_text().splitlines()
+    line = next(number for number, text in enumerate(lines, 1) if "attention_temprature" in text)
+    parser = argparse.ArgumentParser()
+    convert.add_arguments(parser)
+    words = ["--from", "mindformers", "--to", "canonical", str(tmp_path / "run.yaml"), str(tmp_path / "ours.yaml")]
+    with pytest.raises(UserError, match=rf"run.yaml:{line}: 'attention_temprature' is 2; .*may change the arithmetic"):
+        convert.run(parser.parse_args(words))
+    assert not (tmp_path / "ours.yaml").exists()
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "reason"),
+    [
+        ("layernorm_compute_dtype", "float32", "train.precision says in what each part is computed"),
+        ("use_flash_attention", True, "a choice between implementations of the same arithmetic"),
+        ("qk_layernorm", False, "its value is what this decoder computes with"),
+        ("moe_z_loss_coeff", 0.1, "of mixtures of experts, of which this model has none"),
+        ("not_a_key", None, "has no value"),
+    ],
+)
+def test_keys_of_the_model_have_a_reason(key: str, value: object, reason: str) -> None:
+    found = from_mindformers(changed(f"model.model_config.{key}", value), "f.yaml")
+    assert found.left[f"model.model_config.{key}"] == reason
+
+
 def test_dropout_is_listed_as_not_applied() -> None:
     found = from_mindformers(changed("model.model_config.hidden_dropout_prob", 0.1), "f.yaml")
     assert found.left["model.model_config.hidden_dropout_prob"] == "dropout is not applied here, whatever its value"
