@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 OWN_TASKS = Path(__file__).with_name("task_files")
 BOOTSTRAPS = 1000  # for the standard errors of metrics that are not means
 UNSAFE = ("humaneval", "mbpp")  # run the code that the model writes
+SENTENCES = ("ifeval", "leaderboard_ifeval", "leaderboard")  # count sentences by NLTK's table, which no package has
+_TABLE = "punkt_tab"
 
 
 @dataclass(frozen=True)
@@ -103,6 +105,8 @@ def run_task(plan: TaskPlan, model: EngineModel, manager: TaskManager, options: 
 
     if any(plan.name.startswith(name) for name in UNSAFE) and not options.unsafe:
         raise UserError(f"{plan.name}: executes code that the model writes; in a sandbox, add --run-unsafe-code")
+    if plan.name in SENTENCES:
+        _require_sentences(plan.name, options.data)
     with _bars(options.quiet), local_data(options.data) as sets, task_errors(plan.name, options.data, sets):
         found = simple_evaluate(
             model=model,
@@ -119,6 +123,31 @@ def run_task(plan: TaskPlan, model: EngineModel, manager: TaskManager, options: 
         )
     assert found is not None  # a model of rank 0
     return dict(found)
+
+
+def _require_sentences(name: str, data: Path | None) -> None:
+    """UserError before anything is generated where NLTK's table is not at hand: the task reads it as it scores, and
+    goes on without it until an item needs it."""
+    try:
+        import nltk
+    except ImportError:
+        return  # the task's own import is refused by name
+    places, folder = nltk.data.path, None if data is None else data / "nltk_data"
+    if folder is not None and str(folder) not in places:
+        places.insert(0, str(folder))
+    for download in (False, data is None):
+        if download:
+            nltk.download(_TABLE, quiet=True)
+        try:
+            nltk.data.find(f"tokenizers/{_TABLE}")
+            return
+        except LookupError:
+            continue
+    place = "DIR/nltk_data" if folder is None else str(folder)
+    raise UserError(
+        f"{name}: counts sentences by NLTK's table {_TABLE}, which is not here; unpack it to "
+        f"{place}/tokenizers/{_TABLE}{' and give --data DIR' if folder is None else ''}"
+    )
 
 
 @contextlib.contextmanager

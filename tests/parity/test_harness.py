@@ -129,6 +129,28 @@ def test_packages_that_the_harness_cannot_be_imported_with(
     assert "lm_eval: cannot be used here (import of datasets halted" in capsys.readouterr().err
 
 
+def test_a_task_that_counts_sentences_wants_its_table_first(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    nltk = pytest.importorskip("nltk")
+    pytest.importorskip("langdetect")
+    monkeypatch.setattr(nltk.data, "path", [str(tmp_path)])
+    row = {"key": 1, "prompt": "Go.", "instruction_id_list": ["punctuation:no_comma"], "kwargs": [{}]}
+    data = tmp_path / "data"
+    (data / "google" / "IFEval").mkdir(parents=True)
+    (data / "google" / "IFEval" / "train.jsonl").write_text(json.dumps(row) + "\n")
+    assert tele(place, "sentences", "--data", str(data), "--max-len", "1400", tasks=("ifeval",)) == 2
+    error = capsys.readouterr().err
+    assert f"NLTK's table punkt_tab, which is not here; unpack it to {data}/nltk_data/tokenizers/punkt_tab" in error
+    assert not (place / "sentences" / "journal.jsonl").exists() or rows_of_journal(place / "sentences") == 0
+    (data / "nltk_data" / "tokenizers" / "punkt_tab").mkdir(parents=True)
+    assert tele(place, "sentences", "--data", str(data), "--max-len", "1400", tasks=("ifeval",)) == 0
+
+
+def rows_of_journal(out: Path) -> int:
+    return len((out / "journal.jsonl").read_text().splitlines()) - 1  # the first says what was evaluated
+
+
 def test_data_of_another_schema_name_the_field(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for name, text, message in (
         (
