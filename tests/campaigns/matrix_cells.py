@@ -18,7 +18,8 @@ RELEASES = (
 MINDSPORE_FILES = ("tests/unit/convert/test_convert_mindformers.py", "tests/unit/convert/test_mindspore_ckpt.py")
 EXPORTS = ("tests/parity/test_exports_load.py",)
 AUTOGRAD = ("tests/unit/telechat_ms/test_autograd_ms.py", "tests/unit/kernels/test_private_names.py")
-MINDFORMERS_CHOOSES = ("tokenizers", "huggingface-hub", "setuptools", "pyarrow", "fsspec", "protobuf", "dill")
+MINDFORMERS_CHOOSES = ("tokenizers", "huggingface-hub", "setuptools", "pyarrow", "fsspec", "protobuf", "dill", "nltk",
+                       "datasets", "multiprocess")  # fmt: skip
 PLAIN = ("numpy", "ml-dtypes", "safetensors", "pyyaml", "sentencepiece", "tqdm", "matplotlib", "tensorboard", "psutil",
          "pytest", "hypothesis", "jinja2")  # fmt: skip
 
@@ -39,7 +40,7 @@ class Cell:
 
 CELLS = (
     Cell("mindspore-2.10", ("mindspore==2.10.0", "torch", "tokenizers"),
-         (*GOLDENS, *PARITY, *AUTOGRAD, *RELEASES, *MINDSPORE_FILES, *EXPORTS), "ms"),
+         (*GOLDENS, *PARITY, *AUTOGRAD, *RELEASES, *MINDSPORE_FILES, *EXPORTS), "ms", ("protobuf",)),
     Cell("torch-2.12", ("torch==2.12.1", "tokenizers"), (*GOLDENS, *RELEASES, *EXPORTS), "pt", ("setuptools",)),
     Cell("torch-2.14", ("torch==2.14.1", "tokenizers"), (*GOLDENS, *RELEASES, *EXPORTS), "pt"),
     Cell("transformers-4.57", ("torch", "transformers==4.57.1"), EXPORTS, "pt", ("tokenizers", "huggingface-hub")),
