@@ -18,7 +18,7 @@ from typing import NoReturn
 from telechat_twins.core.errors import UserError
 from telechat_twins.core.files import ROOT
 from telechat_twins.core.near import nearest
-from telechat_twins.core.shown import controls_shown, escape_unencodable, printable, shown
+from telechat_twins.core.shown import controls_shown, escape_unencodable, message_line, shown
 
 DISTRIBUTION = "telechat-twins"
 LARGEST = 1 << 63  # bound on whole numbers of options
@@ -149,7 +149,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if line is None:
             _defect()
             return 1
-        print(f"tele: {printable(line)}", file=sys.stderr)
+        print(f"tele: {message_line(line)}", file=sys.stderr)
         return 2
 
 

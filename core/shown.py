@@ -10,6 +10,7 @@ from __future__ import annotations
 import codecs
 import io
 import json
+import os
 import re
 import reprlib
 import sys
@@ -34,6 +35,26 @@ def printable(text: str, longest: int | None = LONGEST) -> str:
     if text.isprintable():
         return text
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
+
+
+def from_here(text: str) -> str:
+    """A message with every path inside the working folder named from there, as one types it.
+
+    Runs keep whole paths (their folder may be used from elsewhere), and messages would quote these. ``text`` itself
+    where the working folder is "/" or was removed.
+    """
+    try:
+        folder = os.getcwd()
+    except OSError:
+        return text
+    if folder == os.sep or folder not in text:
+        return text
+    return re.sub(rf"(?<![\w./~-]){re.escape(folder)}/(?=[^\s/])", "", text)
+
+
+def message_line(text: object) -> str:
+    """What a message says, as one printable line of bounded length with short paths (``from_here``)."""
+    return printable(from_here(str(text)))
 
 
 def escape_unencodable() -> None:

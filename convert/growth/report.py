@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from telechat_twins.core.model.growth import SIZES
-from telechat_twins.core.shown import printable
+from telechat_twins.core.shown import message_line
 
 if TYPE_CHECKING:
     from telechat_twins.convert.growth.plan import GrowthPlan
@@ -27,7 +27,7 @@ def describe(plan: GrowthPlan) -> str:
         lines.append(f"blocks          {_blocks(growth.layers, growth.new_layers)}")
     kind = f"masked, c from 0 to 1 in {plan.options.anneal_steps} steps" if growth.method == "masked" else "zero"
     lines.append(f"method          {kind}")
-    lines += [f"note: {printable(note)}" for note in plan.notes]
+    lines += [f"note: {message_line(note)}" for note in plan.notes]
     return "\n".join(lines)
 
 

@@ -11,7 +11,7 @@ from telechat_twins.core.errors import UserError
 from telechat_twins.core.files.atomic import show_bytes, standing
 from telechat_twins.core.files.progress import Progress
 from telechat_twins.core.launch.run_lock import hold_place
-from telechat_twins.core.shown import printable
+from telechat_twins.core.shown import message_line, printable
 
 EPILOG = """\
 examples:
@@ -64,7 +64,7 @@ def _average(args: argparse.Namespace, weights: list[float]) -> int:
     sources = [open_model(standing(path)) for path in args.checkpoints]
     average = AverageSource(sources, weights, args.dtype)
     for note in average.notes:
-        print(f"note: {printable(note)}")
+        print(f"note: {message_line(note)}")
     total = weight_bytes(average)
     with Progress("averaging", total) as bar:
         write_like(sources[0], average, args.out, on_bytes=bar.update)

@@ -15,7 +15,7 @@ from telechat_twins.core.errors import UserError
 from telechat_twins.core.files.atomic import show_bytes, standing
 from telechat_twins.core.files.progress import Progress
 from telechat_twins.core.launch.run_lock import hold_place
-from telechat_twins.core.shown import printable
+from telechat_twins.core.shown import message_line, printable
 
 if TYPE_CHECKING:
     from telechat_twins.convert.source import ModelSource
@@ -196,7 +196,7 @@ def _convert(args: argparse.Namespace, limit: int | None) -> int:
     if args.llama:
         source = LlamaSource(source)
     for note in source.notes:
-        print(f"note: {printable(note)}")
+        print(f"note: {message_line(note)}")
     total = weight_bytes(source, args.dtype)
     with Progress("converting", total) as bar:
         if args.target_format == "canonical":
@@ -346,7 +346,7 @@ def _convert_adapter(args: argparse.Namespace) -> int:
         path = str(args.base.resolve()) if args.target_format == "canonical" else adapter.base.path or str(args.base)
         adapter = with_base(adapter, source.config, source.read, path)
     for note in adapter.notes:
-        print(f"note: {printable(note)}")
+        print(f"note: {message_line(note)}")
     if args.target_format == "canonical":
         write_adapter(args.target, adapter)
     elif args.target_format == "peft":

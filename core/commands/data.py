@@ -21,7 +21,7 @@ from telechat_twins.core.data.sft import MINDFORMERS_SEED, VARIANTS
 from telechat_twins.core.data.tokenizer import Tokenizer, assumed, load_tokenizer
 from telechat_twins.core.errors import UserError
 from telechat_twins.core.launch.run_lock import hold_place
-from telechat_twins.core.shown import printable
+from telechat_twins.core.shown import message_line, printable
 from telechat_twins.core.types import JsonObject
 
 TEMPLATE_HELP = "builtin: TeleChat2's layout although the tokenizer's folder has a chat template that differs"
@@ -129,7 +129,7 @@ def run(args: argparse.Namespace) -> int:
     _check_special(args, tokenizer)
     args.layout, notes = _layout(args, tokenizer)
     for note in notes:
-        print(f"note: {printable(note)}", file=sys.stderr)
+        print(f"note: {message_line(note)}", file=sys.stderr)
     reading = Reading(frozenset(args.ignore_key), args.reasoning, args.kind)
     with hold_place(args.out, f"--out {args.out}"):
         meta = _pack(args, tokenizer, reading)

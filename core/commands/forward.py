@@ -23,7 +23,7 @@ from telechat_twins.core.model.xpos_range import say_xpos_range
 from telechat_twins.core.near import nearest
 from telechat_twins.core.parallel.layout import Layout, check_layout
 from telechat_twins.core.parity.worker import Task, collect, launch_tasks, write_batch
-from telechat_twins.core.shown import printable
+from telechat_twins.core.shown import message_line, printable
 from telechat_twins.core.types import JsonObject
 
 NAMES = ("input_ids", "labels", "loss_mask")
@@ -85,7 +85,7 @@ def run(args: argparse.Namespace) -> int:
     backend = backends.load(args.backend, "forward") if layout.world == 1 else None
     source = open_model(args.checkpoint)
     for note in source.notes:
-        print(f"note: {printable(note)}", file=sys.stderr)
+        print(f"note: {message_line(note)}", file=sys.stderr)
     check_not_of_model(out, source.files())
     # By the tokenizer beside the weights, so that the loss is that of training (vocab_tokens).
     config = without_padding(with_table_dtype(source.config, args.table_dtype), source.tokenizer_path, own=True)

@@ -11,7 +11,7 @@ from telechat_twins.core.errors import UserError
 from telechat_twins.core.files.atomic import show_bytes, standing
 from telechat_twins.core.files.progress import Progress
 from telechat_twins.core.launch.run_lock import hold_place
-from telechat_twins.core.shown import printable
+from telechat_twins.core.shown import message_line
 
 EPILOG = """\
 examples:
@@ -55,7 +55,7 @@ def _merge(args: argparse.Namespace) -> int:
     adapter = open_any_adapter(args.adapter, source)
     merged = MergedSource(source, adapter, args.dtype)
     for note in merged.notes:
-        print(f"note: {printable(note)}")
+        print(f"note: {message_line(note)}")
     if args.sums and not isinstance(source, HfSource):
         raise UserError("--sums: goes with a released SRC; a canonical checkpoint has hashes")
     total = weight_bytes(merged)

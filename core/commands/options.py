@@ -17,7 +17,7 @@ from telechat_twins.core.inference.sampling import SamplingConfig, sampling_conf
 from telechat_twins.core.model.config import PRECISIONS
 from telechat_twins.core.model.quantize import QUANTIZATIONS
 from telechat_twins.core.parallel.layout import Layout, parse_layout
-from telechat_twins.core.shown import printable
+from telechat_twins.core.shown import message_line
 from telechat_twins.core.types import JsonObject
 
 TEMPLATE_HELP = (
@@ -131,7 +131,7 @@ def sampling_from(args: argparse.Namespace, settings: Settings) -> SamplingConfi
         )
     said = {**given, **{name: True for name in ("max_new_tokens", "stop") if getattr(args, name, None)}}
     for note in settings.note(said, draws=False):
-        print(f"note: {printable(note)}", file=sys.stderr)
+        print(f"note: {message_line(note)}", file=sys.stderr)
     for name in ("temperature", *settings.sampling):
         if getattr(args, name) is None and getattr(config, name) != getattr(SamplingConfig(), name):
             setattr(args, name, getattr(config, name))
@@ -232,6 +232,6 @@ def load_model(
     for name, path in (adapters or {}).items():
         adapter = open_any_adapter(path, opened[0])
         for note in adapter.notes:
-            print(f"note: {printable(note)}", file=sys.stderr)
+            print(f"note: {message_line(note)}", file=sys.stderr)
         loaded.adapters[name] = adapter
     return loaded

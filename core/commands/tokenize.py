@@ -17,7 +17,7 @@ from telechat_twins.core.data.tokenizer import check_vocabulary, load_tokenizer
 from telechat_twins.core.data.tokenizer_training import train_tokenizer
 from telechat_twins.core.errors import UserError
 from telechat_twins.core.files.foreign import parse_value
-from telechat_twins.core.shown import controls_shown, printable
+from telechat_twins.core.shown import controls_shown, message_line
 from telechat_twins.core.types import JsonObject
 
 EPILOG = """\
@@ -108,7 +108,7 @@ def _encode(args: argparse.Namespace) -> int:
     if args.chat:
         layout, notes = open_layout(tokenizer)
         for note in notes:
-            print(f"note: {printable(note)}", file=sys.stderr)
+            print(f"note: {message_line(note)}", file=sys.stderr)
         ids = require_layout(tokenizer, layout).encode(_messages(text), allow_control=args.allow_control)
         if args.bos:
             ids = [tokenizer.bos_token_id, *ids]

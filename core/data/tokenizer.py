@@ -21,7 +21,7 @@ from telechat_twins.core.data.encoders.special import FILES, SpecialTokens, find
 from telechat_twins.core.data.encoders.spm import SentencePieceTokenizer
 from telechat_twins.core.errors import UserError
 from telechat_twins.core.files.foreign import MIB, read_file
-from telechat_twins.core.shown import printable
+from telechat_twins.core.shown import message_line
 from telechat_twins.core.types import JsonObject
 
 if TYPE_CHECKING:
@@ -100,7 +100,7 @@ def load_tokenizer(
     if file.name in ("vocab.json", "merges.txt"):
         opened, notes = open_vocabulary(file.with_name("vocab.json"), control, in_vocabulary, known)
         for note in notes:
-            print(f"note: {printable(note)}", file=sys.stderr)
+            print(f"note: {message_line(note)}", file=sys.stderr)
         return opened
     if file.suffix == ".json":
         return open_json(file, control, in_vocabulary, known)

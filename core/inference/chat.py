@@ -29,7 +29,7 @@ from telechat_twins.core.inference.tool_calls import AnswerPart, ToolCall, ToolC
 from telechat_twins.core.model.config import ModelConfig
 from telechat_twins.core.model.quantize import quantizing
 from telechat_twins.core.model.xpos_range import say_xpos_range
-from telechat_twins.core.shown import printable
+from telechat_twins.core.shown import message_line
 from telechat_twins.core.types import JsonObject
 
 Message = JsonObject
@@ -245,7 +245,7 @@ class ChatModel:
             print(f"note: {note}", file=sys.stderr)
         self.settings = find_settings(AUTO, source.assets, self.config)
         for note in self.settings.note({}, draws=False):
-            print(f"note: {printable(note)}", file=sys.stderr)
+            print(f"note: {message_line(note)}", file=sys.stderr)
         say_xpos_range(self.config, precision, self.config.max_seqlen)
         get = quantizing(self.config, source.tensor) if quantize == "int8" else source.tensor
         self.engine = Engine(

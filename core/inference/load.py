@@ -19,7 +19,7 @@ from telechat_twins.core.inference.pages import PAGE_SIZE, pool_size
 from telechat_twins.core.model.config import ModelConfig
 from telechat_twins.core.model.quantize import quantizing
 from telechat_twins.core.model.xpos_range import check_xpos_range, say_xpos_range
-from telechat_twins.core.shown import printable
+from telechat_twins.core.shown import message_line
 
 if TYPE_CHECKING:
     from telechat_twins.core.data.chat_layout import ChatLayout
@@ -92,7 +92,7 @@ def load_model(
     backends.load(args.backend, "generate")  # reports a missing framework before anything is read
     source = open_source(args.checkpoint)
     for note in source.notes:
-        print(f"note: {printable(note)}", file=sys.stderr)
+        print(f"note: {message_line(note)}", file=sys.stderr)
     config = with_table_dtype(source.config, args.table_dtype)
     say_xpos_range(config, args.precision, config.max_seqlen)
     path = args.tokenizer or source.tokenizer_path
@@ -110,7 +110,7 @@ def load_model(
         if args.chat_template is not None:  # None: no chats, so a template that cannot be used is no obstacle
             layout, notes = open_layout(tokenizer, args.chat_template, [Path(args.checkpoint)])
             for note in notes:
-                print(f"note: {printable(note)}", file=sys.stderr)
+                print(f"note: {message_line(note)}", file=sys.stderr)
     # Evaluations have their own settings and no such option.
     settings = find_settings(getattr(args, "generation_config", NONE), source.assets, config)
     return Loaded(args, source, config, tokenizer, layout, settings=settings)

@@ -42,6 +42,7 @@ from telechat_twins.core.launch.run_lock import hold_folder
 from telechat_twins.core.launch.screen import Screen, last_lines
 from telechat_twins.core.launch.stacks import dump_stacks, read_bytes
 from telechat_twins.core.launch.worker import SCHEDULER, STOPPED, read_status, stack_path
+from telechat_twins.core.shown import from_here
 from telechat_twins.core.types import JsonObject
 
 # Longest time of a rank in one collective. Below the 10 minutes after which NCCL's own watchdog ends a rank without
@@ -258,7 +259,7 @@ class _Leaving:
         # does not change the exit code.
         if launcher_code or self.gone is None:
             what = f"their launcher ended with code {launcher_code}" if launcher_code else "their processes did not end"
-            print(f"tele: all ranks finished, but {what}; logs: {run.plan.folder}", file=sys.stderr)
+            _tell(f"tele: all ranks finished, but {what}; logs: {run.plan.folder}")
         return 0
 
 
@@ -287,7 +288,7 @@ def _out_of_time(run: _Running, statuses: list[JsonObject | None], limits: Launc
     run.nodes.end(1, f"not finished after {limits.job_s:.0f} s")
     lines = [f"tele: not finished after {limits.job_s:.0f} s; who waits where:", *run.waits.table(_stacks(run))]
     print("\n".join(lines), file=sys.stderr)
-    print(f"tele: ending all processes; stacks: {run.plan.folder}/stack_<rank>.txt", file=sys.stderr)
+    _tell(f"tele: ending all processes; stacks: {run.plan.folder}/stack_<rank>.txt")
     return 1
 
 
@@ -365,15 +366,15 @@ def _report(run: _Running, failed: JsonObject, statuses: list[JsonObject | None]
     ended = run.nodes.look(NODE_REPORT_S)
     if ended is not None and ended.when < failed["when"]:
         # The failure here is then most likely a lost connection to that node.
-        print(f"tele: node {ended.node} failed first: {ended.why}", file=sys.stderr)
+        _tell(f"tele: node {ended.node} failed first: {ended.why}")
     if failed["user_error"]:
-        print(f"tele: {why}", file=sys.stderr)
+        _tell(f"tele: {why}")
         return code
     _stacks(run)
     if failed["state"] == "running":
         if not seen and (last := last_lines(folder / f"worker_{rank}.log")):
             print(last, file=sys.stderr)
-        print(f"tele: {why}; logs: {folder}", file=sys.stderr)
+        _tell(f"tele: {why}; logs: {folder}")
         return code
     if trace and not (seen and trace.encode() in screen.shown):
         print(f"rank {rank} failed:\n{trace}", file=sys.stderr)
@@ -385,8 +386,8 @@ def _report(run: _Running, failed: JsonObject, statuses: list[JsonObject | None]
         if other is not None and other["state"] == "failed" and other["error"] != failed["error"]:
             print(f"rank {other['rank']} failed after it: {other['error']}", file=sys.stderr)
     if ended is not None and ended.when >= failed["when"]:
-        print(f"tele: node {ended.node} failed after it: {ended.why}", file=sys.stderr)
-    print(f"tele: {why}; logs: {folder}", file=sys.stderr)
+        _tell(f"tele: node {ended.node} failed after it: {ended.why}")
+    _tell(f"tele: {why}; logs: {folder}")
     return code
 
 
@@ -394,7 +395,7 @@ def _ended_elsewhere(run: _Running, ended: JobEnd, news: bytes) -> int:
     """End this node's part of a job that another node has ended; the exit code is that node's."""
     run.screen.show(news.split(b"Traceback (most recent call last)")[0], last=ended.code != 130)
     if ended.code == 130:
-        print(f"tele: node {ended.node} was interrupted; ending here too", file=sys.stderr)
+        _tell(f"tele: node {ended.node} was interrupted; ending here too")
         _interrupt(run)
         return 130
     run.waits.look(run.plan.ranks)
@@ -402,7 +403,7 @@ def _ended_elsewhere(run: _Running, ended: JobEnd, news: bytes) -> int:
     if ended.hang:
         lines = [f"tele: node {run.plan.node_rank}: who waits where:", *run.waits.table(where)]
         print("\n".join(lines), file=sys.stderr)
-    print(f"tele: node {ended.node} ended the job: {ended.why}; logs: {run.plan.folder}", file=sys.stderr)
+    _tell(f"tele: node {ended.node} ended the job: {ended.why}; logs: {run.plan.folder}")
     return ended.code
 
 
@@ -413,10 +414,7 @@ def _hang(run: _Running, rank: int, waited: float, limit: float) -> int:
     where = _stacks(run)
     run.screen.show(run.screen.read(), last=True)
     print("\n".join([f"tele: {what}; who waits where:", *run.waits.table(where)]), file=sys.stderr)
-    print(
-        f"tele: more than --timeout {limit:g}, ending all processes; stacks: {run.plan.folder}/stack_<rank>.txt",
-        file=sys.stderr,
-    )
+    _tell(f"tele: more than --timeout {limit:g}, ending all processes; stacks: {run.plan.folder}/stack_<rank>.txt")
     return 1
 
 
@@ -426,7 +424,7 @@ def _give_up(run: _Running, log: str | None, why: str) -> int:
     run.screen.show(run.screen.read(), last=True)
     if log is not None and (last := last_lines(run.plan.folder / log, 40)):
         print(last, file=sys.stderr)
-    print(f"tele: {why}; logs: {run.plan.folder}", file=sys.stderr)
+    _tell(f"tele: {why}; logs: {run.plan.folder}")
     return 1
 
 
@@ -460,7 +458,7 @@ def _interrupt(run: _Running) -> None:
             # and waiting SAVE_GRACE_S for it would be in vain.
             heard = heard or [_size(log) for log in logs] != written
             if not heard and time.monotonic() > started + NO_ANSWER_S:
-                print(f"tele: no rank has answered for {NO_ANSWER_S:.0f} s, ending all processes", file=sys.stderr)
+                _tell(f"tele: no rank has answered for {NO_ANSWER_S:.0f} s, ending all processes")
                 break
             time.sleep(POLL_S)
         screen.show(screen.read(), last=True)
@@ -470,3 +468,7 @@ def _interrupt(run: _Running) -> None:
 
 def _size(path: Path) -> int:
     return path.stat().st_size if path.exists() else 0
+
+
+def _tell(text: str) -> None:
+    print(from_here(text), file=sys.stderr)

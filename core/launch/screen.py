@@ -7,6 +7,8 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from telechat_twins.core.shown import from_here
+
 
 def last_lines(path: Path, lines: int = 10) -> str:
     """The last lines of a log without MindSpore's warnings, below a heading that names the file; "" for an empty log.
@@ -20,7 +22,7 @@ def last_lines(path: Path, lines: int = 10) -> str:
     kept = [line for line in states if line.strip() and not _NOISE.match(line)][-lines:]
     if not kept:
         return ""
-    return f"the last lines of {path}:\n" + b"\n".join(kept).decode("utf-8", errors="replace")
+    return f"the last lines of {from_here(str(path))}:\n" + b"\n".join(kept).decode("utf-8", errors="replace")
 
 
 # MindSpore's own log lines, e.g. "[WARNING] ME(6411:1397,MainProcess):2026-...": kept in the files, not on the screen.

@@ -7,6 +7,7 @@ import time
 from collections import deque
 from typing import TextIO
 
+from telechat_twins.core.shown import from_here
 from telechat_twins.core.train.metrics import Row
 
 
@@ -30,7 +31,8 @@ class Console:
             self._bar = tqdm(total=total, initial=done, unit="step", file=self._stream, dynamic_ncols=True)
 
     def note(self, text: str) -> None:
-        """A line that stays: above the bar on a terminal."""
+        """A line that stays: above the bar on a terminal. Paths inside the working folder are named from there."""
+        text = from_here(text)
         if self._bar is not None:
             self._bar.write(text, file=self._stream)
         else:

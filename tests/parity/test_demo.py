@@ -42,9 +42,15 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
     texts = [turn["content"] for row in rows for turn in row["dialog"]]
     sample.write_text("".join(f"You answer briefly. {text}\n" for text in texts), encoding="utf-8")
     assert main(["tokenize", "train", str(sample), "--out", str(tokenizer), "--vocab-size", "400"]) == 0
-    words = ["--data", str(data), "--tokenizer", str(tokenizer), "--steps", "12", "--out", str(folder / "out")]
-    with contextlib.redirect_stdout(io.StringIO()) as printed, pytest.MonkeyPatch.context() as patch:
+    words = ["--data", data.name, "--tokenizer", tokenizer.name, "--steps", "12", "--out", "out"]
+    printed = io.StringIO()
+    with (
+        contextlib.redirect_stdout(printed),
+        contextlib.redirect_stderr(printed),
+        pytest.MonkeyPatch.context() as patch,
+    ):
         one_rank_here(patch, real=("ms", "pt"))
+        patch.chdir(folder)
         code = main(["demo", *words])
     print(printed.getvalue())  # pytest shows it after a failure
     assert code == 0
@@ -58,6 +64,13 @@ def test_every_part_is_there(demo: Path) -> None:
     for name in ("parity/report.md", "parity/report.json", "loss.png", "hf/config.json", "hf/model.safetensors"):
         assert (demo / name).stat().st_size > 0, name
     assert len(read_metrics(demo / "ms")) == len(read_metrics(demo / "pt")) == 12
+
+
+def test_every_message_names_paths_from_the_working_folder(demo: Path) -> None:
+    printed = (demo / "printed.txt").read_text(encoding="utf-8")
+    assert str(demo.parent) not in printed
+    for shown in ("out/packed/data: 1 of samples", "of out/hf (fingerprint", "checkpoint out/ms/step-00000012"):
+        assert shown in printed, shown
 
 
 def test_the_verdict_counts_the_bounds_that_are_listed_and_in_the_report(demo: Path) -> None:

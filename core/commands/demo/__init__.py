@@ -34,6 +34,7 @@ from telechat_twins.core.parity.bounds import Bound, TraceReport, compare_traces
 from telechat_twins.core.parity.document.model import Section
 from telechat_twins.core.parity.report import ParityReport, summary, write_report
 from telechat_twins.core.parity.runs import compare_batch
+from telechat_twins.core.shown import from_here
 from telechat_twins.core.train.metrics import Row, plot_losses, read_metrics
 from telechat_twins.core.types import JsonObject
 
@@ -80,7 +81,7 @@ def _run(args: argparse.Namespace, out: Path, began: float) -> int:
     tokenizer, sources = prepare(args.data, args.tokenizer, out)
     config = demo_config(tokenizer, sources, args.steps, args.seed)
     blend = open_blend(config.data, args.seed, config.model.num_tokens, config.model.filler_id)
-    print(blend.summary())
+    print(from_here(blend.summary()))
 
     _title("2  one batch: logits, loss and every gradient against float64")
     batch_report = compare_batch(config, ["ms", "pt"])

@@ -21,7 +21,7 @@ from telechat_twins.core.serve.job import Served
 from telechat_twins.core.serve.process.options import cache_sizes, model_name
 from telechat_twins.core.serve.server import address_of, allow_connections, serve
 from telechat_twins.core.serve.service import Service
-from telechat_twins.core.shown import printable
+from telechat_twins.core.shown import message_line
 
 SPARE_CONNECTIONS = 128  # beside those being answered: for /health, /metrics, and clients that are idle
 
@@ -44,7 +44,7 @@ def serve_model(
     hosts = allowed_hosts(listening, args.host, args.allowed_host)
     pages, engine_limits = cache_sizes(args, model.config)
     for note in model.settings.note({}, draws=True):
-        print(f"note: {printable(note)}", file=sys.stderr)
+        print(f"note: {message_line(note)}", file=sys.stderr)
     print(f"loading {args.checkpoint}", file=sys.stderr, flush=True)
     engine = make_engine(pages, engine_limits)
     warm_up(engine)

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import os
 import subprocess
 import sys
 import types
+from pathlib import Path
 
 import pytest
 
 from telechat_twins.core import cli
 from telechat_twins.core.errors import UserError
+from telechat_twins.core.shown import from_here
+from telechat_twins.core.train.progress import Console
 from tests.house import ROOT
 
 
@@ -50,6 +54,21 @@ def test_help_is_instant_because_nothing_heavy_is_imported() -> None:
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["--version"]) == 0
     assert capsys.readouterr().out == f"tele {cli.version()}\n"
+
+
+def test_messages_name_paths_from_the_working_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs keep whole paths, which every message would quote; a longer name that begins alike stays as it is."""
+    monkeypatch.chdir(tmp_path)
+    here, there = tmp_path / "runs" / "一", Path(f"{tmp_path}-2") / "a"
+    assert (
+        str(UserError(f"{here}: damaged; see {there}, --out={here}")) == f"runs/一: damaged; see {there}, --out=runs/一"
+    )
+    assert from_here(f"{tmp_path}: empty; file://{here}") == f"{tmp_path}: empty; file://{here}"
+    stream = io.StringIO()
+    Console(1, stream=stream).note(f"checkpoint {here}")
+    assert stream.getvalue() == "checkpoint runs/一\n"
+    monkeypatch.chdir("/")
+    assert from_here(str(here)) == str(here)
 
 
 def test_misspelt_verb_is_mended(capsys: pytest.CaptureFixture[str]) -> None:
