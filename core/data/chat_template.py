@@ -148,7 +148,7 @@ def _system_parts(first: JsonObject, tools: Sequence[object] | None) -> list[Par
     parts = [Part(SYSTEM, control=True), Part(system)]
     if not tools:
         return [*parts, Part("\n")]
-    listed = "".join(_json(tool) + "\n" for tool in tools)
+    listed = "".join(json_text(tool) + "\n" for tool in tools)
     parts.append(
         Part(
             "\n\n# 可用工具\n你可以调用<tools></tools>标签中包含的一个或多个工具来辅助你回答问题,以下是可用工具详情：\n"
@@ -183,7 +183,7 @@ def _assistant_parts(message: JsonObject, thinking: bool) -> list[Part]:
             arguments = tool_arguments(call["arguments"])
         except ValueError as error:
             raise UserError(f"tool_calls[{n}].arguments: {error}") from None
-        body = f'\n{{"name": "{call["name"]}", "arguments": {_json(arguments)}}}\n'
+        body = f'\n{{"name": "{call["name"]}", "arguments": {json_text(arguments)}}}\n'
         parts += [Part("\n" if n else "", answer=learnt), Part(TOOL_CALL, control=True, answer=learnt)]
         parts += [Part(body, answer=learnt), Part(TOOL_CALL_END, control=True, answer=learnt)]
     return [*parts, Part(END, control=True, answer=learnt), Part("\n")]
@@ -227,5 +227,6 @@ def _check(message: object, n: int) -> None:
             raise UserError(f"messages[{n}].tool_calls[{k}]: expected an object with name and arguments")
 
 
-def _json(value: object) -> str:
+def json_text(value: object) -> str:
+    """A value as the layout writes it, and as the results of tools that are no text are written."""
     return json.dumps(value, ensure_ascii=False)

@@ -3,23 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from telechat_twins.core.data.chat_template import DEFAULT_SYSTEM
 from telechat_twins.core.data.control import BOT, USER
 from telechat_twins.core.data.kinds.fields import flag, json_or_text, text
-from telechat_twins.core.data.kinds.judged import read_slots
+from telechat_twins.core.data.kinds.judged import refuse_untold, slots_of
 from telechat_twins.core.data.kinds.messages import (
     ANSWERS,
     Reading,
     as_messages,
     is_messages,
+    read_calls,
     read_messages,
     read_tools,
+    reasoned_answer,
     turns_of_history,
     with_system,
 )
-from telechat_twins.core.data.kinds.table import DIALOGUE, Slots
+from telechat_twins.core.data.kinds.table import DIALOGUE, Kind, Slots, kinds_of, several_kinds
+from telechat_twins.core.data.kinds.transcripts import FUNCTIONS, STYLES, asked_in_turns, transcript
 from telechat_twins.core.errors import UserError
 from telechat_twins.core.types import JsonObject
 
@@ -61,7 +64,37 @@ def parse_dialogue(
     ``reading`` has further options, and receives what is noticed; its own ``ignore`` takes the place of ``ignore``.
     """
     reading = reading if reading is not None else Reading(frozenset(ignore))
-    slots = read_slots(row, where, DIALOGUE, reading)
+    kinds = kinds_of(row, where, DIALOGUE, reading.ignore, reading.kind, reading.columns.parts)
+    return _parsed(kinds[0], row, where, reading) if len(kinds) == 1 else _repeated(kinds, row, where, reading)
+
+
+def _repeated(kinds: tuple[Kind, ...], row: JsonObject, where: str, reading: Reading) -> Dialogue:
+    """A row that says one dialogue in the forms of several kinds; UserError where they say different ones."""
+    seen: list[object] = []
+    errors: set[str] = set()
+    for n, kind in enumerate(kinds):
+        others = frozenset[str]().union(*(other.keys for other in kinds if other is not kind)) - kind.keys
+        own = {key: value for key, value in row.items() if key not in others}
+        judged = (
+            reading if n == len(kinds) - 1 and not errors else replace(reading, left_out=set(), kinds={}, noticed={})
+        )
+        try:
+            dialogue = _parsed(kind, own, where, judged)
+        except UserError as error:
+            errors.add(str(error))
+            continue
+        said = [{**one, "role": "assistant" if one["role"] == "bot" else one["role"]} for one in dialogue.messages]
+        seen.append((dialogue.system, dialogue.tools, said))
+    if len(errors) == 1 and not seen:
+        raise UserError(errors.pop())
+    if errors or any(one != seen[0] for one in seen):
+        raise several_kinds(row, where, kinds)
+    reading.left_out |= {key for key in row if key in others}
+    return dialogue
+
+
+def _parsed(kind_found: Kind, row: JsonObject, where: str, reading: Reading) -> Dialogue:
+    slots = slots_of(kind_found, row, where, reading, repeated=True)
     kind, name = slots.kind.name, slots.name("messages") if "messages" in slots.kind.slots else slots.kind.name
     system = system_of(slots)
     pair, messages = _READERS[kind](slots, reading)
@@ -72,6 +105,7 @@ def parse_dialogue(
     called = any(m.get("tool_calls") or m["role"] == "tool" for m in messages)
     tool = flag(row, "tool", bool(tools) or called, where)
     reading.without_system += system is None
+    refuse_untold(slots, messages, reading)
     reading.notice_empty(messages, where)
     reading.unanswered += not any(m["role"] in ANSWERS and m.get("weight", 1) for m in messages)
     return Dialogue(
@@ -89,6 +123,8 @@ def parse_dialogue(
 
 def system_of(slots: Slots) -> str | None:
     """The system text of a row's own key; an empty one counts in TeleChat2's rows only, where it is meant."""
+    if "system" in slots and slots.kind.name == "transcript":
+        return slot_text(slots, "system").strip().removeprefix("SYSTEM:").strip()
     if "system" in slots or (slots.kind.name == RELEASED and slots.value("system") is not None):
         return text(slots.value("system"), slots.name("system"), slots.where)
     return None
@@ -121,28 +157,73 @@ _Read = tuple[tuple[str, str] | None, list[JsonObject]]
 
 def _conversation(slots: Slots, reading: Reading) -> _Read:
     value = slots.value("messages")
-    return None, read_messages([] if value == "" else value, slots.name("messages"), slots.where, reading)
+    return None, read_messages([] if value == "" else value, slots.name("messages"), slots.where, reading, texts=True)
+
+
+def _transcript(slots: Slots, reading: Reading) -> _Read:
+    name, where = slots.name("text"), slots.where
+    style, messages = transcript(slot_text(slots, "text"))
+    if style is None:
+        styles = "; ".join(style.name for style in STYLES)
+        raise UserError(f"{where}: a text; pack texts without --sft ('{name}' is no dialogue in marks of: {styles})")
+    if messages is None or FUNCTIONS in str(slots.value("system")):
+        raise UserError(
+            f"{where}: '{name}' begins as a dialogue in marks of {style.name}, but its turns cannot be told: it holds "
+            "calls or other marks, or turns out of order; write it as 'messages' (tools in 'tools', calls in "
+            "'tool_calls')"
+        )
+    return None, messages
+
+
+def _answered(slots: Slots, reading: Reading) -> JsonObject:
+    """The answer of a row, with its reasoning where the row has one."""
+    key = slots.name("reasoning")
+    return reasoned_answer(slots.value("reasoning"), key, slot_text(slots, "answer"), slots.where, reading)
 
 
 def _alpaca(slots: Slots, reading: Reading) -> _Read:
-    question, answer, earlier = instructed(slots), slot_text(slots, "answer"), history_of(slots, reading)
+    question, answer, earlier = instructed(slots), _answered(slots, reading), history_of(slots, reading)
     if "instruction" in slots:
-        return None, [*earlier, {"role": "user", "content": question}, {"role": "bot", "content": answer}]
+        asked = asked_in_turns(question) or [{"role": "user", "content": question}]
+        if len(asked) > 1:
+            reading.notice("questions are lines of Human: and Assistant:, read as turns", slots.where)
+        return None, [*earlier, *asked, {**answer, "role": "bot"}]
     if slots.value("input") is None:
         names = f"neither '{slots.name('instruction')}' nor '{slots.name('input')}'"
         raise UserError(f"{slots.where}: {names} holds text; a dialogue needs a question")
-    return None if earlier else (question, answer), [*earlier, *_turns(question, answer)]
+    pair = None if earlier or answer.get("thought") else (question, answer["content"])
+    return pair, [*earlier, *_turns(question, answer)]
 
 
 def _query(slots: Slots, reading: Reading) -> _Read:
-    question, answer = slot_text(slots, "question"), slot_text(slots, "answer")
-    asked = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
-    return None, [*history_of(slots, reading), *asked]
+    asked = {"role": "user", "content": slot_text(slots, "question")}
+    if "calls" not in slots:
+        return None, [*history_of(slots, reading), asked, _answered(slots, reading)]
+    name = slots.name("calls")
+    if "answer" in slots or "reasoning" in slots:
+        raise UserError(f"{slots.where}: '{name}' (calls) and an answer are both given; write them as 'messages'")
+    called = {
+        "role": "assistant",
+        "content": "",
+        "tool_calls": read_calls(slots.value("calls"), name, slots.where, reading),
+    }
+    return None, [*history_of(slots, reading), asked, called]
 
 
 def _completion(slots: Slots, reading: Reading) -> _Read:
-    earlier = history_of(slots, reading)
-    return None, [*earlier, *prompt_messages(slots, reading), *answer_messages(slots, "answer", reading)]
+    earlier, prompt, answer = (
+        history_of(slots, reading),
+        prompt_messages(slots, reading),
+        answer_messages(slots, "answer", reading),
+    )
+    if "reasoning" in slots:
+        if len(answer) > 1:
+            raise UserError(f"{slots.where}: '{slots.name('reasoning')}' is beside several messages; write it into one")
+        key = slots.name("reasoning")
+        answer = [
+            {**answer[0], **reasoned_answer(slots.value("reasoning"), key, answer[0]["content"], slots.where, reading)}
+        ]
+    return None, [*earlier, *prompt, *answer]
 
 
 def prompt_messages(slots: Slots, reading: Reading) -> list[JsonObject]:
@@ -169,12 +250,13 @@ _READERS: dict[str, Callable[[Slots, Reading], _Read]] = {
     "alpaca": _alpaca,
     "query": _query,
     "completion": _completion,
+    "transcript": _transcript,
 }
 
 
-def _turns(question: str, answer: str) -> list[JsonObject]:
+def _turns(question: str, answer: JsonObject) -> list[JsonObject]:
     """Messages of an input/output row; an input written as <_user>q<_bot>a...<_user>q is taken apart."""
-    plain = [{"role": "user", "content": question}, {"role": "bot", "content": answer}]
+    plain = [{"role": "user", "content": question}, {**answer, "role": "bot"}]
     if not question.startswith(USER):
         return plain
     messages: list[JsonObject] = []
@@ -186,4 +268,4 @@ def _turns(question: str, answer: str) -> list[JsonObject]:
         messages.append({"role": "user", "content": asked})
         if marker:
             messages.append({"role": "bot", "content": said})
-    return [*messages, {"role": "bot", "content": answer}]
+    return [*messages, {**answer, "role": "bot"}]

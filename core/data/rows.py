@@ -18,8 +18,9 @@ from telechat_twins.core.data.forms.long_rows import document_rows
 from telechat_twins.core.data.forms.streams import UTF8, OnBytes, RowAt
 from telechat_twins.core.data.forms.texts import Block, text_blocks
 from telechat_twins.core.data.kinds.fields import found_type, refuse_unread
+from telechat_twins.core.data.kinds.harmless import HARMLESS
 from telechat_twins.core.data.kinds.messages import Reading
-from telechat_twins.core.data.kinds.table import HARMLESS, KINDS, TEXT, keys_found, mark_keys, refuse_other_use
+from telechat_twins.core.data.kinds.table import KINDS, TEXT, keys_found, mark_keys, refuse_other_use
 from telechat_twins.core.errors import UserError
 from telechat_twins.core.types import JsonObject
 

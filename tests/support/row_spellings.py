@@ -77,6 +77,11 @@ def messages(draw: random.Random) -> tuple[Conversation, JsonObject]:
             one["content"] = one["content"] or None
         elif one["role"] == "tool":
             one["tool_call_id"] = pending.pop(0)
+            if draw.random() < 0.3:
+                one["content"] = draw.choice(({words(draw): [1, None]}, [{"x": words(draw)}], 2.5))
+                message["content"] = json.dumps(one["content"], ensure_ascii=False)
+                written.append(one)
+                continue
         if one["content"] and draw.random() < 0.3:
             cut = draw.randint(0, len(one["content"]))
             texts = (one["content"][:cut], one["content"][cut:])
@@ -105,6 +110,9 @@ def _openai_call(draw: random.Random, call: JsonObject, name: str) -> JsonObject
     return {"id": name, "type": "function", "function": function} if draw.random() < 0.7 else {"id": name, **function}
 
 
+_IN_ONE = (("human", "assistant"), ("input", "output"), ("user", "assistant"), ("question", "answer"))
+
+
 def sharegpt(draw: random.Random) -> tuple[Conversation, JsonObject]:
     meant = Conversation(draw, draw.randint(1, 3), tools=draw.random() < 0.5, several=False)
     names = {
@@ -121,12 +129,17 @@ def sharegpt(draw: random.Random) -> tuple[Conversation, JsonObject]:
             turns.append({"from": draw.choice(names[message["role"]]), "value": message["content"]})
     if draw.random() < 0.3:
         turns = [{"role": turn["from"], "content": turn["value"]} for turn in turns]
-    row: JsonObject = {draw.choice(("conversations", "conversation")): turns}
+    spelled: list[object] = list(turns)
+    if meant.tools is None and draw.random() < 0.3:
+        texts = [message["content"] for message in meant.messages]
+        pairs = zip(texts[::2], texts[1::2], strict=True)
+        spelled = draw.choice((list(texts), [dict(zip(draw.choice(_IN_ONE), pair, strict=True)) for pair in pairs]))
+    row: JsonObject = {draw.choice(("conversations", "conversation", "items", "turns", "data")): spelled}
     if meant.system is not None:
-        if draw.random() < 0.5:
+        if draw.random() < 0.5 or spelled != turns:
             row["system"] = meant.system
         else:
-            turns.insert(0, {"from": "system", "value": meant.system})
+            spelled.insert(0, {"from": "system", "value": meant.system})
     if meant.tools is not None:
         row["tools"] = json.dumps(meant.tools, ensure_ascii=False)
     return meant, row
@@ -142,23 +155,91 @@ def _with_history(draw: random.Random, meant: Conversation, row: JsonObject) -> 
 
 def alpaca(draw: random.Random) -> tuple[Conversation, JsonObject]:
     meant = Conversation(draw, draw.randint(1, 3))
+    if draw.random() < 0.3:
+        return _belle(draw, meant)
     instruction, given = words(draw), words(draw) if draw.random() < 0.5 else ""
     meant.messages[-2]["content"] = f"{instruction}\n{given}" if given else instruction
     row = {
         "instruction": instruction,
         draw.choice(("input", "context")): given,
-        draw.choice(("output", "response")): meant.messages[-1]["content"],
+        draw.choice(("output", "response", "target")): meant.messages[-1]["content"],
     }
     return meant, _with_history(draw, meant, row)
+
+
+def _bare(draw: random.Random, meant: Conversation) -> None:
+    """Takes off what a transcript cannot say: spaces around a text, and control tokens in it."""
+    for message in meant.messages:
+        text = message["content"].strip()
+        for name in ("<_user>", "<_end>", "<tool_call>", "</tool_call>"):
+            text = text.replace(name, draw.choice(("<", "fox")))
+        message["content"] = text.strip() or "fox"
+
+
+def _belle(draw: random.Random, meant: Conversation) -> tuple[Conversation, JsonObject]:
+    """Earlier turns written as lines of Human: and Assistant: in the question."""
+    _bare(draw, meant)
+    colon = draw.choice((":", ": ", "\uff1a"))
+    lines = [
+        f"{'Human' if message['role'] == 'user' else 'Assistant'}{colon}{message['content']}"
+        for message in meant.messages[:-1]
+    ]
+    row: JsonObject = {"instruction": "\n".join([*lines, f"Assistant{colon.strip()}"]), "input": ""}
+    row["output"] = meant.messages[-1]["content"]
+    return meant, row | ({"system": meant.system} if meant.system is not None else {})
+
+
+_STYLES = {
+    "text": (
+        ("<_user>{}", "<_bot>{}<_end>\n"),
+        ("<_user>{}", "<_bot>{}<_end>"),
+        ("<|im_start|>user\n{}<|im_end|>\n", "<|im_start|>assistant\n{}<|im_end|>\n"),
+        ("\n\nHuman: {}", "\n\nAssistant: {}"),
+        ("### Human: {}", "### Assistant: {}"),
+        ("Human:{}\n", "Assistant:{}\n"),
+    ),
+    "chat": (("USER: {}\n\n\n", "ASSISTANT: {} <|endoftext|>\n\n\n"),),
+    "plain_text": (("[Human]: {}<eoh> ", "[MOSS]: {}<eoa> "), ("<|Human|>: {}<eoh>\n", "<|MOSS|>: {}<eom>\n")),
+}
+
+
+def transcript(draw: random.Random) -> tuple[Conversation, JsonObject]:
+    meant = Conversation(draw, draw.randint(1, 3))
+    _bare(draw, meant)
+    key = draw.choice(list(_STYLES))
+    asked, said = draw.choice(_STYLES[key])
+    row: JsonObject = {
+        key: "".join((asked if one["role"] == "user" else said).format(one["content"]) for one in meant.messages)
+    }
+    if meant.system is not None:
+        meant.system = meant.system.strip() or "fox"
+        row[draw.choice(("system", "system_prompt", "prefix"))] = meant.system
+    return meant, row
 
 
 def query(draw: random.Random) -> tuple[Conversation, JsonObject]:
+    if draw.random() < 0.3:
+        return _called(draw)
     meant = Conversation(draw, draw.randint(1, 3))
     row = {
-        draw.choice(("query", "question")): meant.messages[-2]["content"],
-        draw.choice(("response", "answer")): meant.messages[-1]["content"],
+        draw.choice(("query", "question", "problem")): meant.messages[-2]["content"],
+        draw.choice(("response", "answer", "solution")): meant.messages[-1]["content"],
     }
     return meant, _with_history(draw, meant, row)
+
+
+def _called(draw: random.Random) -> tuple[Conversation, JsonObject]:
+    """A question whose answer is calls, tools and calls as JSON text (xLAM)."""
+    meant = Conversation(draw, 1)
+    meant.tools = [{"name": "f", "description": words(draw), "parameters": {}}]
+    calls = [_call(draw) for _ in range(draw.randint(1, 3))]
+    row: JsonObject = {
+        "query": meant.messages[0]["content"],
+        "tools": json.dumps(meant.tools),
+        "answers": json.dumps(calls, ensure_ascii=draw.random() < 0.5) if draw.random() < 0.7 else calls,
+    }
+    meant.messages[-1] = {"role": "assistant", "content": "", "tool_calls": calls}
+    return meant, row | ({"system": meant.system} if meant.system is not None else {})
 
 
 def completion(draw: random.Random) -> tuple[Conversation, JsonObject]:
@@ -174,4 +255,4 @@ def completion(draw: random.Random) -> tuple[Conversation, JsonObject]:
     return meant, row
 
 
-SPELLINGS = {f.__name__: f for f in (dialog, messages, sharegpt, alpaca, query, completion)}
+SPELLINGS = {f.__name__: f for f in (dialog, messages, sharegpt, alpaca, query, completion, transcript)}

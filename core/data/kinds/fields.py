@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection
 
+from telechat_twins.core.data.kinds.harmless import harmless as is_harmless
 from telechat_twins.core.data.kinds.table import is_empty
 from telechat_twins.core.errors import UserError
 from telechat_twins.core.files.foreign import parse_value
@@ -92,18 +93,29 @@ def refuse_unread(
 ) -> None:
     """UserError for a key of ``value`` (called ``name``) that is none of ``known`` nor ``harmless``, by which something
     that the row says would be lost. Keys with empty values say nothing; ``left_out`` receives the harmless ones."""
+    unread = []
     for key, given in value.items():
         if key in known or is_empty(given) or key in ignore:
             continue
-        if key in harmless:
-            if left_out is not None:
-                left_out.add(key)
-            continue
-        place = f"'{name}.{printable(key, 80)}'" if name else f"'{printable(key, 80)}'"
-        raise UserError(
-            f"{where}: key {place} is not read, so its content would be lost; remove it, or leave it out with "
-            f"--ignore-key {printable(key, 80)}"
-        )
+        if not is_harmless(key, given, harmless):
+            unread.append(printable(key, 80))
+        elif left_out is not None:
+            left_out.add(key)
+    if unread:
+        raise _unread(unread, name, where)
+
+
+def _unread(keys: list[str], name: str, where: str) -> UserError:
+    """The error for keys that are not read; all of them, so that one go leaves them out."""
+    places = ", ".join(f"'{f'{name}.' * bool(name)}{key}'" for key in keys)
+    several = len(keys) > 1
+    what = "keys" if several else "key"
+    verb, content, them = ("are", "their", "them") if several else ("is", "its", "it")
+    options = " ".join(f"--ignore-key {key}" for key in keys)
+    return UserError(
+        f"{where}: {what} {places} {verb} not read, so {content} content would be lost; remove {them}, or leave {them} "
+        f"out with {options}"
+    )
 
 
 def refuse_ignored(value: JsonObject, parts: Collection[str], name: str, where: str, ignore: Collection[str]) -> None:

@@ -10,9 +10,11 @@ import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from telechat_twins.core.data.chat_template import tool_arguments
+from telechat_twins.core.data.chat_template import json_text, tool_arguments
+from telechat_twins.core.data.kinds.columns import NO_COLUMNS, Columns
 from telechat_twins.core.data.kinds.fields import json_list, json_value, listed, refuse_ignored, refuse_unread, text
-from telechat_twins.core.data.kinds.table import HARMLESS_OF_MESSAGE, is_empty
+from telechat_twins.core.data.kinds.harmless import HARMLESS_OF_MESSAGE
+from telechat_twins.core.data.kinds.table import is_empty
 from telechat_twins.core.data.kinds.turns import JOINS, whole_turns
 from telechat_twins.core.errors import UserError
 from telechat_twins.core.files.foreign import parse_value
@@ -31,7 +33,6 @@ ROLES: dict[str, str] = {
 ANSWERS = ("assistant", "bot")
 REASONING = ("refuse", "think", "leave-out")
 
-_SPEAKER, _WORDS = ("role", "from"), ("content", "value")
 _WEIGHTS = ("weight", "loss", "train", "training")
 _REASONS = ("reasoning_content", "reasoning", "thinking")
 _OF_ANSWER = ("tool_calls", "function_call", *_WEIGHTS, *_REASONS)
@@ -44,15 +45,18 @@ class Reading:
     """How rows are read, and what was noticed on the way.
 
     ``ignore``: keys to leave out. ``reasoning``: one of REASONING, for an assistant's reasoning beside its answer.
-    ``left_out``: harmless keys that were met. ``named``: messages with a speaker's name, which the layout has no place
-    for. ``kinds``: rows of each kind. ``without_system``: rows that get the layout's own system text. ``context``:
-    answers of weight 0. ``unanswered``: dialogues without an answer to learn. ``noticed``: what is read as it
-    stands, though hardly meant -> (how many, where the first is).
+    ``columns``: the rows' own names; ``columns_met``: those of them that a row has. ``left_out``: harmless keys that
+    were met. ``named``: messages with a speaker's name, which the layout has no place for. ``kinds``: rows of each
+    kind. ``without_system``: rows that get the layout's own system text. ``context``: answers of weight 0.
+    ``unanswered``: dialogues without an answer to learn. ``noticed``: what is read as it stands, though hardly meant ->
+    (how many, where the first is).
     """
 
     ignore: frozenset[str] = frozenset()
     reasoning: str = "refuse"
     kind: str | None = None
+    columns: Columns = NO_COLUMNS
+    columns_met: set[str] = field(default_factory=set)
     left_out: set[str] = field(default_factory=set)
     kinds: dict[str, int] = field(default_factory=dict)
     named: int = 0
@@ -77,11 +81,22 @@ class Reading:
                 self.notice("answers hold no text, and teach a model to say nothing", where)
 
 
-def read_messages(value: object, name: str, where: str, reading: Reading) -> list[JsonObject]:
-    """The messages of a list, called ``name`` in messages of errors. UserError for what is malformed or not read."""
-    given = enumerate(json_list(value, name, where))
+def read_messages(value: object, name: str, where: str, reading: Reading, texts: bool = False) -> list[JsonObject]:
+    """The messages of a list, called ``name`` in messages of errors; ``texts``: a list of texts alone is one by turns.
+    UserError for what is malformed or not read."""
+    members = json_list(value, name, where)
+    if texts and members and all(isinstance(said, str) for said in members):
+        return _by_turns(members, name, where)
+    given = enumerate(members)
     read = ((one, f"{name}[{n}]") for n, said in given for one in _read(said, f"{name}[{n}]", where, reading))
     return whole_turns(read, where)
+
+
+def _by_turns(texts: list[object], name: str, where: str) -> list[JsonObject]:
+    """Texts alone: a question, its answer, and so on. A single one could be anything and is refused."""
+    if len(texts) < 2:
+        raise UserError(f"{where}: '{name}' holds one text; a dialogue of texts alone has a question and its answer")
+    return [{"role": "assistant" if n % 2 else "user", "content": said} for n, said in enumerate(texts)]
 
 
 def with_system(
@@ -118,34 +133,60 @@ def _tool(value: object, name: str, where: str) -> JsonObject:
     return value
 
 
+# A question and its answer in one object: of the names of the two those that go together.
+_TURNS = (
+    ("human", "assistant"),
+    ("user", "assistant"),
+    ("input", "output"),
+    ("prompt", "response"),
+    ("question", "answer"),
+    ("query", "response"),
+    ("instruction", "output"),
+)
+
+
 def _read(value: object, name: str, where: str, reading: Reading) -> list[JsonObject]:
-    """The message that an object is; two for an object of a question and its answer."""
-    if isinstance(value, dict) and {"human", "assistant"} <= value.keys():
-        refuse_unread(value, ("human", "assistant"), name, where, reading.ignore, HARMLESS_OF_MESSAGE, reading.left_out)
-        asked, said = (text(value[key], f"{name}.{key}", where) for key in ("human", "assistant"))
-        return [{"role": "user", "content": asked}, {"role": "assistant", "content": said}]
-    speaker, words = _spelling(value, name, where)
+    """The message that an object is; several for an object of a question and its answer."""
+    if isinstance(value, dict):
+        for asked, said in _TURNS:
+            if asked in value and said in value:
+                return _turn(value, asked, said, name, where, reading)
+    speaker, words = _spelling(value, name, where, reading.columns)
     assert isinstance(value, dict)
-    role = ROLES.get(value[speaker]) or ROLES.get(value[speaker].strip().lower())
+    called: str = value[speaker]
+    role = ROLES.get(dict(reading.columns.roles).get(called, called)) or ROLES.get(value[speaker].strip().lower())
     if role is None:
-        raise UserError(f"{where}: '{name}.{speaker}' is {shown(value[speaker])}; legal: {', '.join(ROLES)}")
+        raise UserError(
+            f"{where}: '{name}.{speaker}' is {shown(value[speaker])}; legal: {', '.join(ROLES)}; another name is given "
+            "by --role NAME=ROLE"
+        )
     return [_message(value, role, (speaker, words), name, where, reading)]
 
 
-def _spelling(value: object, name: str, where: str) -> tuple[str, str]:
+def _turn(value: JsonObject, asked: str, said: str, name: str, where: str, reading: Reading) -> list[JsonObject]:
+    """The messages of a question and its answer, with a system text in front where the object has one."""
+    refuse_unread(value, (asked, said, "system"), name, where, reading.ignore, HARMLESS_OF_MESSAGE, reading.left_out)
+    roles = [("user", asked), ("assistant", said)]
+    if not is_empty(value.get("system")):
+        roles.insert(0, ("system", "system"))
+    return [{"role": role, "content": text(value[key], f"{name}.{key}", where)} for role, key in roles]
+
+
+def _spelling(value: object, name: str, where: str, columns: Columns) -> tuple[str, str]:
     """The keys of the speaker and of what is said."""
     if isinstance(value, dict):
-        for speaker, words in zip(_SPEAKER, _WORDS, strict=True):
+        for speaker, words in columns.spellings:
             if isinstance(value.get(speaker), str):
                 return speaker, words
-    raise UserError(f"{where}: '{name}' must be an object with role and content, or with from and value")
+    pairs = ", or with ".join(f"{speaker} and {words}" for speaker, words in columns.spellings)
+    raise UserError(f"{where}: '{name}' must be an object with {pairs}")
 
 
 def _message(
     value: JsonObject, role: str, spelling: tuple[str, str], name: str, where: str, reading: Reading
 ) -> JsonObject:
     words = spelling[1]
-    if len(value) == 2 and words in value and role != CALL and not reading.ignore:
+    if len(value) == 2 and words in value and role not in (CALL, "tool") and not reading.ignore:
         # Nearly every message: nothing but who speaks and what is said.
         return {"role": role, "content": _content(value[words], f"{name}.{words}", where)}
     known = {*spelling, "name", *_WEIGHTS}.union(_OF_ANSWER if role in ANSWERS else ())
@@ -161,6 +202,8 @@ def _message(
         message = {"role": "assistant", "content": "", "tool_calls": made, JOINS: True}
     elif role in ANSWERS:
         message |= _answer(given, words, name, where, reading)
+    elif role == "tool":
+        message["content"] = _result(given[words], f"{name}.{words}", where)
     else:
         message["content"] = _content(given[words], f"{name}.{words}", where)
     if role == "tool":
@@ -195,21 +238,33 @@ def _answer(given: JsonObject, words: str, name: str, where: str, reading: Readi
     return answer | _reasoned(given, answer["content"], name, where, reading)
 
 
+def reasoned_answer(value: object, key: str, answer: str, where: str, reading: Reading) -> JsonObject:
+    """An assistant's message of an answer and the reasoning that the row has beside it under ``key``."""
+    message: JsonObject = {"role": "assistant", "content": answer}
+    if is_empty(value):
+        return message
+    return message | _thought(value, key, answer, where, reading)
+
+
 def _reasoned(given: JsonObject, content: str | None, name: str, where: str, reading: Reading) -> JsonObject:
     """The content with the reasoning in front, as ``reading`` says; nothing where there is none."""
     reasons = [key for key in _REASONS if not is_empty(given.get(key))]
-    if not reasons or reading.reasoning == "leave-out":
-        return {}
-    if len(reasons) > 1:
+    if len(reasons) > 1 and reading.reasoning != "leave-out":
         raise UserError(f"{where}: '{name}' has both {reasons[0]} and {reasons[1]}; leave one out")
+    return _thought(given[reasons[0]], f"{name}.{reasons[0]}", content, where, reading) if reasons else {}
+
+
+def _thought(value: object, name: str, content: str | None, where: str, reading: Reading) -> JsonObject:
+    if reading.reasoning == "leave-out":
+        return {}
     if reading.reasoning == "refuse":
         raise UserError(
-            f"{where}: '{name}.{reasons[0]}' has no place in the chat layout; train on it in front of the answer with "
+            f"{where}: '{name}' has no place in the chat layout; train on it in front of the answer with "
             "--reasoning think, or leave it out with --reasoning leave-out"
         )
-    thought = text(given[reasons[0]], f"{name}.{reasons[0]}", where).strip("\n")
+    thought = text(value, name, where).strip("\n")
     if "</think>" in thought:
-        raise UserError(f"{where}: '{name}.{reasons[0]}' holds </think>, which ends it; take it out")
+        raise UserError(f"{where}: '{name}' holds </think>, which ends it; take it out")
     return {"content": f"<think>\n{thought}\n</think>\n\n{content or ''}", "thought": True}
 
 
@@ -228,6 +283,18 @@ def _weight(given: JsonObject, name: str, where: str, answer: bool) -> bool:
             f"{where}: '{name}.{found[0]}' is 1, but only messages of the assistant are learnt; leave it out"
         )
     return answer and 0 not in weights
+
+
+def _result(value: object, name: str, where: str) -> str:
+    """What a tool gave: text or parts of it; an object, a list of objects or a number as its JSON text, written as the
+    arguments of calls are."""
+    of_parts = isinstance(value, list) and all(
+        isinstance(part, str) or (isinstance(part, dict) and part.get("type") in _PART_TEXTS) for part in value
+    )
+    if isinstance(value, str) or value is None or of_parts:
+        return _content(value, name, where)
+    json_value(value, name, where)
+    return json_text(value)
 
 
 def _content(value: object, name: str, where: str) -> str:
@@ -291,6 +358,14 @@ def _call(value: object, place: int, name: str, where: str, reading: Reading) ->
     json_value(arguments, f"{name}.arguments", where)
     call: JsonObject = {"name": inner["name"], "arguments": arguments}
     return call if value.get("id") is None else {**call, "id": value["id"]}
+
+
+def read_calls(value: object, name: str, where: str, reading: Reading) -> list[JsonObject]:
+    """Calls that a row gives in place of an answer, as objects or as their JSON text."""
+    calls = json_list(value, name, where)
+    if not calls:
+        raise UserError(f"{where}: '{name}' holds no call; leave the row out, or give it an answer")
+    return [_call(call, n, f"{name}[{n}]", where, reading) for n, call in enumerate(calls)]
 
 
 def turns_of_history(value: object, where: str, reading: Reading) -> list[JsonObject]:

@@ -6,8 +6,7 @@ answers: as the messages that they begin with, or as a transcript of "Human:" an
 
 from __future__ import annotations
 
-import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from telechat_twins.core.data.dialogues import (
     Dialogue,
@@ -21,11 +20,12 @@ from telechat_twins.core.data.dialogues import (
 from telechat_twins.core.data.kinds.fields import json_or_text, refuse_unread, text
 from telechat_twins.core.data.kinds.judged import read_slots
 from telechat_twins.core.data.kinds.messages import ANSWERS, Reading, read_messages, read_tools, with_system
-from telechat_twins.core.data.kinds.table import PREFERENCE, Slots
+from telechat_twins.core.data.kinds.table import KINDS, PREFERENCE, Slots
+from telechat_twins.core.data.kinds.transcripts import HUMAN_PARAGRAPHS, transcript
 from telechat_twins.core.errors import UserError
+from telechat_twins.core.shown import shown
 from telechat_twins.core.types import JsonObject
 
-_SPOKEN = re.compile(r"\n\n(Human|Assistant):[ ]?")
 _OBJECT = ("messages", "tools", "parallel_tool_calls")  # keys of OpenAI's input
 
 
@@ -45,6 +45,8 @@ def parse_preference(row: JsonObject, where: str, reading: Reading) -> Pair:
     what is malformed, and for a key that is not read.
     """
     slots = read_slots(row, where, PREFERENCE, reading)
+    if slots.kind.name == "comparison":
+        slots = _judged(slots)
     prompt, tools = _prompt(slots, reading)
     if "chosen" not in slots and prompt and prompt[-1]["role"] in ANSWERS:
         # The answer that the messages end with is the chosen one.
@@ -70,6 +72,45 @@ def parse_preference(row: JsonObject, where: str, reading: Reading) -> Pair:
         Dialogue(where, [*prompt, *answer], system, tools, multiturn=len(prompt) > 1) for answer in (chosen, rejected)
     ]
     return Pair(where, *sides)
+
+
+@dataclass(frozen=True)
+class Compared:
+    """The keys of two answers and of the verdict, and the verdicts by which the first and the second are better."""
+
+    keys: tuple[str, str, str]
+    first: tuple[object, ...]
+    second: tuple[object, ...]
+
+
+_COMPARED = (
+    Compared(("human_ref_A", "human_ref_B", "labels"), (1, "1"), (0, "0")),
+    Compared(("response_0", "response_1", "better_response_id"), (0, "0"), (1, "1")),
+    Compared(("response_a", "response_b", "winner"), ("model_a", "response_a", "a"), ("model_b", "response_b", "b")),
+    Compared(("conversation_a", "conversation_b", "winner"), ("model_a", "a"), ("model_b", "b")),
+)
+
+
+def _judged(slots: Slots) -> Slots:
+    """A row of two answers and a verdict as one of a chosen and a rejected answer."""
+    where, keys = slots.where, tuple(slots.name(slot) for slot in ("first", "second", "verdict"))
+    known = next((one for one in _COMPARED if one.keys == keys and "verdict" in slots), None)
+    if known is None:
+        ways = "; ".join(", ".join(one.keys) for one in _COMPARED)
+        raise UserError(
+            f"{where}: '{keys[0]}' and '{keys[1]}' without the verdict that goes with them ({ways}); write them as "
+            "chosen and rejected"
+        )
+    verdict = slots.value("verdict")
+    if isinstance(verdict, bool) or verdict not in (*known.first, *known.second):
+        raise UserError(
+            f"{where}: '{keys[2]}' is {shown(verdict)}, which prefers neither answer; leave the row out, or write "
+            "chosen and rejected"
+        )
+    better, worse = keys[:2] if verdict in known.first else keys[1::-1]
+    shared = {slot: names for slot, names in slots.kind.slots.items() if slot not in ("first", "second", "verdict")}
+    given = {**shared, "input": ("input",), "history": (), "chosen": (better,), "rejected": (worse,)}
+    return Slots(replace(KINDS["preference"], slots=given), slots.row, where)
 
 
 def _prompt(slots: Slots, reading: Reading) -> tuple[list[JsonObject], list[object] | None]:
@@ -136,13 +177,6 @@ def _as_context(messages: list[JsonObject]) -> list[JsonObject]:
 
 
 def _transcript(text: str) -> list[JsonObject] | None:
-    """The messages of a transcript of "\\n\\nHuman: ..." and "\\n\\nAssistant: ..." turns; None for any other text.
-
-    An empty last turn of the assistant, with which a prompt ends, is left out.
-    """
-    if not _SPOKEN.match(text):
-        return None
-    parts = _SPOKEN.split(text)[1:]
-    roles = {"Human": "user", "Assistant": "assistant"}
-    turns = [{"role": roles[who], "content": said} for who, said in zip(parts[::2], parts[1::2], strict=True)]
-    return turns[:-1] if turns[-1] == {"role": "assistant", "content": ""} else turns
+    """The messages of a transcript of "\\n\\nHuman: ..." and "\\n\\nAssistant: ..." turns, without an open last one;
+    None for any other text."""
+    return transcript(text, (HUMAN_PARAGRAPHS,))[1]

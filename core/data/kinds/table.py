@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Collection
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
+from telechat_twins.core.data.kinds.refused import refuse_known
 from telechat_twins.core.errors import UserError
 from telechat_twins.core.shown import printable
 from telechat_twins.core.types import JsonObject
@@ -42,8 +43,11 @@ class Kind:
 
 _SETTING = {"system": ("system", "system_prompt"), "tools": ("tools", "functions")}
 _HISTORY = {"history": ("history",)}
+_REASONS = {"reasoning": ("reasoning_content", "reasoning", "thinking", "think", "cot", "Complex_CoT")}
 _PROMPT = ("prompt", "question", "query", "instruction")
+TRANSCRIPT = "transcript"  # any text may be one, so a row is of this kind only where it is of no other
 _FLAGS = frozenset({"multiturn", "tool"})
+SPEAKERS, WORDS = ("role", "from"), ("content", "value")  # keys of a message
 _LETTERS = {letter: (letter,) for letter in "ABCDEFGHIJ"}
 
 KINDS: dict[str, Kind] = {
@@ -54,7 +58,11 @@ KINDS: dict[str, Kind] = {
         Kind("dialog", DIALOGUE, {"messages": ("dialog",), **_SETTING}, (("messages",),), _FLAGS),
         Kind("messages", DIALOGUE, {"messages": ("messages",), **_SETTING}, (("messages",),), _FLAGS),
         Kind(
-            "sharegpt", DIALOGUE, {"messages": ("conversations", "conversation"), **_SETTING}, (("messages",),), _FLAGS
+            "sharegpt",
+            DIALOGUE,
+            {"messages": ("conversations", "conversation", "items", "turns", "dialogue", "data"), **_SETTING},
+            (("messages",),),
+            _FLAGS,
         ),
         Kind(
             "alpaca",
@@ -62,7 +70,8 @@ KINDS: dict[str, Kind] = {
             {
                 "instruction": ("instruction",),
                 "input": ("input", "context"),
-                "answer": ("output", "response", "answer"),
+                "answer": ("output", "response", "answer", "target"),
+                **_REASONS,
                 **_HISTORY,
                 **_SETTING,
             },
@@ -72,14 +81,38 @@ KINDS: dict[str, Kind] = {
         Kind(
             "query",
             DIALOGUE,
-            {"question": ("query", "question"), "answer": ("response", "answer", "output"), **_HISTORY, **_SETTING},
-            (("question", "answer"),),
+            {
+                "question": ("query", "question", "problem", "Question", "user", "human", "inputs"),
+                "answer": ("response", "answer", "output", "solution", "Response", "assistant", "targets"),
+                "calls": ("answers",),
+                **_REASONS,
+                **_HISTORY,
+                **_SETTING,
+            },
+            (("question", "answer"), ("question", "calls")),
         ),
         Kind(
             "completion",
             DIALOGUE,
-            {"prompt": ("prompt",), "answer": ("completion", "response", "answer", "output"), **_HISTORY, **_SETTING},
+            {
+                "prompt": ("prompt",),
+                "answer": ("completion", "response", "answer", "output"),
+                **_REASONS,
+                **_HISTORY,
+                **_SETTING,
+            },
             (("prompt", "answer"),),
+        ),
+        # A dialogue written as one text (core.data.kinds.transcripts).
+        Kind(
+            TRANSCRIPT,
+            DIALOGUE,
+            {
+                "text": ("text", "chat", "plain_text"),
+                "system": (*_SETTING["system"], "prefix", "meta_instruction"),
+                "tools": _SETTING["tools"],
+            },
+            (("text",),),
         ),
         Kind(
             "preference",
@@ -87,19 +120,42 @@ KINDS: dict[str, Kind] = {
             {
                 "prompt": (*_PROMPT, "messages", "conversations", "conversation"),
                 "input": ("input",),
-                "chosen": ("chosen", "chosen_response", "response_chosen", "preferred", "preferred_output", "response"),
+                "chosen": (
+                    "chosen",
+                    "chosen_response",
+                    "response_chosen",
+                    "preferred",
+                    "preferred_output",
+                    "response",
+                    "response_j",
+                ),
                 "rejected": (
                     "rejected",
+                    "reject",
                     "rejected_response",
                     "response_rejected",
                     "dispreferred",
                     "non_preferred",
                     "non_preferred_output",
+                    "response_k",
                 ),
                 **_HISTORY,
                 **_SETTING,
             },
             (("chosen", "rejected"), ("prompt", "rejected")),
+        ),
+        # Two answers, and which is better (core.data.kinds.preference).
+        Kind(
+            "comparison",
+            PREFERENCE,
+            {
+                "prompt": (*_PROMPT, "messages", "history"),
+                "first": ("response_0", "response_a", "conversation_a", "human_ref_A"),
+                "second": ("response_1", "response_b", "conversation_b", "human_ref_B"),
+                "verdict": ("better_response_id", "winner", "labels"),
+                **_SETTING,
+            },
+            (("first", "second"),),
         ),
         Kind(
             "proposition",
@@ -123,73 +179,93 @@ KINDS: dict[str, Kind] = {
 }
 USES = {use: [kind for kind in KINDS.values() if kind.use == use] for use in OPTION}
 
-# Keys that say where a row comes from or how it was made, and hold nothing that a model is to learn.
-_HARMLESS = """
-id idx index _id uid uuid guid row_id example_id sample_id conversation_id conv_id dialog_id prompt_id question_id
-message_id thread_id doc_id docid ids __index_level_0__ hash md5 sha sha1 sha256 checksum
-source sources src origin data_source dataset dataset_name data_name corpus subset split config file file_name
-filename file_path filepath path url uri link repo repo_name domain dump crawl license licence copyright citation
-lang language languages language_score lang_score script locale
-category categories subcategory topic topics task task_name task_type type_of_task type kind tag tags label_source
-difficulty
-level grade subject
-date time timestamp created created_at created_time create_time updated_at added version revision
-meta metadata meta_data stats
-score scores quality quality_score rating ratings score_chosen score_rejected chosen_score rejected_score
-chosen_rating rejected_rating chosen_model rejected_model margin reward rewards perplexity ppl toxicity
-model model_name model_id generator engine author annotator annotators annotator_id user_id worker_id created_by
-length len num_tokens token_count n_tokens tokens_count char_count word_count num_turns n_turns turn
-parallel_tool_calls redacted openai_moderation
-"""
-HARMLESS = frozenset(_HARMLESS.split()) | {"Unnamed: 0"}  # as pandas names an index without a name
-# The same of a message: who sent it when, not what it says.
-_HARMLESS_OF_MESSAGE = """
-id _id index timestamp created created_at create_time model turn tokens token_count end_turn language toxic
-"""
-HARMLESS_OF_MESSAGE = frozenset(_HARMLESS_OF_MESSAGE.split())
-
 
 def is_empty(value: object) -> bool:
     """Whether a value says nothing: null, "", [] or {}."""
     return not value and (value is None or value == "" or value == [] or value == {})
 
 
-def kind_of(row: JsonObject, where: str, use: str, ignore: Collection[str] = (), forced: str | None = None) -> Kind:
-    """The kind of a row among those of ``use``. UserError for a row of no kind, of another use, or of several kinds.
+Parts = tuple[tuple[str, str], ...]
+"""(a name that a slot has, the rows' own key for it), of which ``--column`` makes rows readable."""
+
+
+@functools.lru_cache(maxsize=64)
+def kinds_with(parts: Parts) -> dict[str, Kind]:
+    """KINDS in which the slots that ``parts`` names take the rows' own keys alone."""
+    own = {name: key for name, key in parts if name not in (*SPEAKERS, *WORDS)}
+
+    def keys(names: tuple[str, ...]) -> tuple[str, ...]:
+        named = tuple(own[name] for name in names if name in own)
+        return named or tuple(name for name in names if name not in own.values())
+
+    return {
+        name: replace(kind, slots={slot: keys(names) for slot, names in kind.slots.items()})
+        for name, kind in KINDS.items()
+    }
+
+
+def kinds_of(
+    row: JsonObject,
+    where: str,
+    use: str,
+    ignore: Collection[str] = (),
+    forced: str | None = None,
+    parts: Parts = (),
+) -> tuple[Kind, ...]:
+    """The kinds, among those of ``use``, that a row can be of. UserError for a row of no kind or of another use.
 
     Keys with a value decide; where none does, empty ones do. ``forced`` names the kind, which the row must then fit.
     """
     given = row.keys() - set(ignore)
+    if use in (DIALOGUE, PREFERENCE):
+        refuse_known(row, given, where)
     if forced is not None:
-        kind = KINDS[forced]
+        kind = kinds_with(parts)[forced]
         if not kind.marked_by(given):
             raise UserError(f"{where}: not a row of kind {forced} ({_wanted(kind)}); keys found: {keys_found(row)}")
-        return kind
+        return (kind,)
     filled = frozenset(key for key in given if not is_empty(row[key]))
-    found = _marked(use, filled) or _marked(use, frozenset(given))
-    if len(found) > 1:
-        names = ", ".join(kind.name for kind in found)
-        raise UserError(
-            f"{where}: the row can be of several kinds ({names}) by its keys {keys_found(row)}; say which with "
-            "--kind NAME, and leave the others' keys out with --ignore-key"
-        )
+    found = _marked(use, filled, parts) or _marked(use, frozenset(given), parts)
+    if sure := tuple(kind for kind in found if kind.name != TRANSCRIPT):
+        return sure
+    if not found or not KINDS["text"].marked_by(given) or KINDS["proposition"].marked_by(given):
+        refuse_other_use(row, where, use, ignore)
     if found:
-        return found[0]
-    refuse_other_use(row, where, use, ignore)
-    wanted = "; ".join(f"{kind.name} ({_wanted(kind)})" for kind in USES[use])
-    raise UserError(f"{where}: a row of no kind that is read: {wanted}; keys found: {keys_found(row)}")
+        return found
+    wanted = "; ".join(f"{kind.name} ({_wanted(kind)})" for kind in kinds_with(parts).values() if kind.use == use)
+    raise UserError(
+        f"{where}: a row of no kind that is read: {wanted}; keys found: {keys_found(row)}; parts under other "
+        f"names are named by --column, e.g. --column {_EXAMPLES[use]}"
+    )
+
+
+_EXAMPLES = {
+    DIALOGUE: "question=KEY --column answer=KEY",
+    PREFERENCE: "chosen=KEY --column rejected=KEY",
+    TEACHER: "text=KEY --column label=KEY",
+}
+
+
+def several_kinds(row: JsonObject, where: str, kinds: Collection[Kind]) -> UserError:
+    """The error for a row whose kind cannot be told."""
+    names = ", ".join(kind.name for kind in kinds)
+    return UserError(
+        f"{where}: the row can be of several kinds ({names}) by its keys {keys_found(row)}; say which with "
+        "--kind NAME, and leave the others' keys out with --ignore-key"
+    )
 
 
 @functools.lru_cache(maxsize=1024)
-def _marked(use: str, keys: frozenset[str]) -> tuple[Kind, ...]:
+def _marked(use: str, keys: frozenset[str], parts: Parts) -> tuple[Kind, ...]:
     """The kinds for ``use`` that a row with these keys can be of; rows of a file mostly have the same keys."""
-    return tuple(kind for kind in USES[use] if kind.marked_by(keys))
+    return tuple(kind for kind in kinds_with(parts).values() if kind.use == use and kind.marked_by(keys))
 
 
 def refuse_other_use(row: JsonObject, where: str, use: str, ignore: Collection[str] = ()) -> None:
     """UserError that names the option, where a row is of a kind that is not for ``use``."""
     given = row.keys() - set(ignore)
-    if other := next((kind for kind in KINDS.values() if kind.use != use and kind.marked_by(given)), None):
+    others = (kind for kind in KINDS.values() if kind.use != use and kind.name != TRANSCRIPT)
+    if other := next((kind for kind in others if kind.marked_by(given)), None):
         raise UserError(f"{where}: {_is_a(other)}; pack {_PLURALS[other.use]} {OPTION[other.use]}")
 
 
@@ -204,12 +280,25 @@ class Slots:
                 continue
             given = [name for name in names if name in row and name not in ignore and not is_empty(row[name])]
             if len(given) > 1:
+                given = self._told(given)
+            if len(given) > 1:
                 raise UserError(
                     f"{where}: '{given[0]}' and '{given[1]}' both hold the {slot} of a row of kind {kind.name}; "
                     f"leave one out, e.g. with --ignore-key {given[1]}"
                 )
             if given:
                 self._names[slot] = given[0]
+
+    def _told(self, names: list[str]) -> list[str]:
+        """Of several names of a slot those that say more than others: not one that repeats the value of one before it,
+        or of a key that fills another slot (``messages`` beside the ``chosen`` that they are)."""
+        others = [name for name in self.kind.keys if name in self.row and name not in names]
+        values = [self.row[name] for name in names]
+        return [
+            name
+            for n, name in enumerate(names)
+            if values[n] not in values[:n] and not any(self.row[other] == values[n] for other in others)
+        ]
 
     def __contains__(self, slot: str) -> bool:
         """Whether the row fills it with something that is not empty."""

@@ -41,7 +41,8 @@ class DialogueFile(Sequence[Dialogue]):
         self._file, self._item = array("i"), array("q")
         self._offset, self._size, self._line = array("q"), array("q"), array("q")
         # Rows are noticed once, though they may be read again.
-        self._again = Reading(self._reading.ignore, self._reading.reasoning, self._reading.kind)
+        again = self._reading
+        self._again = Reading(again.ignore, again.reasoning, again.kind, again.columns)
         self._seen = bytearray()
         self._handle: tuple[int, BinaryIO] | None = None
         self._spool: BinaryIO | None = None

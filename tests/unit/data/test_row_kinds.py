@@ -13,6 +13,7 @@ from telechat_twins.core.data import dialogues
 from telechat_twins.core.data.chat_template import encode_chat
 from telechat_twins.core.data.dialogues import parse_dialogue
 from telechat_twins.core.data.kinds import messages as messages_module
+from telechat_twins.core.data.kinds import transcripts
 from telechat_twins.core.data.kinds.messages import Reading
 from telechat_twins.core.data.kinds.table import KINDS, USES
 from telechat_twins.core.data.packed import PackedDataset
@@ -79,6 +80,10 @@ FAULTS: dict[str, tuple[str, object, str, Any]] = {
     "weight dropped": ("messages", messages_module, "_weight", lambda *_: True),
     "arguments dropped": ("messages", messages_module, "tool_arguments", lambda value: {}),
     "parts joined by a space": ("messages", messages_module, "_content", lambda value, *_: _spaced(value)),
+    "calls lost": ("query", dialogues, "read_calls", lambda *_: [{"name": "f", "arguments": {}}]),
+    "questions of lines kept as they stand": ("alpaca", dialogues, "asked_in_turns", _nothing),
+    "results written otherwise": ("messages", messages_module, "json_text", repr),
+    "spaces of turns kept": ("transcript", transcripts, "_said", lambda said, style, role: said),
     "answers of a prompt learnt": ("completion", dialogues, "ANSWERS", ()),
 }
 
@@ -149,6 +154,7 @@ def test_reasoning_is_refused_trained_or_left_out() -> None:
             {"conversations": [{"from": "narrator", "value": "q"}]},
             "'conversations[0].from' is 'narrator'; legal: system",
         ),
+        ({"conversations": ["q"]}, "'conversations' holds one text"),
         ({"conversations": "not json"}, "'conversations' is text but not a JSON list"),
         ({"messages": [ASKED, SAID, {"role": "developer", "content": "rhyme"}, ASKED, SAID]}, "second system message"),
         ({"system": "s", "conversations": [{"from": "system", "value": "t"}]}, "'conversations[0]' is a second system"),
@@ -173,7 +179,7 @@ def test_the_way_out_of_an_ambiguous_row() -> None:
         read({"instruction": "a", "output": "b", "response": "c"}, ignore=frozenset({"response"}))[1]["content"] == "b"
     )
     with pytest.raises(
-        UserError, match=r"rows:1: not a row of kind sharegpt \(conversations/conversation\); keys found"
+        UserError, match=r"rows:1: not a row of kind sharegpt \(conversations/conversation/.*\); keys found"
     ):
         read(row, kind="sharegpt")
 

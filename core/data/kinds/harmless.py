@@ -1,0 +1,45 @@
+"""Keys that hold nothing that a model is to learn: where a row comes from, how it was made or judged, who sent it."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+_HARMLESS = """
+id idx index _id uid uuid guid row_id example_id sample_id conversation_id conv_id dialog_id prompt_id question_id
+message_id thread_id doc_id docid ids __index_level_0__ hash md5 sha sha1 sha256 checksum
+source sources src origin data_source dataset dataset_name data_name corpus subset split config file file_name
+filename file_path filepath path url uri link repo repo_name domain dump crawl license licence copyright citation
+lang language languages language_score lang_score langdetect script locale
+category categories subcategory topic topics task task_name task_type type_of_task type kind tag tags label_source
+difficulty
+level grade subject
+date time timestamp created created_at created_time create_time updated_at added version revision
+meta metadata meta_data stats
+score scores quality quality_score rating ratings score_chosen score_rejected chosen_score rejected_score
+chosen_rating rejected_rating chosen_model rejected_model margin reward rewards perplexity ppl toxicity
+model model_name model_id generator engine author annotator annotators annotator_id user_id worker_id created_by
+length len num_tokens token_count n_tokens tokens_count char_count word_count num_turns n_turns turn
+parallel_tool_calls redacted openai_moderation
+"""
+# Of rows that are dialogues or pairs; a document may need them (its title, say).
+_OF_SAMPLES = """
+title answer_from human_verified source_type cot_type problem_type problem_source question_type views avatarUrl
+skip_prompt_formatting gen_input_configs difficulty_generator input_quality quality_explanation quality_generator
+task_category other_task_category task_category_generator llama_guard_2 reward_model instruct_reward
+min_neighbor_distance repeat_count min_similar_uuid instruction_length response_length tokenized
+post_id upvote_ratio c_root_id_A c_root_id_B created_at_utc_A created_at_utc_B score_A score_B seconds_difference
+score_ratio model_a model_b response_0_source response_1_source prompt_source judge qid
+"""
+_OF_MESSAGE = """
+id _id index timestamp created created_at create_time model turn tokens token_count end_turn language toxic
+message_id parent_id
+"""
+
+HARMLESS = frozenset(_HARMLESS.split()) | {"Unnamed: 0"}  # as pandas names an index without a name
+HARMLESS_OF_SAMPLES = HARMLESS.union(_OF_SAMPLES.split())
+HARMLESS_OF_MESSAGE = frozenset(_OF_MESSAGE.split())
+
+
+def harmless(key: str, value: object, names: Collection[str]) -> bool:
+    """Whether a key is one of ``names``, or a label that is a set of categories and no verdict."""
+    return key in names or (key == "label" and isinstance(value, (dict, list)) and names is HARMLESS_OF_SAMPLES)
