@@ -17,6 +17,7 @@ from typing import NoReturn
 
 from telechat_twins.core.errors import UserError
 from telechat_twins.core.files import ROOT
+from telechat_twins.core.launch.signals import signals_as_interrupt
 from telechat_twins.core.near import nearest
 from telechat_twins.core.shown import controls_shown, escape_unencodable, message_line, shown
 
@@ -124,7 +125,8 @@ class Parser(argparse.ArgumentParser):
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one verb. Returns its exit code; a UserError becomes one line on stderr and 2, Ctrl-C 130, a bug 1."""
+    """Run one verb. Returns its exit code: 2 for a UserError, which becomes one line on stderr, 130 for Ctrl-C, SIGTERM
+    and SIGHUP, 1 for a bug."""
     words = list(sys.argv[1:] if argv is None else argv)
     escape_unencodable()
     try:
@@ -217,7 +219,8 @@ def _run(words: list[str]) -> int:
         options = parser.parse_args(rest)
     except SystemExit as stop:  # --help
         return int(stop.code or 0)
-    return command.run(options)
+    with signals_as_interrupt():
+        return command.run(options)
 
 
 def overview() -> str:

@@ -214,7 +214,13 @@ class _Loader(yaml.SafeLoader):
         integer = node.tag == _TAG + "int"
         if not _DECIMAL.match(node.value) and (integer or not _FLOAT.match(node.value)):
             return self.refuse_ambiguous(node)
-        return self.construct_yaml_int(node) if integer else self.construct_yaml_float(node)
+        if integer:
+            return self.construct_yaml_int(node)
+        value: float = self.construct_yaml_float(node)
+        if value == 0 and re.search("[1-9]", re.split("[eE]", node.value)[0]):
+            reason = f"{shown(node.value)} is too small for a number, and would be 0"
+            raise yaml.constructor.ConstructorError(None, None, reason, node.start_mark)
+        return value
 
     def construct_truth(self, node: yaml.ScalarNode) -> bool:
         """true or false, also where the tag was written out."""

@@ -24,9 +24,16 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("serve", "parity", "bench", "mup", "eval"),
     ("commands",),
 )
-# Rooms of the second floor that use each other, one way: the command line and the launcher write files;
+# Rooms of the second floor that use each other, one way: the command line and the launcher write files and end alike;
 # backends name the pip command of a checkout or of a wheel.
-SAME_FLOOR = {("launch", "files"), ("launch", "schema"), ("cli", "files"), ("schema", "files"), ("backends", "files")}
+SAME_FLOOR = {
+    ("launch", "files"),
+    ("launch", "schema"),
+    ("cli", "files"),
+    ("cli", "launch"),
+    ("schema", "files"),
+    ("backends", "files"),
+}
 FILES_A_FOLDER, FILES_A_TWIN = 20, 25
 
 

@@ -95,7 +95,8 @@ def _repeated(kinds: tuple[Kind, ...], row: JsonObject, where: str, reading: Rea
 
 def _parsed(kind_found: Kind, row: JsonObject, where: str, reading: Reading) -> Dialogue:
     slots = slots_of(kind_found, row, where, reading, repeated=True)
-    kind, name = slots.kind.name, slots.name("messages") if "messages" in slots.kind.slots else slots.kind.name
+    kind = slots.kind.name
+    name = next((slots.name(slot) for slot in ("messages", "history") if slot in slots), kind)
     system = system_of(slots)
     pair, messages = _READERS[kind](slots, reading)
     system, messages = with_system(messages, system, name, where)

@@ -37,9 +37,10 @@ from telechat_twins.core.launch.command import (
 )
 from telechat_twins.core.launch.heartbeat import Waits
 from telechat_twins.core.launch.nodes import RENDEZVOUS_S, JobEnd, Nodes, bind, meet
-from telechat_twins.core.launch.processes import Deaths, ProcessTree, lives, signals_as_interrupt
+from telechat_twins.core.launch.processes import Deaths, ProcessTree, lives
 from telechat_twins.core.launch.run_lock import hold_folder
 from telechat_twins.core.launch.screen import Screen, last_lines
+from telechat_twins.core.launch.signals import signals_as_interrupt
 from telechat_twins.core.launch.stacks import dump_stacks, read_bytes
 from telechat_twins.core.launch.worker import SCHEDULER, STOPPED, read_status, stack_path
 from telechat_twins.core.shown import from_here

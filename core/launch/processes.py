@@ -9,33 +9,17 @@ import signal
 import subprocess
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from typing import BinaryIO
 
 import psutil
 
+from telechat_twins.core.launch.signals import INTERRUPTING
 from telechat_twins.core.launch.worker import die_with_parent
 
-INTERRUPTING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 POLL_S = 0.05  # between two checks of processes that are ending
 SEARCH_S = 0.5  # between two searches for new processes while all goes well
 TERM_GRACE_S = 1.5  # between SIGTERM and SIGKILL
-
-
-@contextmanager
-def signals_as_interrupt() -> Iterator[None]:
-    """Raise KeyboardInterrupt for SIGTERM and SIGHUP as for Ctrl-C. Outside the main thread, which alone may set signal
-    handlers, nothing is changed."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = [signal.signal(number, signal.default_int_handler) for number in INTERRUPTING]
-    try:
-        yield
-    finally:
-        for number, handler in zip(INTERRUPTING, before, strict=True):
-            signal.signal(number, handler)
 
 
 class ProcessTree:

@@ -158,6 +158,8 @@ _adopted: list[Tokenizer] = []
 def _adopt(tokenizer: Tokenizer, parent: int) -> None:
     """In a worker: keep the tokenizer, leave Ctrl-C to the parent, and end when that is gone."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for number in (signal.SIGTERM, signal.SIGHUP):  # the parent's handlers would print a worker's stack
+        signal.signal(number, signal.SIG_DFL)
     _adopted[:] = [tokenizer]
 
     def watch() -> None:

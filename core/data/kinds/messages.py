@@ -347,6 +347,11 @@ def _call(value: object, place: int, name: str, where: str, reading: Reading) ->
         refuse_unread(inner, _FUNCTION, name, where, reading.ignore)
     if not isinstance(inner.get("name"), str):
         raise UserError(f"{where}: '{name}.name' must be text, found {type(inner.get('name')).__name__}")
+    if json_text(inner["name"]) != f'"{inner["name"]}"' or not inner["name"]:
+        raise UserError(
+            f"{where}: '{name}.name' is {shown(inner['name'])}, which no call can say: the layout writes names as they "
+            "are, between quotes"
+        )
     for key, wanted in (("type", "function"), ("index", place)):
         if value.get(key) is not None and value[key] != wanted:
             raise UserError(f"{where}: '{name}': '{key}' must be {wanted!r}, found {shown(value[key])}")

@@ -154,6 +154,12 @@ def test_reasoning_is_refused_trained_or_left_out() -> None:
             {"conversations": [{"from": "narrator", "value": "q"}]},
             "'conversations[0].from' is 'narrator'; legal: system",
         ),
+        (
+            {"query": "q", "response": "a", "system": "s", "history": [{"role": "system", "content": "t"}]},
+            "'history[0]' is a second system message",
+        ),
+        ({"query": "q", "answers": [{"name": 'f"', "arguments": {}}]}, "name' is 'f\"', which no call can say"),
+        ({"query": "q", "answers": [{"name": "", "arguments": {}}]}, "name' is '', which no call can say"),
         ({"conversations": ["q"]}, "'conversations' holds one text"),
         ({"conversations": "not json"}, "'conversations' is text but not a JSON list"),
         ({"messages": [ASKED, SAID, {"role": "developer", "content": "rhyme"}, ASKED, SAID]}, "second system message"),

@@ -10,7 +10,7 @@ from telechat_twins.core.config import load_run_config, run_config_from_dict
 from telechat_twins.core.errors import UserError
 from telechat_twins.core.model.config import load_model_config, preset_names
 from telechat_twins.core.model.params import count_parameters, parameter_table
-from telechat_twins.core.schema import load_yaml, set_dotted
+from telechat_twins.core.schema import load_yaml, parse_yaml, set_dotted
 from telechat_twins.core.types import JsonObject
 
 # Published parameter counts; the 115B's equals the total_size of its released index (float32) divided by 4.
@@ -195,6 +195,13 @@ def test_a_value_that_versions_of_yaml_read_differently_is_refused(tmp_path: Pat
         set_dotted({}, f"a.b={value}")
     (tmp_path / "x.yaml").write_text(f"a: '{value}'\nb: [\"{value}\"]\n")
     assert load_yaml(tmp_path / "x.yaml") == {"a": value, "b": [value]}
+
+
+def test_a_number_that_would_become_nothing_is_refused() -> None:
+    for value in ("1e-400", "-0.5e-999"):
+        with pytest.raises(UserError, match="is too small for a number, and would be 0"):
+            parse_yaml(f"lr: {value}", "run.yaml")
+    assert parse_yaml("[0.0, 0e9, 1e-300]", "run.yaml") == [0.0, 0.0, 1e-300]
 
 
 def test_a_merge_key_is_refused_by_name(tmp_path: Path) -> None:
