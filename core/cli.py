@@ -12,6 +12,7 @@ import sys
 import tomllib
 import traceback
 from collections.abc import Sequence
+from pathlib import Path
 from types import ModuleType
 from typing import NoReturn
 
@@ -147,7 +148,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"tele: {error.name} is not installed here; `tele doctor` says how to install it", file=sys.stderr)
         return 2
     except Exception as error:
-        line = _refused(error)
+        line = _refused(error, words)
         if line is None:
             _defect()
             return 1
@@ -160,10 +161,12 @@ def _defect() -> None:
     print(controls_shown(traceback.format_exc()), end="", file=sys.stderr)
 
 
-def _refused(error: Exception) -> str | None:
+def _refused(error: Exception, words: Sequence[str]) -> str | None:
     """Message for a file, a folder or memory that the system refuses; None for any other error.
 
-    A fallback for the commands' own checks, whose messages are more specific.
+    A fallback for the commands' own checks, whose messages are more specific. Of a path that one of the ``words`` of
+    the command line names, whatever the system says is the caller's: a folder that cannot be made is "not found" in
+    some file systems.
     """
     if isinstance(error, MemoryError):
         return f"out of memory ({str(error) or 'allocation failed'}); use smaller sizes, or a larger machine"
@@ -172,12 +175,21 @@ def _refused(error: Exception) -> str | None:
         return f"out of memory ({refusal[0]}); use smaller sizes, or a larger machine"
     refused = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG}
     full = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
-    if not isinstance(error, OSError) or error.errno not in refused | full:
+    if not isinstance(error, OSError) or not (error.errno in refused | full or _is_named(error.filename, words)):
         return None
     what = error.filename if isinstance(error.filename, str) else "output"
     ways = {errno.EACCES: "change its permissions or ", errno.EPERM: "change its permissions or "}
     ways |= dict.fromkeys(full, "free some space or ")
     return f"{what}: {error.strerror}; {ways.get(error.errno, '')}choose another path"
+
+
+def _is_named(path: object, words: Sequence[str]) -> bool:
+    """Whether a word of the command line, or its part behind "=", is this path, lies above it or below it."""
+    if not isinstance(path, str) or not path:
+        return False
+    wholes = [Path(part).absolute() for word in words for part in (word, word.partition("=")[2]) if part]
+    found = Path(path).absolute()
+    return any(found == one or found in one.parents or one in found.parents for one in wholes)
 
 
 def version() -> str:

@@ -162,6 +162,7 @@ def _convert_run(args: argparse.Namespace) -> int:
     from telechat_twins.convert.mindformers.config import lines_of
     from telechat_twins.convert.mindformers.run_config import dump_yaml, from_mindformers, to_mindformers_yaml
     from telechat_twins.core.config import load_run_config, run_config_from_dict
+    from telechat_twins.core.files.atomic import write_text
     from telechat_twins.core.schema import load_yaml
 
     ways = {("mindformers", "canonical"), ("canonical", "mindformers")}
@@ -179,7 +180,7 @@ def _convert_run(args: argparse.Namespace) -> int:
         found = to_mindformers_yaml(load_run_config(args.source))
     for line in found.report().splitlines():
         print(printable(line, longest=None))
-    args.target.write_text(dump_yaml(found, f"Converted from {printable(args.source.name)}."), encoding="utf-8")
+    write_text(args.target, dump_yaml(found, f"Converted from {printable(args.source.name)}."))
     print(f"wrote {args.target}: {len(found.carried)} keys carried, {len(found.left)} not")
     return 0
 

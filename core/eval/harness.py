@@ -107,7 +107,7 @@ def run_task(plan: TaskPlan, model: EngineModel, manager: TaskManager, options: 
         raise UserError(f"{plan.name}: executes code that the model writes; in a sandbox, add --run-unsafe-code")
     if plan.name in SENTENCES:
         _require_sentences(plan.name, options.data)
-    with _bars(options.quiet), local_data(options.data) as sets, task_errors(plan.name, options.data, sets):
+    with _bars(options.quiet), _no_git(), local_data(options.data) as sets, task_errors(plan.name, options.data, sets):
         found = simple_evaluate(
             model=model,
             tasks=[plan.name],
@@ -123,6 +123,20 @@ def run_task(plan: TaskPlan, model: EngineModel, manager: TaskManager, options: 
         )
     assert found is not None  # a model of rank 0
     return dict(found)
+
+
+@contextlib.contextmanager
+def _no_git() -> Iterator[None]:
+    """Keep the harness from asking git for the commit of the working folder, which git refuses on stderr, once a task,
+    where there is none; results.json names versions instead."""
+    import lm_eval.evaluator as evaluator
+
+    before = evaluator.get_git_commit_hash
+    evaluator.get_git_commit_hash = lambda: None
+    try:
+        yield
+    finally:
+        evaluator.get_git_commit_hash = before
 
 
 def _require_sentences(name: str, data: Path | None) -> None:

@@ -59,6 +59,14 @@ def test_both_backends_give_the_same_items(place: Path, capsys: pytest.CaptureFi
     assert results[0]["tasks"]["made_choices"]["shots"] == 2
 
 
+def test_outside_a_repository_nothing_is_said_of_git(
+    place: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert tele(place, "outside", "--limit", "1", tasks=("made_choices",)) == 0
+    assert "git" not in capfd.readouterr().err
+
+
 def test_an_interrupted_evaluation_continues(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert tele(place, "once", tasks=("made_choices",)) == 0
     whole = rows(place / "once")

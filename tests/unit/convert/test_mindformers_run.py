@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import resource
 from pathlib import Path
 from typing import Any
 
@@ -182,3 +183,19 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
         convert.run(parser.parse_args(words))
     with pytest.raises(UserError, match="SRC is a run's .yaml: give a .yaml as DST"):
         convert.run(parser.parse_args([*words[:5], str(tmp_path / "folder")]))
+
+
+def test_a_full_disk_leaves_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    # capsys: pytest's own files would be limited, too.
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(RECIPE))
+    parser = argparse.ArgumentParser()
+    convert.add_arguments(parser)
+    words = ["--from", "mindformers", "--to", "canonical", str(tmp_path / "run.yaml"), str(tmp_path / "ours.yaml")]
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (200, before[1]))
+        with pytest.raises(UserError, match="ours.yaml: a file-size limit was exceeded"):
+            convert.run(parser.parse_args(words))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert [path.name for path in tmp_path.iterdir()] == ["run.yaml"]

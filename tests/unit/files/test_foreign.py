@@ -260,6 +260,31 @@ def test_a_frameworks_refusal_of_memory_is_one_line(
     assert told.startswith("tele: out of memory (") and told.endswith("; use smaller sizes, or a larger machine")
 
 
+@pytest.mark.parametrize(
+    ("words", "path", "named"),
+    [
+        (["eval", "--out", "/proc/x"], "/proc/x", True),
+        (["eval", "--out=/proc/x/y"], "/proc/x", True),
+        (["eval", "--domain", "a=texts"], "texts/part.jsonl", True),
+        (["eval", "--out", "scores"], "/proc/x", False),
+        (["eval", "--out", "scores"], None, False),
+    ],
+)
+def test_a_refusal_of_a_path_that_the_caller_named_is_one_line(
+    words: list[str], path: str | None, named: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A folder that cannot be made below /proc is "not found", as a file of ours that is missing would be."""
+
+    def run(words: list[str]) -> int:
+        raise FileNotFoundError(2, "No such file or directory", path)
+
+    monkeypatch.setattr(cli, "_run", run)
+    assert cli.main(words) == (2 if named else 1)
+    told = capsys.readouterr().err
+    assert ("Traceback" not in told) == named
+    assert not named or told == f"tele: {path}: No such file or directory; choose another path\n"
+
+
 def test_a_sample_of_the_campaign() -> None:
     told: list[str] = []
     outcomes = campaign(40, seed=11, say=told.append)
