@@ -180,7 +180,7 @@ def _refused(error: Exception, words: Sequence[str]) -> str | None:
     what = error.filename if isinstance(error.filename, str) else "output"
     ways = {errno.EACCES: "change its permissions or ", errno.EPERM: "change its permissions or "}
     ways |= dict.fromkeys(full, "free some space or ")
-    return f"{what}: {error.strerror}; {ways.get(error.errno, '')}choose another path"
+    return f"{what}: {error.strerror}; {ways.get(error.errno or 0, '')}choose another path"
 
 
 def _is_named(path: object, words: Sequence[str]) -> bool:
