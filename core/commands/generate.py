@@ -14,6 +14,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from telechat_twins.core import backends
 from telechat_twins.core.commands.options import (
     add_adapter_argument,
     add_model_arguments,
@@ -168,20 +169,20 @@ def run(args: argparse.Namespace) -> int:
     check_request(request, model.config.num_tokens, has_text)  # before weights are read
     terminal = sys.stdout.isatty()
     show = args.stream and not args.json and has_text and request.samples == 1
-    started = time.perf_counter()
     made: list[list[Event]] = [[] for _ in range(request.samples)]
     if layout.world == 1:
-        for event in answer(model.engine(request.total, request.samples), request):
+        engine, started = model.engine(request.total, request.samples), time.perf_counter()
+        for event in answer(engine, request):
             made[event.sample].append(event)
             if show and event.text:
                 print(controls_shown(event.text) if terminal else event.text, end="", flush=True)
+        seconds = time.perf_counter() - started
     else:
-        code, events = _by_ranks(args, model, request, layout, show)
+        code, events, seconds = _by_ranks(args, model, request, layout, show)
         if code:
             return code
         for event in events:
             made[event.sample].append(event)
-    seconds = time.perf_counter() - started
     for sample in made:
         _report(args, request, sample, show)
     count = sum(map(len, made))
@@ -335,10 +336,11 @@ def _request(args: argparse.Namespace, model: Loaded, ids: Sequence[int], sampli
 
 def _by_ranks(
     args: argparse.Namespace, model: Loaded, request: Request, layout: Layout, show: bool
-) -> tuple[int, list[Event]]:
-    """Run a request in the processes of a layout. Returns the launcher's exit code and the events; with ``show``, the
-    text goes to stdout as it is generated. After a failure of a rank (code 1) the folder with the logs is kept; the
-    launcher has printed its name."""
+) -> tuple[int, list[Event], float]:
+    """Run a request in the processes of a layout: the launcher's exit code, the events, and the seconds from the first
+    step to the last. With ``show``, the text goes to stdout as it is generated. After a failure of a rank (code 1) the
+    folder with the logs is kept; the launcher has printed its name.
+    """
     from telechat_twins.convert.generation_rank import SCRIPT
     from telechat_twins.core.inference.generation import note_length
     from telechat_twins.core.inference.worker import GenerationJob, read_events, write_job
@@ -364,9 +366,12 @@ def _by_ranks(
     write_job(folder / "job.json", job)
     code = 1
     try:
+        _to_stderr(
+            f"starting {layout.world} processes with {backends.TITLES[args.backend]}; they first read the weights"
+        )
         with _shown(folder / "text", show):
             code = launch(args.backend, [str(folder / "job.json")], layout.world, folder / "logs", script=SCRIPT)
-        return code, [] if code else read_events(folder / "samples.json")
+        return (code, [], 0.0) if code else (code, *read_events(folder / "samples.json"))
     finally:
         if code != 1:
             shutil.rmtree(folder, ignore_errors=True)

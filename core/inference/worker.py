@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -87,15 +88,16 @@ def read_job(path: Path) -> GenerationJob:
     return GenerationJob(**values)
 
 
-def write_events(path: Path, events: Sequence[Event]) -> None:
-    """Write all events of a request."""
-    path.write_text(json.dumps([_plain(event) for event in events]), encoding="utf-8")
+def write_events(path: Path, events: Sequence[Event], seconds: float) -> None:
+    """Write all events of a request and the seconds that it took."""
+    made = {"seconds": seconds, "events": [_plain(event) for event in events]}
+    path.write_text(json.dumps(made), encoding="utf-8")
 
 
-def read_events(path: Path) -> list[Event]:
-    """The events from ``write_events``'s file."""
-    found = []
-    for values in json.loads(path.read_text(encoding="utf-8")):
+def read_events(path: Path) -> tuple[list[Event], float]:
+    """The events and the seconds from ``write_events``'s file."""
+    found, made = [], json.loads(path.read_text(encoding="utf-8"))
+    for values in made["events"]:
         if values["choice"] is not None:
             values["choice"] = _choice(values["choice"])
         if values["scores"] is not None:
@@ -105,7 +107,7 @@ def read_events(path: Path) -> list[Event]:
         if values["usage"] is not None:
             values["usage"] = Usage(**values["usage"])
         found.append(Event(**values))
-    return found
+    return found, made["seconds"]
 
 
 def _choice(values: tuple[int, float | None, float | None, list[tuple[int, float]]]) -> TokenChoice:
@@ -143,14 +145,15 @@ def serve_rank(path: Path, open_reader: OpenReader, open_adapter: OpenAdapter) -
         tokenizer = job.tokenizer and load_tokenizer(job.tokenizer, control=job.control, in_vocabulary=True)
         leader = Leader(runner)
         engine = Engine(leader, tokenizer or None, rescale=job.rescale, adapters=len(adapters))
-        events = []
+        events, started = [], time.perf_counter()
         with open(path.parent / "text", "a", encoding="utf-8") as text:
             for event in answer(engine, job.request):
                 events.append(event)
                 if event.sample == 0:
                     text.write(event.text)
                     text.flush()
+        seconds = time.perf_counter() - started
         leader.close()
-        write_events(path.parent / "samples.json", events)
+        write_events(path.parent / "samples.json", events, seconds)
     backends.load(job.backend, "mesh").leave()
     return 0

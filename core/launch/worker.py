@@ -44,6 +44,12 @@ PEER_WAIT_S = 150.0  # a failed or interrupted rank waits this long for the othe
 
 STOPPED = 3  # code in a status file, and of a launch that asks for it: training ended itself on purpose
 
+# First line of a log of msrun's; in the form of MindSpore's own lines, which core.launch.screen leaves in the file.
+MEETING = (
+    "[INFO] TELE({pid},launch): until all processes have met, MindSpore repeats below 'Topology build timed out., "
+    "retry', 'Failed to connect to the meta server' and the like; they are no fault and stop within seconds"
+)
+
 _supervised = False
 
 
@@ -164,6 +170,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         die_with_parent()
     # A shell starts background jobs with SIGINT ignored; this rank must react to it, since the launcher sends it.
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    if os.environ.get("MS_ROLE"):
+        print(MEETING.format(pid=os.getpid()), flush=True)
     if os.environ.get("MS_ROLE") == "MS_SCHED":
         return 0 if options.no_scheduler else _serve_as_scheduler(options.status_dir)
     rank = int(os.environ.get("RANK_ID") or os.environ.get("RANK") or 0)

@@ -193,6 +193,6 @@ def test_a_job_and_its_events_survive_the_files(tmp_path):
         Event(0, 1, TokenChoice(5), "", "stop", "x", None, Usage(2, 1, 0)),
         Event(0, 0, None, "", "error", None, "broken", Usage(2, 1, 0)),
     ]
-    write_events(tmp_path / "events.json", events)
-    assert read_events(tmp_path / "events.json") == events
+    write_events(tmp_path / "events.json", events, 0.25)
+    assert read_events(tmp_path / "events.json") == (events, 0.25)
     assert replace(job, layout="pp2") != job

@@ -143,5 +143,5 @@ def test_events_with_scores_survive_the_file(tmp_path):
     engine = Engine(PlainRunner())
     engine.submit(Request(prompt_ids=ids(1, 4), max_new_tokens=1, prompt_logprobs=2, next_ids=(5,)))
     (events,) = finish(engine).values()
-    write_events(tmp_path / "events.json", events)
-    assert read_events(tmp_path / "events.json") == events
+    write_events(tmp_path / "events.json", events, 0.25)
+    assert read_events(tmp_path / "events.json") == (events, 0.25)
