@@ -4,7 +4,6 @@ The loop is the shipped one, on packed data on disk, in this process; launching 
 """
 
 import dataclasses
-import json
 import shutil
 import sys
 
@@ -96,7 +95,7 @@ def test_resume_is_bit_equal(config, trainers, runs, backend, tmp_path):
     profiled = dataclasses.replace(config, train=dataclasses.replace(config.train, profile=profile))
     loop.train(trainers[backend], profiled, tmp_path, resume=str(runs[backend] / f"step-{SAVED:08d}"))
     trace = tmp_path / "profile" / f"step-{SAVED + 2:08d}" / "rank-0.json"
-    events = check_trace(json.loads(trace.read_text()))
+    events = check_trace(trace)
     names = {event["name"] for event in events}
     # The C++ operators, which MindSpore runs on a CPU, are not in its own trace.
     assert "Linear" in names if backend == "pt" else names

@@ -20,6 +20,7 @@ from telechat_twins.core.train.watch.environment import read_environment
 from telechat_twins.core.train.watch.meter import GIB
 from telechat_twins.core.train.watch.peak import peak_flops
 from tests.support.numpy_stepper import SEQ_LEN, Cluster, MemoryBlend, NumpyStepper, run_config
+from tests.support.traces import check_trace
 
 MACHINE = "name: ours\npeak_bf16: {value: 312, source: a data sheet}\npeak_fp32: {value: 156, source: a data sheet}\n"
 
@@ -153,3 +154,34 @@ def test_the_columns_of_the_machine_are_listed(tmp_path):
     assert [{k: v for k, v in row.items() if k not in MEASURED} for row in a] == [
         {k: v for k, v in row.items() if k not in MEASURED} for row in b
     ]
+
+
+SLICE = {"ph": "X", "name": "Linear", "ts": 10.5, "dur": 4, "pid": 1, "tid": 2}
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"ts": "10.5"},
+        {"dur": None},
+        {"dur": -1},
+        {"ph": "Z"},
+        {"pid": -1},
+        {"name": 3},
+        {"ts": 12.0},  # ends after the slice that it begins in
+        {"ts": float("nan")},
+        {"ph": "E"},
+        {"ph": "i", "s": "q"},
+        {"ph": "s", "id": "no number"},
+        {"ph": "C", "args": {"bytes": "many"}},
+        {"ph": "b"},
+    ],
+)
+def test_the_judge_of_traces_sees(wrong, tmp_path):
+    path = tmp_path / "trace.json"
+    inner = {**SLICE, "ts": 11, "dur": 2}
+    path.write_text(json.dumps({"traceEvents": [SLICE, inner]}))
+    assert check_trace(path) == [SLICE, inner]
+    path.write_text(json.dumps({"traceEvents": [SLICE, {**SLICE, **wrong}]}))
+    with pytest.raises((AssertionError, ValueError)):
+        check_trace(path)
