@@ -80,7 +80,7 @@ def join(timeout_s: float | None = None) -> tuple[int, int]:
         if ms.get_context("device_target") == "CPU":
             # Idle kernel and dispatch threads call sched_yield without end, on cores that other ranks need: 4 ranks on
             # 2 cores took 5.3 s for a step of telechat2-tiny as it comes, and 2.8 s so.
-            threads = max(1, (os.cpu_count() or 1) // get_group_size())
+            threads = _threads(get_group_size())
             ms.device_context.cpu.op_tuning.threads_num(threads)
             limit_threads(threads)
             ms.runtime.dispatch_threads_num(1)
@@ -88,6 +88,13 @@ def join(timeout_s: float | None = None) -> tuple[int, int]:
         # before the CPU's world group had its own.
         set_world_rank(get_rank())
     return get_rank(), get_group_size()
+
+
+def _threads(ranks: int) -> int:
+    """Threads of each of ``ranks`` processes: OMP_NUM_THREADS, which the launcher sets or the user, as in PyTorch's
+    ranks; without it an equal share of the cores that this process may use."""
+    asked = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0].strip()
+    return (int(asked) if asked.isdecimal() else 0) or max(1, len(os.sched_getaffinity(0)) // ranks)
 
 
 def make_group(name: str, ranks: tuple[int, ...], rank: int, heartbeat: Heartbeat | None = None) -> Group | None:
