@@ -31,6 +31,7 @@ from telechat_twins.core.bench.probes import (
     DEPTHS,
     NARROW_DEPTHS,
     NARROW_MICRO_BATCHES,
+    PROBED,
     SIZES,
     Probes,
     narrow,
@@ -49,8 +50,8 @@ from telechat_twins.core.planner.fit import with_efficiency
 from telechat_twins.core.planner.machine import Machine, machine_from
 from telechat_twins.core.planner.time.gradients import updated_bytes
 from telechat_twins.core.planner.time.operators import Rates, Shape, block_passes, ends_passes
-from telechat_twins.core.planner.time.step import stage_costs
-from telechat_twins.core.planner.time.traffic import block_traffic
+from telechat_twins.core.planner.time.step import stage_costs, step_time
+from telechat_twins.core.planner.time.traffic import block_traffic, ends_traffic
 from telechat_twins.core.planner.time.transfers import Ways
 from telechat_twins.core.planner.time.work import OURS, Work, work_of
 from telechat_twins.core.types import JsonObject
@@ -177,7 +178,7 @@ def host_times(crowd: Mapping[str, Mapping[str, float]], options: JsonObject) ->
         "update": update,
     }
     host: JsonObject = {name: round(seconds * 1e6, 2) for name, seconds in us.items()}
-    host |= {"exchange": 0.0, "ring_forward": 0.0, "ring_backward": 0.0}
+    host |= dict.fromkeys(("exchange", "ring_forward", "ring_backward"), 0.0)
     host["update_bandwidth"] = round(bandwidth / 1e9, 4)
     host["source"] = "models of 32 channels and 8 tokens, in two depths and numbers of micro-batches"
     return host, (beside["forward"], beside["gradients"])
@@ -245,30 +246,49 @@ def added_by_layouts(
     crowd: Mapping[str, Mapping[str, float]],
     layouts: Mapping[str, Mapping[str, float]],
 ) -> JsonObject:
-    """What tp and a ring add to a block of the narrow model, beside the collectives themselves, in microseconds."""
-    many = NARROW_MICRO_BATCHES[-1]
-
-    def block(times: Callable[[int], Mapping[str, float]]) -> Pair:
-        """Forward and backward of a block."""
-        shallow, deep = (times(depth) for depth in NARROW_DEPTHS)
-        count = many * (NARROW_DEPTHS[1] - NARROW_DEPTHS[0])
-        forward = (deep["forward"] - shallow["forward"]) / count
-        return forward, (deep["gradients"] - shallow["gradients"]) / count - forward
-
-    plain = block(lambda depth: crowd[f"narrow {depth} x{many}"])
-    cut = {name: block(lambda depth, name=name: layouts[f"{name} {depth}"]) for name in ("tp2", "ring2")}  # type: ignore[misc]
-    config = bench_config(narrow(options, 1, many, "tp2"))
+    """What tp and a ring add to a block of the narrow model, and tp to its ends, beside the collectives themselves, in
+    microseconds."""
+    many, shallow = NARROW_MICRO_BATCHES[-1], NARROW_DEPTHS[0]
+    plain = _of_a_micro_batch(lambda depth: crowd[f"narrow {depth} x{many}"])
+    cut = {name: _of_a_micro_batch(lambda depth, name=name: layouts[f"{name} {depth}"]) for name in PROBED}  # type: ignore[misc]
+    config = bench_config(narrow(options, shallow, many, "tp2"))
     work = work_of(config)
     shape = Shape.of(config.model, config.parallel, work, OURS)
+    ways = Ways(config.model, config.parallel, machine)
     sent = block_traffic(config.model, config.parallel, work, shape).tensor
-    calls = sum(count for count, _ in sent.values())
-    transfers = Ways(config.model, config.parallel, machine).seconds(sent)
-    exchange = (sum(cut["tp2"]) - sum(plain) - transfers) / calls
+    added = sum(cut["tp2"][0]) - sum(plain[0]) - ways.seconds(sent)
+    exchange = max(0.0, added / sum(calls for calls, _ in sent.values()))
+    ends = ends_traffic(config.model, config.parallel, shape, 0)
+    messages = (ways.seconds(ends) + exchange * sum(calls for calls, _ in ends.values())) / 2
+    # Once a step: the ranks agree on the loss, and sum the gradients that each has a part of.
+    agreed = ways.ways["world"].seconds("all_reduce", 1, 8)
+    summed = step_time(config.model, config.parallel, work, machine).tails[0].reduce
+    once = agreed / many, summed / many
+    tensor = [cut["tp2"][1][i] - plain[1][i] - messages - once[i] for i in range(2)]
     hop = Ways(config.model, Layout(cp=2), machine).ways["ring"].seconds("shift", 1, SIZES[0])
     # A ring of two sends keys once forward; backward keys once and their gradients twice.
-    ring = [(cut["ring2"][i] - plain[i] - hops * hop) / 2 for i, hops in enumerate((1, 3))]
-    found = {"exchange": exchange, "ring_forward": ring[0], "ring_backward": ring[1]}
+    ring = [(cut["ring2"][0][i] - plain[0][i] - hops * hop) / 2 for i, hops in enumerate((1, 3))]
+    found = {
+        "tensor_ends_forward": tensor[0],
+        "tensor_ends_backward": tensor[1],
+        "exchange": exchange,
+        "ring_forward": ring[0],
+        "ring_backward": ring[1],
+    }
     return {name: round(max(0.0, seconds) * 1e6, 2) for name, seconds in found.items()}
+
+
+def _of_a_micro_batch(times: Callable[[int], Mapping[str, float]]) -> tuple[Pair, Pair]:
+    """Forward and backward seconds of a block of the narrow model, and of all else in a micro-batch, with its share of
+    what happens once a step. ``times``: of the phases of a step, by depth."""
+    many, (shallow, deep) = NARROW_MICRO_BATCHES[-1], NARROW_DEPTHS
+
+    def of(phase: str) -> Pair:
+        block = (times(deep)[phase] - times(shallow)[phase]) / many / (deep - shallow)
+        return block, times(shallow)[phase] / many - shallow * block
+
+    forward, both = of("forward"), of("gradients")
+    return (forward[0], both[0] - forward[0]), (forward[1], both[1] - forward[1])
 
 
 def added_by_queries(

@@ -82,6 +82,10 @@ class Host:
     ends_backward: float = option(help="their backward", min=0.0)
     step: float = option(help="what a step takes beside its micro-batches", min=0.0)
     update: float = option(help="norm of the gradients, and update", min=0.0)
+    tensor_ends_forward: float = option(
+        0.0, help="what tensor ranks add to `ends_forward`, beside messages and `exchange`", min=0.0
+    )
+    tensor_ends_backward: float = option(0.0, help="likewise, to `ends_backward`", min=0.0)
     exchange: float = option(help="a collective inside a layer, beside the collective", min=0.0)
     ring_forward: float = option(help="a ring's step of a block's forward, beside its message", min=0.0)
     ring_backward: float = option(help="a ring's step of a block's backward", min=0.0)

@@ -56,6 +56,7 @@ class HostTimes:
 
     block: tuple[float, float] = (0.0, 0.0)
     ends: tuple[float, float] = (0.0, 0.0)
+    tensor_ends: tuple[float, float] = (0.0, 0.0)
     ring: tuple[float, float] = (0.0, 0.0)
     ring_byte: tuple[float, float] = (0.0, 0.0)
     step: float = 0.0
@@ -72,6 +73,7 @@ class HostTimes:
         return cls(
             (us * host.block_forward, us * host.block_backward),
             (us * host.ends_forward, us * host.ends_backward),
+            (us * host.tensor_ends_forward, us * host.tensor_ends_backward),
             (us * host.ring_forward, us * host.ring_backward),
             (1e-6 * us * host.ring_forward_mb, 1e-6 * us * host.ring_backward_mb),
             us * host.step,
@@ -224,14 +226,16 @@ def ends_passes(
     head = rates.product(t, E, V, a)
     back = rates.product(t, V, E, a) + rates.product(E, t, V, a)
     stat = shape.widths.stat
+    more = rates.host.tensor_ends if layout.tp > 1 else (0.0, 0.0)
+    host = [end + extra for end, extra in zip(rates.host.ends, more, strict=True)]
     return {
         "first": Passes(
             Cost(0.0, 0.0, rates.stream(lookup, 2)),
             Cost(0.0, 0.0, rates.stream(t * E * (r + 2 * stat) + V * E * (2 * stat + shape.widths.weight), 3)),
         ),
         "last": Passes(
-            Cost(head, 0.0, rates.stream(norm + t * V * (2 * a + stat), 5), rates.host.ends[0]),
-            Cost(back, 0.0, rates.stream(2 * norm + t * V * (a + stat) + adds, 6), rates.host.ends[1]),
+            Cost(head, 0.0, rates.stream(norm + t * V * (2 * a + stat), 5), host[0]),
+            Cost(back, 0.0, rates.stream(2 * norm + t * V * (a + stat) + adds, 6), host[1]),
         ),
     }
 
