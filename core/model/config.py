@@ -214,8 +214,9 @@ def _preset(name: str, where: str, depth: int = 0) -> JsonObject:
     if not _is_file(name):
         if name not in preset_names():
             near = nearest(name, preset_names())
-            hint = f"did you mean '{near}'?" if near else f"there are: {', '.join(preset_names())}"
-            raise UserError(f"{where}.preset: no model preset '{name}'; {hint}")
+            hint = f"did you mean '{near}'? There are: " if near else "there are: "
+            key = where if where.startswith("--") else f"{where}.preset"  # an option's value is the name itself
+            raise UserError(f"{key}: no model preset '{name}'; {hint}{', '.join(preset_names())}")
         values = load_yaml(CONFIGS / "models" / f"{name}.yaml")
     else:
         values = load_yaml(name)

@@ -35,7 +35,7 @@ def run(args: argparse.Namespace) -> int:
     config = None if args.config is None else load_run_config(args.config)
     if config is not None:
         require_forecast(args.config, config.lora, config.train.freeze, config.preference)
-    model = load_model_config(args.model) if config is None else config.model
+    model = load_model_config(args.model, "--model") if config is None else config.model
     name = args.model or args.config
     if args.target is not None:
         return _serve(args, model, machine, name)

@@ -25,7 +25,7 @@ def run(args: argparse.Namespace) -> int:
         settings = _settings(run_config)
     else:
         run_config = None
-        config, layout, mix = load_model_config(args.model), Layout(), {}
+        config, layout, mix = load_model_config(args.model, "--model"), Layout(), {}
         settings = {"seq_len": config.max_seqlen}
     if args.layout is not None:
         layout = parse_layout(args.layout)

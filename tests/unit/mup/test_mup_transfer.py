@@ -146,7 +146,7 @@ def test_what_is_not_a_matter_of_width_is_warned_of() -> None:
         (["--width", "512", "1024", "--ffn", "8"], "--ffn: is the width of one target's ffn, found 2 widths"),
         (["--width", "512", "--ffn", "0"], "--ffn: must be at least 1"),
         (["--target", "teleflm-52b", "--ffn", "8"], "--ffn: cannot be combined with --target"),
-        (["--target", "teleflm-53b"], "--target.preset: no model preset 'teleflm-53b'; did you mean"),
+        (["--target", "teleflm-53b"], "--target: no model preset 'teleflm-53b'; did you mean"),
         (["--width", "512", "--set", "optim.lr=-1"], "optim.lr: must be above 0"),
         ([], "one of the arguments --width --target is required"),
     ],
