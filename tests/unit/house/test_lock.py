@@ -40,7 +40,7 @@ def test_every_pin_of_the_project_is_locked_at_that_version() -> None:
         if platform:
             continue  # a lock for every machine leaves out what some of them lack
         name, version = requirement.split("==")
-        found = pins.get(normal(name))
+        found = pins.get(normal(name.partition("[")[0]))
         assert found == version, f"{requirement} is locked as {found}; run make lock"
 
 
