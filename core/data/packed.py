@@ -107,7 +107,7 @@ class PackedWriter:
 
     def add_tokens(self, ids: Sequence[int] | np.ndarray, where: str = "") -> None:
         """Append to the current document. UserError on an id outside the tokenizer's vocabulary."""
-        tokens = np.asarray(ids, np.int64)
+        tokens = ids if isinstance(ids, np.ndarray) else np.asarray(ids, np.int64)
         if tokens.size:
             largest = int(tokens.max())
             if largest >= self._tokenizer.vocab_size or int(tokens.min()) < 0:
@@ -117,7 +117,7 @@ class PackedWriter:
                     f"({self._tokenizer.piece(largest)}); a model of that size cannot embed it"
                 )
             self.largest_id = max(self.largest_id, largest)
-        self._write("tokens.bin", tokens.astype(self._dtype))
+        self._write("tokens.bin", tokens.astype(self._dtype, copy=False))
         self.tokens += tokens.size
 
     def add_sequence(self, ids: np.ndarray, loss_mask: np.ndarray, starts: Sequence[int], where: str = "") -> None:

@@ -8,6 +8,7 @@ and a block is hashed when it is first read.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import re
@@ -58,6 +59,9 @@ def unsealed() -> str:
     return _ZEROS
 
 
+_HELD = 1 << 14  # bytes that are put into a file at once
+
+
 class HashedFile:
     """A new file that hashes what is written to it; ``sums`` receives the SHA-256 of each block of it."""
 
@@ -66,8 +70,16 @@ class HashedFile:
         self._hash = hashlib.sha256()
         self._bytes = 0
         self._sums, self._block = sums, hashlib.sha256()
+        self._held = bytearray()
 
     def write(self, data: bytes) -> None:
+        """Append; short pieces are put into the file together."""
+        self._held += data
+        if len(self._held) >= _HELD:
+            self._put()
+
+    def _put(self) -> None:
+        data, self._held = bytes(self._held), bytearray()
         self._file.write(data)
         self._hash.update(data)
         if self._sums is not None:
@@ -84,6 +96,7 @@ class HashedFile:
 
     def close(self) -> JsonObject:
         """Everything to disk; the file's facts for meta.json. The file of the sums is closed after this one."""
+        self._put()
         if self._sums is not None and self._bytes % BLOCK:
             self._end_block()
         self._file.flush()
@@ -92,7 +105,10 @@ class HashedFile:
         return {"bytes": self._bytes, "sha256": self._hash.hexdigest()}
 
     def abandon(self) -> None:
-        self._file.close()
+        """Close a file that is not kept; what it holds back may not fit on the disk, and need not."""
+        self._held.clear()
+        with contextlib.suppress(OSError):
+            self._file.close()
 
     def _end_block(self) -> None:
         assert self._sums is not None

@@ -20,7 +20,7 @@ from telechat_twins.core.data.forms.streams import UTF8
 from telechat_twins.core.data.kinds.messages import Reading
 from telechat_twins.core.data.packed import PackedWriter
 from telechat_twins.core.data.packing.dialogue_file import DialogueFile
-from telechat_twins.core.data.rows import find_inputs, read_documents, read_rows, row_files, total_bytes
+from telechat_twins.core.data.rows import Unchanged, find_inputs, read_documents, read_rows, row_files, total_bytes
 from telechat_twins.core.data.sft import (
     MINDFORMERS_SEED,
     VARIANTS,
@@ -59,12 +59,12 @@ def pack_text(
     """
     files = find_inputs(inputs)
     reading = reading if reading is not None else Reading()
-    tokens = [file for file in files if form_of(file).name == TOKENS]
+    sources, tokens = Unchanged(files), [file for file in files if form_of(file).name == TOKENS]
     if tokens and add_bos:
         raise UserError(f"{tokens[0]}: holds token ids, which are taken as they are; leave --bos out")
-    none = np.zeros(0, np.int64)
-    bos = np.array([tokenizer.bos_token_id], np.int64) if add_bos else none
-    eos = np.array([tokenizer.eos_token_id], np.int64)
+    none = np.zeros(0, np.int32)
+    bos = np.array([tokenizer.bos_token_id], np.int32) if add_bos else none
+    eos = np.array([tokenizer.eos_token_id], np.int32)
     with (
         PackedWriter(out, tokenizer, "text", force) as writer,
         progress_bar("tokenizing", total_bytes(files), quiet) as bar,
@@ -82,6 +82,7 @@ def pack_text(
             ids = (bos if part.first else none, part.ids, eos if part.last else none)
             writer.add_tokens(np.concatenate(ids), part.where)
         unended = _copy_tokens(tokens, writer, tokenizer, bar)
+        sources.check()
         facts = {"inputs": len(files), "add_bos": add_bos, **noticed(reading)}
         return writer.finish({**facts, "documents_without_end": unended} if tokens else facts)
 
@@ -136,6 +137,7 @@ def pack_dialogues(
     collator cuts them. Load the tokenizer with ``in_vocabulary=True``: an id outside the vocabulary is refused here.
     """
     files = _dialogue_files(inputs, variant, seq_len)
+    sources = Unchanged(files)
     counts = Counts()
     reading = reading if reading is not None else Reading()
     # The DeepSpeed pipeline groups by system text, so it reads every row once to see it and once to use it.
@@ -159,6 +161,7 @@ def pack_dialogues(
                 sequences = mindformers_packs(indexed, tokenizer, seq_len, shuffle_seed, start_token, counts)
         for number, sequence in enumerate(sequences):
             writer.add_sequence(sequence.ids, sequence.loss_mask, sequence.starts, f"sequence {number}")
+        sources.check()
         return writer.finish(
             {
                 "inputs": len(files),

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from telechat_twins.core.data.forms.arrow_rows import dataset_rows, parquet_rows
 from telechat_twins.core.data.forms.csv_rows import csv_rows
-from telechat_twins.core.data.forms.find import find_inputs, skipped_inputs, total_bytes
+from telechat_twins.core.data.forms.find import Unchanged, find_inputs, skipped_inputs, total_bytes
 from telechat_twins.core.data.forms.formats import CSV, DATASET, JSON, LINES, PARQUET, SUFFIXES, TOKENS, TSV, form_of
 from telechat_twins.core.data.forms.json_items import LongItem
 from telechat_twins.core.data.forms.json_rows import json_rows, parse_row, row_place
@@ -24,7 +24,7 @@ from telechat_twins.core.data.kinds.table import KINDS, TEXT, keys_found, mark_k
 from telechat_twins.core.errors import UserError
 from telechat_twins.core.types import JsonObject
 
-__all__ = ["Block", "find_inputs", "skipped_inputs", "total_bytes"]
+__all__ = ["Block", "Unchanged", "find_inputs", "skipped_inputs", "total_bytes"]
 
 
 def read_rows(path: Path, on_bytes: OnBytes | None = None, encoding: str = UTF8) -> Iterator[RowAt]:

@@ -116,7 +116,8 @@ def check_size(data: bytes, max_bytes: int, max_values: int) -> None:
     # A single character beyond the basic plane makes Python store the whole string with four bytes a character.
     if len(data) > MAX_JSON // 4 and _wide(data):
         raise ValueError(f"{len(data)} bytes with characters of four bytes, above the limit of {MAX_JSON // 4}")
-    if (values := sum(map(data.count, (b",", b"[", b"{")))) > max_values:
+    # Each value takes a byte at least, so most texts need not be counted.
+    if len(data) > max_values and (values := sum(map(data.count, (b",", b"[", b"{")))) > max_values:
         raise ValueError(f"about {values} values, above the limit of {max_values}")
 
 

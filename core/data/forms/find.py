@@ -77,16 +77,45 @@ def skipped_inputs(paths: Sequence[str | Path], rows: bool = False) -> list[str]
 
 def total_bytes(inputs: Sequence[Path]) -> int:
     """Bytes on the disk of all that is read."""
-    total = 0
+    return sum(file.stat().st_size for file in _files_read(inputs) if file.is_file())
+
+
+class Unchanged:
+    """What files were when they were first looked at; ``check`` before what was made of them is published."""
+
+    def __init__(self, inputs: Sequence[Path]) -> None:
+        self._before = {file: _state(file) for file in _files_read(inputs)}
+
+    def check(self) -> None:
+        """UserError for a file that was written or replaced since: part of it may have been read, and part not. One
+        that was removed while it was open has been read whole."""
+        for file, before in self._before.items():
+            if _state(file) not in (before, None):
+                raise UserError(
+                    f"{file}: changed while it was read, so part of it may be missing; pack again once it is complete"
+                )
+
+
+def _files_read(inputs: Sequence[Path]) -> list[Path]:
+    """The files that are read for inputs."""
+    files: list[Path] = []
     for path in inputs:
         form = form_of(path).name
-        files = [path]
         if form == DATASET:
-            files = dataset_files(path)
+            files += dataset_files(path)
         elif form == TOKENS:
-            files = [path.with_suffix(".bin")]
-        total += sum(file.stat().st_size for file in files if file.is_file())
-    return total
+            files.append(path.with_suffix(".bin"))
+        else:
+            files.append(path)
+    return files
+
+
+def _state(file: Path) -> tuple[int, int, int] | None:
+    try:
+        found = file.stat()
+    except OSError:
+        return None
+    return found.st_ino, found.st_size, found.st_mtime_ns
 
 
 def _index_of(path: Path) -> Path:

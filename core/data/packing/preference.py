@@ -10,7 +10,7 @@ from telechat_twins.core.data.kinds.messages import Reading
 from telechat_twins.core.data.kinds.preference import parse_preference
 from telechat_twins.core.data.preference import PreferenceWriter
 from telechat_twins.core.data.prepare import noticed, progress_bar
-from telechat_twins.core.data.rows import read_rows, row_files, total_bytes
+from telechat_twins.core.data.rows import Unchanged, read_rows, row_files, total_bytes
 from telechat_twins.core.data.sft import encode_dialogue
 from telechat_twins.core.data.tokenizer import Tokenizer
 from telechat_twins.core.types import JsonObject
@@ -35,7 +35,7 @@ def pack_preference(
     """
     files = row_files(inputs, "preferences")
     reading = reading if reading is not None else Reading()
-    dropped = 0
+    sources, dropped = Unchanged(files), 0
     with (
         PreferenceWriter(out, tokenizer, seq_len, force) as writer,
         progress_bar("packing", total_bytes(files), quiet) as bar,
@@ -48,4 +48,5 @@ def pack_preference(
                     dropped += 1
                     continue
                 writer.add_pair(*chosen, *rejected, where)
+        sources.check()
         return writer.finish({"inputs": len(files), "dropped_long": dropped, **noticed(reading)})

@@ -13,7 +13,7 @@ from telechat_twins.core.data.kinds.messages import Reading
 from telechat_twins.core.data.kinds.teacher import Proposition, parse_propositions
 from telechat_twins.core.data.packed import PackedWriter
 from telechat_twins.core.data.prepare import noticed, progress_bar
-from telechat_twins.core.data.rows import read_rows, row_files, total_bytes
+from telechat_twins.core.data.rows import Unchanged, read_rows, row_files, total_bytes
 from telechat_twins.core.data.sft import TrainingSequence
 from telechat_twins.core.data.tokenizer import Tokenizer
 from telechat_twins.core.errors import UserError
@@ -77,6 +77,7 @@ def pack_teacher(
     """
     files = row_files(inputs, "propositions")
     reading = reading if reading is not None else Reading()
+    sources = Unchanged(files)
     counts = {"propositions": 0, "true": 0, "dropped_long": 0}
     with (
         PackedWriter(out, tokenizer, "sft", force) as writer,
@@ -92,6 +93,7 @@ def pack_teacher(
         for number, sequence in enumerate(_packs(encoded, seq_len)):
             writer.add_sequence(sequence.ids, sequence.loss_mask, sequence.starts, f"sequence {number}")
         facts = {"true": tokens.true, "false": tokens.false, "pieces": [tokens.true_piece, tokens.false_piece]}
+        sources.check()
         return writer.finish(
             {
                 "inputs": len(files),

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import subprocess
+import sys
 import tracemalloc
 
 import numpy as np
@@ -14,7 +16,7 @@ from telechat_twins.core.commands import data as data_command
 from telechat_twins.core.commands import tokenize as tokenize_command
 from telechat_twins.core.data.encoders import parallel
 from telechat_twins.core.data.forms import texts
-from telechat_twins.core.data.packed import PackedDataset
+from telechat_twins.core.data.packed import PackedDataset, PackedWriter
 from telechat_twins.core.data.packing.dialogue_file import DialogueFile
 from telechat_twins.core.data.prepare import pack_text, read_texts
 from telechat_twins.core.data.rows import detect_kind, find_inputs, read_documents
@@ -328,3 +330,40 @@ def test_train_encode_decode(tmp_path, capsys):
 def test_training_text_is_limited(tmp_path):
     source = write_rows(tmp_path / "a.jsonl", [{"text": "0123456789"}] * 10)
     assert len(list(read_texts([source], max_bytes=35))) == 4
+
+
+def test_a_full_disk_leaves_nothing(tmp_path):
+    """A limit on the size of files stands for a full disk; what is held back cannot be written either at the end."""
+    source = write_rows(tmp_path / "rows.jsonl", [{"text": "The quick brown fox. " * 100}] * 3000)
+    words = [str(source), "--tokenizer", str(tiny_tokenizer_path()), "--out", str(tmp_path / "out"), "--quiet"]
+    limit = "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, 1 << 20)); "
+    program = limit + "from telechat_twins.core.cli import main; sys.exit(main(['data', *sys.argv[1:]]))"
+    done = subprocess.run([sys.executable, "-c", program, *words, "--threads", "1"], capture_output=True, text=True)
+    assert done.returncode == 2 and "out: cannot be written (File too large); nothing was left behind" in done.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["rows.jsonl"]
+
+
+@pytest.mark.parametrize("use", [[], ["--sft", "plain"], ["--sft", "mindformers"], ["--preference"], ["--teacher"]])
+def test_a_file_that_changes_while_it_is_read_is_refused(use, tmp_path, monkeypatch):
+    row = {"text": "a fox"} if not use else {"input": "q", "output": "a"}
+    row = {"--preference": {"prompt": "q", "chosen": "a", "rejected": "b"}, "--teacher": {"text": "a", "label": 1}}.get(
+        *use[:1] or [None], row
+    )
+    source = write_rows(tmp_path / "rows.jsonl", [row] * 40)
+    before = PackedWriter.start_document, PackedWriter.add_sequence
+
+    def grown(method):
+        def changed(self, *given):
+            source.write_text(source.read_text() + "\n")
+            return method(self, *given)
+
+        return changed
+
+    words = [source, "--out", tmp_path / "out", "--threads", 1, *use, *(["--seq-len", 200] if use else [])]
+    monkeypatch.setattr(PackedWriter, "start_document", grown(before[0]))
+    monkeypatch.setattr(PackedWriter, "add_sequence", grown(before[1]))
+    with pytest.raises(UserError, match=r"rows.jsonl: changed while it was read"):
+        tele_data(*words)
+    assert [path.name for path in tmp_path.iterdir()] == ["rows.jsonl"]
+    monkeypatch.undo()
+    assert tele_data(*words) == 0
