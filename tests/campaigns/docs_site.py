@@ -1,7 +1,8 @@
 """The built documentation in a real browser, page by page: `make docs-check`, after `make docs`.
 
 Every page in both languages, light on a desktop and dark on a phone: what axe finds (accessibility), messages in the
-console, requests to other hosts, and pages that scroll sideways; then that the search finds words of both languages.
+console, requests to other hosts, and pages that scroll sideways; then that the search finds words of both languages,
+each in pages of its own that are there.
 Exits with 1 if there is anything.
 """
 
@@ -31,7 +32,10 @@ SEARCHES = (
     ("serving", "checkpoint", "Checkpoints"),
     ("zh/serving", "学习率", "训练"),
     ("zh/serving", "词表", "分词器"),
+    ("zh", "checkpoint", "检查点"),
 )
+FOUND = "return [...document.querySelectorAll('.md-search-result__link')].map(e => e.href)"
+STATUS = "return fetch(arguments[0]).then(answer => answer.status)"
 AXE = (
     "; return axe.run(document).then(r => r.violations.map(v => v.id + ' (' + v.impact + ') at '"
     " + v.nodes.slice(0, 3).map(n => n.html.slice(0, 160)).join(' | ') + ' [' + v.nodes.length + ']'))"
@@ -79,7 +83,7 @@ def faults(window: Browser, address: str, axe: str) -> list[str]:
 
 
 def unfound(window: Browser, base: str) -> list[str]:
-    """The searches that do not find what they should."""
+    """What is wrong with the searches: not found, of another language than the page, or not there."""
     titles = "return [...document.querySelectorAll('.md-search-result__item h1')].map(e => e.textContent)"
     missed = []
     for page, words, title in SEARCHES:
@@ -92,6 +96,11 @@ def unfound(window: Browser, base: str) -> list[str]:
 
         if not window.until(found, 30):
             missed.append(f"a search for {words} on {page} does not find {title}")
+        links = window.run(FOUND)
+        foreign = [link for link in links if link.startswith(f"{base}/zh/") != page.startswith("zh")]
+        missed += [f"a search on {page} leads to another language: {foreign[0]}"] if foreign else []
+        dead = [link for link in links[:3] if window.run(STATUS, link) != 200]
+        missed += [f"a search on {page} leads nowhere: {dead[0]}"] if dead else []
     return missed
 
 
@@ -121,7 +130,7 @@ def main() -> int:
                     window.picture(args.pictures / f"{name.replace('/', '-')}-{width}.png")
         missed = unfound(window, base)
     print("".join(f"FAULT {one}\n" for one in missed), end="")
-    print(f"{len(names)} pages, {len(VIEWS)} views: {bad} with faults; {len(SEARCHES)} searches: {len(missed)} in vain")
+    print(f"{len(names)} pages, {len(VIEWS)} views: {bad} with faults; {len(SEARCHES)} searches: {len(missed)} faults")
     return int(bad > 0 or bool(missed))
 
 
