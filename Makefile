@@ -8,7 +8,7 @@ SHELL := /bin/bash
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .PHONY: help install demo bench docs reference test test-unit test-parallel-full soak operators campaigns campaign-kills campaign-corruption campaign-hostile \
-        campaign-equivalence campaign-memory mutation locate record-trials relay eval-check ascend-lower gpu-check mindformers-check matrix matrix-ci docs-check plan-check plan-table asan lint format lock clean
+        campaign-equivalence campaign-memory mutation locate record-trials record-cost relay eval-check ascend-lower gpu-check mindformers-check matrix matrix-ci docs-check plan-check plan-table asan lint format lock clean
 
 VENV ?= .venv
 EXTRAS := ms,pt,serve,data,tokenizers,dev
@@ -43,6 +43,7 @@ help:
 	@echo "make mutation   plant every fault of the catalogue in both twins; the share that the suite's bounds see (10 minutes)"
 	@echo "make locate     name the operator and layer of 90 planted faults in each twin, from records (6 minutes)"
 	@echo "make record-trials  sketches' error bars and single wrong elements of gradients, 1,000 trials each (4 minutes)"
+	@echo "make record-cost  what a recorded step takes beside a plain one, in both frameworks; CAMPAIGN_ARGS='--rows 1' (2 minutes)"
 	@echo "make relay      runs that change framework, layout, length, size or adapter midway, against their envelope (an hour)"
 	@echo "make eval-check  train a small model on two IQ tasks and see its scores rise, in both frameworks (10 minutes)"
 	@echo "make bench      all tables of tele bench, small to large, and bench.json; BENCH_ARGS='--only step save' (an hour)"
@@ -133,6 +134,10 @@ locate: operators
 
 record-trials: operators
 	$(RUN) -m tests.campaigns.record_trials $(CAMPAIGN_ARGS)
+
+record-cost: operators
+	$(RUN) -m tests.campaigns.record_cost --backend pt $(CAMPAIGN_ARGS)
+	$(RUN) -m tests.campaigns.record_cost --backend ms $(CAMPAIGN_ARGS)
 
 relay: operators
 	$(RUN) -m tests.campaigns.relay $(CAMPAIGN_ARGS)

@@ -6,7 +6,8 @@ from functools import cache
 
 import numpy as np
 
-from telechat_twins.core.parity.record.sums import Sums
+from telechat_twins.core.parity.record.sums import Given, Prepared, Sums
+from telechat_twins.kernels.cpu.engine import NumpyEngine, describe_view, usual_threads
 
 SOURCES = ("registry.cc", "pool.cc", "sums.cc")
 
@@ -16,39 +17,43 @@ class CompiledSums(Sums):
 
     def __init__(self, *flags: str) -> None:
         """``flags``: of the compiler, more than the usual. Raises kernels.cpu.build.BuildError without a compiler."""
-        from telechat_twins.kernels.cpu.engine import NumpyEngine, usual_threads
-
         self._engine = NumpyEngine(*flags, sources=SOURCES)
         self._engine.set_threads(usual_threads())
 
     def serves(self, array: np.ndarray) -> bool:
         return bool(array.dtype == np.float32 and array.size and array.strides[1] == array.itemsize)
 
-    def sketch(
-        self,
-        array: np.ndarray,
-        rows: np.ndarray,
-        starts: np.ndarray,
-        keys: np.ndarray,
-        buckets: np.ndarray,
-        signs: np.ndarray,
-        width: int,
-    ) -> np.ndarray:
-        given = [array, rows.astype(np.int64), starts, keys.view(np.int64), buckets.view(np.int8), signs]
-        made: np.ndarray = self._engine.run(
-            "record_sketch", given, [(np.dtype(np.float64), (len(starts) - 1, width + 5))], [], 1
-        )
-        return made
+    def prepare(self, given: Given) -> Prepared:
+        made = np.empty((len(given.starts) - 1, given.width + 5))
+        checksums = np.empty(len(made), np.uint64)
+        call = self._engine.call("record_add", 7, 3, given.block)
+        # The call keeps addresses; the closure keeps the arrays.
+        held = [np.ascontiguousarray(x) for x in (*given[:5], given.across)]
+        rows, starts, keys, buckets, signs, across = held
+        describe_view(call.inputs[0], 0, (1, 1), "float32")
+        for view, array, dtype in zip(
+            (*call.inputs[1:7], *call.outputs[:2]),
+            (rows, starts, keys, buckets, signs, across, made, checksums),
+            ("int64", "int64", "int64", "int8", "float32", "int64", "float64", "int64"),
+            strict=True,
+        ):
+            describe_view(view, array.ctypes.data, array.shape, dtype)
+        matrix, blocked, first = call.inputs[0], call.outputs[2], made[0]
+        describe_view(blocked, 0, (0, 0), "float64")
 
-    def row_blocks(self, array: np.ndarray, width: int) -> np.ndarray:
-        shape = (len(array), array.shape[1] // width)
-        made: np.ndarray = self._engine.run("record_row_blocks", [array], [(np.dtype(np.float64), shape)], [width], 1)
-        return made
+        def run(array: np.ndarray, blocks: np.ndarray | None) -> tuple[np.ndarray, int]:
+            assert held is not None
+            matrix.data = array.ctypes.data
+            matrix.shape[0], matrix.shape[1] = array.shape
+            matrix.stride[0] = array.strides[0] // array.itemsize
+            if blocks is not None:
+                describe_view(blocked, blocks.ctypes.data, blocks.shape, "float64")
+            else:
+                blocked.shape[0] = 0
+            call.run()
+            return first, int(checksums[0])
 
-    def checksums(self, array: np.ndarray, across: np.ndarray, down: np.ndarray) -> np.ndarray:
-        given = [array, across.view(np.int64), down.view(np.int64)]
-        made: np.ndarray = self._engine.run("record_checksum", given, [(np.dtype(np.int64), (len(array),))], [], 1)
-        return made.view(np.uint64)
+        return run
 
     def set_threads(self, threads: int) -> None:
         """Of one call; 0: as many as OMP_NUM_THREADS or the process's processors."""

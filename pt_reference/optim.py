@@ -194,8 +194,12 @@ class AdamW:
             for piece in self._pieces(number)
         ]
         order = {name: i for i, name in enumerate(self.table)}
+        shared: dict[int, np.ndarray] = {}  # vectors that numpy reads where they are, by id
         for vector, piece in sorted(owned, key=lambda item: (order[item[1].name], item[1].first)):
-            array = to_numpy(vector[piece.first : piece.last])
+            if vector.device.type == "cpu" and id(vector) not in shared:
+                shared[id(vector)] = to_numpy(vector)
+            held = shared.get(id(vector))
+            array = to_numpy(vector[piece.first : piece.last]) if held is None else held[piece.first : piece.last]
             yield TensorPiece(
                 prefix + piece.name,
                 array.reshape([s.stop - s.start for s in piece.box]),

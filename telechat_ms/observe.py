@@ -40,8 +40,8 @@ def observed(stages: Sequence[Decoder], see: See) -> AbstractContextManager[None
 
 
 def _values(x: Tensor) -> np.ndarray:
-    held = mops.stop_gradient(x)
-    array: np.ndarray = (held.astype(ms.float32) if held.itemsize == 2 else held).asnumpy()
+    # Only a conversion would become part of the backward pass.
+    array: np.ndarray = (mops.stop_gradient(x).astype(ms.float32) if x.itemsize == 2 else x).asnumpy()
     return array
 
 

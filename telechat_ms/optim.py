@@ -218,13 +218,14 @@ class AdamW:
             for piece in self._pieces(number)
         ]
         order = {name: i for i, name in enumerate(self.table)}
-        shared: dict[int, np.ndarray | None] = {}
+        whole: dict[int, np.ndarray | None] = {}
         for number, piece in sorted(owned, key=lambda item: (order[item[1].name], item[1].first)):
-            if number not in shared:
-                shared[number] = self._in_place(vectors[number])
-            held = shared[number]
-            array = (vectors[number] if held is None else held)[piece.first : piece.last]
-            array = array.asnumpy() if isinstance(array, Tensor) else array
+            if number not in whole:
+                whole[number] = self._in_place(vectors[number])
+            held = whole[number]
+            array = (
+                vectors[number][piece.first : piece.last].asnumpy() if held is None else held[piece.first : piece.last]
+            )
             yield TensorPiece(
                 prefix + piece.name,
                 array.reshape([s.stop - s.start for s in piece.box]),
@@ -235,6 +236,9 @@ class AdamW:
     def _in_place(self, vector: Parameter | Tensor) -> np.ndarray | None:
         """The array whose storage a vector has, once all operators have written it; None where it has its own."""
         array = self._arrays.get(vector.name) if isinstance(vector, Parameter) else None
+        if not isinstance(vector, Parameter) and self.gradients.adder is not None:
+            shared: np.ndarray = vector.asnumpy()  # of the CPU: the tensor's own storage
+            return shared
         if array is None or vector.data_ptr() != array.ctypes.data:
             return None
         vector[:1].asnumpy()

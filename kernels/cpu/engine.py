@@ -115,6 +115,10 @@ class NumpyEngine:
         self._library.tele_run(number, self._views(given), self._views(made), (ctypes.c_double * 16)(*scalars))
         return None if not made else made[0] if len(made) == 1 else tuple(made)
 
+    def call(self, name: str, inputs: int, outputs: int, scalars: Sequence[float]) -> Call:
+        """A call of one of this engine's kernels, see Call."""
+        return Call(name, inputs, outputs, scalars, self._library)
+
     def _views(self, arrays: Sequence[np.ndarray]) -> ctypes.Array[View]:
         views = (View * max(1, len(arrays)))()
         for view, x in zip(views, arrays, strict=False):
@@ -143,9 +147,12 @@ class Call:
     Views and scalars that stay the same from call to call are set once.
     """
 
-    def __init__(self, name: str, inputs: int, outputs: int, scalars: Sequence[float]) -> None:
-        """Raises KeyError for an unknown kernel, ValueError for wrong numbers of arguments."""
-        library = load_plain()
+    def __init__(
+        self, name: str, inputs: int, outputs: int, scalars: Sequence[float], library: ctypes.CDLL | None = None
+    ) -> None:
+        """``library``: of ``load_plain``, that of all kernels without it. Raises KeyError for an unknown kernel,
+        ValueError for wrong numbers of arguments."""
+        library = library or load_plain()
         counts = [ctypes.c_int() for _ in range(3)]
         self._number = library.tele_kernel(name.encode(), *map(ctypes.byref, counts))
         if self._number < 0:

@@ -1,4 +1,4 @@
-// Sums of records: the sketch, extremes, block sums and checksum of a float32 matrix, each in one pass.
+// Sums of records: sketch, extremes, block sums and checksum of a float32 matrix, all in one reading of it.
 //
 // The definitions are numpy's, in core/parity/record: sketch.py (Projection), blocks.py (Grid) and tally.py (checksum).
 // Every sum here has their order, so that the bits are equal: products with +1 and -1 and squares of float32 are exact
@@ -7,16 +7,20 @@
 #include <limits>
 
 #include "kernel.h"
+#include "vec.h"
 
 namespace {
 
 constexpr int kRows = 128, kGroup = 4, kGroups = kRows / kGroup;  // rows of a block of the hash; with one shift
-constexpr int64_t kTile = 1024;  // columns
-constexpr int kLanes = 8;
+constexpr int64_t kTile = 1024;  // columns: a block of them stays in a processor's second cache
+constexpr int kLanes = 8, kMostBuckets = 256;
 constexpr double kLargest = 1e150;
 
 typedef double vd __attribute__((vector_size(kLanes * 8)));
 typedef float vs __attribute__((vector_size(kLanes * 4)));
+typedef int64_t vl __attribute__((vector_size(kLanes * 8)));
+typedef uint64_t vul __attribute__((vector_size(kLanes * 8)));
+typedef uint32_t vus __attribute__((vector_size(kLanes * 4)));
 
 // splitmix64 at key + counter.
 inline uint64_t mixed(uint64_t key, uint64_t counter) {
@@ -26,6 +30,7 @@ inline uint64_t mixed(uint64_t key, uint64_t counter) {
   return z ^ (z >> 31);
 }
 inline double sign(uint64_t hashed) { return hashed >> 63 ? -1.0 : 1.0; }
+inline float finite(float x) { return std::abs(x) < std::numeric_limits<float>::infinity() ? x : 0.0f; }
 
 template <typename V, typename T>
 inline V get(const T *p) {
@@ -37,15 +42,23 @@ template <typename V, typename T>
 inline void put(T *p, V x) {
   std::memcpy(p, &x, sizeof x);
 }
+inline vd widen(vs x) {
+#if defined(__AVX512F__)  // one instruction, which the compiler does not find
+  return (vd)_mm512_cvtps_pd((__m256)x);
+#else
+  return __builtin_convertvector(x, vd);
+#endif
+}
 
 struct Keys {
-  uint64_t blocks, shifts, rows;
+  uint64_t blocks, shifts, rows, down;
 };
 
 // What one chunk of rows adds up, in the order of a row of the output.
 struct Sums {
   double *sketch;  // [K]
   double *nonfinite, *norm2, *sum, *least, *most;
+  uint64_t checksum = 0;
   Sums(double *out, int64_t buckets)
       : sketch(out), nonfinite(out + buckets), norm2(nonfinite + 1), sum(norm2 + 1), least(sum + 1), most(least + 1) {
     std::fill(out, out + buckets + 3, 0.0);
@@ -53,56 +66,73 @@ struct Sums {
   }
 };
 
-// Room of one thread: sums by column, a joined row, a row of zeros, and, once it is needed, a tile without what is not
-// finite.
-struct Room {
-  alignas(64) double squares[kTile], sums[kTile], joined[kTile];
-  alignas(64) float zeros[kTile];
-  Floats clean;
-  double added[256];
-  float least, most;
+// Sums by row of a group and by column modulo kLanes, and extremes.
+struct Lanes {
+  vd squares[kGroup], sums[kGroup];
+  vs least, most;
 };
 
-// room.joined = the sum of N rows with their signs, times the columns' signs; adds to squares and sums by column, and
-// to the extremes of all rows. ``next``: N rows that come after these, fetched meanwhile: the rows of a block are read in
-// a random order, which no processor foresees.
+// Room of one thread: a joined row, a row of zeros, and, once it is needed, a tile without what is not finite.
+// ``added`` has the places of a bucket's shift plus a column's, of which those from K on are the same buckets again.
+struct Room {
+  alignas(64) double joined[kTile];
+  alignas(64) float zeros[kTile];
+  alignas(64) double added[2 * kMostBuckets];
+  Floats clean;
+};
+
+// room.joined = the sum of N rows with their signs, times the columns' signs; adds to the lanes' sums and, of the first
+// ``m`` columns, extremes. ``next``: N rows that come after these, fetched meanwhile: the rows of a block are read in a
+// random order, which no processor foresees.
 template <int N, bool EXTREMES>
-void join(const float *const *rows, const float *const *next, const double *signs, const float *columns, int64_t m, Room &room) {
-  int64_t j = 0;
-  vs least, most;
-  for (int l = 0; l < kLanes; l++) least[l] = room.least, most[l] = room.most;
-  for (; j + kLanes <= m; j += kLanes) {
-    if (!(j & kLanes))
-      for (int r = 0; r < N; r++) __builtin_prefetch(next[r] + j);
-    vd joined{}, squares = get<vd>(room.squares + j), sums = get<vd>(room.sums + j);
+void join(const float *const *rows, const float *const *next, const double *signs, const float *columns, int64_t m,
+          Room &room, Lanes &given) {
+  Lanes lanes = given;
+  const auto step = [&](const float *const (&at)[N], int64_t j, const float *across, double *out) {
+    vd joined{};
 #pragma GCC unroll 4
     for (int r = 0; r < N; r++) {
-      const vs x = get<vs>(rows[r] + j);
-      const vd v = __builtin_convertvector(x, vd);
+      const vs x = get<vs>(at[r] + j);
+      const vd v = widen(x);
       joined += v * signs[r];
-      squares += v * v;
-      sums += v;
-      if constexpr (EXTREMES) least = x < least ? x : least, most = x > most ? x : most;
+      lanes.squares[r] += v * v;
+      lanes.sums[r] += v;
+      if constexpr (EXTREMES) lanes.least = x < lanes.least ? x : lanes.least, lanes.most = x > lanes.most ? x : lanes.most;
     }
-    put(room.joined + j, joined * __builtin_convertvector(get<vs>(columns + j), vd));
-    put(room.squares + j, squares), put(room.sums + j, sums);
+    put(out, joined * widen(get<vs>(across)));
+  };
+  const float *at[N], *after[N];
+  for (int r = 0; r < N; r++) at[r] = rows[r], after[r] = next[r];
+  int64_t j = 0;
+  for (; j + kLanes <= m; j += kLanes) {
+    if (!(j & kLanes))
+      for (int r = 0; r < N; r++) __builtin_prefetch(after[r] + j);
+    step(at, j, columns + j, room.joined + j);
   }
-  for (int l = 0; l < kLanes; l++) room.least = std::min(room.least, least[l]), room.most = std::max(room.most, most[l]);
-  for (; j < m; j++) {
-    double joined = 0.0;
+  if (j < m) {  // lanes beyond the last column repeat it for the extremes, and are 0 in the sums
+    alignas(32) float tail[N + 1][kLanes]{};
     for (int r = 0; r < N; r++) {
-      const float x = rows[r][j];
-      const double v = x;
-      joined += v * signs[r], room.squares[j] += v * v, room.sums[j] += v;
-      if constexpr (EXTREMES) room.least = std::min(room.least, x), room.most = std::max(room.most, x);
+      std::copy(rows[r] + j, rows[r] + m, tail[r]), at[r] = tail[r];
+      if constexpr (EXTREMES) {
+        vs x;
+        for (int l = 0; l < kLanes; l++) x[l] = rows[r][std::min(j + l, m - 1)];
+        lanes.least = x < lanes.least ? x : lanes.least, lanes.most = x > lanes.most ? x : lanes.most;
+      }
     }
-    room.joined[j] = joined * columns[j];
+    std::copy(columns + j, columns + m, tail[N]);
+    alignas(64) double out[kLanes];
+    const vs least = lanes.least, most = lanes.most;
+    step(at, 0, tail[N], out);
+    lanes.least = least, lanes.most = most;
+    std::copy(out, out + (m - j), room.joined + j);
   }
+  given = lanes;
 }
 
-double total(const double *values, int64_t m) {
-  double sum = values[0];
-  for (int64_t j = 1; j < m; j++) sum += values[j];
+double total(const vd *lanes, int rows) {
+  double sum = 0.0;
+  for (int r = 0; r < rows; r++)
+    for (int l = 0; l < kLanes; l++) sum += lanes[r][l];
   return sum;
 }
 
@@ -115,71 +145,137 @@ struct Tile {
   int count, group;
 };
 
+// Sums of ``width`` neighbours of ``row`` [m], a power of two: of pairs, of pairs of these and so on. Returns where they
+// are, in ``scratch``.
+void add_neighbours(const float *row, int64_t m, int64_t width, double *scratch) {
+  const vl even{0, 2, 4, 6, 8, 10, 12, 14}, odd{1, 3, 5, 7, 9, 11, 13, 15};
+  const auto halve = [&](auto &&load, int64_t n, auto &&one) {
+    int64_t j = 0;
+    for (; j + kLanes <= n; j += kLanes) {
+      const vd a = load(2 * j), b = load(2 * j + kLanes);
+      put(scratch + j, __builtin_shuffle(a, b, even) + __builtin_shuffle(a, b, odd));
+    }
+    for (; j < n; j++) scratch[j] = one(2 * j) + one(2 * j + 1);
+  };
+  if (width == 1) {
+    for (int64_t j = 0; j < m; j++) scratch[j] = row[j];
+    return;
+  }
+  halve([&](int64_t j) { return widen(get<vs>(row + j)); }, m / 2, [&](int64_t j) { return static_cast<double>(row[j]); });
+  for (int64_t made = 2, n = m / 4; made < width; made *= 2, n /= 2)
+    halve([&](int64_t j) { return get<vd>(scratch + j); }, n, [&](int64_t j) { return scratch[j]; });
+}
+
 struct Matrix {
   const float *data;
   int64_t stride, buckets;
+  const int64_t *numbers;  // of the rows in the tensor's matrix; of the first alone where they count on
+  bool in_turn;
   const uint8_t *places;  // bucket of each column
   const float *signs;     // of each column
+  const uint64_t *across;  // factors of the checksum, of each column; none without a checksum
   Keys keys;
+  double *blocks;  // [rows / height, blocks_stride], none without block sums
+  int64_t blocks_stride, height, width, first_block;
+
+  int64_t number(int64_t i) const { return in_turn ? numbers[0] + i : numbers[i]; }
 
   // One pass over a tile; false where its squares are not below kLargest.
   template <bool EXTREMES>
-  bool pass(const Tile &tile, int64_t left, int64_t m, Room &room) const {
-    const uint8_t mask = static_cast<uint8_t>(buckets - 1);
-    std::fill(room.squares, room.squares + m, 0.0), std::fill(room.sums, room.sums + m, 0.0);
-    std::fill(room.added, room.added + buckets, 0.0);
+  bool pass(const Tile &tile, int64_t left, int64_t m, Room &room, Lanes &lanes) const {
+    std::fill(std::begin(lanes.squares), std::end(lanes.squares), vd{});
+    std::fill(std::begin(lanes.sums), std::end(lanes.sums), vd{});
+    std::fill(room.added, room.added + 2 * buckets, 0.0);
     for (int g = 0; g < tile.count; g++) {
       const int first = g * tile.group;
       const float *const *rows = tile.rows + first;
       const float *const *next = g + 1 < tile.count ? rows + tile.group : rows;
       const double *signs_of = tile.signs + first;
       if (tile.group == 1) {
-        join<1, EXTREMES>(rows, next, signs_of, signs + left, m, room);
+        join<1, EXTREMES>(rows, next, signs_of, signs + left, m, room, lanes);
       } else if (tile.there[first] && tile.there[first + 1] && tile.there[first + 2] && tile.there[first + 3]) {
-        join<kGroup, EXTREMES>(rows, next, signs_of, signs + left, m, room);
+        join<kGroup, EXTREMES>(rows, next, signs_of, signs + left, m, room, lanes);
       } else {
-        join<kGroup, false>(rows, next, signs_of, signs + left, m, room);
+        join<kGroup, false>(rows, next, signs_of, signs + left, m, room, lanes);
         for (int r = 0; EXTREMES && r < kGroup; r++)
           for (int64_t j = 0; tile.there[first + r] && j < m; j++)
-            room.least = std::min(room.least, rows[r][j]), room.most = std::max(room.most, rows[r][j]);
+            lanes.least[0] = std::min<float>(lanes.least[0], rows[r][j]), lanes.most[0] = std::max<float>(lanes.most[0], rows[r][j]);
       }
-      const uint8_t shift = tile.shifts[g], *at = places + left;
-      for (int64_t j = 0; j < m; j++) room.added[static_cast<uint8_t>(shift + at[j]) & mask] += room.joined[j];
+      double *added = room.added + tile.shifts[g];
+      const uint8_t *at = places + left;
+#pragma GCC unroll 4
+      for (int64_t j = 0; j < m; j++) added[at[j]] += room.joined[j];
     }
-    return total(room.squares, m) < kLargest;
+    return total(lanes.squares, tile.group) < kLargest;
   }
 
   // Rows [first, last) of one block of the hash, columns [left, left + m).
-  void add(const int64_t *rows, int64_t first, int64_t last, int64_t left, int64_t m, Room &room, Sums &out) const {
-    const uint64_t block = rows[first] / kRows, factor = mixed(keys.blocks, block);
+  void add(int64_t first, int64_t last, int64_t left, int64_t m, Room &room, Sums &out) const {
+    const uint64_t block = number(first) / kRows, factor = mixed(keys.blocks, block);
+    const uint8_t mask = static_cast<uint8_t>(buckets - 1);
     Tile tile{};
     tile.group = last - first <= kGroups ? 1 : kGroup;
     tile.count = tile.group == 1 ? last - first : kGroups;
     std::fill(tile.rows, tile.rows + kRows, room.zeros);
-    for (int g = 0; tile.group > 1 && g < kGroups; g++) tile.shifts[g] = mixed(keys.shifts, block * kGroups + g) >> 32;
+    for (int g = 0; tile.group > 1 && g < kGroups; g++) tile.shifts[g] = mixed(keys.shifts, block * kGroups + g) >> 32 & mask;
     for (int64_t i = first; i < last; i++) {
-      const uint64_t place = (rows[i] * ((factor & (kRows - 1)) | 1) + (factor >> 32)) & (kRows - 1);
+      const uint64_t row = number(i), place = (row * ((factor & (kRows - 1)) | 1) + (factor >> 32)) & (kRows - 1);
       const int64_t slot = tile.group == 1 ? i - first : place;
       tile.rows[slot] = data + i * stride + left, tile.there[slot] = true;
-      tile.signs[slot] = sign(mixed(keys.rows, rows[i]));
-      if (tile.group == 1) tile.shifts[slot] = mixed(keys.shifts, block * kGroups + place / kGroup) >> 32;
+      tile.signs[slot] = sign(mixed(keys.rows, row));
+      if (tile.group == 1) tile.shifts[slot] = mixed(keys.shifts, block * kGroups + place / kGroup) >> 32 & mask;
     }
-    room.least = std::numeric_limits<float>::infinity(), room.most = -room.least;
-    if (!pass<true>(tile, left, m, room)) {
-      *out.nonfinite += without_nonfinite(tile, m, room);
-      pass<false>(tile, left, m, room);
+    Lanes lanes;
+    lanes.least = vs{} + std::numeric_limits<float>::infinity(), lanes.most = -lanes.least;
+    const bool fine = pass<true>(tile, left, m, room, lanes);
+    if (!fine) {
+      *out.nonfinite += without_nonfinite(tile, m, room, lanes);
+      pass<false>(tile, left, m, room, lanes);
     }
-    *out.least = std::min(*out.least, static_cast<double>(room.least));
-    *out.most = std::max(*out.most, static_cast<double>(room.most));
-    *out.norm2 += total(room.squares, m), *out.sum += total(room.sums, m);
-    for (int64_t k = 0; k < buckets; k++) out.sketch[k] += room.added[k];
+    for (int l = 0; l < kLanes; l++) {
+      *out.least = std::min(*out.least, static_cast<double>(lanes.least[l]));
+      *out.most = std::max(*out.most, static_cast<double>(lanes.most[l]));
+    }
+    *out.norm2 += total(lanes.squares, tile.group), *out.sum += total(lanes.sums, tile.group);
+    for (int64_t k = 0; k < buckets; k++) out.sketch[k] += room.added[k] + room.added[k + buckets];
+    if (across)
+      for (int64_t i = first; i < last; i++) out.checksum += checksum(data + i * stride + left, left, m) * (mixed(keys.down, number(i)) | 1);
+    if (blocks)
+      for (int64_t i = first; i < last; i++) add_blocks(i, left, m, fine, room);
+  }
+
+  uint64_t checksum(const float *row, int64_t left, int64_t m) const {
+    vul sums{};
+    int64_t j = 0;
+    for (; j + kLanes <= m; j += kLanes)
+      sums += (__builtin_convertvector(get<vus>(row + j), vul) + 1) * get<vul>(across + left + j);
+    uint64_t sum = 0;
+    for (int l = 0; l < kLanes; l++) sum += sums[l];
+    for (; j < m; j++) {
+      uint32_t bits;
+      std::memcpy(&bits, row + j, 4);
+      sum += (uint64_t(bits) + 1) * across[left + j];
+    }
+    return sum;
+  }
+
+  void add_blocks(int64_t i, int64_t left, int64_t m, bool fine, Room &room) const {
+    const float *row = data + i * stride + left;
+    if (!fine) {
+      float *copy = room.clean.data();
+      for (int64_t j = 0; j < m; j++) copy[j] = finite(row[j]);
+      row = copy;
+    }
+    add_neighbours(row, m, width, room.joined);
+    double *sums = blocks + number(i) / height * blocks_stride + first_block + left / width;
+    for (int64_t b = 0; b < m / width; b++) sums[b] += room.joined[b];
   }
 
   // Replaces the rows by copies in which what is not finite is 0, takes the extremes of the rest, and counts the former.
-  static int64_t without_nonfinite(Tile &tile, int64_t m, Room &room) {
+  static int64_t without_nonfinite(Tile &tile, int64_t m, Room &room, Lanes &lanes) {
     int64_t bad = 0;
     room.clean.resize(kRows * kTile);
-    room.least = std::numeric_limits<float>::infinity(), room.most = -room.least;
+    lanes.least = vs{} + std::numeric_limits<float>::infinity(), lanes.most = -lanes.least;
     for (int i = 0; i < tile.count * tile.group; i++) {
       if (!tile.there[i]) continue;
       float *copy = room.clean.data() + i * kTile;
@@ -187,7 +283,7 @@ struct Matrix {
         const float x = tile.rows[i][j];
         const bool fine = std::abs(x) < std::numeric_limits<float>::infinity();
         bad += !fine, copy[j] = fine ? x : 0.0f;
-        if (fine) room.least = std::min(room.least, x), room.most = std::max(room.most, x);
+        if (fine) lanes.least[0] = std::min<float>(lanes.least[0], x), lanes.most[0] = std::max<float>(lanes.most[0], x);
       }
       tile.rows[i] = copy;
     }
@@ -195,63 +291,42 @@ struct Matrix {
   }
 };
 
-inline float finite(float x) { return std::abs(x) < std::numeric_limits<float>::infinity() ? x : 0.0f; }
-
 }  // namespace
 
-// sketch [chunks, K + 5] of a matrix [n, m], its rows at numbers ``rows`` [n] of the tensor's; chunk c has the rows from
-// starts[c] to starts[c + 1]. keys: of the hashes of blocks, shifts and rows.
-KERNEL(record_sketch, 6, 1, 0) {
-  const View &x = in[0], &made = out[0];
-  const int64_t *rows = in[1].as<int64_t>(), *starts = in[2].as<int64_t>(), m = x.shape[1], width = made.shape[1];
+// Of a matrix [n, m] whose rows have numbers in the tensor's (``rows`` [n], or [1], the first, where they count on):
+// sketch [chunks, K + 5], of which chunk c has the rows from starts[c] to starts[c + 1], and the checksum [chunks] modulo
+// 2^64; the first row of each is then that of all chunks. The checksum is the sum of (bits + 1) * across[j] * down[i], where ``across`` [m] is not empty; block sums, added to ``blocks``
+// where that is not empty, what is not finite as 0. keys: of the hashes of blocks, shifts, rows and down. Scalars:
+// height and width of a block, number of the first block in a row.
+KERNEL(record_add, 7, 3, 3) {
+  const View &x = in[0], &made = out[0], &blocks = out[2];
+  const int64_t m = x.shape[1], width = made.shape[1], *starts = in[2].as<int64_t>();
   const uint64_t *keys = in[3].as<uint64_t>();
-  const Matrix matrix{x.as<float>(), x.stride[0], width - 5, in[4].as<uint8_t>(), in[5].as<float>(), {keys[0], keys[1], keys[2]}};
-  parallel(made.shape[0], 1, [&](int64_t begin, int64_t end, int) {
+  const bool in_turn = in[1].shape[0] == 1;
+  const Matrix matrix{x.as<float>(), x.stride[0], width - 5, in[1].as<int64_t>(), in_turn,
+                      in[4].as<uint8_t>(), in[5].as<float>(), in[6].shape[0] ? in[6].as<uint64_t>() : nullptr,
+                      {keys[0], keys[1], keys[2], keys[3]}, blocks.shape[0] ? blocks.as<double>() : nullptr,
+                      blocks.shape[1], static_cast<int64_t>(scalar[0]), static_cast<int64_t>(scalar[1]), static_cast<int64_t>(scalar[2])};
+  // Two chunks may add to the same block sums unless their rows count on: the height divides a block of the hash.
+  const int64_t grain = matrix.blocks && !in_turn ? made.shape[0] : 1;
+  parallel(made.shape[0], grain, [&](int64_t begin, int64_t end, int) {
     std::vector<Room, OnLines<Room>> room(1);
     std::fill(room[0].zeros, room[0].zeros + kTile, 0.0f);
     for (int64_t c = begin; c < end; c++) {
       Sums sums(made.as<double>() + c * width, width - 5);
       for (int64_t first = starts[c], last; first < starts[c + 1]; first = last) {
-        for (last = first + 1; last < starts[c + 1] && rows[last] / kRows == rows[first] / kRows;) last++;
-        for (int64_t left = 0; left < m; left += kTile)
-          matrix.add(rows, first, last, left, std::min(kTile, m - left), room[0], sums);
+        for (last = first + 1; last < starts[c + 1] && matrix.number(last) / kRows == matrix.number(first) / kRows;) last++;
+        for (int64_t left = 0; left < m; left += kTile) matrix.add(first, last, left, std::min(kTile, m - left), room[0], sums);
       }
+      out[1].as<uint64_t>()[c] = sums.checksum;
     }
   });
-}
-
-// Sums [n, m / width] of ``width`` neighbouring columns of a matrix [n, m]; what is not finite counts as 0.
-KERNEL(record_row_blocks, 1, 1, 1) {
-  const View &x = in[0];
-  const int64_t width = static_cast<int64_t>(scalar[0]), count = out[0].shape[1];
-  parallel(x.shape[0], std::max<int64_t>(1, 65536 / std::max<int64_t>(1, x.shape[1])), [&](int64_t first, int64_t last, int) {
-    for (int64_t i = first; i < last; i++) {
-      const float *row = x.as<float>() + i * x.stride[0];
-      double *sums = out[0].as<double>() + i * count;
-      for (int64_t b = 0; b < count; b++) {
-        double sum = finite(row[b * width]);
-        for (int64_t j = 1; j < width; j++) sum += finite(row[b * width + j]);
-        sums[b] = sum;
-      }
-    }
-  });
-}
-
-// Sum modulo 2^64 of (bits + 1) * across[j] * down[i] over a matrix [n, m], exact in any order; out: one number a row.
-KERNEL(record_checksum, 3, 1, 0) {
-  const View &x = in[0];
-  const int64_t m = x.shape[1];
-  const uint64_t *across = in[1].as<uint64_t>(), *down = in[2].as<uint64_t>();
-  parallel(x.shape[0], std::max<int64_t>(1, 65536 / std::max<int64_t>(1, m)), [&](int64_t first, int64_t last, int) {
-    for (int64_t i = first; i < last; i++) {
-      const float *row = x.as<float>() + i * x.stride[0];
-      uint64_t sum = 0;
-      for (int64_t j = 0; j < m; j++) {
-        uint32_t bits;
-        std::memcpy(&bits, row + j, 4);
-        sum += (uint64_t(bits) + 1) * across[j];
-      }
-      out[0].as<uint64_t>()[i] = sum * down[i];
-    }
-  });
+  const int64_t buckets = width - 5;
+  for (int64_t c = 1; c < made.shape[0]; c++) {
+    double *whole = made.as<double>(), *part = whole + c * width;
+    for (int64_t k = 0; k < buckets + 3; k++) whole[k] += part[k];
+    whole[buckets + 3] = std::min(whole[buckets + 3], part[buckets + 3]);
+    whole[buckets + 4] = std::max(whole[buckets + 4], part[buckets + 4]);
+    out[1].as<uint64_t>()[0] += out[1].as<uint64_t>()[c];
+  }
 }

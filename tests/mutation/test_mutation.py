@@ -1,6 +1,6 @@
 """A sample of the mutation score (`make mutation` plants the whole catalogue), and that the catalogue is what it says.
 
-The faults of several processes have a sample in tests/parity/test_layouts.py, which plants fifteen of them.
+Of faults of several processes a sample is planted here, and fifteen others in tests/parity/test_layouts.py.
 """
 
 from __future__ import annotations
@@ -29,6 +29,13 @@ SAMPLE = (
     "statistics in bfloat16",
 )
 
+LAYOUT_SAMPLE = {
+    "tp2": ("softmax over own columns", "partial products averaged"),
+    "pp2": ("labels of the first micro batch", "gradient of the stream stale"),
+    "dp2": ("gradients not summed over replicas", "other ranks weights stale"),
+    "ring2": ("key gradients one hop short", "delta left out"),
+}
+
 
 def test_the_catalogue() -> None:
     """Enough faults of every kind, each with a text of its own; few that nothing sees, and these with a reason."""
@@ -50,6 +57,17 @@ def test_a_sample_is_killed(backend: str, tmp_path: Path) -> None:
     report = record(made)
     assert report["score"] == 1.0 and all(row["bound"] for row in report["faults"])
     assert f"{len(faults)} of {len(faults)} killed" in summary(made)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_sample_of_layouts_is_killed(backend: str, tmp_path: Path) -> None:
+    """Two faults of each layout of two processes, all in one launch; their layouts without a fault hold."""
+    pytest.importorskip({"ms": "mindspore", "pt": "torch"}[backend])
+    faults = [FAULTS[name] for names in LAYOUT_SAMPLE.values() for name in names]
+    assert {fault.check: 0 for fault in faults} == {f"layout {layout}": 0 for layout in LAYOUT_SAMPLE}
+    made = score(faults, [backend], tmp_path, show=False)
+    assert made.problems() == []
+    assert made.killed == len(faults) == len(made.verdicts)
 
 
 def test_only_the_named_bounds_kill() -> None:

@@ -15,7 +15,6 @@ from dataclasses import dataclass
 import numpy as np
 
 from telechat_twins.core.parity.record.sketch import LARGEST, in_turn
-from telechat_twins.core.parity.record.sums import Sums
 
 SMALLEST = 4  # elements of a block; blocks of up to WIDEST are parts of one row
 WIDEST = 16
@@ -24,7 +23,8 @@ LARGE = 4096  # elements; tensors of up to so many are kept whole
 FINE_SHARE = 0.5  # of the room for blocks that small tensors and vectors may take, all of them or none
 HIGHEST = 128  # rows of a block
 _NUMBER = 4  # bytes
-_TILE, _COMPILED_TILE = 1 << 16, 1 << 18  # elements converted to float64 at once; added up by one compiled call
+_TILE = 1 << 16  # elements converted to float64 at once
+_WIDEST_COMPILED = 1024  # columns that kernels/cpu/sums.cc reads at once
 
 
 @dataclass(frozen=True)
@@ -40,27 +40,25 @@ class Grid:
         """Rows and columns of blocks."""
         return -(-self.shape[0] // self.height), -(-self.shape[1] // self.width)
 
-    def add(
-        self, sums: np.ndarray, array: np.ndarray, rows: np.ndarray, column: int, compiled: Sums | None = None
-    ) -> None:
+    def even(self, column: int, width: int) -> bool:
+        """Whether ``width`` columns from ``column`` on are whole blocks, of rows few enough for compiled sums."""
+        return column % self.width == 0 and width % self.width == 0 and self.width <= _WIDEST_COMPILED
+
+    def add(self, sums: np.ndarray, array: np.ndarray, rows: np.ndarray, column: int) -> None:
         """Add ``array`` [n, m] of any float dtype, rows ``rows`` of the matrix from ``column`` on, to ``sums`` float64
-        [blocks]; elements that the sketch leaves out are left out. ``compiled`` does not change a bit of it."""
+        [blocks]; elements that the sketch leaves out are left out. Whole blocks of a row are added in pairs, these in
+        pairs and so on."""
         places = np.arange(column, column + array.shape[1]) // self.width
         starts = np.flatnonzero(np.diff(places, prepend=-1))
         even = column % self.width == 0 and array.shape[1] % self.width == 0
-        compiled = compiled if even and compiled is not None and compiled.serves(array) else None
-        height = max(1, (_TILE if compiled is None else _COMPILED_TILE) // array.shape[1])
+        height = max(1, _TILE // array.shape[1])
         for first in range(0, len(array), height):
-            part = array[first : first + height]
-            if compiled is not None:
-                across = compiled.row_blocks(part, self.width)
-            elif even:
-                values = _finite(part)
-                across = values[:, 0 :: self.width].copy()
-                for place in range(1, self.width):
-                    across += values[:, place :: self.width]
+            across = _finite(array[first : first + height])
+            if even:
+                while across.shape[1] > len(starts):
+                    across = across[:, 0::2] + across[:, 1::2]
             else:
-                across = np.add.reduceat(_finite(part), starts, axis=1)
+                across = np.add.reduceat(across, starts, axis=1)
             at = rows[first : first + height] // self.height
             mine = sums[:, places[0] : places[0] + len(starts)]
             if self.height == 1 and in_turn(at):

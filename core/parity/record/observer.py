@@ -16,7 +16,9 @@ from telechat_twins.core.parallel.layout import Coord
 from telechat_twins.core.parallel.sequence import LocalBatch
 from telechat_twins.core.parallel.sharding import kv_copies, padded_rows
 from telechat_twins.core.parity.record.sites import Site, sites
+from telechat_twins.core.parity.record.sketch import in_turn
 from telechat_twins.core.parity.record.tally import Tally
+from telechat_twins.core.parity.record.window import Rows
 
 _COLUMNS = ("q", "rope_q", "core", "gate", "up", "act")  # split over tensor ranks by columns
 _KEYS = ("k", "v", "rope_k")  # likewise, and copied where there are more ranks than key heads
@@ -47,6 +49,7 @@ class Observer:
         starts = np.cumsum([0, *(len(batch.input_ids) for batch in batches)])
         self._first = [first + int(start) for start in starts]
         self._seen: set[tuple[str, int, bool]] = set()
+        self._found: dict[tuple[int, bool], tuple[int, Rows, slice | np.ndarray]] = {}  # by micro-batch and split
 
     def wants(self, micro: int) -> bool:
         return self._first[micro] < self._rows
@@ -62,8 +65,7 @@ class Observer:
             return
         column, width = placed
         rows, real = self._matrix_rows(site, micro, array.shape)
-        values = array.reshape(-1, array.shape[-1])[:, :width]
-        values, rows = values[real], rows[real]
+        values = array.reshape(-1, array.shape[-1])[real, :width]
         if gradient and self._scale != 1.0:
             values = values / np.asarray(self._scale, values.dtype)
         kind = "activation_grad" if gradient else "activation"
@@ -91,20 +93,27 @@ class Observer:
         # The stream: a slice of the positions of each tensor rank, or a copy of it.
         return (0, width) if layout.sequence_parallel or t == 0 else None
 
-    def _matrix_rows(self, site: str, micro: int, shape: Sequence[int]) -> tuple[np.ndarray, slice | np.ndarray]:
-        """int64 [b * s]: rows of the site's matrix, b S + position; those that are recorded and no padding, as a slice
+    def _matrix_rows(self, site: str, micro: int, shape: Sequence[int]) -> tuple[Rows, slice | np.ndarray]:
+        """Rows of the site's matrix, b S + position; those of [b * s] that are recorded and no padding, as a slice
         where they come first and as bool [b * s] otherwise."""
-        places = self._places[micro]  # [b or 1, s]
-        last = site.rpartition(".")[2]
-        if self._split(last, site):
-            part = places.shape[1] // self._layout.tp
-            places = places[:, self._coord.tp * part : (self._coord.tp + 1) * part]
-        if places.shape[1] != shape[1]:
-            raise RuntimeError(f"{site}: {shape[1]} positions on this rank, its batch has {places.shape[1]}")
-        numbers = self._first[micro] + np.arange(shape[0], dtype=np.int64)[:, None]
-        real = np.broadcast_to((places < self._seq_len) & (numbers < self._rows), tuple(shape[:2])).reshape(-1)
-        count = int(np.count_nonzero(real))
-        return (numbers * self._seq_len + places).reshape(-1), slice(count) if real[:count].all() else real
+        split = self._split(site.rpartition(".")[2], site)
+        if (found := self._found.get((micro, split))) is None:
+            places = self._places[micro]  # [b or 1, s]
+            if split:
+                part = places.shape[1] // self._layout.tp
+                places = places[:, self._coord.tp * part : (self._coord.tp + 1) * part]
+            found = self._found[micro, split] = (places.shape[1], *self._recorded(places, micro, shape[0]))
+        if found[0] != shape[1]:
+            raise RuntimeError(f"{site}: {shape[1]} positions on this rank, its batch has {found[0]}")
+        return found[1:]
+
+    def _recorded(self, places: np.ndarray, micro: int, height: int) -> tuple[Rows, slice | np.ndarray]:
+        numbers = self._first[micro] + np.arange(height, dtype=np.int64)[:, None]
+        fine = np.broadcast_to((places < self._seq_len) & (numbers < self._rows), (height, places.shape[1])).reshape(-1)
+        count = int(np.count_nonzero(fine))
+        real = slice(count) if fine[:count].all() else fine
+        rows = (numbers * self._seq_len + places).reshape(-1)[real]
+        return range(rows[0], rows[-1] + 1) if len(rows) and in_turn(rows) else rows, real
 
     def _split(self, last: str, site: str) -> bool:
         """Whether sequence parallelism splits the positions of a site."""

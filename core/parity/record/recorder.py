@@ -35,7 +35,7 @@ from telechat_twins.core.parity.record.format import (
 )
 from telechat_twins.core.parity.record.observer import Observer
 from telechat_twins.core.parity.record.sites import SCALARS, sites
-from telechat_twins.core.parity.record.sketch import Projection, matrix_shape
+from telechat_twins.core.parity.record.sketch import matrix_shape
 from telechat_twins.core.parity.record.sums import provided_sums
 from telechat_twins.core.parity.record.tally import (
     Tally,
@@ -45,6 +45,7 @@ from telechat_twins.core.parity.record.tally import (
     read_share,
     write_share,
 )
+from telechat_twins.core.parity.record.window import Windows
 from telechat_twins.core.schema import from_mapping
 from telechat_twins.core.train.agreement import meet, run_on_all
 from telechat_twins.core.train.stepper import Stepper
@@ -123,8 +124,8 @@ class Recorder:
     ) -> None:
         self.last, self._rows = last, rows
         self._config, self._out, self._at, self._every, self._full = config, out, frozenset(at), every, tuple(full)
-        self._buckets, self._grids = fitting_sketches(config)
-        self._projections: dict[str, Projection] = {}
+        buckets, grids = fitting_sketches(config)
+        self._windows = Windows(buckets, grids=grids)
         self._step: _RecordedStep | None = None
 
     def wants(self, step: int) -> bool:
@@ -135,14 +136,8 @@ class Recorder:
             return
         if not isinstance(stepper, BaseTrainer):
             raise TypeError(f"steps of a {type(stepper).__name__} cannot be recorded")
-        tally = Tally(
-            step,
-            self._buckets,
-            full=self._full,
-            grids=self._grids,
-            sums=provided_sums(),
-            projections=self._projections,
-        )
+        self._windows.sums = provided_sums()
+        tally = Tally(step, self._windows, full=self._full)
         tally.add_batch(batch, first)
         seq_len = batch.input_ids.shape[1]
         kept = rows_recorded(self._config, rows, seq_len, self._rows)
@@ -222,7 +217,7 @@ class _RecordedStep:
         meet(trainer)
 
     def _join(self, shares: Path, path: Path, row: JsonObject) -> None:
-        step, buckets = self.tally.step, self.tally.buckets
+        step, buckets = self.tally.step, self.tally.windows.buckets
         tallies = [read_share(shares / str(rank), step, buckets) for rank in range(self.trainer.world)]
         shutil.rmtree(shares, ignore_errors=True)
         self._write(path, tallies, row)
@@ -257,8 +252,8 @@ class _RecordedStep:
             steps=[whole.step],
             rows=self.rows,
             seq_len=self.seq_len,
-            buckets=whole.buckets,
-            seed=whole.seed,
+            buckets=whole.windows.buckets,
+            seed=whole.windows.seed,
             loss=_finite(self.loss),
             grad_norm=_finite(self.norm),
             notes=self.notes,

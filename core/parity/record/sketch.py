@@ -28,8 +28,6 @@ from typing import NamedTuple
 
 import numpy as np
 
-from telechat_twins.core.parity.record.sums import Sums
-
 BUCKETS = 256  # K of a record that is not too large for it
 LEAST_BUCKETS = 32
 ROW_BLOCK, ROWS_A_BUCKET = 128, 4
@@ -38,6 +36,7 @@ LARGEST = 1e150  # larger magnitudes count as non-finite: their squares must not
 _TILE = 1 << 17  # elements converted to float64 at once: few enough for a processor's cache
 _CHUNK = 1 << 19  # elements that one thread adds up; the sums of chunks are added in their order
 _MOST_THREADS = 8
+_LANES = 8  # float64 numbers of a processor's vector
 _SIGN, _BUCKET_BITS = np.uint64(63), np.uint64(32)
 
 
@@ -132,13 +131,10 @@ class Projection:
             rows = (rows[:, None] * size + np.arange(start, start + n)).reshape(-1)
         return self.slice(array.reshape(len(rows), array.shape[-1]), rows, offset[-1])
 
-    def slice(self, array: np.ndarray, rows: np.ndarray, column: int, sums: Sums | None = None) -> Statistics:
+    def slice(self, array: np.ndarray, rows: np.ndarray, column: int) -> Statistics:
         """Statistics of ``array`` [n, m]: its row i is row ``rows[i]`` of the tensor's matrix, its first column is
-        number ``column``. The order of the sums depends on the shape alone: neither on the number of threads, nor on
-        whether ``sums`` computes them."""
-        cuts, many = _cuts(rows), max(1, _CHUNK // max(1, ROW_BLOCK * array.shape[1]))
-        if sums is not None and not self.whole and sums.serves(array):
-            return self._compiled(array, rows, column, [*cuts[:-1:many], len(rows)], sums)
+        number ``column``. The order of the sums depends on the shape alone, not on the number of threads."""
+        cuts, many = _cuts(rows), _many(array.shape[1])
         runs = list(zip(cuts, cuts[1:], strict=False))
         chunks = [runs[first : first + many] for first in range(0, len(runs), many)]
         if len(chunks) > 1 and threads() > 1:
@@ -147,17 +143,14 @@ class Projection:
             found = map(lambda chunk: self._chunk(array, rows, column, chunk), chunks)
         return merged(found, self.buckets)
 
-    def _compiled(
-        self, array: np.ndarray, rows: np.ndarray, column: int, starts: Sequence[int], sums: Sums
-    ) -> Statistics:
-        buckets, signs = (values[column : column + array.shape[1]] for values in self._columns)
-        made = sums.sketch(array, rows, np.array(starts, np.int64), self._keys, buckets, signs, self.buckets)
-        counts = (np.diff(starts) * array.shape[1]).tolist()
-        parts = (
-            Statistics(row[: self.buckets], count, int(row[self.buckets]), *row[self.buckets + 1 :].tolist())
-            for row, count in zip(made, counts, strict=True)
-        )
-        return merged(parts, self.buckets)
+    def chunks(self, rows: np.ndarray, width: int) -> list[int]:
+        """Where the chunks of rows [n] of ``width`` columns begin whose sums are added in their order, and n."""
+        return [*_cuts(rows)[: -1 : _many(width)], len(rows)]
+
+    def columns(self, column: int, width: int) -> tuple[np.ndarray, np.ndarray]:
+        """Buckets uint8 and signs float32 [width] of columns from ``column`` on."""
+        buckets, signs = (values[column : column + width] for values in self._columns)
+        return buckets, signs
 
     def _chunk(self, array: np.ndarray, rows: np.ndarray, column: int, runs: Sequence[tuple[int, int]]) -> Statistics:
         found, width = self.empty(), array.shape[1]
@@ -177,7 +170,7 @@ class Projection:
                 part = array[start:stop, left : left + _TILE // ROW_BLOCK]
                 if self.whole or len(part) <= ROW_BUCKETS:
                     values = part.astype(np.float64)
-                    _count(found, part, values)
+                    _count(found, part, values, 1)
                     self._add_rows(found.sketch, values, run, column + left)
                 else:
                     self._add_block(found, part, run, column + left, scratch)
@@ -191,7 +184,7 @@ class Projection:
         if len(part) < ROW_BLOCK:
             block[...] = 0.0
         block[run.places], signs[run.places] = part, run.signs
-        _count(found, part, block)
+        _count(found, part, block, ROWS_A_BUCKET)
         block *= signs[:, None]
         joined = block[0::ROWS_A_BUCKET]
         for row in range(1, ROWS_A_BUCKET):
@@ -209,15 +202,14 @@ class Projection:
 
     def _scatter(self, sketch: np.ndarray, values: np.ndarray, shifts: np.ndarray, column: int) -> None:
         """Add ``values`` [n, m], which are changed, to the buckets of their rows' ``shifts`` [n] and their columns."""
-        buckets, signs = (array[column : column + values.shape[1]] for array in self._columns)
+        buckets, signs = self.columns(column, values.shape[1])
         values *= signs
-        at = shifts.astype(np.uint8)[:, None] + buckets  # modulo 256, of which K is a divisor
-        if self.buckets < BUCKETS:
-            at &= np.uint8(self.buckets - 1)
-        sketch += np.bincount(at.reshape(-1), values.reshape(-1), self.buckets)
+        at = shifts.astype(np.int16)[:, None] + buckets  # those from K on are the same buckets again
+        made = np.bincount(at.reshape(-1), values.reshape(-1), 2 * self.buckets)
+        sketch += made[: self.buckets] + made[self.buckets :]
 
     @cached_property
-    def _keys(self) -> np.ndarray:
+    def keys(self) -> np.ndarray:
         """uint64 [3]: of the hashes of blocks, shifts and rows."""
         return np.array([self._key(axis) for axis in ("blocks", "shifts", "rows")])
 
@@ -269,6 +261,11 @@ def _cuts(rows: np.ndarray) -> list[int]:
     return [0, *(np.flatnonzero(np.diff(rows // ROW_BLOCK)) + 1).tolist(), len(rows)]
 
 
+def _many(width: int) -> int:
+    """Runs of rows, of ``width`` columns each, in one chunk."""
+    return max(1, _CHUNK // max(1, ROW_BLOCK * width))
+
+
 def threads() -> int:
     """Threads that add up a large tensor: as many as the process may use, by OMP_NUM_THREADS where that is set."""
     given = os.environ.get("OMP_NUM_THREADS", "")
@@ -281,29 +278,31 @@ def _pool() -> ThreadPoolExecutor:
     return ThreadPoolExecutor(threads(), thread_name_prefix="sketch")
 
 
-def _count(found: Statistics, part: np.ndarray, values: np.ndarray) -> None:
+def _count(found: Statistics, part: np.ndarray, values: np.ndarray, group: int) -> None:
     """Add the sums over ``part`` [n, m]. ``values``: it in float64, its rows in any order, perhaps with rows of zeros;
-    what is not finite becomes 0 there."""
+    what is not finite becomes 0 there. ``group``: see _total."""
     found.count += part.size
     with np.errstate(over="ignore", invalid="ignore"):
-        norm2 = _total(values * values)
+        norm2 = _total(values * values, group)
     if not norm2 < LARGEST:  # cheap to know of all others that each is finite, and its square too
         bad = ~(np.abs(values) < LARGEST)
         found.nonfinite += int(bad.sum())
         values[bad] = 0.0
-        norm2 = _total(values * values)
+        norm2 = _total(values * values, group)
         part = part[np.abs(part.astype(np.float64)) < LARGEST]
     found.norm2 += norm2
-    found.sum += _total(values)
+    found.sum += _total(values, group)
     if part.size:
         found.min, found.max = min(found.min, float(part.min())), max(found.max, float(part.max()))
 
 
-def _total(values: np.ndarray) -> float:
-    """Sum of ``values`` [n, m]: of each column from above, then of these from the left."""
-    if values.shape[1] == 1:
-        return float(np.add.accumulate(values[:, 0])[-1])  # numpy adds up a single column in pairs
-    return float(np.add.accumulate(np.add.reduce(values, axis=0))[-1])
+def _total(values: np.ndarray, group: int) -> float:
+    """Sum of ``values`` [n, m] in the order of a processor's vectors: of each of ``group`` rows and of every column
+    modulo _LANES from the upper left, then of these sums."""
+    whole = np.zeros((len(values), -(-values.shape[1] // _LANES) * _LANES))
+    whole[:, : values.shape[1]] = values
+    vectors = whole.reshape(len(values) // group, group, -1, _LANES).swapaxes(1, 2).reshape(-1, group * _LANES)
+    return float(np.add.accumulate(np.add.reduce(vectors, axis=0))[-1])
 
 
 def _permuted(rows: np.ndarray, factor: int) -> np.ndarray:

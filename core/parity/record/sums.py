@@ -7,8 +7,34 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from typing import NamedTuple, TypeAlias
 
 import numpy as np
+
+
+class Given(NamedTuple):
+    """Where matrices [n, m] lie in a tensor's matrix, and the hash of their sketch.
+
+    ``rows`` int64: numbers of the rows, [n], or of the first, [1], where they count on. ``starts`` int64 [chunks + 1]:
+    where chunks of rows begin, and n. ``keys`` uint64 [4]: of the hashes of blocks, shifts and rows, and of the
+    checksum's rows. ``buckets`` uint8 [m], ``signs`` float32 [m]: of the columns; ``width`` is K. ``across`` uint64
+    [m]: the checksum's factors of the columns, [0] without a checksum. ``block``: height and width of a block, number
+    of the first one in a row.
+    """
+
+    rows: np.ndarray
+    starts: np.ndarray
+    keys: np.ndarray
+    buckets: np.ndarray
+    signs: np.ndarray
+    width: int
+    across: np.ndarray
+    block: tuple[int, int, int]
+
+
+# Of a matrix [n, m], and of float64 block sums [R, C] to which its own are added, or None: float64 [K + 5] (K buckets,
+# then nonfinite, norm2, sum, min and max), only until the next call, and the checksum.
+Prepared: TypeAlias = Callable[[np.ndarray, "np.ndarray | None"], tuple[np.ndarray, int]]
 
 
 class Sums(ABC):
@@ -16,31 +42,11 @@ class Sums(ABC):
 
     @abstractmethod
     def serves(self, array: np.ndarray) -> bool:
-        """Whether the others take this array."""
+        """Whether what ``prepare`` gives takes this array."""
 
     @abstractmethod
-    def sketch(
-        self,
-        array: np.ndarray,
-        rows: np.ndarray,
-        starts: np.ndarray,
-        keys: np.ndarray,
-        buckets: np.ndarray,
-        signs: np.ndarray,
-        width: int,
-    ) -> np.ndarray:
-        """float64 [chunks, K + 5]: K = ``width`` buckets, then nonfinite, norm2, sum, min and max of each chunk of
-        rows, from ``starts[c]`` to ``starts[c + 1]``. ``rows`` int64 [n]: numbers in the tensor's matrix. ``keys``
-        uint64 [3]: of the hashes of blocks, shifts and rows. ``buckets`` uint8 [m], ``signs`` float32 [m]: of the
-        columns."""
-
-    @abstractmethod
-    def row_blocks(self, array: np.ndarray, width: int) -> np.ndarray:
-        """float64 [n, m / width]: sums of ``width`` neighbouring columns, from the left; what is not finite is 0."""
-
-    @abstractmethod
-    def checksums(self, array: np.ndarray, across: np.ndarray, down: np.ndarray) -> np.ndarray:
-        """uint64 [n], modulo 2^64: the sum of each row's (bits + 1) * ``across`` [m], times its ``down`` [n]."""
+    def prepare(self, given: Given) -> Prepared:
+        """The sums of all matrices at one place."""
 
 
 _provided: list[Callable[[], Sums | None]] = []

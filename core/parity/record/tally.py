@@ -11,7 +11,7 @@ import fnmatch
 import hashlib
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -20,10 +20,9 @@ import numpy as np
 
 from telechat_twins.core.files.safetensors import SafetensorsFile
 from telechat_twins.core.model.batch import Batch
-from telechat_twins.core.parity.record.blocks import Grid
 from telechat_twins.core.parity.record.format import COLUMNS, Quantity, quantity, quantity_key
-from telechat_twins.core.parity.record.sketch import BUCKETS, Projection, Statistics, matrix_shape, mixed
-from telechat_twins.core.parity.record.sums import Sums
+from telechat_twins.core.parity.record.sketch import Statistics, matrix_shape
+from telechat_twins.core.parity.record.window import Rows, Windows, numbers_of
 
 _OPTIONAL = ("doc_ids", "weights", "reference")
 
@@ -57,15 +56,11 @@ class _Entry:
 @dataclass
 class Tally:
     """What one rank recorded of one step. ``full``: glob patterns of the quantities whose tensors are kept whole, on
-    their names (``layers.3.*``) or keys (``gradient:*``). ``sums``: a backend's, in place of numpy."""
+    their names (``layers.3.*``) or keys (``gradient:*``)."""
 
     step: int
-    buckets: int = BUCKETS
-    seed: int = 0
+    windows: Windows = field(default_factory=Windows)
     full: Sequence[str] = ()
-    grids: Mapping[str, Grid] = field(default_factory=dict)
-    sums: Sums | None = None
-    projections: dict[str, Projection] = field(default_factory=dict)
     entries: dict[str, _Entry] = field(default_factory=dict)
     parts: dict[str, list[Part]] = field(default_factory=dict)
     summands: dict[str, Summands] = field(default_factory=dict)
@@ -73,32 +68,31 @@ class Tally:
     rows: dict[int, str] = field(default_factory=dict)  # digest of each row of the batch, by its number
 
     def add(
-        self, kind: str, name: str, shape: Sequence[int], dtype: str, array: np.ndarray, rows: np.ndarray, column: int
+        self, kind: str, name: str, shape: Sequence[int], dtype: str, array: np.ndarray, rows: Rows, column: int
     ) -> None:
-        """Add ``array`` [n, m]: rows ``rows`` of the matrix of a tensor of ``shape``, from column ``column`` on."""
-        key, whole = quantity_key(kind, name, self.step), tuple(shape)
-        projection = self.projections.get(name)
-        if projection is None or projection.shape != whole:
-            projection = self.projections[name] = Projection(name, whole, self.buckets, self.seed)
-        found = projection.slice(array, rows, column, self.sums)
-        entry = self.entries.get(key)
+        """Add ``array`` [n, m]: rows ``rows`` of the matrix of a tensor of ``shape``, from column ``column`` on. Of
+        weights before a step the checksums too."""
+        key = quantity_key(kind, name, self.step)
+        window = self.windows.of(kind, name, shape, rows, column, array.shape[1])
+        entry, blocks = self.entries.get(key), None
+        if window.grid is not None:
+            blocks = np.zeros(window.grid.blocks) if entry is None else entry.blocks
+        found, check = window.add(array, blocks)
         if entry is None:
-            entry = self.entries[key] = _Entry(whole, dtype, found)
+            self.entries[key] = _Entry(window.projection.shape, dtype, found, blocks)
         else:
             entry.statistics.merge(found)
-        if kind == "gradient" and (grid := self.grids.get(name)) is not None:
-            if entry.blocks is None:
-                entry.blocks = np.zeros(grid.blocks)
-            grid.add(entry.blocks, array, rows, column, self.sums)
-        if any(fnmatch.fnmatchcase(text, pattern) for pattern in self.full for text in (name, key)):
-            self.parts.setdefault(key, []).append(Part(np.array(array), np.array(rows), column))
+        if window.checked:
+            self.checksums[name] = (self.checksums.get(name, 0) + check) % (1 << 64)
+        if self.full and any(fnmatch.fnmatchcase(text, pattern) for pattern in self.full for text in (name, key)):
+            self.parts.setdefault(key, []).append(Part(np.array(array), np.array(numbers_of(rows)), column))
 
     def add_summand(
-        self, kind: str, name: str, shape: Sequence[int], dtype: str, array: np.ndarray, rows: np.ndarray, column: int
+        self, kind: str, name: str, shape: Sequence[int], dtype: str, array: np.ndarray, rows: Rows, column: int
     ) -> None:
         """As ``add``, of elements that are the sum of what several ranks add: kept until all have."""
         held = self.summands.setdefault(quantity_key(kind, name, self.step), Summands(tuple(shape), dtype))
-        held.parts.append(Part(np.array(array), np.array(rows), column))
+        held.parts.append(Part(np.array(array), np.array(numbers_of(rows)), column))
 
     def forget(self, *kinds: str) -> None:
         """Drop what was added of these kinds."""
@@ -111,15 +105,14 @@ class Tally:
     ) -> None:
         """Add the box of a parameter-like tensor that begins at ``offset``."""
         columns = array.shape[-1] if array.ndim else 1
-        rows = np.zeros(1, np.int64)
+        rows: Rows = range(1)
         for start, n, size in zip(offset[:-1], array.shape[:-1], shape[:-1], strict=True):
-            rows = (rows[:, None] * size + np.arange(start, start + n)).reshape(-1)
-        column = offset[-1] if offset else 0
+            if isinstance(rows, range) and (len(rows) == 1 or (start, n) == (0, size)):
+                rows = range(rows.start * size + start, (rows.stop - 1) * size + start + n)
+            else:
+                rows = (numbers_of(rows)[:, None] * size + np.arange(start, start + n)).reshape(-1)
         values = array.reshape(len(rows), columns)
-        self.add(kind, name, shape, dtype or _dtype_name(array.dtype), values, rows, column)
-        if kind == "weight_before":
-            found = checksum(name, values, rows, column, self.sums)
-            self.checksums[name] = (self.checksums.get(name, 0) + found) % (1 << 64)
+        self.add(kind, name, shape, dtype or _dtype_name(array.dtype), values, rows, offset[-1] if offset else 0)
 
     def add_scalar(self, name: str, value: float) -> None:
         """Add the loss or the gradient norm, a float64."""
@@ -141,31 +134,6 @@ def _dtype_name(dtype: np.dtype) -> str:
     return dtype.name
 
 
-def checksum(name: str, array: np.ndarray, rows: np.ndarray, column: int, sums: Sums | None = None) -> int:
-    """Sum, modulo 2^64, of the float32 bits of every element times odd hashes of its row and column: exact, and
-    additive over disjoint boxes in any order."""
-    key = np.uint64(int.from_bytes(hashlib.sha256(f"checksum/{name}".encode()).digest()[:8], "little"))
-    odd, down = np.uint64(1), np.uint64(0xD1B54A32D192ED03)
-    across = mixed(key, np.arange(column, column + array.shape[1])) | odd
-    with np.errstate(over="ignore"):
-        factors = mixed(key ^ down, rows) | odd
-        if sums is not None and sums.serves(array):
-            return int(np.sum(sums.checksums(array, across, factors), dtype=np.uint64))
-        total = np.uint64(0)
-        for row, factor in _slabs(array, factors):
-            bits = np.ascontiguousarray(row, np.float32).view(np.uint32).astype(np.uint64) + odd
-            bits *= across
-            total += np.sum(bits.sum(axis=1, dtype=np.uint64) * factor, dtype=np.uint64)
-    return int(total)
-
-
-def _slabs(array: np.ndarray, factors: np.ndarray) -> Iterable[tuple[np.ndarray, np.ndarray]]:
-    """Rows of ``array`` with their factors, few enough at a time for a processor's cache."""
-    height = max(1, (1 << 16) // max(1, array.shape[1]))
-    for first in range(0, len(array), height):
-        yield array[first : first + height], factors[first : first + height]
-
-
 def write_share(path: Path, tally: Tally) -> None:
     """A rank's part of a step's record in one file, for ``join_shares``."""
     from safetensors.numpy import save_file
@@ -176,7 +144,9 @@ def write_share(path: Path, tally: Tally) -> None:
         name: np.array([getattr(entry.statistics, name) for _, entry in entries], kinds[code])
         for name, code in COLUMNS.items()
     }
-    tensors["sketch"] = np.array([e.statistics.sketch for _, e in entries], np.float64).reshape(-1, tally.buckets)
+    tensors["sketch"] = np.array([e.statistics.sketch for _, e in entries], np.float64).reshape(
+        -1, tally.windows.buckets
+    )
     for key, entry in entries:
         if entry.blocks is not None:
             tensors[f"blocks/{key}"] = entry.blocks
@@ -206,7 +176,7 @@ def read_share(path: Path, step: int, buckets: int) -> Tally:
     file = SafetensorsFile(path)
     table = json.loads(file.metadata["table"])
     columns = {name: file.read(name) for name in (*COLUMNS, "sketch")}
-    tally = Tally(step, buckets, full=table["full"])
+    tally = Tally(step, Windows(buckets), full=table["full"])
     for number, (key, shape, dtype) in enumerate(table["entries"]):
         numbers = {name: columns[name][number].item() for name in COLUMNS}
         blocks = file.read(f"blocks/{key}") if f"blocks/{key}" in file.tensors else None
@@ -224,11 +194,11 @@ def read_share(path: Path, step: int, buckets: int) -> Tally:
 
 def join_tallies(tallies: Sequence[Tally]) -> Tally:
     """All ranks' tallies of a step as one, added in the order of ranks."""
-    whole = Tally(tallies[0].step, tallies[0].buckets, tallies[0].seed, full=tallies[0].full)
+    whole = Tally(tallies[0].step, tallies[0].windows, full=tallies[0].full)
     for tally in tallies:
         for key, entry in tally.entries.items():
             if (held := whole.entries.get(key)) is None:
-                empty = Statistics(np.zeros(whole.buckets))
+                empty = Statistics(np.zeros(whole.windows.buckets))
                 held = whole.entries[key] = _Entry(entry.shape, entry.dtype, empty)
             if (held.shape, held.dtype) != (entry.shape, entry.dtype):
                 raise RuntimeError(

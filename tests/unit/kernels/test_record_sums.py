@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,7 @@ import pytest
 
 from telechat_twins.core.parity.record.blocks import Grid
 from telechat_twins.core.parity.record.sketch import Projection, Statistics
-from telechat_twins.core.parity.record.tally import checksum
+from telechat_twins.core.parity.record.window import Rows, Window, checksum, numbers_of
 from telechat_twins.kernels.cpu.build import BuildError
 from telechat_twins.kernels.sums import CompiledSums
 
@@ -43,6 +44,11 @@ def values_of(shape: tuple[int, int], rows: np.ndarray, column: int, wrong: bool
     return values[rows, column:]
 
 
+def added(projection: Projection, values: np.ndarray, rows: np.ndarray, column: int, sums: CompiledSums) -> Statistics:
+    turn: Rows = range(rows[0], rows[-1] + 1) if (np.diff(rows) == 1).all() else rows
+    return Window(projection, turn, column, values.shape[1], sums=sums).add(values)[0]
+
+
 def same(a: Statistics, b: Statistics) -> bool:
     return np.array_equal(a.sketch, b.sketch) and vars(a) | {"sketch": 0} == vars(b) | {"sketch": 0}
 
@@ -55,28 +61,46 @@ def test_sketches_have_the_bits_of_numpy(compiled: CompiledSums, part: str) -> N
         expected = projection.slice(values, rows, column)
         for threads in (1, 3):
             compiled.set_threads(threads)
-            found = projection.slice(values, rows, column, compiled)
+            found = added(projection, values, rows, column, compiled)
             assert same(found, expected), (buckets, wrong, threads)
         assert expected.nonfinite == (2 if wrong else 0)
-    wrong_sign = Projection("layers.0.attn.k", shape, 64).slice(values, rows, column, compiled)
+    wrong_sign = added(Projection("layers.0.attn.k", shape, 64), values, rows, column, compiled)
     assert not same(wrong_sign, expected)
     wide = np.repeat(values, 2, axis=0)[::2]  # rows with a stride
-    assert same(projection.slice(wide, rows, column, compiled), expected)
+    assert same(added(projection, wide, rows, column, compiled), expected)
 
 
 @pytest.mark.parametrize("grid", [Grid(1, 4, (300, 1100)), Grid(4, 16, (300, 1100)), Grid(1, 1, (300, 1100))])
-def test_block_sums_and_checksums_have_the_bits_of_numpy(compiled: CompiledSums, grid: Grid) -> None:
-    values = values_of(grid.shape, np.arange(300), 0, True)[:, :1088]
-    for rows in (np.arange(300), np.random.default_rng(2).permutation(300)):
-        one, other = np.zeros(grid.blocks), np.zeros(grid.blocks)
-        grid.add(one, values, rows, 0)
-        grid.add(other, values, rows, 0, compiled)
-        np.testing.assert_array_equal(one, other)
-        assert np.isfinite(one).all() and one.any()
-        assert checksum("w", values, rows, 3, compiled) == checksum("w", values, rows, 3)
+@pytest.mark.parametrize("column", [0, 16])
+def test_block_sums_and_checksums_have_the_bits_of_numpy(compiled: CompiledSums, grid: Grid, column: int) -> None:
+    values, projection = values_of(grid.shape, np.arange(300), 0, True)[:, :1072], Projection("w", grid.shape)
+    order: list[Rows] = [range(300), np.arange(300), np.random.default_rng(2).permutation(300)]
+    for rows in order:
+        for threads in (1, 3):
+            compiled.set_threads(threads)
+            one, other = np.zeros(grid.blocks), np.zeros(grid.blocks)
+            window = Window(projection, rows, column, 1072, checked=True, grid=grid)
+            expected, check = window.add(values, one)
+            found, again = dataclasses.replace(window, sums=compiled).add(values, other)
+            np.testing.assert_array_equal(one, other)
+            assert np.isfinite(one).all() and one.any()
+            assert same(found, expected) and again == check == checksum("w", values, numbers_of(rows), column)
     changed = values.copy()
     changed[17, 5] = np.nextafter(changed[17, 5], np.float32(9))
-    assert checksum("w", changed, rows, 3, compiled) != checksum("w", values, rows, 3)
+    assert dataclasses.replace(window, sums=compiled).add(changed)[1] != check
+
+
+def test_blocks_that_a_slice_cuts_are_left_to_numpy(compiled: CompiledSums) -> None:
+    grid, values = Grid(1, 8, (300, 1100)), values_of((300, 1100), np.arange(300), 0, False)[:, :1084]
+    window, one, other = (
+        Window(Projection("w", grid.shape), range(300), 4, 1084, grid=grid),
+        np.zeros(grid.blocks),
+        np.zeros(grid.blocks),
+    )
+    expected, _ = window.add(values, one)
+    found, _ = dataclasses.replace(window, sums=compiled).add(values, other)
+    assert same(found, expected) and one.any()
+    np.testing.assert_array_equal(one, other)
 
 
 def test_other_types_are_left_to_numpy(compiled: CompiledSums) -> None:
