@@ -16,8 +16,9 @@ if TYPE_CHECKING:  # what a search needs is imported when there is one
     from telechat_twins.core.planner.search.question import Found, Question
 
 TOKENS_A_STEP = 1 << 22  # where neither --global-batch nor a run says so
-_FOUND = ("layout", "recompute", "recompute_lists", "growth", "micro_batches", "trace", "timeline", "tokens")
-_OF_ONE_PLAN = ("budget", "fused_attention")  # a search takes attention to be fused
+_FOUND = ("layout", "recompute", "recompute_lists", "micro_batches")
+# Of one plan; a search takes attention to be fused.
+_OF_ONE_PLAN = ("growth", "trace", "timeline", "tokens", "cost", "budget", "fused_attention")
 _OF_TRAINING = ("global_batch", "micro_batch", "seq_len", "precision")
 _OF_SERVING = ("prompt_len", "answer_len", "quantize")
 

@@ -65,7 +65,8 @@ def _cost_lines(found: JsonObject) -> list[str]:
         "without recomputation",
     ]
     for language, flops in found.get("languages", {}).items():
-        lines.append(f"  {flops / 1e21:>10.2f} of 6 x parameters x tokens in {language}")
+        share = flops / found["six_n_d"]
+        lines.append(f"  {flops / 1e21:>10.2f} of 6 x parameters x tokens in {language}, {share:.1%} of the shares")
     return lines
 
 

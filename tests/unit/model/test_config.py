@@ -128,6 +128,7 @@ def test_run_config_fills_in_defaults() -> None:
         ({"data": {"sources": [{"path": "p", "weight": float("inf")}], "seq_len": 64}}, "weight: inf is not a number"),
         ({"model": {"preset": "telechat2-tiny", "num_layers": 10**9}}, "num_layers: must be at most"),
         ({"model": {"preset": "../train/telechat2-tiny"}}, "no model preset '../train/telechat2-tiny'"),
+        ({"model": "telechat2-tinny"}, "did you mean 'telechat2-tiny'? There are: flm-101b, "),
         ({"trian": {}}, "config: unknown key 'trian'; did you mean 'train'?"),
         ({"optim": None}, "optim"),
     ],

@@ -70,6 +70,8 @@ def test_command(capsys: pytest.CaptureFixture[str]) -> None:
     found = json.loads(capsys.readouterr().out)
     assert found["cost"]["languages"]["zh"] == pytest.approx(0.75 * found["cost"]["six_n_d"])
     assert found["budget"]["tokens"] == pytest.approx(1e22 / (6 * found["parameters"]["total"]))
+    assert cli.main([*words[:-1], "--cost", "--tokens", "1e12", "--languages", "en=50", "zh=60"]) == 0
+    assert "in zh, 54.5% of the shares" in capsys.readouterr().out
     for wrong, message in (
         (["--cost"], "needs --tokens"),
         (["--languages", "en=1"], "belongs to --cost"),

@@ -121,6 +121,8 @@ def test_command(capsys: pytest.CaptureFixture[str]) -> None:
         (["--devices", "0"], "from 1"),
         (["--memory", "0"], "above 0"),
         (["--budget", "1e20"], "without --search"),
+        (["--tokens", "1e12"], "--tokens: is for a plan without --search"),
+        (["--cost", "--tokens", "1e12"], "is for a plan without --search"),
         (["--fused-attention"], "without --search"),
         (["--quantize", "int8"], "--quantize: belongs to --search --target"),
         (["--target", "latency"], "--global-batch: is of training"),
