@@ -14,6 +14,10 @@
 
 #include "pool.h"
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
 enum Dtype : int32_t { F32 = 0, BF16 = 1, F16 = 2, I32 = 3, I64 = 4, F64 = 5, I8 = 6 };
 
 // A tensor of up to 6 axes; strides count elements.
@@ -38,12 +42,21 @@ struct View {
   }
 };
 
-// Allocator aligned to cache lines: a load or store that crosses a line costs two.
+// Allocator aligned to cache lines, as a load or store that crosses a line costs two, or to large pages, which Linux is
+// asked for: a panel of a packed matrix is scattered over more small pages than a processor keeps addresses of.
 template <typename T>
 struct OnLines {
   using value_type = T;
-  T *allocate(size_t n) { return static_cast<T *>(::operator new(n * sizeof(T), std::align_val_t(64))); }
-  void deallocate(T *p, size_t) { ::operator delete(p, std::align_val_t(64)); }
+  static constexpr size_t kLargePage = 2 << 20;
+  static std::align_val_t alignment(size_t n) { return std::align_val_t(n * sizeof(T) >= kLargePage ? kLargePage : 64); }
+  T *allocate(size_t n) {
+    void *p = ::operator new(n * sizeof(T), alignment(n));
+#if defined(__linux__)
+    if (n * sizeof(T) >= kLargePage) madvise(p, n * sizeof(T) / kLargePage * kLargePage, MADV_HUGEPAGE);
+#endif
+    return static_cast<T *>(p);
+  }
+  void deallocate(T *p, size_t n) { ::operator delete(p, alignment(n)); }
   bool operator==(const OnLines &) const { return true; }
   bool operator!=(const OnLines &) const { return false; }
 };

@@ -13,30 +13,50 @@ namespace {
 // 6 x 2 + 3 of 16.
 constexpr int kRows = W == 16 ? 12 : 6, kVectors = 2;
 constexpr int kColumns = kVectors * W;
+constexpr int kPart = W == 16 ? 4 : 2;  // rows of the tiles of an incomplete panel of A
 constexpr int64_t kWorthCopying = 8;    // strips of C from which on packing A pays
-constexpr int64_t kDepth = 192;         // steps of k per pass: a panel of B (24 KiB with AVX-512) stays in L1
-constexpr int64_t kBlock = 32 * kRows;  // rows of A per pass: the packed block (288 KiB with AVX-512) stays in L2
+// Steps of k per pass. A panel of B (64 KiB with AVX-512) then comes from L2, which feeds the tiles as fast as L1, and
+// C is read and written again in fewer passes.
+constexpr int64_t kDepth = 512;
+constexpr int64_t kPanels = 8;   // of A per pass, at most: the packed block (192 KiB with AVX-512) stays in L2
+constexpr int64_t kAbreast = 4;  // panels of a transposed A packed together: they share its cache lines
 
 thread_local FloatBuffer packed_a, packed_b;
 
-// Rows [first, first + rows) and k [from, from + depth) of A as panels [rows / kRows][depth][kRows], zero-padded.
+// Where kRows <= W: to [W, kRows] = the transposed kRows x W block at ``from``; up to W - kRows floats beyond it are overwritten.
+inline void turn_block(const float *from, int64_t stride, float *to) {
+  vf rows[W];
+#pragma GCC unroll 16
+  for (int i = 0; i < W; i++) rows[i] = i < kRows ? load(from + i * stride) : splat(0.0f);
+  if constexpr (W > 8) exchange_all<8>(rows);
+  if constexpr (W > 4) exchange_all<4>(rows);
+  exchange_all<2>(rows);
+  exchange_all<1>(rows);
+#pragma GCC unroll 16
+  for (int i = 0; i < W; i++) store(to + i * kRows, rows[i]);
+}
+
+// Rows [first, first + rows) and k [from, from + depth) of A as panels [rows / kRows][depth][kRows], zero-padded; up to
+// W floats beyond them are overwritten.
 void pack_a(const Operand &a, int64_t first, int64_t rows, int64_t from, int64_t depth, float *to) {
-  for (int64_t panel = 0; panel < rows; panel += kRows) {
+  const float *begin = a.data + first * a.row + from * a.column;
+  const int64_t whole = rows / kRows * kRows;
+  if (a.row == 1)
+    for (int64_t panel = 0; panel < whole; panel += kAbreast * kRows) {
+      const int64_t last = std::min(whole, panel + kAbreast * kRows);
+      for (int64_t j = 0; j < depth; j++)
+        for (int64_t at = panel; at < last; at += kRows)
+          std::memcpy(to + at * depth + j * kRows, begin + at + j * a.column, kRows * sizeof(float));
+    }
+  for (int64_t panel = a.row == 1 ? whole : 0; panel < rows; panel += kRows) {
     const int64_t some = std::min<int64_t>(kRows, rows - panel);
-    const float *p = a.data + (first + panel) * a.row + from * a.column;
-    if (a.row != 1) {
-      for (int i = 0; i < kRows; i++)
-        for (int64_t j = 0; j < depth; j++) to[j * kRows + i] = i < some ? p[i * a.row + j * a.column] : 0.0f;
-      to += depth * kRows;
-      continue;
-    }
-    for (int64_t j = 0; j < depth; j++, to += kRows) {
-      if (some == kRows) {
-        std::memcpy(to, p + j * a.column, kRows * sizeof(float));
-        continue;
-      }
-      for (int i = 0; i < kRows; i++) to[i] = i < some ? p[j * a.column + i] : 0.0f;
-    }
+    const float *p = begin + panel * a.row;
+    float *at = to + panel * depth;
+    int64_t done = 0;
+    if (kRows <= W && some == kRows && a.column == 1)
+      for (; done + W <= depth; done += W) turn_block(p + done, a.row, at + done * kRows);
+    for (int64_t j = done; j < depth; j++)
+      for (int i = 0; i < kRows; i++) at[j * kRows + i] = i < some ? p[i * a.row + j * a.column] : 0.0f;
   }
 }
 
@@ -60,17 +80,24 @@ void pack_b(const Operand &b, int64_t first, int64_t columns, int64_t from, int6
 }
 
 // C tile [ROWS, kColumns] = begin + A [ROWS, depth] B panel, where ``begin`` is the tile itself, one row (a bias) for
-// all rows, or null for zero. Per step of k: 2 loads of B, ROWS broadcasts of A, 2 ROWS multiply-adds.
+// all rows, or null for zero. Per step of k: 2 loads of B, ROWS broadcasts of A, 2 ROWS multiply-adds. Meanwhile ``share``
+// floats a step from ``ahead`` on, which need not exist, are brought into L2. Inlined, because constant strides of a
+// packed A leave the registers to the sums.
 template <int ROWS>
-inline void tile(int64_t depth, const float *a, int64_t a_row, int64_t a_column, const float *b, const float *begin,
-                 int64_t begin_row, float *c, int64_t ldc) {
+__attribute__((always_inline)) inline void tile(int64_t depth, const float *a, int64_t a_row, int64_t a_column,
+                                                const float *b, const float *begin, int64_t begin_row, float *c,
+                                                int64_t ldc, const float *ahead, int64_t share) {
   vf sum[ROWS][kVectors];
 #pragma GCC unroll 12
   for (int i = 0; i < ROWS; i++)
 #pragma GCC unroll 2
     for (int j = 0; j < kVectors; j++) sum[i][j] = begin ? load(begin + i * begin_row + j * W) : splat(0.0f);
-  for (int64_t p = 0; p < depth; p++, a += a_column, b += kColumns) {
+#pragma GCC unroll 12
+  for (int i = 0; i < ROWS; i++)  // the lines of C, which is written at the end
+    for (int j : {0, W, kColumns - 1}) __builtin_prefetch(c + i * ldc + j, 1);
+  for (int64_t p = 0; p < depth; p++, a += a_column, b += kColumns, ahead += share) {
     const vf first = load(b), second = load(b + W);
+    __builtin_prefetch(ahead, 0, 2);
 #pragma GCC unroll 12
     for (int i = 0; i < ROWS; i++) {
       const vf factor = splat(a[i * a_row]);
@@ -81,6 +108,31 @@ inline void tile(int64_t depth, const float *a, int64_t a_row, int64_t a_column,
   for (int i = 0; i < ROWS; i++)
 #pragma GCC unroll 2
     for (int j = 0; j < kVectors; j++) store(c + i * ldc + j * W, sum[i][j]);
+}
+
+// ``rows`` <= kRows rows and ``columns`` <= kColumns columns of C. An incomplete tile is computed in ``edge`` from the
+// elements that exist, its sums in the order of a whole one's.
+template <bool PACKED>
+inline void tiles(int64_t rows, int64_t columns, int64_t depth, const float *a, int64_t a_row, int64_t a_column,
+                  const float *b, const float *begin, int64_t begin_row, float *c, int64_t ldc, const float *ahead,
+                  int64_t share) {
+  if (PACKED) a_row = 1, a_column = kRows;
+  if (rows == kRows && columns == kColumns)
+    return tile<kRows>(depth, a, a_row, a_column, b, begin, begin_row, c, ldc, ahead, share);
+  alignas(64) float edge[kRows * kColumns];
+  for (int64_t r = 0; r < kRows; r++)
+    for (int64_t j = 0; j < kColumns; j++)
+      edge[r * kColumns + j] = begin && r < rows && j < columns ? begin[r * begin_row + j] : 0.0f;
+  if (rows == kRows) {
+    tile<kRows>(depth, a, a_row, a_column, b, edge, kColumns, edge, kColumns, ahead, share);
+  } else {
+    constexpr int kSome = PACKED ? kPart : 1;  // a packed panel has rows of zeros
+    for (int64_t r = 0; r < rows; r += kSome) {
+      float *at = edge + r * kColumns;
+      tile<kSome>(depth, a + r * a_row, a_row, a_column, b, at, kColumns, at, kColumns, ahead, share);
+    }
+  }
+  for (int64_t r = 0; r < rows; r++) std::memcpy(c + r * ldc, edge + r * kColumns, columns * sizeof(float));
 }
 
 // Whether a product is too narrow for tiles to repay the splitting of its operands into parts, as those of low-rank
@@ -113,36 +165,28 @@ void product(int64_t m, int64_t n, int64_t k, const Operand &a, const Operand &b
     const int64_t row_first = by_rows ? first * kRows : 0, row_last = by_rows ? std::min(m, last * kRows) : m;
     const int64_t strip_first = by_rows ? 0 : first, strip_last = by_rows ? strips : last;
     const bool packs = (a.row == 1 && a.column != 1) || strip_last - strip_first >= kWorthCopying;
-    float *block = packs ? packed_a.room(kBlock * kDepth) : nullptr;
-    alignas(64) float edge[kRows * kColumns], start[kColumns];
-    for (int64_t row = row_first; row < row_last; row += kBlock) {
-      const int64_t rows = std::min(kBlock, row_last - row);
+    const int64_t all = (row_last - row_first + kRows - 1) / kRows, blocks = (all + kPanels - 1) / kPanels;
+    const int64_t height = (all + blocks - 1) / blocks * kRows;  // of blocks of rows, as equal as possible
+    float *block = packs ? packed_a.room(height * kDepth + W) : nullptr;
+    for (int64_t row = row_first; row < row_last; row += height) {
+      const int64_t rows = std::min(height, row_last - row);
       for (int64_t from = 0; from < k; from += kDepth) {
-        const int64_t depth = std::min(kDepth, k - from);
+        const int64_t depth = std::min(kDepth, k - from), share = kColumns * kRows / rows;
         if (packs) pack_a(a, row, rows, from, depth, block);
         for (int64_t strip = strip_first; strip < strip_last; strip++) {
           const float *panel = panels + from * strips * kColumns + strip * depth * kColumns;
           const int64_t column = strip * kColumns, columns = std::min<int64_t>(kColumns, n - column);
           for (int64_t i = 0; i < rows; i += kRows) {
             const int64_t some = std::min<int64_t>(kRows, rows - i);
-            const float *at = packs ? block + i * depth : a.data + (row + i) * a.row + from * a.column;
-            const int64_t a_row = packs ? 1 : a.row, a_column = packs ? kRows : a.column;
+            const float *ahead = panel + depth * (kColumns + i / kRows * share);  // a share of the next panel of B
             float *to = c + (row + i) * n + column;
-            if (some == kRows && columns == kColumns) {
-              const float *begin = from || add ? to : bias ? bias + column : nullptr;
-              tile<kRows>(depth, at, a_row, a_column, panel, begin, from || add ? n : 0, to, n);
-              continue;
-            }
-            // An incomplete tile is computed into ``edge`` and its existing elements are copied.
-            for (int64_t j = 0; j < kColumns; j++) start[j] = bias && !from && j < columns ? bias[column + j] : 0.0f;
-            if (some == kRows)
-              tile<kRows>(depth, at, a_row, a_column, panel, start, 0, edge, kColumns);
+            const float *begin = from || add ? to : bias ? bias + column : nullptr;
+            const int64_t begin_row = from || add ? n : 0;
+            if (packs)
+              tiles<true>(some, columns, depth, block + i * depth, 1, kRows, panel, begin, begin_row, to, n, ahead, share);
             else
-              for (int64_t r = 0; r < some; r++)
-                tile<1>(depth, at + r * a_row, a_row, a_column, panel, start, 0, edge + r * kColumns, kColumns);
-            for (int64_t r = 0; r < some; r++)
-              for (int64_t j = 0; j < columns; j++)
-                to[r * n + j] = from || add ? to[r * n + j] + edge[r * kColumns + j] : edge[r * kColumns + j];
+              tiles<false>(some, columns, depth, a.data + (row + i) * a.row + from * a.column, a.row, a.column, panel,
+                           begin, begin_row, to, n, ahead, share);
           }
         }
       }
