@@ -39,6 +39,7 @@ KERNELS = (
     "attention.cc",
     "paged.cc",
     "matmul.cc",
+    "thin.cc",
     "split_matmul.cc",
     "linear.cc",
     "low_rank.cc",

@@ -57,18 +57,16 @@ def serves(config: ModelConfig, dtypes: Sequence[str]) -> bool:
 
 
 class DecoderPrograms:
-    """One decoder with its weights and pages: a program of the kernels of few rows and, with ``many``, another whose
+    """One decoder with its weights and pages: a program of the kernels of few rows and, but in float16, another whose
     products take any number, as MindSpore's operators have them."""
 
-    def __init__(
-        self, library: ctypes.CDLL, config: ModelConfig, dtype: str, held: Held, pages: Pages, many: bool = False
-    ) -> None:
+    def __init__(self, library: ctypes.CDLL, config: ModelConfig, dtype: str, held: Held, pages: Pages) -> None:
         """``held`` gives every parameter of core.model.params.parameter_table, vectors and dense matrices in ``dtype``,
         one of DTYPES, as the pages are. ValueError for others."""
         table = parameter_table(config)
         self.matrices = {name: _checked(name, held(name), spec.shape, dtype) for name, spec in table.items()}
         self.pages = [_checked_pages(pair, config, dtype) for pair in pages]
-        kinds = (False, True) if many and dtype != "float16" else (False,)
+        kinds = (False,) if dtype == "float16" else (False, True)
         self._programs = [DecoderProgram(library, config, dtype, self.matrices, self.pages, kind) for kind in kinds]
 
     def takes(self, step: Step) -> bool:

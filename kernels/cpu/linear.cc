@@ -130,9 +130,18 @@ void strip(const uint32_t *x, int64_t x_row, const uint32_t *w, int64_t rows, in
         multiply_tiles(x + i * x_row + from, x_row, strip, depth, c + i * kWidth, from > 0);
       continue;
     }
+    // The last rows are not taken one by one: two sums are fewer than a dot product takes cycles.
     int64_t i = 0;
-    for (; i + kRows <= rows; i += kRows) block<kRows>(x + i * x_row + from, x_row, strip, depth, c + i * kWidth, from > 0);
-    for (; i < rows; i++) block<1>(x + i * x_row + from, x_row, strip, depth, c + i * kWidth, from > 0);
+    const auto take = [&](auto count) {
+      constexpr int kCount = decltype(count)::value;
+      for (; i + kCount <= rows; i += kCount)
+        block<kCount>(x + i * x_row + from, x_row, strip, depth, c + i * kWidth, from > 0);
+    };
+    take(std::integral_constant<int, kRows>{});
+    if constexpr (kRows > 8) take(std::integral_constant<int, 8>{});
+    if constexpr (kRows > 4) take(std::integral_constant<int, 4>{});
+    take(std::integral_constant<int, 2>{});
+    take(std::integral_constant<int, 1>{});
   }
 }
 
@@ -149,15 +158,21 @@ KERNEL(matmul_bf16, 2, 1, 2) {
   const int64_t pairs = std::max<int64_t>(1, (k + 31) / 32) * 16;  // whole tiles
   const int64_t height = pairs <= 1024 ? kBlock : kBlock / 2;
   const int64_t strips = (n + kWidth - 1) / kWidth, blocks = (m + height - 1) / height;
-  uint32_t *w = packed_w.room(strips * kWidth * pairs);
-  parallel(strips, 4, [&](int64_t first, int64_t last, int) {
-    for (int64_t s = first; s < last; s++)
-      pack(b, s * kWidth, std::min(kWidth, n - s * kWidth), kWidth, pairs, true, w + s * kWidth * pairs, kWidth);
-  });
-  const bool by_rows = blocks >= threads_for(blocks * strips, 1);
+  const auto pack_strip = [&](int64_t s, uint32_t *to) {
+    pack(b, s * kWidth, std::min(kWidth, n - s * kWidth), kWidth, pairs, true, to, kWidth);
+  };
+  // With one block of rows a strip is used once: it is packed on its way through the caches, not before in memory.
+  const bool once = blocks == 1;
+  uint32_t *w = once ? nullptr : packed_w.room(strips * kWidth * pairs);
+  if (!once)
+    parallel(strips, 4, [&](int64_t first, int64_t last, int) {
+      for (int64_t s = first; s < last; s++) pack_strip(s, w + s * kWidth * pairs);
+    });
+  const bool by_rows = !once && blocks >= threads_for(blocks * strips, 1);
+  const int64_t grain = once ? std::max<int64_t>(1, strips / (2 * threads_for(strips, 1))) : 1;  // each piece packs a
   const int64_t x_row = pairs + 16;  // rows a power of two apart would share few sets of the cache
-  parallel(by_rows ? blocks : strips, 1, [&](int64_t first, int64_t last, int) {
-    uint32_t *x = packed_a.room(height * x_row);
+  parallel(by_rows ? blocks : strips, grain, [&](int64_t first, int64_t last, int) {
+    uint32_t *x = packed_a.room(height * x_row), *own = once ? packed_w.room(kWidth * pairs) : nullptr;
     alignas(64) float sums[kBlock * kWidth];
     const Tiles configured(tiles);
     for (int64_t at = by_rows ? first : 0; at < (by_rows ? last : blocks); at++) {
@@ -165,7 +180,8 @@ KERNEL(matmul_bf16, 2, 1, 2) {
       const int64_t places = tiles ? (rows + kTilePair - 1) / kTilePair * kTilePair : rows;
       pack(a, from, rows, places, pairs, false, x, x_row);
       for (int64_t s = by_rows ? 0 : first; s < (by_rows ? strips : last); s++) {
-        strip(x, x_row, w + s * kWidth * pairs, places, pairs, sums, tiles);
+        if (once) pack_strip(s, own);
+        strip(x, x_row, once ? own : w + s * kWidth * pairs, places, pairs, sums, tiles);
         const int64_t columns = std::min(kWidth, n - s * kWidth);
         with_type(out[0].dtype, [&](auto *t) {
           auto *o = out[0].as<std::remove_pointer_t<decltype(t)>>() + from * n + s * kWidth;

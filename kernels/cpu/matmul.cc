@@ -148,6 +148,7 @@ inline bool narrow(int64_t m, int64_t n, int64_t k, const Operand &a) {
 void product(int64_t m, int64_t n, int64_t k, const Operand &a, const Operand &b, const float *bias, float *c,
              bool add = false) {
   if (!narrow(m, n, k, a) && split_serves()) return split_product(m, n, k, a, {b.data, b.column, b.row}, bias, c, add);
+  if (!add && a.column == 1 && b.row == 1 && thin_serves(m, k)) return thin_product(m, n, k, a.data, b.data, bias, c);
   const int64_t strips = (n + kColumns - 1) / kColumns;
   float *panels = packed_b.room(strips * kColumns * k);
   const int64_t depths = (k + kDepth - 1) / kDepth;

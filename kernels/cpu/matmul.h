@@ -1,4 +1,5 @@
-// Declarations shared by the float32 products: by multiply-adds (matmul.cc) and in tiles (split_matmul.cc).
+// Declarations shared by the float32 products: by multiply-adds (matmul.cc; few rows: thin.cc) and in tiles
+// (split_matmul.cc).
 #pragma once
 
 #include "kernel.h"
@@ -24,3 +25,8 @@ bool split_serves();
 // of a row of C depend neither on the number of threads nor on the other rows.
 void split_product(int64_t m, int64_t n, int64_t k, const Operand &a, const Operand &w, const float *bias, float *c,
                    bool add);
+
+// C [m, n] = X [m, k] W^T + bias (null for zero), W [n, k], both contiguous, for as few rows as ``thin_serves`` says
+// (thin.cc). k is not zero. The bits of a row of C depend neither on the number of threads nor on the other rows.
+bool thin_serves(int64_t m, int64_t k);
+void thin_product(int64_t m, int64_t n, int64_t k, const float *x, const float *w, const float *bias, float *c);

@@ -37,7 +37,7 @@ def decoder_program(
         return Matrix(*map(_memory, found)) if isinstance(found, Int8) else Matrix(_memory(found))
 
     places = [(_memory(k), _memory(v)) for k, v in pages]
-    return DecoderPrograms(extension_library(), config, names[0], matrix, places, many=True)
+    return DecoderPrograms(extension_library(), config, names[0], matrix, places)
 
 
 def _memory(x: Tensor) -> Memory:
