@@ -137,8 +137,7 @@ def pack_dialogues(
     collator cuts them. Load the tokenizer with ``in_vocabulary=True``: an id outside the vocabulary is refused here.
     """
     files = _dialogue_files(inputs, variant, seq_len)
-    sources = Unchanged(files)
-    counts = Counts()
+    sources, counts = Unchanged(files), Counts()
     reading = reading if reading is not None else Reading()
     # The DeepSpeed pipeline groups by system text, so it reads every row once to see it and once to use it.
     passes = 2 if variant == "deepspeed" else 1
@@ -164,9 +163,7 @@ def pack_dialogues(
         sources.check()
         return writer.finish(
             {
-                "inputs": len(files),
-                "variant": variant,
-                "max_length": seq_len,
+                **{"inputs": len(files), "variant": variant, "max_length": seq_len},
                 "rows": counts.rows,
                 "rows_lost": counts.lost,
                 "rows_cut": counts.cut,
