@@ -104,6 +104,8 @@ def read_model_section(section: JsonObject, where: str) -> tuple[ModelConfig, li
     family = _family(section)
     check_refused(section, {**NEUTRAL, **(_YARN if family == "telechat3" else {})}, where)
     refuse_unknown(section, FIELDS, where)
+    if family != "telechat3" and section.get("scaling_factor") not in (1, None):
+        raise UserError(f"{where}: scaling_factor is {section['scaling_factor']!r}; only TeleChat3's YARN has one")
     biased = family == "telechat2"
     for name in ("wo_has_bias", "attn_proj_has_bias", "out_proj_has_bias", "add_mlp_fc2_bias_linear"):
         if section.get(name) not in (biased, None):

@@ -90,13 +90,14 @@ def from_mindformers(tree: JsonObject, where: str) -> Carried:
     out.carried["model.model_config"] = "model"
     out.put("model.model_config.seq_length", "data.seq_len", section.get("seq_length", model.max_seqlen))
     out.values["data"] = {"sources": [{"path": UNNAMED_DATA}], **out.values["data"]}
+    _check_sections(tree, where)
     _check_kinds(flat, where)
     _batches(flat, out, where)
     _schedule(flat, out, where)
     for key, target, convert in _SIMPLE:
         if flat.get(key) is not None and key not in out.left:
             out.put(key, target, convert(flat[key]))
-    _stages(flat, section, model.num_layers, out)
+    _stages(flat, section, model.num_layers, out, where)
     _precision(section, flat, out)
     _callbacks(tree.get("callbacks"), out, where)
     _lora(section.get("pet_config") or _mapping(tree, "model", where).get("pet_config"), out, where)
@@ -137,6 +138,21 @@ def _check(value: object, kind: type, key: str, where: str) -> None:
     legal = (int, float) if kind is float else (kind,)
     if not isinstance(value, legal) or isinstance(value, bool) != (kind is bool):
         raise UserError(f"{where}: {key} must be {_KINDS[kind]}, found {shown(value)}")
+
+
+_SECTIONS = (
+    "runner_config", "optimizer", "lr_schedule", "parallel_config", "parallel", "recompute_config", "runner_wrapper",
+    "train_dataset",
+)  # fmt: skip
+
+
+def _check_sections(tree: JsonObject, where: str) -> None:
+    """UserError for a section of another kind: none of its keys would be found."""
+    for name in _SECTIONS:
+        if tree.get(name) is not None and not isinstance(tree[name], dict):
+            raise UserError(f"{where}: {name} must be a mapping, found {shown(tree[name])}")
+    if tree.get("callbacks") is not None and not isinstance(tree["callbacks"], list):
+        raise UserError(f"{where}: callbacks must be a list, found {shown(tree['callbacks'])}")
 
 
 def _check_kinds(flat: JsonObject, where: str) -> None:
@@ -236,19 +252,26 @@ def _callbacks(callbacks: object, out: Carried, where: str) -> None:
                     out.put(f"callbacks.CheckpointMonitor.{key}", target, int(one[key]))
 
 
-def _stages(flat: JsonObject, section: JsonObject, layers: int, out: Carried) -> None:
+def _stages(flat: JsonObject, section: JsonObject, layers: int, out: Carried, where: str) -> None:
     """``offset``: by how many layers each pipeline stage differs from an equal share, of each chunk in turn."""
     key, offset = "model.model_config.offset", section.get("offset")
     if offset is None:
         return
+    if not isinstance(offset, list) and (type(offset) is not int or offset != 0):
+        raise UserError(f"{where}: {key} must be 0 or a list of whole numbers, found {shown(offset)}")
     ranks, chunks = int(flat.get("parallel_config.pipeline_stage") or 1), int(section.get("pp_interleave_num") or 1)
     rows = offset if isinstance(offset, list) else []
     flat_offset = [n for row in rows for n in (row if isinstance(row, list) else [row])]
     stages = [layers // (ranks * chunks) + n for n in flat_offset]
     if rows and len(stages) == ranks * chunks and sum(stages) == layers:
         out.put(key, "parallel.stage_layers", stages)
+    elif rows and ranks > 1:
+        raise UserError(
+            f"{where}: {key} is {shown(offset)}; with {ranks} stages of {chunks} chunks it does not make up the "
+            f"{layers} layers"
+        )
     else:
-        out.left[key] = "an equal share of the layers a stage" if not rows else f"does not make up {layers} layers"
+        out.left[key] = "there is one stage, without a pipeline" if rows else "an equal share of the layers a stage"
 
 
 def _lora(pet: object, out: Carried, where: str) -> None:

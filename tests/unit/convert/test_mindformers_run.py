@@ -96,6 +96,15 @@ def test_other_values(case: str) -> None:
 @pytest.mark.parametrize(
     ("path", "value", "message"),
     [
+        ("model.model_config.offset", "x", r"offset must be 0 or a list of whole numbers, found 'x'"),
+        (
+            "model.model_config.offset",
+            [[1]],
+            r"offset is \[\[1\]\]; with 8 stages of 3 chunks it does not make up",
+        ),
+        ("model.model_config.scaling_factor", 5, "scaling_factor is 5; only TeleChat3's YARN has one"),
+        ("callbacks", {"a": 1}, r"callbacks must be a list, found \{'a': 1\}"),
+        ("optimizer", [], r"optimizer must be a mapping, found \[\]"),
         ("runner_config.batch_size", "4", "runner_config.batch_size must be a whole number, found '4'"),
         ("parallel_config.data_parallel", [2], r"data_parallel must be a whole number, found \[2\]"),
         ("parallel_config.use_seq_parallel", "False", "use_seq_parallel must be true or false, found 'False'"),
