@@ -17,6 +17,8 @@ from telechat_twins.convert.mindformers.config import FIELDS, model_section, rea
 from telechat_twins.convert.mindformers.model_keys import SECTION, reason_of
 from telechat_twins.core.config import RunConfig
 from telechat_twins.core.errors import UserError
+from telechat_twins.core.model.lora import LoraConfig
+from telechat_twins.core.schema import from_mapping
 from telechat_twins.core.shown import shown
 from telechat_twins.core.types import JsonObject
 
@@ -274,18 +276,45 @@ def _stages(flat: JsonObject, section: JsonObject, layers: int, out: Carried, wh
         out.left[key] = "there is one stage, without a pipeline" if rows else "an equal share of the layers a stage"
 
 
+# Keys of pet_config (mindformers/pet/pet_config.py): MindFormers' default and where the value goes; why it is left.
+_PET = {"lora_rank": (8, "rank"), "lora_alpha": (16, "alpha"), "lora_dropout": (0.01, "dropout")}
+_PET_LEFT = {
+    "lora_a_init": "A begins as a normal draw here", "lora_b_init": "B begins as 0 here",
+    "param_init_type": "adapters are float32 in training", "compute_dtype": "train.precision is the model's and theirs",
+}  # fmt: skip
+_PET_REFUSED = {
+    "exclude_layers": "name the layers with an adapter in target_modules",
+    "freeze_include": "all of the base is frozen here",
+    "freeze_exclude": "all of the base is frozen here",
+}
+
+
 def _lora(pet: object, out: Carried, where: str) -> None:
-    if not isinstance(pet, dict):
+    if pet is None:
         return
+    if not isinstance(pet, dict):
+        raise UserError(f"{where}: pet_config: expected keys with values, found {shown(pet)}")
     if pet.get("pet_type") != "lora":
         raise UserError(
             f"{where}: pet_config.pet_type {shown(pet.get('pet_type'))} is not lora, which is all there is here"
         )
-    targets = [name.strip(".*") for name in str(pet.get("target_modules", "")).split("|") if name]
-    out.put("model.model_config.pet_config", "lora", {
-        "rank": pet.get("lora_rank", 8), "alpha": pet.get("lora_alpha", 16), "dropout": pet.get("lora_dropout", 0.0),
-        "targets": targets,
-    })  # fmt: skip
+    for key, value in pet.items():
+        if key in _PET_REFUSED and value not in (None, "", [], ()):
+            raise UserError(f"{where}: pet_config.{key}: {shown(value)} is not taken over: {_PET_REFUSED[key]}")
+        if key not in ("pet_type", "target_modules", *_PET, *_PET_LEFT, *_PET_REFUSED):
+            raise UserError(f"{where}: pet_config.{key}: not a key of MindFormers' LoRA; correct or remove it")
+        if key in _PET_LEFT:
+            out.left[f"model.model_config.pet_config.{key}"] = _PET_LEFT[key]
+    modules = pet.get("target_modules")
+    if not isinstance(modules, str) or not modules.strip():
+        raise UserError(f"{where}: pet_config.target_modules: must name the adapted layers, found {shown(modules)}")
+    lora = {name: default if pet.get(key) is None else pet[key] for key, (default, name) in _PET.items()}
+    lora["targets"] = [name for word in modules.split("|") if (name := word.strip().strip(".*"))]
+    try:
+        lora_config = from_mapping(LoraConfig, lora, "lora")
+    except UserError as error:
+        raise UserError(f"{where}: pet_config: {error}") from None
+    out.put("model.model_config.pet_config", "lora", {**lora, "targets": lora_config.targets})
 
 
 def to_mindformers_yaml(config: RunConfig) -> Carried:

@@ -208,3 +208,42 @@ def test_a_full_disk_leaves_nothing(tmp_path: Path, capsys: pytest.CaptureFixtur
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert [path.name for path in tmp_path.iterdir()] == ["run.yaml"]
+
+
+PET = {"pet_type": "lora", "target_modules": ".*wq|.*wk_v|.*wo"}
+
+
+def test_adapters_of_a_run() -> None:
+    """What is not written has MindFormers' default, a dropout of 0.01 among them; every other key is listed."""
+    pet = {
+        **PET,
+        "lora_rank": 4,
+        "lora_alpha": 8,
+        "lora_a_init": "normal",
+        "compute_dtype": "bfloat16",
+    }
+    found = from_mindformers(changed("model.model_config.pet_config", pet), "f.yaml")
+    lora = found.values["lora"]
+    assert lora == {"rank": 4, "alpha": 8, "dropout": 0.01, "targets": ["q", "k", "v", "o"]}
+    assert "float32" not in found.left["model.model_config.pet_config.compute_dtype"]
+    assert "model.model_config.pet_config.lora_a_init" in found.left
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"pet_type": "ptuning2"}, "pet_type 'ptuning2' is not lora"),
+        ({"exclude_layers": ".*wo"}, r"exclude_layers: '.\*wo' is not taken over: name the layers"),
+        ({"freeze_exclude": ["*norm*"]}, "freeze_exclude: .* is not taken over: all of the base is frozen"),
+        ({"freeze_include": ["*"]}, "freeze_include: .* is not taken over"),
+        ({"lora_rnk": 4}, "lora_rnk: not a key of MindFormers' LoRA"),
+        ({"target_modules": None}, "target_modules: must name the adapted layers, found None"),
+        ({"target_modules": ".*wq|.*router"}, "lora.targets: 'router' is not a linear layer"),
+        ({"lora_rank": 0}, "lora.rank: must be at least 1, found 0"),
+        ({"lora_alpha": "x"}, "lora.alpha: "),
+        ({"lora_dropout": 1.5}, "lora.dropout: must be at most 0.99, found 1.5"),
+    ],
+)
+def test_adapters_that_are_not_carried(change: dict[str, object], message: str) -> None:
+    with pytest.raises(UserError, match=f"f.yaml: pet_config.*{message}"):
+        from_mindformers(changed("model.model_config.pet_config", PET | change), "f.yaml")
