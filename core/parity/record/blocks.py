@@ -1,8 +1,9 @@
 """Block sums of gradients, beside the sketch: few elements each, so that a single wrong one stands out.
 
 The matrix of a gradient [rows, columns] is cut into blocks of ``height`` x ``width`` elements, whose sums are kept. How
-small the blocks are is decided by the bytes that a record may have, alike for all large gradients of a run: a model of
-ten million elements has blocks of SMALLEST, one of a hundred billion has blocks of many thousands. Small gradients
+small the blocks are is decided by the bytes that a record may have, alike for all large gradients of a run but for a
+factor of two: a model of ten million elements has blocks of SMALLEST, one of a hundred billion has blocks of many
+thousands. Small gradients
 have blocks of one element, and longer vectors of SMALLEST: biases and gains, which need few bytes in any model.
 """
 
@@ -111,7 +112,8 @@ def fine_grid(shape: tuple[int, int]) -> Grid | None:
 
 
 def fitting_grids(shapes: Mapping[str, tuple[int, int]], room: int) -> dict[str, Grid]:
-    """Grids by name, of the smallest blocks with which all fit into ``room`` bytes."""
+    """Grids by name, of the smallest blocks with which all fit into ``room`` bytes, and of half of these as many as
+    still do, from the first on."""
     fine = {name: grid for name, shape in shapes.items() if (grid := fine_grid(shape)) is not None}
     taken = sum(blocks_bytes(grid.blocks) for grid in fine.values())
     large = {name: shape for name, shape in shapes.items() if name not in fine}
@@ -125,9 +127,16 @@ def _fitting(shapes: Mapping[str, tuple[int, int]], room: int) -> dict[str, Grid
     size = SMALLEST
     while True:
         found = {name: grid for name, shape in shapes.items() if (grid := grid_of(shape, size)) is not None}
-        if sum(blocks_bytes(grid.blocks) for grid in found.values()) <= room:
-            return found
+        left = room - sum(blocks_bytes(grid.blocks) for grid in found.values())
+        if left >= 0:
+            break
         size *= 2
+    for name, grid in found.items() if size > SMALLEST else ():
+        half = grid_of(shapes[name], size // 2)
+        more = 0 if half is None else blocks_bytes(half.blocks) - blocks_bytes(grid.blocks)
+        if half is not None and more <= left:
+            found[name], left = half, left - more
+    return found
 
 
 def blocks_bytes(blocks: tuple[int, ...]) -> int:
