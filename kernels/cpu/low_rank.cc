@@ -1,16 +1,17 @@
-// Low-rank adapters beside a frozen matrix: out += s (x A^T) B^T and its gradients, A [r, in], B [out, r], r small.
+// Linear layers with low-rank adapters: x W^T + s (x A^T) B^T and its gradients, W [out, in] frozen, A [r, in], B [out, r],
+// r small.
 //
-// A packed product pads r to a strip of columns and reads x once for each of its passes. Here what is r wide stays in
-// registers or L1, and x and dy pass once forward and twice backward. Sums of a row are taken in an order of their own
-// (``dots``, ``spread``), so that a row's bits depend neither on threads nor on other rows; sums over rows are taken by
-// blocks of kBlock in the order of the rows (``narrow_sums``).
+// What is r wide is computed in registers. Its products with B and A are r further steps of those with W, so that results
+// pass once. Sums of a row are taken in an order of their own (``dots``, ``float_product``), so that a row's bits depend
+// neither on threads nor on other rows; sums over rows are taken by parts that follow from the shapes, added in their order.
 #include "matmul.h"
 #include "vec.h"
 
 namespace {
 
 constexpr int kRows = 4, kRanks = 4;  // of a tile of ``dots``: 16 sums in registers
-constexpr int64_t kBlock = 32;       // rows of one sum in registers: 256 KiB of 512 columns, in L2
+constexpr int64_t kBlock = 32;        // rows of one sum in registers, while they are in L2
+constexpr int64_t kPartRows = 128, kMostParts = 16, kPartFloats = 1 << 22;  // of sums over rows
 
 thread_local FloatBuffer turned_b, summed;
 
@@ -119,21 +120,13 @@ inline void narrow_columns(int64_t rows, int64_t r, int64_t n, const float *low,
   for (; j < r; j++) narrow_tile<1, VECTORS>(rows, r, n, low + j, x, some, to + j * n);
 }
 
-// to [r, n] = low [m, r]^T x [m, n]. Threads divide the columns: the order of a sum is that of the rows.
-void narrow_sums(int64_t m, int64_t r, int64_t n, const float *low, const float *x, float *to) {
-  std::fill(to, to + r * n, 0.0f);
-  const int64_t vectors = (n + W - 1) / W;
-  parallel((vectors + 1) / 2, 4, [&](int64_t first, int64_t last, int) {
-    for (int64_t row = 0; row < m; row += kBlock)
-      for (int64_t pair = first; pair < last; pair++) {
-        const int64_t rows = std::min(kBlock, m - row), c = 2 * W * pair, left = n - c;
-        const float *l = low + row * r, *at = x + row * n + c;
-        if (left > W)
-          narrow_columns<2>(rows, r, n, l, at, static_cast<int>(std::min<int64_t>(W, left - W)), to + c);
-        else
-          narrow_columns<1>(rows, r, n, l, at, static_cast<int>(left), to + c);
-      }
-  });
+// to [r, n] += low [rows, r]^T x [rows, n], rows at most kBlock.
+void narrow_sums(int64_t rows, int64_t r, int64_t n, const float *low, const float *x, float *to) {
+  for (int64_t c = 0; c < n; c += 2 * W)
+    if (n - c > W)
+      narrow_columns<2>(rows, r, n, low, x + c, static_cast<int>(std::min<int64_t>(W, n - c - W)), to + c);
+    else
+      narrow_columns<1>(rows, r, n, low, x + c, static_cast<int>(n - c), to + c);
 }
 
 void turn(int64_t rows, int64_t columns, const float *from, float *to) {
@@ -143,35 +136,72 @@ void turn(int64_t rows, int64_t columns, const float *from, float *to) {
 
 constexpr int64_t kGrain = 32;  // rows of a piece
 
+// An adapter's part of a backward pass: x [m, k] and dy [m, n] as it read and got them, low [m, r] = s x A^T.
+struct Gradients {
+  int64_t m, k, n, r;
+  const float *dy, *x, *low, *b;  // b [r, n]: B turned
+  float factor, *dlow;            // dlow [m, r] = s dy B
+
+  // sums [r, k] = dlow^T x and, behind it, [r, n] = low^T dy over rows [first, last), which are read once.
+  void part(int64_t first, int64_t last, float *sums) const {
+    std::fill(sums, sums + r * (k + n), 0.0f);
+    for (int64_t row = first; row < last; row += kBlock) {
+      const int64_t rows = std::min(kBlock, last - row);
+      dots(rows, r, n, dy + row * n, b, factor, dlow + row * r);
+      narrow_sums(rows, r, n, low + row * r, dy + row * n, sums + r * k);
+      narrow_sums(rows, r, k, dlow + row * r, x + row * k, sums);
+    }
+  }
+
+  // Number of parts that the rows are cut into, a function of the shapes alone.
+  int64_t parts() const {
+    const int64_t most = std::min(kMostParts, kPartFloats / (r * (k + n)));
+    return std::max<int64_t>(1, std::min(most, m / kPartRows));
+  }
+};
+
 }  // namespace
 
-// in: y [m, n], which s x A^T B^T is added to; x [m, k]; A [r, k]; B [n, r]; all float32; out: s x A^T [m, r]; scalar: s
-KERNEL(low_rank, 4, 1, 1) {
-  const int64_t m = in[1].shape[0], k = in[1].shape[1], r = in[2].shape[0], n = in[3].shape[0];
-  float *b = turned_b.room(r * n), *low = out[0].as<float>(), *y = in[0].as<float>();
-  const float *x = in[1].as<float>(), *a = in[2].as<float>(), factor = static_cast<float>(scalar[0]);
-  turn(n, r, in[3].as<float>(), b);
+// in: x [m, k]; read [m, k], what the adapter reads; w [n, k]; bias [n]; A [r, k]; B [n, r]; all float32; out: x w^T + bias
+// + s read A^T B^T [m, n], s read A^T [m, r]; scalars: s, has bias
+KERNEL(adapted, 6, 2, 2) {
+  const int64_t m = in[0].shape[0], k = in[0].shape[1], n = in[2].shape[0], r = in[4].shape[0];
+  const float *read = in[1].as<float>(), *a = in[4].as<float>(), factor = static_cast<float>(scalar[0]);
+  float *low = out[1].as<float>();
   parallel(m, kGrain, [&](int64_t first, int64_t last, int) {
-    dots(last - first, r, k, x + first * k, a, factor, low + first * r);
-    spread(last - first, r, n, low + first * r, b, y + first * n, true);
+    dots(last - first, r, k, read + first * k, a, factor, low + first * r);
   });
+  const float *bias = scalar[1] ? in[3].as<float>() : nullptr;
+  float_product(m, n, k, {in[0].as<float>(), k, 1}, {in[2].as<float>(), 1, k}, bias, out[0].as<float>(), false,
+                {low, {in[5].as<float>(), 1, r}, r});
 }
 
-// in: dx [m, k], written (scalar[1] 1) or added to (2) with s dy B A, or left alone (0); dy [m, n]; x [m, k];
-// low [m, r] = s x A^T; A [r, k]; B [n, r]; all float32; out: dA [r, k] = (s dy B)^T x, dB [n, r] = dy^T low; scalars: s,
-// what to do with dx
-KERNEL(low_rank_backward, 6, 2, 2) {
-  const int64_t m = in[2].shape[0], k = in[2].shape[1], r = in[4].shape[0], n = in[5].shape[0];
-  const float *dy = in[1].as<float>(), *x = in[2].as<float>(), *low = in[3].as<float>(), *a = in[4].as<float>();
-  float *dx = in[0].as<float>(), *b = turned_b.room(r * n), *room = summed.room(m * r + r * n), *dlow = room + r * n;
-  const float factor = static_cast<float>(scalar[0]);
-  const int what = static_cast<int>(scalar[1]);
-  turn(n, r, in[5].as<float>(), b);
-  parallel(m, kGrain, [&](int64_t first, int64_t last, int) {
-    dots(last - first, r, n, dy + first * n, b, factor, dlow + first * r);
-    if (what) spread(last - first, r, k, dlow + first * r, a, dx + first * k, what == 2);
+// in: dx [m, k], written (scalar[1] 1) or added to (2) with dy w, or left alone (0); dread [m, k] likewise (scalar[2]) with
+// s dy B A, or 3: that belongs to dx; dy [m, n]; read [m, k]; low [m, r] = s read A^T; w [n, k]; A [r, k]; B [n, r]; all
+// float32; out: dA [r, k] = (s dy B)^T read, dB [n, r] = dy^T low; scalars: s, what to do with dx, with dread
+KERNEL(adapted_backward, 8, 2, 3) {
+  const int64_t m = in[3].shape[0], k = in[3].shape[1], r = in[6].shape[0], n = in[7].shape[0];
+  float *dx = in[0].as<float>(), *dread = in[1].as<float>(), *b = turned_b.room(r * n);
+  const float *dy = in[2].as<float>(), *a = in[6].as<float>();
+  const int into_x = static_cast<int>(scalar[1]), into_read = static_cast<int>(scalar[2]);
+  Gradients g{m, k, n, r, dy, in[3].as<float>(), in[4].as<float>(), b, static_cast<float>(scalar[0]), nullptr};
+  const int64_t parts = g.parts(), size = r * (k + n);
+  g.dlow = summed.room(m * r + parts * size);
+  float *sums = g.dlow + m * r;
+  turn(n, r, in[7].as<float>(), b);
+  parallel_items(parts, [&](int64_t i, int) { g.part(m * i / parts, m * (i + 1) / parts, sums + i * size); });
+  parallel(size, 4096, [&](int64_t first, int64_t last, int) {
+    for (int64_t i = 1; i < parts; i++)
+      for (int64_t j = first; j < last; j++) sums[j] += sums[i * size + j];
   });
-  narrow_sums(m, r, k, dlow, x, out[0].as<float>());
-  narrow_sums(m, r, n, low, dy, room);
-  turn(r, n, room, out[1].as<float>());
+  std::copy(sums, sums + r * k, out[0].as<float>());
+  turn(r, n, sums + r * k, out[1].as<float>());
+  if (into_x) {
+    const LowRank more{g.dlow, {a, k, 1}, into_read == 3 ? r : 0};
+    float_product(m, k, n, {dy, n, 1}, {in[5].as<float>(), k, 1}, nullptr, dx, into_x == 2, more);
+  }
+  if (into_read == 1 || into_read == 2)
+    parallel(m, kGrain, [&](int64_t first, int64_t last, int) {
+      spread(last - first, r, k, g.dlow + first * r, a, dread + first * k, into_read == 2);
+    });
 }

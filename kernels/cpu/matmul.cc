@@ -20,6 +20,8 @@ constexpr int64_t kWorthCopying = 8;    // strips of C from which on packing A p
 constexpr int64_t kDepth = 512;
 constexpr int64_t kPanels = 8;   // of A per pass, at most: the packed block (192 KiB with AVX-512) stays in L2
 constexpr int64_t kAbreast = 4;  // panels of a transposed A packed together: they share its cache lines
+constexpr int64_t kPacked = 1 << 20;  // floats of B packed at a time, 4 MiB: they stay in L3, and in memory afterwards
+constexpr int64_t kLeastStrips = 64;  // of which A is packed anew for each part of B that holds fewer strips than C
 
 thread_local FloatBuffer packed_a, packed_b;
 
@@ -143,59 +145,97 @@ inline bool narrow(int64_t m, int64_t n, int64_t k, const Operand &a) {
   return n < kLeast || k < kLeast / 2 || (a.row == 1 && a.column != 1 && m < kLeast);
 }
 
-// C [m, n] = A [m, k] B [k, n] + bias; ``add``: C += A B, without a bias. Loops: blocks of rows (A block in L2), depths of
-// k, strips of columns (B panel in L1), tiles of kRows rows (C in registers).
-void product(int64_t m, int64_t n, int64_t k, const Operand &a, const Operand &b, const float *bias, float *c,
-             bool add = false) {
-  if (!narrow(m, n, k, a) && split_serves()) return split_product(m, n, k, a, {b.data, b.column, b.row}, bias, c, add);
-  if (!add && a.column == 1 && b.row == 1 && thin_serves(m, k)) return thin_product(m, n, k, a.data, b.data, bias, c);
-  const int64_t strips = (n + kColumns - 1) / kColumns;
-  float *panels = packed_b.room(strips * kColumns * k);
-  const int64_t depths = (k + kDepth - 1) / kDepth;
-  parallel(strips * depths, 4, [&](int64_t first, int64_t last, int) {
-    for (int64_t item = first; item < last; item++) {
-      const int64_t from = item / strips * kDepth, strip = item % strips, depth = std::min(kDepth, k - from);
-      pack_b(b, strip * kColumns, std::min<int64_t>(kColumns, n - strip * kColumns), from, depth,
-             panels + from * strips * kColumns + strip * depth * kColumns);
+// Rows [row, row + rows) of a product C [m, n], and of the ``some`` strips from ``strip`` on, whose B is packed, those
+// numbered begin to end.
+struct Block {
+  float *c;
+  int64_t n, row, rows;
+  const float *bias;
+  int64_t strip, some, begin, end;
+
+  // C = start + A B over steps [from, from + steps) of k, where ``start`` is C itself with ``add``, else the bias.
+  void multiply(const Operand &a, int64_t from, int64_t steps, const float *panels, bool packs, bool add) const {
+    float *packed = packs ? packed_a.room((rows + kRows - 1) / kRows * kRows * kDepth + W) : nullptr;
+    for (int64_t step = 0; step < steps; step += kDepth, add = true) {
+      const int64_t depth = std::min(kDepth, steps - step);
+      if (packs) pack_a(a, row, rows, from + step, depth, packed);
+      // Panels of kRows packed rows begin kRows * depth apart.
+      const Operand x = packs ? Operand{packed, depth, kRows}
+                              : Operand{a.data + row * a.row + (from + step) * a.column, a.row, a.column};
+      for (int64_t s = begin; s < end; s++)
+        strip_of(x, depth, panels + (step * some + s * depth) * kColumns, (strip + s) * kColumns, packs, add);
     }
-  });
-  // Threads divide the rows, or the columns where there are too few rows.
-  const int64_t row_panels = (m + kRows - 1) / kRows, threads = threads_for(row_panels * strips, 2);
-  const bool by_rows = row_panels >= 2 * threads || row_panels >= strips;
-  parallel(by_rows ? row_panels : strips, 1, [&](int64_t first, int64_t last, int) {
-    const int64_t row_first = by_rows ? first * kRows : 0, row_last = by_rows ? std::min(m, last * kRows) : m;
-    const int64_t strip_first = by_rows ? 0 : first, strip_last = by_rows ? strips : last;
-    const bool packs = (a.row == 1 && a.column != 1) || strip_last - strip_first >= kWorthCopying;
-    const int64_t all = (row_last - row_first + kRows - 1) / kRows, blocks = (all + kPanels - 1) / kPanels;
-    const int64_t height = (all + blocks - 1) / blocks * kRows;  // of blocks of rows, as equal as possible
-    float *block = packs ? packed_a.room(height * kDepth + W) : nullptr;
-    for (int64_t row = row_first; row < row_last; row += height) {
-      const int64_t rows = std::min(height, row_last - row);
-      for (int64_t from = 0; from < k; from += kDepth) {
-        const int64_t depth = std::min(kDepth, k - from), share = kColumns * kRows / rows;
-        if (packs) pack_a(a, row, rows, from, depth, block);
-        for (int64_t strip = strip_first; strip < strip_last; strip++) {
-          const float *panel = panels + from * strips * kColumns + strip * depth * kColumns;
-          const int64_t column = strip * kColumns, columns = std::min<int64_t>(kColumns, n - column);
-          for (int64_t i = 0; i < rows; i += kRows) {
-            const int64_t some = std::min<int64_t>(kRows, rows - i);
-            const float *ahead = panel + depth * (kColumns + i / kRows * share);  // a share of the next panel of B
-            float *to = c + (row + i) * n + column;
-            const float *begin = from || add ? to : bias ? bias + column : nullptr;
-            const int64_t begin_row = from || add ? n : 0;
-            if (packs)
-              tiles<true>(some, columns, depth, block + i * depth, 1, kRows, panel, begin, begin_row, to, n, ahead, share);
-            else
-              tiles<false>(some, columns, depth, a.data + (row + i) * a.row + from * a.column, a.row, a.column, panel,
-                           begin, begin_row, to, n, ahead, share);
-          }
-        }
-      }
+  }
+
+  void strip_of(const Operand &x, int64_t depth, const float *panel, int64_t column, bool packs, bool add) const {
+    const int64_t columns = std::min<int64_t>(kColumns, n - column), share = kColumns * kRows / rows;
+    for (int64_t i = 0; i < rows; i += kRows) {
+      const int64_t height = std::min<int64_t>(kRows, rows - i);
+      const float *ahead = panel + depth * (kColumns + i / kRows * share);  // a share of the next panel of B
+      float *to = c + (row + i) * n + column;
+      const float *start = add ? to : bias ? bias + column : nullptr;
+      const auto some_tiles = packs ? tiles<true> : tiles<false>;
+      some_tiles(height, columns, depth, x.data + i * x.row, x.row, x.column, panel, start, add ? n : 0, to, n, ahead, share);
+    }
+  }
+};
+
+// Steps [from, from + depth) of k of the ``some`` strips of B from ``strip`` on as panels [depths of kDepth at most][some]
+// [a depth's steps][kColumns].
+void pack_depths(const Operand &b, int64_t n, int64_t strip, int64_t some, int64_t from, int64_t depth, float *to) {
+  const int64_t depths = (depth + kDepth - 1) / kDepth;
+  parallel(some * depths, 4, [&](int64_t first, int64_t last, int) {
+    for (int64_t item = first; item < last; item++) {
+      const int64_t at = item / some * kDepth, s = item % some, steps = std::min(kDepth, depth - at);
+      const int64_t column = (strip + s) * kColumns;
+      pack_b(b, column, std::min<int64_t>(kColumns, n - column), from + at, steps, to + (at * some + s * steps) * kColumns);
     }
   });
 }
 
 }  // namespace
+
+// Loops: parts of B of at most ``kPacked``, blocks of rows (A block in L2), depths of k, strips of columns (B panel in L2),
+// tiles of kRows rows (C in registers).
+void float_product(int64_t m, int64_t n, int64_t k, const Operand &a, const Operand &b, const float *bias, float *c,
+                   bool add, const LowRank &more) {
+  const Operand low{more.low, more.rank, 1};
+  const bool split = !narrow(m, n, k, a) && split_serves();
+  if (split || (!add && a.column == 1 && b.row == 1 && thin_serves(m, k))) {
+    if (split)
+      split_product(m, n, k, a, {b.data, b.column, b.row}, bias, c, add);
+    else
+      thin_product(m, n, k, a.data, b.data, bias, c);
+    if (more.rank) float_product(m, n, more.rank, low, more.w, nullptr, c, true);
+    return;
+  }
+  const int64_t strips = (n + kColumns - 1) / kColumns, row_panels = (m + kRows - 1) / kRows;
+  const int64_t wide = std::min(strips, std::max(kLeastStrips, kPacked / (kColumns * k)));
+  const int64_t deep = std::min(k, std::max(kDepth, kPacked / (kColumns * wide) / kDepth * kDepth));
+  float *panels = packed_b.room(wide * kColumns * (deep + more.rank)), *low_panels = panels + wide * kColumns * deep;
+  for (int64_t strip = 0; strip < strips; strip += wide)
+    for (int64_t from = 0; from < k; from += deep) {
+      const int64_t some = std::min(wide, strips - strip), steps = std::min(deep, k - from);
+      const int64_t rank = from + steps == k ? more.rank : 0;
+      pack_depths(b, n, strip, some, from, steps, panels);
+      pack_depths(more.w, n, strip, some, 0, rank, low_panels);
+      // Threads divide the rows, or the columns where there are too few rows.
+      const int64_t threads = threads_for(row_panels * some, 2);
+      const bool by_rows = row_panels >= 2 * threads || row_panels >= some;
+      parallel(by_rows ? row_panels : some, 1, [&](int64_t first, int64_t last, int) {
+        const int64_t row_first = by_rows ? first * kRows : 0, row_last = by_rows ? std::min(m, last * kRows) : m;
+        const int64_t begin = by_rows ? 0 : first, end = by_rows ? some : last;
+        const bool packs = (a.row == 1 && a.column != 1) || end - begin >= kWorthCopying;
+        const int64_t all = (row_last - row_first + kRows - 1) / kRows, blocks = (all + kPanels - 1) / kPanels;
+        const int64_t height = (all + blocks - 1) / blocks * kRows;  // of blocks of rows, as equal as possible
+        for (int64_t row = row_first; row < row_last; row += height) {
+          const Block block{c, n, row, std::min(height, row_last - row), bias, strip, some, begin, end};
+          block.multiply(a, from, steps, panels, packs, from || add);
+          block.multiply(low, 0, rank, low_panels, false, true);
+        }
+      });
+    }
+}
 
 // in: a [m, k] or, with scalar[0], [k, m]; w [n, k] or, with scalar[1], [k, n]; bias [n]; all float32; out: a w^T +
 // bias [m, n]; scalars: turn a, turn w, has bias
@@ -209,15 +249,5 @@ KERNEL(matmul, 3, 1, 3) {
     for (int64_t i = 0; i < m * n; i++) out[0].as<float>()[i] = bias ? bias[i % n] : 0.0f;
     return;
   }
-  product(m, n, k, a, b, bias, out[0].as<float>());
-}
-
-// in: c [m, n], which a w^T is added to; a [m, k]; w [n, k] or, with scalar[0], [k, n]; all float32; scalar: turn w
-KERNEL(matmul_add, 3, 0, 1) {
-  const bool turn_w = scalar[0] != 0;
-  const int64_t m = in[1].shape[0], k = in[1].shape[1], n = in[0].shape[1];
-  if (k == 0) return;
-  const Operand a{in[1].as<float>(), k, 1};
-  const Operand b{in[2].as<float>(), turn_w ? n : 1, turn_w ? 1 : k};
-  product(m, n, k, a, b, nullptr, in[0].as<float>(), true);
+  float_product(m, n, k, a, b, bias, out[0].as<float>(), false);
 }

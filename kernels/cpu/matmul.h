@@ -18,6 +18,18 @@ struct FloatBuffer {
   Floats held;
 };
 
+// What is added to a product's sums beside A B: low [m, rank] times w [rank, n], as further steps of k.
+struct LowRank {
+  const float *low;
+  Operand w;
+  int64_t rank;
+};
+
+// C [m, n] = A [m, k] B [k, n] + bias (null for zero) + low w; ``add``: C += A B + low w, without a bias. k is not zero. The
+// bits of a row of C depend neither on the number of threads nor on the other rows.
+void float_product(int64_t m, int64_t n, int64_t k, const Operand &a, const Operand &b, const float *bias, float *c,
+                   bool add, const LowRank &more = {nullptr, {}, 0});
+
 // Whether float32 products use tiles: the processor has them, the system grants them, and the process did not refuse them.
 bool split_serves();
 

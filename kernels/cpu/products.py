@@ -1,4 +1,4 @@
-"""Matrix products that add into a matrix that is there, checked as those of kernels/cpu/ops.py are."""
+"""Layers with low-rank adapters, checked as the operators of kernels/cpu/ops.py are."""
 
 from __future__ import annotations
 
@@ -8,50 +8,53 @@ from telechat_twins.kernels.cpu.checks import either, floats, need, product
 from telechat_twins.kernels.cpu.engine import Array
 
 
-def matmul_add(c: Array, a: Array, w: Array, turn_w: bool = False) -> Array:
-    """Adds a [m, k] times w [n, k] transposed, or with ``turn_w`` w [k, n], to c [m, n], all float32, in place; returns
-    c. ValueError for a c that is not contiguous."""
-    e = floats(c=c, a=a, w=w)
-    need("c", c, ("float32",), product(a, w, "float32", False, turn_w))
-    if e.unit_stride(c) is not c:
-        raise ValueError("c: not contiguous, and to be written to")
-    e.run("matmul_add", (c, a, w), (), (turn_w,), 0)
-    return c
-
-
-def low_rank(y: Array, x: Array, a: Array, b: Array, scale: float) -> Array:
-    """Adds scale * x [m, k] a [r, k]^T b [n, r]^T to y [m, n], all float32, in place; returns scale * x a^T [m, r].
-
-    ValueError for a y that is not contiguous.
-    """
-    e = floats(y=y, x=x, a=a, b=b)
-    _in_place("y", y)
-    (m, r), n = product(x, a, "float32", False, False), b.shape[0]
-    need("b", b, ("float32",), (n, r))
-    need("y", y, ("float32",), (m, n))
-    return e.run("low_rank", (y, x, a, b), ((e.dtypes["float32"], (m, r)),), (scale,), 0)
-
-
-def low_rank_backward(
-    dx: Array | None, dy: Array, x: Array, low: Array, a: Array, b: Array, scale: float, add: bool = True
+def adapted(
+    x: Array, read: Array, w: Array, bias: Array | None, a: Array, b: Array, scale: float
 ) -> tuple[Array, Array]:
-    """Gradients of ``low_rank``: (da [r, k], db [n, r]) from dy [m, n] and what it returned, ``low`` [m, r].
+    """(x [m, k] w [n, k]^T + bias [n] + low b [n, r]^T, low), where low [m, r] = scale * read [m, k] a [r, k]^T; all
+    float32."""
+    e = floats(x=x, read=read, w=w, bias=bias, a=a, b=b)
+    f32, (m, n), r = e.dtypes["float32"], product(x, w, "float32", False, False), a.shape[0]
+    product(read, a, "float32", False, False)
+    need("read", read, ("float32",), x.shape)
+    need("b", b, ("float32",), (n, r))
+    if bias is not None:
+        need("bias", bias, ("float32",), (n,))
+    outputs = ((f32, (m, n)), (f32, (m, r)))
+    return e.run("adapted", (x, read, w, either(bias, x), a, b), outputs, (scale, bias is not None), 0)
 
-    What x adds to its gradient, scale * dy b a, is added to dx [m, k] in place, or written there without ``add``; a dx
-    of None is not wanted. All float32.
+
+def adapted_backward(
+    dy: Array,
+    read: Array,
+    low: Array,
+    w: Array,
+    a: Array,
+    b: Array,
+    scale: float,
+    dx: Array | None = None,
+    dread: Array | None = None,
+    add: bool = True,
+) -> tuple[Array, Array]:
+    """Gradients of ``adapted``: (da [r, k], db [n, r]) from dy [m, n] and what it returned, ``low`` [m, r].
+
+    dy w is added to dx [m, k] in place, scale * dy b a to dread [m, k]; without ``add`` both are written. They may be
+    one array; None: not wanted. All float32. ValueError for one that is not contiguous.
     """
-    e = floats(dx=dx, dy=dy, x=x, low=low, a=a, b=b)
-    (m, r), n = product(x, a, "float32", False, False), b.shape[0]
+    e = floats(dx=dx, dread=dread, dy=dy, read=read, low=low, w=w, a=a, b=b)
+    (m, r), n = product(read, a, "float32", False, False), b.shape[0]
     need("b", b, ("float32",), (n, r))
     need("low", low, ("float32",), (m, r))
     need("dy", dy, ("float32",), (m, n))
-    if dx is not None:
-        need("dx", dx, ("float32",), x.shape)
-        _in_place("dx", dx)
-    f32 = e.dtypes["float32"]
-    what = 0 if dx is None else 2 if add else 1
-    outputs = ((f32, tuple(a.shape)), (f32, (n, r)))
-    return e.run("low_rank_backward", (either(dx, x), dy, x, low, a, b), outputs, (scale, what), 0)
+    need("w", w, ("float32",), (n, a.shape[1]))
+    for name, into in (("dx", dx), ("dread", dread)):
+        if into is not None:
+            need(name, into, ("float32",), read.shape)
+            _in_place(name, into)
+    f32, what = e.dtypes["float32"], 2 if add else 1
+    scalars = (scale, 0 if dx is None else what, 0 if dread is None else 3 if dread is dx else what)
+    inputs = (either(dx, read), either(dread, read), dy, read, low, w, a, b)
+    return e.run("adapted_backward", inputs, ((f32, tuple(a.shape)), (f32, (n, r))), scalars, 0)
 
 
 def _in_place(name: str, x: Array) -> None:

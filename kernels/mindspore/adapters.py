@@ -1,9 +1,9 @@
 """Linear layers with low-rank adapters (core.model.lora) that read one input: frozen products and adapters in one
 operator.
 
-A frozen matrix has no gradient, so its input is not kept for it. In float32 on the CPU an adapter is one operator
-forward and one backward, which add where the frozen products lie. Otherwise the adapters' A are multiplied as one
-matrix, whose rows they are: one thin product of x in place of one a layer.
+A frozen matrix has no gradient, so its input is not kept for it. In float32 on the CPU a layer with its adapter is one
+operator forward and one backward. Otherwise the adapters' A are multiplied as one matrix, whose rows they are: one thin
+product of x in place of one a layer.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import NamedTuple
 import mindspore as ms
 from mindspore import Tensor, ops
 
-from telechat_twins.kernels.cpu.products import low_rank, low_rank_backward, matmul_add
+from telechat_twins.kernels.cpu.products import adapted, adapted_backward
 from telechat_twins.kernels.int8 import Int8
 from telechat_twins.kernels.mindspore import composite as composite
 from telechat_twins.kernels.mindspore import ops as kernels
@@ -80,7 +80,7 @@ Options = tuple[ms.Type, ModuleType, bool, Again | None]
 class LowRankLinears(Function):
     """The layers in float32: arguments as of ``AdaptedLinears``, which keeps the same.
 
-    The gradients of the layers' x are sums in the order of the layers, to which the adapters' are added.
+    The gradients of the layers' x are sums in the order of the layers, each with its adapter's.
     """
 
     @staticmethod
@@ -90,11 +90,14 @@ class LowRankLinears(Function):
         _, cpp, shared, again = options
         ctx.wanted, ctx.dtypes = [*ctx.needs_input_grad[:2]], [factor.dtype for factor in factors]
         factors = tuple(converted(cpp, factor, ms.float32) for factor in factors)
-        lows, outs = [], []
+        outs: list[Tensor] = []
+        lows: list[Tensor] = []
         for (weight, bias, scale), lora_a, lora_b in zip(frozen, factors[::2], factors[1::2], strict=True):
+            weight = converted(cpp, weight, ms.float32)
             bias = None if bias is None else converted(cpp, bias, ms.float32)
-            outs.append(cpp.matmul(x, converted(cpp, weight, ms.float32), bias))
-            lows.append(low_rank(outs[-1], read, lora_a, lora_b, scale))
+            out, low = adapted(x, read, weight, bias, lora_a, lora_b, scale)
+            outs.append(out)
+            lows.append(low)
         ctx.frozen, ctx.options = frozen, options
         kept = () if shared and again is not None else (read,)
         ctx.save_for_backward(*lows, *factors, *kept)
@@ -106,21 +109,16 @@ class LowRankLinears(Function):
         saved, (wants_x, wants_read), count = ctx.saved_tensors, ctx.wanted, len(ctx.frozen)
         lows, factors, kept = saved[:count], saved[count : 3 * count], saved[3 * count :]
         read = kept[0] if kept else converted(cpp, again(), ms.float32).reshape(-1, factors[0].shape[1])
-        dx = dread = None
-        if wants_x:
-            for dy, (weight, _, _) in zip(grads, frozen, strict=True):
-                weight = converted(cpp, weight, ms.float32)
-                dx = turned_product(cpp, dy, weight) if dx is None else matmul_add(dx, dy, weight, True)
-        if wants_read and not shared:
-            dread = ops.zeros_like(read)
+        dx = ms.mint.empty(tuple(read.shape), dtype=ms.float32) if wants_x else None
+        dread = dx if shared else ms.mint.empty(tuple(read.shape), dtype=ms.float32) if wants_read else None
         pairs: list[Tensor] = []
-        into = dx if shared else dread
-        for dy, low, lora_a, lora_b, (_, _, scale) in zip(
+        for dy, low, lora_a, lora_b, (weight, _, scale) in zip(
             grads, lows, factors[::2], factors[1::2], frozen, strict=True
         ):
-            pairs += low_rank_backward(into, dy, read, low, lora_a, lora_b, scale)
+            weight = converted(cpp, weight, ms.float32)
+            pairs += adapted_backward(dy, read, low, weight, lora_a, lora_b, scale, dx, dread, add=bool(pairs))
         found = (converted(cpp, d, dtype) for d, dtype in zip(pairs, ctx.dtypes, strict=True))
-        return dx, dread, None, None, *found
+        return dx, None if shared else dread, None, None, *found
 
 
 class AdaptedLinears(Function):

@@ -17,7 +17,7 @@ from telechat_twins.core.parity.bounds import relative_frobenius
 from telechat_twins.kernels import reference
 from telechat_twins.kernels.adamw import AdamWStep
 from telechat_twins.kernels.cpu import ops
-from telechat_twins.kernels.cpu.products import low_rank, low_rank_backward, matmul_add
+from telechat_twins.kernels.cpu.products import adapted, adapted_backward
 from tests.support.cpu_attention_checks import attention, pages, ring
 from tests.support.cpu_kernel_limits import F32, HALF, UNIT, UNITS, WIDTHS, Finding, judged
 
@@ -293,7 +293,10 @@ def hard_products(rng: np.random.Generator) -> Iterator[Finding]:
         w[1] = rng.normal(size=k) * 1e-6
         a, w, c = a.astype(np.float32), w.astype(np.float32), rng.normal(size=(m, n)).astype(np.float32)
         given = [np.ascontiguousarray(x.T) for x in (a, w)] if turned else [a, w]
-        got, added = ops.matmul(*given, None, turned, turned), matmul_add(c.copy(), a, given[1], turned)
+        got, added = ops.matmul(*given, None, turned, turned), c.copy()
+        silent = [np.zeros(shape, np.float32) for shape in ((m, n), (m, 1), (1, n), (k, 1))]  # an adapter that is 0
+        read, low, lora_a, lora_b = silent
+        adapted_backward(a, read, low, np.ascontiguousarray(w.T), lora_a, lora_b, 1.0, added)
         assert not np.isfinite(got[2]).any(), "a row with infinities: finite"
         rows = [i for i in range(m) if i != 2]
         wide_a, wide_w = a[rows].astype(np.float64), w.astype(np.float64)
@@ -307,26 +310,31 @@ def hard_products(rng: np.random.Generator) -> Iterator[Finding]:
 
 
 def adapter_products(rng: np.random.Generator) -> Iterator[Finding]:
-    """Products of low-rank adapters, r above and below what registers hold, and their gradients, added and written."""
-    for m, k, n, r in ((150, 96, 70, 8), (37, 45, 33, 3), (1, 7, 5, 1), (66, 32, 64, 11)):
-        shapes = {"x": (m, k), "a": (r, k), "b": (n, r), "y": (m, n), "dy": (m, n), "dx": (m, k)}
-        held = {name: rng.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
-        x, a, b, y, dy, begin = held.values()
-        out, scale = y.copy(), 1.75
-        low = low_rank(out, x, a, b, scale)
-        written, added = np.empty_like(begin), begin.copy()
-        da, db = low_rank_backward(added, dy, x, low, a, b, scale)
-        again = [low_rank_backward(into, dy, x, low, a, b, scale, False) for into in (written, None)]
-        assert all(np.array_equal(da, other) and np.array_equal(db, last) for other, last in again), "gradients differ"
+    """Layers with low-rank adapters, r above and below what registers hold, and their gradients, added and written, of
+    an adapter that reads x and of one that reads other rows."""
+    for m, k, n, r in ((150, 96, 70, 8), (37, 45, 33, 3), (1, 7, 5, 1), (66, 32, 64, 11), (300, 200, 96, 40)):
+        shapes = {"x": (m, k), "read": (m, k), "w": (n, k), "a": (r, k), "b": (n, r), "dy": (m, n), "into": (m, k)}
+        held = {name: rng.normal(size=shape).astype(np.float32) for name, shape in (*shapes.items(), ("bias", n))}
+        x, read, w, a, b, dy, into, bias = held.values()
+        scale = 1.75
+        out, low = adapted(x, read, w, bias, a, b, scale)
+        plain, _ = adapted(x, read, w, None, a, b, scale)
+        both, dx, dread, only = into.copy(), into.copy(), np.empty_like(into), np.empty_like(into)
+        grads = [
+            adapted_backward(dy, read, low, w, a, b, scale, *given)
+            for given in ((both, both), (dx, None), (None, dread, False), (only, None, False), ())
+        ]
+        assert all(np.array_equal(grads[0][i], other[i]) for other in grads for i in (0, 1)), "gradients differ"
 
         def truth(kind: type, held: dict[str, np.ndarray] = held, scale: float = scale) -> dict[str, np.ndarray]:
-            x, a, b, y, dy, begin = (value.astype(kind) for value in held.values())
-            low, dlow = kind(scale) * (x @ a.T), kind(scale) * (dy @ b)
-            found = {"low": low, "out": y + low @ b.T, "da": dlow.T @ x, "db": dy.T @ low}
-            return found | {"written": dlow @ a, "added": begin + dlow @ a}
+            x, read, w, a, b, dy, into, bias = (value.astype(kind) for value in held.values())
+            low, dlow, dx = kind(scale) * (read @ a.T), kind(scale) * (dy @ b), dy @ w
+            found = {"low": low, "plain": x @ w.T + low @ b.T, "out": x @ w.T + bias + low @ b.T, "da": dlow.T @ read}
+            found |= {"db": dy.T @ low, "both": into + dx + dlow @ a, "dx": into + dx, "dread": dlow @ a, "only": dx}
+            return found
 
-        got = {"low": low, "out": out, "da": da, "db": db, "written": written, "added": added}
-        for name, value in got.items():
+        got = {"low": low, "plain": plain, "out": out, "da": grads[0][0], "db": grads[0][1]}
+        for name, value in (got | {"both": both, "dx": dx, "dread": dread, "only": only}).items():
             exact = lambda kind, name=name, truth=truth: truth(kind)[name]  # noqa: E731
             yield judged(f"low rank {(m, k, n, r)} {name}", value, exact)
 
