@@ -50,9 +50,9 @@ class Batch:
 
 
 def head_blocks(rows: int, vocab_size: int) -> list[slice]:
-    """Blocks of rows whose logits are computed together: about 2^20 numbers, and at least 128 rows, so that the head's
-    matrix is not read more often than its products hide."""
-    count = max(128, (1 << 20) // vocab_size)
+    """Blocks of rows whose logits are computed together: about 2^21 numbers, and at least 128 rows, so that the head's
+    matrix is not read and packed more often than its products hide."""
+    count = max(128, (1 << 21) // vocab_size)
     return [slice(first, min(first + count, rows)) for first in range(0, rows, count)]
 
 

@@ -15,6 +15,7 @@ from torch.autograd.function import Function, FunctionCtx, once_differentiable
 
 from telechat_twins.core.model.batch import IGNORE
 from telechat_twins.core.model.visibility import KeyRanges
+from telechat_twins.kernels.pytorch import cpu
 
 
 class Linear(Function):
@@ -168,18 +169,20 @@ class RopeQK(Function):
 
 
 class SwiGLU(Function):
-    """Saves gate and up; the backward recomputes silu."""
+    """Saves gate and up; the backward recomputes silu, and on the CPU overwrites both with their gradients unless they
+    are leaves: nothing else of this decoder's backward pass needs them by then, and they are its largest tensors."""
 
     @staticmethod
     def forward(ctx: FunctionCtx, package: ModuleType, gate: Tensor, up: Tensor) -> Tensor:
-        ctx.package = package
+        in_place = package is cpu and gate.grad_fn is not None and up.grad_fn is not None
+        ctx.package, ctx.options = package, {"in_place": True} if in_place else {}
         ctx.save_for_backward(gate, up)
         return package.swiglu(gate, up)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return None, *ctx.package.swiglu_backward(grad, *ctx.saved_tensors)
+        return None, *ctx.package.swiglu_backward(grad, *ctx.saved_tensors, **ctx.options)
 
 
 class Gelu(Function):

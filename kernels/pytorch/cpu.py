@@ -153,20 +153,25 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     return F.silu(gate).mul_(up)
 
 
-def swiglu_backward(grad: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+def swiglu_backward(grad: Tensor, gate: Tensor, up: Tensor, in_place: bool = False) -> tuple[Tensor, Tensor]:
+    """(dgate, dup), which overwrite gate and up if ``in_place`` and they are contiguous."""
     if gate.numel() <= _SMALL:
         return torch_composite.swiglu_backward(grad, gate, up)
     statistic = wide(gate.dtype)
-    dgate = torch.empty_like(gate, memory_format=torch.contiguous_format)
-    dup = torch.empty_like(up, memory_format=torch.contiguous_format)
+    dgate, dup = (
+        x if in_place and x.is_contiguous() else torch.empty_like(x, memory_format=torch.contiguous_format)
+        for x in (gate, up)
+    )
     for dg, du, d, g, u in _pieces(dgate, dup, grad, gate, up):
         if dg.dtype == du.dtype == statistic:
+            product = d * u
             torch.ops.aten.silu.out(g, out=du).mul_(d)
-            torch.ops.aten.silu_backward.grad_input(d * u, g, grad_input=dg)
+            torch.ops.aten.silu_backward.grad_input(product, g, grad_input=dg)
         else:
             d, g = d.to(statistic), g.to(statistic)
+            product = d * u
             du.copy_(F.silu(g).mul_(d))
-            dg.copy_(torch.ops.aten.silu_backward(d * u, g))
+            dg.copy_(torch.ops.aten.silu_backward(product, g))
     return dgate, dup
 
 

@@ -190,6 +190,21 @@ ATTENTION = {
 }
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gradients_written_over_gate_and_up(dtype: torch.dtype) -> None:
+    """The same bits in place, of tensors above the size that blocks are for; leaves stay as they are."""
+    grad, gate, up = (torch.randn(300, 700).to(dtype) for _ in range(3))
+    apart = torch_cpu.swiglu_backward(grad, gate, up)
+    over = [x.clone() for x in (gate, up)]
+    written = torch_cpu.swiglu_backward(grad, *over, in_place=True)
+    assert all(torch.equal(a, b) for a, b in zip(apart, written, strict=True))
+    assert [x.data_ptr() for x in written] == [x.data_ptr() for x in over]
+    leaves = [x.clone().requires_grad_() for x in (gate, up)]
+    ops.swiglu(*leaves, torch.float32).backward(grad)
+    assert all(torch.equal(a, b) for a, b in zip(leaves, (gate, up), strict=True))
+    assert all(torch.equal(a.grad, b) for a, b in zip(leaves, apart, strict=True))
+
+
 @pytest.mark.parametrize("name", ATTENTION)
 @pytest.mark.parametrize("package", ATTENTION_PACKAGES.values(), ids=ATTENTION_PACKAGES)
 def test_attention_and_its_gradient(package: ModuleType, name: str) -> None:
