@@ -31,20 +31,24 @@ def run(args: argparse.Namespace) -> int:
                 f"{args.config} or the stages of {args.growth}"
             )
     stages = load_schedule(args.growth, args.config)
-    rows = []
+    rows, needed = [], []  # bytes of the fullest rank of each stage; attention is fused, as the time is forecast
     for stage in stages:
         config = stage.config
         check_layout(config.parallel, config.model, global_batch=config.train.global_batch)
-        plan = estimate(
-            config.model,
-            config.data.seq_len,
-            config.train.micro_batch,
-            config.train.precision,
-            config.train.recompute,
-            args.fused_attention,
-            layout=config.parallel,
-            micro_batches=max(1, config.train.global_batch // (config.parallel.dp * config.train.micro_batch)),
+        plan, fused = (
+            estimate(
+                config.model,
+                config.data.seq_len,
+                config.train.micro_batch,
+                config.train.precision,
+                config.train.recompute,
+                fusing,
+                layout=config.parallel,
+                micro_batches=max(1, config.train.global_batch // (config.parallel.dp * config.train.micro_batch)),
+            )
+            for fusing in (args.fused_attention, True)
         )
+        needed.append(fused["memory_bytes"]["total"])
         rows.append(
             {
                 "name": stage.name,
@@ -68,14 +72,18 @@ def run(args: argparse.Namespace) -> int:
         "products_saved": 1.0 - arithmetic.by_products / arithmetic.scratch_by_products,
     }
     if args.machine is not None:
-        report["time"] = _time(args.machine, stages)
+        report["time"] = _time(args.machine, stages, needed)
     print(json.dumps(report, indent=1) if args.json else _text(report, stages))
     return 0
 
 
-def _time(name: str, stages: list[Stage]) -> JsonObject:
-    """Days, device hours and energy of every stage, and of the last size trained on all tokens in its layout."""
+def _time(name: str, stages: list[Stage], needed: list[float]) -> JsonObject:
+    """Days, device hours and energy of every stage, and of the last size trained on all tokens in its layout.
+
+    ``needed``: bytes of the fullest rank of each stage.
+    """
     from telechat_twins.core.planner.machine import load_machine
+    from telechat_twins.core.planner.time.report import fits
     from telechat_twins.core.planner.time.step import step_time
     from telechat_twins.core.planner.time.work import work_of
     from telechat_twins.core.train.recipe import tells_classes_apart
@@ -96,7 +104,10 @@ def _time(name: str, stages: list[Stage]) -> JsonObject:
             "megawatt_hours": seconds * devices * machine.power.value / 3.6e9,
         }
 
-    rows = [{"name": stage.name, **taken(stage, stage.tokens)} for stage in stages]
+    rows = [
+        {"name": stage.name, **taken(stage, stage.tokens), "needed_bytes": size, "fits": fits(machine, size)}
+        for stage, size in zip(stages, needed, strict=True)
+    ]
     scratch = taken(stages[-1], sum(stage.tokens for stage in stages))
     sums = {unit: sum(row[unit] for row in rows) for unit in ("days", "device_hours", "megawatt_hours")}
     saved = 1.0 - sums["device_hours"] / scratch["device_hours"]
@@ -106,6 +117,7 @@ def _time(name: str, stages: list[Stage]) -> JsonObject:
         "grown": sums,
         "from_scratch": scratch,
         "device_hours_saved": saved,
+        "device_bytes": machine.memory_bytes,
     }
 
 
@@ -132,6 +144,13 @@ def _time_lines(found: JsonObject) -> list[str]:
         f"{found['device_hours_saved']:.1%} saved, {1 / (1 - found['device_hours_saved']):.2f} times less. "
         "Restarts and growth itself are not counted."
     )
+    there = found["device_bytes"] / 2**30
+    lines += [
+        f"stage {row['name']} DOES NOT FIT: its fullest rank needs {row['needed_bytes'] / 2**30:,.1f} GiB, attention "
+        f"fused, and the device has {there:,.1f}; divide its model more, or set train.recompute"
+        for row in found["stages"]
+        if not row["fits"]
+    ]
     return lines
 
 

@@ -49,7 +49,10 @@ def run(args: argparse.Namespace) -> int:
         more, found = report(asked, config, settings["seq_len"], plan["parameters"]["total"])
         text, plan = "\n".join([text, *more]), plan | found
     if args.machine is not None:
-        lines, plan["time"] = _time(args, run_config, config, layout, settings)
+        # Attention is fused, as the time is forecast.
+        fused = plan if args.fused_attention else estimate(config, layout=layout, fused_attention=True, **settings)
+        needed = fused["memory_bytes"]["total"]
+        lines, plan["time"] = _time(args, run_config, config, layout, settings, needed)
         text = "\n".join([text, *lines])
     print(json.dumps(plan, indent=1) if args.json else "\n".join([text, *(_mix_text(mix) if mix else ())]))
     return 0
@@ -67,9 +70,15 @@ def _check_micro_batches(layout: Layout, settings: JsonObject) -> None:
 
 
 def _time(
-    args: argparse.Namespace, run: RunConfig | None, model: ModelConfig, layout: Layout, settings: JsonObject
+    args: argparse.Namespace,
+    run: RunConfig | None,
+    model: ModelConfig,
+    layout: Layout,
+    settings: JsonObject,
+    needed: float,
 ) -> tuple[list[str], JsonObject]:
-    """The step's time on ``--machine``, as text and JSON; writes ``--trace`` and ``--timeline``."""
+    """The step's time on ``--machine``, as text and JSON; writes ``--trace`` and ``--timeline``. ``needed``: bytes of
+    the fullest rank."""
     from telechat_twins.core.planner.machine import load_machine
     from telechat_twins.core.planner.time import report, timeline
     from telechat_twins.core.planner.time.step import step_time
@@ -88,7 +97,7 @@ def _time(
         timeline.write_trace(Path(args.trace), layout, work, step, title)
     if args.timeline is not None:
         timeline.draw(Path(args.timeline), layout, work, step, title)
-    found = report.report(model, layout, work, machine, step, args.tokens)
+    found = report.report(model, layout, work, machine, step, args.tokens, needed)
     return report.describe(found, machine.title), found
 
 

@@ -24,9 +24,16 @@ def require_forecast(run: object, lora: object, freeze: object, preference: obje
 
 
 def report(
-    model: ModelConfig, layout: Layout, work: Work, machine: Machine, step: StepTime, tokens: float | None
+    model: ModelConfig,
+    layout: Layout,
+    work: Work,
+    machine: Machine,
+    step: StepTime,
+    tokens: float | None,
+    needed: float,
 ) -> JsonObject:
-    """The forecast as JSON. ``tokens``: budget that days and energy are for, or None."""
+    """The forecast as JSON. ``tokens``: budget that days and energy are for, or None; ``needed``: bytes of the fullest
+    rank, with fused attention."""
     devices = layout.world
     found: JsonObject = {
         "machine": machine.name,
@@ -45,6 +52,7 @@ def report(
         "exposed_seconds": dict(step.exposed),
         "breakdown_seconds": dict(step.breakdown),
         "assumes": machine.efficiency.source,
+        "memory": {"needed_bytes": needed, "device_bytes": machine.memory_bytes, "fits": fits(machine, needed)},
     }
     if tokens is not None:
         seconds = tokens / step.tokens_per_s
@@ -59,6 +67,21 @@ def report(
     return found
 
 
+def fits(machine: Machine, needed: float) -> bool:
+    """Whether a rank that needs ``needed`` bytes fits on a device."""
+    return needed <= machine.memory_bytes
+
+
+def _memory_line(found: JsonObject) -> str:
+    needed, there = found["needed_bytes"] / 2**30, found["device_bytes"] / 2**30
+    if found["fits"]:
+        return f"  memory: the fullest rank needs {needed:,.1f} of the device's {there:,.1f} GiB, attention fused"
+    return (
+        f"  DOES NOT FIT: the fullest rank needs {needed:,.1f} GiB, attention fused, and the device has {there:,.1f}; "
+        "divide more (tp, pp), recompute (--recompute full), or let --search choose"
+    )
+
+
 def describe(found: JsonObject, title: str) -> list[str]:
     """The forecast as lines of text."""
     low, high = found["interval"]
@@ -70,6 +93,7 @@ def describe(found: JsonObject, title: str) -> list[str]:
         f"time of a step on {found['devices']} devices of {title}: {total:.4g} s, between {low:.4g} and {high:.4g} s",
         f"  {found['tokens_per_s']:,.0f} tokens/s, {found['tokens_per_s_per_device']:,.1f} on each device; "
         f"{rate:.{digits}f} model TFLOP/s a device, MFU {found['mfu']:.1%} of {found['peak_tflops']:g}",
+        _memory_line(found["memory"]),
         f"  pipeline bubble {found['bubble']:.1%}; waiting for transfers: "
         + ", ".join(f"{axis} {seconds / total:.1%}" for axis, seconds in found["exposed_seconds"].items()),
         "  the busiest pipeline rank's time:",
