@@ -91,8 +91,8 @@ def join(timeout_s: float | None = None) -> tuple[int, int]:
 
 
 def _threads(ranks: int) -> int:
-    """Threads of each of ``ranks`` processes: OMP_NUM_THREADS, which the user or the launcher sets (core.launch.command;
-    msrun alone leaves ranks 1, as torchrun does); without it an equal share of the cores that this process may use."""
+    """Threads of each of ``ranks`` processes: OMP_NUM_THREADS, which the user sets or core.launch.command (msrun alone
+    leaves its ranks 1, as torchrun does); without it an equal share of the cores that this process may use."""
     asked = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0].strip()
     return (int(asked) if asked.isdecimal() else 0) or max(1, len(os.sched_getaffinity(0)) // ranks)
 
