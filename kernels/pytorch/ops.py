@@ -1,8 +1,9 @@
 """Operators of the PyTorch backend: argument checks, gradients, and the selection of their implementations.
 
     device  implementations, best first
-    CPU     amx (products in matrix tiles: tiles.py), cpp (attention: kernels/cpu by address, attention_in_cpp.py),
-            torch (PyTorch's fused kernels, and blocked passes that stay in cache: cpu.py), composite
+    CPU     amx (products in matrix tiles: tiles.py), cpp (kernels/cpu by address: attention_in_cpp.py, in_cpp.py and,
+            where they are the faster ones, products: tiles.py), torch (PyTorch's fused kernels, and blocked passes
+            that stay in cache: cpu.py), composite
     GPU     triton, torch (PyTorch's fused operators: native.py), composite
     NPU     cann (npu.py), triton, composite
 
@@ -29,6 +30,7 @@ from telechat_twins.kernels.adamw import AdamWStep
 from telechat_twins.kernels.dispatch import Candidate, Choice, choose, describe
 from telechat_twins.kernels.pytorch import (
     attention_in_cpp,
+    in_cpp,
     private,
 )
 from telechat_twins.kernels.pytorch import (
@@ -74,7 +76,7 @@ def select(wanted: Mapping[str, str] | None = None, device: str | None = None) -
     if kind not in DEVICES:
         raise ValueError(f"device: got {kind!r}, needs one of {', '.join(DEVICES)}")
     _state["choices"] = choose(candidates(kind), wanted or {}, DEVICES[kind])
-    torch_tiles.choose(_state["choices"]["linear"].implementation == "amx")
+    torch_tiles.choose(_state["choices"]["linear"].implementation)
     return _state["choices"]
 
 
@@ -87,8 +89,8 @@ def described(dtype: torch.dtype = torch.float32) -> list[str]:
     """Implementations of this process for tensors of ``dtype`` with reasons, one line each."""
     found = choices()
     if dtype == torch.float64:
-        for name in ("attention", "linear"):
-            if (used := found[name].implementation) in ("cpp", "amx"):
+        for name, (_, used, _) in found.items():
+            if used in ("cpp", "amx"):
                 found = {**found, name: Choice(name, "torch", f"{used} has no float64")}
     return describe(found, _WITHOUT_FLOAT64 if dtype == torch.float64 else ())
 
@@ -109,9 +111,14 @@ def _candidates(operator: str, kind: str) -> list[Candidate]:
     composite = Candidate("composite")
     if kind == "cpu":
         without = "" if operator != "linear" or private.has_mkldnn_linear() else "this PyTorch has no oneDNN"
-        compiled = [Candidate("cpp", attention_in_cpp.obstacle())] if operator == "attention" else []
-        tiles = [Candidate("amx", torch_tiles.obstacle())] if operator == "linear" else []
-        return [*compiled, *tiles, Candidate("torch", without), composite]
+        framework = Candidate("torch", without)
+        if operator not in ("attention", "linear", *in_cpp.OPERATORS):
+            return [framework, composite]
+        compiled = Candidate("cpp", attention_in_cpp.obstacle())
+        if operator != "linear":
+            return [compiled, framework, composite]
+        products = (compiled, framework) if torch_tiles.vectors_lead() else (framework, compiled)
+        return [Candidate("amx", torch_tiles.obstacle()), *products, composite]
     if operator in _ALWAYS_TORCH:
         return [Candidate("torch"), composite]
     triton = Candidate("triton", "" if importlib.util.find_spec("triton") else "triton is not installed")
@@ -139,10 +146,10 @@ def serving(operator: str, x: Tensor) -> ModuleType:
         return torch_npu_ops
     if implementation == "composite":
         return torch_composite
-    if implementation == "cpp" and x.dtype in attention_in_cpp.SERVED:
-        return attention_in_cpp
-    if implementation == "amx":
+    if implementation in ("amx", "cpp") and operator == "linear":
         return torch_tiles
+    if implementation == "cpp" and x.dtype in attention_in_cpp.SERVED and x.device.type == "cpu":
+        return attention_in_cpp if operator == "attention" else in_cpp
     return torch_cpu if x.device.type == "cpu" else torch_native
 
 

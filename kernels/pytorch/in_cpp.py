@@ -1,0 +1,147 @@
+"""Norms, rotary embedding, activations and loss of PyTorch's CPU by the C++ operators of kernels/cpu: "cpp" of them.
+
+Names, shapes and results are those of kernels/pytorch/composite.py; statistics are float32. float32, bfloat16 and
+float16 are served.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from telechat_twins.kernels.pytorch.attention_in_cpp import run, unit_stride
+
+OPERATORS = ("rms_norm", "layer_norm", "rope", "swiglu", "gelu", "cross_entropy")
+
+
+def rms_norm(
+    x: Tensor, weight: Tensor, eps: float, out_dtype: torch.dtype, mask: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    out, rstd = x.new_empty(x.shape, dtype=out_dtype), x.new_empty(x.shape[:-1], dtype=torch.float32)
+    inputs = (x.contiguous(), weight.contiguous(), _either(mask, weight))
+    run("rms_norm", inputs, (out, rstd), (eps, mask is not None))
+    return out, rstd.view(-1)
+
+
+def rms_norm_backward(
+    grad: Tensor, x: Tensor, weight: Tensor, rstd: Tensor, mask: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    return _rms_norm_backward(grad, None, x, weight, rstd, mask)
+
+
+def add_rms_norm(
+    x: Tensor, residual: Tensor, weight: Tensor, eps: float, out_dtype: torch.dtype, mask: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    out, stream = x.new_empty(x.shape, dtype=out_dtype), x.new_empty(x.shape, dtype=residual.dtype)
+    rstd = x.new_empty(x.shape[:-1], dtype=torch.float32)
+    inputs = (x.contiguous(), residual.contiguous(), weight.contiguous(), _either(mask, weight))
+    run("add_rms_norm", inputs, (out, stream, rstd), (eps, mask is not None))
+    return out, stream, rstd.view(-1)
+
+
+def add_rms_norm_backward(
+    grad: Tensor, grad_stream: Tensor, stream: Tensor, weight: Tensor, rstd: Tensor, mask: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    return _rms_norm_backward(grad, grad_stream.to(stream.dtype), stream, weight, rstd, mask)
+
+
+def _rms_norm_backward(
+    grad: Tensor, more: Tensor | None, x: Tensor, weight: Tensor, rstd: Tensor, mask: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """dx + ``more`` and dweight."""
+    x = x.contiguous()
+    dx, dweight = torch.empty_like(x), x.new_empty(weight.shape, dtype=torch.float32)
+    inputs = (grad.contiguous(), x, weight.contiguous(), rstd.contiguous(), _either(more, x), _either(mask, weight))
+    run("rms_norm_backward", inputs, (dx, dweight), (more is not None, mask is not None))
+    return dx, dweight
+
+
+def layer_norm(
+    x: Tensor, weight: Tensor, bias: Tensor, eps: float, out_dtype: torch.dtype, mask: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    out = x.new_empty(x.shape, dtype=out_dtype)
+    mean, rstd = (x.new_empty(x.shape[:-1], dtype=torch.float32) for _ in range(2))
+    inputs = (x.contiguous(), weight.contiguous(), bias.contiguous(), _either(mask, weight))
+    run("layer_norm", inputs, (out, mean, rstd), (eps, mask is not None))
+    return out, mean.view(-1), rstd.view(-1)
+
+
+def layer_norm_backward(
+    grad: Tensor, x: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor, mask: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    x = x.contiguous()
+    dx, (dweight, dbias) = torch.empty_like(x), (x.new_empty(weight.shape, dtype=torch.float32) for _ in range(2))
+    inputs = (grad.contiguous(), x, weight.contiguous(), mean.contiguous(), rstd.contiguous(), _either(mask, weight))
+    run("layer_norm_backward", inputs, (dx, dweight, dbias), (mask is not None,))
+    return dx, dweight, dbias
+
+
+def rope_qk(
+    q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, scale_q: Tensor | None = None, scale_k: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    out = tuple(x.new_empty(x.shape) for x in (q, k))
+    tables = (cos, sin, cos if scale_q is None else scale_q, cos if scale_k is None else scale_k)
+    tables = tuple(t.to(torch.float32).contiguous() for t in torch.broadcast_tensors(*tables))
+    run("rope", (unit_stride(q), unit_stride(k), *tables), out, (1.0, scale_q is not None, scale_k is not None))
+    return out[0], out[1]
+
+
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    gate = gate.contiguous()
+    out = torch.empty_like(gate)
+    run("swiglu", (gate, up.contiguous()), (out,), ())
+    return out
+
+
+def swiglu_backward(grad: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+    gate, up = gate.contiguous(), up.contiguous()
+    dgate, dup = torch.empty_like(gate), torch.empty_like(up)
+    run("swiglu_backward", (grad.contiguous(), gate, up), (dgate, dup), ())
+    return dgate, dup
+
+
+def gelu(x: Tensor) -> Tensor:
+    x = x.contiguous()
+    out = torch.empty_like(x)
+    run("gelu", (x,), (out,), ())
+    return out
+
+
+def gelu_backward(grad: Tensor, x: Tensor) -> Tensor:
+    x = x.contiguous()
+    dx = torch.empty_like(x)
+    run("gelu_backward", (grad.contiguous(), x), (dx,), ())
+    return dx
+
+
+def cross_entropy_forward(logits: Tensor, targets: Tensor, first: int, real: int) -> tuple[Tensor, Tensor]:
+    log_sum_exp, picked = (logits.new_empty(len(logits), dtype=torch.float32) for _ in range(2))
+    run("cross_entropy_forward", (logits.contiguous(), targets.contiguous()), (log_sum_exp, picked), (first, real))
+    return log_sum_exp, picked
+
+
+def cross_entropy_backward(
+    logits: Tensor,
+    targets: Tensor,
+    first: int,
+    real: int,
+    log_sum_exp: Tensor,
+    factor: Tensor | float,
+    z_loss: float = 0.0,
+    in_place: bool = True,
+) -> Tensor:
+    """factor * d(sum of losses)/d logits [N, C], which overwrites contiguous logits if ``in_place``."""
+    factor = torch.as_tensor(factor, dtype=torch.float32).reshape(1)
+    scalars, rows = (first, real, z_loss), logits.contiguous()
+    inputs = (rows, targets.contiguous(), log_sum_exp.to(torch.float32).contiguous(), factor)
+    if in_place:
+        run("cross_entropy_backward_in_place", inputs, (), scalars)
+        return rows
+    out = torch.empty_like(rows)
+    run("cross_entropy_backward", inputs, (out,), scalars)
+    return out
+
+
+def _either(x: Tensor | None, other: Tensor) -> Tensor:
+    """x, or ``other`` in the place of an argument that a kernel then does not read."""
+    return (other if x is None else x).contiguous()
