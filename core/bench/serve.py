@@ -39,7 +39,7 @@ from telechat_twins.core.types import JsonObject
 ROUNDS = 2
 REQUESTS = 24  # of all clients together in a round; each client sends at least two
 MODEL = "bench"
-CACHE_POLL_S = 0.02  # between two readings of the cache's use
+CACHE_POLL_S = 0.25  # between two readings of the cache's use, each of which is a request
 PAGES = re.compile(r"^tele_cache_pages_(used|free) (\d+)$", re.MULTILINE)
 
 
@@ -98,8 +98,9 @@ class ServerProcess:
     def turn(self, clients: int, prompt: int, new: int, vocab_size: int, seed: int) -> JsonObject:
         """One turn of ``clients`` concurrent clients with the requests of ``requests_of``.
 
-        Returns ``seconds`` in all, ``first``: seconds to each answer's first text, ``next``: seconds between texts,
-        ``tokens`` generated, ``cache``: the largest fraction of the cache in use. ``seed``: of the random prompts; a
+        Returns ``seconds`` in all, ``processor``: those that the server spent on processors, ``first``: seconds to each
+        answer's first text, ``next``: seconds between texts, ``tokens`` generated, ``cache``: the largest fraction of
+        the cache in use. ``seed``: of the random prompts; a
         seed used before would find its prompts in the cache.
         """
         self._process.send_signal(signal.SIGCONT)
@@ -119,14 +120,15 @@ class ServerProcess:
 
         with ThreadPoolExecutor(clients + 1) as pool:
             looking = pool.submit(look)
-            began = time.perf_counter()
+            began, before = time.perf_counter(), processor_seconds(self._process.pid)
             answers = [one for ones in pool.map(client, range(clients)) for one in ones]
-            seconds = time.perf_counter() - began
+            seconds, used = time.perf_counter() - began, processor_seconds(self._process.pid) - before
             over.set()
             looking.result()
         self._process.send_signal(signal.SIGSTOP)
         return {
             "seconds": seconds,
+            "processor": used,
             "tokens": sum(made for _, made in answers),
             "first": [times[1] - times[0] for times, _ in answers],
             "next": [b - a for times, _ in answers for a, b in zip(times[1:], times[2:], strict=False)],
@@ -154,6 +156,12 @@ def answer_times(port: int, ids: list[int], new: int) -> tuple[list[float], int]
     if made != new:
         raise RuntimeError(f"{made} tokens in place of {new}; the server's message is above")
     return times, made
+
+
+def processor_seconds(pid: int) -> float:
+    """Seconds that all threads of a process have spent on processors, in user and in system mode."""
+    ticks = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[11:13]
+    return sum(map(int, ticks)) / os.sysconf("SC_CLK_TCK")
 
 
 def cache_share(port: int) -> float:
@@ -204,7 +212,10 @@ def measure_serving(
 
 def summarise(turns: list[JsonObject]) -> JsonObject:
     """Statistics of the turns of one contestant with one number of clients."""
-    found: JsonObject = {"tokens_per_s": sum(t["tokens"] for t in turns) / sum(t["seconds"] for t in turns)}
+    tokens = sum(t["tokens"] for t in turns)
+    found: JsonObject = {"tokens_per_s": tokens / sum(t["seconds"] for t in turns)}
+    if "processor" in turns[0]:
+        found["processor_s"] = sum(t["processor"] for t in turns) / tokens  # a token
     for name in ("first", "next"):
         values = [value for turn in turns for value in turn.get(name, ())]
         if values:
@@ -224,8 +235,9 @@ def serving_to_markdown(result: JsonObject) -> str:
         f"{-(-result['prompt'] // 4)} to {result['prompt']} tokens, answers of {-(-result['new'] // 4)} to "
         f"{result['new']}; {machine(result)}, which the clients share; contestants in turns, all warm.",
         "",
-        "| contestant | clients | tokens/s | first text, p50 | p99 | next text, p50 | p99 | cache held |",
-        "|---|---|---|---|---|---|---|---|",
+        "| contestant | clients | tokens/s | processor a token | first text, p50 | p99 | next text, p50 | p99 | "
+        "cache held |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for row in result["rows"]:
         times = [row[name][p] if name in row else None for name in ("first", "next") for p in ("p50", "p99")]
@@ -233,6 +245,7 @@ def serving_to_markdown(result: JsonObject) -> str:
             TITLES[row["contestant"]],
             row["clients"],
             f"{row['tokens_per_s']:.1f}",
+            f"{row['processor_s'] * 1e3:.2f} ms" if "processor_s" in row else "-",
             *("-" if seconds is None else f"{seconds * 1e3:.1f} ms" for seconds in times),
             f"{100 * row['cache']:.0f} %" if "cache" in row else "-",
         ]
@@ -243,8 +256,9 @@ def serving_to_markdown(result: JsonObject) -> str:
             "",
             f"{ROUNDS} turns, each with {REQUESTS} requests of all clients together and at least two of each, streamed "
             "over HTTP; Hugging Face's `generate` has the same requests in static batches of as many as there are "
-            "clients, without HTTP. `first text`: time from a request to the first piece of its answer. `next text`: "
-            "time between pieces; a token gives a piece unless it is only part of a character. `cache held`: the "
+            "clients, without HTTP. `processor a token`: time of all threads of the contestant on processors, without "
+            "the clients'. `first text`: time from a request to the first piece of its answer. `next text`: time "
+            "between pieces; a token gives a piece unless it is only part of a character. `cache held`: the "
             f"largest use of a cache for {max(row['clients'] for row in result['rows'])} sequences.",
             *result["notes"],
         ]

@@ -37,11 +37,11 @@ HF_NOTE = "Hugging Face generate: not measured (transformers is not installed he
 
 def test_turns_are_summed_up():
     turns = [
-        {"seconds": 2.0, "tokens": 30, "first": [0.1, 0.3], "next": [0.01], "cache": 0.5},
-        {"seconds": 1.0, "tokens": 30, "first": [0.2], "next": [0.03, 0.02], "cache": 0.75},
+        {"seconds": 2.0, "processor": 1.5, "tokens": 30, "first": [0.1, 0.3], "next": [0.01], "cache": 0.5},
+        {"seconds": 1.0, "processor": 0.9, "tokens": 30, "first": [0.2], "next": [0.03, 0.02], "cache": 0.75},
     ]
     found = summarise(turns)
-    assert found["tokens_per_s"] == 20.0 and found["cache"] == 0.75
+    assert found["tokens_per_s"] == 20.0 and found["cache"] == 0.75 and found["processor_s"] == pytest.approx(0.04)
     assert found["first"] == {"p50": pytest.approx(0.2), "p99": pytest.approx(0.298)}
     assert found["next"]["p50"] == pytest.approx(0.02)
     assert summarise([{"seconds": 2.0, "tokens": 6}]) == {"tokens_per_s": 3.0}
@@ -75,7 +75,14 @@ class Made:
     def turn(self, clients, prompt, new, vocab_size, seed):
         self.turns.append((self.name, clients, seed))
         seconds = 2.0 if self.name == "pt" else 1.0
-        return {"seconds": seconds, "tokens": 10 * clients, "first": [0.1], "next": [0.02], "cache": 0.25}
+        return {
+            "seconds": seconds,
+            "processor": 0.03 * clients,
+            "tokens": 10 * clients,
+            "first": [0.1],
+            "next": [0.02],
+            "cache": 0.25,
+        }
 
 
 def measured(monkeypatch):
@@ -103,7 +110,7 @@ def test_servers_take_turns_and_no_prompt_comes_twice(monkeypatch):
 
 def test_the_table(monkeypatch):
     text = serving_to_markdown(measured(monkeypatch))
-    assert "| MindSpore | 4 | 40.0 | 100.0 ms | 100.0 ms | 20.0 ms | 20.0 ms | 25 % |" in text
+    assert "| MindSpore | 4 | 40.0 | 3.00 ms | 100.0 ms | 100.0 ms | 20.0 ms | 20.0 ms | 25 % |" in text
     assert text.endswith(HF_NOTE) and "for 4 sequences" in text
 
 
