@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from telechat_twins.core.errors import UserError
 from telechat_twins.core.files.atomic import new_file
 from telechat_twins.core.files.foreign import lines, open_regular, parse_json
+from telechat_twins.core.train.plots.fonts import any_script
 from telechat_twins.core.types import JsonObject
 
 if TYPE_CHECKING:
@@ -157,6 +158,8 @@ def plot_losses(
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
+
+    any_script()
 
     scored = any(key.startswith(TASKS) for rows in runs.values() for row in rows for key in row)
     panels = PANELS + (SCORES,) * scored

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from telechat_twins.core.files.atomic import new_file
 from telechat_twins.core.train.metrics import running_mean
+from telechat_twins.core.train.plots.fonts import any_script
 from telechat_twins.core.train.plots.series import Curve, Panel
 
 if TYPE_CHECKING:
@@ -26,6 +27,8 @@ def draw(panels: Sequence[Panel], title: str, x_label: str, marks: Mapping[float
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
+
+    any_script()
 
     heights = [2.0 if number == 0 else 1.2 for number in range(len(panels))]
     figure, axes = pyplot.subplots(

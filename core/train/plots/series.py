@@ -9,6 +9,7 @@ from pathlib import Path
 
 from telechat_twins.core.errors import UserError
 from telechat_twins.core.files.foreign import parse_json
+from telechat_twins.core.near import near_path
 from telechat_twins.core.train.metrics import HELD_OUT, TASKS, Row, read_metrics
 
 TITLES = {
@@ -75,7 +76,8 @@ def _runs_at(path: Path) -> list[Series]:
         return [Series(folder.resolve().name, rows, _marks(folder, rows))]
     inner = sorted(child.parent for child in path.glob("*/metrics.jsonl")) if path.is_dir() else []
     if not inner:
-        raise UserError(f"{path}: no metrics.jsonl here or one folder below; name the folder of a run")
+        hint = "" if path.exists() else near_path(path)
+        raise UserError(f"{path}: no metrics.jsonl here or one folder below; name the folder of a run{hint}")
     prefix = path.resolve().name
     runs = [Series(f"{prefix}/{folder.name}", read_metrics(folder), {}) for folder in inner]
     return [run for run in runs if run.rows]

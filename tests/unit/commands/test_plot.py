@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 import math
+import warnings
 from pathlib import Path
 
 import pytest
 
 from telechat_twins.core import cli
 from telechat_twins.core.errors import UserError
-from telechat_twins.core.train.metrics import MetricsLog
+from telechat_twins.core.train.metrics import MetricsLog, plot_losses
+from telechat_twins.core.train.plots import fonts
 from telechat_twins.core.train.plots.page import to_page
 from telechat_twins.core.train.plots.series import MOST_POINTS, panels, read_runs
 from tests.support import browser
@@ -94,6 +96,21 @@ def test_a_label_cannot_leave_its_place(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(browser.missing() is not None, reason=str(browser.missing()))
+def test_chinese_names_of_runs_warn_of_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Installed fonts that have the characters are used; where there is none, nothing is printed at each refresh."""
+    import matplotlib
+
+    rows = [{"step": step, "loss": 1.0, "grad_norm": 1.0, "lr": 1e-3} for step in (1, 2)]
+    with matplotlib.rc_context(), warnings.catch_warnings():
+        warnings.simplefilter("error")
+        plot_losses({"微调": rows}, tmp_path / "loss.png", "微调")
+        assert (tmp_path / "loss.png").stat().st_size > 10_000
+        # A font that is there for sure stands for a Chinese one.
+        monkeypatch.setattr(fonts, "CHINESE", ("Not There", "DejaVu Serif"))
+        fonts.any_script()
+        assert matplotlib.rcParams["font.sans-serif"] == ["DejaVu Sans", "DejaVu Serif"]
+
+
 def test_the_page_zooms_in_a_browser(tmp_path: Path) -> None:
     for name, shift in (("first", 0.0), ("second", 0.5)):
         write_run(tmp_path / name, shift=shift, mfu=0.4 + shift / 10)
