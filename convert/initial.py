@@ -9,6 +9,7 @@ from telechat_twins.core.errors import UserError
 from telechat_twins.core.files.atomic import standing
 from telechat_twins.core.files.safetensors import SafetensorsFile, load_json
 from telechat_twins.core.model.config import ModelConfig
+from telechat_twins.core.near import near_path
 
 # The readers of models are imported when one is opened: most runs begin without, and the imports take half a second.
 if TYPE_CHECKING:
@@ -28,6 +29,7 @@ def open_initial(path: str | Path, model: ModelConfig | None = None) -> ModelSou
     if not path.exists():
         raise UserError(
             f"train.init: {path}: no such folder; give a released model, a checkpoint, a run or MindFormers' weights"
+            f"{near_path(path)}"
         )
     if not is_mindformers(path):
         return open_model(path, verify=False)

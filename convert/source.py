@@ -22,6 +22,7 @@ from telechat_twins.core.files.atomic import standing
 from telechat_twins.core.files.safetensors import DTYPES
 from telechat_twins.core.model.config import ModelConfig
 from telechat_twins.core.model.params import parameter_table
+from telechat_twins.core.near import near_path
 from telechat_twins.core.schema import from_mapping
 from telechat_twins.core.types import JsonObject
 
@@ -36,7 +37,7 @@ def open_model(path: str | Path, verify: bool = True) -> ModelSource:
     if (path / "config.json").is_file():
         return HfSource(HfFolder(path, verify))
     if not path.is_dir():
-        raise UserError(f"{path}: no such folder; expected a released model or a checkpoint")
+        raise UserError(f"{path}: no such folder; expected a released model or a checkpoint{near_path(path)}")
     if (path / "adapter_config.json").is_file():
         raise UserError(
             f"{path}: is an adapter of PEFT's, not a model; give its base here, and this folder as --adapter"

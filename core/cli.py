@@ -28,7 +28,22 @@ LARGEST = 1 << 63  # bound on whole numbers of options
 _ALLOCATORS = re.compile(
     r"can't allocate memory: you tried to allocate \d+ bytes|CUDA out of memory|^Allocate memory failed"
 )
-ALIASES = {"mindspore": "ms", "torch": "pt", "pytorch": "pt"}  # other names of backends, for hints
+# Other names of backends, formats and verbs, for hints.
+ALIASES = {"mindspore": "ms", "torch": "pt", "pytorch": "pt", "huggingface": "hf", "transformers": "hf"}
+WORDS = {
+    "completion": "tele --print-completion bash",
+    "version": "tele --version",
+    "finetune": "tele train --init DIR",
+    "sft": "tele train --init DIR",
+    "pretrain": "tele train",
+    "resume": "tele train --resume DIR",
+    "infer": "tele generate",
+    "inference": "tele generate",
+    "export": "tele convert",
+    "import": "tele convert",
+    "compare": "tele parity compare",
+    "evaluate": "tele eval",
+}
 
 GROUPS: dict[str, dict[str, str]] = {
     "Start here": {
@@ -113,7 +128,9 @@ class Parser(argparse.ArgumentParser):
         except argparse.ArgumentError as refused:
             legal = [str(choice) for choice in action.choices or ()]
             word = str(value).lower()
-            near = ALIASES[word] if ALIASES.get(word) in legal else nearest(word, legal, cutoff=0.5)
+            others = {other: name for other, name in ALIASES.items() if name in legal}
+            near = nearest(word, [*legal, *others], cutoff=0.5)
+            near = others.get(near, near) if near else None
             hint = f"; did you mean '{near}'?" if near else ""
             raise argparse.ArgumentError(action, refused.message + hint) from None
 
@@ -221,8 +238,8 @@ def _run(words: list[str]) -> int:
         return 0
     verb, *rest = words
     if verb not in VERBS:
-        near = nearest(verb, VERBS, cutoff=0.5)
-        hint = f"did you mean 'tele {near}'?" if near else f"legal: {', '.join(VERBS)}"
+        near = WORDS.get(verb) or (f"tele {found}" if (found := nearest(verb, VERBS, cutoff=0.5)) else None)
+        hint = f"did you mean '{near}'?" if near else f"legal: {', '.join(VERBS)}"
         raise UserError(f"unknown command '{verb}'; {hint}")
     command = command_module(verb)
     parser = Parser(prog=f"tele {verb}", description=command.__doc__ or VERBS[verb])

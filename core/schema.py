@@ -20,7 +20,7 @@ import yaml
 
 from telechat_twins.core.errors import UserError
 from telechat_twins.core.files.foreign import MAX_DIGITS, read_text
-from telechat_twins.core.near import nearest
+from telechat_twins.core.near import near_path, nearest
 from telechat_twins.core.shown import shown
 from telechat_twins.core.types import JsonObject
 
@@ -48,7 +48,9 @@ def from_mapping(cls: type[T], data: object, where: str) -> T:
     outside its range.
     """
     if not isinstance(data, Mapping):
-        raise UserError(f"{where or 'config'}: expected a mapping of options, found {_found(data)}")
+        first = dataclasses.fields(cls)[0].name  # type: ignore[arg-type]
+        hint = f"; write {{{first}: {data}}}" if first == "path" and isinstance(data, str) else ""
+        raise UserError(f"{where or 'config'}: expected a mapping of options, found {_found(data)}{hint}")
     # A field named by a word of Python ends in "_", which its key in a file does not: `from`.
     fields = {f.name.removesuffix("_"): f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
     for key in data:
@@ -72,7 +74,7 @@ def load_yaml(path: str | Path) -> YamlValue:
 
     Only regular files of at most MAX_YAML bytes are read.
     """
-    text = read_text(path, MAX_YAML)
+    text = read_text(path, MAX_YAML, "no such file" if Path(path).exists() else f"no such file{near_path(path)}")
     return parse_yaml(text, str(path), lines=True)
 
 

@@ -43,6 +43,7 @@ from telechat_twins.core.files.atomic import standing
 from telechat_twins.core.files.foreign import MIB, load_json, read_text
 from telechat_twins.core.files.safetensors import DTYPES, MAX_DIMENSIONS, Index, SafetensorsFile, box, file_sha256
 from telechat_twins.core.model.params import ParamSpec
+from telechat_twins.core.near import near_path
 from telechat_twins.core.shown import shown
 from telechat_twins.core.types import JsonObject
 
@@ -341,7 +342,7 @@ def check_shapes(
 def _find(path: Path) -> Path:
     """The step folder at ``path``, or the one that ``path``'s ``latest`` names."""
     if not standing(path).is_dir():
-        raise UserError(f"{path}: no such folder; expected a checkpoint or a run that saved one")
+        raise UserError(f"{path}: no such folder; expected a checkpoint or a run that saved one{near_path(path)}")
     path = standing(path)
     if (path / "manifest.json").is_file():
         return path

@@ -40,6 +40,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from telechat_twins.core.errors import UserError
+from telechat_twins.core.near import near_path
 
 if TYPE_CHECKING:
     from telechat_twins.core.parallel.layout import Layout
@@ -180,7 +181,8 @@ def _check_resume(args: argparse.Namespace) -> None:
     if args.init is not None:
         raise UserError("--init, --resume: both name what the run begins with; give one, or --resume auto")
     if not Path(args.resume).is_dir():
-        raise UserError(f"--resume: no folder {args.resume}; give a checkpoint or a run's folder, or 'auto'")
+        hint = near_path(args.resume)
+        raise UserError(f"--resume: no folder {args.resume}; give a checkpoint or a run's folder, or 'auto'{hint}")
     # Whether the folder is a checkpoint at all is checked by the run itself.
     if any((Path(args.resume) / name).is_file() for name in ("manifest.json", "latest")):
         require_training_state(open_checkpoint(args.resume, verify=False))

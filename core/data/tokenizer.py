@@ -21,6 +21,7 @@ from telechat_twins.core.data.encoders.special import FILES, SpecialTokens, find
 from telechat_twins.core.data.encoders.spm import SentencePieceTokenizer
 from telechat_twins.core.errors import UserError
 from telechat_twins.core.files.foreign import MIB, read_file
+from telechat_twins.core.near import near_path
 from telechat_twins.core.shown import message_line
 from telechat_twins.core.types import JsonObject
 
@@ -104,7 +105,8 @@ def load_tokenizer(
         return opened
     if file.suffix == ".json":
         return open_json(file, control, in_vocabulary, known)
-    missing = f"no such tokenizer; give a {', '.join(FILES)} or the folder that holds it"
+    hint = "" if file.exists() else near_path(file)
+    missing = f"no such tokenizer; give a {', '.join(FILES)} or the folder that holds it{hint}"
     return SentencePieceTokenizer(read_file(file, MAX_MODEL, missing), file, control, in_vocabulary, known)
 
 

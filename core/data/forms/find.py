@@ -20,6 +20,7 @@ from telechat_twins.core.data.forms.formats import (
 )
 from telechat_twins.core.data.packed import is_packed
 from telechat_twins.core.errors import UserError
+from telechat_twins.core.near import near_path
 
 _NAMED = 10  # skipped files that are named for one reason; the rest are counted
 
@@ -46,7 +47,8 @@ def find_inputs(paths: Sequence[str | Path], rows: bool = False) -> list[Path]:
             files = [dataset_split(p) if p.is_dir() else p for p in matched if p.is_file() or is_dataset(p)]
         if not files:
             kinds = " ".join(SUFFIXES)
-            raise UserError(f"{given}: no such file, and no folder or pattern with files in it (folders: {kinds})")
+            what = "no such file, and no folder or pattern with files in it"
+            raise UserError(f"{given}: {what} (folders: {kinds}){near_path(given) if not path.exists() else ''}")
         for file in files:
             if reason := why_unread(file):
                 raise UserError(f"{file}: {reason}")

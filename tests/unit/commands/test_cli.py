@@ -15,6 +15,7 @@ import pytest
 
 from telechat_twins.core import cli
 from telechat_twins.core.errors import UserError
+from telechat_twins.core.near import near_path, nearest
 from telechat_twins.core.shown import from_here
 from telechat_twins.core.train.progress import Console
 from tests.house import ROOT
@@ -211,3 +212,50 @@ def test_completion_knows_every_verb(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "shtab", None)
     with pytest.raises(UserError, match="needs the package shtab"):
         cli.command_module("completion").script("bash")
+
+
+def test_paths_and_words_that_are_nearly_right(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs" / "first").mkdir(parents=True)
+    (tmp_path / "tiny.yaml").write_text("{}")
+    assert near_path("runs/frist") == "; did you mean 'runs/first'?"
+    assert near_path("tyni.yaml") == "; did you mean 'tiny.yaml'?"
+    assert near_path("runs/other") == near_path("nowhere/first") == near_path("a\0b") == ""
+    assert nearest("pd2", ["tp2", "dp2", "pp2"]) == "dp2"
+
+
+@pytest.mark.parametrize(
+    ("words", "hint"),
+    [
+        (["generate", "--checkpoint", "runs/frist", "--backend", "pt", "--prompt", "a"], "'runs/first'"),
+        (["plot", "runs/frist"], "'runs/first'"),
+        (["train", "--backend", "pt", "--config", "tyni.yaml", "--out", "x"], "'tiny.yaml'"),
+        (
+            ["train", "--backend", "pt", "--config", "telechat2-tiny", "--resume", "runs/frist", "--out", "x"],
+            "'runs/first'",
+        ),
+        (["data", "tiny.yaml", "--tokenizer", "tyni.yaml", "--out", "x"], "'tiny.yaml'"),
+        (["train", "--backend", "mindsport", "--config", "telechat2-tiny", "--out", "x"], "'ms'"),
+        (["convert", "--from", "canonical", "--to", "huggingface", "a", "b"], "'hf'"),
+        (
+            ["train", "--backend", "pt", "--config", "telechat2-tiny", "--set", "data.sources=[x]", "--out", "y"],
+            "{path: x}",
+        ),
+        (["completion"], "'tele --print-completion bash'"),
+        (["finetune"], "'tele train --init DIR'"),
+    ],
+)
+def test_one_line_names_what_was_meant(
+    words: list[str],
+    hint: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs" / "first").mkdir(parents=True)
+    (tmp_path / "tiny.yaml").write_text("{}")
+    assert cli.main(words) == 2
+    error = capsys.readouterr().err
+    assert f"did you mean {hint}" in error or f"; write {hint}" in error, error
+    assert error.count("\n") == 1
