@@ -160,7 +160,6 @@ def plot_losses(
     from matplotlib import pyplot
 
     any_script()
-
     scored = any(key.startswith(TASKS) for rows in runs.values() for row in rows for key in row)
     panels = PANELS + (SCORES,) * scored
     figure, axes = pyplot.subplots(
