@@ -28,7 +28,9 @@ pytestmark = pytest.mark.skipif(build.compiler() is None, reason="no C++ compile
 
 PRODUCTS_ONLY = ("-mno-amx-tile", "-mno-amx-tile -mno-avx512bf16")
 # A fifth of the time that all of them take to compile.
-PRODUCTS = ("registry.cc", "pool.cc", "matmul.cc", "thin.cc", "split_matmul.cc", "low_rank.cc", "linear.cc", "attention.cc")
+PRODUCTS = tuple(
+    f"{name}.cc" for name in ("registry", "pool", "matmul", "thin", "split_matmul", "low_rank", "linear", "attention")
+)
 
 
 @pytest.fixture(scope="module", params=[*PRODUCTS_ONLY, "-mno-avx512f", "as many instructions as there are"])
