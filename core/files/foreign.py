@@ -25,6 +25,9 @@ MAX_VALUES = 600_000  # brackets, braces and commas in a JSON text, about one fo
 MAX_LINE = 4 * MIB  # bytes of a line of JSON; its text is tokenized as a whole, with up to 50 bytes of memory a byte
 MAX_LINE_VALUES = 200_000
 MAX_DIGITS = 40  # of a whole number; 2**128 has 39
+MAX_DEPTH = 500  # of nested lists and objects: Python's own bound, which libraries move
+_STRING = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"?', re.DOTALL)
+_NO_BRACKETS = bytes(set(range(256)) - set(b"[]{}"))
 _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 
 
@@ -92,6 +95,8 @@ def parse_value(data: bytes, max_bytes: int = MAX_JSON, max_values: int = MAX_VA
     """Strictly parsed JSON value. ValueError for a repeated key, excessive nesting, NaN and infinite numbers (1e999),
     whole numbers of more than MAX_DIGITS digits, unpaired surrogates, and a text above the limits."""
     check_size(data, max_bytes, max_values)
+    if _deep(data):
+        raise ValueError("nested too deeply")
     try:
         value = json.loads(
             data.decode("utf-8"),
@@ -119,6 +124,20 @@ def check_size(data: bytes, max_bytes: int, max_values: int) -> None:
     # Each value takes a byte at least, so most texts need not be counted.
     if len(data) > max_values and (values := sum(map(data.count, (b",", b"[", b"{")))) > max_values:
         raise ValueError(f"about {values} values, above the limit of {max_values}")
+
+
+def _deep(data: bytes) -> bool:
+    """Whether a JSON text within the limits is nested deeper than about MAX_DEPTH; parsing alone would tell only up to
+    the recursion limit of the moment. Pairs of brackets are taken away from the inside, a level or two at a time."""
+    if data.count(b"[") + data.count(b"{") <= MAX_DEPTH:
+        return False
+    left = _STRING.sub(b"", data).translate(None, _NO_BRACKETS)
+    for _ in range(MAX_DEPTH):
+        shorter = left.replace(b"[]", b"").replace(b"{}", b"")
+        if len(shorter) == len(left):  # nothing, or no JSON
+            return False
+        left = shorter
+    return True
 
 
 def lines(file: IO[bytes], path: str | Path, limit: int = MAX_LINE) -> Iterator[bytes]:

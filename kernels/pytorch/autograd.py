@@ -15,7 +15,7 @@ from torch.autograd.function import Function, FunctionCtx, once_differentiable
 
 from telechat_twins.core.model.batch import IGNORE
 from telechat_twins.core.model.visibility import KeyRanges
-from telechat_twins.kernels.pytorch import cpu
+from telechat_twins.kernels.pytorch import cpu, in_cpp
 
 
 class Linear(Function):
@@ -174,7 +174,7 @@ class SwiGLU(Function):
 
     @staticmethod
     def forward(ctx: FunctionCtx, package: ModuleType, gate: Tensor, up: Tensor) -> Tensor:
-        in_place = package is cpu and gate.grad_fn is not None and up.grad_fn is not None
+        in_place = package in (cpu, in_cpp) and gate.grad_fn is not None and up.grad_fn is not None
         ctx.package, ctx.options = package, {"in_place": True} if in_place else {}
         ctx.save_for_backward(gate, up)
         return package.swiglu(gate, up)

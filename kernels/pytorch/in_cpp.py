@@ -93,9 +93,11 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     return out
 
 
-def swiglu_backward(grad: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+def swiglu_backward(grad: Tensor, gate: Tensor, up: Tensor, in_place: bool = False) -> tuple[Tensor, Tensor]:
+    """(dgate, dup), which overwrite gate and up if ``in_place`` and they are contiguous: the kernel reads an element of
+    each before it writes either."""
     gate, up = gate.contiguous(), up.contiguous()
-    dgate, dup = torch.empty_like(gate), torch.empty_like(up)
+    dgate, dup = (gate, up) if in_place else (torch.empty_like(gate), torch.empty_like(up))
     run("swiglu_backward", (grad.contiguous(), gate, up), (dgate, dup), ())
     return dgate, dup
 

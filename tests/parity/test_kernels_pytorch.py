@@ -26,6 +26,7 @@ from telechat_twins.kernels.pytorch import composite as torch_composite
 from telechat_twins.kernels.pytorch import cpu as torch_cpu
 from telechat_twins.kernels.pytorch import ops as pytorch
 from telechat_twins.kernels.pytorch import tiles as torch_tiles
+from telechat_twins.kernels.pytorch.autograd import SwiGLU
 from telechat_twins.pt_reference import ops
 from telechat_twins.pt_reference.weights import to_numpy
 
@@ -192,18 +193,22 @@ ATTENTION = {
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_gradients_written_over_gate_and_up(dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("package", [torch_cpu, in_cpp])
+def test_gradients_written_over_gate_and_up(package: ModuleType, dtype: torch.dtype) -> None:
     """The same bits in place, of tensors above the size that blocks are for; leaves stay as they are."""
     grad, gate, up = (torch.randn(300, 700).to(dtype) for _ in range(3))
-    apart = torch_cpu.swiglu_backward(grad, gate, up)
+    apart = package.swiglu_backward(grad, gate, up)
     over = [x.clone() for x in (gate, up)]
-    written = torch_cpu.swiglu_backward(grad, *over, in_place=True)
+    written = package.swiglu_backward(grad, *over, in_place=True)
     assert all(torch.equal(a, b) for a, b in zip(apart, written, strict=True))
     assert [x.data_ptr() for x in written] == [x.data_ptr() for x in over]
     leaves = [x.clone().requires_grad_() for x in (gate, up)]
-    ops.swiglu(*leaves, torch.float32).backward(grad)
+    SwiGLU.apply(package, *leaves).backward(grad)
     assert all(torch.equal(a, b) for a, b in zip(leaves, (gate, up), strict=True))
     assert all(torch.equal(a.grad, b) for a, b in zip(leaves, apart, strict=True))
+    inner = [x * 1 for x in leaves]
+    SwiGLU.apply(package, *inner).backward(grad)
+    assert all(torch.equal(a, b) for a, b in zip(inner, apart, strict=True)), "not overwritten"
 
 
 @pytest.mark.parametrize("name", ATTENTION)

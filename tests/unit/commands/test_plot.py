@@ -95,7 +95,6 @@ def test_a_label_cannot_leave_its_place(tmp_path: Path) -> None:
     )
 
 
-@pytest.mark.skipif(browser.missing() is not None, reason=str(browser.missing()))
 def test_chinese_names_of_runs_warn_of_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Installed fonts that have the characters are used; where there is none, nothing is printed at each refresh."""
     import matplotlib
@@ -111,6 +110,7 @@ def test_chinese_names_of_runs_warn_of_nothing(tmp_path: Path, monkeypatch: pyte
         assert matplotlib.rcParams["font.sans-serif"] == ["DejaVu Sans", "DejaVu Serif"]
 
 
+@pytest.mark.skipif(browser.missing() is not None, reason=str(browser.missing()))
 def test_the_page_zooms_in_a_browser(tmp_path: Path) -> None:
     for name, shift in (("first", 0.0), ("second", 0.5)):
         write_run(tmp_path / name, shift=shift, mfu=0.4 + shift / 10)

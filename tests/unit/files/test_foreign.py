@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import struct
+import sys
 import time
 from pathlib import Path
 
@@ -104,7 +105,7 @@ def test_only_regular_files_are_read(tmp_path: Path) -> None:
 
 
 BAD_JSON = {
-    "nested too deeply": b"[" * 100_000,
+    "nested too deeply": b"[" * 100_000 + b"]" * 100_000,
     "key 'k7' appears twice": b"{" + b", ".join(b'"k%d": 0' % n for n in range(20_000)) + b', "k7": 1}',
     "a whole number has 41 digits": b"9" * 41,
     "a whole number has 5000 digits": b"[" + b"9" * 5_000 + b"]",
@@ -329,3 +330,16 @@ def test_a_tensor_that_cannot_be_is_refused_in_one_line(tmp_path: Path, change: 
 def test_a_line_from_another_node_is_shown_as_text() -> None:
     word = _parse_end({"why": "lost\x1b[2J\nmore", "when": float("nan"), "code": 2}, 1)
     assert word.why == "lost\\x1b[2J\\nmore" and word.when > 0
+
+
+def test_nesting_is_bounded_under_any_recursion_limit() -> None:
+    """Libraries raise it for themselves, and with it what Python's parser would take."""
+    before = sys.getrecursionlimit()
+    sys.setrecursionlimit(20_000)
+    try:
+        with pytest.raises(ValueError, match="nested too deeply"):
+            parse_value(b'["]", ' + b"[" * 3_000 + b"]" * 3_000 + b"]")
+    finally:
+        sys.setrecursionlimit(before)
+    assert parse_value(b"[" * 400 + b"]" * 400)
+    assert parse_value(json.dumps(["[" * 3_000] * 100).encode()) == ["[" * 3_000] * 100

@@ -83,4 +83,4 @@ def test_blocks_cover_every_row_once() -> None:
     for rows, vocab_size in ((1, 8), (128, 131072), (129, 131072), (1024, 8192)):
         covered = [row for part in head_blocks(rows, vocab_size) for row in range(rows)[part]]
         assert covered == list(range(rows))
-    assert len(head_blocks(1024, 8192)) == 8
+    assert len(head_blocks(1024, 8192)) == 4
