@@ -26,7 +26,8 @@ MAX_LINE = 4 * MIB  # bytes of a line of JSON; its text is tokenized as a whole,
 MAX_LINE_VALUES = 200_000
 MAX_DIGITS = 40  # of a whole number; 2**128 has 39
 MAX_DEPTH = 500  # of nested lists and objects: Python's own bound, which libraries move
-_STRING = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"?', re.DOTALL)
+# A JSON string, complete or without its end. Possessive quantifiers keep no backtracking state for each character.
+JSON_STRING = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"?', re.DOTALL)
 _NO_BRACKETS = bytes(set(range(256)) - set(b"[]{}"))
 _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 
@@ -131,7 +132,7 @@ def _deep(data: bytes) -> bool:
     the recursion limit of the moment. Pairs of brackets are taken away from the inside, a level or two at a time."""
     if data.count(b"[") + data.count(b"{") <= MAX_DEPTH:
         return False
-    left = _STRING.sub(b"", data).translate(None, _NO_BRACKETS)
+    left = JSON_STRING.sub(b"", data).translate(None, _NO_BRACKETS)
     for _ in range(MAX_DEPTH):
         shorter = left.replace(b"[]", b"").replace(b"{}", b"")
         if len(shorter) == len(left):  # nothing, or no JSON

@@ -12,6 +12,7 @@ import re
 from collections.abc import Iterator
 from typing import NoReturn
 
+from telechat_twins.core.files.foreign import JSON_STRING
 from telechat_twins.core.types import JsonObject
 
 MAX_DEPTH = 64  # of nested lists and objects; a tool's schema has about a dozen
@@ -19,8 +20,6 @@ MAX_PARTS = 20_000  # lists, objects and strings, keys included; a chat message 
 MAX_DIGITS = 32  # of a whole number; 2**64 has 20
 MAX_FLOAT_DIGITS = 400  # after the decimal point; 5e-324 written out has 324
 
-# A string, complete or without its end. Possessive quantifiers keep no backtracking state for each character.
-_STRING = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"?', re.DOTALL)
 _BRACKET = re.compile(rb"[\[{\]}]")
 _DIGITS = re.compile(rb"[0-9]{%d,}" % (MAX_DIGITS + 1))
 _EXPONENT = re.compile(rb"[eE][+]?0*[1-9][0-9]{2}")  # 100 or more: perhaps beyond the largest float
@@ -106,7 +105,7 @@ def _string_at(raw: bytes | bytearray, quote: int) -> tuple[int, int]:
         return len(raw), 0
     if raw[end - 1] != ord("\\"):
         return end + 1, end - quote - 1
-    match = _STRING.match(raw, quote)  # a string with escapes needs the slower regular expression
+    match = JSON_STRING.match(raw, quote)  # a string with escapes needs the slower regular expression
     assert match is not None
     return match.end(), match.end() - quote - 2
 
