@@ -13,15 +13,18 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from telechat_twins.core.config import DataConfig
 from telechat_twins.core.data.packed import PackedDataset
 from telechat_twins.core.data.permute import Permutation
 from telechat_twins.core.data.vocabulary import most_padding
 from telechat_twins.core.errors import UserError
 from telechat_twins.core.model.batch import Batch
+
+if TYPE_CHECKING:
+    from telechat_twins.core.config import DataConfig
 
 PAIRS = "preference"  # the kind of packed folder whose sequences are pairs (core.data.preference)
 # Weights repeat exactly after this many samples at most; finer ones are rounded to it.

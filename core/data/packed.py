@@ -20,7 +20,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 
@@ -104,6 +104,20 @@ class PackedWriter:
         """The tokens that follow belong to a new document."""
         self._offset("documents.bin")
         self.documents += 1
+
+    def add_documents(self, ids: np.ndarray, sizes: np.ndarray, opens: np.ndarray, where: Callable[[int], str]) -> None:
+        """Append many parts of documents: part p has ``sizes[p]`` of the ``ids``, and opens a document where ``opens``.
+
+        UserError like ``add_tokens``; ``where`` names a part by its number.
+        """
+        ends = np.cumsum(sizes)
+        wrong = (ids < 0) | (ids >= self._tokenizer.vocab_size)
+        if wrong.any():
+            first = int(np.argmax(wrong))
+            self.add_tokens(ids[first : first + 1], where(int(np.searchsorted(ends, first, "right"))))
+        self._write("documents.bin", (self.tokens + ends - sizes)[opens].astype("<i8"))
+        self.documents += int(opens.sum())
+        self.add_tokens(ids)
 
     def add_tokens(self, ids: Sequence[int] | np.ndarray, where: str = "") -> None:
         """Append to the current document. UserError on an id outside the tokenizer's vocabulary."""

@@ -13,14 +13,24 @@ from tqdm import tqdm
 from telechat_twins.core.data.chat_layout import ChatLayout
 from telechat_twins.core.data.control import START
 from telechat_twins.core.data.dialogues import parse_dialogue
-from telechat_twins.core.data.encoders.parallel import encode_blocks
+from telechat_twins.core.data.encoders.parallel import Encoded, encode_blocks
 from telechat_twins.core.data.forms.formats import TOKENS, form_of
 from telechat_twins.core.data.forms.megatron import TokenFile
 from telechat_twins.core.data.forms.streams import UTF8
 from telechat_twins.core.data.kinds.messages import Reading
 from telechat_twins.core.data.packed import PackedWriter
 from telechat_twins.core.data.packing.dialogue_file import DialogueFile
-from telechat_twins.core.data.rows import Unchanged, find_inputs, read_documents, read_rows, row_files, total_bytes
+from telechat_twins.core.data.rows import (
+    RowReader,
+    Unchanged,
+    UnreadRow,
+    document_parts,
+    find_inputs,
+    read_documents,
+    read_rows,
+    row_files,
+    total_bytes,
+)
 from telechat_twins.core.data.sft import (
     MINDFORMERS_SEED,
     VARIANTS,
@@ -62,29 +72,39 @@ def pack_text(
     sources, tokens = Unchanged(files), [file for file in files if form_of(file).name == TOKENS]
     if tokens and add_bos:
         raise UserError(f"{tokens[0]}: holds token ids, which are taken as they are; leave --bos out")
-    none = np.zeros(0, np.int32)
-    bos = np.array([tokenizer.bos_token_id], np.int32) if add_bos else none
-    eos = np.array([tokenizer.eos_token_id], np.int32)
+    bos, eos = tokenizer.bos_token_id if add_bos else None, tokenizer.eos_token_id
+    reader = RowReader(text_key, reading)
     with (
         PackedWriter(out, tokenizer, "text", force) as writer,
         progress_bar("tokenizing", total_bytes(files), quiet) as bar,
     ):
-        blocks = (
-            block
+        parts = (
+            part
             for file in files
             if file not in tokens
-            for block in read_documents(file, bar.update, text_key, reading, encoding)
-            if block.text or not block.first
+            for part in document_parts(file, reader, bar.update, encoding)
+            if isinstance(part, UnreadRow) or part.text or not part.first
         )
-        for part in encode_blocks(blocks, tokenizer, threads):
-            if part.first:
-                writer.start_document()
-            ids = (bos if part.first else none, part.ids, eos if part.last else none)
-            writer.add_tokens(np.concatenate(ids), part.where)
+        for encoded in encode_blocks(parts, tokenizer, threads, reader):
+            writer.add_documents(*_with_marks(encoded, bos, eos), encoded.first, encoded.where)
         unended = _copy_tokens(tokens, writer, tokenizer, bar)
         sources.check()
         facts = {"inputs": len(files), "add_bos": add_bos, **noticed(reading)}
         return writer.finish({**facts, "documents_without_end": unended} if tokens else facts)
+
+
+def _with_marks(encoded: Encoded, bos: int | None, eos: int) -> tuple[np.ndarray, np.ndarray]:
+    """The ids of parts, and how many each has, with ``bos`` where a document begins and ``eos`` where one ends."""
+    opened = encoded.first if bos is not None else np.zeros_like(encoded.first)
+    sizes = encoded.sizes + opened + encoded.last
+    ends = np.cumsum(sizes)
+    ids, own = np.full(int(sizes.sum()), eos, np.int32), np.ones(int(sizes.sum()), bool)
+    own[(ends - 1)[encoded.last]] = False
+    if bos is not None:
+        begins = (ends - sizes)[opened]
+        ids[begins], own[begins] = bos, False
+    ids[own] = encoded.ids
+    return ids, sizes
 
 
 def _copy_tokens(files: Sequence[Path], writer: PackedWriter, tokenizer: Tokenizer, bar: tqdm) -> int:

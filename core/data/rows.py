@@ -13,18 +13,18 @@ from telechat_twins.core.data.forms.csv_rows import csv_rows
 from telechat_twins.core.data.forms.find import Unchanged, find_inputs, skipped_inputs, total_bytes
 from telechat_twins.core.data.forms.formats import CSV, DATASET, JSON, LINES, PARQUET, SUFFIXES, TOKENS, TSV, form_of
 from telechat_twins.core.data.forms.json_items import LongItem
-from telechat_twins.core.data.forms.json_rows import json_rows, parse_row, row_place
+from telechat_twins.core.data.forms.json_rows import UnreadRow, json_rows, parse_row, row_place
 from telechat_twins.core.data.forms.long_rows import document_rows
 from telechat_twins.core.data.forms.streams import UTF8, OnBytes, RowAt
 from telechat_twins.core.data.forms.texts import Block, text_blocks
 from telechat_twins.core.data.kinds.fields import found_type, refuse_unread
 from telechat_twins.core.data.kinds.harmless import HARMLESS
-from telechat_twins.core.data.kinds.messages import Reading
+from telechat_twins.core.data.kinds.messages import Reading, unused
 from telechat_twins.core.data.kinds.table import KINDS, TEXT, keys_found, mark_keys, refuse_other_use
 from telechat_twins.core.errors import UserError
 from telechat_twins.core.types import JsonObject
 
-__all__ = ["Block", "Unchanged", "find_inputs", "skipped_inputs", "total_bytes"]
+__all__ = ["Block", "UnreadRow", "Unchanged", "find_inputs", "skipped_inputs", "total_bytes"]
 
 
 def read_rows(path: Path, on_bytes: OnBytes | None = None, encoding: str = UTF8) -> Iterator[RowAt]:
@@ -64,39 +64,68 @@ def read_documents(
     UserError for a row without text under ``text_key``, and for other keys of it that neither ``reading`` ignores nor
     core.data.kinds.table knows as harmless.
     """
+    reader = RowReader(text_key, reading if reading is not None else Reading())
+    for part in document_parts(path, reader, on_bytes, encoding):
+        yield Block(part.where, reader.text(part)) if isinstance(part, UnreadRow) else part
+
+
+class RowReader:
+    """Texts of rows, and in ``reading`` what was noticed on the way.
+
+    Other processes read with a ``fresh`` one each, which the first one takes in again (``absorb``).
+    """
+
+    def __init__(self, text_key: str, reading: Reading):
+        self.text_key, self.reading = text_key, reading
+
+    def text(self, row: UnreadRow) -> str:
+        """The document of a row of JSON; UserError as ``read_documents``."""
+        return self.block(parse_row(row.data, row.where), row.where).text
+
+    def block(self, row: JsonObject, where: str) -> Block:
+        """The document of a parsed row."""
+        text = _document(row, where, self.text_key, self.reading)
+        if not text:
+            self.reading.notice("texts are empty, and no documents", where)
+        return Block(where, text)
+
+    def long_blocks(self, found: LongItem, where: str) -> Iterator[Block]:
+        """The blocks of a row that is too long to be held."""
+        part, first = next(found.parts, ""), True
+        for following in found.parts:
+            yield Block(where, part, first, last=False)
+            part, first = following, False
+        others = {**found.others, self.text_key: ""} if found.found else found.others
+        _document(others, where, self.text_key, self.reading)
+        yield Block(where, part, first)
+
+    def fresh(self) -> RowReader:
+        """One with the same options that noticed nothing yet."""
+        return RowReader(self.text_key, unused(self.reading))
+
+    def absorb(self, other: RowReader) -> None:
+        """Take over what the reader of later rows noticed."""
+        self.reading.absorb(other.reading)
+
+
+def document_parts(
+    path: Path, reader: RowReader, on_bytes: OnBytes | None = None, encoding: str = UTF8
+) -> Iterator[Block | UnreadRow]:
+    """``read_documents``, but rows of JSON that can be held as they stand, for ``reader`` to read."""
     if form_of(path).name == TOKENS:
         raise UserError(f"{path}: holds token ids, not text")
     if not form_of(path).holds_rows:
         yield from text_blocks(path, mark_keys(), on_bytes, encoding)
         return
-    reading = reading if reading is not None else Reading()
     if form_of(path).name not in (LINES, JSON):
         for where, row in read_rows(path, on_bytes, encoding):
-            yield _row_block(row, where, text_key, reading)
+            yield reader.block(row, where)
         return
-    for found in document_rows(path, text_key, on_bytes, encoding):
-        where = row_place(path, found.line, found.item)
+    for found in document_rows(path, reader.text_key, on_bytes, encoding):
         if isinstance(found, LongItem):
-            yield from _long_document(found, where, text_key, reading)
+            yield from reader.long_blocks(found, row_place(path, found.line, found.item))
         else:
-            yield _row_block(parse_row(found.data, where), where, text_key, reading)
-
-
-def _row_block(row: JsonObject, where: str, text_key: str, reading: Reading) -> Block:
-    text = _document(row, where, text_key, reading)
-    if not text:
-        reading.notice("texts are empty, and no documents", where)
-    return Block(where, text)
-
-
-def _long_document(found: LongItem, where: str, text_key: str, reading: Reading) -> Iterator[Block]:
-    """The blocks of a row that is too long to be held."""
-    part, first = next(found.parts, ""), True
-    for following in found.parts:
-        yield Block(where, part, first, last=False)
-        part, first = following, False
-    _document({**found.others, text_key: ""} if found.found else found.others, where, text_key, reading)
-    yield Block(where, part, first)
+            yield UnreadRow(path, found.line, found.item, found.data)
 
 
 def _document(row: JsonObject, where: str, text_key: str, reading: Reading) -> str:
@@ -117,7 +146,7 @@ def detect_kind(files: Sequence[Path]) -> str:
     for file in files:
         kind = "text"
         if form_of(file).holds_rows:
-            row = next((row for _, row in read_rows(file)), {})
+            row: JsonObject = next((row for _, row in read_rows(file)), {})
             kind = "text" if KINDS["text"].marked_by(row) else "dialogue" if row else ""
         if kind:
             kinds.setdefault(kind, file)

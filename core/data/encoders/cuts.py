@@ -88,12 +88,12 @@ class Cutter:
 
     def __init__(self, pieces: Sequence[str], fallback: bool) -> None:
         """``pieces``: those that text can become; ``fallback``: characters without a piece are bytes."""
-        several = [piece for piece in pieces if len(piece) > 1]
         # NUL between two pieces; it comes first of the letters, and number 0 is any character that is in no pair.
-        letters, places = np.unique(_codes("\0" + "\0".join(several)), return_inverse=True)
-        self._number = np.zeros(_CODES, np.int32)
-        self._number[letters[1:]] = np.arange(1, len(letters))
-        self._width = len(letters)
+        codes = _several(pieces)
+        self._number = np.cumsum(_met(codes), dtype=np.int32) - 1
+        self._number[~_met(codes)] = 0
+        self._width = int(self._number.max()) + 1
+        places = self._number[codes].astype(np.int64)
         left, right = places[:-1], places[1:]
         pairs = np.unique((left * self._width + right)[(left > 0) & (right > 0)])
         self._joined = np.zeros(self._width**2 // 8 + 1, np.uint8)
@@ -163,10 +163,21 @@ class Cutter:
 def make_cutter(specs: Specs, pieces: Sequence[str]) -> Cutter | None:
     """The exact cuts of a model; None where there are none that are known to be exact. ``pieces``: those that text can
     become, without control, unknown and byte pieces."""
-    if not (specs.is_bpe and specs.leaves_text and pieces) or any("\0" in piece for piece in pieces):
+    if not (specs.is_bpe and specs.leaves_text and pieces) or "\0" in "".join(pieces):
         return None
-    several = {character for piece in pieces if len(piece) > 1 for character in piece}
-    return Cutter(pieces, specs.byte_fallback) if len(several) < _LETTERS else None
+    return Cutter(pieces, specs.byte_fallback) if _met(_several(pieces)).sum() <= _LETTERS else None
+
+
+def _several(pieces: Sequence[str]) -> np.ndarray:
+    """Code points of the pieces of several characters, with NUL before each."""
+    return _codes("\0" + "\0".join(piece for piece in pieces if len(piece) > 1))
+
+
+def _met(codes: np.ndarray) -> np.ndarray:
+    """Of all code points, those that are there."""
+    met = np.zeros(_CODES, bool)
+    met[codes] = True
+    return met
 
 
 def _codes(text: str) -> np.ndarray:

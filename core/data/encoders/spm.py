@@ -223,9 +223,9 @@ class SentencePieceTokenizer:
     def _cutter(self) -> Cutter | None:
         pieces = self._pieces
         ids = list(range(self.vocab_size))
-        apart = zip(pieces.is_control(ids), pieces.is_byte(ids), pieces.is_unknown(ids), strict=True)
-        every = zip(pieces.id_to_piece(ids), apart, strict=True)
-        return make_cutter(self._specs, [piece for piece, kinds in every if not any(kinds)])
+        silent = np.array((pieces.is_control(ids), pieces.is_byte(ids), pieces.is_unknown(ids)), bool).any(0)
+        every = zip(pieces.id_to_piece(ids), silent.tolist(), strict=True)
+        return make_cutter(self._specs, [piece for piece, apart in every if not apart])
 
     @functools.cached_property
     def _inner(self) -> sentencepiece.SentencePieceProcessor:

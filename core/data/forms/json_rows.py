@@ -30,6 +30,19 @@ class RawRow(NamedTuple):
         return row_place(path, self.line, self.item)
 
 
+class UnreadRow(NamedTuple):
+    """A row that is parsed where it is used, perhaps in another process."""
+
+    path: Path
+    line: int
+    item: int
+    data: bytes
+
+    @property
+    def where(self) -> str:
+        return row_place(self.path, self.line, self.item)
+
+
 def row_place(path: Path, line: int, item: int) -> str:
     """How messages name a row."""
     return f"{path}:{line}: item {item}" if item else f"{path}:{line}"

@@ -70,6 +70,20 @@ class Reading:
         count, first = self.noticed.get(what, (0, where))
         self.noticed[what] = count + 1, first
 
+    def absorb(self, later: Reading) -> None:
+        """Add what the reading of later rows noticed."""
+        self.columns_met |= later.columns_met
+        self.left_out |= later.left_out
+        for kind, count in later.kinds.items():
+            self.kinds[kind] = self.kinds.get(kind, 0) + count
+        for what, (count, first) in later.noticed.items():
+            before, earliest = self.noticed.get(what, (0, first))
+            self.noticed[what] = before + count, earliest
+        self.named += later.named
+        self.without_system += later.without_system
+        self.context += later.context
+        self.unanswered += later.unanswered
+
     def notice_empty(self, messages: Sequence[JsonObject], where: str) -> None:
         """Count questions without text, and answers without text and calls."""
         for message in messages:
@@ -79,6 +93,11 @@ class Reading:
                 self.notice("questions hold no text", where)
             elif message["role"] in ANSWERS:
                 self.notice("answers hold no text, and teach a model to say nothing", where)
+
+
+def unused(reading: Reading) -> Reading:
+    """A reading of the same options that has noticed nothing."""
+    return Reading(reading.ignore, reading.reasoning, reading.kind, reading.columns)
 
 
 def read_messages(value: object, name: str, where: str, reading: Reading, texts: bool = False) -> list[JsonObject]:

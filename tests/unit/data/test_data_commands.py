@@ -16,6 +16,7 @@ from telechat_twins.core.commands import data as data_command
 from telechat_twins.core.commands import tokenize as tokenize_command
 from telechat_twins.core.data.encoders import parallel
 from telechat_twins.core.data.forms import texts
+from telechat_twins.core.data.kinds.messages import Reading
 from telechat_twins.core.data.packed import PackedDataset, PackedWriter
 from telechat_twins.core.data.packing.dialogue_file import DialogueFile
 from telechat_twins.core.data.prepare import pack_text, read_texts
@@ -23,6 +24,7 @@ from telechat_twins.core.data.rows import detect_kind, find_inputs, read_documen
 from telechat_twins.core.data.sft import encode_dialogue
 from telechat_twins.core.data.tokenizer import load_tokenizer
 from telechat_twins.core.errors import UserError
+from telechat_twins.core.files.foreign import MAX_LINE
 from tests.support.data_support import SENTENCES, dialogue_row, tiny_tokenizer, tiny_tokenizer_path, write_rows
 from tests.support.shared import shared_file
 
@@ -350,7 +352,7 @@ def test_a_file_that_changes_while_it_is_read_is_refused(use, tmp_path, monkeypa
         *use[:1] or [None], row
     )
     source = write_rows(tmp_path / "rows.jsonl", [row] * 40)
-    before = PackedWriter.start_document, PackedWriter.add_sequence
+    before = PackedWriter.add_documents, PackedWriter.add_sequence
 
     def grown(method):
         def changed(self, *given):
@@ -360,10 +362,43 @@ def test_a_file_that_changes_while_it_is_read_is_refused(use, tmp_path, monkeypa
         return changed
 
     words = [source, "--out", tmp_path / "out", "--threads", 1, *use, *(["--seq-len", 200] if use else [])]
-    monkeypatch.setattr(PackedWriter, "start_document", grown(before[0]))
+    monkeypatch.setattr(PackedWriter, "add_documents", grown(before[0]))
     monkeypatch.setattr(PackedWriter, "add_sequence", grown(before[1]))
     with pytest.raises(UserError, match=r"rows.jsonl: changed while it was read"):
         tele_data(*words)
     assert [path.name for path in tmp_path.iterdir()] == ["rows.jsonl"]
     monkeypatch.undo()
     assert tele_data(*words) == 0
+
+
+def test_workers_notice_what_one_process_notices(tmp_path, monkeypatch):
+    monkeypatch.setattr(parallel, "_TASK", 500)
+    rows = [
+        {"text": "fox " * (n % 9), "id": n} if n % 2 else {"text": "dog " * (n % 7), "url": "u"} for n in range(200)
+    ]
+    source, found = write_rows(tmp_path / "rows.jsonl", rows), []
+    for threads in (1, 2):
+        reading = Reading()
+        meta = pack_text(
+            [source], tmp_path / str(threads), tiny_tokenizer(), threads=threads, reading=reading, quiet=True
+        )
+        found.append((meta["meta_sha256"], meta["fields_left_out"], meta["kinds"], meta["files"], reading))
+    assert found[0][1:] == found[1][1:]
+    assert found[0][1] == ["id", "url"] and found[0][4].noticed["texts are empty, and no documents"][0] == 26
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_the_first_row_at_fault_is_named(threads, tmp_path, monkeypatch):
+    """Rows are parsed by workers, while this process has already met a later line that is too long."""
+    monkeypatch.setattr(parallel, "_TASK", 500)
+    source = write_rows(tmp_path / "rows.jsonl", [{"text": "a fox"}] * 400)
+    lines = source.read_bytes().splitlines(keepends=True)
+    lines[350], lines[380], lines[399] = (
+        b'{"text": 1}\n',
+        b"{\n",
+        b'{"text": "a", ' + b" " * MAX_LINE + b'"text": "b"}\n',
+    )
+    source.write_bytes(b"".join(lines))
+    with pytest.raises(UserError, match=r"rows.jsonl:351: expected text in field 'text', found int"):
+        pack_text([source], tmp_path / "out", tiny_tokenizer(), threads=threads, quiet=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["rows.jsonl"]

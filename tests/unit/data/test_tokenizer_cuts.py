@@ -7,6 +7,7 @@ import random
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import pytest
 import sentencepiece
 from hypothesis import given, settings
@@ -150,9 +151,11 @@ def test_blocks_and_workers_leave_no_trace(monkeypatch, workers):
         parts = [text[a:b] for a, b in zip(places, places[1:], strict=False)] or [""]
         blocks += [Block(f"d{number}", p, n == 0, n == len(parts) - 1) for n, p in enumerate(parts)]
     found: list[list[int]] = []
-    for part in encode_blocks(blocks, tokenizer, workers):
-        found += [[]] if part.first else []
-        found[-1] += part.ids.tolist()
+    for encoded in encode_blocks(blocks, tokenizer, workers):
+        parts = np.split(encoded.ids, np.cumsum(encoded.sizes)[:-1])
+        for first, ids in zip(encoded.first, parts, strict=True):
+            found += [[]] if first else []
+            found[-1] += ids.tolist()
     assert found == [tokenizer.encode(text) for text in documents]
 
 
