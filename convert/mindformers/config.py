@@ -101,7 +101,7 @@ def lines_of(path: Path) -> Iterator[None]:
 
 def read_model_section(section: JsonObject, where: str) -> tuple[ModelConfig, list[str]]:
     """ModelConfig from ``model.model_config``; UserError starting with ``where`` for what this decoder does not do."""
-    family = _family(section)
+    family = _family(section, where)
     check_refused(section, {**NEUTRAL, **(_YARN if family == "telechat3" else {})}, where)
     refuse_unknown(section, FIELDS, where)
     if family != "telechat3" and section.get("scaling_factor") not in (1, None):
@@ -115,6 +115,8 @@ def read_model_section(section: JsonObject, where: str) -> tuple[ModelConfig, li
     values: JsonObject = {"family": family, **_FIXED[family], **found}
     if family == "telechat3":
         values |= _rotation(section, where)
+        if values["position"] == "rope" and isinstance(section.get("scaling_factor"), dict):
+            notes.append(f"{where}: scaling_factor is passed over, as in MindFormers without extend_method: YARN")
     theta = read_theta(section, values.get("position", "ntk"), where)
     if theta is None:
         theta = 10000.0
@@ -124,6 +126,7 @@ def read_model_section(section: JsonObject, where: str) -> tuple[ModelConfig, li
     values |= tokens
     notes += said
     if family == "telechat2":
+        notes += _plain_reach(section, values, where)
         # MindFormers' training scales nothing with the length, so its YAML need not say where that begins.
         base, trained = values["base_seqlen"], values["training_seqlen"]
         notes.insert(
@@ -143,8 +146,21 @@ def read_model_section(section: JsonObject, where: str) -> tuple[ModelConfig, li
         raise UserError(f"{where}: {error}") from None
 
 
-def _family(section: JsonObject) -> str:
-    name = str(section.get("net_name", ""))
+def _plain_reach(section: JsonObject, values: JsonObject, where: str) -> list[str]:
+    """MindFormers reads pretrain_seqlen nowhere and, without DYNAMIC_NTK, rotates plainly at any length; so does the
+    model up to its ``max_seqlen``, unless the section has ``base_seqlen``, as those written here do. Notes on it."""
+    trained, reach = values["training_seqlen"], values["max_seqlen"]
+    if trained >= reach or section.get("extend_method") == "DYNAMIC_NTK" or section.get("base_seqlen") is not None:
+        return []
+    values |= {"training_seqlen": reach, "base_seqlen": reach}
+    return [f"{where}: pretrain_seqlen {trained} is passed over, as in MindFormers, which rotates plainly to {reach}"]
+
+
+def _family(section: JsonObject, where: str) -> str:
+    key = "net_name" if section.get("net_name") else "model_name"
+    name = str(section.get(key, ""))
+    if name == "telechat_7b":
+        raise UserError(f"{where}: {key} is {name!r}; TeleChat-7B's head is its embedding, which is not supported")
     if section.get("model_type") == "telechat3" or name.startswith("telechat3"):
         return "telechat3"
     return "flm" if section.get("use_mup") or name == "telechat_52b" else "telechat2"

@@ -1,9 +1,9 @@
 """Every key that MindFormers reads in ``model.model_config`` beside those that are fields of the model: what it is for,
 and the values that leave the arithmetic as it is here.
 
-Sources: TelechatConfig of research/telechat2 and LlamaConfig, from which it descends (1.x); TransformerConfig and
-TeleChat3Config of MindFormers 1.9.0 and 2.1.0. A key that is in none of these lists may change what a model computes,
-and is refused.
+Sources: TelechatConfig of research/telechat, telechat2 and telechat3, and LlamaConfig (1.1 to 1.8, master);
+TransformerConfig and TeleChat3Config of MindFormers 1.9.0 and 2.1.0; the YAMLs of these folders. A key that is in none
+of these lists may change what a model computes, and is refused.
 """
 
 from __future__ import annotations
@@ -65,22 +65,27 @@ NEUTRAL: Refused = {
 # Reason why keys are not carried -> the keys.
 _GROUPS: dict[str, str] = {
     "of MindFormers' classes and of generation": """
-        type auto_register auto_map arch architectures model_type net_name batch_size use_past use_past_shard is_dynamic
+        type auto_register auto_map arch architectures model_type net_name model_name run_mode batch_size use_past
+        use_past_shard is_dynamic
         block_size num_blocks max_decode_length max_length min_decode_length max_new_tokens repetition_penalty top_k
         top_p do_sample temperature use_cache checkpoint_name_or_path return_extra_loss return_hidden_states
         is_sample_acceleration llm_backend chunk_prefill parallel_decoding_params use_paged_attention
         tokenizer_class torch_dtype transformers_version dispatch_global_max_bs pre_process post_process prefill_only
-        max_seq_len unk_token_id is_encoder_decoder keys_to_ignore_at_inference name_or_path""",
+        max_seq_len unk_token_id is_encoder_decoder keys_to_ignore_at_inference name_or_path is_flexible_shape
+        use_kvcache_op use_incre_flash_attention use_prompt_flash_attention pretrained_model_dir mindformers_version""",
+    "MindFormers keeps it and reads it nowhere": "layers_group embedding_size",
+    "data.isolate_documents says whether the documents of a row see each other": "eod_reset use_eod_reset",
     "dropout is not applied here, whatever its value": """
-        hidden_dropout_prob attention_dropout_prob embedding_dropout_prob hidden_dropout attention_dropout
-        hidden_dropout_rate attention_dropout_rate dropout_prob""",
+        embed_dropout_prob hidden_dropout_prob attention_dropout_prob embedding_dropout_prob hidden_dropout
+        attention_dropout hidden_dropout_rate attention_dropout_rate dropout_prob""",
     "train.precision says in what each part is computed": """
         layernorm_compute_type layernorm_compute_dtype softmax_compute_type softmax_compute_dtype rotary_dtype
-        residual_dtype embedding_init_type embedding_params_dtype fp32_residual_connection attention_softmax_in_fp32
-        router_dense_type rmsnorm_compute_2d rl_config compute_dtype param_init_type params_dtype""",
+        residual_dtype res_dtype embedding_init_type embedding_params_dtype fp32_residual_connection
+        attention_softmax_in_fp32 router_dense_type rmsnorm_compute_2d compute_in_2d
+        rl_config compute_dtype param_init_type params_dtype""",
     "a choice between implementations of the same arithmetic": """
         qkv_concat mlp_concat mla_qkv_concat use_flash_attention flash_attn use_ring_attention
-        use_attn_mask_compression use_eod_attn_mask_compression use_eod_reset use_rotary_position_ids use_rope_slice
+        use_attn_mask_compression use_eod_attn_mask_compression use_rotary_position_ids use_rope_slice
         fused_norm fused_rms_norm fused_kernel bias_swiglu_fusion bias_dropout_fusion apply_rope_fusion input_layout
         input_sliced_sig enable_high_performance use_contiguous_weight_layout_attention
         use_interleaved_weight_layout_mlp chunk_loss_num pretraining_tp masked_softmax_fusion
@@ -95,7 +100,7 @@ _GROUPS: dict[str, str] = {
         gradient_aggregation_group ulysses_degree_in_cp vocab_emb_dp cpu_offloading cpu_offloading_num_layers op_swap
         default_prefetch recompute select_recompute parallel_optimizer_comm_recompute select_comm_recompute
         mp_comm_recompute recompute_slice_activation select_recompute_exclude select_comm_recompute_exclude
-        cp_comm_type swap_config swap npu_nums_per_device tp_comm_overlap""",
+        pipeline_stage cp_comm_type swap_config swap npu_nums_per_device tp_comm_overlap""",
     "initial weights have the deviations of the model's preset": """
         init_method output_layer_init_method param_init_std_rules mean""",
     "the loss is the mean over the targets of the global batch": "calculate_per_token_loss",

@@ -7,12 +7,9 @@ takes the place of train_dataset.batch_size (mindformers/dataset/utils.py, base_
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 
-import yaml
-
+from telechat_twins.convert.mindformers.carried import Carried, reason_outside
 from telechat_twins.convert.mindformers.config import FIELDS, model_section, read_model_section
 from telechat_twins.convert.mindformers.model_keys import SECTION, reason_of
 from telechat_twins.core.config import RunConfig
@@ -26,62 +23,20 @@ SCHEDULES = {"CosineWithWarmUpLR": "cosine", "LinearWithWarmUpLR": "linear", "Co
 UNNAMED_DATA = "data/packed"
 
 
-@dataclass
-class Carried:
-    """``values``: the mapping of the other side's YAML. ``carried``: key -> where it went. ``left``: key -> why not."""
-
-    values: JsonObject = field(default_factory=dict)
-    carried: dict[str, str] = field(default_factory=dict)
-    left: dict[str, str] = field(default_factory=dict)
-    notes: list[str] = field(default_factory=list)
-
-    def put(self, key: str, target: str, value: object) -> None:
-        """Carry ``key`` to the dotted path ``target``."""
-        *path, last = target.split(".")
-        place = self.values
-        for part in path:
-            place = place.setdefault(part, {})
-        place[last] = value
-        self.carried[key] = target
-
-    def report(self) -> str:
-        """One line a key: carried, or not carried and why; then the notes."""
-        lines = [f"carried: {key} -> {target}" for key, target in self.carried.items()]
-        lines += [f"not carried: {key}: {reason}" for key, reason in self.left.items()]
-        return "\n".join([*lines, *(f"note: {note}" for note in self.notes)])
-
-
-# Keys without a counterpart: pattern of the dotted key -> reason. The first that fits counts.
-_LEFT = (
-    (r"output_dir|load_checkpoint|resume_training|src_strategy_path_or_dir|auto_trans_ckpt|only_save_strategy"
-     r"|load_ckpt_format|ignore_data_skip|remote_save_url|transform_process_num",
-     "folders are options of tele train (--out, --init, --resume); layouts are changed on loading"),
-    (r"run_mode|trainer\..*|use_legacy|train_precision_sync", "the command says what is run"),
-    (r"runner_config\.(sink_mode|sink_size)|context\..*|parallel\..*|use_parallel|parallel_speed_up.*",
-     "of MindSpore's graph mode and device; here each step is launched from Python"),
-    (r"train_dataset\.batch_size", "runner_config.batch_size takes its place in MindFormers"),
-    (r"(train|eval)_dataset(_task)?\..*|do_eval|eval_.*|metric\..*",
-     "MindRecord and Megatron data are packed anew with tele data; data.sources is to be filled in"),
-    (r"processor\..*", "the tokenizer is packed with the data"),
-    (r"parallel_config\.(vocab_emb_dp|gradient_aggregation_group|expert_parallel|use_seq_parallel_.*|context_parallel_algo)"
-     r"|micro_batch_interleave_num", "a schedule of the graph compiler; the global batch holds its factor"),
-    (r"recompute_config\..*", "finer than none, selective and full"),
-    (r"callbacks.*|profile.*|init_start_profile|monitor_config.*|tensorboard.*", "metrics and profiles are options"),
-    (r"runner_wrapper\..*", "losses are not scaled in fp32 and bf16"),
-    (r"model\.arch.*", "of MindFormers' classes and of generation"),
-    (r"auto_tune|filepath_prefix|autotune_per_step|layer_scale|layer_decay|lr_scale_factor|lr_scale|moe_config.*"
-     r"|swap_config.*", "unused by language models, or of a tool of MindFormers"),
-)  # fmt: skip
-
-
 def from_mindformers(tree: JsonObject, where: str) -> Carried:
-    """Our mapping from a MindFormers YAML. UserError for a model or value that cannot be trained here."""
+    """Our mapping from a MindFormers YAML; of one of prediction, which says nothing of training, without the sections
+    ``train`` and ``optim``. UserError for a model or value that cannot be trained here."""
     out = Carried()
     flat = dict(_flat(tree))
     section = _mapping(tree, "model", where).get("model_config")
     if not isinstance(section, dict):
         raise UserError(
             f"{where}: has no section model.model_config; give the .yaml that MindFormers runs a model with"
+        )
+    if "pretrained_model_dir" in tree and "vocab_size" not in section:
+        raise UserError(
+            f"{where}: pretrained_model_dir names the folder whose config.json has the model; tele train reads it "
+            "(train.init), and so does tele convert --config"
         )
     # seq_length is that of the run's rows; the model may reach further.
     reach = {key for key in ("max_position_embedding", "max_position_embeddings") if section.get(key)}
@@ -94,13 +49,21 @@ def from_mindformers(tree: JsonObject, where: str) -> Carried:
     out.values["data"] = {"sources": [{"path": UNNAMED_DATA}], **out.values["data"]}
     _check_sections(tree, where)
     _check_kinds(flat, where)
-    _batches(flat, out, where)
-    _schedule(flat, out, where)
+    _check_outside(tree, where)
+    if trains(tree):
+        _batches(flat, out, where)
+        _optimizer(flat, out, where)
+        _schedule(flat, out, where)
+    else:
+        out.notes.append(f"{where}: is a YAML of prediction; add the sections train and optim before tele train")
+        out.left |= {key: "of training" for key in flat if key == "seed" or key.endswith(".micro_batch_num")}
     for key, target, convert in _SIMPLE:
         if flat.get(key) is not None and key not in out.left:
             out.put(key, target, convert(flat[key]))
     _stages(flat, section, model.num_layers, out, where)
-    _precision(section, flat, out)
+    if trains(tree):
+        _precision(section, flat, out)
+        _recompute(flat, out)
     _callbacks(tree.get("callbacks"), out, where)
     _lora(section.get("pet_config") or _mapping(tree, "model", where).get("pet_config"), out, where)
     held = {*out.carried}
@@ -110,10 +73,29 @@ def from_mindformers(tree: JsonObject, where: str) -> Carried:
     return out
 
 
+def trains(tree: JsonObject) -> bool:
+    """Whether a MindFormers YAML says how a model is trained: all do but those of prediction without a recipe."""
+    recipe = tree.get("runner_config"), tree.get("lr_schedule")
+    return tree.get("run_mode") != "predict" or None not in recipe
+
+
+def _check_outside(tree: JsonObject, where: str) -> None:
+    """UserError for what changes the model or the learning rate from outside the model's section."""
+    experts = tree.get("moe_config")
+    if isinstance(experts, dict) and experts.get("expert_num") not in (None, 0, 1):
+        raise UserError(
+            f"{where}: expert_num is {shown(experts['expert_num'])} in moe_config; mixtures of experts are not "
+            "supported"
+        )
+    if tree.get("lr_scale"):
+        raise UserError(
+            f"{where}: lr_scale multiplies the learning rate by batch and devices over lr_scale_factor; set "
+            "lr_schedule.learning_rate to the product and lr_scale to False"
+        )
+
+
 _SIMPLE: tuple[tuple[str, str, type], ...] = (
     ("seed", "train.seed", int),
-    ("optimizer.eps", "optim.eps", float),
-    ("optimizer.weight_decay", "optim.weight_decay", float),
     ("lr_schedule.learning_rate", "optim.lr", float),
     ("lr_schedule.lr_end", "optim.min_lr", float),
     ("lr_schedule.warmup_steps", "optim.warmup_steps", int),
@@ -125,6 +107,8 @@ _SIMPLE: tuple[tuple[str, str, type], ...] = (
     ("parallel_config.use_seq_parallel", "parallel.sequence_parallel", bool),
     ("parallel.enable_parallel_optimizer", "parallel.zero1", bool),
     ("model.model_config.pp_interleave_num", "parallel.virtual", int),
+    ("model.model_config.use_eod_reset", "data.isolate_documents", bool),
+    ("model.model_config.eod_reset", "data.isolate_documents", bool),
 )
 
 
@@ -162,6 +146,7 @@ def _check_kinds(flat: JsonObject, where: str) -> None:
     kinds = {key: kind for key, _, kind in _SIMPLE} | dict.fromkeys(_WHOLE, int)
     kinds |= {"runner_config.epochs": float, "runner_wrapper.max_grad_norm": float, "lr_schedule.type": str}
     kinds |= {"optimizer.type": str, "runner_wrapper.use_clip_grad": bool}
+    kinds |= {f"optimizer.{name}": float for name in ("learning_rate", *_DEFAULTS["AdamW"])}
     for key, kind in kinds.items():
         if flat.get(key) is not None:
             _check(flat[key], kind, key, where)
@@ -201,16 +186,17 @@ def _batches(flat: JsonObject, out: Carried, where: str) -> None:
             out.carried["lr_schedule.total_steps"] = "train.epochs"  # -1: the length of the data
 
 
-def _schedule(flat: JsonObject, out: Carried, where: str) -> None:
-    kind = flat.get("lr_schedule.type")
-    if kind is not None:
-        if kind not in SCHEDULES:
-            raise UserError(f"{where}: lr_schedule.type {shown(kind)} is not one of {', '.join(SCHEDULES)}")
-        out.put("lr_schedule.type", "optim.schedule", SCHEDULES[str(kind)])
-    if flat.get("optimizer.type") not in ("AdamW", "FP32StateAdamWeightDecay", "adamw", None):
-        raise UserError(
-            f"{where}: optimizer.type {shown(flat['optimizer.type'])} is not AdamW, which is all there is here"
-        )
+# MindFormers' values where an optimizer's YAML has none (mindformers/core/optim, base_trainer.py).
+_DEFAULTS = {
+    "AdamW": {"beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "weight_decay": 0.0},
+    "FP32StateAdamWeightDecay": {"beta1": 0.9, "beta2": 0.999, "eps": 1e-6, "weight_decay": 0.0},
+}
+
+
+def _optimizer(flat: JsonObject, out: Carried, where: str) -> None:
+    kind = flat.get("optimizer.type")
+    if kind not in (*_DEFAULTS, "adamw", None):
+        raise UserError(f"{where}: optimizer.type {shown(kind)} is not AdamW, which is all there is here")
     if "optimizer.type" in flat:
         out.carried["optimizer.type"] = "optim"
     betas = flat.get("optimizer.betas")
@@ -218,12 +204,34 @@ def _schedule(flat: JsonObject, out: Carried, where: str) -> None:
         out.put("optimizer.betas", "optim.beta1", float(betas[0]))
         out.put("optimizer.betas", "optim.beta2", float(betas[1]))
         out.carried["optimizer.betas"] = "optim.beta1, optim.beta2"
+    for name, default in _DEFAULTS.get(str(kind), _DEFAULTS["AdamW"]).items():
+        key = f"optimizer.{name}"
+        if flat.get(key) is not None:
+            out.put(key, f"optim.{name}", float(flat[key]))
+        elif not (name.startswith("beta") and "optimizer.betas" in out.carried):
+            out.values["optim"] = {**out.values.get("optim", {}), name: default}
+            out.notes.append(f"{where}: {key} is missing; MindFormers' default {default} is taken")
+    if flat.get("lr_schedule.learning_rate") is None and flat.get("optimizer.learning_rate") is not None:
+        out.put("optimizer.learning_rate", "optim.lr", float(flat["optimizer.learning_rate"]))
+        out.values["optim"]["schedule"] = "constant"
+
+
+def _schedule(flat: JsonObject, out: Carried, where: str) -> None:
+    kind = flat.get("lr_schedule.type")
+    if kind is not None:
+        if kind not in SCHEDULES:
+            raise UserError(f"{where}: lr_schedule.type {shown(kind)} is not one of {', '.join(SCHEDULES)}")
+        out.put("lr_schedule.type", "optim.schedule", SCHEDULES[str(kind)])
     clipped = flat.get("runner_wrapper.use_clip_grad")
-    if clipped is not None:
-        limit = float(flat.get("runner_wrapper.max_grad_norm") or 1.0) if clipped else 0.0
-        out.put("runner_wrapper.use_clip_grad", "optim.clip_grad", limit)
-        if "runner_wrapper.max_grad_norm" in flat:
-            out.carried["runner_wrapper.max_grad_norm"] = "optim.clip_grad"
+    if clipped is None:  # the wrapper of a pipeline clips unless told otherwise, the other one does not
+        clipped = (flat.get("parallel_config.pipeline_stage") or 1) > 1
+        out.notes.append(f"{where}: runner_wrapper.use_clip_grad is missing; MindFormers' default {clipped} is taken")
+    limit = float(flat.get("runner_wrapper.max_grad_norm") or 1.0) if clipped else 0.0
+    out.put("runner_wrapper.use_clip_grad", "optim.clip_grad", limit)
+    if "runner_wrapper.max_grad_norm" in flat:
+        out.carried["runner_wrapper.max_grad_norm"] = "optim.clip_grad"
+    if flat.get("lr_schedule.warmup_ratio") is not None and flat.get("lr_schedule.warmup_steps") is not None:
+        out.left["lr_schedule.warmup_steps"] = "lr_schedule.warmup_ratio takes its place in MindFormers"
     if kind == "ConstantWarmUpLR" and flat.get("lr_schedule.lr_end") is not None:
         out.left["lr_schedule.lr_end"] = "a constant schedule does not reach it"
 
@@ -231,17 +239,30 @@ def _schedule(flat: JsonObject, out: Carried, where: str) -> None:
 def _precision(section: JsonObject, flat: JsonObject, out: Carried) -> None:
     compute = section.get("compute_dtype")
     weights = section.get("param_init_type", section.get("params_dtype"))
-    names = {("bfloat16", "float32"): "amp", ("bfloat16", "bfloat16"): "bf16", ("float32", "float32"): "fp32"}
-    found = names.get((str(compute), str(weights)))
+    found = {types: name for name, types in _TYPES.items()}.get((str(compute), str(weights)))
     if found is not None:
         out.put("model.model_config.compute_dtype", "train.precision", found)
     else:
         out.left["model.model_config.compute_dtype"] = f"{compute} with weights in {weights} is no precision here"
+
+
+# Our precisions: MindFormers' compute_dtype and param_init_type.
+_TYPES = {
+    "amp": ("bfloat16", "float32"), "bf16": ("bfloat16", "bfloat16"), "fp16": ("float16", "float16"),
+    "fp32": ("float32", "float32"),
+}  # fmt: skip
+
+
+def _recompute(flat: JsonObject, out: Carried) -> None:
     recompute, selective = flat.get("recompute_config.recompute"), flat.get("recompute_config.select_recompute")
-    kind = "full" if recompute and recompute is not False else "selective" if selective else "none"
-    out.put("recompute_config.recompute", "train.recompute", kind)
-    if "recompute_config.select_recompute" in flat:
-        out.carried["recompute_config.select_recompute"] = "train.recompute"
+    kind = "full" if recompute else "selective" if selective else "none"
+    for key, value in (("recompute_config.recompute", recompute), ("recompute_config.select_recompute", selective)):
+        out.put(key, "train.recompute", kind)
+        if value is None:
+            del out.carried[key]
+        elif not isinstance(value, bool):
+            del out.carried[key]
+            out.left[key] = f"layers of each stage are not told apart here; train.recompute is {kind}"
 
 
 def _callbacks(callbacks: object, out: Carried, where: str) -> None:
@@ -369,6 +390,9 @@ def _put_rest(config: RunConfig, out: Carried) -> None:
     train, optim, layout = config.train, config.optim, config.parallel
     out.values["optimizer"]["type"] = "AdamW"
     out.carried |= {"optim.beta2": "optimizer.betas", "checkpoint.keep_last": "callbacks"}
+    if optim.warmup_ratio is not None:
+        out.put("optim.warmup_ratio", "lr_schedule.warmup_ratio", optim.warmup_ratio)
+        del out.values["lr_schedule"]["warmup_steps"], out.carried["optim.warmup_steps"]
     schedules = {ours: theirs for theirs, ours in SCHEDULES.items()}
     if optim.schedule in schedules:
         out.put("optim.schedule", "lr_schedule.type", schedules[optim.schedule])
@@ -387,21 +411,16 @@ def _put_rest(config: RunConfig, out: Carried) -> None:
         out.values["lr_schedule"]["total_steps"] = -1
     else:
         out.put("train.steps", "lr_schedule.total_steps", train.steps)
-    types = {"amp": ("bfloat16", "float32"), "bf16": ("bfloat16", "bfloat16"), "fp32": ("float32", "float32")}
-    if train.precision in types:
-        compute, weights = types[train.precision]
+    if train.precision in _TYPES:
+        compute, weights = _TYPES[train.precision]
         out.put("train.precision", "model.model_config.compute_dtype", compute)
         out.values["model"]["model_config"]["param_init_type"] = weights
     else:
         out.left["train.precision"] = f"MindFormers has no {train.precision}"
+    if config.model.family == "telechat3":
+        out.put("data.isolate_documents", "model.model_config.eod_reset", config.data.isolate_documents)
     if config.lora is not None:
         out.left["lora"] = "give --base and convert the adapter; pet_config is written by hand"
-
-
-def dump_yaml(carried: Carried, comment: str) -> str:
-    """The text of a YAML: what was not carried, as comments in front."""
-    left = "".join(f"#   {key}: {reason}\n" for key, reason in carried.left.items())
-    return f"# {comment}\n# Not carried:\n{left}" + yaml.safe_dump(carried.values, sort_keys=False, allow_unicode=True)
 
 
 def _flat(tree: object, path: str = "") -> Iterator[tuple[str, object]]:
@@ -436,7 +455,4 @@ def _name_in_section(key: str) -> str:
 def _reason(key: str) -> str:
     if name := _name_in_section(key):
         return reason_of(name) or "has no value"  # another one is refused
-    for pattern, reason in _LEFT:
-        if re.fullmatch(pattern, key):
-            return reason
-    return "not known here; see whether the run needs it"
+    return reason_outside(key)

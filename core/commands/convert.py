@@ -159,8 +159,9 @@ def run(args: argparse.Namespace) -> int:
 
 def _convert_run(args: argparse.Namespace) -> int:
     """Convert a run's YAML, MindFormers' or ours, into the other's; prints what became of every key."""
+    from telechat_twins.convert.mindformers.carried import dump_yaml
     from telechat_twins.convert.mindformers.config import lines_of
-    from telechat_twins.convert.mindformers.run_config import dump_yaml, from_mindformers, to_mindformers_yaml
+    from telechat_twins.convert.mindformers.run_config import from_mindformers, to_mindformers_yaml, trains
     from telechat_twins.core.config import load_run_config, run_config_from_dict
     from telechat_twins.core.files.atomic import write_text
     from telechat_twins.core.schema import load_yaml
@@ -174,8 +175,10 @@ def _convert_run(args: argparse.Namespace) -> int:
         raise UserError(f"{args.target}: exists already; give --force to replace it")
     if args.source_format == "mindformers":
         with lines_of(args.source):
-            found = from_mindformers(load_yaml(args.source), str(args.source))
-        run_config_from_dict(found.values)  # what would be refused by a run is refused here
+            tree = load_yaml(args.source)
+            found = from_mindformers(tree, str(args.source))
+        if trains(tree):
+            run_config_from_dict(found.values)  # what would be refused by a run is refused here
     else:
         found = to_mindformers_yaml(load_run_config(args.source))
     for line in found.report().splitlines():

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import yaml
 
+from telechat_twins.convert.mindformers.config import FIELDS
 from telechat_twins.convert.mindformers.run_config import from_mindformers, to_mindformers_yaml
 from telechat_twins.core.commands import convert
 from telechat_twins.core.config import load_run_config, run_config_from_dict
@@ -75,11 +76,90 @@ def test_every_key_is_carried_or_listed() -> None:
     assert "not carried: wild_guess: not known here" in found.report()
 
 
+# Keys of the published YAMLs (research/telechat, telechat2 and telechat3 of MindFormers 1.1 to 1.8 and master) that the
+# recipe above lacks, with their values.
+PUBLISHED: dict[str, object] = {
+    "auto_register": "telechat_config.TelechatConfig", "auto_map": {"AutoModel": "telechat.TelechatForCausalLM"},
+    "batch_size": 1, "block_size": 16, "num_blocks": 512, "is_dynamic": True, "use_past": True, "use_past_shard": False,
+    "checkpoint_name_or_path": "telechat_7b", "do_sample": False, "top_k": 3, "top_p": 1, "repetition_penalty": 1,
+    "max_decode_length": 512, "run_mode": "predict", "model_name": "telechat_12b",
+    "embed_dropout_prob": 0.0, "hidden_dropout_prob": 0.1, "attention_dropout_prob": 0.1,
+    "res_dtype": "float32", "layernorm_compute_type": "float32", "softmax_compute_type": "float16",
+    "rotary_dtype": "float32", "extend_method": "None", "ffn_dim_multiplier": 12288, "fine_grain_interleave": 2,
+    "ignore_token_id": -100, "mean": 0.0, "sigma": 0.0048, "out_proj_has_bias": True, "wo_has_bias": True,
+    "parallel_optimizer": True, "pretrain_seqlen": 8192, "qkv_concat": True, "use_flash_attention": True,
+    "use_rope_slice": False, "layers_group": 1, "embedding_size": 1, "eod_reset": True,
+}  # fmt: skip
+
+
+def test_every_published_key_is_carried_or_listed() -> None:
+    tree = copy.deepcopy(RECIPE)
+    tree["model"]["model_config"] |= PUBLISHED
+    tree["model"]["arch"] = {"type": "TelechatForCausalLM", "auto_register": "telechat.TelechatForCausalLM"}
+    tree |= {"infer_precision_sync": True, "layer_decay": 0.65, "lr_scale_factor": 256, "moe_config": {"expert_num": 1}}
+    found = from_mindformers(tree, "f.yaml")
+    told = set(found.left) | set(found.carried) | {"model.model_config.pretrain_seqlen"}
+    assert not [key for key in PUBLISHED if key not in FIELDS and f"model.model_config.{key}" not in told | ALSO]
+    assert [key for key, why in found.left.items() if why.startswith("not known")] == ["wild_guess"]
+    assert run_config_from_dict(found.values).data.isolate_documents
+
+
+ALSO = {"model.model_config.auto_map"}  # its parts are listed
+
+
+def test_prediction_has_no_training_to_carry(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    kept = ("seed", "run_mode", "parallel_config", "model")
+    tree = {key: RECIPE[key] for key in kept} | {"run_mode": "predict"}
+    (tmp_path / "predict.yaml").write_text(yaml.safe_dump(tree))
+    parser = argparse.ArgumentParser()
+    convert.add_arguments(parser)
+    words = ["--from", "mindformers", "--to", "canonical", str(tmp_path / "predict.yaml"), str(tmp_path / "ours.yaml")]
+    assert convert.run(parser.parse_args(words)) == 0
+    said = capsys.readouterr().out
+    assert "predict.yaml: is a YAML of prediction; add the sections train and optim" in said
+    assert "not carried: seed: of training" in said
+    ours = yaml.safe_load((tmp_path / "ours.yaml").read_text())
+    assert set(ours) == {"model", "data", "parallel"} and ours["model"]["num_layers"] == 96
+
+
+def test_mindformers_defaults_and_not_ours_are_taken() -> None:
+    tree = copy.deepcopy(RECIPE)
+    tree["optimizer"] = {"type": "FP32StateAdamWeightDecay", "beta1": 0.8, "beta2": 0.9, "learning_rate": 1.5e-4}
+    del tree["runner_wrapper"]
+    found = from_mindformers(tree, "f.yaml")
+    optim = run_config_from_dict(found.values).optim
+    assert (optim.beta1, optim.beta2, optim.eps, optim.weight_decay, optim.clip_grad) == (0.8, 0.9, 1e-6, 0.0, 1.0)
+    assert "f.yaml: optimizer.weight_decay is missing; MindFormers' default 0.0 is taken" in found.notes
+    assert found.left["optimizer.learning_rate"] == "lr_schedule.learning_rate takes its place in MindFormers"
+    tree["parallel_config"]["pipeline_stage"], tree["model"]["model_config"]["offset"] = 1, 0
+    assert from_mindformers(tree, "f.yaml").values["optim"]["clip_grad"] == 0.0
+    del tree["lr_schedule"]
+    assert from_mindformers(tree, "f.yaml").values["optim"]["schedule"] == "constant"
+
+
+@pytest.mark.parametrize(
+    ("change", "trained"),
+    [
+        ({"pretrain_seqlen": 4096}, 8192),  # MindFormers rotates plainly at any length
+        ({"pretrain_seqlen": 4096, "extend_method": "DYNAMIC_NTK"}, 4096),
+        ({"pretrain_seqlen": 4096, "base_seqlen": 4096}, 4096),  # as written here
+    ],
+)
+def test_the_rotation_is_plain_where_mindformers_is(change: dict[str, object], trained: int) -> None:
+    tree = copy.deepcopy(RECIPE)
+    tree["model"]["model_config"] |= change
+    model = from_mindformers(tree, "f.yaml").values["model"]
+    assert (model["training_seqlen"], model["base_seqlen"]) == (trained, trained)
+
+
 OTHERS = {
     "a constant schedule has no end": ("lr_schedule.type", "ConstantWarmUpLR", "optim", {"schedule": "constant"}),
     "steps before epochs": ("lr_schedule.total_steps", 500, "train", {"steps": 500}),
     "no pipeline, no micro-batches": ("parallel_config.pipeline_stage", 1, "train", {"global_batch": 8}),
     "interleaved micro-batches": ("micro_batch_interleave_num", 2, "train", {"global_batch": 128}),
+    "recomputed layers of stages": ("recompute_config.recompute", [3, 0], "train", {"recompute": "full"}),
+    "fp16": ("model.model_config.compute_dtype", "float16", "train", {"precision": None}),
+    "the ratio before the steps": ("lr_schedule.warmup_steps", 7, "optim", {"warmup_ratio": 0.0, "warmup_steps": None}),
     "accumulation": ("runner_config.gradient_accumulation_steps", 4, "train", {"global_batch": 256}),
     "no clipping": ("runner_wrapper.use_clip_grad", False, "optim", {"clip_grad": 0.0}),
 }
@@ -112,6 +192,9 @@ def test_other_values(case: str) -> None:
         ("lr_schedule.type", ["x"], r"lr_schedule.type must be a name, found \['x'\]"),
         ("optimizer.type", "Came", "optimizer.type .*Came.* is not AdamW"),
         ("lr_schedule.type", "PolynomialWithWarmUpLR", "lr_schedule.type .*Polynomial.*is not one of Cosine"),
+        ("moe_config", {"expert_num": 16}, "expert_num is 16 in moe_config; mixtures of experts are not supported"),
+        ("lr_scale", True, "lr_scale multiplies the learning rate"),
+        ("model.model_config.net_name", "telechat_7b", "TeleChat-7B's head is its embedding"),
         ("model.model_config.moe_config", {"expert_num": 16}, "mixtures of experts are not supported"),
         ("model.model_config.untie_embeddings_and_output_weights", False, "a head tied to the embedding is not"),
         ("model.model_config.gated_linear_unit", False, "the ffn of these models is gated by silu"),
@@ -167,9 +250,12 @@ def test_biases_of_telechat3_are_refused() -> None:
         from_mindformers(tree, "f.yaml")
 
 
-@pytest.mark.parametrize("run", ["telechat2-115b", "telechat2-7b", "telechat2-tiny"])
+@pytest.mark.parametrize("run", ["telechat2-115b", "telechat2-7b", "telechat2-tiny", "ratio"])
 def test_ours_there_and_back(run: str) -> None:
-    config = load_run_config(ROOT / "configs" / "train" / f"{run}.yaml")
+    if run == "ratio":
+        config = run_config_from_dict(from_mindformers(changed("lr_schedule.warmup_ratio", 0.03), "f.yaml").values)
+    else:
+        config = load_run_config(ROOT / "configs" / "train" / f"{run}.yaml")
     theirs = to_mindformers_yaml(config)
     again = run_config_from_dict(from_mindformers(theirs.values, "f.yaml").values)
     assert again.model == config.model
