@@ -173,7 +173,7 @@ def add_harness_arguments(parser: argparse.ArgumentParser) -> None:
         "--backends", nargs="+", choices=sorted(backends.BACKENDS), help="several, and their differences item by item"
     )
     add_adapter_argument(parser)
-    parser.add_argument("--out", required=True, metavar="DIR", help="folder of the results")
+    parser.add_argument("--out", metavar="DIR", help="folder of the results; must be given")
     parser.add_argument("--data", metavar="DIR", help="local data sets instead of the Hugging Face hub; docs say how")
     parser.add_argument("--limit", type=int, metavar="N", help="only the first N items of each task")
     parser.add_argument("--chat", action="store_true", help="contexts as a user's question in the chat template")

@@ -53,6 +53,12 @@ def check_options(args: argparse.Namespace) -> list[str]:
     return list(names)
 
 
+def require_out(args: argparse.Namespace) -> None:
+    """UserError without --out. It is asked for after the tasks are known: a task's misspelt name is told at once."""
+    if args.out is None:
+        raise UserError("--out: is missing; give the folder of the results")
+
+
 def evaluate(
     args: argparse.Namespace,
     names: Sequence[str],
@@ -67,6 +73,7 @@ def evaluate(
     """
     manager = open_tasks(plans, include)
     found: dict[str, list[JsonObject]] = {}
+    require_out(args)
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
     with hold_folder(out, f"--out {out}"):

@@ -352,6 +352,8 @@ def _report(run: _Running, failed: JsonObject, statuses: list[JsonObject | None]
     folder, screen = run.plan.folder, run.screen
     rank, trace, here = failed["rank"], failed.get("traceback") or "", run.plan.ranks[0]
     seen = rank == here and screen.instead is None  # its log is on the screen already
+    if failed["state"] == "running" and (full := _disk_full(folder)):  # so it could not say what happened
+        failed = {**failed, "user_error": True, "error": full}
     if failed["user_error"]:
         why, code = failed["error"], 2
     elif failed["state"] == "running":
@@ -419,8 +421,17 @@ def _hang(run: _Running, rank: int, waited: float, limit: float) -> int:
     return 1
 
 
+def _disk_full(folder: Path) -> str | None:
+    """What to tell a user whose logs have no room: such ranks end without a status, and msrun and torchrun fail."""
+    return None if shutil.disk_usage(folder).free else f"{folder}: the disk is full; free some space and start again"
+
+
 def _give_up(run: _Running, log: str | None, why: str) -> int:
     """End a job that failed outside its ranks; ``log``: the file whose last lines explain it."""
+    if full := _disk_full(run.plan.folder):
+        run.nodes.end(2, full)
+        _tell(f"tele: {full}")
+        return 2
     run.nodes.end(1, why)
     run.screen.show(run.screen.read(), last=True)
     if log is not None and (last := last_lines(run.plan.folder / log, 40)):

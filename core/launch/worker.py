@@ -34,7 +34,7 @@ if __name__ == "__main__":
     # there instead: the checkout, or, installed from a wheel, the folder above.
     sys.path[0] = str(ROOT if (ROOT / "telechat_twins").is_dir() else ROOT.parent)
 
-from telechat_twins.core.errors import UserError  # noqa: E402
+from telechat_twins.core.errors import UserError, disk_full  # noqa: E402
 from telechat_twins.core.launch.heartbeat import heartbeat_path, place_heartbeat  # noqa: E402
 from telechat_twins.core.shown import controls_shown, escape_unencodable, printable  # noqa: E402
 from telechat_twins.core.types import JsonObject  # noqa: E402
@@ -229,6 +229,8 @@ def _run(script: str) -> tuple[int, JsonObject]:
     except KeyboardInterrupt:
         return 130, {"message": "interrupted"}
     except BaseException as error:  # the rank ends here: every error is reported in its status file
+        if (full := disk_full(error)) is not None:
+            return 2, {"message": full, "user_error": True}
         trace = _own_traceback(error)
         print(controls_shown(trace), end="", file=sys.stderr, flush=True)
         return 1, {"message": printable(f"{type(error).__name__}: {error}".splitlines()[0]), "trace": trace}

@@ -123,6 +123,20 @@ def test_what_cannot_be_evaluated_is_one_line(
     assert message in error and "Traceback" not in error and len(error.splitlines()) == 1
 
 
+def test_a_misspelt_task_is_told_before_a_missing_out(
+    place: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from lm_eval.tasks import TaskManager
+
+    own = TaskManager.__init__
+    monkeypatch.setattr(TaskManager, "__init__", lambda self, **o: own(self, **{**o, "include_defaults": False}))
+    words = ["eval", "--backend", "pt", "--checkpoint", str(place), "--include", str(place / "tasks"), "--tasks"]
+    assert main([*words, "made_choice"]) == 2
+    assert "unknown task 'made_choice'" in capsys.readouterr().err
+    assert main([*words, "made_choices"]) == 2
+    assert capsys.readouterr().err == "tele: --out: is missing; give the folder of the results\n"
+
+
 def test_a_task_file_in_place_of_its_folder(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = place / "tasks" / "choices.yaml"
     assert tele(place, "file", "--include", str(file), tasks=("made_choices",)) == 2

@@ -9,7 +9,7 @@ from telechat_twins.core.commands.eval.iq_tasks import add_generator_arguments, 
 from telechat_twins.core.commands.options import add_harness_arguments, launch_evaluation, load_model
 from telechat_twins.core.eval.harness import require_harness
 from telechat_twins.core.eval.iq.tasks import plans
-from telechat_twins.core.eval.session import check_options, evaluate
+from telechat_twins.core.eval.session import check_options, evaluate, require_out
 
 DESCRIPTION = """\
 The IQ suites of the FLM-101B paper (section 5): counting, two replacements, head and tail, full repeating, head
@@ -34,6 +34,7 @@ def run(args: argparse.Namespace) -> int:
     """Exit code 0; UserError as ``tele eval``. The tasks are written to --out once, and used again where it goes on."""
     names = check_options(args)
     require_harness()
+    require_out(args)
     folder = Path(args.out) / "iq-tasks"
     written(args, folder)
     tasks = [file.stem for file in sorted(folder.glob("iq_*.yaml"))]

@@ -80,11 +80,11 @@ def take_record(backend: str, config: RunConfig, out: Path, wanted: Wanted, scri
     except OSError as error:
         raise UserError(f"--out {out}: cannot be written ({error.strerror}); give another folder") from None
     job = {"backend": backend, "config": _resolved(config), **dataclasses.asdict(wanted)}
-    (work / "job.json").write_text(json.dumps(job), encoding="utf-8")
     try:
+        (work / "job.json").write_text(json.dumps(job), encoding="utf-8")
         code = launch(backend, [str(work / "job.json")], config.parallel.world, work / "logs", script=script)
         record = None if code else join_steps(work / "run", wanted.at, out)
-    except UserError:
+    except (UserError, OSError):
         shutil.rmtree(work, ignore_errors=True)
         raise
     if code in (0, USER_ERROR):

@@ -279,6 +279,18 @@ def test_worker_records_success(tmp_path: Path) -> None:
         ("raise SystemExit('stopped: the loss is nan')", 1, "stopped: the loss is nan", False),
         ("raise KeyboardInterrupt", 130, "interrupted", False),
         (
+            "raise OSError(28, 'No space left on device', 'f')",
+            2,
+            "f: cannot be written (the disk is full); free some space or choose another path",
+            True,
+        ),
+        (
+            "raise ValueError('I/O error: File too large (os error 27)')",
+            2,
+            "output: cannot be written (a file-size limit was exceeded); free some space or choose another path",
+            True,
+        ),
+        (
             "from telechat_twins.core.errors import UserError\n"
             "from telechat_twins.core.launch.worker import run_script\n"
             "def main(): raise UserError('a: b')\nraise SystemExit(run_script(main))",
@@ -405,6 +417,16 @@ def test_a_rank_without_a_traceback_is_not_told_by_its_whole_log(
     assert reported(tmp_path, lambda: None, rank=0, error="x") == 1
     out, err = capfd.readouterr()
     assert (out, err.splitlines()[0]) == ("", f"the last lines of {tmp_path / 'worker_0.log'}:")
+
+
+def test_ranks_without_room_for_a_status_are_said_to_have_a_full_disk(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert reported(tmp_path, state="running", error="") == 1
+    assert "rank 1 was killed or crashed" in capfd.readouterr().err
+    monkeypatch.setattr(launching.shutil, "disk_usage", lambda folder: SimpleNamespace(free=0))
+    assert reported(tmp_path, state="running", error="") == 2
+    assert capfd.readouterr().err == f"tele: {tmp_path}: the disk is full; free some space and start again\n"
 
 
 def test_a_traceback_is_shown_once_and_in_full(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
