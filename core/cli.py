@@ -19,7 +19,7 @@ from typing import NoReturn
 from telechat_twins.core.errors import UserError
 from telechat_twins.core.files import ROOT
 from telechat_twins.core.launch.signals import signals_as_interrupt
-from telechat_twins.core.near import nearest
+from telechat_twins.core.near import nearest, option_like
 from telechat_twins.core.shown import controls_shown, escape_unencodable, message_line, shown
 
 DISTRIBUTION = "telechat-twins"
@@ -34,15 +34,26 @@ WORDS = {
     "completion": "tele --print-completion bash",
     "version": "tele --version",
     "finetune": "tele train --init DIR",
+    "lora": "tele train --config telechat2-tiny-lora --init DIR",
+    "dpo": "tele data --preference",
     "sft": "tele train --init DIR",
     "pretrain": "tele train",
+    "pack": "tele data",
+    "prepare": "tele data",
+    "preprocess": "tele data",
     "resume": "tele train --resume DIR",
     "infer": "tele generate",
     "inference": "tele generate",
+    "predict": "tele generate",
+    "api": "tele serve",
+    "web": "tele serve",
+    "webui": "tele serve",
     "export": "tele convert",
     "import": "tele convert",
     "compare": "tele parity compare",
     "evaluate": "tele eval",
+    "locate": "tele parity locate",
+    "record": "tele parity record",
 }
 
 GROUPS: dict[str, dict[str, str]] = {
@@ -99,7 +110,9 @@ class Parser(argparse.ArgumentParser):
         super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **settings)  # type: ignore[arg-type]
 
     def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}; see `{self.prog} --help`")
+        example = re.search(rf"^ +({self.prog} .*)$", f"{self.description}\n{self.epilog}", re.MULTILINE)
+        hint = f", e.g. `{example[1]}`" if example and " required" in message else ""
+        raise UserError(f"{message}{hint}; see `{self.prog} --help`")
 
     def parse_args(self, args=None, namespace=None):  # type: ignore[no-untyped-def, override]
         args = sys.argv[1:] if args is None else list(args)
@@ -112,6 +125,8 @@ class Parser(argparse.ArgumentParser):
             unknown = [a for a in before_values if a.startswith("--") and a.partition("=")[0] not in self._known()]
             if unknown:
                 self._unknown(unknown[0])
+        elif args and args[0].startswith("--") and args[0].partition("=")[0] not in self._known():
+            self._unknown(args[0])
         parsed, unknown = self.parse_known_args(args, namespace)
         if unknown:
             self._unknown(unknown[0])
@@ -138,8 +153,9 @@ class Parser(argparse.ArgumentParser):
         return list(self._option_string_actions)
 
     def _unknown(self, argument: str) -> NoReturn:
-        near = nearest(argument.partition("=")[0], self._known())
-        self.error(f"unknown argument '{argument}'" + (f", did you mean '{near}'?" if near else ""))
+        near = option_like(argument, self._known())
+        quote = "`" if near and near.startswith("--set ") else "'"
+        self.error(f"unknown argument '{argument}'" + (f", did you mean {quote}{near}{quote}?" if near else ""))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

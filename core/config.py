@@ -29,6 +29,7 @@ from telechat_twins.core.parallel.layout import Layout
 from telechat_twins.core.schema import from_mapping, in_file, load_yaml, option, set_dotted
 from telechat_twins.core.sections.evaluation import EvalConfig as EvalConfig
 from telechat_twins.core.sections.evaluation import HeldOutSourceConfig as HeldOutSourceConfig
+from telechat_twins.core.sections.misnamed import check_names
 from telechat_twins.core.sections.optim import SCHEDULES as SCHEDULES
 from telechat_twins.core.sections.optim import OptimConfig as OptimConfig
 from telechat_twins.core.sections.optim import PreferenceConfig as PreferenceConfig
@@ -336,6 +337,7 @@ def load_run_tree(path: str | Path, overrides: Sequence[str] = ()) -> JsonObject
 
 def run_config_from_dict(tree: JsonObject, base: ModelConfig | None = None) -> RunConfig:
     """Validate a run's mapping; ``model`` may name a preset. ``base``: a model for the fields that it does not name."""
+    check_names(RunConfig, tree)
     values = dict(tree)
     if "model" in values or base is not None:
         values["model"] = load_model_config(values.get("model", {}), base=base).to_dict()

@@ -1,15 +1,108 @@
-"""Suggestion for a misspelt word: the most similar legal one."""
+"""Suggestion for a misspelt word: the most similar legal one, or what other programs call differently."""
 
 from __future__ import annotations
 
 import itertools
 import os
-from collections.abc import Iterable
+import shlex
+from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
 from pathlib import Path
 
 MOST = 1000  # entries of a folder that are looked at
 LONGEST = 64  # characters of a word that gets a suggestion: the cost of comparing grows with the square
+# Keys of a run under the names that other trainers' options have (Hugging Face's Trainer, LLaMA-Factory, Megatron-LM,
+# MindFormers), and bare keys that are often typed as options.
+RUN_KEYS = {
+    "steps": "train.steps",
+    "max_steps": "train.steps",
+    "train_steps": "train.steps",
+    "train_iters": "train.steps",
+    "num_steps": "train.steps",
+    "epochs": "train.epochs",
+    "num_epochs": "train.epochs",
+    "num_train_epochs": "train.epochs",
+    "batch": "train.global_batch",
+    "batch_size": "train.global_batch",
+    "train_batch_size": "train.global_batch",
+    "global_batch": "train.global_batch",
+    "global_batch_size": "train.global_batch",
+    "micro_batch": "train.micro_batch",
+    "micro_batch_size": "train.micro_batch",
+    "per_device_train_batch_size": "train.micro_batch",
+    "precision": "train.precision",
+    "dtype": "train.precision",
+    "bf16": "train.precision=bf16",
+    "fp16": "train.precision=fp16",
+    "recompute": "train.recompute",
+    "gradient_checkpointing": "train.recompute=full",
+    "recompute_granularity": "train.recompute",
+    "seed": "train.seed",
+    "freeze": "train.freeze",
+    "lr": "optim.lr",
+    "learning_rate": "optim.lr",
+    "min_lr": "optim.min_lr",
+    "schedule": "optim.schedule",
+    "lr_scheduler": "optim.schedule",
+    "lr_scheduler_type": "optim.schedule",
+    "lr_decay_style": "optim.schedule",
+    "warmup": "optim.warmup_steps",
+    "warmup_steps": "optim.warmup_steps",
+    "warmup_ratio": "optim.warmup_ratio",
+    "weight_decay": "optim.weight_decay",
+    "adam_beta1": "optim.beta1",
+    "adam_beta2": "optim.beta2",
+    "adam_eps": "optim.eps",
+    "adam_epsilon": "optim.eps",
+    "clip_grad": "optim.clip_grad",
+    "max_grad_norm": "optim.clip_grad",
+    "model": "model",
+    "data": "data.sources=[{path: DIR}]",
+    "data_path": "data.sources=[{path: DIR}]",
+    "dataset": "data.sources=[{path: DIR}]",
+    "seq_len": "data.seq_len",
+    "seq_length": "data.seq_len",
+    "seqlen": "data.seq_len",
+    "cutoff_len": "data.seq_len",
+    "max_length": "data.seq_len",
+    "max_seq_length": "data.seq_len",
+    "save_steps": "checkpoint.every",
+    "save_interval": "checkpoint.every",
+    "save_total_limit": "checkpoint.keep_last",
+    "report_to": "track",
+    "lora_rank": "lora.rank",
+    "lora_r": "lora.rank",
+    "lora_alpha": "lora.alpha",
+    "lora_dropout": "lora.dropout",
+    "lora_target": "lora.targets",
+    "target_modules": "lora.targets",
+}
+# Options under the names of other programs: the first of ours that a command has.
+OPTIONS = {
+    "output": ("--out",),
+    "output_dir": ("--out",),
+    "output_path": ("--out",),
+    "save": ("--out",),
+    "resume_from_checkpoint": ("--resume",),
+    "load": ("--resume", "--checkpoint"),
+    "load_checkpoint": ("--resume", "--checkpoint"),
+    "model_name_or_path": ("--init", "--checkpoint"),
+    "model_path": ("--init", "--checkpoint"),
+    "pretrained": ("--init", "--checkpoint"),
+    "model": ("--checkpoint",),
+    "adapter_name_or_path": ("--adapter",),
+    "lora_path": ("--adapter",),
+    "lora_modules": ("--adapter",),
+    "served_model_name": ("--name",),
+    "max_model_len": ("--max-len",),
+    "max_length": ("--max-len", "--max-new-tokens"),
+    "max_tokens": ("--max-new-tokens",),
+    "tensor_parallel_size": ("--layout",),
+    "nproc_per_node": ("--nproc",),
+    "dtype": ("--precision",),
+    "framework": ("--backend",),
+    "device": ("--backend",),
+}
 
 
 def nearest(word: object, known: Iterable[str], cutoff: float = 0.6) -> str | None:
@@ -22,6 +115,30 @@ def nearest(word: object, known: Iterable[str], cutoff: float = 0.6) -> str | No
     exchanged = [name for name in names if text and sorted(name) == sorted(text)]
     found = exchanged or get_close_matches(text, names, n=1, cutoff=cutoff)
     return found[0] if found else None
+
+
+def run_key(word: str) -> str | None:
+    """The dotted key of a run that another trainer, or a hurried user, calls ``word`` (an option or a key); with
+    "=value" where the word says that, too."""
+    return RUN_KEYS.get(_bare(word))
+
+
+def option_like(argument: str, known: Sequence[str]) -> str | None:
+    """What is meant by an option that is not among a command's ``known`` ones: a similar option, another program's name
+    for one, or an assignment of ``--set`` (where ``known`` has it with ``--config``); None if nothing is near."""
+    name, _, value = argument.partition("=")
+    if near := nearest(name, known, cutoff=0.8):
+        return near
+    if same := [option for option in OPTIONS.get(_bare(name), ()) if option in known]:
+        return same[0]
+    key = run_key(name) if {"--set", "--config"} <= {*known} and name.startswith("--") else None
+    if key is not None:
+        return "--set " + shlex.quote(key if "=" in key else f"{key}={value or 'VALUE'}")
+    return nearest(name, known)
+
+
+def _bare(word: str) -> str:
+    return word.lstrip("-").replace("-", "_").lower()
 
 
 def near_path(path: str | Path) -> str:

@@ -320,7 +320,8 @@ def _check(kind: Any, value: Any, path: str, limits: Mapping[str, Any]) -> Any:
         return from_mapping(typing.cast(type, kind), value, path)
     if origin in (list, tuple):
         if not isinstance(value, (list, tuple)):
-            raise UserError(f"{path}: expected a list, found {_found(value)}")
+            hint = f"; write [{{path: {value}}}]" if path.endswith("sources") and isinstance(value, str) else ""
+            raise UserError(f"{path}: expected a list, found {_found(value)}{hint}")
         inner = typing.get_args(kind)[0]
         items = [_check(inner, v, f"{path}[{i}]", limits) for i, v in enumerate(value)]
         return tuple(items) if origin is tuple else items

@@ -5,6 +5,9 @@ torchrun). Ctrl-C ends all processes, after the step and a checkpoint; a second 
 writes, under --out: metrics.jsonl (a row per step), TensorBoard events, a plot of the loss, checkpoints (step-*,
 latest), and logs/ with each rank's output (logs-nodeN/ on node N > 0).
 
+  tele train --backend ms --config telechat2-tiny --out runs/first
+      trains the bundled recipe on data/tiny; `--set train.steps=100 optim.lr=1e-3` changes it
+
 Layouts (--layout, or `parallel:` in the config) say how many processes share the work and how: parts joined by dots.
   tpN        tensor parallel: matrices and heads          dpN        data parallel: samples of the batch
   ppN        pipeline: layers; vppN: N chunks a rank      cpN        context: every sequence, over a ring

@@ -12,6 +12,7 @@ import contextlib
 import hashlib
 import os
 import re
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import BinaryIO
@@ -20,6 +21,7 @@ import numpy as np
 
 from telechat_twins.core.errors import UserError
 from telechat_twins.core.files.foreign import load_json
+from telechat_twins.core.near import near_path
 from telechat_twins.core.types import JsonObject
 
 FORMAT, VERSION = "telechat-packed", 2
@@ -141,7 +143,9 @@ def read_meta(folder: Path) -> JsonObject:
     """meta.json, whole and consistent; UserError otherwise. Does not check the other files."""
     file = folder / "meta.json"
     if not folder.is_dir():
-        raise UserError(f"{folder}: no such packed folder; make one with `tele data`")
+        near = near_path(folder)
+        make = f"`tele data FILES --tokenizer tokenizer.model --out {shlex.quote(str(folder))}`"
+        raise UserError(f"{folder}: no such packed folder{near}; make one with {make}")
     if not file.exists():
         raise UserError(f"{folder}: not a packed folder (no meta.json); make one with `tele data`")
     meta = load_json(file, "a packed folder's meta")

@@ -45,7 +45,10 @@ def run(args: argparse.Namespace) -> int:
         from telechat_twins.core.commands.parity.envelope import run as run_action
     else:
         if args.config is None:  # the parser does not require it, since an action may stand in its place
-            raise UserError("the following arguments are required: --config; see `tele parity --help`")
+            raise UserError(
+                "the following arguments are required: --config, e.g. `tele parity --config telechat2-tiny`; see "
+                "`tele parity --help`"
+            )
         options.check_both(args)
         if args.growth is None:
             from telechat_twins.core.commands.parity.both import run as run_action

@@ -15,7 +15,7 @@ import pytest
 
 from telechat_twins.core import cli
 from telechat_twins.core.errors import UserError
-from telechat_twins.core.near import near_path, nearest
+from telechat_twins.core.near import OPTIONS, near_path, nearest
 from telechat_twins.core.shown import from_here
 from telechat_twins.core.train.progress import Console
 from tests.house import ROOT
@@ -259,3 +259,38 @@ def test_one_line_names_what_was_meant(
     error = capsys.readouterr().err
     assert f"did you mean {hint}" in error or f"; write {hint}" in error, error
     assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (
+            "train",
+            "required: --backend, --config, e.g. `tele train --backend ms --config telechat2-tiny --out runs/first`",
+        ),
+        ("train --steps 10", "unknown argument '--steps', did you mean `--set train.steps=VALUE`?"),
+        ("train --lr=1e-3", "did you mean `--set optim.lr=1e-3`?"),
+        ("train --bf16", "did you mean `--set train.precision=bf16`?"),
+        ("train --dataset x", "did you mean `--set 'data.sources=[{path: DIR}]'`?"),
+        ("train --output_dir x", "did you mean '--out'?"),
+        ("train --confg x", "did you mean '--config'?"),
+        ("plan --lr 3", "did you mean '--plot'?"),
+        ("serve --dtype bf16", "did you mean '--precision'?"),
+        ("parity --confg x", "unknown argument '--confg', did you mean '--config'?"),
+        ("lora", "did you mean 'tele train --config telechat2-tiny-lora --init DIR'?"),
+    ],
+)
+def test_what_other_programs_call_differently_is_named(
+    words: str, says: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(words.split()) == 2
+    assert says in capsys.readouterr().err
+
+
+def test_every_option_named_for_another_programs_is_one_of_a_command() -> None:
+    known = set()
+    for verb in cli.VERBS:
+        parser = cli.Parser(prog=verb)
+        cli.command_module(verb).add_arguments(parser)
+        known |= set(parser._known())
+    assert {option for options in OPTIONS.values() for option in options} <= known

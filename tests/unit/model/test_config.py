@@ -6,11 +6,13 @@ from pathlib import Path
 
 import pytest
 
-from telechat_twins.core.config import load_run_config, run_config_from_dict
+from telechat_twins.core.config import RunConfig, load_run_config, run_config_from_dict
 from telechat_twins.core.errors import UserError
 from telechat_twins.core.model.config import load_model_config, preset_names
 from telechat_twins.core.model.params import count_parameters, parameter_table
+from telechat_twins.core.near import RUN_KEYS
 from telechat_twins.core.schema import load_yaml, parse_yaml, set_dotted
+from telechat_twins.core.sections.misnamed import section_keys
 from telechat_twins.core.types import JsonObject
 
 # Published parameter counts; the 115B's equals the total_size of its released index (float32) divided by 4.
@@ -131,6 +133,16 @@ def test_run_config_fills_in_defaults() -> None:
         ({"model": "telechat2-tinny"}, "did you mean 'telechat2-tiny'? There are: flm-101b, "),
         ({"trian": {}}, "config: unknown key 'trian'; did you mean 'train'?"),
         ({"optim": None}, "optim"),
+        ({"lr": 1}, "config: unknown key 'lr'; did you mean 'optim.lr'?"),
+        ({"learning_rate": 1}, "config: unknown key 'learning_rate'; did you mean 'optim.lr'?"),
+        ({"num_layers": 1}, "config: unknown key 'num_layers'; did you mean 'model.num_layers'?"),
+        ({"train": {"seq_len": 8}}, "train: unknown key 'seq_len'; did you mean 'data.seq_len'?"),
+        ({"train": {"batch_size": 8}}, "train: unknown key 'batch_size'; did you mean 'global_batch'?"),
+        ({"train": {"epoch": 8}}, "train: unknown key 'epoch'; did you mean 'epochs'?"),
+        ({"train": {"bf16": True}}, "train: unknown key 'bf16'; did you mean 'precision'?"),
+        ({"lora": {"r": 8}}, "lora: unknown key 'r'; did you mean 'rank'?"),
+        ({"data": {"path": "x"}}, "data: unknown key 'path'; did you mean 'sources'?"),
+        ({"data": {"sources": "x", "seq_len": 8}}, "data.sources: expected a list, found str 'x'; write [{path: x}]"),
     ],
 )
 def test_mistake_is_named(change: JsonObject, says: str) -> None:
@@ -273,3 +285,10 @@ def test_set_overrides_and_relative_paths(tmp_path: Path) -> None:
         with pytest.raises(UserError, match="--set train.steps=") as error:
             load_run_config(tmp_path / "run.yaml", [wrong])
         assert "\n" not in str(error.value)
+
+
+def test_every_key_named_for_another_programs_is_one_of_a_run() -> None:
+    legal = section_keys(RunConfig)
+    for word, key in RUN_KEYS.items():
+        section, _, leaf = key.partition("=")[0].partition(".")
+        assert section in legal[""] and (not leaf or leaf in legal[section]), (word, key)
