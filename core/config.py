@@ -288,6 +288,8 @@ def is_bundled_name(spec: str | Path) -> bool:
 def bundled_file(spec: str | Path, kind: str, where: str) -> Path:
     """The file that ``spec`` stands for: a path itself, or a name in configs/``kind``; UserError if unknown."""
     if not is_bundled_name(spec):
+        if (Path(spec) / "run.yaml").is_file():
+            raise UserError(f"{where}: {spec} is a folder; the config of that run is {Path(spec) / 'run.yaml'}")
         return Path(spec)
     names = bundled_names(kind)
     if str(spec) not in names:

@@ -147,7 +147,9 @@ def read_meta(folder: Path) -> JsonObject:
         make = f"`tele data FILES --tokenizer tokenizer.model --out {shlex.quote(str(folder))}`"
         raise UserError(f"{folder}: no such packed folder{near}; make one with {make}")
     if not file.exists():
-        raise UserError(f"{folder}: not a packed folder (no meta.json); make one with `tele data`")
+        raise UserError(
+            f"{folder}: not a packed folder (no meta.json); give the --out of a `tele data`, which makes one of texts"
+        )
     meta = load_json(file, "a packed folder's meta")
     if meta.get("format") != FORMAT:
         raise UserError(f"{file}: is not the meta.json of a packed folder; make one with `tele data`")

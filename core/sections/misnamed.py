@@ -19,6 +19,8 @@ def check_names(run: type, tree: Mapping[str, object]) -> None:
     are not looked at: its presets have their own reader.
     """
     legal = section_keys(run)
+    if tree and not set(tree) & set(legal[""]) and set(tree) <= {*legal["model"], "preset"}:
+        raise UserError("config: has a model's keys and none of a run; name this file as `model:` in a run's config")
     for where, values in [("", tree), *((name, tree.get(name)) for name in legal if name not in ("", "model"))]:
         for key in values if isinstance(values, Mapping) else ():
             if not isinstance(key, str) or key in legal[where]:

@@ -130,7 +130,7 @@ def header(
     implementation = dict(stepper.implementation())
     parameters = count_parameters(config.model)
     train = config.train
-    left = train.steps - state.step
+    left = max(0, train.steps - state.step)
     tokens = sum((s.end - max(s.begin, state.step)) * s.tokens for s in stages if s.end > state.step)
     facts: dict[str, str] = {
         "backend": implementation.pop("backend", "unknown"),

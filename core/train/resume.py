@@ -87,7 +87,10 @@ def describe_resumption(checkpoint: Checkpoint, config: RunConfig, history: Sequ
     lines = [f"resumed from {checkpoint.path} (step {step}, written by {trainer['backend']})"]
     if config.train.init is not None and config.lora is None:
         lines.append(f"train.init {config.train.init} is not read: weights come from the checkpoint")
-    lines += rate_change(trainer["config"], config, step, history)
+    if step < config.train.steps:
+        lines += rate_change(trainer["config"], config, step, history)
+    else:
+        lines.append(f"note: train.steps is {config.train.steps}, so nothing is left to train; a larger one goes on")
     written, now = trainer.get("layout", "single"), config.parallel.name
     if written != now:
         lines.append(f"note: written at {written}, now {now}: goes on within rounding, not bit for bit")

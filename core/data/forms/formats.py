@@ -27,7 +27,9 @@ _PACKED_AGAIN = (TEXT, LINES, JSON, CSV, TSV)  # forms that are read through a d
 
 _ARCHIVE = "an archive; unpack it first"
 _TABLE = "a table in a form that is not read; convert it to .csv, .parquet or .jsonl"
+_DOCUMENT = "a document and not plain text; save it as .txt or .md"
 _UNREAD = {
+    **dict.fromkeys((".docx", ".doc", ".pdf", ".pptx", ".odt", ".rtf", ".epub"), _DOCUMENT),
     **dict.fromkeys((".zip", ".tar", ".tgz", ".7z", ".rar", ".lz4"), _ARCHIVE),
     **dict.fromkeys((".xlsx", ".xls", ".sqlite", ".db", ".feather", ".orc"), _TABLE),
     ".arrow": "one file of a save_to_disk folder; name the folder, whose state.json says which files count",

@@ -38,7 +38,10 @@ _MAGIC = {  # what other files begin with -> their name and suffix
     b"BZh": "bzip2 (.bz2)",
     b"PK\3\4": "an archive (.zip)",
     b"%PDF": "a PDF (.pdf)",
+    b"\x89PNG": "a picture (.png)",
+    b"\xff\xd8\xff": "a picture (.jpg)",
 }
+_NEVER_READ = ("a PDF (.pdf)", "a picture (.png)", "a picture (.jpg)")
 
 
 def missing(library: str, path: Path, error: ImportError) -> UserError:
@@ -93,7 +96,8 @@ def not_utf8(head: bytes) -> str:
     if name := next((name for bom, name in _BOMS.items() if head.startswith(bom)), ""):
         return f"not UTF-8 but {name}; add --encoding {name}"
     if kind := next((kind for magic, kind in _MAGIC.items() if head.startswith(magic)), ""):
-        return f"not a text; its first bytes are those of {kind}, so give it the suffix that says so"
+        way = "which is not read" if kind in _NEVER_READ else "so give it the suffix that says so"
+        return f"not a text; its first bytes are those of {kind}, {way}"
     return "not UTF-8; name the file's encoding, e.g. --encoding gb18030"
 
 

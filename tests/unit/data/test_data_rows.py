@@ -362,7 +362,7 @@ def test_skipped_files_and_fields_are_said(tmp_path: Path, capsys: pytest.Captur
     assert tele_data(folder, "--out", tmp_path / "out") == 0
     shown = capsys.readouterr()
     assert f"note: skipped in {folder}: b.gz (compressed, and its name does not say what it holds" in shown.err
-    for one in ("broken.txt (not a file)", "link (a link to a folder)", "sub/c.docx (a suffix that is not known)"):
+    for one in ("broken.txt (not a file)", "link (a link to a folder)", "sub/c.docx (a document and not plain text; save it as .txt or .md)"):
         assert one in shown.err
     assert "sub/d (no suffix); 2 hidden; read: 1\n" in shown.err
     assert "left out: keys that hold nothing to learn: id, lang, url" in shown.out
@@ -381,6 +381,7 @@ def test_skipped_files_and_fields_are_said(tmp_path: Path, capsys: pytest.Captur
         ("t.jsonl.gz", "damaged or cut off, not a whole .gz file"),
         ("t.gz", "compressed, and its name does not say what it holds; name it as .jsonl.gz"),
         ("t.ZIP", "an archive; unpack it first"),
+        ("t.docx", "a document and not plain text; save it as .txt or .md"),
         ("t.xlsx", "a table in a form that is not read; convert it to .csv, .parquet or .jsonl"),
         ("t.csv", ": holds JSON rows, not a table; name it .jsonl"),
         ("t.txt", ":1: holds JSON rows, and a file of this name is read as one text; name it .jsonl"),

@@ -292,3 +292,12 @@ def test_every_key_named_for_another_programs_is_one_of_a_run() -> None:
     for word, key in RUN_KEYS.items():
         section, _, leaf = key.partition("=")[0].partition(".")
         assert section in legal[""] and (not leaf or leaf in legal[section]), (word, key)
+
+
+def test_a_folder_and_a_models_file_are_not_a_run(tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_text("x: 1")
+    with pytest.raises(UserError, match=r"--config: .* is a folder; the config of that run is .*/run.yaml$"):
+        load_run_config(tmp_path)
+    (tmp_path / "model.yaml").write_text("preset: telechat2-tiny\nnum_layers: 3\n")
+    with pytest.raises(UserError, match="model.yaml: config: has a model's keys and none of a run; name this file as"):
+        load_run_config(tmp_path / "model.yaml")

@@ -78,6 +78,15 @@ def test_it_learns_and_records_every_step(tmp_path, capsys):
     assert "step 30/30  loss " in shown and "tok/s  eta 0:00" in shown
 
 
+def test_a_run_that_is_further_than_its_config_says_that_nothing_is_left(tmp_path, capsys):
+    loop.train(NumpyStepper, run_config(train__steps=5), tmp_path)
+    capsys.readouterr()
+    assert loop.train(NumpyStepper, run_config(train__steps=3), tmp_path, "auto").step == 5
+    shown = capsys.readouterr().err
+    assert "plan        0 of 3 steps" in shown and "0 tokens to go" in shown
+    assert "note: train.steps is 3, so nothing is left to train" in shown and "learning rate" not in shown
+
+
 def test_micro_batches_do_not_change_the_gradient(tmp_path):
     """With very different numbers of targets a row: the shares add up to the global mean, not to a mean of means."""
     for micro in (1, 2, 4):
