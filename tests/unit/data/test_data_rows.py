@@ -362,7 +362,11 @@ def test_skipped_files_and_fields_are_said(tmp_path: Path, capsys: pytest.Captur
     assert tele_data(folder, "--out", tmp_path / "out") == 0
     shown = capsys.readouterr()
     assert f"note: skipped in {folder}: b.gz (compressed, and its name does not say what it holds" in shown.err
-    for one in ("broken.txt (not a file)", "link (a link to a folder)", "sub/c.docx (a document and not plain text; save it as .txt or .md)"):
+    for one in (
+        "broken.txt (not a file)",
+        "link (a link to a folder)",
+        "sub/c.docx (a document and not plain text; save it as .txt or .md)",
+    ):
         assert one in shown.err
     assert "sub/d (no suffix); 2 hidden; read: 1\n" in shown.err
     assert "left out: keys that hold nothing to learn: id, lang, url" in shown.out
