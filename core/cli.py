@@ -110,7 +110,8 @@ class Parser(argparse.ArgumentParser):
         super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **settings)  # type: ignore[arg-type]
 
     def error(self, message: str) -> NoReturn:
-        example = re.search(rf"^ +({self.prog} .*)$", f"{self.description}\n{self.epilog}", re.MULTILINE)
+        text = re.sub(r"\\\n +", "", f"{self.description}\n{self.epilog}")  # a line that "\" continues is one
+        example = re.search(rf"^ +({self.prog} .*)$", text, re.MULTILINE)
         hint = f", e.g. `{example[1]}`" if example and " required" in message else ""
         raise UserError(f"{message}{hint}; see `{self.prog} --help`")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import logging
 import resource
 import signal
@@ -41,9 +42,10 @@ def open_socket(host: str, port: int) -> socket.socket:
         opened.listen(BACKLOG)
     except OSError as error:
         opened.close()
-        raise UserError(
-            f"--host {host} --port {port}: {error.strerror}; choose another port, or 0 for any free one"
-        ) from None
+        way = "choose another port, or 0 for any free one"
+        if error.errno == errno.EADDRNOTAVAIL:
+            way = "it is no address of this machine; 127.0.0.1 serves this machine only, 0.0.0.0 all that reach it"
+        raise UserError(f"--host {host} --port {port}: {error.strerror}; {way}") from None
     return opened
 
 

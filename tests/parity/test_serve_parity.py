@@ -188,6 +188,7 @@ def test_mistakes_are_said_before_anything_is_loaded(model, tmp_path, capsys):
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         assert "Address already in use; choose another port" in says("--port", str(taken.getsockname()[1]))
+    assert "it is no address of this machine; 127.0.0.1 serves" in says("--host", "192.0.2.1")
     assert "--host nowhere.invalid:" in says("--host", "nowhere.invalid")
     assert "--port: must be 0 to 65535" in says("--port", "70000")
     assert "--max-running: must be at least 1" in says("--port", "0", "--max-running", "0")

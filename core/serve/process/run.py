@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 
 from telechat_twins.core.errors import UserError
 from telechat_twins.core.inference.engine import Engine, EngineLimits
-from telechat_twins.core.inference.generation import generate
+from telechat_twins.core.inference.generation import generate, note_length
 from telechat_twins.core.inference.load import Loaded
 from telechat_twins.core.inference.sampling import SamplingConfig
 from telechat_twins.core.serve.app import HttpLimits, create_app
@@ -61,6 +61,7 @@ def serve_model(
         f"({cache * bytes_per_token(model) / 2**20:,.0f} MiB), {args.max_running} answers at once",
         file=sys.stderr,
     )
+    note_length(model.config, served.context)
     if not keys and not is_local(listening):
         print(
             "note: every client that reaches this address can use the server; --api-key-file requires a key",
