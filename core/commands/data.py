@@ -6,19 +6,18 @@ import argparse
 import os
 import sys
 
+from telechat_twins.core.commands.options import add_column_arguments, columns_from, columns_unmet
 from telechat_twins.core.data.chat_layout import ChatLayout, open_training_layout
 from telechat_twins.core.data.control import CONTROL_CHOICES, END, START
 from telechat_twins.core.data.forms.streams import UTF8, check_encoding
-from telechat_twins.core.data.kinds.columns import Columns, read_columns
-from telechat_twins.core.data.kinds.dataset_info import dataset_columns
-from telechat_twins.core.data.kinds.messages import REASONING, ROLES, Reading
+from telechat_twins.core.data.kinds.messages import REASONING, Reading
 from telechat_twins.core.data.kinds.table import DIALOGUE, KINDS, OPTION, PREFERENCE, TEACHER, TEXT
 from telechat_twins.core.data.packed import PackedDataset, bytes_to_verify, verify
 from telechat_twins.core.data.packing.preference import pack_preference
 from telechat_twins.core.data.packing.show import BRIEF, own_tokenizer, samples
 from telechat_twins.core.data.packing.teacher import FALSE_PIECE, TRUE_PIECE, class_tokens, pack_teacher
 from telechat_twins.core.data.prepare import pack_dialogues, pack_text, progress_bar
-from telechat_twins.core.data.rows import row_files, skipped_inputs
+from telechat_twins.core.data.rows import skipped_inputs
 from telechat_twins.core.data.sft import MINDFORMERS_SEED, VARIANTS
 from telechat_twins.core.data.tokenizer import Tokenizer, assumed, load_tokenizer
 from telechat_twins.core.errors import UserError
@@ -72,22 +71,7 @@ def _add_row_options(parser: argparse.ArgumentParser) -> None:
     """The options of rows, and those of each use of them."""
     rows = parser.add_argument_group("rows")
     rows.add_argument("--kind", choices=KINDS, help="what every row is (default: judged by the keys of each row)")
-    rows.add_argument(
-        "--column",
-        action="append",
-        default=[],
-        metavar="NAME=KEY",
-        help="rows call a part KEY that is read as NAME, e.g. --column question=Q --column answer=A, or of "
-        "messages --column role=speaker --column content=text (repeatable)",
-    )
-    rows.add_argument(
-        "--role", action="append", default=[], metavar="NAME=ROLE", help="a speaker's own name, e.g. agent=assistant"
-    )
-    rows.add_argument(
-        "--dataset-info",
-        metavar="FILE",
-        help="LLaMA-Factory's dataset_info.json: columns and tags of the entry whose file_name is the input",
-    )
+    add_column_arguments(rows)
     rows.add_argument("--encoding", default=UTF8, metavar="NAME", help="of text files, e.g. gb18030 (default: utf-8)")
     rows.add_argument(
         "--ignore-key", action="append", default=[], metavar="NAME", help="leave this key of rows out (repeatable)"
@@ -149,7 +133,8 @@ def run(args: argparse.Namespace) -> int:
     args.layout, notes = _layout(args, tokenizer)
     for note in notes:
         print(f"note: {message_line(note)}", file=sys.stderr)
-    reading = Reading(frozenset(args.ignore_key), args.reasoning, args.kind, _columns(args))
+    columns = columns_from(args, args.inputs, _use(args))
+    reading = Reading(frozenset(args.ignore_key), args.reasoning, args.kind, columns)
     with hold_place(args.out, f"--out {args.out}"):
         meta = _pack(args, tokenizer, reading)
         _print_reading(args, reading)
@@ -178,19 +163,6 @@ def _layout(args: argparse.Namespace, tokenizer: Tokenizer) -> tuple[ChatLayout 
 def _use(args: argparse.Namespace) -> str:
     """What rows are packed as."""
     return PREFERENCE if args.preference else TEACHER if args.teacher else DIALOGUE if args.sft else TEXT
-
-
-def _columns(args: argparse.Namespace) -> Columns:
-    """The rows' own names of their parts."""
-    if args.dataset_info is None:
-        return read_columns(args.column, args.role, _use(args), ROLES)
-    columns, pairs = dataset_columns(args.dataset_info, row_files(args.inputs, "rows"))
-    if pairs != args.preference:
-        raise UserError(
-            f"--dataset-info {args.dataset_info}: 'ranking' is {str(pairs).lower()}; pack such rows "
-            f"{OPTION[PREFERENCE if pairs else DIALOGUE]}"
-        )
-    return columns
 
 
 def _pack(args: argparse.Namespace, tokenizer: Tokenizer, reading: Reading) -> JsonObject:
@@ -313,9 +285,8 @@ def _print_reading(args: argparse.Namespace, reading: Reading) -> None:
         print(f"context: {reading.context} answers of weight 0 are shown to the model and not learnt")
     if reading.unanswered:
         print(f"nothing to learn: {reading.unanswered} rows have no answer")
-    for name, key in reading.columns.parts:
-        if name not in reading.columns_met:
-            print(f"look at: no row has the key {printable(key, 80)} of --column {name}={printable(key, 80)}")
+    for line in columns_unmet(reading):
+        print(f"look at: {line}")
     for what, (count, first) in reading.noticed.items():
         print(f"look at: {count} {what} (first: {printable(first)})")
     if reading.named:

@@ -17,10 +17,13 @@ from typing import TYPE_CHECKING
 from telechat_twins.core import backends
 from telechat_twins.core.commands.options import (
     add_adapter_argument,
+    add_column_arguments,
     add_model_arguments,
     add_sampling_arguments,
+    columns_from,
     given_sampling,
     load_model,
+    note_unmet,
     sampling_from,
 )
 from telechat_twins.core.data.forms.streams import UTF8
@@ -126,6 +129,7 @@ def _add_rejection_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--keep-cut", action="store_true", help="score answers that reached --max-new-tokens (default: leave them out)"
     )
+    add_column_arguments(group)
     group.add_argument("--encoding", metavar="NAME", help="of text files and rows (utf-8)")
     group.add_argument(
         "--ignore-key", action="append", default=[], metavar="NAME", help="leave this key of rows out (repeatable)"
@@ -215,7 +219,7 @@ def _default_length(args: argparse.Namespace, model: Loaded, prompt: int) -> Non
 
 
 _ONLY_PROMPTS = ["score", "out", "keep", "preference_out", "min_score", "keep_cut"]
-_ONLY_PROMPTS += ["encoding", "ignore_key", "kind", "reasoning"]
+_ONLY_PROMPTS += ["encoding", "ignore_key", "kind", "reasoning", "column", "role", "dataset_info"]
 _NOT_PROMPTS = ["allow_control", "ignore_eos", "logprobs", "prompt_logprobs", "layout", "nproc", "json"]
 
 
@@ -271,11 +275,14 @@ def _reject(args: argparse.Namespace) -> int:
     layout = require_layout(model.tokenizer, model.layout)
     encode = prompt_encoder(layout, model.config.bos_token_id if args.add_bos else None)
 
+    columns = columns_from(args, args.prompts, DIALOGUE)
+    reading = Reading(frozenset(args.ignore_key), args.reasoning or REASONING[0], args.kind, columns)
+
     def prompts() -> Iterator[Prompt]:
-        reading = Reading(frozenset(args.ignore_key), args.reasoning or REASONING[0], args.kind)
         return read_prompts(args.prompts, reading, args.encoding or UTF8)
 
     found = survey(prompts(), encode)
+    note_unmet(reading)
     _default_length(args, model, len(found.longest))
     template = Request(
         prompt_ids=tuple(found.longest),

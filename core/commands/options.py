@@ -11,13 +11,18 @@ from typing import TYPE_CHECKING
 
 from telechat_twins.core import backends
 from telechat_twins.core.data.control import CONTROL_CHOICES
+from telechat_twins.core.data.kinds.columns import Columns, read_columns
+from telechat_twins.core.data.kinds.dataset_info import dataset_columns
+from telechat_twins.core.data.kinds.messages import ROLES, Reading
+from telechat_twins.core.data.kinds.table import DIALOGUE, OPTION, PREFERENCE
+from telechat_twins.core.data.rows import row_files
 from telechat_twins.core.errors import UserError
 from telechat_twins.core.inference.decoding.settings import Settings
 from telechat_twins.core.inference.sampling import SamplingConfig, sampling_config
 from telechat_twins.core.model.config import PRECISIONS
 from telechat_twins.core.model.quantize import QUANTIZATIONS
 from telechat_twins.core.parallel.layout import Layout, parse_layout
-from telechat_twins.core.shown import message_line
+from telechat_twins.core.shown import message_line, printable
 from telechat_twins.core.types import JsonObject
 
 TEMPLATE_HELP = (
@@ -161,6 +166,61 @@ def add_adapter_argument(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--adapter", metavar="DIR", help="low-rank adapter (LoRA) of this model: trained here, or a PEFT folder"
     )
+
+
+def add_column_arguments(group: argparse._ActionsContainer, roles: bool = True) -> None:
+    """Options for rows under names of their own; ``roles``: the rows may be dialogues, whose speakers have names."""
+    messages = ", or of messages --column role=speaker --column content=text" if roles else ""
+    group.add_argument(
+        "--column",
+        action="append",
+        default=[],
+        metavar="NAME=KEY",
+        help=f"rows call a part KEY that is read as NAME, e.g. --column question=Q --column answer=A{messages} "
+        "(repeatable)",
+    )
+    if not roles:
+        return
+    group.add_argument(
+        "--role", action="append", default=[], metavar="NAME=ROLE", help="a speaker's own name, e.g. agent=assistant"
+    )
+    group.add_argument(
+        "--dataset-info",
+        metavar="FILE",
+        help="LLaMA-Factory's dataset_info.json: columns and tags of the entry whose file_name is the input",
+    )
+
+
+def columns_from(args: argparse.Namespace, inputs: Sequence[str], use: str) -> Columns:
+    """The rows' own names of their parts. UserError for options and a ``--dataset-info`` that do not fit the rows."""
+    given = read_columns(args.column, getattr(args, "role", ()), use, ROLES)
+    info = getattr(args, "dataset_info", None)
+    if info is None:
+        return given
+    if given.parts or given.roles:
+        raise UserError("--dataset-info: not with --column or --role, which it names itself")
+    columns, pairs = dataset_columns(info, row_files(inputs, "rows"))
+    if pairs != (use == PREFERENCE):
+        raise UserError(
+            f"--dataset-info {info}: 'ranking' is {str(pairs).lower()}; pack such rows "
+            f"{OPTION[PREFERENCE if pairs else DIALOGUE]}"
+        )
+    return columns
+
+
+def columns_unmet(reading: Reading) -> list[str]:
+    """A line for each ``--column`` whose key no row had."""
+    return [
+        f"no row has the key {printable(key, 80)} of --column {name}={printable(key, 80)}"
+        for name, key in reading.columns.parts
+        if name not in reading.columns_met
+    ]
+
+
+def note_unmet(reading: Reading) -> None:
+    """Print a note for each ``--column`` whose key no row had."""
+    for line in columns_unmet(reading):
+        print(f"note: {line}", file=sys.stderr)
 
 
 def add_harness_arguments(parser: argparse.ArgumentParser) -> None:

@@ -10,7 +10,14 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from telechat_twins.core.commands.options import add_adapter_argument, add_checkpoint_arguments, load_model
+from telechat_twins.core.commands.options import (
+    add_adapter_argument,
+    add_checkpoint_arguments,
+    add_column_arguments,
+    columns_from,
+    load_model,
+    note_unmet,
+)
 from telechat_twins.core.data.forms.streams import UTF8, check_encoding
 from telechat_twins.core.data.kinds.messages import Reading
 from telechat_twins.core.data.kinds.table import KINDS, TEACHER
@@ -54,6 +61,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     kinds = [name for name, kind in KINDS.items() if kind.use == TEACHER]
     parser.add_argument("--kind", choices=kinds, help="what every row is (default: judged by the keys of each row)")
+    add_column_arguments(parser, roles=False)
     parser.add_argument("--encoding", default=UTF8, metavar="NAME", help="of text files, e.g. gb18030 (default: utf-8)")
     parser.add_argument(
         "--ignore-key", action="append", default=[], metavar="NAME", help="leave this key of rows out (repeatable)"
@@ -72,12 +80,14 @@ def run(args: argparse.Namespace) -> int:
     for note in skipped_inputs(args.files, rows=True):
         print(f"note: {note}", file=sys.stderr)
     files = row_files(args.files, "propositions")
+    columns = columns_from(args, args.files, TEACHER)
     model = load_model(args, "a proposition", {} if args.adapter is None else {"": args.adapter})
     assert model.tokenizer is not None  # load_model refuses a checkpoint without one
     tokens = class_tokens(model.tokenizer, args.true_token, args.false_token)
-    reading = Reading(frozenset(args.ignore_key), kind=args.kind)
+    reading = Reading(frozenset(args.ignore_key), kind=args.kind, columns=columns)
     with progress_bar("reading", total_bytes(files), args.quiet) as bar:
         rows = read_teacher_rows(files, model.tokenizer, reading, args.encoding, bar.update)
+    note_unmet(reading)
     if reading.left_out:
         names = printable(", ".join(sorted(reading.left_out)), 400)
         print(f"note: keys that hold no proposition are left out: {names}", file=sys.stderr)

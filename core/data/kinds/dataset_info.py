@@ -66,10 +66,16 @@ def _read(entry: JsonObject, where: str) -> tuple[Columns, bool]:
     form = entry.get("formatting", "alpaca")
     if form not in ("alpaca", "sharegpt"):
         raise UserError(f"{where}: 'formatting' must be alpaca or sharegpt, found {shown(form)}")
-    pairs = bool(entry.get("ranking", False))
+    pairs = entry.get("ranking", False)
+    if not isinstance(pairs, bool):
+        raise UserError(f"{where}: 'ranking' must be true or false, found {shown(pairs)}")
+    if entry.get("split", "train") != "train":
+        raise UserError(f"{where}: 'split' is {shown(entry['split'])}; a file has no splits, give the split's own file")
     names = {**(_ALPACA if form == "alpaca" else _SHAREGPT), **_BOTH}
     columns = _translated(entry, "columns", names, where)
     tags = _translated(entry, "tags", {**_TAGS, **_ROLES}, where)
+    if twice := next((key for n, (_, key) in enumerate(columns) if key in [own for _, own in columns[:n]]), None):
+        raise UserError(f"{where}: 'columns' gives {shown(twice)} to two parts; each key of a row fills one")
     parts = [(name, key) for name, key in columns if name != key]
     parts += [(name, key) for name, key in tags if name in _TAGS.values() and key not in ("from", "value", name)]
     roles = [(key, name) for name, key in tags if name in _ROLES.values()]

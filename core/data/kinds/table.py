@@ -305,13 +305,14 @@ class Slots:
         return slot in self._names
 
     def name(self, slot: str) -> str:
-        """The key that fills it; else the one that stands there empty, or the first that could."""
+        """The key that fills it; else the one that stands there empty, or the first that could (the slot's own name
+        where ``--column`` gave all of them to other slots)."""
         names = self.kind.slots[slot]
-        return self._names.get(slot) or next((name for name in names if name in self.row), names[0])
+        return self._names.get(slot) or next((name for name in names if name in self.row), names[0] if names else slot)
 
     def value(self, slot: str) -> object:
         """What fills it; else what stands there (empty), or None."""
-        return self.row.get(self.name(slot))
+        return self.row.get(self.name(slot)) if self.kind.slots[slot] else None
 
     def parts(self, ignore: Collection[str]) -> set[str]:
         """The keys that cannot be ignored: those of slots that nothing else fills."""

@@ -160,6 +160,8 @@ def test_columns_name_the_parts_of_rows() -> None:
         (("messages", "talk"), ("role", "speaker"), ("content", "text")), (("client", "user"), ("agent", "assistant"))
     )
     assert [m["role"] for m in read({"talk": talk}, columns=columns).messages] == ["user", "assistant"]
+    taken = Columns((("instruction", "input"), ("output", "context")))  # both names of the input have other parts
+    assert said(read({"input": "q", "context": "a"}, columns=taken)) == ["q", "a"]
     swapped = Columns((("question", "answer"), ("answer", "question")))
     assert said(read({"answer": "q", "question": "a"}, columns=swapped)) == ["q", "a"]
 
@@ -198,12 +200,16 @@ def test_llama_factory_descriptions_name_columns(tmp_path: Path, capsys: pytest.
     columns = {"messages": "talk", "system": "sys"}
     path = info(tmp_path, formatting="sharegpt", columns=columns, tags=tags)
     assert tele_data(*words, "--dataset-info", path) == 0
-    assert "<_system>short\n<_user>why<_bot>\u27e6because" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "<_system>short\n<_user>why<_bot>\u27e6because" in shown and "no row has the key" not in shown
     for entry, says in (
         ({"ranking": True}, "'ranking' is true; pack such rows with --preference"),
         ({"columns": {"kto_tag": "k"}}, "mine: 'columns.kto_tag' has no place in rows that are read"),
         ({"num_samples": 5}, "mine: 'num_samples' is not read"),
         ({"formatting": "other"}, "mine: 'formatting' must be alpaca or sharegpt"),
+        ({"ranking": "yes"}, "mine: 'ranking' must be true or false, found 'yes'"),
+        ({"split": "test"}, "mine: 'split' is 'test'; a file has no splits"),
+        ({"columns": {"prompt": "a", "query": "a"}}, "mine: 'columns' gives 'a' to two parts"),
         ({"file_name": "else.json"}, "no entry has a file_name of"),
     ):
         with pytest.raises(UserError) as error:
