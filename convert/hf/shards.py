@@ -68,7 +68,25 @@ def _single(folder: Path) -> Shards:
             f"{folder / pickled[0]}: pickled weights are not read (they can run code); convert them to safetensors "
             "with the publisher's tools"
         )
-    raise UserError(f"{folder}: holds neither model.safetensors nor {INDEX}")
+    others = sorted(path.name for path in folder.iterdir() if path.name.lower().endswith(".safetensors"))
+    raise UserError(f"{folder}: holds neither model.safetensors nor {INDEX}{_way_out(folder, others)}")
+
+
+def _way_out(folder: Path, others: Sequence[str]) -> str:
+    """What to do about a folder that has its tensors in ``others``, or in no file at all."""
+    found = sorted(path.name for path in folder.iterdir() if ".index." in path.name and path.suffix == ".json")
+    if found and any(name.startswith("pytorch_model") for name in found):
+        return f"; {found[0]} is that of pickled files, which are not read: convert them to safetensors"
+    if found:
+        return f"; {found[0]} is that of a variant: rename it to {INDEX}"
+    if len(others) == 1:
+        return f"; if {others[0]} is the whole model, rename it to model.safetensors"
+    if others:
+        return f"; there are {_listed(others)}, of which the index belongs to the release: download it too"
+    partial = sorted(path.name for path in folder.iterdir() if path.suffix in (".incomplete", ".part", ".aria2"))
+    return (
+        f"; {partial[0]} is a download that was cut off: finish it" if partial else "; download the release's weights"
+    )
 
 
 def _indexed(folder: Path) -> Shards:

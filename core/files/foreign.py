@@ -29,6 +29,7 @@ MAX_DEPTH = 500  # of nested lists and objects: Python's own bound, which librar
 # A JSON string, complete or without its end. Possessive quantifiers keep no backtracking state for each character.
 JSON_STRING = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"?', re.DOTALL)
 _NO_BRACKETS = bytes(set(range(256)) - set(b"[]{}"))
+_LFS = b"version https://git-lfs.github.com/spec/"
 _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 
 
@@ -64,7 +65,17 @@ def read_file(path: str | Path, limit: int = MAX_JSON, missing: str = "no such f
             raise UserError(f"{path}: cannot be read ({error.strerror})") from None
     if (found := max(size, len(data))) > limit:
         raise UserError(f"{path}: must have at most {limit} bytes, found {found}; it is probably not the expected file")
+    refuse_stand_in(data, path)
     return data
+
+
+def refuse_stand_in(head: bytes, path: str | Path) -> None:
+    """UserError where a file that begins with ``head`` is what stands in its place until Git LFS fetches it."""
+    if head.startswith(_LFS):
+        raise UserError(
+            f"{path}: is a pointer of Git LFS, and the file itself was not fetched; run git lfs pull in its folder, or "
+            "download the file"
+        )
 
 
 def read_text(path: str | Path, limit: int = MAX_JSON, missing: str = "no such file") -> str:

@@ -29,7 +29,7 @@ import numpy as np
 from telechat_twins.core.errors import UserError
 from telechat_twins.core.files.atomic import new_file
 from telechat_twins.core.files.direct_io import BLOCK, DirectFile, Spool
-from telechat_twins.core.files.foreign import MAX_JSON, open_regular
+from telechat_twins.core.files.foreign import MAX_JSON, open_regular, refuse_stand_in
 from telechat_twins.core.files.foreign import load_json as load_json
 from telechat_twins.core.files.foreign import parse_json as parse_json
 from telechat_twins.core.shown import shown
@@ -327,6 +327,7 @@ def _parse(prefix: bytes, file: BinaryIO, size: int, path: Path) -> tuple[dict[s
             "files"
         )
     if length > size - 8:
+        refuse_stand_in(prefix + file.read(64), path)
         raise UserError(
             f"{path}: truncated, or not a safetensors file: it states a header of {length} bytes and has {size} in all"
         )

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from telechat_twins.core.data.forms.formats import STATE
-from telechat_twins.core.data.forms.streams import OnBytes, RowAt, damage_of, missing
+from telechat_twins.core.data.forms.streams import OnBytes, RowAt, damage_of, missing, require_fetched
 from telechat_twins.core.errors import UserError
 from telechat_twins.core.files.foreign import load_json, parse_value
 from telechat_twins.core.shown import printable
@@ -33,6 +33,7 @@ _DAMAGED = (OSError, KeyError, ValueError, OverflowError)  # what else the libra
 def parquet_rows(path: Path, on_bytes: OnBytes | None = None) -> Iterator[RowAt]:
     """("file: row n", row) of a .parquet file, n from 1. Memory does not grow with it."""
     arrow, _, parquet = _arrow(path)
+    require_fetched(path)
     number, reported, size = 0, 0, path.stat().st_size
     try:
         with parquet.ParquetFile(path, buffer_size=_BUFFER, pre_buffer=False) as file:
@@ -53,6 +54,7 @@ def dataset_rows(folder: Path, on_bytes: OnBytes | None = None) -> Iterator[RowA
     arrow, ipc, _ = _arrow(folder)
     files, columns = _state(folder)
     for path in files:
+        require_fetched(path)
         number = 0
         try:
             with arrow.memory_map(str(path)) as mapped, _opened(ipc, mapped) as batches:

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
+from telechat_twins.core.data.forms.streams import require_fetched
 from telechat_twins.core.errors import UserError
 
 _MAGIC, _OLD = b"MMIDIDX\x00\x00", b"TNTIDX\x00\x00"
@@ -33,6 +34,7 @@ class TokenFile:
         for file in (self.index, self.data):
             if not file.is_file():
                 raise UserError(f"{file}: no such file; Megatron's token files are a pair of .idx and .bin")
+            require_fetched(file)
         head = self._head()
         if head.startswith(_OLD):
             raise UserError(f"{self.index}: of fairseq's older layout (TNTIDX); preprocess again for mmap (MMIDIDX)")

@@ -15,6 +15,7 @@ from typing import IO, BinaryIO
 
 from telechat_twins.core.data.forms.formats import form_of
 from telechat_twins.core.errors import UserError
+from telechat_twins.core.files.foreign import refuse_stand_in
 from telechat_twins.core.types import JsonObject
 
 UTF8 = "utf-8"
@@ -66,9 +67,16 @@ def check_encoding(name: str) -> str:
 def open_file(path: Path) -> BinaryIO:
     """A file opened for reading bytes; UserError if it cannot be."""
     try:
-        return path.open("rb")
+        file = path.open("rb")
+        refuse_stand_in(file.peek(64), path)
+        return file
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+
+
+def require_fetched(path: Path) -> None:
+    """UserError for a file that cannot be read, or that Git LFS did not fetch, before a library opens it by name."""
+    open_file(path).close()
 
 
 def open_stream(path: Path, on_bytes: OnBytes | None = None, encoding: str = UTF8) -> BinaryIO:

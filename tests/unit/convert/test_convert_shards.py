@@ -285,3 +285,32 @@ def test_the_config_of_a_model_that_ends_twice_goes_through_a_checkpoint(tmp_pat
     assert HfFolder(tmp_path / "hf").config == config
     settings = json.loads((tmp_path / "hf" / "generation_config.json").read_text())
     assert (settings["eos_token_id"], settings["pad_token_id"]) == ([2, 4, 5], None)
+
+
+LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"0" * 64 + b"\nsize 123456\n"
+
+
+@pytest.mark.parametrize(
+    ("files", "says"),
+    [
+        (
+            {"model-00001-of-00002.safetensors": b"", "model-00002-of-00002.safetensors": b""},
+            "and 1 more, of which the",
+        ),
+        ({"model-00001-of-00001.safetensors": b""}, "if model-00001-of-00001.safetensors is the whole model, rename"),
+        ({"pytorch_model.bin.index.json": b"{}"}, "pytorch_model.bin.index.json is that of pickled files"),
+        ({"model.safetensors.index.fp16.json": b"{}", "a.fp16.safetensors": b""}, "is that of a variant: rename it to"),
+        ({"model.safetensors.incomplete": b""}, "model.safetensors.incomplete is a download that was cut off"),
+        ({}, "download the release's weights"),
+        ({"model.safetensors": LFS}, "model.safetensors: is a pointer of Git LFS, and the file itself was not fetched"),
+        ({INDEX: LFS}, "index.json: is a pointer of Git LFS"),
+        ({"model.safetensors": b"<!DOCTYPE html><html>"}, "truncated, or not a safetensors file"),
+    ],
+)
+def test_folders_without_their_weights_say_the_way_out(files: dict[str, bytes], says: str, tmp_path: Path) -> None:
+    shutil.copy(GOLDENS / "telechat2_gqa" / "config.json", tmp_path)
+    for name, data in files.items():
+        (tmp_path / name).write_bytes(data)
+    with pytest.raises(UserError) as error:
+        HfFolder(tmp_path)
+    assert says in str(error.value) and "\n" not in str(error.value)

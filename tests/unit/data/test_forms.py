@@ -277,6 +277,18 @@ def test_files_that_are_cut_off_are_refused(suffix: str, tmp_path: Path) -> None
         rows_of(tmp_path / f"a.jsonl{suffix}")
 
 
+@pytest.mark.parametrize(
+    "name", ["a.txt", "a.jsonl", "a.json", "a.csv", "a.jsonl.gz", "a.jsonl.zst", "a.parquet", "a.idx"]
+)
+def test_what_git_lfs_did_not_fetch_is_no_data(name: str, tmp_path: Path) -> None:
+    """A .txt would be packed as the text of the pointer."""
+    pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:" + "0" * 64 + "\nsize 123456\n"
+    for file in {name, name.replace(".idx", ".bin")}:
+        (tmp_path / file).write_text(pointer)
+    with pytest.raises(UserError, match=rf"{name.replace('.', '[.]')}: is a pointer of Git LFS"):
+        tele_data(tmp_path / name, "--out", tmp_path / "out")
+
+
 @pytest.mark.parametrize("suffix", [".gz", ".xz", ".bz2", ".zst"])
 def test_an_empty_compressed_file_is_no_file_without_rows(suffix: str, tmp_path: Path) -> None:
     (tmp_path / f"a.jsonl{suffix}").touch()
