@@ -81,11 +81,12 @@ _KEYS = (
     _INIT,
 )
 
+_MULTIPLIERS = ("input_mult", "output_mult", "mup_scale_factor")
 _TELECHAT2_REFUSED: Refused = {
     "tie_word_embeddings": ((False, None), "a head tied to the embedding is not supported; TeleChat2 stores both"),
     "model_type": (("telechat", "telechat2", None), "this converter reads TeleChat2, TeleChat3, Tele-FLM, FLM, Llama"),
     "use_mup": ((False, None), "TeleChat2 has no muP multipliers"),
-    **dict.fromkeys(("input_mult", "output_mult", "mup_scale_factor"), ((1, None), "TeleChat2 has no muP multipliers")),
+    **dict.fromkeys(_MULTIPLIERS, ((1, None), "TeleChat2 has no muP multipliers")),
     **GATED,
 }
 
@@ -159,7 +160,10 @@ _TELECHAT3 = _Format(
         Switch("biases", ("attention_bias", "mlp_bias"), ((False, "none"), (True, "all")), False, quiet=True),
         Switch("tied_embeddings", ("tie_word_embeddings",), ((False, False), (True, True)), False, quiet=True),
     ),
-    refused={name: rule for name, rule in GATED.items() if name != "attention_bias"},
+    refused={
+        **{name: rule for name, rule in GATED.items() if name != "attention_bias"},
+        **dict.fromkeys(_MULTIPLIERS, ((1, None), "this format has no muP multipliers")),
+    },
     fresh={
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",

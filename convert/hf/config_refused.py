@@ -112,7 +112,16 @@ _HARMLESS_NAMES = """
     use_sliding_window sliding_window layer_types head_dim kv_channels num_key_value_heads original_vocab_size
 """
 _HARMLESS = frozenset(_HARMLESS_NAMES.split())
-_ROTARY = re.compile(r"(^|_)(rope|rotary|ntk|yarn|xpos)(_|$)", re.IGNORECASE)
+# Of these those that other mappings have as well: a class to load, the settings of generation.
+_BOOKKEEPING = frozenset(_HARMLESS_NAMES.partition("attention_softmax_in_fp32")[0].split()) - {"is_decoder"}
+# Words of names that change what a model computes, whatever else the name says; camelCase counts as with underscores.
+_ROTARY = re.compile(r"(^|_)(rope|rotary|ntk|yarn|xpos|theta|freq|frequency|frequencies)(_|$)")
+_ARITHMETIC = re.compile(
+    r"(^|_)(mult|multiplier|scale|scaling|softcap|softcapping|cap|capping|clip|bias|norm|norms|layernorm|rmsnorm|act|"
+    r"activation|activations|window|sparse|sparsity|experts?|moe|router|latent|lora|quant|quantized|quantization|"
+    r"quantize|gate|gated|sink|sinks|residual|parallel|alibi|causal|tied?|interleaved?)(_|$)"
+)
+_CAMEL = re.compile(r"(?<=[a-z0-9])(?=[A-Z])")
 
 
 def check_refused(released: JsonObject, refused: Refused, where: str) -> None:
@@ -144,18 +153,51 @@ def check_sizes(released: JsonObject, hidden_size: int, num_heads: int, kv_heads
 def unknown_note(released: JsonObject, known: Iterable[str], where: str) -> list[str]:
     """A note that names the unknown keys, whose values are not read; none without such keys.
 
-    UserError for one that names the rotation, since its value would change the arithmetic; null, false and empty values
-    pass.
+    UserError for one that names the rotation or another part of the arithmetic, and for a mapping that holds a model's
+    keys (a release of several models: text and images, say); null, false, empty values and a scale of 1 pass.
     """
     heard = {*known, *_HARMLESS, *EVERYWHERE, *THETA_NAMES, *SECTIONS}
     strange = [name for name in released if name not in heard]
     for name in strange:
-        if _ROTARY.search(name) and released[name] not in (None, False, "", [], {}):
+        value, words = released[name], _words(name)
+        if value in (None, False, "", [], {}):
+            continue
+        if _ROTARY.search(words):
             raise UserError(
-                f"{where}: {shown(name)} is {shown(released[name])}; no rotary key of this name is known here, write "
+                f"{where}: {shown(name)} is {shown(value)}; no rotary key of this name is known here, write "
                 "the base as rope_theta, or remove the key if it changes nothing"
+            )
+        if _ARITHMETIC.search(words) and (isinstance(value, bool) or value != 1):
+            raise UserError(
+                f"{where}: {shown(name)} is {shown(value)}, which is not known here and by its name may change what "
+                "the model computes; remove the key if it does not"
+            )
+        if (inner := _model_key(value, heard)) is not None:
+            raise UserError(
+                f"{where}: {shown(name)} holds {shown(inner)}, which says what a model computes: configs inside of "
+                "others (of releases for text and images, say) are not read; give the text model alone, with its "
+                "keys at the top of config.json"
             )
     if not strange:
         return []
     more = f" and {len(strange) - 8} more" if len(strange) > 8 else ""
     return [f"keys that are not known here are not read: {', '.join(map(repr, strange[:8]))}{more}"]
+
+
+def _words(name: str) -> str:
+    return _CAMEL.sub("_", name).lower()
+
+
+def _model_key(value: object, heard: Iterable[str]) -> str | None:
+    """The first key inside a mapping, at any depth, that a model's config has; None in any other value."""
+    ways: list[object] = [value]
+    while ways:
+        node = ways.pop()
+        if not isinstance(node, dict):
+            continue
+        for name, inner in node.items():
+            words = _words(name)
+            if (name in heard and name not in _BOOKKEEPING) or _ROTARY.search(words) or _ARITHMETIC.search(words):
+                return name
+            ways.append(inner)
+    return None

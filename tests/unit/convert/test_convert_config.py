@@ -180,3 +180,49 @@ def test_keys_that_nothing_reads_are_named():
     assert read(rope_theta=1e4, something="new", other=1)[1] == [
         "keys that are not known here are not read: 'something', 'other'"
     ]
+
+
+@pytest.mark.parametrize("format", ["RELEASED", "LLAMA"])
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"text_config": {"rope_theta": 5e5}}, "'text_config' holds 'rope_theta', which says what a model computes"),
+        ({"thinker_config": {"text_config": {"hidden_size": 1}}}, "'thinker_config' holds 'hidden_size'"),
+        ({"vision_config": {"num_hidden_layers": 1}}, "give the text model alone"),
+        ({"ffn_config": {"ffn_act_fn": "gelu"}}, "'ffn_config' holds 'ffn_act_fn'"),
+        ({"ropeTheta": 5e5}, "'ropeTheta' is 500000.0; no rotary key of this name is known here"),
+        ({"base_frequency": 5e5}, "'base_frequency' is 500000.0; no rotary key"),
+        ({"quant_method": "awq"}, "'quant_method' is 'awq', which is not known here and by its name may change"),
+        ({"logits_scale": 0.5}, "'logits_scale' is 0.5, which is not known here"),
+        ({"attnLogitCap": 30}, "'attnLogitCap' is 30"),
+        ({"use_gated_attention": True}, "'use_gated_attention' is True"),
+        ({"output_mult": 0.5}, "output_mult is 0.5; "),
+    ],
+)
+def test_keys_that_may_change_the_arithmetic_are_refused(changes, says, format):
+    given = {"RELEASED": RELEASED, "LLAMA": LLAMA}[format]
+    with pytest.raises(UserError) as error:
+        read_config({**given, **changes}, "m/config.json")
+    assert str(error.value).startswith("m/config.json: ") and says in str(error.value)
+
+
+def test_keys_that_change_nothing_by_their_value_are_let_pass():
+    same = {"logits_scale": 1.0, "logit_cap": None, "use_window": False, "talker_config": {}, "rope_freqs": []}
+    same |= {"dispatch": {"auto_map": {}, "top_p": 0.5}}
+    for given in (RELEASED, LLAMA):
+        assert read_config({**given, **same}, "x")[0] == read_config(given, "x")[0]
+
+
+LLAMA = {
+    "model_type": "llama",
+    "hidden_act": "silu",
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "rms_norm_eps": 1e-5,
+    "max_position_embeddings": 64,
+    "rope_theta": 1e4,
+    "pad_token_id": 3,
+}
