@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
@@ -19,9 +19,11 @@ from typing import Protocol
 from telechat_twins.core.data.chat_template import DEFAULT_SYSTEM, chat_parts, encode_chat, encode_parts, render
 from telechat_twins.core.data.control import THINK, ControlToken, Splitter
 from telechat_twins.core.data.encoders.jinja import Render, compiled_template, lost_in, names_in
+from telechat_twins.core.data.encoders.special import KINDS
 from telechat_twins.core.data.tokenizer import Allow, Tokenizer
 from telechat_twins.core.errors import UserError
 from telechat_twins.core.files.foreign import MIB, load_json, read_text
+from telechat_twins.core.shown import shown
 from telechat_twins.core.types import JsonObject
 
 BUILT_IN, THINKING, AUTO = "builtin", "thinking", "auto"
@@ -166,6 +168,28 @@ class TemplateLayout:
         self._with_marks = compiled_template(template, name, tokens, (_BEGIN, _END)) if marks else None
         found, self.reads = names_in(template)
         self.variables = found - {*_GIVEN, *tokens}
+        self._check_tokens(template, {kind for kind in KINDS if f"{kind}_token" in found}, tokens)
+
+    def _check_tokens(self, template: str, kinds: Collection[str], tokens: Mapping[str, str]) -> None:
+        """UserError for a special token that the template writes and the files beside the tokenizer describe, where
+        the tokenizer has not the same: its name would be encoded as letters. ``kinds``: read as variables."""
+        tokenizer, way = self._tokenizer, "give the tokenizer.json that holds it, which transformers writes"
+        for token, index in tokenizer.special.added.items():
+            own = self._silent.get(token, tokenizer.token_id(token))
+            if token in template and (own is None or index not in (None, own)):
+                where = "" if index is None else f" with id {index}"
+                has = "has not" if own is None else f"has with id {own}"
+                raise UserError(
+                    f"{self.name}: writes {shown(token)}, which the files beside {tokenizer.path} describe as a "
+                    f"special token{where} and which that file {has}; {way}, or --chat-template builtin"
+                )
+        for name in (f"{kind}_token" for kind in sorted(kinds) if tokenizer.control):
+            said = tokenizer.special.names.get(name, tokens[name])
+            if said != tokens[name]:
+                raise UserError(
+                    f"{self.name}: writes {name}, which is {shown(said)} by the files beside {tokenizer.path} and "
+                    f"{shown(tokens[name])} here; correct them, or give --chat-template builtin"
+                )
 
     def encode(
         self,

@@ -74,6 +74,12 @@ def read_special(folder: Path, options: Mapping[str, str | None] | None = None) 
             if kind in KINDS:
                 given.setdefault(kind, (name, str(folder / source)))
             added.setdefault(name, None)
+        for key in ("additional_special_tokens", "extra_special_tokens"):  # the second is transformers 5's name
+            listed = found.get(key)
+            listed = list(listed.values()) if isinstance(listed, dict) else listed
+            for name in map(_name, listed if isinstance(listed, list) else ()):
+                if name is not None:
+                    added.setdefault(name, None)
     entries = described.get("added_tokens_decoder")
     if isinstance(entries, dict):
         for index, value in entries.items():

@@ -267,3 +267,43 @@ def test_a_template_is_given_the_tokens_that_files_name(tmp_path):
     (folder / "special_tokens_map.json").write_text(json.dumps({"sep_token": {"content": "<_sep>"}}))
     layout, _ = open_layout(load_tokenizer(folder))
     assert isinstance(layout, TemplateLayout) and layout.render(ASK).startswith("<u><_sep>")
+
+
+CHATML = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>{% endfor %}"
+
+
+@pytest.mark.parametrize(
+    ("file", "says", "message"),
+    [
+        ("added_tokens.json", {"<|im_start|>": 600}, "token with id 600 and which that file has not"),
+        ("tokenizer_config.json", {"added_tokens_decoder": {"598": {"content": "<|im_end|>", "special": True}}}, "598"),
+        ("tokenizer_config.json", {"additional_special_tokens": ["<|im_end|>"]}, "describe as a special token and"),
+        ("tokenizer_config.json", {"extra_special_tokens": {"turn": "<|im_end|>"}}, "which that file has not"),
+        ("special_tokens_map.json", {"eos_token": "<|im_end|>"}, "which that file has not"),
+        ("special_tokens_map.json", {"additional_special_tokens": [{"content": "<|im_end|>"}]}, "has not; give the"),
+    ],
+)
+def test_tokens_that_a_template_writes_and_the_tokenizer_lacks(file, says, message, tmp_path):
+    """A fine-tune's tokens beside the release's tokenizer.model: their names would be encoded as letters."""
+    folder = folder_with(tmp_path, CHATML)
+    path = folder / file
+    path.write_text(json.dumps((json.loads(path.read_text()) if path.is_file() else {}) | says))
+    with pytest.raises(UserError) as error:
+        layout_of(folder)
+    assert "chat_template: writes '<|im_" in str(error.value) and message in str(error.value)
+    assert layout_of(folder, "builtin")[0].encode(ASK) == encode_chat(tiny_tokenizer(), ASK)
+
+
+def test_tokens_that_a_template_writes_have_the_tokenizers_ids(tmp_path):
+    decoder = {"4": {"content": "<_user>", "special": True}, "9": {"content": "<tool_call>", "special": True}}
+    folder = folder_with(tmp_path, OWN + "<tool_call>{{ eos_token }}")
+    path = folder / "tokenizer_config.json"
+    about = json.loads(path.read_text())
+    path.write_text(json.dumps({**about, "added_tokens_decoder": decoder, "eos_token": "<_end>"}))
+    assert layout_of(folder)[0].encode(ASK)[-2:] == [9, 2]
+    path.write_text(json.dumps({**about, "added_tokens_decoder": {"5": decoder["4"]}}))
+    with pytest.raises(UserError, match="'<_user>', .* special token with id 5 and which that file has with id 4"):
+        layout_of(folder)
+    path.write_text(json.dumps({**about, "eos_token": "<_bot>"}))
+    with pytest.raises(UserError, match="writes eos_token, which is '<_bot>' by the files beside .* and '<_end>' here"):
+        layout_of(folder)
