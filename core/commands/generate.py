@@ -279,7 +279,7 @@ def _reject(args: argparse.Namespace) -> int:
     reading = Reading(frozenset(args.ignore_key), args.reasoning or REASONING[0], args.kind, columns)
 
     def prompts() -> Iterator[Prompt]:
-        return read_prompts(args.prompts, reading, args.encoding or UTF8)
+        return read_prompts(args.prompts, reading, args.encoding or UTF8, layout.thinks())
 
     found = survey(prompts(), encode)
     note_unmet(reading)

@@ -20,7 +20,7 @@ from telechat_twins.core.data.forms.texts import Block, text_blocks
 from telechat_twins.core.data.kinds.fields import found_type, refuse_unread
 from telechat_twins.core.data.kinds.harmless import HARMLESS
 from telechat_twins.core.data.kinds.messages import Reading, unused
-from telechat_twins.core.data.kinds.table import KINDS, TEXT, keys_found, mark_keys, refuse_other_use
+from telechat_twins.core.data.kinds.table import KINDS, TEXT, keys_found, mark_keys, refuse_other_use, rows_inside
 from telechat_twins.core.errors import UserError
 from telechat_twins.core.types import JsonObject
 
@@ -134,7 +134,9 @@ def _document(row: JsonObject, where: str, text_key: str, reading: Reading) -> s
         if text_key not in row:
             refuse_other_use(row, where, TEXT, reading.ignore)
         found = f"; keys found: {keys_found(row)}" if text is None else f", found {found_type(text)}"
-        raise UserError(f"{where}: expected text in field '{text_key}'{found}")
+        other = any(key != text_key and isinstance(value, str) for key, value in row.items())
+        way = "; another field is named by --text-key" if text is None and other else rows_inside(row)
+        raise UserError(f"{where}: expected text in field '{text_key}'{found}{way}")
     refuse_unread(row, (text_key,), "", where, reading.ignore, HARMLESS, reading.left_out)
     reading.kinds[TEXT] = reading.kinds.get(TEXT, 0) + 1
     return text

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import glob
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -22,6 +23,12 @@ from telechat_twins.core.data.packed import is_packed
 from telechat_twins.core.errors import UserError
 from telechat_twins.core.near import near_path
 
+_WORD = re.compile(r"[a-z]+")
+_SPLITS = {
+    **dict.fromkeys(("train", "training"), "train"),
+    **dict.fromkeys(("test", "testing", "eval", "evaluation"), "test"),
+    **dict.fromkeys(("validation", "valid", "val", "dev"), "validation"),
+}
 _NAMED = 10  # skipped files that are named for one reason; the rest are counted
 
 
@@ -31,7 +38,7 @@ def find_inputs(paths: Sequence[str | Path], rows: bool = False) -> list[Path]:
     An input is a file, a folder of ``save_to_disk``, or the .idx file of Megatron's pair. The order is that of
     ``paths``, and by name inside a folder or glob. ``rows``: folders are searched for files of rows alone, so that the
     README beside them is none. ``skipped_inputs`` lists what a folder holds besides. UserError when one of ``paths``
-    yields nothing, names a file that is not read, or cannot be searched.
+    yields nothing, names a file that is not read, or cannot be searched, and for a folder of several splits.
     """
     found: dict[str, Path] = {}  # by the whole path, so that no file is read twice under two spellings
     for given in paths:
@@ -40,6 +47,7 @@ def find_inputs(paths: Sequence[str | Path], rows: bool = False) -> list[Path]:
             files = [path]
         elif path.is_dir():
             files = [dataset_split(path)] if is_dataset(path) else _inside(path, rows)[0]
+            _check_splits(path, files)
         elif path.with_name(path.name + ".idx").is_file():
             files = [path.with_name(path.name + ".idx")]
         else:
@@ -157,6 +165,25 @@ def _inside(folder: Path, rows: bool) -> tuple[list[Path], dict[Path, str], int]
             elif file.suffix.lower() != ".bin":  # whose .idx is the input
                 taken.append(file)
     return sorted(taken), dict(sorted(others.items())), hidden
+
+
+def _check_splits(folder: Path, files: Sequence[Path]) -> None:
+    """UserError where files of rows under a folder are, by their names, several splits of a data set: the test set of a
+    repository would be trained on. The words are those by which Hugging Face datasets tells splits."""
+    found: dict[str, Path] = {}
+    for file in files:
+        if form_of(file).holds_rows:
+            parts = reversed(file.relative_to(folder).parts)  # the file's own name first
+            words = (word for part in parts for word in _WORD.findall(part.lower()))
+            if split := next((_SPLITS[word] for word in words if word in _SPLITS), None):
+                found.setdefault(split, file.relative_to(folder))
+    if len(found) > 1:
+        named = ", ".join(f"{file} ({split})" for split, file in sorted(found.items()))
+        first = "train" if "train" in found else min(found)
+        raise UserError(
+            f"{folder}: holds several splits by the names of files: {named}; name the files of one, e.g. "
+            f"'{folder}/**/*{first}*', or all that are meant, e.g. '{folder}/**/*.*'"
+        )
 
 
 def _why_not(file: Path, rows: bool) -> str:

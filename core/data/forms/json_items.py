@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, NamedTuple
 
+from telechat_twins.core.data.forms.streams import marked, not_utf8
 from telechat_twins.core.errors import UserError
 from telechat_twins.core.files.foreign import MAX_LINE
 from telechat_twins.core.types import JsonObject
@@ -85,7 +86,9 @@ class Splitter:
         elif opening == b"{":
             yield from self._one_after_another()
         elif opening:
-            raise self.wrong("not JSON rows; expected a list of objects, or objects")
+            head = self.held[self.begin : self.begin + 4]
+            what = not_utf8(head) if marked(head) else "not JSON rows; expected a list of objects, or objects"
+            raise self.wrong(what)
 
     def _listed(self) -> Iterator[Item | LongItem]:
         number, closed = 0, self.next_byte() == b"]"

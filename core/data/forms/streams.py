@@ -99,6 +99,11 @@ def open_stream(path: Path, on_bytes: OnBytes | None = None, encoding: str = UTF
     return io.BufferedReader(_Chunks(chunks, file), _CHUNK)  # type: ignore[type-var]
 
 
+def marked(head: bytes) -> bool:
+    """Whether a file that begins so is, by its mark, of another encoding or no text."""
+    return head.startswith((*_BOMS, *_MAGIC))
+
+
 def not_utf8(head: bytes) -> str:
     """The end of a message about bytes that are not UTF-8: how to name the encoding."""
     if name := next((name for bom, name in _BOMS.items() if head.startswith(bom)), ""):

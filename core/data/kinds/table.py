@@ -235,8 +235,17 @@ def kinds_of(
     wanted = "; ".join(f"{kind.name} ({_wanted(kind)})" for kind in kinds_with(parts).values() if kind.use == use)
     raise UserError(
         f"{where}: a row of no kind that is read: {wanted}; keys found: {keys_found(row)}; parts under other "
-        f"names are named by --column, e.g. --column {_EXAMPLES[use]}"
+        f"names are named by --column, e.g. --column {_EXAMPLES[use]}{rows_inside(row)}"
     )
+
+
+def rows_inside(row: JsonObject) -> str:
+    """The end of a message about an object that is no row, where one of its keys holds rows; "" for any other."""
+    for key, value in row.items():
+        held = value.values() if isinstance(value, dict) else value
+        if isinstance(value, (list, dict)) and value and all(isinstance(one, dict) for one in held):
+            return f"; '{printable(key, 80)}' holds objects: if these are the rows, write them alone, as a list"
+    return ""
 
 
 _EXAMPLES = {

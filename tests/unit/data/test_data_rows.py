@@ -302,7 +302,7 @@ def test_objects_of_a_json_file_are_cut_where_a_parser_cuts_them(block: int, mon
         ('[{"a": 1}] {"b": 2}', "text behind the end of the list"),
         ('{"a": 1}, {"b": 2}', "expected an object, which begins with a brace"),
         ('"text"', "not JSON rows; expected a list of objects, or objects"),
-        (b"\xff\xfe[\x00", "not JSON rows"),
+        (b"\xff\xfe[\x00", "not UTF-8 but utf-16; add --encoding"),
         ('{"a": ' + "[" * 50, "item 1: the file ends"),
         ('[{"a": "' + "x" * 2_000_000 + '"}]', "a row of more than 1048576 bytes; split it"),
     ],
