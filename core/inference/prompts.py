@@ -19,6 +19,7 @@ from telechat_twins.core.data.kinds.table import mark_keys
 from telechat_twins.core.data.rows import find_inputs, read_rows
 from telechat_twins.core.errors import UserError
 from telechat_twins.core.inference.chat import assistant_message
+from telechat_twins.core.inference.text_stream import Thought, ThoughtStream
 from telechat_twins.core.inference.tool_calls import parse_tool_calls
 from telechat_twins.core.types import JsonObject
 
@@ -28,7 +29,8 @@ class Prompt:
     """A conversation up to the answer to be generated. ``row``: the row it was read from, as parsed.
 
     ``messages`` begin with the system message where the row has one; earlier answers are among them. ``tags``: the tool
-    tags inside contents count as control tokens, as in core.data.dialogues.Dialogue.
+    tags inside contents count as control tokens, as in core.data.dialogues.Dialogue. ``thinks``: the answer begins with
+    reasoning, whose opening <think> the chat layout has put into the prompt.
     """
 
     where: str
@@ -36,6 +38,7 @@ class Prompt:
     messages: list[JsonObject]
     tools: list[object] | None = None
     tags: bool = False
+    thinks: bool = False
 
     @property
     def calls_tools(self) -> bool:
@@ -52,12 +55,14 @@ class Survey:
     digest: str
 
 
-def read_prompts(inputs: Sequence[str | Path], reading: Reading, encoding: str = UTF8) -> Iterator[Prompt]:
+def read_prompts(
+    inputs: Sequence[str | Path], reading: Reading, encoding: str = UTF8, thinks: bool = False
+) -> Iterator[Prompt]:
     """The prompts of files of rows (all forms and dialogue kinds that ``tele data --sft`` reads) and of text files.
 
     In a row, the messages up to the last answer (the last run of assistant's messages); a row that ends with a question
     is a prompt as a whole. In a text file, each line that is not blank. UserError, naming file and line, for rows that
-    cannot be read and for a row without a question.
+    cannot be read and for a row without a question. ``thinks``: as in Prompt.
     """
     for path in find_inputs(inputs):
         form = form_of(path)
@@ -66,10 +71,10 @@ def read_prompts(inputs: Sequence[str | Path], reading: Reading, encoding: str =
                 f"{path}: must hold rows or lines of text, found token ids; give the text they were made of"
             )
         if not form.holds_rows:
-            yield from _lines(path, encoding)
+            yield from _lines(path, encoding, thinks)
             continue
         for where, row in read_rows(path, None, encoding):
-            yield _prompt_of(parse_dialogue(row, where, reading=reading), row)
+            yield _prompt_of(parse_dialogue(row, where, reading=reading), row, thinks)
 
 
 def prompt_encoder(layout: ChatLayout, bos: int | None) -> Callable[[Prompt], list[int]]:
@@ -114,10 +119,24 @@ def preference_row(prompt: Prompt, chosen: str, rejected: str) -> JsonObject:
 
 
 def answer_message(prompt: Prompt, text: str) -> JsonObject:
-    """An answer's text as a message; its tool calls are taken out of it where the prompt offers tools."""
-    if prompt.tools and not prompt.tags:
-        return assistant_message(*parse_tool_calls(text))
-    return assistant_message(text, ())
+    """An answer's text as a message; its reasoning is taken out of it, which ``tele data --reasoning think`` writes as
+    it was, and its tool calls where the prompt offers tools."""
+    thought, text = _reasoning_of(text, prompt.thinks)
+    words, calls = parse_tool_calls(text) if prompt.tools and not prompt.tags else (text, [])
+    message = assistant_message(words, calls)
+    return {**message, "reasoning_content": thought} if thought else message
+
+
+def _reasoning_of(text: str, thinks: bool) -> tuple[str, str]:
+    """(reasoning, answer); in a layout that does not open <think> the reasoning must be marked as the layout does."""
+    if not thinks:
+        before, mark, after = text.partition("\n</think>\n\n")
+        opened = before.startswith("<think>\n") and bool(mark)
+        return (before.removeprefix("<think>\n"), after) if opened else ("", text)
+    stream = ThoughtStream()
+    parts = [*stream.push(text), *stream.flush()]
+    thought = "".join(part for part in parts if isinstance(part, Thought))
+    return thought, "".join(part for part in parts if not isinstance(part, Thought))
 
 
 def _context(prompt: Prompt) -> list[JsonObject]:
@@ -128,7 +147,7 @@ def _setting(prompt: Prompt) -> JsonObject:
     return {**({"tools": prompt.tools} if prompt.tools else {}), **({"tool": True} if prompt.tags else {})}
 
 
-def _prompt_of(dialogue: Dialogue, row: JsonObject) -> Prompt:
+def _prompt_of(dialogue: Dialogue, row: JsonObject, thinks: bool) -> Prompt:
     messages = list(dialogue.messages)
     while messages and messages[-1]["role"] in ANSWERS:
         messages.pop()
@@ -138,13 +157,14 @@ def _prompt_of(dialogue: Dialogue, row: JsonObject) -> Prompt:
         # Released rows end the system text with the newline that the layout adds itself.
         system = dialogue.system.removesuffix("\n") if dialogue.released else dialogue.system
         messages = [{"role": "system", "content": system}, *messages]
-    return Prompt(dialogue.where, row, messages, dialogue.tools, dialogue.tags)
+    return Prompt(dialogue.where, row, messages, dialogue.tools, dialogue.tags, thinks)
 
 
-def _lines(path: Path, encoding: str) -> Iterator[Prompt]:
+def _lines(path: Path, encoding: str, thinks: bool) -> Iterator[Prompt]:
     for block in text_blocks(path, mark_keys(), None, encoding):
         first = int(block.where.rpartition(":")[2])
         for number, line in enumerate(block.text.split("\n"), first):
             text = line.removesuffix("\r")
             if text.strip():
-                yield Prompt(f"{path}:{number}", {"prompt": text}, [{"role": "user", "content": text}])
+                asked: list[JsonObject] = [{"role": "user", "content": text}]
+                yield Prompt(f"{path}:{number}", {"prompt": text}, asked, thinks=thinks)

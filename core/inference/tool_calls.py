@@ -6,7 +6,7 @@
 
 The marks may be control tokens written out, or plain text from older tokenizers that have no such tokens. The JSON of a
 block decides where the block ends: a closing mark inside one of its strings is part of the string. A block that holds
-no call is returned as text.
+no call is returned as text, and so is the reasoning of an answer that begins with <think>, whatever it holds.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import re
 from dataclasses import dataclass
 from typing import NoReturn
 
-from telechat_twins.core.data.control import TOOL_CALL, TOOL_CALL_END
+from telechat_twins.core.data.control import THINK, THINK_END, TOOL_CALL, TOOL_CALL_END
 
 
 @dataclass(frozen=True)
@@ -28,21 +28,25 @@ class ToolCall:
 
 
 AnswerPart = str | ToolCall
+_WHITE = 64  # characters in front of <think>, at most
 _SLICE = 4096  # characters of a piece that are read at once
 
 
 class ToolCallStream:
     """Incremental parser: takes pieces of text and returns text and calls as soon as each is certain.
 
-    White space beside a call belongs to the layout and is dropped. An answer that ends inside a block counts as a call
-    if the JSON of the block is complete: some models end without the closing mark.
+    White space between words and a call is the answer's, since the layout puts none there; alone in front of the first
+    call, or behind a call, it is dropped. An answer that ends inside a block counts as a call if the JSON of the block
+    is complete: some models end without the closing mark.
     """
 
     def __init__(self) -> None:
-        self._white: list[str] = []  # not emitted yet: a call may follow
-        self._mark = ""  # the beginning of an opening mark, perhaps
+        self._white: list[str] = []  # with nothing or a call before it, not emitted yet: a call may follow
+        self._mark = ""  # the beginning of a mark, perhaps
+        self._thought: str | None = ""  # the answer so far, while it may begin with <think>; then THINK, then None
         self._block: _Block | None = None
         self._called = False  # the last part emitted was a call
+        self._said = False  # it was text
 
     def push(self, piece: str) -> list[AnswerPart]:
         """What this piece makes certain."""
@@ -50,6 +54,8 @@ class ToolCallStream:
         # Each block copies the rest of its piece; without slices, a long piece would cost the square of its length.
         for first in range(0, len(piece), _SLICE):
             part = piece[first : first + _SLICE]
+            if self._thought is not None:
+                part = self._reasoning(part, parts)
             while part:
                 part = self._outside(part, parts) if self._block is None else self._inside(self._block, part, parts)
         return parts
@@ -61,33 +67,55 @@ class ToolCallStream:
             block, self._block = self._block, None
             if block.call is not None:
                 parts.append(block.call)
-                self._called = True
+                self._called, self._said = True, False
                 continue
             # No JSON ended here: the first closing mark ends the block after all, and what follows it is read anew.
             text, rest = _through_mark(block.text)
             self._emit(text, parts)
             parts += self.push(rest)
-        held = "".join(self._white) + self._mark
-        self._white, self._mark = [], ""
+        held = "".join(self._white) + self._mark + (self._thought if self._thought not in (None, THINK) else "")
+        self._white, self._mark, self._thought = [], "", None
         if held.strip() or not self._called:
             self._emit(held, parts)
         return parts
+
+    def _reasoning(self, piece: str, parts: list[AnswerPart]) -> str:
+        """Emit the reasoning with which the answer begins; returns what is behind it, "" while that is not known."""
+        if self._thought != THINK:
+            text = (self._thought or "") + piece
+            begun = text.lstrip()
+            near = len(text) - len(begun) < _WHITE
+            if not (near and begun.startswith(THINK)):
+                undecided = near and THINK.startswith(begun)
+                self._thought = text if undecided else None
+                return "" if undecided else text
+            self._thought, piece = THINK, text
+        text, self._mark = self._mark + piece, ""
+        end = text.find(THINK_END)
+        if end >= 0:
+            self._thought = None
+            self._emit(text[: end + len(THINK_END)], parts)
+            return text[end + len(THINK_END) :]
+        certain = len(text) - _mark_begun(text, THINK_END)
+        self._emit(text[:certain], parts)
+        self._mark = text[certain:]
+        return ""
 
     def _outside(self, piece: str, parts: list[AnswerPart]) -> str:
         """Text up to the next block; returns what is left to read."""
         text, self._mark = self._mark + piece, ""
         begin = text.find(TOOL_CALL)
-        certain = begin if begin >= 0 else len(text) - _mark_begun(text)
-        words = text[:certain].rstrip()
-        if words:
+        certain = begin if begin >= 0 else len(text) - _mark_begun(text, TOOL_CALL)
+        words = text[:certain]
+        if words and (self._said or words.strip()):
             self._emit("".join(self._white) + words, parts)
             self._white = []
+        elif words:
+            self._white.append(words)
         if begin >= 0:
             self._white = []
             self._block = _Block()
             return text[begin + len(TOOL_CALL) :]
-        if len(words) < certain:
-            self._white.append(text[len(words) : certain])
         self._mark = text[certain:]
         return ""
 
@@ -98,7 +126,7 @@ class ToolCallStream:
         self._block = None
         if block.call is not None:
             parts.append(block.call)
-            self._called = True
+            self._called, self._said = True, False
         else:
             self._emit(block.text, parts)
         return rest
@@ -108,7 +136,7 @@ class ToolCallStream:
             text = text.lstrip()
         if text:
             parts.append(text)
-            self._called = False
+            self._called, self._said = False, True
 
 
 # What matters outside and inside a string of JSON. Outside, "<" and "\" are in no JSON; inside, control characters.
@@ -210,19 +238,17 @@ class _Block:
 
 
 def parse_tool_calls(text: str) -> tuple[str, list[ToolCall]]:
-    """The text of a whole answer without its calls, and the calls."""
+    """The text of a whole answer without its calls, and the calls: rendered again, the layout gives the same answer
+    where all calls stand behind the text."""
     stream = ToolCallStream()
     parts = [*stream.push(text), *stream.flush()]
     words = "".join(part for part in parts if isinstance(part, str))
     return words, [part for part in parts if isinstance(part, ToolCall)]
 
 
-def _mark_begun(text: str) -> int:
-    """The length of the end of ``text`` that could become the opening mark."""
-    for size in range(min(len(TOOL_CALL) - 1, len(text)), 0, -1):
-        if TOOL_CALL.startswith(text[-size:]):
-            return size
-    return 0
+def _mark_begun(text: str, mark: str) -> int:
+    """The length of the end of ``text`` that could become the mark."""
+    return next((n for n in range(min(len(mark) - 1, len(text)), 0, -1) if mark.startswith(text[-n:])), 0)
 
 
 def _through_mark(text: str) -> tuple[str, str]:

@@ -147,7 +147,7 @@ def test_log_probabilities_of_a_chat(client):
 def test_tool_calls_are_told_in_their_form(client):
     answer = chat(client, "weather?", tools=TOOLS)
     (choice,) = answer.choices
-    assert choice.finish_reason == "tool_calls" and choice.message.content == "Let me look."
+    assert choice.finish_reason == "tool_calls" and choice.message.content == "Let me look.\n"
     assert [call.function.name for call in choice.message.tool_calls] == ["get_weather"] * 2
     assert [json.loads(call.function.arguments)["city"] for call in choice.message.tool_calls] == [
         "Paris",
@@ -165,7 +165,7 @@ def test_tool_calls_are_told_while_streaming(client):
             assert call.id and call.type == "function"
             calls[call.index] = (call.function.name, json.loads(call.function.arguments))
         reasons.append(chunk.choices[0].finish_reason)
-    assert words == "Let me look."
+    assert words == "Let me look.\n"
     assert calls == {0: ("get_weather", {"city": "Paris"}), 1: ("get_weather", {"city": "\u5317\u4eac"})}
     assert reasons[-1] == "tool_calls"
 

@@ -58,13 +58,13 @@ def test_a_conversation_with_calls_and_their_results(client, server):
     talk = [{"role": "user", "content": [{"type": "input_text", "text": "weather?"}]}]
     first = client.responses.create(model=NAME, input=talk, tools=TOOLS)
     words, call = first.output
-    assert words.content[0].text == "Let me look." and (call.type, call.name) == ("function_call", "get_weather")
+    assert words.content[0].text == "Let me look.\n" and (call.type, call.name) == ("function_call", "get_weather")
     assert json.loads(call.arguments) == {"city": "Paris"}
     talk += [item.model_dump(exclude_none=True) for item in first.output]
     talk.append({"type": "function_call_output", "call_id": call.call_id, "output": "rain"})
     assert client.responses.create(model=NAME, input=talk, tools=TOOLS).output_text == "It rains."
     prompt = tiny_tokenizer(in_vocabulary=True).decode(next(p for p in reversed(server.runner.prefixes) if p[-1] == 5))
-    assert prompt.count("Let me look.<tool_call>") == 1 and "<tool_response> \nrain\n</tool_response><_bot>" in prompt
+    assert prompt.count("Let me look.\n<tool_call>") == 1 and "<tool_response> \nrain\n</tool_response><_bot>" in prompt
 
 
 def test_a_stream_adds_up_to_the_answer(client):
@@ -74,10 +74,10 @@ def test_a_stream_adds_up_to_the_answer(client):
     kinds = [event.type for event in events]
     assert kinds[0] == "response.created" and kinds[-1] == "response.completed"
     assert [event.sequence_number for event in events] == list(range(len(events)))
-    assert "".join(e.delta for e in events if e.type == "response.output_text.delta") == "Let me look."
+    assert "".join(e.delta for e in events if e.type == "response.output_text.delta") == "Let me look.\n"
     done = [event.item.type for event in events if event.type == "response.output_item.done"]
     assert done == ["message", "function_call"] == [item.type for item in final.output]
-    assert final.output_text == "Let me look." and final.usage.output_tokens > 0
+    assert final.output_text == "Let me look.\n" and final.usage.output_tokens > 0
 
 
 def test_formats_and_forced_calls():

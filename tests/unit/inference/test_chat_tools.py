@@ -49,9 +49,9 @@ def prompts_of(chat: Chat) -> list[str]:
 def test_tool_calls_are_told_apart_from_words_and_join_the_history():
     chat = chat_of(tools=[TOOL])
     pieces = list(chat.ask("weather?", stream=True))
-    assert "".join(pieces[:-1]) == "Let me look." and len(pieces) > 3
+    assert "".join(pieces[:-1]) == "Let me look.\n" and len(pieces) > 3
     assert pieces[-1] == ToolCall("get_weather", '{"city": "Paris"}')
-    assert chat.history[-1] == {"role": "assistant", "content": "Let me look.", "tool_calls": [PARIS]}
+    assert chat.history[-1] == {"role": "assistant", "content": "Let me look.\n", "tool_calls": [PARIS]}
     assert chat.report(["rain"]) == "It rains."
     assert [turn["role"] for turn in chat.history] == ["user", "assistant", "tool", "assistant"]
     assert chat.calls == [] and "tool_calls" not in chat.history[-1]
@@ -224,9 +224,9 @@ def test_a_stream_gives_the_new_text_and_the_history_so_far():
 def test_tool_calls_are_in_the_history():
     model = model_of()
     deltas = list(model.chat("weather?", tools=[TOOL], stream=True, max_new_tokens=300))
-    assert "".join(delta for delta, _ in deltas) == "Let me look."
+    assert "".join(delta for delta, _ in deltas) == "Let me look.\n"
     history = deltas[-1][1]
-    assert history[-1] == {"role": "bot", "content": "Let me look.", "tool_calls": [PARIS]}
+    assert history[-1] == {"role": "bot", "content": "Let me look.\n", "tool_calls": [PARIS]}
     answer, _ = model.chat("thanks", [*history, {"role": "tool", "content": "rain"}], tools=[TOOL], max_new_tokens=300)
     assert answer == "You said: thanks"
 

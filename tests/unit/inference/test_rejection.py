@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import sys
@@ -12,6 +13,7 @@ import pytest
 
 from telechat_twins.core import cli
 from telechat_twins.core.data.chat_layout import BuiltInLayout
+from telechat_twins.core.data.chat_template import render
 from telechat_twins.core.data.dialogues import parse_dialogue
 from telechat_twins.core.data.kinds.messages import Reading
 from telechat_twins.core.data.kinds.preference import parse_preference
@@ -19,7 +21,7 @@ from telechat_twins.core.data.sft import encode_dialogue
 from telechat_twins.core.errors import UserError
 from telechat_twins.core.inference import scorers
 from telechat_twins.core.inference.engine import Engine
-from telechat_twins.core.inference.prompts import Prompt, prompt_encoder, read_prompts, survey
+from telechat_twins.core.inference.prompts import Prompt, answered_row, prompt_encoder, read_prompts, survey
 from telechat_twins.core.inference.rejection import (
     Answer,
     Journal,
@@ -332,3 +334,25 @@ REJECT = ["--prompts", "rows.jsonl", "--score", "python:judge.py:score", "--out"
 def test_options_that_do_not_go_together(capsys, words, message):
     assert cli.main(["generate", "--backend", "pt", "--checkpoint", "nowhere", *words]) != 0
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("thinks", [True, False])
+@pytest.mark.parametrize("said", ["a", 'Look.\n<tool_call>\n{"name": "f", "arguments": {}}\n</tool_call>'])
+def test_an_answer_with_reasoning_is_trained_as_it_was_said(tmp_path, said, thinks):
+    """A call that is only thought of is none; the row gives the prompt's ids and then the answer's."""
+    thought = 'hm, <tool_call>\n{"name": "g", "arguments": {}}\n</tool_call>'
+    tool = {"type": "function", "function": {"name": "f"}}
+    (prompt,) = prompts_of(tmp_path, [{"messages": [{"role": "user", "content": "q"}], "tools": [tool]}])
+    prompt = dataclasses.replace(prompt, thinks=thinks)
+    answer = ("" if thinks else "<think>\n") + f"{thought}\n</think>\n\n{said}"
+    row = answered_row(prompt, answer)
+    assert row["messages"][-1]["reasoning_content"] == thought
+    kept = parse_dialogue(row, "r:1", reading=Reading(reasoning="think"))
+    asked = render(prompt.messages, prompt.tools, thinking=thinks)
+    assert render(kept.messages, kept.tools, add_generation_prompt=False) == asked + answer + "<_end>\n"
+
+
+def test_words_with_the_marks_elsewhere_are_no_reasoning(tmp_path):
+    (prompt,) = prompts_of(tmp_path, [{"messages": [{"role": "user", "content": "q"}]}])
+    for text in ("a <think>\nb\n</think>\n\nc", "<think>b</think>c", "<think>\nb"):
+        assert answered_row(prompt, text)["messages"][-1] == {"role": "assistant", "content": text}

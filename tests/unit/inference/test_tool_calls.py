@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from telechat_twins.core.data.chat_template import render
 from telechat_twins.core.data.control import TOOL_CALL, TOOL_CALL_END
 from telechat_twins.core.inference.tool_calls import ToolCall, ToolCallStream, parse_tool_calls
 
@@ -44,7 +45,19 @@ INSIDE = [
         ("just words", "just words", []),
         (" spaces kept \n", " spaces kept \n", []),
         (block(WEATHER), "", [PARIS]),
-        ("Let me look.\n" + block(WEATHER) + "\n" + block('{"name": "clock"}'), "Let me look.", [PARIS, NOON]),
+        ("Let me look.\n" + block(WEATHER) + "\n" + block('{"name": "clock"}'), "Let me look.\n", [PARIS, NOON]),
+        (" \n" + block(WEATHER) + " \n ", "", [PARIS]),
+        (block(WEATHER) + " and \n" + block('{"name": "clock"}') + "\n", "and \n", [PARIS, NOON]),
+        (
+            f"<think>\n{block(WEATHER)}\n</think>\n\n{block(WEATHER)}",
+            f"<think>\n{block(WEATHER)}\n</think>\n\n",
+            [PARIS],
+        ),
+        (f"\n<think>{TOOL_CALL}</think>{block(WEATHER)}", f"\n<think>{TOOL_CALL}</think>", [PARIS]),
+        (f"<think>{block(WEATHER)}</thin", f"<think>{block(WEATHER)}</thin", []),  # cut off while it reasons
+        (f"a <think>{block(WEATHER)}</think>", "a <think></think>", [PARIS]),  # words, then a mark that is one of them
+        ("<thi", "<thi", []),
+        (" " * 99 + f"<think>{block(WEATHER)}", " " * 99 + "<think>", [PARIS]),
         (block(WEATHER) + "\nand then", "and then", [PARIS]),
         (TOOL_CALL + WEATHER, "", [PARIS]),  # ended without the closing mark
         (TOOL_CALL + '{"name": "get_weather", "argu', TOOL_CALL + '{"name": "get_weather", "argu', []),
@@ -70,7 +83,7 @@ INSIDE = [
         # JSON that is no call ends where it ends; what is not JSON ends with the first mark.
         (block('{"nam": "' + TOOL_CALL_END + '"}') + " x", block('{"nam": "' + TOOL_CALL_END + '"}') + " x", []),
         (block('{"name": "f" ' + TOOL_CALL) + block(WEATHER), block('{"name": "f" ' + TOOL_CALL), [PARIS]),
-        (block('{"name": "f}') + "\n" + block(WEATHER), block('{"name": "f}'), [PARIS]),
+        (block('{"name": "f}') + "\n" + block(WEATHER), block('{"name": "f}') + "\n", [PARIS]),
         (block('{"name": "f"} more') + block(WEATHER), block('{"name": "f"} more'), [PARIS]),
         (
             TOOL_CALL + '{"a": "b' + TOOL_CALL_END + "and so on",
@@ -89,6 +102,7 @@ def test_calls_of_a_whole_answer(text, words, calls):
 
 PARTS = st.sampled_from(
     [block(WEATHER), block('{"name": "clock"}'), block("{"), TOOL_CALL, TOOL_CALL_END, "<tool", "<", " ", "\n", "words"]
+    + ["<think>", "</think>", "<thi", "nk>"]
     + [text for text, _ in INSIDE]
     + ['{"name": "f", "arguments": {"a": "', '"', "\\", "}", '{"a": "', "{}", "}}", "</tool_"]
 )
@@ -120,9 +134,19 @@ def test_a_mark_in_a_string_is_read_alike_at_every_cut(text, call):
 
 def test_words_are_told_at_once_and_a_call_with_its_last_bracket():
     stream = ToolCallStream()
-    assert stream.push("Let ") == ["Let"]  # the space may stand before a call
-    assert stream.push("me look") == [" me look"]
-    assert stream.push(".\n<tool") == ["."]
+    assert stream.push("Let ") == ["Let "]
+    assert stream.push("me look") == ["me look"]
+    assert stream.push(".\n<tool") == [".\n"]
     assert stream.push("_call>" + WEATHER) == []
     assert stream.push(TOOL_CALL_END) == [PARIS]
     assert stream.push("\n") == stream.flush() == []
+
+
+@pytest.mark.parametrize("words", ["", "Let me look.", "Let me look.\n", "\n\nx ", "<think>\nhm\n</think>\n\n", " a\t"])
+@pytest.mark.parametrize("calls", [[PARIS], [PARIS, NOON]])
+def test_an_answer_is_rendered_again_as_it_was(words, calls):
+    """What rejection sampling writes is trained as it was said; the next turn's prompt holds it as it was computed."""
+    named = [{"name": call.name, "arguments": json.loads(call.arguments)} for call in calls]
+    message = {"role": "assistant", "content": words, "tool_calls": named}
+    answer = render([{"role": "user", "content": "q"}, message]).partition("<_bot>")[2].partition("<_end>")[0]
+    assert parse_tool_calls(answer) == (words, calls)
