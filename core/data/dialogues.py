@@ -133,7 +133,8 @@ def system_of(slots: Slots) -> str | None:
 
 def tools_of(slots: Slots) -> list[object] | None:
     """The tools of a row; None when absent."""
-    return read_tools(slots.value("tools"), slots.name("tools"), slots.where)
+    bare = slots.known("tools") == "functions"
+    return read_tools(slots.value("tools"), slots.name("tools"), slots.where, bare)
 
 
 def slot_text(slots: Slots, slot: str) -> str:

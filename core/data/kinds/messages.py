@@ -133,12 +133,12 @@ def with_system(
     return system, messages
 
 
-def read_tools(value: object, name: str, where: str) -> list[object] | None:
-    """The tools of a row; ``functions`` of the older interface become tools. None when absent."""
+def read_tools(value: object, name: str, where: str, bare: bool = False) -> list[object] | None:
+    """The tools of a row; None when absent. ``bare``: ``functions`` of the older interface, which become tools."""
     if is_empty(value):
         return None
     tools: list[object] = [_tool(tool, f"{name}[{n}]", where) for n, tool in enumerate(json_list(value, name, where))]
-    return [{"type": "function", "function": tool} for tool in tools] if name.endswith("functions") else tools
+    return [{"type": "function", "function": tool} for tool in tools] if bare else tools
 
 
 def _tool(value: object, name: str, where: str) -> JsonObject:

@@ -93,8 +93,9 @@ _COMPARED = (
 
 def _judged(slots: Slots) -> Slots:
     """A row of two answers and a verdict as one of a chosen and a rejected answer."""
-    where, keys = slots.where, tuple(slots.name(slot) for slot in ("first", "second", "verdict"))
-    known = next((one for one in _COMPARED if one.keys == keys and "verdict" in slots), None)
+    where, parts = slots.where, ("first", "second", "verdict")
+    keys, names = tuple(map(slots.name, parts)), tuple(map(slots.known, parts))
+    known = next((one for one in _COMPARED if one.keys == names and "verdict" in slots), None)
     if known is None:
         ways = "; ".join(", ".join(one.keys) for one in _COMPARED)
         raise UserError(

@@ -23,13 +23,15 @@ _PLURALS = {TEXT: "texts", DIALOGUE: "dialogues", PREFERENCE: "such pairs", TEAC
 
 @dataclass(frozen=True)
 class Kind:
-    """One kind of row. ``slots``: slot -> the keys that fill it; ``marks``: the slots that tell the kind, any group."""
+    """One kind of row. ``slots``: slot -> the keys that fill it; ``marks``: the slots that tell the kind, any group.
+    ``own``: the rows' own key -> the name that ``--column`` says it stands for."""
 
     name: str
     use: str
     slots: dict[str, tuple[str, ...]]
     marks: tuple[tuple[str, ...], ...]
     flags: frozenset[str] = field(default=frozenset())
+    own: dict[str, str] = field(default_factory=dict)
 
     @functools.cached_property
     def keys(self) -> frozenset[str]:
@@ -199,7 +201,11 @@ def kinds_with(parts: Parts) -> dict[str, Kind]:
         return named or tuple(name for name in names if name not in own.values())
 
     return {
-        name: replace(kind, slots={slot: keys(names) for slot, names in kind.slots.items()})
+        name: replace(
+            kind,
+            slots={slot: keys(names) for slot, names in kind.slots.items()},
+            own={key: name for name, key in own.items()},
+        )
         for name, kind in KINDS.items()
     }
 
@@ -318,6 +324,11 @@ class Slots:
         where ``--column`` gave all of them to other slots)."""
         names = self.kind.slots[slot]
         return self._names.get(slot) or next((name for name in names if name in self.row), names[0] if names else slot)
+
+    def known(self, slot: str) -> str:
+        """``name``, as the table of kinds calls it."""
+        name = self.name(slot)
+        return self.kind.own.get(name, name)
 
     def value(self, slot: str) -> object:
         """What fills it; else what stands there (empty), or None."""

@@ -150,6 +150,16 @@ def test_a_shared_verdict_picks_one_answer_only() -> None:
 # ---- names of one's own
 
 
+def test_what_a_key_stands_for_decides_and_not_its_name() -> None:
+    columns = Columns((("prompt", "q"), ("response_a", "x"), ("response_b", "y"), ("winner", "best")))
+    for winner, texts in (("model_a", ["q", "a", "no"]), ("b", ["q", "no", "a"])):
+        pair = parse_preference({"q": "q", "x": "a", "y": "no", "best": winner}, "rows:1", Reading(columns=columns))
+        assert [*said(pair.chosen), said(pair.rejected)[-1]] == texts
+    columns = Columns((("functions", "api"), ("question", "functions"), ("answer", "A")))
+    (tool,) = read({"api": [{"name": "f"}], "functions": "q", "A": "a"}, columns=columns).tools or ()
+    assert tool == {"type": "function", "function": {"name": "f"}}
+
+
 def test_columns_name_the_parts_of_rows() -> None:
     columns = Columns((("question", "Q"), ("answer", "A"), ("system", "S")))
     assert said(read({"Q": "q", "A": "a", "S": "s", "id": 1}, columns=columns)) == ["s", "q", "a"]

@@ -14,6 +14,7 @@ from telechat_twins.core.data.chat_template import encode_chat
 from telechat_twins.core.data.dialogues import parse_dialogue
 from telechat_twins.core.data.kinds import messages as messages_module
 from telechat_twins.core.data.kinds import transcripts
+from telechat_twins.core.data.kinds.columns import NO_COLUMNS, Columns
 from telechat_twins.core.data.kinds.messages import Reading
 from telechat_twins.core.data.kinds.table import KINDS, USES
 from telechat_twins.core.data.packed import PackedDataset
@@ -21,7 +22,7 @@ from telechat_twins.core.data.prepare import pack_dialogues
 from telechat_twins.core.errors import UserError
 from telechat_twins.core.types import JsonObject
 from tests.support.data_support import tiny_tokenizer, write_rows
-from tests.support.row_spellings import SPELLINGS, Conversation
+from tests.support.row_spellings import SPELLINGS, Conversation, words
 
 END = 2
 ROWS = 200
@@ -42,12 +43,39 @@ def expected(meant: Conversation) -> tuple[list[int], list[int]]:
     return ids, mask
 
 
-def check_kind(kind: str, folder: Path, seed: int = 0) -> None:
-    """Pack ROWS random rows of a kind and hold each document against ``expected``."""
+def renamed(made: list[tuple[Conversation, JsonObject]], kind: str) -> tuple[list[JsonObject], Columns]:
+    """The rows with every key under a name of its own, and the columns that say so."""
+    keys = sorted({key for _, row in made for key in row if key in KINDS[kind].keys - KINDS[kind].flags})
+    own = {key: f"{key} {n}" for n, key in enumerate(keys)}
+    return [{own.get(key, key): value for key, value in row.items()} for _, row in made], Columns(tuple(own.items()))
+
+
+def reasoned(made: list[tuple[Conversation, JsonObject]], draw: random.Random) -> None:
+    """Reasoning beside answers: in the last message, or in the row beside its answer."""
+    for meant, row in made:
+        last = meant.messages[-1]
+        inside = (row[key][-1] for key in ("messages", "dialog", "completion") if isinstance(row.get(key), list))
+        holder = next(inside, row)
+        if last.get("tool_calls") or draw.random() < 0.3 or not isinstance(holder, dict):
+            continue
+        thought = words(draw).strip("\n") or "hm"
+        names = ("reasoning_content", "reasoning") if holder is not row else ("reasoning_content", "think", "cot")
+        holder[draw.choice(names)] = thought
+        last["content"] = f"<think>\n{thought}\n</think>\n\n{last['content']}"
+
+
+def check_kind(kind: str, folder: Path, seed: int = 0, form: str = "") -> None:
+    """Pack ROWS random rows of a kind and hold each document against ``expected``; ``form``: of the row."""
     draw = random.Random(f"{kind} {seed}")
     made = [SPELLINGS[kind](draw) for _ in range(ROWS)]
-    source = write_rows(folder / f"{kind}.jsonl", [row for _, row in made])
-    reading = Reading()
+    rows, columns, reasoning = [row for _, row in made], NO_COLUMNS, "refuse"
+    if form == "renamed":
+        rows, columns = renamed(made, kind)
+    elif form == "reasoned":
+        reasoned(made, draw)
+        reasoning = "think"
+    source = write_rows(folder / f"{kind}.jsonl", rows)
+    reading = Reading(columns=columns, reasoning=reasoning)
     pack_dialogues([source], folder / "out", tiny_tokenizer(), seq_len=4096, reading=reading, force=True, quiet=True)
     assert reading.kinds == {kind: ROWS}
     data = PackedDataset(folder / "out")
@@ -62,6 +90,16 @@ def check_kind(kind: str, folder: Path, seed: int = 0) -> None:
 @pytest.mark.parametrize("kind", SPELLINGS)
 def test_what_is_trained_is_what_chat_shows(kind: str, tmp_path: Path) -> None:
     check_kind(kind, tmp_path)
+
+
+@pytest.mark.parametrize("kind", SPELLINGS)
+def test_rows_under_names_of_their_own_are_trained_alike(kind: str, tmp_path: Path) -> None:
+    check_kind(kind, tmp_path, seed=1, form="renamed")
+
+
+@pytest.mark.parametrize("kind", ["messages", "dialog", "alpaca", "query", "completion"])
+def test_reasoning_is_trained_in_front_of_its_answer(kind: str, tmp_path: Path) -> None:
+    check_kind(kind, tmp_path, seed=2, form="reasoned")
 
 
 def test_every_kind_of_dialogue_is_held() -> None:
