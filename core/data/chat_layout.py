@@ -174,14 +174,14 @@ class TemplateLayout:
         """UserError for a special token that the template writes and the files beside the tokenizer describe, where
         the tokenizer has not the same: its name would be encoded as letters. ``kinds``: read as variables."""
         tokenizer, way = self._tokenizer, "give the tokenizer.json that holds it, which transformers writes"
-        for token, index in tokenizer.special.added.items():
+        for token, index in tokenizer.special.described.items():
             own = self._silent.get(token, tokenizer.token_id(token))
             if token in template and (own is None or index not in (None, own)):
                 where = "" if index is None else f" with id {index}"
                 has = "has not" if own is None else f"has with id {own}"
                 raise UserError(
                     f"{self.name}: writes {shown(token)}, which the files beside {tokenizer.path} describe as a "
-                    f"special token{where} and which that file {has}; {way}, or --chat-template builtin"
+                    f"token{where} and which that file {has}; {way}, or --chat-template builtin"
                 )
         for name in (f"{kind}_token" for kind in sorted(kinds) if tokenizer.control):
             said = tokenizer.special.names.get(name, tokens[name])

@@ -112,6 +112,16 @@ def load_tokenizer(
 
 def check_vocabulary(tokenizer: Tokenizer, config: ModelConfig) -> None:
     """UserError unless the tokenizer has exactly one piece per row of the model's embedding."""
+    pieces = tokenizer.vocab_size
+    named = {"bos_token_id": (config.bos_token_id,), "eos_token_id": sorted(config.stop_ids)}
+    named["pad_token_id"] = (config.filler_id,)
+    for name, ids in named.items():
+        if pieces < config.num_tokens and (behind := next((one for one in ids if one >= pieces), None)) is not None:
+            raise UserError(
+                f"{tokenizer.path}: has {pieces} pieces, and the model's {name} {behind} lies behind them, so the rows "
+                f"up to {config.num_tokens} are no padding; give the tokenizer that has it, or correct {name} in the "
+                "model's files"
+            )
     if tokenizer.vocab_size != config.num_tokens:
         raise UserError(
             f"{tokenizer.path}: the tokenizer has {tokenizer.vocab_size} pieces but model.vocab_size is "

@@ -234,7 +234,7 @@ class ChatModel:
         if path is None:
             raise UserError("tokenizer: there is none beside the checkpoint; give the path of one")
         self.tokenizer = load_tokenizer(path, control=control, in_vocabulary=True)
-        added = self.tokenizer.special.added
+        added = self.tokenizer.special.described
         self.config, note = fit_vocabulary(source.config, self.tokenizer.vocab_size, tokenizer is None, added)
         if note is not None:
             print(f"note: {note}", file=sys.stderr)

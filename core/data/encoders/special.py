@@ -31,11 +31,18 @@ TOKENIZER_CONFIG, SPECIAL_MAP, ADDED, CONFIG = (
 class SpecialTokens:
     """``given``: "bos", "eos" or "pad" -> (the token's name or id, where that was found). ``added``: name -> id of
     further tokens that the files beside the tokenizer describe (id None: behind the last one). ``names``: what the
-    files call a token, such as "unk_token" -> its name."""
+    files call a token, such as "unk_token" -> its name. ``written``: as ``added``, of tokens that are text (special
+    false)."""
 
     given: Mapping[str, tuple[str | int, str]] = field(default_factory=dict)
     added: Mapping[str, int | None] = field(default_factory=dict)
     names: Mapping[str, str] = field(default_factory=dict)
+    written: Mapping[str, int] = field(default_factory=dict)
+
+    @property
+    def described(self) -> dict[str, int | None]:
+        """Every token that the files beside the tokenizer add, special or not."""
+        return {**self.written, **self.added}
 
     def id_of(self, kind: str, token_id: Callable[[str], int | None], size: int, path: Path) -> int | None:
         """The id of a kind of token, None where nothing names it; UserError for a token that does not exist."""
@@ -60,6 +67,7 @@ def read_special(folder: Path, options: Mapping[str, str | None] | None = None) 
     given: dict[str, tuple[str | int, str]] = {}
     added: dict[str, int | None] = {}
     names: dict[str, str] = {}
+    written: dict[str, int] = {}
     for kind, name in (options or {}).items():
         if name is not None:
             given[kind] = (name, f"--{kind}-token")
@@ -84,8 +92,8 @@ def read_special(folder: Path, options: Mapping[str, str | None] | None = None) 
     if isinstance(entries, dict):
         for index, value in entries.items():
             name = _name(value)
-            if name is not None and index.isdecimal() and _is_special(value):
-                added[name] = int(index)
+            if name is not None and index.isdecimal():
+                (added if _is_special(value) else written)[name] = int(index)
     for name, index in _beside(folder, ADDED).items():
         if isinstance(index, int) and not isinstance(index, bool):
             added[name] = index
@@ -97,7 +105,7 @@ def read_special(folder: Path, options: Mapping[str, str | None] | None = None) 
         first = value[0] if isinstance(value, list) and value else value
         if key != kind and kind in KINDS and isinstance(first, int) and not isinstance(first, bool):
             given.setdefault(kind, (first, str(folder / CONFIG)))
-    return SpecialTokens(given, added, names)
+    return SpecialTokens(given, added, names, written)
 
 
 def find_tokenizer(folder: Path, among: Iterable[Path] | None = None) -> Path | None:

@@ -277,7 +277,8 @@ CHATML = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_e
     [
         ("added_tokens.json", {"<|im_start|>": 600}, "token with id 600 and which that file has not"),
         ("tokenizer_config.json", {"added_tokens_decoder": {"598": {"content": "<|im_end|>", "special": True}}}, "598"),
-        ("tokenizer_config.json", {"additional_special_tokens": ["<|im_end|>"]}, "describe as a special token and"),
+        ("tokenizer_config.json", {"added_tokens_decoder": {"600": {"content": "<|im_end|>"}}}, "a token with id 600"),
+        ("tokenizer_config.json", {"additional_special_tokens": ["<|im_end|>"]}, "describe as a token and"),
         ("tokenizer_config.json", {"extra_special_tokens": {"turn": "<|im_end|>"}}, "which that file has not"),
         ("special_tokens_map.json", {"eos_token": "<|im_end|>"}, "which that file has not"),
         ("special_tokens_map.json", {"additional_special_tokens": [{"content": "<|im_end|>"}]}, "has not; give the"),
@@ -302,7 +303,7 @@ def test_tokens_that_a_template_writes_have_the_tokenizers_ids(tmp_path):
     path.write_text(json.dumps({**about, "added_tokens_decoder": decoder, "eos_token": "<_end>"}))
     assert layout_of(folder)[0].encode(ASK)[-2:] == [9, 2]
     path.write_text(json.dumps({**about, "added_tokens_decoder": {"5": decoder["4"]}}))
-    with pytest.raises(UserError, match="'<_user>', .* special token with id 5 and which that file has with id 4"):
+    with pytest.raises(UserError, match="'<_user>', .* token with id 5 and which that file has with id 4"):
         layout_of(folder)
     path.write_text(json.dumps({**about, "eos_token": "<_bot>"}))
     with pytest.raises(UserError, match="writes eos_token, which is '<_bot>' by the files beside .* and '<_end>' here"):

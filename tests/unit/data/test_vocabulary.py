@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+from pathlib import Path
 
 import numpy as np
 import pytest
 
+from telechat_twins.core.data.tokenizer import check_vocabulary, load_tokenizer
 from telechat_twins.core.data.vocabulary import fit_run, fit_vocabulary
 from telechat_twins.core.errors import UserError
 from telechat_twins.core.inference.engine import Engine
@@ -14,7 +17,7 @@ from telechat_twins.core.inference.requests import Request, turn_stops
 from telechat_twins.core.inference.sampling import sampling_config
 from telechat_twins.core.model.config import load_model_config
 from telechat_twins.core.train import loop
-from tests.support.data_support import tiny_tokenizer
+from tests.support.data_support import tiny_tokenizer, tiny_tokenizer_path
 from tests.support.engine_support import CONFIG, PlainRunner, finish, tokens_of
 from tests.support.numpy_stepper import VOCAB, MemoryBlend, NumpyStepper, run_config
 
@@ -120,3 +123,25 @@ def test_a_run_takes_padding_out_of_the_loss_and_says_so(tmp_path, capsys, monke
 def test_data_of_another_tokenizer_is_refused() -> None:
     with pytest.raises(UserError, match="made by a tokenizer of 24 pieces, but 30 of the model's 32 rows stand for"):
         fit_run(padded_run(vocab_tokens=30), VOCAB)
+
+
+@pytest.mark.parametrize("name", ["bos_token_id", "eos_token_id", "pad_token_id"])
+def test_a_token_of_the_config_behind_the_pieces_is_named(name: str) -> None:
+    """In a row that would else be padding: neither another vocab_size nor another folder is the way out."""
+    tokenizer = tiny_tokenizer()
+    model = {"preset": "telechat2-tiny", "vocab_size": tokenizer.vocab_size + 40, name: tokenizer.vocab_size + 3}
+    with pytest.raises(
+        UserError, match=rf"has 600 pieces, and the model's {name} 603 lies behind them.*correct {name}"
+    ):
+        check_vocabulary(tokenizer, fit_vocabulary(load_model_config(model), tokenizer.vocab_size, own=True)[0])
+
+
+def test_added_tokens_that_are_text_stand_in_rows_too(tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.model").write_bytes(tiny_tokenizer_path().read_bytes())
+    entry = {"603": {"content": "<x>", "special": False}}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"added_tokens_decoder": entry}))
+    found = load_tokenizer(tmp_path).special
+    assert found.described == {"<x>": 603} and not found.added
+    config = load_model_config({"preset": "telechat2-tiny", "vocab_size": 640})
+    with pytest.raises(UserError, match="'<x>' was added with id 603"):
+        fit_vocabulary(config, 600, True, found.described)
