@@ -24,6 +24,7 @@ from telechat_twins.core.errors import UserError
 from telechat_twins.core.inference.pages import first_name, page_name
 from telechat_twins.core.inference.sampling import Sampler, SamplingConfig, TokenChoice, check_finite, log_probabilities
 from telechat_twins.core.inference.text_stream import StopText, text_stream
+from telechat_twins.core.inference.tool_calls import FirstCall
 
 if TYPE_CHECKING:
     from telechat_twins.core.data.tokenizer import Tokenizer
@@ -52,6 +53,10 @@ class Request:
     prompts with the same adapter share cached pages. ``grammar``: which answers are possible (core.inference.decoding.
     grammar); one that is complete ends.
 
+    ``min_new_tokens``: before so many, no stop token is chosen and no stop string looked for; a grammar that allows
+    nothing else ends an answer all the same. ``one_call``: an answer of the text "tools" ends behind its first call,
+    with ``thinking`` behind the first after the reasoning that it begins with.
+
     ``prompt_logprobs``: report the log-probability of each token of the prompt from place ``scored_from`` on, and those
     of the N likeliest in its place (None: neither). ``next_ids``: with it, report those of these tokens after the whole
     prompt, too. With it ``max_new_tokens`` may be 0.
@@ -73,6 +78,9 @@ class Request:
     scored_from: int = 1
     next_ids: tuple[int, ...] = ()
     grammar: str | None = None
+    min_new_tokens: int = 0
+    one_call: bool = False
+    thinking: bool = False
 
     @property
     def total(self) -> int:
@@ -131,6 +139,9 @@ def check_request(request: Request, vocab_size: int, has_tokenizer: bool) -> Non
     least = 1 if request.prompt_logprobs is None else 0
     if request.max_new_tokens < least:
         raise UserError(f"max_new_tokens: must be at least {least}, found {request.max_new_tokens}")
+    if not 0 <= request.min_new_tokens <= request.max_new_tokens:
+        limit = f"0 to max_new_tokens, {request.max_new_tokens}"
+        raise UserError(f"min_new_tokens: must be {limit}, found {request.min_new_tokens}")
     if not 1 <= request.samples <= MAX_SAMPLES:
         raise UserError(f"samples: must be 1 to {MAX_SAMPLES}, found {request.samples}")
     for name in ("logprobs", "prompt_logprobs"):
@@ -206,9 +217,18 @@ class Sample:
         self._page_size, self._by_step = page_size, rescale == "step"
         self._names: list[bytes] = []
         self.sampler = Sampler(
-            request.sampling, self.tokens, index, request.logit_bias, request.margins, request.logprobs, constraint
+            request.sampling,
+            self.tokens,
+            index,
+            request.logit_bias,
+            request.margins,
+            request.logprobs,
+            constraint,
+            request.stop_ids if request.min_new_tokens else (),
+            request.min_new_tokens + len(request.prompt_ids),
         )
         self._stops = StopText(request.stop_texts)
+        self._calls = FirstCall(request.thinking) if request.one_call and request.text == "tools" else None
         self._text = None
         if request.text != "none" or request.stop_texts:
             assert tokenizer is not None  # check_request refuses text and stop strings without one
@@ -292,8 +312,10 @@ class Sample:
         if choice.token in self.request.stop_ids:
             reason, stop = "stop", choice.token
         elif self._text is not None:
-            text = self._stops.push(self._text.push(choice.token))
+            text = self._shown(self._text.push(choice.token))
             offset = self._text.start
+        if self._called:
+            return self._last(choice, text, "stop", None, offset=offset)
         if reason is None and self._stops.found is None:
             if self.sampler.complete:
                 reason = "stop"
@@ -301,20 +323,30 @@ class Sample:
                 reason = "length"
         # At the end the decoder's held-back bytes come out, which may complete a stop string: then that is the reason.
         if reason is not None and self._text is not None:
-            text += self._stops.push(self._text.flush())
+            text += self._shown(self._text.flush(), last=True)
         if self._stops.found is not None:
             reason, stop = "stop", self._stops.found
-        elif reason is not None:
-            text += self._stops.flush()
         if reason is None:
             return Event(self.number, self.index, choice, text, offset=offset, scores=self._report())
         return self._last(choice, text, reason, stop, offset=offset)
+
+    def _shown(self, text: str, last: bool = False) -> str:
+        """What of new text may be shown, as far as the answer has not ended inside it; ``last``: no more comes."""
+        if self.made > self.request.min_new_tokens:
+            text = self._stops.push(text)
+        if last and self._stops.found is None:
+            text += self._stops.flush()
+        return text if self._calls is None else self._calls.push(text)
+
+    @property
+    def _called(self) -> bool:
+        return self._calls is not None and self._calls.found
 
     def end(self, reason: str, error: str | None = None) -> Event:
         """End the sample without a further token. Returns its event, with the text that was held back."""
         text = ""
         if self._text is not None:
-            text = self._stops.push(self._text.flush()) + self._stops.flush()
+            text = self._shown(self._text.flush(), last=True)
         return self._last(None, text, reason, None, error)
 
     def _last(

@@ -7,7 +7,7 @@ sorts the whole vocabulary, and greedy decoding copies nothing.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
@@ -91,12 +91,16 @@ class Sampler:
         margins: bool = False,
         logprobs: int | None = None,
         constraint: TokenMask | None = None,
+        ends: Collection[int] = (),
+        earliest: int = 0,
     ) -> None:
         """``sample``: index among several answers to one prompt; ``bias`` is added to logits, by token id; ``margins``:
         report them; ``logprobs``: report the chosen token's and those of the N likeliest; ``constraint``: the tokens
-        that may be chosen."""
+        that may be chosen; ``ends``: tokens that may not be chosen for positions before ``earliest``, unless no other
+        may."""
         self.config, self.margins, self.logprobs = config, margins, logprobs
         self._constraint = constraint
+        self._ends, self._earliest = np.array(sorted(ends), np.int64), earliest
         self._draws = Draws(config.seed, sample)
         self._history = History(prompt) if config.penalises else None
         self._bias = None
@@ -114,6 +118,10 @@ class Sampler:
             scores = adjust(logits, config, self._history, self._bias)
         if self._constraint is not None:
             scores = self._constraint.mask(scores)
+        if position < self._earliest and self._ends.size:
+            longer = scores.astype(np.float64)
+            longer[self._ends] = -np.inf
+            scores = longer if longer.max() > -np.inf else scores
         token = int(np.argmax(scores)) if config.greedy else draw(scores, config, self._draws.at(position))
         if self._history is not None:
             self._history.add(token)

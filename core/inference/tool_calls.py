@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from typing import NoReturn
 
 from telechat_twins.core.data.control import THINK, THINK_END, TOOL_CALL, TOOL_CALL_END
+from telechat_twins.core.inference.text_stream import Thought, ThoughtStream
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,26 @@ class ToolCall:
 AnswerPart = str | ToolCall
 _WHITE = 64  # characters in front of <think>, at most
 _SLICE = 4096  # characters of a piece that are read at once
+
+
+class FirstCall:
+    """Filter that ends a text behind its first call. ``found``: it has come. ``thinking``: the text begins inside
+    <think>, where nothing is a call."""
+
+    def __init__(self, thinking: bool = False) -> None:
+        self._stream = ToolCallStream()
+        self._thoughts = ThoughtStream() if thinking else None
+        self.found = False
+
+    def push(self, piece: str) -> str:
+        """The text up to the end of the first call. Character by character, since a call may end inside a piece."""
+        for place, character in enumerate("" if self.found else piece):
+            texts = [character] if self._thoughts is None else self._thoughts.push(character)
+            text = "".join(text for text in texts if not isinstance(text, Thought))
+            if any(isinstance(part, ToolCall) for part in self._stream.push(text)):
+                self.found = True
+                return piece[: place + 1]
+        return "" if self.found else piece
 
 
 class ToolCallStream:

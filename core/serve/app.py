@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import hmac
-import re
 from collections.abc import Mapping, Sequence
 
 from fastapi import FastAPI, Request
@@ -17,6 +16,7 @@ from starlette.types import ASGIApp
 from telechat_twins.core.inference.decoding.settings import SAMPLING
 from telechat_twins.core.serve.chat import read_chat
 from telechat_twins.core.serve.completions import read_completion
+from telechat_twins.core.serve.elsewhere.routes import advice
 from telechat_twins.core.serve.errors import ApiError, shown
 from telechat_twins.core.serve.exchange import ClientGone, EventStream, Exchange, json_response, outcome_of
 from telechat_twins.core.serve.guard import NO_PAGE, Guard
@@ -57,12 +57,12 @@ def _add_error_handlers(app: FastAPI) -> None:
 
     @app.exception_handler(HTTPException)
     async def no_route(request: Request, error: HTTPException) -> Response:
-        path = request.url.path
+        path, allowed = request.url.path, (error.headers or {}).get("Allow")
         message = f"this server has no route {request.method} {shown(path)}"
-        # A base_url without /v1, or with it twice.
-        meant = "/v1" + re.sub(r"^(/v1)+(?=/)", "", path)
-        if error.status_code == 404 and meant != path and meant in {getattr(route, "path", "") for route in app.routes}:
-            message += f"; did you mean {meant}?"
+        if error.status_code == 404 and (hint := advice(path, {getattr(route, "path", "") for route in app.routes})):
+            message += f"; {hint}"
+        elif allowed:
+            message += f"; it takes {', '.join(sorted(allowed.split(', ')))}"
         return error_response(ApiError(error.status_code, message, headers=error.headers))
 
     @app.exception_handler(ClientGone)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from telechat_twins.core.data.kinds.turns import order_of_results
 from telechat_twins.core.errors import UserError
-from telechat_twins.core.inference.decoding.grammar import Schema
+from telechat_twins.core.inference.decoding.grammar import Form
 from telechat_twins.core.inference.requests import Event, Request, turn_stops
 from telechat_twins.core.inference.sampling import TokenChoice
 from telechat_twins.core.inference.text_stream import Thought, ThoughtStream
@@ -106,7 +106,7 @@ class Conversation:
     options: AnswerOptions
     messages: list[JsonObject]
     use: ToolUse
-    schema: Schema | None
+    schema: Form | None
     variables: JsonObject | None
     asked: int | None
     samples: int = 1
@@ -124,9 +124,11 @@ class Conversation:
         served, options = self.served, self.options
         grammar = grammar_of(served, self.schema, self.use, self.thinks)
         ids = self._encode()
+        new = room(served, [ids], self.asked, None, self.param, self.limit)
         return Request(
             prompt_ids=tuple(ids),
-            max_new_tokens=room(served, [ids], self.asked, None, self.param, self.limit),
+            max_new_tokens=new,
+            min_new_tokens=options.least_of(new),
             sampling=options.sampling,
             samples=self.samples,
             stop_ids=options.stop_ids(turn_stops(served.tokenizer, served.config)),
@@ -137,6 +139,8 @@ class Conversation:
             cache_salt=options.salt,
             adapter=options.adapter,
             grammar=grammar,
+            one_call=not self.use.several,
+            thinking=self.thinks,
         )
 
     def _encode(self) -> list[int]:

@@ -50,13 +50,14 @@ def read_completion(body: JsonObject, served: Served, tenant: str = "") -> Draft
     prompts = read_prompts(fields, found, served)
 
     def encode() -> AnswerJob:
-        grammar = grammar_of(served, schema, ToolUse())
+        grammar = grammar_of(served, schema, ToolUse(), continues=True)
         encoded = [_encode(prompt, served) for prompt in prompts]
         new = room(served, encoded, asked, DEFAULT_NEW, "prompt")
         requests = tuple(
             Request(
                 prompt_ids=tuple(ids),
                 max_new_tokens=new,
+                min_new_tokens=options.least_of(new),
                 sampling=options.sampling,
                 samples=samples,
                 stop_ids=options.stop_ids(served.config.stop_ids),

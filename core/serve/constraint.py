@@ -7,7 +7,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from telechat_twins.core.errors import UserError
-from telechat_twins.core.inference.decoding.grammar import ANY_OBJECT, Schema, answer_grammar, call_rules
+from telechat_twins.core.inference.decoding.grammar import (
+    ANY_OBJECT,
+    Form,
+    Schema,
+    Words,
+    answer_grammar,
+    call_rules,
+)
+from telechat_twins.core.serve import strict_json
 from telechat_twins.core.serve.errors import ApiError, shown
 from telechat_twins.core.serve.fields import Fields
 from telechat_twins.core.serve.job import Served
@@ -15,12 +23,14 @@ from telechat_twins.core.types import JsonObject
 
 TOOL_NAME = re.compile(r"[a-zA-Z0-9_-]{1,64}")
 FORMAT_NAME = re.compile(r"[a-zA-Z0-9_-]{1,64}")
+FORMS = ("json", "json_object", "choice", "regex")  # of structured_outputs
+MAX_PATTERN_CHARACTERS = 1000
 
 
 @dataclass(frozen=True)
 class ToolUse:
     """The tools for the prompt, None when there are none or the model may not call any; ``forced``: places of those of
-    which one must be called; ``several``: calls are allowed where one is forced."""
+    which one must be called; ``several``: calls are allowed; otherwise an answer ends behind its first."""
 
     tools: list[JsonObject] | None = None
     forced: tuple[int, ...] = ()
@@ -36,14 +46,7 @@ def read_tools(fields: Fields) -> ToolUse:
     if choice in (None, "auto", "none"):
         if choice == "auto" and not tools:
             fields.refuse("tool_choice", "is only allowed with tools")
-        if several is False and tools and choice != "none":
-            fields.refuse(
-                "parallel_tool_calls",
-                "false needs a tool_choice that forces a call: otherwise this server does not limit their number; use "
-                "the first call only",
-                "unsupported_parameter",
-            )
-        return ToolUse(None if choice == "none" else tools or None)
+        return ToolUse(None if choice == "none" else tools or None, several=several is not False)
     if not tools:
         fields.refuse("tool_choice", "is only allowed with tools")
     if choice == "required":
@@ -84,8 +87,15 @@ def _tool(where: str, tool: object) -> JsonObject:
     return tool
 
 
-def read_format(fields: Fields) -> Schema | None:
-    """The JSON schema that ``response_format`` demands of the answer; None for any text."""
+def read_format(fields: Fields) -> Form | None:
+    """What ``response_format``, or vLLM's ``structured_outputs``, demands of the answer; None for any text."""
+    found, other = _read_response_format(fields), _read_structured(fields)
+    if other is not None and found is not None:
+        fields.refuse(other[0], "is not allowed beside response_format; give one of the two")
+    return found if other is None else other[1]
+
+
+def _read_response_format(fields: Fields) -> Schema | None:
     found = fields.object("response_format")
     if found is None:
         return None
@@ -104,6 +114,48 @@ def read_format(fields: Fields) -> Schema | None:
     return read_schema(Fields(given, "response_format.json_schema"))
 
 
+def _read_structured(fields: Fields) -> tuple[str, Form] | None:
+    """The field and the form of ``structured_outputs`` {json | json_object | choice | regex: ...}, or of its older
+    names ``guided_json`` and so on."""
+    given = fields.object("structured_outputs")
+    inner = Fields(given or {}, "structured_outputs")
+    wanted: list[tuple[Fields, str, str]] = [(inner, kind, kind) for kind in FORMS]
+    wanted += [(fields, f"guided_{kind}", kind) for kind in FORMS]
+    found = [(of, name, kind) for of, name, kind in wanted if of.any(name) not in (None, False)]
+    inner.done()
+    if given is not None and not found:
+        fields.refuse("structured_outputs", f"must have one of {', '.join(FORMS)}", "missing_required_parameter")
+    if len(found) > 1:
+        of, name, _ = found[1]
+        of.refuse(name, f"is not allowed beside {found[0][0].name(found[0][1])}; give one of the two")
+    return None if not found else (found[0][0].name(found[0][1]), _form(*found[0]))
+
+
+def _form(fields: Fields, name: str, kind: str) -> Form:
+    found = fields.any(name)
+    if kind == "json_object":
+        fields.boolean(name)
+        return ANY_OBJECT
+    if kind == "regex":
+        pattern = fields.text(name) or ""
+        if not 1 <= len(pattern) <= MAX_PATTERN_CHARACTERS:
+            fields.refuse(name, f"must have 1 to {MAX_PATTERN_CHARACTERS} characters, found {len(pattern)}")
+        return Words(pattern=pattern)
+    if kind == "choice":
+        texts = fields.list(name) or []
+        if not (texts and all(isinstance(text, str) and text for text in texts)):
+            fields.refuse(name, "expected a list of texts, none empty", "invalid_type")
+        return Words(tuple(str(text) for text in texts))
+    if isinstance(found, str):  # clients of vLLM also send the schema as text
+        try:
+            found = strict_json.parse(found.encode("utf-8"))
+        except ValueError as error:
+            fields.refuse(name, f"expected a JSON schema, found text that is none ({error})", "invalid_type")
+    if not isinstance(found, (dict, bool)):
+        fields.refuse(name, f"expected a JSON schema, found {shown(found)}", "invalid_type")
+    return found
+
+
 def read_schema(fields: Fields) -> Schema:
     """A named schema. It is enforced with ``strict`` true and false alike."""
     name = fields.text("name")
@@ -118,14 +170,16 @@ def read_schema(fields: Fields) -> Schema:
     return schema
 
 
-def grammar_of(served: Served, schema: Schema | None, use: ToolUse, thinking: bool = False) -> str | None:
+def grammar_of(
+    served: Served, schema: Form | None, use: ToolUse, thinking: bool = False, continues: bool = False
+) -> str | None:
     """The grammar of an answer; None where every text is allowed. ApiError names the schema that cannot be enforced.
-    ``thinking``: the answer begins with reasoning, which is free.
+    ``thinking``: the answer begins with reasoning, which is free; ``continues``: it continues a text.
 
     Compiles the grammar, which may take some time.
     """
     if schema is not None:
-        _check(served, schema, None, "response_format")
+        _check(served, schema, None, "structured_outputs" if isinstance(schema, Words) else "response_format")
     if schema is None and not use.forced:
         return None
     tools = use.tools or []
@@ -137,7 +191,7 @@ def grammar_of(served: Served, schema: Schema | None, use: ToolUse, thinking: bo
         places = use.forced or range(len(tools))
         functions = {str(tools[place]["function"]["name"]): _parameters(tools[place]) for place in places}
         calls = call_rules(functions, use.several, served.tokenizer)
-    grammar = answer_grammar(None if use.forced else schema, calls, served.tokenizer, thinking)
+    grammar = answer_grammar(None if use.forced else schema, calls, served.tokenizer, thinking, continues)
     served.grammars.check(grammar)
     return grammar
 
@@ -146,7 +200,7 @@ def _parameters(tool: JsonObject) -> Schema:
     return {"type": "object", **(tool["function"].get("parameters") or {})}
 
 
-def _check(served: Served, schema: Schema | None, functions: dict[str, Schema] | None, param: str) -> None:
+def _check(served: Served, schema: Form | None, functions: dict[str, Schema] | None, param: str) -> None:
     """ApiError 400 for a schema, or the schema of a tool's arguments, that cannot be enforced."""
     try:
         calls = None if functions is None else call_rules(functions, False, served.tokenizer)

@@ -7,6 +7,7 @@ import difflib
 from collections.abc import Iterable
 from typing import NoReturn, TypeVar
 
+from telechat_twins.core.serve.elsewhere.fields import FIELDS, asks_nothing
 from telechat_twins.core.serve.errors import ApiError, shown, shown_name
 from telechat_twins.core.types import JsonObject
 
@@ -83,11 +84,14 @@ class Fields:
                 self.refuse(field, why, "unsupported_parameter")
 
     def done(self) -> None:
-        """Refuse every field that was not read."""
+        """Refuse every field that was not read, but for those of other servers that ask for nothing here."""
+        here = not self._where  # other servers' fields are those of the body itself
         for field, value in self._found.items():
-            if field not in self._known and value is not None:
+            if field not in self._known and value is not None and not (here and asks_nothing(field, value)):
+                name = self.name(shown_name(field))
+                if here and field in FIELDS:
+                    raise ApiError(400, f"{name}: {FIELDS[field].advice}", name, "unsupported_parameter")
                 # A comparison takes time in proportion to the product of both lengths.
                 near = difflib.get_close_matches(field, self._known, n=1) if len(field) <= MAX_HINT_CHARACTERS else []
                 hint = f", did you mean '{near[0]}'?" if near else ""
-                name = self.name(shown_name(field))
                 raise ApiError(400, f"Unknown parameter: '{name}'{hint}", name, "unknown_parameter")

@@ -119,10 +119,18 @@ class AnswerOptions:
     bias: dict[int, float]
     salt: str
     ignore_eos: bool
+    least: int
 
     def stop_ids(self, usual: frozenset[int]) -> frozenset[int]:
         """The tokens that end an answer which ``usual`` ones do unless they are ignored."""
         return self.ends | (frozenset() if self.ignore_eos else usual)
+
+    def least_of(self, new: int) -> int:
+        """``min_tokens`` of answers of at most ``new`` tokens. ApiError where they are fewer."""
+        if self.least > new:
+            message = f"min_tokens: must be at most the answer's limit of {new} tokens, found {shown(self.least)}"
+            raise ApiError(400, message, "min_tokens", "invalid_value")
+        return self.least
 
 
 def read_options(fields: Fields, served: Served, tenant: str) -> AnswerOptions:
@@ -135,6 +143,7 @@ def read_options(fields: Fields, served: Served, tenant: str) -> AnswerOptions:
         bias=read_bias(fields, served.config.num_tokens),
         salt=read_salt(fields, tenant),
         ignore_eos=fields.boolean("ignore_eos"),
+        least=fields.integer("min_tokens", 0, None) or 0,
     )
     read_ignored(fields)
     return options

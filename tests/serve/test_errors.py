@@ -135,13 +135,7 @@ WRONG = [
     ),
     (CHAT, chat_body(tools=[TOOL], tool_choice=OTHER), 400, "tool_choice", "names 'g', which is not one of the tools"),
     (CHAT, chat_body(tool_choice="auto"), 400, "tool_choice", "is only allowed with tools"),
-    (
-        CHAT,
-        chat_body(tools=[TOOL], parallel_tool_calls=False),
-        400,
-        "parallel_tool_calls",
-        "this server does not limit their number",
-    ),
+    (CHAT, chat_body(tools=[TOOL], parallel_tool_calls=0), 400, "parallel_tool_calls", "expected true or false"),
     # tools
     (CHAT, chat_body(tools={}), 400, "tools", "expected a list"),
     (CHAT, chat_body(tools=["f"]), 400, "tools[0]", "expected {'type': 'function'"),
@@ -327,7 +321,8 @@ def test_nothing_harmless_is_refused(server):
 )
 def test_other_places_have_errors_of_the_same_form(server, method, path, status):
     answer = ask(server.port, path, method=method)
-    assert (answer.status, answer.error["message"]) == (status, f"this server has no route {method} '{path}'")
+    assert answer.status == status
+    assert answer.error["message"].partition(";")[0] == f"this server has no route {method} '{path}'"
 
 
 @pytest.mark.parametrize("path", ["/chat/completions", "/v1/v1/chat/completions"])

@@ -12,6 +12,7 @@ import re
 import threading
 from collections import OrderedDict
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 from urllib.parse import unquote
 
@@ -32,9 +33,35 @@ KEPT_GRAMMARS = 64  # compiled ones
 # White space between the parts of JSON. llguidance's own pattern has no end, and a weak model may never leave it.
 WHITE_SPACE = r"[ \n]{1,32}"
 ANY_OBJECT: JsonObject = {"type": "object"}
-UNKNOWN = ("<unk>", "<UNK>")  # pieces for what a vocabulary cannot write; their text is not their name
+# Pieces for what a vocabulary cannot write, whose text is not their name; and the byte that is a space, in which
+# vocabularies have pieces, too: at the beginning of an answer a decoder drops the piece's space and keeps the byte's.
+UNUSED = ("<unk>", "<UNK>", "<0x20>")
 MIDDLE = "\x02"  # a character that no word begins with
 Schema = JsonObject | bool
+
+
+@dataclass(frozen=True)
+class Words:
+    """Texts that are no JSON: one of ``choice``, or those that the regular expression ``pattern`` matches as a whole
+    (the syntax of Rust's crate regex, without look-around)."""
+
+    choice: tuple[str, ...] = ()
+    pattern: str = ""
+
+    def rules(self, lead: str) -> list[str]:
+        """The rule ``words``; ``lead``: see _lead."""
+        if self.choice:
+            # Where a tokenizer drops a space at the beginning, a text that has one needs another.
+            leads = [lead.replace("?", "") if text.startswith(" ") else lead for text in self.choice]
+            texts = [json.dumps(text, ensure_ascii=False).replace("\x7f", r"\u007f") for text in self.choice]
+            return [f"words: {' | '.join(map(str.__add__, leads, texts))}"]
+        # A pattern stands between slashes on one line.
+        line = re.sub(r"\\.|[/\n\r]", lambda found: _IN_PATTERN.get(found[0], found[0]), self.pattern, flags=re.DOTALL)
+        return [f"words: {lead}WORDS", f"WORDS: /{line}/"]
+
+
+_IN_PATTERN = {"/": r"\/", "\n": r"\n", "\r": r"\r", "\\\n": r"\n", "\\\r": r"\r"}
+Form = Schema | Words
 
 
 class Grammars:
@@ -102,8 +129,8 @@ class _Words:
     """The vocabulary as llguidance's TokenizerWrapper reads it."""
 
     def __init__(self, tokenizer: Tokenizer, size: int, end: int) -> None:
-        unknown = [index for name in UNKNOWN if (index := tokenizer.token_id(name)) is not None]
-        silent = {*tokenizer.silent.values(), *tokenizer.control.values(), *unknown}
+        unused = [index for name in UNUSED if (index := tokenizer.token_id(name)) is not None]
+        silent = {*tokenizer.silent.values(), *tokenizer.control.values(), *unused}
         self.eos_token_id, self.bos_token_id = end, None
         self.special_token_ids = sorted(index for index in silent if index < size)
         self.tokens = [tokenizer.token_bytes(index) for index in range(size)]
@@ -174,16 +201,22 @@ class Constraint:
         return bool(self._matcher.is_stopped())
 
 
-def answer_grammar(schema: Schema | None, calls: str | None, tokenizer: Tokenizer, thinking: bool = False) -> str:
-    """The grammar of an answer: JSON of ``schema``, or tool calls by the rules ``calls`` (``call_rules``), or either
-    where both are given. ``thinking``: the answer begins inside <think>, whose text is free."""
-    ways = [way for way, given in (("json_value", schema), ("calls", calls)) if given is not None]
-    if thinking:
-        lines = [f"start: thought ({' | '.join(ways)})", *_thought(tokenizer)]
-    else:
-        lines = [f"start: {_lead(tokenizer)}({' | '.join(ways)})"]
-    if schema is not None:
-        lines.append(_json_rule("json_value", schema))
+def answer_grammar(
+    form: Form | None, calls: str | None, tokenizer: Tokenizer, thinking: bool = False, continues: bool = False
+) -> str:
+    """The grammar of an answer: a text of ``form``, or tool calls by the rules ``calls`` (``call_rules``), or either
+    where both are given. ``thinking``: the answer begins inside <think>, whose text is free. ``continues``: it
+    continues a text, so that a space before its first word would be part of it."""
+    lead = "" if thinking else _lead(tokenizer)
+    ways, rules = [], []
+    if isinstance(form, Words):
+        ways, rules = ["words"], form.rules("" if continues else lead)
+    elif form is not None:
+        ways, rules = [f"{lead}json_value"], [_json_rule("json_value", form)]
+    ways += [] if calls is None else [f"{lead}calls"]
+    start = f"({' | '.join(ways)})"
+    lines = [f"start: thought {start}", *_thought(tokenizer)] if thinking else [f"start: {start}"]
+    lines += rules
     return "\n".join([*lines, calls or ""]) + "\n"
 
 
