@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import secrets
 from dataclasses import dataclass
 from functools import partial
@@ -291,12 +290,15 @@ def tool_call(where: str, call: object) -> JsonObject:
     function = call.get("function") if isinstance(call, dict) else None
     if not isinstance(function, dict) or not isinstance(function.get("name"), str):
         raise ApiError(400, f"{where}: expected an object with a function and its name, found {shown(call)}", where)
-    given, arguments = function.get("arguments") or "{}", None
+    given = function.get("arguments") or "{}"
+    arguments, found = None, f"found {shown(given)}"
     if isinstance(given, str):
-        with contextlib.suppress(ValueError):
+        try:
             arguments = strict_json.parse(given.encode("utf-8"))
+        except ValueError as error:  # of an answer that reached its limit, for one
+            found = str(error)
     if not isinstance(arguments, dict):
-        raise ApiError(400, f"{where}.function.arguments: expected the text of a JSON object", where)
+        raise ApiError(400, f"{where}.function.arguments: expected the text of a JSON object: {found}", where)
     return {"name": function["name"], "arguments": arguments}
 
 

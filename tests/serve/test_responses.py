@@ -38,7 +38,13 @@ def client(server: Running):
 
 def test_an_answer(client, server):
     answer = client.responses.create(
-        model=NAME, input="hello", instructions="Be brief.", temperature=0, metadata={"a": "b"}, max_output_tokens=60
+        model=NAME,
+        input="hello",
+        instructions="Be brief.",
+        temperature=0,
+        metadata={"a": "b"},
+        max_output_tokens=60,
+        include=["reasoning.encrypted_content"],
     )
     assert answer.output_text == "You said: hello" and answer.status == "completed" and answer.id.startswith("resp_")
     (item,) = answer.output
@@ -108,7 +114,12 @@ def test_formats_and_forced_calls():
         ({"store": True}, "store", "must be false: this server stores no responses"),
         ({"background": True}, "background", "is not supported by this server"),
         ({"reasoning": {"effort": "low"}}, "reasoning", "is not supported by this server"),
-        ({"include": ["reasoning.encrypted_content"]}, "include", "is not supported by this server"),
+        (
+            {"include": ["reasoning.encrypted_content", "message.output_text.logprobs"]},
+            "include",
+            "include[1]: 'message.output_text.logprobs' is not supported by this server",
+        ),
+        ({"include": "x"}, "include", "expected a list, found 'x'"),
         ({"text": {"verbosity": "low"}}, "text.verbosity", "is not supported by this server"),
         ({"text": {"format": {"type": "xml"}}}, "text.format.type", "must be 'text', 'json_object'"),
         ({"tools": [{"type": "web_search"}]}, "tools[0]", "must be of type 'function', found 'web_search'"),

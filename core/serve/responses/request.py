@@ -31,10 +31,10 @@ if TYPE_CHECKING:
 
 TEXTS = ("input_text", "output_text", "reasoning_text", "text")
 STATELESS = "is not supported: this server stores no responses; send the whole conversation as input"
+ENCRYPTED = "reasoning.encrypted_content"
 # Fields of the API that are not honoured, with the values at which they ask for nothing.
 NEUTRAL: JsonObject = {
     "background": False,
-    "include": [],
     "top_logprobs": 0,
     "truncation": "disabled",
     "reasoning": {},
@@ -54,6 +54,7 @@ def read_response(body: JsonObject, served: Served, tenant: str = "") -> Draft:
         NEUTRAL,
     )
     fields.absent(("moderation",), UNSUPPORTED)
+    _check_include(fields)
     stream = fields.boolean("stream")
     _check_stream_options(fields, stream)
     schema, given_format = _read_format(fields)
@@ -92,6 +93,15 @@ def read_response(body: JsonObject, served: Served, tenant: str = "") -> Draft:
         return AnswerJob((conversation.request(),), frame, stream)
 
     return Draft(1, encode)
+
+
+def _check_include(fields: Fields) -> None:
+    """Refuse what ``include`` asks for, but for encrypted reasoning: clients that store nothing ask for it in order to
+    send the reasoning back, which they can do with its text."""
+    for place, wanted in enumerate(fields.list("include") or ()):
+        if wanted != ENCRYPTED:
+            message = f"include[{place}]: {shown(wanted)} {UNSUPPORTED}"
+            raise ApiError(400, message, "include", "unsupported_parameter")
 
 
 def _check_stream_options(fields: Fields, stream: bool) -> None:
