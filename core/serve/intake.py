@@ -67,12 +67,13 @@ class Intake:
     @contextlib.asynccontextmanager
     async def _body(self, request: Request) -> AsyncIterator[bytearray]:
         """A request's body, whose memory is counted until the block ends. ApiError when it is not declared as JSON, is
-        too large, or does not arrive in time."""
+        too large, or does not arrive in time or before the server shuts down."""
         check_kind(request, self._limits.body)
+        self._service.check_open()
         body, held = bytearray(), 0
         try:
             try:
-                async with asyncio.timeout(BODY_SECONDS):
+                async with asyncio.timeout(BODY_SECONDS) as reading, self._service.arrival(reading):
                     async for piece in request.stream():
                         body += piece
                         if len(body) > self._limits.body:
@@ -85,6 +86,7 @@ class Intake:
                             async with self._pace:
                                 await asyncio.sleep(PACE_SECONDS)
             except TimeoutError:
+                self._service.check_open()
                 raise ApiError(408, f"the body did not arrive within {BODY_SECONDS:g} s") from None
             except ClientDisconnect:
                 raise ClientGone from None

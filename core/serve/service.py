@@ -8,6 +8,7 @@ registers the ticket of a request before the events of a step can be delivered.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import math
 import threading
 import time
@@ -38,6 +39,7 @@ class Service:
         self.draining = False
         self._waiting: dict[int, tuple[Ticket, int]] = {}  # ticket and index in it, by the engine's request number
         self._tickets: dict[Ticket, int] = {}  # open tickets, with the number of answers they asked for
+        self._arriving: set[asyncio.Timeout] = set()  # of requests whose bodies are being read; they end with ``drain``
         self._closing, self._when_idle = False, idle
         self._idle = asyncio.Event()
         self._idle.set()
@@ -56,11 +58,24 @@ class Service:
     def open_answers(self) -> int:
         return sum(self._tickets.values())
 
+    @contextlib.asynccontextmanager
+    async def arrival(self, reading: asyncio.Timeout) -> AsyncGenerator[None, None]:
+        """While a body is read under the time limit ``reading``, which ``drain`` brings to its end."""
+        self._arriving.add(reading)
+        try:
+            yield
+        finally:
+            self._arriving.discard(reading)
+
+    def check_open(self) -> None:
+        """ApiError 503 when the server is shutting down."""
+        if self.draining:
+            raise ApiError(503, "the server is shutting down", code="shutting_down", headers={"Retry-After": "10"})
+
     def admit(self, answers: int) -> None:
         """Check that ``answers`` more may be queued. ApiError 400 when they exceed what this server takes at once, 429
         when the queue is full, 503 when the server is shutting down."""
-        if self.draining:
-            raise ApiError(503, "the server is shutting down", code="shutting_down", headers={"Retry-After": "10"})
+        self.check_open()
         if answers > self.max_open:
             message = f"n: this server takes at most {self.max_open} answers at once, found {answers}; ask for fewer"
             raise ApiError(400, message, "n")
@@ -108,6 +123,9 @@ class Service:
     async def drain(self, grace: float) -> None:
         """Admit no more requests, and wait for the running ones; after ``grace`` seconds, end what is left."""
         self.draining = True
+        for reading in self._arriving:
+            if not reading.expired():
+                reading.reschedule(self._loop.time())
         try:
             async with asyncio.timeout(grace):
                 await self._idle.wait()
