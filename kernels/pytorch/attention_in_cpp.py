@@ -15,6 +15,7 @@ from torch import Tensor
 
 from telechat_twins.core.model.visibility import KeyRanges
 from telechat_twins.kernels.pytorch.composite import merge_blocks
+from telechat_twins.kernels.pytorch.room import empty
 from telechat_twins.kernels.pytorch.weights import NAMES as FLOATING
 
 __all__ = ["merge_blocks"]  # and the functions below
@@ -39,7 +40,7 @@ def attention(
     q: Tensor, k: Tensor, v: Tensor, key_ranges: KeyRanges, scale: float | None = None, out_f32: bool = False
 ) -> tuple[Tensor, Tensor]:
     B, S, H, D = q.shape
-    out = q.new_empty((B, S, H, D), dtype=torch.float32 if out_f32 else q.dtype)
+    out = empty((B, S, H, D), torch.float32 if out_f32 else q.dtype)
     log_sum_exp = q.new_empty((B, H, S), dtype=torch.float32)
     inputs = (*map(unit_stride, (q, k, v)), _ranges(key_ranges))
     run("attention", inputs, (out, log_sum_exp), (D**-0.5 if scale is None else scale,))
@@ -64,7 +65,7 @@ def attention_backward(
         assert out is not None
         delta = q.new_empty((B, H, S), dtype=torch.float32)
         run("attention_delta", (grad, unit_stride(out)), (delta,), ())
-    dq, dk, dv = (x.new_empty(x.shape, dtype=torch.float32 if out_f32 else x.dtype) for x in (q, k, v))
+    dq, dk, dv = (empty(x.shape, torch.float32 if out_f32 else x.dtype) for x in (q, k, v))
     wide = (log_sum_exp.to(torch.float32).contiguous(), delta.to(torch.float32).contiguous())
     inputs = (grad, *map(unit_stride, (q, k, v)), _ranges(key_ranges), *wide)
     run("attention_backward", inputs, (dq, dk, dv), (D**-0.5 if scale is None else scale,))

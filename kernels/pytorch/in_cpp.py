@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from telechat_twins.kernels.pytorch.attention_in_cpp import run, unit_stride
+from telechat_twins.kernels.pytorch.room import empty
 
 OPERATORS = ("rms_norm", "layer_norm", "rope", "swiglu", "gelu", "cross_entropy")
 
@@ -17,7 +18,7 @@ OPERATORS = ("rms_norm", "layer_norm", "rope", "swiglu", "gelu", "cross_entropy"
 def rms_norm(
     x: Tensor, weight: Tensor, eps: float, out_dtype: torch.dtype, mask: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    out, rstd = x.new_empty(x.shape, dtype=out_dtype), x.new_empty(x.shape[:-1], dtype=torch.float32)
+    out, rstd = empty(x.shape, out_dtype), x.new_empty(x.shape[:-1], dtype=torch.float32)
     inputs = (x.contiguous(), weight.contiguous(), _either(mask, weight))
     run("rms_norm", inputs, (out, rstd), (eps, mask is not None))
     return out, rstd.view(-1)
@@ -32,7 +33,7 @@ def rms_norm_backward(
 def add_rms_norm(
     x: Tensor, residual: Tensor, weight: Tensor, eps: float, out_dtype: torch.dtype, mask: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    out, stream = x.new_empty(x.shape, dtype=out_dtype), x.new_empty(x.shape, dtype=residual.dtype)
+    out, stream = empty(x.shape, out_dtype), empty(x.shape, residual.dtype)
     rstd = x.new_empty(x.shape[:-1], dtype=torch.float32)
     inputs = (x.contiguous(), residual.contiguous(), weight.contiguous(), _either(mask, weight))
     run("add_rms_norm", inputs, (out, stream, rstd), (eps, mask is not None))
@@ -50,7 +51,7 @@ def _rms_norm_backward(
 ) -> tuple[Tensor, Tensor]:
     """dx + ``more`` and dweight."""
     x = x.contiguous()
-    dx, dweight = torch.empty_like(x), x.new_empty(weight.shape, dtype=torch.float32)
+    dx, dweight = empty(x.shape, x.dtype), x.new_empty(weight.shape, dtype=torch.float32)
     inputs = (grad.contiguous(), x, weight.contiguous(), rstd.contiguous(), _either(more, x), _either(mask, weight))
     run("rms_norm_backward", inputs, (dx, dweight), (more is not None, mask is not None))
     return dx, dweight
@@ -59,7 +60,7 @@ def _rms_norm_backward(
 def layer_norm(
     x: Tensor, weight: Tensor, bias: Tensor, eps: float, out_dtype: torch.dtype, mask: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    out = x.new_empty(x.shape, dtype=out_dtype)
+    out = empty(x.shape, out_dtype)
     mean, rstd = (x.new_empty(x.shape[:-1], dtype=torch.float32) for _ in range(2))
     inputs = (x.contiguous(), weight.contiguous(), bias.contiguous(), _either(mask, weight))
     run("layer_norm", inputs, (out, mean, rstd), (eps, mask is not None))
@@ -70,7 +71,7 @@ def layer_norm_backward(
     grad: Tensor, x: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor, mask: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     x = x.contiguous()
-    dx, (dweight, dbias) = torch.empty_like(x), (x.new_empty(weight.shape, dtype=torch.float32) for _ in range(2))
+    dx, (dweight, dbias) = empty(x.shape, x.dtype), (x.new_empty(weight.shape, dtype=torch.float32) for _ in range(2))
     inputs = (grad.contiguous(), x, weight.contiguous(), mean.contiguous(), rstd.contiguous(), _either(mask, weight))
     run("layer_norm_backward", inputs, (dx, dweight, dbias), (mask is not None,))
     return dx, dweight, dbias
@@ -79,7 +80,7 @@ def layer_norm_backward(
 def rope_qk(
     q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, scale_q: Tensor | None = None, scale_k: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    out = tuple(x.new_empty(x.shape) for x in (q, k))
+    out = tuple(empty(x.shape, x.dtype) for x in (q, k))
     tables = (cos, sin, cos if scale_q is None else scale_q, cos if scale_k is None else scale_k)
     tables = tuple(t.to(torch.float32).contiguous() for t in torch.broadcast_tensors(*tables))
     run("rope", (unit_stride(q), unit_stride(k), *tables), out, (1.0, scale_q is not None, scale_k is not None))
@@ -88,7 +89,7 @@ def rope_qk(
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     gate = gate.contiguous()
-    out = torch.empty_like(gate)
+    out = empty(gate.shape, gate.dtype)
     run("swiglu", (gate, up.contiguous()), (out,), ())
     return out
 
@@ -97,21 +98,21 @@ def swiglu_backward(grad: Tensor, gate: Tensor, up: Tensor, in_place: bool = Fal
     """(dgate, dup), which overwrite gate and up if ``in_place`` and they are contiguous: the kernel reads an element of
     each before it writes either."""
     gate, up = gate.contiguous(), up.contiguous()
-    dgate, dup = (gate, up) if in_place else (torch.empty_like(gate), torch.empty_like(up))
+    dgate, dup = (gate, up) if in_place else (empty(gate.shape, gate.dtype), empty(up.shape, up.dtype))
     run("swiglu_backward", (grad.contiguous(), gate, up), (dgate, dup), ())
     return dgate, dup
 
 
 def gelu(x: Tensor) -> Tensor:
     x = x.contiguous()
-    out = torch.empty_like(x)
+    out = empty(x.shape, x.dtype)
     run("gelu", (x,), (out,), ())
     return out
 
 
 def gelu_backward(grad: Tensor, x: Tensor) -> Tensor:
     x = x.contiguous()
-    dx = torch.empty_like(x)
+    dx = empty(x.shape, x.dtype)
     run("gelu_backward", (grad.contiguous(), x), (dx,), ())
     return dx
 

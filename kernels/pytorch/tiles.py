@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from telechat_twins.kernels.pytorch import cpu as torch_cpu
+from telechat_twins.kernels.pytorch.room import empty
 
 if TYPE_CHECKING:
     from telechat_twins.kernels.cpu.engine import Call
@@ -58,7 +59,9 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x [..., in] @ weight [out, in]^T + bias [out]; all float32, or as torch_cpu.linear."""
     if not _state["serves"] or x.dtype != torch.float32 or not x.numel() or not weight.numel():
         return torch_cpu.linear(x, weight, bias)
-    return _product(x.reshape(-1, x.shape[-1]), weight, bias).view(*x.shape[:-1], weight.shape[0])
+    turned = not weight.is_contiguous() and weight.t().is_contiguous()  # read where it lies
+    w = weight.t() if turned else weight
+    return _product(x.reshape(-1, x.shape[-1]), w, bias, turn_w=turned).view(*x.shape[:-1], weight.shape[0])
 
 
 def linear_backward(
@@ -85,7 +88,7 @@ def _product(a: Tensor, w: Tensor, bias: Tensor | None = None, turn_a: bool = Fa
         found = f"{tuple(w.shape)} {w.dtype} on {w.device}"
         raise ValueError(f"weight: {found}, needs inner length {k}, float32 and the CPU")
     call = _call(turn_a, turn_w, bias is not None)
-    out = a.new_empty((m, n))
+    out = empty((m, n), a.dtype)
     describe_view(call.inputs[0], a.data_ptr(), a.shape, "float32")
     describe_view(call.inputs[1], w.data_ptr(), w.shape, "float32")
     describe_view(call.outputs[0], out.data_ptr(), out.shape, "float32")

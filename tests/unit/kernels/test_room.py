@@ -1,0 +1,54 @@
+"""Large results on PyTorch's CPU: where they lie, and which copies are not made."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+
+from telechat_twins.kernels.pytorch import attention_in_cpp, room  # noqa: E402
+from telechat_twins.kernels.pytorch import tiles as torch_tiles  # noqa: E402
+
+MIB = 1 << 20
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", [(3,), (70, 1024), (2, 3, 65537)])
+def test_shape_dtype_and_cache_line(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    x = room.empty(shape, dtype)
+    assert (x.shape, x.dtype, x.device.type, x.data_ptr() % 64) == (shape, dtype, "cpu", 0)
+    assert x.is_contiguous() and not x.requires_grad
+    x.fill_(2.0)
+    assert float(x.double().sum()) == 2.0 * np.prod(shape)
+
+
+def test_the_place_of_a_freed_result_fits_the_next_of_its_size() -> None:
+    """As between the results of a forward pass that its backward pass keeps."""
+    room.empty((32 * MIB,), torch.uint8).fill_(0)  # from now on glibc takes results from its heap
+    kept, places = [], []
+    for _ in range(8):
+        passing = room.empty((MIB,), torch.uint8)
+        kept.append(room.empty((3 * MIB,), torch.uint8))
+        places.append(passing.data_ptr())
+        del passing
+    assert len(set(places[1:])) == 1, places
+
+
+@pytest.mark.skipif(bool(attention_in_cpp.obstacle()), reason="needs a compiler")
+def test_a_turned_weight_is_read_where_it_lies(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the backward pass of a frozen matrix has it; a copy of the head was the largest tensor of a step."""
+    read, real = [], torch_tiles._product
+
+    def seen(a: torch.Tensor, w: torch.Tensor, *rest: object, **how: bool) -> torch.Tensor:
+        read.append(w)
+        return real(a, w, *rest, **how)
+
+    monkeypatch.setattr(torch_tiles, "_product", seen)
+    monkeypatch.setitem(torch_tiles._state, "serves", True)
+    rng = np.random.default_rng(0)
+    x, weight = (torch.from_numpy(rng.standard_normal(shape).astype(np.float32)) for shape in ((2, 9, 70), (70, 130)))
+    out = torch_tiles.linear(x, weight.t())
+    exact = x.double() @ weight.double()
+    assert out.shape == exact.shape and float((out - exact).abs().max()) < 1e-4
+    assert [w.data_ptr() for w in read] == [weight.data_ptr()] and read[0].is_contiguous()
