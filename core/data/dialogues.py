@@ -23,6 +23,7 @@ from telechat_twins.core.data.kinds.messages import (
 )
 from telechat_twins.core.data.kinds.table import DIALOGUE, Kind, Slots, kinds_of, several_kinds
 from telechat_twins.core.data.kinds.transcripts import FUNCTIONS, STYLES, asked_in_turns, transcript
+from telechat_twins.core.data.kinds.turns import has_tools, refuse_written_tags
 from telechat_twins.core.errors import UserError
 from telechat_twins.core.types import JsonObject
 
@@ -103,10 +104,12 @@ def _parsed(kind_found: Kind, row: JsonObject, where: str, reading: Reading) -> 
     if not messages:
         raise UserError(f"{where}: '{name}' is empty; a dialogue needs a user and a bot message")
     tools = tools_of(slots)
-    called = any(m.get("tool_calls") or m["role"] == "tool" for m in messages)
+    called = any(map(has_tools, messages))
     tool = flag(row, "tool", bool(tools) or called, where)
     reading.without_system += system is None
     refuse_untold(slots, messages, reading)
+    tags = tool if kind == RELEASED else flag(row, "tool", False, where)
+    refuse_written_tags(messages, tags, bool(tools) or called, where)
     reading.notice_empty(messages, where)
     reading.unanswered += not any(m["role"] in ANSWERS and m.get("weight", 1) for m in messages)
     return Dialogue(
@@ -117,7 +120,7 @@ def _parsed(kind_found: Kind, row: JsonObject, where: str, reading: Reading) -> 
         multiturn=flag(row, "multiturn", len(messages) > 2, where),
         tool=tool,
         released=kind == RELEASED,
-        tags=tool if kind == RELEASED else flag(row, "tool", False, where),
+        tags=tags,
         pair=pair,
     )
 

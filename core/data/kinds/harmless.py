@@ -27,12 +27,13 @@ title answer_from human_verified source_type cot_type problem_type problem_sourc
 skip_prompt_formatting gen_input_configs difficulty_generator input_quality quality_explanation quality_generator
 task_category other_task_category task_category_generator llama_guard_2 reward_model instruct_reward
 min_neighbor_distance repeat_count min_similar_uuid instruction_length response_length tokenized
+conversation_hash hashed_ip used_in_training ind activity_label source_id split_type
 post_id upvote_ratio c_root_id_A c_root_id_B created_at_utc_A created_at_utc_B score_A score_B seconds_difference
 score_ratio model_a model_b response_0_source response_1_source prompt_source judge qid
 """
 _OF_MESSAGE = """
 id _id index timestamp created created_at create_time model turn tokens token_count end_turn language toxic
-message_id parent_id
+message_id parent_id turn_identifier redacted hashed_ip
 """
 
 HARMLESS = frozenset(_HARMLESS.split()) | {"Unnamed: 0"}  # as pandas names an index without a name

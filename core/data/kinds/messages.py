@@ -37,7 +37,9 @@ _WEIGHTS = ("weight", "loss", "train", "training")
 _REASONS = ("reasoning_content", "reasoning", "thinking")
 _OF_ANSWER = ("tool_calls", "function_call", *_WEIGHTS, *_REASONS)
 _PART_TEXTS = {"text": "text", "input_text": "text", "output_text": "text"}
-_CALL, _FUNCTION = {"id", "type", "index", "name", "arguments", "function"}, {"name", "arguments"}
+_ARGUMENTS = ("arguments", "args", "parameters", "input")  # OpenAI's name; LangChain's, Llama 3's, Anthropic's
+_FUNCTION = {"name", *_ARGUMENTS}
+_CALL = {"id", "type", "index", "function", *_FUNCTION}
 
 
 @dataclass
@@ -375,12 +377,16 @@ def _call(value: object, place: int, name: str, where: str, reading: Reading) ->
     for key, wanted in (("type", "function"), ("index", place)):
         if value.get(key) is not None and value[key] != wanted:
             raise UserError(f"{where}: '{name}': '{key}' must be {wanted!r}, found {shown(value[key])}")
+    filled = [key for key in _ARGUMENTS if not is_empty(inner.get(key))]
+    if len(filled) > 1:
+        raise UserError(f"{where}: '{name}' has both {filled[0]} and {filled[1]}, which hold a call's arguments")
+    called = next((key for key in (*filled, *_ARGUMENTS) if key in inner), "arguments")
     try:
-        given = inner.get("arguments")
+        given = inner.get(called)
         arguments = tool_arguments({} if given is None else given)
     except ValueError as error:
-        raise UserError(f"{where}: '{name}.arguments' {error}") from None
-    json_value(arguments, f"{name}.arguments", where)
+        raise UserError(f"{where}: '{name}.{called}' {error}") from None
+    json_value(arguments, f"{name}.{called}", where)
     call: JsonObject = {"name": inner["name"], "arguments": arguments}
     return call if value.get("id") is None else {**call, "id": value["id"]}
 

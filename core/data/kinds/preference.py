@@ -22,6 +22,7 @@ from telechat_twins.core.data.kinds.judged import read_slots
 from telechat_twins.core.data.kinds.messages import ANSWERS, Reading, read_messages, read_tools, with_system
 from telechat_twins.core.data.kinds.table import KINDS, PREFERENCE, Slots
 from telechat_twins.core.data.kinds.transcripts import HUMAN_PARAGRAPHS, transcript
+from telechat_twins.core.data.kinds.turns import has_tools, refuse_written_tags
 from telechat_twins.core.errors import UserError
 from telechat_twins.core.shown import shown
 from telechat_twins.core.types import JsonObject
@@ -66,8 +67,10 @@ def parse_preference(row: JsonObject, where: str, reading: Reading) -> Pair:
     if _said(chosen) == _said(rejected):
         reading.notice("pairs have the same answer twice, and teach nothing", where)
     reading.without_system += system is None
+    told = [*prompt, *chosen, *rejected]
     for part in (prompt, chosen, rejected):
         reading.notice_empty(part, where)
+        refuse_written_tags(part, None, bool(tools) or any(has_tools(one) for one in told), where)
     sides = [
         Dialogue(where, [*prompt, *answer], system, tools, multiturn=len(prompt) > 1) for answer in (chosen, rejected)
     ]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
+from telechat_twins.core.data.control import TOOL_CALL, TOOL_CALL_END, TOOL_RESPONSE, TOOL_RESPONSE_END
 from telechat_twins.core.errors import UserError
 from telechat_twins.core.shown import shown
 from telechat_twins.core.types import JsonObject
@@ -85,3 +86,45 @@ def _check_result(message: JsonObject, call: JsonObject, name: str, where: str) 
                 f"{where}: '{name}.{key}' is {shown(given)}, but in its place {expected} is answered; results must "
                 "stand in the order of their calls"
             )
+
+
+def has_tools(message: JsonObject) -> bool:
+    """Whether a message calls tools, or is the result of a call."""
+    return bool(message.get("tool_calls")) or message["role"] == "tool"
+
+
+def refuse_written_tags(messages: list[JsonObject], tags: bool | None, tools: bool, where: str) -> None:
+    """UserError for calls and results that a dialogue with tools has in its texts: a call's tags would be learnt as
+    letters, unless the row lets them count (``tags``; None: rows of this use cannot), and a result's would stand there
+    twice."""
+    for n, message in enumerate(messages if tools else ()):
+        content = message["content"] or ""
+        if message.get("thought"):
+            content = content.partition("</think>")[2]
+        if message["role"] == "tool" and _is_result(content):
+            raise UserError(
+                f"{where}: the result in message {n} stands in <tool_response> tags, which the layout adds; take them "
+                "off"
+            )
+        if message["role"] in _SPOKEN and not tags and _has_call(content):
+            raise UserError(
+                f"{where}: the answer in message {n} has a call in its text, whose tags would be learnt as letters; "
+                "write it in tool_calls"
+                + (', or add "tool": true to the row, which lets the four tags in its texts count' * (tags is not None))
+            )
+
+
+def _is_result(content: str) -> bool:
+    """Whether a text is a result as the layout writes it."""
+    text = content.strip()
+    return text.startswith(TOOL_RESPONSE) and text.endswith(TOOL_RESPONSE_END)
+
+
+def _has_call(content: str) -> bool:
+    """Whether a text has a call in it as the layout writes it."""
+    for part in content.split(TOOL_CALL)[1:]:
+        inner, mark, _ = part.partition(TOOL_CALL_END)
+        inner = inner.strip()
+        if mark and inner.startswith("{") and inner.endswith("}") and '"name"' in inner:
+            return True
+    return False

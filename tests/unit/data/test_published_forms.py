@@ -230,3 +230,48 @@ def test_llama_factory_descriptions_name_columns(tmp_path: Path, capsys: pytest.
 def test_every_mark_of_a_kind_is_a_slot_of_it() -> None:
     for kind in KINDS.values():
         assert all(slot in kind.slots for group in kind.marks for slot in group), kind.name
+
+
+@pytest.mark.parametrize("key", ["arguments", "args", "parameters", "input"])
+@pytest.mark.parametrize("wrapped", [True, False])
+def test_arguments_of_calls_under_every_name(key: str, wrapped: bool) -> None:
+    """LangChain's, Llama 3's and Anthropic's names; left out, the call would have no arguments."""
+    call: JsonObject = {"name": "f", key: {"a": 1}}
+    row = {"messages": [Q, {"role": "assistant", "tool_calls": [{"function": call} if wrapped else call]}, A]}
+    assert read(row).messages[1]["tool_calls"] == [{"name": "f", "arguments": {"a": 1}}]
+    for more, says in (
+        ({"args": {"b": 2}, "arguments": {"a": 1}}, "has both arguments and args"),
+        ({key: [1]}, f".{key}' must"),
+    ):
+        with pytest.raises(UserError, match="rows:1: ") as error:
+            read({"messages": [Q, {"role": "assistant", "tool_calls": [{"name": "f", **more}]}, A]})
+        assert says in str(error.value)
+
+
+CALL = '<tool_call>\n{"name": "f", "arguments": {}}\n</tool_call>'
+RESULT = "<tool_response>\nr\n</tool_response>"
+
+
+def test_calls_and_results_written_as_text_are_refused() -> None:
+    """As Hermes' data sets have them: calls in the texts of a dialogue with tools."""
+    tools = [{"type": "function", "function": {"name": "f"}}]
+    talk = [Q, {"role": "assistant", "content": f"ok\n{CALL}"}, {"role": "tool", "content": "r"}, A]
+    for row in ({"messages": talk}, {"messages": talk[:2], "tools": tools}):
+        with pytest.raises(
+            UserError, match=r"rows:1: the answer in message 1 has a call in its text, .* \"tool\": true"
+        ):
+            read(row)
+        assert read({**row, "tool": True}).tags
+    pair = {"messages": [Q], "tools": tools, "chosen": A, "rejected": {"role": "assistant", "content": CALL}}
+    with pytest.raises(UserError, match="rows:1: the answer in message 0 has a call .* write it in tool_calls$"):
+        parse_preference(pair, "rows:1", Reading())
+    said = {
+        "messages": [Q, {"role": "assistant", "content": f"It is written {CALL}."}]
+    }  # no tools: words on the format
+    assert not read(said).tags
+    written = {
+        "messages": [Q, {"role": "assistant", "tool_calls": [{"name": "f"}]}, {"role": "tool", "content": RESULT}, A]
+    }
+    for more in ({}, {"tool": True}):
+        with pytest.raises(UserError, match="rows:1: the result in message 2 stands in <tool_response> tags"):
+            read({**written, **more})
