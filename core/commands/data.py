@@ -156,7 +156,8 @@ def _check_special(args: argparse.Namespace, tokenizer: Tokenizer) -> None:
 def _layout(args: argparse.Namespace, tokenizer: Tokenizer) -> tuple[ChatLayout | None, list[str]]:
     """The layout of dialogues, where rows are dialogues, and notes on the tokenizer."""
     if _use(args) not in (DIALOGUE, PREFERENCE):
-        return None, assumed(tokenizer)
+        begins = tokenizer.special.begins_note("--bos") if _use(args) == TEXT and not args.bos else []
+        return None, [*assumed(tokenizer), *begins]
     return open_training_layout(tokenizer, args.chat_template, own=args.sft == "plain")
 
 

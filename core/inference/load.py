@@ -107,6 +107,8 @@ def load_model(
     if path is not None and (need_tokenizer or args.tokenizer):
         tokenizer = load_tokenizer(path, control=args.control, in_vocabulary=True)
         check_vocabulary(tokenizer, config)
+        for note in tokenizer.special.begins_note("--add-bos") if getattr(args, "add_bos", None) is False else ():
+            print(f"note: {message_line(note)}", file=sys.stderr)
         if args.chat_template is not None:  # None: no chats, so a template that cannot be used is no obstacle
             layout, notes = open_layout(tokenizer, args.chat_template, [Path(args.checkpoint)])
             for note in notes:

@@ -6,6 +6,7 @@ SentencePiece does and fall back to byte pieces. Text never becomes a special to
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import hashlib
 import json
@@ -295,7 +296,7 @@ def open_vocabulary(
         added, given = {GPT2_END: None}, dict(special.given)
         for kind in ("bos", "eos"):
             given.setdefault(kind, (GPT2_END, str(vocabulary)))
-        special = SpecialTokens(given, added, special.names)
+        special = dataclasses.replace(special, given=given, added=added)
         notes.append(f"no file names special tokens; {GPT2_END} begins and ends texts, as in GPT-2's tokenizer")
     _add(library, AddedToken, added, vocabulary)
     data = library.to_str().encode()

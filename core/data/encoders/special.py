@@ -32,12 +32,18 @@ class SpecialTokens:
     """``given``: "bos", "eos" or "pad" -> (the token's name or id, where that was found). ``added``: name -> id of
     further tokens that the files beside the tokenizer describe (id None: behind the last one). ``names``: what the
     files call a token, such as "unk_token" -> its name. ``written``: as ``added``, of tokens that are text (special
-    false)."""
+    false). ``begins``: the file by which texts begin with the bos token (add_bos_token), or None."""
 
     given: Mapping[str, tuple[str | int, str]] = field(default_factory=dict)
     added: Mapping[str, int | None] = field(default_factory=dict)
     names: Mapping[str, str] = field(default_factory=dict)
     written: Mapping[str, int] = field(default_factory=dict)
+    begins: str | None = None
+
+    def begins_note(self, option: str) -> list[str]:
+        """A note for a command that begins texts with the bos token by ``option`` alone, which is not given."""
+        way = f"{option} does what add_bos_token says, and without it texts begin without the bos token"
+        return [] if self.begins is None else [f"{self.begins}: {way}"]
 
     @property
     def described(self) -> dict[str, int | None]:
@@ -105,7 +111,8 @@ def read_special(folder: Path, options: Mapping[str, str | None] | None = None) 
         first = value[0] if isinstance(value, list) and value else value
         if key != kind and kind in KINDS and isinstance(first, int) and not isinstance(first, bool):
             given.setdefault(kind, (first, str(folder / CONFIG)))
-    return SpecialTokens(given, added, names, written)
+    begins = str(folder / TOKENIZER_CONFIG) if described.get("add_bos_token") is True else None
+    return SpecialTokens(given, added, names, written, begins)
 
 
 def find_tokenizer(folder: Path, among: Iterable[Path] | None = None) -> Path | None:

@@ -173,7 +173,8 @@ def _read(value: object, name: str, where: str, reading: Reading) -> list[JsonOb
             if asked in value and said in value:
                 return _turn(value, asked, said, name, where, reading)
     speaker, words = _spelling(value, name, where, reading.columns)
-    reading.columns_met.update(part for part, key in reading.columns.parts if key in (speaker, words))
+    if reading.columns.parts:
+        reading.columns_met.update(part for part, key in reading.columns.parts if key in (speaker, words))
     assert isinstance(value, dict)
     called: str = value[speaker]
     role = ROLES.get(dict(reading.columns.roles).get(called, called)) or ROLES.get(value[speaker].strip().lower())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -72,3 +73,21 @@ def test_columns_belong_to_rows(capsys: pytest.CaptureFixture[str]) -> None:
     for given in (["--column", "question=Q"], ["--role", "a=user"], ["--dataset-info", "x.json"]):
         assert cli.main([*words, *given]) == 2
         assert f"{given[0]}: belongs to rejection sampling" in capsys.readouterr().err
+
+
+def test_a_tokenizer_that_begins_texts_is_said_where_they_begin_otherwise(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Releases of Llama's form have add_bos_token, which transformers honours; here an option does."""
+    shutil.copytree(place / "TeleChat2-7B", tmp_path / "m")
+    path = tmp_path / "m" / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"add_bos_token": True}))
+    generate = ["generate", "--backend", "pt", "--checkpoint", str(tmp_path / "m"), "--prompt", "a"]
+    text = write_rows(tmp_path / "a.jsonl", [{"text": "a"}])
+    pack = ["data", str(text), "--tokenizer", str(tmp_path / "m"), "--quiet", "--force", "--out", str(tmp_path / "o")]
+    for words, option in (([*generate, "--max-new-tokens", "1"], "--add-bos"), (pack, "--bos")):
+        said = []
+        for more in ([], [option]):
+            assert cli.main([*words, *more]) == 0
+            said.append(f"note: {path}: {option} does what add_bos_token says" in capsys.readouterr().err)
+        assert said == [True, False]
