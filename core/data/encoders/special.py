@@ -17,6 +17,7 @@ from telechat_twins.core.shown import shown
 from telechat_twins.core.types import JsonObject
 
 KINDS = ("bos", "eos", "pad")
+_DIGITS = 10  # of a token's id
 # In the order in which a folder is looked through; each is a tokenizer by itself, but for merges.txt beside vocab.json.
 FILES = ("tokenizer.model", "tokenizer.json", "vocab.json")
 TOKENIZER_CONFIG, SPECIAL_MAP, ADDED, CONFIG = (
@@ -79,6 +80,7 @@ def read_special(folder: Path, options: Mapping[str, str | None] | None = None) 
             given[kind] = (name, f"--{kind}-token")
     described = _beside(folder, TOKENIZER_CONFIG)
     for source, found in ((TOKENIZER_CONFIG, described), (SPECIAL_MAP, _beside(folder, SPECIAL_MAP))):
+        _check(found, folder / source)
         for key, value in found.items():
             name = _name(value)
             if name is None or not key.endswith("_token"):
@@ -94,15 +96,12 @@ def read_special(folder: Path, options: Mapping[str, str | None] | None = None) 
             for name in map(_name, listed if isinstance(listed, list) else ()):
                 if name is not None:
                     added.setdefault(name, None)
-    entries = described.get("added_tokens_decoder")
-    if isinstance(entries, dict):
-        for index, value in entries.items():
-            name = _name(value)
-            if name is not None and index.isdecimal():
-                (added if _is_special(value) else written)[name] = int(index)
+    for index, value in (described.get("added_tokens_decoder") or {}).items():
+        (added if _is_special(value) else written)[value["content"]] = int(index)
     for name, index in _beside(folder, ADDED).items():
-        if isinstance(index, int) and not isinstance(index, bool):
-            added[name] = index
+        if not isinstance(index, int) or isinstance(index, bool) or index < 0:
+            raise UserError(f"{folder / ADDED}: {shown(name)} must have an id, found {shown(index)}")
+        added[name] = index
     model: JsonObject = {}
     with contextlib.suppress(UserError):  # any program's config.json may lie here
         model = _beside(folder, CONFIG)
@@ -113,6 +112,31 @@ def read_special(folder: Path, options: Mapping[str, str | None] | None = None) 
             given.setdefault(kind, (first, str(folder / CONFIG)))
     begins = str(folder / TOKENIZER_CONFIG) if described.get("add_bos_token") is True else None
     return SpecialTokens(given, added, names, written, begins)
+
+
+def _check(found: JsonObject, where: Path) -> None:
+    """UserError for a description of special tokens that has another shape than transformers writes."""
+    for kind in (*KINDS, "unk", "sep", "cls", "mask"):
+        value = found.get(f"{kind}_token")
+        if value is not None and value != "" and _name(value) is None:
+            raise UserError(f"{where}: {kind}_token must be a token's name, or an object with it, found {shown(value)}")
+    for key in ("additional_special_tokens", "extra_special_tokens"):
+        value = found.get(key)
+        listed = list(value.values()) if isinstance(value, dict) else value
+        if listed is not None and (not isinstance(listed, list) or None in map(_name, listed)):
+            raise UserError(f"{where}: {key} must be names of tokens, found {shown(value)}")
+    entries = found.get("added_tokens_decoder")
+    if entries is not None and not isinstance(entries, dict):
+        raise UserError(f"{where}: added_tokens_decoder must map ids to tokens, found {shown(entries)}")
+    for index, entry in (entries or {}).items():
+        if not (index.isascii() and index.isdecimal() and len(index) <= _DIGITS and isinstance(entry, dict)):
+            raise UserError(
+                f"{where}: added_tokens_decoder has {shown(index)}: {shown(entry)}, expected an id: a token"
+            )
+        if _name(entry) is None:
+            raise UserError(f"{where}: added_tokens_decoder.{index} has no content, the token's name")
+    if not isinstance(found.get("add_bos_token"), bool | None):
+        raise UserError(f"{where}: add_bos_token must be true or false, found {shown(found['add_bos_token'])}")
 
 
 def find_tokenizer(folder: Path, among: Iterable[Path] | None = None) -> Path | None:

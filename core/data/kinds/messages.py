@@ -188,6 +188,11 @@ def _read(value: object, name: str, where: str, reading: Reading) -> list[JsonOb
 
 def _turn(value: JsonObject, asked: str, said: str, name: str, where: str, reading: Reading) -> list[JsonObject]:
     """The messages of a question and its answer, with a system text in front where the object has one."""
+    if asked == "input" and not is_empty(value.get("instruction")):
+        raise UserError(
+            f"{where}: '{name}' has instruction, input and output: a row, not a turn of a dialogue; write the list "
+            "that holds it as a file of its own"
+        )
     refuse_unread(value, (asked, said, "system"), name, where, reading.ignore, HARMLESS_OF_MESSAGE, reading.left_out)
     roles = [("user", asked), ("assistant", said)]
     if not is_empty(value.get("system")):

@@ -79,6 +79,10 @@ def test_published_dialogues_are_read(row: JsonObject, texts: list[str]) -> None
         ({"query": "q", "answers": "[]", "tools": "[]"}, "'answers' holds no call"),
         ({"question": "q", "reasoning": "r", "answer": "a"}, "'reasoning' has no place in the chat layout"),
         ({"prompt": "p", "completion": ["a", "b"]}, "'completion[0]' must be an object with role and content"),
+        (
+            {"data": [{"instruction": "q", "input": "", "output": "a"}]},
+            "a row, not a turn of a dialogue; write the list",
+        ),
     ],
 )
 def test_published_forms_that_must_be_chosen_are_refused(row: JsonObject, says: str) -> None:

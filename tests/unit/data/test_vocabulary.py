@@ -145,3 +145,41 @@ def test_added_tokens_that_are_text_stand_in_rows_too(tmp_path: Path) -> None:
     config = load_model_config({"preset": "telechat2-tiny", "vocab_size": 640})
     with pytest.raises(UserError, match="'<x>' was added with id 603"):
         fit_vocabulary(config, 600, True, found.described)
+
+
+@pytest.mark.parametrize(
+    ("file", "found", "says"),
+    [
+        ("tokenizer_config", {"eos_token": 5}, "eos_token must be a token's name, or an object with it, found 5"),
+        ("tokenizer_config", {"bos_token": {"content": 5}}, "bos_token must be"),
+        ("special_tokens_map", {"pad_token": ["<_pad>"]}, "pad_token must be"),
+        ("tokenizer_config", {"additional_special_tokens": "x"}, "additional_special_tokens must be names"),
+        ("special_tokens_map", {"additional_special_tokens": [5]}, "additional_special_tokens must be names"),
+        ("tokenizer_config", {"extra_special_tokens": {"a": 5}}, "extra_special_tokens must be names"),
+        ("tokenizer_config", {"added_tokens_decoder": []}, "added_tokens_decoder must map ids to tokens, found []"),
+        ("tokenizer_config", {"added_tokens_decoder": {"x": {"content": "a"}}}, "expected an id: a token"),
+        ("tokenizer_config", {"added_tokens_decoder": {"9" * 5000: {"content": "a"}}}, "expected an id: a token"),
+        ("tokenizer_config", {"added_tokens_decoder": {"1": "a"}}, "expected an id: a token"),
+        ("tokenizer_config", {"added_tokens_decoder": {"1": {}}}, "added_tokens_decoder.1 has no content"),
+        ("tokenizer_config", {"add_bos_token": "yes"}, "add_bos_token must be true or false, found 'yes'"),
+        ("added_tokens", {"<x>": "601"}, "'<x>' must have an id, found '601'"),
+        ("added_tokens", {"<x>": -1}, "'<x>' must have an id, found -1"),
+    ],
+)
+def test_descriptions_of_tokens_of_another_shape_are_refused(
+    file: str, found: dict[str, object], says: str, tmp_path: Path
+) -> None:
+    (tmp_path / "tokenizer.model").write_bytes(tiny_tokenizer_path().read_bytes())
+    (tmp_path / f"{file}.json").write_text(json.dumps(found))
+    with pytest.raises(UserError) as error:
+        load_tokenizer(tmp_path)
+    assert str(error.value).startswith(f"{tmp_path / file}.json: ") and says in str(error.value)
+    assert "\n" not in str(error.value) and len(str(error.value)) < 600
+
+
+def test_descriptions_as_transformers_writes_them_are_read(tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.model").write_bytes(tiny_tokenizer_path().read_bytes())
+    found = {"bos_token": None, "pad_token": "", "eos_token": {"__type": "AddedToken", "content": "<_end>"}}
+    found |= {"added_tokens_decoder": {}, "extra_special_tokens": {}, "additional_special_tokens": None}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(found | {"add_bos_token": None}))
+    assert load_tokenizer(tmp_path).special.names == {"eos_token": "<_end>"}
