@@ -1,7 +1,8 @@
 """The reference pages, written from the program: keys of a run's YAML from the schema, options from the parsers.
 
-`python docs/reference.py` writes docs/reference/config.md, cli.md and their Chinese editions, which have the same
-tables under Chinese titles; help texts stay as the program prints them. A test compares the pages with it.
+`python docs/reference.py` writes docs/reference/config.md, cli.md and their Chinese editions. What the program says in
+English of keys and options, docs/reference/words.zh.json says in Chinese; a test compares the pages with this, and
+names what has no translation, or no use for one, any more.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import inspect
+import json
 import sys
 import types
 import typing
@@ -21,6 +23,7 @@ if str(ROOT) not in sys.path:
 
 from telechat_twins.core import cli  # noqa: E402
 from telechat_twins.core.config import RunConfig  # noqa: E402
+from telechat_twins.core.model.config import preset_names  # noqa: E402
 from telechat_twins.core.mup.search import SearchConfig  # noqa: E402
 
 FOLDER = ROOT / "docs" / "reference"
@@ -41,26 +44,48 @@ WORDS = {
         "search_intro": "The YAML file of `tele mup search`:",
         "required": "required",
         "item": "each of",
+        "end": ".",
     },
     "zh": {
         "config": "配置参考",
         "config_intro": "`tele train --config` 所读 YAML 文件的全部键，由 `docs/reference.py` 根据配置模式"
         "（`core/config.py`: `RunConfig`）生成。不认识的键会被拒绝，超出“合法值”一列的值也会被拒绝。"
-        "`--set section.key=value` 覆盖一个键。“默认值”一列的 required 表示必须给出。"
-        "各节怎样配合，见[训练](../training.zh.md)。说明文字与程序输出的相同，保留英文。",
+        "`--set section.key=value` 覆盖一个键。“默认值”一列的“必填”表示必须给出。"
+        "各节怎样配合，见[训练](../training.zh.md)。",
         "cli": "命令参考",
         "cli_intro": "每个子命令的全部选项，由 `docs/reference.py` 根据解析器生成，"
-        "与 `tele VERB --help` 的输出相同，说明文字保留英文。"
+        "与 `tele VERB --help` 的输出相同；方框里是程序打印的英文说明，表格里的说明译自程序。"
         "退出码：0 成功；1 意外的错误或超限；2 输入有误。",
         "keys": ("键", "类型", "默认值", "合法值", "说明"),
         "options": ("选项", "默认值", "说明"),
         "search": "超参数搜索",
         "search_intro": "`tele mup search` 的 YAML 文件：",
-        "required": "required",
+        "required": "必填",
         "item": "其中每一项",
+        "end": "。",
+        **{"text": "文本", "whole number": "整数", "number": "数", "true or false": "true 或 false", "mapping": "映射"},
+        **{"list of {}": "列表，每项为{}", " or ": " 或 ", "see below": "见下", "empty": "空"},
+        **{"above": "大于", "at least": "至少", "at most": "至多", "below": "小于"},
     },
 }
 Words = dict[str, typing.Any]
+SAID: dict[str, str] = json.loads((FOLDER / "words.zh.json").read_text(encoding="utf-8"))
+met: dict[str, None] = {}  # what the pages have said, in English
+
+
+def said(text: str, words: Words) -> str:
+    """What the program says of a key or an option, in the page's language."""
+    presets = ", ".join(preset_names())
+    plain = text.replace(presets, "{presets}")
+    met[plain] = None
+    return SAID.get(plain, plain).replace("{presets}", presets) if words is WORDS["zh"] else text
+
+
+def untranslated() -> list[str]:
+    """What words.zh.json has to gain or to lose."""
+    pages()
+    lost = [text for text in met if text and text not in SAID]
+    return [f"translate: {text}" for text in lost] + [f"take out: {text}" for text in SAID if text not in met]
 
 
 def cell(text: str) -> str:
@@ -81,12 +106,12 @@ def config_page(words: Words) -> str:
     hints = typing.get_type_hints(RunConfig)
     for field in dataclasses.fields(RunConfig):
         kind = _dataclass_in(hints[field.name])
-        lines += [f"## {field.name}", "", cell(field.metadata["help"]) + ".", ""]
+        lines += [f"## {field.name}", "", cell(said(field.metadata["help"], words)) + words["end"], ""]
         if kind is not None:
             lines += _keys(kind, field.name, words)
             continue
-        row = (f"`{field.name}`", _type(hints[field.name]), _default(field), _legal(field.metadata))
-        lines += table(words["keys"], [(*row, cell(field.metadata["help"]))])
+        row = (f"`{field.name}`", *_facts(hints[field.name], field, words))
+        lines += table(words["keys"], [(*row, cell(said(field.metadata["help"], words)))])
     lines += [f"## {words['search']}", "", words["search_intro"], "", *_keys(SearchConfig, "", words)]
     return "\n".join(lines).rstrip() + "\n"
 
@@ -100,7 +125,7 @@ def _keys(kind: type, prefix: str, words: Words) -> list[str]:
             continue
         name = f"{prefix}.{field.name.removesuffix('_')}" if prefix else field.name
         help_text = field.metadata.get("help", "")
-        rows.append((f"`{name}`", _type(hints[field.name]), _default(field), _legal(field.metadata), cell(help_text)))
+        rows.append((f"`{name}`", *_facts(hints[field.name], field, words), cell(said(help_text, words))))
         below = _dataclass_in(hints[field.name])
         if below is not None and any("help" in f.metadata for f in dataclasses.fields(below)):
             several = typing.get_origin(_without_none(hints[field.name])) is list
@@ -109,6 +134,10 @@ def _keys(kind: type, prefix: str, words: Words) -> list[str]:
     for name, below in inner:
         lines += [f"{words['item']} `{name}`:" if name.endswith("[]") else f"`{name}`:", "", *_keys(below, name, words)]
     return lines
+
+
+def _facts(kind: typing.Any, field: dataclasses.Field[typing.Any], words: Words) -> tuple[str, str, str]:
+    return _type(kind, words), _default(field, words), _legal(field.metadata, words)
 
 
 def _without_none(kind: typing.Any) -> typing.Any:
@@ -124,36 +153,41 @@ def _dataclass_in(kind: typing.Any) -> type | None:
     return kind if dataclasses.is_dataclass(kind) and isinstance(kind, type) else None
 
 
-def _type(kind: typing.Any) -> str:
+def _type(kind: typing.Any, words: Words) -> str:
     """A type as a user of YAML would call it."""
     if isinstance(kind, types.UnionType) or typing.get_origin(kind) is typing.Union:
-        return " or ".join(dict.fromkeys(_type(part) for part in typing.get_args(kind)))
+        return words.get(" or ", " or ").join(dict.fromkeys(_type(part, words) for part in typing.get_args(kind)))
     if typing.get_origin(kind) in (list, tuple):
-        return f"list of {_type(typing.get_args(kind)[0])}"
+        return words.get("list of {}", "list of {}").format(_type(typing.get_args(kind)[0], words))
     names = {str: "text", int: "whole number", float: "number", bool: "true or false", type(None): "null"}
-    return names.get(kind, "mapping")
+    name = names.get(kind, "mapping")
+    return words.get(name, name)
 
 
-def _default(field: dataclasses.Field[typing.Any]) -> str:
+def _default(field: dataclasses.Field[typing.Any], words: Words) -> str:
     value = field.default
     if value is dataclasses.MISSING and field.default_factory is not dataclasses.MISSING:
         value = field.default_factory()
     if value is dataclasses.MISSING:
-        return "required"
+        return words["required"]
     if dataclasses.is_dataclass(value):
-        return "see below"
+        return words.get("see below", "see below")
     if value is None:
         return "null"
     if isinstance(value, bool):
         return str(value).lower()
-    return f"`{cell(str(list(value) if isinstance(value, tuple) else value))}`" if value != "" else "empty"
+    return (
+        f"`{cell(str(list(value) if isinstance(value, tuple) else value))}`"
+        if value != ""
+        else words.get("empty", "empty")
+    )
 
 
-def _legal(limits: typing.Mapping[str, typing.Any]) -> str:
+def _legal(limits: typing.Mapping[str, typing.Any], words: Words) -> str:
     if "choices" in limits:
         return ", ".join(f"`{choice}`" for choice in limits["choices"])
-    words = (("above", "above"), ("min", "at least"), ("max", "at most"), ("below", "below"))
-    return ", ".join(f"{says} {limits[key]:,}" for key, says in words if key in limits)
+    kinds = (("above", "above"), ("min", "at least"), ("max", "at most"), ("below", "below"))
+    return ", ".join(f"{words.get(says, says)} {limits[key]:,}" for key, says in kinds if key in limits)
 
 
 # Commands
@@ -193,7 +227,8 @@ def _verb(parser: argparse.ArgumentParser, level: int, summary: str, words: Word
     for action in parser._actions:
         if isinstance(action, (argparse._HelpAction, argparse._SubParsersAction)) or action.help == argparse.SUPPRESS:
             continue
-        rows.append((_option(action), _shown(action), cell((action.help or "") % _values(action, parser))))
+        help_text = said((action.help or "") % _values(action, parser), words)
+        rows.append((_option(action), _shown(action, words), cell(help_text)))
     return lines + (table(words["options"], rows) if rows else [])
 
 
@@ -210,10 +245,10 @@ def _option(action: argparse.Action) -> str:
     return f"`{names}`" if action.nargs == 0 else f"`{names} {value}`"
 
 
-def _shown(action: argparse.Action) -> str:
+def _shown(action: argparse.Action, words: Words) -> str:
     value = action.default
     if action.required or (not action.option_strings and action.nargs not in ("?", "*")):
-        return "required"
+        return words["required"]
     if value is None or value is False or value == argparse.SUPPRESS or value == [] or value == ():
         return ""
     return f"`{' '.join(map(str, value)) if isinstance(value, (list, tuple)) else value}`"

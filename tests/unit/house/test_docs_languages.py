@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import runpy
 from pathlib import Path
 
@@ -82,6 +83,15 @@ def test_a_planted_fault_is_found(change: tuple[str, str], says: str, tmp_path: 
 def test_a_missing_translation_is_found(tmp_path: Path) -> None:
     (tmp_path / "a.md").write_text(ENGLISH, encoding="utf-8")
     assert translation_faults(tmp_path, "a.md", "a.zh.md") == ["a.md: has no translation a.zh.md"]
+
+
+def test_every_key_and_option_is_said_in_chinese() -> None:
+    """A new help text is translated in docs/reference/words.zh.json, and an old one taken out."""
+    reference = runpy.run_path(str(ROOT / "docs" / "reference.py"))
+    assert reference["untranslated"]() == []
+    for english, chinese in reference["SAID"].items():
+        quoted = re.findall(r"`[^`]+`", english)
+        assert sorted(quoted) == sorted(re.findall(r"`[^`]+`", chinese)), english
 
 
 def test_the_reference_and_the_figure_are_what_the_program_writes() -> None:
