@@ -1,5 +1,5 @@
 # On a fresh machine `make demo` and `make test` first create .venv and install into it.
-# Prerequisites: Python 3.11 with pip, make, a C++ compiler.
+# Prerequisites: Python 3.11 with pip and its headers, make, a C++ compiler.
 #
 #   make test PYTHON=/path/to/python    uses that interpreter as it is and installs nothing
 #   make test VENV=/path/to/venv        puts the virtual environment elsewhere

@@ -19,6 +19,7 @@ import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 import time
 import tomllib
 from collections.abc import Callable
@@ -161,6 +162,7 @@ def examine(
         "packages": packages,
         "extras": _extras(installed),
         "compiler": _compiler(),
+        "python_headers": (Path(sysconfig.get_path("include")) / "Python.h").is_file(),
         "launchers": {"ms": _beside("msrun"), "pt": _beside("torchrun")},
         "operators": {name: _operators(name) for name in BACKENDS if packages[BACKENDS[name]]["installed"] and ask},
         "machine": _machine(),
@@ -258,6 +260,8 @@ def _text(report: JsonObject) -> str:
         lines.append(f"{name:<13} {note}")
     lines += _extra_lines(report["extras"])
     lines.append(f"C++ compiler  {report['compiler'] or 'none found; fused operators for MindSpore on CPU need one'}")
+    if not report["python_headers"]:
+        lines.append("Python.h      none found; the same operators need it: install Python's headers, e.g. python3-dev")
     for backend, tool in (("ms", "msrun"), ("pt", "torchrun")):
         lines.append(f"{tool:<13} {report['launchers'][backend] or 'none found'}")
     machine = report["machine"]

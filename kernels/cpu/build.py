@@ -186,9 +186,13 @@ def _processor() -> str:
 
 
 def _python_include() -> str:
+    """The folder of Python's headers, which the MindSpore library includes. BuildError if they are not installed."""
     import sysconfig
 
-    return sysconfig.get_path("include")
+    folder = sysconfig.get_path("include")
+    if not (Path(folder) / "Python.h").is_file():
+        raise BuildError(f"no Python.h in {folder}; install Python's headers, e.g. the package python3-dev")
+    return folder
 
 
 def _forget_old(cache: Path, name: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import sys
+import sysconfig
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import pytest
 
 from telechat_twins.core import cli
 from telechat_twins.core.commands import doctor
+from telechat_twins.kernels.cpu import build
 
 PINS = {"numpy": "1.26.4", "mindspore": "2.9.0", "torch": "2.13.0", "safetensors": "0.8.0"}
 
@@ -95,3 +97,11 @@ def test_extras_disk_and_cann_are_listed(monkeypatch: pytest.MonkeyPatch, tmp_pa
     text = doctor._text(report)
     assert re.search(r"serve +installed", text) and re.search(r"eval +lacks lm-eval, ", text)
     assert re.search(r"disk +[\d.]+ GiB free", text) and f"CANN          8.5.0  {tmp_path}" in text
+
+
+def test_missing_python_headers_are_said_with_their_package(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    assert "Python.h" not in doctor._text(doctor.examine(having(), PINS, (3, 11, 9)))
+    monkeypatch.setattr(sysconfig, "get_path", lambda name: str(tmp_path))
+    assert re.search(r"Python.h +none found; .*python3-dev", doctor._text(doctor.examine(having(), PINS, (3, 11, 9))))
+    with pytest.raises(build.BuildError, match=f"no Python.h in {tmp_path}; .* the package python3-dev"):
+        build._python_include()
