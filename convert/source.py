@@ -45,8 +45,15 @@ def open_model(path: str | Path, verify: bool = True) -> ModelSource:
     if not (path / "manifest.json").is_file() and not (path / "latest").is_file():
         raise UserError(
             f"{path}: no model found; a released folder has config.json, a checkpoint manifest.json, a run latest"
+            f"{_below(path)}"
         )
     return CanonicalSource(open_checkpoint(path, verify))
+
+
+def _below(path: Path) -> str:
+    """For the message about a folder without a model: three folders in it that have one, released ones first."""
+    found = [file.parent for name in ("config.json", "latest") for file in sorted(path.glob(f"*/{name}"))]
+    return f"; below it are {', '.join(map(str, found[:3]))}" if found else ""
 
 
 class ModelSource(ABC):

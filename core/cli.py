@@ -120,17 +120,14 @@ class Parser(argparse.ArgumentParser):
         default = self.get_default("default_action")  # of a verb with actions, that of options without one
         if default and args and args[0].startswith("-") and args[0] not in ("-h", "--help"):
             args = [default, *args]
-        if self._subparsers is None:
-            # Checked before argparse reports a required option as missing that is only misspelt.
-            before_values = args[: args.index("--")] if "--" in args else args
-            unknown = [a for a in before_values if a.startswith("--") and a.partition("=")[0] not in self._known()]
-            if unknown:
-                self._unknown(unknown[0])
-        elif args and args[0].startswith("--") and args[0].partition("=")[0] not in self._known():
-            self._unknown(args[0])
+        inner = self._action(args)
+        if inner is not None:
+            inner._refuse_unknown(args[1:])
+        elif self._subparsers is None or args and args[0].startswith("--"):
+            self._refuse_unknown(args if self._subparsers is None else args[:1])
         parsed, unknown = self.parse_known_args(args, namespace)
         if unknown:
-            self._unknown(unknown[0])
+            (inner or self)._unknown(unknown[0])
         for name, value in vars(parsed).items():
             for number in value if isinstance(value, (list, tuple)) else [value]:
                 if type(number) is int and abs(number) >= LARGEST or type(number) is float and math.isnan(number):
@@ -149,6 +146,18 @@ class Parser(argparse.ArgumentParser):
             near = others.get(near, near) if near else None
             hint = f"; did you mean '{near}'?" if near else ""
             raise argparse.ArgumentError(action, refused.message + hint) from None
+
+    def _action(self, args: Sequence[str]) -> Parser | None:
+        """The parser of the action that the first word names; None where it names none."""
+        lists = [action for action in self._actions if isinstance(action, argparse._SubParsersAction)]
+        return next((found.choices[args[0]] for found in lists if args and args[0] in found.choices), None)
+
+    def _refuse_unknown(self, args: Sequence[str]) -> None:
+        """UserError for an unknown option, before argparse reports a required one as missing that is only misspelt."""
+        before_values = args[: args.index("--")] if "--" in args else args
+        for argument in before_values:
+            if argument.startswith("--") and argument.partition("=")[0] not in self._known():
+                self._unknown(argument)
 
     def _known(self) -> list[str]:
         return list(self._option_string_actions)

@@ -277,6 +277,8 @@ def test_one_line_names_what_was_meant(
         ("plan --lr 3", "did you mean '--plot'?"),
         ("serve --dtype bf16", "did you mean '--precision'?"),
         ("parity --confg x", "unknown argument '--confg', did you mean '--config'?"),
+        ("parity compare a b --referense x", "did you mean '--reference'?; see `tele parity compare --help`"),
+        ("tokenize train x --out y --vocabsize 9", "did you mean '--vocab-size'?; see `tele tokenize train --help`"),
         ("lora", "did you mean 'tele train --config telechat2-tiny-lora --init DIR'?"),
     ],
 )

@@ -317,7 +317,10 @@ def test_a_checkpoint_that_does_not_fit_its_own_config(tmp_path):
         write_checkpoint(tmp_path / "c", 1, model=model, weights=weights)
         with pytest.raises(UserError, match=message):
             open_model(tmp_path / "c")
-    with pytest.raises(UserError, match="no model found"):
+    for name, file in (("a", "latest"), ("b", "config.json")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / file).touch()
+    with pytest.raises(UserError, match=f"no model found; .* below it are {tmp_path}/b, {tmp_path}/a$"):
         open_model(tmp_path)
     with pytest.raises(UserError, match="no such folder"):
         open_model(tmp_path / "none")
