@@ -325,7 +325,7 @@ def test_other_places_have_errors_of_the_same_form(server, method, path, status)
     assert answer.error["message"].partition(";")[0] == f"this server has no route {method} '{path}'"
 
 
-@pytest.mark.parametrize("path", ["/chat/completions", "/v1/v1/chat/completions"])
+@pytest.mark.parametrize("path", ["/chat/completions", "/v1/v1/chat/completions", "/v1/chat/completion", CHAT + "/"])
 def test_a_wrong_base_url_is_mended(server, path):
     answer = ask(server.port, path, chat_body())
     assert answer.status == 404 and answer.error["message"].endswith(f"'{path}'; did you mean {CHAT}?")
