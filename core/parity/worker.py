@@ -253,7 +253,7 @@ def _trainer(backend: str, task: Task, config: RunConfig, open_reader: OpenReade
     read = _reader(task, open_reader)
     trainer.load_weights(read)
     if task.lora is not None:
-        trainer.optimizer.load_masters(read)
+        trainer.load_adapters(read)
     trainer.optimizer.refresh()  # now, so that the messages of the step are the step's
     return trainer
 

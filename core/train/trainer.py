@@ -137,7 +137,7 @@ class BaseTrainer(ABC, Generic[S]):
         self.observe: Observe | None = None  # entered around the forward and backward passes of ``gradients``
         self._constants = constant_names(list(table), config)
         if config.lora is not None:
-            self.optimizer.load_masters(self._initial)
+            self.load_adapters(self._initial)
         if config.train.init is None:  # else load or load_weights follows
             self.load_weights(self._initial)
 
@@ -242,8 +242,7 @@ class BaseTrainer(ABC, Generic[S]):
 
     def weights(self) -> Iterator[TensorPiece]:
         yield from self.optimizer.export_masters()
-        # Adapters are saved alone: their base has a folder of its own.
-        if self.config.lora is None and self.mesh.replicas.rank == 0:
+        if self.mesh.replicas.rank == 0:
             yield from self._frozen_pieces()
 
     def optimizer_state(self) -> Iterator[TensorPiece]:
@@ -252,17 +251,27 @@ class BaseTrainer(ABC, Generic[S]):
     def load_weights(self, read: Read) -> None:
         if self.config.lora is None:
             self.optimizer.load_masters(read)
+        self._load_constants(read, False)
+
+    def load_adapters(self, read: Read) -> None:
+        """All adapters: those that are trained, and those that ``train.freeze`` names."""
+        self.optimizer.load_masters(read)
+        self._load_constants(read, True)
+
+    def _load_constants(self, read: Read, adapters: bool) -> None:
+        """The frozen adapters, or all other frozen parameters."""
         for stage in self.stages:
-            names = [name for name in stage.names if name in self._constants and not is_adapter(name)]
+            names = [name for name in stage.names if name in self._constants and is_adapter(name) == adapters]
             stage.load_weights(lambda name: _local(self.table[name], read(name, self.table[name].index)), names)
 
     def load(self, checkpoint: Checkpoint, optimizer: bool) -> None:
         def read(name: str, box: Box) -> np.ndarray:
             return checkpoint.read("weights", name, box)
 
-        self.optimizer.load_masters(read)
         if self.config.lora is None:
             self.load_weights(read)
+        else:
+            self.load_adapters(read)
         if optimizer:
             assert checkpoint.trainer is not None  # a step folder of a run, which the caller has checked
             steps = checkpoint.trainer["optimizer_steps"]
@@ -292,11 +301,13 @@ class BaseTrainer(ABC, Generic[S]):
         return replace(local, dropout=LoraDropout(lora.dropout, seed, self.step, rows, local.index))
 
     def _frozen_pieces(self) -> Iterator[TensorPiece]:
-        """The parts of frozen parameters that this rank, of all that hold them, writes."""
+        """The parts of frozen parameters that this rank, of all that hold them, writes; with ``lora`` those of adapters
+        alone: their base has a folder of its own."""
+        saved = [name for name in self._constants if self.config.lora is None or is_adapter(name)]
         for stage in self.stages:
             for name in stage.names:
                 shard = self.table[name]
-                if name in self._constants and shard.owner:
+                if name in saved and shard.owner:
                     array = stage.read_weight(name)[: shard.index[0].stop - shard.index[0].start]
                     yield TensorPiece(name, array, tuple(s.start for s in shard.index), shard.whole)
 

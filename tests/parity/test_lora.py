@@ -317,6 +317,33 @@ def test_adapters_of_several_ranks_are_resumed_and_go_to_peft(
         loop.train(trainers[target], other, tmp_path / "no", str(tmp_path / "first"), open_initial)
 
 
+@pytest.mark.parametrize(("source", "target"), [("ms", "pt"), ("pt", "ms")])
+def test_frozen_adapters_are_drawn_saved_and_resumed(
+    folder: Path, trainers: dict[str, type], source: str, target: str, tmp_path: Path
+) -> None:
+    """Some stay as they are drawn; others are trained, then frozen where the other backend goes on."""
+
+    def run(out: str, steps: int, frozen: list[str], backend: str, resume: str | None) -> Weights:
+        config = tuning(folder)
+        train = dataclasses.replace(config.train, steps=steps, schedule_steps=STEPS, freeze=frozen)
+        loop.train(trainers[backend], dataclasses.replace(config, train=train), tmp_path / out, resume, open_initial)
+        found = open_checkpoint(tmp_path / out)
+        assert config.lora is not None and sorted(found.names("weights")) == sorted(
+            lora_table(config.model, config.lora)
+        )
+        return {name: found.read("weights", name) for name in found.names("weights")}
+
+    first = run("first", 7, ["layers.1.ffn.*"], source, None)
+    second = run("on", 9, ["layers.0.*", "layers.1.ffn.*"], target, str(tmp_path / "first"))
+    config = tuning(folder)
+    assert config.lora is not None
+    drawn = {name: init_adapter(name, config.model, config.lora, config.train.seed) for name in first}
+    for name in first:
+        drawn_still = name.startswith("layers.1.ffn.")
+        assert np.array_equal(first[name], drawn[name]) == drawn_still, name
+        assert np.array_equal(second[name], first[name]) == (drawn_still or name.startswith("layers.0.")), name
+
+
 def test_refusals_name_what_to_do(runs: Path, trainers: dict[str, type], tmp_path: Path) -> None:
     saved = str(runs / "pt" / f"step-{HALF:08d}")
 
