@@ -7,7 +7,7 @@ many rounds as the text has characters, and what it costs is known before anythi
 is the same question for both, since greedy and lazy repetition differ only in what they capture.
 
 Expressions are parsed by ``re`` itself. What cannot be followed so is refused: references to groups, looking behind,
-word boundaries, possessive and atomic parts, flags, and repetition nested more than DEPTH times.
+\\B, possessive and atomic parts, flags, and repetition nested more than DEPTH times.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ _CATEGORIES: dict[str, Callable[[str], bool]] = {
     "CATEGORY_WORD": lambda char: char.isalnum() or char == "_",
 }
 _STARTS, _ENDS = ("AT_BEGINNING", "AT_BEGINNING_STRING"), ("AT_END", "AT_END_STRING")
+_BOUNDARY = "AT_BOUNDARY"  # of a word
 _CHARS = ("LITERAL", "NOT_LITERAL", "ANY", "IN")
 _REPEATS = ("MAX_REPEAT", "MIN_REPEAT")
 _AHEAD = ("ASSERT", "ASSERT_NOT")
@@ -76,6 +77,12 @@ class _Name:
             self._places[key] = sum(1 << place for place, char in enumerate(self.text) if test(char))
         return self._places[key]
 
+    @property
+    def boundaries(self) -> int:
+        """Positions between a character of a word and one of none, or an end of the text."""
+        words = sum(1 << place for place, char in enumerate(self.text) if _CATEGORIES["CATEGORY_WORD"](char))
+        return words ^ words << 1
+
 
 @lru_cache(maxsize=4096)
 def _parse(text: str) -> list[Node]:
@@ -109,8 +116,8 @@ def _cost(nodes: Iterable[Node], depth: int, level: int = 0) -> int:
             cost += _cost(value[2], depth + again, level) + again * (NESTED if depth else 1)
         elif kind in _AHEAD and value[0] == 1:
             cost += _cost(value[1], depth + 1, level) + (NESTED if depth else 1)
-        elif not (kind == "AT" and str(value) in (*_STARTS, *_ENDS)):
-            raise ValueError("holds what is not read here (a reference, looking behind, a word boundary, flags)")
+        elif not (kind == "AT" and str(value) in (*_STARTS, *_ENDS, _BOUNDARY)):
+            raise ValueError("holds what is not read here (a reference, looking behind, flags)")
     return cost
 
 
@@ -135,6 +142,8 @@ def _follow(nodes: Iterable[Node], name: _Name, places: int) -> int:
             wanted = kind == "ASSERT"
             each = (place for place in range(name.length + 1) if places >> place & 1)
             places = sum(1 << place for place in each if bool(_follow(value[1], name, 1 << place)) == wanted)
+        elif str(value) == _BOUNDARY:
+            places &= name.boundaries
         else:
             places &= 1 if str(value) in _STARTS else 1 << name.length
     return places

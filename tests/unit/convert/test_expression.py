@@ -28,6 +28,9 @@ USED = [  # as adapters in use have them
     r"(?P<part>.*\.)?(lm_head|[^.]+_proj)",
     r"^(model)(?=\.layers).*\.(\w+_proj)$",
     r".*?[^\d\s]\.(\D{4}|\W)+",
+    r"(?:.*?(?:language|text).*?(?:attn|mlp).*?(?:q_proj|k_proj))|"
+    r"(?:\bmodel\.layers\.[\d]{1,}\.(?:self_attn|attn)\.(?:(?:q_proj|k_proj)))",
+    r".*\b\d+\b.*",
     r"q_proj",
     r"self_attn\.q_proj",
     r"",
@@ -39,7 +42,7 @@ def drawn(rng: random.Random, depth: int) -> str:
     """An expression with at most ``depth`` repetitions inside one another, each of at most four rounds."""
     parts = []
     for _ in range(rng.randint(1, 3)):
-        part = rng.choice(["a", "b", r"\.", ".", "[ab]", "[^a]", r"\d"])
+        part = rng.choice(["a", "b", r"\.", ".", "[ab]", "[^a]", r"\d", r"\ba"])
         if depth and rng.random() < 0.5:
             part = f"({drawn(rng, depth - 1)})"
         if depth and rng.random() < 0.5:
@@ -83,7 +86,7 @@ def test_costs(text: str, cost: int) -> None:
         ("(?i:q)", "holds what is not read here"),
         (r"(q)\1", "a reference"),
         (r"(?<=a)b", "looking behind"),
-        (r"\bq", "a word boundary"),
+        (r"\Bq", "holds what is not read here"),
         ("a++", "holds what is not read here"),
         ("(?>a)", "holds what is not read here"),
         ("((a{2}b){2}c){2}", "nests repetition more than 2 times"),
