@@ -290,7 +290,9 @@ def _adding(x: Tensor) -> ModuleType | None:
 def loss_logits(logits: Tensor, stat: ms.Type) -> Tensor:
     """Logits in the dtype of the loss, ``stat``; as they are where they are differentiated and the operators of the
     loss read and write their dtype themselves, which gives the same bits."""
-    return logits if recording() and _takes_narrow(logits) else logits.astype(stat)
+    if logits.dtype == stat or (recording() and _takes_narrow(logits)):
+        return logits  # a view, of which astype would make a copy even in its own dtype
+    return logits.astype(stat)
 
 
 def _takes_narrow(logits: Tensor) -> bool:

@@ -16,6 +16,9 @@ rank, n the number of ranks that divide optimizer states (dp x cp with ZeRO-1, e
   recompute full   keeps the layer's input; selective drops what is inside attention. What `tele train` executes
   workspace        temporaries at the peak: a layer computed again, gradients inside a layer, or, in MindSpore, the
                    gradients that a backward pass returns together
+  adapters, freeze  frozen matrices are held in the compute dtype alone, and keep no input; an adapter keeps its product
+                   of r, and its input, with dropout a copy and a mask. Blocks before the first trained parameter keep
+                   nothing. The float32 loss of a frozen head takes blocks of rows, without the whole logits
   --recompute-lists  lists of operators and layers as MindFormers takes them, for planning only
 Beside the sum stands a margin of 5 % for the fragmentation of the allocator.
 

@@ -9,7 +9,9 @@ from pathlib import Path
 from telechat_twins.core.config import RunConfig, load_run_config
 from telechat_twins.core.errors import UserError
 from telechat_twins.core.model.config import ModelConfig, load_model_config
+from telechat_twins.core.model.flops import flops_per_token
 from telechat_twins.core.parallel.layout import Layout, check_layout, parse_layout, stage_layers
+from telechat_twins.core.planner.beside import beside, whole_logits, with_reference
 from telechat_twins.core.planner.memory.estimate import estimate
 from telechat_twins.core.planner.memory.recompute import RecomputeLists, bundled_lists, load_lists
 from telechat_twins.core.train.trainable import constant_names, run_table
@@ -40,8 +42,13 @@ def run(args: argparse.Namespace) -> int:
     plan = estimate(config, layout=layout, fused_attention=args.fused_attention, **settings)
     if args.config and settings.get("lists") is None and (name := _name_of(args.config)) in bundled_lists():
         plan["published"] = _published(name, config, layout, settings)
+    notes: list[str] = []
+    if run_config is not None:
+        notes, plan["beside"] = beside(run_config)
+        whole = flops_per_token(config, settings["seq_len"], causal=True)
+        plan["flops_per_token"] = with_reference(run_config, plan["flops_per_token"], whole)
     plan |= {"data": {**mix, "sources": [{**vars(one), "epochs": one.epochs} for one in mix["sources"]]}} if mix else {}
-    text = _text(args.model or args.config, plan)
+    text = "\n".join([_text(args.model or args.config, plan), *(["", *notes] if notes else [])])
     if args.cost or args.budget is not None:
         from telechat_twins.core.planner.cost.report import Asked, report
 
@@ -88,7 +95,7 @@ def _time(
     if run is not None:
         report.require_forecast(args.config, run.lora, run.train.freeze, run.preference)
     machine = load_machine(args.machine)
-    named = {name: value for name, value in settings.items() if name not in ("lora", "constants")}
+    named = {name: value for name, value in settings.items() if name not in ("lora", "constants", "whole_logits")}
     by_class = run is not None and tells_classes_apart(run.optim)
     work = Work(**{"micro_batches": layout.stages, **named}, by_class=by_class)
     step = step_time(model, layout, work, machine)
@@ -133,6 +140,7 @@ def _settings(config: RunConfig) -> JsonObject:
         "recompute": config.train.recompute,
         "lora": config.lora,
         "constants": constant_names(run_table(config), config),
+        "whole_logits": whole_logits(config),
     }
 
 

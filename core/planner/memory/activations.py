@@ -107,26 +107,34 @@ def probability_bytes(kept: Iterable[Kept]) -> float:
 
 
 def ends_kept(
-    config: ModelConfig, layout: Layout, widths: Widths, executor: Executor, head: bool
+    config: ModelConfig,
+    layout: Layout,
+    widths: Widths,
+    executor: Executor,
+    head: bool,
+    head_trained: bool = True,
+    by_rows: bool = False,
 ) -> tuple[float, float]:
     """(bytes a position kept by the final norm, bytes of logits and of what the loss makes of them); zeros without
-    ``head``."""
+    ``head``. A head that is not trained does not keep the normed stream; with ``by_rows`` no logits are kept, but the
+    gradient of that stream."""
     if not head:
         return 0.0, 0.0
     spread = layout.tp if layout.sequence_parallel else 1
     columns = padded_rows(config.vocab_size, layout.tp)
     statistics = (1 + (config.norm == "layernorm")) / spread + 1  # of the norm, and the log-sum-exp of the loss
-    norm = config.hidden_size / spread * widths.residual + config.hidden_size * widths.compute + STATISTIC * statistics
-    width = max(widths.compute, 4) if executor.wide_logits else widths.compute
-    logits = columns * width * executor.logit_copies
-    if executor.wide_logits and widths.compute < 4:
+    normed = config.hidden_size * widths.compute if head_trained or by_rows else 0
+    norm = config.hidden_size / spread * widths.residual + normed + STATISTIC * (statistics - by_rows)
+    if by_rows:
+        return norm, 0.0
+    shards = executor.wide_shards and (layout.tp > 1 or config.num_tokens != config.vocab_size)
+    wide = executor.wide_logits or shards
+    width = max(widths.compute, 4) if wide else widths.compute
+    copies = executor.logit_copies + (executor.scaled_logits if config.logit_mult != 1.0 else 0)
+    logits = columns * width * copies
+    if wide and widths.compute < 4:
         logits += columns * widths.compute  # their gradient in the compute dtype, which the head's products read
     return norm, logits
-
-
-def logit_gradient(config: ModelConfig, layout: Layout, widths: Widths) -> int:
-    """Bytes a position of the gradient of logits that were turned into float32."""
-    return padded_rows(config.vocab_size, layout.tp) * max(widths.compute, 4)
 
 
 def block_workspace(config: ModelConfig, layout: Layout, widths: Widths) -> float:

@@ -12,7 +12,6 @@ from telechat_twins.core.model.lora import LoraConfig, described_ranks, lora_tab
 from telechat_twins.core.model.params import parameter_table
 from telechat_twins.core.parallel.layout import Layout, stage_layers
 from telechat_twins.core.parallel.schedule import bubble_formula, peak_live
-from telechat_twins.core.parallel.sharding import Shard
 from telechat_twins.core.parallel.traffic import Widths
 from telechat_twins.core.planner.memory.activations import (
     Kept,
@@ -22,12 +21,19 @@ from telechat_twins.core.planner.memory.activations import (
     core_bytes,
     ends_kept,
     input_bytes,
-    logit_gradient,
     probability_bytes,
     ring_workspace,
     total,
 )
 from telechat_twins.core.planner.memory.executor import MINDFORMERS, MINDSPORE, Executor
+from telechat_twins.core.planner.memory.frozen import (
+    WHOLE,
+    Trained,
+    first_trained,
+    rows_bytes,
+    spared_operations,
+    trained_of,
+)
 from telechat_twins.core.planner.memory.live import live_graphs
 from telechat_twins.core.planner.memory.recompute import RecomputeLists
 from telechat_twins.core.planner.memory.states import Held, held_by, states_bytes
@@ -84,23 +90,25 @@ def rank_memory(
     held: Held,
     layers: Sequence[int],
     kept: Sequence[Kept],
-    extra: float = 0.0,
+    trained: Trained = WHOLE,
 ) -> RankMemory:
-    """The peak of one pipeline rank with ``layers`` blocks in each of its chunks, each of which keeps ``kept``.
-
-    ``extra``: bytes a position and block that adapters add to ``kept`` or, negative, spare. The peak is the largest of
-    three moments: a backward begins, with the most graphs alive; it is inside a block; it ends, when a framework that
-    returns its gradients together holds them all (``late_gradients``).
+    """The peak of one pipeline rank with ``layers`` blocks in each of its chunks, each of which keeps ``kept``, as far
+    as what is ``trained`` needs it. The peak is the largest of three moments: a backward begins, with the most graphs
+    alive; it is inside a block; it ends, when a framework that returns its gradients together holds them all
+    (``late_gradients``).
     """
     widths = Widths.of(work.precision)
     padded = padded_length(work.seq_len, layout)
     positions = work.micro_batch * padded // layout.cp
     last = rank == layout.pp - 1
     entry = input_bytes(config, layout, widths)
-    norm, logits = ends_kept(config, layout, widths, work.executor, last)
+    norm, logits = ends_kept(config, layout, widths, work.executor, last, trained.head, trained.by_rows)
     cast, head_cast = cast_bytes(config, layout, widths, work.executor)
+    cast, head_cast = int(cast * trained.cast), head_cast if trained.head else 0
+    passed, extra = trained.passed or [0] * len(layers), trained.extra
     chunks = [
-        positions * _chunk_kept(work, chunk, rank, count, kept, entry, extra) + _cast_blocks(work, count) * cast
+        positions * _chunk_kept(work, chunk, rank, range(passed[chunk], count), kept, entry, extra)
+        + _cast_blocks(work, count - passed[chunk]) * cast
         for chunk, count in enumerate(layers)
     ]
     if layout.pp > 1:  # a stage's result stays until its gradient arrives
@@ -117,7 +125,9 @@ def rank_memory(
     states = states_bytes(held, layout, widths, work.executor)
     head = logits if last else None
     if work.executor.reuses_freed:
-        workspace = _workspace_on_cpu(config, layout, work, held, states["buffers"], again, alive, last)
+        workspace = _workspace_on_cpu(config, layout, work, held, states["buffers"], again, alive, head)
+        if trained.by_rows:
+            workspace = max(workspace, rows_bytes(config, positions))
         bucket = min(int(layout.bucket_mb * 2**20), held.trained * widths.master) if layout.dp * layout.cp > 1 else 0
         states["buffers"] = work.executor.library + work.executor.message_copies * bucket
     else:
@@ -152,7 +162,14 @@ def _workspace(
 
 
 def _workspace_on_cpu(
-    config: ModelConfig, layout: Layout, work: Work, held: Held, sums: int, again: float, alive: float, last: bool
+    config: ModelConfig,
+    layout: Layout,
+    work: Work,
+    held: Held,
+    sums: int,
+    again: float,
+    alive: float,
+    logits: float | None,
 ) -> float:
     """``_workspace`` where what comes after a backward pass reuses what it freed: ``sums`` over the ranks that share
     weights and, where a pass returns its gradients together, these and the copies that are sent, count only as far as
@@ -160,15 +177,16 @@ def _workspace_on_cpu(
     widths, executor = Widths.of(work.precision), work.executor
     positions = work.micro_batch * padded_length(work.seq_len, layout) // layout.cp
     if not executor.late_gradients:
-        _, logits = ends_kept(config, layout, widths, executor, last)
         cast = cast_bytes(config, layout, widths, executor)[0]
-        return max(_workspace(config, layout, work, held, again, cast, logits if last else None), sums - alive)
+        return max(_workspace(config, layout, work, held, again, cast, logits), sums - alive)
     copies = held.trained * widths.master if layout.dp * layout.cp > 1 and layout.zero1 else 0
     after = held.trained * widths.weight + copies + sums
-    # Blocks of a pool for one size do not serve another: the gradient of the logits stays beside what is inside a
-    # block.
-    inside = logit_gradient(config, layout, widths) if last else block_workspace(config, layout, widths)
-    return max(positions * (again + inside + ring_workspace(config, layout, widths)), after - alive)
+    inside = positions * (again + block_workspace(config, layout, widths) + ring_workspace(config, layout, widths))
+    if logits is not None:
+        # The head's gradient, which is computed while the logits are there, stays; the logits go.
+        head = held.largest * widths.weight
+        inside = max(head + positions * config.hidden_size * widths.compute, inside + head - positions * logits)
+    return max(inside, after - alive)
 
 
 def padded_length(seq_len: int, layout: Layout) -> int:
@@ -179,19 +197,19 @@ def padded_length(seq_len: int, layout: Layout) -> int:
 
 
 def _chunk_kept(
-    work: Work, chunk: int, rank: int, layers: int, kept: Sequence[Kept], entry: float, extra: float
+    work: Work, chunk: int, rank: int, layers: range, kept: Sequence[Kept], entry: float, extra: float
 ) -> float:
-    """Bytes a position that a graph of a chunk with ``layers`` blocks keeps."""
+    """Bytes a position that a graph of the blocks ``layers`` of a chunk keeps."""
     if work.lists is not None:
         lists, sizes = work.lists, 0.0
-        for layer in range(layers):
+        for layer in layers:
             found = lists.kept(chunk, rank, layer, kept)
             sizes += total(found) + extra if found else entry  # already divided with sequence parallelism
         return sizes
     if work.recompute == "full":
-        return layers * entry
+        return len(layers) * entry
     whole = total(kept) + extra
-    return layers * (whole - core_bytes(kept) if work.recompute == "selective" else whole)
+    return len(layers) * (whole - core_bytes(kept) if work.recompute == "selective" else whole)
 
 
 def _cast_blocks(work: Work, layers: int) -> int:
@@ -212,6 +230,7 @@ def estimate(
     constants: Collection[str] = (),
     executor: Executor = MINDSPORE,
     lists: RecomputeLists | None = None,
+    whole_logits: bool = False,
 ) -> JsonObject:
     """Parameters by class, bytes by use and floating-point operations per token.
 
@@ -230,13 +249,13 @@ def estimate(
     for spec in whole.values():
         by_class[spec.kind] = by_class.get(spec.kind, 0) + spec.size
     parameters = sum(by_class.values())
-    ranks = ranks_of(config, layout, work, lora, frozen)
+    ranks = ranks_of(config, layout, work, lora, frozen, whole_logits)
     fullest = max(ranks, key=lambda rank: rank.total)
     matmul = 6 * (by_class["matrix"] + by_class.get("head", by_class["embedding"]))
     attention = flops_per_token(config, seq_len, causal=True) - matmul
-    # A frozen matrix has no gradient of its own: two products in place of three. An adapter has all three.
-    matmul += 6 * by_class.get("adapter", 0)
-    matmul -= 2 * sum(whole[name].size for name in frozen if whole[name].kind in ("matrix", "head"))
+    if frozen:
+        less, attention = spared_operations(config, whole, frozen, attention)
+        matmul += 6 * by_class.get("adapter", 0) - less
     trained = {"trained": parameters - sum(whole[name].size for name in frozen)} if frozen else {}
     return {
         "estimate": True,
@@ -264,16 +283,23 @@ def ranks_of(
     work: Work,
     lora: LoraConfig | None = None,
     constants: frozenset[str] = frozenset(),
+    whole_logits: bool = False,
 ) -> list[RankMemory]:
-    """The peak of every pipeline rank."""
+    """The peak of every pipeline rank. ``whole_logits``: the loss is not the plain mean over tokens."""
     widths = Widths.of(work.precision)
+    names = parameter_table(config).keys() | ({} if lora is None else lora_table(config, lora)).keys()
+    first = first_trained(config, names, constants) if constants else 0
     kept = block_kept(config, layout, widths, work.executor, work.seq_len, work.fused)
-    stages = [len(layers) for layers in stage_layers(layout, config)]
+    stages = stage_layers(layout, config)
     found = []
     for rank in range(layout.pp):
         held, table = held_by(config, layout, rank, widths, lora, constants)
-        extra = _adapted(config, table, constants, layout.tp, widths, lora)
-        found.append(rank_memory(config, layout, rank, work, held, stages[rank :: layout.pp], kept, extra))
+        chunks, trained = stages[rank :: layout.pp], WHOLE
+        if constants:
+            trained = trained_of(
+                config, layout, table, constants, chunks, first, widths, work.executor, lora, whole_logits
+            )
+        found.append(rank_memory(config, layout, rank, work, held, [*map(len, chunks)], kept, trained))
     return found
 
 
@@ -285,37 +311,3 @@ def _described(number: int, rank: RankMemory) -> JsonObject:
         "parameters": rank.held.parameters,
         "memory_bytes": rank.uses,
     }
-
-
-def _adapted(
-    config: ModelConfig,
-    table: dict[str, Shard],
-    constants: frozenset[str],
-    tp: int,
-    widths: Widths,
-    lora: LoraConfig | None,
-) -> float:
-    """Bytes a position and block that adapters keep beside, less those of inputs that no gradient of a weight needs.
-
-    An adapter keeps its low-rank product, and with dropout a byte for each element of its inputs. Spared are the inputs
-    of frozen linears without an adapter, a mean over the layers held; the attention's output stays for the attention.
-    """
-    inputs = {("q", "k", "v"): config.hidden_size, ("gate", "up"): config.hidden_size}
-    inputs[("down",)] = config.ffn_hidden_size // tp
-    readers = {module: modules for modules in inputs for module in modules}
-    blocks = [name.split(".") for name in table if name.startswith("layers.")]
-    needed = {
-        (parts[1], readers[parts[-2]])
-        for parts in blocks
-        if parts[-2] in readers and parts[-1] != "bias" and ".".join(parts) not in constants
-    }
-    layers = max(1, len({parts[1] for parts in blocks}))
-    spared = sum(inputs.values()) - sum(inputs[modules] for _, modules in needed) / layers
-    more = 0.0
-    if lora is not None:
-        low = sum(shard.shape[0] for name, shard in table.items() if name.endswith(".lora_a")) / layers
-        more = low * widths.compute
-        if lora.dropout:
-            read = 2 * config.hidden_size + (config.num_heads * config.head_dim + config.ffn_hidden_size) / tp
-            more += read * (widths.compute + 1)
-    return more - spared * widths.compute

@@ -20,8 +20,12 @@ class Executor:
     on a CPU. ``reuses_freed``: what comes after a backward pass, gradients that it returns and sums over ranks, takes
     the place of activations that it freed; otherwise it is counted beside them. ``library``: bytes that the operators'
     libraries keep, compiled code and scratch; ``message_copies``: copies of a bucket of gradients in its transport.
-    These three were measured on CPUs only. ``wide_logits``: logits are turned into float32 before the loss;
-    ``logit_copies``: float32 tensors of their size.
+    These three were measured on CPUs only. ``wide_logits``: logits are turned into float32 before the loss, and
+    ``wide_shards``, before the loss of a vocabulary that is divided over tensor ranks or padded; ``logit_copies``:
+    float32 tensors of their size. ``loss_by_rows``: the loss of a frozen float32 head is computed by blocks of rows.
+    ``scaled_logits``: float32 tensors of the logits' size beside them where they are multiplied by a number: the
+    operand that a product keeps, and the copy that it makes of one, which is a view. ``wide_masks``: masks of dropout
+    are kept in the dtype of products, otherwise as bytes.
     """
 
     name: str
@@ -32,15 +36,19 @@ class Executor:
     casts: bool = True
     eager_messages: bool = True
     wide_logits: bool = False
+    wide_shards: bool = False
     logit_copies: int = 1
     recomputes_inputs: bool = False
     reuses_freed: bool = False
     library: int = 0
     message_copies: int = 0
+    loss_by_rows: bool = False
+    scaled_logits: int = 0
+    wide_masks: bool = False
 
 
-MINDSPORE = Executor("ms", late_gradients=True, wide_logits=True)
-PYTORCH = Executor("pt", views=True)
+MINDSPORE = Executor("ms", late_gradients=True, wide_logits=True, wide_shards=True, wide_masks=True)
+PYTORCH = Executor("pt", views=True, loss_by_rows=True)
 # MindSpore's static graph with MindFormers' TeleChat2: silu and mul are operators of their own; CANN's flash attention
 # keeps the maximum and the sum of a row's softmax eight times each; parameters' gradients are accumulated one by one.
 MINDFORMERS = Executor(
@@ -54,7 +62,10 @@ def on_cpu(executor: Executor) -> Executor:
     """The same program on a CPU."""
     twin = executor.name in _LIBRARY
     library, copies = _LIBRARY.get(executor.name, 0), 2 if executor.name == "ms" else 0
-    return replace(executor, recomputes_inputs=twin, reuses_freed=twin, library=library, message_copies=copies)
+    wide = executor.wide_logits and not twin  # the twins' own operators of the loss read 16-bit logits
+    rows = twin or executor.loss_by_rows
+    found = replace(executor, recomputes_inputs=twin, reuses_freed=twin, library=library, message_copies=copies)
+    return replace(found, wide_logits=wide, loss_by_rows=rows, scaled_logits=2 if executor.name == "ms" else 0)
 
 
 # Resident memory of a process that is in no tensor, above that of its first step with a narrow model.

@@ -48,6 +48,7 @@ PLAIN = {
     "precision": "fp32",
     "recompute": "none",
     "lora": None,
+    "freeze": [],
 }
 LORA = {"rank": 16, "targets": ["q", "k", "v", "o", "gate", "up", "down"]}
 FLM = {**MODEL, "preset": "flm-tiny", "num_kv_heads": 8}
@@ -73,6 +74,9 @@ TRIALS: tuple[JsonObject, ...] = (
     {"layout": "tp2.pp2", "micro_batches": 2, "precision": "bf16"},
     {"layout": "dp2.ring2", "seq_len": 2048},
     {"layout": "pp2.dp2.tp2", "micro_batches": 2},
+    {"lora": LORA},
+    {"lora": {"rank": 16, "targets": ["q", "v"], "dropout": 0.1}, "precision": "amp"},
+    {"freeze": ["embed.weight", "layers.[0-3].*"]},
 )
 
 

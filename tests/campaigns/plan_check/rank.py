@@ -27,7 +27,7 @@ STEPS = 2  # in the second, all optimizer vectors and buffers are in place from 
 
 
 def trial_config(trial: JsonObject) -> RunConfig:
-    """The run of a trial: ``model`` (a mapping), ``layout``, lengths, precision, recomputation, adapters."""
+    """The run of a trial: ``model`` (a mapping), ``layout``, lengths, precision, recomputation, adapters, freezing."""
     layout = parse_layout(trial["layout"])
     values: JsonObject = {
         "model": trial["model"],
@@ -42,6 +42,8 @@ def trial_config(trial: JsonObject) -> RunConfig:
         "optim": {"lr": 1e-4},
         "parallel": dataclasses.asdict(layout),
     }
+    if trial.get("freeze"):
+        values["train"]["freeze"] = trial["freeze"]
     if trial.get("lora"):
         values["lora"] = trial["lora"]
     return run_config_from_dict(values)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 
@@ -43,10 +44,10 @@ def test_adapters_by_hand() -> None:
             8 * adapters,
         )
         assert (memory["frozen"], memory["compute_copy"]) == (width * base, copy * adapters)
-    # Of the inputs of frozen products, those of q, k, v and of down are kept for adapters, that of gate and up is not;
-    # and of each adapter its low-rank product.
+    # Of the inputs of frozen products, those of q, k, v and of down are kept for adapters, those of gate and up and of
+    # the head are not; and of each adapter its low-rank product is.
     whole = estimate(TINY, 64, 1, "bf16")["memory_bytes"]["activations"]
-    assert whole - memory["activations"] == 64 * 2 * 4 * (128 - 2 * 4)
+    assert whole - memory["activations"] == 64 * 2 * (4 * (128 - 2 * 4) + 128)
     flops = plan["flops_per_token"]["matrices"], estimate(TINY, 64)["flops_per_token"]["matrices"]
     assert flops[0] == flops[1] * 2 // 3 + 6 * adapters
 
@@ -166,3 +167,42 @@ def test_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert "did you mean" in capsys.readouterr().err
     assert cli.main(["plan", "--model", "telechat2-7b", "--seq-len", "-1"]) == 2
     assert cli.main(["plan", "--model", "telechat2-7b", "--seq-len", "0"]) == 2
+
+
+RUN = """
+model: telechat2-7b
+data: {sources: [{path: pairs}], seq_len: 4096}
+train: {steps: 100, global_batch: 8, micro_batch: 2, precision: bf16, recompute: full, record_every: 10}
+optim: {lr: 1.0e-5}
+lora: {rank: 8, rank_pattern: {"layers.[0-3].*": 4}}
+preference: {reference: live}
+eval: {sources: [{path: h}, {path: g}], every: 30, batches: 3, samples: [Hello]}
+"""
+
+
+def test_what_a_run_does_beside_its_steps_is_counted_or_named(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    def planned(text: str) -> tuple[dict, str]:
+        (tmp_path / "run.yaml").write_text(text)
+        assert cli.main(["plan", "--config", str(tmp_path / "run.yaml"), "--json"]) == 0
+        plan = json.loads(capsys.readouterr().out)
+        assert cli.main(["plan", "--config", str(tmp_path / "run.yaml")]) == 0
+        return plan, capsys.readouterr().out
+
+    live, text = planned(RUN)
+    assert live["beside"]["evaluation"] == {
+        "rounds": 4,
+        "global_batches": 6,
+        "share_of_the_steps_operations": pytest.approx(4 * 6 / 300),
+    }
+    assert live["beside"]["not_counted"] == ["eval.samples", "train.record_every"]
+    assert "reference is a forward pass of the base in every step" in text
+    assert "4 times, 8.00% of the steps' operations" in text and "eval.samples, train.record_every" in text
+    once, text = planned(RUN.replace("live", "once"))
+    whole = estimate(load_model_config("telechat2-7b"), 4096)["flops_per_token"]["total"]
+    assert live["flops_per_token"]["reference"] == pytest.approx(whole / 3)
+    assert live["flops_per_token"]["total"] - once["flops_per_token"]["total"] == pytest.approx(whole / 3)
+    assert "reference" not in once["flops_per_token"] and "before step 1" in text
+    wider = planned(RUN.replace('"layers.[0-3].*": 4', '"layers.[0-3].*": 16'))[0]
+    assert wider["parameters"]["adapter"] > once["parameters"]["adapter"]
