@@ -4,8 +4,9 @@
 
 core.bench.probes takes the times. From them follow, each from its own: collectives by operation and size; the host's
 time of a block, of the ends, of a step, and of what tp and a ring add; by how much a process alone is faster; the
-update. Only the rates of products, of
-attention and of memory are fitted together, to the phases of small models in one process.
+update. Only the rates of products, of attention and of memory, and how much of the host's time remains beside wide
+operators, are fitted together (core.bench.rates), to the phases of small models in as many processes as there are
+cores.
 """
 
 from __future__ import annotations
@@ -21,7 +22,6 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -37,31 +37,27 @@ from telechat_twins.core.bench.probes import (
     narrow,
     outside_a_launch,
     ring_attention,
-    small_models,
 )
+from telechat_twins.core.bench.rates import HOST_RANGES, Pair, fit_rates, pairs, works
 from telechat_twins.core.bench.step import processor
 from telechat_twins.core.bench.worker import PROCESSOR, bench_config
 from telechat_twins.core.launch.worker import run_script
-from telechat_twins.core.model.config import ModelConfig
 from telechat_twins.core.model.params import count_parameters
 from telechat_twins.core.parallel.layout import Layout
 from telechat_twins.core.parallel.traffic import Widths
-from telechat_twins.core.planner.fit import with_efficiency
 from telechat_twins.core.planner.machine import Machine, machine_from
 from telechat_twins.core.planner.time.gradients import updated_bytes
 from telechat_twins.core.planner.time.operators import Rates, Shape, block_passes, ends_passes
 from telechat_twins.core.planner.time.step import stage_costs, step_time
 from telechat_twins.core.planner.time.traffic import block_traffic, ends_traffic
 from telechat_twins.core.planner.time.transfers import Ways
-from telechat_twins.core.planner.time.work import OURS, Work, work_of
+from telechat_twins.core.planner.time.work import OURS, work_of
 from telechat_twins.core.types import JsonObject
 
 OPTIONS = {"model": "telechat2-tiny", "seq_len": 128, "micro_batch": 2, "micro_batches": 4, "precision": "fp32"}
 ROUNDS = 6
-RANGES = {"matmul": (0.01, 10.0), "memory": (0.01, 10.0), "attention": (0.002, 10.0), "tile": (0.5, 200.0)}
 OPERATORS = 13  # of a block's forward, for `launch`
-_FIT_ROUNDS, _HOST_ROUNDS = 30, 3
-Pair = tuple[float, float]  # seconds of a forward, and of a forward with its backward, of a whole step
+_HOST_ROUNDS = 3
 
 
 def main() -> int:
@@ -125,11 +121,15 @@ def fitted(
     found["host"], wasted = host_times(crowd, options)
     found["host"]["exponent"] = host_exponent(crowd, alone, cores)
     narrow_host = dict(found["host"])
+    factors = dict.fromkeys(HOST_RANGES, 1.0)
     for _ in range(_HOST_ROUNDS):
-        found["efficiency"] |= fit_rates(machine_from(found, name), options, measured, cores, wasted)
+        rates, factors = fit_rates(machine_from(found, name), options, measured, cores, wasted)
+        found["efficiency"] |= rates
         # The little that the narrow model's operators have to do is not the host's time.
         done = narrow_work(machine_from(found, name), options, cores)
         found["host"] |= {key: max(0.0, round(narrow_host[key] - us, 2)) for key, us in done.items()}
+    for key in done:
+        found["host"][key] = round(found["host"][key] * factors[key.split("_")[1]], 2)
     found["efficiency"]["launch"] = round(found["host"]["block_forward"] / OPERATORS, 2)
     machine = machine_from(found, name)
     errors = [a / b - 1.0 for a, b in pairs(machine, options, measured, cores, wasted)]
@@ -218,7 +218,7 @@ def _update_times(crowd: Mapping[str, Mapping[str, float]], options: JsonObject)
     few, many = (crowd[name]["update"] for name in names)
     small, large = (
         updated_bytes(count_parameters(model), 1, Widths.of(options["precision"]))
-        for model, _ in _works(json.dumps(options), names)
+        for model, _ in works(json.dumps(options), names)
     )
     bandwidth = (large - small) / max(many - few, 1e-7)
     return max(0.0, few - small / bandwidth), bandwidth
@@ -226,7 +226,7 @@ def _update_times(crowd: Mapping[str, Mapping[str, float]], options: JsonObject)
 
 def narrow_work(machine: Machine, options: JsonObject, world: int) -> dict[str, float]:
     """Microseconds of the operators of a narrow model's micro-batch, by the names of core.planner.machine.Host."""
-    ((model, work),) = _works(json.dumps(options), (f"narrow {NARROW_DEPTHS[0]} x{NARROW_MICRO_BATCHES[0]}",))
+    ((model, work),) = works(json.dumps(options), (f"narrow {NARROW_DEPTHS[0]} x{NARROW_MICRO_BATCHES[0]}",))
     layout = Layout()
     rates, shape = Rates.of(machine, work.precision, world), Shape.of(model, layout, work, OURS)
     block = block_passes(model, layout, work, rates, OURS, shape)
@@ -316,67 +316,6 @@ def added_by_queries(
         forecast = (stages[1][side] - stages[0][side]) / count
         found[name] = round(max(0.0, measured - forecast) * 1e6 / layout.ring / queries, 2)
     return found
-
-
-def pairs(
-    machine: Machine, options: JsonObject, measured: Mapping[str, Pair], world: int, wasted: Pair
-) -> list[tuple[float, float]]:
-    """(forecast, measured) seconds of forwards, and of forwards with backwards, where ``world`` processes share the
-    cores."""
-    found = []
-    for (model, work), seconds in zip(_works(json.dumps(options), tuple(measured)), measured.values(), strict=True):
-        for forecast, true, beside in zip(_forecast(machine, model, work, world), seconds, wasted, strict=True):
-            found.append((forecast + beside, true))
-    return found
-
-
-@cache
-def _works(options: str, names: Sequence[str]) -> list[tuple[ModelConfig, Work]]:
-    """Model and work of the small models ``names``."""
-    models = small_models(json.loads(options))
-    configs = [bench_config(models[name]) for name in names]
-    return [(config.model, work_of(config)) for config in configs]
-
-
-def _forecast(machine: Machine, model: ModelConfig, work: Work, world: int) -> Pair:
-    """Seconds of all micro-batches of a step in one process, forward and with the backward."""
-    layout = Layout()
-    rates, shape = Rates.of(machine, work.precision, world), Shape.of(model, layout, work, OURS)
-    block = block_passes(model, layout, work, rates, OURS, shape)
-    ends = ends_passes(model, layout, rates, OURS, shape).values()
-    n, m = model.num_layers, work.micro_batches
-    forward = m * (n * block.forward.seconds + sum(end.forward.seconds for end in ends))
-    return forward, forward + m * (n * block.backward.seconds + sum(end.backward.seconds for end in ends))
-
-
-def fit_rates(
-    machine: Machine, options: JsonObject, measured: Mapping[str, Pair], world: int, wasted: Pair
-) -> dict[str, float]:
-    """Rates of products, memory and attention that forecast ``measured`` best.
-
-    Damped Gauss-Newton on the logarithms of both, which keeps to RANGES.
-    """
-    low, high = (np.log([limits[side] for limits in RANGES.values()]) for side in (0, 1))
-
-    def values_of(x: np.ndarray) -> dict[str, float]:
-        return dict(zip(RANGES, np.exp(x).tolist(), strict=True))
-
-    def errors(x: np.ndarray) -> np.ndarray:
-        found = pairs(with_efficiency(machine, values_of(x)), options, measured, world, wasted)
-        return np.array([math.log(forecast / seconds) for forecast, seconds in found])
-
-    x, damping = np.log([0.5, 0.5, 0.2, 16.0]), 1e-2
-    best = errors(x)
-    for _ in range(_FIT_ROUNDS):
-        slopes = np.stack([(errors(x + step) - best) / 1e-3 for step in 1e-3 * np.eye(len(x))], axis=1)
-        move = np.linalg.solve(slopes.T @ slopes + damping * np.eye(len(x)), -slopes.T @ best)
-        there = np.clip(x + move, low, high)
-        found = errors(there)
-        if found @ found < best @ best:
-            x, best, damping = there, found, damping / 3.0
-        else:
-            damping *= 5.0
-    return {name: round(value, 4) for name, value in values_of(x).items()}
 
 
 def describe(backend: str, name: str, cores: int, operations: Mapping[str, Sequence[float]]) -> JsonObject:

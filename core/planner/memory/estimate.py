@@ -251,7 +251,7 @@ def estimate(
     parameters = sum(by_class.values())
     ranks = ranks_of(config, layout, work, lora, frozen, whole_logits)
     fullest = max(ranks, key=lambda rank: rank.total)
-    matmul = 6 * (by_class["matrix"] + by_class.get("head", by_class["embedding"]))
+    matmul: float = 6 * (by_class["matrix"] + by_class.get("head", by_class["embedding"]))
     attention = flops_per_token(config, seq_len, causal=True) - matmul
     if frozen:
         less, attention = spared_operations(config, whole, frozen, attention)

@@ -110,17 +110,18 @@ def _extra(
     """
     tp, blocks = layout.tp, [name.split(".") for name in table if name.startswith("layers.")]
     layers = max(1, len({parts[1] for parts in blocks}))
-    sizes = {("q", "k", "v"): config.hidden_size, ("gate", "up"): config.hidden_size}
+    sizes: dict[tuple[str, ...], int] = {("q", "k", "v"): config.hidden_size, ("gate", "up"): config.hidden_size}
     sizes |= {("down",): config.ffn_hidden_size // tp, ("o",): config.num_heads * config.head_dim // tp}
     inputs = {module: modules for modules in sizes for module in modules}
     dropout = lora is not None and lora.dropout > 0.0
-    read, dropped = set(), set()
+    read: set[tuple[str, tuple[str, ...]]] = set()
+    dropped: set[tuple[str, tuple[str, ...]]] = set()
     for parts in blocks:
         if parts[-2] not in inputs or parts[-1] == "bias" or ".".join(parts) in constants:
             continue
         where = dropped if dropout and parts[-1].startswith("lora_") else read
         where.add((parts[1], inputs[parts[-2]]))
-    extra = 0.0
+    extra: float = 0.0
     if not (executor.recomputes_inputs and tp == 1):
         whole = sum(size for modules, size in sizes.items() if modules != ("o",))
         extra -= whole - sum(sizes[modules] for _, modules in read if modules != ("o",)) / layers
