@@ -71,9 +71,10 @@ void backward_block(const Shapes &s, const View *in, const Part &part, int64_t f
       v = Rows(in[3], part.b, part.h / s.G, from, keys, room.v, true);
     }
     const float *queries = part.queries + row * s.D, *grads = part.grads + row * s.D;
-    gemm(keys, lanes, s.D, k.data, k.stride, 1, queries, lanes, weights, lanes, false);  // S^T; the scale is in queries
-    gemm(keys, lanes, s.D, v.data, v.stride, 1, grads, lanes, d_scores, lanes, false);   // dP^T = V dO^T
-    if (!visible.whole(from, to)) hide(weights, keys, lanes, from, visible, kNone);
+    visible_scores(visible, keys, lanes, s.D, from, k.data, k.stride, queries, weights);  // the scale is in queries
+    visible_scores(visible, keys, lanes, s.D, from, v.data, v.stride, grads, d_scores);  // dP^T = V dO^T
+    const bool whole = visible.whole(from, to);
+    if (!whole) hide(weights, keys, lanes, from, visible, kNone);
     for (int64_t j = 0; j < lanes; j += W) {
       const int rest = static_cast<int>(std::min<int64_t>(W, n - j));
       vf level = get(lse + start + j, rest);
@@ -81,16 +82,35 @@ void backward_block(const Shapes &s, const View *in, const Part &part, int64_t f
       const vf mean = get(delta + start + j, rest);
       for (int64_t t = 0; t < keys; t++) {
         float *p = weights + t * lanes + j, *d = d_scores + t * lanes + j;
-        const vf w = exponential(load(p) - level);
+        const vf score = load(p), w = exponential(score - level), gradient = w * (load(d) - mean) * scale;
         store(p, w);
-        store(d, w * (load(d) - mean) * scale);
+        // Beside a hidden score lies what an earlier block left there, which must not reach a sum even as 0 * NaN.
+        store(d, whole ? gradient : select(score == kNone, splat(0.0f), gradient));
       }
     }
     const float *q = part.q.data + row * part.q.stride, *grad = part.grad.data + row * part.grad.stride;
-    // The sums over queries take P^T and dS^T as they are, the sum over keys takes dS^T by transposed strides.
-    gemm(keys, s.Dp, n, weights, lanes, 1, grad, part.grad.stride, dv.data + from * dv.stride, dv.stride, true);
-    gemm(keys, s.Dp, n, d_scores, lanes, 1, q, part.q.stride, dk.data + from * dk.stride, dk.stride, true);
-    gemm(n, s.Dp, keys, d_scores, 1, lanes, k.data, k.stride, dq + row * ldq, ldq, true);
+    // The sums over queries take P^T and dS^T as they are, the sum over keys takes dS^T by transposed strides. Each
+    // takes what its rows of tiles see; beyond that there are zeros.
+    const auto to_keys = [&](const float *x, const float *rows, int64_t stride, const Sums &sums) {
+      const int64_t side = whole ? keys : kTileRows;
+      for (int64_t t = 0; t < keys; t += side) {
+        const int64_t some = std::min(side, keys - t);
+        const Span seeing = visible.seeing(from + t, from + t + some, n);
+        if (seeing.begin < seeing.end)
+          gemm(some, s.Dp, seeing.end - seeing.begin, x + t * lanes + seeing.begin, lanes, 1,
+               rows + seeing.begin * stride, stride, sums.data + (from + t) * sums.stride, sums.stride, true);
+      }
+    };
+    to_keys(weights, grad, part.grad.stride, dv);
+    to_keys(d_scores, q, part.q.stride, dk);
+    const int64_t side = whole ? n : kTileRows;
+    for (int64_t l = 0; l < n; l += side) {
+      const int64_t some = std::min(side, n - l);
+      const Span seen = visible.seen({l, l + some}, from, to);
+      if (seen.begin < seen.end)
+        gemm(some, s.Dp, seen.end - seen.begin, d_scores + (seen.begin - from) * lanes + l, 1, lanes,
+             k.data + (seen.begin - from) * k.stride, k.stride, dq + (row + l) * ldq, ldq, true);
+    }
   }
 }
 

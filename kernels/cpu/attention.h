@@ -80,6 +80,11 @@ inline void transpose(const View &x, int64_t b, const Lanes &lanes, float scale,
   });
 }
 
+// Numbers from ``begin`` to ``end`` - 1; none where begin >= end.
+struct Span {
+  int64_t begin, end;
+};
+
 // Key ranges of a block of queries, with an interval [any_first, any_last) that contains all of them and their
 // intersection [all_first, all_last).
 struct Visible {
@@ -99,6 +104,24 @@ struct Visible {
     }
     for (int64_t q = lanes.n; q < lanes.padded; q++) first[q] = last[q] = 0;  // unused lanes
   }
+  // The lanes between which all those lie that see a key of [from, to).
+  Span seeing(int64_t from, int64_t to, int64_t lanes) const {
+    if (whole(from, to)) return {0, lanes};
+    Span found{lanes, 0};
+    for (int64_t q = 0; q < lanes; q++)
+      if (std::max<int64_t>(first[q], from) < std::min<int64_t>(last[q], to)) found = {std::min(found.begin, q), q + 1};
+    return found;
+  }
+  // The keys of [from, to) between which all those lie that one of ``lanes`` sees.
+  Span seen(Span lanes, int64_t from, int64_t to) const {
+    if (whole(from, to)) return {from, to};
+    Span found{to, from};
+    for (int64_t q = lanes.begin; q < lanes.end; q++) {
+      const int64_t a = std::max<int64_t>(first[q], from), b = std::min<int64_t>(last[q], to);
+      if (a < b) found = {std::min(found.begin, a), std::max(found.end, b)};
+    }
+    return found;
+  }
   bool whole(int64_t from, int64_t to) const { return all_first <= from && to <= all_last; }
   bool none(int64_t from, int64_t to) const { return to <= any_first || any_last <= from; }
 };
@@ -114,6 +137,25 @@ inline void hide(float *scores, int64_t keys, int64_t lanes, int64_t from, const
       float *p = scores + t * lanes + j;
       store(p, select((key >= first) & (key < last), load(p), splat(value)));
     }
+  }
+}
+
+// The columns of a tile's pairs of vectors that hold ``lanes``.
+inline Span in_pairs(Span lanes, int64_t padded_lanes) {
+  return {lanes.begin / (2 * W) * (2 * W), std::min(padded_lanes, (lanes.end + 2 * W - 1) / (2 * W) * (2 * W))};
+}
+
+// scores [keys, lanes] = x [keys, D] ``across`` [D, lanes] for the keys [from, from + keys), x the first one's row: only
+// the tiles with a visible score; the others stay as they are.
+inline void visible_scores(const Visible &visible, int64_t keys, int64_t lanes, int64_t D, int64_t from, const float *x,
+                           int64_t stride, const float *across, float *scores) {
+  if (visible.whole(from, from + keys)) return gemm(keys, lanes, D, x, stride, 1, across, lanes, scores, lanes, false);
+  for (int64_t t = 0; t < keys; t += kTileRows) {
+    const int64_t rows = std::min<int64_t>(kTileRows, keys - t);
+    const Span some = in_pairs(visible.seeing(from + t, from + t + rows, lanes), lanes);
+    if (some.begin < some.end)
+      gemm(rows, some.end - some.begin, D, x + t * stride, stride, 1, across + some.begin, lanes,
+           scores + t * lanes + some.begin, lanes, false);
   }
 }
 
@@ -182,7 +224,7 @@ void forward_block(const Shapes &s, const View *in, const View *out, int64_t b, 
   for (int64_t from = visible.any_first; from < visible.any_last; from += kKeys) {
     const int64_t keys = std::min(kKeys, visible.any_last - from);
     // S^T [keys, lanes] = K [keys, D] Q^T [D, lanes]; the scale is in Q^T.
-    gemm(keys, lanes, s.D, k.data + from * k.stride, k.stride, 1, queries, lanes, scores, lanes, false);
+    visible_scores(visible, keys, lanes, s.D, from, k.data + from * k.stride, k.stride, queries, scores);
     if (!visible.whole(from, from + keys)) hide(scores, keys, lanes, from, visible, kNone);
     for (int64_t j = 0; j < lanes; j += W) {
       const vf before = load(top + j);
@@ -200,8 +242,15 @@ void forward_block(const Shapes &s, const View *in, const View *out, int64_t b, 
       store(total + j, load(total + j) * shrink + sum), store(top + j, most);
       for (int64_t d = 0; d < s.D; d++) store(sums + d * lanes + j, load(sums + d * lanes + j) * shrink);
     }
-    // O^T [D, lanes] += V^T [D, keys] P^T [keys, lanes]: V is read transposed by its strides.
-    gemm(s.D, lanes, keys, v.data + from * v.stride, 1, v.stride, scores, lanes, sums, lanes, true);
+    // O^T [D, lanes] += V^T [D, keys] P^T [keys, lanes]: V is read transposed by its strides. Hidden keys at the ends
+    // have probability 0 and are left out.
+    const int64_t side = visible.whole(from, from + keys) ? lanes : 2 * W;
+    for (int64_t j = 0; j < lanes; j += side) {
+      const Span some = visible.seen({j, std::min(lanes, j + side)}, from, from + keys);
+      if (some.begin < some.end)
+        gemm(s.D, std::min(side, lanes - j), some.end - some.begin, v.data + some.begin * v.stride, 1, v.stride,
+             scores + (some.begin - from) * lanes + j, lanes, sums + j, lanes, true);
+    }
   }
   for (int64_t i = 0; i < block.n; i++) {
     const int64_t h = block.head[i], query = block.query[i];

@@ -18,7 +18,7 @@ from telechat_twins.kernels import reference
 from telechat_twins.kernels.adamw import AdamWStep
 from telechat_twins.kernels.cpu import ops
 from telechat_twins.kernels.cpu.products import adapted, adapted_backward
-from tests.support.cpu_attention_checks import attention, pages, ring
+from tests.support.cpu_attention_checks import attention, pages, ring, stray_nan
 from tests.support.cpu_kernel_limits import F32, HALF, UNIT, UNITS, WIDTHS, Finding, judged
 
 
@@ -379,6 +379,7 @@ CHECKS: dict[str, Callable[[np.random.Generator], Iterator[Finding]]] = {
     "rotation": rotation,
     "attention": attention,
     "attention, scores of 1e4": lambda rng: attention(rng, spread=30.0),
+    "attention after a NaN": stray_nan,
     "ring": ring,
     "loss": loss,
     "rows and updates": rows_and_updates,
